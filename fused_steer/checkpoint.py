@@ -1,0 +1,180 @@
+"""Adapters in files: PEFT's layout, safetensors and JSON, written whole or not at all.
+
+A directory holds `adapter_config.json` and `adapter_model.safetensors`. Tensors are named as PEFT names them,
+`base_model.model.<path of the site>.steer_down.weight` (r, d) and `….steer_up.weight` (d, r), biases alike.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from ._version import __version__
+from .config import SteerConfig
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+PEFT_TYPE = "POST_BLOCK"
+_PREFIX = "base_model.model."
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """What a saved adapter is: its config, the model that it was made for, and its tensors by path of the parameter.
+
+    base: the model's name, "" where it had none; hidden: its d; num_layers: its decoder layers.
+    """
+
+    config: SteerConfig
+    base: str
+    hidden: int
+    num_layers: int
+    tensors: dict[str, Tensor]
+
+
+def write_adapter(directory: str | os.PathLike[str], adapter: AdapterFile) -> None:
+    """Write the adapter's two files into `directory`, which is made if need be. What was there stays if this fails.
+
+    Raises:
+        NotADirectoryError: `directory` is a file.
+        OSError: the files could not be written.
+    """
+    target = Path(directory)
+    if target.exists() and not target.is_dir():
+        raise NotADirectoryError(f"{target} is a file; expected a directory to save the adapter in")
+    tensors = {_PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in adapter.tensors.items()}
+    weights = safetensors.torch.save(tensors, metadata={"format": "pt"})
+    config = {
+        "peft_type": PEFT_TYPE,
+        "base_model_name_or_path": adapter.base or None,
+        "hidden_size": adapter.hidden,
+        "num_layers": adapter.num_layers,
+        **adapter.config.to_dict(),
+        "fused_steer_version": __version__,
+        # Ties the two files: weights of another save, or a bit flipped since, are found out when the adapter is loaded.
+        "weights_sha256": hashlib.sha256(weights).hexdigest(),
+    }
+    target.mkdir(parents=True, exist_ok=True)
+    _replace_files(target, {WEIGHTS_NAME: weights, CONFIG_NAME: (json.dumps(config, indent=2) + "\n").encode()})
+
+
+def _replace_files(directory: Path, contents: Mapping[str, bytes]) -> None:
+    """Write all files under temporary names, then rename them; if a rename fails, take the earlier ones back."""
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=directory) as folder:
+        new, old = Path(folder, "new"), Path(folder, "old")
+        new.mkdir(), old.mkdir()
+        for name, content in contents.items():
+            with open(new / name, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            if (directory / name).exists():
+                os.link(directory / name, old / name)
+        replaced = []
+        try:
+            for name in contents:
+                os.replace(new / name, directory / name)
+                replaced.append(name)
+        except BaseException:
+            for name in replaced:
+                if (old / name).exists():
+                    os.replace(old / name, directory / name)
+                else:
+                    (directory / name).unlink()
+            raise
+
+
+def locate_adapter(source: str | os.PathLike[str]) -> Path:
+    """The local directory of `source`: a path, or a hub id, whose two files are then downloaded.
+
+    Raises:
+        FileNotFoundError: no such directory, and no such hub id or no network to ask it.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise NotADirectoryError(f"{path} is a file; expected the directory that holds {CONFIG_NAME}")
+    if not isinstance(source, str) or not _HUB_ID.fullmatch(source):
+        raise FileNotFoundError(f"no adapter directory {source}; expected one that holds {CONFIG_NAME}")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=[CONFIG_NAME, WEIGHTS_NAME]))
+    except Exception as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise FileNotFoundError(
+            f"no adapter directory {source}, and the hub did not supply one of this id ({type(error).__name__}: {reason})"
+        ) from error
+
+
+def read_adapter(source: str | os.PathLike[str]) -> AdapterFile:
+    """Read and check an adapter's files. Nothing but JSON and safetensors is ever opened.
+
+    Raises:
+        FileNotFoundError: the directory or one of its files is missing.
+        ValueError: a file is truncated or corrupt, is of another method, has unknown keys, or does not fit the other.
+    """
+    directory = locate_adapter(source)
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        if not (directory / name).is_file():
+            raise FileNotFoundError(f"{directory} has no {name}; expected a saved steering adapter")
+    config_file, weights_file = directory / CONFIG_NAME, directory / WEIGHTS_NAME
+    with _blaming(config_file):
+        fields = json.loads(config_file.read_text(encoding="utf-8"))
+        if not isinstance(fields, dict):
+            raise ValueError(f"it holds a {type(fields).__name__}; expected an object")
+        peft_type = fields.pop("peft_type", None)
+        if peft_type != PEFT_TYPE:
+            raise ValueError(f"peft_type is {peft_type!r}; expected {PEFT_TYPE!r}")
+        version = fields.pop("fused_steer_version", None)
+        digest = fields.pop("weights_sha256", None)
+        base = fields.pop("base_model_name_or_path", None) or ""
+        hidden, num_layers = (_positive(fields, key) for key in ("hidden_size", "num_layers"))
+        try:
+            config = SteerConfig.from_dict(fields)
+        except TypeError as error:
+            raise ValueError(f"{error} (it was written by fused-steer {version}, this is {__version__})") from None
+    with _blaming(weights_file):
+        weights = weights_file.read_bytes()
+        if digest is not None and hashlib.sha256(weights).hexdigest() != digest:
+            raise ValueError(f"its contents are not those that {CONFIG_NAME} was saved with; expected sha256 {digest}")
+        tensors = safetensors.torch.load(weights)
+    return AdapterFile(
+        config, base, hidden, num_layers, {_unprefixed(name, weights_file): t for name, t in tensors.items()}
+    )
+
+
+def _unprefixed(name: str, file: Path) -> str:
+    if not name.startswith(_PREFIX):
+        raise ValueError(f"{file}: tensor {name!r}; expected names that begin with {_PREFIX!r}")
+    return name[len(_PREFIX) :]
+
+
+def _positive(fields: dict[str, Any], key: str) -> int:
+    value = fields.pop(key, None)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{key} is {value!r}; expected a positive integer")
+    return value
+
+
+@contextlib.contextmanager
+def _blaming(file: Path) -> Iterator[None]:
+    """Whatever is wrong inside is one line that names the file."""
+    try:
+        yield
+    except (ValueError, TypeError, safetensors.SafetensorError) as error:
+        raise ValueError(f"{file} cannot be loaded: {' '.join(str(error).split())}") from error

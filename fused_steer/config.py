@@ -1,0 +1,138 @@
+"""SteerConfig: everything that says what an adapter computes."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from .kernels import ACTIVATIONS, MAX_RANK
+
+FORMS = ("lowrank", "vector")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def _names_its_fields(init: Callable[..., None]) -> Callable[..., None]:
+    """A misspelt field is answered with the fields that there are."""
+
+    @functools.wraps(init)
+    def checked(self: SteerConfig, *args: Any, **fields: Any) -> None:
+        _check_fields(fields)
+        init(self, *args, **fields)
+
+    return checked
+
+
+def _check_fields(given: Mapping[str, Any]) -> None:
+    known = [field.name for field in dataclasses.fields(SteerConfig)]
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise TypeError(f"SteerConfig has no field {', '.join(map(repr, unknown))}; expected {', '.join(known)}")
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+@dataclasses.dataclass(frozen=True)
+class SteerConfig:
+    """How a model is steered: h -> h + scale · (W2 φ(W1 h + b1) + b2) after each of `layers` (arXiv 2603.00425, §3).
+
+    Args:
+        form: "lowrank", or "vector": the paper's 1-vec, h -> h + scale · b2.
+        rank: r, the rows of W1, 1 to 256; default 8. A vector has none (0).
+        activation: φ: identity, silu, gelu, gelu_tanh, relu or tanh; default silu. A vector has none (identity).
+        layers: indices of the steered layers, from 0; None is every layer.
+        scale: s, the strength.
+        down_bias: whether there is a b1, (r,), initially 0.
+        up_bias: whether there is a b2, (d,), initially 0; a vector is one.
+        init_scale: factor on W1's initial values, kaiming-uniform with a = √5 (the paper's released code has 1e-3). W2 is
+            initially 0, so that a fresh adapter changes nothing.
+        dtype: of the parameters: "float32" (master weights), "bfloat16" or "float16".
+
+    Raises:
+        TypeError: an unknown field, or a value of the wrong type.
+        ValueError: a value out of range.
+    """
+
+    form: str = "lowrank"
+    rank: int | None = None
+    activation: str | None = None
+    layers: Sequence[int] | None = None
+    scale: float = 1.0
+    down_bias: bool = False
+    up_bias: bool | None = None
+    init_scale: float = 1.0
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.form not in FORMS:
+            raise ValueError(f"form is {self.form!r}; expected one of {', '.join(FORMS)}")
+        vector = self.form == "vector"
+        for name, default in (
+            ("rank", 0 if vector else 8),
+            ("activation", "identity" if vector else "silu"),
+            ("up_bias", vector),
+        ):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, default)
+            elif vector and getattr(self, name) != default:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r} with form='vector'; expected {default!r} or nothing"
+                )
+        if not _is_int(self.rank):
+            raise TypeError(f"rank is {self.rank!r}; expected an integer")
+        if not vector and not 1 <= self.rank <= MAX_RANK:  # type: ignore[operator]
+            raise ValueError(f"rank is {self.rank}; expected 1 to {MAX_RANK}")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation is {self.activation!r}; expected one of {', '.join(ACTIVATIONS)}")
+        for name in ("down_bias", "up_bias"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} is {getattr(self, name)!r}; expected True or False")
+        if vector and self.down_bias:
+            raise ValueError("down_bias is True with form='vector'; expected False or nothing")
+        for name in ("scale", "init_scale"):
+            object.__setattr__(self, name, checked_number(name, getattr(self, name)))
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype is {self.dtype!r}; expected one of {', '.join(DTYPES)}")
+        if self.layers is not None:
+            object.__setattr__(self, "layers", _checked_layers(self.layers))
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> SteerConfig:
+        """The config of these fields; an unknown one is a TypeError."""
+        _check_fields(fields)
+        return cls(**fields)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON has them."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {**fields, "layers": None if self.layers is None else list(self.layers)}
+
+
+SteerConfig.__init__ = _names_its_fields(SteerConfig.__init__)  # type: ignore[method-assign]
+
+
+def checked_number(name: str, value: Any) -> float:
+    """A finite float, or an error that names it."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} is {value!r}; expected a number")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} is {value}; expected a finite number")
+    return float(value)
+
+
+def _checked_layers(layers: Any) -> tuple[int, ...]:
+    if isinstance(layers, (str, bytes)) or not isinstance(layers, Sequence) or not all(map(_is_int, layers)):
+        raise TypeError(f"layers is {layers!r}; expected a list of integers, or None for every layer")
+    if not layers:
+        raise ValueError("layers is empty; expected at least one layer, or None for every layer")
+    if min(layers) < 0:
+        raise ValueError(f"layers has {min(layers)}; expected indices from 0")
+    if len(set(layers)) != len(layers):
+        raise ValueError(f"layers names a layer twice: {list(layers)}; expected each once")
+    return tuple(sorted(layers))

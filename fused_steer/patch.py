@@ -1,0 +1,212 @@
+"""patch_model: model in, steered model out; and how a layer is reached and let go again.
+
+A layer's class is replaced, for that one instance, by a subclass whose forward hands the last residual add to the
+layer's steering site (see residual.py). Where no such add is found, a forward hook steers the finished hidden state:
+the same numbers, one pass more, and the report says so.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from .residual import ResidualNotFound, rewrite_forward
+from .sites import SteeringSite
+
+#: The site's name in its layer, and so part of every parameter's path.
+SITE = "post_block"
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A model's stack of decoder layers: where it is, and what an adapter has to fit."""
+
+    module: nn.Module  # whose forward runs the layers
+    path: str  # of the list of layers, from the model
+    layers: nn.ModuleList
+    hidden: int
+
+
+def find_decoder(model: nn.Module) -> Decoder:
+    """The decoder layers of `model`, found by structure: the outermost list of `num_hidden_layers` modules.
+
+    Raises:
+        TypeError: `model` is no module.
+        ValueError: the model has no config, no such list, more than one, or also an encoder.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; expected a torch.nn.Module with decoder layers")
+    name = type(model).__name__
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"{name} is an encoder-decoder model; expected a decoder-only one")
+    if config is not None and hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    hidden, count = (getattr(config, key, None) for key in ("hidden_size", "num_hidden_layers"))
+    if not isinstance(hidden, int) or not isinstance(count, int):
+        raise ValueError(f"{name} has no config with hidden_size and num_hidden_layers; expected a decoder model's")
+    found: list[tuple[str, nn.ModuleList]] = []
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and not any(path.startswith(f"{outer}.") for outer, _ in found):
+            found.append((path, module))
+    fitting = [(path, layers) for path, layers in found if len(layers) == count]
+    if len(fitting) > 1 and hasattr(model, "get_decoder"):
+        inside = {id(module) for module in model.get_decoder().modules()}
+        fitting = [(path, layers) for path, layers in fitting if id(layers) in inside]
+    if len(fitting) != 1:
+        lists = ", ".join(f"{path} of {len(layers)}" for path, layers in found) or "none"
+        raise ValueError(
+            f"{name} has no decoder layers that can be told apart; expected one list of {count} modules, found {lists}"
+        )
+    path, layers = fitting[0]
+    return Decoder(model.get_submodule(path.rpartition(".")[0]), path, layers, hidden)
+
+
+def _rebuild(base: type[nn.Module], rewritten: bool) -> nn.Module:
+    cls = steered_class(base, rewritten)
+    return cls.__new__(cls)
+
+
+@functools.cache
+def steered_class(base: type[nn.Module], rewritten: bool) -> type[nn.Module]:
+    """The subclass of a layer class that a patched layer gets; `rewritten` says whether its forward calls the site.
+
+    It keeps the class's name, which FSDP's wrap policies and `_no_split_modules` go by.
+
+    Raises:
+        ResidualNotFound: the forward cannot be rewritten.
+    """
+
+    def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
+        # A class made at run time cannot be found by name: copies and worker processes make it anew.
+        return _rebuild, (base, rewritten), self.__dict__
+
+    namespace: dict[str, Any] = {
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "__reduce_ex__": __reduce_ex__,
+    }
+    if rewritten:
+        namespace["forward"] = rewrite_forward(base, SITE)
+    return type(base)(base.__name__, (base,), namespace)
+
+
+def _steer_output(layer: nn.Module, args: Any, output: Any) -> Any:
+    """Forward hook: steer the hidden state that a layer returns, alone or first in a tuple."""
+    site = layer.get_submodule(SITE)
+    if isinstance(output, Tensor):
+        return site(output)
+    if isinstance(output, tuple) and output and isinstance(output[0], Tensor):
+        return (site(output[0]), *output[1:])
+    raise TypeError(
+        f"{type(layer).__name__} returned a {type(output).__name__}; expected a tensor, alone or in a tuple"
+    )
+
+
+class PatchedLayer:
+    """One decoder layer with its steering site: how it was reached, and the way back."""
+
+    def __init__(self, layer: nn.Module, index: int, path: str) -> None:
+        """Patch `layer`. On an error it is left as it was."""
+        if hasattr(layer, SITE):
+            raise ValueError(f"layer {index} ({type(layer).__name__}) has a {SITE!r} of its own; expected none")
+        self.layer, self.index, self.path = layer, index, path
+        self.base = type(layer)
+        self.reason = ""  # why the layer is steered by a hook
+        self._hook: RemovableHandle | None = None
+        try:
+            if "forward" in vars(layer):
+                raise ResidualNotFound("its forward was replaced on the instance")
+            cls = steered_class(self.base, True)
+        except ResidualNotFound as reason:
+            self.reason = str(reason)
+            cls = steered_class(self.base, False)
+        site = SteeringSite().train(layer.training)
+        layer.__class__ = cls
+        layer.add_module(SITE, site)
+        if self.reason:
+            # First of the hooks, so that those which record hidden states record the steered one.
+            self._hook = layer.register_forward_hook(_steer_output, prepend=True)
+
+    @property
+    def kind(self) -> str:
+        return "hook" if self.reason else "fused"
+
+    @property
+    def site(self) -> SteeringSite:
+        return self.layer.get_submodule(SITE)  # type: ignore[return-value]
+
+    @property
+    def counts_calls(self) -> bool:
+        """Whether each run of the layer is an eager call of its site: not when the layer itself was compiled."""
+        compiled = getattr(self.layer, "_compiled_call_impl", None) is not None
+        return not compiled and not hasattr(vars(self.layer).get("forward"), "_torchdynamo_orig_callable")
+
+    def check_removable(self) -> None:
+        if type(self.layer) is not steered_class(self.base, not self.reason):
+            raise RuntimeError(
+                f"layer {self.index} is now a {type(self.layer).__qualname__} that another library made; expected it as "
+                "patch_model left it (undo the other first)"
+            )
+
+    def remove(self) -> None:
+        """Take the site out again; the layer is what it was."""
+        if self._hook is not None:
+            self._hook.remove()
+        delattr(self.layer, SITE)
+        self.layer.__class__ = self.base
+
+
+def patch_model(
+    model: nn.Module,
+    config: Any = None,
+    *,
+    adapter_name: str = "default",
+    check_base: bool = True,
+) -> Any:
+    """Steer `model` after its decoder blocks, in place (arXiv 2603.00425, §3). Its own parameters are frozen.
+
+    Afterwards `model.steering` (a `Steering`) names, switches, saves and loads adapters, and takes all of it back.
+
+    Args:
+        model: a decoder-only language model, such as one from transformers.
+        config: a SteerConfig for a fresh adapter, which changes nothing until it is trained; None is SteerConfig();
+            or a saved adapter: its directory, or its id on the hub.
+        adapter_name: what the adapter is called.
+        check_base: refuse a saved adapter whose base model has another name. Its sizes must fit in any case.
+
+    Returns:
+        The same object.
+
+    Raises:
+        ValueError: the model is patched already, has no decoder layers, or the config or adapter does not fit it.
+        TypeError: `model` or `config` is of a wrong type.
+        FileNotFoundError: there is no such adapter.
+    """
+    from .config import SteerConfig
+    from .steering import Steering
+
+    if isinstance(getattr(model, "steering", None), Steering):
+        raise ValueError("the model is patched already; expected an unpatched one (model.steering.add adds an adapter)")
+    if hasattr(model, "steering"):
+        raise ValueError(f"{type(model).__name__} has an attribute 'steering' of its own; expected none")
+    steering = Steering(model)
+    if config is None:
+        config = SteerConfig()
+    if isinstance(config, SteerConfig):
+        steering.add(adapter_name, config)
+    elif isinstance(config, (str, os.PathLike)):
+        steering.load(config, name=adapter_name, check_base=check_base)
+    else:
+        raise TypeError(
+            f"config is a {type(config).__name__}; expected a SteerConfig, or the path or hub id of an adapter"
+        )
+    steering.attach()
+    steering.use(adapter_name)
+    return model

@@ -1,0 +1,132 @@
+"""SteeringSite: the module that sits in a decoder layer, where the layer's last residual add was."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .config import DTYPES, SteerConfig
+from .kernels import post_block, select_backend
+
+
+class Factor(nn.Module):
+    """One matrix of an adapter with its bias; either may be absent.
+
+    Not an nn.Linear: what looks for those to quantise, to adapt or to initialise must pass by.
+    """
+
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+
+    def __init__(self, weight: Tensor | None, bias: Tensor | None) -> None:
+        super().__init__()
+        self.register_parameter("weight", None if weight is None else nn.Parameter(weight))
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
+
+
+class Adapter:
+    """The parameters of one adapter at one site, before they are attached: W1 and b1, W2 and b2."""
+
+    def __init__(self, down: Factor, up: Factor) -> None:
+        self.down = down
+        self.up = up
+
+    @classmethod
+    def fresh(cls, config: SteerConfig, hidden: int, device: torch.device) -> Adapter:
+        """A new adapter that changes nothing: W1 kaiming-uniform (a = √5) times `init_scale`, all else 0."""
+        options = {"device": device, "dtype": DTYPES[config.dtype]}
+        down = up = None
+        if config.rank:
+            down = torch.empty(config.rank, hidden, **options)
+            nn.init.kaiming_uniform_(down, a=math.sqrt(5))
+            down *= config.init_scale
+            up = torch.zeros(hidden, config.rank, **options)
+        down_bias = torch.zeros(config.rank or 0, **options) if config.down_bias else None
+        up_bias = torch.zeros(hidden, **options) if config.up_bias else None
+        return cls(Factor(down, down_bias), Factor(up, up_bias))
+
+    @classmethod
+    def shapes(cls, config: SteerConfig, hidden: int) -> dict[str, tuple[int, ...]]:
+        """Shape of each parameter that an adapter of `config` has, by its name below the site."""
+        rank = config.rank or 0
+        shapes = {"steer_down.weight": (rank, hidden), "steer_up.weight": (hidden, rank)} if rank else {}
+        if config.down_bias:
+            shapes["steer_down.bias"] = (rank,)
+        if config.up_bias:
+            shapes["steer_up.bias"] = (hidden,)
+        return shapes
+
+    @classmethod
+    def of_tensors(cls, tensors: dict[str, Tensor]) -> Adapter:
+        """From tensors by their names below the site, as `shapes` has them."""
+        down, up = (
+            Factor(tensors.get(f"{side}.weight"), tensors.get(f"{side}.bias")) for side in ("steer_down", "steer_up")
+        )
+        return cls(down, up)
+
+    def named_tensors(self) -> dict[str, Tensor]:
+        named = {}
+        for side, factor in (("steer_down", self.down), ("steer_up", self.up)):
+            named.update({f"{side}.{name}": p.detach() for name, p in factor.named_parameters()})
+        return named
+
+
+class SteeringSite(nn.Module):
+    """Adds a block's output to the residual stream and steers the sum by the adapter in use.
+
+    Parameters live under `steer_down.<adapter>` and `steer_up.<adapter>`, as PEFT's layers have theirs.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steer_down = nn.ModuleDict()
+        self.steer_up = nn.ModuleDict()
+        self.active: str | None = None  # the adapter in use; None, or one that skips this layer: a plain add
+        self.enabled = True
+        self.activation = "identity"  # of the active adapter, as is scale
+        self.scale = 1.0
+        self.calls = 0  # eager ones since reset
+        self.backend: str | None = None  # that of the last eager call
+
+    def attach(self, name: str, adapter: Adapter) -> None:
+        self.steer_down[name] = adapter.down.train(self.training)
+        self.steer_up[name] = adapter.up.train(self.training)
+
+    def detach(self, name: str) -> None:
+        del self.steer_down[name], self.steer_up[name]
+
+    def adapter(self, name: str) -> Adapter | None:
+        """The adapter's parameters here; None if it skips this layer."""
+        return Adapter(self.steer_down[name], self.steer_up[name]) if name in self.steer_down else None
+
+    def use(self, name: str | None, activation: str, scale: float) -> None:
+        """Let the adapter `name` steer and train, and no other. None, or one that skips this layer, is a plain add."""
+        self.active = name if name in self.steer_down else None
+        self.activation, self.scale = activation, scale
+        for factors in (self.steer_down, self.steer_up):
+            for other, factor in factors.items():
+                factor.requires_grad_(other == self.active)
+
+    def forward(self, residual: Tensor, branch: Tensor | None = None) -> Tensor:
+        """residual + branch, steered. Without branch, `residual` is the finished hidden state. (..., d)"""
+        if not torch.compiler.is_compiling():
+            self.calls += 1
+            self.backend = select_backend(residual.device)
+        if self.active is None or not self.enabled:
+            return residual if branch is None else residual + branch
+        down, up = self.steer_down[self.active], self.steer_up[self.active]
+        return post_block(
+            residual,
+            branch,
+            down.weight,
+            up.weight,
+            down_bias=down.bias,
+            up_bias=up.bias,
+            activation=self.activation,
+            scale=self.scale,
+        )
+
+    def extra_repr(self) -> str:
+        return f"active={self.active!r}, activation={self.activation!r}, scale={self.scale}"

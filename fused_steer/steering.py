@@ -1,0 +1,346 @@
+"""model.steering: the named adapters of a patched model, their strength, files and report."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from .checkpoint import AdapterFile, read_adapter, write_adapter
+from .config import DTYPES, SteerConfig, checked_number
+from .patch import SITE, PatchedLayer, find_decoder
+from .sites import Adapter
+
+_NAME = re.compile(r"[A-Za-z0-9_-]+")
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """How one layer is steered.
+
+    kind: "fused", or "hook" with its `reason`; backend: of the last eager call, None before one; calls: eager ones
+    since reset (a compiled graph does not count its own).
+    """
+
+    index: int
+    path: str
+    layer: str
+    kind: str
+    backend: str | None
+    calls: int
+    reason: str
+
+
+class Report(list[LayerReport]):
+    """A LayerReport for each steered layer; prints as a table."""
+
+    def __str__(self) -> str:
+        head = f"{'layer':>5}  {'class':<28} {'kind':<6} {'backend':<8} {'calls':>7}"
+        rows = [
+            f"{r.index:>5}  {r.layer:<28} {r.kind:<6} {r.backend or '-':<8} {r.calls:>7}"
+            + (f"  ({r.reason})" if r.reason else "")
+            for r in self
+        ]
+        return "\n".join([head, *rows])
+
+
+class Steering:
+    """The adapters of one patched model, reached as `model.steering`.
+
+    One adapter at a time is in use: it alone steers, and it alone trains.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        """Find the decoder; the model is not touched before an adapter is added."""
+        self._model = model
+        self._decoder = find_decoder(model)
+        self._patched: dict[int, PatchedLayer] = {}
+        self._configs: dict[str, SteerConfig] = {}
+        self._active: str | None = None
+        self._disabled = 0
+        self._requires_grad = [(p, p.requires_grad) for p in model.parameters()]
+        self._hooks: list[Any] = []
+        self._calls_before: dict[int, int] = {}
+
+    # ------------------------------------------------------------------------------------------------------- adapters
+
+    @property
+    def names(self) -> list[str]:
+        """The adapters, in the order in which they came."""
+        return list(self._configs)
+
+    @property
+    def active(self) -> str | None:
+        """The adapter in use."""
+        return self._active
+
+    def config(self, name: str | None = None) -> SteerConfig:
+        """The config of an adapter (default: the one in use), with its present strength."""
+        return self._configs[self._known(name)]
+
+    def add(self, name: str, config: SteerConfig | None = None) -> None:
+        """Add a fresh adapter; `use` it to train it.
+
+        Raises:
+            ValueError: the name is taken or cannot be one, or the config does not fit the model.
+        """
+        config = SteerConfig() if config is None else config
+        if not isinstance(config, SteerConfig):
+            raise TypeError(f"config is a {type(config).__name__}; expected a SteerConfig")
+        self._check_new_name(name)
+        indices = self._indices(config)
+        layers, hidden = self._decoder.layers, self._decoder.hidden
+        self._insert(name, config, {i: Adapter.fresh(config, hidden, _device(layers[i])) for i in indices})
+
+    def load(self, source: str | os.PathLike[str], name: str = "default", *, check_base: bool = True) -> None:
+        """Load a saved adapter from a directory or the hub under `name`; `use` it to steer by it.
+
+        Raises:
+            FileNotFoundError: there is no such adapter.
+            ValueError: its files are broken, it does not fit the model, or (unless `check_base` is False) it was made
+                for a model of another name.
+        """
+        self._check_new_name(name)
+        file = read_adapter(source)
+        self._check_fits(file, source, check_base)
+        adapters = {}
+        shapes = Adapter.shapes(file.config, file.hidden)
+        unused = dict(file.tensors)
+        for i in self._indices(file.config):
+            tensors = {}
+            for key, shape in shapes.items():
+                path = f"{self._decoder.path}.{i}.{SITE}.{key}"
+                tensor = unused.pop(path, None)
+                if tensor is None:
+                    raise ValueError(f"{source} has no tensor {path}; expected one of shape {shape}")
+                if tuple(tensor.shape) != shape or tensor.dtype != DTYPES[file.config.dtype]:
+                    raise ValueError(
+                        f"{source}: tensor {path} is {tensor.dtype} {tuple(tensor.shape)}; "
+                        f"expected {DTYPES[file.config.dtype]} {shape}"
+                    )
+                tensors[key] = tensor.to(_device(self._decoder.layers[i]))
+            adapters[i] = Adapter.of_tensors(tensors)
+        if unused:
+            raise ValueError(f"{source} has a tensor {sorted(unused)[0]!r} that its config does not account for")
+        self._insert(name, file.config, adapters)
+
+    def use(self, name: str | None) -> None:
+        """Steer by the adapter `name`, and make it the one that trains. None: by none.
+
+        Raises:
+            KeyError: there is no such adapter.
+        """
+        if name is not None:
+            self._known(name)
+        self._active = name
+        config = None if name is None else self._configs[name]
+        for patched in self._patched.values():
+            if config is None:
+                patched.site.use(None, "identity", 1.0)
+            else:
+                patched.site.use(name, config.activation or "identity", config.scale)
+
+    def remove(self, name: str) -> None:
+        """Forget an adapter. If it was in use, none is.
+
+        Raises:
+            KeyError: there is no such adapter.
+        """
+        self._known(name)
+        if name == self._active:
+            self.use(None)
+        del self._configs[name]
+        for patched in self._patched.values():
+            if patched.site.adapter(name) is not None:
+                patched.site.detach(name)
+
+    def save(self, directory: str | os.PathLike[str], name: str | None = None) -> None:
+        """Write an adapter (default: the one in use) to `directory`: its config, present strength and weights.
+
+        Whole or not at all: what was there before stays if this fails.
+        """
+        name = self._known(name)
+        tensors = {}
+        for patched in self._patched.values():
+            adapter = patched.site.adapter(name)
+            if adapter is not None:
+                for key, tensor in adapter.named_tensors().items():
+                    tensors[f"{patched.path}.{SITE}.{key}"] = tensor
+        kept = {tensor.dtype for tensor in tensors.values()}
+        names = [dtype_name for dtype_name, dtype in DTYPES.items() if {dtype} == kept]
+        if not names:
+            raise ValueError(
+                f"adapter {name!r} has parameters of {sorted(map(str, kept))}; expected one of {list(DTYPES)}"
+            )
+        config = replace(self._configs[name], dtype=names[0])
+        write_adapter(
+            directory, AdapterFile(config, self._base, self._decoder.hidden, len(self._decoder.layers), tensors)
+        )
+
+    # -------------------------------------------------------------------------------------------------------- running
+
+    @property
+    def scale(self) -> float:
+        """s, the strength of the adapter in use."""
+        return self.config().scale
+
+    @scale.setter
+    def scale(self, value: float) -> None:
+        name = self._known(None)
+        self._configs[name] = replace(self._configs[name], scale=checked_number("scale", value))
+        self.use(name)
+
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Inside, the model is exactly the base model."""
+        self._disabled += 1
+        self._enable()
+        try:
+            yield
+        finally:
+            self._disabled -= 1
+            self._enable()
+
+    def report(self) -> Report:
+        """How each layer is steered, by what, and how often it was since `reset_calls`."""
+        return Report(
+            LayerReport(i, p.path, p.base.__name__, p.kind, p.site.backend, p.site.calls, p.reason)
+            for i, p in sorted(self._patched.items())
+        )
+
+    def reset_calls(self) -> None:
+        """Start the report's counts anew."""
+        for patched in self._patched.values():
+            patched.site.calls, patched.site.backend = 0, None
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters of the adapter in use."""
+        return (p for patched in self._patched.values() for p in patched.site.parameters() if p.requires_grad)
+
+    # ------------------------------------------------------------------------------------------- patching and the way back
+
+    def attach(self) -> None:
+        """Freeze the base, watch the decoder, and become `model.steering`. Called by `patch_model`."""
+        for parameter, _ in self._requires_grad:
+            parameter.requires_grad_(False)
+        decoder = self._decoder.module
+        self._hooks = [
+            decoder.register_forward_pre_hook(self._before_forward),
+            decoder.register_forward_hook(self._after_forward),
+        ]
+        self._model.steering = self
+
+    def unpatch(self) -> Any:
+        """Take every site out of the model, which is then exactly as it came; return it. The adapters are gone.
+
+        Raises:
+            RuntimeError: another library has since changed a layer's class; nothing is undone then.
+        """
+        for patched in self._patched.values():
+            patched.check_removable()
+        for patched in self._patched.values():
+            patched.remove()
+        self._patched.clear()
+        self._configs.clear()
+        self._active = None
+        for parameter, required in self._requires_grad:
+            parameter.requires_grad_(required)
+        for hook in self._hooks:
+            hook.remove()
+        del self._model.steering
+        return self._model
+
+    def _insert(self, name: str, config: SteerConfig, adapters: dict[int, Adapter]) -> None:
+        """Give the layers their parameters, patching those that are not yet; all of them or none."""
+        new: list[PatchedLayer] = []
+        try:
+            for i in adapters:
+                if i not in self._patched:
+                    new.append(PatchedLayer(self._decoder.layers[i], i, f"{self._decoder.path}.{i}"))
+        except BaseException:
+            for patched in new:
+                patched.remove()
+            raise
+        self._patched.update({patched.index: patched for patched in new})
+        self._patched = dict(sorted(self._patched.items()))
+        for i, adapter in adapters.items():
+            self._patched[i].site.attach(name, adapter)
+        self._configs[name] = config
+        self.use(self._active)  # what is not in use does not train
+        self._enable()
+
+    def _enable(self) -> None:
+        for patched in self._patched.values():
+            patched.site.enabled = self._disabled == 0
+
+    # -------------------------------------------------------------------------------------- a layer that did not steer
+
+    def _before_forward(self, module: nn.Module, args: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self._calls_before = {i: p.site.calls for i, p in self._patched.items() if p.counts_calls}
+
+    def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
+        if torch.compiler.is_compiling() or (module.training and getattr(self._model.config, "layerdrop", 0)):
+            return
+        for i, before in self._calls_before.items():
+            patched = self._patched.get(i)
+            if patched is not None and patched.site.calls == before and self._decoder.layers[i] is patched.layer:
+                raise RuntimeError(
+                    f"layer {i} ({patched.base.__name__}) is patched but did not steer; expected its forward as patch_model "
+                    "left it (was it replaced since?)"
+                )
+
+    # --------------------------------------------------------------------------------------------------------- checks
+
+    @property
+    def _base(self) -> str:
+        return getattr(self._model.config, "_name_or_path", "") or ""
+
+    def _known(self, name: str | None) -> str:
+        if name is None:
+            if self._active is None:
+                raise KeyError(f"no adapter is in use; expected one of {self.names} to be named, or used")
+            return self._active
+        if name not in self._configs:
+            raise KeyError(f"no adapter {name!r}; expected one of {self.names}")
+        return name
+
+    def _check_new_name(self, name: str) -> None:
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise ValueError(f"adapter name is {name!r}; expected letters, digits, '_' and '-'")
+        if hasattr(nn.ModuleDict, name):
+            raise ValueError(f"adapter name is {name!r}, a word that PyTorch's modules use; expected another")
+        if name in self._configs:
+            raise ValueError(f"there is an adapter {name!r} already; expected a new name (have {self.names})")
+
+    def _indices(self, config: SteerConfig) -> list[int]:
+        count = len(self._decoder.layers)
+        if config.layers is None:
+            return list(range(count))
+        if config.layers[-1] >= count:
+            raise ValueError(f"layers has {config.layers[-1]}; expected indices below {count}, the model's layers")
+        return list(config.layers)
+
+    def _check_fits(self, file: AdapterFile, source: Any, check_base: bool) -> None:
+        for what, theirs, ours in (
+            ("hidden size", file.hidden, self._decoder.hidden),
+            ("number of layers", file.num_layers, len(self._decoder.layers)),
+        ):
+            if theirs != ours:
+                raise ValueError(f"{source} is for a model of {what} {theirs}; expected {ours}")
+        # The same model may lie in different places; its own name is the last part.
+        theirs, ours = (os.path.basename(base.rstrip("/\\")) for base in (file.base, self._base))
+        if check_base and theirs and ours and theirs != ours:
+            raise ValueError(
+                f"{source} is for the base model {file.base!r}; expected {self._base!r} (check_base=False loads it all the same)"
+            )
+
+
+def _device(layer: nn.Module) -> torch.device:
+    return next((p.device for p in layer.parameters()), torch.device("cpu"))

@@ -1,0 +1,33 @@
+"""Which backend runs: by device, unless the environment variable FUSED_STEER_BACKEND says otherwise."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from .numerics import INTERPRETED
+
+ENVIRONMENT_VARIABLE = "FUSED_STEER_BACKEND"
+BACKENDS = ("triton", "torch")
+_TRITON_DEVICES = ("cuda", "xpu")  # PyTorch calls ROCm devices "cuda" too
+
+
+def select_backend(device: torch.device) -> str:
+    """The backend for tensors on `device`: "triton" or "torch".
+
+    Raises:
+        RuntimeError: FUSED_STEER_BACKEND names no backend, or one that cannot run on `device`.
+    """
+    can_triton = device.type in _TRITON_DEVICES or (INTERPRETED and device.type == "cpu")
+    asked = os.environ.get(ENVIRONMENT_VARIABLE)
+    if not asked:
+        return "triton" if can_triton else "torch"
+    if asked not in BACKENDS:
+        raise RuntimeError(f"{ENVIRONMENT_VARIABLE} is {asked!r}; expected one of {', '.join(BACKENDS)}")
+    if asked == "triton" and not can_triton:
+        raise RuntimeError(
+            f"{ENVIRONMENT_VARIABLE} is 'triton' but the tensors are on {device}; expected a CUDA, ROCm or XPU device, "
+            "or a CPU with TRITON_INTERPRET=1 set before import"
+        )
+    return asked

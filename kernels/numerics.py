@@ -1,0 +1,76 @@
+"""How numbers are rounded: operands of `tl.dot`, and values on their way to memory. One policy for every kernel.
+
+All adapter arithmetic and all sums are fp32. Only the operands of a matrix product are narrower, by the hidden state's
+dtype, because that is what tensor cores take:
+
+| hidden state | operands | why |
+|---|---|---|
+| bf16 | bf16 | the model's own precision |
+| fp16 | tf32 | holds every fp16 value, with fp32's exponents: small gradients do not vanish, large pre-activations do not overflow |
+| fp32 | tf32x3 (ieee where there is no tf32, and at ranks over 128) | three tf32 products, error near 1e-6 |
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from triton import knobs
+
+#: True when kernels run in Triton's interpreter. Fixed at import, as Triton itself fixes it when a kernel is decorated.
+INTERPRETED: bool = bool(knobs.runtime.interpret)
+
+_EMULATE = tl.constexpr(INTERPRETED)
+
+
+def dot_precision(dtype: torch.dtype, gpu: str, rank: int) -> str:
+    """Name of the operand policy ("bf16", "tf32", "tf32x3" or "ieee") for a hidden state of `dtype`.
+
+    `gpu` is Triton's name of the vendor ("cuda", "hip", "xpu"). Only CUDA has tf32 everywhere; elsewhere fp32 operands
+    stay fp32, which AMD's matrix units take as they are. Three tf32 parts of 256 ranks do not fit in registers.
+    """
+    if dtype == torch.bfloat16:
+        return "bf16"
+    if gpu != "cuda" or (dtype == torch.float32 and rank > 128):
+        return "ieee"
+    return "tf32" if dtype == torch.float16 else "tf32x3"
+
+
+@triton.jit
+def _bf16_bits(x):
+    # Round to nearest even by hand. Triton's interpreter truncates, and keeps bf16 as raw 16-bit integers on which
+    # arithmetic is meaningless, so interpreted kernels never hold a bf16 value, only its bits on the way to memory.
+    bits = x.to(tl.uint32, bitcast=True)
+    rounded = bits + 0x7FFF + ((bits >> 16) & 1)
+    return tl.where(x == x, rounded, bits | 0x400000) >> 16
+
+
+@triton.jit
+def operand(x, DOT: tl.constexpr):
+    """fp32 block -> the dtype in which it enters a matrix product."""
+    if DOT == "bf16":
+        if _EMULATE:
+            return (_bf16_bits(x) << 16).to(tl.float32, bitcast=True)
+        else:
+            return x.to(tl.bfloat16)
+    else:
+        return x
+
+
+@triton.jit
+def dot(left, right, acc, DOT: tl.constexpr):
+    """acc + left @ right, summed in fp32. Operands come from `operand`."""
+    if DOT == "bf16":
+        return tl.dot(left, right, acc)
+    else:
+        return tl.dot(left, right, acc, input_precision=DOT)
+
+
+@triton.jit
+def store(pointers, x, mask):
+    """Store an fp32 block in the pointer's dtype, rounded to nearest even."""
+    dtype: tl.constexpr = pointers.dtype.element_ty
+    if _EMULATE and dtype == tl.bfloat16:
+        tl.store(pointers, _bf16_bits(x).to(tl.uint16).to(tl.bfloat16, bitcast=True), mask=mask)
+    else:
+        tl.store(pointers, x.to(dtype), mask=mask)

@@ -1,0 +1,818 @@
+"""Post-block steering fused into the residual add that ends a decoder block: forward, backward, op, autograd.
+
+    x   = residual + branch                         (N, d)
+    a   = x W1ᵀ + b1                                (N, r)   W1 = down (r, d), b1 = down_bias (r,)
+    u   = φ(a) W2'ᵀ + b2                            (N, d)   W2' = (I − V Vᵀ) W2, W2 = up (d, r), V = basis (d, k), b2 = up_bias
+    out = x + s · g ⊙ u                             (N, d)   s = scale, g = gain (N,)
+
+and backward, with G = ∂L/∂out:
+
+    t   = s · g ⊙ G            dz = t W2'            da = dz ⊙ φ'(a)
+    dx  = G + da W1            dW1 = daᵀ x           dW2' = tᵀ φ(a)       dW2 = (I − V Vᵀ) dW2'
+    db1 = Σ da   db2 = Σ t     ds = Σ g ⊙ rowsum(G ⊙ u)                   dg = s · rowsum(G ⊙ u)
+
+`out` and `a` alone are kept: x = out − s·g·u, and rowsum(G ⊙ u) = φ(a)·(G W2') + G·b2. The file reads from the kernels
+to what a user calls: kernels, launchers, shared forward and backward, registered ops, autograd, `post_block`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import reference
+from .activations import ACTIVATIONS, apply, derivative
+from .backend import select_backend
+from .contract import Gradients, Needs
+from .launch import device_of, launch
+from .numerics import dot, dot_precision, operand, store
+from .schedule import MAX_RANK, column_passes, columns_schedule, forward_schedule, rows_schedule
+
+# ----------------------------------------------------------------------------------------------------------- kernels
+
+
+@triton.jit
+def _row_offsets(rows, inner, stride_outer, stride_inner, NESTED: tl.constexpr):
+    # 64-bit: N·d passes 2^31 with long sequences. NESTED: (batch, sequence, d) whose two leading strides do not collapse.
+    rows = rows.to(tl.int64)
+    if NESTED:
+        return (rows // inner) * stride_outer + (rows % inner) * stride_inner
+    else:
+        return rows * stride_inner
+
+
+@triton.jit
+def _strength(p_gain, p_scale, scale, rows, m_rows, HAS_GAIN: tl.constexpr, SCALE_ON_DEVICE: tl.constexpr):
+    """s · g of a tile's rows. [BLOCK_N]"""
+    s = tl.load(p_scale).to(tl.float32) if SCALE_ON_DEVICE else scale
+    strength = tl.zeros(rows.shape, tl.float32) + s
+    if HAS_GAIN:
+        strength *= tl.load(p_gain + rows, mask=m_rows, other=0.0).to(tl.float32)
+    return strength
+
+
+@triton.jit
+def _scaled(values, strength):
+    # Zero strength is exactly nothing, whatever the values overflowed to.
+    return tl.where(strength == 0, 0.0, values * strength)
+
+
+@triton.jit
+def _down_tile(p_down, ranks, columns, m_columns, D, RANK: tl.constexpr):
+    """A tile of W1, zero beyond the rank. [BLOCK_R, BLOCK_D]"""
+    pointers = p_down + ranks[:, None].to(tl.int64) * D + columns[None, :]
+    return tl.load(pointers, mask=(ranks[:, None] < RANK) & m_columns[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _up_tile(p_up, ranks, columns, m_columns, RANK: tl.constexpr):
+    """A tile of W2', zero beyond the rank. [BLOCK_D, BLOCK_R]"""
+    pointers = p_up + columns[:, None].to(tl.int64) * RANK + ranks[None, :]
+    return tl.load(pointers, mask=(ranks[None, :] < RANK) & m_columns[:, None], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _load_x(
+    p_residual, p_branch, residual_rows, branch_rows, columns, mask, HAS_BRANCH: tl.constexpr, POLICY: tl.constexpr
+):
+    """residual + branch. [BLOCK_N, BLOCK_D]"""
+    x = tl.load(p_residual + residual_rows[:, None] + columns[None, :], mask=mask, other=0.0, eviction_policy=POLICY)
+    x = x.to(tl.float32)
+    if HAS_BRANCH:
+        b = tl.load(p_branch + branch_rows[:, None] + columns[None, :], mask=mask, other=0.0, eviction_policy=POLICY)
+        x += b.to(tl.float32)
+    return x
+
+
+@triton.jit(do_not_specialize=["N", "inner"])
+def forward_kernel(
+    p_residual, p_branch, p_down, p_up, p_down_bias, p_up_bias, p_gain, p_scale, p_out, p_a,
+    scale, N, D, part, inner, residual_outer, residual_inner, branch_outer, branch_inner,
+    RANK: tl.constexpr, ACTIVATION: tl.constexpr, DOT: tl.constexpr,
+    HAS_BRANCH: tl.constexpr, HAS_DOWN_BIAS: tl.constexpr, HAS_UP_BIAS: tl.constexpr, HAS_GAIN: tl.constexpr,
+    SCALE_ON_DEVICE: tl.constexpr, KEEP_A: tl.constexpr, NESTED: tl.constexpr, EVEN_D: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Grid (programs, splits): walks tiles of BLOCK_N rows; writes columns [split · part, (split + 1) · part)."""
+    first = tl.program_id(1) * part
+    last = tl.minimum(first + part, D)
+    for tile in range(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.num_programs(0)):
+        rows = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        m_rows = rows < N
+        residual_rows = _row_offsets(rows, inner, residual_outer, residual_inner, NESTED)
+        branch_rows = _row_offsets(rows, inner, branch_outer, branch_inner, NESTED)
+        strength = _strength(p_gain, p_scale, scale, rows, m_rows, HAS_GAIN, SCALE_ON_DEVICE)
+
+        if RANK > 0:
+            ranks = tl.arange(0, BLOCK_R)
+            a = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
+            for start in range(0, D, BLOCK_D):
+                columns = start + tl.arange(0, BLOCK_D)
+                m_columns = (columns < D) | EVEN_D
+                mask = m_rows[:, None] & m_columns[None, :]
+                x = _load_x(
+                    p_residual, p_branch, residual_rows, branch_rows, columns, mask, HAS_BRANCH, "evict_last"
+                )  # fmt: skip
+                w1 = _down_tile(p_down, ranks, columns, m_columns, D, RANK)
+                a = dot(operand(x, DOT), tl.trans(operand(w1, DOT)), a, DOT)
+            m_ranks = ranks < RANK
+            if HAS_DOWN_BIAS:
+                a += tl.load(p_down_bias + ranks, mask=m_ranks, other=0.0).to(tl.float32)[None, :]
+            if KEEP_A:
+                if tl.program_id(1) == 0:
+                    p_rows = p_a + rows[:, None].to(tl.int64) * RANK + ranks[None, :]
+                    tl.store(p_rows, a, mask=m_rows[:, None] & m_ranks[None, :])
+            h = operand(apply(a, ACTIVATION), DOT)
+
+        # Backwards over the columns: what was read last is the surest to be in the cache still.
+        blocks = tl.cdiv(last - first, BLOCK_D)
+        for block in range(0, blocks):
+            start = first + (blocks - 1 - block) * BLOCK_D
+            columns = start + tl.arange(0, BLOCK_D)
+            m_columns = (columns < D) | EVEN_D
+            mask = m_rows[:, None] & m_columns[None, :]
+            u = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+            if RANK > 0:
+                w2 = _up_tile(p_up, ranks, columns, m_columns, RANK)
+                u = dot(h, tl.trans(operand(w2, DOT)), u, DOT)
+            if HAS_UP_BIAS:
+                u += tl.load(p_up_bias + columns, mask=m_columns, other=0.0).to(tl.float32)[None, :]
+            x = _load_x(p_residual, p_branch, residual_rows, branch_rows, columns, mask, HAS_BRANCH, "evict_first")
+            delta = _scaled(u, strength[:, None])
+            # −0 + 0 would be +0: a shift of zero leaves the very bits.
+            out = tl.where(delta == 0, x, x + delta)
+            store(p_out + rows[:, None].to(tl.int64) * D + columns[None, :], out, mask)
+
+
+@triton.jit(do_not_specialize=["N", "inner"])
+def rows_kernel(
+    p_grad, p_a, p_up, p_up_bias, p_gain, p_scale, p_da, p_row_dot,
+    scale, N, D, inner, grad_outer, grad_inner,
+    RANK: tl.constexpr, ACTIVATION: tl.constexpr, DOT: tl.constexpr,
+    HAS_UP_BIAS: tl.constexpr, HAS_GAIN: tl.constexpr, SCALE_ON_DEVICE: tl.constexpr,
+    NEED_DA: tl.constexpr, NEED_ROW_DOT: tl.constexpr, NESTED: tl.constexpr, EVEN_D: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """What is reduced over d: da (N, r) and rowsum(G ⊙ u) (N,). Grid (tiles,)."""
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_rows = rows < N
+    grad_rows = _row_offsets(rows, inner, grad_outer, grad_inner, NESTED)
+    along_bias = tl.zeros([BLOCK_N], tl.float32)
+    if RANK > 0:
+        ranks = tl.arange(0, BLOCK_R)
+        gz = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
+    for start in range(0, D, BLOCK_D):
+        columns = start + tl.arange(0, BLOCK_D)
+        m_columns = (columns < D) | EVEN_D
+        mask = m_rows[:, None] & m_columns[None, :]
+        g = tl.load(p_grad + grad_rows[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+        if RANK > 0:
+            w2 = _up_tile(p_up, ranks, columns, m_columns, RANK)
+            gz = dot(operand(g, DOT), operand(w2, DOT), gz, DOT)
+        if NEED_ROW_DOT and HAS_UP_BIAS:
+            along_bias += tl.sum(g * tl.load(p_up_bias + columns, mask=m_columns, other=0.0).to(tl.float32)[None, :], 1)
+    if RANK > 0:
+        m_ranks = ranks < RANK
+        p_rows = rows[:, None].to(tl.int64) * RANK + ranks[None, :]
+        mask = m_rows[:, None] & m_ranks[None, :]
+        a = tl.load(p_a + p_rows, mask=mask, other=0.0)
+        if NEED_DA:
+            strength = _strength(p_gain, p_scale, scale, rows, m_rows, HAS_GAIN, SCALE_ON_DEVICE)
+            tl.store(p_da + p_rows, _scaled(gz * derivative(a, ACTIVATION), strength[:, None]), mask=mask)
+        if NEED_ROW_DOT:
+            along_bias += tl.sum(apply(a, ACTIVATION) * gz, 1)
+    if NEED_ROW_DOT:
+        tl.store(p_row_dot + rows, along_bias, mask=m_rows)
+
+
+@triton.jit(do_not_specialize=["N", "inner"])
+def columns_kernel(
+    p_grad, p_out, p_a, p_da, p_down, p_up, p_up_bias, p_gain, p_scale, p_dx, p_slab,
+    scale, N, D, part, slab_size, inner, grad_outer, grad_inner,
+    RANK: tl.constexpr, ACTIVATION: tl.constexpr, DOT: tl.constexpr,
+    HAS_UP_BIAS: tl.constexpr, HAS_GAIN: tl.constexpr, SCALE_ON_DEVICE: tl.constexpr,
+    NEED_X: tl.constexpr, NEED_DOWN: tl.constexpr, NEED_UP: tl.constexpr, NEED_UP_BIAS: tl.constexpr,
+    NESTED: tl.constexpr, EVEN_D: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """What is a sum over tokens: dW1, dW2', db2; and dx on the way. Grid (column blocks, parts of the rows).
+
+    Partial sums go to a slab (slab_size floats: dW1 (r, d), dW2' (d, r), db2 (d,), as far as needed) of each part of
+    the rows; the launcher adds the slabs. No atomics: two runs give the same bits.
+    """
+    columns = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    m_columns = (columns < D) | EVEN_D
+    first = tl.program_id(1) * part
+    if RANK > 0:
+        ranks = tl.arange(0, BLOCK_R)
+        m_ranks = ranks < RANK
+        if NEED_X:
+            w1 = operand(_down_tile(p_down, ranks, columns, m_columns, D, RANK), DOT)
+        if NEED_DOWN:
+            w2 = tl.trans(operand(_up_tile(p_up, ranks, columns, m_columns, RANK), DOT))
+            d_down = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+        if NEED_UP:
+            d_up = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+    if HAS_UP_BIAS and NEED_DOWN:
+        b2 = tl.load(p_up_bias + columns, mask=m_columns, other=0.0).to(tl.float32)
+    if NEED_UP_BIAS:
+        d_up_bias = tl.zeros([BLOCK_D], tl.float32)
+
+    for start in range(first, tl.minimum(first + part, N), BLOCK_N):
+        rows = start + tl.arange(0, BLOCK_N)
+        m_rows = rows < N
+        mask = m_rows[:, None] & m_columns[None, :]
+        grad_rows = _row_offsets(rows, inner, grad_outer, grad_inner, NESTED)
+        out_offsets = rows[:, None].to(tl.int64) * D + columns[None, :]
+        g = tl.load(p_grad + grad_rows[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+        strength = _strength(p_gain, p_scale, scale, rows, m_rows, HAS_GAIN, SCALE_ON_DEVICE)
+        if RANK > 0:
+            p_rows = rows[:, None].to(tl.int64) * RANK + ranks[None, :]
+            m_rank_rows = m_rows[:, None] & m_ranks[None, :]
+            if NEED_X or NEED_DOWN:
+                da = operand(tl.load(p_da + p_rows, mask=m_rank_rows, other=0.0), DOT)
+            if NEED_DOWN or NEED_UP:
+                h = operand(apply(tl.load(p_a + p_rows, mask=m_rank_rows, other=0.0), ACTIVATION), DOT)
+            if NEED_X:
+                store(p_dx + out_offsets, dot(da, w1, g, DOT), mask)
+            if NEED_DOWN:
+                u = dot(h, w2, tl.zeros([BLOCK_N, BLOCK_D], tl.float32), DOT)
+                if HAS_UP_BIAS:
+                    u += b2[None, :]
+                x = tl.load(p_out + out_offsets, mask=mask, other=0.0).to(tl.float32) - _scaled(u, strength[:, None])
+                d_down = dot(tl.trans(da), operand(x, DOT), d_down, DOT)
+        if NEED_UP or NEED_UP_BIAS:
+            t = _scaled(g, strength[:, None])
+            if NEED_UP:
+                d_up = dot(tl.trans(h), operand(t, DOT), d_up, DOT)
+            if NEED_UP_BIAS:
+                d_up_bias += tl.sum(t, 0)
+
+    p_slab += tl.program_id(1).to(tl.int64) * slab_size
+    if NEED_DOWN:
+        m_down = m_ranks[:, None] & m_columns[None, :]
+        tl.store(p_slab + ranks[:, None].to(tl.int64) * D + columns[None, :], d_down, mask=m_down)
+        p_slab += RANK * D
+    if NEED_UP:
+        m_up = m_columns[:, None] & m_ranks[None, :]
+        tl.store(p_slab + columns[:, None].to(tl.int64) * RANK + ranks[None, :], tl.trans(d_up), mask=m_up)
+        p_slab += RANK * D
+    if NEED_UP_BIAS:
+        tl.store(p_slab + columns, d_up_bias, mask=m_columns)
+
+
+# --------------------------------------------------------------------------------------------------------- launchers
+
+
+def _collapsed_stride(sizes: tuple[int, ...], strides: tuple[int, ...]) -> int | None:
+    """The one stride of these dimensions taken as one, or None where there is none."""
+    stride = size = None
+    for n, s in zip(reversed(sizes), reversed(strides), strict=True):
+        if n == 1:
+            continue
+        if stride is None:
+            stride, size = s, n
+        elif s == stride * size:
+            size *= n
+        else:
+            return None
+    return 0 if stride is None else stride
+
+
+def _row_layout(*tensors: Tensor | None) -> tuple[list[Tensor | None], int, list[tuple[int, int]]]:
+    """Tensors of one shape (..., d) seen as rows: the tensors, the inner extent, (outer, inner) strides of each.
+
+    The inner extent is 0 where one stride does for all rows of all tensors. A tensor is copied only if its last
+    stride is not 1 or if no split of the leading dimensions in two serves all of them.
+    """
+    present = [t for t in tensors if t is not None]
+    if all(t.is_contiguous() for t in present):
+        return list(tensors), 0, [(0, t.shape[-1]) if t is not None else (0, 0) for t in tensors]
+    leading = tuple(present[0].shape[:-1])
+    usable = [t if t is None or t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in tensors]
+    for cut in range(len(leading)):  # cut 0: everything is inner
+        layout = []
+        for t in usable:
+            strides = t.stride()[:-1] if t is not None else (0,) * len(leading)
+            outer = _collapsed_stride(leading[:cut], strides[:cut])
+            inner = _collapsed_stride(leading[cut:], strides[cut:])
+            if outer is None or inner is None:
+                break
+            layout.append((outer, inner))
+        else:
+            return usable, torch.Size(leading[cut:]).numel() if cut else 0, layout
+    return _row_layout(*(None if t is None else t.contiguous() for t in usable))
+
+
+def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.contiguous() for t in tensors]
+
+
+def _triton_forward(
+    residual: Tensor,
+    branch: Tensor | None,
+    down: Tensor | None,
+    up: Tensor | None,
+    down_bias: Tensor | None,
+    up_bias: Tensor | None,
+    gain: Tensor | None,
+    scale: float | Tensor,
+    activation: str,
+    keep_a: bool,
+) -> tuple[Tensor, Tensor | None]:
+    dtype = residual.dtype if branch is None else torch.promote_types(residual.dtype, branch.dtype)
+    hidden = residual.shape[-1]
+    tokens = residual.numel() // hidden
+    rank = 0 if down is None else down.shape[0]
+    out = torch.empty(residual.shape, dtype=dtype, device=residual.device)
+    a = torch.empty(tokens, rank, dtype=torch.float32, device=residual.device) if keep_a and rank else None
+    if tokens == 0:
+        return out, a
+    (residual, branch), inner, (residual_strides, branch_strides) = _row_layout(residual, branch)
+    down, up, down_bias, up_bias, gain = _contiguous(down, up, down_bias, up_bias, gain)
+    device = device_of(residual)
+    schedule = forward_schedule(tokens, hidden, rank, dtype.itemsize, device)
+    p_scale, scale = (scale, 0.0) if isinstance(scale, Tensor) else (None, scale)
+    launch(
+        forward_kernel, (schedule.programs, schedule.splits),
+        residual, branch, down, up, down_bias, up_bias, gain, p_scale, out, a,
+        scale, tokens, hidden, schedule.part, inner, *residual_strides, *branch_strides,
+        device=residual.device, schedule=schedule,
+        RANK=rank, ACTIVATION=activation, DOT=dot_precision(dtype, device.gpu, rank),
+        HAS_BRANCH=branch is not None, HAS_DOWN_BIAS=down_bias is not None, HAS_UP_BIAS=up_bias is not None,
+        HAS_GAIN=gain is not None, SCALE_ON_DEVICE=p_scale is not None, KEEP_A=a is not None,
+        NESTED=inner > 0, EVEN_D=hidden % schedule.block_d == 0,
+    )  # fmt: skip
+    return out, a
+
+
+def _triton_backward(
+    grad: Tensor,
+    out: Tensor | None,
+    a: Tensor | None,
+    down: Tensor | None,
+    up: Tensor | None,
+    up_bias: Tensor | None,
+    gain: Tensor | None,
+    scale: float | Tensor,
+    activation: str,
+    needs: Needs,
+) -> Gradients:
+    hidden = grad.shape[-1]
+    tokens = grad.numel() // hidden
+    rank = 0 if a is None else a.shape[1]
+    result = Gradients()
+    if tokens == 0:
+        return _empty_gradients(grad, hidden, rank, needs)
+    (grad,), inner, (grad_strides,) = _row_layout(grad)
+    down, up, up_bias, gain = _contiguous(down, up, up_bias, gain)
+    device = device_of(grad)
+    p_scale, scale = (scale, 0.0) if isinstance(scale, Tensor) else (None, scale)
+    f32 = {"dtype": torch.float32, "device": grad.device}
+    shared = {
+        "device": grad.device, "RANK": rank, "ACTIVATION": activation, "DOT": dot_precision(grad.dtype, device.gpu, rank),
+        "HAS_UP_BIAS": up_bias is not None, "HAS_GAIN": gain is not None, "SCALE_ON_DEVICE": p_scale is not None,
+        "NESTED": inner > 0,
+    }  # fmt: skip
+
+    need_da = rank > 0 and (needs.x or needs.down or needs.down_bias)
+    da = torch.empty(tokens, rank, **f32) if need_da else None
+    row_dot = torch.empty(tokens, **f32) if needs.row_dot else None
+    if need_da or needs.row_dot:
+        schedule = rows_schedule(tokens, hidden, rank, grad.itemsize, device)
+        launch(
+            rows_kernel, (schedule.programs,),
+            grad, a, up, up_bias, gain, p_scale, da, row_dot, scale, tokens, hidden, inner, *grad_strides,
+            schedule=schedule, **shared, NEED_DA=need_da, NEED_ROW_DOT=needs.row_dot,
+            EVEN_D=hidden % schedule.block_d == 0,
+        )  # fmt: skip
+    need_x = needs.x and rank > 0
+    schedule = columns_schedule(tokens, hidden, rank, grad.itemsize, device)
+    for rest, down_too in column_passes(rank):
+        pass_x, pass_down, pass_up, pass_up_bias = (
+            need_x and rest, needs.down and down_too, needs.up and rest, needs.up_bias and rest
+        )  # fmt: skip
+        if not (pass_x or pass_down or pass_up or pass_up_bias):
+            continue
+        sizes = [rank * hidden * pass_down, rank * hidden * pass_up, hidden * pass_up_bias]
+        slabs = torch.empty(schedule.splits, sum(sizes), **f32)
+        dx = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device) if pass_x else None
+        launch(
+            columns_kernel, (schedule.programs, schedule.splits),
+            grad, out, a, da, down, up, up_bias, gain, p_scale, dx, slabs,
+            scale, tokens, hidden, schedule.part, sum(sizes), inner, *grad_strides,
+            schedule=schedule, **shared, NEED_X=pass_x, NEED_DOWN=pass_down, NEED_UP=pass_up,
+            NEED_UP_BIAS=pass_up_bias, EVEN_D=hidden % schedule.block_d == 0,
+        )  # fmt: skip
+        if pass_x:
+            result.x = dx
+        if sum(sizes):
+            # Views of one buffer; autograd keeps what it accumulates elsewhere.
+            d_down, d_up, d_up_bias = (slabs[0] if schedule.splits == 1 else slabs.sum(0)).split(sizes)
+            if pass_down:
+                result.down = d_down.view(rank, hidden)
+            if pass_up:
+                result.up = d_up.view(hidden, rank)
+            if pass_up_bias:
+                result.up_bias = d_up_bias
+    if needs.x and rank == 0:
+        result.x = grad
+    if needs.down_bias:
+        assert da is not None
+        result.down_bias = da.sum(0)
+    result.row_dot = row_dot
+    return result
+
+
+def _empty_gradients(grad: Tensor, hidden: int, rank: int, needs: Needs) -> Gradients:
+    """The gradients of no tokens."""
+
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.float32, device=grad.device)
+
+    return Gradients(
+        x=grad if needs.x else None,
+        down=zeros(rank, hidden) if needs.down else None,
+        up=zeros(hidden, rank) if needs.up else None,
+        down_bias=zeros(rank) if needs.down_bias else None,
+        up_bias=zeros(hidden) if needs.up_bias else None,
+        row_dot=zeros(0) if needs.row_dot else None,
+    )
+
+
+# ------------------------------------------------------------------------------------- forward and backward, any backend
+
+_FORWARD = {"triton": _triton_forward, "torch": reference.forward}
+_BACKWARD = {"triton": _triton_backward, "torch": reference.backward}
+
+
+def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Autocast does not reach inside the op: its arithmetic is fp32 by definition."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def project(matrix: Tensor, basis: Tensor) -> Tensor:
+    """(I − V Vᵀ) M for M (d, r) and an orthonormal V = basis (d, k), in M's accumulation dtype (paper §5.2)."""
+    acc = reference.accumulation_dtype(matrix.dtype)
+    matrix, basis = matrix.to(acc), basis.to(acc)
+    return torch.addmm(matrix, basis, basis.t() @ matrix, alpha=-1)
+
+
+def _forward(
+    residual: Tensor,
+    branch: Tensor | None,
+    down: Tensor | None,
+    up: Tensor | None,
+    down_bias: Tensor | None,
+    up_bias: Tensor | None,
+    gain: Tensor | None,
+    basis: Tensor | None,
+    scale: float | Tensor,
+    activation: str,
+    keep_a: bool,
+) -> tuple[Tensor, Tensor | None]:
+    with _no_autocast(residual.device):
+        if basis is not None and up is not None:
+            up = project(up, basis)
+        run = _FORWARD[select_backend(residual.device)]
+        return run(residual, branch, down, up, down_bias, up_bias, gain, scale, activation, keep_a)
+
+
+def _backward(
+    grad: Tensor,
+    out: Tensor | None,
+    a: Tensor | None,
+    down: Tensor | None,
+    up: Tensor | None,
+    down_bias: Tensor | None,
+    up_bias: Tensor | None,
+    gain: Tensor | None,
+    basis: Tensor | None,
+    scale: float | Tensor,
+    activation: str,
+    needs: list[bool],
+) -> list[Tensor]:
+    """The gradients that `needs` asks for (of x, down, up, down_bias, up_bias, gain, scale), in that order, each in the
+    dtype of its own tensor; that of x in the dtype of `grad`."""
+    need_x, need_down, need_up, need_down_bias, need_up_bias, need_gain, need_scale = needs
+    wanted = Needs(need_x, need_down, need_up, need_down_bias, need_up_bias, need_gain or need_scale)
+    with _no_autocast(grad.device):
+        if basis is not None and up is not None:
+            projected = project(up, basis)
+        else:
+            projected = up
+        found = _BACKWARD[select_backend(grad.device)](
+            grad, out, a, down, projected, up_bias, gain, scale, activation, wanted
+        )
+        if basis is not None and found.up is not None:
+            found.up = project(found.up, basis)
+        result: list[Tensor] = []
+        for value, like in (
+            (found.x, grad),
+            (found.down, down),
+            (found.up, up),
+            (found.down_bias, down_bias),
+            (found.up_bias, up_bias),
+        ):
+            if value is not None and like is not None:
+                result.append(value.to(like.dtype))
+        if need_gain:
+            assert gain is not None and found.row_dot is not None
+            result.append((found.row_dot * scale).view(gain.shape).to(gain.dtype))
+        if need_scale:
+            assert isinstance(scale, Tensor) and found.row_dot is not None
+            weighted = found.row_dot if gain is None else found.row_dot * gain.reshape(-1)
+            result.append(weighted.sum().to(scale.dtype))
+        return result
+
+
+# ------------------------------------------------------------------------------------------------------ registered ops
+#
+# What torch.compile and torch.export see. Eager calls go past them: a dispatch through torch.library costs tens of
+# microseconds, more than the kernel itself at decode sizes.
+
+_OPERANDS = (
+    "Tensor? down, Tensor? up, Tensor? down_bias, Tensor? up_bias, Tensor? gain, Tensor? scale_tensor, Tensor? basis, "
+    "float scale, str activation"
+)
+
+
+def _post_block_op(
+    residual, branch, down, up, down_bias, up_bias, gain, scale_tensor, basis, scale, activation, keep_a
+):  # fmt: skip
+    s = scale if scale_tensor is None else scale_tensor
+    out, a = _forward(residual, branch, down, up, down_bias, up_bias, gain, basis, s, activation, keep_a)
+    return out, out.new_empty(0, dtype=reference.accumulation_dtype(out.dtype)) if a is None else a
+
+
+def _post_block_fake(
+    residual, branch, down, up, down_bias, up_bias, gain, scale_tensor, basis, scale, activation, keep_a
+):  # fmt: skip
+    dtype = residual.dtype if branch is None else torch.promote_types(residual.dtype, branch.dtype)
+    out = residual.new_empty(residual.shape, dtype=dtype)
+    rank = 0 if down is None else down.shape[0]
+    shape = (residual.numel() // residual.shape[-1], rank) if keep_a and rank else (0,)
+    return out, residual.new_empty(shape, dtype=reference.accumulation_dtype(dtype))
+
+
+def _post_block_backward_op(
+    grad, out, a, down, up, down_bias, up_bias, gain, scale_tensor, basis, scale, activation, needs
+):  # fmt: skip
+    s = scale if scale_tensor is None else scale_tensor
+    return _backward(grad, out, a, down, up, down_bias, up_bias, gain, basis, s, activation, needs)
+
+
+def _post_block_backward_fake(
+    grad, out, a, down, up, down_bias, up_bias, gain, scale_tensor, basis, scale, activation, needs
+):  # fmt: skip
+    likes = (grad, down, up, down_bias, up_bias, gain, scale_tensor)
+    return [like.new_empty(like.shape) for like, need in zip(likes, needs, strict=True) if need]
+
+
+_op = torch.library.custom_op(
+    "fused_steer::post_block",
+    _post_block_op,
+    mutates_args=(),
+    schema=f"(Tensor residual, Tensor? branch, {_OPERANDS}, bool keep_a) -> (Tensor, Tensor)",
+)
+_op.register_fake(_post_block_fake)
+_backward_op = torch.library.custom_op(
+    "fused_steer::post_block_backward",
+    _post_block_backward_op,
+    mutates_args=(),
+    schema=f"(Tensor grad, Tensor? out, Tensor? a, {_OPERANDS}, bool[] needs) -> Tensor[]",
+)
+_backward_op.register_fake(_post_block_backward_fake)
+
+
+# ---------------------------------------------------------------------------------------------------------- autograd
+
+_NO_SECOND_DERIVATIVE = "post_block has no second derivative; expected one backward pass (create_graph=False)"
+
+
+def _refuse_second_derivative(*_: Any) -> Any:
+    raise RuntimeError(_NO_SECOND_DERIVATIVE)
+
+
+_backward_op.register_autograd(_refuse_second_derivative)
+
+
+class _FirstOrder(torch.autograd.Function):
+    """Passes gradients on, and refuses to be differentiated: without it a second derivative would be a silent zero."""
+
+    @staticmethod
+    def forward(ctx: Any, _: Tensor, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return tuple(g.view_as(g) for g in gradients)
+
+    backward = staticmethod(_refuse_second_derivative)
+
+
+def _keeps_a(rank: int, *tensors: Tensor | None) -> bool:
+    """Whether a backward pass will come that needs a; `tensors` are those whose gradients do."""
+    return rank > 0 and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None]) -> None:
+    residual, branch, down, up, down_bias, up_bias, gain, scale_tensor, basis, scale, activation, _ = inputs
+    out, a = output
+    x, branch_needs, d_down, d_up, d_down_bias, d_up_bias, d_gain, d_scale = ctx.needs_input_grad[:8]
+    adapter = down is not None
+    ctx.needs = [(x or branch_needs) and adapter, d_down, d_up, d_down_bias, d_up_bias, d_gain, d_scale]
+    ctx.dtypes = (residual.dtype if x else None, branch.dtype if branch_needs else None)
+    ctx.constants = (scale, activation)
+    reduces = any((*ctx.needs[:4], d_gain, d_scale))
+    if any(ctx.needs):
+        ctx.save_for_backward(
+            out if d_down else None,
+            a if adapter and reduces else None,
+            down,
+            up,
+            down_bias,
+            up_bias,
+            gain,
+            scale_tensor,
+            basis,
+        )
+    if a is not None:
+        ctx.mark_non_differentiable(a)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, grad: Tensor | None, run: Any) -> tuple[Tensor | None, ...]:
+    """The gradients of all inputs, computed by `run`: `_post_block_backward_op`, or the op that it is registered as."""
+    if grad is None:
+        return (None,) * 12
+    found = iter(run(grad, *ctx.saved_tensors, *ctx.constants, ctx.needs) if any(ctx.needs) else ())
+    dx, *others = [next(found) if need else None for need in ctx.needs]
+    if dx is None:
+        dx = grad  # a vector moves the hidden state by a constant
+    d_residual, d_branch = (None if dtype is None else dx.to(dtype) for dtype in ctx.dtypes)
+    return (d_residual, d_branch, *others, None, None, None, None)
+
+
+def _eager_forward(
+    residual, branch, down, up, down_bias, up_bias, gain, scale_tensor, basis, scale, activation, keep_a
+):  # fmt: skip
+    s = scale if scale_tensor is None else scale_tensor
+    return _forward(residual, branch, down, up, down_bias, up_bias, gain, basis, s, activation, keep_a)
+
+
+class _PostBlock(torch.autograd.Function):
+    """The op in eager mode."""
+
+    forward = staticmethod(_eager_forward)
+    setup_context = staticmethod(_setup_context)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        create_graph = torch.is_grad_enabled()
+        with torch.no_grad():
+            gradients = _differentiate(ctx, grad, _post_block_backward_op)
+        if not create_graph or grad is None:
+            return gradients
+        marker = torch.empty(0, device=grad.device, requires_grad=True)
+        passed = iter(_FirstOrder.apply(marker, *(g for g in gradients if g is not None)))
+        return tuple(None if g is None else next(passed) for g in gradients)
+
+
+def _op_backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    return _differentiate(ctx, grad, torch.ops.fused_steer.post_block_backward)
+
+
+_op.register_autograd(_op_backward, setup_context=_setup_context)
+
+
+# -------------------------------------------------------------------------------------------------------- user's call
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    if tensor.shape != shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {shape}")
+    if tensor.dtype not in _DTYPES:
+        raise TypeError(f"{name} has dtype {tensor.dtype}; expected float32, bfloat16, float16 or float64")
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}; expected {device}, the device of residual")
+
+
+def _check(
+    residual: Tensor,
+    branch: Tensor | None,
+    down: Tensor | None,
+    up: Tensor | None,
+    down_bias: Tensor | None,
+    up_bias: Tensor | None,
+    gain: Tensor | None,
+    basis: Tensor | None,
+    scale: float | Tensor,
+    activation: str,
+) -> None:
+    """Refuse what the op does not define, in one line that says what came and what was expected."""
+    if residual.dim() < 1 or residual.shape[-1] == 0:
+        raise ValueError(f"residual has shape {tuple(residual.shape)}; expected (..., d) with d > 0")
+    device, hidden = residual.device, residual.shape[-1]
+    _check_tensor("residual", residual, residual.shape, device)
+    if branch is not None:
+        _check_tensor("branch", branch, residual.shape, device)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation is {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
+    if (down is None) != (up is None):
+        missing, given = ("down", "up") if down is None else ("up", "down")
+        raise ValueError(f"{missing} is None but {given} is given; expected both, or neither for a steering vector")
+    if down is None and up_bias is None:
+        raise ValueError("down, up and up_bias are all None; expected down and up, or up_bias (a steering vector)")
+    if down is not None and up is not None:
+        if down.dim() != 2 or down.shape[1] != hidden:
+            raise ValueError(f"down has shape {tuple(down.shape)}; expected (r, {hidden})")
+        rank = down.shape[0]
+        if rank > MAX_RANK:
+            raise ValueError(f"the rank of down is {rank}; expected at most {MAX_RANK}")
+        _check_tensor("down", down, (rank, hidden), device)
+        _check_tensor("up", up, (hidden, rank), device)
+        if down_bias is not None:
+            _check_tensor("down_bias", down_bias, (rank,), device)
+    elif down_bias is not None:
+        raise ValueError("down_bias is given without down; expected both or neither")
+    elif basis is not None:
+        raise ValueError("basis is given without up; expected both or neither")
+    if up_bias is not None:
+        _check_tensor("up_bias", up_bias, (hidden,), device)
+    if gain is not None:
+        _check_tensor("gain", gain, residual.shape[:-1], device)
+    if basis is not None:
+        if basis.dim() != 2 or basis.shape[0] != hidden or basis.shape[1] > hidden:
+            raise ValueError(f"basis has shape {tuple(basis.shape)}; expected ({hidden}, k) with k <= {hidden}")
+        _check_tensor("basis", basis, basis.shape, device)
+    if isinstance(scale, Tensor):
+        _check_tensor("scale", scale, (), device)
+    elif isinstance(scale, bool) or not isinstance(scale, (float, int)):
+        raise TypeError(f"scale is a {type(scale).__name__}; expected a float or a 0-dim tensor")
+
+
+def _check_backend(backend: str, *tensors: Tensor | None) -> None:
+    if backend == "triton" and any(t is not None and t.dtype == torch.float64 for t in tensors):
+        raise TypeError("the triton backend got a float64 tensor; expected float32, bfloat16 or float16")
+
+
+def post_block(
+    residual: Tensor,
+    branch: Tensor | None,
+    down: Tensor | None,
+    up: Tensor | None,
+    *,
+    down_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    activation: str = "silu",
+    scale: float | Tensor = 1.0,
+    gain: Tensor | None = None,
+    basis: Tensor | None = None,
+) -> Tensor:
+    """Post-block steering, x + s · g ⊙ (φ(x W1ᵀ + b1) W2'ᵀ + b2) with x = residual + branch (arXiv 2603.00425, §3).
+
+    One pass over the hidden state, forward; the backward is written by hand and keeps the output and a (N, r) only.
+    Where the shift is exactly zero (a fresh adapter, a gain or scale of 0) the result is `residual + branch` bit for bit.
+    Autocast changes nothing: sums and adapter arithmetic are float32 (float64 for float64 inputs), the result has the
+    dtype of `residual + branch`.
+
+    Args:
+        residual: (..., d), float32, bfloat16, float16, or, on the torch backend, float64. Any strides; only a last
+            stride other than 1 or leading dimensions that do not collapse into two cost a copy.
+        branch: (..., d), what the block adds to the residual; None steers a finished hidden state.
+        down: W1 (r, d), r at most 256, any of the dtypes; None, with `up`, for a steering vector.
+        up: W2 (d, r).
+        down_bias: b1 (r,).
+        up_bias: b2 (d,); alone, it is a steering vector.
+        activation: φ, one of identity, silu, gelu (erf), gelu_tanh, relu, tanh.
+        scale: s, a number or a 0-dim tensor on the same device.
+        gain: g, (...), one factor a token; None is 1.
+        basis: V (d, k), orthonormal columns, a constant: W2' = (I − V Vᵀ) W2, and W2's gradient is projected alike.
+
+    Returns:
+        (..., d), contiguous, in the dtype that `residual + branch` has.
+
+    Raises:
+        ValueError: a shape, device, rank or activation that the op does not take.
+        TypeError: a dtype that it does not take, or a scale that is neither number nor tensor.
+        RuntimeError: FUSED_STEER_BACKEND asks for what cannot run; a second derivative is asked for.
+    """
+    _check(residual, branch, down, up, down_bias, up_bias, gain, basis, scale, activation)
+    if down is not None and down.shape[0] == 0:
+        if up_bias is None:
+            raise ValueError("down and up have rank 0 and up_bias is None; expected a rank of at least 1, or up_bias")
+        down = up = down_bias = basis = None
+    scale_tensor, s = (scale, 1.0) if isinstance(scale, Tensor) else (None, float(scale))
+    rank = 0 if down is None else down.shape[0]
+    keep_a = _keeps_a(rank, residual, branch, down, up, down_bias, gain, scale_tensor)
+    inputs = (residual, branch, down, up, down_bias, up_bias, gain, scale_tensor, basis, s, activation, keep_a)
+    if torch.compiler.is_compiling():
+        return torch.ops.fused_steer.post_block(*inputs)[0]
+    _check_backend(select_backend(residual.device), *inputs[:9])
+    return _PostBlock.apply(*inputs)[0]

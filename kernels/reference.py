@@ -1,0 +1,161 @@
+"""The same ops in plain PyTorch: the oracle of every test, and the `torch` backend.
+
+Same maths, same hand-written backward and same saved tensors as the Triton kernels; runs on any device and dtype,
+float64 included (all arithmetic is then float64, else float32).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .contract import Gradients, Needs
+
+
+def _gelu_tanh_derivative(a: Tensor) -> Tensor:
+    t = torch.tanh(math.sqrt(2 / math.pi) * (a + 0.044715 * a**3))
+    return 0.5 * (1 + t) + 0.5 * a * (1 - t * t) * math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * a * a)
+
+
+def _silu_derivative(a: Tensor) -> Tensor:
+    s = torch.sigmoid(a)
+    return s * (1 + a * (1 - s))
+
+
+def _gelu_derivative(a: Tensor) -> Tensor:
+    return 0.5 * (1 + torch.erf(a * math.sqrt(0.5))) + a * torch.exp(-0.5 * a * a) / math.sqrt(2 * math.pi)
+
+
+#: name -> (φ, φ'), on tensors of any floating dtype.
+ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "identity": (lambda a: a, torch.ones_like),
+    "silu": (F.silu, _silu_derivative),
+    "gelu": (F.gelu, _gelu_derivative),
+    "gelu_tanh": (lambda a: F.gelu(a, approximate="tanh"), _gelu_tanh_derivative),
+    "relu": (F.relu, lambda a: (a > 0).to(a.dtype)),
+    "tanh": (torch.tanh, lambda a: 1 - torch.tanh(a) ** 2),
+}
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of all arithmetic for a hidden state of `dtype`: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _strength(scale: float | Tensor, gain: Tensor | None, acc: torch.dtype) -> float | Tensor:
+    """s · g: a float, a 0-dim tensor, or (N, 1)."""
+    if isinstance(scale, Tensor):
+        scale = scale.to(acc)
+    return scale if gain is None else scale * gain.reshape(-1, 1).to(acc)
+
+
+def _scaled(values: Tensor, strength: float | Tensor) -> Tensor:
+    """strength · values, with 0 · anything = 0: a token of zero gain stays as it is whatever its adapter overflows to."""
+    if isinstance(strength, float):
+        return values * strength if strength else torch.zeros_like(values)
+    return torch.where(strength == 0, values.new_zeros(()), values * strength)
+
+
+def forward(
+    residual: Tensor,
+    branch: Tensor | None,
+    down: Tensor | None,
+    up: Tensor | None,
+    down_bias: Tensor | None,
+    up_bias: Tensor | None,
+    gain: Tensor | None,
+    scale: float | Tensor,
+    activation: str,
+    keep_a: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The forward pass of `post_block`; `up` is already projected. Returns `out` and `a` (N, r), None unless kept."""
+    dtype = residual.dtype if branch is None else torch.promote_types(residual.dtype, branch.dtype)
+    acc = accumulation_dtype(dtype)
+    hidden = residual.shape[-1]
+    strength = _strength(scale, gain, acc)
+
+    x = residual.to(acc) if branch is None else residual.to(acc) + branch.to(acc)
+    x = x.reshape(-1, hidden).contiguous()
+    a = None
+    # What is subtracted below is −δ, not added δ, because x − (+0) is x bit for bit even where x is −0.
+    minus_delta: Tensor | None = None
+    if down is not None and up is not None:
+        a = torch.mm(x, down.to(acc).t())
+        if down_bias is not None:
+            a += down_bias.to(acc)
+        h = _scaled(ACTIVATIONS[activation][0](a), strength)
+        minus_delta = torch.mm(h.neg_() if h is not a else h.neg(), up.to(acc).t())
+    if up_bias is not None:
+        ones = x.new_ones(x.shape[0], 1)
+        shift = _scaled(ones, strength) * up_bias.to(acc)
+        minus_delta = -shift if minus_delta is None else minus_delta.sub_(shift)
+    if minus_delta is None:
+        raise ValueError("post_block needs down and up, or up_bias; all three are None")
+    # With neither branch, cast nor copy x is the caller's tensor: then the difference is written over −δ, never over x.
+    own = x.data_ptr() != residual.data_ptr()
+    out = x.sub_(minus_delta) if own else torch.sub(x, minus_delta, out=minus_delta)
+    return out.to(dtype).view(residual.shape), a if keep_a else None
+
+
+def backward(
+    grad: Tensor,
+    out: Tensor | None,
+    a: Tensor | None,
+    down: Tensor | None,
+    up: Tensor | None,
+    up_bias: Tensor | None,
+    gain: Tensor | None,
+    scale: float | Tensor,
+    activation: str,
+    needs: Needs,
+) -> Gradients:
+    """The backward pass of `post_block`, by hand. `up` is already projected, and so d(up) is that of the projected one.
+
+    Instead of recomputing x = out − s·g·u over N × d, its share of dW1 = daᵀx is taken off in r × r products.
+    """
+    acc = accumulation_dtype(grad.dtype)
+    hidden = grad.shape[-1]
+    strength = _strength(scale, gain, acc)
+    g = grad.to(acc).reshape(-1, hidden)
+    result = Gradients()
+    row_dot: Tensor | None = None  # Σ_d G·u, (N,)
+
+    if down is not None and up is not None and a is not None:
+        phi, phi_derivative = ACTIVATIONS[activation]
+        up = up.to(acc)
+        phi_a = phi(a)
+        if needs.up:
+            result.up = torch.mm(g.t(), _scaled(phi_a, strength))
+        if needs.x or needs.down or needs.down_bias or needs.row_dot:
+            gz = torch.mm(g, up)
+            if needs.row_dot:
+                row_dot = (phi_a * gz).sum(1)
+            if needs.x or needs.down or needs.down_bias:
+                da = _scaled(gz * phi_derivative(a), strength)
+                if needs.x:
+                    result.x = torch.addmm(g, da, down.to(acc)).to(grad.dtype).view(grad.shape)
+                if needs.down:
+                    assert out is not None
+                    result.down = torch.mm(da.t(), out.to(acc).reshape(-1, hidden))
+                    result.down -= torch.mm(torch.mm(da.t(), _scaled(phi_a, strength)), up.t())
+                    if up_bias is not None:
+                        moved = torch.mm(da.t(), _scaled(da.new_ones(da.shape[0], 1), strength))
+                        result.down -= moved * up_bias.to(acc)
+                if needs.down_bias:
+                    result.down_bias = da.sum(0)
+    elif needs.x:
+        result.x = grad
+
+    if up_bias is not None:
+        if needs.up_bias:
+            ones = _scaled(g.new_ones(g.shape[0], 1), strength)
+            result.up_bias = torch.mm(g.t(), ones).view(hidden)
+        if needs.row_dot:
+            along_bias = torch.mv(g, up_bias.to(acc))
+            row_dot = along_bias if row_dot is None else row_dot + along_bias
+    result.row_dot = row_dot
+    return result

@@ -1,0 +1,261 @@
+"""How a launch is laid out: block sizes, programs and warps, chosen from the shape and the device. The one place for it.
+
+Forward has two schedules. *Many tokens*: a program owns a tile of rows and all of d; it reads the tile to reduce
+a = x W1ᵀ, then reads it again (from L2) to write x + δ. It walks several tiles, and no more programs are launched than
+keep all tiles in flight inside L2. *Few tokens* (decode): there are too few tiles to fill the device, so the columns of
+a tile are split over programs too; each of them reduces the whole of a, and writes its own columns. One launch either
+way, no synchronisation between programs, and the same kernel: many tokens is a split of one.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+MAX_RANK = 256
+MAX_SPLITS = 32  # each split of a tile's columns reduces the whole of a again, from L2
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a schedule has to know of a device. `gpu` is Triton's name of the vendor; `l2` is in bytes."""
+
+    gpu: str
+    multiprocessors: int
+    l2: int
+
+
+#: The targets that every kernel is compiled for ahead of time, by their common name.
+TARGETS: dict[str, Device] = {
+    "sm_80": Device("cuda", 108, 40 << 20),  # A100
+    "sm_90": Device("cuda", 132, 50 << 20),  # H100
+    "sm_100": Device("cuda", 148, 126 << 20),  # B200
+    "gfx942": Device("hip", 304, 256 << 20),  # MI300X; its memory-side Infinity Cache plays L2's part here
+}
+
+#: For the interpreter: small, so that tiles are walked and columns are split at test sizes too.
+_INTERPRETED_DEVICE = Device("cuda", 4, 1 << 20)
+
+
+@functools.cache
+def describe_device(device: torch.device) -> Device:
+    """The description of a PyTorch device."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        gpu = "hip" if torch.version.hip else "cuda"
+        # ROCm reports one die's L2, of 4 MiB; see TARGETS.
+        l2 = TARGETS["gfx942"].l2 if gpu == "hip" else properties.L2_cache_size
+        return Device(gpu, properties.multi_processor_count, l2)
+    if device.type == "xpu":
+        properties = torch.xpu.get_device_properties(device)
+        return Device("xpu", properties.gpu_subslice_count, getattr(properties, "L2_cache_size", 0) or 64 << 20)
+    return _INTERPRETED_DEVICE
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A launch's layout. `programs` walk the tiles of `block_n` rows; `splits` divide the other axis (columns in
+    `forward`, rows in `columns`) into parts of `part` elements each."""
+
+    block_n: int
+    block_d: int
+    block_r: int
+    programs: int
+    splits: int
+    part: int
+    num_warps: int
+    num_stages: int
+
+
+def padded_rank(rank: int) -> int:
+    """The rank's extent in registers: a power of two and at least 16, which is what `tl.dot` takes; 0 stays 0."""
+    return max(16, next_power_of_2(rank)) if rank else 0
+
+
+#: (rows, columns, warps, stages) of a tile, by kernel, bytes of an element and padded rank: the largest for which every
+#: target of the vendor compiles without spilling a register. `ragged` serves a d that no power of two from 64 up divides:
+#: masks, and, where rows are not aligned, scalar accesses, cost registers.
+_Tile = tuple[int, int, int, int]
+_TILES: dict[str, dict[tuple[str, int], dict[int, _Tile]]] = {
+    "cuda": {
+        ("forward", 2): {
+            0: (16, 256, 4, 1),
+            16: (16, 256, 8, 3),
+            32: (16, 256, 8, 3),
+            64: (16, 128, 8, 3),
+            128: (16, 64, 8, 3),
+            256: (16, 32, 8, 3),
+        },
+        ("forward", 4): {
+            0: (16, 256, 4, 1),
+            16: (16, 64, 8, 3),
+            32: (16, 128, 8, 3),
+            64: (16, 128, 8, 3),
+            128: (16, 64, 8, 3),
+            256: (16, 32, 8, 2),
+        },
+        ("rows", 2): {
+            0: (16, 256, 4, 2),
+            16: (32, 256, 4, 3),
+            32: (32, 256, 4, 3),
+            64: (32, 128, 4, 3),
+            128: (32, 128, 4, 3),
+            256: (32, 64, 8, 3),
+        },
+        ("rows", 4): {
+            0: (16, 256, 4, 2),
+            16: (32, 128, 8, 3),
+            32: (32, 64, 4, 3),
+            64: (32, 128, 8, 3),
+            128: (32, 64, 8, 3),
+            256: (16, 64, 8, 3),
+        },
+        ("columns", 2): {
+            0: (32, 128, 4, 2),
+            16: (32, 128, 8, 2),
+            32: (16, 64, 4, 2),
+            64: (32, 32, 4, 2),
+            128: (16, 64, 8, 2),
+            256: (16, 64, 8, 2),
+        },
+        ("columns", 4): {
+            0: (32, 128, 4, 2),
+            16: (32, 128, 8, 2),
+            32: (16, 64, 4, 2),
+            64: (16, 32, 4, 2),
+            128: (16, 32, 8, 2),
+            256: (16, 16, 8, 1),
+        },
+    },
+    "hip": {
+        ("forward", 2): {
+            0: (16, 256, 4, 1),
+            16: (16, 128, 4, 2),
+            32: (16, 128, 4, 2),
+            64: (16, 128, 4, 2),
+            128: (16, 64, 4, 2),
+            256: (16, 16, 8, 2),
+        },
+        ("forward", 4): {
+            0: (16, 256, 4, 1),
+            16: (16, 128, 4, 2),
+            32: (16, 128, 4, 2),
+            64: (16, 128, 4, 2),
+            128: (16, 64, 4, 2),
+            256: (16, 16, 8, 2),
+        },
+        ("rows", 2): {
+            0: (16, 256, 4, 2),
+            16: (32, 128, 4, 2),
+            32: (32, 128, 4, 2),
+            64: (32, 64, 4, 2),
+            128: (32, 64, 4, 2),
+            256: (16, 32, 8, 2),
+        },
+        ("rows", 4): {
+            0: (16, 256, 4, 2),
+            16: (32, 128, 4, 2),
+            32: (32, 128, 4, 2),
+            64: (32, 128, 4, 2),
+            128: (32, 64, 4, 2),
+            256: (16, 32, 8, 2),
+        },
+        ("columns", 2): {
+            0: (32, 128, 4, 2),
+            16: (32, 64, 4, 2),
+            32: (32, 64, 4, 2),
+            64: (16, 64, 4, 2),
+            128: (16, 64, 4, 2),
+            256: (16, 32, 4, 2),
+        },
+        ("columns", 4): {
+            0: (32, 128, 4, 2),
+            16: (32, 64, 4, 2),
+            32: (32, 64, 4, 2),
+            64: (16, 64, 4, 2),
+            128: (16, 64, 4, 2),
+            256: (16, 16, 4, 1),
+        },
+    },
+}
+_RAGGED: dict[str, dict[str, dict[int, _Tile]]] = {
+    "cuda": {
+        "forward": {0: (16, 32, 4, 1), 16: (16, 64, 4, 2), 32: (16, 32, 8, 2), 64: (16, 32, 8, 2), 128: (16, 32, 8, 2), 256: (16, 16, 8, 2)},
+        "rows": {0: (16, 64, 4, 2), 16: (16, 64, 4, 2), 32: (16, 64, 4, 2), 64: (16, 32, 8, 2), 128: (16, 32, 8, 2), 256: (16, 16, 8, 2)},
+        "columns": {0: (16, 64, 4, 2), 16: (16, 64, 8, 2), 32: (16, 64, 8, 2), 64: (16, 32, 8, 2), 128: (16, 32, 8, 2), 256: (16, 16, 8, 1)},
+    },
+    "hip": {
+        "forward": {0: (16, 32, 4, 1), 16: (16, 32, 4, 2), 32: (16, 32, 8, 2), 64: (16, 32, 4, 2), 128: (16, 32, 8, 2), 256: (16, 16, 8, 2)},
+        "rows": {0: (16, 64, 4, 2), 16: (16, 64, 4, 2), 32: (16, 64, 4, 2), 64: (16, 64, 4, 2), 128: (16, 32, 4, 2), 256: (16, 32, 8, 2)},
+        "columns": {0: (16, 64, 4, 2), 16: (16, 32, 4, 2), 32: (16, 32, 4, 2), 64: (16, 16, 4, 2), 128: (16, 16, 4, 2), 256: (16, 16, 4, 1)},
+    },
+}  # fmt: skip
+
+
+def _tile(kernel: str, hidden: int, block_r: int, itemsize: int, gpu: str) -> _Tile:
+    """The tile of `kernel`: the table's, its columns halved until they divide d; see `_TILES`."""
+    vendor = "hip" if gpu == "hip" else "cuda"
+    rows, columns, warps, stages = _TILES[vendor][kernel, itemsize][block_r]
+    narrow = columns
+    while narrow > 64 and hidden % narrow:
+        narrow //= 2
+    if hidden % narrow:
+        rows, columns, warps, stages = _RAGGED[vendor][kernel][block_r]
+        narrow = max(16, min(columns, next_power_of_2(hidden)))
+    return rows, narrow, warps, stages
+
+
+@functools.lru_cache(maxsize=4096)
+def forward_schedule(tokens: int, hidden: int, rank: int, itemsize: int, device: Device) -> Schedule:
+    """Layout of the forward kernel for N = `tokens`, d = `hidden`, elements of `itemsize` bytes."""
+    block_r = padded_rank(rank)
+    block_n, block_d, warps, stages = _tile("forward", hidden, block_r, itemsize, device.gpu)
+    tiles = ceil_div(tokens, block_n)
+    blocks = ceil_div(hidden, block_d)
+    if rank == 0:  # elementwise: nothing is reduced, every block is a program's
+        programs, splits = tiles, blocks
+    else:
+        in_flight = block_n * hidden * itemsize * 2  # residual and branch, read twice
+        resident = max(1, min(4, int(0.75 * device.l2) // (in_flight * device.multiprocessors)))
+        programs = min(tiles, resident * device.multiprocessors)
+        splits = max(1, min(blocks, MAX_SPLITS, device.multiprocessors // tiles)) if tiles else 1
+    part = ceil_div(blocks, splits) * block_d
+    return Schedule(block_n, block_d, block_r, programs, ceil_div(hidden, part), part, warps, stages)
+
+
+@functools.lru_cache(maxsize=4096)
+def rows_schedule(tokens: int, hidden: int, rank: int, itemsize: int, device: Device) -> Schedule:
+    """Layout of the backward's first kernel, which reduces over d: a program owns `block_n` rows and reads them once."""
+    block_r = padded_rank(rank)
+    block_n, block_d, warps, stages = _tile("rows", hidden, block_r, itemsize, device.gpu)
+    if ceil_div(tokens, block_n) < device.multiprocessors:
+        block_n = 16
+    return Schedule(block_n, block_d, block_r, ceil_div(tokens, block_n), 1, hidden, warps, stages)
+
+
+@functools.lru_cache(maxsize=4096)
+def columns_schedule(tokens: int, hidden: int, rank: int, itemsize: int, device: Device) -> Schedule:
+    """Layout of the backward's second kernel, which reduces over tokens: a program owns `block_d` columns of a part of
+    the rows, keeps its weights and its gradients in registers, and writes its partial sums to a slab of its own."""
+    block_r = padded_rank(rank)
+    block_n, block_d, warps, stages = _tile("columns", hidden, block_r, itemsize, device.gpu)
+    blocks = ceil_div(hidden, block_d)
+    tiles = ceil_div(tokens, block_n)
+    splits = max(1, min(tiles, ceil_div(2 * device.multiprocessors, blocks)))
+    part = max(1, ceil_div(tiles, splits)) * block_n
+    return Schedule(block_n, block_d, block_r, blocks, max(1, ceil_div(tokens, part)), part, warps, stages)
+
+
+def column_passes(rank: int) -> tuple[tuple[bool, bool], ...]:
+    """(dx and dW2', dW1) of each launch of the columns kernel: one does all as long as both gradients fit in registers."""
+    return ((True, True),) if padded_rank(rank) <= 64 else ((True, False), (False, True))

@@ -1,0 +1,57 @@
+"""The package: what is installed under which name, and what it needs."""
+
+from pathlib import Path
+from runpy import run_path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+
+DEMO = ["gguf>=0.19", "matplotlib"]
+TEST = [
+    *DEMO,
+    "accelerate",
+    "build",
+    "packaging",
+    "peft",
+    "pytest>=8",
+    "pytest-benchmark",
+    "pytest-xdist",
+    "setuptools>=77",
+]
+DEV = [*TEST, "mypy", "ruff"]
+
+setup(
+    name="fused-steer",
+    # Run by itself: importing the package would need torch at build time.
+    version=run_path(str(ROOT / "fused_steer" / "_version.py"))["__version__"],
+    description="Post-block activation steering of language models, fused into the residual add by Triton kernels",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license_expression="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    # Named one by one: a search would also find bench/ and tests/, and kernels/ under the bare name, which transformers
+    # takes for the Hub package of that name.
+    packages=["fused_steer", "fused_steer.kernels"],
+    package_dir={"fused_steer.kernels": "kernels"},
+    package_data={"fused_steer": ["py.typed"]},
+    install_requires=[
+        "torch>=2.11,<2.16",
+        "triton>=3.6,<3.10; sys_platform == 'linux'",
+        "transformers>=5.17,<5.24",
+        "safetensors",
+        "huggingface_hub",
+        "typer",
+        "rich",
+        "tqdm",
+    ],
+    extras_require={"demo": DEMO, "test": TEST, "dev": DEV},
+    entry_points={"console_scripts": ["fused-steer = fused_steer.cli:app"]},
+    classifiers=[
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+)

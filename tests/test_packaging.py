@@ -1,0 +1,158 @@
+"""What is built, installed and importable, and that CI runs the command that the README gives.
+
+Nothing here builds inside the checkout, where leftovers of an earlier build would end up in the wheel.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from importlib.metadata import Distribution, PathDistribution
+from pathlib import Path
+from runpy import run_path
+from zipfile import ZipFile
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = {"fused_steer": "fused_steer", "kernels": "fused_steer/kernels"}  # folder in the checkout: in the wheel
+
+
+def run(*command, cwd, **env) -> subprocess.CompletedProcess:
+    inherited = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONSAFEPATH")}
+    return subprocess.run(command, cwd=cwd, env=inherited | env, capture_output=True, text=True, timeout=300)
+
+
+def run_ok(*command, cwd, **env) -> str:
+    result = run(*command, cwd=cwd, **env)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def contents(wheel: Path) -> dict[str, bytes]:
+    with ZipFile(wheel) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """A copy of the checkout, as far as a build could see it."""
+    source = tmp_path_factory.mktemp("source")
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in ("fused_steer", "kernels", "bench", "tests"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return source
+
+
+@pytest.fixture(scope="module")
+def wheel(source) -> Path:
+    """Built from an sdist, as an index would have it."""
+    run_ok(sys.executable, "-m", "build", "--no-isolation", "--outdir", "from-sdist", cwd=source)
+    (wheel,) = (source / "from-sdist").glob("*.whl")
+    return wheel
+
+
+@pytest.fixture(scope="module")
+def site(wheel, tmp_path_factory) -> Path:
+    """The wheel alone, installed in a folder that goes first on PYTHONPATH: dependencies come from this environment."""
+    site = tmp_path_factory.mktemp("site")
+    run_ok(sys.executable, "-m", "pip", "install", "--no-index", "--no-deps", "--target", site, wheel, cwd=site)
+    return site
+
+
+@pytest.fixture(scope="module")
+def distribution(site) -> PathDistribution:
+    (info,) = site.glob("*.dist-info")
+    return Distribution.at(info)
+
+
+def test_wheel_holds_both_packages_and_nothing_else(source, wheel):
+    expected = {
+        f"{place}/{path.relative_to(source / folder).as_posix()}"
+        for folder, place in PACKAGES.items()
+        for path in (source / folder).rglob("*")
+        if path.is_file()
+    }
+    files = {name for name in contents(wheel) if ".dist-info/" not in name}
+    assert files == expected
+    assert "fused_steer/py.typed" in files
+
+
+def test_wheel_from_sdist_equals_wheel_from_checkout(source, wheel):
+    run_ok(sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", "from-checkout", cwd=source)
+    assert contents(wheel) == contents(source / "from-checkout" / wheel.name)
+
+
+def test_metadata(distribution):
+    assert distribution.version == run_path(str(ROOT / "fused_steer" / "_version.py"))["__version__"]
+    assert distribution.read_text("top_level.txt").split() == ["fused_steer"]
+    assert distribution.read_text("licenses/LICENSE") == (ROOT / "LICENSE").read_text(encoding="utf-8")
+
+
+def test_installed_kernels_are_a_subpackage(site, tmp_path):
+    out = run_ok(
+        sys.executable,
+        "-c",
+        "import fused_steer, fused_steer.kernels as kernels; print(fused_steer.__file__, kernels.__file__, sep='\\n')",
+        cwd=tmp_path,
+        PYTHONPATH=str(site),
+    )
+    # Not those of an editable install, which this environment may well have.
+    assert out.split("\n")[:2] == [str(site / place / "__init__.py") for place in PACKAGES.values()]
+
+
+def test_nothing_is_installed_as_top_level_kernels(site, tmp_path):
+    # -S: the Hub package of that name may be in this environment, and is none of our business.
+    result = run(sys.executable, "-S", "-c", "import kernels", cwd=tmp_path, PYTHONPATH=str(site))
+    assert result.stderr.strip().endswith("ModuleNotFoundError: No module named 'kernels'")
+
+
+def test_command_is_installed(site, tmp_path):
+    assert "fused-steer" in run_ok(site / "bin" / "fused-steer", "--help", cwd=tmp_path, PYTHONPATH=str(site))
+
+
+def test_constraints_pin_every_requirement(distribution):
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    for requirement in map(Requirement, distribution.requires):
+        versions = [
+            next(iter(pin.specifier)).version
+            for pin in pins
+            if canonicalize_name(pin.name) == canonicalize_name(requirement.name)
+        ]
+        assert versions, f"{requirement.name} is not pinned in constraints.txt"
+        assert all(map(requirement.specifier.contains, versions)), f"{requirement} excludes a pin: {versions}"
+
+
+def test_checkout_refuses_the_bare_name():
+    result = run(sys.executable, "-c", "import kernels", cwd=ROOT)
+    last_line = result.stderr.strip().splitlines()[-1]
+    assert last_line.startswith("ImportError: ") and "fused_steer.kernels" in last_line
+
+
+def test_transformers_imports_from_the_checkout():
+    """transformers probes for the Hub's `kernels` by importing it, and from the checkout's root it meets ours."""
+    run_ok(sys.executable, "-c", "from transformers import LlamaForCausalLM", cwd=ROOT)
+
+
+def test_ci_runs_the_readme_test_command():
+    command = run_ok("bash", ".ci/run", "--print-command", cwd=ROOT)
+    assert "pytest" in command
+    assert f"```bash\n{command}```" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "readme",
+    ["```bash\npytest\n```\n", "<!-- test-command -->\n\nRun:\n\n```bash\npytest\n```\n", "<!-- test-command -->\n"],
+    ids=["no marker", "marker elsewhere", "no block"],
+)
+def test_ci_fails_without_the_readme_test_command(tmp_path, readme):
+    (tmp_path / ".ci").mkdir()
+    shutil.copy(ROOT / ".ci" / "run", tmp_path / ".ci")
+    (tmp_path / "README.md").write_text(readme, encoding="utf-8")
+    result = run("bash", ".ci/run", cwd=tmp_path)
+    assert result.returncode == 1
+    assert result.stderr.count("\n") == 1 and "README.md" in result.stderr
