@@ -24,6 +24,9 @@ from typing import Any, NoReturn, TypeAlias
 __all__ = ["ResidualNotFound", "rewrite_forward"]
 
 
+_Definition: TypeAlias = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+
+
 class ResidualNotFound(LookupError):
     """A class's forward cannot be rewritten; the message is one line that says why."""
 
@@ -83,21 +86,24 @@ class _Source:
             module = ast.parse("".join(lines))
         except (OSError, TypeError, SyntaxError):
             raise _Refusal("has no source to read") from None
+        # Other functions and classes of the file have no say; leaving them out saves the time to compile them.
+        module.body = [node for node in module.body if not isinstance(node, _Definition) or _spans(node, code)]
         functions = (node for node in ast.walk(module) if isinstance(node, ast.FunctionDef))
         tree = next((node for node in functions if (node.name, _first_line(node)) == _position(code)), None)
-        # False for a file edited since its import, and for a forward rewritten before, which would lose that rewriting.
+        # Not so for a file edited since its import, nor for a forward rewritten before, whose rewriting would be lost.
         if tree is None or (source := cls(lines, module, tree)).compile(function) != code:
             raise _Refusal(f"is not the function of its source ({code.co_filename}, line {code.co_firstlineno})")
         return source
 
-    def compile(self, function: FunctionType) -> CodeType | None:
+    def compile(self, function: FunctionType) -> CodeType:
         """The code of the function's place in the tree."""
         old = function.__code__
         flags = old.co_flags & __future__.annotations.compiler_flag
         module = compile(self.module, old.co_filename, "exec", flags, dont_inherit=True)
-        return next((code for code in _nested_code(module) if _position(code) == _position(old)), None)
+        found = (code for code in _nested_code(module) if _position(code) == _position(old))
+        return next(found, module)  # the module's own code equals no function's
 
-    def refuse(self, why: str, node: ast.AST) -> NoReturn:
+    def refuse(self, why: str, node: _Node) -> NoReturn:
         raise _Refusal(f"{why} (line {node.lineno}: {self.lines[node.lineno - 1].strip()})")
 
     def self_name(self) -> str:
@@ -109,8 +115,12 @@ class _Source:
         return arguments[0].arg
 
 
-def _first_line(function: ast.FunctionDef) -> int:
-    return min(node.lineno for node in (function, *function.decorator_list))
+def _first_line(definition: _Definition) -> int:
+    return min([definition.lineno, *(decorator.lineno for decorator in definition.decorator_list)])
+
+
+def _spans(definition: _Definition, code: CodeType) -> bool:
+    return _first_line(definition) <= code.co_firstlineno <= (definition.end_lineno or 0)
 
 
 def _position(code: CodeType) -> tuple[str, int]:
@@ -130,16 +140,16 @@ class _Replace(ast.NodeTransformer):
     def __init__(self, adds: Set[ast.AST], self_name: str, site: str) -> None:
         self.adds, self.self_name, self.site = adds, self_name, site
 
-    def visit_BinOp(self, node: ast.BinOp) -> ast.expr:
+    def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
         return self._call(node, node.left, node.right) if node in self.adds else self.generic_visit(node)
 
-    def visit_AugAssign(self, node: ast.AugAssign) -> ast.stmt:
-        if node not in self.adds:
+    def visit_AugAssign(self, node: ast.AugAssign) -> ast.AST:
+        if node not in self.adds or not isinstance(node.target, ast.Name):
             return self.generic_visit(node)
         left = ast.copy_location(ast.Name(node.target.id, ast.Load()), node.target)
         return ast.copy_location(ast.Assign([node.target], self._call(node, left, node.value)), node)
 
-    def _call(self, add: ast.AST, left: ast.expr, right: ast.expr) -> ast.expr:
+    def _call(self, add: ast.expr | ast.stmt, left: ast.expr, right: ast.expr) -> ast.expr:
         site = ast.Attribute(ast.Name(self.self_name, ast.Load()), self.site, ast.Load())
         return ast.fix_missing_locations(ast.copy_location(ast.Call(site, [left, right], []), add))
 
@@ -166,10 +176,11 @@ class _Tuple:
 class _Other:
     """Anything else, made at `node`; `what` ends the sentence "forward returns ..."."""
 
-    node: ast.AST
+    node: _Node
     what: str = "a value that is not a sum"
 
 
+_Node: TypeAlias = ast.stmt | ast.expr | ast.arg  # what has a line
 _Values: TypeAlias = "frozenset[_Add | _Tuple | _Other]"  # one entry for each way in which a value may have come about
 _NONE: _Values = frozenset()
 
@@ -201,12 +212,13 @@ def _final_adds(source: _Source) -> frozenset[_Add]:
     if others:
         other = min(others, key=_line)
         source.refuse(f"returns {other.what}", other.node)
-    for add in sorted(reader.returned, key=_line):
-        for earlier in reader.ran_before[add] & reader.returned:
+    adds = frozenset(value for value in reader.returned if isinstance(value, _Add))
+    for add in sorted(adds, key=_line):
+        for earlier in sorted(reader.ran_before[add] & adds, key=_line):
             source.refuse(f"may run two final adds in one call, of line {_line(earlier)} and a later one", add.node)
-    if not reader.returned:
+    if not adds:
         source.refuse("never returns", source.tree)
-    return reader.returned
+    return adds
 
 
 def _line(value: _Add | _Other) -> int:
@@ -226,7 +238,7 @@ class _Reader:
         self.ran_before: dict[_Add, frozenset[_Add]] = {}
         self.self_name = source.self_name()
         parameters = [node for node in ast.walk(source.tree.args) if isinstance(node, ast.arg)]
-        names = {p.arg: frozenset({_Other(p, f"its argument `{p.arg}`")}) for p in parameters}
+        names: dict[str, _Values] = {p.arg: frozenset({_Other(p, f"its argument `{p.arg}`")}) for p in parameters}
         start = _State(names, read=_NONE.union(*names.values()))  # the caller holds the arguments
         if self._block(source.tree.body, start) is not None:
             self.returned |= {_Other(source.tree, "nothing where its end is reached")}
@@ -254,8 +266,8 @@ class _Reader:
                 return None
             case ast.Raise():
                 return None
-            case ast.AugAssign(ast.Name()):
-                self._augmented_assign(statement, state)
+            case ast.AugAssign(ast.Name(name)):
+                self._augmented_assign(name, statement, state)
             case ast.Assign(targets, value):
                 self._assign(targets, value, state)
             case ast.AnnAssign(target, value=ast.expr() as value):
@@ -274,9 +286,8 @@ class _Reader:
             else:
                 self._forget(target, _Other(target), state)
 
-    def _augmented_assign(self, statement: ast.AugAssign, state: _State) -> None:
+    def _augmented_assign(self, name: str, statement: ast.AugAssign, state: _State) -> None:
         self._side_effects(statement.value, state)
-        name = statement.target.id
         old = state.names.get(name, _NONE)
         right = self._value(statement.value, state)
         new: _Values = frozenset({_Other(statement)})
@@ -295,7 +306,7 @@ class _Reader:
     def _opaque(self, statement: ast.stmt, state: _State) -> None:
         self._side_effects(statement, state)
         self._forget(statement, _Other(statement, "a value assigned by a statement that is not followed"), state)
-        nodes = [] if isinstance(statement, _DEFINITIONS) else ast.walk(statement)
+        nodes = [] if isinstance(statement, _Definition) else ast.walk(statement)
         if any(isinstance(node, ast.Return) for node in nodes):
             self.returned |= {_Other(statement, "from inside a statement that is not followed")}
 
@@ -331,7 +342,7 @@ class _Reader:
                 return values
             case ast.Tuple([]):
                 return frozenset({_Tuple(_NONE)})
-            case ast.Tuple([first, *_]) if not isinstance(first, ast.Starred):
+            case ast.Tuple([first, *_]):
                 return frozenset({_Tuple(self._value(first, state))})
             case ast.Subscript(sequence, ast.Constant(0)):
                 values = self._value(sequence, state)
@@ -352,7 +363,6 @@ class _Reader:
         return frozenset({add})
 
 
-_DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 _DISPLAYS = (ast.List, ast.ListComp, ast.Set, ast.SetComp, ast.Dict, ast.DictComp, ast.GeneratorExp, ast.JoinedStr)
 
 
@@ -368,7 +378,7 @@ def _stored_names(node: ast.AST) -> set[str]:
     return names
 
 
-def _written_in_place(node: ast.AST, state: _State) -> None:
+def _written_in_place(node: _Node, state: _State) -> None:
     # Which tensors share memory is unknown: no add that was made before can be relied on.
     other = frozenset({_Other(node, "a sum after which a tensor may be written in place")})
     state.names |= {name: other for name, values in state.names.items() if _holds_add(values)}
@@ -378,7 +388,7 @@ def _holds_add(values: _Values) -> bool:
     return any(isinstance(value, _Add) or isinstance(value, _Tuple) and _holds_add(value.first) for value in values)
 
 
-def _hidden(values: _Values, node: ast.AST) -> _Values:
+def _hidden(values: _Values, node: _Node) -> _Values:
     """The hidden state in a returned value: the value itself, or a tuple's first element."""
     hidden: _Values = _NONE
     for value in values:
@@ -386,16 +396,16 @@ def _hidden(values: _Values, node: ast.AST) -> _Values:
     return frozenset(_Other(node, "a tuple in a tuple") if isinstance(value, _Tuple) else value for value in hidden)
 
 
-def _concatenation(node: ast.AST, left: _Values, right: _Values) -> _Values:
+def _concatenation(node: _Node, left: _Values, right: _Values) -> _Values:
     if not all(isinstance(value, _Tuple) for value in left):
         return frozenset({_Other(node, "a tuple of unknown beginning")})
-    result = frozenset(value for value in left if value.first)
+    result: _Values = frozenset(value for value in left if value != _Tuple(_NONE))
     if len(result) == len(left):
         return result
     return result | (right if all(isinstance(value, _Tuple) for value in right) else {_Other(node)})
 
 
-def _is_no_tensor(value: _Add | _Other) -> bool:
+def _is_no_tensor(value: _Add | _Tuple | _Other) -> bool:
     """Whether the value plainly is a number, a string or a collection: a literal, or an expression without names."""
     if not isinstance(value, _Other) or not isinstance(value.node, ast.expr):
         return False

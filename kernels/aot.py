@@ -1,6 +1,6 @@
 """Ahead-of-time compilation: what a kernel costs on a GPU, seen on a machine that has none.
 
-The launches that a shape would make on a target are recorded (`launch.recorded`), compiled for it with the very argument
+The launches that a shape would make on a target are recorded (`launch.recorded`), compiled for it with the argument
 specialisation that Triton's launcher would use, and read: registers, spills, local and shared memory, and the
 instructions that decide a memory-bound kernel's speed.
 """
@@ -184,7 +184,7 @@ def compile_launch(launch: Launch, target: str) -> Resources:
     """Compile one recorded launch for `target`, without a GPU.
 
     Raises:
-        RuntimeError: kernels are interpreted in this process (TRITON_INTERPRET), or the compiler's report is unreadable.
+        RuntimeError: kernels are interpreted here (TRITON_INTERPRET), or the compiler's report is unreadable.
     """
     if INTERPRETED:
         raise RuntimeError("TRITON_INTERPRET is set, so kernels cannot be compiled; expected it unset")

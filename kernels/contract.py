@@ -23,8 +23,9 @@ class Needs(NamedTuple):
 class Gradients:
     """What a backward pass computed; None where `Needs` did not ask.
 
-    x: (..., d) in the dtype of the incoming gradient, that of residual and branch alike; down: (r, d); up: (d, r), of the
-    projected up matrix; down_bias: (r,); up_bias: (d,); row_dot: (N,), Σ_d G·u. All but x in the accumulation dtype.
+    x: (..., d) in the dtype of the incoming gradient, that of residual and branch alike; down: (r, d); up: (d, r), of
+    the projected up matrix; down_bias: (r,); up_bias: (d,); row_dot: (N,), Σ_d G·u. All but x in the accumulating
+    dtype.
     """
 
     x: Tensor | None = None

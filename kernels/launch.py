@@ -1,8 +1,8 @@
 """How a kernel is started: on the device, or, ahead of time, on paper.
 
 Every launch of this package goes through `launch`. Inside `recorded` nothing runs: the launches are written down with
-the arguments that they would have had, for a device that need not be there. So what is compiled ahead of time is what the
-launchers would launch, by construction.
+the arguments that they would have had, for a device that need not be there. So what is compiled ahead of time is what
+the launchers would launch, by construction.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ dtype, because that is what tensor cores take:
 | hidden state | operands | why |
 |---|---|---|
 | bf16 | bf16 | the model's own precision |
-| fp16 | tf32 | holds every fp16 value, with fp32's exponents: small gradients do not vanish, large pre-activations do not overflow |
+| fp16 | tf32 | holds every fp16 value with fp32's exponents: no gradient vanishes, no pre-activation overflows |
 | fp32 | tf32x3 (ieee where there is no tf32, and at ranks over 128) | three tf32 products, error near 1e-6 |
 """
 

@@ -1,9 +1,9 @@
 """Post-block steering fused into the residual add that ends a decoder block: forward, backward, op, autograd.
 
     x   = residual + branch                         (N, d)
-    a   = x W1ᵀ + b1                                (N, r)   W1 = down (r, d), b1 = down_bias (r,)
-    u   = φ(a) W2'ᵀ + b2                            (N, d)   W2' = (I − V Vᵀ) W2, W2 = up (d, r), V = basis (d, k), b2 = up_bias
-    out = x + s · g ⊙ u                             (N, d)   s = scale, g = gain (N,)
+    a   = x W1ᵀ + b1                                (N, r)   W1 = down (r, d), b1 = down_bias
+    u   = φ(a) W2'ᵀ + b2                            (N, d)   W2' = (I − V Vᵀ) W2, W2 = up (d, r), V = basis (d, k)
+    out = x + s · g ⊙ u                             (N, d)   s = scale, g = gain (N,), b2 = up_bias
 
 and backward, with G = ∂L/∂out:
 
@@ -38,7 +38,7 @@ from .schedule import MAX_RANK, column_passes, columns_schedule, forward_schedul
 
 @triton.jit
 def _row_offsets(rows, inner, stride_outer, stride_inner, NESTED: tl.constexpr):
-    # 64-bit: N·d passes 2^31 with long sequences. NESTED: (batch, sequence, d) whose two leading strides do not collapse.
+    # 64-bit: N·d passes 2^31 with long sequences. NESTED: (batch, sequence, d) whose leading strides do not collapse.
     rows = rows.to(tl.int64)
     if NESTED:
         return (rows // inner) * stride_outer + (rows % inner) * stride_inner
@@ -375,7 +375,8 @@ def _triton_backward(
     p_scale, scale = (scale, 0.0) if isinstance(scale, Tensor) else (None, scale)
     f32 = {"dtype": torch.float32, "device": grad.device}
     shared = {
-        "device": grad.device, "RANK": rank, "ACTIVATION": activation, "DOT": dot_precision(grad.dtype, device.gpu, rank),
+        "device": grad.device,
+        "RANK": rank, "ACTIVATION": activation, "DOT": dot_precision(grad.dtype, device.gpu, rank),
         "HAS_UP_BIAS": up_bias is not None, "HAS_GAIN": gain is not None, "SCALE_ON_DEVICE": p_scale is not None,
         "NESTED": inner > 0,
     }  # fmt: skip
@@ -445,7 +446,7 @@ def _empty_gradients(grad: Tensor, hidden: int, rank: int, needs: Needs) -> Grad
     )
 
 
-# ------------------------------------------------------------------------------------- forward and backward, any backend
+# --------------------------------------------------------------------------------- forward and backward, any backend
 
 _FORWARD = {"triton": _triton_forward, "torch": reference.forward}
 _BACKWARD = {"triton": _triton_backward, "torch": reference.backward}
@@ -533,6 +534,18 @@ def _backward(
         return result
 
 
+def _eager_forward(
+    residual, branch, down, up, down_bias, up_bias, gain, scale_tensor, basis, scale, activation, keep_a
+):  # fmt: skip
+    s = scale if scale_tensor is None else scale_tensor
+    return _forward(residual, branch, down, up, down_bias, up_bias, gain, basis, s, activation, keep_a)
+
+
+def _eager_backward(grad, out, a, down, up, down_bias, up_bias, gain, scale_tensor, basis, scale, activation, needs):
+    s = scale if scale_tensor is None else scale_tensor
+    return _backward(grad, out, a, down, up, down_bias, up_bias, gain, basis, s, activation, needs)
+
+
 # ------------------------------------------------------------------------------------------------------ registered ops
 #
 # What torch.compile and torch.export see. Eager calls go past them: a dispatch through torch.library costs tens of
@@ -547,8 +560,9 @@ _OPERANDS = (
 def _post_block_op(
     residual, branch, down, up, down_bias, up_bias, gain, scale_tensor, basis, scale, activation, keep_a
 ):  # fmt: skip
-    s = scale if scale_tensor is None else scale_tensor
-    out, a = _forward(residual, branch, down, up, down_bias, up_bias, gain, basis, s, activation, keep_a)
+    out, a = _eager_forward(
+        residual, branch, down, up, down_bias, up_bias, gain, scale_tensor, basis, scale, activation, keep_a
+    )
     return out, out.new_empty(0, dtype=reference.accumulation_dtype(out.dtype)) if a is None else a
 
 
@@ -565,8 +579,11 @@ def _post_block_fake(
 def _post_block_backward_op(
     grad, out, a, down, up, down_bias, up_bias, gain, scale_tensor, basis, scale, activation, needs
 ):  # fmt: skip
-    s = scale if scale_tensor is None else scale_tensor
-    return _backward(grad, out, a, down, up, down_bias, up_bias, gain, basis, s, activation, needs)
+    gradients = _eager_backward(
+        grad, out, a, down, up, down_bias, up_bias, gain, scale_tensor, basis, scale, activation, needs
+    )
+    # Weight gradients are parts of one buffer, which a registered op may not return. They are small.
+    return [t if t.untyped_storage().nbytes() == t.nbytes else t.clone() for t in gradients]
 
 
 def _post_block_backward_fake(
@@ -646,7 +663,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _differentiate(ctx: Any, grad: Tensor | None, run: Any) -> tuple[Tensor | None, ...]:
-    """The gradients of all inputs, computed by `run`: `_post_block_backward_op`, or the op that it is registered as."""
+    """The gradients of all inputs, computed by `run`: `_eager_backward`, or the registered op."""
     if grad is None:
         return (None,) * 12
     found = iter(run(grad, *ctx.saved_tensors, *ctx.constants, ctx.needs) if any(ctx.needs) else ())
@@ -655,13 +672,6 @@ def _differentiate(ctx: Any, grad: Tensor | None, run: Any) -> tuple[Tensor | No
         dx = grad  # a vector moves the hidden state by a constant
     d_residual, d_branch = (None if dtype is None else dx.to(dtype) for dtype in ctx.dtypes)
     return (d_residual, d_branch, *others, None, None, None, None)
-
-
-def _eager_forward(
-    residual, branch, down, up, down_bias, up_bias, gain, scale_tensor, basis, scale, activation, keep_a
-):  # fmt: skip
-    s = scale if scale_tensor is None else scale_tensor
-    return _forward(residual, branch, down, up, down_bias, up_bias, gain, basis, s, activation, keep_a)
 
 
 class _PostBlock(torch.autograd.Function):
@@ -674,7 +684,7 @@ class _PostBlock(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
         create_graph = torch.is_grad_enabled()
         with torch.no_grad():
-            gradients = _differentiate(ctx, grad, _post_block_backward_op)
+            gradients = _differentiate(ctx, grad, _eager_backward)
         if not create_graph or grad is None:
             return gradients
         marker = torch.empty(0, device=grad.device, requires_grad=True)
@@ -696,7 +706,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
     if tensor.shape != shape:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {shape}")
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {tuple(shape)}")
     if tensor.dtype not in _DTYPES:
         raise TypeError(f"{name} has dtype {tensor.dtype}; expected float32, bfloat16, float16 or float64")
     if tensor.device != device:
@@ -778,7 +788,7 @@ def post_block(
     """Post-block steering, x + s · g ⊙ (φ(x W1ᵀ + b1) W2'ᵀ + b2) with x = residual + branch (arXiv 2603.00425, §3).
 
     One pass over the hidden state, forward; the backward is written by hand and keeps the output and a (N, r) only.
-    Where the shift is exactly zero (a fresh adapter, a gain or scale of 0) the result is `residual + branch` bit for bit.
+    Where the shift is exactly zero (a fresh adapter, gain or scale 0) the result is `residual + branch` bit for bit.
     Autocast changes nothing: sums and adapter arithmetic are float32 (float64 for float64 inputs), the result has the
     dtype of `residual + branch`.
 

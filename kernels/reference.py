@@ -54,7 +54,7 @@ def _strength(scale: float | Tensor, gain: Tensor | None, acc: torch.dtype) -> f
 
 
 def _scaled(values: Tensor, strength: float | Tensor) -> Tensor:
-    """strength · values, with 0 · anything = 0: a token of zero gain stays as it is whatever its adapter overflows to."""
+    """strength · values, with 0 · anything = 0: a token of zero gain stays as it is though its adapter overflow."""
     if isinstance(strength, float):
         return values * strength if strength else torch.zeros_like(values)
     return torch.where(strength == 0, values.new_zeros(()), values * strength)
@@ -81,21 +81,22 @@ def forward(
     x = residual.to(acc) if branch is None else residual.to(acc) + branch.to(acc)
     x = x.reshape(-1, hidden).contiguous()
     a = None
-    # What is subtracted below is −δ, not added δ, because x − (+0) is x bit for bit even where x is −0.
-    minus_delta: Tensor | None = None
+    # −δ as one matrix product. It is subtracted, because x − (+0) is x bit for bit even where x is −0; the column of
+    # ones against zeros makes a zero of it a +0. `factors` (N, r + 2), `weights` (d, r + 2).
+    factors, weights = [x.new_ones(x.shape[0], 1)], [x.new_zeros(hidden, 1)]
     if down is not None and up is not None:
         a = torch.mm(x, down.to(acc).t())
         if down_bias is not None:
             a += down_bias.to(acc)
-        h = _scaled(ACTIVATIONS[activation][0](a), strength)
-        minus_delta = torch.mm(h.neg_() if h is not a else h.neg(), up.to(acc).t())
+        factors.append(-_scaled(ACTIVATIONS[activation][0](a), strength))
+        weights.append(up.to(acc))
     if up_bias is not None:
-        ones = x.new_ones(x.shape[0], 1)
-        shift = _scaled(ones, strength) * up_bias.to(acc)
-        minus_delta = -shift if minus_delta is None else minus_delta.sub_(shift)
-    if minus_delta is None:
-        raise ValueError("post_block needs down and up, or up_bias; all three are None")
-    # With neither branch, cast nor copy x is the caller's tensor: then the difference is written over −δ, never over x.
+        factors.append(-_scaled(factors[0], strength))
+        weights.append(up_bias.to(acc).unsqueeze(1))
+    minus_delta = torch.mm(torch.cat(factors, 1), torch.cat(weights, 1).t())
+    if gain is not None:
+        minus_delta.masked_fill_(strength == 0, 0.0)  # whatever the adapter overflowed to
+    # With neither branch, cast nor copy x is the caller's tensor: the difference is then written over −δ, never over x.
     own = x.data_ptr() != residual.data_ptr()
     out = x.sub_(minus_delta) if own else torch.sub(x, minus_delta, out=minus_delta)
     return out.to(dtype).view(residual.shape), a if keep_a else None

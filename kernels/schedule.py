@@ -1,4 +1,4 @@
-"""How a launch is laid out: block sizes, programs and warps, chosen from the shape and the device. The one place for it.
+"""How a launch is laid out: block sizes, programs and warps, chosen from shape and device. The one place for it.
 
 Forward has two schedules. *Many tokens*: a program owns a tile of rows and all of d; it reads the tile to reduce
 a = x W1ᵀ, then reads it again (from L2) to write x + δ. It walks several tiles, and no more programs are launched than
@@ -82,135 +82,84 @@ def padded_rank(rank: int) -> int:
     return max(16, next_power_of_2(rank)) if rank else 0
 
 
-#: (rows, columns, warps, stages) of a tile, by kernel, bytes of an element and padded rank: the largest for which every
-#: target of the vendor compiles without spilling a register. `ragged` serves a d that no power of two from 64 up divides:
-#: masks, and, where rows are not aligned, scalar accesses, cost registers.
-_Tile = tuple[int, int, int, int]
-_TILES: dict[str, dict[tuple[str, int], dict[int, _Tile]]] = {
-    "cuda": {
-        ("forward", 2): {
-            0: (16, 256, 4, 1),
-            16: (16, 256, 8, 3),
-            32: (16, 256, 8, 3),
-            64: (16, 128, 8, 3),
-            128: (16, 64, 8, 3),
-            256: (16, 32, 8, 3),
-        },
-        ("forward", 4): {
-            0: (16, 256, 4, 1),
-            16: (16, 64, 8, 3),
-            32: (16, 128, 8, 3),
-            64: (16, 128, 8, 3),
-            128: (16, 64, 8, 3),
-            256: (16, 32, 8, 2),
-        },
-        ("rows", 2): {
-            0: (16, 256, 4, 2),
-            16: (32, 256, 4, 3),
-            32: (32, 256, 4, 3),
-            64: (32, 128, 4, 3),
-            128: (32, 128, 4, 3),
-            256: (32, 64, 8, 3),
-        },
-        ("rows", 4): {
-            0: (16, 256, 4, 2),
-            16: (32, 128, 8, 3),
-            32: (32, 64, 4, 3),
-            64: (32, 128, 8, 3),
-            128: (32, 64, 8, 3),
-            256: (16, 64, 8, 3),
-        },
-        ("columns", 2): {
-            0: (32, 128, 4, 2),
-            16: (32, 128, 8, 2),
-            32: (16, 64, 4, 2),
-            64: (32, 32, 4, 2),
-            128: (16, 64, 8, 2),
-            256: (16, 64, 8, 2),
-        },
-        ("columns", 4): {
-            0: (32, 128, 4, 2),
-            16: (32, 128, 8, 2),
-            32: (16, 64, 4, 2),
-            64: (16, 32, 4, 2),
-            128: (16, 32, 8, 2),
-            256: (16, 16, 8, 1),
-        },
-    },
-    "hip": {
-        ("forward", 2): {
-            0: (16, 256, 4, 1),
-            16: (16, 128, 4, 2),
-            32: (16, 128, 4, 2),
-            64: (16, 128, 4, 2),
-            128: (16, 64, 4, 2),
-            256: (16, 16, 8, 2),
-        },
-        ("forward", 4): {
-            0: (16, 256, 4, 1),
-            16: (16, 128, 4, 2),
-            32: (16, 128, 4, 2),
-            64: (16, 128, 4, 2),
-            128: (16, 64, 4, 2),
-            256: (16, 16, 8, 2),
-        },
-        ("rows", 2): {
-            0: (16, 256, 4, 2),
-            16: (32, 128, 4, 2),
-            32: (32, 128, 4, 2),
-            64: (32, 64, 4, 2),
-            128: (32, 64, 4, 2),
-            256: (16, 32, 8, 2),
-        },
-        ("rows", 4): {
-            0: (16, 256, 4, 2),
-            16: (32, 128, 4, 2),
-            32: (32, 128, 4, 2),
-            64: (32, 128, 4, 2),
-            128: (32, 64, 4, 2),
-            256: (16, 32, 8, 2),
-        },
-        ("columns", 2): {
-            0: (32, 128, 4, 2),
-            16: (32, 64, 4, 2),
-            32: (32, 64, 4, 2),
-            64: (16, 64, 4, 2),
-            128: (16, 64, 4, 2),
-            256: (16, 32, 4, 2),
-        },
-        ("columns", 4): {
-            0: (32, 128, 4, 2),
-            16: (32, 64, 4, 2),
-            32: (32, 64, 4, 2),
-            64: (16, 64, 4, 2),
-            128: (16, 64, 4, 2),
-            256: (16, 16, 4, 1),
-        },
-    },
+_Tile = tuple[int, int, int, int]  # rows, columns, warps, stages
+_RANKS = (0, 16, 32, 64, 128, 256)
+
+# fmt: off
+#: The tiles by vendor, kernel and bytes of an element, one for each padded rank of `_RANKS`: with these every target of
+#: the vendor compiles without spilling a register.
+_TILES: dict[tuple[str, str, int], tuple[_Tile, ...]] = {
+    ("cuda", "forward", 2): (
+        (16, 256, 4, 1), (16, 128, 4, 4), (16, 256, 8, 3), (16, 128, 8, 3), (16, 64, 8, 3), (16, 32, 8, 3),
+    ),
+    ("cuda", "forward", 4): (
+        (16, 256, 4, 1), (16, 64, 8, 3), (16, 128, 8, 3), (16, 128, 8, 3), (16, 64, 8, 3), (16, 32, 8, 2),
+    ),
+    ("cuda", "rows", 2): (
+        (16, 256, 4, 2), (32, 256, 4, 3), (32, 256, 4, 3), (32, 128, 4, 3), (32, 128, 4, 3), (32, 64, 8, 3),
+    ),
+    ("cuda", "rows", 4): (
+        (16, 256, 4, 2), (32, 128, 8, 3), (32, 64, 4, 3), (32, 128, 8, 3), (32, 64, 8, 3), (16, 64, 8, 3),
+    ),
+    ("cuda", "columns", 2): (
+        (32, 128, 4, 2), (32, 128, 8, 2), (16, 64, 4, 2), (32, 32, 4, 2), (16, 64, 8, 2), (16, 64, 8, 2),
+    ),
+    ("cuda", "columns", 4): (
+        (32, 128, 4, 2), (32, 128, 8, 2), (16, 64, 4, 2), (16, 32, 4, 2), (16, 32, 8, 2), (16, 16, 8, 1),
+    ),
+    ("hip", "forward", 2): (
+        (16, 256, 4, 1), (16, 128, 4, 2), (16, 128, 4, 2), (16, 128, 4, 2), (16, 64, 4, 2), (16, 16, 8, 2),
+    ),
+    ("hip", "forward", 4): (
+        (16, 256, 4, 1), (16, 128, 4, 2), (16, 128, 4, 2), (16, 128, 4, 2), (16, 64, 4, 2), (16, 16, 8, 2),
+    ),
+    ("hip", "rows", 2): (
+        (16, 256, 4, 2), (32, 128, 4, 2), (32, 128, 4, 2), (32, 64, 4, 2), (32, 64, 4, 2), (16, 32, 8, 2),
+    ),
+    ("hip", "rows", 4): (
+        (16, 256, 4, 2), (32, 128, 4, 2), (32, 128, 4, 2), (32, 128, 4, 2), (32, 64, 4, 2), (16, 32, 8, 2),
+    ),
+    ("hip", "columns", 2): (
+        (32, 128, 4, 2), (32, 64, 4, 2), (32, 64, 4, 2), (16, 64, 4, 2), (16, 64, 4, 2), (16, 16, 4, 1),
+    ),
+    ("hip", "columns", 4): (
+        (32, 128, 4, 2), (32, 64, 4, 2), (32, 64, 4, 2), (16, 64, 4, 2), (16, 64, 4, 2), (16, 16, 4, 1),
+    ),
 }
-_RAGGED: dict[str, dict[str, dict[int, _Tile]]] = {
-    "cuda": {
-        "forward": {0: (16, 32, 4, 1), 16: (16, 64, 4, 2), 32: (16, 32, 8, 2), 64: (16, 32, 8, 2), 128: (16, 32, 8, 2), 256: (16, 16, 8, 2)},
-        "rows": {0: (16, 64, 4, 2), 16: (16, 64, 4, 2), 32: (16, 64, 4, 2), 64: (16, 32, 8, 2), 128: (16, 32, 8, 2), 256: (16, 16, 8, 2)},
-        "columns": {0: (16, 64, 4, 2), 16: (16, 64, 8, 2), 32: (16, 64, 8, 2), 64: (16, 32, 8, 2), 128: (16, 32, 8, 2), 256: (16, 16, 8, 1)},
-    },
-    "hip": {
-        "forward": {0: (16, 32, 4, 1), 16: (16, 32, 4, 2), 32: (16, 32, 8, 2), 64: (16, 32, 4, 2), 128: (16, 32, 8, 2), 256: (16, 16, 8, 2)},
-        "rows": {0: (16, 64, 4, 2), 16: (16, 64, 4, 2), 32: (16, 64, 4, 2), 64: (16, 64, 4, 2), 128: (16, 32, 4, 2), 256: (16, 32, 8, 2)},
-        "columns": {0: (16, 64, 4, 2), 16: (16, 32, 4, 2), 32: (16, 32, 4, 2), 64: (16, 16, 4, 2), 128: (16, 16, 4, 2), 256: (16, 16, 4, 1)},
-    },
-}  # fmt: skip
+#: The same for a d that no power of two from 64 up divides: masks, and scalar accesses where rows are not aligned,
+#: cost registers.
+_RAGGED_TILES: dict[tuple[str, str], tuple[_Tile, ...]] = {
+    ("cuda", "forward"): (
+        (16, 32, 4, 1), (16, 64, 4, 2), (16, 32, 8, 2), (16, 32, 8, 2), (16, 32, 8, 2), (16, 32, 8, 3),
+    ),
+    ("cuda", "rows"): (
+        (16, 64, 4, 2), (16, 64, 4, 2), (16, 64, 4, 2), (16, 32, 8, 2), (16, 32, 8, 2), (16, 16, 8, 2),
+    ),
+    ("cuda", "columns"): (
+        (16, 64, 4, 2), (16, 64, 8, 2), (16, 64, 8, 2), (16, 32, 8, 2), (16, 32, 8, 2), (16, 16, 8, 1),
+    ),
+    ("hip", "forward"): (
+        (16, 32, 4, 1), (16, 32, 4, 2), (16, 32, 8, 2), (16, 16, 4, 2), (16, 16, 8, 2), (16, 16, 8, 2),
+    ),
+    ("hip", "rows"): (
+        (16, 64, 4, 2), (16, 64, 4, 2), (16, 64, 4, 2), (16, 64, 4, 2), (16, 32, 4, 2), (16, 32, 8, 2),
+    ),
+    ("hip", "columns"): (
+        (16, 64, 4, 2), (16, 32, 4, 2), (16, 32, 4, 2), (16, 16, 4, 2), (16, 16, 4, 2), (16, 16, 4, 1),
+    ),
+}
+# fmt: on
 
 
 def _tile(kernel: str, hidden: int, block_r: int, itemsize: int, gpu: str) -> _Tile:
     """The tile of `kernel`: the table's, its columns halved until they divide d; see `_TILES`."""
     vendor = "hip" if gpu == "hip" else "cuda"
-    rows, columns, warps, stages = _TILES[vendor][kernel, itemsize][block_r]
+    rows, columns, warps, stages = _TILES[vendor, kernel, itemsize][_RANKS.index(block_r)]
     narrow = columns
     while narrow > 64 and hidden % narrow:
         narrow //= 2
     if hidden % narrow:
-        rows, columns, warps, stages = _RAGGED[vendor][kernel][block_r]
+        rows, columns, warps, stages = _RAGGED_TILES[vendor, kernel][_RANKS.index(block_r)]
         narrow = max(16, min(columns, next_power_of_2(hidden)))
     return rows, narrow, warps, stages
 
@@ -235,7 +184,7 @@ def forward_schedule(tokens: int, hidden: int, rank: int, itemsize: int, device:
 
 @functools.lru_cache(maxsize=4096)
 def rows_schedule(tokens: int, hidden: int, rank: int, itemsize: int, device: Device) -> Schedule:
-    """Layout of the backward's first kernel, which reduces over d: a program owns `block_n` rows and reads them once."""
+    """Layout of the backward's first kernel, which reduces over d: a program reads its `block_n` rows once."""
     block_r = padded_rank(rank)
     block_n, block_d, warps, stages = _tile("rows", hidden, block_r, itemsize, device.gpu)
     if ceil_div(tokens, block_n) < device.multiprocessors:
@@ -257,5 +206,5 @@ def columns_schedule(tokens: int, hidden: int, rank: int, itemsize: int, device:
 
 
 def column_passes(rank: int) -> tuple[tuple[bool, bool], ...]:
-    """(dx and dW2', dW1) of each launch of the columns kernel: one does all as long as both gradients fit in registers."""
+    """(dx and dW2', dW1) of each launch of the columns kernel: one, as long as both gradients fit in registers."""
     return ((True, True),) if padded_rank(rank) <= 64 else ((True, False), (False, True))

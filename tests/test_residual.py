@@ -531,6 +531,14 @@ class Scales(Layer):
         return x
 
 
+class ScalesHeld(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.mlp(x)
+        self.last = x
+        x *= self.multiplier
+        return x
+
+
 class AddsNumber(Layer):
     def forward(self, x: Tensor) -> Tensor:
         return self.mlp(x) + 1.0
@@ -705,6 +713,7 @@ REFUSED = [
     (AddsIntoArgumentItself, OTHERS_HOLD),
     (AddsIntoSometimesHeld, OTHERS_HOLD),
     (Scales, NOT_A_SUM + r".*\*="),
+    (ScalesHeld, NOT_A_SUM + r".*\*="),
     (AddsNumber, "a sum of something that is no tensor"),
     (AddsNamedNumber, "a sum of something that is no tensor"),
     (AddsLists, "a sum of something that is no tensor"),
@@ -819,6 +828,16 @@ def test_closures_are_shared_with_the_original() -> None:
     x = torch.randn(3, 8)
     factor = 3.0
     assert torch.equal(new(x), x + new.mlp(3.0 * x))
+
+
+def test_closure_cell_may_be_filled_later() -> None:
+    class Closed(Layer):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + later * self.mlp(x)
+
+    new = with_site(Closed)()
+    later, x = 2.0, torch.randn(3, 8)
+    assert torch.equal(new(x), x + 2.0 * new.mlp(x))
 
 
 def test_super_stays_that_of_the_original_class() -> None:
@@ -1107,7 +1126,7 @@ class Runner:
 
 def test_random_forwards_are_right_or_refused(tmp_path: Path) -> None:
     accepted = 0
-    for seed in range(1500):
+    for seed in range(800):
         source = Program(seed).source()
         forward_cls = import_source(tmp_path / f"random_{seed}.py", source).Random
         try:
@@ -1120,4 +1139,4 @@ def test_random_forwards_are_right_or_refused(tmp_path: Path) -> None:
             expected, got = Runner().run(forward_cls.forward, flags), runner.run(forward, flags)
             torch.testing.assert_close(got, expected, rtol=0, atol=0, msg=source)
             assert [hidden(got[0]) is result for result in runner.results] == [True], source
-    assert accepted > 150
+    assert accepted > 100

@@ -1,0 +1,47 @@
+"""Where the tests run: with a GPU, on it; without one, in Triton's interpreter, and models on the torch backend.
+
+Both are fixed before the package is imported, as Triton decides at import whether kernels are interpreted.
+"""
+
+import os
+
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available() or torch.xpu.is_available()
+if not HAS_GPU:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+    os.environ.setdefault("FUSED_STEER_BACKEND", "torch")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not HAS_GPU:
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(
+                    pytest.mark.skip(reason="needs a GPU; its kernels are interpreted and compiled instead")
+                )
+
+
+@pytest.fixture(
+    params=[
+        pytest.param("torch", id="torch"),
+        pytest.param("interpreter", id="interpreter"),
+        pytest.param("gpu", id="gpu", marks=pytest.mark.gpu),
+    ]
+)
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """Each backend of the op in turn, as the device to run it on."""
+    if request.param == "interpreter" and HAS_GPU:
+        pytest.skip("kernels are compiled here, not interpreted")
+    monkeypatch.setenv("FUSED_STEER_BACKEND", "torch" if request.param == "torch" else "triton")
+    return torch.device("cuda" if request.param == "gpu" else "cpu")
+
+
+@pytest.fixture
+def poison():
+    """Fill whatever `torch.empty` gives with NaN, so that an element that nobody writes is seen."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -1,0 +1,107 @@
+"""The op written down twice more for the tests: its definition, with autograd; and inputs for it.
+
+`definition` in float64 is the truth; in the model's dtype it is the unfused PyTorch hook that the fused op must not be
+worse than.
+"""
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PHI = {
+    "identity": lambda a: a,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda a: F.gelu(a, approximate="tanh"),
+    "relu": F.relu,
+    "tanh": torch.tanh,
+}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Operands of one call. `basis` is a constant of it; the rest may require gradients."""
+
+    residual: Tensor
+    branch: Tensor | None = None
+    down: Tensor | None = None
+    up: Tensor | None = None
+    down_bias: Tensor | None = None
+    up_bias: Tensor | None = None
+    gain: Tensor | None = None
+    scale: Tensor | float = 1.0
+    basis: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+
+    def map(self, function) -> "Inputs":
+        return replace(self, **{name: function(value) for name, value in self.tensors().items()})
+
+    def leaves(self, dtype: torch.dtype | None = None) -> "Inputs":
+        """Detached copies that require gradients, with their strides; all cast to `dtype` where one is given."""
+
+        def leaf(t: Tensor) -> Tensor:
+            copy = t.detach().to(dtype) if dtype else t.detach().as_strided(t.size(), t.stride(), t.storage_offset())
+            return copy.requires_grad_()
+
+        basis = None if self.basis is None else self.basis.to(dtype or self.basis.dtype)
+        return replace(replace(self, basis=None).map(leaf), basis=basis)
+
+
+def make_inputs(
+    *shape: int,
+    rank: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    branch: bool = True,
+    biases: bool = True,
+    gain: bool = True,
+    scale: bool = True,
+    basis: int = 3,
+    seed: int = 0,
+) -> Inputs:
+    """Fresh random operands for a hidden state of `shape`, (..., d): the shift about as large as the state."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = shape[-1]
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator)
+
+    inputs = Inputs(
+        residual=normal(*shape).to(dtype),
+        branch=normal(*shape).to(dtype) if branch else None,
+        down=normal(rank, hidden) / hidden**0.5 if rank else None,
+        up=normal(hidden, rank) / rank**0.5 if rank else None,
+        down_bias=normal(rank) if rank and biases else None,
+        up_bias=normal(hidden) if biases or not rank else None,
+        gain=torch.rand(shape[:-1], generator=generator) + 0.25 if gain else None,
+        scale=torch.tensor(0.7) if scale else 0.7,
+        basis=torch.linalg.qr(normal(hidden, basis))[0] if basis and rank else None,
+    )
+    return inputs.map(lambda t: t.to(device))
+
+
+def definition(inputs: Inputs, activation: str) -> Tensor:
+    """The formula of the op, in the dtype of its operands, differentiated by autograd."""
+    x = inputs.residual if inputs.branch is None else inputs.residual + inputs.branch
+    u: Tensor | float = 0.0
+    if inputs.down is not None:
+        up = inputs.up
+        if inputs.basis is not None:
+            up = up - inputs.basis @ (inputs.basis.T @ up)
+        a = x @ inputs.down.T
+        if inputs.down_bias is not None:
+            a = a + inputs.down_bias
+        u = PHI[activation](a) @ up.T
+    if inputs.up_bias is not None:
+        u = u + inputs.up_bias
+    strength = inputs.scale if inputs.gain is None else inputs.scale * inputs.gain.unsqueeze(-1)
+    return x + strength * u
+
+
+def relative_error(value: Tensor, truth: Tensor) -> float:
+    return ((value.double() - truth).norm() / truth.norm()).item()

@@ -1,0 +1,534 @@
+"""The op on each backend: outputs and gradients against the truth in float64, and what it promises beyond numbers."""
+
+import os
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from fused_steer.kernels import ACTIVATIONS
+from fused_steer.kernels.contract import Needs
+from fused_steer.kernels.launch import recorded
+from fused_steer.kernels.reference import backward, forward
+from fused_steer.kernels.schedule import TARGETS
+from ops import Inputs, definition, make_inputs, relative_error
+from torch import Tensor
+
+from fused_steer import post_block
+
+F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
+
+
+def fused(inputs: Inputs, activation: str = "silu") -> Tensor:
+    return post_block(
+        inputs.residual,
+        inputs.branch,
+        inputs.down,
+        inputs.up,
+        down_bias=inputs.down_bias,
+        up_bias=inputs.up_bias,
+        activation=activation,
+        scale=inputs.scale,
+        gain=inputs.gain,
+        basis=inputs.basis,
+    )
+
+
+def run(function, inputs: Inputs, activation: str, grad: Tensor, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Output and all gradients of `function`."""
+    leaves = inputs.leaves(dtype)
+    differentiable = replace(leaves, basis=None).tensors()
+    out = function(leaves, activation)
+    gradients = torch.autograd.grad(out, list(differentiable.values()), grad.to(out.dtype))
+    return {"out": out.detach(), **dict(zip(differentiable, gradients, strict=True))}
+
+
+def assert_as_good_as_the_hook(cases: list[Inputs], activation: str = "silu") -> None:
+    """Each result's error is at most twice that of the unfused op in the same dtype, plus 1e-6; over all cases at once."""
+    ours, hooks, truths = [], [], []
+    for seed, inputs in enumerate(cases):
+        dtype = inputs.residual.dtype
+        grad = torch.randn(inputs.residual.shape, generator=torch.Generator().manual_seed(seed + 99))
+        grad = grad.to(inputs.residual.device, dtype)
+        ours.append(run(fused, inputs, activation, grad))
+        hooks.append(run(definition, inputs, activation, grad, dtype))
+        truths.append(run(definition, inputs, activation, grad, F64))
+    for name in ours[0]:
+        value, hook, truth = (
+            torch.cat([result[name].double().flatten() for result in results]) for results in (ours, hooks, truths)
+        )
+        error, bound = relative_error(value, truth), 2 * relative_error(hook, truth) + 1e-6
+        assert error <= bound, f"{name}: error {error:.2e}, bound {bound:.2e}"
+
+
+# Awkward shapes first: one token, odd counts, d that is no multiple of a block, ranks that are no power of two.
+SHAPES = [
+    (1, 576, 8),
+    (17, 2560, 4),
+    (1000, 64, 16),
+    (3, 7168, 1),
+    (5, 5120, 12),
+    (18, 3072, 64),
+    (40, 144, 0),
+    (33, 99, 256),
+    (20, 16, 3),
+]
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize(("tokens", "hidden", "rank"), SHAPES)
+def test_is_as_exact_as_the_hook(device, poison, tokens, hidden, rank, dtype):
+    # Of a few tokens several draws: dL/dg is one number a token, and may be near zero in any one of them.
+    draws = range(max(1, 16 // tokens))
+    assert_as_good_as_the_hook(
+        [make_inputs(tokens, hidden, rank=rank, dtype=dtype, device=device, scale=False, seed=seed) for seed in draws]
+    )
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_every_activation(device, poison, activation, dtype):
+    # Eight draws at once: dL/ds is one number.
+    cases = [make_inputs(17, 32, rank=5, dtype=dtype, device=device, seed=seed) for seed in range(8)]
+    if activation == "relu":  # its derivative jumps at 0, where a rounding decides; so stay away from there
+        far = torch.tensor([9.0, -9.0, 9.0, -9.0, 9.0], device=device)
+        cases = [replace(case, down_bias=far) for case in cases]
+    assert_as_good_as_the_hook(cases, activation)
+
+
+@pytest.mark.parametrize("option", ["branch", "biases", "gain", "basis"])
+@pytest.mark.parametrize("rank", [0, 6])
+def test_each_operand_may_be_absent(device, poison, option, rank):
+    inputs = make_inputs(19, 80, rank=rank, device=device, scale=False, **{option: 0 if option == "basis" else False})
+    assert_as_good_as_the_hook([inputs])
+
+
+def test_batch_and_sequence_dimensions(device, poison):
+    assert_as_good_as_the_hook([make_inputs(2, 3, 5, 32, rank=4, device=device, scale=False)])
+
+
+@pytest.mark.parametrize("dtypes", [(F32, BF16), (BF16, F32), (BF16, F16)], ids=str)
+def test_mixed_dtypes_promote_as_the_add_does(device, dtypes):
+    inputs = make_inputs(9, 32, rank=4, device=device)
+    inputs = replace(inputs, residual=inputs.residual.to(dtypes[0]), branch=inputs.branch.to(dtypes[1]))
+    leaves = inputs.leaves()
+    out = fused(leaves)
+    assert out.dtype == torch.promote_types(*dtypes) == F32
+    assert relative_error(out, definition(inputs.map(Tensor.double), "silu")) < 1e-6
+    out.sum().backward()
+    assert (leaves.residual.grad.dtype, leaves.branch.grad.dtype) == dtypes
+
+
+def test_half_precision_parameters(device):
+    inputs = make_inputs(9, 32, rank=4, dtype=BF16, device=device)
+    inputs = replace(inputs, down=inputs.down.bfloat16(), up=inputs.up.half())
+    leaves = inputs.leaves()
+    fused(leaves).sum().backward()
+    assert (leaves.down.grad.dtype, leaves.up.grad.dtype) == (BF16, F16)
+    assert_as_good_as_the_hook([inputs])
+
+
+def test_float64_on_the_torch_backend_passes_gradcheck(monkeypatch):
+    monkeypatch.setenv("FUSED_STEER_BACKEND", "torch")
+    inputs = make_inputs(5, 7, rank=3).leaves(F64)
+    names, tensors = zip(*replace(inputs, basis=None).tensors().items(), strict=True)
+    for activation in ACTIVATIONS:
+
+        def call(*values, activation=activation):
+            return fused(replace(inputs, **dict(zip(names, values, strict=True))), activation)
+
+        assert torch.autograd.gradcheck(call, tensors)
+
+
+# ------------------------------------------------------------------------------------------------------ bit for bit
+
+
+def bits(t: Tensor) -> Tensor:
+    return t.view({2: torch.int16, 4: torch.int32}[t.itemsize])
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize("rank", [1, 8])
+def test_a_fresh_adapter_leaves_every_bit(device, poison, dtype, rank):
+    inputs = make_inputs(21, 70, rank=rank, dtype=dtype, device=device, biases=False, gain=False, basis=0)
+    inputs.residual[0, :2], inputs.branch[0, :2] = -0.0, -0.0
+    inputs.residual[1, 0] = float("inf")
+    inputs = replace(inputs, up=torch.zeros_like(inputs.up))
+    rows = torch.arange(21, device=device) != 1  # an infinite state has an undefined shift, as in the hook
+    out = fused(inputs)
+    assert torch.equal(bits(out[rows]), bits((inputs.residual + inputs.branch)[rows]))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_zero_gain_leaves_every_bit_whatever_the_adapter(device, poison, dtype):
+    inputs = make_inputs(12, 40, rank=4, dtype=dtype, device=device)
+    inputs.gain[3:9] = 0
+    inputs.residual[4, 0] = float("inf")
+    inputs.residual[5, :2], inputs.branch[5, :2] = -0.0, -0.0
+    inputs.up_bias[7] = float("inf")
+    out = fused(inputs)
+    assert torch.equal(bits(out[3:9]), bits((inputs.residual + inputs.branch)[3:9]))
+    assert not torch.equal(out[:3], (inputs.residual + inputs.branch)[:3])
+
+
+@pytest.mark.parametrize("scale", [0, 0.0, "tensor"])
+def test_zero_scale_leaves_every_bit(device, scale):
+    inputs = make_inputs(12, 40, rank=4, device=device)
+    inputs = replace(inputs, scale=torch.zeros((), device=device) if scale == "tensor" else scale)
+    assert torch.equal(bits(fused(inputs)), bits(inputs.residual + inputs.branch))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_two_runs_give_the_same_bits(device, dtype):
+    inputs = make_inputs(100, 64, rank=8, dtype=dtype, device=device)
+    grad = torch.randn(100, 64).to(device, dtype)
+    first, second = (run(fused, inputs, "silu", grad) for _ in range(2))
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def test_inputs_are_not_written(device):
+    inputs = make_inputs(12, 40, rank=4, device=device)
+    before = inputs.map(Tensor.clone).tensors()
+    for branch in (inputs.branch, None):
+        case = replace(inputs, branch=branch)
+        grad = torch.ones(12, 40, device=device)
+        run(fused, case, "identity", grad)
+        assert torch.equal(grad, torch.ones_like(grad))
+    for name, value in inputs.tensors().items():
+        assert torch.equal(value, before[name]), name
+
+
+# ------------------------------------------------------------------------------------------------------------ layouts
+
+
+def transposed(t: Tensor) -> Tensor:
+    """The same values, (batch, sequence, d) over (sequence, batch, d) in memory."""
+    return t.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: torch.cat([t, t], -1)[..., : t.shape[-1]],
+        lambda t: t.repeat(1, 2, 1)[:, ::2],
+        lambda t: torch.cat([t, t], -1)[..., 1 : t.shape[-1] + 1],
+        transposed,
+        lambda t: t[:1].expand_as(t),
+        lambda t: t[:, :1].expand_as(t),
+        lambda t: t.transpose(0, 2).contiguous().transpose(0, 2),
+    ],
+    ids=[
+        "padded rows",
+        "every other row",
+        "unaligned",
+        "transposed",
+        "expanded batch",
+        "expanded rows",
+        "columns first",
+    ],
+)
+def test_strided_and_expanded_inputs(device, poison, change):
+    inputs = make_inputs(4, 6, 64, rank=4, device=device, scale=False, basis=0)
+    for case in (replace(inputs, residual=change(inputs.residual)), replace(inputs, branch=change(inputs.branch))):
+        assert_as_good_as_the_hook([case])
+    leaves = inputs.leaves()
+    plain = torch.autograd.grad(fused(leaves), leaves.down, change(inputs.branch).contiguous())[0]
+    strided = torch.autograd.grad(fused(leaves), leaves.down, change(inputs.branch))[0]
+    assert relative_error(strided, plain.double()) < 1e-6
+
+
+def test_strided_inputs_are_not_copied():
+    from fused_steer.kernels.post_block import _row_layout
+
+    t = torch.empty(4, 6, 64)
+    for view in (t[:, :, :32], transposed(t), t[:1].expand_as(t), t[:, ::2], t[:, :1].expand_as(t)):
+        other = torch.empty(view.shape)
+        (a, b), _, _ = _row_layout(view, other)
+        assert a is view and b is other
+    columns_first = torch.empty(64, 6).t()
+    (a,), _, _ = _row_layout(columns_first)
+    assert a is not columns_first and a.is_contiguous()
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_no_tokens(device, rank):
+    inputs = make_inputs(2, 0, 32, rank=rank, device=device).leaves()
+    out = fused(inputs)
+    assert out.shape == (2, 0, 32)
+    out.sum().backward()
+    for name, value in replace(inputs, basis=None).tensors().items():
+        assert value.grad.shape == value.shape and not value.grad.any(), name
+
+
+def test_addresses_past_two_to_the_31(device):
+    """Two rows, 2³¹ elements apart; all between is never touched."""
+    if device.type == "cpu" and os.environ["FUSED_STEER_BACKEND"] == "torch":
+        stride = 2**20  # PyTorch's own indexing is not at stake
+    else:
+        stride = 2**31
+    storage = torch.empty(stride + 32, dtype=BF16, device=device)
+    state = storage.as_strided((2, 32), (stride, 1))
+    inputs = make_inputs(2, 32, rank=4, dtype=BF16, device=device, branch=False, scale=False)
+    state.copy_(inputs.residual)
+    assert torch.equal(fused(replace(inputs, residual=state)), fused(inputs))
+
+
+@pytest.mark.gpu
+def test_a_hidden_state_past_two_to_the_31():
+    tokens, hidden = 2**19 + 7, 4096
+    inputs = make_inputs(8, hidden, rank=4, dtype=BF16, device="cuda", gain=False, scale=False).leaves()
+    residual = torch.zeros(tokens, hidden, dtype=BF16, device="cuda")
+    residual[-8:] = inputs.residual.detach()
+    residual.requires_grad_()
+    out = fused(replace(inputs, residual=residual, branch=None))
+    expected = fused(replace(inputs, branch=None))
+    assert torch.equal(out[-8:], expected)
+    (gradient,) = torch.autograd.grad(out, residual, torch.ones_like(out))
+    (expected_gradient,) = torch.autograd.grad(expected, inputs.residual, torch.ones_like(expected))
+    assert torch.equal(gradient[-8:], expected_gradient)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_device_that_is_not_the_current_one():
+    with torch.cuda.device(0):
+        assert_as_good_as_the_hook([make_inputs(9, 64, rank=4, dtype=BF16, device="cuda:1", scale=False)])
+
+
+def test_a_launch_makes_its_device_current(monkeypatch):
+    from fused_steer.kernels import launch
+
+    entered = []
+
+    class Module:
+        device = staticmethod(lambda device: entered.append(device) or launch.contextlib.nullcontext())
+
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
+    monkeypatch.setattr(torch, "get_device_module", lambda device: Module)
+    for index in (0, 1):
+        with launch._on(torch.device("cuda", index)):
+            pass
+    assert entered == [torch.device("cuda", 1)]
+
+
+# ------------------------------------------------------------------------------- what is computed, and what is kept
+
+ALL_NEEDS = ("residual", "branch", "down", "up", "down_bias", "up_bias", "gain", "scale")
+
+
+@pytest.mark.parametrize("name", ALL_NEEDS)
+def test_each_gradient_alone(device, poison, name):
+    inputs = make_inputs(19, 48, rank=6, device=device)
+    grad = torch.randn(19, 48, device=device)
+    everything = run(fused, inputs, "silu", grad)[name]
+    alone = getattr(inputs, name).clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(fused(replace(inputs, **{name: alone})), alone, grad)
+    assert torch.equal(gradient, everything)
+
+
+def launches(needs: Needs, rank: int = 8) -> dict[str, dict]:
+    """The constants of each kernel that a backward pass of these needs would launch, by its name."""
+    from fused_steer.kernels.post_block import _triton_backward
+
+    def meta(*shape, dtype=F32):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    state, a = meta(64, 128, dtype=BF16), meta(64, rank) if rank else None
+    down, up = (meta(rank, 128), meta(128, rank)) if rank else (None, None)
+    with recorded(TARGETS["sm_90"]) as found:
+        _triton_backward(state, state, a, down, up, meta(128), None, 1.0, "silu", needs)
+    return {launch.kernel.__name__: launch.constants for launch in found}
+
+
+def test_nothing_is_computed_for_what_needs_no_gradient():
+    none = Needs(*[False] * 6)
+    assert launches(none._replace(x=True), rank=0) == {}, "a vector passes the gradient on"
+    assert set(launches(none._replace(up_bias=True), rank=0)) == {"columns_kernel"}
+    only_up = launches(none._replace(up=True))
+    assert set(only_up) == {"columns_kernel"}
+    assert not only_up["columns_kernel"]["NEED_X"] and not only_up["columns_kernel"]["NEED_DOWN"]
+    assert set(launches(none._replace(down_bias=True))) == {"rows_kernel"}
+    assert not launches(none._replace(row_dot=True))["rows_kernel"]["NEED_DA"]
+    frozen_input = launches(Needs(False, True, True, False, False, False))
+    assert not frozen_input["columns_kernel"]["NEED_X"]
+    assert len(launches(Needs(*[True] * 6))) == 2
+
+
+def test_the_reference_computes_only_what_is_needed():
+    inputs = make_inputs(6, 16, rank=4, gain=False, basis=0)
+    operands = (inputs.down, inputs.up)
+    out, a = forward(inputs.residual, None, *operands, None, None, None, 1.0, "silu", True)
+    for name in Needs._fields:
+        needs = Needs(*[False] * 6)._replace(**{name: True})
+        found = backward(out, out, a, *operands, inputs.up_bias, None, 1.0, "silu", needs)
+        assert {key for key, value in vars(found).items() if value is not None} == {name}
+
+
+def saved_bytes(function) -> int:
+    """Bytes that autograd keeps of `function`, leaves (the parameters themselves) not counted."""
+    kept = {}
+
+    def pack(t: Tensor) -> Tensor:
+        if not t.is_leaf or not t.requires_grad:
+            kept[t.data_ptr()] = t.nbytes
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        function()
+    return sum(kept.values())
+
+
+def test_out_and_a_are_all_that_is_kept(device):
+    inputs = make_inputs(50, 64, rank=4, dtype=BF16, device=device, gain=False, scale=False, basis=0).leaves()
+    assert saved_bytes(lambda: fused(inputs)) == 50 * 64 * 2 + 50 * 4 * 4
+    frozen_down = replace(inputs, down=inputs.down.detach())
+    weights = inputs.down.nbytes
+    assert saved_bytes(lambda: fused(frozen_down)) == 50 * 4 * 4 + weights, "without dW1 there is no use for out"
+    vector = replace(inputs, down=None, up=None, down_bias=None)
+    assert saved_bytes(lambda: fused(vector)) == 0
+    with torch.no_grad():
+        assert saved_bytes(lambda: fused(inputs)) == 0
+
+
+# ------------------------------------------------------------------------------------ op, compile, autocast, backward
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_opcheck(device, rank):
+    inputs = make_inputs(6, 5, 16, rank=rank, device=device).leaves()
+    operands = (inputs.residual, inputs.branch, inputs.down, inputs.up, inputs.down_bias, inputs.up_bias, inputs.gain)
+    arguments = (*operands, inputs.scale, inputs.basis, 1.0, "silu", True)
+    torch.library.opcheck(torch.ops.fused_steer.post_block.default, arguments)
+    out, a = (t.detach() for t in torch.ops.fused_steer.post_block(*arguments))
+    detached = [None if t is None else t.detach() for t in operands[2:]]
+    needs = [rank > 0, rank > 0, rank > 0, rank > 0, True, True, True]
+    backward_arguments = (
+        torch.randn_like(out), out, a if rank else None, *detached, inputs.scale.detach(), inputs.basis, 1.0, "silu", needs
+    )  # fmt: skip
+    torch.library.opcheck(torch.ops.fused_steer.post_block_backward.default, backward_arguments)
+
+
+def test_compiled_equals_eager(device):
+    inputs = make_inputs(6, 32, rank=4, device=device)
+    grad = torch.randn(6, 32, device=device)
+    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
+    eager, traced = (run(function, inputs, "gelu", grad) for function in (fused, compiled))
+    for name in eager:
+        assert torch.equal(eager[name], traced[name]), name
+
+
+def test_the_op_is_in_the_graph_under_compile_and_bypassed_in_eager(monkeypatch):
+    monkeypatch.setenv("FUSED_STEER_BACKEND", "torch")
+    inputs = make_inputs(6, 32, rank=4)
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph
+
+    torch.compile(fused, fullgraph=True, backend=backend)(inputs)
+    assert "fused_steer.post_block" in str(graphs[0].graph)
+    with torch.profiler.profile() as profile:
+        fused(inputs)
+    assert not any("fused_steer::" in event.key for event in profile.key_averages())
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_autocast_changes_nothing(device, dtype):
+    inputs = make_inputs(9, 32, rank=4, dtype=dtype, device=device)
+    grad = torch.randn(9, 32, device=device).to(dtype)
+    plain = run(fused, inputs, "silu", grad)
+    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
+    with torch.autocast(device.type, dtype=BF16):
+        for function in (fused, compiled):
+            for name, value in run(function, inputs, "silu", grad).items():
+                assert value.dtype == plain[name].dtype and torch.equal(value, plain[name]), name
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_a_second_derivative_is_refused(device, rank):
+    inputs = make_inputs(5, 16, rank=rank, device=device).leaves()
+    (gradient,) = torch.autograd.grad(fused(inputs).square().sum(), inputs.up_bias, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative.*expected one backward pass") as error:
+        gradient.sum().backward()
+    assert "\n" not in str(error.value)
+
+
+def test_create_graph_alone_is_no_error(device):
+    inputs = make_inputs(5, 16, rank=4, device=device).leaves()
+    plain = torch.autograd.grad(fused(inputs).sum(), inputs.down)[0]
+    assert torch.equal(torch.autograd.grad(fused(inputs).sum(), inputs.down, create_graph=True)[0], plain)
+
+
+# -------------------------------------------------------------------------------------------------------- bad input
+
+GOOD = make_inputs(6, 16, rank=4)
+BAD = {
+    "residual shape": (
+        dict(residual=torch.tensor(1.0)),
+        ValueError,
+        r"residual has shape \(\); expected \(\.\.\., d\)",
+    ),
+    "residual dtype": (
+        dict(residual=torch.ones(6, 16, dtype=torch.int64)),
+        TypeError,
+        "residual has dtype torch.int64",
+    ),
+    "branch shape": (dict(branch=torch.ones(5, 16)), ValueError, r"branch has shape \(5, 16\); expected \(6, 16\)"),
+    "branch dtype": (dict(branch=torch.ones(6, 16, dtype=torch.bool)), TypeError, "branch has dtype torch.bool"),
+    "branch device": (dict(branch=torch.ones(6, 16, device="meta")), ValueError, "branch is on meta; expected cpu"),
+    "down shape": (dict(down=torch.ones(4, 15)), ValueError, r"down has shape \(4, 15\); expected \(r, 16\)"),
+    "up shape": (dict(up=torch.ones(4, 16)), ValueError, r"up has shape \(4, 16\); expected \(16, 4\)"),
+    "down alone": (dict(up=None), ValueError, "up is None but down is given; expected both"),
+    "up alone": (dict(down=None), ValueError, "down is None but up is given; expected both"),
+    "nothing": (
+        dict(down=None, up=None, down_bias=None, up_bias=None),
+        ValueError,
+        "down, up and up_bias are all None; expected",
+    ),
+    "rank": (
+        dict(down=torch.ones(257, 16), up=torch.ones(16, 257)),
+        ValueError,
+        "rank of down is 257; expected at most 256",
+    ),
+    "down_bias shape": (dict(down_bias=torch.ones(5)), ValueError, r"down_bias has shape \(5,\); expected \(4,\)"),
+    "up_bias shape": (dict(up_bias=torch.ones(4)), ValueError, r"up_bias has shape \(4,\); expected \(16,\)"),
+    "down_bias alone": (dict(down=None, up=None), ValueError, "down_bias is given without down; expected both"),
+    "basis alone": (dict(down=None, up=None, down_bias=None), ValueError, "basis is given without up; expected both"),
+    "gain shape": (dict(gain=torch.ones(6, 1)), ValueError, r"gain has shape \(6, 1\); expected \(6,\)"),
+    "gain dtype": (
+        dict(gain=torch.ones(6, dtype=torch.bool)),
+        TypeError,
+        "gain has dtype torch.bool; expected float32",
+    ),
+    "basis shape": (dict(basis=torch.ones(15, 2)), ValueError, r"basis has shape \(15, 2\); expected \(16, k\)"),
+    "scale shape": (dict(scale=torch.ones(2)), ValueError, r"scale has shape \(2,\); expected \(\)"),
+    "scale type": (dict(scale="1"), TypeError, "scale is a str; expected a float or a 0-dim tensor"),
+}
+
+
+@pytest.mark.parametrize(("changes", "kind", "message"), BAD.values(), ids=BAD)
+def test_bad_input_is_one_clear_line(changes, kind, message):
+    with pytest.raises(kind, match=message) as error:
+        fused(replace(GOOD, **changes))
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_activation_is_refused():
+    with pytest.raises(ValueError, match="activation is 'swish'; expected one of identity, silu"):
+        fused(GOOD, "swish")
+
+
+def test_the_triton_backend_refuses_float64(monkeypatch):
+    monkeypatch.setattr(sys.modules["fused_steer.kernels.post_block"], "select_backend", lambda _: "triton")
+    with pytest.raises(TypeError, match="the triton backend got a float64 tensor; expected float32"):
+        fused(GOOD.map(Tensor.double))
+
+
+def test_rank_zero_factors_are_a_vector(device):
+    inputs = make_inputs(6, 16, rank=0, device=device)
+    empty = replace(inputs, down=torch.empty(0, 16, device=device), up=torch.empty(16, 0, device=device))
+    assert torch.equal(fused(empty), fused(inputs))
+    with pytest.raises(ValueError, match="rank 0 and up_bias is None; expected"):
+        fused(replace(empty, up_bias=None))
