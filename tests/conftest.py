@@ -5,8 +5,12 @@ Both are fixed before the package is imported, as Triton decides at import wheth
 
 import os
 
-import pytest
-import torch
+# Tests are small; a second thread for a small matrix costs more than it does, and on a busy machine far more.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 HAS_GPU = torch.cuda.is_available() or torch.xpu.is_available()
 if not HAS_GPU:
