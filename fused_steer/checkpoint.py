@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -82,7 +83,7 @@ def _replace_files(directory: Path, contents: Mapping[str, bytes]) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             if (directory / name).exists():
-                os.link(directory / name, old / name)
+                shutil.copy2(directory / name, old / name)  # not os.link: some file systems have none
         replaced = []
         try:
             for name in contents:
@@ -117,7 +118,7 @@ def locate_adapter(source: str | os.PathLike[str]) -> Path:
     except Exception as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise FileNotFoundError(
-            f"no adapter directory {source}, and the hub did not supply one of this id ({type(error).__name__}: {reason})"
+            f"no adapter directory {source}, and the hub supplied none of this id ({type(error).__name__}: {reason})"
         ) from error
 
 
@@ -148,6 +149,8 @@ def read_adapter(source: str | os.PathLike[str]) -> AdapterFile:
             config = SteerConfig.from_dict(fields)
         except TypeError as error:
             raise ValueError(f"{error} (it was written by fused-steer {version}, this is {__version__})") from None
+        if config.layers is not None and config.layers[-1] >= num_layers:
+            raise ValueError(f"layers has {config.layers[-1]}; expected indices below {num_layers}, its num_layers")
     with _blaming(weights_file):
         weights = weights_file.read_bytes()
         if digest is not None and hashlib.sha256(weights).hexdigest() != digest:

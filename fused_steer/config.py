@@ -50,8 +50,8 @@ class SteerConfig:
         scale: s, the strength.
         down_bias: whether there is a b1, (r,), initially 0.
         up_bias: whether there is a b2, (d,), initially 0; a vector is one.
-        init_scale: factor on W1's initial values, kaiming-uniform with a = √5 (the paper's released code has 1e-3). W2 is
-            initially 0, so that a fresh adapter changes nothing.
+        init_scale: factor on W1's initial values, kaiming-uniform with a = √5 (the paper's released code has 1e-3).
+            W2 is initially 0, so that a fresh adapter changes nothing.
         dtype: of the parameters: "float32" (master weights), "bfloat16" or "float16".
 
     Raises:

@@ -151,8 +151,8 @@ class PatchedLayer:
     def check_removable(self) -> None:
         if type(self.layer) is not steered_class(self.base, not self.reason):
             raise RuntimeError(
-                f"layer {self.index} is now a {type(self.layer).__qualname__} that another library made; expected it as "
-                "patch_model left it (undo the other first)"
+                f"layer {self.index} is now a {type(self.layer).__qualname__} that another library made; expected it "
+                "as patch_model left it (undo the other first)"
             )
 
     def remove(self) -> None:

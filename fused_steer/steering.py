@@ -127,7 +127,7 @@ class Steering:
                 tensors[key] = tensor.to(_device(self._decoder.layers[i]))
             adapters[i] = Adapter.of_tensors(tensors)
         if unused:
-            raise ValueError(f"{source} has a tensor {sorted(unused)[0]!r} that its config does not account for")
+            raise ValueError(f"{source} has a tensor {min(unused)}; expected none but those of its config")
         self._insert(name, file.config, adapters)
 
     def use(self, name: str | None) -> None:
@@ -223,7 +223,7 @@ class Steering:
         """The parameters of the adapter in use."""
         return (p for patched in self._patched.values() for p in patched.site.parameters() if p.requires_grad)
 
-    # ------------------------------------------------------------------------------------------- patching and the way back
+    # ---------------------------------------------------------------------------------------- patching and the way back
 
     def attach(self) -> None:
         """Freeze the base, watch the decoder, and become `model.steering`. Called by `patch_model`."""
@@ -292,8 +292,8 @@ class Steering:
             patched = self._patched.get(i)
             if patched is not None and patched.site.calls == before and self._decoder.layers[i] is patched.layer:
                 raise RuntimeError(
-                    f"layer {i} ({patched.base.__name__}) is patched but did not steer; expected its forward as patch_model "
-                    "left it (was it replaced since?)"
+                    f"layer {i} ({patched.base.__name__}) is patched but did not steer; expected its forward as "
+                    "patch_model left it (was it replaced since?)"
                 )
 
     # --------------------------------------------------------------------------------------------------------- checks
@@ -314,7 +314,7 @@ class Steering:
     def _check_new_name(self, name: str) -> None:
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise ValueError(f"adapter name is {name!r}; expected letters, digits, '_' and '-'")
-        if hasattr(nn.ModuleDict, name):
+        if hasattr(nn.ModuleDict(), name):
             raise ValueError(f"adapter name is {name!r}, a word that PyTorch's modules use; expected another")
         if name in self._configs:
             raise ValueError(f"there is an adapter {name!r} already; expected a new name (have {self.names})")
@@ -338,7 +338,8 @@ class Steering:
         theirs, ours = (os.path.basename(base.rstrip("/\\")) for base in (file.base, self._base))
         if check_base and theirs and ours and theirs != ours:
             raise ValueError(
-                f"{source} is for the base model {file.base!r}; expected {self._base!r} (check_base=False loads it all the same)"
+                f"{source} is for the base model {file.base!r}; expected {self._base!r} "
+                "(check_base=False loads it all the same)"
             )
 
 

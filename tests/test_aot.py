@@ -19,9 +19,10 @@ def cases() -> list[list]:
     found = []
     for target in TARGETS:
         for rank in RANKS:
-            # 4096: even tiles; 576: narrowed ones; 4099: masked ones, rows not aligned.
-            found += [[target, "bfloat16", hidden, rank, 8192, EVERYTHING] for hidden in (4096, 576, 4099)]
+            # 4096: the tiles as they are; 4099: masked ones, rows not aligned; 576: narrowed ones.
+            found += [[target, "bfloat16", hidden, rank, 8192, EVERYTHING] for hidden in (4096, 4099)]
             found += [[target, dtype, 4096, rank, 8192, EVERYTHING] for dtype in ("float32", "float16")]
+        found += [[target, "bfloat16", 576, rank, 8192, EVERYTHING] for rank in (8, 64)]
         found.append([target, "bfloat16", 4096, 8, 8, {}])
         found.append([target, "bfloat16", 4096, 8, 8192, {}])
     return found

@@ -44,7 +44,7 @@ def run(function, inputs: Inputs, activation: str, grad: Tensor, dtype: torch.dt
 
 
 def assert_as_good_as_the_hook(cases: list[Inputs], activation: str = "silu") -> None:
-    """Each result's error is at most twice that of the unfused op in the same dtype, plus 1e-6; over all cases at once."""
+    """Each result's error, over all cases, is at most twice that of the unfused op in the same dtype, plus 1e-6."""
     ours, hooks, truths = [], [], []
     for seed, inputs in enumerate(cases):
         dtype = inputs.residual.dtype
@@ -79,7 +79,7 @@ SHAPES = [
 @pytest.mark.parametrize(("tokens", "hidden", "rank"), SHAPES)
 def test_is_as_exact_as_the_hook(device, poison, tokens, hidden, rank, dtype):
     # Of a few tokens several draws: dL/dg is one number a token, and may be near zero in any one of them.
-    draws = range(max(1, 16 // tokens))
+    draws = range(max(1, 8 // tokens))
     assert_as_good_as_the_hook(
         [make_inputs(tokens, hidden, rank=rank, dtype=dtype, device=device, scale=False, seed=seed) for seed in draws]
     )
@@ -403,10 +403,9 @@ def test_opcheck(device, rank):
     out, a = (t.detach() for t in torch.ops.fused_steer.post_block(*arguments))
     detached = [None if t is None else t.detach() for t in operands[2:]]
     needs = [rank > 0, rank > 0, rank > 0, rank > 0, True, True, True]
-    backward_arguments = (
-        torch.randn_like(out), out, a if rank else None, *detached, inputs.scale.detach(), inputs.basis, 1.0, "silu", needs
-    )  # fmt: skip
-    torch.library.opcheck(torch.ops.fused_steer.post_block_backward.default, backward_arguments)
+    saved = (out, a if rank else None, *detached, inputs.scale.detach(), inputs.basis)
+    arguments = (torch.randn_like(out), *saved, 1.0, "silu", needs)
+    torch.library.opcheck(torch.ops.fused_steer.post_block_backward.default, arguments)
 
 
 def test_compiled_equals_eager(device):

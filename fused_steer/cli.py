@@ -1,0 +1,459 @@
+"""The command `fused-steer`: demo, doctor, inspect.
+
+Nothing heavy is imported before a verb runs, so that `--help` and usage errors come at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ._version import __version__
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from .checkpoint import AdapterFile
+    from .kernels.launch import Launch
+
+PACKAGE = "fused-steer"
+
+app = typer.Typer(
+    name=PACKAGE,
+    help="Post-block activation steering of language models, fused into the residual add of each decoder block.",
+    no_args_is_help=True,
+    add_completion=False,
+)
+
+
+@contextlib.contextmanager
+def _errors_in_one_line() -> Iterator[None]:
+    """What the library refuses is one line on stderr and exit code 1."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, RuntimeError, OSError, ImportError) as error:
+        # str(KeyError) is the repr of its message.
+        message = error.args[0] if isinstance(error, KeyError) and error.args else error
+        typer.echo(f"{PACKAGE}: {' '.join(str(message).split()) or type(error).__name__}", err=True)
+        code = 1
+    else:
+        return
+    raise typer.Exit(code)
+
+
+def _console() -> Console:
+    return Console(highlight=False)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"{PACKAGE} {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+# --------------------------------------------------------------------------------------------------------------- demo
+
+
+@app.command()
+def demo(
+    model: Annotated[
+        str | None,
+        typer.Option(help="Directory or hub id of a causal language model; SmolLM2-135M-Instruct if not given."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Directory for the adapter and the loss curve.")] = Path("fused-steer-demo"),
+    steps: Annotated[int, typer.Option(help="Training steps.")] = 150,
+    batch_size: Annotated[int, typer.Option(help="Expressions a step.")] = 8,
+    lr: Annotated[float, typer.Option(help="AdamW's learning rate.")] = 2e-3,
+    rank: Annotated[int, typer.Option(help="Rank of the adapter.")] = 8,
+    activation: Annotated[str, typer.Option(help="φ: identity, silu, gelu, gelu_tanh, relu or tanh.")] = "silu",
+    operators: Annotated[str, typer.Option(help="Of MAX, MIN, MED and SM, with commas between.")] = "MAX,MIN",
+    depth: Annotated[int, typer.Option(help="How deep every expression is nested.")] = 2,
+    seed: Annotated[int, typer.Option(help="Of the expressions and the adapter's initial values.")] = 0,
+    held_out: Annotated[int, typer.Option("--eval", help="Held-out expressions to evaluate on.")] = 100,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, xpu …; auto is a GPU if there is one.")] = "auto",
+) -> None:
+    """Teach a small language model ListOps through a steering adapter, in minutes on a CPU."""
+    with _errors_in_one_line():
+        from .demo import DemoOptions, run
+
+        names = tuple(name.strip() for name in operators.split(","))
+        run(
+            DemoOptions(model, out, steps, batch_size, lr, rank, activation, names, depth, seed, held_out, device),
+            _console(),
+        )
+
+
+# ------------------------------------------------------------------------------------------------------------- doctor
+
+_STEP_TOKENS, _STEP_HIDDEN, _STEP_RANK = 4096, 4096, 8  # the training step whose kernels are shown, in bfloat16
+_CHECK_TOKENS, _CHECK_HIDDEN, _CHECK_RANK = 33, 192, 8  # small: Triton's interpreter has to manage it too
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What the doctor found out about one thing. `expected` says what it should have been, and is "" if that is so;
+    `unused` that it need not be so, because another will do."""
+
+    subject: str
+    found: str
+    expected: str = ""
+    unused: bool = False
+
+    @property
+    def well(self) -> bool:
+        return self.unused or not self.expected
+
+    def __str__(self) -> str:
+        mark = "unused" if self.unused else "ok" if self.well else "NOT WELL"
+        return f"{mark:<8}  {self.subject}: {self.found}" + (f"; expected {self.expected}" if self.expected else "")
+
+
+def _version_finding(subject: str, found: str | None, specifier: Any) -> Finding:
+    supported = str(specifier) or "any version"
+    if found is None:
+        return Finding(subject, "not installed", supported)
+    if specifier.contains(found, prereleases=True):
+        return Finding(subject, f"{found} (supported: {supported})")
+    return Finding(subject, found, supported)
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _check_versions() -> Iterator[Finding]:
+    """Python and every requirement of the installed package against the ranges that its metadata declares."""
+    from packaging.requirements import Requirement
+    from packaging.specifiers import SpecifierSet
+
+    own = _installed(PACKAGE)
+    yield _version_finding(PACKAGE, own, SpecifierSet(f"=={__version__}"))
+    if own is None:
+        return
+    supported = SpecifierSet(metadata.metadata(PACKAGE).get("Requires-Python", ""))
+    yield _version_finding("python", ".".join(map(str, sys.version_info[:3])), supported)
+    for requirement in map(Requirement, metadata.requires(PACKAGE) or ()):
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            yield _version_finding(requirement.name, _installed(requirement.name), requirement.specifier)
+
+
+def _devices() -> list[torch.device]:
+    import torch
+
+    devices = [torch.device("cpu")]
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if accelerator is not None:
+        devices += [torch.device(accelerator.type, i) for i in range(torch.accelerator.device_count())]
+    return devices
+
+
+def _device_name(device: torch.device) -> str:
+    import torch
+
+    name = getattr(torch.get_device_module(device), "get_device_name", None)
+    return f"{device} ({name(device)})" if name and device.type != "cpu" else str(device)
+
+
+def _check_devices(devices: list[torch.device]) -> Iterator[Finding]:
+    """Which backend steers tensors on each device, and whether it computes what it should."""
+    from .kernels import select_backend
+
+    backends: dict[torch.device, str] = {}
+    refusals: dict[torch.device, str] = {}
+    for device in devices:
+        try:
+            backends[device] = select_backend(device)
+        except RuntimeError as error:
+            refusals[device] = str(error)
+    for device, refusal in refusals.items():
+        found, _, expected = refusal.partition("; expected ")
+        # FUSED_STEER_BACKEND=triton rules out a CPU, which is nobody's loss where there is a GPU.
+        yield Finding(_device_name(device), found, expected, unused=bool(backends))
+    for device, backend in backends.items():
+        yield _check_numbers(device, backend)
+
+
+def _check_numbers(device: torch.device, backend: str) -> Finding:
+    name = _device_name(device)
+    try:
+        worst = _worst_error(device)
+    except Exception as error:  # anything may be wrong with a compiler or a driver, and the doctor is asked what
+        text = " ".join(str(error).split())
+        return Finding(name, f"backend {backend} raises {type(error).__name__}: {text}", "a result")
+    if not worst <= 1:  # NaN included
+        found = f"backend {backend} is wrong: its error is {worst:.3g} times what is allowed"
+        return Finding(name, found, "at most twice the error of plain PyTorch in float32, plus 1e-6")
+    return Finding(name, f"backend {backend}; forward and backward equal those of plain PyTorch in float32")
+
+
+def _worst_error(device: torch.device) -> float:
+    """The op's worst error in float32, in forward and every gradient, as a share of what is allowed.
+
+    The truth is float64; twice the error of the same formula in PyTorch's own float32, plus 1e-6, is allowed.
+    """
+    import torch
+
+    from .kernels import post_block
+
+    n, d, r = _CHECK_TOKENS, _CHECK_HIDDEN, _CHECK_RANK
+    generator = torch.Generator().manual_seed(0)
+    residual, branch, down, up, grad = (
+        torch.randn(shape, generator=generator) for shape in ((n, d), (n, d), (r, d), (d, r), (n, d))
+    )
+    operands = [residual, branch, down / math.sqrt(d), up]
+
+    def plain(residual: Tensor, branch: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        x = residual + branch
+        return x + torch.nn.functional.silu(x @ down.t()) @ up.t()
+
+    def results(op: Any, **to: Any) -> list[Tensor]:
+        leaves = [tensor.to(**to).requires_grad_() for tensor in operands]
+        out = op(*leaves)
+        return [t.cpu().double() for t in (out.detach(), *torch.autograd.grad(out, leaves, grad.to(**to)))]
+
+    rows = zip(
+        results(plain, device="cpu", dtype=torch.float64),
+        results(plain, device=device),
+        results(post_block, device=device),
+        strict=True,
+    )
+    shares = [(ours - truth).norm() / (2 * (eager - truth).norm() + 1e-6 * truth.norm()) for truth, eager, ours in rows]
+    return float(torch.stack(shares).max())
+
+
+def _targets(devices: list[torch.device]) -> list[str]:
+    """The compilation targets of the GPUs that are here, or, without one of those, all of them."""
+    import torch
+
+    from .kernels.aot import TARGETS
+
+    here = set()
+    for device in devices:
+        if device.type == "cuda":
+            properties = torch.cuda.get_device_properties(device)
+            here.add(
+                properties.gcnArchName.split(":")[0]
+                if torch.version.hip
+                else f"sm_{properties.major}{properties.minor}"
+            )
+    return [target for target in TARGETS if target in here] or list(TARGETS)
+
+
+def _compile(launch: Launch, target: str) -> tuple[list[str], Finding | None]:
+    """Registers, spills, local and shared memory of a launch compiled for `target`; a finding if it is not well."""
+    from .kernels.aot import compile_launch
+
+    subject = f"{target} {launch.kernel.__name__}"
+    try:
+        used = compile_launch(launch, target)
+    except Exception as error:  # as above
+        found, _, expected = " ".join(str(error).split()).partition("; expected ")
+        return ["-"] * 4, Finding(subject, found or type(error).__name__, expected or "it to compile")
+    finding = None
+    if used.spills or used.local:
+        finding = Finding(subject, f"{used.spills} spills, {used.local} bytes of local memory", "none of either")
+    return [str(number) for number in (used.registers, used.spills, used.local, used.shared)], finding
+
+
+def _launches(targets: list[str], compiled: bool) -> tuple[Table, list[Finding]]:
+    """The kernels of one training step on each target; with `compiled`, what each uses, and what is not well."""
+    import torch
+
+    from .kernels.aot import Case, record
+
+    table = Table("target", "kernel", "grid", "tile", "warps")
+    for column in ("registers", "spills", "local", "shared") if compiled else ():
+        table.add_column(column, justify="right")
+    findings = []
+    for target in targets:
+        for launch in record(Case(_STEP_TOKENS, _STEP_HIDDEN, _STEP_RANK, torch.bfloat16), target):
+            plan = launch.schedule
+            used, finding = _compile(launch, target) if compiled else ([], None)
+            grid, tile = (" x ".join(map(str, sides)) for sides in (launch.grid, (plan.block_n, plan.block_d)))
+            table.add_row(target, launch.kernel.__name__, grid, tile, str(plan.num_warps), *used)
+            findings += [finding] if finding else []
+    return table, findings
+
+
+@app.command()
+def doctor(
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Compile the kernels, which takes a minute, and show what they use.")
+    ] = False,
+) -> None:
+    """Say what is installed, which backend will run, and whether it computes what it should. Exit code 1 if not."""
+    console = _console()
+    findings: list[Finding] = []
+
+    def report(found: Iterable[Finding]) -> None:
+        for finding in found:
+            findings.append(finding)
+            console.print(str(finding), markup=False, soft_wrap=True, style=None if finding.well else "bold red")
+
+    with _errors_in_one_line():
+        report(_check_versions())
+        devices = _devices()
+        report(_check_devices(devices))
+        table, amiss = _launches(_targets(devices), compiled)
+        console.print(
+            f"\nKernels of a training step: N = {_STEP_TOKENS} tokens, d = {_STEP_HIDDEN}, r = {_STEP_RANK}, bfloat16"
+        )
+        console.print(table)
+        report(amiss)
+    if not all(finding.well for finding in findings):
+        raise typer.Exit(1)
+
+
+# ------------------------------------------------------------------------------------------------------------ inspect
+
+
+@dataclass(frozen=True)
+class LayerNorms:
+    """Norms of one layer's adapter, None where it has no such part. down: ‖W1‖_F, up: ‖W2‖_F, product: ‖W2 W1‖_2,
+    down_bias: ‖b1‖, up_bias: ‖b2‖."""
+
+    layer: int
+    down: float | None
+    up: float | None
+    product: float | None
+    down_bias: float | None
+    up_bias: float | None
+
+
+def _by_layer(adapter: AdapterFile) -> dict[int, dict[str, Tensor]]:
+    """The adapter's tensors by layer, in order, and by their name below the site.
+
+    Raises:
+        ValueError: a layer's tensors are not those that the config asks for.
+    """
+    from .patch import SITE
+    from .sites import Adapter
+
+    layers: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in adapter.tensors.items():
+        found = re.fullmatch(rf"(?:.*\.)?(\d+)\.{SITE}\.(\w+\.\w+)", name)
+        if found is None:
+            raise ValueError(
+                f"the adapter has a tensor {name!r}; expected names such as layers.0.{SITE}.steer_up.weight"
+            )
+        layers.setdefault(int(found[1]), {})[found[2]] = tensor
+    shapes = Adapter.shapes(adapter.config, adapter.hidden)
+    for index in sorted(layers.keys() | set(adapter.config.layers or range(adapter.num_layers))):
+        found_shapes = {name: tuple(tensor.shape) for name, tensor in layers.get(index, {}).items()}
+        if found_shapes != shapes:
+            raise ValueError(f"layer {index} of the adapter has {found_shapes}; expected {shapes}")
+    return dict(sorted(layers.items()))
+
+
+def _norms(layer: int, tensors: dict[str, Tensor]) -> LayerNorms:
+    import torch
+
+    def norm(name: str) -> float | None:
+        return float(tensors[name].double().norm()) if name in tensors else None
+
+    product = None
+    if "steer_up.weight" in tensors:
+        down, up = tensors["steer_down.weight"].double(), tensors["steer_up.weight"].double()
+        # W2 W1 = Q (R Sᵀ) Pᵀ with W2 = Q R and W1ᵀ = P S: orthonormal factors leave the norm to an r x r product.
+        small = torch.linalg.qr(up, mode="r").R @ torch.linalg.qr(down.t(), mode="r").R.t()
+        product = float(torch.linalg.matrix_norm(small, 2)) if small.isfinite().all() else math.nan
+    return LayerNorms(
+        layer,
+        norm("steer_down.weight"),
+        norm("steer_up.weight"),
+        product,
+        norm("steer_down.bias"),
+        norm("steer_up.bias"),
+    )
+
+
+def _describe(source: str) -> dict[str, Any]:
+    """What `inspect` shows of an adapter, as JSON has it."""
+    from .checkpoint import WEIGHTS_NAME, locate_adapter, read_adapter
+
+    directory = locate_adapter(source)
+    adapter = read_adapter(directory)
+    layers = [asdict(_norms(index, tensors)) for index, tensors in _by_layer(adapter).items()]
+    return {
+        "adapter": str(directory),
+        "base_model": adapter.base or None,
+        "hidden_size": adapter.hidden,
+        "num_layers": adapter.num_layers,
+        "config": adapter.config.to_dict(),
+        "parameters": sum(tensor.numel() for tensor in adapter.tensors.values()),
+        "file_bytes": (directory / WEIGHTS_NAME).stat().st_size,
+        "layers": layers,
+    }
+
+
+def _config_table(description: dict[str, Any]) -> Table:
+    table = Table("setting", "value")
+    facts = {name: value for name, value in description.items() if name not in ("config", "layers")}
+    for name, value in {**facts, **description["config"]}.items():
+        shown = f"{value:,}" if name in ("parameters", "file_bytes") else str(value)
+        table.add_row(name, Text("all" if name == "layers" and value is None else shown))
+    return table
+
+
+_NORM_HEADS = {"down": "‖W1‖", "up": "‖W2‖", "product": "‖W2 W1‖₂", "down_bias": "‖b1‖", "up_bias": "‖b2‖"}
+
+
+def _norms_table(layers: list[dict[str, Any]]) -> Table:
+    """One row a layer; a column for each part that the adapter has."""
+    present = [name for name in _NORM_HEADS if layers[0][name] is not None]
+    table = Table("layer", *(_NORM_HEADS[name] for name in present))
+    for column in table.columns:
+        column.justify = "right"
+    for norms in layers:
+        table.add_row(str(norms["layer"]), *(f"{norms[name]:.4g}" for name in present))
+    return table
+
+
+def _without_nan(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """JSON has no NaN and no infinity: null stands for them."""
+    return [
+        {name: None if value is None or not math.isfinite(value) else value for name, value in norms.items()}
+        for norms in layers
+    ]
+
+
+@app.command()
+def inspect(
+    adapter: Annotated[str, typer.Argument(help="A saved adapter: its directory, or its id on the hub.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show a saved adapter: its config, its size, and the norms of each layer."""
+    with _errors_in_one_line():
+        description = _describe(adapter)
+        if as_json:
+            description["layers"] = _without_nan(description["layers"])
+            typer.echo(json.dumps(description, indent=2))
+        else:
+            _console().print(_config_table(description))
+            _console().print(_norms_table(description["layers"]))

@@ -1,0 +1,119 @@
+"""ListOps (Nangia & Bowman 2018, arXiv 1804.06028): nested list operations on digits, the demo's task.
+
+An expression is a digit or an operator with its arguments, written `[MAX 2 9 [MIN 4 7 ] ]`; its value is a digit.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+#: Each operator on the values of its arguments. MED is the median rounded down, as in the paper's released data.
+OPERATORS: dict[str, Callable[[Sequence[int]], int]] = {
+    "MAX": max,
+    "MIN": min,
+    "MED": lambda values: int(statistics.median(values)),
+    "SM": lambda values: sum(values) % 10,
+}
+Expression: TypeAlias = "int | Operation"
+
+MAX_DEPTH = 6  # 19 digits on average, seldom over 60: far from any model's limit
+
+_MIN_ARGUMENTS, _MAX_ARGUMENTS = 2, 3
+_NESTED = 0.3  # the chance that an argument is a list, where its depth allows one
+_MAX_REPEATS = 1000  # of expressions drawn in a row that were drawn before, until there are taken to be no more
+
+
+@dataclass(frozen=True)
+class Operation:
+    """An operator and its arguments."""
+
+    operator: str
+    arguments: tuple[Expression, ...]
+
+    def __str__(self) -> str:
+        return f"[{self.operator} {' '.join(map(str, self.arguments))} ]"
+
+
+def evaluate(expression: Expression) -> int:
+    """The expression's value, a digit."""
+    if isinstance(expression, int):
+        return expression
+    return OPERATORS[expression.operator]([evaluate(argument) for argument in expression.arguments])
+
+
+def depth(expression: Expression) -> int:
+    """How deep lists are nested: 0 for a digit, 1 for a list of digits."""
+    if isinstance(expression, int):
+        return 0
+    return 1 + max(depth(argument) for argument in expression.arguments)
+
+
+def ignoring_brackets(expression: Expression) -> int:
+    """What a reader who does not see the nesting answers: the outer operator on all digits."""
+    if isinstance(expression, int):
+        return expression
+    return OPERATORS[expression.operator](_digits(expression))
+
+
+def _digits(expression: Expression) -> list[int]:
+    if isinstance(expression, int):
+        return [expression]
+    return [digit for argument in expression.arguments for digit in _digits(argument)]
+
+
+def check_task(operators: Sequence[str], depth: int) -> None:
+    """Refuse a task that `generate` does not know.
+
+    Raises:
+        ValueError: no operator, an unknown one or one named twice, or a depth out of range.
+    """
+    unknown = [name for name in operators if name not in OPERATORS]
+    if unknown or not operators:
+        what = f"have {unknown[0]!r}" if unknown else "are none"
+        raise ValueError(f"operators {what}; expected some of {', '.join(OPERATORS)}")
+    if len(set(operators)) != len(operators):
+        raise ValueError(f"operators name one twice: {', '.join(operators)}; expected each once")
+    if not 1 <= depth <= MAX_DEPTH:
+        raise ValueError(f"depth is {depth}; expected 1 to {MAX_DEPTH}")
+
+
+def generate(rng: random.Random, operators: Sequence[str], depth: int) -> Operation:
+    """A random expression of just this depth: 2 or 3 arguments a list, one of them or more a list in its turn."""
+    count = rng.randint(_MIN_ARGUMENTS, _MAX_ARGUMENTS)
+    operator = rng.choice(operators)
+    deepest = rng.randrange(count) if depth > 1 else None
+    arguments: list[Expression] = []
+    for index in range(count):
+        if index == deepest:
+            arguments.append(generate(rng, operators, depth - 1))
+        elif depth > 1 and rng.random() < _NESTED:
+            arguments.append(generate(rng, operators, rng.randint(1, depth - 1)))
+        else:
+            arguments.append(rng.randrange(10))
+    return Operation(operator, tuple(arguments))
+
+
+def distinct(count: int, *, operators: Sequence[str], depth: int, seed: int) -> list[Operation]:
+    """`count` random expressions, no two the same: any parts of the list are disjoint. The seed determines them.
+
+    Raises:
+        ValueError: a task that is unknown (see `check_task`), or that has fewer expressions.
+    """
+    check_task(operators, depth)
+    rng = random.Random(seed)
+    found: dict[Operation, None] = {}
+    repeats = 0
+    while len(found) < count:
+        before = len(found)
+        found.setdefault(generate(rng, operators, depth))
+        repeats = repeats + 1 if len(found) == before else 0
+        if repeats == _MAX_REPEATS:
+            raise ValueError(
+                f"{count} distinct expressions of {', '.join(operators)} and depth {depth} were asked for, but there "
+                f"are few more than {len(found)}; expected to need fewer"
+            )
+    return list(found)

@@ -1,0 +1,186 @@
+"""Tiny random models, and the reference that steered ones are held against: plain forward hooks and autograd."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+# Handing these models to a second thread costs more than they do: on a busy machine, a hundredfold.
+torch.set_num_threads(1)
+
+VOCABULARY, HIDDEN, LAYERS = 64, 32, 3
+
+_SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 64,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,  # large enough for logits that differ
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+_EIGHT_WIDE_HEADS = {"head_dim": 8}
+_WITHOUT_GROUPED_HEADS = {"num_key_value_heads": None}
+
+#: name -> model type and what its config has beyond the common sizes (None: what it has not).
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "mistral": ("mistral", {}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", _EIGHT_WIDE_HEADS),
+    "gemma2": ("gemma2", _EIGHT_WIDE_HEADS),
+    "gemma3": ("gemma3_text", _EIGHT_WIDE_HEADS),
+    "phi3": ("phi3", {}),
+    "olmo2": ("olmo2", {}),
+    "granite": ("granite", {"residual_multiplier": 0.5}),
+    "cohere": ("cohere", {"logit_scale": 1.0}),
+    "gpt_neox-parallel": ("gpt_neox", {"use_parallel_residual": True, **_WITHOUT_GROUPED_HEADS}),
+    "gpt_neox-sequential": ("gpt_neox", {"use_parallel_residual": False, **_WITHOUT_GROUPED_HEADS}),
+    "gpt2": ("gpt2", {"n_inner": 64, "intermediate_size": None, **_WITHOUT_GROUPED_HEADS}),
+    "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {**_EIGHT_WIDE_HEADS, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    ),
+}
+
+
+def build(family: str = "llama", seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """A model of the family with random weights, the same for each seed; fp32, in eval mode."""
+    model_type, own = FAMILIES[family]
+    fields = {name: value for name, value in {**_SIZES, **own}.items() if value is not None or name.endswith("_id")}
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **fields | overrides)).eval()
+
+
+def tokens(seed: int = 0, batch: int = 2, length: int = 9) -> Tensor:
+    return torch.randint(1, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(tokens()).logits
+
+
+def generate(model: PreTrainedModel, **options: Any) -> tuple[Tensor, Tensor]:
+    """Six greedy tokens: the whole sequences, and the logits of each step."""
+    options |= {"return_dict_in_generate": True, "output_logits": True}
+    output = model.generate(tokens(), max_new_tokens=6, do_sample=False, **options)
+    return output.sequences, torch.stack(output.logits)
+
+
+def gradients(model: nn.Module, parameters: Mapping[str, Tensor], **options: Any) -> dict[str, Tensor]:
+    """The parameters' gradients of the language-modelling loss."""
+    for parameter in parameters.values():
+        parameter.grad = None
+    model(tokens(), labels=tokens(), **options).loss.backward()
+    return {name: parameter.grad for name, parameter in parameters.items()}
+
+
+def steering_parameters(model: nn.Module, adapter: str = "default") -> dict[str, nn.Parameter]:
+    """An adapter's parameters by path, without the adapter's name: `model.layers.0.post_block.steer_up.weight`."""
+    named = ((name.split(f".{adapter}."), p) for name, p in model.named_parameters() if ".post_block." in name)
+    return {".".join(parts): p for parts, p in named if len(parts) == 2}
+
+
+def randomize(model: nn.Module, adapter: str = "default", seed: int = 1) -> dict[str, nn.Parameter]:
+    """Give all parameters of an adapter random values, so that it does something."""
+    generator = torch.Generator().manual_seed(seed)
+    parameters = steering_parameters(model, adapter)
+    assert parameters
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return parameters
+
+
+class Hooked:
+    """The reference: a copy of an unpatched model whose blocks are steered by forward hooks, all else left to autograd.
+
+    leaves: copies of the given adapter parameters, by the same names; states: by layer's path, what its hook made last.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        parameters: Mapping[str, Tensor],
+        *,
+        scale: float = 1.0,
+        activation: Callable[[Tensor], Tensor] = F.silu,
+    ) -> None:
+        self.model = copy.deepcopy(base).requires_grad_(False)
+        self.leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in parameters.items()}
+        self.states: dict[str, Tensor] = {}
+        self.scale, self.activation = scale, activation
+        for path in dict.fromkeys(name.partition(".post_block.")[0] for name in parameters):
+            self.model.get_submodule(path).register_forward_hook(self._hook(path))
+
+    def _hook(self, path: str) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            hidden, *rest = output if isinstance(output, tuple) else (output,)
+            self.states[path] = hidden + self.scale * self._shift(path, hidden)
+            return (self.states[path], *rest) if isinstance(output, tuple) else self.states[path]
+
+        return hook
+
+    def _shift(self, path: str, hidden: Tensor) -> Tensor:
+        w1, b1, w2, b2 = (
+            self.leaves.get(f"{path}.post_block.{name}")
+            for name in ("steer_down.weight", "steer_down.bias", "steer_up.weight", "steer_up.bias")
+        )
+        if w1 is None:
+            return b2.expand_as(hidden)
+        return F.linear(self.activation(F.linear(hidden, w1, b1)), w2, b2)
+
+
+def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
+    """Relative error by norm."""
+    assert actual.shape == expected.shape and actual.dtype == expected.dtype
+    assert expected.norm() > 0
+    error = ((actual - expected).norm() / expected.norm()).item()
+    assert error <= tolerance, f"relative error {error:.2e}; expected at most {tolerance:.0e}"
+
+
+def assert_all_close(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float = 1e-5) -> None:
+    assert actual.keys() == expected.keys() and actual
+    for name in actual:
+        assert_close(actual[name], expected[name], tolerance)
+
+
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    """All of a model that patching may touch: what must be the same after unpatching, or after a refusal."""
+    modules = {
+        path: (type(module), sorted(vars(module)), _hooks(module._forward_hooks), _hooks(module._forward_pre_hooks))
+        for path, module in model.named_modules()
+    }
+    parameters = {name: (id(parameter), parameter.requires_grad) for name, parameter in model.named_parameters()}
+    return {"modules": modules, "parameters": parameters, "state": list(model.state_dict())}
+
+
+def _hooks(hooks: Mapping[int, Any]) -> list[Any]:
+    return list(hooks.values())
+
+
+@contextlib.contextmanager
+def refused(error: type[BaseException], *parts: str, model: nn.Module | None = None) -> Iterator[None]:
+    """What is done inside is refused by one line that says all of `parts`, and leaves `model` as it was."""
+    before = snapshot(model) if model is not None else None
+    with pytest.raises(error) as caught:
+        yield
+    message = caught.value.args[0]  # not str(): that of a KeyError is quoted
+    assert "\n" not in message
+    missing = [part for part in parts if part not in message]
+    assert not missing, f"{missing} not in {message!r}"
+    assert model is None or snapshot(model) == before

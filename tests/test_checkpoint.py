@@ -1,0 +1,424 @@
+"""Saved adapters: what is in the files, that they come back bit for bit, whole or not at all, and what is refused."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from models import HIDDEN, LAYERS, build, logits, randomize, refused, steering_parameters
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import fused_steer
+from fused_steer import SteerConfig, patch_model
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+RANK = 4
+NAME = "somewhere/tiny-llama"
+
+CONFIGS = {
+    "lowrank": SteerConfig(rank=RANK),
+    "vector": SteerConfig(form="vector"),
+    "biases": SteerConfig(rank=RANK, down_bias=True, up_bias=True, activation="gelu_tanh", scale=-0.3),
+    "bf16": SteerConfig(rank=RANK, dtype="bfloat16"),
+    "some layers": SteerConfig(rank=RANK, layers=[0, 2], init_scale=1e-3),
+}
+
+
+def named(name: str = NAME, **overrides: Any) -> nn.Module:
+    model = build(**overrides)
+    model.config._name_or_path = name
+    return model
+
+
+def patched(config: SteerConfig = CONFIGS["lowrank"], seed: int = 1, **overrides: Any) -> nn.Module:
+    """A model with a random adapter."""
+    model = patch_model(named(**overrides), config)
+    randomize(model, seed=seed)
+    return model
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    """All that there is, hidden files and the contents of subdirectories included."""
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    patched().steering.save(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is written
+
+
+def test_two_files_in_the_documented_layout(saved):
+    assert sorted(files(saved)) == [CONFIG, WEIGHTS]
+    assert sorted(path.name for path in saved.iterdir()) == [CONFIG, WEIGHTS]
+    with safe_open(saved / WEIGHTS, "pt") as weights:
+        shapes = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}
+    assert shapes == {
+        f"base_model.model.model.layers.{i}.post_block.{factor}.weight": shape
+        for i in range(LAYERS)
+        for factor, shape in (("steer_down", (RANK, HIDDEN)), ("steer_up", (HIDDEN, RANK)))
+    }
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_config_records_all_that_changes_the_function(config, tmp_path):
+    patched(config).steering.save(tmp_path)
+    assert json.loads((tmp_path / CONFIG).read_text()) == {
+        "peft_type": "POST_BLOCK",
+        "base_model_name_or_path": NAME,
+        "hidden_size": HIDDEN,
+        "num_layers": LAYERS,
+        "form": config.form,
+        "rank": config.rank,
+        "activation": config.activation,
+        "layers": None if config.layers is None else list(config.layers),
+        "scale": config.scale,
+        "down_bias": config.down_bias,
+        "up_bias": config.up_bias,
+        "init_scale": config.init_scale,
+        "dtype": config.dtype,
+        "fused_steer_version": fused_steer.__version__,
+        "weights_sha256": hashlib.sha256((tmp_path / WEIGHTS).read_bytes()).hexdigest(),
+    }
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_round_trip(config, tmp_path, monkeypatch):
+    def no_pickle(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a pickle was read or written")
+
+    model = patched(config)
+    with monkeypatch.context() as patch:
+        for module, name in ((torch, "load"), (torch, "save"), (pickle, "load"), (pickle, "loads")):
+            patch.setattr(module, name, no_pickle)
+        for name in ("dump", "dumps", "Pickler", "Unpickler"):
+            patch.setattr(pickle, name, no_pickle)
+        model.steering.save(tmp_path)
+        loaded = patch_model(named(), str(tmp_path))
+    assert loaded.steering.config() == config
+    expected, actual = steering_parameters(model), steering_parameters(loaded)
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        assert actual[name].requires_grad and actual[name].dtype == expected[name].dtype
+        assert torch.equal(actual[name], expected[name])
+    assert torch.equal(logits(loaded), logits(model))
+    assert not torch.equal(logits(loaded), logits(named()))
+
+
+def test_path_objects_and_new_parents(tmp_path):
+    model = patched()
+    model.steering.save(tmp_path / "new" / "parents")
+    assert torch.equal(logits(patch_model(named(), tmp_path / "new" / "parents")), logits(model))
+
+
+def test_present_strength_is_saved(tmp_path):
+    model = patched()
+    model.steering.scale = 0.125
+    model.steering.save(tmp_path)
+    loaded = patch_model(named(), str(tmp_path))
+    assert loaded.steering.scale == 0.125
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_present_dtype_is_saved(tmp_path):
+    model = patched().to(torch.bfloat16)
+    model.steering.save(tmp_path)
+    loaded = patch_model(named().to(torch.bfloat16), str(tmp_path))
+    assert loaded.steering.config().dtype == "bfloat16"
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_load_beside_an_adapter_of_other_layers(tmp_path):
+    other = patched(SteerConfig(rank=2, layers=[0, 2], activation="relu"), seed=2)
+    other.steering.save(tmp_path)
+    model = patched(SteerConfig(rank=RANK, layers=[1]))
+    alone = logits(model)
+    model.steering.load(tmp_path, name="other")
+    assert torch.equal(logits(model), alone)
+    model.steering.use("other")
+    assert torch.equal(logits(model), logits(other))
+    model.steering.save(tmp_path / "again")
+    assert files(tmp_path / "again") == {name: (tmp_path / name).read_bytes() for name in (CONFIG, WEIGHTS)}
+
+
+@pytest.mark.parametrize("theirs", [NAME, "/elsewhere/tiny-llama/", "tiny-llama", ""])
+def test_base_is_known_by_the_last_part_of_its_name(saved, theirs):
+    patch_model(named(theirs), saved)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whole or not at all
+
+
+def fail_at_replace(n: int) -> Callable[[pytest.MonkeyPatch], None]:
+    def prepare(patch: pytest.MonkeyPatch) -> None:
+        real, calls = os.replace, []
+
+        def replace(*args: Any) -> None:
+            calls.append(args)
+            if len(calls) == n:
+                raise PermissionError("no replacing")
+            real(*args)
+
+        patch.setattr(os, "replace", replace)
+
+    return prepare
+
+
+def fail_at_fsync(patch: pytest.MonkeyPatch) -> None:
+    def fsync(descriptor: int) -> None:
+        raise OSError(errno.EIO, "no syncing")
+
+    patch.setattr(os, "fsync", fsync)
+
+
+def fill_the_disk(patch: pytest.MonkeyPatch) -> None:
+    real = open
+
+    def full(path: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        file = real(path, mode, *args, **kwargs)
+        if "w" in mode:
+
+            def write(content: bytes) -> None:
+                file.raw.write(content[: len(content) // 2])
+                raise OSError(errno.ENOSPC, "no space left on device")
+
+            file.write = write
+        return file
+
+    patch.setattr("builtins.open", full)
+
+
+@pytest.mark.parametrize(
+    "prepare",
+    [fail_at_replace(1), fail_at_replace(2), fail_at_fsync, fill_the_disk],
+    ids=["first replace", "second replace", "fsync", "disk full"],
+)
+@pytest.mark.parametrize("earlier", [True, False])
+def test_failed_save_leaves_what_was_there(prepare, earlier, saved, tmp_path):
+    directory = saved if earlier else tmp_path / "new"
+    directory.mkdir(exist_ok=True)
+    before = files(directory)
+    other = patched(CONFIGS["biases"], seed=2)
+    with pytest.MonkeyPatch.context() as patch:
+        prepare(patch)
+        with pytest.raises(OSError, match="no (replacing|syncing|space)"):
+            other.steering.save(directory)
+    assert files(directory) == before
+    assert sorted(path.name for path in directory.iterdir()) == sorted(before)
+    if earlier:
+        assert torch.equal(logits(patch_model(named(), directory)), logits(patched()))
+    other.steering.save(directory)
+    assert torch.equal(logits(patch_model(named(), directory)), logits(other))
+
+
+def test_save_where_files_cannot_be_linked(saved, monkeypatch):
+    def link(*args: Any) -> None:
+        raise OSError(errno.ENOTSUP, "no linking")
+
+    monkeypatch.setattr(os, "link", link)
+    model = patched(seed=2)
+    model.steering.save(saved)
+    assert torch.equal(logits(patch_model(named(), saved)), logits(model))
+
+
+def test_save_refuses_a_file(saved):
+    model = patched()
+    with refused(NotADirectoryError, str(saved / CONFIG), "expected a directory", model=model):
+        model.steering.save(saved / CONFIG)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Refusals, which leave the model as it was
+
+
+def remove(name: str) -> Callable[[Path], None]:
+    return lambda directory: (directory / name).unlink()
+
+
+def cut(n: int) -> Callable[[Path], None]:
+    """Keep the first n bytes of the weights; for n < 0, all but the last."""
+    return lambda directory: (directory / WEIGHTS).write_bytes((directory / WEIGHTS).read_bytes()[:n])
+
+
+def flip(position: int) -> Callable[[Path], None]:
+    def damage(directory: Path) -> None:
+        content = bytearray((directory / WEIGHTS).read_bytes())
+        content[position] ^= 1
+        (directory / WEIGHTS).write_bytes(content)
+
+    return damage
+
+
+def write_config(text: str | bytes) -> Callable[[Path], None]:
+    content = text if isinstance(text, bytes) else text.encode()
+    return lambda directory: (directory / CONFIG).write_bytes(content)
+
+
+def edit_config(directory: Path, **changes: Any) -> None:
+    """Change fields; None takes one away."""
+    fields = json.loads((directory / CONFIG).read_text()) | changes
+    (directory / CONFIG).write_text(json.dumps({name: value for name, value in fields.items() if value is not None}))
+
+
+def edited(**changes: Any) -> Callable[[Path], None]:
+    return lambda directory: edit_config(directory, **changes)
+
+
+def unguarded(damage: Callable[[Path], None]) -> Callable[[Path], None]:
+    """The damage, to files whose config has no hash of the weights to find it out by."""
+
+    def apply(directory: Path) -> None:
+        damage(directory)
+        edit_config(directory, weights_sha256=None)
+
+    return apply
+
+
+def retensored(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], None]:
+    def damage(directory: Path) -> None:
+        tensors = load_file(directory / WEIGHTS)
+        change(tensors)
+        save_file(tensors, directory / WEIGHTS)
+
+    return unguarded(damage)
+
+
+def weights_of_another_save(directory: Path) -> None:
+    patched(seed=2).steering.save(directory / "other")
+    os.replace(directory / "other" / WEIGHTS, directory / WEIGHTS)
+
+
+SITE = "model.layers.1.post_block"
+UP, DOWN = f"base_model.model.{SITE}.steer_up.weight", f"base_model.model.{SITE}.steer_down.weight"
+
+#: what is done to the files, the error, and what it says besides the directory's name.
+DAMAGES: dict[str, tuple[Callable[[Path], Any], type[Exception], tuple[str, ...]]] = {
+    "no config": (remove(CONFIG), FileNotFoundError, (CONFIG, "expected a saved steering adapter")),
+    "no weights": (remove(WEIGHTS), FileNotFoundError, (WEIGHTS, "expected a saved steering adapter")),
+    "truncated": (cut(-1), ValueError, (WEIGHTS, "sha256")),
+    "truncated, no hash": (unguarded(cut(-1)), ValueError, (WEIGHTS,)),
+    "truncated in the header": (unguarded(cut(20)), ValueError, (WEIGHTS, "header")),
+    "empty": (unguarded(cut(0)), ValueError, (WEIGHTS, "header")),
+    "corrupt header": (unguarded(flip(8)), ValueError, (WEIGHTS, "header")),
+    "huge header": (unguarded(flip(6)), ValueError, (WEIGHTS, "header")),
+    "flipped bit": (flip(-1), ValueError, (WEIGHTS, "expected sha256")),
+    "weights of another save": (weights_of_another_save, ValueError, (WEIGHTS, "expected sha256")),
+    "config not JSON": (write_config("rank: 8\n"), ValueError, (CONFIG, "Expecting value")),
+    "config not text": (write_config(b"\xff\xfe"), ValueError, (CONFIG, "utf-8")),
+    "config cut": (write_config('{"peft_type": "POST_BLOCK",\n'), ValueError, (CONFIG,)),
+    "config a list": (write_config("[]"), ValueError, (CONFIG, "list", "expected an object")),
+    "config of LoRA": (edited(peft_type="LORA"), ValueError, (CONFIG, "'LORA'", "expected 'POST_BLOCK'")),
+    "config of nothing": (edited(peft_type=None), ValueError, (CONFIG, "None", "expected 'POST_BLOCK'")),
+    "unknown key": (edited(rnk=8), ValueError, (CONFIG, "'rnk'", "expected form, rank", fused_steer.__version__)),
+    "bad field": (edited(rank=0), ValueError, (CONFIG, "rank is 0", "expected 1 to 256")),
+    "no hidden size": (edited(hidden_size=None), ValueError, (CONFIG, "hidden_size", "expected a positive integer")),
+    "hidden size a text": (edited(hidden_size="32"), ValueError, (CONFIG, "'32'", "expected a positive integer")),
+    "no layer count": (edited(num_layers=None), ValueError, (CONFIG, "num_layers", "expected a positive integer")),
+    "other hidden size": (edited(hidden_size=64), ValueError, ("hidden size 64", f"expected {HIDDEN}")),
+    "other layer count": (edited(num_layers=5), ValueError, ("number of layers 5", f"expected {LAYERS}")),
+    "layer out of range": (edited(layers=[LAYERS]), ValueError, (CONFIG, f"layers has {LAYERS}", f"below {LAYERS}")),
+    "other base": (edited(base_model_name_or_path="a/b"), ValueError, ("'a/b'", f"expected '{NAME}'", "check_base")),
+    "other rank": (edited(rank=2), ValueError, (SITE.replace("1", "0"), "(4, 32)", "(2, 32)")),
+    "bias missing": (edited(up_bias=True), ValueError, ("post_block.steer_up.bias", "expected one of shape (32,)")),
+    "wrong shape": (
+        retensored(lambda tensors: tensors.update({UP: torch.zeros(HIDDEN, RANK + 1)})),
+        ValueError,
+        (f"{SITE}.steer_up.weight", f"({HIDDEN}, {RANK + 1})", f"expected torch.float32 ({HIDDEN}, {RANK})"),
+    ),
+    "wrong dtype": (
+        retensored(lambda tensors: tensors.update({DOWN: tensors[DOWN].half()})),
+        ValueError,
+        (f"{SITE}.steer_down.weight", "torch.float16", "expected torch.float32"),
+    ),
+    "tensor missing": (
+        retensored(lambda tensors: tensors.pop(UP)),
+        ValueError,
+        (f"{SITE}.steer_up.weight", f"expected one of shape ({HIDDEN}, {RANK})"),
+    ),
+    "tensor too many": (
+        retensored(lambda tensors: tensors.update({UP.replace("1", "7"): torch.zeros(HIDDEN, RANK)})),
+        ValueError,
+        ("model.layers.7.post_block.steer_up.weight", "expected"),
+    ),
+    "tensor without prefix": (
+        retensored(lambda tensors: tensors.update({"up": torch.zeros(1)})),
+        ValueError,
+        (WEIGHTS, "'up'", "expected names that begin with 'base_model.model.'"),
+    ),
+}
+
+
+@pytest.mark.parametrize(("damage", "error", "parts"), DAMAGES.values(), ids=DAMAGES)
+def test_refuses_damaged_files(damage, error, parts, saved):
+    damage(saved)
+    model = named()
+    with refused(error, str(saved), *parts, model=model):
+        patch_model(model, saved)
+    patch_model(model, SteerConfig(layers=[0]))
+    with refused(error, str(saved), *parts, model=model):
+        model.steering.load(saved, name="other")
+    assert model.steering.names == ["default"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        ({"hidden_size": 64}, (f"hidden size {HIDDEN}", "expected 64")),
+        ({"num_hidden_layers": 2}, (f"number of layers {LAYERS}", "expected 2")),
+        ({"name": "somewhere/tiny-mistral"}, (f"'{NAME}'", "expected 'somewhere/tiny-mistral'", "check_base=False")),
+    ],
+    ids=["hidden size", "layer count", "name"],
+)
+def test_refuses_adapters_of_other_models(overrides, parts, saved):
+    model = named(**overrides)
+    with refused(ValueError, str(saved), *parts, model=model):
+        patch_model(model, saved)
+
+
+def test_check_base_accepts_another_name(saved):
+    model = patch_model(named("somewhere/else"), saved, check_base=False)
+    assert torch.equal(logits(model), logits(patched()))
+    model.steering.load(saved, name="other", check_base=False)
+
+
+def test_refuses_paths_that_are_no_directories(saved, tmp_path):
+    model = named()
+    with refused(FileNotFoundError, str(tmp_path / "none"), f"expected one that holds {CONFIG}", model=model):
+        patch_model(model, tmp_path / "none")
+    with refused(NotADirectoryError, str(saved / CONFIG), "expected the directory", model=model):
+        patch_model(model, saved / CONFIG)
+
+
+def test_hub_id_without_network(monkeypatch):
+    def offline(*args: Any, **kwargs: Any) -> str:
+        raise OSError("no network\n\nin two paragraphs")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    model = named()
+    with refused(FileNotFoundError, "someone/adapter", "OSError: no network", model=model):
+        patch_model(model, "someone/adapter")
+
+
+def test_hub_id(monkeypatch, saved):
+    def download(*args: Any, **kwargs: Any) -> str:
+        assert (args, kwargs) == (("someone/adapter",), {"allow_patterns": [CONFIG, WEIGHTS]})
+        return str(saved)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert torch.equal(logits(patch_model(named(), "someone/adapter")), logits(patched()))

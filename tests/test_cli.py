@@ -1,0 +1,310 @@
+"""The command: help, doctor and inspect, with their exit codes and one-line errors."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from importlib import metadata
+
+import pytest
+import torch
+from models import LAYERS, build
+from typer.testing import CliRunner
+
+from fused_steer import SteerConfig, __version__, patch_model
+from fused_steer.checkpoint import CONFIG_NAME, WEIGHTS_NAME
+from fused_steer.cli import Finding, app
+
+VERBS = ("demo", "doctor", "inspect")
+
+
+@pytest.fixture(autouse=True)
+def plain_output(monkeypatch):
+    """As in a pipe of 200 columns: typer would colour its help on CI, and the environment may ask for it."""
+    for name in ("FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, list(map(str, arguments)))
+
+
+def assert_refused(result, *parts):
+    """One line on stderr, exit code 1, and nothing that looks like a traceback."""
+    assert result.exit_code == 1, result.output
+    assert result.stderr.count("\n") == 1 and result.stderr.startswith("fused-steer: "), result.stderr
+    assert "Traceback" not in result.output
+    for part in parts:
+        assert str(part) in result.stderr
+
+
+# --------------------------------------------------------------------------------------------------------------- help
+
+
+def test_help_names_the_program_and_its_verbs():
+    result = invoke("--help")
+    assert result.exit_code == 0
+    assert "Usage: fused-steer " in result.stdout
+    for verb in VERBS:
+        assert re.search(rf"^\W*{verb} ", result.stdout, re.MULTILINE)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_each_verb_has_help(verb):
+    result = invoke(verb, "--help")
+    assert result.exit_code == 0
+    assert f"Usage: fused-steer {verb}" in result.stdout
+
+
+def test_version():
+    assert invoke("--version").stdout == f"fused-steer {__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [["inspect"], ["demo", "--steps", "many"], ["doctor", "--no-such"], ["nothing"]])
+def test_usage_errors_are_2(arguments):
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert "Usage: " in result.stderr
+
+
+def test_the_command_starts_without_torch():
+    """Help in a fresh process; what it imported tells."""
+    code = (
+        "import sys; from fused_steer.cli import app; app(['--help'], standalone_mode=False)\n"
+        "print(sorted({'torch', 'triton', 'transformers', 'matplotlib'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == "[]"
+
+
+# ------------------------------------------------------------------------------------------------------------- doctor
+
+
+def findings(result) -> dict[str, str]:
+    """The doctor's lines by what they are about."""
+    lines = re.findall(r"^(ok|unused|NOT WELL) +(\S+?):? (.*)$", result.stdout, re.MULTILINE)
+    return {subject: f"{mark}: {text}" for mark, subject, text in lines}
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """A package whose requirements are all met; the test may spoil its entries."""
+    requires = ["torch>=2.11,<2.99", "safetensors", "nothing-such; sys_platform == 'none'", "gguf>=99; extra == 'demo'"]
+    versions = {"fused-steer": __version__, "torch": "2.13.0+cpu", "safetensors": "0.8.0"}
+    state = {"requires": requires, "versions": versions, "python": ">=3.10"}
+
+    def version(name):
+        if name not in versions:
+            raise metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr(metadata, "version", version)
+    monkeypatch.setattr(metadata, "requires", lambda name: state["requires"])
+    monkeypatch.setattr(metadata, "metadata", lambda name: {"Requires-Python": state["python"]})
+    return state
+
+
+def test_doctor_finds_all_well(installed):
+    result = invoke("doctor")
+    assert result.exit_code == 0, result.output
+    found = findings(result)
+    assert found["torch"] == "ok: 2.13.0+cpu (supported: <2.99,>=2.11)"
+    assert found["safetensors"] == "ok: 0.8.0 (supported: any version)"
+    assert {"fused-steer", "python", "cpu"} <= found.keys()
+    assert not {"gguf", "nothing-such"} & found.keys()  # an extra, and another platform's
+    assert "NOT WELL" not in result.stdout
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="a GPU is here, whose kernels alone are shown")
+def test_doctor_lists_the_kernels_of_every_target(installed):
+    rows = re.findall(r"(sm_\d+|gfx\w+)\W+(\w+_kernel)", invoke("doctor").stdout)
+    assert {target for target, _ in rows} == {"sm_80", "sm_90", "sm_100", "gfx942"}
+    assert {kernel for _, kernel in rows} == {"forward_kernel", "rows_kernel", "columns_kernel"}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "subject", "line"),
+    [
+        (lambda s: s["versions"].update(torch="2.10.1"), "torch", "NOT WELL: 2.10.1; expected <2.99,>=2.11"),
+        (lambda s: s["versions"].pop("torch"), "torch", "NOT WELL: not installed; expected <2.99,>=2.11"),
+        (
+            lambda s: s["versions"].pop("fused-steer"),
+            "fused-steer",
+            f"NOT WELL: not installed; expected =={__version__}",
+        ),
+        (lambda s: s["versions"].update({"fused-steer": "9"}), "fused-steer", f"NOT WELL: 9; expected =={__version__}"),
+        (
+            lambda s: s.update(python=">=4"),
+            "python",
+            f"NOT WELL: {'.'.join(map(str, sys.version_info[:3]))}; expected >=4",
+        ),
+    ],
+    ids=["old torch", "no torch", "not installed", "another version of ours", "old python"],
+)
+def test_doctor_says_which_version_is_expected(installed, spoil, subject, line):
+    spoil(installed)
+    result = invoke("doctor")
+    assert result.exit_code == 1
+    assert findings(result)[subject] == line
+    assert [text for text in findings(result).values() if text.startswith("NOT WELL")] == [line]
+
+
+def test_doctor_reports_an_unknown_backend(installed, monkeypatch):
+    monkeypatch.setenv("FUSED_STEER_BACKEND", "bogus")
+    result = invoke("doctor")
+    assert result.exit_code == 1
+    assert findings(result)["cpu"] == "NOT WELL: FUSED_STEER_BACKEND is 'bogus'; expected one of triton, torch"
+
+
+@pytest.mark.parametrize("spoil", [lambda t: t * 1.001, lambda t: t * float("nan")], ids=["wrong", "NaN"])
+def test_doctor_notices_wrong_numbers(installed, monkeypatch, spoil):
+    import fused_steer.kernels as kernels
+
+    right = kernels.post_block
+    monkeypatch.setattr(kernels, "post_block", lambda *tensors: spoil(right(*tensors)))
+    result = invoke("doctor")
+    assert result.exit_code == 1
+    assert "is wrong" in findings(result)["cpu"]
+
+
+def test_doctor_notices_a_backend_that_raises(installed, monkeypatch):
+    import fused_steer.kernels as kernels
+
+    def broken(*tensors):
+        raise OSError("no compiler\nfound")
+
+    monkeypatch.setattr(kernels, "post_block", broken)
+    result = invoke("doctor")
+    assert result.exit_code == 1
+    assert "raises OSError: no compiler found; expected" in findings(result)["cpu"]
+
+
+def test_a_ruled_out_device_is_unused_where_another_will_do():
+    assert Finding("cpu", "is ruled out", "a GPU", unused=True).well
+    assert not Finding("cpu", "is ruled out", "a GPU").well
+
+
+def test_doctor_compiles_for_a_target():
+    """In a process of its own, as this one may interpret its kernels."""
+    code = (
+        "from fused_steer.cli import _launches, _console; table, amiss = _launches(['sm_90'], True)\n"
+        "_console().print(table); print([str(finding) for finding in amiss])"
+    )
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == "[]"
+    # target, kernel, grid, tile, warps, registers, spills, local, shared
+    rows = re.findall(r"sm_90\W+(\w+_kernel)\W.*?(\d+) │ +(\d+) │ +(\d+) │ +(\d+) │$", result.stdout, re.MULTILINE)
+    assert len(rows) == 3
+    assert all(int(registers) > 0 and (spills, local) == ("0", "0") for _, registers, spills, local, _ in rows)
+
+
+def test_doctor_cannot_compile_what_is_interpreted(installed, monkeypatch):
+    from fused_steer.kernels import aot
+
+    monkeypatch.setattr(aot, "INTERPRETED", True)
+    result = invoke("doctor", "--compile")
+    assert result.exit_code == 1
+    assert "TRITON_INTERPRET is set, so kernels cannot be compiled; expected it unset" in result.stdout
+
+
+# ------------------------------------------------------------------------------------------------------------ inspect
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A saved adapter with every part, on two layers of three, and its model."""
+    config = SteerConfig(rank=4, activation="tanh", layers=[0, 2], down_bias=True, up_bias=True, scale=0.5)
+    model = patch_model(build(), config)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.steering.parameters():
+            parameter.normal_()
+    model.steering.save(tmp_path / "adapter")
+    return tmp_path / "adapter", model
+
+
+def test_inspect_as_json(saved):
+    directory, model = saved
+    result = invoke("inspect", directory, "--json")
+    assert result.exit_code == 0, result.output
+    shown = json.loads(result.stdout)
+    assert shown["config"] == model.steering.config().to_dict()
+    assert shown["file_bytes"] == (directory / WEIGHTS_NAME).stat().st_size
+    assert shown["parameters"] == sum(p.numel() for p in model.steering.parameters())
+    assert (shown["adapter"], shown["hidden_size"], shown["num_layers"]) == (str(directory), 32, LAYERS)
+    assert [row["layer"] for row in shown["layers"]] == [0, 2]
+    for row in shown["layers"]:
+        site = model.model.layers[row["layer"]].post_block
+        down, up = site.steer_down["default"], site.steer_up["default"]
+        expected = {
+            "down": down.weight.norm(),
+            "up": up.weight.norm(),
+            "product": torch.linalg.matrix_norm(up.weight @ down.weight, 2),  # over d x d, the long way
+            "down_bias": down.bias.norm(),
+            "up_bias": up.bias.norm(),
+        }
+        assert {name: row[name] for name in expected} == pytest.approx({k: v.item() for k, v in expected.items()})
+
+
+def test_inspect_as_tables(saved):
+    directory, model = saved
+    result = invoke("inspect", directory)
+    assert result.exit_code == 0
+    shape = json.loads(invoke("inspect", directory, "--json").stdout)
+    assert re.search(r"activation\W+tanh\W", result.stdout)
+    assert re.search(rf"parameters\W+{shape['parameters']:,}\W", result.stdout)
+    for row in shape["layers"]:
+        norms = r"\W+".join(re.escape(f"{row[name]:.4g}") for name in ("down", "up", "product", "down_bias", "up_bias"))
+        assert re.search(rf"{row['layer']}\W+{norms}\W", result.stdout)
+
+
+def test_inspect_a_vector(tmp_path):
+    patch_model(build(), SteerConfig(form="vector")).steering.save(tmp_path)
+    shown = json.loads(invoke("inspect", tmp_path, "--json").stdout)
+    assert [row["layer"] for row in shown["layers"]] == list(range(LAYERS))
+    nothing = dict.fromkeys(("down", "up", "product", "down_bias"))
+    assert all(row == {"layer": row["layer"], **nothing, "up_bias": 0.0} for row in shown["layers"])
+    table = invoke("inspect", tmp_path).stdout
+    assert "‖b2‖" in table and "‖W1‖" not in table
+
+
+def test_inspect_shows_values_that_json_has_not(saved, tmp_path):
+    _, model = saved
+    with torch.no_grad():
+        model.model.layers[0].post_block.steer_up["default"].weight[0, 0] = float("nan")
+    model.steering.save(tmp_path / "nan")
+    result = invoke("inspect", tmp_path / "nan", "--json")
+    shown = json.loads(result.stdout, parse_constant=pytest.fail)
+    assert shown["layers"][0]["up"] is None and shown["layers"][0]["product"] is None
+    assert shown["layers"][1]["product"] > 0
+    assert "nan" in invoke("inspect", tmp_path / "nan").stdout
+
+
+def test_inspect_refuses_what_is_no_adapter(saved, tmp_path):
+    directory, _ = saved
+    assert_refused(invoke("inspect", tmp_path / "nowhere"), tmp_path / "nowhere", "expected")
+    assert_refused(invoke("inspect", tmp_path), CONFIG_NAME)
+    assert_refused(invoke("inspect", directory / CONFIG_NAME), "is a file")
+
+
+@pytest.mark.parametrize("name", [CONFIG_NAME, WEIGHTS_NAME])
+def test_inspect_refuses_a_damaged_file(saved, name):
+    directory, _ = saved
+    content = (directory / name).read_bytes()
+    (directory / name).write_bytes(content[: len(content) // 2])
+    assert_refused(invoke("inspect", directory), directory / name, "cannot be loaded")
+
+
+def test_inspect_refuses_weights_that_the_config_does_not_describe(saved):
+    directory, _ = saved
+    config = json.loads((directory / CONFIG_NAME).read_text())
+    (directory / CONFIG_NAME).write_text(json.dumps({**config, "rank": 5}))
+    assert_refused(invoke("inspect", directory), "layer 0", "(4, 32)", "expected", "(5, 32)")
+    (directory / CONFIG_NAME).write_text(json.dumps({**config, "layers": None}))
+    assert_refused(invoke("inspect", directory), "layer 1")

@@ -1,0 +1,134 @@
+"""SteerConfig: what it says by default, what it refuses; and the values that a fresh adapter gets from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+import torch
+from models import HIDDEN, LAYERS, build, refused, steering_parameters
+
+from fused_steer import SteerConfig, patch_model
+
+FIELDS = [field.name for field in dataclasses.fields(SteerConfig)]
+
+
+def test_defaults():
+    assert SteerConfig().to_dict() == {
+        "form": "lowrank",
+        "rank": 8,
+        "activation": "silu",
+        "layers": None,
+        "scale": 1.0,
+        "down_bias": False,
+        "up_bias": False,
+        "init_scale": 1.0,
+        "dtype": "float32",
+    }
+
+
+def test_vector_has_a_bias_and_nothing_else():
+    vector = SteerConfig(form="vector")
+    assert (vector.rank, vector.activation, vector.down_bias, vector.up_bias) == (0, "identity", False, True)
+    assert SteerConfig(form="vector", rank=0, activation="identity", up_bias=True) == vector
+
+
+def test_numbers_and_layers_are_normalised():
+    config = SteerConfig(layers=[2, 0], scale=2, init_scale=0)
+    assert config.layers == (0, 2)
+    assert type(config.scale) is type(config.init_scale) is float
+
+
+def test_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        SteerConfig().rank = 4
+
+
+@pytest.mark.parametrize("rank", [1, 256])
+def test_extreme_ranks(rank):
+    assert SteerConfig(rank=rank).rank == rank
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        SteerConfig(),
+        SteerConfig(form="vector", layers=[1, 2], scale=-0.25),
+        SteerConfig(rank=3, activation="gelu", down_bias=True, up_bias=True, init_scale=1e-3, dtype="bfloat16"),
+    ],
+    ids=["default", "vector", "lowrank"],
+)
+def test_round_trip(config):
+    assert SteerConfig.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "came"),
+    [
+        ({"form": "lora"}, ValueError, "'lora'"),
+        ({"activation": "swish"}, ValueError, "'swish'"),
+        ({"dtype": "float64"}, ValueError, "'float64'"),
+        ({"rank": 0}, ValueError, "0"),
+        ({"rank": -1}, ValueError, "-1"),
+        ({"rank": 257}, ValueError, "257"),
+        ({"rank": True}, TypeError, "True"),
+        ({"rank": 2.5}, TypeError, "2.5"),
+        ({"rank": "8"}, TypeError, "'8'"),
+        ({"rank": 4, "form": "vector"}, ValueError, "4"),
+        ({"activation": "silu", "form": "vector"}, ValueError, "'silu'"),
+        ({"up_bias": False, "form": "vector"}, ValueError, "False"),
+        ({"down_bias": True, "form": "vector"}, ValueError, "True"),
+        ({"down_bias": 1}, TypeError, "1"),
+        ({"up_bias": "no"}, TypeError, "'no'"),
+        ({"layers": []}, ValueError, "empty"),
+        ({"layers": [-1]}, ValueError, "-1"),
+        ({"layers": [1, 1]}, ValueError, "[1, 1]"),
+        ({"layers": "12"}, TypeError, "'12'"),
+        ({"layers": [1.0]}, TypeError, "[1.0]"),
+        ({"layers": [True]}, TypeError, "[True]"),
+        ({"layers": 1}, TypeError, "1"),
+        ({"scale": math.nan}, ValueError, "nan"),
+        ({"scale": math.inf}, ValueError, "inf"),
+        ({"scale": "x"}, TypeError, "'x'"),
+        ({"scale": True}, TypeError, "True"),
+        ({"init_scale": math.inf}, ValueError, "inf"),
+        ({"init_scale": None}, TypeError, "None"),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_refusals(fields: dict[str, Any], error, came):
+    (name, *_) = fields
+    with refused(error, name, came, "expected"):
+        SteerConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda fields: SteerConfig(**fields), SteerConfig.from_dict], ids=["init", "from_dict"]
+)
+def test_unknown_field_is_answered_with_the_known_ones(make):
+    with refused(TypeError, "'rnk'", *FIELDS):
+        make({"rnk": 4})
+
+
+@pytest.mark.parametrize("init_scale", [1.0, 1e-3])
+def test_initial_values(init_scale):
+    """W1 as LoRA's A: kaiming-uniform with a = √5, that is uniform within ± 1/√d; all else 0."""
+    config = SteerConfig(rank=256, down_bias=True, up_bias=True, init_scale=init_scale)
+    parameters = steering_parameters(patch_model(build(), config))
+    assert len(parameters) == 4 * LAYERS
+    bound = init_scale / math.sqrt(HIDDEN)
+    for name, parameter in parameters.items():
+        if name.endswith("steer_down.weight"):
+            # 8192 values of a uniform distribution: each margin is many standard errors, and far from a normal one's.
+            assert 0.99 * bound < parameter.abs().max() <= bound
+            assert parameter.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
+            assert abs(parameter.mean().item()) < 0.05 * bound
+        else:
+            assert torch.count_nonzero(parameter) == 0
+
+
+def test_layers_are_initialised_apart():
+    first, second, *_ = (p for name, p in steering_parameters(patch_model(build())).items() if "down" in name)
+    assert not torch.equal(first, second)
