@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -287,15 +288,15 @@ def _launches(targets: list[str], compiled: bool) -> tuple[Table, list[Finding]]
 
     from .kernels.aot import Case, record
 
-    table = Table("target", "kernel", "grid", "tile", "warps")
-    for column in ("registers", "spills", "local", "shared") if compiled else ():
+    table = Table("target", "kernel", "grid", "tile", "warps", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in ("regs", "spills", "local", "shared") if compiled else ():
         table.add_column(column, justify="right")
     findings = []
     for target in targets:
         for launch in record(Case(_STEP_TOKENS, _STEP_HIDDEN, _STEP_RANK, torch.bfloat16), target):
             plan = launch.schedule
             used, finding = _compile(launch, target) if compiled else ([], None)
-            grid, tile = (" x ".join(map(str, sides)) for sides in (launch.grid, (plan.block_n, plan.block_d)))
+            grid, tile = ("x".join(map(str, sides)) for sides in (launch.grid, (plan.block_n, plan.block_d)))
             table.add_row(target, launch.kernel.__name__, grid, tile, str(plan.num_warps), *used)
             findings += [finding] if finding else []
     return table, findings

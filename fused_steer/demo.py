@@ -151,9 +151,10 @@ def load_smollm2() -> tuple[Any, Any]:
     loaded = LlamaForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, config=LlamaConfig(**_SMOLLM2_CONFIG), dtype=torch.float32
     )
-    model = LlamaForCausalLM(LlamaConfig(**_SMOLLM2_CONFIG))
+    config = LlamaConfig(**_SMOLLM2_CONFIG)
+    config._name_or_path = SMOLLM2  # what an adapter records as its base
+    model = LlamaForCausalLM(config)
     model.load_state_dict(loaded.state_dict())
-    model.config._name_or_path = SMOLLM2  # what an adapter records as its base
     return model.eval(), tokenizer
 
 

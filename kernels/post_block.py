@@ -394,7 +394,7 @@ def _triton_backward(
         )  # fmt: skip
     need_x = needs.x and rank > 0
     schedule = columns_schedule(tokens, hidden, rank, grad.itemsize, device)
-    for rest, down_too in column_passes(rank):
+    for rest, down_too in column_passes(rank, schedule, hidden):
         pass_x, pass_down, pass_up, pass_up_bias = (
             need_x and rest, needs.down and down_too, needs.up and rest, needs.up_bias and rest
         )  # fmt: skip

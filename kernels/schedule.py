@@ -102,10 +102,10 @@ _TILES: dict[tuple[str, str, int], tuple[_Tile, ...]] = {
         (16, 256, 4, 2), (32, 128, 8, 3), (32, 64, 4, 3), (32, 128, 8, 3), (32, 64, 8, 3), (16, 64, 8, 3),
     ),
     ("cuda", "columns", 2): (
-        (32, 128, 4, 2), (32, 128, 8, 2), (16, 64, 4, 2), (32, 32, 4, 2), (16, 64, 8, 2), (16, 64, 8, 2),
+        (32, 128, 4, 2), (32, 128, 8, 2), (16, 64, 4, 2), (32, 32, 4, 2), (16, 32, 8, 2), (16, 64, 8, 2),
     ),
     ("cuda", "columns", 4): (
-        (32, 128, 4, 2), (32, 128, 8, 2), (16, 64, 4, 2), (16, 32, 4, 2), (16, 32, 8, 2), (16, 16, 8, 1),
+        (32, 128, 4, 2), (32, 128, 8, 2), (16, 64, 4, 2), (16, 32, 4, 2), (16, 16, 8, 2), (16, 16, 8, 1),
     ),
     ("hip", "forward", 2): (
         (16, 256, 4, 1), (16, 128, 4, 2), (16, 128, 4, 2), (16, 128, 4, 2), (16, 64, 4, 2), (16, 16, 8, 2),
@@ -130,13 +130,13 @@ _TILES: dict[tuple[str, str, int], tuple[_Tile, ...]] = {
 #: cost registers.
 _RAGGED_TILES: dict[tuple[str, str], tuple[_Tile, ...]] = {
     ("cuda", "forward"): (
-        (16, 32, 4, 1), (16, 64, 4, 2), (16, 32, 8, 2), (16, 32, 8, 2), (16, 32, 8, 2), (16, 32, 8, 3),
+        (16, 32, 4, 1), (16, 32, 8, 2), (16, 32, 8, 2), (16, 32, 8, 2), (16, 32, 8, 2), (16, 16, 8, 1),
     ),
     ("cuda", "rows"): (
         (16, 64, 4, 2), (16, 64, 4, 2), (16, 64, 4, 2), (16, 32, 8, 2), (16, 32, 8, 2), (16, 16, 8, 2),
     ),
     ("cuda", "columns"): (
-        (16, 64, 4, 2), (16, 64, 8, 2), (16, 64, 8, 2), (16, 32, 8, 2), (16, 32, 8, 2), (16, 16, 8, 1),
+        (16, 64, 4, 2), (16, 64, 8, 2), (16, 64, 8, 2), (16, 32, 8, 2), (16, 16, 8, 2), (16, 16, 8, 1),
     ),
     ("hip", "forward"): (
         (16, 32, 4, 1), (16, 32, 4, 2), (16, 32, 8, 2), (16, 16, 4, 2), (16, 16, 8, 2), (16, 16, 8, 2),
@@ -145,7 +145,7 @@ _RAGGED_TILES: dict[tuple[str, str], tuple[_Tile, ...]] = {
         (16, 64, 4, 2), (16, 64, 4, 2), (16, 64, 4, 2), (16, 64, 4, 2), (16, 32, 4, 2), (16, 32, 8, 2),
     ),
     ("hip", "columns"): (
-        (16, 64, 4, 2), (16, 32, 4, 2), (16, 32, 4, 2), (16, 16, 4, 2), (16, 16, 4, 2), (16, 16, 4, 1),
+        (16, 64, 4, 2), (16, 16, 4, 2), (16, 32, 4, 2), (16, 16, 4, 2), (16, 16, 4, 2), (16, 16, 4, 1),
     ),
 }
 # fmt: on
@@ -205,6 +205,7 @@ def columns_schedule(tokens: int, hidden: int, rank: int, itemsize: int, device:
     return Schedule(block_n, block_d, block_r, blocks, max(1, ceil_div(tokens, part)), part, warps, stages)
 
 
-def column_passes(rank: int) -> tuple[tuple[bool, bool], ...]:
+def column_passes(rank: int, schedule: Schedule, hidden: int) -> tuple[tuple[bool, bool], ...]:
     """(dx and dW2', dW1) of each launch of the columns kernel: one, as long as both gradients fit in registers."""
-    return ((True, True),) if padded_rank(rank) <= 64 else ((True, False), (False, True))
+    most = 32 if hidden % schedule.block_d else 64  # masks cost registers
+    return ((True, True),) if padded_rank(rank) <= most else ((True, False), (False, True))

@@ -199,9 +199,9 @@ def test_doctor_compiles_for_a_target():
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == "[]"
     # target, kernel, grid, tile, warps, registers, spills, local, shared
-    rows = re.findall(r"sm_90\W+(\w+_kernel)\W.*?(\d+) │ +(\d+) │ +(\d+) │ +(\d+) │$", result.stdout, re.MULTILINE)
+    rows = [line.split()[5:] for line in result.stdout.splitlines() if "_kernel" in line]
     assert len(rows) == 3
-    assert all(int(registers) > 0 and (spills, local) == ("0", "0") for _, registers, spills, local, _ in rows)
+    assert all(int(registers) > 0 and (spills, local) == ("0", "0") for registers, spills, local, _ in rows)
 
 
 def test_doctor_cannot_compile_what_is_interpreted(installed, monkeypatch):

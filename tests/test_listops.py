@@ -57,13 +57,9 @@ def test_generated_expressions_are_what_was_asked_for(nesting):
 def test_nested_lists_stand_anywhere():
     """Not always in the same place, or their position would give them away."""
     expressions = distinct(200, operators=["MAX", "MIN"], depth=2, seed=0)
-    places = {
-        index
-        for expression in expressions
-        for index, argument in enumerate(expression.arguments)
-        if isinstance(argument, Operation)
-    }
-    assert places == {0, 1, 2}
+    for kind in (Operation, int):
+        places = {i for expression in expressions for i, a in enumerate(expression.arguments) if isinstance(a, kind)}
+        assert places == {0, 1, 2}
 
 
 def test_the_brackets_matter():

@@ -43,6 +43,11 @@ def test_few_tokens_are_split_over_columns_and_many_are_not():
 
 def test_ranks_are_padded_in_registers_only():
     assert [padded_rank(rank) for rank in (0, 1, 16, 17, 200, 256)] == [0, 16, 16, 32, 256, 256]
-    assert (len(column_passes(64)), len(column_passes(65))) == (1, 2)
-    for passes in (column_passes(64), column_passes(256)):
-        assert [sum(part) for part in zip(*passes, strict=True)] == [1, 1], "each gradient in exactly one pass"
+
+
+def test_each_gradient_is_computed_in_exactly_one_pass():
+    h100 = TARGETS["sm_90"]
+    for rank, hidden, passes in ((64, 4096, 1), (65, 4096, 2), (32, 4099, 1), (64, 4099, 2)):
+        found = column_passes(rank, columns_schedule(8192, hidden, rank, 2, h100), hidden)
+        assert len(found) == passes
+        assert [sum(part) for part in zip(*found, strict=True)] == [1, 1]
