@@ -37,8 +37,8 @@ setup(
     package_dir={"fused_steer.kernels": "kernels"},
     package_data={"fused_steer": ["py.typed"]},
     install_requires=[
-        "torch>=2.11,<2.16",
-        "triton>=3.6,<3.10; sys_platform == 'linux'",
+        "torch>=2.11,<2.14",
+        "triton>=3.6,<3.8; sys_platform == 'linux'",
         "transformers>=5.17,<5.24",
         "safetensors",
         "huggingface_hub",
