@@ -1,8 +1,24 @@
 """fused-steer: post-block activation steering (arXiv 2603.00425), fused into the residual add of each decoder block."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from ._version import __version__
-from .config import SteerConfig
-from .kernels import post_block
-from .patch import patch_model
+
+if TYPE_CHECKING:
+    from .config import SteerConfig
+    from .kernels import post_block
+    from .patch import patch_model
 
 __all__ = ["SteerConfig", "__version__", "patch_model", "post_block"]
+
+_HOMES = {"SteerConfig": ".config", "patch_model": ".patch", "post_block": ".kernels"}
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when first asked for, so that the command answers `--help` without importing torch.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; expected one of {', '.join(__all__)}")
+    value = getattr(import_module(_HOMES[name], __name__), name)
+    globals()[name] = value
+    return value
