@@ -7,10 +7,9 @@ from setuptools import setup
 
 ROOT = Path(__file__).parent
 
-DEMO = ["gguf>=0.19", "matplotlib"]
+DEMO = ["accelerate", "gguf>=0.19", "matplotlib"]  # transformers reads GGUF files through accelerate
 TEST = [
     *DEMO,
-    "accelerate",
     "build",
     "packaging",
     "peft",

