@@ -143,9 +143,9 @@ def load_smollm2() -> tuple[Any, Any]:
 
     The model is a plain one: not marked as quantised, so that it can be copied, trained and saved.
     """
+    file = find_smollm2()
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    file = find_smollm2()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(file.parent, gguf_file=file.name)
     _split_digits(tokenizer)
     loaded = LlamaForCausalLM.from_pretrained(
