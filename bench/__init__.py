@@ -1,0 +1,17 @@
+"""Benchmarks: the fused op and what people use instead, side by side in one run, against what the hardware allows.
+
+    geometries.py   the sizes of real models, and the grid of op sizes
+    contenders.py   who is measured: ours, the rivals, the floor
+    timing.py       how: cold cache, graph replay, interleaving, quantiles; launches and bytes counted
+    levels.py       what: op, model, memory -- from a case to rows of results
+    results.py      the results file
+    goals.py        what is to be reached, computed from results
+    gpu.py          `python -m bench.gpu`: everything on one GPU, most important first
+    report.py       `python -m bench.report`: results as tables and plots
+
+`pytest bench` runs the same levels through pytest-benchmark. Nothing imports this package.
+"""
+
+from .checkout import make_importable
+
+make_importable()

@@ -1,0 +1,93 @@
+"""The sizes of real models, and the grid of sizes on which the op is measured."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+
+#: Sizes as published with each model. `vocab_size` is that of the whole model.
+GEOMETRIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma-3-1b": ("gemma3_text", {
+        "hidden_size": 1152, "intermediate_size": 6912, "num_hidden_layers": 26, "num_attention_heads": 4,
+        "num_key_value_heads": 1, "head_dim": 256, "vocab_size": 262144,
+    }),
+    "Llama-3.2-1B": ("llama", {
+        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256, "tie_word_embeddings": True,
+    }),
+    "Qwen3-4B": ("qwen3", {
+        "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "tie_word_embeddings": True,
+    }),
+    "Llama-3.1-8B": ("llama", {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256,
+    }),
+    # Not a real one: small enough for a CPU, wide enough that its matrices are matrices.
+    "small": ("llama", {
+        "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 8,
+        "num_key_value_heads": 4, "head_dim": 32, "vocab_size": 512,
+    }),
+}  # fmt: skip
+REAL = ("gemma-3-1b", "Llama-3.2-1B", "Qwen3-4B", "Llama-3.1-8B")
+
+#: A model cut to few layers also has a small vocabulary: else its head would be most of what is measured.
+FEW_LAYERS, FEW_LAYERS_VOCABULARY = 4, 8192
+
+TOKENS = (1, 8, 64, 512, 4096, 16384)
+WIDTHS = tuple(GEOMETRIES[name][1]["hidden_size"] for name in REAL)
+RANKS = (8, 64, 1)
+BASIS = 8  # columns of V, the rank of the LoRA that it comes from
+
+
+@dataclass(frozen=True)
+class OpCase:
+    """One size of the op: N tokens, d = hidden, r = rank, φ, k = basis columns of V (0: none)."""
+
+    tokens: int
+    hidden: int
+    rank: int = 8
+    activation: str = "silu"
+    basis: int = 0
+    dtype: str = "bfloat16"
+
+    @property
+    def unit_bytes(self) -> int:
+        """Bytes of one N × d tensor."""
+        return self.tokens * self.hidden * DTYPES[self.dtype].itemsize
+
+
+@dataclass(frozen=True)
+class ModelCase:
+    """One size of a model: a geometry, its layers (0: all, with its whole vocabulary), batch × length tokens."""
+
+    geometry: str
+    layers: int
+    batch: int
+    length: int
+    checkpointing: bool = False
+    dtype: str = "bfloat16"
+    rank: int = 8
+
+    def __post_init__(self) -> None:
+        if self.geometry not in GEOMETRIES:
+            raise ValueError(f"geometry is {self.geometry!r}; expected one of {', '.join(GEOMETRIES)}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype is {self.dtype!r}; expected one of {', '.join(DTYPES)}")
+
+
+def op_grid() -> list[OpCase]:
+    """The whole grid, what decides the goals first: many tokens, rank 8, SiLU, no basis."""
+    by_importance = (4096, 16384, 8, 512, 64, 1)
+    variants = [(r, a, k) for a, k, r in itertools.product(("silu", "identity"), (0, BASIS), RANKS)]
+    return [
+        OpCase(tokens, hidden, rank, activation, basis)
+        for rank, activation, basis in variants
+        for tokens in by_importance
+        for hidden in reversed(WIDTHS)
+    ]

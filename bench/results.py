@@ -1,0 +1,189 @@
+"""The results file: what was measured, on what, with which versions; raw samples, nothing derived."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import os
+import platform
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+SCHEMA = 1
+FOLDER = Path(__file__).resolve().parent / "results"
+PACKAGES = ("torch", "triton", "transformers", "peft", "liger-kernel", "pyreft", "pyvene")
+
+
+@dataclass
+class Row:
+    """One contender on one case.
+
+    level: "op", "model" or "memory". what: of op, forward, backward, both or host; of model, train, prefill, decode or
+    decode-graph; of memory, kept or peak. samples: seconds a call, or, of memory, bytes. status: "ok", or in words why
+    there are no samples. replayed: from a CUDA graph. launches: kernels of one call, None where they were not counted.
+    """
+
+    level: str
+    what: str
+    contender: str
+    case: dict[str, Any]
+    samples: list[float] = field(default_factory=list)
+    status: str = "ok"
+    replayed: bool = False
+    launches: int | None = None
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return self.level, self.what, self.contender, tuple(sorted(self.case.items()))
+
+    @property
+    def median(self) -> float | None:
+        return statistics.median(self.samples) if self.samples else None
+
+    def quantile(self, share: float) -> float | None:
+        """The nearest sample at `share` of the way from the least to the greatest."""
+        return sorted(self.samples)[round(share * (len(self.samples) - 1))] if self.samples else None
+
+
+@dataclass
+class Results:
+    """A run. machine: kind ("gpu" or "cpu"), device, versions, commit; bandwidth: of a large device copy, bytes read
+    plus bytes written a second; absent: contender -> why it was not run, and what installs it; tests: of the gpu tests.
+    """
+
+    machine: dict[str, Any]
+    bandwidth: float | None = None
+    absent: dict[str, str] = field(default_factory=dict)
+    tests: dict[str, Any] | None = None
+    rows: list[Row] = field(default_factory=list)
+
+    def find(self, level: str, what: str, contender: str, **case: Any) -> list[Row]:
+        """The rows with samples of these; `case` need not name all fields."""
+        return [
+            row
+            for row in self.rows
+            if (row.level, row.what, row.contender) == (level, what, contender)
+            and row.samples
+            and all(row.case.get(name) == value for name, value in case.items())
+        ]
+
+    def put(self, row: Row) -> None:
+        """Add a row in place of an earlier one of the same key."""
+        self.rows = [old for old in self.rows if old.key != row.key] + [row]
+
+    def save(self, file: Path) -> None:
+        """Write the file whole or not at all."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        content = {"schema": SCHEMA, **dataclasses.asdict(self)}
+        descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+                json.dump(content, stream, indent=1)
+                stream.write("\n")
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, file)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+
+
+def load(file: Path) -> Results:
+    """Read a results file.
+
+    Raises:
+        ValueError: it is none, or of another schema.
+        FileNotFoundError: there is no such file.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is no JSON ({error}); expected a results file") from None
+    schema = content.pop("schema", None) if isinstance(content, dict) else None
+    if schema != SCHEMA:
+        raise ValueError(f"{file} has schema {schema!r}; expected {SCHEMA} (run `python -m bench.gpu` again)")
+    expected = {entry.name for entry in dataclasses.fields(Results)}
+    if content.keys() != expected:
+        raise ValueError(f"{file} has the keys {sorted(content)}; expected {sorted(expected)}")
+    try:
+        rows = [Row(**row) for row in content.pop("rows")]
+    except TypeError as error:
+        raise ValueError(f"{file} has a row that is none ({error}); expected the fields of Row") from None
+    return Results(**content, rows=rows)
+
+
+def load_all(folder: Path = FOLDER) -> list[Results]:
+    """Every results file of a folder, by name."""
+    return [load(file) for file in sorted(folder.glob("*.json"))]
+
+
+def file_name(device: str) -> str:
+    """`NVIDIA H100 80GB HBM3` -> `nvidia-h100-80gb-hbm3.json`."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + ".json"
+
+
+def _output(*command: str) -> str | None:
+    if shutil.which(command[0]) is None:
+        return None
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def source_fingerprint() -> str:
+    """A digest of the sources that are measured: it identifies them also where there is no git."""
+    import hashlib
+
+    root = Path(__file__).resolve().parent.parent
+    digest = hashlib.sha256()
+    for folder in ("kernels", "fused_steer", "bench"):
+        for file in sorted((root / folder).glob("*.py")):
+            digest.update(f"{folder}/{file.name}".encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def describe_machine(device: Any) -> dict[str, Any]:
+    """Device, driver, versions, commit, date and command of this run."""
+    import torch
+
+    from fused_steer import __version__
+
+    machine: dict[str, Any] = {
+        "kind": "cpu",
+        "device": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "fused_steer": __version__,
+        "versions": {name: _version(name) for name in PACKAGES},
+        "sources": source_fingerprint(),
+        "commit": _output("git", "rev-parse", "HEAD") or os.environ.get("FUSED_STEER_COMMIT"),
+        "dirty": bool(_output("git", "status", "--porcelain", "--untracked-files=no")),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": " ".join(["python", "-m", "bench.gpu", *sys.argv[1:]]),
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        machine |= {
+            "kind": "gpu",
+            "device": properties.name,
+            "driver": driver.splitlines()[0] if driver else None,
+            "multiprocessors": properties.multi_processor_count,
+            "l2_bytes": properties.L2_cache_size,
+            "memory_bytes": properties.total_memory,
+        }
+    return machine
