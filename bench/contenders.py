@@ -1,0 +1,305 @@
+"""Who is measured: the fused op and what people use instead; and the floor under both.
+
+On the op's level a contender is a function from `Operands` to the steered hidden state. On a model's level it takes a
+fresh, frozen model and steers it. Each that computes the fused op's function is checked to, before it is measured.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .geometries import DTYPES, GEOMETRIES, OpCase
+
+PHI: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "identity": lambda a: a}
+
+# ----------------------------------------------------------------------------------------------------------------- op
+
+
+@dataclass
+class Operands:
+    """What one call reads. residual, branch, grad: (N, d) in the case's dtype; down (r, d), up (d, r) and basis (d, k)
+    in float32, as fused-steer keeps them, or, for the rivals, in the case's dtype, as theirs are."""
+
+    residual: Tensor
+    branch: Tensor
+    grad: Tensor
+    down: Tensor
+    up: Tensor
+    basis: Tensor | None
+    activation: str
+
+    def weights_in(self, dtype: torch.dtype) -> Operands:
+        """The same with the adapter's weights cast to `dtype`."""
+        basis = None if self.basis is None else self.basis.to(dtype)
+        return Operands(
+            self.residual, self.branch, self.grad, self.down.to(dtype), self.up.to(dtype), basis, self.activation
+        )
+
+    def leaves(self) -> list[Tensor]:
+        """Those whose gradients are asked for, made to require them; the hidden state stands for both of its parts."""
+        return [t.detach().requires_grad_() for t in (self.residual, self.down, self.up)]
+
+
+def make_operands(case: OpCase, device: torch.device, seed: int = 0) -> Operands:
+    """Fresh random operands; the shift is about as large as the hidden state."""
+    generator = torch.Generator(device).manual_seed(seed)
+    n, d, r = case.tokens, case.hidden, case.rank
+
+    def normal(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(*size, generator=generator, device=device, dtype=dtype)
+
+    residual, branch, grad = (normal(n, d, dtype=DTYPES[case.dtype]) for _ in range(3))
+    basis = torch.linalg.qr(normal(d, case.basis))[0].contiguous() if case.basis else None
+    return Operands(residual, branch, grad, normal(r, d) / d**0.5, normal(d, r) / r**0.5, basis, case.activation)
+
+
+def fused(x: Operands) -> Tensor:
+    from fused_steer import post_block
+
+    return post_block(x.residual, x.branch, x.down, x.up, activation=x.activation, basis=x.basis)
+
+
+def hook(x: Operands) -> Tensor:
+    """The block's add, and the paper's forward hook after it."""
+    return _shifted(x.residual + x.branch, x.down, x.up, x.basis, x.activation)
+
+
+def _shifted(h: Tensor, down: Tensor, up: Tensor, basis: Tensor | None, activation: str) -> Tensor:
+    if basis is not None:
+        up = up - basis @ (basis.t() @ up)
+    return h + F.linear(PHI[activation](F.linear(h, down)), up)
+
+
+def _tensors_of(function: Callable[..., Tensor]) -> Callable[[Operands], Tensor]:
+    def call(x: Operands) -> Tensor:
+        return function(x.residual, x.branch, x.down, x.up, x.basis, x.activation)
+
+    return call
+
+
+def _whole_hook(residual, branch, down, up, basis, activation):
+    return _shifted(residual + branch, down, up, basis, activation)
+
+
+def hook_compiled() -> Callable[[Operands], Tensor]:
+    """The hook under torch.compile, the add that it follows included: the best that a compiler makes of it."""
+    # A graph that is run backward twice must not give its buffers away.
+    importlib.import_module("torch._functorch.config").donated_buffer = False
+    return _tensors_of(torch.compile(_whole_hook, fullgraph=True, dynamic=False))
+
+
+def add(x: Operands) -> Tensor:
+    """The plain residual add: what the block pays unsteered, and the floor of the forward pass."""
+    return torch.add(x.residual, x.branch)
+
+
+@dataclass(frozen=True)
+class OpContender:
+    """name; call: makes its function; steers: it computes the op; master_weights: its adapter is in float32."""
+
+    name: str
+    call: Callable[[], Callable[[Operands], Tensor]]
+    steers: bool = True
+    master_weights: bool = False
+
+
+OP_CONTENDERS: dict[str, OpContender] = {
+    contender.name: contender
+    for contender in (
+        OpContender("fused", lambda: fused, master_weights=True),
+        OpContender("fused-again", lambda: fused, master_weights=True),
+        OpContender("hook", lambda: hook),
+        OpContender("hook-compiled", hook_compiled),
+        OpContender("add", lambda: add, steers=False),
+        OpContender("copy", lambda: lambda x: x.residual.clone(), steers=False),
+    )
+}
+
+
+def plain(case: OpCase, contender: OpContender, x: Operands) -> Operands:
+    """The operands as this contender has them."""
+    return x if contender.master_weights else x.weights_in(DTYPES[case.dtype])
+
+
+def op_error(case: OpCase, contender: OpContender, device: torch.device) -> tuple[float, float]:
+    """Relative error of the contender's output and of the eager hook's, both against the hook in float64."""
+    x = make_operands(case, device, seed=1)
+    wide = {name: value.double() for name, value in vars(x).items() if isinstance(value, Tensor)}
+    truth = hook(Operands(**{**vars(x), **wide}))
+
+    def error(of: OpContender) -> float:
+        with torch.no_grad():
+            out = of.call()(plain(case, of, x))
+        return float((out.double() - truth).norm() / truth.norm())
+
+    return error(contender), error(OP_CONTENDERS["hook"])
+
+
+# -------------------------------------------------------------------------------------------------------------- model
+
+
+def build(geometry: str, layers: int, dtype: str, device: torch.device, vocabulary: int | None = None) -> Any:
+    """A causal language model of a geometry with random weights, frozen; layers 0: all of them."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model_type, sizes = GEOMETRIES[geometry]
+    sizes = {**sizes, "max_position_embeddings": 8192, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    if layers:
+        sizes["num_hidden_layers"] = layers
+    if vocabulary:
+        sizes["vocab_size"] = vocabulary
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(model_type, **sizes), dtype=DTYPES[dtype], attn_implementation="sdpa"
+        )
+    return model.requires_grad_(False)
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    return model.get_submodule("model.layers")
+
+
+def _adapters(model: nn.Module, rank: int) -> list[tuple[Tensor, Tensor]]:
+    """W1 (r, d) and W2 (d, r) of every layer, the same for every contender of the model; of a small shift."""
+    hidden = model.config.hidden_size
+    generator = torch.Generator().manual_seed(2)
+    return [
+        (
+            torch.randn(rank, hidden, generator=generator) / hidden**0.5,
+            torch.randn(hidden, rank, generator=generator) * 0.1 / rank**0.5,
+        )
+        for _ in decoder_layers(model)
+    ]
+
+
+def steer_fused(model: Any, rank: int) -> Any:
+    from fused_steer import SteerConfig, patch_model
+
+    weights = _adapters(model, rank)
+    patch_model(model, SteerConfig(rank=rank))
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for index, (down, up) in enumerate(weights):
+            for part, value in (("down", down), ("up", up)):
+                parameters[f"model.layers.{index}.post_block.steer_{part}.default.weight"].copy_(value)
+    return model
+
+
+class _Shift(nn.Module):
+    """The module of the paper's hook, in the model's dtype."""
+
+    def __init__(self, down: Tensor, up: Tensor, like: Tensor) -> None:
+        super().__init__()
+        self.down, self.up = (nn.Parameter(w.to(like.device, like.dtype)) for w in (down, up))
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h + F.linear(F.silu(F.linear(h, self.down)), self.up)
+
+
+def steer_hook(model: Any, rank: int, compiled: bool = False) -> Any:
+    """The paper's way: a forward hook on every decoder layer."""
+    for layer, (down, up) in zip(decoder_layers(model), _adapters(model, rank), strict=True):
+        layer.shift = _Shift(down, up, next(layer.parameters()))
+        shift = torch.compile(layer.shift, dynamic=False) if compiled else layer.shift
+
+        def steer(_: nn.Module, __: Any, output: Any, shift: Any = shift) -> Any:
+            return (shift(output[0]), *output[1:]) if isinstance(output, tuple) else shift(output)
+
+        layer.register_forward_hook(steer)
+    return model
+
+
+def steer_hook_liger(model: Any, rank: int) -> Any:
+    """The hook, with every RMSNorm of the model by Liger's fused kernel."""
+    from liger_kernel.transformers import LigerRMSNorm
+
+    gemma = "gemma" in model.config.model_type
+    options = {"offset": 1.0, "casting_mode": "gemma", "init_fn": "zeros"} if gemma else {}
+    for parent in list(model.modules()):
+        for name, norm in list(parent.named_children()):
+            if type(norm).__name__.endswith("RMSNorm"):
+                eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", 1e-6))
+                fast = LigerRMSNorm(norm.weight.numel(), eps=eps, **options)
+                fast.weight = norm.weight
+                setattr(parent, name, fast)
+    return steer_hook(model, rank)
+
+
+def steer_lora(model: Any, rank: int) -> Any:
+    """PEFT's LoRA, r = 8, on all linear layers."""
+    from peft import LoraConfig, get_peft_model
+
+    # get_peft_model wraps; what is measured keeps the interface of the model inside.
+    wrapped = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear"), autocast_adapter_dtype=False)
+    return wrapped.base_model.model
+
+
+def steer_loreft(model: Any, rank: int) -> Any:
+    """pyreft's LoReFT on every block's output."""
+    import pyreft
+
+    hidden = model.config.hidden_size
+    representations = [
+        {
+            "layer": index,
+            "component": "block_output",
+            "low_rank_dimension": rank,
+            "intervention": pyreft.LoreftIntervention(embed_dim=hidden, low_rank_dimension=rank),
+        }
+        for index in range(len(decoder_layers(model)))
+    ]
+    return pyreft.get_reft_model(model, pyreft.ReftConfig(representations=representations))
+
+
+@dataclass(frozen=True)
+class ModelContender:
+    """name; steer: (model, rank) -> the steered model; needs: the packages; same: it computes the fused function."""
+
+    name: str
+    steer: Callable[[Any, int], Any]
+    needs: tuple[str, ...] = ()
+    same: bool = False
+
+
+MODEL_CONTENDERS: dict[str, ModelContender] = {
+    contender.name: contender
+    for contender in (
+        ModelContender("unsteered", lambda model, rank: model),
+        ModelContender("fused", steer_fused, same=True),
+        ModelContender("fused-again", steer_fused, same=True),
+        ModelContender("hook", steer_hook, same=True),
+        ModelContender("hook-compiled", lambda model, rank: steer_hook(model, rank, compiled=True), same=True),
+        ModelContender("hook-liger", steer_hook_liger, ("liger_kernel",), same=True),
+        ModelContender("lora", steer_lora, ("peft",)),
+        ModelContender("loreft", steer_loreft, ("pyreft", "pyvene")),
+    )
+}
+_INSTALL = {"liger_kernel": "liger-kernel", "peft": "peft", "pyreft": "pyreft", "pyvene": "pyvene"}
+
+
+def absent() -> dict[str, str]:
+    """Contender -> why it cannot be run here, with the command that installs what it lacks."""
+    reasons: dict[str, str] = {}
+    for contender in MODEL_CONTENDERS.values():
+        lacking = [package for package in contender.needs if importlib.util.find_spec(package) is None]
+        if lacking:
+            packages = " ".join(_INSTALL[package] for package in lacking)
+            reasons[contender.name] = f"{packages} not installed; `pip install {packages}`"
+            continue
+        for package in contender.needs:
+            try:
+                importlib.import_module(package)
+            except Exception as error:  # a library made for other versions may fail in any way
+                line = " ".join(str(error).split())[:160]
+                reasons[contender.name] = f"{_INSTALL[package]} cannot be imported: {type(error).__name__}: {line}"
+                break
+    return reasons

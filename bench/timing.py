@@ -1,0 +1,174 @@
+"""How time, launches and bytes are measured.
+
+A call of a few microseconds cannot be timed by itself: the clock, the launch and a warm cache each lie by more. So a
+GPU's sample is the replay of a CUDA graph of many calls, each on inputs of its own, together more than the L2 cache;
+contenders take turns within a round, so that drift meets all of them alike.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+MAX_SETS = 256
+GRAPH_WARMUPS = 3
+
+Call = Callable[[], Any]
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def input_sets(bytes_each: int, l2: int) -> int:
+    """How many sets of inputs to rotate through so that none is in the cache when its turn comes again.
+
+    At least two; so many that they fill the cache twice; at most `MAX_SETS`: of very small inputs even these fit in
+    the cache, as they do in a model.
+    """
+    return max(2, min(MAX_SETS, -(-2 * l2 // max(1, bytes_each))))
+
+
+@dataclass
+class Timed:
+    """One contender ready to be timed. calls: one for each set of inputs; samples: seconds a call."""
+
+    name: str
+    calls: Sequence[Call]
+    samples: list[float] = field(default_factory=list)
+    replayed: bool = False
+    _run: Call | None = None
+    _graph: Any = None  # must outlive its replays
+
+    def prepare(self, device: torch.device, graph: bool, stream: Any = None) -> None:
+        """Warm up, and capture the calls into a graph if that is asked for.
+
+        Raises:
+            RuntimeError: the calls cannot be captured.
+        """
+        if not graph or device.type != "cuda":
+            for call in self.calls[:GRAPH_WARMUPS]:
+                call()
+            synchronize(device)
+            self._run = self._all
+            return
+        stream = stream or torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            for _ in range(GRAPH_WARMUPS):
+                self.calls[0]()
+        torch.cuda.current_stream(device).wait_stream(stream)
+        torch.cuda.synchronize(device)
+        captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(captured, stream=stream):
+            self._all()
+        self._graph, self._run, self.replayed = captured, captured.replay, True
+        self._run()
+        torch.cuda.synchronize(device)
+
+    def _all(self) -> None:
+        for call in self.calls:
+            call()
+
+    def sample(self, device: torch.device) -> None:
+        """Run all calls once more and keep the mean time of one."""
+        assert self._run is not None
+        if device.type == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            self._run()
+            end.record()
+            end.synchronize()
+            seconds = start.elapsed_time(end) / 1e3
+        else:
+            begin = time.perf_counter()
+            self._run()
+            synchronize(device)
+            seconds = time.perf_counter() - begin
+        self.samples.append(seconds / len(self.calls))
+
+
+def interleave(timed: Sequence[Timed], device: torch.device, rounds: int, before: Call | None = None) -> None:
+    """Take `rounds` samples of each, in turn, the order reversed every other round; `before` runs ahead of each."""
+    for number in range(rounds):
+        for one in timed if number % 2 == 0 else reversed(timed):
+            if before is not None:
+                before()
+            one.sample(device)
+
+
+def copy_bandwidth(device: torch.device, nbytes: int = 1 << 30, rounds: int = 20) -> float:
+    """Bytes read plus bytes written a second, of a copy inside the device's memory: the physical limit."""
+    source = torch.randint(0, 255, (nbytes,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    copy = Timed("copy", [lambda: target.copy_(source)])
+    copy.prepare(device, graph=False)
+    interleave([copy], device, rounds)
+    return 2 * nbytes / sorted(copy.samples)[len(copy.samples) // 2]
+
+
+def host_seconds(call: Call, device: torch.device, calls: int = 200, rounds: int = 9) -> list[float]:
+    """Seconds of host time of one eager call that the device keeps up with."""
+    samples = []
+    for _ in range(rounds + 1):
+        synchronize(device)
+        begin = time.perf_counter()
+        for _ in range(calls):
+            call()
+        samples.append((time.perf_counter() - begin) / calls)
+    synchronize(device)
+    return samples[1:]
+
+
+def count_launches(call: Call, device: torch.device) -> int | None:
+    """Kernels that one call launches, by the profiler; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    from torch.profiler import ProfilerActivity, profile
+
+    call()
+    torch.cuda.synchronize(device)
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize(device)
+    kinds = torch.autograd.DeviceType.CUDA
+    return sum(event.device_type == kinds and "sync" not in event.name.lower() for event in profiler.events())
+
+
+@contextmanager
+def counting_kept(model: nn.Module, *inputs: Tensor) -> Iterator[Callable[[], int]]:
+    """Counts the bytes that autograd keeps for the backward of what runs inside; each storage once, and neither the
+    model's parameters and buffers nor `inputs`. Exact on any machine."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), *inputs)}
+    kept: dict[int, Any] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage  # held, so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield lambda: sum(storage.nbytes() for storage in kept.values())
+
+
+def peak_bytes(call: Call, device: torch.device) -> int | None:
+    """Device memory that `call` takes at most, beyond what is allocated before it; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    call()
+    gc.collect()
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
