@@ -1,0 +1,173 @@
+"""What is to be reached on an H100 in bf16, and whether a run reached it. The worst case of each goal counts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from .geometries import DTYPES, GEOMETRIES
+from .levels import FLOOR_UNITS
+from .results import Results, Row
+
+MANY_TOKENS = (4096, 16384)
+LOW_RANKS = (1, 8)
+FEW_TOKENS = (1, 8, 64)
+WHOLE = {"geometry": "Llama-3.2-1B", "layers": 0}
+
+
+@dataclass(frozen=True)
+class Goal:
+    """text: in words; limit and at_most: value <= limit, or >= limit; measure: the worst value, None if not measured."""
+
+    name: str
+    text: str
+    limit: float
+    at_most: bool
+    measure: Callable[[Results], float | None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A goal judged. met: None where it was not measured."""
+
+    name: str
+    text: str
+    value: float | None
+    limit: str
+    met: bool | None
+
+
+def _worst(values: Iterable[float], at_most: bool) -> float | None:
+    found = list(values)
+    return (max(found) if at_most else min(found)) if found else None
+
+
+def _pairs(
+    results: Results, level: str, what: str, contender: str, other: str, **case: object
+) -> Iterator[tuple[Row, Row]]:
+    """The rows of a contender, each with that of another on the very same case."""
+    for row in results.find(level, what, contender, **case):
+        for against in results.find(level, what, other, **row.case):
+            yield row, against
+
+
+def _ratio(row: Row, other: Row) -> float:
+    assert row.median is not None and other.median is not None
+    return row.median / other.median
+
+
+def _many(row: Row) -> bool:
+    case = row.case
+    return (
+        case["tokens"] in MANY_TOKENS
+        and case["rank"] in LOW_RANKS
+        and not case["basis"]
+        and case["dtype"] == "bfloat16"
+    )
+
+
+def _op_ratio(what: str, contender: str, other: str, at_most: bool) -> Callable[[Results], float | None]:
+    return lambda results: _worst(
+        (_ratio(a, b) for a, b in _pairs(results, "op", what, contender, other) if _many(a)), at_most
+    )
+
+
+def floor_seconds(results: Results, row: Row) -> float:
+    """Seconds in which this op row's floor of N × d tensors passes at the measured copy bandwidth."""
+    assert results.bandwidth is not None
+    unit = row.case["tokens"] * row.case["hidden"] * DTYPES[row.case["dtype"]].itemsize
+    return FLOOR_UNITS[row.what] * unit / results.bandwidth
+
+
+def _over_floor(what: str) -> Callable[[Results], float | None]:
+    def measure(results: Results) -> float | None:
+        rows = [row for row in results.find("op", what, "fused") if _many(row)] if results.bandwidth else []
+        return _worst((row.median / floor_seconds(results, row) for row in rows), True)
+
+    return measure
+
+
+def _bandwidth_share(results: Results) -> float | None:
+    over = _over_floor("forward")(results)
+    return None if over is None else 1 / over
+
+
+def _against(results: Results, changed: str, value: int, usual: int) -> float | None:
+    """The worst ratio, forward and backward, of a case to the same with `changed` at its usual value; many tokens."""
+    ratios = []
+    for what in ("forward", "backward"):
+        for row in results.find("op", what, "fused", **{changed: value}):
+            if row.case["tokens"] in MANY_TOKENS and (changed == "rank" or row.case["rank"] in LOW_RANKS):
+                for other in results.find("op", what, "fused", **{**row.case, changed: usual}):
+                    ratios.append(_ratio(row, other))
+    return _worst(ratios, True)
+
+
+def _decode(results: Results) -> float | None:
+    ratios = [
+        _ratio(a, b)
+        for a, b in _pairs(results, "model", "decode-graph", "fused", "unsteered")
+        if a.case["batch"] in FEW_TOKENS and a.replayed and b.replayed
+    ]
+    return _worst(ratios, True)
+
+
+def _host(results: Results) -> float | None:
+    return _worst((_ratio(a, b) for a, b in _pairs(results, "op", "host", "fused", "add")), True)
+
+
+def _train(contender: str, other: str, at_most: bool) -> Callable[[Results], float | None]:
+    return lambda results: _worst(
+        (_ratio(a, b) for a, b in _pairs(results, "model", "train", contender, other, checkpointing=False, **WHOLE)),
+        at_most,
+    )
+
+
+def _peak(results: Results) -> float | None:
+    """Extra peak memory in N × d tensors a layer."""
+    found = []
+    for row in results.find("memory", "peak", "fused", checkpointing=False):
+        sizes = GEOMETRIES[row.case["geometry"]][1]
+        layers = row.case["layers"] or sizes["num_hidden_layers"]
+        unit = row.case["batch"] * row.case["length"] * sizes["hidden_size"] * DTYPES[row.case["dtype"]].itemsize
+        found.append(row.samples[0] / (layers * unit))
+    return _worst(found, True)
+
+
+def _peak_checkpointed(results: Results) -> float | None:
+    pairs = _pairs(results, "memory", "peak-total", "fused", "unsteered", checkpointing=True)
+    return _worst((100 * (_ratio(a, b) - 1) for a, b in pairs), True)
+
+
+GOALS = (
+    Goal("forward", "op forward, >= 4096 tokens, r <= 16: time of the plain add", 1.15, True,
+         _op_ratio("forward", "fused", "add", True)),
+    Goal("forward / hook", "the same: times faster than the eager hook", 2.4, False,
+         _op_ratio("forward", "hook", "fused", False)),
+    Goal("forward / compiled", "the same: times faster than the compiled hook", 1.6, False,
+         _op_ratio("forward", "hook-compiled", "fused", False)),
+    Goal("forward bandwidth", "the same: share of the copy bandwidth", 0.85, False, _bandwidth_share),
+    Goal("backward", "op backward, >= 4096 tokens, r <= 16: time of its floor", 1.4, True, _over_floor("backward")),
+    Goal("backward / hook", "the same: times faster than the eager hook", 2.0, False,
+         _op_ratio("backward", "hook", "fused", False)),
+    Goal("rank 64", "r = 64: time of r = 8, >= 4096 tokens", 1.3, True, lambda r: _against(r, "rank", 64, 8)),
+    Goal("basis", "basis, k = 8: time of without, >= 4096 tokens", 1.05, True, lambda r: _against(r, "basis", 8, 0)),
+    Goal("decode", "decode step, 1-64 tokens, replayed: time of unsteered", 1.02, True, _decode),
+    Goal("host", "host time of an eager call: times that of torch.add", 2.0, True, _host),
+    Goal("train", "training step, Llama-3.2-1B: time of unsteered, frozen", 1.03, True,
+         _train("fused", "unsteered", True)),
+    Goal("train / hook", "the same: times faster than the hooks", 1.15, False, _train("hook", "fused", False)),
+    Goal("peak memory", "beyond unsteered: N x d tensors a layer", 1.0, True, _peak),
+    Goal("peak, checkpointing", "beyond unsteered, per cent", 0.5, True, _peak_checkpointed),
+)  # fmt: skip
+
+
+def evaluate(results: Results) -> list[Outcome]:
+    """Every goal judged by a run; those of a CPU judge none: no kernel was timed."""
+    outcomes = []
+    for goal in GOALS:
+        value = goal.measure(results) if results.machine["kind"] == "gpu" else None
+        met = None if value is None else (value <= goal.limit if goal.at_most else value >= goal.limit)
+        limit = f"{'<=' if goal.at_most else '>='} {goal.limit:g}"
+        outcomes.append(Outcome(goal.name, goal.text, value, limit, met))
+    return outcomes

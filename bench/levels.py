@@ -1,0 +1,374 @@
+"""The levels of measurement: from a case to rows of results. Shared by the pytest-benchmark suite and the GPU run."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import timing
+from .contenders import (
+    MODEL_CONTENDERS,
+    OP_CONTENDERS,
+    OpContender,
+    Operands,
+    absent,
+    build,
+    make_operands,
+    op_error,
+    plain,
+)
+from .geometries import FEW_LAYERS_VOCABULARY, GEOMETRIES, ModelCase, OpCase
+from .results import Row
+from .timing import Timed
+
+OP_PASSES = ("forward", "backward", "both")
+MODEL_RUNS = ("train", "prefill", "decode", "decode-graph")
+FLOOR_UNITS = {"forward": 3, "backward": 3, "both": 6}  # of N × d tensors through device memory
+DEFAULT_L2 = 32 << 20
+
+
+class WrongResult(RuntimeError):
+    """A contender does not compute what it is measured for."""
+
+
+def l2_bytes(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else DEFAULT_L2
+
+
+def _in_words(error: BaseException) -> str:
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory"
+    return f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def release(device: torch.device) -> None:
+    """Give back what the last case took."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+# ----------------------------------------------------------------------------------------------------------------- op
+
+
+def check_op(case: OpCase, names: Sequence[str], device: torch.device) -> None:
+    """Each steering contender must be at most twice as wrong as the eager hook in the same dtype (plus 1e-6).
+
+    Raises:
+        WrongResult: one is not.
+    """
+    for name in dict.fromkeys(names):
+        contender = OP_CONTENDERS[name]
+        if contender.steers and not name.endswith("-again"):
+            ours, hook = op_error(case, contender, device)
+            if not ours <= 2 * hook + 1e-6:  # NaN too
+                raise WrongResult(f"{name} on {case}: relative error {ours:.2e}; expected at most twice {hook:.2e}")
+
+
+def _with_leaves(x: Operands) -> tuple[Operands, list[Tensor]]:
+    leaves = x.leaves()
+    residual, down, up = leaves
+    return Operands(residual, x.branch, x.grad, down, up, x.basis, x.activation), leaves
+
+
+def op_calls(case: OpCase, what: str, contender: OpContender, sets: Sequence[Operands]) -> list[timing.Call]:
+    """The calls of one contender, one for each set of operands. For `backward` the forward has run already."""
+    function = contender.call()
+    if not contender.steers:
+        return [_floor_call(what, function, x) for x in sets]
+    return [_op_call(what, function, plain(case, contender, x)) for x in sets]
+
+
+def _floor_call(what: str, function: Callable[[Operands], Tensor], x: Operands) -> timing.Call:
+    """The floor of a backward pass moves as much as that of a forward pass: two read, one written."""
+
+    def call() -> None:
+        for _ in range(2 if what == "both" else 1):
+            function(x)
+
+    return call
+
+
+def _op_call(what: str, function: Callable[[Operands], Tensor], x: Operands) -> timing.Call:
+    if what == "forward":
+
+        def forward() -> Tensor:
+            with torch.no_grad():
+                return function(x)
+
+        return forward
+    x, leaves = _with_leaves(x)
+    if what == "backward":
+        out = function(x)
+        return lambda: torch.autograd.grad(out, leaves, x.grad, retain_graph=True)
+    return lambda: torch.autograd.grad(function(x), leaves, x.grad)
+
+
+def measure_op(
+    case: OpCase, what: str, device: torch.device, names: Sequence[str], rounds: int = 20, graph: bool = True
+) -> list[Row]:
+    """Time one pass of the op for all contenders, interleaved. What cannot run has a row that says so.
+
+    Raises:
+        WrongResult: a contender computes something else.
+    """
+    rows = {name: Row("op", what, name, asdict(case)) for name in names}
+    try:
+        check_op(case, names, device)
+        sets_of = timing.input_sets((2 if what == "forward" else 3) * case.unit_bytes, l2_bytes(device))
+        sets = [make_operands(case, device, seed) for seed in range(sets_of)]
+    except torch.OutOfMemoryError as error:
+        for row in rows.values():
+            row.status = _in_words(error)
+        release(device)
+        return list(rows.values())
+    on_gpu = device.type == "cuda"
+    # A backward pass runs on the stream of its forward, which therefore has to be the one that is captured.
+    stream = torch.cuda.Stream(device) if on_gpu else None
+    ready: list[Timed] = []
+    for name, row in rows.items():
+        try:
+            with torch.cuda.stream(stream) if stream is not None else contextlib.nullcontext():
+                timed = Timed(name, op_calls(case, what, OP_CONTENDERS[name], sets))
+            timed.prepare(device, graph, stream)
+            row.launches = timing.count_launches(timed.calls[0], device)
+        except Exception as error:  # a rival may fail in any way, and the run goes on
+            row.status = _in_words(error)
+            continue
+        ready.append(timed)
+    timing.interleave(ready, device, rounds)
+    for timed in ready:
+        rows[timed.name].samples, rows[timed.name].replayed = timed.samples, timed.replayed
+    del ready, sets
+    release(device)
+    return list(rows.values())
+
+
+def measure_host(case: OpCase, device: torch.device) -> list[Row]:
+    """Host time of one eager call, of the fused op and of `torch.add`."""
+    x = make_operands(case, device)
+    rows = []
+    with torch.no_grad():
+        for name in ("fused", "add"):
+            function = OP_CONTENDERS[name].call()
+            for _ in range(20):
+                function(x)
+            samples = timing.host_seconds(lambda function=function: function(x), device)
+            rows.append(Row("op", "host", name, asdict(case), samples))
+    return rows
+
+
+# -------------------------------------------------------------------------------------------------------------- model
+
+
+@dataclass
+class Prepared:
+    """A steered model with the call that is measured. reset: puts its cache back to where decoding starts."""
+
+    model: Any
+    call: timing.Call
+    reset: timing.Call | None = None
+
+
+def _vocabulary(case: ModelCase) -> int | None:
+    small = GEOMETRIES[case.geometry][1]["vocab_size"] < FEW_LAYERS_VOCABULARY
+    return FEW_LAYERS_VOCABULARY if case.layers and not small else None
+
+
+def build_base(case: ModelCase, device: torch.device) -> Any:
+    return build(case.geometry, case.layers, case.dtype, device, _vocabulary(case))
+
+
+def _tokens(case: ModelCase, model: Any, device: torch.device) -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return torch.randint(2, model.config.vocab_size, (case.batch, case.length), generator=generator).to(device)
+
+
+def train_call(case: ModelCase, model: Any, device: torch.device) -> Prepared:
+    """Forward, loss, backward and AdamW. The embeddings' output requires a gradient in every contender: so the backward
+    runs through all blocks, also in the unsteered, frozen model."""
+    tokens = _tokens(case, model, device)
+    model.train()
+    model.enable_input_require_grads()
+    if case.checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0) if parameters else None
+
+    def step() -> None:
+        model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return Prepared(model, step)
+
+
+def prefill_call(case: ModelCase, model: Any, device: torch.device) -> Prepared:
+    tokens = _tokens(case, model.eval(), device)
+
+    @torch.no_grad()
+    def prefill() -> Tensor:
+        return model(input_ids=tokens, use_cache=False, logits_to_keep=1).logits
+
+    return Prepared(model, prefill)
+
+
+def decode_call(case: ModelCase, model: Any, device: torch.device) -> Prepared:
+    """One token for each row of the batch, after `length` tokens, on a static cache; a graph can replay it."""
+    from transformers import StaticCache
+
+    model.eval()
+    room = case.length + 64
+    cache = StaticCache(config=model.config, max_cache_len=room)
+    start = torch.tensor([case.length], device=device)
+    token = _tokens(case, model, device)[:, :1].contiguous()
+    positions = start.expand(case.batch, 1).contiguous()
+    visible = torch.ones(case.batch, 1, 1, room, dtype=torch.bool, device=device)
+    # Ready-made masks: building one asks the host for a length, which a graph cannot.
+    kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
+    masks = dict.fromkeys(kinds, visible) if "sliding_attention" in kinds else visible
+
+    @torch.no_grad()
+    def step() -> Tensor:
+        return model(
+            input_ids=token, position_ids=positions, cache_position=start, attention_mask=masks,
+            past_key_values=cache, use_cache=True,
+        ).logits  # fmt: skip
+
+    def reset() -> None:
+        for layer in cache.layers:
+            length = getattr(layer, "cumulative_length", None)
+            if isinstance(length, Tensor):
+                length.fill_(case.length)
+
+    step()  # allocates the cache
+    reset()
+    return Prepared(model, step, reset)
+
+
+_CALLS = {"train": train_call, "prefill": prefill_call, "decode": decode_call, "decode-graph": decode_call}
+
+
+def prepare_model(case: ModelCase, what: str, name: str, base: Any, device: torch.device) -> Prepared:
+    """A copy of `base`, steered by the contender called `name`, and the call to measure.
+
+    Raises:
+        ValueError: no such run or contender.
+    """
+    for kind, value, known in (("run", what, _CALLS), ("contender", name, MODEL_CONTENDERS)):
+        if value not in known:
+            raise ValueError(f"{kind} is {value!r}; expected one of {', '.join(known)}")
+    model = MODEL_CONTENDERS[name].steer(copy.deepcopy(base), case.rank)
+    return _CALLS[what](case, model, device)
+
+
+def check_models(case: ModelCase, names: Sequence[str], device: torch.device) -> None:
+    """The contenders that compute the fused function give the hook's logits, in float32 on a copy of two layers.
+
+    Raises:
+        WrongResult: one does not, or a steered model gives the unsteered logits.
+    """
+    small = ModelCase(case.geometry, 2, 2, 17, dtype="float32", rank=case.rank)
+    base = build_base(small, device)
+
+    def logits(name: str) -> Tensor:
+        return prefill_call(small, MODEL_CONTENDERS[name].steer(copy.deepcopy(base), case.rank), device).call()
+
+    truth, unsteered = logits("hook"), logits("unsteered")
+    if (truth - unsteered).norm() < 1e-3 * unsteered.norm():
+        raise WrongResult("the hook does not move the logits; expected it to steer")
+    for name in dict.fromkeys(names):
+        if MODEL_CONTENDERS[name].same and name != "hook" and not name.endswith("-again"):
+            error = float((logits(name) - truth).norm() / truth.norm())
+            if not error <= 1e-3:
+                raise WrongResult(f"{name} differs from the hook by {error:.2e} in {case.geometry}; expected <= 1e-3")
+    release(device)
+
+
+def measure_model(
+    case: ModelCase, what: str, device: torch.device, names: Sequence[str], rounds: int = 10, check: bool = True
+) -> list[Row]:
+    """Time one run of a model for all contenders, interleaved; for `train` also what each keeps and takes.
+
+    Raises:
+        WrongResult: a contender computes something else.
+    """
+    rows = {name: Row("model", what, name, asdict(case)) for name in names}
+    missing = absent()
+    present = [name for name in names if name not in missing]
+    for name in names:
+        if name in missing:
+            rows[name].status = f"not run: {missing[name]}"
+    try:
+        if check:
+            check_models(case, present, device)
+        base = build_base(case, device)
+    except torch.OutOfMemoryError as error:
+        for name in present:
+            rows[name].status = _in_words(error)
+        release(device)
+        return list(rows.values())
+    ready: list[Timed] = []
+    prepared: dict[str, Prepared] = {}
+    kept: dict[str, int] = {}
+    peak: dict[str, int | None] = {}
+    for name in present:
+        try:
+            one = prepare_model(case, what, name, base, device)
+            timed = Timed(name, [one.call])
+            timed.prepare(device, graph=what == "decode-graph")
+            if what == "train":
+                kept[name] = kept_bytes(case, one.model, device)
+                peak[name] = timing.peak_bytes(one.call, device)
+        except Exception as error:  # as above
+            rows[name].status = _in_words(error)
+            release(device)
+            continue
+        prepared[name] = one
+        ready.append(timed)
+
+    def reset() -> None:
+        for one in prepared.values():
+            if one.reset is not None:
+                one.reset()
+
+    timing.interleave(ready, device, rounds, before=reset)
+    for timed in ready:
+        rows[timed.name].samples, rows[timed.name].replayed = timed.samples, timed.replayed
+    layers = base.config.num_hidden_layers
+    del ready, prepared, base
+    release(device)
+    return [*rows.values(), *_memory_rows(case, layers, kept, peak)]
+
+
+def kept_bytes(case: ModelCase, model: Any, device: torch.device) -> int:
+    """Bytes kept for the backward by one training forward of a model that `train_call` has prepared."""
+    tokens = _tokens(case, model, device)
+    with timing.counting_kept(model, tokens) as kept:
+        loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+        nbytes = kept()
+    del loss
+    return nbytes
+
+
+def _memory_rows(case: ModelCase, layers: int, kept: dict[str, int], peak: dict[str, int | None]) -> list[Row]:
+    """kept: beyond the unsteered model, a layer; peak: beyond the unsteered model; peak-total: the peak itself."""
+    rows = []
+    if "unsteered" in kept:
+        for name, nbytes in kept.items():
+            rows.append(Row("memory", "kept", name, asdict(case), [(nbytes - kept["unsteered"]) / layers]))
+    unsteered = peak.get("unsteered")
+    if unsteered is not None:
+        for name, nbytes in peak.items():
+            if nbytes is not None:
+                rows.append(Row("memory", "peak", name, asdict(case), [nbytes - unsteered]))
+                rows.append(Row("memory", "peak-total", name, asdict(case), [nbytes]))
+    return rows
