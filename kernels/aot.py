@@ -1,17 +1,19 @@
 """Ahead-of-time compilation: what a kernel costs on a GPU, seen on a machine that has none.
 
 The launches that a shape would make on a target are recorded (`launch.recorded`), compiled for it with the argument
-specialisation that Triton's launcher would use, and read: registers, spills, local and shared memory, and the
-instructions that decide a memory-bound kernel's speed.
+specialisation that Triton's launcher would use, and read: registers, spills, local and shared memory, occupancy, and
+the instructions that decide a memory-bound kernel's speed. What a launch reads and writes of the hidden state gives the
+least time that it can take.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from .contract import Needs
 from .launch import Launch, recorded
 from .numerics import INTERPRETED
 from .post_block import _triton_backward, _triton_forward
-from .schedule import TARGETS
+from .schedule import TARGETS, ceil_div
 
 _GPU_TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -32,6 +34,20 @@ _GPU_TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+#: The largest shared memory of one program, in bytes.
+SHARED_MEMORY = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+
+#: GPUs by name: the target that their kernels are compiled for, and the bandwidth of their device memory in bytes a
+#: second, as their datasheets give it (A100 80 GB SXM, H100 SXM, H200 SXM). No kernel reaches all of it.
+GPUS: dict[str, tuple[str, float]] = {
+    "A100": ("sm_80", 2.039e12),
+    "H100": ("sm_90", 3.35e12),
+    "H200": ("sm_90", 4.8e12),
+}
+
+#: The arguments of the kernels that are a hidden state's size, N x d.
+_HIDDEN_STATES = frozenset({"p_residual", "p_branch", "p_out", "p_grad", "p_dx"})
+
 _POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 
 
@@ -53,10 +69,12 @@ class Case:
 
 @dataclass(frozen=True)
 class Resources:
-    """What one compiled kernel uses. Bytes for `shared` and `local` (per program and per thread); counts elsewhere.
+    """What one compiled kernel uses. Bytes for `shared` and `local` (per program and per thread); a share of the
+    multiprocessor's warps for `occupancy`; counts elsewhere.
 
     `spills` is 0 where the compiler keeps no count of them (NVIDIA's shows them as local memory). The instruction
-    counts are static and of NVIDIA targets; None for others.
+    counts are static. An async copy (global to shared memory) is no load: the two are counted apart. Accesses of 128
+    bits include wider ones; those of 16 bits are a hidden state in bf16 or fp16 that moves one element at a time.
     """
 
     kernel: str
@@ -66,17 +84,21 @@ class Resources:
     local: int
     shared: int
     num_warps: int
-    loads_128: int | None = None
-    stores_128: int | None = None
-    global_loads: int | None = None
-    global_stores: int | None = None
-    async_copies: int | None = None
-    tensor_core: int | None = None
-    local_accesses: int | None = None
+    occupancy: float
+    global_loads: int
+    global_stores: int
+    async_copies: int
+    loads_128: int
+    stores_128: int
+    async_copies_128: int
+    loads_16: int
+    stores_16: int
+    tensor_core: int
+    local_accesses: int
 
 
-def record(case: Case, target: str) -> list[Launch]:
-    """The launches of one forward and one full backward pass of `case` on `target`, in order.
+def record_passes(case: Case, target: str) -> dict[str, list[Launch]]:
+    """The launches of one forward and one full backward pass of `case` on `target`, by pass, in order.
 
     Raises:
         ValueError: an unknown target.
@@ -103,12 +125,40 @@ def record(case: Case, target: str) -> list[Launch]:
     needs = Needs(
         True, low_rank, low_rank, down_bias is not None, up_bias is not None, case.gain or case.scale_on_device
     )
-    with recorded(TARGETS[target]) as launches:
+    with recorded(TARGETS[target]) as forward:
         out, a = _triton_forward(
             hidden_state(), branch, down, up, down_bias, up_bias, gain, scale, case.activation, low_rank
         )
+    with recorded(TARGETS[target]) as backward:
         _triton_backward(hidden_state(), out, a, down, up, up_bias, gain, scale, case.activation, needs)
-    return launches
+    return {"forward": forward, "backward": backward}
+
+
+def record(case: Case, target: str) -> list[Launch]:
+    """The launches of `record_passes`, one after the other."""
+    return [launch for launches in record_passes(case, target).values() for launch in launches]
+
+
+def hidden_states(launch: Launch) -> list[torch.Tensor]:
+    """The tensors of a hidden state's size, N x d, that a launch reads or writes: each once. Their number is the units
+    of the launch."""
+    named = zip(launch.kernel.arg_names, launch.arguments, strict=False)
+    return [value for name, value in named if name in _HIDDEN_STATES and value is not None]
+
+
+def time_floor(launches: Iterable[Launch], gpu: str) -> float:
+    """Seconds that `launches` take at least on `gpu`, one of `GPUS`: their hidden states' bytes over its bandwidth.
+
+    What is not N x d (weights, N x r arrays, partial sums) is left out, as are the launches themselves; with few tokens
+    those take longer.
+
+    Raises:
+        ValueError: an unknown GPU.
+    """
+    if gpu not in GPUS:
+        raise ValueError(f"gpu is {gpu!r}; expected one of {', '.join(GPUS)}")
+    _, bandwidth = GPUS[gpu]
+    return sum(t.numel() * t.itemsize for launch in launches for t in hidden_states(launch)) / bandwidth
 
 
 def _source(launch: Launch) -> ASTSource:
@@ -158,44 +208,127 @@ def _read_nvidia(cubin: bytes) -> dict[str, int]:
     def count(pattern: str) -> int:
         return len(re.findall(rf"\s{pattern}", sass))
 
+    wide = r"\S*\.(?:128|256)\b"
     return {
         "registers": _number(r"REG:(\d+)", usage),
         "local": _number(r"LOCAL:(\d+)", usage) + _number(r"STACK:(\d+)", usage),
         "spills": 0,
-        "loads_128": count(r"LDG\S*\.128"),
-        "stores_128": count(r"STG\S*\.128"),
         "global_loads": count(r"LDG\."),
         "global_stores": count(r"STG\."),
         "async_copies": count(r"(?:LDGSTS|UBLKCP|UTMALDG)"),
+        "loads_128": count(rf"LDG\.{wide}"),
+        "stores_128": count(rf"STG\.{wide}"),
+        "async_copies_128": count(rf"LDGSTS\.{wide}") + count(r"(?:UBLKCP|UTMALDG)"),
+        "loads_16": count(r"LDG\.\S*[US]16\b"),
+        "stores_16": count(r"STG\.\S*[US]16\b"),
         "tensor_core": count(r"(?:HMMA|QGMMA|HGMMA|UTCHMMA)"),
         "local_accesses": count(r"(?:LDL|STL)\b"),
     }
 
 
 def _read_amd(assembly: str) -> dict[str, int]:
+    def count(pattern: str) -> int:
+        return len(re.findall(rf"^\s+{pattern}", assembly, re.MULTILINE))
+
+    memory = r"(?:global|buffer|flat)"
+    to_shared = rf"{memory}_load_(?:lds_\w+|\w+ .*\blds\b)"
+    to_shared_128 = rf"{memory}_load_(?:lds_dwordx4|dwordx4 .*\blds\b)"
     return {
         "registers": _number(r"\.vgpr_count:\s+(\d+)", assembly),
         "local": _number(r"\.private_segment_fixed_size:\s+(\d+)", assembly),
         "spills": _number(r"\.vgpr_spill_count:\s+(\d+)", assembly) + _number(r"\.sgpr_spill_count:\s+(\d+)", assembly),
+        "global_loads": count(rf"{memory}_load_") - count(to_shared),
+        "global_stores": count(rf"{memory}_store_"),
+        "async_copies": count(to_shared),
+        "loads_128": count(rf"{memory}_load_dwordx4\b") - count(rf"{memory}_load_dwordx4 .*\blds\b"),
+        "stores_128": count(rf"{memory}_store_dwordx4\b"),
+        "async_copies_128": count(to_shared_128),
+        "loads_16": count(rf"{memory}_load_(?:[us]short|short)"),
+        "stores_16": count(rf"{memory}_store_short"),
+        "tensor_core": count(r"v_s?mfmac?_"),
+        "local_accesses": count(r"scratch_(?:load|store)_"),
     }
 
 
+@dataclass(frozen=True)
+class _Multiprocessor:
+    """What the programs resident on one multiprocessor share: at most `warps` and `programs`, on so many `schedulers`;
+    the `registers` of one lane of a scheduler, given out in multiples of `granule`; and `shared` bytes, of which each
+    program takes its own and the `reserved` ones, rounded up to `shared_granule`."""
+
+    schedulers: int
+    warps: int
+    programs: int
+    registers: int
+    granule: int
+    shared: int
+    shared_granule: int
+    reserved: int
+
+
+_MULTIPROCESSORS = {
+    "sm_80": _Multiprocessor(4, 64, 32, 512, 8, 164 << 10, 128, 1 << 10),
+    "sm_90": _Multiprocessor(4, 64, 32, 512, 8, 228 << 10, 128, 1 << 10),
+    "sm_100": _Multiprocessor(4, 64, 32, 512, 8, 228 << 10, 128, 1 << 10),
+    "gfx942": _Multiprocessor(4, 32, 16, 512, 8, 64 << 10, 512, 0),
+}
+
+
+def occupancy(target: str, registers: int, shared: int, num_warps: int) -> float:
+    """Resident warps of a multiprocessor as a share of the most it can hold, for programs of `num_warps` warps that use
+    `registers` a thread and `shared` bytes each. 0 if not one program fits."""
+    limits = _MULTIPROCESSORS[target]
+    per_scheduler = limits.registers // max(limits.granule, ceil_div(registers, limits.granule) * limits.granule)
+    warps = min(limits.warps, per_scheduler * limits.schedulers)
+    taken = ceil_div(shared + limits.reserved, limits.shared_granule) * limits.shared_granule
+    programs = min(warps // num_warps, limits.programs, limits.shared // taken if taken else limits.programs)
+    return programs * num_warps / limits.warps
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """A kernel to compile. Equal ones give the same binary: shapes that differ in their grids alone share one."""
+
+    target: str
+    num_warps: int
+    num_stages: int
+    key: str
+    source: ASTSource = field(compare=False, repr=False)
+
+
+def compilation(launch: Launch, target: str) -> Compilation:
+    """What there is to compile for `launch` on `target`."""
+    source = _source(launch)
+    return Compilation(target, launch.schedule.num_warps, launch.schedule.num_stages, source.hash(), source)
+
+
+@functools.cache
+def _compile(job: Compilation) -> Resources:
+    compiled = triton.compile(
+        job.source,
+        target=_GPU_TARGETS[job.target],
+        options={"num_warps": job.num_warps, "num_stages": job.num_stages},
+    )
+    amd = job.target.startswith("gfx")
+    read: Callable[[Any], dict[str, int]] = _read_amd if amd else _read_nvidia
+    numbers = read(compiled.asm["amdgcn" if amd else "cubin"])
+    shared = compiled.metadata.shared
+    return Resources(
+        job.source.fn.__name__,
+        job.target,
+        shared=shared,
+        num_warps=job.num_warps,
+        occupancy=occupancy(job.target, numbers["registers"], shared, job.num_warps),
+        **numbers,
+    )
+
+
 def compile_launch(launch: Launch, target: str) -> Resources:
-    """Compile one recorded launch for `target`, without a GPU.
+    """Compile one recorded launch for `target`, without a GPU; once in a process, however often it is asked for.
 
     Raises:
         RuntimeError: kernels are interpreted here (TRITON_INTERPRET), or the compiler's report is unreadable.
     """
     if INTERPRETED:
         raise RuntimeError("TRITON_INTERPRET is set, so kernels cannot be compiled; expected it unset")
-    schedule = launch.schedule
-    compiled = triton.compile(
-        _source(launch),
-        target=_GPU_TARGETS[target],
-        options={"num_warps": schedule.num_warps, "num_stages": schedule.num_stages},
-    )
-    read: Callable[[Any], dict[str, int]] = _read_amd if target.startswith("gfx") else _read_nvidia
-    numbers = read(compiled.asm["amdgcn" if target.startswith("gfx") else "cubin"])
-    return Resources(
-        launch.kernel.__name__, target, shared=compiled.metadata.shared, num_warps=schedule.num_warps, **numbers
-    )
+    return _compile(compilation(launch, target))

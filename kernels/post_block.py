@@ -229,7 +229,8 @@ def columns_kernel(
         mask = m_rows[:, None] & m_columns[None, :]
         grad_rows = _row_offsets(rows, inner, grad_outer, grad_inner, NESTED)
         out_offsets = rows[:, None].to(tl.int64) * D + columns[None, :]
-        g = tl.load(p_grad + grad_rows[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+        if NEED_X or NEED_UP or NEED_UP_BIAS:
+            g = tl.load(p_grad + grad_rows[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
         strength = _strength(p_gain, p_scale, scale, rows, m_rows, HAS_GAIN, SCALE_ON_DEVICE)
         if RANK > 0:
             p_rows = rows[:, None].to(tl.int64) * RANK + ranks[None, :]
@@ -405,7 +406,8 @@ def _triton_backward(
         dx = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device) if pass_x else None
         launch(
             columns_kernel, (schedule.programs, schedule.splits),
-            grad, out, a, da, down, up, up_bias, gain, p_scale, dx, slabs,
+            grad if pass_x or pass_up or pass_up_bias else None, out if pass_down else None,
+            a, da, down, up, up_bias, gain, p_scale, dx, slabs,
             scale, tokens, hidden, schedule.part, sum(sizes), inner, *grad_strides,
             schedule=schedule, **shared, NEED_X=pass_x, NEED_DOWN=pass_down, NEED_UP=pass_up,
             NEED_UP_BIAS=pass_up_bias, EVEN_D=hidden % schedule.block_d == 0,

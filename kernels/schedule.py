@@ -1,10 +1,11 @@
 """How a launch is laid out: block sizes, programs and warps, chosen from shape and device. The one place for it.
 
 Forward has two schedules. *Many tokens*: a program owns a tile of rows and all of d; it reads the tile to reduce
-a = x W1ᵀ, then reads it again (from L2) to write x + δ. It walks several tiles, and no more programs are launched than
-keep all tiles in flight inside L2. *Few tokens* (decode): there are too few tiles to fill the device, so the columns of
-a tile are split over programs too; each of them reduces the whole of a, and writes its own columns. One launch either
-way, no synchronisation between programs, and the same kernel: many tokens is a split of one.
+a = x W1ᵀ, then reads it again (from L2) to write x + δ. It walks several tiles, and no more tiles are in flight than
+L2 holds. Where it does not hold one for each multiprocessor (large d), several programs share a tile: each of them
+reduces the whole of a, and writes its own part of the columns. *Few tokens* (decode): there are too few tiles to fill
+the device, and a tile's columns are split in the same way. One launch either way, no synchronisation between programs,
+and the same kernel: a program that has a tile to itself is a split of one.
 """
 
 from __future__ import annotations
@@ -158,6 +159,8 @@ def _tile(kernel: str, hidden: int, block_r: int, itemsize: int, gpu: str) -> _T
     narrow = columns
     while narrow > 64 and hidden % narrow:
         narrow //= 2
+        if rows * narrow * itemsize < 32 * warps * 16 and warps > 4:
+            warps //= 2  # fewer than 16 bytes a thread would move in narrower accesses
     if hidden % narrow:
         rows, columns, warps, stages = _RAGGED_TILES[vendor, kernel][_RANKS.index(block_r)]
         narrow = max(16, min(columns, next_power_of_2(hidden)))
@@ -176,8 +179,11 @@ def forward_schedule(tokens: int, hidden: int, rank: int, itemsize: int, device:
     else:
         in_flight = block_n * hidden * itemsize * 2  # residual and branch, read twice
         resident = max(1, min(4, int(0.75 * device.l2) // (in_flight * device.multiprocessors)))
-        programs = min(tiles, resident * device.multiprocessors)
-        splits = max(1, min(blocks, MAX_SPLITS, device.multiprocessors // tiles)) if tiles else 1
+        # The programs that share a tile share its bytes in L2: the fewest with which the tiles of all fit.
+        fitting = device.l2 * 9 // 10 // in_flight
+        sharing = device.multiprocessors // (fitting + 1) + 1
+        programs = min(tiles, max(1, resident * device.multiprocessors // sharing))
+        splits = min(blocks, MAX_SPLITS, max(sharing, device.multiprocessors // tiles)) if tiles else 1
     part = ceil_div(blocks, splits) * block_d
     return Schedule(block_n, block_d, block_r, programs, ceil_div(hidden, part), part, warps, stages)
 

@@ -10,7 +10,7 @@ from fused_steer.kernels import ACTIVATIONS
 from fused_steer.kernels.contract import Needs
 from fused_steer.kernels.launch import recorded
 from fused_steer.kernels.reference import backward, forward
-from fused_steer.kernels.schedule import TARGETS
+from fused_steer.kernels.schedule import TARGETS, describe_device, forward_schedule
 from ops import Inputs, definition, make_inputs, relative_error
 from torch import Tensor
 
@@ -72,6 +72,7 @@ SHAPES = [
     (40, 144, 0),
     (33, 99, 256),
     (20, 16, 3),
+    SHARED_TILES := (70, 7168, 2),
 ]
 
 
@@ -83,6 +84,13 @@ def test_is_as_exact_as_the_hook(device, poison, tokens, hidden, rank, dtype):
     assert_as_good_as_the_hook(
         [make_inputs(tokens, hidden, rank=rank, dtype=dtype, device=device, scale=False, seed=seed) for seed in draws]
     )
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_the_shapes_have_many_tiles_that_several_programs_share(dtype):
+    tokens, hidden, rank = SHARED_TILES
+    schedule = forward_schedule(tokens, hidden, rank, dtype.itemsize, describe_device(torch.device("cpu")))
+    assert schedule.splits > 1 and 1 <= schedule.programs < tokens // schedule.block_n
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

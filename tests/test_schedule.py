@@ -4,6 +4,7 @@ import pytest
 from fused_steer.kernels.schedule import (
     MAX_SPLITS,
     TARGETS,
+    Device,
     column_passes,
     columns_schedule,
     forward_schedule,
@@ -39,6 +40,44 @@ def test_few_tokens_are_split_over_columns_and_many_are_not():
     assert forward_schedule(1, 4096, 8, 2, h100).splits == MAX_SPLITS
     assert forward_schedule(64, 4096, 8, 2, h100).splits > 8
     assert forward_schedule(8192, 4096, 8, 2, h100).splits == 1
+
+
+@pytest.mark.parametrize("device", TARGETS.values(), ids=TARGETS)
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("hidden", [576, 4096, 5120, 7168, 8192, 16384])
+def test_the_fewest_programs_share_a_tile_that_keep_all_tiles_in_l2(device, itemsize, hidden):
+    for tokens in (64, 4096, 100_000):
+        forward = forward_schedule(tokens, hidden, 8, itemsize, device)
+        tile = forward.block_n * hidden * itemsize * 2
+        assert forward.programs * tile <= 0.9 * device.l2
+        tiles = -(-tokens // forward.block_n)
+        if tiles < device.multiprocessors // 2:
+            continue  # few tokens, split to fill the device
+        fewest = next(n for n in range(1, 99) if device.multiprocessors // n * tile <= 0.9 * device.l2)
+        assert forward.splits == fewest
+        if tiles >= device.multiprocessors:
+            busy = forward.programs * forward.splits
+            assert busy > device.multiprocessors - fewest, "every multiprocessor has a program, up to rounding"
+
+
+def test_large_rows_are_shared_where_l2_is_small():
+    found = {
+        name: [forward_schedule(8192, hidden, 8, 2, device).splits for hidden in (4096, 5120, 7168, 8192)]
+        for name, device in TARGETS.items()
+    }
+    assert found == {"sm_80": [1, 1, 2, 2], "sm_90": [1, 1, 2, 2], "sm_100": [1] * 4, "gfx942": [1] * 4}
+
+
+def test_a_tile_beyond_l2_still_has_a_program():
+    small = Device("cuda", 4, 64 << 10)
+    forward = forward_schedule(1000, 8192, 8, 4, small)
+    assert forward.programs == 1 and forward.splits > 1
+
+
+def test_narrowed_tiles_keep_128_bits_a_thread():
+    for rank in (32, 64):
+        forward = forward_schedule(8192, 576, rank, 2, TARGETS["sm_90"])
+        assert forward.block_n * forward.block_d * 2 >= 16 * 32 * forward.num_warps
 
 
 def test_ranks_are_padded_in_registers_only():
