@@ -1,4 +1,4 @@
-"""The command `fused-steer`: demo, doctor, inspect.
+"""The command `fused-steer`: demo, doctor, inspect, kernels.
 
 Nothing heavy is imported before a verb runs, so that `--help` and usage errors come at once.
 """
@@ -458,3 +458,28 @@ def inspect(
         else:
             _console().print(_config_table(description))
             _console().print(_norms_table(description["layers"]))
+
+
+# ------------------------------------------------------------------------------------------------------------ kernels
+
+
+@app.command()
+def kernels(
+    target: Annotated[list[str] | None, typer.Option(help="sm_80, sm_90, sm_100 or gfx942; all if not given.")] = None,
+    op: Annotated[str, typer.Option(help="The op: post_block.")] = "post_block",
+    hidden: Annotated[int, typer.Option(help="d, the hidden state's size.")] = 4096,
+    rank: Annotated[int, typer.Option(help="r, 0 to 256; 0 is a vector.")] = 8,
+    dtype: Annotated[str, typer.Option(help="Of the hidden state: bfloat16, float16 or float32.")] = "bfloat16",
+    tokens: Annotated[list[int] | None, typer.Option(help="N; 4096 and 8 if not given.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Compile the kernels ahead of time, without a GPU, and show what they use; and the least time of a pass."""
+    with _errors_in_one_line():
+        from .kernel_table import Request, describe_kernels, print_kernels
+
+        request = Request(op, hidden, rank, dtype, tuple(tokens or (4096, 8)), tuple(target or ()))
+        description = describe_kernels(request)
+        if as_json:
+            typer.echo(json.dumps(description, indent=2))
+        else:
+            print_kernels(description, _console())

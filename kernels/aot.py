@@ -139,11 +139,11 @@ def record(case: Case, target: str) -> list[Launch]:
     return [launch for launches in record_passes(case, target).values() for launch in launches]
 
 
-def hidden_states(launch: Launch) -> list[torch.Tensor]:
-    """The tensors of a hidden state's size, N x d, that a launch reads or writes: each once. Their number is the units
-    of the launch."""
+def hidden_states(launch: Launch) -> dict[str, torch.Tensor]:
+    """The arguments of a hidden state's size, N x d, that a launch reads or writes, each once, by name. Their number is
+    the units of the launch."""
     named = zip(launch.kernel.arg_names, launch.arguments, strict=False)
-    return [value for name, value in named if name in _HIDDEN_STATES and value is not None]
+    return {name: value for name, value in named if name in _HIDDEN_STATES and value is not None}
 
 
 def time_floor(launches: Iterable[Launch], gpu: str) -> float:
@@ -158,7 +158,7 @@ def time_floor(launches: Iterable[Launch], gpu: str) -> float:
     if gpu not in GPUS:
         raise ValueError(f"gpu is {gpu!r}; expected one of {', '.join(GPUS)}")
     _, bandwidth = GPUS[gpu]
-    return sum(t.numel() * t.itemsize for launch in launches for t in hidden_states(launch)) / bandwidth
+    return sum(t.nbytes for launch in launches for t in hidden_states(launch).values()) / bandwidth
 
 
 def _source(launch: Launch) -> ASTSource:
