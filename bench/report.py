@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .geometries import DTYPES, GEOMETRIES, ModelCase, OpCase
+from .levels import FLOOR_UNITS
 from .results import FOLDER, PACKAGES, Results, Row, load
 
 if TYPE_CHECKING:
@@ -26,13 +27,14 @@ if TYPE_CHECKING:
 
 ROOT = FOLDER.parents[1]
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
+STAMP = b"drawn from "  # in every plot, and after it a digest of what is drawn
 NOT_MEASURED = "Speed on a GPU has not been measured yet, and nothing here claims it."
 
 #: What there is to measure on each level, and what a case of it is.
 LEVELS: dict[str, tuple[type, tuple[str, ...]]] = {
     "op": (OpCase, ("forward", "backward", "both", "host")),
     "model": (ModelCase, ("train", "prefill", "decode", "decode-graph")),
-    "memory": (ModelCase, ("kept", "peak")),
+    "memory": (ModelCase, ("kept", "peak", "peak-total")),
 }
 WORDS = {
     "forward": "forward",
@@ -43,11 +45,10 @@ WORDS = {
     "prefill": "prefill",
     "decode": "decode, eager",
     "decode-graph": "decode, CUDA graph",
-    "kept": "memory kept for the backward, a steered layer",
-    "peak": "peak memory above the unsteered model",
+    "kept": "memory kept for the backward beyond the unsteered model, a layer",
+    "peak": "peak memory beyond the unsteered model",
+    "peak-total": "peak memory",
 }
-#: Units, tensors of N × d, that a pass must at least move: the floor.
-FLOOR_UNITS = {"forward": 3, "backward": 3, "both": 6}
 #: The order of columns and rows. Ours, the same again, what steers nothing, the rivals.
 CONTENDERS = (
     "fused",
@@ -106,8 +107,10 @@ def _read_run(file: Path) -> Run:
     machine = results.machine
     if not isinstance(machine, dict) or machine.get("kind") not in ("gpu", "cpu") or not machine.get("device"):
         raise ValueError(f"{file} has the machine {machine!r}; expected a device, and as kind gpu or cpu")
-    if results.bandwidth is not None and not results.bandwidth > 0:
+    if not isinstance(results.bandwidth, (int, float, type(None))) or not 0 < (results.bandwidth or 1) < math.inf:
         raise ValueError(f"{file} has the bandwidth {results.bandwidth!r}; expected bytes a second, or null")
+    if not isinstance(results.absent, dict):
+        raise ValueError(f"{file} has as absent {results.absent!r}; expected contenders, and why each is")
     tables: dict[tuple[str, str], Cases] = {}
     for number, row in enumerate(results.rows):
         try:
@@ -127,6 +130,10 @@ def _checked_case(row: Row) -> OpCase | ModelCase:
         expected = "; ".join(f"{level}: {', '.join(whats)}" for level, (_, whats) in LEVELS.items())
         raise ValueError(f"level {row.level!r}, what {row.what!r}; expected of {expected}")
     case = make(**row.case)
+    for entry in dataclasses.fields(case):
+        value = getattr(case, entry.name)
+        if type(value).__name__ != entry.type:
+            raise ValueError(f"{entry.name} is {value!r}; expected {entry.type}")
     if case.dtype not in DTYPES:
         raise ValueError(f"dtype is {case.dtype!r}; expected one of {', '.join(DTYPES)}")
     positive = row.level != "memory"  # a peak may lie below that of the unsteered run
@@ -158,7 +165,9 @@ def _amount(row: Row | None) -> str:
     if row is None:
         return "–"
     if not row.samples:
-        return _escaped(row.status if row.status != "ok" else "no samples")
+        # Why a contender was not run at all is said once a device, and not in every cell.
+        status = row.status.partition(":")[0] if row.status.startswith("not run:") else row.status
+        return _escaped(status if status != "ok" else "no samples")
     if row.level == "memory":
         return _scaled(row, [(2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B")])
     return _scaled(row, [(1, "s"), (1e-3, "ms"), (1e-6, "µs")])
@@ -166,7 +175,7 @@ def _amount(row: Row | None) -> str:
 
 def _escaped(text: Any) -> str:
     """Text of a results file as one Markdown cell."""
-    return re.sub(r"([|<\\])", r"\\\1", " ".join(str(text).split()))
+    return re.sub(r"([|\\]|<(?=[A-Za-z/!]))", r"\\\1", " ".join(str(text).split()))
 
 
 def _ratio(row: Row | None, to: Row | None) -> str:
@@ -179,7 +188,7 @@ def _ratio(row: Row | None, to: Row | None) -> str:
 
 def ratio(row: Row | None, to: Row | None) -> float | None:
     """The median of a row as a multiple of another's; None where either has none, or where bytes are not above 0."""
-    over, under = row and row.median, to and to.median
+    over, under = row.median if row else None, to.median if to else None
     return over / under if over is not None and under is not None and over >= 0 and under > 0 else None
 
 
@@ -224,9 +233,10 @@ def _op_text(case: OpCase) -> str:
     return f"N = {case.tokens}, d = {case.hidden}, {_variant_text(_variant(case))}"
 
 
-def _model_text(case: ModelCase, layers: bool = True) -> str:
+def _model_text(case: ModelCase, what: str, layers: bool = True) -> str:
     count = [f"{_layer_count(case)} layers" + ("" if case.layers else " (all)")] if layers else []
-    tokens = f"{case.batch} × {case.length} tokens"
+    decoding = what.startswith("decode")
+    tokens = f"batch {case.batch} after {case.length} tokens" if decoding else f"{case.batch} × {case.length} tokens"
     extra = ["checkpointing"] if case.checkpointing else []
     return ", ".join([case.geometry, *count, tokens, f"r = {case.rank}", case.dtype, *extra])
 
@@ -340,14 +350,14 @@ def _model_tables(run: Run) -> Iterator[str]:
                 cells = [_amount(row), _ratio(row, rows.get("unsteered")), _ratio(row, rows.get("fused"))]
                 if with_units:
                     cells.append(_added_units(run.results, case, row, rows.get("unsteered")))
-                lines.append([_model_text(case), name, *cells])
+                lines.append([_model_text(case, what), name, *cells])
         if lines:
             yield f"#### {_device(run)}: {WORDS[what]}\n\n{_table(head, lines, texts=2)}"
 
 
 def _added_units(results: Results, case: ModelCase, row: Row, unsteered: Row | None) -> str:
     """What steering adds to a layer, in units: one is one pass of its hidden state through memory at copy speed."""
-    before = unsteered and unsteered.median
+    before = unsteered.median if unsteered else None
     if row.median is None or before is None or row is unsteered or results.bandwidth is None:
         return "–"
     return _number((row.median - before) / _layer_count(case) * results.bandwidth / _unit_bytes(case))
@@ -364,7 +374,7 @@ def _memory_tables(run: Run) -> Iterator[str]:
                 median = rows[name].median
                 units = "–" if median is None else _number(median / _unit_bytes(case))
                 lines.append(
-                    [_model_text(case), name, _amount(rows[name]), units, _ratio(rows[name], rows.get("fused"))]
+                    [_model_text(case, what), name, _amount(rows[name]), units, _ratio(rows[name], rows.get("fused"))]
                 )
         if lines:
             yield f"#### {_device(run)}: {WORDS[what]}\n\n{_table(head, lines, texts=2)}"
@@ -478,7 +488,7 @@ def _memory_panels(run: Run) -> Iterator[Panel]:
     for what in ("peak", "kept"):
         groups: dict[str, Cases] = {}
         for case, rows in sorted(run.cases("memory", what).items(), key=lambda item: _model_size(item[0])):
-            groups.setdefault(_model_text(case, layers=False), {})[case] = rows
+            groups.setdefault(_model_text(case, what, layers=False), {})[case] = rows
         for text, cases in groups.items():
             series = []
             for place, name in enumerate(_by_order(name for rows in cases.values() for name in rows)):
@@ -507,14 +517,14 @@ def _decode_panels(run: Run) -> Iterator[Panel]:
                 if base and name in rows and rows[name].samples
             )
             if points:
-                series.append(Series(_model_text(case), points, place))
+                series.append(Series(_model_text(case, what), points, place))
         if series:
             y = "time above the unsteered model, %"
             yield Panel(WORDS[what], "", y, tuple(series), ticks=tuple(names), level=0.0)
 
 
 def _stamp(plot: Plot) -> str:
-    return "drawn from " + hashlib.sha256(repr(plot).encode()).hexdigest()[:32]
+    return STAMP.decode() + hashlib.sha256(repr(plot).encode()).hexdigest()[:32]
 
 
 def draw(plot: Plot) -> bytes:
@@ -656,9 +666,15 @@ def _machine_text(run: Run) -> str:
     text = "; ".join(f"{name} {_escaped(value)}" for name, value in facts if value is not None)
     lines = [f"{text}; command `{machine.get('command')}`; file `{run.name}.json`."]
     if run.results.tests:
-        shown = ", ".join(f"{name} {value}" for name, value in run.results.tests.items())
-        lines.append(f"Tests on this device: {_escaped(shown)}.")
+        lines.append(_tests_text(run.results.tests))
     return "\n\n".join(lines)
+
+
+def _tests_text(tests: dict[str, Any]) -> str:
+    counts = [f"{tests[name]} {name}" for name in ("passed", "failed", "error", "skipped") if name in tests]
+    end = "stopped when their time was up" if tests.get("exit") is None else f"exit code {tests['exit']}"
+    failures = [f"- failed: {_escaped(name)}" for name in tests.get("failures", [])]
+    return "\n".join([f"Tests on this device (`pytest -m gpu`): {', '.join([*counts, end])}.", *failures])
 
 
 def _version_names(versions: dict[str, Any]) -> list[str]:
@@ -692,7 +708,7 @@ def _absent_text(run: Run) -> str:
 
 @dataclass(frozen=True)
 class Line:
-    """A line of README's table. base: the contender that steers nothing."""
+    """A line of README's table. base: the contender that steers nothing, if there is one."""
 
     device: str
     what: str
@@ -710,7 +726,8 @@ def _readme_lines(run: Run) -> Iterator[Line]:
             yield Line(_device(run), WORDS[what], _op_text(case), floor, "add", rows)
     for level, what in (("model", "train"), ("model", "decode"), ("model", "decode-graph"), ("memory", "peak")):
         for case, rows in _largest(run.cases(level, what), _model_size):
-            yield Line(_device(run), WORDS[what], _model_text(case), ("–", "–"), "unsteered", rows)
+            base = "unsteered" if level == "model" else ""  # whose peak beyond itself is nothing
+            yield Line(_device(run), WORDS[what], _model_text(case, what), ("–", "–"), base, rows)
 
 
 def _largest(cases: Cases, size: Callable[[Any], Any]) -> list[tuple[Any, ByContender]]:
@@ -778,7 +795,8 @@ def render(results: Path, docs: Path, readme: Path) -> dict[Path, bytes | None]:
     """
     runs = read_runs(results)
     folder = docs / "benchmarks"
-    files: dict[Path, bytes | None] = dict.fromkeys(folder.glob("*.svg")) if folder.is_dir() else {}
+    # Plots of an earlier run, known by their stamp.
+    files: dict[Path, bytes | None] = dict.fromkeys(f for f in folder.glob("*.svg") if STAMP in f.read_bytes())
     files[readme] = _with_block(readme.read_bytes().decode("utf-8"), readme_text(runs), readme).encode()
     files[docs / "benchmarks.md"] = benchmarks_text(runs).encode()
     for run in runs:
