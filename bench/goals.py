@@ -17,7 +17,7 @@ WHOLE = {"geometry": "Llama-3.2-1B", "layers": 0}
 
 @dataclass(frozen=True)
 class Goal:
-    """text: in words; limit and at_most: value <= limit, or >= limit; measure: the worst value, None if not measured."""
+    """text: in words; limit, at_most: value <= limit, or else >= limit; measure: the worst value, None without one."""
 
     name: str
     text: str

@@ -11,6 +11,7 @@ import hashlib
 import io
 import math
 import re
+import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -550,6 +551,7 @@ def draw(plot: Plot) -> bytes:
 def _draw_panel(axes: Axes, panel: Panel) -> None:
     for place, series in enumerate(panel.series):
         colour = "black" if series.colour is None else f"C{series.colour % 10}"
+        label = textwrap.fill(series.label, 36)
         xs, ys, lows, highs = zip(*series.points, strict=True)
         # A whisker has no negative length; the median lies between its quantiles but for rounding.
         whiskers = [
@@ -559,11 +561,9 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
         if panel.ticks:
             width = 0.8 / len(panel.series)
             xs = tuple(x + (place + 0.5) * width - 0.4 for x in xs)
-            axes.bar(xs, ys, width, yerr=whiskers, color=colour, label=series.label)
+            axes.bar(xs, ys, width, yerr=whiskers, color=colour, label=label)
         else:
-            axes.errorbar(
-                xs, ys, whiskers, fmt=series.style, color=colour, label=series.label, markersize=4, linewidth=1
-            )
+            axes.errorbar(xs, ys, whiskers, fmt=series.style, color=colour, label=label, markersize=4, linewidth=1)
     if panel.level is not None:
         axes.axhline(panel.level, color="black", linewidth=0.8)
     if panel.ticks:
@@ -573,6 +573,10 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
     if panel.log_y:
         axes.set_yscale("log")
     else:
+        if not panel.ticks:  # tokens or layers: few, and whole numbers
+            measured = sorted({point[0] for series in panel.series for point in series.points})
+            axes.set_xticks(measured, [f"{x:.0f}" for x in measured])
+            axes.minorticks_off()
         axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
     axes.set(title=panel.title, xlabel=panel.x, ylabel=panel.y)
     axes.grid(alpha=0.3)

@@ -1,0 +1,311 @@
+"""`python -m bench.gpu --out DIR`: all that can be known of the kernels on this machine's GPU, most important first.
+
+The gpu tests; the op's goals; the model's goals; then the rest of both, as far as the time goes. What was measured is
+in the results file after every step, so that an interrupted run loses one; the same command goes on where it stopped.
+No network, nothing to install: it runs from a checkout.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from . import levels, timing
+from .checkout import ROOT
+from .contenders import MODEL_CONTENDERS, OP_CONTENDERS, absent
+from .geometries import FEW_LAYERS, REAL, ModelCase, OpCase, op_grid
+from .goals import LOW_RANKS, MANY_TOKENS, evaluate
+from .results import Results, Row, describe_machine, file_name, load
+
+TEST_SHARE = 0.35  # of the whole time, at most
+LONGEST_STEP = 45.0  # seconds that have to be left for another step to begin
+
+
+@dataclass(frozen=True)
+class Step:
+    """One measurement. done: the keys of the rows that it makes, by which a resumed run knows that it has them."""
+
+    title: str
+    level: str
+    what: str
+    case: OpCase | ModelCase
+    names: tuple[str, ...]
+
+    def is_done(self, results: Results) -> bool:
+        keys = {row.key for row in results.rows}
+        return all(Row(self.level, self.what, name, asdict(self.case)).key in keys for name in self.names)
+
+    def run(self, device: torch.device, rounds: int | None) -> list[Row]:
+        if isinstance(self.case, ModelCase):
+            return levels.measure_model(
+                self.case, self.what, device, self.names, rounds or 10, check=self.what in ("train", "prefill")
+            )
+        if self.what == "host":
+            return levels.measure_host(self.case, device)
+        return levels.measure_op(self.case, self.what, device, self.names, rounds or 20)
+
+
+def _op_step(case: OpCase, what: str, compiled: bool) -> Step:
+    names = tuple(name for name in OP_CONTENDERS if compiled or name != "hook-compiled")
+    return Step(f"op {what} N={case.tokens} d={case.hidden} r={case.rank}", "op", what, case, names)
+
+
+def _model_step(what: str, case: ModelCase) -> Step:
+    size = f"{case.geometry}, {case.layers or 'all'} layers, {case.batch} x {case.length}"
+    return Step(f"model {what} of {size}", "model", what, case, tuple(MODEL_CONTENDERS))
+
+
+def all_steps() -> list[Step]:
+    """Everything, most important first."""
+    goals, rest = [], []
+    for case in op_grid():
+        deciding = case.tokens in MANY_TOKENS and case.activation == "silu"
+        plain = deciding and not case.basis and case.rank in LOW_RANKS
+        for what in levels.OP_PASSES:
+            # The compiler takes seconds for each size: it is asked where a goal is at stake, and for decoding.
+            compiled = (plain and case.rank == 8) or (case.tokens == 8 and case.rank == 8 and not case.basis)
+            wanted = deciding and what != "both" and (not case.basis or case.rank == 8)
+            (goals if wanted else rest).append(_op_step(case, what, compiled))
+    goals.append(Step("host time", "op", "host", OpCase(8, 4096), ("fused", "add")))
+    whole = [
+        _model_step("train", ModelCase("Llama-3.2-1B", 0, 8, 512)),
+        *(_model_step("decode-graph", ModelCase("Llama-3.2-1B", 0, batch, 512)) for batch in (1, 8, 64)),
+        _model_step("train", ModelCase("Llama-3.2-1B", 0, 8, 512, checkpointing=True)),
+        _model_step("prefill", ModelCase("Llama-3.2-1B", 0, 1, 4096)),
+        _model_step("decode", ModelCase("Llama-3.2-1B", 0, 8, 512)),
+    ]
+    cut = [
+        _model_step(what, ModelCase(geometry, FEW_LAYERS, batch, length))
+        for geometry in reversed(REAL)
+        for what, batch, length in (
+            ("train", 8, 512),
+            ("prefill", 1, 4096),
+            ("decode", 8, 512),
+            ("decode-graph", 8, 512),
+        )
+    ]
+    return [*goals, *whole, *cut, *rest]
+
+
+def smoke_steps() -> list[Step]:
+    """One small step of every kind: shows on any machine that the run works, and measures nothing worth keeping."""
+    op = OpCase(17, 64, 8, basis=4, dtype="float32")
+    return [
+        *(_op_step(op, what, compiled=False) for what in levels.OP_PASSES),
+        Step("host time", "op", "host", OpCase(8, 64, dtype="float32"), ("fused", "add")),
+        *(
+            Step(
+                f"model {what}",
+                "model",
+                what,
+                ModelCase("small", 1, 1, 8, dtype="float32"),
+                ("unsteered", "fused", "hook"),
+            )
+            for what in ("train", "prefill", "decode")
+        ),
+    ]
+
+
+def run_gpu_tests(seconds: float) -> dict[str, object]:
+    """`pytest -m gpu` in a process of its own: its counts, and the last line that it printed."""
+    command = [
+        sys.executable,
+        "-m",
+        "bench.checkout",
+        "-m",
+        "gpu",
+        "-q",
+        "-x",
+        "--maxfail=20",
+        "-p",
+        "no:cacheprovider",
+    ]
+    begin = time.monotonic()
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    try:
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env=environment,
+            timeout=seconds,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        output, code = done.stdout, done.returncode
+    except subprocess.TimeoutExpired as expired:
+        output, code = expired.stdout or b"", None
+        output = output.decode(errors="replace") if isinstance(output, bytes) else output
+    failed = re.findall(r"^(?:FAILED|ERROR) (.*)$", output, re.MULTILINE)
+    counts = {name: int(number) for number, name in re.findall(r"(\d+) (passed|failed|skipped|error)", output[-400:])}
+    return {
+        "exit": code,  # None: the time was up
+        **counts,
+        "failures": failed[:20],
+        "tail": output[-3000:] if code else "",
+        "seconds": round(time.monotonic() - begin, 1),
+    }
+
+
+def start(file: Path, device: torch.device) -> Results:
+    """The results of an earlier run of the same sources on the same device, to go on with; or new ones.
+
+    Raises:
+        ValueError: the file is of another schema, or was made by other sources or versions or on another device.
+    """
+    machine = describe_machine(device)
+    if not file.exists():
+        return Results(machine)
+    results = load(file)
+    for name in ("device", "sources", "versions"):
+        if results.machine.get(name) != machine[name]:
+            raise ValueError(
+                f"{file} was measured with {name} {results.machine.get(name)!r}; expected {machine[name]!r} to go on "
+                "with it (give another --out, or remove it)"
+            )
+    return results
+
+
+def measure(
+    results: Results,
+    steps: list[Step],
+    device: torch.device,
+    save: Callable[[], None],
+    time_left: Callable[[], float],
+    rounds: int | None = None,
+    say: Callable[[str], None] = print,
+) -> int:
+    """Run the steps that `results` lacks, saving after each; the number of those for which there was no time."""
+    pending = [step for step in steps if not step.is_done(results)]
+    for number, step in enumerate(pending):
+        if time_left() < LONGEST_STEP:
+            return len(pending) - number
+        begin = time.monotonic()
+        try:
+            rows = step.run(device, rounds)
+        except levels.WrongResult as error:
+            # A wrong kernel has no speed. The row says so, and the goal stays unmet.
+            rows = [
+                Row(step.level, step.what, name, asdict(step.case), status=f"wrong: {error}") for name in step.names
+            ]
+        levels.release(device)
+        _check_alive(device, step)
+        for row in rows:
+            results.put(row)
+        save()
+        bad = sorted({row.status for row in rows if row.status != "ok"})
+        say(f"{time.monotonic() - begin:6.1f} s  {step.title}" + "".join(f"; {status[:120]}" for status in bad))
+    return 0
+
+
+def _check_alive(device: torch.device, step: Step) -> None:
+    """After an illegal access a process can do nothing more on a GPU: what it would go on to report means nothing.
+
+    Raises:
+        RuntimeError: the GPU does not answer any more.
+    """
+    try:
+        timing.synchronize(device)
+    except RuntimeError as error:
+        line = " ".join(str(error).split())[:120]
+        raise RuntimeError(f"the GPU failed at {step.title}: {line}; what came before it is kept") from None
+
+
+def goal_lines(results: Results) -> Iterator[str]:
+    """The table that the run ends with: each goal, measured, met or not."""
+    machine = results.machine
+    yield f"{machine['device']}, torch {machine['versions']['torch']}, triton {machine['versions']['triton']}"
+    bandwidth = "not measured" if results.bandwidth is None else f"{results.bandwidth / 1e9:.0f} GB/s"
+    yield f"copy bandwidth {bandwidth}; commit {machine['commit']}{' (changed)' if machine['dirty'] else ''}"
+    tests = results.tests
+    if tests is None:
+        yield "gpu tests: not run"
+    else:
+        how = "time was up" if tests["exit"] is None else f"exit {tests['exit']}"
+        counts = ", ".join(
+            f"{tests[name]} {name}" for name in ("passed", "failed", "error", "skipped") if name in tests
+        )
+        yield f"gpu tests: {how}; {counts or 'no counts'}; {tests['seconds']} s"
+        yield from (f"  {failure[:110]}" for failure in tests["failures"][:8])
+    yield f"{'goal':<20} {'limit':>8} {'measured':>9}  met"
+    for outcome in evaluate(results):
+        value = "-" if outcome.value is None else f"{outcome.value:.3f}"
+        met = {True: "yes", False: "NO", None: "not measured"}[outcome.met]
+        yield f"{outcome.name:<20} {outcome.limit:>8} {value:>9}  {met:<12} {outcome.text}"
+    missed = sum(row.status != "ok" for row in results.rows)
+    if missed:
+        yield f"{missed} rows without figures: not run, out of memory or failed; the results file says which and why"
+
+
+def _device(smoke: bool) -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    if smoke:
+        return torch.device("cpu")
+    raise RuntimeError("there is no CUDA or ROCm GPU; expected one (--smoke shows on a CPU that the run works)")
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Directory for the results file.")],
+    minutes: Annotated[float, typer.Option(help="When to stop; the same command goes on from there.")] = 9.0,
+    tests: Annotated[bool, typer.Option(help="Whether the gpu tests run first.")] = True,
+    smoke: Annotated[bool, typer.Option(help="Small sizes only, on a CPU too: does the run work?")] = False,
+) -> None:
+    """Measure everything on this machine's GPU, most important first, and judge the goals."""
+    begin = time.monotonic()
+
+    def time_left() -> float:
+        return 60 * minutes - (time.monotonic() - begin)
+
+    try:
+        if not minutes > 0:
+            raise ValueError(f"minutes is {minutes}; expected more than 0")
+        if out.exists() and not out.is_dir():
+            raise ValueError(f"out is {str(out)!r}, a file; expected a directory")
+        device = _device(smoke)
+        file = out / file_name(describe_machine(device)["device"])
+        results = start(file, device)
+    except (ValueError, RuntimeError, OSError) as error:
+        typer.echo(f"bench.gpu: {error}", err=True)
+        raise typer.Exit(1) from None
+
+    def save() -> None:
+        results.save(file)
+
+    results.absent = absent()
+    interrupted = ""
+    remaining = 0
+    try:
+        if results.bandwidth is None:
+            results.bandwidth = timing.copy_bandwidth(device, (1 << 24) if device.type == "cpu" else (1 << 30))
+            save()
+        if tests and device.type == "cuda" and (results.tests is None or results.tests["exit"] is None):
+            results.tests = run_gpu_tests(60 * minutes * TEST_SHARE)
+            save()
+        steps = smoke_steps() if smoke else all_steps()
+        remaining = measure(results, steps, device, save, time_left, rounds=2 if smoke else None)
+    except KeyboardInterrupt:
+        interrupted = "interrupted; "
+    except RuntimeError as error:
+        interrupted = f"{error}; "
+    for line in goal_lines(results):
+        typer.echo(line)
+    if remaining or interrupted:
+        typer.echo(f"{interrupted}{remaining or 'some'} steps remain: the same command goes on with them")
+    typer.echo(f"results: {file}")
+    if interrupted or (results.tests or {}).get("exit"):
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)
