@@ -602,8 +602,8 @@ On a machine with a GPU, from the checkout's root:
 
 ```bash
 pip install -c constraints.txt -e ".[test]"
-python -m bench.gpu     # writes bench/results/<device>.json, most important first
-python -m bench.report  # writes this file, its plots, and the table in README.md
+python -m bench.gpu --out bench/results  # bench/results/<device>.json, most important first; again: it goes on
+python -m bench.report                   # writes this file, its plots, and the table in README.md
 ```
 
 `python -m bench.report --check` writes nothing and fails if a file is not what the results give."""
