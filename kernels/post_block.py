@@ -394,7 +394,9 @@ def _triton_backward(
             EVEN_D=hidden % schedule.block_d == 0,
         )  # fmt: skip
     need_x = needs.x and rank > 0
-    schedule = columns_schedule(tokens, hidden, rank, grad.itemsize, device)
+    # Only CUDA has tf32, which fp16 is multiplied in: elsewhere its operands take fp32's room in registers.
+    itemsize = 4 if grad.dtype == torch.float16 and device.gpu != "cuda" else grad.itemsize
+    schedule = columns_schedule(tokens, hidden, rank, itemsize, device)
     for rest, down_too in column_passes(rank, schedule, hidden):
         pass_x, pass_down, pass_up, pass_up_bias = (
             need_x and rest, needs.down and down_too, needs.up and rest, needs.up_bias and rest

@@ -88,10 +88,10 @@ _RANKS = (0, 16, 32, 64, 128, 256)
 
 # fmt: off
 #: The tiles by vendor, kernel and bytes of an element, one for each padded rank of `_RANKS`: with these every target of
-#: the vendor compiles without spilling a register.
+#: the vendor compiles without spilling a register, and each thread has 16 bytes of a bf16 tile (see `_wide`).
 _TILES: dict[tuple[str, str, int], tuple[_Tile, ...]] = {
     ("cuda", "forward", 2): (
-        (16, 256, 4, 1), (16, 128, 4, 4), (16, 256, 8, 3), (16, 128, 8, 3), (16, 64, 8, 3), (16, 32, 8, 3),
+        (16, 256, 4, 1), (16, 128, 4, 4), (16, 256, 8, 3), (32, 64, 8, 2), (32, 64, 8, 2), (32, 64, 8, 2),
     ),
     ("cuda", "forward", 4): (
         (16, 256, 4, 1), (16, 64, 8, 3), (16, 128, 8, 3), (16, 128, 8, 3), (16, 64, 8, 3), (16, 32, 8, 2),
@@ -103,25 +103,25 @@ _TILES: dict[tuple[str, str, int], tuple[_Tile, ...]] = {
         (16, 256, 4, 2), (32, 128, 8, 3), (32, 64, 4, 3), (32, 128, 8, 3), (32, 64, 8, 3), (16, 64, 8, 3),
     ),
     ("cuda", "columns", 2): (
-        (32, 128, 4, 2), (32, 128, 8, 2), (16, 64, 4, 2), (32, 32, 4, 2), (16, 32, 8, 2), (16, 64, 8, 2),
+        (32, 128, 4, 2), (32, 128, 8, 2), (16, 64, 4, 2), (32, 32, 4, 2), (32, 64, 8, 2), (32, 64, 8, 2),
     ),
     ("cuda", "columns", 4): (
         (32, 128, 4, 2), (32, 128, 8, 2), (16, 64, 4, 2), (16, 32, 4, 2), (16, 16, 8, 2), (16, 16, 8, 1),
     ),
     ("hip", "forward", 2): (
-        (16, 256, 4, 1), (16, 128, 4, 2), (16, 128, 4, 2), (16, 128, 4, 2), (16, 64, 4, 2), (16, 16, 8, 2),
+        (16, 256, 4, 1), (16, 128, 4, 2), (16, 128, 4, 2), (16, 128, 4, 2), (16, 128, 4, 1), (32, 64, 4, 1),
     ),
     ("hip", "forward", 4): (
         (16, 256, 4, 1), (16, 128, 4, 2), (16, 128, 4, 2), (16, 128, 4, 2), (16, 64, 4, 2), (16, 16, 8, 2),
     ),
     ("hip", "rows", 2): (
-        (16, 256, 4, 2), (32, 128, 4, 2), (32, 128, 4, 2), (32, 64, 4, 2), (32, 64, 4, 2), (16, 32, 8, 2),
+        (16, 256, 4, 2), (32, 128, 4, 2), (32, 128, 4, 2), (32, 64, 4, 2), (32, 64, 4, 2), (32, 64, 4, 1),
     ),
     ("hip", "rows", 4): (
         (16, 256, 4, 2), (32, 128, 4, 2), (32, 128, 4, 2), (32, 128, 4, 2), (32, 64, 4, 2), (16, 32, 8, 2),
     ),
     ("hip", "columns", 2): (
-        (32, 128, 4, 2), (32, 64, 4, 2), (32, 64, 4, 2), (16, 64, 4, 2), (16, 64, 4, 2), (16, 16, 4, 1),
+        (32, 128, 4, 2), (32, 64, 4, 2), (32, 64, 4, 2), (16, 64, 2, 1), (16, 64, 2, 1), (16, 64, 2, 1),
     ),
     ("hip", "columns", 4): (
         (32, 128, 4, 2), (32, 64, 4, 2), (32, 64, 4, 2), (16, 64, 4, 2), (16, 64, 4, 2), (16, 16, 4, 1),
@@ -152,15 +152,21 @@ _RAGGED_TILES: dict[tuple[str, str], tuple[_Tile, ...]] = {
 # fmt: on
 
 
+def _wide(rows: int, columns: int, warps: int, itemsize: int, gpu: str) -> bool:
+    """Whether a tile has 16 bytes for each thread: with fewer, its accesses are narrower than 128 bits."""
+    lanes = 64 if gpu == "hip" else 32
+    return rows * columns * itemsize >= 16 * lanes * warps
+
+
 def _tile(kernel: str, hidden: int, block_r: int, itemsize: int, gpu: str) -> _Tile:
-    """The tile of `kernel`: the table's, its columns halved until they divide d; see `_TILES`."""
+    """The tile of `kernel`: the table's, its columns halved until they divide d; see `_TILES` and `_wide`."""
     vendor = "hip" if gpu == "hip" else "cuda"
     rows, columns, warps, stages = _TILES[vendor, kernel, itemsize][_RANKS.index(block_r)]
     narrow = columns
     while narrow > 64 and hidden % narrow:
         narrow //= 2
-        if rows * narrow * itemsize < 32 * warps * 16 and warps > 4:
-            warps //= 2  # fewer than 16 bytes a thread would move in narrower accesses
+    if narrow < columns and not _wide(rows, narrow, warps, itemsize, gpu):
+        rows *= 2
     if hidden % narrow:
         rows, columns, warps, stages = _RAGGED_TILES[vendor, kernel][_RANKS.index(block_r)]
         narrow = max(16, min(columns, next_power_of_2(hidden)))
@@ -193,7 +199,7 @@ def rows_schedule(tokens: int, hidden: int, rank: int, itemsize: int, device: De
     """Layout of the backward's first kernel, which reduces over d: a program reads its `block_n` rows once."""
     block_r = padded_rank(rank)
     block_n, block_d, warps, stages = _tile("rows", hidden, block_r, itemsize, device.gpu)
-    if ceil_div(tokens, block_n) < device.multiprocessors:
+    if ceil_div(tokens, block_n) < device.multiprocessors and _wide(16, block_d, warps, itemsize, device.gpu):
         block_n = 16
     return Schedule(block_n, block_d, block_r, ceil_div(tokens, block_n), 1, hidden, warps, stages)
 
@@ -201,7 +207,8 @@ def rows_schedule(tokens: int, hidden: int, rank: int, itemsize: int, device: De
 @functools.lru_cache(maxsize=4096)
 def columns_schedule(tokens: int, hidden: int, rank: int, itemsize: int, device: Device) -> Schedule:
     """Layout of the backward's second kernel, which reduces over tokens: a program owns `block_d` columns of a part of
-    the rows, keeps its weights and its gradients in registers, and writes its partial sums to a slab of its own."""
+    the rows, keeps its weights and its gradients in registers, and writes its partial sums to a slab of its own.
+    `itemsize` is that of the wider of an element and its form as an operand of a product, where that is in fp32."""
     block_r = padded_rank(rank)
     block_n, block_d, warps, stages = _tile("columns", hidden, block_r, itemsize, device.gpu)
     blocks = ceil_div(hidden, block_d)

@@ -74,10 +74,15 @@ def test_a_tile_beyond_l2_still_has_a_program():
     assert forward.programs == 1 and forward.splits > 1
 
 
-def test_narrowed_tiles_keep_128_bits_a_thread():
-    for rank in (32, 64):
-        forward = forward_schedule(8192, 576, rank, 2, TARGETS["sm_90"])
-        assert forward.block_n * forward.block_d * 2 >= 16 * 32 * forward.num_warps
+@pytest.mark.parametrize("device", TARGETS.values(), ids=TARGETS)
+def test_every_thread_has_128_bits_of_a_tile(device):
+    lanes = 64 if device.gpu == "hip" else 32
+    for schedule_of in (forward_schedule, rows_schedule, columns_schedule):
+        for hidden in (576, 1152, 4096, 8192):
+            for rank in (0, 1, 16, 32, 64, 128, 256):
+                for tokens in (8, 512, 8192):
+                    found = schedule_of(tokens, hidden, rank, 2, device)
+                    assert found.block_n * found.block_d * 2 >= 16 * lanes * found.num_warps, (hidden, rank, found)
 
 
 def test_ranks_are_padded_in_registers_only():
