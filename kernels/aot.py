@@ -74,7 +74,8 @@ class Resources:
 
     `spills` is 0 where the compiler keeps no count of them (NVIDIA's shows them as local memory). The instruction
     counts are static. An async copy (global to shared memory) is no load: the two are counted apart. Accesses of 128
-    bits include wider ones; those of 16 bits are a hidden state in bf16 or fp16 that moves one element at a time.
+    bits include wider ones; those of 16 bits are a hidden state in bf16 or fp16 that moves one element at a time. On
+    AMD a hidden state is stored as the matrix units leave it, in 64 bits.
     """
 
     kernel: str
@@ -90,6 +91,7 @@ class Resources:
     async_copies: int
     loads_128: int
     stores_128: int
+    stores_64: int
     async_copies_128: int
     loads_16: int
     stores_16: int
@@ -218,6 +220,7 @@ def _read_nvidia(cubin: bytes) -> dict[str, int]:
         "async_copies": count(r"(?:LDGSTS|UBLKCP|UTMALDG)"),
         "loads_128": count(rf"LDG\.{wide}"),
         "stores_128": count(rf"STG\.{wide}"),
+        "stores_64": count(r"STG\.\S*\.64\b"),
         "async_copies_128": count(rf"LDGSTS\.{wide}") + count(r"(?:UBLKCP|UTMALDG)"),
         "loads_16": count(r"LDG\.\S*[US]16\b"),
         "stores_16": count(r"STG\.\S*[US]16\b"),
@@ -242,6 +245,7 @@ def _read_amd(assembly: str) -> dict[str, int]:
         "async_copies": count(to_shared),
         "loads_128": count(rf"{memory}_load_dwordx4\b") - count(rf"{memory}_load_dwordx4 .*\blds\b"),
         "stores_128": count(rf"{memory}_store_dwordx4\b"),
+        "stores_64": count(rf"{memory}_store_dwordx2\b"),
         "async_copies_128": count(to_shared_128),
         "loads_16": count(rf"{memory}_load_(?:[us]short|short)"),
         "stores_16": count(rf"{memory}_store_short"),

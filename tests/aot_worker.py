@@ -1,6 +1,7 @@
 """Compiles launches for GPUs in a process of its own, where kernels are not interpreted. Prints a JSON line for each.
 
-Reads cases from standard input: a JSON list of [target, dtype, hidden, rank, tokens, flags].
+Reads cases from standard input: a JSON list of [target, dtype, hidden, rank, tokens, flags]. Cases that share a kernel
+have it compiled once.
 """
 
 import dataclasses
@@ -9,24 +10,29 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 
 import torch
-from fused_steer.kernels.aot import Case, compile_launch, record
+from fused_steer.kernels.aot import Case, Resources, compilation, compile_launch, hidden_states, record
+from fused_steer.kernels.launch import Launch
 
 
-def compile_case(case: list) -> list[dict]:
+def launches(case: list) -> list[Launch]:
     target, dtype, hidden, rank, tokens, flags = case
-    launches = record(Case(tokens, hidden, rank, getattr(torch, dtype), **flags), target)
-    return [
-        {
-            "case": case,
-            **dataclasses.asdict(compile_launch(launch, target)),
-            "tile": dataclasses.asdict(launch.schedule),
-        }
-        for launch in launches
-    ]
+    return record(Case(tokens, hidden, rank, getattr(torch, dtype), **flags), target)
+
+
+def compile_one(job: tuple[list, int]) -> Resources:
+    case, index = job
+    return compile_launch(launches(case)[index], case[0])
 
 
 if __name__ == "__main__":
+    rows, jobs = [], {}
+    for case in json.load(sys.stdin):
+        for index, launch in enumerate(launches(case)):
+            key = dataclasses.replace(compilation(launch, case[0]), source=None)
+            jobs.setdefault(key, (case, index))
+            seen = {"hidden_states": list(hidden_states(launch)), "tile": dataclasses.asdict(launch.schedule)}
+            rows.append((key, {"case": case, **seen}))
     with ProcessPoolExecutor(int(sys.argv[1])) as pool:
-        for rows in pool.map(compile_case, json.load(sys.stdin)):
-            for row in rows:
-                print(json.dumps(row), flush=True)
+        compiled = dict(zip(jobs, pool.map(compile_one, jobs.values()), strict=True))
+    for key, row in rows:
+        print(json.dumps({**row, **dataclasses.asdict(compiled[key])}))
