@@ -18,6 +18,8 @@ TEST = [
     "pytest-xdist",
     "setuptools>=77",
 ]
+# pyreft, the other rival, pins another transformers: `pip install --no-deps pyreft==0.1.0` after this.
+BENCH = ["evaluate", "liger-kernel", "matplotlib", "peft", "pytest>=8", "pytest-benchmark", "pyvene", "scikit-learn"]
 DEV = [*TEST, "mypy", "ruff"]
 
 setup(
@@ -45,7 +47,7 @@ setup(
         "rich",
         "tqdm",
     ],
-    extras_require={"demo": DEMO, "test": TEST, "dev": DEV},
+    extras_require={"demo": DEMO, "test": TEST, "bench": BENCH, "dev": DEV},
     entry_points={"console_scripts": ["fused-steer = fused_steer.cli:app"]},
     classifiers=[
         "Operating System :: POSIX :: Linux",

@@ -243,21 +243,47 @@ def steer_lora(model: Any, rank: int) -> Any:
     return wrapped.base_model.model
 
 
+class _Reft(nn.Module):
+    """A ReftModel behind the interface of the model inside, intervening at every position."""
+
+    def __init__(self, reft: Any) -> None:
+        super().__init__()
+        self.reft = reft
+        self.inner, self.config = [reft.model], reft.model.config  # a list: a module's parameters are counted once
+        self.interventions = nn.ModuleList(reft.interventions.values())
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.inner[0].get_input_embeddings()
+
+    def gradient_checkpointing_enable(self, **options: Any) -> None:
+        self.inner[0].gradient_checkpointing_enable(**options)
+
+    def train(self, mode: bool = True) -> _Reft:
+        self.inner[0].train(mode)
+        return self
+
+    def forward(self, **inputs: Any) -> Any:
+        # Without locations pyvene intervenes everywhere.
+        return self.reft(base=inputs, unit_locations=None)[1]
+
+
 def steer_loreft(model: Any, rank: int) -> Any:
     """pyreft's LoReFT on every block's output."""
     import pyreft
 
-    hidden = model.config.hidden_size
+    hidden, dtype = model.config.hidden_size, model.dtype
     representations = [
         {
             "layer": index,
             "component": "block_output",
             "low_rank_dimension": rank,
-            "intervention": pyreft.LoreftIntervention(embed_dim=hidden, low_rank_dimension=rank),
+            "intervention": pyreft.LoreftIntervention(embed_dim=hidden, low_rank_dimension=rank, dtype=dtype),
         }
         for index in range(len(decoder_layers(model)))
     ]
-    return pyreft.get_reft_model(model, pyreft.ReftConfig(representations=representations))
+    reft = pyreft.get_reft_model(model, pyreft.ReftConfig(representations=representations), set_device=False)
+    reft.set_device(model.device)
+    return _Reft(reft)
 
 
 @dataclass(frozen=True)
@@ -283,7 +309,13 @@ MODEL_CONTENDERS: dict[str, ModelContender] = {
         ModelContender("loreft", steer_loreft, ("pyreft", "pyvene")),
     )
 }
-_INSTALL = {"liger_kernel": "liger-kernel", "peft": "peft", "pyreft": "pyreft", "pyvene": "pyvene"}
+_EXTRA = "pip install 'fused-steer[bench]'"
+_INSTALL = {
+    "liger_kernel": _EXTRA,
+    "peft": _EXTRA,
+    "pyvene": _EXTRA,
+    "pyreft": "pip install --no-deps pyreft==0.1.0",  # it pins a transformers of years ago, and works with ours
+}
 
 
 def absent() -> dict[str, str]:
@@ -292,14 +324,14 @@ def absent() -> dict[str, str]:
     for contender in MODEL_CONTENDERS.values():
         lacking = [package for package in contender.needs if importlib.util.find_spec(package) is None]
         if lacking:
-            packages = " ".join(_INSTALL[package] for package in lacking)
-            reasons[contender.name] = f"{packages} not installed; `pip install {packages}`"
+            commands = dict.fromkeys(_INSTALL[package] for package in sorted(lacking, reverse=True))
+            reasons[contender.name] = f"{', '.join(lacking)} not installed; `{' && '.join(commands)}`"
             continue
         for package in contender.needs:
             try:
                 importlib.import_module(package)
             except Exception as error:  # a library made for other versions may fail in any way
                 line = " ".join(str(error).split())[:160]
-                reasons[contender.name] = f"{_INSTALL[package]} cannot be imported: {type(error).__name__}: {line}"
+                reasons[contender.name] = f"{package} cannot be imported: {type(error).__name__}: {line}"
                 break
     return reasons

@@ -191,13 +191,7 @@ def measure(
         if time_left() < LONGEST_STEP:
             return len(pending) - number
         begin = time.monotonic()
-        try:
-            rows = step.run(device, rounds)
-        except levels.WrongResult as error:
-            # A wrong kernel has no speed. The row says so, and the goal stays unmet.
-            rows = [
-                Row(step.level, step.what, name, asdict(step.case), status=f"wrong: {error}") for name in step.names
-            ]
+        rows = step.run(device, rounds)
         levels.release(device)
         _check_alive(device, step)
         for row in rows:

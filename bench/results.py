@@ -28,8 +28,9 @@ class Row:
     """One contender on one case.
 
     level: "op", "model" or "memory". what: of op, forward, backward, both or host; of model, train, prefill, decode or
-    decode-graph; of memory, kept or peak. samples: seconds a call, or, of memory, bytes. status: "ok", or in words why
-    there are no samples. replayed: from a CUDA graph. launches: kernels of one call, None where they were not counted.
+    decode-graph; of memory, kept, peak or peak-total. samples: seconds a call, or, of memory, bytes. status: "ok", or
+    in words why there are no samples. replayed: from a CUDA graph. launches: kernels of one call, None where they were
+    not counted.
     """
 
     level: str

@@ -1,0 +1,54 @@
+"""On a CPU, where the torch backend steers: a small Llama's training step against the hook's. No kernel runs here."""
+
+import statistics
+
+import pytest
+import torch
+
+from bench import levels, timing
+from bench.contenders import MODEL_CONTENDERS, absent
+from bench.geometries import ModelCase
+
+CPU = torch.device("cpu")
+CASE = ModelCase("small", 4, batch=8, length=128, dtype="float32")
+PAIRS = 40
+
+
+@pytest.fixture(autouse=True)
+def torch_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSED_STEER_BACKEND", "torch")
+
+
+def test_a_training_step_is_no_slower_than_the_hooks(benchmark) -> None:
+    assert levels.check_models(CASE, ["fused", "hook"], CPU) == {}
+    base = levels.build_base(CASE, CPU)
+    fused, hook = (
+        timing.Timed(name, [levels.prepare_model(CASE, "train", name, base, CPU).call]) for name in ("fused", "hook")
+    )
+    for timed in (fused, hook):
+        timed.prepare(CPU, graph=False)
+    benchmark.pedantic(timing.interleave, args=([fused, hook], CPU, PAIRS), rounds=1)
+    ratios = [ours / theirs for ours, theirs in zip(fused.samples, hook.samples, strict=True)]
+    benchmark.extra_info |= {
+        "fused, s": fused.samples,
+        "hook, s": hook.samples,
+        "median ratio": statistics.median(ratios),
+    }
+    assert statistics.median(ratios) <= 1.0, f"{statistics.median(ratios):.3f} times the hook's step"
+
+
+@pytest.mark.parametrize("name", MODEL_CONTENDERS)
+def test_bytes_kept_for_the_backward(benchmark, name: str) -> None:
+    """Exact on any machine. Nobody who steers keeps less than the fused op."""
+    if name in (missing := absent()):
+        pytest.skip(missing[name])
+    if name == "hook-liger":
+        pytest.skip("its kernels need a GPU")
+    base = levels.build_base(CASE, CPU)
+
+    def kept(which: str) -> int:
+        return levels.kept_bytes(CASE, levels.prepare_model(CASE, "train", which, base, CPU).model, CPU)
+
+    theirs = benchmark.pedantic(kept, args=(name,), rounds=1)
+    benchmark.extra_info |= {"contender": name, "bytes kept": theirs}
+    assert name == "unsteered" or kept("fused") <= theirs

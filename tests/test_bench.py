@@ -1,0 +1,409 @@
+"""The benchmarks themselves: they measure what they say, judge rightly, go on after a failure, and lose nothing."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from typer.testing import CliRunner
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+try:
+    from bench import contenders, geometries, goals, gpu, levels, timing
+    from bench.contenders import OP_CONTENDERS, Operands
+    from bench.geometries import ModelCase, OpCase
+    from bench.results import Results, Row, file_name, load
+finally:
+    sys.path.remove(str(ROOT))
+
+CPU = torch.device("cpu")
+OP = OpCase(33, 64, 4, basis=3, dtype="float32")
+MODEL = ModelCase("small", 1, 1, 8, dtype="float32")
+MACHINE = {
+    "kind": "gpu", "device": "A GPU", "commit": "c0ffee", "dirty": False, "sources": "s",
+    "versions": {"torch": "2", "triton": "3"},
+}  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------------- what is run
+
+
+def test_the_grid_is_that_of_real_models_and_whole():
+    cases = geometries.op_grid()
+    assert len(cases) == len(set(cases)) == 6 * 4 * 3 * 2 * 2
+    assert {case.tokens for case in cases} == {1, 8, 64, 512, 4096, 16384}
+    assert {case.hidden for case in cases} == {1152, 2048, 2560, 4096}
+    assert {case.rank for case in cases} == {1, 8, 64} and {case.basis for case in cases} == {0, 8}
+
+
+def test_the_gpu_run_covers_the_grid_and_every_geometry_and_begins_with_the_goals():
+    steps = gpu.all_steps()
+    assert len({(s.level, s.what, s.case) for s in steps}) == len(steps)
+    assert {(s.what, s.case) for s in steps if s.level == "op" and s.what != "host"} == {
+        (what, case) for what in levels.OP_PASSES for case in geometries.op_grid()
+    }
+    model = [s.case for s in steps if s.level == "model"]
+    assert {case.geometry for case in model if case.layers} == set(geometries.REAL)
+    assert {s.what for s in steps if s.level == "model" and not s.case.layers} == set(levels.MODEL_RUNS)
+    first = steps[0]
+    assert (first.what, first.case.tokens, first.case.rank, first.case.basis) == ("forward", 4096, 8, 0)
+    assert set(first.names) == set(OP_CONTENDERS)
+
+
+@pytest.mark.parametrize("what", levels.OP_PASSES)
+def test_every_contender_of_the_op_is_timed_in_turn(what):
+    names = [name for name in OP_CONTENDERS if name != "hook-compiled"]
+    rows = levels.measure_op(OP, what, CPU, names, rounds=3)
+    assert [row.contender for row in rows] == names
+    assert all(row.status == "ok" and len(row.samples) == 3 and min(row.samples) > 0 for row in rows)
+    assert not any(row.replayed for row in rows) and {row.launches for row in rows} == {None}
+
+
+@pytest.mark.parametrize("what", ["train", "prefill", "decode"])
+def test_models_are_steered_run_and_counted(what):
+    rows = levels.measure_model(MODEL, what, CPU, ["unsteered", "fused", "hook", "lora"], rounds=2)
+    timed = {row.contender: row for row in rows if row.level == "model"}
+    assert all(row.status == "ok" and len(row.samples) == 2 for row in timed.values())
+    kept = {row.contender: row.samples[0] for row in rows if row.what == "kept"}
+    if what == "train":
+        # a, (N, r) in float32; the output is the next layer's input, which is kept anyway.
+        assert kept["unsteered"] == 0 and kept["fused"] == 8 * MODEL.rank * 4 < kept["hook"]
+    else:
+        assert not kept
+
+
+def test_backward_and_forward_of_the_fused_op_are_its_gradients():
+    """What is timed as a backward pass computes the gradients, for each set of operands its own."""
+    sets = [contenders.make_operands(OP, CPU, seed) for seed in range(2)]
+    alone, both = (levels.op_calls(OP, what, OP_CONTENDERS["fused"], sets) for what in ("backward", "both"))
+    hooked = levels.op_calls(OP, "both", OP_CONTENDERS["hook"], sets)
+    for a, b, h in zip(alone, both, hooked, strict=True):
+        for x, y, z in zip(a(), b(), h(), strict=True):
+            assert torch.equal(x, y)
+            torch.testing.assert_close(x, z, rtol=1e-4, atol=1e-4)
+    assert not torch.equal(alone[0]()[0], alone[1]()[0])
+
+
+class _Large(TorchDispatchMode):
+    """Counts the operations that touch as many elements as a hidden state has."""
+
+    def __init__(self, numel: int) -> None:
+        super().__init__()
+        self.numel, self.count = numel, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        tensors = [t for t in (*args, out) if isinstance(t, torch.Tensor)]
+        self.count += any(t.numel() >= self.numel for t in tensors)
+        return out
+
+
+def test_a_basis_costs_nothing_of_the_hidden_states_size():
+    def large(basis: int) -> int:
+        case = OpCase(512, 64, 4, basis=basis, dtype="float32")
+        x = contenders.make_operands(case, CPU)
+        with _Large(512 * 64) as counter:
+            for what in ("forward", "both"):
+                levels.op_calls(case, what, OP_CONTENDERS["fused"], [x])[0]()
+        return counter.count
+
+    assert large(0) == large(8) > 0
+
+
+# ------------------------------------------------------------------------------------------------ who is wrong or fails
+
+
+def _wrong(x: Operands) -> torch.Tensor:
+    return contenders.hook(x) * 1.01
+
+
+def _failing(x: Operands) -> torch.Tensor:
+    raise NotImplementedError("not today")
+
+
+@pytest.mark.parametrize(("function", "status"), [(_wrong, "wrong: relative error"), (_failing, "failed: NotImpl")])
+def test_a_contender_that_is_wrong_or_fails_has_no_time_and_the_others_have(function, status, monkeypatch):
+    monkeypatch.setattr(contenders, "fused", function)
+    for name in ("fused", "fused-again"):
+        contender = dataclasses.replace(OP_CONTENDERS[name], call=lambda: function)
+        monkeypatch.setitem(OP_CONTENDERS, name, contender)
+    rows = {r.contender: r for r in levels.measure_op(OP, "forward", CPU, ["fused", "fused-again", "hook"], rounds=2)}
+    assert rows["fused"].status.startswith(status) and rows["fused-again"].status.startswith(status)
+    assert not rows["fused"].samples and rows["hook"].status == "ok" and len(rows["hook"].samples) == 2
+
+
+def test_a_model_that_is_wrong_has_no_time(monkeypatch):
+    wrong = dataclasses.replace(contenders.MODEL_CONTENDERS["fused"], steer=lambda model, rank: model)
+    monkeypatch.setitem(contenders.MODEL_CONTENDERS, "fused", wrong)
+    rows = {r.contender: r for r in levels.measure_model(MODEL, "prefill", CPU, ["fused", "hook"], rounds=1)}
+    assert "differs from the hook" in rows["fused"].status and not rows["fused"].samples
+    assert rows["hook"].status == "ok"
+
+
+def test_what_does_not_fit_is_out_of_memory_and_the_run_goes_on(monkeypatch, tmp_path):
+    real = levels.make_operands
+
+    def small_only(case, *rest):
+        if case.tokens > 20:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7 EiB\nsomething")
+        return real(case, *rest)
+
+    monkeypatch.setattr(levels, "make_operands", small_only)
+    results, saved = Results(MACHINE), []
+    names = ("fused", "hook")
+    steps = [gpu.Step(f"N={n}", "op", "forward", OpCase(n, 64, 4, dtype="float32"), names) for n in (33, 16)]
+    assert gpu.measure(results, steps, CPU, lambda: saved.append(1), lambda: 1e9, 2, lambda _: None) == 0
+    assert [row.status for row in results.rows] == ["out of memory"] * 2 + ["ok"] * 2 and len(saved) == 2
+
+
+def test_who_is_not_installed_is_listed_with_the_way_to_get_it(monkeypatch):
+    monkeypatch.setattr(contenders.importlib.util, "find_spec", lambda name: None)
+    missing = contenders.absent()
+    assert missing.keys() == {"hook-liger", "lora", "loreft"}
+    assert "`pip install 'fused-steer[bench]'`" in missing["hook-liger"]
+    assert "pip install --no-deps pyreft==0.1.0" in missing["loreft"]
+    row = levels.measure_model(MODEL, "prefill", CPU, ["lora"], rounds=1, check=False)[0]
+    assert row.status == f"not run: {missing['lora']}" and not row.samples
+
+
+# --------------------------------------------------------------------------------------------------------------- goals
+
+
+def _op_row(what: str, contender: str, seconds: float, **case) -> Row:
+    sizes = {"tokens": 4096, "hidden": 2048, "rank": 8, "activation": "silu", "basis": 0, "dtype": "bfloat16", **case}
+    return Row("op", what, contender, sizes, [seconds * 0.9, seconds, seconds * 1.1])
+
+
+def _outcome(results: Results, name: str) -> goals.Outcome:
+    return next(outcome for outcome in goals.evaluate(results) if outcome.name == name)
+
+
+def test_goals_are_judged_by_their_worst_case():
+    rows = [_op_row("forward", "add", 1.0), _op_row("forward", "add", 1.0, hidden=4096)]
+    results = Results(MACHINE, bandwidth=3 * 4096 * 2048 * 2 / 0.9, rows=[*rows, _op_row("forward", "fused", 1.1)])
+    assert _outcome(results, "forward") == goals.Outcome(
+        "forward", _outcome(results, "forward").text, pytest.approx(1.1), "<= 1.15", True
+    )
+    assert _outcome(results, "forward bandwidth").value == pytest.approx(0.9 / 1.1)
+    assert _outcome(results, "forward bandwidth").met is False
+    results.put(_op_row("forward", "fused", 1.3, hidden=4096))
+    assert _outcome(results, "forward").value == pytest.approx(1.3) and _outcome(results, "forward").met is False
+    # Few tokens and high ranks are other goals' business.
+    results.put(_op_row("forward", "fused", 9.0, tokens=8))
+    results.put(_op_row("forward", "fused", 1.4, rank=64))
+    results.put(_op_row("forward", "add", 1.0, rank=64))
+    assert _outcome(results, "forward").value == pytest.approx(1.3)
+    assert _outcome(results, "rank 64").value == pytest.approx(1.4 / 1.1)
+    assert _outcome(results, "basis").met is None
+    results.put(_op_row("forward", "fused", 1.2, basis=8))
+    assert _outcome(results, "basis").value == pytest.approx(1.2 / 1.1) and _outcome(results, "basis").met is False
+
+
+def test_model_goals():
+    case = dataclasses.asdict(ModelCase("Llama-3.2-1B", 0, 8, 512))
+    unit = 8 * 512 * 2048 * 2
+    rows = [
+        Row("model", "train", "fused", case, [1.02]),
+        Row("model", "train", "unsteered", case, [1.0]),
+        Row("model", "train", "hook", case, [1.1]),
+        Row("memory", "peak", "fused", case, [16 * unit * 0.5]),
+        Row("memory", "peak-total", "fused", {**case, "checkpointing": True}, [1010]),
+        Row("memory", "peak-total", "unsteered", {**case, "checkpointing": True}, [1000]),
+        Row("model", "decode-graph", "fused", {**case, "batch": 1}, [1.01], replayed=True),
+        Row("model", "decode-graph", "unsteered", {**case, "batch": 1}, [1.0], replayed=True),
+    ]
+    results = Results(MACHINE, rows=rows)
+    judged = {o.name: (o.value, o.met) for o in goals.evaluate(results)}
+    assert judged["train"] == (pytest.approx(1.02), True)
+    assert judged["train / hook"] == (pytest.approx(1.1 / 1.02), False)
+    assert judged["peak memory"] == (pytest.approx(0.5), True)
+    assert judged["peak, checkpointing"] == (pytest.approx(1.0), False)
+    assert judged["decode"] == (pytest.approx(1.01), True)
+    assert len(list(gpu.goal_lines(results))) <= 40
+
+
+def test_a_cpu_meets_no_goal():
+    rows = [_op_row("forward", "add", 1.0), _op_row("forward", "fused", 1.0)]
+    outcomes = goals.evaluate(Results({**MACHINE, "kind": "cpu"}, bandwidth=1.0, rows=rows))
+    assert {(outcome.value, outcome.met) for outcome in outcomes} == {(None, None)}
+
+
+# --------------------------------------------------------------------------------------------------------------- timing
+
+
+def test_contenders_take_turns_and_every_call_has_its_own_inputs():
+    order = []
+    timed = [timing.Timed(n, [lambda n=n, i=i: order.append(f"{n}{i}") for i in range(2)]) for n in "ab"]
+    for one in timed:
+        one.prepare(CPU, graph=True)
+    order.clear()
+    timing.interleave(timed, CPU, 2)
+    assert order == ["a0", "a1", "b0", "b1", "b0", "b1", "a0", "a1"]
+    assert [len(one.samples) for one in timed] == [2, 2]
+
+
+def test_inputs_rotate_until_none_is_in_the_cache():
+    assert timing.input_sets(1 << 20, 50 << 20) == 100
+    assert timing.input_sets(1 << 30, 50 << 20) == 2
+    assert timing.input_sets(16, 50 << 20) == timing.MAX_SETS
+
+
+def test_kept_bytes_are_counted_once_and_without_parameters():
+    model = torch.nn.Linear(8, 4, bias=False)
+    x = torch.randn(3, 8, requires_grad=True)
+    with timing.counting_kept(model, x) as kept:
+        y = model(x)  # keeps x and the weight, neither counted
+        assert kept() == 0
+        z = y.sigmoid()
+        _ = z * z  # keeps z, twice the same storage
+        assert kept() == 3 * 4 * 4
+
+
+# ----------------------------------------------------------------------------------------------------- files, resuming
+
+
+def test_results_come_back_as_they_were(tmp_path):
+    results = Results(MACHINE, 1e12, {"loreft": "not installed"}, {"exit": 0}, [_op_row("forward", "fused", 1.0)])
+    file = tmp_path / "new" / file_name("NVIDIA H100 80GB HBM3")
+    assert file.name == "nvidia-h100-80gb-hbm3.json"
+    results.save(file)
+    assert load(file) == results and [p.name for p in file.parent.iterdir()] == [file.name]
+
+
+def test_a_save_that_fails_leaves_the_file_as_it_was(tmp_path):
+    file = tmp_path / "r.json"
+    Results(MACHINE).save(file)
+    before = file.read_bytes()
+    with pytest.raises(TypeError):
+        Results({**MACHINE, "device": object()}).save(file)
+    assert file.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("{", "is no JSON"),
+        ("[]", "has schema None; expected 1"),
+        ('{"schema": 0}', "has schema 0; expected 1"),
+        ('{"schema": 1, "rows": []}', "has the keys ['rows']; expected"),
+        (json.dumps({"schema": 1, **dataclasses.asdict(Results(MACHINE)), "rows": [{}]}), "a row that is none"),
+    ],
+)
+def test_a_file_that_is_no_results_file_is_refused(content, expected, tmp_path):
+    file = tmp_path / "r.json"
+    file.write_text(content)
+    with pytest.raises(ValueError) as caught:
+        load(file)
+    assert expected in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_run_goes_on_where_it_was_stopped():
+    steps = [gpu.Step(str(n), "op", "forward", OpCase(n, 64, 4, dtype="float32"), ("fused", "add")) for n in (5, 6, 7)]
+    results, left = Results(MACHINE), iter([1e9, 0.0])
+    assert gpu.measure(results, steps, CPU, lambda: None, lambda: next(left), 1, lambda _: None) == 2
+    first = [row.samples for row in results.rows]
+    said: list[str] = []
+    assert gpu.measure(results, steps, CPU, lambda: None, lambda: 1e9, 1, said.append) == 0
+    assert len(said) == 2 and len(results.rows) == 6 and [row.samples for row in results.rows[:2]] == first
+
+
+@pytest.fixture
+def command(monkeypatch, tmp_path):
+    import typer
+
+    app = typer.Typer()
+    app.command()(gpu.main)
+    few = [gpu.Step("op", "op", "forward", OpCase(5, 64, 4, dtype="float32"), ("fused", "add"))]
+    monkeypatch.setattr(gpu, "smoke_steps", lambda: few)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    return lambda *arguments: CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def test_the_command_ends_with_the_goals_and_goes_on(command, tmp_path):
+    first = command("--smoke", "--out", tmp_path)
+    assert first.exit_code == 0, first.output
+    assert len(first.output.splitlines()) <= 40 and "not measured" in first.output
+    (file,) = tmp_path.iterdir()
+    before = load(file)
+    assert before.machine["kind"] == "cpu" and before.machine["versions"]["torch"] == torch.__version__
+    assert command("--smoke", "--out", tmp_path).exit_code == 0
+    assert load(file).rows == before.rows
+
+
+def test_an_interrupted_run_keeps_what_it_measured(command, tmp_path, monkeypatch):
+    def interrupt(results, steps, device, save, *rest, **options):
+        results.put(_op_row("forward", "fused", 1.0))
+        save()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu, "measure", interrupt)
+    result = command("--smoke", "--out", tmp_path)
+    assert result.exit_code == 1 and "interrupted" in result.output
+    assert len(load(next(tmp_path.iterdir())).rows) == 1
+
+
+def test_bad_input_is_one_clear_line_and_nothing_is_written(command, tmp_path):
+    folder = tmp_path / "out"
+    taken = tmp_path / "taken"
+    taken.write_text("")
+    for arguments, expected in (
+        (("--out", folder), "there is no CUDA or ROCm GPU; expected one"),
+        (("--smoke", "--out", taken), "a file; expected a directory"),
+        (("--smoke", "--out", folder, "--minutes", "0"), "minutes is 0.0; expected more than 0"),
+    ):
+        result = command(*arguments)
+        assert result.exit_code == 1 and expected in result.stderr and result.stderr.count("\n") == 1
+    assert not folder.exists()
+
+
+def test_results_of_other_sources_are_not_mixed_with_these(command, tmp_path):
+    assert command("--smoke", "--out", tmp_path).exit_code == 0
+    (file,) = tmp_path.iterdir()
+    results = load(file)
+    results.machine["sources"] = "others"
+    results.save(file)
+    before = file.read_bytes()
+    result = command("--smoke", "--out", tmp_path)
+    assert result.exit_code == 1 and "measured with sources 'others'; expected" in result.stderr
+    assert result.stderr.count("\n") == 1 and file.read_bytes() == before
+
+
+@pytest.mark.parametrize(("field", "value"), [("geometry", "Llama-9"), ("dtype", "int8")])
+def test_an_unknown_model_is_refused(field, value):
+    with pytest.raises(ValueError, match=f"{field} is '{value}'; expected one of"):
+        dataclasses.replace(MODEL, **{field: value})
+
+
+def test_an_unknown_run_or_contender_is_refused():
+    with pytest.raises(ValueError, match="run is 'sleep'; expected one of train"):
+        levels.prepare_model(MODEL, "sleep", "fused", None, CPU)
+    with pytest.raises(ValueError, match="contender is 'magic'; expected one of unsteered"):
+        levels.prepare_model(MODEL, "train", "magic", None, CPU)
+
+
+def test_a_checkout_runs_without_being_installed():
+    """The root's packages alone: what an installation has put on the path of imports is taken off."""
+    program = (
+        "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]; "
+        "import bench; from fused_steer.kernels import post_block; from fused_steer import patch_model, post_block; "
+        "import fused_steer.kernels.aot; print(fused_steer.kernels.__file__)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(ROOT / "kernels" / "__init__.py")
+
+
+def test_every_geometry_is_one_that_patch_model_takes():
+    for name in geometries.REAL:
+        with torch.device("meta"):
+            model = contenders.build(name, 2, "bfloat16", torch.device("meta"), 64)
+        assert model.config.hidden_size in geometries.WIDTHS
+        from fused_steer import patch_model
+
+        patch_model(model)
+        assert {row.kind for row in model.steering.report()} == {"fused"}
