@@ -6,8 +6,8 @@ float64 included (all arithmetic is then float64, else float32).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -15,29 +15,16 @@ from torch import Tensor
 
 from .contract import Gradients, Needs
 
+_aten = torch.ops.aten
 
-def _gelu_tanh_derivative(a: Tensor) -> Tensor:
-    t = torch.tanh(math.sqrt(2 / math.pi) * (a + 0.044715 * a**3))
-    return 0.5 * (1 + t) + 0.5 * a * (1 - t * t) * math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * a * a)
-
-
-def _silu_derivative(a: Tensor) -> Tensor:
-    s = torch.sigmoid(a)
-    return s * (1 + a * (1 - s))
-
-
-def _gelu_derivative(a: Tensor) -> Tensor:
-    return 0.5 * (1 + torch.erf(a * math.sqrt(0.5))) + a * torch.exp(-0.5 * a * a) / math.sqrt(2 * math.pi)
-
-
-#: name -> (φ, φ'), on tensors of any floating dtype.
-ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
-    "identity": (lambda a: a, torch.ones_like),
-    "silu": (F.silu, _silu_derivative),
-    "gelu": (F.gelu, _gelu_derivative),
-    "gelu_tanh": (lambda a: F.gelu(a, approximate="tanh"), _gelu_tanh_derivative),
-    "relu": (F.relu, lambda a: (a > 0).to(a.dtype)),
-    "tanh": (torch.tanh, lambda a: 1 - torch.tanh(a) ** 2),
+#: name -> (φ, (∂L/∂φ(a), a) -> ∂L/∂a), on tensors of any floating dtype.
+ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
+    "identity": (lambda a: a, lambda dz, a: dz),
+    "silu": (F.silu, _aten.silu_backward),
+    "gelu": (F.gelu, _aten.gelu_backward),
+    "gelu_tanh": (partial(F.gelu, approximate="tanh"), partial(_aten.gelu_backward, approximate="tanh")),
+    "relu": (F.relu, lambda dz, a: _aten.threshold_backward(dz, a, 0)),
+    "tanh": (torch.tanh, lambda dz, a: _aten.tanh_backward(dz, torch.tanh(a))),
 }
 
 
@@ -54,8 +41,12 @@ def _strength(scale: float | Tensor, gain: Tensor | None, acc: torch.dtype) -> f
 
 
 def _scaled(values: Tensor, strength: float | Tensor) -> Tensor:
-    """strength · values, with 0 · anything = 0: a token of zero gain stays as it is though its adapter overflow."""
+    """strength · values, with 0 · anything = 0: a token of zero gain stays as it is though its adapter overflow.
+
+    The values themselves, not a copy, where the strength is 1."""
     if isinstance(strength, float):
+        if strength == 1.0:
+            return values
         return values * strength if strength else torch.zeros_like(values)
     return torch.where(strength == 0, values.new_zeros(()), values * strength)
 
@@ -126,7 +117,7 @@ def backward(
     row_dot: Tensor | None = None  # Σ_d G·u, (N,)
 
     if down is not None and up is not None and a is not None:
-        phi, phi_derivative = ACTIVATIONS[activation]
+        phi, phi_backward = ACTIVATIONS[activation]
         up = up.to(acc)
         phi_a = phi(a)
         if needs.up:
@@ -136,7 +127,7 @@ def backward(
             if needs.row_dot:
                 row_dot = (phi_a * gz).sum(1)
             if needs.x or needs.down or needs.down_bias:
-                da = _scaled(gz * phi_derivative(a), strength)
+                da = _scaled(phi_backward(gz, a), strength)
                 if needs.x:
                     result.x = torch.addmm(g, da, down.to(acc)).to(grad.dtype).view(grad.shape)
                 if needs.down:
