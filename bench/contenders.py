@@ -6,6 +6,7 @@ fresh, frozen model and steers it. Each that computes the fused op's function is
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 from collections.abc import Callable
@@ -48,6 +49,12 @@ class Operands:
         return [t.detach().requires_grad_() for t in (self.residual, self.down, self.up)]
 
 
+@functools.lru_cache(maxsize=8)
+def _orthonormal(hidden: int, columns: int, device: torch.device) -> Tensor:
+    generator = torch.Generator(device).manual_seed(0)
+    return torch.linalg.qr(torch.randn(hidden, columns, generator=generator, device=device))[0].contiguous()
+
+
 def make_operands(case: OpCase, device: torch.device, seed: int = 0) -> Operands:
     """Fresh random operands; the shift is about as large as the hidden state."""
     generator = torch.Generator(device).manual_seed(seed)
@@ -57,7 +64,8 @@ def make_operands(case: OpCase, device: torch.device, seed: int = 0) -> Operands
         return torch.randn(*size, generator=generator, device=device, dtype=dtype)
 
     residual, branch, grad = (normal(n, d, dtype=DTYPES[case.dtype]) for _ in range(3))
-    basis = torch.linalg.qr(normal(d, case.basis))[0].contiguous() if case.basis else None
+    # Rotating the rows of an orthonormal basis gives another, and takes no decomposition.
+    basis = _orthonormal(d, case.basis, device).roll(seed, 0) if case.basis else None
     return Operands(residual, branch, grad, normal(r, d) / d**0.5, normal(d, r) / r**0.5, basis, case.activation)
 
 
@@ -89,10 +97,14 @@ def _whole_hook(residual, branch, down, up, basis, activation):
     return _shifted(residual + branch, down, up, basis, activation)
 
 
+@functools.cache
 def hook_compiled() -> Callable[[Operands], Tensor]:
     """The hook under torch.compile, the add that it follows included: the best that a compiler makes of it."""
     # A graph that is run backward twice must not give its buffers away.
     importlib.import_module("torch._functorch.config").donated_buffer = False
+    # Every size is compiled for itself, and there are more of them than dynamo has patience for.
+    dynamo = importlib.import_module("torch._dynamo.config")
+    dynamo.recompile_limit = dynamo.accumulated_recompile_limit = 1 << 14
     return _tensors_of(torch.compile(_whole_hook, fullgraph=True, dynamic=False))
 
 

@@ -7,6 +7,7 @@ No network, nothing to install: it runs from a checkout.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -28,6 +29,7 @@ from .goals import LOW_RANKS, MANY_TOKENS, evaluate
 from .results import Results, Row, describe_machine, file_name, load
 
 TEST_SHARE = 0.35  # of the whole time, at most
+COUNTED = (4096, 4096)  # the tokens and width of which launches are counted: the other sizes launch alike
 LONGEST_STEP = 45.0  # seconds that have to be left for another step to begin
 
 
@@ -52,7 +54,8 @@ class Step:
             )
         if self.what == "host":
             return levels.measure_host(self.case, device)
-        return levels.measure_op(self.case, self.what, device, self.names, rounds or 20)
+        count = (self.case.tokens, self.case.hidden) == COUNTED
+        return levels.measure_op(self.case, self.what, device, self.names, rounds or 20, count)
 
 
 def _op_step(case: OpCase, what: str, compiled: bool) -> Step:
@@ -117,19 +120,10 @@ def smoke_steps() -> list[Step]:
 
 
 def run_gpu_tests(seconds: float) -> dict[str, object]:
-    """`pytest -m gpu` in a process of its own: its counts, and the last line that it printed."""
-    command = [
-        sys.executable,
-        "-m",
-        "bench.checkout",
-        "-m",
-        "gpu",
-        "-q",
-        "-x",
-        "--maxfail=20",
-        "-p",
-        "no:cacheprovider",
-    ]
+    """`pytest -m gpu` in a process of its own: its counts and failures, with the end of its output."""
+    command = [sys.executable, "-m", "bench.checkout", *"-m gpu -q --maxfail=20 -p no:cacheprovider".split()]
+    if importlib.util.find_spec("xdist") is not None:
+        command += ["-n", str(min(8, os.cpu_count() or 1))]  # compiling takes most of the time
     begin = time.monotonic()
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     try:

@@ -117,10 +117,10 @@ def _op_call(what: str, function: Callable[[Operands], Tensor], x: Operands) -> 
 
 
 def measure_op(
-    case: OpCase, what: str, device: torch.device, names: Sequence[str], rounds: int = 20, graph: bool = True
+    case: OpCase, what: str, device: torch.device, names: Sequence[str], rounds: int = 20, count: bool = True
 ) -> list[Row]:
     """Time one pass of the op for all contenders, interleaved. What cannot run, or computes something else, has a row
-    that says so."""
+    that says so. count: whether launches are counted too, which takes longer than the rest."""
     rows = {name: Row("op", what, name, asdict(case)) for name in names}
     for name, problem in check_op(case, names, device).items():
         rows[name].status = problem
@@ -141,8 +141,8 @@ def measure_op(
         try:
             with torch.cuda.stream(stream) if stream is not None else contextlib.nullcontext():
                 timed = Timed(name, op_calls(case, what, OP_CONTENDERS[name], sets))
-            timed.prepare(device, graph, stream)
-            row.launches = timing.count_launches(timed.calls[0], device)
+            timed.prepare(device, graph=True, stream=stream)
+            row.launches = timing.count_launches(timed.calls[0], device) if count else None
         except Exception as error:  # as above
             row.status = _in_words(error)
             continue

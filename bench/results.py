@@ -169,7 +169,8 @@ def describe_machine(device: Any) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "fused_steer": __version__,
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": {name: _version(name) for name in PACKAGES}
+        | {"torch": torch.__version__, "cuda": torch.version.cuda or torch.version.hip},
         "sources": source_fingerprint(),
         "commit": _output("git", "rev-parse", "HEAD") or os.environ.get("FUSED_STEER_COMMIT"),
         "dirty": bool(_output("git", "status", "--porcelain", "--untracked-files=no")),

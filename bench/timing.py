@@ -129,7 +129,7 @@ def host_seconds(call: Call, device: torch.device, calls: int = 200, rounds: int
 
 
 def count_launches(call: Call, device: torch.device) -> int | None:
-    """Kernels that one call launches, by the profiler; None on a CPU."""
+    """Kernels and copies that one call launches, by the profiler; None on a CPU, or where the profiler sees none."""
     if device.type != "cuda":
         return None
     from torch.profiler import ProfilerActivity, profile
@@ -139,8 +139,10 @@ def count_launches(call: Call, device: torch.device) -> int | None:
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         call()
         torch.cuda.synchronize(device)
-    kinds = torch.autograd.DeviceType.CUDA
-    return sum(event.device_type == kinds and "sync" not in event.name.lower() for event in profiler.events())
+    on_device = torch.autograd.DeviceType.CUDA
+    return (
+        sum(event.device_type == on_device and "sync" not in event.name.lower() for event in profiler.events()) or None
+    )
 
 
 @contextmanager

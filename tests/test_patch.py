@@ -288,9 +288,10 @@ def test_other_instances_of_the_class_are_untouched():
 @pytest.mark.parametrize(
     ("make", "calls"),
     [
-        (build, 2),  # the second is the recomputation
-        (lambda: build("gemma2"), 2),
-        (llama_of_clamping_layers, 1),  # transformers checkpoints the forward, and hooks run after it
+        (build, {2}),  # the second is the recomputation
+        (lambda: build("gemma2"), {2}),
+        # Hooks run after what is checkpointed, the forward; up to transformers 5.17, inside it: there it was the call.
+        (llama_of_clamping_layers, {1, 2}),
     ],
     ids=["llama", "gemma2", "hook"],
 )
@@ -304,7 +305,8 @@ def test_gradient_checkpointing_changes_no_gradient(make, calls, use_reentrant):
         model.enable_input_require_grads()
     model.steering.reset_calls()
     actual = gradients(model, parameters, use_cache=False)
-    assert [row.calls for row in model.steering.report()] == [calls] * LAYERS
+    (found,) = {row.calls for row in model.steering.report()}
+    assert found in calls
     for name in parameters:
         assert torch.equal(actual[name], expected[name])
 
