@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .schedule import Device, Schedule, describe_device
+from .schedule import Device, Layout, describe_device
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Launch:
     grid: tuple[int, ...]
     arguments: tuple[Any, ...]
     constants: dict[str, Any]
-    schedule: Schedule
+    schedule: Layout
 
 
 @dataclass
@@ -63,10 +63,10 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], *arguments: Any, device: torch.device, schedule: Schedule, **constants: Any
+    kernel: Any, grid: tuple[int, ...], *arguments: Any, device: torch.device, schedule: Layout, **constants: Any
 ) -> None:
     """Start `kernel` on `device`, which need not be the current one, with the blocks and warps of `schedule`."""
-    constants.update(BLOCK_N=schedule.block_n, BLOCK_D=schedule.block_d, BLOCK_R=schedule.block_r)
+    constants.update(schedule.constants)
     recording = _recording.get()
     if recording is not None:
         recording.launches.append(Launch(kernel, grid, arguments, constants, schedule))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -63,6 +64,17 @@ def describe_device(device: torch.device) -> Device:
     return _INTERPRETED_DEVICE
 
 
+class Layout(Protocol):
+    """What a launch has to know of its layout: the kernel's block sizes by name, warps, stages."""
+
+    @property
+    def constants(self) -> dict[str, int]: ...
+    @property
+    def num_warps(self) -> int: ...
+    @property
+    def num_stages(self) -> int: ...
+
+
 @dataclass(frozen=True)
 class Schedule:
     """A launch's layout. `programs` walk the tiles of `block_n` rows; `splits` divide the other axis (columns in
@@ -76,6 +88,11 @@ class Schedule:
     part: int
     num_warps: int
     num_stages: int
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """The kernel's block sizes by name."""
+        return {"BLOCK_N": self.block_n, "BLOCK_D": self.block_d, "BLOCK_R": self.block_r}
 
 
 def padded_rank(rank: int) -> int:

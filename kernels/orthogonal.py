@@ -1,0 +1,285 @@
+"""Joint-Orth: what a steering adapter may write once a LoRA writes into the same stream, for all layers at once.
+
+    W2' = (I − V Vᵀ) W2        V: an orthonormal basis of the column space of B        (arXiv 2603.00425, §5.2)
+
+for L layers, W2 = up (d, r), B = writers (d, k), k <= 64. No singular value decomposition: with G = BᵀB and C = BᵀW2,
+both small and summed in float64, V = B T for a k × k matrix T, and W2' = W2 − B T Tᵀ C. T comes from Gram–Schmidt with
+pivoting, carried out on the coefficients: a residual column B c has the squared norm cᵀ G c.
+
+What is a direction and what is noise: a column is nothing beside one 1/eps times as long, and a column is a combination
+of others if what they leave of it is below √k · eps of its length, eps that of float32. B = 0, LoRA's initial state,
+has no directions, and then W2' is W2 to the bit. The file reads from the kernels to what a caller uses.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .backend import select_backend
+from .launch import device_of, launch
+from .numerics import store
+from .schedule import ceil_div, next_power_of_2
+
+MAX_WRITERS = 64  # k, all writers of a layer together
+_EPS = torch.finfo(torch.float32).eps
+
+# ----------------------------------------------------------------------------------------------------------- kernels
+
+
+@triton.jit
+def gram_kernel(
+    p_writers, p_up, p_partial,
+    D, part, K: tl.constexpr, R: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Partial sums of G = BᵀB and C = BᵀW2 over a part of the rows. Grid (layers, parts). No atomics."""
+    layer = tl.program_id(0).to(tl.int64)
+    ks = tl.arange(0, BLOCK_K)
+    rs = tl.arange(0, BLOCK_R)
+    gram = tl.zeros([BLOCK_K, BLOCK_K], tl.float64)
+    along = tl.zeros([BLOCK_K, BLOCK_R], tl.float64)
+    first = tl.program_id(1) * part
+    for start in range(first, tl.minimum(first + part, D), BLOCK_D):
+        rows = start + tl.arange(0, BLOCK_D)
+        m_rows = rows[:, None] < D
+        offsets = (layer * D + rows)[:, None]
+        # [BLOCK_D, BLOCK_K], [BLOCK_D, BLOCK_R]
+        b = tl.load(p_writers + offsets * K + ks[None, :], mask=m_rows & (ks[None, :] < K), other=0.0)
+        u = tl.load(p_up + offsets * R + rs[None, :], mask=m_rows & (rs[None, :] < R), other=0.0)
+        b = b.to(tl.float32).to(tl.float64)
+        u = u.to(tl.float32).to(tl.float64)
+        gram += tl.sum(b[:, :, None] * b[:, None, :], 0)
+        along += tl.sum(b[:, :, None] * u[:, None, :], 0)
+    p_partial += (layer * tl.num_programs(1) + tl.program_id(1)) * K * (K + R)
+    m_ks = ks[:, None] < K
+    tl.store(p_partial + ks[:, None] * K + ks[None, :], gram, mask=m_ks & (ks[None, :] < K))
+    tl.store(p_partial + K * K + ks[:, None] * R + rs[None, :], along, mask=m_ks & (rs[None, :] < R))
+
+
+@triton.jit
+def solve_kernel(
+    p_partial, p_solution, parts, eps,
+    K: tl.constexpr, R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """S = T Tᵀ C (k, r), what W2' = W2 − B S takes off. Grid (layers, blocks of r)."""
+    layer = tl.program_id(0).to(tl.int64)
+    ks = tl.arange(0, BLOCK_K)
+    rs = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    m_gram = (ks[:, None] < K) & (ks[None, :] < K)
+    m_along = (ks[:, None] < K) & (rs[None, :] < R)
+    gram = tl.zeros([BLOCK_K, BLOCK_K], tl.float64)
+    along = tl.zeros([BLOCK_K, BLOCK_R], tl.float64)
+    for number in range(0, parts):
+        p_part = p_partial + (layer * parts + number) * K * (K + R)
+        gram += tl.load(p_part + ks[:, None] * K + ks[None, :], mask=m_gram, other=0.0)
+        along += tl.load(p_part + K * K + ks[:, None] * R + rs[None, :], mask=m_along, other=0.0)
+
+    diagonal = ks[:, None] == ks[None, :]
+    squares = tl.sum(tl.where(diagonal, gram, 0.0), 0)
+    kept = squares > tl.max(squares, 0) * (eps * eps)
+    unit = tl.where(kept, 1.0 / tl.sqrt(tl.where(kept, squares, 1.0)), 0.0)  # columns of length 1, or 0
+    rest = gram * unit[:, None] * unit[None, :]
+    along *= unit[:, None]
+    coefficients = tl.where(diagonal & kept[None, :], 1.0, 0.0).to(tl.float64)
+    solution = tl.zeros([BLOCK_K, BLOCK_R], tl.float64)
+    least = K * eps * eps
+    for _ in range(0, K):
+        left = tl.max(tl.sum(tl.where(diagonal, rest, 0.0), 0), 0)
+        if left > least:
+            lengths = tl.sum(tl.where(diagonal, rest, 0.0), 0)
+            pivot = tl.min(tl.where(lengths == left, ks, BLOCK_K), 0)
+            # A direction B q of length 1, and what of every residual lies along it.
+            q = tl.sum(tl.where(ks[None, :] == pivot, coefficients, 0.0), 1) / tl.sqrt(left)
+            w = tl.sum(tl.where(ks[:, None] == pivot, rest, 0.0), 0) / tl.sqrt(left)
+            solution += q[:, None] * tl.sum(q[:, None] * along, 0)[None, :]
+            spent = (ks == pivot)[None, :]
+            coefficients = tl.where(spent, 0.0, coefficients - q[:, None] * w[None, :])
+            rest = tl.where(spent | (ks == pivot)[:, None], 0.0, rest - w[:, None] * w[None, :])
+    # A writer that is not finite must not pass for one that writes nothing.
+    solution = solution * unit[:, None] + tl.sum(squares, 0) * 0.0
+    tl.store(p_solution + layer * K * R + ks[:, None] * R + rs[None, :], solution, mask=m_along)
+
+
+@triton.jit
+def apply_kernel(
+    p_writers, p_up, p_solution, p_out,
+    D, K: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """W2' = W2 − B S. Grid (layers, blocks of d, blocks of r)."""
+    layer = tl.program_id(0).to(tl.int64)
+    rows = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    rs = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
+    m_rows = rows < D
+    mask = m_rows[:, None] & (rs[None, :] < R)
+    offsets = layer * D + rows
+    up = tl.load(p_up + offsets[:, None] * R + rs[None, :], mask=mask, other=0.0).to(tl.float32)
+    taken = tl.zeros([BLOCK_D, BLOCK_R], tl.float64)
+    for k in range(0, K):
+        b = tl.load(p_writers + offsets * K + k, mask=m_rows, other=0.0).to(tl.float32).to(tl.float64)
+        s = tl.load(p_solution + (layer * K + k) * R + rs, mask=rs < R, other=0.0)
+        taken += b[:, None] * s[None, :]
+    # Nothing taken leaves the very bits.
+    out = tl.where(taken == 0.0, up, (up.to(tl.float64) - taken).to(tl.float32))
+    store(p_out + offsets[:, None] * R + rs[None, :], out, mask)
+
+
+# ---------------------------------------------------------------------------------------------------------- launchers
+
+
+@dataclass(frozen=True)
+class OrthogonalSchedule:
+    """A launch's layout: a `schedule.Layout`."""
+
+    constants: dict[str, int]
+    num_warps: int = 4
+    num_stages: int = 1
+
+
+def _triton_project(up: Tensor, writers: Tensor) -> Tensor:
+    layers, hidden, rank = up.shape
+    k = writers.shape[2]
+    block_k, block_r = max(2, next_power_of_2(k)), max(2, next_power_of_2(rank))
+    device = device_of(up)
+    # Some parts a layer, so that few layers fill the device too; each at least a few tiles.
+    rows = max(1, 4096 // (block_k * max(block_k, block_r)))
+    parts = max(1, min(ceil_div(2 * device.multiprocessors, layers), ceil_div(hidden, 8 * rows)))
+    part = ceil_div(ceil_div(hidden, parts), rows) * rows
+    parts = ceil_div(hidden, part)
+    partial = torch.empty(layers, parts, k * (k + rank), dtype=torch.float64, device=up.device)
+    solution = torch.empty(layers, k, rank, dtype=torch.float64, device=up.device)
+    out = torch.empty_like(up, memory_format=torch.contiguous_format)
+    launch(
+        gram_kernel, (layers, parts), writers, up, partial, hidden, part, K=k, R=rank, device=up.device,
+        schedule=OrthogonalSchedule({"BLOCK_D": rows, "BLOCK_K": block_k, "BLOCK_R": block_r}, 8),
+    )  # fmt: skip
+    narrow = min(block_r, 32)
+    launch(
+        solve_kernel, (layers, ceil_div(rank, narrow)), partial, solution, parts, _EPS, K=k, R=rank, device=up.device,
+        schedule=OrthogonalSchedule({"BLOCK_K": block_k, "BLOCK_R": narrow}, 8 if block_k > 16 else 4),
+    )  # fmt: skip
+    launch(
+        apply_kernel, (layers, ceil_div(hidden, 64), ceil_div(rank, narrow)), writers, up, solution, out, hidden,
+        K=k, R=rank, device=up.device, schedule=OrthogonalSchedule({"BLOCK_D": 64, "BLOCK_R": narrow}),
+    )  # fmt: skip
+    return out
+
+
+# -------------------------------------------------------------------------------------------------------- plain torch
+
+
+def _directions(gram: Tensor) -> Tensor:
+    """T (L, k, k), float64, for which the columns of B T are orthonormal or zero, from G = BᵀB (L, k, k)."""
+    k = gram.shape[-1]
+    squares = gram.diagonal(dim1=1, dim2=2)
+    kept = squares > squares.amax(1, keepdim=True) * _EPS**2
+    unit = torch.where(kept, squares.rsqrt(), 0.0)
+    rest = gram * unit.unsqueeze(2) * unit.unsqueeze(1)
+    coefficients = torch.diag_embed(kept.to(gram.dtype))
+    found = []
+    for _ in range(k):
+        left, pivot = rest.diagonal(dim1=1, dim2=2).max(1, keepdim=True)
+        length = torch.where(left > k * _EPS**2, left.rsqrt(), 0.0)  # 0: no direction is left
+        index = pivot.unsqueeze(2)
+        q = coefficients.gather(2, index.expand(-1, k, 1)).squeeze(2) * length
+        w = rest.gather(1, index.expand(-1, 1, k)).squeeze(1) * length
+        found.append(q * unit)
+        spent = torch.zeros_like(kept).scatter_(1, pivot, True)
+        coefficients = torch.baddbmm(coefficients, q.unsqueeze(2), w.unsqueeze(1), alpha=-1)
+        coefficients.masked_fill_(spent.unsqueeze(1), 0.0)
+        rest = torch.baddbmm(rest, w.unsqueeze(2), w.unsqueeze(1), alpha=-1)
+        rest.masked_fill_(spent.unsqueeze(1) | spent.unsqueeze(2), 0.0)
+    return torch.stack(found, 2)
+
+
+def _torch_project(up: Tensor, writers: Tensor) -> Tensor:
+    wide = writers.double()
+    small = torch.bmm(wide.transpose(1, 2), torch.cat([wide, up.double()], 2))
+    gram, along = small.split([writers.shape[2], up.shape[2]], 2)
+    directions = _directions(gram)
+    solution = directions @ (directions.transpose(1, 2) @ along)
+    # A writer that is not finite must not pass for one that writes nothing.
+    solution += gram.diagonal(dim1=1, dim2=2).sum(1).mul(0.0)[:, None, None]
+    taken = torch.bmm(wide, solution)
+    return torch.where(taken == 0, up, (up.double() - taken).to(up.dtype))
+
+
+# --------------------------------------------------------------------------------------------- autograd, caller's part
+
+_PROJECT = {"triton": _triton_project, "torch": _torch_project}
+
+
+class _ProjectOut(torch.autograd.Function):
+    """A projection is its own adjoint: the gradient of W2 is that of W2', projected. V is a constant of the step."""
+
+    @staticmethod
+    def forward(ctx: Any, up: Tensor, writers: Tensor) -> Tensor:
+        ctx.save_for_backward(writers)
+        return _PROJECT[select_backend(up.device)](up, writers)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (writers,) = ctx.saved_tensors
+        return _PROJECT[select_backend(grad.device)](grad.contiguous(), writers), None
+
+
+def _check(up: Tensor, writers: Tensor) -> None:
+    if up.dim() != 3:
+        raise ValueError(f"up has shape {tuple(up.shape)}; expected (layers, d, r)")
+    layers, hidden, rank = up.shape
+    if writers.dim() != 3 or writers.shape[:2] != up.shape[:2]:
+        raise ValueError(f"writers has shape {tuple(writers.shape)}; expected ({layers}, {hidden}, k)")
+    k = writers.shape[2]
+    if not 1 <= k <= MAX_WRITERS or k >= hidden:
+        raise ValueError(f"writers has {k} columns; expected 1 to {MAX_WRITERS}, and fewer than d = {hidden}")
+    if not 1 <= rank <= 256:
+        raise ValueError(f"up has rank {rank}; expected 1 to 256")
+    if writers.device != up.device:
+        raise ValueError(f"writers is on {writers.device}; expected {up.device}, the device of up")
+    for name, tensor in (("up", up), ("writers", writers)):
+        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise TypeError(f"{name} has dtype {tensor.dtype}; expected float32, bfloat16 or float16")
+
+
+def project_out(up: Tensor, writers: Tensor) -> Tensor:
+    """W2' = (I − V Vᵀ) W2 for every layer, V an orthonormal basis of the writers' columns (arXiv 2603.00425, §5.2).
+
+    Differentiable in `up`, whose gradient is projected alike; the writers are constants. ‖BᵀW2'‖ is at most
+    1e-5 ‖B‖ ‖W2‖ (Frobenius) in float32 for every B, up to rounding of W2' itself in a narrower dtype.
+
+    Args:
+        up: W2 of every layer, (L, d, r), r at most 256; float32, bfloat16 or float16.
+        writers: B of every layer, (L, d, k), k at most 64, several LoRAs side by side; a layer with fewer columns is
+            filled up with zeros. Finite: a NaN or infinity makes its layer's result one.
+
+    Returns:
+        (L, d, r), contiguous, in the dtype of `up`; layers with B = 0 to the bit as they were.
+
+    Raises:
+        ValueError: a shape or device that does not fit.
+        TypeError: a dtype that it does not take.
+    """
+    _check(up, writers)
+    return _ProjectOut.apply(up.contiguous(), writers.detach().contiguous())
+
+
+def column_space(writers: Tensor) -> Tensor:
+    """V (L, d, k), float32: an orthonormal basis of each layer's column space, as columns; zeros beyond its rank.
+
+    Args:
+        writers: B (L, d, k), as `project_out` takes it.
+
+    Raises:
+        ValueError, TypeError: as `project_out`.
+    """
+    _check(writers[..., :1], writers)
+    basis = writers.detach().double()
+    for _ in range(2):  # the second time for the digits that an ill-conditioned Gram matrix has lost
+        basis = basis @ _directions(basis.transpose(1, 2) @ basis)
+    return basis.float()
