@@ -30,8 +30,8 @@ GEOMETRIES: dict[str, tuple[str, dict[str, Any]]] = {
     }),
     # Not a real one: small enough for a CPU.
     "small": ("llama", {
-        "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 4, "num_attention_heads": 8,
-        "num_key_value_heads": 4, "head_dim": 64, "vocab_size": 512,
+        "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 512,
     }),
 }  # fmt: skip
 REAL = ("gemma-3-1b", "Llama-3.2-1B", "Qwen3-4B", "Llama-3.1-8B")

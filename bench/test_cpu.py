@@ -10,8 +10,8 @@ from bench.contenders import MODEL_CONTENDERS, absent
 from bench.geometries import ModelCase
 
 CPU = torch.device("cpu")
-CASE = ModelCase("small", 0, batch=8, length=128, dtype="float32")
-PAIRS = 30
+CASE = ModelCase("small", 0, batch=32, length=128, dtype="float32")
+PAIRS = 60
 
 
 @pytest.fixture(autouse=True)

@@ -64,6 +64,18 @@ def test_every_contender_of_the_op_is_timed_in_turn(what):
     assert not any(row.replayed for row in rows) and {row.launches for row in rows} == {None}
 
 
+def test_the_run_itself_runs_on_the_kernels(monkeypatch):
+    """In the interpreter, where there is no GPU: its step of the op, checked against float64 before it is timed."""
+    monkeypatch.setenv("FUSED_STEER_BACKEND", "triton")
+    where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for what in levels.OP_PASSES:
+        rows = levels.measure_op(OpCase(17, 32, 4, basis=2, dtype="float32"), what, where, ["fused", "hook"], rounds=1)
+        assert [(row.contender, row.status, len(row.samples)) for row in rows] == [
+            ("fused", "ok", 1),
+            ("hook", "ok", 1),
+        ]
+
+
 @pytest.mark.parametrize("what", ["train", "prefill", "decode"])
 def test_models_are_steered_run_and_counted(what):
     rows = levels.measure_model(MODEL, what, CPU, ["unsteered", "fused", "hook", "lora"], rounds=2)
