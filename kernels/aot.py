@@ -25,6 +25,7 @@ from triton.compiler import ASTSource
 from .contract import Needs
 from .launch import Launch, recorded
 from .numerics import INTERPRETED
+from .orthogonal import _triton_project
 from .post_block import _triton_backward, _triton_forward
 from .schedule import TARGETS, ceil_div
 
@@ -48,7 +49,7 @@ GPUS: dict[str, tuple[str, float]] = {
 #: The arguments of the kernels that are a hidden state's size, N x d.
 _HIDDEN_STATES = frozenset({"p_residual", "p_branch", "p_out", "p_grad", "p_dx"})
 
-_POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+_POINTERS = {torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,22 @@ def record_passes(case: Case, target: str) -> dict[str, list[Launch]]:
 def record(case: Case, target: str) -> list[Launch]:
     """The launches of `record_passes`, one after the other."""
     return [launch for launches in record_passes(case, target).values() for launch in launches]
+
+
+def record_projection(
+    layers: int, hidden: int, rank: int, writers: int, dtype: torch.dtype, target: str
+) -> list[Launch]:
+    """The launches of `project_out` for up (layers, hidden, rank) in float32 and writers (layers, hidden, writers).
+
+    Raises:
+        ValueError: an unknown target.
+    """
+    if target not in TARGETS:
+        raise ValueError(f"target is {target!r}; expected one of {', '.join(TARGETS)}")
+    up = torch.empty(layers, hidden, rank, device="meta")
+    with recorded(TARGETS[target]) as launches:
+        _triton_project(up, torch.empty(layers, hidden, writers, dtype=dtype, device="meta"))
+    return launches
 
 
 def hidden_states(launch: Launch) -> dict[str, torch.Tensor]:

@@ -1,6 +1,7 @@
 """Compiles launches for GPUs in a process of its own, where kernels are not interpreted. Prints a JSON line for each.
 
-Reads cases from standard input: a JSON list of [target, dtype, hidden, rank, tokens, flags]. Cases that share a kernel
+Reads cases from standard input: a JSON list of [target, dtype, hidden, rank, tokens, flags]; those whose
+flags have writers are of `project_out`, the others of `post_block`. Cases that share a kernel
 have it compiled once.
 """
 
@@ -10,12 +11,22 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 
 import torch
-from fused_steer.kernels.aot import Case, Resources, compilation, compile_launch, hidden_states, record
+from fused_steer.kernels.aot import (
+    Case,
+    Resources,
+    compilation,
+    compile_launch,
+    hidden_states,
+    record,
+    record_projection,
+)
 from fused_steer.kernels.launch import Launch
 
 
 def launches(case: list) -> list[Launch]:
     target, dtype, hidden, rank, tokens, flags = case
+    if "writers" in flags:
+        return record_projection(flags["layers"], hidden, rank, flags["writers"], getattr(torch, dtype), target)
     return record(Case(tokens, hidden, rank, getattr(torch, dtype), **flags), target)
 
 
