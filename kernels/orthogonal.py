@@ -203,8 +203,6 @@ def _torch_project(up: Tensor, writers: Tensor) -> Tensor:
     gram, along = small.split([writers.shape[2], up.shape[2]], 2)
     directions = _directions(gram)
     solution = directions @ (directions.transpose(1, 2) @ along)
-    # A writer that is not finite must not pass for one that writes nothing.
-    solution += gram.diagonal(dim1=1, dim2=2).sum(1).mul(0.0)[:, None, None]
     taken = torch.bmm(wide, solution)
     return torch.where(taken == 0, up, (up.double() - taken).to(up.dtype))
 
