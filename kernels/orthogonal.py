@@ -28,6 +28,7 @@ from .schedule import ceil_div, next_power_of_2
 
 MAX_WRITERS = 64  # k, all writers of a layer together
 _EPS = torch.finfo(torch.float32).eps
+_FEW_ELEMENTS = 1 << 18  # that plain PyTorch holds in float64 at a time: 2 MiB
 
 # ----------------------------------------------------------------------------------------------------------- kernels
 
@@ -198,13 +199,23 @@ def _directions(gram: Tensor) -> Tensor:
 
 
 def _torch_project(up: Tensor, writers: Tensor) -> Tensor:
-    wide = writers.double()
-    small = torch.bmm(wide.transpose(1, 2), torch.cat([wide, up.double()], 2))
-    gram, along = small.split([writers.shape[2], up.shape[2]], 2)
+    layers, hidden, rank = up.shape
+    k = writers.shape[2]
+    # A few layers at a time: float64 copies of all of them are memory that has to be mapped anew in every call.
+    few = max(1, _FEW_ELEMENTS // (hidden * (k + rank)))
+    parts = [slice(start, start + few) for start in range(0, layers, few)]
+    small = []
+    for part in parts:
+        wide = writers[part].double()
+        small.append(torch.bmm(wide.transpose(1, 2), torch.cat([wide, up[part].double()], 2)))
+    gram, along = torch.cat(small).split([k, rank], 2)
     directions = _directions(gram)
     solution = directions @ (directions.transpose(1, 2) @ along)
-    taken = torch.bmm(wide, solution)
-    return torch.where(taken == 0, up, (up.double() - taken).to(up.dtype))
+    out = torch.empty_like(up)
+    for part in parts:
+        taken = torch.bmm(writers[part].double(), solution[part])
+        out[part] = torch.where(taken == 0, up[part], (up[part].double() - taken).to(up.dtype))
+    return out
 
 
 # --------------------------------------------------------------------------------------------- autograd, caller's part

@@ -144,6 +144,14 @@ def test_same_inputs_same_bits_and_strided_input(device):
     assert torch.equal(projected, project_out(up.contiguous(), writers.contiguous()))
 
 
+def test_a_few_layers_at_a_time_are_all_layers(monkeypatch):
+    monkeypatch.setenv("FUSED_STEER_BACKEND", "torch")
+    up, writers = normal(5, 64, 4, seed=2), normal(5, 64, 6)
+    whole = project_out(up, writers)
+    monkeypatch.setattr("fused_steer.kernels.orthogonal._FEW_ELEMENTS", 2 * 64 * 10)  # two, two, one
+    torch.testing.assert_close(project_out(up, writers), whole, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("condition", [1.0, 1e6])
 def test_the_basis_is_orthonormal_and_projects_alike(condition):
     writers, up = conditioned(96, 8, condition), normal(LAYERS, 96, 4, seed=2)
