@@ -44,9 +44,11 @@ class Operands:
             self.residual, self.branch, self.grad, self.down.to(dtype), self.up.to(dtype), basis, self.activation
         )
 
-    def leaves(self) -> list[Tensor]:
-        """Those whose gradients are asked for, made to require them; the hidden state stands for both of its parts."""
-        return [t.detach().requires_grad_() for t in (self.residual, self.down, self.up)]
+    def with_leaves(self) -> tuple[Operands, list[Tensor]]:
+        """The same, and those of them whose gradients are asked for; the residual stands for the branch too."""
+        leaves = [t.detach().requires_grad_() for t in (self.residual, self.down, self.up)]
+        residual, down, up = leaves
+        return Operands(residual, self.branch, self.grad, down, up, self.basis, self.activation), leaves
 
 
 @functools.lru_cache(maxsize=8)
@@ -141,18 +143,26 @@ def plain(case: OpCase, contender: OpContender, x: Operands) -> Operands:
     return x if contender.master_weights else x.weights_in(DTYPES[case.dtype])
 
 
-def op_error(case: OpCase, contender: OpContender, device: torch.device) -> tuple[float, float]:
-    """Relative error of the contender's output and of the eager hook's, both against the hook in float64."""
+def op_errors(case: OpCase, contender: OpContender, device: torch.device, gradients: bool) -> list[tuple[float, float]]:
+    """Relative errors of the contender's output and, with `gradients`, of those of residual, W1 and W2; each beside the
+    eager hook's. The truth is the hook in float64."""
     x = make_operands(case, device, seed=1)
     wide = {name: value.double() for name, value in vars(x).items() if isinstance(value, Tensor)}
-    truth = hook(Operands(**{**vars(x), **wide}))
 
-    def error(of: OpContender) -> float:
-        with torch.no_grad():
-            out = of.call()(plain(case, of, x))
-        return float((out.double() - truth).norm() / truth.norm())
+    def results(function: Callable[[Operands], Tensor], operands: Operands) -> list[Tensor]:
+        if not gradients:
+            with torch.no_grad():
+                return [function(operands)]
+        operands, leaves = operands.with_leaves()
+        out = function(operands)
+        return [out.detach(), *torch.autograd.grad(out, leaves, operands.grad)]
 
-    return error(contender), error(OP_CONTENDERS["hook"])
+    truth = results(hook, Operands(**{**vars(x), **wide}))
+    ours, theirs = (
+        [float((value.double() - true).norm() / true.norm()) for value, true in zip(values, truth, strict=True)]
+        for values in (results(of.call(), plain(case, of, x)) for of in (contender, OP_CONTENDERS["hook"]))
+    )
+    return list(zip(ours, theirs, strict=True))
 
 
 # -------------------------------------------------------------------------------------------------------------- model

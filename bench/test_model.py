@@ -26,8 +26,7 @@ def test_model(benchmark, device, what: str, case: ModelCase, name: str) -> None
     timed = timing.Timed(name, [prepared.call])
     timed.prepare(device, graph=what == "decode-graph")
     benchmark.group = f"{what} {case}"
-    setup = None if prepared.reset is None else lambda: prepared.reset()
-    benchmark.pedantic(timed.sample, args=(device,), rounds=10, setup=setup)
+    benchmark.pedantic(timed.sample, args=(device,), rounds=10, setup=prepared.reset)
     benchmark.extra_info |= {"case": asdict(case), "contender": name, "seconds a call": timed.samples}
     if what == "train":
         benchmark.extra_info["bytes kept"] = levels.kept_bytes(case, prepared.model, device)

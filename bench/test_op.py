@@ -18,7 +18,7 @@ from bench.geometries import OpCase, op_grid
 @pytest.mark.parametrize("name", OP_CONTENDERS)
 def test_op(benchmark, device, name: str, case: OpCase, what: str) -> None:
     contender = OP_CONTENDERS[name]
-    assert levels.check_op(case, [name], device) == {}
+    assert levels.check_op(case, what, [name], device) == {}
     units = 2 if what == "forward" else 3
     count = timing.input_sets(units * case.unit_bytes, levels.l2_bytes(device))
     sets = [levels.make_operands(case, device, seed) for seed in range(count)]

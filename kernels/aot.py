@@ -27,7 +27,7 @@ from .launch import Launch, recorded
 from .numerics import INTERPRETED
 from .orthogonal import _triton_project
 from .post_block import _triton_backward, _triton_forward
-from .schedule import TARGETS, ceil_div
+from .schedule import TARGETS, Device, ceil_div
 
 _GPU_TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -100,14 +100,19 @@ class Resources:
     local_accesses: int
 
 
+def _device(target: str) -> Device:
+    if target not in TARGETS:
+        raise ValueError(f"target is {target!r}; expected one of {', '.join(TARGETS)}")
+    return TARGETS[target]
+
+
 def record_passes(case: Case, target: str) -> dict[str, list[Launch]]:
     """The launches of one forward and one full backward pass of `case` on `target`, by pass, in order.
 
     Raises:
         ValueError: an unknown target.
     """
-    if target not in TARGETS:
-        raise ValueError(f"target is {target!r}; expected one of {', '.join(TARGETS)}")
+    device = _device(target)
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -128,11 +133,11 @@ def record_passes(case: Case, target: str) -> dict[str, list[Launch]]:
     needs = Needs(
         True, low_rank, low_rank, down_bias is not None, up_bias is not None, case.gain or case.scale_on_device
     )
-    with recorded(TARGETS[target]) as forward:
+    with recorded(device) as forward:
         out, a = _triton_forward(
             hidden_state(), branch, down, up, down_bias, up_bias, gain, scale, case.activation, low_rank
         )
-    with recorded(TARGETS[target]) as backward:
+    with recorded(device) as backward:
         _triton_backward(hidden_state(), out, a, down, up, up_bias, gain, scale, case.activation, needs)
     return {"forward": forward, "backward": backward}
 
@@ -150,10 +155,9 @@ def record_projection(
     Raises:
         ValueError: an unknown target.
     """
-    if target not in TARGETS:
-        raise ValueError(f"target is {target!r}; expected one of {', '.join(TARGETS)}")
+    device = _device(target)
     up = torch.empty(layers, hidden, rank, device="meta")
-    with recorded(TARGETS[target]) as launches:
+    with recorded(device) as launches:
         _triton_project(up, torch.empty(layers, hidden, writers, dtype=dtype, device="meta"))
     return launches
 

@@ -484,10 +484,11 @@ def _forward(
     keep_a: bool,
 ) -> tuple[Tensor, Tensor | None]:
     with _no_autocast(residual.device):
+        backend = select_backend(residual.device)
+        _check_backend(backend, residual, branch, down, up, down_bias, up_bias, gain, basis, scale)
         if basis is not None and up is not None:
             up = project(up, basis)
-        run = _FORWARD[select_backend(residual.device)]
-        return run(residual, branch, down, up, down_bias, up_bias, gain, scale, activation, keep_a)
+        return _FORWARD[backend](residual, branch, down, up, down_bias, up_bias, gain, scale, activation, keep_a)
 
 
 def _backward(
@@ -676,7 +677,8 @@ def _differentiate(ctx: Any, grad: Tensor | None, run: Any) -> tuple[Tensor | No
 class _PostBlock(torch.autograd.Function):
     """The op in eager mode."""
 
-    # With a `setup_context` of its own, PyTorch binds the arguments to a signature in every call: 30 µs of host time.
+    # With a `setup_context` of its own, PyTorch would bind the arguments to a signature in every call, which takes the
+    # host longer than the rest of it.
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor | None]:
         output = _eager_forward(*inputs)
@@ -770,8 +772,8 @@ def _check(
         raise TypeError(f"scale is a {type(scale).__name__}; expected a float or a 0-dim tensor")
 
 
-def _check_backend(backend: str, *tensors: Tensor | None) -> None:
-    if backend == "triton" and any(t is not None and t.dtype == torch.float64 for t in tensors):
+def _check_backend(backend: str, *operands: Tensor | float | None) -> None:
+    if backend == "triton" and any(isinstance(t, Tensor) and t.dtype == torch.float64 for t in operands):
         raise TypeError("the triton backend got a float64 tensor; expected float32, bfloat16 or float16")
 
 
@@ -828,5 +830,4 @@ def post_block(
     inputs = (*differentiated, basis, s, activation, wanted and rank > 0)
     if torch.compiler.is_compiling():
         return torch.ops.fused_steer.post_block(*inputs)[0]
-    _check_backend(select_backend(residual.device), *inputs[:9])
     return (_PostBlock.apply(*inputs) if wanted else _eager_forward(*inputs))[0]

@@ -121,10 +121,10 @@ def backward(
         up = up.to(acc)
         phi_a = phi(a)
         if needs.up:
-            # As an r x d product: BLAS takes three to five times as long for the d x r one.
+            # As an r x d product: BLAS is several times slower at the d x r one.
             result.up = torch.mm(_scaled(phi_a, strength).t(), g).t().contiguous()
         if needs.x or needs.down or needs.down_bias or needs.row_dot:
-            gz = torch.mm(g, up.t().contiguous().t())  # twice as fast as with up as it lies, and it is small
+            gz = torch.mm(g, up.t().contiguous().t())  # BLAS is quicker so, and up is small
             if needs.row_dot:
                 row_dot = (phi_a * gz).sum(1)
             if needs.x or needs.down or needs.down_bias:

@@ -101,28 +101,45 @@ def test_backward_and_forward_of_the_fused_op_are_its_gradients():
     assert not torch.equal(alone[0]()[0], alone[1]()[0])
 
 
-class _Large(TorchDispatchMode):
-    """Counts the operations that touch as many elements as a hidden state has."""
+class _Counter(TorchDispatchMode):
+    """Counts operations other than views; those that touch tensors of a hidden state's size, and how many of these."""
 
     def __init__(self, numel: int) -> None:
         super().__init__()
-        self.numel, self.count = numel, 0
+        self.numel, self.launches, self.large, self.units = numel, 0, 0, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        tensors = [t for t in (*args, out) if isinstance(t, torch.Tensor)]
-        self.count += any(t.numel() >= self.numel for t in tensors)
+        if not func.is_view and func is not torch.ops.aten.detach.default:
+            units = sum(isinstance(t, torch.Tensor) and t.numel() >= self.numel for t in (*args, out))
+            self.launches += 1
+            self.large += units > 0
+            self.units += units
         return out
+
+
+def test_the_hook_launches_and_moves_what_readme_says():
+    n, d = 512, 64
+    x, leaves = contenders.make_operands(OpCase(n, d, 4, dtype="float32"), CPU).with_leaves()
+    with _Counter(n * d) as forward:
+        out = contenders.hook(x)
+    with _Counter(n * d) as backward:
+        torch.autograd.grad(out, leaves, x.grad)
+    assert (forward.units, forward.launches) == (8, 5)
+    assert (backward.units, backward.launches) == (7, 6)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "| forward | 3 (read residual and branch, write out) | 8 | 1 / 5 |" in readme
+    assert "| backward | 4 (read G; read G and out, write dx) | 7 | 2 and one small reduction / 6 |" in readme
 
 
 def test_a_basis_costs_nothing_of_the_hidden_states_size():
     def large(basis: int) -> int:
         case = OpCase(512, 64, 4, basis=basis, dtype="float32")
         x = contenders.make_operands(case, CPU)
-        with _Large(512 * 64) as counter:
+        with _Counter(512 * 64) as counter:
             for what in ("forward", "both"):
                 levels.op_calls(case, what, OP_CONTENDERS["fused"], [x])[0]()
-        return counter.count
+        return counter.large
 
     assert large(0) == large(8) > 0
 
@@ -147,6 +164,26 @@ def test_a_contender_that_is_wrong_or_fails_has_no_time_and_the_others_have(func
     rows = {r.contender: r for r in levels.measure_op(OP, "forward", CPU, ["fused", "fused-again", "hook"], rounds=2)}
     assert rows["fused"].status.startswith(status) and rows["fused-again"].status.startswith(status)
     assert not rows["fused"].samples and rows["hook"].status == "ok" and len(rows["hook"].samples) == 2
+
+
+class _WrongGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 1.01 * grad
+
+
+def test_a_contender_with_a_wrong_gradient_has_no_backward_time(monkeypatch):
+    contender = dataclasses.replace(
+        OP_CONTENDERS["fused"], call=lambda: lambda x: _WrongGradient.apply(contenders.fused(x))
+    )
+    monkeypatch.setitem(OP_CONTENDERS, "fused", contender)
+    status = {what: levels.measure_op(OP, what, CPU, ["fused"], rounds=1)[0].status for what in levels.OP_PASSES}
+    assert status["forward"] == "ok"
+    assert status["backward"].startswith("wrong: relative error 1.") and status["both"].startswith("wrong")
 
 
 def test_a_model_that_is_wrong_has_no_time(monkeypatch):
