@@ -25,7 +25,7 @@ from triton.compiler import ASTSource
 from .contract import Needs
 from .launch import Launch, recorded
 from .numerics import INTERPRETED
-from .orthogonal import _triton_project
+from .orthogonal import _triton_basis, _triton_project
 from .post_block import _triton_backward, _triton_forward
 from .schedule import TARGETS, Device, ceil_div
 
@@ -150,15 +150,19 @@ def record(case: Case, target: str) -> list[Launch]:
 def record_projection(
     layers: int, hidden: int, rank: int, writers: int, dtype: torch.dtype, target: str
 ) -> list[Launch]:
-    """The launches of `project_out` for up (layers, hidden, rank) in float32 and writers (layers, hidden, writers).
+    """The launches of `project_out` for up (layers, hidden, rank) in float32 and writers (layers, hidden, writers), or
+    with rank 0 those of `column_space`.
 
     Raises:
         ValueError: an unknown target.
     """
     device = _device(target)
-    up = torch.empty(layers, hidden, rank, device="meta")
+    b = torch.empty(layers, hidden, writers, dtype=dtype, device="meta")
     with recorded(device) as launches:
-        _triton_project(up, torch.empty(layers, hidden, writers, dtype=dtype, device="meta"))
+        if rank:
+            _triton_project(torch.empty(layers, hidden, rank, device="meta"), b)
+        else:
+            _triton_basis(b)
     return launches
 
 

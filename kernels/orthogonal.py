@@ -4,7 +4,8 @@
 
 for L layers, W2 = up (d, r), B = writers (d, k), k <= 64. No singular value decomposition: with G = BᵀB and C = BᵀW2,
 both small and summed in float64, V = B T for a k × k matrix T, and W2' = W2 − B T Tᵀ C. T comes from Gram–Schmidt with
-pivoting, carried out on the coefficients: a residual column B c has the squared norm cᵀ G c.
+pivoting, carried out on the coefficients: a residual column B c has the squared norm cᵀ G c. The same three kernels
+give V itself, where its coefficients T are asked for in the place of T Tᵀ C.
 
 What is a direction and what is noise: a column is nothing beside one 1/eps times as long, and a column is a combination
 of others if what they leave of it is below √k · eps of its length, eps that of float32. B = 0, LoRA's initial state,
@@ -28,6 +29,7 @@ from .schedule import ceil_div, next_power_of_2
 
 MAX_WRITERS = 64  # k, all writers of a layer together
 _EPS = torch.finfo(torch.float32).eps
+_ROUNDS = 2  # of orthonormalising: the second restores the digits that an ill-conditioned Gram matrix has lost
 _FEW_ELEMENTS = 1 << 18  # that plain PyTorch holds in float64 at a time: 2 MiB
 
 # ----------------------------------------------------------------------------------------------------------- kernels
@@ -39,7 +41,7 @@ def gram_kernel(
     D, part, K: tl.constexpr, R: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums of G = BᵀB and C = BᵀW2 over a part of the rows. Grid (layers, parts). No atomics."""
+    """Partial sums of G = BᵀB and, with R > 0, C = BᵀW2 over a part of the rows. Grid (layers, parts). No atomics."""
     layer = tl.program_id(0).to(tl.int64)
     ks = tl.arange(0, BLOCK_K)
     rs = tl.arange(0, BLOCK_R)
@@ -52,15 +54,19 @@ def gram_kernel(
         offsets = (layer * D + rows)[:, None]
         # [BLOCK_D, BLOCK_K], [BLOCK_D, BLOCK_R]
         b = tl.load(p_writers + offsets * K + ks[None, :], mask=m_rows & (ks[None, :] < K), other=0.0)
-        u = tl.load(p_up + offsets * R + rs[None, :], mask=m_rows & (rs[None, :] < R), other=0.0)
+        if R > 0:
+            u = tl.load(p_up + offsets * R + rs[None, :], mask=m_rows & (rs[None, :] < R), other=0.0)
         b = b.to(tl.float32).to(tl.float64)
-        u = u.to(tl.float32).to(tl.float64)
+        if R > 0:
+            u = u.to(tl.float32).to(tl.float64)
         gram += tl.sum(b[:, :, None] * b[:, None, :], 0)
-        along += tl.sum(b[:, :, None] * u[:, None, :], 0)
+        if R > 0:
+            along += tl.sum(b[:, :, None] * u[:, None, :], 0)
     p_partial += (layer * tl.num_programs(1) + tl.program_id(1)) * K * (K + R)
     m_ks = ks[:, None] < K
     tl.store(p_partial + ks[:, None] * K + ks[None, :], gram, mask=m_ks & (ks[None, :] < K))
-    tl.store(p_partial + K * K + ks[:, None] * R + rs[None, :], along, mask=m_ks & (rs[None, :] < R))
+    if R > 0:
+        tl.store(p_partial + K * K + ks[:, None] * R + rs[None, :], along, mask=m_ks & (rs[None, :] < R))
 
 
 @triton.jit
@@ -68,18 +74,20 @@ def solve_kernel(
     p_partial, p_solution, parts, eps,
     K: tl.constexpr, R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """S = T Tᵀ C (k, r), what W2' = W2 − B S takes off. Grid (layers, blocks of r)."""
+    """S = T Tᵀ C (k, r), what W2' = W2 − B S takes off; with R = 0, T (k, k). Grid (layers, blocks of its columns)."""
     layer = tl.program_id(0).to(tl.int64)
+    COLUMNS: tl.constexpr = R if R > 0 else K
     ks = tl.arange(0, BLOCK_K)
     rs = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     m_gram = (ks[:, None] < K) & (ks[None, :] < K)
-    m_along = (ks[:, None] < K) & (rs[None, :] < R)
+    m_solution = (ks[:, None] < K) & (rs[None, :] < COLUMNS)
     gram = tl.zeros([BLOCK_K, BLOCK_K], tl.float64)
     along = tl.zeros([BLOCK_K, BLOCK_R], tl.float64)
     for number in range(0, parts):
         p_part = p_partial + (layer * parts + number) * K * (K + R)
         gram += tl.load(p_part + ks[:, None] * K + ks[None, :], mask=m_gram, other=0.0)
-        along += tl.load(p_part + K * K + ks[:, None] * R + rs[None, :], mask=m_along, other=0.0)
+        if R > 0:
+            along += tl.load(p_part + K * K + ks[:, None] * R + rs[None, :], mask=m_solution, other=0.0)
 
     diagonal = ks[:, None] == ks[None, :]
     squares = tl.sum(tl.where(diagonal, gram, 0.0), 0)
@@ -90,7 +98,7 @@ def solve_kernel(
     coefficients = tl.where(diagonal & kept[None, :], 1.0, 0.0).to(tl.float64)
     solution = tl.zeros([BLOCK_K, BLOCK_R], tl.float64)
     least = K * eps * eps
-    for _ in range(0, K):
+    for number in range(0, K):
         left = tl.max(tl.sum(tl.where(diagonal, rest, 0.0), 0), 0)
         if left > least:
             lengths = tl.sum(tl.where(diagonal, rest, 0.0), 0)
@@ -98,35 +106,41 @@ def solve_kernel(
             # A direction B q of length 1, and what of every residual lies along it.
             q = tl.sum(tl.where(ks[None, :] == pivot, coefficients, 0.0), 1) / tl.sqrt(left)
             w = tl.sum(tl.where(ks[:, None] == pivot, rest, 0.0), 0) / tl.sqrt(left)
-            solution += q[:, None] * tl.sum(q[:, None] * along, 0)[None, :]
+            if R > 0:
+                solution += q[:, None] * tl.sum(q[:, None] * along, 0)[None, :]
+            else:
+                solution = tl.where((rs == number)[None, :], q[:, None], solution)
             spent = (ks == pivot)[None, :]
             coefficients = tl.where(spent, 0.0, coefficients - q[:, None] * w[None, :])
             rest = tl.where(spent | (ks == pivot)[:, None], 0.0, rest - w[:, None] * w[None, :])
     # A writer that is not finite must not pass for one that writes nothing.
     solution = solution * unit[:, None] + tl.sum(squares, 0) * 0.0
-    tl.store(p_solution + layer * K * R + ks[:, None] * R + rs[None, :], solution, mask=m_along)
+    tl.store(p_solution + (layer * K + ks[:, None]) * COLUMNS + rs[None, :], solution, mask=m_solution)
 
 
 @triton.jit
 def apply_kernel(
     p_writers, p_up, p_solution, p_out,
-    D, K: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+    D, K: tl.constexpr, R: tl.constexpr, HAS_UP: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """W2' = W2 − B S. Grid (layers, blocks of d, blocks of r)."""
+    """W2' = W2 − B S; without W2, B S. Grid (layers, blocks of d, blocks of r)."""
     layer = tl.program_id(0).to(tl.int64)
     rows = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     rs = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
     m_rows = rows < D
     mask = m_rows[:, None] & (rs[None, :] < R)
     offsets = layer * D + rows
-    up = tl.load(p_up + offsets[:, None] * R + rs[None, :], mask=mask, other=0.0).to(tl.float32)
     taken = tl.zeros([BLOCK_D, BLOCK_R], tl.float64)
     for k in range(0, K):
         b = tl.load(p_writers + offsets * K + k, mask=m_rows, other=0.0).to(tl.float32).to(tl.float64)
         s = tl.load(p_solution + (layer * K + k) * R + rs, mask=rs < R, other=0.0)
         taken += b[:, None] * s[None, :]
-    # Nothing taken leaves the very bits.
-    out = tl.where(taken == 0.0, up, (up.to(tl.float64) - taken).to(tl.float32))
+    if HAS_UP:
+        up = tl.load(p_up + offsets[:, None] * R + rs[None, :], mask=mask, other=0.0).to(tl.float32)
+        # Nothing taken leaves the very bits.
+        out = tl.where(taken == 0.0, up, (up.to(tl.float64) - taken).to(tl.float32))
+    else:
+        out = taken.to(tl.float32)
     store(p_out + offsets[:, None] * R + rs[None, :], out, mask)
 
 
@@ -142,33 +156,60 @@ class OrthogonalSchedule:
     num_stages: int = 1
 
 
-def _triton_project(up: Tensor, writers: Tensor) -> Tensor:
-    layers, hidden, rank = up.shape
-    k = writers.shape[2]
+def _triton_solve(writers: Tensor, up: Tensor | None) -> Tensor:
+    """S (L, k, r), or without `up` T (L, k, k), float64, in two launches."""
+    layers, hidden, k = writers.shape
+    rank = 0 if up is None else up.shape[2]
+    columns = rank or k
     block_k, block_r = max(2, next_power_of_2(k)), max(2, next_power_of_2(rank))
-    device = device_of(up)
+    device = device_of(writers)
     # Some parts a layer, so that few layers fill the device too; each at least a few tiles.
     rows = max(1, 4096 // (block_k * max(block_k, block_r)))
     parts = max(1, min(ceil_div(2 * device.multiprocessors, layers), ceil_div(hidden, 8 * rows)))
     part = ceil_div(ceil_div(hidden, parts), rows) * rows
     parts = ceil_div(hidden, part)
-    partial = torch.empty(layers, parts, k * (k + rank), dtype=torch.float64, device=up.device)
-    solution = torch.empty(layers, k, rank, dtype=torch.float64, device=up.device)
-    out = torch.empty_like(up, memory_format=torch.contiguous_format)
+    partial = torch.empty(layers, parts, k * (k + rank), dtype=torch.float64, device=writers.device)
+    solution = torch.empty(layers, k, columns, dtype=torch.float64, device=writers.device)
     launch(
-        gram_kernel, (layers, parts), writers, up, partial, hidden, part, K=k, R=rank, device=up.device,
+        gram_kernel, (layers, parts), writers, up, partial, hidden, part, K=k, R=rank, device=writers.device,
         schedule=OrthogonalSchedule({"BLOCK_D": rows, "BLOCK_K": block_k, "BLOCK_R": block_r}, 8),
     )  # fmt: skip
-    narrow = min(block_r, 32)
+    narrow = _narrow(columns)
     launch(
-        solve_kernel, (layers, ceil_div(rank, narrow)), partial, solution, parts, _EPS, K=k, R=rank, device=up.device,
+        solve_kernel, (layers, ceil_div(columns, narrow)), partial, solution, parts, _EPS, K=k, R=rank,
+        device=writers.device,
         schedule=OrthogonalSchedule({"BLOCK_K": block_k, "BLOCK_R": narrow}, 8 if block_k > 16 else 4),
     )  # fmt: skip
+    return solution
+
+
+def _narrow(columns: int) -> int:
+    return min(max(2, next_power_of_2(columns)), 32)
+
+
+def _triton_apply(writers: Tensor, up: Tensor | None, solution: Tensor) -> Tensor:
+    """W2 − B S in the dtype of W2, or without `up` B S in float32; one launch."""
+    layers, hidden, k = writers.shape
+    columns = solution.shape[2]
+    dtype = torch.float32 if up is None else up.dtype
+    out = torch.empty(layers, hidden, columns, dtype=dtype, device=writers.device)
+    narrow = _narrow(columns)
     launch(
-        apply_kernel, (layers, ceil_div(hidden, 64), ceil_div(rank, narrow)), writers, up, solution, out, hidden,
-        K=k, R=rank, device=up.device, schedule=OrthogonalSchedule({"BLOCK_D": 64, "BLOCK_R": narrow}),
+        apply_kernel, (layers, ceil_div(hidden, 64), ceil_div(columns, narrow)), writers, up, solution, out, hidden,
+        K=k, R=columns, HAS_UP=up is not None, device=writers.device,
+        schedule=OrthogonalSchedule({"BLOCK_D": 64, "BLOCK_R": narrow}),
     )  # fmt: skip
     return out
+
+
+def _triton_project(up: Tensor, writers: Tensor) -> Tensor:
+    return _triton_apply(writers, up, _triton_solve(writers, up))
+
+
+def _triton_basis(writers: Tensor) -> Tensor:
+    for _ in range(_ROUNDS):
+        writers = _triton_apply(writers, None, _triton_solve(writers, None))
+    return writers
 
 
 # -------------------------------------------------------------------------------------------------------- plain torch
@@ -218,9 +259,17 @@ def _torch_project(up: Tensor, writers: Tensor) -> Tensor:
     return out
 
 
+def _torch_basis(writers: Tensor) -> Tensor:
+    basis = writers.double()
+    for _ in range(_ROUNDS):
+        basis = torch.bmm(basis, _directions(torch.bmm(basis.transpose(1, 2), basis)))
+    return basis.float()
+
+
 # --------------------------------------------------------------------------------------------- autograd, caller's part
 
 _PROJECT = {"triton": _triton_project, "torch": _torch_project}
+_BASIS = {"triton": _triton_basis, "torch": _torch_basis}
 
 
 class _ProjectOut(torch.autograd.Function):
@@ -288,7 +337,32 @@ def column_space(writers: Tensor) -> Tensor:
         ValueError, TypeError: as `project_out`.
     """
     _check(writers[..., :1], writers)
-    basis = writers.detach().double()
-    for _ in range(2):  # the second time for the digits that an ill-conditioned Gram matrix has lost
-        basis = basis @ _directions(basis.transpose(1, 2) @ basis)
-    return basis.float()
+    return _BASIS[select_backend(writers.device)](writers.detach().contiguous())
+
+
+class _ProjectGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, matrix: Tensor, basis: Tensor) -> Tensor:
+        ctx.save_for_backward(basis)
+        return matrix.view_as(matrix)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (basis,) = ctx.saved_tensors
+        columns = grad.float().reshape(basis.shape[0], -1)
+        basis = basis.float()
+        projected = torch.addmm(columns, basis, basis.t() @ columns, alpha=-1)
+        return projected.view(grad.shape).to(grad.dtype), None
+
+
+def project_gradient(matrix: Tensor, basis: Tensor) -> Tensor:
+    """`matrix` as it is; its gradient becomes (I − V Vᵀ) times what arrives. One layer.
+
+    For a W2 that satisfies VᵀW2 = 0 already: there W2' = (I − V Vᵀ) W2 is W2, and this is that map with its derivative
+    (V a constant of the step, arXiv 2603.00425, §5.2) at no cost forward and two small products backward.
+
+    Args:
+        matrix: W2 (d, r), or b2 (d,).
+        basis: V (d, k), float32, orthonormal or zero columns, as `column_space` gives it.
+    """
+    return _ProjectGradient.apply(matrix, basis)

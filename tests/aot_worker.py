@@ -1,8 +1,8 @@
 """Compiles launches for GPUs in a process of its own, where kernels are not interpreted. Prints a JSON line for each.
 
 Reads cases from standard input: a JSON list of [target, dtype, hidden, rank, tokens, flags]; those whose
-flags have writers are of `project_out`, the others of `post_block`. Cases that share a kernel
-have it compiled once.
+flags have writers are of `project_out` (with rank 0, of `column_space`), the others of `post_block`. Cases that share a
+kernel have it compiled once.
 """
 
 import dataclasses

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from fused_steer.kernels.aot import SHARED_MEMORY, record_projection
-from fused_steer.kernels.orthogonal import column_space, project_out
+from fused_steer.kernels.orthogonal import column_space, project_gradient, project_out
 from fused_steer.kernels.schedule import TARGETS
 from torch import Tensor
 
@@ -152,16 +152,39 @@ def test_a_few_layers_at_a_time_are_all_layers(monkeypatch):
     torch.testing.assert_close(project_out(up, writers), whole, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("condition", [1.0, 1e6])
-def test_the_basis_is_orthonormal_and_projects_alike(condition):
-    writers, up = conditioned(96, 8, condition), normal(LAYERS, 96, 4, seed=2)
+@pytest.mark.parametrize(("k", "condition"), [(8, 1.0), (8, 1e6), (40, 1e3)])
+def test_the_basis_is_orthonormal_and_projects_alike(device, poison, k, condition):
+    writers, up = conditioned(96, k, condition).to(device), normal(LAYERS, 96, 4, seed=2).to(device)
     v = column_space(writers)
     assert v.shape == writers.shape and v.dtype == torch.float32
-    eye = torch.eye(8).expand(LAYERS, 8, 8)
-    torch.testing.assert_close(v.transpose(1, 2) @ v, eye, rtol=0, atol=2e-6)
+    eye = torch.eye(k).expand(LAYERS, k, k)
+    torch.testing.assert_close((v.transpose(1, 2) @ v).cpu(), eye, rtol=0, atol=2e-6)
     atol = 1e-6 + torch.finfo(torch.float64).eps * condition**2
     torch.testing.assert_close(up - v @ (v.transpose(1, 2) @ up), project_out(up, writers), rtol=0, atol=4 * atol)
-    assert not column_space(torch.zeros(2, 16, 3)).any()
+    assert not column_space(torch.zeros(2, 16, 3, device=device)).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_the_basis_of_narrow_writers_is_in_float32(device, dtype):
+    writers = normal(LAYERS, 64, 5, dtype=dtype).to(device)
+    v = column_space(writers)
+    assert v.dtype == torch.float32
+    torch.testing.assert_close(v, column_space(writers.float()), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(48, 4), (48,)], ids=["W2", "b2"])
+def test_a_gradient_is_projected_where_the_value_satisfies_the_constraint(device, shape):
+    """As float64's autograd has it through W2 -> (I − V Vᵀ) W2, at a W2 for which that is W2 itself."""
+    writers, grad = normal(1, 48, 6).to(device), normal(*shape, seed=3).to(device)
+    columns = normal(1, 48, 4, seed=2).to(device) if len(shape) == 2 else normal(1, 48, 1, seed=2).to(device)
+    up = project_out(columns, writers)[0].view(shape).requires_grad_()
+    out = project_gradient(up, column_space(writers)[0])
+    assert torch.equal(out, up)
+    (actual,) = torch.autograd.grad(out, up, grad)
+    wide = up.detach().double().cpu().requires_grad_()
+    (expected,) = torch.autograd.grad(truth(wide.view(1, 48, -1), writers).view(shape), wide, grad.double().cpu())
+    torch.testing.assert_close(actual.cpu().double(), expected, rtol=0, atol=3e-6)
+    assert (actual - grad).norm() > 0.05 * grad.norm()
 
 
 @pytest.mark.parametrize(
@@ -192,14 +215,14 @@ def test_every_target_compiles_it_without_spilling():
     cases = [
         [target, "bfloat16", 4096, rank, 0, {"layers": 32, "writers": k}]
         for target in TARGETS
-        for k, rank in ((8, 8), (64, 8), (64, 256))
+        for k, rank in ((8, 8), (64, 8), (64, 256), (8, 0), (64, 0))
     ]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     worker = [sys.executable, str(Path(__file__).with_name("aot_worker.py")), str(os.cpu_count())]
     done = subprocess.run(worker, input=json.dumps(cases), env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(rows) == 3 * len(cases)
+    assert len(rows) == sum(3 if case[3] else 6 for case in cases)
     bad = [
         row
         for row in rows
@@ -212,6 +235,8 @@ def test_a_handful_of_launches_whatever_the_number_of_layers():
     for layers in (1, 32, 80):
         launches = record_projection(layers, 4096, 8, 8, torch.bfloat16, "sm_90")
         assert [launch.kernel.__name__ for launch in launches] == ["gram_kernel", "solve_kernel", "apply_kernel"]
-        assert all(launch.grid[0] == layers for launch in launches)
+        basis = record_projection(layers, 4096, 0, 8, torch.bfloat16, "sm_90")
+        assert len(basis) == 6
+        assert all(launch.grid[0] == layers for launch in launches + basis)
     with pytest.raises(ValueError, match="target is 'sm_70'; expected one of sm_80"):
         record_projection(1, 64, 8, 8, torch.float32, "sm_70")
