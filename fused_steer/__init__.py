@@ -7,12 +7,30 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from .config import SteerConfig
+    from .joint import load_joint, lora_parameters, save_joint, steering_parameters
     from .kernels import post_block
     from .patch import patch_model
 
-__all__ = ["SteerConfig", "__version__", "patch_model", "post_block"]
+__all__ = [
+    "SteerConfig",
+    "__version__",
+    "load_joint",
+    "lora_parameters",
+    "patch_model",
+    "post_block",
+    "save_joint",
+    "steering_parameters",
+]
 
-_HOMES = {"SteerConfig": ".config", "patch_model": ".patch", "post_block": ".kernels"}
+_HOMES = {
+    "SteerConfig": ".config",
+    "load_joint": ".joint",
+    "lora_parameters": ".joint",
+    "patch_model": ".patch",
+    "post_block": ".kernels",
+    "save_joint": ".joint",
+    "steering_parameters": ".joint",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -13,6 +13,9 @@ import torch
 from .kernels import ACTIVATIONS, MAX_RANK
 
 FORMS = ("lowrank", "vector")
+ORTHOGONAL_TO = ("lora",)
+WRITERS = ("mlp", "all")
+SIDES = ("output", "input")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -53,6 +56,14 @@ class SteerConfig:
         init_scale: factor on W1's initial values, kaiming-uniform with a = √5 (the paper's released code has 1e-3).
             W2 is initially 0, so that a fresh adapter changes nothing.
         dtype: of the parameters: "float32" (master weights), "bfloat16" or "float16".
+        orthogonal_to: "lora": Joint-Orth (arXiv 2603.00425, §5.2). W2 and b2 are kept orthogonal to what the LoRA
+            adapters on the model write into the residual stream, W2 = (I − V Vᵀ) W2, V an orthonormal basis of the
+            column space of their B. None: they are not.
+        writers: whose B: "mlp", those of the MLP's output projection, as in the paper; "all", of every module that
+            writes into the stream in that layer, at or before the site (the attention's output projection too).
+        side: "output", W2 and b2; or "input", W1 = W1 (I − V Vᵀ), as the paper's released code has it, whose gradient
+            is not projected.
+        every: the projection is done after every so many optimizer steps; at 1 it holds at each step.
 
     Raises:
         TypeError: an unknown field, or a value of the wrong type.
@@ -68,6 +79,10 @@ class SteerConfig:
     up_bias: bool | None = None
     init_scale: float = 1.0
     dtype: str = "float32"
+    orthogonal_to: str | None = None
+    writers: str = "mlp"
+    side: str = "output"
+    every: int = 1
 
     def __post_init__(self) -> None:
         if self.form not in FORMS:
@@ -101,6 +116,25 @@ class SteerConfig:
             raise ValueError(f"dtype is {self.dtype!r}; expected one of {', '.join(DTYPES)}")
         if self.layers is not None:
             object.__setattr__(self, "layers", _checked_layers(self.layers))
+        self._check_orthogonality()
+
+    def _check_orthogonality(self) -> None:
+        if self.orthogonal_to not in (None, *ORTHOGONAL_TO):
+            raise ValueError(f"orthogonal_to is {self.orthogonal_to!r}; expected 'lora' or None")
+        for name, choices in (("writers", WRITERS), ("side", SIDES)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected {' or '.join(map(repr, choices))}")
+        if not _is_int(self.every):
+            raise TypeError(f"every is {self.every!r}; expected an integer, a number of optimizer steps")
+        if self.every < 1:
+            raise ValueError(f"every is {self.every}; expected at least 1, a number of optimizer steps")
+        if self.side == "input" and self.form == "vector":
+            raise ValueError("side is 'input' with form='vector', which has no W1; expected 'output'")
+        for name, default in (("writers", "mlp"), ("side", "output"), ("every", 1)):
+            if self.orthogonal_to is None and getattr(self, name) != default:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r} without orthogonal_to; expected orthogonal_to='lora'"
+                )
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> SteerConfig:
@@ -109,8 +143,11 @@ class SteerConfig:
         return cls(**fields)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON has them."""
+        """The fields as JSON has them; those of orthogonality only where it is asked for, as earlier versions wrote."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        if self.orthogonal_to is None:
+            for name in ("orthogonal_to", "writers", "side", "every"):
+                del fields[name]
         return {**fields, "layers": None if self.layers is None else list(self.layers)}
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +66,12 @@ def find_decoder(model: nn.Module) -> Decoder:
         )
     path, layers = fitting[0]
     return Decoder(model.get_submodule(path.rpartition(".")[0]), path, layers, hidden)
+
+
+def inside_peft(model: nn.Module) -> nn.Module:
+    """The model that PEFT wrapped, whose paths do not depend on the wrapping; `model` itself where it did not."""
+    peft = sys.modules.get("peft")  # a model that it wrapped has imported it
+    return model.get_base_model() if peft is not None and isinstance(model, peft.PeftModel) else model
 
 
 def _rebuild(base: type[nn.Module], rewritten: bool) -> nn.Module:
@@ -170,12 +177,13 @@ def patch_model(
     adapter_name: str = "default",
     check_base: bool = True,
 ) -> Any:
-    """Steer `model` after its decoder blocks, in place (arXiv 2603.00425, §3). Its own parameters are frozen.
+    """Steer `model` after its decoder blocks, in place (arXiv 2603.00425, §3). Its own parameters are frozen; adapters
+    that PEFT added, such as LoRA, are left as they are: those that train go on training beside the steering (§5.2).
 
     Afterwards `model.steering` (a `Steering`) names, switches, saves and loads adapters, and takes all of it back.
 
     Args:
-        model: a decoder-only language model, such as one from transformers.
+        model: a decoder-only language model, such as one from transformers, or one that PEFT has wrapped or adapted.
         config: a SteerConfig for a fresh adapter, which changes nothing until it is trained; None is SteerConfig();
             or a saved adapter: its directory, or its id on the hub.
         adapter_name: what the adapter is called.

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .config import DTYPES, SteerConfig
 from .kernels import post_block, select_backend
+from .kernels.orthogonal import project_gradient
 
 
 class Factor(nn.Module):
@@ -89,6 +90,8 @@ class SteeringSite(nn.Module):
         self.scale = 1.0
         self.calls = 0  # eager ones since reset
         self.backend: str | None = None  # that of the last eager call
+        self.basis: Tensor | None  # V (d, k) float32, where W2 and b2 are kept orthogonal to it while they train
+        self.register_buffer("basis", None, persistent=False)
 
     def attach(self, name: str, adapter: Adapter) -> None:
         self.steer_down[name] = adapter.down.train(self.training)
@@ -121,12 +124,18 @@ class SteeringSite(nn.Module):
             residual,
             branch,
             down.weight,
-            up.weight,
+            self._constrained(up.weight),
             down_bias=down.bias,
-            up_bias=up.bias,
+            up_bias=self._constrained(up.bias),
             activation=self.activation,
             scale=self.scale,
         )
+
+    def _constrained(self, parameter: Tensor | None) -> Tensor | None:
+        """W2 or b2, which is orthogonal to the basis already: what has to be projected is its gradient."""
+        if self.basis is None or parameter is None or not (torch.is_grad_enabled() and parameter.requires_grad):
+            return parameter
+        return project_gradient(parameter, self.basis)
 
     def extra_repr(self) -> str:
         return f"active={self.active!r}, activation={self.activation!r}, scale={self.scale}"

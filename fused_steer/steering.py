@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,10 +15,15 @@ from torch import nn
 
 from .checkpoint import AdapterFile, read_adapter, write_adapter
 from .config import DTYPES, SteerConfig, checked_number
-from .patch import SITE, PatchedLayer, find_decoder
+from .orthogonality import Orthogonality, check_lora
+from .patch import SITE, PatchedLayer, find_decoder, inside_peft
 from .sites import Adapter
+from .writers import Writer, adapter_parameters, lora_layers, trace_writers
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
+
+#: What a model with LoRA and steering computes by: both, or one of the two.
+MODES = ("both", "lora", "steering")
 
 
 @dataclass(frozen=True)
@@ -58,13 +64,17 @@ class Steering:
 
     def __init__(self, model: nn.Module) -> None:
         """Find the decoder; the model is not touched before an adapter is added."""
-        self._model = model
+        self._given = model
+        self._model = model = inside_peft(model)
         self._decoder = find_decoder(model)
         self._patched: dict[int, PatchedLayer] = {}
         self._configs: dict[str, SteerConfig] = {}
         self._active: str | None = None
+        self._orthogonal: dict[str, Orthogonality] = {}  # of the adapters whose config asks for it
         self._disabled = 0
-        self._requires_grad = [(p, p.requires_grad) for p in model.parameters()]
+        self._tracing = False
+        adapted = {id(parameter) for parameter in adapter_parameters(model)}
+        self._requires_grad = [(p, p.requires_grad) for p in model.parameters() if id(p) not in adapted]
         self._hooks: list[Any] = []
         self._calls_before: dict[int, int] = {}
 
@@ -88,7 +98,7 @@ class Steering:
         """Add a fresh adapter; `use` it to train it.
 
         Raises:
-            ValueError: the name is taken or cannot be one, or the config does not fit the model.
+            ValueError: the name is taken or cannot be one, or the config does not fit the model, or its LoRA.
         """
         config = SteerConfig() if config is None else config
         if not isinstance(config, SteerConfig):
@@ -96,6 +106,10 @@ class Steering:
         self._check_new_name(name)
         indices = self._indices(config)
         layers, hidden = self._decoder.layers, self._decoder.hidden
+        if config.orthogonal_to is not None:
+            # Before anything is changed. Without a LoRA there is nothing to trace for.
+            writers = self._trace_writers(indices) if lora_layers(self._model) else {}
+            check_lora(self._model, config, writers, {i: _device(layers[i]) for i in indices})
         self._insert(name, config, {i: Adapter.fresh(config, hidden, _device(layers[i])) for i in indices})
 
     def load(self, source: str | os.PathLike[str], name: str = "default", *, check_base: bool = True) -> None:
@@ -145,6 +159,9 @@ class Steering:
                 patched.site.use(None, "identity", 1.0)
             else:
                 patched.site.use(name, config.activation or "identity", config.scale)
+        for other, orthogonality in self._orthogonal.items():
+            if other != name:
+                orthogonality.release()
 
     def remove(self, name: str) -> None:
         """Forget an adapter. If it was in use, none is.
@@ -156,6 +173,8 @@ class Steering:
         if name == self._active:
             self.use(None)
         del self._configs[name]
+        if name in self._orthogonal:
+            self._orthogonal.pop(name).close()
         for patched in self._patched.values():
             if patched.site.adapter(name) is not None:
                 patched.site.detach(name)
@@ -163,14 +182,18 @@ class Steering:
     def save(self, directory: str | os.PathLike[str], name: str | None = None) -> None:
         """Write an adapter (default: the one in use) to `directory`: its config, present strength and weights.
 
-        Whole or not at all: what was there before stays if this fails.
+        Whole or not at all: what was there before stays if this fails. What is written of an adapter that is kept
+        orthogonal to LoRA satisfies the constraint.
         """
         name = self._known(name)
+        constrained = {}
+        if name in self._orthogonal and lora_layers(self._model):
+            constrained = self._orthogonal[name].constrained()
         tensors = {}
         for patched in self._patched.values():
             adapter = patched.site.adapter(name)
             if adapter is not None:
-                for key, tensor in adapter.named_tensors().items():
+                for key, tensor in (adapter.named_tensors() | constrained.get(patched.index, {})).items():
                     tensors[f"{patched.path}.{SITE}.{key}"] = tensor
         kept = {tensor.dtype for tensor in tensors.values()}
         names = [dtype_name for dtype_name, dtype in DTYPES.items() if {dtype} == kept]
@@ -207,6 +230,35 @@ class Steering:
             self._disabled -= 1
             self._enable()
 
+    @contextlib.contextmanager
+    def mode(self, mode: str) -> Iterator[None]:
+        """Inside, a model with LoRA and steering computes by "both", by its "lora" alone, or by "steering" alone.
+
+        Afterwards, also after an exception, all is as it was. What a mode leaves out gets no gradient.
+
+        Raises:
+            ValueError: an unknown mode, or one that needs a LoRA on a model that carries none.
+        """
+        if mode not in MODES:
+            raise ValueError(f"mode is {mode!r}; expected one of {', '.join(map(repr, MODES))}")
+        layers = list(lora_layers(self._model).values())
+        if not layers:
+            raise ValueError(
+                f"mode is {mode!r} but {type(self._model).__name__} carries no LoRA; expected one from PEFT"
+            )
+        with contextlib.ExitStack() as stack:
+            if mode == "lora":
+                stack.enter_context(self.disabled())
+            if mode == "steering":
+                enabled = [layer for layer in layers if not layer.disable_adapters]
+                # PEFT switches requires_grad along with a layer.
+                trained = [(p, p.requires_grad) for layer in enabled for p in layer.parameters()]
+                stack.callback(_set_requires_grad, trained)
+                for layer in enabled:
+                    layer.enable_adapters(False)
+                    stack.callback(layer.enable_adapters, True)
+            yield
+
     def report(self) -> Report:
         """How each layer is steered, by what, and how often it was since `reset_calls`."""
         return Report(
@@ -226,7 +278,10 @@ class Steering:
     # ---------------------------------------------------------------------------------------- patching and the way back
 
     def attach(self) -> None:
-        """Freeze the base, watch the decoder, and become `model.steering`. Called by `patch_model`."""
+        """Freeze the base, watch the decoder, and become `model.steering`. Called by `patch_model`.
+
+        What PEFT added to the model is not its base: LoRA that trains goes on training.
+        """
         for parameter, _ in self._requires_grad:
             parameter.requires_grad_(False)
         decoder = self._decoder.module
@@ -248,13 +303,15 @@ class Steering:
             patched.remove()
         self._patched.clear()
         self._configs.clear()
+        while self._orthogonal:
+            self._orthogonal.popitem()[1].close()
         self._active = None
         for parameter, required in self._requires_grad:
             parameter.requires_grad_(required)
         for hook in self._hooks:
             hook.remove()
         del self._model.steering
-        return self._model
+        return self._given
 
     def _insert(self, name: str, config: SteerConfig, adapters: dict[int, Adapter]) -> None:
         """Give the layers their parameters, patching those that are not yet; all of them or none."""
@@ -271,6 +328,9 @@ class Steering:
         self._patched = dict(sorted(self._patched.items()))
         for i, adapter in adapters.items():
             self._patched[i].site.attach(name, adapter)
+        if config.orthogonal_to is not None:
+            sites = {i: self._patched[i].site for i in adapters}
+            self._orthogonal[name] = Orthogonality(name, config, self._model, sites, self._trace_writers)
         self._configs[name] = config
         self.use(self._active)  # what is not in use does not train
         self._enable()
@@ -282,8 +342,36 @@ class Steering:
     # -------------------------------------------------------------------------------------- a layer that did not steer
 
     def _before_forward(self, module: nn.Module, args: Any) -> None:
-        if not torch.compiler.is_compiling():
-            self._calls_before = {i: p.site.calls for i, p in self._patched.items() if p.counts_calls}
+        if torch.compiler.is_compiling():
+            return
+        self._calls_before = {i: p.site.calls for i, p in self._patched.items() if p.counts_calls}
+        if torch.is_grad_enabled() and self._active is not None and not self._disabled and not self._tracing:
+            self._before_training(module)
+
+    def _before_training(self, module: nn.Module) -> None:
+        """What has to be seen to before a forward pass whose gradients may be asked for."""
+        if module.training and not any(True for _ in self.parameters()):
+            warnings.warn(
+                f"adapter {self._active!r} is in use but does not train; adding a LoRA freezes all else: "
+                f"model.steering.use({self._active!r}) makes it train again",
+                stacklevel=2,
+            )
+        orthogonality = self._orthogonal.get(self._active or "")
+        # Without no_grad a prompt looks like training; an adapter may answer it without the LoRA it was trained beside.
+        if orthogonality is not None and orthogonality.trains and (module.training or lora_layers(self._model)):
+            orthogonality.before_forward()
+
+    def _trace_writers(self, indices: list[int]) -> dict[int, list[Writer]]:
+        """All modules that write into the stream of these layers. The report's counts stay as they are."""
+        counts = [(p.site, p.site.calls, p.site.backend) for p in self._patched.values()]
+        self._tracing = True
+        try:
+            layers = {index: self._decoder.layers[index] for index in indices}
+            return trace_writers(self._decoder.module, layers, self._decoder.hidden, SITE)
+        finally:
+            self._tracing = False
+            for site, calls, backend in counts:
+                site.calls, site.backend = calls, backend
 
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
         if torch.compiler.is_compiling() or (module.training and getattr(self._model.config, "layerdrop", 0)):
@@ -341,6 +429,11 @@ class Steering:
                 f"{source} is for the base model {file.base!r}; expected {self._base!r} "
                 "(check_base=False loads it all the same)"
             )
+
+
+def _set_requires_grad(flags: list[tuple[nn.Parameter, bool]]) -> None:
+    for parameter, required in flags:
+        parameter.requires_grad_(required)
 
 
 def _device(layer: nn.Module) -> torch.device:

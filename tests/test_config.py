@@ -57,8 +57,9 @@ def test_extreme_ranks(rank):
         SteerConfig(),
         SteerConfig(form="vector", layers=[1, 2], scale=-0.25),
         SteerConfig(rank=3, activation="gelu", down_bias=True, up_bias=True, init_scale=1e-3, dtype="bfloat16"),
+        SteerConfig(orthogonal_to="lora", writers="all", side="input", every=10),
     ],
-    ids=["default", "vector", "lowrank"],
+    ids=["default", "vector", "lowrank", "orthogonal"],
 )
 def test_round_trip(config):
     assert SteerConfig.from_dict(config.to_dict()) == config
@@ -93,6 +94,15 @@ def test_round_trip(config):
         ({"scale": math.inf}, ValueError, "inf"),
         ({"scale": "x"}, TypeError, "'x'"),
         ({"scale": True}, TypeError, "True"),
+        ({"orthogonal_to": "dora"}, ValueError, "'dora'"),
+        ({"writers": "attention", "orthogonal_to": "lora"}, ValueError, "'attention'"),
+        ({"side": "both", "orthogonal_to": "lora"}, ValueError, "'both'"),
+        ({"side": "input", "orthogonal_to": "lora", "form": "vector"}, ValueError, "'input'"),
+        ({"every": 0, "orthogonal_to": "lora"}, ValueError, "0"),
+        ({"every": 1.5, "orthogonal_to": "lora"}, TypeError, "1.5"),
+        ({"every": 2}, ValueError, "orthogonal_to='lora'"),
+        ({"side": "input"}, ValueError, "orthogonal_to='lora'"),
+        ({"writers": "all"}, ValueError, "orthogonal_to='lora'"),
         ({"init_scale": math.inf}, ValueError, "inf"),
         ({"init_scale": None}, TypeError, "None"),
     ],
