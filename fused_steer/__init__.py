@@ -10,9 +10,11 @@ if TYPE_CHECKING:
     from .joint import load_joint, lora_parameters, save_joint, steering_parameters
     from .kernels import post_block
     from .patch import patch_model
+    from .trainer import SteeringCallback
 
 __all__ = [
     "SteerConfig",
+    "SteeringCallback",
     "__version__",
     "load_joint",
     "lora_parameters",
@@ -24,6 +26,7 @@ __all__ = [
 
 _HOMES = {
     "SteerConfig": ".config",
+    "SteeringCallback": ".trainer",
     "load_joint": ".joint",
     "lora_parameters": ".joint",
     "patch_model": ".patch",

@@ -27,7 +27,7 @@ def steering_parameters(model: nn.Module) -> list[nn.Parameter]:
     Raises:
         ValueError: the model is not patched, or no adapter of it is in use.
     """
-    found = list(_steering(model).parameters())
+    found = list(steering_of(model).parameters())
     if not found:
         raise ValueError("no steering adapter of the model trains; expected one in use (model.steering.use)")
     return found
@@ -48,7 +48,12 @@ def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
     return list(found.values())
 
 
-def _steering(model: nn.Module) -> Steering:
+def steering_of(model: nn.Module) -> Steering:
+    """`model.steering`.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
     steering = getattr(model, "steering", None)
     if not isinstance(steering, Steering):
         raise ValueError(f"{type(model).__name__} is not steered; expected a model that patch_model patched")
@@ -71,7 +76,7 @@ def save_joint(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     from peft.utils import get_peft_model_state_dict
     from safetensors.torch import save_file
 
-    steering = _steering(model)
+    steering = steering_of(model)
     inner = inside_peft(model)
     configs = _lora_configs(model)
     target = Path(directory)

@@ -25,7 +25,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from .config import SteerConfig
 from .kernels.orthogonal import MAX_WRITERS, column_space, project_out
 from .sites import SteeringSite
-from .writers import Writer, choose_writers, lora_layers
+from .writers import Writer, choose_writers, columns_of, lora_layers
 
 #: ‖BᵀW2‖ beyond this share of ‖B‖ ‖W2‖ (Frobenius) violates the constraint: the bound that the kernels are held to.
 TOLERANCE = 1e-5
@@ -39,28 +39,42 @@ def lora_columns(writers: Mapping[int, list[Writer]], config: SteerConfig) -> Co
     return {index: columns for index, columns in found.items() if columns}
 
 
-def check_lora(
-    model: nn.Module,
-    config: SteerConfig,
-    writers: Mapping[int, list[Writer]],
-    devices: Mapping[int, torch.device],
-) -> None:
-    """Refuse a model whose LoRA steering cannot be kept orthogonal to.
+def check_carries_lora(model: nn.Module, layers: Mapping[int, nn.Module]) -> None:
+    """Refuse what no writers can be traced for, before they are.
 
     Args:
         model: with or without LoRA.
-        config: what is asked for.
-        writers: all writers of the steered layers, by layer.
-        devices: where those layers are steered.
+        layers: the steered ones, by index.
 
     Raises:
-        ValueError: no LoRA, none that writes into the stream, too many columns, another device, or not finite.
+        ValueError: the model carries no LoRA, or a layer's is on another device than the layer.
     """
     if not lora_layers(model):
         raise ValueError(
             f"orthogonal_to is 'lora' but {type(model).__name__} carries no LoRA; expected one from PEFT "
             "(get_peft_model or add_adapter) before this adapter is added"
         )
+    for index, layer in layers.items():
+        for path, lora in lora_layers(layer).items():
+            device = next((p.device for p in lora.base_layer.parameters()), None)
+            for b in columns_of(lora):
+                if device is not None and b.device != device:
+                    raise ValueError(
+                        f"LoRA's B of {path} in layer {index} is on {b.device}; expected {device}, as {path} itself"
+                    )
+
+
+def check_lora(config: SteerConfig, writers: Mapping[int, list[Writer]], devices: Mapping[int, torch.device]) -> None:
+    """Refuse LoRA that steering cannot be kept orthogonal to.
+
+    Args:
+        config: what is asked for.
+        writers: all writers of the steered layers, by layer.
+        devices: where those layers are steered.
+
+    Raises:
+        ValueError: none writes into the stream; too many columns, on another device, or not finite.
+    """
     columns = lora_columns(writers, config)
     if not columns:
         chosen = choose_writers(next(iter(writers.values())), config.writers)
@@ -78,9 +92,9 @@ def check_lora(
             )
         for b in found:
             if b.device != devices[index]:
-                raise ValueError(f"a LoRA B of layer {index} is on {b.device}; expected {devices[index]}, its layer's")
+                raise ValueError(f"LoRA's B in layer {index} is on {b.device}; expected {devices[index]}, its layer's")
             if not b.isfinite().all():
-                raise ValueError(f"a LoRA B of layer {index} is not finite; expected finite values")
+                raise ValueError(f"LoRA's B in layer {index} is not finite; expected finite values")
 
 
 class Orthogonality:
@@ -167,12 +181,9 @@ class Orthogonality:
         Raises:
             RuntimeError: there is no LoRA to be orthogonal to.
         """
-        if not self.in_use or not self.trains:
+        if not self.in_use or not self.trains or not self._moved_by(optimizer):
             return
         every = self.config.every
-        own = {id(p) for index in self.sites for p in self._steered(index).values()}
-        if every > 1 and not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
-            return  # the LoRA's own optimizer, whose steps are not the ones that are counted
         columns = self._columns_to_train()
         if self._state(columns) == self._seen:
             return
@@ -182,6 +193,14 @@ class Orthogonality:
         if self.steps % every == 0:
             self._project(columns, everything=True)
         self._seen = self._state(columns)
+
+    def _moved_by(self, optimizer: Optimizer) -> bool:
+        """Whether the optimizer has what is constrained, or, where each step counts, B."""
+        theirs = {p.data_ptr() for group in optimizer.param_groups for p in group["params"]}
+        ours = [p for index in self.sites for p in self._steered(index).values()]
+        if self.config.every == 1 and self._writers is not None:
+            ours += [b for found in lora_columns(self._writers, self.config).values() for b in found]
+        return any(tensor.data_ptr() in theirs for tensor in ours)
 
     def _first_steered(self) -> list[nn.Parameter]:
         return list(self._steered(next(iter(self.sites))).values())
@@ -197,7 +216,7 @@ class Orthogonality:
         if self._state(columns) == self._seen:
             return
         devices = {index: next(iter(self._steered(index).values())).device for index in self.sites}
-        check_lora(self.model, self.config, self.writers, devices)
+        check_lora(self.config, self.writers, devices)
         if self.config.every == 1:
             self._project(columns, everything=False)
         elif self.config.side == "output" and self._seen is None:
@@ -275,12 +294,14 @@ class Orthogonality:
         The parameters stay as they are: between two projections (`every` above 1) they may be violating it.
 
         Raises:
-            ValueError: a LoRA B is not finite.
+            ValueError: LoRA's B is not finite.
         """
         found: dict[int, dict[str, Tensor]] = {}
         for indices, writers in self._batches(lora_columns(self.writers, self.config)):
             if not writers.isfinite().all():
-                raise ValueError(f"a LoRA B that adapter {self.name!r} is orthogonal to is not finite; expected finite")
+                raise ValueError(
+                    f"LoRA's B, which adapter {self.name!r} is orthogonal to, is not finite; expected it so"
+                )
             for name in self._steered(indices[0]):
                 values = torch.stack([_as_columns(name, self._steered(index)[name]) for index in indices])
                 values = torch.where(_violates(values, writers), project_out(values, writers), values)

@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .checkpoint import AdapterFile, read_adapter, write_adapter
 from .config import DTYPES, SteerConfig, checked_number
-from .orthogonality import Orthogonality, check_lora
+from .orthogonality import Orthogonality, check_carries_lora, check_lora
 from .patch import SITE, PatchedLayer, find_decoder, inside_peft
 from .sites import Adapter
 from .writers import Writer, adapter_parameters, lora_layers, trace_writers
@@ -107,9 +107,8 @@ class Steering:
         indices = self._indices(config)
         layers, hidden = self._decoder.layers, self._decoder.hidden
         if config.orthogonal_to is not None:
-            # Before anything is changed. Without a LoRA there is nothing to trace for.
-            writers = self._trace_writers(indices) if lora_layers(self._model) else {}
-            check_lora(self._model, config, writers, {i: _device(layers[i]) for i in indices})
+            check_carries_lora(self._model, {i: layers[i] for i in indices})
+            check_lora(config, self._trace_writers(indices), {i: _device(layers[i]) for i in indices})
         self._insert(name, config, {i: Adapter.fresh(config, hidden, _device(layers[i])) for i in indices})
 
     def load(self, source: str | os.PathLike[str], name: str = "default", *, check_base: bool = True) -> None:
@@ -123,7 +122,39 @@ class Steering:
         self._check_new_name(name)
         file = read_adapter(source)
         self._check_fits(file, source, check_base)
-        adapters = {}
+        self._insert(name, file.config, {i: Adapter.of_tensors(t) for i, t in self._tensors_of(file, source).items()})
+
+    def restore(self, source: str | os.PathLike[str], name: str | None = None) -> None:
+        """Take the values and the strength of an adapter (default: the one in use) from where it was saved.
+
+        The parameters stay the same objects, so that an optimizer goes on with them.
+
+        Raises:
+            KeyError: there is no such adapter here; FileNotFoundError: none there.
+            ValueError: what was saved is broken, or of another config.
+        """
+        name = self._known(name)
+        file = read_adapter(source)
+        self._check_fits(file, source, check_base=False)
+        theirs, ours = (replace(config, scale=1.0).to_dict() for config in (file.config, self._configs[name]))
+        for field in ours.keys() | theirs.keys():
+            if theirs.get(field) != ours.get(field):
+                raise ValueError(
+                    f"{source} was saved with {field} {theirs.get(field)!r}; expected {ours.get(field)!r}, that of "
+                    f"adapter {name!r}"
+                )
+        saved = self._tensors_of(file, source)
+        with torch.no_grad():
+            for i, tensors in saved.items():
+                adapter = self._patched[i].site.adapter(name)
+                for key, tensor in (adapter.named_tensors() if adapter is not None else {}).items():
+                    tensor.copy_(tensors[key])
+        self._configs[name] = replace(self._configs[name], scale=file.config.scale)
+        self.use(self._active)
+
+    def _tensors_of(self, file: AdapterFile, source: Any) -> dict[int, dict[str, Tensor]]:
+        """The file's tensors by layer and by name below the site, on the layers' devices, each checked."""
+        found = {}
         shapes = Adapter.shapes(file.config, file.hidden)
         unused = dict(file.tensors)
         for i in self._indices(file.config):
@@ -139,10 +170,10 @@ class Steering:
                         f"expected {DTYPES[file.config.dtype]} {shape}"
                     )
                 tensors[key] = tensor.to(_device(self._decoder.layers[i]))
-            adapters[i] = Adapter.of_tensors(tensors)
+            found[i] = tensors
         if unused:
             raise ValueError(f"{source} has a tensor {min(unused)}; expected none but those of its config")
-        self._insert(name, file.config, adapters)
+        return found
 
     def use(self, name: str | None) -> None:
         """Steer by the adapter `name`, and make it the one that trains. None: by none.

@@ -50,27 +50,30 @@ class Writer:
             ValueError: a LoRA on expert parameters, whose B is not one matrix.
         """
         module = self.module
-        if not is_lora(module):
-            return []
-        if hasattr(module, "parameter_name"):
+        if is_lora(module) and hasattr(module, "parameter_name"):
             raise ValueError(
                 f"{self.path} carries a LoRA on the parameters of its experts ({type(module).__name__}); expected LoRA "
                 "on linear modules (an expert's update has no one column space)"
             )
-        found = []
-        for name in module.active_adapters:
-            if name in module.lora_B:
-                b = module.lora_B[name]  # a module; AdaLoRA's is the parameter itself
-                found.append(b if isinstance(b, Tensor) else b.weight)
-                if getattr(b, "bias", None) is not None:
-                    found.append(b.bias.unsqueeze(1))
-        return found
+        return columns_of(module) if is_lora(module) else []
 
 
 def is_lora(module: nn.Module) -> bool:
     """Whether PEFT put a LoRA here."""
     peft = sys.modules.get("peft.tuners.lora")  # a model that carries a LoRA has imported it
     return peft is not None and isinstance(module, peft.LoraLayer)
+
+
+def columns_of(lora: nn.Module) -> list[Tensor]:
+    """B (d, k) and, where there is one, the bias (d, 1) of each active adapter of a LoRA layer."""
+    found = []
+    for name in lora.active_adapters:
+        if name in lora.lora_B:
+            b = lora.lora_B[name]  # a module; AdaLoRA's is the parameter itself
+            found.append(b if isinstance(b, Tensor) else b.weight)
+            if getattr(b, "bias", None) is not None:
+                found.append(b.bias.unsqueeze(1))
+    return found
 
 
 def lora_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -226,11 +229,16 @@ def trace_writers(
 
 def _with_all_experts(layer: nn.Module, paths: Iterable[str]) -> list[str]:
     """The paths, with an expert's followed by those of all its fellows: two tokens visit only some of them."""
-    modules = [path for path, _ in _makers(layer)]
+    modules = {path for path, _ in _makers(layer)}
     found: dict[str, None] = {}
     for path in paths:
-        fellows = re.compile(re.sub(r"(^|\\\.)\d+(?=\\\.|$)", r"\1\\d+", re.escape(path)))
-        found.update(dict.fromkeys([path, *filter(fellows.fullmatch, modules)]))
+        parts = path.split(".")
+        fellows: list[list[str]] = [[]]
+        for depth, part in enumerate(parts):
+            holder = layer.get_submodule(".".join(parts[:depth]))
+            names = list(dict(holder.named_children())) if isinstance(holder, nn.ModuleList) else [part]
+            fellows = [[*fellow, name] for fellow in fellows for name in names]
+        found.update(dict.fromkeys([path, *(p for p in map(".".join, fellows) if p in modules)]))
     return list(found)
 
 
