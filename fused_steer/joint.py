@@ -89,8 +89,10 @@ def save_joint(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         for name, config in configs.items():
             place = new / LORA_FOLDER / name
             place.mkdir(parents=True)
+            # Named as PEFT names them where it has wrapped the model; others it would pass over when loading.
             tensors = get_peft_model_state_dict(inner, adapter_name=name)
-            save_file({key: t.contiguous() for key, t in tensors.items()}, place / "adapter_model.safetensors")
+            named = {f"base_model.model.{key}": tensor.contiguous() for key, tensor in tensors.items()}
+            save_file(named, place / "adapter_model.safetensors")
             config.save_pretrained(place)
         for part in (STEERING_FOLDER, LORA_FOLDER):
             _replace_folder(new / part, target / part, new / f"old-{part}")

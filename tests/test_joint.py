@@ -1,0 +1,287 @@
+"""Training LoRA and steering together: who has which parameters, both parts in files, and transformers' Trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import build, logits, refused, steering_parameters, tokens
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+from fused_steer import (
+    SteerConfig,
+    SteeringCallback,
+    load_joint,
+    lora_parameters,
+    patch_model,
+    save_joint,
+)
+from fused_steer import (
+    steering_parameters as parameters_of_steering,
+)
+
+STEPS = 6
+ORTHOGONAL = SteerConfig(rank=4, orthogonal_to="lora")
+DATASET = [{"input_ids": ids, "labels": torch.full_like(ids, 7)} for ids in tokens(batch=32)]
+
+
+def joint(seed: int = 0, add: bool = False, config: SteerConfig = ORTHOGONAL) -> nn.Module:
+    """Bases are equal, their fresh adapters are not."""
+    model = build()
+    torch.manual_seed(seed)
+    lora = LoraConfig(r=3, target_modules=["q_proj", "down_proj"], lora_dropout=0.0)
+    if add:
+        model.add_adapter(lora)
+    else:
+        model = get_peft_model(model, lora)
+    return patch_model(model, config)
+
+
+def trained(model: nn.Module, steps: int = 3) -> nn.Module:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for step in range(steps):
+        model.train()(tokens(step), labels=tokens(step)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+def state(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in model.named_parameters() if "lora_" in n or ".post_block." in n}
+
+
+def overlaps(model: nn.Module) -> list[float]:
+    layers = model.get_base_model().model.layers
+    pairs = [
+        (layer.mlp.down_proj.lora_B["default"].weight.detach(), layer.post_block.steer_up["default"].weight.detach())
+        for layer in layers
+    ]
+    return [((b.T @ w).norm() / (b.norm() * w.norm())).item() for b, w in pairs]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Groups of parameters
+
+
+@pytest.mark.parametrize("add", [False, True], ids=["get_peft_model", "add_adapter"])
+def test_each_part_has_its_parameters(add):
+    model = joint(add=add)
+    steering, lora = parameters_of_steering(model), lora_parameters(model)
+    assert set(steering) == set(steering_parameters(model).values())
+    assert set(lora) == {p for name, p in model.named_parameters() if "lora_" in name}
+    assert len(steering) == len(set(steering)) and len(lora) == len(set(lora))
+    assert set(steering) | set(lora) == {p for p in model.parameters() if p.requires_grad}
+
+
+def test_parameters_of_what_is_not_there():
+    model = build()
+    with refused(ValueError, "LlamaForCausalLM is not steered", "expected", model=model):
+        parameters_of_steering(model)
+    patch_model(model)
+    with refused(ValueError, "LlamaForCausalLM carries no LoRA that trains", "expected", model=model):
+        lora_parameters(model)
+    model.steering.use(None)
+    with refused(ValueError, "no steering adapter of the model trains", "expected", model=model):
+        parameters_of_steering(model)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+@pytest.mark.parametrize("add", [False, True], ids=["get_peft_model", "add_adapter"])
+def test_saved_together_and_loaded_bit_equal(tmp_path, add):
+    model = trained(joint(add=add))
+    save_joint(model, tmp_path)
+    assert sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()) == [
+        "lora/default/adapter_config.json",
+        "lora/default/adapter_model.safetensors",
+        "steering/adapter_config.json",
+        "steering/adapter_model.safetensors",
+    ]
+    again = load_joint(build(), tmp_path)
+    assert isinstance(again, PeftModel) and again.steering.config() == ORTHOGONAL
+    assert torch.equal(logits(again), logits(model))
+    prefix = "" if add else "base_model.model."
+    expected = {name.removeprefix(prefix): value for name, value in state(model).items()}
+    actual = {name.removeprefix("base_model.model."): value for name, value in state(again).items()}
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[name], expected[name]) for name in actual)
+    assert not any(p.requires_grad for name, p in again.named_parameters() if "lora_" in name)
+
+
+def test_several_lora_adapters_together(tmp_path):
+    model = build()
+    wrapped = get_peft_model(model, LoraConfig(r=3, target_modules=["down_proj"]))
+    wrapped.add_adapter("more", LoraConfig(r=2, target_modules=["q_proj"]))
+    wrapped.base_model.set_adapter(["default", "more"])
+    trained(patch_model(wrapped, ORTHOGONAL))
+    save_joint(wrapped, tmp_path)
+    again = load_joint(build(), tmp_path, trainable=True)
+    assert torch.equal(logits(again), logits(wrapped))
+    assert {p for n, p in again.named_parameters() if "lora_" in n} == set(lora_parameters(again))
+
+
+def test_saved_apart_and_loaded_bit_equal(tmp_path):
+    model = trained(joint())
+    model.steering.save(tmp_path / "steering")
+    model.save_pretrained(str(tmp_path / "lora"))
+    again = PeftModel.from_pretrained(build(), str(tmp_path / "lora"))
+    with model.steering.mode("lora"):
+        assert torch.equal(logits(again), logits(model))
+    patch_model(again, tmp_path / "steering")
+    assert torch.equal(logits(again), logits(model))
+    other_order = PeftModel.from_pretrained(patch_model(build(), tmp_path / "steering"), str(tmp_path / "lora"))
+    assert torch.equal(logits(other_order), logits(model))
+    assert {n: tuple(t.shape) for n, t in state(other_order).items()} == {
+        n: tuple(t.shape) for n, t in state(model).items()
+    }
+
+
+def test_saving_over_an_earlier_one_replaces_it_and_a_failure_leaves_it(tmp_path, monkeypatch):
+    first, second = trained(joint()), trained(joint(seed=1))
+    save_joint(first, tmp_path)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+    def full(*args: Any) -> None:
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="no space left"):
+        patched.setattr("fused_steer.joint._replace_folder", full)
+        save_joint(second, tmp_path)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    save_joint(second, tmp_path)
+    assert torch.equal(logits(load_joint(build(), tmp_path)), logits(second))
+
+
+def test_refusals_of_both_parts(tmp_path):
+    plain = patch_model(build())
+    with refused(ValueError, "carries no active LoRA", "expected", model=plain):
+        save_joint(plain, tmp_path / "out")
+    with refused(ValueError, "is not steered", "expected"):
+        save_joint(build(), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "file").write_text("")
+    with refused(NotADirectoryError, "file", "expected a directory"):
+        save_joint(joint(), tmp_path / "file")
+    model = build()
+    with refused(FileNotFoundError, "has no lora/", "expected", model=model):
+        load_joint(model, tmp_path)
+    save_joint(joint(), tmp_path / "out")
+    (tmp_path / "out" / "steering" / "adapter_config.json").write_text("{}")
+    with refused(ValueError, "adapter_config.json", "expected"):
+        load_joint(model, tmp_path / "out")
+    assert not any(hasattr(module, "lora_A") for module in model.modules())  # the LoRA is off again
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Trainer
+
+
+class TwoRates(Trainer):
+    """Each part at a learning rate of its own."""
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        groups = [
+            {"params": parameters_of_steering(self.model), "lr": 2e-2},
+            {"params": lora_parameters(self.model), "lr": 5e-3},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+        return self.optimizer
+
+
+def trainer(model: nn.Module, directory: Path, **options: Any) -> Trainer:
+    arguments = {
+        "output_dir": str(directory),
+        "max_steps": STEPS,
+        "save_steps": STEPS // 2,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "gradient_checkpointing": True,
+        "logging_steps": 1,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "seed": 0,
+        **options,
+    }
+    return TwoRates(
+        model,
+        TrainingArguments(**arguments),
+        train_dataset=DATASET,
+        eval_dataset=DATASET[:4],
+        callbacks=[SteeringCallback()],
+    )
+
+
+def test_trainer_trains_both_at_rates_of_their_own_and_resumes(tmp_path):
+    model = joint()
+    before = state(model)
+    run = trainer(model, tmp_path)
+    run.train()
+    # By the schedule both have fallen alike.
+    assert [group["initial_lr"] for group in run.optimizer.param_groups] == [2e-2, 5e-3]
+    after = state(model)
+    assert not any(torch.equal(after[name], before[name]) for name in after)
+    losses = {row["step"]: row["loss"] for row in run.state.log_history if "loss" in row}
+    assert losses[STEPS] < losses[1]
+    assert max(overlaps(model)) <= 1e-6
+
+    resumed = joint(seed=1)
+    half = trainer(resumed, tmp_path)
+    half.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{STEPS // 2}"))
+    assert {row["step"]: row["loss"] for row in half.state.log_history if "loss" in row} == losses
+    again = state(resumed)
+    assert all(torch.equal(again[name], after[name]) for name in after)
+
+
+def test_trainer_loads_the_best_of_both_at_the_end(tmp_path):
+    model = joint()
+    run = trainer(
+        model,
+        tmp_path,
+        load_best_model_at_end=True,
+        eval_strategy="steps",
+        eval_steps=3,
+        metric_for_best_model="eval_x",
+    )
+    scores = iter([2.0, 1.0])  # of step 3, the best, and of step 6
+    run.compute_metrics = lambda _: {"x": next(scores)}
+    run.train()
+    assert run.state.best_model_checkpoint == str(tmp_path / "checkpoint-3")
+    best = joint(seed=1)
+    best.load_adapter(str(tmp_path / "checkpoint-3"), "default")
+    best.steering.restore(tmp_path / "checkpoint-3" / "fused_steer" / "default")
+    assert state(best).keys() == state(model).keys()
+    assert all(torch.equal(value, state(model)[name]) for name, value in state(best).items())
+
+
+def test_a_checkpoint_without_steering_is_not_resumed(tmp_path):
+    run = trainer(joint(), tmp_path)
+    run.remove_callback(SteeringCallback)
+    run.train()
+    with refused(FileNotFoundError, "fused_steer/default", "expected"):
+        trainer(joint(), tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+
+
+def test_restore_is_of_the_same_config(tmp_path):
+    model = trained(joint())
+    model.steering.scale = 0.5
+    model.steering.save(tmp_path)
+    other = joint(seed=1)
+    parameters = steering_parameters(other)
+    other.steering.restore(tmp_path)
+    assert other.steering.scale == 0.5
+    assert steering_parameters(other) == parameters  # the same objects
+    assert all(torch.equal(p, steering_parameters(model)[name]) for name, p in parameters.items())
+    wrong = joint(config=SteerConfig(rank=4, activation="tanh", orthogonal_to="lora"))
+    before = state(wrong)
+    with refused(ValueError, "activation", "'silu'", "expected 'tanh'", model=wrong):
+        wrong.steering.restore(tmp_path)
+    assert all(torch.equal(before[name], value) for name, value in state(wrong).items())
+    with refused(KeyError, "'none'"):
+        wrong.steering.restore(tmp_path, "none")
