@@ -3,6 +3,7 @@
     geometries.py   the sizes of real models, and the grid of op sizes
     contenders.py   who is measured: ours, the rivals, the floor
     timing.py       how: cold cache, graph replay, interleaving, quantiles; launches and bytes counted
+    projection.py   Joint-Orth's projection against a loop of SVDs
     levels.py       what: op, model, memory -- from a case to rows of results
     results.py      the results file
     goals.py        what is to be reached, computed from results

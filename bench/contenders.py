@@ -265,6 +265,13 @@ def steer_lora(model: Any, rank: int) -> Any:
     return wrapped.base_model.model
 
 
+def steer_joint(model: Any, rank: int) -> Any:
+    """LoRA and steering trained together, the steering kept orthogonal to the LoRA at every step."""
+    from fused_steer import SteerConfig, patch_model
+
+    return patch_model(steer_lora(model, rank), SteerConfig(rank=rank, orthogonal_to="lora"))
+
+
 class _Reft(nn.Module):
     """A ReftModel behind the interface of the model inside, intervening at every position."""
 
@@ -328,6 +335,7 @@ MODEL_CONTENDERS: dict[str, ModelContender] = {
         ModelContender("hook-compiled", lambda model, rank: steer_hook(model, rank, compiled=True), same=True),
         ModelContender("hook-liger", steer_hook_liger, ("liger_kernel",), same=True),
         ModelContender("lora", steer_lora, ("peft",)),
+        ModelContender("joint-orth", steer_joint, ("peft",)),
         ModelContender("loreft", steer_loreft, ("pyreft", "pyvene")),
     )
 }

@@ -81,6 +81,17 @@ class ModelCase:
             raise ValueError(f"dtype is {self.dtype!r}; expected one of {', '.join(DTYPES)}")
 
 
+@dataclass(frozen=True)
+class ProjectionCase:
+    """One size of Joint-Orth's projection: all layers' W2 (d, r) in float32, B (d, k = writers) in the case's dtype."""
+
+    layers: int = 32
+    hidden: int = 4096
+    writers: int = 8
+    rank: int = 8
+    dtype: str = "float32"
+
+
 def op_grid() -> list[OpCase]:
     """The whole grid, what decides the goals first: many tokens, rank 8, SiLU, no basis."""
     by_importance = (4096, 16384, 8, 512, 64, 1)

@@ -13,6 +13,7 @@ MANY_TOKENS = (4096, 16384)
 LOW_RANKS = (1, 8)
 FEW_TOKENS = (1, 8, 64)
 WHOLE = {"geometry": "Llama-3.2-1B", "layers": 0}
+PROJECTION = {"layers": 32, "hidden": 4096, "writers": 8, "rank": 8}
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,27 @@ def _train(contender: str, other: str, at_most: bool) -> Callable[[Results], flo
     )
 
 
+def _joint(results: Results) -> float | None:
+    """Joint-orth's training step over what LoRA's takes and steering adds to the unsteered one."""
+    ratios = []
+    for joint, lora in _pairs(results, "model", "train", "joint-orth", "lora", checkpointing=False, **WHOLE):
+        for fused, unsteered in _pairs(results, "model", "train", "fused", "unsteered", **joint.case):
+            assert joint.median and lora.median and fused.median and unsteered.median
+            ratios.append(joint.median / (lora.median + fused.median - unsteered.median))
+    return _worst(ratios, True)
+
+
+def _projection(results: Results) -> float | None:
+    """Microseconds for 32 layers, d = 4096, k = 8, r = 8."""
+    return _worst((1e6 * row.median for row in results.find("projection", "step", "fused", **PROJECTION)), True)
+
+
+def _projection_over(rival: str) -> Callable[[Results], float | None]:
+    return lambda results: _worst(
+        (_ratio(a, b) for a, b in _pairs(results, "projection", "step", rival, "fused", **PROJECTION)), False
+    )
+
+
 def _peak(results: Results) -> float | None:
     """Extra peak memory in N × d tensors a layer."""
     found = []
@@ -157,6 +179,10 @@ GOALS = (
     Goal("train", "training step, Llama-3.2-1B: time of unsteered, frozen", 1.03, True,
          _train("fused", "unsteered", True)),
     Goal("train / hook", "the same: times faster than the hooks", 1.15, False, _train("hook", "fused", False)),
+    Goal("joint", "joint-orth's training step: time of LoRA's and what steering adds", 1.02, True, _joint),
+    Goal("projection", "projection of 32 layers, d = 4096, k = r = 8, microseconds", 100, True, _projection),
+    Goal("projection / svd", "the same: times faster than a loop of thin SVDs", 100, False,
+         _projection_over("svd-loop")),
     Goal("peak memory", "beyond unsteered: N x d tensors a layer", 1.0, True, _peak),
     Goal("peak, checkpointing", "beyond unsteered, per cent", 0.5, True, _peak_checkpointed),
 )  # fmt: skip

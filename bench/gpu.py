@@ -24,8 +24,9 @@ import typer
 from . import levels, timing
 from .checkout import ROOT
 from .contenders import MODEL_CONTENDERS, OP_CONTENDERS, absent
-from .geometries import FEW_LAYERS, REAL, ModelCase, OpCase, op_grid
+from .geometries import FEW_LAYERS, REAL, ModelCase, OpCase, ProjectionCase, op_grid
 from .goals import LOW_RANKS, MANY_TOKENS, evaluate
+from .projection import PROJECTION_CONTENDERS, measure_projection
 from .results import Results, Row, describe_machine, file_name, load
 
 TEST_SHARE = 0.35  # of the whole time, at most
@@ -40,7 +41,7 @@ class Step:
     title: str
     level: str
     what: str
-    case: OpCase | ModelCase
+    case: OpCase | ModelCase | ProjectionCase
     names: tuple[str, ...]
 
     def is_done(self, results: Results) -> bool:
@@ -52,6 +53,8 @@ class Step:
             return levels.measure_model(
                 self.case, self.what, device, self.names, rounds or 10, check=self.what in ("train", "prefill")
             )
+        if isinstance(self.case, ProjectionCase):
+            return measure_projection(self.case, device, self.names, rounds or 20)
         if self.what == "host":
             return levels.measure_host(self.case, device)
         count = (self.case.tokens, self.case.hidden) == COUNTED
@@ -65,7 +68,14 @@ def _op_step(case: OpCase, what: str, compiled: bool) -> Step:
 
 def _model_step(what: str, case: ModelCase) -> Step:
     size = f"{case.geometry}, {case.layers or 'all'} layers, {case.batch} x {case.length}"
-    return Step(f"model {what} of {size}", "model", what, case, tuple(MODEL_CONTENDERS))
+    # Joint training is a way to train: run, it is LoRA and steering.
+    names = tuple(name for name in MODEL_CONTENDERS if what == "train" or name != "joint-orth")
+    return Step(f"model {what} of {size}", "model", what, case, names)
+
+
+def _projection_step(case: ProjectionCase) -> Step:
+    size = f"{case.layers} layers, d={case.hidden} k={case.writers} r={case.rank} {case.dtype}"
+    return Step(f"projection of {size}", "projection", "step", case, tuple(PROJECTION_CONTENDERS))
 
 
 def all_steps() -> list[Step]:
@@ -80,6 +90,8 @@ def all_steps() -> list[Step]:
             wanted = deciding and what != "both" and (not case.basis or case.rank == 8)
             (goals if wanted else rest).append(_op_step(case, what, compiled))
     goals.append(Step("host time", "op", "host", OpCase(8, 4096), ("fused", "add")))
+    goals.append(_projection_step(ProjectionCase()))
+    rest += [_projection_step(ProjectionCase(writers=64)), _projection_step(ProjectionCase(dtype="bfloat16"))]
     whole = [
         _model_step("train", ModelCase("Llama-3.2-1B", 0, 8, 512)),
         *(_model_step("decode-graph", ModelCase("Llama-3.2-1B", 0, batch, 512)) for batch in (1, 8, 64)),
@@ -106,6 +118,7 @@ def smoke_steps() -> list[Step]:
     return [
         *(_op_step(op, what, compiled=False) for what in levels.OP_PASSES),
         Step("host time", "op", "host", OpCase(8, 64, dtype="float32"), ("fused", "add")),
+        _projection_step(ProjectionCase(2, 64, 4, 4)),
         *(
             Step(
                 f"model {what}",

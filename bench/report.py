@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .geometries import DTYPES, GEOMETRIES, ModelCase, OpCase
+from .geometries import DTYPES, GEOMETRIES, ModelCase, OpCase, ProjectionCase
 from .levels import FLOOR_UNITS
 from .results import FOLDER, PACKAGES, Results, Row, load
 
@@ -36,6 +36,7 @@ LEVELS: dict[str, tuple[type, tuple[str, ...]]] = {
     "op": (OpCase, ("forward", "backward", "both", "host")),
     "model": (ModelCase, ("train", "prefill", "decode", "decode-graph")),
     "memory": (ModelCase, ("kept", "peak", "peak-total")),
+    "projection": (ProjectionCase, ("step",)),
 }
 WORDS = {
     "forward": "forward",
@@ -61,7 +62,11 @@ CONTENDERS = (
     "hook-compiled",
     "hook-liger",
     "lora",
+    "joint-orth",
     "loreft",
+    "svd-loop",
+    "svd-loop-square",
+    "svd-loop-default",
 )
 RIVALS = CONTENDERS[5:]
 #: The variant of the op that is shown first and plotted.
@@ -125,7 +130,7 @@ def _read_run(file: Path) -> Run:
     return Run(file.stem, results, tables)
 
 
-def _checked_case(row: Row) -> OpCase | ModelCase:
+def _checked_case(row: Row) -> OpCase | ModelCase | ProjectionCase:
     make, whats = LEVELS.get(row.level, (None, ()))
     if make is None or row.what not in whats:
         expected = "; ".join(f"{level}: {', '.join(whats)}" for level, (_, whats) in LEVELS.items())
@@ -379,6 +384,21 @@ def _memory_tables(run: Run) -> Iterator[str]:
                 )
         if lines:
             yield f"#### {_device(run)}: {WORDS[what]}\n\n{_table(head, lines, texts=2)}"
+
+
+def _projection_tables(run: Run) -> Iterator[str]:
+    cases = run.cases("projection", "step")
+    names = _by_order(name for rows in cases.values() for name in rows)
+    sizes = sorted(cases, key=lambda case: (case.writers, case.dtype, case.layers, case.hidden, case.rank))
+    lines = []
+    for case in sizes:
+        rows = cases[case]
+        others = (_beside(rows.get(name), rows.get("fused")) for name in names if name != "fused")
+        size = map(str, (case.layers, case.hidden, case.writers, case.rank))
+        lines.append([case.dtype, *size, _amount(rows.get("fused")), *others])
+    if lines:
+        head = ["dtype of B", "layers", "d", "k", "r", "fused", *(name for name in names if name != "fused")]
+        yield f"#### {_device(run)}: W2' of all layers, once an optimizer step\n\n{_table(head, lines)}"
 
 
 # --------------------------------------------------------------------------------------------------------------- plots
@@ -637,7 +657,12 @@ def _run_parts(run: Run) -> Iterator[str]:
     if run.on_gpu:
         yield _goals_text(run)
         yield "\n\n".join(f"![{_escaped(plot.title)}](benchmarks/{_svg_name(run, plot)})" for plot in plots(run))
-    for title, tables in (("The op", _op_tables), ("Models", _model_tables), ("Memory", _memory_tables)):
+    for title, tables in (
+        ("The op", _op_tables),
+        ("Models", _model_tables),
+        ("Memory", _memory_tables),
+        ("Joint-Orth's projection", _projection_tables),
+    ):
         texts = list(tables(run))
         if texts:
             yield f"### {title} on {_device(run)}"

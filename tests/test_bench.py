@@ -16,7 +16,8 @@ sys.path.insert(0, str(ROOT))
 try:
     from bench import contenders, geometries, goals, gpu, levels, timing
     from bench.contenders import OP_CONTENDERS, Operands
-    from bench.geometries import ModelCase, OpCase
+    from bench.geometries import ModelCase, OpCase, ProjectionCase
+    from bench.projection import PROJECTION_CONTENDERS, check, measure_projection
     from bench.results import Results, Row, file_name, load
 finally:
     sys.path.remove(str(ROOT))
@@ -50,6 +51,7 @@ def test_the_gpu_run_covers_the_grid_and_every_geometry_and_begins_with_the_goal
     model = [s.case for s in steps if s.level == "model"]
     assert {case.geometry for case in model if case.layers} == set(geometries.REAL)
     assert {s.what for s in steps if s.level == "model" and not s.case.layers} == set(levels.MODEL_RUNS)
+    assert {s.case for s in steps if s.level == "projection"} >= {ProjectionCase(32, 4096, 8, 8)}
     first = steps[0]
     assert (first.what, first.case.tokens, first.case.rank, first.case.basis) == ("forward", 4096, 8, 0)
     assert set(first.names) == set(OP_CONTENDERS)
@@ -213,7 +215,7 @@ def test_what_does_not_fit_is_out_of_memory_and_the_run_goes_on(monkeypatch, tmp
 def test_who_is_not_installed_is_listed_with_the_way_to_get_it(monkeypatch):
     monkeypatch.setattr(contenders.importlib.util, "find_spec", lambda name: None)
     missing = contenders.absent()
-    assert missing.keys() == {"hook-liger", "lora", "loreft"}
+    assert missing.keys() == {"hook-liger", "lora", "joint-orth", "loreft"}
     assert "`pip install 'fused-steer[bench]'`" in missing["hook-liger"]
     assert "pip install --no-deps pyreft==0.1.0" in missing["loreft"]
     row = levels.measure_model(MODEL, "prefill", CPU, ["lora"], rounds=1, check=False)[0]
@@ -251,6 +253,32 @@ def test_goals_are_judged_by_their_worst_case():
     assert _outcome(results, "basis").met is None
     results.put(_op_row("forward", "fused", 1.2, basis=8))
     assert _outcome(results, "basis").value == pytest.approx(1.2 / 1.1) and _outcome(results, "basis").met is False
+
+
+def test_every_contender_of_the_projection_leaves_the_same():
+    case = ProjectionCase(3, 96, 5, 4)
+    rows = measure_projection(case, CPU, list(PROJECTION_CONTENDERS), rounds=3)
+    assert [row.contender for row in rows] == list(PROJECTION_CONTENDERS)
+    assert all(row.status == "ok" and len(row.samples) == 3 for row in rows), rows
+
+
+def test_a_contender_of_the_projection_that_does_nothing_is_found_out(monkeypatch):
+    monkeypatch.setitem(PROJECTION_CONTENDERS, "fused", lambda matrices: lambda: None)
+    assert check(ProjectionCase(3, 96, 5, 4), "fused", CPU).startswith("wrong: it differs")
+    (row,) = measure_projection(ProjectionCase(3, 96, 5, 4), CPU, ["fused"])
+    assert row.status.startswith("wrong") and not row.samples
+
+
+def test_goals_of_joint_adaptation():
+    size = dataclasses.asdict(ProjectionCase())
+    train = dataclasses.asdict(ModelCase("Llama-3.2-1B", 0, 8, 512))
+    seconds = {"unsteered": 1.0, "fused": 1.1, "lora": 1.5, "joint-orth": 1.632}
+    rows = [Row("model", "train", name, train, [value]) for name, value in seconds.items()]
+    rows += [Row("projection", "step", name, size, [s]) for name, s in (("fused", 9e-5), ("svd-loop", 8e-3))]
+    judged = {o.name: (o.value, o.met) for o in goals.evaluate(Results(MACHINE, rows=rows))}
+    assert judged["joint"] == (pytest.approx(1.02), True)
+    assert judged["projection"] == (pytest.approx(90), True)
+    assert judged["projection / svd"] == (pytest.approx(8e-3 / 9e-5), False)
 
 
 def test_model_goals():

@@ -400,8 +400,11 @@ def test_switching_adapters_switches_the_constraint():
     list(steps(model, 1))
     model.steering.use("free")
     before = [up.clone() for up in constrained(model)]
-    for _ in steps(model, 2):
-        pass
+    backward(model)
+    free = steering_parameters(model, "free")
+    gradients = [p.grad for name, p in free.items() if name.endswith("steer_up.weight")]
+    assert overlap(gradients, written(model, MLP)) > 1e-3
+    list(steps(model, 2))
     assert overlap(constrained(model, adapter="free"), written(model, MLP)) > 1e-3
     assert all(map(torch.equal, constrained(model), before))  # not in use, not touched
     model.steering.use("default")
@@ -416,9 +419,10 @@ def test_nobody_is_told_of_steps_any_more():
     assert len(hooks) == before + 1
     model.steering.add("more", ORTHOGONAL)
     assert len(hooks) == before + 2
+    kept = list(model.steering._orthogonal.values())  # that they are not yet garbage must not matter
     model.steering.remove("more")
     assert len(hooks) == before + 1
-    assert model.steering.unpatch() is model
+    assert model.steering.unpatch() is model and len(kept) == 2
     assert len(hooks) == before
 
 

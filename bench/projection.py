@@ -1,0 +1,153 @@
+"""Joint-Orth's projection for all layers of a model, once an optimizer step: ours, and a loop of SVDs over the layers.
+
+Every contender takes the B and W2 of each layer, as tensors of their own, and leaves W2' = (I − V Vᵀ) W2 in W2's
+memory. Ours also finds the V that the gradients of the next step are projected by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+
+from . import timing
+from .geometries import DTYPES, ProjectionCase
+from .results import Row
+from .timing import Timed
+
+
+@dataclass
+class Matrices:
+    """B (d, k) and W2 (d, r), float32, of each layer."""
+
+    writers: list[Tensor]
+    ups: list[Tensor]
+
+
+def make_matrices(case: ProjectionCase, device: torch.device, seed: int = 0) -> Matrices:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(columns: int) -> Tensor:
+        return torch.randn(case.hidden, columns, generator=generator)
+
+    writers = [normal(case.writers).to(device, DTYPES[case.dtype]) for _ in range(case.layers)]
+    return Matrices(writers, [normal(case.rank).to(device) for _ in range(case.layers)])
+
+
+class _Writer:
+    """A module of a layer whose LoRA has this B."""
+
+    part = "mlp"
+
+    def __init__(self, b: Tensor) -> None:
+        self.b = b
+
+    def columns(self) -> list[Tensor]:
+        return [self.b]
+
+
+def fused(matrices: Matrices) -> Callable[[], None]:
+    """What the runtime does after an optimizer step."""
+    from fused_steer import SteerConfig
+    from fused_steer.orthogonality import Orthogonality, lora_columns
+    from fused_steer.sites import Adapter, SteeringSite
+
+    hidden, rank = matrices.ups[0].shape
+    sites = {}
+    for index, up in enumerate(matrices.ups):
+        down = up.new_zeros(rank, hidden)
+        site = sites[index] = SteeringSite()
+        site.attach("a", Adapter.of_tensors({"steer_down.weight": down, "steer_up.weight": up}))
+        site.use("a", "silu", 1.0)
+    writers = {index: [_Writer(b)] for index, b in enumerate(matrices.writers)}
+    config = SteerConfig(rank=rank, orthogonal_to="lora")
+    keeper = Orthogonality("a", config, nn.Module(), sites, lambda _: writers)  # type: ignore[arg-type, return-value]
+    return lambda: keeper._project(lora_columns(keeper.writers, config), everything=True)
+
+
+def svd_loop(matrices: Matrices) -> Callable[[], None]:
+    """The loop at its most economical: thin factors, and V never multiplied out."""
+
+    @torch.no_grad()
+    def project() -> None:
+        for b, up in zip(matrices.writers, matrices.ups, strict=True):
+            v = torch.linalg.svd(b.float(), full_matrices=False)[0]
+            up.sub_(v @ (v.T @ up))
+
+    return project
+
+
+def svd_loop_square(matrices: Matrices) -> Callable[[], None]:
+    """The loop with I − V Vᵀ as a d × d matrix, as the formula is written and the paper's released code has it."""
+
+    @torch.no_grad()
+    def project() -> None:
+        for b, up in zip(matrices.writers, matrices.ups, strict=True):
+            v = torch.linalg.svd(b.float(), full_matrices=False)[0]
+            up.copy_((torch.eye(v.shape[0], device=v.device) - v @ v.T) @ up)
+
+    return project
+
+
+def svd_loop_default(matrices: Matrices) -> Callable[[], None]:
+    """The loop with `torch.linalg.svd` as it is called by default, which makes all d left singular vectors."""
+
+    @torch.no_grad()
+    def project() -> None:
+        for b, up in zip(matrices.writers, matrices.ups, strict=True):
+            v = torch.linalg.svd(b.float())[0][:, : b.shape[1]]
+            up.sub_(v @ (v.T @ up))
+
+    return project
+
+
+PROJECTION_CONTENDERS: dict[str, Callable[[Matrices], Callable[[], None]]] = {
+    "fused": fused,
+    "svd-loop": svd_loop,
+    "svd-loop-square": svd_loop_square,
+    "svd-loop-default": svd_loop_default,
+}
+
+
+def check(case: ProjectionCase, name: str, device: torch.device) -> str:
+    """What is wrong with a contender, or "": it must leave nothing along B, and all else of W2."""
+    matrices = make_matrices(case, device)
+    before = [up.double() for up in matrices.ups]
+    PROJECTION_CONTENDERS[name](matrices)()
+    for b, old, new in zip(matrices.writers, before, matrices.ups, strict=True):
+        b, new = b.double(), new.double()
+        expected = old - b @ torch.linalg.lstsq(b, old).solution
+        error = float((new - expected).norm() / expected.norm())
+        if not error <= 1e-5:
+            return f"wrong: it differs from (I − V Vᵀ) W2 by {error:.2e}; expected at most 1e-5"
+    return ""
+
+
+def measure_projection(case: ProjectionCase, device: torch.device, names: Sequence[str], rounds: int = 20) -> list[Row]:
+    """Time one projection of all layers for each contender, interleaved: eagerly, as an optimizer step meets it.
+
+    An SVD asks the host for its size and cannot be replayed from a graph; and what counts of ours is the host's time
+    too. `rounds` is that of the fastest: each takes part in as many as fit into ten seconds, but at least in two.
+    """
+    rows = {name: Row("projection", "step", name, asdict(case)) for name in names}
+    ready = []
+    for name in names:
+        try:
+            rows[name].status = check(case, name, device) or "ok"
+            if rows[name].status == "ok":
+                timed = Timed(name, [PROJECTION_CONTENDERS[name](make_matrices(case, device))])
+                timed.prepare(device, graph=False)
+                timed.sample(device)
+                ready.append(timed)
+        except Exception as error:  # a rival may fail in any way, and the run goes on
+            rows[name].status = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    shares = {timed.name: max(2, min(rounds, int(10 / timed.samples[0]))) for timed in ready}
+    for timed in ready:
+        timed.samples.clear()
+    for number in range(rounds):
+        timing.interleave([timed for timed in ready if number < shares[timed.name]], device, 1)
+    for timed in ready:
+        rows[timed.name].samples = timed.samples
+    return list(rows.values())
