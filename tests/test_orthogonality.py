@@ -458,6 +458,7 @@ def test_modes(add):
     model = joint(add=add)
     list(steps(model, 2))
     model.eval()
+    next(p for name, p in model.named_parameters() if "lora_A" in name).requires_grad_(False)  # PEFT would undo that
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     both = logits(model)
     with model.steering.mode("lora"):

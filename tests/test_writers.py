@@ -82,6 +82,19 @@ class Layer(nn.Module):
         return 0.5 * (hidden + self.out(torch.relu(self.up(hidden)) * self.gate(hidden)))
 
 
+class Functional(nn.Module):
+    """Its last projection is no module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention_out, self.up = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.weight = nn.Parameter(torch.ones(8, 8))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        hidden = hidden + self.attention_out(hidden)
+        return hidden + torch.relu(self.up(hidden)) @ self.weight
+
+
 class Experts(nn.Module):
     """The first expert alone is visited."""
 
@@ -119,6 +132,10 @@ def test_a_flat_layer():
     found = traced(Layer(), Layer())
     assert paths(found) == ["attention_out", "out"]
     assert paths(choose_writers(found, "mlp")) == ["out"]
+
+
+def test_what_comes_before_a_product_does_not_write():
+    assert paths(traced(Functional())) == ["attention_out"]
 
 
 def test_all_experts_are_writers_though_two_tokens_visit_few():

@@ -1,0 +1,40 @@
+"""What README shows runs."""
+
+from pathlib import Path
+
+import torch
+from models import build, tokens
+from transformers import Trainer, TrainingArguments
+
+from fused_steer import load_joint
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+
+
+def block(marker: str) -> str:
+    """The code under a marker."""
+    after = README.partition(f"<!-- {marker} -->\n\n```python\n")[2]
+    assert after, f"README has no block under {marker}"
+    return after.partition("```")[0]
+
+
+def test_joint_adaptation_in_ten_lines(tmp_path, monkeypatch):
+    code = block("joint")
+    assert len(code.splitlines()) <= 10
+    monkeypatch.chdir(tmp_path)
+    arguments = TrainingArguments("out", max_steps=2, report_to="none", disable_tqdm=True, use_cpu=True)
+    names = {
+        "torch": torch,
+        "Trainer": Trainer,
+        "arguments": arguments,
+        "model": build(),
+        "dataset": [{"input_ids": ids, "labels": ids} for ids in tokens(batch=8)],
+    }
+    exec(compile(code, "README.md", "exec"), names)
+    model = names["model"].eval()
+    again = load_joint(build(), tmp_path / "both")
+    with torch.no_grad():
+        assert torch.equal(again(tokens()).logits, model(tokens()).logits)
+    for layer in model.get_base_model().model.layers:
+        b, w = layer.mlp.down_proj.lora_B["default"].weight, layer.post_block.steer_up["default"].weight
+        assert 0 < b.norm() and 0 < w.norm() and (b.T @ w).norm() <= 1e-5 * b.norm() * w.norm()
