@@ -29,6 +29,8 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PEFT_TYPE = "POST_BLOCK"
 _PREFIX = "base_model.model."
+#: What PEFT writes into every adapter's config, and what says nothing of what it computes.
+_PEFT_FIELDS = ("auto_mapping", "inference_mode", "peft_version", "revision", "task_type")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
@@ -138,6 +140,8 @@ def read_adapter(source: str | os.PathLike[str]) -> AdapterFile:
         fields = json.loads(config_file.read_text(encoding="utf-8"))
         if not isinstance(fields, dict):
             raise ValueError(f"it holds a {type(fields).__name__}; expected an object")
+        for key in _PEFT_FIELDS:
+            fields.pop(key, None)
         peft_type = fields.pop("peft_type", None)
         if peft_type != PEFT_TYPE:
             raise ValueError(f"peft_type is {peft_type!r}; expected {PEFT_TYPE!r}")

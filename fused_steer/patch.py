@@ -10,9 +10,11 @@ from __future__ import annotations
 import functools
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -68,6 +70,11 @@ def find_decoder(model: nn.Module) -> Decoder:
     return Decoder(model.get_submodule(path.rpartition(".")[0]), path, layers, hidden)
 
 
+def layer_device(layer: nn.Module) -> torch.device:
+    """Where a layer's steering parameters belong."""
+    return next((p.device for p in layer.parameters()), torch.device("cpu"))
+
+
 def inside_peft(model: nn.Module) -> nn.Module:
     """The model that PEFT wrapped, whose paths do not depend on the wrapping; `model` itself where it did not."""
     peft = sys.modules.get("peft")  # a model that it wrapped has imported it
@@ -119,7 +126,9 @@ def _steer_output(layer: nn.Module, args: Any, output: Any) -> Any:
 class PatchedLayer:
     """One decoder layer with its steering site: how it was reached, and the way back."""
 
-    def __init__(self, layer: nn.Module, index: int, path: str) -> None:
+    def __init__(
+        self, layer: nn.Module, index: int, path: str, make_site: Callable[[], SteeringSite] = SteeringSite
+    ) -> None:
         """Patch `layer`. On an error it is left as it was."""
         if hasattr(layer, SITE):
             raise ValueError(f"layer {index} ({type(layer).__name__}) has a {SITE!r} of its own; expected none")
@@ -134,7 +143,7 @@ class PatchedLayer:
         except ResidualNotFound as reason:
             self.reason = str(reason)
             cls = steered_class(self.base, False)
-        site = SteeringSite().train(layer.training)
+        site = make_site().train(layer.training)
         layer.__class__ = cls
         layer.add_module(SITE, site)
         if self.reason:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .checkpoint import AdapterFile, read_adapter, write_adapter
 from .config import DTYPES, SteerConfig, checked_number
 from .orthogonality import Orthogonality, check_carries_lora, check_lora
-from .patch import SITE, PatchedLayer, find_decoder, inside_peft
+from .patch import SITE, PatchedLayer, find_decoder, inside_peft, layer_device
 from .sites import Adapter
 from .writers import Writer, adapter_parameters, lora_layers, trace_writers
 
@@ -108,8 +108,8 @@ class Steering:
         layers, hidden = self._decoder.layers, self._decoder.hidden
         if config.orthogonal_to is not None:
             check_carries_lora(self._model, {i: layers[i] for i in indices})
-            check_lora(config, self._trace_writers(indices), {i: _device(layers[i]) for i in indices})
-        self._insert(name, config, {i: Adapter.fresh(config, hidden, _device(layers[i])) for i in indices})
+            check_lora(config, self._trace_writers(indices), {i: layer_device(layers[i]) for i in indices})
+        self._insert(name, config, {i: Adapter.fresh(config, hidden, layer_device(layers[i])) for i in indices})
 
     def load(self, source: str | os.PathLike[str], name: str = "default", *, check_base: bool = True) -> None:
         """Load a saved adapter from a directory or the hub under `name`; `use` it to steer by it.
@@ -169,7 +169,7 @@ class Steering:
                         f"{source}: tensor {path} is {tensor.dtype} {tuple(tensor.shape)}; "
                         f"expected {DTYPES[file.config.dtype]} {shape}"
                     )
-                tensors[key] = tensor.to(_device(self._decoder.layers[i]))
+                tensors[key] = tensor.to(layer_device(self._decoder.layers[i]))
             found[i] = tensors
         if unused:
             raise ValueError(f"{source} has a tensor {min(unused)}; expected none but those of its config")
@@ -465,7 +465,3 @@ class Steering:
 def _set_requires_grad(flags: list[tuple[nn.Parameter, bool]]) -> None:
     for parameter, required in flags:
         parameter.requires_grad_(required)
-
-
-def _device(layer: nn.Module) -> torch.device:
-    return next((p.device for p in layer.parameters()), torch.device("cpu"))

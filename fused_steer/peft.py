@@ -1,0 +1,479 @@
+"""Post-block steering as a method of PEFT: importing this module registers it.
+
+    import fused_steer.peft
+    model = get_peft_model(model, PostBlockConfig(r=8, activation="silu"))
+
+PEFT then saves, loads, switches, disables and deletes steering as it does any other adapter; `model.steering` is not
+there, and its files are the same (`patch_model(model, "DIR")` reads what `save_pretrained` wrote, and the other way
+round). The steered layers are reached as `patch_model` reaches them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any, ClassVar, Optional
+
+import torch
+from packaging.version import Version
+from torch import Tensor, nn
+
+from ._version import __version__
+from .checkpoint import PEFT_TYPE
+from .config import DTYPES, SteerConfig
+from .kernels import MAX_RANK, post_block, select_backend
+from .patch import SITE, Decoder, PatchedLayer, find_decoder, layer_device
+from .sites import Adapter, SteeringSite
+
+SUPPORTED_PEFT = ("0.21", "0.22")  # from, and below: those whose registry and tuners this was tried with
+if not Version(SUPPORTED_PEFT[0]) <= Version(version("peft")) < Version(SUPPORTED_PEFT[1]):
+    raise ImportError(f"peft is {version('peft')}; expected >={SUPPORTED_PEFT[0]},<{SUPPORTED_PEFT[1]} here")
+
+from peft import PeftConfig  # noqa: E402
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer  # noqa: E402
+from peft.utils import PeftType, register_peft_method  # noqa: E402
+
+METHOD = PEFT_TYPE.lower()
+PREFIX = "steer_"
+_BASE = "__base__"  # PEFT's word for no adapter, among a batch's adapter names
+
+
+def _add_peft_type() -> PeftType:
+    """PeftType.POST_BLOCK. PEFT finds a method by its member of this enumeration, and has no call that adds one."""
+    member = str.__new__(PeftType, PEFT_TYPE)
+    member._name_, member._value_ = PEFT_TYPE, PEFT_TYPE
+    PeftType._member_names_.append(PEFT_TYPE)
+    PeftType._member_map_[PEFT_TYPE] = member
+    PeftType._value2member_map_[PEFT_TYPE] = member
+    type.__setattr__(PeftType, PEFT_TYPE, member)
+    return member
+
+
+POST_BLOCK: PeftType = getattr(PeftType, PEFT_TYPE, None) or _add_peft_type()
+
+
+# -------------------------------------------------------------------------------------------------------------- config
+
+
+@dataclass
+class PostBlockConfig(PeftConfig):
+    """A `SteerConfig` as PEFT has its configs. What they share means the same.
+
+    Args:
+        r: the rank; `rank` is the same, as adapter files have it.
+        form, activation, layers, scale, down_bias, up_bias, init_scale, dtype: see `SteerConfig`.
+        orthogonal_to, writers, side, every: how a loaded adapter was trained. To train so, use `patch_model`.
+        hidden_size, num_layers: of the model that an adapter is for; filled in when it is added to one.
+        fused_steer_version, weights_sha256: of a file.
+
+    Raises:
+        TypeError: an unknown field, or a value of the wrong type.
+        ValueError: a value out of range.
+    """
+
+    r: Optional[int] = None  # noqa: UP045  (PEFT's own parser of its configs reads these)
+    form: str = "lowrank"
+    activation: Optional[str] = None  # noqa: UP045
+    layers: Optional[list[int]] = None  # noqa: UP045
+    scale: float = 1.0
+    down_bias: bool = False
+    up_bias: Optional[bool] = None  # noqa: UP045
+    init_scale: float = 1.0
+    dtype: str = "float32"
+    orthogonal_to: Optional[str] = None  # noqa: UP045
+    writers: str = "mlp"
+    side: str = "output"
+    every: int = 1
+    hidden_size: Optional[int] = None  # noqa: UP045
+    num_layers: Optional[int] = None  # noqa: UP045
+    rank: Optional[int] = None  # noqa: UP045
+    fused_steer_version: Optional[str] = None  # noqa: UP045
+    weights_sha256: Optional[str] = None  # noqa: UP045
+
+    #: What PEFT matches modules by: the steering sites, which are put into the layers before it looks.
+    target_modules: ClassVar[str] = SITE
+
+    def __post_init__(self) -> None:
+        self.task_type = self.task_type or "CAUSAL_LM"
+        super().__post_init__()
+        self.peft_type = POST_BLOCK
+        if self.r is not None and self.rank is not None and self.r != self.rank:
+            raise ValueError(f"r is {self.r} and rank is {self.rank}; expected one of them, or the same")
+        self.rank = self.r if self.rank is None else self.rank
+        steer = self.steer_config()
+        for name in ("rank", "activation", "up_bias", "scale", "init_scale"):
+            setattr(self, name, getattr(steer, name))
+        self.r = self.rank
+        self.layers = None if steer.layers is None else list(steer.layers)
+
+    def steer_config(self) -> SteerConfig:
+        """The same as a SteerConfig."""
+        return SteerConfig(**{field.name: getattr(self, field.name) for field in dataclasses.fields(SteerConfig)})
+
+    def to_dict(self) -> dict[str, Any]:
+        """As both libraries' files have it; without the digest, which is that of a file's weights."""
+        peft = {field.name: getattr(self, field.name) for field in dataclasses.fields(PeftConfig)}
+        sizes = {"hidden_size": self.hidden_size, "num_layers": self.num_layers}
+        return {**peft, **sizes, **self.steer_config().to_dict(), "fused_steer_version": __version__}
+
+
+def _named_fields(config: type[PostBlockConfig]) -> type[PostBlockConfig]:
+    """An unknown field is refused: PEFT would leave it out, and load an adapter that computes something else."""
+    init = config.__init__
+
+    def __init__(self: PostBlockConfig, *args: Any, **fields: Any) -> None:
+        known = [field.name for field in dataclasses.fields(config)]
+        unknown = sorted(fields.keys() - set(known))
+        if unknown:
+            written = fields.get("fused_steer_version")
+            by = f" (written by fused-steer {written}, this is {__version__})" if written else ""
+            raise TypeError(f"PostBlockConfig has no field {', '.join(map(repr, unknown))}{by}; expected {known}")
+        init(self, *args, **fields)
+
+    config.__init__ = __init__  # type: ignore[method-assign]
+    return config
+
+
+_named_fields(PostBlockConfig)
+
+
+# ---------------------------------------------------------------------------------------------------------------- site
+
+
+class PeftSite(SteeringSite, BaseTunerLayer):
+    """A steering site whose adapters PEFT manages."""
+
+    adapter_layer_names = ("steer_down", "steer_up")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.configs: dict[str, SteerConfig] = {}
+        self.patched: PatchedLayer | None = None
+        self.row_adapters: list[str] | None = None  # each row's adapter, while a batch has several
+        self.merged_adapters = []
+        self._active_adapter = []
+
+    def add(self, name: str, config: SteerConfig, hidden: int, device: torch.device) -> None:
+        self.attach(name, Adapter.fresh(config, hidden, device))
+        self.configs[name] = config
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self.configs.pop(adapter_name, None)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        raise _cannot_merge()
+
+    def forward(self, residual: Tensor, branch: Tensor | None = None) -> Tensor:
+        """residual + branch, steered by the active adapters, or each row by its own. (..., d)"""
+        if not torch.compiler.is_compiling():
+            self.calls += 1
+            self.backend = select_backend(residual.device)
+        if not self.disable_adapters:
+            if self.row_adapters is not None:
+                return self._by_rows(residual, branch, self.row_adapters)
+            names = [name for name in self.active_adapters if name in self.configs]
+            if names:
+                return self._sum(residual, branch, names)
+        return residual if branch is None else residual + branch
+
+    def _sum(self, residual: Tensor, branch: Tensor | None, names: list[str]) -> Tensor:
+        """The shifts of several adapters are those of the same hidden state, and are added up."""
+        if len(names) == 1:
+            return self._steer(residual, branch, names[0])
+        x = residual if branch is None else residual + branch
+        out = self._steer(x, None, names[0])
+        for name in names[1:]:
+            out = out + (self._steer(x, None, name) - x)
+        return out
+
+    def _by_rows(self, residual: Tensor, branch: Tensor | None, rows: list[str]) -> Tensor:
+        if residual.shape[0] != len(rows):
+            raise ValueError(
+                f"adapter_names has {len(rows)} names; expected {residual.shape[0]}, one for each row of the batch"
+            )
+        out = residual if branch is None else residual + branch
+        for name in dict.fromkeys(name for name in rows if name in self.configs):
+            # A gain of 0 leaves the other rows' bits, whatever the adapter makes of them.
+            of_rows = torch.tensor([float(row == name) for row in rows], device=out.device)
+            gain = of_rows.view(-1, *[1] * (out.dim() - 2)).expand(out.shape[:-1])
+            out = self._steer(out, None, name, gain)
+        return out
+
+    def _steer(self, residual: Tensor, branch: Tensor | None, name: str, gain: Tensor | None = None) -> Tensor:
+        config, down, up = self.configs[name], self.steer_down[name], self.steer_up[name]
+        return post_block(
+            residual,
+            branch,
+            down.weight,
+            up.weight,
+            down_bias=down.bias,
+            up_bias=up.bias,
+            activation=config.activation,  # type: ignore[arg-type]
+            scale=config.scale,
+            gain=gain,
+        )
+
+    def extra_repr(self) -> str:
+        return f"active={self.active_adapters!r}"
+
+
+def _cannot_merge() -> ValueError:
+    return ValueError(
+        "a steering adapter cannot be merged into weights: its shift is added to the stream after the block, where "
+        "there is no weight to take it up; expected it to be kept (save_pretrained), or taken out (unload)"
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------- tuner
+
+
+class PostBlockModel(BaseTuner):
+    """Puts a site into each steered decoder layer, and adapters into the sites."""
+
+    prefix = PREFIX
+    tuner_layer_cls = PeftSite
+    target_module_mapping: ClassVar[dict[str, str]] = {}
+
+    # ----------------------------------------------------------------------------------------------------- in and out
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Add an adapter: PEFT's own injection, after the layers have been given their sites.
+
+        Raises:
+            ValueError: the model has no decoder layers, is patched otherwise, or the adapter is for another.
+        """
+        config = self.peft_config[adapter_name]
+        first = not any(isinstance(module, BaseTunerLayer) for module in model.modules())
+        try:
+            decoder = find_decoder(model)
+            indices = _indices(config, decoder)
+            if config.orthogonal_to is not None and not config.inference_mode:
+                raise ValueError(
+                    f"orthogonal_to is {config.orthogonal_to!r} in an adapter that trains; expected patch_model, which "
+                    "keeps the constraint, or inference_mode=True"
+                )
+            new = _patch(decoder, indices)
+        except BaseException:
+            del self.peft_config[adapter_name]
+            raise
+        try:
+            config.hidden_size, config.num_layers = decoder.hidden, len(decoder.layers)
+            self._decoder, self._indices = decoder, set(indices)
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            if first:  # PEFT takes the sites for an earlier adapter's, beside which it freezes nothing more
+                self._mark_only_adapters_as_trainable(model)
+        except BaseException:
+            for patched in new:
+                patched.remove()
+            self.peft_config.pop(adapter_name, None)
+            raise
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
+        return peft_config
+
+    def _check_target_module_exists(self, peft_config: Any, key: str) -> bool:  # type: ignore[override]
+        path, _, name = key.rpartition(".")
+        inside, _, index = path.rpartition(".")
+        return name == SITE and inside == self._decoder.path and int(index) in self._indices
+
+    def _create_and_replace(
+        self, config: Any, adapter_name: str, target: Any, target_name: str, parent: Any, current_key: Any = None
+    ) -> None:
+        target.add(adapter_name, config.steer_config(), self._decoder.hidden, layer_device(parent))
+        if adapter_name not in self.active_adapters:
+            for factors in (target.steer_down, target.steer_up):
+                factors[adapter_name].requires_grad_(False)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """The config says of what dtype the parameters are."""
+
+    def unload(self) -> nn.Module:
+        """The model as it was: its layers' own classes, no sites."""
+        for site in self._sites():
+            if site.patched is not None:
+                site.patched.check_removable()
+        for site in list(self._sites()):
+            if site.patched is not None:
+                site.patched.remove()
+        if hasattr(self.model, "peft_config"):
+            del self.model.peft_config
+        return self.model
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
+        raise _cannot_merge()
+
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        raise _cannot_merge()
+
+    def _sites(self) -> Iterator[PeftSite]:
+        return (module for module in self.model.modules() if isinstance(module, PeftSite))
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Refuse what does not fit before any of it is loaded. PEFT would load the part that does, and warn."""
+        found = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        parameters = {n: p for n, p in model.named_parameters() if f".{adapter_name}." in n and f".{SITE}." in n}
+        missing, unknown = sorted(parameters.keys() - found.keys()), sorted(found.keys() - parameters.keys())
+        if missing or unknown:
+            what = f"lacks {missing[0]}" if missing else f"has a tensor {unknown[0]}"
+            raise ValueError(f"the adapter to load as {adapter_name!r} {what}; expected those of its config")
+        for name, parameter in parameters.items():
+            tensor, dtype = found[name], DTYPES[config.dtype]
+            if tensor.shape != parameter.shape or tensor.dtype != dtype:
+                raise ValueError(
+                    f"the adapter to load as {adapter_name!r} has {name} of {tensor.dtype} {tuple(tensor.shape)}; "
+                    f"expected {dtype} {tuple(parameter.shape)}"
+                )
+        return found
+
+    # ----------------------------------------------------------------------------------------------- several adapters
+
+    @contextlib.contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """`adapter_names`: each row of a batch by its own adapter, or by none ("__base__"), in inference."""
+        names = kwargs.pop("adapter_names", None)
+        if names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("adapter_names is given in training mode; expected it in inference (model.eval())")
+        unknown = sorted(set(names) - {_BASE} - self.peft_config.keys())
+        if unknown:
+            raise ValueError(f"adapter_names has {unknown[0]!r}; expected some of {[*self.peft_config, _BASE]}")
+        beams = kwargs.get("num_beams") or getattr(kwargs.get("generation_config"), "num_beams", None) or 1
+        rows = [name for name in names for _ in range(beams)]  # beam search repeats each row
+        sites = list(self._sites())
+        try:
+            for site in sites:
+                site.row_adapters = rows
+            yield
+        finally:
+            for site in sites:
+                site.row_adapters = None
+
+    def add_weighted_adapter(
+        self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str = "linear"
+    ) -> None:
+        """Add an adapter whose shift is the weighted sum of others': Σ wᵢ sᵢ (W2ᵢ φ(W1ᵢ h + b1ᵢ) + b2ᵢ).
+
+        Args:
+            adapters, weights: those that are added up, and by how much.
+            adapter_name: the new one's. Its rank is the sum of theirs.
+            combination_type: "linear", of vectors and linear forms; "cat", also of adapters that share a nonlinear φ.
+
+        Raises:
+            ValueError: an unknown or taken name, weights that do not fit, or forms whose sum is no such adapter.
+        """
+        configs = [self._known(name) for name in adapters]
+        if adapter_name in self.peft_config:
+            raise ValueError(f"there is an adapter {adapter_name!r} already; expected a new name")
+        if not adapters or len(adapters) != len(weights):
+            raise ValueError(f"there are {len(adapters)} adapters and {len(weights)} weights; expected one for each")
+        if combination_type not in ("linear", "cat"):
+            raise ValueError(f"combination_type is {combination_type!r}; expected 'linear' or 'cat'")
+        activations = sorted({config.activation for config in configs if config.rank})
+        nonlinear = [name for name in activations if name != "identity"]
+        if combination_type == "linear" and nonlinear:
+            raise ValueError(
+                f"the sum of {', '.join(nonlinear)} adapters is not linear in their factors; expected vectors and "
+                "activation='identity', or combination_type='cat', which puts adapters of one activation side by side"
+            )
+        if len(activations) > 1:
+            raise ValueError(f"the adapters have activations {', '.join(activations)}; expected the same")
+        rank = sum(config.rank for config in configs)
+        if rank > MAX_RANK:
+            raise ValueError(f"the ranks add up to {rank}; expected at most {MAX_RANK}")
+        layers: set[int] | None = set()
+        for config in configs:
+            layers = None if layers is None or config.layers is None else layers | set(config.layers)
+        common: dict[str, Any] = {
+            "layers": None if layers is None else sorted(layers),
+            "dtype": max((config.dtype for config in configs), key=lambda name: DTYPES[name].itemsize),
+        }
+        if rank:
+            config = PostBlockConfig(
+                r=rank,
+                activation=activations[0],
+                down_bias=any(config.down_bias for config in configs),
+                up_bias=any(config.up_bias for config in configs),
+                **common,
+            )
+        else:
+            config = PostBlockConfig(form="vector", **common)
+        active = self.active_adapters
+        self.peft_config[adapter_name] = config
+        self.inject_adapter(self.model, adapter_name)
+        with torch.no_grad():
+            for site in self._sites():
+                if adapter_name in site.configs:
+                    _fill(site, adapter_name, list(zip(adapters, weights, configs, strict=True)))
+        self.set_adapter(active)
+
+    def _known(self, name: str) -> SteerConfig:
+        if name not in self.peft_config:
+            raise ValueError(f"no adapter {name!r}; expected one of {list(self.peft_config)}")
+        return self.peft_config[name].steer_config()
+
+
+def _indices(config: PostBlockConfig, decoder: Decoder) -> list[int]:
+    """The layers that the adapter steers."""
+    count = len(decoder.layers)
+    for what, theirs, ours in (
+        ("hidden_size", config.hidden_size, decoder.hidden),
+        ("num_layers", config.num_layers, count),
+    ):
+        if theirs is not None and theirs != ours:
+            raise ValueError(f"the adapter is for a model of {what} {theirs}; expected {ours}")
+    if config.layers is not None and config.layers[-1] >= count:
+        raise ValueError(f"layers has {config.layers[-1]}; expected indices below {count}, the model's layers")
+    return list(range(count)) if config.layers is None else list(config.layers)
+
+
+def _patch(decoder: Decoder, indices: list[int]) -> list[PatchedLayer]:
+    """Give the layers that have none a site; all of them or none. What is new."""
+    new: list[PatchedLayer] = []
+    try:
+        for index in indices:
+            layer = decoder.layers[index]
+            if not isinstance(getattr(layer, SITE, None), PeftSite):
+                patched = PatchedLayer(layer, index, f"{decoder.path}.{index}", PeftSite)
+                patched.site.patched = patched
+                new.append(patched)
+    except BaseException:
+        for patched in new:
+            patched.remove()
+        raise
+    return new
+
+
+def _fill(site: PeftSite, name: str, parts: list[tuple[str, float, SteerConfig]]) -> None:
+    """Put the parts side by side: rows of W1, columns of W2 by weight and strength; an absent one is zeros."""
+    target = site.adapter(name)
+    assert target is not None
+    for parameter in (target.down.weight, target.down.bias, target.up.weight, target.up.bias):
+        if parameter is not None:
+            parameter.zero_()
+    start = 0
+    for part, weight, config in parts:
+        source = site.adapter(part)
+        rows = slice(start, start + (config.rank or 0))
+        start = rows.stop
+        if source is None:
+            continue
+        factor = weight * config.scale
+        if source.down.weight is not None and source.up.weight is not None:
+            target.down.weight[rows] = source.down.weight.to(target.down.weight)  # type: ignore[index, union-attr]
+            target.up.weight[:, rows] = factor * source.up.weight.to(target.up.weight)  # type: ignore[index, union-attr]
+        if source.down.bias is not None:
+            target.down.bias[rows] = source.down.bias.to(target.down.bias)  # type: ignore[index, union-attr]
+        if source.up.bias is not None:
+            target.up.bias += factor * source.up.bias.to(target.up.bias)  # type: ignore[operator]
+
+
+register_peft_method(name=METHOD, config_cls=PostBlockConfig, model_cls=PostBlockModel, prefix=PREFIX)
