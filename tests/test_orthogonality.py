@@ -303,6 +303,14 @@ def test_an_optimizer_of_its_own_for_each_part():
         model.zero_grad()
 
 
+def test_finding_the_writers_is_no_call_of_the_layers():
+    model = patch_model(build())
+    get_peft_model(model, LoraConfig(r=3, target_modules="all-linear"))
+    logits(model)
+    model.steering.add("joint", ORTHOGONAL)
+    assert [layer.calls for layer in model.steering.report()] == [1, 1, 1]
+
+
 def test_other_models_steps_are_none_of_its_business(projections, tmp_path):
     model = joint()
     list(steps(model, 1))

@@ -1,4 +1,4 @@
-"""Steering as a method of PEFT: a matrix of models and configs over one set of checks, after PEFT's own shared tests."""
+"""Steering as a method of PEFT: a matrix of models and configs over one set of checks, as PEFT's own tests are."""
 
 from __future__ import annotations
 
@@ -238,14 +238,8 @@ def test_as_transformers_own_adapter_and_beside_lora():
     assert torch.equal(steer, logits(alone))
     assert len({tuple(x.flatten().tolist()) for x in (both, lora, steer)}) == 3
     wrapped = get_peft_model(build(), LoraConfig(r=2, target_modules=["down_proj"], init_lora_weights=False))
-    wrapped.load_state_dict(
-        {
-            f"base_model.model.{n}".replace(".lora.", ".default."): v
-            for n, v in base.state_dict().items()
-            if "lora" in n
-        },
-        strict=False,
-    )
+    tensors = {name.replace(".lora.", ".default."): value for name, value in base.state_dict().items()}
+    wrapped.get_base_model().load_state_dict({n: v for n, v in tensors.items() if "lora_" in n}, strict=False)
     nested = get_peft_model(wrapped.get_base_model(), PostBlockConfig(r=4)).eval()
     fill(nested)
     assert torch.equal(logits(nested), both)
@@ -461,7 +455,7 @@ def test_an_unsupported_peft_is_named_with_the_range_that_works():
 
 def test_auto_classes_load_it(tmp_path):
     model = adapted(r=4)
-    model.get_base_model().save_pretrained(tmp_path / "base") if False else build().save_pretrained(tmp_path / "base")
+    build().save_pretrained(tmp_path / "base")
     model.save_pretrained(str(tmp_path / "adapter"))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     loaded.load_adapter(str(tmp_path / "adapter"))
