@@ -248,6 +248,7 @@ class PostBlockModel(BaseTuner):
         """
         config = self.peft_config[adapter_name]
         first = not any(isinstance(module, BaseTunerLayer) for module in model.modules())
+        new: list[PatchedLayer] = []
         try:
             decoder = find_decoder(model)
             indices = _indices(config, decoder)
@@ -257,20 +258,16 @@ class PostBlockModel(BaseTuner):
                     "keeps the constraint, or inference_mode=True"
                 )
             new = _patch(decoder, indices)
-        except BaseException:
-            del self.peft_config[adapter_name]
-            raise
-        try:
             config.hidden_size, config.num_layers = decoder.hidden, len(decoder.layers)
             self._decoder, self._indices = decoder, set(indices)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-            if first:  # PEFT takes the sites for an earlier adapter's, beside which it freezes nothing more
-                self._mark_only_adapters_as_trainable(model)
         except BaseException:
             for patched in new:
                 patched.remove()
             self.peft_config.pop(adapter_name, None)
             raise
+        if first:  # PEFT takes the sites for an earlier adapter's, beside which it freezes nothing more
+            self._mark_only_adapters_as_trainable(model)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
         return peft_config
@@ -284,9 +281,6 @@ class PostBlockModel(BaseTuner):
         self, config: Any, adapter_name: str, target: Any, target_name: str, parent: Any, current_key: Any = None
     ) -> None:
         target.add(adapter_name, config.steer_config(), self._decoder.hidden, layer_device(parent))
-        if adapter_name not in self.active_adapters:
-            for factors in (target.steer_down, target.steer_up):
-                factors[adapter_name].requires_grad_(False)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """The config says of what dtype the parameters are."""

@@ -135,6 +135,7 @@ def test_several_adapters(family, fields, tmp_path):
     model.delete_adapter("second")
     assert list(model.peft_config) == ["default"] and torch.equal(logits(model), first)
     assert not any(".second." in name for name, _ in model.named_parameters())
+    assert all(set(m.configs) == {"default"} for m in model.modules() if isinstance(m, PeftSite) and m.configs)
     model.load_adapter(str(tmp_path / "second"), adapter_name="third")
     model.set_adapter("third")
     assert torch.equal(logits(model), second)
@@ -381,6 +382,17 @@ def test_models_that_cannot_be_reached():
         get_peft_model(linear, PostBlockConfig())
     with pytest.raises(ValueError, match="POST_BLOCK"):
         PeftMixedModel(build(), PostBlockConfig())
+
+
+def test_a_failure_half_way_leaves_the_model(monkeypatch):
+    def full(self: PeftSite, *args: Any) -> None:
+        if self.patched.index == 1:
+            raise MemoryError("no room")
+
+    monkeypatch.setattr(PeftSite, "add", full)
+    model = build()
+    with refused(MemoryError, "no room", model=model):
+        get_peft_model(model, PostBlockConfig())
 
 
 def edit(folder: Path, **fields: Any) -> None:
