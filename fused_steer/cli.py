@@ -1,4 +1,4 @@
-"""The command `fused-steer`: demo, doctor, inspect, kernels.
+"""The command `fused-steer`: demo, doctor, inspect, kernels, import.
 
 Nothing heavy is imported before a verb runs, so that `--help` and usage errors come at once.
 """
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .checkpoint import AdapterFile
+    from .importing import Imported
     from .kernels.launch import Launch
 
 PACKAGE = "fused-steer"
@@ -483,3 +484,96 @@ def kernels(
             typer.echo(json.dumps(description, indent=2))
         else:
             print_kernels(description, _console())
+
+
+# ------------------------------------------------------------------------------------------------------------- import
+
+import_app = typer.Typer(help="Read adapters of other codes into fused-steer's own form.", no_args_is_help=True)
+app.add_typer(import_app, name="import")
+
+
+def _import_table(file: Path, imported: Imported, out: Path) -> Table:
+    adapter = imported.adapter
+    config, steered = adapter.config, adapter.config.layers
+    layers = (
+        f"all {adapter.num_layers}" if steered is None else f"{', '.join(map(str, steered))} of {adapter.num_layers}"
+    )
+    table = Table("setting", "value")
+    for name, value in {
+        "file": file,
+        "form": config.form,
+        "rank": config.rank,
+        "activation": config.activation,
+        "scale": config.scale,
+        "hidden_size": adapter.hidden,
+        "layers": layers,
+        "tokens": "all (the file does not say; one trained with --intervene-last steered the last alone)",
+        "dtype": config.dtype,
+        "base_model": adapter.base or None,
+        "ignored": f"{imported.ignored} base_model.* entries",
+        "written to": out,
+    }.items():
+        table.add_row(name, Text(str(value)))
+    return table
+
+
+@import_app.command()
+def steerling(
+    file: Annotated[
+        Path, typer.Argument(help="adapter_steerer.pt, pytorch_model.bin or model.safetensors.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option(help="Directory for the adapter.", show_default=False)],
+    scale: Annotated[
+        float | None,
+        typer.Option(help="The released code's alpha, or 1 for vectors. Required: the file does not record it."),
+    ] = None,
+    activation: Annotated[
+        str | None,
+        typer.Option(
+            help="φ: identity (the released code's --linear), silu, gelu, gelu_tanh, relu or tanh. Required for a "
+            "low-rank adapter, whose file does not record it; vectors have none."
+        ),
+    ] = None,
+    base_model: Annotated[
+        str,
+        typer.Option(
+            help="The base model's name, which the adapter records. Unless both --num-layers and --layers-path are "
+            "given, a directory or hub id, whose config (and nothing else) is read for them.",
+            show_default=False,
+        ),
+    ] = "",
+    num_layers: Annotated[int | None, typer.Option(help="Decoder layers of the base model, steered or not.")] = None,
+    layers_path: Annotated[
+        str | None, typer.Option(help="Where they are in the model: model.layers in Llama, transformer.h in GPT-2.")
+    ] = None,
+) -> None:
+    """Import what the paper's released code (github.com/SprocketLab/steerling) saved: low-rank adapters or vectors.
+
+    Pickles are opened with torch.load(weights_only=True), which executes nothing in them. What steers after attention
+    or the MLP is refused. Every token is steered, also by an adapter that was trained on the last one alone.
+    """
+    with _errors_in_one_line():
+        from .checkpoint import write_adapter
+        from .importing import import_steerling, refuse_foreign
+
+        imported = import_steerling(
+            file,
+            scale=scale,
+            activation=activation,
+            base=base_model,
+            num_layers=num_layers,
+            layers_path=layers_path,
+        )
+        refuse_foreign(out)
+        write_adapter(out, imported.adapter)
+        console = _console()
+        console.print(_import_table(file, imported, out))
+        if imported.lora:
+            console.print(
+                f"{imported.lora} of the ignored entries are LoRA weights, which are not imported: alone, the adapter "
+                "is not the model that was trained.",
+                style="bold red",
+                soft_wrap=True,
+            )
+        usage = f"from fused_steer import patch_model\nmodel = patch_model(model, {str(out)!r})"
+        console.print(usage, markup=False, soft_wrap=True)

@@ -1,0 +1,311 @@
+"""Adapters of other codes in fused-steer's own form. What their files do not record is asked for, never guessed.
+
+So far: the code that was released with arXiv 2603.00425 (github.com/SprocketLab/steerling).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import warnings
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from torch import Tensor
+
+from .checkpoint import CONFIG_NAME, PEFT_TYPE, AdapterFile
+from .config import DTYPES, SteerConfig
+from .kernels import ACTIVATIONS
+from .patch import SITE, find_decoder
+
+_BASE = "base_model."
+_INDEX = r"layer(0|[1-9][0-9]*)"
+_MATRIX = re.compile(rf"(?:adapters\.)?{_INDEX}_block\.(down|up)\.weight")
+_VECTOR = re.compile(rf"(?:deltas\.)?{_INDEX}_block")
+_OTHER_SITE = re.compile(rf"(?:adapters\.|deltas\.)?{_INDEX}_(attn|mlp)(?:\..*)?")
+_PATH = re.compile(r"\w+(\.\w+)*")
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+#: Their part of a layer -> our parameter below the site.
+_PARAMETERS = {"down": "steer_down.weight", "up": "steer_up.weight", "vector": "steer_up.bias"}
+
+
+@dataclass(frozen=True)
+class Imported:
+    """An adapter, ready to be written, and what was in its file besides.
+
+    ignored: `base_model.*` entries, the frozen base; lora: those of them that LoRA trained, and the adapter lacks.
+    """
+
+    adapter: AdapterFile
+    ignored: int
+    lora: int
+
+
+def import_steerling(
+    file: str | os.PathLike[str],
+    *,
+    scale: float | None,
+    activation: str | None = None,
+    base: str = "",
+    num_layers: int | None = None,
+    layers_path: str | None = None,
+) -> Imported:
+    """Read a state dict of the paper's released code: h -> h + scale · up(φ(down(h))), or h + scale · vector (§3).
+
+    It may be a whole Trainer checkpoint (`pytorch_model.bin`, `model.safetensors`) or what was saved of the steering
+    alone (`adapter_steerer.pt`). Of layer i it has `adapters.layer{i}_block.down.weight` (r, d) and `….up.weight`
+    (d, r), or `deltas.layer{i}_block` (d,), with or without the first word; the values and their dtype are kept.
+    `base_model.*` is left out. A pickle is opened by `torch.load(weights_only=True)`, which executes nothing in it.
+
+    The file does not record which tokens were steered, either. fused-steer steers all of them, as the released code
+    does unless it was trained with `--intervene-last`: such a file is imported, and is then another function.
+
+    Args:
+        file: `.safetensors`, or else a file that `torch.save` wrote.
+        scale: the released code's alpha; it has none for vectors, which is 1.0.
+        activation: φ, for a low-rank adapter: identity (the released code's None and --linear), silu, gelu, gelu_tanh,
+            relu or tanh. Vectors have none.
+        base: the base model's name, recorded in the adapter; "" for none. Unless both of the next two are given, it is
+            a directory or hub id whose config is read for them (no weights, no code), and the file must fit it.
+        num_layers: the base model's decoder layers. The file has the steered ones alone, which may be fewer.
+        layers_path: where they are in the model: "model.layers" in a LlamaForCausalLM, "transformer.h" in a GPT-2.
+
+    Returns:
+        The adapter for `write_adapter`, of `layers=None` if every layer is in the file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        TypeError: an argument of the wrong type.
+        ValueError: an argument is missing or out of range, the base's config cannot be read or does not fit, or the
+            file cannot be read safely, has other entries (those of the sites `attn` and `mlp` among them), none,
+            entries that do not fit each other, or values that are not finite.
+    """
+    if scale is None:
+        raise ValueError("scale is not given; expected a number (--scale): the file does not record it")
+    SteerConfig(scale=scale, activation=activation)  # what is wrong with these is not the file's fault
+    count, path, expected_hidden = _layout(base, num_layers, layers_path)
+    entries, ignored = _read(Path(file))
+    with _naming(file):
+        layers = _by_layer(entries, len(ignored))
+        hidden, rank, dtype = _sizes(layers)
+        if rank and activation is None:
+            raise ValueError(
+                f"activation is not given; expected one of {', '.join(ACTIVATIONS)} (--activation): "
+                "the file, a low-rank adapter, does not record it"
+            )
+        if not rank and activation is not None:
+            raise ValueError(f"activation is {activation!r} (--activation), and it holds vectors; expected none given")
+        if expected_hidden not in (None, hidden):
+            raise ValueError(f"its hidden size is {hidden}; expected {expected_hidden}, that of {base}")
+        if max(layers) >= count:
+            raise ValueError(f"it has a layer {max(layers)}; expected indices below {count}, num_layers")
+        config = SteerConfig(
+            form="lowrank" if rank else "vector",
+            rank=rank,
+            activation=activation,
+            layers=None if len(layers) == count else list(layers),
+            scale=scale,
+            dtype=_DTYPE_NAMES[dtype],
+        )
+    tensors = {
+        # Copied: the file may be mapped into memory, and safetensors writes no two tensors that share theirs.
+        f"{path}.{i}.{SITE}.{_PARAMETERS[part]}": tensor.detach().clone(memory_format=torch.contiguous_format)
+        for i, parts in layers.items()
+        for part, tensor in parts.items()
+    }
+    return Imported(AdapterFile(config, base, hidden, count, tensors), len(ignored), sum("lora_" in k for k in ignored))
+
+
+def refuse_foreign(directory: str | os.PathLike[str]) -> None:
+    """Refuse to write over another method's adapter.
+
+    The released code saves LoRA's under the same two names beside `adapter_steerer.pt`.
+
+    Raises:
+        ValueError: `directory` holds one.
+    """
+    config = Path(directory, CONFIG_NAME)
+    try:
+        fields = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return  # none, or nothing that could still be read
+    method = fields.get("peft_type", PEFT_TYPE) if isinstance(fields, dict) else PEFT_TYPE
+    if method != PEFT_TYPE:
+        raise ValueError(f"{directory} holds an adapter of {method}; expected another directory, to leave it alone")
+
+
+# ------------------------------------------------------------------------------------------------------ the base model
+
+
+def _layout(base: str, num_layers: int | None, layers_path: str | None) -> tuple[int, str, int | None]:
+    """Number of layers, their path, and the hidden size if the base's config was read."""
+    if num_layers is not None and (not isinstance(num_layers, int) or isinstance(num_layers, bool)):
+        raise TypeError(f"num_layers is {num_layers!r}; expected an integer")
+    if num_layers is not None and num_layers < 1:
+        raise ValueError(f"num_layers is {num_layers}; expected at least 1")
+    if layers_path is not None and not _PATH.fullmatch(layers_path):
+        raise ValueError(f"layers_path is {layers_path!r}; expected a module's path such as model.layers")
+    if num_layers is not None and layers_path is not None:
+        return num_layers, layers_path, None
+    if not base:
+        missing = [name for name, value in (("num_layers", num_layers), ("layers_path", layers_path)) if value is None]
+        raise ValueError(
+            f"{' and '.join(missing)} not given; expected both (--num-layers, --layers-path), or the base model "
+            "(--base-model) to read them from: the file does not record them"
+        )
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+        with torch.device("meta"):  # where a model is its structure: no weights are made or loaded
+            decoder = find_decoder(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
+    except Exception as error:
+        raise ValueError(
+            f"the base model {base!r} does not tell its layers ({type(error).__name__}: {_first_line(error)}); "
+            "expected a directory or hub id with a config, or both num_layers and layers_path"
+        ) from error
+    for name, given, found in (
+        ("num_layers", num_layers, len(decoder.layers)),
+        ("layers_path", layers_path, decoder.path),
+    ):
+        if given not in (None, found):
+            raise ValueError(f"{name} is {given}; expected {found}, as the base model {base!r} has")
+    return len(decoder.layers), decoder.path, decoder.hidden
+
+
+# ------------------------------------------------------------------------------------------------------------ the file
+
+
+def _read(file: Path) -> tuple[dict[str, Any], list[str]]:
+    """The entries of a state dict without those of the base model, and the keys of these."""
+    if not file.is_file():
+        raise FileNotFoundError(f"no file {file}; expected a state dict of the paper's released code")
+    state = _read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file)
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{file} holds a {type(state).__name__}; expected a state dict")
+    nameless = [key for key in state if not isinstance(key, str)]
+    if nameless:
+        raise ValueError(f"{file} has a key {nameless[0]!r}; expected names")
+    ignored = [key for key in state if key.startswith(_BASE)]
+    return {key: value for key, value in state.items() if not key.startswith(_BASE)}, ignored
+
+
+def _read_safetensors(file: Path) -> dict[str, Tensor | None]:
+    """None stands for what is not read: the base model's tensors, gigabytes of them."""
+    try:
+        with safetensors.safe_open(file, framework="pt", device="cpu") as weights:
+            return {key: None if key.startswith(_BASE) else weights.get_tensor(key) for key in weights.keys()}
+    except Exception as error:  # SafetensorError, or whatever a damaged header leads to
+        raise ValueError(f"{file} cannot be read: {_first_line(error)}; expected a safetensors file") from error
+
+
+def _read_pickle(file: Path) -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of files that are refused next
+            # Mapped into memory, where the format allows it: what is not used is not read from the disk.
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except Exception as error:  # a damaged or hostile pickle may raise anything
+        # torch's own message advises to load the pickle unsafely, which is not repeated.
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it asks for {named[1]}" if named else type(error).__name__
+        raise ValueError(
+            f"{file} cannot be read: {reason}; expected tensors alone, as torch.load(weights_only=True) has them"
+        ) from error
+
+
+def _by_layer(entries: Mapping[str, Any], ignored: int) -> dict[int, dict[str, Tensor]]:
+    """The tensors by layer, in order, and by part: down and up, or vector."""
+    layers: dict[int, dict[str, Tensor]] = {}
+    for key, value in entries.items():
+        other, matrix, vector = (form.fullmatch(key) for form in (_OTHER_SITE, _MATRIX, _VECTOR))
+        if other:
+            raise ValueError(f"it steers at another site, {key!r} ({other[2]}); expected layer<i>_block alone")
+        if matrix:
+            index, part = int(matrix[1]), matrix[2]
+        elif vector:
+            index, part = int(vector[1]), "vector"
+        else:
+            raise ValueError(
+                f"it has an unknown key {key!r}; expected names such as adapters.layer0_block.down.weight, "
+                "deltas.layer0_block and base_model.*"
+            )
+        parts = layers.setdefault(index, {})
+        if part in parts:
+            raise ValueError(f"it has {key!r} with and without the first word; expected it once")
+        parts[part] = _checked(key, value, dimensions=2 if matrix else 1)
+    if not layers:
+        raise ValueError(
+            f"it has no adapter, only {ignored} base_model.* entries; expected keys such as "
+            "adapters.layer0_block.down.weight or deltas.layer0_block"
+        )
+    return dict(sorted(layers.items()))
+
+
+def _checked(key: str, value: Any, dimensions: int) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{key} is a {type(value).__name__}; expected a tensor")
+    if value.layout is not torch.strided or value.is_meta:
+        raise ValueError(f"{key} is a {value.layout} tensor on {value.device}; expected a dense one with values")
+    if value.dtype not in _DTYPE_NAMES:
+        raise ValueError(f"{key} is {value.dtype}; expected one of {', '.join(DTYPES)}")
+    if value.ndim != dimensions or not value.numel():
+        expected = "two dimensions" if dimensions == 2 else "one dimension"
+        raise ValueError(f"{key} has shape {tuple(value.shape)}; expected {expected}, not of size 0")
+    if not value.isfinite().all():
+        raise ValueError(f"{key} has values that are NaN or infinite; expected finite ones")
+    return value
+
+
+def _sizes(layers: Mapping[int, Mapping[str, Tensor]]) -> tuple[int, int, torch.dtype]:
+    """Hidden size, rank (0: vectors) and dtype, which all layers share."""
+    vectors = [i for i, parts in layers.items() if "vector" in parts]
+    matrices = [i for i, parts in layers.items() if parts.keys() != {"vector"}]
+    if vectors and matrices:
+        raise ValueError(f"it has a vector (layer {vectors[0]}) and matrices (layer {matrices[0]}); expected one form")
+    found = {i: _sizes_of_layer(i, parts) for i, parts in layers.items()}
+    first, expected = next(iter(found.items()))
+    for i, sizes in found.items():
+        for name, size, its in zip(("hidden size", "rank", "dtype"), sizes, expected, strict=True):
+            if size != its:
+                raise ValueError(f"layer {i} has {name} {size}; expected {its}, as layer {first} has")
+    return expected
+
+
+def _sizes_of_layer(index: int, parts: Mapping[str, Tensor]) -> tuple[int, int, torch.dtype]:
+    if "vector" in parts:
+        return len(parts["vector"]), 0, parts["vector"].dtype
+    for part, other in (("down", "up"), ("up", "down")):
+        if part not in parts:
+            raise ValueError(f"layer {index} has no {part}.weight; expected one beside its {other}.weight")
+    down, up = parts["down"], parts["up"]
+    rank, hidden = down.shape
+    if tuple(up.shape) != (hidden, rank):
+        raise ValueError(
+            f"layer {index} has an up.weight of shape {tuple(up.shape)}; expected {(hidden, rank)}, as its down.weight "
+            f"has {(rank, hidden)}"
+        )
+    if up.dtype != down.dtype:
+        raise ValueError(f"layer {index} has an up.weight of {up.dtype}; expected {down.dtype}, as its down.weight")
+    return hidden, rank, down.dtype
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+@contextlib.contextmanager
+def _naming(file: str | os.PathLike[str]) -> Iterator[None]:
+    """Whatever is wrong inside is one line that begins with the file."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{os.fspath(file)}: {error}") from error
