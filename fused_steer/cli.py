@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .checkpoint import AdapterFile
-    from .importing import Imported
     from .kernels.launch import Launch
 
 PACKAGE = "fused-steer"
@@ -491,9 +490,32 @@ def kernels(
 import_app = typer.Typer(help="Read adapters of other codes into fused-steer's own form.", no_args_is_help=True)
 app.add_typer(import_app, name="import")
 
+_Out = Annotated[Path, typer.Option("--out", help="Directory for the adapter.", show_default=False)]
+_BaseModel = Annotated[
+    str,
+    typer.Option(
+        "--base-model",
+        help="The base model's name, which the adapter records. Unless both --num-layers and --layers-path are given, "
+        "a directory or hub id, whose config (and nothing else) is read for them.",
+        show_default=False,
+    ),
+]
+_NumLayers = Annotated[
+    int | None, typer.Option("--num-layers", help="Decoder layers of the base model, steered or not.")
+]
+_LayersPath = Annotated[
+    str | None,
+    typer.Option("--layers-path", help="Where they are in the model: model.layers in Llama, transformer.h in GPT-2."),
+]
 
-def _import_table(file: Path, imported: Imported, out: Path) -> Table:
-    adapter = imported.adapter
+
+def _write_imported(file: Path, adapter: AdapterFile, out: Path, tokens: str, **more: str) -> Console:
+    """Write the adapter and show what it is; the console, for what else there is to say."""
+    from .checkpoint import write_adapter
+    from .importing import refuse_foreign
+
+    refuse_foreign(out)
+    write_adapter(out, adapter)
     config, steered = adapter.config, adapter.config.layers
     layers = (
         f"all {adapter.num_layers}" if steered is None else f"{', '.join(map(str, steered))} of {adapter.num_layers}"
@@ -507,14 +529,21 @@ def _import_table(file: Path, imported: Imported, out: Path) -> Table:
         "scale": config.scale,
         "hidden_size": adapter.hidden,
         "layers": layers,
-        "tokens": "all (the file does not say; one trained with --intervene-last steered the last alone)",
+        "tokens": tokens,
         "dtype": config.dtype,
         "base_model": adapter.base or None,
-        "ignored": f"{imported.ignored} base_model.* entries",
+        **more,
         "written to": out,
     }.items():
         table.add_row(name, Text(str(value)))
-    return table
+    console = _console()
+    console.print(table)
+    return console
+
+
+def _print_usage(console: Console, out: Path) -> None:
+    usage = f"from fused_steer import patch_model\nmodel = patch_model(model, {str(out)!r})"
+    console.print(usage, markup=False, soft_wrap=True)
 
 
 @import_app.command()
@@ -522,7 +551,7 @@ def steerling(
     file: Annotated[
         Path, typer.Argument(help="adapter_steerer.pt, pytorch_model.bin or model.safetensors.", show_default=False)
     ],
-    out: Annotated[Path, typer.Option(help="Directory for the adapter.", show_default=False)],
+    out: _Out,
     scale: Annotated[
         float | None,
         typer.Option(help="The released code's alpha, or 1 for vectors. Required: the file does not record it."),
@@ -534,18 +563,9 @@ def steerling(
             "low-rank adapter, whose file does not record it; vectors have none."
         ),
     ] = None,
-    base_model: Annotated[
-        str,
-        typer.Option(
-            help="The base model's name, which the adapter records. Unless both --num-layers and --layers-path are "
-            "given, a directory or hub id, whose config (and nothing else) is read for them.",
-            show_default=False,
-        ),
-    ] = "",
-    num_layers: Annotated[int | None, typer.Option(help="Decoder layers of the base model, steered or not.")] = None,
-    layers_path: Annotated[
-        str | None, typer.Option(help="Where they are in the model: model.layers in Llama, transformer.h in GPT-2.")
-    ] = None,
+    base_model: _BaseModel = "",
+    num_layers: _NumLayers = None,
+    layers_path: _LayersPath = None,
 ) -> None:
     """Import what the paper's released code (github.com/SprocketLab/steerling) saved: low-rank adapters or vectors.
 
@@ -553,8 +573,7 @@ def steerling(
     or the MLP is refused. Every token is steered, also by an adapter that was trained on the last one alone.
     """
     with _errors_in_one_line():
-        from .checkpoint import write_adapter
-        from .importing import import_steerling, refuse_foreign
+        from .importing import import_steerling
 
         imported = import_steerling(
             file,
@@ -564,10 +583,9 @@ def steerling(
             num_layers=num_layers,
             layers_path=layers_path,
         )
-        refuse_foreign(out)
-        write_adapter(out, imported.adapter)
-        console = _console()
-        console.print(_import_table(file, imported, out))
+        tokens = "all (the file does not say; one trained with --intervene-last steered the last alone)"
+        ignored = f"{imported.ignored} base_model.* entries"
+        console = _write_imported(file, imported.adapter, out, tokens, ignored=ignored)
         if imported.lora:
             console.print(
                 f"{imported.lora} of the ignored entries are LoRA weights, which are not imported: alone, the adapter "
@@ -575,5 +593,101 @@ def steerling(
                 style="bold red",
                 soft_wrap=True,
             )
-        usage = f"from fused_steer import patch_model\nmodel = patch_model(model, {str(out)!r})"
-        console.print(usage, markup=False, soft_wrap=True)
+        _print_usage(console, out)
+
+
+@import_app.command()
+def pyreft(
+    directory: Annotated[Path, typer.Argument(help="What reft_model.save wrote.", show_default=False)],
+    out: _Out,
+    positions: Annotated[
+        str | None,
+        typer.Option(
+            help="all, which says that pyreft intervened at every token, as fused-steer does. Required: the files do "
+            "not record where it did, and elsewhere it is another function."
+        ),
+    ] = None,
+    activation: Annotated[
+        str | None,
+        typer.Option(
+            help="The act_fn: identity (none), silu, gelu, gelu_tanh, relu or tanh; LoReFT and NoReFT can be imported "
+            "with none alone. Required: the files do not record it. ConsReFT and LobiReFT have none."
+        ),
+    ] = None,
+    base_model: _BaseModel = "",
+    num_layers: _NumLayers = None,
+    layers_path: _LayersPath = None,
+) -> None:
+    """Import what pyreft saved: LoReFT, NoReFT, ConsReFT, DiReFT, NoDiReFT or LobiReFT on the output of blocks.
+
+    Pickles are opened with torch.load(weights_only=True), which executes nothing in them; pyreft is not needed. Other
+    components, several interventions a layer, subspaces and layers of different rank are refused.
+    """
+    with _errors_in_one_line():
+        from .importing_pyreft import import_pyreft
+
+        adapter = import_pyreft(
+            directory,
+            positions=positions,
+            activation=activation,
+            base=base_model,
+            num_layers=num_layers,
+            layers_path=layers_path,
+        )
+        _print_usage(_write_imported(directory, adapter, out, "all, of prompt and answer"), out)
+
+
+def _indices(layers: str | None) -> list[int] | None:
+    if layers is None:
+        return None
+    try:
+        return [int(index) for index in layers.split(",")]
+    except ValueError:
+        raise ValueError(f"layers is {layers!r} (--layers); expected indices such as 7,8,9") from None
+
+
+@import_app.command()
+def vector(
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help="repeng's or llama.cpp's .gguf, or tensors in .safetensors or in a file of torch.save.",
+            show_default=False,
+        ),
+    ],
+    out: _Out,
+    scale: Annotated[
+        float | None,
+        typer.Option(
+            help="The strength: repeng's coefficient, llama.cpp's --control-vector-scaled. Required: the file does not "
+            "record it."
+        ),
+    ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            help="Indices from 0, as 7,8,9. Of a file that names its layers, those to take; all if not given. Of a "
+            "tensor, the layer of each row; required unless it has a row for each layer."
+        ),
+    ] = None,
+    base_model: _BaseModel = "",
+    num_layers: _NumLayers = None,
+    layers_path: _LayersPath = None,
+) -> None:
+    """Import a control vector, one a layer: repeng's, llama.cpp's or EasySteer's GGUF, or plain tensors.
+
+    The vector of layer N is added to that layer's output, N from 0. repeng's normalize=True and operators other than
+    the sum are no vectors, and cannot be had. Pickles are opened with torch.load(weights_only=True).
+    """
+    with _errors_in_one_line():
+        from .importing_vectors import import_vector
+
+        adapter = import_vector(
+            file,
+            scale=scale,
+            layers=_indices(layers),
+            base=base_model,
+            num_layers=num_layers,
+            layers_path=layers_path,
+        )
+        _print_usage(_write_imported(file, adapter, out, "all, of prompt and answer"), out)

@@ -1,6 +1,7 @@
 """Adapters of other codes in fused-steer's own form. What their files do not record is asked for, never guessed.
 
-So far: the code that was released with arXiv 2603.00425 (github.com/SprocketLab/steerling).
+Here: the code that was released with arXiv 2603.00425 (github.com/SprocketLab/steerling), and what reading any of them
+takes. pyreft's are in importing_pyreft.py, control vectors in importing_vectors.py.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _MATRIX = re.compile(rf"(?:adapters\.)?{_INDEX}_block\.(down|up)\.weight")
 _VECTOR = re.compile(rf"(?:deltas\.)?{_INDEX}_block")
 _OTHER_SITE = re.compile(rf"(?:adapters\.|deltas\.)?{_INDEX}_(attn|mlp)(?:\..*)?")
 _PATH = re.compile(r"\w+(\.\w+)*")
-_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 #: Their part of a layer -> our parameter below the site.
 _PARAMETERS = {"down": "steer_down.weight", "up": "steer_up.weight", "vector": "steer_up.bias"}
@@ -91,9 +92,9 @@ def import_steerling(
     if scale is None:
         raise ValueError("scale is not given; expected a number (--scale): the file does not record it")
     SteerConfig(scale=scale, activation=activation)  # what is wrong with these is not the file's fault
-    count, path, expected_hidden = _layout(base, num_layers, layers_path)
+    count, path, expected_hidden = layout(base, num_layers, layers_path)
     entries, ignored = _read(Path(file))
-    with _naming(file):
+    with naming(file):
         layers = _by_layer(entries, len(ignored))
         hidden, rank, dtype = _sizes(layers)
         if rank and activation is None:
@@ -113,7 +114,7 @@ def import_steerling(
             activation=activation,
             layers=None if len(layers) == count else list(layers),
             scale=scale,
-            dtype=_DTYPE_NAMES[dtype],
+            dtype=DTYPE_NAMES[dtype],
         )
     tensors = {
         # Copied: the file may be mapped into memory, and safetensors writes no two tensors that share theirs.
@@ -145,8 +146,13 @@ def refuse_foreign(directory: str | os.PathLike[str]) -> None:
 # ------------------------------------------------------------------------------------------------------ the base model
 
 
-def _layout(base: str, num_layers: int | None, layers_path: str | None) -> tuple[int, str, int | None]:
-    """Number of layers, their path, and the hidden size if the base's config was read."""
+def layout(base: str, num_layers: int | None, layers_path: str | None) -> tuple[int, str, int | None]:
+    """Number of layers, their path, and the hidden size if the base's config was read: unless both are given.
+
+    Raises:
+        TypeError: `num_layers` is no integer.
+        ValueError: one of them is missing or out of range, or the base's config cannot be read or says otherwise.
+    """
     if num_layers is not None and (not isinstance(num_layers, int) or isinstance(num_layers, bool)):
         raise TypeError(f"num_layers is {num_layers!r}; expected an integer")
     if num_layers is not None and num_layers < 1:
@@ -169,7 +175,7 @@ def _layout(base: str, num_layers: int | None, layers_path: str | None) -> tuple
             decoder = find_decoder(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
     except Exception as error:
         raise ValueError(
-            f"the base model {base!r} does not tell its layers ({type(error).__name__}: {_first_line(error)}); "
+            f"the base model {base!r} does not tell its layers ({type(error).__name__}: {first_line(error)}); "
             "expected a directory or hub id with a config, or both num_layers and layers_path"
         ) from error
     for name, given, found in (
@@ -188,7 +194,7 @@ def _read(file: Path) -> tuple[dict[str, Any], list[str]]:
     """The entries of a state dict without those of the base model, and the keys of these."""
     if not file.is_file():
         raise FileNotFoundError(f"no file {file}; expected a state dict of the paper's released code")
-    state = _read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file)
+    state = read_safetensors(file, without=_BASE) if file.suffix == ".safetensors" else read_pickle(file)
     if not isinstance(state, Mapping):
         raise ValueError(f"{file} holds a {type(state).__name__}; expected a state dict")
     nameless = [key for key in state if not isinstance(key, str)]
@@ -198,16 +204,26 @@ def _read(file: Path) -> tuple[dict[str, Any], list[str]]:
     return {key: value for key, value in state.items() if not key.startswith(_BASE)}, ignored
 
 
-def _read_safetensors(file: Path) -> dict[str, Tensor | None]:
-    """None stands for what is not read: the base model's tensors, gigabytes of them."""
+def read_safetensors(file: Path, without: str | None = None) -> dict[str, Tensor | None]:
+    """The file's tensors. None stands for those that begin with `without` and are not read, perhaps gigabytes of them.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
     try:
         with safetensors.safe_open(file, framework="pt", device="cpu") as weights:
-            return {key: None if key.startswith(_BASE) else weights.get_tensor(key) for key in weights.keys()}
+            unread = {key for key in weights.keys() if without is not None and key.startswith(without)}
+            return {key: None if key in unread else weights.get_tensor(key) for key in weights.keys()}
     except Exception as error:  # SafetensorError, or whatever a damaged header leads to
-        raise ValueError(f"{file} cannot be read: {_first_line(error)}; expected a safetensors file") from error
+        raise ValueError(f"{file} cannot be read: {first_line(error)}; expected a safetensors file") from error
 
 
-def _read_pickle(file: Path) -> Any:
+def read_pickle(file: Path) -> Any:
+    """What `torch.save` wrote, if that is tensors in plain containers: nothing in the file is executed.
+
+    Raises:
+        ValueError: it cannot be read, or holds anything else.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of files that are refused next
@@ -241,7 +257,7 @@ def _by_layer(entries: Mapping[str, Any], ignored: int) -> dict[int, dict[str, T
         parts = layers.setdefault(index, {})
         if part in parts:
             raise ValueError(f"it has {key!r} with and without the first word; expected it once")
-        parts[part] = _checked(key, value, dimensions=2 if matrix else 1)
+        parts[part] = checked_tensor(key, value, dimensions=2 if matrix else 1)
     if not layers:
         raise ValueError(
             f"it has no adapter, only {ignored} base_model.* entries; expected keys such as "
@@ -250,12 +266,17 @@ def _by_layer(entries: Mapping[str, Any], ignored: int) -> dict[int, dict[str, T
     return dict(sorted(layers.items()))
 
 
-def _checked(key: str, value: Any, dimensions: int) -> Tensor:
+def checked_tensor(key: str, value: Any, dimensions: int) -> Tensor:
+    """The value, if it is a tensor that an adapter may have: dense, of one or two dimensions, of finite numbers.
+
+    Raises:
+        ValueError: it is not.
+    """
     if not isinstance(value, Tensor):
         raise ValueError(f"{key} is a {type(value).__name__}; expected a tensor")
     if value.layout is not torch.strided or value.is_meta:
         raise ValueError(f"{key} is a {value.layout} tensor on {value.device}; expected a dense one with values")
-    if value.dtype not in _DTYPE_NAMES:
+    if value.dtype not in DTYPE_NAMES:
         raise ValueError(f"{key} is {value.dtype}; expected one of {', '.join(DTYPES)}")
     if value.ndim != dimensions or not value.numel():
         expected = "two dimensions" if dimensions == 2 else "one dimension"
@@ -298,12 +319,12 @@ def _sizes_of_layer(index: int, parts: Mapping[str, Tensor]) -> tuple[int, int, 
     return hidden, rank, down.dtype
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 @contextlib.contextmanager
-def _naming(file: str | os.PathLike[str]) -> Iterator[None]:
+def naming(file: str | os.PathLike[str]) -> Iterator[None]:
     """Whatever is wrong inside is one line that begins with the file."""
     try:
         yield
