@@ -147,7 +147,7 @@ def _by_layer(state: Any, layers: Sequence[int] | None, count: int) -> dict[int,
 
 
 def _layer_of(key: Any) -> int | None:
-    found = _KEY.fullmatch(str(key)) if isinstance(key, (str, int)) and not isinstance(key, bool) else None
+    found = _KEY.fullmatch(str(key)) if isinstance(key, (str, int)) else None
     return int(found[1]) if found else None
 
 

@@ -9,7 +9,7 @@ import torch
 from models import build, tokens
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGES = ["peft.md"]
+PAGES = ["migrating.md", "peft.md"]
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -371,6 +371,20 @@ def test_a_rotation_of_another_dtype(tmp_path):
         import_pyreft(tmp_path / "reft", positions="all", **LLAMA)
 
 
+def test_a_rotation_as_wide_as_the_model(tmp_path):
+    """torch then makes it by another map."""
+    square, source = torch.eye(HIDDEN), torch.ones(HIDDEN)
+    names = ("parametrizations.weight.original", "parametrizations.weight.0.base")
+    save_pyreft(tmp_path / "reft", of_class("Lobireft", layers=[0]))
+    entries = {"learned_source": source, **{f"rotate_layer.{name}": square for name in names}}
+    torch.save(entries, tmp_path / "reft" / file_name(0))
+    representations = [entry(low_rank_dimension=HIDDEN)]
+    config = json.loads((tmp_path / "reft" / "config.json").read_text()) | {"representations": representations}
+    (tmp_path / "reft" / "config.json").write_text(json.dumps(config))
+    with refused(ValueError, file_name(0), "its rank is 32", "expected less than its hidden size, 32"):
+        import_pyreft(tmp_path / "reft", positions="all", **LLAMA)
+
+
 def test_pyreft_command(tmp_path):
     shifts = save_pyreft(tmp_path / "reft", of_class("Loreft", layers=[0, 2]))
     result = invoke("import", "pyreft", tmp_path / "reft", *PYREFT_ARGUMENTS, "--out", tmp_path / "out")
@@ -456,6 +470,13 @@ def test_rows_of_a_tensor(kind, layers, tmp_path):
     (save_file if kind == "safetensors" else torch.save)(rows if kind == "bare" else {"steering": rows}, file)
     found = import_vector(file, scale=SCALE, layers=layers, **LLAMA)
     assert_same_function(found, additions(vectors), tmp_path / "out")
+
+
+def test_one_vector_for_several_layers(tmp_path):
+    """One tensor in memory, which safetensors would not write twice."""
+    vectors = dict.fromkeys(range(LAYERS), directions()[0])
+    torch.save(vectors, tmp_path / "v.pt")
+    assert_same_function(import_vector(tmp_path / "v.pt", scale=SCALE, **LLAMA), additions(vectors), tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", ["repeng.gguf", "by_name.pt"])
