@@ -554,7 +554,7 @@ def steerling(
     """
     with _errors_in_one_line():
         from .checkpoint import write_adapter
-        from .importing import import_steerling, refuse_foreign
+        from .importing import import_steerling
 
         imported = import_steerling(
             file,
@@ -564,7 +564,6 @@ def steerling(
             num_layers=num_layers,
             layers_path=layers_path,
         )
-        refuse_foreign(out)
         write_adapter(out, imported.adapter)
         console = _console()
         console.print(_import_table(file, imported, out))
