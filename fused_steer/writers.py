@@ -9,6 +9,7 @@ come, go and change later.
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -32,9 +33,15 @@ class Writer:
     layer: nn.Module
     path: str
 
+    @functools.cached_property
+    def _place(self) -> tuple[nn.Module, str]:
+        parent, _, name = self.path.rpartition(".")
+        return self.layer.get_submodule(parent), name
+
     @property
     def module(self) -> nn.Module:
-        return self.layer.get_submodule(self.path)
+        parent, name = self._place  # asked for before every forward pass that trains
+        return parent._modules[name]  # type: ignore[return-value]
 
     @property
     def part(self) -> str:
