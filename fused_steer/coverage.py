@@ -8,8 +8,10 @@ one that crashes or hangs costs its own row only.
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import multiprocessing
+import platform
 import platform
 import re
 import time
@@ -25,9 +27,10 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from ._version import __version__
 from ._version import __version__
 from .config import SteerConfig
 from .patch import SITE, patch_model
@@ -40,8 +43,16 @@ MODEL_TYPES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 #: Of a model's steered logits against those of plain forward hooks, by norm, in float32.
 TOLERANCE = 1e-5
 
-#: What became of a model. "mixed": some layers fused, some by hook.
-OUTCOMES = ("fused", "mixed", "hook", "refused", "unbuilt", "failed", "wrong")
+#: What may become of a model type, and what that means.
+OUTCOMES = {
+    "fused": "passes; every layer's last residual add is fused",
+    "mixed": "passes; some layers are fused, the others are steered by a hook, for the reason given",
+    "hook": "passes; every layer is steered by a hook, for the reason given",
+    "refused": "`patch_model` refuses it and leaves it as it was",
+    "raises": "patched, it raises this error when it runs",
+    "unbuilt": "transformers itself does not build or run it here",
+    "wrong": "patched, it silently gives what it should not",
+}
 
 
 @dataclass(frozen=True)
@@ -76,66 +87,104 @@ VOCABULARY, HIDDEN, HEADS, LAYERS = 128, 64, 4, 3
 _SIZES: tuple[tuple[str, float], ...] = (
     (r"(.*_)?vocab_size(_.*)?", VOCABULARY),
     (r"(max_|n_)?(position_embeddings|positions|ctx|seq_len|(source|target)_positions|context_length)", 128),
-    (r"hidden_size(_global)?|d_model|n_embd|emb_dim|embedding_dim|(.*_)?embedding_size|word_embed_proj_dim", HIDDEN),
+    (
+        r"hidden_size(_global)?|d_model|n_embd|emb_dim|embedding_dim|(.*_)?embedding_size|word_embed_proj_dim|adapter_in(put_size|_dim)",
+        HIDDEN,
+    ),
     (r"(.*_)?(intermediate_size(_mlp)?|ffn_dim|ffn_hidden_size)|n_inner|dff|dim_ff|d_inner|feed_forward_size", 96),
     (r"(num_|n_)?((hidden|encoder|decoder)_)?layers?|num_blocks|depth", LAYERS),
     (r"(.*_)?(num_)?key_value_heads|num_kv_heads|num_query_groups", HEADS // 2),
     (r"(num_)?((.*_)?attention_)?heads|n_heads?|(.*_)?num_attention_heads", HEADS),
-    (r"qk_(rope|nope)_head_dim", HIDDEN // HEADS // 2),
-    (r"(.*_)?head_dim|qk_head_dim|d_head|dim_head|d_kv|kv_channels|attention_head_size", HIDDEN // HEADS),
+    (r"(.*_)?head_dim|d_head|dim_head|d_kv|kv_channels|attention_head_size", HIDDEN // HEADS),
+    (r"rotary_dim", HIDDEN // HEADS // 2),
     (r"(.*_)?(lora_rank|lowrank|laurel_rank|rank)", 16),
     (r"(moe_)?num_(local_)?experts|n_routed_experts", 4),
     (r"num_experts_per_tok(en)?|moe_k|moe_topk|n_group|topk_group|num_expert_group", 1),
     (r"(mamba_)?d_state|(ssm_)?state_size", 8),
+    (r"(mamba_)?chunk_size", 16),
     (r"initializer_range|init_std", 0.1),
 )
-
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 #: What the rules above do not get right, by model type: values for its config, for building alone.
-_OVERRIDES: dict[str, dict[str, Any]] = {}
+_OVERRIDES: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1]},
+    "blt": {"encoder_hash_byte_group_vocab": VOCABULARY},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
+    "dbrx": {"attn_config": {"kv_n_heads": HEADS // 2, "rope_theta": 10000.0}},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention", "linear_attention"]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
+    "longcat_flash": {"moe_topk": 2, "zero_expert_num": 2},
+    "mamba2": {"num_heads": 2 * HEADS},
+    "musicgen_decoder": {"num_codebooks": 1},
+    "musicgen_melody_decoder": {"num_codebooks": 1},
+    "nemotron": {"num_key_value_heads": HEADS // 2},
+    "qwen4_exp_text": {
+        "eos_token_id": 2,
+        "indexer_budget": 4,
+        "indexer_compress_ratio": 2,
+        "indexer_head_dim": HIDDEN // HEADS,
+        "indexer_kv_heads": 1,
+        "indexer_n_heads": HEADS,
+        "ngram_vocab_size_base": VOCABULARY,
+        "ple_layer_ids": [1],
+    },
+    "reformer": {"axial_pos_embds_dim": (HIDDEN // 2, HIDDEN // 2), "axial_pos_shape": (8, 16)},
+    "xlstm": {"hidden_size": 2 * HIDDEN},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {"layers_block_type": ["linear_attention", "hybrid", "hybrid"]},
+}
 
 
 def _tiny(config: PreTrainedConfig) -> dict[str, Any]:
     """The arguments of a config like `config`, but small: its numbers by _SIZES, its lists one entry a layer."""
     values: dict[str, Any] = {}
     own = vars(config)
-    count = getattr(config, "num_hidden_layers", None)
     # What is None unless it is given was worked out from the rest, and will be again.
-    derived = {field.name for field in fields(config) if field.default is None}
+    free = {field.name for field in fields(config) if field.default is not None}
+    layers = _layers(config)
     for name, value in own.items():
         if isinstance(value, PreTrainedConfig):
             values[name] = {"model_type": value.model_type} | _tiny(value)
         elif name == "is_decoder":
             values[name] = True
+        elif name == "head_dim" and value is None:
+            values[name] = HIDDEN // HEADS
         elif name in _TOKENS:
             values[name] = _TOKENS[name]
-        elif type(value) in (int, float) and name not in derived:
+        elif type(value) in (int, float) and name in free:
             size = next((size for pattern, size in _SIZES if re.fullmatch(pattern, name)), None)
             if size is not None:
                 values[name] = size
-        elif isinstance(value, (list, tuple)) and len(value) == count:
-            values[name] = type(value)(value[i] for i in _kinds(config, count))
+        elif isinstance(value, (list, tuple)) and len(value) == getattr(config, "num_hidden_layers", None):
+            values[name] = type(value)(value[i] for i in layers)
+    if "kv_lora_rank" in values:  # multi-head latent attention, which knows no groups of heads
+        values["num_key_value_heads"] = HEADS
     return values | _OVERRIDES.get(config.model_type, {})
 
 
-def _kinds(config: PreTrainedConfig, count: int) -> list[int]:
-    """LAYERS indices of layers, in order, among them the first of each kind (as far as there is room)."""
-    kinds = next(
-        (v for k, v in vars(config).items() if "type" in k and isinstance(v, (list, tuple)) and len(v) == count), ()
-    )
-    first = sorted({kind: i for i, kind in reversed(list(enumerate(kinds)))}.values())[:LAYERS]
-    rest = [i for i in range(count) if i not in first]
-    return sorted([*first, *rest[: LAYERS - len(first)]])
+def _layers(config: PreTrainedConfig) -> list[int]:
+    """LAYERS indices of the layers of `config`: the first of each kind, as far as there is room, and the first."""
+    count = getattr(config, "num_hidden_layers", None) or 0
+    kinds = [v for v in vars(config).values() if isinstance(v, (list, tuple)) and v and isinstance(v[0], str)]
+    firsts = {kind.index(name) for kind in kinds if len(kind) == count for name in kind}
+    return sorted(sorted(range(count), key=lambda i: (i not in firsts, i))[:LAYERS])
 
 
 def build(model_type: str, seed: int = 0) -> PreTrainedModel:
     """A tiny model of the type with random weights, the same for each seed; float32, in eval mode, frozen."""
     config_class = CONFIG_MAPPING[model_type]
     config = config_class(**_tiny(config_class()))
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
+    # Of a model of text and more, the class may be that of the text part alone.
+    parts = (part for part in (config, *vars(config).values()) if isinstance(part, model_class.config_class))
     torch.manual_seed(seed)
     # Frozen alike before and after patching: PyTorch multiplies matrices that need gradients in another order.
-    return AutoModelForCausalLM.from_config(config).float().eval().requires_grad_(False)
+    return model_class._from_config(next(parts, config)).float().eval().requires_grad_(False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -155,7 +204,7 @@ def check(model: PreTrainedModel, model_type: str = "", patch: Callable[..., Any
     bit for bit. With a random adapter, logits, generation and the adapter's gradients must equal, within TOLERANCE by
     norm, those of a copy steered by plain forward hooks, and each layer must have steered as often as there.
     """
-    row = Row(model_type, type(model).__name__, "failed")
+    row = Row(model_type, type(model).__name__, "raises")
     try:
         original = copy.deepcopy(model)
         before, note = _outputs(model)
@@ -186,7 +235,7 @@ def check(model: PreTrainedModel, model_type: str = "", patch: Callable[..., Any
     except Wrong as wrong:
         return replace(row, outcome="wrong", reason=str(wrong))
     except Exception as error:
-        return replace(row, outcome="failed", reason=_one_line(error))
+        return replace(row, outcome="raises", reason=_one_line(error))
     kind = "hook" if len(hooked) == len(report) else "mixed" if hooked else "fused"
     return replace(row, outcome=kind, error=error)
 
@@ -264,6 +313,7 @@ def _expect_close(actual: Tensor, expected: Tensor, what: str) -> float:
 
 
 def _gradients(model: PreTrainedModel, leaves: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    model.config.use_cache = False  # a cache may be written in place, which autograd refuses
     logits = model(input_ids=_tokens(model)).logits
     weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2))
     return torch.autograd.grad((logits * weights).mean(), leaves, allow_unused=True)
@@ -353,7 +403,7 @@ def _run_apart(context: Any, model_type: str, seconds: float) -> Row:
     process = context.Process(target=_work, args=(sender, model_type), daemon=True)
     process.start()
     sender.close()  # so that the receiver sees the end of a process that dies
-    row = Row(model_type, str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]), "failed")
+    row = Row(model_type, str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]), "raises")
     try:
         if receiver.poll(seconds):
             return receiver.recv()
@@ -370,6 +420,7 @@ def _run_apart(context: Any, model_type: str, seconds: float) -> Row:
 def _work(sender: Connection, model_type: str) -> None:
     torch.set_num_threads(1)  # more cost tiny models more than they give
     transformers.logging.set_verbosity_error()
+    logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
     sender.send(run(model_type))
 
@@ -391,8 +442,31 @@ def summary(rows: Sequence[Row]) -> str:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """The table as docs/coverage.md has it."""
-    lines = ["x"]
+    """The table with what it means, as docs/coverage.md has it."""
+    versions = f"fused-steer {__version__}, transformers {transformers.__version__}, torch {torch.__version__}"
+    classes = {row.model_class for row in rows}
+    passing = classes - {row.model_class for row in rows if not row.passes}
+    lines = [
+        "# Coverage",
+        "",
+        "Every model type that `AutoModelForCausalLM` knows, built tiny with random weights from its config class alone,",
+        "patched in each layer, and checked on a CPU in float32: a fresh patch and the model unpatched again give the",
+        "logits and the greedy generation of the model as it came, bit for bit; with a random adapter, logits, generation",
+        f"and the adapter's gradients equal those of plain forward hooks (relative error by norm at most {TOLERANCE:.0e}),",
+        "and each layer steers as often as there. Written by `fused-steer coverage --out docs/coverage.md`.",
+        "",
+        f"Versions: {versions}, Python {platform.python_version()}.",
+        "",
+        f"**{sum(row.passes for row in rows)} of {len(rows)} model types pass** ({len(passing)} of {len(classes)} classes). "
+        f"The largest relative error is {max((row.error for row in rows), default=0.0):.1e}.",
+        "",
+        "| outcome | model types | meaning |",
+        "|---|---|---|",
+        *(f"| {outcome} | {n} | {OUTCOMES[outcome]} |" for outcome, n in counts(rows).items()),
+        "",
+        "| class | model type | outcome | why |",
+        "|---|---|---|---|",
+    ]
     for row in sorted(rows, key=lambda row: row.model_type):
         why = "; ".join(filter(None, (row.reason, row.note))).replace("|", "\\|")
         lines.append(f"| {row.model_class} | {row.model_type} | {row.outcome} | {why} |")
