@@ -495,7 +495,7 @@ def coverage(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     jobs: Annotated[int, typer.Option(help="Processes at a time.")] = 2,
 ) -> None:
-    """Patch a tiny model of every causal language model class of transformers, and check it. Exit code 1 if one is wrong."""
+    """Patch and check a tiny model of each causal language model class of transformers. Exit code 1 if one is wrong."""
     with _errors_in_one_line():
         from .coverage import MODEL_TYPES, check_all, markdown, summary
 

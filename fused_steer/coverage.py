@@ -12,7 +12,6 @@ import logging
 import math
 import multiprocessing
 import platform
-import platform
 import re
 import time
 import warnings
@@ -30,7 +29,6 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ._version import __version__
 from ._version import __version__
 from .config import SteerConfig
 from .patch import SITE, patch_model
@@ -87,10 +85,8 @@ VOCABULARY, HIDDEN, HEADS, LAYERS = 128, 64, 4, 3
 _SIZES: tuple[tuple[str, float], ...] = (
     (r"(.*_)?vocab_size(_.*)?", VOCABULARY),
     (r"(max_|n_)?(position_embeddings|positions|ctx|seq_len|(source|target)_positions|context_length)", 128),
-    (
-        r"hidden_size(_global)?|d_model|n_embd|emb_dim|embedding_dim|(.*_)?embedding_size|word_embed_proj_dim|adapter_in(put_size|_dim)",
-        HIDDEN,
-    ),
+    (r"hidden_size(_global)?|d_model|n_embd|emb_dim|embedding_dim|(.*_)?embedding_size|word_embed_proj_dim", HIDDEN),
+    (r"adapter_(input_size|in_dim|out_dim)", HIDDEN),
     (r"(.*_)?(intermediate_size(_mlp)?|ffn_dim|ffn_hidden_size)|n_inner|dff|dim_ff|d_inner|feed_forward_size", 96),
     (r"(num_|n_)?((hidden|encoder|decoder)_)?layers?|num_blocks|depth", LAYERS),
     (r"(.*_)?(num_)?key_value_heads|num_kv_heads|num_query_groups", HEADS // 2),
@@ -111,7 +107,7 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "blt": {"encoder_hash_byte_group_vocab": VOCABULARY},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
-    "dbrx": {"attn_config": {"kv_n_heads": HEADS // 2, "rope_theta": 10000.0}},
+    "dbrx": {"attn_config": {"clip_qkv": 8.0, "kv_n_heads": HEADS // 2, "rope_theta": 10000.0}},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "gemma3n_text": {"num_kv_shared_layers": 0},
@@ -242,7 +238,7 @@ def check(model: PreTrainedModel, model_type: str = "", patch: Callable[..., Any
 
 def _outputs(model: PreTrainedModel) -> tuple[dict[str, Tensor], str]:
     """Logits, and those of greedy generation with its tokens; a note if the model does not generate."""
-    ids = _tokens(model)
+    ids = _tokens()
     with torch.no_grad():
         outputs = {"logits": model(input_ids=ids).logits}
     try:
@@ -255,7 +251,7 @@ def _outputs(model: PreTrainedModel) -> tuple[dict[str, Tensor], str]:
     return outputs | {"generation": torch.stack(generated.logits), "tokens": generated.sequences}, ""
 
 
-def _tokens(model: PreTrainedModel) -> Tensor:
+def _tokens() -> Tensor:
     """Two sequences without special tokens."""
     return torch.randint(3, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(0))
 
@@ -313,8 +309,10 @@ def _expect_close(actual: Tensor, expected: Tensor, what: str) -> float:
 
 
 def _gradients(model: PreTrainedModel, leaves: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    cached = getattr(model.config, "use_cache", None)
     model.config.use_cache = False  # a cache may be written in place, which autograd refuses
-    logits = model(input_ids=_tokens(model)).logits
+    logits = model(input_ids=_tokens()).logits
+    model.config.use_cache = cached
     weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2))
     return torch.autograd.grad((logits * weights).mean(), leaves, allow_unused=True)
 
@@ -446,19 +444,21 @@ def markdown(rows: Sequence[Row]) -> str:
     versions = f"fused-steer {__version__}, transformers {transformers.__version__}, torch {torch.__version__}"
     classes = {row.model_class for row in rows}
     passing = classes - {row.model_class for row in rows if not row.passes}
+    passed = sum(row.passes for row in rows)
     lines = [
         "# Coverage",
         "",
-        "Every model type that `AutoModelForCausalLM` knows, built tiny with random weights from its config class alone,",
-        "patched in each layer, and checked on a CPU in float32: a fresh patch and the model unpatched again give the",
-        "logits and the greedy generation of the model as it came, bit for bit; with a random adapter, logits, generation",
-        f"and the adapter's gradients equal those of plain forward hooks (relative error by norm at most {TOLERANCE:.0e}),",
-        "and each layer steers as often as there. Written by `fused-steer coverage --out docs/coverage.md`.",
+        "Every model type that `AutoModelForCausalLM` knows, built tiny with random weights from its config class,",
+        "patched in every layer, and checked on a CPU in float32. A fresh patch, and the model unpatched again, give",
+        "the logits and the greedy generation of the model as it came, bit for bit. With a random adapter, logits,",
+        "generation and the adapter's gradients equal those of plain forward hooks (relative error by norm at most",
+        f"{TOLERANCE:.0e}), and each layer steers as often as there. Written by",
+        "`fused-steer coverage --out docs/coverage.md`.",
         "",
         f"Versions: {versions}, Python {platform.python_version()}.",
         "",
-        f"**{sum(row.passes for row in rows)} of {len(rows)} model types pass** ({len(passing)} of {len(classes)} classes). "
-        f"The largest relative error is {max((row.error for row in rows), default=0.0):.1e}.",
+        f"**{passed} of {len(rows)} model types pass**, {len(passing)} of {len(classes)} classes;",
+        f"the largest relative error is {max((row.error for row in rows), default=0.0):.1e}.",
         "",
         "| outcome | model types | meaning |",
         "|---|---|---|",

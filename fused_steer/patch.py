@@ -66,9 +66,12 @@ def find_decoder(model: nn.Module) -> Decoder:
         inside = {id(module) for module in model.get_decoder().modules()}
         fitting = [(path, layers) for path, layers in fitting if id(layers) in inside]
     if len(fitting) != 1:
-        lists = ", ".join(f"{path} of {len(layers)}" for path, layers in found) or "none"
+        other = {
+            path: f" under a {_config_above(model, path).__name__}" for path, layers in found if id(layers) not in own
+        }
+        lists = ", ".join(f"{path} of {len(layers)}{other.get(path, '')}" for path, layers in found)
         raise ValueError(
-            f"{name} has no decoder layers that can be told apart; expected one list of {count} modules, found {lists}"
+            f"{name} has no decoder layers that can be told apart; expected one list of {count} modules, found {lists or 'none'}"
         )
     path, layers = fitting[0]
     return Decoder(model.get_submodule(path.rpartition(".")[0]), path, layers, hidden)
@@ -122,7 +125,8 @@ def _steer_output(layer: nn.Module, args: Any, output: Any) -> Any:
     if type(output) in (tuple, list) and output and isinstance(output[0], Tensor):
         return type(output)((site(output[0]), *output[1:]))
     raise TypeError(
-        f"{type(layer).__name__} returned a {type(output).__name__}; expected a tensor, alone or first in a tuple or list"
+        f"{type(layer).__name__} returned a {type(output).__name__}; "
+        "expected a tensor, alone or first in a tuple or list"
     )
 
 
