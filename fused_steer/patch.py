@@ -35,6 +35,8 @@ class Decoder:
 def find_decoder(model: nn.Module) -> Decoder:
     """The decoder layers of `model`, found by structure: the outermost list of `num_hidden_layers` modules.
 
+    The modules have parts of their own, and no config of another class than the model's stands above them.
+
     Raises:
         TypeError: `model` is no module.
         ValueError: the model has no config, no such list, more than one, or also an encoder.
@@ -66,12 +68,14 @@ def find_decoder(model: nn.Module) -> Decoder:
         inside = {id(module) for module in model.get_decoder().modules()}
         fitting = [(path, layers) for path, layers in fitting if id(layers) in inside]
     if len(fitting) != 1:
-        other = {
-            path: f" under a {_config_above(model, path).__name__}" for path, layers in found if id(layers) not in own
-        }
-        lists = ", ".join(f"{path} of {len(layers)}{other.get(path, '')}" for path, layers in found)
+        lists = [
+            f"{path} of {len(layers)}"
+            + ("" if id(layers) in own else f" under a {_config_above(model, path).__name__}")
+            for path, layers in found
+        ]
         raise ValueError(
-            f"{name} has no decoder layers that can be told apart; expected one list of {count} modules, found {lists or 'none'}"
+            f"{name} has no decoder layers that can be told apart; expected one list of {count} modules, "
+            f"found {', '.join(lists) or 'none'}"
         )
     path, layers = fitting[0]
     return Decoder(model.get_submodule(path.rpartition(".")[0]), path, layers, hidden)
