@@ -1,4 +1,4 @@
-"""The command `fused-steer`: demo, doctor, inspect, kernels, import.
+"""The command `fused-steer`: demo, doctor, inspect, kernels, import, coverage, diagnose.
 
 Nothing heavy is imported before a verb runs, so that `--help` and usage errors come at once.
 """
@@ -576,3 +576,32 @@ def steerling(
             )
         usage = f"from fused_steer import patch_model\nmodel = patch_model(model, {str(out)!r})"
         console.print(usage, markup=False, soft_wrap=True)
+
+
+# ----------------------------------------------------------------------------------------------------------- coverage
+
+
+@app.command()
+def coverage(
+    only: Annotated[str | None, typer.Option(help="Model types, with commas between; all if not given.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Markdown file for the table, such as docs/coverage.md.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    jobs: Annotated[int, typer.Option(help="Processes at a time.")] = 2,
+) -> None:
+    """Patch and check a tiny model of each causal language model class of transformers. Exit code 1 if one is wrong."""
+    with _errors_in_one_line():
+        from .coverage import MODEL_TYPES, check_all, markdown, summary
+
+        types = MODEL_TYPES if only is None else tuple(name.strip() for name in only.split(","))
+        rows = []
+        for row in check_all(types, jobs):
+            rows.append(row)
+            if not as_json:
+                why = "; ".join(filter(None, (row.reason, row.note)))
+                _console().print(f"{row.outcome:<8} {row.model_type:<24} {why}", markup=False, soft_wrap=True)
+        if out is not None:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(markdown(rows), encoding="utf-8")
+        typer.echo(json.dumps([asdict(row) for row in rows], indent=2) if as_json else summary(rows))
+    if any(row.outcome == "wrong" for row in rows):
+        raise typer.Exit(1)
