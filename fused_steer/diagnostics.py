@@ -31,10 +31,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._version import __version__
+from .checkpoint import read_adapter
+from .joint import LORA_FOLDER, STEERING_FOLDER, load_joint, steering_of
 from .kernels.reference import ACTIVATIONS, accumulation_dtype
-from .patch import SITE, find_decoder, inside_peft
+from .patch import SITE, find_decoder, inside_peft, patch_model
 from .sites import SteeringSite
-from .steering import Steering
 from .writers import _MIXING, Writer, choose_writers, is_lora, trace_writers
 
 if TYPE_CHECKING:
@@ -163,9 +164,7 @@ def diagnose(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Diagnosi
             the residual stream are not found, the batches hold no token, or a mask is of another shape.
         TypeError: a batch is no mapping with `input_ids`.
     """
-    steering = getattr(model, "steering", None)
-    if not isinstance(steering, Steering):
-        raise ValueError(f"{type(model).__name__} is not steered; expected a model that patch_model patched")
+    steering = steering_of(model)
     if steering.active is None:
         raise ValueError(f"no adapter of the model is in use; expected one of {steering.names} (model.steering.use)")
     inner = inside_peft(model)
@@ -820,10 +819,7 @@ def encode(tokenizer: Any, prompts: Sequence[str], max_length: int, batch_size: 
 
 def _load(options: DiagnoseOptions, device: torch.device) -> tuple[Any, Any]:
     """The adapted model and its tokenizer. What can be refused before the model is loaded is."""
-    from .checkpoint import read_adapter
     from .demo import load_model
-    from .joint import LORA_FOLDER, STEERING_FOLDER, load_joint
-    from .patch import patch_model
 
     if options.joint is not None:
         if not options.joint.is_dir():

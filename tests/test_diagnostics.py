@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from models import FAMILIES, LAYERS, build, randomize, refused, snapshot, tokens
+from models import FAMILIES, HIDDEN, LAYERS, build, randomize, refused, snapshot, tokens
 from peft import LoraConfig, PeftModel, get_peft_model
 from test_cli import assert_refused, invoke, plain_output  # noqa: F401 (a fixture)
 from tokenizers import Tokenizer, pre_tokenizers
@@ -269,6 +269,39 @@ def test_a_lora_on_the_parameters_of_experts():
     for layer in diagnose(model, masked_batches()).layers:
         assert layer.absent == dict.fromkeys(("alignment", "cosine"), "its LoRA is on the parameters of experts")
         assert layer.mlp_share.mean > 0
+
+
+class Routed(torch.nn.Module):
+    """An MLP of two experts that are modules, each of which sees some of the tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = torch.nn.ModuleList(torch.nn.Linear(HIDDEN, HIDDEN) for _ in range(2))
+
+    def forward(self, x):
+        flat = x.flatten(0, -2)
+        out = torch.zeros_like(flat)
+        for number, expert in enumerate(self.experts):
+            rows = ((flat[:, 0] > 0) == bool(number)).nonzero().squeeze(1)
+            if len(rows):
+                out = out.index_add(0, rows, expert(flat[rows]))
+        return out.view_as(x)
+
+
+def test_a_lora_on_experts_that_are_modules():
+    """They are aligned together, side by side; what their LoRA adds is not of the same tokens."""
+    model = build()
+    for layer in model.model.layers:
+        layer.mlp = Routed()
+    model = patch_model(with_lora(model, r=3, target_modules=["experts.0", "experts.1"]), SteerConfig(rank=2))
+    randomize(inside_peft(model))
+    for layer, diagnosed in zip(layers_of(model), diagnose(model, masked_batches()).layers, strict=True):
+        assert diagnosed.absent == {"cosine": "its LoRA is on experts, which see some of the tokens each"}
+        site = layer.get_submodule(SITE)
+        update = torch.cat([expert.get_delta_weight("default") for expert in layer.mlp.experts], 1).double()
+        product = (site.steer_up["default"].weight @ site.steer_down["default"].weight).double()
+        overlap = torch.linalg.svd(update).U[:, :6].T @ torch.linalg.svd(product).U[:, :2]
+        assert torch.allclose(torch.tensor(diagnosed.alignment.singular).double(), overlap.abs(), atol=1e-4)
 
 
 def test_what_is_not_finite_is_absent_and_never_in_json():
