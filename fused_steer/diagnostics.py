@@ -174,7 +174,9 @@ def diagnose(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Diagnosi
     layers = {index: layer for index, layer in patched.items() if _site(layer).active is not None}
     if not all(_site(layer).enabled for layer in layers.values()):
         raise ValueError("steering is disabled; expected it enabled (outside of model.steering.disabled())")
-    with _left_as_it_was(decoder.module, [_site(layer) for layer in patched.values()]):
+    # A compiled graph does not call the hooks that come after it.
+    eager = torch.compiler.set_stance("force_eager")
+    with _left_as_it_was(decoder.module, [_site(layer) for layer in patched.values()]), eager:
         flow = _Flow(layers, decoder.hidden)
         with flow.watching(), steering.disabled(), _without_bases(map(_site, patched.values())):
             writers = trace_writers(decoder.module, layers, decoder.hidden, SITE)
@@ -226,8 +228,7 @@ def _run(decoder: nn.Module, observed: Sequence[_Observed], batches: Iterable[Ma
     """Run the batches while each layer is observed; the number of tokens that were looked at."""
     device = next((p.device for p in decoder.parameters()), torch.device("cpu"))
     tokens = 0
-    # A compiled graph does not call the hooks that come after it.
-    with contextlib.ExitStack() as stack, torch.no_grad(), torch.compiler.set_stance("force_eager"):
+    with contextlib.ExitStack() as stack, torch.no_grad():
         for one in observed:
             stack.enter_context(one.watching())
         for batch in batches:

@@ -129,13 +129,27 @@ def test_layers_that_a_hook_steers(family):
             assert getattr(a, name).mean == pytest.approx(getattr(b, name).mean, rel=1e-5)
 
 
-@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"lora_bias": True}, {"use_dora": True}], ids=str)
+def with_another_lora(model):
+    """Of another scaling, active beside the first."""
+    torch.manual_seed(7)
+    target = [name for name, _ in inside_peft(model).named_modules() if name.endswith("mlp.down_proj")]
+    model.add_adapter("other", LoraConfig(r=2, lora_alpha=16, target_modules=target, init_lora_weights=False))
+    model.base_model.set_adapter(["default", "other"])
+    return model
+
+
+@pytest.mark.parametrize("options", [{}, {"two": True}, {"lora_bias": True}, {"use_dora": True}], ids=str)
 def test_the_cosine_of_the_two_shifts(options):
-    model = patch_model(with_lora(build(), **options))
+    two = options.get("two", False)
+    model = with_another_lora(with_lora(build())) if two else with_lora(build(), **options)
+    for name, parameter in model.named_parameters():
+        if "magnitude" in name:  # as it is at first, DoRA adds what LoRA does
+            parameter.data.mul_(torch.linspace(0.5, 2, len(parameter)))
+    model = patch_model(model)
     randomize(inside_peft(model))
     batches = masked_batches()
     found = diagnose(model, batches)
-    assert found.lora == ("default",)
+    assert found.lora == (("default", "other") if two else ("default",))
 
     layers = layers_of(model)
     sites = Seen([layer.get_submodule(SITE) for layer in layers], model, batches)
@@ -156,10 +170,7 @@ def test_the_alignment_of_the_two_updates(two):
     """Against the singular value decompositions of the d × k and d × d products."""
     model = with_lora(build(), use_rslora=True)
     if two:
-        torch.manual_seed(7)
-        target = [n for n, _ in inside_peft(model).named_modules() if n.endswith("mlp.down_proj")]
-        model.add_adapter("other", LoraConfig(r=2, target_modules=target, init_lora_weights=False))
-        model.base_model.set_adapter(["default", "other"])
+        with_another_lora(model)
     patch_model(model, SteerConfig(rank=3))
     randomize(inside_peft(model))
     found = diagnose(model, masked_batches())
@@ -184,17 +195,30 @@ def trained(orthogonal_to):
         model(tokens(step), labels=tokens(step)).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    return diagnose(model, masked_batches())
+    return model
 
 
-def test_orthogonal_updates_are_seen_to_be_orthogonal():
-    for layer in trained("lora").layers:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_orthogonal_updates_are_seen_to_be_orthogonal(dtype):
+    """Also where the base is bfloat16, in which the difference of two outputs is not orthogonal to anything."""
+    orthogonal, naive = trained("lora"), trained(None)
+    for model in (orthogonal, naive):
+        for name, parameter in model.named_parameters():
+            if "lora_" not in name and SITE not in name:
+                parameter.data = parameter.data.to(dtype)
+    bases = [layer.get_submodule(SITE).basis for layer in layers_of(orthogonal)]
+    found = diagnose(orthogonal, masked_batches())
+    assert all(
+        basis is not None and layer.get_submodule(SITE).basis is basis
+        for basis, layer in zip(bases, layers_of(orthogonal), strict=True)
+    )
+    for layer in found.layers:
         assert max(layer.alignment.principal) <= 1e-5
         assert max(max(row) for row in layer.alignment.singular) <= 1e-5
         assert max(map(abs, layer.cosine.quantiles.values())) <= 1e-5
         assert layer.cosine.counts[BINS // 2] == layer.cosine.tokens
         assert layer.shift.mean > 1e-3  # it does something
-    for layer in trained(None).layers:
+    for layer in diagnose(naive, masked_batches()).layers:
         assert max(layer.alignment.principal) > 0.1
         assert layer.cosine.quantiles["0.95"] - layer.cosine.quantiles["0.05"] > 0.05
 
@@ -347,7 +371,12 @@ def test_padding_and_batching_change_nothing():
     rows = tokens(batch=4, length=8)
     mask = torch.ones_like(rows)
     mask[1, 3:] = 0
+    given = []
+    find_decoder(inside_peft(model)).module.register_forward_pre_hook(
+        lambda module, args, kwargs: given.append("labels" in kwargs), with_kwargs=True
+    )
     together = diagnose(model, [{"input_ids": rows, "attention_mask": mask, "labels": rows}])
+    assert given and not any(given)
     apart = [{"input_ids": rows[i : i + 1, : int(mask[i].sum())]} for i in range(4)]
     for a, b in zip(together.layers, diagnose(model, apart).layers, strict=True):
         for name in ("mlp_share", "shift", "cosine"):
@@ -388,9 +417,12 @@ def test_a_compiled_model_is_observed_too():
     randomize(model)
     expected = diagnose(model, masked_batches())
     compiled = torch.compile(model, backend="eager")
+    for layer in model.model.layers:
+        layer.compile(backend="eager")
     with torch.no_grad():
         compiled(**masked_batches()[0])
-    assert diagnose(compiled, masked_batches()).layers == expected.layers
+        model(**masked_batches()[0])
+    assert diagnose(compiled, masked_batches()).layers == diagnose(model, masked_batches()).layers == expected.layers
 
 
 def test_refusals_of_diagnose():
