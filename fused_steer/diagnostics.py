@@ -174,7 +174,7 @@ def diagnose(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Diagnosi
     layers = {index: layer for index, layer in patched.items() if _site(layer).active is not None}
     if not all(_site(layer).enabled for layer in layers.values()):
         raise ValueError("steering is disabled; expected it enabled (outside of model.steering.disabled())")
-    # A compiled graph does not call the hooks that come after it.
+    # Compiled layers would be compiled anew for the hooks, and again without them.
     eager = torch.compiler.set_stance("force_eager")
     with _left_as_it_was(decoder.module, [_site(layer) for layer in patched.values()]), eager:
         flow = _Flow(layers, decoder.hidden)

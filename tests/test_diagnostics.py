@@ -416,13 +416,14 @@ def test_a_compiled_model_is_observed_too():
     model = patch_model(build())
     randomize(model)
     expected = diagnose(model, masked_batches())
-    compiled = torch.compile(model, backend="eager")
+    compiled, graphs = torch.compile(model, backend="eager"), []
     for layer in model.model.layers:
-        layer.compile(backend="eager")
+        layer.compile(backend=lambda graph, inputs: graphs.append(graph) or graph)
     with torch.no_grad():
-        compiled(**masked_batches()[0])
         model(**masked_batches()[0])
+    count = len(graphs)
     assert diagnose(compiled, masked_batches()).layers == diagnose(model, masked_batches()).layers == expected.layers
+    assert len(graphs) == count > 0  # nothing was compiled anew for the hooks
 
 
 def test_refusals_of_diagnose():
