@@ -605,3 +605,37 @@ def coverage(
         typer.echo(json.dumps([asdict(row) for row in rows], indent=2) if as_json else summary(rows))
     if any(row.outcome == "wrong" for row in rows):
         raise typer.Exit(1)
+
+
+# ----------------------------------------------------------------------------------------------------------- diagnose
+
+
+@app.command()
+def diagnose(
+    prompts: Annotated[Path, typer.Option(help="A .txt, one prompt a line, or a .jsonl (see --field).")],
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Directory or hub id of a causal language model; SmolLM2-135M-Instruct if not given."),
+    ] = None,
+    adapter: Annotated[str | None, typer.Option(help="A saved steering adapter: its directory or hub id.")] = None,
+    lora: Annotated[str | None, typer.Option(help="A LoRA that PEFT saved, beside --adapter.")] = None,
+    joint: Annotated[Path | None, typer.Option(help="A directory of both that save_joint wrote.")] = None,
+    field: Annotated[str, typer.Option(help="Which field of a .jsonl's lines is the prompt.")] = "prompt",
+    out: Annotated[Path, typer.Option(help="Directory for the figures and diagnostics.json.")] = Path(
+        "fused-steer-diagnosis"
+    ),
+    max_prompts: Annotated[int | None, typer.Option(help="Only the first so many; all if not given.")] = None,
+    max_length: Annotated[int, typer.Option(help="Tokens of a prompt; what is longer is cut.")] = 512,
+    batch_size: Annotated[int, typer.Option(help="Prompts at a time.")] = 8,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, xpu …; auto is a GPU if there is one.")] = "auto",
+) -> None:
+    """Show what an adapter does to a model, layer by layer: its shifts, its weights, and how they lie to LoRA's."""
+    with _errors_in_one_line():
+        from .diagnostics import DiagnoseOptions, run
+
+        run(
+            DiagnoseOptions(
+                model, adapter, lora, joint, prompts, field, out, max_prompts, max_length, batch_size, device
+            ),
+            _console(),
+        )
