@@ -53,11 +53,13 @@ def write_adapter(directory: str | os.PathLike[str], adapter: AdapterFile) -> No
 
     Raises:
         NotADirectoryError: `directory` is a file.
+        ValueError: it holds an adapter of another method, whose files have the same names.
         OSError: the files could not be written.
     """
     target = Path(directory)
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(f"{target} is a file; expected a directory to save the adapter in")
+    refuse_foreign(target)
     tensors = {_PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in adapter.tensors.items()}
     weights = safetensors.torch.save(tensors, metadata={"format": "pt"})
     config = {
@@ -72,6 +74,21 @@ def write_adapter(directory: str | os.PathLike[str], adapter: AdapterFile) -> No
     }
     target.mkdir(parents=True, exist_ok=True)
     _replace_files(target, {WEIGHTS_NAME: weights, CONFIG_NAME: (json.dumps(config, indent=2) + "\n").encode()})
+
+
+def refuse_foreign(directory: Path) -> None:
+    """Refuse to write over another method's adapter, such as the LoRA beside which this one was trained.
+
+    Raises:
+        ValueError: `directory` holds one.
+    """
+    try:
+        fields = json.loads((directory / CONFIG_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return  # none, or nothing that could still be read
+    method = fields.get("peft_type", PEFT_TYPE) if isinstance(fields, dict) else PEFT_TYPE
+    if method != PEFT_TYPE:
+        raise ValueError(f"{directory} holds an adapter of {method}; expected another directory, to leave it alone")
 
 
 def _replace_files(directory: Path, contents: Mapping[str, bytes]) -> None:

@@ -1,4 +1,4 @@
-"""The command `fused-steer`: demo, doctor, inspect, kernels, import.
+"""The command `fused-steer`: demo, doctor, inspect, kernels, import, coverage, diagnose.
 
 Nothing heavy is imported before a verb runs, so that `--help` and usage errors come at once.
 """
@@ -512,9 +512,7 @@ _LayersPath = Annotated[
 def _write_imported(file: Path, adapter: AdapterFile, out: Path, tokens: str, **more: str) -> Console:
     """Write the adapter and show what it is; the console, for what else there is to say."""
     from .checkpoint import write_adapter
-    from .importing import refuse_foreign
 
-    refuse_foreign(out)
     write_adapter(out, adapter)
     config, steered = adapter.config, adapter.config.layers
     layers = (
@@ -691,3 +689,66 @@ def vector(
             layers_path=layers_path,
         )
         _print_usage(_write_imported(file, adapter, out, "all, of prompt and answer"), out)
+
+
+# ----------------------------------------------------------------------------------------------------------- coverage
+
+
+@app.command()
+def coverage(
+    only: Annotated[str | None, typer.Option(help="Model types, with commas between; all if not given.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Markdown file for the table, such as docs/coverage.md.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    jobs: Annotated[int, typer.Option(help="Processes at a time.")] = 2,
+) -> None:
+    """Patch and check a tiny model of each causal language model class of transformers. Exit code 1 if one is wrong."""
+    with _errors_in_one_line():
+        from .coverage import MODEL_TYPES, check_all, markdown, summary
+
+        types = MODEL_TYPES if only is None else tuple(name.strip() for name in only.split(","))
+        rows = []
+        for row in check_all(types, jobs):
+            rows.append(row)
+            if not as_json:
+                why = "; ".join(filter(None, (row.reason, row.note)))
+                _console().print(f"{row.outcome:<8} {row.model_type:<24} {why}", markup=False, soft_wrap=True)
+        if out is not None:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(markdown(rows), encoding="utf-8")
+        typer.echo(json.dumps([asdict(row) for row in rows], indent=2) if as_json else summary(rows))
+    if any(row.outcome == "wrong" for row in rows):
+        raise typer.Exit(1)
+
+
+# ----------------------------------------------------------------------------------------------------------- diagnose
+
+
+@app.command()
+def diagnose(
+    prompts: Annotated[Path, typer.Option(help="A .txt, one prompt a line, or a .jsonl (see --field).")],
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Directory or hub id of a causal language model; SmolLM2-135M-Instruct if not given."),
+    ] = None,
+    adapter: Annotated[str | None, typer.Option(help="A saved steering adapter: its directory or hub id.")] = None,
+    lora: Annotated[str | None, typer.Option(help="A LoRA that PEFT saved, beside --adapter.")] = None,
+    joint: Annotated[Path | None, typer.Option(help="A directory of both that save_joint wrote.")] = None,
+    field: Annotated[str, typer.Option(help="Which field of a .jsonl's lines is the prompt.")] = "prompt",
+    out: Annotated[Path, typer.Option(help="Directory for the figures and diagnostics.json.")] = Path(
+        "fused-steer-diagnosis"
+    ),
+    max_prompts: Annotated[int | None, typer.Option(help="Only the first so many; all if not given.")] = None,
+    max_length: Annotated[int, typer.Option(help="Tokens of a prompt; what is longer is cut.")] = 512,
+    batch_size: Annotated[int, typer.Option(help="Prompts at a time.")] = 8,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, xpu …; auto is a GPU if there is one.")] = "auto",
+) -> None:
+    """Show what an adapter does to a model, layer by layer: its shifts, its weights, and how they lie to LoRA's."""
+    with _errors_in_one_line():
+        from .diagnostics import DiagnoseOptions, run
+
+        run(
+            DiagnoseOptions(
+                model, adapter, lora, joint, prompts, field, out, max_prompts, max_length, batch_size, device
+            ),
+            _console(),
+        )

@@ -7,7 +7,6 @@ takes. pyreft's are in importing_pyreft.py, control vectors in importing_vectors
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import warnings
@@ -21,7 +20,7 @@ import safetensors
 import torch
 from torch import Tensor
 
-from .checkpoint import CONFIG_NAME, PEFT_TYPE, AdapterFile
+from .checkpoint import AdapterFile
 from .config import DTYPES, SteerConfig
 from .kernels import ACTIVATIONS
 from .patch import SITE, find_decoder
@@ -123,24 +122,6 @@ def import_steerling(
         for part, tensor in parts.items()
     }
     return Imported(AdapterFile(config, base, hidden, count, tensors), len(ignored), sum("lora_" in k for k in ignored))
-
-
-def refuse_foreign(directory: str | os.PathLike[str]) -> None:
-    """Refuse to write over another method's adapter.
-
-    The released code saves LoRA's under the same two names beside `adapter_steerer.pt`.
-
-    Raises:
-        ValueError: `directory` holds one.
-    """
-    config = Path(directory, CONFIG_NAME)
-    try:
-        fields = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return  # none, or nothing that could still be read
-    method = fields.get("peft_type", PEFT_TYPE) if isinstance(fields, dict) else PEFT_TYPE
-    if method != PEFT_TYPE:
-        raise ValueError(f"{directory} holds an adapter of {method}; expected another directory, to leave it alone")
 
 
 # ------------------------------------------------------------------------------------------------------ the base model

@@ -196,11 +196,13 @@ class Orthogonality:
 
     def _moved_by(self, optimizer: Optimizer) -> bool:
         """Whether the optimizer has what is constrained, or, where each step counts, B."""
-        theirs = {p.data_ptr() for group in optimizer.param_groups for p in group["params"]}
-        ours = [p for index in self.sites for p in self._steered(index).values()]
-        if self.config.every == 1 and self._writers is not None:
-            ours += [b for found in lora_columns(self._writers, self.config).values() for b in found]
-        return any(tensor.data_ptr() in theirs for tensor in ours)
+        theirs = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if any(id(p) in theirs for index in self.sites for p in self._steered(index).values()):
+            return True
+        if self.config.every > 1 or self._writers is None:
+            return False
+        columns = lora_columns(self._writers, self.config)
+        return any(id(b if b._base is None else b._base) in theirs for found in columns.values() for b in found)
 
     def _first_steered(self) -> list[nn.Parameter]:
         return list(self._steered(next(iter(self.sites))).values())

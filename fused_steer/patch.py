@@ -38,6 +38,8 @@ class Decoder:
 def find_decoder(model: nn.Module) -> Decoder:
     """The decoder layers of `model`, found by structure: the outermost list of `num_hidden_layers` modules.
 
+    The modules have parts of their own, and no config of another class than the model's stands above them.
+
     Raises:
         TypeError: `model` is no module.
         ValueError: the model has no config, no such list, more than one, or also an encoder.
@@ -57,14 +59,26 @@ def find_decoder(model: nn.Module) -> Decoder:
     for path, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and not any(path.startswith(f"{outer}.") for outer, _ in found):
             found.append((path, module))
-    fitting = [(path, layers) for path, layers in found if len(layers) == count]
+    # Other towers (of images, of sound) have lists of layers too, below a config of their own.
+    own = {id(layers) for path, layers in found if _config_above(model, path) in (type(model.config), type(config))}
+    # Layers have parts: a list of norms or projections, one for each layer, is none of layers.
+    fitting = [
+        (path, layers)
+        for path, layers in found
+        if len(layers) == count and id(layers) in own and all(any(layer.children()) for layer in layers)
+    ]
     if len(fitting) > 1 and hasattr(model, "get_decoder"):
         inside = {id(module) for module in model.get_decoder().modules()}
         fitting = [(path, layers) for path, layers in fitting if id(layers) in inside]
     if len(fitting) != 1:
-        lists = ", ".join(f"{path} of {len(layers)}" for path, layers in found) or "none"
+        lists = [
+            f"{path} of {len(layers)}"
+            + ("" if id(layers) in own else f" under a {_config_above(model, path).__name__}")
+            for path, layers in found
+        ]
         raise ValueError(
-            f"{name} has no decoder layers that can be told apart; expected one list of {count} modules, found {lists}"
+            f"{name} has no decoder layers that can be told apart; expected one list of {count} modules, "
+            f"found {', '.join(lists) or 'none'}"
         )
     path, layers = fitting[0]
     return Decoder(model.get_submodule(path.rpartition(".")[0]), path, layers, hidden)
@@ -79,6 +93,16 @@ def inside_peft(model: nn.Module) -> nn.Module:
     """The model that PEFT wrapped, whose paths do not depend on the wrapping; `model` itself where it did not."""
     peft = sys.modules.get("peft")  # a model that it wrapped has imported it
     return model.get_base_model() if peft is not None and isinstance(model, peft.PeftModel) else model
+
+
+def _config_above(model: nn.Module, path: str) -> type:
+    """The class of the config that the innermost module above `path` has: of the tower to which `path` belongs."""
+    while path:
+        path = path.rpartition(".")[0]
+        config = getattr(model.get_submodule(path), "config", None)
+        if config is not None:
+            return type(config)
+    return type(model.config)
 
 
 def _rebuild(base: type[nn.Module], rewritten: bool) -> nn.Module:
@@ -112,14 +136,15 @@ def steered_class(base: type[nn.Module], rewritten: bool) -> type[nn.Module]:
 
 
 def _steer_output(layer: nn.Module, args: Any, output: Any) -> Any:
-    """Forward hook: steer the hidden state that a layer returns, alone or first in a tuple."""
+    """Forward hook: steer the hidden state that a layer returns, alone or first in a tuple or list."""
     site = layer.get_submodule(SITE)
     if isinstance(output, Tensor):
         return site(output)
-    if isinstance(output, tuple) and output and isinstance(output[0], Tensor):
-        return (site(output[0]), *output[1:])
+    if type(output) in (tuple, list) and output and isinstance(output[0], Tensor):
+        return type(output)((site(output[0]), *output[1:]))
     raise TypeError(
-        f"{type(layer).__name__} returned a {type(output).__name__}; expected a tensor, alone or in a tuple"
+        f"{type(layer).__name__} returned a {type(output).__name__}; "
+        "expected a tensor, alone or first in a tuple or list"
     )
 
 

@@ -398,7 +398,7 @@ class Steering:
         self._tracing = True
         try:
             layers = {index: self._decoder.layers[index] for index in indices}
-            return trace_writers(self._decoder.module, layers, self._decoder.hidden, SITE)
+            return trace_writers(self._decoder.module, layers, self._decoder.hidden)
         finally:
             self._tracing = False
             for site, calls, backend in counts:

@@ -9,6 +9,7 @@ come, go and change later.
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,8 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .sites import SteeringSite
+
 #: Parts of the names of autograd's nodes that mix features: what comes before one does not itself enter the stream.
-_MIXING = re.compile(r"mm|linear|matmul|dot|attention|softmax|convolution|embedding", re.IGNORECASE)
+MIXING = re.compile(r"mm|linear|matmul|dot|attention|softmax|convolution|embedding", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -32,9 +35,15 @@ class Writer:
     layer: nn.Module
     path: str
 
+    @functools.cached_property
+    def _place(self) -> tuple[nn.Module, str]:
+        parent, _, name = self.path.rpartition(".")
+        return self.layer.get_submodule(parent), name
+
     @property
     def module(self) -> nn.Module:
-        return self.layer.get_submodule(self.path)
+        parent, name = self._place  # asked for before every forward pass that trains
+        return parent._modules[name]  # type: ignore[return-value]
 
     @property
     def part(self) -> str:
@@ -159,7 +168,7 @@ class _Trace:
             made = self.made.get(node)
             if made is not None and made[0] == index:
                 found[made[1]] = made[2]
-            elif not _MIXING.search(node.name()):
+            elif not MIXING.search(node.name()):
                 todo += [parent for parent, _ in node.next_functions]
         return sorted(found, key=found.__getitem__)
 
@@ -170,21 +179,21 @@ def _first(output: Any) -> Any:
 
 def _makers(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The modules of a layer that mix features, so that a LoRA may sit there or does, each with its path."""
-    inside: list[str] = []  # what a LoRA consists of is no module of the layer's
+    inside: list[str] = []  # what a LoRA or a steering site consists of is no module of the layer's
     for path, module in layer.named_modules():
         if any(path.startswith(outer) for outer in inside):
             continue
         held = (*module.parameters(recurse=False), *module.buffers(recurse=False))
-        if is_lora(module):
+        if isinstance(module, SteeringSite):
+            inside.append(f"{path}.")
+        elif is_lora(module):
             inside.append(f"{path}.")
             yield path, module
         elif path and any(tensor.dim() > 1 for tensor in held):
             yield path, module
 
 
-def trace_writers(
-    module: nn.Module, layers: Mapping[int, nn.Module], hidden: int, site: str
-) -> dict[int, list[Writer]]:
+def trace_writers(module: nn.Module, layers: Mapping[int, nn.Module], hidden: int) -> dict[int, list[Writer]]:
     """The writers of each of `layers`, in the order of their calls, by one forward pass of two tokens.
 
     Dropout is off meanwhile, and training modes are afterwards as they were.
@@ -193,7 +202,6 @@ def trace_writers(
         module: the decoder, whose forward runs the layers.
         layers: those asked for, by index.
         hidden: d.
-        site: the name of the steering site in a layer, which is no writer.
 
     Raises:
         ValueError: the pass failed, or a layer's writers were not found.
@@ -217,7 +225,7 @@ def trace_writers(
             m.training = training
     found = {}
     for index, layer in layers.items():
-        paths = [path for path in trace.writers(index) if path != site and not path.startswith(f"{site}.")]
+        paths = trace.writers(index)
         if not paths:
             raise ValueError(
                 f"layer {index} ({type(layer).__name__}) has no module that is seen to write into the residual stream; "

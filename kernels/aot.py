@@ -23,6 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from .contract import Needs
+from .grouped import post_block_grouped
 from .launch import Launch, recorded
 from .numerics import INTERPRETED
 from .orthogonal import _triton_basis, _triton_project
@@ -50,6 +51,7 @@ GPUS: dict[str, tuple[str, float]] = {
 _HIDDEN_STATES = frozenset({"p_residual", "p_branch", "p_out", "p_grad", "p_dx"})
 
 _POINTERS = {torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+_POINTERS |= {torch.int32: "*i32", torch.int64: "*i64"}
 
 
 @dataclass(frozen=True)
@@ -163,6 +165,33 @@ def record_projection(
             _triton_project(torch.empty(layers, hidden, rank, device="meta"), b)
         else:
             _triton_basis(b)
+    return launches
+
+
+def record_grouped(
+    tokens: int, hidden: int, rank: int, slots: int, dtype: torch.dtype, target: str, everything: bool = False
+) -> list[Launch]:
+    """The launches of `post_block_grouped` with adapters in bfloat16; with every option, if `everything`.
+
+    Raises:
+        ValueError: an unknown target.
+    """
+    device = _device(target)
+
+    def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    downs, ups = (empty(slots, rank, hidden), empty(slots, hidden, rank)) if rank else (None, None)
+    options: dict[str, Any] = {"up_biases": empty(slots, hidden)} if everything or not rank else {}
+    if everything:
+        options["gain"] = empty(tokens, dtype=torch.float32)
+        options["activation"] = empty(slots, dtype=torch.int32)
+        options["into_branch"] = True
+        if rank:
+            options["down_biases"] = empty(slots, rank)
+    states = (empty(tokens, hidden, dtype=dtype) for _ in range(2))
+    with recorded(device) as launches:
+        post_block_grouped(*states, downs, ups, empty(tokens, dtype=torch.int32), **options)
     return launches
 
 

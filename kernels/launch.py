@@ -49,6 +49,11 @@ def recorded(device: Device) -> Iterator[list[Launch]]:
         _recording.reset(token)
 
 
+def is_recording() -> bool:
+    """Whether launches are written down instead of made: of tensors that may be on no device that has a backend."""
+    return _recording.get() is not None
+
+
 def device_of(tensor: torch.Tensor) -> Device:
     """The device that a launch on `tensor` is laid out for."""
     recording = _recording.get()

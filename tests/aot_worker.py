@@ -1,8 +1,8 @@
 """Compiles launches for GPUs in a process of its own, where kernels are not interpreted. Prints a JSON line for each.
 
 Reads cases from standard input: a JSON list of [target, dtype, hidden, rank, tokens, flags]; those whose
-flags have writers are of `project_out` (with rank 0, of `column_space`), the others of `post_block`. Cases that share a
-kernel have it compiled once.
+flags have writers are of `project_out` (with rank 0, of `column_space`), those that have slots of `post_block_grouped`,
+the others of `post_block`. Cases that share a kernel have it compiled once.
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ from fused_steer.kernels.aot import (
     compile_launch,
     hidden_states,
     record,
+    record_grouped,
     record_projection,
 )
 from fused_steer.kernels.launch import Launch
@@ -27,6 +28,8 @@ def launches(case: list) -> list[Launch]:
     target, dtype, hidden, rank, tokens, flags = case
     if "writers" in flags:
         return record_projection(flags["layers"], hidden, rank, flags["writers"], getattr(torch, dtype), target)
+    if "slots" in flags:
+        return record_grouped(tokens, hidden, rank, flags["slots"], getattr(torch, dtype), target, flags["everything"])
     return record(Case(tokens, hidden, rank, getattr(torch, dtype), **flags), target)
 
 

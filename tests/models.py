@@ -129,9 +129,10 @@ class Hooked:
 
     def _hook(self, path: str) -> Callable[..., Any]:
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
-            hidden, *rest = output if isinstance(output, tuple) else (output,)
+            in_sequence = isinstance(output, (tuple, list))
+            hidden, *rest = output if in_sequence else (output,)
             self.states[path] = hidden + self.scale * self._shift(path, hidden)
-            return (self.states[path], *rest) if isinstance(output, tuple) else self.states[path]
+            return type(output)((self.states[path], *rest)) if in_sequence else self.states[path]
 
         return hook
 

@@ -16,7 +16,7 @@ from fused_steer import SteerConfig, __version__, patch_model
 from fused_steer.checkpoint import CONFIG_NAME, WEIGHTS_NAME
 from fused_steer.cli import Finding, app
 
-VERBS = ("demo", "doctor", "inspect", "kernels", "import")
+VERBS = ("demo", "doctor", "inspect", "kernels", "import", "coverage", "diagnose")
 
 
 @pytest.fixture(autouse=True)

@@ -114,6 +114,15 @@ def test_saved_together_and_loaded_bit_equal(tmp_path, add):
     assert not any(p.requires_grad for name, p in again.named_parameters() if "lora_" in name)
 
 
+def test_steering_is_not_saved_over_lora(tmp_path):
+    model = joint()
+    model.save_pretrained(str(tmp_path))
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    with refused(ValueError, str(tmp_path), "an adapter of LORA", "expected another directory"):
+        model.steering.save(tmp_path)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
 def test_several_lora_adapters_together(tmp_path):
     model = build()
     wrapped = get_peft_model(model, LoraConfig(r=3, target_modules=["down_proj"]))

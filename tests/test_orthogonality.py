@@ -303,6 +303,15 @@ def test_an_optimizer_of_its_own_for_each_part():
         model.zero_grad()
 
 
+def test_an_adapter_added_after_training_finds_its_writers_too():
+    model = joint()
+    list(steps(model, 1))
+    model.steering.add("second", ORTHOGONAL)
+    model.steering.use("second")
+    for _ in steps(model, 2):
+        assert overlap(constrained(model, adapter="second"), written(model, MLP)) <= 1e-6
+
+
 def test_finding_the_writers_is_no_call_of_the_layers():
     model = patch_model(build())
     get_peft_model(model, LoraConfig(r=3, target_modules="all-linear"))

@@ -201,6 +201,11 @@ class ScalingModel(nn.Module):
         return types.SimpleNamespace(logits=logits, loss=loss)
 
 
+class ListingBlock(ScalingBlock):
+    def forward(self, x: Tensor) -> Any:
+        return list(super().forward(x))
+
+
 class ClampingLayer(LlamaDecoderLayer):
     """What it does after the add is its own."""
 
@@ -215,6 +220,13 @@ def unpatched_forward(layer: nn.Module) -> types.MethodType:
 def scaling_model(as_tuple: bool) -> nn.Module:
     torch.manual_seed(0)
     return ScalingModel(as_tuple).eval()
+
+
+def model_of_listing_blocks() -> nn.Module:
+    model = scaling_model(as_tuple=True)
+    for block in model.blocks:
+        block.__class__ = ListingBlock
+    return model
 
 
 def llama_of_clamping_layers() -> nn.Module:
@@ -234,6 +246,7 @@ def llama_with_forwards_on_instances() -> nn.Module:
 HOOK_STEERED = {
     "custom": (lambda: scaling_model(as_tuple=False), "ScalingBlock.forward"),
     "custom with tuples": (lambda: scaling_model(as_tuple=True), "ScalingBlock.forward"),
+    "custom with lists": (model_of_listing_blocks, "ListingBlock.forward"),
     "clamped after the add": (llama_of_clamping_layers, "ClampingLayer.forward"),
     "forward on the instance": (llama_with_forwards_on_instances, "replaced on the instance"),
 }
@@ -378,6 +391,36 @@ def test_steering_follows_the_model_to_another_dtype():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Which list is that of the decoder layers
+
+
+class TowerConfig(types.SimpleNamespace):
+    """Of a part that is not the decoder."""
+
+
+def with_tower(layers: int, **config: Any) -> nn.Module:
+    """A decoder beside a tower with as many blocks as `layers`, under a config of its own."""
+    model = scaling_model(as_tuple=False)
+    model.tower = nn.Module()
+    model.tower.config = TowerConfig(hidden_size=HIDDEN, num_hidden_layers=layers)
+    model.tower.blocks = nn.ModuleList(ScalingBlock(as_tuple=False) for _ in range(layers))
+    vars(model.config).update(config)
+    return model
+
+
+def with_a_norm_for_each_layer() -> nn.Module:
+    model = scaling_model(as_tuple=False)
+    model.norms = nn.ModuleList(nn.LayerNorm(HIDDEN) for _ in range(LAYERS))
+    return model
+
+
+@pytest.mark.parametrize("make", [lambda: with_tower(LAYERS), with_a_norm_for_each_layer], ids=["tower", "norms"])
+def test_decoder_is_told_from_lists_as_long(make):
+    assert find_decoder(make()).path == "blocks"
+    assert_equal_to_hooked(*steered_pair(make()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Refusals, which leave the model as it was
 
 
@@ -399,9 +442,20 @@ def with_other_sizes(**config: Any) -> nn.Module:
         (lambda: nn.ModuleList([nn.Linear(4, 4)]), ("ModuleList has no config",)),
         (lambda: with_other_sizes(num_hidden_layers=5), ("expected one list of 5 modules", "blocks of 3")),
         (lambda: with_other_sizes(hidden_size="32"), ("expected a decoder model's",)),
+        (
+            lambda: with_tower(5, num_hidden_layers=5),
+            ("expected one list of 5 modules", "blocks of 3", "tower.blocks of 5 under a TowerConfig"),
+        ),
         (tiny_t5, ("T5ForConditionalGeneration is an encoder-decoder", "expected a decoder-only one")),
     ],
-    ids=["linear", "list", "no list of that length", "hidden size no number", "encoder-decoder"],
+    ids=[
+        "linear",
+        "list",
+        "no list of that length",
+        "hidden size no number",
+        "only the tower's fits",
+        "encoder-decoder",
+    ],
 )
 def test_refuses_what_is_no_decoder_model(make, parts):
     model = make()

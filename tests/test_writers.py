@@ -27,7 +27,7 @@ USUAL = ["self_attn.o_proj", "mlp.down_proj"]
 
 def trace(model: nn.Module) -> dict[int, list[Writer]]:
     decoder = find_decoder(model)
-    return trace_writers(decoder.module, dict(enumerate(decoder.layers)), decoder.hidden, "post_block")
+    return trace_writers(decoder.module, dict(enumerate(decoder.layers)), decoder.hidden)
 
 
 def paths(writers: list[Writer]) -> list[str]:
@@ -125,7 +125,7 @@ class Stack(nn.Module):
 
 def traced(*layers: nn.Module) -> list[Writer]:
     stack = Stack(*layers)
-    return trace_writers(stack, dict(enumerate(stack.layers)), 8, "post_block")[len(layers) - 1]
+    return trace_writers(stack, dict(enumerate(stack.layers)), 8)[len(layers) - 1]
 
 
 def test_a_flat_layer():

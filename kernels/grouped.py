@@ -1,0 +1,536 @@
+"""Post-block steering of a batch in which every token may have an adapter of its own: for serving, forward only.
+
+    x   = residual + branch                              (N, d)
+    a   = x W1[i]ᵀ + b1[i]                               (N, r)   i = adapter_ids (N,): the token's slot; below 0, none
+    out = x + g ⊙ (φ[i](a) W2[i]ᵀ + b2[i])               (N, d)   W1 = downs (A, r, d), W2 = ups (A, d, r)
+
+or, `into_branch`, branch + g ⊙ (…) in branch's own memory, the residual left un-added: what a runtime wants that hands
+the pair on to a fused add and norm. A token without adapter is `residual + branch` to the bit; its branch not touched.
+
+Two launches: what reduces over d, and what writes. Two schedules, chosen by the number of tokens alone, as the ids are
+on the device. *Few* (decode): a program has one token, and a part of d. *Many* (prefill): a program has a tile of
+tokens, and a part of d; for each adapter that occurs among them, one after the other, it computes the tile's products
+with tensor cores and keeps the rows that are the adapter's, so that long runs of one adapter cost as much as one
+adapter. Neither copies an adapter, waits for the host, or allocates what grows with A. The file reads from the kernels
+to what a caller uses.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import reference
+from .activations import ACTIVATIONS, apply
+from .backend import select_backend
+from .launch import device_of, is_recording, launch
+from .numerics import dot, dot_precision, operand, store
+from .schedule import MAX_RANK, Device, ceil_div, next_power_of_2, padded_rank
+
+FEW_TOKENS = 256  # up to so many, each token is a program's: a batch that decodes
+
+# ----------------------------------------------------------------------------------------------------------- kernels
+
+
+@triton.jit
+def _activate(a, code, ACTIVATION: tl.constexpr):
+    """φ(a) by name, or, where ACTIVATION is "", by its place in ACTIVATIONS."""
+    if ACTIVATION != "":
+        return apply(a, ACTIVATION)
+    out = a
+    out = tl.where(code == 1, apply(a, "silu"), out)
+    out = tl.where(code == 2, apply(a, "gelu"), out)
+    out = tl.where(code == 3, apply(a, "gelu_tanh"), out)
+    out = tl.where(code == 4, apply(a, "relu"), out)
+    return tl.where(code == 5, apply(a, "tanh"), out)
+
+
+@triton.jit
+def token_down_kernel(
+    p_residual, p_branch, p_downs, p_ids, p_partial,
+    SLOTS, D, part, residual_stride, branch_stride,
+    RANK: tl.constexpr, HAS_BRANCH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """One token's a, as far as a part of d goes. Grid (N, splits)."""
+    token = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    slot = tl.load(p_ids + token).to(tl.int64)
+    if (slot >= 0) & (slot < SLOTS):
+        ranks = tl.arange(0, BLOCK_R)
+        a = tl.zeros([BLOCK_R], tl.float32)
+        first = split * part
+        for start in range(first, tl.minimum(first + part, D), BLOCK_D):
+            columns = start + tl.arange(0, BLOCK_D)
+            m_columns = columns < D
+            x = tl.load(p_residual + token * residual_stride + columns, mask=m_columns, other=0.0).to(tl.float32)
+            if HAS_BRANCH:
+                x += tl.load(p_branch + token * branch_stride + columns, mask=m_columns, other=0.0).to(tl.float32)
+            # [BLOCK_R, BLOCK_D]
+            pointers = p_downs + (slot * RANK + ranks[:, None]) * D + columns[None, :]
+            w1 = tl.load(pointers, mask=(ranks[:, None] < RANK) & m_columns[None, :], other=0.0).to(tl.float32)
+            a += tl.sum(w1 * x[None, :], 1)
+        tl.store(p_partial + (token * tl.num_programs(1) + split) * BLOCK_R + ranks, a)
+
+
+@triton.jit
+def token_up_kernel(
+    p_residual, p_branch, p_ups, p_ids, p_partial, p_down_biases, p_up_biases, p_codes, p_gain, p_out,
+    SLOTS, D, part, parts, residual_stride, branch_stride, out_stride,
+    RANK: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BRANCH: tl.constexpr, HAS_DOWN_BIAS: tl.constexpr,
+    HAS_UP_BIAS: tl.constexpr, HAS_GAIN: tl.constexpr, INTO_BRANCH: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """One token's columns. Grid (N, splits)."""
+    token = tl.program_id(0).to(tl.int64)
+    slot = tl.load(p_ids + token).to(tl.int64)
+    lost = slot >= SLOTS
+    steered = (slot >= 0) & (slot < SLOTS)
+    if HAS_GAIN:
+        gain = tl.load(p_gain + token).to(tl.float32)
+        steered = steered & (gain != 0)
+    ranks = tl.arange(0, BLOCK_R)
+    h = tl.zeros([BLOCK_R], tl.float32)
+    if RANK > 0:
+        if steered:
+            for number in range(0, parts):
+                h += tl.load(p_partial + (token * parts + number) * BLOCK_R + ranks)
+            if HAS_DOWN_BIAS:
+                h += tl.load(p_down_biases + slot * RANK + ranks, mask=ranks < RANK, other=0.0).to(tl.float32)
+            code = tl.load(p_codes + slot) if ACTIVATION == "" else 0
+            h = _activate(h, code, ACTIVATION)
+    if steered or lost or not INTO_BRANCH:
+        first = tl.program_id(1) * part
+        for start in range(first, tl.minimum(first + part, D), BLOCK_D):
+            columns = start + tl.arange(0, BLOCK_D)
+            m_columns = columns < D
+            if INTO_BRANCH:
+                x = tl.load(p_branch + token * branch_stride + columns, mask=m_columns, other=0.0).to(tl.float32)
+            else:
+                x = tl.load(p_residual + token * residual_stride + columns, mask=m_columns, other=0.0).to(tl.float32)
+                if HAS_BRANCH:
+                    x += tl.load(p_branch + token * branch_stride + columns, mask=m_columns, other=0.0).to(tl.float32)
+            u = tl.zeros([BLOCK_D], tl.float32)
+            if steered:
+                if RANK > 0:
+                    # [BLOCK_D, BLOCK_R]
+                    pointers = p_ups + (slot * D + columns[:, None]) * RANK + ranks[None, :]
+                    mask = m_columns[:, None] & (ranks[None, :] < RANK)
+                    u += tl.sum(tl.load(pointers, mask=mask, other=0.0).to(tl.float32) * h[None, :], 1)
+                if HAS_UP_BIAS:
+                    u += tl.load(p_up_biases + slot * D + columns, mask=m_columns, other=0.0).to(tl.float32)
+                if HAS_GAIN:
+                    u *= gain
+            # −0 + 0 would be +0: a shift of zero leaves the very bits. A slot that is not there is not read, but seen.
+            out = tl.where(u == 0, x, x + u)
+            store(p_out + token * out_stride + columns, tl.where(lost, float("nan"), out), m_columns)
+
+
+@triton.jit
+def _tile_x(p_residual, p_branch, residual_rows, branch_rows, columns, mask, HAS_BRANCH: tl.constexpr):
+    """residual + branch. [BLOCK_N, BLOCK_D]"""
+    x = tl.load(p_residual + residual_rows[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    if HAS_BRANCH:
+        x += tl.load(p_branch + branch_rows[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    return x
+
+
+@triton.jit(do_not_specialize=["N"])
+def tile_down_kernel(
+    p_residual, p_branch, p_downs, p_ids, p_partial,
+    SLOTS, N, D, part, residual_stride, branch_stride,
+    RANK: tl.constexpr, DOT: tl.constexpr, HAS_BRANCH: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """The a of a tile of tokens, as far as a part of d goes. Grid (tiles, splits)."""
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_rows = rows < N
+    slots = tl.load(p_ids + rows, mask=m_rows, other=-1).to(tl.int32)
+    residual_rows = rows.to(tl.int64) * residual_stride
+    branch_rows = rows.to(tl.int64) * branch_stride
+    first = tl.program_id(1) * part
+    last = tl.minimum(first + part, D)
+    ranks = tl.arange(0, BLOCK_R)
+    a = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
+    todo = tl.where(slots < SLOTS, slots, -1)
+    slot = tl.max(todo, 0)
+    while slot >= 0:
+        wide = slot.to(tl.int64)
+        of_slot = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
+        for start in range(first, last, BLOCK_D):
+            columns = start + tl.arange(0, BLOCK_D)
+            m_columns = columns < D
+            mask = m_rows[:, None] & m_columns[None, :]
+            x = _tile_x(p_residual, p_branch, residual_rows, branch_rows, columns, mask, HAS_BRANCH)
+            # [BLOCK_R, BLOCK_D]
+            pointers = p_downs + (wide * RANK + ranks[:, None]) * D + columns[None, :]
+            w1 = tl.load(pointers, mask=(ranks[:, None] < RANK) & m_columns[None, :], other=0.0).to(tl.float32)
+            of_slot = dot(operand(x, DOT), tl.trans(operand(w1, DOT)), of_slot, DOT)
+        a = tl.where((slots == slot)[:, None], of_slot, a)
+        todo = tl.where(slots == slot, -1, todo)
+        slot = tl.max(todo, 0)
+    p_rows = p_partial + (rows[:, None].to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * BLOCK_R
+    tl.store(p_rows + ranks[None, :], a, mask=m_rows[:, None])
+
+
+@triton.jit(do_not_specialize=["N"])
+def tile_up_kernel(
+    p_residual, p_branch, p_ups, p_ids, p_partial, p_down_biases, p_up_biases, p_codes, p_gain, p_out,
+    SLOTS, N, D, part, parts, residual_stride, branch_stride, out_stride,
+    RANK: tl.constexpr, ACTIVATION: tl.constexpr, DOT: tl.constexpr, HAS_BRANCH: tl.constexpr,
+    HAS_DOWN_BIAS: tl.constexpr, HAS_UP_BIAS: tl.constexpr, HAS_GAIN: tl.constexpr, INTO_BRANCH: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """A part of the columns of a tile of tokens. Grid (tiles, splits)."""
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_rows = rows < N
+    slots = tl.load(p_ids + rows, mask=m_rows, other=-1).to(tl.int32)
+    if HAS_GAIN:
+        gain = tl.load(p_gain + rows, mask=m_rows, other=0.0).to(tl.float32)
+        slots = tl.where((gain == 0) & (slots < SLOTS), -1, slots)
+    slots = tl.maximum(slots, -1)
+    residual_rows = rows.to(tl.int64) * residual_stride
+    branch_rows = rows.to(tl.int64) * branch_stride
+    out_rows = rows.to(tl.int64) * out_stride
+    first = tl.program_id(1) * part
+    last = tl.minimum(first + part, D)
+
+    if RANK > 0:
+        ranks = tl.arange(0, BLOCK_R)
+        m_ranks = ranks < RANK
+        there_rows = (slots >= 0) & (slots < SLOTS)
+        h = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
+        for number in range(0, parts):
+            p_rows = p_partial + (rows[:, None].to(tl.int64) * parts + number) * BLOCK_R + ranks[None, :]
+            h += tl.load(p_rows, mask=m_rows[:, None], other=0.0)
+        if HAS_DOWN_BIAS:
+            p_rows = p_down_biases + slots[:, None].to(tl.int64) * RANK + ranks[None, :]
+            h += tl.load(p_rows, mask=there_rows[:, None] & m_ranks[None, :], other=0.0).to(tl.float32)
+        codes = tl.load(p_codes + slots, mask=there_rows, other=0)[:, None] if ACTIVATION == "" else 0
+        h = operand(_activate(h, codes, ACTIVATION), DOT)
+
+    # From the highest slot down to "none", each writes its own rows.
+    todo = slots
+    slot = tl.max(todo, 0)
+    while slot >= (0 if INTO_BRANCH else -1):
+        own = (slots == slot) & m_rows
+        wide = slot.to(tl.int64)
+        there = (slot >= 0) & (slot < SLOTS)
+        for start in range(first, last, BLOCK_D):
+            columns = start + tl.arange(0, BLOCK_D)
+            m_columns = columns < D
+            mask = own[:, None] & m_columns[None, :]
+            u = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+            if RANK > 0:
+                # [BLOCK_D, BLOCK_R]
+                pointers = p_ups + (wide * D + columns[:, None]) * RANK + ranks[None, :]
+                w2 = tl.load(pointers, mask=m_columns[:, None] & m_ranks[None, :] & there, other=0.0).to(tl.float32)
+                u = dot(h, tl.trans(operand(w2, DOT)), u, DOT)
+            if HAS_UP_BIAS:
+                b2 = tl.load(p_up_biases + wide * D + columns, mask=m_columns & there, other=0.0)
+                u += b2.to(tl.float32)[None, :]
+            if HAS_GAIN:
+                u *= gain[:, None]
+            u = tl.where(there, u, 0.0)  # whatever a is of a token without gain
+            if INTO_BRANCH:
+                x = tl.load(p_branch + branch_rows[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+            else:
+                x = _tile_x(p_residual, p_branch, residual_rows, branch_rows, columns, mask, HAS_BRANCH)
+            out = tl.where(u == 0, x, x + u)
+            store(p_out + out_rows[:, None] + columns[None, :], tl.where(slot >= SLOTS, float("nan"), out), mask)
+        todo = tl.where(slots == slot, -2, todo)
+        slot = tl.max(todo, 0)
+
+
+# ---------------------------------------------------------------------------------------------------------- launchers
+
+
+@dataclass(frozen=True)
+class GroupedSchedule:
+    """A launch's layout: a `schedule.Layout`."""
+
+    constants: dict[str, int]
+    num_warps: int
+    num_stages: int
+
+
+@dataclass
+class _Call:
+    """One call's operands, checked: hidden states as (N, d) of any row stride."""
+
+    residual: Tensor
+    branch: Tensor | None
+    downs: Tensor | None
+    ups: Tensor | None
+    ids: Tensor
+    down_biases: Tensor | None
+    up_biases: Tensor | None
+    activation: str | Tensor
+    gain: Tensor | None
+    out: Tensor
+    into_branch: bool
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.downs is None else self.downs.shape[1]
+
+    @property
+    def slots(self) -> int:
+        sized = self.downs if self.downs is not None else self.up_biases
+        assert sized is not None
+        return sized.shape[0]
+
+
+def _token_schedule(block_r: int, hidden: int) -> GroupedSchedule:
+    columns = max(16, min(next_power_of_2(hidden), 4096 // max(block_r, 2), 1024))
+    return GroupedSchedule({"BLOCK_D": columns, "BLOCK_R": block_r}, 4, 2)
+
+
+def _splits(tokens: int, hidden: int, block_d: int, device: Device) -> tuple[int, int]:
+    """How many parts d is cut into, so that a few programs a multiprocessor run; and the size of one."""
+    blocks = ceil_div(hidden, block_d)
+    splits = max(1, min(blocks, ceil_div(4 * device.multiprocessors, tokens)))
+    part = ceil_div(blocks, splits) * block_d
+    return ceil_div(hidden, part), part
+
+
+def _tile_schedule(block_r: int, hidden: int, itemsize: int) -> GroupedSchedule:
+    columns = {0: 256, 16: 128, 32: 128, 64: 64, 128: 64, 256: 32}[block_r]
+    columns = max(16, min(columns if itemsize == 2 else columns // 2, next_power_of_2(hidden)))
+    return GroupedSchedule(
+        {"BLOCK_N": 16, "BLOCK_D": columns, "BLOCK_R": max(block_r, 1)}, 4, 2 if block_r < 128 else 1
+    )
+
+
+def _triton_grouped(call: _Call) -> None:
+    """Two launches, one without W1: the second kernel must not write into a branch that the first still reads."""
+    tokens, hidden = call.residual.shape
+    device, place = device_of(call.residual), call.residual.device
+    rank, few = call.rank, tokens <= FEW_TOKENS
+    named = isinstance(call.activation, str)
+    branch_stride = 0 if call.branch is None else call.branch.stride(0)
+    if few:
+        schedule = _token_schedule(max(2, next_power_of_2(rank)), hidden)
+        rows, down, up, size, flags = tokens, token_down_kernel, token_up_kernel, (), {}
+    else:
+        schedule = _tile_schedule(padded_rank(rank), hidden, call.residual.element_size())
+        rows, down, up, size = (
+            ceil_div(tokens, schedule.constants["BLOCK_N"]),
+            tile_down_kernel,
+            tile_up_kernel,
+            (tokens,),
+        )
+        flags = {"DOT": dot_precision(call.residual.dtype, device.gpu, rank)}
+    flags |= {"RANK": rank, "HAS_BRANCH": call.branch is not None}
+    splits, part = _splits(rows, hidden, schedule.constants["BLOCK_D"], device)
+    partial = None
+    if rank:
+        partial = torch.empty(tokens, splits, schedule.constants["BLOCK_R"], dtype=torch.float32, device=place)
+        launch(
+            down, (rows, splits), call.residual, call.branch, call.downs, call.ids, partial,
+            call.slots, *size, hidden, part, call.residual.stride(0), branch_stride,
+            **flags, device=place, schedule=schedule,
+        )  # fmt: skip
+    launch(
+        up, (rows, splits), call.residual, call.branch, call.ups, call.ids, partial,
+        call.down_biases, call.up_biases, None if named else call.activation, call.gain, call.out,
+        call.slots, *size, hidden, part, splits, call.residual.stride(0), branch_stride, call.out.stride(0),
+        **flags, ACTIVATION=call.activation if named else "", HAS_DOWN_BIAS=call.down_biases is not None,
+        HAS_UP_BIAS=call.up_biases is not None, HAS_GAIN=call.gain is not None, INTO_BRANCH=call.into_branch,
+        device=place, schedule=schedule,
+    )  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------------------------- plain torch
+
+
+def _torch_grouped(call: _Call) -> None:
+    """Tokens in the order of their adapters, two products for each that occurs: no adapter is copied."""
+    acc = reference.accumulation_dtype(call.residual.dtype)
+    ids = call.ids if call.gain is None else torch.where(call.gain == 0, -1, call.ids)
+    order = torch.argsort(ids, stable=True)
+    found, counts = torch.unique_consecutive(ids[order], return_counts=True)
+    groups = [(slot, count) for slot, count in zip(found.tolist(), counts.tolist(), strict=True)]
+    if groups and groups[-1][0] >= call.slots:
+        raise ValueError(f"adapter_ids has {groups[-1][0]}; expected below {call.slots}, the number of slots")
+    unsteered = sum(count for slot, count in groups if slot < 0)
+    order, groups = order[unsteered:], [(slot, count) for slot, count in groups if slot >= 0]
+    if not call.into_branch:
+        torch.add(call.residual, call.branch, out=call.out) if call.branch is not None else call.out.copy_(
+            call.residual
+        )
+    if not groups:
+        return
+    x = call.residual[order].to(acc)
+    if call.branch is not None:
+        x += call.branch[order].to(acc)
+    slots = ids[order]
+    u = x.new_zeros(x.shape)
+    spans, start = [], 0
+    for slot, count in groups:
+        spans.append((slot, slice(start, start + count)))
+        start += count
+    if call.downs is not None and call.ups is not None:
+        a = x.new_empty(len(x), call.rank)
+        for slot, span in spans:
+            torch.mm(x[span], call.downs[slot].to(acc).t(), out=a[span])
+        if call.down_biases is not None:
+            a += call.down_biases[slots].to(acc)
+        h = _torch_activate(a, call.activation, slots)
+        for slot, span in spans:
+            torch.mm(h[span], call.ups[slot].to(acc).t(), out=u[span])
+    if call.up_biases is not None:
+        u += call.up_biases[slots].to(acc)
+    if call.gain is not None:
+        u *= call.gain[order].to(acc).unsqueeze(1)
+    if call.into_branch:
+        assert call.branch is not None
+        x = call.branch[order].to(acc)
+    call.out[order] = torch.where(u == 0, x, x + u).to(call.out.dtype)
+
+
+def _torch_activate(a: Tensor, activation: str | Tensor, slots: Tensor) -> Tensor:
+    if isinstance(activation, str):
+        return reference.ACTIVATIONS[activation][0](a)
+    codes = activation[slots].unsqueeze(1)
+    out = a
+    for code in torch.unique(activation).tolist():
+        out = torch.where(codes == code, reference.ACTIVATIONS[ACTIVATIONS[code]][0](a), out)
+    return out
+
+
+# ------------------------------------------------------------------------------------------------------- caller's part
+
+_GROUPED = {"triton": _triton_grouped, "torch": _torch_grouped}
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _check(name: str, tensor: Tensor | None, shape: tuple[int, ...], device: torch.device) -> None:
+    if tensor is None:
+        return
+    if tensor.shape != shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {shape}")
+    if tensor.dtype not in _DTYPES:
+        raise TypeError(f"{name} has dtype {tensor.dtype}; expected float32, bfloat16 or float16")
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}; expected {device}, the device of residual")
+
+
+def _rows(name: str, tensor: Tensor, in_place: bool = False) -> Tensor:
+    """(..., d) as (N, d) whose rows are contiguous; a copy only where its strides leave no other way."""
+    hidden = tensor.shape[-1]
+    if tensor.stride(-1) == 1 or hidden == 1:
+        try:
+            return tensor.view(-1, hidden)
+        except RuntimeError:
+            pass
+    if in_place:
+        raise ValueError(f"{name} has strides {tensor.stride()}; expected rows that can be written in place")
+    return tensor.reshape(-1, hidden).contiguous()
+
+
+def post_block_grouped(
+    residual: Tensor,
+    branch: Tensor | None,
+    downs: Tensor | None,
+    ups: Tensor | None,
+    adapter_ids: Tensor,
+    *,
+    down_biases: Tensor | None = None,
+    up_biases: Tensor | None = None,
+    activation: str | Tensor = "silu",
+    gain: Tensor | None = None,
+    into_branch: bool = False,
+) -> Tensor:
+    """Post-block steering with an adapter for each token: x + g ⊙ (φ(x W1[i]ᵀ + b1[i]) W2[i]ᵀ + b2[i]).
+
+    x = residual + branch, i = adapter_ids. Forward only. An adapter of a lower rank than the slots' has zeros there. No
+    host synchronisation on a GPU, nothing allocated that grows with A · N, so that a CUDA graph can capture it.
+
+    Args:
+        residual: (..., d), float32, bfloat16 or float16.
+        branch: (..., d), what the block adds to the residual; None steers a finished hidden state.
+        downs: W1 of every slot, (A, r, d), r at most 256; any of the dtypes. None, with `ups`, for vectors.
+        ups: W2 of every slot, (A, d, r).
+        adapter_ids: (...), int32 or int64; a negative one is no adapter. One of A or more is an error: a ValueError on
+            the torch backend, and NaN in that token's output on a GPU, which nobody waits for.
+        down_biases: b1 (A, r).
+        up_biases: b2 (A, d); alone, the slots are steering vectors.
+        activation: φ of all slots by name, or of each, (A,) int32: its place in `ACTIVATIONS`.
+        gain: g (...), a factor for each token, strength included; None is 1. 0 leaves the token as it is.
+        into_branch: write branch + shift into `branch`, and leave the residual un-added.
+
+    Returns:
+        (..., d), contiguous, in the dtype of `residual + branch`; with `into_branch`, `branch` itself.
+
+    Raises:
+        ValueError: a shape, device, rank, activation or stride that the op does not take.
+        TypeError: a dtype that it does not take.
+        RuntimeError: a gradient is asked for.
+    """
+    hidden, device = residual.shape[-1], residual.device
+    _check("residual", residual, tuple(residual.shape), device)
+    _check("branch", branch, tuple(residual.shape), device)
+    if (downs is None) != (ups is None):
+        missing, given = ("downs", "ups") if downs is None else ("ups", "downs")
+        raise ValueError(f"{missing} is None but {given} is given; expected both, or neither for steering vectors")
+    sized = downs if downs is not None else up_biases
+    if sized is None:
+        raise ValueError("downs, ups and up_biases are all None; expected downs and ups, or up_biases")
+    slots, rank = sized.shape[0], 0
+    if downs is not None:
+        if downs.dim() != 3 or not 1 <= downs.shape[1] <= MAX_RANK:
+            raise ValueError(f"downs has shape {tuple(downs.shape)}; expected (A, r, {hidden}) with r 1 to {MAX_RANK}")
+        rank = downs.shape[1]
+    elif down_biases is not None:
+        raise ValueError("down_biases is given without downs; expected both or neither")
+    for name, tensor, shape in (
+        ("downs", downs, (slots, rank, hidden)),
+        ("ups", ups, (slots, hidden, rank)),
+        ("down_biases", down_biases, (slots, rank)),
+        ("up_biases", up_biases, (slots, hidden)),
+        ("gain", gain, tuple(residual.shape[:-1])),
+    ):
+        _check(name, tensor, shape, device)
+    if adapter_ids.shape != residual.shape[:-1] or adapter_ids.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"adapter_ids is {adapter_ids.dtype} {tuple(adapter_ids.shape)}; expected int32 or int64 of "
+            f"{tuple(residual.shape[:-1])}"
+        )
+    if isinstance(activation, Tensor):
+        if activation.shape != (slots,) or activation.dtype != torch.int32:
+            raise ValueError(
+                f"activation is {activation.dtype} {tuple(activation.shape)}; expected a name, or int32 ({slots},)"
+            )
+    elif activation not in ACTIVATIONS:
+        raise ValueError(f"activation is {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
+    if into_branch and branch is None:
+        raise ValueError("into_branch is True without a branch; expected one to write into")
+    tensors = (residual, branch, downs, ups, down_biases, up_biases, gain)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        raise RuntimeError("post_block_grouped has no gradient; expected torch.no_grad(), or post_block to train")
+    dtype = residual.dtype if branch is None else torch.promote_types(residual.dtype, branch.dtype)
+    flat_branch = None if branch is None else _rows("branch", branch, in_place=into_branch)
+    out = flat_branch if into_branch else torch.empty(residual.numel() // hidden, hidden, dtype=dtype, device=device)
+    assert out is not None
+    with torch.no_grad():
+        call = _Call(
+            _rows("residual", residual),
+            flat_branch,
+            None if downs is None else downs.contiguous(),
+            None if ups is None else ups.contiguous(),
+            adapter_ids.reshape(-1).contiguous(),
+            None if down_biases is None else down_biases.contiguous(),
+            None if up_biases is None else up_biases.contiguous(),
+            activation,
+            None if gain is None else gain.reshape(-1).contiguous(),
+            out,
+            into_branch,
+        )
+        if out.numel():
+            backend = "triton" if is_recording() else select_backend(device)
+            _GROUPED[backend](call)
+    return branch if into_branch and branch is not None else out.view(residual.shape)
