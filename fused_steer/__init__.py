@@ -10,11 +10,12 @@ if TYPE_CHECKING:
     from .joint import load_joint, lora_parameters, save_joint, steering_parameters
     from .kernels import post_block
     from .patch import patch_model
-    from .trainer import SteeringCallback
+    from .trainer import SteeringCallback, SteeringTrainer
 
 __all__ = [
     "SteerConfig",
     "SteeringCallback",
+    "SteeringTrainer",
     "__version__",
     "load_joint",
     "lora_parameters",
@@ -27,6 +28,7 @@ __all__ = [
 _HOMES = {
     "SteerConfig": ".config",
     "SteeringCallback": ".trainer",
+    "SteeringTrainer": ".trainer",
     "load_joint": ".joint",
     "lora_parameters": ".joint",
     "patch_model": ".patch",

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import AdapterFile, read_adapter, write_adapter
+from .checkpoint import AdapterFile, push_adapter, read_adapter, write_adapter
 from .config import DTYPES, SteerConfig, checked_number
 from .orthogonality import Orthogonality, check_carries_lora, check_lora
 from .patch import SITE, PatchedLayer, find_decoder, inside_peft, layer_device
@@ -216,7 +216,38 @@ class Steering:
         Whole or not at all: what was there before stays if this fails. What is written of an adapter that is kept
         orthogonal to LoRA satisfies the constraint.
         """
-        name = self._known(name)
+        write_adapter(directory, self._file(self._known(name)))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        name: str | None = None,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload adapter",
+    ) -> str:
+        """Upload an adapter (default: the one in use) to the hub: what `save` writes, and a model card.
+
+        The repository is made if need be; a README.md that it has stays as it is. Later `patch_model(model, repo_id)`.
+
+        Args:
+            repo_id: "user/name" of the repository.
+            private: whether a repository that is made is private; None is the account's default.
+            token: of the hub; None is the one logged in with.
+            revision: the branch; None is main.
+
+        Returns:
+            The URL of the commit.
+        """
+        file = self._file(self._known(name))
+        return push_adapter(
+            repo_id, file, private=private, token=token, revision=revision, commit_message=commit_message
+        )
+
+    def _file(self, name: str) -> AdapterFile:
+        """What is written of an adapter."""
         constrained = {}
         if name in self._orthogonal and lora_layers(self._model):
             constrained = self._orthogonal[name].constrained()
@@ -233,9 +264,7 @@ class Steering:
                 f"adapter {name!r} has parameters of {sorted(map(str, kept))}; expected one of {list(DTYPES)}"
             )
         config = replace(self._configs[name], dtype=names[0])
-        write_adapter(
-            directory, AdapterFile(config, self._base, self._decoder.hidden, len(self._decoder.layers), tensors)
-        )
+        return AdapterFile(config, self._base, self._decoder.hidden, len(self._decoder.layers), tensors)
 
     # -------------------------------------------------------------------------------------------------------- running
 

@@ -1,18 +1,27 @@
-"""Steering in the checkpoints of transformers' Trainer, where PEFT keeps the Trainer from writing whole models.
+"""Steering in the checkpoints of transformers' Trainer.
 
-A model without PEFT needs none of this: its checkpoints hold all parameters. Of a model that PEFT has wrapped or
-adapted the Trainer saves and resumes PEFT's adapters alone.
+`SteeringTrainer` writes adapters and not the frozen base: one folder of two small files that `patch_model` reads.
+`SteeringCallback` is for a Trainer that cannot be subclassed, of a model that PEFT has wrapped: there the Trainer
+itself writes PEFT's adapters alone, and the callback puts the steering beside them. A callback alone cannot keep the
+base out of an unwrapped model's checkpoints: the Trainer has written it when callbacks hear of it, and resumes from no
+less.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINING_ARGS_NAME
 
-from .joint import steering_of
+from .checkpoint import CARD_NAME, CARD_TAGS, LIBRARY, card_usage
+from .joint import steering_of, steering_parameters
+from .patch import inside_peft
 
 #: Where a checkpoint has the steering adapter in use, in a folder of its name. One level deeper than where the Trainer
 #: looks for further adapters of PEFT's.
@@ -38,24 +47,127 @@ class SteeringCallback(TrainerCallback):
         """Raises ValueError if the model is not steered, FileNotFoundError if the checkpoint lacks the steering."""
         steering = steering_of(kwargs["model"])
         if state.global_step:
-            steering.restore(self._folder(self.resume_from or _checkpoint(args, state), steering.active))
+            steering.restore(_folder(self.resume_from or _checkpoint(args, state), steering.active))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             steering = steering_of(kwargs["model"])
-            steering.save(self._folder(_checkpoint(args, state), steering.active))
+            steering.save(_folder(_checkpoint(args, state), steering.active))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             steering = steering_of(kwargs["model"])
-            steering.restore(self._folder(state.best_model_checkpoint, steering.active))
+            steering.restore(_folder(state.best_model_checkpoint, steering.active))
 
-    @staticmethod
-    def _folder(checkpoint: str | os.PathLike[str], name: str | None) -> Path:
-        return Path(checkpoint, CHECKPOINT_FOLDER, str(name))
+
+def _folder(checkpoint: str | os.PathLike[str], name: str | None) -> Path:
+    return Path(checkpoint, CHECKPOINT_FOLDER, str(name))
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(str(args.output_dir), f"checkpoint-{state.global_step}")
+
+
+class SteeringTrainer(Trainer):
+    """A Trainer of a patched model whose checkpoints, and `save_model`, hold the steering adapter in use, not the base.
+
+    A checkpoint is itself an adapter: `patch_model(model, "out/checkpoint-500")`. Resuming and `load_best_model_at_end`
+    take the steering back from it. Of a model that PEFT has wrapped PEFT's adapters are saved as ever, and the steering
+    in `fused_steer/<adapter>/` beside them.
+
+    Other Trainers get the same by inheriting from both, this one first: `class Mine(SteeringTrainer, SFTTrainer)`.
+    """
+
+    # What a checkpoint's weights are is decided in three methods of Trainer that begin with an underscore; there is no
+    # public way in. They are the same in transformers 5.17 to 5.23, and the tests fail where one is no longer called.
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's.
+
+        Raises:
+            ValueError: the model is not steered or its steering does not train; something else trains, which no
+                checkpoint would hold; or FSDP or DeepSpeed has the parameters in parts.
+        """
+        steering_parameters(self._patched())
+        self._check_whole()
+        return super().train(*args, **kwargs)
+
+    def _patched(self) -> nn.Module:
+        """The patched model, out of what other libraries have wrapped around it."""
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    def _wrapped_by_peft(self) -> bool:
+        return inside_peft(self._patched()) is not self._patched()
+
+    def _check_whole(self) -> None:
+        """That an adapter holds all that training changes."""
+        model = self._patched()
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            how = "FSDP" if self.is_fsdp_enabled else "DeepSpeed"
+            raise ValueError(
+                f"{type(self).__name__} runs under {how}; expected one process or DDP (or a plain Trainer)"
+            )
+        if self._wrapped_by_peft():
+            return  # PEFT answers for what trains beside
+        steered = {id(parameter) for parameter in steering_of(model).parameters()}
+        others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in steered]
+        if others:
+            raise ValueError(
+                f"{others[0]} trains ({len(others)} parameters that are not the steering's); expected the steering in "
+                "use alone, which is all that a checkpoint holds (or LoRA by get_peft_model)"
+            )
+
+    def _adapter_in(self, checkpoint: str | os.PathLike[str]) -> Path:
+        if self._wrapped_by_peft():
+            return _folder(checkpoint, steering_of(self._patched()).active)
+        return Path(checkpoint)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        self._check_whole()
+        target = output_dir if output_dir is not None else str(self.args.output_dir)
+        if self._wrapped_by_peft():
+            super()._save(target, state_dict)
+        elif self.args.should_save:
+            tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(target)
+            os.makedirs(target, exist_ok=True)
+            torch.save(self.args, os.path.join(target, TRAINING_ARGS_NAME))
+        if self.args.should_save:
+            steering_of(self._patched()).save(self._adapter_in(target))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self._wrapped_by_peft():
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        steering_of(self._patched()).restore(self._adapter_in(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        if self._wrapped_by_peft():
+            super()._load_best_model()
+        steering_of(self._patched()).restore(self._adapter_in(str(self.state.best_model_checkpoint)))
+
+    # -------------------------------------------------------------------------------------------------------- the hub
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        beside = Path(checkpoint_folder, CHECKPOINT_FOLDER)
+        if beside.is_dir():  # the Trainer copies only the files that it knows
+            shutil.copytree(beside, Path(str(self.args.output_dir), CHECKPOINT_FOLDER), dirs_exist_ok=True)
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """As Trainer's, saying that the files are a steering adapter and how it is loaded."""
+        super().create_model_card(*args, **kwargs)
+        if not self.is_world_process_zero() or self._wrapped_by_peft():
+            return
+        from huggingface_hub import ModelCard
+
+        path = Path(str(self.args.output_dir), CARD_NAME)
+        card = ModelCard.load(path)
+        card.data.library_name = LIBRARY
+        card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *CARD_TAGS]))
+        base = card.data.base_model
+        usage = card_usage(self.hub_model_id or path.parent.absolute().name, base if isinstance(base, str) else None)
+        card.text = f"{card.text.rstrip()}\n\n## The adapter\n\n{usage}"
+        card.save(path)

@@ -1,0 +1,274 @@
+"""SteeringTrainer: checkpoints that hold the adapter and not the base, resumed to the bit; and the way to the hub."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import HfApi, ModelCard
+from models import build, logits, randomize, refused, steering_parameters, tokens
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+
+from fused_steer import SteerConfig, SteeringTrainer, patch_model
+
+STEPS = 6
+CONFIG = SteerConfig(rank=4, down_bias=True, up_bias=True)
+ADAPTER = {"adapter_config.json", "adapter_model.safetensors"}
+DATASET = [{"input_ids": ids, "labels": torch.full_like(ids, 7)} for ids in tokens(batch=32)]
+
+
+def patched(seed: int = 0, lora: bool = False) -> nn.Module:
+    """Models are equal, their fresh adapters are not."""
+    model = build(attention_dropout=0.1)  # so that the state of the random numbers matters too
+    torch.manual_seed(seed)
+    if lora:
+        model = get_peft_model(model, LoraConfig(r=3, target_modules=["q_proj", "down_proj"], lora_dropout=0.1))
+    return patch_model(model, CONFIG)
+
+
+def trainer(model: nn.Module, directory: Path, cls: type[Trainer] = SteeringTrainer, **options: Any) -> Trainer:
+    arguments = {
+        "output_dir": str(directory),
+        "max_steps": STEPS,
+        "save_steps": STEPS // 2,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "seed": 0,
+        **options,
+    }
+    return cls(model, TrainingArguments(**arguments), train_dataset=DATASET, eval_dataset=DATASET[:4])
+
+
+def trained_values(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys() and actual
+    assert [name for name in actual if not torch.equal(actual[name], expected[name])] == []
+
+
+def losses(run: Trainer) -> dict[int, float]:
+    return {row["step"]: row["loss"] for row in run.state.log_history if "loss" in row}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def test_a_checkpoint_is_an_adapter_and_not_the_base(tmp_path):
+    model = patched()
+    run = trainer(model, tmp_path)
+    run.train()
+    checkpoint = tmp_path / f"checkpoint-{STEPS}"
+    files = {path.name for path in checkpoint.rglob("*") if path.is_file()}
+    assert files >= ADAPTER and not any(name.startswith(("model", "pytorch_model")) for name in files)
+    assert torch.equal(logits(patch_model(build(), checkpoint)), logits(model.eval()))
+    run.save_model(str(tmp_path / "final"))
+    assert torch.equal(logits(patch_model(build(), tmp_path / "final")), logits(model))
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["steering", "steering and LoRA"])
+def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, lora):
+    model = patched(lora=lora)
+    fresh = trained_values(model)
+    run = trainer(model, tmp_path)
+    run.train()
+    learnt = trained_values(model)
+    assert not any(torch.equal(learnt[name], fresh[name]) for name in learnt)
+
+    resumed = patched(seed=1, lora=lora)
+    half = trainer(resumed, tmp_path)
+    half.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{STEPS // 2}"))
+    assert_same(trained_values(resumed), learnt)
+    assert losses(half) == losses(run)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["steering", "steering and LoRA"])
+def test_the_best_is_loaded_at_the_end(tmp_path, lora):
+    class Notes(SteeringTrainer):
+        """Keeps what was saved at each step."""
+
+        def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+            super().save_model(output_dir, _internal_call)
+            saved[self.state.global_step] = trained_values(self.model)
+
+    saved: dict[int, dict[str, Tensor]] = {}
+    options = {"eval_strategy": "steps", "eval_steps": STEPS // 2, "metric_for_best_model": "eval_x"}
+    model = patched(lora=lora)
+    run = trainer(model, tmp_path, Notes, load_best_model_at_end=True, **options)
+    scores = iter([2.0, 1.0])
+    run.compute_metrics = lambda _: {"x": next(scores)}
+    run.train()
+    assert run.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{STEPS // 2}")
+    now = {name: p.detach() for name, p in model.named_parameters()}  # PEFT loads what then does not train
+    assert saved.keys() == {STEPS // 2, STEPS}
+    assert_same({name: now[name] for name in saved[STEPS]}, saved[STEPS // 2])
+    assert not all(torch.equal(now[name], value) for name, value in saved[STEPS].items())
+
+
+def test_the_adapter_in_use_is_the_one_saved_and_restored(tmp_path):
+    model = patched()
+    model.steering.add("second", SteerConfig(rank=2))
+    model.steering.use("second")
+    trainer(model, tmp_path).train()
+    again = patched(seed=1)
+    again.steering.add("second", SteerConfig(rank=2))
+    again.steering.use("second")
+    trainer(again, tmp_path).train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{STEPS // 2}"))
+    assert_same(trained_values(again), trained_values(model))
+    with refused(ValueError, "rank", "expected"):
+        trainer(patched(), tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_what_a_checkpoint_would_lose_is_refused(tmp_path):
+    with refused(ValueError, "LlamaForCausalLM is not steered", "expected"):
+        trainer(build(), tmp_path).train()
+    model = patched()
+    model.steering.use(None)
+    with refused(ValueError, "no steering adapter", "expected"):
+        trainer(model, tmp_path).train()
+    model = patched()
+    model.lm_head.weight.requires_grad_(True)
+    run = trainer(model, tmp_path)
+    with refused(ValueError, "lm_head.weight trains", "expected the steering", model=model):
+        run.train()
+    with refused(ValueError, "lm_head.weight trains"):
+        run.save_model(str(tmp_path / "out"))
+    added = build()
+    added.add_adapter(LoraConfig(r=3, target_modules=["q_proj"]))
+    with refused(ValueError, "lora_A", "get_peft_model"):
+        trainer(patch_model(added, CONFIG), tmp_path).train()
+    run = trainer(patched(), tmp_path)
+    run.is_fsdp_enabled = True
+    with refused(ValueError, "SteeringTrainer runs under FSDP", "expected"):
+        run.train()
+    assert not list(tmp_path.iterdir())
+
+
+def test_checkpoints_of_another_kind_are_not_resumed(tmp_path):
+    trainer(patched(), tmp_path / "whole", Trainer).train()
+    model = patched()
+    with refused(FileNotFoundError, "has no adapter_config.json", "expected", model=model):
+        trainer(model, tmp_path).train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    trainer(patched(), tmp_path / "adapter").train()
+    with refused(ValueError, "checkpoint"):
+        trainer(patched(), tmp_path, Trainer).train(resume_from_checkpoint=str(tmp_path / "adapter" / "checkpoint-3"))
+    best = trainer(model, tmp_path / "adapter")
+    best.state.best_model_checkpoint = str(tmp_path / "gone")
+    with refused(FileNotFoundError, "gone"):
+        best._load_best_model()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The hub
+
+
+@pytest.fixture
+def hub(monkeypatch) -> SimpleNamespace:
+    """The hub up to the network call: what it would have been sent, by repository and path."""
+    uploads: dict[str, dict[str, bytes]] = {}
+    hub = SimpleNamespace(uploads=uploads, created=[], messages=[], tokens=[])
+
+    def create_repo(api: HfApi, repo_id: str, *, private=None, exist_ok=False, token=None, **_: Any) -> Any:
+        assert exist_ok
+        full = repo_id if "/" in repo_id else f"me/{repo_id}"
+        hub.created.append((full, private))
+        uploads.setdefault(full, {})
+        return SimpleNamespace(repo_id=full)
+
+    def upload_folder(api: HfApi, *, repo_id: str, folder_path: Any, commit_message=None, **_: Any) -> Any:
+        hub.messages.append(commit_message)
+        hub.tokens.append(api.token)
+        folder = Path(folder_path)
+        files = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+        uploads[repo_id] |= {name: data for name, data in files.items() if not name.startswith("checkpoint-")}
+        url = f"https://huggingface.co/{repo_id}/commit/1"
+        return SimpleNamespace(commit_url=url, is_done=lambda: True, done=lambda: True)
+
+    monkeypatch.setattr(HfApi, "create_repo", create_repo)
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    monkeypatch.setattr(HfApi, "file_exists", lambda api, repo, name, **_: name in uploads[repo])
+    return hub
+
+
+def stored(hub: SimpleNamespace, repo: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`repo` is from now on what is downloaded of the hub."""
+    for name, data in hub.uploads[repo].items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repo_id, **_: {repo: str(folder)}[repo_id])
+
+
+def test_push_to_hub(hub, tmp_path, monkeypatch):
+    model = patched()
+    model.config._name_or_path = "org/base"
+    randomize(model)
+    url = model.steering.push_to_hub("polite", private=True, token="t", commit_message="First")
+    assert url == "https://huggingface.co/me/polite/commit/1"
+    assert (hub.created, hub.messages, hub.tokens) == ([("me/polite", True)], ["First"], ["t"])
+    files = hub.uploads["me/polite"]
+    assert files.keys() == ADAPTER | {"README.md"}
+    card = ModelCard(files["README.md"].decode())
+    assert (card.data.base_model, card.data.library_name) == ("org/base", "fused-steer")
+    assert card.data.base_model_relation == "adapter" and "post-block-steering" in card.data.tags
+    assert "patch_model(model, 'me/polite')" in card.text and "| `rank` | `4` |" in card.text
+
+    hub.uploads["me/polite"]["README.md"] = b"by hand"
+    model.steering.push_to_hub("me/polite")
+    assert hub.uploads["me/polite"]["README.md"] == b"by hand"
+    stored(hub, "me/polite", tmp_path, monkeypatch)
+    again = build()
+    again.config._name_or_path = "org/base"
+    assert torch.equal(logits(patch_model(again, "me/polite")), logits(model))
+
+
+def test_a_path_is_no_base_model_on_the_hub(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("local/model").mkdir(parents=True)
+    model = patched()
+    for name in ("local/model", "/data/models/base", ""):
+        model.config._name_or_path = name
+        model.steering.push_to_hub("me/x")
+        assert ModelCard(hub.uploads["me/x"].pop("README.md").decode()).data.base_model is None
+    with refused(KeyError, "no adapter 'none'", model=model):
+        model.steering.push_to_hub("me/x", "none")
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["steering", "steering and LoRA"])
+def test_the_trainer_pushes_adapters(hub, tmp_path, monkeypatch, lora):
+    model = patched(lora=lora)
+    run = trainer(model, tmp_path / "out", push_to_hub=True, hub_model_id="me/run", hub_always_push=True)
+    run.train()
+    beside = {f"fused_steer/default/{name}" for name in ADAPTER}
+    assert hub.uploads["me/run"].keys() >= (ADAPTER | beside if lora else ADAPTER)  # by the checkpoints
+    hub.uploads["me/run"].clear()
+    run.push_to_hub()
+    files = hub.uploads["me/run"]
+    assert files.keys() >= (ADAPTER | beside if lora else ADAPTER) | {"README.md"}
+    assert not any(name.startswith("model") for name in files)
+    steering = "fused_steer/default/" if lora else ""
+    assert json.loads(files[f"{steering}adapter_config.json"])["peft_type"] == "POST_BLOCK"
+    stored(hub, "me/run", tmp_path / "stored", monkeypatch)
+    again = patch_model(build(), tmp_path / "stored" / steering)
+    assert_same({n: p.detach() for n, p in steering_parameters(again).items()}, values_of(model))
+    if not lora:
+        card = ModelCard(files["README.md"].decode())
+        assert card.data.library_name == "fused-steer" and "fused-steer" in card.data.tags
+        assert "Training hyperparameters" in card.text and "patch_model(model, 'me/run')" in card.text
+
+
+def values_of(model: nn.Module) -> dict[str, Tensor]:
+    named = steering_parameters(model).items()
+    return {name.removeprefix("base_model.model."): p.detach() for name, p in named}
