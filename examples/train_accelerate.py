@@ -1,0 +1,68 @@
+"""Steering trained by a loop of one's own with Accelerate, in one process or many.
+
+accelerate launch examples/train_accelerate.py --model HuggingFaceTB/SmolLM2-135M --out sums
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq
+
+from fused_steer import SteerConfig, patch_model, steering_parameters
+
+
+def read(data: Path | None) -> list[dict[str, str]]:
+    """A JSON object with "prompt" and "completion" on each line; without a file, sums."""
+    if data is None:
+        return [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in range(10) for b in range(10)]
+    return [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
+
+
+def encode(tokenizer: Any, row: dict[str, str]) -> dict[str, list[int]]:
+    """The loss is of the completion alone."""
+    prompt = tokenizer(row["prompt"])["input_ids"]
+    completion = tokenizer(row["completion"] + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
+    return {"input_ids": prompt + completion, "labels": [-100] * len(prompt) + completion}
+
+
+def main(
+    model: str = "HuggingFaceTB/SmolLM2-135M",
+    data: Path | None = None,
+    out: Path = Path("out"),
+    rank: int = 8,
+    epochs: int = 4,
+    batch: int = 8,
+    rate: float = 1e-3,
+) -> None:
+    accelerator = Accelerator()
+    set_seed(0)  # every process begins with the same adapter
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    rows = [encode(tokenizer, row) for row in read(data)]
+    loader = DataLoader(rows, batch_size=batch, shuffle=True, collate_fn=DataCollatorForSeq2Seq(tokenizer))
+    steered = patch_model(AutoModelForCausalLM.from_pretrained(model), SteerConfig(rank=rank)).train()
+    optimizer = torch.optim.AdamW(steering_parameters(steered), lr=rate, weight_decay=0.0)
+    prepared, optimizer, loader = accelerator.prepare(steered, optimizer, loader)
+    for epoch in range(epochs):
+        total = torch.zeros((), device=accelerator.device)
+        for inputs in loader:
+            loss = prepared(**inputs).loss
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            total += loss.detach()
+        mean = accelerator.reduce(total / len(loader), "mean")
+        accelerator.print(f"epoch {epoch + 1}: loss {mean:.3f}, {accelerator.num_processes} processes")
+    if accelerator.is_main_process:
+        steered.steering.save(out)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    typer.run(main)

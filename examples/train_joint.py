@@ -1,0 +1,74 @@
+"""LoRA and steering trained together with transformers' Trainer, each at a rate of its own, kept apart by Joint-Orth.
+
+python examples/train_joint.py --model HuggingFaceTB/SmolLM2-135M --out sums
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, TrainingArguments
+
+from fused_steer import (
+    SteerConfig,
+    SteeringTrainer,
+    lora_parameters,
+    patch_model,
+    save_joint,
+    steering_parameters,
+)
+
+
+def read(data: Path | None) -> list[dict[str, str]]:
+    """A JSON object with "prompt" and "completion" on each line; without a file, sums."""
+    if data is None:
+        return [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in range(10) for b in range(10)]
+    return [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
+
+
+def encode(tokenizer: Any, row: dict[str, str]) -> dict[str, list[int]]:
+    """The loss is of the completion alone."""
+    prompt = tokenizer(row["prompt"])["input_ids"]
+    completion = tokenizer(row["completion"] + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
+    return {"input_ids": prompt + completion, "labels": [-100] * len(prompt) + completion}
+
+
+def main(
+    model: str = "HuggingFaceTB/SmolLM2-135M",
+    data: Path | None = None,
+    out: Path = Path("out"),
+    rank: int = 8,
+    steps: int = 200,
+    batch: int = 8,
+    rate: float = 1e-3,
+    lora_rate: float = 2e-4,
+    resume: bool = False,
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    lora = LoraConfig(r=rank, target_modules="all-linear")
+    both = get_peft_model(AutoModelForCausalLM.from_pretrained(model), lora)
+    both = patch_model(both, SteerConfig(rank=rank, orthogonal_to="lora"))
+    groups = [
+        {"params": steering_parameters(both), "lr": rate},
+        {"params": lora_parameters(both), "lr": lora_rate},
+    ]
+    arguments = TrainingArguments(
+        output_dir=str(out / "run"), max_steps=steps, per_device_train_batch_size=batch, report_to="none"
+    )
+    trainer = SteeringTrainer(
+        both,
+        arguments,
+        train_dataset=[encode(tokenizer, row) for row in read(data)],
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        optimizers=(torch.optim.AdamW(groups, weight_decay=0.0), None),
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    save_joint(both, out)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,72 @@
+"""Steering trained with transformers' Trainer: checkpoints hold the adapter alone, the best is kept.
+
+python examples/train_trainer.py --model HuggingFaceTB/SmolLM2-135M --out sums
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import typer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, TrainingArguments
+
+from fused_steer import SteerConfig, SteeringTrainer, patch_model
+
+
+def read(data: Path | None) -> list[dict[str, str]]:
+    """A JSON object with "prompt" and "completion" on each line; without a file, sums."""
+    if data is None:
+        return [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in range(10) for b in range(10)]
+    return [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
+
+
+def encode(tokenizer: Any, row: dict[str, str]) -> dict[str, list[int]]:
+    """The loss is of the completion alone."""
+    prompt = tokenizer(row["prompt"])["input_ids"]
+    completion = tokenizer(row["completion"] + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
+    return {"input_ids": prompt + completion, "labels": [-100] * len(prompt) + completion}
+
+
+def main(
+    model: str = "HuggingFaceTB/SmolLM2-135M",
+    data: Path | None = None,
+    out: Path = Path("out"),
+    rank: int = 8,
+    steps: int = 200,
+    batch: int = 8,
+    rate: float = 1e-3,
+    resume: bool = False,
+    push: str = "",
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    rows = [encode(tokenizer, row) for row in read(data)]
+    steered = patch_model(AutoModelForCausalLM.from_pretrained(model), SteerConfig(rank=rank))
+    arguments = TrainingArguments(
+        output_dir=str(out / "run"),
+        max_steps=steps,
+        per_device_train_batch_size=batch,
+        learning_rate=rate,
+        weight_decay=0.0,
+        eval_strategy="steps",
+        eval_steps=max(steps // 4, 1),
+        save_steps=max(steps // 4, 1),
+        load_best_model_at_end=True,
+        report_to="none",
+    )
+    trainer = SteeringTrainer(
+        steered,
+        arguments,
+        train_dataset=rows[::2] + rows[1::4],
+        eval_dataset=rows[3::4],
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    print(f"loss of what was not trained on: {trainer.evaluate()['eval_loss']:.3f}")
+    steered.steering.save(out)
+    if push:
+        print(steered.steering.push_to_hub(push))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,59 @@
+"""Steering trained with TRL's DPOTrainer. The reference is the same model with the steering off: no second model.
+
+python examples/train_trl_dpo.py --model HuggingFaceTB/SmolLM2-135M-Instruct --out preferences
+"""
+
+import json
+from pathlib import Path
+
+import typer
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import DPOConfig
+
+from fused_steer import SteerConfig, patch_model
+from fused_steer.trl import SteeringDPOTrainer
+
+
+def read(data: Path | None) -> list[dict[str, str]]:
+    """A JSON object with "prompt", "chosen" and "rejected" on each line; without a file, sums: terse, not chatty."""
+    if data is None:
+        pairs = [(a, b) for a in range(10) for b in range(10)]
+        return [{"prompt": f"{a}+{b}=", "chosen": f"{a + b}", "rejected": f"{a + b}, i think!"} for a, b in pairs]
+    return [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
+
+
+def main(
+    model: str = "HuggingFaceTB/SmolLM2-135M-Instruct",
+    data: Path | None = None,
+    out: Path = Path("out"),
+    rank: int = 8,
+    steps: int = 200,
+    batch: int = 8,
+    rate: float = 1e-3,
+    beta: float = 0.1,
+    bf16: bool = True,
+    resume: bool = False,
+) -> None:
+    steered = patch_model(AutoModelForCausalLM.from_pretrained(model), SteerConfig(rank=rank))
+    arguments = DPOConfig(
+        output_dir=str(out / "run"),
+        max_steps=steps,
+        per_device_train_batch_size=batch,
+        learning_rate=rate,
+        beta=beta,
+        bf16=bf16,
+        report_to="none",
+    )
+    trainer = SteeringDPOTrainer(
+        steered,
+        args=arguments,
+        train_dataset=Dataset.from_list(read(data)),
+        processing_class=AutoTokenizer.from_pretrained(model),
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    steered.steering.save(out)
+
+
+if __name__ == "__main__":
+    typer.run(main)

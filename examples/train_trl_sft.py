@@ -1,0 +1,56 @@
+"""Steering trained with TRL's SFTTrainer: prompts and completions, checkpoints that hold the adapter alone.
+
+python examples/train_trl_sft.py --model HuggingFaceTB/SmolLM2-135M --out sums
+"""
+
+import json
+from pathlib import Path
+
+import typer
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig
+
+from fused_steer import SteerConfig, patch_model
+from fused_steer.trl import SteeringSFTTrainer
+
+
+def read(data: Path | None) -> list[dict[str, str]]:
+    """A JSON object with "prompt" and "completion" on each line; without a file, sums."""
+    if data is None:
+        return [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in range(10) for b in range(10)]
+    return [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
+
+
+def main(
+    model: str = "HuggingFaceTB/SmolLM2-135M",
+    data: Path | None = None,
+    out: Path = Path("out"),
+    rank: int = 8,
+    steps: int = 200,
+    batch: int = 8,
+    rate: float = 1e-3,
+    bf16: bool = True,
+    resume: bool = False,
+) -> None:
+    steered = patch_model(AutoModelForCausalLM.from_pretrained(model), SteerConfig(rank=rank))
+    arguments = SFTConfig(
+        output_dir=str(out / "run"),
+        max_steps=steps,
+        per_device_train_batch_size=batch,
+        learning_rate=rate,
+        bf16=bf16,
+        report_to="none",
+    )
+    trainer = SteeringSFTTrainer(
+        steered,
+        arguments,
+        train_dataset=Dataset.from_list(read(data)),
+        processing_class=AutoTokenizer.from_pretrained(model),
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    steered.steering.save(out)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,170 @@
+"""Each example trains: run as it stands on a tiny model, what it saves is held against the base model."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import HfApi
+from models import logits
+from text import save_tiny
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer import Typer
+from typer.testing import CliRunner
+
+from fused_steer import load_joint, patch_model
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+FAST = ["--rank", "4", "--rate", "2e-2"]
+SUMS = [(f"{a}+{b}=", str(a + b), f"{a + b}, i think!") for a in range(10) for b in range(10)]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def example(tiny, tmp_path, monkeypatch) -> Callable[..., str]:
+    """Runs an example with the tiny model; gives what it printed."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv("CI", "1")  # TRL then sends no telemetry
+
+    def run(name: str, *options: str) -> str:
+        torch.manual_seed(0)
+        app = Typer()
+        app.command()(runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"])
+        result = CliRunner().invoke(app, ["--model", str(tiny), "--out", str(tmp_path), *FAST, *options])
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    return run
+
+
+def base(tiny: Path) -> nn.Module:
+    return AutoModelForCausalLM.from_pretrained(tiny).eval()
+
+
+def log_probabilities(model: nn.Module, tiny: Path, which: int) -> float:
+    """Mean log-probability of the toy's completions: 1 the terse ones, 2 the chatty."""
+    tokenizer, total = AutoTokenizer.from_pretrained(tiny), 0.0
+    for row in SUMS:
+        prompt, ids = tokenizer(row[0])["input_ids"], tokenizer(row[0] + row[which], return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            steps = model(ids).logits.log_softmax(-1)[0, :-1]
+        total += steps.gather(1, ids[0, 1:, None])[len(prompt) - 1 :].sum().item()
+    return total / len(SUMS)
+
+
+def test_every_example_is_tested():
+    names = {path.stem for path in EXAMPLES.glob("*.py")}
+    text = Path(__file__).read_text(encoding="utf-8")
+    assert names and all(f'"{name}"' in text or f'"{name}.py"' in text for name in names)
+    assert all(len(path.read_text(encoding="utf-8").splitlines()) < 80 for path in EXAMPLES.glob("*.py"))
+
+
+def test_trainer(example, tiny, tmp_path):
+    example("train_trainer", "--steps", "32")
+    whole = patch_model(base(tiny), tmp_path)
+    assert log_probabilities(whole, tiny, 1) > log_probabilities(base(tiny), tiny, 1) + 1
+    best = {path.name for path in (tmp_path / "run").glob("checkpoint-*")}
+    assert best == {f"checkpoint-{step}" for step in (8, 16, 24, 32)}
+    assert not list(tmp_path.rglob("model*.safetensors"))
+
+
+def test_trainer_resumes_and_pushes(example, tiny, tmp_path, monkeypatch):
+    pushed = []
+    monkeypatch.setattr(HfApi, "create_repo", lambda api, repo_id, **_: SimpleNamespace(repo_id=repo_id))
+    monkeypatch.setattr(HfApi, "file_exists", lambda *_, **__: False)
+    monkeypatch.setattr(
+        HfApi,
+        "upload_folder",
+        lambda api, **what: (
+            pushed.append((what["repo_id"], sorted(os.listdir(what["folder_path"])))) or SimpleNamespace(commit_url="u")
+        ),
+    )
+    example("train_trainer", "--steps", "8")
+    output = example("train_trainer", "--steps", "12", "--resume", "--push", "me/sums")
+    assert (tmp_path / "run" / "checkpoint-12").is_dir() and output.rstrip().endswith("u")
+    assert pushed == [("me/sums", ["README.md", "adapter_config.json", "adapter_model.safetensors"])]
+
+
+def test_a_file_of_ones_own(example, tiny, tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "hello", "completion": " world"}\n' * 16, encoding="utf-8")
+    example("train_trainer", "--steps", "24", "--data", str(data))
+    steered, tokenizer = patch_model(base(tiny), tmp_path), AutoTokenizer.from_pretrained(tiny)
+    answer = steered.generate(**tokenizer("hello", return_tensors="pt"), max_new_tokens=6, do_sample=False)
+    assert "".join(tokenizer.convert_ids_to_tokens(answer[0, 5:])) == " world"
+
+
+def test_joint(example, tiny, tmp_path):
+    example("train_joint", "--steps", "24", "--lora-rate", "1e-2")
+    both = load_joint(base(tiny), tmp_path).eval()
+    assert log_probabilities(both, tiny, 1) > log_probabilities(base(tiny), tiny, 1) + 1
+    with both.steering.mode("lora"):
+        lora_alone = logits(both)
+    assert not torch.equal(lora_alone, logits(both)) and not torch.equal(lora_alone, logits(base(tiny)))
+
+
+LAUNCH = "accelerate.commands.launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no"
+TORCHRUN = "torch.distributed.run --standalone --nproc_per_node 2"  # accelerate starts many CPU processes by MPI alone
+
+
+@pytest.mark.parametrize(("launcher", "processes"), [(LAUNCH, 1), (TORCHRUN, 2)], ids=["accelerate launch", "torchrun"])
+def test_accelerate(tiny, tmp_path, launcher, processes):
+    command = [sys.executable, "-m", *launcher.split(), str(EXAMPLES / "train_accelerate.py"), *FAST]
+    result = subprocess.run(
+        [*command, "--model", str(tiny), "--out", str(tmp_path)],
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    (line,) = (line for line in result.stdout.splitlines() if line.startswith("epoch 4"))
+    assert line.endswith(f", {processes} processes")
+    steered = patch_model(base(tiny), tmp_path)
+    assert log_probabilities(steered, tiny, 1) > log_probabilities(base(tiny), tiny, 1) + 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# TRL
+
+
+@pytest.fixture
+def trl(tmp_path, monkeypatch) -> Any:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    return pytest.importorskip("trl")
+
+
+def test_trl_sft(trl, example, tiny, tmp_path):
+    example("train_trl_sft", "--steps", "24", "--no-bf16")
+    steered = patch_model(base(tiny), tmp_path)
+    assert log_probabilities(steered, tiny, 1) > log_probabilities(base(tiny), tiny, 1) + 1
+    assert torch.equal(logits(patch_model(base(tiny), tmp_path / "run" / "checkpoint-24")), logits(steered))
+
+
+def test_trl_dpo(trl, example, tiny, tmp_path):
+    example("train_trl_dpo", "--steps", "24", "--no-bf16")
+    steered = patch_model(base(tiny), tmp_path)
+    margins = [log_probabilities(m, tiny, 1) - log_probabilities(m, tiny, 2) for m in (steered, base(tiny))]
+    assert margins[0] > margins[1] + 1
+
+
+def test_trl_grpo(trl, example, tiny, tmp_path):
+    example("train_trl_grpo", "--steps", "2", "--beta", "0.1", "--no-bf16")
+    steered = patch_model(base(tiny), tmp_path)
+    assert not torch.equal(logits(steered), logits(base(tiny)))

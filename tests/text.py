@@ -1,0 +1,30 @@
+"""A tokenizer of single characters, to train tiny models on text without a download."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from models import VOCABULARY, build
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
+
+SPECIAL = ("<pad>", "<eos>", "<unk>")
+CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789+=-?.,! "
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    entries = [*SPECIAL, *CHARACTERS]
+    assert len(entries) <= VOCABULARY
+    model = Tokenizer(WordLevel({entry: i for i, entry in enumerate(entries)}, unk_token="<unk>"))
+    model.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=model, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left"
+    )
+
+
+def save_tiny(folder: Path) -> Path:
+    """A tiny model and its tokenizer, as `from_pretrained` reads them."""
+    build().save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
