@@ -6,6 +6,7 @@ python examples/train_trl_dpo.py --model HuggingFaceTB/SmolLM2-135M-Instruct --o
 import json
 from pathlib import Path
 
+import torch
 import typer
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -32,7 +33,6 @@ def main(
     batch: int = 8,
     rate: float = 1e-3,
     beta: float = 0.1,
-    bf16: bool = True,
     resume: bool = False,
 ) -> None:
     steered = patch_model(AutoModelForCausalLM.from_pretrained(model), SteerConfig(rank=rank))
@@ -42,7 +42,7 @@ def main(
         per_device_train_batch_size=batch,
         learning_rate=rate,
         beta=beta,
-        bf16=bf16,
+        bf16=torch.cuda.is_available(),  # TRL's default is True, which it refuses on a CPU
         report_to="none",
     )
     trainer = SteeringDPOTrainer(

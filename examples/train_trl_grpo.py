@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 import typer
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -40,7 +41,6 @@ def main(
     length: int = 8,
     rate: float = 1e-3,
     beta: float = 0.0,
-    bf16: bool = True,
 ) -> None:
     steered = patch_model(AutoModelForCausalLM.from_pretrained(model), SteerConfig(rank=rank))
     arguments = GRPOConfig(
@@ -51,7 +51,7 @@ def main(
         max_completion_length=length,
         learning_rate=rate,
         beta=beta,
-        bf16=bf16,
+        bf16=torch.cuda.is_available(),  # TRL's default is True, which it refuses on a CPU
         report_to="none",
     )
     trainer = SteeringGRPOTrainer(

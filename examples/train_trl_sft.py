@@ -6,6 +6,7 @@ python examples/train_trl_sft.py --model HuggingFaceTB/SmolLM2-135M --out sums
 import json
 from pathlib import Path
 
+import torch
 import typer
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -30,7 +31,6 @@ def main(
     steps: int = 200,
     batch: int = 8,
     rate: float = 1e-3,
-    bf16: bool = True,
     resume: bool = False,
 ) -> None:
     steered = patch_model(AutoModelForCausalLM.from_pretrained(model), SteerConfig(rank=rank))
@@ -39,7 +39,7 @@ def main(
         max_steps=steps,
         per_device_train_batch_size=batch,
         learning_rate=rate,
-        bf16=bf16,
+        bf16=torch.cuda.is_available(),  # TRL's default is True, which it refuses on a CPU
         report_to="none",
     )
     trainer = SteeringSFTTrainer(

@@ -7,9 +7,9 @@ import runpy
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -144,27 +144,27 @@ def test_accelerate(tiny, tmp_path, launcher, processes):
 # TRL
 
 
-@pytest.fixture
-def trl(tmp_path, monkeypatch) -> Any:
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    return pytest.importorskip("trl")
+needs_trl = pytest.mark.skipif(find_spec("trl") is None, reason="needs TRL (the extra trl)")
 
 
-def test_trl_sft(trl, example, tiny, tmp_path):
-    example("train_trl_sft", "--steps", "24", "--no-bf16")
+@needs_trl
+def test_trl_sft(example, tiny, tmp_path):
+    example("train_trl_sft", "--steps", "24")
     steered = patch_model(base(tiny), tmp_path)
     assert log_probabilities(steered, tiny, 1) > log_probabilities(base(tiny), tiny, 1) + 1
     assert torch.equal(logits(patch_model(base(tiny), tmp_path / "run" / "checkpoint-24")), logits(steered))
 
 
-def test_trl_dpo(trl, example, tiny, tmp_path):
-    example("train_trl_dpo", "--steps", "24", "--no-bf16")
+@needs_trl
+def test_trl_dpo(example, tiny, tmp_path):
+    example("train_trl_dpo", "--steps", "24")
     steered = patch_model(base(tiny), tmp_path)
     margins = [log_probabilities(m, tiny, 1) - log_probabilities(m, tiny, 2) for m in (steered, base(tiny))]
     assert margins[0] > margins[1] + 1
 
 
-def test_trl_grpo(trl, example, tiny, tmp_path):
-    example("train_trl_grpo", "--steps", "2", "--beta", "0.1", "--no-bf16")
+@needs_trl
+def test_trl_grpo(example, tiny, tmp_path):
+    example("train_trl_grpo", "--steps", "2", "--beta", "0.1")
     steered = patch_model(base(tiny), tmp_path)
     assert not torch.equal(logits(steered), logits(base(tiny)))

@@ -11,6 +11,7 @@ import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard
 from models import build, logits, randomize, refused, steering_parameters, tokens
+from pages import page_block
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
@@ -272,3 +273,19 @@ def test_the_trainer_pushes_adapters(hub, tmp_path, monkeypatch, lora):
 def values_of(model: nn.Module) -> dict[str, Tensor]:
     named = steering_parameters(model).items()
     return {name.removeprefix("base_model.model."): p.detach() for name, p in named}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# docs/trainer.md
+
+
+def test_the_page_runs(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    names = {"model": build(), "dataset": DATASET, "held_out": DATASET[:4]}
+    for marker in ("trainer", "hub"):
+        exec(compile(page_block("trainer.md", marker), "trainer.md", "exec"), names)
+    model = names["model"].eval()
+    assert torch.equal(logits(patch_model(build(), "polite")), logits(model))
+    assert not torch.equal(logits(model), logits(build()))
+    assert Path("out/checkpoint-4/adapter_config.json").is_file() and hub.created == [("me/polite", True)]
