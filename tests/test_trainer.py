@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,8 +12,8 @@ import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard
 from models import build, logits, randomize, refused, steering_parameters, tokens
-from pages import page_block
 from peft import LoraConfig, get_peft_model
+from test_docs import run_page
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
@@ -121,11 +122,12 @@ def test_the_best_is_loaded_at_the_end(tmp_path, lora):
 
 def test_the_adapter_in_use_is_the_one_saved_and_restored(tmp_path):
     model = patched()
-    model.steering.add("second", SteerConfig(rank=2))
+    other = replace(CONFIG, rank=2)
+    model.steering.add("second", other)
     model.steering.use("second")
     trainer(model, tmp_path).train()
     again = patched(seed=1)
-    again.steering.add("second", SteerConfig(rank=2))
+    again.steering.add("second", other)
     again.steering.use("second")
     trainer(again, tmp_path).train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{STEPS // 2}"))
     assert_same(trained_values(again), trained_values(model))
@@ -180,7 +182,7 @@ def test_checkpoints_of_another_kind_are_not_resumed(tmp_path):
 def hub(monkeypatch) -> SimpleNamespace:
     """The hub up to the network call: what it would have been sent, by repository and path."""
     uploads: dict[str, dict[str, bytes]] = {}
-    hub = SimpleNamespace(uploads=uploads, created=[], messages=[], tokens=[])
+    hub = SimpleNamespace(uploads=uploads, created=[], messages=[], tokens=[], revisions=[])
 
     def create_repo(api: HfApi, repo_id: str, *, private=None, exist_ok=False, token=None, **_: Any) -> Any:
         assert exist_ok
@@ -189,7 +191,10 @@ def hub(monkeypatch) -> SimpleNamespace:
         uploads.setdefault(full, {})
         return SimpleNamespace(repo_id=full)
 
-    def upload_folder(api: HfApi, *, repo_id: str, folder_path: Any, commit_message=None, **_: Any) -> Any:
+    def upload_folder(
+        api: HfApi, *, repo_id: str, folder_path: Any, commit_message=None, revision=None, **_: Any
+    ) -> Any:
+        hub.revisions.append(revision)
         hub.messages.append(commit_message)
         hub.tokens.append(api.token)
         folder = Path(folder_path)
@@ -233,6 +238,13 @@ def test_push_to_hub(hub, tmp_path, monkeypatch):
     again = build()
     again.config._name_or_path = "org/base"
     assert torch.equal(logits(patch_model(again, "me/polite")), logits(model))
+
+
+def test_push_to_a_branch(hub, monkeypatch):
+    branches = []
+    monkeypatch.setattr(HfApi, "create_branch", lambda api, repo, *, branch, exist_ok: branches.append((repo, branch)))
+    patched().steering.push_to_hub("me/x", revision="next")
+    assert branches == [("me/x", "next")] and hub.revisions == ["next"]
 
 
 def test_a_path_is_no_base_model_on_the_hub(hub, tmp_path, monkeypatch):
@@ -283,8 +295,7 @@ def test_the_page_runs(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     names = {"model": build(), "dataset": DATASET, "held_out": DATASET[:4]}
-    for marker in ("trainer", "hub"):
-        exec(compile(page_block("trainer.md", marker), "trainer.md", "exec"), names)
+    run_page("trainer.md", names)
     model = names["model"].eval()
     assert torch.equal(logits(patch_model(build(), "polite")), logits(model))
     assert not torch.equal(logits(model), logits(build()))

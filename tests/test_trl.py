@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from models import build, logits, randomize, refused, tokens
-from pages import page_block
 from peft import LoraConfig, get_peft_model
+from test_docs import run_page
 from text import save_tiny, tokenizer
 from torch import Tensor, nn
 
@@ -214,10 +214,10 @@ def test_the_page_runs(tmp_path, monkeypatch):
         "prompts": COMPLETIONS,
         "reward": reward,
     }
-    for marker in ("sft", "dpo", "grpo"):
-        before = values(names["model"])
-        exec(compile(page_block("trl.md", marker), "trl.md", "exec"), names)
-        after = values(names["model"])
-        assert after.keys() != before.keys() or not any(torch.equal(after[name], before[name]) for name in before)
-        assert Path(marker, "checkpoint-2", "adapter_config.json").is_file()
-    assert torch.equal(logits(patch_model(build(), "polite")), logits(patch_model(build(), "sft/checkpoint-2")))
+    run_page("trl.md", names)
+    for folder in ("sft", "dpo", "grpo"):
+        assert Path(folder, "checkpoint-2", "adapter_config.json").is_file()
+    saved = [logits(patch_model(build(), f"{folder}/checkpoint-2")) for folder in ("sft", "dpo", "grpo")]
+    assert torch.equal(logits(patch_model(build(), "polite")), saved[0])
+    assert not torch.equal(saved[0], logits(build()))
+    assert not torch.equal(saved[0], saved[1]) and not torch.equal(saved[1], saved[2])
