@@ -67,7 +67,8 @@ def main(
         optimizers=(torch.optim.AdamW(groups, weight_decay=0.0), None),
     )
     trainer.train(resume_from_checkpoint=resume)
-    save_joint(both, out)
+    if trainer.is_world_process_zero():
+        save_joint(both, out)
 
 
 if __name__ == "__main__":

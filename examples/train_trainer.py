@@ -62,9 +62,11 @@ def main(
         data_collator=DataCollatorForSeq2Seq(tokenizer),
     )
     trainer.train(resume_from_checkpoint=resume)
-    print(f"loss of what was not trained on: {trainer.evaluate()['eval_loss']:.3f}")
-    steered.steering.save(out)
-    if push:
+    loss = trainer.evaluate()["eval_loss"]
+    trainer.save_model(str(out))
+    if trainer.is_world_process_zero():
+        print(f"loss of what was not trained on: {loss:.3f}")
+    if push and trainer.is_world_process_zero():
         print(steered.steering.push_to_hub(push))
 
 

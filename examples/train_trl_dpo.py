@@ -52,7 +52,7 @@ def main(
         processing_class=AutoTokenizer.from_pretrained(model),
     )
     trainer.train(resume_from_checkpoint=resume)
-    steered.steering.save(out)
+    trainer.save_model(str(out))
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def main(
         processing_class=AutoTokenizer.from_pretrained(model),
     )
     trainer.train()
-    steered.steering.save(out)
+    trainer.save_model(str(out))
 
 
 if __name__ == "__main__":
