@@ -25,7 +25,7 @@ from ._version import __version__
 from .checkpoint import PEFT_TYPE
 from .config import DTYPES, SteerConfig
 from .kernels import MAX_RANK, post_block, select_backend
-from .patch import SITE, Decoder, PatchedLayer, find_decoder, layer_device
+from .patch import SITE, Decoder, PatchedLayer, execution_device, find_decoder
 from .sites import Adapter, SteeringSite
 
 SUPPORTED_PEFT = ("0.21", "0.22")  # from, and below: those whose registry and tuners this was tried with
@@ -280,7 +280,7 @@ class PostBlockModel(BaseTuner):
     def _create_and_replace(
         self, config: Any, adapter_name: str, target: Any, target_name: str, parent: Any, current_key: Any = None
     ) -> None:
-        target.add(adapter_name, config.steer_config(), self._decoder.hidden, layer_device(parent))
+        target.add(adapter_name, config.steer_config(), self._decoder.hidden, execution_device(parent))
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """The config says of what dtype the parameters are."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -90,6 +91,9 @@ class SteeringSite(nn.Module):
         self.scale = 1.0
         self.calls = 0  # eager ones since reset
         self.backend: str | None = None  # that of the last eager call
+        self.strength: Tensor  # scale as an input of compiled graphs: as a number it would be a constant of each
+        self.register_buffer("strength", None, persistent=False)
+        self._set_strength(torch.device("cpu"))
         self.basis: Tensor | None  # V (d, k) float32, where W2 and b2 are kept orthogonal to it while they train
         self.register_buffer("basis", None, persistent=False)
 
@@ -111,6 +115,15 @@ class SteeringSite(nn.Module):
         for factors in (self.steer_down, self.steer_up):
             for other, factor in factors.items():
                 factor.requires_grad_(other == self.active)
+        self._set_strength(next((p.device for p in self.parameters()), self.strength.device))
+
+    def _set_strength(self, device: torch.device) -> None:
+        self.strength = torch.full((), self.scale, dtype=torch.float32, device=device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SteeringSite:
+        super()._apply(fn, recurse)
+        self._set_strength(self.strength.device)  # not rounded to another dtype
+        return self
 
     def forward(self, residual: Tensor, branch: Tensor | None = None) -> Tensor:
         """residual + branch, steered. Without branch, `residual` is the finished hidden state. (..., d)"""
@@ -120,6 +133,13 @@ class SteeringSite(nn.Module):
         if self.active is None or not self.enabled:
             return residual if branch is None else residual + branch
         down, up = self.steer_down[self.active], self.steer_up[self.active]
+        if (up.bias if up.weight is None else up.weight).is_meta and not residual.is_meta:
+            raise ValueError(
+                f"adapter {self.active!r} is on meta, as what is offloaded; expected it on {residual.device} (offload "
+                "the model before it is patched)"
+            )
+        # float64 is multiplied by what the config says, not by its rounded value.
+        compiled = torch.compiler.is_compiling() and residual.dtype != torch.float64
         return post_block(
             residual,
             branch,
@@ -128,7 +148,7 @@ class SteeringSite(nn.Module):
             down_bias=down.bias,
             up_bias=self._constrained(up.bias),
             activation=self.activation,
-            scale=self.scale,
+            scale=self.strength if compiled else self.scale,
         )
 
     def _constrained(self, parameter: Tensor | None) -> Tensor | None:
