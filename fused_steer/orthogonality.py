@@ -59,7 +59,7 @@ def check_carries_lora(model: nn.Module, layers: Mapping[int, nn.Module]) -> Non
         for path, lora in lora_layers(layer).items():
             device = execution_device(lora.base_layer)
             for b in columns_of(lora):
-                if device is not None and b.device != device:
+                if b.device != device:
                     raise ValueError(
                         f"LoRA's B of {path} in layer {index} is on {b.device}; expected {device}, as {path} itself"
                     )
