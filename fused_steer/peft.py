@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ._version import __version__
 from .checkpoint import PEFT_TYPE
 from .config import DTYPES, SteerConfig
-from .kernels import MAX_RANK, post_block, select_backend
+from .kernels import MAX_RANK, post_block
 from .patch import SITE, Decoder, PatchedLayer, execution_device, find_decoder
 from .sites import Adapter, SteeringSite
 
@@ -169,9 +169,7 @@ class PeftSite(SteeringSite, BaseTunerLayer):
 
     def forward(self, residual: Tensor, branch: Tensor | None = None) -> Tensor:
         """residual + branch, steered by the active adapters, or each row by its own. (..., d)"""
-        if not torch.compiler.is_compiling():
-            self.calls += 1
-            self.backend = select_backend(residual.device)
+        branch = self._called(residual, branch)
         if not self.disable_adapters:
             if self.row_adapters is not None:
                 return self._by_rows(residual, branch, self.row_adapters)

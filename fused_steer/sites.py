@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +76,21 @@ class Adapter:
         return named
 
 
+class _NotPassed(torch.autograd.Function):
+    """A branch whose gradient should reach the residual and does not: an error once it is asked for, no silent 0."""
+
+    @staticmethod
+    def forward(ctx: Any, branch: Tensor, residual: Tensor) -> Tensor:
+        return branch.view_as(branch)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        raise RuntimeError(
+            "a steered block passes no gradient from its output to its input, as modules quantised for inference do "
+            "not; expected a base that can be trained through"
+        )
+
+
 class SteeringSite(nn.Module):
     """Adds a block's output to the residual stream and steers the sum by the adapter in use.
 
@@ -117,6 +133,7 @@ class SteeringSite(nn.Module):
                 factor.requires_grad_(other == self.active)
         self._set_strength(next((p.device for p in self.parameters()), self.strength.device))
 
+    @torch.inference_mode(False)  # whose tensors no compiled graph that trains may keep
     def _set_strength(self, device: torch.device) -> None:
         self.strength = torch.full((), self.scale, dtype=torch.float32, device=device)
 
@@ -127,9 +144,7 @@ class SteeringSite(nn.Module):
 
     def forward(self, residual: Tensor, branch: Tensor | None = None) -> Tensor:
         """residual + branch, steered. Without branch, `residual` is the finished hidden state. (..., d)"""
-        if not torch.compiler.is_compiling():
-            self.calls += 1
-            self.backend = select_backend(residual.device)
+        branch = self._called(residual, branch)
         if self.active is None or not self.enabled:
             return residual if branch is None else residual + branch
         down, up = self.steer_down[self.active], self.steer_up[self.active]
@@ -150,6 +165,15 @@ class SteeringSite(nn.Module):
             activation=self.activation,
             scale=self.strength if compiled else self.scale,
         )
+
+    def _called(self, residual: Tensor, branch: Tensor | None) -> Tensor | None:
+        """Take note of an eager call. The branch, which refuses a gradient that it would lose."""
+        if not torch.compiler.is_compiling():
+            self.calls += 1
+            self.backend = select_backend(residual.device)
+            if branch is not None and not branch.requires_grad and residual.requires_grad and torch.is_grad_enabled():
+                return _NotPassed.apply(branch, residual)
+        return branch
 
     def _constrained(self, parameter: Tensor | None) -> Tensor | None:
         """W2 or b2, which is orthogonal to the basis already: what has to be projected is its gradient."""

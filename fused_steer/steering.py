@@ -100,6 +100,7 @@ class Steering:
         """The config of an adapter (default: the one in use), with its present strength."""
         return self._configs[self._known(name)]
 
+    @torch.inference_mode(False)  # whose tensors never train
     def add(self, name: str, config: SteerConfig | None = None) -> None:
         """Add a fresh adapter; `use` it to train it.
 
@@ -117,6 +118,7 @@ class Steering:
             check_lora(config, self._trace_writers(indices), {i: execution_device(layers[i]) for i in indices})
         self._insert(name, config, {i: Adapter.fresh(config, hidden, execution_device(layers[i])) for i in indices})
 
+    @torch.inference_mode(False)  # whose tensors never train
     def load(self, source: str | os.PathLike[str], name: str = "default", *, check_base: bool = True) -> None:
         """Load a saved adapter from a directory or the hub under `name`; `use` it to steer by it.
 
