@@ -196,6 +196,7 @@ class PatchedLayer:
         site = make_site().train(layer.training)
         _change_class(layer, cls)
         layer.add_module(SITE, site)
+        site.patched = self
         if self.reason:
             # First of the hooks, so that those which record hidden states record the steered one.
             self._hook = layer.register_forward_hook(_steer_output, prepend=True)
@@ -207,6 +208,10 @@ class PatchedLayer:
     @property
     def site(self) -> SteeringSite:
         return self.layer.get_submodule(SITE)  # type: ignore[return-value]
+
+    def trains_inside(self) -> bool:
+        """Whether the layer has parameters that train and are not the site's."""
+        return any(p.requires_grad for name, p in self.layer.named_parameters() if not name.startswith(f"{SITE}."))
 
     @property
     def counts_calls(self) -> bool:

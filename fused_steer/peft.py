@@ -151,7 +151,6 @@ class PeftSite(SteeringSite, BaseTunerLayer):
     def __init__(self) -> None:
         super().__init__()
         self.configs: dict[str, SteerConfig] = {}
-        self.patched: PatchedLayer | None = None
         self.row_adapters: list[str] | None = None  # each row's adapter, while a batch has several
         self.merged_adapters = []
         self._active_adapter = []
@@ -434,9 +433,7 @@ def _patch(decoder: Decoder, indices: list[int]) -> list[PatchedLayer]:
         for index in indices:
             layer = decoder.layers[index]
             if not isinstance(getattr(layer, SITE, None), PeftSite):
-                patched = PatchedLayer(layer, index, f"{decoder.path}.{index}", PeftSite)
-                patched.site.patched = patched
-                new.append(patched)
+                new.append(PatchedLayer(layer, index, f"{decoder.path}.{index}", PeftSite))
     except BaseException:
         for patched in new:
             patched.remove()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from .config import DTYPES, SteerConfig
 from .kernels import post_block, select_backend
 from .kernels.orthogonal import project_gradient
+
+if TYPE_CHECKING:
+    from .patch import PatchedLayer
 
 
 class Factor(nn.Module):
@@ -77,7 +80,7 @@ class Adapter:
 
 
 class _NotPassed(torch.autograd.Function):
-    """A branch whose gradient should reach the residual and does not: an error once it is asked for, no silent 0."""
+    """The output of a block that passes no gradient to its input: an error once it is asked for, no silent 0."""
 
     @staticmethod
     def forward(ctx: Any, branch: Tensor, residual: Tensor) -> Tensor:
@@ -105,6 +108,7 @@ class SteeringSite(nn.Module):
         self.enabled = True
         self.activation = "identity"  # of the active adapter, as is scale
         self.scale = 1.0
+        self.patched: PatchedLayer | None = None  # the layer that it sits in
         self.calls = 0  # eager ones since reset
         self.backend: str | None = None  # that of the last eager call
         self.strength: Tensor  # scale as an input of compiled graphs: as a number it would be a constant of each
@@ -171,8 +175,10 @@ class SteeringSite(nn.Module):
         if not torch.compiler.is_compiling():
             self.calls += 1
             self.backend = select_backend(residual.device)
-            if branch is not None and not branch.requires_grad and residual.requires_grad and torch.is_grad_enabled():
-                return _NotPassed.apply(branch, residual)
+            # Only what trains in the block itself, such as LoRA, may tell the two apart; which is which is not known.
+            if branch is not None and branch.requires_grad != residual.requires_grad and torch.is_grad_enabled():
+                if self.patched is not None and not self.patched.trains_inside():
+                    return _NotPassed.apply(branch, residual)
         return branch
 
     def _constrained(self, parameter: Tensor | None) -> Tensor | None:
