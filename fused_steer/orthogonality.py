@@ -24,6 +24,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from .config import SteerConfig
 from .kernels.orthogonal import MAX_WRITERS, column_space, project_out
+from .patch import execution_device
 from .sites import SteeringSite
 from .writers import Writer, choose_writers, columns_of, lora_layers
 
@@ -56,9 +57,9 @@ def check_carries_lora(model: nn.Module, layers: Mapping[int, nn.Module]) -> Non
         )
     for index, layer in layers.items():
         for path, lora in lora_layers(layer).items():
-            device = next((p.device for p in lora.base_layer.parameters()), None)
+            device = execution_device(lora.base_layer)
             for b in columns_of(lora):
-                if device is not None and b.device != device:
+                if b.device != device:
                     raise ValueError(
                         f"LoRA's B of {path} in layer {index} is on {b.device}; expected {device}, as {path} itself"
                     )

@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import torch
@@ -84,9 +85,17 @@ def find_decoder(model: nn.Module) -> Decoder:
     return Decoder(model.get_submodule(path.rpartition(".")[0]), path, layers, hidden)
 
 
-def layer_device(layer: nn.Module) -> torch.device:
-    """Where a layer's steering parameters belong."""
-    return next((p.device for p in layer.parameters()), torch.device("cpu"))
+def execution_device(module: nn.Module) -> torch.device:
+    """Where a module runs, and a layer's steering parameters belong: what accelerate offloads is on meta in between."""
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    if device.type != "meta":
+        return device
+    for part in module.modules():
+        hook = getattr(part, "_hf_hook", None)
+        for one in getattr(hook, "hooks", (hook,)):  # several of them in a row are one
+            if getattr(one, "execution_device", None) is not None:
+                return torch.device(one.execution_device)
+    return device
 
 
 def inside_peft(model: nn.Module) -> nn.Module:
@@ -148,6 +157,22 @@ def _steer_output(layer: nn.Module, args: Any, output: Any) -> Any:
     )
 
 
+def _own_forward_kept(layer: nn.Module) -> bool:
+    """Whether a forward on the instance is that of accelerate's hooks, around the class's own, which they keep."""
+    kept = vars(layer).get("_old_forward")
+    return hasattr(layer, "_hf_hook") and isinstance(kept, MethodType) and kept.__func__ is type(layer).forward
+
+
+def _change_class(layer: nn.Module, cls: type[nn.Module]) -> None:
+    """Also for the forward that accelerate keeps on the instance, where there is one."""
+    old = type(layer).forward
+    layer.__class__ = cls
+    for name in ("forward", "_old_forward"):
+        kept = vars(layer).get(name)
+        if isinstance(kept, MethodType) and kept.__func__ is old:
+            setattr(layer, name, MethodType(cls.forward, layer))
+
+
 class PatchedLayer:
     """One decoder layer with its steering site: how it was reached, and the way back."""
 
@@ -162,15 +187,16 @@ class PatchedLayer:
         self.reason = ""  # why the layer is steered by a hook
         self._hook: RemovableHandle | None = None
         try:
-            if "forward" in vars(layer):
+            if "forward" in vars(layer) and not _own_forward_kept(layer):
                 raise ResidualNotFound("its forward was replaced on the instance")
             cls = steered_class(self.base, True)
         except ResidualNotFound as reason:
             self.reason = str(reason)
             cls = steered_class(self.base, False)
         site = make_site().train(layer.training)
-        layer.__class__ = cls
+        _change_class(layer, cls)
         layer.add_module(SITE, site)
+        site.patched = self
         if self.reason:
             # First of the hooks, so that those which record hidden states record the steered one.
             self._hook = layer.register_forward_hook(_steer_output, prepend=True)
@@ -182,6 +208,10 @@ class PatchedLayer:
     @property
     def site(self) -> SteeringSite:
         return self.layer.get_submodule(SITE)  # type: ignore[return-value]
+
+    def trains_inside(self) -> bool:
+        """Whether the layer has parameters that train and are not the site's."""
+        return any(p.requires_grad for name, p in self.layer.named_parameters() if not name.startswith(f"{SITE}."))
 
     @property
     def counts_calls(self) -> bool:
@@ -201,7 +231,7 @@ class PatchedLayer:
         if self._hook is not None:
             self._hook.remove()
         delattr(self.layer, SITE)
-        self.layer.__class__ = self.base
+        _change_class(self.layer, self.base)
 
 
 def patch_model(

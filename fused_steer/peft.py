@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from ._version import __version__
 from .checkpoint import PEFT_TYPE
 from .config import DTYPES, SteerConfig
-from .kernels import MAX_RANK, post_block, select_backend
-from .patch import SITE, Decoder, PatchedLayer, find_decoder, layer_device
+from .kernels import MAX_RANK, post_block
+from .patch import SITE, Decoder, PatchedLayer, execution_device, find_decoder
 from .sites import Adapter, SteeringSite
 
 SUPPORTED_PEFT = ("0.21", "0.22")  # from, and below: those whose registry and tuners this was tried with
@@ -151,7 +151,6 @@ class PeftSite(SteeringSite, BaseTunerLayer):
     def __init__(self) -> None:
         super().__init__()
         self.configs: dict[str, SteerConfig] = {}
-        self.patched: PatchedLayer | None = None
         self.row_adapters: list[str] | None = None  # each row's adapter, while a batch has several
         self.merged_adapters = []
         self._active_adapter = []
@@ -169,9 +168,7 @@ class PeftSite(SteeringSite, BaseTunerLayer):
 
     def forward(self, residual: Tensor, branch: Tensor | None = None) -> Tensor:
         """residual + branch, steered by the active adapters, or each row by its own. (..., d)"""
-        if not torch.compiler.is_compiling():
-            self.calls += 1
-            self.backend = select_backend(residual.device)
+        branch = self._called(residual, branch)
         if not self.disable_adapters:
             if self.row_adapters is not None:
                 return self._by_rows(residual, branch, self.row_adapters)
@@ -280,7 +277,7 @@ class PostBlockModel(BaseTuner):
     def _create_and_replace(
         self, config: Any, adapter_name: str, target: Any, target_name: str, parent: Any, current_key: Any = None
     ) -> None:
-        target.add(adapter_name, config.steer_config(), self._decoder.hidden, layer_device(parent))
+        target.add(adapter_name, config.steer_config(), self._decoder.hidden, execution_device(parent))
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """The config says of what dtype the parameters are."""
@@ -436,9 +433,7 @@ def _patch(decoder: Decoder, indices: list[int]) -> list[PatchedLayer]:
         for index in indices:
             layer = decoder.layers[index]
             if not isinstance(getattr(layer, SITE, None), PeftSite):
-                patched = PatchedLayer(layer, index, f"{decoder.path}.{index}", PeftSite)
-                patched.site.patched = patched
-                new.append(patched)
+                new.append(PatchedLayer(layer, index, f"{decoder.path}.{index}", PeftSite))
     except BaseException:
         for patched in new:
             patched.remove()

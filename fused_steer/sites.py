@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +12,9 @@ from torch import Tensor, nn
 from .config import DTYPES, SteerConfig
 from .kernels import post_block, select_backend
 from .kernels.orthogonal import project_gradient
+
+if TYPE_CHECKING:
+    from .patch import PatchedLayer
 
 
 class Factor(nn.Module):
@@ -74,6 +79,21 @@ class Adapter:
         return named
 
 
+class _NotPassed(torch.autograd.Function):
+    """The output of a block that passes no gradient to its input: an error once it is asked for, no silent 0."""
+
+    @staticmethod
+    def forward(ctx: Any, branch: Tensor, residual: Tensor) -> Tensor:
+        return branch.view_as(branch)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        raise RuntimeError(
+            "a steered block passes no gradient from its output to its input, as modules quantised for inference do "
+            "not; expected a base that can be trained through"
+        )
+
+
 class SteeringSite(nn.Module):
     """Adds a block's output to the residual stream and steers the sum by the adapter in use.
 
@@ -88,8 +108,12 @@ class SteeringSite(nn.Module):
         self.enabled = True
         self.activation = "identity"  # of the active adapter, as is scale
         self.scale = 1.0
+        self.patched: PatchedLayer | None = None  # the layer that it sits in
         self.calls = 0  # eager ones since reset
         self.backend: str | None = None  # that of the last eager call
+        self.strength: Tensor  # scale as an input of compiled graphs: as a number it would be a constant of each
+        self.register_buffer("strength", None, persistent=False)
+        self._set_strength(torch.device("cpu"))
         self.basis: Tensor | None  # V (d, k) float32, where W2 and b2 are kept orthogonal to it while they train
         self.register_buffer("basis", None, persistent=False)
 
@@ -111,15 +135,30 @@ class SteeringSite(nn.Module):
         for factors in (self.steer_down, self.steer_up):
             for other, factor in factors.items():
                 factor.requires_grad_(other == self.active)
+        self._set_strength(next((p.device for p in self.parameters()), self.strength.device))
+
+    @torch.inference_mode(False)  # whose tensors no compiled graph that trains may keep
+    def _set_strength(self, device: torch.device) -> None:
+        self.strength = torch.full((), self.scale, dtype=torch.float32, device=device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SteeringSite:
+        super()._apply(fn, recurse)
+        self._set_strength(self.strength.device)  # not rounded to another dtype
+        return self
 
     def forward(self, residual: Tensor, branch: Tensor | None = None) -> Tensor:
         """residual + branch, steered. Without branch, `residual` is the finished hidden state. (..., d)"""
-        if not torch.compiler.is_compiling():
-            self.calls += 1
-            self.backend = select_backend(residual.device)
+        branch = self._called(residual, branch)
         if self.active is None or not self.enabled:
             return residual if branch is None else residual + branch
         down, up = self.steer_down[self.active], self.steer_up[self.active]
+        if (up.bias if up.weight is None else up.weight).is_meta and not residual.is_meta:
+            raise ValueError(
+                f"adapter {self.active!r} is on meta, as what is offloaded; expected it on {residual.device} (offload "
+                "the model before it is patched)"
+            )
+        # float64 is multiplied by what the config says, not by its rounded value.
+        compiled = torch.compiler.is_compiling() and residual.dtype != torch.float64
         return post_block(
             residual,
             branch,
@@ -128,8 +167,19 @@ class SteeringSite(nn.Module):
             down_bias=down.bias,
             up_bias=self._constrained(up.bias),
             activation=self.activation,
-            scale=self.scale,
+            scale=self.strength if compiled else self.scale,
         )
+
+    def _called(self, residual: Tensor, branch: Tensor | None) -> Tensor | None:
+        """Take note of an eager call. The branch, which refuses a gradient that it would lose."""
+        if not torch.compiler.is_compiling():
+            self.calls += 1
+            self.backend = select_backend(residual.device)
+            # Only what trains in the block itself, such as LoRA, may tell the two apart; which is which is not known.
+            if branch is not None and branch.requires_grad != residual.requires_grad and torch.is_grad_enabled():
+                if self.patched is not None and not self.patched.trains_inside():
+                    return _NotPassed.apply(branch, residual)
+        return branch
 
     def _constrained(self, parameter: Tensor | None) -> Tensor | None:
         """W2 or b2, which is orthogonal to the basis already: what has to be projected is its gradient."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .checkpoint import AdapterFile, push_adapter, read_adapter, write_adapter
 from .config import DTYPES, SteerConfig, checked_number
 from .orthogonality import Orthogonality, check_carries_lora, check_lora
-from .patch import SITE, PatchedLayer, find_decoder, inside_peft, layer_device
+from .patch import SITE, PatchedLayer, execution_device, find_decoder, inside_peft
 from .sites import Adapter
 from .writers import Writer, adapter_parameters, lora_layers, trace_writers
 
@@ -74,7 +74,13 @@ class Steering:
         self._disabled = 0
         self._tracing = False
         adapted = {id(parameter) for parameter in adapter_parameters(model)}
-        self._requires_grad = [(p, p.requires_grad) for p in model.parameters() if id(p) not in adapted]
+        # By place: offloading puts another object there.
+        self._requires_grad = [
+            (module, name, p.requires_grad)
+            for module in model.modules()
+            for name, p in module.named_parameters(recurse=False)
+            if id(p) not in adapted
+        ]
         self._hooks: list[Any] = []
         self._calls_before: dict[int, int] = {}
 
@@ -94,6 +100,7 @@ class Steering:
         """The config of an adapter (default: the one in use), with its present strength."""
         return self._configs[self._known(name)]
 
+    @torch.inference_mode(False)  # whose tensors never train
     def add(self, name: str, config: SteerConfig | None = None) -> None:
         """Add a fresh adapter; `use` it to train it.
 
@@ -108,9 +115,10 @@ class Steering:
         layers, hidden = self._decoder.layers, self._decoder.hidden
         if config.orthogonal_to is not None:
             check_carries_lora(self._model, {i: layers[i] for i in indices})
-            check_lora(config, self._trace_writers(indices), {i: layer_device(layers[i]) for i in indices})
-        self._insert(name, config, {i: Adapter.fresh(config, hidden, layer_device(layers[i])) for i in indices})
+            check_lora(config, self._trace_writers(indices), {i: execution_device(layers[i]) for i in indices})
+        self._insert(name, config, {i: Adapter.fresh(config, hidden, execution_device(layers[i])) for i in indices})
 
+    @torch.inference_mode(False)  # whose tensors never train
     def load(self, source: str | os.PathLike[str], name: str = "default", *, check_base: bool = True) -> None:
         """Load a saved adapter from a directory or the hub under `name`; `use` it to steer by it.
 
@@ -169,7 +177,7 @@ class Steering:
                         f"{source}: tensor {path} is {tensor.dtype} {tuple(tensor.shape)}; "
                         f"expected {DTYPES[file.config.dtype]} {shape}"
                     )
-                tensors[key] = tensor.to(layer_device(self._decoder.layers[i]))
+                tensors[key] = tensor.to(execution_device(self._decoder.layers[i]))
             found[i] = tensors
         if unused:
             raise ValueError(f"{source} has a tensor {min(unused)}; expected none but those of its config")
@@ -342,8 +350,8 @@ class Steering:
 
         What PEFT added to the model is not its base: LoRA that trains goes on training.
         """
-        for parameter, _ in self._requires_grad:
-            parameter.requires_grad_(False)
+        for module, name, _ in self._requires_grad:
+            module.get_parameter(name).requires_grad_(False)
         decoder = self._decoder.module
         self._hooks = [
             decoder.register_forward_pre_hook(self._before_forward),
@@ -366,8 +374,10 @@ class Steering:
         while self._orthogonal:
             self._orthogonal.popitem()[1].close()
         self._active = None
-        for parameter, required in self._requires_grad:
-            parameter.requires_grad_(required)
+        for module, name, required in self._requires_grad:
+            parameter = module._parameters.get(name)
+            if parameter is not None:
+                parameter.requires_grad_(required)
         for hook in self._hooks:
             hook.remove()
         del self._model.steering

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .patch import execution_device
 from .sites import SteeringSite
 
 #: Parts of the names of autograd's nodes that mix features: what comes before one does not itself enter the stream.
@@ -208,7 +209,7 @@ def trace_writers(module: nn.Module, layers: Mapping[int, nn.Module], hidden: in
     """
     trace = _Trace(layers, hidden)
     modes = [(m, m.training) for m in module.modules()]
-    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    device = execution_device(module)
     try:
         module.eval()
         with trace.watching(), torch.enable_grad():

@@ -630,8 +630,13 @@ class _FirstOrder(torch.autograd.Function):
     """Passes gradients on, and refuses to be differentiated: without it a second derivative would be a silent zero."""
 
     @staticmethod
-    def forward(ctx: Any, _: Tensor, *gradients: Tensor) -> tuple[Tensor, ...]:
-        return tuple(g.view_as(g) for g in gradients)
+    def forward(of: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The gradients, which come after the `of` tensors that they depend on."""
+        return tuple(g.view_as(g) for g in tensors[of:])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
 
     backward = staticmethod(_refuse_second_derivative)
 
@@ -693,8 +698,33 @@ class _PostBlock(torch.autograd.Function):
         if not create_graph or grad is None:
             return gradients
         marker = torch.empty(0, device=grad.device, requires_grad=True)
-        passed = iter(_FirstOrder.apply(marker, *(g for g in gradients if g is not None)))
-        return tuple(None if g is None else next(passed) for g in gradients)
+        return _first_order((marker,), gradients)
+
+
+class _TransformedPostBlock(torch.autograd.Function):
+    """The op under torch.func's transforms, which take an autograd function in this form only, and may hand it tensors
+    that no kernel can read: the registered ops reach those beneath."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+        return torch.ops.fused_steer.post_block(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        _setup_context(ctx, inputs, output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            gradients = _op_backward(ctx, grad, None)
+        if grad is None:
+            return gradients
+        return _first_order((grad, *(t for t in ctx.saved_tensors if t is not None)), gradients)
+
+
+def _first_order(of: tuple[Tensor, ...], gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    passed = iter(_FirstOrder.apply(len(of), *of, *(g for g in gradients if g is not None)))
+    return tuple(None if g is None else next(passed) for g in gradients)
 
 
 def _op_backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -830,4 +860,6 @@ def post_block(
     inputs = (*differentiated, basis, s, activation, wanted and rank > 0)
     if torch.compiler.is_compiling():
         return torch.ops.fused_steer.post_block(*inputs)[0]
+    if torch._C._are_functorch_transforms_active():
+        return _TransformedPostBlock.apply(*inputs)[0]
     return (_PostBlock.apply(*inputs) if wanted else _eager_forward(*inputs))[0]

@@ -1,0 +1,778 @@
+"""The ways in which a steered model is run: each against plain forward hooks, or against itself run plainly."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import cpu_offload, disk_offload, dispatch_model
+from accelerate.hooks import remove_hook_from_submodules
+from models import (
+    HIDDEN,
+    LAYERS,
+    VOCABULARY,
+    Hooked,
+    assert_all_close,
+    assert_close,
+    build,
+    generate,
+    gradients,
+    logits,
+    randomize,
+    refused,
+    snapshot,
+    steering_parameters,
+    tokens,
+)
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.func import functional_call, grad, vjp
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    StaticCache,
+    Trainer,
+    TrainingArguments,
+)
+
+from fused_steer import SteerConfig, patch_model
+
+CONFIG = SteerConfig(rank=4, down_bias=True, up_bias=True)
+
+
+def steered(base: nn.Module, config: SteerConfig = CONFIG, adapter: str = "default") -> nn.Module:
+    """The model, patched, with a random adapter, which is seen to do something."""
+    unsteered = logits(base)
+    model = patch_model(base, config, adapter_name=adapter)
+    randomize(model, adapter)
+    assert relative_error(logits(model), unsteered) > 0.1
+    return model
+
+
+def relative_error(actual: Tensor, truth: Tensor) -> float:
+    return ((actual.double() - truth.double()).norm() / truth.double().norm()).item()
+
+
+class InFull(Hooked):
+    """Plain hooks whose shift is computed in float64, whatever the model is in, then rounded: the truth."""
+
+    def _shift(self, path: str, hidden: Tensor) -> Tensor:
+        leaves = self.leaves
+        self.leaves = {name: leaf.double() for name, leaf in leaves.items()}
+        try:
+            with torch.autocast("cpu", enabled=False):
+                return super()._shift(path, hidden.double()).to(hidden.dtype)
+        finally:
+            self.leaves = leaves
+
+
+class InDtype(Hooked):
+    """Plain hooks as they are written for a model of low precision: the factors cast to the hidden state's dtype."""
+
+    def _shift(self, path: str, hidden: Tensor) -> Tensor:
+        leaves = self.leaves
+        self.leaves = {name: leaf.to(hidden.dtype) for name, leaf in leaves.items()}
+        try:
+            return super()._shift(path, hidden)
+        finally:
+            self.leaves = leaves
+
+
+def assert_as_exact_as_hooks(model: nn.Module, base: nn.Module, hook: type[Hooked] = Hooked) -> None:
+    """Logits and gradients err from the truth at most twice as much as those of plain hooks."""
+    parameters = steering_parameters(model)
+    truth, hooked = InFull(base, parameters), hook(base, parameters)
+    outputs = [logits(m) for m in (model, truth.model, hooked.model)]
+    assert len({output.dtype for output in outputs}) == 1
+    assert_no_worse(*outputs)
+    found = [
+        gradients(m, p) for m, p in ((model, parameters), (truth.model, truth.leaves), (hooked.model, hooked.leaves))
+    ]
+    for name in parameters:
+        assert found[0][name].dtype == parameters[name].dtype
+        assert_no_worse(*(g[name] for g in found))
+
+
+def assert_no_worse(actual: Tensor, truth: Tensor, hooked: Tensor) -> None:
+    assert truth.norm() > 0
+    assert relative_error(actual, truth) <= 2 * relative_error(hooked, truth) + 1e-6
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Compiled
+
+#: Batch and length: eight counts of tokens, one of them a single token.
+SHAPES = [(1, 5), (2, 9), (3, 7), (2, 16), (4, 11), (1, 1), (5, 3), (2, 20)]
+
+
+def compiled(model: nn.Module, backend: str = "eager") -> tuple[Any, CompileCounterWithBackend]:
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend(backend)
+    return torch.compile(model, fullgraph=True, backend=counter), counter
+
+
+@torch.no_grad()
+def graphs_of_inference(model: nn.Module) -> int:
+    run, counter = compiled(model)
+    for shape in SHAPES:
+        ids = tokens(0, *shape)
+        assert_close(run(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
+    return counter.frame_count
+
+
+def graphs_of_training(model: nn.Module, parameters: Mapping[str, Tensor]) -> int:
+    run, counter = compiled(model, "aot_eager")
+    for shape in SHAPES:
+        ids = tokens(0, *shape if shape[1] > 1 else (1, 2))
+        found = []
+        for network in (run, model):
+            loss = network(ids, labels=ids, use_cache=False).loss
+            found.append(torch.autograd.grad(loss, list(parameters.values())))
+        for actual, expected in zip(*found, strict=True):
+            assert_close(actual, expected)
+    return counter.frame_count
+
+
+def test_many_shapes_compile_no_more_graphs_than_unsteered():
+    unsteered = graphs_of_inference(build("gpt_neox-parallel", num_hidden_layers=1))
+    assert graphs_of_inference(steered(build("gpt_neox-parallel", num_hidden_layers=1))) <= unsteered <= 3
+
+
+def test_many_shapes_compile_no_more_graphs_than_unsteered_in_training():
+    base = build("gpt_neox-parallel", num_hidden_layers=1)
+    unsteered = graphs_of_training(base, dict(base.gpt_neox.layers.named_parameters()))
+    model = steered(base)
+    assert graphs_of_training(model, steering_parameters(model)) <= unsteered <= 3
+
+
+@torch.no_grad()
+def test_strength_compiles_nothing_and_each_adapter_one_graph():
+    model = steered(build(num_hidden_layers=2))
+    for seed, (name, config) in enumerate(
+        {"tanh": SteerConfig(activation="tanh"), "one": SteerConfig(layers=[1])}.items()
+    ):
+        model.steering.add(name, config)
+        randomize(model, name, seed)
+    run, counter = compiled(model)
+    seen = []
+
+    def assert_equal_to_eager() -> None:
+        expected = logits(model)
+        assert not any(torch.equal(expected, other) for other in seen)
+        seen.append(expected)
+        assert_close(run(tokens()).logits, expected)
+
+    for strength in (1.0, -2, 0.5, 0.25, 0, 3.0, 0.7, 1.5, 2.5, 4.0):  # more than PyTorch's limit of 8 graphs
+        model.steering.scale = strength
+        assert_equal_to_eager()
+    assert counter.frame_count == 1
+    for name in ("tanh", "one"):
+        model.steering.use(name)
+        assert_equal_to_eager()
+    assert counter.frame_count == 3
+    with model.steering.disabled():
+        assert torch.equal(run(tokens()).logits, logits(model))
+    assert counter.frame_count == 4
+    for name in ("default", "tanh", "one"):  # again
+        model.steering.use(name)
+        model.steering.scale = 0.3
+        assert_equal_to_eager()
+    assert counter.frame_count == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_strength_in_a_compiled_graph_is_not_rounded(dtype):
+    model = steered(build(num_hidden_layers=1), SteerConfig(rank=4, scale=0.7)).to(dtype)
+    run, _ = compiled(model)
+    with torch.no_grad():
+        assert torch.equal(run(tokens()).logits, logits(model))
+
+
+@torch.no_grad()
+def test_compiled_decoding_with_a_static_cache():
+    model = steered(build(num_hidden_layers=2))
+    run, counter = compiled(model)
+    ids = tokens(length=12)
+    cache = StaticCache(config=model.config, max_cache_len=16)
+    found = [run(part, past_key_values=cache).logits for part in (ids[:, :6], *ids[:, 6:].split(1, 1))]
+    assert_close(torch.cat(found, 1), model(ids).logits)
+    assert counter.frame_count == 2  # prompt, and each token after it
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Autocast, inference mode, functional calls
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast(family, dtype):
+    base = build(family).to(dtype)
+    model = steered(copy.deepcopy(base))
+    seen = []
+    model.get_submodule("model.layers.0.post_block").register_forward_hook(lambda *call: seen.append(call[1:]))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_as_exact_as_hooks(model, base, Hooked)
+        assert logits(model).dtype == torch.bfloat16
+    (residual, branch), out = seen[-1]
+    assert out.dtype == (residual + branch).dtype == dtype  # not that of autocast
+    if dtype == torch.float32:  # autocast reaches the base, and not what steers: it is exact
+        with torch.autocast("cpu", torch.bfloat16):
+            exact = logits(InFull(base, steering_parameters(model)).model)
+            assert_close(logits(model), exact)
+            assert relative_error(logits(Hooked(base, steering_parameters(model)).model), exact) > 1e-3
+
+
+def test_inference_mode():
+    base = build()
+    with torch.inference_mode():
+        model = patch_model(base, CONFIG)  # its parameters are ordinary ones, which train
+        parameters = randomize(model)
+        expected = model(tokens()).logits
+        assert expected.is_inference()
+        model.steering.scale = 0.5
+    model.steering.scale = 1.0
+    assert torch.equal(logits(model), expected)
+    hooked = Hooked(build(), parameters)
+    assert_all_close(gradients(model, parameters), gradients(hooked.model, hooked.leaves))
+
+
+def functional_loss(model: nn.Module) -> Callable[[dict[str, Tensor]], Tensor]:
+    return lambda values: functional_call(model, values, (tokens(),), {"labels": tokens()}).loss
+
+
+def substitutes(model: nn.Module) -> dict[str, Tensor]:
+    return {name: torch.randn_like(p) for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_functional_call():
+    model = steered(build())
+    before, values = logits(model), substitutes(model)
+    names = {name: name.replace(".default", "") for name in values}
+    hooked = Hooked(build(), {names[name]: value for name, value in values.items()})
+    assert_close(functional_call(model, values, (tokens(),)).logits, logits(hooked.model))
+    expected = gradients(hooked.model, hooked.leaves)
+
+    leaves = {name: value.clone().requires_grad_() for name, value in values.items()}
+    found = torch.autograd.grad(functional_loss(model)(leaves), list(leaves.values()))
+    assert_all_close({names[name]: g for name, g in zip(leaves, found, strict=True)}, expected)
+    for found in (grad(functional_loss(model))(values), vjp(functional_loss(model), values)[1](torch.tensor(1.0))[0]):
+        assert_all_close({names[name]: g for name, g in found.items()}, expected)
+        assert not any(g.requires_grad for g in found.values())
+    assert torch.equal(logits(model), before)
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("outer", ["transform", "autograd"])
+def test_a_second_derivative_through_a_functional_call_is_refused(outer):
+    model = steered(build())
+    values, first = substitutes(model), grad(functional_loss(model))
+
+    def length(of: dict[str, Tensor]) -> Tensor:
+        return torch.stack([g.square().sum() for g in first(of).values()]).sum()
+
+    with refused(RuntimeError, "post_block has no second derivative"):
+        if outer == "transform":
+            grad(length)(values)
+        else:
+            length({name: value.requires_grad_() for name, value in values.items()}).backward()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Caches, padding, packing
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_neox-parallel"])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_caches(family, cache):
+    base = build(family)
+    model = steered(copy.deepcopy(base))
+    text, text_logits = generate(model, use_cache=False)
+    cached_text, cached_logits = generate(model, cache_implementation=cache)
+    assert torch.equal(cached_text, text)
+    assert_close(cached_logits, text_logits)
+    hooked_text, hooked_logits = generate(Hooked(base, steering_parameters(model)).model, cache_implementation=cache)
+    assert torch.equal(cached_text, hooked_text)
+    assert_close(cached_logits, hooked_logits)
+
+
+REQUESTS = [tokens(seed, 1, length)[0] for seed, length in enumerate((9, 4, 1))]
+
+
+def padded(side: str) -> dict[str, Tensor]:
+    """The requests as one batch."""
+    ids = torch.zeros(len(REQUESTS), max(map(len, REQUESTS)), dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, request in enumerate(REQUESTS):
+        part = slice(-len(request), None) if side == "left" else slice(len(request))
+        ids[row, part], mask[row, part] = request, 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_padded_rows_equal_requests_alone(side, attention):
+    model = steered(build(attn_implementation=attention))
+    batch = padded(side)
+    found = model(**batch).logits
+    for row, request in enumerate(REQUESTS):
+        assert_close(found[row, batch["attention_mask"][row].bool()], model(request[None]).logits[0])
+
+
+def test_padding_changes_no_gradient():
+    model = steered(build())
+    parameters = steering_parameters(model)
+    batch = padded("right")
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    found = torch.autograd.grad(model(**batch, labels=labels).loss, list(parameters.values()))
+    longer = [request[None] for request in REQUESTS if len(request) > 1]
+    count = sum(request.numel() - 1 for request in longer)
+    losses = [model(request, labels=request).loss * (request.numel() - 1) for request in longer]
+    for actual, expected in zip(
+        found, torch.autograd.grad(sum(losses) / count, list(parameters.values())), strict=True
+    ):
+        assert_close(actual, expected)
+
+
+def test_generation_of_a_left_padded_batch():
+    model = steered(build())
+    options = {"max_new_tokens": 5, "do_sample": False}
+    found = model.generate(**padded("left"), **options)[:, -5:]
+    for row, request in enumerate(REQUESTS):
+        assert torch.equal(found[row], model.generate(request[None], **options)[0, -5:])
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@torch.no_grad()
+def test_packed_sequences_equal_requests_alone(attention):
+    model = steered(build(attn_implementation=attention))
+    positions = torch.cat([torch.arange(len(request)) for request in REQUESTS])
+    found = model(torch.cat(REQUESTS)[None], position_ids=positions[None], use_cache=False).logits[0]
+    for part, request in zip(found.split([len(request) for request in REQUESTS]), REQUESTS, strict=True):
+        assert_close(part, model(request[None]).logits[0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# accelerate's hooks: offloading, and a device map
+
+MAP = {name: "cpu" for name in ("model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head")}
+MAP |= {f"model.layers.{i}": "disk" if i == 1 else "cpu" for i in range(LAYERS)}
+
+OFFLOADS: dict[str, Callable[[nn.Module, Path], nn.Module]] = {
+    "cpu": lambda model, path: cpu_offload(model),
+    "disk": lambda model, path: disk_offload(model, path),
+    "map": lambda model, path: dispatch_model(model, MAP, main_device="cpu", offload_dir=path),
+}
+
+
+def hooked_in_place(model: nn.Module) -> nn.Module:
+    """As on several devices: hooks that move what a layer is given to where it is, and offload nothing."""
+    return dispatch_model(model, dict.fromkeys(MAP, "cpu"), main_device="cpu", force_hooks=True)
+
+
+def layers_on_meta(model: nn.Module) -> list[int]:
+    found = [i for i, layer in enumerate(model.model.layers) if any(p.is_meta for p in layer.parameters())]
+    assert all(not p.is_meta for p in steering_parameters(model).values())
+    return found
+
+
+@pytest.mark.parametrize("name", OFFLOADS)
+def test_offloaded_and_then_patched(name, tmp_path):
+    expected = steered(build())
+    model = build()
+    model.model.norm.requires_grad_(False)
+    OFFLOADS[name](model, tmp_path)
+    before = snapshot(model)["modules"]
+    patch_model(model, CONFIG)
+    assert layers_on_meta(model) == ([1] if name == "map" else list(range(LAYERS)))
+    assert {row.kind for row in model.steering.report()} == {"fused"}
+    parameters = randomize(model)
+    assert torch.equal(logits(model), logits(expected))
+    assert_all_close(gradients(model, parameters), gradients(expected, steering_parameters(expected)))
+    assert all(map(torch.equal, generate(model), generate(expected)))
+    model.steering.save(tmp_path / "adapter")
+    model.steering.unpatch()
+    assert snapshot(model)["modules"] == before
+    assert {n for n, p in model.named_parameters() if not p.requires_grad} == {"model.norm.weight"}
+    assert torch.equal(logits(model), logits(build()))
+    patch_model(model, tmp_path / "adapter")
+    assert torch.equal(logits(model), logits(expected))
+
+
+@pytest.mark.parametrize("name", OFFLOADS)
+def test_patched_and_then_offloaded_is_refused(name, tmp_path):
+    model = steered(build())
+    OFFLOADS[name](model, tmp_path)
+    with refused(ValueError, "adapter 'default' is on meta", "expected it on cpu", "offload the model before"):
+        logits(model)
+    model.steering.unpatch()
+    assert torch.equal(logits(model), logits(build()))
+
+
+@pytest.mark.parametrize("patched_first", [False, True], ids=["hooks first", "patched first"])
+def test_hooks_of_a_device_map(patched_first):
+    expected = logits(steered(build()))
+    model = build()
+    model = hooked_in_place(steered(model)) if patched_first else steered(hooked_in_place(model))
+    assert {row.kind for row in model.steering.report()} == {"fused"}
+    assert torch.equal(logits(model), expected)
+    assert torch.equal(logits(copy.deepcopy(model)), expected)
+    model.steering.unpatch()
+    assert torch.equal(logits(model), logits(build()))
+    steered(model)
+    assert torch.equal(logits(model), expected)
+    remove_hook_from_submodules(model)  # which leaves the forward on the instance
+    assert torch.equal(logits(model), expected)
+    model.steering.unpatch()
+    assert torch.equal(logits(model), logits(build()))
+
+
+def test_loaded_with_a_device_map(tmp_path):
+    build().save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", device_map=MAP, offload_folder=tmp_path)
+    assert torch.equal(logits(patch_model(model, CONFIG)), logits(build()))
+    assert layers_on_meta(model) == [1]
+    randomize(model)
+    assert torch.equal(logits(model), logits(steered(build())))
+
+
+def adapted(model: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    return get_peft_model(model, LoraConfig(r=2, target_modules=["down_proj"], init_lora_weights=False))
+
+
+def test_joint_adaptation_beside_offloaded_embeddings(tmp_path):
+    places = dict.fromkeys(MAP, "cpu") | {"model.embed_tokens": "disk"}
+    models = [dispatch_model(build(), places, main_device="cpu", offload_dir=tmp_path), build()]
+    found = []
+    for model in map(adapted, models):
+        patch_model(model, SteerConfig(rank=4, orthogonal_to="lora"))
+        randomize(model)
+        found.append(gradients(model, {name: p for name, p in model.named_parameters() if p.requires_grad}))
+    assert_all_close(*found)
+
+
+def test_joint_adaptation_of_an_offloaded_layer_is_refused(tmp_path):
+    model = adapted(cpu_offload(build()))
+    with refused(ValueError, "LoRA's B of mlp.down_proj in layer 0 is on meta; expected cpu", model=model):
+        patch_model(model, SteerConfig(orthogonal_to="lora"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Quantised bases
+
+WIDE = {"hidden_size": 64, "intermediate_size": 128}  # a block of bitsandbytes is 64 wide
+
+
+def _bits(dtype: torch.dtype, **fields: Any) -> Callable[[Path], PreTrainedModel]:
+    def load(path: Path) -> PreTrainedModel:
+        pytest.importorskip("bitsandbytes")
+        config = BitsAndBytesConfig(**fields)
+        return AutoModelForCausalLM.from_pretrained(path, quantization_config=config, dtype=dtype, device_map="cpu")
+
+    return load
+
+
+def _torchao(name: str, dtype: torch.dtype = torch.float32) -> Callable[[Path], PreTrainedModel]:
+    def load(path: Path) -> PreTrainedModel:
+        pytest.importorskip("torchao")
+        quantization = importlib.import_module("torchao.quantization")
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).requires_grad_(False)
+        quantization.quantize_(model, getattr(quantization, name)())
+        return model
+
+    return load
+
+
+QUANTISED = {
+    "bitsandbytes nf4": _bits(torch.float32, load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+    "bitsandbytes nf4 bf16": _bits(
+        torch.bfloat16,
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    ),
+    "bitsandbytes int8": _bits(torch.float32, load_in_8bit=True),
+    "torchao int8": _torchao("Int8WeightOnlyConfig"),
+    "torchao int8 bf16": _torchao("Int8WeightOnlyConfig", torch.bfloat16),
+    "torchao float8": _torchao("Float8WeightOnlyConfig"),
+}
+
+#: Quantises what its layers are given too, and passes no gradient.
+DYNAMIC = "torchao int8 dynamic"
+DYNAMIC_BASE = _torchao("Int8DynamicActivationInt8WeightConfig")
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("wide")
+    build(**WIDE).save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_training_on_a_quantised_base(name, wide, tmp_path):
+    base, other = (QUANTISED[name](wide).train() for _ in range(2))  # some are packed for inference once they infer
+    structure = snapshot(base)
+    model = patch_model(base, CONFIG)
+    parameters = randomize(model)
+    assert {p.dtype for p in parameters.values()} == {torch.float32}
+    truth, hooked = InFull(other, parameters), InDtype(other, parameters)
+    networks = ((model, parameters), (truth.model, truth.leaves), (hooked.model, hooked.leaves))
+    found = [gradients(network, leaves) for network, leaves in networks]
+    for path in parameters:
+        assert_no_worse(*(g[path] for g in found))
+
+    optimizer = torch.optim.AdamW(model.steering.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(10):
+        loss = model(tokens(), labels=tokens()).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    model.steering.save(tmp_path)
+    assert torch.equal(logits(patch_model(other.eval(), tmp_path)), logits(model.eval()))
+    model.train().steering.unpatch()
+    assert snapshot(model) == structure
+
+
+@pytest.mark.parametrize("name", [*QUANTISED, DYNAMIC])
+def test_inference_on_a_quantised_base(name, wide):
+    base, other = (QUANTISED.get(name, DYNAMIC_BASE)(wide).eval() for _ in range(2))
+    before = logits(base)
+    assert relative_error(before, logits(build(**WIDE).to(base.dtype))) > 1e-3  # it is quantised
+    model = patch_model(base, CONFIG)
+    assert {row.kind for row in model.steering.report()} == {"fused"}
+    assert torch.equal(logits(model), before)
+    parameters = randomize(model)
+    truth, hooked = (logits(hooks(other, parameters).model) for hooks in (InFull, InDtype))
+    assert_no_worse(logits(model), truth, hooked)
+    assert relative_error(truth, before) > 0.1
+    assert model.steering.unpatch() is model
+    assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_gradients_pass_through_a_quantised_base(name, wide):
+    """Hooks would miss what does not: dL/dx of y = x W is dL/dy Wᵀ, with W as the module itself shows it."""
+    model = QUANTISED[name](wide).train()
+    for path in ("self_attn.q_proj", "mlp.down_proj"):
+        module = model.model.layers[0].get_submodule(path)
+        with torch.no_grad():
+            w = module(torch.eye(module.in_features, dtype=model.dtype))
+        x = torch.randn(5, module.in_features, dtype=model.dtype, requires_grad=True)
+        y = module(x)
+        dy = torch.randn_like(y)
+        # bitsandbytes multiplies 8 bits by float16.
+        precision = torch.finfo(torch.float16 if "int8" in name else model.dtype).eps
+        assert_close(torch.autograd.grad(y, x, dy)[0], dy @ w.T, 4 * max(precision, 1e-6))
+
+
+def test_a_base_that_passes_no_gradient_is_run_and_not_trained_through(wide):
+    model = patch_model(DYNAMIC_BASE(wide), CONFIG)
+    model.lm_head = nn.Linear(WIDE["hidden_size"], VOCABULARY)
+    loss = model(tokens(), labels=tokens()).loss
+    with refused(RuntimeError, "a steered block passes no gradient", "expected a base that can be trained through"):
+        loss.backward()
+
+
+def test_quantised_base_with_the_trainer(wide, tmp_path):
+    """Which wants a PEFT model on a quantised base: steering is one."""
+    from fused_steer.peft import PostBlockConfig
+
+    model = get_peft_model(QUANTISED["bitsandbytes nf4"](wide), PostBlockConfig(r=4))
+    row = {"input_ids": tokens()[0], "labels": tokens()[0]}
+    arguments = TrainingArguments(
+        str(tmp_path),
+        max_steps=10,
+        learning_rate=1e-1,
+        logging_steps=1,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    trainer = Trainer(model, arguments, train_dataset=[row] * 8)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Vision-language and encoder-decoder models
+
+_TEXT = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 64,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+# As many layers as the decoder has: it is told apart otherwise.
+_VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
+_IMAGE = {"image_size": 16, "patch_size": 8}
+IMAGE_TOKEN = 5
+
+#: model type -> its config, and its vision tower.
+VISION_LANGUAGE: dict[str, tuple[dict[str, Any], str]] = {
+    "llava": (
+        {
+            "text_config": {"model_type": "llama", **_TEXT},
+            "vision_config": {"model_type": "clip_vision_model", **_VISION, **_IMAGE},
+            "image_token_index": IMAGE_TOKEN,
+            "vision_feature_layer": -1,
+        },
+        "model.vision_tower",
+    ),
+    "gemma3": (
+        {
+            "text_config": {**_TEXT, "head_dim": 8},
+            "vision_config": {"model_type": "siglip_vision_model", **_VISION, **_IMAGE},
+            "mm_tokens_per_image": 4,
+            "image_token_index": IMAGE_TOKEN,
+        },
+        "model.vision_tower",
+    ),
+    "idefics3": (
+        {
+            "text_config": {"model_type": "llama", **_TEXT},
+            "vision_config": {**_VISION, **_IMAGE},
+            "image_token_id": IMAGE_TOKEN,
+            "scale_factor": 1,
+        },
+        "model.vision_model",
+    ),
+    "qwen2_vl": (
+        {
+            "text_config": {
+                **_TEXT,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
+            },
+            "vision_config": {
+                "depth": LAYERS,
+                "embed_dim": 32,
+                "hidden_size": HIDDEN,
+                "num_heads": 4,
+                "mlp_ratio": 2,
+                "patch_size": 4,
+                "spatial_merge_size": 2,
+                "temporal_patch_size": 2,
+            },
+            "image_token_id": IMAGE_TOKEN,
+            "vision_start_token_id": 6,
+            "vision_end_token_id": 7,
+            "video_token_id": 8,
+        },
+        "model.visual",
+    ),
+}
+
+
+def vision_language(model_type: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    fields, _ = VISION_LANGUAGE[model_type]
+    model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(model_type, **fields)).eval()
+    for name, parameter in model.named_parameters():
+        if "projector" in name:  # Gemma's starts at zero, and then sees nothing
+            nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def image_and_text(model_type: str, seed: int = 0) -> dict[str, Tensor]:
+    """One image of 16 x 16, which is four tokens, and text on both sides of it."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.tensor([[11, 12, *[IMAGE_TOKEN] * 4, 13, 14, 15]])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if model_type == "qwen2_vl":
+        image = torch.randn(16, 3 * 2 * 4 * 4, generator=generator)
+        types = (ids == IMAGE_TOKEN).long()
+        return inputs | {"pixel_values": image, "image_grid_thw": torch.tensor([[1, 4, 4]]), "mm_token_type_ids": types}
+    image = torch.randn(1, 3, 16, 16, generator=generator)
+    if model_type == "gemma3":
+        inputs["token_type_ids"] = (ids == IMAGE_TOKEN).long()
+    return inputs | {"pixel_values": image[None] if model_type == "idefics3" else image}
+
+
+@pytest.mark.parametrize("model_type", VISION_LANGUAGE)
+def test_the_text_decoder_of_a_vision_language_model_is_steered(model_type):
+    tower = VISION_LANGUAGE[model_type][1]
+    base = vision_language(model_type)
+    inputs = image_and_text(model_type)
+    run = lambda model, **other: model(**inputs | other)  # noqa: E731
+    with torch.no_grad():
+        unsteered, blind = (
+            run(base).logits,
+            run(base, pixel_values=image_and_text(model_type, 1)["pixel_values"]).logits,
+        )
+    assert relative_error(blind, unsteered) > 1e-3  # it looks
+    before, seen = snapshot(base), tower_output(base, tower, inputs)
+
+    model = patch_model(copy.deepcopy(base), CONFIG)
+    parameters = randomize(model)
+    assert [row.kind for row in model.steering.report()] == ["fused"] * LAYERS
+    assert not any(name.startswith(tower) for name in parameters)
+    assert not any(p.requires_grad for p in model.get_submodule(tower).parameters())
+    assert all(map(torch.equal, tower_output(model, tower, inputs), seen))
+    hooked = Hooked(base, parameters)
+    with torch.no_grad():
+        assert relative_error(run(model).logits, unsteered) > 0.1
+        assert_close(run(model).logits, run(hooked.model).logits)
+        options = {"max_new_tokens": 4, "do_sample": False}
+        assert torch.equal(model.generate(**inputs, **options), hooked.model.generate(**inputs, **options))
+    found = [
+        torch.autograd.grad(run(m, labels=inputs["input_ids"]).loss, list(p.values()))
+        for m, p in ((model, parameters), (hooked.model, hooked.leaves))
+    ]
+    for actual, expected in zip(*found, strict=True):
+        assert_close(actual, expected)
+    model.steering.unpatch()
+    after = snapshot(model)
+    assert (after["modules"], after["state"]) == (before["modules"], before["state"])
+
+
+def tower_output(model: nn.Module, tower: str, inputs: dict[str, Tensor]) -> list[Tensor]:
+    seen: list[Tensor] = []
+
+    def record(module: nn.Module, args: Any, output: Any) -> None:
+        seen.extend(value for value in output.values() if isinstance(value, Tensor))
+
+    handle = model.get_submodule(tower).register_forward_hook(record)
+    with torch.no_grad():
+        model(**inputs)
+    handle.remove()
+    assert seen
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields"),
+    [
+        ("t5", {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": VOCABULARY}),
+        (
+            "bart",
+            {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
+            | {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "vocab_size": VOCABULARY},
+        ),
+    ],
+)
+def test_encoder_decoder_models_are_refused(model_type, fields):
+    model = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(model_type, **fields))
+    with refused(ValueError, "is an encoder-decoder model; expected a decoder-only one", model=model):
+        patch_model(model)
