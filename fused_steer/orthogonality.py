@@ -24,6 +24,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from .config import SteerConfig
 from .kernels.orthogonal import MAX_WRITERS, column_space, project_out
+from .processes import is_dtensor, is_sharded
 from .sites import SteeringSite
 from .writers import Writer, choose_writers, columns_of, lora_layers
 
@@ -91,6 +92,8 @@ def check_lora(config: SteerConfig, writers: Mapping[int, list[Writer]], devices
                 f"d = {hidden}"
             )
         for b in found:
+            if is_dtensor(b):
+                raise ValueError(f"LoRA's B in layer {index} is a DTensor; expected it whole in every process")
             if b.device != devices[index]:
                 raise ValueError(f"LoRA's B in layer {index} is on {b.device}; expected {devices[index]}, its layer's")
             if not b.isfinite().all():
@@ -212,8 +215,9 @@ class Orthogonality:
 
         Raises:
             RuntimeError: there is no LoRA to be orthogonal to.
-            ValueError: there is one that it cannot be orthogonal to.
+            ValueError: there is one that it cannot be orthogonal to, or FSDP has sharded it or the adapter.
         """
+        self._check_unsharded()
         columns = self._columns_to_train()
         if self._state(columns) == self._seen:
             return
@@ -225,6 +229,15 @@ class Orthogonality:
             for indices, writers in self._batches(columns):
                 self._set_bases(indices, writers)
         self._seen = self._state(columns)
+
+    def _check_unsharded(self) -> None:
+        # A projection needs all of B and of W2, in no process whole, and would change what FSDP has a copy of.
+        for index, site in self.sites.items():
+            if is_sharded(site):
+                raise ValueError(
+                    f"layer {index} is sharded by FSDP; expected adapter {self.name!r}, which is kept orthogonal to "
+                    "LoRA, to be whole in every process (DDP)"
+                )
 
     def _columns_to_train(self) -> Columns:
         columns = lora_columns(self.writers, self.config)
@@ -296,8 +309,9 @@ class Orthogonality:
         The parameters stay as they are: between two projections (`every` above 1) they may be violating it.
 
         Raises:
-            ValueError: LoRA's B is not finite.
+            ValueError: LoRA's B is not finite, or FSDP has sharded it.
         """
+        self._check_unsharded()
         found: dict[int, dict[str, Tensor]] = {}
         for indices, writers in self._batches(lora_columns(self.writers, self.config)):
             if not writers.isfinite().all():
