@@ -367,7 +367,7 @@ class Steering:
             RuntimeError: another library has since changed a layer's class; nothing is undone then.
             ValueError: FSDP has sharded the model.
         """
-        self._check_unsharded("it to be unpatched")
+        self._check_unsharded("the model to be unpatched")
         for patched in self._patched.values():
             patched.check_removable()
         for patched in self._patched.values():
@@ -482,7 +482,7 @@ class Steering:
         # FSDP keeps its own account of a layer's parameters, and would neither shard nor reduce those that come later.
         for i, layer in enumerate(self._decoder.layers):
             if is_sharded(layer):
-                raise ValueError(f"layer {i} is sharded by FSDP; expected {what} before that")
+                raise ValueError(f"layer {i} is sharded by FSDP; expected {what} before it is")
 
     def _indices(self, config: SteerConfig) -> list[int]:
         count = len(self._decoder.layers)

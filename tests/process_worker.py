@@ -1,7 +1,7 @@
 """One of the processes that `torchrun` starts for test_processes.py: trains a model and writes what became of it.
 
-Usage: process_worker.py SCENARIO DIRECTORY. Each process writes `<run>-<rank>.json` and `<run>-<rank>.safetensors`
-there; adapters are saved in folders. The code that wraps a model is that of docs/many-processes.md.
+Usage: process_worker.py DIRECTORY SCENARIO... In a scenario's folder each process writes `<run>-<rank>.json` and
+`<run>-<rank>.safetensors`; adapters are saved in folders. The code that wraps a model is that of docs/many-processes.md.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def attempt(action: Callable[[], Any]) -> str:
     """Nothing, or in one line why it was refused."""
     try:
         action()
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         return f"{type(error).__name__}: {error}"
     return ""
 
@@ -185,6 +185,7 @@ def parallel(directory: Path, wrap: Wrap, *, share: bool = True, bare: Callable[
     result["restore"] = attempt(lambda: model.steering.restore(directory / "plain"))
     result["restored"] = evaluate(wrapped)
     result["load"] = attempt(lambda: model.steering.load(directory / "plain", name="more"))
+    result["save"] = attempt(lambda: model.steering.save(directory / "plain" / "adapter_config.json"))
     result["unpatch"] = attempt(model.steering.unpatch)
     write(directory, "files", result, {})
 
@@ -259,7 +260,10 @@ def joint(directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    scenario, directory = sys.argv[1:]
+    scenarios = {"ddp": ddp, "fsdp2": fsdp2, "fsdp1": fsdp1, "tensor": tensor, "joint": joint}
     dist.init_process_group("gloo")
-    {"ddp": ddp, "fsdp2": fsdp2, "fsdp1": fsdp1, "tensor": tensor, "joint": joint}[scenario](Path(directory))
+    for scenario in sys.argv[2:]:
+        folder = Path(sys.argv[1], scenario)
+        folder.mkdir(parents=True, exist_ok=True)
+        scenarios[scenario](folder)
     dist.destroy_process_group()
