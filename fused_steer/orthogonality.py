@@ -188,7 +188,7 @@ class Orthogonality:
             return
         every = self.config.every
         columns = self._columns_to_train()
-        if self._state(columns) == self._seen:
+        if self._state(columns) == self._seen and not _moves_unseen(optimizer):
             return
         # The optimizer's own count where it is needed and kept: a resumed run has that, and has not ours.
         counts = [int(optimizer.state.get(p, {}).get("step", 0)) for p in self._first_steered()] if every > 1 else [0]
@@ -324,6 +324,12 @@ class Orthogonality:
                 for index, value in zip(indices, values.unbind(0), strict=True):
                     found.setdefault(index, {})[name] = _from_columns(name, value)
         return found
+
+
+def _moves_unseen(optimizer: Optimizer) -> bool:
+    """Whether the step was of PyTorch's fused kernels: what has a gradient has moved, and its version tells nothing."""
+    groups = (group for group in optimizer.param_groups if group.get("fused"))
+    return any(p.grad is not None for group in groups for p in group["params"])
 
 
 def _as_columns(name: str, parameter: Tensor) -> Tensor:
