@@ -1,7 +1,7 @@
 """One of the processes that `torchrun` starts for test_processes.py: trains a model and writes what became of it.
 
 Usage: process_worker.py DIRECTORY SCENARIO... In a scenario's folder each process writes `<run>-<rank>.json` and
-`<run>-<rank>.safetensors`; adapters are saved in folders. The code that wraps a model is that of docs/many-processes.md.
+`<run>-<rank>.safetensors`, and adapters are saved. The code that wraps a model is that of docs/many-processes.md.
 """
 
 from __future__ import annotations
