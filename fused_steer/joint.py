@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from .patch import inside_peft, patch_model
-from .processes import is_first, is_sharded
+from .processes import is_first, sharder
 from .steering import Steering
 from .writers import lora_layers
 
@@ -72,7 +72,8 @@ def save_joint(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     Of the processes in a process group the first writes.
 
     Raises:
-        ValueError: the model is not steered or carries no LoRA, FSDP has sharded it, or a part cannot be written.
+        ValueError: the model is not steered or carries no LoRA, FSDP or ZeRO has sharded it, or a part cannot be
+            written.
         NotADirectoryError: `directory` is a file.
     """
     from peft.utils import get_peft_model_state_dict
@@ -81,8 +82,9 @@ def save_joint(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     steering = steering_of(model)
     inner = inside_peft(model)
     configs = _lora_configs(model)
-    if is_sharded(model):
-        raise ValueError("the model is sharded by FSDP; expected one that every process has whole (DDP)")
+    by = sharder(model)
+    if by is not None:
+        raise ValueError(f"the model is sharded by {by}; expected one that every process has whole (DDP)")
     if not is_first():
         return
     target = Path(directory)

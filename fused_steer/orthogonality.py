@@ -24,7 +24,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from .config import SteerConfig
 from .kernels.orthogonal import MAX_WRITERS, column_space, project_out
-from .processes import is_dtensor, is_sharded
+from .processes import is_dtensor, sharder
 from .sites import SteeringSite
 from .writers import Writer, choose_writers, columns_of, lora_layers
 
@@ -215,7 +215,7 @@ class Orthogonality:
 
         Raises:
             RuntimeError: there is no LoRA to be orthogonal to.
-            ValueError: there is one that it cannot be orthogonal to, or FSDP has sharded it or the adapter.
+            ValueError: there is one that it cannot be orthogonal to, or FSDP or ZeRO has sharded the adapter.
         """
         self._check_unsharded()
         columns = self._columns_to_train()
@@ -231,11 +231,12 @@ class Orthogonality:
         self._seen = self._state(columns)
 
     def _check_unsharded(self) -> None:
-        # A projection needs all of B and of W2, in no process whole, and would change what FSDP has a copy of.
+        # A projection needs all of B and of W2, which no process has; ZeRO writes its copies over what was projected.
         for index, site in self.sites.items():
-            if is_sharded(site):
+            by = sharder(site)
+            if by is not None:
                 raise ValueError(
-                    f"layer {index} is sharded by FSDP; expected adapter {self.name!r}, which is kept orthogonal to "
+                    f"layer {index} is sharded by {by}; expected adapter {self.name!r}, which is kept orthogonal to "
                     "LoRA, to be whole in every process (DDP)"
                 )
 
@@ -309,7 +310,7 @@ class Orthogonality:
         The parameters stay as they are: between two projections (`every` above 1) they may be violating it.
 
         Raises:
-            ValueError: LoRA's B is not finite, or FSDP has sharded it.
+            ValueError: LoRA's B is not finite, or FSDP or ZeRO has sharded the adapter.
         """
         self._check_unsharded()
         found: dict[int, dict[str, Tensor]] = {}

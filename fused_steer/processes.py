@@ -1,7 +1,9 @@
 """Adapters of a model that several processes share: who writes files, and tensors of which each process has a part.
 
 DDP and tensor parallelism leave the steering whole in every process. FSDP does not: FSDP2 (`fully_shard`) makes its
-parameters DTensors, FSDP1 (`FullyShardedDataParallel`) whatever stretch of a flat parameter this process has.
+parameters DTensors, FSDP1 (`FullyShardedDataParallel`) whatever stretch of a flat parameter this process has. ZeRO, of
+DeepSpeed, trains flat copies of its own and writes them over the parameters, of which stage 3 leaves nothing between
+passes.
 """
 
 from __future__ import annotations
@@ -25,10 +27,14 @@ def is_first() -> bool:
     return not in_group() or dist.get_rank() == 0
 
 
-def is_sharded(module: nn.Module) -> bool:
-    """Whether FSDP, 1 or 2, has sharded the parameters of `module`."""
-    # Its parameters look differently in and out of a forward pass; this mark, which both FSDPs set, stays.
-    return any(getattr(part, "_is_fsdp_managed_module", False) for part in module.modules())
+def sharder(module: nn.Module) -> str | None:
+    """What has sharded the parameters of `module`: "FSDP", 1 or 2, or "ZeRO", of any stage; None where nothing has."""
+    # Sharded parameters look differently in and out of a forward pass. These marks stay, of FSDP on modules, of ZeRO 1
+    # and 2, and of ZeRO 3 on parameters.
+    if any(getattr(part, "_is_fsdp_managed_module", False) for part in module.modules()):
+        return "FSDP"
+    zero = any(hasattr(p, "_hp_mapping") or hasattr(p, "ds_id") for p in module.parameters())
+    return "ZeRO" if zero else None
 
 
 def is_dtensor(tensor: Tensor) -> bool:

@@ -17,7 +17,7 @@ from .checkpoint import AdapterFile, read_adapter, write_adapter
 from .config import DTYPES, SteerConfig, checked_number
 from .orthogonality import Orthogonality, check_carries_lora, check_lora
 from .patch import SITE, PatchedLayer, find_decoder, inside_peft, layer_device
-from .processes import first_writes, gather, is_dtensor, is_sharded, part_of
+from .processes import first_writes, gather, is_dtensor, part_of, sharder
 from .sites import Adapter
 from .writers import Writer, adapter_parameters, lora_layers, trace_writers
 
@@ -99,8 +99,8 @@ class Steering:
         """Add a fresh adapter; `use` it to train it.
 
         Raises:
-            ValueError: the name is taken or cannot be one, the config does not fit the model, or its LoRA, or FSDP has
-                sharded the model.
+            ValueError: the name is taken or cannot be one, the config does not fit the model, or its LoRA, or FSDP or
+                ZeRO has sharded the model.
         """
         config = SteerConfig() if config is None else config
         if not isinstance(config, SteerConfig):
@@ -120,7 +120,7 @@ class Steering:
         Raises:
             FileNotFoundError: there is no such adapter.
             ValueError: its files are broken, it does not fit the model, (unless `check_base` is False) it was made
-                for a model of another name, or FSDP has sharded the model.
+                for a model of another name, or FSDP or ZeRO has sharded the model.
         """
         self._check_new_name(name)
         self._check_unsharded("adapters to be loaded")
@@ -136,8 +136,7 @@ class Steering:
 
         Raises:
             KeyError: there is no such adapter here; FileNotFoundError: none there.
-            ValueError: what was saved is broken, or of another config; or FSDP has sharded the adapter into what are no
-                DTensors.
+            ValueError: what was saved is broken, or of another config; or FSDP1 or ZeRO has sharded the adapter.
         """
         name = self._known(name)
         file = read_adapter(source)
@@ -244,7 +243,9 @@ class Steering:
                 f"adapter {name!r} has parameters of {sorted(map(str, kept))}; expected one of {list(DTYPES)}"
             )
         config = replace(self._configs[name], dtype=names[0])
-        together = any(is_sharded(p.site) for p in self._patched.values()) or any(map(is_dtensor, tensors.values()))
+        together = any(sharder(p.site) == "FSDP" for p in self._patched.values()) or any(
+            map(is_dtensor, tensors.values())
+        )
         if together:
             tensors = gather(tensors, self._shapes(name))
         for path, shape in self._shapes(name).items():
@@ -365,7 +366,7 @@ class Steering:
 
         Raises:
             RuntimeError: another library has since changed a layer's class; nothing is undone then.
-            ValueError: FSDP has sharded the model.
+            ValueError: FSDP or ZeRO has sharded the model.
         """
         self._check_unsharded("the model to be unpatched")
         for patched in self._patched.values():
@@ -479,10 +480,11 @@ class Steering:
             raise ValueError(f"there is an adapter {name!r} already; expected a new name (have {self.names})")
 
     def _check_unsharded(self, what: str) -> None:
-        # FSDP keeps its own account of a layer's parameters, and would neither shard nor reduce those that come later.
+        # FSDP and ZeRO keep their own account of a layer's parameters: others that come later, or values, are lost.
         for i, layer in enumerate(self._decoder.layers):
-            if is_sharded(layer):
-                raise ValueError(f"layer {i} is sharded by FSDP; expected {what} before it is")
+            by = sharder(layer)
+            if by is not None:
+                raise ValueError(f"layer {i} is sharded by {by}; expected {what} before it is")
 
     def _indices(self, config: SteerConfig) -> list[int]:
         count = len(self._decoder.layers)

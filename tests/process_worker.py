@@ -228,6 +228,46 @@ def tensor(directory: Path) -> None:
     assert isinstance(sharded, DTensor) and sharded.to_local().shape[1] * 2 == sharded.shape[1]
 
 
+def zero(directory: Path) -> None:
+    import deepspeed
+
+    def wrap(model: nn.Module, stage: int) -> Any:
+        # Partitioned although small; ZeRO's own threshold would leave it whole.
+        code = page_code("zero").replace('"stage": 3', f'"stage": {stage}, "stage3_param_persistence_threshold": 0')
+        names = {"torch": torch, "model": model}
+        exec(compile(code, PAGE.name, "exec"), names)
+        return names["engine"]
+
+    rank, processes = dist.get_rank(), dist.get_world_size()
+    for stage in (1, 2, 3):
+        for run in ("plain", "checkpointing"):
+            model = steered(build(), checkpointing=run == "checkpointing")
+            engine = wrap(model, stage)
+            result: dict[str, Any] = {"losses": []}
+            for step in range(STEPS):
+                ids = batch(step, rank, processes)
+                loss = engine(input_ids=ids, labels=ids).loss
+                engine.backward(loss)
+                engine.step()
+                result["losses"].append(loss.item())
+            if stage == 3:
+                result["save"] = attempt(lambda model=model: model.steering.save(directory / "refused"))
+            saved = directory / f"{run}-{stage}"
+            run_page("zero-save", deepspeed=deepspeed, model=model, directory=saved)
+            dist.barrier()
+            result["restore"] = attempt(lambda model=model, saved=saved: model.steering.restore(saved))
+            result["load"] = attempt(lambda model=model, saved=saved: model.steering.load(saved, name="more"))
+            write(directory, f"{run}-{stage}", result, {})
+        model = with_lora()
+        engine = wrap(model, stage)
+        result = {
+            "train": attempt(lambda engine=engine: engine(input_ids=batch(0), labels=batch(0))),
+            "save": attempt(lambda model=model: model.steering.save(directory / "refused")),
+            "save_joint": attempt(lambda model=model: save_joint(model, directory / "refused")),
+        }
+        write(directory, f"joint-{stage}", result, {})
+
+
 def joint(directory: Path) -> None:
     for run in ("plain", "checkpointing"):
         model = with_lora(checkpointing=run == "checkpointing")
@@ -260,7 +300,7 @@ def joint(directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    scenarios = {"ddp": ddp, "fsdp2": fsdp2, "fsdp1": fsdp1, "tensor": tensor, "joint": joint}
+    scenarios = {"ddp": ddp, "fsdp2": fsdp2, "fsdp1": fsdp1, "tensor": tensor, "joint": joint, "zero": zero}
     dist.init_process_group("gloo")
     for scenario in sys.argv[2:]:
         folder = Path(sys.argv[1], scenario)

@@ -6,6 +6,7 @@ What the processes do is in process_worker.py, in as few launches as can be: to 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import os
 import subprocess
@@ -25,7 +26,7 @@ from fused_steer import load_joint, patch_model
 from fused_steer.processes import gather
 
 PROCESSES = 2
-LAUNCHES = [["ddp", "tensor", "joint"], ["fsdp2", "fsdp1"]]
+LAUNCHES = [["ddp", "tensor", "joint"], ["fsdp2", "fsdp1"], ["zero"]]
 SHARDED = ["fsdp2", "fsdp1"]
 RUNS = [(s, run) for s in ("ddp", "tensor", "fsdp2", "fsdp1") for run in ("plain", "checkpointing")]
 RUNS += [("fsdp1", "by-name"), ("fsdp1", "root")]
@@ -235,3 +236,38 @@ def test_joint_orth_is_refused_where_fsdp_shards(folder):
             "ValueError: the model is sharded by FSDP; expected one that every process has whole (DDP)"
         )
     assert not (folder("joint") / "sharded").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# DeepSpeed, where it is installed
+
+
+zero = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed, no dependency of ours"
+)
+
+
+@zero
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("run", ["plain", "checkpointing"])
+def test_zero_trains_and_saves_as_one_process_does(folder, single, run, stage):
+    results, _ = read(folder("zero"), f"{run}-{stage}")
+    assert_close(torch.tensor([result["losses"] for result in results]).mean(0), torch.tensor(single["losses"]))
+    config, weights = adapter(folder("zero") / f"{run}-{stage}")
+    expected_config, expected = adapter(single["saved"])
+    assert config == expected_config
+    assert_all_close(weights, expected)
+    for result in results:
+        assert (
+            result["restore"] == "ValueError: layer 0 is sharded by ZeRO; expected adapters to be restored before it is"
+        )
+        assert result["load"] == "ValueError: layer 0 is sharded by ZeRO; expected adapters to be loaded before it is"
+        assert "has shape (0,)" in result.get("save", "has shape (0,)") and ("save" in result) == (stage == 3)
+
+
+@zero
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_joint_orth_is_refused_under_zero(folder, stage):
+    for result in read(folder("zero"), f"joint-{stage}")[0]:
+        assert all(message.startswith("ValueError: ") and "sharded by ZeRO" in message for message in result.values())
+    assert not (folder("zero") / "refused").exists()
