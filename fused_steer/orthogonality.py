@@ -24,7 +24,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from .config import SteerConfig
 from .kernels.orthogonal import MAX_WRITERS, column_space, project_out
-from .processes import is_dtensor, sharder
+from .processes import sharder
 from .sites import SteeringSite
 from .writers import Writer, choose_writers, columns_of, lora_layers
 
@@ -92,8 +92,6 @@ def check_lora(config: SteerConfig, writers: Mapping[int, list[Writer]], devices
                 f"d = {hidden}"
             )
         for b in found:
-            if is_dtensor(b):
-                raise ValueError(f"LoRA's B in layer {index} is a DTensor; expected it whole in every process")
             if b.device != devices[index]:
                 raise ValueError(f"LoRA's B in layer {index} is on {b.device}; expected {devices[index]}, its layer's")
             if not b.isfinite().all():

@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from fused_steer import SteerConfig, SteeringCallback, patch_model, save_joint
 
@@ -176,6 +177,10 @@ def parallel(directory: Path, wrap: Wrap, *, share: bool = True, bare: Callable[
         dist.barrier()
         result["evaluated"] = evaluate(wrapped)
         model.steering.save(directory / f"{run}-evaluated")
+        # As the Trainer calls it in each process.
+        arguments, state = SimpleNamespace(output_dir=directory / f"{run}-trainer"), TrainerState(global_step=STEPS)
+        state.is_world_process_zero = dist.get_rank() == 0
+        SteeringCallback().on_save(arguments, state, TrainerControl(), model=model)
         write(directory, run, result, first)
 
     model = patch_model(bare(), directory / "plain")

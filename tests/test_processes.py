@@ -135,8 +135,9 @@ def test_saves_before_the_first_forward_pass_and_after_the_last(folder, single, 
     for name, value in single["start"].items():
         assert torch.equal(start[f"base_model.model.{name}"], value)
     _, trained = adapter(folder(scenario) / run)
-    _, evaluated = adapter(folder(scenario) / f"{run}-evaluated")
-    assert all(torch.equal(trained[name], evaluated[name]) for name in trained)
+    for later in (f"{run}-evaluated", f"{run}-trainer/checkpoint-{worker.STEPS}/fused_steer/default"):
+        _, again = adapter(folder(scenario) / later)
+        assert again.keys() == trained.keys() and all(torch.equal(trained[name], again[name]) for name in trained)
 
 
 @pytest.mark.parametrize("scenario", ["ddp", "tensor", *SHARDED])
