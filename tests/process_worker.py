@@ -30,6 +30,7 @@ from fused_steer import SteerConfig, SteeringCallback, patch_model, save_joint
 PAGE = Path(__file__).parents[1] / "docs" / "many-processes.md"
 CONFIG = SteerConfig(rank=4, down_bias=True, up_bias=True)
 JOINT = SteerConfig(rank=4, up_bias=True, orthogonal_to="lora")
+WIDE = SteerConfig(rank=200)  # more parameters than the layer: FSDP1's flat parameter is cut within a tensor of it
 STEPS, BATCH = 3, 4
 
 Wrap = Callable[[nn.Module], nn.Module]
@@ -51,9 +52,9 @@ def run_page(marker: str, **names: Any) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------------- models
 
 
-def steered(base: nn.Module, checkpointing: bool = False) -> nn.Module:
+def steered(base: nn.Module, checkpointing: bool = False, config: SteerConfig = CONFIG) -> nn.Module:
     """The model with the same steering in every process."""
-    randomize(patch_model(base, CONFIG))
+    randomize(patch_model(base, config))
     return checkpointed(base) if checkpointing else base
 
 
@@ -219,6 +220,12 @@ def fsdp1(directory: Path) -> None:
         model.steering.save(directory / run)
         result["wrapped"] = [isinstance(layer, FullyShardedDataParallel) for layer in model.model.layers]
         write(directory, run, result, first)
+
+    model = steered(build(), config=WIDE)
+    run_page("fsdp1", model=model)
+    model.steering.save(directory / "wide")
+    parts = [p.numel() for p in model.model.layers[0].post_block.parameters()]
+    write(directory, "wide", {"parts": parts}, {})
 
 
 def tensor(directory: Path) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import process_worker as worker
 import pytest
 import torch
-from models import assert_all_close, assert_close, build, refused, steering_parameters
+from models import HIDDEN, assert_all_close, assert_close, build, refused, steering_parameters
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -138,6 +138,16 @@ def test_saves_before_the_first_forward_pass_and_after_the_last(folder, single, 
     for later in (f"{run}-evaluated", f"{run}-trainer/checkpoint-{worker.STEPS}/fused_steer/default"):
         _, again = adapter(folder(scenario) / later)
         assert again.keys() == trained.keys() and all(torch.equal(trained[name], again[name]) for name in trained)
+
+
+def test_a_tensor_that_fsdp1_cut_is_put_together(folder):
+    results, _ = read(folder("fsdp1"), "wide")
+    assert all(any(0 < part < worker.WIDE.rank * HIDDEN for part in result["parts"]) for result in results)
+    _, saved = adapter(folder("fsdp1") / "wide")
+    expected = steering_parameters(worker.steered(build(), config=worker.WIDE))
+    assert len(saved) == len(expected)
+    for name, value in expected.items():
+        assert torch.equal(saved[f"base_model.model.{name}"], value)
 
 
 @pytest.mark.parametrize("scenario", ["ddp", "tensor", *SHARDED])
