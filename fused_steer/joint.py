@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from .patch import inside_peft, patch_model
+from .processes import is_first, sharder
 from .steering import Steering
 from .writers import lora_layers
 
@@ -68,9 +69,11 @@ def save_joint(model: nn.Module, directory: str | os.PathLike[str]) -> None:
 
     Each folder is what its own library reads: `patch_model(model, "DIR/steering")`, and PEFT's
     `PeftModel.from_pretrained(model, "DIR/lora/default")` or `model.load_adapter`. What was there stays if this fails.
+    Of the processes in a process group the first writes.
 
     Raises:
-        ValueError: the model is not steered or carries no LoRA, or a part cannot be written.
+        ValueError: the model is not steered or carries no LoRA, FSDP or ZeRO has sharded it, or a part cannot be
+            written.
         NotADirectoryError: `directory` is a file.
     """
     from peft.utils import get_peft_model_state_dict
@@ -79,6 +82,11 @@ def save_joint(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     steering = steering_of(model)
     inner = inside_peft(model)
     configs = _lora_configs(model)
+    by = sharder(model)
+    if by is not None:
+        raise ValueError(f"the model is sharded by {by}; expected one that every process has whole (DDP)")
+    if not is_first():
+        return
     target = Path(directory)
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(f"{target} is a file; expected a directory to save both adapters in")

@@ -25,6 +25,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from .config import SteerConfig
 from .kernels.orthogonal import MAX_WRITERS, column_space, project_out
 from .patch import execution_device
+from .processes import sharder
 from .sites import SteeringSite
 from .writers import Writer, choose_writers, columns_of, lora_layers
 
@@ -186,7 +187,7 @@ class Orthogonality:
             return
         every = self.config.every
         columns = self._columns_to_train()
-        if self._state(columns) == self._seen:
+        if self._state(columns) == self._seen and not _moves_unseen(optimizer):
             return
         # The optimizer's own count where it is needed and kept: a resumed run has that, and has not ours.
         counts = [int(optimizer.state.get(p, {}).get("step", 0)) for p in self._first_steered()] if every > 1 else [0]
@@ -213,8 +214,9 @@ class Orthogonality:
 
         Raises:
             RuntimeError: there is no LoRA to be orthogonal to.
-            ValueError: there is one that it cannot be orthogonal to.
+            ValueError: there is one that it cannot be orthogonal to, or FSDP or ZeRO has sharded the adapter.
         """
+        self._check_unsharded()
         columns = self._columns_to_train()
         if self._state(columns) == self._seen:
             return
@@ -226,6 +228,16 @@ class Orthogonality:
             for indices, writers in self._batches(columns):
                 self._set_bases(indices, writers)
         self._seen = self._state(columns)
+
+    def _check_unsharded(self) -> None:
+        # A projection needs all of B and of W2, which no process has; ZeRO writes its copies over what was projected.
+        for index, site in self.sites.items():
+            by = sharder(site)
+            if by is not None:
+                raise ValueError(
+                    f"layer {index} is sharded by {by}; expected adapter {self.name!r}, which is kept orthogonal to "
+                    "LoRA, to be whole in every process (DDP)"
+                )
 
     def _columns_to_train(self) -> Columns:
         columns = lora_columns(self.writers, self.config)
@@ -297,8 +309,9 @@ class Orthogonality:
         The parameters stay as they are: between two projections (`every` above 1) they may be violating it.
 
         Raises:
-            ValueError: LoRA's B is not finite.
+            ValueError: LoRA's B is not finite, or FSDP or ZeRO has sharded the adapter.
         """
+        self._check_unsharded()
         found: dict[int, dict[str, Tensor]] = {}
         for indices, writers in self._batches(lora_columns(self.writers, self.config)):
             if not writers.isfinite().all():
@@ -311,6 +324,12 @@ class Orthogonality:
                 for index, value in zip(indices, values.unbind(0), strict=True):
                     found.setdefault(index, {})[name] = _from_columns(name, value)
         return found
+
+
+def _moves_unseen(optimizer: Optimizer) -> bool:
+    """Whether the step was of PyTorch's fused kernels: what has a gradient has moved, and its version tells nothing."""
+    groups = (group for group in optimizer.param_groups if group.get("fused"))
+    return any(p.grad is not None for group in groups for p in group["params"])
 
 
 def _as_columns(name: str, parameter: Tensor) -> Tensor:

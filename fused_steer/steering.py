@@ -17,6 +17,7 @@ from .checkpoint import AdapterFile, push_adapter, read_adapter, write_adapter
 from .config import DTYPES, SteerConfig, checked_number
 from .orthogonality import Orthogonality, check_carries_lora, check_lora
 from .patch import SITE, PatchedLayer, execution_device, find_decoder, inside_peft
+from .processes import first_writes, gather, is_dtensor, is_first, part_of, sharder
 from .sites import Adapter
 from .writers import Writer, adapter_parameters, lora_layers, trace_writers
 
@@ -105,12 +106,14 @@ class Steering:
         """Add a fresh adapter; `use` it to train it.
 
         Raises:
-            ValueError: the name is taken or cannot be one, or the config does not fit the model, or its LoRA.
+            ValueError: the name is taken or cannot be one, the config does not fit the model, or its LoRA, or FSDP or
+                ZeRO has sharded the model.
         """
         config = SteerConfig() if config is None else config
         if not isinstance(config, SteerConfig):
             raise TypeError(f"config is a {type(config).__name__}; expected a SteerConfig")
         self._check_new_name(name)
+        self._check_unsharded("adapters to be added")
         indices = self._indices(config)
         layers, hidden = self._decoder.layers, self._decoder.hidden
         if config.orthogonal_to is not None:
@@ -124,10 +127,11 @@ class Steering:
 
         Raises:
             FileNotFoundError: there is no such adapter.
-            ValueError: its files are broken, it does not fit the model, or (unless `check_base` is False) it was made
-                for a model of another name.
+            ValueError: its files are broken, it does not fit the model, (unless `check_base` is False) it was made
+                for a model of another name, or FSDP or ZeRO has sharded the model.
         """
         self._check_new_name(name)
+        self._check_unsharded("adapters to be loaded")
         file = read_adapter(source)
         self._check_fits(file, source, check_base)
         self._insert(name, file.config, {i: Adapter.of_tensors(t) for i, t in self._tensors_of(file, source).items()})
@@ -135,11 +139,12 @@ class Steering:
     def restore(self, source: str | os.PathLike[str], name: str | None = None) -> None:
         """Take the values and the strength of an adapter (default: the one in use) from where it was saved.
 
-        The parameters stay the same objects, so that an optimizer goes on with them.
+        The parameters stay the same objects, so that an optimizer goes on with them. With several processes each reads
+        the files and takes what is its own.
 
         Raises:
             KeyError: there is no such adapter here; FileNotFoundError: none there.
-            ValueError: what was saved is broken, or of another config.
+            ValueError: what was saved is broken, or of another config; or FSDP1 or ZeRO has sharded the adapter.
         """
         name = self._known(name)
         file = read_adapter(source)
@@ -152,11 +157,14 @@ class Steering:
                     f"adapter {name!r}"
                 )
         saved = self._tensors_of(file, source)
+        parts = self._parts(name)
+        if not all(map(is_dtensor, parts.values())):
+            self._check_unsharded("adapters to be restored")
         with torch.no_grad():
             for i, tensors in saved.items():
-                adapter = self._patched[i].site.adapter(name)
-                for key, tensor in (adapter.named_tensors() if adapter is not None else {}).items():
-                    tensor.copy_(tensors[key])
+                for key, tensor in tensors.items():
+                    part = parts[f"{self._decoder.path}.{i}.{SITE}.{key}"]
+                    part.copy_(part_of(tensor, part))
         self._configs[name] = replace(self._configs[name], scale=file.config.scale)
         self.use(self._active)
 
@@ -223,8 +231,16 @@ class Steering:
 
         Whole or not at all: what was there before stays if this fails. What is written of an adapter that is kept
         orthogonal to LoRA satisfies the constraint.
+
+        Of the processes in a process group the first writes. Where FSDP has sharded the adapter all have to call this,
+        and they go on when it is done; where each has it whole (DDP, tensor parallelism), the others need not.
+
+        Raises:
+            ValueError: the parameters are of several dtypes, or parts that make no whole adapter.
+            NotADirectoryError, OSError: see `write_adapter`.
         """
-        write_adapter(directory, self._file(self._known(name)))
+        file, together = self._file(self._known(name))
+        first_writes(lambda: write_adapter(directory, file), together=together)
 
     def push_to_hub(
         self,
@@ -239,6 +255,7 @@ class Steering:
         """Upload an adapter (default: the one in use) to the hub: what `save` writes, and a model card.
 
         The repository is made if need be; a README.md that it has stays as it is. Later `patch_model(model, repo_id)`.
+        Of several processes the first uploads; which of them have to call this, `save` says.
 
         Args:
             repo_id: "user/name" of the repository.
@@ -247,24 +264,21 @@ class Steering:
             revision: the branch; None is main.
 
         Returns:
-            The URL of the commit.
+            The URL of the commit; "" in a process that is not the first.
         """
-        file = self._file(self._known(name))
+        file, _ = self._file(self._known(name))
+        if not is_first():
+            return ""
         return push_adapter(
             repo_id, file, private=private, token=token, revision=revision, commit_message=commit_message
         )
 
-    def _file(self, name: str) -> AdapterFile:
-        """What is written of an adapter."""
-        constrained = {}
+    def _file(self, name: str) -> tuple[AdapterFile, bool]:
+        """What is written of an adapter, and whether all processes had to put it together."""
+        tensors = self._parts(name)
         if name in self._orthogonal and lora_layers(self._model):
-            constrained = self._orthogonal[name].constrained()
-        tensors = {}
-        for patched in self._patched.values():
-            adapter = patched.site.adapter(name)
-            if adapter is not None:
-                for key, tensor in (adapter.named_tensors() | constrained.get(patched.index, {})).items():
-                    tensors[f"{patched.path}.{SITE}.{key}"] = tensor
+            for index, values in self._orthogonal[name].constrained().items():
+                tensors |= {f"{self._decoder.path}.{index}.{SITE}.{key}": value for key, value in values.items()}
         kept = {tensor.dtype for tensor in tensors.values()}
         names = [dtype_name for dtype_name, dtype in DTYPES.items() if {dtype} == kept]
         if not names:
@@ -272,7 +286,38 @@ class Steering:
                 f"adapter {name!r} has parameters of {sorted(map(str, kept))}; expected one of {list(DTYPES)}"
             )
         config = replace(self._configs[name], dtype=names[0])
-        return AdapterFile(config, self._base, self._decoder.hidden, len(self._decoder.layers), tensors)
+        together = any(sharder(p.site) == "FSDP" for p in self._patched.values()) or any(
+            map(is_dtensor, tensors.values())
+        )
+        if together:
+            tensors = gather(tensors, self._shapes(name))
+        for path, shape in self._shapes(name).items():
+            if tuple(tensors[path].shape) != shape:
+                raise ValueError(
+                    f"{path} has shape {tuple(tensors[path].shape)} in this process; expected {shape} "
+                    "(under DeepSpeed's ZeRO-3, save inside deepspeed.zero.GatheredParameters)"
+                )
+        file = AdapterFile(config, self._base, self._decoder.hidden, len(self._decoder.layers), tensors)
+        return file, together
+
+    def _parts(self, name: str) -> dict[str, Tensor]:
+        """An adapter's tensors by path, as this process has them."""
+        adapters = {patched.path: patched.site.adapter(name) for patched in self._patched.values()}
+        return {
+            f"{path}.{SITE}.{key}": tensor
+            for path, adapter in adapters.items()
+            if adapter is not None
+            for key, tensor in adapter.named_tensors().items()
+        }
+
+    def _shapes(self, name: str) -> dict[str, tuple[int, ...]]:
+        """Shape of each of an adapter's tensors, by path, whatever this process has of it."""
+        config = self._configs[name]
+        return {
+            f"{self._decoder.path}.{i}.{SITE}.{key}": shape
+            for i in self._indices(config)
+            for key, shape in Adapter.shapes(config, self._decoder.hidden).items()
+        }
 
     # -------------------------------------------------------------------------------------------------------- running
 
@@ -364,7 +409,9 @@ class Steering:
 
         Raises:
             RuntimeError: another library has since changed a layer's class; nothing is undone then.
+            ValueError: FSDP or ZeRO has sharded the model.
         """
+        self._check_unsharded("the model to be unpatched")
         for patched in self._patched.values():
             patched.check_removable()
         for patched in self._patched.values():
@@ -476,6 +523,13 @@ class Steering:
             raise ValueError(f"adapter name is {name!r}, a word that PyTorch's modules use; expected another")
         if name in self._configs:
             raise ValueError(f"there is an adapter {name!r} already; expected a new name (have {self.names})")
+
+    def _check_unsharded(self, what: str) -> None:
+        # FSDP and ZeRO keep their own account of a layer's parameters: others that come later, or values, are lost.
+        for i, layer in enumerate(self._decoder.layers):
+            by = sharder(layer)
+            if by is not None:
+                raise ValueError(f"layer {i} is sharded by {by}; expected {what} before it is")
 
     def _indices(self, config: SteerConfig) -> list[int]:
         count = len(self._decoder.layers)

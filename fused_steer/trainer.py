@@ -50,9 +50,8 @@ class SteeringCallback(TrainerCallback):
             steering.restore(_folder(self.resume_from or _checkpoint(args, state), steering.active))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            steering = steering_of(kwargs["model"])
-            steering.save(_folder(_checkpoint(args, state), steering.active))
+        steering = steering_of(kwargs["model"])
+        steering.save(_folder(_checkpoint(args, state), steering.active))  # in each process, for it may be sharded
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
