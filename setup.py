@@ -10,8 +10,10 @@ ROOT = Path(__file__).parent
 DEMO = ["accelerate", "gguf>=0.19", "matplotlib"]  # transformers reads GGUF files through accelerate
 PEFT = ["peft>=0.21,<0.22"]
 TRL = ["datasets", *PEFT, 'trl>=1.16,<1.17; python_version >= "3.11"']  # its last for 3.10 is of another transformers
+QUANT = ["bitsandbytes", "torchao"]
 TEST = [
     *DEMO,
+    *QUANT,
     *TRL,
     "build",
     "packaging",
@@ -49,7 +51,7 @@ setup(
         "rich",
         "tqdm",
     ],
-    extras_require={"demo": DEMO, "peft": PEFT, "trl": TRL, "test": TEST, "bench": BENCH, "dev": DEV},
+    extras_require={"demo": DEMO, "peft": PEFT, "quant": QUANT, "trl": TRL, "test": TEST, "bench": BENCH, "dev": DEV},
     entry_points={"console_scripts": ["fused-steer = fused_steer.cli:app"]},
     classifiers=[
         "Operating System :: POSIX :: Linux",

@@ -10,7 +10,7 @@ import torch
 from models import build, tokens
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGES = ["migrating.md", "peft.md"]  # trainer.md and trl.md: test_trainer.py, test_trl.py
+PAGES = ["migrating.md", "modes.md", "peft.md"]  # trainer.md and trl.md: test_trainer.py, test_trl.py
 
 
 def run_page(page: str, names: dict[str, Any]) -> None:
