@@ -476,7 +476,6 @@ WIDE = {"hidden_size": 64, "intermediate_size": 128}  # a block of bitsandbytes 
 
 def _bits(dtype: torch.dtype, **fields: Any) -> Callable[[Path], PreTrainedModel]:
     def load(path: Path) -> PreTrainedModel:
-        import bitsandbytes  # noqa: F401
 
         config = BitsAndBytesConfig(**fields)
         return AutoModelForCausalLM.from_pretrained(path, quantization_config=config, dtype=dtype, device_map="cpu")
@@ -486,7 +485,6 @@ def _bits(dtype: torch.dtype, **fields: Any) -> Callable[[Path], PreTrainedModel
 
 def _torchao(name: str, dtype: torch.dtype = torch.float32) -> Callable[[Path], PreTrainedModel]:
     def load(path: Path) -> PreTrainedModel:
-        import torchao  # noqa: F401
 
         quantization = importlib.import_module("torchao.quantization")
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).requires_grad_(False)
