@@ -19,6 +19,7 @@ import math
 import os
 import statistics
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -365,6 +366,294 @@ def load(file: Path) -> dict[str, Any]:
     return results
 
 
+# ---------------------------------------------------------------------------------------------------------- the report
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How much more of the held-out expressions one method gets than another, in points of a hundred.
+
+    seeds: of each seed that both have. error: the standard error of their mean over the held-out expressions, each
+    taken as the mean of its seeds; it says nothing of other seeds than these.
+    """
+
+    seeds: list[float]
+    error: float
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.seeds)
+
+    @property
+    def shown(self) -> bool:
+        """Whether all seeds agree on the sign, and the mean is beyond two standard errors."""
+        agree = all(seed > 0 for seed in self.seeds) or all(seed < 0 for seed in self.seeds)
+        return agree and abs(self.mean) > 2 * self.error
+
+
+def difference(results: dict[str, Any], method: str, other: str) -> Difference | None:
+    """None where no seed has both."""
+    ours, theirs = ({run["seed"]: run["exact"] for run in runs_of(results, name)} for name in (method, other))
+    seeds = sorted(ours.keys() & theirs.keys())
+    if not seeds:
+        return None
+    rows = [[100 * (int(a) - int(b)) for a, b in zip(ours[seed], theirs[seed], strict=True)] for seed in seeds]
+    means = [statistics.fmean(column) for column in zip(*rows, strict=True)]
+    error = statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else math.inf
+    return Difference([statistics.fmean(row) for row in rows], error)
+
+
+def runs_of(results: dict[str, Any], method: str) -> list[dict[str, Any]]:
+    """The runs of a method, by seed."""
+    return sorted((run for run in results["runs"] if run["method"] == method), key=lambda run: run["seed"])
+
+
+def percent(exact: str) -> float:
+    return 100 * exact.count("1") / len(exact)
+
+
+def paragraph(text: str) -> str:
+    """One of Markdown, filled anew."""
+    return textwrap.fill(" ".join(text.split()), 120, break_long_words=False, break_on_hyphens=False)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, its first column text and the others figures."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def spread(values: Sequence[float], decimals: int) -> str:
+    """`61.2 (58.0–64.5)`: mean, least and greatest; of a single one, that."""
+    mean, low, high = (f"{value:.{decimals}f}" for value in (statistics.fmean(values), min(values), max(values)))
+    return f"{mean} ({low}–{high})" if len(values) > 1 else mean
+
+
+def report_text(results: dict[str, Any]) -> str:
+    """`docs/joint-listops.md`.
+
+    Raises:
+        ValueError: a method has no run.
+    """
+    missing = [name for method, name in METHODS.items() if not runs_of(results, method)]
+    if missing:
+        raise ValueError(f"there is no run of {', '.join(missing)}; expected each method to have run")
+    parts = [
+        "<!-- Written by `python -m bench.joint --report` from bench/results/joint/listops-cpu.json. Do not edit. -->",
+        "# Joint adaptation on ListOps",
+        _outcome(results),
+        _accuracy(results),
+        "![Training loss of each method](joint-listops-losses.png)",
+        _overlap(results),
+        "![Cosine between the steering shift and the LoRA shift](joint-listops-cosines.png)",
+        _overlap_by_layer(results),
+        _setting(results),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _outcome(results: dict[str, Any]) -> str:
+    pairs = [("joint-orth", "joint"), ("joint-orth", "lora"), ("joint-orth", "steering"), ("joint", "lora")]
+    found = {pair: difference(results, *pair) for pair in pairs}
+    main = found[pairs[0]]
+    if main is None or not main.shown:
+        headline = "Joint-orth is not shown to be better than naive joint here, nor worse."
+    else:
+        headline = f"Joint-orth is {'better' if main.mean > 0 else 'worse'} than naive joint here."
+    seeds = len({run["seed"] for run in results["runs"]})
+    scope = f"""One model of {results["task"]["parameters"] / 1e6:.1f} million parameters, one task,
+        {results["settings"]["steps"]} steps, {seeds} seed{"s" if seeds > 1 else ""}, no tuning: it says nothing of
+        larger models or longer training."""
+    rule = """*Better* and *worse* is said where all seeds agree on the sign and the mean is beyond two standard errors.
+        The standard error is that over the held-out expressions, which are the same for all; how much seeds differ is
+        seen beside it. The loss is that of the held-out answers, less is better; no verdict is drawn from it."""
+    lines = "\n".join(_verdict(results, *pair, diff) for pair, diff in found.items())
+    return "\n\n".join([paragraph(f"**{headline}** {scope}"), lines, paragraph(rule)])
+
+
+def _verdict(results: dict[str, Any], method: str, other: str, diff: Difference | None) -> str:
+    start = f"- {METHODS[method]} against {METHODS[other]}: "
+    if diff is None:
+        return start + "no seed has both"
+    ours, theirs = ({run["seed"]: run["held_out_loss"] for run in runs_of(results, name)} for name in (method, other))
+    losses = ", ".join(f"{ours[seed] - theirs[seed]:+.3f}" for seed in sorted(ours.keys() & theirs.keys()))
+    verdict = ("**better**" if diff.mean > 0 else "**worse**") if diff.shown else "not told apart"
+    each = ", ".join(f"{seed:+.1f}" for seed in diff.seeds)
+    return (
+        f"{start}{verdict}; {diff.mean:+.1f} points of exact match (by seed {each}; standard error {diff.error:.1f}), "
+        f"loss by seed {losses}"
+    )
+
+
+def _accuracy(results: dict[str, Any]) -> str:
+    task, count = results["task"], results["settings"]["held_out"]
+    rows = []
+    for method, name in METHODS.items():
+        runs = runs_of(results, method)
+        exact = [percent(run["exact"]) for run in runs]
+        rows.append(
+            [
+                name,
+                f"{runs[0]['trained']:,} ({runs[0]['trained'] / task['parameters']:.2%})",
+                spread(exact, 1),
+                ", ".join(f"{value:.1f}" for value in exact),
+                spread([run["held_out_loss"] for run in runs], 3),
+                spread([statistics.fmean(run["losses"][-LAST:]) for run in runs], 3),
+                spread([statistics.median(run["seconds"]) for run in runs], 2),
+            ]
+        )
+    head = ["method", "trained parameters", "exact, %", "each seed", "held-out loss", "final loss", "s a step"]
+    note = f"""Mean and, in parentheses, the least and the greatest of the seeds. *Exact* is of the same {count}
+        held-out expressions; *held-out loss* is the mean cross entropy of their answers' tokens; *final loss* is that
+        of training, over the last {LAST} steps; *s a step* is the median of a run, on a machine that did other work
+        too. The untrained model gets {percent(task["exact"]):.1f} % (held-out loss {task["held_out_loss"]:.3f}). Who
+        ignores the inner brackets gets {100 * task["ignoring_brackets"] / count:.1f} %, and who always gives the most
+        frequent answer {100 * task["most_frequent_answer"] / count:.1f} %."""
+    return "\n\n".join(["## What is learnt", table(head, rows), paragraph(note)])
+
+
+def _overlap(results: dict[str, Any]) -> str:
+    rows = []
+    for method in JOINT:
+        overlaps = [run["overlap"] for run in runs_of(results, method)]
+        layers = [layer for overlap in overlaps for layer in overlap["layers"]]
+        means = [statistics.fmean(layer["mean_abs"] for layer in overlap["layers"]) for overlap in overlaps]
+        rows.append(
+            [
+                METHODS[method],
+                _small(statistics.fmean(means)),
+                _small(max(layer["mean_abs"] for layer in layers)),
+                _small(max(layer["max_abs"] for layer in layers)),
+                _small(max(max(overlap["weight_overlap"]) for overlap in overlaps)),
+                _small(statistics.median(layer["median_norm_ratio"] for layer in layers)),
+            ]
+        )
+    head = ["method", "mean abs. cosine", "of the worst layer", "of the worst token", "max ‖BᵀW2‖/(‖B‖‖W2‖)", "‖δ‖/‖ℓ‖"]
+    steering = runs_of(results, "steering")[0]["trained"]
+    layers = len(runs_of(results, JOINT[0])[0]["overlap"]["layers"])
+    hidden = steering // (2 * results["settings"]["steering_rank"] * layers)  # W1 and W2 of each layer
+    start = """δ = W2 φ(W1 x) is the shift of steering, ℓ = (α/r) B A m that of the LoRA on the MLP's output projection,
+        the one that joint-orth keeps W2 out of. Their cosine, of each token of the held-out prompts and each layer:"""
+    end = f"""Over all seeds; the last column is the median over layers of the median over tokens. Two random
+        directions of d = {hidden} have a mean absolute cosine of {math.sqrt(2 / (math.pi * hidden)):.3f}. For
+        joint-orth the cosine is 0 by construction, and what is shown is rounding."""
+    return "\n\n".join(["## Where steering and LoRA overlap", paragraph(start), table(head, rows), paragraph(end)])
+
+
+def _overlap_by_layer(results: dict[str, Any]) -> str:
+    rows = []
+    naive, orthogonal = ([run["overlap"]["layers"] for run in runs_of(results, method)] for method in JOINT)
+    for index in range(len(naive[0])):
+        quantiles = [
+            statistics.fmean(layers[index]["quantiles"][number] for layers in naive) for number in range(len(QUANTILES))
+        ]
+        mean_abs = statistics.fmean(layers[index]["mean_abs"] for layers in naive)
+        greatest = max(layers[index]["max_abs"] for layers in orthogonal)
+        rows.append([str(index), *(f"{q:+.3f}" for q in quantiles), f"{mean_abs:.3f}", _small(greatest)])
+    head = ["layer", *(f"{q:.0%}" for q in QUANTILES), "mean abs.", "joint-orth: greatest abs."]
+    return f"""\
+Quantiles of the cosine over tokens in naive joint, means of the seeds, and the greatest of joint-orth:
+
+{table(head, rows)}"""
+
+
+def _small(value: float) -> str:
+    return f"{value:.3f}" if value >= 1e-3 else f"{value:.0e}"
+
+
+def _setting(results: dict[str, Any]) -> str:
+    s, machine = results["settings"], results["machine"]
+    versions = ", ".join(f"{name} {machine['versions'][name]}" for name in ("torch", "transformers", "peft"))
+    edited = {True: " with uncommitted changes", False: ""}
+    commits = sorted({(run["commit"] or "unknown") + edited[run["dirty"]] for run in results["runs"]})
+    how = f"""{s["model"] or "SmolLM2-135M-Instruct"} in float32; ListOps of {", ".join(OPERATORS)}, depth {DEPTH};
+        {s["steps"]} steps of {s["batch_size"]} expressions, each seen once, another part of them for each seed, the
+        same in the same order for all methods. LoRA: PEFT's, r = {s["lora_rank"]}, α = {s["lora_alpha"]}, no dropout,
+        on {", ".join(TARGETS)}; learning rate {s["lora_lr"]:g}. Steering: rank {s["steering_rank"]},
+        {s["steering_activation"]}, every layer; learning rate {s["steering_lr"]:g}. AdamW without weight decay,
+        gradients clipped to norm {s["max_grad_norm"]:g}; {s["warmup"]} steps of linear warm-up, times a cosine that
+        falls to 0. With one seed the adapters start from the same values in every method. All this was fixed before
+        the first run, and nothing was chosen by the held-out set."""
+    on = f"""fused-steer {machine["fused_steer"]}, {versions}, Python {machine["python"]}; a CPU ({machine["device"]})
+        of {machine["cores"]} cores, threads used: {s["threads"]}; commit {", ".join(commits)}; {machine["date"]}."""
+    return f"""\
+## How it was run
+
+{paragraph(how)}
+
+{paragraph(on)}
+
+```bash
+python -m bench.joint --out bench/results  # goes on where it stopped
+python -m bench.joint --report             # writes this file and its pictures
+```"""
+
+
+def draw_losses(results: dict[str, Any], file: Path) -> None:
+    """The training loss of each method as a PNG: the mean of the last ten steps, a line a seed."""
+    figure, (axes,) = _figure(1, (6, 4))
+    for colour, (method, name) in enumerate(METHODS.items()):
+        for number, run in enumerate(runs_of(results, method)):
+            losses = run["losses"]
+            means = [statistics.fmean(losses[max(0, i - 9) : i + 1]) for i in range(len(losses))]
+            axes.plot(range(1, len(means) + 1), means, color=f"C{colour}", linewidth=1, label=None if number else name)
+    axes.set(xlabel="step", ylabel="loss of the answer tokens, mean of 10", yscale="log", title="Training")
+    axes.legend()
+    figure.savefig(file, dpi=110)
+
+
+def draw_cosines(results: dict[str, Any], file: Path) -> None:
+    """The cosine between both shifts as a PNG: over tokens by layer, and over all tokens and layers."""
+    figure, (by_layer, over_all) = _figure(2, (10, 4))
+    edges = [2 * i / BINS - 1 for i in range(BINS + 1)]
+    for colour, method in zip(("C2", "C3"), JOINT, strict=True):
+        overlaps = [run["overlap"] for run in runs_of(results, method)]
+        low, _, middle, _, high = (
+            [
+                statistics.fmean(layer["quantiles"][number] for layer in layers)
+                for layers in zip(*(overlap["layers"] for overlap in overlaps), strict=True)
+            ]
+            for number in range(len(QUANTILES))
+        )
+        by_layer.fill_between(range(len(low)), low, high, color=colour, alpha=0.25, linewidth=0)
+        by_layer.plot(middle, color=colour, marker=".", label=f"{METHODS[method]}: median, 5 % to 95 %")
+        counts = [sum(column) for column in zip(*(overlap["histogram"] for overlap in overlaps), strict=True)]
+        over_all.stairs([count / sum(counts) for count in counts], edges, color=colour, label=METHODS[method])
+    by_layer.set(xlabel="layer", ylabel="cosine", title="Over tokens, by layer")
+    over_all.set(xlabel="cosine", ylabel=f"share, a bin of {2 / BINS:.3f}", yscale="log", title="All tokens and layers")
+    for axes in (by_layer, over_all):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(file, dpi=110)
+
+
+def _figure(panels: int, size: tuple[float, float]) -> tuple[Any, list[Any]]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, [figure.add_subplot(1, panels, number + 1) for number in range(panels)]
+
+
+def write_report(file: Path, docs: Path) -> None:
+    """The report and its pictures, in `docs`.
+
+    Raises:
+        ValueError: the file is no results file, or a method has no run in it.
+        OSError: a file cannot be read or written.
+    """
+    results = load(file)
+    text = report_text(results)
+    docs.mkdir(parents=True, exist_ok=True)
+    (docs / "joint-listops.md").write_text(text, encoding="utf-8")
+    draw_losses(results, docs / "joint-listops-losses.png")
+    draw_cosines(results, docs / "joint-listops-cosines.png")
+    typer.echo(f"written: {docs / 'joint-listops.md'} and its pictures")
+
+
+# ------------------------------------------------------------------------------------------------------------- command
+
 app = typer.Typer(add_completion=False)
 
 
@@ -376,14 +665,17 @@ def main(
     steps: Annotated[int, typer.Option(help="Training steps.")] = Settings.steps,
     batch_size: Annotated[int, typer.Option(help="Expressions a step.")] = Settings.batch_size,
     held_out: Annotated[int, typer.Option(help="Expressions to test with.")] = Settings.held_out,
-    threads: Annotated[
-        int, typer.Option(help="PyTorch's; another number may give other bits.")
-    ] = Settings.threads,
+    threads: Annotated[int, typer.Option(help="PyTorch's; another number may give other bits.")] = Settings.threads,
+    report: Annotated[bool, typer.Option("--report", help="Train nothing; write the report of the results.")] = False,
+    docs: Annotated[Path, typer.Option(help="Folder for the report.")] = FOLDER.parents[1] / "docs",
 ) -> None:
     """Train LoRA, steering and both on ListOps, and test them; or write the report of that."""
     try:
-        settings = Settings(model, steps, batch_size, held_out, threads)
-        run_all(results_file(out), settings, range(seeds))
+        if report:
+            write_report(results_file(out), docs)
+        else:
+            settings = Settings(model, steps, batch_size, held_out, threads)
+            run_all(results_file(out), settings, range(seeds))
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         typer.echo(f"bench.joint: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(1) from None
