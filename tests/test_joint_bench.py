@@ -291,7 +291,7 @@ def test_the_outcome_is_said_as_it_is(finished, orthogonal, naive, headline):
     results = joint.load(finished)
     for run in results["runs"]:
         run["exact"] = {"joint-orth": orthogonal, "joint": naive}.get(run["method"], naive)
-    assert f"**{headline}**" in joint.report_text(results)
+    assert f"**{headline}**" in joint.report_text(joint.complete(results))
 
 
 def test_the_report_has_the_figures_of_the_results(finished, tmp_path):
@@ -317,18 +317,29 @@ def test_the_report_has_the_figures_of_the_results(finished, tmp_path):
         assert f"\n| {index} | {quantiles} | {layer['mean_abs']:.3f} |" in text
 
 
-def test_a_report_needs_a_run_of_each_method(copied, tmp_path):
+def test_a_report_needs_a_seed_of_all_methods(copied, tmp_path):
     results = joint.load(copied)
     results["runs"] = results["runs"][:2]
     joint.save(results, copied)
     result = invoke("--report", "--out", tmp_path, "--docs", tmp_path / "docs")
     assert result.exit_code == 1
-    expected = "there is no run of naive joint, joint-orth; expected each method to have run"
-    assert result.stderr == f"bench.joint: {expected}\n"
+    expected = "expected a seed with all of LoRA, steering, naive joint, joint-orth"
+    assert result.stderr == f"bench.joint: the runs are of LoRA 0, steering 0; {expected}\n"
     assert not (tmp_path / "docs").exists()
+
+
+def test_a_seed_that_not_all_methods_have_is_left_out_and_said_to_be(finished):
+    results = joint.load(finished)
+    text = joint.report_text(joint.complete(results))
+    results["runs"].append(results["runs"][0] | {"seed": 1, "exact": "1" * HELD_OUT})
+    found = joint.complete(results)
+    assert found["runs"] == joint.load(finished)["runs"]
+    said = "Not all methods were run with every seed; left out: LoRA of seed 1."
+    assert " ".join(joint.report_text(found).split()).replace(f" {said}", "") == " ".join(text.split())
+    assert said in " ".join(joint.report_text(found).split())
 
 
 def test_the_report_in_docs_is_that_of_the_results():
     file = joint.results_file(joint.FOLDER)
     text = (ROOT / "docs" / "joint-listops.md").read_text(encoding="utf-8")
-    assert text == joint.report_text(joint.load(file))
+    assert text == joint.report_text(joint.complete(joint.load(file)))
