@@ -528,7 +528,8 @@ def _accuracy(results: dict[str, Any]) -> str:
         "fastest tenth",
     ]
     flat = 100 * task["ignoring_brackets"] / count
-    above = [name for method, name in METHODS.items() if _mean_exact(results, method) > flat]
+    error = math.sqrt(flat * (100 - flat) / count)
+    above = [name for method, name in METHODS.items() if _mean_exact(results, method) > flat + 2 * error]
     note = f"""Mean and, in parentheses, the least and the greatest of the seeds. *Exact* is of the same {count}
         held-out expressions; *held-out loss* is the mean cross entropy of their answers' tokens; *final loss* is that
         of training, over the last {LAST} steps; *s a step* is the median of a run, and *fastest tenth* what a tenth of
@@ -536,7 +537,7 @@ def _accuracy(results: dict[str, Any]) -> str:
         compare the methods. The untrained model gets {percent(task["exact"]):.1f} % (held-out loss
         {task["held_out_loss"]:.3f}), and who always gives the most frequent answer
         {100 * task["most_frequent_answer"] / count:.1f} %. Who ignores the inner brackets gets {flat:.1f} %: of the
-        methods, {" and ".join(above) or "none"} got more than that on average."""
+        methods, {" and ".join(above) or "none"} got more than that by two standard errors, {2 * error:.1f} points."""
     return "\n\n".join(["## What is learnt", table(head, rows), paragraph(note)])
 
 
