@@ -1,0 +1,714 @@
+"""`python -m bench.joint`: does joint adaptation gain by orthogonality? LoRA, steering, and both, on ListOps, on a CPU.
+
+Four methods train SmolLM2-135M-Instruct on the same expressions in the same order: LoRA alone, steering alone, both
+without a constraint, and both with `SteerConfig(orthogonal_to="lora")` (Joint-Orth, arXiv 2603.00425, §5.2). Each is
+run with every seed, and tested once, when trained. A run that is in the results file is not repeated, so that the same
+command goes on where it stopped. `--report` turns the file into `docs/joint-listops.md`, whichever way it came out.
+
+The settings below were fixed before the first run, within the paper's ranges; nothing was chosen by the held-out set.
+"""
+
+from __future__ import annotations
+
+import collections
+import copy
+import dataclasses
+import itertools
+import json
+import math
+import os
+import statistics
+import sys
+import textwrap
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .results import FOLDER, describe_machine
+
+SCHEMA = 1
+METHODS = {"lora": "LoRA", "steering": "steering", "joint": "naive joint", "joint-orth": "joint-orth"}
+JOINT = ("joint", "joint-orth")
+OPERATORS, DEPTH = ("MAX", "MIN", "MED", "SM"), 2
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+DATA_SEED = 0  # of the expressions; the seed of a run chooses its own part of them, and its initial values
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+BINS = 101  # of the cosine, over -1 to 1; the middle one is centred on 0
+LAST = 20  # steps whose mean loss is the final loss
+_TESTED_AT_ONCE = 50
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that a result depends on, beside method, seed and machine. The learning rate rises over `warmup` steps, and
+    falls to 0 as a cosine over all steps."""
+
+    model: str | None = None
+    steps: int = 150
+    batch_size: int = 8
+    held_out: int = 200
+    threads: int = 1  # on a machine in use, as fast as two or faster
+    lora_rank: int = 8
+    lora_alpha: int = 16
+    lora_lr: float = 5e-4
+    steering_rank: int = 8
+    steering_activation: str = "silu"
+    steering_lr: float = 2e-3
+    warmup: int = 10
+    max_grad_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "held_out", "threads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name.replace('_', ' ')} is {getattr(self, name)}; expected at least 1")
+
+
+def results_file(out: Path) -> Path:
+    """A folder of its own: `bench.report` reads every results file that lies in `out` itself."""
+    return out / "joint" / "listops-cpu.json"
+
+
+# ------------------------------------------------------------------------------------------------------ the experiment
+
+
+def draw(settings: Settings, seed: int) -> tuple[list[Any], list[Any]]:
+    """The held-out expressions, the same for every seed, and those that this seed trains on; none is drawn twice."""
+    from fused_steer.listops import distinct
+
+    count = settings.steps * settings.batch_size
+    end = settings.held_out + (seed + 1) * count
+    drawn = distinct(end, operators=OPERATORS, depth=DEPTH, seed=DATA_SEED)
+    return drawn[: settings.held_out], drawn[end - count :]
+
+
+def adapt(model: Any, method: str, settings: Settings, seed: int) -> tuple[Any, list[dict[str, Any]]]:
+    """The model with the method's adapters, and the optimizer's groups. A seed's adapters start the same in all."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from fused_steer import SteerConfig, lora_parameters, patch_model, steering_parameters
+
+    groups = []
+    if method != "steering":
+        torch.manual_seed(seed)
+        config = LoraConfig(r=settings.lora_rank, lora_alpha=settings.lora_alpha, target_modules=list(TARGETS))
+        model = get_peft_model(model, config)
+        groups.append({"params": lora_parameters(model), "lr": settings.lora_lr})
+    if method != "lora":
+        torch.manual_seed(seed)
+        config = SteerConfig(
+            rank=settings.steering_rank,
+            activation=settings.steering_activation,
+            orthogonal_to="lora" if method == "joint-orth" else None,
+        )
+        model = patch_model(model, config)
+        groups.append({"params": steering_parameters(model), "lr": settings.steering_lr})
+    return model, groups
+
+
+def train(model: Any, groups: list[dict[str, Any]], batches: Sequence[Any], settings: Settings, label: str) -> Any:
+    """One AdamW step a batch: the loss and the seconds of each.
+
+    Raises:
+        RuntimeError: the loss is no longer finite.
+    """
+    import torch
+
+    from fused_steer.demo import answer_loss
+
+    def factor(step: int) -> float:
+        return min(1.0, (step + 1) / settings.warmup) * (1 + math.cos(math.pi * step / settings.steps)) / 2
+
+    parameters = [p for group in groups for p in group["params"]]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    losses, seconds = [], []
+    model.train()
+    for step, batch in enumerate(batches):
+        start = time.perf_counter()
+        loss = answer_loss(model, *batch)
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            raise RuntimeError(f"{label}: the loss of step {step + 1} is {losses[-1]}; expected it finite")
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        seconds.append(time.perf_counter() - start)
+        if (step + 1) % LAST == 0 or step + 1 == len(batches):
+            mean, pace = statistics.fmean(losses[-LAST:]), statistics.median(seconds[-LAST:])
+            typer.echo(f"{label}: step {step + 1} of {len(batches)}, loss {mean:.3f}, {pace:.2f} s a step")
+    model.eval()
+    return losses, seconds
+
+
+def test(model: Any, encoder: Any, expressions: Sequence[Any]) -> dict[str, Any]:
+    """Exact matches, a 0 or 1 for each expression, and the mean loss of the answers' tokens."""
+    import torch
+
+    from fused_steer.demo import answer_loss, complete, is_exact
+
+    said = complete(model, encoder, expressions)
+    total = count = 0.0
+    with torch.no_grad():
+        for start in range(0, len(expressions), _TESTED_AT_ONCE):
+            inputs, labels = encoder.training_batch(expressions[start : start + _TESTED_AT_ONCE])
+            tokens = int((labels >= 0).sum())
+            total += answer_loss(model, inputs, labels).item() * tokens
+            count += tokens
+    exact = "".join(str(int(is_exact(*pair))) for pair in zip(said, expressions, strict=True))
+    return {"exact": exact, "held_out_loss": total / count}
+
+
+# --------------------------------------------------------------------------------------------------------- the overlap
+
+
+class Shifts:
+    """The steering shift W2 φ(W1 x) and the LoRA shift of the MLP's output projection, (α/r) B A m, of every layer.
+
+    x is the hidden state that is steered, m what the projection reads; both are (B, T, ...) of one forward pass.
+    """
+
+    def __init__(self, model: Any, settings: Settings) -> None:
+        """Find the modules, in a model that has both adapters and is not trained yet."""
+        from fused_steer.patch import SITE, find_decoder, inside_peft
+        from fused_steer.writers import choose_writers, trace_writers
+
+        self.settings = settings
+        decoder = find_decoder(inside_peft(model))
+        layers = dict(enumerate(decoder.layers))
+        with model.steering.disabled():  # the pass of the trace trains nothing
+            writers = trace_writers(decoder.module, layers, decoder.hidden, SITE)
+        self.sites = [getattr(layer, SITE) for layer in decoder.layers]
+        self.writers = [[w.module for w in choose_writers(writers[i], "mlp")] for i in layers]
+
+    def of_batch(self, model: Any, inputs: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
+        """Both shifts of each layer, (tokens, d) each, without those of the padding."""
+        import torch
+        import torch.nn.functional as F
+
+        from fused_steer.kernels.reference import ACTIVATIONS
+
+        read: dict[Any, Any] = {}
+
+        def keep(module: Any, args: Any, output: Any) -> None:
+            read[module] = sum(arg for arg in args if arg is not None)  # a site's: residual + branch
+
+        every = [*self.sites, *itertools.chain(*self.writers)]
+        handles = [module.register_forward_hook(keep) for module in every]
+        try:
+            with torch.no_grad():
+                model(**inputs, logits_to_keep=1)
+        finally:
+            for handle in handles:
+                handle.remove()
+        tokens = inputs["attention_mask"].bool()
+        phi = ACTIVATIONS[self.settings.steering_activation][0]
+        with torch.no_grad():
+            for site, writers in zip(self.sites, self.writers, strict=True):
+                adapter = site.adapter("default")
+                steering = F.linear(phi(F.linear(read[site][tokens], adapter.down.weight)), adapter.up.weight)
+                lora = sum(
+                    w.lora_B["default"](w.lora_A["default"](read[w][tokens])) * w.scaling["default"] for w in writers
+                )
+                yield steering, lora
+
+    def weight_overlap(self) -> list[float]:
+        """‖BᵀW2‖ / (‖B‖ ‖W2‖) of each layer, Frobenius, in float64."""
+        import torch
+
+        found = []
+        for site, writers in zip(self.sites, self.writers, strict=True):
+            b = torch.cat([w.lora_B["default"].weight for w in writers], 1).detach().double()
+            up = site.adapter("default").up.weight.detach().double()
+            found.append(float((b.T @ up).norm() / (b.norm() * up.norm())))
+        return found
+
+
+def overlap(model: Any, encoder: Any, expressions: Sequence[Any], shifts: Shifts) -> dict[str, Any]:
+    """The cosine between the two shifts over all tokens of the prompts: its quantiles by layer, a histogram of all.
+
+    Raises:
+        RuntimeError: a layer has no token with both shifts, so that there is no cosine.
+    """
+    import torch
+
+    cosines: list[list[Any]] = [[] for _ in shifts.sites]
+    ratios: list[list[Any]] = [[] for _ in shifts.sites]
+    for start in range(0, len(expressions), _TESTED_AT_ONCE):
+        rows = [encoder.prompt(expression) for expression in expressions[start : start + _TESTED_AT_ONCE]]
+        for i, (steering, lora) in enumerate(shifts.of_batch(model, encoder.inputs(rows))):
+            a, b = steering.double(), lora.double()
+            norms = a.norm(dim=1), b.norm(dim=1)
+            both = (norms[0] > 0) & (norms[1] > 0)
+            cosines[i].append(((a * b).sum(1) / (norms[0] * norms[1]))[both])
+            ratios[i].append((norms[0] / norms[1])[both])
+    layers = []
+    for i, (cosine, ratio) in enumerate(zip(map(torch.cat, cosines), map(torch.cat, ratios), strict=True)):
+        if not len(cosine):
+            raise RuntimeError(f"layer {i} has no token with both shifts; expected a cosine between them")
+        quantiles = torch.quantile(cosine, cosine.new_tensor(QUANTILES)).tolist()
+        layers.append(
+            {
+                "tokens": len(cosine),
+                "quantiles": quantiles,
+                "mean_abs": float(cosine.abs().mean()),
+                "max_abs": float(cosine.abs().max()),
+                "median_norm_ratio": float(ratio.median()),
+            }
+        )
+    every = torch.cat([torch.cat(cosine) for cosine in cosines])
+    histogram = torch.histc(every, BINS, -1, 1).int().tolist()
+    return {"layers": layers, "histogram": histogram, "weight_overlap": shifts.weight_overlap()}
+
+
+# ------------------------------------------------------------------------------------------------------------ the runs
+
+
+def run_one(base: Any, encoder: Any, method: str, seed: int, settings: Settings, label: str) -> dict[str, Any]:
+    """Train and test a copy of `base`."""
+    held_out, training = draw(settings, seed)
+    size = settings.batch_size
+    batches = [encoder.training_batch(training[i : i + size]) for i in range(0, len(training), size)]
+    model, groups = adapt(copy.deepcopy(base), method, settings, seed)
+    shifts = Shifts(model, settings) if method in JOINT else None
+    losses, seconds = train(model, groups, batches, settings, label)
+    run = {
+        "method": method,
+        "seed": seed,
+        "trained": sum(p.numel() for group in groups for p in group["params"]),
+        **test(model, encoder, held_out),
+        "losses": losses,
+        "seconds": seconds,
+    }
+    return run | ({"overlap": overlap(model, encoder, held_out, shifts)} if shifts else {})
+
+
+def run_all(file: Path, settings: Settings, seeds: Sequence[int]) -> None:
+    """Every method with every seed that is not in the file yet, a seed after the other; saved after each run.
+
+    Raises:
+        ValueError: the file is of other settings, or is no results file; or the model is none that can be adapted.
+        OSError: the model is not there, or the file cannot be written.
+    """
+    import torch
+
+    from fused_steer.demo import Encoder, load_model
+    from fused_steer.listops import evaluate, ignoring_brackets
+
+    results = load(file) if file.exists() else None
+    if results is not None:
+        theirs, ours = results["settings"], dataclasses.asdict(settings)
+        for name in ours:
+            if theirs.get(name) != ours[name]:
+                raise ValueError(f"{name} is {ours[name]} but {theirs.get(name)} in {file}; expected the same")
+    done = {(run["method"], run["seed"]) for run in results["runs"]} if results else set()
+    todo = [(method, seed) for seed in seeds for method in METHODS if (method, seed) not in done]
+    if not todo:
+        typer.echo(f"all {len(done)} runs are in {file}")
+        return
+    torch.set_num_threads(settings.threads)
+    device = torch.device("cpu")
+    base, tokenizer = load_model(settings.model, device)
+    encoder = Encoder(tokenizer, device)
+    machine = describe_machine(device) | {"command": " ".join(["python", "-m", "bench.joint", *sys.argv[1:]])}
+    if results is None:
+        held_out, _ = draw(settings, 0)
+        values = [evaluate(expression) for expression in held_out]
+        results = {
+            "schema": SCHEMA,
+            "machine": machine,
+            "settings": dataclasses.asdict(settings),
+            "task": {
+                "ignoring_brackets": sum(ignoring_brackets(e) == v for e, v in zip(held_out, values, strict=True)),
+                "most_frequent_answer": max(collections.Counter(values).values()),
+                "parameters": sum(p.numel() for p in base.parameters()),
+                **test(base, encoder, held_out),  # untrained
+            },
+            "runs": [],
+        }
+        typer.echo(f"untrained: {results['task']['exact'].count('1')} of {len(held_out)} exact")
+    for number, (method, seed) in enumerate(todo, 1):
+        label = f"[{number}/{len(todo)}] {METHODS[method]}, seed {seed}"
+        run = run_one(base, encoder, method, seed, settings, label)
+        results["runs"].append(run | {key: machine[key] for key in ("commit", "dirty", "date")})
+        save(results, file)
+        typer.echo(f"{label}: {run['exact'].count('1')} of {len(run['exact'])} exact")
+
+
+def save(results: dict[str, Any], file: Path) -> None:
+    """Write the file whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.new")
+    temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, file)
+
+
+def load(file: Path) -> dict[str, Any]:
+    """Read a results file.
+
+    Raises:
+        ValueError: it is none, or of another schema.
+        FileNotFoundError: there is no such file.
+    """
+    try:
+        results = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is no JSON ({error}); expected a results file of bench.joint") from None
+    schema = results.get("schema") if isinstance(results, dict) else None
+    if schema != SCHEMA or not {"machine", "settings", "task", "runs"} <= results.keys():
+        raise ValueError(f"{file} has schema {schema!r}; expected one of bench.joint, {SCHEMA}")
+    return results
+
+
+# ---------------------------------------------------------------------------------------------------------- the report
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How much more of the held-out expressions one method gets than another, in points of a hundred.
+
+    seeds: of each seed that both have. error: the standard error of their mean over the held-out expressions, each
+    taken as the mean of its seeds; it says nothing of other seeds than these.
+    """
+
+    seeds: list[float]
+    error: float
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.seeds)
+
+    @property
+    def shown(self) -> bool:
+        """Whether all seeds agree on the sign, and the mean is beyond two standard errors."""
+        agree = all(seed > 0 for seed in self.seeds) or all(seed < 0 for seed in self.seeds)
+        return agree and abs(self.mean) > 2 * self.error
+
+
+def difference(results: dict[str, Any], method: str, other: str) -> Difference | None:
+    """None where no seed has both."""
+    ours, theirs = ({run["seed"]: run["exact"] for run in runs_of(results, name)} for name in (method, other))
+    seeds = sorted(ours.keys() & theirs.keys())
+    if not seeds:
+        return None
+    rows = [[100 * (int(a) - int(b)) for a, b in zip(ours[seed], theirs[seed], strict=True)] for seed in seeds]
+    means = [statistics.fmean(column) for column in zip(*rows, strict=True)]
+    error = statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else math.inf
+    return Difference([statistics.fmean(row) for row in rows], error)
+
+
+def runs_of(results: dict[str, Any], method: str) -> list[dict[str, Any]]:
+    """The runs of a method, by seed."""
+    return sorted((run for run in results["runs"] if run["method"] == method), key=lambda run: run["seed"])
+
+
+def complete(results: dict[str, Any]) -> dict[str, Any]:
+    """The results with the runs of those seeds alone that all methods have; under "left_out" the labels of the others.
+
+    Raises:
+        ValueError: there is no such seed.
+    """
+    common = set.intersection(*({run["seed"] for run in runs_of(results, method)} for method in METHODS))
+    if not common:
+        ran = ", ".join(f"{METHODS[run['method']]} {run['seed']}" for run in results["runs"]) or "none"
+        raise ValueError(f"the runs are of {ran}; expected a seed with all of {', '.join(METHODS.values())}")
+    kept = [run for run in results["runs"] if run["seed"] in common]
+    left_out = [f"{METHODS[run['method']]} of seed {run['seed']}" for run in results["runs"] if run not in kept]
+    return results | {"runs": kept, "left_out": left_out}
+
+
+def percent(exact: str) -> float:
+    return 100 * exact.count("1") / len(exact)
+
+
+def paragraph(text: str) -> str:
+    """One of Markdown, filled anew."""
+    return textwrap.fill(" ".join(text.split()), 120, break_long_words=False, break_on_hyphens=False)
+
+
+def _mean_exact(results: dict[str, Any], method: str) -> float:
+    return statistics.fmean(percent(run["exact"]) for run in runs_of(results, method))
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, its first column text and the others figures."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def spread(values: Sequence[float], decimals: int) -> str:
+    """`61.2 (58.0–64.5)`: mean, least and greatest; of a single one, that."""
+    mean, low, high = (f"{value:.{decimals}f}" for value in (statistics.fmean(values), min(values), max(values)))
+    return f"{mean} ({low}–{high})" if len(values) > 1 else mean
+
+
+def report_text(results: dict[str, Any]) -> str:
+    """`docs/joint-listops.md`, of `complete` results."""
+    parts = [
+        "<!-- Written by `python -m bench.joint --report` from bench/results/joint/listops-cpu.json. Do not edit. -->",
+        "# Joint adaptation on ListOps",
+        _outcome(results),
+        _accuracy(results),
+        "![Training loss of each method](joint-listops-losses.png)",
+        _overlap(results),
+        "![Cosine between the steering shift and the LoRA shift](joint-listops-cosines.png)",
+        _overlap_by_layer(results),
+        _setting(results),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _outcome(results: dict[str, Any]) -> str:
+    pairs = [("joint-orth", "joint"), ("joint-orth", "lora"), ("joint-orth", "steering"), ("joint", "lora")]
+    found = {pair: difference(results, *pair) for pair in pairs}
+    main = found[pairs[0]]
+    if main is None or not main.shown:
+        headline = "Joint-orth is not shown to be better than naive joint here, nor worse."
+    else:
+        headline = f"Joint-orth is {'better' if main.mean > 0 else 'worse'} than naive joint here."
+    seeds = len({run["seed"] for run in results["runs"]})
+    scope = f"""One model of {results["task"]["parameters"] / 1e6:.1f} million parameters, one task,
+        {results["settings"]["steps"]} steps, {seeds} seed{"s" if seeds > 1 else ""}, no tuning: it says nothing of
+        larger models or longer training."""
+    if results["left_out"]:
+        scope += f" Not all methods were run with every seed; left out: {', '.join(results['left_out'])}."
+    rule = """*Better* and *worse* is said where all seeds agree on the sign and the mean is beyond two standard errors.
+        The standard error is that over the held-out expressions, which are the same for all; how much seeds differ is
+        seen beside it. The loss is that of the held-out answers, less is better; no verdict is drawn from it."""
+    lines = "\n".join(_verdict(results, *pair, diff) for pair, diff in found.items())
+    return "\n\n".join([paragraph(f"**{headline}** {scope}"), lines, paragraph(rule)])
+
+
+def _verdict(results: dict[str, Any], method: str, other: str, diff: Difference | None) -> str:
+    start = f"- {METHODS[method]} against {METHODS[other]}: "
+    if diff is None:
+        return start + "no seed has both"
+    ours, theirs = ({run["seed"]: run["held_out_loss"] for run in runs_of(results, name)} for name in (method, other))
+    losses = ", ".join(f"{ours[seed] - theirs[seed]:+.3f}" for seed in sorted(ours.keys() & theirs.keys()))
+    verdict = ("**better**" if diff.mean > 0 else "**worse**") if diff.shown else "not told apart"
+    each = ", ".join(f"{seed:+.1f}" for seed in diff.seeds)
+    return (
+        f"{start}{verdict}; {diff.mean:+.1f} points of exact match (by seed {each}; standard error {diff.error:.1f}), "
+        f"loss by seed {losses}"
+    )
+
+
+def _accuracy(results: dict[str, Any]) -> str:
+    task, count = results["task"], results["settings"]["held_out"]
+    rows = []
+    for method, name in METHODS.items():
+        runs = runs_of(results, method)
+        exact = [percent(run["exact"]) for run in runs]
+        rows.append(
+            [
+                name,
+                f"{runs[0]['trained']:,} ({runs[0]['trained'] / task['parameters']:.2%})",
+                spread(exact, 1),
+                ", ".join(f"{value:.1f}" for value in exact),
+                spread([run["held_out_loss"] for run in runs], 3),
+                spread([statistics.fmean(run["losses"][-LAST:]) for run in runs], 3),
+                spread([statistics.median(run["seconds"]) for run in runs], 2),
+                spread([sorted(run["seconds"])[len(run["seconds"]) // 10] for run in runs], 2),
+            ]
+        )
+    head = [
+        "method",
+        "trained parameters",
+        "exact, %",
+        "each seed",
+        "held-out loss",
+        "final loss",
+        "s a step",
+        "fastest tenth",
+    ]
+    flat = 100 * task["ignoring_brackets"] / count
+    error = math.sqrt(flat * (100 - flat) / count)
+    above = [name for method, name in METHODS.items() if _mean_exact(results, method) > flat + 2 * error]
+    note = f"""Mean and, in parentheses, the least and the greatest of the seeds. *Exact* is of the same {count}
+        held-out expressions; *held-out loss* is the mean cross entropy of their answers' tokens; *final loss* is that
+        of training, over the last {LAST} steps; *s a step* is the median of a run, and *fastest tenth* what a tenth of
+        its steps stay below. The machine did other work too, more in some runs than in others: these times do not
+        compare the methods. The untrained model gets {percent(task["exact"]):.1f} % (held-out loss
+        {task["held_out_loss"]:.3f}), and who always gives the most frequent answer
+        {100 * task["most_frequent_answer"] / count:.1f} %. Who ignores the inner brackets gets {flat:.1f} %: of the
+        methods, {" and ".join(above) or "none"} got more than that by two standard errors, {2 * error:.1f} points."""
+    return "\n\n".join(["## What is learnt", table(head, rows), paragraph(note)])
+
+
+def _overlap(results: dict[str, Any]) -> str:
+    rows = []
+    for method in JOINT:
+        overlaps = [run["overlap"] for run in runs_of(results, method)]
+        layers = [layer for overlap in overlaps for layer in overlap["layers"]]
+        means = [statistics.fmean(layer["mean_abs"] for layer in overlap["layers"]) for overlap in overlaps]
+        rows.append(
+            [
+                METHODS[method],
+                _small(statistics.fmean(means)),
+                _small(max(layer["mean_abs"] for layer in layers)),
+                _small(max(layer["max_abs"] for layer in layers)),
+                _small(max(max(overlap["weight_overlap"]) for overlap in overlaps)),
+                _small(statistics.median(layer["median_norm_ratio"] for layer in layers)),
+            ]
+        )
+    head = ["method", "mean abs. cosine", "of the worst layer", "of the worst token", "max ‖BᵀW2‖/(‖B‖‖W2‖)", "‖δ‖/‖ℓ‖"]
+    steering = runs_of(results, "steering")[0]["trained"]
+    layers = len(runs_of(results, JOINT[0])[0]["overlap"]["layers"])
+    hidden = steering // (2 * results["settings"]["steering_rank"] * layers)  # W1 and W2 of each layer
+    start = """δ = W2 φ(W1 x) is the shift of steering, ℓ = (α/r) B A m that of the LoRA on the MLP's output projection,
+        the one that joint-orth keeps W2 out of. Their cosine, of each token of the held-out prompts and each layer:"""
+    end = f"""Over all seeds; the last column is the median over layers of the median over tokens. Two random
+        directions of d = {hidden} have a mean absolute cosine of {math.sqrt(2 / (math.pi * hidden)):.3f}. For
+        joint-orth the cosine is 0 by construction, and what is shown is rounding."""
+    return "\n\n".join(["## Where steering and LoRA overlap", paragraph(start), table(head, rows), paragraph(end)])
+
+
+def _overlap_by_layer(results: dict[str, Any]) -> str:
+    rows = []
+    naive, orthogonal = ([run["overlap"]["layers"] for run in runs_of(results, method)] for method in JOINT)
+    for index in range(len(naive[0])):
+        quantiles = [
+            statistics.fmean(layers[index]["quantiles"][number] for layers in naive) for number in range(len(QUANTILES))
+        ]
+        mean_abs = statistics.fmean(layers[index]["mean_abs"] for layers in naive)
+        greatest = max(layers[index]["max_abs"] for layers in orthogonal)
+        rows.append([str(index), *(f"{q:+.3f}" for q in quantiles), f"{mean_abs:.3f}", _small(greatest)])
+    head = ["layer", *(f"{q:.0%}" for q in QUANTILES), "mean abs.", "joint-orth: greatest abs."]
+    return f"""\
+Quantiles of the cosine over tokens in naive joint, means of the seeds, and the greatest of joint-orth:
+
+{table(head, rows)}"""
+
+
+def _small(value: float) -> str:
+    return f"{value:.3f}" if value >= 1e-3 else f"{value:.0e}"
+
+
+def _setting(results: dict[str, Any]) -> str:
+    s, machine = results["settings"], results["machine"]
+    versions = ", ".join(f"{name} {machine['versions'][name]}" for name in ("torch", "transformers", "peft"))
+    edited = {True: " with uncommitted changes", False: ""}
+    commits = sorted({(run["commit"] or "unknown") + edited[run["dirty"]] for run in results["runs"]})
+    how = f"""{s["model"] or "SmolLM2-135M-Instruct"} in float32; ListOps of {", ".join(OPERATORS)}, depth {DEPTH};
+        {s["steps"]} steps of {s["batch_size"]} expressions, each seen once, another part of them for each seed, the
+        same in the same order for all methods. LoRA: PEFT's, r = {s["lora_rank"]}, α = {s["lora_alpha"]}, no dropout,
+        on {", ".join(TARGETS)}; learning rate {s["lora_lr"]:g}. Steering: rank {s["steering_rank"]},
+        {s["steering_activation"]}, every layer; learning rate {s["steering_lr"]:g}. AdamW without weight decay,
+        gradients clipped to norm {s["max_grad_norm"]:g}; {s["warmup"]} steps of linear warm-up, times a cosine that
+        falls to 0. With one seed the adapters start from the same values in every method. All this was fixed before
+        the first run, and nothing was chosen by the held-out set."""
+    on = f"""fused-steer {machine["fused_steer"]}, {versions}, Python {machine["python"]}; a CPU ({machine["device"]})
+        of {machine["cores"]} cores, threads used: {s["threads"]}; commit {", ".join(commits)}; {machine["date"]}."""
+    return f"""\
+## How it was run
+
+{paragraph(how)}
+
+{paragraph(on)}
+
+```bash
+python -m bench.joint --out bench/results  # goes on where it stopped
+python -m bench.joint --report             # writes this file and its pictures
+```"""
+
+
+def draw_losses(results: dict[str, Any], file: Path) -> None:
+    """The training loss of each method as a PNG: the mean of the last ten steps, a line a seed."""
+    figure, (axes,) = _figure(1, (6, 4))
+    for colour, (method, name) in enumerate(METHODS.items()):
+        for number, run in enumerate(runs_of(results, method)):
+            losses = run["losses"]
+            means = [statistics.fmean(losses[max(0, i - 9) : i + 1]) for i in range(len(losses))]
+            axes.plot(range(1, len(means) + 1), means, color=f"C{colour}", linewidth=1, label=None if number else name)
+    axes.set(xlabel="step", ylabel="loss of the answer tokens, mean of 10", yscale="log", title="Training")
+    axes.legend()
+    figure.savefig(file, dpi=110)
+
+
+def draw_cosines(results: dict[str, Any], file: Path) -> None:
+    """The cosine between both shifts as a PNG: over tokens by layer, and over all tokens and layers."""
+    figure, (by_layer, over_all) = _figure(2, (10, 4))
+    edges = [2 * i / BINS - 1 for i in range(BINS + 1)]
+    for colour, method in zip(("C2", "C3"), JOINT, strict=True):
+        overlaps = [run["overlap"] for run in runs_of(results, method)]
+        low, _, middle, _, high = (
+            [
+                statistics.fmean(layer["quantiles"][number] for layer in layers)
+                for layers in zip(*(overlap["layers"] for overlap in overlaps), strict=True)
+            ]
+            for number in range(len(QUANTILES))
+        )
+        by_layer.fill_between(range(len(low)), low, high, color=colour, alpha=0.25, linewidth=0)
+        by_layer.plot(middle, color=colour, marker=".", label=f"{METHODS[method]}: median, 5 % to 95 %")
+        counts = [sum(column) for column in zip(*(overlap["histogram"] for overlap in overlaps), strict=True)]
+        over_all.stairs([count / sum(counts) for count in counts], edges, color=colour, label=METHODS[method])
+    by_layer.set(xlabel="layer", ylabel="cosine", title="Over tokens, by layer")
+    over_all.set(xlabel="cosine", ylabel=f"share, a bin of {2 / BINS:.3f}", yscale="log", title="All tokens and layers")
+    for axes in (by_layer, over_all):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(file, dpi=110)
+
+
+def _figure(panels: int, size: tuple[float, float]) -> tuple[Any, list[Any]]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, [figure.add_subplot(1, panels, number + 1) for number in range(panels)]
+
+
+def write_report(file: Path, docs: Path) -> None:
+    """The report and its pictures, in `docs`.
+
+    Raises:
+        ValueError: the file is no results file, or has no seed that all methods have.
+        OSError: a file cannot be read or written.
+    """
+    results = complete(load(file))
+    text = report_text(results)
+    docs.mkdir(parents=True, exist_ok=True)
+    (docs / "joint-listops.md").write_text(text, encoding="utf-8")
+    draw_losses(results, docs / "joint-listops-losses.png")
+    draw_cosines(results, docs / "joint-listops-cosines.png")
+    typer.echo(f"written: {docs / 'joint-listops.md'} and its pictures")
+
+
+# ------------------------------------------------------------------------------------------------------------- command
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def main(
+    out: Annotated[Path, typer.Option(help="Folder of results; the file is joint/listops-cpu.json in it.")] = FOLDER,
+    model: Annotated[str | None, typer.Option(help="Directory or hub id; default: SmolLM2-135M-Instruct.")] = None,
+    seeds: Annotated[int, typer.Option(help="Runs of each method, with seeds 0, 1, ...")] = 3,
+    steps: Annotated[int, typer.Option(help="Training steps.")] = Settings.steps,
+    batch_size: Annotated[int, typer.Option(help="Expressions a step.")] = Settings.batch_size,
+    held_out: Annotated[int, typer.Option(help="Expressions to test with.")] = Settings.held_out,
+    threads: Annotated[int, typer.Option(help="PyTorch's; another number may give other bits.")] = Settings.threads,
+    report: Annotated[bool, typer.Option("--report", help="Train nothing; write the report of the results.")] = False,
+    docs: Annotated[Path, typer.Option(help="Folder for the report.")] = FOLDER.parents[1] / "docs",
+) -> None:
+    """Train LoRA, steering and both on ListOps, and test them; or write the report of that."""
+    try:
+        if report:
+            write_report(results_file(out), docs)
+        else:
+            settings = Settings(model, steps, batch_size, held_out, threads)
+            run_all(results_file(out), settings, range(seeds))
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        typer.echo(f"bench.joint: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(1) from None
+
+
+if __name__ == "__main__":
+    app()
