@@ -191,7 +191,6 @@ class Shifts:
         """Both shifts of each layer, (tokens, d) each, without those of the padding."""
         import torch
         import torch.nn.functional as F
-
         from fused_steer.kernels.reference import ACTIVATIONS
 
         read: dict[Any, Any] = {}
