@@ -14,13 +14,12 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any, ClassVar, Optional
 
 import torch
-from packaging.version import Version
 from torch import Tensor, nn
 
+from ._requirements import require
 from ._version import __version__
 from .checkpoint import PEFT_TYPE
 from .config import DTYPES, SteerConfig
@@ -28,9 +27,7 @@ from .kernels import MAX_RANK, post_block
 from .patch import SITE, Decoder, PatchedLayer, execution_device, find_decoder
 from .sites import Adapter, SteeringSite
 
-SUPPORTED_PEFT = ("0.21", "0.22")  # from, and below: those whose registry and tuners this was tried with
-if not Version(SUPPORTED_PEFT[0]) <= Version(version("peft")) < Version(SUPPORTED_PEFT[1]):
-    raise ImportError(f"peft is {version('peft')}; expected >={SUPPORTED_PEFT[0]},<{SUPPORTED_PEFT[1]} here")
+require("peft", "0.21", "0.22")  # whose registry and tuners this was tried with
 
 from peft import PeftConfig  # noqa: E402
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer  # noqa: E402

@@ -11,11 +11,16 @@ import contextlib
 from typing import Any
 
 from torch import nn
-from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTTrainer
 
-from .joint import steering_of
-from .patch import inside_peft
-from .trainer import SteeringTrainer
+from ._requirements import require
+
+require("trl", "1.16", "1.17")
+
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTTrainer  # noqa: E402
+
+from .joint import steering_of  # noqa: E402
+from .patch import inside_peft  # noqa: E402
+from .trainer import SteeringTrainer  # noqa: E402
 
 
 class Reference(nn.Module):

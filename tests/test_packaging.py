@@ -156,3 +156,25 @@ def test_ci_fails_without_the_readme_test_command(tmp_path, readme):
     result = run("bash", ".ci/run", cwd=tmp_path)
     assert result.returncode == 1
     assert result.stderr.count("\n") == 1 and "README.md" in result.stderr
+
+
+def test_the_core_needs_none_of_the_extras():
+    """Patching, steering, saving and loading, in a process in which no optional library can be imported."""
+    code = """
+import sys
+
+OPTIONAL = {"accelerate", "bitsandbytes", "datasets", "gguf", "liger_kernel", "matplotlib", "peft", "torchao", "trl"}
+sys.modules |= dict.fromkeys(OPTIONAL)  # None: as if it were not installed
+import tempfile, torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from fused_steer import SteerConfig, patch_model
+
+config = LlamaConfig(vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
+model = patch_model(LlamaForCausalLM(config), SteerConfig(rank=2))
+model(torch.ones(1, 3, dtype=torch.long), labels=torch.ones(1, 3, dtype=torch.long)).loss.backward()
+with tempfile.TemporaryDirectory() as folder:
+    model.steering.save(folder)
+    patch_model(LlamaForCausalLM(config), folder)
+print("steered", [name for name in OPTIONAL if sys.modules[name] is not None])
+"""
+    assert run_ok(sys.executable, "-c", code, cwd=ROOT).splitlines()[-1] == "steered []"
