@@ -216,10 +216,12 @@ class Orthogonality:
             RuntimeError: there is no LoRA to be orthogonal to.
             ValueError: there is one that it cannot be orthogonal to, or FSDP or ZeRO has sharded the adapter.
         """
-        self._check_unsharded()
+        if self._writers is None:
+            self._check_unsharded()  # before they are traced, by a forward pass
         columns = self._columns_to_train()
         if self._state(columns) == self._seen:
             return
+        self._check_unsharded()
         devices = {index: next(iter(self._steered(index).values())).device for index in self.sites}
         check_lora(self.config, self.writers, devices)
         if self.config.every == 1:

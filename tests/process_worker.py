@@ -222,8 +222,10 @@ def fsdp1(directory: Path) -> None:
         write(directory, run, result, first)
 
     model = steered(build(), config=WIDE)
-    run_page("fsdp1", model=model)
+    wrapped = run_page("fsdp1", model=model)["wrapped"]
     model.steering.save(directory / "wide")
+    with FullyShardedDataParallel.summon_full_params(wrapped):
+        model.steering.save(directory / "summoned")
     parts = [p.numel() for p in model.model.layers[0].post_block.parameters()]
     write(directory, "wide", {"parts": parts}, {})
 

@@ -143,11 +143,11 @@ def test_saves_before_the_first_forward_pass_and_after_the_last(folder, single, 
 def test_a_tensor_that_fsdp1_cut_is_put_together(folder):
     results, _ = read(folder("fsdp1"), "wide")
     assert all(any(0 < part < worker.WIDE.rank * HIDDEN for part in result["parts"]) for result in results)
-    _, saved = adapter(folder("fsdp1") / "wide")
     expected = steering_parameters(worker.steered(build(), config=worker.WIDE))
-    assert len(saved) == len(expected)
-    for name, value in expected.items():
-        assert torch.equal(saved[f"base_model.model.{name}"], value)
+    for run in ("wide", "summoned"):
+        _, saved = adapter(folder("fsdp1") / run)
+        assert len(saved) == len(expected)
+        assert all(torch.equal(saved[f"base_model.model.{name}"], value) for name, value in expected.items())
 
 
 @pytest.mark.parametrize("scenario", ["ddp", "tensor", *SHARDED])
