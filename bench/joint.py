@@ -183,7 +183,7 @@ class Shifts:
         decoder = find_decoder(inside_peft(model))
         layers = dict(enumerate(decoder.layers))
         with model.steering.disabled():  # the pass of the trace trains nothing
-            writers = trace_writers(decoder.module, layers, decoder.hidden, SITE)
+            writers = trace_writers(decoder.module, layers, decoder.hidden)
         self.sites = [getattr(layer, SITE) for layer in decoder.layers]
         self.writers = [[w.module for w in choose_writers(writers[i], "mlp")] for i in layers]
 
