@@ -321,6 +321,6 @@ if __name__ == "__main__":
         folder = Path(sys.argv[1], scenario)
         folder.mkdir(parents=True, exist_ok=True)
         scenarios[scenario](folder)
-    # All is written. Left to end by itself, a process was seen to be aborted by PyTorch's threads, once in many launches.
+    # All is written. Left to end by itself, a process was at times aborted at its end, by a thread still running.
     dist.barrier()
     os._exit(0)
