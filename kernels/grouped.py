@@ -18,6 +18,7 @@ to what a caller uses.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -402,9 +403,72 @@ def _torch_activate(a: Tensor, activation: str | Tensor, slots: Tensor) -> Tenso
     return out
 
 
-# ------------------------------------------------------------------------------------------------------- caller's part
+# ---------------------------------------------------------------------------------------------- one call, and compiled
 
 _GROUPED = {"triton": _triton_grouped, "torch": _torch_grouped}
+
+
+def _run(residual: Tensor, branch: Tensor | None, operands: tuple[Any, ...], out: Tensor, into_branch: bool) -> None:
+    """residual, branch and out as (N, d); the other operands as a caller gives them."""
+    downs, ups, ids, down_biases, up_biases, codes, gain, activation = operands
+    if not out.numel():
+        return
+    call = _Call(
+        residual,
+        branch,
+        None if downs is None else downs.contiguous(),
+        None if ups is None else ups.contiguous(),
+        ids.reshape(-1).contiguous(),
+        None if down_biases is None else down_biases.contiguous(),
+        None if up_biases is None else up_biases.contiguous(),
+        activation if codes is None else codes,
+        None if gain is None else gain.reshape(-1).contiguous(),
+        out,
+        into_branch,
+    )
+    _GROUPED["triton" if is_recording() else select_backend(residual.device)](call)
+
+
+def _sum_dtype(residual: Tensor, branch: Tensor | None) -> torch.dtype:
+    return residual.dtype if branch is None else torch.promote_types(residual.dtype, branch.dtype)
+
+
+def _out_of_place(residual: Tensor, branch: Tensor | None, *operands: Any) -> Tensor:
+    hidden = residual.shape[-1]
+    out = residual.new_empty(residual.numel() // hidden, hidden, dtype=_sum_dtype(residual, branch))
+    _run(_rows("residual", residual), None if branch is None else _rows("branch", branch), operands, out, False)
+    return out.view(residual.shape)
+
+
+def _into_branch(residual: Tensor, branch: Tensor, *operands: Any) -> None:
+    rows = _rows("branch", branch, in_place=True)
+    _run(_rows("residual", residual), rows, operands, rows, True)
+
+
+def _fake(residual: Tensor, branch: Tensor | None, *operands: Any) -> Tensor:
+    return residual.new_empty(residual.shape, dtype=_sum_dtype(residual, branch))
+
+
+_OPERANDS = (
+    "Tensor? downs, Tensor? ups, Tensor adapter_ids, Tensor? down_biases, Tensor? up_biases, Tensor? codes, "
+    "Tensor? gain, str activation"
+)
+torch.library.custom_op(
+    "fused_steer::post_block_grouped",
+    _out_of_place,
+    mutates_args=(),
+    schema=f"(Tensor residual, Tensor? branch, {_OPERANDS}) -> Tensor",
+).register_fake(_fake)
+torch.library.custom_op(
+    "fused_steer::post_block_grouped_",
+    _into_branch,
+    mutates_args=("branch",),
+    schema=f"(Tensor residual, Tensor(a!) branch, {_OPERANDS}) -> ()",
+).register_fake(lambda *operands: None)
+
+
+# ------------------------------------------------------------------------------------------------------- caller's part
+
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -512,25 +576,15 @@ def post_block_grouped(
     tensors = (residual, branch, downs, ups, down_biases, up_biases, gain)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         raise RuntimeError("post_block_grouped has no gradient; expected torch.no_grad(), or post_block to train")
-    dtype = residual.dtype if branch is None else torch.promote_types(residual.dtype, branch.dtype)
-    flat_branch = None if branch is None else _rows("branch", branch, in_place=into_branch)
-    out = flat_branch if into_branch else torch.empty(residual.numel() // hidden, hidden, dtype=dtype, device=device)
-    assert out is not None
+    named, codes = (activation, None) if isinstance(activation, str) else ("", activation)
+    operands = (downs, ups, adapter_ids, down_biases, up_biases, codes, gain, named)
+    if torch.compiler.is_compiling():
+        if into_branch and branch is not None:
+            torch.ops.fused_steer.post_block_grouped_(residual, branch, *operands)
+            return branch
+        return torch.ops.fused_steer.post_block_grouped(residual, branch, *operands)
     with torch.no_grad():
-        call = _Call(
-            _rows("residual", residual),
-            flat_branch,
-            None if downs is None else downs.contiguous(),
-            None if ups is None else ups.contiguous(),
-            adapter_ids.reshape(-1).contiguous(),
-            None if down_biases is None else down_biases.contiguous(),
-            None if up_biases is None else up_biases.contiguous(),
-            activation,
-            None if gain is None else gain.reshape(-1).contiguous(),
-            out,
-            into_branch,
-        )
-        if out.numel():
-            backend = "triton" if is_recording() else select_backend(device)
-            _GROUPED[backend](call)
-    return branch if into_branch and branch is not None else out.view(residual.shape)
+        if into_branch and branch is not None:
+            _into_branch(residual, branch, *operands)
+            return branch
+        return _out_of_place(residual, branch, *operands)

@@ -254,6 +254,24 @@ def test_ids_out_of_range_are_an_error_or_nan(device, monkeypatch):
             assert torch.equal(out[others], right[others])  # the other requests are unharmed
 
 
+@pytest.mark.parametrize("into_branch", [False, True])
+def test_registered_and_compiled(device, into_branch):
+    batch = make(6, device=device, activation=torch.arange(5, dtype=torch.int32, device=device))
+    operands = (batch.downs, batch.ups, batch.ids, batch.down_biases, batch.up_biases, batch.activation, batch.gain, "")
+    ops = torch.ops.fused_steer
+    op = ops.post_block_grouped_ if into_branch else ops.post_block_grouped
+    # No gradient is one of them: the op refuses it before it is called.
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(op, (batch.residual, batch.branch, *operands), test_utils=checks)
+
+    def layer(batch: Batch) -> Tensor:
+        return replace(batch, branch=batch.branch * 2).call(into_branch=into_branch) + 1
+
+    with torch.no_grad():
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(batch), layer(batch))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Refusals
 
