@@ -52,7 +52,10 @@ setup(
         "tqdm",
     ],
     extras_require={"demo": DEMO, "peft": PEFT, "quant": QUANT, "trl": TRL, "test": TEST, "bench": BENCH, "dev": DEV},
-    entry_points={"console_scripts": ["fused-steer = fused_steer.cli:app"]},
+    entry_points={
+        "console_scripts": ["fused-steer = fused_steer.cli:app"],
+        "vllm.general_plugins": ["fused_steer = fused_steer.vllm:register"],
+    },
     classifiers=[
         "Operating System :: POSIX :: Linux",
         "Programming Language :: Python :: 3",

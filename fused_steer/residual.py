@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from types import CellType, CodeType, FunctionType
 from typing import Any, NoReturn, TypeAlias
 
-__all__ = ["ResidualNotFound", "rewrite_forward"]
+__all__ = ["ResidualNotFound", "names_in_final_adds", "rewrite_forward"]
 
 
 _Definition: TypeAlias = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
@@ -53,6 +53,22 @@ def rewrite_forward(cls: type, site: str) -> Callable[..., Any]:
         return _rewrap(wrappers, function, _copy_function(function, code, {}))
     except _Refusal as refusal:
         raise ResidualNotFound(f"{cls.__name__}.forward {refusal}") from None
+
+
+def names_in_final_adds(cls: type) -> list[frozenset[str]]:
+    """For each sum that may become the hidden state which `cls.forward` returns, the local names in it.
+
+    Raises ResidualNotFound if what it returns is not such a sum on every way through it.
+    """
+    try:
+        _, function = _unwrap(getattr(cls, "forward", None))
+        adds = _final_adds(_Source.of(function))
+    except _Refusal as refusal:
+        raise ResidualNotFound(f"{cls.__name__}.forward {refusal}") from None
+    names = []
+    for add in sorted(adds, key=_line):
+        names.append(frozenset(part.id for part in ast.walk(add.node) if isinstance(part, ast.Name)))
+    return names
 
 
 class _Refusal(Exception):
