@@ -3,6 +3,7 @@
 Both are fixed before the package is imported, as Triton decides at import whether kernels are interpreted.
 """
 
+import importlib.util
 import os
 
 # Tests are small; a second thread for a small matrix costs more than it does, and on a busy machine far more.
@@ -18,13 +19,17 @@ if not HAS_GPU:
     os.environ.setdefault("FUSED_STEER_BACKEND", "torch")
 
 
+HAS_VLLM = importlib.util.find_spec("vllm") is not None
+if HAS_VLLM:
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; its default is a large part of the memory
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not HAS_GPU:
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(
-                    pytest.mark.skip(reason="needs a GPU; its kernels are interpreted and compiled instead")
-                )
+    for item in items:
+        if item.get_closest_marker("gpu") and not HAS_GPU:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU; its kernels are interpreted and compiled instead"))
+        if item.get_closest_marker("vllm") and not HAS_VLLM:
+            item.add_marker(pytest.mark.skip(reason="needs vLLM, in an environment of its own: see docs/serving.md"))
 
 
 @pytest.fixture(

@@ -1,0 +1,268 @@
+"""Steering adapters in vLLM's engine: the plug-in as vLLM loads it, with tiny models, against HF's patched ones."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from vllm_models import (
+    CONFIGS,
+    NEW_TOKENS,
+    PROMPTS,
+    SIZES,
+    answers,
+    engine_options,
+    save_adapter,
+    save_lora,
+    save_model,
+)
+from vllm_worker import ask
+
+from fused_steer import SteerConfig
+
+pytestmark = pytest.mark.vllm
+
+WORKER = Path(__file__).with_name("vllm_worker.py")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """model/, and an adapter of each of CONFIGS under its name; "lora"; and "joint": the first with that LoRA."""
+    root = tmp_path_factory.mktemp("served")
+    save_model(root / "model")
+    for seed, (name, config) in enumerate(CONFIGS.items(), 1):
+        save_adapter(root / "model", root / name, config, seed)
+    save_lora(root / "lora", seed=7)
+    shutil.copytree(root / "silu", root / "joint" / "steering")
+    shutil.copytree(root / "lora", root / "joint" / "lora" / "default")
+    return root
+
+
+@pytest.fixture(scope="module")
+def engine(folder):
+    from vllm import LLM
+
+    engine = LLM(**engine_options(folder / "model"))
+    yield engine
+    engine.llm_engine.engine_core.shutdown()
+
+
+def expected(folder: Path, name: str | None) -> list[list[int]]:
+    steering = {None: None, "lora": None, "joint": folder / "silu"}.get(name, folder / str(name))
+    return answers(folder / "model", steering, 7 if name in ("lora", "joint") else None)
+
+
+def assert_answered(engine: Any, folder: Path, names: list[str | None]) -> None:
+    """Every prompt by every adapter, all in one batch."""
+    requests = [(name, name and str(folder / name), prompt) for prompt in PROMPTS for name in names]
+    tokens = ask(engine, requests, NEW_TOKENS)
+    right = [expected(folder, name)[index] for index in range(len(PROMPTS)) for name in names]
+    assert tokens == right
+
+
+def test_adapters_do_something(folder):
+    of = [expected(folder, name) for name in (None, "lora", "joint", *CONFIGS)]
+    assert all(left != right for i, left in enumerate(of) for right in of[:i])
+
+
+def test_each_request_of_a_batch_by_its_own_adapter(engine, folder):
+    assert_answered(engine, folder, [None, "silu", "linear", "vector", "biases"])
+
+
+@pytest.mark.parametrize("name", [None, "silu", "linear"], ids=str)
+def test_one_adapter_alone_or_none(engine, folder, name):
+    assert_answered(engine, folder, [name])
+
+
+def test_beside_lora_and_together_with_it(engine, folder):
+    # vLLM's own LoRA layers on a CPU take the slot of a request without adapter, -1, for the last of the slots. Emptied,
+    # they are filled from the first, and the last of the four stays without LoRA.
+    for number in engine.llm_engine.list_loras():
+        engine.llm_engine.remove_lora(number)
+    assert_answered(engine, folder, ["lora", None, "silu", "joint"])
+
+
+def test_more_adapters_than_slots(engine, folder, tmp_path):
+    """Twelve over four slots and eight places in memory, each answering as it alone would."""
+    paths = {
+        f"many-{seed}": save_adapter(folder / "model", tmp_path / str(seed), SteerConfig(rank=1 + seed % 8), seed + 20)
+        for seed in range(12)
+    }
+    for _ in range(2):
+        requests = [(name, str(path), PROMPTS[0]) for name, path in paths.items()]
+        right = [answers(folder / "model", path)[0] for path in paths.values()]
+        assert ask(engine, requests, NEW_TOKENS) == right
+
+
+def test_loaded_pinned_and_unloaded_by_vllms_own_calls(engine, folder):
+    from vllm.lora.request import LoRARequest
+
+    core = engine.llm_engine
+    assert core.add_lora(LoRARequest("one", 300, str(folder / "silu")))
+    assert core.pin_lora(300) and 300 in core.list_loras()
+    assert core.remove_lora(300) and 300 not in core.list_loras()
+    # The number now stands for another adapter.
+    assert core.add_lora(LoRARequest("two", 300, str(folder / "biases"))) and 300 in core.list_loras()
+    core.remove_lora(300)
+    assert_answered(engine, folder, ["silu", None, "biases"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What cannot be served is refused alone
+
+
+def _another_size(folder: Path, out: Path) -> None:
+    save_model(out / "model", hidden_size=96, num_attention_heads=3, num_key_value_heads=1, head_dim=32)
+    save_adapter(out / "model", out / "adapter", SteerConfig(rank=2), 1)
+
+
+def _another_depth(folder: Path, out: Path) -> None:
+    save_model(out / "model", **SIZES, num_hidden_layers=2)
+    save_adapter(out / "model", out / "adapter", SteerConfig(rank=2), 1)
+
+
+def _rank_above(folder: Path, out: Path) -> None:
+    save_adapter(folder / "model", out / "adapter", SteerConfig(rank=9), 1)
+
+
+def _corrupt(folder: Path, out: Path) -> None:
+    shutil.copytree(folder / "silu", out / "adapter")
+    file = out / "adapter" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-3] + b"xyz")
+
+
+def _truncated(folder: Path, out: Path) -> None:
+    shutil.copytree(folder / "silu", out / "adapter")
+    file = out / "adapter" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+
+
+def _without_weights(folder: Path, out: Path) -> None:
+    shutil.copytree(folder / "silu", out / "adapter")
+    (out / "adapter" / "adapter_model.safetensors").unlink()
+
+
+def _unknown_field(folder: Path, out: Path) -> None:
+    shutil.copytree(folder / "silu", out / "adapter")
+    file = out / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "temperature": 1}))
+
+
+def _other_tensors(folder: Path, out: Path) -> None:
+    """Of another rank than the config says."""
+    shutil.copytree(folder / "silu", out / "adapter")
+    file = out / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "rank": 5}))
+
+
+def _two_loras(folder: Path, out: Path) -> None:
+    shutil.copytree(folder / "joint", out / "adapter")
+    shutil.copytree(folder / "lora", out / "adapter" / "lora" / "second")
+
+
+def _nothing(folder: Path, out: Path) -> None:
+    pass
+
+
+BROKEN = {
+    _another_size: "is for a model of hidden size 96; expected 64",
+    _another_depth: "is for a model of number of layers 2; expected 3",
+    _rank_above: "is of rank 9; expected at most 8 (--max-lora-rank)",
+    _corrupt: "its contents are not those that adapter_config.json was saved with",
+    _truncated: "its contents are not those that adapter_config.json was saved with",
+    _without_weights: "has no adapter_model.safetensors; expected a saved steering adapter",
+    _unknown_field: "no field 'temperature'",
+    _other_tensors: "layer 0 has tensors",
+    _two_loras: "holds 2 LoRA adapters; expected one, beside steering/",
+    _nothing: "; expected a saved adapter",
+}
+
+
+@pytest.mark.parametrize("make", BROKEN, ids=lambda make: make.__name__.strip("_"))
+def test_refused_before_the_engine_and_by_it(engine, folder, tmp_path, make):
+    from vllm.exceptions import VLLMValidationError
+    from vllm.lora.request import LoRARequest
+
+    make(folder, tmp_path)
+    with pytest.raises(VLLMValidationError) as caught:
+        ask(engine, [("broken", str(tmp_path / "adapter"), PROMPTS[0])], NEW_TOKENS)
+    message = str(caught.value).split(" (parameter=")[0]
+    assert BROKEN[make] in message and "'broken'" in message and "\n" not in message
+    # The server loads adapters so, and not by a request.
+    with pytest.raises(Exception, match="" if make is _nothing else re_escape(BROKEN[make])):
+        engine.llm_engine.add_lora(LoRARequest("broken", 777, str(tmp_path / "adapter")))
+    assert 777 not in engine.llm_engine.list_loras()
+    assert_answered(engine, folder, [None, "silu"])
+
+
+def re_escape(text: str) -> str:
+    import re
+
+    return re.escape(text)
+
+
+def test_files_that_are_gone_or_changed_since(engine, folder, tmp_path):
+    from vllm.exceptions import VLLMValidationError
+
+    path = tmp_path / "adapter"
+    shutil.copytree(folder / "vector", path)
+    request = ("passing", str(path), PROMPTS[0])
+    assert ask(engine, [request], NEW_TOKENS) == expected(folder, "vector")[:1]
+    weights = path / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(VLLMValidationError, match="its contents are not those"):
+        ask(engine, [request], NEW_TOKENS)
+    shutil.rmtree(path)
+    with pytest.raises(VLLMValidationError, match="no directory"):
+        ask(engine, [request], NEW_TOKENS)
+    assert_answered(engine, folder, ["silu", None])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Other models, and compiled
+
+
+def run(out: Path, engine: dict[str, Any], requests: list[Any], **environment: str) -> tuple[list[list[int]], str]:
+    """The tokens of a batch, and the log, of an engine in a process of its own."""
+    job = {"engine": engine, "requests": requests, "new_tokens": NEW_TOKENS, "out": str(out)}
+    done = subprocess.run(
+        [sys.executable, str(WORKER)],
+        input=json.dumps(job),
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    log = done.stdout + done.stderr
+    assert out.exists(), log[-6000:]
+    return json.loads(out.read_text())["tokens"], log
+
+
+#: Un-added pairs with norms behind the MLP; finished states beside a residual that is dead; tensors; HF's own layers.
+FAMILIES = {
+    "gemma3": ("gemma3", {}),
+    "cohere": ("cohere", {}),
+    "gpt2": ("gpt2", {}),
+    "llama-by-transformers": ("llama", {"model_impl": "transformers"}),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_other_models(tmp_path, name):
+    family, options = FAMILIES[name]
+    sizes = {**SIZES, "logit_scale": 1.0} if family == "cohere" else SIZES
+    if family == "gpt2":
+        sizes = {"hidden_size": 64, "num_attention_heads": 2, "n_inner": 64}
+    model = save_model(tmp_path / "model", family, **sizes)
+    adapter = save_adapter(model, tmp_path / "steered", SteerConfig(rank=4), 5)
+    requests = [(n, p, prompt) for prompt in PROMPTS for n, p in ((None, None), ("steered", str(adapter)))]
+    tokens, _ = run(tmp_path / "out.json", engine_options(model, **options), requests)
+    assert answers(model) != answers(model, adapter)
+    assert tokens == [row for pair in zip(answers(model), answers(model, adapter), strict=True) for row in pair]

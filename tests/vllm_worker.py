@@ -1,0 +1,44 @@
+"""One engine of vLLM in a process of its own, for settings that are the environment's: a job in, tokens out, as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Any
+
+
+_numbers: dict[tuple[str, str | None], int] = {}
+
+
+def _number(name: str, path: str | None) -> int:
+    """vLLM's number of an adapter, which must be its own as long as the engine lives."""
+    return _numbers.setdefault((name, path), len(_numbers) + 1)
+
+
+def ask(engine: Any, requests: list[tuple[str | None, str | None, list[int]]], new_tokens: int) -> list[list[int]]:
+    """Greedy continuations of one batch. A request: the adapter's name and directory, or None twice, and its prompt."""
+    from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    loras = [name and LoRARequest(name, _number(name, path), path) for name, path, _ in requests]
+    prompts = [{"prompt_token_ids": prompt} for _, _, prompt in requests]
+    parameters = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)
+    outputs = engine.generate(prompts, parameters, lora_request=loras, use_tqdm=False)
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def main() -> None:
+    from vllm import LLM
+
+    job = json.load(sys.stdin)
+    engine = LLM(**job["engine"])
+    done = {"tokens": ask(engine, job["requests"], job["new_tokens"])}
+    with open(job["out"], "w") as file:
+        json.dump(done, file)
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    main()
