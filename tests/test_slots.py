@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from fused_steer.kernels import post_block
 from models import assert_close, refused
 from torch import Tensor
 
-from fused_steer.kernels import post_block
 from fused_steer.slots import Slots
 
 HIDDEN, RANK = 24, 6

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from vllm_models import (
     CONFIGS,
     NEW_TOKENS,
@@ -82,8 +81,8 @@ def test_one_adapter_alone_or_none(engine, folder, name):
 
 
 def test_beside_lora_and_together_with_it(engine, folder):
-    # vLLM's own LoRA layers on a CPU take the slot of a request without adapter, -1, for the last of the slots. Emptied,
-    # they are filled from the first, and the last of the four stays without LoRA.
+    # vLLM's own LoRA layers on a CPU take the slot of a request without adapter, -1, for the last of the slots.
+    # Emptied, they are filled from the first, and the last of the four stays without LoRA.
     for number in engine.llm_engine.list_loras():
         engine.llm_engine.remove_lora(number)
     assert_answered(engine, folder, ["lora", None, "silu", "joint"])
@@ -249,7 +248,7 @@ def run(out: Path, engine: dict[str, Any], requests: list[Any], **environment: s
 FAMILIES = {
     "gemma3": ("gemma3", {}),
     "cohere": ("cohere", {}),
-    "gpt2": ("gpt2", {}),
+    "granite": ("granite", {}),
     "llama-by-transformers": ("llama", {"model_impl": "transformers"}),
 }
 
@@ -257,10 +256,7 @@ FAMILIES = {
 @pytest.mark.parametrize("name", FAMILIES)
 def test_other_models(tmp_path, name):
     family, options = FAMILIES[name]
-    sizes = {**SIZES, "logit_scale": 1.0} if family == "cohere" else SIZES
-    if family == "gpt2":
-        sizes = {"hidden_size": 64, "num_attention_heads": 2, "n_inner": 64}
-    model = save_model(tmp_path / "model", family, **sizes)
+    model = save_model(tmp_path / "model", family, **SIZES)
     adapter = save_adapter(model, tmp_path / "steered", SteerConfig(rank=4), 5)
     requests = [(n, p, prompt) for prompt in PROMPTS for n, p in ((None, None), ("steered", str(adapter)))]
     tokens, _ = run(tmp_path / "out.json", engine_options(model, **options), requests)

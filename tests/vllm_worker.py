@@ -1,4 +1,4 @@
-"""One engine of vLLM in a process of its own, for settings that are the environment's: a job in, tokens out, as JSON."""
+"""One engine of vLLM in a process of its own, where the environment is set for it: a job in, tokens out, as JSON."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import os
 import sys
 from typing import Any
-
 
 _numbers: dict[tuple[str, str | None], int] = {}
 
