@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from .config import DTYPES, SteerConfig
 from .kernels import post_block, select_backend
 from .kernels.orthogonal import project_gradient
+from .slots import Slots
 
 if TYPE_CHECKING:
+    from .batch import Batch
     from .patch import PatchedLayer
 
 
@@ -116,6 +118,8 @@ class SteeringSite(nn.Module):
         self._set_strength(torch.device("cpu"))
         self.basis: Tensor | None  # V (d, k) float32, where W2 and b2 are kept orthogonal to it while they train
         self.register_buffer("basis", None, persistent=False)
+        self.batch: Batch | None = None  # while rows are steered each by its own adapter; then `slots` has those
+        self.slots: Slots | None = None
 
     def attach(self, name: str, adapter: Adapter) -> None:
         self.steer_down[name] = adapter.down.train(self.training)
@@ -149,6 +153,8 @@ class SteeringSite(nn.Module):
     def forward(self, residual: Tensor, branch: Tensor | None = None) -> Tensor:
         """residual + branch, steered. Without branch, `residual` is the finished hidden state. (..., d)"""
         branch = self._called(residual, branch)
+        if self.batch is not None and self.enabled:
+            return self._by_rows(self.batch, residual, branch)
         if self.active is None or not self.enabled:
             return residual if branch is None else residual + branch
         down, up = self.steer_down[self.active], self.steer_up[self.active]
@@ -169,6 +175,20 @@ class SteeringSite(nn.Module):
             activation=self.activation,
             scale=self.strength if compiled else self.scale,
         )
+
+    def _by_rows(self, batch: Batch, residual: Tensor, branch: Tensor | None) -> Tensor:
+        """Each row by its own adapter, in slots: for inference."""
+        if batch.ids is None or batch.gain is None:
+            raise RuntimeError(
+                "a compiled model does not say where in a batch it is outside of generate; expected model.generate, or "
+                "the model uncompiled"
+            )
+        if self.slots is None:  # no adapter of the batch steers this layer
+            return residual if branch is None else residual + branch
+        if torch.is_grad_enabled() and (residual.requires_grad or branch is not None and branch.requires_grad):
+            raise RuntimeError("steering.batch is for inference; expected torch.no_grad() around the model")
+        ids, gain = batch.ids.to(residual.device), batch.gain.to(residual.device)
+        return self.slots(residual, branch, ids, gain)
 
     def _called(self, residual: Tensor, branch: Tensor | None) -> Tensor | None:
         """Take note of an eager call. The branch, which refuses a gradient that it would lose."""

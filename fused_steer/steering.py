@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .batch import Batch, checked_requests, hold_loaded, running
 from .checkpoint import AdapterFile, push_adapter, read_adapter, write_adapter
 from .config import DTYPES, SteerConfig, checked_number
 from .orthogonality import Orthogonality, check_carries_lora, check_lora
@@ -84,6 +86,8 @@ class Steering:
         ]
         self._hooks: list[Any] = []
         self._calls_before: dict[int, int] = {}
+        self._batch: Batch | None = None
+        self._batch_lock = threading.Lock()
 
     # ------------------------------------------------------------------------------------------------------- adapters
 
@@ -217,6 +221,8 @@ class Steering:
             KeyError: there is no such adapter.
         """
         self._known(name)
+        if self._batch is not None and name in self._batch.held.numbers:
+            raise ValueError(f"adapter {name!r} is in use by a running batch; expected it to be removed afterwards")
         if name == self._active:
             self.use(None)
         del self._configs[name]
@@ -372,6 +378,45 @@ class Steering:
                     stack.callback(layer.enable_adapters, True)
             yield
 
+    @contextlib.contextmanager
+    def batch(
+        self,
+        names: Sequence[str | None],
+        *,
+        scale: float | Sequence[float | None] | None = None,
+        positions: str | tuple[str, int] | list[Any] = "all",
+    ) -> Iterator[None]:
+        """Inside, each row of a batch is steered by its own adapter, as it would be alone; for inference.
+
+        Rows are those of `model.generate(...)`, beams and returned sequences included, or of `model(...)`. A second
+        thread's batch waits for this one; any other pass of the model in another thread is refused meanwhile.
+
+        Args:
+            names: for each row the adapter, loaded in the model, or None: the base model to the bit.
+            scale: the strength in place of the adapters' own, for all rows or for each; None is an adapter's own.
+            positions: which tokens are steered, in all rows or (a list) in each: "all", the "prompt", the "generated"
+                ones, the "last" of the prompt, ("first", k) or ("last", k) of the prompt. What is padding by the
+                attention mask does not count. In `generate` the prompt is what it is given, with what is cached of it;
+                outside, a pass without cached tokens is a prompt, and later passes are generated tokens.
+
+        Raises:
+            TypeError, ValueError: what is no list of names, strengths or positions, or of another length.
+            KeyError: there is no such adapter.
+            RuntimeError: a batch is running in this thread already.
+        """
+        requests = checked_requests(names, scale, positions, self._known)
+        if next(self._model.parameters()).dtype == torch.float64:
+            raise TypeError("the model is float64; expected float32, bfloat16 or float16 to steer a batch by rows")
+        if self._batch is not None and self._batch.thread == threading.get_ident():
+            raise RuntimeError("a batch is running already; expected one at a time")
+        with self._batch_lock, contextlib.ExitStack() as stack:
+            sites = {index: patched.site for index, patched in self._patched.items()}
+            distinct = list(dict.fromkeys(request.name for request in requests if request.name is not None))
+            held = stack.enter_context(hold_loaded(sites, self._configs, distinct))
+            stack.callback(setattr, self, "_batch", None)
+            self._batch = stack.enter_context(running(self._model, self._decoder.module, sites, requests, held))
+            yield
+
     def report(self) -> Report:
         """How each layer is steered, by what, and how often it was since `reset_calls`."""
         return Report(
@@ -412,6 +457,8 @@ class Steering:
             ValueError: FSDP or ZeRO has sharded the model.
         """
         self._check_unsharded("the model to be unpatched")
+        if self._batch is not None:
+            raise RuntimeError("a batch is running; expected the model to be unpatched afterwards")
         for patched in self._patched.values():
             patched.check_removable()
         for patched in self._patched.values():
