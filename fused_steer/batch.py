@@ -107,6 +107,22 @@ def _checked_position(position: Any) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------- while it runs
 
 
+class Lock:
+    """A lock that a copied model has anew: copies and other processes share none."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: Any) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> Any:
+        return Lock, ()
+
+
 @dataclass
 class Batch:
     """A batch that runs: what its layers read in each forward pass, and what that is worked out from."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batch import Batch, checked_requests, hold_loaded, running
+from .batch import Batch, Lock, checked_requests, hold_loaded, running
 from .checkpoint import AdapterFile, push_adapter, read_adapter, write_adapter
 from .config import DTYPES, SteerConfig, checked_number
 from .orthogonality import Orthogonality, check_carries_lora, check_lora
@@ -87,7 +87,7 @@ class Steering:
         self._hooks: list[Any] = []
         self._calls_before: dict[int, int] = {}
         self._batch: Batch | None = None
-        self._batch_lock = threading.Lock()
+        self._batch_lock = Lock()
 
     # ------------------------------------------------------------------------------------------------------- adapters
 
@@ -453,7 +453,8 @@ class Steering:
         """Take every site out of the model, which is then exactly as it came; return it. The adapters are gone.
 
         Raises:
-            RuntimeError: another library has since changed a layer's class; nothing is undone then.
+            RuntimeError: another library has since changed a layer's class, or a batch is running; nothing is undone
+                then.
             ValueError: FSDP or ZeRO has sharded the model.
         """
         self._check_unsharded("the model to be unpatched")

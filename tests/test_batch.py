@@ -1,0 +1,473 @@
+"""model.steering.batch: rows of a batch answer as each would alone."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from typing import Any
+
+import pytest
+import torch
+from models import LAYERS, assert_close, build, randomize, refused, snapshot, tokens
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from fused_steer import SteerConfig, patch_model
+
+CONFIGS = {
+    "polite": SteerConfig(rank=4, scale=0.7),
+    "terse": SteerConfig(rank=2, activation="identity", layers=[1], up_bias=True),
+    "vector": SteerConfig(form="vector", layers=[0, 2]),
+    "biased": SteerConfig(rank=3, activation="gelu", down_bias=True),
+}
+NAMES = ["polite", None, "terse", "vector", "biased"]
+NEW = 5
+
+
+def steered(family: str = "llama", **overrides: Any) -> PreTrainedModel:
+    model = build(family, **overrides)
+    for seed, (name, config) in enumerate(CONFIGS.items(), 1):
+        if name == "polite":
+            patch_model(model, config, adapter_name=name)
+        else:
+            model.steering.add(name, config)
+        randomize(model, name, seed)
+    return model
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    return steered()
+
+
+PROMPTS = tokens(batch=len(NAMES), length=7)
+
+
+def padded(side: str) -> tuple[Tensor, Tensor]:
+    """PROMPTS with 0, 1, … tokens of padding in their rows, and the mask."""
+    ids, mask = PROMPTS.clone(), torch.ones_like(PROMPTS)
+    for row in range(len(ids)):
+        place = slice(0, row) if side == "left" else slice(ids.shape[1] - row, None)
+        ids[row, place], mask[row, place] = 0, 0
+    return ids, mask
+
+
+def alone(model: PreTrainedModel, name: str | None, call: Any) -> Any:
+    """By one adapter in the ordinary way."""
+    active = model.steering.active
+    model.steering.use(name)
+    try:
+        with torch.no_grad():
+            return call()
+    finally:
+        model.steering.use(active)
+
+
+def greedy(model: PreTrainedModel, ids: Tensor, **options: Any) -> Tensor:
+    options = {"max_new_tokens": NEW, "do_sample": False, **options}
+    return model.generate(ids, **options)[:, ids.shape[1] :]
+
+
+def logits(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+    with torch.no_grad():
+        return model(ids, attention_mask=mask).logits
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "gemma3", "gpt_neox-parallel", "mixtral", "qwen3_moe"])
+def test_rows_are_what_they_are_alone(family):
+    model = steered(family)
+    rows = [
+        alone(model, name, lambda row=row: logits(model, row[None])) for name, row in zip(NAMES, PROMPTS, strict=True)
+    ]
+    words = [
+        alone(model, name, lambda row=row: greedy(model, row[None])) for name, row in zip(NAMES, PROMPTS, strict=True)
+    ]
+    with model.steering.batch(NAMES):
+        assert_close(logits(model, PROMPTS), torch.cat(rows))
+        assert torch.equal(greedy(model, PROMPTS), torch.cat(words))
+    base = alone(model, None, lambda: logits(model, PROMPTS))
+    assert all((base[row] - rows[row][0]).abs().max() > 1e-2 for row, name in enumerate(NAMES) if name)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"cache_implementation": "static"}], ids=str)
+def test_generate_under_left_padding(model, options):
+    ids, mask = padded("left")
+    words = [
+        alone(model, name, lambda row=row: greedy(model, ids[row : row + 1, row:], **options))
+        for row, name in enumerate(NAMES)
+    ]
+    with model.steering.batch(NAMES):
+        assert torch.equal(greedy(model, ids, attention_mask=mask, **options), torch.cat(words))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_forward_under_padding(model, side):
+    ids, mask = padded(side)
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    with model.steering.batch(NAMES), torch.no_grad():
+        out = model(ids, attention_mask=mask, position_ids=positions).logits
+    for row, name in enumerate(NAMES):
+        kept = mask[row] == 1
+        one = alone(model, name, lambda row=row, kept=kept: logits(model, ids[row : row + 1, kept]))
+        assert_close(out[row, kept], one[0])
+
+
+def test_none_and_strength_0_keep_every_bit(model):
+    base = alone(model, None, lambda: logits(model, PROMPTS))
+    with model.steering.batch(NAMES, scale=[0, None, 0.0, 1.0, 0]):
+        out = logits(model, PROMPTS)
+    untouched = [0, 1, 2, 4]
+    assert torch.equal(out[untouched], base[untouched]) and not torch.equal(out[3], base[3])
+
+
+def test_strengths_of_rows_and_of_all(model):
+    with model.steering.batch(["polite"] * 5, scale=[None, 2.0, 1, -0.5, 0.7]):
+        out = logits(model, PROMPTS)
+    with model.steering.batch(["polite"] * 5, scale=2.0):
+        all_two = logits(model, PROMPTS)
+    model.steering.use("polite")
+    for row, strength in enumerate([0.7, 2.0, 1, -0.5, 0.7]):
+        model.steering.scale = strength
+        assert_close(out[row : row + 1], logits(model, PROMPTS[row : row + 1]))
+    model.steering.scale = 2.0
+    assert_close(all_two, logits(model, PROMPTS))
+    model.steering.scale = 0.7
+
+
+# ---------------------------------------------------------------------------------------------------------- positions
+
+WHERE = ["all", "prompt", "generated", "last", ("first", 1), ("first", 3), ("last", 2), ("last", 99)]
+
+
+def chosen(where: Any, prompt: int, length: int) -> list[bool]:
+    """By token of one row without padding, from the definition."""
+    first, count = where if isinstance(where, tuple) else (where, None)
+    of = {
+        "all": lambda i: True,
+        "prompt": lambda i: i < prompt,
+        "generated": lambda i: i >= prompt,
+        "first": lambda i: i < min(count, prompt),
+        "last": lambda i: prompt - (count or 1) <= i < prompt,
+    }[first]
+    return [of(i) for i in range(length)]
+
+
+def by_hooks(model: PreTrainedModel, name: str, ids: Tensor, gain: Tensor) -> Tensor:
+    """Logits of the steered model by plain hooks that steer the tokens whose gain is 1."""
+    base = build()
+    for index in range(LAYERS):
+        adapter = model.model.layers[index].post_block.adapter(name)
+
+        def hook(module: Any, args: Any, out: Tensor, adapter: Any = adapter) -> Tensor:
+            if adapter is None:
+                return out
+            named = adapter.named_tensors()
+            a = torch.nn.functional.silu(out @ named["steer_down.weight"].T)
+            return out + CONFIGS[name].scale * gain[:, :, None] * (a @ named["steer_up.weight"].T)
+
+        base.model.layers[index].register_forward_hook(hook)
+    with torch.no_grad():
+        return base(ids).logits
+
+
+@pytest.mark.parametrize("where", WHERE, ids=str)
+@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"prefill_chunk_size": 3}], ids=str)
+def test_positions(model, where, options):
+    """Each generated token is the most likely one by hooks that steer those tokens."""
+    ids, mask = padded("left")
+    with model.steering.batch(["polite"] * 5, positions=where):
+        words = greedy(model, ids, attention_mask=mask, **options)
+    differ = False
+    for row in range(5):
+        prompt = ids[row, row:]
+        whole = torch.cat([prompt, words[row]])[None]
+        gain = torch.tensor([chosen(where, len(prompt), whole.shape[1])], dtype=torch.float32)
+        right = by_hooks(model, "polite", whole, gain)[0, len(prompt) - 1 : -1].argmax(-1)
+        assert torch.equal(words[row], right)
+        other = by_hooks(model, "polite", whole, 1 - gain)[0, len(prompt) - 1 : -1].argmax(-1)
+        differ |= not torch.equal(right, other)
+    assert differ or where == "all"
+
+
+@pytest.mark.parametrize("where", [w for w in WHERE if w != "generated"], ids=str)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_positions_of_a_prompt_under_padding(model, where, side):
+    ids, mask = padded(side)
+    with model.steering.batch(["polite"] * 5, positions=where), torch.no_grad():
+        out = model(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp_min(0)).logits
+    for row in range(5):
+        kept = mask[row] == 1
+        length = int(kept.sum())
+        gain = torch.tensor([chosen(where, length, length)], dtype=torch.float32)
+        assert_close(out[row, kept], by_hooks(model, "polite", ids[row : row + 1, kept], gain)[0])
+
+
+def test_rows_of_different_positions(model):
+    places = ["all", "generated", ("first", 2), "last", "prompt"]
+    with model.steering.batch(["polite"] * 5, positions=places):
+        together = greedy(model, PROMPTS)
+    for row, where in enumerate(places):
+        with model.steering.batch(["polite"], positions=where):
+            assert torch.equal(together[row : row + 1], greedy(model, PROMPTS[row : row + 1]))
+
+
+def test_chunks_of_a_padded_prompt_need_its_mask(model):
+    ids, _ = padded("left")
+    with model.steering.batch(NAMES, positions="last"):
+        with pytest.raises(ValueError, match="fed in parts; expected attention_mask to be given to generate"):
+            greedy(model, ids, prefill_chunk_size=3)
+    assert vars(model).keys().isdisjoint({"generate", "prepare_inputs_for_generation"})
+
+
+# ------------------------------------------------------------------------------------------------- ways of generating
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}, {"num_beams": 2, "cache_implementation": "static"}],
+    ids=str,
+)
+def test_beams_and_returned_sequences(model, options):
+    ids, mask = padded("left")
+    words = [
+        alone(model, name, lambda row=row: greedy(model, ids[row : row + 1, row:], **options))
+        for row, name in enumerate(NAMES)
+    ]
+    with model.steering.batch(NAMES):
+        assert torch.equal(greedy(model, ids, attention_mask=mask, **options), torch.cat(words))
+
+
+def test_samples_of_one_row(model):
+    with model.steering.batch(["polite", None]):
+        out = model.generate(PROMPTS[:2], do_sample=True, top_k=1, num_return_sequences=3, max_new_tokens=NEW)
+    words = [alone(model, n, lambda i=i: greedy(model, PROMPTS[i : i + 1])) for i, n in enumerate(["polite", None])]
+    assert torch.equal(out[:, 7:], torch.cat(words).repeat_interleave(3, 0))
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["all ids", "new ids"])
+@pytest.mark.parametrize("where", ["all", "generated", "last", ("first", 2)], ids=str)
+def test_turns_that_go_on(model, where, whole):
+    """A second turn on the cache of the first: its prompt is all before, and what is cached is not steered anew."""
+    more = tokens(seed=3, batch=2, length=3)
+
+    def turns(name: str, row: int, batch: bool) -> Tensor:
+        cache = DynamicCache(config=model.config)
+        rows = slice(row, row + 1) if not batch else slice(0, 2)
+        first = model.generate(PROMPTS[:2][rows], past_key_values=cache, do_sample=False, max_new_tokens=3)
+        ids = torch.cat([first, more[rows]], 1)
+        mask = torch.ones_like(ids)
+        given = ids if whole else ids[:, cache.get_seq_length() :]
+        out = model.generate(given, attention_mask=mask, past_key_values=cache, do_sample=False, max_new_tokens=NEW)
+        return torch.cat([first, out[:, given.shape[1] :]], 1)
+
+    singles = []
+    for row, name in enumerate(["polite", "biased"]):
+        with model.steering.batch([name], positions=where):
+            singles.append(turns(name, row, batch=False))
+    with model.steering.batch(["polite", "biased"], positions=where):
+        assert torch.equal(turns("", 0, batch=True), torch.cat(singles))
+
+
+def test_the_last_token_of_a_second_turn_is_its_own(model):
+    cache = DynamicCache(config=model.config)
+    with model.steering.batch(["polite"], positions="last"):
+        first = model.generate(PROMPTS[:1], past_key_values=cache, do_sample=False, max_new_tokens=3)
+        ids = torch.cat([first, tokens(seed=3, batch=1, length=3)], 1)
+        words = model.generate(ids, past_key_values=cache, do_sample=False, max_new_tokens=1)[:, ids.shape[1] :]
+    gain = torch.zeros(1, ids.shape[1])
+    gain[0, [6, -1]] = 1  # of the first turn, as it was cached, and of the second
+    assert torch.equal(words[0], by_hooks(model, "polite", ids, gain)[0, -1:].argmax(-1))
+
+
+def test_embeddings_in_place_of_ids(model):
+    embeddings = model.get_input_embeddings()(PROMPTS)
+    with model.steering.batch(NAMES):
+        out = model.generate(inputs_embeds=embeddings, do_sample=False, max_new_tokens=NEW)
+        assert torch.equal(out, greedy(model, PROMPTS))
+
+
+def test_guesses_of_an_assistant(model):
+    ids = PROMPTS[:1].repeat(1, 3)
+    with model.steering.batch(["polite"], positions="generated"):
+        assert torch.equal(greedy(model, ids, prompt_lookup_num_tokens=2), greedy(model, ids))
+
+
+def test_step_by_step_without_generate(model):
+    with model.steering.batch(NAMES, positions="generated"), torch.no_grad():
+        expected = greedy(model, PROMPTS)
+        cache, ids, words = DynamicCache(config=model.config), PROMPTS, []
+        for _ in range(NEW):
+            ids = model(ids, past_key_values=cache).logits[:, -1:].argmax(-1)
+            words.append(ids)
+    assert torch.equal(torch.cat(words, 1), expected)
+
+
+def test_compiled_within_generate(model):
+    compiled = copy.deepcopy(model)
+    compiled.forward = torch.compile(compiled.forward, backend="aot_eager")
+    with model.steering.batch(NAMES, positions=[("first", 3), *["all"] * 4]):
+        expected = greedy(model, PROMPTS, cache_implementation="static")
+    with compiled.steering.batch(NAMES, positions=[("first", 3), *["all"] * 4]):
+        assert torch.equal(greedy(compiled, PROMPTS, cache_implementation="static"), expected)
+        with pytest.raises(Exception, match="expected model.generate, or the model uncompiled"):
+            logits(compiled, PROMPTS)
+    torch._dynamo.reset()
+
+
+def test_within_peft(model):
+    peft = pytest.importorskip("peft")
+    base = build()
+    lora = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    patch_model(lora, CONFIGS["polite"], adapter_name="polite")
+    randomize(lora, "polite", 1)
+    words = [alone(base, n, lambda i=i: greedy(lora, PROMPTS[i : i + 1])) for i, n in enumerate(["polite", None])]
+    with base.steering.batch(["polite", None]):
+        assert torch.equal(greedy(lora, PROMPTS[:2]), torch.cat(words))
+        with pytest.raises(ValueError, match="the batch has 5 rows"):
+            greedy(lora, PROMPTS)
+
+
+def test_layers_steered_by_a_hook(model):
+    hooked = steered()
+    expected = greedy_in_batch(model)
+    other = build()
+    layer = other.model.layers[1]
+    layer.forward = layer.forward  # on the instance: patch_model leaves it alone and steers by a hook
+    for seed, (name, config) in enumerate(CONFIGS.items(), 1):
+        patch_model(other, config, adapter_name=name) if seed == 1 else other.steering.add(name, config)
+        randomize(other, name, seed)
+    assert [row.kind for row in other.steering.report()] == ["fused", "hook", "fused"]
+    assert torch.equal(greedy_in_batch(other), expected)
+    assert torch.equal(greedy_in_batch(hooked), expected)
+
+
+def greedy_in_batch(model: PreTrainedModel) -> Tensor:
+    with model.steering.batch(NAMES):
+        return greedy(model, PROMPTS)
+
+
+# ----------------------------------------------------------------------------------------------- what goes on meanwhile
+
+
+def test_all_is_as_it_was_afterwards(model):
+    before, active = snapshot(model), model.steering.active
+    expected = logits(model, PROMPTS)
+    with pytest.raises(ZeroDivisionError), model.steering.batch(NAMES):
+        greedy(model, PROMPTS)
+        raise ZeroDivisionError
+    assert snapshot(model) == before and model.steering.active == active
+    assert all(layer.post_block.slots is None and layer.post_block.batch is None for layer in model.model.layers)
+    assert torch.equal(logits(model, PROMPTS), expected)
+
+
+def test_disabled_used_and_loaded_within(model, tmp_path):
+    model.steering.save(tmp_path / "saved", "biased")
+    with model.steering.batch(NAMES):
+        expected = logits(model, PROMPTS)
+        with model.steering.disabled():
+            assert torch.equal(logits(model, PROMPTS), alone(model, None, lambda: logits(build(), PROMPTS)))
+        model.steering.use("vector")
+        model.steering.load(tmp_path / "saved", name="another")
+        assert torch.equal(logits(model, PROMPTS), expected)
+        with refused(ValueError, "'terse' is in use by a running batch"):
+            model.steering.remove("terse")
+        model.steering.remove("another")
+        with refused(RuntimeError, "a batch is running; expected the model to be unpatched afterwards"):
+            model.steering.unpatch()
+        with refused(RuntimeError, "a batch is running already"), model.steering.batch(NAMES):
+            pass
+        assert torch.equal(logits(model, PROMPTS), expected)
+    model.steering.use("polite")
+
+
+def test_report_counts_and_copies(model):
+    model.steering.reset_calls()
+    with model.steering.batch(NAMES):
+        logits(model, PROMPTS)
+    assert [row.calls for row in model.steering.report()] == [1, 1, 1]
+    assert torch.equal(logits(copy.deepcopy(model), PROMPTS), logits(model, PROMPTS))
+
+
+def test_threads_take_turns(model):
+    """Batches of two threads, each right; a pass of a third is refused while one runs."""
+    expected = {name: alone(model, name, lambda: greedy(model, PROMPTS[:1])) for name in ("polite", "vector")}
+    wrong: list[Any] = []
+
+    def serve(name: str) -> None:
+        for _ in range(4):
+            with model.steering.batch([name]):
+                if not torch.equal(greedy(model, PROMPTS[:1]), expected[name]):
+                    wrong.append(name)
+
+    threads = [threading.Thread(target=serve, args=[name]) for name in expected]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    refusals: list[str] = []
+
+    def outside(call: Any) -> None:
+        try:
+            call()
+        except RuntimeError as error:
+            refusals.append(str(error))
+
+    with model.steering.batch(["polite"]):
+        for call in (lambda: logits(model, PROMPTS[:1]), lambda: greedy(model, PROMPTS[:1])):
+            thread = threading.Thread(target=outside, args=[call])
+            thread.start()
+            thread.join()
+    assert len(refusals) == 2 and all("another thread than the one that opened its batch" in r for r in refusals)
+
+
+# ---------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "error", "parts"),
+    [
+        (["polite", "kind"], {}, KeyError, ["no adapter 'kind'; expected one of ['polite'"]),
+        ([], {}, ValueError, ["names is empty"]),
+        ("polite", {}, TypeError, ["names is 'polite'; expected a list"]),
+        ([3], {}, TypeError, ["names has 3"]),
+        (["polite"], {"scale": "much"}, TypeError, ["scale is 'much'; expected a number"]),
+        (["polite"], {"scale": [float("nan")]}, ValueError, ["scale is nan; expected a finite number"]),
+        (["polite"], {"scale": [1.0, 2.0]}, ValueError, ["scale has 2 entries; expected 1"]),
+        (["polite", None], {"positions": ["all"]}, ValueError, ["positions has 1 entries; expected 2"]),
+        (["polite"], {"positions": "middle"}, ValueError, ["positions has 'middle'; expected 'all', 'prompt'"]),
+        (["polite"], {"positions": ("first", 0)}, ValueError, ["positions has ('first', 0)", "at least 1"]),
+        (["polite"], {"positions": [("last", True)]}, ValueError, ["positions has ('last', True)"]),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_asked(model, names, options, error, parts):
+    with refused(error, *parts, model=model), model.steering.batch(names, **options):
+        pass
+    assert torch.equal(greedy_in_batch(model), greedy_in_batch(model))
+
+
+def test_a_batch_of_another_length(model):
+    with model.steering.batch(NAMES[:2]):
+        for call in (
+            lambda: logits(model, PROMPTS),
+            lambda: greedy(model, PROMPTS),
+            lambda: logits(model, PROMPTS[:4]),
+        ):
+            with refused(ValueError, "rows; expected 2, one for each name given to steering.batch"):
+                call()
+        with pytest.raises(ValueError, match=r"attention_mask has shape \(2, 4\); expected 2 rows"):
+            logits(model, PROMPTS[:2], torch.ones(2, 4))
+    with model.steering.batch(NAMES[:2], positions="last"):
+        with refused(ValueError, "positions counts tokens; expected one of two dimensions"):
+            logits(model, PROMPTS[:2], torch.ones(2, 1, 7, 7))
+
+
+def test_float64_and_gradients(model):
+    double = patch_model(build().double(), SteerConfig(rank=2))
+    with refused(TypeError, "the model is float64; expected"), double.steering.batch(["default"]):
+        pass
+    with model.steering.batch(NAMES):
+        embeddings = model.get_input_embeddings()(PROMPTS).detach().requires_grad_()
+        with refused(RuntimeError, "steering.batch is for inference; expected torch.no_grad()"):
+            model(inputs_embeds=embeddings)
