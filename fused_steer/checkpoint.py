@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import mmap
 import os
 import re
 import shutil
@@ -201,18 +202,34 @@ def locate_adapter(source: str | os.PathLike[str]) -> Path:
         ) from error
 
 
-def read_adapter(source: str | os.PathLike[str]) -> AdapterFile:
-    """Read and check an adapter's files. Nothing but JSON and safetensors is ever opened.
+@dataclass(frozen=True)
+class AdapterHead:
+    """What a saved adapter is, before its tensors are read: where, its config, base, sizes, and its weights' digest."""
+
+    directory: Path
+    config: SteerConfig
+    base: str
+    hidden: int
+    num_layers: int
+    sha256: str | None
+
+    @property
+    def weights(self) -> Path:
+        return self.directory / WEIGHTS_NAME
+
+
+def read_head(source: str | os.PathLike[str]) -> AdapterHead:
+    """Read and check an adapter's config.
 
     Raises:
         FileNotFoundError: the directory or one of its files is missing.
-        ValueError: a file is truncated or corrupt, is of another method, has unknown keys, or does not fit the other.
+        ValueError: the config is truncated or corrupt, is of another method, or has unknown keys.
     """
     directory = locate_adapter(source)
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         if not (directory / name).is_file():
             raise FileNotFoundError(f"{directory} has no {name}; expected a saved steering adapter")
-    config_file, weights_file = directory / CONFIG_NAME, directory / WEIGHTS_NAME
+    config_file = directory / CONFIG_NAME
     with _blaming(config_file):
         fields = json.loads(config_file.read_text(encoding="utf-8"))
         if not isinstance(fields, dict):
@@ -232,14 +249,52 @@ def read_adapter(source: str | os.PathLike[str]) -> AdapterFile:
             raise ValueError(f"{error} (it was written by fused-steer {version}, this is {__version__})") from None
         if config.layers is not None and config.layers[-1] >= num_layers:
             raise ValueError(f"layers has {config.layers[-1]}; expected indices below {num_layers}, its num_layers")
-    with _blaming(weights_file):
-        weights = weights_file.read_bytes()
-        if digest is not None and hashlib.sha256(weights).hexdigest() != digest:
-            raise ValueError(f"its contents are not those that {CONFIG_NAME} was saved with; expected sha256 {digest}")
+    return AdapterHead(directory, config, base, hidden, num_layers, digest)
+
+
+def read_adapter(source: str | os.PathLike[str]) -> AdapterFile:
+    """Read and check an adapter's files. Nothing but JSON and safetensors is ever opened.
+
+    Raises:
+        FileNotFoundError: the directory or one of its files is missing.
+        ValueError: a file is truncated or corrupt, is of another method, has unknown keys, or does not fit the other.
+    """
+    head = read_head(source)
+    with _blaming(head.weights):
+        weights = head.weights.read_bytes()
+        _check_digest(head, hashlib.sha256(weights).hexdigest())
         tensors = safetensors.torch.load(weights)
-    return AdapterFile(
-        config, base, hidden, num_layers, {_unprefixed(name, weights_file): t for name, t in tensors.items()}
-    )
+    return _file(head, tensors)
+
+
+def map_adapter(head: AdapterHead, *, check_digest: bool = True) -> AdapterFile:
+    """The adapter with tensors that lie in the file and are read where they are used, as memory that it maps.
+
+    check_digest: whether the file is read through, to see that it is the one that was saved.
+
+    Raises:
+        ValueError: the file is truncated or corrupt, or does not fit the config.
+    """
+    with _blaming(head.weights):
+        if check_digest and head.sha256 is not None:
+            with open(head.weights, "rb") as file:
+                if os.fstat(file.fileno()).st_size == 0:  # of which no map can be made
+                    raise ValueError("it is empty")
+                with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+                    _check_digest(head, hashlib.sha256(mapped).hexdigest())
+        with safetensors.safe_open(head.weights, framework="pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  (no mapping)
+    return _file(head, tensors)
+
+
+def _check_digest(head: AdapterHead, found: str) -> None:
+    if head.sha256 is not None and found != head.sha256:
+        raise ValueError(f"its contents are not those that {CONFIG_NAME} was saved with; expected sha256 {head.sha256}")
+
+
+def _file(head: AdapterHead, tensors: Mapping[str, Tensor]) -> AdapterFile:
+    named = {_unprefixed(name, head.weights): tensor for name, tensor in tensors.items()}
+    return AdapterFile(head.config, head.base, head.hidden, head.num_layers, named)
 
 
 def _unprefixed(name: str, file: Path) -> str:

@@ -268,12 +268,15 @@ def test_turns_that_go_on(model, where, whole):
         assert torch.equal(turns("", 0, batch=True), torch.cat(singles))
 
 
-def test_the_last_token_of_a_second_turn_is_its_own(model):
+@pytest.mark.parametrize("whole", [True, False], ids=["all ids", "new ids"])
+def test_the_last_token_of_a_second_turn_is_its_own(model, whole):
     cache = DynamicCache(config=model.config)
     with model.steering.batch(["polite"], positions="last"):
         first = model.generate(PROMPTS[:1], past_key_values=cache, do_sample=False, max_new_tokens=3)
         ids = torch.cat([first, tokens(seed=3, batch=1, length=3)], 1)
-        words = model.generate(ids, past_key_values=cache, do_sample=False, max_new_tokens=1)[:, ids.shape[1] :]
+        given = ids if whole else ids[:, cache.get_seq_length() :]
+        options = {"attention_mask": torch.ones_like(ids), "past_key_values": cache, "do_sample": False}
+        words = model.generate(given, max_new_tokens=1, **options)[:, given.shape[1] :]
     gain = torch.zeros(1, ids.shape[1])
     gain[0, [6, -1]] = 1  # of the first turn, as it was cached, and of the second
     assert torch.equal(words[0], by_hooks(model, "polite", ids, gain)[0, -1:].argmax(-1))
