@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .batch import Batch, Lock, checked_requests, hold_loaded, running
-from .checkpoint import AdapterFile, push_adapter, read_adapter, write_adapter
+from .batch import Batch, Held, Lock, checked_requests, hold_loaded, running
+from .checkpoint import AdapterFile, AdapterHead, push_adapter, read_adapter, write_adapter
 from .config import DTYPES, SteerConfig, checked_number
 from .orthogonality import Orthogonality, check_carries_lora, check_lora
 from .patch import SITE, PatchedLayer, execution_device, find_decoder, inside_peft
+from .pool import NAME, AdapterPool, checked_size
 from .processes import first_writes, gather, is_dtensor, is_first, part_of, sharder
-from .sites import Adapter
+from .sites import Adapter, SteeringSite
+from .slots import Slots
 from .writers import Writer, adapter_parameters, lora_layers, trace_writers
-
-_NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 #: What a model with LoRA and steering computes by: both, or one of the two.
 MODES = ("both", "lora", "steering")
@@ -86,6 +85,7 @@ class Steering:
         ]
         self._hooks: list[Any] = []
         self._calls_before: dict[int, int] = {}
+        self._pool: AdapterPool | None = None
         self._batch: Batch | None = None
         self._batch_lock = Lock()
 
@@ -392,7 +392,7 @@ class Steering:
         thread's batch waits for this one; any other pass of the model in another thread is refused meanwhile.
 
         Args:
-            names: for each row the adapter, loaded in the model, or None: the base model to the bit.
+            names: for each row the adapter, of the model or its pool, or None: the base model to the bit.
             scale: the strength in place of the adapters' own, for all rows or for each; None is an adapter's own.
             positions: which tokens are steered, in all rows or (a list) in each: "all", the "prompt", the "generated"
                 ones, the "last" of the prompt, ("first", k) or ("last", k) of the prompt. What is padding by the
@@ -401,10 +401,11 @@ class Steering:
 
         Raises:
             TypeError, ValueError: what is no list of names, strengths or positions, or of another length.
-            KeyError: there is no such adapter.
+            KeyError: there is no such adapter, in the model or its pool.
+            FileNotFoundError, ValueError, TimeoutError: the pool cannot load one: see `AdapterPool.hold`.
             RuntimeError: a batch is running in this thread already.
         """
-        requests = checked_requests(names, scale, positions, self._known)
+        requests = checked_requests(names, scale, positions, self._servable)
         if next(self._model.parameters()).dtype == torch.float64:
             raise TypeError("the model is float64; expected float32, bfloat16 or float16 to steer a batch by rows")
         if self._batch is not None and self._batch.thread == threading.get_ident():
@@ -412,10 +413,97 @@ class Steering:
         with self._batch_lock, contextlib.ExitStack() as stack:
             sites = {index: patched.site for index, patched in self._patched.items()}
             distinct = list(dict.fromkeys(request.name for request in requests if request.name is not None))
-            held = stack.enter_context(hold_loaded(sites, self._configs, distinct))
+            held = stack.enter_context(self._hold(distinct, sites))
             stack.callback(setattr, self, "_batch", None)
             self._batch = stack.enter_context(running(self._model, self._decoder.module, sites, requests, held))
             yield
+
+    def _servable(self, name: str) -> None:
+        if self._pool is None or name not in self._pool:
+            self._known(name)
+
+    @contextlib.contextmanager
+    def _hold(self, names: list[str], sites: dict[int, SteeringSite]) -> Iterator[Held]:
+        """The adapters of a batch in slots: the pool's, or of their own where there is no pool."""
+        pool = self._pool
+        own = [name for name in names if name in self._configs]
+        with contextlib.ExitStack() as stack:
+            if pool is None:
+                yield stack.enter_context(hold_loaded(sites, self._configs, own))
+                return
+            held = stack.enter_context(pool.hold([name for name in names if name not in self._configs]))
+            numbers, scales = dict(held.numbers), dict(held.scales)
+            for name in own:
+                config = self._configs[name]
+                here = {index: site.adapter(name) for index, site in sites.items()}
+                tensors = {index: adapter.named_tensors() for index, adapter in here.items() if adapter is not None}
+                numbers[name] = stack.enter_context(pool.borrow(name, config, tensors))
+                scales[name] = config.scale
+            yield Held(numbers, held.slots, scales)
+
+    @property
+    def pool(self) -> AdapterPool | None:
+        """The adapters that are loaded when a batch asks for them; None before `make_pool`."""
+        return self._pool
+
+    @torch.inference_mode(False)  # whose tensors cannot be written to outside it
+    def make_pool(
+        self,
+        *,
+        slots: int = 64,
+        rank: int = 16,
+        layers: Sequence[int] | None = None,
+        dtype: str = "float32",
+        check_base: bool = True,
+    ) -> AdapterPool:
+        """Make room for adapters that come and go, and return the pool, which is `pool` from then on.
+
+        Each layer gets its site, if it has none, and slots, on its device: 2 r d + r + d values a slot.
+
+        Args:
+            slots: how many adapters are on the device at a time: at least as many as a batch has distinct ones.
+            rank: the highest that an adapter may have; 0 for steering vectors alone.
+            layers: those that adapters may steer; None is all.
+            dtype: of the values in the slots: "float32", "bfloat16" or "float16".
+            check_base: refuse an adapter whose base model has another name.
+
+        Raises:
+            TypeError, ValueError: a size, layer or dtype out of range, there is a pool already, or FSDP or ZeRO has
+                sharded the model.
+        """
+        kept = checked_size(slots, rank, dtype)
+        if self._pool is not None:
+            raise ValueError("there is a pool already; expected close_pool() first")
+        if self._batch is not None:
+            raise RuntimeError("a batch is running; expected the pool to be made before or afterwards")
+        self._check_unsharded("a pool to be made")
+        indices = self._indices(SteerConfig(layers=layers))
+        room = {
+            index: Slots(
+                slots,
+                rank,
+                self._decoder.hidden,
+                dtype=kept,
+                device=execution_device(self._decoder.layers[index]),
+                down_bias=rank > 0,
+                up_bias=True,
+            )
+            for index in indices
+        }
+        self._patch(indices)
+        self._enable()
+        self._pool = AdapterPool(room, self._check_fits, self._tensors_of, self._configs.__contains__, check_base)
+        return self._pool
+
+    def close_pool(self) -> None:
+        """Give the pool's slots back. The names that it had are gone.
+
+        Raises:
+            RuntimeError: a batch is running.
+        """
+        if self._batch is not None:
+            raise RuntimeError("a batch is running; expected the pool to be closed afterwards")
+        self._pool = None
 
     def report(self) -> Report:
         """How each layer is steered, by what, and how often it was since `reset_calls`."""
@@ -466,6 +554,7 @@ class Steering:
             patched.remove()
         self._patched.clear()
         self._configs.clear()
+        self._pool = None
         while self._orthogonal:
             self._orthogonal.popitem()[1].close()
         self._active = None
@@ -480,17 +569,7 @@ class Steering:
 
     def _insert(self, name: str, config: SteerConfig, adapters: dict[int, Adapter]) -> None:
         """Give the layers their parameters, patching those that are not yet; all of them or none."""
-        new: list[PatchedLayer] = []
-        try:
-            for i in adapters:
-                if i not in self._patched:
-                    new.append(PatchedLayer(self._decoder.layers[i], i, f"{self._decoder.path}.{i}"))
-        except BaseException:
-            for patched in new:
-                patched.remove()
-            raise
-        self._patched.update({patched.index: patched for patched in new})
-        self._patched = dict(sorted(self._patched.items()))
+        self._patch(adapters)
         for i, adapter in adapters.items():
             self._patched[i].site.attach(name, adapter)
         if config.orthogonal_to is not None:
@@ -499,6 +578,20 @@ class Steering:
         self._configs[name] = config
         self.use(self._active)  # what is not in use does not train
         self._enable()
+
+    def _patch(self, indices: Iterable[int]) -> None:
+        """Give those of these layers a site that have none; all of them or none."""
+        new: list[PatchedLayer] = []
+        try:
+            for i in indices:
+                if i not in self._patched:
+                    new.append(PatchedLayer(self._decoder.layers[i], i, f"{self._decoder.path}.{i}"))
+        except BaseException:
+            for patched in new:
+                patched.remove()
+            raise
+        self._patched.update({patched.index: patched for patched in new})
+        self._patched = dict(sorted(self._patched.items()))
 
     def _enable(self) -> None:
         for patched in self._patched.values():
@@ -565,12 +658,14 @@ class Steering:
         return name
 
     def _check_new_name(self, name: str) -> None:
-        if not isinstance(name, str) or not _NAME.fullmatch(name):
+        if not isinstance(name, str) or not NAME.fullmatch(name):
             raise ValueError(f"adapter name is {name!r}; expected letters, digits, '_' and '-'")
         if hasattr(nn.ModuleDict(), name):
             raise ValueError(f"adapter name is {name!r}, a word that PyTorch's modules use; expected another")
         if name in self._configs:
             raise ValueError(f"there is an adapter {name!r} already; expected a new name (have {self.names})")
+        if self._pool is not None and name in self._pool:
+            raise ValueError(f"there is an adapter {name!r} in the pool already; expected a new name")
 
     def _check_unsharded(self, what: str) -> None:
         # FSDP and ZeRO keep their own account of a layer's parameters: others that come later, or values, are lost.
@@ -587,7 +682,7 @@ class Steering:
             raise ValueError(f"layers has {config.layers[-1]}; expected indices below {count}, the model's layers")
         return list(config.layers)
 
-    def _check_fits(self, file: AdapterFile, source: Any, check_base: bool) -> None:
+    def _check_fits(self, file: AdapterFile | AdapterHead, source: Any, check_base: bool) -> None:
         for what, theirs, ours in (
             ("hidden size", file.hidden, self._decoder.hidden),
             ("number of layers", file.num_layers, len(self._decoder.layers)),
