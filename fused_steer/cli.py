@@ -1,4 +1,4 @@
-"""The command `fused-steer`: demo, doctor, inspect, kernels, import, coverage, diagnose.
+"""The command `fused-steer`: demo, doctor, inspect, kernels, import, coverage, diagnose, serve-plan.
 
 Nothing heavy is imported before a verb runs, so that `--help` and usage errors come at once.
 """
@@ -752,3 +752,44 @@ def diagnose(
             ),
             _console(),
         )
+
+
+# --------------------------------------------------------------------------------------------------------- serve-plan
+
+
+@app.command("serve-plan")
+def serve_plan(
+    model: Annotated[str, typer.Argument(help="Directory or hub id of the base model; its config alone is read.")],
+    adapters: Annotated[int, typer.Option(help="How many there are.")],
+    rank: Annotated[int, typer.Option(help="r of each; without meaning for vectors.")] = 8,
+    slots: Annotated[int, typer.Option(help="How many are on the device at a time.")] = 64,
+    form: Annotated[str, typer.Option(help="lowrank or vector.")] = "lowrank",
+    layers: Annotated[str | None, typer.Option(help="Steered layers, such as 3,9,18; all if not given.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of the adapters: float32, bfloat16 or float16.")] = "float32",
+    model_dtype: Annotated[str, typer.Option(help="Of the base model's weights.")] = "bfloat16",
+    batch: Annotated[int, typer.Option(help="Rows that decode at a time.")] = 64,
+    memory: Annotated[float | None, typer.Option(help="The device's memory in GiB: how many slots fit.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Plan the memory and bandwidth that serving many adapters of one model takes. Worked out, not measured."""
+    with _errors_in_one_line():
+        from . import serve_plan as planning
+
+        chosen = _indices(layers)
+        request = planning.PlanRequest(
+            model=model,
+            adapters=adapters,
+            rank=rank,
+            slots=slots,
+            form=form,
+            layers=None if chosen is None else tuple(chosen),
+            dtype=dtype,
+            model_dtype=model_dtype,
+            batch=batch,
+            memory=memory,
+        )
+        found = planning.plan(request)
+        if as_json:
+            typer.echo(planning.as_json(request, found))
+        else:
+            planning.show(request, found, _console())
