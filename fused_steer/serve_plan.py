@@ -178,7 +178,7 @@ def show(request: PlanRequest, found: Plan, console: Console) -> None:
     ):
         table.add_row(name, _human(size), note)
     table.add_row(
-        "steering's share", f"{100 * found.share:.2f} %", "of both; 1 / rows of it where all share one adapter"
+        "steering's share", f"{100 * found.share:.2f} %", "of both, at most: rows of one adapter read it once"
     )
     if found.fitting is not None:
         table.add_row("slots that fit", f"{found.fitting:,}", f"in {request.memory:g} GiB, beside the base model alone")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import vllm_compiled_on_cpu
 from vllm_models import (
     CONFIGS,
     NEW_TOKENS,
@@ -262,3 +263,111 @@ def test_other_models(tmp_path, name):
     tokens, _ = run(tmp_path / "out.json", engine_options(model, **options), requests)
     assert answers(model) != answers(model, adapter)
     assert tokens == [row for pair in zip(answers(model), answers(model, adapter), strict=True) for row in pair]
+
+
+def test_compiled_and_never_by_a_graph_of_another_kind(folder, tmp_path):
+    """Three engines on one cache of compiled graphs: without the plug-in, with it, and again, now from the cache."""
+    options = engine_options(folder / "model", enforce_eager=False, lora_target_modules=["post_block"])
+    environment = {
+        "PYTHONPATH": str(vllm_compiled_on_cpu.install(tmp_path / "plugin")),
+        "VLLM_CACHE_ROOT": str(tmp_path / "cache"),
+    }
+    base = [(None, None, prompt) for prompt in PROMPTS]
+    tokens, log = run(tmp_path / "1.json", options, base, **environment, VLLM_PLUGINS="compiled_on_cpu")
+    assert tokens == expected(folder, None)
+    assert "saved AOT compiled function" in log
+
+    names = [None, "silu", "linear", "vector", "biases"]
+    requests = [(name, name and str(folder / name), prompt) for prompt in PROMPTS for name in names]
+    right = [expected(folder, name)[index] for index in range(len(PROMPTS)) for name in names]
+    for number, done in ((2, "saved AOT compiled function"), (3, "Directly load AOT compilation")):
+        tokens, log = run(tmp_path / f"{number}.json", options, requests, **environment)
+        assert tokens == right
+        assert done in log
+
+
+def test_target_modules_that_leave_steering_out(folder, tmp_path):
+    """Said at once, when the adapter is loaded."""
+    options = engine_options(folder / "model", lora_target_modules=["q_proj"])
+    request = ("silu", str(folder / "silu"), PROMPTS[0])
+    with pytest.raises(AssertionError, match="steers, and --lora-target-modules leaves steering out; expected"):
+        run(tmp_path / "out.json", options, [request])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parts of the plug-in
+
+
+def test_what_layers_return():
+    from vllm.model_executor.models import commandr, exaone4, gemma3, llama, longcat_flash, phimoe, qwen3_next
+
+    from fused_steer.vllm import FINISHED, UNADDED, Unreachable, returned_state
+
+    for cls in (llama.LlamaDecoderLayer, gemma3.Gemma3DecoderLayer, qwen3_next.Qwen3NextDecoderLayer):
+        assert returned_state(cls) == UNADDED
+    # Whose second value is a residual that was added already.
+    for cls in (commandr.CohereDecoderLayer, exaone4.Exaone4DecoderLayer, phimoe.PhiMoEDecoderLayer):
+        assert returned_state(cls) == FINISHED
+    # A sum of two branches beside its residual: it may be either.
+    with pytest.raises(Unreachable, match="not known to be"):
+        returned_state(longcat_flash.FlashDecoderLayer)
+
+
+def test_the_cache_key_has_all_that_a_graph_depends_on(folder):
+    """vLLM's own hash changes with the steered layers, their kind and slots, and with a user's additional_config."""
+    import types
+
+    from torch import nn
+    from vllm.engine.arg_utils import EngineArgs
+
+    from fused_steer.vllm import SteeringPoint, SteeringWithLoRA, put_into_cache_key
+
+    def key(state: str, slots: int, layers: int, additional: Any) -> str:
+        config = EngineArgs(**engine_options(folder / "model")).create_engine_config()
+        config.additional_config = additional
+        before = config.compute_hash()
+        inner = types.SimpleNamespace(additional_config=additional, compute_hash=None)
+        model = nn.ModuleList()
+        for index in range(layers):
+            point = SteeringWithLoRA(SteeringPoint(nn.Linear(64, 64), index, f"layers.{index}", 64, state))
+            point.create_lora_weights(slots, types.SimpleNamespace(max_lora_rank=8))
+            model.append(point)
+        model.vllm_config = inner
+        put_into_cache_key(model, config)
+        put_into_cache_key(model, config)  # a second time changes nothing more
+        assert config.compute_hash() != before
+        assert inner.additional_config is not additional
+        return config.compute_hash()
+
+    class Given:
+        def __init__(self, text: str) -> None:
+            self.text = text
+
+        def compute_hash(self) -> str:
+            return self.text
+
+    cases = [("unadded", 4, 2, {}), ("finished", 4, 2, {}), ("unadded", 5, 2, {}), ("unadded", 4, 3, {})]
+    cases += [("unadded", 4, 2, {"mine": 1}), ("unadded", 4, 2, Given("x")), ("unadded", 4, 2, Given("y"))]
+    keys = [key(*case) for case in cases]
+    assert len(set(keys)) == len(cases)
+    assert key(*cases[0]) == keys[0] and key(*cases[-1]) == keys[-1]
+
+
+def test_registering_again_changes_nothing():
+    from vllm.lora import model_manager, utils, worker_manager
+    from vllm.v1.engine import input_processor
+
+    from fused_steer.vllm import SteeringWithLoRA, register
+
+    def state() -> list[Any]:
+        return [
+            utils._all_lora_classes,
+            model_manager.LoRAModelManager.__init__,
+            worker_manager.WorkerLoRAManager._load_adapter,
+            input_processor.InputProcessor._validate_lora,
+        ]
+
+    register()
+    before = state()
+    register()
+    assert state() == before and utils._all_lora_classes.count(SteeringWithLoRA) == 1
