@@ -30,6 +30,7 @@ def register() -> None:
     CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
     CpuPlatform.compiles_anyway = True
     # A pass of its compiler names GPU ops that its CPU build has not.
+    CpuPlatform.import_kernels()  # those that it has
     source = Path(vllm.__file__).parent / "compilation/passes/utility/fix_functionalization.py"
     for name in sorted(set(re.findall(r"torch\.ops\._C\.(\w+)", source.read_text()))):
         if not hasattr(torch.ops._C, name):

@@ -27,12 +27,25 @@ def ask(engine: Any, requests: list[tuple[str | None, str | None, list[int]]], n
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
+def keys(worker: Any) -> tuple[str, str]:
+    """The hash of the config in the process that compiles, as it is, and without what was added to it."""
+    config = worker.vllm_config
+    marked, added = config.compute_hash(), config.additional_config
+    config.additional_config = {}
+    try:
+        return marked, config.compute_hash()
+    finally:
+        config.additional_config = added
+
+
 def main() -> None:
     from vllm import LLM
 
     job = json.load(sys.stdin)
     engine = LLM(**job["engine"])
     done = {"tokens": ask(engine, job["requests"], job["new_tokens"])}
+    if os.environ.get("VLLM_ALLOW_INSECURE_SERIALIZATION") == "1":
+        (done["keys"],) = engine.collective_rpc(keys)
     with open(job["out"], "w") as file:
         json.dump(done, file)
     sys.stdout.flush()
