@@ -1,0 +1,247 @@
+"""Steering adapters behind `vllm serve`, over HTTP on loopback: named as models, loaded and unloaded, under load."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm_models import NEW_TOKENS, PROMPTS, answers, save_adapter, save_model
+
+from fused_steer import SteerConfig
+
+pytestmark = pytest.mark.vllm
+
+RESIDENTS, GUESTS = 12, 4
+CONFIGS = [
+    SteerConfig(rank=4),
+    SteerConfig(rank=2, activation="identity", layers=[1]),
+    SteerConfig(form="vector"),
+    SteerConfig(rank=3, activation="gelu", down_bias=True),
+]
+
+
+def name_of(number: int) -> str:
+    return f"resident-{number}" if number < RESIDENTS else f"guest-{number}"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """model/, and sixteen adapters."""
+    root = tmp_path_factory.mktemp("served")
+    save_model(root / "model")
+    for number in range(RESIDENTS + GUESTS):
+        save_adapter(root / "model", root / name_of(number), CONFIGS[number % 4], 40 + number)
+    return root
+
+
+class Server:
+    def __init__(self, folder: Path, port: int, log: Path) -> None:
+        self.folder, self.url, self.log = folder, f"http://127.0.0.1:{port}", log
+        residents = [f"{name_of(n)}={folder / name_of(n)}" for n in range(RESIDENTS)]
+        # What `vllm serve` starts; that command asks for the package "vllm", which its CPU build is not called.
+        command = [
+            sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder / "model"),
+            "--served-model-name", "base",
+            "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager", "--enable-lora",
+            "--max-loras", "4", "--max-cpu-loras", "6", "--max-lora-rank", "8", "--max-model-len", "64",
+            "--max-num-seqs", "16", "--max-num-batched-tokens", "64", "--seed", "0", "--lora-modules", *residents,
+        ]  # fmt: skip
+        environment = {**os.environ, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+        with open(log, "w") as file:
+            self.process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
+
+    def wait(self) -> None:
+        for _ in range(1200):
+            assert self.process.poll() is None, self.log.read_text()[-8000:]
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.url}/health", timeout=5):
+                return
+            time.sleep(0.25)
+        pytest.fail(self.log.read_text()[-8000:])
+
+    def client(self) -> Any:
+        import openai
+
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=300)
+
+    def tokens(self, client: Any, model: str, prompt: int) -> list[int]:
+        """The greedy continuation of PROMPTS[prompt] by the adapter of that name, or "base"."""
+        answer = client.completions.create(
+            model=model,
+            prompt=PROMPTS[prompt],
+            temperature=0,
+            max_tokens=NEW_TOKENS,
+            extra_body={"ignore_eos": True, "return_token_ids": True},
+        )
+        assert answer.model == model
+        return answer.choices[0].token_ids
+
+    def post(self, what: str, **fields: Any) -> tuple[int, str]:
+        import json
+
+        request = urllib.request.Request(
+            f"{self.url}/v1/{what}", json.dumps(fields).encode(), {"Content-Type": "application/json"}
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=300) as response:
+                return response.status, response.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+
+    def load(self, name: str, path: Path) -> tuple[int, str]:
+        return self.post("load_lora_adapter", lora_name=name, lora_path=str(path))
+
+    def unload(self, name: str) -> tuple[int, str]:
+        return self.post("unload_lora_adapter", lora_name=name)
+
+    def expected(self, name: str) -> list[list[int]]:
+        return answers(self.folder / "model", None if name == "base" else self.folder / name)
+
+
+@pytest.fixture(scope="module")
+def server(folder, tmp_path_factory) -> Iterator[Server]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = Server(folder, port, tmp_path_factory.mktemp("log") / "server.log")
+    try:
+        server.wait()
+        yield server
+    finally:
+        server.process.terminate()
+        try:
+            server.process.wait(60)
+        except subprocess.TimeoutExpired:
+            server.process.kill()
+
+
+def test_a_client_names_the_adapter_as_the_model(server):
+    client = server.client()
+    names = [model.id for model in client.models.list()]
+    assert names == ["base", *(name_of(number) for number in range(RESIDENTS))]
+    for name in ("base", "resident-0", "resident-2"):
+        assert [server.tokens(client, name, prompt) for prompt in range(len(PROMPTS))] == server.expected(name)
+
+
+def test_loaded_and_unloaded_while_a_request_runs(server):
+    """What streams goes on by the adapter that it began with, though that is unloaded meanwhile."""
+    import openai
+
+    client = server.client()
+    assert server.load("guest-12", server.folder / "guest-12")[0] == 200
+    stream = client.completions.create(
+        model="guest-12",
+        prompt=PROMPTS[0],
+        temperature=0,
+        max_tokens=56,
+        stream=True,
+        extra_body={"ignore_eos": True, "return_token_ids": True},
+    )
+    tokens = list(next(stream).choices[0].token_ids)
+    assert server.load("guest-13", server.folder / "guest-13")[0] == 200
+    assert server.unload("guest-12")[0] == 200
+    assert server.tokens(client, "guest-13", 1) == server.expected("guest-13")[1]
+    for part in stream:
+        for choice in part.choices:
+            tokens += choice.token_ids or []
+    assert tokens[:NEW_TOKENS] == server.expected("guest-12")[0] and len(tokens) == 56
+    with pytest.raises(openai.NotFoundError, match="guest-12"):
+        server.tokens(client, "guest-12", 0)
+    assert server.unload("guest-13")[0] == 200
+
+
+def test_what_cannot_be_served_fails_alone(server, tmp_path):
+    import openai
+
+    client = server.client()
+    with pytest.raises(openai.NotFoundError, match="nobody"):
+        server.tokens(client, "nobody", 0)
+    assert server.unload("nobody")[0] == 404
+    # An adapter that is broken, of another size, not there, or there already.
+    shutil.copytree(server.folder / "resident-0", tmp_path / "broken")
+    weights = tmp_path / "broken" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    save_model(tmp_path / "other", hidden_size=96, num_attention_heads=3, num_key_value_heads=1, head_dim=32)
+    save_adapter(tmp_path / "other", tmp_path / "wide", SteerConfig(rank=2), 1)
+    for path, part in (
+        (tmp_path / "broken", "its contents are not those that adapter_config.json was saved with"),
+        (tmp_path / "wide", "is for a model of hidden size 96; expected 64"),
+        (tmp_path / "nothing", "No adapter found"),
+    ):
+        status, text = server.load("bad", path)
+        assert status >= 400 and part in text
+    assert server.load("resident-0", server.folder / "resident-0")[0] == 400
+    # One whose files are changed once it is loaded, and evicted.
+    shutil.copytree(server.folder / "resident-0", tmp_path / "later")
+    assert server.load("later", tmp_path / "later")[0] == 200
+    (tmp_path / "later" / "adapter_model.safetensors").write_bytes(b"")
+    for number in range(8):
+        server.tokens(client, name_of(number), 0)
+    with pytest.raises(openai.BadRequestError, match="its contents are not those"):
+        server.tokens(client, "later", 0)
+    assert server.unload("later")[0] == 200
+    assert server.tokens(client, "resident-0", 0) == server.expected("resident-0")[0]
+    assert server.tokens(client, "base", 0) == server.expected("base")[0]
+
+
+def test_five_hundred_requests_with_adapters_coming_and_going(server):
+    """Over four slots and six places in memory: none lost, none answered by another adapter."""
+    client = server.client()
+    wrong: list[Any] = []
+    done: list[str] = []
+
+    def ask(name: str, prompt: int) -> None:
+        try:
+            tokens = server.tokens(client, name, prompt)
+        except Exception as error:
+            wrong.append((name, prompt, error))
+            return
+        if tokens != server.expected(name)[prompt]:
+            wrong.append((name, prompt, tokens))
+        done.append(name)
+
+    def guests(number: int) -> None:
+        name = name_of(number)
+        for _ in range(5):
+            status, text = server.load(name, server.folder / name)
+            if status != 200:
+                wrong.append((name, status, text))
+            with ThreadPoolExecutor(5) as few:
+                list(few.map(lambda prompt: ask(name, prompt % len(PROMPTS)), range(5)))
+            status, text = server.unload(name)
+            if status != 200:
+                wrong.append((name, status, text))
+
+    for name in ("base", *(name_of(number) for number in range(RESIDENTS + GUESTS))):
+        server.expected(name)  # worked out before, so that the requests come close on each other
+    coming = [threading.Thread(target=guests, args=[RESIDENTS + number]) for number in range(GUESTS)]
+    for thread in coming:
+        thread.start()
+    names = [*(name_of(number) for number in range(RESIDENTS)), "base"]
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda i: ask(names[i % len(names)], i % len(PROMPTS)), range(400)))
+    for thread in coming:
+        thread.join()
+    assert not wrong, wrong[:5]
+    assert len(done) == 500 and set(done) == {*names, *(name_of(RESIDENTS + n) for n in range(GUESTS))}
+    assert {*answers_by_content(server)} and server.process.poll() is None
+
+
+def answers_by_content(server: Server) -> set[tuple[int, ...]]:
+    """One prompt's answers by all adapters: if two were alike, content would not tell whose it is."""
+    names = ["base", *(name_of(number) for number in range(RESIDENTS + GUESTS))]
+    found = {tuple(server.expected(name)[0]) for name in names}
+    assert len(found) == len(names)
+    return found
