@@ -351,55 +351,119 @@ def _triton_grouped(call: _Call) -> None:
 def _torch_grouped(call: _Call) -> None:
     """Tokens in the order of their adapters, two products for each that occurs: no adapter is copied."""
     acc = reference.accumulation_dtype(call.residual.dtype)
-    ids = call.ids if call.gain is None else torch.where(call.gain == 0, -1, call.ids)
-    order = torch.argsort(ids, stable=True)
-    found, counts = torch.unique_consecutive(ids[order], return_counts=True)
-    groups = [(slot, count) for slot, count in zip(found.tolist(), counts.tolist(), strict=True)]
-    if groups and groups[-1][0] >= call.slots:
-        raise ValueError(f"adapter_ids has {groups[-1][0]}; expected below {call.slots}, the number of slots")
-    unsteered = sum(count for slot, count in groups if slot < 0)
-    order, groups = order[unsteered:], [(slot, count) for slot, count in groups if slot >= 0]
     if not call.into_branch:
         torch.add(call.residual, call.branch, out=call.out) if call.branch is not None else call.out.copy_(
             call.residual
         )
-    if not groups:
+    order, spans = _spans(call)
+    if not spans:
         return
-    x = call.residual[order].to(acc)
-    if call.branch is not None:
-        x += call.branch[order].to(acc)
-    slots = ids[order]
-    u = x.new_zeros(x.shape)
-    spans, start = [], 0
-    for slot, count in groups:
-        spans.append((slot, slice(start, start + count)))
-        start += count
+    # Where the tokens lie in that order as they are, nothing is gathered or scattered.
+    rows = None if order == list(range(len(call.ids))) else torch.tensor(order, device=call.ids.device)
+
+    def of_order(tensor: Tensor) -> Tensor:
+        return tensor if rows is None else tensor.index_select(0, rows)
+
+    if call.out.dtype == acc and not call.into_branch:
+        x = of_order(call.out)
+    else:
+        x = of_order(call.residual).to(acc)
+        if call.branch is not None:
+            x = x + of_order(call.branch).to(acc)
+    slots = None
+    if len(spans) > 1 and (
+        call.down_biases is not None or call.up_biases is not None or isinstance(call.activation, Tensor)
+    ):
+        slots = of_order(call.ids)
     if call.downs is not None and call.ups is not None:
-        a = x.new_empty(len(x), call.rank)
-        for slot, span in spans:
-            torch.mm(x[span], call.downs[slot].to(acc).t(), out=a[span])
+        a = _products(x, call.downs, spans, acc)
         if call.down_biases is not None:
-            a += call.down_biases[slots].to(acc)
-        h = _torch_activate(a, call.activation, slots)
-        for slot, span in spans:
-            torch.mm(h[span], call.ups[slot].to(acc).t(), out=u[span])
-    if call.up_biases is not None:
-        u += call.up_biases[slots].to(acc)
+            a = a + _of_tokens(call.down_biases, slots, spans).to(acc)
+        u = _products(_torch_activate(a, call.activation, slots, spans), call.ups, spans, acc)
+        if call.up_biases is not None:
+            u += _of_tokens(call.up_biases, slots, spans).to(acc)
+    else:
+        assert call.up_biases is not None
+        u = _of_tokens(call.up_biases, slots, spans).to(acc).expand(x.shape)
     if call.gain is not None:
-        u *= call.gain[order].to(acc).unsqueeze(1)
+        u = u * of_order(call.gain).to(acc).unsqueeze(1)
     if call.into_branch:
         assert call.branch is not None
-        x = call.branch[order].to(acc)
-    call.out[order] = torch.where(u == 0, x, x + u).to(call.out.dtype)
+        x = of_order(call.branch).to(acc)
+    # −0 + 0 would be +0: a shift of zero leaves the very bits.
+    if rows is None and call.out.dtype == acc:
+        torch.where(u == 0, x, x + u, out=call.out)
+        return
+    moved = torch.where(u == 0, x, x + u).to(call.out.dtype)
+    call.out.copy_(moved) if rows is None else call.out.index_copy_(0, rows, moved)
 
 
-def _torch_activate(a: Tensor, activation: str | Tensor, slots: Tensor) -> Tensor:
+def _spans(call: _Call) -> tuple[list[int], list[tuple[int, int, int]]]:
+    """The tokens that are steered, by their adapters; and for each of those its slot and its part of that order."""
+    slots: list[int] = call.ids.tolist()
+    if slots and max(slots) >= call.slots:
+        raise ValueError(f"adapter_ids has {max(slots)}; expected below {call.slots}, the number of slots")
+    steered = range(len(slots)) if call.gain is None else [row for row, g in enumerate(call.gain.tolist()) if g != 0]
+    order = sorted((row for row in steered if slots[row] >= 0), key=slots.__getitem__)
+    spans, start = [], 0
+    for place, row in enumerate(order):
+        if place + 1 == len(order) or slots[order[place + 1]] != slots[row]:
+            spans.append((slots[row], start, place + 1))
+            start = place + 1
+    return order, spans
+
+
+def _products(x: Tensor, weights: Tensor, spans: list[tuple[int, int, int]], acc: torch.dtype) -> Tensor:
+    """x Wᵀ, each span by its own slot's W. (N, columns of x) by (A, n, columns of x): (N, n)"""
+    if len(spans) == 1:
+        return x @ weights[spans[0][0]].to(acc).t()
+    out = x.new_empty(len(x), weights.shape[1])
+    tokens_in, tokens_out = None, ()
+    for slot, count, start, tokens in _blocks(spans):
+        if tokens > 1 or count > 3:
+            # Slots next to each other, with as many tokens each, are one batched product of what lies there.
+            mine, result = (t.narrow(0, start, count * tokens).view(count, tokens, -1) for t in (x, out))
+            torch.bmm(mine, weights.narrow(0, slot, count).to(acc).transpose(1, 2), out=result)
+            continue
+        if tokens_in is None:  # a product of one token is over before its views are made: they are made at once
+            tokens_in, tokens_out = x.unbind(0), out.unbind(0)
+        for place in range(start, start + count):
+            weight = weights.select(0, slot + place - start).to(acc)
+            torch.mv(weight, tokens_in[place], out=tokens_out[place])
+    return out
+
+
+def _blocks(spans: list[tuple[int, int, int]]) -> list[tuple[int, int, int, int]]:
+    """Spans taken together: the first slot, how many, the first token, and the tokens of each."""
+    blocks: list[tuple[int, int, int, int]] = []
+    for slot, start, stop in spans:
+        if blocks:
+            first, count, begin, tokens = blocks[-1]
+            if slot == first + count and stop - start == tokens:
+                blocks[-1] = (first, count + 1, begin, tokens)
+                continue
+        blocks.append((slot, 1, start, stop - start))
+    return blocks
+
+
+def _of_tokens(biases: Tensor, slots: Tensor | None, spans: list[tuple[int, int, int]]) -> Tensor:
+    """Each token's bias; of one adapter alone, that one for all."""
+    return biases[spans[0][0]] if slots is None else biases[slots]
+
+
+def _torch_activate(
+    a: Tensor, activation: str | Tensor, slots: Tensor | None, spans: list[tuple[int, int, int]]
+) -> Tensor:
     if isinstance(activation, str):
         return reference.ACTIVATIONS[activation][0](a)
-    codes = activation[slots].unsqueeze(1)
+    codes = activation.tolist()
+    found = {codes[slot] for slot, _, _ in spans}
+    if len(found) == 1:
+        return reference.ACTIVATIONS[ACTIVATIONS[found.pop()]][0](a)
+    of_tokens = activation[slots].unsqueeze(1)
     out = a
-    for code in torch.unique(activation).tolist():
-        out = torch.where(codes == code, reference.ACTIVATIONS[ACTIVATIONS[code]][0](a), out)
+    for code in found:
+        out = torch.where(of_tokens == code, reference.ACTIVATIONS[ACTIVATIONS[code]][0](a), out)
     return out
 
 
