@@ -17,7 +17,9 @@ to what a caller uses.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -349,101 +351,146 @@ def _triton_grouped(call: _Call) -> None:
 
 
 def _torch_grouped(call: _Call) -> None:
-    """Tokens in the order of their adapters, two products for each that occurs: no adapter is copied."""
+    """Two products for each adapter that occurs, of all its tokens where there are many: no adapter is copied."""
     acc = reference.accumulation_dtype(call.residual.dtype)
+    plan = _plan(call)
     if not call.into_branch:
-        torch.add(call.residual, call.branch, out=call.out) if call.branch is not None else call.out.copy_(
-            call.residual
-        )
-    order, spans = _spans(call)
+        if call.branch is None:
+            call.out.copy_(call.residual)
+        else:
+            torch.add(call.residual, call.branch, out=call.out)
+    spans = plan.spans
     if not spans:
         return
-    # Where the tokens lie in that order as they are, nothing is gathered or scattered.
-    rows = None if order == list(range(len(call.ids))) else torch.tensor(order, device=call.ids.device)
+    # Where the tokens are taken as they lie, nothing is gathered or scattered.
+    rows = None if plan.rows is None else torch.tensor(plan.rows, device=call.ids.device)
 
-    def of_order(tensor: Tensor) -> Tensor:
+    def of_plan(tensor: Tensor) -> Tensor:
         return tensor if rows is None else tensor.index_select(0, rows)
 
     if call.out.dtype == acc and not call.into_branch:
-        x = of_order(call.out)
+        x = of_plan(call.out)
     else:
-        x = of_order(call.residual).to(acc)
+        x = of_plan(call.residual).to(acc)
         if call.branch is not None:
-            x = x + of_order(call.branch).to(acc)
+            x = x + of_plan(call.branch).to(acc)
     slots = None
     if len(spans) > 1 and (
         call.down_biases is not None or call.up_biases is not None or isinstance(call.activation, Tensor)
     ):
-        slots = of_order(call.ids)
+        slots = of_plan(call.ids)
+    gain = None if call.gain is None else of_plan(call.gain).to(acc).unsqueeze(1)
     if call.downs is not None and call.ups is not None:
-        a = _products(x, call.downs, spans, acc)
+        a = _products(x, call.downs, plan, acc)
         if call.down_biases is not None:
             a = a + _of_tokens(call.down_biases, slots, spans).to(acc)
-        u = _products(_torch_activate(a, call.activation, slots, spans), call.ups, spans, acc)
+        h = _torch_activate(a, call.activation, slots, spans)
+        if gain is not None and call.up_biases is None:
+            h, gain = h * gain, None  # there it is r values a token, and not d
+        u = _products(h, call.ups, plan, acc)
         if call.up_biases is not None:
             u += _of_tokens(call.up_biases, slots, spans).to(acc)
     else:
         assert call.up_biases is not None
         u = _of_tokens(call.up_biases, slots, spans).to(acc).expand(x.shape)
-    if call.gain is not None:
-        u = u * of_order(call.gain).to(acc).unsqueeze(1)
+    if gain is not None:
+        u = u * gain
     if call.into_branch:
         assert call.branch is not None
-        x = of_order(call.branch).to(acc)
-    # −0 + 0 would be +0: a shift of zero leaves the very bits.
+        x = of_plan(call.branch).to(acc)
+    # x − (0 − u): −0 + 0 would be +0, but −0 − 0 is −0. A shift of zero leaves the very bits.
+    u = torch.rsub(u, 0)
     if rows is None and call.out.dtype == acc:
-        torch.where(u == 0, x, x + u, out=call.out)
+        torch.sub(x, u, out=call.out)
         return
-    moved = torch.where(u == 0, x, x + u).to(call.out.dtype)
+    moved = (x - u).to(call.out.dtype)
     call.out.copy_(moved) if rows is None else call.out.index_copy_(0, rows, moved)
 
 
-def _spans(call: _Call) -> tuple[list[int], list[tuple[int, int, int]]]:
-    """The tokens that are steered, by their adapters; and for each of those its slot and its part of that order."""
+@dataclass(frozen=True)
+class _Plan:
+    """How the steered tokens are taken.
+
+    rows: which, and in which order; None: all, as they lie. spans: tokens next to each other in that order of one
+    adapter: its slot, the first one's place, and the place behind the last. single: those that are multiplied token by
+    token; several: those that are by one product; batched: first slot, how many slots next to each other, first place,
+    and how many tokens each, where one batched product is of them all.
+    """
+
+    rows: list[int] | None
+    spans: list[tuple[int, int, int]]
+    single: list[tuple[int, int, int]]
+    several: list[tuple[int, int, int]]
+    batched: list[tuple[int, int, int, int]]
+
+
+def _plan(call: _Call) -> _Plan:
     slots: list[int] = call.ids.tolist()
     if slots and max(slots) >= call.slots:
         raise ValueError(f"adapter_ids has {max(slots)}; expected below {call.slots}, the number of slots")
-    steered = range(len(slots)) if call.gain is None else [row for row, g in enumerate(call.gain.tolist()) if g != 0]
-    order = sorted((row for row in steered if slots[row] >= 0), key=slots.__getitem__)
-    spans, start = [], 0
-    for place, row in enumerate(order):
-        if place + 1 == len(order) or slots[order[place + 1]] != slots[row]:
-            spans.append((slots[row], start, place + 1))
-            start = place + 1
-    return order, spans
-
-
-def _products(x: Tensor, weights: Tensor, spans: list[tuple[int, int, int]], acc: torch.dtype) -> Tensor:
-    """x Wᵀ, each span by its own slot's W. (N, columns of x) by (A, n, columns of x): (N, n)"""
-    if len(spans) == 1:
-        return x @ weights[spans[0][0]].to(acc).t()
-    out = x.new_empty(len(x), weights.shape[1])
-    tokens_in, tokens_out = None, ()
-    for slot, count, start, tokens in _blocks(spans):
-        if tokens > 1 or count > 3:
-            # Slots next to each other, with as many tokens each, are one batched product of what lies there.
-            mine, result = (t.narrow(0, start, count * tokens).view(count, tokens, -1) for t in (x, out))
-            torch.bmm(mine, weights.narrow(0, slot, count).to(acc).transpose(1, 2), out=result)
-            continue
-        if tokens_in is None:  # a product of one token is over before its views are made: they are made at once
-            tokens_in, tokens_out = x.unbind(0), out.unbind(0)
-        for place in range(start, start + count):
-            weight = weights.select(0, slot + place - start).to(acc)
-            torch.mv(weight, tokens_in[place], out=tokens_out[place])
-    return out
-
-
-def _blocks(spans: list[tuple[int, int, int]]) -> list[tuple[int, int, int, int]]:
-    """Spans taken together: the first slot, how many, the first token, and the tokens of each."""
+    if call.gain is None:
+        rows = [row for row, slot in enumerate(slots) if slot >= 0]
+    else:
+        gains = call.gain.tolist()
+        rows = [row for row, slot in enumerate(slots) if slot >= 0 and gains[row] != 0]
+    as_they_lie = len(rows) == len(slots)
+    # To bring tokens of an adapter together and back costs more than it saves where they are few.
+    if len(rows) > 8 and 2 * len({slots[row] for row in rows}) <= len(rows):
+        before = rows.copy()
+        rows.sort(key=slots.__getitem__)
+        as_they_lie = as_they_lie and rows == before
+    spans: list[tuple[int, int, int]] = []
     blocks: list[tuple[int, int, int, int]] = []
-    for slot, start, stop in spans:
-        if blocks:
+    start, end = 0, len(rows)
+    while start < end:
+        slot, stop = slots[rows[start]], start + 1
+        while stop < end and slots[rows[stop]] == slot:
+            stop += 1
+        spans.append((slot, start, stop))
+        if blocks and slot == blocks[-1][0] + blocks[-1][1] and stop - start == blocks[-1][3]:
             first, count, begin, tokens = blocks[-1]
-            if slot == first + count and stop - start == tokens:
-                blocks[-1] = (first, count + 1, begin, tokens)
-                continue
-        blocks.append((slot, 1, start, stop - start))
-    return blocks
+            blocks[-1] = (first, count + 1, begin, tokens)
+        else:
+            blocks.append((slot, 1, start, stop - start))
+        start = stop
+    single: list[tuple[int, int, int]] = []
+    several: list[tuple[int, int, int]] = []
+    batched = []
+    for block in blocks:
+        slot, count, begin, tokens = block
+        if count * tokens >= 8 and count > 1:  # fewer are over before a batched product has begun
+            batched.append(block)
+        else:
+            alone = single if tokens <= 2 else several
+            alone += [(slot + n, begin + n * tokens, begin + (n + 1) * tokens) for n in range(count)]
+    return _Plan(None if as_they_lie else rows, spans, single, several, batched)
+
+
+def _products(x: Tensor, weights: Tensor, plan: _Plan, acc: torch.dtype) -> Tensor:
+    """x Wᵀ, each token by its own slot's W. (N, columns of x) by (A, n, columns of x): (N, n)"""
+    convert = weights.dtype != acc
+    if len(plan.spans) == 1:
+        weight = weights.select(0, plan.spans[0][0])
+        return torch.mm(x, (weight.to(acc) if convert else weight).t())
+    out = x.new_empty(len(x), weights.shape[1])
+    if plan.single:
+        tokens_in, tokens_out = x.unbind(0), out.unbind(0)
+        # A product of one token is hardly longer than the making of a view: many are made at once where it can be.
+        at_once = len(weights) <= 2 * len(plan.single)
+        weight_of = weights.unbind(0).__getitem__ if at_once else partial(weights.select, 0)
+        for slot, start, stop in plan.single:
+            weight = weight_of(slot)
+            if convert:
+                weight = weight.to(acc)
+            for place in range(start, stop):
+                torch.mv(weight, tokens_in[place], out=tokens_out[place])
+    for slot, start, stop in plan.several:
+        weight = weights.select(0, slot)
+        torch.mm(x[start:stop], (weight.to(acc) if convert else weight).t(), out=out[start:stop])
+    for slot, count, start, tokens in plan.batched:
+        mine, result = (t.narrow(0, start, count * tokens).view(count, tokens, -1) for t in (x, out))
+        torch.bmm(mine, weights.narrow(0, slot, count).to(acc).transpose(1, 2), out=result)
+    return out
 
 
 def _of_tokens(biases: Tensor, slots: Tensor | None, spans: list[tuple[int, int, int]]) -> Tensor:
@@ -482,15 +529,19 @@ def _run(residual: Tensor, branch: Tensor | None, operands: tuple[Any, ...], out
         branch,
         None if downs is None else downs.contiguous(),
         None if ups is None else ups.contiguous(),
-        ids.reshape(-1).contiguous(),
+        _flat(ids),
         None if down_biases is None else down_biases.contiguous(),
         None if up_biases is None else up_biases.contiguous(),
         activation if codes is None else codes,
-        None if gain is None else gain.reshape(-1).contiguous(),
+        None if gain is None else _flat(gain),
         out,
         into_branch,
     )
     _GROUPED["triton" if is_recording() else select_backend(residual.device)](call)
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.contiguous() if tensor.dim() == 1 else tensor.reshape(-1).contiguous()
 
 
 def _sum_dtype(residual: Tensor, branch: Tensor | None) -> torch.dtype:
@@ -498,10 +549,10 @@ def _sum_dtype(residual: Tensor, branch: Tensor | None) -> torch.dtype:
 
 
 def _out_of_place(residual: Tensor, branch: Tensor | None, *operands: Any) -> Tensor:
-    hidden = residual.shape[-1]
-    out = residual.new_empty(residual.numel() // hidden, hidden, dtype=_sum_dtype(residual, branch))
-    _run(_rows("residual", residual), None if branch is None else _rows("branch", branch), operands, out, False)
-    return out.view(residual.shape)
+    out = torch.empty(residual.shape, dtype=_sum_dtype(residual, branch), device=residual.device)
+    rows = out if out.dim() == 2 else out.view(-1, out.shape[-1])
+    _run(_rows("residual", residual), None if branch is None else _rows("branch", branch), operands, rows, False)
+    return out
 
 
 def _into_branch(residual: Tensor, branch: Tensor, *operands: Any) -> None:
@@ -536,11 +587,9 @@ torch.library.custom_op(
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _check(name: str, tensor: Tensor | None, shape: tuple[int, ...], device: torch.device) -> None:
-    if tensor is None:
-        return
+def _check(name: str, tensor: Tensor, shape: Sequence[int], device: torch.device) -> None:
     if tensor.shape != shape:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {shape}")
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {tuple(shape)}")
     if tensor.dtype not in _DTYPES:
         raise TypeError(f"{name} has dtype {tensor.dtype}; expected float32, bfloat16 or float16")
     if tensor.device != device:
@@ -551,6 +600,8 @@ def _rows(name: str, tensor: Tensor, in_place: bool = False) -> Tensor:
     """(..., d) as (N, d) whose rows are contiguous; a copy only where its strides leave no other way."""
     hidden = tensor.shape[-1]
     if tensor.stride(-1) == 1 or hidden == 1:
+        if tensor.dim() == 2:
+            return tensor
         try:
             return tensor.view(-1, hidden)
         except RuntimeError:
@@ -558,6 +609,13 @@ def _rows(name: str, tensor: Tensor, in_place: bool = False) -> Tensor:
     if in_place:
         raise ValueError(f"{name} has strides {tensor.stride()}; expected rows that can be written in place")
     return tensor.reshape(-1, hidden).contiguous()
+
+
+def _eager(residual: Tensor, branch: Tensor | None, operands: tuple[Any, ...], into_branch: bool) -> Tensor:
+    if into_branch and branch is not None:
+        _into_branch(residual, branch, *operands)
+        return branch
+    return _out_of_place(residual, branch, *operands)
 
 
 def post_block_grouped(
@@ -599,9 +657,11 @@ def post_block_grouped(
         TypeError: a dtype that it does not take.
         RuntimeError: a gradient is asked for.
     """
-    hidden, device = residual.shape[-1], residual.device
-    _check("residual", residual, tuple(residual.shape), device)
-    _check("branch", branch, tuple(residual.shape), device)
+    shape, device = residual.shape, residual.device
+    hidden, places = shape[-1], shape[:-1]
+    _check("residual", residual, shape, device)
+    if branch is not None:
+        _check("branch", branch, shape, device)
     if (downs is None) != (ups is None):
         missing, given = ("downs", "ups") if downs is None else ("ups", "downs")
         raise ValueError(f"{missing} is None but {given} is given; expected both, or neither for steering vectors")
@@ -615,18 +675,18 @@ def post_block_grouped(
         rank = downs.shape[1]
     elif down_biases is not None:
         raise ValueError("down_biases is given without downs; expected both or neither")
-    for name, tensor, shape in (
-        ("downs", downs, (slots, rank, hidden)),
-        ("ups", ups, (slots, hidden, rank)),
-        ("down_biases", down_biases, (slots, rank)),
-        ("up_biases", up_biases, (slots, hidden)),
-        ("gain", gain, tuple(residual.shape[:-1])),
-    ):
-        _check(name, tensor, shape, device)
-    if adapter_ids.shape != residual.shape[:-1] or adapter_ids.dtype not in (torch.int32, torch.int64):
+    if downs is not None and ups is not None:
+        _check("downs", downs, (slots, rank, hidden), device)
+        _check("ups", ups, (slots, hidden, rank), device)
+    if down_biases is not None:
+        _check("down_biases", down_biases, (slots, rank), device)
+    if up_biases is not None:
+        _check("up_biases", up_biases, (slots, hidden), device)
+    if gain is not None:
+        _check("gain", gain, places, device)
+    if adapter_ids.shape != places or adapter_ids.dtype not in (torch.int32, torch.int64):
         raise ValueError(
-            f"adapter_ids is {adapter_ids.dtype} {tuple(adapter_ids.shape)}; expected int32 or int64 of "
-            f"{tuple(residual.shape[:-1])}"
+            f"adapter_ids is {adapter_ids.dtype} {tuple(adapter_ids.shape)}; expected int32 or int64 of {tuple(places)}"
         )
     if isinstance(activation, Tensor):
         if activation.shape != (slots,) or activation.dtype != torch.int32:
@@ -637,9 +697,11 @@ def post_block_grouped(
         raise ValueError(f"activation is {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
     if into_branch and branch is None:
         raise ValueError("into_branch is True without a branch; expected one to write into")
-    tensors = (residual, branch, downs, ups, down_biases, up_biases, gain)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        raise RuntimeError("post_block_grouped has no gradient; expected torch.no_grad(), or post_block to train")
+    grad_enabled = torch.is_grad_enabled()
+    if grad_enabled:
+        tensors = (residual, branch, downs, ups, down_biases, up_biases, gain)
+        if any(t is not None and t.requires_grad for t in tensors):
+            raise RuntimeError("post_block_grouped has no gradient; expected torch.no_grad(), or post_block to train")
     named, codes = (activation, None) if isinstance(activation, str) else ("", activation)
     operands = (downs, ups, adapter_ids, down_biases, up_biases, codes, gain, named)
     if torch.compiler.is_compiling():
@@ -647,8 +709,7 @@ def post_block_grouped(
             torch.ops.fused_steer.post_block_grouped_(residual, branch, *operands)
             return branch
         return torch.ops.fused_steer.post_block_grouped(residual, branch, *operands)
-    with torch.no_grad():
-        if into_branch and branch is not None:
-            _into_branch(residual, branch, *operands)
-            return branch
-        return _out_of_place(residual, branch, *operands)
+    if grad_enabled:
+        with torch.no_grad():
+            return _eager(residual, branch, operands, into_branch)
+    return _eager(residual, branch, operands, into_branch)

@@ -155,6 +155,41 @@ def test_what_may_be_absent(device, poison, options, tokens):
     assert_right(batch, batch.call())
 
 
+#: Ids of 24 tokens over 40 slots, of which a backend may make other products.
+PATTERNS = {
+    "one": [7] * 24,
+    "in order": list(range(3, 27)),
+    "in order by twos": [slot for slot in range(3, 15) for _ in range(2)],
+    "each its own": [(slot * 7) % 40 for slot in range(24)],
+    "pairs apart": [slot for slot in range(0, 36, 3) for _ in range(2)],
+    "runs apart": [slot for slot in (30, 2, 17, 9) for _ in range(6)],
+    "threes": [slot for slot in (5, 6, 30, 20, 21, 2, 12, 13) for _ in range(3)],
+    "a few, mixed": [(5, 31, 12)[token % 3] for token in range(24)],
+    "some without": [-1 if token % 5 == 0 else token % 11 for token in range(24)],
+    "none": [-1] * 24,
+}
+
+
+@pytest.mark.parametrize("into_branch", [False, True], ids=["out of place", "into branch"])
+@pytest.mark.parametrize("options", [{}, {"biases": False}], ids=str)
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_however_the_tokens_lie(device, poison, pattern, weights, options, into_branch):
+    ids = torch.tensor(PATTERNS[pattern], dtype=torch.int32, device=device)
+    batch = make(24, 64, slots=40, device=device, **options)
+    batch = replace(batch, ids=ids, downs=batch.downs.to(weights), ups=batch.ups.to(weights))
+    if into_branch:
+        branch = batch.branch.clone()
+        out = replace(batch, branch=branch).call(into_branch=True)
+        assert out is branch
+        out = batch.residual + out
+    else:
+        out = batch.call()
+    assert_right(batch, out)
+    without = ids < 0
+    assert torch.equal(out[without], (batch.residual + batch.branch)[without])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("tokens", [FEW, MANY])
 def test_tokens_without_adapter_or_gain_keep_every_bit(device, tokens, dtype):
