@@ -143,6 +143,19 @@ class Batch:
                 "the model runs in another thread than the one that opened its batch; expected one thread at a time"
             )
 
+    def check_capture(self) -> None:
+        """A CUDA graph cannot ask where it is, and holds on to what it reads: the tensors of the pass before, which
+        have to stay. Those of generated tokens do, as long as the batch runs.
+
+        Raises:
+            RuntimeError: there was no pass before, or it was over a prompt.
+        """
+        if not any(ids is self.ids for ids, _ in self._decode.values()):
+            raise RuntimeError(
+                "a CUDA graph is captured of a pass that does not follow one over generated tokens; expected such a "
+                "pass of the same shape first, to warm up"
+            )
+
     def expansion(self, rows: int) -> int:
         """How many rows of a pass belong to each row asked for, one after the other: beams, or sequences returned."""
         times, rest = divmod(rows, len(self.requests))
@@ -240,7 +253,8 @@ def running(
         for index, site in sites.items():
             site.batch, site.slots = batch, held.slots.get(index)
             stack.callback(_clear, site)
-        hook = decoder.register_forward_pre_hook(functools.partial(_before_forward, batch), with_kwargs=True)
+        names = tuple(inspect.signature(decoder.forward).parameters)
+        hook = decoder.register_forward_pre_hook(functools.partial(_before_forward, batch, names), with_kwargs=True)
         stack.callback(hook.remove)
         for name, make in (("generate", _generate), ("prepare_inputs_for_generation", _prepare_inputs)):
             if hasattr(model, name):
@@ -319,14 +333,22 @@ def _prepare_inputs(batch: Batch, model: nn.Module, original: Any) -> Any:
     return prepare_inputs_for_generation
 
 
-def _before_forward(batch: Batch, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Before each eager pass: outside generate, work out where it is; inside, that is known."""
+def _before_forward(
+    batch: Batch, names: Sequence[str], decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Before each eager pass: outside generate, work out where it is; inside, that is known.
+
+    names: of the decoder's arguments, in order.
+    """
     if torch.compiler.is_compiling():
         return
     batch.check_thread()
-    given = {**dict(zip(inspect.signature(decoder.forward).parameters, args, strict=False)), **kwargs}
-    fed = _first(given, "inputs_embeds", "input_ids")
     if batch.generating:
+        return
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    fed = _first(given, "inputs_embeds", "input_ids")
+    if _is_capturing(fed.device):
+        batch.check_capture()
         return
     mask = given.get("attention_mask")
     past = _cached(_first(given, "past_key_values", "cache_params")) or 0
@@ -342,6 +364,10 @@ def _before_forward(batch: Batch, decoder: nn.Module, args: tuple[Any, ...], kwa
             )
         mask = None
     batch.prepare(fed.shape[0], past, fed.shape[1], mask, fed.device)
+
+
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _first(given: Mapping[str, Any], *names: str) -> Any:

@@ -10,9 +10,10 @@ import pytest
 import torch
 from models import LAYERS, assert_close, build, randomize, refused, snapshot, tokens
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from fused_steer import SteerConfig, patch_model
+from fused_steer import batch as batch_module
 
 CONFIGS = {
     "polite": SteerConfig(rank=4, scale=0.7),
@@ -302,6 +303,69 @@ def test_step_by_step_without_generate(model):
         for _ in range(NEW):
             ids = model(ids, past_key_values=cache).logits[:, -1:].argmax(-1)
             words.append(ids)
+    assert torch.equal(torch.cat(words, 1), expected)
+
+
+def test_a_captured_step_holds_on_to_what_is_there(model, monkeypatch):
+    """While a CUDA graph is captured nothing is worked out, and what was stays where it is."""
+    with model.steering.batch(NAMES), torch.no_grad():
+        batch = model.steering._batch
+        cache = DynamicCache(config=model.config)
+        model(PROMPTS, past_key_values=cache)
+        with monkeypatch.context() as capturing:
+            capturing.setattr(batch_module, "_is_capturing", lambda device: True)
+            with pytest.raises(RuntimeError, match="does not follow one over generated tokens"):
+                model(PROMPTS[:, :1], past_key_values=cache)
+        model(PROMPTS[:, :1], past_key_values=cache)
+        held = (batch.ids, batch.gain)
+        with monkeypatch.context() as capturing:
+            capturing.setattr(batch_module, "_is_capturing", lambda device: True)
+            capturing.setattr(DynamicCache, "get_seq_length", lambda *_: pytest.fail("asks for a length"))
+            model.model(inputs_embeds=torch.zeros(len(NAMES), 1, model.config.hidden_size), use_cache=False)
+        assert batch.ids is held[0] and batch.gain is held[1]
+
+
+@pytest.mark.parametrize("where", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_step_on_a_static_cache_replays(where):
+    """Of a loop of one's own, in which no step asks the host for anything: on a GPU it is a CUDA graph."""
+    model, prompts, length = steered().to(where), PROMPTS.to(where), PROMPTS.shape[1]
+    room, rows = length + NEW, len(NAMES)
+    position = torch.tensor([length], device=where)
+    cache = StaticCache(config=model.config, max_cache_len=room)
+
+    def step() -> Tensor:
+        mask = (torch.arange(room, device=where) <= position).expand(rows, 1, 1, room)
+        out = model(
+            token, position_ids=position.expand(rows, 1), cache_position=position, attention_mask=mask,
+            past_key_values=cache, use_cache=True,
+        )  # fmt: skip
+        return out.logits[:, -1:].argmax(-1)
+
+    def back() -> None:
+        for layer in cache.layers:
+            layer.cumulative_length.fill_(length)
+
+    with model.steering.batch(NAMES), torch.no_grad():
+        expected = greedy(model, prompts)
+        token = model(prompts, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+        replay = step
+        if where == "cuda":
+            step()  # warms up
+            back()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                following = step()
+            back()
+
+            def replay() -> Tensor:
+                graph.replay()
+                return following
+
+        words = [token.clone()]
+        while len(words) < NEW:
+            token.copy_(replay())
+            words.append(token.clone())
+            position += 1
     assert torch.equal(torch.cat(words, 1), expected)
 
 
