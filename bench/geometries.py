@@ -92,6 +92,51 @@ class ProjectionCase:
     dtype: str = "float32"
 
 
+@dataclass(frozen=True)
+class GroupedCase:
+    """One size of the op with an adapter for each token: N tokens of `adapters` different ones, all that there are.
+
+    prefill: tokens of an adapter lie together, as prompts do; else in any order, as a batch that decodes.
+    """
+
+    tokens: int
+    hidden: int
+    adapters: int
+    prefill: bool = False
+    rank: int = 8
+    activation: str = "silu"
+    dtype: str = "bfloat16"
+
+    @property
+    def unit_bytes(self) -> int:
+        """Bytes of one N × d tensor."""
+        return OpCase(self.tokens, self.hidden, dtype=self.dtype).unit_bytes
+
+
+@dataclass(frozen=True)
+class ServeCase:
+    """A batch served: a geometry, its layers (0: all), a prompt of `length` tokens in each row, and as many rows of each
+    of its adapters."""
+
+    geometry: str
+    layers: int
+    batch: int
+    length: int
+    adapters: int
+    dtype: str = "bfloat16"
+    rank: int = 8
+
+    def __post_init__(self) -> None:
+        self.model  # noqa: B018 - which refuses what is unknown
+        if not 1 <= self.adapters <= self.batch:
+            raise ValueError(f"adapters is {self.adapters}; expected 1 to {self.batch}, the rows of the batch")
+
+    @property
+    def model(self) -> ModelCase:
+        """The model, and the tokens that it is given."""
+        return ModelCase(self.geometry, self.layers, self.batch, self.length, dtype=self.dtype, rank=self.rank)
+
+
 def op_grid() -> list[OpCase]:
     """The whole grid, what decides the goals first: many tokens, rank 8, SiLU, no basis."""
     by_importance = (4096, 16384, 8, 512, 64, 1)
@@ -102,3 +147,27 @@ def op_grid() -> list[OpCase]:
         for tokens in by_importance
         for hidden in reversed(WIDTHS)
     ]
+
+
+def grouped_grid() -> list[GroupedCase]:
+    """Decoding of every batch with one adapter, with some, and with as many as rows; prefill of few and of many."""
+    decode = [
+        GroupedCase(tokens, hidden, adapters)
+        for hidden in (4096, 2048)
+        for tokens in (256, 64, 8, 1)
+        for adapters in (256, 64, 16, 1)
+        if adapters <= tokens
+    ]
+    prefill = [
+        GroupedCase(tokens, hidden, adapters, prefill=True)
+        for hidden in (4096, 2048)
+        for tokens in (4096, 16384)
+        for adapters in (1, 8, 64)
+    ]
+    return decode + prefill
+
+
+def serve_grid() -> list[ServeCase]:
+    """Llama-3.2-1B whole: 256 rows of one adapter to 256, then smaller batches in which each row has its own."""
+    many = [ServeCase("Llama-3.2-1B", 0, 256, 256, adapters) for adapters in (256, 1, 16)]
+    return many + [ServeCase("Llama-3.2-1B", 0, batch, 256, batch) for batch in (8, 64, 1)]

@@ -38,7 +38,7 @@ def l2_bytes(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
 
 
-def _in_words(error: BaseException) -> str:
+def in_words(error: BaseException) -> str:
     if isinstance(error, torch.OutOfMemoryError):
         return "out of memory"
     return f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -66,7 +66,7 @@ def check_op(case: OpCase, what: str, names: Sequence[str], device: torch.device
         try:
             errors = op_errors(case, contender, device, gradients=what != "forward")
         except Exception as error:  # a rival may fail in any way, and the run goes on
-            wrong[name] = _in_words(error)
+            wrong[name] = in_words(error)
         else:
             too_far = [(ours, hook) for ours, hook in errors if not ours <= 2 * hook + 1e-6]  # NaN too
             if too_far:
@@ -126,7 +126,7 @@ def measure_op(
         sets = [make_operands(case, device, seed) for seed in range(sets_of)]
     except torch.OutOfMemoryError as error:
         for row in rows.values():
-            row.status = _in_words(error)
+            row.status = in_words(error)
         return list(rows.values())
     on_gpu = device.type == "cuda"
     # A backward pass runs on the stream of its forward, which therefore has to be the one that is captured.
@@ -141,7 +141,7 @@ def measure_op(
             timed.prepare(device, graph=True, stream=stream)
             row.launches = timing.count_launches(timed.calls[0], device) if count else None
         except Exception as error:  # as above
-            row.status = _in_words(error)
+            row.status = in_words(error)
             continue
         ready.append(timed)
     timing.interleave(ready, device, rounds)
@@ -292,7 +292,7 @@ def check_models(case: ModelCase, names: Sequence[str], device: torch.device) ->
         try:
             error = float((logits(name) - truth).norm() / truth.norm())
         except Exception as failure:  # as above
-            wrong[name] = _in_words(failure)
+            wrong[name] = in_words(failure)
         else:
             if not error <= 1e-3:
                 wrong[name] = f"wrong: it differs from the hook by {error:.2e}; expected at most 1e-3"
@@ -316,7 +316,7 @@ def measure_model(
         base = build_base(case, device)
     except torch.OutOfMemoryError as error:
         for name in present:
-            rows[name].status = _in_words(error)
+            rows[name].status = in_words(error)
         return list(rows.values())
     ready: list[Timed] = []
     prepared: dict[str, Prepared] = {}
@@ -333,7 +333,7 @@ def measure_model(
                 kept[name] = kept_bytes(case, one.model, device)
                 peak[name] = timing.peak_bytes(one.call, device)
         except Exception as error:  # as above
-            rows[name].status = _in_words(error)
+            rows[name].status = in_words(error)
             release(device)
             continue
         prepared[name] = one

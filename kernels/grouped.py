@@ -434,11 +434,14 @@ def _plan(call: _Call) -> _Plan:
         gains = call.gain.tolist()
         rows = [row for row, slot in enumerate(slots) if slot >= 0 and gains[row] != 0]
     as_they_lie = len(rows) == len(slots)
-    # To bring tokens of an adapter together and back costs more than it saves where they are few.
-    if len(rows) > 8 and 2 * len({slots[row] for row in rows}) <= len(rows):
-        before = rows.copy()
-        rows.sort(key=slots.__getitem__)
-        as_they_lie = as_they_lie and rows == before
+    # To bring tokens of an adapter together, or into the order of their slots, and back costs more than it saves where
+    # they are few.
+    if len(rows) > 8:
+        found = {slots[row] for row in rows}
+        if 2 * len(found) <= len(rows) or 4 * len(found) >= 3 * (max(found) - min(found) + 1):
+            before = rows.copy()
+            rows.sort(key=slots.__getitem__)
+            as_they_lie = as_they_lie and rows == before
     spans: list[tuple[int, int, int]] = []
     blocks: list[tuple[int, int, int, int]] = []
     start, end = 0, len(rows)

@@ -1,0 +1,195 @@
+"""The op with an adapter for each token: ours, the same with one adapter for all, and a gather of weights with bmm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from . import timing
+from .contenders import PHI
+from .geometries import DTYPES, GroupedCase
+from .levels import in_words, l2_bytes
+from .results import Row
+from .timing import Timed
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What one call reads. residual, branch: (N, d) in the case's dtype; downs (A, r, d) and ups (A, d, r): float32, as
+    fused-steer keeps them, or, for the rivals, in the case's dtype; ids (N,) int32; gain (N,) float32."""
+
+    residual: Tensor
+    branch: Tensor
+    downs: Tensor
+    ups: Tensor
+    ids: Tensor
+    gain: Tensor
+    activation: str
+
+
+def make_tables(case: GroupedCase, device: torch.device, seed: int = 0) -> Tables:
+    """Fresh random operands. Which token has which adapter is drawn; each adapter has as many, give or take one."""
+    generator = torch.Generator(device).manual_seed(seed)
+    n, d, r, a = case.tokens, case.hidden, case.rank, case.adapters
+
+    def normal(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(*size, generator=generator, device=device, dtype=dtype)
+
+    ids = torch.arange(n, device=device) * a // n if case.prefill else torch.arange(n, device=device) % a
+    slots = torch.randperm(a, generator=generator, device=device)
+    if not case.prefill:
+        ids = ids[torch.randperm(n, generator=generator, device=device)]
+    residual, branch = (normal(n, d, dtype=DTYPES[case.dtype]) for _ in range(2))
+    gain = torch.rand(n, generator=generator, device=device) + 0.5
+    return Tables(
+        residual, branch, normal(a, r, d) / d**0.5, normal(a, d, r) / r**0.5, slots[ids].int(), gain, case.activation
+    )
+
+
+def fused(x: Tables) -> Tensor:
+    from fused_steer.kernels.grouped import post_block_grouped
+
+    return post_block_grouped(x.residual, x.branch, x.downs, x.ups, x.ids, activation=x.activation, gain=x.gain)
+
+
+def one_adapter(x: Tables) -> Tensor:
+    """The op of one adapter: the first, for every token."""
+    from fused_steer import post_block
+
+    return post_block(x.residual, x.branch, x.downs[0], x.ups[0], activation=x.activation, gain=x.gain)
+
+
+def gather_bmm(x: Tables) -> Tensor:
+    """The same function with a copy of its adapter for each token; one without adapter is left as it is, to the bit."""
+    h = x.residual + x.branch
+    slots = x.ids.clamp(min=0)
+    a = torch.bmm(x.downs[slots], h.unsqueeze(2))
+    shift = torch.bmm(x.ups[slots], PHI[x.activation](a)).squeeze(2)
+    shift = shift * torch.where(x.ids < 0, 0, x.gain).unsqueeze(1).to(shift.dtype)
+    return torch.where(shift == 0, h, h + shift)
+
+
+def add(x: Tables) -> Tensor:
+    return torch.add(x.residual, x.branch)
+
+
+@dataclass(frozen=True)
+class GroupedContender:
+    """call; same: it computes the op; master_weights: its adapters are in float32."""
+
+    call: Callable[[Tables], Tensor]
+    same: bool = True
+    master_weights: bool = True
+
+
+GROUPED_CONTENDERS: dict[str, GroupedContender] = {
+    "fused": GroupedContender(fused),
+    "fused-again": GroupedContender(fused),
+    "one-adapter": GroupedContender(one_adapter, same=False),
+    "gather-bmm": GroupedContender(gather_bmm, master_weights=False),
+    "add": GroupedContender(add, same=False),
+}
+
+
+def plain(case: GroupedCase, name: str, x: Tables) -> Tables:
+    """The operands as this contender has them."""
+    if GROUPED_CONTENDERS[name].master_weights:
+        return x
+    return replace(x, downs=x.downs.to(DTYPES[case.dtype]), ups=x.ups.to(DTYPES[case.dtype]))
+
+
+def check(case: GroupedCase, name: str, device: torch.device) -> str:
+    """What is wrong with a contender, or "": it must be at most twice as far from float64 as gather-bmm in the same
+    dtype (plus 1e-6), also with tokens that have no adapter, and leave these as they are to the bit."""
+    small = replace(case, tokens=min(case.tokens, 512), adapters=min(case.adapters, case.tokens, 64))
+    x = make_tables(small, device, seed=1)
+    x = replace(x, ids=x.ids.masked_fill(torch.arange(small.tokens, device=device) % 7 == 3, -1))
+    wide = replace(x, **{n: v.double() for n, v in vars(x).items() if isinstance(v, Tensor) and v.is_floating_point()})
+    truth = gather_bmm(wide)
+    out, usual = (GROUPED_CONTENDERS[n].call(plain(small, n, x)) for n in (name, "gather-bmm"))
+    ours, theirs = (float((value.double() - truth).norm() / truth.norm()) for value in (out, usual))
+    if not ours <= 2 * theirs + 1e-6:
+        return f"wrong: relative error {ours:.2e}; expected at most twice gather-bmm's, {theirs:.2e}"
+    if not torch.equal(out[x.ids < 0], add(x)[x.ids < 0]):
+        return "wrong: a token without adapter is changed; expected every bit of it"
+    return ""
+
+
+class _Allocations(TorchDispatchMode):
+    """Counts the bytes of the tensors that operations make; views make none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nbytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        kwargs = kwargs or {}
+        given = {
+            t.untyped_storage().data_ptr()
+            for values in (args, kwargs.values())
+            for value in values
+            for t in (value if isinstance(value, (list, tuple)) else [value])
+            if isinstance(t, Tensor)
+        }
+        out = func(*args, **kwargs)
+        for t in out if isinstance(out, (list, tuple)) else [out]:
+            if isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in given:
+                self.nbytes += t.untyped_storage().nbytes()
+        return out
+
+
+def made_bytes(call: Callable[[], Tensor]) -> int:
+    """Bytes of all tensors that a call makes, but for its result. Exact on any machine."""
+    with torch.no_grad(), _Allocations() as made:
+        out = call()
+    return made.nbytes - out.untyped_storage().nbytes()
+
+
+def measure_grouped(
+    case: GroupedCase, device: torch.device, names: Sequence[str], rounds: int = 20, count: bool = False
+) -> list[Row]:
+    """Time the op for each contender, interleaved, and count what it makes; one that is wrong has no figures."""
+    rows = {name: Row("grouped", "forward", name, asdict(case)) for name in names}
+    sizes = []
+    try:
+        table = case.adapters * case.rank * case.hidden * DTYPES[case.dtype].itemsize
+        sets_of = timing.input_sets(2 * case.unit_bytes + 2 * table, l2_bytes(device))
+        sets = [make_tables(case, device, seed) for seed in range(sets_of)]
+    except torch.OutOfMemoryError as error:
+        for row in rows.values():
+            row.status = in_words(error)
+        return list(rows.values())
+    ready = []
+    for name, row in rows.items():
+        contender = GROUPED_CONTENDERS[name]
+        try:
+            if contender.same:
+                row.status = check(case, name, device) or "ok"
+            if row.status != "ok":
+                continue
+            operands = [plain(case, name, x) for x in sets]
+            calls = [_without_gradient(contender.call, x) for x in operands]
+            timed = Timed(name, calls)
+            timed.prepare(device, graph=True)
+            row.launches = timing.count_launches(calls[0], device) if count else None
+            sizes.append(Row("grouped", "bytes", name, asdict(case), [made_bytes(calls[0])]))
+        except Exception as error:  # a rival may fail in any way, and the run goes on
+            row.status = in_words(error)
+            continue
+        ready.append(timed)
+    timing.interleave(ready, device, rounds)
+    for timed in ready:
+        rows[timed.name].samples, rows[timed.name].replayed = timed.samples, timed.replayed
+    return [*rows.values(), *sizes]
+
+
+def _without_gradient(function: Callable[[Tables], Tensor], x: Tables) -> Callable[[], Tensor]:
+    def call() -> Tensor:
+        with torch.no_grad():
+            return function(x)
+
+    return call
