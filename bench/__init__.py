@@ -4,6 +4,9 @@
     contenders.py   who is measured: ours, the rivals, the floor
     timing.py       how: cold cache, graph replay, interleaving, quantiles; launches and bytes counted
     projection.py   Joint-Orth's projection against a loop of SVDs
+    grouped.py      the op with an adapter for each token against a gather of weights
+    serving.py      batches served through transformers, each row by its own adapter
+    vllm.py         `python -m bench.vllm`: the same through vLLM, steered and unsteered
     levels.py       what: op, model, memory -- from a case to rows of results
     results.py      the results file
     goals.py        what is to be reached, computed from results

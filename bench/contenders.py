@@ -190,10 +190,10 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     return model.get_submodule("model.layers")
 
 
-def _adapters(model: nn.Module, rank: int) -> list[tuple[Tensor, Tensor]]:
+def adapter_weights(model: nn.Module, rank: int, seed: int = 2) -> list[tuple[Tensor, Tensor]]:
     """W1 (r, d) and W2 (d, r) of every layer, the same for every contender of the model; of a small shift."""
     hidden = model.config.hidden_size
-    generator = torch.Generator().manual_seed(2)
+    generator = torch.Generator().manual_seed(seed)
     return [
         (
             torch.randn(rank, hidden, generator=generator) / hidden**0.5,
@@ -206,14 +206,17 @@ def _adapters(model: nn.Module, rank: int) -> list[tuple[Tensor, Tensor]]:
 def steer_fused(model: Any, rank: int) -> Any:
     from fused_steer import SteerConfig, patch_model
 
-    weights = _adapters(model, rank)
     patch_model(model, SteerConfig(rank=rank))
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for index, (down, up) in enumerate(weights):
-            for part, value in (("down", down), ("up", up)):
-                parameters[f"model.layers.{index}.post_block.steer_{part}.default.weight"].copy_(value)
+    set_adapter(model, "default", adapter_weights(model, rank))
     return model
+
+
+@torch.no_grad()
+def set_adapter(model: Any, name: str, weights: list[tuple[Tensor, Tensor]]) -> None:
+    """Give an adapter of a patched model these weights."""
+    for layer, (down, up) in zip(decoder_layers(model), weights, strict=True):
+        layer.post_block.steer_down[name].weight.copy_(down)
+        layer.post_block.steer_up[name].weight.copy_(up)
 
 
 class _Shift(nn.Module):
@@ -229,7 +232,7 @@ class _Shift(nn.Module):
 
 def steer_hook(model: Any, rank: int, compiled: bool = False) -> Any:
     """The paper's way: a forward hook on every decoder layer."""
-    for layer, (down, up) in zip(decoder_layers(model), _adapters(model, rank), strict=True):
+    for layer, (down, up) in zip(decoder_layers(model), adapter_weights(model, rank), strict=True):
         layer.shift = _Shift(down, up, next(layer.parameters()))
         shift = torch.compile(layer.shift, dynamic=False) if compiled else layer.shift
 

@@ -28,7 +28,11 @@ GEOMETRIES: dict[str, tuple[str, dict[str, Any]]] = {
         "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
         "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256,
     }),
-    # Not a real one: small enough for a CPU.
+    # For CPUs: a real one, and one that is none.
+    "SmolLM2-135M": ("llama", {
+        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+        "num_key_value_heads": 3, "head_dim": 64, "vocab_size": 49152, "tie_word_embeddings": True,
+    }),
     "small": ("llama", {
         "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 4,
         "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 512,
@@ -115,8 +119,8 @@ class GroupedCase:
 
 @dataclass(frozen=True)
 class ServeCase:
-    """A batch served: a geometry, its layers (0: all), a prompt of `length` tokens in each row, and as many rows of each
-    of its adapters."""
+    """A batch served: a geometry, its layers (0: all), rows with a prompt of `length` tokens, in which `adapters`
+    different ones take turns."""
 
     geometry: str
     layers: int

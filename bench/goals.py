@@ -145,6 +145,23 @@ def _projection_over(rival: str) -> Callable[[Results], float | None]:
     )
 
 
+def _served(results: Results) -> float | None:
+    """A replayed step of the whole model, each row by its own adapter or all by one, over the unsteered step."""
+    ratios = [
+        _ratio(a, b)
+        for contender in ("fused", "one-adapter")
+        for a, b in _pairs(results, "serve", "decode-graph", contender, "unsteered", **WHOLE)
+        if a.replayed and b.replayed
+    ]
+    return _worst(ratios, True)
+
+
+def _distinct(results: Results) -> float | None:
+    """The same of 256 rows with 256 adapters, over all by one."""
+    pairs = _pairs(results, "serve", "decode-graph", "fused", "one-adapter", adapters=256, **WHOLE)
+    return _worst((_ratio(a, b) for a, b in pairs if a.replayed and b.replayed), True)
+
+
 def _peak(results: Results) -> float | None:
     """Extra peak memory in N × d tensors a layer."""
     found = []
@@ -183,6 +200,8 @@ GOALS = (
     Goal("projection", "projection of 32 layers, d = 4096, k = r = 8, microseconds", 100, True, _projection),
     Goal("projection / svd", "the same: times faster than a loop of thin SVDs", 100, False,
          _projection_over("svd-loop")),
+    Goal("serving", "decode step by rows, 1-256 adapters, replayed: time of unsteered", 1.02, True, _served),
+    Goal("256 adapters", "the same of 256 adapters: time of one adapter for all rows", 1.10, True, _distinct),
     Goal("peak memory", "beyond unsteered: N x d tensors a layer", 1.0, True, _peak),
     Goal("peak, checkpointing", "beyond unsteered, per cent", 0.5, True, _peak_checkpointed),
 )  # fmt: skip

@@ -24,10 +24,23 @@ import typer
 from . import levels, timing
 from .checkout import ROOT
 from .contenders import MODEL_CONTENDERS, OP_CONTENDERS, absent
-from .geometries import FEW_LAYERS, REAL, ModelCase, OpCase, ProjectionCase, op_grid
+from .geometries import (
+    FEW_LAYERS,
+    REAL,
+    GroupedCase,
+    ModelCase,
+    OpCase,
+    ProjectionCase,
+    ServeCase,
+    grouped_grid,
+    op_grid,
+    serve_grid,
+)
 from .goals import LOW_RANKS, MANY_TOKENS, evaluate
+from .grouped import GROUPED_CONTENDERS, measure_grouped
 from .projection import PROJECTION_CONTENDERS, measure_projection
-from .results import Results, Row, describe_machine, file_name, load
+from .results import Results, Row, describe_machine, file_name, start
+from .serving import SERVE_CONTENDERS, SERVE_RUNS, measure_serving
 
 TEST_SHARE = 0.35  # of the whole time, at most
 COUNTED = (4096, 4096)  # the tokens and width of which launches are counted: the other sizes launch alike
@@ -41,7 +54,7 @@ class Step:
     title: str
     level: str
     what: str
-    case: OpCase | ModelCase | ProjectionCase
+    case: OpCase | ModelCase | ProjectionCase | GroupedCase | ServeCase
     names: tuple[str, ...]
 
     def is_done(self, results: Results) -> bool:
@@ -55,6 +68,10 @@ class Step:
             )
         if isinstance(self.case, ProjectionCase):
             return measure_projection(self.case, device, self.names, rounds or 20)
+        if isinstance(self.case, GroupedCase):
+            return measure_grouped(self.case, device, self.names, rounds or 20, count=self.case.tokens == 64)
+        if isinstance(self.case, ServeCase):
+            return measure_serving(self.case, self.what, device, self.names, rounds or 10)
         if self.what == "host":
             return levels.measure_host(self.case, device)
         count = (self.case.tokens, self.case.hidden) == COUNTED
@@ -78,6 +95,17 @@ def _projection_step(case: ProjectionCase) -> Step:
     return Step(f"projection of {size}", "projection", "step", case, tuple(PROJECTION_CONTENDERS))
 
 
+def _grouped_step(case: GroupedCase) -> Step:
+    kind = "prefill" if case.prefill else "decode"
+    title = f"grouped op, {kind} N={case.tokens} d={case.hidden} adapters={case.adapters}"
+    return Step(title, "grouped", "forward", case, tuple(GROUPED_CONTENDERS))
+
+
+def _serve_step(what: str, case: ServeCase) -> Step:
+    size = f"{case.geometry}, {case.layers or 'all'} layers, {case.batch} rows, {case.adapters} adapters"
+    return Step(f"serving, {what} of {size}", "serve", what, case, tuple(SERVE_CONTENDERS))
+
+
 def all_steps() -> list[Step]:
     """Everything, most important first."""
     goals, rest = [], []
@@ -99,6 +127,9 @@ def all_steps() -> list[Step]:
         _model_step("prefill", ModelCase("Llama-3.2-1B", 0, 1, 4096)),
         _model_step("decode", ModelCase("Llama-3.2-1B", 0, 8, 512)),
     ]
+    served = [_serve_step("decode-graph", case) for case in serve_grid()]
+    served += [_serve_step("generate", case) for case in serve_grid()]
+    grouped = [_grouped_step(case) for case in grouped_grid()]
     cut = [
         _model_step(what, ModelCase(geometry, FEW_LAYERS, batch, length))
         for geometry in reversed(REAL)
@@ -109,7 +140,7 @@ def all_steps() -> list[Step]:
             ("decode-graph", 8, 512),
         )
     ]
-    return [*goals, *whole, *cut, *rest]
+    return [*goals, *whole, *served, *grouped, *cut, *rest]
 
 
 def smoke_steps() -> list[Step]:
@@ -119,6 +150,9 @@ def smoke_steps() -> list[Step]:
         *(_op_step(op, what, compiled=False) for what in levels.OP_PASSES),
         Step("host time", "op", "host", OpCase(8, 64, dtype="float32"), ("fused", "add")),
         _projection_step(ProjectionCase(2, 64, 4, 4)),
+        _grouped_step(GroupedCase(9, 64, 4, dtype="float32")),
+        _grouped_step(GroupedCase(300, 64, 4, prefill=True, dtype="float32")),
+        *(_serve_step(what, ServeCase("small", 1, 3, 8, 2, dtype="float32")) for what in SERVE_RUNS),
         *(
             Step(
                 f"model {what}",
@@ -162,25 +196,6 @@ def run_gpu_tests(seconds: float) -> dict[str, object]:
         "tail": output[-3000:] if code else "",
         "seconds": round(time.monotonic() - begin, 1),
     }
-
-
-def start(file: Path, device: torch.device) -> Results:
-    """The results of an earlier run of the same sources on the same device, to go on with; or new ones.
-
-    Raises:
-        ValueError: the file is of another schema, or was made by other sources or versions or on another device.
-    """
-    machine = describe_machine(device)
-    if not file.exists():
-        return Results(machine)
-    results = load(file)
-    for name in ("device", "sources", "versions"):
-        if results.machine.get(name) != machine[name]:
-            raise ValueError(
-                f"{file} was measured with {name} {results.machine.get(name)!r}; expected {machine[name]!r} to go on "
-                "with it (give another --out, or remove it)"
-            )
-    return results
 
 
 def measure(
@@ -275,7 +290,7 @@ def main(
             raise ValueError(f"out is {str(out)!r}, a file; expected a directory")
         device = _device(smoke)
         file = out / file_name(describe_machine(device)["device"])
-        results = start(file, device)
+        results = start(file, describe_machine(device))
     except (ValueError, RuntimeError, OSError) as error:
         typer.echo(f"bench.gpu: {error}", err=True)
         raise typer.Exit(1) from None

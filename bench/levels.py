@@ -185,7 +185,7 @@ def build_base(case: ModelCase, device: torch.device) -> Any:
     return build(case.geometry, case.layers, case.dtype, device, _vocabulary(case))
 
 
-def _tokens(case: ModelCase, model: Any, device: torch.device) -> Tensor:
+def make_tokens(case: ModelCase, model: Any, device: torch.device) -> Tensor:
     generator = torch.Generator().manual_seed(3)
     return torch.randint(2, model.config.vocab_size, (case.batch, case.length), generator=generator).to(device)
 
@@ -198,7 +198,7 @@ def training_loss(model: Any, tokens: Tensor) -> Tensor:
 def train_call(case: ModelCase, model: Any, device: torch.device) -> Prepared:
     """Forward, loss, backward and AdamW. The embedded tokens require a gradient in every contender: the backward runs
     through all blocks, also in the unsteered, frozen model."""
-    tokens = _tokens(case, model, device)
+    tokens = make_tokens(case, model, device)
     model.train()
     if case.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -215,7 +215,7 @@ def train_call(case: ModelCase, model: Any, device: torch.device) -> Prepared:
 
 
 def prefill_call(case: ModelCase, model: Any, device: torch.device) -> Prepared:
-    tokens = _tokens(case, model.eval(), device)
+    tokens = make_tokens(case, model.eval(), device)
 
     @torch.no_grad()
     def prefill() -> Tensor:
@@ -232,7 +232,7 @@ def decode_call(case: ModelCase, model: Any, device: torch.device) -> Prepared:
     room = case.length + 64
     cache = StaticCache(config=model.config, max_cache_len=room)
     start = torch.tensor([case.length], device=device)
-    token = _tokens(case, model, device)[:, :1].contiguous()
+    token = make_tokens(case, model, device)[:, :1].contiguous()
     positions = start.expand(case.batch, 1).contiguous()
     visible = torch.ones(case.batch, 1, 1, room, dtype=torch.bool, device=device)
     # Ready-made masks: building one asks the host for a length, which a graph cannot.
@@ -353,7 +353,7 @@ def measure_model(
 
 def kept_bytes(case: ModelCase, model: Any, device: torch.device) -> int:
     """Bytes kept for the backward by one training forward of a model that `train_call` has prepared."""
-    tokens = _tokens(case, model, device)
+    tokens = make_tokens(case, model, device)
     with timing.counting_kept(model, tokens) as kept:
         loss = training_loss(model, tokens)
         nbytes = kept()

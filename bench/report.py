@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .geometries import DTYPES, GEOMETRIES, ModelCase, OpCase, ProjectionCase
+from .geometries import DTYPES, GEOMETRIES, GroupedCase, ModelCase, OpCase, ProjectionCase, ServeCase
 from .levels import FLOOR_UNITS
 from .results import FOLDER, PACKAGES, Results, Row, load
 
@@ -37,7 +37,11 @@ LEVELS: dict[str, tuple[type, tuple[str, ...]]] = {
     "model": (ModelCase, ("train", "prefill", "decode", "decode-graph")),
     "memory": (ModelCase, ("kept", "peak", "peak-total")),
     "projection": (ProjectionCase, ("step",)),
+    "grouped": (GroupedCase, ("forward", "bytes")),
+    "serve": (ServeCase, ("generate", "decode-graph")),
+    "vllm": (ServeCase, ("generate",)),
 }
+BYTES = (("memory", "kept"), ("memory", "peak"), ("memory", "peak-total"), ("grouped", "bytes"))
 WORDS = {
     "forward": "forward",
     "backward": "backward",
@@ -58,6 +62,9 @@ CONTENDERS = (
     "unsteered",
     "add",
     "copy",
+    "no-adapter",
+    "one-adapter",
+    "gather-bmm",
     "hook",
     "hook-compiled",
     "hook-liger",
@@ -68,7 +75,7 @@ CONTENDERS = (
     "svd-loop-square",
     "svd-loop-default",
 )
-RIVALS = CONTENDERS[5:]
+RIVALS = CONTENDERS[CONTENDERS.index("hook") :]
 #: The variant of the op that is shown first and plotted.
 VARIANT = {"rank": 8, "activation": "silu", "basis": 0, "dtype": "bfloat16"}
 
@@ -130,7 +137,7 @@ def _read_run(file: Path) -> Run:
     return Run(file.stem, results, tables)
 
 
-def _checked_case(row: Row) -> OpCase | ModelCase | ProjectionCase:
+def _checked_case(row: Row) -> OpCase | ModelCase | ProjectionCase | GroupedCase | ServeCase:
     make, whats = LEVELS.get(row.level, (None, ()))
     if make is None or row.what not in whats:
         expected = "; ".join(f"{level}: {', '.join(whats)}" for level, (_, whats) in LEVELS.items())
@@ -142,7 +149,7 @@ def _checked_case(row: Row) -> OpCase | ModelCase | ProjectionCase:
             raise ValueError(f"{entry.name} is {value!r}; expected {entry.type}")
     if case.dtype not in DTYPES:
         raise ValueError(f"dtype is {case.dtype!r}; expected one of {', '.join(DTYPES)}")
-    positive = row.level != "memory"  # a peak may lie below that of the unsteered run
+    positive = (row.level, row.what) not in BYTES  # a peak may lie below that of the unsteered run
     if not all(math.isfinite(sample) and (sample > 0 or not positive) for sample in row.samples):
         raise ValueError(f"samples are {row.samples}; expected finite {'seconds above 0' if positive else 'bytes'}")
     return case
@@ -174,7 +181,7 @@ def _amount(row: Row | None) -> str:
         # Why a contender was not run at all is said once a device, and not in every cell.
         status = row.status.partition(":")[0] if row.status.startswith("not run:") else row.status
         return _escaped(status if status != "ok" else "no samples")
-    if row.level == "memory":
+    if (row.level, row.what) in BYTES:
         return _scaled(row, [(2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B")])
     return _scaled(row, [(1, "s"), (1e-3, "ms"), (1e-6, "µs")])
 
@@ -401,6 +408,51 @@ def _projection_tables(run: Run) -> Iterator[str]:
         yield f"#### {_device(run)}: W2' of all layers, once an optimizer step\n\n{_table(head, lines)}"
 
 
+def _grouped_tables(run: Run) -> Iterator[str]:
+    made = run.cases("grouped", "bytes")
+    for prefill in (False, True):
+        cases = {case: rows for case, rows in run.cases("grouped", "forward").items() if case.prefill == prefill}
+        others = [name for name in _by_order(name for rows in cases.values() for name in rows) if name != "fused"]
+        lines = []
+        for case in sorted(cases, key=lambda case: (case.dtype, case.hidden, case.tokens, case.adapters)):
+            rows, sizes = cases[case], made.get(case, {})
+            times = (_beside(rows.get(name), rows.get("fused")) for name in others)
+            size = map(str, (case.tokens, case.hidden, case.rank, case.adapters))
+            both = (_amount(sizes.get(name)) for name in ("fused", "gather-bmm"))
+            lines.append([f"{case.activation}, {case.dtype}", *size, _amount(rows.get("fused")), *times, *both])
+        if lines:
+            head = ["", "N", "d", "r", "adapters", "fused", *others, "fused makes", "gather-bmm makes"]
+            kind = "tokens of an adapter together, as in prefill" if prefill else "adapters mixed, as in decoding"
+            yield f"#### {_device(run)}: an adapter for each token, {kind}\n\n{_table(head, lines)}"
+
+
+def _serve_text(case: ServeCase) -> str:
+    layers = f"{_layer_count(case.model)} layers" + ("" if case.layers else " (all)")
+    adapters = f"{case.adapters} adapter" + ("s" if case.adapters > 1 else "")
+    return f"{case.geometry}, {layers}, {case.batch} × {case.length} tokens, {adapters}, r = {case.rank}, {case.dtype}"
+
+
+def _serve_tables(run: Run) -> Iterator[str]:
+    titles = {
+        ("serve", "generate"): "transformers' generate, a token of every row",
+        ("serve", "decode-graph"): "transformers, a decode step, CUDA graph",
+        ("vllm", "generate"): "vLLM, a token of every row",
+    }
+    for (level, what), title in titles.items():
+        cases = run.cases(level, what)
+        lines = []
+        for case in sorted(cases, key=lambda case: (_model_size(case.model), case.adapters)):
+            rows = cases[case]
+            for name in _by_order(rows):
+                row = rows[name]
+                speed = "–" if row.median is None else _number(case.batch / row.median)
+                against = (_ratio(row, rows.get(other)) for other in ("unsteered", "one-adapter", "fused"))
+                lines.append([_serve_text(case), name, _amount(row), speed, *against])
+        if lines:
+            head = ["case", "contender", "time", "tokens a second", "× unsteered", "× one adapter", "× fused"]
+            yield f"#### {_device(run)}: {title}\n\n{_table(head, lines, texts=2)}"
+
+
 # --------------------------------------------------------------------------------------------------------------- plots
 
 
@@ -612,8 +664,11 @@ of a large copy on the same device, read plus written. *× floor* is fused's tim
 bandwidth* is the floor's bytes a second as a share of that bandwidth. A multiple after another contender's time is that
 time over fused's: above 1× fused is faster. `fused-again` is the same version timed twice, and shows the noise. `add`
 is the plain residual add, which steers nothing; `copy` copies one tensor, 2 units. *Added units a layer* is the time
-above the unsteered model, a layer, in passes of the hidden state at the copy's bandwidth. A contender that did not run
-on a case has there the reason instead of a figure, and – where it was not measured."""
+above the unsteered model, a layer, in passes of the hidden state at the copy's bandwidth. In serving, `fused` gives
+each row its own of so many adapters, `one-adapter` all rows the same one, `no-adapter` none where there could be one,
+and `gather-bmm` copies an adapter's weights for each token; *makes* is the bytes of all tensors that a call makes
+beside its result. A contender that did not run on a case has there the reason instead of a figure, and – where it was
+not measured."""
 
 HOW_TO_RUN = """\
 ## How to run it
@@ -625,6 +680,11 @@ pip install -c constraints.txt -e ".[test]"
 python -m bench.gpu --out bench/results  # bench/results/<device>.json, most important first; again: it goes on
 python -m bench.report                   # writes this file, its plots, and the table in README.md
 ```
+
+`python -m bench.vllm --out bench/results` measures vLLM, in an environment that has it
+([docs/serving.md](serving.md#vllm)), on a GPU or a CPU. On a machine without a GPU `python -m bench.serving --out
+bench/results` measures serving as far as it can be there, and `pytest bench -m "not gpu"` checks what must hold
+anywhere.
 
 `python -m bench.report --check` writes nothing and fails if a file is not what the results give."""
 
@@ -662,6 +722,8 @@ def _run_parts(run: Run) -> Iterator[str]:
         ("Models", _model_tables),
         ("Memory", _memory_tables),
         ("Joint-Orth's projection", _projection_tables),
+        ("An adapter for each token", _grouped_tables),
+        ("Serving", _serve_tables),
     ):
         texts = list(tables(run))
         if texts:
@@ -753,6 +815,10 @@ def _readme_lines(run: Run) -> Iterator[Line]:
         for case, rows in cases:
             floor = _against_floor(run.results, what, case, rows["fused"])
             yield Line(_device(run), WORDS[what], _op_text(case), floor, "add", rows)
+    for case, rows in _largest(
+        run.cases("serve", "decode-graph"), lambda case: (_model_size(case.model), case.adapters)
+    ):
+        yield Line(_device(run), "decode step by rows, CUDA graph", _serve_text(case), ("–", "–"), "unsteered", rows)
     for level, what in (("model", "train"), ("model", "decode"), ("model", "decode-graph"), ("memory", "peak")):
         for case, rows in _largest(run.cases(level, what), _model_size):
             base = "unsteered" if level == "model" else ""  # whose peak beyond itself is nothing

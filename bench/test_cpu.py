@@ -1,4 +1,4 @@
-"""On a CPU, where the torch backend steers: a small Llama's training step against the hook's. No kernel runs here."""
+"""On a CPU, where the torch backend steers, against formulations in PyTorch: no kernel runs here."""
 
 import statistics
 
@@ -7,8 +7,10 @@ import torch
 
 from bench import levels, timing
 from bench.contenders import MODEL_CONTENDERS, absent
-from bench.geometries import ModelCase, ProjectionCase
+from bench.geometries import GroupedCase, ModelCase, ProjectionCase
+from bench.grouped import measure_grouped
 from bench.projection import PROJECTION_CONTENDERS, measure_projection
+from bench.serving import cpu_cases
 
 CPU = torch.device("cpu")
 CASE = ModelCase("small", 0, batch=32, length=128, dtype="float32")
@@ -79,3 +81,21 @@ def test_bytes_kept_for_the_backward(benchmark, name: str) -> None:
     theirs = benchmark.pedantic(kept, args=(name,), rounds=1)
     benchmark.extra_info |= {"contender": name, "bytes kept": theirs}
     assert name == "unsteered" or kept("fused") <= theirs
+
+
+@pytest.mark.parametrize("case", [c for c in cpu_cases() if isinstance(c, GroupedCase)], ids=str)
+def test_an_adapter_for_each_token_is_no_slower_than_a_gather_and_makes_no_copies(benchmark, case: GroupedCase) -> None:
+    rows = benchmark.pedantic(
+        measure_grouped, args=(case, CPU, ["fused", "gather-bmm", "one-adapter"]), kwargs={"rounds": 80}, rounds=1
+    )
+    assert all(row.status == "ok" for row in rows), rows
+    samples = {row.contender: row.samples for row in rows if row.what == "forward"}
+    nbytes = {row.contender: row.samples[0] for row in rows if row.what == "bytes"}
+    ratios = {
+        name: statistics.median(ours / theirs for ours, theirs in zip(samples["fused"], samples[name], strict=True))
+        for name in ("gather-bmm", "one-adapter")
+    }
+    benchmark.extra_info |= {"case": str(case), "seconds": samples, "times": ratios, "bytes": nbytes}
+    copies = 2 * case.tokens * case.rank * case.hidden * 4
+    assert nbytes["fused"] <= nbytes["gather-bmm"] - copies + 2 * case.unit_bytes
+    assert ratios["gather-bmm"] <= 1.0, f"{ratios['gather-bmm']:.3f} times gather-bmm"

@@ -193,8 +193,9 @@ class SteeringSite(nn.Module):
     def _called(self, residual: Tensor, branch: Tensor | None) -> Tensor | None:
         """Take note of an eager call. The branch, which refuses a gradient that it would lose."""
         if not torch.compiler.is_compiling():
-            self.calls += 1
-            self.backend = select_backend(residual.device)
+            noted = self.__dict__  # past nn.Module's __setattr__, which takes longer than all the rest here
+            noted["calls"] += 1
+            noted["backend"] = select_backend(residual.device)
             # Only what trains in the block itself, such as LoRA, may tell the two apart; which is which is not known.
             if branch is not None and branch.requires_grad != residual.requires_grad and torch.is_grad_enabled():
                 if self.patched is not None and not self.patched.trains_inside():

@@ -475,6 +475,10 @@ def _products(x: Tensor, weights: Tensor, plan: _Plan, acc: torch.dtype) -> Tens
     if len(plan.spans) == 1:
         weight = weights.select(0, plan.spans[0][0])
         return torch.mm(x, (weight.to(acc) if convert else weight).t())
+    if len(plan.batched) == 1 and not plan.single and not plan.several:
+        slot, count, _, tokens = plan.batched[0]
+        weight = weights if count == len(weights) else weights.narrow(0, slot, count)
+        return torch.bmm(x.view(count, tokens, -1), weight.to(acc).transpose(1, 2)).flatten(0, 1)
     out = x.new_empty(len(x), weights.shape[1])
     if plan.single:
         tokens_in, tokens_out = x.unbind(0), out.unbind(0)

@@ -1,6 +1,7 @@
 """The benchmarks themselves: they measure what they say, judge rightly, go on after a failure, and lose nothing."""
 
 import dataclasses
+import importlib.util
 import json
 import subprocess
 import sys
@@ -14,11 +15,13 @@ from typer.testing import CliRunner
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 try:
-    from bench import contenders, geometries, goals, gpu, levels, timing
+    from bench import contenders, geometries, goals, gpu, grouped, levels, serving, timing, vllm
     from bench.contenders import OP_CONTENDERS, Operands
-    from bench.geometries import ModelCase, OpCase, ProjectionCase
+    from bench.geometries import GroupedCase, ModelCase, OpCase, ProjectionCase, ServeCase
+    from bench.grouped import GROUPED_CONTENDERS, measure_grouped
     from bench.projection import PROJECTION_CONTENDERS, check, measure_projection
     from bench.results import Results, Row, file_name, load
+    from bench.serving import SERVE_CONTENDERS, SERVE_RUNS, measure_serving
 finally:
     sys.path.remove(str(ROOT))
 
@@ -52,6 +55,11 @@ def test_the_gpu_run_covers_the_grid_and_every_geometry_and_begins_with_the_goal
     assert {case.geometry for case in model if case.layers} == set(geometries.REAL)
     assert {s.what for s in steps if s.level == "model" and not s.case.layers} == set(levels.MODEL_RUNS)
     assert {s.case for s in steps if s.level == "projection"} >= {ProjectionCase(32, 4096, 8, 8)}
+    grouped = [s.case for s in steps if s.level == "grouped"]
+    assert {c.tokens for c in grouped if not c.prefill} == {1, 8, 64, 256} and any(c.prefill for c in grouped)
+    assert {c.adapters for c in grouped} >= {1, 16, 256}
+    served = {(s.what, s.case.batch, s.case.adapters) for s in steps if s.level == "serve"}
+    assert served >= {(what, 256, adapters) for what in SERVE_RUNS for adapters in (1, 16, 256)}
     first = steps[0]
     assert (first.what, first.case.tokens, first.case.rank, first.case.basis) == ("forward", 4096, 8, 0)
     assert set(first.names) == set(OP_CONTENDERS)
@@ -213,7 +221,9 @@ def test_what_does_not_fit_is_out_of_memory_and_the_run_goes_on(monkeypatch, tmp
 
 
 def test_who_is_not_installed_is_listed_with_the_way_to_get_it(monkeypatch):
-    monkeypatch.setattr(contenders.importlib.util, "find_spec", lambda name: None)
+    found = importlib.util.find_spec
+    rivals = ("liger_kernel", "peft", "pyreft", "pyvene")
+    monkeypatch.setattr(contenders.importlib.util, "find_spec", lambda n: None if n in rivals else found(n))
     missing = contenders.absent()
     assert missing.keys() == {"hook-liger", "lora", "joint-orth", "loreft"}
     assert "`pip install 'fused-steer[bench]'`" in missing["hook-liger"]
@@ -267,6 +277,124 @@ def test_a_contender_of_the_projection_that_does_nothing_is_found_out(monkeypatc
     assert check(ProjectionCase(3, 96, 5, 4), "fused", CPU).startswith("wrong: it differs")
     (row,) = measure_projection(ProjectionCase(3, 96, 5, 4), CPU, ["fused"])
     assert row.status.startswith("wrong") and not row.samples
+
+
+GROUPED = GroupedCase(24, 64, 6, dtype="float32")
+SERVED = ServeCase("small", 1, 3, 8, 2, dtype="float32")
+
+
+@pytest.mark.parametrize("case", [GROUPED, dataclasses.replace(GROUPED, prefill=True)], ids=["decode", "prefill"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_an_adapter_for_each_token_is_timed_against_its_rivals_and_what_they_make_counted(case, backend, monkeypatch):
+    where = torch.device("cuda" if torch.cuda.is_available() and backend == "triton" else "cpu")
+    monkeypatch.setenv("FUSED_STEER_BACKEND", backend)
+    rows = measure_grouped(case, where, list(GROUPED_CONTENDERS), rounds=2)
+    times, made = ([row for row in rows if row.what == what] for what in ("forward", "bytes"))
+    assert [row.contender for row in times] == list(GROUPED_CONTENDERS)
+    assert all(row.status == "ok" and len(row.samples) == 2 for row in times), times
+    nbytes = {row.contender: row.samples[0] for row in made}
+    copies = 2 * case.tokens * case.rank * case.hidden * 4
+    assert nbytes["gather-bmm"] > copies and nbytes["add"] == 0
+    if where.type == "cuda" or backend == "torch":  # the interpreter of kernels makes tensors of its own
+        assert nbytes["fused"] < copies
+
+
+def test_tokens_and_adapters_are_as_the_case_says():
+    mixed, together = (grouped.make_tables(dataclasses.replace(GROUPED, prefill=p), CPU).ids for p in (False, True))
+    for ids in (mixed, together):
+        assert torch.bincount(ids, minlength=6).tolist() == [4] * 6
+    assert (together.diff() != 0).sum() == 5 < (mixed.diff() != 0).sum()
+
+
+@pytest.mark.parametrize(
+    ("change", "status"),
+    [
+        (lambda x: grouped.gather_bmm(x) * 1.01, "wrong: relative error"),
+        (lambda x: grouped.gather_bmm(dataclasses.replace(x, ids=x.ids.clamp(min=0))), "wrong: relative error"),
+        (lambda x: grouped.gather_bmm(x) + 1e-7, "wrong: a token without adapter is changed"),
+    ],
+    ids=["values", "no adapter", "bits"],
+)
+def test_a_grouped_contender_that_is_wrong_has_no_time(change, status, monkeypatch):
+    monkeypatch.setitem(GROUPED_CONTENDERS, "fused", grouped.GroupedContender(change))
+    row = measure_grouped(GROUPED, CPU, ["fused"], rounds=1)[0]
+    assert row.status.startswith(status) and not row.samples
+
+
+@pytest.mark.parametrize("what", SERVE_RUNS)
+def test_a_batch_served_is_timed_a_token(what):
+    rows = measure_serving(SERVED, what, CPU, list(SERVE_CONTENDERS), rounds=2)
+    assert [row.contender for row in rows] == list(SERVE_CONTENDERS)
+    assert all(row.status == "ok" and len(row.samples) == 2 for row in rows), rows
+
+
+def test_rows_that_are_not_steered_have_no_time(monkeypatch):
+    monkeypatch.setitem(SERVE_CONTENDERS, "fused", serving.by_one_adapter)
+    rows = {r.contender: r for r in measure_serving(SERVED, "generate", CPU, ["unsteered", "fused"], rounds=1)}
+    assert "differs from gather-bmm" in rows["fused"].status and not rows["fused"].samples
+    assert rows["unsteered"].samples
+
+
+def test_goals_of_serving():
+    def case(adapters: int) -> dict:
+        return dataclasses.asdict(ServeCase("Llama-3.2-1B", 0, 256, 256, adapters))
+
+    seconds = {256: (1.0, 1.01, 1.12), 1: (1.0, 1.01, 1.015)}
+    names = ("unsteered", "one-adapter", "fused")
+    rows = [
+        Row("serve", "decode-graph", name, case(adapters), [value], replayed=True)
+        for adapters, values in seconds.items()
+        for name, value in zip(names, values, strict=True)
+    ]
+    judged = {o.name: (o.value, o.met) for o in goals.evaluate(Results(MACHINE, rows=rows))}
+    assert judged["serving"] == (pytest.approx(1.12), False)
+    assert judged["256 adapters"] == (pytest.approx(1.12 / 1.01), False)
+    judged = {o.name: (o.value, o.met) for o in goals.evaluate(Results(MACHINE, rows=rows[3:]))}
+    assert judged["serving"] == (pytest.approx(1.015), True) and judged["256 adapters"] == (None, None)
+
+
+@pytest.mark.parametrize("adapters", [0, 4])
+def test_more_adapters_than_rows_are_refused(adapters):
+    with pytest.raises(ValueError, match=f"adapters is {adapters}; expected 1 to 3"):
+        dataclasses.replace(SERVED, adapters=adapters)
+
+
+@pytest.mark.parametrize("module", [serving, vllm], ids=["serving", "vllm"])
+def test_bad_input_to_what_measures_serving_is_one_line(module, tmp_path, monkeypatch):
+    import typer
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    app = typer.Typer()
+    app.command()(module.main)
+    taken = tmp_path / "taken"
+    taken.write_text("")
+    bad = [(("--out", taken), "a file; expected a directory"), (("--out", tmp_path, "--rounds", 0), "at least 1")]
+    if module is vllm:
+        bad += [
+            (("--out", tmp_path, "--batches", "8"), "batches is '8'; expected rows:adapters"),
+            (("--out", tmp_path, "--batches", "8:9"), "batches has 8:9; expected 1 to 8 adapters"),
+            (("--out", tmp_path, "--geometry", "Llama-9"), "geometry is 'Llama-9'; expected one of"),
+        ]
+    for arguments, expected in bad:
+        result = CliRunner().invoke(app, [str(a) for a in arguments])
+        assert result.exit_code == 1 and expected in result.stderr and result.stderr.count("\n") == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["taken"]
+
+
+def test_serving_on_a_cpu_is_measured_into_a_file_of_its_own(tmp_path, monkeypatch):
+    import typer
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(serving, "cpu_cases", lambda: [GROUPED, SERVED])
+    app = typer.Typer()
+    app.command()(serving.main)
+    result = CliRunner().invoke(app, ["--out", str(tmp_path), "--rounds", "1"])
+    assert result.exit_code == 0, result.output
+    (file,) = tmp_path.iterdir()
+    found = load(file)
+    assert {row.level for row in found.rows} == {"grouped", "serve"} and file.name.endswith("-serving.json")
+    assert found.machine["command"].startswith("python -m bench.serving")
+    assert "gather-bmm" in result.output and "x)" in result.output
 
 
 def test_goals_of_joint_adaptation():

@@ -33,6 +33,7 @@ report, geometries, results_module = map(import_bench, ("report", "geometries", 
 draw = report.draw
 report.draw = functools.cache(draw)  # the same few plots again and again; that they are the same bytes is a test
 OpCase, ModelCase = geometries.OpCase, geometries.ModelCase
+GroupedCase, ServeCase = geometries.GroupedCase, geometries.ServeCase
 Results, Row = results_module.Results, results_module.Row
 
 GPU, CPU = "Imaginary GPU 9000", "Imaginary CPU"
@@ -76,6 +77,15 @@ def gpu_results() -> Results:
                 )  # fmt: skip
         found.rows += rows("op", "forward", OpCase(tokens, 1152, 64), 1e-5, fused=1, hook=3)
     found.rows += rows("op", "host", OpCase(8, 1152), 1e-5, fused=2, add=1)
+    for prefill in (False, True):
+        case = GroupedCase(64, 1152, 16, prefill)
+        found.rows += rows("grouped", "forward", case, 1e-5, fused=1, one_adapter=0.9, gather_bmm=3, add=0.5)
+        found.rows += rows("grouped", "bytes", case, 2.0**20, fused=1, gather_bmm=9)
+    for adapters in (1, 256):
+        case = ServeCase("Llama-3.2-1B", 0, 256, 256, adapters)
+        times = {"unsteered": 1, "fused": 1.02 if adapters > 1 else 1.01, "one_adapter": 1.01, "gather_bmm": 1.5}
+        for level, what in (("serve", "generate"), ("serve", "decode-graph"), ("vllm", "generate")):
+            found.rows += rows(level, what, case, 8e-3, **times)
     whole = ModelCase("Llama-3.2-1B", 0, 2, 1024)
     found.rows += rows("model", "train", whole, 0.1, unsteered=1, fused=1.02, hook_compiled=1.1)
     found.rows.append(Row("model", "train", "hook", asdict(whole), status="out of memory"))
@@ -168,8 +178,8 @@ def test_readme_and_docs_are_what_the_committed_results_give():
     assert not differing, "run `python -m bench.report`"
 
 
-@pytest.mark.skipif(any(report.FOLDER.glob("*.json")), reason="there are results")
-def test_without_results_nothing_is_claimed():
+@pytest.mark.skipif(any(run.on_gpu for run in report.read_runs(report.FOLDER)), reason="there are results of a GPU")
+def test_without_results_of_a_gpu_nothing_is_claimed():
     for file in (ROOT / "README.md", ROOT / "docs" / "benchmarks.md"):
         assert report.NOT_MEASURED in file.read_text(encoding="utf-8")
 
@@ -219,6 +229,23 @@ def test_added_units_and_kept_units(reported):
     kept = text[text.index("memory kept for the backward") :].partition("####")[0]
     case = "Llama-3.2-1B, 4 layers, 2 × 1024 tokens, r = 8, bfloat16"
     assert cells(kept, case, "hook")[2:] == ["16.0 MiB (15.9–16.1)", "2.00", "2.00×"]
+
+
+def test_serving_by_rows_and_what_an_adapter_for_each_token_makes(reported):
+    text = reported.markdown.read_text(encoding="utf-8")
+    decode, prefill = re.findall(r"#### .*: an adapter for each token, .*\n\n(?:\|.*\n)+", text)
+    assert "adapters mixed" in decode and "together" in prefill
+    assert cells(decode, "silu, bfloat16")[1:] == [
+        "64", "1152", "8", "16", "10.0 µs (9.94–10.1)", "5.00 µs (4.97–5.03), 0.500×", "9.00 µs (8.95–9.05), 0.900×",
+        "30.0 µs (29.8–30.2), 3.00×", "1.00 MiB (0.994–1.01)", "9.00 MiB (8.95–9.05)",
+    ]  # fmt: skip
+    for title in ("transformers' generate", "transformers, a decode step, CUDA graph", "vLLM, a token of every row"):
+        table = text[text.index(f": {title}") :].partition("####")[0]
+        case = "Llama-3.2-1B, 16 layers (all), 256 × 256 tokens, 256 adapters, r = 8, bfloat16"
+        row = cells(table, case, "fused")
+        assert row[2:] == ["8.16 ms (8.11–8.21)", "31,373", "1.02×", "1.01×", "1.00×"]
+    line = cells(reported.block(), GPU, "decode step by rows, CUDA graph")
+    assert line[2] == case and line[7] == "0.980×"
 
 
 def test_out_of_memory_is_shown(reported):

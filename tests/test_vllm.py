@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -352,6 +353,35 @@ def test_the_cache_key_has_all_that_a_graph_depends_on(folder):
     assert key(*cases[0]) == keys[0] and key(*cases[-1]) == keys[-1]
 
 
+def test_an_adapter_in_its_slot_is_noted_as_used_and_not_looked_for(monkeypatch):
+    from vllm.lora import model_manager, worker_manager
+    from vllm.lora.request import LoRARequest
+
+    from fused_steer.vllm import register
+
+    register()
+    models = object.__new__(model_manager.LRUCacheLoRAModelManager)
+    models._registered_adapters = model_manager.AdapterLRUCache(4, lambda number: True)
+    models._active_adapters = model_manager.AdapterLRUCache(2, lambda number: True)
+    models.lora_config = SimpleNamespace(max_loras=2)
+    for number in (1, 2, 3):
+        models._registered_adapters[number] = object()
+    for number in (1, 2):
+        models._active_adapters[number] = None
+    manager = object.__new__(worker_manager.LRUCacheWorkerLoRAManager)
+    manager._adapter_manager = models
+
+    def look(*_):
+        raise LookupError
+
+    monkeypatch.setattr(worker_manager.WorkerLoRAManager, "list_adapters", look)
+    assert manager.add_adapter(LoRARequest("one", 1, "somewhere"))
+    assert list(models._registered_adapters.order)[-1] == list(models._active_adapters.order)[-1] == 1
+    for other in (LoRARequest("three", 3, "somewhere"), LoRARequest("one", 1, "somewhere", load_inplace=True)):
+        with pytest.raises(LookupError):
+            manager.add_adapter(other)
+
+
 def test_registering_again_changes_nothing():
     from vllm.lora import model_manager, utils, worker_manager
     from vllm.v1.engine import input_processor
@@ -363,6 +393,7 @@ def test_registering_again_changes_nothing():
             utils._all_lora_classes,
             model_manager.LoRAModelManager.__init__,
             worker_manager.WorkerLoRAManager._load_adapter,
+            worker_manager.LRUCacheWorkerLoRAManager.add_adapter,
             input_processor.InputProcessor._validate_lora,
         ]
 
