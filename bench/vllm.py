@@ -210,14 +210,14 @@ def measure(
 
 def _line(case: ServeCase, rows: list[Row]) -> str:
     base = rows[0].median
-    parts = [f"{case.batch} rows, {case.adapters} adapters:"]
+    parts = []
     for row in rows:
         if row.median is None:
             parts.append(f"{row.contender} {row.status}")
         else:
             ratio = "" if base is None else f" ({row.median / base:.3f}x)"
             parts.append(f"{row.contender} {case.batch / row.median:.0f} tokens/s{ratio}")
-    return "; ".join(parts)
+    return f"{case.batch} rows, {case.adapters} adapters: {'; '.join(parts)}"
 
 
 def _pairs(text: str) -> list[tuple[int, int]]:
