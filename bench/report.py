@@ -59,6 +59,7 @@ WORDS = {
 CONTENDERS = (
     "fused",
     "fused-again",
+    "fused-bf16",
     "unsteered",
     "add",
     "copy",
@@ -665,10 +666,10 @@ bandwidth* is the floor's bytes a second as a share of that bandwidth. A multipl
 time over fused's: above 1× fused is faster. `fused-again` is the same version timed twice, and shows the noise. `add`
 is the plain residual add, which steers nothing; `copy` copies one tensor, 2 units. *Added units a layer* is the time
 above the unsteered model, a layer, in passes of the hidden state at the copy's bandwidth. In serving, `fused` gives
-each row its own of so many adapters, `one-adapter` all rows the same one, `no-adapter` none where there could be one,
-and `gather-bmm` copies an adapter's weights for each token; *makes* is the bytes of all tensors that a call makes
-beside its result. A contender that did not run on a case has there the reason instead of a figure, and – where it was
-not measured."""
+each row its own of so many adapters, `fused-bf16` the same with adapters in bfloat16, `one-adapter` all rows the same
+one, `no-adapter` none where there could be one, and `gather-bmm` copies an adapter's weights for each token; *makes* is
+the bytes of all tensors that a call makes beside its result. A contender that did not run on a case has there the reason
+instead of a figure, and – where it was not measured."""
 
 HOW_TO_RUN = """\
 ## How to run it

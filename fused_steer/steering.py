@@ -154,7 +154,7 @@ class Steering:
         file = read_adapter(source)
         self._check_fits(file, source, check_base=False)
         theirs, ours = (replace(config, scale=1.0).to_dict() for config in (file.config, self._configs[name]))
-        for field in ours.keys() | theirs.keys():
+        for field in dict.fromkeys((*ours, *theirs)):
             if theirs.get(field) != ours.get(field):
                 raise ValueError(
                     f"{source} was saved with {field} {theirs.get(field)!r}; expected {ours.get(field)!r}, that of "

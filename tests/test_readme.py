@@ -6,7 +6,7 @@ import torch
 from models import build, tokens
 from transformers import Trainer, TrainingArguments
 
-from fused_steer import load_joint
+from fused_steer import SteerConfig, load_joint, patch_model
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
@@ -38,3 +38,15 @@ def test_joint_adaptation_in_ten_lines(tmp_path, monkeypatch):
     for layer in model.get_base_model().model.layers:
         b, w = layer.mlp.down_proj.lora_B["default"].weight, layer.post_block.steer_up["default"].weight
         assert 0 < b.norm() and 0 < w.norm() and (b.T @ w).norm() <= 1e-5 * b.norm() * w.norm()
+
+
+def test_serving(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("customer-17", "customer-4711"):
+        patch_model(build(), SteerConfig(rank=4)).steering.save(tmp_path / "adapters" / name)
+    model = patch_model(build(), adapter_name="polite")
+    model.steering.add("terse", SteerConfig(rank=2))
+    ids = tokens(batch=3)
+    names = {"model": model, "ids": ids, "mask": torch.ones_like(ids)}
+    exec(compile(block("serving").replace("=64)", "=4)"), "README.md", "exec"), names)
+    assert names["pool"].loaded == ["customer-17", "customer-4711"] and names["pool"].statistics.loads == 2
