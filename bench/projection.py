@@ -147,7 +147,7 @@ def measure_projection(case: ProjectionCase, device: torch.device, names: Sequen
     for timed in ready:
         timed.samples.clear()
     for number in range(rounds):
-        timing.interleave([timed for timed in ready if number < shares[timed.name]], device, 1)
+        timing.interleave([timed for timed in ready if number < shares[timed.name]], device, 1, first=number)
     for timed in ready:
         rows[timed.name].samples = timed.samples
     return list(rows.values())

@@ -83,7 +83,11 @@ def test_bytes_kept_for_the_backward(benchmark, name: str) -> None:
     assert name == "unsteered" or kept("fused") <= theirs
 
 
-@pytest.mark.parametrize("case", [c for c in cpu_cases() if isinstance(c, GroupedCase)], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [case for case in cpu_cases() if isinstance(case, GroupedCase)],
+    ids=lambda case: f"N{case.tokens}-d{case.hidden}-A{case.adapters}-{'prefill' if case.prefill else 'decode'}",
+)
 def test_an_adapter_for_each_token_is_no_slower_than_a_gather_and_makes_no_copies(benchmark, case: GroupedCase) -> None:
     rows = benchmark.pedantic(
         measure_grouped, args=(case, CPU, ["fused", "gather-bmm", "one-adapter"]), kwargs={"rounds": 80}, rounds=1

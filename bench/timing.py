@@ -8,11 +8,12 @@ contenders take turns within a round, so that drift meets all of them alike.
 from __future__ import annotations
 
 import gc
+import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ MAX_SETS = 256
 GRAPH_WARMUPS = 3
 
 Call = Callable[[], Any]
+T = TypeVar("T")
 
 
 def synchronize(device: torch.device) -> None:
@@ -96,10 +98,18 @@ class Timed:
         self.samples.append(seconds / len(self.calls))
 
 
-def interleave(timed: Sequence[Timed], device: torch.device, rounds: int, before: Call | None = None) -> None:
-    """Take `rounds` samples of each, in turn, the order reversed every other round; `before` runs ahead of each."""
-    for number in range(rounds):
-        for one in timed if number % 2 == 0 else reversed(timed):
+def in_turn(contenders: Sequence[T], number: int) -> list[T]:
+    """The contenders in the order of round `number`: another in each, drawn, so that nobody always comes after the same
+    one, or twice in a row more often than the others."""
+    return random.Random(number).sample(contenders, len(contenders))
+
+
+def interleave(
+    timed: Sequence[Timed], device: torch.device, rounds: int, before: Call | None = None, first: int = 0
+) -> None:
+    """Take `rounds` samples of each, in turn; `before` runs ahead of each; first: the number of the first round."""
+    for number in range(first, first + rounds):
+        for one in in_turn(timed, number):
             if before is not None:
                 before()
             one.sample(device)

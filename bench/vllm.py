@@ -22,6 +22,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from . import timing
 from .contenders import adapter_weights, set_adapter
 from .geometries import GEOMETRIES, ServeCase
 from .levels import build_base
@@ -185,7 +186,7 @@ def measure_vllm(case: ServeCase, made: dict[str, Engine], folder: Path, rounds:
             rows[name].status = f"wrong: row {same[0]} has the unsteered tokens; expected others"
     timed = [name for name, row in rows.items() if row.status == "ok"]
     for number in range(rounds):
-        for name in timed if number % 2 == 0 else reversed(timed):
+        for name in timing.in_turn(timed, number):
             rows[name].samples.append(answer(name)[1] / NEW_TOKENS)
     return list(rows.values())
 

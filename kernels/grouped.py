@@ -392,14 +392,14 @@ def _torch_grouped(call: _Call) -> None:
             u += _of_tokens(call.up_biases, slots, spans).to(acc)
     else:
         assert call.up_biases is not None
-        u = _of_tokens(call.up_biases, slots, spans).to(acc).expand(x.shape)
+        u = _of_tokens(call.up_biases, slots, spans).to(acc).expand(x.shape).clone()  # to be written into
     if gain is not None:
         u = u * gain
     if call.into_branch:
         assert call.branch is not None
         x = of_plan(call.branch).to(acc)
     # x − (0 − u): −0 + 0 would be +0, but −0 − 0 is −0. A shift of zero leaves the very bits.
-    u = torch.rsub(u, 0)
+    torch.sub(u.new_zeros(()), u, out=u)
     if rows is None and call.out.dtype == acc:
         torch.sub(x, u, out=call.out)
         return
@@ -436,13 +436,17 @@ def _plan(call: _Call) -> _Plan:
     as_they_lie = len(rows) == len(slots)
     # To bring tokens of an adapter together, or into the order of their slots, and back costs more than it saves where
     # they are few.
-    if len(rows) > 8:
+    if len(rows) > 3:
         found = {slots[row] for row in rows}
-        if 2 * len(found) <= len(rows) or 4 * len(found) >= 3 * (max(found) - min(found) + 1):
+        first, room = min(found), max(found) - min(found) + 1
+        if 4 * len(found) >= 3 * room if 2 * len(found) > len(rows) else len(rows) > 8:
             before = rows.copy()
             rows.sort(key=slots.__getitem__)
             as_they_lie = as_they_lie and rows == before
-    spans: list[tuple[int, int, int]] = []
+            if len(found) == len(rows) == room:  # each slot once
+                spans = [(first + place, place, place + 1) for place in range(room)]
+                return _Plan(None if as_they_lie else rows, spans, [], [], [(first, room, 0, 1)])
+    spans = []
     blocks: list[tuple[int, int, int, int]] = []
     start, end = 0, len(rows)
     while start < end:
@@ -451,8 +455,8 @@ def _plan(call: _Call) -> _Plan:
             stop += 1
         spans.append((slot, start, stop))
         if blocks and slot == blocks[-1][0] + blocks[-1][1] and stop - start == blocks[-1][3]:
-            first, count, begin, tokens = blocks[-1]
-            blocks[-1] = (first, count + 1, begin, tokens)
+            low, count, begin, tokens = blocks[-1]
+            blocks[-1] = (low, count + 1, begin, tokens)
         else:
             blocks.append((slot, 1, start, stop - start))
         start = stop
@@ -461,7 +465,7 @@ def _plan(call: _Call) -> _Plan:
     batched = []
     for block in blocks:
         slot, count, begin, tokens = block
-        if count * tokens >= 8 and count > 1:  # fewer are over before a batched product has begun
+        if count * tokens >= 4 and count > 1:  # fewer are over before a batched product has begun
             batched.append(block)
         else:
             alone = single if tokens <= 2 else several

@@ -447,9 +447,12 @@ def test_contenders_take_turns_and_every_call_has_its_own_inputs():
     for one in timed:
         one.prepare(CPU, graph=True)
     order.clear()
-    timing.interleave(timed, CPU, 2)
-    assert order == ["a0", "a1", "b0", "b1", "b0", "b1", "a0", "a1"]
-    assert [len(one.samples) for one in timed] == [2, 2]
+    timing.interleave(timed, CPU, 40)
+    rounds = {tuple(order[start : start + 4]) for start in range(0, 160, 4)}
+    assert rounds == {("a0", "a1", "b0", "b1"), ("b0", "b1", "a0", "a1")}
+    assert [len(one.samples) for one in timed] == [40, 40]
+    firsts = [timing.in_turn("abcd", number)[0] for number in range(400)]
+    assert all(60 < firsts.count(name) < 140 for name in "abcd")
 
 
 def test_inputs_rotate_until_none_is_in_the_cache():

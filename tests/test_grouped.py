@@ -220,6 +220,19 @@ def test_into_the_branch_of_an_unadded_pair(device, tokens, dtype):
     assert relative_error(moved.cpu(), truth) <= 2 * relative_error(plain, truth) + 1e-6
 
 
+@pytest.mark.parametrize("into_branch", [False, True], ids=["out of place", "into branch"])
+@pytest.mark.parametrize("gain", [False, True], ids=["no gain", "gain"])
+@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("tokens", [1, FEW, MANY])
+def test_what_is_read_stays_as_it_is(device, tokens, rank, gain, into_branch):
+    batch = make(tokens, rank=rank, gain=gain, device=device)
+    batch = replace(batch, ids=batch.ids.clamp(min=0))
+    before = {name: value.clone() for name, value in vars(batch).items() if isinstance(value, Tensor)}
+    batch.call(into_branch=into_branch)
+    for name, value in before.items():
+        assert torch.equal(getattr(batch, name), value) != (into_branch and name == "branch"), name
+
+
 def test_one_adapter_for_all_is_the_op_of_one_adapter(device):
     from fused_steer.kernels import post_block
 
