@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import SteerConfig, checked_number
+from .kernels.grouped import Routing
 from .slots import Slots
 
 if TYPE_CHECKING:
@@ -136,12 +137,22 @@ class Batch:
     padding: Tensor | None = None  # (requests, prompt) of that prompt's mask, where `generate` was given one
     generating: int = 0
     _decode: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _routings: dict[torch.device, tuple[Tensor, Routing]] = field(default_factory=dict)
 
     def check_thread(self) -> None:
         if threading.get_ident() != self.thread:
             raise RuntimeError(
                 "the model runs in another thread than the one that opened its batch; expected one thread at a time"
             )
+
+    def routing(self, device: torch.device) -> Routing:
+        """Of the pass that runs, on a layer's device: worked out once for all layers there, and for all steps that have
+        the same ids."""
+        assert self.ids is not None and self.gain is not None
+        found = self._routings.get(device)
+        if found is None or found[0] is not self.ids:
+            found = self._routings[device] = (self.ids, Routing(self.ids.to(device), self.gain.to(device)))
+        return found[1]
 
     def check_capture(self) -> None:
         """A CUDA graph cannot ask where it is, and holds on to what it reads: the tensors of the pass before, which

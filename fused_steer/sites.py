@@ -187,8 +187,9 @@ class SteeringSite(nn.Module):
             return residual if branch is None else residual + branch
         if torch.is_grad_enabled() and (residual.requires_grad or branch is not None and branch.requires_grad):
             raise RuntimeError("steering.batch is for inference; expected torch.no_grad() around the model")
-        ids, gain = batch.ids.to(residual.device), batch.gain.to(residual.device)
-        return self.slots(residual, branch, ids, gain)
+        if torch.compiler.is_compiling():
+            return self.slots(residual, branch, batch.ids.to(residual.device), batch.gain.to(residual.device))
+        return self.slots.routed(residual, branch, batch.routing(residual.device), self.backend)
 
     def _called(self, residual: Tensor, branch: Tensor | None) -> Tensor | None:
         """Take note of an eager call. The branch, which refuses a gradient that it would lose."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .kernels import ACTIVATIONS, MAX_RANK
-from .kernels.grouped import post_block_grouped
+from .kernels.grouped import Routing, post_block_grouped, post_block_routed
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -61,6 +62,7 @@ class Slots(nn.Module):
         if dtype not in _DTYPES:
             raise TypeError(f"dtype is {dtype}; expected float32, bfloat16 or float16")
         self.count, self.rank, self.hidden = count, rank, hidden
+        self._weights: Any = None  # the buffers as the op takes them: nn.Module takes long to look each up
         for name, there, shape in (
             ("downs", rank > 0, (count, rank, hidden)),
             ("ups", rank > 0, (count, hidden, rank)),
@@ -142,6 +144,32 @@ class Slots(nn.Module):
             gain=gain,
             into_branch=into_branch,
         )
+
+    def routed(self, residual: Tensor, branch: Tensor | None, routing: Routing, backend: str | None = None) -> Tensor:
+        """The same of tokens whose routing is worked out, outside of compiled graphs and without a gradient.
+
+        Args:
+            residual, branch: (..., d), float32, bfloat16 or float16, on the device of the slots and the routing.
+            backend: as `select_backend` gives it for that device; None asks.
+        """
+        weights = self._weights
+        if weights is None:
+            weights = (self.downs, self.ups, self.down_biases, self.up_biases, self.codes)
+            self.__dict__["_weights"] = weights
+        shape = (*routing.places, self.hidden)
+        if residual.shape != shape or branch is not None and branch.shape != shape:
+            there = (tuple(t.shape) for t in (residual, branch) if t is not None)
+            raise ValueError(f"residual and branch have the shapes {', '.join(map(str, there))}; expected {shape}")
+        if residual.dtype not in _DTYPES or branch is not None and branch.dtype not in _DTYPES:
+            there = (str(t.dtype) for t in (residual, branch) if t is not None)
+            raise TypeError(f"residual and branch are {', '.join(there)}; expected float32, bfloat16 or float16")
+        if residual.device != weights[4].device:
+            raise ValueError(f"residual is on {residual.device}; expected {weights[4].device}, where the slots are")
+        return post_block_routed(residual, branch, weights, routing, backend)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Slots:
+        self._weights = None  # which are other tensors then
+        return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
         return f"count={self.count}, rank={self.rank}, hidden={self.hidden}, nbytes={self.nbytes}"

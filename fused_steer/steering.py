@@ -61,7 +61,7 @@ class Report(list[LayerReport]):
 class Steering:
     """The adapters of one patched model, reached as `model.steering`.
 
-    One adapter at a time is in use: it alone steers, and it alone trains.
+    One adapter at a time is in use: it alone steers, and it alone trains. Inside `batch`, each row has its own.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -17,6 +17,7 @@ to what a caller uses.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -260,6 +261,29 @@ class GroupedSchedule:
     num_stages: int
 
 
+class Routing:
+    """Which adapter each token of a pass has, and how much of it: the same in all layers, and worked out once for them.
+
+    places: the leading dimensions of the hidden states; ids: (N,) int32 or int64, contiguous; gain: (N,) or None.
+    """
+
+    def __init__(self, adapter_ids: Tensor, gain: Tensor | None = None) -> None:
+        self.places = adapter_ids.shape
+        self.ids = _flat(adapter_ids)
+        self.gain = None if gain is None else _flat(gain)
+        self._plan: _Plan | None = None
+
+    def plan(self) -> _Plan:
+        """For the torch backend, which asks the tensors for what they hold."""
+        if self._plan is None:
+            self._plan = _plan(self.ids, self.gain)
+        return self._plan
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.contiguous() if tensor.dim() == 1 else tensor.reshape(-1).contiguous()
+
+
 @dataclass
 class _Call:
     """One call's operands, checked: hidden states as (N, d) of any row stride."""
@@ -268,11 +292,10 @@ class _Call:
     branch: Tensor | None
     downs: Tensor | None
     ups: Tensor | None
-    ids: Tensor
     down_biases: Tensor | None
     up_biases: Tensor | None
     activation: str | Tensor
-    gain: Tensor | None
+    routing: Routing
     out: Tensor
     into_branch: bool
 
@@ -333,16 +356,16 @@ def _triton_grouped(call: _Call) -> None:
     if rank:
         partial = torch.empty(tokens, splits, schedule.constants["BLOCK_R"], dtype=torch.float32, device=place)
         launch(
-            down, (rows, splits), call.residual, call.branch, call.downs, call.ids, partial,
+            down, (rows, splits), call.residual, call.branch, call.downs, call.routing.ids, partial,
             call.slots, *size, hidden, part, call.residual.stride(0), branch_stride,
             **flags, device=place, schedule=schedule,
         )  # fmt: skip
     launch(
-        up, (rows, splits), call.residual, call.branch, call.ups, call.ids, partial,
-        call.down_biases, call.up_biases, None if named else call.activation, call.gain, call.out,
+        up, (rows, splits), call.residual, call.branch, call.ups, call.routing.ids, partial,
+        call.down_biases, call.up_biases, None if named else call.activation, call.routing.gain, call.out,
         call.slots, *size, hidden, part, splits, call.residual.stride(0), branch_stride, call.out.stride(0),
         **flags, ACTIVATION=call.activation if named else "", HAS_DOWN_BIAS=call.down_biases is not None,
-        HAS_UP_BIAS=call.up_biases is not None, HAS_GAIN=call.gain is not None, INTO_BRANCH=call.into_branch,
+        HAS_UP_BIAS=call.up_biases is not None, HAS_GAIN=call.routing.gain is not None, INTO_BRANCH=call.into_branch,
         device=place, schedule=schedule,
     )  # fmt: skip
 
@@ -353,21 +376,17 @@ def _triton_grouped(call: _Call) -> None:
 def _torch_grouped(call: _Call) -> None:
     """Two products for each adapter that occurs, of all its tokens where there are many: no adapter is copied."""
     acc = reference.accumulation_dtype(call.residual.dtype)
-    plan = _plan(call)
+    plan = call.routing.plan()
+    if plan.highest >= call.slots:
+        raise ValueError(f"adapter_ids has {plan.highest}; expected below {call.slots}, the number of slots")
     if not call.into_branch:
         if call.branch is None:
             call.out.copy_(call.residual)
         else:
             torch.add(call.residual, call.branch, out=call.out)
-    spans = plan.spans
+    spans, of_plan = plan.spans, plan.taken
     if not spans:
         return
-    # Where the tokens are taken as they lie, nothing is gathered or scattered.
-    rows = None if plan.rows is None else torch.tensor(plan.rows, device=call.ids.device)
-
-    def of_plan(tensor: Tensor) -> Tensor:
-        return tensor if rows is None else tensor.index_select(0, rows)
-
     if call.out.dtype == acc and not call.into_branch:
         x = of_plan(call.out)
     else:
@@ -378,8 +397,8 @@ def _torch_grouped(call: _Call) -> None:
     if len(spans) > 1 and (
         call.down_biases is not None or call.up_biases is not None or isinstance(call.activation, Tensor)
     ):
-        slots = of_plan(call.ids)
-    gain = None if call.gain is None else of_plan(call.gain).to(acc).unsqueeze(1)
+        slots = plan.slots()
+    gain = plan.gain
     if call.downs is not None and call.ups is not None:
         a = _products(x, call.downs, plan, acc)
         if call.down_biases is not None:
@@ -400,40 +419,52 @@ def _torch_grouped(call: _Call) -> None:
         x = of_plan(call.branch).to(acc)
     # x − (0 − u): −0 + 0 would be +0, but −0 − 0 is −0. A shift of zero leaves the very bits.
     torch.sub(u.new_zeros(()), u, out=u)
-    if rows is None and call.out.dtype == acc:
+    if plan.rows is None and call.out.dtype == acc:
         torch.sub(x, u, out=call.out)
         return
     moved = (x - u).to(call.out.dtype)
-    call.out.copy_(moved) if rows is None else call.out.index_copy_(0, rows, moved)
+    call.out.copy_(moved) if plan.rows is None else call.out.index_copy_(0, plan.rows, moved)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Plan:
     """How the steered tokens are taken.
 
-    rows: which, and in which order; None: all, as they lie. spans: tokens next to each other in that order of one
-    adapter: its slot, the first one's place, and the place behind the last. single: those that are multiplied token by
-    token; several: those that are by one product; batched: first slot, how many slots next to each other, first place,
-    and how many tokens each, where one batched product is of them all.
+    highest: slot, of all tokens; ids: (N,), theirs; rows: which are steered, and in which order, (M,) int64; None: all,
+    as they lie, and nothing is gathered or scattered. gain: (M, 1) float32 in that order, or None. spans: tokens next
+    to each other in that order of one adapter: its slot, the first one's place, and the place behind the last. single:
+    those that are multiplied token by token; several: those that are by one product; batched: first slot, how many
+    slots next to each other, first place, and how many tokens each, where one batched product is of them all.
     """
 
-    rows: list[int] | None
+    highest: int
+    ids: Tensor
+    rows: Tensor | None
+    gain: Tensor | None
     spans: list[tuple[int, int, int]]
     single: list[tuple[int, int, int]]
     several: list[tuple[int, int, int]]
     batched: list[tuple[int, int, int, int]]
 
+    def taken(self, tensor: Tensor) -> Tensor:
+        """(N, …) as (M, …)"""
+        return tensor if self.rows is None else tensor.index_select(0, self.rows)
 
-def _plan(call: _Call) -> _Plan:
-    slots: list[int] = call.ids.tolist()
-    if slots and max(slots) >= call.slots:
-        raise ValueError(f"adapter_ids has {max(slots)}; expected below {call.slots}, the number of slots")
-    if call.gain is None:
+    def slots(self) -> Tensor:
+        """(M,)"""
+        return self.taken(self.ids)
+
+
+def _plan(ids: Tensor, gain: Tensor | None) -> _Plan:
+    slots: list[int] = ids.tolist()
+    if gain is None:
         rows = [row for row, slot in enumerate(slots) if slot >= 0]
     else:
-        gains = call.gain.tolist()
+        gains = gain.tolist()
         rows = [row for row, slot in enumerate(slots) if slot >= 0 and gains[row] != 0]
+    plan = _Plan(max(slots, default=-1), ids, None, None, [], [], [], [])
     as_they_lie = len(rows) == len(slots)
+    each_slot_once = False
     # To bring tokens of an adapter together, or into the order of their slots, and back costs more than it saves where
     # they are few.
     if len(rows) > 3:
@@ -443,34 +474,36 @@ def _plan(call: _Call) -> _Plan:
             before = rows.copy()
             rows.sort(key=slots.__getitem__)
             as_they_lie = as_they_lie and rows == before
-            if len(found) == len(rows) == room:  # each slot once
-                spans = [(first + place, place, place + 1) for place in range(room)]
-                return _Plan(None if as_they_lie else rows, spans, [], [], [(first, room, 0, 1)])
-    spans = []
+            each_slot_once = len(found) == len(rows) == room
+    if not as_they_lie:
+        plan.rows = torch.tensor(rows, dtype=torch.int64, device=ids.device)
+    if gain is not None:
+        plan.gain = plan.taken(gain).to(torch.float32).unsqueeze(1)
+    if each_slot_once:
+        plan.spans = [(first + place, place, place + 1) for place in range(room)]
+        plan.batched = [(first, room, 0, 1)]
+        return plan
     blocks: list[tuple[int, int, int, int]] = []
     start, end = 0, len(rows)
     while start < end:
         slot, stop = slots[rows[start]], start + 1
         while stop < end and slots[rows[stop]] == slot:
             stop += 1
-        spans.append((slot, start, stop))
+        plan.spans.append((slot, start, stop))
         if blocks and slot == blocks[-1][0] + blocks[-1][1] and stop - start == blocks[-1][3]:
             low, count, begin, tokens = blocks[-1]
             blocks[-1] = (low, count + 1, begin, tokens)
         else:
             blocks.append((slot, 1, start, stop - start))
         start = stop
-    single: list[tuple[int, int, int]] = []
-    several: list[tuple[int, int, int]] = []
-    batched = []
     for block in blocks:
         slot, count, begin, tokens = block
         if count * tokens >= 4 and count > 1:  # fewer are over before a batched product has begun
-            batched.append(block)
+            plan.batched.append(block)
         else:
-            alone = single if tokens <= 2 else several
+            alone = plan.single if tokens <= 2 else plan.several
             alone += [(slot + n, begin + n * tokens, begin + (n + 1) * tokens) for n in range(count)]
-    return _Plan(None if as_they_lie else rows, spans, single, several, batched)
+    return plan
 
 
 def _products(x: Tensor, weights: Tensor, plan: _Plan, acc: torch.dtype) -> Tensor:
@@ -528,47 +561,64 @@ def _torch_activate(
 # ---------------------------------------------------------------------------------------------- one call, and compiled
 
 _GROUPED = {"triton": _triton_grouped, "torch": _torch_grouped}
+#: downs, ups, down_biases, up_biases, and φ by name or, of each slot, by its place in ACTIVATIONS.
+_Weights = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, str | Tensor]
 
 
-def _run(residual: Tensor, branch: Tensor | None, operands: tuple[Any, ...], out: Tensor, into_branch: bool) -> None:
-    """residual, branch and out as (N, d); the other operands as a caller gives them."""
-    downs, ups, ids, down_biases, up_biases, codes, gain, activation = operands
+def _run(
+    residual: Tensor,
+    branch: Tensor | None,
+    weights: _Weights,
+    routing: Routing,
+    out: Tensor,
+    into_branch: bool,
+    backend: str | None,
+) -> None:
+    """residual, branch and out as (N, d)."""
     if not out.numel():
         return
-    call = _Call(
-        residual,
-        branch,
-        None if downs is None else downs.contiguous(),
-        None if ups is None else ups.contiguous(),
-        _flat(ids),
-        None if down_biases is None else down_biases.contiguous(),
-        None if up_biases is None else up_biases.contiguous(),
-        activation if codes is None else codes,
-        None if gain is None else _flat(gain),
-        out,
-        into_branch,
-    )
-    _GROUPED["triton" if is_recording() else select_backend(residual.device)](call)
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    return tensor.contiguous() if tensor.dim() == 1 else tensor.reshape(-1).contiguous()
+    *tensors, activation = weights
+    tensors = [None if t is None else t.contiguous() for t in tensors]
+    call = _Call(residual, branch, *tensors, activation, routing, out, into_branch)
+    _GROUPED[backend or ("triton" if is_recording() else select_backend(residual.device))](call)
 
 
 def _sum_dtype(residual: Tensor, branch: Tensor | None) -> torch.dtype:
-    return residual.dtype if branch is None else torch.promote_types(residual.dtype, branch.dtype)
+    if branch is None or branch.dtype == residual.dtype:
+        return residual.dtype
+    return torch.promote_types(residual.dtype, branch.dtype)
 
 
-def _out_of_place(residual: Tensor, branch: Tensor | None, *operands: Any) -> Tensor:
+def _out_of_place(
+    residual: Tensor, branch: Tensor | None, weights: _Weights, routing: Routing, backend: str | None = None
+) -> Tensor:
     out = torch.empty(residual.shape, dtype=_sum_dtype(residual, branch), device=residual.device)
     rows = out if out.dim() == 2 else out.view(-1, out.shape[-1])
-    _run(_rows("residual", residual), None if branch is None else _rows("branch", branch), operands, rows, False)
+    branch = None if branch is None else _rows("branch", branch)
+    _run(_rows("residual", residual), branch, weights, routing, rows, False, backend)
     return out
 
 
-def _into_branch(residual: Tensor, branch: Tensor, *operands: Any) -> None:
+def _into_branch(residual: Tensor, branch: Tensor, weights: _Weights, routing: Routing) -> None:
     rows = _rows("branch", branch, in_place=True)
-    _run(_rows("residual", residual), rows, operands, rows, True)
+    _run(_rows("residual", residual), rows, weights, routing, rows, True, None)
+
+
+_Operands = tuple[Tensor | None, Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, str]
+
+
+def _split(operands: _Operands) -> tuple[_Weights, Routing]:
+    """What the registered ops take, which are tensors and strings, as what is run."""
+    downs, ups, ids, down_biases, up_biases, codes, gain, activation = operands
+    return (downs, ups, down_biases, up_biases, activation if codes is None else codes), Routing(ids, gain)
+
+
+def _registered_out_of_place(residual: Tensor, branch: Tensor | None, *operands: Any) -> Tensor:
+    return _out_of_place(residual, branch, *_split(operands))
+
+
+def _registered_into_branch(residual: Tensor, branch: Tensor, *operands: Any) -> None:
+    _into_branch(residual, branch, *_split(operands))
 
 
 def _fake(residual: Tensor, branch: Tensor | None, *operands: Any) -> Tensor:
@@ -581,13 +631,13 @@ _OPERANDS = (
 )
 torch.library.custom_op(
     "fused_steer::post_block_grouped",
-    _out_of_place,
+    _registered_out_of_place,
     mutates_args=(),
     schema=f"(Tensor residual, Tensor? branch, {_OPERANDS}) -> Tensor",
 ).register_fake(_fake)
 torch.library.custom_op(
     "fused_steer::post_block_grouped_",
-    _into_branch,
+    _registered_into_branch,
     mutates_args=("branch",),
     schema=f"(Tensor residual, Tensor(a!) branch, {_OPERANDS}) -> ()",
 ).register_fake(lambda *operands: None)
@@ -622,11 +672,20 @@ def _rows(name: str, tensor: Tensor, in_place: bool = False) -> Tensor:
     return tensor.reshape(-1, hidden).contiguous()
 
 
-def _eager(residual: Tensor, branch: Tensor | None, operands: tuple[Any, ...], into_branch: bool) -> Tensor:
-    if into_branch and branch is not None:
-        _into_branch(residual, branch, *operands)
-        return branch
-    return _out_of_place(residual, branch, *operands)
+def post_block_routed(
+    residual: Tensor, branch: Tensor | None, weights: _Weights, routing: Routing, backend: str | None = None
+) -> Tensor:
+    """`post_block_grouped` without its checks and outside of compiled graphs: for whoever keeps weights that are as it
+    wants them, and routes the tokens of all layers alike.
+
+    Args:
+        weights: downs, ups, down_biases, up_biases, and the activation, of which `post_block_grouped` takes each.
+        backend: as `select_backend` gives it for the residual's device; None asks.
+    """
+    if torch.is_grad_enabled():
+        with torch.no_grad():
+            return _out_of_place(residual, branch, weights, routing, backend)
+    return _out_of_place(residual, branch, weights, routing, backend)
 
 
 def post_block_grouped(
@@ -708,19 +767,20 @@ def post_block_grouped(
         raise ValueError(f"activation is {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
     if into_branch and branch is None:
         raise ValueError("into_branch is True without a branch; expected one to write into")
-    grad_enabled = torch.is_grad_enabled()
-    if grad_enabled:
+    if torch.is_grad_enabled():
         tensors = (residual, branch, downs, ups, down_biases, up_biases, gain)
         if any(t is not None and t.requires_grad for t in tensors):
             raise RuntimeError("post_block_grouped has no gradient; expected torch.no_grad(), or post_block to train")
-    named, codes = (activation, None) if isinstance(activation, str) else ("", activation)
-    operands = (downs, ups, adapter_ids, down_biases, up_biases, codes, gain, named)
     if torch.compiler.is_compiling():
+        named, codes = (activation, None) if isinstance(activation, str) else ("", activation)
+        operands = (downs, ups, adapter_ids, down_biases, up_biases, codes, gain, named)
         if into_branch and branch is not None:
             torch.ops.fused_steer.post_block_grouped_(residual, branch, *operands)
             return branch
         return torch.ops.fused_steer.post_block_grouped(residual, branch, *operands)
-    if grad_enabled:
-        with torch.no_grad():
-            return _eager(residual, branch, operands, into_branch)
-    return _eager(residual, branch, operands, into_branch)
+    weights = (downs, ups, down_biases, up_biases, activation)
+    if into_branch and branch is not None:
+        with torch.no_grad() if torch.is_grad_enabled() else contextlib.nullcontext():
+            _into_branch(residual, branch, weights, Routing(adapter_ids, gain))
+        return branch
+    return post_block_routed(residual, branch, weights, Routing(adapter_ids, gain))
