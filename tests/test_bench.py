@@ -359,6 +359,21 @@ def test_more_adapters_than_rows_are_refused(adapters):
         dataclasses.replace(SERVED, adapters=adapters)
 
 
+def test_what_vllm_answers_is_looked_at():
+    case = ServeCase("small", 0, 20, 8, 2, dtype="float32")
+    base, one, two = ([[n, row] for row in range(20)] for n in range(3))
+    mixed = [(one, two)[row % 2][row] for row in range(20)]
+    right = {"unsteered": base, "no-adapter": base, "one-adapter": one, "fused": mixed, "fused-again": mixed}
+    assert vllm.wrong(case, right) == {}
+    few, many = ([*base[:n], *mixed[n:]] for n in (2, 3))
+    assert "first adapter" in vllm.wrong(case, right | {"fused": few})["fused"]
+    assert "3 rows have the unsteered" in vllm.wrong(case, right | {"fused": many})["fused"]
+    assert "unsteered tokens" in vllm.wrong(case, right | {"one-adapter": base})["one-adapter"]
+    assert "without the plug-in" in vllm.wrong(case, right | {"no-adapter": one})["no-adapter"]
+    in_bf16 = dataclasses.replace(case, dtype="bfloat16")
+    assert vllm.wrong(in_bf16, right | {"fused": few, "no-adapter": one}) == {}
+
+
 @pytest.mark.parametrize("module", [serving, vllm], ids=["serving", "vllm"])
 def test_bad_input_to_what_measures_serving_is_one_line(module, tmp_path, monkeypatch):
     import typer
