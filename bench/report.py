@@ -668,8 +668,9 @@ is the plain residual add, which steers nothing; `copy` copies one tensor, 2 uni
 above the unsteered model, a layer, in passes of the hidden state at the copy's bandwidth. In serving, `fused` gives
 each row its own of so many adapters, `fused-bf16` the same with adapters in bfloat16, `one-adapter` all rows the same
 one, `no-adapter` none where there could be one, and `gather-bmm` copies an adapter's weights for each token; *makes* is
-the bytes of all tensors that a call makes beside its result. A contender that did not run on a case has there the
-reason instead of a figure, and – where it was not measured."""
+the bytes of all tensors that a call makes beside its result. On a CPU, where vLLM compiles nothing once LoRA is
+enabled, its unsteered engine does not compile either. A contender that did not run on a case has there the reason
+instead of a figure, and – where it was not measured."""
 
 HOW_TO_RUN = """\
 ## How to run it
