@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from fused_steer.kernels import post_block
+from fused_steer.kernels.grouped import Routing
 from models import assert_close, refused
 from torch import Tensor
 
@@ -71,6 +72,35 @@ def test_each_token_is_steered_as_by_its_adapter_alone(device, with_branch, with
         into = branch.clone()
         assert slots(x, into, ids, gain, into_branch=True) is into
         assert_close(into, branch + shift)
+    routing = Routing(ids, gain)  # worked out once
+    for _ in range(2):
+        assert torch.equal(slots.routed(x, branch, routing), out)
+    slots.to(torch.bfloat16).to(torch.float32)  # other tensors, rounded
+    assert torch.equal(slots.routed(x, branch, routing), slots(x, branch, ids, gain))
+    assert not torch.equal(slots.routed(x, branch, routing), out)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "parts"),
+    [
+        ({"residual": torch.zeros(2, 3, HIDDEN - 1)}, ValueError, ["(2, 3, 23)", "expected (2, 3, 24)"]),
+        ({"branch": torch.zeros(3, 2, HIDDEN)}, ValueError, ["(3, 2, 24)", "expected (2, 3, 24)"]),
+        ({"residual": torch.zeros(2, 3, HIDDEN).double()}, TypeError, ["torch.float64", "expected float32"]),
+        ({"residual": torch.zeros(2, 3, HIDDEN, device="meta")}, ValueError, ["on meta", "expected cpu"]),
+        ({"routing": Routing(torch.full((2, 3), 7))}, ValueError, ["adapter_ids has 7", "expected below 2"]),
+    ],
+)
+def test_routed_tokens_that_do_not_fit(change, error, parts, monkeypatch):
+    monkeypatch.setenv("FUSED_STEER_BACKEND", "torch")
+    call = {
+        "residual": torch.zeros(2, 3, HIDDEN),
+        "branch": torch.zeros(2, 3, HIDDEN),
+        "routing": Routing(torch.zeros(2, 3, dtype=torch.int32)),
+    }
+    slots = Slots(2, RANK, HIDDEN)
+    slots.routed(**call)
+    with refused(error, *parts):
+        slots.routed(**{**call, **change})
 
 
 def test_vectors_alone_need_no_matrices():
