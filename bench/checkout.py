@@ -34,4 +34,5 @@ if __name__ == "__main__":
     make_importable()
     import pytest
 
-    raise SystemExit(pytest.main(sys.argv[1:]))
+    # As a plug-in this module, and with it the package, is imported in each process that runs tests.
+    raise SystemExit(pytest.main(["-p", "bench.checkout", *sys.argv[1:]]))

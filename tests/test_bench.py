@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -619,6 +620,15 @@ def test_a_checkout_runs_without_being_installed():
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(ROOT / "kernels" / "__init__.py")
+
+
+def test_a_checkouts_tests_find_it_in_every_process(monkeypatch):
+    given = []
+    monkeypatch.setattr(pytest, "main", lambda arguments: given.extend(arguments) or 7)
+    monkeypatch.setattr(sys, "argv", ["checkout", "-m", "gpu", "-n", "2"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "bench" / "checkout.py"), run_name="__main__")
+    assert ended.value.code == 7 and given == ["-p", "bench.checkout", "-m", "gpu", "-n", "2"]
 
 
 def test_every_geometry_is_one_that_patch_model_takes():
