@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from . import timing
 from .contenders import PHI
 from .geometries import DTYPES, GroupedCase
-from .levels import in_words, l2_bytes
+from .levels import in_words, l2_bytes, take_samples
 from .results import Row
 from .timing import Timed
 
@@ -181,9 +181,7 @@ def measure_grouped(
             row.status = in_words(error)
             continue
         ready.append(timed)
-    timing.interleave(ready, device, rounds)
-    for timed in ready:
-        rows[timed.name].samples, rows[timed.name].replayed = timed.samples, timed.replayed
+    take_samples(ready, rows, device, rounds)
     return [*rows.values(), *sizes]
 
 

@@ -51,6 +51,15 @@ def release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
+def take_samples(
+    ready: Sequence[Timed], rows: dict[str, Row], device: torch.device, rounds: int, before: timing.Call | None = None
+) -> None:
+    """Time what is ready, interleaved, and put the samples into the rows of their names."""
+    timing.interleave(ready, device, rounds, before=before)
+    for timed in ready:
+        rows[timed.name].samples, rows[timed.name].replayed = timed.samples, timed.replayed
+
+
 # ----------------------------------------------------------------------------------------------------------------- op
 
 
@@ -144,9 +153,7 @@ def measure_op(
             row.status = in_words(error)
             continue
         ready.append(timed)
-    timing.interleave(ready, device, rounds)
-    for timed in ready:
-        rows[timed.name].samples, rows[timed.name].replayed = timed.samples, timed.replayed
+    take_samples(ready, rows, device, rounds)
     return list(rows.values())
 
 
@@ -345,9 +352,7 @@ def measure_model(
         for each in resets:
             each()
 
-    timing.interleave(ready, device, rounds, before=reset)
-    for timed in ready:
-        rows[timed.name].samples, rows[timed.name].replayed = timed.samples, timed.replayed
+    take_samples(ready, rows, device, rounds, before=reset)
     return [*rows.values(), *_memory_rows(case, base.config.num_hidden_layers, kept, peak)]
 
 

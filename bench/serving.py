@@ -17,11 +17,10 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor, nn
 
-from . import timing
 from .contenders import adapter_weights, decoder_layers, set_adapter, steer_fused
 from .geometries import GroupedCase, ServeCase
 from .grouped import GROUPED_CONTENDERS, measure_grouped
-from .levels import Prepared, build_base, decode_call, in_words, make_tokens, prefill_call, release
+from .levels import Prepared, build_base, decode_call, in_words, make_tokens, prefill_call, release, take_samples
 from .results import Row, describe_machine, file_name, start
 from .timing import Timed
 
@@ -182,11 +181,9 @@ def measure_serving(
         for each in resets:
             each()
 
-    timing.interleave(ready, device, rounds, before=reset)
-    steps = NEW_TOKENS if what == "generate" else 1
-    for timed in ready:
-        rows[timed.name].samples = [sample / steps for sample in timed.samples]
-        rows[timed.name].replayed = timed.replayed
+    take_samples(ready, rows, device, rounds, before=reset)
+    for row in rows.values():
+        row.samples = [sample / (NEW_TOKENS if what == "generate" else 1) for sample in row.samples]
     return list(rows.values())
 
 

@@ -145,7 +145,7 @@ def engines(case: ServeCase, folder: Path, most_rows: int, most_adapters: int) -
         "lora_target_modules": ["post_block"],
         "max_loras": most_adapters,
         "max_cpu_loras": most_adapters,
-        "max_lora_rank": 8 if case.rank <= 8 else case.rank,
+        "max_lora_rank": max(8, case.rank),
     }
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
     made = {}

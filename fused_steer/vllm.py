@@ -483,8 +483,8 @@ def _load_adapter(original: Any) -> Any:
 
 def _add_adapter(original: Any) -> Any:
     """In every step vLLM asks for each adapter of a batch whether it is loaded, by making a dict of all that are: a
-    cost that grows with their square, milliseconds a step with 64. Of one that is in its slot there is nothing to do
-    but to note that it was used."""
+    cost that grows with their square. Of one that is in its slot there is nothing to do but to note that it was used.
+    """
 
     def add_adapter(self: Any, lora_request: LoRARequest) -> bool:
         models, number = self._adapter_manager, lora_request.lora_int_id

@@ -90,7 +90,18 @@ def test_rows_are_what_they_are_alone(family):
     assert all((base[row] - rows[row][0]).abs().max() > 1e-2 for row, name in enumerate(NAMES) if name)
 
 
-@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"cache_implementation": "static"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_cache": False},
+        {"cache_implementation": "static"},
+        {"num_beams": 3},
+        {"num_beams": 3, "num_return_sequences": 2},
+        {"num_beams": 2, "cache_implementation": "static"},
+    ],
+    ids=str,
+)
 def test_generate_under_left_padding(model, options):
     ids, mask = padded("left")
     words = [
@@ -221,21 +232,6 @@ def test_chunks_of_a_padded_prompt_need_its_mask(model):
 
 
 # ------------------------------------------------------------------------------------------------- ways of generating
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}, {"num_beams": 2, "cache_implementation": "static"}],
-    ids=str,
-)
-def test_beams_and_returned_sequences(model, options):
-    ids, mask = padded("left")
-    words = [
-        alone(model, name, lambda row=row: greedy(model, ids[row : row + 1, row:], **options))
-        for row, name in enumerate(NAMES)
-    ]
-    with model.steering.batch(NAMES):
-        assert torch.equal(greedy(model, ids, attention_mask=mask, **options), torch.cat(words))
 
 
 def test_samples_of_one_row(model):
