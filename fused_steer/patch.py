@@ -17,10 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.utils.hooks import RemovableHandle
 
 from .residual import ResidualNotFound, rewrite_forward
 from .sites import SteeringSite
+from .watch import call_watched
 
 #: The site's name in its layer, and so part of every parameter's path.
 SITE = "post_block"
@@ -140,12 +142,20 @@ def steered_class(base: type[nn.Module], rewritten: bool) -> type[nn.Module]:
         "__reduce_ex__": __reduce_ex__,
     }
     if rewritten:
-        namespace["forward"] = rewrite_forward(base, SITE)
+        forward = namespace["forward"] = rewrite_forward(base, SITE, with_input=True)
+
+    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if is_compiling() or rewritten and type(self).forward is forward and "forward" not in self.__dict__:
+            return base.__call__(self, *args, **kwargs)
+        site = self.get_submodule(SITE)
+        return call_watched(self, site, f"layer {site.patched.index}", base.__call__, args, kwargs)
+
+    namespace["__call__"] = __call__
     return type(base)(base.__name__, (base,), namespace)
 
 
 def _steer_output(layer: nn.Module, args: Any, output: Any) -> Any:
-    """Forward hook: steer the hidden state that a layer returns, alone or first in a tuple or list."""
+    """Forward hook: steer the hidden state that a layer returns, by itself or first in a tuple or list."""
     site = layer.get_submodule(SITE)
     if isinstance(output, Tensor):
         return site(output)
@@ -208,16 +218,6 @@ class PatchedLayer:
     @property
     def site(self) -> SteeringSite:
         return self.layer.get_submodule(SITE)  # type: ignore[return-value]
-
-    def trains_inside(self) -> bool:
-        """Whether the layer has parameters that train and are not the site's."""
-        return any(p.requires_grad for name, p in self.layer.named_parameters() if not name.startswith(f"{SITE}."))
-
-    @property
-    def counts_calls(self) -> bool:
-        """Whether each run of the layer is an eager call of its site: not when the layer itself was compiled."""
-        compiled = getattr(self.layer, "_compiled_call_impl", None) is not None
-        return not compiled and not hasattr(vars(self.layer).get("forward"), "_torchdynamo_orig_callable")
 
     def check_removable(self) -> None:
         if type(self.layer) is not steered_class(self.base, not self.reason):

@@ -163,9 +163,9 @@ class PeftSite(SteeringSite, BaseTunerLayer):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise _cannot_merge()
 
-    def forward(self, residual: Tensor, branch: Tensor | None = None) -> Tensor:
+    def forward(self, residual: Tensor, branch: Tensor | None = None, entering: Tensor | None = None) -> Tensor:
         """residual + branch, steered by the active adapters, or each row by its own. (..., d)"""
-        branch = self._called(residual, branch)
+        branch = self._called(residual, branch, entering)
         if not self.disable_adapters:
             if self.row_adapters is not None:
                 return self._by_rows(residual, branch, self.row_adapters)

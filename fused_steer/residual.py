@@ -31,8 +31,11 @@ class ResidualNotFound(LookupError):
     """A class's forward cannot be rewritten; the message is one line that says why."""
 
 
-def rewrite_forward(cls: type, site: str) -> Callable[..., Any]:
+def rewrite_forward(cls: type, site: str, *, with_input: bool = False) -> Callable[..., Any]:
     """Return `cls.forward` with each final residual add `left + right` made `self.<site>(left, right)`.
+
+    with_input: call `self.<site>(left, right, input)` instead, where `input` is the forward's first argument after
+    `self`, as it came; None for a forward without a named first argument.
 
     One call of the new function calls the site exactly once, and what the site returns is the hidden state that the
     layer returns (as a tensor, or first in a tuple). Operands and their order are kept: a site that returns
@@ -49,7 +52,7 @@ def rewrite_forward(cls: type, site: str) -> Callable[..., Any]:
         wrappers, function = _unwrap(getattr(cls, "forward", None))
         with warnings.catch_warnings():  # of the source's syntax: they came when it was imported
             warnings.simplefilter("ignore", SyntaxWarning)
-            code = _rewritten_code(function, site)
+            code = _rewritten_code(function, site, with_input)
         return _rewrap(wrappers, function, _copy_function(function, code, {}))
     except _Refusal as refusal:
         raise ResidualNotFound(f"{cls.__name__}.forward {refusal}") from None
@@ -75,10 +78,16 @@ class _Refusal(Exception):
     """Why a forward cannot be rewritten: the end of a sentence that begins with the forward's name."""
 
 
-def _rewritten_code(function: FunctionType, site: str) -> CodeType:
+#: The local name under which a rewritten forward keeps its first argument, which it may assign to later.
+_INPUT = "fused_steer_block_input"
+
+
+def _rewritten_code(function: FunctionType, site: str, with_input: bool) -> CodeType:
     source = _Source.of(function)
     adds = {add.node for add in _final_adds(source)}
-    _Replace(adds, source.self_name(), site).visit(source.tree)
+    _Replace(adds, source.self_name(), site, with_input).visit(source.tree)
+    if with_input:
+        source.keep_input(_INPUT)
     return source.compile(function)
 
 
@@ -130,6 +139,15 @@ class _Source:
             self.refuse(f"assigns `{arguments[0].arg}`", self.tree)
         return arguments[0].arg
 
+    def keep_input(self, name: str) -> None:
+        """Begin the function by assigning its first argument after `self` to `name`; None if it has none by name."""
+        named = [*self.tree.args.posonlyargs, *self.tree.args.args][1:]
+        value: ast.expr = ast.Name(named[0].arg, ast.Load()) if named else ast.Constant(None)
+        first = self.tree.body[0]
+        kept = ast.fix_missing_locations(ast.copy_location(ast.Assign([ast.Name(name, ast.Store())], value), first))
+        documented = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
+        self.tree.body.insert(1 if documented else 0, kept)
+
 
 def _first_line(definition: _Definition) -> int:
     return min([definition.lineno, *(decorator.lineno for decorator in definition.decorator_list)])
@@ -151,10 +169,10 @@ def _nested_code(code: CodeType) -> Iterator[CodeType]:
 
 
 class _Replace(ast.NodeTransformer):
-    """Puts `self.<site>(left, right)` in the place of the given adds."""
+    """Puts `self.<site>(left, right)` in the place of the given adds, or `self.<site>(left, right, input)`."""
 
-    def __init__(self, adds: Set[ast.AST], self_name: str, site: str) -> None:
-        self.adds, self.self_name, self.site = adds, self_name, site
+    def __init__(self, adds: Set[ast.AST], self_name: str, site: str, with_input: bool) -> None:
+        self.adds, self.self_name, self.site, self.with_input = adds, self_name, site, with_input
 
     def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
         return self._call(node, node.left, node.right) if node in self.adds else self.generic_visit(node)
@@ -167,7 +185,8 @@ class _Replace(ast.NodeTransformer):
 
     def _call(self, add: ast.expr | ast.stmt, left: ast.expr, right: ast.expr) -> ast.expr:
         site = ast.Attribute(ast.Name(self.self_name, ast.Load()), self.site, ast.Load())
-        return ast.fix_missing_locations(ast.copy_location(ast.Call(site, [left, right], []), add))
+        arguments = [left, right, ast.Name(_INPUT, ast.Load())] if self.with_input else [left, right]
+        return ast.fix_missing_locations(ast.copy_location(ast.Call(site, arguments, []), add))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from .config import DTYPES, SteerConfig
 from .kernels import post_block, select_backend
 from .kernels.orthogonal import project_gradient
 from .slots import Slots
+from .watch import note_run
 
 if TYPE_CHECKING:
     from .batch import Batch
@@ -81,11 +82,11 @@ class Adapter:
         return named
 
 
-class _NotPassed(torch.autograd.Function):
-    """The output of a block that passes no gradient to its input: an error once it is asked for, no silent 0."""
+class _LostGradient(torch.autograd.Function):
+    """A block's branch that a gradient cannot pass: an error once the gradient is asked for, no silent 0."""
 
     @staticmethod
-    def forward(ctx: Any, branch: Tensor, residual: Tensor) -> Tensor:
+    def forward(ctx: Any, branch: Tensor, entering: Tensor) -> Tensor:
         return branch.view_as(branch)
 
     @staticmethod
@@ -150,9 +151,14 @@ class SteeringSite(nn.Module):
         self._set_strength(self.strength.device)  # not rounded to another dtype
         return self
 
-    def forward(self, residual: Tensor, branch: Tensor | None = None) -> Tensor:
-        """residual + branch, steered. Without branch, `residual` is the finished hidden state. (..., d)"""
-        branch = self._called(residual, branch)
+    def forward(self, residual: Tensor, branch: Tensor | None = None, entering: Tensor | None = None) -> Tensor:
+        """residual + branch, steered. (..., d)
+
+        Args:
+            residual, branch: what the block adds up at its end. Without branch, `residual` is the finished sum.
+            entering: what the block was given, its first argument; it tells whether a gradient has to pass the block.
+        """
+        branch = self._called(residual, branch, entering)
         if self.batch is not None and self.enabled:
             return self._by_rows(self.batch, residual, branch)
         if self.active is None or not self.enabled:
@@ -191,16 +197,19 @@ class SteeringSite(nn.Module):
             return self.slots(residual, branch, batch.ids.to(residual.device), batch.gain.to(residual.device))
         return self.slots.routed(residual, branch, batch.routing(residual.device), self.backend)
 
-    def _called(self, residual: Tensor, branch: Tensor | None) -> Tensor | None:
-        """Take note of an eager call. The branch, which refuses a gradient that it would lose."""
+    def _called(self, residual: Tensor, branch: Tensor | None, entering: Tensor | None) -> Tensor | None:
+        """Take note of an eager call. Returns the branch, so wrapped that backward raises where the block has lost the
+        gradient of its input."""
         if not torch.compiler.is_compiling():
+            note_run(self)
             noted = self.__dict__  # past nn.Module's __setattr__, which takes longer than all the rest here
             noted["calls"] += 1
             noted["backend"] = select_backend(residual.device)
-            # Only what trains in the block itself, such as LoRA, may tell the two apart; which is which is not known.
-            if branch is not None and branch.requires_grad != residual.requires_grad and torch.is_grad_enabled():
-                if self.patched is not None and not self.patched.trains_inside():
-                    return _NotPassed.apply(branch, residual)
+            if branch is not None and not (residual.requires_grad and branch.requires_grad):
+                # What trains outside the layer may enter by one of the two: only a gradient that the layer's input asks
+                # for can be lost.
+                if torch.is_grad_enabled() and isinstance(entering, Tensor) and entering.requires_grad:
+                    return _LostGradient.apply(branch, entering)
         return branch
 
     def _constrained(self, parameter: Tensor | None) -> Tensor | None:

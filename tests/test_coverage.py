@@ -77,26 +77,26 @@ def steered_by(forward: Callable[..., Any]) -> Callable[..., Any]:
     return patch
 
 
-def shifted(site: SteeringSite, residual: Any, branch: Any = None) -> Any:
-    return SteeringSite.forward(site, residual, branch) + 1e-6
+def shifted(site: SteeringSite, residual: Any, branch: Any = None, entering: Any = None) -> Any:
+    return SteeringSite.forward(site, residual, branch, entering) + 1e-6
 
 
-def stronger(site: SteeringSite, residual: Any, branch: Any = None) -> Any:
+def stronger(site: SteeringSite, residual: Any, branch: Any = None, entering: Any = None) -> Any:
     plain = residual if branch is None else residual + branch
-    return plain + 1.001 * (SteeringSite.forward(site, residual, branch) - plain)
+    return plain + 1.001 * (SteeringSite.forward(site, residual, branch, entering) - plain)
 
 
-def without_gradient(site: SteeringSite, residual: Any, branch: Any = None) -> Any:
-    steered = SteeringSite.forward(site, residual, branch)
+def without_gradient(site: SteeringSite, residual: Any, branch: Any = None, entering: Any = None) -> Any:
+    steered = SteeringSite.forward(site, residual, branch, entering)
     return steered + 0.01 * (steered - steered.detach())
 
 
-def counted_twice(site: SteeringSite, residual: Any, branch: Any = None) -> Any:
+def counted_twice(site: SteeringSite, residual: Any, branch: Any = None, entering: Any = None) -> Any:
     site.calls += 1
-    return SteeringSite.forward(site, residual, branch)
+    return SteeringSite.forward(site, residual, branch, entering)
 
 
-def idle(site: SteeringSite, residual: Any, branch: Any = None) -> Any:
+def idle(site: SteeringSite, residual: Any, branch: Any = None, entering: Any = None) -> Any:
     site.calls += 1
     return residual if branch is None else residual + branch
 

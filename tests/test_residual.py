@@ -43,6 +43,36 @@ def site(self: Any, left: Tensor, right: Tensor) -> Tensor:
     return self.results[-1]
 
 
+class ReassignsItsInput(nn.Module):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """A docstring stays the first statement."""
+        x = x * 2
+        return x + y
+
+
+class TakesAnything(nn.Module):
+    def forward(self, *args: Tensor) -> Tensor:
+        x, y = args[0] * 2, args[1]
+        return x + y
+
+
+@pytest.mark.parametrize(("cls", "named"), [(ReassignsItsInput, True), (TakesAnything, False)])
+def test_a_site_is_given_the_first_argument_as_it_came(cls, named):
+    given = []
+
+    def site(self: Any, left: Tensor, right: Tensor, entering: Tensor | None) -> Tensor:
+        given.append(entering)
+        return left + right
+
+    forward = rewrite_forward(cls, "site", with_input=True)
+    layer = type(cls.__name__, (cls,), {"forward": forward, "site": site})()
+    x, y = torch.randn(3), torch.randn(3)
+    assert torch.equal(layer(x, y), cls()(x, y))
+    assert len(given) == 1 and given[0] is (x if named else None)
+    assert forward.__doc__ == cls.forward.__doc__
+    assert forward.__code__.co_firstlineno == cls.forward.__code__.co_firstlineno
+
+
 def with_site(cls: type) -> type:
     return type(cls.__name__, (cls,), {"forward": rewrite_forward(cls, "site"), "site": site, "results": []})
 
