@@ -23,7 +23,7 @@ from ._requirements import require
 from ._version import __version__
 from .checkpoint import PEFT_TYPE
 from .config import DTYPES, SteerConfig
-from .kernels import MAX_RANK, post_block
+from .kernels import MAX_RANK, post_block, select_backend
 from .patch import SITE, Decoder, PatchedLayer, execution_device, find_decoder
 from .sites import Adapter, SteeringSite
 
@@ -165,7 +165,9 @@ class PeftSite(SteeringSite, BaseTunerLayer):
 
     def forward(self, residual: Tensor, branch: Tensor | None = None, entering: Tensor | None = None) -> Tensor:
         """residual + branch, steered by the active adapters, or each row by its own. (..., d)"""
-        branch = self._called(residual, branch, entering)
+        if not torch.compiler.is_compiling():
+            branch = self._called(residual, branch, entering)
+            self.__dict__["backend"] = select_backend(residual.device)
         if not self.disable_adapters:
             if self.row_adapters is not None:
                 return self._by_rows(residual, branch, self.row_adapters)

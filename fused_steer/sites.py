@@ -7,11 +7,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
+from torch.compiler import is_compiling
 
 from .config import DTYPES, SteerConfig
 from .kernels import post_block, select_backend
 from .kernels.orthogonal import project_gradient
+from .kernels.planned import PlannedPostBlock
 from .slots import Slots
 from .watch import note_run
 
@@ -103,6 +105,9 @@ class SteeringSite(nn.Module):
     Parameters live under `steer_down.<adapter>` and `steer_up.<adapter>`, as PEFT's layers have theirs.
     """
 
+    #: The op with its plans, and a function that gives the adapter's parameters as they are. Any assignment drops it.
+    _planned: tuple[PlannedPostBlock, Callable[[], tuple[Tensor, ...]]] | None
+
     def __init__(self) -> None:
         super().__init__()
         self.steer_down = nn.ModuleDict()
@@ -122,12 +127,26 @@ class SteeringSite(nn.Module):
         self.batch: Batch | None = None  # while rows are steered each by its own adapter; then `slots` has those
         self.slots: Slots | None = None
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        self.__dict__["_planned"] = None
+        super().__setattr__(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_planned": None}  # copies and pickles plan for themselves
+
+    def _replicate_for_data_parallel(self) -> SteeringSite:
+        replica = super()._replicate_for_data_parallel()
+        replica.__dict__["_planned"] = None
+        return replica
+
     def attach(self, name: str, adapter: Adapter) -> None:
         self.steer_down[name] = adapter.down.train(self.training)
         self.steer_up[name] = adapter.up.train(self.training)
+        self.__dict__["_planned"] = None
 
     def detach(self, name: str) -> None:
         del self.steer_down[name], self.steer_up[name]
+        self.__dict__["_planned"] = None
 
     def adapter(self, name: str) -> Adapter | None:
         """The adapter's parameters here; None if it skips this layer."""
@@ -158,19 +177,30 @@ class SteeringSite(nn.Module):
             residual, branch: what the block adds up at its end. Without branch, `residual` is the finished sum.
             entering: what the block was given, its first argument; it tells whether a gradient has to pass the block.
         """
+        if is_compiling():
+            return self._in_graph(residual, branch)
+        noted = self.__dict__  # past nn.Module's __setattr__, which takes longer than all the rest here
+        planned = noted["_planned"]
+        if planned is None:
+            planned = self._plan(residual)
         branch = self._called(residual, branch, entering)
+        if planned is not None:
+            steer, parameters = planned
+            out = steer(residual, branch, *parameters())
+            noted["backend"] = steer.backend
+            return out
+        noted["backend"] = select_backend(residual.device)
+        if self.batch is not None and self.enabled:
+            return self._by_rows(self.batch, residual, branch)
+        return residual if branch is None else residual + branch
+
+    def _in_graph(self, residual: Tensor, branch: Tensor | None) -> Tensor:
+        """`forward` as torch.compile reads it."""
         if self.batch is not None and self.enabled:
             return self._by_rows(self.batch, residual, branch)
         if self.active is None or not self.enabled:
             return residual if branch is None else residual + branch
         down, up = self.steer_down[self.active], self.steer_up[self.active]
-        if (up.bias if up.weight is None else up.weight).is_meta and not residual.is_meta:
-            raise ValueError(
-                f"adapter {self.active!r} is on meta, as what is offloaded; expected it on {residual.device} (offload "
-                "the model before it is patched)"
-            )
-        # float64 is multiplied by what the config says, not by its rounded value.
-        compiled = torch.compiler.is_compiling() and residual.dtype != torch.float64
         return post_block(
             residual,
             branch,
@@ -179,8 +209,44 @@ class SteeringSite(nn.Module):
             down_bias=down.bias,
             up_bias=self._constrained(up.bias),
             activation=self.activation,
-            scale=self.strength if compiled else self.scale,
+            # float64 is multiplied by what the config says, not by its rounded value.
+            scale=self.scale if residual.dtype == torch.float64 else self.strength,
         )
+
+    def _plan(self, residual: Tensor) -> tuple[PlannedPostBlock, Callable[[], tuple[Tensor, ...]]] | None:
+        """Make `_planned`; None where no single adapter steers."""
+        if self.active is None or not self.enabled or self.batch is not None:
+            return None
+        factors = self.steer_down[self.active], self.steer_up[self.active]
+        (w1, b1), (w2, b2) = ((factor.weight, factor.bias) for factor in factors)
+        for parameter in (w1, w2, b1, b2):
+            if parameter is not None and parameter.is_meta and not residual.is_meta:
+                raise ValueError(
+                    f"adapter {self.active!r} is on meta, as what is offloaded; expected it on {residual.device} "
+                    "(offload the model before it is patched)"
+                )
+        names = [
+            (factor, name, factor is factors[1])
+            for factor, name, parameter in zip(
+                factors * 2, ("weight",) * 2 + ("bias",) * 2, (w1, w2, b1, b2), strict=True
+            )
+            if parameter is not None
+        ]
+        downs, ups, active = self.steer_down._modules, self.steer_up._modules, self.active
+
+        def usual() -> tuple[Tensor, ...]:
+            # Read in each call: a parameter that was replaced since shows.
+            return downs[active]._parameters["weight"], ups[active]._parameters["weight"]
+
+        def general() -> tuple[Tensor, ...]:
+            found = ((getattr(factor, name), constrained) for factor, name, constrained in names)
+            return tuple(self._constrained(value) if constrained else value for value, constrained in found)
+
+        plain = all("weight" in factor._parameters for factor in factors)
+        simple = plain and w1 is not None and b1 is None and b2 is None and self.basis is None
+        steer = PlannedPostBlock(self.activation, self.scale, (w1, w2, b1, b2))
+        planned = self.__dict__["_planned"] = (steer, usual if simple else general)
+        return planned
 
     def _by_rows(self, batch: Batch, residual: Tensor, branch: Tensor | None) -> Tensor:
         """Each row by its own adapter, in slots: for inference."""
@@ -193,23 +259,20 @@ class SteeringSite(nn.Module):
             return residual if branch is None else residual + branch
         if torch.is_grad_enabled() and (residual.requires_grad or branch is not None and branch.requires_grad):
             raise RuntimeError("steering.batch is for inference; expected torch.no_grad() around the model")
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return self.slots(residual, branch, batch.ids.to(residual.device), batch.gain.to(residual.device))
         return self.slots.routed(residual, branch, batch.routing(residual.device), self.backend)
 
     def _called(self, residual: Tensor, branch: Tensor | None, entering: Tensor | None) -> Tensor | None:
         """Take note of an eager call. Returns the branch, so wrapped that backward raises where the block has lost the
         gradient of its input."""
-        if not torch.compiler.is_compiling():
-            note_run(self)
-            noted = self.__dict__  # past nn.Module's __setattr__, which takes longer than all the rest here
-            noted["calls"] += 1
-            noted["backend"] = select_backend(residual.device)
-            if branch is not None and not (residual.requires_grad and branch.requires_grad):
-                # What trains outside the layer may enter by one of the two: only a gradient that the layer's input asks
-                # for can be lost.
-                if torch.is_grad_enabled() and isinstance(entering, Tensor) and entering.requires_grad:
-                    return _LostGradient.apply(branch, entering)
+        note_run(self)
+        self.__dict__["calls"] += 1
+        if branch is not None and is_grad_enabled() and not (residual.requires_grad and branch.requires_grad):
+            # What trains outside the layer may enter by one of the two: only a gradient that the layer's input asks for
+            # can be lost.
+            if isinstance(entering, Tensor) and entering.requires_grad:
+                return _LostGradient.apply(branch, entering)
         return branch
 
     def _constrained(self, parameter: Tensor | None) -> Tensor | None:

@@ -1,8 +1,8 @@
-"""How a kernel is started: on the device, or, ahead of time, on paper.
+"""Launches kernels. Inside `recorded()` launches are collected in a list instead of run; inside `noted()` they run too.
 
-Every launch of this package goes through `launch`. Inside `recorded` nothing runs: the launches are written down with
-the arguments that they would have had, for a device that need not be there. So what is compiled ahead of time is what
-the launchers would launch, by construction.
+Every launch of this package goes through `launch`, and every tensor that a launcher allocates through `empty`. What is
+recorded has the arguments that it would have had, for a device that need not be there: so what is compiled ahead of
+time is what the launchers would launch, by construction. What is noted becomes a plan (see plan.py).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,7 +35,33 @@ class _Recording:
     launches: list[Launch]
 
 
+@dataclass(frozen=True)
+class Started:
+    """One launch that was made: `Launch`, and what Triton compiled it to (None in the interpreter)."""
+
+    kernel: Any
+    compiled: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+    options: dict[str, int]
+
+    def ordered(self) -> list[Any]:
+        """All arguments, constants among them, in the kernel's order."""
+        named = self.kernel.arg_names[len(self.arguments) :]
+        return [*self.arguments, *(self.constants[name] for name in named)]
+
+
+@dataclass
+class Notes:
+    """The launches of a call, and the tensors that it allocated, in order."""
+
+    launches: list[Started] = field(default_factory=list)
+    made: list[torch.Tensor] = field(default_factory=list)
+
+
 _recording: ContextVar[_Recording | None] = ContextVar("fused_steer_recording", default=None)
+_notes: ContextVar[Notes | None] = ContextVar("fused_steer_notes", default=None)
 
 
 @contextlib.contextmanager
@@ -49,6 +75,31 @@ def recorded(device: Device) -> Iterator[list[Launch]]:
         _recording.reset(token)
 
 
+@contextlib.contextmanager
+def noted() -> Iterator[Notes]:
+    """Launches made inside, and tensors allocated by `empty`, are noted in what is yielded."""
+    notes = Notes()
+    token = _notes.set(notes)
+    try:
+        yield notes
+    finally:
+        _notes.reset(token)
+
+
+def may_start() -> bool:
+    """Whether a kernel may be started past `launch`: nobody records launches or notes them."""
+    return _recording.get() is None and _notes.get() is None
+
+
+def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """`torch.empty`, for what a launcher allocates."""
+    tensor = torch.empty(shape, dtype=dtype, device=device)
+    notes = _notes.get()
+    if notes is not None:
+        notes.made.append(tensor)
+    return tensor
+
+
 def is_recording() -> bool:
     """Whether launches are written down instead of made: of tensors that may be on no device that has a backend."""
     return _recording.get() is not None
@@ -60,7 +111,7 @@ def device_of(tensor: torch.Tensor) -> Device:
     return describe_device(tensor.device) if recording is None else recording.device
 
 
-def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Make `device` current, at no cost where it is already."""
     if device.type == "cpu" or torch.accelerator.current_device_index() == device.index:
         return contextlib.nullcontext()
@@ -76,5 +127,9 @@ def launch(
     if recording is not None:
         recording.launches.append(Launch(kernel, grid, arguments, constants, schedule))
         return
-    with _on(device):
-        kernel[grid](*arguments, **constants, num_warps=schedule.num_warps, num_stages=schedule.num_stages)
+    options = {"num_warps": schedule.num_warps, "num_stages": schedule.num_stages}
+    with on_device(device):
+        compiled = kernel[grid](*arguments, **constants, **options)
+    notes = _notes.get()
+    if notes is not None:
+        notes.launches.append(Started(kernel, compiled, grid, arguments, constants, options))

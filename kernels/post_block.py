@@ -29,7 +29,7 @@ from . import reference
 from .activations import ACTIVATIONS, apply, derivative
 from .backend import select_backend
 from .contract import Gradients, Needs
-from .launch import device_of, launch
+from .launch import device_of, empty, launch
 from .numerics import dot, dot_precision, operand, store
 from .schedule import MAX_RANK, column_passes, columns_schedule, forward_schedule, rows_schedule
 
@@ -330,8 +330,8 @@ def _triton_forward(
     hidden = residual.shape[-1]
     tokens = residual.numel() // hidden
     rank = 0 if down is None else down.shape[0]
-    out = torch.empty(residual.shape, dtype=dtype, device=residual.device)
-    a = torch.empty(tokens, rank, dtype=torch.float32, device=residual.device) if keep_a and rank else None
+    out = empty(*residual.shape, dtype=dtype, device=residual.device)
+    a = empty(tokens, rank, dtype=torch.float32, device=residual.device) if keep_a and rank else None
     if tokens == 0:
         return out, a
     (residual, branch), inner, (residual_strides, branch_strides) = _row_layout(residual, branch)
@@ -383,8 +383,8 @@ def _triton_backward(
     }  # fmt: skip
 
     need_da = rank > 0 and (needs.x or needs.down or needs.down_bias)
-    da = torch.empty(tokens, rank, **f32) if need_da else None
-    row_dot = torch.empty(tokens, **f32) if needs.row_dot else None
+    da = empty(tokens, rank, **f32) if need_da else None
+    row_dot = empty(tokens, **f32) if needs.row_dot else None
     if need_da or needs.row_dot:
         schedule = rows_schedule(tokens, hidden, rank, grad.itemsize, device)
         launch(
@@ -404,8 +404,8 @@ def _triton_backward(
         if not (pass_x or pass_down or pass_up or pass_up_bias):
             continue
         sizes = [rank * hidden * pass_down, rank * hidden * pass_up, hidden * pass_up_bias]
-        slabs = torch.empty(schedule.splits, sum(sizes), **f32)
-        dx = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device) if pass_x else None
+        slabs = empty(schedule.splits, sum(sizes), **f32)
+        dx = empty(*grad.shape, dtype=grad.dtype, device=grad.device) if pass_x else None
         launch(
             columns_kernel, (schedule.programs, schedule.splits),
             grad if pass_x or pass_up or pass_up_bias else None, out if pass_down else None,
@@ -748,7 +748,7 @@ def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], device: tor
         raise ValueError(f"{name} is on {tensor.device}; expected {device}, the device of residual")
 
 
-def _check(
+def check_operands(
     residual: Tensor,
     branch: Tensor | None,
     down: Tensor | None,
@@ -848,7 +848,7 @@ def post_block(
         TypeError: a dtype that it does not take, or a scale that is neither number nor tensor.
         RuntimeError: FUSED_STEER_BACKEND asks for what cannot run; a second derivative is asked for.
     """
-    _check(residual, branch, down, up, down_bias, up_bias, gain, basis, scale, activation)
+    check_operands(residual, branch, down, up, down_bias, up_bias, gain, basis, scale, activation)
     if down is not None and down.shape[0] == 0:
         if up_bias is None:
             raise ValueError("down and up have rank 0 and up_bias is None; expected a rank of at least 1, or up_bias")

@@ -1,0 +1,220 @@
+"""`post_block` by launch plans: for a caller that steers by the same adapter again and again, as a layer's site does.
+
+`PlannedPostBlock` gives what `post_block` gives, with and without gradients. It keeps a plan for each shape that it has
+seen (see plan.py), so that a repeated call costs the host a check, an allocation and a launch. Calls that no plan is for
+go through `post_block`'s own functions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backend import select_backend
+from .plan import Plan
+from .post_block import _backward, _first_order, _forward, check_operands, post_block
+
+_SHAPES = 32  # of which plans are kept; a plan is a few hundred bytes
+
+
+class PlannedPostBlock:
+    """`post_block` with one activation, one scale, and an adapter with or without each of its parts.
+
+    Not for compiled graphs (torch.compile), which call `post_block`.
+    """
+
+    __slots__ = ("_activation", "_inference", "_scale", "_training", "_where", "backend")
+
+    def __init__(self, activation: str, scale: float, weights: tuple[Tensor | None, ...]) -> None:
+        """
+        Args:
+            activation: φ by name.
+            scale: s.
+            weights: W1 (r, d), W2 (d, r), b1 (r,) and b2 (d,), None where the adapter has none. Only which of them are
+                None is kept: each call brings its own.
+        """
+        self._activation, self._scale = activation, scale
+        self.backend: str | None = None  # that of the last call
+        self._where = tuple(weight is not None for weight in weights)
+        self._inference: dict[Any, Plan] = {}
+        self._training: dict[Any, _Training] = {}
+
+    def __call__(self, residual: Tensor, branch: Tensor | None, *weights: Tensor) -> Tensor:
+        """residual + branch, steered: see `post_block`. `weights` are those that are not None, in their order."""
+        operands = (residual, *weights) if branch is None else (residual, branch, *weights)
+        if torch.is_grad_enabled():
+            for operand in operands:
+                if operand.requires_grad:
+                    return self._with_gradient(operands, branch is None)
+        plan = self._inference.get(residual.shape)
+        if plan is not None and len(operands) == plan.count:
+            addresses = plan.admit(*operands)
+            if addresses is not None:
+                self.backend = "triton"
+                return plan.go(addresses)[0]
+        return self._plan_inference(operands, branch is None)
+
+    def _plan_inference(self, operands: tuple[Tensor, ...], whole: bool) -> Tensor:
+        call = self._call(operands, whole)
+        if not self._may_plan(call):
+            return self._ordinary(call)
+        (out,), plan = Plan.make(operands, lambda: _forward(*call, keep_a=False)[:1])
+        _keep(self._inference, operands[0].shape, plan)
+        return out
+
+    def _with_gradient(self, operands: tuple[Tensor, ...], whole: bool) -> Tensor:
+        shape = operands[0].shape
+        training = self._training.get(shape)
+        if training is not None and len(operands) == training.forward.count:
+            addresses = training.forward.admit(*operands)
+            if addresses is not None and not torch._C._are_functorch_transforms_active():
+                self.backend = "triton"
+                return _apply(training, addresses, None, *operands)
+        call = self._call(operands, whole)
+        if not self._may_plan(call):
+            return self._ordinary(call)
+        # Planned beneath autograd: a checkpoint counts the tensors that are saved, in this call and when it is repeated.
+        with torch.no_grad():
+            results, plan = Plan.make(operands, lambda: [t for t in _forward(*call, keep_a=True) if t is not None])
+        if (
+            plan is None
+            or results[0].dtype != operands[0].dtype
+            or not whole
+            and operands[1].dtype != operands[0].dtype
+        ):
+            return self._ordinary(call)
+        training = _Training(plan, operands, whole, self._where, call[-2:])
+        _keep(self._training, shape, training)
+        return _apply(training, None, results, *operands)
+
+    def _call(self, operands: tuple[Tensor, ...], whole: bool) -> tuple[Any, ...]:
+        """`_forward`'s arguments: residual, branch, down, up, down_bias, up_bias, gain, basis, scale, activation."""
+        given = iter(operands)
+        residual, branch = next(given), None if whole else next(given)
+        weights = [next(given) if there else None for there in self._where]
+        return residual, branch, *weights, None, None, self._scale, self._activation
+
+    def _may_plan(self, call: tuple[Any, ...]) -> bool:
+        """Whether a kernel runs this call. The others are `post_block`'s, and so are those that it refuses."""
+        residual, branch, down, up, down_bias, up_bias, *_ = call
+        self.backend = select_backend(residual.device)
+        if self.backend != "triton" or torch._C._are_functorch_transforms_active():
+            return False
+        check_operands(residual, branch, down, up, down_bias, up_bias, None, None, self._scale, self._activation)
+        return down is None or down.shape[0] > 0
+
+    def _ordinary(self, call: tuple[Any, ...]) -> Tensor:
+        residual, branch, down, up, down_bias, up_bias, *_ = call
+        return post_block(
+            residual, branch, down, up,
+            down_bias=down_bias, up_bias=up_bias, activation=self._activation, scale=self._scale,
+        )  # fmt: skip
+
+
+def _keep(plans: dict[Any, Any], shape: Any, plan: Any) -> None:
+    if plan is None:
+        return
+    while len(plans) >= _SHAPES:
+        del plans[next(iter(plans))]
+    plans[shape] = plan
+
+
+# ---------------------------------------------------------------------------------------------------------- gradients
+
+
+class _Training:
+    """The plans of a call and of its backward pass, and which operands need a gradient: the guard has seen that."""
+
+    __slots__ = ("backward", "constants", "forward", "needs", "places", "saves", "where", "whole")
+
+    def __init__(
+        self,
+        forward: Plan,
+        operands: tuple[Tensor, ...],
+        whole: bool,
+        where: tuple[bool, ...],
+        constants: tuple[Any, ...],
+    ) -> None:
+        self.forward = forward
+        self.backward: dict[Any, Plan] = {}
+        self.whole, self.where, self.constants = whole, where, constants
+        wants = [operand.requires_grad for operand in operands]
+        of_states = wants[:1] if whole else wants[:2]
+        given = iter(wants[len(of_states) :])
+        down, up, down_bias, up_bias = (there and next(given) for there in where)
+        adapter = where[0]
+        #: Of x, down, up, down_bias, up_bias, gain, scale: what `_backward` takes.
+        self.needs = [any(of_states) and adapter, down, up, down_bias, up_bias, False, False]
+        # What post_block saves of such a call, in its order.
+        self.saves = (down, adapter and any(self.needs[:4]), any(self.needs))
+        #: For each operand, the place of its gradient among the results; -1: the incoming one; None: it needs none.
+        order = [place for place, need in enumerate(self.needs) if need]
+        of_x = order.index(0) if self.needs[0] else -1
+        self.places = [of_x if want else None for want in of_states]
+        present = [place + 1 for place, there in enumerate(where) if there]
+        self.places += [order.index(place) if self.needs[place] else None for place in present]
+
+
+class _PlannedPostBlock(torch.autograd.Function):
+    """The op in eager mode, by plans. It saves what `post_block`'s own function saves."""
+
+    @staticmethod
+    def forward(ctx: Any, training: _Training, addresses: Any, results: Any, *operands: Tensor) -> Tensor:
+        if results is None:
+            results = training.forward.go(addresses)
+        out = results[0]
+        save_out, save_a, save_weights = training.saves
+        if save_weights:
+            kept = (out,) if save_out else ()
+            if save_a:
+                kept += (results[1],)
+            ctx.save_for_backward(*kept, *operands[1 if training.whole else 2 :])
+        ctx.training = training
+        ctx.set_materialize_grads(False)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        training = ctx.training
+        places = training.places
+        if grad is None:
+            return None, None, None, *[None for _ in places]
+        saved = ctx.saved_tensors
+        create_graph = torch.is_grad_enabled()
+        found: Any = ()
+        if training.saves[2]:
+            plan = training.backward.get(grad.shape)
+            addresses = plan.admit(grad, *saved) if plan is not None else None
+            if addresses is not None and not create_graph:
+                found = plan.go(addresses)
+            else:
+                with torch.no_grad():
+                    found = _careful_backward(training, grad, saved)
+        gradients = [None if place is None else grad if place < 0 else found[place] for place in places]
+        if create_graph:
+            marker = torch.empty(0, device=grad.device, requires_grad=True)
+            return None, None, None, *_first_order((marker,), tuple(gradients))
+        return None, None, None, *gradients
+
+
+def _careful_backward(training: _Training, grad: Tensor, saved: tuple[Tensor, ...]) -> Any:
+    given = iter(saved)
+    save_out, save_a, _ = training.saves
+    out, a = next(given) if save_out else None, next(given) if save_a else None
+    down, up, down_bias, up_bias = (next(given) if there else None for there in training.where)
+    scale, activation = training.constants
+
+    def call() -> Any:
+        return _backward(
+            grad, out, a, down, up, down_bias, up_bias, None, None, scale, activation, training.needs
+        )  # fmt: skip
+
+    found, plan = Plan.make((grad, *saved), call)
+    _keep(training.backward, grad.shape, plan)
+    return found
+
+
+#: Past what `Function.apply` does for torch.func's transforms, under which no plan is used.
+_apply = super(torch.autograd.Function, _PlannedPostBlock).apply
