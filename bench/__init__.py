@@ -12,6 +12,7 @@
     goals.py        what is to be reached, computed from results
     gpu.py          `python -m bench.gpu`: everything on one GPU, most important first
     report.py       `python -m bench.report`: results as tables and plots
+    stub/           a CUDA driver that does nothing: the kernels' host side without a GPU
     joint.py        `python -m bench.joint`: what is learnt by LoRA, by steering and by both, on a CPU
 
 `pytest bench` runs the same levels through pytest-benchmark. Nothing imports this package.

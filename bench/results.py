@@ -164,15 +164,14 @@ def _version(package: str) -> str | None:
         return None
 
 
-def source_fingerprint() -> str:
+def source_fingerprint(root: Path = Path(__file__).resolve().parent.parent) -> str:
     """A digest of the sources that are measured: it identifies them also where there is no git."""
     import hashlib
 
-    root = Path(__file__).resolve().parent.parent
     digest = hashlib.sha256()
     for folder in ("kernels", "fused_steer", "bench"):
-        for file in sorted((root / folder).glob("*.py")):
-            digest.update(f"{folder}/{file.name}".encode() + b"\0" + file.read_bytes())
+        for file in sorted((root / folder).rglob("*.py")):
+            digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()[:16]
 
 

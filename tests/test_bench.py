@@ -21,7 +21,7 @@ try:
     from bench.geometries import GroupedCase, ModelCase, OpCase, ProjectionCase, ServeCase
     from bench.grouped import GROUPED_CONTENDERS, measure_grouped
     from bench.projection import PROJECTION_CONTENDERS, check, measure_projection
-    from bench.results import Results, Row, file_name, load
+    from bench.results import Results, Row, file_name, load, source_fingerprint
     from bench.serving import SERVE_CONTENDERS, SERVE_RUNS, measure_serving
 finally:
     sys.path.remove(str(ROOT))
@@ -595,6 +595,18 @@ def test_results_of_other_sources_are_not_mixed_with_these(command, tmp_path):
     result = command("--smoke", "--out", tmp_path)
     assert result.exit_code == 1 and "measured with sources 'others'; expected" in result.stderr
     assert result.stderr.count("\n") == 1 and file.read_bytes() == before
+
+
+def test_fingerprint_changes_with_any_source_in_any_folder(tmp_path):
+    files = [tmp_path / name for name in ("kernels/a.py", "fused_steer/model/layer.py", "bench/stub/driver.py")]
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("1")
+    seen = {source_fingerprint(tmp_path)}
+    for file in files:
+        file.write_text("2")
+        seen.add(source_fingerprint(tmp_path))
+    assert len(seen) == 1 + len(files) and source_fingerprint() == source_fingerprint(ROOT)
 
 
 @pytest.mark.parametrize(("field", "value"), [("geometry", "Llama-9"), ("dtype", "int8")])
