@@ -28,6 +28,7 @@ from .geometries import (
     FEW_LAYERS,
     REAL,
     GroupedCase,
+    HostCase,
     ModelCase,
     OpCase,
     ProjectionCase,
@@ -38,6 +39,7 @@ from .geometries import (
 )
 from .goals import LOW_RANKS, MANY_TOKENS, evaluate
 from .grouped import GROUPED_CONTENDERS, measure_grouped
+from .host import HOST_CONTENDERS, measure_host
 from .projection import PROJECTION_CONTENDERS, measure_projection
 from .results import Results, Row, describe_machine, file_name, start
 from .serving import SERVE_CONTENDERS, SERVE_RUNS, measure_serving
@@ -54,7 +56,7 @@ class Step:
     title: str
     level: str
     what: str
-    case: OpCase | ModelCase | ProjectionCase | GroupedCase | ServeCase
+    case: OpCase | ModelCase | ProjectionCase | GroupedCase | ServeCase | HostCase
     names: tuple[str, ...]
 
     def is_done(self, results: Results) -> bool:
@@ -72,8 +74,8 @@ class Step:
             return measure_grouped(self.case, device, self.names, rounds or 20, count=self.case.tokens == 64)
         if isinstance(self.case, ServeCase):
             return measure_serving(self.case, self.what, device, self.names, rounds or 10)
-        if self.what == "host":
-            return levels.measure_host(self.case, device)
+        if isinstance(self.case, HostCase):
+            return measure_host(self.case, self.what, device, rounds or 60)
         count = (self.case.tokens, self.case.hidden) == COUNTED
         return levels.measure_op(self.case, self.what, device, self.names, rounds or 20, count)
 
@@ -101,6 +103,10 @@ def _grouped_step(case: GroupedCase) -> Step:
     return Step(title, "grouped", "forward", case, tuple(GROUPED_CONTENDERS))
 
 
+def _host_step(what: str, case: HostCase) -> Step:
+    return Step(f"host time, {what}", "host", what, case, HOST_CONTENDERS[what])
+
+
 def _serve_step(what: str, case: ServeCase) -> Step:
     size = f"{case.geometry}, {case.layers or 'all'} layers, {case.batch} rows, {case.adapters} adapters"
     return Step(f"serving, {what} of {size}", "serve", what, case, tuple(SERVE_CONTENDERS))
@@ -117,7 +123,7 @@ def all_steps() -> list[Step]:
             compiled = (plain and case.rank == 8) or (case.tokens == 8 and case.rank == 8 and not case.basis)
             wanted = deciding and what != "both" and (not case.basis or case.rank == 8)
             (goals if wanted else rest).append(_op_step(case, what, compiled))
-    goals.append(Step("host time", "op", "host", OpCase(8, 4096), ("fused", "add")))
+    goals += [_host_step(what, HostCase()) for what in HOST_CONTENDERS]
     goals.append(_projection_step(ProjectionCase()))
     rest += [_projection_step(ProjectionCase(writers=64)), _projection_step(ProjectionCase(dtype="bfloat16"))]
     whole = [
@@ -148,7 +154,7 @@ def smoke_steps() -> list[Step]:
     op = OpCase(17, 64, 8, basis=4, dtype="float32")
     return [
         *(_op_step(op, what, compiled=False) for what in levels.OP_PASSES),
-        Step("host time", "op", "host", OpCase(8, 64, dtype="float32"), ("fused", "add")),
+        *(_host_step(what, HostCase(layers=1)) for what in ("call", "train", "grouped")),
         _projection_step(ProjectionCase(2, 64, 4, 4)),
         _grouped_step(GroupedCase(9, 64, 4, dtype="float32")),
         _grouped_step(GroupedCase(300, 64, 4, prefill=True, dtype="float32")),

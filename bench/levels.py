@@ -157,20 +157,6 @@ def measure_op(
     return list(rows.values())
 
 
-def measure_host(case: OpCase, device: torch.device) -> list[Row]:
-    """Host time of one eager call, of the fused op and of `torch.add`."""
-    x = make_operands(case, device)
-    rows = []
-    with torch.no_grad():
-        for name in ("fused", "add"):
-            function = OP_CONTENDERS[name].call()
-            for _ in range(20):
-                function(x)
-            samples = timing.host_seconds(lambda function=function: function(x), device)
-            rows.append(Row("op", "host", name, asdict(case), samples))
-    return rows
-
-
 # -------------------------------------------------------------------------------------------------------------- model
 
 

@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .geometries import DTYPES, GEOMETRIES, GroupedCase, ModelCase, OpCase, ProjectionCase, ServeCase
+from .geometries import DTYPES, GEOMETRIES, GroupedCase, HostCase, ModelCase, OpCase, ProjectionCase, ServeCase
+from .goals import host_ratio
+from .host import HOST_CONTENDERS, RIVALS_ON_HOST
 from .levels import FLOOR_UNITS
 from .results import FOLDER, PACKAGES, Results, Row, load
 
@@ -33,7 +35,8 @@ NOT_MEASURED = "Speed on a GPU has not been measured yet, and nothing here claim
 
 #: What there is to measure on each level, and what a case of it is.
 LEVELS: dict[str, tuple[type, tuple[str, ...]]] = {
-    "op": (OpCase, ("forward", "backward", "both", "host")),
+    "op": (OpCase, ("forward", "backward", "both")),
+    "host": (HostCase, tuple(HOST_CONTENDERS)),
     "model": (ModelCase, ("train", "prefill", "decode", "decode-graph")),
     "memory": (ModelCase, ("kept", "peak", "peak-total")),
     "projection": (ProjectionCase, ("step",)),
@@ -46,7 +49,6 @@ WORDS = {
     "forward": "forward",
     "backward": "backward",
     "both": "forward and backward",
-    "host": "host time of one eager call",
     "train": "training step",
     "prefill": "prefill",
     "decode": "decode, eager",
@@ -138,7 +140,7 @@ def _read_run(file: Path) -> Run:
     return Run(file.stem, results, tables)
 
 
-def _checked_case(row: Row) -> OpCase | ModelCase | ProjectionCase | GroupedCase | ServeCase:
+def _checked_case(row: Row) -> OpCase | HostCase | ModelCase | ProjectionCase | GroupedCase | ServeCase:
     make, whats = LEVELS.get(row.level, (None, ()))
     if make is None or row.what not in whats:
         expected = "; ".join(f"{level}: {', '.join(whats)}" for level, (_, whats) in LEVELS.items())
@@ -277,7 +279,7 @@ def _op_tables(run: Run) -> Iterator[str]:
             variant = dict(items)
             of_variant = {case: rows for case, rows in cases.items() if _variant(case) == variant}
             title = f"{WORDS[what]}, {_variant_text(variant)}"
-            table = (_host_table if what == "host" else _op_table)(run.results, what, of_variant)
+            table = _op_table(run.results, what, of_variant)
             if variant == VARIANT:
                 yield f"#### {_device(run)}: {title}\n\n{table}"
             else:
@@ -314,25 +316,22 @@ def _beside(row: Row | None, fused: Row | None) -> str:
     return _amount(row) + ("" if share is None else f", {_number(share)}×")
 
 
-def _host_table(results: Results, what: str, cases: Cases) -> str:
-    names = _by_order(name for rows in cases.values() for name in rows)
-    return _table(
-        ["N", "d", *names],
-        (
-            [
-                str(case.tokens),
-                str(case.hidden),
-                *(
-                    _amount(cases[case].get(name))
-                    if name == "fused"
-                    else _beside(cases[case].get(name), cases[case].get("fused"))
-                    for name in names
-                ),
-            ]
-            for case in _by_size(cases)
-        ),
-        texts=0,
-    )
+def _host_tables(run: Run) -> Iterator[str]:
+    lines = []
+    for what in LEVELS["host"][1]:
+        for case, rows in run.cases("host", what).items():
+            for name in _by_order(rows):
+                row = rows[name]
+                low = row.quantile(0.1)
+                time = "–" if low is None else f"{_number(1e6 * low)} µs"
+                share = host_ratio(run.results, what, name, RIVALS_ON_HOST[what])
+                against = "–" if share is None else f"{_number(share)}×"
+                launches = "–" if row.launches is None else str(row.launches)
+                size = f"{case.tokens} rows, {case.layers} layers, r = {case.rank}"
+                lines.append([what, size, name, time, against, RIVALS_ON_HOST[what], launches])
+    if lines:
+        head = ["call", "case", "contender", "host time", "× rival", "rival", "launches"]
+        yield f"#### {_device(run)}: a block's call, lower decile of CPU time\n\n{_table(head, lines, texts=3)}"
 
 
 def _by_size(cases: Iterable[OpCase]) -> list[OpCase]:
@@ -669,8 +668,9 @@ above the unsteered model, a layer, in passes of the hidden state at the copy's 
 each row its own of so many adapters, `fused-bf16` the same with adapters in bfloat16, `one-adapter` all rows the same
 one, `no-adapter` none where there could be one, and `gather-bmm` copies an adapter's weights for each token; *makes* is
 the bytes of all tensors that a call makes beside its result. On a CPU, where vLLM compiles nothing once LoRA is
-enabled, its unsteered engine does not compile either. A contender that did not run on a case has there the reason
-instead of a figure, and – where it was not measured."""
+enabled, its unsteered engine does not compile either. *Host time* is CPU time of one call of a block that does nothing
+but its residual add, steered by `patch_model` or by a hook of four PyTorch operations, in turns in one process. A
+contender that did not run on a case has there the reason instead of a figure, and – where it was not measured."""
 
 HOW_TO_RUN = """\
 ## How to run it
@@ -682,6 +682,13 @@ pip install -c constraints.txt -e ".[test]"
 python -m bench.gpu --out bench/results  # bench/results/<device>.json, most important first; again: it goes on
 python -m bench.report                   # writes this file, its plots, and the table in README.md
 ```
+
+A sample of a kernel is the replay of a CUDA graph of many calls. Each call reads inputs of its own and writes an output
+of its own; together they are twice the L2 cache, so that neither reads nor writes stay there.
+
+`python -m bench.stub -m bench.host` prints the host time of a block's call as ratios to the hooked block, and whether
+its goals are met, on a machine without a GPU: Triton compiles and launches for real, over a driver library that does
+nothing. `pytest bench -k host` does the same.
 
 `python -m bench.vllm --out bench/results` measures vLLM, in an environment that has it
 ([docs/serving.md](serving.md#vllm)), on a GPU or a CPU. On a machine without a GPU `python -m bench.serving --out
@@ -721,6 +728,7 @@ def _run_parts(run: Run) -> Iterator[str]:
         yield "\n\n".join(f"![{_escaped(plot.title)}](benchmarks/{_svg_name(run, plot)})" for plot in plots(run))
     for title, tables in (
         ("The op", _op_tables),
+        ("Host time", _host_tables),
         ("Models", _model_tables),
         ("Memory", _memory_tables),
         ("Joint-Orth's projection", _projection_tables),

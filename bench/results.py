@@ -18,6 +18,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from .checkout import ROOT
+
 SCHEMA = 1
 FOLDER = Path(__file__).resolve().parent / "results"
 PACKAGES = ("torch", "triton", "transformers", "peft", "liger-kernel", "pyreft", "pyvene", "vllm")
@@ -27,11 +29,12 @@ PACKAGES = ("torch", "triton", "transformers", "peft", "liger-kernel", "pyreft",
 class Row:
     """One contender on one case.
 
-    level: "op", "model", "memory", "projection", "grouped", "serve" or "vllm". what: of op, forward, backward, both or
-    host; of model, train, prefill, decode or decode-graph; of memory, kept, peak or peak-total; of projection, step; of
-    grouped, forward or bytes; of serve, generate or decode-graph; of vllm, generate. samples: seconds a call (of serve
-    and vllm, a token of every row), or, of memory and bytes, bytes. status: "ok", or in words why there are no samples.
-    replayed: from a CUDA graph. launches: kernels of one call, None where they were not counted.
+    level: "op", "host", "model", "memory", "projection", "grouped", "serve" or "vllm". what: of op, forward, backward
+    or both; of host, call, train, grouped or compiled; of model, train, prefill, decode or decode-graph; of memory,
+    kept, peak or peak-total; of projection, step; of grouped, forward or bytes; of serve, generate or decode-graph; of
+    vllm, generate. samples: seconds a call (of serve and vllm, a token of every row; of host, CPU seconds), or, of
+    memory and bytes, bytes. status: "ok", or in words why there are no samples. replayed: from a CUDA graph. launches:
+    kernels of one call, None where they were not counted.
     """
 
     level: str
@@ -164,7 +167,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def source_fingerprint(root: Path = Path(__file__).resolve().parent.parent) -> str:
+def source_fingerprint(root: Path = ROOT) -> str:
     """A digest of the sources that are measured: it identifies them also where there is no git."""
     import hashlib
 

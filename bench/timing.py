@@ -125,19 +125,6 @@ def copy_bandwidth(device: torch.device, nbytes: int = 1 << 30, rounds: int = 20
     return 2 * nbytes / sorted(copy.samples)[len(copy.samples) // 2]
 
 
-def host_seconds(call: Call, device: torch.device, calls: int = 200, rounds: int = 9) -> list[float]:
-    """Seconds of host time of one eager call that the device keeps up with."""
-    samples = []
-    for _ in range(rounds + 1):
-        synchronize(device)
-        begin = time.perf_counter()
-        for _ in range(calls):
-            call()
-        samples.append((time.perf_counter() - begin) / calls)
-    synchronize(device)
-    return samples[1:]
-
-
 def count_launches(call: Call, device: torch.device) -> int | None:
     """Kernels and copies that one call launches, by the profiler; None on a CPU, or where the profiler sees none."""
     if device.type != "cuda":

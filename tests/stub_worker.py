@@ -7,11 +7,13 @@ import os
 import torch
 from fused_steer.kernels import select_backend
 
+from bench.geometries import HostCase
+from bench.host import measure_host
 from bench.stub import arm
 from fused_steer import post_block
 
 stub = arm()
-D, R = 512, 8
+D, R, LAYERS = 512, 8, 3
 down, up = torch.randn(R, D), torch.randn(D, R)
 
 
@@ -22,6 +24,11 @@ def launches(tokens: int, training: bool = False) -> list[dict]:
         if training:
             out.backward(torch.ones_like(out))
     return [dataclasses.asdict(launch) for launch in found]
+
+
+def host_rows(what: str) -> dict[str, dict]:
+    rows = measure_host(HostCase(layers=LAYERS), what, torch.device("cpu"), rounds=2)
+    return {row.contender: {"launches": row.launches, "samples": row.samples} for row in rows}
 
 
 def refused(call) -> str:
@@ -42,6 +49,7 @@ print(
             "many": launches(4096),
             "training": launches(64, training=True),
             "counted": stub.launches - before,
+            "host": {what: host_rows(what) for what in ("call", "train", "grouped", "compiled")},
             "last": refused(lambda: stub.last(1 << 20)),
             "device": refused(lambda: arm("sm_75")),
         }

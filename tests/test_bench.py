@@ -49,7 +49,7 @@ def test_the_grid_is_that_of_real_models_and_whole():
 def test_the_gpu_run_covers_the_grid_and_every_geometry_and_begins_with_the_goals():
     steps = gpu.all_steps()
     assert len({(s.level, s.what, s.case) for s in steps}) == len(steps)
-    assert {(s.what, s.case) for s in steps if s.level == "op" and s.what != "host"} == {
+    assert {(s.what, s.case) for s in steps if s.level == "op"} == {
         (what, case) for what in levels.OP_PASSES for case in geometries.op_grid()
     }
     model = [s.case for s in steps if s.level == "model"]
@@ -64,6 +64,7 @@ def test_the_gpu_run_covers_the_grid_and_every_geometry_and_begins_with_the_goal
     first = steps[0]
     assert (first.what, first.case.tokens, first.case.rank, first.case.basis) == ("forward", 4096, 8, 0)
     assert set(first.names) == set(OP_CONTENDERS)
+    assert {s.what for s in steps if s.level == "host"} == {"call", "train", "grouped", "compiled"}
 
 
 @pytest.mark.parametrize("what", levels.OP_PASSES)
@@ -446,6 +447,26 @@ def test_model_goals():
     assert judged["peak, checkpointing"] == (pytest.approx(1.0), False)
     assert judged["decode"] == (pytest.approx(1.01), True)
     assert len(list(gpu.goal_lines(results))) <= 40
+
+
+def test_host_goals_go_by_the_lower_decile_and_an_eager_call_counts_for_its_goal_at_most():
+    case = dataclasses.asdict(geometries.HostCase(layers=8))
+
+    def rows(what, **lows):
+        return [Row("host", what, n.replace("_", "-"), case, [low] * 2 + [9.0] * 9) for n, low in lows.items()]
+
+    found = rows("call", fused=0.6, hook=1.0) + rows("train", fused=0.6, hook=1.0)
+    found += rows("grouped", fused=0.3, gather_bmm=1.0) + rows("compiled", fused=0.8, eager=3.0, hook=1.0, empty=0.8)
+    judged = {o.name: (o.value, o.met) for o in goals.judge(goals.HOST_GOALS, Results({"kind": "stub"}, rows=found))}
+    assert judged == {
+        "host": (pytest.approx(0.6), False),
+        "host, training": (pytest.approx(0.6), True),
+        "host, rows": (pytest.approx(0.3), True),
+        "host, compiled": (pytest.approx((0.8 - 0.8 / 8) / 0.5), True),
+    }
+    found = rows("compiled", fused=0.8, eager=0.4, hook=1.0, empty=0.8)
+    judged = {o.name: (o.value, o.met) for o in goals.judge(goals.HOST_GOALS, Results({"kind": "stub"}, rows=found))}
+    assert judged["host, compiled"] == (pytest.approx(0.7 / 0.4), False) and judged["host"] == (None, None)
 
 
 def test_a_cpu_meets_no_goal():

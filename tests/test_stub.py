@@ -47,6 +47,22 @@ def test_stub_keeps_the_launches_of_each_call():
     assert len({launch["name"] for launch in training}) == len(training)
 
 
+def test_host_contenders_launch_what_they_should():
+    layers, rows = 3, worked()["host"]
+    launches = {what: {name: row["launches"] for name, row in of.items()} for what, of in rows.items()}
+    call, whole = launches["call"].pop("fused"), launches["train"].pop("fused")
+    assert call >= 1 and launches["grouped"].pop("fused") >= 1
+    assert whole >= 3 * layers and whole % layers == 0  # forward, and two of backward, at least
+    assert launches["compiled"].pop("fused") == launches["compiled"].pop("eager") == call * layers
+    assert {count for of in launches.values() for count in of.values()} == {0}  # none of the rivals' is Triton's
+
+
+def test_host_samples_are_one_a_round():
+    for of in worked()["host"].values():
+        for row in of.values():
+            assert len(row["samples"]) == 2 and min(row["samples"]) > 0
+
+
 def test_stub_refuses_in_one_line():
     assert worked()["last"].startswith("ValueError: number is 1048576; expected 0 to")
     assert worked()["device"] == "ValueError: device is 'sm_75'; expected one of sm_80, sm_90"

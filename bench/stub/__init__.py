@@ -7,6 +7,6 @@
 For host time, which it leaves as it is on a card but for the driver's own share, and for rehearsals. No kernel runs.
 """
 
-from .driver import Launched, Stub, arm
+from .driver import Launched, Stub, active, arm
 
-__all__ = ["Launched", "Stub", "arm"]
+__all__ = ["Launched", "Stub", "active", "arm"]

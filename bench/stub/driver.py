@@ -124,6 +124,9 @@ def _replace(module: str, name: str, value: Any) -> Any:
     return before
 
 
+_active: Stub | None = None
+
+
 @functools.cache
 def arm(device: str = "sm_90") -> Stub:
     """Make Triton compile and launch for a device that does nothing, and `fused_steer` take CPU tensors for its own.
@@ -188,4 +191,11 @@ def arm(device: str = "sm_90") -> Stub:
     _replace("backend", "_TRITON_DEVICES", ("cuda", "xpu", "cpu"))
     _replace("schedule", "_INTERPRETED_DEVICE", described)
     describe_device.cache_clear()
-    return Stub(library, device)
+    global _active
+    _active = Stub(library, device)
+    return _active
+
+
+def active() -> Stub | None:
+    """The driver of this process, where it is the stub."""
+    return _active
