@@ -100,9 +100,8 @@ def op_calls(case: OpCase, what: str, contender: OpContender, sets: Sequence[Ope
 def _floor_call(what: str, function: Callable[[Operands], Tensor], x: Operands) -> timing.Call:
     """The floor of a backward pass moves as much as that of a forward pass: two read, one written."""
 
-    def call() -> None:
-        for _ in range(2 if what == "both" else 1):
-            function(x)
+    def call() -> list[Tensor]:
+        return [function(x) for _ in range(2 if what == "both" else 1)]
 
     return call
 

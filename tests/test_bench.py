@@ -492,6 +492,47 @@ def test_contenders_take_turns_and_every_call_has_its_own_inputs():
     assert all(60 < firsts.count(name) < 140 for name in "abcd")
 
 
+def addresses(outputs):
+    """Where the tensors lie that a call returned, in whatever it returned them."""
+    if isinstance(outputs, torch.Tensor):
+        return [outputs.data_ptr()]
+    return [address for output in outputs for address in addresses(output)]
+
+
+@pytest.mark.parametrize("what", levels.OP_PASSES)
+def test_outputs_of_the_calls_of_a_sample_lie_apart(what):
+    """Were an output freed before the next call, that one would be given its memory, and write to the cache."""
+    case = OpCase(256, 64, 4, dtype="float32")
+    sets = [contenders.make_operands(case, CPU, seed) for seed in range(6)]
+    for name in OP_CONTENDERS.keys() - {"hook-compiled"}:
+        written = []
+        calls = levels.op_calls(case, what, OP_CONTENDERS[name], sets)
+
+        def noted(call, written=written):
+            outputs = call()
+            written.extend(addresses(outputs))
+            return outputs
+
+        timed = timing.Timed(name, [lambda call=call: noted(call) for call in calls])
+        timed.prepare(CPU, graph=True)
+        written.clear()
+        timed.sample(CPU)
+        of_call = {"forward": 1, "backward": 3, "both": 3}[what]
+        if not OP_CONTENDERS[name].steers:
+            of_call = 2 if what == "both" else 1  # what a floor moves
+        assert len(written) == of_call * len(sets) == len(set(written)), name
+
+
+def test_outputs_of_the_grouped_op_lie_apart():
+    case = GroupedCase(64, 64, 4, dtype="float32")
+    written = []
+    for contender in GROUPED_CONTENDERS.values():
+        calls = [grouped._without_gradient(contender.call, grouped.make_tables(case, CPU, seed)) for seed in range(4)]
+        outputs = timing.Timed("", calls)._all()
+        written.append(len(set(addresses(outputs))))
+    assert set(written) == {4}
+
+
 def test_inputs_rotate_until_none_is_in_the_cache():
     assert timing.input_sets(1 << 20, 50 << 20) == 100
     assert timing.input_sets(1 << 30, 50 << 20) == 2
