@@ -89,6 +89,11 @@ def _over_floor(what: str) -> Callable[[Results], float | None]:
     return measure
 
 
+def _fp16_error(results: Results) -> float | None:
+    rows = results.find("accuracy", "error", "fused", dtype="float16")
+    return _worst((ratio for row in rows for ratio in row.samples), True)
+
+
 def _bandwidth_share(results: Results) -> float | None:
     over = _over_floor("forward")(results)
     return None if over is None else 1 / over
@@ -237,6 +242,7 @@ GOALS = (
          _projection_over("svd-loop")),
     Goal("serving", "decode step by rows, 1-256 adapters, replayed: time of unsteered", 1.02, True, _served),
     Goal("256 adapters", "the same of 256 adapters: time of one adapter for all rows", 1.10, True, _distinct),
+    Goal("fp16 error", "fp16, output and gradients: error from float64 over the hook's", 1.0, True, _fp16_error),
     Goal("peak memory", "beyond unsteered: N x d tensors a layer", 1.0, True, _peak),
     Goal("peak, checkpointing", "beyond unsteered, per cent", 0.5, True, _peak_checkpointed),
     *HOST_GOALS,

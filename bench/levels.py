@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -154,6 +155,22 @@ def measure_op(
         ready.append(timed)
     take_samples(ready, rows, device, rounds)
     return list(rows.values())
+
+
+def measure_accuracy(case: OpCase, device: torch.device, draws: int = 4) -> list[Row]:
+    """Error from float64 over the eager hook's in the same dtype, pooled over draws: of the output, dx, dW1, dW2."""
+    row = Row("accuracy", "error", "fused", asdict(case))
+    try:
+        errors = [op_errors(case, OP_CONTENDERS["fused"], device, True, seed) for seed in range(draws)]
+    except Exception as error:  # the run goes on
+        row.status = in_words(error)
+        return [row]
+    for of_draws in zip(*errors, strict=True):
+        ours, hook = (sum(error**2 for error in side) ** 0.5 for side in zip(*of_draws, strict=True))
+        row.samples.append(ours / hook)
+    if not all(math.isfinite(ratio) for ratio in row.samples):
+        row.samples, row.status = [], f"wrong: errors over the hook's are {row.samples}; expected finite ones"
+    return [row]
 
 
 # -------------------------------------------------------------------------------------------------------------- model

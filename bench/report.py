@@ -37,6 +37,8 @@ NOT_MEASURED = "Speed on a GPU has not been measured yet, and nothing here claim
 LEVELS: dict[str, tuple[type, tuple[str, ...]]] = {
     "op": (OpCase, ("forward", "backward", "both")),
     "host": (HostCase, tuple(HOST_CONTENDERS)),
+    "accuracy": (OpCase, ("error",)),
+    "counters": (OpCase, ("forward", "backward")),
     "model": (ModelCase, ("train", "prefill", "decode", "decode-graph")),
     "memory": (ModelCase, ("kept", "peak", "peak-total")),
     "projection": (ProjectionCase, ("step",)),
@@ -152,7 +154,8 @@ def _checked_case(row: Row) -> OpCase | HostCase | ModelCase | ProjectionCase | 
             raise ValueError(f"{entry.name} is {value!r}; expected {entry.type}")
     if case.dtype not in DTYPES:
         raise ValueError(f"dtype is {case.dtype!r}; expected one of {', '.join(DTYPES)}")
-    positive = (row.level, row.what) not in BYTES  # a peak may lie below that of the unsteered run
+    # A peak may lie below that of the unsteered run, and a rate of hits may be 0.
+    positive = (row.level, row.what) not in BYTES and row.level != "counters"
     if not all(math.isfinite(sample) and (sample > 0 or not positive) for sample in row.samples):
         raise ValueError(f"samples are {row.samples}; expected finite {'seconds above 0' if positive else 'bytes'}")
     return case
@@ -314,6 +317,37 @@ def _beside(row: Row | None, fused: Row | None) -> str:
     """`41.2 µs (41.0–41.5), 2.31×`: another contender, and it as a multiple of ours."""
     share = ratio(row, fused)
     return _amount(row) + ("" if share is None else f", {_number(share)}×")
+
+
+def _accuracy_tables(run: Run) -> Iterator[str]:
+    cases = run.cases("accuracy", "error")
+    lines = []
+    for case in sorted(cases, key=lambda case: (case.dtype, case.hidden, case.tokens, case.rank)):
+        row = cases[case].get("fused")
+        if row is not None:
+            ratios = [f"{_number(sample)}×" for sample in row.samples] or [_escaped(row.status)]
+            lines.append([_op_text(case), *ratios, *["–"] * (4 - len(ratios))])
+    if lines:
+        head = ["case", "output", "dx", "dW1", "dW2"]
+        yield f"#### {_device(run)}: fused's error from float64 over the eager hook's\n\n{_table(head, lines)}"
+
+
+def _counters_tables(run: Run) -> Iterator[str]:
+    lines = [
+        [
+            WORDS[what],
+            _op_text(case),
+            _escaped(name),
+            _escaped(row.status) if row.median is None else _number(row.median),
+        ]
+        for what in LEVELS["counters"][1]
+        for case, rows in run.cases("counters", what).items()
+        for name, row in rows.items()
+        if name != "fused" or row.status != "ok"
+    ]
+    if lines:
+        head = ["pass", "case", "kernel: counter", "value"]
+        yield f"#### {_device(run)}: hardware counters, by ncu\n\n{_table(head, lines, texts=3)}"
 
 
 def _host_tables(run: Run) -> Iterator[str]:
@@ -679,9 +713,12 @@ On a machine with a GPU, from the checkout's root:
 
 ```bash
 pip install -c constraints.txt -e ".[test]"
-python -m bench.gpu --out bench/results  # bench/results/<device>.json, most important first; again: it goes on
+python -m bench.gpu --out bench/results  # bench/results/<device>.json, most telling first; again: it goes on
 python -m bench.report                   # writes this file, its plots, and the table in README.md
 ```
+
+`--part tests` and `--part measure` do one of its halves, each in a time of its own. `--rehearse` runs all of it without
+a GPU, on small sizes, and writes nothing.
 
 A sample of a kernel is the replay of a CUDA graph of many calls. Each call reads inputs of its own and writes an output
 of its own; together they are twice the L2 cache, so that neither reads nor writes stay there.
@@ -728,6 +765,8 @@ def _run_parts(run: Run) -> Iterator[str]:
         yield "\n\n".join(f"![{_escaped(plot.title)}](benchmarks/{_svg_name(run, plot)})" for plot in plots(run))
     for title, tables in (
         ("The op", _op_tables),
+        ("Accuracy", _accuracy_tables),
+        ("Counters", _counters_tables),
         ("Host time", _host_tables),
         ("Models", _model_tables),
         ("Memory", _memory_tables),

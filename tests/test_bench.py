@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from _pytest.mark.expression import Expression
 from torch.utils._python_dispatch import TorchDispatchMode
 from typer.testing import CliRunner
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 try:
-    from bench import contenders, geometries, goals, gpu, grouped, levels, serving, timing, vllm
+    from bench import contenders, counters, geometries, goals, gpu, grouped, levels, serving, timing, vllm
     from bench.contenders import OP_CONTENDERS, Operands
     from bench.geometries import GroupedCase, ModelCase, OpCase, ProjectionCase, ServeCase
     from bench.grouped import GROUPED_CONTENDERS, measure_grouped
@@ -46,7 +47,7 @@ def test_the_grid_is_that_of_real_models_and_whole():
     assert {case.rank for case in cases} == {1, 8, 64} and {case.basis for case in cases} == {0, 8}
 
 
-def test_the_gpu_run_covers_the_grid_and_every_geometry_and_begins_with_the_goals():
+def test_gpu_run_covers_the_grid_and_every_geometry_and_begins_with_the_most_telling():
     steps = gpu.all_steps()
     assert len({(s.level, s.what, s.case) for s in steps}) == len(steps)
     assert {(s.what, s.case) for s in steps if s.level == "op"} == {
@@ -61,10 +62,16 @@ def test_the_gpu_run_covers_the_grid_and_every_geometry_and_begins_with_the_goal
     assert {c.adapters for c in grouped} >= {1, 16, 256}
     served = {(s.what, s.case.batch, s.case.adapters) for s in steps if s.level == "serve"}
     assert served >= {(what, 256, adapters) for what in SERVE_RUNS for adapters in (1, 16, 256)}
-    first = steps[0]
+    assert {s.what for s in steps if s.level == "host"} == {"call", "train", "grouped", "compiled"}
+    order = [(s.level, s.case.dtype, s.case.tokens) for s in steps if s.level in ("op", "accuracy")]
+    assert order[0] == ("accuracy", "float16", 4096)
+    telling = order[: order.index(("op", "bfloat16", 16384))]
+    assert {tokens for level, _, tokens in telling if level == "op"} == {4096, 8}
+    assert list(dict.fromkeys(s.level for s in steps))[:4] == ["accuracy", "op", "host", "model"]
+    first = next(s for s in steps if s.level == "op")
     assert (first.what, first.case.tokens, first.case.rank, first.case.basis) == ("forward", 4096, 8, 0)
     assert set(first.names) == set(OP_CONTENDERS)
-    assert {s.what for s in steps if s.level == "host"} == {"call", "train", "grouped", "compiled"}
+    assert [s.level for s in gpu.all_steps(counted=True)].count("counters") == 4
 
 
 @pytest.mark.parametrize("what", levels.OP_PASSES)
@@ -598,6 +605,82 @@ def test_a_run_goes_on_where_it_was_stopped():
     assert len(said) == 2 and len(results.rows) == 6 and [row.samples for row in results.rows[:2]] == first
 
 
+def test_gpu_tests_go_on_with_the_group_where_they_were_stopped(monkeypatch):
+    ran, saved, exits = [], [], iter([0, None, 1, 0])
+
+    def group(which, seconds):
+        ran.append(which)
+        return {"exit": next(exits), "passed": 3, "failures": [], "tail": "", "seconds": 1.0}
+
+    monkeypatch.setattr(gpu, "run_gpu_tests", group)
+    results, names = Results(MACHINE), list(gpu.TEST_GROUPS)
+
+    def run(some, seconds=1e9):
+        return gpu.test_groups(results, some, lambda: saved.append(1), lambda: seconds, lambda _: None)
+
+    assert run(names[:2]) == 1
+    assert results.tests["exit"] is None and results.tests["passed"] == 6 and len(saved) == 2
+    assert run(names) == 0
+    assert ran == [gpu.TEST_GROUPS[name] for name in (*names[:2], *names[1:])]
+    assert results.tests["exit"] == 1 and results.tests["passed"] == 9
+    assert run(names) == 0 and len(ran) == 4
+    results.tests["groups"][names[0]]["tests"] = "others"
+    assert run(names, seconds=0.0) == 1 and len(ran) == 4
+
+
+@pytest.mark.parametrize(
+    ("file", "test", "group"),
+    [
+        ("test_post_block.py", "test_a[gpu-torch.float16]", "fp16"),
+        ("test_grouped.py", "test_b[gpu-fp16]", "fp16"),
+        ("test_post_block.py", "test_a[gpu-torch.bfloat16]", "post_block"),
+        ("test_batch.py", "test_c[gpu]", "others"),
+    ],
+)
+def test_gpu_test_groups_take_each_test_once(file, test, group):
+    def has(name, **_):  # as pytest reads -k
+        return name in file or name in test
+
+    assert [name for name, k in gpu.TEST_GROUPS.items() if Expression.compile(k).evaluate(has)] == [group]
+
+
+NCU = """\
+==PROF== Connected to process 1
+"ID","Kernel Name","lts__t_sector_hit_rate.pct","dram__bytes_read.sum",\
+"smsp__average_warps_issue_stalled_wait_per_issue_active.ratio"
+"","","%","Mbyte","inst"
+"0","forward_kernel(int, int)","48.5","1,024.5","0.75"
+"""
+
+
+def test_counters_are_read_by_kernel():
+    assert counters.read(NCU) == [
+        ("forward_kernel", {counters.L2_HIT_RATE: 48.5, "dram__bytes_read.sum": 1024.5, "stall wait": 0.75})
+    ]
+    for text, said in (
+        ("==ERROR== ERR_NVGPUCTRPERM\n", "gave no table: ==ERROR== ERR_NVGPUCTRPERM"),
+        ("\n".join(NCU.splitlines()[:3]), "counted no launch"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            counters.read(text)
+
+
+def test_counters_that_cannot_be_read_are_a_row_that_says_so(monkeypatch):
+    done = subprocess.CompletedProcess([], 1, stdout="==ERROR== no permission\n", stderr="")
+    monkeypatch.setattr(counters.subprocess, "run", lambda *a, **k: done)
+    (row,) = counters.measure_counters(OP, "forward")
+    assert row.status == "failed: ncu gave no table: ==ERROR== no permission" and not row.samples
+
+
+def test_accuracy_is_pooled_over_draws(monkeypatch):
+    errors = iter([[(3.0, 1.0)], [(4.0, 1.0)], [(0.0, 1.0)], [(0.0, 1.0)]])
+    monkeypatch.setattr(levels, "op_errors", lambda *arguments: next(errors))
+    (row,) = levels.measure_accuracy(dataclasses.replace(OP, dtype="float16"), CPU)
+    assert row.samples == [2.5]
+    judged = {o.name: (o.value, o.met) for o in goals.evaluate(Results(MACHINE, rows=[row]))}
+    assert judged["fp16 error"] == (2.5, False)
+
+
 @pytest.fixture
 def command(monkeypatch, tmp_path):
     import typer
@@ -641,6 +724,7 @@ def test_bad_input_is_one_clear_line_and_nothing_is_written(command, tmp_path):
         (("--out", folder), "there is no CUDA or ROCm GPU; expected one"),
         (("--smoke", "--out", taken), "a file; expected a directory"),
         (("--smoke", "--out", folder, "--minutes", "0"), "minutes is 0.0; expected more than 0"),
+        (("--smoke", "--out", folder, "--part", "all"), "part is 'all'; expected one of tests, measure"),
     ):
         result = command(*arguments)
         assert result.exit_code == 1 and expected in result.stderr and result.stderr.count("\n") == 1

@@ -76,6 +76,9 @@ def gpu_results() -> Results:
                     fused=1.25, fused_again=1.2625, hook=3.75, hook_compiled=2.5, add=1.125, copy=0.75,
                 )  # fmt: skip
         found.rows += rows("op", "forward", OpCase(tokens, 1152, 64), 1e-5, fused=1, hook=3)
+    found.rows.append(Row("accuracy", "error", "fused", asdict(OpCase(8, 4096, dtype="float16")), [0.7, 0.8, 0.9, 1.5]))
+    found.rows.append(Row("counters", "forward", "fused", asdict(OpCase(8, 4096)), [0.0]))
+    found.rows.append(Row("counters", "forward", "k: stall wait", asdict(OpCase(8, 4096)), [3.25]))
     found.rows += rows("host", "call", HostCase(), 1e-5, fused=0.4, hook=1, unsteered=0.2)
     for prefill in (False, True):
         case = GroupedCase(64, 1152, 16, prefill)
@@ -226,6 +229,13 @@ def test_host_time_is_shown_beside_the_hooks(reported):
     table = text[text.index("a block's call, lower decile of CPU time") :]
     size = "8 rows, 8 layers, r = 8"
     assert cells(table, "call", size, "fused") == ["call", size, "fused", "3.97 µs", "0.400×", "hook", "1"]
+
+
+def test_accuracy_and_counters_are_shown(reported):
+    text = reported.markdown.read_text(encoding="utf-8")
+    case = "N = 8, d = 4096, r = 8, silu, no basis, "
+    assert cells(text, case + "float16")[1:] == ["0.700×", "0.800×", "0.900×", "1.50×"]
+    assert cells(text, "forward", case + "bfloat16") == ["forward", case + "bfloat16", "k: stall wait", "3.25"]
 
 
 def test_added_units_and_kept_units(reported):
