@@ -9,9 +9,12 @@
     vllm.py         `python -m bench.vllm`: the same through vLLM, steered and unsteered
     levels.py       what: op, model, memory -- from a case to rows of results
     results.py      the results file
+    host.py         `python -m bench.host`: a block's call as the host pays for it, against the hooked block
+    counters.py     the L2 hit rate and stall reasons of our kernels, by ncu
     goals.py        what is to be reached, computed from results
     gpu.py          `python -m bench.gpu`: everything on one GPU, most important first
     report.py       `python -m bench.report`: results as tables and plots
+    stub/           a CUDA driver that does nothing: the kernels' host side without a GPU
     joint.py        `python -m bench.joint`: what is learnt by LoRA, by steering and by both, on a CPU
 
 `pytest bench` runs the same levels through pytest-benchmark. Nothing imports this package.

@@ -143,10 +143,12 @@ def plain(case: OpCase, contender: OpContender, x: Operands) -> Operands:
     return x if contender.master_weights else x.weights_in(DTYPES[case.dtype])
 
 
-def op_errors(case: OpCase, contender: OpContender, device: torch.device, gradients: bool) -> list[tuple[float, float]]:
+def op_errors(
+    case: OpCase, contender: OpContender, device: torch.device, gradients: bool, seed: int = 1
+) -> list[tuple[float, float]]:
     """Relative errors of the contender's output and, with `gradients`, of those of residual, W1 and W2; each beside the
     eager hook's. The truth is the hook in float64."""
-    x = make_operands(case, device, seed=1)
+    x = make_operands(case, device, seed)
     wide = {name: value.double() for name, value in vars(x).items() if isinstance(value, Tensor)}
 
     def results(function: Callable[[Operands], Tensor], operands: Operands) -> list[Tensor]:

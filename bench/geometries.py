@@ -118,6 +118,19 @@ class GroupedCase:
 
 
 @dataclass(frozen=True)
+class HostCase:
+    """One size of a block's call as the host sees it: rows of one token, and layers of a model. The width decides
+    nothing there; it is one that all kernels take."""
+
+    tokens: int = 8
+    hidden: int = 256
+    rank: int = 8
+    layers: int = 8
+    adapters: int = 4
+    dtype: str = "bfloat16"
+
+
+@dataclass(frozen=True)
 class ServeCase:
     """A batch served: a geometry, its layers (0: all), rows with a prompt of `length` tokens, in which `adapters`
     different ones take turns."""

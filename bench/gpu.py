@@ -1,8 +1,9 @@
-"""`python -m bench.gpu --out DIR`: all that can be known of the kernels on this machine's GPU, most important first.
+"""`python -m bench.gpu --out DIR`: all that can be known of the kernels on this machine's GPU, most telling first.
 
-The gpu tests; the op's goals; the model's goals; then the rest of both, as far as the time goes. What was measured is
-in the results file after every step, so that an interrupted run loses one; the same command goes on where it stopped.
-No network, nothing to install: it runs from a checkout.
+The gpu tests of fp16; accuracy in fp16, the op at 4096 and at 8 tokens, models, then the rest of the measurements, as
+far as nine minutes go; the other gpu tests, in a time of their own. `--part tests` and `--part measure` do one of
+both. What was done is in the results file after every step, so that an interrupted run loses one; the same command
+goes on where it stopped. No network, nothing to install: it runs from a checkout.
 """
 
 from __future__ import annotations
@@ -13,21 +14,22 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 
-from . import levels, timing
+from . import counters, levels, timing
 from .checkout import ROOT
 from .contenders import MODEL_CONTENDERS, OP_CONTENDERS, absent
 from .geometries import (
     FEW_LAYERS,
     REAL,
     GroupedCase,
+    HostCase,
     ModelCase,
     OpCase,
     ProjectionCase,
@@ -38,11 +40,13 @@ from .geometries import (
 )
 from .goals import LOW_RANKS, MANY_TOKENS, evaluate
 from .grouped import GROUPED_CONTENDERS, measure_grouped
+from .host import HOST_CONTENDERS, measure_host
 from .projection import PROJECTION_CONTENDERS, measure_projection
-from .results import Results, Row, describe_machine, file_name, start
+from .results import Results, Row, describe_machine, file_name, source_fingerprint, start
 from .serving import SERVE_CONTENDERS, SERVE_RUNS, measure_serving
 
-TEST_SHARE = 0.35  # of the whole time, at most
+PARTS = ("tests", "measure")
+COUNTS = ("passed", "failed", "error", "skipped")
 COUNTED = (4096, 4096)  # the tokens and width of which launches are counted: the other sizes launch alike
 LONGEST_STEP = 45.0  # seconds that have to be left for another step to begin
 
@@ -54,7 +58,7 @@ class Step:
     title: str
     level: str
     what: str
-    case: OpCase | ModelCase | ProjectionCase | GroupedCase | ServeCase
+    case: OpCase | ModelCase | ProjectionCase | GroupedCase | ServeCase | HostCase
     names: tuple[str, ...]
 
     def is_done(self, results: Results) -> bool:
@@ -72,8 +76,12 @@ class Step:
             return measure_grouped(self.case, device, self.names, rounds or 20, count=self.case.tokens == 64)
         if isinstance(self.case, ServeCase):
             return measure_serving(self.case, self.what, device, self.names, rounds or 10)
-        if self.what == "host":
-            return levels.measure_host(self.case, device)
+        if isinstance(self.case, HostCase):
+            return measure_host(self.case, self.what, device, rounds or 60)
+        if self.level == "accuracy":
+            return levels.measure_accuracy(self.case, device)
+        if self.level == "counters":
+            return counters.measure_counters(self.case, self.what)
         count = (self.case.tokens, self.case.hidden) == COUNTED
         return levels.measure_op(self.case, self.what, device, self.names, rounds or 20, count)
 
@@ -101,23 +109,50 @@ def _grouped_step(case: GroupedCase) -> Step:
     return Step(title, "grouped", "forward", case, tuple(GROUPED_CONTENDERS))
 
 
+def _host_step(what: str, case: HostCase) -> Step:
+    return Step(f"host time, {what}", "host", what, case, HOST_CONTENDERS[what])
+
+
 def _serve_step(what: str, case: ServeCase) -> Step:
     size = f"{case.geometry}, {case.layers or 'all'} layers, {case.batch} rows, {case.adapters} adapters"
     return Step(f"serving, {what} of {size}", "serve", what, case, tuple(SERVE_CONTENDERS))
 
 
-def all_steps() -> list[Step]:
-    """Everything, most important first."""
-    goals, rest = [], []
+def _accuracy_step(case: OpCase) -> Step:
+    title = f"accuracy in {case.dtype} N={case.tokens} d={case.hidden} r={case.rank}"
+    return Step(title, "accuracy", "error", case, ("fused",))
+
+
+def _counters_step(case: OpCase, what: str) -> Step:
+    return Step(f"counters of op {what} N={case.tokens} d={case.hidden}", "counters", what, case, ("fused",))
+
+
+def all_steps(counted: bool = False) -> list[Step]:
+    """Everything, the most telling first: accuracy in fp16, the op at 4096 and at 8 tokens, models; then the rest of
+    the goals, and the rest. counted: ncu is there."""
+    accuracy = [
+        _accuracy_step(OpCase(tokens, hidden, rank, dtype=dtype))
+        for dtype in ("float16", "bfloat16", "float32")
+        for tokens, hidden, rank in ((4096, 4096, 8), (8, 4096, 8), (4096, 2560, 64), (512, 1152, 1))
+    ]
+    telling, goals, rest = [], [], []
     for case in op_grid():
         deciding = case.tokens in MANY_TOKENS and case.activation == "silu"
         plain = deciding and not case.basis and case.rank in LOW_RANKS
+        usual = case.rank == 8 and case.activation == "silu" and not case.basis
         for what in levels.OP_PASSES:
             # The compiler takes seconds for each size: it is asked where a goal is at stake, and for decoding.
-            compiled = (plain and case.rank == 8) or (case.tokens == 8 and case.rank == 8 and not case.basis)
-            wanted = deciding and what != "both" and (not case.basis or case.rank == 8)
-            (goals if wanted else rest).append(_op_step(case, what, compiled))
-    goals.append(Step("host time", "op", "host", OpCase(8, 4096), ("fused", "add")))
+            compiled = (plain and case.rank == 8) or (case.tokens == 8 and usual)
+            step = _op_step(case, what, compiled)
+            if usual and case.tokens in (4096, 8) and what != "both":
+                telling.append(step)
+            elif deciding and what != "both" and (not case.basis or case.rank == 8):
+                goals.append(step)
+            else:
+                rest.append(step)
+    telling += [_host_step(what, HostCase()) for what in HOST_CONTENDERS]
+    if counted:
+        telling += [_counters_step(OpCase(n, 4096), what) for n in (4096, 8) for what in ("forward", "backward")]
     goals.append(_projection_step(ProjectionCase()))
     rest += [_projection_step(ProjectionCase(writers=64)), _projection_step(ProjectionCase(dtype="bfloat16"))]
     whole = [
@@ -140,15 +175,16 @@ def all_steps() -> list[Step]:
             ("decode-graph", 8, 512),
         )
     ]
-    return [*goals, *whole, *served, *grouped, *cut, *rest]
+    return [*accuracy, *telling, *whole, *goals, *served, *grouped, *cut, *rest]
 
 
 def smoke_steps() -> list[Step]:
     """One small step of every kind: shows on any machine that the run works, and measures nothing worth keeping."""
     op = OpCase(17, 64, 8, basis=4, dtype="float32")
     return [
+        _accuracy_step(op),
         *(_op_step(op, what, compiled=False) for what in levels.OP_PASSES),
-        Step("host time", "op", "host", OpCase(8, 64, dtype="float32"), ("fused", "add")),
+        *(_host_step(what, HostCase(layers=1)) for what in ("call", "train", "grouped")),
         _projection_step(ProjectionCase(2, 64, 4, 4)),
         _grouped_step(GroupedCase(9, 64, 4, dtype="float32")),
         _grouped_step(GroupedCase(300, 64, 4, prefill=True, dtype="float32")),
@@ -166,9 +202,19 @@ def smoke_steps() -> list[Step]:
     ]
 
 
-def run_gpu_tests(seconds: float) -> dict[str, object]:
-    """`pytest -m gpu` in a process of its own: its counts and failures, with the end of its output."""
-    command = [sys.executable, "-m", "bench.checkout", *"-m gpu -q --maxfail=20 -p no:cacheprovider".split()]
+_FP16 = "((float16 and not bfloat16) or fp16)"
+#: The gpu tests in groups, by pytest's -k, the most telling first. A run that is stopped goes on with the next group.
+TEST_GROUPS = {
+    "fp16": _FP16,
+    "post_block": f"post_block and not {_FP16}",
+    "others": f"not post_block and not {_FP16}",
+}
+
+
+def run_gpu_tests(which: str, seconds: float) -> dict[str, Any]:
+    """A group of the gpu tests in a process of its own: its counts and failures, with the end of its output."""
+    options = ["-m", "gpu", "-k", which, "-q", "--maxfail=20", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "bench.checkout", *options]
     if importlib.util.find_spec("xdist") is not None:
         command += ["-n", str(min(8, os.cpu_count() or 1))]  # compiling takes most of the time
     begin = time.monotonic()
@@ -195,6 +241,50 @@ def run_gpu_tests(seconds: float) -> dict[str, object]:
         "failures": failed[:20],
         "tail": output[-3000:] if code else "",
         "seconds": round(time.monotonic() - begin, 1),
+    }
+
+
+def test_groups(
+    results: Results,
+    names: Sequence[str],
+    save: Callable[[], None],
+    time_left: Callable[[], float],
+    say: Callable[[str], None] = print,
+) -> int:
+    """Run the groups of gpu tests that `results` lacks, saving after each; the number of those that remain.
+
+    A group that was stopped, or ran with other tests than those there are now, is run again.
+    """
+    digest = source_fingerprint(folders=("tests",))
+    groups = dict((results.tests or {}).get("groups", {}))
+    remaining = 0
+    for name in names:
+        done = groups.get(name)
+        if done is not None and done["exit"] is not None and done["tests"] == digest:
+            continue
+        if time_left() < LONGEST_STEP:
+            remaining += 1
+            continue
+        groups[name] = {**run_gpu_tests(TEST_GROUPS[name], time_left()), "tests": digest}
+        results.tests = _tests_together(groups)
+        save()
+        counts = ", ".join(f"{groups[name][key]} {key}" for key in COUNTS if key in groups[name])
+        say(f"{groups[name]['seconds']:6.1f} s  gpu tests, {name}: {counts or 'no counts'}")
+        remaining += groups[name]["exit"] is None
+    return remaining
+
+
+def _tests_together(groups: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """One summary of the groups that have run. exit: None while one of all groups is missing or was stopped."""
+    codes = [groups[name]["exit"] if name in groups else None for name in TEST_GROUPS]
+    counted = [key for key in COUNTS if any(key in of for of in groups.values())]
+    return {
+        "exit": None if None in codes else next((code for code in codes if code), 0),
+        **{key: sum(of.get(key, 0) for of in groups.values()) for key in counted},
+        "failures": [failure for of in groups.values() for failure in of["failures"]],
+        "tail": "".join(of["tail"] for of in groups.values()),
+        "seconds": round(sum(of["seconds"] for of in groups.values()), 1),
+        "groups": groups,
     }
 
 
@@ -247,10 +337,8 @@ def goal_lines(results: Results) -> Iterator[str]:
     if tests is None:
         yield "gpu tests: not run"
     else:
-        how = "time was up" if tests["exit"] is None else f"exit {tests['exit']}"
-        counts = ", ".join(
-            f"{tests[name]} {name}" for name in ("passed", "failed", "error", "skipped") if name in tests
-        )
+        how = "not all were run" if tests["exit"] is None else f"exit {tests['exit']}"
+        counts = ", ".join(f"{tests[name]} {name}" for name in COUNTS if name in tests)
         yield f"gpu tests: {how}; {counts or 'no counts'}; {tests['seconds']} s"
         yield from (f"  {failure[:110]}" for failure in tests["failures"][:8])
     yield f"{'goal':<20} {'limit':>8} {'measured':>9}  met"
@@ -273,19 +361,20 @@ def _device(smoke: bool) -> torch.device:
 
 def main(
     out: Annotated[Path, typer.Option(help="Directory for the results file.")],
-    minutes: Annotated[float, typer.Option(help="When to stop; the same command goes on from there.")] = 9.0,
-    tests: Annotated[bool, typer.Option(help="Whether the gpu tests run first.")] = True,
+    minutes: Annotated[float, typer.Option(help="For measurements; the same command goes on from there.")] = 9.0,
+    test_minutes: Annotated[float, typer.Option(help="For the gpu tests, which are no part of the other.")] = 9.0,
+    part: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(PARTS)}; both without.")] = None,
     smoke: Annotated[bool, typer.Option(help="Small sizes only, on a CPU too: does the run work?")] = False,
 ) -> None:
-    """Measure everything on this machine's GPU, most important first, and judge the goals."""
-    begin = time.monotonic()
-
-    def time_left() -> float:
-        return 60 * minutes - (time.monotonic() - begin)
-
+    """Test and measure everything on this machine's GPU, most telling first, and judge the goals."""
+    parts = part or list(PARTS)
     try:
-        if not minutes > 0:
-            raise ValueError(f"minutes is {minutes}; expected more than 0")
+        for name, value in (("minutes", minutes), ("test-minutes", test_minutes)):
+            if not value > 0:
+                raise ValueError(f"{name} is {value}; expected more than 0")
+        for name in parts:
+            if name not in PARTS:
+                raise ValueError(f"part is {name!r}; expected one of {', '.join(PARTS)}")
         if out.exists() and not out.is_dir():
             raise ValueError(f"out is {str(out)!r}, a file; expected a directory")
         device = _device(smoke)
@@ -294,26 +383,10 @@ def main(
     except (ValueError, RuntimeError, OSError) as error:
         typer.echo(f"bench.gpu: {error}", err=True)
         raise typer.Exit(1) from None
-
-    def save() -> None:
-        results.save(file)
-
     results.absent = absent()
-    interrupted = ""
-    remaining = 0
-    try:
-        if results.bandwidth is None:
-            results.bandwidth = timing.copy_bandwidth(device, (1 << 24) if device.type == "cpu" else (1 << 30))
-            save()
-        if tests and device.type == "cuda" and (results.tests is None or results.tests["exit"] is None):
-            results.tests = run_gpu_tests(60 * minutes * TEST_SHARE)
-            save()
-        steps = smoke_steps() if smoke else all_steps()
-        remaining = measure(results, steps, device, save, time_left, rounds=2 if smoke else None)
-    except KeyboardInterrupt:
-        interrupted = "interrupted; "
-    except RuntimeError as error:
-        interrupted = f"{error}; "
+    interrupted, remaining = run_parts(
+        results, parts, device, lambda: results.save(file), 60 * minutes, 60 * test_minutes, smoke
+    )
     for line in goal_lines(results):
         typer.echo(line)
     if remaining or interrupted:
@@ -321,6 +394,59 @@ def main(
     typer.echo(f"results: {file}")
     if interrupted or (results.tests or {}).get("exit"):
         raise typer.Exit(1)
+
+
+def run_parts(
+    results: Results,
+    parts: Sequence[str],
+    device: torch.device,
+    save: Callable[[], None],
+    seconds: float,
+    test_seconds: float,
+    smoke: bool = False,
+) -> tuple[str, int]:
+    """The parts of a run that `results` lacks: the tests of fp16, the measurements, the other tests. Why it ended
+    early, or "", and the number of steps that remain."""
+    testing, measuring = _clock(test_seconds), _clock(seconds)
+    first, *others = TEST_GROUPS
+    tested = "tests" in parts and device.type == "cuda"
+    remaining = 0
+    try:
+        if tested:
+            with testing as left:
+                remaining += test_groups(results, [first], save, left)
+        if "measure" in parts:
+            with measuring as left:
+                if results.bandwidth is None:
+                    results.bandwidth = timing.copy_bandwidth(device, 1 << 24 if smoke else 1 << 30)
+                    save()
+                counted = counters.is_here()
+                if not counted:
+                    print(counters.NOT_HERE)
+                steps = smoke_steps() if smoke else all_steps(counted)
+                remaining += measure(results, steps, device, save, left, rounds=2 if smoke else None)
+        if tested:
+            with testing as left:
+                remaining += test_groups(results, others, save, left)
+    except KeyboardInterrupt:
+        return "interrupted; ", remaining
+    except RuntimeError as error:
+        return f"{error}; ", remaining
+    return "", remaining
+
+
+class _clock:
+    """Counts down while it is entered, and may be entered again."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def __enter__(self) -> Callable[[], float]:
+        self.begin = time.monotonic()
+        return lambda: self.seconds - (time.monotonic() - self.begin)
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds -= time.monotonic() - self.begin
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -100,9 +101,8 @@ def op_calls(case: OpCase, what: str, contender: OpContender, sets: Sequence[Ope
 def _floor_call(what: str, function: Callable[[Operands], Tensor], x: Operands) -> timing.Call:
     """The floor of a backward pass moves as much as that of a forward pass: two read, one written."""
 
-    def call() -> None:
-        for _ in range(2 if what == "both" else 1):
-            function(x)
+    def call() -> list[Tensor]:
+        return [function(x) for _ in range(2 if what == "both" else 1)]
 
     return call
 
@@ -157,18 +157,20 @@ def measure_op(
     return list(rows.values())
 
 
-def measure_host(case: OpCase, device: torch.device) -> list[Row]:
-    """Host time of one eager call, of the fused op and of `torch.add`."""
-    x = make_operands(case, device)
-    rows = []
-    with torch.no_grad():
-        for name in ("fused", "add"):
-            function = OP_CONTENDERS[name].call()
-            for _ in range(20):
-                function(x)
-            samples = timing.host_seconds(lambda function=function: function(x), device)
-            rows.append(Row("op", "host", name, asdict(case), samples))
-    return rows
+def measure_accuracy(case: OpCase, device: torch.device, draws: int = 4) -> list[Row]:
+    """Error from float64 over the eager hook's in the same dtype, pooled over draws: of the output, dx, dW1, dW2."""
+    row = Row("accuracy", "error", "fused", asdict(case))
+    try:
+        errors = [op_errors(case, OP_CONTENDERS["fused"], device, True, seed) for seed in range(draws)]
+    except Exception as error:  # the run goes on
+        row.status = in_words(error)
+        return [row]
+    for of_draws in zip(*errors, strict=True):
+        ours, hook = (sum(error**2 for error in side) ** 0.5 for side in zip(*of_draws, strict=True))
+        row.samples.append(ours / hook)
+    if not all(math.isfinite(ratio) for ratio in row.samples):
+        row.samples, row.status = [], f"wrong: errors over the hook's are {row.samples}; expected finite ones"
+    return [row]
 
 
 # -------------------------------------------------------------------------------------------------------------- model

@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .geometries import DTYPES, GEOMETRIES, GroupedCase, ModelCase, OpCase, ProjectionCase, ServeCase
+from .geometries import DTYPES, GEOMETRIES, GroupedCase, HostCase, ModelCase, OpCase, ProjectionCase, ServeCase
+from .goals import host_ratio
+from .host import HOST_CONTENDERS, RIVALS_ON_HOST
 from .levels import FLOOR_UNITS
 from .results import FOLDER, PACKAGES, Results, Row, load
 
@@ -33,7 +35,10 @@ NOT_MEASURED = "Speed on a GPU has not been measured yet, and nothing here claim
 
 #: What there is to measure on each level, and what a case of it is.
 LEVELS: dict[str, tuple[type, tuple[str, ...]]] = {
-    "op": (OpCase, ("forward", "backward", "both", "host")),
+    "op": (OpCase, ("forward", "backward", "both")),
+    "host": (HostCase, tuple(HOST_CONTENDERS)),
+    "accuracy": (OpCase, ("error",)),
+    "counters": (OpCase, ("forward", "backward")),
     "model": (ModelCase, ("train", "prefill", "decode", "decode-graph")),
     "memory": (ModelCase, ("kept", "peak", "peak-total")),
     "projection": (ProjectionCase, ("step",)),
@@ -46,7 +51,6 @@ WORDS = {
     "forward": "forward",
     "backward": "backward",
     "both": "forward and backward",
-    "host": "host time of one eager call",
     "train": "training step",
     "prefill": "prefill",
     "decode": "decode, eager",
@@ -138,7 +142,7 @@ def _read_run(file: Path) -> Run:
     return Run(file.stem, results, tables)
 
 
-def _checked_case(row: Row) -> OpCase | ModelCase | ProjectionCase | GroupedCase | ServeCase:
+def _checked_case(row: Row) -> OpCase | HostCase | ModelCase | ProjectionCase | GroupedCase | ServeCase:
     make, whats = LEVELS.get(row.level, (None, ()))
     if make is None or row.what not in whats:
         expected = "; ".join(f"{level}: {', '.join(whats)}" for level, (_, whats) in LEVELS.items())
@@ -150,7 +154,8 @@ def _checked_case(row: Row) -> OpCase | ModelCase | ProjectionCase | GroupedCase
             raise ValueError(f"{entry.name} is {value!r}; expected {entry.type}")
     if case.dtype not in DTYPES:
         raise ValueError(f"dtype is {case.dtype!r}; expected one of {', '.join(DTYPES)}")
-    positive = (row.level, row.what) not in BYTES  # a peak may lie below that of the unsteered run
+    # A peak may lie below that of the unsteered run, and a rate of hits may be 0.
+    positive = (row.level, row.what) not in BYTES and row.level != "counters"
     if not all(math.isfinite(sample) and (sample > 0 or not positive) for sample in row.samples):
         raise ValueError(f"samples are {row.samples}; expected finite {'seconds above 0' if positive else 'bytes'}")
     return case
@@ -277,7 +282,7 @@ def _op_tables(run: Run) -> Iterator[str]:
             variant = dict(items)
             of_variant = {case: rows for case, rows in cases.items() if _variant(case) == variant}
             title = f"{WORDS[what]}, {_variant_text(variant)}"
-            table = (_host_table if what == "host" else _op_table)(run.results, what, of_variant)
+            table = _op_table(run.results, what, of_variant)
             if variant == VARIANT:
                 yield f"#### {_device(run)}: {title}\n\n{table}"
             else:
@@ -314,25 +319,53 @@ def _beside(row: Row | None, fused: Row | None) -> str:
     return _amount(row) + ("" if share is None else f", {_number(share)}×")
 
 
-def _host_table(results: Results, what: str, cases: Cases) -> str:
-    names = _by_order(name for rows in cases.values() for name in rows)
-    return _table(
-        ["N", "d", *names],
-        (
-            [
-                str(case.tokens),
-                str(case.hidden),
-                *(
-                    _amount(cases[case].get(name))
-                    if name == "fused"
-                    else _beside(cases[case].get(name), cases[case].get("fused"))
-                    for name in names
-                ),
-            ]
-            for case in _by_size(cases)
-        ),
-        texts=0,
-    )
+def _accuracy_tables(run: Run) -> Iterator[str]:
+    cases = run.cases("accuracy", "error")
+    lines = []
+    for case in sorted(cases, key=lambda case: (case.dtype, case.hidden, case.tokens, case.rank)):
+        row = cases[case].get("fused")
+        if row is not None:
+            ratios = [f"{_number(sample)}×" for sample in row.samples] or [_escaped(row.status)]
+            lines.append([_op_text(case), *ratios, *["–"] * (4 - len(ratios))])
+    if lines:
+        head = ["case", "output", "dx", "dW1", "dW2"]
+        yield f"#### {_device(run)}: fused's error from float64 over the eager hook's\n\n{_table(head, lines)}"
+
+
+def _counters_tables(run: Run) -> Iterator[str]:
+    lines = [
+        [
+            WORDS[what],
+            _op_text(case),
+            _escaped(name),
+            _escaped(row.status) if row.median is None else _number(row.median),
+        ]
+        for what in LEVELS["counters"][1]
+        for case, rows in run.cases("counters", what).items()
+        for name, row in rows.items()
+        if name != "fused" or row.status != "ok"
+    ]
+    if lines:
+        head = ["pass", "case", "kernel: counter", "value"]
+        yield f"#### {_device(run)}: hardware counters, by ncu\n\n{_table(head, lines, texts=3)}"
+
+
+def _host_tables(run: Run) -> Iterator[str]:
+    lines = []
+    for what in LEVELS["host"][1]:
+        for case, rows in run.cases("host", what).items():
+            for name in _by_order(rows):
+                row = rows[name]
+                low = row.quantile(0.1)
+                time = "–" if low is None else f"{_number(1e6 * low)} µs"
+                share = host_ratio(run.results, what, name, RIVALS_ON_HOST[what])
+                against = "–" if share is None else f"{_number(share)}×"
+                launches = "–" if row.launches is None else str(row.launches)
+                size = f"{case.tokens} rows, {case.layers} layers, r = {case.rank}"
+                lines.append([what, size, name, time, against, RIVALS_ON_HOST[what], launches])
+    if lines:
+        head = ["call", "case", "contender", "host time", "× rival", "rival", "launches"]
+        yield f"#### {_device(run)}: a block's call, lower decile of CPU time\n\n{_table(head, lines, texts=3)}"
 
 
 def _by_size(cases: Iterable[OpCase]) -> list[OpCase]:
@@ -669,8 +702,9 @@ above the unsteered model, a layer, in passes of the hidden state at the copy's 
 each row its own of so many adapters, `fused-bf16` the same with adapters in bfloat16, `one-adapter` all rows the same
 one, `no-adapter` none where there could be one, and `gather-bmm` copies an adapter's weights for each token; *makes* is
 the bytes of all tensors that a call makes beside its result. On a CPU, where vLLM compiles nothing once LoRA is
-enabled, its unsteered engine does not compile either. A contender that did not run on a case has there the reason
-instead of a figure, and – where it was not measured."""
+enabled, its unsteered engine does not compile either. *Host time* is CPU time of one call of a block that does nothing
+but its residual add, steered by `patch_model` or by a hook of four PyTorch operations, in turns in one process. A
+contender that did not run on a case has there the reason instead of a figure, and – where it was not measured."""
 
 HOW_TO_RUN = """\
 ## How to run it
@@ -679,9 +713,19 @@ On a machine with a GPU, from the checkout's root:
 
 ```bash
 pip install -c constraints.txt -e ".[test]"
-python -m bench.gpu --out bench/results  # bench/results/<device>.json, most important first; again: it goes on
+python -m bench.gpu --out bench/results  # bench/results/<device>.json, most telling first; again: it goes on
 python -m bench.report                   # writes this file, its plots, and the table in README.md
 ```
+
+`--part tests` and `--part measure` do one of its halves, each in a time of its own. `--rehearse` runs all of it without
+a GPU, on small sizes, and writes nothing.
+
+A sample of a kernel is the replay of a CUDA graph of many calls. Each call reads inputs of its own and writes an output
+of its own; together they are twice the L2 cache, so that neither reads nor writes stay there.
+
+`python -m bench.stub -m bench.host` prints the host time of a block's call as ratios to the hooked block, and whether
+its goals are met, on a machine without a GPU: Triton compiles and launches for real, over a driver library that does
+nothing. `pytest bench -k host` does the same.
 
 `python -m bench.vllm --out bench/results` measures vLLM, in an environment that has it
 ([docs/serving.md](serving.md#vllm)), on a GPU or a CPU. On a machine without a GPU `python -m bench.serving --out
@@ -721,6 +765,9 @@ def _run_parts(run: Run) -> Iterator[str]:
         yield "\n\n".join(f"![{_escaped(plot.title)}](benchmarks/{_svg_name(run, plot)})" for plot in plots(run))
     for title, tables in (
         ("The op", _op_tables),
+        ("Accuracy", _accuracy_tables),
+        ("Counters", _counters_tables),
+        ("Host time", _host_tables),
         ("Models", _model_tables),
         ("Memory", _memory_tables),
         ("Joint-Orth's projection", _projection_tables),

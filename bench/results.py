@@ -13,10 +13,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from .checkout import ROOT
 
 SCHEMA = 1
 FOLDER = Path(__file__).resolve().parent / "results"
@@ -27,11 +30,22 @@ PACKAGES = ("torch", "triton", "transformers", "peft", "liger-kernel", "pyreft",
 class Row:
     """One contender on one case.
 
-    level: "op", "model", "memory", "projection", "grouped", "serve" or "vllm". what: of op, forward, backward, both or
-    host; of model, train, prefill, decode or decode-graph; of memory, kept, peak or peak-total; of projection, step; of
-    grouped, forward or bytes; of serve, generate or decode-graph; of vllm, generate. samples: seconds a call (of serve
-    and vllm, a token of every row), or, of memory and bytes, bytes. status: "ok", or in words why there are no samples.
-    replayed: from a CUDA graph. launches: kernels of one call, None where they were not counted.
+    level, and what of it was measured:
+        op          forward, backward, both
+        accuracy    error
+        counters    forward, backward
+        host        call, train, grouped, compiled
+        model       train, prefill, decode, decode-graph
+        memory      kept, peak, peak-total
+        projection  step
+        grouped     forward, bytes
+        serve       generate, decode-graph
+        vllm        generate
+
+    samples: seconds a call; of serve and vllm, of a token of every row; of host, CPU seconds. Of memory and bytes,
+    bytes; of accuracy, the error over the hook's of the output and each gradient; of counters, whatever ncu counts.
+    status: "ok", or in words why there are no samples. replayed: from a CUDA graph. launches: kernels of one call, None
+    where they were not counted.
     """
 
     level: str
@@ -164,15 +178,14 @@ def _version(package: str) -> str | None:
         return None
 
 
-def source_fingerprint() -> str:
+def source_fingerprint(root: Path = ROOT, folders: Sequence[str] = ("kernels", "fused_steer", "bench")) -> str:
     """A digest of the sources that are measured: it identifies them also where there is no git."""
     import hashlib
 
-    root = Path(__file__).resolve().parent.parent
     digest = hashlib.sha256()
-    for folder in ("kernels", "fused_steer", "bench"):
-        for file in sorted((root / folder).glob("*.py")):
-            digest.update(f"{folder}/{file.name}".encode() + b"\0" + file.read_bytes())
+    for folder in folders:
+        for file in sorted((root / folder).rglob("*.py")):
+            digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()[:16]
 
 

@@ -1,8 +1,8 @@
 """How time, launches and bytes are measured.
 
 A call of a few microseconds cannot be timed by itself: the clock, the launch and a warm cache each lie by more. So a
-GPU's sample is the replay of a CUDA graph of many calls, each on inputs of its own, together more than the L2 cache;
-contenders take turns within a round, so that drift meets all of them alike.
+GPU's sample is the replay of a CUDA graph of many calls. Each reads inputs of its own and writes outputs of its own,
+together more than the L2 cache. Contenders take turns within a round, so that drift meets all of them.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ def input_sets(bytes_each: int, l2: int) -> int:
 
 @dataclass
 class Timed:
-    """One contender ready to be timed. calls: one for each set of inputs; samples: seconds a call."""
+    """One contender ready to be timed. calls: one for each set of inputs, each returning all that it wrote; samples:
+    seconds a call."""
 
     name: str
     calls: Sequence[Call]
@@ -71,30 +72,34 @@ class Timed:
         torch.cuda.synchronize(device)
         captured = torch.cuda.CUDAGraph()
         with torch.cuda.graph(captured, stream=stream):
-            self._all()
+            outputs = self._all()
+        del outputs  # the graph keeps their addresses
         self._graph, self._run, self.replayed = captured, captured.replay, True
         self._run()
         torch.cuda.synchronize(device)
 
-    def _all(self) -> None:
-        for call in self.calls:
-            call()
+    def _all(self) -> list[Any]:
+        """The results of all calls. While they are held no call is given the memory of another's output: writes to one
+        address would stay in the cache, and cost nothing."""
+        return [call() for call in self.calls]
 
     def sample(self, device: torch.device) -> None:
         """Run all calls once more and keep the mean time of one."""
         assert self._run is not None
+        outputs: Any
         if device.type == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
-            self._run()
+            outputs = self._run()
             end.record()
             end.synchronize()
             seconds = start.elapsed_time(end) / 1e3
         else:
             begin = time.perf_counter()
-            self._run()
+            outputs = self._run()
             synchronize(device)
             seconds = time.perf_counter() - begin
+        del outputs  # not within the time
         self.samples.append(seconds / len(self.calls))
 
 
@@ -123,19 +128,6 @@ def copy_bandwidth(device: torch.device, nbytes: int = 1 << 30, rounds: int = 20
     copy.prepare(device, graph=False)
     interleave([copy], device, rounds)
     return 2 * nbytes / sorted(copy.samples)[len(copy.samples) // 2]
-
-
-def host_seconds(call: Call, device: torch.device, calls: int = 200, rounds: int = 9) -> list[float]:
-    """Seconds of host time of one eager call that the device keeps up with."""
-    samples = []
-    for _ in range(rounds + 1):
-        synchronize(device)
-        begin = time.perf_counter()
-        for _ in range(calls):
-            call()
-        samples.append((time.perf_counter() - begin) / calls)
-    synchronize(device)
-    return samples[1:]
 
 
 def count_launches(call: Call, device: torch.device) -> int | None:

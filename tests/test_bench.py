@@ -10,18 +10,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from _pytest.mark.expression import Expression
 from torch.utils._python_dispatch import TorchDispatchMode
 from typer.testing import CliRunner
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 try:
-    from bench import contenders, geometries, goals, gpu, grouped, levels, serving, timing, vllm
+    from bench import contenders, counters, geometries, goals, gpu, grouped, levels, serving, timing, vllm
     from bench.contenders import OP_CONTENDERS, Operands
     from bench.geometries import GroupedCase, ModelCase, OpCase, ProjectionCase, ServeCase
     from bench.grouped import GROUPED_CONTENDERS, measure_grouped
     from bench.projection import PROJECTION_CONTENDERS, check, measure_projection
-    from bench.results import Results, Row, file_name, load
+    from bench.results import Results, Row, file_name, load, source_fingerprint
     from bench.serving import SERVE_CONTENDERS, SERVE_RUNS, measure_serving
 finally:
     sys.path.remove(str(ROOT))
@@ -46,10 +47,10 @@ def test_the_grid_is_that_of_real_models_and_whole():
     assert {case.rank for case in cases} == {1, 8, 64} and {case.basis for case in cases} == {0, 8}
 
 
-def test_the_gpu_run_covers_the_grid_and_every_geometry_and_begins_with_the_goals():
+def test_gpu_run_covers_the_grid_and_every_geometry_and_begins_with_the_most_telling():
     steps = gpu.all_steps()
     assert len({(s.level, s.what, s.case) for s in steps}) == len(steps)
-    assert {(s.what, s.case) for s in steps if s.level == "op" and s.what != "host"} == {
+    assert {(s.what, s.case) for s in steps if s.level == "op"} == {
         (what, case) for what in levels.OP_PASSES for case in geometries.op_grid()
     }
     model = [s.case for s in steps if s.level == "model"]
@@ -61,9 +62,16 @@ def test_the_gpu_run_covers_the_grid_and_every_geometry_and_begins_with_the_goal
     assert {c.adapters for c in grouped} >= {1, 16, 256}
     served = {(s.what, s.case.batch, s.case.adapters) for s in steps if s.level == "serve"}
     assert served >= {(what, 256, adapters) for what in SERVE_RUNS for adapters in (1, 16, 256)}
-    first = steps[0]
+    assert {s.what for s in steps if s.level == "host"} == {"call", "train", "grouped", "compiled"}
+    order = [(s.level, s.case.dtype, s.case.tokens) for s in steps if s.level in ("op", "accuracy")]
+    assert order[0] == ("accuracy", "float16", 4096)
+    telling = order[: order.index(("op", "bfloat16", 16384))]
+    assert {tokens for level, _, tokens in telling if level == "op"} == {4096, 8}
+    assert list(dict.fromkeys(s.level for s in steps))[:4] == ["accuracy", "op", "host", "model"]
+    first = next(s for s in steps if s.level == "op")
     assert (first.what, first.case.tokens, first.case.rank, first.case.basis) == ("forward", 4096, 8, 0)
     assert set(first.names) == set(OP_CONTENDERS)
+    assert [s.level for s in gpu.all_steps(counted=True)].count("counters") == 4
 
 
 @pytest.mark.parametrize("what", levels.OP_PASSES)
@@ -448,6 +456,26 @@ def test_model_goals():
     assert len(list(gpu.goal_lines(results))) <= 40
 
 
+def test_host_goals_go_by_the_lower_decile_and_an_eager_call_counts_for_its_goal_at_most():
+    case = dataclasses.asdict(geometries.HostCase(layers=8))
+
+    def rows(what, **lows):
+        return [Row("host", what, n.replace("_", "-"), case, [low] * 2 + [9.0] * 9) for n, low in lows.items()]
+
+    found = rows("call", fused=0.6, hook=1.0) + rows("train", fused=0.6, hook=1.0)
+    found += rows("grouped", fused=0.3, gather_bmm=1.0) + rows("compiled", fused=0.8, eager=3.0, hook=1.0, empty=0.8)
+    judged = {o.name: (o.value, o.met) for o in goals.judge(goals.HOST_GOALS, Results({"kind": "stub"}, rows=found))}
+    assert judged == {
+        "host": (pytest.approx(0.6), False),
+        "host, training": (pytest.approx(0.6), True),
+        "host, rows": (pytest.approx(0.3), True),
+        "host, compiled": (pytest.approx((0.8 - 0.8 / 8) / 0.5), True),
+    }
+    found = rows("compiled", fused=0.8, eager=0.4, hook=1.0, empty=0.8)
+    judged = {o.name: (o.value, o.met) for o in goals.judge(goals.HOST_GOALS, Results({"kind": "stub"}, rows=found))}
+    assert judged["host, compiled"] == (pytest.approx(0.7 / 0.4), False) and judged["host"] == (None, None)
+
+
 def test_a_cpu_meets_no_goal():
     rows = [_op_row("forward", "add", 1.0), _op_row("forward", "fused", 1.0)]
     outcomes = goals.evaluate(Results({**MACHINE, "kind": "cpu"}, bandwidth=1.0, rows=rows))
@@ -469,6 +497,47 @@ def test_contenders_take_turns_and_every_call_has_its_own_inputs():
     assert [len(one.samples) for one in timed] == [40, 40]
     firsts = [timing.in_turn("abcd", number)[0] for number in range(400)]
     assert all(60 < firsts.count(name) < 140 for name in "abcd")
+
+
+def addresses(outputs):
+    """Where the tensors lie that a call returned, in whatever it returned them."""
+    if isinstance(outputs, torch.Tensor):
+        return [outputs.data_ptr()]
+    return [address for output in outputs for address in addresses(output)]
+
+
+@pytest.mark.parametrize("what", levels.OP_PASSES)
+def test_outputs_of_the_calls_of_a_sample_lie_apart(what):
+    """Were an output freed before the next call, that one would be given its memory, and write to the cache."""
+    case = OpCase(256, 64, 4, dtype="float32")
+    sets = [contenders.make_operands(case, CPU, seed) for seed in range(6)]
+    for name in OP_CONTENDERS.keys() - {"hook-compiled"}:
+        written = []
+        calls = levels.op_calls(case, what, OP_CONTENDERS[name], sets)
+
+        def noted(call, written=written):
+            outputs = call()
+            written.extend(addresses(outputs))
+            return outputs
+
+        timed = timing.Timed(name, [lambda call=call: noted(call) for call in calls])
+        timed.prepare(CPU, graph=True)
+        written.clear()
+        timed.sample(CPU)
+        of_call = {"forward": 1, "backward": 3, "both": 3}[what]
+        if not OP_CONTENDERS[name].steers:
+            of_call = 2 if what == "both" else 1  # what a floor moves
+        assert len(written) == of_call * len(sets) == len(set(written)), name
+
+
+def test_outputs_of_the_grouped_op_lie_apart():
+    case = GroupedCase(64, 64, 4, dtype="float32")
+    written = []
+    for contender in GROUPED_CONTENDERS.values():
+        calls = [grouped._without_gradient(contender.call, grouped.make_tables(case, CPU, seed)) for seed in range(4)]
+        outputs = timing.Timed("", calls)._all()
+        written.append(len(set(addresses(outputs))))
+    assert set(written) == {4}
 
 
 def test_inputs_rotate_until_none_is_in_the_cache():
@@ -536,6 +605,82 @@ def test_a_run_goes_on_where_it_was_stopped():
     assert len(said) == 2 and len(results.rows) == 6 and [row.samples for row in results.rows[:2]] == first
 
 
+def test_gpu_tests_go_on_with_the_group_where_they_were_stopped(monkeypatch):
+    ran, saved, exits = [], [], iter([0, None, 1, 0])
+
+    def group(which, seconds):
+        ran.append(which)
+        return {"exit": next(exits), "passed": 3, "failures": [], "tail": "", "seconds": 1.0}
+
+    monkeypatch.setattr(gpu, "run_gpu_tests", group)
+    results, names = Results(MACHINE), list(gpu.TEST_GROUPS)
+
+    def run(some, seconds=1e9):
+        return gpu.test_groups(results, some, lambda: saved.append(1), lambda: seconds, lambda _: None)
+
+    assert run(names[:2]) == 1
+    assert results.tests["exit"] is None and results.tests["passed"] == 6 and len(saved) == 2
+    assert run(names) == 0
+    assert ran == [gpu.TEST_GROUPS[name] for name in (*names[:2], *names[1:])]
+    assert results.tests["exit"] == 1 and results.tests["passed"] == 9
+    assert run(names) == 0 and len(ran) == 4
+    results.tests["groups"][names[0]]["tests"] = "others"
+    assert run(names, seconds=0.0) == 1 and len(ran) == 4
+
+
+@pytest.mark.parametrize(
+    ("file", "test", "group"),
+    [
+        ("test_post_block.py", "test_a[gpu-torch.float16]", "fp16"),
+        ("test_grouped.py", "test_b[gpu-fp16]", "fp16"),
+        ("test_post_block.py", "test_a[gpu-torch.bfloat16]", "post_block"),
+        ("test_batch.py", "test_c[gpu]", "others"),
+    ],
+)
+def test_gpu_test_groups_take_each_test_once(file, test, group):
+    def has(name, **_):  # as pytest reads -k
+        return name in file or name in test
+
+    assert [name for name, k in gpu.TEST_GROUPS.items() if Expression.compile(k).evaluate(has)] == [group]
+
+
+NCU = """\
+==PROF== Connected to process 1
+"ID","Kernel Name","lts__t_sector_hit_rate.pct","dram__bytes_read.sum",\
+"smsp__average_warps_issue_stalled_wait_per_issue_active.ratio"
+"","","%","Mbyte","inst"
+"0","forward_kernel(int, int)","48.5","1,024.5","0.75"
+"""
+
+
+def test_counters_are_read_by_kernel():
+    assert counters.read(NCU) == [
+        ("forward_kernel", {counters.L2_HIT_RATE: 48.5, "dram__bytes_read.sum": 1024.5, "stall wait": 0.75})
+    ]
+    for text, said in (
+        ("==ERROR== ERR_NVGPUCTRPERM\n", "gave no table: ==ERROR== ERR_NVGPUCTRPERM"),
+        ("\n".join(NCU.splitlines()[:3]), "counted no launch"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            counters.read(text)
+
+
+def test_counters_that_cannot_be_read_are_a_row_that_says_so(monkeypatch):
+    done = subprocess.CompletedProcess([], 1, stdout="==ERROR== no permission\n", stderr="")
+    monkeypatch.setattr(counters.subprocess, "run", lambda *a, **k: done)
+    (row,) = counters.measure_counters(OP, "forward")
+    assert row.status == "failed: ncu gave no table: ==ERROR== no permission" and not row.samples
+
+
+def test_accuracy_is_pooled_over_draws(monkeypatch):
+    errors = iter([[(3.0, 1.0)], [(4.0, 1.0)], [(0.0, 1.0)], [(0.0, 1.0)]])
+    monkeypatch.setattr(levels, "op_errors", lambda *arguments: next(errors))
+    (row,) = levels.measure_accuracy(dataclasses.replace(OP, dtype="float16"), CPU)
+    assert row.samples == [2.5]
+    judged = {o.name: (o.value, o.met) for o in goals.evaluate(Results(MACHINE, rows=[row]))}
+    assert judged["fp16 error"] == (2.5, False)
+
+
 @pytest.fixture
 def command(monkeypatch, tmp_path):
     import typer
@@ -579,6 +724,7 @@ def test_bad_input_is_one_clear_line_and_nothing_is_written(command, tmp_path):
         (("--out", folder), "there is no CUDA or ROCm GPU; expected one"),
         (("--smoke", "--out", taken), "a file; expected a directory"),
         (("--smoke", "--out", folder, "--minutes", "0"), "minutes is 0.0; expected more than 0"),
+        (("--smoke", "--out", folder, "--part", "all"), "part is 'all'; expected one of tests, measure"),
     ):
         result = command(*arguments)
         assert result.exit_code == 1 and expected in result.stderr and result.stderr.count("\n") == 1
@@ -595,6 +741,18 @@ def test_results_of_other_sources_are_not_mixed_with_these(command, tmp_path):
     result = command("--smoke", "--out", tmp_path)
     assert result.exit_code == 1 and "measured with sources 'others'; expected" in result.stderr
     assert result.stderr.count("\n") == 1 and file.read_bytes() == before
+
+
+def test_fingerprint_changes_with_any_source_in_any_folder(tmp_path):
+    files = [tmp_path / name for name in ("kernels/a.py", "fused_steer/model/layer.py", "bench/stub/driver.py")]
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("1")
+    seen = {source_fingerprint(tmp_path)}
+    for file in files:
+        file.write_text("2")
+        seen.add(source_fingerprint(tmp_path))
+    assert len(seen) == 1 + len(files) and source_fingerprint() == source_fingerprint(ROOT)
 
 
 @pytest.mark.parametrize(("field", "value"), [("geometry", "Llama-9"), ("dtype", "int8")])

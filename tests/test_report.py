@@ -33,7 +33,7 @@ report, geometries, results_module = map(import_bench, ("report", "geometries", 
 draw = report.draw
 report.draw = functools.cache(draw)  # the same few plots again and again; that they are the same bytes is a test
 OpCase, ModelCase = geometries.OpCase, geometries.ModelCase
-GroupedCase, ServeCase = geometries.GroupedCase, geometries.ServeCase
+GroupedCase, HostCase, ServeCase = geometries.GroupedCase, geometries.HostCase, geometries.ServeCase
 Results, Row = results_module.Results, results_module.Row
 
 GPU, CPU = "Imaginary GPU 9000", "Imaginary CPU"
@@ -76,7 +76,10 @@ def gpu_results() -> Results:
                     fused=1.25, fused_again=1.2625, hook=3.75, hook_compiled=2.5, add=1.125, copy=0.75,
                 )  # fmt: skip
         found.rows += rows("op", "forward", OpCase(tokens, 1152, 64), 1e-5, fused=1, hook=3)
-    found.rows += rows("op", "host", OpCase(8, 1152), 1e-5, fused=2, add=1)
+    found.rows.append(Row("accuracy", "error", "fused", asdict(OpCase(8, 4096, dtype="float16")), [0.7, 0.8, 0.9, 1.5]))
+    found.rows.append(Row("counters", "forward", "fused", asdict(OpCase(8, 4096)), [0.0]))
+    found.rows.append(Row("counters", "forward", "k: stall wait", asdict(OpCase(8, 4096)), [3.25]))
+    found.rows += rows("host", "call", HostCase(), 1e-5, fused=0.4, hook=1, unsteered=0.2)
     for prefill in (False, True):
         case = GroupedCase(64, 1152, 16, prefill)
         found.rows += rows("grouped", "forward", case, 1e-5, fused=1, one_adapter=0.9, gather_bmm=3, add=0.5)
@@ -216,9 +219,23 @@ def test_docs_give_the_machine_and_every_case(reported):
         assert fact in text
     assert "bandwidth of a large copy 4,000 GB/s" in text and "command `python -m bench.gpu`" in text
     assert "peft None" not in text
-    for heading in ("forward", "backward", "forward and backward", "host time of one eager call"):
+    for heading in ("forward", "backward", "forward and backward"):
         assert f"{GPU}: {heading}, r = 8, silu, no basis, bfloat16" in text
     assert f"<summary>{GPU}: forward, r = 64, silu, no basis, bfloat16</summary>" in text
+
+
+def test_host_time_is_shown_beside_the_hooks(reported):
+    text = reported.markdown.read_text(encoding="utf-8")
+    table = text[text.index("a block's call, lower decile of CPU time") :]
+    size = "8 rows, 8 layers, r = 8"
+    assert cells(table, "call", size, "fused") == ["call", size, "fused", "3.97 µs", "0.400×", "hook", "1"]
+
+
+def test_accuracy_and_counters_are_shown(reported):
+    text = reported.markdown.read_text(encoding="utf-8")
+    case = "N = 8, d = 4096, r = 8, silu, no basis, "
+    assert cells(text, case + "float16")[1:] == ["0.700×", "0.800×", "0.900×", "1.50×"]
+    assert cells(text, "forward", case + "bfloat16") == ["forward", case + "bfloat16", "k: stall wait", "3.25"]
 
 
 def test_added_units_and_kept_units(reported):

@@ -1,0 +1,324 @@
+"""`python -m bench.host`: what a steered block costs the host, against the hooked block that it replaces.
+
+Below a few hundred tokens a GPU waits for Python. So a call of the block is measured until the kernel is launched: on
+a GPU, or over the stub driver, where CPU tensors play the device's and no kernel runs. A layer is a block that does
+nothing but its residual add, in a model that `patch_model` patches; every contender runs in one process, in turns.
+
+    call      one layer, without gradient, at decode
+    train     forward and backward of all layers in one graph, a layer
+    grouped   one layer in `steering.batch`, rows by adapters of their own
+    compiled  all layers under torch.compile, without gradient, a layer; `empty` is a compiled call that does nothing
+
+The hook is four PyTorch operations behind the add: F.linear, SiLU, F.linear, add. Over the stub driver the rivals'
+tensors are tiny, so that they cost their dispatch and no arithmetic; on a card each of their operations has a launch
+besides, which the stub leaves out of both sides. A figure is the lower decile of CPU seconds: whatever else runs on
+the machine only adds to a sample. Only ratios are worth quoting.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from types import SimpleNamespace
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+import typer
+from torch import Tensor, nn
+
+from . import timing
+from .geometries import DTYPES, HostCase
+from .goals import HOST_GOALS, host_ratio, judge
+from .results import Results, Row
+
+HOST_CONTENDERS = {
+    "call": ("fused", "hook", "hook-modules", "unsteered"),
+    "train": ("fused", "hook", "hook-modules", "unsteered"),
+    "grouped": ("fused", "gather-bmm", "unsteered"),
+    "compiled": ("fused", "eager", "hook", "empty"),
+}
+RIVALS_ON_HOST = {"call": "hook", "train": "hook", "grouped": "gather-bmm", "compiled": "eager"}
+TINY = HostCase(tokens=2, hidden=8, rank=2, adapters=2, dtype="float32")
+CALLS = 20  # of one sample, fewer where a call is one of all layers
+
+Call = Callable[[], Any]
+
+
+class Block(nn.Module):
+    """A decoder layer, all but its last residual add left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = nn.Identity()  # a list of modules without parts is none of decoder layers
+
+    def forward(self, residual: Tensor, branch: Tensor) -> Tensor:
+        hidden_states = residual + branch
+        return hidden_states
+
+
+class Chain(nn.Module):
+    """A model of such layers. Each adds the branch of its place, or all the same one."""
+
+    def __init__(self, case: HostCase) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(hidden_size=case.hidden, num_hidden_layers=case.layers)
+        self.layers = nn.ModuleList(Block() for _ in range(case.layers))
+
+    def forward(self, inputs_embeds: Tensor, *branches: Tensor) -> Tensor:
+        for place, layer in enumerate(self.layers):
+            inputs_embeds = layer(inputs_embeds, branches[place if len(branches) > 1 else 0])
+        return inputs_embeds
+
+
+def _hidden(case: HostCase, device: torch.device, gradient: bool = False) -> Tensor:
+    """(rows, 1, d), as a decoding step has it."""
+    shape = (case.tokens, 1, case.hidden)
+    return torch.randn(shape, dtype=DTYPES[case.dtype], device=device, requires_grad=gradient)
+
+
+# -------------------------------------------------------------------------------------------------------------- models
+
+
+def patched(case: HostCase, device: torch.device) -> Chain:
+    from fused_steer import SteerConfig, patch_model
+
+    model = Chain(case)
+    patch_model(model, SteerConfig(rank=case.rank))
+    return model.to(device)
+
+
+def hooked(case: HostCase, device: torch.device, modules: bool = False) -> Chain:
+    """modules: the hook's operations as modules, which is how such code is mostly written."""
+    model = Chain(case).to(device)
+    options = {"dtype": DTYPES[case.dtype], "device": device}
+    for layer in model.layers:
+        down, up = (
+            nn.Linear(a, b, bias=False, **options) for a, b in ((case.hidden, case.rank), (case.rank, case.hidden))
+        )
+        act = nn.SiLU()
+        layer.down, layer.up = down, up  # its parameters
+        w1, w2 = down.weight, up.weight
+
+        def by_modules(_: Any, __: Any, h: Tensor, down: Any = down, up: Any = up, act: Any = act) -> Tensor:
+            return h + up(act(down(h)))
+
+        def by_functions(_: Any, __: Any, h: Tensor, w1: Tensor = w1, w2: Tensor = w2) -> Tensor:
+            return h + F.linear(F.silu(F.linear(h, w1)), w2)
+
+        layer.register_forward_hook(by_modules if modules else by_functions)
+    return model
+
+
+# --------------------------------------------------------------------------------------------------------- contenders
+
+
+def _layer_call(model: Chain, case: HostCase, device: torch.device) -> Call:
+    layer, x, branch = model.layers[0], _hidden(case, device), _hidden(case, device)
+    return lambda: layer(x, branch)
+
+
+def _train_call(model: Chain, case: HostCase, device: torch.device) -> Call:
+    x = _hidden(case, device, gradient=True)
+    branches = [_hidden(case, device, gradient=True) for _ in model.layers]
+    leaves = [x, *branches, *model.parameters()]
+    grad = torch.ones_like(x)
+    return lambda: torch.autograd.grad(model(x, *branches), leaves, grad)
+
+
+def _block_contenders(
+    call: Callable[[Chain, HostCase, torch.device], Call], case: HostCase, small: HostCase, device: torch.device
+) -> dict[str, Call]:
+    return {
+        "fused": call(patched(case, device), case, device),
+        "hook": call(hooked(small, device), small, device),
+        "hook-modules": call(hooked(small, device, modules=True), small, device),
+        "unsteered": call(Chain(small), small, device),
+    }
+
+
+def _gather_call(case: HostCase, device: torch.device) -> Call:
+    """The block's add, and its shift by weights copied for each token: seven operations."""
+    dtype = DTYPES[case.dtype]
+    x, branch = (_hidden(case, device).squeeze(1) for _ in "xb")
+    downs = torch.randn(case.adapters, case.rank, case.hidden, dtype=dtype, device=device)
+    ups = torch.randn(case.adapters, case.hidden, case.rank, dtype=dtype, device=device)
+    ids = torch.arange(case.tokens, device=device) % case.adapters
+
+    def gather() -> Tensor:
+        h = x + branch
+        return h + torch.bmm(ups[ids], F.silu(torch.bmm(downs[ids], h.unsqueeze(-1)))).squeeze(-1)
+
+    return gather
+
+
+def _grouped_contenders(case: HostCase, small: HostCase, device: torch.device) -> dict[str, Call]:
+    from fused_steer import SteerConfig
+
+    model = patched(case, device)
+    names = ["default", *(str(number) for number in range(1, case.adapters))]
+    for name in names[1:]:
+        model.steering.add(name, SteerConfig(rank=case.rank))
+    model.batch = model.steering.batch([names[row % len(names)] for row in range(case.tokens)])
+    model.batch.__enter__()  # lasts as long as the model
+    model(_hidden(case, device), _hidden(case, device))  # a pass: where the rows are is worked out once for all layers
+    return {
+        "fused": _layer_call(model, case, device),
+        "gather-bmm": _gather_call(small, device),
+        "unsteered": _layer_call(Chain(small), small, device),
+    }
+
+
+def _compiled_contenders(case: HostCase, small: HostCase, device: torch.device) -> dict[str, Call]:
+    x, branch = _hidden(case, device), _hidden(case, device)
+    tiny, tiny_branch = _hidden(small, device), _hidden(small, device)
+    model, hook = patched(case, device), hooked(small, device)
+    compiled = torch.compile(patched(case, device), fullgraph=True, dynamic=False)
+    empty = torch.compile(lambda x, branch: x.view(-1), fullgraph=True, dynamic=False)
+    return {
+        "fused": lambda: compiled(x, branch),
+        "eager": lambda: model(x, branch),
+        "hook": lambda: hook(tiny, tiny_branch),
+        "empty": lambda: empty(x, branch),
+    }
+
+
+_MAKERS: dict[str, Callable[[HostCase, HostCase, torch.device], dict[str, Call]]] = {
+    "call": functools.partial(_block_contenders, _layer_call),
+    "train": functools.partial(_block_contenders, _train_call),
+    "grouped": _grouped_contenders,
+    "compiled": _compiled_contenders,
+}
+
+
+# ------------------------------------------------------------------------------------------------------------- measure
+
+
+def count_launches(call: Call, device: torch.device) -> int | None:
+    """Kernels that a call launches: on a GPU all of them, over the stub driver ours; None without either."""
+    from .stub import active
+
+    stub = active()
+    if device.type == "cuda" or stub is None:
+        return timing.count_launches(call, device)
+    with stub.launched() as launched:
+        call()
+    return len(launched)
+
+
+def interleave(calls: dict[str, Call], device: torch.device, rounds: int, number: int) -> dict[str, list[float]]:
+    """CPU seconds of each call, all of them in turns. Of this thread; on a GPU, whose backward passes run in a thread
+    of their own, of the process."""
+    clock = time.process_time_ns if device.type == "cuda" else time.thread_time_ns
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        for _ in range(3 * number):
+            call()
+    timing.synchronize(device)
+    gc.collect()
+    gc.disable()
+    try:
+        for turn in range(rounds):
+            for name in timing.in_turn(list(calls), turn):
+                call = calls[name]
+                begin = clock()
+                for _ in range(number):
+                    call()
+                samples[name].append((clock() - begin) / number / 1e9)
+                timing.synchronize(device)
+    finally:
+        gc.enable()
+    return samples
+
+
+def measure_host(case: HostCase, what: str, device: torch.device, rounds: int = 150) -> list[Row]:
+    """Host time of one kind of call, for each contender. On a CPU over the stub driver, or it says nothing.
+
+    Raises:
+        ValueError: no such call.
+    """
+    if what not in _MAKERS:
+        raise ValueError(f"what is {what!r}; expected one of {', '.join(_MAKERS)}")
+    small = case if device.type == "cuda" else replace(TINY, layers=case.layers)
+    whole = what in ("train", "compiled")  # a call of all layers
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with contextlib.nullcontext() if what == "train" else torch.no_grad():
+            calls = _MAKERS[what](case, small, device)
+            for call in calls.values():
+                call()  # compiles
+            launches = {name: count_launches(call, device) for name, call in calls.items()}
+            samples = interleave(calls, device, rounds, CALLS // 4 if whole else CALLS)
+    finally:
+        torch.set_num_threads(threads)
+    rows = []
+    for name in HOST_CONTENDERS[what]:
+        layers = case.layers if whole and name != "empty" else 1
+        rows.append(Row("host", what, name, asdict(case), [s / layers for s in samples[name]], launches=launches[name]))
+    return rows
+
+
+def lines(results: Results) -> list[str]:
+    """The table of ratios, and each goal met or not."""
+    found = [f"{'':10} {'':14} {'µs':>8} {'x rival':>8} {'launches':>9}"]
+    for what in HOST_CONTENDERS:
+        for row in results.rows:
+            if row.what == what:
+                ratio = host_ratio(results, what, row.contender, RIVALS_ON_HOST[what])
+                share = "-" if ratio is None else f"{ratio:.2f}"
+                launches = "-" if row.launches is None else row.launches
+                seconds = row.quantile(0.1)
+                assert seconds is not None
+                found.append(f"{what:10} {row.contender:14} {1e6 * seconds:8.2f} {share:>8} {launches:>9}")
+    for goal in judge(HOST_GOALS, results):
+        value = "-" if goal.value is None else f"{goal.value:.2f}"
+        met = {True: "met", False: "NOT MET", None: "not measured"}[goal.met]
+        found.append(f"{goal.name:15} {value:>6} {goal.limit:>8}  {met:<12} {goal.text}")
+    return found
+
+
+def main(
+    what: Annotated[list[str] | None, typer.Argument(help=f"Of {', '.join(HOST_CONTENDERS)}; all without.")] = None,
+    rounds: Annotated[int, typer.Option(help="Samples of each contender.")] = 150,
+    as_json: Annotated[bool, typer.Option("--json", help="Rows as JSON instead of the table.")] = False,
+) -> None:
+    """Measure the host's share of a block's call, on a GPU or over the stub driver."""
+    if torch.cuda.is_available():
+        device, kind = torch.device("cuda", torch.cuda.current_device()), "gpu"
+    else:
+        from fused_steer.kernels.numerics import INTERPRETED
+
+        if INTERPRETED:
+            typer.echo("bench.host: kernels are interpreted here; run `python -m bench.stub -m bench.host`", err=True)
+            raise typer.Exit(1)
+        from .stub import arm
+
+        try:
+            arm()
+        except RuntimeError as error:
+            typer.echo(f"bench.host: {error}", err=True)
+            raise typer.Exit(1) from None
+        device, kind = torch.device("cpu"), "stub"
+    results = Results({"kind": kind})
+    try:
+        for each in what or HOST_CONTENDERS:
+            results.rows += measure_host(HostCase(), each, device, rounds)
+    except ValueError as error:
+        typer.echo(f"bench.host: {error}", err=True)
+        raise typer.Exit(1) from None
+    if as_json:
+        json.dump([asdict(row) for row in results.rows], sys.stdout)
+    else:
+        where = "a GPU" if kind == "gpu" else "the stub driver: executed on the host, no kernel ran"
+        typer.echo("\n".join([f"host time over {where}", *lines(results)]))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,201 @@
+"""A CUDA device that does nothing: Triton compiles and launches for real, CPU tensors play the device's.
+
+What is real: Triton's JIT, its binder, ptxas, and the launcher in C. What is not: the driver library below them, built
+from libcuda.c at first use. So a launch costs the host what it costs on a card, less the driver's own time, and no
+kernel runs: results are whatever memory held.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import importlib
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SOURCE = Path(__file__).with_name("libcuda.c")
+SHARED_MEMORY = {"sm_80": 166912, "sm_90": 232448}  # bytes that a block may have
+KEPT = 4096  # launches that the library keeps, as libcuda.c has it
+
+
+class _Kept(ctypes.Structure):
+    _fields_ = [
+        ("name", ctypes.c_char * 96),
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint),
+        ("shared", ctypes.c_uint),
+    ]
+
+
+@dataclass(frozen=True)
+class Launched:
+    """One launch as the driver got it: kernel's name, grid, threads of a block, bytes of dynamic shared memory."""
+
+    name: str
+    grid: tuple[int, int, int]
+    block: int
+    shared: int
+
+
+class Stub:
+    """The driver that is active in this process; see `arm`."""
+
+    def __init__(self, library: ctypes.CDLL, device: str) -> None:
+        self._library, self.device = library, device
+        library.stub_launches.restype = ctypes.c_ulonglong
+        library.stub_launch.restype = ctypes.POINTER(_Kept)
+        library.stub_launch.argtypes = [ctypes.c_ulonglong]
+
+    @property
+    def launches(self) -> int:
+        """How many kernels were launched since the process began."""
+        return self._library.stub_launches()
+
+    def last(self, number: int = 1) -> list[Launched]:
+        """The last `number` launches, the first of them first."""
+        end = self.launches
+        if not 0 <= number <= min(end, KEPT):
+            raise ValueError(f"number is {number}; expected 0 to {min(end, KEPT)}, of the launches that are kept")
+        found = []
+        for place in range(end - number, end):
+            kept = self._library.stub_launch(place).contents
+            found.append(Launched(kept.name.decode(), tuple(kept.grid), kept.block, kept.shared))
+        return found
+
+    @contextmanager
+    def launched(self) -> Iterator[list[Launched]]:
+        """The yielded list holds, after the block, the launches made inside it."""
+        found: list[Launched] = []
+        begin = self.launches
+        yield found
+        found.extend(self.last(self.launches - begin))
+
+
+def _folder() -> Path:
+    """A folder of this user's for the library and Triton's cache: another one for other sources or another triton."""
+    from triton import __version__
+
+    digest = hashlib.sha256(SOURCE.read_bytes() + __version__.encode()).hexdigest()[:12]
+    folder = Path(tempfile.gettempdir()) / f"fused-steer-stub-{os.getuid()}-{digest}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise RuntimeError(f"{folder} belongs to another user; expected it to be this user's (set TMPDIR)")
+    return folder
+
+
+def _build(folder: Path) -> Path:
+    """libcuda.so.1 in `folder`, compiled where it is not there yet."""
+    library = folder / "libcuda.so.1"
+    if library.exists():
+        return library
+    gcc = shutil.which("gcc")
+    if gcc is None:
+        raise RuntimeError("there is no gcc; the stub driver is compiled by it (apt install gcc)")
+    triton = importlib.util.find_spec("triton")
+    assert triton is not None and triton.origin is not None
+    include = Path(triton.origin).parent / "backends" / "nvidia" / "include"
+    partial = folder / f"libcuda.{os.getpid()}.so"
+    command = [gcc, "-shared", "-fPIC", "-O2", "-Wl,-soname,libcuda.so.1", "-I", include, "-o", partial, SOURCE]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"gcc cannot compile {SOURCE.name}: {' '.join(done.stderr.split())[:300]}")
+    os.replace(partial, library)
+    return library
+
+
+def _replace(module: str, name: str, value: Any) -> Any:
+    """Set a name of a module of the kernels; the value before."""
+    of = importlib.import_module(f"fused_steer.kernels.{module}")
+    if not hasattr(of, name):
+        raise RuntimeError(f"fused_steer.kernels.{module} has no {name}; bench/stub/driver.py has to follow it")
+    before = getattr(of, name)
+    setattr(of, name, value)
+    return before
+
+
+_active: Stub | None = None
+
+
+@functools.cache
+def arm(device: str = "sm_90") -> Stub:
+    """Make Triton compile and launch for a device that does nothing, and `fused_steer` take CPU tensors for its own.
+
+    For the rest of the process, which nothing else should use. Before Triton's first use.
+
+    Args:
+        device: sm_80 (A100) or sm_90 (H100): its multiprocessors, cache and shared memory.
+
+    Raises:
+        ValueError: another device.
+        RuntimeError: no Linux on x86-64, no gcc, or a process whose kernels are interpreted.
+    """
+    if device not in SHARED_MEMORY:
+        raise ValueError(f"device is {device!r}; expected one of {', '.join(SHARED_MEMORY)}")
+    if (sys.platform, platform.machine()) != ("linux", "x86_64"):
+        raise RuntimeError(f"this is {sys.platform} on {platform.machine()}; the stub driver needs Linux on x86-64")
+    if os.environ.get("TRITON_INTERPRET", "0") != "0":
+        raise RuntimeError("TRITON_INTERPRET is set; expected a process without it: `python -m bench.stub FILE`")
+    folder = _folder()
+    os.environ["TRITON_LIBCUDA_PATH"] = str(_build(folder).parent)
+    # A cache of its own: Triton's driver module is linked against the library that it finds when it is compiled.
+    os.environ["TRITON_CACHE_DIR"] = str(folder / "cache")
+    # The first to be loaded under its name is the one that everything of this process gets.
+    library = ctypes.CDLL(str(folder / "libcuda.so.1"), mode=ctypes.RTLD_GLOBAL)
+
+    import torch
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia import driver as nvidia
+
+    capability = int(device.removeprefix("sm_"))
+
+    class Driver(nvidia.CudaDriver):
+        def __init__(self) -> None:
+            self.utils = nvidia.CudaUtils()
+            self.launcher_cls = nvidia.CudaLauncher
+            self.get_device_capability = lambda device=None: divmod(capability, 10)
+            self.get_current_device = lambda: 0
+            self.get_current_stream = lambda device=None: 0
+            self.set_current_device = lambda device: None
+
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget("cuda", capability, 32)
+
+        def get_active_torch_device(self) -> torch.device:
+            return torch.device("cpu")
+
+        @staticmethod
+        def is_active() -> bool:
+            return True
+
+    from fused_steer.kernels.schedule import TARGETS, describe_device
+
+    described = TARGETS[device]
+    library.stub_describe(described.multiprocessors, SHARED_MEMORY[device])
+    triton.runtime.driver.set_active(Driver())
+    # What a build of PyTorch without CUDA lacks: to ask these costs what the real ones cost, a call into C apart.
+    for name, answer in (("_cuda_getDevice", lambda: 0), ("_cuda_getCurrentRawStream", lambda index: 0)):
+        if not hasattr(torch._C, name):
+            setattr(torch._C, name, answer)
+    _replace("backend", "_TRITON_DEVICES", ("cuda", "xpu", "cpu"))
+    _replace("schedule", "_INTERPRETED_DEVICE", described)
+    describe_device.cache_clear()
+    global _active
+    _active = Stub(library, device)
+    return _active
+
+
+def active() -> Stub | None:
+    """The driver of this process, where it is the stub."""
+    return _active
