@@ -31,7 +31,7 @@ _RUNTIME = knobs.runtime
 _ALIGNMENT = 16  # bytes; kernels are specialised for addresses that are a multiple of it
 
 
-# ------------------------------------------------------------------------------------------------ what a call depends on
+# ----------------------------------------------------------------------------------------------- what a call depends on
 
 
 def _environment() -> Callable[[], Any]:
@@ -47,7 +47,7 @@ _asked = _environment()
 
 
 def _is_hooked() -> bool:
-    """Whether somebody, such as a profiler, wants to see launches: Triton keeps chains of hooks that are mostly empty."""
+    """Whether somebody, such as a profiler, wants to see launches. Triton keeps chains of hooks, mostly empty."""
     enter, leave = _RUNTIME.launch_enter_hook, _RUNTIME.launch_exit_hook
     return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 

@@ -1,8 +1,8 @@
 """`post_block` by launch plans: for a caller that steers by the same adapter again and again, as a layer's site does.
 
 `PlannedPostBlock` gives what `post_block` gives, with and without gradients. It keeps a plan for each shape that it has
-seen (see plan.py), so that a repeated call costs the host a check, an allocation and a launch. Calls that no plan is for
-go through `post_block`'s own functions.
+seen (see plan.py), so that a repeated call costs the host a check, an allocation and a launch. Calls that no plan is
+for go through `post_block`'s own functions.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class PlannedPostBlock:
         call = self._call(operands, whole)
         if not self._may_plan(call):
             return self._ordinary(call)
-        # Planned beneath autograd: a checkpoint counts the tensors that are saved, in this call and when it is repeated.
+        # Planned beneath autograd: a checkpoint counts the tensors that are saved, now and when the call is repeated.
         with torch.no_grad():
             results, plan = Plan.make(operands, lambda: [t for t in _forward(*call, keep_a=True) if t is not None])
         if (
