@@ -121,7 +121,11 @@ def hooked(case: HostCase, device: torch.device, modules: bool = False) -> Chain
 
 def _layer_call(model: Chain, case: HostCase, device: torch.device) -> Call:
     layer, x, branch = model.layers[0], _hidden(case, device), _hidden(case, device)
-    return lambda: layer(x, branch)
+
+    def call(keep: Chain = model) -> Any:  # with the model goes a batch that it runs
+        return layer(x, branch)
+
+    return call
 
 
 def _train_call(model: Chain, case: HostCase, device: torch.device) -> Call:

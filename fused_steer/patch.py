@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
+from torch.nn.modules.module import _has_any_global_hook as has_global_hook
 from torch.utils.hooks import RemovableHandle
 
 from .residual import ResidualNotFound, rewrite_forward
@@ -116,6 +117,20 @@ def _config_above(model: nn.Module, path: str) -> type:
     return type(model.config)
 
 
+#: The name under which a rewritten forward calls the layer's site.
+_CALL = "call_post_block"
+
+
+def _call_site(layer: nn.Module, left: Tensor, right: Tensor, entering: Any) -> Tensor:
+    """`layer.post_block(left, right, entering)`, past nn.Module's `__call__` where nobody hooked the site."""
+    site: Any = layer._modules[SITE]
+    if site._forward_hooks or site._forward_pre_hooks or site._backward_hooks or site._backward_pre_hooks:
+        return site(left, right, entering)
+    if is_compiling() or has_global_hook():
+        return site(left, right, entering)
+    return site.steer(left, right, entering)
+
+
 def _rebuild(base: type[nn.Module], rewritten: bool) -> nn.Module:
     cls = steered_class(base, rewritten)
     return cls.__new__(cls)
@@ -142,15 +157,29 @@ def steered_class(base: type[nn.Module], rewritten: bool) -> type[nn.Module]:
         "__reduce_ex__": __reduce_ex__,
     }
     if rewritten:
-        forward = namespace["forward"] = rewrite_forward(base, SITE, with_input=True)
+        forward = namespace["forward"] = rewrite_forward(base, _CALL, with_input=True)
+
+    plain = base.__call__ is nn.Module.__call__
 
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if is_compiling() or rewritten and type(self).forward is forward and "forward" not in self.__dict__:
+        if rewritten and type(self).forward is forward and "forward" not in self.__dict__:
+            if plain and self._compiled_call_impl is None:
+                return self._call_impl(*args, **kwargs)  # what nn.Module's does
+            return base.__call__(self, *args, **kwargs)
+        if is_compiling():
             return base.__call__(self, *args, **kwargs)
         site = self.get_submodule(SITE)
         return call_watched(self, site, f"layer {site.patched.index}", base.__call__, args, kwargs)
 
-    namespace["__call__"] = __call__
+    @property
+    def post_block(self: nn.Module) -> nn.Module:
+        # Past nn.Module's __getattr__, which takes longer than a launch.
+        try:
+            return self._modules[SITE]  # type: ignore[return-value]
+        except KeyError:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {SITE!r}") from None
+
+    namespace |= {"__call__": __call__, SITE: post_block, _CALL: _call_site}
     return type(base)(base.__name__, (base,), namespace)
 
 

@@ -163,11 +163,14 @@ class PeftSite(SteeringSite, BaseTunerLayer):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise _cannot_merge()
 
-    def forward(self, residual: Tensor, branch: Tensor | None = None, entering: Tensor | None = None) -> Tensor:
+    def steer(self, residual: Tensor, branch: Tensor | None = None, entering: Tensor | None = None) -> Tensor:
+        branch = self._called(residual, branch, entering)
+        self.__dict__["calls"] += 1
+        self.__dict__["backend"] = select_backend(residual.device)
+        return self._in_graph(residual, branch)
+
+    def _in_graph(self, residual: Tensor, branch: Tensor | None) -> Tensor:
         """residual + branch, steered by the active adapters, or each row by its own. (..., d)"""
-        if not torch.compiler.is_compiling():
-            branch = self._called(residual, branch, entering)
-            self.__dict__["backend"] = select_backend(residual.device)
         if not self.disable_adapters:
             if self.row_adapters is not None:
                 return self._by_rows(residual, branch, self.row_adapters)

@@ -15,7 +15,7 @@ from .kernels import post_block, select_backend
 from .kernels.orthogonal import project_gradient
 from .kernels.planned import PlannedPostBlock
 from .slots import Slots
-from .watch import note_run
+from .watch import note_run, watched
 
 if TYPE_CHECKING:
     from .batch import Batch
@@ -177,16 +177,21 @@ class SteeringSite(nn.Module):
             residual, branch: what the block adds up at its end. Without branch, `residual` is the finished sum.
             entering: what the block was given, its first argument; it tells whether a gradient has to pass the block.
         """
-        if is_compiling():
-            return self._in_graph(residual, branch)
+        return self._in_graph(residual, branch) if is_compiling() else self.steer(residual, branch, entering)
+
+    def steer(self, residual: Tensor, branch: Tensor | None = None, entering: Tensor | None = None) -> Tensor:
+        """`forward` outside of compiled graphs. A layer calls it directly where nobody hooked the site."""
         noted = self.__dict__  # past nn.Module's __setattr__, which takes longer than all the rest here
         planned = noted["_planned"]
         if planned is None:
             planned = self._plan(residual)
-        branch = self._called(residual, branch, entering)
+        noted["calls"] += 1
+        graded = is_grad_enabled()
+        if graded or watched.calls:
+            branch = self._called(residual, branch, entering)
         if planned is not None:
             steer, parameters = planned
-            out = steer(residual, branch, *parameters())
+            out = (steer.train if graded else steer.infer)(residual, branch, *parameters())
             noted["backend"] = steer.backend
             return out
         noted["backend"] = select_backend(residual.device)
@@ -264,10 +269,9 @@ class SteeringSite(nn.Module):
         return self.slots.routed(residual, branch, batch.routing(residual.device), self.backend)
 
     def _called(self, residual: Tensor, branch: Tensor | None, entering: Tensor | None) -> Tensor | None:
-        """Take note of an eager call. Returns the branch, so wrapped that backward raises where the block has lost the
+        """Say that the site runs. Returns the branch, so wrapped that backward raises where the block has lost the
         gradient of its input."""
         note_run(self)
-        self.__dict__["calls"] += 1
         if branch is not None and is_grad_enabled() and not (residual.requires_grad and branch.requires_grad):
             # What trains outside the layer may enter by one of the two: only a gradient that the layer's input asks for
             # can be lost.

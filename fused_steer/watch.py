@@ -29,12 +29,12 @@ class _Call:
         self.ran = False
 
 
-_watched = _Watched()
+watched = _Watched()
 
 
 def note_run(site: nn.Module) -> None:
-    """Say that `site` runs, for the watched calls of its layer in this thread."""
-    for call in _watched.calls:
+    """Say that `site` runs, for the watched calls of its layer in this thread. Needless where there are none."""
+    for call in watched.calls:
         if call.site is site:
             call.ran = True
 
@@ -46,7 +46,7 @@ def call_watched(layer: nn.Module, site: nn.Module, name: str, run: Callable[...
         RuntimeError: `site`, the layer's, did not run meanwhile in this thread.
     """
     call = _Call(site)
-    calls = _watched.calls
+    calls = watched.calls
     calls.append(call)
     try:
         output = run(layer, *args, **kwargs)

@@ -60,55 +60,50 @@ class Notes:
     made: list[torch.Tensor] = field(default_factory=list)
 
 
-_recording: ContextVar[_Recording | None] = ContextVar("fused_steer_recording", default=None)
-_notes: ContextVar[Notes | None] = ContextVar("fused_steer_notes", default=None)
+#: What watches launches in this context: a recording, notes, or nothing.
+watcher: ContextVar[_Recording | Notes | None] = ContextVar("fused_steer_watcher", default=None)
 
 
 @contextlib.contextmanager
 def recorded(device: Device) -> Iterator[list[Launch]]:
     """Launches made inside are appended to the yielded list instead of run; tensors may be on the meta device."""
     recording = _Recording(device, [])
-    token = _recording.set(recording)
+    token = watcher.set(recording)
     try:
         yield recording.launches
     finally:
-        _recording.reset(token)
+        watcher.reset(token)
 
 
 @contextlib.contextmanager
 def noted() -> Iterator[Notes]:
     """Launches made inside, and tensors allocated by `empty`, are noted in what is yielded."""
     notes = Notes()
-    token = _notes.set(notes)
+    token = watcher.set(notes)
     try:
         yield notes
     finally:
-        _notes.reset(token)
-
-
-def may_start() -> bool:
-    """Whether a kernel may be started past `launch`: nobody records launches or notes them."""
-    return _recording.get() is None and _notes.get() is None
+        watcher.reset(token)
 
 
 def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """`torch.empty`, for what a launcher allocates."""
     tensor = torch.empty(shape, dtype=dtype, device=device)
-    notes = _notes.get()
-    if notes is not None:
+    notes = watcher.get()
+    if isinstance(notes, Notes):
         notes.made.append(tensor)
     return tensor
 
 
 def is_recording() -> bool:
     """Whether launches are written down instead of made: of tensors that may be on no device that has a backend."""
-    return _recording.get() is not None
+    return isinstance(watcher.get(), _Recording)
 
 
 def device_of(tensor: torch.Tensor) -> Device:
     """The device that a launch on `tensor` is laid out for."""
-    recording = _recording.get()
-    return describe_device(tensor.device) if recording is None else recording.device
+    recording = watcher.get()
+    return recording.device if isinstance(recording, _Recording) else describe_device(tensor.device)
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -123,13 +118,12 @@ def launch(
 ) -> None:
     """Start `kernel` on `device`, which need not be the current one, with the blocks and warps of `schedule`."""
     constants.update(schedule.constants)
-    recording = _recording.get()
-    if recording is not None:
-        recording.launches.append(Launch(kernel, grid, arguments, constants, schedule))
+    watching = watcher.get()
+    if isinstance(watching, _Recording):
+        watching.launches.append(Launch(kernel, grid, arguments, constants, schedule))
         return
     options = {"num_warps": schedule.num_warps, "num_stages": schedule.num_stages}
     with on_device(device):
         compiled = kernel[grid](*arguments, **constants, **options)
-    notes = _notes.get()
-    if notes is not None:
-        notes.launches.append(Started(kernel, compiled, grid, arguments, constants, options))
+    if isinstance(watching, Notes):
+        watching.launches.append(Started(kernel, compiled, grid, arguments, constants, options))

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -24,32 +23,29 @@ from torch import Tensor
 from triton import knobs
 
 from .backend import ENVIRONMENT_VARIABLE
-from .launch import Started, may_start, noted, on_device
+from .launch import Started, noted, on_device, watcher
 from .numerics import INTERPRETED
 
 _RUNTIME = knobs.runtime
-_ALIGNMENT = 16  # bytes; kernels are specialised for addresses that are a multiple of it
 
 
 # ----------------------------------------------------------------------------------------------- what a call depends on
 
 
-def _environment() -> Callable[[], Any]:
-    """A function that reads FUSED_STEER_BACKEND; `os.environ.get` takes thirty times as long."""
+def _environment() -> tuple[Callable[[Any], Any], Any]:
+    """A function and its argument that read FUSED_STEER_BACKEND; `os.environ.get` takes thirty times as long."""
     values, encode = getattr(os.environ, "_data", None), getattr(os.environ, "encodekey", None)
     if isinstance(values, dict) and encode is not None:
-        get, key = values.get, encode(ENVIRONMENT_VARIABLE)
-        return lambda: get(key)
-    return lambda: os.environ.get(ENVIRONMENT_VARIABLE)
+        return values.get, encode(ENVIRONMENT_VARIABLE)
+    return os.environ.get, ENVIRONMENT_VARIABLE
 
 
-_asked = _environment()
+_read_environment, _BACKEND = _environment()
 
 
-def _is_hooked() -> bool:
-    """Whether somebody, such as a profiler, wants to see launches. Triton keeps chains of hooks, mostly empty."""
-    enter, leave = _RUNTIME.launch_enter_hook, _RUNTIME.launch_exit_hook
-    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+#: Hooks of launches, where profilers sit: Triton keeps two chains of them, mostly empty.
+_ENTER, _LEAVE = _RUNTIME.launch_enter_hook, _RUNTIME.launch_exit_hook
+_watching = watcher.get
 
 
 def _guard(tensors: Sequence[Tensor]) -> Callable[..., bool]:
@@ -73,14 +69,12 @@ def _python_guard(tensors: Sequence[Tensor]) -> Callable[..., bool]:
     return lambda *others: all(isinstance(t, Tensor) for t in others) and [key(t) for t in others] == keys
 
 
-def _allocator(tensor: Tensor) -> Callable[[], Tensor]:
-    """Makes tensors like this one, of no values, on the current device of its kind."""
-    size, stride, dtype = tuple(tensor.shape), tensor.stride(), tensor.dtype
-    strided = getattr(torch._C._dynamo.guards, f"_empty_strided_{tensor.device.type}", None)
-    if strided is not None:  # past the dispatcher
-        return lambda: strided(size, stride, dtype)
-    device = tensor.device
-    return lambda: torch.empty_strided(size, stride, dtype=dtype, device=device)
+def _strided(device: torch.device) -> Callable[..., Tensor]:
+    """Allocates a tensor of a size, a stride and a dtype, on the current device of its kind."""
+    strided = getattr(torch._C._dynamo.guards, f"_empty_strided_{device.type}", None)  # past the dispatcher
+    if strided is not None:
+        return strided
+    return lambda size, stride, dtype: torch.empty_strided(size, stride, dtype=dtype, device=device)
 
 
 # ----------------------------------------------------------------------------------------------------------- one launch
@@ -95,16 +89,17 @@ def _starter(launch: Started) -> Callable[[int, tuple[Any, ...]], Any]:
         count = len(launch.arguments)
         return lambda stream, arguments: kernel[grid](*arguments[:count], **constants)
     run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+    x, y, z = grid
     if triton.__version__.startswith("3.7.") and type(run).__name__ == "CudaLauncher":
         if not (run.global_scratch_size or run.profile_scratch_size):
-            # What `run` does, without its two closures.
-            start, flags = run.launch, (run.launch_cooperative_grid, run.launch_pdl)
-            nothing = (None,) * 5  # launch metadata, two hooks, two scratch memories
-            signature = (run.arg_annotations, run.kernel_signature)
-            return lambda stream, arguments: start(
-                *grid, stream, function, *flags, metadata, *nothing, *signature, arguments
-            )
-    return lambda stream, arguments: run(*grid, stream, function, metadata, None, None, None, *arguments)
+            # What `run` does, without its two closures. The five are launch metadata, two hooks, two scratch memories.
+            launch, cooperative, dependent = run.launch, run.launch_cooperative_grid, run.launch_pdl
+            annotations, signature = run.arg_annotations, run.kernel_signature
+            return lambda stream, arguments: launch(
+                x, y, z, stream, function, cooperative, dependent, metadata,
+                None, None, None, None, None, annotations, signature, arguments,
+            )  # fmt: skip
+    return lambda stream, arguments: run(x, y, z, stream, function, metadata, None, None, None, *arguments)
 
 
 def _itself(tensor: Tensor) -> Tensor:
@@ -118,17 +113,8 @@ class Plan:
     """The launches of one kind of call. See the module."""
 
     __slots__ = (
-        "count",
-        "_asked",
-        "_check",
-        "_device",
-        "_index",
-        "_launches",
-        "_makers",
-        "_now",
-        "_results",
-        "_stream",
-    )
+        "_asked", "_check", "_device", "_empty", "_index", "_launches", "_made", "_now", "_results", "_stream", "count",
+    )  # fmt: skip
 
     def __init__(
         self, operands: Sequence[Tensor], launches: Sequence[Started], made: Sequence[Tensor], results: Sequence[int]
@@ -142,9 +128,10 @@ class Plan:
         """
         self.count = len(operands)
         self._check = _guard(operands)
-        self._makers = [_allocator(tensor) for tensor in made]
+        self._empty = _strided(operands[0].device)
+        self._made = [(tuple(t.shape), t.stride(), t.dtype) for t in made]
         self._results = list(results)
-        self._asked = _asked()
+        self._asked = _read_environment(_BACKEND)
         self._device = operands[0].device
         places = {id(t): place for place, t in enumerate((*operands, *made))}
         places |= {t.data_ptr(): place for place, t in enumerate(operands)}  # views of operands
@@ -154,8 +141,7 @@ class Plan:
             last = max(i for i, value in enumerate(arguments) if isinstance(value, Tensor)) + 1
             # The pointers come first; what is absent among them is the None behind the last of all tensors.
             sources = [_place(value, places) for value in arguments[:last]]
-            assert last > 1, "itemgetter of one place gives no tuple"
-            self._launches.append((_starter(launch), itemgetter(*sources), tuple(arguments[last:])))
+            self._launches.append((_starter(launch), tuple(sources), tuple(arguments[last:])))
         self._now, self._stream, self._index = _device_functions(self._device)
 
     @classmethod
@@ -170,7 +156,7 @@ class Plan:
         """
         with noted() as notes:
             results = call()
-        if not notes.launches or not may_start() or _is_hooked() or any(not _plannable(t) for t in operands):
+        if not notes.launches or _watching() is not None or any(not _plannable(t) for t in operands):
             return results, None
         made = {id(tensor): place for place, tensor in enumerate(notes.made)}
         if any(id(result) not in made for result in results):
@@ -186,30 +172,80 @@ class Plan:
 
     def admit(self, *operands: Any) -> list[Any] | None:
         """The operands' addresses, for `go`; None where the plan is not for these operands, or not now."""
-        if not self._check(*operands) or self._asked != _asked() or _is_hooked() or not may_start():
+        if (
+            not self._check(*operands)
+            or _read_environment(_BACKEND) != self._asked
+            or _watching() is not None
+            or _RUNTIME.launch_enter_hook is not _ENTER
+            or _RUNTIME.launch_exit_hook is not _LEAVE
+            or _ENTER.calls
+            or _LEAVE.calls
+        ):
             return None
         addresses = [*map(_address, operands)]
         if not INTERPRETED:
             for address in addresses:
-                if address % _ALIGNMENT:
+                if address & 15:  # kernels are compiled for addresses that are multiples of 16 bytes
                     return None
         return addresses
 
     def go(self, addresses: list[Any]) -> list[Tensor]:
         """Start the launches on admitted operands. Returns the call's results."""
-        if self._now() != self._index:
+        index = self._index
+        if self._now() != index:
             with on_device(self._device):
-                return self._start(addresses)
-        return self._start(addresses)
+                return self._start(addresses, index)
+        return self._start(addresses, index)
 
-    def _start(self, addresses: list[Any]) -> list[Tensor]:
-        made = [make() for make in self._makers]
-        addresses += map(_address, made)
+    def _start(self, addresses: list[Any], index: int) -> list[Tensor]:
+        empty, made = self._empty, []
+        for size, stride, dtype in self._made:
+            tensor = empty(size, stride, dtype)
+            made.append(tensor)
+            addresses.append(_address(tensor))
         addresses.append(None)
-        stream = self._stream(self._index)
+        stream = self._stream(index)
         for start, pointers, rest in self._launches:
-            start(stream, pointers(addresses) + rest)
+            start(stream, (*[addresses[place] for place in pointers], *rest))
         return [made[place] for place in self._results]
+
+    def first_result(self) -> Callable[..., Tensor | None]:
+        """A function of operands that gives the first result of `go(admit(...))`, or None where the plan is not for
+        them: in one piece without loops, as its source is written for the plan. Loops cost as much as the launch."""
+        if INTERPRETED:
+            return lambda *operands: None if (found := self.admit(*operands)) is None else self.go(found)[0]
+        operands = [f"t{i}" for i in range(self.count)]
+        made = [f"m{i}" for i in range(len(self._made))]
+        places = [f"p{i}" for i in range(self.count)] + [f"q{i}" for i in range(len(made))] + ["None"]
+        names: dict[str, Any] = {
+            "plan": self, "check": self._check, "read": _read_environment, "backend": _BACKEND, "asked": self._asked,
+            "watching": _watching, "runtime": _RUNTIME, "enter": _ENTER, "leave": _LEAVE, "now": self._now,
+            "index": self._index, "stream_of": self._stream, "empty": self._empty, "pointer": Tensor.data_ptr,
+        }  # fmt: skip
+        lines = [
+            f"def run({', '.join(operands)}):",
+            f"    if not (check({', '.join(operands)}) and read(backend) == asked and watching() is None",
+            "            and runtime.launch_enter_hook is enter and runtime.launch_exit_hook is leave",
+            "            and not enter.calls and not leave.calls):",
+            "        return None",
+            *(f"    {place} = pointer({operand})" for place, operand in zip(places, operands, strict=False)),
+            f"    if ({' | '.join(places[: self.count])}) & 15:",
+            "        return None",
+            "    if now() != index:",
+            f"        return plan.go([{', '.join(places[: self.count])}])[0]",
+        ]
+        for number, (name, like) in enumerate(zip(made, self._made, strict=True)):
+            names |= {f"size{number}": like[0], f"stride{number}": like[1], f"dtype{number}": like[2]}
+            lines.append(f"    {name} = empty(size{number}, stride{number}, dtype{number})")
+            lines.append(f"    q{number} = pointer({name})")
+        lines.append("    stream = stream_of(index)")
+        for number, (starter, sources, rest) in enumerate(self._launches):
+            names |= {f"start{number}": starter, f"rest{number}": rest}
+            pointers = ", ".join(places[source] for source in sources)
+            lines.append(f"    start{number}(stream, ({pointers}, *rest{number}))")
+        lines.append(f"    return {made[self._results[0]]}")
+        exec("\n".join(lines), names)  # as dataclasses make their __init__; nothing of it comes from outside
+        return names["run"]
 
 
 def _place(value: Any, places: dict[int, int]) -> int:
@@ -221,7 +257,7 @@ def _place(value: Any, places: dict[int, int]) -> int:
 
 def _plannable(tensor: Tensor) -> bool:
     address = tensor.data_ptr() if type(tensor) in (Tensor, torch.nn.Parameter) and tensor.numel() else 0
-    return address != 0 and (INTERPRETED or address % _ALIGNMENT == 0)
+    return address != 0 and (INTERPRETED or address % 16 == 0)
 
 
 def _device_functions(device: torch.device) -> tuple[Callable[[], int], Callable[[int], int], int]:

@@ -7,6 +7,7 @@ for go through `post_block`'s own functions.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ class PlannedPostBlock:
     Not for compiled graphs (torch.compile), which call `post_block`.
     """
 
-    __slots__ = ("_activation", "_inference", "_scale", "_training", "_where", "backend")
+    __slots__ = ("_activation", "_inference", "_last", "_scale", "_training", "_where", "backend")
 
     def __init__(self, activation: str, scale: float, weights: tuple[Tensor | None, ...]) -> None:
         """
@@ -36,38 +37,54 @@ class PlannedPostBlock:
                 None is kept: each call brings its own.
         """
         self._activation, self._scale = activation, scale
-        self.backend: str | None = None  # that of the last call
         self._where = tuple(weight is not None for weight in weights)
-        self._inference: dict[Any, Plan] = {}
+        self._inference: dict[Any, Callable[..., Tensor | None]] = {}
+        self._last: Callable[..., Tensor | None] = _no_plan  # of a call with a branch
         self._training: dict[Any, _Training] = {}
+        self.backend: str | None = None  # that of the last call
 
-    def __call__(self, residual: Tensor, branch: Tensor | None, *weights: Tensor) -> Tensor:
-        """residual + branch, steered: see `post_block`. `weights` are those that are not None, in their order."""
+    def infer(self, residual: Tensor, branch: Tensor | None, *weights: Tensor) -> Tensor:
+        """residual + branch, steered, without a gradient: see `post_block`.
+
+        Args:
+            weights: those that are not None, in their order.
+        """
+        if branch is not None:
+            out = self._last(residual, branch, *weights)
+            if out is not None:
+                return out
+        return self._infer(residual, branch, *weights)
+
+    def _infer(self, residual: Tensor, branch: Tensor | None, *weights: Tensor) -> Tensor:
+        whole = branch is None
         operands = (residual, *weights) if branch is None else (residual, branch, *weights)
-        if torch.is_grad_enabled():
-            for operand in operands:
-                if operand.requires_grad:
-                    return self._with_gradient(operands, branch is None)
-        plan = self._inference.get(residual.shape)
-        if plan is not None and len(operands) == plan.count:
-            addresses = plan.admit(*operands)
-            if addresses is not None:
-                self.backend = "triton"
-                return plan.go(addresses)[0]
-        return self._plan_inference(operands, branch is None)
-
-    def _plan_inference(self, operands: tuple[Tensor, ...], whole: bool) -> Tensor:
-        call = self._call(operands, whole)
-        if not self._may_plan(call):
-            return self._ordinary(call)
-        (out,), plan = Plan.make(operands, lambda: _forward(*call, keep_a=False)[:1])
-        _keep(self._inference, operands[0].shape, plan)
+        run = self._inference.get((whole, residual.shape))
+        out = None if run is None else run(*operands)
+        if out is not None:
+            self.backend = "triton"
+        else:
+            call = self._call(operands, whole)
+            if not self._may_plan(call):
+                return self._ordinary(call)
+            (out,), plan = Plan.make(operands, lambda: _forward(*call, keep_a=False)[:1])
+            run = None if plan is None else plan.first_result()
+            _keep(self._inference, (whole, residual.shape), run)
+        if run is not None and not whole:
+            self._last = run
         return out
 
+    def train(self, residual: Tensor, branch: Tensor | None, *weights: Tensor) -> Tensor:
+        """The same where gradients are enabled, for the operands that require one."""
+        operands = (residual, *weights) if branch is None else (residual, branch, *weights)
+        for operand in operands:
+            if operand.requires_grad:
+                return self._with_gradient(operands, branch is None)
+        return self._infer(residual, branch, *weights)
+
     def _with_gradient(self, operands: tuple[Tensor, ...], whole: bool) -> Tensor:
-        shape = operands[0].shape
+        shape = (whole, operands[0].shape)
         training = self._training.get(shape)
-        if training is not None and len(operands) == training.forward.count:
+        if training is not None:
             addresses = training.forward.admit(*operands)
             if addresses is not None and not torch._C._are_functorch_transforms_active():
                 self.backend = "triton"
@@ -111,6 +128,10 @@ class PlannedPostBlock:
             residual, branch, down, up,
             down_bias=down_bias, up_bias=up_bias, activation=self._activation, scale=self._scale,
         )  # fmt: skip
+
+
+def _no_plan(*operands: Tensor) -> None:
+    return None
 
 
 def _keep(plans: dict[Any, Any], shape: Any, plan: Any) -> None:

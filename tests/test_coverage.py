@@ -71,29 +71,29 @@ def steered_by(forward: Callable[..., Any]) -> Callable[..., Any]:
         patch_model(model, config)
         for module in model.modules():
             if isinstance(module, SteeringSite):
-                module.__class__ = type("SteeringSite", (SteeringSite,), {"forward": forward})
+                module.__class__ = type("SteeringSite", (SteeringSite,), {"steer": forward})
         return model
 
     return patch
 
 
 def shifted(site: SteeringSite, residual: Any, branch: Any = None, entering: Any = None) -> Any:
-    return SteeringSite.forward(site, residual, branch, entering) + 1e-6
+    return SteeringSite.steer(site, residual, branch, entering) + 1e-6
 
 
 def stronger(site: SteeringSite, residual: Any, branch: Any = None, entering: Any = None) -> Any:
     plain = residual if branch is None else residual + branch
-    return plain + 1.001 * (SteeringSite.forward(site, residual, branch, entering) - plain)
+    return plain + 1.001 * (SteeringSite.steer(site, residual, branch, entering) - plain)
 
 
 def without_gradient(site: SteeringSite, residual: Any, branch: Any = None, entering: Any = None) -> Any:
-    steered = SteeringSite.forward(site, residual, branch, entering)
+    steered = SteeringSite.steer(site, residual, branch, entering)
     return steered + 0.01 * (steered - steered.detach())
 
 
 def counted_twice(site: SteeringSite, residual: Any, branch: Any = None, entering: Any = None) -> Any:
     site.calls += 1
-    return SteeringSite.forward(site, residual, branch, entering)
+    return SteeringSite.steer(site, residual, branch, entering)
 
 
 def idle(site: SteeringSite, residual: Any, branch: Any = None, entering: Any = None) -> Any:
