@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Optional
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from ._requirements import require
 from ._version import __version__
-from .checkpoint import PEFT_TYPE
+from .checkpoint import PEFT_TYPE, WEIGHTS_NAME, check_values, read_adapter
 from .config import DTYPES, SteerConfig
 from .kernels import MAX_RANK, post_block
 from .patch import SITE, Decoder, PatchedLayer, execution_device, find_decoder
@@ -105,6 +106,19 @@ class PostBlockConfig(PeftConfig):
             setattr(self, name, getattr(steer, name))
         self.r = self.rank
         self.layers = None if steer.layers is None else list(steer.layers)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
+        """As PEFT's. Weights that lie beside are checked, because PEFT reads them after it has changed the model.
+
+        Raises:
+            ValueError: a file is broken, or the weights have values that are not finite or overflow float32.
+        """
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
+        if os.path.isfile(os.path.join(folder, WEIGHTS_NAME)):
+            read_adapter(folder)
+        return config
 
     def steer_config(self) -> SteerConfig:
         """The same as a SteerConfig."""
@@ -301,6 +315,16 @@ class PostBlockModel(BaseTuner):
         return (module for module in self.model.modules() if isinstance(module, PeftSite))
 
     @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor], *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """Refuse values that no adapter file may have. PEFT asks for the tensors before it writes them."""
+        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, *args, **kwargs)
+        for name, tensor in found.items():
+            check_values(name, tensor, config.scale)
+        return found
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
@@ -318,6 +342,7 @@ class PostBlockModel(BaseTuner):
                     f"the adapter to load as {adapter_name!r} has {name} of {tensor.dtype} {tuple(tensor.shape)}; "
                     f"expected {dtype} {tuple(parameter.shape)}"
                 )
+            check_values(name, tensor, config.scale)
         return found
 
     # ----------------------------------------------------------------------------------------------- several adapters

@@ -303,7 +303,10 @@ class Steering:
                     f"{path} has shape {tuple(tensors[path].shape)} in this process; expected {shape} "
                     "(under DeepSpeed's ZeRO-3, save inside deepspeed.zero.GatheredParameters)"
                 )
-        file = AdapterFile(config, self._base, self._decoder.hidden, len(self._decoder.layers), tensors)
+        try:
+            file = AdapterFile(config, self._base, self._decoder.hidden, len(self._decoder.layers), tensors)
+        except ValueError as error:
+            raise ValueError(f"adapter {name!r} cannot be saved: {error}") from error
         return file, together
 
     def _parts(self, name: str) -> dict[str, Tensor]:

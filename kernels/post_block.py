@@ -238,9 +238,11 @@ def columns_kernel(
             if NEED_X or NEED_DOWN:
                 da = operand(tl.load(p_da + p_rows, mask=m_rank_rows, other=0.0), DOT)
             if NEED_DOWN or NEED_UP:
-                h = operand(apply(tl.load(p_a + p_rows, mask=m_rank_rows, other=0.0), ACTIVATION), DOT)
+                h = apply(tl.load(p_a + p_rows, mask=m_rank_rows, other=0.0), ACTIVATION)
+                h = operand(tl.where(strength[:, None] == 0, 0.0, h), DOT)
             if NEED_X:
-                store(p_dx + out_offsets, dot(da, w1, g, DOT), mask)
+                dx = dot(da, w1, g, DOT)
+                store(p_dx + out_offsets, tl.where(strength[:, None] == 0, g, dx), mask)
             if NEED_DOWN:
                 u = dot(h, w2, tl.zeros([BLOCK_N, BLOCK_D], tl.float32), DOT)
                 if HAS_UP_BIAS:
