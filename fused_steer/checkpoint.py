@@ -31,6 +31,9 @@ from .config import FLOAT32_MAX, SteerConfig
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PEFT_TYPE = "POST_BLOCK"
+#: Where adapters lie beside other files, each in a folder of its name: one level deeper than where transformers'
+#: Trainer looks for further adapters of PEFT's.
+CHECKPOINT_FOLDER = "fused_steer"
 CARD_NAME = "README.md"
 LIBRARY, CARD_TAGS = "fused-steer", ("fused-steer", "post-block-steering", "arxiv:2603.00425")
 _PREFIX = "base_model.model."
@@ -219,7 +222,7 @@ def locate_adapter(source: str | os.PathLike[str]) -> Path:
     """
     path = Path(source)
     if path.is_dir():
-        return path
+        return _beside_a_model(path)
     if path.exists():
         raise NotADirectoryError(f"{path} is a file; expected the directory that holds {CONFIG_NAME}")
     if not isinstance(source, str) or not _HUB_ID.fullmatch(source):
@@ -233,6 +236,21 @@ def locate_adapter(source: str | os.PathLike[str]) -> Path:
         raise FileNotFoundError(
             f"no adapter directory {source}, and the hub supplied none of this id ({type(error).__name__}: {reason})"
         ) from error
+
+
+def _beside_a_model(directory: Path) -> Path:
+    """The directory, or the one adapter in its `fused_steer/`, where a whole model is that has none at the top.
+
+    Raises:
+        ValueError: there are several.
+    """
+    if (directory / CONFIG_NAME).exists():
+        return directory
+    found = sorted(config.parent for config in (directory / CHECKPOINT_FOLDER).glob(f"*/{CONFIG_NAME}"))
+    if len(found) > 1:
+        names = ", ".join(folder.name for folder in found)
+        raise ValueError(f"{directory} holds adapters {names}; expected one of them, such as {found[0]}")
+    return found[0] if found else directory
 
 
 @dataclass(frozen=True)

@@ -295,12 +295,7 @@ class PostBlockModel(BaseTuner):
 
     def unload(self) -> nn.Module:
         """The model as it was: its layers' own classes, no sites."""
-        for site in self._sites():
-            if site.patched is not None:
-                site.patched.check_removable()
-        for site in list(self._sites()):
-            if site.patched is not None:
-                site.patched.remove()
+        _take_out(self.model)
         if hasattr(self.model, "peft_config"):
             del self.model.peft_config
         return self.model
@@ -432,6 +427,37 @@ class PostBlockModel(BaseTuner):
         if name not in self.peft_config:
             raise ValueError(f"no adapter {name!r}; expected one of {list(self.peft_config)}")
         return self.peft_config[name].steer_config()
+
+
+def unload(model: nn.Module) -> nn.Module:
+    """Take out the steering that transformers put in by `from_pretrained`, `load_adapter` or `add_adapter`; the model.
+
+    What `get_peft_model` or `PeftModel` has wrapped has an `unload` of its own.
+
+    Raises:
+        RuntimeError: another library has since changed a layer's class; nothing is undone then.
+    """
+    _take_out(model)
+    configs = getattr(model, "peft_config", {})
+    for name in [name for name, config in configs.items() if config.peft_type == POST_BLOCK]:
+        del configs[name]
+    if not configs and hasattr(model, "peft_config"):
+        del model.peft_config
+        model._hf_peft_config_loaded = False  # transformers' own mark
+    return model
+
+
+def is_steered(model: nn.Module) -> bool:
+    """Whether PEFT's steering is in the model."""
+    return any(isinstance(module, PeftSite) for module in model.modules())
+
+
+def _take_out(model: nn.Module) -> None:
+    patched = [m.patched for m in model.modules() if isinstance(m, PeftSite) and m.patched is not None]
+    for layer in patched:
+        layer.check_removable()
+    for layer in patched:
+        layer.remove()
 
 
 def _indices(config: PostBlockConfig, decoder: Decoder) -> list[int]:

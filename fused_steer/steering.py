@@ -22,6 +22,7 @@ from .pool import NAME, AdapterPool, checked_size
 from .processes import first_writes, gather, is_dtensor, is_first, part_of, sharder
 from .sites import Adapter, SteeringSite
 from .slots import Slots
+from .whole import SavePretrained
 from .writers import Writer, adapter_parameters, lora_layers, trace_writers
 
 #: What a model with LoRA and steering computes by: both, or one of the two.
@@ -88,6 +89,9 @@ class Steering:
         self._pool: AdapterPool | None = None
         self._batch: Batch | None = None
         self._batch_lock = Lock()
+        # PEFT saves a model that it has wrapped by its own means, and never as a whole.
+        whole = model is self._given and hasattr(model, "save_pretrained")
+        self._save_pretrained = SavePretrained(model, self) if whole else None
 
     # ------------------------------------------------------------------------------------------------------- adapters
 
@@ -279,10 +283,13 @@ class Steering:
             repo_id, file, private=private, token=token, revision=revision, commit_message=commit_message
         )
 
-    def _file(self, name: str) -> tuple[AdapterFile, bool]:
-        """What is written of an adapter, and whether all processes had to put it together."""
-        tensors = self._parts(name)
-        if name in self._orthogonal and lora_layers(self._model):
+    def _file(self, name: str, given: dict[str, Tensor] | None = None) -> tuple[AdapterFile, bool]:
+        """What is written of an adapter, and whether all processes had to put it together.
+
+        given: its tensors by path, in place of the model's own.
+        """
+        tensors = self._parts(name) if given is None else given
+        if given is None and name in self._orthogonal and lora_layers(self._model):
             for index, values in self._orthogonal[name].constrained().items():
                 tensors |= {f"{self._decoder.path}.{index}.{SITE}.{key}": value for key, value in values.items()}
         kept = {tensor.dtype for tensor in tensors.values()}
@@ -292,8 +299,8 @@ class Steering:
                 f"adapter {name!r} has parameters of {sorted(map(str, kept))}; expected one of {list(DTYPES)}"
             )
         config = replace(self._configs[name], dtype=names[0])
-        together = any(sharder(p.site) == "FSDP" for p in self._patched.values()) or any(
-            map(is_dtensor, tensors.values())
+        together = any(map(is_dtensor, tensors.values())) or (
+            given is None and any(sharder(p.site) == "FSDP" for p in self._patched.values())
         )
         if together:
             tensors = gather(tensors, self._shapes(name))
@@ -539,6 +546,8 @@ class Steering:
             decoder.register_forward_hook(self._after_forward),
         ]
         self._model.steering = self
+        if self._save_pretrained is not None:
+            self._save_pretrained.install()
 
     def unpatch(self) -> Any:
         """Take every site out of the model, which is then exactly as it came; return it. The adapters are gone.
@@ -568,6 +577,8 @@ class Steering:
         for hook in self._hooks:
             hook.remove()
         del self._model.steering
+        if self._save_pretrained is not None:
+            self._save_pretrained.remove()
         return self._given
 
     def _insert(self, name: str, config: SteerConfig, adapters: dict[int, Adapter]) -> None:
