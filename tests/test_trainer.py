@@ -15,7 +15,7 @@ from models import build, logits, randomize, refused, steering_parameters, token
 from peft import LoraConfig, get_peft_model
 from test_docs import run_page
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from fused_steer import SteerConfig, SteeringTrainer, patch_model
 
@@ -316,9 +316,16 @@ def values_of(model: nn.Module) -> dict[str, Tensor]:
 def test_the_page_runs(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    names = {"model": build(), "dataset": DATASET, "held_out": DATASET[:4]}
+    names = {"model": build(), "dataset": DATASET, "held_out": DATASET[:4], "Trainer": Trainer}
+
+    class AutoModel:
+        @staticmethod
+        def from_pretrained(source: str) -> nn.Module:
+            return build() if source == "base" else AutoModelForCausalLM.from_pretrained(source)
+
+    names["AutoModelForCausalLM"] = AutoModel
     run_page("trainer.md", names)
-    model = names["model"].eval()
-    assert torch.equal(logits(patch_model(build(), "polite")), logits(model))
-    assert not torch.equal(logits(model), logits(build()))
+    for source in ("polite", "whole/checkpoint-2"):
+        assert not torch.equal(logits(patch_model(build(), source)), logits(build()))
+    assert torch.equal(logits(names["model"]), logits(patch_model(build(), "whole/checkpoint-2")))
     assert Path("out/checkpoint-4/adapter_config.json").is_file() and hub.created == [("me/polite", True)]
