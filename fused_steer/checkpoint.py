@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import mmap
 import os
 import re
@@ -21,14 +22,18 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from ._version import __version__
-from .config import SteerConfig
+from .config import FLOAT32_MAX, SteerConfig
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PEFT_TYPE = "POST_BLOCK"
+#: Where adapters lie beside other files, each in a folder of its name: one level deeper than where transformers'
+#: Trainer looks for further adapters of PEFT's.
+CHECKPOINT_FOLDER = "fused_steer"
 CARD_NAME = "README.md"
 LIBRARY, CARD_TAGS = "fused-steer", ("fused-steer", "post-block-steering", "arxiv:2603.00425")
 _PREFIX = "base_model.model."
@@ -42,6 +47,12 @@ class AdapterFile:
     """What a saved adapter is: its config, the model that it was made for, and its tensors by path of the parameter.
 
     base: the model's name, "" where it had none; hidden: its d; num_layers: its decoder layers.
+
+    Every adapter that is read or written is one of these, so that none with values that spoil a hidden state exists:
+    served beside others, it would spoil theirs too, through cache blocks that are used again.
+
+    Raises:
+        ValueError: a tensor has values that are not finite, or overflow float32 when the strength multiplies them.
     """
 
     config: SteerConfig
@@ -49,6 +60,31 @@ class AdapterFile:
     hidden: int
     num_layers: int
     tensors: dict[str, Tensor]
+
+    def __post_init__(self) -> None:
+        for path, tensor in self.tensors.items():
+            check_values(path, tensor, self.config.scale)
+
+
+def check_values(path: str, tensor: Tensor, scale: float) -> None:
+    """Refuse a tensor with values that are not finite, and a W2 or b2 that overflows float32 times the strength.
+
+    Raises:
+        ValueError: in one line, which names the tensor by `path`.
+    """
+    if not tensor.is_floating_point() or not tensor.numel():
+        return  # of a dtype or shape that no adapter has: refused as such
+    if tensor.element_size() == 1:  # no arithmetic is defined on float8
+        tensor = tensor.float()
+    least, most = torch.stack(tensor.detach().aminmax()).tolist()  # NaN if one value is
+    largest = max(-least, most)
+    if not math.isfinite(largest):
+        raise ValueError(f"tensor {path} has values that are NaN or infinite; expected finite ones")
+    if ".steer_up." in path and abs(scale) * largest > FLOAT32_MAX:
+        raise ValueError(
+            f"tensor {path} has values up to {largest:.3g}, and scale is {scale:.3g}; expected a product of at most "
+            f"{FLOAT32_MAX:.3g}, float32's largest"
+        )
 
 
 def write_adapter(directory: str | os.PathLike[str], adapter: AdapterFile) -> None:
@@ -87,7 +123,7 @@ def refuse_foreign(directory: Path) -> None:
     """
     try:
         fields = json.loads((directory / CONFIG_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return  # none, or nothing that could still be read
     method = fields.get("peft_type", PEFT_TYPE) if isinstance(fields, dict) else PEFT_TYPE
     if method != PEFT_TYPE:
@@ -186,7 +222,7 @@ def locate_adapter(source: str | os.PathLike[str]) -> Path:
     """
     path = Path(source)
     if path.is_dir():
-        return path
+        return _beside_a_model(path)
     if path.exists():
         raise NotADirectoryError(f"{path} is a file; expected the directory that holds {CONFIG_NAME}")
     if not isinstance(source, str) or not _HUB_ID.fullmatch(source):
@@ -200,6 +236,21 @@ def locate_adapter(source: str | os.PathLike[str]) -> Path:
         raise FileNotFoundError(
             f"no adapter directory {source}, and the hub supplied none of this id ({type(error).__name__}: {reason})"
         ) from error
+
+
+def _beside_a_model(directory: Path) -> Path:
+    """The directory, or the one adapter in its `fused_steer/`, where a whole model is that has none at the top.
+
+    Raises:
+        ValueError: there are several.
+    """
+    if (directory / CONFIG_NAME).exists():
+        return directory
+    found = sorted(config.parent for config in (directory / CHECKPOINT_FOLDER).glob(f"*/{CONFIG_NAME}"))
+    if len(found) > 1:
+        names = ", ".join(folder.name for folder in found)
+        raise ValueError(f"{directory} holds adapters {names}; expected one of them, such as {found[0]}")
+    return found[0] if found else directory
 
 
 @dataclass(frozen=True)
@@ -242,6 +293,8 @@ def read_head(source: str | os.PathLike[str]) -> AdapterHead:
         version = fields.pop("fused_steer_version", None)
         digest = fields.pop("weights_sha256", None)
         base = fields.pop("base_model_name_or_path", None) or ""
+        if not isinstance(base, str):
+            raise ValueError(f"base_model_name_or_path is {base!r}; expected a name, or null")
         hidden, num_layers = (_positive(fields, key) for key in ("hidden_size", "num_layers"))
         try:
             config = SteerConfig.from_dict(fields)
@@ -294,7 +347,8 @@ def _check_digest(head: AdapterHead, found: str) -> None:
 
 def _file(head: AdapterHead, tensors: Mapping[str, Tensor]) -> AdapterFile:
     named = {_unprefixed(name, head.weights): tensor for name, tensor in tensors.items()}
-    return AdapterFile(head.config, head.base, head.hidden, head.num_layers, named)
+    with _blaming(head.weights):
+        return AdapterFile(head.config, head.base, head.hidden, head.num_layers, named)
 
 
 def _unprefixed(name: str, file: Path) -> str:
@@ -315,5 +369,7 @@ def _blaming(file: Path) -> Iterator[None]:
     """Whatever is wrong inside is one line that names the file."""
     try:
         yield
+    except RecursionError:
+        raise ValueError(f"{file} cannot be loaded: it is nested too deeply; expected an object of fields") from None
     except (ValueError, TypeError, safetensors.SafetensorError) as error:
         raise ValueError(f"{file} cannot be loaded: {' '.join(str(error).split())}") from error

@@ -383,7 +383,7 @@ def _norms(layer: int, tensors: dict[str, Tensor]) -> LayerNorms:
         down, up = tensors["steer_down.weight"].double(), tensors["steer_up.weight"].double()
         # W2 W1 = Q (R Sᵀ) Pᵀ with W2 = Q R and W1ᵀ = P S: orthonormal factors leave the norm to an r x r product.
         small = torch.linalg.qr(up, mode="r").R @ torch.linalg.qr(down.t(), mode="r").R.t()
-        product = float(torch.linalg.matrix_norm(small, 2)) if small.isfinite().all() else math.nan
+        product = float(torch.linalg.matrix_norm(small, 2))
     return LayerNorms(
         layer,
         norm("steer_down.weight"),
@@ -436,14 +436,6 @@ def _norms_table(layers: list[dict[str, Any]]) -> Table:
     return table
 
 
-def _without_nan(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """JSON has no NaN and no infinity: null stands for them."""
-    return [
-        {name: None if value is None or not math.isfinite(value) else value for name, value in norms.items()}
-        for norms in layers
-    ]
-
-
 @app.command()
 def inspect(
     adapter: Annotated[str, typer.Argument(help="A saved adapter: its directory, or its id on the hub.")],
@@ -453,7 +445,6 @@ def inspect(
     with _errors_in_one_line():
         description = _describe(adapter)
         if as_json:
-            description["layers"] = _without_nan(description["layers"])
             typer.echo(json.dumps(description, indent=2))
         else:
             _console().print(_config_table(description))

@@ -17,6 +17,7 @@ ORTHOGONAL_TO = ("lora",)
 WRITERS = ("mlp", "all")
 SIDES = ("output", "input")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 def _names_its_fields(init: Callable[..., None]) -> Callable[..., None]:
@@ -155,12 +156,18 @@ SteerConfig.__init__ = _names_its_fields(SteerConfig.__init__)  # type: ignore[m
 
 
 def checked_number(name: str, value: Any) -> float:
-    """A finite float, or an error that names it."""
+    """The value as a float that is finite in float32, in which the kernels compute, or an error that names it."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} is {value!r}; expected a number")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} is {value}; expected a finite number")
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # an integer; Python refuses to print one of many digits
+        raise ValueError(f"{name} is an integer of {value.bit_length()} bits; expected a float32 number") from None
+    if not math.isfinite(number):
+        raise ValueError(f"{name} is {number}; expected a finite number")
+    if abs(number) > FLOAT32_MAX:
+        raise ValueError(f"{name} is {number}; expected at most {FLOAT32_MAX:.7g} in magnitude, float32's largest")
+    return number
 
 
 def _checked_layers(layers: Any) -> tuple[int, ...]:

@@ -121,7 +121,9 @@ def import_steerling(
         for i, parts in layers.items()
         for part, tensor in parts.items()
     }
-    return Imported(AdapterFile(config, base, hidden, count, tensors), len(ignored), sum("lora_" in k for k in ignored))
+    with naming(file):
+        adapter = AdapterFile(config, base, hidden, count, tensors)
+    return Imported(adapter, len(ignored), sum("lora_" in key for key in ignored))
 
 
 # ------------------------------------------------------------------------------------------------------ the base model

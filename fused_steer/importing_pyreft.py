@@ -212,7 +212,8 @@ def import_pyreft(
             down_bias=not vector,
         )
     tensors = {f"{path}.{i}.{SITE}.{part}": tensor for i, parts in layers.items() for part, tensor in parts.items()}
-    return AdapterFile(config, base, sizes["d"], count, tensors)
+    with naming(folder):
+        return AdapterFile(config, base, sizes["d"], count, tensors)
 
 
 # ---------------------------------------------------------------------------------------------------------- config.json

@@ -85,7 +85,8 @@ def import_vector(
         f"{path}.{i}.{SITE}.steer_up.bias": vector.detach().clone(memory_format=torch.contiguous_format)
         for i, vector in vectors.items()
     }
-    return AdapterFile(config, base, hidden, count, tensors)
+    with naming(file):
+        return AdapterFile(config, base, hidden, count, tensors)
 
 
 def _read(file: Path) -> Any:

@@ -297,6 +297,12 @@ def patch_model(
         raise ValueError("the model is patched already; expected an unpatched one (model.steering.add adds an adapter)")
     if hasattr(model, "steering"):
         raise ValueError(f"{type(model).__name__} has an attribute 'steering' of its own; expected none")
+    peft = sys.modules.get("fused_steer.peft")
+    if peft is not None and isinstance(model, nn.Module) and peft.is_steered(model):
+        raise ValueError(
+            "the model is steered by PEFT already, as from_pretrained does with the adapter beside a model; expected "
+            "one that is not (fused_steer.peft.unload(model) takes it out)"
+        )
     steering = Steering(model)
     if config is None:
         config = SteerConfig()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Optional
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from ._requirements import require
 from ._version import __version__
-from .checkpoint import PEFT_TYPE
+from .checkpoint import PEFT_TYPE, WEIGHTS_NAME, check_values, read_adapter
 from .config import DTYPES, SteerConfig
 from .kernels import MAX_RANK, post_block, select_backend
 from .patch import SITE, Decoder, PatchedLayer, execution_device, find_decoder
@@ -105,6 +106,19 @@ class PostBlockConfig(PeftConfig):
             setattr(self, name, getattr(steer, name))
         self.r = self.rank
         self.layers = None if steer.layers is None else list(steer.layers)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
+        """As PEFT's. Weights that lie beside are checked, because PEFT reads them after it has changed the model.
+
+        Raises:
+            ValueError: a file is broken, or the weights have values that are not finite or overflow float32.
+        """
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
+        if os.path.isfile(os.path.join(folder, WEIGHTS_NAME)):
+            read_adapter(folder)
+        return config
 
     def steer_config(self) -> SteerConfig:
         """The same as a SteerConfig."""
@@ -286,12 +300,7 @@ class PostBlockModel(BaseTuner):
 
     def unload(self) -> nn.Module:
         """The model as it was: its layers' own classes, no sites."""
-        for site in self._sites():
-            if site.patched is not None:
-                site.patched.check_removable()
-        for site in list(self._sites()):
-            if site.patched is not None:
-                site.patched.remove()
+        _take_out(self.model)
         if hasattr(self.model, "peft_config"):
             del self.model.peft_config
         return self.model
@@ -304,6 +313,16 @@ class PostBlockModel(BaseTuner):
 
     def _sites(self) -> Iterator[PeftSite]:
         return (module for module in self.model.modules() if isinstance(module, PeftSite))
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor], *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """Refuse values that no adapter file may have. PEFT asks for the tensors before it writes them."""
+        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, *args, **kwargs)
+        for name, tensor in found.items():
+            check_values(name, tensor, config.scale)
+        return found
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -323,6 +342,7 @@ class PostBlockModel(BaseTuner):
                     f"the adapter to load as {adapter_name!r} has {name} of {tensor.dtype} {tuple(tensor.shape)}; "
                     f"expected {dtype} {tuple(parameter.shape)}"
                 )
+            check_values(name, tensor, config.scale)
         return found
 
     # ----------------------------------------------------------------------------------------------- several adapters
@@ -412,6 +432,37 @@ class PostBlockModel(BaseTuner):
         if name not in self.peft_config:
             raise ValueError(f"no adapter {name!r}; expected one of {list(self.peft_config)}")
         return self.peft_config[name].steer_config()
+
+
+def unload(model: nn.Module) -> nn.Module:
+    """Take out the steering that transformers put in by `from_pretrained`, `load_adapter` or `add_adapter`; the model.
+
+    What `get_peft_model` or `PeftModel` has wrapped has an `unload` of its own.
+
+    Raises:
+        RuntimeError: another library has since changed a layer's class; nothing is undone then.
+    """
+    _take_out(model)
+    configs = getattr(model, "peft_config", {})
+    for name in [name for name, config in configs.items() if config.peft_type == POST_BLOCK]:
+        del configs[name]
+    if not configs and hasattr(model, "peft_config"):
+        del model.peft_config
+        model._hf_peft_config_loaded = False  # transformers' own mark
+    return model
+
+
+def is_steered(model: nn.Module) -> bool:
+    """Whether PEFT's steering is in the model."""
+    return any(isinstance(module, PeftSite) for module in model.modules())
+
+
+def _take_out(model: nn.Module) -> None:
+    patched = [m.patched for m in model.modules() if isinstance(m, PeftSite) and m.patched is not None]
+    for layer in patched:
+        layer.check_removable()
+    for layer in patched:
+        layer.remove()
 
 
 def _indices(config: PostBlockConfig, decoder: Decoder) -> list[int]:

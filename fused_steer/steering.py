@@ -23,6 +23,7 @@ from .processes import first_writes, gather, is_dtensor, is_first, part_of, shar
 from .sites import Adapter, SteeringSite
 from .slots import Slots
 from .watch import LayerList
+from .whole import SavePretrained
 from .writers import Writer, adapter_parameters, lora_layers, trace_writers
 
 #: What a model with LoRA and steering computes by: both, or one of the two.
@@ -90,6 +91,9 @@ class Steering:
         self._pool: AdapterPool | None = None
         self._batch: Batch | None = None
         self._batch_lock = Lock()
+        # PEFT saves a model that it has wrapped by its own means, and never as a whole.
+        whole = model is self._given and hasattr(model, "save_pretrained")
+        self._save_pretrained = SavePretrained(model, self) if whole else None
 
     # ------------------------------------------------------------------------------------------------------- adapters
 
@@ -281,10 +285,13 @@ class Steering:
             repo_id, file, private=private, token=token, revision=revision, commit_message=commit_message
         )
 
-    def _file(self, name: str) -> tuple[AdapterFile, bool]:
-        """What is written of an adapter, and whether all processes had to put it together."""
-        tensors = self._parts(name)
-        if name in self._orthogonal and lora_layers(self._model):
+    def _file(self, name: str, given: dict[str, Tensor] | None = None) -> tuple[AdapterFile, bool]:
+        """What is written of an adapter, and whether all processes had to put it together.
+
+        given: its tensors by path, in place of the model's own.
+        """
+        tensors = self._parts(name) if given is None else given
+        if given is None and name in self._orthogonal and lora_layers(self._model):
             for index, values in self._orthogonal[name].constrained().items():
                 tensors |= {f"{self._decoder.path}.{index}.{SITE}.{key}": value for key, value in values.items()}
         kept = {tensor.dtype for tensor in tensors.values()}
@@ -294,8 +301,8 @@ class Steering:
                 f"adapter {name!r} has parameters of {sorted(map(str, kept))}; expected one of {list(DTYPES)}"
             )
         config = replace(self._configs[name], dtype=names[0])
-        together = any(sharder(p.site) == "FSDP" for p in self._patched.values()) or any(
-            map(is_dtensor, tensors.values())
+        together = any(map(is_dtensor, tensors.values())) or (
+            given is None and any(sharder(p.site) == "FSDP" for p in self._patched.values())
         )
         if together:
             tensors = gather(tensors, self._shapes(name))
@@ -305,7 +312,10 @@ class Steering:
                     f"{path} has shape {tuple(tensors[path].shape)} in this process; expected {shape} "
                     "(under DeepSpeed's ZeRO-3, save inside deepspeed.zero.GatheredParameters)"
                 )
-        file = AdapterFile(config, self._base, self._decoder.hidden, len(self._decoder.layers), tensors)
+        try:
+            file = AdapterFile(config, self._base, self._decoder.hidden, len(self._decoder.layers), tensors)
+        except ValueError as error:
+            raise ValueError(f"adapter {name!r} cannot be saved: {error}") from error
         return file, together
 
     def _parts(self, name: str) -> dict[str, Tensor]:
@@ -534,6 +544,8 @@ class Steering:
             module.get_parameter(name).requires_grad_(False)
         self._hooks = [self._decoder.module.register_forward_pre_hook(self._before_forward)]
         self._model.steering = self
+        if self._save_pretrained is not None:
+            self._save_pretrained.install()
 
     def unpatch(self) -> Any:
         """Take every site out of the model, which is then exactly as it came; return it. The adapters are gone.
@@ -564,6 +576,8 @@ class Steering:
         for hook in self._hooks:
             hook.remove()
         del self._model.steering
+        if self._save_pretrained is not None:
+            self._save_pretrained.remove()
         return self._given
 
     def _insert(self, name: str, config: SteerConfig, adapters: dict[int, Adapter]) -> None:

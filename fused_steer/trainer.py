@@ -19,13 +19,9 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 
-from .checkpoint import CARD_NAME, CARD_TAGS, LIBRARY, card_usage
+from .checkpoint import CARD_NAME, CARD_TAGS, CHECKPOINT_FOLDER, LIBRARY, card_usage
 from .joint import steering_of, steering_parameters
 from .patch import inside_peft
-
-#: Where a checkpoint has the steering adapter in use, in a folder of its name. One level deeper than where the Trainer
-#: looks for further adapters of PEFT's.
-CHECKPOINT_FOLDER = "fused_steer"
 
 
 class SteeringCallback(TrainerCallback):

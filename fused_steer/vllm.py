@@ -286,7 +286,7 @@ def find_source(path: str) -> Source | None:
     if (folder / CONFIG_NAME).is_file():
         try:
             fields = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return None  # of which it is not known whose it is; vLLM says what is wrong
         return Source(folder) if isinstance(fields, dict) and fields.get("peft_type") == PEFT_TYPE else None
     if not (folder / STEERING_FOLDER / CONFIG_NAME).is_file():

@@ -212,7 +212,9 @@ def columns_kernel(
         ranks = tl.arange(0, BLOCK_R)
         m_ranks = ranks < RANK
         if NEED_X:
-            w1 = operand(_down_tile(p_down, ranks, columns, m_columns, D, RANK), DOT)
+            w1 = _down_tile(p_down, ranks, columns, m_columns, D, RANK)
+            s = tl.load(p_scale).to(tl.float32) if SCALE_ON_DEVICE else scale
+            w1 = operand(tl.where(s == 0, 0.0, w1), DOT)  # da is zeros then, whose product with an infinity is NaN
         if NEED_DOWN:
             w2 = tl.trans(operand(_up_tile(p_up, ranks, columns, m_columns, RANK), DOT))
             d_down = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
@@ -238,7 +240,8 @@ def columns_kernel(
             if NEED_X or NEED_DOWN:
                 da = operand(tl.load(p_da + p_rows, mask=m_rank_rows, other=0.0), DOT)
             if NEED_DOWN or NEED_UP:
-                h = operand(apply(tl.load(p_a + p_rows, mask=m_rank_rows, other=0.0), ACTIVATION), DOT)
+                h = apply(tl.load(p_a + p_rows, mask=m_rank_rows, other=0.0), ACTIVATION)
+                h = operand(tl.where(strength[:, None] == 0, 0.0, h), DOT)
             if NEED_X:
                 store(p_dx + out_offsets, dot(da, w1, g, DOT), mask)
             if NEED_DOWN:

@@ -51,6 +51,13 @@ def _scaled(values: Tensor, strength: float | Tensor) -> Tensor:
     return torch.where(strength == 0, values.new_zeros(()), values * strength)
 
 
+def _unless_zero(weights: Tensor, strength: float | Tensor) -> Tensor:
+    """The weights, or zeros where the strength of every token is 0: a product of zeros with an infinity is NaN."""
+    if isinstance(strength, float):
+        return weights if strength else torch.zeros_like(weights)
+    return torch.where((strength != 0).any(), weights, weights.new_zeros(()))
+
+
 def forward(
     residual: Tensor,
     branch: Tensor | None,
@@ -80,10 +87,11 @@ def forward(
         if down_bias is not None:
             a += down_bias.to(acc)
         factors.append(-_scaled(ACTIVATIONS[activation][0](a), strength))
-        weights.append(up.to(acc))
+        weights.append(_unless_zero(up.to(acc), strength) if gain is None else up.to(acc))
     if up_bias is not None:
         factors.append(-_scaled(factors[0], strength))
-        weights.append(up_bias.to(acc).unsqueeze(1))
+        b2 = up_bias.to(acc).unsqueeze(1)
+        weights.append(_unless_zero(b2, strength) if gain is None else b2)
     minus_delta = torch.mm(torch.cat(factors, 1), torch.cat(weights, 1).t())
     if gain is not None:
         minus_delta.masked_fill_(strength == 0, 0.0)  # whatever the adapter overflowed to
@@ -130,14 +138,16 @@ def backward(
             if needs.x or needs.down or needs.down_bias:
                 da = _scaled(phi_backward(gz, a), strength)
                 if needs.x:
-                    result.x = torch.addmm(g, da, down.to(acc)).to(grad.dtype).view(grad.shape)
+                    w1 = _unless_zero(down.to(acc), strength)
+                    result.x = torch.addmm(g, da, w1).to(grad.dtype).view(grad.shape)
                 if needs.down:
                     assert out is not None
                     result.down = torch.mm(da.t(), out.to(acc).reshape(-1, hidden))
-                    result.down -= torch.mm(torch.mm(da.t(), _scaled(phi_a, strength)), up.t())
+                    w2 = _unless_zero(up, strength)
+                    result.down -= torch.mm(torch.mm(da.t(), _scaled(phi_a, strength)), w2.t())
                     if up_bias is not None:
                         moved = torch.mm(da.t(), _scaled(da.new_ones(da.shape[0], 1), strength))
-                        result.down -= moved * up_bias.to(acc)
+                        result.down -= moved * _unless_zero(up_bias.to(acc), strength)
                 if needs.down_bias:
                     result.down_bias = da.sum(0)
     elif needs.x:

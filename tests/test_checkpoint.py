@@ -15,6 +15,7 @@ import huggingface_hub
 import pytest
 import torch
 from models import HIDDEN, LAYERS, build, logits, randomize, refused, steering_parameters
+from peft import PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -299,6 +300,15 @@ def retensored(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], N
     return unguarded(damage)
 
 
+def spoiled(name: str, value: float) -> Callable[[Path], None]:
+    """One value of the tensor `name` is `value`."""
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors[name].view(-1)[3] = value
+
+    return retensored(change)
+
+
 def weights_of_another_save(directory: Path) -> None:
     patched(seed=2).steering.save(directory / "other")
     os.replace(directory / "other" / WEIGHTS, directory / WEIGHTS)
@@ -356,6 +366,29 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], type[Exception], tuple[str, ...]
         ValueError,
         ("model.layers.7.post_block.steer_up.weight", "expected"),
     ),
+    "NaN": (spoiled(DOWN, torch.nan), ValueError, (WEIGHTS, f"{SITE}.steer_down.weight", "NaN", "expected finite")),
+    "infinity": (spoiled(UP, -torch.inf), ValueError, (WEIGHTS, f"{SITE}.steer_up.weight", "expected finite ones")),
+    "overflow by strength": (
+        lambda directory: (spoiled(UP, -3e37)(directory), edit_config(directory, scale=-12)),
+        ValueError,
+        (WEIGHTS, f"{SITE}.steer_up.weight has values up to 3e+37, and scale is -12", "expected a product", "float32"),
+    ),
+    "strength beyond float32": (
+        edited(scale=1e39),
+        ValueError,
+        (CONFIG, "scale is 1e+39", "expected at most 3.4", "float32"),
+    ),
+    "strength of 401 digits": (
+        edited(scale=10**400),
+        ValueError,
+        (CONFIG, "scale is an integer of 1329 bits", "expected"),
+    ),
+    "base a list": (
+        edited(base_model_name_or_path=["x"]),
+        ValueError,
+        (CONFIG, "base_model_name_or_path is ['x']", "expected a name"),
+    ),
+    "config nested deeply": (write_config("[" * 100_000), ValueError, (CONFIG, "nested too deeply", "expected")),
     "tensor without prefix": (
         retensored(lambda tensors: tensors.update({"up": torch.zeros(1)})),
         ValueError,
@@ -374,6 +407,58 @@ def test_refuses_damaged_files(damage, error, parts, saved):
     with refused(error, str(saved), *parts, model=model):
         model.steering.load(saved, name="other")
     assert model.steering.names == ["default"]
+
+
+@pytest.mark.parametrize("damage", ["NaN", "infinity", "overflow by strength", "strength beyond float32"])
+def test_restore_and_peft_refuse_values_that_would_spread(damage, saved):
+    import fused_steer.peft  # noqa: F401
+
+    damage, error, parts = DAMAGES[damage]
+    damage(saved)
+    model = patched()
+    before = {name: p.detach().clone() for name, p in steering_parameters(model).items()}
+    with refused(error, str(saved), *parts, model=model):
+        model.steering.restore(saved)
+    assert all(torch.equal(p, before[name]) for name, p in steering_parameters(model).items())
+    assert model.steering.scale == 1.0
+    bare = build()
+    with refused(error, *(part for part in parts if part != CONFIG), model=bare):
+        PeftModel.from_pretrained(bare, str(saved))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 3e38])
+def test_save_refuses_values_that_would_spread(value, saved):
+    import fused_steer.peft  # noqa: F401
+
+    before = files(saved)
+    model = patched()
+    model.steering.scale = -2.0  # 3e38 is finite, its product is not
+    with torch.no_grad():
+        model.model.layers[1].post_block.steer_up["default"].weight[5, 2] = value
+    parts = (f"{SITE}.steer_up.weight", "expected")
+    with refused(ValueError, "adapter 'default' cannot be saved", *parts, model=model):
+        model.steering.save(saved)
+    wrapped = get_peft_model(build(), fused_steer.peft.PostBlockConfig(r=RANK, scale=-2.0))
+    with torch.no_grad():
+        wrapped.base_model.model.model.layers[1].post_block.steer_up["default"].weight[5, 2] = value
+    with refused(ValueError, f"{SITE}.steer_up.default.weight", "expected", model=wrapped):
+        wrapped.save_pretrained(str(saved))
+    assert {name: files(saved)[name] for name in before} == before
+
+
+@pytest.mark.parametrize("value", [1e39, -1e39, 10**400])
+def test_strengths_beyond_float32_are_refused(value):
+    model = patched()
+    for call in (
+        lambda: SteerConfig(scale=value),
+        lambda: SteerConfig(init_scale=value),
+        lambda: setattr(model.steering, "scale", value),
+        lambda: model.steering.batch(["default"], scale=[value]).__enter__(),
+    ):
+        with refused(ValueError, "scale is", "expected", "float32", model=model):
+            call()
+    assert model.steering.scale == 1.0
+    model.steering.scale = -torch.finfo(torch.float32).max
 
 
 @pytest.mark.parametrize(

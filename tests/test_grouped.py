@@ -194,7 +194,8 @@ def test_however_the_tokens_lie(device, poison, pattern, weights, options, into_
 @pytest.mark.parametrize("tokens", [FEW, MANY])
 def test_tokens_without_adapter_or_gain_keep_every_bit(device, tokens, dtype):
     batch = make(tokens, dtype=dtype, device=device)
-    batch.downs.fill_(torch.inf)  # nothing of an adapter may reach them
+    for weights in (batch.downs, batch.ups, batch.down_biases, batch.up_biases):
+        weights.fill_(torch.inf)  # nothing of an adapter may reach them
     gain = batch.gain.clone()
     gain[::2] = 0
     batch = replace(batch, gain=gain)

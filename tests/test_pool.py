@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from models import assert_close, build, randomize, refused, snapshot, tokens
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -318,6 +319,19 @@ def _no_json(path: Path) -> None:
     _saved(path)[1].write_text("{")
 
 
+def _not_finite(path: Path) -> None:
+    weights, config = _saved(path)
+    tensors = load_file(weights)
+    tensors["base_model.model.model.layers.1.post_block.steer_up.weight"][3, 1] = torch.nan
+    save_file(tensors, weights)
+    config.write_text(json.dumps({**json.loads(config.read_text()), "weights_sha256": None}))
+
+
+def _strength_beyond_float32(path: Path) -> None:
+    _, config = _saved(path)
+    config.write_text(json.dumps({**json.loads(config.read_text()), "scale": 1e39}))
+
+
 def _foreign(path: Path) -> None:
     _saved(path)[1].write_text(json.dumps({"peft_type": "LORA", "r": 8}))
 
@@ -339,6 +353,8 @@ BROKEN: list[tuple[Any, type[Exception], str]] = [
     (_truncated_without_digest, ValueError, "adapter_model.safetensors cannot be loaded"),
     (_empty, ValueError, "it is empty"),
     (_no_json, ValueError, "adapter_config.json cannot be loaded"),
+    (_not_finite, ValueError, "tensor model.layers.1.post_block.steer_up.weight has values that are NaN or infinite"),
+    (_strength_beyond_float32, ValueError, "scale is 1e+39; expected at most"),
     (_foreign, ValueError, "peft_type is 'LORA'; expected 'POST_BLOCK'"),
     (_no_files, FileNotFoundError, "has no adapter_config.json"),
     (_nothing, FileNotFoundError, "no adapter directory"),

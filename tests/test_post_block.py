@@ -187,6 +187,37 @@ def test_zero_scale_leaves_every_bit(device, scale):
     assert torch.equal(bits(fused(inputs)), bits(inputs.residual + inputs.branch))
 
 
+@pytest.mark.parametrize(
+    ("rank", "name", "value"),
+    [
+        (4, "down", torch.inf),
+        (4, "up", torch.nan),
+        (4, "down_bias", torch.nan),
+        (4, "up_bias", torch.inf),
+        (0, "up_bias", torch.nan),
+    ],
+)
+@pytest.mark.parametrize("zero", ["number", "tensor", "gain"])
+def test_zero_strength_leaves_every_bit_whatever_the_weights(device, poison, zero, rank, name, value):
+    inputs = make_inputs(12, 40, rank=rank, device=device, basis=0, gain=False, scale=False)
+    inputs.residual[5, :2], inputs.branch[5, :2] = -0.0, -0.0
+    getattr(inputs, name).view(-1)[1] = value
+    if zero == "gain":
+        inputs = replace(inputs, gain=torch.zeros(12, device=device))
+    else:
+        inputs = replace(inputs, scale=torch.zeros((), device=device) if zero == "tensor" else 0.0)
+    assert torch.equal(bits(fused(inputs)), bits(inputs.residual + inputs.branch))
+
+    if zero == "gain" and name == "down":
+        return  # one product has the gradients of all tokens, in which W1 stands as it is
+    leaves = inputs.leaves()
+    grad = torch.randn(12, 40).to(device)
+    fused(leaves).backward(grad)
+    assert torch.equal(leaves.residual.grad, grad) and torch.equal(leaves.branch.grad, grad)
+    weights = [getattr(leaves, name) for name in ("down", "up", "down_bias", "up_bias")]
+    assert all(weight.grad.count_nonzero() == 0 for weight in weights if weight is not None)
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_two_runs_give_the_same_bits(device, dtype):
     inputs = make_inputs(100, 64, rank=8, dtype=dtype, device=device)

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import torch
-from models import build, tokens
-from transformers import Trainer, TrainingArguments
+from models import build, logits, tokens
+from transformers import AutoModelForCausalLM, TrainingArguments
 
 from fused_steer import SteerConfig, load_joint, patch_model
 
@@ -18,6 +18,19 @@ def block(marker: str) -> str:
     return after.partition("```")[0]
 
 
+def test_training(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda name, dtype: build())
+    names = {"dataset": [{"input_ids": ids, "labels": ids} for ids in tokens(batch=8)]}
+    exec(compile(block("training"), "README.md", "exec"), names)
+    trained = logits(names["model"].eval())
+    assert not torch.equal(trained, logits(build()))
+    for adapter in ("polite", "out/checkpoint-3"):
+        assert torch.equal(logits(patch_model(build(), adapter)), trained)
+    assert not list(tmp_path.rglob("model*.safetensors"))  # the base is in no checkpoint
+
+
 def test_joint_adaptation_in_ten_lines(tmp_path, monkeypatch):
     code = block("joint")
     assert sum(bool(line.strip()) for line in code.splitlines()) <= 10
@@ -25,7 +38,6 @@ def test_joint_adaptation_in_ten_lines(tmp_path, monkeypatch):
     arguments = TrainingArguments("out", max_steps=2, report_to="none", disable_tqdm=True, use_cpu=True)
     names = {
         "torch": torch,
-        "Trainer": Trainer,
         "arguments": arguments,
         "model": build(),
         "dataset": [{"input_ids": ids, "labels": ids} for ids in tokens(batch=8)],

@@ -15,7 +15,7 @@ from models import build, logits, randomize, refused, steering_parameters, token
 from peft import LoraConfig, get_peft_model
 from test_docs import run_page
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from fused_steer import SteerConfig, SteeringTrainer, patch_model
 
@@ -81,25 +81,45 @@ def test_a_checkpoint_is_an_adapter_and_not_the_base(tmp_path):
     assert torch.equal(logits(patch_model(build(), tmp_path / "final")), logits(model))
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["steering", "steering and LoRA"])
-def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, lora):
+RUNS = pytest.mark.parametrize(
+    ("lora", "cls"),
+    [(False, SteeringTrainer), (True, SteeringTrainer), (False, Trainer)],
+    ids=["steering", "steering and LoRA", "plain Trainer"],
+)
+
+
+@RUNS
+def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, lora, cls):
     model = patched(lora=lora)
     fresh = trained_values(model)
-    run = trainer(model, tmp_path)
+    run = trainer(model, tmp_path, cls)
     run.train()
     learnt = trained_values(model)
     assert not any(torch.equal(learnt[name], fresh[name]) for name in learnt)
 
     resumed = patched(seed=1, lora=lora)
-    half = trainer(resumed, tmp_path)
+    half = trainer(resumed, tmp_path, cls)
     half.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{STEPS // 2}"))
     assert_same(trained_values(resumed), learnt)
     assert losses(half) == losses(run)
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["steering", "steering and LoRA"])
-def test_the_best_is_loaded_at_the_end(tmp_path, lora):
-    class Notes(SteeringTrainer):
+def test_a_plain_trainers_checkpoint_is_an_adapter_too(tmp_path):
+    model = patched()
+    trainer(model, tmp_path, Trainer).train()
+    checkpoint = tmp_path / f"checkpoint-{STEPS}"
+    assert {path.name for path in checkpoint.iterdir()} >= ADAPTER | {"model.safetensors"}
+    learnt = logits(model.eval())
+    assert not torch.equal(learnt, logits(build()))
+    assert torch.equal(logits(patch_model(build(), checkpoint)), learnt)
+    resumed = patched(seed=1)
+    trainer(resumed, tmp_path / "other").train(resume_from_checkpoint=str(checkpoint))  # by a SteeringTrainer
+    assert torch.equal(logits(resumed.eval()), learnt)
+
+
+@RUNS
+def test_the_best_is_loaded_at_the_end(tmp_path, lora, cls):
+    class Notes(cls):
         """Keeps what was saved at each step."""
 
         def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -161,7 +181,9 @@ def test_what_a_checkpoint_would_lose_is_refused(tmp_path):
 
 
 def test_checkpoints_of_another_kind_are_not_resumed(tmp_path):
-    trainer(patched(), tmp_path / "whole", Trainer).train()
+    bare = build()
+    bare.requires_grad_(False).lm_head.requires_grad_(True)
+    trainer(bare, tmp_path / "whole", Trainer).train()
     model = patched()
     with refused(FileNotFoundError, "has no adapter_config.json", "expected", model=model):
         trainer(model, tmp_path).train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
@@ -294,9 +316,16 @@ def values_of(model: nn.Module) -> dict[str, Tensor]:
 def test_the_page_runs(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    names = {"model": build(), "dataset": DATASET, "held_out": DATASET[:4]}
+    names = {"model": build(), "dataset": DATASET, "held_out": DATASET[:4], "Trainer": Trainer}
+
+    class AutoModel:
+        @staticmethod
+        def from_pretrained(source: str) -> nn.Module:
+            return build() if source == "base" else AutoModelForCausalLM.from_pretrained(source)
+
+    names["AutoModelForCausalLM"] = AutoModel
     run_page("trainer.md", names)
-    model = names["model"].eval()
-    assert torch.equal(logits(patch_model(build(), "polite")), logits(model))
-    assert not torch.equal(logits(model), logits(build()))
+    for source in ("polite", "whole/checkpoint-2"):
+        assert not torch.equal(logits(patch_model(build(), source)), logits(build()))
+    assert torch.equal(logits(names["model"]), logits(patch_model(build(), "whole/checkpoint-2")))
     assert Path("out/checkpoint-4/adapter_config.json").is_file() and hub.created == [("me/polite", True)]

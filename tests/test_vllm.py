@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import vllm_compiled_on_cpu
+from safetensors.torch import load_file, save_file
 from vllm_models import (
     CONFIGS,
     NEW_TOKENS,
@@ -156,6 +157,21 @@ def _unknown_field(folder: Path, out: Path) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), "temperature": 1}))
 
 
+def _not_finite(folder: Path, out: Path) -> None:
+    shutil.copytree(folder / "silu", out / "adapter")
+    weights, config = (out / "adapter" / name for name in ("adapter_model.safetensors", "adapter_config.json"))
+    tensors = load_file(weights)
+    next(iter(tensors.values())).view(-1)[0] = float("nan")
+    save_file(tensors, weights)
+    config.write_text(json.dumps({**json.loads(config.read_text()), "weights_sha256": None}))
+
+
+def _strength_beyond_float32(folder: Path, out: Path) -> None:
+    shutil.copytree(folder / "silu", out / "adapter")
+    file = out / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "scale": 1e39}))
+
+
 def _other_tensors(folder: Path, out: Path) -> None:
     """Of another rank than the config says."""
     shutil.copytree(folder / "silu", out / "adapter")
@@ -180,6 +196,8 @@ BROKEN = {
     _truncated: "its contents are not those that adapter_config.json was saved with",
     _without_weights: "has no adapter_model.safetensors; expected a saved steering adapter",
     _unknown_field: "no field 'temperature'",
+    _not_finite: "has values that are NaN or infinite; expected finite ones",
+    _strength_beyond_float32: "scale is 1e+39; expected at most 3.402823e+38 in magnitude",
     _other_tensors: "layer 0 has tensors",
     _two_loras: "holds 2 LoRA adapters; expected one, beside steering/",
     _nothing: "; expected a saved adapter",

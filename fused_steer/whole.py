@@ -1,0 +1,116 @@
+"""save_pretrained of a patched model: the whole model as transformers writes it, and the steering adapters beside it.
+
+What transformers writes has the steering's parameters among the weights, from which its Trainer resumes, but not what
+they compute: `from_pretrained` passes them over and gives the base model. So the adapter in use is written beside, as
+`steering.save` writes one. `patch_model(model, directory)` reads it there, and `from_pretrained(directory)` itself does
+once `fused_steer.peft` is imported, through PEFT.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import inspect
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from .checkpoint import CHECKPOINT_FOLDER, AdapterFile, refuse_foreign, write_adapter
+from .processes import is_first
+
+if TYPE_CHECKING:
+    from .steering import Steering
+
+_NAME = "save_pretrained"
+#: Of a model in one file. In a folder without it, transformers' Trainer takes adapter files for all that there is.
+_ONE_FILE = "model.safetensors"
+
+
+class SavePretrained:
+    """`model.save_pretrained` while the model is patched; the signature is that of transformers'."""
+
+    def __init__(self, model: Any, steering: Steering) -> None:
+        self.model, self.steering = model, steering
+        self.earlier = vars(model).get(_NAME)  # another library may have put one on the instance
+
+    @property
+    def __wrapped__(self) -> Any:
+        return self.earlier or getattr(type(self.model), _NAME).__get__(self.model)
+
+    def install(self) -> None:
+        setattr(self.model, _NAME, self)
+
+    def remove(self) -> None:
+        """Leave `model.save_pretrained` as it was; one that was put in its place since stays."""
+        if vars(self.model).get(_NAME) is self:
+            delattr(self.model, _NAME)
+            if self.earlier is not None:
+                setattr(self.model, _NAME, self.earlier)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        """Write the whole model as transformers does, then the adapters.
+
+        The adapter in use lies in the directory itself, if the weights are one file there and no LoRA lies there
+        instead. If not, or if there are several adapters, each lies in `fused_steer/<name>/`.
+
+        Raises:
+            ValueError: an adapter cannot be saved (see `Steering.save`), or another method's lies in the directory;
+                nothing is written then.
+        """
+        signature = inspect.signature(getattr(type(self.model), _NAME))
+        given = dict(signature.bind(self.model, *args, **kwargs).arguments)
+        given.pop("self")
+        options = given.pop("kwargs", {})
+        push = given.pop("push_to_hub", False)
+        target = Path(given["save_directory"])
+        beside_lora = getattr(self.model, "_hf_peft_config_loaded", False)
+        if not beside_lora:
+            refuse_foreign(target)
+        files = self._files(given.get("state_dict"))
+        self.__wrapped__(**given, **({} if push else options))
+        if given.get("is_main_process", is_first()):
+            self._write(target, files, not beside_lora and (target / _ONE_FILE).is_file())
+            if push:  # by way of another folder, as transformers uploads nothing that was written after its own files
+                hub = {name: given[name] for name in ("token", "max_shard_size") if name in given}
+                self.model.push_to_hub(options.pop("repo_id", target.name), **hub, **options)
+
+    def _files(self, state: Mapping[str, Tensor] | None) -> dict[str, AdapterFile]:
+        """The adapters by name, checked; without those whose parameters a given state dict leaves out."""
+        files = {}
+        for name in self.steering.names:
+            tensors = None if state is None else _tensors_in(state, name, self.steering._shapes(name))
+            if state is None or tensors:
+                files[name] = self.steering._file(name, tensors)[0]
+        return files
+
+    def _write(self, target: Path, files: Mapping[str, AdapterFile], at_top: bool) -> None:
+        active = files.get(str(self.steering.active)) if at_top else None
+        if active is None or len(files) > 1:
+            for name, file in files.items():
+                write_adapter(target / CHECKPOINT_FOLDER / name, file)
+        if active is not None:
+            write_adapter(target, active)
+            if importlib.util.find_spec("peft") is not None:
+                with contextlib.suppress(ImportError):  # of a version that our method is not made for
+                    from . import peft  # noqa: F401  (from_pretrained knows the method from then on)
+
+
+def _tensors_in(state: Mapping[str, Tensor], name: str, paths: Iterable[str]) -> dict[str, Tensor]:
+    """An adapter's tensors by path, out of the model's state dict, where the adapter's name is in the keys; or none.
+
+    Raises:
+        ValueError: the state dict has some of them.
+    """
+    found, missing = {}, []
+    for path in paths:
+        place, factor, kind = path.rsplit(".", 2)
+        key = f"{place}.{factor}.{name}.{kind}"
+        if key in state:
+            found[path] = state[key]
+        else:
+            missing.append(key)
+    if found and missing:
+        raise ValueError(f"state_dict has no {missing[0]}; expected all of adapter {name!r}, or none of it")
+    return found
