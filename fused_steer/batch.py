@@ -382,17 +382,22 @@ def _before_forward(
             )
         mask = None
     batch.prepare(fed.shape[0], past, fed.shape[1], mask, fed.device)
-    batch.feeding, batch.seen = None if cache is None else Seen(cache, past + fed.shape[1]), None
+    batch.feeding, batch.seen = Seen(cache, past + fed.shape[1]), None
 
 
 def _after_forward(batch: Batch, decoder: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     """After each eager pass outside generate: note what its cache holds, so that the next need not ask the device."""
     if torch.compiler.is_compiling() or batch.feeding is None:
         return
-    batch.seen = batch.feeding
-    length = cache_length(batch.seen.cache)
+    seen, batch.feeding = batch.feeding, None
+    if seen.cache is None and isinstance(output, Mapping):  # one that the model has made
+        seen.cache = find_cache(output)
+    if not isinstance(seen.cache, Cache):
+        return
+    batch.seen = seen
+    length = cache_length(seen.cache)
     if isinstance(length, Tensor) and not length.is_inference():
-        batch.seen.counter, batch.seen.version = length, length._version
+        seen.counter, seen.version = length, length._version
 
 
 def _is_capturing(device: torch.device) -> bool:
@@ -528,7 +533,7 @@ def _past_of_a_pass(batch: Batch, given: Mapping[str, Any], tokens: int) -> tupl
     elif length is None:
         if _is_empty(cache):
             length = 0
-        elif seen is not None and seen.cache is cache and isinstance(cache, Cache):
+        elif seen is not None and seen.cache is cache:
             length = seen.length
         else:
             raise ValueError(_does_not_tell(cache))
