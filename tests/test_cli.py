@@ -171,11 +171,12 @@ def test_doctor_shows_optional_libraries(installed, library):
     """Each with its version, whether that was tried, and the command that mends it. None is a reason to fail."""
     tried = OPTIONAL[library]
     command = f"pip install '{library}>={tried.first},<{tried.below}'"
+    untried = f"(for {tried.use}); expected one that was tried: {tried}; {command}"
     for version, expected in (
         (None, f"absent: not installed (for {tried.use}); {command}"),
         (f"{tried.last}.3", f"ok: {tried.last}.3 (tried: {tried})"),
-        (f"{tried.below}.0", f"untried: {tried.below}.0 (for {tried.use}); expected one that was tried: {tried}; {command}"),
-        ("0.0.1", f"untried: 0.0.1 (for {tried.use}); expected one that was tried: {tried}; {command}"),
+        (f"{tried.below}.0", f"untried: {tried.below}.0 {untried}"),
+        ("0.0.1", f"untried: 0.0.1 {untried}"),
     ):
         installed["versions"].update({library: version} if version else {})
         result = invoke("doctor")

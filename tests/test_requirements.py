@@ -82,11 +82,10 @@ def test_vllm_is_known_by_its_name_for_a_cpu_too(monkeypatch):
 def test_patch_model_warns_and_steers(versions, library):
     versions[library] = newer(library)
     with pytest.warns(UntriedVersionWarning, match=f"{library} is {newer(library)}, with which") as caught:
-        model = patch_model(build(), SteerConfig(rank=2))
-        patch_model(model, SteerConfig(rank=2), adapter_name="other")
+        models = [patch_model(build(), SteerConfig(rank=2)) for _ in range(2)]
     ours = [warning for warning in caught if warning.category is UntriedVersionWarning]
     assert len(ours) == 1 and ours[0].filename == __file__
-    assert model.steering.names == ["default", "other"]
+    assert all(model.steering.active == "default" for model in models)
 
 
 @pytest.mark.parametrize("library", ["peft", "trl"])
