@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ._requirements import CORE, warn_untried
 from .residual import ResidualNotFound, rewrite_forward
 from .sites import SteeringSite
 
@@ -268,6 +269,7 @@ def patch_model(
         raise ValueError("the model is patched already; expected an unpatched one (model.steering.add adds an adapter)")
     if hasattr(model, "steering"):
         raise ValueError(f"{type(model).__name__} has an attribute 'steering' of its own; expected none")
+    warn_untried(*CORE)
     steering = Steering(model)
     if config is None:
         config = SteerConfig()
