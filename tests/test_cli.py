@@ -166,22 +166,22 @@ def test_doctor_says_which_version_is_expected(installed, spoil, subject, line):
     assert [text for text in findings(result).values() if text.startswith("NOT WELL")] == [line]
 
 
-@pytest.mark.parametrize("library", OPTIONAL)
-def test_doctor_shows_optional_libraries(installed, library):
+@pytest.mark.parametrize("state", ["absent", "tried", "newer", "older"])
+def test_doctor_shows_optional_libraries(installed, state):
     """Each with its version, whether that was tried, and the command that mends it. None is a reason to fail."""
-    tried = OPTIONAL[library]
-    command = f"pip install '{library}>={tried.first},<{tried.below}'"
-    untried = f"(for {tried.use}); expected one that was tried: {tried}; {command}"
-    for version, expected in (
-        (None, f"absent: not installed (for {tried.use}); {command}"),
-        (f"{tried.last}.3", f"ok: {tried.last}.3 (tried: {tried})"),
-        (f"{tried.below}.0", f"untried: {tried.below}.0 {untried}"),
-        ("0.0.1", f"untried: 0.0.1 {untried}"),
-    ):
+    expected = {}
+    for library, tried in OPTIONAL.items():
+        command = f"pip install '{library}>={tried.first},<{tried.below}'"
+        version = {"absent": None, "tried": f"{tried.last}.3", "newer": f"{tried.below}.0", "older": "0.0.1"}[state]
         installed["versions"].update({library: version} if version else {})
-        result = invoke("doctor")
-        assert result.exit_code == 0, result.output
-        assert findings(result)[library] == expected
+        expected[library] = {
+            "absent": f"absent: not installed (for {tried.use}); {command}",
+            "tried": f"ok: {version} (tried: {tried})",
+        }.get(state, f"untried: {version} (for {tried.use}); expected one that was tried: {tried}; {command}")
+    result = invoke("doctor")
+    assert result.exit_code == 0, result.output
+    found = findings(result)
+    assert {library: found.get(library) for library in OPTIONAL} == expected
 
 
 @pytest.mark.parametrize("library", ["torch", "transformers"])
