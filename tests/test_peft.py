@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import assert_close, build, generate, gradients, logits, refused, snapshot, tokens
+from models import assert_close, build, generate, gradients, logits, refused, skip_without_add_adapter, snapshot, tokens
 from peft import LoraConfig, PeftConfig, PeftMixedModel, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -221,6 +221,7 @@ def test_copies_and_state_dicts():
 
 
 def test_as_transformers_own_adapter_and_beside_lora():
+    skip_without_add_adapter()
     base = build()
     base.add_adapter(LoraConfig(r=2, target_modules=["down_proj"], init_lora_weights=False), "lora")
     lora = logits(base.eval())
@@ -454,6 +455,7 @@ def test_rows_that_do_not_fit(rows, parts):
 
 
 def test_auto_classes_load_it(tmp_path):
+    skip_without_add_adapter()
     model = adapted(r=4)
     build().save_pretrained(tmp_path / "base")
     model.save_pretrained(str(tmp_path / "adapter"))
