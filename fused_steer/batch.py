@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 
 from .config import SteerConfig, checked_number
 from .kernels.grouped import Routing
@@ -136,6 +138,9 @@ class Batch:
     prompt: int | None = None  # columns of the prompt, padding included
     padding: Tensor | None = None  # (requests, prompt) of that prompt's mask, where `generate` was given one
     generating: int = 0
+    counted: int | None = None  # columns after the passes of the `generate` that runs; None: there was none yet
+    feeding: Seen | None = None  # the cache of the pass outside `generate` that runs
+    seen: Seen | None = None  # and of the one before, once it was through
     _decode: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _routings: dict[torch.device, tuple[Tensor, Routing]] = field(default_factory=dict)
 
@@ -265,8 +270,10 @@ def running(
             site.batch, site.slots = batch, held.slots.get(index)
             stack.callback(_clear, site)
         names = tuple(inspect.signature(decoder.forward).parameters)
-        hook = decoder.register_forward_pre_hook(functools.partial(_before_forward, batch, names), with_kwargs=True)
-        stack.callback(hook.remove)
+        before = decoder.register_forward_pre_hook(functools.partial(_before_forward, batch, names), with_kwargs=True)
+        stack.callback(before.remove)
+        after = decoder.register_forward_hook(functools.partial(_after_forward, batch))
+        stack.callback(after.remove)
         for name, make in (("generate", _generate), ("prepare_inputs_for_generation", _prepare_inputs)):
             if hasattr(model, name):
                 stack.enter_context(_wrapped(model, name, functools.partial(make, batch, model)))
@@ -308,7 +315,8 @@ def _generate(batch: Batch, model: nn.Module, original: Any) -> Any:
             columns = prompt.shape[1]
         else:
             columns = 1  # a beginning that generate makes up
-        before = (batch.prompt, batch.padding)
+        before = (batch.prompt, batch.padding, batch.counted)
+        batch.counted = batch.feeding = batch.seen = None
         batch.padding = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
         # The mask spans the cached columns also where the new tokens alone are given.
         batch.prompt = columns if batch.padding is None else batch.padding.shape[1]
@@ -317,7 +325,7 @@ def _generate(batch: Batch, model: nn.Module, original: Any) -> Any:
             return original(*args, **kwargs)
         finally:
             batch.generating -= 1
-            batch.prompt, batch.padding = before
+            batch.prompt, batch.padding, batch.counted = before
             batch.ids = batch.gain = None
 
     return generate
@@ -332,13 +340,11 @@ def _prepare_inputs(batch: Batch, model: nn.Module, original: Any) -> Any:
         inputs = original(*args, **kwargs)
         if batch.generating:
             fed = _first(inputs, "inputs_embeds", "input_ids")
-            whole = given.get("input_ids")
             mask = given.get("attention_mask")
-            past = _cached(_first(given, "past_key_values", "cache_params"))
-            if past is None:  # a cache that does not say: all ids are given, of which some are fed
-                past = max(whole.shape[1] - fed.shape[1], 0) if isinstance(whole, Tensor) else 0
             mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+            past = _past_in_generate(batch, given, mask, fed.shape[1])
             batch.prepare(fed.shape[0], past, fed.shape[1], mask, fed.device)
+            batch.counted = past + fed.shape[1]
         return inputs
 
     return prepare_inputs_for_generation
@@ -358,11 +364,12 @@ def _before_forward(
         return
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     fed = _first(given, "inputs_embeds", "input_ids")
+    batch.feeding = None
     if _is_capturing(fed.device):
         batch.check_capture()
         return
     mask = given.get("attention_mask")
-    past = _cached(_first(given, "past_key_values", "cache_params")) or 0
+    past, cache = _past_of_a_pass(batch, given, fed.shape[1])
     if past == 0:
         batch.prompt = fed.shape[1]
     elif batch.prompt is None:
@@ -375,6 +382,22 @@ def _before_forward(
             )
         mask = None
     batch.prepare(fed.shape[0], past, fed.shape[1], mask, fed.device)
+    batch.feeding, batch.seen = Seen(cache, past + fed.shape[1]), None
+
+
+def _after_forward(batch: Batch, decoder: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """After each eager pass outside generate: note what its cache holds, so that the next need not ask the device."""
+    if torch.compiler.is_compiling() or batch.feeding is None:
+        return
+    seen, batch.feeding = batch.feeding, None
+    if seen.cache is None and isinstance(output, Mapping):  # one that the model has made
+        seen.cache = find_cache(output)
+    if not isinstance(seen.cache, Cache):
+        return
+    batch.seen = seen
+    length = cache_length(seen.cache)
+    if isinstance(length, Tensor) and not length.is_inference():
+        seen.counter, seen.version = length, length._version
 
 
 def _is_capturing(device: torch.device) -> bool:
@@ -385,12 +408,163 @@ def _first(given: Mapping[str, Any], *names: str) -> Any:
     return next((given[name] for name in names if given.get(name) is not None), None)
 
 
-def _cached(cache: Any) -> int | None:
-    """The columns in a cache; None: it does not say."""
-    if cache is None:
+# ------------------------------------------------------------------------------------------- how far a pass has come
+
+#: Arguments that belong to a cache and are none.
+_NOT_A_CACHE = re.compile(r"^use_|_(position|positions|implementation|config|kwargs)$")
+_NAMED_AS_A_CACHE = re.compile(r"(^|_)(cache|caches|past|mems)(_|$)|^states?$")
+
+
+@dataclass
+class Seen:
+    """A cache after a pass: how many columns it holds, and by what a change from elsewhere shows.
+
+    counter: the tensor in which the cache keeps its length, if on the device, and its version after the pass: PyTorch
+    counts the writes to a tensor on the host.
+    """
+
+    cache: Any
+    length: int
+    counter: Tensor | None = None
+    version: int = -1
+
+    def is_current(self, counter: Tensor) -> bool:
+        return counter is self.counter and counter._version == self.version
+
+
+def cache_length(cache: Any) -> int | Tensor | None:
+    """The columns in a cache: an int, or a tensor that nobody has read yet. None: the cache does not say."""
+    if isinstance(cache, (tuple, list)):
+        return int(cache[0][0].shape[-2])
+    try:
+        length = cache.get_seq_length()
+    except (ValueError, NotImplementedError):  # of layers that keep a state of fixed size, and no columns
         return None
-    length = getattr(cache, "get_seq_length", None)
-    return None if length is None else int(length())
+    return length if isinstance(length, Tensor) else int(length)
+
+
+def _is_cache(value: Any) -> bool:
+    """Whether it is one of transformers' caches, or of the tuples (key, value) by layer that came before them."""
+    if isinstance(value, (tuple, list)):
+        first = value[0] if value else None
+        return isinstance(first, (tuple, list)) and all(
+            isinstance(t, Tensor) and t.dim() == 4 for t in first[:2] or [0]
+        )
+    return isinstance(value, Cache)
+
+
+def _looks_like_a_cache(name: str, value: Any) -> bool:
+    if value is None or isinstance(value, (bool, int, float, str)) or _NOT_A_CACHE.search(name):
+        return False
+    if isinstance(value, (tuple, list, dict)) and not value or isinstance(value, Tensor) and value.dim() < 2:
+        return False
+    return "cache" in type(value).__name__.lower() or bool(_NAMED_AS_A_CACHE.search(name))
+
+
+def find_cache(given: Mapping[str, Any]) -> Any:
+    """The cache among a pass's arguments, by its type; else an argument that looks like one; None: there is neither.
+
+    Raises:
+        ValueError: there are several, and none has a name that transformers gives to a decoder's own.
+    """
+    found = {name: value for name, value in given.items() if _is_cache(value)}
+    own = {name: value for name, value in found.items() if name in ("cache", "past_key_values", "cache_params")}
+    chosen = list((own or found).values())
+    if any(cache is not chosen[0] for cache in chosen):
+        raise ValueError(f"the pass has several caches, {', '.join(own or found)}; expected one")
+    if chosen:
+        return chosen[0]
+    return next((value for name, value in given.items() if _looks_like_a_cache(name, value)), None)
+
+
+def _is_empty(cache: Any) -> bool:
+    """Whether a cache that tells no length has seen no token either; False where it does not tell that."""
+    try:
+        return isinstance(cache, Cache) and not cache.has_previous_state()
+    except ValueError:
+        return False
+
+
+def _past_in_generate(batch: Batch, given: Mapping[str, Any], mask: Tensor | None, tokens: int) -> int:
+    """The columns before a pass of `generate`, without reading the device.
+
+    Raises:
+        ValueError: the pass goes on with what is in no cache that can be found, or in one that does not tell.
+    """
+    cache = find_cache(given)
+    whole = given.get("input_ids")
+    columns = mask.shape[1] if mask is not None else None
+    if columns is None and isinstance(whole, Tensor) and whole.dim() == 2:
+        columns = whole.shape[1]
+    if cache is None:
+        if columns is not None and columns > tokens:
+            raise ValueError(
+                f"the pass has {tokens} of {columns} columns and no cache among its arguments; expected a cache of "
+                "transformers"
+            )
+        return 0
+    length = cache_length(cache) if _is_cache(cache) else None
+    if isinstance(length, int):
+        return length
+    if batch.counted is not None:  # generate alone feeds the model meanwhile
+        return batch.counted
+    if mask is not None:  # which spans the cached columns too
+        return max(mask.shape[1] - tokens, 0)
+    if isinstance(length, Tensor):
+        return int(length)  # once, with the prompt
+    if _is_empty(cache):
+        return 0
+    raise ValueError(_does_not_tell(cache))
+
+
+def _past_of_a_pass(batch: Batch, given: Mapping[str, Any], tokens: int) -> tuple[int, Any]:
+    """The columns before a pass outside `generate`, and its cache.
+
+    Raises:
+        ValueError: as above.
+    """
+    cache, seen = find_cache(given), batch.seen
+    if cache is None:
+        _check_begins(given, tokens)
+        return 0, None
+    length = cache_length(cache) if _is_cache(cache) else None
+    if isinstance(length, Tensor):
+        length = seen.length if seen is not None and seen.is_current(length) else int(length)
+    elif length is None:
+        if _is_empty(cache):
+            length = 0
+        elif seen is not None and seen.cache is cache:
+            length = seen.length
+        else:
+            raise ValueError(_does_not_tell(cache))
+    return length, cache
+
+
+def _does_not_tell(cache: Any) -> str:
+    return (
+        f"the cache is a {type(cache).__name__} that does not tell how many tokens it holds; expected a cache of "
+        "transformers that does, or that was empty when its prompt was fed in this batch"
+    )
+
+
+def _check_begins(given: Mapping[str, Any], tokens: int) -> None:
+    """That a pass without a cache begins a prompt, as far as its other arguments tell."""
+    mask = given.get("attention_mask")
+    for part in mask.values() if isinstance(mask, dict) else (mask,):
+        if isinstance(part, Tensor) and part.dim() in (2, 4) and part.shape[-1] > tokens:
+            raise ValueError(
+                f"attention_mask spans {part.shape[-1]} columns of a pass with {tokens} and no cache among its "
+                "arguments; expected a cache of transformers"
+            )
+    if given.get("use_cache") is False:
+        return
+    for name in ("cache_position", "position_ids"):
+        positions = given.get(name)
+        if isinstance(positions, Tensor) and positions.numel() and int(positions.min()) > 0:
+            raise ValueError(
+                f"{name} begins at {int(positions.min())} and no argument of the pass is a cache; expected a cache of "
+                "transformers, positions from 0, or use_cache=False"
+            )
 
 
 # ---------------------------------------------------------------------------------------------------- adapters in slots

@@ -115,30 +115,49 @@ _CHECK_TOKENS, _CHECK_HIDDEN, _CHECK_RANK = 33, 192, 8  # small: Triton's interp
 
 @dataclass(frozen=True)
 class Finding:
-    """What the doctor found out about one thing. `expected` says what it should have been, and is "" if that is so;
-    `unused` that it need not be so, because another will do."""
+    """What the doctor found out about one thing.
+
+    expected: what it should have been, "" if that is so; state: why it need not be so ("unused": another will do;
+    "untried": it may work; "absent": a part of fused-steer needs it), "" if it has to; mend: the command that mends it.
+    """
 
     subject: str
     found: str
     expected: str = ""
-    unused: bool = False
+    state: str = ""
+    mend: str = ""
 
     @property
     def well(self) -> bool:
-        return self.unused or not self.expected
+        return bool(self.state) or not self.expected
 
     def __str__(self) -> str:
-        mark = "unused" if self.unused else "ok" if self.well else "NOT WELL"
-        return f"{mark:<8}  {self.subject}: {self.found}" + (f"; expected {self.expected}" if self.expected else "")
+        mark = self.state or ("ok" if self.well else "NOT WELL")
+        expected = f"; expected {self.expected}" if self.expected else ""
+        return f"{mark:<8}  {self.subject}: {self.found}{expected}" + (f"; {self.mend}" if self.mend else "")
 
 
 def _version_finding(subject: str, found: str | None, specifier: Any) -> Finding:
     supported = str(specifier) or "any version"
+    mend = "" if subject == "python" else f"pip install '{subject}{specifier}'"
     if found is None:
-        return Finding(subject, "not installed", supported)
+        return Finding(subject, "not installed", supported, mend=mend)
     if specifier.contains(found, prereleases=True):
         return Finding(subject, f"{found} (supported: {supported})")
-    return Finding(subject, found, supported)
+    return Finding(subject, found, supported, mend=mend)
+
+
+def _library_finding(library: str, found: str | None) -> Finding:
+    """An installed library against the versions that were tried; an optional one may be absent."""
+    from ._requirements import OPTIONAL, TRIED
+
+    tried = TRIED[library]
+    use = f" (for {tried.use})" if library in OPTIONAL else ""
+    if found is None:
+        return Finding(library, f"not installed{use}", state="absent", mend=tried.command)
+    if tried.includes(found):
+        return Finding(library, f"{found} (tried: {tried})")
+    return Finding(library, f"{found}{use}", f"one that was tried: {tried}", "untried", tried.command)
 
 
 def _installed(name: str) -> str | None:
@@ -149,9 +168,14 @@ def _installed(name: str) -> str | None:
 
 
 def _check_versions() -> Iterator[Finding]:
-    """Python and every requirement of the installed package against the ranges that its metadata declares."""
+    """Python and every requirement of the installed package against the ranges that its metadata declares.
+
+    A release that is newer than those that were tried may work.
+    """
     from packaging.requirements import Requirement
     from packaging.specifiers import SpecifierSet
+
+    from ._requirements import CORE
 
     own = _installed(PACKAGE)
     yield _version_finding(PACKAGE, own, SpecifierSet(f"=={__version__}"))
@@ -161,7 +185,19 @@ def _check_versions() -> Iterator[Finding]:
     yield _version_finding("python", ".".join(map(str, sys.version_info[:3])), supported)
     for requirement in map(Requirement, metadata.requires(PACKAGE) or ()):
         if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
-            yield _version_finding(requirement.name, _installed(requirement.name), requirement.specifier)
+            name, found = requirement.name, _installed(requirement.name)
+            if found is not None and name in CORE and (CORE[name].includes(found) or CORE[name].precedes(found)):
+                yield _library_finding(name, found)
+            else:
+                yield _version_finding(name, found, requirement.specifier)
+
+
+def _check_optional() -> Iterator[Finding]:
+    """Every optional library: its version, whether that was tried, and the command that installs one that was."""
+    from ._requirements import OPTIONAL, installed
+
+    for library in OPTIONAL:
+        yield _library_finding(library, installed(library))
 
 
 def _devices() -> list[torch.device]:
@@ -195,7 +231,7 @@ def _check_devices(devices: list[torch.device]) -> Iterator[Finding]:
     for device, refusal in refusals.items():
         found, _, expected = refusal.partition("; expected ")
         # FUSED_STEER_BACKEND=triton rules out a CPU, which is nobody's loss where there is a GPU.
-        yield Finding(_device_name(device), found, expected, unused=bool(backends))
+        yield Finding(_device_name(device), found, expected, "unused" if backends else "")
     for device, backend in backends.items():
         yield _check_numbers(device, backend)
 
@@ -315,10 +351,12 @@ def doctor(
     def report(found: Iterable[Finding]) -> None:
         for finding in found:
             findings.append(finding)
-            console.print(str(finding), markup=False, soft_wrap=True, style=None if finding.well else "bold red")
+            style = "yellow" if finding.state == "untried" else None if finding.well else "bold red"
+            console.print(str(finding), markup=False, soft_wrap=True, style=style)
 
     with _errors_in_one_line():
         report(_check_versions())
+        report(_check_optional())
         devices = _devices()
         report(_check_devices(devices))
         table, amiss = _launches(_targets(devices), compiled)

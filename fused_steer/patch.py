@@ -21,6 +21,7 @@ from torch.compiler import is_compiling
 from torch.nn.modules.module import _has_any_global_hook as has_global_hook
 from torch.utils.hooks import RemovableHandle
 
+from ._requirements import CORE, warn_untried
 from .residual import ResidualNotFound, rewrite_forward
 from .sites import SteeringSite
 from .watch import call_watched
@@ -303,6 +304,7 @@ def patch_model(
             "the model is steered by PEFT already, as from_pretrained does with the adapter beside a model; expected "
             "one that is not (fused_steer.peft.unload(model) takes it out)"
         )
+    warn_untried(*CORE)
     steering = Steering(model)
     if config is None:
         config = SteerConfig()

@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Optional
 import torch
 from torch import Tensor, nn
 
-from ._requirements import require
+from ._requirements import warn_untried
 from ._version import __version__
 from .checkpoint import PEFT_TYPE, WEIGHTS_NAME, check_values, read_adapter
 from .config import DTYPES, SteerConfig
@@ -28,7 +28,7 @@ from .kernels import MAX_RANK, post_block, select_backend
 from .patch import SITE, Decoder, PatchedLayer, execution_device, find_decoder
 from .sites import Adapter, SteeringSite
 
-require("peft", "0.21", "0.22")  # whose registry and tuners this was tried with
+warn_untried("peft")
 
 from peft import PeftConfig  # noqa: E402
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer  # noqa: E402

@@ -76,7 +76,7 @@ class SteeringTrainer(Trainer):
     """
 
     # What a checkpoint's weights are is decided in three methods of Trainer that begin with an underscore; there is no
-    # public way in. They are the same in transformers 5.17 to 5.23, and the tests fail where one is no longer called.
+    # public way in. They are the same in transformers 5.17 to 5.24, and the tests fail where one is no longer called.
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's.

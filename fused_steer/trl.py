@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import nn
 
-from ._requirements import require
+from ._requirements import warn_untried
 
-require("trl", "1.16", "1.17")
+warn_untried("trl")
 
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTTrainer  # noqa: E402
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping
+from importlib import metadata
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from packaging.version import Version
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -158,6 +160,17 @@ def assert_all_close(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor
     assert actual.keys() == expected.keys() and actual
     for name in actual:
         assert_close(actual[name], expected[name], tolerance)
+
+
+def skip_without_add_adapter() -> None:
+    """Skip a test of `model.add_adapter` or `load_adapter` where transformers wants a newer PEFT than is installed.
+
+    Nothing of ours is in between: transformers 5.24 wants PEFT 0.22.
+    """
+    from transformers.integrations.peft import MIN_PEFT_VERSION
+
+    if Version(metadata.version("peft")) < Version(MIN_PEFT_VERSION):
+        pytest.skip(f"this transformers adds adapters by PEFT {MIN_PEFT_VERSION} or later alone")
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:

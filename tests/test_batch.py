@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+import os
 import threading
+import traceback
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from models import LAYERS, assert_close, build, randomize, refused, snapshot, tokens
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, StaticCache
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel, StaticCache
 
 from fused_steer import SteerConfig, patch_model
 from fused_steer import batch as batch_module
@@ -300,6 +304,195 @@ def test_step_by_step_without_generate(model):
             ids = model(ids, past_key_values=cache).logits[:, -1:].argmax(-1)
             words.append(ids)
     assert torch.equal(torch.cat(words, 1), expected)
+
+
+# ---------------------------------------------------------------------------------------------- where a pass's cache is
+
+
+def by_hand(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: Any, name: str = "past_key_values") -> Tensor:
+    """Greedy tokens by a decoding loop of one's own, under padding; the cache is handed over as `name`."""
+    words = []
+    for _ in range(NEW):
+        positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
+        out = model(ids, attention_mask=mask, position_ids=positions, use_cache=True, **{name: cache})
+        ids = out.logits[:, -1:].argmax(-1)
+        mask = torch.cat([mask, torch.ones_like(ids)], 1)
+        words.append(ids)
+    return torch.cat(words, 1)
+
+
+class Renamed(torch.nn.Module):
+    """A model whose decoder has another name for its cache than transformers has."""
+
+    def __init__(self, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.inner, original = model.model, model.model.forward
+
+        def forward(input_ids: Any = None, attention_mask: Any = None, position_ids: Any = None, memory: Any = None):
+            return original(input_ids, attention_mask, position_ids, past_key_values=memory, use_cache=True)
+
+        monkeypatch.setattr(model.model, "forward", forward)
+        self.head = model.lm_head
+
+    def forward(self, ids: Tensor, attention_mask: Tensor, position_ids: Tensor, use_cache: bool, **cache: Any) -> Any:
+        (memory,) = cache.values()
+        where = {} if "positional" in cache else {"memory": memory}
+        args = (memory,) if "positional" in cache else ()
+        hidden = self.inner(ids, attention_mask, position_ids, *args, **where).last_hidden_state
+        return SimpleNamespace(logits=self.head(hidden))
+
+
+@pytest.mark.parametrize("where", ["all", "generated", "last", ("first", 2)], ids=str)
+@pytest.mark.parametrize("cache_class", [DynamicCache, StaticCache])
+def test_cache_in_a_loop_under_left_padding(model, where, cache_class):
+    ids, mask = padded("left")
+    room = {"max_cache_len": ids.shape[1] + NEW} if cache_class is StaticCache else {}
+    with model.steering.batch(NAMES, positions=where), torch.no_grad():
+        expected = greedy(model, ids, attention_mask=mask)
+        assert torch.equal(by_hand(model, ids, mask, cache_class(config=model.config, **room)), expected)
+
+
+@pytest.mark.parametrize("name", ["memory", "positional"])
+def test_cache_under_another_name(model, monkeypatch, name):
+    ids, mask = padded("left")
+    with model.steering.batch(NAMES, positions="generated"), torch.no_grad():
+        expected = greedy(model, ids, attention_mask=mask)
+    renamed = Renamed(model, monkeypatch)
+    with model.steering.batch(NAMES, positions="generated"), torch.no_grad():
+        assert torch.equal(by_hand(renamed, ids, mask, DynamicCache(config=model.config), name), expected)
+
+
+def test_cache_is_found_by_its_type():
+    key = torch.zeros(2, 1, 4, 8)
+    cache, layers = DynamicCache(), ((key, key), (key, key))
+    cache.update(key, key, 0)
+    both = EncoderDecoderCache(cache, DynamicCache())
+    for held in (cache, both, layers):
+        given = {"input_ids": torch.ones(2, 1), "use_cache": True, "position_embeddings": (key, key), "kept": held}
+        assert batch_module.find_cache(given) is held and batch_module.cache_length(held) == 4
+    assert batch_module.find_cache({"cache_position": key[0, 0], "cache": None, "use_cache": True}) is None
+    assert batch_module.find_cache({"encoder_cache": DynamicCache(), "cache": cache}) is cache
+    with refused(ValueError, "the pass has several caches, one, other; expected one"):
+        batch_module.find_cache({"one": DynamicCache(), "other": DynamicCache()})
+
+
+def test_cache_of_states_of_fixed_size():
+    """A state-space model's cache does not tell its length; it is known from the passes that filled it."""
+    from transformers import MambaConfig, MambaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "state_size": 4, "num_hidden_layers": 2, "eos_token_id": None}
+    mamba = patch_model(
+        MambaForCausalLM(MambaConfig(**sizes)).eval(), SteerConfig(rank=2, scale=9), adapter_name="polite"
+    )
+    randomize(mamba, "polite")
+
+    def step(ids: Tensor, **cache: Any) -> tuple[Tensor, dict[str, Any]]:
+        out = mamba(ids, use_cache=True, **cache)
+        return out.logits[:, -1:].argmax(-1), {name: out[name] for name in out if name != "logits"}
+
+    differ = []
+    for where in ("all", "prompt", "generated"):
+        with mamba.steering.batch(["polite", None], positions=where), torch.no_grad():
+            expected = greedy(mamba, PROMPTS[:2])
+            assert torch.equal(greedy(mamba, PROMPTS[:2], use_cache=False), expected)
+            token, cache = step(PROMPTS[:2])
+            words = [token]
+            for _ in range(NEW - 1):
+                token, cache = step(token, **cache)
+                words.append(token)
+            assert torch.equal(torch.cat(words, 1), expected)
+            differ.append(expected)
+        with mamba.steering.batch(["polite", None], positions=where), torch.no_grad():
+            with refused(ValueError, "does not tell how many tokens it holds; expected"):
+                step(token, **cache)
+    assert not torch.equal(differ[0], differ[1]) and not torch.equal(differ[0], differ[2])
+
+
+class Memory:
+    """Keeps keys and values in a way of its own."""
+
+
+@pytest.mark.parametrize(
+    ("given", "parts"),
+    [
+        ({"attention_mask": torch.ones(1, 8)}, ["attention_mask spans 8 columns of a pass with 1 and no cache"]),
+        ({"attention_mask": torch.ones(1, 1, 1, 8)}, ["attention_mask spans 8 columns"]),
+        ({"position_ids": torch.tensor([[7]])}, ["position_ids begins at 7 and no argument of the pass is a cache"]),
+        ({"cache_position": torch.tensor([7])}, ["cache_position begins at 7"]),
+        ({"kv_cache": Memory()}, ["the cache is a Memory that does not tell how many tokens it holds; expected"]),
+        ({"state": [torch.zeros(1, 2, 3)]}, ["the cache is a list that does not tell"]),
+    ],
+    ids=str,
+)
+def test_cache_that_cannot_be_found(model, given, parts):
+    with model.steering.batch(["polite"]), torch.no_grad():
+        with refused(ValueError, *parts, model=model):
+            model.model(PROMPTS[:1, :1], **given)
+
+
+def test_cache_that_is_not_used(model):
+    """Positions may begin anywhere where the caller says that there is no cache."""
+    given = {"position_ids": torch.arange(3, 10)[None], "use_cache": False}
+    expected = alone(model, "polite", lambda: model(PROMPTS[:1], **given).logits)
+    with model.steering.batch(["polite"]), torch.no_grad():
+        assert_close(model(PROMPTS[:1], **given).logits, expected)
+
+
+def test_cache_that_generate_hides(model, monkeypatch):
+    """A model that keeps its cache to itself and feeds the last token alone."""
+    monkeypatch.setattr(model, "prepare_inputs_for_generation", lambda input_ids, **_: {"input_ids": input_ids[:, -1:]})
+    with model.steering.batch(["polite"]):
+        model.steering._batch.generating = 1
+        for given in ({}, {"attention_mask": torch.ones(1, 7), "use_cache": True}):
+            with refused(ValueError, "the pass has 1 of 7 columns and no cache among its arguments; expected a cache"):
+                model.prepare_inputs_for_generation(PROMPTS[:1], **given)
+
+
+class Reads(TorchDispatchMode):
+    """Notes each line of the package that asks a device for a value, and makes the host wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            callers = [f for f in traceback.extract_stack()[:-1] if f"{os.sep}torch{os.sep}" not in f.filename]
+            if os.path.dirname(callers[-1].filename) == os.path.dirname(batch_module.__file__):
+                self.found.append(f"{callers[-1].name}: {callers[-1].line}")
+        return function(*args, **kwargs or {})
+
+
+def test_static_cache_is_not_read_in_a_decoding_step(model):
+    ids, mask = padded("left")
+    room = ids.shape[1] + NEW
+    with model.steering.batch(NAMES, positions="generated"), torch.no_grad():
+        expected = greedy(model, ids, attention_mask=mask)
+        cache = StaticCache(config=model.config, max_cache_len=room)
+        with Reads() as reads:
+            assert torch.equal(by_hand(model, ids, mask, cache), expected)
+            assert torch.equal(greedy(model, ids, attention_mask=mask, cache_implementation="static"), expected)
+            assert torch.equal(greedy(model, PROMPTS, cache_implementation="static"), greedy(model, PROMPTS))
+        assert not reads.found
+        cache.reset()
+        by_hand(model, ids, mask, cache)
+        cache.reset()
+        with Reads() as reads:  # a prompt of one token would be taken for a generated one if nobody looked
+            first = model(PROMPTS[:, :1], past_key_values=cache, use_cache=True).logits
+        assert reads.found
+        assert_close(first, model(PROMPTS[:, :1]).logits)
+
+
+def test_static_cache_in_inference_mode(model):
+    """There PyTorch does not count the writes to a tensor, so that its length is read."""
+    ids, mask = padded("left")
+    with model.steering.batch(NAMES, positions="generated"), torch.inference_mode():
+        expected = greedy(model, ids, attention_mask=mask)
+        cache = StaticCache(config=model.config, max_cache_len=ids.shape[1] + NEW)
+        for _ in range(2):
+            assert torch.equal(by_hand(model, ids, mask, cache), expected)
+            cache.reset()
 
 
 def test_a_captured_step_holds_on_to_what_is_there(model, monkeypatch):

@@ -13,6 +13,7 @@ from models import LAYERS, build
 from typer.testing import CliRunner
 
 from fused_steer import SteerConfig, __version__, patch_model
+from fused_steer._requirements import OPTIONAL, TRIED
 from fused_steer.checkpoint import CONFIG_NAME, WEIGHTS_NAME
 from fused_steer.cli import Finding, app
 
@@ -86,7 +87,7 @@ def test_the_command_starts_without_torch():
 
 def findings(result) -> dict[str, str]:
     """The doctor's lines by what they are about."""
-    lines = re.findall(r"^(ok|unused|NOT WELL) +(\S+?):? (.*)$", result.stdout, re.MULTILINE)
+    lines = re.findall(r"^(ok|unused|untried|absent|NOT WELL) +(\S+?):? (.*)$", result.stdout, re.MULTILINE)
     return {subject: f"{mark}: {text}" for mark, subject, text in lines}
 
 
@@ -112,10 +113,10 @@ def test_doctor_finds_all_well(installed):
     result = invoke("doctor")
     assert result.exit_code == 0, result.output
     found = findings(result)
-    assert found["torch"] == "ok: 2.13.0+cpu (supported: <2.99,>=2.11)"
+    assert found["torch"] == f"ok: 2.13.0+cpu (tried: {TRIED['torch']})"
     assert found["safetensors"] == "ok: 0.8.0 (supported: any version)"
     assert {"fused-steer", "python", "cpu"} <= found.keys()
-    assert not {"gguf", "nothing-such"} & found.keys()  # an extra, and another platform's
+    assert "nothing-such" not in found  # another platform's
     assert "NOT WELL" not in result.stdout
 
 
@@ -129,14 +130,26 @@ def test_doctor_lists_the_kernels_of_every_target(installed):
 @pytest.mark.parametrize(
     ("spoil", "subject", "line"),
     [
-        (lambda s: s["versions"].update(torch="2.10.1"), "torch", "NOT WELL: 2.10.1; expected <2.99,>=2.11"),
-        (lambda s: s["versions"].pop("torch"), "torch", "NOT WELL: not installed; expected <2.99,>=2.11"),
+        (
+            lambda s: s["versions"].update(torch="2.10.1"),
+            "torch",
+            "NOT WELL: 2.10.1; expected <2.99,>=2.11; pip install 'torch<2.99,>=2.11'",
+        ),
+        (
+            lambda s: s["versions"].pop("torch"),
+            "torch",
+            "NOT WELL: not installed; expected <2.99,>=2.11; pip install 'torch<2.99,>=2.11'",
+        ),
         (
             lambda s: s["versions"].pop("fused-steer"),
             "fused-steer",
-            f"NOT WELL: not installed; expected =={__version__}",
+            f"NOT WELL: not installed; expected =={__version__}; pip install 'fused-steer=={__version__}'",
         ),
-        (lambda s: s["versions"].update({"fused-steer": "9"}), "fused-steer", f"NOT WELL: 9; expected =={__version__}"),
+        (
+            lambda s: s["versions"].update({"fused-steer": "9"}),
+            "fused-steer",
+            f"NOT WELL: 9; expected =={__version__}; pip install 'fused-steer=={__version__}'",
+        ),
         (
             lambda s: s.update(python=">=4"),
             "python",
@@ -151,6 +164,35 @@ def test_doctor_says_which_version_is_expected(installed, spoil, subject, line):
     assert result.exit_code == 1
     assert findings(result)[subject] == line
     assert [text for text in findings(result).values() if text.startswith("NOT WELL")] == [line]
+
+
+@pytest.mark.parametrize("state", ["absent", "tried", "newer", "older"])
+def test_doctor_shows_optional_libraries(installed, state):
+    """Each with its version, whether that was tried, and the command that mends it. None is a reason to fail."""
+    expected = {}
+    for library, tried in OPTIONAL.items():
+        command = f"pip install '{library}>={tried.first},<{tried.below}'"
+        version = {"absent": None, "tried": f"{tried.last}.3", "newer": f"{tried.below}.0", "older": "0.0.1"}[state]
+        installed["versions"].update({library: version} if version else {})
+        expected[library] = {
+            "absent": f"absent: not installed (for {tried.use}); {command}",
+            "tried": f"ok: {version} (tried: {tried})",
+        }.get(state, f"untried: {version} (for {tried.use}); expected one that was tried: {tried}; {command}")
+    result = invoke("doctor")
+    assert result.exit_code == 0, result.output
+    found = findings(result)
+    assert {library: found.get(library) for library in OPTIONAL} == expected
+
+
+@pytest.mark.parametrize("library", ["torch", "transformers"])
+def test_doctor_shows_a_newer_core_library_as_untried(installed, library):
+    tried = TRIED[library]
+    installed["requires"] = [f"{library}>={tried.first},<{tried.below}"]
+    installed["versions"][library] = f"{tried.below}.0"
+    result = invoke("doctor")
+    assert result.exit_code == 0, result.output
+    command = f"pip install '{library}>={tried.first},<{tried.below}'"
+    assert findings(result)[library] == f"untried: {tried.below}.0; expected one that was tried: {tried}; {command}"
 
 
 def test_doctor_reports_an_unknown_backend(installed, monkeypatch):
@@ -184,7 +226,7 @@ def test_doctor_notices_a_backend_that_raises(installed, monkeypatch):
 
 
 def test_a_ruled_out_device_is_unused_where_another_will_do():
-    assert Finding("cpu", "is ruled out", "a GPU", unused=True).well
+    assert Finding("cpu", "is ruled out", "a GPU", "unused").well
     assert not Finding("cpu", "is ruled out", "a GPU").well
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import build, logits, refused, steering_parameters, tokens
+from models import build, logits, refused, skip_without_add_adapter, steering_parameters, tokens
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import Trainer, TrainingArguments
@@ -35,6 +35,7 @@ def joint(seed: int = 0, add: bool = False, config: SteerConfig = ORTHOGONAL) ->
     torch.manual_seed(seed)
     lora = LoraConfig(r=3, target_modules=["q_proj", "down_proj"], lora_dropout=0.0)
     if add:
+        skip_without_add_adapter()
         model.add_adapter(lora)
     else:
         model = get_peft_model(model, lora)

@@ -10,7 +10,17 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from models import HIDDEN, assert_close, build, logits, randomize, refused, steering_parameters, tokens
+from models import (
+    HIDDEN,
+    assert_close,
+    build,
+    logits,
+    randomize,
+    refused,
+    skip_without_add_adapter,
+    steering_parameters,
+    tokens,
+)
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.optim import optimizer as torch_optimizer
@@ -28,6 +38,7 @@ def with_lora(family: str = "llama", add: bool = False, **options: Any) -> nn.Mo
     model = build(family)
     config = LoraConfig(**{"r": 3, "target_modules": "all-linear", **options})
     if add:
+        skip_without_add_adapter()
         model.add_adapter(config)
         return model
     return get_peft_model(model, config)

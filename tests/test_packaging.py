@@ -16,6 +16,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from fused_steer._requirements import CORE, TRIED
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = {"fused_steer": "fused_steer", "kernels": "fused_steer/kernels"}  # folder in the checkout: in the wheel
 
@@ -125,6 +127,33 @@ def test_constraints_pin_every_requirement(distribution):
         ]
         assert versions, f"{requirement.name} is not pinned in constraints.txt"
         assert all(map(requirement.specifier.contains, versions)), f"{requirement} excludes a pin: {versions}"
+
+
+def test_requirements_are_what_was_tried(distribution):
+    """setup.py lets in what was tried: the core nothing else, the extras what may well work too."""
+    requirements = [Requirement(line) for line in distribution.requires]
+    assert CORE.keys() <= {r.name for r in requirements if "extra" not in str(r.marker)}
+    for requirement in requirements:
+        tried = TRIED.get(requirement.name)
+        if tried is None:
+            continue
+        bounds = {clause.operator: clause.version for clause in requirement.specifier}
+        assert all(requirement.specifier.contains(f"{series}.1") for series in (tried.first, tried.last)), requirement
+        if requirement.name in CORE:
+            assert bounds == {">=": tried.first, "<": tried.below}, requirement
+        elif bounds and requirement.name in ("peft", "trl"):
+            assert bounds[">="] == tried.first and "." not in bounds["<"], requirement
+
+
+@pytest.mark.parametrize("page", ["constraints.txt", "constraints-vllm.txt"])
+def test_constraints_pin_what_was_tried(page):
+    lines = (ROOT / page).read_text(encoding="utf-8").splitlines()
+    pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    libraries = {canonicalize_name(name): tried for tried in TRIED.values() for name in tried.distributions}
+    found = [(pin, libraries[canonicalize_name(pin.name)]) for pin in pins if canonicalize_name(pin.name) in libraries]
+    assert found
+    for pin, tried in found:
+        assert tried.includes(next(iter(pin.specifier)).version), pin
 
 
 def test_checkout_refuses_the_bare_name():

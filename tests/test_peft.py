@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from models import assert_close, build, generate, gradients, logits, refused, snapshot, tokens
+from models import assert_close, build, generate, gradients, logits, refused, skip_without_add_adapter, snapshot, tokens
 from peft import LoraConfig, PeftConfig, PeftMixedModel, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -223,6 +221,7 @@ def test_copies_and_state_dicts():
 
 
 def test_as_transformers_own_adapter_and_beside_lora():
+    skip_without_add_adapter()
     base = build()
     base.add_adapter(LoraConfig(r=2, target_modules=["down_proj"], init_lora_weights=False), "lora")
     lora = logits(base.eval())
@@ -455,18 +454,8 @@ def test_rows_that_do_not_fit(rows, parts):
         model.train()(input_ids=tokens(), adapter_names=["default", "default"])
 
 
-@pytest.mark.parametrize(("library", "versions"), [("peft", ">=0.21,<0.22"), ("trl", ">=1.16,<1.17")])
-def test_an_unsupported_library_is_named_with_the_range_that_works(library, versions):
-    code = (
-        "import importlib.metadata as m; old = m.version\n"
-        f"m.version = lambda name: '0.19.0' if name == {library!r} else old(name)\n"
-        f"import fused_steer.{library}"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert result.stderr.strip().splitlines()[-1] == f"ImportError: {library} is 0.19.0; expected {versions} here"
-
-
 def test_auto_classes_load_it(tmp_path):
+    skip_without_add_adapter()
     model = adapted(r=4)
     build().save_pretrained(tmp_path / "base")
     model.save_pretrained(str(tmp_path / "adapter"))

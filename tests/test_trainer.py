@@ -12,7 +12,7 @@ import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard
 from models import build, logits, randomize, refused, steering_parameters, tokens
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from test_docs import run_page
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
@@ -170,7 +170,7 @@ def test_what_a_checkpoint_would_lose_is_refused(tmp_path):
     with refused(ValueError, "lm_head.weight trains"):
         run.save_model(str(tmp_path / "out"))
     added = build()
-    added.add_adapter(LoraConfig(r=3, target_modules=["q_proj"]))
+    inject_adapter_in_model(LoraConfig(r=3, target_modules=["q_proj"]), added)
     with refused(ValueError, "lora_A", "get_peft_model"):
         trainer(patch_model(added, CONFIG), tmp_path).train()
     run = trainer(patched(), tmp_path)
