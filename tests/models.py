@@ -109,8 +109,8 @@ def input_gradient(model: PreTrainedModel, **options: Any) -> Tensor:
     for seed in range(DRAWS):
         embedded = model.get_input_embeddings()(tokens(seed)).detach().requires_grad_()
         torch.manual_seed(seed)  # of dropout
-        loss = model(inputs_embeds=embedded, labels=tokens(seed), **options).loss
-        found.extend(torch.autograd.grad(loss, embedded))
+        model(inputs_embeds=embedded, labels=tokens(seed), **options).loss.backward()
+        found.append(embedded.grad)
     return torch.stack(found)
 
 
@@ -155,8 +155,11 @@ class Hooked:
 
     def double(self) -> Hooked:
         """The same in float64, as far as the model's own code stays in it: the truth."""
+        base = copy.deepcopy(self.base).double()
+        if hasattr(base, "set_experts_implementation"):
+            base.set_experts_implementation("eager")  # grouped products have no float64
         leaves = {name: leaf.double() for name, leaf in self.leaves.items()}
-        return Hooked(copy.deepcopy(self.base).double(), leaves, scale=self.scale, activation=self.activation)
+        return Hooked(base, leaves, scale=self.scale, activation=self.activation)
 
     def _hook(self, path: str) -> Callable[..., Any]:
         def hook(module: nn.Module, args: Any, output: Any) -> Any:

@@ -416,8 +416,8 @@ def test_offloaded_and_then_patched(name, tmp_path):
     OFFLOADS[name](model, tmp_path)
     before, bare = snapshot(model)["modules"], logits(model)
     # The weights of an offloaded model may lie otherwise in memory, and be multiplied in another order.
-    base = build_frozen()
-    unsteered = (bare, logits(base)), (input_gradient(model), input_gradient(base))
+    bases = OFFLOADS[name](build_frozen(), tmp_path / "unsteered"), build_frozen()
+    unsteered = [logits(base) for base in bases], [input_gradient(base) for base in bases]
     patch_model(model, CONFIG)
     assert layers_on_meta(model) == ([1] if name == "map" else list(range(LAYERS)))
     assert {row.kind for row in model.steering.report()} == {"fused"}
@@ -445,7 +445,7 @@ def test_patched_and_then_offloaded_is_refused(name, tmp_path):
     with refused(ValueError, "adapter 'default' is on meta", "expected it on cpu", "offload the model before"):
         logits(model)
     model.steering.unpatch()
-    assert torch.equal(logits(model), logits(build()))
+    assert torch.equal(logits(model), logits(OFFLOADS[name](build(), tmp_path / "unpatched")))
 
 
 @pytest.mark.parametrize("patched_first", [False, True], ids=["hooks first", "patched first"])
@@ -580,7 +580,7 @@ def test_training_on_a_quantised_base(name, wide, tmp_path):
 
 @pytest.mark.parametrize("name", [*QUANTISED, DYNAMIC])
 def test_inference_on_a_quantised_base(name, wide):
-    base, other = (QUANTISED.get(name, DYNAMIC_BASE)(wide).eval() for _ in range(2))
+    base, other = (QUANTISED.get(name, DYNAMIC_BASE)(wide).eval().requires_grad_(False) for _ in range(2))
     before = logits(base)
     assert apart(before, logits(build(**WIDE).to(base.dtype))) > 1e-3  # it is quantised
     model = patch_model(base, CONFIG)
@@ -742,7 +742,7 @@ def image_and_text(model_type: str, seed: int = 0) -> dict[str, Tensor]:
 @pytest.mark.parametrize("model_type", VISION_LANGUAGE)
 def test_the_text_decoder_of_a_vision_language_model_is_steered(model_type):
     tower = VISION_LANGUAGE[model_type][1]
-    base = vision_language(model_type)
+    base = vision_language(model_type).requires_grad_(False)
     inputs = image_and_text(model_type)
     run = lambda model, **other: model(**inputs | other)  # noqa: E731
     with torch.no_grad():
