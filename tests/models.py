@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 torch.set_num_threads(1)
 
 VOCABULARY, HIDDEN, LAYERS = 64, 32, 3
+DRAWS = 4
 
 _SIZES = {
     "vocab_size": VOCABULARY,
@@ -71,6 +73,11 @@ def tokens(seed: int = 0, batch: int = 2, length: int = 9) -> Tensor:
     return torch.randint(1, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
+def build_frozen(family: str = "llama", **overrides: Any) -> PreTrainedModel:
+    """As patching leaves its base: PyTorch may multiply by a matrix that needs a gradient in another order."""
+    return build(family, **overrides).requires_grad_(False)
+
+
 def logits(model: nn.Module) -> Tensor:
     with torch.no_grad():
         return model(tokens()).logits
@@ -83,12 +90,30 @@ def generate(model: PreTrainedModel, **options: Any) -> tuple[Tensor, Tensor]:
     return output.sequences, torch.stack(output.logits)
 
 
-def gradients(model: nn.Module, parameters: Mapping[str, Tensor], **options: Any) -> dict[str, Tensor]:
-    """The parameters' gradients of the language-modelling loss."""
-    for parameter in parameters.values():
-        parameter.grad = None
-    model(tokens(), labels=tokens(), **options).loss.backward()
-    return {name: parameter.grad for name, parameter in parameters.items()}
+def gradients(
+    model: nn.Module, parameters: Mapping[str, Tensor], draws: int = DRAWS, **options: Any
+) -> dict[str, Tensor]:
+    """The parameters' gradients of the language-modelling loss, for several draws of tokens: (draws, ...) each."""
+    found: dict[str, list[Tensor]] = {name: [] for name in parameters}
+    for seed in range(draws):
+        for parameter in parameters.values():
+            parameter.grad = None
+        torch.manual_seed(seed)  # of dropout
+        model(tokens(seed), labels=tokens(seed), **options).loss.backward()
+        for name, parameter in parameters.items():
+            found[name].append(parameter.grad)
+    return {name: torch.stack(drawn) for name, drawn in found.items()}
+
+
+def input_gradient(model: PreTrainedModel, **options: Any) -> Tensor:
+    """The gradient of the embedded tokens: what a frozen model without adapters has to show of a backward pass."""
+    found = []
+    for seed in range(DRAWS):
+        embedded = model.get_input_embeddings()(tokens(seed)).detach().requires_grad_()
+        torch.manual_seed(seed)  # of dropout
+        model(inputs_embeds=embedded, labels=tokens(seed), **options).loss.backward()
+        found.append(embedded.grad)
+    return torch.stack(found)
 
 
 def steering_parameters(model: nn.Module, adapter: str = "default") -> dict[str, nn.Parameter]:
@@ -122,12 +147,21 @@ class Hooked:
         scale: float = 1.0,
         activation: Callable[[Tensor], Tensor] = F.silu,
     ) -> None:
+        self.base = copy.deepcopy(base)
         self.model = copy.deepcopy(base).requires_grad_(False)
         self.leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in parameters.items()}
         self.states: dict[str, Tensor] = {}
         self.scale, self.activation = scale, activation
         for path in dict.fromkeys(name.partition(".post_block.")[0] for name in parameters):
             self.model.get_submodule(path).register_forward_hook(self._hook(path))
+
+    def double(self) -> Hooked:
+        """The same in float64, as far as the model's own code stays in it: the truth."""
+        base = copy.deepcopy(self.base).double()
+        if hasattr(base, "set_experts_implementation"):
+            base.set_experts_implementation("eager")  # grouped products have no float64
+        leaves = {name: leaf.double() for name, leaf in self.leaves.items()}
+        return Hooked(base, leaves, scale=self.scale, activation=self.activation)
 
     def _hook(self, path: str) -> Callable[..., Any]:
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
@@ -148,18 +182,67 @@ class Hooked:
         return F.linear(self.activation(F.linear(hidden, w1, b1)), w2, b2)
 
 
-def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
-    """Relative error by norm."""
-    assert actual.shape == expected.shape and actual.dtype == expected.dtype
-    assert expected.norm() > 0
-    error = ((actual - expected).norm() / expected.norm()).item()
-    assert error <= tolerance, f"relative error {error:.2e}; expected at most {tolerance:.0e}"
+Result = Tensor | Mapping[str, Tensor]
+
+#: The relative difference that rounding in float32 may make of the same sums in another order.
+ROUNDING = 1e-6
 
 
-def assert_all_close(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float = 1e-5) -> None:
-    assert actual.keys() == expected.keys() and actual
-    for name in actual:
-        assert_close(actual[name], expected[name], tolerance)
+def _kinds(result: Result) -> dict[str, Tensor]:
+    """One vector for a parameter of all layers: a bias of 4 numbers may nearly cancel in one layer, and not in all."""
+    if isinstance(result, Tensor):
+        return {"": result.detach().double().flatten()}
+    kinds: dict[str, list[Tensor]] = {}
+    for name in sorted(result):
+        kinds.setdefault(re.sub(r"\d+", "*", name), []).append(result[name].detach().double().flatten())
+    return {kind: torch.cat(parts) for kind, parts in kinds.items()}
+
+
+def difference(actual: Result, expected: Result) -> dict[str, float]:
+    """‖actual − expected‖ / ‖expected‖ by kind of parameter; of one tensor, under the name ""."""
+    of, to = _kinds(actual), _kinds(expected)
+    assert of.keys() == to.keys() and of
+    assert all(truth.isfinite().all() and truth.norm() > 0 for truth in to.values())
+    return {kind: ((of[kind] - truth).norm() / truth.norm()).item() for kind, truth in to.items()}
+
+
+def assert_close(actual: Result, expected: Result, *, unsteered: Sequence[Result] | None = None) -> None:
+    """Equal but for rounding.
+
+    unsteered: where PyTorch or transformers may compute a model in two ways, the unsteered model's results in the same
+    two ways; twice the difference between them is allowed.
+    """
+    _assert_same_form(actual, expected)
+    bound = ROUNDING + (2 * max(difference(*unsteered).values()) if unsteered else 0.0)
+    for kind, error in difference(actual, expected).items():
+        assert error <= bound, f"relative difference {kind} {error:.2e}; expected at most {bound:.1e}"
+
+
+def assert_no_worse(actual: Result, hooked: Result, truth: Result) -> None:
+    """The error is at most twice that of plain hooks in the same dtype, plus that of rounding."""
+    _assert_same_form(actual, hooked)
+    errors, bounds = difference(actual, truth), difference(hooked, truth)
+    for kind, error in errors.items():
+        bound = 2 * bounds[kind] + ROUNDING
+        assert error <= bound, f"relative error {kind} {error:.2e}; expected at most {bound:.1e}"
+
+
+def _assert_same_form(actual: Result, expected: Result) -> None:
+    form = [
+        {name: (t.shape, t.dtype) for name, t in (r.items() if isinstance(r, Mapping) else [("", r)])}
+        for r in (actual, expected)
+    ]
+    assert form[0] == form[1] and form[0]
+
+
+def assert_as_exact_as_hooks(
+    model: nn.Module, parameters: Mapping[str, Tensor], hooked: Hooked, truth: Hooked | None = None
+) -> None:
+    """Logits and gradients of a steered model. The truth, unless given, is the hooked model in float64."""
+    truth = truth or hooked.double()
+    assert_no_worse(*map(logits, (model, hooked.model, truth.model)))
+    pairs = (model, parameters), (hooked.model, hooked.leaves), (truth.model, truth.leaves)
+    assert_no_worse(*(gradients(network, leaves) for network, leaves in pairs))
 
 
 def skip_without_add_adapter() -> None:

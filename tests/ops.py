@@ -5,6 +5,7 @@ worse than.
 """
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -83,6 +84,11 @@ def make_inputs(
         basis=torch.linalg.qr(normal(hidden, basis))[0] if basis and rank else None,
     )
     return inputs.map(lambda t: t.to(device))
+
+
+def make_draws(count: int, *shape: int, **options: Any) -> list[Inputs]:
+    """Several calls, to be judged together: a gradient of few numbers may nearly cancel in any one of them."""
+    return [make_inputs(*shape, **options, seed=seed) for seed in range(count)]
 
 
 def definition(inputs: Inputs, activation: str) -> Tensor:

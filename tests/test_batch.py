@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import LAYERS, assert_close, build, randomize, refused, snapshot, tokens
+from models import LAYERS, assert_close, build, build_frozen, randomize, refused, snapshot, tokens
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel, StaticCache
@@ -78,6 +78,11 @@ def logits(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None) -> T
         return model(ids, attention_mask=mask).logits
 
 
+def together_and_alone(base: PreTrainedModel) -> tuple[Tensor, Tensor]:
+    """By an unsteered model, whose matrix products of several rows may be summed in another order than those of one."""
+    return logits(base, PROMPTS), torch.cat([logits(base, row[None]) for row in PROMPTS])
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "gemma3", "gpt_neox-parallel", "mixtral", "qwen3_moe"])
 def test_rows_are_what_they_are_alone(family):
     model = steered(family)
@@ -88,7 +93,7 @@ def test_rows_are_what_they_are_alone(family):
         alone(model, name, lambda row=row: greedy(model, row[None])) for name, row in zip(NAMES, PROMPTS, strict=True)
     ]
     with model.steering.batch(NAMES):
-        assert_close(logits(model, PROMPTS), torch.cat(rows))
+        assert_close(logits(model, PROMPTS), torch.cat(rows), unsteered=together_and_alone(build_frozen(family)))
         assert torch.equal(greedy(model, PROMPTS), torch.cat(words))
     base = alone(model, None, lambda: logits(model, PROMPTS))
     assert all((base[row] - rows[row][0]).abs().max() > 1e-2 for row, name in enumerate(NAMES) if name)
@@ -122,10 +127,20 @@ def test_forward_under_padding(model, side):
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     with model.steering.batch(NAMES), torch.no_grad():
         out = model(ids, attention_mask=mask, position_ids=positions).logits
+    unsteered = padded_and_alone(ids, mask)
     for row, name in enumerate(NAMES):
         kept = mask[row] == 1
         one = alone(model, name, lambda row=row, kept=kept: logits(model, ids[row : row + 1, kept]))
-        assert_close(out[row, kept], one[0])
+        assert_close(out[row, kept], one[0], unsteered=unsteered)
+
+
+def padded_and_alone(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """By the unsteered model: the rows' own tokens, in one batch and each row without its padding."""
+    base = build_frozen()
+    with torch.no_grad():
+        together = base(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp_min(0)).logits
+    rows = zip(ids, mask == 1, strict=True)
+    return together[mask == 1], torch.cat([logits(base, row[None, kept])[0] for row, kept in rows])
 
 
 def test_none_and_strength_0_keep_every_bit(model):
@@ -142,9 +157,10 @@ def test_strengths_of_rows_and_of_all(model):
     with model.steering.batch(["polite"] * 5, scale=2.0):
         all_two = logits(model, PROMPTS)
     model.steering.use("polite")
+    unsteered = together_and_alone(build_frozen())
     for row, strength in enumerate([0.7, 2.0, 1, -0.5, 0.7]):
         model.steering.scale = strength
-        assert_close(out[row : row + 1], logits(model, PROMPTS[row : row + 1]))
+        assert_close(out[row : row + 1], logits(model, PROMPTS[row : row + 1]), unsteered=unsteered)
     model.steering.scale = 2.0
     assert_close(all_two, logits(model, PROMPTS))
     model.steering.scale = 0.7
@@ -211,11 +227,13 @@ def test_positions_of_a_prompt_under_padding(model, where, side):
     ids, mask = padded(side)
     with model.steering.batch(["polite"] * 5, positions=where), torch.no_grad():
         out = model(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp_min(0)).logits
+    unsteered = padded_and_alone(ids, mask)
     for row in range(5):
         kept = mask[row] == 1
         length = int(kept.sum())
         gain = torch.tensor([chosen(where, length, length)], dtype=torch.float32)
-        assert_close(out[row, kept], by_hooks(model, "polite", ids[row : row + 1, kept], gain)[0])
+        by_hook = by_hooks(model, "polite", ids[row : row + 1, kept], gain)[0]
+        assert_close(out[row, kept], by_hook, unsteered=unsteered)
 
 
 def test_rows_of_different_positions(model):
@@ -621,7 +639,7 @@ def test_disabled_used_and_loaded_within(model, tmp_path):
     with model.steering.batch(NAMES):
         expected = logits(model, PROMPTS)
         with model.steering.disabled():
-            assert torch.equal(logits(model, PROMPTS), alone(model, None, lambda: logits(build(), PROMPTS)))
+            assert torch.equal(logits(model, PROMPTS), logits(build_frozen(), PROMPTS))
         model.steering.use("vector")
         model.steering.load(tmp_path / "saved", name="another")
         assert torch.equal(logits(model, PROMPTS), expected)

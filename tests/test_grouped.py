@@ -115,14 +115,14 @@ def assert_right(batch: Batch, out: Tensor) -> None:
 @pytest.mark.parametrize("tokens", [1, FEW, MANY])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("hidden", [64, 100])
-def test_equals_the_formula(device, poison, tokens, dtype, hidden):
+def test_equals_the_formula(device, tokens, dtype, hidden):
     batch = make(tokens, hidden, dtype=dtype, device=device)
     assert_right(batch, batch.call())
 
 
 @pytest.mark.parametrize("tokens", [FEW, MANY])
 @pytest.mark.parametrize("rank", [0, 1, 8, 12, 64])
-def test_ranks(device, poison, rank, tokens):
+def test_ranks(device, rank, tokens):
     batch = make(tokens, 72, rank, device=device)
     assert_right(batch, batch.call())
 
@@ -150,7 +150,7 @@ def test_each_slot_its_own_activation(device, tokens):
     [{"branch": False}, {"biases": False}, {"gain": False}, {"runs": True}, {"biases": False, "gain": False}],
     ids=str,
 )
-def test_what_may_be_absent(device, poison, options, tokens):
+def test_what_may_be_absent(device, options, tokens):
     batch = make(tokens, device=device, **options)
     assert_right(batch, batch.call())
 
@@ -174,7 +174,7 @@ PATTERNS = {
 @pytest.mark.parametrize("options", [{}, {"biases": False}], ids=str)
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_however_the_tokens_lie(device, poison, pattern, weights, options, into_branch):
+def test_however_the_tokens_lie(device, pattern, weights, options, into_branch):
     ids = torch.tensor(PATTERNS[pattern], dtype=torch.int32, device=device)
     batch = make(24, 64, slots=40, device=device, **options)
     batch = replace(batch, ids=ids, downs=batch.downs.to(weights), ups=batch.ups.to(weights))

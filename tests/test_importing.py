@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import HIDDEN, LAYERS, assert_close, build, logits, refused, steering_parameters
+from models import HIDDEN, LAYERS, assert_close, build, difference, logits, refused, steering_parameters
 from safetensors.torch import save_file
 from test_cli import assert_refused, invoke, plain_output  # noqa: F401 - an autouse fixture
 from torch import Tensor, nn
@@ -85,8 +85,8 @@ def imported(file: Path, out: Path, **options: Any) -> nn.Module:
 
 def assert_same_function(model: nn.Module, released: Released) -> None:
     assert_close(logits(model), logits(released))
-    with model.steering.disabled(), pytest.raises(AssertionError, match="relative error"):  # so it does something
-        assert_close(logits(model), logits(released), 1e-2)
+    with model.steering.disabled():
+        assert difference(logits(model), logits(released))[""] > 0.01  # so it does something
 
 
 # ------------------------------------------------------------------------------------------------------------- numbers

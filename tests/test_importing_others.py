@@ -12,7 +12,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from models import HIDDEN, LAYERS, assert_close, build, logits, refused
+from models import HIDDEN, LAYERS, assert_close, build, difference, logits, refused
 from safetensors.torch import save_file
 from test_cli import assert_refused, invoke, plain_output  # noqa: F401 - an autouse fixture
 from test_importing import LAYOUT, LLAMA, PHI, RANK, SCALE, Hostile, files, shown
@@ -40,8 +40,8 @@ def assert_same_function(found: AdapterFile, shifts: dict[int, Shift], out: Path
     model = patch_model(build(), out)
     expected = logits(hooked(shifts))
     assert_close(logits(model), expected)
-    with model.steering.disabled(), pytest.raises(AssertionError, match="relative error"):  # so it does something
-        assert_close(logits(model), expected, 1e-2)
+    with model.steering.disabled():
+        assert difference(logits(model), expected)[""] > 0.01  # so it does something
     return model.steering.config()
 
 

@@ -48,7 +48,7 @@ def overlap(up: Tensor, writers: Tensor) -> float:
     ("hidden", "k", "rank"), [(64, 8, 8), (100, 5, 3), (17, 1, 1), (33, 16, 4), (130, 3, 40), (96, 40, 2)]
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
-def test_nothing_is_left_along_the_writers(device, poison, hidden, k, rank, dtype):
+def test_nothing_is_left_along_the_writers(device, hidden, k, rank, dtype):
     up, writers = normal(LAYERS, hidden, rank, seed=2).to(device), normal(LAYERS, hidden, k, dtype=dtype).to(device)
     projected = project_out(up, writers)
     assert projected.dtype == torch.float32 and projected.is_contiguous()
@@ -153,7 +153,7 @@ def test_a_few_layers_at_a_time_are_all_layers(monkeypatch):
 
 
 @pytest.mark.parametrize(("k", "condition"), [(8, 1.0), (8, 1e6), (40, 1e3)])
-def test_the_basis_is_orthonormal_and_projects_alike(device, poison, k, condition):
+def test_the_basis_is_orthonormal_and_projects_alike(device, k, condition):
     writers, up = conditioned(96, k, condition).to(device), normal(LAYERS, 96, 4, seed=2).to(device)
     v = column_space(writers)
     assert v.shape == writers.shape and v.dtype == torch.float32

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import assert_close, build, randomize, refused, snapshot, tokens
+from models import assert_close, build, build_frozen, randomize, refused, snapshot, tokens
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -66,7 +66,14 @@ def logits(model: PreTrainedModel, names: list[str | None]) -> Tensor:
 def assert_serves(model: PreTrainedModel, expected: list[Tensor], numbers: list[int]) -> None:
     out = logits(model, [str(number) for number in numbers])
     for row, number in enumerate(numbers):
-        assert_close(out[row], expected[number][row])
+        assert_close(out[row], expected[number][row], unsteered=rows_and_all(len(numbers)))
+
+
+def rows_and_all(count: int) -> tuple[Tensor, Tensor]:
+    """The first `count` prompts by the unsteered model: alone, and among all."""
+    base = build_frozen()
+    with torch.no_grad():
+        return base(PROMPTS[:count]).logits, base(PROMPTS).logits[:count]
 
 
 def test_eight_adapters_over_three_slots(folder, expected):
@@ -153,7 +160,7 @@ def test_a_changed_file_is_taken_when_asked(folder, expected, tmp_path):
     shutil.copytree(folder / "4", tmp_path / "x")
     assert_serves(model, expected, [0])
     model.steering.pool.reload("0")
-    assert_close(logits(model, ["0"])[0], expected[4][0])
+    assert_close(logits(model, ["0"])[0], expected[4][0], unsteered=rows_and_all(1))
 
 
 def test_unpatched_the_model_is_as_it_came(folder, expected):
@@ -418,7 +425,7 @@ def test_in_use_by_a_running_batch(folder, expected):
         with refused(TimeoutError, "finds no slot"), pool.hold(["2", "3"]):
             pass
         pool.remove("2")
-        assert_close(model(PROMPTS[:2]).logits[0], expected[0][0])
+        assert_close(model(PROMPTS[:2]).logits[0], expected[0][0], unsteered=rows_and_all(2))
     pool.remove("0")
     with refused(KeyError, "no adapter '0'; expected one of ['own']"), model.steering.batch(["0"]):
         pass

@@ -1,14 +1,20 @@
 """What README shows runs."""
 
+import os
+import re
+import shutil
+import subprocess
 from pathlib import Path
 
+import pytest
 import torch
 from models import build, logits, tokens
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from fused_steer import SteerConfig, load_joint, patch_model
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def block(marker: str) -> str:
@@ -29,6 +35,23 @@ def test_training(tmp_path, monkeypatch):
     for adapter in ("polite", "out/checkpoint-3"):
         assert torch.equal(logits(patch_model(build(), adapter)), trained)
     assert not list(tmp_path.rglob("model*.safetensors"))  # the base is in no checkpoint
+
+
+@pytest.mark.skipif(shutil.which("git") is None or not (ROOT / ".git").exists(), reason="needs git and a checkout")
+def test_two_commands_begin_in_an_empty_directory(tmp_path):
+    """The first is a clone, which leads to all files that the two commands name. It is made of this checkout."""
+    clone, demo, tests = re.findall(r"```bash\n(.*?)\n```", README, re.DOTALL)[:3]
+    url = re.fullmatch(r"git clone (https://\S+) && cd \S+", clone)[1]
+    config = {f"url.{ROOT}.insteadOf": url, "safe.directory": "*"}
+    environment = {**os.environ, "GIT_CONFIG_COUNT": str(len(config))}
+    for number, (key, value) in enumerate(config.items()):
+        environment |= {f"GIT_CONFIG_KEY_{number}": key, f"GIT_CONFIG_VALUE_{number}": value}
+    listed = subprocess.run(
+        ["bash", "-euc", f"{clone}\nls"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert listed.returncode == 0, listed.stderr
+    assert all(command.startswith('pip install -c constraints.txt -e ".[') for command in (demo, tests))
+    assert {"constraints.txt", "pyproject.toml", "setup.py", "tests"} <= set(listed.stdout.split())
 
 
 def test_joint_adaptation_in_ten_lines(tmp_path, monkeypatch):

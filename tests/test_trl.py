@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import build, logits, randomize, refused, tokens
+from models import build, build_frozen, logits, randomize, refused, tokens
 from peft import LoraConfig, get_peft_model
 from test_docs import run_page
 from text import save_tiny, tokenizer
@@ -101,7 +101,7 @@ def test_the_reference_is_the_base_model_and_no_copy(lora):
     model = steered(lora=lora)
     reference, before = Reference(model), logits(model)
     trains = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert torch.equal(logits(reference), logits(build()))
+    assert torch.equal(logits(reference), logits(build_frozen()))
     assert {id(p) for p in reference.parameters()} == {id(p) for p in model.parameters()}
     assert torch.equal(logits(model), before) and not torch.equal(before, logits(build()))
     with pytest.raises(RuntimeError):
@@ -116,7 +116,7 @@ def test_the_reference_is_the_base_model_and_no_copy(lora):
 @pytest.mark.parametrize("lora", [False, True], ids=["steering", "steering and LoRA"])
 def test_dpo_equals_a_run_beside_a_second_model(tmp_path, monkeypatch, lora, options):
     expected = steered(lora=lora)
-    beside = dpo(expected, tmp_path / "two", trl.DPOTrainer, ref=build(), **options)
+    beside = dpo(expected, tmp_path / "two", trl.DPOTrainer, ref=build_frozen(), **options)
     beside.train()
     model = steered(lora=lora)
     assert_same(values(model), values(steered(lora=lora)))
@@ -137,6 +137,8 @@ def test_grpo_equals_a_run_beside_a_second_model(tmp_path, monkeypatch, beta):
     for each in (expected, model):
         each.config._name_or_path = str(base)  # from where TRL loads its second model
     beside = grpo(expected, tmp_path / "two", trl.GRPOTrainer, beta=beta)
+    if beside.ref_model is not None:
+        beside.ref_model.requires_grad_(False)  # as the steered model's base is
     beside.train()
     monkeypatch.setattr("trl.trainer.grpo_trainer.create_model_from_path", None)
     run = grpo(model, tmp_path / "one", beta=beta)
@@ -152,7 +154,7 @@ def test_grpo_with_lora_refers_to_the_base(tmp_path):
     run = grpo(model, tmp_path, beta=0.5)
     run.train()
     assert set(model.peft_config) == {"default"}  # TRL would add a frozen copy of the LoRA
-    assert torch.equal(logits(run.ref_model), logits(build()))
+    assert torch.equal(logits(run.ref_model), logits(build_frozen()))
     assert all(value > 0 for value in logged(run, "kl"))
 
 

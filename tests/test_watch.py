@@ -13,7 +13,6 @@ import pytest
 import torch
 from models import (
     Hooked,
-    assert_all_close,
     assert_close,
     build,
     gradients,
@@ -262,7 +261,7 @@ def test_a_vector_on_the_output_of_an_mlp_trains_beside_steering():
     for one, leaves in ((model, steering_parameters(model)), (hooked.model, hooked.leaves)):
         vector = with_vector(one, one.model.layers[0])
         found.append({**gradients(one, leaves), "vector": torch.autograd.grad(loss(one), vector)[0]})
-    assert_all_close(*found)
+    assert_close(*found)
 
 
 def loss(model: nn.Module) -> Tensor:
