@@ -30,7 +30,7 @@ from .activations import ACTIVATIONS, apply, derivative
 from .backend import select_backend
 from .contract import Gradients, Needs, Packed
 from .launch import device_of, launch
-from .numerics import INTERPRETED, dot, dot_precision, operand, operand_dtype, store
+from .numerics import dot, dot_precision, operand, operand_dtype, packed_operand, store
 from .schedule import (
     CROSS_RANK,
     MAX_RANK,
@@ -159,24 +159,12 @@ def forward_kernel(
             store(p_out + rows[:, None].to(tl.int64) * D + columns[None, :], out, mask)
 
 
-_INTERPRETED = tl.constexpr(INTERPRETED)
-
-
-@triton.jit
-def _exact(x, DOT: tl.constexpr):
-    """A loaded block as an operand: values that the operand's form holds as they are."""
-    if DOT == "bf16" and not _INTERPRETED:
-        return x
-    else:
-        return x.to(tl.float32)
-
-
 @triton.jit
 def _down_operand(p_down, ranks, columns, m_columns, D, RANK: tl.constexpr, DOT: tl.constexpr, PACKED: tl.constexpr):
     """A tile of W1 as an operand, zero beyond the rank. [BLOCK_R, BLOCK_D]"""
     if PACKED:
         pointers = p_down + ranks[:, None].to(tl.int64) * D + columns[None, :]
-        return _exact(tl.load(pointers, mask=m_columns[None, :], other=0.0), DOT)
+        return packed_operand(tl.load(pointers, mask=m_columns[None, :], other=0.0), DOT)
     else:
         return operand(_down_tile(p_down, ranks, columns, m_columns, D, RANK), DOT)
 
@@ -186,7 +174,7 @@ def _up_operand(p_up, ranks, columns, m_columns, D, RANK: tl.constexpr, DOT: tl.
     """A tile of W2'ᵀ as an operand, zero beyond the rank. [BLOCK_R, BLOCK_D]"""
     if PACKED:
         pointers = p_up + ranks[:, None].to(tl.int64) * D + columns[None, :]
-        return _exact(tl.load(pointers, mask=m_columns[None, :], other=0.0), DOT)
+        return packed_operand(tl.load(pointers, mask=m_columns[None, :], other=0.0), DOT)
     else:
         return tl.trans(operand(_up_tile(p_up, ranks, columns, m_columns, RANK), DOT))
 
@@ -223,7 +211,7 @@ def post_block_bwd_rows_kernel(
             g = tl.load(p_grad + grad_rows[:, None] + columns[None, :], mask=mask, other=0.0)
             if RANK > 0:
                 w2 = _up_operand(p_up, ranks, columns, m_columns, D, RANK, DOT, PACKED)
-                gz = dot(_exact(g, DOT), tl.trans(w2), gz, DOT)
+                gz = dot(operand(g, DOT), tl.trans(w2), gz, DOT)
             if NEED_ROW_DOT and HAS_UP_BIAS:
                 b2 = tl.load(p_up_bias + columns, mask=m_columns, other=0.0).to(tl.float32)
                 row_dot += tl.sum(g.to(tl.float32) * b2[None, :], 1)
@@ -268,7 +256,7 @@ def _da_times_h(
         p_rows = p_narrow + rows[:, None].to(tl.int64) * BLOCK_R
         da = tl.load(p_rows + left[None, :], mask=m_rows[:, None], other=0.0)
         h = tl.load(p_rows + tl.cast(N, tl.int64) * BLOCK_R + right[None, :], mask=m_rows[:, None], other=0.0)
-        cross = dot(tl.trans(_exact(da, DOT)), _exact(h, DOT), cross, DOT)
+        cross = dot(tl.trans(packed_operand(da, DOT)), packed_operand(h, DOT), cross, DOT)
         if HAS_UP_BIAS:
             strength = _strength(p_gain, p_scale, scale, rows, m_rows, HAS_GAIN, SCALE_ON_DEVICE)
             along_bias += tl.sum(_scaled(da.to(tl.float32), strength[:, None]), 0)
@@ -314,13 +302,13 @@ def _columns(
         if RANK > 0:
             p_rows = p_narrow + rows[:, None].to(tl.int64) * BLOCK_R + ranks[None, :]
             if NEED_X or NEED_DOWN:
-                da = _exact(tl.load(p_rows, mask=m_rows[:, None], other=0.0), DOT)
+                da = packed_operand(tl.load(p_rows, mask=m_rows[:, None], other=0.0), DOT)
             if NEED_DOWN:
                 out = tl.load(p_out + offsets, mask=mask, other=0.0)
-                d_down = dot(tl.trans(da), _exact(out, DOT), d_down, DOT)
+                d_down = dot(tl.trans(da), operand(out, DOT), d_down, DOT)
             if NEED_UP:
                 h = tl.load(p_rows + tl.cast(N, tl.int64) * BLOCK_R, mask=m_rows[:, None], other=0.0)
-                d_up = dot(tl.trans(_exact(h, DOT)), _exact(g, DOT), d_up, DOT)
+                d_up = dot(tl.trans(packed_operand(h, DOT)), operand(g, DOT), d_up, DOT)
             if NEED_X:
                 store(p_dx + offsets, dot(da, w1, g.to(tl.float32), DOT), mask)
         if NEED_UP_BIAS:
@@ -415,7 +403,7 @@ def _finish_weights(
                 for part in tl.range(0, parts, num_stages=STAGES):
                     p_cross = p_slab + part * slab_size + at_cross
                     cross += tl.load(p_cross + ranks[:, None] * PADDED_R + others[None, :])
-                w2 = _up_operand(p_up, others, columns, m_columns, D, RANK, DOT, PACKED).to(tl.float32)
+                w2 = operand(_up_operand(p_up, others, columns, m_columns, D, RANK, DOT, PACKED), CORRECTION)
                 d_down = dot(-cross, w2, d_down, CORRECTION)
             if HAS_UP_BIAS:
                 along_bias = tl.zeros([BLOCK_R], tl.float32)
@@ -562,7 +550,11 @@ def _triton_backward(
     packed: Packed | None = None,
     down_bias_dtype: torch.dtype = torch.float32,
 ) -> Gradients:
-    """The backward pass in at most three launches (four at large ranks). With `packed`, down and up are read there."""
+    """The backward pass in at most three launches, four at ranks for which the columns kernel takes two passes.
+
+    `up` and `packed.up` are projected already. The parameters' gradients come in the parameters' dtypes, db1 in
+    `down_bias_dtype`, each in a storage of its own.
+    """
     hidden = grad.shape[-1]
     tokens = grad.numel() // hidden
     rank = 0 if a is None else a.shape[1]
@@ -589,7 +581,7 @@ def _triton_backward(
 
     need_x = needs.x and rank > 0
     need_da, need_h = need_x or needs.down, needs.down or needs.up
-    narrow = new(2, tokens, block_r, dtype=operand_dtype(policy)) if need_da or need_h else None
+    narrow = new(2, tokens, block_r, dtype=operand_dtype(grad.dtype, device.gpu, rank)) if need_da or need_h else None
     da_sums = None
     if narrow is not None or needs.down_bias or needs.row_dot:
         schedule = rows_schedule(tokens, hidden, rank, policy, device)
@@ -666,7 +658,6 @@ def _empty_gradients(grad: Tensor, hidden: int, rank: int, needs: Needs) -> Grad
 # --------------------------------------------------------------------------------- forward and backward, any backend
 
 _FORWARD = {"triton": _triton_forward, "torch": reference.forward}
-_BACKWARD = {"triton": _triton_backward, "torch": reference.backward}
 
 
 def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -727,9 +718,12 @@ def _backward(
             projected = project(up, basis)
         else:
             projected = up
-        found = _BACKWARD[select_backend(grad.device)](
-            grad, out, a, down, projected, up_bias, gain, scale, activation, wanted
-        )
+        operands = (grad, out, a, down, projected, up_bias, gain, scale, activation, wanted)
+        if select_backend(grad.device) == "triton":
+            dtype = torch.float32 if down_bias is None else down_bias.dtype
+            found = _triton_backward(*operands, down_bias_dtype=dtype)
+        else:
+            found = reference.backward(*operands)
         if basis is not None and found.up is not None:
             found.up = project(found.up, basis)
         result: list[Tensor] = []
@@ -797,11 +791,9 @@ def _post_block_fake(
 def _post_block_backward_op(
     grad, out, a, down, up, down_bias, up_bias, gain, scale_tensor, basis, scale, activation, needs
 ):  # fmt: skip
-    gradients = _eager_backward(
+    return _eager_backward(
         grad, out, a, down, up, down_bias, up_bias, gain, scale_tensor, basis, scale, activation, needs
     )
-    # Weight gradients are parts of one buffer, which a registered op may not return. They are small.
-    return [t if t.untyped_storage().nbytes() == t.nbytes else t.clone() for t in gradients]
 
 
 def _post_block_backward_fake(

@@ -254,11 +254,11 @@ def rows_schedule(tokens: int, hidden: int, rank: int, policy: str, device: Devi
     W2'. `policy`: the form of the operands, as `dot_precision` names it."""
     block_r = padded_rank(rank)
     block_n, block_d, warps, stages, _ = _backward_tile("rows", hidden, block_r, policy, device.gpu)
-    # Few tokens make shorter tiles: down to 16 rows, as long as half of the multiprocessors would be idle.
+    # Few tokens make shorter tiles, of 16 rows at least, as long as two thirds of the multiprocessors would be idle.
     itemsize = 2 if policy == "bf16" else 4
     while (
         block_n > 16
-        and 2 * ceil_div(tokens, block_n) <= device.multiprocessors
+        and 3 * ceil_div(tokens, block_n) <= device.multiprocessors
         and _wide(block_n // 2, block_d, warps, itemsize, device.gpu)
     ):
         block_n //= 2
