@@ -177,16 +177,14 @@ def forward_schedule(tokens: int, hidden: int, rank: int, itemsize: int, device:
 
 CROSS_RANK = 64  # the side of a tile of daᵀ h, which one program sums in registers
 
-_Tile = tuple[
-    int, int, int, int, int
-]  # rows, columns, warps, stages, programs that a multiprocessor is to hold
+_Tile = tuple[int, int, int, int, int]  # rows, columns, warps, stages, programs that a multiprocessor is to hold
 
 # fmt: off
 #: The backward's tiles by vendor, kernel and form of the operands, one for each padded rank of `_RANKS`: "bf16", "tf32"
 #: (of fp16), and "fp32" (three parts of tf32, or plain fp32).
 _BACKWARD_TILES: dict[tuple[str, str, str], tuple[_Tile, ...]] = {
     ("cuda", "rows", "bf16"): (
-        (16, 256, 4, 2), (32, 256, 4, 3), (32, 256, 4, 3), (64, 128, 8, 3), (64, 64, 8, 3), (64, 64, 8, 3),
+        (16, 256, 4, 2), (32, 256, 4, 3), (32, 256, 4, 3), (64, 128, 8, 3), (64, 64, 8, 3), (32, 64, 8, 3),
     ),
     ("cuda", "rows", "tf32"): (
         (16, 256, 4, 2), (32, 256, 4, 3), (32, 128, 4, 3), (32, 128, 4, 3), (32, 128, 8, 2), (32, 64, 8, 2),
