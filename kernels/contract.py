@@ -1,4 +1,4 @@
-"""What a backend of the op takes and gives: the two records that pass between the op and its backends."""
+"""Types shared by the op and its backends: packed weights, the gradients that are needed, the gradients."""
 
 from __future__ import annotations
 
@@ -6,6 +6,18 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
+
+
+class Packed(NamedTuple):
+    """W1 and W2' in the form in which the kernels multiply them.
+
+    down, up: (R, d), contiguous, R = `schedule.padded_rank(r)`; `up` is W2' transposed. Rows from r on are zero. In
+    `numerics.operand_dtype`, rounded as `numerics.operand` rounds: a kernel gives the same bits with them as with the
+    parameters.
+    """
+
+    down: Tensor
+    up: Tensor
 
 
 class Needs(NamedTuple):
@@ -24,8 +36,8 @@ class Gradients:
     """What a backward pass computed; None where `Needs` did not ask.
 
     x: (..., d) in the dtype of the incoming gradient, that of residual and branch alike; down: (r, d); up: (d, r), of
-    the projected up matrix; down_bias: (r,); up_bias: (d,); row_dot: (N,), Σ_d G·u. All but x in the accumulating
-    dtype.
+    the projected up matrix; down_bias: (r,); up_bias: (d,); row_dot: (N,), Σ_d G·u. row_dot is in the accumulating
+    dtype; the others are in that or in the dtype of their parameter.
     """
 
     x: Tensor | None = None

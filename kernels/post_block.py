@@ -11,8 +11,12 @@ and backward, with G = ∂L/∂out:
     dx  = G + da W1            dW1 = daᵀ x           dW2' = tᵀ φ(a)       dW2 = (I − V Vᵀ) dW2'
     db1 = Σ da   db2 = Σ t     ds = Σ g ⊙ rowsum(G ⊙ u)                   dg = s · rowsum(G ⊙ u)
 
-`out` and `a` alone are kept: x = out − s·g·u, and rowsum(G ⊙ u) = φ(a)·(G W2') + G·b2. The file reads from the kernels
-to what a user calls: kernels, launchers, shared forward and backward, registered ops, autograd, `post_block`.
+`out` and `a` alone are kept. x = out − s·g·u is not rebuilt: with h = s · g ⊙ φ(a),
+
+    dW1 = daᵀ out − (daᵀ h) W2'ᵀ − (daᵀ (s · g)) b2ᵀ        rowsum(G ⊙ u) = φ(a)·(G W2') + G·b2
+
+The file reads from the kernels to what a user calls: kernels, launchers, shared forward and backward, registered ops,
+autograd, `post_block`.
 """
 
 from __future__ import annotations
@@ -28,10 +32,22 @@ from torch import Tensor
 from . import reference
 from .activations import ACTIVATIONS, apply, derivative
 from .backend import select_backend
-from .contract import Gradients, Needs
+from .contract import Gradients, Needs, Packed
 from .launch import device_of, empty, launch
-from .numerics import dot, dot_precision, operand, store
-from .schedule import MAX_RANK, column_passes, columns_schedule, forward_schedule, rows_schedule
+from .numerics import dot, dot_precision, operand, operand_dtype, packed_operand, store
+from .schedule import (
+    CROSS_RANK,
+    MAX_RANK,
+    ceil_div,
+    column_passes,
+    columns_schedule,
+    finish_schedule,
+    forward_schedule,
+    forward_splits,
+    padded_rank,
+    rows_schedule,
+    vector_schedule,
+)
 
 # ----------------------------------------------------------------------------------------------------------- kernels
 
@@ -77,197 +93,505 @@ def _up_tile(p_up, ranks, columns, m_columns, RANK: tl.constexpr):
 
 
 @triton.jit
-def _load_x(
-    p_residual, p_branch, residual_rows, branch_rows, columns, mask, HAS_BRANCH: tl.constexpr, POLICY: tl.constexpr
-):
+def _down_operand(
+    p_down, ranks, columns, m_columns, D, RANK: tl.constexpr, DOT: tl.constexpr, PACKED: tl.constexpr
+):  # fmt: skip
+    """A tile of W1 as an operand, zero beyond the rank. [BLOCK_R, BLOCK_D]"""
+    if PACKED:
+        return _packed_tile(p_down, ranks, columns, m_columns, D, RANK, DOT)
+    else:
+        return operand(_down_tile(p_down, ranks, columns, m_columns, D, RANK), DOT)
+
+
+@triton.jit
+def _up_operand(
+    p_up, ranks, columns, m_columns, D, RANK: tl.constexpr, DOT: tl.constexpr, PACKED: tl.constexpr
+):  # fmt: skip
+    """A tile of W2'ᵀ as an operand, zero beyond the rank. [BLOCK_R, BLOCK_D]"""
+    if PACKED:
+        return _packed_tile(p_up, ranks, columns, m_columns, D, RANK, DOT)
+    else:
+        return tl.trans(operand(_up_tile(p_up, ranks, columns, m_columns, RANK), DOT))
+
+
+@triton.jit
+def _finite(values):
+    """The values, and 0 for those that are not finite: a factor of exactly 0 then leaves nothing of them. Where the
+    other factor is not 0, the output has shown them already."""
+    wide = values.to(tl.float32)
+    return tl.where(wide - wide == 0, values, tl.zeros_like(values))
+
+
+@triton.jit
+def _packed_tile(p_packed, ranks, columns, m_columns, D, RANK: tl.constexpr, DOT: tl.constexpr):
+    # The rows beyond the rank are zero in memory too. Where they are half of all, they are not worth their bytes.
+    pointers = p_packed + ranks[:, None] * D + columns[None, :]
+    if 2 * RANK <= ranks.shape[0]:
+        w = tl.load(pointers, mask=(ranks[:, None] < RANK) & m_columns[None, :], other=0.0)
+    else:
+        w = tl.load(pointers, mask=m_columns[None, :], other=0.0)
+    return packed_operand(w, DOT)
+
+
+@triton.jit
+def _load_x(p_residual, p_branch, residual_rows, branch_rows, columns, mask, HAS_BRANCH: tl.constexpr):
     """residual + branch. [BLOCK_N, BLOCK_D]"""
-    x = tl.load(p_residual + residual_rows[:, None] + columns[None, :], mask=mask, other=0.0, eviction_policy=POLICY)
-    x = x.to(tl.float32)
+    x = tl.load(p_residual + residual_rows[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
     if HAS_BRANCH:
-        b = tl.load(p_branch + branch_rows[:, None] + columns[None, :], mask=mask, other=0.0, eviction_policy=POLICY)
-        x += b.to(tl.float32)
+        x += tl.load(p_branch + branch_rows[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
     return x
 
 
-@triton.jit(do_not_specialize=["N", "inner"])
-def forward_kernel(
+@triton.jit
+def _pre_activation(a, p_down_bias, p_a, rows, m_rows, ranks, store_a, RANK: tl.constexpr, HAS_DOWN_BIAS: tl.constexpr,
+                    KEEP_A: tl.constexpr):  # fmt: skip
+    """a = x W1ᵀ + b1, kept for the backward where `store_a`. [BLOCK_N, BLOCK_R]"""
+    m_ranks = ranks < RANK
+    if HAS_DOWN_BIAS:
+        a += tl.load(p_down_bias + ranks, mask=m_ranks, other=0.0).to(tl.float32)[None, :]
+    if KEEP_A:
+        if store_a:
+            p_rows = p_a + rows[:, None].to(tl.int64) * RANK + ranks[None, :]
+            tl.store(p_rows, a, mask=m_rows[:, None] & m_ranks[None, :])
+    return a
+
+
+@triton.jit
+def _shifted(
+    x, h, p_up, p_up_bias, strength, ranks, columns, m_columns, D,
+    RANK: tl.constexpr, DOT: tl.constexpr, HAS_UP_BIAS: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """x + h W2'ᵀ + s·g·b2, with the strength already in h. [BLOCK_N, BLOCK_D]"""
+    base = x
+    if HAS_UP_BIAS:
+        b2 = tl.load(p_up_bias + columns, mask=m_columns, other=0.0).to(tl.float32)
+        base += b2[None, :] * strength[:, None]
+    # x is the product's accumulator: so Triton copies its loads asynchronously, as it does an operand's.
+    w2 = _up_operand(p_up, ranks, columns, m_columns, D, RANK, DOT, PACKED)
+    out = dot(h, w2, base, DOT)
+    # −0 + 0 would be +0: a shift of zero leaves the very bits. So does zero strength, whatever W2' and b2 hold.
+    return tl.where((out == x) | (strength == 0)[:, None], x, out)
+
+
+@triton.jit(do_not_specialize=["N", "height", "inner"])
+def post_block_fwd_kernel(
     p_residual, p_branch, p_down, p_up, p_down_bias, p_up_bias, p_gain, p_scale, p_out, p_a,
-    scale, N, D, part, inner, residual_outer, residual_inner, branch_outer, branch_inner,
+    scale, N, D, height, inner, residual_outer, residual_inner, branch_outer, branch_inner,
     RANK: tl.constexpr, ACTIVATION: tl.constexpr, DOT: tl.constexpr,
     HAS_BRANCH: tl.constexpr, HAS_DOWN_BIAS: tl.constexpr, HAS_UP_BIAS: tl.constexpr, HAS_GAIN: tl.constexpr,
     SCALE_ON_DEVICE: tl.constexpr, KEEP_A: tl.constexpr, NESTED: tl.constexpr, EVEN_D: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+    PACKED: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_D2: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Grid (programs, splits): walks tiles of BLOCK_N rows; writes columns [split · part, (split + 1) · part)."""
-    first = tl.program_id(1) * part
-    last = tl.minimum(first + part, D)
-    for tile in range(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.num_programs(0)):
-        rows = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        m_rows = rows < N
+    """Many tokens. Grid (programs,): each walks tiles of `height` ≤ BLOCK_N rows, and reads a tile twice."""
+    ranks = tl.arange(0, BLOCK_R)
+    local = tl.arange(0, BLOCK_N)
+    for tile in range(tl.program_id(0), tl.cdiv(N, height), tl.num_programs(0)):
+        rows = tile * height + local
+        m_rows = (rows < N) & (local < height)
         residual_rows = _row_offsets(rows, inner, residual_outer, residual_inner, NESTED)
         branch_rows = _row_offsets(rows, inner, branch_outer, branch_inner, NESTED)
-        strength = _strength(p_gain, p_scale, scale, rows, m_rows, HAS_GAIN, SCALE_ON_DEVICE)
 
-        if RANK > 0:
-            ranks = tl.arange(0, BLOCK_R)
-            a = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
-            for start in range(0, D, BLOCK_D):
-                columns = start + tl.arange(0, BLOCK_D)
-                m_columns = (columns < D) | EVEN_D
-                mask = m_rows[:, None] & m_columns[None, :]
-                x = _load_x(
-                    p_residual, p_branch, residual_rows, branch_rows, columns, mask, HAS_BRANCH, "evict_last"
-                )  # fmt: skip
-                w1 = _down_tile(p_down, ranks, columns, m_columns, D, RANK)
-                a = dot(operand(x, DOT), tl.trans(operand(w1, DOT)), a, DOT)
-            m_ranks = ranks < RANK
-            if HAS_DOWN_BIAS:
-                a += tl.load(p_down_bias + ranks, mask=m_ranks, other=0.0).to(tl.float32)[None, :]
-            if KEEP_A:
-                if tl.program_id(1) == 0:
-                    p_rows = p_a + rows[:, None].to(tl.int64) * RANK + ranks[None, :]
-                    tl.store(p_rows, a, mask=m_rows[:, None] & m_ranks[None, :])
-            h = operand(apply(a, ACTIVATION), DOT)
-
-        # Backwards over the columns: what was read last is the surest to be in the cache still.
-        blocks = tl.cdiv(last - first, BLOCK_D)
-        for block in range(0, blocks):
-            start = first + (blocks - 1 - block) * BLOCK_D
+        a = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
+        for start in range(0, D, BLOCK_D):
             columns = start + tl.arange(0, BLOCK_D)
             m_columns = (columns < D) | EVEN_D
             mask = m_rows[:, None] & m_columns[None, :]
-            u = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-            if RANK > 0:
-                w2 = _up_tile(p_up, ranks, columns, m_columns, RANK)
-                u = dot(h, tl.trans(operand(w2, DOT)), u, DOT)
-            if HAS_UP_BIAS:
-                u += tl.load(p_up_bias + columns, mask=m_columns, other=0.0).to(tl.float32)[None, :]
-            x = _load_x(p_residual, p_branch, residual_rows, branch_rows, columns, mask, HAS_BRANCH, "evict_first")
-            delta = _scaled(u, strength[:, None])
-            # −0 + 0 would be +0: a shift of zero leaves the very bits.
-            out = tl.where(delta == 0, x, x + delta)
+            x = _load_x(p_residual, p_branch, residual_rows, branch_rows, columns, mask, HAS_BRANCH)
+            w1 = _down_operand(p_down, ranks, columns, m_columns, D, RANK, DOT, PACKED)
+            a = dot(operand(x, DOT), tl.trans(w1), a, DOT)
+        a = _pre_activation(a, p_down_bias, p_a, rows, m_rows, ranks, True, RANK, HAS_DOWN_BIAS, KEEP_A)
+        strength = _strength(p_gain, p_scale, scale, rows, m_rows, HAS_GAIN, SCALE_ON_DEVICE)
+        h = operand(_scaled(apply(a, ACTIVATION), strength[:, None]), DOT)
+
+        # Backwards over the columns: what was read last is the surest to be in L2 still.
+        blocks = tl.cdiv(D, BLOCK_D2)
+        for block in range(0, blocks):
+            columns = (blocks - 1 - block) * BLOCK_D2 + tl.arange(0, BLOCK_D2)
+            m_columns = (columns < D) | EVEN_D
+            mask = m_rows[:, None] & m_columns[None, :]
+            x = _load_x(p_residual, p_branch, residual_rows, branch_rows, columns, mask, HAS_BRANCH)
+            out = _shifted(
+                x, h, p_up, p_up_bias, strength, ranks, columns, m_columns, D, RANK, DOT, HAS_UP_BIAS, PACKED
+            )  # fmt: skip
             store(p_out + rows[:, None].to(tl.int64) * D + columns[None, :], out, mask)
 
 
 @triton.jit(do_not_specialize=["N", "inner"])
-def rows_kernel(
-    p_grad, p_a, p_up, p_up_bias, p_gain, p_scale, p_da, p_row_dot,
-    scale, N, D, inner, grad_outer, grad_inner,
-    RANK: tl.constexpr, ACTIVATION: tl.constexpr, DOT: tl.constexpr,
-    HAS_UP_BIAS: tl.constexpr, HAS_GAIN: tl.constexpr, SCALE_ON_DEVICE: tl.constexpr,
-    NEED_DA: tl.constexpr, NEED_ROW_DOT: tl.constexpr, NESTED: tl.constexpr, EVEN_D: tl.constexpr,
+def post_block_fwd_down_kernel(
+    p_residual, p_branch, p_down, p_partial,
+    N, D, part, inner, residual_outer, residual_inner, branch_outer, branch_inner,
+    RANK: tl.constexpr, DOT: tl.constexpr, HAS_BRANCH: tl.constexpr, NESTED: tl.constexpr, EVEN_D: tl.constexpr,
+    PACKED: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """What is reduced over d: da (N, r) and rowsum(G ⊙ u) (N,). Grid (tiles,)."""
+    """Partial sums of x W1ᵀ over a part of d, (splits, N, BLOCK_R). Grid (tiles, splits)."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_rows = rows < N
-    grad_rows = _row_offsets(rows, inner, grad_outer, grad_inner, NESTED)
-    along_bias = tl.zeros([BLOCK_N], tl.float32)
-    if RANK > 0:
-        ranks = tl.arange(0, BLOCK_R)
-        gz = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
-    for start in range(0, D, BLOCK_D):
+    residual_rows = _row_offsets(rows, inner, residual_outer, residual_inner, NESTED)
+    branch_rows = _row_offsets(rows, inner, branch_outer, branch_inner, NESTED)
+    ranks = tl.arange(0, BLOCK_R)
+    a = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
+    first = tl.program_id(1) * part
+    for start in range(first, tl.minimum(first + part, D), BLOCK_D):
         columns = start + tl.arange(0, BLOCK_D)
         m_columns = (columns < D) | EVEN_D
         mask = m_rows[:, None] & m_columns[None, :]
-        g = tl.load(p_grad + grad_rows[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-        if RANK > 0:
-            w2 = _up_tile(p_up, ranks, columns, m_columns, RANK)
-            gz = dot(operand(g, DOT), operand(w2, DOT), gz, DOT)
-        if NEED_ROW_DOT and HAS_UP_BIAS:
-            along_bias += tl.sum(g * tl.load(p_up_bias + columns, mask=m_columns, other=0.0).to(tl.float32)[None, :], 1)
-    if RANK > 0:
-        m_ranks = ranks < RANK
-        p_rows = rows[:, None].to(tl.int64) * RANK + ranks[None, :]
-        mask = m_rows[:, None] & m_ranks[None, :]
-        a = tl.load(p_a + p_rows, mask=mask, other=0.0)
-        if NEED_DA:
-            strength = _strength(p_gain, p_scale, scale, rows, m_rows, HAS_GAIN, SCALE_ON_DEVICE)
-            tl.store(p_da + p_rows, _scaled(gz * derivative(a, ACTIVATION), strength[:, None]), mask=mask)
-        if NEED_ROW_DOT:
-            along_bias += tl.sum(apply(a, ACTIVATION) * gz, 1)
-    if NEED_ROW_DOT:
-        tl.store(p_row_dot + rows, along_bias, mask=m_rows)
+        x = _load_x(p_residual, p_branch, residual_rows, branch_rows, columns, mask, HAS_BRANCH)
+        w1 = _down_operand(p_down, ranks, columns, m_columns, D, RANK, DOT, PACKED)
+        a = dot(operand(x, DOT), tl.trans(w1), a, DOT)
+    p_rows = p_partial + (tl.program_id(1).to(tl.int64) * N + rows[:, None]) * BLOCK_R + ranks[None, :]
+    tl.store(p_rows, a, mask=m_rows[:, None])
 
 
 @triton.jit(do_not_specialize=["N", "inner"])
-def columns_kernel(
-    p_grad, p_out, p_a, p_da, p_down, p_up, p_up_bias, p_gain, p_scale, p_dx, p_slab,
-    scale, N, D, part, slab_size, inner, grad_outer, grad_inner,
+def post_block_fwd_up_kernel(
+    p_residual, p_branch, p_up, p_partial, p_down_bias, p_up_bias, p_gain, p_scale, p_out, p_a,
+    scale, N, D, part, inner, residual_outer, residual_inner, branch_outer, branch_inner,
     RANK: tl.constexpr, ACTIVATION: tl.constexpr, DOT: tl.constexpr,
-    HAS_UP_BIAS: tl.constexpr, HAS_GAIN: tl.constexpr, SCALE_ON_DEVICE: tl.constexpr,
-    NEED_X: tl.constexpr, NEED_DOWN: tl.constexpr, NEED_UP: tl.constexpr, NEED_UP_BIAS: tl.constexpr,
-    NESTED: tl.constexpr, EVEN_D: tl.constexpr,
+    HAS_BRANCH: tl.constexpr, HAS_DOWN_BIAS: tl.constexpr, HAS_UP_BIAS: tl.constexpr, HAS_GAIN: tl.constexpr,
+    SCALE_ON_DEVICE: tl.constexpr, KEEP_A: tl.constexpr, NESTED: tl.constexpr, EVEN_D: tl.constexpr,
+    PACKED: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """What is a sum over tokens: dW1, dW2', db2; and dx on the way. Grid (column blocks, parts of the rows).
+    """out, from the partial sums, which it adds in the order of the splits. Grid (tiles, parts of the columns)."""
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_rows = rows < N
+    residual_rows = _row_offsets(rows, inner, residual_outer, residual_inner, NESTED)
+    branch_rows = _row_offsets(rows, inner, branch_outer, branch_inner, NESTED)
+    ranks = tl.arange(0, BLOCK_R)
+    a = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
+    for split in tl.static_range(SPLITS):  # unrolled, so that all of its loads are in flight at once
+        p_rows = p_partial + (tl.cast(N, tl.int64) * split + rows[:, None]) * BLOCK_R + ranks[None, :]
+        a += tl.load(p_rows, mask=m_rows[:, None], other=0.0)
+    a = _pre_activation(
+        a, p_down_bias, p_a, rows, m_rows, ranks, tl.program_id(1) == 0, RANK, HAS_DOWN_BIAS, KEEP_A
+    )  # fmt: skip
+    strength = _strength(p_gain, p_scale, scale, rows, m_rows, HAS_GAIN, SCALE_ON_DEVICE)
+    h = operand(_scaled(apply(a, ACTIVATION), strength[:, None]), DOT)
+    # From the last column down, as in `post_block_fwd_kernel`.
+    last = tl.cdiv(D, part) - 1 - tl.program_id(1)
+    blocks = tl.cdiv(tl.minimum(part, D - last * part), BLOCK_D)
+    for block in range(0, blocks):
+        columns = last * part + (blocks - 1 - block) * BLOCK_D + tl.arange(0, BLOCK_D)
+        m_columns = (columns < D) | EVEN_D
+        mask = m_rows[:, None] & m_columns[None, :]
+        x = _load_x(p_residual, p_branch, residual_rows, branch_rows, columns, mask, HAS_BRANCH)
+        out = _shifted(
+            x, h, p_up, p_up_bias, strength, ranks, columns, m_columns, D, RANK, DOT, HAS_UP_BIAS, PACKED
+        )  # fmt: skip
+        store(p_out + rows[:, None].to(tl.int64) * D + columns[None, :], out, mask)
 
-    Partial sums go to a slab (slab_size floats: dW1 (r, d), dW2' (d, r), db2 (d,), as far as needed) of each part of
-    the rows; the launcher adds the slabs. No atomics: two runs give the same bits.
-    """
-    columns = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+
+@triton.jit(do_not_specialize=["N", "inner"])
+def post_block_fwd_vector_kernel(
+    p_residual, p_branch, p_up_bias, p_gain, p_scale, p_out,
+    scale, N, D, inner, residual_outer, residual_inner, branch_outer, branch_inner,
+    HAS_BRANCH: tl.constexpr, HAS_GAIN: tl.constexpr, SCALE_ON_DEVICE: tl.constexpr, NESTED: tl.constexpr,
+    EVEN_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """x + s·g·b2, a steering vector. Grid (tiles, column blocks)."""
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_rows = rows < N
+    columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     m_columns = (columns < D) | EVEN_D
-    first = tl.program_id(1) * part
+    mask = m_rows[:, None] & m_columns[None, :]
+    residual_rows = _row_offsets(rows, inner, residual_outer, residual_inner, NESTED)
+    branch_rows = _row_offsets(rows, inner, branch_outer, branch_inner, NESTED)
+    x = _load_x(p_residual, p_branch, residual_rows, branch_rows, columns, mask, HAS_BRANCH)
+    b2 = tl.load(p_up_bias + columns, mask=m_columns, other=0.0).to(tl.float32)
+    strength = _strength(p_gain, p_scale, scale, rows, m_rows, HAS_GAIN, SCALE_ON_DEVICE)
+    delta = _scaled(b2[None, :], strength[:, None])
+    # −0 + 0 would be +0: a shift of zero leaves the very bits.
+    store(
+        p_out + rows[:, None].to(tl.int64) * D + columns[None, :], tl.where(delta == 0, x, x + delta), mask
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["N", "inner"])
+def post_block_bwd_rows_kernel(
+    p_grad, p_a, p_up, p_up_bias, p_gain, p_scale, p_narrow, p_da_sums, p_row_dot,
+    scale, N, D, inner, grad_outer, grad_inner,
+    RANK: tl.constexpr, ACTIVATION: tl.constexpr, DOT: tl.constexpr, PACKED: tl.constexpr,
+    HAS_UP_BIAS: tl.constexpr, HAS_GAIN: tl.constexpr, SCALE_ON_DEVICE: tl.constexpr,
+    NEED_DA: tl.constexpr, NEED_H: tl.constexpr, NEED_DA_SUM: tl.constexpr, NEED_ROW_DOT: tl.constexpr,
+    NESTED: tl.constexpr, EVEN_D: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """What is one vector or number a token: da, h = s · g φ(a), rowsum(G ⊙ u). Grid (tiles of rows,).
+
+    da and h are left in p_narrow (2, N, BLOCK_R), as operands of the columns kernel's products; the sums over a tile of
+    da in p_da_sums (tiles, BLOCK_R). φ and φ' are computed here only, once a token.
+    """
+    NEED_GZ: tl.constexpr = NEED_DA or NEED_DA_SUM or NEED_ROW_DOT
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_rows = rows < N
+    if NEED_ROW_DOT:
+        row_dot = tl.zeros([BLOCK_N], tl.float32)
     if RANK > 0:
         ranks = tl.arange(0, BLOCK_R)
-        m_ranks = ranks < RANK
+        gz = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
+    if NEED_GZ:
+        grad_rows = _row_offsets(rows, inner, grad_outer, grad_inner, NESTED)
+        for start in tl.range(0, D, BLOCK_D, num_stages=STAGES):
+            columns = start + tl.arange(0, BLOCK_D)
+            m_columns = (columns < D) | EVEN_D
+            mask = m_rows[:, None] & m_columns[None, :]
+            g = tl.load(p_grad + grad_rows[:, None] + columns[None, :], mask=mask, other=0.0)
+            if RANK > 0:
+                w2 = _up_operand(p_up, ranks, columns, m_columns, D, RANK, DOT, PACKED)
+                gz = dot(operand(g, DOT), tl.trans(w2), gz, DOT)
+            if NEED_ROW_DOT and HAS_UP_BIAS:
+                b2 = tl.load(p_up_bias + columns, mask=m_columns, other=0.0).to(tl.float32)
+                row_dot += tl.sum(g.to(tl.float32) * b2[None, :], 1)
+    if RANK > 0:
+        p_a += rows[:, None].to(tl.int64) * RANK + ranks[None, :]
+        a = tl.load(p_a, mask=m_rows[:, None] & (ranks < RANK)[None, :], other=0.0)
+        strength = _strength(p_gain, p_scale, scale, rows, m_rows, HAS_GAIN, SCALE_ON_DEVICE)[:, None]
+        narrow = rows[:, None].to(tl.int64) * BLOCK_R + ranks[None, :]
+        if NEED_DA or NEED_DA_SUM:
+            da = _scaled(gz * derivative(a, ACTIVATION), strength)
+            if NEED_DA:
+                store(p_narrow + narrow, operand(da, DOT), m_rows[:, None])
+            if NEED_DA_SUM:
+                da_sum = tl.sum(tl.where(m_rows[:, None], da, 0.0), 0)
+                tl.store(p_da_sums + tl.program_id(0).to(tl.int64) * BLOCK_R + ranks, da_sum)
+        if NEED_H or NEED_ROW_DOT:
+            phi = apply(a, ACTIVATION)
+            if NEED_H:
+                h = operand(_scaled(phi, strength), DOT)
+                store(p_narrow + tl.cast(N, tl.int64) * BLOCK_R + narrow, h, m_rows[:, None])
+            if NEED_ROW_DOT:
+                row_dot += tl.sum(phi * gz, 1)
+    if NEED_ROW_DOT:
+        tl.store(p_row_dot + rows, row_dot, mask=m_rows)
+
+
+@triton.jit
+def _da_times_h(
+    p_narrow, p_gain, p_scale, p_slab, scale, N, offset, tile,
+    DOT: tl.constexpr, HAS_UP_BIAS: tl.constexpr, HAS_GAIN: tl.constexpr, SCALE_ON_DEVICE: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, CROSS_R: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """A part's sum of daᵀ h, one tile (CROSS_R, CROSS_R) of it; and of daᵀ (s · g) behind it, where there is a b2."""
+    across: tl.constexpr = BLOCK_R // CROSS_R
+    left = (tile // across) * CROSS_R + tl.arange(0, CROSS_R)
+    right = (tile % across) * CROSS_R + tl.arange(0, CROSS_R)
+    cross = tl.zeros([CROSS_R, CROSS_R], tl.float32)
+    along_bias = tl.zeros([CROSS_R], tl.float32)
+    for step in tl.range(tl.program_id(1), tl.cdiv(N, BLOCK_N), tl.num_programs(1), num_stages=STAGES):
+        rows = step * BLOCK_N + tl.arange(0, BLOCK_N)
+        m_rows = rows < N
+        p_rows = p_narrow + rows[:, None].to(tl.int64) * BLOCK_R
+        da = tl.load(p_rows + left[None, :], mask=m_rows[:, None], other=0.0)
+        h = tl.load(p_rows + tl.cast(N, tl.int64) * BLOCK_R + right[None, :], mask=m_rows[:, None], other=0.0)
+        cross = dot(tl.trans(packed_operand(da, DOT)), packed_operand(h, DOT), cross, DOT)
+        if HAS_UP_BIAS:
+            strength = _strength(p_gain, p_scale, scale, rows, m_rows, HAS_GAIN, SCALE_ON_DEVICE)
+            along_bias += tl.sum(_scaled(da.to(tl.float32), strength[:, None]), 0)
+    tl.store(p_slab + offset + left[:, None] * BLOCK_R + right[None, :], cross)
+    if HAS_UP_BIAS:
+        if tile % across == 0:
+            tl.store(p_slab + offset + BLOCK_R * BLOCK_R + left, along_bias)
+
+
+@triton.jit
+def _columns(
+    p_grad, p_out, p_narrow, p_down, p_gain, p_scale, p_dx, p_slab,
+    scale, N, D, offset, inner, grad_outer, grad_inner,
+    RANK: tl.constexpr, DOT: tl.constexpr, PACKED: tl.constexpr,
+    HAS_GAIN: tl.constexpr, SCALE_ON_DEVICE: tl.constexpr,
+    NEED_X: tl.constexpr, NEED_DOWN: tl.constexpr, NEED_UP: tl.constexpr, NEED_UP_BIAS: tl.constexpr,
+    NESTED: tl.constexpr, EVEN_D: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_D columns of a part's rows: dx, and sums of daᵀ out, hᵀ G and s · g ⊙ G."""
+    columns = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    m_columns = (columns < D) | EVEN_D
+    if RANK > 0:
+        ranks = tl.arange(0, BLOCK_R)
+        d_down = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+        d_up = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+        h_behind = tl.cast(N, tl.int64) * BLOCK_R
         if NEED_X:
-            w1 = _down_tile(p_down, ranks, columns, m_columns, D, RANK)
-            s = tl.load(p_scale).to(tl.float32) if SCALE_ON_DEVICE else scale
-            w1 = operand(tl.where(s == 0, 0.0, w1), DOT)  # da is zeros then, whose product with an infinity is NaN
-        if NEED_DOWN:
-            w2 = tl.trans(operand(_up_tile(p_up, ranks, columns, m_columns, RANK), DOT))
-            d_down = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
-        if NEED_UP:
-            d_up = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
-    if HAS_UP_BIAS and NEED_DOWN:
-        b2 = tl.load(p_up_bias + columns, mask=m_columns, other=0.0).to(tl.float32)
+            w1 = _finite(_down_operand(p_down, ranks, columns, m_columns, D, RANK, DOT, PACKED))
     if NEED_UP_BIAS:
         d_up_bias = tl.zeros([BLOCK_D], tl.float32)
 
-    for start in range(first, tl.minimum(first + part, N), BLOCK_N):
-        rows = start + tl.arange(0, BLOCK_N)
+    # Parts are interleaved and walked from the last row to the first: all programs are near the same rows at the same
+    # time, and begin with those of G that the rows kernel read last, which L2 may still hold.
+    tiles = tl.cdiv(N, BLOCK_N)
+    within = tl.arange(0, BLOCK_N)
+    for step in tl.range(tl.program_id(1), tiles, tl.num_programs(1), num_stages=STAGES):
+        first = (tiles - 1 - step) * BLOCK_N
+        rows = first + within
         m_rows = rows < N
         mask = m_rows[:, None] & m_columns[None, :]
-        grad_rows = _row_offsets(rows, inner, grad_outer, grad_inner, NESTED)
-        out_offsets = rows[:, None].to(tl.int64) * D + columns[None, :]
+        # A tile's place in 64 bits, what lies within a tile in 32: registers are what this kernel is short of.
+        place = tl.cast(first, tl.int64)
+        offsets = within[:, None] * D + columns[None, :]
         if NEED_X or NEED_UP or NEED_UP_BIAS:
-            g = tl.load(p_grad + grad_rows[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-        strength = _strength(p_gain, p_scale, scale, rows, m_rows, HAS_GAIN, SCALE_ON_DEVICE)
+            if NESTED:
+                p_g = p_grad + _row_offsets(rows, inner, grad_outer, grad_inner, NESTED)[:, None]
+            else:
+                p_g = p_grad + place * grad_inner + within[:, None].to(tl.int64) * grad_inner
+            g = tl.load(p_g + columns[None, :], mask=mask, other=0.0)
         if RANK > 0:
-            p_rows = rows[:, None].to(tl.int64) * RANK + ranks[None, :]
-            m_rank_rows = m_rows[:, None] & m_ranks[None, :]
-            if NEED_X or NEED_DOWN:
-                da = operand(tl.load(p_da + p_rows, mask=m_rank_rows, other=0.0), DOT)
-            if NEED_DOWN or NEED_UP:
-                h = apply(tl.load(p_a + p_rows, mask=m_rank_rows, other=0.0), ACTIVATION)
-                h = operand(tl.where(strength[:, None] == 0, 0.0, h), DOT)
-            if NEED_X:
-                store(p_dx + out_offsets, dot(da, w1, g, DOT), mask)
+            p_da = p_narrow + place * BLOCK_R
+            across = within[None, :] * BLOCK_R + ranks[:, None]
             if NEED_DOWN:
-                u = dot(h, w2, tl.zeros([BLOCK_N, BLOCK_D], tl.float32), DOT)
-                if HAS_UP_BIAS:
-                    u += b2[None, :]
-                x = tl.load(p_out + out_offsets, mask=mask, other=0.0).to(tl.float32) - _scaled(u, strength[:, None])
-                d_down = dot(tl.trans(da), operand(x, DOT), d_down, DOT)
-        if NEED_UP or NEED_UP_BIAS:
-            t = _scaled(g, strength[:, None])
+                out = tl.load(p_out + place * D + offsets, mask=mask, other=0.0)
+                da_t = packed_operand(tl.load(p_da + across, mask=m_rows[None, :], other=0.0), DOT)
+                d_down = dot(da_t, operand(out, DOT), d_down, DOT)
             if NEED_UP:
-                d_up = dot(tl.trans(h), operand(t, DOT), d_up, DOT)
-            if NEED_UP_BIAS:
-                d_up_bias += tl.sum(t, 0)
+                h_t = packed_operand(tl.load(p_da + h_behind + across, mask=m_rows[None, :], other=0.0), DOT)
+                d_up = dot(h_t, operand(g, DOT), d_up, DOT)
+            if NEED_X:
+                # Loaded once more, not transposed: a load with two layouts would not be asynchronous.
+                da = tl.load(p_da + within[:, None] * BLOCK_R + ranks[None, :], mask=m_rows[:, None], other=0.0)
+                da = packed_operand(da, DOT)
+                store(p_dx + place * D + offsets, dot(da, w1, g.to(tl.float32), DOT), mask)
+        if NEED_UP_BIAS:
+            strength = _strength(p_gain, p_scale, scale, rows, m_rows, HAS_GAIN, SCALE_ON_DEVICE)
+            d_up_bias += tl.sum(_scaled(g.to(tl.float32), strength[:, None]), 0)
 
-    p_slab += tl.program_id(1).to(tl.int64) * slab_size
-    if NEED_DOWN:
-        m_down = m_ranks[:, None] & m_columns[None, :]
-        tl.store(p_slab + ranks[:, None].to(tl.int64) * D + columns[None, :], d_down, mask=m_down)
-        p_slab += RANK * D
-    if NEED_UP:
-        m_up = m_columns[:, None] & m_ranks[None, :]
-        tl.store(p_slab + columns[:, None].to(tl.int64) * RANK + ranks[None, :], tl.trans(d_up), mask=m_up)
-        p_slab += RANK * D
+    if NEED_DOWN or NEED_UP:
+        sums = offset + ranks[:, None].to(tl.int64) * D + columns[None, :]
+        mask = (ranks[:, None] < RANK) & m_columns[None, :]
+        if NEED_DOWN:
+            tl.store(p_slab + sums, d_down, mask=mask)
+        if NEED_UP:
+            tl.store(p_slab + RANK * D + sums, d_up, mask=mask)
     if NEED_UP_BIAS:
-        tl.store(p_slab + columns, d_up_bias, mask=m_columns)
+        behind = offset + 2 * RANK * D + BLOCK_R * BLOCK_R + BLOCK_R
+        tl.store(p_slab + behind + columns, d_up_bias, mask=m_columns)
+
+
+@triton.jit(do_not_specialize=["N", "inner"])
+def post_block_bwd_columns_kernel(
+    p_grad, p_out, p_narrow, p_down, p_gain, p_scale, p_dx, p_slab,
+    scale, N, D, slab_size, inner, grad_outer, grad_inner,
+    RANK: tl.constexpr, DOT: tl.constexpr, PACKED: tl.constexpr,
+    HAS_UP_BIAS: tl.constexpr, HAS_GAIN: tl.constexpr, SCALE_ON_DEVICE: tl.constexpr,
+    NEED_X: tl.constexpr, NEED_DOWN: tl.constexpr, NEED_UP: tl.constexpr, NEED_UP_BIAS: tl.constexpr,
+    NESTED: tl.constexpr, EVEN_D: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, CROSS_R: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """What is a sum over tokens, and dx on the way. Grid (column blocks + tiles of daᵀ h, parts of the rows).
+
+    Each part's partial sums go to a slab of its own in p_slab (parts, slab_size), fp32: daᵀ out (r, d), hᵀ G (r, d),
+    daᵀ h (BLOCK_R, BLOCK_R), daᵀ (s · g) (BLOCK_R), Σ s · g ⊙ G (d). Only what is needed is written. No atomics: two
+    runs give the same bits.
+    """
+    offset = tl.program_id(1).to(tl.int64) * slab_size
+    blocks = tl.cdiv(D, BLOCK_D)
+    if tl.program_id(0) < blocks:
+        _columns(
+            p_grad, p_out, p_narrow, p_down, p_gain, p_scale, p_dx, p_slab,
+            scale, N, D, offset, inner, grad_outer, grad_inner,
+            RANK, DOT, PACKED, HAS_GAIN, SCALE_ON_DEVICE, NEED_X, NEED_DOWN, NEED_UP, NEED_UP_BIAS,
+            NESTED, EVEN_D, BLOCK_N, BLOCK_D, BLOCK_R, STAGES,
+        )  # fmt: skip
+    else:
+        if NEED_DOWN:
+            _da_times_h(
+                p_narrow, p_gain, p_scale, p_slab, scale, N, offset + 2 * RANK * D, tl.program_id(0) - blocks,
+                DOT, HAS_UP_BIAS, HAS_GAIN, SCALE_ON_DEVICE, BLOCK_N, BLOCK_R, CROSS_R, STAGES,
+            )  # fmt: skip
+
+
+@triton.jit
+def _finish_down_bias(
+    p_da_sums, p_d_down_bias, ranks, tiles, RANK, PADDED_R, BLOCK_N: tl.constexpr, STAGES: tl.constexpr
+):
+    """db1 = Σ da, from the sums over tiles of rows. `ranks`: [BLOCK_R]"""
+    sums = tl.zeros([BLOCK_N, ranks.shape[0]], tl.float32)
+    for start in tl.range(0, tiles, BLOCK_N, num_stages=STAGES):
+        rows = start + tl.arange(0, BLOCK_N)
+        p_rows = p_da_sums + rows[:, None].to(tl.int64) * PADDED_R + ranks[None, :]
+        sums += tl.load(p_rows, mask=(rows < tiles)[:, None], other=0.0)
+    store(p_d_down_bias + ranks, tl.sum(sums, 0), ranks < RANK)
+
+
+@triton.jit
+def _finish_weights(
+    p_slab, p_up, p_up_bias, p_d_down, p_d_up, p_d_up_bias, columns, ranks, D, slab_size, parts,
+    RANK: tl.constexpr, PADDED_R: tl.constexpr, DOT: tl.constexpr, CORRECTION: tl.constexpr, PACKED: tl.constexpr,
+    HAS_UP_BIAS: tl.constexpr, NEED_DOWN: tl.constexpr, NEED_UP: tl.constexpr, NEED_UP_BIAS: tl.constexpr,
+    EVEN_D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """A tile of dW1 and of dW2', and the columns of db2. `columns`: [BLOCK_D]; `ranks`: [BLOCK_R]"""
+    m_columns = (columns < D) | EVEN_D
+    at_cross = 2 * RANK * D
+    at_along_bias = at_cross + PADDED_R * PADDED_R
+    if NEED_DOWN or NEED_UP:
+        mask = (ranks < RANK)[:, None] & m_columns[None, :]
+        offsets = ranks[:, None].to(tl.int64) * D + columns[None, :]
+        d_down = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+        d_up = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+        for part in tl.range(0, parts, num_stages=STAGES):
+            if NEED_DOWN:
+                d_down += tl.load(p_slab + part * slab_size + offsets, mask=mask, other=0.0)
+            if NEED_UP:
+                d_up += tl.load(p_slab + part * slab_size + RANK * D + offsets, mask=mask, other=0.0)
+        if NEED_UP:
+            p_d_up += columns[:, None].to(tl.int64) * RANK + ranks[None, :]
+            store(p_d_up, tl.trans(d_up), m_columns[:, None] & (ranks < RANK)[None, :])
+        if NEED_DOWN:
+            # out = x + h W2'ᵀ + (s · g) b2ᵀ, with h and W2' as the forward pass had them: as operands.
+            for start in tl.static_range(0, PADDED_R, 16):
+                others = start + tl.arange(0, 16)
+                cross = tl.zeros([BLOCK_R, 16], tl.float32)
+                for part in tl.range(0, parts, num_stages=STAGES):
+                    p_cross = p_slab + part * slab_size + at_cross
+                    cross += tl.load(p_cross + ranks[:, None] * PADDED_R + others[None, :])
+                w2 = _finite(_up_operand(p_up, others, columns, m_columns, D, RANK, DOT, PACKED))
+                w2 = operand(w2, CORRECTION)
+                d_down = dot(-cross, w2, d_down, CORRECTION)
+            if HAS_UP_BIAS:
+                along_bias = tl.zeros([BLOCK_R], tl.float32)
+                for part in tl.range(0, parts):
+                    along_bias += tl.load(p_slab + part * slab_size + at_along_bias + ranks)
+                b2 = _finite(tl.load(p_up_bias + columns, mask=m_columns, other=0.0).to(tl.float32))
+                d_down -= along_bias[:, None] * b2[None, :]
+            store(p_d_down + offsets, d_down, mask)
+    if NEED_UP_BIAS:
+        if tl.program_id(1) == 0:
+            d_up_bias = tl.zeros([BLOCK_D], tl.float32)
+            for part in tl.range(0, parts):
+                p_sums = p_slab + part * slab_size + at_along_bias + PADDED_R
+                d_up_bias += tl.load(p_sums + columns, mask=m_columns, other=0.0)
+            store(p_d_up_bias + columns, d_up_bias, m_columns)
+
+
+@triton.jit(do_not_specialize=["parts", "tiles"])
+def post_block_bwd_finish_kernel(
+    p_slab, p_da_sums, p_up, p_up_bias, p_d_down, p_d_up, p_d_down_bias, p_d_up_bias,
+    D, slab_size, parts, tiles,
+    RANK: tl.constexpr, PADDED_R: tl.constexpr, DOT: tl.constexpr, CORRECTION: tl.constexpr, PACKED: tl.constexpr,
+    HAS_UP_BIAS: tl.constexpr, NEED_DOWN: tl.constexpr, NEED_UP: tl.constexpr,
+    NEED_DOWN_BIAS: tl.constexpr, NEED_UP_BIAS: tl.constexpr, EVEN_D: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """The gradients of the parameters, in their own dtype, from partial sums added in a fixed order:
+    dW1 = daᵀ out − (daᵀ h) W2'ᵀ − (daᵀ (s · g)) b2ᵀ, dW2' = Gᵀ h, db1, db2.
+
+    Grid (column blocks, tiles of BLOCK_R ranks); db1 has one more program a tile of ranks, before the column blocks.
+    """
+    ranks = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    block = tl.program_id(0)
+    if NEED_DOWN_BIAS:
+        block -= 1
+    if block >= 0:
+        _finish_weights(
+            p_slab, p_up, p_up_bias, p_d_down, p_d_up, p_d_up_bias,
+            block * BLOCK_D + tl.arange(0, BLOCK_D), ranks, D, slab_size, parts,
+            RANK, PADDED_R, DOT, CORRECTION, PACKED, HAS_UP_BIAS, NEED_DOWN, NEED_UP, NEED_UP_BIAS,
+            EVEN_D, BLOCK_D, BLOCK_R, STAGES,
+        )  # fmt: skip
+    else:
+        if NEED_DOWN_BIAS:
+            _finish_down_bias(p_da_sums, p_d_down_bias, ranks, tiles, RANK, PADDED_R, BLOCK_N, STAGES)
 
 
 # --------------------------------------------------------------------------------------------------------- launchers
@@ -328,7 +652,9 @@ def _triton_forward(
     scale: float | Tensor,
     activation: str,
     keep_a: bool,
+    packed: Packed | None = None,
 ) -> tuple[Tensor, Tensor | None]:
+    """The op on Triton. `packed`, made of `down` and `up`, is read in their place; the result has the same bits."""
     dtype = residual.dtype if branch is None else torch.promote_types(residual.dtype, branch.dtype)
     hidden = residual.shape[-1]
     tokens = residual.numel() // hidden
@@ -337,20 +663,52 @@ def _triton_forward(
     a = empty(tokens, rank, dtype=torch.float32, device=residual.device) if keep_a and rank else None
     if tokens == 0:
         return out, a
-    (residual, branch), inner, (residual_strides, branch_strides) = _row_layout(residual, branch)
-    down, up, down_bias, up_bias, gain = _contiguous(down, up, down_bias, up_bias, gain)
+    (residual, branch), inner, strides = _row_layout(residual, branch)
+    strides = (inner, *strides[0], *strides[1])
+    down_bias, up_bias, gain = _contiguous(down_bias, up_bias, gain)
+    down, up = _contiguous(down, up) if packed is None else packed
     device = device_of(residual)
-    schedule = forward_schedule(tokens, hidden, rank, dtype.itemsize, device)
     p_scale, scale = (scale, 0.0) if isinstance(scale, Tensor) else (None, scale)
+    states = {"device": residual.device, "HAS_BRANCH": branch is not None, "NESTED": inner > 0}
+    shift = {"HAS_GAIN": gain is not None, "SCALE_ON_DEVICE": p_scale is not None}
+    if rank == 0:
+        schedule = vector_schedule(tokens, hidden, dtype.itemsize, device)
+        launch(
+            post_block_fwd_vector_kernel, (schedule.programs, schedule.splits),
+            residual, branch, up_bias, gain, p_scale, out, scale, tokens, hidden, *strides,
+            schedule=schedule, **states, **shift, EVEN_D=hidden % schedule.block_d == 0,
+        )  # fmt: skip
+        return out, a
+    states |= {"RANK": rank, "DOT": dot_precision(dtype, device.gpu, rank), "PACKED": packed is not None}
+    shift |= {
+        "ACTIVATION": activation, "HAS_DOWN_BIAS": down_bias is not None, "HAS_UP_BIAS": up_bias is not None,
+        "KEEP_A": a is not None,
+    }  # fmt: skip
+    schedules = forward_splits(tokens, hidden, rank, dtype.itemsize, device)
+    if schedules is None:
+        schedule = forward_schedule(tokens, hidden, rank, dtype.itemsize, device)
+        launch(
+            post_block_fwd_kernel, (schedule.programs,),
+            residual, branch, down, up, down_bias, up_bias, gain, p_scale, out, a,
+            scale, tokens, hidden, schedule.height, *strides,
+            schedule=schedule, **states, **shift,
+            EVEN_D=hidden % schedule.block_d == 0 and hidden % schedule.block_d2 == 0,
+        )  # fmt: skip
+        return out, a
+    reducing, writing = schedules
+    partial = empty(
+        reducing.splits, tokens, reducing.block_r, dtype=torch.float32, device=residual.device
+    )  # fmt: skip
     launch(
-        forward_kernel, (schedule.programs, schedule.splits),
-        residual, branch, down, up, down_bias, up_bias, gain, p_scale, out, a,
-        scale, tokens, hidden, schedule.part, inner, *residual_strides, *branch_strides,
-        device=residual.device, schedule=schedule,
-        RANK=rank, ACTIVATION=activation, DOT=dot_precision(dtype, device.gpu, rank),
-        HAS_BRANCH=branch is not None, HAS_DOWN_BIAS=down_bias is not None, HAS_UP_BIAS=up_bias is not None,
-        HAS_GAIN=gain is not None, SCALE_ON_DEVICE=p_scale is not None, KEEP_A=a is not None,
-        NESTED=inner > 0, EVEN_D=hidden % schedule.block_d == 0,
+        post_block_fwd_down_kernel, (reducing.programs, reducing.splits),
+        residual, branch, down, partial, tokens, hidden, reducing.part, *strides,
+        schedule=reducing, **states, EVEN_D=hidden % reducing.block_d == 0,
+    )  # fmt: skip
+    launch(
+        post_block_fwd_up_kernel, (writing.programs, writing.splits),
+        residual, branch, up, partial, down_bias, up_bias, gain, p_scale, out, a,
+        scale, tokens, hidden, writing.part, *strides,
+        schedule=writing, **states, **shift, EVEN_D=hidden % writing.block_d == 0, SPLITS=reducing.splits,
     )  # fmt: skip
     return out, a
 
@@ -366,74 +724,95 @@ def _triton_backward(
     scale: float | Tensor,
     activation: str,
     needs: Needs,
+    packed: Packed | None = None,
+    down_bias_dtype: torch.dtype = torch.float32,
 ) -> Gradients:
+    """The backward pass in at most three launches, four at ranks for which the columns kernel takes two passes.
+
+    `up` and `packed.up` are projected already. The parameters' gradients come in the parameters' dtypes, db1 in
+    `down_bias_dtype`, each in a storage of its own.
+    """
     hidden = grad.shape[-1]
     tokens = grad.numel() // hidden
     rank = 0 if a is None else a.shape[1]
-    result = Gradients()
     if tokens == 0:
         return _empty_gradients(grad, hidden, rank, needs)
+    result = Gradients(x=grad if needs.x and rank == 0 else None)
     (grad,), inner, (grad_strides,) = _row_layout(grad)
-    down, up, up_bias, gain = _contiguous(down, up, up_bias, gain)
+    up_bias, gain = _contiguous(up_bias, gain)
+    p_down, p_up = _contiguous(down, up) if packed is None else packed
     device = device_of(grad)
+    block_r = padded_rank(rank)
     p_scale, scale = (scale, 0.0) if isinstance(scale, Tensor) else (None, scale)
-    f32 = {"dtype": torch.float32, "device": grad.device}
-    shared = {
-        "device": grad.device,
-        "RANK": rank, "ACTIVATION": activation, "DOT": dot_precision(grad.dtype, device.gpu, rank),
-        "HAS_UP_BIAS": up_bias is not None, "HAS_GAIN": gain is not None, "SCALE_ON_DEVICE": p_scale is not None,
-        "NESTED": inner > 0,
-    }  # fmt: skip
+    policy = dot_precision(grad.dtype, device.gpu, rank)
 
-    need_da = rank > 0 and (needs.x or needs.down or needs.down_bias)
-    da = empty(tokens, rank, **f32) if need_da else None
-    row_dot = empty(tokens, **f32) if needs.row_dot else None
-    if need_da or needs.row_dot:
-        schedule = rows_schedule(tokens, hidden, rank, grad.itemsize, device)
-        launch(
-            rows_kernel, (schedule.programs,),
-            grad, a, up, up_bias, gain, p_scale, da, row_dot, scale, tokens, hidden, inner, *grad_strides,
-            schedule=schedule, **shared, NEED_DA=need_da, NEED_ROW_DOT=needs.row_dot,
-            EVEN_D=hidden % schedule.block_d == 0,
-        )  # fmt: skip
+    def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return empty(*shape, dtype=dtype, device=grad.device)
+
+    # What the kernels share.
+    constants = {
+        "device": grad.device,
+        "RANK": rank, "DOT": policy, "PACKED": packed is not None, "HAS_UP_BIAS": up_bias is not None,
+    }  # fmt: skip
+    strength = {"HAS_GAIN": gain is not None, "SCALE_ON_DEVICE": p_scale is not None}
+
     need_x = needs.x and rank > 0
-    # Only CUDA has tf32, which fp16 is multiplied in: elsewhere its operands take fp32's room in registers.
-    itemsize = 4 if grad.dtype == torch.float16 and device.gpu != "cuda" else grad.itemsize
-    schedule = columns_schedule(tokens, hidden, rank, itemsize, device)
-    for rest, down_too in column_passes(rank, schedule, hidden):
-        pass_x, pass_down, pass_up, pass_up_bias = (
-            need_x and rest, needs.down and down_too, needs.up and rest, needs.up_bias and rest
-        )  # fmt: skip
-        if not (pass_x or pass_down or pass_up or pass_up_bias):
-            continue
-        sizes = [rank * hidden * pass_down, rank * hidden * pass_up, hidden * pass_up_bias]
-        slabs = empty(schedule.splits, sum(sizes), **f32)
-        dx = empty(*grad.shape, dtype=grad.dtype, device=grad.device) if pass_x else None
+    need_da, need_h = need_x or needs.down, needs.down or needs.up
+    narrow = new(2, tokens, block_r, dtype=operand_dtype(grad.dtype, device.gpu, rank)) if need_da or need_h else None
+    da_sums = None
+    if narrow is not None or needs.down_bias or needs.row_dot:
+        schedule = rows_schedule(tokens, hidden, rank, policy, device)
+        da_sums = new(schedule.programs, block_r) if needs.down_bias else None
+        result.row_dot = new(tokens) if needs.row_dot else None
+        reads_grad = need_da or needs.down_bias or needs.row_dot
         launch(
-            columns_kernel, (schedule.programs, schedule.splits),
-            grad if pass_x or pass_up or pass_up_bias else None, out if pass_down else None,
-            a, da, down, up, up_bias, gain, p_scale, dx, slabs,
-            scale, tokens, hidden, schedule.part, sum(sizes), inner, *grad_strides,
-            schedule=schedule, **shared, NEED_X=pass_x, NEED_DOWN=pass_down, NEED_UP=pass_up,
-            NEED_UP_BIAS=pass_up_bias, EVEN_D=hidden % schedule.block_d == 0,
+            post_block_bwd_rows_kernel, (schedule.programs,),
+            grad if reads_grad else None, a, p_up if reads_grad else None, up_bias, gain, p_scale,
+            narrow, da_sums, result.row_dot, scale, tokens, hidden, inner, *grad_strides,
+            schedule=schedule, **constants, **strength, ACTIVATION=activation,
+            NEED_DA=need_da, NEED_H=need_h, NEED_DA_SUM=needs.down_bias, NEED_ROW_DOT=needs.row_dot,
+            NESTED=inner > 0, EVEN_D=hidden % schedule.block_d == 0, STAGES=schedule.num_stages,
         )  # fmt: skip
-        if pass_x:
-            result.x = dx
-        if sum(sizes):
-            # Views of one buffer; autograd keeps what it accumulates elsewhere.
-            d_down, d_up, d_up_bias = (slabs[0] if schedule.splits == 1 else slabs.sum(0)).split(sizes)
-            if pass_down:
-                result.down = d_down.view(rank, hidden)
-            if pass_up:
-                result.up = d_up.view(hidden, rank)
-            if pass_up_bias:
-                result.up_bias = d_up_bias
-    if needs.x and rank == 0:
-        result.x = grad
-    if needs.down_bias:
-        assert da is not None
-        result.down_bias = da.sum(0)
-    result.row_dot = row_dot
+
+    sums = needs.down or needs.up or needs.up_bias
+    slab, slab_size, parts = None, 2 * rank * hidden + block_r * block_r + block_r + hidden, 0
+    if need_x or sums:
+        schedule = columns_schedule(tokens, hidden, rank, policy, device)
+        parts = schedule.splits
+        slab = new(parts, slab_size) if sums else None
+        result.x = new(*grad.shape, dtype=grad.dtype) if need_x else result.x
+        for rest, down_too in column_passes(schedule, hidden):
+            pass_x, pass_up, pass_up_bias = need_x and rest, needs.up and rest, needs.up_bias and rest
+            pass_down = needs.down and down_too
+            if not (pass_x or pass_down or pass_up or pass_up_bias):
+                continue
+            cross = ceil_div(block_r, CROSS_RANK) ** 2 if pass_down else 0
+            launch(
+                post_block_bwd_columns_kernel, (schedule.programs + cross, parts),
+                grad if pass_x or pass_up or pass_up_bias else None, out if pass_down else None,
+                narrow, p_down if pass_x else None, gain, p_scale, result.x if pass_x else None, slab,
+                scale, tokens, hidden, slab_size, inner, *grad_strides,
+                schedule=schedule, **constants, **strength,
+                NEED_X=pass_x, NEED_DOWN=pass_down, NEED_UP=pass_up, NEED_UP_BIAS=pass_up_bias,
+                NESTED=inner > 0, EVEN_D=hidden % schedule.block_d == 0,
+                CROSS_R=min(block_r, CROSS_RANK), STAGES=schedule.num_stages,
+            )  # fmt: skip
+
+    if sums or needs.down_bias:
+        schedule = finish_schedule(hidden if sums else 0, rank)
+        result.down = new(rank, hidden, dtype=down.dtype) if needs.down else None
+        result.up = new(hidden, rank, dtype=up.dtype) if needs.up else None
+        result.down_bias = new(rank, dtype=down_bias_dtype) if needs.down_bias else None
+        result.up_bias = new(hidden, dtype=up_bias.dtype) if needs.up_bias else None
+        launch(
+            post_block_bwd_finish_kernel, (schedule.programs + needs.down_bias, schedule.splits),
+            slab, da_sums, p_up if needs.down else None, up_bias if needs.down else None,
+            result.down, result.up, result.down_bias, result.up_bias,
+            hidden, slab_size, parts, 0 if da_sums is None else da_sums.shape[0],
+            schedule=schedule, **constants, PADDED_R=block_r, CORRECTION=dot_precision(torch.float32, device.gpu, 0),
+            NEED_DOWN=needs.down, NEED_UP=needs.up, NEED_DOWN_BIAS=needs.down_bias, NEED_UP_BIAS=needs.up_bias,
+            EVEN_D=hidden % schedule.block_d == 0, STAGES=schedule.num_stages,
+        )  # fmt: skip
     return result
 
 
@@ -456,7 +835,6 @@ def _empty_gradients(grad: Tensor, hidden: int, rank: int, needs: Needs) -> Grad
 # --------------------------------------------------------------------------------- forward and backward, any backend
 
 _FORWARD = {"triton": _triton_forward, "torch": reference.forward}
-_BACKWARD = {"triton": _triton_backward, "torch": reference.backward}
 
 
 def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -517,9 +895,12 @@ def _backward(
             projected = project(up, basis)
         else:
             projected = up
-        found = _BACKWARD[select_backend(grad.device)](
-            grad, out, a, down, projected, up_bias, gain, scale, activation, wanted
-        )
+        operands = (grad, out, a, down, projected, up_bias, gain, scale, activation, wanted)
+        if select_backend(grad.device) == "triton":
+            dtype = torch.float32 if down_bias is None else down_bias.dtype
+            found = _triton_backward(*operands, down_bias_dtype=dtype)
+        else:
+            found = reference.backward(*operands)
         if basis is not None and found.up is not None:
             found.up = project(found.up, basis)
         result: list[Tensor] = []
@@ -587,11 +968,9 @@ def _post_block_fake(
 def _post_block_backward_op(
     grad, out, a, down, up, down_bias, up_bias, gain, scale_tensor, basis, scale, activation, needs
 ):  # fmt: skip
-    gradients = _eager_backward(
+    return _eager_backward(
         grad, out, a, down, up, down_bias, up_bias, gain, scale_tensor, basis, scale, activation, needs
     )
-    # Weight gradients are parts of one buffer, which a registered op may not return. They are small.
-    return [t if t.untyped_storage().nbytes() == t.nbytes else t.clone() for t in gradients]
 
 
 def _post_block_backward_fake(
