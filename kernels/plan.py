@@ -13,8 +13,10 @@ the caller goes the ordinary way, errors included. A plan keeps no operand and n
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Sequence
+from types import CodeType
 from typing import Any
 
 import torch
@@ -110,11 +112,16 @@ _address: Callable[[Tensor], Any] = _itself if INTERPRETED else Tensor.data_ptr
 
 
 class Plan:
-    """The launches of one kind of call. See the module."""
+    """The launches of one kind of call. See the module.
 
-    __slots__ = (
-        "_asked", "_check", "_device", "_empty", "_index", "_launches", "_made", "_now", "_results", "_stream", "count",
-    )  # fmt: skip
+    Its functions are written for the plan, without loops, which would cost as much as a launch:
+
+    admit(*operands)   the operands' addresses, for `go`; None where the plan is not for these operands, or not now
+    go(*addresses)     starts the launches on admitted operands; returns the call's results, a tuple
+    run(*operands)     both in one: the first result, or None
+    """
+
+    __slots__ = ("admit", "go", "run")
 
     def __init__(
         self, operands: Sequence[Tensor], launches: Sequence[Started], made: Sequence[Tensor], results: Sequence[int]
@@ -126,23 +133,29 @@ class Plan:
             made: the tensors that it allocated.
             results: places in `made` of those that it returned.
         """
-        self.count = len(operands)
-        self._check = _guard(operands)
-        self._empty = _strided(operands[0].device)
-        self._made = [(tuple(t.shape), t.stride(), t.dtype) for t in made]
-        self._results = list(results)
-        self._asked = _read_environment(_BACKEND)
-        self._device = operands[0].device
-        places = {id(t): place for place, t in enumerate((*operands, *made))}
-        places |= {t.data_ptr(): place for place, t in enumerate(operands)}  # views of operands
-        self._launches = []
-        for launch in launches:
+        device = operands[0].device
+        now, stream_of, index = _device_functions(device)
+        names: dict[str, Any] = {
+            "check": _guard(operands), "read": _read_environment, "backend": _BACKEND, "watching": _watching,
+            "asked": _read_environment(_BACKEND), "runtime": _RUNTIME, "enter": _ENTER, "leave": _LEAVE, "now": now,
+            "index": index, "stream_of": stream_of, "empty": _strided(device), "pointer": _address,
+            "on_device": on_device, "device": device,
+        }  # fmt: skip
+        for number, tensor in enumerate(made):
+            names[f"size{number}"], names[f"stride{number}"] = tuple(tensor.shape), tensor.stride()
+            names[f"dtype{number}"] = tensor.dtype
+        addresses = [f"p{i}" for i in range(len(operands))] + [f"q{i}" for i in range(len(made))]
+        places = {id(t): name for t, name in zip((*operands, *made), addresses, strict=True)}
+        places |= {t.data_ptr(): name for t, name in zip(operands, addresses, strict=False)}  # views of operands
+        pointers = []
+        for number, launch in enumerate(launches):
             arguments = launch.ordered()
+            # The pointers come first, some of them None.
             last = max(i for i, value in enumerate(arguments) if isinstance(value, Tensor)) + 1
-            # The pointers come first; what is absent among them is the None behind the last of all tensors.
-            sources = [_place(value, places) for value in arguments[:last]]
-            self._launches.append((_starter(launch), tuple(sources), tuple(arguments[last:])))
-        self._now, self._stream, self._index = _device_functions(self._device)
+            pointers.append(tuple("None" if t is None else _name(t, places) for t in arguments[:last]))
+            names |= {f"start{number}": _starter(launch), f"rest{number}": tuple(arguments[last:])}
+        exec(_code(len(operands), len(made), tuple(pointers), tuple(results)), names)
+        self.admit, self.go, self.run = names["admit"], names["go"], names["run"]
 
     @classmethod
     def make(
@@ -170,89 +183,40 @@ class Plan:
                     return results, None  # a copy, or the result of an operation between the launches
         return results, cls(operands, notes.launches, notes.made, [made[id(result)] for result in results])
 
-    def admit(self, *operands: Any) -> list[Any] | None:
-        """The operands' addresses, for `go`; None where the plan is not for these operands, or not now."""
-        if (
-            not self._check(*operands)
-            or _read_environment(_BACKEND) != self._asked
-            or _watching() is not None
-            or _RUNTIME.launch_enter_hook is not _ENTER
-            or _RUNTIME.launch_exit_hook is not _LEAVE
-            or _ENTER.calls
-            or _LEAVE.calls
-        ):
-            return None
-        addresses = [*map(_address, operands)]
-        if not INTERPRETED:
-            for address in addresses:
-                if address & 15:  # kernels are compiled for addresses that are multiples of 16 bytes
-                    return None
-        return addresses
 
-    def go(self, addresses: list[Any]) -> list[Tensor]:
-        """Start the launches on admitted operands. Returns the call's results."""
-        index = self._index
-        if self._now() != index:
-            with on_device(self._device):
-                return self._start(addresses, index)
-        return self._start(addresses, index)
-
-    def _start(self, addresses: list[Any], index: int) -> list[Tensor]:
-        empty, made = self._empty, []
-        for size, stride, dtype in self._made:
-            tensor = empty(size, stride, dtype)
-            made.append(tensor)
-            addresses.append(_address(tensor))
-        addresses.append(None)
-        stream = self._stream(index)
-        for start, pointers, rest in self._launches:
-            start(stream, (*[addresses[place] for place in pointers], *rest))
-        return [made[place] for place in self._results]
-
-    def first_result(self) -> Callable[..., Tensor | None]:
-        """A function of operands that gives the first result of `go(admit(...))`, or None where the plan is not for
-        them: in one piece without loops, as its source is written for the plan. Loops cost as much as the launch."""
-        if INTERPRETED:
-            return lambda *operands: None if (found := self.admit(*operands)) is None else self.go(found)[0]
-        operands = [f"t{i}" for i in range(self.count)]
-        made = [f"m{i}" for i in range(len(self._made))]
-        places = [f"p{i}" for i in range(self.count)] + [f"q{i}" for i in range(len(made))] + ["None"]
-        names: dict[str, Any] = {
-            "plan": self, "check": self._check, "read": _read_environment, "backend": _BACKEND, "asked": self._asked,
-            "watching": _watching, "runtime": _RUNTIME, "enter": _ENTER, "leave": _LEAVE, "now": self._now,
-            "index": self._index, "stream_of": self._stream, "empty": self._empty, "pointer": Tensor.data_ptr,
-        }  # fmt: skip
-        lines = [
-            f"def run({', '.join(operands)}):",
-            f"    if not (check({', '.join(operands)}) and read(backend) == asked and watching() is None",
-            "            and runtime.launch_enter_hook is enter and runtime.launch_exit_hook is leave",
-            "            and not enter.calls and not leave.calls):",
-            "        return None",
-            *(f"    {place} = pointer({operand})" for place, operand in zip(places, operands, strict=False)),
-            f"    if ({' | '.join(places[: self.count])}) & 15:",
-            "        return None",
-            "    if now() != index:",
-            f"        return plan.go([{', '.join(places[: self.count])}])[0]",
-        ]
-        for number, (name, like) in enumerate(zip(made, self._made, strict=True)):
-            names |= {f"size{number}": like[0], f"stride{number}": like[1], f"dtype{number}": like[2]}
-            lines.append(f"    {name} = empty(size{number}, stride{number}, dtype{number})")
-            lines.append(f"    q{number} = pointer({name})")
-        lines.append("    stream = stream_of(index)")
-        for number, (starter, sources, rest) in enumerate(self._launches):
-            names |= {f"start{number}": starter, f"rest{number}": rest}
-            pointers = ", ".join(places[source] for source in sources)
-            lines.append(f"    start{number}(stream, ({pointers}, *rest{number}))")
-        lines.append(f"    return {made[self._results[0]]}")
-        exec("\n".join(lines), names)  # as dataclasses make their __init__; nothing of it comes from outside
-        return names["run"]
+@functools.cache
+def _code(operands: int, made: int, launches: tuple[tuple[str, ...], ...], results: tuple[int, ...]) -> CodeType:
+    """The functions of plans with so many operands and allocated tensors, and launches with these pointers."""
+    given, addresses = (", ".join(f"{letter}{i}" for i in range(operands)) for letter in "tp")
+    admit = [
+        f"if not (check({given}) and read(backend) == asked and watching() is None",
+        "        and runtime.launch_enter_hook is enter and runtime.launch_exit_hook is leave",
+        "        and not enter.calls and not leave.calls):",
+        "    return None",
+        *(f"p{i} = pointer(t{i})" for i in range(operands)),
+    ]
+    if not INTERPRETED:  # kernels are compiled for addresses that are multiples of 16 bytes
+        admit += [f"if ({addresses.replace(', ', ' | ')}) & 15:", "    return None"]
+    go = []
+    for i in range(made):
+        go += [f"m{i} = empty(size{i}, stride{i}, dtype{i})", f"q{i} = pointer(m{i})"]
+    go.append("stream = stream_of(index)")
+    go += [f"start{i}(stream, ({', '.join(pointers)}, *rest{i}))" for i, pointers in enumerate(launches)]
+    all_results = f"({', '.join(f'm{i}' for i in results)},)"
+    elsewhere = ["if now() != index:", "    with on_device(device):"]
+    functions = {
+        f"admit({given})": [*admit, f"return {addresses},"],
+        f"go({addresses})": [*elsewhere, f"        return start({addresses})", f"return start({addresses})"],
+        f"start({addresses})": [*go, f"return {all_results}"],
+        f"run({given})": [*admit, *elsewhere, f"        return start({addresses})[0]", *go, f"return m{results[0]}"],
+    }
+    lines = [line for head, body in functions.items() for line in (f"def {head}:", *(f"    {row}" for row in body))]
+    return compile("\n".join(lines), "<launch plan>", "exec")
 
 
-def _place(value: Any, places: dict[int, int]) -> int:
-    if value is None:
-        return -1
-    place = places.get(id(value))
-    return places[value.data_ptr()] if place is None else place
+def _name(tensor: Tensor, places: dict[int, str]) -> str:
+    name = places.get(id(tensor))
+    return places[tensor.data_ptr()] if name is None else name
 
 
 def _plannable(tensor: Tensor) -> bool:

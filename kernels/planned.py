@@ -26,7 +26,7 @@ class PlannedPostBlock:
     Not for compiled graphs (torch.compile), which call `post_block`.
     """
 
-    __slots__ = ("_activation", "_inference", "_last", "_scale", "_training", "_where", "backend")
+    __slots__ = ("_activation", "_inference", "_scale", "_training", "_where", "backend", "last")
 
     def __init__(self, activation: str, scale: float, weights: tuple[Tensor | None, ...]) -> None:
         """
@@ -39,7 +39,8 @@ class PlannedPostBlock:
         self._activation, self._scale = activation, scale
         self._where = tuple(weight is not None for weight in weights)
         self._inference: dict[Any, Callable[..., Tensor | None]] = {}
-        self._last: Callable[..., Tensor | None] = _no_plan  # of a call with a branch
+        #: The last plan of a call with a branch: a function of its operands, which gives None where it is not for them.
+        self.last: Callable[..., Tensor | None] = _no_plan
         self._training: dict[Any, _Training] = {}
         self.backend: str | None = None  # that of the last call
 
@@ -49,13 +50,6 @@ class PlannedPostBlock:
         Args:
             weights: those that are not None, in their order.
         """
-        if branch is not None:
-            out = self._last(residual, branch, *weights)
-            if out is not None:
-                return out
-        return self._infer(residual, branch, *weights)
-
-    def _infer(self, residual: Tensor, branch: Tensor | None, *weights: Tensor) -> Tensor:
         whole = branch is None
         operands = (residual, *weights) if branch is None else (residual, branch, *weights)
         run = self._inference.get((whole, residual.shape))
@@ -67,10 +61,10 @@ class PlannedPostBlock:
             if not self._may_plan(call):
                 return self._ordinary(call)
             (out,), plan = Plan.make(operands, lambda: _forward(*call, keep_a=False)[:1])
-            run = None if plan is None else plan.first_result()
+            run = None if plan is None else plan.run
             _keep(self._inference, (whole, residual.shape), run)
         if run is not None and not whole:
-            self._last = run
+            self.last = run
         return out
 
     def train(self, residual: Tensor, branch: Tensor | None, *weights: Tensor) -> Tensor:
@@ -79,7 +73,7 @@ class PlannedPostBlock:
         for operand in operands:
             if operand.requires_grad:
                 return self._with_gradient(operands, branch is None)
-        return self._infer(residual, branch, *weights)
+        return self.infer(residual, branch, *weights)
 
     def _with_gradient(self, operands: tuple[Tensor, ...], whole: bool) -> Tensor:
         shape = (whole, operands[0].shape)
@@ -184,7 +178,7 @@ class _PlannedPostBlock(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, training: _Training, addresses: Any, results: Any, *operands: Tensor) -> Tensor:
         if results is None:
-            results = training.forward.go(addresses)
+            results = training.forward.go(*addresses)
         out = results[0]
         save_out, save_a, save_weights = training.saves
         if save_weights:
@@ -209,7 +203,7 @@ class _PlannedPostBlock(torch.autograd.Function):
             plan = training.backward.get(grad.shape)
             addresses = plan.admit(grad, *saved) if plan is not None else None
             if addresses is not None and not create_graph:
-                found = plan.go(addresses)
+                found = plan.go(*addresses)
             else:
                 with torch.no_grad():
                     found = _careful_backward(training, grad, saved)
