@@ -153,11 +153,19 @@ class Batch:
     def routing(self, device: torch.device) -> Routing:
         """Of the pass that runs, on a layer's device: worked out once for all layers there, and for all steps that have
         the same ids."""
-        assert self.ids is not None and self.gain is not None
+        self.check_place()
         found = self._routings.get(device)
         if found is None or found[0] is not self.ids:
             found = self._routings[device] = (self.ids, Routing(self.ids.to(device), self.gain.to(device)))
         return found[1]
+
+    def check_place(self) -> None:
+        """Raises RuntimeError where a compiled model runs outside of `generate`: nothing said where in the batch."""
+        if self.ids is None or self.gain is None:
+            raise RuntimeError(
+                "a compiled model does not say where in a batch it is outside of generate; expected model.generate, or "
+                "the model uncompiled"
+            )
 
     def check_capture(self) -> None:
         """A CUDA graph cannot ask where it is, and holds on to what it reads: the tensors of the pass before, which

@@ -105,8 +105,9 @@ class SteeringSite(nn.Module):
     Parameters live under `steer_down.<adapter>` and `steer_up.<adapter>`, as PEFT's layers have theirs.
     """
 
-    #: The op with its plans, and a function that gives the adapter's parameters as they are. Any assignment drops it.
-    _planned: tuple[PlannedPostBlock, Callable[[], tuple[Tensor, ...]]] | None
+    #: What steers, with its plans, and a function that gives the operands behind residual and branch as they are now:
+    #: the adapter's parameters, or, in a batch, each token's slot and what the slots hold. Any assignment drops it.
+    _planned: tuple[PlannedPostBlock | Slots, Callable[[], tuple[Tensor, ...]]] | None
 
     def __init__(self) -> None:
         super().__init__()
@@ -125,7 +126,8 @@ class SteeringSite(nn.Module):
         self.basis: Tensor | None  # V (d, k) float32, where W2 and b2 are kept orthogonal to it while they train
         self.register_buffer("basis", None, persistent=False)
         self.batch: Batch | None = None  # while rows are steered each by its own adapter; then `slots` has those
-        self.slots: Slots | None = None
+        self.slots: Slots | None
+        self.register_module("slots", None)
 
     def __setattr__(self, name: str, value: Any) -> None:
         self.__dict__["_planned"] = None
@@ -190,13 +192,14 @@ class SteeringSite(nn.Module):
         if graded or watched.calls:
             branch = self._called(residual, branch, entering)
         if planned is not None:
-            steer, parameters = planned
-            out = (steer.train if graded else steer.infer)(residual, branch, *parameters())
-            noted["backend"] = steer.backend
+            op, parameters = planned
+            if isinstance(op, Slots):
+                out = self._by_rows(noted["batch"], residual, branch)
+            else:
+                out = (op.train if graded else op.infer)(residual, branch, *parameters())
+            noted["backend"] = op.backend
             return out
         noted["backend"] = select_backend(residual.device)
-        if self.batch is not None and self.enabled:
-            return self._by_rows(self.batch, residual, branch)
         return residual if branch is None else residual + branch
 
     def _in_graph(self, residual: Tensor, branch: Tensor | None) -> Tensor:
@@ -218,9 +221,11 @@ class SteeringSite(nn.Module):
             scale=self.scale if residual.dtype == torch.float64 else self.strength,
         )
 
-    def _plan(self, residual: Tensor) -> tuple[PlannedPostBlock, Callable[[], tuple[Tensor, ...]]] | None:
-        """Make `_planned`; None where no single adapter steers."""
-        if self.active is None or not self.enabled or self.batch is not None:
+    def _plan(self, residual: Tensor) -> tuple[PlannedPostBlock | Slots, Callable[[], tuple[Tensor, ...]]] | None:
+        """Make `_planned`; None where nothing steers."""
+        if self.batch is not None and self.enabled:
+            return self._plan_rows(self.batch, residual.device)
+        if self.active is None or not self.enabled:
             return None
         factors = self.steer_down[self.active], self.steer_up[self.active]
         (w1, b1), (w2, b2) = ((factor.weight, factor.bias) for factor in factors)
@@ -253,20 +258,28 @@ class SteeringSite(nn.Module):
         planned = self.__dict__["_planned"] = (steer, usual if simple else general)
         return planned
 
+    def _plan_rows(self, batch: Batch, device: torch.device) -> Any:
+        slots = self.slots
+        if slots is None:  # no adapter of the batch steers this layer
+            return None
+
+        def operands() -> tuple[Tensor, ...]:
+            return slots.operands(batch.routing(device))
+
+        planned = self.__dict__["_planned"] = (slots, operands)
+        return planned
+
     def _by_rows(self, batch: Batch, residual: Tensor, branch: Tensor | None) -> Tensor:
         """Each row by its own adapter, in slots: for inference."""
-        if batch.ids is None or batch.gain is None:
-            raise RuntimeError(
-                "a compiled model does not say where in a batch it is outside of generate; expected model.generate, or "
-                "the model uncompiled"
-            )
-        if self.slots is None:  # no adapter of the batch steers this layer
+        batch.check_place()
+        slots: Any = self._modules["slots"]
+        if slots is None:  # no adapter of the batch steers this layer
             return residual if branch is None else residual + branch
-        if torch.is_grad_enabled() and (residual.requires_grad or branch is not None and branch.requires_grad):
+        if is_grad_enabled() and (residual.requires_grad or branch is not None and branch.requires_grad):
             raise RuntimeError("steering.batch is for inference; expected torch.no_grad() around the model")
         if is_compiling():
-            return self.slots(residual, branch, batch.ids.to(residual.device), batch.gain.to(residual.device))
-        return self.slots.routed(residual, branch, batch.routing(residual.device), self.backend)
+            return slots(residual, branch, batch.ids.to(residual.device), batch.gain.to(residual.device))
+        return slots.routed(residual, branch, batch.routing(residual.device))
 
     def _called(self, residual: Tensor, branch: Tensor | None, entering: Tensor | None) -> Tensor | None:
         """Say that the site runs. Returns the branch, so wrapped that backward raises where the block has lost the

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .kernels import ACTIVATIONS, MAX_RANK
+from .kernels import ACTIVATIONS, MAX_RANK, select_backend
 from .kernels.grouped import Routing, post_block_grouped, post_block_routed
+from .kernels.plan import Plan, keep, no_plan
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -62,7 +63,12 @@ class Slots(nn.Module):
         if dtype not in _DTYPES:
             raise TypeError(f"dtype is {dtype}; expected float32, bfloat16 or float16")
         self.count, self.rank, self.hidden = count, rank, hidden
-        self._weights: Any = None  # the buffers as the op takes them: nn.Module takes long to look each up
+        # The buffers as the op takes them: nn.Module takes long to look each up.
+        self._weights: Any = None
+        self._plans: dict[Any, Callable[..., Tensor | None]] = {}
+        #: The last plan: a function of residual, branch and `operands`, which gives None where it is not for them.
+        self.last: Callable[..., Tensor | None] = no_plan
+        self.backend: str | None = None  # that of the last call of `routed`
         for name, there, shape in (
             ("downs", rank > 0, (count, rank, hidden)),
             ("ups", rank > 0, (count, hidden, rank)),
@@ -145,17 +151,30 @@ class Slots(nn.Module):
             into_branch=into_branch,
         )
 
-    def routed(self, residual: Tensor, branch: Tensor | None, routing: Routing, backend: str | None = None) -> Tensor:
+    def routed(self, residual: Tensor, branch: Tensor | None, routing: Routing) -> Tensor:
         """The same of tokens whose routing is worked out, outside of compiled graphs and without a gradient.
 
         Args:
             residual, branch: (..., d), float32, bfloat16 or float16, on the device of the slots and the routing.
-            backend: as `select_backend` gives it for that device; None asks.
         """
-        weights = self._weights
-        if weights is None:
-            weights = (self.downs, self.ups, self.down_biases, self.up_biases, self.codes)
-            self.__dict__["_weights"] = weights
+        run = self._plans.get(residual.shape)
+        if run is not None and branch is not None:
+            out = run(residual, branch, *self.operands(routing))
+            if out is not None:
+                self.last, self.backend = run, "triton"
+                return out
+        return self._routed(residual, branch, routing)
+
+    def operands(self, routing: Routing) -> tuple[Tensor, ...]:
+        """What a plan's function takes behind residual and branch."""
+        if self._weights is None:
+            buffers = (self.downs, self.ups, self.down_biases, self.up_biases, self.codes)
+            self._weights = (buffers, tuple(b for b in buffers if b is not None))
+        return (*routing.operands, *self._weights[1])
+
+    def _routed(self, residual: Tensor, branch: Tensor | None, routing: Routing) -> Tensor:
+        operands = (residual, branch, *self.operands(routing))
+        buffers = self._weights[0]
         shape = (*routing.places, self.hidden)
         if residual.shape != shape or branch is not None and branch.shape != shape:
             there = (tuple(t.shape) for t in (residual, branch) if t is not None)
@@ -163,13 +182,24 @@ class Slots(nn.Module):
         if residual.dtype not in _DTYPES or branch is not None and branch.dtype not in _DTYPES:
             there = (str(t.dtype) for t in (residual, branch) if t is not None)
             raise TypeError(f"residual and branch are {', '.join(there)}; expected float32, bfloat16 or float16")
-        if residual.device != weights[4].device:
-            raise ValueError(f"residual is on {residual.device}; expected {weights[4].device}, where the slots are")
-        return post_block_routed(residual, branch, weights, routing, backend)
+        if residual.device != buffers[4].device:
+            raise ValueError(f"residual is on {residual.device}; expected {buffers[4].device}, where the slots are")
+        backend = self.backend = select_backend(residual.device)
+        if backend != "triton" or branch is None:
+            return post_block_routed(residual, branch, buffers, routing, backend)
+        (out,), plan = Plan.make(operands, lambda: (post_block_routed(residual, branch, buffers, routing, backend),))
+        if plan is not None:
+            keep(self._plans, residual.shape, plan.run)
+            self.last = plan.run
+        return out
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Slots:
-        self._weights = None  # which are other tensors then
+        self._weights, self.last = None, no_plan  # the buffers are other tensors then
+        self._plans.clear()
         return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_weights": None, "_plans": {}, "last": no_plan}  # copies plan for themselves
 
     def extra_repr(self) -> str:
         return f"count={self.count}, rank={self.rank}, hidden={self.hidden}, nbytes={self.nbytes}"

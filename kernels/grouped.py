@@ -31,7 +31,7 @@ from torch import Tensor
 from . import reference
 from .activations import ACTIVATIONS, apply
 from .backend import select_backend
-from .launch import device_of, is_recording, launch
+from .launch import device_of, empty, is_recording, launch
 from .numerics import dot, dot_precision, operand, store
 from .schedule import MAX_RANK, Device, ceil_div, next_power_of_2, padded_rank
 
@@ -271,6 +271,7 @@ class Routing:
         self.places = adapter_ids.shape
         self.ids = _flat(adapter_ids)
         self.gain = None if gain is None else _flat(gain)
+        self.operands = (self.ids,) if self.gain is None else (self.ids, self.gain)
         self._plan: _Plan | None = None
 
     def plan(self) -> _Plan:
@@ -354,7 +355,7 @@ def _triton_grouped(call: _Call) -> None:
     splits, part = _splits(rows, hidden, schedule.constants["BLOCK_D"], device)
     partial = None
     if rank:
-        partial = torch.empty(tokens, splits, schedule.constants["BLOCK_R"], dtype=torch.float32, device=place)
+        partial = empty(tokens, splits, schedule.constants["BLOCK_R"], dtype=torch.float32, device=place)
         launch(
             down, (rows, splits), call.residual, call.branch, call.downs, call.routing.ids, partial,
             call.slots, *size, hidden, part, call.residual.stride(0), branch_stride,
@@ -592,7 +593,7 @@ def _sum_dtype(residual: Tensor, branch: Tensor | None) -> torch.dtype:
 def _out_of_place(
     residual: Tensor, branch: Tensor | None, weights: _Weights, routing: Routing, backend: str | None = None
 ) -> Tensor:
-    out = torch.empty(residual.shape, dtype=_sum_dtype(residual, branch), device=residual.device)
+    out = empty(*residual.shape, dtype=_sum_dtype(residual, branch), device=residual.device)
     rows = out if out.dim() == 2 else out.view(-1, out.shape[-1])
     branch = None if branch is None else _rows("branch", branch)
     _run(_rows("residual", residual), branch, weights, routing, rows, False, backend)

@@ -145,14 +145,13 @@ class Plan:
             names[f"size{number}"], names[f"stride{number}"] = tuple(tensor.shape), tensor.stride()
             names[f"dtype{number}"] = tensor.dtype
         addresses = [f"p{i}" for i in range(len(operands))] + [f"q{i}" for i in range(len(made))]
-        places = {id(t): name for t, name in zip((*operands, *made), addresses, strict=True)}
-        places |= {t.data_ptr(): name for t, name in zip(operands, addresses, strict=False)}  # views of operands
+        places = {t.data_ptr(): name for t, name in zip((*operands, *made), addresses, strict=True)}  # also of views
         pointers = []
         for number, launch in enumerate(launches):
             arguments = launch.ordered()
             # The pointers come first, some of them None.
             last = max(i for i, value in enumerate(arguments) if isinstance(value, Tensor)) + 1
-            pointers.append(tuple("None" if t is None else _name(t, places) for t in arguments[:last]))
+            pointers.append(tuple("None" if t is None else places[t.data_ptr()] for t in arguments[:last]))
             names |= {f"start{number}": _starter(launch), f"rest{number}": tuple(arguments[last:])}
         exec(_code(len(operands), len(made), tuple(pointers), tuple(results)), names)
         self.admit, self.go, self.run = names["admit"], names["go"], names["run"]
@@ -176,11 +175,10 @@ class Plan:
             return results, None
         if len({t.data_ptr() for t in operands}) < len(operands):
             return results, None
-        given = {id(t) for t in operands} | {t.data_ptr() for t in operands}
-        for launch in notes.launches:
-            for value in launch.arguments:
-                if isinstance(value, Tensor) and not {id(value), value.data_ptr()} & given and id(value) not in made:
-                    return results, None  # a copy, or the result of an operation between the launches
+        known = {t.data_ptr() for t in (*operands, *notes.made)}
+        arguments = (value for launch in notes.launches for value in launch.arguments)
+        if any(isinstance(value, Tensor) and value.data_ptr() not in known for value in arguments):
+            return results, None  # a copy, or the result of an operation between the launches
         return results, cls(operands, notes.launches, notes.made, [made[id(result)] for result in results])
 
 
@@ -214,11 +212,6 @@ def _code(operands: int, made: int, launches: tuple[tuple[str, ...], ...], resul
     return compile("\n".join(lines), "<launch plan>", "exec")
 
 
-def _name(tensor: Tensor, places: dict[int, str]) -> str:
-    name = places.get(id(tensor))
-    return places[tensor.data_ptr()] if name is None else name
-
-
 def _plannable(tensor: Tensor) -> bool:
     address = tensor.data_ptr() if type(tensor) in (Tensor, torch.nn.Parameter) and tensor.numel() else 0
     return address != 0 and (INTERPRETED or address % 16 == 0)
@@ -231,3 +224,15 @@ def _device_functions(device: torch.device) -> tuple[Callable[[], int], Callable
     driver = triton.runtime.driver.active
     now = torch._C._cuda_getDevice if device.type == "cuda" else driver.get_current_device
     return now, driver.get_current_stream, device.index or 0
+
+
+def no_plan(*operands: Tensor) -> None:
+    """In place of a plan's `run`, where there is none."""
+    return None
+
+
+def keep(plans: dict[Any, Any], shape: Any, plan: Any) -> None:
+    """Keep a plan for a shape, among those of the last 32 that came; a plan is a few kilobytes."""
+    while len(plans) >= 32:
+        plans.pop(next(iter(plans)), None)
+    plans[shape] = plan

@@ -14,10 +14,8 @@ import torch
 from torch import Tensor
 
 from .backend import select_backend
-from .plan import Plan
+from .plan import Plan, keep, no_plan
 from .post_block import _backward, _first_order, _forward, check_operands, post_block
-
-_SHAPES = 32  # of which plans are kept; a plan is a few hundred bytes
 
 
 class PlannedPostBlock:
@@ -40,7 +38,7 @@ class PlannedPostBlock:
         self._where = tuple(weight is not None for weight in weights)
         self._inference: dict[Any, Callable[..., Tensor | None]] = {}
         #: The last plan of a call with a branch: a function of its operands, which gives None where it is not for them.
-        self.last: Callable[..., Tensor | None] = _no_plan
+        self.last: Callable[..., Tensor | None] = no_plan
         self._training: dict[Any, _Training] = {}
         self.backend: str | None = None  # that of the last call
 
@@ -61,8 +59,9 @@ class PlannedPostBlock:
             if not self._may_plan(call):
                 return self._ordinary(call)
             (out,), plan = Plan.make(operands, lambda: _forward(*call, keep_a=False)[:1])
-            run = None if plan is None else plan.run
-            _keep(self._inference, (whole, residual.shape), run)
+            if plan is not None:
+                run = plan.run
+                keep(self._inference, (whole, residual.shape), run)
         if run is not None and not whole:
             self.last = run
         return out
@@ -97,7 +96,7 @@ class PlannedPostBlock:
         ):
             return self._ordinary(call)
         training = _Training(plan, operands, whole, self._where, call[-2:])
-        _keep(self._training, shape, training)
+        keep(self._training, shape, training)
         return _apply(training, None, results, *operands)
 
     def _call(self, operands: tuple[Tensor, ...], whole: bool) -> tuple[Any, ...]:
@@ -122,18 +121,6 @@ class PlannedPostBlock:
             residual, branch, down, up,
             down_bias=down_bias, up_bias=up_bias, activation=self._activation, scale=self._scale,
         )  # fmt: skip
-
-
-def _no_plan(*operands: Tensor) -> None:
-    return None
-
-
-def _keep(plans: dict[Any, Any], shape: Any, plan: Any) -> None:
-    if plan is None:
-        return
-    while len(plans) >= _SHAPES:
-        del plans[next(iter(plans))]
-    plans[shape] = plan
 
 
 # ---------------------------------------------------------------------------------------------------------- gradients
@@ -227,7 +214,8 @@ def _careful_backward(training: _Training, grad: Tensor, saved: tuple[Tensor, ..
         )  # fmt: skip
 
     found, plan = Plan.make((grad, *saved), call)
-    _keep(training.backward, grad.shape, plan)
+    if plan is not None:
+        keep(training.backward, grad.shape, plan)
     return found
 
 
