@@ -50,6 +50,9 @@ from .schedule import (
 )
 
 # ----------------------------------------------------------------------------------------------------------- kernels
+#
+# The forward's loops name their stages: only then does Triton copy to shared memory ahead of time what is no operand of
+# a product, as x is in the second pass.
 
 
 @triton.jit
@@ -166,7 +169,6 @@ def _shifted(
     if HAS_UP_BIAS:
         b2 = tl.load(p_up_bias + columns, mask=m_columns, other=0.0).to(tl.float32)
         base += b2[None, :] * strength[:, None]
-    # x is the product's accumulator: so Triton copies its loads asynchronously, as it does an operand's.
     w2 = _up_operand(p_up, ranks, columns, m_columns, D, RANK, DOT, PACKED)
     out = dot(h, w2, base, DOT)
     # −0 + 0 would be +0: a shift of zero leaves the very bits. So does zero strength, whatever W2' and b2 hold.
@@ -182,6 +184,7 @@ def post_block_fwd_kernel(
     SCALE_ON_DEVICE: tl.constexpr, KEEP_A: tl.constexpr, NESTED: tl.constexpr, EVEN_D: tl.constexpr,
     PACKED: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_D2: tl.constexpr, BLOCK_R: tl.constexpr,
+    STAGES: tl.constexpr, STAGES2: tl.constexpr,
 ):  # fmt: skip
     """Many tokens. Grid (programs,): each walks tiles of `height` ≤ BLOCK_N rows, and reads a tile twice."""
     ranks = tl.arange(0, BLOCK_R)
@@ -193,7 +196,7 @@ def post_block_fwd_kernel(
         branch_rows = _row_offsets(rows, inner, branch_outer, branch_inner, NESTED)
 
         a = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
-        for start in range(0, D, BLOCK_D):
+        for start in tl.range(0, D, BLOCK_D, num_stages=STAGES):
             columns = start + tl.arange(0, BLOCK_D)
             m_columns = (columns < D) | EVEN_D
             mask = m_rows[:, None] & m_columns[None, :]
@@ -206,7 +209,7 @@ def post_block_fwd_kernel(
 
         # Backwards over the columns: what was read last is the surest to be in L2 still.
         blocks = tl.cdiv(D, BLOCK_D2)
-        for block in range(0, blocks):
+        for block in tl.range(0, blocks, num_stages=STAGES2):
             columns = (blocks - 1 - block) * BLOCK_D2 + tl.arange(0, BLOCK_D2)
             m_columns = (columns < D) | EVEN_D
             mask = m_rows[:, None] & m_columns[None, :]
@@ -224,6 +227,7 @@ def post_block_fwd_down_kernel(
     RANK: tl.constexpr, DOT: tl.constexpr, HAS_BRANCH: tl.constexpr, NESTED: tl.constexpr, EVEN_D: tl.constexpr,
     PACKED: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Partial sums of x W1ᵀ over a part of d, (splits, N, BLOCK_R). Grid (tiles, splits)."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -233,7 +237,7 @@ def post_block_fwd_down_kernel(
     ranks = tl.arange(0, BLOCK_R)
     a = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
     first = tl.program_id(1) * part
-    for start in range(first, tl.minimum(first + part, D), BLOCK_D):
+    for start in tl.range(first, tl.minimum(first + part, D), BLOCK_D, num_stages=STAGES):
         columns = start + tl.arange(0, BLOCK_D)
         m_columns = (columns < D) | EVEN_D
         mask = m_rows[:, None] & m_columns[None, :]
@@ -253,6 +257,7 @@ def post_block_fwd_up_kernel(
     SCALE_ON_DEVICE: tl.constexpr, KEEP_A: tl.constexpr, NESTED: tl.constexpr, EVEN_D: tl.constexpr,
     PACKED: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """out, from the partial sums, which it adds in the order of the splits. Grid (tiles, parts of the columns)."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -272,7 +277,7 @@ def post_block_fwd_up_kernel(
     # From the last column down, as in `post_block_fwd_kernel`.
     last = tl.cdiv(D, part) - 1 - tl.program_id(1)
     blocks = tl.cdiv(tl.minimum(part, D - last * part), BLOCK_D)
-    for block in range(0, blocks):
+    for block in tl.range(0, blocks, num_stages=STAGES):
         columns = last * part + (blocks - 1 - block) * BLOCK_D + tl.arange(0, BLOCK_D)
         m_columns = (columns < D) | EVEN_D
         mask = m_rows[:, None] & m_columns[None, :]
@@ -686,7 +691,7 @@ def _triton_forward(
     }  # fmt: skip
     schedules = forward_splits(tokens, hidden, rank, dtype.itemsize, device)
     if schedules is None:
-        schedule = forward_schedule(tokens, hidden, rank, dtype.itemsize, device)
+        schedule = forward_schedule(tokens, hidden, rank, dtype.itemsize, device, packed is not None)
         launch(
             post_block_fwd_kernel, (schedule.programs,),
             residual, branch, down, up, down_bias, up_bias, gain, p_scale, out, a,
@@ -702,13 +707,14 @@ def _triton_forward(
     launch(
         post_block_fwd_down_kernel, (reducing.programs, reducing.splits),
         residual, branch, down, partial, tokens, hidden, reducing.part, *strides,
-        schedule=reducing, **states, EVEN_D=hidden % reducing.block_d == 0,
+        schedule=reducing, **states, EVEN_D=hidden % reducing.block_d == 0, STAGES=reducing.num_stages,
     )  # fmt: skip
     launch(
         post_block_fwd_up_kernel, (writing.programs, writing.splits),
         residual, branch, up, partial, down_bias, up_bias, gain, p_scale, out, a,
         scale, tokens, hidden, writing.part, *strides,
         schedule=writing, **states, **shift, EVEN_D=hidden % writing.block_d == 0, SPLITS=reducing.splits,
+        STAGES=writing.num_stages,
     )  # fmt: skip
     return out, a
 

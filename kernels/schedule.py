@@ -50,9 +50,9 @@ TARGETS: dict[str, Device] = {
 _INTERPRETED_DEVICE = Device("cuda", 4, 1 << 20)
 
 
-#: How many times faster than device memory L2 is, and what share of the memory time a kernel's instructions may take:
-#: both low guesses, which order the forward's layouts by time.
-_L2_SPEED, _ISSUE = 2.0, 1.5
+#: How many times faster than device memory L2 is; and the time of a forward's instructions, in that of N·d through
+#: device memory. Rough figures, modelled for A100 and H100, which put the forward's layouts in order.
+_L2_SPEED, _ISSUE = 2.0, 2.5
 
 
 @functools.cache
@@ -104,7 +104,7 @@ class Schedule:
 @dataclass(frozen=True)
 class ForwardSchedule:
     """Layout of the forward in one kernel. `programs` walk tiles of `height` <= `block_n` rows, in blocks of `block_d`
-    columns when reducing and of `block_d2` when writing."""
+    columns and `num_stages` when reducing, of `block_d2` and `num_stages2` when writing."""
 
     block_n: int
     height: int
@@ -114,12 +114,14 @@ class ForwardSchedule:
     programs: int
     num_warps: int
     num_stages: int
+    num_stages2: int
 
     @property
     def constants(self) -> dict[str, int]:
         """The kernel's block sizes by name."""
         return {
-            "BLOCK_N": self.block_n, "BLOCK_D": self.block_d, "BLOCK_D2": self.block_d2, "BLOCK_R": self.block_r
+            "BLOCK_N": self.block_n, "BLOCK_D": self.block_d, "BLOCK_D2": self.block_d2, "BLOCK_R": self.block_r,
+            "STAGES": self.num_stages, "STAGES2": self.num_stages2,
         }  # fmt: skip
 
 
@@ -138,21 +140,31 @@ def _wide(rows: int, columns: int, warps: int, itemsize: int, gpu: str) -> bool:
     return rows * columns * itemsize >= 16 * lanes * warps
 
 
-_ForwardTile = tuple[int, int, int, int, int, int]  # rows, columns reduced and written, warps, stages, programs an SM
+#: Rows, columns reduced and written at a time, warps, stages of both loops, programs on a multiprocessor.
+_ForwardTile = tuple[int, int, int, int, int, int, int]
 
 # fmt: off
-#: The forward's tiles in one kernel, by vendor, bytes of an element and padded rank: those to choose from.
+#: The forward's tiles in one kernel, by vendor, bytes of an element, and padded rank: those to choose from.
 _FORWARD_TILES: dict[tuple[str, int], dict[int, tuple[_ForwardTile, ...]]] = {
     ("cuda", 2): {
-        16: ((16, 256, 256, 4, 3, 2), (32, 128, 128, 4, 3, 2)),
-        32: ((16, 128, 128, 4, 3, 2), (32, 128, 128, 8, 3, 1)),
-        64: ((32, 128, 128, 8, 3, 1),),
+        16: ((32, 128, 128, 4, 3, 3, 1), (16, 256, 128, 4, 3, 3, 1)),
+        32: ((32, 128, 128, 8, 3, 3, 1),),
+        64: ((32, 128, 128, 8, 3, 3, 1), (64, 128, 64, 8, 3, 3, 1)),
     },
     ("cuda", 4): {
-        16: ((16, 64, 64, 8, 3, 2),), 32: ((16, 64, 64, 8, 3, 2),), 64: ((16, 64, 64, 8, 3, 1),),
+        16: ((16, 64, 64, 8, 3, 3, 2),), 32: ((16, 64, 64, 8, 3, 3, 2),), 64: ((16, 64, 64, 8, 3, 3, 1),),
     },
-    ("hip", 2): {16: ((16, 128, 128, 4, 2, 2),), 32: ((16, 128, 128, 4, 2, 2),), 64: ((16, 128, 128, 4, 2, 2),)},
-    ("hip", 4): {16: ((16, 128, 128, 4, 2, 2),), 32: ((16, 128, 128, 4, 2, 2),), 64: ((16, 128, 128, 4, 2, 2),)},
+    ("hip", 2): {
+        16: ((16, 128, 128, 4, 2, 2, 2),), 32: ((16, 128, 128, 4, 2, 2, 2),), 64: ((16, 128, 128, 4, 2, 2, 2),),
+    },
+    ("hip", 4): {
+        16: ((16, 128, 128, 4, 2, 2, 2),), 32: ((16, 128, 128, 4, 2, 2, 2),), 64: ((16, 128, 128, 4, 2, 2, 2),),
+    },
+}
+#: The same where the kernel reads the parameters and converts them, which costs registers: the columns written at a
+#: time, warps and stages in place of the tile's. The rest stays, so that the sums are those of packed weights.
+_CONVERTING: dict[tuple[str, int], dict[int, tuple[int, int, int]]] = {
+    ("cuda", 2): {16: (128, 8, 3), 32: (128, 8, 3), 64: (64, 8, 2)},
 }
 #: The forward's tiles in two kernels, for few tokens, by vendor, kernel and bytes of an element.
 _SPLIT_TILES: dict[tuple[str, str, int], dict[int, _Tile]] = {
@@ -255,7 +267,9 @@ def forward_splits(
 
 
 @functools.lru_cache(maxsize=4096)
-def forward_schedule(tokens: int, hidden: int, rank: int, itemsize: int, device: Device) -> ForwardSchedule:
+def forward_schedule(
+    tokens: int, hidden: int, rank: int, itemsize: int, device: Device, packed: bool = True
+) -> ForwardSchedule:
     """Layout of the forward's one kernel for N = `tokens`, d = `hidden`, elements of `itemsize` bytes.
 
     Of the tiles, programs and rows that are possible, those with the least time by count, in units of N·d: what moves
@@ -263,13 +277,19 @@ def forward_schedule(tokens: int, hidden: int, rank: int, itemsize: int, device:
     four reads, and the weights' for each tile), and what is computed on rows that are padding; over the share of the
     device that the waves fill.
     """
-    block_r = padded_rank(rank)
+    block_r, vendor = padded_rank(rank), _vendor(device)
     best = None
-    for rows, columns, columns2, warps, stages, resident in _FORWARD_TILES[_vendor(device), itemsize][block_r]:
+    for rows, columns, columns2, warps, stages, stages2, resident in _FORWARD_TILES[vendor, itemsize][block_r]:
         ragged = _RAGGED_FORWARD[block_r]
         block_n, block_d, warps, stages = _narrowed(
             (rows, columns, warps, stages), ragged, hidden, itemsize, device.gpu
         )
+        converting = _CONVERTING.get((vendor, itemsize), {}).get(block_r)
+        if hidden % block_d:
+            stages2 = stages
+        elif not packed and converting is not None and _wide(block_n, block_d, converting[1], itemsize, device.gpu):
+            columns2, warps, stages = converting
+            stages2 = stages
         block_d2 = min(columns2, block_d)
         for share in range(1, resident + 1):
             slots = device.multiprocessors * share
@@ -283,9 +303,10 @@ def forward_schedule(tokens: int, hidden: int, rank: int, itemsize: int, device:
                 issue = _ISSUE * tiles * block_n / tokens
                 time = max(memory, through_l2, issue) * ceil_div(tiles, slots) * slots / tiles
                 if best is None or time < best[0]:
+                    programs = min(tiles, slots)
                     best = (
                         time,
-                        ForwardSchedule(block_n, height, block_d, block_d2, block_r, min(tiles, slots), warps, stages),
+                        ForwardSchedule(block_n, height, block_d, block_d2, block_r, programs, warps, stages, stages2),
                     )
     assert best is not None
     return best[1]

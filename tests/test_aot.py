@@ -55,7 +55,8 @@ def compiled() -> list[dict]:
 def test_every_configuration_was_compiled(compiled):
     assert {json.dumps(row["case"]) for row in compiled} == {json.dumps(case) for case in cases()}
     kernels = {row["kernel"] for row in compiled}
-    assert kernels == {"forward_kernel", *BACKWARD}
+    forward = {f"post_block_fwd_{name}kernel" for name in ("", "down_", "up_", "vector_")}
+    assert kernels == {*forward, *BACKWARD}
 
 
 def assert_none(bad: list[dict]) -> None:
@@ -85,7 +86,7 @@ def test_the_hidden_state_moves_in_128_bit_accesses(compiled):
         (target, hidden, rank) for target in TARGETS for hidden in HIDDEN for rank in RANKS
     }
     assert_none([row for row in rows if row["hidden_states"] and not row["loads_128"] + row["async_copies_128"]])
-    writes = [row for row in rows if row["kernel"] == "forward_kernel" or "p_dx" in row["hidden_states"]]
+    writes = [row for row in rows if row["kernel"] == "post_block_fwd_kernel" or "p_dx" in row["hidden_states"]]
     amd = [row for row in writes if row["target"].startswith("gfx")]
     nvidia = [row for row in writes if not row["target"].startswith("gfx")]
     # AMD's compiler stores the result of a matrix product as the matrix units leave it: 64 bits a lane.
@@ -109,7 +110,7 @@ def test_the_hidden_state_moves_in_128_bit_accesses(compiled):
 
 def test_forward_copies_asynchronously_and_stores_nothing_narrow(compiled):
     rows = [row for row in compiled if row["case"][5] == {} and row["target"].startswith("sm_")]
-    forward = [row for row in rows if row["kernel"] == "forward_kernel"]
+    forward = [row for row in rows if row["kernel"] == "post_block_fwd_kernel"]
     assert forward
     for row in forward:
         assert row["async_copies"] == row["async_copies_128"] > 0, row
@@ -144,7 +145,7 @@ def test_tiles_in_flight_stay_inside_l2_or_are_read_once(target, dtype):
 def test_what_is_recorded_is_what_runs():
     """The launches of a case: one forward, three backward; forward alone is split over columns for few tokens."""
     many, few = (record(Case(tokens, 4096, 8), "sm_90") for tokens in (8192, 8))
-    assert [launch.kernel.__name__ for launch in many] == ["forward_kernel", *BACKWARD]
+    assert [launch.kernel.__name__ for launch in many] == ["post_block_fwd_kernel", *BACKWARD]
     assert many[0].grid[1] == 1 and few[0].grid[1] > 8
     assert len(record(Case(8192, 4096, 256), "sm_90")) == 5, "two passes over the columns where one would spill"
 

@@ -27,7 +27,7 @@ def test_json_has_every_configuration_that_would_be_launched():
     shown = json.loads(result.stdout)
     assert [shown[name] for name in ("op", "hidden", "rank", "dtype")] == ["post_block", 576, 16, "bfloat16"]
     rows = shown["kernels"]
-    kernels = [("forward", "forward_kernel"), ("backward", "rows_kernel"), ("backward", "columns_kernel")]
+    kernels = [("forward", "post_block_fwd_kernel"), ("backward", "rows_kernel"), ("backward", "columns_kernel")]
     assert [(row["tokens"], row["target"], row["pass"], row["kernel"]) for row in rows] == [
         (tokens, target, *kernel) for tokens in (4096, 8) for target in ("sm_90", "gfx942") for kernel in kernels
     ]

@@ -11,7 +11,7 @@ from fused_steer.kernels import ACTIVATIONS, select_backend
 from fused_steer.kernels.contract import Needs
 from fused_steer.kernels.launch import recorded
 from fused_steer.kernels.reference import backward, forward
-from fused_steer.kernels.schedule import TARGETS, describe_device, forward_schedule
+from fused_steer.kernels.schedule import TARGETS, describe_device, forward_schedule, forward_splits
 from ops import Inputs, definition, make_draws, make_inputs, pack_reference, relative_error
 from torch import Tensor
 
@@ -74,7 +74,7 @@ SHAPES = [
     (33, 99, 256),
     (20, 16, 3),
     (40, 576, 128),
-    SHARED_TILES := (70, 7168, 8),
+    WALKED_TILES := (130, 2560, 2),
 ]
 
 
@@ -87,10 +87,66 @@ def test_is_as_exact_as_the_hook(device, tokens, hidden, rank, dtype):
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-def test_the_shapes_have_many_tiles_that_several_programs_share(dtype):
-    tokens, hidden, rank = SHARED_TILES
-    schedule = forward_schedule(tokens, hidden, rank, dtype.itemsize, describe_device(torch.device("cpu")))
-    assert schedule.splits > 1 and 1 <= schedule.programs < tokens // schedule.block_n
+def test_the_shapes_reach_every_form_of_the_forward(dtype):
+    cpu = describe_device(torch.device("cpu"))
+    split = [forward_splits(*shape, dtype.itemsize, cpu) for shape in SHAPES if shape[2]]
+    assert None in split and any(found and found[0].splits > 1 and found[1].programs > 1 for found in split)
+    tokens, hidden, rank = WALKED_TILES
+    schedule = forward_schedule(tokens, hidden, rank, dtype.itemsize, cpu)
+    assert schedule.programs * schedule.height < tokens, "a program walks several tiles"
+    assert schedule.height < schedule.block_n, "tiles of fewer rows than a block"
+
+
+@pytest.mark.parametrize("tokens", [64, 65, 1000])
+def test_few_tokens_and_many(device, tokens):
+    assert_as_good_as_the_hook([make_inputs(tokens, 96, rank=9, dtype=BF16, device=device, scale=False)])
+
+
+def triton_forward(inputs: Inputs, packed: bool) -> tuple[Tensor, Tensor]:
+    from fused_steer.kernels.post_block import _triton_forward
+
+    gpu = describe_device(inputs.residual.device).gpu
+    weights = pack_reference(inputs.down, inputs.up, inputs.residual.dtype, gpu) if packed else None
+    return _triton_forward(
+        inputs.residual, inputs.branch, inputs.down, inputs.up, inputs.down_bias, inputs.up_bias, inputs.gain,
+        inputs.scale, "silu", True, weights,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize(
+    ("tokens", "hidden", "rank"), [(1, 576, 8), (17, 99, 12), (130, 256, 5), (70, 128, 16), (66, 64, 64), (40, 80, 128)]
+)
+def test_packed_weights_give_the_same_bits(device, tokens, hidden, rank, dtype):
+    if os.environ["FUSED_STEER_BACKEND"] == "torch":
+        pytest.skip("packed weights are the kernels' own")
+    inputs = make_inputs(tokens, hidden, rank=rank, dtype=dtype, device=device, basis=0)
+    for case in (inputs, replace(inputs, branch=None, down_bias=None, up_bias=None, gain=None, scale=0.7)):
+        for plain, packed in zip(triton_forward(case, False), triton_forward(case, True), strict=True):
+            assert not plain.isnan().any() and torch.equal(bits(plain), bits(packed))
+
+
+def test_fp16_is_at_least_as_exact_as_the_hook(device):
+    """Its products are in tf32, of fp16's precision: cut off instead of rounded, they have the bound's double."""
+    inputs = make_inputs(64, 512, rank=8, dtype=F16, device=device, biases=False, gain=False, scale=False, basis=0)
+    # Nothing of the hidden state in the shift, which would hide it: the state is small, the shift is large.
+    inputs = replace(inputs, residual=inputs.residual / 64, branch=inputs.branch / 64, up=inputs.up * 64)
+    truth = definition(inputs.map(Tensor.double), "silu")
+    hook = definition(inputs.map(Tensor.half), "silu")
+    assert relative_error(fused(inputs), truth) <= relative_error(hook, truth)
+
+
+@pytest.mark.parametrize("tokens", [9, 70])
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_zero_gain_leaves_every_bit_of_an_adapter_that_is_not_finite(device, dtype, tokens):
+    inputs = make_inputs(tokens, 64, rank=4, dtype=dtype, device=device, basis=0)
+    inputs.gain[2:] = 0
+    inputs.residual[3, :2], inputs.branch[3, :2] = -0.0, -0.0
+    inputs.up[5], inputs.down[1, 3], inputs.up_bias[7] = float("nan"), float("inf"), -float("inf")
+    if os.environ["FUSED_STEER_BACKEND"] == "torch":
+        pytest.skip("the torch backend multiplies")
+    out = fused(inputs)
+    assert torch.equal(bits(out[2:]), bits((inputs.residual + inputs.branch)[2:]))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -259,7 +315,7 @@ def test_gradients_of_zero_strength_are_exactly_zero(device, dtype):
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
 @pytest.mark.parametrize("rank", [5, 40])
-def test_packed_weights_give_the_same_bits(dtype, rank):
+def test_packed_weights_give_the_same_gradients(dtype, rank):
     from fused_steer.kernels.post_block import _triton_backward, _triton_forward
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -2,6 +2,7 @@
 
 import pytest
 from fused_steer.kernels.schedule import (
+    FEW_TOKENS,
     MAX_SPLITS,
     TARGETS,
     Device,
@@ -9,8 +10,10 @@ from fused_steer.kernels.schedule import (
     columns_schedule,
     finish_schedule,
     forward_schedule,
+    forward_splits,
     padded_rank,
     rows_schedule,
+    vector_schedule,
 )
 
 HIDDEN = (1, 16, 80, 576, 1152, 2560, 4096, 4099, 7168)
@@ -24,11 +27,18 @@ def test_all_of_the_hidden_state_is_covered_once(device, tokens):
     for hidden in HIDDEN:
         for rank in RANKS:
             for itemsize in (2, 4):
-                forward = forward_schedule(tokens, hidden, rank, itemsize, device)
-                assert forward.part % forward.block_d == 0 or forward.splits == 1
-                assert (forward.splits - 1) * forward.part < hidden <= forward.splits * forward.part
-                assert 1 <= forward.programs <= -(-tokens // forward.block_n)
-                assert forward.block_r == padded_rank(rank)
+                split = forward_splits(tokens, hidden, rank, itemsize, device) if rank else None
+                if rank == 0:
+                    split = (vector_schedule(tokens, hidden, itemsize, device),)
+                elif split is None:
+                    for packed in (True, False):
+                        one = forward_schedule(tokens, hidden, rank, itemsize, device, packed)
+                        assert 1 <= one.height <= one.block_n and one.block_r == padded_rank(rank)
+                        assert 1 <= one.programs <= -(-tokens // one.height)
+                for part in split or ():
+                    assert part.part % part.block_d == 0 and part.block_r == padded_rank(rank)
+                    assert (part.splits - 1) * part.part < hidden <= part.splits * part.part
+                    assert (part.programs - 1) * part.block_n < tokens <= part.programs * part.block_n
             for policy in POLICIES[device.gpu]:
                 rows = rows_schedule(tokens, hidden, rank, policy, device)
                 assert (rows.programs - 1) * rows.block_n < tokens <= rows.programs * rows.block_n
@@ -56,53 +66,73 @@ def test_parts_of_the_rows_fill_the_multiprocessors(device, hidden):
             assert columns.part <= 1.1 * tokens / columns.splits + columns.block_n, "no part is much longer"
 
 
-def test_few_tokens_are_split_over_columns_and_many_are_not():
-    h100 = TARGETS["sm_90"]
-    assert forward_schedule(1, 4096, 8, 2, h100).splits == MAX_SPLITS
-    assert forward_schedule(64, 4096, 8, 2, h100).splits > 8
-    assert forward_schedule(8192, 4096, 8, 2, h100).splits == 1
+def test_forward_splits_d_for_few_tokens_and_wide_ranks():
+    for name in ("sm_80", "sm_90"):
+        device = TARGETS[name]
+        for tokens in (1, 16, 17, FEW_TOKENS, FEW_TOKENS + 1, 800):
+            down, up = forward_splits(tokens, 4096, 8, 2, device)
+            # One after the other a program walks a block or two, unless there are programs for every multiprocessor.
+            for found in (down, up):
+                busy = found.programs * found.splits
+                assert found.part <= 2 * found.block_d or 2 * busy >= device.multiprocessors, (name, tokens, found)
+            assert down.splits <= MAX_SPLITS
+        assert forward_splits(4096, 4096, 64, 2, device) is None
+        assert forward_splits(4096, 4096, 65, 2, device) is not None
+    assert forward_splits(FEW_TOKENS, 4096, 8, 2, Device("cuda", 1, 1 << 20)) is not None
+    assert forward_splits(FEW_TOKENS + 1, 4096, 8, 2, Device("cuda", 1, 1 << 20)) is None
 
 
-@pytest.mark.parametrize("device", TARGETS.values(), ids=TARGETS)
-@pytest.mark.parametrize("itemsize", [2, 4])
-@pytest.mark.parametrize("hidden", [576, 4096, 5120, 7168, 8192, 16384])
-def test_the_fewest_programs_share_a_tile_that_keep_all_tiles_in_l2(device, itemsize, hidden):
-    for tokens in (64, 4096, 100_000):
-        forward = forward_schedule(tokens, hidden, 8, itemsize, device)
-        tile = forward.block_n * hidden * itemsize * 2
-        assert forward.programs * tile <= 0.9 * device.l2
-        tiles = -(-tokens // forward.block_n)
-        if tiles < device.multiprocessors // 2:
-            continue  # few tokens, split to fill the device
-        fewest = next(n for n in range(1, 99) if device.multiprocessors // n * tile <= 0.9 * device.l2)
-        assert forward.splits == fewest
-        if tiles >= device.multiprocessors:
-            busy = forward.programs * forward.splits
-            assert busy > device.multiprocessors - fewest, "every multiprocessor has a program, up to rounding"
+@pytest.mark.parametrize("name", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("tokens", [4096, 16384])
+@pytest.mark.parametrize("hidden", [2048, 2560, 4096, 8192])
+def test_forward_waves_are_whole(name, tokens, hidden):
+    device = TARGETS[name]
+    for rank in (1, 8, 16, 32, 64):
+        for packed in (True, False):
+            found = forward_schedule(tokens, hidden, rank, 2, device, packed)
+            tiles = -(-tokens // found.height)
+            assert tiles >= 0.9 * -(-tiles // device.multiprocessors) * device.multiprocessors, (rank, found)
 
 
-def test_large_rows_are_shared_where_l2_is_small():
-    found = {
-        name: [forward_schedule(8192, hidden, 8, 2, device).splits for hidden in (4096, 5120, 7168, 8192)]
-        for name, device in TARGETS.items()
-    }
-    assert found == {"sm_80": [1, 1, 2, 2], "sm_90": [1, 1, 2, 2], "sm_100": [1] * 4, "gfx942": [1] * 4}
+@pytest.mark.parametrize("name", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("hidden", [2048, 2560, 4096])
+def test_forward_tiles_in_flight_are_read_again_from_l2(name, hidden):
+    """At narrow ranks, where device memory binds: what the tiles in flight read and write fits in L2."""
+    device = TARGETS[name]
+    for tokens in (4096, 16384):
+        found = forward_schedule(tokens, hidden, 8, 2, device)
+        assert found.programs * found.height * hidden * 2 * 3 <= device.l2, found
 
 
-def test_a_tile_beyond_l2_still_has_a_program():
-    small = Device("cuda", 4, 64 << 10)
-    forward = forward_schedule(1000, 8192, 8, 4, small)
-    assert forward.programs == 1 and forward.splits > 1
+def test_forward_sums_in_one_order_packed_or_not():
+    """Packed weights change neither the blocks of the reduction nor the split of d: the results have the same bits."""
+    for device in TARGETS.values():
+        for hidden in HIDDEN:
+            for rank in (8, 32, 64):
+                packed, plain = (forward_schedule(8192, hidden, rank, 2, device, flag) for flag in (True, False))
+                assert (packed.block_n, packed.block_d) == (plain.block_n, plain.block_d), (hidden, rank)
 
 
 @pytest.mark.parametrize("device", TARGETS.values(), ids=TARGETS)
 def test_every_thread_has_128_bits_of_a_tile(device):
     lanes = 64 if device.gpu == "hip" else 32
-    for schedule_of, form in ((forward_schedule, 2), (rows_schedule, "bf16"), (columns_schedule, "bf16")):
-        for hidden in (576, 1152, 4096, 8192):
-            for rank in (0, 1, 16, 32, 64, 128, 256):
-                for tokens in (8, 512, 8192):
-                    found = schedule_of(tokens, hidden, rank, form, device)
+
+    def schedules(*shape):
+        tokens, hidden, rank = shape
+        yield rows_schedule(*shape, "bf16", device)
+        yield columns_schedule(*shape, "bf16", device)
+        if rank == 0:
+            yield vector_schedule(tokens, hidden, 2, device)
+        elif (split := forward_splits(*shape, 2, device)) is not None:
+            yield from split
+        else:
+            for packed in (True, False):
+                yield forward_schedule(*shape, 2, device, packed)
+
+    for hidden in (576, 1152, 4096, 8192):
+        for rank in (0, 1, 16, 32, 64, 128, 256):
+            for tokens in (8, 512, 8192):
+                for found in schedules(tokens, hidden, rank):
                     assert found.block_n * found.block_d * 2 >= 16 * lanes * found.num_warps, (hidden, rank, found)
 
 
