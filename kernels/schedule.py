@@ -45,6 +45,13 @@ TARGETS: dict[str, Device] = {
     "gfx942": Device("hip", 304, 256 << 20),  # MI300X; its memory-side Infinity Cache plays L2's part here
 }
 
+#: Smaller cards that kernels are compiled for too, without a promise of speed: `aot.CANNOT` says what they lack.
+SMALLER_TARGETS: dict[str, Device] = {
+    "sm_75": Device("cuda", 40, 4 << 20),  # T4
+    "sm_86": Device("cuda", 82, 6 << 20),  # RTX 3090
+    "sm_89": Device("cuda", 128, 72 << 20),  # RTX 4090
+}
+
 #: For the interpreter: small, so that tiles are walked and columns are split at test sizes too.
 _INTERPRETED_DEVICE = Device("cuda", 4, 1 << 20)
 
