@@ -37,8 +37,8 @@ OPS: dict[str, Callable[[Case, str], dict[str, list[Launch]]]] = {"post_block": 
 @dataclass(frozen=True)
 class Request:
     """What is asked for: an op of `OPS` at d = `hidden`, r = `rank`, a dtype of `DTYPES`, for each N of `tokens` and
-    each target; no target is those of `TARGETS`. Passes are predicted for `gpus`, of `GPUS`; None is all that have one of
-    the targets."""
+    each target; no target is those of `TARGETS`. Passes are predicted for `gpus`, of `GPUS`; None is all that have one
+    of the targets."""
 
     op: str
     hidden: int
@@ -253,13 +253,13 @@ def print_kernels(description: dict[str, Any], console: Console) -> None:
     for target, line in description["cannot"].items():
         console.print(f"{target}: {line}\n")
     if description["predictions"]:
-        console.print("Predicted, not measured: a model without calibration; times within 40 %, ratios better")
+        console.print("Predicted, not measured: an uncalibrated model; times within 40 %, ratios better")
         console.print(_prediction_table(description["predictions"]))
         console.print(
-            "memory, L2, issue, host: µs that each limit alone would take; host: the starts of\n"
-            "the launches in a captured graph. µs: of each launch the longest of the first\n"
-            "three, and the starts. floors: the same without the starts, over the time of each\n"
-            "hidden state once through memory at 90 % of the datasheet's bandwidth.\n"
+            "memory, L2, issue, host: µs that each limit alone would take; host: the launches'\n"
+            "starts in a captured graph. µs: of each launch the longest of the first three, and\n"
+            "the starts. floors: the same without the starts, over the time that each hidden\n"
+            "state takes once through memory, at 90 % of the datasheet's bandwidth.\n"
         )
     console.print("The least time of a pass: its hidden states' bytes at the datasheet's bandwidth")
     console.print(_floor_table(description["floors"]))

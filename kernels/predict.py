@@ -51,11 +51,13 @@ _LANES = 32
 
 @dataclass(frozen=True)
 class Loop:
-    """A loop of a program: its number of trips (the most that any program makes), the bytes that a trip loads from
-    memory, whether it reads what the launch, or the one before, has just read (`again`), and the loops in it."""
+    """A loop of a program: its number of trips (the most that any program makes), the bytes of hidden states and of
+    other arrays that a trip loads from memory, whether the launch, or the one before, has just read the same (`again`),
+    and the loops in it."""
 
     trips: int
-    loads: int = 0
+    states: int = 0
+    others: int = 0
     again: bool = False
     inner: tuple[Loop, ...] = ()
 
@@ -132,9 +134,9 @@ def _forward(launch: Launch) -> LaunchWork:
     passes = []
     if rank:
         down = at.tile_bytes(ranks, columns, "p_down")
-        passes.append(Loop(ceil_div(hidden, columns), states + down))
+        passes.append(Loop(ceil_div(hidden, columns), states, down))
     up = at.tile_bytes(ranks, columns, "p_up")
-    passes.append(Loop(ceil_div(at["part"], columns), states + up, again=rank > 0))
+    passes.append(Loop(ceil_div(at["part"], columns), states, up, again=rank > 0))
     read = splits + 1 if rank else 1  # each split reduces the whole of a, then writes its own part
     return LaunchWork(
         programs * splits,
@@ -150,10 +152,10 @@ def _rows(launch: Launch) -> LaunchWork:
     at = _Arguments(launch)
     rows, columns, ranks = at["BLOCK_N"], at["BLOCK_D"], at["BLOCK_R"]
     (tiles,) = launch.grid
-    loads = at.tile_bytes(rows, columns, "p_grad") + at.tile_bytes(ranks, columns, "p_up")
+    states, up = at.tile_bytes(rows, columns, "p_grad"), at.tile_bytes(ranks, columns, "p_up")
     return LaunchWork(
         tiles,
-        (Loop(ceil_div(at["D"], columns), loads),),
+        (Loop(ceil_div(at["D"], columns), states, up),),
         1.0,
         {"p_up": tiles, "p_up_bias": tiles},
         frozenset({"p_da", "p_row_dot"}),
@@ -165,11 +167,11 @@ def _columns(launch: Launch) -> LaunchWork:
     rows, columns, ranks = at["BLOCK_N"], at["BLOCK_D"], at["BLOCK_R"]
     blocks, parts = launch.grid
     tiles, each = ceil_div(at["N"], rows), ceil_div(min(at["part"], at["N"]), rows)
-    loads = at.tile_bytes(rows, columns, "p_grad", "p_out") + at.tile_bytes(rows, ranks, "p_a", "p_da")
+    states, narrow_states = at.tile_bytes(rows, columns, "p_grad", "p_out"), at.tile_bytes(rows, ranks, "p_a", "p_da")
     narrow = {"p_a": blocks, "p_da": blocks, "p_gain": blocks}
     return LaunchWork(
         blocks * parts,
-        (Loop(each, loads),),
+        (Loop(each, states, narrow_states),),
         tiles / (parts * each),
         {**narrow, "p_down": parts, "p_up": parts, "p_up_bias": parts},
         frozenset({"p_dx", "p_slab"}),
@@ -322,9 +324,7 @@ def issue_cycles(code: Sequence[Instruction], clock: Clock) -> int:
 class _Warp:
     program: int
     scheduler: int
-    path: Sequence[
-        tuple[int, bool, int]
-    ]  # instruction, whether its loads hit L2, index of the trip that it begins or -1
+    path: Sequence[tuple[int, bool, int]]  # instruction, whether its loads hit L2, the trip that it begins or -1
     step: int = 0
     ready: float = 0.0
     boards: list[float] = field(default_factory=lambda: [0.0] * 6)
@@ -432,7 +432,7 @@ def _allowed(instruction: Instruction) -> int | None:
 
 #: Trips of a loop that are timed; those beyond go on at the pace of the last two thirds of them.
 _TIMED_TRIPS = 9
-_TIMED_OUTER_TRIPS = 2
+_TIMED_OUTER_TRIPS = 3
 
 
 @dataclass(frozen=True)
@@ -460,6 +460,9 @@ class Program:
         return self.code[loop.first : loop.last + 1]
 
 
+_parse = functools.lru_cache(maxsize=256)(parse)
+
+
 def read_program(listing: str, name: str, loops: tuple[Loop, ...], num_warps: int) -> Program:
     """The program in a listing of SASS, its loops matched with their description.
 
@@ -467,7 +470,7 @@ def read_program(listing: str, name: str, loops: tuple[Loop, ...], num_warps: in
         ValueError: the code has other loops than the description, or one loads more than twice what is described, as a
             loop that the compiler unrolled does.
     """
-    code = parse(listing)
+    code = _parse(listing)
     found = find_loops(code)
     shapes = ["".join(loop.shape for loop in some) for some in (found, loops)]
     if shapes[0] != shapes[1]:
@@ -476,11 +479,11 @@ def read_program(listing: str, name: str, loops: tuple[Loop, ...], num_warps: in
         )
     program = Program(code, tuple(zip(found, loops, strict=True)), num_warps)
     for at, loop, _ in program.innermost:
-        loads = [i for i in program.body(at) if i.name in ("LDG", "LDGSTS") and i.access_bytes == 16]
-        total = sum(i.access_bytes for i in loads) * _LANES * num_warps
-        if loop.loads and total >= 2 * loop.loads:
+        total = _loaded(program.body(at), num_warps)
+        expected = loop.states + loop.others
+        if expected and total >= 2 * expected:
             raise ValueError(
-                f"a trip of a loop of {name} loads {total} bytes; expected {loop.loads}, as predict.py describes it"
+                f"a trip of a loop of {name} loads {total} bytes; expected {expected}, as predict.py describes it"
             )
     return program
 
@@ -666,14 +669,26 @@ def busy_seconds(launch: Launch, target: str) -> float:
     return cycles * program.num_warps * done.programs * done.share / slots / clock.hertz
 
 
-def async_loads(launch: Launch, target: str) -> list[int]:
-    """Asynchronous copies of 128 bits to shared memory in each innermost loop of a launch."""
+def async_loads(launch: Launch, target: str) -> list[tuple[int, int]]:
+    """Accesses of 128 bits that read memory, in each innermost loop of a launch: asynchronous copies to shared memory,
+    and loads that a warp waits for."""
     program = compiled_program(launch, target)
-    wide = (
-        [i for i in program.body(code) if i.name == "LDGSTS" and i.access_bytes == 16]
-        for code, _, _ in program.innermost
-    )
-    return [len(found) for found in wide]
+    found = []
+    for code, _, _ in program.innermost:
+        wide = [i.name for i in program.body(code) if i.access_bytes == 16]
+        found.append((wide.count("LDGSTS"), wide.count("LDG")))
+    return found
+
+
+def loaded_bytes(launch: Launch, target: str) -> list[int]:
+    """Bytes that a program's accesses of 128 bits read in a trip of each innermost loop of a launch."""
+    program = compiled_program(launch, target)
+    return [_loaded(program.body(code), program.num_warps) for code, _, _ in program.innermost]
+
+
+def _loaded(body: Sequence[Instruction], num_warps: int) -> int:
+    loads = [i for i in body if i.name in ("LDG", "LDGSTS") and i.access_bytes == 16]
+    return sum(i.access_bytes for i in loads) * _LANES * num_warps
 
 
 def fill(launch: Launch, target: str) -> float:
