@@ -27,7 +27,7 @@ import functools
 import heapq
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -178,11 +178,71 @@ def _columns(launch: Launch) -> LaunchWork:
     )
 
 
+def _backward_rows(launch: Launch) -> LaunchWork:
+    at = _Arguments(launch)
+    rows, columns, ranks = at["BLOCK_N"], at["BLOCK_D"], at["BLOCK_R"]
+    (tiles,) = launch.grid
+    states, up = at.tile_bytes(rows, columns, "p_grad"), at.tile_bytes(ranks, columns, "p_up")
+    loops = (Loop(ceil_div(at["D"], columns), states, up),) if at.tensor("p_grad") is not None else ()
+    return LaunchWork(
+        tiles, loops, 1.0, {"p_up": tiles, "p_up_bias": tiles}, frozenset({"p_narrow", "p_da_sums", "p_row_dot"})
+    )
+
+
+def _backward_columns(launch: Launch) -> LaunchWork:
+    at = _Arguments(launch)
+    rows, columns, ranks = at["BLOCK_N"], at["BLOCK_D"], at["BLOCK_R"]
+    programs, parts = launch.grid
+    blocks = ceil_div(at["D"], columns)
+    tiles = ceil_div(at["N"], rows)
+    each = ceil_div(tiles, parts)
+    narrow = 2 * at.tile_bytes(rows, ranks, "p_narrow")
+    loops = [Loop(each, at.tile_bytes(rows, columns, "p_grad", "p_out"), narrow)]
+    if at["NEED_DOWN"]:  # other programs, which sum da^T h over a part's rows
+        loops.append(Loop(0, others=narrow))
+    return LaunchWork(
+        programs * parts,
+        tuple(loops),
+        tiles / (parts * each),
+        {"p_narrow": blocks + (programs - blocks), "p_down": parts, "p_gain": programs},
+        frozenset({"p_dx", "p_slab"}),
+    )
+
+
+def _backward_finish(launch: Launch) -> LaunchWork:
+    at = _Arguments(launch)
+    programs, rank_tiles = launch.grid
+    parts, padded, fp32 = at["parts"], at["PADDED_R"], 4
+    blocks = ceil_div(at["D"], at["BLOCK_D"])
+    loops = []
+    if at["NEED_DOWN"] or at["NEED_UP"]:
+        weights = at["NEED_DOWN"] + at["NEED_UP"]
+        loops.append(Loop(parts, others=weights * at["BLOCK_R"] * at["BLOCK_D"] * fp32, again=True))
+    if at["NEED_DOWN"]:
+        loops += [Loop(parts, others=at["BLOCK_R"] * 16 * fp32, again=True)] * (padded // 16)
+        loops += [Loop(parts, again=True)] * at["HAS_UP_BIAS"]
+    loops += [Loop(parts, again=True)] * at["NEED_UP_BIAS"]
+    loops += [Loop(0)] * at["NEED_DOWN_BIAS"]  # other programs
+    slab_read = 2 * at["RANK"] * at["D"] + padded * padded * blocks
+    outputs = frozenset({"p_d_down", "p_d_up", "p_d_down_bias", "p_d_up_bias"})
+    return LaunchWork(
+        programs * rank_tiles,
+        tuple(loops),
+        1.0,
+        {"p_slab": slab_read / at["slab_size"], "p_up": rank_tiles, "p_up_bias": rank_tiles},
+        outputs,
+        again=True,
+    )
+
+
 #: What the programs of each kernel do, by the kernel's name.
 _WORK: dict[str, Callable[[Launch], LaunchWork]] = {
     "forward_kernel": _forward,
     "rows_kernel": _rows,
     "columns_kernel": _columns,
+    "post_block_bwd_rows_kernel": _backward_rows,
+    "post_block_bwd_columns_kernel": _backward_columns,
+    "post_block_bwd_finish_kernel": _backward_finish,
 }
 
 
@@ -436,28 +496,80 @@ _TIMED_OUTER_TRIPS = 3
 
 
 @dataclass(frozen=True)
+class MatchedLoop:
+    """A loop of the code, what `work` says of it, and the loops in it."""
+
+    code: LoopCode
+    described: Loop
+    inner: tuple[MatchedLoop, ...]
+
+    @property
+    def trips(self) -> int:
+        return self.described.trips
+
+
+@dataclass(frozen=True)
 class Program:
-    """A compiled program: its instructions, each loop of the code with what `work` says of it, and its warps."""
+    """A compiled program: its instructions, its loops, and its warps."""
 
     code: tuple[Instruction, ...]
-    loops: tuple[tuple[LoopCode, Loop], ...]
+    loops: tuple[MatchedLoop, ...]
     num_warps: int
 
     @property
-    def innermost(self) -> Iterator[tuple[LoopCode, Loop, int]]:
-        """Innermost loops: code, description, and how often the loop around them, if there is one, is run."""
+    def innermost(self) -> Iterator[tuple[MatchedLoop, int]]:
+        """Innermost loops, each with the number of times that those around it, if there are any, run it."""
 
-        def visit(pairs: Sequence[tuple[LoopCode, Loop]], times: int) -> Iterator[tuple[LoopCode, Loop, int]]:
-            for code, loop in pairs:
+        def visit(loops: Sequence[MatchedLoop], times: int) -> Iterator[tuple[MatchedLoop, int]]:
+            for loop in loops:
                 if loop.inner:
-                    yield from visit(tuple(zip(code.inner, loop.inner, strict=True)), times * loop.trips)
+                    yield from visit(loop.inner, times * loop.trips)
                 else:
-                    yield code, loop, times
+                    yield loop, times
 
         yield from visit(self.loops, 1)
 
-    def body(self, loop: LoopCode) -> tuple[Instruction, ...]:
-        return self.code[loop.first : loop.last + 1]
+    def body(self, loop: MatchedLoop) -> tuple[Instruction, ...]:
+        return self.code[loop.code.first : loop.code.last + 1]
+
+    def loaded(self, loop: MatchedLoop) -> int:
+        """Bytes that a program's accesses of 128 bits read in a trip."""
+        loads = [i for i in self.body(loop) if i.name in ("LDG", "LDGSTS") and i.access_bytes == 16]
+        return sum(i.access_bytes for i in loads) * _LANES * self.num_warps
+
+
+def _match(
+    code: Sequence[Instruction], found: Sequence[LoopCode], described: Sequence[Loop]
+) -> tuple[MatchedLoop, ...]:
+    """The loops of the code with their descriptions, in order.
+
+    ptxas unrolls short loops: where the code has more loops than are described, one whose body has several times the
+    loads of the next is that loop unrolled, and the next takes the trips that are left over.
+
+    Raises:
+        ValueError: the loops do not match.
+    """
+
+    def loads(loop: LoopCode) -> int:
+        return sum(instruction.name in ("LDG", "LDGSTS") for instruction in code[loop.first : loop.last + 1])
+
+    found, matched = list(found), []
+    for index, loop in enumerate(described):
+        if not found:
+            raise ValueError("a loop is missing")
+        first = found.pop(0)
+        if len(found) > len(described) - index - 1 and not first.inner and not found[0].inner and not loop.inner:
+            factor, rest = divmod(loads(first), max(1, loads(found[0])))
+            if factor > 1 and not rest:
+                unrolled = replace(
+                    loop, trips=loop.trips // factor, states=loop.states * factor, others=loop.others * factor
+                )
+                matched.append(MatchedLoop(first, unrolled, ()))
+                first, loop = found.pop(0), replace(loop, trips=loop.trips % factor)
+        matched.append(MatchedLoop(first, loop, _match(code, first.inner, loop.inner)))
+    if found:
+        raise ValueError("a loop is not described")
+    return tuple(matched)
 
 
 _parse = functools.lru_cache(maxsize=256)(parse)
@@ -467,23 +579,21 @@ def read_program(listing: str, name: str, loops: tuple[Loop, ...], num_warps: in
     """The program in a listing of SASS, its loops matched with their description.
 
     Raises:
-        ValueError: the code has other loops than the description, or one loads more than twice what is described, as a
-            loop that the compiler unrolled does.
+        ValueError: the code has other loops than the description, or one loads twice what is described or more.
     """
     code = _parse(listing)
     found = find_loops(code)
-    shapes = ["".join(loop.shape for loop in some) for some in (found, loops)]
-    if shapes[0] != shapes[1]:
-        raise ValueError(
-            f"the loops of {name} are {shapes[0] or 'none'}; expected {shapes[1] or 'none'}, as predict.py describes it"
-        )
-    program = Program(code, tuple(zip(found, loops, strict=True)), num_warps)
-    for at, loop, _ in program.innermost:
-        total = _loaded(program.body(at), num_warps)
-        expected = loop.states + loop.others
-        if expected and total >= 2 * expected:
+    try:
+        program = Program(code, _match(code, found, loops), num_warps)
+    except ValueError as error:
+        have, want = ("".join(loop.shape for loop in some) or "none" for some in (found, loops))
+        raise ValueError(f"the loops of {name} are {have}; expected {want}, as predict.py describes it") from error
+    for loop, _ in program.innermost:
+        expected = loop.described.states + loop.described.others
+        loaded = program.loaded(loop)
+        if expected and loaded >= 2 * expected:
             raise ValueError(
-                f"a trip of a loop of {name} loads {total} bytes; expected {expected}, as predict.py describes it"
+                f"a trip of a loop of {name} loads {loaded} bytes; expected {expected}, as predict.py describes it"
             )
     return program
 
@@ -491,20 +601,20 @@ def read_program(listing: str, name: str, loops: tuple[Loop, ...], num_warps: in
 def program_cycles(program: Program, programs: int, clock: Clock, again: bool = False) -> float:
     """Cycles from the start of `programs` programs on one multiprocessor until the last of them is done."""
     timed: dict[LoopCode, int] = {}
-    described: dict[LoopCode, Loop] = {}
+    matched: dict[LoopCode, MatchedLoop] = {}
 
-    def limit(pairs: Sequence[tuple[LoopCode, Loop]]) -> None:
-        for code, loop in pairs:
-            described[code] = loop
-            timed[code] = min(loop.trips, _TIMED_OUTER_TRIPS if loop.inner else _TIMED_TRIPS)
-            limit(tuple(zip(code.inner, loop.inner, strict=True)))
+    def limit(loops: Sequence[MatchedLoop]) -> None:
+        for loop in loops:
+            matched[loop.code] = loop
+            timed[loop.code] = min(loop.trips, _TIMED_OUTER_TRIPS if loop.inner else _TIMED_TRIPS)
+            limit(loop.inner)
 
     limit(program.loops)
     path: list[tuple[int, bool, int]] = []
     begins: list[LoopCode] = []  # the loop of each trip
     first_of = {loop.first: loop for loop in timed}
     for index, loop in Walk(program.code, timed):
-        hits = described[loop].again if loop is not None and not loop.inner else again
+        hits = matched[loop].described.again if loop is not None and not loop.inner else again
         trip = -1
         if loop is not None and index in first_of:
             trip = len(begins)
@@ -556,14 +666,14 @@ def _rest(
                 spans += [(mark[last] - mark[first]) / count for mark in marks]
         return sum(spans) / len(spans) if spans else 0.0
 
-    def beyond(pairs: Sequence[tuple[LoopCode, Loop]]) -> float:
+    def beyond(loops: Sequence[MatchedLoop]) -> float:
         """What one run of these loops takes beyond what was timed."""
         total = 0.0
-        for code, loop in pairs:
-            within = beyond(tuple(zip(code.inner, loop.inner, strict=True)))
-            total += timed[code] * within
-            if loop.trips > timed[code]:
-                total += (loop.trips - timed[code]) * (pace(code) + within)
+        for loop in loops:
+            within = beyond(loop.inner)
+            total += timed[loop.code] * within
+            if loop.trips > timed[loop.code]:
+                total += (loop.trips - timed[loop.code]) * (pace(loop.code) + within)
         return total
 
     return beyond(program.loops)
@@ -662,9 +772,7 @@ def busy_seconds(launch: Launch, target: str) -> float:
     """Seconds for which the instructions of a launch's innermost loops occupy the schedulers of all multiprocessors."""
     done, program = work(launch), compiled_program(launch, target)
     clock = CLOCKS[target]
-    cycles = sum(
-        issue_cycles(program.body(code), clock) * loop.trips * times for code, loop, times in program.innermost
-    )
+    cycles = sum(issue_cycles(program.body(loop), clock) * loop.trips * times for loop, times in program.innermost)
     slots = ALL_TARGETS[target].multiprocessors * _SCHEDULERS
     return cycles * program.num_warps * done.programs * done.share / slots / clock.hertz
 
@@ -674,21 +782,10 @@ def async_loads(launch: Launch, target: str) -> list[tuple[int, int]]:
     and loads that a warp waits for."""
     program = compiled_program(launch, target)
     found = []
-    for code, _, _ in program.innermost:
-        wide = [i.name for i in program.body(code) if i.access_bytes == 16]
+    for loop, _ in program.innermost:
+        wide = [i.name for i in program.body(loop) if i.access_bytes == 16]
         found.append((wide.count("LDGSTS"), wide.count("LDG")))
     return found
-
-
-def loaded_bytes(launch: Launch, target: str) -> list[int]:
-    """Bytes that a program's accesses of 128 bits read in a trip of each innermost loop of a launch."""
-    program = compiled_program(launch, target)
-    return [_loaded(program.body(code), program.num_warps) for code, _, _ in program.innermost]
-
-
-def _loaded(body: Sequence[Instruction], num_warps: int) -> int:
-    loads = [i for i in body if i.name in ("LDG", "LDGSTS") and i.access_bytes == 16]
-    return sum(i.access_bytes for i in loads) * _LANES * num_warps
 
 
 def fill(launch: Launch, target: str) -> float:

@@ -17,7 +17,6 @@ from fused_steer.kernels.predict import (
     compiled_program,
     fill,
     l2_bytes,
-    loaded_bytes,
     memory_bytes,
     work,
 )
@@ -36,9 +35,10 @@ def describe(case: list) -> list[dict]:
             if target in CLOCKS:
                 row["busy"] = busy_seconds(launch, target)
                 row["loops"] = async_loads(launch, target)
-                loops = [loop for _, loop, _ in compiled_program(launch, target).innermost]
-                row["loads"] = [(loop.states, loop.others) for loop in loops]
-                row["loaded"] = loaded_bytes(launch, target)
+                program = compiled_program(launch, target)
+                loops = [loop for loop, _ in program.innermost]
+                row["loads"] = [(loop.described.states, loop.described.others) for loop in loops]
+                row["loaded"] = [program.loaded(loop) for loop in loops]
             rows.append(row)
     return rows
 

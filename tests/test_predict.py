@@ -181,6 +181,16 @@ def test_a_program_has_the_loops_of_its_description():
         read_program(text, "some_kernel", (Loop(4, states=256, others=256),), 1)
 
 
+def test_an_unrolled_loop_and_its_rest_are_one_loop():
+    load = "LDG.E.128 R4, [R2]"
+    text = listing("MOV", load, load, load, "@P0 BRA 0x10", "FADD", load, "@P1 BRA 0x60", load, "@P2 BRA 0x80", "EXIT")
+    program = read_program(text, "some_kernel", (Loop(11, states=512), Loop(2, states=512)), 1)
+    assert [loop.trips for loop in program.loops] == [3, 2, 2]
+    assert [program.loaded(loop) for loop in program.loops] == [3 * 512, 512, 512]
+    with pytest.raises(ValueError, match=r"the loops of some_kernel are \[\]\[\]\[\]; expected \[\], as predict.py"):
+        read_program(text, "some_kernel", (Loop(11, states=512),), 1)
+
+
 # ----------------------------------------------------------------------------------------------------- work of a launch
 
 CASES = [
