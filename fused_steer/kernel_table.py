@@ -166,13 +166,17 @@ def _table(*columns: str, left: int) -> Table:
     return table
 
 
+def _short(kernel: str) -> str:
+    return kernel.removeprefix("post_block_").removesuffix("_kernel")
+
+
 def _kernel_table(rows: list[dict[str, Any]]) -> Table:
     columns = ("regs", "spill", "smem", "occ", "ld128", "st128", "b16", "async", "mma", "local")
     table = _table("target", "kernel", "grid", *columns, left=3)
     for row in rows:
         table.add_row(
             row["target"],
-            row["kernel"].removesuffix("_kernel"),
+            _short(row["kernel"]),
             "x".join(map(str, row["grid"])),
             str(row["registers"]),
             str(row["spills"]),
@@ -193,7 +197,7 @@ def _work_table(rows: list[dict[str, Any]]) -> Table:
     for row in rows:
         table.add_row(
             row["target"],
-            row["kernel"].removesuffix("_kernel"),
+            _short(row["kernel"]),
             f"{row['l2_bytes'] / 1e6:.3g}",
             f"{row['memory_bytes'] / 1e6:.3g}",
             f"{row['fill']:.0%}",

@@ -43,6 +43,8 @@ MEMORY_SHARE = 0.9
 LAUNCH_SECONDS = 0.8e-6
 #: The share of L2 that what one launch leaves there may take for the next to find it.
 _KEPT_IN_L2 = 0.5
+#: Bytes of hidden states that a launch finds in any GPU's L2 if the one before has read them: half of A100's.
+_FOUND_IN_L2 = 20 << 20
 _SCHEDULERS = 4
 _LANES = 32
 
@@ -178,6 +180,69 @@ def _columns(launch: Launch) -> LaunchWork:
     )
 
 
+def _weights_read(at: _Arguments) -> float:
+    """The share of a packed weight that a tile reads: rows beyond the rank are left out where they are half of all."""
+    half_empty = at["PACKED"] and 2 * at["RANK"] <= at["BLOCK_R"]
+    return at["RANK"] / at["BLOCK_R"] if half_empty else 1.0
+
+
+def _forward_whole(launch: Launch) -> LaunchWork:
+    """A program reduces its tiles of rows over all of d, then reads them once more and writes."""
+    at = _Arguments(launch)
+    rows, height, ranks = at["BLOCK_N"], at["height"], at["BLOCK_R"]
+    (programs,) = launch.grid
+    tiles = ceil_div(at["N"], height)
+    each = ceil_div(tiles, programs)
+    passes = []
+    for columns, weights, again in ((at["BLOCK_D"], "p_down", False), (at["BLOCK_D2"], "p_up", True)):
+        states = at.tile_bytes(rows, columns, "p_residual", "p_branch")
+        passes.append(Loop(ceil_div(at["D"], columns), states, at.tile_bytes(ranks, columns, weights), again))
+    weights = tiles * _weights_read(at)
+    return LaunchWork(
+        programs,
+        (Loop(each, inner=tuple(passes)),),
+        tiles / (programs * each),
+        {"p_residual": 2, "p_branch": 2, "p_down": weights, "p_up": weights, "p_up_bias": tiles},
+        frozenset({"p_out", "p_a"}),
+        in_flight=programs * height * at.row_bytes("p_residual", "p_branch"),
+    )
+
+
+def _forward_half(
+    launch: Launch, weights: str, reads: Mapping[str, float], writes: set[str], again: bool
+) -> LaunchWork:
+    """Half of a forward whose d is split between programs: one loop over a part of it."""
+    at = _Arguments(launch)
+    rows, columns, ranks = at["BLOCK_N"], at["BLOCK_D"], at["BLOCK_R"]
+    tiles, splits = launch.grid
+    blocks, each = ceil_div(at["D"], columns), ceil_div(min(at["part"], at["D"]), columns)
+    states = at.tile_bytes(rows, columns, "p_residual", "p_branch")
+    return LaunchWork(
+        tiles * splits,
+        (Loop(each, states, at.tile_bytes(ranks, columns, weights), again),),
+        blocks / (splits * each),
+        {weights: tiles * _weights_read(at), **reads},
+        frozenset(writes),
+        again,
+    )
+
+
+def _forward_down(launch: Launch) -> LaunchWork:
+    return _forward_half(launch, "p_down", {}, {"p_partial"}, again=False)
+
+
+def _forward_up(launch: Launch) -> LaunchWork:
+    tiles, splits = launch.grid
+    states = sum(tensor.nbytes for name, tensor in hidden_states(launch).items() if name != "p_out")
+    reads = {"p_partial": splits, "p_up_bias": tiles}
+    return _forward_half(launch, "p_up", reads, {"p_out", "p_a"}, again=states <= _FOUND_IN_L2)
+
+
+def _forward_vector(launch: Launch) -> LaunchWork:
+    tiles, blocks = launch.grid
+    return LaunchWork(tiles * blocks, (), 1.0, {"p_up_bias": tiles, "p_gain": blocks}, frozenset({"p_out"}))
+
+
 def _backward_rows(launch: Launch) -> LaunchWork:
     at = _Arguments(launch)
     rows, columns, ranks = at["BLOCK_N"], at["BLOCK_D"], at["BLOCK_R"]
@@ -185,7 +250,11 @@ def _backward_rows(launch: Launch) -> LaunchWork:
     states, up = at.tile_bytes(rows, columns, "p_grad"), at.tile_bytes(ranks, columns, "p_up")
     loops = (Loop(ceil_div(at["D"], columns), states, up),) if at.tensor("p_grad") is not None else ()
     return LaunchWork(
-        tiles, loops, 1.0, {"p_up": tiles, "p_up_bias": tiles}, frozenset({"p_narrow", "p_da_sums", "p_row_dot"})
+        tiles,
+        loops,
+        1.0,
+        {"p_up": tiles * _weights_read(at), "p_up_bias": tiles},
+        frozenset({"p_narrow", "p_da_sums", "p_row_dot"}),
     )
 
 
@@ -193,7 +262,6 @@ def _backward_columns(launch: Launch) -> LaunchWork:
     at = _Arguments(launch)
     rows, columns, ranks = at["BLOCK_N"], at["BLOCK_D"], at["BLOCK_R"]
     programs, parts = launch.grid
-    blocks = ceil_div(at["D"], columns)
     tiles = ceil_div(at["N"], rows)
     each = ceil_div(tiles, parts)
     narrow = 2 * at.tile_bytes(rows, ranks, "p_narrow")
@@ -204,7 +272,7 @@ def _backward_columns(launch: Launch) -> LaunchWork:
         programs * parts,
         tuple(loops),
         tiles / (parts * each),
-        {"p_narrow": blocks + (programs - blocks), "p_down": parts, "p_gain": programs},
+        {"p_narrow": programs, "p_down": parts * _weights_read(at), "p_gain": programs},
         frozenset({"p_dx", "p_slab"}),
     )
 
@@ -240,6 +308,10 @@ _WORK: dict[str, Callable[[Launch], LaunchWork]] = {
     "forward_kernel": _forward,
     "rows_kernel": _rows,
     "columns_kernel": _columns,
+    "post_block_fwd_kernel": _forward_whole,
+    "post_block_fwd_down_kernel": _forward_down,
+    "post_block_fwd_up_kernel": _forward_up,
+    "post_block_fwd_vector_kernel": _forward_vector,
     "post_block_bwd_rows_kernel": _backward_rows,
     "post_block_bwd_columns_kernel": _backward_columns,
     "post_block_bwd_finish_kernel": _backward_finish,
