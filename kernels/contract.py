@@ -1,4 +1,4 @@
-"""What a backend of the op takes and gives: the two records that pass between the op and its backends."""
+"""Types shared by the op and its backends: packed weights, the gradients that are needed, the gradients."""
 
 from __future__ import annotations
 
@@ -6,6 +6,18 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
+
+
+class Packed(NamedTuple):
+    """W1 and W2' in the form in which the kernels multiply them.
+
+    down, up: (R, d), contiguous, R = `schedule.padded_rank(r)`; `up` is W2' transposed. Rows from r on are zero. In
+    `numerics.operand_dtype`, rounded as `numerics.operand` rounds: a kernel gives the same bits with them as with the
+    parameters.
+    """
+
+    down: Tensor
+    up: Tensor
 
 
 class Needs(NamedTuple):

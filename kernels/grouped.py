@@ -171,7 +171,7 @@ def tile_down_kernel(
             x = _tile_x(p_residual, p_branch, residual_rows, branch_rows, columns, mask, HAS_BRANCH)
             # [BLOCK_R, BLOCK_D]
             pointers = p_downs + (wide * RANK + ranks[:, None]) * D + columns[None, :]
-            w1 = tl.load(pointers, mask=(ranks[:, None] < RANK) & m_columns[None, :], other=0.0).to(tl.float32)
+            w1 = tl.load(pointers, mask=(ranks[:, None] < RANK) & m_columns[None, :], other=0.0)
             of_slot = dot(operand(x, DOT), tl.trans(operand(w1, DOT)), of_slot, DOT)
         a = tl.where((slots == slot)[:, None], of_slot, a)
         todo = tl.where(slots == slot, -1, todo)
@@ -231,7 +231,7 @@ def tile_up_kernel(
             if RANK > 0:
                 # [BLOCK_D, BLOCK_R]
                 pointers = p_ups + (wide * D + columns[:, None]) * RANK + ranks[None, :]
-                w2 = tl.load(pointers, mask=m_columns[:, None] & m_ranks[None, :] & there, other=0.0).to(tl.float32)
+                w2 = tl.load(pointers, mask=m_columns[:, None] & m_ranks[None, :] & there, other=0.0)
                 u = dot(h, tl.trans(operand(w2, DOT)), u, DOT)
             if HAS_UP_BIAS:
                 b2 = tl.load(p_up_biases + wide * D + columns, mask=m_columns & there, other=0.0)
@@ -326,9 +326,8 @@ def _splits(tokens: int, hidden: int, block_d: int, device: Device) -> tuple[int
 def _tile_schedule(block_r: int, hidden: int, itemsize: int) -> GroupedSchedule:
     columns = {0: 256, 16: 128, 32: 128, 64: 64, 128: 64, 256: 32}[block_r]
     columns = max(16, min(columns if itemsize == 2 else columns // 2, next_power_of_2(hidden)))
-    return GroupedSchedule(
-        {"BLOCK_N": 16, "BLOCK_D": columns, "BLOCK_R": max(block_r, 1)}, 4, 2 if block_r < 128 else 1
-    )
+    stages = {64: 3, 128: 1, 256: 1}.get(block_r, 2)
+    return GroupedSchedule({"BLOCK_N": 16, "BLOCK_D": columns, "BLOCK_R": max(block_r, 1)}, 4, stages)
 
 
 def _triton_grouped(call: _Call) -> None:

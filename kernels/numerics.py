@@ -8,6 +8,10 @@ dtype, because that is what tensor cores take:
 | bf16 | bf16 | the model's own precision |
 | fp16 | tf32 | holds every fp16 value with fp32's exponents: no gradient vanishes, no pre-activation overflows |
 | fp32 | tf32x3 (ieee where there is no tf32, and at ranks over 128) | three tf32 products, error near 1e-6 |
+
+Kernels round every narrower operand to nearest. Left to themselves, tensor cores cut off the low 13 bits of a tf32
+operand: an error twice as large, and always towards zero. Triton's interpreter multiplies in fp32, so there the same
+rounding is done on the bits, and its results are those of the hardware up to the order of the sums.
 """
 
 from __future__ import annotations
@@ -36,6 +40,14 @@ def dot_precision(dtype: torch.dtype, gpu: str, rank: int) -> str:
     return "tf32" if dtype == torch.float16 else "tf32x3"
 
 
+def operand_dtype(dtype: torch.dtype, gpu: str, rank: int) -> torch.dtype:
+    """The dtype in which packed weights (`contract.Packed`) are kept for a hidden state of `dtype`.
+
+    bfloat16 where operands are bf16; float32 elsewhere, already rounded to tf32 where the policy is "tf32".
+    """
+    return torch.bfloat16 if dot_precision(dtype, gpu, rank) == "bf16" else torch.float32
+
+
 @triton.jit
 def _bf16_bits(x):
     # Round to nearest even by hand. Triton's interpreter truncates, and keeps bf16 as raw 16-bit integers on which
@@ -46,22 +58,60 @@ def _bf16_bits(x):
 
 
 @triton.jit
+def _round_tf32(x):
+    # To nearest, ties away from zero. Where the result enters a product, which ignores the low bits, ptxas leaves their
+    # mask out; written with integers it would stay.
+    if _EMULATE:
+        bits = x.to(tl.uint32, bitcast=True)
+        return tl.where(x == x, ((bits + 0x1000) & 0xFFFFE000).to(tl.float32, bitcast=True), x)
+    else:
+        return tl.inline_asm_elementwise(
+            "cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
+        )  # fmt: skip
+
+
+@triton.jit
 def operand(x, DOT: tl.constexpr):
-    """fp32 block -> the dtype in which it enters a matrix product."""
+    """A block, as loaded or computed -> the dtype in which it enters a matrix product, rounded to nearest."""
     if DOT == "bf16":
         if _EMULATE:
-            return (_bf16_bits(x) << 16).to(tl.float32, bitcast=True)
+            return (_bf16_bits(x.to(tl.float32)) << 16).to(tl.float32, bitcast=True)
         else:
-            return x.to(tl.bfloat16)
+            return x.to(tl.float32).to(tl.bfloat16)
+    elif DOT == "tf32" and x.dtype == tl.float32:
+        return _round_tf32(x)
+    else:
+        return x.to(tl.float32)  # tf32 holds every bf16 and fp16 number
+
+
+@triton.jit
+def packed_operand(x, DOT: tl.constexpr):
+    """A block of packed weights, as loaded -> an operand of a matrix product. It was rounded when it was packed."""
+    if _EMULATE and DOT == "bf16":
+        return x.to(tl.float32)
     else:
         return x
 
 
 @triton.jit
+def _split_tf32(x):
+    big = _round_tf32(x)
+    return big, _round_tf32(x - big)
+
+
+@triton.jit
 def dot(left, right, acc, DOT: tl.constexpr):
-    """acc + left @ right, summed in fp32. Operands come from `operand`."""
+    """acc + left @ right, summed in fp32. Operands come from `operand` or `packed_operand`."""
     if DOT == "bf16":
         return tl.dot(left, right, acc)
+    elif DOT == "tf32x3":
+        # By hand: Triton's own "tf32x3" leaves the rests to be cut off. Their product is below fp32's precision. An
+        # infinite operand gives NaN.
+        left, left_rest = _split_tf32(left)
+        right, right_rest = _split_tf32(right)
+        acc = tl.dot(left_rest, right, acc, input_precision="tf32")
+        acc = tl.dot(left, right_rest, acc, input_precision="tf32")
+        return tl.dot(left, right, acc, input_precision="tf32")
     else:
         return tl.dot(left, right, acc, input_precision=DOT)
 

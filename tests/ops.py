@@ -8,6 +8,9 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
+from fused_steer.kernels.contract import Packed
+from fused_steer.kernels.numerics import dot_precision, operand_dtype
+from fused_steer.kernels.schedule import padded_rank
 from torch import Tensor
 
 PHI = {
@@ -101,6 +104,26 @@ def definition(inputs: Inputs, activation: str) -> Tensor:
         u = u + inputs.up_bias
     strength = inputs.scale if inputs.gain is None else inputs.scale * inputs.gain.unsqueeze(-1)
     return x + strength * u
+
+
+def round_tf32(x: Tensor) -> Tensor:
+    """float32 rounded to tf32's 10 bits of fraction, to nearest, ties away from zero, as `cvt.rna.tf32` rounds."""
+    bits = x.contiguous().view(torch.int32)
+    return torch.where(x.isnan(), x, (bits.add(0x1000) & ~0x1FFF).view(torch.float32))
+
+
+def pack_reference(down: Tensor, up: Tensor, dtype: torch.dtype, gpu: str) -> Packed:
+    """The weights down (r, d) and up (d, r) as the kernels multiply them for a hidden state of `dtype`."""
+    rank, hidden = down.shape
+
+    def pack(weight: Tensor) -> Tensor:
+        rows = torch.zeros(padded_rank(rank), hidden, device=weight.device)
+        rows[:rank] = weight.float()
+        if dot_precision(dtype, gpu, rank) == "tf32":
+            rows = round_tf32(rows)
+        return rows.to(operand_dtype(dtype, gpu, rank))
+
+    return Packed(pack(down), pack(up.t()))
 
 
 def relative_error(value: Tensor, truth: Tensor) -> float:
