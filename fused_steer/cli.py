@@ -478,6 +478,9 @@ def kernels(
         list[str] | None,
         typer.Option(help="Predict for A100, A100-40GB, H100 or H200; all that have one of the targets if not given."),
     ] = None,
+    packed: Annotated[
+        bool, typer.Option(help="Weights packed once a pass, as in a patched model; else in fp32, as a call alone.")
+    ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Compile the kernels ahead of time, without a GPU, show what they use, and predict what limits a pass."""
@@ -485,7 +488,7 @@ def kernels(
         from .kernel_table import Request, describe_kernels, print_kernels
 
         gpus = tuple(gpu) if gpu else None
-        request = Request(op, hidden, rank, dtype, tuple(tokens or (4096, 8)), tuple(target or ()), gpus)
+        request = Request(op, hidden, rank, dtype, tuple(tokens or (4096, 8)), tuple(target or ()), gpus, packed)
         description = describe_kernels(request)
         if as_json:
             typer.echo(json.dumps(description, indent=2))

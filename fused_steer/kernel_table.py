@@ -38,7 +38,7 @@ OPS: dict[str, Callable[[Case, str], dict[str, list[Launch]]]] = {"post_block": 
 class Request:
     """What is asked for: an op of `OPS` at d = `hidden`, r = `rank`, a dtype of `DTYPES`, for each N of `tokens` and
     each target; no target is those of `TARGETS`. Passes are predicted for `gpus`, of `GPUS`; None is all that have one
-    of the targets."""
+    of the targets. packed: weights packed once a pass, as a patched model hands them over; else the parameters."""
 
     op: str
     hidden: int
@@ -47,6 +47,7 @@ class Request:
     tokens: tuple[int, ...]
     targets: tuple[str, ...] = ()
     gpus: tuple[str, ...] | None = None
+    packed: bool = True
 
     def validate(self) -> None:
         """
@@ -97,7 +98,7 @@ def describe_kernels(request: Request) -> dict[str, Any]:
     gpus = tuple(gpu for gpu in GPUS if GPUS[gpu][0] in targets) if request.gpus is None else request.gpus
     kernels, predictions, floors = [], [], []
     for tokens in request.tokens:
-        case = Case(tokens, request.hidden, request.rank, getattr(torch, request.dtype))
+        case = Case(tokens, request.hidden, request.rank, getattr(torch, request.dtype), packed=request.packed)
         for target in targets:
             for name, launches in passes_of(case, target).items():
                 kernels += [{"tokens": tokens, "pass": name, **row} for row in _kernel_rows(launches, target)]
@@ -107,7 +108,7 @@ def describe_kernels(request: Request) -> dict[str, Any]:
                 if gpu in gpus:
                     predictions.append({**what, **_prediction(launches, gpu)})
                 floors.append({**what, **_floor(launches, gpu)})
-    asked = {"op": request.op, "hidden": request.hidden, "rank": request.rank, "dtype": request.dtype}
+    asked = {name: getattr(request, name) for name in ("op", "hidden", "rank", "dtype", "packed")}
     cannot = {target: CANNOT[target] for target in targets if target in CANNOT}
     return {**asked, "kernels": kernels, "cannot": cannot, "predictions": predictions, "floors": floors}
 
@@ -241,6 +242,7 @@ def _prediction_table(predictions: list[dict[str, Any]]) -> Table:
 def print_kernels(description: dict[str, Any], console: Console) -> None:
     """Print what `describe_kernels` found: two tables for each number of tokens, the predictions, and the floors."""
     what = "{op}: d = {hidden}, r = {rank}, {dtype}".format(**description)
+    what += ", packed weights" if description["packed"] else ", weights in fp32"
     for tokens in dict.fromkeys(row["tokens"] for row in description["kernels"]):
         rows = [row for row in description["kernels"] if row["tokens"] == tokens]
         console.print(f"{what}, N = {tokens} tokens")

@@ -22,13 +22,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .contract import Needs
+from .contract import Needs, Packed
 from .grouped import post_block_grouped
 from .launch import Launch, recorded
-from .numerics import INTERPRETED
+from .numerics import INTERPRETED, operand_dtype
 from .orthogonal import _triton_basis, _triton_project
 from .post_block import _triton_backward, _triton_forward
-from .schedule import SMALLER_TARGETS, TARGETS, Device, ceil_div
+from .schedule import SMALLER_TARGETS, TARGETS, Device, ceil_div, padded_rank
 
 _GPU_TARGETS = {
     "sm_75": GPUTarget("cuda", 75, 32),
@@ -69,7 +69,10 @@ _POINTERS |= {torch.int32: "*i32", torch.int64: "*i64"}
 
 @dataclass(frozen=True)
 class Case:
-    """A call of the op: N tokens, hidden size d, rank r, dtype of the hidden state, and its optional operands."""
+    """A call of the op: N tokens, hidden size d, rank r, dtype of the hidden state, and its optional operands.
+
+    packed: whether the kernels get the weights packed once for a pass of the model, or read the parameters.
+    """
 
     tokens: int
     hidden: int
@@ -81,6 +84,7 @@ class Case:
     scale_on_device: bool = False
     nested: bool = False
     branch: bool = True
+    packed: bool = False
 
 
 @dataclass(frozen=True)
@@ -149,15 +153,19 @@ def record_passes(case: Case, target: str) -> dict[str, list[Launch]]:
     gain = empty(case.tokens) if case.gain else None
     scale = empty() if case.scale_on_device else 1.0
     branch = hidden_state() if case.branch else None
+    packed = None
+    if case.packed and low_rank:
+        shape, dtype = (padded_rank(case.rank), case.hidden), operand_dtype(case.dtype, device.gpu, case.rank)
+        packed = Packed(empty(*shape, dtype=dtype), empty(*shape, dtype=dtype))
     needs = Needs(
         True, low_rank, low_rank, down_bias is not None, up_bias is not None, case.gain or case.scale_on_device
     )
     with recorded(device) as forward:
         out, a = _triton_forward(
-            hidden_state(), branch, down, up, down_bias, up_bias, gain, scale, case.activation, low_rank
+            hidden_state(), branch, down, up, down_bias, up_bias, gain, scale, case.activation, low_rank, packed
         )
     with recorded(device) as backward:
-        _triton_backward(hidden_state(), out, a, down, up, up_bias, gain, scale, case.activation, needs)
+        _triton_backward(hidden_state(), out, a, down, up, up_bias, gain, scale, case.activation, needs, packed)
     return {"forward": forward, "backward": backward}
 
 

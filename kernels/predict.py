@@ -4,8 +4,8 @@ Nothing here is measured. Times may be 40 % off; ratios between two kernels on o
 longest of three times, and a pass the sum of its launches' times and of their starts:
 
 * **memory**: every tensor of the launch once through device memory, at `MEMORY_SHARE` of the datasheet's bandwidth. A
-  second read within the launch is free as long as the tiles in flight fit in L2, and a read of what an earlier launch
-  of the pass touched as long as everything touched since fits in half of L2.
+  second read within the launch is free for as much of the tiles in flight as fits in L2, and a read of what an earlier
+  launch of the pass touched as long as everything touched since fits in half of L2.
 * **L2**: the bytes that L2 sends to the multiprocessors: each tensor as many times as the programs read it between
   them. Writes go the other way and are not counted.
 * **issue**: cycles of the compiled programs. One multiprocessor runs as many programs as fit; every warp goes through
@@ -354,8 +354,9 @@ def memory_bytes(launches: Sequence[Launch], target: str) -> list[float]:
         for tensor in tensors.values():
             kept = id(tensor) in seen and touched - seen[id(tensor)] + tensor.nbytes <= _KEPT_IN_L2 * l2
             total += 0 if kept else tensor.nbytes
-        if done.in_flight > l2:
-            total += sum(tensor.nbytes for name, tensor in hidden_states(launch).items() if name not in done.writes)
+        if done.in_flight > l2:  # walked back, a tile finds what was read last
+            lost = 1 - l2 / done.in_flight
+            total += lost * sum(t.nbytes for name, t in hidden_states(launch).items() if name not in done.writes)
         touched += sum(tensor.nbytes for tensor in tensors.values())
         seen |= {id(tensor): touched for tensor in tensors.values()}
         found.append(total)
