@@ -326,8 +326,9 @@ def _splits(tokens: int, hidden: int, block_d: int, device: Device) -> tuple[int
 def _tile_schedule(block_r: int, hidden: int, itemsize: int) -> GroupedSchedule:
     columns = {0: 256, 16: 128, 32: 128, 64: 64, 128: 64, 256: 32}[block_r]
     columns = max(16, min(columns if itemsize == 2 else columns // 2, next_power_of_2(hidden)))
-    stages = {64: 3, 128: 1, 256: 1}.get(block_r, 2)
-    return GroupedSchedule({"BLOCK_N": 16, "BLOCK_D": columns, "BLOCK_R": max(block_r, 1)}, 4, stages)
+    return GroupedSchedule(
+        {"BLOCK_N": 16, "BLOCK_D": columns, "BLOCK_R": max(block_r, 1)}, 4, 2 if block_r < 128 else 1
+    )
 
 
 def _triton_grouped(call: _Call) -> None:

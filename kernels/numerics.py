@@ -105,13 +105,14 @@ def dot(left, right, acc, DOT: tl.constexpr):
     if DOT == "bf16":
         return tl.dot(left, right, acc)
     elif DOT == "tf32x3":
-        # By hand: Triton's own "tf32x3" leaves the rests to be cut off. Their product is below fp32's precision. An
-        # infinite operand gives NaN.
+        # By hand: Triton's own "tf32x3" leaves the rests to be cut off. The rests' own product is below fp32's
+        # precision. Summed from zero, because tensor cores cut off each sum's last bits: across all of d that would be
+        # more than fp32's own error. An infinite operand gives NaN.
         left, left_rest = _split_tf32(left)
         right, right_rest = _split_tf32(right)
-        acc = tl.dot(left_rest, right, acc, input_precision="tf32")
-        acc = tl.dot(left, right_rest, acc, input_precision="tf32")
-        return tl.dot(left, right, acc, input_precision="tf32")
+        product = tl.dot(left_rest, right, input_precision="tf32")
+        product = tl.dot(left, right_rest, product, input_precision="tf32")
+        return acc + tl.dot(left, right, product, input_precision="tf32")
     else:
         return tl.dot(left, right, acc, input_precision=DOT)
 

@@ -28,10 +28,18 @@ from torch import Tensor
 from . import reference
 from .activations import ACTIVATIONS, apply, derivative
 from .backend import select_backend
-from .contract import Gradients, Needs
+from .contract import Gradients, Needs, Packed
 from .launch import device_of, launch
-from .numerics import dot, dot_precision, operand, store
-from .schedule import MAX_RANK, column_passes, columns_schedule, forward_schedule, rows_schedule
+from .numerics import dot, dot_precision, operand, packed_operand, store
+from .schedule import (
+    MAX_RANK,
+    column_passes,
+    columns_schedule,
+    forward_schedule,
+    forward_splits,
+    rows_schedule,
+    vector_schedule,
+)
 
 # ----------------------------------------------------------------------------------------------------------- kernels
 
@@ -77,76 +85,211 @@ def _up_tile(p_up, ranks, columns, m_columns, RANK: tl.constexpr):
 
 
 @triton.jit
-def _load_x(
-    p_residual, p_branch, residual_rows, branch_rows, columns, mask, HAS_BRANCH: tl.constexpr, POLICY: tl.constexpr
-):
+def _down_operand(
+    p_down, ranks, columns, m_columns, D, RANK: tl.constexpr, DOT: tl.constexpr, PACKED: tl.constexpr
+):  # fmt: skip
+    """A tile of W1 as an operand, zero beyond the rank. [BLOCK_R, BLOCK_D]"""
+    if PACKED:
+        return _packed_tile(p_down, ranks, columns, m_columns, D, RANK, DOT)
+    else:
+        return operand(_down_tile(p_down, ranks, columns, m_columns, D, RANK), DOT)
+
+
+@triton.jit
+def _up_operand(
+    p_up, ranks, columns, m_columns, D, RANK: tl.constexpr, DOT: tl.constexpr, PACKED: tl.constexpr
+):  # fmt: skip
+    """A tile of W2'ᵀ as an operand, zero beyond the rank. [BLOCK_R, BLOCK_D]"""
+    if PACKED:
+        return _packed_tile(p_up, ranks, columns, m_columns, D, RANK, DOT)
+    else:
+        return tl.trans(operand(_up_tile(p_up, ranks, columns, m_columns, RANK), DOT))
+
+
+@triton.jit
+def _packed_tile(p_packed, ranks, columns, m_columns, D, RANK: tl.constexpr, DOT: tl.constexpr):
+    # The rows beyond the rank are zero in memory too. Where they are half of all, they are not worth their bytes.
+    pointers = p_packed + ranks[:, None] * D + columns[None, :]
+    if 2 * RANK <= ranks.shape[0]:
+        w = tl.load(pointers, mask=(ranks[:, None] < RANK) & m_columns[None, :], other=0.0)
+    else:
+        w = tl.load(pointers, mask=m_columns[None, :], other=0.0)
+    return packed_operand(w, DOT)
+
+
+@triton.jit
+def _load_x(p_residual, p_branch, residual_rows, branch_rows, columns, mask, HAS_BRANCH: tl.constexpr):
     """residual + branch. [BLOCK_N, BLOCK_D]"""
-    x = tl.load(p_residual + residual_rows[:, None] + columns[None, :], mask=mask, other=0.0, eviction_policy=POLICY)
-    x = x.to(tl.float32)
+    x = tl.load(p_residual + residual_rows[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
     if HAS_BRANCH:
-        b = tl.load(p_branch + branch_rows[:, None] + columns[None, :], mask=mask, other=0.0, eviction_policy=POLICY)
-        x += b.to(tl.float32)
+        x += tl.load(p_branch + branch_rows[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
     return x
 
 
-@triton.jit(do_not_specialize=["N", "inner"])
-def forward_kernel(
+@triton.jit
+def _pre_activation(a, p_down_bias, p_a, rows, m_rows, ranks, store_a, RANK: tl.constexpr, HAS_DOWN_BIAS: tl.constexpr,
+                    KEEP_A: tl.constexpr):  # fmt: skip
+    """a = x W1ᵀ + b1, kept for the backward where `store_a`. [BLOCK_N, BLOCK_R]"""
+    m_ranks = ranks < RANK
+    if HAS_DOWN_BIAS:
+        a += tl.load(p_down_bias + ranks, mask=m_ranks, other=0.0).to(tl.float32)[None, :]
+    if KEEP_A:
+        if store_a:
+            p_rows = p_a + rows[:, None].to(tl.int64) * RANK + ranks[None, :]
+            tl.store(p_rows, a, mask=m_rows[:, None] & m_ranks[None, :])
+    return a
+
+
+@triton.jit
+def _shifted(
+    x, h, p_up, p_up_bias, strength, ranks, columns, m_columns, D,
+    RANK: tl.constexpr, DOT: tl.constexpr, HAS_UP_BIAS: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """x + h W2'ᵀ + s·g·b2, with the strength already in h. [BLOCK_N, BLOCK_D]"""
+    base = x
+    if HAS_UP_BIAS:
+        b2 = tl.load(p_up_bias + columns, mask=m_columns, other=0.0).to(tl.float32)
+        base += b2[None, :] * strength[:, None]
+    # x is the product's accumulator: so Triton copies its loads asynchronously, as it does an operand's.
+    w2 = _up_operand(p_up, ranks, columns, m_columns, D, RANK, DOT, PACKED)
+    out = dot(h, w2, base, DOT)
+    # −0 + 0 would be +0: a shift of zero leaves the very bits. So does zero strength, whatever W2' and b2 hold.
+    return tl.where((out == x) | (strength == 0)[:, None], x, out)
+
+
+@triton.jit(do_not_specialize=["N", "height", "inner"])
+def post_block_fwd_kernel(
     p_residual, p_branch, p_down, p_up, p_down_bias, p_up_bias, p_gain, p_scale, p_out, p_a,
+    scale, N, D, height, inner, residual_outer, residual_inner, branch_outer, branch_inner,
+    RANK: tl.constexpr, ACTIVATION: tl.constexpr, DOT: tl.constexpr,
+    HAS_BRANCH: tl.constexpr, HAS_DOWN_BIAS: tl.constexpr, HAS_UP_BIAS: tl.constexpr, HAS_GAIN: tl.constexpr,
+    SCALE_ON_DEVICE: tl.constexpr, KEEP_A: tl.constexpr, NESTED: tl.constexpr, EVEN_D: tl.constexpr,
+    PACKED: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_D2: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Many tokens. Grid (programs,): each walks tiles of `height` ≤ BLOCK_N rows, and reads a tile twice."""
+    ranks = tl.arange(0, BLOCK_R)
+    local = tl.arange(0, BLOCK_N)
+    for tile in range(tl.program_id(0), tl.cdiv(N, height), tl.num_programs(0)):
+        rows = tile * height + local
+        m_rows = (rows < N) & (local < height)
+        residual_rows = _row_offsets(rows, inner, residual_outer, residual_inner, NESTED)
+        branch_rows = _row_offsets(rows, inner, branch_outer, branch_inner, NESTED)
+
+        a = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
+        for start in range(0, D, BLOCK_D):
+            columns = start + tl.arange(0, BLOCK_D)
+            m_columns = (columns < D) | EVEN_D
+            mask = m_rows[:, None] & m_columns[None, :]
+            x = _load_x(p_residual, p_branch, residual_rows, branch_rows, columns, mask, HAS_BRANCH)
+            w1 = _down_operand(p_down, ranks, columns, m_columns, D, RANK, DOT, PACKED)
+            a = dot(operand(x, DOT), tl.trans(w1), a, DOT)
+        a = _pre_activation(a, p_down_bias, p_a, rows, m_rows, ranks, True, RANK, HAS_DOWN_BIAS, KEEP_A)
+        strength = _strength(p_gain, p_scale, scale, rows, m_rows, HAS_GAIN, SCALE_ON_DEVICE)
+        h = operand(_scaled(apply(a, ACTIVATION), strength[:, None]), DOT)
+
+        # Backwards over the columns: what was read last is the surest to be in L2 still.
+        blocks = tl.cdiv(D, BLOCK_D2)
+        for block in range(0, blocks):
+            columns = (blocks - 1 - block) * BLOCK_D2 + tl.arange(0, BLOCK_D2)
+            m_columns = (columns < D) | EVEN_D
+            mask = m_rows[:, None] & m_columns[None, :]
+            x = _load_x(p_residual, p_branch, residual_rows, branch_rows, columns, mask, HAS_BRANCH)
+            out = _shifted(
+                x, h, p_up, p_up_bias, strength, ranks, columns, m_columns, D, RANK, DOT, HAS_UP_BIAS, PACKED
+            )  # fmt: skip
+            store(p_out + rows[:, None].to(tl.int64) * D + columns[None, :], out, mask)
+
+
+@triton.jit(do_not_specialize=["N", "inner"])
+def post_block_fwd_down_kernel(
+    p_residual, p_branch, p_down, p_partial,
+    N, D, part, inner, residual_outer, residual_inner, branch_outer, branch_inner,
+    RANK: tl.constexpr, DOT: tl.constexpr, HAS_BRANCH: tl.constexpr, NESTED: tl.constexpr, EVEN_D: tl.constexpr,
+    PACKED: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Partial sums of x W1ᵀ over a part of d, (splits, N, BLOCK_R). Grid (tiles, splits)."""
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_rows = rows < N
+    residual_rows = _row_offsets(rows, inner, residual_outer, residual_inner, NESTED)
+    branch_rows = _row_offsets(rows, inner, branch_outer, branch_inner, NESTED)
+    ranks = tl.arange(0, BLOCK_R)
+    a = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
+    first = tl.program_id(1) * part
+    for start in range(first, tl.minimum(first + part, D), BLOCK_D):
+        columns = start + tl.arange(0, BLOCK_D)
+        m_columns = (columns < D) | EVEN_D
+        mask = m_rows[:, None] & m_columns[None, :]
+        x = _load_x(p_residual, p_branch, residual_rows, branch_rows, columns, mask, HAS_BRANCH)
+        w1 = _down_operand(p_down, ranks, columns, m_columns, D, RANK, DOT, PACKED)
+        a = dot(operand(x, DOT), tl.trans(w1), a, DOT)
+    p_rows = p_partial + (tl.program_id(1).to(tl.int64) * N + rows[:, None]) * BLOCK_R + ranks[None, :]
+    tl.store(p_rows, a, mask=m_rows[:, None])
+
+
+@triton.jit(do_not_specialize=["N", "inner"])
+def post_block_fwd_up_kernel(
+    p_residual, p_branch, p_up, p_partial, p_down_bias, p_up_bias, p_gain, p_scale, p_out, p_a,
     scale, N, D, part, inner, residual_outer, residual_inner, branch_outer, branch_inner,
     RANK: tl.constexpr, ACTIVATION: tl.constexpr, DOT: tl.constexpr,
     HAS_BRANCH: tl.constexpr, HAS_DOWN_BIAS: tl.constexpr, HAS_UP_BIAS: tl.constexpr, HAS_GAIN: tl.constexpr,
     SCALE_ON_DEVICE: tl.constexpr, KEEP_A: tl.constexpr, NESTED: tl.constexpr, EVEN_D: tl.constexpr,
+    PACKED: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Grid (programs, splits): walks tiles of BLOCK_N rows; writes columns [split · part, (split + 1) · part)."""
-    first = tl.program_id(1) * part
-    last = tl.minimum(first + part, D)
-    for tile in range(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.num_programs(0)):
-        rows = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        m_rows = rows < N
-        residual_rows = _row_offsets(rows, inner, residual_outer, residual_inner, NESTED)
-        branch_rows = _row_offsets(rows, inner, branch_outer, branch_inner, NESTED)
-        strength = _strength(p_gain, p_scale, scale, rows, m_rows, HAS_GAIN, SCALE_ON_DEVICE)
+    """out, from the partial sums, which it adds in the order of the splits. Grid (tiles, parts of the columns)."""
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_rows = rows < N
+    residual_rows = _row_offsets(rows, inner, residual_outer, residual_inner, NESTED)
+    branch_rows = _row_offsets(rows, inner, branch_outer, branch_inner, NESTED)
+    ranks = tl.arange(0, BLOCK_R)
+    a = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
+    for split in tl.static_range(SPLITS):  # unrolled, so that all of its loads are in flight at once
+        p_rows = p_partial + (tl.cast(N, tl.int64) * split + rows[:, None]) * BLOCK_R + ranks[None, :]
+        a += tl.load(p_rows, mask=m_rows[:, None], other=0.0)
+    a = _pre_activation(
+        a, p_down_bias, p_a, rows, m_rows, ranks, tl.program_id(1) == 0, RANK, HAS_DOWN_BIAS, KEEP_A
+    )  # fmt: skip
+    strength = _strength(p_gain, p_scale, scale, rows, m_rows, HAS_GAIN, SCALE_ON_DEVICE)
+    h = operand(_scaled(apply(a, ACTIVATION), strength[:, None]), DOT)
+    # From the last column down, as in `post_block_fwd_kernel`.
+    last = tl.cdiv(D, part) - 1 - tl.program_id(1)
+    blocks = tl.cdiv(tl.minimum(part, D - last * part), BLOCK_D)
+    for block in range(0, blocks):
+        columns = last * part + (blocks - 1 - block) * BLOCK_D + tl.arange(0, BLOCK_D)
+        m_columns = (columns < D) | EVEN_D
+        mask = m_rows[:, None] & m_columns[None, :]
+        x = _load_x(p_residual, p_branch, residual_rows, branch_rows, columns, mask, HAS_BRANCH)
+        out = _shifted(
+            x, h, p_up, p_up_bias, strength, ranks, columns, m_columns, D, RANK, DOT, HAS_UP_BIAS, PACKED
+        )  # fmt: skip
+        store(p_out + rows[:, None].to(tl.int64) * D + columns[None, :], out, mask)
 
-        if RANK > 0:
-            ranks = tl.arange(0, BLOCK_R)
-            a = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
-            for start in range(0, D, BLOCK_D):
-                columns = start + tl.arange(0, BLOCK_D)
-                m_columns = (columns < D) | EVEN_D
-                mask = m_rows[:, None] & m_columns[None, :]
-                x = _load_x(
-                    p_residual, p_branch, residual_rows, branch_rows, columns, mask, HAS_BRANCH, "evict_last"
-                )  # fmt: skip
-                w1 = _down_tile(p_down, ranks, columns, m_columns, D, RANK)
-                a = dot(operand(x, DOT), tl.trans(operand(w1, DOT)), a, DOT)
-            m_ranks = ranks < RANK
-            if HAS_DOWN_BIAS:
-                a += tl.load(p_down_bias + ranks, mask=m_ranks, other=0.0).to(tl.float32)[None, :]
-            if KEEP_A:
-                if tl.program_id(1) == 0:
-                    p_rows = p_a + rows[:, None].to(tl.int64) * RANK + ranks[None, :]
-                    tl.store(p_rows, a, mask=m_rows[:, None] & m_ranks[None, :])
-            h = operand(apply(a, ACTIVATION), DOT)
 
-        # Backwards over the columns: what was read last is the surest to be in the cache still.
-        blocks = tl.cdiv(last - first, BLOCK_D)
-        for block in range(0, blocks):
-            start = first + (blocks - 1 - block) * BLOCK_D
-            columns = start + tl.arange(0, BLOCK_D)
-            m_columns = (columns < D) | EVEN_D
-            mask = m_rows[:, None] & m_columns[None, :]
-            u = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-            if RANK > 0:
-                w2 = _up_tile(p_up, ranks, columns, m_columns, RANK)
-                u = dot(h, tl.trans(operand(w2, DOT)), u, DOT)
-            if HAS_UP_BIAS:
-                u += tl.load(p_up_bias + columns, mask=m_columns, other=0.0).to(tl.float32)[None, :]
-            x = _load_x(p_residual, p_branch, residual_rows, branch_rows, columns, mask, HAS_BRANCH, "evict_first")
-            delta = _scaled(u, strength[:, None])
-            # −0 + 0 would be +0: a shift of zero leaves the very bits.
-            out = tl.where(delta == 0, x, x + delta)
-            store(p_out + rows[:, None].to(tl.int64) * D + columns[None, :], out, mask)
+@triton.jit(do_not_specialize=["N", "inner"])
+def post_block_fwd_vector_kernel(
+    p_residual, p_branch, p_up_bias, p_gain, p_scale, p_out,
+    scale, N, D, inner, residual_outer, residual_inner, branch_outer, branch_inner,
+    HAS_BRANCH: tl.constexpr, HAS_GAIN: tl.constexpr, SCALE_ON_DEVICE: tl.constexpr, NESTED: tl.constexpr,
+    EVEN_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """x + s·g·b2, a steering vector. Grid (tiles, column blocks)."""
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_rows = rows < N
+    columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    m_columns = (columns < D) | EVEN_D
+    mask = m_rows[:, None] & m_columns[None, :]
+    residual_rows = _row_offsets(rows, inner, residual_outer, residual_inner, NESTED)
+    branch_rows = _row_offsets(rows, inner, branch_outer, branch_inner, NESTED)
+    x = _load_x(p_residual, p_branch, residual_rows, branch_rows, columns, mask, HAS_BRANCH)
+    b2 = tl.load(p_up_bias + columns, mask=m_columns, other=0.0).to(tl.float32)
+    strength = _strength(p_gain, p_scale, scale, rows, m_rows, HAS_GAIN, SCALE_ON_DEVICE)
+    delta = _scaled(b2[None, :], strength[:, None])
+    # −0 + 0 would be +0: a shift of zero leaves the very bits.
+    store(
+        p_out + rows[:, None].to(tl.int64) * D + columns[None, :], tl.where(delta == 0, x, x + delta), mask
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["N", "inner"])
@@ -325,7 +468,9 @@ def _triton_forward(
     scale: float | Tensor,
     activation: str,
     keep_a: bool,
+    packed: Packed | None = None,
 ) -> tuple[Tensor, Tensor | None]:
+    """The op on Triton. `packed`, made of `down` and `up`, is read in their place; the result has the same bits."""
     dtype = residual.dtype if branch is None else torch.promote_types(residual.dtype, branch.dtype)
     hidden = residual.shape[-1]
     tokens = residual.numel() // hidden
@@ -334,20 +479,52 @@ def _triton_forward(
     a = torch.empty(tokens, rank, dtype=torch.float32, device=residual.device) if keep_a and rank else None
     if tokens == 0:
         return out, a
-    (residual, branch), inner, (residual_strides, branch_strides) = _row_layout(residual, branch)
-    down, up, down_bias, up_bias, gain = _contiguous(down, up, down_bias, up_bias, gain)
+    (residual, branch), inner, strides = _row_layout(residual, branch)
+    strides = (inner, *strides[0], *strides[1])
+    down_bias, up_bias, gain = _contiguous(down_bias, up_bias, gain)
+    down, up = _contiguous(down, up) if packed is None else packed
     device = device_of(residual)
-    schedule = forward_schedule(tokens, hidden, rank, dtype.itemsize, device)
     p_scale, scale = (scale, 0.0) if isinstance(scale, Tensor) else (None, scale)
+    states = {"device": residual.device, "HAS_BRANCH": branch is not None, "NESTED": inner > 0}
+    shift = {"HAS_GAIN": gain is not None, "SCALE_ON_DEVICE": p_scale is not None}
+    if rank == 0:
+        schedule = vector_schedule(tokens, hidden, dtype.itemsize, device)
+        launch(
+            post_block_fwd_vector_kernel, (schedule.programs, schedule.splits),
+            residual, branch, up_bias, gain, p_scale, out, scale, tokens, hidden, *strides,
+            schedule=schedule, **states, **shift, EVEN_D=hidden % schedule.block_d == 0,
+        )  # fmt: skip
+        return out, a
+    states |= {"RANK": rank, "DOT": dot_precision(dtype, device.gpu, rank), "PACKED": packed is not None}
+    shift |= {
+        "ACTIVATION": activation, "HAS_DOWN_BIAS": down_bias is not None, "HAS_UP_BIAS": up_bias is not None,
+        "KEEP_A": a is not None,
+    }  # fmt: skip
+    schedules = forward_splits(tokens, hidden, rank, dtype.itemsize, device)
+    if schedules is None:
+        schedule = forward_schedule(tokens, hidden, rank, dtype.itemsize, device)
+        launch(
+            post_block_fwd_kernel, (schedule.programs,),
+            residual, branch, down, up, down_bias, up_bias, gain, p_scale, out, a,
+            scale, tokens, hidden, schedule.height, *strides,
+            schedule=schedule, **states, **shift,
+            EVEN_D=hidden % schedule.block_d == 0 and hidden % schedule.block_d2 == 0,
+        )  # fmt: skip
+        return out, a
+    reducing, writing = schedules
+    partial = torch.empty(
+        reducing.splits, tokens, reducing.block_r, dtype=torch.float32, device=residual.device
+    )  # fmt: skip
     launch(
-        forward_kernel, (schedule.programs, schedule.splits),
-        residual, branch, down, up, down_bias, up_bias, gain, p_scale, out, a,
-        scale, tokens, hidden, schedule.part, inner, *residual_strides, *branch_strides,
-        device=residual.device, schedule=schedule,
-        RANK=rank, ACTIVATION=activation, DOT=dot_precision(dtype, device.gpu, rank),
-        HAS_BRANCH=branch is not None, HAS_DOWN_BIAS=down_bias is not None, HAS_UP_BIAS=up_bias is not None,
-        HAS_GAIN=gain is not None, SCALE_ON_DEVICE=p_scale is not None, KEEP_A=a is not None,
-        NESTED=inner > 0, EVEN_D=hidden % schedule.block_d == 0,
+        post_block_fwd_down_kernel, (reducing.programs, reducing.splits),
+        residual, branch, down, partial, tokens, hidden, reducing.part, *strides,
+        schedule=reducing, **states, EVEN_D=hidden % reducing.block_d == 0,
+    )  # fmt: skip
+    launch(
+        post_block_fwd_up_kernel, (writing.programs, writing.splits),
+        residual, branch, up, partial, down_bias, up_bias, gain, p_scale, out, a,
+        scale, tokens, hidden, writing.part, *strides,
+        schedule=writing, **states, **shift, EVEN_D=hidden % writing.block_d == 0, SPLITS=reducing.splits,
     )  # fmt: skip
     return out, a
 

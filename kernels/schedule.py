@@ -1,11 +1,11 @@
 """How a launch is laid out: block sizes, programs and warps, chosen from shape and device. The one place for it.
 
-Forward has two schedules. *Many tokens*: a program owns a tile of rows and all of d; it reads the tile to reduce
-a = x W1ᵀ, then reads it again (from L2) to write x + δ. It walks several tiles, and no more tiles are in flight than
-L2 holds. Where it does not hold one for each multiprocessor (large d), several programs share a tile: each of them
-reduces the whole of a, and writes its own part of the columns. *Few tokens* (decode): there are too few tiles to fill
-the device, and a tile's columns are split in the same way. One launch either way, no synchronisation between programs,
-and the same kernel: a program that has a tile to itself is a split of one.
+The forward has two forms. *One kernel*: a program owns a tile of rows and all of d; it reads the tile to reduce
+a = x W1ᵀ, then reads it again, from L2, to write x + δ. Programs walk the tiles. The rows of a tile are counted out
+(`forward_schedule`): few enough that the tiles in flight fit in L2, enough that the weights, which each tile reads, do
+not bind, and as many as make the waves whole. *Two kernels*, where too few tiles would fill the device, as in decoding,
+and at ranks whose weights do not fit in registers: the first reduces, the second writes, and both split d between
+programs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from typing import Protocol
 import torch
 
 MAX_RANK = 256
-MAX_SPLITS = 32  # each split of a tile's columns reduces the whole of a again, from L2
+MAX_SPLITS = 32  # of the reduction over d: each program that writes adds up the partial sums of all of them
+FEW_TOKENS = 64  # up to so many, d is always split
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -56,6 +57,11 @@ SMALLER_TARGETS: dict[str, Device] = {
 _INTERPRETED_DEVICE = Device("cuda", 4, 1 << 20)
 
 
+#: How many times faster than device memory L2 is, and what share of the memory time a kernel's instructions may take:
+#: both low guesses, which order the forward's layouts by time.
+_L2_SPEED, _ISSUE = 2.0, 1.5
+
+
 @functools.cache
 def describe_device(device: torch.device) -> Device:
     """The description of a PyTorch device."""
@@ -84,8 +90,8 @@ class Layout(Protocol):
 
 @dataclass(frozen=True)
 class Schedule:
-    """A launch's layout. `programs` walk the tiles of `block_n` rows; `splits` divide the other axis (columns in
-    `forward`, rows in `columns`) into parts of `part` elements each."""
+    """A launch's layout. `programs` own or walk tiles of `block_n` rows; `splits` divide the other axis (columns in the
+    forward, rows in `columns`) into parts of `part` elements each."""
 
     block_n: int
     block_d: int
@@ -102,6 +108,28 @@ class Schedule:
         return {"BLOCK_N": self.block_n, "BLOCK_D": self.block_d, "BLOCK_R": self.block_r}
 
 
+@dataclass(frozen=True)
+class ForwardSchedule:
+    """Layout of the forward in one kernel. `programs` walk tiles of `height` <= `block_n` rows, in blocks of `block_d`
+    columns when reducing and of `block_d2` when writing."""
+
+    block_n: int
+    height: int
+    block_d: int
+    block_d2: int
+    block_r: int
+    programs: int
+    num_warps: int
+    num_stages: int
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """The kernel's block sizes by name."""
+        return {
+            "BLOCK_N": self.block_n, "BLOCK_D": self.block_d, "BLOCK_D2": self.block_d2, "BLOCK_R": self.block_r
+        }  # fmt: skip
+
+
 def padded_rank(rank: int) -> int:
     """The rank's extent in registers: a power of two and at least 16, which is what `tl.dot` takes; 0 stays 0."""
     return max(16, next_power_of_2(rank)) if rank else 0
@@ -114,12 +142,6 @@ _RANKS = (0, 16, 32, 64, 128, 256)
 #: The tiles by vendor, kernel and bytes of an element, one for each padded rank of `_RANKS`: with these every target of
 #: the vendor compiles without spilling a register, and each thread has 16 bytes of a bf16 tile (see `_wide`).
 _TILES: dict[tuple[str, str, int], tuple[_Tile, ...]] = {
-    ("cuda", "forward", 2): (
-        (16, 256, 4, 1), (16, 128, 4, 4), (16, 256, 8, 3), (32, 64, 8, 2), (32, 64, 8, 2), (32, 64, 8, 2),
-    ),
-    ("cuda", "forward", 4): (
-        (16, 256, 4, 1), (16, 64, 8, 3), (16, 128, 8, 3), (16, 128, 8, 3), (16, 64, 8, 3), (16, 32, 8, 2),
-    ),
     ("cuda", "rows", 2): (
         (16, 256, 4, 2), (32, 256, 4, 3), (32, 256, 4, 3), (32, 128, 4, 3), (32, 128, 4, 3), (32, 64, 8, 3),
     ),
@@ -131,12 +153,6 @@ _TILES: dict[tuple[str, str, int], tuple[_Tile, ...]] = {
     ),
     ("cuda", "columns", 4): (
         (32, 128, 4, 2), (32, 128, 8, 2), (16, 64, 4, 2), (16, 32, 4, 2), (16, 16, 8, 2), (16, 16, 8, 1),
-    ),
-    ("hip", "forward", 2): (
-        (16, 256, 4, 1), (16, 128, 4, 2), (16, 128, 4, 2), (16, 128, 4, 2), (16, 128, 4, 1), (32, 64, 4, 1),
-    ),
-    ("hip", "forward", 4): (
-        (16, 256, 4, 1), (16, 128, 4, 2), (16, 128, 4, 2), (16, 128, 4, 2), (16, 64, 4, 2), (16, 16, 8, 2),
     ),
     ("hip", "rows", 2): (
         (16, 256, 4, 2), (32, 128, 4, 2), (32, 128, 4, 2), (32, 64, 4, 2), (32, 64, 4, 2), (32, 64, 4, 1),
@@ -154,17 +170,11 @@ _TILES: dict[tuple[str, str, int], tuple[_Tile, ...]] = {
 #: The same for a d that no power of two from 64 up divides: masks, and scalar accesses where rows are not aligned,
 #: cost registers.
 _RAGGED_TILES: dict[tuple[str, str], tuple[_Tile, ...]] = {
-    ("cuda", "forward"): (
-        (16, 32, 4, 1), (16, 32, 8, 2), (16, 32, 8, 2), (16, 32, 8, 2), (16, 32, 8, 2), (16, 16, 8, 1),
-    ),
     ("cuda", "rows"): (
         (16, 64, 4, 2), (16, 64, 4, 2), (16, 64, 4, 2), (16, 32, 8, 2), (16, 32, 8, 2), (16, 16, 8, 2),
     ),
     ("cuda", "columns"): (
         (16, 64, 4, 2), (16, 64, 8, 2), (16, 64, 8, 2), (16, 32, 8, 2), (16, 16, 8, 2), (16, 16, 8, 1),
-    ),
-    ("hip", "forward"): (
-        (16, 32, 4, 1), (16, 32, 4, 2), (16, 32, 8, 2), (16, 16, 4, 2), (16, 16, 8, 2), (16, 16, 8, 2),
     ),
     ("hip", "rows"): (
         (16, 64, 4, 2), (16, 64, 4, 2), (16, 64, 4, 2), (16, 64, 4, 2), (16, 32, 4, 2), (16, 32, 8, 2),
@@ -197,25 +207,157 @@ def _tile(kernel: str, hidden: int, block_r: int, itemsize: int, gpu: str) -> _T
     return rows, narrow, warps, stages
 
 
+_ForwardTile = tuple[int, int, int, int, int, int]  # rows, columns reduced and written, warps, stages, programs an SM
+
+# fmt: off
+#: The forward's tiles in one kernel, by vendor, bytes of an element and padded rank: those to choose from.
+_FORWARD_TILES: dict[tuple[str, int], dict[int, tuple[_ForwardTile, ...]]] = {
+    ("cuda", 2): {
+        16: ((16, 256, 256, 4, 3, 2), (32, 128, 128, 4, 3, 2)),
+        32: ((16, 128, 128, 4, 3, 2), (32, 128, 128, 8, 3, 1)),
+        64: ((32, 128, 128, 8, 3, 1),),
+    },
+    ("cuda", 4): {
+        16: ((16, 64, 64, 8, 3, 2),), 32: ((16, 64, 64, 8, 3, 2),), 64: ((16, 64, 64, 8, 3, 1),),
+    },
+    ("hip", 2): {16: ((16, 128, 128, 4, 2, 2),), 32: ((16, 128, 128, 4, 2, 2),), 64: ((16, 128, 128, 4, 2, 2),)},
+    ("hip", 4): {16: ((16, 128, 128, 4, 2, 2),), 32: ((16, 128, 128, 4, 2, 2),), 64: ((16, 128, 128, 4, 2, 2),)},
+}
+#: The forward's tiles in two kernels, for few tokens, by vendor, kernel and bytes of an element.
+_SPLIT_TILES: dict[tuple[str, str, int], dict[int, _Tile]] = {
+    ("cuda", "down", 2): {
+        16: (16, 128, 4, 3), 32: (16, 128, 4, 3), 64: (16, 256, 8, 2), 128: (16, 128, 8, 2), 256: (16, 128, 8, 2),
+    },
+    ("cuda", "down", 4): {
+        16: (16, 64, 4, 3), 32: (16, 64, 4, 3), 64: (16, 64, 8, 2), 128: (16, 64, 8, 2), 256: (16, 32, 8, 2),
+    },
+    ("cuda", "up", 2): {
+        16: (16, 64, 4, 2), 32: (16, 64, 4, 2), 64: (16, 128, 8, 2), 128: (16, 128, 8, 2), 256: (16, 128, 8, 2),
+    },
+    ("cuda", "up", 4): {
+        16: (16, 64, 4, 2), 32: (16, 64, 4, 2), 64: (16, 64, 8, 2), 128: (16, 64, 8, 2), 256: (16, 32, 8, 2),
+    },
+    ("hip", "down", 2): {
+        16: (16, 128, 4, 2), 32: (16, 128, 4, 2), 64: (16, 128, 4, 2), 128: (16, 128, 4, 1), 256: (32, 64, 4, 1),
+    },
+    ("hip", "down", 4): {
+        16: (16, 128, 4, 2), 32: (16, 128, 4, 2), 64: (16, 128, 4, 2), 128: (16, 64, 4, 2), 256: (16, 16, 8, 2),
+    },
+    ("hip", "up", 2): {
+        16: (16, 128, 4, 2), 32: (16, 128, 4, 2), 64: (16, 128, 4, 2), 128: (16, 128, 4, 1), 256: (32, 64, 4, 1),
+    },
+    ("hip", "up", 4): {
+        16: (16, 128, 4, 2), 32: (16, 128, 4, 2), 64: (16, 128, 4, 2), 128: (16, 64, 4, 2), 256: (16, 16, 8, 2),
+    },
+}
+#: The same for many tokens, where the rank is too wide for one kernel.
+_WIDE_TILES: dict[tuple[str, str, int], dict[int, _Tile]] = {
+    ("cuda", "down", 2): {128: (64, 64, 8, 3), 256: (64, 32, 8, 2)},
+    ("cuda", "up", 2): {128: (64, 64, 8, 3), 256: (64, 32, 8, 2)},
+}
+#: For a d that no power of two from 64 up divides: masks and scalar accesses cost registers.
+_RAGGED_FORWARD: dict[int, _Tile] = {
+    16: (16, 32, 8, 2), 32: (16, 32, 8, 2), 64: (16, 32, 8, 2), 128: (16, 32, 8, 2), 256: (16, 16, 8, 1),
+}
+#: A steering vector's tile.
+_VECTOR_TILE, _RAGGED_VECTOR_TILE = (16, 256, 4, 1), (16, 32, 4, 1)
+# fmt: on
+
+
+def _vendor(device: Device) -> str:
+    return "hip" if device.gpu == "hip" else "cuda"
+
+
+def _narrowed(tile: _Tile, ragged: _Tile, hidden: int, itemsize: int, gpu: str) -> _Tile:
+    """`tile`, its columns halved until they divide d, with twice the rows where it is then not `_wide`; or `ragged`."""
+    rows, columns, warps, stages = tile
+    narrow = columns
+    while narrow > 64 and hidden % narrow:
+        narrow //= 2
+    if hidden % narrow:
+        rows, columns, warps, stages = ragged
+        return rows, max(16, min(columns, next_power_of_2(hidden))), warps, stages
+    if narrow < columns and not _wide(rows, narrow, warps, itemsize, gpu):
+        rows *= 2
+    return rows, narrow, warps, stages
+
+
 @functools.lru_cache(maxsize=4096)
-def forward_schedule(tokens: int, hidden: int, rank: int, itemsize: int, device: Device) -> Schedule:
-    """Layout of the forward kernel for N = `tokens`, d = `hidden`, elements of `itemsize` bytes."""
-    block_r = padded_rank(rank)
-    block_n, block_d, warps, stages = _tile("forward", hidden, block_r, itemsize, device.gpu)
-    tiles = ceil_div(tokens, block_n)
+def vector_schedule(tokens: int, hidden: int, itemsize: int, device: Device) -> Schedule:
+    """Layout of the forward at rank 0: elementwise, every block is a program's."""
+    block_n, block_d, warps, stages = _narrowed(_VECTOR_TILE, _RAGGED_VECTOR_TILE, hidden, itemsize, device.gpu)
     blocks = ceil_div(hidden, block_d)
-    if rank == 0:  # elementwise: nothing is reduced, every block is a program's
-        programs, splits = tiles, blocks
-    else:
-        in_flight = block_n * hidden * itemsize * 2  # residual and branch, read twice
-        resident = max(1, min(4, int(0.75 * device.l2) // (in_flight * device.multiprocessors)))
-        # The programs that share a tile share its bytes in L2: the fewest with which the tiles of all fit.
-        fitting = device.l2 * 9 // 10 // in_flight
-        sharing = device.multiprocessors // (fitting + 1) + 1
-        programs = min(tiles, max(1, resident * device.multiprocessors // sharing))
-        splits = min(blocks, MAX_SPLITS, max(sharing, device.multiprocessors // tiles)) if tiles else 1
-    part = ceil_div(blocks, splits) * block_d
-    return Schedule(block_n, block_d, block_r, programs, ceil_div(hidden, part), part, warps, stages)
+    return Schedule(block_n, block_d, 0, ceil_div(tokens, block_n), blocks, block_d, warps, stages)
+
+
+def _parts(tiles: int, blocks: int, slots: int, most: int) -> int:
+    """Blocks in a part, of `blocks` in all, with which programs on `slots` places have the shortest walk."""
+
+    def walked(part: int) -> int:
+        # Two blocks' time is what a program takes to start and to end.
+        return ceil_div(tiles * ceil_div(blocks, part), slots) * (part + 2)
+
+    return min({ceil_div(blocks, splits) for splits in range(1, min(blocks, most) + 1)}, key=lambda p: (walked(p), -p))
+
+
+@functools.lru_cache(maxsize=4096)
+def forward_splits(
+    tokens: int, hidden: int, rank: int, itemsize: int, device: Device
+) -> tuple[Schedule, Schedule] | None:
+    """Layouts of the forward's two kernels, the reducing and the writing one; None where one kernel does both."""
+    block_r, vendor = padded_rank(rank), _vendor(device)
+    few = tokens <= FEW_TOKENS or 2 * ceil_div(tokens, 16) <= device.multiprocessors
+    if not few and block_r in _FORWARD_TILES[vendor, itemsize]:
+        return None
+    found = []
+    for kernel, most in (("down", MAX_SPLITS), ("up", hidden)):
+        key = (vendor, kernel, itemsize)
+        tiles_of = _SPLIT_TILES if few else _WIDE_TILES
+        tile = tiles_of.get(key, _SPLIT_TILES[key])[block_r]
+        block_n, block_d, warps, stages = _narrowed(
+            tile, _RAGGED_FORWARD[block_r], hidden, itemsize, device.gpu
+        )  # fmt: skip
+        tiles, blocks = ceil_div(tokens, block_n), ceil_div(hidden, block_d)
+        part = _parts(tiles, blocks, device.multiprocessors * max(1, 8 // warps), most) * block_d
+        found.append(Schedule(block_n, block_d, block_r, tiles, ceil_div(hidden, part), part, warps, stages))
+    return found[0], found[1]
+
+
+@functools.lru_cache(maxsize=4096)
+def forward_schedule(tokens: int, hidden: int, rank: int, itemsize: int, device: Device) -> ForwardSchedule:
+    """Layout of the forward's one kernel for N = `tokens`, d = `hidden`, elements of `itemsize` bytes.
+
+    Of the tiles, programs and rows that are possible, those with the least time by count, in units of N·d: what moves
+    through device memory (three, and two more as far as the second read misses L2), what moves through L2 (the tile's
+    four reads, and the weights' for each tile), and what is computed on rows that are padding; over the share of the
+    device that the waves fill.
+    """
+    block_r = padded_rank(rank)
+    best = None
+    for rows, columns, columns2, warps, stages, resident in _FORWARD_TILES[_vendor(device), itemsize][block_r]:
+        ragged = _RAGGED_FORWARD[block_r]
+        block_n, block_d, warps, stages = _narrowed(
+            (rows, columns, warps, stages), ragged, hidden, itemsize, device.gpu
+        )
+        block_d2 = min(columns2, block_d)
+        for share in range(1, resident + 1):
+            slots = device.multiprocessors * share
+            least = ceil_div(tokens, slots * block_n)
+            for waves in range(least, 2 * least + 1):
+                height = min(block_n, ceil_div(tokens, waves * slots))
+                tiles = ceil_div(tokens, height)
+                in_flight = 3 * min(tokens, slots * height) * hidden * itemsize
+                memory = 3 + 2 * max(0.0, 1 - device.l2 / in_flight)
+                through_l2 = (4 + 2 * tiles * rank / tokens) / _L2_SPEED
+                issue = _ISSUE * tiles * block_n / tokens
+                time = max(memory, through_l2, issue) * ceil_div(tiles, slots) * slots / tiles
+                if best is None or time < best[0]:
+                    best = (
+                        time,
+                        ForwardSchedule(block_n, height, block_d, block_d2, block_r, min(tiles, slots), warps, stages),
+                    )
+    assert best is not None
+    return best[1]
 
 
 @functools.lru_cache(maxsize=4096)
