@@ -36,8 +36,8 @@ class Gradients:
     """What a backward pass computed; None where `Needs` did not ask.
 
     x: (..., d) in the dtype of the incoming gradient, that of residual and branch alike; down: (r, d); up: (d, r), of
-    the projected up matrix; down_bias: (r,); up_bias: (d,); row_dot: (N,), Σ_d G·u. All but x in the accumulating
-    dtype.
+    the projected up matrix; down_bias: (r,); up_bias: (d,); row_dot: (N,), Σ_d G·u. row_dot is in the accumulating
+    dtype; the others are in that or in the dtype of their parameter.
     """
 
     x: Tensor | None = None

@@ -30,13 +30,17 @@ from .activations import ACTIVATIONS, apply, derivative
 from .backend import select_backend
 from .contract import Gradients, Needs, Packed
 from .launch import device_of, launch
-from .numerics import dot, dot_precision, operand, packed_operand, store
+from .numerics import dot, dot_precision, operand, operand_dtype, packed_operand, store
 from .schedule import (
+    CROSS_RANK,
     MAX_RANK,
+    ceil_div,
     column_passes,
     columns_schedule,
+    finish_schedule,
     forward_schedule,
     forward_splits,
+    padded_rank,
     rows_schedule,
     vector_schedule,
 )
@@ -293,121 +297,275 @@ def post_block_fwd_vector_kernel(
 
 
 @triton.jit(do_not_specialize=["N", "inner"])
-def rows_kernel(
-    p_grad, p_a, p_up, p_up_bias, p_gain, p_scale, p_da, p_row_dot,
+def post_block_bwd_rows_kernel(
+    p_grad, p_a, p_up, p_up_bias, p_gain, p_scale, p_narrow, p_da_sums, p_row_dot,
     scale, N, D, inner, grad_outer, grad_inner,
-    RANK: tl.constexpr, ACTIVATION: tl.constexpr, DOT: tl.constexpr,
+    RANK: tl.constexpr, ACTIVATION: tl.constexpr, DOT: tl.constexpr, PACKED: tl.constexpr,
     HAS_UP_BIAS: tl.constexpr, HAS_GAIN: tl.constexpr, SCALE_ON_DEVICE: tl.constexpr,
-    NEED_DA: tl.constexpr, NEED_ROW_DOT: tl.constexpr, NESTED: tl.constexpr, EVEN_D: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+    NEED_DA: tl.constexpr, NEED_H: tl.constexpr, NEED_DA_SUM: tl.constexpr, NEED_ROW_DOT: tl.constexpr,
+    NESTED: tl.constexpr, EVEN_D: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """What is reduced over d: da (N, r) and rowsum(G ⊙ u) (N,). Grid (tiles,)."""
+    """What is one vector or number a token: da, h = s · g φ(a), rowsum(G ⊙ u). Grid (tiles of rows,).
+
+    da and h are left in p_narrow (2, N, BLOCK_R), as operands of the columns kernel's products; the sums over a tile of
+    da in p_da_sums (tiles, BLOCK_R). φ and φ' are computed here only, once a token.
+    """
+    NEED_GZ: tl.constexpr = NEED_DA or NEED_DA_SUM or NEED_ROW_DOT
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_rows = rows < N
-    grad_rows = _row_offsets(rows, inner, grad_outer, grad_inner, NESTED)
-    along_bias = tl.zeros([BLOCK_N], tl.float32)
+    if NEED_ROW_DOT:
+        row_dot = tl.zeros([BLOCK_N], tl.float32)
     if RANK > 0:
         ranks = tl.arange(0, BLOCK_R)
         gz = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
-    for start in range(0, D, BLOCK_D):
-        columns = start + tl.arange(0, BLOCK_D)
-        m_columns = (columns < D) | EVEN_D
-        mask = m_rows[:, None] & m_columns[None, :]
-        g = tl.load(p_grad + grad_rows[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-        if RANK > 0:
-            w2 = _up_tile(p_up, ranks, columns, m_columns, RANK)
-            gz = dot(operand(g, DOT), operand(w2, DOT), gz, DOT)
-        if NEED_ROW_DOT and HAS_UP_BIAS:
-            along_bias += tl.sum(g * tl.load(p_up_bias + columns, mask=m_columns, other=0.0).to(tl.float32)[None, :], 1)
+    if NEED_GZ:
+        grad_rows = _row_offsets(rows, inner, grad_outer, grad_inner, NESTED)
+        for start in tl.range(0, D, BLOCK_D, num_stages=STAGES):
+            columns = start + tl.arange(0, BLOCK_D)
+            m_columns = (columns < D) | EVEN_D
+            mask = m_rows[:, None] & m_columns[None, :]
+            g = tl.load(p_grad + grad_rows[:, None] + columns[None, :], mask=mask, other=0.0)
+            if RANK > 0:
+                w2 = _up_operand(p_up, ranks, columns, m_columns, D, RANK, DOT, PACKED)
+                gz = dot(operand(g, DOT), tl.trans(w2), gz, DOT)
+            if NEED_ROW_DOT and HAS_UP_BIAS:
+                b2 = tl.load(p_up_bias + columns, mask=m_columns, other=0.0).to(tl.float32)
+                row_dot += tl.sum(g.to(tl.float32) * b2[None, :], 1)
     if RANK > 0:
-        m_ranks = ranks < RANK
-        p_rows = rows[:, None].to(tl.int64) * RANK + ranks[None, :]
-        mask = m_rows[:, None] & m_ranks[None, :]
-        a = tl.load(p_a + p_rows, mask=mask, other=0.0)
-        if NEED_DA:
-            strength = _strength(p_gain, p_scale, scale, rows, m_rows, HAS_GAIN, SCALE_ON_DEVICE)
-            tl.store(p_da + p_rows, _scaled(gz * derivative(a, ACTIVATION), strength[:, None]), mask=mask)
-        if NEED_ROW_DOT:
-            along_bias += tl.sum(apply(a, ACTIVATION) * gz, 1)
+        p_a += rows[:, None].to(tl.int64) * RANK + ranks[None, :]
+        a = tl.load(p_a, mask=m_rows[:, None] & (ranks < RANK)[None, :], other=0.0)
+        strength = _strength(p_gain, p_scale, scale, rows, m_rows, HAS_GAIN, SCALE_ON_DEVICE)[:, None]
+        narrow = rows[:, None].to(tl.int64) * BLOCK_R + ranks[None, :]
+        if NEED_DA or NEED_DA_SUM:
+            da = _scaled(gz * derivative(a, ACTIVATION), strength)
+            if NEED_DA:
+                store(p_narrow + narrow, operand(da, DOT), m_rows[:, None])
+            if NEED_DA_SUM:
+                da_sum = tl.sum(tl.where(m_rows[:, None], da, 0.0), 0)
+                tl.store(p_da_sums + tl.program_id(0).to(tl.int64) * BLOCK_R + ranks, da_sum)
+        if NEED_H or NEED_ROW_DOT:
+            phi = apply(a, ACTIVATION)
+            if NEED_H:
+                h = operand(_scaled(phi, strength), DOT)
+                store(p_narrow + tl.cast(N, tl.int64) * BLOCK_R + narrow, h, m_rows[:, None])
+            if NEED_ROW_DOT:
+                row_dot += tl.sum(phi * gz, 1)
     if NEED_ROW_DOT:
-        tl.store(p_row_dot + rows, along_bias, mask=m_rows)
+        tl.store(p_row_dot + rows, row_dot, mask=m_rows)
 
 
-@triton.jit(do_not_specialize=["N", "inner"])
-def columns_kernel(
-    p_grad, p_out, p_a, p_da, p_down, p_up, p_up_bias, p_gain, p_scale, p_dx, p_slab,
-    scale, N, D, part, slab_size, inner, grad_outer, grad_inner,
-    RANK: tl.constexpr, ACTIVATION: tl.constexpr, DOT: tl.constexpr,
-    HAS_UP_BIAS: tl.constexpr, HAS_GAIN: tl.constexpr, SCALE_ON_DEVICE: tl.constexpr,
+@triton.jit
+def _da_times_h(
+    p_narrow, p_gain, p_scale, p_slab, scale, N, offset, tile,
+    DOT: tl.constexpr, HAS_UP_BIAS: tl.constexpr, HAS_GAIN: tl.constexpr, SCALE_ON_DEVICE: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, CROSS_R: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """A part's sum of daᵀ h, one tile (CROSS_R, CROSS_R) of it; and of daᵀ (s · g) behind it, where there is a b2."""
+    across: tl.constexpr = BLOCK_R // CROSS_R
+    left = (tile // across) * CROSS_R + tl.arange(0, CROSS_R)
+    right = (tile % across) * CROSS_R + tl.arange(0, CROSS_R)
+    cross = tl.zeros([CROSS_R, CROSS_R], tl.float32)
+    along_bias = tl.zeros([CROSS_R], tl.float32)
+    for step in tl.range(tl.program_id(1), tl.cdiv(N, BLOCK_N), tl.num_programs(1), num_stages=STAGES):
+        rows = step * BLOCK_N + tl.arange(0, BLOCK_N)
+        m_rows = rows < N
+        p_rows = p_narrow + rows[:, None].to(tl.int64) * BLOCK_R
+        da = tl.load(p_rows + left[None, :], mask=m_rows[:, None], other=0.0)
+        h = tl.load(p_rows + tl.cast(N, tl.int64) * BLOCK_R + right[None, :], mask=m_rows[:, None], other=0.0)
+        cross = dot(tl.trans(packed_operand(da, DOT)), packed_operand(h, DOT), cross, DOT)
+        if HAS_UP_BIAS:
+            strength = _strength(p_gain, p_scale, scale, rows, m_rows, HAS_GAIN, SCALE_ON_DEVICE)
+            along_bias += tl.sum(_scaled(da.to(tl.float32), strength[:, None]), 0)
+    tl.store(p_slab + offset + left[:, None] * BLOCK_R + right[None, :], cross)
+    if HAS_UP_BIAS:
+        if tile % across == 0:
+            tl.store(p_slab + offset + BLOCK_R * BLOCK_R + left, along_bias)
+
+
+@triton.jit
+def _columns(
+    p_grad, p_out, p_narrow, p_down, p_gain, p_scale, p_dx, p_slab,
+    scale, N, D, offset, inner, grad_outer, grad_inner,
+    RANK: tl.constexpr, DOT: tl.constexpr, PACKED: tl.constexpr,
+    HAS_GAIN: tl.constexpr, SCALE_ON_DEVICE: tl.constexpr,
     NEED_X: tl.constexpr, NEED_DOWN: tl.constexpr, NEED_UP: tl.constexpr, NEED_UP_BIAS: tl.constexpr,
     NESTED: tl.constexpr, EVEN_D: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """What is a sum over tokens: dW1, dW2', db2; and dx on the way. Grid (column blocks, parts of the rows).
-
-    Partial sums go to a slab (slab_size floats: dW1 (r, d), dW2' (d, r), db2 (d,), as far as needed) of each part of
-    the rows; the launcher adds the slabs. No atomics: two runs give the same bits.
-    """
+    """BLOCK_D columns of a part's rows: dx, and sums of daᵀ out, hᵀ G and s · g ⊙ G."""
     columns = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     m_columns = (columns < D) | EVEN_D
-    first = tl.program_id(1) * part
     if RANK > 0:
         ranks = tl.arange(0, BLOCK_R)
-        m_ranks = ranks < RANK
+        d_down = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+        d_up = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
         if NEED_X:
-            w1 = operand(_down_tile(p_down, ranks, columns, m_columns, D, RANK), DOT)
-        if NEED_DOWN:
-            w2 = tl.trans(operand(_up_tile(p_up, ranks, columns, m_columns, RANK), DOT))
-            d_down = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
-        if NEED_UP:
-            d_up = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
-    if HAS_UP_BIAS and NEED_DOWN:
-        b2 = tl.load(p_up_bias + columns, mask=m_columns, other=0.0).to(tl.float32)
+            w1 = _down_operand(p_down, ranks, columns, m_columns, D, RANK, DOT, PACKED)
     if NEED_UP_BIAS:
         d_up_bias = tl.zeros([BLOCK_D], tl.float32)
 
-    for start in range(first, tl.minimum(first + part, N), BLOCK_N):
-        rows = start + tl.arange(0, BLOCK_N)
+    # Parts are interleaved and walked from the last row to the first: all programs are near the same rows at the same
+    # time, and begin with those of G that the rows kernel read last, which L2 may still hold.
+    tiles = tl.cdiv(N, BLOCK_N)
+    for step in tl.range(tl.program_id(1), tiles, tl.num_programs(1), num_stages=STAGES):
+        rows = (tiles - 1 - step) * BLOCK_N + tl.arange(0, BLOCK_N)
         m_rows = rows < N
         mask = m_rows[:, None] & m_columns[None, :]
-        grad_rows = _row_offsets(rows, inner, grad_outer, grad_inner, NESTED)
-        out_offsets = rows[:, None].to(tl.int64) * D + columns[None, :]
+        offsets = rows[:, None].to(tl.int64) * D + columns[None, :]
         if NEED_X or NEED_UP or NEED_UP_BIAS:
-            g = tl.load(p_grad + grad_rows[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-        strength = _strength(p_gain, p_scale, scale, rows, m_rows, HAS_GAIN, SCALE_ON_DEVICE)
+            grad_rows = _row_offsets(rows, inner, grad_outer, grad_inner, NESTED)
+            g = tl.load(p_grad + grad_rows[:, None] + columns[None, :], mask=mask, other=0.0)
         if RANK > 0:
-            p_rows = rows[:, None].to(tl.int64) * RANK + ranks[None, :]
-            m_rank_rows = m_rows[:, None] & m_ranks[None, :]
+            p_rows = p_narrow + rows[:, None].to(tl.int64) * BLOCK_R + ranks[None, :]
             if NEED_X or NEED_DOWN:
-                da = operand(tl.load(p_da + p_rows, mask=m_rank_rows, other=0.0), DOT)
-            if NEED_DOWN or NEED_UP:
-                h = operand(apply(tl.load(p_a + p_rows, mask=m_rank_rows, other=0.0), ACTIVATION), DOT)
-            if NEED_X:
-                store(p_dx + out_offsets, dot(da, w1, g, DOT), mask)
+                da = packed_operand(tl.load(p_rows, mask=m_rows[:, None], other=0.0), DOT)
             if NEED_DOWN:
-                u = dot(h, w2, tl.zeros([BLOCK_N, BLOCK_D], tl.float32), DOT)
-                if HAS_UP_BIAS:
-                    u += b2[None, :]
-                x = tl.load(p_out + out_offsets, mask=mask, other=0.0).to(tl.float32) - _scaled(u, strength[:, None])
-                d_down = dot(tl.trans(da), operand(x, DOT), d_down, DOT)
-        if NEED_UP or NEED_UP_BIAS:
-            t = _scaled(g, strength[:, None])
+                out = tl.load(p_out + offsets, mask=mask, other=0.0)
+                d_down = dot(tl.trans(da), operand(out, DOT), d_down, DOT)
             if NEED_UP:
-                d_up = dot(tl.trans(h), operand(t, DOT), d_up, DOT)
-            if NEED_UP_BIAS:
-                d_up_bias += tl.sum(t, 0)
+                h = tl.load(p_rows + tl.cast(N, tl.int64) * BLOCK_R, mask=m_rows[:, None], other=0.0)
+                d_up = dot(tl.trans(packed_operand(h, DOT)), operand(g, DOT), d_up, DOT)
+            if NEED_X:
+                store(p_dx + offsets, dot(da, w1, g.to(tl.float32), DOT), mask)
+        if NEED_UP_BIAS:
+            strength = _strength(p_gain, p_scale, scale, rows, m_rows, HAS_GAIN, SCALE_ON_DEVICE)
+            d_up_bias += tl.sum(_scaled(g.to(tl.float32), strength[:, None]), 0)
 
-    p_slab += tl.program_id(1).to(tl.int64) * slab_size
-    if NEED_DOWN:
-        m_down = m_ranks[:, None] & m_columns[None, :]
-        tl.store(p_slab + ranks[:, None].to(tl.int64) * D + columns[None, :], d_down, mask=m_down)
-        p_slab += RANK * D
-    if NEED_UP:
-        m_up = m_columns[:, None] & m_ranks[None, :]
-        tl.store(p_slab + columns[:, None].to(tl.int64) * RANK + ranks[None, :], tl.trans(d_up), mask=m_up)
-        p_slab += RANK * D
+    if NEED_DOWN or NEED_UP:
+        sums = offset + ranks[:, None].to(tl.int64) * D + columns[None, :]
+        mask = (ranks[:, None] < RANK) & m_columns[None, :]
+        if NEED_DOWN:
+            tl.store(p_slab + sums, d_down, mask=mask)
+        if NEED_UP:
+            tl.store(p_slab + RANK * D + sums, d_up, mask=mask)
     if NEED_UP_BIAS:
-        tl.store(p_slab + columns, d_up_bias, mask=m_columns)
+        behind = offset + 2 * RANK * D + BLOCK_R * BLOCK_R + BLOCK_R
+        tl.store(p_slab + behind + columns, d_up_bias, mask=m_columns)
+
+
+@triton.jit(do_not_specialize=["N", "inner"])
+def post_block_bwd_columns_kernel(
+    p_grad, p_out, p_narrow, p_down, p_gain, p_scale, p_dx, p_slab,
+    scale, N, D, slab_size, inner, grad_outer, grad_inner,
+    RANK: tl.constexpr, DOT: tl.constexpr, PACKED: tl.constexpr,
+    HAS_UP_BIAS: tl.constexpr, HAS_GAIN: tl.constexpr, SCALE_ON_DEVICE: tl.constexpr,
+    NEED_X: tl.constexpr, NEED_DOWN: tl.constexpr, NEED_UP: tl.constexpr, NEED_UP_BIAS: tl.constexpr,
+    NESTED: tl.constexpr, EVEN_D: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, CROSS_R: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """What is a sum over tokens, and dx on the way. Grid (column blocks + tiles of daᵀ h, parts of the rows).
+
+    Each part's partial sums go to a slab of its own in p_slab (parts, slab_size), fp32: daᵀ out (r, d), hᵀ G (r, d),
+    daᵀ h (BLOCK_R, BLOCK_R), daᵀ (s · g) (BLOCK_R), Σ s · g ⊙ G (d). Only what is needed is written. No atomics: two
+    runs give the same bits.
+    """
+    offset = tl.program_id(1).to(tl.int64) * slab_size
+    blocks = tl.cdiv(D, BLOCK_D)
+    if tl.program_id(0) < blocks:
+        _columns(
+            p_grad, p_out, p_narrow, p_down, p_gain, p_scale, p_dx, p_slab,
+            scale, N, D, offset, inner, grad_outer, grad_inner,
+            RANK, DOT, PACKED, HAS_GAIN, SCALE_ON_DEVICE, NEED_X, NEED_DOWN, NEED_UP, NEED_UP_BIAS,
+            NESTED, EVEN_D, BLOCK_N, BLOCK_D, BLOCK_R, STAGES,
+        )  # fmt: skip
+    else:
+        if NEED_DOWN:
+            _da_times_h(
+                p_narrow, p_gain, p_scale, p_slab, scale, N, offset + 2 * RANK * D, tl.program_id(0) - blocks,
+                DOT, HAS_UP_BIAS, HAS_GAIN, SCALE_ON_DEVICE, BLOCK_N, BLOCK_R, CROSS_R, STAGES,
+            )  # fmt: skip
+
+
+@triton.jit
+def _finish_down_bias(p_da_sums, p_d_down_bias, ranks, tiles, RANK, PADDED_R, BLOCK_N: tl.constexpr, STAGES: tl.constexpr):
+    """db1 = Σ da, from the sums over tiles of rows. `ranks`: [BLOCK_R]"""
+    sums = tl.zeros([BLOCK_N, ranks.shape[0]], tl.float32)
+    for start in tl.range(0, tiles, BLOCK_N, num_stages=STAGES):
+        rows = start + tl.arange(0, BLOCK_N)
+        p_rows = p_da_sums + rows[:, None].to(tl.int64) * PADDED_R + ranks[None, :]
+        sums += tl.load(p_rows, mask=(rows < tiles)[:, None], other=0.0)
+    store(p_d_down_bias + ranks, tl.sum(sums, 0), ranks < RANK)
+
+
+@triton.jit
+def _finish_weights(
+    p_slab, p_up, p_up_bias, p_d_down, p_d_up, p_d_up_bias, columns, ranks, D, slab_size, parts,
+    RANK: tl.constexpr, PADDED_R: tl.constexpr, DOT: tl.constexpr, CORRECTION: tl.constexpr, PACKED: tl.constexpr,
+    HAS_UP_BIAS: tl.constexpr, NEED_DOWN: tl.constexpr, NEED_UP: tl.constexpr, NEED_UP_BIAS: tl.constexpr,
+    EVEN_D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """A tile of dW1 and of dW2', and the columns of db2. `columns`: [BLOCK_D]; `ranks`: [BLOCK_R]"""
+    m_columns = (columns < D) | EVEN_D
+    at_cross = 2 * RANK * D
+    at_along_bias = at_cross + PADDED_R * PADDED_R
+    if NEED_DOWN or NEED_UP:
+        mask = (ranks < RANK)[:, None] & m_columns[None, :]
+        offsets = ranks[:, None].to(tl.int64) * D + columns[None, :]
+        d_down = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+        d_up = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+        for part in tl.range(0, parts, num_stages=STAGES):
+            if NEED_DOWN:
+                d_down += tl.load(p_slab + part * slab_size + offsets, mask=mask, other=0.0)
+            if NEED_UP:
+                d_up += tl.load(p_slab + part * slab_size + RANK * D + offsets, mask=mask, other=0.0)
+        if NEED_UP:
+            p_d_up += columns[:, None].to(tl.int64) * RANK + ranks[None, :]
+            store(p_d_up, tl.trans(d_up), m_columns[:, None] & (ranks < RANK)[None, :])
+        if NEED_DOWN:
+            # out = x + h W2'ᵀ + (s · g) b2ᵀ, with h and W2' as the forward pass had them: as operands.
+            for start in tl.static_range(0, PADDED_R, 16):
+                others = start + tl.arange(0, 16)
+                cross = tl.zeros([BLOCK_R, 16], tl.float32)
+                for part in tl.range(0, parts, num_stages=STAGES):
+                    p_cross = p_slab + part * slab_size + at_cross
+                    cross += tl.load(p_cross + ranks[:, None] * PADDED_R + others[None, :])
+                w2 = operand(_up_operand(p_up, others, columns, m_columns, D, RANK, DOT, PACKED), CORRECTION)
+                d_down = dot(-cross, w2, d_down, CORRECTION)
+            if HAS_UP_BIAS:
+                along_bias = tl.zeros([BLOCK_R], tl.float32)
+                for part in tl.range(0, parts):
+                    along_bias += tl.load(p_slab + part * slab_size + at_along_bias + ranks)
+                b2 = tl.load(p_up_bias + columns, mask=m_columns, other=0.0).to(tl.float32)
+                d_down -= along_bias[:, None] * b2[None, :]
+            store(p_d_down + offsets, d_down, mask)
+    if NEED_UP_BIAS:
+        if tl.program_id(1) == 0:
+            d_up_bias = tl.zeros([BLOCK_D], tl.float32)
+            for part in tl.range(0, parts):
+                p_sums = p_slab + part * slab_size + at_along_bias + PADDED_R
+                d_up_bias += tl.load(p_sums + columns, mask=m_columns, other=0.0)
+            store(p_d_up_bias + columns, d_up_bias, m_columns)
+
+
+@triton.jit(do_not_specialize=["parts", "tiles"])
+def post_block_bwd_finish_kernel(
+    p_slab, p_da_sums, p_up, p_up_bias, p_d_down, p_d_up, p_d_down_bias, p_d_up_bias,
+    D, slab_size, parts, tiles,
+    RANK: tl.constexpr, PADDED_R: tl.constexpr, DOT: tl.constexpr, CORRECTION: tl.constexpr, PACKED: tl.constexpr,
+    HAS_UP_BIAS: tl.constexpr, NEED_DOWN: tl.constexpr, NEED_UP: tl.constexpr,
+    NEED_DOWN_BIAS: tl.constexpr, NEED_UP_BIAS: tl.constexpr, EVEN_D: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """The gradients of the parameters, in their own dtype, from partial sums added in a fixed order:
+    dW1 = daᵀ out − (daᵀ h) W2'ᵀ − (daᵀ (s · g)) b2ᵀ, dW2' = Gᵀ h, db1, db2.
+
+    Grid (column blocks, tiles of BLOCK_R ranks); db1 has one more program a tile of ranks, before the column blocks.
+    """
+    ranks = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    block = tl.program_id(0)
+    if NEED_DOWN_BIAS:
+        block -= 1
+    if block >= 0:
+        _finish_weights(
+            p_slab, p_up, p_up_bias, p_d_down, p_d_up, p_d_up_bias,
+            block * BLOCK_D + tl.arange(0, BLOCK_D), ranks, D, slab_size, parts,
+            RANK, PADDED_R, DOT, CORRECTION, PACKED, HAS_UP_BIAS, NEED_DOWN, NEED_UP, NEED_UP_BIAS,
+            EVEN_D, BLOCK_D, BLOCK_R, STAGES,
+        )  # fmt: skip
+    else:
+        if NEED_DOWN_BIAS:
+            _finish_down_bias(p_da_sums, p_d_down_bias, ranks, tiles, RANK, PADDED_R, BLOCK_N, STAGES)
 
 
 # --------------------------------------------------------------------------------------------------------- launchers
@@ -540,74 +698,95 @@ def _triton_backward(
     scale: float | Tensor,
     activation: str,
     needs: Needs,
+    packed: Packed | None = None,
+    down_bias_dtype: torch.dtype = torch.float32,
 ) -> Gradients:
+    """The backward pass in at most three launches, four at ranks for which the columns kernel takes two passes.
+
+    `up` and `packed.up` are projected already. The parameters' gradients come in the parameters' dtypes, db1 in
+    `down_bias_dtype`, each in a storage of its own.
+    """
     hidden = grad.shape[-1]
     tokens = grad.numel() // hidden
     rank = 0 if a is None else a.shape[1]
-    result = Gradients()
     if tokens == 0:
         return _empty_gradients(grad, hidden, rank, needs)
+    result = Gradients(x=grad if needs.x and rank == 0 else None)
     (grad,), inner, (grad_strides,) = _row_layout(grad)
-    down, up, up_bias, gain = _contiguous(down, up, up_bias, gain)
+    up_bias, gain = _contiguous(up_bias, gain)
+    p_down, p_up = _contiguous(down, up) if packed is None else packed
     device = device_of(grad)
+    block_r = padded_rank(rank)
     p_scale, scale = (scale, 0.0) if isinstance(scale, Tensor) else (None, scale)
-    f32 = {"dtype": torch.float32, "device": grad.device}
-    shared = {
-        "device": grad.device,
-        "RANK": rank, "ACTIVATION": activation, "DOT": dot_precision(grad.dtype, device.gpu, rank),
-        "HAS_UP_BIAS": up_bias is not None, "HAS_GAIN": gain is not None, "SCALE_ON_DEVICE": p_scale is not None,
-        "NESTED": inner > 0,
-    }  # fmt: skip
+    policy = dot_precision(grad.dtype, device.gpu, rank)
 
-    need_da = rank > 0 and (needs.x or needs.down or needs.down_bias)
-    da = torch.empty(tokens, rank, **f32) if need_da else None
-    row_dot = torch.empty(tokens, **f32) if needs.row_dot else None
-    if need_da or needs.row_dot:
-        schedule = rows_schedule(tokens, hidden, rank, grad.itemsize, device)
-        launch(
-            rows_kernel, (schedule.programs,),
-            grad, a, up, up_bias, gain, p_scale, da, row_dot, scale, tokens, hidden, inner, *grad_strides,
-            schedule=schedule, **shared, NEED_DA=need_da, NEED_ROW_DOT=needs.row_dot,
-            EVEN_D=hidden % schedule.block_d == 0,
-        )  # fmt: skip
+    def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=grad.device)
+
+    # What the kernels share.
+    constants = {
+        "device": grad.device,
+        "RANK": rank, "DOT": policy, "PACKED": packed is not None, "HAS_UP_BIAS": up_bias is not None,
+    }  # fmt: skip
+    strength = {"HAS_GAIN": gain is not None, "SCALE_ON_DEVICE": p_scale is not None}
+
     need_x = needs.x and rank > 0
-    # Only CUDA has tf32, which fp16 is multiplied in: elsewhere its operands take fp32's room in registers.
-    itemsize = 4 if grad.dtype == torch.float16 and device.gpu != "cuda" else grad.itemsize
-    schedule = columns_schedule(tokens, hidden, rank, itemsize, device)
-    for rest, down_too in column_passes(rank, schedule, hidden):
-        pass_x, pass_down, pass_up, pass_up_bias = (
-            need_x and rest, needs.down and down_too, needs.up and rest, needs.up_bias and rest
-        )  # fmt: skip
-        if not (pass_x or pass_down or pass_up or pass_up_bias):
-            continue
-        sizes = [rank * hidden * pass_down, rank * hidden * pass_up, hidden * pass_up_bias]
-        slabs = torch.empty(schedule.splits, sum(sizes), **f32)
-        dx = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device) if pass_x else None
+    need_da, need_h = need_x or needs.down, needs.down or needs.up
+    narrow = new(2, tokens, block_r, dtype=operand_dtype(grad.dtype, device.gpu, rank)) if need_da or need_h else None
+    da_sums = None
+    if narrow is not None or needs.down_bias or needs.row_dot:
+        schedule = rows_schedule(tokens, hidden, rank, policy, device)
+        da_sums = new(schedule.programs, block_r) if needs.down_bias else None
+        result.row_dot = new(tokens) if needs.row_dot else None
+        reads_grad = need_da or needs.down_bias or needs.row_dot
         launch(
-            columns_kernel, (schedule.programs, schedule.splits),
-            grad if pass_x or pass_up or pass_up_bias else None, out if pass_down else None,
-            a, da, down, up, up_bias, gain, p_scale, dx, slabs,
-            scale, tokens, hidden, schedule.part, sum(sizes), inner, *grad_strides,
-            schedule=schedule, **shared, NEED_X=pass_x, NEED_DOWN=pass_down, NEED_UP=pass_up,
-            NEED_UP_BIAS=pass_up_bias, EVEN_D=hidden % schedule.block_d == 0,
+            post_block_bwd_rows_kernel, (schedule.programs,),
+            grad if reads_grad else None, a, p_up if reads_grad else None, up_bias, gain, p_scale,
+            narrow, da_sums, result.row_dot, scale, tokens, hidden, inner, *grad_strides,
+            schedule=schedule, **constants, **strength, ACTIVATION=activation,
+            NEED_DA=need_da, NEED_H=need_h, NEED_DA_SUM=needs.down_bias, NEED_ROW_DOT=needs.row_dot,
+            NESTED=inner > 0, EVEN_D=hidden % schedule.block_d == 0, STAGES=schedule.num_stages,
         )  # fmt: skip
-        if pass_x:
-            result.x = dx
-        if sum(sizes):
-            # Views of one buffer; autograd keeps what it accumulates elsewhere.
-            d_down, d_up, d_up_bias = (slabs[0] if schedule.splits == 1 else slabs.sum(0)).split(sizes)
-            if pass_down:
-                result.down = d_down.view(rank, hidden)
-            if pass_up:
-                result.up = d_up.view(hidden, rank)
-            if pass_up_bias:
-                result.up_bias = d_up_bias
-    if needs.x and rank == 0:
-        result.x = grad
-    if needs.down_bias:
-        assert da is not None
-        result.down_bias = da.sum(0)
-    result.row_dot = row_dot
+
+    sums = needs.down or needs.up or needs.up_bias
+    slab, slab_size, parts = None, 2 * rank * hidden + block_r * block_r + block_r + hidden, 0
+    if need_x or sums:
+        schedule = columns_schedule(tokens, hidden, rank, policy, device)
+        parts = schedule.splits
+        slab = new(parts, slab_size) if sums else None
+        result.x = new(*grad.shape, dtype=grad.dtype) if need_x else result.x
+        for rest, down_too in column_passes(schedule, hidden):
+            pass_x, pass_up, pass_up_bias = need_x and rest, needs.up and rest, needs.up_bias and rest
+            pass_down = needs.down and down_too
+            if not (pass_x or pass_down or pass_up or pass_up_bias):
+                continue
+            cross = ceil_div(block_r, CROSS_RANK) ** 2 if pass_down else 0
+            launch(
+                post_block_bwd_columns_kernel, (schedule.programs + cross, parts),
+                grad if pass_x or pass_up or pass_up_bias else None, out if pass_down else None,
+                narrow, p_down if pass_x else None, gain, p_scale, result.x if pass_x else None, slab,
+                scale, tokens, hidden, slab_size, inner, *grad_strides,
+                schedule=schedule, **constants, **strength,
+                NEED_X=pass_x, NEED_DOWN=pass_down, NEED_UP=pass_up, NEED_UP_BIAS=pass_up_bias,
+                NESTED=inner > 0, EVEN_D=hidden % schedule.block_d == 0,
+                CROSS_R=min(block_r, CROSS_RANK), STAGES=schedule.num_stages,
+            )  # fmt: skip
+
+    if sums or needs.down_bias:
+        schedule = finish_schedule(hidden if sums else 0, rank)
+        result.down = new(rank, hidden, dtype=down.dtype) if needs.down else None
+        result.up = new(hidden, rank, dtype=up.dtype) if needs.up else None
+        result.down_bias = new(rank, dtype=down_bias_dtype) if needs.down_bias else None
+        result.up_bias = new(hidden, dtype=up_bias.dtype) if needs.up_bias else None
+        launch(
+            post_block_bwd_finish_kernel, (schedule.programs + needs.down_bias, schedule.splits),
+            slab, da_sums, p_up if needs.down else None, up_bias if needs.down else None,
+            result.down, result.up, result.down_bias, result.up_bias,
+            hidden, slab_size, parts, 0 if da_sums is None else da_sums.shape[0],
+            schedule=schedule, **constants, PADDED_R=block_r, CORRECTION=dot_precision(torch.float32, device.gpu, 0),
+            NEED_DOWN=needs.down, NEED_UP=needs.up, NEED_DOWN_BIAS=needs.down_bias, NEED_UP_BIAS=needs.up_bias,
+            EVEN_D=hidden % schedule.block_d == 0, STAGES=schedule.num_stages,
+        )  # fmt: skip
     return result
 
 
@@ -630,7 +809,6 @@ def _empty_gradients(grad: Tensor, hidden: int, rank: int, needs: Needs) -> Grad
 # --------------------------------------------------------------------------------- forward and backward, any backend
 
 _FORWARD = {"triton": _triton_forward, "torch": reference.forward}
-_BACKWARD = {"triton": _triton_backward, "torch": reference.backward}
 
 
 def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -691,9 +869,12 @@ def _backward(
             projected = project(up, basis)
         else:
             projected = up
-        found = _BACKWARD[select_backend(grad.device)](
-            grad, out, a, down, projected, up_bias, gain, scale, activation, wanted
-        )
+        operands = (grad, out, a, down, projected, up_bias, gain, scale, activation, wanted)
+        if select_backend(grad.device) == "triton":
+            dtype = torch.float32 if down_bias is None else down_bias.dtype
+            found = _triton_backward(*operands, down_bias_dtype=dtype)
+        else:
+            found = reference.backward(*operands)
         if basis is not None and found.up is not None:
             found.up = project(found.up, basis)
         result: list[Tensor] = []
@@ -761,11 +942,9 @@ def _post_block_fake(
 def _post_block_backward_op(
     grad, out, a, down, up, down_bias, up_bias, gain, scale_tensor, basis, scale, activation, needs
 ):  # fmt: skip
-    gradients = _eager_backward(
+    return _eager_backward(
         grad, out, a, down, up, down_bias, up_bias, gain, scale_tensor, basis, scale, activation, needs
     )
-    # Weight gradients are parts of one buffer, which a registered op may not return. They are small.
-    return [t if t.untyped_storage().nbytes() == t.nbytes else t.clone() for t in gradients]
 
 
 def _post_block_backward_fake(

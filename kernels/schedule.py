@@ -148,23 +148,11 @@ _TILES: dict[tuple[str, str, int], tuple[_Tile, ...]] = {
     ("cuda", "rows", 4): (
         (16, 256, 4, 2), (32, 128, 8, 3), (32, 64, 4, 3), (32, 128, 8, 3), (32, 64, 8, 3), (16, 64, 8, 3),
     ),
-    ("cuda", "columns", 2): (
-        (32, 128, 4, 2), (32, 128, 8, 2), (16, 64, 4, 2), (32, 32, 4, 2), (32, 64, 8, 2), (32, 64, 8, 2),
-    ),
-    ("cuda", "columns", 4): (
-        (32, 128, 4, 2), (32, 128, 8, 2), (16, 64, 4, 2), (16, 32, 4, 2), (16, 16, 8, 2), (16, 16, 8, 1),
-    ),
     ("hip", "rows", 2): (
         (16, 256, 4, 2), (32, 128, 4, 2), (32, 128, 4, 2), (32, 64, 4, 2), (32, 64, 4, 2), (32, 64, 4, 1),
     ),
     ("hip", "rows", 4): (
         (16, 256, 4, 2), (32, 128, 4, 2), (32, 128, 4, 2), (32, 128, 4, 2), (32, 64, 4, 2), (16, 32, 8, 2),
-    ),
-    ("hip", "columns", 2): (
-        (32, 128, 4, 2), (32, 64, 4, 2), (32, 64, 4, 2), (16, 64, 2, 1), (16, 64, 2, 1), (16, 64, 2, 1),
-    ),
-    ("hip", "columns", 4): (
-        (32, 128, 4, 2), (32, 64, 4, 2), (32, 64, 4, 2), (16, 64, 4, 2), (16, 64, 4, 2), (16, 16, 4, 1),
     ),
 }
 #: The same for a d that no power of two from 64 up divides: masks, and scalar accesses where rows are not aligned,
@@ -173,14 +161,8 @@ _RAGGED_TILES: dict[tuple[str, str], tuple[_Tile, ...]] = {
     ("cuda", "rows"): (
         (16, 64, 4, 2), (16, 64, 4, 2), (16, 64, 4, 2), (16, 32, 8, 2), (16, 32, 8, 2), (16, 16, 8, 2),
     ),
-    ("cuda", "columns"): (
-        (16, 64, 4, 2), (16, 64, 8, 2), (16, 64, 8, 2), (16, 32, 8, 2), (16, 16, 8, 2), (16, 16, 8, 1),
-    ),
     ("hip", "rows"): (
         (16, 64, 4, 2), (16, 64, 4, 2), (16, 64, 4, 2), (16, 64, 4, 2), (16, 32, 4, 2), (16, 32, 8, 2),
-    ),
-    ("hip", "columns"): (
-        (16, 64, 4, 2), (16, 16, 4, 2), (16, 32, 4, 2), (16, 16, 4, 2), (16, 16, 4, 2), (16, 16, 4, 1),
     ),
 }
 # fmt: on
@@ -360,31 +342,124 @@ def forward_schedule(tokens: int, hidden: int, rank: int, itemsize: int, device:
     return best[1]
 
 
+CROSS_RANK = 64  # the side of a tile of daᵀ h, which one program sums in registers
+
+_BackwardTile = tuple[int, int, int, int, int]  # rows, columns, warps, stages, programs that a multiprocessor is to hold
+
+# fmt: off
+#: The backward's tiles by vendor, kernel and form of the operands, one for each padded rank of `_RANKS`: "bf16", "tf32"
+#: (of fp16), and "fp32" (three parts of tf32, or plain fp32).
+_BACKWARD_TILES: dict[tuple[str, str, str], tuple[_BackwardTile, ...]] = {
+    ("cuda", "rows", "bf16"): (
+        (16, 256, 4, 2, 2), (32, 256, 4, 3, 1), (32, 256, 4, 3, 1), (64, 128, 8, 3, 1), (64, 64, 8, 3, 1), (64, 64, 8, 3, 1),
+    ),
+    ("cuda", "rows", "tf32"): (
+        (16, 256, 4, 2, 2), (32, 256, 4, 3, 1), (32, 256, 4, 2, 1), (32, 128, 4, 3, 1), (32, 128, 8, 2, 1), (32, 64, 8, 2, 1),
+    ),
+    ("cuda", "rows", "fp32"): (
+        (16, 256, 4, 2, 2), (32, 128, 8, 3, 1), (32, 64, 4, 3, 1), (32, 128, 8, 3, 1), (32, 64, 8, 3, 1), (16, 64, 8, 3, 1),
+    ),
+    ("cuda", "columns", "bf16"): (
+        (32, 128, 4, 3, 4), (32, 128, 4, 3, 2), (32, 128, 8, 3, 1), (32, 64, 4, 3, 1), (32, 64, 8, 3, 1), (32, 64, 8, 2, 1),
+    ),
+    ("cuda", "columns", "tf32"): (
+        (32, 128, 4, 3, 4), (32, 128, 4, 3, 2), (32, 64, 4, 3, 2), (32, 64, 8, 3, 1), (32, 64, 8, 2, 1), (32, 32, 8, 2, 1),
+    ),
+    ("cuda", "columns", "fp32"): (
+        (32, 128, 4, 3, 4), (16, 128, 4, 3, 2), (32, 64, 8, 2, 1), (16, 64, 8, 2, 1), (16, 32, 8, 2, 1), (16, 16, 8, 1, 1),
+    ),
+    ("hip", "rows", "bf16"): (
+        (16, 256, 4, 2, 2), (32, 128, 4, 2, 1), (32, 128, 4, 2, 1), (32, 64, 4, 2, 1), (32, 64, 4, 2, 1), (32, 64, 4, 1, 1),
+    ),
+    ("hip", "rows", "fp32"): (
+        (16, 256, 4, 2, 2), (32, 128, 4, 2, 1), (32, 128, 4, 2, 1), (32, 128, 4, 2, 1), (32, 64, 4, 2, 1), (16, 32, 8, 2, 1),
+    ),
+    ("hip", "columns", "bf16"): (
+        (32, 128, 4, 2, 4), (32, 64, 4, 2, 2), (32, 64, 4, 2, 2), (16, 64, 2, 1, 2), (16, 64, 2, 1, 1), (16, 64, 2, 1, 1),
+    ),
+    ("hip", "columns", "fp32"): (
+        (32, 128, 4, 2, 4), (32, 64, 4, 2, 2), (32, 64, 4, 2, 2), (16, 64, 4, 2, 1), (16, 64, 4, 2, 1), (16, 16, 4, 1, 1),
+    ),
+}
+#: The same for a d that no power of two from 64 up divides.
+_RAGGED_BACKWARD_TILES: dict[tuple[str, str], tuple[_BackwardTile, ...]] = {
+    ("cuda", "rows"): (
+        (16, 64, 4, 2, 2), (16, 64, 4, 2, 2), (16, 64, 4, 2, 2), (16, 32, 8, 2, 1), (16, 32, 8, 2, 1), (16, 16, 8, 2, 1),
+    ),
+    ("cuda", "columns"): (
+        (16, 64, 4, 2, 4), (16, 64, 8, 2, 1), (16, 64, 8, 2, 1), (16, 32, 8, 2, 1), (16, 16, 8, 2, 1), (16, 16, 8, 1, 1),
+    ),
+    ("hip", "rows"): (
+        (16, 64, 4, 2, 2), (16, 64, 4, 2, 2), (16, 64, 4, 2, 2), (16, 64, 4, 2, 2), (16, 32, 4, 2, 2), (16, 32, 8, 2, 1),
+    ),
+    ("hip", "columns"): (
+        (16, 64, 4, 2, 4), (16, 16, 4, 2, 2), (16, 32, 4, 2, 2), (16, 16, 4, 2, 1), (16, 16, 4, 2, 1), (16, 16, 4, 1, 1),
+    ),
+}
+# fmt: on
+
+
+def _backward_tile(kernel: str, hidden: int, block_r: int, policy: str, gpu: str) -> _BackwardTile:
+    """The tile of `kernel`: the table's, its columns halved until they divide d; see `_BACKWARD_TILES` and `_wide`."""
+    vendor = "hip" if gpu == "hip" else "cuda"
+    form = policy if (vendor, kernel, policy) in _BACKWARD_TILES else "fp32"
+    rows, columns, warps, stages, resident = _BACKWARD_TILES[vendor, kernel, form][_RANKS.index(block_r)]
+    narrow = columns
+    while narrow > 64 and hidden % narrow:
+        narrow //= 2
+    if narrow < columns and not _wide(rows, narrow, warps, 4 if form == "fp32" else 2, gpu):
+        rows *= 2
+    if hidden % narrow:
+        rows, columns, warps, stages, resident = _RAGGED_BACKWARD_TILES[vendor, kernel][_RANKS.index(block_r)]
+        narrow = max(16, min(columns, next_power_of_2(hidden)))
+    return rows, narrow, warps, stages, resident
+
+
 @functools.lru_cache(maxsize=4096)
-def rows_schedule(tokens: int, hidden: int, rank: int, itemsize: int, device: Device) -> Schedule:
-    """Layout of the backward's first kernel, which reduces over d: a program reads its `block_n` rows once."""
+def rows_schedule(tokens: int, hidden: int, rank: int, policy: str, device: Device) -> Schedule:
+    """Layout of the backward's first kernel, which reduces over d: a program reads its `block_n` rows once, and all of
+    W2'. `policy`: the form of the operands, as `dot_precision` names it."""
     block_r = padded_rank(rank)
-    block_n, block_d, warps, stages = _tile("rows", hidden, block_r, itemsize, device.gpu)
-    if ceil_div(tokens, block_n) < device.multiprocessors and _wide(16, block_d, warps, itemsize, device.gpu):
-        block_n = 16
+    block_n, block_d, warps, stages, _ = _backward_tile("rows", hidden, block_r, policy, device.gpu)
+    # Few tokens make shorter tiles, of 16 rows at least, as long as two thirds of the multiprocessors would be idle.
+    itemsize = 2 if policy == "bf16" else 4
+    while (
+        block_n > 16
+        and 3 * ceil_div(tokens, block_n) <= device.multiprocessors
+        and _wide(block_n // 2, block_d, warps, itemsize, device.gpu)
+    ):
+        block_n //= 2
     return Schedule(block_n, block_d, block_r, ceil_div(tokens, block_n), 1, hidden, warps, stages)
 
 
 @functools.lru_cache(maxsize=4096)
-def columns_schedule(tokens: int, hidden: int, rank: int, itemsize: int, device: Device) -> Schedule:
+def columns_schedule(tokens: int, hidden: int, rank: int, policy: str, device: Device) -> Schedule:
     """Layout of the backward's second kernel, which reduces over tokens: a program owns `block_d` columns of a part of
-    the rows, keeps its weights and its gradients in registers, and writes its partial sums to a slab of its own.
-    `itemsize` is that of the wider of an element and its form as an operand of a product, where that is in fp32."""
+    the rows (every `splits`-th tile), keeps its weights and its sums in registers, and writes the sums to a slab.
+    The parts are chosen so that the programs, those of daᵀ h among them, fill the multiprocessors in whole waves."""
     block_r = padded_rank(rank)
-    block_n, block_d, warps, stages = _tile("columns", hidden, block_r, itemsize, device.gpu)
-    blocks = ceil_div(hidden, block_d)
-    tiles = ceil_div(tokens, block_n)
-    splits = max(1, min(tiles, ceil_div(2 * device.multiprocessors, blocks)))
-    part = max(1, ceil_div(tiles, splits)) * block_n
-    return Schedule(block_n, block_d, block_r, blocks, max(1, ceil_div(tokens, part)), part, warps, stages)
+    block_n, block_d, warps, stages, resident = _backward_tile("columns", hidden, block_r, policy, device.gpu)
+    blocks, tiles = ceil_div(hidden, block_d), ceil_div(tokens, block_n)
+    a_part = blocks + (ceil_div(block_r, CROSS_RANK) ** 2 if rank else 0)
+    at_once = resident * device.multiprocessors
+
+    def time(parts: int) -> int:
+        # In tiles: what one program walks, and what its start, its slab and the adding of it cost.
+        return ceil_div(a_part * parts, at_once) * (ceil_div(tiles, parts) + 4)
+
+    parts = min(range(1, max(1, min(tiles, 2 * at_once // a_part)) + 1), key=time)
+    return Schedule(block_n, block_d, block_r, blocks, parts, ceil_div(tiles, parts) * block_n, warps, stages)
 
 
-def column_passes(rank: int, schedule: Schedule, hidden: int) -> tuple[tuple[bool, bool], ...]:
+def column_passes(schedule: Schedule, hidden: int) -> tuple[tuple[bool, bool], ...]:
     """(dx and dW2', dW1) of each launch of the columns kernel: one, as long as both gradients fit in registers."""
     most = 32 if hidden % schedule.block_d else 64  # masks cost registers
-    return ((True, True),) if padded_rank(rank) <= most else ((True, False), (False, True))
+    return ((True, True),) if schedule.block_r <= most else ((True, False), (False, True))
+
+
+@functools.lru_cache(maxsize=4096)
+def finish_schedule(hidden: int, rank: int) -> Schedule:
+    """Layout of the backward's last kernel, which adds the slabs: `programs` blocks of columns, `splits` tiles of
+    `block_r` ranks. `block_n`: the sums of da that are added at a time."""
+    block_d = 64 if rank > 16 else 32
+    return Schedule(64, block_d, 16, ceil_div(hidden, block_d), max(1, ceil_div(rank, 16)), hidden, 4, 3)
