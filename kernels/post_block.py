@@ -11,8 +11,12 @@ and backward, with G = ∂L/∂out:
     dx  = G + da W1            dW1 = daᵀ x           dW2' = tᵀ φ(a)       dW2 = (I − V Vᵀ) dW2'
     db1 = Σ da   db2 = Σ t     ds = Σ g ⊙ rowsum(G ⊙ u)                   dg = s · rowsum(G ⊙ u)
 
-`out` and `a` alone are kept: x = out − s·g·u, and rowsum(G ⊙ u) = φ(a)·(G W2') + G·b2. The file reads from the kernels
-to what a user calls: kernels, launchers, shared forward and backward, registered ops, autograd, `post_block`.
+`out` and `a` alone are kept. x = out − s·g·u is not rebuilt: with h = s · g ⊙ φ(a),
+
+    dW1 = daᵀ out − (daᵀ h) W2'ᵀ − (daᵀ (s · g)) b2ᵀ        rowsum(G ⊙ u) = φ(a)·(G W2') + G·b2
+
+The file reads from the kernels to what a user calls: kernels, launchers, shared forward and backward, registered ops,
+autograd, `post_block`.
 """
 
 from __future__ import annotations
@@ -400,6 +404,7 @@ def _columns(
         ranks = tl.arange(0, BLOCK_R)
         d_down = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
         d_up = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+        h_behind = tl.cast(N, tl.int64) * BLOCK_R
         if NEED_X:
             w1 = _down_operand(p_down, ranks, columns, m_columns, D, RANK, DOT, PACKED)
     if NEED_UP_BIAS:
@@ -408,26 +413,36 @@ def _columns(
     # Parts are interleaved and walked from the last row to the first: all programs are near the same rows at the same
     # time, and begin with those of G that the rows kernel read last, which L2 may still hold.
     tiles = tl.cdiv(N, BLOCK_N)
+    within = tl.arange(0, BLOCK_N)
     for step in tl.range(tl.program_id(1), tiles, tl.num_programs(1), num_stages=STAGES):
-        rows = (tiles - 1 - step) * BLOCK_N + tl.arange(0, BLOCK_N)
+        first = (tiles - 1 - step) * BLOCK_N
+        rows = first + within
         m_rows = rows < N
         mask = m_rows[:, None] & m_columns[None, :]
-        offsets = rows[:, None].to(tl.int64) * D + columns[None, :]
+        # A tile's place in 64 bits, what lies within a tile in 32: registers are what this kernel is short of.
+        place = tl.cast(first, tl.int64)
+        offsets = within[:, None] * D + columns[None, :]
         if NEED_X or NEED_UP or NEED_UP_BIAS:
-            grad_rows = _row_offsets(rows, inner, grad_outer, grad_inner, NESTED)
-            g = tl.load(p_grad + grad_rows[:, None] + columns[None, :], mask=mask, other=0.0)
+            if NESTED:
+                p_g = p_grad + _row_offsets(rows, inner, grad_outer, grad_inner, NESTED)[:, None]
+            else:
+                p_g = p_grad + place * grad_inner + within[:, None].to(tl.int64) * grad_inner
+            g = tl.load(p_g + columns[None, :], mask=mask, other=0.0)
         if RANK > 0:
-            p_rows = p_narrow + rows[:, None].to(tl.int64) * BLOCK_R + ranks[None, :]
-            if NEED_X or NEED_DOWN:
-                da = packed_operand(tl.load(p_rows, mask=m_rows[:, None], other=0.0), DOT)
+            p_da = p_narrow + place * BLOCK_R
+            across = within[None, :] * BLOCK_R + ranks[:, None]
             if NEED_DOWN:
-                out = tl.load(p_out + offsets, mask=mask, other=0.0)
-                d_down = dot(tl.trans(da), operand(out, DOT), d_down, DOT)
+                out = tl.load(p_out + place * D + offsets, mask=mask, other=0.0)
+                da_t = packed_operand(tl.load(p_da + across, mask=m_rows[None, :], other=0.0), DOT)
+                d_down = dot(da_t, operand(out, DOT), d_down, DOT)
             if NEED_UP:
-                h = tl.load(p_rows + tl.cast(N, tl.int64) * BLOCK_R, mask=m_rows[:, None], other=0.0)
-                d_up = dot(tl.trans(packed_operand(h, DOT)), operand(g, DOT), d_up, DOT)
+                h_t = packed_operand(tl.load(p_da + h_behind + across, mask=m_rows[None, :], other=0.0), DOT)
+                d_up = dot(h_t, operand(g, DOT), d_up, DOT)
             if NEED_X:
-                store(p_dx + offsets, dot(da, w1, g.to(tl.float32), DOT), mask)
+                # Loaded once more, not transposed: a load with two layouts would not be asynchronous.
+                da = tl.load(p_da + within[:, None] * BLOCK_R + ranks[None, :], mask=m_rows[:, None], other=0.0)
+                da = packed_operand(da, DOT)
+                store(p_dx + place * D + offsets, dot(da, w1, g.to(tl.float32), DOT), mask)
         if NEED_UP_BIAS:
             strength = _strength(p_gain, p_scale, scale, rows, m_rows, HAS_GAIN, SCALE_ON_DEVICE)
             d_up_bias += tl.sum(_scaled(g.to(tl.float32), strength[:, None]), 0)
@@ -478,7 +493,9 @@ def post_block_bwd_columns_kernel(
 
 
 @triton.jit
-def _finish_down_bias(p_da_sums, p_d_down_bias, ranks, tiles, RANK, PADDED_R, BLOCK_N: tl.constexpr, STAGES: tl.constexpr):
+def _finish_down_bias(
+    p_da_sums, p_d_down_bias, ranks, tiles, RANK, PADDED_R, BLOCK_N: tl.constexpr, STAGES: tl.constexpr
+):
     """db1 = Σ da, from the sums over tiles of rows. `ranks`: [BLOCK_R]"""
     sums = tl.zeros([BLOCK_N, ranks.shape[0]], tl.float32)
     for start in tl.range(0, tiles, BLOCK_N, num_stages=STAGES):

@@ -81,7 +81,7 @@ class LaunchWork:
     the one that has the most. reads: how many times the programs read each tensor between them, by the argument's name;
     1 for those that are not named. writes: the tensors that are written and not read. again: whether what the code
     outside of loops reads is in L2. in_flight: bytes that programs read, leave to L2 and read once more, all programs
-    that run at a time together.
+    that run at a time together. aside: programs among them that do something short instead of the loops.
     """
 
     programs: int
@@ -91,6 +91,7 @@ class LaunchWork:
     writes: frozenset[str]
     again: bool = False
     in_flight: int = 0
+    aside: int = 0
 
     @property
     def series(self) -> int:
@@ -123,61 +124,6 @@ class _Arguments:
         """Bytes of a tile of each of these tensors that is there, together."""
         found = (self.tensor(name) for name in names)
         return sum(rows * columns * t.element_size() for t in found if t is not None)
-
-
-def _forward(launch: Launch) -> LaunchWork:
-    at = _Arguments(launch)
-    tokens, hidden, rank = at["N"], at["D"], at["RANK"]
-    rows, columns, ranks = at["BLOCK_N"], at["BLOCK_D"], at["BLOCK_R"]
-    programs, splits = launch.grid
-    tiles = ceil_div(tokens, rows)
-    each = ceil_div(tiles, programs)
-    states = at.tile_bytes(rows, columns, "p_residual", "p_branch")
-    passes = []
-    if rank:
-        down = at.tile_bytes(ranks, columns, "p_down")
-        passes.append(Loop(ceil_div(hidden, columns), states, down))
-    up = at.tile_bytes(ranks, columns, "p_up")
-    passes.append(Loop(ceil_div(at["part"], columns), states, up, again=rank > 0))
-    read = splits + 1 if rank else 1  # each split reduces the whole of a, then writes its own part
-    return LaunchWork(
-        programs * splits,
-        (Loop(each, inner=tuple(passes)),),
-        tiles / (programs * each),
-        {"p_residual": read, "p_branch": read, "p_down": tiles * splits, "p_up": tiles, "p_up_bias": tiles},
-        frozenset({"p_out", "p_a"}),
-        in_flight=programs * rows * at.row_bytes("p_residual", "p_branch") if rank else 0,
-    )
-
-
-def _rows(launch: Launch) -> LaunchWork:
-    at = _Arguments(launch)
-    rows, columns, ranks = at["BLOCK_N"], at["BLOCK_D"], at["BLOCK_R"]
-    (tiles,) = launch.grid
-    states, up = at.tile_bytes(rows, columns, "p_grad"), at.tile_bytes(ranks, columns, "p_up")
-    return LaunchWork(
-        tiles,
-        (Loop(ceil_div(at["D"], columns), states, up),),
-        1.0,
-        {"p_up": tiles, "p_up_bias": tiles},
-        frozenset({"p_da", "p_row_dot"}),
-    )
-
-
-def _columns(launch: Launch) -> LaunchWork:
-    at = _Arguments(launch)
-    rows, columns, ranks = at["BLOCK_N"], at["BLOCK_D"], at["BLOCK_R"]
-    blocks, parts = launch.grid
-    tiles, each = ceil_div(at["N"], rows), ceil_div(min(at["part"], at["N"]), rows)
-    states, narrow_states = at.tile_bytes(rows, columns, "p_grad", "p_out"), at.tile_bytes(rows, ranks, "p_a", "p_da")
-    narrow = {"p_a": blocks, "p_da": blocks, "p_gain": blocks}
-    return LaunchWork(
-        blocks * parts,
-        (Loop(each, states, narrow_states),),
-        tiles / (parts * each),
-        {**narrow, "p_down": parts, "p_up": parts, "p_up_bias": parts},
-        frozenset({"p_dx", "p_slab"}),
-    )
 
 
 def _weights_read(at: _Arguments) -> float:
@@ -274,6 +220,7 @@ def _backward_columns(launch: Launch) -> LaunchWork:
         tiles / (parts * each),
         {"p_narrow": programs, "p_down": parts * _weights_read(at), "p_gain": programs},
         frozenset({"p_dx", "p_slab"}),
+        aside=(programs - ceil_div(at["D"], columns)) * parts,
     )
 
 
@@ -305,9 +252,6 @@ def _backward_finish(launch: Launch) -> LaunchWork:
 
 #: What the programs of each kernel do, by the kernel's name.
 _WORK: dict[str, Callable[[Launch], LaunchWork]] = {
-    "forward_kernel": _forward,
-    "rows_kernel": _rows,
-    "columns_kernel": _columns,
     "post_block_fwd_kernel": _forward_whole,
     "post_block_fwd_down_kernel": _forward_down,
     "post_block_fwd_up_kernel": _forward_up,
@@ -847,7 +791,7 @@ def busy_seconds(launch: Launch, target: str) -> float:
     clock = CLOCKS[target]
     cycles = sum(issue_cycles(program.body(loop), clock) * loop.trips * times for loop, times in program.innermost)
     slots = ALL_TARGETS[target].multiprocessors * _SCHEDULERS
-    return cycles * program.num_warps * done.programs * done.share / slots / clock.hertz
+    return cycles * program.num_warps * (done.programs - done.aside) * done.share / slots / clock.hertz
 
 
 def async_loads(launch: Launch, target: str) -> list[tuple[int, int]]:

@@ -31,7 +31,8 @@ def next_power_of_2(n: int) -> int:
 
 @dataclass(frozen=True)
 class Device:
-    """What a schedule has to know of a device. `gpu` is Triton's name of the vendor; `l2` is in bytes."""
+    """What a schedule has to know of a device. `gpu` is Triton's name of the vendor, or "cuda7" for NVIDIA's GPUs before
+    sm_80, which have no tf32; `l2` is in bytes."""
 
     gpu: str
     multiprocessors: int
@@ -48,7 +49,7 @@ TARGETS: dict[str, Device] = {
 
 #: Smaller cards that kernels are compiled for too, without a promise of speed: `aot.CANNOT` says what they lack.
 SMALLER_TARGETS: dict[str, Device] = {
-    "sm_75": Device("cuda", 40, 4 << 20),  # T4
+    "sm_75": Device("cuda7", 40, 4 << 20),  # T4
     "sm_86": Device("cuda", 82, 6 << 20),  # RTX 3090
     "sm_89": Device("cuda", 128, 72 << 20),  # RTX 4090
 }
@@ -67,7 +68,7 @@ def describe_device(device: torch.device) -> Device:
     """The description of a PyTorch device."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        gpu = "hip" if torch.version.hip else "cuda"
+        gpu = "hip" if torch.version.hip else "cuda" if properties.major >= 8 else "cuda7"
         # ROCm reports one die's L2, of 4 MiB; see TARGETS.
         l2 = TARGETS["gfx942"].l2 if gpu == "hip" else properties.L2_cache_size
         return Device(gpu, properties.multi_processor_count, l2)
@@ -91,7 +92,7 @@ class Layout(Protocol):
 @dataclass(frozen=True)
 class Schedule:
     """A launch's layout. `programs` own or walk tiles of `block_n` rows; `splits` divide the other axis (columns in the
-    forward, rows in `columns`) into parts of `part` elements each."""
+    forward, rows in `columns`, ranks in `finish`) into parts of at most `part` elements."""
 
     block_n: int
     block_d: int
@@ -344,75 +345,75 @@ def forward_schedule(tokens: int, hidden: int, rank: int, itemsize: int, device:
 
 CROSS_RANK = 64  # the side of a tile of daᵀ h, which one program sums in registers
 
-_BackwardTile = tuple[int, int, int, int, int]  # rows, columns, warps, stages, programs that a multiprocessor is to hold
+_Tile = tuple[int, int, int, int, int]  # rows, columns, warps, stages, programs that a multiprocessor is to hold
 
 # fmt: off
 #: The backward's tiles by vendor, kernel and form of the operands, one for each padded rank of `_RANKS`: "bf16", "tf32"
 #: (of fp16), and "fp32" (three parts of tf32, or plain fp32).
-_BACKWARD_TILES: dict[tuple[str, str, str], tuple[_BackwardTile, ...]] = {
+_BACKWARD_TILES: dict[tuple[str, str, str], tuple[_Tile, ...]] = {
     ("cuda", "rows", "bf16"): (
-        (16, 256, 4, 2, 2), (32, 256, 4, 3, 1), (32, 256, 4, 3, 1), (64, 128, 8, 3, 1), (64, 64, 8, 3, 1), (64, 64, 8, 3, 1),
+        (16, 256, 4, 2), (32, 256, 4, 3), (32, 256, 4, 3), (64, 128, 8, 3), (64, 64, 8, 3), (32, 64, 8, 3),
     ),
     ("cuda", "rows", "tf32"): (
-        (16, 256, 4, 2, 2), (32, 256, 4, 3, 1), (32, 256, 4, 2, 1), (32, 128, 4, 3, 1), (32, 128, 8, 2, 1), (32, 64, 8, 2, 1),
+        (16, 256, 4, 2), (32, 256, 4, 3), (32, 128, 4, 3), (32, 128, 4, 3), (32, 128, 8, 2), (32, 64, 8, 2),
     ),
     ("cuda", "rows", "fp32"): (
-        (16, 256, 4, 2, 2), (32, 128, 8, 3, 1), (32, 64, 4, 3, 1), (32, 128, 8, 3, 1), (32, 64, 8, 3, 1), (16, 64, 8, 3, 1),
+        (16, 256, 4, 2), (32, 128, 8, 3), (32, 64, 4, 3), (32, 128, 8, 3), (32, 64, 8, 3), (16, 64, 8, 3),
     ),
     ("cuda", "columns", "bf16"): (
-        (32, 128, 4, 3, 4), (32, 128, 4, 3, 2), (32, 128, 8, 3, 1), (32, 64, 4, 3, 1), (32, 64, 8, 3, 1), (32, 64, 8, 2, 1),
+        (32, 128, 4, 3), (32, 128, 4, 3), (32, 128, 8, 3), (32, 128, 8, 3), (32, 64, 8, 3), (32, 64, 8, 2),
     ),
     ("cuda", "columns", "tf32"): (
-        (32, 128, 4, 3, 4), (32, 128, 4, 3, 2), (32, 64, 4, 3, 2), (32, 64, 8, 3, 1), (32, 64, 8, 2, 1), (32, 32, 8, 2, 1),
+        (32, 128, 4, 3), (32, 128, 4, 3), (32, 64, 4, 3), (32, 64, 8, 3), (32, 64, 8, 2), (32, 32, 8, 2),
     ),
     ("cuda", "columns", "fp32"): (
-        (32, 128, 4, 3, 4), (16, 128, 4, 3, 2), (32, 64, 8, 2, 1), (16, 64, 8, 2, 1), (16, 32, 8, 2, 1), (16, 16, 8, 1, 1),
+        (32, 128, 4, 3), (32, 128, 8, 2), (32, 64, 8, 2), (16, 64, 8, 2), (16, 32, 8, 2), (16, 16, 8, 1),
     ),
     ("hip", "rows", "bf16"): (
-        (16, 256, 4, 2, 2), (32, 128, 4, 2, 1), (32, 128, 4, 2, 1), (32, 64, 4, 2, 1), (32, 64, 4, 2, 1), (32, 64, 4, 1, 1),
+        (16, 256, 4, 2), (32, 128, 4, 2), (32, 128, 4, 2), (32, 64, 4, 2), (32, 64, 4, 2), (32, 64, 4, 1),
     ),
     ("hip", "rows", "fp32"): (
-        (16, 256, 4, 2, 2), (32, 128, 4, 2, 1), (32, 128, 4, 2, 1), (32, 128, 4, 2, 1), (32, 64, 4, 2, 1), (16, 32, 8, 2, 1),
+        (16, 256, 4, 2), (32, 128, 4, 2), (32, 128, 4, 2), (32, 128, 4, 2), (32, 64, 4, 2), (16, 32, 8, 2),
     ),
     ("hip", "columns", "bf16"): (
-        (32, 128, 4, 2, 4), (32, 64, 4, 2, 2), (32, 64, 4, 2, 2), (16, 64, 2, 1, 2), (16, 64, 2, 1, 1), (16, 64, 2, 1, 1),
+        (32, 128, 4, 2), (32, 64, 4, 2), (32, 64, 4, 2), (16, 64, 2, 1), (16, 64, 2, 1), (16, 64, 2, 1),
     ),
     ("hip", "columns", "fp32"): (
-        (32, 128, 4, 2, 4), (32, 64, 4, 2, 2), (32, 64, 4, 2, 2), (16, 64, 4, 2, 1), (16, 64, 4, 2, 1), (16, 16, 4, 1, 1),
+        (32, 128, 4, 2), (32, 64, 4, 2), (32, 64, 4, 2), (16, 64, 4, 2), (16, 64, 4, 2), (16, 16, 4, 1),
     ),
 }
 #: The same for a d that no power of two from 64 up divides.
-_RAGGED_BACKWARD_TILES: dict[tuple[str, str], tuple[_BackwardTile, ...]] = {
+_RAGGED_BACKWARD_TILES: dict[tuple[str, str], tuple[_Tile, ...]] = {
     ("cuda", "rows"): (
-        (16, 64, 4, 2, 2), (16, 64, 4, 2, 2), (16, 64, 4, 2, 2), (16, 32, 8, 2, 1), (16, 32, 8, 2, 1), (16, 16, 8, 2, 1),
+        (16, 64, 4, 2), (16, 64, 4, 2), (16, 64, 4, 2), (16, 32, 8, 2), (16, 32, 8, 2), (16, 16, 8, 2),
     ),
     ("cuda", "columns"): (
-        (16, 64, 4, 2, 4), (16, 64, 8, 2, 1), (16, 64, 8, 2, 1), (16, 32, 8, 2, 1), (16, 16, 8, 2, 1), (16, 16, 8, 1, 1),
+        (16, 64, 4, 2), (16, 64, 8, 2), (16, 64, 8, 2), (16, 32, 8, 2), (16, 16, 8, 2), (16, 16, 8, 1),
     ),
     ("hip", "rows"): (
-        (16, 64, 4, 2, 2), (16, 64, 4, 2, 2), (16, 64, 4, 2, 2), (16, 64, 4, 2, 2), (16, 32, 4, 2, 2), (16, 32, 8, 2, 1),
+        (16, 64, 4, 2), (16, 64, 4, 2), (16, 64, 4, 2), (16, 64, 4, 2), (16, 32, 4, 2), (16, 32, 8, 2),
     ),
     ("hip", "columns"): (
-        (16, 64, 4, 2, 4), (16, 16, 4, 2, 2), (16, 32, 4, 2, 2), (16, 16, 4, 2, 1), (16, 16, 4, 2, 1), (16, 16, 4, 1, 1),
+        (16, 64, 4, 2), (16, 16, 4, 2), (16, 32, 4, 2), (16, 16, 4, 2), (16, 16, 4, 2), (16, 16, 4, 1),
     ),
 }
 # fmt: on
 
 
-def _backward_tile(kernel: str, hidden: int, block_r: int, policy: str, gpu: str) -> _BackwardTile:
+def _backward_tile(kernel: str, hidden: int, block_r: int, policy: str, gpu: str) -> _Tile:
     """The tile of `kernel`: the table's, its columns halved until they divide d; see `_BACKWARD_TILES` and `_wide`."""
     vendor = "hip" if gpu == "hip" else "cuda"
     form = policy if (vendor, kernel, policy) in _BACKWARD_TILES else "fp32"
-    rows, columns, warps, stages, resident = _BACKWARD_TILES[vendor, kernel, form][_RANKS.index(block_r)]
+    rows, columns, warps, stages = _BACKWARD_TILES[vendor, kernel, form][_RANKS.index(block_r)]
     narrow = columns
     while narrow > 64 and hidden % narrow:
         narrow //= 2
     if narrow < columns and not _wide(rows, narrow, warps, 4 if form == "fp32" else 2, gpu):
         rows *= 2
     if hidden % narrow:
-        rows, columns, warps, stages, resident = _RAGGED_BACKWARD_TILES[vendor, kernel][_RANKS.index(block_r)]
+        rows, columns, warps, stages = _RAGGED_BACKWARD_TILES[vendor, kernel][_RANKS.index(block_r)]
         narrow = max(16, min(columns, next_power_of_2(hidden)))
-    return rows, narrow, warps, stages, resident
+    return rows, narrow, warps, stages
 
 
 @functools.lru_cache(maxsize=4096)
@@ -420,7 +421,7 @@ def rows_schedule(tokens: int, hidden: int, rank: int, policy: str, device: Devi
     """Layout of the backward's first kernel, which reduces over d: a program reads its `block_n` rows once, and all of
     W2'. `policy`: the form of the operands, as `dot_precision` names it."""
     block_r = padded_rank(rank)
-    block_n, block_d, warps, stages, _ = _backward_tile("rows", hidden, block_r, policy, device.gpu)
+    block_n, block_d, warps, stages = _backward_tile("rows", hidden, block_r, policy, device.gpu)
     # Few tokens make shorter tiles, of 16 rows at least, as long as two thirds of the multiprocessors would be idle.
     itemsize = 2 if policy == "bf16" else 4
     while (
@@ -438,10 +439,10 @@ def columns_schedule(tokens: int, hidden: int, rank: int, policy: str, device: D
     the rows (every `splits`-th tile), keeps its weights and its sums in registers, and writes the sums to a slab.
     The parts are chosen so that the programs, those of daᵀ h among them, fill the multiprocessors in whole waves."""
     block_r = padded_rank(rank)
-    block_n, block_d, warps, stages, resident = _backward_tile("columns", hidden, block_r, policy, device.gpu)
+    block_n, block_d, warps, stages = _backward_tile("columns", hidden, block_r, policy, device.gpu)
     blocks, tiles = ceil_div(hidden, block_d), ceil_div(tokens, block_n)
     a_part = blocks + (ceil_div(block_r, CROSS_RANK) ** 2 if rank else 0)
-    at_once = resident * device.multiprocessors
+    at_once = 8 // warps * device.multiprocessors  # what the registers of a multiprocessor hold: eight warps
 
     def time(parts: int) -> int:
         # In tiles: what one program walks, and what its start, its slab and the adding of it cost.
@@ -462,4 +463,4 @@ def finish_schedule(hidden: int, rank: int) -> Schedule:
     """Layout of the backward's last kernel, which adds the slabs: `programs` blocks of columns, `splits` tiles of
     `block_r` ranks. `block_n`: the sums of da that are added at a time."""
     block_d = 64 if rank > 16 else 32
-    return Schedule(64, block_d, 16, ceil_div(hidden, block_d), max(1, ceil_div(rank, 16)), hidden, 4, 3)
+    return Schedule(64, block_d, 16, ceil_div(hidden, block_d), max(1, ceil_div(rank, 16)), 16, 4, 3)

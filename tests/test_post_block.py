@@ -1,5 +1,6 @@
 """The op on each backend: outputs and gradients against the truth in float64, and what it promises beyond numbers."""
 
+import itertools
 import os
 import sys
 from dataclasses import replace
@@ -11,7 +12,7 @@ from fused_steer.kernels.contract import Needs
 from fused_steer.kernels.launch import recorded
 from fused_steer.kernels.reference import backward, forward
 from fused_steer.kernels.schedule import TARGETS, describe_device, forward_schedule
-from ops import Inputs, definition, make_inputs, relative_error
+from ops import Inputs, definition, make_inputs, pack_reference, relative_error
 from torch import Tensor
 
 from fused_steer import post_block
@@ -128,13 +129,33 @@ def test_mixed_dtypes_promote_as_the_add_does(device, dtypes):
     assert (leaves.residual.grad.dtype, leaves.branch.grad.dtype) == dtypes
 
 
-def test_half_precision_parameters(device):
-    inputs = make_inputs(9, 32, rank=4, dtype=BF16, device=device)
-    inputs = replace(inputs, down=inputs.down.bfloat16(), up=inputs.up.half())
+@pytest.mark.parametrize("basis", [0, 3])
+def test_half_precision_parameters(device, poison, basis):
+    inputs = make_inputs(9, 32, rank=4, dtype=BF16, device=device, basis=basis)
+    halves = {"down": BF16, "up": F16, "down_bias": F16, "up_bias": BF16}
+    inputs = replace(inputs, **{name: getattr(inputs, name).to(dtype) for name, dtype in halves.items()})
     leaves = inputs.leaves()
     fused(leaves).sum().backward()
-    assert (leaves.down.grad.dtype, leaves.up.grad.dtype) == (BF16, F16)
+    assert {name: getattr(leaves, name).grad.dtype for name in halves} == halves
     assert_as_good_as_the_hook([inputs])
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize("size", [1.0, 2.0])
+def test_a_shift_as_large_as_the_state_and_larger(device, poison, dtype, size):
+    """dW1 comes from out, corrected for the shift in it: a large one has to cancel."""
+    cases = []
+    for seed in range(3):
+        inputs = make_inputs(70, 64, rank=8, dtype=dtype, device=device, scale=False, seed=seed)
+        state = inputs.residual.float() + inputs.branch.float()
+        shift = fused(inputs.map(Tensor.float)) - state
+        factor = size * state.norm() / shift.norm()
+        cases.append(replace(inputs, up=inputs.up * factor, up_bias=inputs.up_bias * factor))
+    assert_as_good_as_the_hook(cases)
+
+
+def test_the_sums_of_many_tiles(device, poison):
+    assert_as_good_as_the_hook([make_inputs(2100, 16, rank=2, dtype=BF16, device=device, scale=False)])
 
 
 def test_float64_on_the_torch_backend_passes_gradcheck(monkeypatch):
@@ -185,6 +206,70 @@ def test_zero_scale_leaves_every_bit(device, scale):
     inputs = make_inputs(12, 40, rank=4, device=device)
     inputs = replace(inputs, scale=torch.zeros((), device=device) if scale == "tensor" else scale)
     assert torch.equal(bits(fused(inputs)), bits(inputs.residual + inputs.branch))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+def test_gradients_of_zero_strength_are_exactly_zero(device, poison, dtype):
+    """Tokens of gain 0 add nothing to a parameter's gradient, though their pre-activations overflow."""
+    inputs = make_inputs(12, 40, rank=4, dtype=dtype, device=device, scale=False)
+    inputs.gain[3:9] = 0
+    inputs.residual[3:9] = 0
+    inputs.branch[3:9] = 0
+    inputs.down[0] = 0
+    inputs.down[0, 0] = 3e38
+    inputs.residual[:, 0] = 0
+    inputs.branch[:, 0] = 0
+    grad = torch.randn(12, 40, device=device).to(dtype)
+    expected = run(fused, inputs, "identity", grad)
+    overflowing = inputs.map(Tensor.clone)
+    overflowing.residual[3:9, 0] = 100  # a = 3e40
+    found = run(fused, overflowing, "identity", grad)
+    assert torch.equal(bits(found["residual"][3:9]), bits(grad[3:9]))
+    for name in ("down", "up", "down_bias", "up_bias"):
+        assert found[name].isfinite().all() and torch.equal(found[name], expected[name]), name
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize("rank", [5, 40])
+def test_packed_weights_give_the_same_bits(monkeypatch, poison, dtype, rank):
+    from fused_steer.kernels.post_block import _triton_backward, _triton_forward
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    inputs = make_inputs(37, 96, rank=rank, dtype=dtype, device=device, scale=False, basis=0)
+    weights = inputs.down, inputs.up
+    options = inputs.up_bias, inputs.gain, inputs.scale, "silu"
+    out, a = _triton_forward(
+        inputs.residual,
+        inputs.branch,
+        *weights,
+        inputs.down_bias,
+        inputs.up_bias,
+        inputs.gain,
+        inputs.scale,
+        "silu",
+        True,
+    )
+    grad = torch.randn(37, 96, device=device).to(dtype)
+    packed = pack_reference(*weights, dtype, describe_device(device).gpu)
+    plain, other = (
+        vars(_triton_backward(grad, out, a, *weights, *options, Needs(*[True] * 6), packed=p)) for p in (None, packed)
+    )
+    for name, value in plain.items():
+        assert torch.equal(bits(value), bits(other[name])), name
+
+
+@pytest.mark.parametrize("basis", [0, 3])
+@pytest.mark.parametrize("op", [False, True], ids=["eager", "op"])
+def test_gradients_have_storages_of_their_own(device, basis, op):
+    inputs = make_inputs(50, 64, rank=4, device=device, basis=basis)
+    function = torch.compile(fused, backend="aot_eager") if op else fused
+    grad = torch.randn(50, 64, device=device)
+    found = run(function, inputs, "silu", grad)
+    names = ("residual", "down", "up", "down_bias", "up_bias", "gain", "scale")  # branch has residual's
+    storages = {name: found[name].untyped_storage() for name in names}
+    assert len({storage.data_ptr() for storage in (*storages.values(), grad.untyped_storage())}) == len(names) + 1
+    for name, storage in storages.items():
+        assert storage.nbytes() == found[name].nbytes, name
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
@@ -336,8 +421,11 @@ def test_each_gradient_alone(device, poison, name):
     assert torch.equal(gradient, everything)
 
 
+ROWS, COLUMNS, FINISH = (f"post_block_bwd_{name}_kernel" for name in ("rows", "columns", "finish"))
+
+
 def launches(needs: Needs, rank: int = 8) -> dict[str, dict]:
-    """The constants of each kernel that a backward pass of these needs would launch, by its name."""
+    """Constants and tensors of each kernel that a backward pass of these needs would launch, by its name."""
     from fused_steer.kernels.post_block import _triton_backward
 
     def meta(*shape, dtype=F32):
@@ -347,21 +435,38 @@ def launches(needs: Needs, rank: int = 8) -> dict[str, dict]:
     down, up = (meta(rank, 128), meta(128, rank)) if rank else (None, None)
     with recorded(TARGETS["sm_90"]) as found:
         _triton_backward(state, state, a, down, up, meta(128), None, 1.0, "silu", needs)
-    return {launch.kernel.__name__: launch.constants for launch in found}
+    described = {}
+    for launch in found:
+        named = zip(launch.kernel.arg_names, launch.arguments, strict=False)
+        given = {name: True for name, value in named if isinstance(value, Tensor)}
+        described[launch.kernel.__name__] = launch.constants | given
+    assert len(described) == len(found)
+    return described
 
 
-def test_nothing_is_computed_for_what_needs_no_gradient():
+@pytest.mark.parametrize("needs", [Needs(*needs) for needs in itertools.product([False, True], repeat=6)], ids=str)
+def test_launches_of_each_combination_of_gradients(needs):
+    found = launches(needs)
+    narrow = needs.x or needs.down or needs.up
+    sums = needs.down or needs.up or needs.up_bias
+    assert (ROWS in found) == (narrow or needs.down_bias or needs.row_dot)
+    assert (COLUMNS in found) == (needs.x or sums)
+    assert (FINISH in found) == (sums or needs.down_bias)
+    rows, columns = found.get(ROWS, {}), found.get(COLUMNS, {})
+    assert ("p_grad" in rows) == any((needs.x, needs.down, needs.down_bias, needs.row_dot)), (
+        "G only where it is reduced"
+    )
+    assert ("p_grad" in columns) == (needs.x or needs.up or needs.up_bias)
+    assert ("p_out" in columns) == needs.down
+    assert ("p_dx" in columns) == needs.x
+    assert ("p_slab" in columns) == sums
+
+
+def test_launches_of_a_vector():
     none = Needs(*[False] * 6)
     assert launches(none._replace(x=True), rank=0) == {}, "a vector passes the gradient on"
-    assert set(launches(none._replace(up_bias=True), rank=0)) == {"columns_kernel"}
-    only_up = launches(none._replace(up=True))
-    assert set(only_up) == {"columns_kernel"}
-    assert not only_up["columns_kernel"]["NEED_X"] and not only_up["columns_kernel"]["NEED_DOWN"]
-    assert set(launches(none._replace(down_bias=True))) == {"rows_kernel"}
-    assert not launches(none._replace(row_dot=True))["rows_kernel"]["NEED_DA"]
-    frozen_input = launches(Needs(False, True, True, False, False, False))
-    assert not frozen_input["columns_kernel"]["NEED_X"]
-    assert len(launches(Needs(*[True] * 6))) == 2
+    assert set(launches(none._replace(up_bias=True), rank=0)) == {COLUMNS, FINISH}
+    assert set(launches(none._replace(row_dot=True), rank=0)) == {ROWS}
 
 
 def test_the_reference_computes_only_what_is_needed():

@@ -7,6 +7,7 @@ from fused_steer.kernels.schedule import (
     Device,
     column_passes,
     columns_schedule,
+    finish_schedule,
     forward_schedule,
     padded_rank,
     rows_schedule,
@@ -14,6 +15,7 @@ from fused_steer.kernels.schedule import (
 
 HIDDEN = (1, 16, 80, 576, 1152, 2560, 4096, 4099, 7168)
 RANKS = (0, 1, 8, 16, 17, 64, 128, 256)
+POLICIES = {"cuda": ("bf16", "tf32", "tf32x3", "ieee"), "hip": ("bf16", "ieee")}
 
 
 @pytest.mark.parametrize("device", TARGETS.values(), ids=TARGETS)
@@ -26,13 +28,32 @@ def test_all_of_the_hidden_state_is_covered_once(device, tokens):
                 assert forward.part % forward.block_d == 0 or forward.splits == 1
                 assert (forward.splits - 1) * forward.part < hidden <= forward.splits * forward.part
                 assert 1 <= forward.programs <= -(-tokens // forward.block_n)
-                rows = rows_schedule(tokens, hidden, rank, itemsize, device)
+                assert forward.block_r == padded_rank(rank)
+            for policy in POLICIES[device.gpu]:
+                rows = rows_schedule(tokens, hidden, rank, policy, device)
                 assert (rows.programs - 1) * rows.block_n < tokens <= rows.programs * rows.block_n
-                columns = columns_schedule(tokens, hidden, rank, itemsize, device)
+                columns = columns_schedule(tokens, hidden, rank, policy, device)
                 assert (columns.programs - 1) * columns.block_d < hidden <= columns.programs * columns.block_d
-                assert (columns.splits - 1) * columns.part < tokens <= columns.splits * columns.part
-                for schedule in (forward, rows, columns):
+                assert 1 <= columns.splits <= -(-tokens // columns.block_n), "each part has a tile"
+                assert tokens <= columns.splits * columns.part
+                for schedule in (rows, columns):
                     assert schedule.block_r == padded_rank(rank)
+            finish = finish_schedule(hidden, rank)
+            assert (finish.programs - 1) * finish.block_d < hidden <= finish.programs * finish.block_d
+            assert (finish.splits - 1) * finish.block_r < max(1, rank) <= finish.splits * finish.block_r
+
+
+@pytest.mark.parametrize("device", [TARGETS["sm_80"], TARGETS["sm_90"]], ids=["sm_80", "sm_90"])
+@pytest.mark.parametrize("hidden", [2048, 2560, 4096, 8192])
+def test_parts_of_the_rows_fill_the_multiprocessors(device, hidden):
+    for rank in (1, 8, 64):
+        for tokens in (4096, 16384):
+            columns = columns_schedule(tokens, hidden, rank, "bf16", device)
+            programs = (columns.programs + 1) * columns.splits  # one of each part sums daᵀ h
+            most = min(2, -(-programs // device.multiprocessors)) * device.multiprocessors
+            waves = -(-programs // most)
+            assert programs >= 0.9 * waves * most, (rank, tokens, programs)
+            assert columns.part <= 1.1 * tokens / columns.splits + columns.block_n, "no part is much longer"
 
 
 def test_few_tokens_are_split_over_columns_and_many_are_not():
@@ -77,11 +98,11 @@ def test_a_tile_beyond_l2_still_has_a_program():
 @pytest.mark.parametrize("device", TARGETS.values(), ids=TARGETS)
 def test_every_thread_has_128_bits_of_a_tile(device):
     lanes = 64 if device.gpu == "hip" else 32
-    for schedule_of in (forward_schedule, rows_schedule, columns_schedule):
+    for schedule_of, form in ((forward_schedule, 2), (rows_schedule, "bf16"), (columns_schedule, "bf16")):
         for hidden in (576, 1152, 4096, 8192):
             for rank in (0, 1, 16, 32, 64, 128, 256):
                 for tokens in (8, 512, 8192):
-                    found = schedule_of(tokens, hidden, rank, 2, device)
+                    found = schedule_of(tokens, hidden, rank, form, device)
                     assert found.block_n * found.block_d * 2 >= 16 * lanes * found.num_warps, (hidden, rank, found)
 
 
@@ -92,6 +113,6 @@ def test_ranks_are_padded_in_registers_only():
 def test_each_gradient_is_computed_in_exactly_one_pass():
     h100 = TARGETS["sm_90"]
     for rank, hidden, passes in ((64, 4096, 1), (65, 4096, 2), (32, 4099, 1), (64, 4099, 2)):
-        found = column_passes(rank, columns_schedule(8192, hidden, rank, 2, h100), hidden)
+        found = column_passes(columns_schedule(8192, hidden, rank, "bf16", h100), hidden)
         assert len(found) == passes
         assert [sum(part) for part in zip(*found, strict=True)] == [1, 1]
