@@ -31,8 +31,8 @@ def next_power_of_2(n: int) -> int:
 
 @dataclass(frozen=True)
 class Device:
-    """What a schedule has to know of a device. `gpu` is Triton's name of the vendor, or "cuda7" for NVIDIA's GPUs before
-    sm_80, which have no tf32; `l2` is in bytes."""
+    """What a schedule has to know of a device. `gpu` is Triton's name of the vendor, or "cuda7" for NVIDIA's GPUs
+    before sm_80, which have no tf32; `l2` is in bytes."""
 
     gpu: str
     multiprocessors: int
@@ -139,55 +139,11 @@ def padded_rank(rank: int) -> int:
 _Tile = tuple[int, int, int, int]  # rows, columns, warps, stages
 _RANKS = (0, 16, 32, 64, 128, 256)
 
-# fmt: off
-#: The tiles by vendor, kernel and bytes of an element, one for each padded rank of `_RANKS`: with these every target of
-#: the vendor compiles without spilling a register, and each thread has 16 bytes of a bf16 tile (see `_wide`).
-_TILES: dict[tuple[str, str, int], tuple[_Tile, ...]] = {
-    ("cuda", "rows", 2): (
-        (16, 256, 4, 2), (32, 256, 4, 3), (32, 256, 4, 3), (32, 128, 4, 3), (32, 128, 4, 3), (32, 64, 8, 3),
-    ),
-    ("cuda", "rows", 4): (
-        (16, 256, 4, 2), (32, 128, 8, 3), (32, 64, 4, 3), (32, 128, 8, 3), (32, 64, 8, 3), (16, 64, 8, 3),
-    ),
-    ("hip", "rows", 2): (
-        (16, 256, 4, 2), (32, 128, 4, 2), (32, 128, 4, 2), (32, 64, 4, 2), (32, 64, 4, 2), (32, 64, 4, 1),
-    ),
-    ("hip", "rows", 4): (
-        (16, 256, 4, 2), (32, 128, 4, 2), (32, 128, 4, 2), (32, 128, 4, 2), (32, 64, 4, 2), (16, 32, 8, 2),
-    ),
-}
-#: The same for a d that no power of two from 64 up divides: masks, and scalar accesses where rows are not aligned,
-#: cost registers.
-_RAGGED_TILES: dict[tuple[str, str], tuple[_Tile, ...]] = {
-    ("cuda", "rows"): (
-        (16, 64, 4, 2), (16, 64, 4, 2), (16, 64, 4, 2), (16, 32, 8, 2), (16, 32, 8, 2), (16, 16, 8, 2),
-    ),
-    ("hip", "rows"): (
-        (16, 64, 4, 2), (16, 64, 4, 2), (16, 64, 4, 2), (16, 64, 4, 2), (16, 32, 4, 2), (16, 32, 8, 2),
-    ),
-}
-# fmt: on
-
 
 def _wide(rows: int, columns: int, warps: int, itemsize: int, gpu: str) -> bool:
     """Whether a tile has 16 bytes for each thread: with fewer, its accesses are narrower than 128 bits."""
     lanes = 64 if gpu == "hip" else 32
     return rows * columns * itemsize >= 16 * lanes * warps
-
-
-def _tile(kernel: str, hidden: int, block_r: int, itemsize: int, gpu: str) -> _Tile:
-    """The tile of `kernel`: the table's, its columns halved until they divide d; see `_TILES` and `_wide`."""
-    vendor = "hip" if gpu == "hip" else "cuda"
-    rows, columns, warps, stages = _TILES[vendor, kernel, itemsize][_RANKS.index(block_r)]
-    narrow = columns
-    while narrow > 64 and hidden % narrow:
-        narrow //= 2
-    if narrow < columns and not _wide(rows, narrow, warps, itemsize, gpu):
-        rows *= 2
-    if hidden % narrow:
-        rows, columns, warps, stages = _RAGGED_TILES[vendor, kernel][_RANKS.index(block_r)]
-        narrow = max(16, min(columns, next_power_of_2(hidden)))
-    return rows, narrow, warps, stages
 
 
 _ForwardTile = tuple[int, int, int, int, int, int]  # rows, columns reduced and written, warps, stages, programs an SM
