@@ -106,10 +106,10 @@ def test_few_tokens_are_no_long_walk(launches):
 
 def test_the_description_of_the_loops_is_what_the_code_loads(launches):
     """`predict.work` says how many bytes a trip loads. The compiled loop reads the hidden states' in 128 bits, each
-    once; what else it reads may be narrower."""
+    once; what else it reads may be narrower, or be read twice, for two products."""
     checked = 0
     for row in launches:
         for (states, others), loaded in zip(row["loads"], row["loaded"], strict=True):
             checked += states > 0
-            assert states <= loaded <= states + others, row
+            assert states <= loaded <= states + 2 * others, row
     assert checked >= len(launches) / 2
