@@ -320,7 +320,7 @@ _BACKWARD_TILES: dict[tuple[str, str, str], tuple[_Tile, ...]] = {
         (32, 128, 4, 3), (32, 128, 4, 3), (32, 128, 8, 3), (32, 128, 8, 3), (32, 64, 8, 3), (32, 64, 8, 2),
     ),
     ("cuda", "columns", "tf32"): (
-        (32, 128, 4, 3), (32, 128, 4, 3), (32, 64, 4, 3), (32, 64, 8, 3), (32, 64, 8, 2), (32, 32, 8, 2),
+        (32, 128, 4, 3), (32, 128, 4, 3), (32, 64, 4, 3), (32, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 2),
     ),
     ("cuda", "columns", "fp32"): (
         (32, 128, 4, 3), (32, 128, 8, 2), (32, 64, 8, 2), (16, 64, 8, 2), (16, 32, 8, 2), (16, 16, 8, 1),
@@ -350,26 +350,19 @@ _RAGGED_BACKWARD_TILES: dict[tuple[str, str], tuple[_Tile, ...]] = {
         (16, 64, 4, 2), (16, 64, 4, 2), (16, 64, 4, 2), (16, 64, 4, 2), (16, 32, 4, 2), (16, 32, 8, 2),
     ),
     ("hip", "columns"): (
-        (16, 64, 4, 2), (16, 16, 4, 2), (16, 32, 4, 2), (16, 16, 4, 2), (16, 16, 4, 2), (16, 16, 4, 1),
+        (16, 64, 4, 2), (16, 16, 4, 2), (16, 16, 4, 2), (16, 16, 4, 2), (16, 16, 4, 2), (16, 16, 4, 1),
     ),
 }
 # fmt: on
 
 
-def _backward_tile(kernel: str, hidden: int, block_r: int, policy: str, gpu: str) -> _Tile:
-    """The tile of `kernel`: the table's, its columns halved until they divide d; see `_BACKWARD_TILES` and `_wide`."""
-    vendor = "hip" if gpu == "hip" else "cuda"
+def _backward_tile(kernel: str, hidden: int, block_r: int, policy: str, device: Device) -> _Tile:
+    """The tile of `kernel` with operands of the form that `dot_precision` calls `policy`; see `_narrowed`."""
+    vendor, rank = _vendor(device), _RANKS.index(block_r)
     form = policy if (vendor, kernel, policy) in _BACKWARD_TILES else "fp32"
-    rows, columns, warps, stages = _BACKWARD_TILES[vendor, kernel, form][_RANKS.index(block_r)]
-    narrow = columns
-    while narrow > 64 and hidden % narrow:
-        narrow //= 2
-    if narrow < columns and not _wide(rows, narrow, warps, 4 if form == "fp32" else 2, gpu):
-        rows *= 2
-    if hidden % narrow:
-        rows, columns, warps, stages = _RAGGED_BACKWARD_TILES[vendor, kernel][_RANKS.index(block_r)]
-        narrow = max(16, min(columns, next_power_of_2(hidden)))
-    return rows, narrow, warps, stages
+    ragged = _RAGGED_BACKWARD_TILES[vendor, kernel][rank]
+    itemsize = 4 if form == "fp32" else 2
+    return _narrowed(_BACKWARD_TILES[vendor, kernel, form][rank], ragged, hidden, itemsize, device.gpu)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -377,7 +370,7 @@ def rows_schedule(tokens: int, hidden: int, rank: int, policy: str, device: Devi
     """Layout of the backward's first kernel, which reduces over d: a program reads its `block_n` rows once, and all of
     W2'. `policy`: the form of the operands, as `dot_precision` names it."""
     block_r = padded_rank(rank)
-    block_n, block_d, warps, stages = _backward_tile("rows", hidden, block_r, policy, device.gpu)
+    block_n, block_d, warps, stages = _backward_tile("rows", hidden, block_r, policy, device)
     # Few tokens make shorter tiles, of 16 rows at least, as long as two thirds of the multiprocessors would be idle.
     itemsize = 2 if policy == "bf16" else 4
     while (
@@ -395,7 +388,7 @@ def columns_schedule(tokens: int, hidden: int, rank: int, policy: str, device: D
     the rows (every `splits`-th tile), keeps its weights and its sums in registers, and writes the sums to a slab.
     The parts are chosen so that the programs, those of daᵀ h among them, fill the multiprocessors in whole waves."""
     block_r = padded_rank(rank)
-    block_n, block_d, warps, stages = _backward_tile("columns", hidden, block_r, policy, device.gpu)
+    block_n, block_d, warps, stages = _backward_tile("columns", hidden, block_r, policy, device)
     blocks, tiles = ceil_div(hidden, block_d), ceil_div(tokens, block_n)
     a_part = blocks + (ceil_div(block_r, CROSS_RANK) ** 2 if rank else 0)
     at_once = 8 // warps * device.multiprocessors  # what the registers of a multiprocessor hold: eight warps

@@ -91,9 +91,12 @@ def test_the_hidden_state_moves_in_128_bit_accesses(compiled):
     # AMD's compiler stores the result of a matrix product as the matrix units leave it: 64 bits a lane.
     assert_none([row for row in amd if not row["stores_64"] + row["stores_128"]])
     assert_none([row for row in nvidia if not row["stores_128"]])
-    # Beside the hidden state a kernel stores fp32: `a` and sums, of which one is too small for 128 bits, or rows of a
-    # rank that is no multiple of four.
-    assert_none([row for row in nvidia if row["case"][3] % 4 == 0 and row["global_stores"] > row["stores_128"] + 1])
+    # Beside the hidden state a kernel stores fp32: `a` and sums, of which some (in the columns kernel daᵀ h, and one
+    # number a rank and a column) are too small for 128 bits, or rows of a rank that is no multiple of four.
+    small = {row["kernel"]: 3 if row["kernel"] == BACKWARD[1] else 1 for row in nvidia}
+    assert_none(
+        [r for r in nvidia if r["case"][3] % 4 == 0 and r["global_stores"] > r["stores_128"] + small[r["kernel"]]]
+    )
     # Parameters and sums are fp32, and theirs may be the 128 bits counted; nothing but a hidden state has 16.
     assert_none([row for row in rows if row["loads_16"] or row["stores_16"]])
     # A tile of fewer than 16 bytes a thread would move in narrower accesses.
