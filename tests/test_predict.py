@@ -96,6 +96,7 @@ def test_walk_takes_the_branch_that_leads_to_a_loop():
     lines = ("@!P3 BRA 0x20", "BRA 0x50", "FADD", "@P0 BRA 0x20", "MOV", "EXIT")
     assert walked(*lines, trips=[2]) == [0, 2, 3, 2, 3, 4, 5]
     assert walked(*lines, trips=[0]) == [0, 1, 5], "a loop without trips is gone around"
+    assert walked("@P3 BRA 0x30", "FADD", "@P0 BRA 0x10", "EXIT", trips=[0]) == [0, 3]
 
 
 def test_walk_refuses_a_loop_that_it_cannot_reach():
