@@ -46,7 +46,7 @@ SHARED_MEMORY |= {"sm_75": 64 << 10, "sm_86": 99 << 10, "sm_89": 99 << 10}
 #: What the kernels do without on the smaller cards, one line each.
 CANNOT = {
     "sm_75": "no tensor cores in Triton since 3.3, no bf16 arithmetic, no tf32, no asynchronous copies, 64 KiB of "
-    "shared memory: kernels compile and are slow; in bf16 they spill. Triton supports sm_80 and later.",
+    "shared memory: kernels compile and are slow. Triton supports sm_80 and later.",
     "sm_86": "99 KiB of shared memory a program (A100: 163), 6 MiB of L2, 48 warps a multiprocessor (A100: 64).",
     "sm_89": "99 KiB of shared memory a program (H100: 227), 48 warps a multiprocessor (H100: 64).",
 }

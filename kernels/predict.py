@@ -143,12 +143,12 @@ def _forward_whole(launch: Launch) -> LaunchWork:
     for columns, weights, again in ((at["BLOCK_D"], "p_down", False), (at["BLOCK_D2"], "p_up", True)):
         states = at.tile_bytes(rows, columns, "p_residual", "p_branch")
         passes.append(Loop(ceil_div(at["D"], columns), states, at.tile_bytes(ranks, columns, weights), again))
-    weights = tiles * _weights_read(at)
+    weights_read = tiles * _weights_read(at)
     return LaunchWork(
         programs,
         (Loop(each, inner=tuple(passes)),),
         tiles / (programs * each),
-        {"p_residual": 2, "p_branch": 2, "p_down": weights, "p_up": weights, "p_up_bias": tiles},
+        {"p_residual": 2, "p_branch": 2, "p_down": weights_read, "p_up": weights_read, "p_up_bias": tiles},
         frozenset({"p_out", "p_a"}),
         in_flight=programs * height * at.row_bytes("p_residual", "p_branch"),
     )

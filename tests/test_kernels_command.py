@@ -88,7 +88,6 @@ def test_the_smaller_targets_say_what_they_cannot_do():
     assert {row["target"] for row in shown["kernels"]} == shown["cannot"].keys() == {"sm_75", "sm_89"}
     turing = [row for row in shown["kernels"] if row["target"] == "sm_75"]
     assert "no tensor cores" in shown["cannot"]["sm_75"] and not any(row["tensor_core"] for row in turing)
-    assert any(row["local_accesses"] for row in turing) == ("in bf16 they spill" in shown["cannot"]["sm_75"])
     assert "no asynchronous copies" in shown["cannot"]["sm_75"] and not any(row["async_copies"] for row in turing)
 
 
