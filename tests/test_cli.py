@@ -124,7 +124,7 @@ def test_doctor_lists_the_kernels_of_every_target(installed):
     rows = re.findall(r"(sm_\d+|gfx\w+)\W+(\w+_kernel)", invoke("doctor").stdout)
     assert {target for target, _ in rows} == {"sm_80", "sm_90", "sm_100", "gfx942"}
     assert {kernel for _, kernel in rows} == {
-        "forward_kernel",
+        "post_block_fwd_kernel",
         "post_block_bwd_rows_kernel",
         "post_block_bwd_columns_kernel",
         "post_block_bwd_finish_kernel",
