@@ -494,19 +494,30 @@ def inspect(
 
 @app.command()
 def kernels(
-    target: Annotated[list[str] | None, typer.Option(help="sm_80, sm_90, sm_100 or gfx942; all if not given.")] = None,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(help="sm_80, sm_90, sm_100, gfx942; or sm_75, sm_86, sm_89. The first four if not given."),
+    ] = None,
     op: Annotated[str, typer.Option(help="The op: post_block.")] = "post_block",
     hidden: Annotated[int, typer.Option(help="d, the hidden state's size.")] = 4096,
     rank: Annotated[int, typer.Option(help="r, 0 to 256; 0 is a vector.")] = 8,
     dtype: Annotated[str, typer.Option(help="Of the hidden state: bfloat16, float16 or float32.")] = "bfloat16",
     tokens: Annotated[list[int] | None, typer.Option(help="N; 4096 and 8 if not given.")] = None,
+    gpu: Annotated[
+        list[str] | None,
+        typer.Option(help="Predict for A100, A100-40GB, H100 or H200; all that have one of the targets if not given."),
+    ] = None,
+    packed: Annotated[
+        bool, typer.Option(help="Weights packed once a pass, as in a patched model; else in fp32, as a call alone.")
+    ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Compile the kernels ahead of time, without a GPU, and show what they use; and the least time of a pass."""
+    """Compile the kernels ahead of time, without a GPU, show what they use, and predict what limits a pass."""
     with _errors_in_one_line():
         from .kernel_table import Request, describe_kernels, print_kernels
 
-        request = Request(op, hidden, rank, dtype, tuple(tokens or (4096, 8)), tuple(target or ()))
+        gpus = tuple(gpu) if gpu else None
+        request = Request(op, hidden, rank, dtype, tuple(tokens or (4096, 8)), tuple(target or ()), gpus, packed)
         description = describe_kernels(request)
         if as_json:
             typer.echo(json.dumps(description, indent=2))

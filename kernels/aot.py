@@ -12,7 +12,7 @@ import functools
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,15 +22,18 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .contract import Needs
+from .contract import Needs, Packed
 from .grouped import post_block_grouped
 from .launch import Launch, recorded
-from .numerics import INTERPRETED
+from .numerics import INTERPRETED, operand_dtype
 from .orthogonal import _triton_basis, _triton_project
 from .post_block import _triton_backward, _triton_forward
-from .schedule import TARGETS, Device, ceil_div
+from .schedule import SMALLER_TARGETS, TARGETS, Device, ceil_div, padded_rank
 
 _GPU_TARGETS = {
+    "sm_75": GPUTarget("cuda", 75, 32),
+    "sm_86": GPUTarget("cuda", 86, 32),
+    "sm_89": GPUTarget("cuda", 89, 32),
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
@@ -38,11 +41,21 @@ _GPU_TARGETS = {
 }
 #: The largest shared memory of one program, in bytes.
 SHARED_MEMORY = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+SHARED_MEMORY |= {"sm_75": 64 << 10, "sm_86": 99 << 10, "sm_89": 99 << 10}
+
+#: What the kernels do without on the smaller cards, one line each.
+CANNOT = {
+    "sm_75": "no tensor cores in Triton since 3.3, no bf16 arithmetic, no tf32, no asynchronous copies, 64 KiB of "
+    "shared memory: kernels compile and are slow. Triton supports sm_80 and later.",
+    "sm_86": "99 KiB of shared memory a program (A100: 163), 6 MiB of L2, 48 warps a multiprocessor (A100: 64).",
+    "sm_89": "99 KiB of shared memory a program (H100: 227), 48 warps a multiprocessor (H100: 64).",
+}
 
 #: GPUs by name: the target that their kernels are compiled for, and the bandwidth of their device memory in bytes a
-#: second, as their datasheets give it (A100 80 GB SXM, H100 SXM, H200 SXM). No kernel reaches all of it.
+#: second, as their datasheets give it (A100 SXM with 80 GB and with 40, H100 SXM, H200 SXM). No kernel reaches all.
 GPUS: dict[str, tuple[str, float]] = {
     "A100": ("sm_80", 2.039e12),
+    "A100-40GB": ("sm_80", 1.555e12),
     "H100": ("sm_90", 3.35e12),
     "H200": ("sm_90", 4.8e12),
 }
@@ -56,7 +69,10 @@ _POINTERS |= {torch.int32: "*i32", torch.int64: "*i64"}
 
 @dataclass(frozen=True)
 class Case:
-    """A call of the op: N tokens, hidden size d, rank r, dtype of the hidden state, and its optional operands."""
+    """A call of the op: N tokens, hidden size d, rank r, dtype of the hidden state, and its optional operands.
+
+    packed: whether the kernels get the weights packed once for a pass of the model, or read the parameters.
+    """
 
     tokens: int
     hidden: int
@@ -68,6 +84,7 @@ class Case:
     scale_on_device: bool = False
     nested: bool = False
     branch: bool = True
+    packed: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,10 +119,14 @@ class Resources:
     local_accesses: int
 
 
+#: Every target that kernels can be compiled for.
+ALL_TARGETS = TARGETS | SMALLER_TARGETS
+
+
 def _device(target: str) -> Device:
-    if target not in TARGETS:
-        raise ValueError(f"target is {target!r}; expected one of {', '.join(TARGETS)}")
-    return TARGETS[target]
+    if target not in ALL_TARGETS:
+        raise ValueError(f"target is {target!r}; expected one of {', '.join(ALL_TARGETS)}")
+    return ALL_TARGETS[target]
 
 
 def record_passes(case: Case, target: str) -> dict[str, list[Launch]]:
@@ -132,15 +153,19 @@ def record_passes(case: Case, target: str) -> dict[str, list[Launch]]:
     gain = empty(case.tokens) if case.gain else None
     scale = empty() if case.scale_on_device else 1.0
     branch = hidden_state() if case.branch else None
+    packed = None
+    if case.packed and low_rank:
+        shape, dtype = (padded_rank(case.rank), case.hidden), operand_dtype(case.dtype, device.gpu, case.rank)
+        packed = Packed(empty(*shape, dtype=dtype), empty(*shape, dtype=dtype))
     needs = Needs(
         True, low_rank, low_rank, down_bias is not None, up_bias is not None, case.gain or case.scale_on_device
     )
     with recorded(device) as forward:
         out, a = _triton_forward(
-            hidden_state(), branch, down, up, down_bias, up_bias, gain, scale, case.activation, low_rank
+            hidden_state(), branch, down, up, down_bias, up_bias, gain, scale, case.activation, low_rank, packed
         )
     with recorded(device) as backward:
-        _triton_backward(hidden_state(), out, a, down, up, up_bias, gain, scale, case.activation, needs)
+        _triton_backward(hidden_state(), out, a, down, up, up_bias, gain, scale, case.activation, needs, packed)
     return {"forward": forward, "backward": backward}
 
 
@@ -252,15 +277,15 @@ def _number(pattern: str, text: str) -> int:
     return int(found.group(1))
 
 
-def _read_nvidia(cubin: bytes) -> dict[str, int]:
+def _cuobjdump(cubin: bytes, flag: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage, sass = (
-            subprocess.run([_tool("cuobjdump"), flag, file.name], capture_output=True, text=True, check=True).stdout
-            for flag in ("-res-usage", "-sass")
-        )
+        command = [_tool("cuobjdump"), flag, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
+
+def _read_nvidia(usage: str, sass: str) -> dict[str, int]:
     def count(pattern: str) -> int:
         return len(re.findall(rf"\s{pattern}", sass))
 
@@ -325,6 +350,9 @@ class _Multiprocessor:
 
 
 _MULTIPROCESSORS = {
+    "sm_75": _Multiprocessor(4, 32, 16, 512, 8, 64 << 10, 256, 0),
+    "sm_86": _Multiprocessor(4, 48, 16, 512, 8, 100 << 10, 128, 1 << 10),
+    "sm_89": _Multiprocessor(4, 48, 24, 512, 8, 100 << 10, 128, 1 << 10),
     "sm_80": _Multiprocessor(4, 64, 32, 512, 8, 164 << 10, 128, 1 << 10),
     "sm_90": _Multiprocessor(4, 64, 32, 512, 8, 228 << 10, 128, 1 << 10),
     "sm_100": _Multiprocessor(4, 64, 32, 512, 8, 228 << 10, 128, 1 << 10),
@@ -335,12 +363,20 @@ _MULTIPROCESSORS = {
 def occupancy(target: str, registers: int, shared: int, num_warps: int) -> float:
     """Resident warps of a multiprocessor as a share of the most it can hold, for programs of `num_warps` warps that use
     `registers` a thread and `shared` bytes each. 0 if not one program fits."""
+    return _resident(target, registers, shared, num_warps) * num_warps / _MULTIPROCESSORS[target].warps
+
+
+def resident_programs(used: Resources) -> int:
+    """The most programs of a kernel that one multiprocessor holds at a time; 0 if not one fits."""
+    return _resident(used.target, used.registers, used.shared, used.num_warps)
+
+
+def _resident(target: str, registers: int, shared: int, num_warps: int) -> int:
     limits = _MULTIPROCESSORS[target]
     per_scheduler = limits.registers // max(limits.granule, ceil_div(registers, limits.granule) * limits.granule)
     warps = min(limits.warps, per_scheduler * limits.schedulers)
     taken = ceil_div(shared + limits.reserved, limits.shared_granule) * limits.shared_granule
-    programs = min(warps // num_warps, limits.programs, limits.shared // taken if taken else limits.programs)
-    return programs * num_warps / limits.warps
+    return min(warps // num_warps, limits.programs, limits.shared // taken if taken else limits.programs)
 
 
 @dataclass(frozen=True)
@@ -361,17 +397,21 @@ def compilation(launch: Launch, target: str) -> Compilation:
 
 
 @functools.cache
-def _compile(job: Compilation) -> Resources:
+def _compile(job: Compilation) -> tuple[Resources, str]:
+    """What the kernel uses, and its code as the target's assembly."""
     compiled = triton.compile(
         job.source,
         target=_GPU_TARGETS[job.target],
         options={"num_warps": job.num_warps, "num_stages": job.num_stages},
     )
-    amd = job.target.startswith("gfx")
-    read: Callable[[Any], dict[str, int]] = _read_amd if amd else _read_nvidia
-    numbers = read(compiled.asm["amdgcn" if amd else "cubin"])
+    if job.target.startswith("gfx"):
+        assembly = compiled.asm["amdgcn"]
+        numbers = _read_amd(assembly)
+    else:
+        assembly = _cuobjdump(compiled.asm["cubin"], "-sass")
+        numbers = _read_nvidia(_cuobjdump(compiled.asm["cubin"], "-res-usage"), assembly)
     shared = compiled.metadata.shared
-    return Resources(
+    resources = Resources(
         job.source.fn.__name__,
         job.target,
         shared=shared,
@@ -379,6 +419,13 @@ def _compile(job: Compilation) -> Resources:
         occupancy=occupancy(job.target, numbers["registers"], shared, job.num_warps),
         **numbers,
     )
+    return resources, assembly
+
+
+def _compiled(launch: Launch, target: str) -> tuple[Resources, str]:
+    if INTERPRETED:
+        raise RuntimeError("TRITON_INTERPRET is set, so kernels cannot be compiled; expected it unset")
+    return _compile(compilation(launch, target))
 
 
 def compile_launch(launch: Launch, target: str) -> Resources:
@@ -387,6 +434,13 @@ def compile_launch(launch: Launch, target: str) -> Resources:
     Raises:
         RuntimeError: kernels are interpreted here (TRITON_INTERPRET), or the compiler's report is unreadable.
     """
-    if INTERPRETED:
-        raise RuntimeError("TRITON_INTERPRET is set, so kernels cannot be compiled; expected it unset")
-    return _compile(compilation(launch, target))
+    return _compiled(launch, target)[0]
+
+
+def disassemble(launch: Launch, target: str) -> str:
+    """The code of one recorded launch for `target`, as its assembly: SASS with its encoding, or AMD's.
+
+    Raises:
+        RuntimeError: as `compile_launch`.
+    """
+    return _compiled(launch, target)[1]

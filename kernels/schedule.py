@@ -31,7 +31,8 @@ def next_power_of_2(n: int) -> int:
 
 @dataclass(frozen=True)
 class Device:
-    """What a schedule has to know of a device. `gpu` is Triton's name of the vendor; `l2` is in bytes."""
+    """What a schedule has to know of a device. `gpu` is Triton's name of the vendor, or "cuda7" for NVIDIA's GPUs
+    before sm_80, which have no tf32; `l2` is in bytes."""
 
     gpu: str
     multiprocessors: int
@@ -44,6 +45,13 @@ TARGETS: dict[str, Device] = {
     "sm_90": Device("cuda", 132, 50 << 20),  # H100
     "sm_100": Device("cuda", 148, 126 << 20),  # B200
     "gfx942": Device("hip", 304, 256 << 20),  # MI300X; its memory-side Infinity Cache plays L2's part here
+}
+
+#: Smaller cards that kernels are compiled for too, without a promise of speed: `aot.CANNOT` says what they lack.
+SMALLER_TARGETS: dict[str, Device] = {
+    "sm_75": Device("cuda7", 40, 4 << 20),  # T4
+    "sm_86": Device("cuda", 82, 6 << 20),  # RTX 3090
+    "sm_89": Device("cuda", 128, 72 << 20),  # RTX 4090
 }
 
 #: For the interpreter: small, so that tiles are walked and columns are split at test sizes too.
@@ -60,7 +68,7 @@ def describe_device(device: torch.device) -> Device:
     """The description of a PyTorch device."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        gpu = "hip" if torch.version.hip else "cuda"
+        gpu = "hip" if torch.version.hip else "cuda" if properties.major >= 8 else "cuda7"
         # ROCm reports one die's L2, of 4 MiB; see TARGETS.
         l2 = TARGETS["gfx942"].l2 if gpu == "hip" else properties.L2_cache_size
         return Device(gpu, properties.multi_processor_count, l2)

@@ -189,6 +189,9 @@ def test_the_time_floor_is_bytes_over_bandwidth():
         ("sm_90", 40, 113 << 10, 8, 16 / 64),  # twice 114 KiB of 228
         ("sm_90", 40, (113 << 10) + 1, 8, 8 / 64),
         ("sm_90", 40, 228 << 10, 8, 0),
+        ("sm_75", 128, 48 << 10, 4, 4 / 32),  # one of 64 KiB
+        ("sm_89", 64, 0, 4, 32 / 48),
+        ("sm_86", 40, 49 << 10, 4, 8 / 48),  # twice 50 KiB of 100
         ("gfx942", 142, 16 << 10, 4, 12 / 32),
         ("gfx942", 64, 0, 4, 32 / 32),
         ("gfx942", 64, 33 << 10, 4, 4 / 32),
@@ -199,9 +202,11 @@ def test_occupancy(target, registers, shared, warps, expected):
 
 
 def test_bad_input_is_one_clear_line(monkeypatch):
-    with pytest.raises(ValueError, match="target is 'sm_70'; expected one of sm_80, sm_90, sm_100, gfx942"):
+    with pytest.raises(
+        ValueError, match="target is 'sm_70'; expected one of sm_80, sm_90, sm_100, gfx942, sm_75, sm_86, sm_89"
+    ):
         record(Case(8, 64, 8), "sm_70")
-    with pytest.raises(ValueError, match="gpu is 'T4'; expected one of A100, H100, H200"):
+    with pytest.raises(ValueError, match="gpu is 'T4'; expected one of A100, A100-40GB, H100, H200"):
         time_floor([], "T4")
     monkeypatch.setattr("fused_steer.kernels.aot.INTERPRETED", True)
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET is set.*expected it unset"):

@@ -1,0 +1,56 @@
+"""Counts what the budgets of the kernels are about, in a process of its own, where kernels are not interpreted.
+
+Reads a JSON list of [target, hidden, rank, tokens] from standard input, in bfloat16 with packed weights. Prints a JSON
+line for each launch. Cases of one target and rank, which share kernels, are one job.
+"""
+
+import json
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from itertools import groupby
+
+from fused_steer.kernels.aot import SHARED_MEMORY, Case, compile_launch, record_passes
+from fused_steer.kernels.predict import (
+    CLOCKS,
+    async_loads,
+    busy_seconds,
+    compiled_program,
+    fill,
+    l2_bytes,
+    memory_bytes,
+    work,
+)
+
+
+def describe(case: list) -> list[dict]:
+    target, hidden, rank, tokens = case
+    rows = []
+    for name, launches in record_passes(Case(tokens, hidden, rank, packed=True), target).items():
+        for launch, moved in zip(launches, memory_bytes(launches, target), strict=True):
+            used = compile_launch(launch, target)
+            row = {"target": target, "hidden": hidden, "rank": rank, "tokens": tokens, "pass": name}
+            row |= {"kernel": used.kernel, "grid": launch.grid, "fits": used.shared <= SHARED_MEMORY[target]}
+            row |= {"l2": l2_bytes(launch), "memory": moved, "fill": fill(launch, target)}
+            row["series"] = work(launch).series
+            if target in CLOCKS:
+                row["busy"] = busy_seconds(launch, target)
+                row["loops"] = async_loads(launch, target)
+                program = compiled_program(launch, target)
+                loops = [loop for loop, _ in program.innermost]
+                row["loads"] = [(loop.described.states, loop.described.others) for loop in loops]
+                row["loaded"] = [program.loaded(loop) for loop in loops]
+            rows.append(row)
+    return rows
+
+
+def describe_all(cases: list[list]) -> list[dict]:
+    return [row for case in cases for row in describe(case)]
+
+
+if __name__ == "__main__":
+    cases = sorted(json.load(sys.stdin), key=lambda case: (case[0], case[2]))
+    jobs = [list(group) for _, group in groupby(cases, key=lambda case: (case[0], case[2]))]
+    with ProcessPoolExecutor(int(sys.argv[1])) as pool:
+        for rows in pool.map(describe_all, jobs):
+            for row in rows:
+                print(json.dumps(row))
