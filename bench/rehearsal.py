@@ -31,19 +31,20 @@ OVER = ("bench.stub", "-m", "bench.checkout", "-p", "bench.stub.pretence")
 
 
 def smaller(case: Any) -> Any:
-    """The same kind of case on a size that a CPU does in milliseconds."""
+    """The same kind of case on one of few sizes that a CPU does in milliseconds."""
     if isinstance(case, OpCase):
-        return dataclasses.replace(case, tokens=min(case.tokens, 40), hidden=case.hidden // 16)
+        return dataclasses.replace(case, tokens=8 if case.tokens <= 8 else 40, hidden=72 if case.hidden % 1024 else 128)
     if isinstance(case, GroupedCase):
-        tokens = min(case.tokens, 300 if case.prefill else 16)
-        return dataclasses.replace(case, tokens=tokens, hidden=128, adapters=min(case.adapters, 4, tokens))
+        tokens = 300 if case.prefill else 16
+        return dataclasses.replace(case, tokens=tokens, hidden=128, adapters=min(case.adapters, 4))
     if isinstance(case, ProjectionCase):
         return dataclasses.replace(case, layers=2, hidden=128)
     if isinstance(case, ModelCase):
         return dataclasses.replace(case, layers=min(case.layers, 1), batch=min(case.batch, 2), length=16)
     if isinstance(case, ServeCase):
-        batch = min(case.batch, 4)
-        return dataclasses.replace(case, batch=batch, length=16, adapters=min(case.adapters, batch))
+        return dataclasses.replace(
+            case, batch=min(case.batch, 4), length=16, adapters=min(case.adapters, 2, case.batch)
+        )
     assert isinstance(case, HostCase), case
     return case
 
@@ -89,12 +90,12 @@ def one_of_each(steps: Sequence[gpu.Step]) -> list[gpu.Step]:
     return list(kinds.values())
 
 
-def run_step(step: gpu.Step, device: torch.device) -> list[Row]:
-    """The rows of the step on a smaller size, under the size that it has."""
-    rows = dataclasses.replace(step, case=smaller(step.case)).run(device, rounds=1)
-    for row in rows:
-        row.case = asdict(step.case)
-    return rows
+def run_step(step: gpu.Step, device: torch.device, ran: dict[Any, list[Row]]) -> list[Row]:
+    """The rows of the step on a smaller size, under the size that it has. ran: rows of the smaller sizes so far."""
+    small = dataclasses.replace(step, case=smaller(step.case), title="")
+    if small not in ran:
+        ran[small] = small.run(device, rounds=1)
+    return [dataclasses.replace(row, case=asdict(step.case)) for row in ran[small]]
 
 
 def rehearse(parts: Sequence[str], few: bool = False, say: Callable[[str], None] = print) -> int:
@@ -107,52 +108,58 @@ def rehearse(parts: Sequence[str], few: bool = False, say: Callable[[str], None]
 
     if active() is None:
         os.execv(sys.executable, [sys.executable, "-m", "bench.stub", "-m", "bench.gpu", *sys.argv[1:]])
-    from .stub.pretence import NAME, pretend
-
-    pretend()
-    shrink_geometries()
-    let_numbers_pass()
-    device = torch.device("cuda", 0)
-    results = Results(describe_machine(device) | {"kind": NAME})
-    problems: list[str] = []
     say("a rehearsal: no kernel runs, nothing is measured, nothing is written where results go")
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "rehearsal.json"
-        if "measure" in parts:
-            problems += rehearse_steps(results, device, file, few, say)
-        if "tests" in parts:
-            problems += rehearse_tests(few, say)
+    problems: list[str] = []
+    if "measure" in parts:
+        prepare()
+        every = gpu.all_steps()
+        problems += rehearse_steps(one_of_each(every) if few else every, say)
+    if "tests" in parts:
+        problems += rehearse_tests(few, say)
     for problem in problems:
         say(f"  {problem}")
     say(f"rehearsal: {len(problems)} problems" if problems else "rehearsal: no problems")
     return 1 if problems else 0
 
 
-def rehearse_steps(
-    results: Results, device: torch.device, file: Path, few: bool, say: Callable[[str], None]
-) -> list[str]:
-    """Every step, and what is made of results. What went wrong, in words."""
+def prepare() -> None:
+    """Make this process one of a rehearsal, for good. The stub driver is active in it."""
+    from .stub.pretence import pretend
+
+    pretend()
+    shrink_geometries()
+    let_numbers_pass()
+    counted = smaller(OpCase(*gpu.COUNTED))
+    gpu.COUNTED = (counted.tokens, counted.hidden)
+
+
+def rehearse_steps(steps: Sequence[gpu.Step], say: Callable[[str], None]) -> list[str]:
+    """The steps, and what is made of their results. What went wrong, in words."""
     from . import report, timing
     from .contenders import absent
+    from .stub.pretence import NAME
 
-    gpu.COUNTED = (smaller(OpCase(*gpu.COUNTED)).tokens, smaller(OpCase(*gpu.COUNTED)).hidden)
-    results.absent = absent()
-    results.bandwidth = timing.copy_bandwidth(device, 1 << 20)
-    every = gpu.all_steps(counted=False)
-    steps = one_of_each(every) if few else every
+    device = torch.device("cuda", 0)
+    results = Results(describe_machine(device) | {"kind": NAME}, absent=absent())
     said: list[str] = []
+    ran: dict[Any, list[Row]] = {}
     begin = time.monotonic()
+    try:
+        results.bandwidth = timing.copy_bandwidth(device, 1 << 20)
+    except Exception as error:  # the rehearsal goes on, too
+        said.append(f"bandwidth of a copy: {levels.in_words(error)}")
 
     for number, step in enumerate(steps):
         try:
-            for row in run_step(step, device):
+            for row in run_step(step, device, ran):
                 results.put(row)
                 unseen = row.status == "ok" or row.status.startswith("not run:") or row.level == "accuracy"
                 if not unseen:
                     said.append(f"{step.title}: {row.contender} {row.status}")
-        except Exception as error:  # the rehearsal goes on, too
+            levels.release(device)
+        except Exception as error:
             said.append(f"{step.title}: {levels.in_words(error)}")
-        if few or number % 50 == 0:
+        if len(steps) < 50 or number % 50 == 0:
             say(f"{time.monotonic() - begin:6.1f} s  step {number + 1} of {len(steps)}: {step.title}")
     for what in ("forward", "backward"):  # what ncu would run, which is not here to run it
         counters.main(json.dumps(asdict(OpCase(8, 64))), what)
@@ -160,11 +167,14 @@ def rehearse_steps(
     for goal in GOALS:
         goal.measure(results)
     list(gpu.goal_lines(results))
-    # The report of such results, which it takes for no GPU's unless they say that they are.
-    Results(results.machine | {"kind": "gpu"}, results.bandwidth, results.absent, None, results.rows).save(file)
-    report.benchmarks_text(report.read_runs(file.parent))
-    say(f"{len(steps)} of {len(every)} steps, {len(results.rows)} rows")
-    return said
+    # The report reads results of a GPU: for it alone these are such, in a folder that goes again.
+    with tempfile.TemporaryDirectory() as folder:
+        Results(results.machine | {"kind": "gpu"}, results.bandwidth, results.absent, None, results.rows).save(
+            Path(folder) / "rehearsal.json"
+        )
+        report.benchmarks_text(report.read_runs(Path(folder)))
+    say(f"{len(steps)} steps on {len(ran)} small sizes, {len(results.rows)} rows")
+    return list(dict.fromkeys(said))
 
 
 def rehearse_tests(few: bool, say: Callable[[str], None]) -> list[str]:
