@@ -300,13 +300,18 @@ def measure(
     rounds: int | None = None,
     say: Callable[[str], None] = print,
 ) -> int:
-    """Run the steps that `results` lacks, saving after each; the number of those for which there was no time."""
+    """Run the steps that `results` lacks, saving after each; the number of those for which there was no time. A step
+    that fails has rows that say so, and the run goes on."""
     pending = [step for step in steps if not step.is_done(results)]
     for number, step in enumerate(pending):
         if time_left() < LONGEST_STEP:
             return len(pending) - number
         begin = time.monotonic()
-        rows = step.run(device, rounds)
+        try:
+            rows = step.run(device, rounds)
+        except Exception as error:  # time on a GPU is dear: the others are measured
+            status = levels.in_words(error)
+            rows = [Row(step.level, step.what, name, asdict(step.case), status=status) for name in step.names]
         levels.release(device)
         _check_alive(device, step)
         for row in rows:

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -90,12 +90,16 @@ def one_of_each(steps: Sequence[gpu.Step]) -> list[gpu.Step]:
     return list(kinds.values())
 
 
-def run_step(step: gpu.Step, device: torch.device, ran: dict[Any, list[Row]]) -> list[Row]:
-    """The rows of the step on a smaller size, under the size that it has. ran: rows of the smaller sizes so far."""
-    small = dataclasses.replace(step, case=smaller(step.case), title="")
-    if small not in ran:
-        ran[small] = small.run(device, rounds=1)
-    return [dataclasses.replace(row, case=asdict(step.case)) for row in ran[small]]
+class Rehearsed(gpu.Step):
+    """A step on a smaller size, with rows under the size that it has."""
+
+    ran: ClassVar[dict[gpu.Step, list[Row]]] = {}  # of each smaller size, in this process
+
+    def run(self, device: torch.device, rounds: int | None) -> list[Row]:
+        small = gpu.Step("", self.level, self.what, smaller(self.case), self.names)
+        if small not in self.ran:
+            self.ran[small] = small.run(device, rounds)
+        return [dataclasses.replace(row, case=asdict(self.case)) for row in self.ran[small]]
 
 
 def rehearse(parts: Sequence[str], few: bool = False, say: Callable[[str], None] = print) -> int:
@@ -141,26 +145,16 @@ def rehearse_steps(steps: Sequence[gpu.Step], say: Callable[[str], None]) -> lis
 
     device = torch.device("cuda", 0)
     results = Results(describe_machine(device) | {"kind": NAME}, absent=absent())
-    said: list[str] = []
-    ran: dict[Any, list[Row]] = {}
-    begin = time.monotonic()
-    try:
-        results.bandwidth = timing.copy_bandwidth(device, 1 << 20)
-    except Exception as error:  # the rehearsal goes on, too
-        said.append(f"bandwidth of a copy: {levels.in_words(error)}")
+    results.bandwidth = timing.copy_bandwidth(device, 1 << 20)
+    lines: list[str] = []
 
-    for number, step in enumerate(steps):
-        try:
-            for row in run_step(step, device, ran):
-                results.put(row)
-                unseen = row.status == "ok" or row.status.startswith("not run:") or row.level == "accuracy"
-                if not unseen:
-                    said.append(f"{step.title}: {row.contender} {row.status}")
-            levels.release(device)
-        except Exception as error:
-            said.append(f"{step.title}: {levels.in_words(error)}")
-        if len(steps) < 50 or number % 50 == 0:
-            say(f"{time.monotonic() - begin:6.1f} s  step {number + 1} of {len(steps)}: {step.title}")
+    def progress(line: str) -> None:
+        lines.append(line)
+        if len(steps) < 50 or len(lines) % 50 == 0:
+            say(f"step {len(lines)} of {len(steps)}: {line}")
+
+    rehearsed = [Rehearsed(step.title, step.level, step.what, step.case, step.names) for step in steps]
+    gpu.measure(results, rehearsed, device, lambda: None, lambda: math.inf, 1, progress)
     for what in ("forward", "backward"):  # what ncu would run, which is not here to run it
         counters.main(json.dumps(asdict(OpCase(8, 64))), what)
         counters.command(OpCase(8, 64), what)
@@ -173,8 +167,13 @@ def rehearse_steps(steps: Sequence[gpu.Step], say: Callable[[str], None]) -> lis
             Path(folder) / "rehearsal.json"
         )
         report.benchmarks_text(report.read_runs(Path(folder)))
-    say(f"{len(steps)} steps on {len(ran)} small sizes, {len(results.rows)} rows")
-    return list(dict.fromkeys(said))
+    say(f"{len(steps)} steps on {len(Rehearsed.ran)} small sizes, {len(results.rows)} rows")
+    return [
+        f"{row.level} {row.what}, {row.contender}, {row.case}: {row.status}"
+        for row in results.rows
+        if row.status != "ok" and not row.status.startswith("not run:")
+        if not (row.level == "accuracy" and row.status.startswith("wrong:"))
+    ]
 
 
 def rehearse_tests(few: bool, say: Callable[[str], None]) -> list[str]:
