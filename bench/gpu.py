@@ -235,9 +235,8 @@ def run_gpu_tests(which: str, seconds: float, over: Sequence[str] = ("bench.chec
         output, code = expired.stdout or b"", None
         output = output.decode(errors="replace") if isinstance(output, bytes) else output
     failed = re.findall(r"^(?:FAILED|ERROR) (.*)$", output, re.MULTILINE)
-    counts = {
-        name: int(number) for number, name in re.findall(r"(\d+) (passed|failed|skipped|error|xfailed)", output[-400:])
-    }
+    found = re.findall(rf"(\d+) ({'|'.join(COUNTS)})", output[-400:])
+    counts = {name: int(number) for number, name in found}
     return {
         "exit": code,  # None: the time was up
         **counts,
