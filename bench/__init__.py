@@ -13,6 +13,7 @@
     counters.py     the L2 hit rate and stall reasons of our kernels, by ncu
     goals.py        what is to be reached, computed from results
     gpu.py          `python -m bench.gpu`: everything on one GPU, most important first
+    rehearsal.py    `python -m bench.gpu --rehearse`: all of it over the stub driver, so that no name is misspelt
     report.py       `python -m bench.report`: results as tables and plots
     stub/           a CUDA driver that does nothing: the kernels' host side without a GPU
     joint.py        `python -m bench.joint`: what is learnt by LoRA, by steering and by both, on a CPU

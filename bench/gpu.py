@@ -46,7 +46,7 @@ from .results import Results, Row, describe_machine, file_name, source_fingerpri
 from .serving import SERVE_CONTENDERS, SERVE_RUNS, measure_serving
 
 PARTS = ("tests", "measure")
-COUNTS = ("passed", "failed", "error", "skipped")
+COUNTS = ("passed", "failed", "error", "skipped", "xfailed")
 COUNTED = (4096, 4096)  # the tokens and width of which launches are counted: the other sizes launch alike
 LONGEST_STEP = 45.0  # seconds that have to be left for another step to begin
 
@@ -211,10 +211,11 @@ TEST_GROUPS = {
 }
 
 
-def run_gpu_tests(which: str, seconds: float) -> dict[str, Any]:
-    """A group of the gpu tests in a process of its own: its counts and failures, with the end of its output."""
+def run_gpu_tests(which: str, seconds: float, over: Sequence[str] = ("bench.checkout",)) -> dict[str, Any]:
+    """A group of the gpu tests in a process of its own: its counts and failures, with the end of its output. over: the
+    module that runs pytest, and options of its own."""
     options = ["-m", "gpu", "-k", which, "-q", "--maxfail=20", "-p", "no:cacheprovider"]
-    command = [sys.executable, "-m", "bench.checkout", *options]
+    command = [sys.executable, "-m", *over, *options]
     if importlib.util.find_spec("xdist") is not None:
         command += ["-n", str(min(8, os.cpu_count() or 1))]  # compiling takes most of the time
     begin = time.monotonic()
@@ -234,7 +235,8 @@ def run_gpu_tests(which: str, seconds: float) -> dict[str, Any]:
         output, code = expired.stdout or b"", None
         output = output.decode(errors="replace") if isinstance(output, bytes) else output
     failed = re.findall(r"^(?:FAILED|ERROR) (.*)$", output, re.MULTILINE)
-    counts = {name: int(number) for number, name in re.findall(r"(\d+) (passed|failed|skipped|error)", output[-400:])}
+    found = re.findall(rf"(\d+) ({'|'.join(COUNTS)})", output[-400:])
+    counts = {name: int(number) for number, name in found}
     return {
         "exit": code,  # None: the time was up
         **counts,
@@ -297,13 +299,18 @@ def measure(
     rounds: int | None = None,
     say: Callable[[str], None] = print,
 ) -> int:
-    """Run the steps that `results` lacks, saving after each; the number of those for which there was no time."""
+    """Run the steps that `results` lacks, saving after each; the number of those for which there was no time. A step
+    that fails has rows that say so, and the run goes on."""
     pending = [step for step in steps if not step.is_done(results)]
     for number, step in enumerate(pending):
         if time_left() < LONGEST_STEP:
             return len(pending) - number
         begin = time.monotonic()
-        rows = step.run(device, rounds)
+        try:
+            rows = step.run(device, rounds)
+        except Exception as error:  # time on a GPU is dear: the others are measured
+            status = levels.in_words(error)
+            rows = [Row(step.level, step.what, name, asdict(step.case), status=status) for name in step.names]
         levels.release(device)
         _check_alive(device, step)
         for row in rows:
@@ -360,14 +367,21 @@ def _device(smoke: bool) -> torch.device:
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Directory for the results file.")],
+    out: Annotated[Path | None, typer.Option(help="Directory for the results file.")] = None,
     minutes: Annotated[float, typer.Option(help="For measurements; the same command goes on from there.")] = 9.0,
     test_minutes: Annotated[float, typer.Option(help="For the gpu tests, which are no part of the other.")] = 9.0,
     part: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(PARTS)}; both without.")] = None,
     smoke: Annotated[bool, typer.Option(help="Small sizes only, on a CPU too: does the run work?")] = False,
+    rehearse: Annotated[
+        bool, typer.Option(help="All of it without a GPU, over a driver that does nothing; no figure, no file.")
+    ] = False,
 ) -> None:
     """Test and measure everything on this machine's GPU, most telling first, and judge the goals."""
     parts = part or list(PARTS)
+    if rehearse and not set(parts) - set(PARTS) and out is None:
+        from .rehearsal import rehearse as run_rehearsal
+
+        raise typer.Exit(run_rehearsal(parts, few=smoke))
     try:
         for name, value in (("minutes", minutes), ("test-minutes", test_minutes)):
             if not value > 0:
@@ -375,6 +389,10 @@ def main(
         for name in parts:
             if name not in PARTS:
                 raise ValueError(f"part is {name!r}; expected one of {', '.join(PARTS)}")
+        if rehearse:
+            raise ValueError(f"out is {str(out)!r}; expected none, as a rehearsal writes no results")
+        if out is None:
+            raise ValueError("out is missing; expected a directory for the results file")
         if out.exists() and not out.is_dir():
             raise ValueError(f"out is {str(out)!r}, a file; expected a directory")
         device = _device(smoke)

@@ -7,6 +7,7 @@ import os
 import torch
 from fused_steer.kernels import select_backend
 
+from bench import gpu, rehearsal
 from bench.geometries import HostCase
 from bench.host import measure_host
 from bench.stub import arm
@@ -14,6 +15,10 @@ from fused_steer import post_block
 
 stub = arm()
 D, R, LAYERS = 512, 8, 3
+REHEARSED = {
+    ("accuracy", "error"), ("op", "forward"), ("op", "backward"), ("host", "call"), ("grouped", "forward"),
+    ("projection", "step"), ("model", "decode"),
+}  # fmt: skip
 down, up = torch.randn(R, D), torch.randn(D, R)
 
 
@@ -39,6 +44,19 @@ def refused(call) -> str:
     return ""
 
 
+def rehearsed() -> dict:
+    """Last, as it changes the process: one cheap step of each level; then one whose code has a wrong name in it."""
+    rehearsal.prepare()
+    steps = [s for s in rehearsal.one_of_each(gpu.all_steps()) if (s.level, s.what) in REHEARSED]
+    said: list[str] = []
+    found = {"steps": len(steps), "problems": rehearsal.rehearse_steps(steps, said.append)}
+    found["cuda"] = torch.cuda.is_available() and torch.zeros(1, device="cuda").device.type
+    del torch.profiler.profile  # the first step counts launches by it
+    rehearsal.Rehearsed.ran.clear()
+    forward = [s for s in steps if (s.level, s.what) == ("op", "forward")]
+    return found | {"said": said, "misspelt": rehearsal.rehearse_steps(forward, said.append)}
+
+
 before = stub.launches
 print(
     json.dumps(
@@ -50,6 +68,7 @@ print(
             "training": launches(64, training=True),
             "counted": stub.launches - before,
             "host": {what: host_rows(what) for what in ("call", "train", "grouped", "compiled")},
+            "rehearsal": rehearsed(),
             "last": refused(lambda: stub.last(1 << 20)),
             "device": refused(lambda: arm("sm_75")),
         }

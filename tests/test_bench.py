@@ -605,6 +605,21 @@ def test_a_run_goes_on_where_it_was_stopped():
     assert len(said) == 2 and len(results.rows) == 6 and [row.samples for row in results.rows[:2]] == first
 
 
+def test_gpu_run_goes_on_after_a_step_that_fails(monkeypatch):
+    steps = [gpu.Step(str(n), "op", "forward", OpCase(n, 64, 4, dtype="float32"), ("fused", "add")) for n in (5, 6)]
+    measured = levels.measure_op
+
+    def fails_first(case, *arguments):
+        if case.tokens == 5:
+            raise TypeError("a wrong argument")
+        return measured(case, *arguments)
+
+    monkeypatch.setattr(levels, "measure_op", fails_first)
+    results = Results(MACHINE)
+    assert gpu.measure(results, steps, CPU, lambda: None, lambda: 1e9, 1, lambda _: None) == 0
+    assert [row.status for row in results.rows] == ["failed: TypeError: a wrong argument"] * 2 + ["ok"] * 2
+
+
 def test_gpu_tests_go_on_with_the_group_where_they_were_stopped(monkeypatch):
     ran, saved, exits = [], [], iter([0, None, 1, 0])
 

@@ -1,0 +1,192 @@
+"""`python -m bench.gpu --rehearse`: a GPU run from start to end without a GPU, so that none fails over a name.
+
+Every step and every gpu test runs over the stub driver, PyTorch pretending to have CUDA: the same code with small
+sizes. No kernel runs, so that what compares numbers is expected to find them wrong, and no time means anything. What
+is looked for is any other failure. Nothing is written where results go.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from . import counters, gpu, grouped, levels, projection, serving
+from .geometries import GEOMETRIES, GroupedCase, HostCase, ModelCase, OpCase, ProjectionCase, ServeCase
+from .goals import GOALS
+from .results import Results, Row, describe_machine
+
+#: Two tests that touch gigabytes; the rest is everything.
+TOO_LARGE = "not past_two_to_the_31"
+OVER = ("bench.stub", "-m", "bench.checkout", "-p", "bench.stub.pretence")
+
+
+def smaller(case: Any) -> Any:
+    """The same kind of case on one of few sizes that a CPU does in milliseconds."""
+    if isinstance(case, OpCase):
+        return dataclasses.replace(case, tokens=8 if case.tokens <= 8 else 40, hidden=72 if case.hidden % 1024 else 128)
+    if isinstance(case, GroupedCase):
+        tokens = 300 if case.prefill else 16
+        return dataclasses.replace(case, tokens=tokens, hidden=128, adapters=min(case.adapters, 4))
+    if isinstance(case, ProjectionCase):
+        return dataclasses.replace(case, layers=2, hidden=128)
+    if isinstance(case, ModelCase):
+        return dataclasses.replace(case, layers=min(case.layers, 1), batch=min(case.batch, 2), length=16)
+    if isinstance(case, ServeCase):
+        return dataclasses.replace(
+            case, batch=min(case.batch, 4), length=16, adapters=min(case.adapters, 2, case.batch)
+        )
+    assert isinstance(case, HostCase), case
+    return case
+
+
+def shrink_geometries() -> None:
+    """Models of the same classes, tiny: for the rest of the process."""
+    for model_type, sizes in GEOMETRIES.values():
+        sizes |= {
+            "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "vocab_size": 128,
+        }  # fmt: skip
+        if "head_dim" in sizes:
+            sizes["head_dim"] = 16
+        if model_type.startswith("gemma"):
+            sizes["layer_types"] = ["sliding_attention", "full_attention"]
+
+
+def let_numbers_pass() -> None:
+    """Checks of contenders run as ever; of their verdicts only `failed` counts, as no kernel has computed anything."""
+
+    def by_name(check: Callable[..., dict[str, str]]) -> Callable[..., dict[str, str]]:
+        return lambda *args, **kwargs: {
+            name: problem for name, problem in check(*args, **kwargs).items() if not problem.startswith("wrong:")
+        }
+
+    def of_one(check: Callable[..., str]) -> Callable[..., str]:
+        def call(*args: Any, **kwargs: Any) -> str:
+            problem = check(*args, **kwargs)
+            return "" if problem.startswith("wrong:") else problem
+
+        return call
+
+    levels.check_op, levels.check_models = by_name(levels.check_op), by_name(levels.check_models)
+    serving.check = by_name(serving.check)
+    grouped.check, projection.check = of_one(grouped.check), of_one(projection.check)
+
+
+def one_of_each(steps: Sequence[gpu.Step]) -> list[gpu.Step]:
+    """The first step of every kind."""
+    kinds: dict[tuple[str, str], gpu.Step] = {}
+    for step in steps:
+        kinds.setdefault((step.level, step.what), step)
+    return list(kinds.values())
+
+
+class Rehearsed(gpu.Step):
+    """A step on a smaller size, with rows under the size that it has."""
+
+    ran: ClassVar[dict[gpu.Step, list[Row]]] = {}  # of each smaller size, in this process
+
+    def run(self, device: torch.device, rounds: int | None) -> list[Row]:
+        small = gpu.Step("", self.level, self.what, smaller(self.case), self.names)
+        if small not in self.ran:
+            self.ran[small] = small.run(device, rounds)
+        return [dataclasses.replace(row, case=asdict(self.case)) for row in self.ran[small]]
+
+
+def rehearse(parts: Sequence[str], few: bool = False, say: Callable[[str], None] = print) -> int:
+    """Rehearse, in a process over the stub driver, which replaces this one where it is none. The exit code: 1 where
+    anything failed that was not a number.
+
+    few: one step of every kind, and the first group of tests cut to one test.
+    """
+    from .stub import active
+
+    if active() is None:
+        os.execv(sys.executable, [sys.executable, "-m", "bench.stub", "-m", "bench.gpu", *sys.argv[1:]])
+    say("a rehearsal: no kernel runs, nothing is measured, nothing is written where results go")
+    problems: list[str] = []
+    if "measure" in parts:
+        prepare()
+        every = gpu.all_steps()
+        problems += rehearse_steps(one_of_each(every) if few else every, say)
+    if "tests" in parts:
+        problems += rehearse_tests(few, say)
+    for problem in problems:
+        say(f"  {problem}")
+    say(f"rehearsal: {len(problems)} problems" if problems else "rehearsal: no problems")
+    return 1 if problems else 0
+
+
+def prepare() -> None:
+    """Make this process one of a rehearsal, for good. The stub driver is active in it."""
+    from .stub.pretence import pretend
+
+    pretend()
+    shrink_geometries()
+    let_numbers_pass()
+    counted = smaller(OpCase(*gpu.COUNTED))
+    gpu.COUNTED = (counted.tokens, counted.hidden)
+
+
+def rehearse_steps(steps: Sequence[gpu.Step], say: Callable[[str], None]) -> list[str]:
+    """The steps, and what is made of their results. What went wrong, in words."""
+    from . import report, timing
+    from .contenders import absent
+    from .stub.pretence import NAME
+
+    device = torch.device("cuda", 0)
+    results = Results(describe_machine(device) | {"kind": NAME}, absent=absent())
+    results.bandwidth = timing.copy_bandwidth(device, 1 << 20)
+    lines: list[str] = []
+
+    def progress(line: str) -> None:
+        lines.append(line)
+        if len(steps) < 50 or len(lines) % 50 == 0:
+            say(f"step {len(lines)} of {len(steps)}: {line}")
+
+    rehearsed = [Rehearsed(step.title, step.level, step.what, step.case, step.names) for step in steps]
+    gpu.measure(results, rehearsed, device, lambda: None, lambda: math.inf, 1, progress)
+    for what in ("forward", "backward"):  # what ncu would run, which is not here to run it
+        counters.main(json.dumps(asdict(OpCase(8, 64))), what)
+        counters.command(OpCase(8, 64), what)
+    for goal in GOALS:
+        goal.measure(results)
+    list(gpu.goal_lines(results))
+    # The report reads results of a GPU: for it alone these are such, in a folder that goes again.
+    with tempfile.TemporaryDirectory() as folder:
+        Results(results.machine | {"kind": "gpu"}, results.bandwidth, results.absent, None, results.rows).save(
+            Path(folder) / "rehearsal.json"
+        )
+        report.benchmarks_text(report.read_runs(Path(folder)))
+    say(f"{len(steps)} steps on {len(Rehearsed.ran)} small sizes, {len(results.rows)} rows")
+    return [
+        f"{row.level} {row.what}, {row.contender}, {row.case}: {row.status}"
+        for row in results.rows
+        if row.status != "ok" and not row.status.startswith("not run:")
+        if not (row.level == "accuracy" and row.status.startswith("wrong:"))
+    ]
+
+
+def rehearse_tests(few: bool, say: Callable[[str], None]) -> list[str]:
+    """Every group of the gpu tests. What failed otherwise than over numbers."""
+    problems = []
+    for name, which in gpu.TEST_GROUPS.items():
+        chosen = f"({which}) and {TOO_LARGE}" + (" and as_the_hook and 576" if few else "")
+        done = gpu.run_gpu_tests(chosen, 3600.0, (*OVER, "tests/test_post_block.py") if few else OVER)
+        counts = ", ".join(f"{done[key]} {key}" for key in gpu.COUNTS if key in done)
+        say(f"gpu tests, {name}: {counts or 'no counts'} (xfailed: over numbers); {done['seconds']} s")
+        problems += done["failures"]
+        if done["exit"] not in (0, 1) or not counts:
+            problems.append(f"gpu tests, {name}: exit {done['exit']}: {done['tail'][-300:]}")
+        if few:
+            break
+    return problems
