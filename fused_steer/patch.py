@@ -24,7 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from ._requirements import CORE, warn_untried
 from .residual import ResidualNotFound, rewrite_forward
 from .sites import SteeringSite
-from .watch import call_watched, watched
+from .watch import call_watched, thread
 
 #: The site's name in its layer, and so part of every parameter's path.
 SITE = "post_block"
@@ -131,7 +131,7 @@ def _call_site(layer: nn.Module, left: Tensor, right: Tensor, entering: Any) -> 
         return site(left, right, entering)
     noted = site.__dict__
     planned = noted["_planned"]
-    if planned is not None and not is_grad_enabled() and not watched.calls:
+    if planned is not None and not is_grad_enabled() and not thread.calls and not (thread.packs and thread.packs[-1]):
         # What `steer` comes to where a plan is for this call, without its function calls.
         op, parameters = planned
         out = op.last(left, right, *parameters())

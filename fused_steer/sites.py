@@ -15,7 +15,7 @@ from .kernels import post_block, select_backend
 from .kernels.orthogonal import project_gradient
 from .kernels.planned import PlannedPostBlock
 from .slots import Slots
-from .watch import note_run, watched
+from .watch import note_run, thread
 
 if TYPE_CHECKING:
     from .batch import Batch
@@ -154,6 +154,13 @@ class SteeringSite(nn.Module):
         """The adapter's parameters here; None if it skips this layer."""
         return Adapter(self.steer_down[name], self.steer_up[name]) if name in self.steer_down else None
 
+    def low_rank(self) -> tuple[Tensor, Tensor] | None:
+        """W1 and W2 of the adapter in use; None where none is, or it is a vector."""
+        if self.active is None or not self.enabled:
+            return None
+        down, up = self.steer_down[self.active].weight, self.steer_up[self.active].weight
+        return None if down is None or up is None else (down, up)
+
     def use(self, name: str | None, activation: str, scale: float) -> None:
         """Let the adapter `name` steer and train, and no other. None, or one that skips this layer, is a plain add."""
         self.active = name if name in self.steer_down else None
@@ -189,14 +196,17 @@ class SteeringSite(nn.Module):
             planned = self._plan(residual)
         noted["calls"] += 1
         graded = is_grad_enabled()
-        if graded or watched.calls:
+        if graded or thread.calls:
             branch = self._called(residual, branch, entering)
         if planned is not None:
             op, parameters = planned
             if isinstance(op, Slots):
                 out = self._by_rows(noted["batch"], residual, branch)
             else:
-                out = (op.train if graded else op.infer)(residual, branch, *parameters())
+                weights = parameters()
+                pack = thread.packs[-1] if thread.packs else None
+                packed = None if pack is None else pack.of(self, residual, *weights[:2])
+                out = (op.train if graded else op.infer)(residual, branch, *weights, packed=packed)
             noted["backend"] = op.backend
             return out
         noted["backend"] = select_backend(residual.device)

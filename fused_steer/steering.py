@@ -17,6 +17,7 @@ from .batch import Batch, Held, Lock, checked_requests, hold_loaded, running
 from .checkpoint import AdapterFile, AdapterHead, push_adapter, read_adapter, write_adapter
 from .config import DTYPES, SteerConfig, checked_number
 from .orthogonality import Orthogonality, check_carries_lora, check_lora
+from .passes import FEW_TOKENS, Packing, tokens_of
 from .patch import SITE, PatchedLayer, execution_device, find_decoder, inside_peft
 from .pool import NAME, AdapterPool, checked_size
 from .processes import first_writes, gather, is_dtensor, is_first, part_of, sharder
@@ -88,6 +89,7 @@ class Steering:
         ]
         self._hooks: list[Any] = []
         self._layer_list = LayerList(self._decoder.module, self._decoder.path.rpartition(".")[2])
+        self._packing = Packing()
         self._pool: AdapterPool | None = None
         self._batch: Batch | None = None
         self._batch_lock = Lock()
@@ -542,7 +544,11 @@ class Steering:
         """
         for module, name, _ in self._requires_grad:
             module.get_parameter(name).requires_grad_(False)
-        self._hooks = [self._decoder.module.register_forward_pre_hook(self._before_forward)]
+        decoder = self._decoder.module
+        self._hooks = [
+            decoder.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            decoder.register_forward_hook(self._after_forward, always_call=True),
+        ]
         self._model.steering = self
         if self._save_pretrained is not None:
             self._save_pretrained.install()
@@ -613,12 +619,26 @@ class Steering:
 
     # ------------------------------------------------------------------------------------------- before a forward pass
 
-    def _before_forward(self, module: nn.Module, args: Any) -> None:
+    def _before_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if torch.compiler.is_compiling():
             return
         self._layer_list.check(self._layers)
         if torch.is_grad_enabled() and self._active is not None and not self._disabled and not self._tracing:
             self._before_training(module)
+        self._pack(module, args, kwargs)  # the last that may raise: its end belongs to it
+
+    def _pack(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        tokens = tokens_of(args, kwargs)
+        weights = {}
+        if tokens > FEW_TOKENS and self._active is not None and not self._disabled and self._batch is None:
+            sites = (patched.site for patched in self._patched.values())
+            weights = {site: pair for site in sites if (pair := site.low_rank()) is not None}
+        dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), None) if weights else None
+        self._packing.begin(dtype, tokens, weights)
+
+    def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self._packing.end()
 
     def _before_training(self, module: nn.Module) -> None:
         """What has to be seen to before a forward pass whose gradients may be asked for."""

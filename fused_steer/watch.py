@@ -14,11 +14,12 @@ from typing import Any
 from torch import nn
 
 
-class _Watched(threading.local):
-    """The calls of layers that are being watched in this thread, innermost last."""
+class _Thread(threading.local):
+    """What runs in this thread, innermost last: calls of layers that are watched, and packed weights of passes."""
 
     def __init__(self) -> None:
         self.calls: list[_Call] = []
+        self.packs: list[Any] = []  # `passes.Pack`; None for a pass without one
 
 
 class _Call:
@@ -29,12 +30,12 @@ class _Call:
         self.ran = False
 
 
-watched = _Watched()
+thread = _Thread()
 
 
 def note_run(site: nn.Module) -> None:
     """Say that `site` runs, for the watched calls of its layer in this thread. Needless where there are none."""
-    for call in watched.calls:
+    for call in thread.calls:
         if call.site is site:
             call.ran = True
 
@@ -46,7 +47,7 @@ def call_watched(layer: nn.Module, site: nn.Module, name: str, run: Callable[...
         RuntimeError: `site`, the layer's, did not run meanwhile in this thread.
     """
     call = _Call(site)
-    calls = watched.calls
+    calls = thread.calls
     calls.append(call)
     try:
         output = run(layer, *args, **kwargs)

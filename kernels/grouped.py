@@ -33,7 +33,7 @@ from .activations import ACTIVATIONS, apply
 from .backend import select_backend
 from .launch import device_of, empty, is_recording, launch
 from .numerics import dot, dot_precision, operand, store
-from .schedule import MAX_RANK, Device, ceil_div, next_power_of_2, padded_rank
+from .schedule import MAX_RANK, Blocks, Device, ceil_div, next_power_of_2, padded_rank
 
 FEW_TOKENS = 256  # up to so many, each token is a program's: a batch that decodes
 
@@ -252,15 +252,6 @@ def tile_up_kernel(
 # ---------------------------------------------------------------------------------------------------------- launchers
 
 
-@dataclass(frozen=True)
-class GroupedSchedule:
-    """A launch's layout: a `schedule.Layout`."""
-
-    constants: dict[str, int]
-    num_warps: int
-    num_stages: int
-
-
 class Routing:
     """Which adapter each token of a pass has, and how much of it: the same in all layers, and worked out once for them.
 
@@ -311,9 +302,9 @@ class _Call:
         return sized.shape[0]
 
 
-def _token_schedule(block_r: int, hidden: int) -> GroupedSchedule:
+def _token_schedule(block_r: int, hidden: int) -> Blocks:
     columns = max(16, min(next_power_of_2(hidden), 4096 // max(block_r, 2), 1024))
-    return GroupedSchedule({"BLOCK_D": columns, "BLOCK_R": block_r}, 4, 2)
+    return Blocks({"BLOCK_D": columns, "BLOCK_R": block_r}, 4, 2)
 
 
 def _splits(tokens: int, hidden: int, block_d: int, device: Device) -> tuple[int, int]:
@@ -324,12 +315,10 @@ def _splits(tokens: int, hidden: int, block_d: int, device: Device) -> tuple[int
     return ceil_div(hidden, part), part
 
 
-def _tile_schedule(block_r: int, hidden: int, itemsize: int) -> GroupedSchedule:
+def _tile_schedule(block_r: int, hidden: int, itemsize: int) -> Blocks:
     columns = {0: 256, 16: 128, 32: 128, 64: 64, 128: 64, 256: 32}[block_r]
     columns = max(16, min(columns if itemsize == 2 else columns // 2, next_power_of_2(hidden)))
-    return GroupedSchedule(
-        {"BLOCK_N": 16, "BLOCK_D": columns, "BLOCK_R": max(block_r, 1)}, 4, 2 if block_r < 128 else 1
-    )
+    return Blocks({"BLOCK_N": 16, "BLOCK_D": columns, "BLOCK_R": max(block_r, 1)}, 4, 2 if block_r < 128 else 1)
 
 
 def _triton_grouped(call: _Call) -> None:

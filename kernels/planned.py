@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .backend import select_backend
+from .contract import Packed
 from .plan import Plan, keep, no_plan
 from .post_block import _backward, _first_order, _forward, check_operands, post_block
 
@@ -42,69 +43,70 @@ class PlannedPostBlock:
         self._training: dict[Any, _Training] = {}
         self.backend: str | None = None  # that of the last call
 
-    def infer(self, residual: Tensor, branch: Tensor | None, *weights: Tensor) -> Tensor:
+    def infer(self, residual: Tensor, branch: Tensor | None, *weights: Tensor, packed: Packed | None = None) -> Tensor:
         """residual + branch, steered, without a gradient: see `post_block`.
 
         Args:
             weights: those that are not None, in their order.
+            packed: W1 and W2 in the kernels' form, read in their place.
         """
-        whole = branch is None
-        operands = (residual, *weights) if branch is None else (residual, branch, *weights)
-        run = self._inference.get((whole, residual.shape))
+        states = (residual,) if branch is None else (residual, branch)
+        operands = (*states, *weights) if packed is None else (*states, *weights, *packed)
+        key = (len(states), packed is None, residual.shape)
+        run = self._inference.get(key)
         out = None if run is None else run(*operands)
         if out is not None:
             self.backend = "triton"
         else:
-            call = self._call(operands, whole)
+            call = self._call(states, weights)
             if not self._may_plan(call):
                 return self._ordinary(call)
-            (out,), plan = Plan.make(operands, lambda: _forward(*call, keep_a=False)[:1])
+            (out,), plan = Plan.make(operands, lambda: _forward(*call, keep_a=False, packed=packed)[:1])
             if plan is not None:
                 run = plan.run
-                keep(self._inference, (whole, residual.shape), run)
-        if run is not None and not whole:
+                keep(self._inference, key, run)
+        if run is not None and len(states) == 2 and packed is None:
             self.last = run
         return out
 
-    def train(self, residual: Tensor, branch: Tensor | None, *weights: Tensor) -> Tensor:
+    def train(self, residual: Tensor, branch: Tensor | None, *weights: Tensor, packed: Packed | None = None) -> Tensor:
         """The same where gradients are enabled, for the operands that require one."""
-        operands = (residual, *weights) if branch is None else (residual, branch, *weights)
-        for operand in operands:
+        states = (residual,) if branch is None else (residual, branch)
+        for operand in (*states, *weights):
             if operand.requires_grad:
-                return self._with_gradient(operands, branch is None)
-        return self.infer(residual, branch, *weights)
+                return self._with_gradient(states, weights, packed)
+        return self.infer(residual, branch, *weights, packed=packed)
 
-    def _with_gradient(self, operands: tuple[Tensor, ...], whole: bool) -> Tensor:
-        shape = (whole, operands[0].shape)
-        training = self._training.get(shape)
+    def _with_gradient(self, states: tuple[Tensor, ...], weights: tuple[Tensor, ...], packed: Packed | None) -> Tensor:
+        operands = (*states, *weights) if packed is None else (*states, *weights, *packed)
+        key = (len(states), packed is None, states[0].shape)
+        training = self._training.get(key)
         if training is not None:
             addresses = training.forward.admit(*operands)
             if addresses is not None and not torch._C._are_functorch_transforms_active():
                 self.backend = "triton"
-                return _apply(training, addresses, None, *operands)
-        call = self._call(operands, whole)
+                return _apply(training, addresses, None, packed, *states, *weights)
+        call = self._call(states, weights)
         if not self._may_plan(call):
             return self._ordinary(call)
+
         # Planned beneath autograd: a checkpoint counts the tensors that are saved, now and when the call is repeated.
         with torch.no_grad():
-            results, plan = Plan.make(operands, lambda: [t for t in _forward(*call, keep_a=True) if t is not None])
-        if (
-            plan is None
-            or results[0].dtype != operands[0].dtype
-            or not whole
-            and operands[1].dtype != operands[0].dtype
-        ):
+            results, plan = Plan.make(
+                operands, lambda: [t for t in _forward(*call, keep_a=True, packed=packed) if t is not None]
+            )
+        if plan is None or any(state.dtype != results[0].dtype for state in states):
             return self._ordinary(call)
-        training = _Training(plan, operands, whole, self._where, call[-2:])
-        keep(self._training, shape, training)
-        return _apply(training, None, results, *operands)
+        training = _Training(plan, states, weights, self._where, call[-2:])
+        keep(self._training, key, training)
+        return _apply(training, None, results, packed, *states, *weights)
 
-    def _call(self, operands: tuple[Tensor, ...], whole: bool) -> tuple[Any, ...]:
+    def _call(self, states: tuple[Tensor, ...], weights: tuple[Tensor, ...]) -> tuple[Any, ...]:
         """`_forward`'s arguments: residual, branch, down, up, down_bias, up_bias, gain, basis, scale, activation."""
-        given = iter(operands)
-        residual, branch = next(given), None if whole else next(given)
-        weights = [next(given) if there else None for there in self._where]
-        return residual, branch, *weights, None, None, self._scale, self._activation
+        given = iter(weights)
+        named = [next(given) if there else None for there in self._where]
+        branch = states[1] if len(states) == 2 else None
+        return states[0], branch, *named, None, None, self._scale, self._activation
 
     def _may_plan(self, call: tuple[Any, ...]) -> bool:
         """Whether a kernel runs this call. The others are `post_block`'s, and so are those that it refuses."""
@@ -129,23 +131,22 @@ class PlannedPostBlock:
 class _Training:
     """The plans of a call and of its backward pass, and which operands need a gradient: the guard has seen that."""
 
-    __slots__ = ("backward", "constants", "forward", "needs", "places", "saves", "where", "whole")
+    __slots__ = ("backward", "constants", "forward", "needs", "places", "saves", "states", "where")
 
     def __init__(
         self,
         forward: Plan,
-        operands: tuple[Tensor, ...],
-        whole: bool,
+        states: tuple[Tensor, ...],
+        weights: tuple[Tensor, ...],
         where: tuple[bool, ...],
         constants: tuple[Any, ...],
     ) -> None:
         self.forward = forward
         self.backward: dict[Any, Plan] = {}
-        self.whole, self.where, self.constants = whole, where, constants
-        wants = [operand.requires_grad for operand in operands]
-        of_states = wants[:1] if whole else wants[:2]
-        given = iter(wants[len(of_states) :])
-        down, up, down_bias, up_bias = (there and next(given) for there in where)
+        self.states, self.where, self.constants = len(states), where, constants
+        of_states = [state.requires_grad for state in states]
+        given = iter(weights)
+        down, up, down_bias, up_bias = (there and next(given).requires_grad for there in where)
         adapter = where[0]
         #: Of x, down, up, down_bias, up_bias, gain, scale: what `_backward` takes.
         self.needs = [any(of_states) and adapter, down, up, down_bias, up_bias, False, False]
@@ -163,7 +164,9 @@ class _PlannedPostBlock(torch.autograd.Function):
     """The op in eager mode, by plans. It saves what `post_block`'s own function saves."""
 
     @staticmethod
-    def forward(ctx: Any, training: _Training, addresses: Any, results: Any, *operands: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, training: _Training, addresses: Any, results: Any, packed: Packed | None, *operands: Tensor
+    ) -> Tensor:
         if results is None:
             results = training.forward.go(*addresses)
         out = results[0]
@@ -172,50 +175,51 @@ class _PlannedPostBlock(torch.autograd.Function):
             kept = (out,) if save_out else ()
             if save_a:
                 kept += (results[1],)
-            ctx.save_for_backward(*kept, *operands[1 if training.whole else 2 :])
-        ctx.training = training
+            ctx.save_for_backward(*kept, *operands[training.states :])
+        # Not saved as the others: a checkpoint's repetition comes without packed weights. They are as the weights were
+        # in the forward pass.
+        ctx.training, ctx.packed = training, packed
         ctx.set_materialize_grads(False)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        training = ctx.training
+        training, packed = ctx.training, ctx.packed
         places = training.places
         if grad is None:
-            return None, None, None, *[None for _ in places]
-        saved = ctx.saved_tensors
+            return None, None, None, None, *[None for _ in places]
+        operands = (grad, *ctx.saved_tensors) if packed is None else (grad, *ctx.saved_tensors, *packed)
         create_graph = torch.is_grad_enabled()
         found: Any = ()
         if training.saves[2]:
-            plan = training.backward.get(grad.shape)
-            addresses = plan.admit(grad, *saved) if plan is not None else None
+            plan = training.backward.get((packed is None, grad.shape))
+            addresses = plan.admit(*operands) if plan is not None else None
             if addresses is not None and not create_graph:
                 found = plan.go(*addresses)
             else:
                 with torch.no_grad():
-                    found = _careful_backward(training, grad, saved)
+                    found = _careful_backward(training, operands, packed)
         gradients = [None if place is None else grad if place < 0 else found[place] for place in places]
         if create_graph:
             marker = torch.empty(0, device=grad.device, requires_grad=True)
-            return None, None, None, *_first_order((marker,), tuple(gradients))
-        return None, None, None, *gradients
+            return None, None, None, None, *_first_order((marker,), tuple(gradients))
+        return None, None, None, None, *gradients
 
 
-def _careful_backward(training: _Training, grad: Tensor, saved: tuple[Tensor, ...]) -> Any:
-    given = iter(saved)
+def _careful_backward(training: _Training, operands: tuple[Tensor, ...], packed: Packed | None) -> Any:
+    given = iter(operands)
     save_out, save_a, _ = training.saves
+    grad = next(given)
     out, a = next(given) if save_out else None, next(given) if save_a else None
-    down, up, down_bias, up_bias = (next(given) if there else None for there in training.where)
+    weights = [next(given) if there else None for there in training.where]
     scale, activation = training.constants
 
     def call() -> Any:
-        return _backward(
-            grad, out, a, down, up, down_bias, up_bias, None, None, scale, activation, training.needs
-        )  # fmt: skip
+        return _backward(grad, out, a, *weights, None, None, scale, activation, training.needs, packed=packed)
 
-    found, plan = Plan.make((grad, *saved), call)
+    found, plan = Plan.make(operands, call)
     if plan is not None:
-        keep(training.backward, grad.shape, plan)
+        keep(training.backward, (packed is None, grad.shape), plan)
     return found
 
 

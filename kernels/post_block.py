@@ -869,13 +869,17 @@ def _forward(
     scale: float | Tensor,
     activation: str,
     keep_a: bool,
+    packed: Packed | None = None,
 ) -> tuple[Tensor, Tensor | None]:
+    """`packed`, of `down` and `up`, is for the Triton backend, without a basis."""
     with _no_autocast(residual.device):
         backend = select_backend(residual.device)
         _check_backend(backend, residual, branch, down, up, down_bias, up_bias, gain, basis, scale)
         if basis is not None and up is not None:
             up = project(up, basis)
-        return _FORWARD[backend](residual, branch, down, up, down_bias, up_bias, gain, scale, activation, keep_a)
+        options = {} if packed is None else {"packed": packed}
+        operands = (residual, branch, down, up, down_bias, up_bias, gain, scale, activation, keep_a)
+        return _FORWARD[backend](*operands, **options)
 
 
 def _backward(
@@ -891,6 +895,7 @@ def _backward(
     scale: float | Tensor,
     activation: str,
     needs: list[bool],
+    packed: Packed | None = None,
 ) -> list[Tensor]:
     """The gradients that `needs` asks for (of x, down, up, down_bias, up_bias, gain, scale), in that order, each in the
     dtype of its own tensor; that of x in the dtype of `grad`."""
@@ -904,7 +909,7 @@ def _backward(
         operands = (grad, out, a, down, projected, up_bias, gain, scale, activation, wanted)
         if select_backend(grad.device) == "triton":
             dtype = torch.float32 if down_bias is None else down_bias.dtype
-            found = _triton_backward(*operands, down_bias_dtype=dtype)
+            found = _triton_backward(*operands, packed=packed, down_bias_dtype=dtype)
         else:
             found = reference.backward(*operands)
         if basis is not None and found.up is not None:

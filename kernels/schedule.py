@@ -90,6 +90,15 @@ class Layout(Protocol):
 
 
 @dataclass(frozen=True)
+class Blocks:
+    """A `Layout` of block sizes alone."""
+
+    constants: dict[str, int]
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
 class Schedule:
     """A launch's layout. `programs` own or walk tiles of `block_n` rows; `splits` divide the other axis (columns in the
     forward, rows in `columns`, ranks in `finish`) into parts of at most `part` elements."""

@@ -1,0 +1,88 @@
+"""Weights of an adapter in the form in which products take them, for all layers by one launch.
+
+A tile of rows reads all of W1 and W2. Read in float32 and converted, they cost as much traffic through L2 as the tile
+itself at rank 8, and eight times as much at rank 64. Packed (`contract.Packed`) they are in the operands' dtype, padded
+to the rank's extent in registers, W2 transposed.
+
+A pack has no key that would show a change of the weights: fused optimizers raise no version of what they write, FSDP2
+gathers other values into the same memory. So whoever makes one uses it for one forward pass and no longer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .contract import Packed
+from .launch import device_of, launch
+from .numerics import dot_precision, operand, operand_dtype, store
+from .schedule import Blocks, ceil_div, padded_rank
+
+#: Up to so many tokens a pass reads each weight once or twice: packing them would cost more than it saves.
+FEW_TOKENS = 64
+_BLOCK_D = 128
+_ELEMENTS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@triton.jit
+def pack_weights_kernel(
+    p_table, p_packed, D,
+    RANK: tl.constexpr, DOT: tl.constexpr, DOWN: tl.constexpr, UP: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Packs W1 (r, d) and W2 (d, r) of each layer; the table has their addresses. Grid (layers, column blocks).
+
+    DOWN, UP: the dtypes of W1 and W2. p_packed: (layers, 2, BLOCK_R, d).
+    """
+    layer = tl.program_id(0)
+    columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    ranks = tl.arange(0, BLOCK_R)
+    m_columns = columns < D
+    mask = (ranks < RANK)[:, None] & m_columns[None, :]
+    p_down = tl.load(p_table + 2 * layer).to(tl.pointer_type(DOWN))
+    p_up = tl.load(p_table + 2 * layer + 1).to(tl.pointer_type(UP))
+    # [BLOCK_R, BLOCK_D]
+    w1 = tl.load(p_down + ranks[:, None] * D + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    # [BLOCK_D, BLOCK_R]
+    p_w2 = p_up + columns[:, None] * RANK + ranks[None, :]
+    w2 = tl.load(p_w2, mask=m_columns[:, None] & (ranks < RANK)[None, :], other=0.0).to(tl.float32)
+    p_rows = p_packed + (layer.to(tl.int64) * 2 * BLOCK_R + ranks[:, None]) * D + columns[None, :]
+    if DOT == "tf32":
+        w1, w2 = operand(w1, DOT), operand(w2, DOT)
+    store(p_rows, w1, m_columns[None, :])
+    store(p_rows + BLOCK_R * D, tl.trans(w2), m_columns[None, :])
+
+
+def address_table(weights: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """The addresses of W1 and W2 of each layer, (layers, 2) int64, on their device. Waits for the device."""
+    addresses = [[down.data_ptr(), up.data_ptr()] for down, up in weights]
+    return torch.tensor(addresses, dtype=torch.int64, device=weights[0][0].device)
+
+
+def pack_weights(table: Tensor, down: Tensor, up: Tensor, dtype: torch.dtype) -> list[Packed]:
+    """Pack the weights of all layers in one launch.
+
+    Args:
+        table: the layers' addresses: see `address_table`.
+        down, up: W1 (r, d) and W2 (d, r) of one layer; those of all are contiguous, of these shapes and dtypes.
+        dtype: of the hidden state.
+
+    Returns:
+        One `Packed` for each layer; views of one buffer.
+    """
+    rank, hidden = down.shape
+    device = device_of(down)
+    block_r = padded_rank(rank)
+    kept = operand_dtype(dtype, device.gpu, rank)
+    packed = torch.empty(len(table), 2, block_r, hidden, dtype=kept, device=down.device)
+    launch(
+        pack_weights_kernel, (len(table), ceil_div(hidden, _BLOCK_D)), table, packed, hidden,
+        RANK=rank, DOT=dot_precision(dtype, device.gpu, rank), DOWN=_ELEMENTS[down.dtype], UP=_ELEMENTS[up.dtype],
+        device=down.device, schedule=Blocks({"BLOCK_D": _BLOCK_D, "BLOCK_R": block_r}, 4, 1),
+    )  # fmt: skip
+    parts = packed.view(-1, block_r, hidden).unbind(0)
+    return [Packed(*parts[i : i + 2]) for i in range(0, len(parts), 2)]
