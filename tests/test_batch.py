@@ -441,7 +441,7 @@ class Memory:
         ({"kv_cache": Memory()}, ["the cache is a Memory that does not tell how many tokens it holds; expected"]),
         ({"state": [torch.zeros(1, 2, 3)]}, ["the cache is a list that does not tell"]),
     ],
-    ids=str,
+    ids=["mask", "mask of four dimensions", "position_ids", "cache_position", "unknown object", "list"],
 )
 def test_cache_that_cannot_be_found(model, given, parts):
     with model.steering.batch(["polite"]), torch.no_grad():
