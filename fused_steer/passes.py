@@ -70,10 +70,13 @@ class Packing:
             with torch.no_grad():
                 pack = self._make(dtype, weights)
         thread.packs.append(pack)
+        thread.settle()
 
     def end(self) -> None:
-        if thread.packs:  # what was raised before `begin` ends a pass that never began
+        """End the pass that began last in this thread."""
+        if thread.packs:  # not where something was raised before `begin`
             thread.packs.pop()
+        thread.settle()
 
     def _make(self, dtype: torch.dtype, weights: Mapping[nn.Module, tuple[Tensor, Tensor]]) -> Pack | None:
         by_device: dict[torch.device, list[tuple[int, Tensor, Tensor]]] = {}

@@ -18,7 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, is_grad_enabled, nn
 from torch.compiler import is_compiling
-from torch.nn.modules.module import _has_any_global_hook as has_global_hook
+from torch.nn.modules.module import _global_backward_hooks as any_backward_hook
+from torch.nn.modules.module import _global_backward_pre_hooks as any_backward_pre_hook
+from torch.nn.modules.module import _global_forward_hooks as any_forward_hook
+from torch.nn.modules.module import _global_forward_pre_hooks as any_forward_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from ._requirements import CORE, warn_untried
@@ -120,6 +123,8 @@ def _config_above(model: nn.Module, path: str) -> type:
 
 #: The name under which a rewritten forward calls the layer's site.
 _CALL = "call_post_block"
+#: The name under which a patched layer's class keeps the rewritten forward, whatever becomes of `forward`.
+_FORWARD = "forward_of_patch"
 
 
 def _call_site(layer: nn.Module, left: Tensor, right: Tensor, entering: Any) -> Tensor:
@@ -127,11 +132,11 @@ def _call_site(layer: nn.Module, left: Tensor, right: Tensor, entering: Any) -> 
     site: Any = layer._modules[SITE]
     if site._forward_hooks or site._forward_pre_hooks or site._backward_hooks or site._backward_pre_hooks:
         return site(left, right, entering)
-    if is_compiling() or has_global_hook():
+    if is_compiling() or any_forward_hook or any_forward_pre_hook or any_backward_hook or any_backward_pre_hook:
         return site(left, right, entering)
     noted = site.__dict__
     planned = noted["_planned"]
-    if planned is not None and not is_grad_enabled() and not thread.calls and not (thread.packs and thread.packs[-1]):
+    if planned is not None and thread.quiet and not is_grad_enabled():
         # What `steer` comes to where a plan is for this call, without its function calls.
         op, parameters = planned
         out = op.last(left, right, *parameters())
@@ -140,6 +145,31 @@ def _call_site(layer: nn.Module, left: Tensor, right: Tensor, entering: Any) -> 
             noted["backend"] = "triton"
             return out
     return site.steer(left, right, entering)
+
+
+def _watched(layer: nn.Module, forward: Any) -> Any:
+    """A forward that is put on a patched layer, such that each call of it that does not steer is an error."""
+    if isinstance(forward, MethodType) and forward.__func__ is type(layer).forward or _is_watched(forward):
+        return forward
+    watched = functools.partial(_run_watched, layer, forward)
+    return functools.update_wrapper(watched, forward) if callable(forward) else forward
+
+
+def _is_watched(forward: Any) -> bool:
+    return isinstance(forward, functools.partial) and forward.func is _run_watched
+
+
+def _is_class_forward(watched: functools.partial[Any]) -> bool:
+    """Whether it stands for the forward that the layer's class has at the time of the call."""
+    return watched.args[1] is None
+
+
+def _run_watched(layer: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
+    run = functools.partial(type(layer).forward, layer) if forward is None else forward
+    if is_compiling():
+        return run(*args, **kwargs)
+    site: Any = layer.get_submodule(SITE)
+    return call_watched(layer, site, f"layer {site.patched.index}", run, *args, **kwargs)
 
 
 def _rebuild(base: type[nn.Module], rewritten: bool) -> nn.Module:
@@ -168,19 +198,16 @@ def steered_class(base: type[nn.Module], rewritten: bool) -> type[nn.Module]:
         "__reduce_ex__": __reduce_ex__,
     }
     if rewritten:
-        forward = namespace["forward"] = rewrite_forward(base, _CALL, with_input=True)
+        namespace["forward"] = namespace[_FORWARD] = rewrite_forward(base, _CALL, with_input=True)
 
-    plain = base.__call__ is nn.Module.__call__
+    def __setattr__(self: nn.Module, name: str, value: Any) -> None:
+        base.__setattr__(self, name, _watched(self, value) if name == "forward" else value)
 
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if rewritten and type(self).forward is forward and "forward" not in self.__dict__:
-            if plain and self._compiled_call_impl is None:
-                return self._call_impl(*args, **kwargs)  # what nn.Module's does
-            return base.__call__(self, *args, **kwargs)
         if is_compiling():
             return base.__call__(self, *args, **kwargs)
-        site = self.get_submodule(SITE)
-        return call_watched(self, site, f"layer {site.patched.index}", base.__call__, args, kwargs)
+        site: Any = self.get_submodule(SITE)
+        return call_watched(self, site, f"layer {site.patched.index}", base.__call__, self, *args, **kwargs)
 
     @property
     def post_block(self: nn.Module) -> nn.Module:
@@ -190,7 +217,9 @@ def steered_class(base: type[nn.Module], rewritten: bool) -> type[nn.Module]:
         except KeyError:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {SITE!r}") from None
 
-    namespace |= {"__call__": __call__, SITE: post_block, _CALL: _call_site}
+    namespace |= {SITE: post_block, _CALL: _call_site}
+    # Where the forward calls the site, what is put in its place is watched. A hook's layer is watched in each call.
+    namespace |= {"__setattr__": __setattr__} if rewritten else {"__call__": __call__}
     return type(base)(base.__name__, (base,), namespace)
 
 
@@ -259,6 +288,20 @@ class PatchedLayer:
     def site(self) -> SteeringSite:
         return self.layer.get_submodule(SITE)  # type: ignore[return-value]
 
+    def watch(self) -> None:
+        """Have another forward watched that came past the layer's `__setattr__`: on its class, or in its `__dict__`."""
+        if self.reason:
+            return
+        own, forward = vars(self.layer), type(self.layer).forward
+        replaced = forward is not getattr(type(self.layer), _FORWARD)
+        if "forward" not in own:
+            if replaced:
+                own["forward"] = functools.partial(_run_watched, self.layer, None)
+        elif not _is_watched(own["forward"]):
+            self.layer.forward = own["forward"]
+        elif _is_class_forward(own["forward"]) and not replaced:
+            del own["forward"]
+
     def check_removable(self) -> None:
         if type(self.layer) is not steered_class(self.base, not self.reason):
             raise RuntimeError(
@@ -271,6 +314,11 @@ class PatchedLayer:
         if self._hook is not None:
             self._hook.remove()
         delattr(self.layer, SITE)
+        own = vars(self.layer)
+        if _is_watched(own.get("forward")):
+            put = own.pop("forward").args[1]
+            if put is not None:
+                own["forward"] = put  # what was put there is left there
         _change_class(self.layer, self.base)
 
 

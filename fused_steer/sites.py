@@ -196,7 +196,7 @@ class SteeringSite(nn.Module):
             planned = self._plan(residual)
         noted["calls"] += 1
         graded = is_grad_enabled()
-        if graded or thread.calls:
+        if graded or not thread.quiet:
             branch = self._called(residual, branch, entering)
         if planned is not None:
             op, parameters = planned

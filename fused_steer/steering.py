@@ -623,6 +623,8 @@ class Steering:
         if torch.compiler.is_compiling():
             return
         self._layer_list.check(self._layers)
+        for patched in self._patched.values():
+            patched.watch()
         if torch.is_grad_enabled() and self._active is not None and not self._disabled and not self._tracing:
             self._before_training(module)
         self._pack(module, args, kwargs)  # the last that may raise: its end belongs to it

@@ -1,8 +1,8 @@
 """Sees to it that a patched layer that ran was steered: in that layer, in that thread, for that call.
 
 A layer whose forward is the one that `patch_model` gave it calls its site; nothing has to be looked at. Where another
-forward stands on the layer (accelerate's offloading, a wrapper, a replacement), and where a layer is steered by a hook,
-each call of the layer is watched: its site must have run before it returns. Calls in other threads have no say.
+forward is put on the layer (accelerate's offloading, a wrapper, a replacement), that forward is watched: the site must
+have run before it returns. So is each call of a layer that a hook steers. Calls in other threads have no say.
 """
 
 from __future__ import annotations
@@ -15,11 +15,18 @@ from torch import nn
 
 
 class _Thread(threading.local):
-    """What runs in this thread, innermost last: calls of layers that are watched, and packed weights of passes."""
+    """What runs in this thread, innermost last: calls of layers that are watched, and packed weights of passes.
+
+    quiet: whether there is neither, so that a site needs to look at none.
+    """
 
     def __init__(self) -> None:
         self.calls: list[_Call] = []
         self.packs: list[Any] = []  # `passes.Pack`; None for a pass without one
+        self.quiet = True
+
+    def settle(self) -> None:
+        self.quiet = not self.calls and (not self.packs or self.packs[-1] is None)
 
 
 class _Call:
@@ -40,20 +47,27 @@ def note_run(site: nn.Module) -> None:
             call.ran = True
 
 
-def call_watched(layer: nn.Module, site: nn.Module, name: str, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """What `run(layer, *args, **kwargs)` returns. `name` is the layer's, in the error.
+def call_watched(
+    layer: nn.Module, site: nn.Module, name: str, run: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """What `run(*args, **kwargs)` returns.
+
+    Args:
+        layer, site: the patched layer that `run` is a call of, and its site.
+        name: the layer's, in the error.
 
     Raises:
-        RuntimeError: `site`, the layer's, did not run meanwhile in this thread.
+        RuntimeError: the site did not run meanwhile in this thread.
     """
     call = _Call(site)
-    calls = thread.calls
-    calls.append(call)
+    thread.calls.append(call)
+    thread.quiet = False
     try:
-        output = run(layer, *args, **kwargs)
+        output = run(*args, **kwargs)
     finally:
-        calls.remove(call)
-    if not call.ran and not _is_compiled(layer):
+        thread.calls.remove(call)
+        thread.settle()
+    if not call.ran and not _is_compiled(layer, run):
         raise RuntimeError(
             f"{name} ({type(layer).__name__}) is patched but did not steer; expected its forward as patch_model left "
             "it, or one that calls it (was it replaced since?)"
@@ -61,11 +75,10 @@ def call_watched(layer: nn.Module, site: nn.Module, name: str, run: Callable[...
     return output
 
 
-def _is_compiled(layer: nn.Module) -> bool:
-    """Whether torch.compile may run the layer, or its forward: a compiled graph steers without calling the site."""
+def _is_compiled(layer: nn.Module, function: Any) -> bool:
+    """Whether torch.compile may run the layer, or a function: a compiled graph steers without calling the site."""
     if getattr(layer, "_compiled_call_impl", None) is not None:
         return True
-    function: Any = layer.forward
     while function is not None:
         if hasattr(function, "_torchdynamo_orig_callable"):
             return True

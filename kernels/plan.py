@@ -82,26 +82,27 @@ def _strided(device: torch.device) -> Callable[..., Tensor]:
 # ----------------------------------------------------------------------------------------------------------- one launch
 
 
-def _starter(launch: Started) -> Callable[[int, tuple[Any, ...]], Any]:
-    """A function of a stream and a kernel's arguments, addresses in place of tensors, that starts it."""
-    compiled, grid = launch.compiled, (*launch.grid, 1, 1)[:3]
+def _start(number: int, launch: Started, names: dict[str, Any]) -> str:
+    """The source of a call that starts a kernel, with `{}` for the kernel's pointers; what it names goes to `names`."""
+    compiled, (x, y, z) = launch.compiled, (*launch.grid, 1, 1)[:3]
     if compiled is None:  # in the interpreter, with tensors in place of addresses
-        kernel, grid, options = launch.kernel, launch.grid, launch.options
-        constants = {**launch.constants, **options}
-        count = len(launch.arguments)
-        return lambda stream, arguments: kernel[grid](*arguments[:count], **constants)
-    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
-    x, y, z = grid
+        kernel, grid, count = launch.kernel, launch.grid, len(launch.arguments)
+        constants = {**launch.constants, **launch.options}
+        names[f"start{number}"] = lambda arguments: kernel[grid](*arguments[:count], **constants)
+        return f"start{number}(({{}}, *rest{number}))"
+    run, place = compiled.run, f"{x}, {y}, {z}, stream, function{number}"
+    names[f"function{number}"], names[f"metadata{number}"] = compiled.function, compiled.packed_metadata
     if triton.__version__.startswith("3.7.") and type(run).__name__ == "CudaLauncher":
         if not (run.global_scratch_size or run.profile_scratch_size):
             # What `run` does, without its two closures. The five are launch metadata, two hooks, two scratch memories.
-            launch, cooperative, dependent = run.launch, run.launch_cooperative_grid, run.launch_pdl
-            annotations, signature = run.arg_annotations, run.kernel_signature
-            return lambda stream, arguments: launch(
-                x, y, z, stream, function, cooperative, dependent, metadata,
-                None, None, None, None, None, annotations, signature, arguments,
-            )  # fmt: skip
-    return lambda stream, arguments: run(x, y, z, stream, function, metadata, None, None, None, *arguments)
+            names[f"start{number}"] = run.launch
+            names[f"signature{number}"], names[f"kinds{number}"] = run.kernel_signature, run.arg_annotations
+            flags = f"{run.launch_cooperative_grid}, {run.launch_pdl}, metadata{number}"
+            five = "None, None, None, None, None"
+            last = f"kinds{number}, signature{number}, ({{}}, *rest{number})"
+            return f"start{number}({place}, {flags}, {five}, {last})"
+    names[f"start{number}"] = run
+    return f"start{number}({place}, metadata{number}, None, None, None, {{}}, *rest{number})"
 
 
 def _itself(tensor: Tensor) -> Tensor:
@@ -146,14 +147,15 @@ class Plan:
             names[f"dtype{number}"] = tensor.dtype
         addresses = [f"p{i}" for i in range(len(operands))] + [f"q{i}" for i in range(len(made))]
         places = {t.data_ptr(): name for t, name in zip((*operands, *made), addresses, strict=True)}  # also of views
-        pointers = []
+        starts = []
         for number, launch in enumerate(launches):
             arguments = launch.ordered()
             # The pointers come first, some of them None.
             last = max(i for i, value in enumerate(arguments) if isinstance(value, Tensor)) + 1
-            pointers.append(tuple("None" if t is None else places[t.data_ptr()] for t in arguments[:last]))
-            names |= {f"start{number}": _starter(launch), f"rest{number}": tuple(arguments[last:])}
-        exec(_code(len(operands), len(made), tuple(pointers), tuple(results)), names)
+            pointers = ("None" if t is None else places[t.data_ptr()] for t in arguments[:last])
+            starts.append(_start(number, launch, names).format(", ".join(pointers)))
+            names[f"rest{number}"] = tuple(arguments[last:])
+        exec(_code(len(operands), len(made), tuple(starts), tuple(results)), names)
         self.admit, self.go, self.run = names["admit"], names["go"], names["run"]
 
     @classmethod
@@ -183,8 +185,8 @@ class Plan:
 
 
 @functools.cache
-def _code(operands: int, made: int, launches: tuple[tuple[str, ...], ...], results: tuple[int, ...]) -> CodeType:
-    """The functions of plans with so many operands and allocated tensors, and launches with these pointers."""
+def _code(operands: int, made: int, starts: tuple[str, ...], results: tuple[int, ...]) -> CodeType:
+    """The functions of plans with so many operands and allocated tensors, and these calls that start kernels."""
     given, addresses = (", ".join(f"{letter}{i}" for i in range(operands)) for letter in "tp")
     admit = [
         f"if not (check({given}) and read(backend) == asked and watching() is None",
@@ -199,7 +201,7 @@ def _code(operands: int, made: int, launches: tuple[tuple[str, ...], ...], resul
     for i in range(made):
         go += [f"m{i} = empty(size{i}, stride{i}, dtype{i})", f"q{i} = pointer(m{i})"]
     go.append("stream = stream_of(index)")
-    go += [f"start{i}(stream, ({', '.join(pointers)}, *rest{i}))" for i, pointers in enumerate(launches)]
+    go += starts
     all_results = f"({', '.join(f'm{i}' for i in results)},)"
     elsewhere = ["if now() != index:", "    with on_device(device):"]
     functions = {

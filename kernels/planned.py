@@ -85,7 +85,7 @@ class PlannedPostBlock:
             addresses = training.forward.admit(*operands)
             if addresses is not None and not torch._C._are_functorch_transforms_active():
                 self.backend = "triton"
-                return _apply(training, addresses, None, packed, *states, *weights)
+                return _apply((training, addresses, None, packed), *states, *weights)
         call = self._call(states, weights)
         if not self._may_plan(call):
             return self._ordinary(call)
@@ -99,7 +99,7 @@ class PlannedPostBlock:
             return self._ordinary(call)
         training = _Training(plan, states, weights, self._where, call[-2:])
         keep(self._training, key, training)
-        return _apply(training, None, results, packed, *states, *weights)
+        return _apply((training, None, results, packed), *states, *weights)
 
     def _call(self, states: tuple[Tensor, ...], weights: tuple[Tensor, ...]) -> tuple[Any, ...]:
         """`_forward`'s arguments: residual, branch, down, up, down_bias, up_bias, gain, basis, scale, activation."""
@@ -164,9 +164,10 @@ class _PlannedPostBlock(torch.autograd.Function):
     """The op in eager mode, by plans. It saves what `post_block`'s own function saves."""
 
     @staticmethod
-    def forward(
-        ctx: Any, training: _Training, addresses: Any, results: Any, packed: Packed | None, *operands: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, call: tuple[_Training, Any, Any, Packed | None], *operands: Tensor) -> Tensor:
+        """The call's plans, the admitted addresses or the results that there are already, and the packed weights come
+        as one argument: autograd takes its time for each."""
+        training, addresses, results, packed = call
         if results is None:
             results = training.forward.go(*addresses)
         out = results[0]
@@ -187,7 +188,7 @@ class _PlannedPostBlock(torch.autograd.Function):
         training, packed = ctx.training, ctx.packed
         places = training.places
         if grad is None:
-            return None, None, None, None, *[None for _ in places]
+            return None, *[None for _ in places]
         operands = (grad, *ctx.saved_tensors) if packed is None else (grad, *ctx.saved_tensors, *packed)
         create_graph = torch.is_grad_enabled()
         found: Any = ()
@@ -202,8 +203,8 @@ class _PlannedPostBlock(torch.autograd.Function):
         gradients = [None if place is None else grad if place < 0 else found[place] for place in places]
         if create_graph:
             marker = torch.empty(0, device=grad.device, requires_grad=True)
-            return None, None, None, None, *_first_order((marker,), tuple(gradients))
-        return None, None, None, None, *gradients
+            return None, *_first_order((marker,), tuple(gradients))
+        return None, *gradients
 
 
 def _careful_backward(training: _Training, operands: tuple[Tensor, ...], packed: Packed | None) -> Any:
