@@ -33,6 +33,8 @@ from .activations import ACTIVATIONS, apply
 from .backend import select_backend
 from .launch import device_of, empty, is_recording, launch
 from .numerics import dot, dot_precision, operand, store
+from .plan import OpPlan, run_planned
+from .registered import register
 from .schedule import MAX_RANK, Blocks, Device, ceil_div, next_power_of_2, padded_rank
 
 FEW_TOKENS = 256  # up to so many, each token is a program's: a batch that decodes
@@ -603,12 +605,35 @@ def _split(operands: _Operands) -> tuple[_Weights, Routing]:
     return (downs, ups, down_biases, up_biases, activation if codes is None else codes), Routing(ids, gain)
 
 
+_plans: dict[Any, OpPlan] = {}
+
+
+def _kind(residual: Tensor, branch: Tensor | None, operands: _Operands) -> tuple[Any, ...]:
+    """What the plan of a call is for."""
+    downs, _, ids, down_biases, up_biases, codes, gain, activation = operands
+    sized = up_biases if downs is None else downs
+    return (
+        residual.shape, residual.dtype, branch is None, downs is None, None if sized is None else sized.shape,
+        ids.dtype, down_biases is None, up_biases is None, codes is None, gain is None, activation,
+    )  # fmt: skip
+
+
 def _registered_out_of_place(residual: Tensor, branch: Tensor | None, *operands: Any) -> Tensor:
-    return _out_of_place(residual, branch, *_split(operands))
+    (out,) = run_planned(
+        _plans, (False, *_kind(residual, branch, operands)), (residual, branch, *operands),
+        lambda: (_out_of_place(residual, branch, *_split(operands)),),
+    )  # fmt: skip
+    return out
 
 
 def _registered_into_branch(residual: Tensor, branch: Tensor, *operands: Any) -> None:
-    _into_branch(residual, branch, *_split(operands))
+    def call() -> tuple[Tensor, ...]:
+        _into_branch(residual, branch, *_split(operands))
+        return ()
+
+    run_planned(_plans, (True, *_kind(residual, branch, operands)), (residual, branch, *operands), call)
+    if not branch.is_inference():
+        torch.autograd.graph.increment_version(branch)
 
 
 def _fake(residual: Tensor, branch: Tensor | None, *operands: Any) -> Tensor:
@@ -619,18 +644,21 @@ _OPERANDS = (
     "Tensor? downs, Tensor? ups, Tensor adapter_ids, Tensor? down_biases, Tensor? up_biases, Tensor? codes, "
     "Tensor? gain, str activation"
 )
-torch.library.custom_op(
-    "fused_steer::post_block_grouped",
-    _registered_out_of_place,
-    mutates_args=(),
-    schema=f"(Tensor residual, Tensor? branch, {_OPERANDS}) -> Tensor",
-).register_fake(_fake)
-torch.library.custom_op(
-    "fused_steer::post_block_grouped_",
-    _registered_into_branch,
-    mutates_args=("branch",),
-    schema=f"(Tensor residual, Tensor(a!) branch, {_OPERANDS}) -> ()",
-).register_fake(lambda *operands: None)
+_NO_GRADIENT = "post_block_grouped has no gradient; expected torch.no_grad(), or post_block to train"
+
+
+def _refuse_gradient(*_: Any) -> None:
+    raise RuntimeError(_NO_GRADIENT)
+
+
+register(
+    f"post_block_grouped(Tensor residual, Tensor? branch, {_OPERANDS}) -> Tensor",
+    _registered_out_of_place, _fake, _refuse_gradient,
+)  # fmt: skip
+register(
+    f"post_block_grouped_(Tensor residual, Tensor(a!) branch, {_OPERANDS}) -> ()",
+    _registered_into_branch, lambda *operands: None, _refuse_gradient,
+)  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------- caller's part
@@ -760,7 +788,7 @@ def post_block_grouped(
     if torch.is_grad_enabled():
         tensors = (residual, branch, downs, ups, down_biases, up_biases, gain)
         if any(t is not None and t.requires_grad for t in tensors):
-            raise RuntimeError("post_block_grouped has no gradient; expected torch.no_grad(), or post_block to train")
+            _refuse_gradient()
     if torch.compiler.is_compiling():
         named, codes = (activation, None) if isinstance(activation, str) else ("", activation)
         operands = (downs, ups, adapter_ids, down_biases, up_biases, codes, gain, named)

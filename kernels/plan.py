@@ -14,6 +14,7 @@ the caller goes the ordinary way, errors included. A plan keeps no operand and n
 from __future__ import annotations
 
 import functools
+import operator
 import os
 from collections.abc import Callable, Sequence
 from types import CodeType
@@ -168,9 +169,11 @@ class Plan:
             What `call` returned; and the plan, or None where a call cannot be planned: it launched nothing or did more
             than launch, or an operand is not aligned, is empty, or shares memory with another.
         """
+        if _watching() is not None:
+            return call(), None  # launches are recorded instead of made
         with noted() as notes:
             results = call()
-        if not notes.launches or _watching() is not None or any(not _plannable(t) for t in operands):
+        if not notes.launches or any(not _plannable(t) for t in operands):
             return results, None
         made = {id(tensor): place for place, tensor in enumerate(notes.made)}
         if any(id(result) not in made for result in results):
@@ -202,13 +205,20 @@ def _code(operands: int, made: int, starts: tuple[str, ...], results: tuple[int,
         go += [f"m{i} = empty(size{i}, stride{i}, dtype{i})", f"q{i} = pointer(m{i})"]
     go.append("stream = stream_of(index)")
     go += starts
-    all_results = f"({', '.join(f'm{i}' for i in results)},)"
+    all_results = f"({''.join(f'm{i}, ' for i in results)})"
+    first = f"m{results[0]}" if results else "()"
     elsewhere = ["if now() != index:", "    with on_device(device):"]
     functions = {
         f"admit({given})": [*admit, f"return {addresses},"],
         f"go({addresses})": [*elsewhere, f"        return start({addresses})", f"return start({addresses})"],
         f"start({addresses})": [*go, f"return {all_results}"],
-        f"run({given})": [*admit, *elsewhere, f"        return start({addresses})[0]", *go, f"return m{results[0]}"],
+        f"run({given})": [
+            *admit,
+            *elsewhere,
+            f"        return start({addresses}){'[0]' if results else ''}",
+            *go,
+            f"return {first}",
+        ],
     }
     lines = [line for head, body in functions.items() for line in (f"def {head}:", *(f"    {row}" for row in body))]
     return compile("\n".join(lines), "<launch plan>", "exec")
@@ -231,6 +241,32 @@ def _device_functions(device: torch.device) -> tuple[Callable[[], int], Callable
 def no_plan(*operands: Tensor) -> None:
     """In place of a plan's `run`, where there is none."""
     return None
+
+
+#: A plan of an op: which inputs are its operands, as a function that picks them; its `admit`; its `go`.
+OpPlan = tuple[Callable[[Any], Any], Callable[..., Any], Callable[..., Sequence[Tensor]]]
+
+
+def run_planned(
+    plans: dict[Any, OpPlan], key: Any, inputs: Sequence[Any], call: Callable[[], Sequence[Tensor]]
+) -> Sequence[Tensor]:
+    """The results of an op that is called with `inputs`, by the plan of its kind of call; by `call` where none is.
+
+    Args:
+        plans: the op's; one that `call` makes is added.
+        key: the kind of call: all of the inputs that are no tensors, and which of them are None.
+    """
+    planned = plans.get(key)
+    if planned is not None:
+        operands, admit, go = planned
+        addresses = admit(*operands(inputs))
+        if addresses is not None:
+            return go(*addresses)
+    places = [place for place, value in enumerate(inputs) if isinstance(value, Tensor)]
+    results, plan = Plan.make([inputs[place] for place in places], call)
+    if plan is not None:
+        keep(plans, key, (operator.itemgetter(*places), plan.admit, plan.go))
+    return results
 
 
 def keep(plans: dict[Any, Any], shape: Any, plan: Any) -> None:

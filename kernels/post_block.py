@@ -22,6 +22,7 @@ autograd, `post_block`.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,6 +36,8 @@ from .backend import select_backend
 from .contract import Gradients, Needs, Packed
 from .launch import device_of, empty, launch
 from .numerics import dot, dot_precision, operand, operand_dtype, packed_operand, store
+from .plan import OpPlan, run_planned
+from .registered import register
 from .schedule import (
     CROSS_RANK,
     MAX_RANK,
@@ -957,13 +960,25 @@ _OPERANDS = (
 )
 
 
-def _post_block_op(
-    residual, branch, down, up, down_bias, up_bias, gain, scale_tensor, basis, scale, activation, keep_a
-):  # fmt: skip
-    out, a = _eager_forward(
-        residual, branch, down, up, down_bias, up_bias, gain, scale_tensor, basis, scale, activation, keep_a
-    )
-    return out, out.new_empty(0, dtype=reference.accumulation_dtype(out.dtype)) if a is None else a
+#: Plans by what a graph's call is of: all layers and adapters of the same shapes share one.
+_forward_plans: dict[Any, OpPlan] = {}
+_backward_plans: dict[Any, OpPlan] = {}
+
+
+def _post_block_op(*inputs: Any) -> Sequence[Tensor]:
+    residual, branch, down, _, down_bias, up_bias, gain, scale_tensor, basis, scale, activation, keep_a = inputs
+    key = (
+        residual.shape, residual.dtype, branch is None, None if down is None else (down.shape, down.dtype),
+        down_bias is None, up_bias is None, gain is None, scale_tensor is None, scale, activation, keep_a,
+    )  # fmt: skip
+
+    def call() -> Sequence[Tensor]:
+        out, a = _eager_forward(*inputs)
+        if a is None:
+            a = empty(0, dtype=reference.accumulation_dtype(out.dtype), device=out.device)
+        return out, a
+
+    return run_planned(_forward_plans, key, inputs, call)
 
 
 def _post_block_fake(
@@ -976,12 +991,13 @@ def _post_block_fake(
     return out, residual.new_empty(shape, dtype=reference.accumulation_dtype(dtype))
 
 
-def _post_block_backward_op(
-    grad, out, a, down, up, down_bias, up_bias, gain, scale_tensor, basis, scale, activation, needs
-):  # fmt: skip
-    return _eager_backward(
-        grad, out, a, down, up, down_bias, up_bias, gain, scale_tensor, basis, scale, activation, needs
-    )
+def _post_block_backward_op(*inputs: Any) -> Sequence[Tensor]:
+    grad, out, a, down, _, down_bias, up_bias, gain, scale_tensor, basis, scale, activation, needs = inputs
+    key = (
+        grad.shape, grad.dtype, out is None, a is None, None if down is None else (down.shape, down.dtype),
+        down_bias is None, up_bias is None, gain is None, scale_tensor is None, scale, activation, *needs,
+    )  # fmt: skip
+    return run_planned(_backward_plans, key, inputs, lambda: _eager_backward(*inputs))
 
 
 def _post_block_backward_fake(
@@ -991,22 +1007,6 @@ def _post_block_backward_fake(
     return [like.new_empty(like.shape) for like, need in zip(likes, needs, strict=True) if need]
 
 
-_op = torch.library.custom_op(
-    "fused_steer::post_block",
-    _post_block_op,
-    mutates_args=(),
-    schema=f"(Tensor residual, Tensor? branch, {_OPERANDS}, bool keep_a) -> (Tensor, Tensor)",
-)
-_op.register_fake(_post_block_fake)
-_backward_op = torch.library.custom_op(
-    "fused_steer::post_block_backward",
-    _post_block_backward_op,
-    mutates_args=(),
-    schema=f"(Tensor grad, Tensor? out, Tensor? a, {_OPERANDS}, bool[] needs) -> Tensor[]",
-)
-_backward_op.register_fake(_post_block_backward_fake)
-
-
 # ---------------------------------------------------------------------------------------------------------- autograd
 
 _NO_SECOND_DERIVATIVE = "post_block has no second derivative; expected one backward pass (create_graph=False)"
@@ -1014,9 +1014,6 @@ _NO_SECOND_DERIVATIVE = "post_block has no second derivative; expected one backw
 
 def _refuse_second_derivative(*_: Any) -> Any:
     raise RuntimeError(_NO_SECOND_DERIVATIVE)
-
-
-_backward_op.register_autograd(_refuse_second_derivative)
 
 
 class _FirstOrder(torch.autograd.Function):
@@ -1124,7 +1121,31 @@ def _op_backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tenso
     return _differentiate(ctx, grad, torch.ops.fused_steer.post_block_backward)
 
 
-_op.register_autograd(_op_backward, setup_context=_setup_context)
+class _RegisteredPostBlock(torch.autograd.Function):
+    """The op in a graph."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        output = _op(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_op_backward)
+
+
+def _differentiable_backward_op(*inputs: Any) -> list[Tensor]:
+    of = tuple(t for t in inputs if isinstance(t, Tensor) and t.requires_grad)
+    return list(_FirstOrder.apply(len(of), *of, *_backward_op(*inputs)))
+
+
+_op = register(
+    f"post_block(Tensor residual, Tensor? branch, {_OPERANDS}, bool keep_a) -> (Tensor, Tensor)",
+    _post_block_op, _post_block_fake, _RegisteredPostBlock.apply,
+)  # fmt: skip
+_backward_op = register(
+    f"post_block_backward(Tensor grad, Tensor? out, Tensor? a, {_OPERANDS}, bool[] needs) -> Tensor[]",
+    _post_block_backward_op, _post_block_backward_fake, _differentiable_backward_op,
+)  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------------------------- user's call

@@ -89,7 +89,7 @@ def test_replicas_of_data_parallel_steer():
     parts = list(model.named_modules(remove_duplicate=False))
     replicas = {name: part._replicate_for_data_parallel() for name, part in parts}
     for name, part in parts:
-        for child in part._modules:
+        for child in (child for child, module in part._modules.items() if module is not None):
             replicas[name]._modules[child] = replicas[f"{name}.{child}" if name else child]
         for key, parameter in part._parameters.items():
             replicas[name]._parameters.pop(key, None)
