@@ -507,7 +507,9 @@ def _triton_forward(
     }  # fmt: skip
     schedules = forward_splits(tokens, hidden, rank, dtype.itemsize, device)
     if schedules is None:
-        schedule = forward_schedule(tokens, hidden, rank, dtype.itemsize, device, packed is not None)
+        schedule = forward_schedule(
+            tokens, hidden, rank, dtype.itemsize, device, packed is not None, dtype == torch.float16
+        )  # fmt: skip
         launch(
             post_block_fwd_kernel, (schedule.programs,),
             residual, branch, down, up, down_bias, up_bias, gain, p_scale, out, a,

@@ -237,7 +237,7 @@ _SPLIT_TILES: dict[tuple[str, str, int], dict[int, _Tile]] = {
         16: (16, 64, 4, 3), 32: (16, 64, 4, 3), 64: (16, 64, 8, 2), 128: (16, 64, 8, 2), 256: (16, 32, 8, 2),
     },
     ("cuda", "up", 2): {
-        16: (16, 64, 4, 2), 32: (16, 64, 4, 2), 64: (16, 128, 8, 2), 128: (16, 128, 8, 2), 256: (16, 128, 8, 2),
+        16: (16, 64, 4, 2), 32: (16, 64, 4, 2), 64: (16, 128, 8, 2), 128: (16, 128, 8, 2), 256: (16, 64, 4, 2),
     },
     ("cuda", "up", 4): {
         16: (16, 64, 4, 2), 32: (16, 64, 4, 2), 64: (16, 64, 8, 2), 128: (16, 64, 8, 2), 256: (16, 32, 8, 2),
@@ -258,7 +258,7 @@ _SPLIT_TILES: dict[tuple[str, str, int], dict[int, _Tile]] = {
 #: The same for many tokens, where the rank is too wide for one kernel.
 _WIDE_TILES: dict[tuple[str, str, int], dict[int, _Tile]] = {
     ("cuda", "down", 2): {128: (64, 64, 8, 3), 256: (64, 32, 8, 2)},
-    ("cuda", "up", 2): {128: (64, 64, 8, 3), 256: (64, 32, 8, 2)},
+    ("cuda", "up", 2): {128: (64, 64, 8, 3), 256: (32, 64, 8, 2)},
 }
 #: For a d that no power of two from 64 up divides: masks and scalar accesses cost registers.
 _RAGGED_FORWARD: dict[int, _Tile] = {
@@ -330,9 +330,10 @@ def forward_splits(
 
 @functools.lru_cache(maxsize=4096)
 def forward_schedule(
-    tokens: int, hidden: int, rank: int, itemsize: int, device: Device, packed: bool = True
+    tokens: int, hidden: int, rank: int, itemsize: int, device: Device, packed: bool = True, widened: bool = False
 ) -> ForwardSchedule:
-    """Layout of the forward's one kernel for N = `tokens`, d = `hidden`, elements of `itemsize` bytes.
+    """Layout of the forward's one kernel for N = `tokens`, d = `hidden`, elements of `itemsize` bytes, with `packed`
+    weights or parameters, and operands that are `widened` to fp32's size or not.
 
     Of the tiles, programs and rows that are possible, those with the least time by count, in units of N·d: what moves
     through device memory (three, and two more as far as the second read misses L2), what moves through L2 (the tile's
@@ -341,7 +342,10 @@ def forward_schedule(
     """
     block_r, vendor = padded_rank(rank), _vendor(device)
     best = None
-    for rows, columns, columns2, warps, stages, stages2, resident in _FORWARD_TILES[vendor, itemsize][block_r]:
+    first, *others = _FORWARD_TILES[vendor, itemsize][block_r]
+    # The first fits every d and dtype; the registers of the others suffice for whole blocks and narrow operands.
+    fitting = [tile for tile in others if hidden % tile[1] == 0 and not (widened and tile[0] > first[0])]
+    for rows, columns, columns2, warps, stages, stages2, resident in (first, *fitting):
         ragged = _RAGGED_FORWARD[block_r]
         block_n, block_d, warps, stages = _narrowed(
             (rows, columns, warps, stages), ragged, hidden, itemsize, device.gpu
