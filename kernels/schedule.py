@@ -231,7 +231,7 @@ _CONVERTING: dict[tuple[str, int], dict[int, tuple[int, int, int]]] = {
 #: The forward's tiles in two kernels, for few tokens, by vendor, kernel and bytes of an element.
 _SPLIT_TILES: dict[tuple[str, str, int], dict[int, _Tile]] = {
     ("cuda", "down", 2): {
-        16: (16, 128, 4, 3), 32: (16, 128, 4, 3), 64: (16, 256, 8, 2), 128: (16, 128, 8, 2), 256: (16, 128, 8, 2),
+        16: (16, 128, 4, 3), 32: (16, 128, 4, 3), 64: (16, 256, 8, 2), 128: (16, 128, 8, 2), 256: (16, 64, 4, 2),
     },
     ("cuda", "down", 4): {
         16: (16, 64, 4, 3), 32: (16, 64, 4, 3), 64: (16, 64, 8, 2), 128: (16, 64, 8, 2), 256: (16, 32, 8, 2),
@@ -261,8 +261,9 @@ _WIDE_TILES: dict[tuple[str, str, int], dict[int, _Tile]] = {
     ("cuda", "up", 2): {128: (64, 64, 8, 3), 256: (32, 64, 8, 2)},
 }
 #: For a d that no power of two from 64 up divides: masks and scalar accesses cost registers.
-_RAGGED_FORWARD: dict[int, _Tile] = {
-    16: (16, 32, 8, 2), 32: (16, 32, 8, 2), 64: (16, 32, 8, 2), 128: (16, 32, 8, 2), 256: (16, 16, 8, 1),
+_RAGGED_FORWARD: dict[str, dict[int, _Tile]] = {
+    "cuda": {16: (16, 32, 8, 2), 32: (16, 32, 8, 2), 64: (16, 32, 8, 2), 128: (16, 32, 8, 2), 256: (16, 16, 8, 1)},
+    "hip": {16: (16, 32, 4, 2), 32: (16, 32, 8, 2), 64: (16, 16, 4, 2), 128: (16, 16, 8, 2), 256: (16, 16, 8, 2)},
 }
 #: A steering vector's tile.
 _VECTOR_TILE, _RAGGED_VECTOR_TILE = (16, 256, 4, 1), (16, 32, 4, 1)
@@ -320,7 +321,7 @@ def forward_splits(
         tiles_of = _SPLIT_TILES if few else _WIDE_TILES
         tile = tiles_of.get(key, _SPLIT_TILES[key])[block_r]
         block_n, block_d, warps, stages = _narrowed(
-            tile, _RAGGED_FORWARD[block_r], hidden, itemsize, device.gpu
+            tile, _RAGGED_FORWARD[vendor][block_r], hidden, itemsize, device.gpu
         )  # fmt: skip
         tiles, blocks = ceil_div(tokens, block_n), ceil_div(hidden, block_d)
         part = _parts(tiles, blocks, device.multiprocessors * max(1, 8 // warps), most) * block_d
@@ -346,7 +347,7 @@ def forward_schedule(
     # The first fits every d and dtype; the registers of the others suffice for whole blocks and narrow operands.
     fitting = [tile for tile in others if hidden % tile[1] == 0 and not (widened and tile[0] > first[0])]
     for rows, columns, columns2, warps, stages, stages2, resident in (first, *fitting):
-        ragged = _RAGGED_FORWARD[block_r]
+        ragged = _RAGGED_FORWARD[vendor][block_r]
         block_n, block_d, warps, stages = _narrowed(
             (rows, columns, warps, stages), ragged, hidden, itemsize, device.gpu
         )
