@@ -269,9 +269,14 @@ def post_block_fwd_up_kernel(
     branch_rows = _row_offsets(rows, inner, branch_outer, branch_inner, NESTED)
     ranks = tl.arange(0, BLOCK_R)
     a = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
-    for split in tl.static_range(SPLITS):  # unrolled, so that all of its loads are in flight at once
-        p_rows = p_partial + (tl.cast(N, tl.int64) * split + rows[:, None]) * BLOCK_R + ranks[None, :]
-        a += tl.load(p_rows, mask=m_rows[:, None], other=0.0)
+    p_rows = p_partial + rows[:, None].to(tl.int64) * BLOCK_R + ranks[None, :]
+    of_split = tl.cast(N, tl.int64) * BLOCK_R
+    if BLOCK_N * BLOCK_R > 4096:
+        for split in range(SPLITS):
+            a += tl.load(p_rows + split * of_split, mask=m_rows[:, None], other=0.0)
+    else:  # unrolled, so that all loads are in flight at once
+        for split in tl.static_range(SPLITS):
+            a += tl.load(p_rows + split * of_split, mask=m_rows[:, None], other=0.0)
     a = _pre_activation(
         a, p_down_bias, p_a, rows, m_rows, ranks, tl.program_id(1) == 0, RANK, HAS_DOWN_BIAS, KEEP_A
     )  # fmt: skip
@@ -694,7 +699,9 @@ def _triton_forward(
     }  # fmt: skip
     schedules = forward_splits(tokens, hidden, rank, dtype.itemsize, device)
     if schedules is None:
-        schedule = forward_schedule(tokens, hidden, rank, dtype.itemsize, device, packed is not None)
+        schedule = forward_schedule(
+            tokens, hidden, rank, dtype.itemsize, device, packed is not None, dtype == torch.float16
+        )  # fmt: skip
         launch(
             post_block_fwd_kernel, (schedule.programs,),
             residual, branch, down, up, down_bias, up_bias, gain, p_scale, out, a,

@@ -186,13 +186,13 @@ _CONVERTING: dict[tuple[str, int], dict[int, tuple[int, int, int]]] = {
 #: The forward's tiles in two kernels, for few tokens, by vendor, kernel and bytes of an element.
 _SPLIT_TILES: dict[tuple[str, str, int], dict[int, _Tile]] = {
     ("cuda", "down", 2): {
-        16: (16, 128, 4, 3), 32: (16, 128, 4, 3), 64: (16, 256, 8, 2), 128: (16, 128, 8, 2), 256: (16, 128, 8, 2),
+        16: (16, 128, 4, 3), 32: (16, 128, 4, 3), 64: (16, 256, 8, 2), 128: (16, 128, 8, 2), 256: (16, 64, 4, 2),
     },
     ("cuda", "down", 4): {
         16: (16, 64, 4, 3), 32: (16, 64, 4, 3), 64: (16, 64, 8, 2), 128: (16, 64, 8, 2), 256: (16, 32, 8, 2),
     },
     ("cuda", "up", 2): {
-        16: (16, 64, 4, 2), 32: (16, 64, 4, 2), 64: (16, 128, 8, 2), 128: (16, 128, 8, 2), 256: (16, 128, 8, 2),
+        16: (16, 64, 4, 2), 32: (16, 64, 4, 2), 64: (16, 128, 8, 2), 128: (16, 128, 8, 2), 256: (16, 64, 4, 2),
     },
     ("cuda", "up", 4): {
         16: (16, 64, 4, 2), 32: (16, 64, 4, 2), 64: (16, 64, 8, 2), 128: (16, 64, 8, 2), 256: (16, 32, 8, 2),
@@ -213,11 +213,12 @@ _SPLIT_TILES: dict[tuple[str, str, int], dict[int, _Tile]] = {
 #: The same for many tokens, where the rank is too wide for one kernel.
 _WIDE_TILES: dict[tuple[str, str, int], dict[int, _Tile]] = {
     ("cuda", "down", 2): {128: (64, 64, 8, 3), 256: (64, 32, 8, 2)},
-    ("cuda", "up", 2): {128: (64, 64, 8, 3), 256: (64, 32, 8, 2)},
+    ("cuda", "up", 2): {128: (64, 64, 8, 3), 256: (32, 64, 8, 2)},
 }
 #: For a d that no power of two from 64 up divides: masks and scalar accesses cost registers.
-_RAGGED_FORWARD: dict[int, _Tile] = {
-    16: (16, 32, 8, 2), 32: (16, 32, 8, 2), 64: (16, 32, 8, 2), 128: (16, 32, 8, 2), 256: (16, 16, 8, 1),
+_RAGGED_FORWARD: dict[str, dict[int, _Tile]] = {
+    "cuda": {16: (16, 32, 8, 2), 32: (16, 32, 8, 2), 64: (16, 32, 8, 2), 128: (16, 32, 8, 2), 256: (16, 16, 8, 1)},
+    "hip": {16: (16, 32, 4, 2), 32: (16, 32, 8, 2), 64: (16, 16, 4, 2), 128: (16, 16, 8, 2), 256: (16, 16, 8, 2)},
 }
 #: A steering vector's tile.
 _VECTOR_TILE, _RAGGED_VECTOR_TILE = (16, 256, 4, 1), (16, 32, 4, 1)
@@ -275,7 +276,7 @@ def forward_splits(
         tiles_of = _SPLIT_TILES if few else _WIDE_TILES
         tile = tiles_of.get(key, _SPLIT_TILES[key])[block_r]
         block_n, block_d, warps, stages = _narrowed(
-            tile, _RAGGED_FORWARD[block_r], hidden, itemsize, device.gpu
+            tile, _RAGGED_FORWARD[vendor][block_r], hidden, itemsize, device.gpu
         )  # fmt: skip
         tiles, blocks = ceil_div(tokens, block_n), ceil_div(hidden, block_d)
         part = _parts(tiles, blocks, device.multiprocessors * max(1, 8 // warps), most) * block_d
@@ -285,9 +286,10 @@ def forward_splits(
 
 @functools.lru_cache(maxsize=4096)
 def forward_schedule(
-    tokens: int, hidden: int, rank: int, itemsize: int, device: Device, packed: bool = True
+    tokens: int, hidden: int, rank: int, itemsize: int, device: Device, packed: bool = True, widened: bool = False
 ) -> ForwardSchedule:
-    """Layout of the forward's one kernel for N = `tokens`, d = `hidden`, elements of `itemsize` bytes.
+    """Layout of the forward's one kernel for N = `tokens`, d = `hidden`, elements of `itemsize` bytes, with `packed`
+    weights or parameters, and operands that are `widened` to fp32's size or not.
 
     Of the tiles, programs and rows that are possible, those with the least time by count, in units of N·d: what moves
     through device memory (three, and two more as far as the second read misses L2), what moves through L2 (the tile's
@@ -296,8 +298,11 @@ def forward_schedule(
     """
     block_r, vendor = padded_rank(rank), _vendor(device)
     best = None
-    for rows, columns, columns2, warps, stages, stages2, resident in _FORWARD_TILES[vendor, itemsize][block_r]:
-        ragged = _RAGGED_FORWARD[block_r]
+    first, *others = _FORWARD_TILES[vendor, itemsize][block_r]
+    # The first fits every d and dtype; the registers of the others suffice for whole blocks and narrow operands.
+    fitting = [tile for tile in others if hidden % tile[1] == 0 and not (widened and tile[0] > first[0])]
+    for rows, columns, columns2, warps, stages, stages2, resident in (first, *fitting):
+        ragged = _RAGGED_FORWARD[vendor][block_r]
         block_n, block_d, warps, stages = _narrowed(
             (rows, columns, warps, stages), ragged, hidden, itemsize, device.gpu
         )

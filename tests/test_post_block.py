@@ -115,7 +115,7 @@ def triton_forward(inputs: Inputs, packed: bool) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
 @pytest.mark.parametrize(
-    ("tokens", "hidden", "rank"), [(1, 576, 8), (17, 99, 12), (130, 256, 5), (70, 128, 16), (66, 64, 64), (40, 80, 128)]
+    ("tokens", "hidden", "rank"), [(1, 576, 8), (17, 99, 12), (130, 256, 5), (70, 128, 16), (66, 64, 64), (40, 80, 33)]
 )
 def test_packed_weights_give_the_same_bits(device, tokens, hidden, rank, dtype):
     if os.environ["FUSED_STEER_BACKEND"] == "torch":
@@ -127,7 +127,7 @@ def test_packed_weights_give_the_same_bits(device, tokens, hidden, rank, dtype):
 
 
 def test_fp16_is_at_least_as_exact_as_the_hook(device):
-    """Its products are in tf32, of fp16's precision: cut off instead of rounded, they have the bound's double."""
+    """Its products are in tf32, which has fp16's precision as long as operands are rounded, not cut off."""
     inputs = make_inputs(64, 512, rank=8, dtype=F16, device=device, biases=False, gain=False, scale=False, basis=0)
     # Nothing of the hidden state in the shift, which would hide it: the state is small, the shift is large.
     inputs = replace(inputs, residual=inputs.residual / 64, branch=inputs.branch / 64, up=inputs.up * 64)
