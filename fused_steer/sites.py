@@ -273,8 +273,17 @@ class SteeringSite(nn.Module):
         if slots is None:  # no adapter of the batch steers this layer
             return None
 
+        ids: Any = ()
+        weights: Any = None
+        found: tuple[Tensor, ...] = ()
+
         def operands() -> tuple[Tensor, ...]:
-            return slots.operands(batch.routing(device))
+            # The same in all steps that have the same ids.
+            nonlocal ids, weights, found
+            if batch.ids is not ids or slots.weights is not weights:
+                found = slots.operands(batch.routing(device))
+                ids, weights = batch.ids, slots.weights
+            return found
 
         planned = self.__dict__["_planned"] = (slots, operands)
         return planned

@@ -64,7 +64,7 @@ class Slots(nn.Module):
             raise TypeError(f"dtype is {dtype}; expected float32, bfloat16 or float16")
         self.count, self.rank, self.hidden = count, rank, hidden
         # The buffers as the op takes them: nn.Module takes long to look each up.
-        self._weights: Any = None
+        self.weights: Any = None
         self._plans: dict[Any, Callable[..., Tensor | None]] = {}
         #: The last plan: a function of residual, branch and `operands`, which gives None where it is not for them.
         self.last: Callable[..., Tensor | None] = no_plan
@@ -167,14 +167,14 @@ class Slots(nn.Module):
 
     def operands(self, routing: Routing) -> tuple[Tensor, ...]:
         """What a plan's function takes behind residual and branch."""
-        if self._weights is None:
+        if self.weights is None:
             buffers = (self.downs, self.ups, self.down_biases, self.up_biases, self.codes)
-            self._weights = (buffers, tuple(b for b in buffers if b is not None))
-        return (*routing.operands, *self._weights[1])
+            self.weights = (buffers, tuple(b for b in buffers if b is not None))
+        return (*routing.operands, *self.weights[1])
 
     def _routed(self, residual: Tensor, branch: Tensor | None, routing: Routing) -> Tensor:
         operands = (residual, branch, *self.operands(routing))
-        buffers = self._weights[0]
+        buffers = self.weights[0]
         shape = (*routing.places, self.hidden)
         if residual.shape != shape or branch is not None and branch.shape != shape:
             there = (tuple(t.shape) for t in (residual, branch) if t is not None)
@@ -194,12 +194,12 @@ class Slots(nn.Module):
         return out
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Slots:
-        self._weights, self.last = None, no_plan  # the buffers are other tensors then
+        self.weights, self.last = None, no_plan  # the buffers are other tensors then
         self._plans.clear()
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_weights": None, "_plans": {}, "last": no_plan}  # copies plan for themselves
+        return self.__dict__ | {"weights": None, "_plans": {}, "last": no_plan}  # copies plan for themselves
 
     def extra_repr(self) -> str:
         return f"count={self.count}, rank={self.rank}, hidden={self.hidden}, nbytes={self.nbytes}"
