@@ -85,13 +85,15 @@ def _strided(device: torch.device) -> Callable[..., Tensor]:
 
 def _start(number: int, launch: Started, names: dict[str, Any]) -> str:
     """The source of a call that starts a kernel, with `{}` for the kernel's pointers; what it names goes to `names`."""
-    compiled, (x, y, z) = launch.compiled, (*launch.grid, 1, 1)[:3]
+    compiled = launch.compiled
     if compiled is None:  # in the interpreter, with tensors in place of addresses
         kernel, grid, count = launch.kernel, launch.grid, len(launch.arguments)
         constants = {**launch.constants, **launch.options}
         names[f"start{number}"] = lambda arguments: kernel[grid](*arguments[:count], **constants)
         return f"start{number}(({{}}, *rest{number}))"
-    run, place = compiled.run, f"{x}, {y}, {z}, stream, function{number}"
+    # The grid by name: plans that differ in it alone share their code.
+    run, place = compiled.run, f"x{number}, y{number}, z{number}, stream, function{number}"
+    names |= {f"{axis}{number}": extent for axis, extent in zip("xyz", (*launch.grid, 1, 1), strict=False)}
     names[f"function{number}"], names[f"metadata{number}"] = compiled.function, compiled.packed_metadata
     if triton.__version__.startswith("3.7.") and type(run).__name__ == "CudaLauncher":
         if not (run.global_scratch_size or run.profile_scratch_size):
