@@ -83,12 +83,11 @@ class Packing:
         first = next(iter(weights.values()))
         kind = [(t.shape, t.dtype) for t in first]
         for site, (down, up) in weights.items():
-            plain = all(type(t) in (Tensor, nn.Parameter) and t.is_contiguous() and t.numel() for t in (down, up))
-            if plain and down.device == up.device and [(t.shape, t.dtype) for t in (down, up)] == kind:
+            if _has_its_values(down, up) and [(t.shape, t.dtype) for t in (down, up)] == kind:
                 by_device.setdefault(down.device, []).append((id(site), down, up))
         pack = Pack(dtype)
         for device, layers in by_device.items():
-            if device.type == "meta" or select_backend(device) != "triton":
+            if select_backend(device) != "triton":
                 continue
             pairs = [(down, up) for _, down, up in layers]
             addresses = [t.data_ptr() for pair in pairs for t in pair]
@@ -99,6 +98,20 @@ class Packing:
                 kept = self._tables[device] = (addresses, address_table(pairs))
             pack.add(device, [site for site, _, _ in layers], kept[1], pairs)
         return pack if pack._layers else None
+
+
+def _has_its_values(down: Tensor, up: Tensor) -> bool:
+    """Whether W1 and W2 lie whole in memory now: not so what is sharded, or gathered for its layer's call alone."""
+    if down.dim() != 2 or up.shape != down.shape[::-1] or down.device != up.device:
+        return False
+    return all(
+        type(t) in (Tensor, nn.Parameter)
+        and t.is_contiguous()
+        and t.numel() > 0
+        and t.device.type != "meta"
+        and t.untyped_storage().nbytes() >= (t.storage_offset() + t.numel()) * t.itemsize
+        for t in (down, up)
+    )
 
 
 def tokens_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:

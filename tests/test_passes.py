@@ -263,6 +263,26 @@ def test_a_hidden_state_of_another_dtype_or_stream_reads_the_parameters(interpre
         packing.end()
 
 
+def test_weights_that_are_sharded_or_freed_are_not_packed(interpreted):
+    whole = torch.randn(4, 32), torch.randn(32, 4)
+    freed = torch.randn(4, 32)
+    freed.untyped_storage().resize_(0)  # as FSDP leaves a layer's weights between its calls
+    shard = nn.Parameter(torch.randn(64))
+    others = [(freed, whole[1]), (shard, shard), (torch.empty(0), torch.empty(0)), (torch.randn(8, 32)[::2], whole[1])]
+    others.append((whole[0].to("meta"), whole[1].to("meta")))
+    sites = [nn.Module() for _ in range(len(others) + 1)]
+    packing = passes.Packing()
+    packing.begin(torch.float32, 100, dict(zip(sites, [whole, *others], strict=True)))
+    pack = thread.packs[-1]
+    packing.end()
+    x = torch.randn(2, 32)
+    assert pack.of(sites[0], x, *whole) is not None
+    assert all(pack.of(site, x, *weights) is None for site, weights in zip(sites[1:], others, strict=True))
+    packing.begin(torch.float32, 100, dict(zip(sites[1:], others, strict=True)))
+    assert thread.packs == [None]
+    packing.end()
+
+
 def test_joint_training_kept_orthogonal(seen):
     from peft import LoraConfig, get_peft_model
 
