@@ -240,6 +240,16 @@ def test_what_kernels_refuse_is_refused_beside_a_plan(device, made):
 
 
 @torch.no_grad()
+def test_a_plan_is_for_so_many_operands(device):
+    site, operands = make_site(device), states(5, device)
+    expected = site(*operands)
+    given = (*operands, *parts(site)[:2])
+    run = site._planned[0].last
+    assert run(*given, operands[0]) is None and run(*given[:3]) is None and run() is None
+    assert_same(run(*given), expected)
+
+
+@torch.no_grad()
 def test_subclass_of_tensor_goes_past_the_plan(device, made):
     class Marked(Tensor):
         pass
@@ -623,21 +633,22 @@ def test_inference_and_training_take_turns(device, made):
             (made.none if turn else made.new)(lambda a=operands: assert_steers(site, *(t.detach() for t in a)))
 
 
-@pytest.mark.parametrize("transform", ["grad", "vmap"])
-def test_transforms_of_torch_func_go_past_a_plan(device, made, transform):
+def test_transforms_of_torch_func_go_past_a_plan(device, made):
     site, (residual, branch) = make_site(device), states(5, device)
-    with torch.no_grad():
-        site(residual, branch)
     operands = leaves((residual, branch))
     site(*operands)
-    if transform == "grad":
-        found = torch.func.grad(lambda x: site(x, branch).sum())(residual)
-        (expected,) = torch.autograd.grad(ordinary(site, operands[0], branch).sum(), operands[0])
-        assert_same(found, expected)
-    else:
-        with torch.no_grad(), pytest.raises(RuntimeError):
-            torch.func.vmap(lambda x, b: site(x, b))(residual, branch)  # no kernel runs on half of the state
-            raise RuntimeError("the op is not batched, but the result was right")
+    with torch.no_grad():
+        expected = site(residual, branch)
+    (of_residual,) = torch.autograd.grad(ordinary(site, operands[0], branch).sum(), operands[0])
+    assert_same(torch.func.grad(lambda x: site(x, branch).sum())(residual), of_residual)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="vmap"):  # no kernel is given one row as all
+        torch.func.vmap(site)(residual, branch)
+
+    def beside(factor: Tensor) -> Tensor:
+        """What the transform is of is not what the site is given."""
+        return factor * site(*operands).detach().sum()
+
+    assert_same(torch.func.grad(beside)(torch.ones((), device=device)), expected.sum())
 
 
 def test_threads_train_at_once(device, one_kernel_at_a_time):
