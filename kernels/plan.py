@@ -193,8 +193,10 @@ class Plan:
 def _code(operands: int, made: int, starts: tuple[str, ...], results: tuple[int, ...]) -> CodeType:
     """The functions of plans with so many operands and allocated tensors, and these calls that start kernels."""
     given, addresses = (", ".join(f"{letter}{i}" for i in range(operands)) for letter in "tp")
+    # A call of fewer operands, or of more, is another kind of call.
+    parameters = ", ".join(f"t{i}=None" for i in range(operands)) + ", *others"
     admit = [
-        f"if not (check({given}) and read(backend) == asked and watching() is None",
+        f"if others or not (check({given}) and read(backend) == asked and watching() is None",
         "        and runtime.launch_enter_hook is enter and runtime.launch_exit_hook is leave",
         "        and not enter.calls and not leave.calls):",
         "    return None",
@@ -211,10 +213,10 @@ def _code(operands: int, made: int, starts: tuple[str, ...], results: tuple[int,
     first = f"m{results[0]}" if results else "()"
     elsewhere = ["if now() != index:", "    with on_device(device):"]
     functions = {
-        f"admit({given})": [*admit, f"return {addresses},"],
+        f"admit({parameters})": [*admit, f"return {addresses},"],
         f"go({addresses})": [*elsewhere, f"        return start({addresses})", f"return start({addresses})"],
         f"start({addresses})": [*go, f"return {all_results}"],
-        f"run({given})": [
+        f"run({parameters})": [
             *admit,
             *elsewhere,
             f"        return start({addresses}){'[0]' if results else ''}",

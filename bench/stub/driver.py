@@ -35,17 +35,22 @@ class _Kept(ctypes.Structure):
         ("grid", ctypes.c_uint * 3),
         ("block", ctypes.c_uint),
         ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_ulonglong),
+        ("first", ctypes.c_ulonglong),
     ]
 
 
 @dataclass(frozen=True)
 class Launched:
-    """One launch as the driver got it: kernel's name, grid, threads of a block, bytes of dynamic shared memory."""
+    """One launch as the driver got it: kernel's name, grid, threads of a block, bytes of dynamic shared memory, stream,
+    and the first of the arguments: an address."""
 
     name: str
     grid: tuple[int, int, int]
     block: int
     shared: int
+    stream: int
+    first: int
 
 
 class Stub:
@@ -70,7 +75,9 @@ class Stub:
         found = []
         for place in range(end - number, end):
             kept = self._library.stub_launch(place).contents
-            found.append(Launched(kept.name.decode(), tuple(kept.grid), kept.block, kept.shared))
+            found.append(
+                Launched(kept.name.decode(), tuple(kept.grid), kept.block, kept.shared, kept.stream, kept.first)
+            )
         return found
 
     @contextmanager

@@ -1,7 +1,8 @@
 /* A CUDA driver library that accepts every call and does nothing.
 
    Triton's own driver module, argument packing and launcher are linked against it and run for real; no kernel runs.
-   It counts launches and keeps the last of them: the kernel's name, its grid, its block and its shared memory. */
+   It counts launches and keeps the last of them: the kernel's name, its grid, its block, its shared memory, the stream
+   and the first of its arguments, which is an address in all of ours. */
 #include "cuda.h"
 #include <stdint.h>
 #include <string.h>
@@ -15,6 +16,8 @@ typedef struct {
   unsigned grid[3];
   unsigned block;
   unsigned shared;
+  unsigned long long stream;
+  unsigned long long first;
 } Launch;
 
 static int multiprocessors = 132, shared_per_block = 232448;
@@ -103,5 +106,7 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, voi
   launch->grid[2] = config->gridDimZ;
   launch->block = config->blockDimX * config->blockDimY * config->blockDimZ;
   launch->shared = config->sharedMemBytes;
+  launch->stream = (uintptr_t)config->hStream;
+  memcpy(&launch->first, parameters[0], sizeof launch->first);
   return CUDA_SUCCESS;
 }
