@@ -271,7 +271,7 @@ def post_block_fwd_up_kernel(
     a = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
     p_rows = p_partial + rows[:, None].to(tl.int64) * BLOCK_R + ranks[None, :]
     of_split = tl.cast(N, tl.int64) * BLOCK_R
-    if BLOCK_N * BLOCK_R > 4096:
+    if BLOCK_N * BLOCK_R > 2048:
         for split in range(SPLITS):
             a += tl.load(p_rows + split * of_split, mask=m_rows[:, None], other=0.0)
     else:  # unrolled, so that all loads are in flight at once

@@ -181,7 +181,7 @@ _FORWARD_TILES: dict[tuple[str, int], dict[int, tuple[_ForwardTile, ...]]] = {
 #: The same where the kernel reads the parameters and converts them, which costs registers: the columns written at a
 #: time, warps and stages in place of the tile's. The rest stays, so that the sums are those of packed weights.
 _CONVERTING: dict[tuple[str, int], dict[int, tuple[int, int, int]]] = {
-    ("cuda", 2): {16: (128, 8, 3), 32: (128, 8, 3), 64: (64, 8, 2)},
+    ("cuda", 2): {16: (128, 8, 3), 32: (128, 8, 3), 64: (64, 8, 3)},
 }
 #: The forward's tiles in two kernels, for few tokens, by vendor, kernel and bytes of an element.
 _SPLIT_TILES: dict[tuple[str, str, int], dict[int, _Tile]] = {
@@ -204,7 +204,7 @@ _SPLIT_TILES: dict[tuple[str, str, int], dict[int, _Tile]] = {
         16: (16, 128, 4, 2), 32: (16, 128, 4, 2), 64: (16, 128, 4, 2), 128: (16, 64, 4, 2), 256: (16, 16, 8, 2),
     },
     ("hip", "up", 2): {
-        16: (16, 128, 4, 2), 32: (16, 128, 4, 2), 64: (16, 128, 4, 2), 128: (16, 128, 4, 1), 256: (32, 64, 4, 1),
+        16: (16, 128, 4, 2), 32: (16, 128, 4, 2), 64: (16, 128, 4, 2), 128: (16, 128, 4, 1), 256: (16, 64, 2, 1),
     },
     ("hip", "up", 4): {
         16: (16, 128, 4, 2), 32: (16, 128, 4, 2), 64: (16, 128, 4, 2), 128: (16, 64, 4, 2), 256: (16, 16, 8, 2),
@@ -218,7 +218,7 @@ _WIDE_TILES: dict[tuple[str, str, int], dict[int, _Tile]] = {
 #: For a d that no power of two from 64 up divides: masks and scalar accesses cost registers.
 _RAGGED_FORWARD: dict[str, dict[int, _Tile]] = {
     "cuda": {16: (16, 32, 8, 2), 32: (16, 32, 8, 2), 64: (16, 32, 8, 2), 128: (16, 32, 8, 2), 256: (16, 16, 8, 1)},
-    "hip": {16: (16, 32, 4, 2), 32: (16, 32, 8, 2), 64: (16, 16, 4, 2), 128: (16, 16, 8, 2), 256: (16, 16, 8, 2)},
+    "hip": {16: (16, 32, 4, 1), 32: (16, 32, 8, 2), 64: (16, 16, 4, 2), 128: (16, 16, 8, 2), 256: (16, 16, 8, 2)},
 }
 #: A steering vector's tile.
 _VECTOR_TILE, _RAGGED_VECTOR_TILE = (16, 256, 4, 1), (16, 32, 4, 1)
