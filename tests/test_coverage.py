@@ -115,8 +115,8 @@ def before_the_branch(model: nn.Module, config: Any) -> nn.Module:
         def forward(self: Any, x: Any, cls: type = cls, **kwargs: Any) -> Any:
             site = self.post_block
             x = site(x)
-            self.post_block = nn.Module()
-            self.post_block.steer = lambda left, right, entering: left + right
+            self.post_block = SteeringSite()  # which adds
+            self.post_block.patched = site.patched
             try:
                 return cls.forward(self, x, **kwargs)
             finally:

@@ -26,7 +26,7 @@ from peft import PrefixTuningConfig, get_peft_model
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from fused_steer import SteerConfig, patch_model
+from fused_steer import SteerConfig, patch, patch_model
 
 CONFIG = SteerConfig(rank=4)
 
@@ -205,6 +205,15 @@ def test_a_wrapped_forward_that_calls_the_patched_one_steers():
     assert torch.equal(logits(model), expected)
     layer.forward = inner
     assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox-parallel"])
+def test_a_layer_as_it_was_patched_is_not_watched(family, monkeypatch):
+    """Watching takes time in each call."""
+    model = steered(build(family))
+    monkeypatch.setattr(patch, "call_watched", lambda *_, **__: pytest.fail("a layer is watched"))
+    logits(model)
+    assert all("forward" not in vars(row.layer) for row in model.steering._patched.values())
 
 
 def test_a_compiled_forward_on_a_layer_is_no_false_alarm():
