@@ -119,6 +119,16 @@ class Schedule:
 
 
 @dataclass(frozen=True)
+class VectorSchedule(Schedule):
+    """Layout of a steering vector's forward, which has no rank."""
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """The kernel's block sizes by name."""
+        return {"BLOCK_N": self.block_n, "BLOCK_D": self.block_d}
+
+
+@dataclass(frozen=True)
 class ForwardSchedule:
     """Layout of the forward in one kernel. `programs` walk tiles of `height` <= `block_n` rows, in blocks of `block_d`
     columns and `num_stages` when reducing, of `block_d2` and `num_stages2` when writing."""
@@ -244,11 +254,11 @@ def _narrowed(tile: _Tile, ragged: _Tile, hidden: int, itemsize: int, gpu: str) 
 
 
 @functools.lru_cache(maxsize=4096)
-def vector_schedule(tokens: int, hidden: int, itemsize: int, device: Device) -> Schedule:
+def vector_schedule(tokens: int, hidden: int, itemsize: int, device: Device) -> VectorSchedule:
     """Layout of the forward at rank 0: elementwise, every block is a program's."""
     block_n, block_d, warps, stages = _narrowed(_VECTOR_TILE, _RAGGED_VECTOR_TILE, hidden, itemsize, device.gpu)
     blocks = ceil_div(hidden, block_d)
-    return Schedule(block_n, block_d, 0, ceil_div(tokens, block_n), blocks, block_d, warps, stages)
+    return VectorSchedule(block_n, block_d, 0, ceil_div(tokens, block_n), blocks, block_d, warps, stages)
 
 
 def _parts(tiles: int, blocks: int, slots: int, most: int) -> int:
