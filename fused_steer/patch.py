@@ -130,9 +130,11 @@ _FORWARD = "forward_of_patch"
 def _call_site(layer: nn.Module, left: Tensor, right: Tensor, entering: Any) -> Tensor:
     """`layer.post_block(left, right, entering)`, past nn.Module's `__call__` where nobody hooked the site."""
     site: Any = layer._modules[SITE]
+    if is_compiling():
+        return site(left, right, entering)
     if site._forward_hooks or site._forward_pre_hooks or site._backward_hooks or site._backward_pre_hooks:
         return site(left, right, entering)
-    if is_compiling() or any_forward_hook or any_forward_pre_hook or any_backward_hook or any_backward_pre_hook:
+    if any_forward_hook or any_forward_pre_hook or any_backward_hook or any_backward_pre_hook:
         return site(left, right, entering)
     noted = site.__dict__
     planned = noted["_planned"]
