@@ -231,7 +231,7 @@ _RAGGED_FORWARD: dict[str, dict[int, _Tile]] = {
     "hip": {16: (16, 32, 4, 1), 32: (16, 32, 8, 2), 64: (16, 16, 4, 2), 128: (16, 16, 8, 2), 256: (16, 16, 8, 2)},
 }
 #: A steering vector's tile.
-_VECTOR_TILE, _RAGGED_VECTOR_TILE = (16, 256, 4, 1), (16, 32, 4, 1)
+_VECTOR_TILE, _RAGGED_VECTOR_TILE = (16, 256, 8, 1), (16, 32, 4, 1)
 # fmt: on
 
 
