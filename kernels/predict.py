@@ -157,15 +157,16 @@ def _forward_whole(launch: Launch) -> LaunchWork:
 def _forward_half(
     launch: Launch, weights: str, reads: Mapping[str, float], writes: set[str], again: bool
 ) -> LaunchWork:
-    """Half of a forward whose d is split between programs: one loop over a part of it."""
+    """Half of a forward whose d is split between programs: one loop over a part of it, or one block at once."""
     at = _Arguments(launch)
     rows, columns, ranks = at["BLOCK_N"], at["BLOCK_D"], at["BLOCK_R"]
     tiles, splits = launch.grid
     blocks, each = ceil_div(at["D"], columns), ceil_div(min(at["part"], at["D"]), columns)
     states = at.tile_bytes(rows, columns, "p_residual", "p_branch")
+    loop = Loop(each, states, at.tile_bytes(ranks, columns, weights), again)
     return LaunchWork(
         tiles * splits,
-        (Loop(each, states, at.tile_bytes(ranks, columns, weights), again),),
+        () if at["AT_ONCE"] else (loop,),
         blocks / (splits * each),
         {weights: tiles * _weights_read(at), **reads},
         frozenset(writes),

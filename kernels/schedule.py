@@ -60,7 +60,7 @@ _INTERPRETED_DEVICE = Device("cuda", 4, 1 << 20)
 
 #: How many times faster than device memory L2 is; and the time of a forward's instructions, in that of N·d through
 #: device memory. Rough figures, modelled for A100 and H100, which put the forward's layouts in order.
-_L2_SPEED, _ISSUE = 2.0, 2.5
+_L2_SPEED, _ISSUE = 1.7, 2.5
 
 
 @functools.cache
@@ -101,7 +101,7 @@ class Blocks:
 @dataclass(frozen=True)
 class Schedule:
     """A launch's layout. `programs` own or walk tiles of `block_n` rows; `splits` divide the other axis (columns in the
-    forward, rows in `columns`, ranks in `finish`) into parts of at most `part` elements."""
+    forward, rows in `columns`, ranks in `finish`) into parts of at most `part` elements. `groups`: see `_groups`."""
 
     block_n: int
     block_d: int
@@ -111,6 +111,7 @@ class Schedule:
     part: int
     num_warps: int
     num_stages: int
+    groups: int = 1
 
     @property
     def constants(self) -> dict[str, int]:
@@ -121,13 +122,14 @@ class Schedule:
 @dataclass(frozen=True)
 class ForwardSchedule:
     """Layout of the forward in one kernel. `programs` walk tiles of `height` <= `block_n` rows, in blocks of `block_d`
-    columns and `num_stages` when reducing, of `block_d2` and `num_stages2` when writing."""
+    columns in `groups` and `num_stages` when reducing, of `block_d2` and `num_stages2` when writing."""
 
     block_n: int
     height: int
     block_d: int
     block_d2: int
     block_r: int
+    groups: int
     programs: int
     num_warps: int
     num_stages: int
@@ -138,7 +140,7 @@ class ForwardSchedule:
         """The kernel's block sizes by name."""
         return {
             "BLOCK_N": self.block_n, "BLOCK_D": self.block_d, "BLOCK_D2": self.block_d2, "BLOCK_R": self.block_r,
-            "STAGES": self.num_stages, "STAGES2": self.num_stages2,
+            "GROUPS": self.groups, "STAGES": self.num_stages, "STAGES2": self.num_stages2,
         }  # fmt: skip
 
 
@@ -164,7 +166,7 @@ _ForwardTile = tuple[int, int, int, int, int, int, int]
 #: The forward's tiles in one kernel, by vendor, bytes of an element, and padded rank: those to choose from.
 _FORWARD_TILES: dict[tuple[str, int], dict[int, tuple[_ForwardTile, ...]]] = {
     ("cuda", 2): {
-        16: ((32, 128, 128, 4, 3, 3, 1), (16, 256, 128, 4, 3, 3, 1)),
+        16: ((16, 256, 128, 4, 3, 3, 1), (16, 512, 256, 8, 3, 3, 1), (32, 256, 128, 8, 3, 3, 1)),
         32: ((32, 128, 128, 8, 3, 3, 1),),
         64: ((32, 128, 128, 8, 3, 3, 1), (64, 128, 64, 8, 3, 3, 1)),
     },
@@ -181,7 +183,7 @@ _FORWARD_TILES: dict[tuple[str, int], dict[int, tuple[_ForwardTile, ...]]] = {
 #: The same where the kernel reads the parameters and converts them, which costs registers: the columns written at a
 #: time, warps and stages in place of the tile's. The rest stays, so that the sums are those of packed weights.
 _CONVERTING: dict[tuple[str, int], dict[int, tuple[int, int, int]]] = {
-    ("cuda", 2): {16: (128, 8, 3), 32: (128, 8, 3), 64: (64, 8, 2)},
+    ("cuda", 2): {16: (256, 8, 3), 32: (128, 8, 3), 64: (64, 8, 2)},
 }
 #: The forward's tiles in two kernels, for few tokens, by vendor, kernel and bytes of an element.
 _SPLIT_TILES: dict[tuple[str, str, int], dict[int, _Tile]] = {
@@ -223,6 +225,14 @@ _RAGGED_FORWARD: dict[str, dict[int, _Tile]] = {
 #: A steering vector's tile.
 _VECTOR_TILE, _RAGGED_VECTOR_TILE = (16, 256, 4, 1), (16, 32, 4, 1)
 # fmt: on
+
+
+def _groups(rows: int, columns: int, block_r: int, warps: int, itemsize: int, device: Device) -> int:
+    """In how many groups the forward sums a block's columns: one for each warp where rows and ranks are too few to give
+    each warp work of its own, and 1 elsewhere. A group has 16 columns at least, which is what `tl.dot` takes."""
+    if device.gpu != "cuda" or itemsize > 2 or rows * block_r > 32 * 64:
+        return 1
+    return max(1, min(warps, columns // 16))
 
 
 def _vendor(device: Device) -> str:
@@ -280,7 +290,8 @@ def forward_splits(
         )  # fmt: skip
         tiles, blocks = ceil_div(tokens, block_n), ceil_div(hidden, block_d)
         part = _parts(tiles, blocks, device.multiprocessors * max(1, 8 // warps), most) * block_d
-        found.append(Schedule(block_n, block_d, block_r, tiles, ceil_div(hidden, part), part, warps, stages))
+        groups = 1 if hidden % block_d else _groups(block_n, block_d, block_r, warps, itemsize, device)
+        found.append(Schedule(block_n, block_d, block_r, tiles, ceil_div(hidden, part), part, warps, stages, groups))
     return found[0], found[1]
 
 
@@ -299,13 +310,15 @@ def forward_schedule(
     block_r, vendor = padded_rank(rank), _vendor(device)
     best = None
     first, *others = _FORWARD_TILES[vendor, itemsize][block_r]
-    # The first fits every d and dtype; the registers of the others suffice for whole blocks and narrow operands.
-    fitting = [tile for tile in others if hidden % tile[1] == 0 and not (widened and tile[0] > first[0])]
-    for rows, columns, columns2, warps, stages, stages2, resident in (first, *fitting):
+    # The first fits every d and dtype; the registers of the others suffice for whole blocks and narrow operands. Of
+    # tiles that count the same, those are faster.
+    fitting = [tile for tile in others if hidden % tile[1] == 0 and not widened]
+    for rows, columns, columns2, warps, stages, stages2, resident in (*fitting, first):
         ragged = _RAGGED_FORWARD[vendor][block_r]
         block_n, block_d, warps, stages = _narrowed(
             (rows, columns, warps, stages), ragged, hidden, itemsize, device.gpu
         )
+        groups = 1 if hidden % block_d else _groups(block_n, block_d, block_r, warps, itemsize, device)
         converting = _CONVERTING.get((vendor, itemsize), {}).get(block_r)
         if hidden % block_d:
             stages2 = stages
@@ -328,7 +341,9 @@ def forward_schedule(
                     programs = min(tiles, slots)
                     best = (
                         time,
-                        ForwardSchedule(block_n, height, block_d, block_d2, block_r, programs, warps, stages, stages2),
+                        ForwardSchedule(
+                            block_n, height, block_d, block_d2, block_r, groups, programs, warps, stages, stages2
+                        ),
                     )
     assert best is not None
     return best[1]
