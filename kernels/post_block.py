@@ -198,7 +198,8 @@ def _summed(
 def _reduced(
     p_residual, p_branch, p_down, residual_rows, branch_rows, m_rows, ranks, first, end, D,
     RANK: tl.constexpr, DOT: tl.constexpr, HAS_BRANCH: tl.constexpr, EVEN_D: tl.constexpr, PACKED: tl.constexpr,
-    AT_ONCE: tl.constexpr, GROUPS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, STAGES: tl.constexpr,
+    AT_ONCE: tl.constexpr, GROUPS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """x W1ᵀ over the columns from `first` to `end`. [BLOCK_N, BLOCK_R]
 
@@ -434,24 +435,25 @@ def post_block_fwd_vector_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["N", "inner"])
+@triton.jit(do_not_specialize=["N", "height", "inner"])
 def post_block_bwd_rows_kernel(
     p_grad, p_a, p_up, p_up_bias, p_gain, p_scale, p_narrow, p_da_sums, p_row_dot,
-    scale, N, D, inner, grad_outer, grad_inner,
+    scale, N, D, height, inner, grad_outer, grad_inner,
     RANK: tl.constexpr, ACTIVATION: tl.constexpr, DOT: tl.constexpr, PACKED: tl.constexpr,
     HAS_UP_BIAS: tl.constexpr, HAS_GAIN: tl.constexpr, SCALE_ON_DEVICE: tl.constexpr,
     NEED_DA: tl.constexpr, NEED_H: tl.constexpr, NEED_DA_SUM: tl.constexpr, NEED_ROW_DOT: tl.constexpr,
     NESTED: tl.constexpr, EVEN_D: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """What is one vector or number a token: da, h = s · g φ(a), rowsum(G ⊙ u). Grid (tiles of rows,).
+    """What is one vector or number a token: da, h = s · g φ(a), rowsum(G ⊙ u). Grid (tiles of `height` rows,).
 
     da and h are left in p_narrow (2, N, BLOCK_R), as operands of the columns kernel's products; the sums over a tile of
     da in p_da_sums (tiles, BLOCK_R). φ and φ' are computed here only, once a token.
     """
     NEED_GZ: tl.constexpr = NEED_DA or NEED_DA_SUM or NEED_ROW_DOT
-    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_rows = rows < N
+    local = tl.arange(0, BLOCK_N)
+    rows = tl.program_id(0) * height + local
+    m_rows = (rows < N) & (local < height)
     if NEED_ROW_DOT:
         row_dot = tl.zeros([BLOCK_N], tl.float32)
     if RANK > 0:
@@ -666,9 +668,11 @@ def _finish_weights(
             store(p_d_up, tl.trans(d_up), m_columns[:, None] & (ranks < RANK)[None, :])
         if NEED_DOWN:
             # out = x + h W2'ᵀ + (s · g) b2ᵀ, with h and W2' as the forward pass had them: as operands.
-            for start in tl.static_range(0, PADDED_R, 16):
-                others = start + tl.arange(0, 16)
-                cross = tl.zeros([BLOCK_R, 16], tl.float32)
+            # At once as far as registers go: each loop over the parts waits for its loads.
+            SHARE: tl.constexpr = PADDED_R if PADDED_R <= 64 and EVEN_D else 16
+            for start in tl.static_range(0, PADDED_R, SHARE):
+                others = start + tl.arange(0, SHARE)
+                cross = tl.zeros([BLOCK_R, SHARE], tl.float32)
                 for part in tl.range(0, parts, num_stages=STAGES):
                     p_cross = p_slab + part * slab_size + at_cross
                     cross += tl.load(p_cross + ranks[:, None] * PADDED_R + others[None, :])
@@ -900,7 +904,7 @@ def _triton_backward(
         launch(
             post_block_bwd_rows_kernel, (schedule.programs,),
             grad if reads_grad else None, a, p_up if reads_grad else None, up_bias, gain, p_scale,
-            narrow, da_sums, result.row_dot, scale, tokens, hidden, inner, *grad_strides,
+            narrow, da_sums, result.row_dot, scale, tokens, hidden, schedule.height, inner, *grad_strides,
             schedule=schedule, **constants, **strength, ACTIVATION=activation,
             NEED_DA=need_da, NEED_H=need_h, NEED_DA_SUM=needs.down_bias, NEED_ROW_DOT=needs.row_dot,
             NESTED=inner > 0, EVEN_D=hidden % schedule.block_d == 0, STAGES=schedule.num_stages,

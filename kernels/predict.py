@@ -235,7 +235,8 @@ def _backward_finish(launch: Launch) -> LaunchWork:
         weights = at["NEED_DOWN"] + at["NEED_UP"]
         loops.append(Loop(parts, others=weights * at["BLOCK_R"] * at["BLOCK_D"] * fp32, again=True))
     if at["NEED_DOWN"]:
-        loops += [Loop(parts, others=at["BLOCK_R"] * 16 * fp32, again=True)] * (padded // 16)
+        share = padded if padded <= 64 and at["EVEN_D"] else 16
+        loops += [Loop(parts, others=at["BLOCK_R"] * share * fp32, again=True)] * (padded // share)
         loops += [Loop(parts, again=True)] * at["HAS_UP_BIAS"]
     loops += [Loop(parts, again=True)] * at["NEED_UP_BIAS"]
     loops += [Loop(0)] * at["NEED_DOWN_BIAS"]  # other programs

@@ -101,7 +101,8 @@ class Blocks:
 @dataclass(frozen=True)
 class Schedule:
     """A launch's layout. `programs` own or walk tiles of `block_n` rows; `splits` divide the other axis (columns in the
-    forward, rows in `columns`, ranks in `finish`) into parts of at most `part` elements. `groups`: see `_groups`."""
+    forward, rows in `columns`, ranks in `finish`) into parts of at most `part` elements. `groups`: see `_groups`.
+    `height`: rows of a tile in the backward's rows kernel, at most `block_n`."""
 
     block_n: int
     block_d: int
@@ -112,6 +113,7 @@ class Schedule:
     num_warps: int
     num_stages: int
     groups: int = 1
+    height: int = 0
 
     @property
     def constants(self) -> dict[str, int]:
@@ -358,7 +360,7 @@ _Tile = tuple[int, int, int, int, int]  # rows, columns, warps, stages, programs
 #: (of fp16), and "fp32" (three parts of tf32, or plain fp32).
 _BACKWARD_TILES: dict[tuple[str, str, str], tuple[_Tile, ...]] = {
     ("cuda", "rows", "bf16"): (
-        (16, 256, 4, 2), (32, 256, 4, 3), (32, 256, 4, 3), (64, 128, 8, 3), (64, 64, 8, 3), (32, 64, 8, 3),
+        (16, 256, 4, 2), (32, 256, 4, 3), (32, 256, 4, 3), (64, 128, 8, 4), (64, 64, 8, 3), (32, 64, 8, 3),
     ),
     ("cuda", "rows", "tf32"): (
         (16, 256, 4, 2), (32, 256, 4, 3), (32, 128, 4, 3), (32, 128, 4, 3), (32, 128, 8, 2), (16, 64, 8, 2),
@@ -421,15 +423,15 @@ def rows_schedule(tokens: int, hidden: int, rank: int, policy: str, device: Devi
     W2'. `policy`: the form of the operands, as `dot_precision` names it."""
     block_r = padded_rank(rank)
     block_n, block_d, warps, stages = _backward_tile("rows", hidden, block_r, policy, device)
-    # Few tokens make shorter tiles, of 16 rows at least, as long as two thirds of the multiprocessors would be idle.
+    # As many rows of a tile as make the waves whole. Of programs with eight warps a multiprocessor may hold two only.
+    waves = ceil_div(tokens, device.multiprocessors * block_n)
+    waves += waves % 2 if waves > 1 else 0
+    height = max(min(16, block_n), ceil_div(tokens, waves * device.multiprocessors))
     itemsize = 2 if policy == "bf16" else 4
-    while (
-        block_n > 16
-        and 3 * ceil_div(tokens, block_n) <= device.multiprocessors
-        and _wide(block_n // 2, block_d, warps, itemsize, device.gpu)
-    ):
+    while block_n >= 2 * max(16, height) and _wide(block_n // 2, block_d, warps, itemsize, device.gpu):
         block_n //= 2
-    return Schedule(block_n, block_d, block_r, ceil_div(tokens, block_n), 1, hidden, warps, stages)
+    tiles = ceil_div(tokens, height)
+    return Schedule(block_n, block_d, block_r, tiles, 1, hidden, warps, stages, height=height)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -445,9 +447,11 @@ def columns_schedule(tokens: int, hidden: int, rank: int, policy: str, device: D
 
     def time(parts: int) -> int:
         # In tiles: what one program walks, and what its start, its slab and the adding of it cost.
-        return ceil_div(a_part * parts, at_once) * (ceil_div(tiles, parts) + 4)
+        return ceil_div(a_part * parts, at_once) * (ceil_div(tiles, parts) + 3)
 
-    parts = min(range(1, max(1, min(tiles, 2 * at_once // a_part)) + 1), key=time)
+    # Of programs with four warps there may be room for a third on a multiprocessor: a second wave would not be whole.
+    waves = 2 if warps > 4 else 1
+    parts = min(range(1, max(1, min(tiles, waves * at_once // a_part)) + 1), key=time)
     return Schedule(block_n, block_d, block_r, blocks, parts, ceil_div(tiles, parts) * block_n, warps, stages)
 
 

@@ -25,7 +25,7 @@ HIDDEN = (576, 1152, 2048, 2560, 3072, 4096, 5120, 7168, 8192)
 RANKS = (0, 1, 4, 8, 12, 16, 32, 64, 128, 256)
 PADDED_RANKS = (0, 8, 32, 64, 128, 256)  # one for each padded rank
 EVERYTHING = {"biases": True, "gain": True, "scale_on_device": True, "nested": True, "activation": "gelu_tanh"}
-
+PACKED = {"packed": True}
 
 BACKWARD = ["post_block_bwd_rows_kernel", "post_block_bwd_columns_kernel", "post_block_bwd_finish_kernel"]
 
@@ -36,7 +36,10 @@ def cases() -> list[list]:
         # With every option, which costs the most registers. Many tokens and few: their tiles may differ.
         for hidden in HIDDEN:
             found += [[target, "bfloat16", hidden, rank, n, EVERYTHING] for rank in RANKS for n in (8192, 8)]
+        # What a patched model launches for many tokens: the weights packed.
+        found += [[target, "bfloat16", 4096, rank, 8192, PACKED] for rank in RANKS]
         for rank in PADDED_RANKS:
+            found += [[target, dtype, 4096, rank, 8192, PACKED] for dtype in ("float32", "float16")]
             found.append([target, "bfloat16", 4099, rank, 8192, EVERYTHING])  # masked tiles, rows not aligned
             found += [[target, dtype, 4096, rank, 8192, EVERYTHING] for dtype in ("float32", "float16")]
         found += [[target, "bfloat16", 4096, 8, n, {}] for n in (8192, 8)]

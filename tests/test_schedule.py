@@ -41,7 +41,8 @@ def test_all_of_the_hidden_state_is_covered_once(device, tokens):
                     assert (part.programs - 1) * part.block_n < tokens <= part.programs * part.block_n
             for policy in POLICIES[device.gpu]:
                 rows = rows_schedule(tokens, hidden, rank, policy, device)
-                assert (rows.programs - 1) * rows.block_n < tokens <= rows.programs * rows.block_n
+                assert (rows.programs - 1) * rows.height < tokens <= rows.programs * rows.height
+                assert 1 <= rows.height <= rows.block_n
                 columns = columns_schedule(tokens, hidden, rank, policy, device)
                 assert (columns.programs - 1) * columns.block_d < hidden <= columns.programs * columns.block_d
                 assert 1 <= columns.splits <= -(-tokens // columns.block_n), "each part has a tile"
