@@ -58,9 +58,10 @@ SMALLER_TARGETS: dict[str, Device] = {
 _INTERPRETED_DEVICE = Device("cuda", 4, 1 << 20)
 
 
-#: How many times faster than device memory L2 is; and the time of a forward's instructions, in that of N·d through
-#: device memory. Rough figures, modelled for A100 and H100, which put the forward's layouts in order.
-_L2_SPEED, _ISSUE = 1.7, 2.5
+#: How many times faster than device memory L2 is; and the time of a forward's instructions, by the rows of a tile, in
+#: that of N·d through device memory. Rough figures, modelled for A100 and H100, which put the layouts in order.
+_L2_SPEED = 1.65
+_ISSUE = {16: 2.5, 32: 2.0, 64: 2.0}
 
 
 @functools.cache
@@ -122,6 +123,16 @@ class Schedule:
 
 
 @dataclass(frozen=True)
+class VectorSchedule(Schedule):
+    """The same of the forward at rank 0, whose kernel knows no ranks."""
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """The kernel's block sizes by name."""
+        return {"BLOCK_N": self.block_n, "BLOCK_D": self.block_d}
+
+
+@dataclass(frozen=True)
 class ForwardSchedule:
     """Layout of the forward in one kernel. `programs` walk tiles of `height` <= `block_n` rows, in blocks of `block_d`
     columns in `groups` and `num_stages` when reducing, of `block_d2` and `num_stages2` when writing."""
@@ -168,7 +179,7 @@ _ForwardTile = tuple[int, int, int, int, int, int, int]
 #: The forward's tiles in one kernel, by vendor, bytes of an element, and padded rank: those to choose from.
 _FORWARD_TILES: dict[tuple[str, int], dict[int, tuple[_ForwardTile, ...]]] = {
     ("cuda", 2): {
-        16: ((16, 256, 128, 4, 3, 3, 1), (16, 512, 256, 8, 3, 3, 1), (32, 256, 128, 8, 3, 3, 1)),
+        16: ((16, 256, 128, 4, 3, 3, 1), (16, 512, 256, 8, 3, 3, 1), (32, 256, 256, 8, 3, 3, 1)),
         32: ((32, 128, 128, 8, 3, 3, 1),),
         64: ((32, 128, 128, 8, 3, 3, 1), (64, 128, 64, 8, 3, 3, 1)),
     },
@@ -256,11 +267,11 @@ def _narrowed(tile: _Tile, ragged: _Tile, hidden: int, itemsize: int, gpu: str) 
 
 
 @functools.lru_cache(maxsize=4096)
-def vector_schedule(tokens: int, hidden: int, itemsize: int, device: Device) -> Schedule:
+def vector_schedule(tokens: int, hidden: int, itemsize: int, device: Device) -> VectorSchedule:
     """Layout of the forward at rank 0: elementwise, every block is a program's."""
     block_n, block_d, warps, stages = _narrowed(_VECTOR_TILE, _RAGGED_VECTOR_TILE, hidden, itemsize, device.gpu)
     blocks = ceil_div(hidden, block_d)
-    return Schedule(block_n, block_d, 0, ceil_div(tokens, block_n), blocks, block_d, warps, stages)
+    return VectorSchedule(block_n, block_d, 0, ceil_div(tokens, block_n), blocks, block_d, warps, stages)
 
 
 def _parts(tiles: int, blocks: int, slots: int, most: int) -> int:
@@ -334,10 +345,10 @@ def forward_schedule(
             for waves in range(least, 2 * least + 1):
                 height = min(block_n, ceil_div(tokens, waves * slots))
                 tiles = ceil_div(tokens, height)
-                in_flight = 3 * min(tokens, slots * height) * hidden * itemsize
+                in_flight = 2 * min(tokens, slots * height) * hidden * itemsize
                 memory = 3 + 2 * max(0.0, 1 - device.l2 / in_flight)
                 through_l2 = (4 + 2 * tiles * rank / tokens) / _L2_SPEED
-                issue = _ISSUE * tiles * block_n / tokens
+                issue = _ISSUE[rows] * tiles * block_n / tokens
                 time = max(memory, through_l2, issue) * ceil_div(tiles, slots) * slots / tiles
                 if best is None or time < best[0]:
                     programs = min(tiles, slots)
