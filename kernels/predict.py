@@ -95,8 +95,8 @@ class LaunchWork:
 
     @property
     def series(self) -> int:
-        """The longest walk: trips of innermost loops that one program makes, one after the other."""
-        return sum(loop.series for loop in self.loops)
+        """The longest walk: trips of innermost loops that one program makes, one after the other; 1 without a loop."""
+        return sum(loop.series for loop in self.loops) if self.loops else 1
 
 
 class _Arguments:
