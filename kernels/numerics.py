@@ -94,6 +94,38 @@ def packed_operand(x, DOT: tl.constexpr):
 
 
 @triton.jit
+def held(x):
+    """A copy that NVIDIA's compilers do not move: what comes after it stays after it.
+
+    A block on its way to a product is staged through shared memory. Triton does that right behind its load, so that the
+    loads of several blocks wait for one another. Held behind all loads and a barrier, they are in flight together.
+    """
+    if _EMULATE:
+        return x
+    else:
+        return tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=32 // x.dtype.primitive_bitwidth
+        )  # fmt: skip
+
+
+@triton.jit
+def met():
+    """A barrier of the program's warps that gives 0.0: a sum that begins with it begins behind the barrier.
+
+    A load stays on its side of a barrier. A sum of what was loaded does not: to need fewer registers, ptxas moves its
+    additions up between the loads, which then wait for one another.
+    """
+    if _EMULATE:
+        return 0.0
+    else:
+        zero = tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.b32 p, $1, $1; barrier.cta.red.popc.aligned.u32 $0, 0, p; }",
+            "=r,r", [tl.program_id(0)], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+        return zero.to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _split_tf32(x):
     big = _round_tf32(x)
     return big, _round_tf32(x - big)

@@ -35,7 +35,7 @@ from .activations import ACTIVATIONS, apply, derivative
 from .backend import select_backend
 from .contract import Gradients, Needs, Packed
 from .launch import device_of, empty, launch
-from .numerics import dot, dot_precision, operand, operand_dtype, packed_operand, store
+from .numerics import dot, dot_precision, held, met, operand, operand_dtype, packed_operand, store
 from .plan import OpPlan, run_planned
 from .registered import register
 from .schedule import (
@@ -47,6 +47,7 @@ from .schedule import (
     finish_schedule,
     forward_schedule,
     forward_splits,
+    next_power_of_2,
     padded_rank,
     rows_schedule,
     vector_schedule,
@@ -86,9 +87,8 @@ def _scaled(values, strength):
 
 @triton.jit
 def _down_tile(p_down, ranks, columns, m_columns, D, RANK: tl.constexpr):
-    """A tile of W1, zero beyond the rank. [BLOCK_R, BLOCK_D]"""
-    pointers = p_down + ranks[:, None].to(tl.int64) * D + columns[None, :]
-    return tl.load(pointers, mask=(ranks[:, None] < RANK) & m_columns[None, :], other=0.0).to(tl.float32)
+    """A tile of W1, zero beyond the rank. The shape is that of `ranks` and `columns` together."""
+    return tl.load(p_down + ranks.to(tl.int64) * D + columns, mask=(ranks < RANK) & m_columns, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -99,25 +99,40 @@ def _up_tile(p_up, ranks, columns, m_columns, RANK: tl.constexpr):
 
 
 @triton.jit
-def _down_operand(
-    p_down, ranks, columns, m_columns, D, RANK: tl.constexpr, DOT: tl.constexpr, PACKED: tl.constexpr
+def _down_weights(
+    p_down, ranks, columns, m_columns, D, RANK: tl.constexpr, PACKED: tl.constexpr
 ):  # fmt: skip
-    """A tile of W1 as an operand, zero beyond the rank. [BLOCK_R, BLOCK_D]"""
+    """A tile of W1 as it is in memory, zero beyond the rank. The shape is that of `ranks` and `columns` together."""
     if PACKED:
-        return _packed_tile(p_down, ranks, columns, m_columns, D, RANK, DOT)
+        return _packed_tile(p_down, ranks, columns, m_columns, D, RANK)
     else:
-        return operand(_down_tile(p_down, ranks, columns, m_columns, D, RANK), DOT)
+        return _down_tile(p_down, ranks, columns, m_columns, D, RANK)
 
 
 @triton.jit
-def _up_operand(
-    p_up, ranks, columns, m_columns, D, RANK: tl.constexpr, DOT: tl.constexpr, PACKED: tl.constexpr
-):  # fmt: skip
-    """A tile of W2'ᵀ as an operand, zero beyond the rank. [BLOCK_R, BLOCK_D]"""
+def _down_operand(w1, DOT: tl.constexpr, PACKED: tl.constexpr):
     if PACKED:
-        return _packed_tile(p_up, ranks, columns, m_columns, D, RANK, DOT)
+        return packed_operand(w1, DOT)
     else:
-        return tl.trans(operand(_up_tile(p_up, ranks, columns, m_columns, RANK), DOT))
+        return operand(w1, DOT)
+
+
+@triton.jit
+def _up_weights(p_up, ranks, columns, m_columns, D, RANK: tl.constexpr, PACKED: tl.constexpr):
+    """A tile of W2' as it is in memory, zero beyond the rank. [BLOCK_R, BLOCK_D] if packed, else [BLOCK_D, BLOCK_R]"""
+    if PACKED:
+        return _packed_tile(p_up, ranks[:, None], columns[None, :], m_columns[None, :], D, RANK)
+    else:
+        return _up_tile(p_up, ranks, columns, m_columns, RANK)
+
+
+@triton.jit
+def _up_operand(w2, DOT: tl.constexpr, PACKED: tl.constexpr):
+    """[BLOCK_R, BLOCK_D]"""
+    if PACKED:
+        return packed_operand(w2, DOT)
+    else:
+        return tl.trans(operand(w2, DOT))
 
 
 @triton.jit
@@ -129,23 +144,101 @@ def _finite(values):
 
 
 @triton.jit
-def _packed_tile(p_packed, ranks, columns, m_columns, D, RANK: tl.constexpr, DOT: tl.constexpr):
+def _packed_tile(p_packed, ranks, columns, m_columns, D, RANK: tl.constexpr):
     # The rows beyond the rank are zero in memory too. Where they are half of all, they are not worth their bytes.
-    pointers = p_packed + ranks[:, None] * D + columns[None, :]
-    if 2 * RANK <= ranks.shape[0]:
-        w = tl.load(pointers, mask=(ranks[:, None] < RANK) & m_columns[None, :], other=0.0)
+    pointers = p_packed + ranks * D + columns
+    if 2 * RANK <= ranks.numel:
+        return tl.load(pointers, mask=(ranks < RANK) & m_columns, other=0.0)
     else:
-        w = tl.load(pointers, mask=m_columns[None, :], other=0.0)
-    return packed_operand(w, DOT)
+        return tl.load(pointers, mask=m_columns, other=0.0)
 
 
 @triton.jit
-def _load_x(p_residual, p_branch, residual_rows, branch_rows, columns, mask, HAS_BRANCH: tl.constexpr):
-    """residual + branch. [BLOCK_N, BLOCK_D]"""
-    x = tl.load(p_residual + residual_rows[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+def _load_states(p_residual, p_branch, residual_rows, branch_rows, columns, mask, HAS_BRANCH: tl.constexpr):
+    """residual and branch, or residual twice. The shape is that of the rows' offsets and the columns together."""
+    residual = tl.load(p_residual + residual_rows + columns, mask=mask, other=0.0)
     if HAS_BRANCH:
-        x += tl.load(p_branch + branch_rows[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-    return x
+        return residual, tl.load(p_branch + branch_rows + columns, mask=mask, other=0.0)
+    else:
+        return residual, residual
+
+
+@triton.jit
+def _added(states, HAS_BRANCH: tl.constexpr):
+    """residual + branch"""
+    if HAS_BRANCH:
+        return states[0].to(tl.float32) + states[1].to(tl.float32)
+    else:
+        return states[0].to(tl.float32)
+
+
+@triton.jit
+def _held(states, weights, HAS_BRANCH: tl.constexpr):
+    """What was loaded, all of it on its way before one waits: see `numerics.held`."""
+    residual = held(states[0])
+    if HAS_BRANCH:
+        return (residual, held(states[1])), held(weights)
+    else:
+        return (residual, residual), held(weights)
+
+
+@triton.jit
+def _summed(
+    states, w1, a, DOT: tl.constexpr, HAS_BRANCH: tl.constexpr, PACKED: tl.constexpr, GROUPS: tl.constexpr
+):  # fmt: skip
+    """a + x W1ᵀ over a block of columns."""
+    x, w1 = operand(_added(states, HAS_BRANCH), DOT), _down_operand(w1, DOT, PACKED)
+    if GROUPS == 1:
+        return dot(x, tl.trans(w1), a, DOT)
+    else:
+        return dot(x, tl.trans(w1, 0, 2, 1), a, DOT)
+
+
+@triton.jit
+def _reduced(
+    p_residual, p_branch, p_down, residual_rows, branch_rows, m_rows, ranks, first, end, D,
+    RANK: tl.constexpr, DOT: tl.constexpr, HAS_BRANCH: tl.constexpr, EVEN_D: tl.constexpr, PACKED: tl.constexpr,
+    AT_ONCE: tl.constexpr, GROUPS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """x W1ᵀ over the columns from `first` to `end`. [BLOCK_N, BLOCK_R]
+
+    GROUPS: the columns of a block are summed in so many groups, one for each warp. A product of few rows and ranks has
+    no other work for the warps to share, and each would read all of x. AT_ONCE: there is one block.
+    """
+    if GROUPS == 1:
+        within = tl.arange(0, BLOCK_D)[None, :]
+        residual_rows, branch_rows = residual_rows[:, None], branch_rows[:, None]
+        m_rows, ranks = m_rows[:, None], ranks[:, None]
+        a = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
+    else:
+        share: tl.constexpr = BLOCK_D // GROUPS
+        within = tl.arange(0, GROUPS)[:, None, None] * share + tl.arange(0, share)[None, None, :]
+        residual_rows, branch_rows = residual_rows[None, :, None], branch_rows[None, :, None]
+        m_rows, ranks = m_rows[None, :, None], ranks[None, :, None]
+        a = tl.zeros([GROUPS, BLOCK_N, BLOCK_R], tl.float32)
+    if AT_ONCE:
+        columns = first + within
+        m_columns = (columns < D) | EVEN_D
+        states = _load_states(
+            p_residual, p_branch, residual_rows, branch_rows, columns, m_rows & m_columns, HAS_BRANCH
+        )  # fmt: skip
+        w1 = _down_weights(p_down, ranks, columns, m_columns, D, RANK, PACKED)
+        tl.debug_barrier()
+        states, w1 = _held(states, w1, HAS_BRANCH)
+        a = _summed(states, w1, a, DOT, HAS_BRANCH, PACKED, GROUPS)
+    else:
+        for start in tl.range(first, end, BLOCK_D, num_stages=STAGES):
+            columns = start + within
+            m_columns = (columns < D) | EVEN_D
+            states = _load_states(
+            p_residual, p_branch, residual_rows, branch_rows, columns, m_rows & m_columns, HAS_BRANCH
+        )  # fmt: skip
+            w1 = _down_weights(p_down, ranks, columns, m_columns, D, RANK, PACKED)
+            a = _summed(states, w1, a, DOT, HAS_BRANCH, PACKED, GROUPS)
+    if GROUPS > 1:
+        a = tl.sum(a, 0)
+    return a
 
 
 @triton.jit
@@ -164,16 +257,15 @@ def _pre_activation(a, p_down_bias, p_a, rows, m_rows, ranks, store_a, RANK: tl.
 
 @triton.jit
 def _shifted(
-    x, h, p_up, p_up_bias, strength, ranks, columns, m_columns, D,
-    RANK: tl.constexpr, DOT: tl.constexpr, HAS_UP_BIAS: tl.constexpr, PACKED: tl.constexpr,
+    x, h, w2, p_up_bias, strength, columns, m_columns,
+    DOT: tl.constexpr, HAS_UP_BIAS: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """x + h W2'ᵀ + s·g·b2, with the strength already in h. [BLOCK_N, BLOCK_D]"""
     base = x
     if HAS_UP_BIAS:
         b2 = tl.load(p_up_bias + columns, mask=m_columns, other=0.0).to(tl.float32)
         base += b2[None, :] * strength[:, None]
-    w2 = _up_operand(p_up, ranks, columns, m_columns, D, RANK, DOT, PACKED)
-    out = dot(h, w2, base, DOT)
+    out = dot(h, _up_operand(w2, DOT, PACKED), base, DOT)
     # −0 + 0 would be +0: a shift of zero leaves the very bits. So does zero strength, whatever W2' and b2 hold.
     return tl.where((out == x) | (strength == 0)[:, None], x, out)
 
@@ -186,7 +278,7 @@ def post_block_fwd_kernel(
     HAS_BRANCH: tl.constexpr, HAS_DOWN_BIAS: tl.constexpr, HAS_UP_BIAS: tl.constexpr, HAS_GAIN: tl.constexpr,
     SCALE_ON_DEVICE: tl.constexpr, KEEP_A: tl.constexpr, NESTED: tl.constexpr, EVEN_D: tl.constexpr,
     PACKED: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_D2: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_D2: tl.constexpr, BLOCK_R: tl.constexpr, GROUPS: tl.constexpr,
     STAGES: tl.constexpr, STAGES2: tl.constexpr,
 ):  # fmt: skip
     """Many tokens. Grid (programs,): each walks tiles of `height` ≤ BLOCK_N rows, and reads a tile twice."""
@@ -198,14 +290,10 @@ def post_block_fwd_kernel(
         residual_rows = _row_offsets(rows, inner, residual_outer, residual_inner, NESTED)
         branch_rows = _row_offsets(rows, inner, branch_outer, branch_inner, NESTED)
 
-        a = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
-        for start in tl.range(0, D, BLOCK_D, num_stages=STAGES):
-            columns = start + tl.arange(0, BLOCK_D)
-            m_columns = (columns < D) | EVEN_D
-            mask = m_rows[:, None] & m_columns[None, :]
-            x = _load_x(p_residual, p_branch, residual_rows, branch_rows, columns, mask, HAS_BRANCH)
-            w1 = _down_operand(p_down, ranks, columns, m_columns, D, RANK, DOT, PACKED)
-            a = dot(operand(x, DOT), tl.trans(w1), a, DOT)
+        a = _reduced(
+            p_residual, p_branch, p_down, residual_rows, branch_rows, m_rows, ranks, 0, D, D,
+            RANK, DOT, HAS_BRANCH, EVEN_D, PACKED, False, GROUPS, BLOCK_N, BLOCK_D, BLOCK_R, STAGES,
+        )  # fmt: skip
         a = _pre_activation(a, p_down_bias, p_a, rows, m_rows, ranks, True, RANK, HAS_DOWN_BIAS, KEEP_A)
         strength = _strength(p_gain, p_scale, scale, rows, m_rows, HAS_GAIN, SCALE_ON_DEVICE)
         h = operand(_scaled(apply(a, ACTIVATION), strength[:, None]), DOT)
@@ -216,9 +304,12 @@ def post_block_fwd_kernel(
             columns = (blocks - 1 - block) * BLOCK_D2 + tl.arange(0, BLOCK_D2)
             m_columns = (columns < D) | EVEN_D
             mask = m_rows[:, None] & m_columns[None, :]
-            x = _load_x(p_residual, p_branch, residual_rows, branch_rows, columns, mask, HAS_BRANCH)
+            states = _load_states(
+                p_residual, p_branch, residual_rows[:, None], branch_rows[:, None], columns[None, :], mask, HAS_BRANCH
+            )  # fmt: skip
+            w2 = _up_weights(p_up, ranks, columns, m_columns, D, RANK, PACKED)
             out = _shifted(
-                x, h, p_up, p_up_bias, strength, ranks, columns, m_columns, D, RANK, DOT, HAS_UP_BIAS, PACKED
+                _added(states, HAS_BRANCH), h, w2, p_up_bias, strength, columns, m_columns, DOT, HAS_UP_BIAS, PACKED
             )  # fmt: skip
             store(p_out + rows[:, None].to(tl.int64) * D + columns[None, :], out, mask)
 
@@ -228,26 +319,22 @@ def post_block_fwd_down_kernel(
     p_residual, p_branch, p_down, p_partial,
     N, D, part, inner, residual_outer, residual_inner, branch_outer, branch_inner,
     RANK: tl.constexpr, DOT: tl.constexpr, HAS_BRANCH: tl.constexpr, NESTED: tl.constexpr, EVEN_D: tl.constexpr,
-    PACKED: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
-    STAGES: tl.constexpr,
+    PACKED: tl.constexpr, AT_ONCE: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, GROUPS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums of x W1ᵀ over a part of d, (splits, N, BLOCK_R). Grid (tiles, splits)."""
+    """Partial sums of x W1ᵀ over a part of d, (N, splits, BLOCK_R). Grid (tiles, splits)."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_rows = rows < N
     residual_rows = _row_offsets(rows, inner, residual_outer, residual_inner, NESTED)
     branch_rows = _row_offsets(rows, inner, branch_outer, branch_inner, NESTED)
     ranks = tl.arange(0, BLOCK_R)
-    a = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
     first = tl.program_id(1) * part
-    for start in tl.range(first, tl.minimum(first + part, D), BLOCK_D, num_stages=STAGES):
-        columns = start + tl.arange(0, BLOCK_D)
-        m_columns = (columns < D) | EVEN_D
-        mask = m_rows[:, None] & m_columns[None, :]
-        x = _load_x(p_residual, p_branch, residual_rows, branch_rows, columns, mask, HAS_BRANCH)
-        w1 = _down_operand(p_down, ranks, columns, m_columns, D, RANK, DOT, PACKED)
-        a = dot(operand(x, DOT), tl.trans(w1), a, DOT)
-    p_rows = p_partial + (tl.program_id(1).to(tl.int64) * N + rows[:, None]) * BLOCK_R + ranks[None, :]
+    a = _reduced(
+        p_residual, p_branch, p_down, residual_rows, branch_rows, m_rows, ranks, first, tl.minimum(first + part, D), D,
+        RANK, DOT, HAS_BRANCH, EVEN_D, PACKED, AT_ONCE, GROUPS, BLOCK_N, BLOCK_D, BLOCK_R, STAGES,
+    )  # fmt: skip
+    places = rows.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    p_rows = p_partial + places[:, None] * BLOCK_R + ranks[None, :]
     tl.store(p_rows, a, mask=m_rows[:, None])
 
 
@@ -258,7 +345,7 @@ def post_block_fwd_up_kernel(
     RANK: tl.constexpr, ACTIVATION: tl.constexpr, DOT: tl.constexpr,
     HAS_BRANCH: tl.constexpr, HAS_DOWN_BIAS: tl.constexpr, HAS_UP_BIAS: tl.constexpr, HAS_GAIN: tl.constexpr,
     SCALE_ON_DEVICE: tl.constexpr, KEEP_A: tl.constexpr, NESTED: tl.constexpr, EVEN_D: tl.constexpr,
-    PACKED: tl.constexpr, SPLITS: tl.constexpr,
+    PACKED: tl.constexpr, SPLITS: tl.constexpr, SLOTS: tl.constexpr, AT_ONCE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -268,32 +355,56 @@ def post_block_fwd_up_kernel(
     residual_rows = _row_offsets(rows, inner, residual_outer, residual_inner, NESTED)
     branch_rows = _row_offsets(rows, inner, branch_outer, branch_inner, NESTED)
     ranks = tl.arange(0, BLOCK_R)
-    a = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
-    p_rows = p_partial + rows[:, None].to(tl.int64) * BLOCK_R + ranks[None, :]
-    of_split = tl.cast(N, tl.int64) * BLOCK_R
-    if BLOCK_N * BLOCK_R > 2048:
-        for split in range(SPLITS):
-            a += tl.load(p_rows + split * of_split, mask=m_rows[:, None], other=0.0)
-    else:  # unrolled, so that all loads are in flight at once
-        for split in tl.static_range(SPLITS):
-            a += tl.load(p_rows + split * of_split, mask=m_rows[:, None], other=0.0)
+    # From the last column down, as in `post_block_fwd_kernel`.
+    last = tl.cdiv(D, part) - 1 - tl.program_id(1)
+    if AT_ONCE:
+        columns = last * BLOCK_D + tl.arange(0, BLOCK_D)
+        m_columns = (columns < D) | EVEN_D
+        mask = m_rows[:, None] & m_columns[None, :]
+        states = _load_states(
+            p_residual, p_branch, residual_rows[:, None], branch_rows[:, None], columns[None, :], mask, HAS_BRANCH
+        )  # fmt: skip
+        w2 = _up_weights(p_up, ranks, columns, m_columns, D, RANK, PACKED)
+        splits = tl.arange(0, SLOTS)[:, None, None]
+        p_rows = p_partial + (rows.to(tl.int64) * (SPLITS * BLOCK_R))[None, :, None] + ranks[None, None, :]
+        m_parts = m_rows[None, :, None] if SPLITS == SLOTS else (splits < SPLITS) & m_rows[None, :, None]
+        parts = tl.load(p_rows + splits * BLOCK_R, mask=m_parts, other=0.0)
+        zero = met()
+        states, w2 = _held(states, w2, HAS_BRANCH)
+        a = tl.sum(parts + zero, 0)
+    else:
+        a = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
+        p_rows = p_partial + rows[:, None].to(tl.int64) * (SPLITS * BLOCK_R) + ranks[None, :]
+        if BLOCK_N * BLOCK_R > 2048:
+            for split in range(SPLITS):
+                a += tl.load(p_rows + split * BLOCK_R, mask=m_rows[:, None], other=0.0)
+        else:  # unrolled, so that all loads are in flight at once
+            for split in tl.static_range(SPLITS):
+                a += tl.load(p_rows + split * BLOCK_R, mask=m_rows[:, None], other=0.0)
     a = _pre_activation(
         a, p_down_bias, p_a, rows, m_rows, ranks, tl.program_id(1) == 0, RANK, HAS_DOWN_BIAS, KEEP_A
     )  # fmt: skip
     strength = _strength(p_gain, p_scale, scale, rows, m_rows, HAS_GAIN, SCALE_ON_DEVICE)
     h = operand(_scaled(apply(a, ACTIVATION), strength[:, None]), DOT)
-    # From the last column down, as in `post_block_fwd_kernel`.
-    last = tl.cdiv(D, part) - 1 - tl.program_id(1)
-    blocks = tl.cdiv(tl.minimum(part, D - last * part), BLOCK_D)
-    for block in tl.range(0, blocks, num_stages=STAGES):
-        columns = last * part + (blocks - 1 - block) * BLOCK_D + tl.arange(0, BLOCK_D)
-        m_columns = (columns < D) | EVEN_D
-        mask = m_rows[:, None] & m_columns[None, :]
-        x = _load_x(p_residual, p_branch, residual_rows, branch_rows, columns, mask, HAS_BRANCH)
+    if AT_ONCE:
         out = _shifted(
-            x, h, p_up, p_up_bias, strength, ranks, columns, m_columns, D, RANK, DOT, HAS_UP_BIAS, PACKED
+            _added(states, HAS_BRANCH), h, w2, p_up_bias, strength, columns, m_columns, DOT, HAS_UP_BIAS, PACKED
         )  # fmt: skip
         store(p_out + rows[:, None].to(tl.int64) * D + columns[None, :], out, mask)
+    else:
+        blocks = tl.cdiv(tl.minimum(part, D - last * part), BLOCK_D)
+        for block in tl.range(0, blocks, num_stages=STAGES):
+            columns = last * part + (blocks - 1 - block) * BLOCK_D + tl.arange(0, BLOCK_D)
+            m_columns = (columns < D) | EVEN_D
+            mask = m_rows[:, None] & m_columns[None, :]
+            states = _load_states(
+                p_residual, p_branch, residual_rows[:, None], branch_rows[:, None], columns[None, :], mask, HAS_BRANCH
+            )  # fmt: skip
+            w2 = _up_weights(p_up, ranks, columns, m_columns, D, RANK, PACKED)
+            out = _shifted(
+                _added(states, HAS_BRANCH), h, w2, p_up_bias, strength, columns, m_columns, DOT, HAS_UP_BIAS, PACKED
+            )  # fmt: skip
+            store(p_out + rows[:, None].to(tl.int64) * D + columns[None, :], out, mask)
 
 
 @triton.jit(do_not_specialize=["N", "inner"])
@@ -311,7 +422,10 @@ def post_block_fwd_vector_kernel(
     mask = m_rows[:, None] & m_columns[None, :]
     residual_rows = _row_offsets(rows, inner, residual_outer, residual_inner, NESTED)
     branch_rows = _row_offsets(rows, inner, branch_outer, branch_inner, NESTED)
-    x = _load_x(p_residual, p_branch, residual_rows, branch_rows, columns, mask, HAS_BRANCH)
+    states = _load_states(
+        p_residual, p_branch, residual_rows[:, None], branch_rows[:, None], columns[None, :], mask, HAS_BRANCH
+    )  # fmt: skip
+    x = _added(states, HAS_BRANCH)
     b2 = tl.load(p_up_bias + columns, mask=m_columns, other=0.0).to(tl.float32)
     strength = _strength(p_gain, p_scale, scale, rows, m_rows, HAS_GAIN, SCALE_ON_DEVICE)
     delta = _scaled(b2[None, :], strength[:, None])
@@ -321,24 +435,25 @@ def post_block_fwd_vector_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["N", "inner"])
+@triton.jit(do_not_specialize=["N", "height", "inner"])
 def post_block_bwd_rows_kernel(
     p_grad, p_a, p_up, p_up_bias, p_gain, p_scale, p_narrow, p_da_sums, p_row_dot,
-    scale, N, D, inner, grad_outer, grad_inner,
+    scale, N, D, height, inner, grad_outer, grad_inner,
     RANK: tl.constexpr, ACTIVATION: tl.constexpr, DOT: tl.constexpr, PACKED: tl.constexpr,
     HAS_UP_BIAS: tl.constexpr, HAS_GAIN: tl.constexpr, SCALE_ON_DEVICE: tl.constexpr,
     NEED_DA: tl.constexpr, NEED_H: tl.constexpr, NEED_DA_SUM: tl.constexpr, NEED_ROW_DOT: tl.constexpr,
     NESTED: tl.constexpr, EVEN_D: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """What is one vector or number a token: da, h = s · g φ(a), rowsum(G ⊙ u). Grid (tiles of rows,).
+    """What is one vector or number a token: da, h = s · g φ(a), rowsum(G ⊙ u). Grid (tiles of `height` rows,).
 
     da and h are left in p_narrow (2, N, BLOCK_R), as operands of the columns kernel's products; the sums over a tile of
     da in p_da_sums (tiles, BLOCK_R). φ and φ' are computed here only, once a token.
     """
     NEED_GZ: tl.constexpr = NEED_DA or NEED_DA_SUM or NEED_ROW_DOT
-    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_rows = rows < N
+    local = tl.arange(0, BLOCK_N)
+    rows = tl.program_id(0) * height + local
+    m_rows = (rows < N) & (local < height)
     if NEED_ROW_DOT:
         row_dot = tl.zeros([BLOCK_N], tl.float32)
     if RANK > 0:
@@ -352,7 +467,7 @@ def post_block_bwd_rows_kernel(
             mask = m_rows[:, None] & m_columns[None, :]
             g = tl.load(p_grad + grad_rows[:, None] + columns[None, :], mask=mask, other=0.0)
             if RANK > 0:
-                w2 = _up_operand(p_up, ranks, columns, m_columns, D, RANK, DOT, PACKED)
+                w2 = _up_operand(_up_weights(p_up, ranks, columns, m_columns, D, RANK, PACKED), DOT, PACKED)
                 gz = dot(operand(g, DOT), tl.trans(w2), gz, DOT)
             if NEED_ROW_DOT and HAS_UP_BIAS:
                 b2 = tl.load(p_up_bias + columns, mask=m_columns, other=0.0).to(tl.float32)
@@ -427,7 +542,8 @@ def _columns(
         d_up = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
         h_behind = tl.cast(N, tl.int64) * BLOCK_R
         if NEED_X:
-            w1 = _finite(_down_operand(p_down, ranks, columns, m_columns, D, RANK, DOT, PACKED))
+            w1 = _down_weights(p_down, ranks[:, None], columns[None, :], m_columns[None, :], D, RANK, PACKED)
+            w1 = _finite(_down_operand(w1, DOT, PACKED))
     if NEED_UP_BIAS:
         d_up_bias = tl.zeros([BLOCK_D], tl.float32)
 
@@ -552,13 +668,16 @@ def _finish_weights(
             store(p_d_up, tl.trans(d_up), m_columns[:, None] & (ranks < RANK)[None, :])
         if NEED_DOWN:
             # out = x + h W2'ᵀ + (s · g) b2ᵀ, with h and W2' as the forward pass had them: as operands.
-            for start in tl.static_range(0, PADDED_R, 16):
-                others = start + tl.arange(0, 16)
-                cross = tl.zeros([BLOCK_R, 16], tl.float32)
+            # At once as far as registers go: each loop over the parts waits for its loads.
+            SHARE: tl.constexpr = PADDED_R if PADDED_R <= 64 and EVEN_D else 16
+            for start in tl.static_range(0, PADDED_R, SHARE):
+                others = start + tl.arange(0, SHARE)
+                cross = tl.zeros([BLOCK_R, SHARE], tl.float32)
                 for part in tl.range(0, parts, num_stages=STAGES):
                     p_cross = p_slab + part * slab_size + at_cross
                     cross += tl.load(p_cross + ranks[:, None] * PADDED_R + others[None, :])
-                w2 = _finite(_up_operand(p_up, others, columns, m_columns, D, RANK, DOT, PACKED))
+                w2 = _up_operand(_up_weights(p_up, others, columns, m_columns, D, RANK, PACKED), DOT, PACKED)
+                w2 = _finite(w2)
                 w2 = operand(w2, CORRECTION)
                 d_down = dot(-cross, w2, d_down, CORRECTION)
             if HAS_UP_BIAS:
@@ -711,20 +830,21 @@ def _triton_forward(
         )  # fmt: skip
         return out, a
     reducing, writing = schedules
-    partial = empty(
-        reducing.splits, tokens, reducing.block_r, dtype=torch.float32, device=residual.device
-    )  # fmt: skip
+    at_once = device.gpu == "cuda"  # `numerics.held` is written for it
+    partial = empty(tokens, reducing.splits, reducing.block_r, dtype=torch.float32, device=residual.device)
     launch(
         post_block_fwd_down_kernel, (reducing.programs, reducing.splits),
         residual, branch, down, partial, tokens, hidden, reducing.part, *strides,
-        schedule=reducing, **states, EVEN_D=hidden % reducing.block_d == 0, STAGES=reducing.num_stages,
+        schedule=reducing, **states, EVEN_D=hidden % reducing.block_d == 0, GROUPS=reducing.groups,
+        STAGES=reducing.num_stages, AT_ONCE=at_once and reducing.part == reducing.block_d,
     )  # fmt: skip
     launch(
         post_block_fwd_up_kernel, (writing.programs, writing.splits),
         residual, branch, up, partial, down_bias, up_bias, gain, p_scale, out, a,
         scale, tokens, hidden, writing.part, *strides,
         schedule=writing, **states, **shift, EVEN_D=hidden % writing.block_d == 0, SPLITS=reducing.splits,
-        STAGES=writing.num_stages,
+        SLOTS=next_power_of_2(reducing.splits),
+        STAGES=writing.num_stages, AT_ONCE=at_once and writing.part == writing.block_d,
     )  # fmt: skip
     return out, a
 
@@ -784,7 +904,7 @@ def _triton_backward(
         launch(
             post_block_bwd_rows_kernel, (schedule.programs,),
             grad if reads_grad else None, a, p_up if reads_grad else None, up_bias, gain, p_scale,
-            narrow, da_sums, result.row_dot, scale, tokens, hidden, inner, *grad_strides,
+            narrow, da_sums, result.row_dot, scale, tokens, hidden, schedule.height, inner, *grad_strides,
             schedule=schedule, **constants, **strength, ACTIVATION=activation,
             NEED_DA=need_da, NEED_H=need_h, NEED_DA_SUM=needs.down_bias, NEED_ROW_DOT=needs.row_dot,
             NESTED=inner > 0, EVEN_D=hidden % schedule.block_d == 0, STAGES=schedule.num_stages,

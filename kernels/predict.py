@@ -95,8 +95,8 @@ class LaunchWork:
 
     @property
     def series(self) -> int:
-        """The longest walk: trips of innermost loops that one program makes, one after the other."""
-        return sum(loop.series for loop in self.loops)
+        """The longest walk: trips of innermost loops that one program makes, one after the other; 1 without a loop."""
+        return sum(loop.series for loop in self.loops) if self.loops else 1
 
 
 class _Arguments:
@@ -157,15 +157,16 @@ def _forward_whole(launch: Launch) -> LaunchWork:
 def _forward_half(
     launch: Launch, weights: str, reads: Mapping[str, float], writes: set[str], again: bool
 ) -> LaunchWork:
-    """Half of a forward whose d is split between programs: one loop over a part of it."""
+    """Half of a forward whose d is split between programs: one loop over a part of it, or one block at once."""
     at = _Arguments(launch)
     rows, columns, ranks = at["BLOCK_N"], at["BLOCK_D"], at["BLOCK_R"]
     tiles, splits = launch.grid
     blocks, each = ceil_div(at["D"], columns), ceil_div(min(at["part"], at["D"]), columns)
     states = at.tile_bytes(rows, columns, "p_residual", "p_branch")
+    loop = Loop(each, states, at.tile_bytes(ranks, columns, weights), again)
     return LaunchWork(
         tiles * splits,
-        (Loop(each, states, at.tile_bytes(ranks, columns, weights), again),),
+        () if at["AT_ONCE"] else (loop,),
         blocks / (splits * each),
         {weights: tiles * _weights_read(at), **reads},
         frozenset(writes),
@@ -234,7 +235,8 @@ def _backward_finish(launch: Launch) -> LaunchWork:
         weights = at["NEED_DOWN"] + at["NEED_UP"]
         loops.append(Loop(parts, others=weights * at["BLOCK_R"] * at["BLOCK_D"] * fp32, again=True))
     if at["NEED_DOWN"]:
-        loops += [Loop(parts, others=at["BLOCK_R"] * 16 * fp32, again=True)] * (padded // 16)
+        share = padded if padded <= 64 and at["EVEN_D"] else 16
+        loops += [Loop(parts, others=at["BLOCK_R"] * share * fp32, again=True)] * (padded // share)
         loops += [Loop(parts, again=True)] * at["HAS_UP_BIAS"]
     loops += [Loop(parts, again=True)] * at["NEED_UP_BIAS"]
     loops += [Loop(0)] * at["NEED_DOWN_BIAS"]  # other programs

@@ -58,9 +58,10 @@ SMALLER_TARGETS: dict[str, Device] = {
 _INTERPRETED_DEVICE = Device("cuda", 4, 1 << 20)
 
 
-#: How many times faster than device memory L2 is; and the time of a forward's instructions, in that of N·d through
-#: device memory. Rough figures, modelled for A100 and H100, which put the forward's layouts in order.
-_L2_SPEED, _ISSUE = 2.0, 2.5
+#: How many times faster than device memory L2 is; and the time of a forward's instructions, by the rows of a tile, in
+#: that of N·d through device memory. Rough figures, modelled for A100 and H100, which put the layouts in order.
+_L2_SPEED = 1.65
+_ISSUE = {16: 2.5, 32: 2.0, 64: 2.0}
 
 
 @functools.cache
@@ -101,7 +102,8 @@ class Blocks:
 @dataclass(frozen=True)
 class Schedule:
     """A launch's layout. `programs` own or walk tiles of `block_n` rows; `splits` divide the other axis (columns in the
-    forward, rows in `columns`, ranks in `finish`) into parts of at most `part` elements."""
+    forward, rows in `columns`, ranks in `finish`) into parts of at most `part` elements. `groups`: see `_groups`.
+    `height`: rows of a tile in the backward's rows kernel, at most `block_n`."""
 
     block_n: int
     block_d: int
@@ -111,6 +113,8 @@ class Schedule:
     part: int
     num_warps: int
     num_stages: int
+    groups: int = 1
+    height: int = 0
 
     @property
     def constants(self) -> dict[str, int]:
@@ -120,7 +124,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class VectorSchedule(Schedule):
-    """Layout of a steering vector's forward, which has no rank."""
+    """The same of the forward at rank 0, whose kernel knows no ranks."""
 
     @property
     def constants(self) -> dict[str, int]:
@@ -131,13 +135,14 @@ class VectorSchedule(Schedule):
 @dataclass(frozen=True)
 class ForwardSchedule:
     """Layout of the forward in one kernel. `programs` walk tiles of `height` <= `block_n` rows, in blocks of `block_d`
-    columns and `num_stages` when reducing, of `block_d2` and `num_stages2` when writing."""
+    columns in `groups` and `num_stages` when reducing, of `block_d2` and `num_stages2` when writing."""
 
     block_n: int
     height: int
     block_d: int
     block_d2: int
     block_r: int
+    groups: int
     programs: int
     num_warps: int
     num_stages: int
@@ -148,7 +153,7 @@ class ForwardSchedule:
         """The kernel's block sizes by name."""
         return {
             "BLOCK_N": self.block_n, "BLOCK_D": self.block_d, "BLOCK_D2": self.block_d2, "BLOCK_R": self.block_r,
-            "STAGES": self.num_stages, "STAGES2": self.num_stages2,
+            "GROUPS": self.groups, "STAGES": self.num_stages, "STAGES2": self.num_stages2,
         }  # fmt: skip
 
 
@@ -174,7 +179,7 @@ _ForwardTile = tuple[int, int, int, int, int, int, int]
 #: The forward's tiles in one kernel, by vendor, bytes of an element, and padded rank: those to choose from.
 _FORWARD_TILES: dict[tuple[str, int], dict[int, tuple[_ForwardTile, ...]]] = {
     ("cuda", 2): {
-        16: ((32, 128, 128, 4, 3, 3, 1), (16, 256, 128, 4, 3, 3, 1)),
+        16: ((16, 256, 128, 4, 3, 3, 1), (16, 512, 256, 8, 3, 3, 1), (32, 256, 256, 8, 3, 3, 1)),
         32: ((32, 128, 128, 8, 3, 3, 1),),
         64: ((32, 128, 128, 8, 3, 3, 1), (64, 128, 64, 8, 3, 3, 1)),
     },
@@ -191,7 +196,7 @@ _FORWARD_TILES: dict[tuple[str, int], dict[int, tuple[_ForwardTile, ...]]] = {
 #: The same where the kernel reads the parameters and converts them, which costs registers: the columns written at a
 #: time, warps and stages in place of the tile's. The rest stays, so that the sums are those of packed weights.
 _CONVERTING: dict[tuple[str, int], dict[int, tuple[int, int, int]]] = {
-    ("cuda", 2): {16: (128, 8, 3), 32: (128, 8, 3), 64: (64, 8, 3)},
+    ("cuda", 2): {16: (256, 8, 3), 32: (128, 8, 3), 64: (64, 8, 2)},
 }
 #: The forward's tiles in two kernels, for few tokens, by vendor, kernel and bytes of an element.
 _SPLIT_TILES: dict[tuple[str, str, int], dict[int, _Tile]] = {
@@ -233,6 +238,14 @@ _RAGGED_FORWARD: dict[str, dict[int, _Tile]] = {
 #: A steering vector's tile.
 _VECTOR_TILE, _RAGGED_VECTOR_TILE = (16, 256, 8, 1), (16, 32, 4, 1)
 # fmt: on
+
+
+def _groups(rows: int, columns: int, block_r: int, warps: int, itemsize: int, device: Device) -> int:
+    """In how many groups the forward sums a block's columns: one for each warp where rows and ranks are too few to give
+    each warp work of its own, and 1 elsewhere. A group has 16 columns at least, which is what `tl.dot` takes."""
+    if device.gpu != "cuda" or itemsize > 2 or rows * block_r > 32 * 64:
+        return 1
+    return max(1, min(warps, columns // 16))
 
 
 def _vendor(device: Device) -> str:
@@ -290,7 +303,8 @@ def forward_splits(
         )  # fmt: skip
         tiles, blocks = ceil_div(tokens, block_n), ceil_div(hidden, block_d)
         part = _parts(tiles, blocks, device.multiprocessors * max(1, 8 // warps), most) * block_d
-        found.append(Schedule(block_n, block_d, block_r, tiles, ceil_div(hidden, part), part, warps, stages))
+        groups = 1 if hidden % block_d else _groups(block_n, block_d, block_r, warps, itemsize, device)
+        found.append(Schedule(block_n, block_d, block_r, tiles, ceil_div(hidden, part), part, warps, stages, groups))
     return found[0], found[1]
 
 
@@ -309,13 +323,15 @@ def forward_schedule(
     block_r, vendor = padded_rank(rank), _vendor(device)
     best = None
     first, *others = _FORWARD_TILES[vendor, itemsize][block_r]
-    # The first fits every d and dtype; the registers of the others suffice for whole blocks and narrow operands.
-    fitting = [tile for tile in others if hidden % tile[1] == 0 and not (widened and tile[0] > first[0])]
-    for rows, columns, columns2, warps, stages, stages2, resident in (first, *fitting):
+    # The first fits every d and dtype; the registers of the others suffice for whole blocks and narrow operands. Of
+    # tiles that count the same, those are faster.
+    fitting = [tile for tile in others if hidden % tile[1] == 0 and not widened]
+    for rows, columns, columns2, warps, stages, stages2, resident in (*fitting, first):
         ragged = _RAGGED_FORWARD[vendor][block_r]
         block_n, block_d, warps, stages = _narrowed(
             (rows, columns, warps, stages), ragged, hidden, itemsize, device.gpu
         )
+        groups = 1 if hidden % block_d else _groups(block_n, block_d, block_r, warps, itemsize, device)
         converting = _CONVERTING.get((vendor, itemsize), {}).get(block_r)
         if hidden % block_d:
             stages2 = stages
@@ -329,16 +345,18 @@ def forward_schedule(
             for waves in range(least, 2 * least + 1):
                 height = min(block_n, ceil_div(tokens, waves * slots))
                 tiles = ceil_div(tokens, height)
-                in_flight = 3 * min(tokens, slots * height) * hidden * itemsize
+                in_flight = 2 * min(tokens, slots * height) * hidden * itemsize
                 memory = 3 + 2 * max(0.0, 1 - device.l2 / in_flight)
                 through_l2 = (4 + 2 * tiles * rank / tokens) / _L2_SPEED
-                issue = _ISSUE * tiles * block_n / tokens
+                issue = _ISSUE[rows] * tiles * block_n / tokens
                 time = max(memory, through_l2, issue) * ceil_div(tiles, slots) * slots / tiles
                 if best is None or time < best[0]:
                     programs = min(tiles, slots)
                     best = (
                         time,
-                        ForwardSchedule(block_n, height, block_d, block_d2, block_r, programs, warps, stages, stages2),
+                        ForwardSchedule(
+                            block_n, height, block_d, block_d2, block_r, groups, programs, warps, stages, stages2
+                        ),
                     )
     assert best is not None
     return best[1]
@@ -353,7 +371,7 @@ _Tile = tuple[int, int, int, int, int]  # rows, columns, warps, stages, programs
 #: (of fp16), and "fp32" (three parts of tf32, or plain fp32).
 _BACKWARD_TILES: dict[tuple[str, str, str], tuple[_Tile, ...]] = {
     ("cuda", "rows", "bf16"): (
-        (16, 256, 4, 2), (32, 256, 4, 3), (32, 256, 4, 3), (64, 128, 8, 3), (64, 64, 8, 3), (32, 64, 8, 3),
+        (16, 256, 4, 2), (32, 256, 4, 3), (32, 256, 4, 3), (64, 128, 8, 4), (64, 64, 8, 3), (32, 64, 8, 3),
     ),
     ("cuda", "rows", "tf32"): (
         (16, 256, 4, 2), (32, 256, 4, 3), (32, 128, 4, 3), (32, 128, 4, 3), (32, 128, 8, 2), (16, 64, 8, 2),
@@ -416,15 +434,15 @@ def rows_schedule(tokens: int, hidden: int, rank: int, policy: str, device: Devi
     W2'. `policy`: the form of the operands, as `dot_precision` names it."""
     block_r = padded_rank(rank)
     block_n, block_d, warps, stages = _backward_tile("rows", hidden, block_r, policy, device)
-    # Few tokens make shorter tiles, of 16 rows at least, as long as two thirds of the multiprocessors would be idle.
+    # As many rows of a tile as make the waves whole. Of programs with eight warps a multiprocessor may hold two only.
+    waves = ceil_div(tokens, device.multiprocessors * block_n)
+    waves += waves % 2 if waves > 1 else 0
+    height = max(min(16, block_n), ceil_div(tokens, waves * device.multiprocessors))
     itemsize = 2 if policy == "bf16" else 4
-    while (
-        block_n > 16
-        and 3 * ceil_div(tokens, block_n) <= device.multiprocessors
-        and _wide(block_n // 2, block_d, warps, itemsize, device.gpu)
-    ):
+    while block_n >= 2 * max(16, height) and _wide(block_n // 2, block_d, warps, itemsize, device.gpu):
         block_n //= 2
-    return Schedule(block_n, block_d, block_r, ceil_div(tokens, block_n), 1, hidden, warps, stages)
+    tiles = ceil_div(tokens, height)
+    return Schedule(block_n, block_d, block_r, tiles, 1, hidden, warps, stages, height=height)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -440,9 +458,11 @@ def columns_schedule(tokens: int, hidden: int, rank: int, policy: str, device: D
 
     def time(parts: int) -> int:
         # In tiles: what one program walks, and what its start, its slab and the adding of it cost.
-        return ceil_div(a_part * parts, at_once) * (ceil_div(tiles, parts) + 4)
+        return ceil_div(a_part * parts, at_once) * (ceil_div(tiles, parts) + 3)
 
-    parts = min(range(1, max(1, min(tiles, 2 * at_once // a_part)) + 1), key=time)
+    # Of programs with four warps there may be room for a third on a multiprocessor: a second wave would not be whole.
+    waves = 2 if warps > 4 else 1
+    parts = min(range(1, max(1, min(tiles, waves * at_once // a_part)) + 1), key=time)
     return Schedule(block_n, block_d, block_r, blocks, parts, ceil_div(tiles, parts) * block_n, warps, stages)
 
 
