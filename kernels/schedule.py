@@ -235,8 +235,9 @@ _RAGGED_FORWARD: dict[str, dict[int, _Tile]] = {
     "cuda": {16: (16, 32, 8, 2), 32: (16, 32, 8, 2), 64: (16, 32, 8, 2), 128: (16, 32, 8, 2), 256: (16, 16, 8, 1)},
     "hip": {16: (16, 32, 4, 1), 32: (16, 32, 8, 2), 64: (16, 16, 4, 2), 128: (16, 16, 8, 2), 256: (16, 16, 8, 2)},
 }
-#: A steering vector's tile.
-_VECTOR_TILE, _RAGGED_VECTOR_TILE = (16, 256, 8, 1), (16, 32, 4, 1)
+#: A steering vector's tile by vendor, and the same for a ragged d.
+_VECTOR_TILES: dict[str, _Tile] = {"cuda": (16, 256, 8, 1), "hip": (16, 256, 4, 1)}
+_RAGGED_VECTOR_TILE: _Tile = (16, 32, 4, 1)
 # fmt: on
 
 
@@ -269,7 +270,9 @@ def _narrowed(tile: _Tile, ragged: _Tile, hidden: int, itemsize: int, gpu: str) 
 @functools.lru_cache(maxsize=4096)
 def vector_schedule(tokens: int, hidden: int, itemsize: int, device: Device) -> VectorSchedule:
     """Layout of the forward at rank 0: elementwise, every block is a program's."""
-    block_n, block_d, warps, stages = _narrowed(_VECTOR_TILE, _RAGGED_VECTOR_TILE, hidden, itemsize, device.gpu)
+    block_n, block_d, warps, stages = _narrowed(
+        _VECTOR_TILES[_vendor(device)], _RAGGED_VECTOR_TILE, hidden, itemsize, device.gpu
+    )  # fmt: skip
     blocks = ceil_div(hidden, block_d)
     return VectorSchedule(block_n, block_d, 0, ceil_div(tokens, block_n), blocks, block_d, warps, stages)
 
