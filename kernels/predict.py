@@ -788,10 +788,14 @@ def compiled_program(launch: Launch, target: str) -> Program:
 
 
 def busy_seconds(launch: Launch, target: str) -> float:
-    """Seconds for which the instructions of a launch's innermost loops occupy the schedulers of all multiprocessors."""
+    """Seconds for which the instructions of a launch's innermost loops, or all of them where it has none, occupy the
+    schedulers of all multiprocessors."""
     done, program = work(launch), compiled_program(launch, target)
     clock = CLOCKS[target]
-    cycles = sum(issue_cycles(program.body(loop), clock) * loop.trips * times for loop, times in program.innermost)
+    if program.loops:
+        cycles = sum(issue_cycles(program.body(loop), clock) * loop.trips * times for loop, times in program.innermost)
+    else:
+        cycles = issue_cycles(program.code, clock)
     slots = ALL_TARGETS[target].multiprocessors * _SCHEDULERS
     return cycles * program.num_warps * (done.programs - done.aside) * done.share / slots / clock.hertz
 

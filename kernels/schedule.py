@@ -352,7 +352,7 @@ def forward_schedule(
                 memory = 3 + 2 * max(0.0, 1 - device.l2 / in_flight)
                 through_l2 = (4 + 2 * tiles * rank / tokens) / _L2_SPEED
                 issue = _ISSUE[rows] * tiles * block_n / tokens
-                time = max(memory, through_l2, issue) * ceil_div(tiles, slots) * slots / tiles
+                time = max(memory, through_l2, issue) * ceil_div(tiles, slots) * slots / tiles, issue
                 if best is None or time < best[0]:
                     programs = min(tiles, slots)
                     best = (

@@ -31,6 +31,14 @@ L2_EXCEPTIONS = {
     ("sm_90", 8192, 16, 4096, "forward"): 1.72,
 }
 BUSY_OVER_MEMORY = 0.5  # time of the loops' instructions, over that of device memory
+#: What is over that, by target, d, r, N and pass, and may not grow: A100 at rank 64, where 38 rows are a whole wave of
+#: 4096 tokens and take a tile of 64, so that two fifths of the products are of rows that pad.
+BUSY_EXCEPTIONS = {
+    ("sm_80", 2048, 64, 4096, "forward"): 0.54,
+    ("sm_80", 2560, 64, 4096, "forward"): 0.55,
+    ("sm_80", 2048, 64, 4096, "backward"): 0.52,
+    ("sm_80", 2560, 64, 4096, "backward"): 0.52,
+}
 FILL = 0.9
 #: What is below that, by target, d, r and N: the columns kernel, where no number of parts times d / 128 blocks comes
 #: nearer to the places for programs. It may not fall.
@@ -93,7 +101,7 @@ def test_the_instructions_of_the_loops_take_half_of_the_memory_time(launches):
         memory = sum(row["memory"] for row in rows) / bandwidth
         busy = sum(row["busy"] for row in rows)
         assert busy > 0, "no instruction counted"
-        if busy > BUSY_OVER_MEMORY * memory:
+        if busy > BUSY_EXCEPTIONS.get(key, BUSY_OVER_MEMORY) * memory:
             over[key] = f"{busy / memory:.2f}"
     assert_none(over)
 
