@@ -845,8 +845,8 @@ def _triton_forward(
         residual, branch, up, partial, down_bias, up_bias, gain, p_scale, out, a,
         scale, tokens, hidden, writing.part, *strides,
         schedule=writing, **states, **shift, EVEN_D=hidden % writing.block_d == 0, SPLITS=reducing.splits,
-        SLOTS=slots,
-        STAGES=writing.num_stages, AT_ONCE=at_once and writing.part == writing.block_d and held_sums <= 64 * 32 * writing.num_warps,
+        SLOTS=slots, STAGES=writing.num_stages,
+        AT_ONCE=at_once and writing.part == writing.block_d and held_sums <= 64 * 32 * writing.num_warps,
     )  # fmt: skip
     return out, a
 
