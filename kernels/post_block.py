@@ -831,6 +831,8 @@ def _triton_forward(
         return out, a
     reducing, writing = schedules
     at_once = device.gpu == "cuda"  # `numerics.held` is written for it
+    slots = next_power_of_2(reducing.splits)
+    held_sums = slots * writing.block_n * writing.block_r  # at once, a thread has registers for 64 of them
     partial = empty(tokens, reducing.splits, reducing.block_r, dtype=torch.float32, device=residual.device)
     launch(
         post_block_fwd_down_kernel, (reducing.programs, reducing.splits),
@@ -843,8 +845,8 @@ def _triton_forward(
         residual, branch, up, partial, down_bias, up_bias, gain, p_scale, out, a,
         scale, tokens, hidden, writing.part, *strides,
         schedule=writing, **states, **shift, EVEN_D=hidden % writing.block_d == 0, SPLITS=reducing.splits,
-        SLOTS=next_power_of_2(reducing.splits),
-        STAGES=writing.num_stages, AT_ONCE=at_once and writing.part == writing.block_d,
+        SLOTS=slots, STAGES=writing.num_stages,
+        AT_ONCE=at_once and writing.part == writing.block_d and held_sums <= 64 * 32 * writing.num_warps,
     )  # fmt: skip
     return out, a
 
