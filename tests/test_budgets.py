@@ -22,8 +22,9 @@ NAMES = {"sm_80": "A100", "sm_90": "H100"}
 
 L2_OVER_MEMORY = {1: 1.7, 8: 1.7, 16: 1.7, 64: 3.0}  # bytes that L2 sends, over bytes of device memory
 #: What is over that budget, by target, d, r, N and pass, and may not grow. A tile reads all of W1 and W2, so fewer
-#: bytes would take taller tiles. For 4096 tokens A100 has three waves of 13 rows at rank 8 and two of 19 at rank 16:
-#: its L2 holds no taller tiles for their second read. At rank 16 half of a tile's bytes are weights' already.
+#: bytes would take taller tiles. For 4096 tokens A100 has three waves of 13 rows at rank 8 and two of 19 at rank 16. At
+#: rank 8 a tile of 19 rows and 256 columns would do, in more shared memory than a program has on sm_86 and sm_89, which
+#: take the same tiles. At rank 16 half of a tile's bytes are weights' already.
 L2_EXCEPTIONS = {
     **{("sm_80", d, 8, 4096, "forward"): 1.74 for d in (2048, 2560, 4096)},
     **{("sm_80", d, 16, 4096, "forward"): 1.89 for d in (2048, 2560, 4096)},
