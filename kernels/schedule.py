@@ -335,10 +335,15 @@ def forward_schedule(
             (rows, columns, warps, stages), ragged, hidden, itemsize, device.gpu
         )
         groups = 1 if hidden % block_d else _groups(block_n, block_d, block_r, warps, itemsize, device)
+        # Widened operands take as many registers as converted ones, which at rank 64 are too many.
         converting = _CONVERTING.get((vendor, itemsize), {}).get(block_r)
         if hidden % block_d:
             stages2 = stages
-        elif not packed and converting is not None and _wide(block_n, block_d, converting[1], itemsize, device.gpu):
+        elif (
+            (not packed or widened and block_r == 64)
+            and converting is not None
+            and _wide(block_n, block_d, converting[1], itemsize, device.gpu)
+        ):
             columns2, warps, stages = converting
             stages2 = stages
         block_d2 = min(columns2, block_d)
