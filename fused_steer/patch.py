@@ -131,11 +131,11 @@ def _call_site(layer: nn.Module, left: Tensor, right: Tensor, entering: Any) -> 
     """`layer.post_block(left, right, entering)`, past nn.Module's `__call__` where nobody hooked the site."""
     site: Any = layer._modules[SITE]
     if is_compiling():
-        return site(left, right, entering)
+        return site(left, right, entering=entering)
     if site._forward_hooks or site._forward_pre_hooks or site._backward_hooks or site._backward_pre_hooks:
-        return site(left, right, entering)
+        return site(left, right, entering=entering)
     if any_forward_hook or any_forward_pre_hook or any_backward_hook or any_backward_pre_hook:
-        return site(left, right, entering)
+        return site(left, right, entering=entering)
     noted = site.__dict__
     planned = noted["_planned"]
     if planned is not None and thread.quiet and not is_grad_enabled():

@@ -231,7 +231,7 @@ def test_autocast(family, dtype):
     with torch.autocast("cpu", torch.bfloat16):
         assert_as_exact_as_hooks(model, parameters, Hooked(base, parameters), InFull(base, parameters))
         assert logits(model).dtype == torch.bfloat16
-    (residual, branch, _), out = seen[-1]
+    (residual, branch), out = seen[-1]
     assert out.dtype == (residual + branch).dtype == dtype  # not that of autocast
     if dtype == torch.float32:  # autocast reaches the base, and not what steers: it is exact
         with torch.autocast("cpu", torch.bfloat16):

@@ -495,7 +495,7 @@ def test_a_launch_makes_its_device_current(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
     monkeypatch.setattr(torch, "get_device_module", lambda device: Module)
     for index in (0, 1):
-        with launch._on(torch.device("cuda", index)):
+        with launch.on_device(torch.device("cuda", index)):
             pass
     assert entered == [torch.device("cuda", 1)]
 
