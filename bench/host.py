@@ -217,8 +217,8 @@ def count_launches(call: Call, device: torch.device) -> int | None:
 
 
 def interleave(calls: dict[str, Call], device: torch.device, rounds: int, number: int) -> dict[str, list[float]]:
-    """CPU seconds of each call, all of them in turns. Of this thread; on a GPU, whose backward passes run in a thread
-    of their own, of the process."""
+    """CPU seconds of each call, all of them in turns: of this thread; on a GPU of the process, because backward passes
+    run in another thread there."""
     clock = time.process_time_ns if device.type == "cuda" else time.thread_time_ns
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
