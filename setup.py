@@ -7,6 +7,9 @@ from setuptools import setup
 
 ROOT = Path(__file__).parent
 
+#: The folders of fused_steer/.
+ROOMS = ["adapters", "diagnostics", "importers", "lora", "model", "serving", "tools"]
+
 DEMO = ["accelerate", "gguf>=0.19", "matplotlib"]  # transformers reads GGUF files through accelerate
 # Caps: see fused_steer/_requirements.py, which says what was tried.
 PEFT = ["peft>=0.21,<1"]
@@ -39,7 +42,11 @@ setup(
     python_requires=">=3.10",
     # Named one by one: a search would also find bench/ and tests/, and kernels/ under the bare name, which transformers
     # takes for the Hub package of that name.
-    packages=["fused_steer", "fused_steer.kernels"],
+    packages=[
+        "fused_steer",
+        *(f"fused_steer.{room}" for room in ROOMS),
+        "fused_steer.kernels",
+    ],
     package_dir={"fused_steer.kernels": "kernels"},
     package_data={"fused_steer": ["py.typed"]},
     install_requires=[

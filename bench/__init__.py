@@ -1,5 +1,6 @@
 """Benchmarks: the fused op and what people use instead, side by side in one run, against what the hardware allows.
 
+    checkout.py     runs bench and tests from a checkout that is not installed
     geometries.py   the sizes of real models, and the grid of op sizes
     contenders.py   who is measured: ours, the rivals, the floor
     timing.py       how: cold cache, graph replay, interleaving, quantiles; launches and bytes counted

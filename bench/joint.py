@@ -77,7 +77,7 @@ def results_file(out: Path) -> Path:
 
 def draw(settings: Settings, seed: int) -> tuple[list[Any], list[Any]]:
     """The held-out expressions, the same for every seed, and those that this seed trains on; none is drawn twice."""
-    from fused_steer.listops import distinct
+    from fused_steer.tools.listops import distinct
 
     count = settings.steps * settings.batch_size
     end = settings.held_out + (seed + 1) * count
@@ -118,7 +118,7 @@ def train(model: Any, groups: list[dict[str, Any]], batches: Sequence[Any], sett
     """
     import torch
 
-    from fused_steer.demo import answer_loss
+    from fused_steer.tools.demo import answer_loss
 
     def factor(step: int) -> float:
         return min(1.0, (step + 1) / settings.warmup) * (1 + math.cos(math.pi * step / settings.steps)) / 2
@@ -151,7 +151,7 @@ def test(model: Any, encoder: Any, expressions: Sequence[Any]) -> dict[str, Any]
     """Exact matches, a 0 or 1 for each expression, and the mean loss of the answers' tokens."""
     import torch
 
-    from fused_steer.demo import answer_loss, complete, is_exact
+    from fused_steer.tools.demo import answer_loss, complete, is_exact
 
     said = complete(model, encoder, expressions)
     total = count = 0.0
@@ -176,8 +176,9 @@ class Shifts:
 
     def __init__(self, model: Any, settings: Settings) -> None:
         """Find the modules, in a model that has both adapters and is not trained yet."""
-        from fused_steer.patch import SITE, find_decoder, inside_peft
-        from fused_steer.writers import choose_writers, trace_writers
+        from fused_steer.adapters.parameters import SITE
+        from fused_steer.lora.writers import choose_writers, trace_writers
+        from fused_steer.model.decoder import find_decoder, inside_peft
 
         self.settings = settings
         decoder = find_decoder(inside_peft(model))
@@ -297,8 +298,8 @@ def run_all(file: Path, settings: Settings, seeds: Sequence[int]) -> None:
     """
     import torch
 
-    from fused_steer.demo import Encoder, load_model
-    from fused_steer.listops import evaluate, ignoring_brackets
+    from fused_steer.tools.demo import Encoder, load_model
+    from fused_steer.tools.listops import evaluate, ignoring_brackets
 
     results = load(file) if file.exists() else None
     if results is not None:

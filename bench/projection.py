@@ -51,8 +51,9 @@ class _Writer:
 def fused(matrices: Matrices) -> Callable[[], None]:
     """What the runtime does after an optimizer step."""
     from fused_steer import SteerConfig
-    from fused_steer.orthogonality import Orthogonality, lora_columns
-    from fused_steer.sites import Adapter, SteeringSite
+    from fused_steer.adapters.parameters import Adapter
+    from fused_steer.lora.orthogonality import Orthogonality, lora_columns
+    from fused_steer.model.layer import SteeringSite
 
     hidden, rank = matrices.ups[0].shape
     sites = {}

@@ -179,7 +179,7 @@ def rehearse_tests(few: bool, say: Callable[[str], None]) -> list[str]:
     problems = []
     for name, which in gpu.TEST_GROUPS.items():
         chosen = f"({which}) and {TOO_LARGE}" + (" and as_the_hook and 576" if few else "")
-        done = gpu.run_gpu_tests(chosen, 3600.0, (*OVER, "tests/test_post_block.py") if few else OVER)
+        done = gpu.run_gpu_tests(chosen, 3600.0, (*OVER, "tests/kernels/test_post_block.py") if few else OVER)
         counts = ", ".join(f"{done[key]} {key}" for key in gpu.COUNTS if key in done)
         say(f"gpu tests, {name}: {counts or 'no counts'} (xfailed: over numbers); {done['seconds']} s")
         problems += done["failures"]

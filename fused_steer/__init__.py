@@ -1,4 +1,61 @@
-"""fused-steer: post-block activation steering (arXiv 2603.00425), fused into the residual add of each decoder block."""
+"""fused-steer: post-block activation steering (arXiv 2603.00425), fused into the residual add of each decoder block.
+
+The map, in reading order. A file imports what stands above it, never what stands below.
+
+    _version.py          the version
+    _requirements.py     which versions of other libraries were tried
+    kernels/             the Triton kernels; its own map is in its docstring
+    config.py            SteerConfig: what an adapter computes
+    adapters/            what an adapter is and how it is kept
+        parameters.py    names, paths and shapes of its parameters, and the module that holds them
+        files.py         its two files: written whole or not at all, checked when read
+        hub.py           its upload, and its model card
+        distributed.py   an adapter that several processes share: who writes, gathering its parts
+    model/               how a decoder layer is reached
+        decoder.py       finds the decoder layers and the device that each runs on
+        residual.py      rewrites a layer's forward so that the last residual add goes to the site
+        watch.py         an error for a layer that ran unsteered; the report
+        passes.py        packed weights, which live for one forward pass
+        layer.py         the site, which steers a layer; the patched layer, and the way back
+    lora/                steering beside a LoRA
+        layers.py        which modules carry a LoRA
+        writers.py       which modules write into the residual stream
+        orthogonality.py Joint-Orth: keeps the steering orthogonal to the LoRA
+    serving/             many adapters at a time
+        slots.py         room for several adapters at one layer
+        requests.py      what a batch asks for: an adapter, a strength, positions for each row
+        caches.py        how many tokens a key-value cache holds
+        batch.py         steers each row of a batch by its own adapter
+        pool.py          AdapterPool: thousands of adapters in files, some in slots
+        plan.py          memory and bandwidth that many adapters take
+    importers/           adapters of other codes
+        reading.py       opening and checking a foreign file
+        steerling.py     the paper's released code
+        pyreft.py        pyreft
+        vectors.py       control vectors: GGUF, plain tensors
+    peft.py              steering as a PEFT method
+    whole.py             save_pretrained of a patched model
+    steering.py          Steering, which is model.steering
+    patch.py             patch_model: the front door
+    joint.py             LoRA and steering: parameter groups, save_joint, load_joint
+    tools/               what the verbs of the command run
+        listops.py       the task of the demo
+        demo.py          fused-steer demo
+        coverage.py      fused-steer coverage
+        kernel_table.py  fused-steer kernels
+        doctor.py        fused-steer doctor
+        inspect.py       fused-steer inspect
+    trainer.py           SteeringTrainer: adapters in the checkpoints of transformers' Trainer
+    diagnostics/         what steering does to a model, in five figures
+        records.py       the numbers of a layer
+        figures.py       the pictures
+        diagnosis.py     the whole, and how it is saved
+        measure.py       diagnose
+        command.py       fused-steer diagnose
+    vllm.py              the vLLM plug-in
+    trl.py               TRL's trainers
+    cli.py               the command fused-steer
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -7,17 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
-import re
-import sys
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
-from importlib import metadata
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -25,11 +20,7 @@ from rich.text import Text
 from ._version import __version__
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-    from .checkpoint import AdapterFile
-    from .kernels.launch import Launch
+    from .adapters.files import AdapterFile
 
 PACKAGE = "fused-steer"
 
@@ -98,7 +89,7 @@ def demo(
 ) -> None:
     """Teach a small language model ListOps through a steering adapter, in minutes on a CPU."""
     with _errors_in_one_line():
-        from .demo import DemoOptions, run
+        from .tools.demo import DemoOptions, run
 
         names = tuple(name.strip() for name in operators.split(","))
         run(
@@ -109,234 +100,6 @@ def demo(
 
 # ------------------------------------------------------------------------------------------------------------- doctor
 
-_STEP_TOKENS, _STEP_HIDDEN, _STEP_RANK = 4096, 4096, 8  # the training step whose kernels are shown, in bfloat16
-_CHECK_TOKENS, _CHECK_HIDDEN, _CHECK_RANK = 33, 192, 8  # small: Triton's interpreter has to manage it too
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What the doctor found out about one thing.
-
-    expected: what it should have been, "" if that is so; state: why it need not be so ("unused": another will do;
-    "untried": it may work; "absent": a part of fused-steer needs it), "" if it has to; mend: the command that mends it.
-    """
-
-    subject: str
-    found: str
-    expected: str = ""
-    state: str = ""
-    mend: str = ""
-
-    @property
-    def well(self) -> bool:
-        return bool(self.state) or not self.expected
-
-    def __str__(self) -> str:
-        mark = self.state or ("ok" if self.well else "NOT WELL")
-        expected = f"; expected {self.expected}" if self.expected else ""
-        return f"{mark:<8}  {self.subject}: {self.found}{expected}" + (f"; {self.mend}" if self.mend else "")
-
-
-def _version_finding(subject: str, found: str | None, specifier: Any) -> Finding:
-    supported = str(specifier) or "any version"
-    mend = "" if subject == "python" else f"pip install '{subject}{specifier}'"
-    if found is None:
-        return Finding(subject, "not installed", supported, mend=mend)
-    if specifier.contains(found, prereleases=True):
-        return Finding(subject, f"{found} (supported: {supported})")
-    return Finding(subject, found, supported, mend=mend)
-
-
-def _library_finding(library: str, found: str | None) -> Finding:
-    """An installed library against the versions that were tried; an optional one may be absent."""
-    from ._requirements import OPTIONAL, TRIED
-
-    tried = TRIED[library]
-    use = f" (for {tried.use})" if library in OPTIONAL else ""
-    if found is None:
-        return Finding(library, f"not installed{use}", state="absent", mend=tried.command)
-    if tried.includes(found):
-        return Finding(library, f"{found} (tried: {tried})")
-    return Finding(library, f"{found}{use}", f"one that was tried: {tried}", "untried", tried.command)
-
-
-def _installed(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _check_versions() -> Iterator[Finding]:
-    """Python and every requirement of the installed package against the ranges that its metadata declares.
-
-    A release that is newer than those that were tried may work.
-    """
-    from packaging.requirements import Requirement
-    from packaging.specifiers import SpecifierSet
-
-    from ._requirements import CORE
-
-    own = _installed(PACKAGE)
-    yield _version_finding(PACKAGE, own, SpecifierSet(f"=={__version__}"))
-    if own is None:
-        return
-    supported = SpecifierSet(metadata.metadata(PACKAGE).get("Requires-Python", ""))
-    yield _version_finding("python", ".".join(map(str, sys.version_info[:3])), supported)
-    for requirement in map(Requirement, metadata.requires(PACKAGE) or ()):
-        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
-            name, found = requirement.name, _installed(requirement.name)
-            if found is not None and name in CORE and (CORE[name].includes(found) or CORE[name].precedes(found)):
-                yield _library_finding(name, found)
-            else:
-                yield _version_finding(name, found, requirement.specifier)
-
-
-def _check_optional() -> Iterator[Finding]:
-    """Every optional library: its version, whether that was tried, and the command that installs one that was."""
-    from ._requirements import OPTIONAL, installed
-
-    for library in OPTIONAL:
-        yield _library_finding(library, installed(library))
-
-
-def _devices() -> list[torch.device]:
-    import torch
-
-    devices = [torch.device("cpu")]
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if accelerator is not None:
-        devices += [torch.device(accelerator.type, i) for i in range(torch.accelerator.device_count())]
-    return devices
-
-
-def _device_name(device: torch.device) -> str:
-    import torch
-
-    name = getattr(torch.get_device_module(device), "get_device_name", None)
-    return f"{device} ({name(device)})" if name and device.type != "cpu" else str(device)
-
-
-def _check_devices(devices: list[torch.device]) -> Iterator[Finding]:
-    """Which backend steers tensors on each device, and whether it computes what it should."""
-    from .kernels import select_backend
-
-    backends: dict[torch.device, str] = {}
-    refusals: dict[torch.device, str] = {}
-    for device in devices:
-        try:
-            backends[device] = select_backend(device)
-        except RuntimeError as error:
-            refusals[device] = str(error)
-    for device, refusal in refusals.items():
-        found, _, expected = refusal.partition("; expected ")
-        # FUSED_STEER_BACKEND=triton rules out a CPU, which is nobody's loss where there is a GPU.
-        yield Finding(_device_name(device), found, expected, "unused" if backends else "")
-    for device, backend in backends.items():
-        yield _check_numbers(device, backend)
-
-
-def _check_numbers(device: torch.device, backend: str) -> Finding:
-    name = _device_name(device)
-    try:
-        worst = _worst_error(device)
-    except Exception as error:  # anything may be wrong with a compiler or a driver, and the doctor is asked what
-        text = " ".join(str(error).split())
-        return Finding(name, f"backend {backend} raises {type(error).__name__}: {text}", "a result")
-    if not worst <= 1:  # NaN included
-        found = f"backend {backend} is wrong: its error is {worst:.3g} times what is allowed"
-        return Finding(name, found, "at most twice the error of plain PyTorch in float32, plus 1e-6")
-    return Finding(name, f"backend {backend}; forward and backward equal those of plain PyTorch in float32")
-
-
-def _worst_error(device: torch.device) -> float:
-    """The op's worst error in float32, in forward and every gradient, as a share of what is allowed.
-
-    The truth is float64; twice the error of the same formula in PyTorch's own float32, plus 1e-6, is allowed.
-    """
-    import torch
-
-    from .kernels import post_block
-
-    n, d, r = _CHECK_TOKENS, _CHECK_HIDDEN, _CHECK_RANK
-    generator = torch.Generator().manual_seed(0)
-    residual, branch, down, up, grad = (
-        torch.randn(shape, generator=generator) for shape in ((n, d), (n, d), (r, d), (d, r), (n, d))
-    )
-    operands = [residual, branch, down / math.sqrt(d), up]
-
-    def plain(residual: Tensor, branch: Tensor, down: Tensor, up: Tensor) -> Tensor:
-        x = residual + branch
-        return x + torch.nn.functional.silu(x @ down.t()) @ up.t()
-
-    def results(op: Any, **to: Any) -> list[Tensor]:
-        leaves = [tensor.to(**to).requires_grad_() for tensor in operands]
-        out = op(*leaves)
-        return [t.cpu().double() for t in (out.detach(), *torch.autograd.grad(out, leaves, grad.to(**to)))]
-
-    rows = zip(
-        results(plain, device="cpu", dtype=torch.float64),
-        results(plain, device=device),
-        results(post_block, device=device),
-        strict=True,
-    )
-    shares = [(ours - truth).norm() / (2 * (eager - truth).norm() + 1e-6 * truth.norm()) for truth, eager, ours in rows]
-    return float(torch.stack(shares).max())
-
-
-def _targets(devices: list[torch.device]) -> list[str]:
-    """The compilation targets of the GPUs that are here, or, without one of those, all of them."""
-    import torch
-
-    from .kernels.aot import TARGETS
-
-    here = set()
-    for device in devices:
-        if device.type == "cuda":
-            properties = torch.cuda.get_device_properties(device)
-            here.add(
-                properties.gcnArchName.split(":")[0]
-                if torch.version.hip
-                else f"sm_{properties.major}{properties.minor}"
-            )
-    return [target for target in TARGETS if target in here] or list(TARGETS)
-
-
-def _compile(launch: Launch, target: str) -> tuple[list[str], Finding | None]:
-    """Registers, spills, local and shared memory of a launch compiled for `target`; a finding if it is not well."""
-    from .kernels.aot import compile_launch
-
-    subject = f"{target} {launch.kernel.__name__}"
-    try:
-        used = compile_launch(launch, target)
-    except Exception as error:  # as above
-        found, _, expected = " ".join(str(error).split()).partition("; expected ")
-        return ["-"] * 4, Finding(subject, found or type(error).__name__, expected or "it to compile")
-    finding = None
-    if used.spills or used.local:
-        finding = Finding(subject, f"{used.spills} spills, {used.local} bytes of local memory", "none of either")
-    return [str(number) for number in (used.registers, used.spills, used.local, used.shared)], finding
-
-
-def _launches(targets: list[str], compiled: bool) -> tuple[Table, list[Finding]]:
-    """The kernels of one training step on each target; with `compiled`, what each uses, and what is not well."""
-    import torch
-
-    from .kernels.aot import Case, record
-
-    table = Table("target", "kernel", "grid", "tile", "warps", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in ("regs", "spills", "local", "shared") if compiled else ():
-        table.add_column(column, justify="right")
-    findings = []
-    for target in targets:
-        for launch in record(Case(_STEP_TOKENS, _STEP_HIDDEN, _STEP_RANK, torch.bfloat16), target):
-            plan = launch.schedule
-            used, finding = _compile(launch, target) if compiled else ([], None)
-            grid, tile = ("x".join(map(str, sides)) for sides in (launch.grid, (plan.block_n, plan.block_d)))
-            table.add_row(target, launch.kernel.__name__, grid, tile, str(plan.num_warps), *used)
-            findings += [finding] if finding else []
-    return table, findings
-
 
 @app.command()
 def doctor(
@@ -345,133 +108,15 @@ def doctor(
     ] = False,
 ) -> None:
     """Say what is installed, which backend will run, and whether it computes what it should. Exit code 1 if not."""
-    console = _console()
-    findings: list[Finding] = []
-
-    def report(found: Iterable[Finding]) -> None:
-        for finding in found:
-            findings.append(finding)
-            style = "yellow" if finding.state == "untried" else None if finding.well else "bold red"
-            console.print(str(finding), markup=False, soft_wrap=True, style=style)
-
     with _errors_in_one_line():
-        report(_check_versions())
-        report(_check_optional())
-        devices = _devices()
-        report(_check_devices(devices))
-        table, amiss = _launches(_targets(devices), compiled)
-        console.print(
-            f"\nKernels of a training step: N = {_STEP_TOKENS} tokens, d = {_STEP_HIDDEN}, r = {_STEP_RANK}, bfloat16"
-        )
-        console.print(table)
-        report(amiss)
-    if not all(finding.well for finding in findings):
+        from .tools.doctor import examine
+
+        well = examine(_console(), compiled)
+    if not well:
         raise typer.Exit(1)
 
 
 # ------------------------------------------------------------------------------------------------------------ inspect
-
-
-@dataclass(frozen=True)
-class LayerNorms:
-    """Norms of one layer's adapter, None where it has no such part. down: ‖W1‖_F, up: ‖W2‖_F, product: ‖W2 W1‖_2,
-    down_bias: ‖b1‖, up_bias: ‖b2‖."""
-
-    layer: int
-    down: float | None
-    up: float | None
-    product: float | None
-    down_bias: float | None
-    up_bias: float | None
-
-
-def _by_layer(adapter: AdapterFile) -> dict[int, dict[str, Tensor]]:
-    """The adapter's tensors by layer, in order, and by their name below the site.
-
-    Raises:
-        ValueError: a layer's tensors are not those that the config asks for.
-    """
-    from .patch import SITE
-    from .sites import Adapter
-
-    layers: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in adapter.tensors.items():
-        found = re.fullmatch(rf"(?:.*\.)?(\d+)\.{SITE}\.(\w+\.\w+)", name)
-        if found is None:
-            raise ValueError(
-                f"the adapter has a tensor {name!r}; expected names such as layers.0.{SITE}.steer_up.weight"
-            )
-        layers.setdefault(int(found[1]), {})[found[2]] = tensor
-    shapes = Adapter.shapes(adapter.config, adapter.hidden)
-    for index in sorted(layers.keys() | set(adapter.config.layers or range(adapter.num_layers))):
-        found_shapes = {name: tuple(tensor.shape) for name, tensor in layers.get(index, {}).items()}
-        if found_shapes != shapes:
-            raise ValueError(f"layer {index} of the adapter has {found_shapes}; expected {shapes}")
-    return dict(sorted(layers.items()))
-
-
-def _norms(layer: int, tensors: dict[str, Tensor]) -> LayerNorms:
-    import torch
-
-    def norm(name: str) -> float | None:
-        return float(tensors[name].double().norm()) if name in tensors else None
-
-    product = None
-    if "steer_up.weight" in tensors:
-        down, up = tensors["steer_down.weight"].double(), tensors["steer_up.weight"].double()
-        # W2 W1 = Q (R Sᵀ) Pᵀ with W2 = Q R and W1ᵀ = P S: orthonormal factors leave the norm to an r x r product.
-        small = torch.linalg.qr(up, mode="r").R @ torch.linalg.qr(down.t(), mode="r").R.t()
-        product = float(torch.linalg.matrix_norm(small, 2))
-    return LayerNorms(
-        layer,
-        norm("steer_down.weight"),
-        norm("steer_up.weight"),
-        product,
-        norm("steer_down.bias"),
-        norm("steer_up.bias"),
-    )
-
-
-def _describe(source: str) -> dict[str, Any]:
-    """What `inspect` shows of an adapter, as JSON has it."""
-    from .checkpoint import WEIGHTS_NAME, locate_adapter, read_adapter
-
-    directory = locate_adapter(source)
-    adapter = read_adapter(directory)
-    layers = [asdict(_norms(index, tensors)) for index, tensors in _by_layer(adapter).items()]
-    return {
-        "adapter": str(directory),
-        "base_model": adapter.base or None,
-        "hidden_size": adapter.hidden,
-        "num_layers": adapter.num_layers,
-        "config": adapter.config.to_dict(),
-        "parameters": sum(tensor.numel() for tensor in adapter.tensors.values()),
-        "file_bytes": (directory / WEIGHTS_NAME).stat().st_size,
-        "layers": layers,
-    }
-
-
-def _config_table(description: dict[str, Any]) -> Table:
-    table = Table("setting", "value")
-    facts = {name: value for name, value in description.items() if name not in ("config", "layers")}
-    for name, value in {**facts, **description["config"]}.items():
-        shown = f"{value:,}" if name in ("parameters", "file_bytes") else str(value)
-        table.add_row(name, Text("all" if name == "layers" and value is None else shown))
-    return table
-
-
-_NORM_HEADS = {"down": "‖W1‖", "up": "‖W2‖", "product": "‖W2 W1‖₂", "down_bias": "‖b1‖", "up_bias": "‖b2‖"}
-
-
-def _norms_table(layers: list[dict[str, Any]]) -> Table:
-    """One row a layer; a column for each part that the adapter has."""
-    present = [name for name in _NORM_HEADS if layers[0][name] is not None]
-    table = Table("layer", *(_NORM_HEADS[name] for name in present))
-    for column in table.columns:
-        column.justify = "right"
-    for norms in layers:
-        table.add_row(str(norms["layer"]), *(f"{norms[name]:.4g}" for name in present))
-    return table
 
 
 @app.command()
@@ -481,12 +126,14 @@ def inspect(
 ) -> None:
     """Show a saved adapter: its config, its size, and the norms of each layer."""
     with _errors_in_one_line():
-        description = _describe(adapter)
+        from .tools.inspect import config_table, describe, norms_table
+
+        description = describe(adapter)
         if as_json:
             typer.echo(json.dumps(description, indent=2))
         else:
-            _console().print(_config_table(description))
-            _console().print(_norms_table(description["layers"]))
+            _console().print(config_table(description))
+            _console().print(norms_table(description["layers"]))
 
 
 # ------------------------------------------------------------------------------------------------------------ kernels
@@ -514,7 +161,7 @@ def kernels(
 ) -> None:
     """Compile the kernels ahead of time, without a GPU, show what they use, and predict what limits a pass."""
     with _errors_in_one_line():
-        from .kernel_table import Request, describe_kernels, print_kernels
+        from .tools.kernel_table import Request, describe_kernels, print_kernels
 
         gpus = tuple(gpu) if gpu else None
         request = Request(op, hidden, rank, dtype, tuple(tokens or (4096, 8)), tuple(target or ()), gpus, packed)
@@ -551,7 +198,7 @@ _LayersPath = Annotated[
 
 def _write_imported(file: Path, adapter: AdapterFile, out: Path, tokens: str, **more: str) -> Console:
     """Write the adapter and show what it is; the console, for what else there is to say."""
-    from .checkpoint import write_adapter
+    from .adapters.files import write_adapter
 
     write_adapter(out, adapter)
     config, steered = adapter.config, adapter.config.layers
@@ -611,7 +258,7 @@ def steerling(
     or the MLP is refused. Every token is steered, also by an adapter that was trained on the last one alone.
     """
     with _errors_in_one_line():
-        from .importing import import_steerling
+        from .importers.steerling import import_steerling
 
         imported = import_steerling(
             file,
@@ -662,7 +309,7 @@ def pyreft(
     components, several interventions a layer, subspaces and layers of different rank are refused.
     """
     with _errors_in_one_line():
-        from .importing_pyreft import import_pyreft
+        from .importers.pyreft import import_pyreft
 
         adapter = import_pyreft(
             directory,
@@ -718,7 +365,7 @@ def vector(
     the sum are no vectors, and cannot be had. Pickles are opened with torch.load(weights_only=True).
     """
     with _errors_in_one_line():
-        from .importing_vectors import import_vector
+        from .importers.vectors import import_vector
 
         adapter = import_vector(
             file,
@@ -743,7 +390,7 @@ def coverage(
 ) -> None:
     """Patch and check a tiny model of each causal language model class of transformers. Exit code 1 if one is wrong."""
     with _errors_in_one_line():
-        from .coverage import MODEL_TYPES, check_all, markdown, summary
+        from .tools.coverage import MODEL_TYPES, check_all, markdown, summary
 
         types = MODEL_TYPES if only is None else tuple(name.strip() for name in only.split(","))
         rows = []
@@ -813,7 +460,7 @@ def serve_plan(
 ) -> None:
     """Plan the memory and bandwidth that serving many adapters of one model takes. Worked out, not measured."""
     with _errors_in_one_line():
-        from . import serve_plan as planning
+        from .serving import plan as planning
 
         chosen = _indices(layers)
         request = planning.PlanRequest(

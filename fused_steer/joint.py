@@ -13,10 +13,11 @@ from typing import Any
 
 from torch import nn
 
-from .patch import inside_peft, patch_model
-from .processes import is_first, sharder
+from .adapters.distributed import is_first, sharder
+from .lora.layers import lora_layers
+from .model.decoder import inside_peft
+from .patch import patch_model
 from .steering import Steering
-from .writers import lora_layers
 
 #: Where each part lies in a directory that holds both.
 STEERING_FOLDER, LORA_FOLDER = "steering", "lora"

@@ -22,11 +22,12 @@ from torch import Tensor, nn
 
 from ._requirements import warn_untried
 from ._version import __version__
-from .checkpoint import PEFT_TYPE, WEIGHTS_NAME, check_values, read_adapter
+from .adapters.files import PEFT_TYPE, WEIGHTS_NAME, check_values, read_adapter
+from .adapters.parameters import SITE, Adapter
 from .config import DTYPES, SteerConfig
 from .kernels import MAX_RANK, post_block, select_backend
-from .patch import SITE, Decoder, PatchedLayer, execution_device, find_decoder
-from .sites import Adapter, SteeringSite
+from .model.decoder import Decoder, execution_device, find_decoder
+from .model.layer import PatchedLayer, SteeringSite
 
 warn_untried("peft")
 

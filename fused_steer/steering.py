@@ -7,58 +7,32 @@ import os
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .batch import Batch, Held, Lock, checked_requests, hold_loaded, running
-from .checkpoint import AdapterFile, AdapterHead, push_adapter, read_adapter, write_adapter
+from .adapters.distributed import first_writes, gather, is_dtensor, is_first, part_of, sharder
+from .adapters.files import AdapterFile, AdapterHead, read_adapter, write_adapter
+from .adapters.hub import push_adapter
+from .adapters.parameters import SITE, Adapter
 from .config import DTYPES, SteerConfig, checked_number
-from .orthogonality import Orthogonality, check_carries_lora, check_lora
-from .passes import FEW_TOKENS, Packing, tokens_of
-from .patch import SITE, PatchedLayer, execution_device, find_decoder, inside_peft
-from .pool import NAME, AdapterPool, checked_size
-from .processes import first_writes, gather, is_dtensor, is_first, part_of, sharder
-from .sites import Adapter, SteeringSite
-from .slots import Slots
-from .watch import LayerList
+from .lora.layers import adapter_parameters, lora_layers
+from .lora.orthogonality import Orthogonality, check_carries_lora, check_lora
+from .lora.writers import Writer, trace_writers
+from .model.decoder import execution_device, find_decoder, inside_peft
+from .model.layer import PatchedLayer, SteeringSite
+from .model.passes import FEW_TOKENS, Packing, tokens_of
+from .model.watch import LayerList, LayerReport, Report
+from .serving.batch import Batch, Lock, hold_loaded, running
+from .serving.pool import NAME, AdapterPool, checked_size
+from .serving.requests import checked_requests
+from .serving.slots import Held, Slots
 from .whole import SavePretrained
-from .writers import Writer, adapter_parameters, lora_layers, trace_writers
 
 #: What a model with LoRA and steering computes by: both, or one of the two.
 MODES = ("both", "lora", "steering")
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """How one layer is steered.
-
-    kind: "fused", or "hook" with its `reason`; backend: of the last eager call, None before one; calls: eager ones
-    since reset (a compiled graph does not count its own).
-    """
-
-    index: int
-    path: str
-    layer: str
-    kind: str
-    backend: str | None
-    calls: int
-    reason: str
-
-
-class Report(list[LayerReport]):
-    """A LayerReport for each steered layer; prints as a table."""
-
-    def __str__(self) -> str:
-        head = f"{'layer':>5}  {'class':<28} {'kind':<6} {'backend':<8} {'calls':>7}"
-        rows = [
-            f"{r.index:>5}  {r.layer:<28} {r.kind:<6} {r.backend or '-':<8} {r.calls:>7}"
-            + (f"  ({r.reason})" if r.reason else "")
-            for r in self
-        ]
-        return "\n".join([head, *rows])
 
 
 class Steering:
@@ -253,7 +227,7 @@ class Steering:
             ValueError: the parameters are of several dtypes, or parts that make no whole adapter.
             NotADirectoryError, OSError: see `write_adapter`.
         """
-        file, together = self._file(self._known(name))
+        file, together = self.file(self._known(name))
         first_writes(lambda: write_adapter(directory, file), together=together)
 
     def push_to_hub(
@@ -280,14 +254,14 @@ class Steering:
         Returns:
             The URL of the commit; "" in a process that is not the first.
         """
-        file, _ = self._file(self._known(name))
+        file, _ = self.file(self._known(name))
         if not is_first():
             return ""
         return push_adapter(
             repo_id, file, private=private, token=token, revision=revision, commit_message=commit_message
         )
 
-    def _file(self, name: str, given: dict[str, Tensor] | None = None) -> tuple[AdapterFile, bool]:
+    def file(self, name: str, given: dict[str, Tensor] | None = None) -> tuple[AdapterFile, bool]:
         """What is written of an adapter, and whether all processes had to put it together.
 
         given: its tensors by path, in place of the model's own.
@@ -307,8 +281,8 @@ class Steering:
             given is None and any(sharder(p.site) == "FSDP" for p in self._patched.values())
         )
         if together:
-            tensors = gather(tensors, self._shapes(name))
-        for path, shape in self._shapes(name).items():
+            tensors = gather(tensors, self.shapes(name))
+        for path, shape in self.shapes(name).items():
             if tuple(tensors[path].shape) != shape:
                 raise ValueError(
                     f"{path} has shape {tuple(tensors[path].shape)} in this process; expected {shape} "
@@ -330,7 +304,7 @@ class Steering:
             for key, tensor in adapter.named_tensors().items()
         }
 
-    def _shapes(self, name: str) -> dict[str, tuple[int, ...]]:
+    def shapes(self, name: str) -> dict[str, tuple[int, ...]]:
         """Shape of each of an adapter's tensors, by path, whatever this process has of it."""
         config = self._configs[name]
         return {

@@ -19,9 +19,10 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 
-from .checkpoint import CARD_NAME, CARD_TAGS, CHECKPOINT_FOLDER, LIBRARY, card_usage
+from .adapters.files import CHECKPOINT_FOLDER
+from .adapters.hub import CARD_NAME, CARD_TAGS, LIBRARY, card_usage
 from .joint import steering_of, steering_parameters
-from .patch import inside_peft
+from .model.decoder import inside_peft
 
 
 class SteeringCallback(TrainerCallback):

@@ -19,7 +19,7 @@ warn_untried("trl")
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTTrainer  # noqa: E402
 
 from .joint import steering_of  # noqa: E402
-from .patch import inside_peft  # noqa: E402
+from .model.decoder import inside_peft  # noqa: E402
 from .trainer import SteeringTrainer  # noqa: E402
 
 

@@ -44,13 +44,12 @@ from vllm.lora.request import LoRARequest  # noqa: E402
 from vllm.model_executor.layers.linear import LinearBase  # noqa: E402
 from vllm.v1.engine import input_processor  # noqa: E402
 
-from .checkpoint import CONFIG_NAME, PEFT_TYPE, AdapterFile, read_adapter  # noqa: E402
+from .adapters.files import CONFIG_NAME, PEFT_TYPE, AdapterFile, read_adapter  # noqa: E402
+from .adapters.parameters import SITE, Adapter  # noqa: E402
 from .joint import LORA_FOLDER, STEERING_FOLDER  # noqa: E402
 from .kernels import ACTIVATIONS, MAX_RANK, grouped  # noqa: E402
-from .patch import SITE  # noqa: E402
-from .residual import ResidualNotFound, names_in_final_adds  # noqa: E402
-from .sites import Adapter  # noqa: E402
-from .slots import Slots  # noqa: E402
+from .model.residual import ResidualNotFound, names_in_final_adds  # noqa: E402
+from .serving.slots import Slots  # noqa: E402
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -417,7 +416,7 @@ def check_request(request: LoRARequest, config: Any) -> None:
 def fingerprint(model: nn.Module) -> str:
     """What a compiled graph of this model depends on beside vLLM and its config: our code and the layers steered."""
     digest = hashlib.sha256(Path(__file__).read_bytes())
-    for file in sorted(Path(grouped.__file__).parent.glob("*.py")):
+    for file in sorted(Path(grouped.__file__).parent.rglob("*.py")):
         digest.update(file.read_bytes())
     digest.update(inspect.getsource(Slots).encode())
     for path, module in model.named_modules():

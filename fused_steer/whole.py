@@ -13,25 +13,38 @@ import importlib.util
 import inspect
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
-from .checkpoint import CHECKPOINT_FOLDER, AdapterFile, refuse_foreign, write_adapter
-from .processes import is_first
-
-if TYPE_CHECKING:
-    from .steering import Steering
+from .adapters.distributed import is_first
+from .adapters.files import CHECKPOINT_FOLDER, AdapterFile, refuse_foreign, write_adapter
 
 _NAME = "save_pretrained"
 #: Of a model in one file. In a folder without it, transformers' Trainer takes adapter files for all that there is.
 _ONE_FILE = "model.safetensors"
 
 
+class Adapters(Protocol):
+    """The part of `Steering` that is needed here."""
+
+    @property
+    def names(self) -> list[str]: ...
+
+    @property
+    def active(self) -> str | None: ...
+
+    def shapes(self, name: str) -> dict[str, tuple[int, ...]]:
+        """Shape of each tensor of an adapter, by path."""
+
+    def file(self, name: str, given: dict[str, Tensor] | None = None) -> tuple[AdapterFile, bool]:
+        """What is written of an adapter, and whether all processes had to put it together; see `Steering.file`."""
+
+
 class SavePretrained:
     """`model.save_pretrained` while the model is patched; the signature is that of transformers'."""
 
-    def __init__(self, model: Any, steering: Steering) -> None:
+    def __init__(self, model: Any, steering: Adapters) -> None:
         self.model, self.steering = model, steering
         self.earlier = vars(model).get(_NAME)  # another library may have put one on the instance
 
@@ -80,9 +93,9 @@ class SavePretrained:
         """The adapters by name, checked; without those whose parameters a given state dict leaves out."""
         files = {}
         for name in self.steering.names:
-            tensors = None if state is None else _tensors_in(state, name, self.steering._shapes(name))
+            tensors = None if state is None else _tensors_in(state, name, self.steering.shapes(name))
             if state is None or tensors:
-                files[name] = self.steering._file(name, tensors)[0]
+                files[name] = self.steering.file(name, tensors)[0]
         return files
 
     def _write(self, target: Path, files: Mapping[str, AdapterFile], at_top: bool) -> None:

@@ -13,8 +13,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from hardware import HAS_GPU  # noqa: E402
 
-HAS_GPU = torch.cuda.is_available() or torch.xpu.is_available()
 if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
     os.environ.setdefault("FUSED_STEER_BACKEND", "torch")

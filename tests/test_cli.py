@@ -9,37 +9,15 @@ from importlib import metadata
 
 import pytest
 import torch
+from command import assert_refused, invoke, plain_output  # noqa: F401 - an autouse fixture
 from models import LAYERS, build
-from typer.testing import CliRunner
 
 from fused_steer import SteerConfig, __version__, patch_model
 from fused_steer._requirements import OPTIONAL, TRIED
-from fused_steer.checkpoint import CONFIG_NAME, WEIGHTS_NAME
-from fused_steer.cli import Finding, app
+from fused_steer.adapters.files import CONFIG_NAME, WEIGHTS_NAME
+from fused_steer.tools.doctor import Finding
 
 VERBS = ("demo", "doctor", "inspect", "kernels", "import", "coverage", "diagnose")
-
-
-@pytest.fixture(autouse=True)
-def plain_output(monkeypatch):
-    """As in a pipe of 200 columns: typer would colour its help on CI, and the environment may ask for it."""
-    for name in ("FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NO_COLOR", "1")
-    monkeypatch.setenv("COLUMNS", "200")
-
-
-def invoke(*arguments):
-    return CliRunner().invoke(app, list(map(str, arguments)))
-
-
-def assert_refused(result, *parts):
-    """One line on stderr, exit code 1, and nothing that looks like a traceback."""
-    assert result.exit_code == 1, result.output
-    assert result.stderr.count("\n") == 1 and result.stderr.startswith("fused-steer: "), result.stderr
-    assert "Traceback" not in result.output
-    for part in parts:
-        assert str(part) in result.stderr
 
 
 # --------------------------------------------------------------------------------------------------------------- help
@@ -238,7 +216,8 @@ def test_a_ruled_out_device_is_unused_where_another_will_do():
 def test_doctor_compiles_for_a_target():
     """In a process of its own, as this one may interpret its kernels."""
     code = (
-        "from fused_steer.cli import _launches, _console; table, amiss = _launches(['sm_90'], True)\n"
+        "from fused_steer.cli import _console; from fused_steer.tools.doctor import _launches\n"
+        "table, amiss = _launches(['sm_90'], True)\n"
         "_console().print(table); print([str(finding) for finding in amiss])"
     )
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

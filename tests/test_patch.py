@@ -39,7 +39,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from fused_steer import SteerConfig, patch_model
-from fused_steer.patch import find_decoder
+from fused_steer.model.decoder import find_decoder
 
 RANK = 4
 EVERYTHING = SteerConfig(rank=RANK, scale=0.7, down_bias=True, up_bias=True)

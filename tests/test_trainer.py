@@ -11,18 +11,16 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard
-from models import build, logits, randomize, refused, steering_parameters, tokens
+from models import build, logits, randomize, refused, steering_parameters
+from pages import run_page
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
-from test_docs import run_page
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from trainers import CONFIG, DATASET, STEPS, trainer
+from transformers import AutoModelForCausalLM, Trainer
 
-from fused_steer import SteerConfig, SteeringTrainer, patch_model
+from fused_steer import SteeringTrainer, patch_model
 
-STEPS = 6
-CONFIG = SteerConfig(rank=4, down_bias=True, up_bias=True)
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors"}
-DATASET = [{"input_ids": ids, "labels": torch.full_like(ids, 7)} for ids in tokens(batch=32)]
 
 
 def patched(seed: int = 0, lora: bool = False) -> nn.Module:
@@ -32,24 +30,6 @@ def patched(seed: int = 0, lora: bool = False) -> nn.Module:
     if lora:
         model = get_peft_model(model, LoraConfig(r=3, target_modules=["q_proj", "down_proj"], lora_dropout=0.1))
     return patch_model(model, CONFIG)
-
-
-def trainer(model: nn.Module, directory: Path, cls: type[Trainer] = SteeringTrainer, **options: Any) -> Trainer:
-    arguments = {
-        "output_dir": str(directory),
-        "max_steps": STEPS,
-        "save_steps": STEPS // 2,
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "seed": 0,
-        **options,
-    }
-    return cls(model, TrainingArguments(**arguments), train_dataset=DATASET, eval_dataset=DATASET[:4])
 
 
 def trained_values(model: nn.Module) -> dict[str, Tensor]:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from models import build, build_frozen, logits, randomize, refused, tokens
+from pages import run_page
 from peft import LoraConfig, get_peft_model
-from test_docs import run_page
 from text import save_tiny, tokenizer
 from torch import Tensor, nn
 

@@ -31,7 +31,7 @@ from fused_steer import SteerConfig
 
 pytestmark = pytest.mark.vllm
 
-WORKER = Path(__file__).with_name("vllm_worker.py")
+WORKER = Path(__file__).parent / "support" / "vllm_worker.py"
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ NEW_TOKENS = 16
 @pytest.fixture(scope="module")
 def served(tmp_path_factory) -> tuple[Path, list[list[int]], dict[str | None, list[list[int]]]]:
     """A folder with model/ and the adapters; the prompts' ids; and HF's greedy tokens by adapter."""
-    from fused_steer.demo import load_smollm2
+    from fused_steer.tools.demo import load_smollm2
 
     root = tmp_path_factory.mktemp("smollm2")
     model, tokenizer = load_smollm2()

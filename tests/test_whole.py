@@ -12,8 +12,8 @@ import pytest
 import torch
 from models import build, logits, randomize, refused, snapshot, steering_parameters
 from peft import LoraConfig, get_peft_model
-from test_trainer import CONFIG, trainer
 from torch import nn
+from trainers import CONFIG, trainer
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer
 
 import fused_steer.peft

@@ -1,0 +1,182 @@
+"""What `fused-steer diagnose` runs: prompts in, a table, JSON and pictures out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..adapters.files import read_adapter
+from ..joint import LORA_FOLDER, STEERING_FOLDER, load_joint
+from ..patch import patch_model
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+from .diagnosis import Diagnosis
+from .figures import check_matplotlib
+from .measure import diagnose
+
+# --------------------------------------------------------------------------------------------------------- the command
+
+
+@dataclass(frozen=True)
+class DiagnoseOptions:
+    """What `run` does. The command's options document each and hold the defaults.
+
+    Raises:
+        ValueError: a value out of range, options that do not go together, or `out` is a file.
+    """
+
+    model: str | None
+    adapter: str | None
+    lora: str | None
+    joint: Path | None
+    prompts: Path
+    field: str
+    out: Path
+    max_prompts: int | None
+    max_length: int
+    batch_size: int
+    device: str
+
+    def __post_init__(self) -> None:
+        if (self.adapter is None) == (self.joint is None):
+            given = "both are" if self.adapter else "neither is"
+            raise ValueError(f"adapter or joint has to be given, and {given}; expected one of them")
+        if self.joint is not None and self.lora is not None:
+            raise ValueError("joint and lora are given; expected one of them, as joint holds a LoRA")
+        for name in ("max_prompts", "max_length", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name.replace('_', ' ')} is {value}; expected at least 1")
+        for path in (self.out, *self.out.parents):
+            if path.exists() and not path.is_dir():
+                raise ValueError(f"out is {str(self.out)!r} but {path} is a file; expected a directory")
+
+
+def read_prompts(file: Path, field: str) -> list[str]:
+    """The prompts of a .txt, one a line, or of a .jsonl, the field `field` of each line; empty lines are passed over.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is of another kind, a line is no JSON object with that field, or there is no prompt.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"no file {file}; expected prompts, a .txt or .jsonl")
+    if file.suffix not in (".txt", ".jsonl"):
+        raise ValueError(f"prompts are in {file}; expected a .txt, one a line, or a .jsonl")
+    found = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
+        if file.suffix == ".txt":
+            found.append(line.rstrip("\r"))
+            continue
+        try:
+            entry = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{file}, line {number} is no JSON ({error}); expected an object a line") from error
+        if not isinstance(entry, dict) or field not in entry:
+            held = f"the fields {', '.join(sorted(entry))}" if isinstance(entry, dict) else f"a {type(entry).__name__}"
+            raise ValueError(f"{file}, line {number} has {held}; expected a field {field!r}")
+        if not isinstance(entry[field], str):
+            raise ValueError(f"{file}, line {number}: {field!r} is {entry[field]!r}; expected a string")
+        found.append(entry[field])
+    if not any(prompt.strip() for prompt in found):
+        raise ValueError(f"{file} holds no prompt; expected at least one")
+    return found
+
+
+def encode(tokenizer: Any, prompts: Sequence[str], max_length: int, batch_size: int) -> list[dict[str, Tensor]]:
+    """Batches of token ids and masks, cut to `max_length`. Padded on the right, where no token attends to it."""
+    rows = [tokenizer(prompt)["input_ids"][:max_length] for prompt in prompts]
+    batches = []
+    for some in (rows[i : i + batch_size] for i in range(0, len(rows), batch_size)):
+        longest = max(map(len, some))
+        ids = [row + [0] * (longest - len(row)) for row in some]
+        mask = [[1] * len(row) + [0] * (longest - len(row)) for row in some]
+        if longest:
+            batches.append({"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)})
+    return batches
+
+
+def _load(options: DiagnoseOptions, device: torch.device) -> tuple[Any, Any]:
+    """The adapted model and its tokenizer. What can be refused before the model is loaded is."""
+    from ..tools.demo import load_model
+
+    if options.joint is not None:
+        if not options.joint.is_dir():
+            raise FileNotFoundError(f"no directory {options.joint}; expected one that save_joint wrote")
+        for part in (STEERING_FOLDER, LORA_FOLDER):
+            if not (options.joint / part).is_dir():
+                raise FileNotFoundError(f"{options.joint} has no {part}/; expected a directory that save_joint wrote")
+    read_adapter(options.adapter or options.joint / STEERING_FOLDER)
+    if options.lora is not None:
+        from peft import PeftConfig, PeftModel
+
+        PeftConfig.from_pretrained(options.lora)
+    model, tokenizer = load_model(options.model, device)
+    if options.joint is not None:
+        return load_joint(model, options.joint), tokenizer
+    if options.lora is not None:
+        model = PeftModel.from_pretrained(model, options.lora)
+    return patch_model(model, options.adapter), tokenizer
+
+
+def _table(diagnosis: Diagnosis) -> Table:
+    from rich.table import Table
+
+    heads = ("layer", "kind", "MLP share", "‖δ‖/‖h‖", "‖W2'‖₂", "cosine of shifts", "principal cosine")
+    table = Table(*heads)
+    for column in table.columns:
+        column.justify = "right"
+    for layer in diagnosis.layers:
+        numbers = (
+            layer.mlp_share and layer.mlp_share.quantiles["0.5"],
+            layer.shift and layer.shift.quantiles["0.5"],
+            layer.spectral_norm,
+            layer.cosine and layer.cosine.quantiles["0.5"],
+            layer.alignment and layer.alignment.principal[0],
+        )
+        table.add_row(str(layer.layer), layer.kind, *("-" if n is None else f"{n:.3g}" for n in numbers))
+    table.caption = "over tokens: medians; of principal cosines the largest"
+    return table
+
+
+def run(options: DiagnoseOptions, console: Console) -> None:
+    """Load, measure, save to `options.out`, and print a row for each layer.
+
+    Raises:
+        ValueError, FileNotFoundError: an input is missing or does not fit; nothing has been written then.
+        ImportError: a library of the extra `demo` is missing.
+    """
+    from ..tools.demo import SMOLLM2, choose_device
+
+    check_matplotlib()
+    device = choose_device(options.device)
+    prompts = read_prompts(options.prompts, options.field)[: options.max_prompts]
+    model, tokenizer = _load(options, device)
+    diagnosis = diagnose(model, encode(tokenizer, prompts, options.max_length, options.batch_size))
+    files = diagnosis.save(options.out)
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    say(f"model     {options.model or SMOLLM2}, {model.dtype} on {device}")
+    say(f"LoRA      {', '.join(diagnosis.lora) or 'none'}")
+    say(f"prompts   {len(prompts)} of {options.prompts}, {diagnosis.tokens} tokens")
+    console.print(_table(diagnosis))
+    reasons: dict[str, list[str]] = {}
+    for layer in diagnosis.layers:
+        for name, reason in layer.absent.items():
+            reasons.setdefault(f"{name}: {reason}", []).append(str(layer.layer))
+    for reason, where in reasons.items():
+        say(f"absent    {reason} (layers {', '.join(where)})")
+    for file in files:
+        say(f"wrote     {file}")

@@ -1,0 +1,475 @@
+"""Measuring what steering does to a model: one pass over the prompts, watched by hooks."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..adapters.parameters import SITE
+from ..joint import steering_of
+from ..kernels.reference import ACTIVATIONS, accumulation_dtype
+from ..lora.layers import is_lora
+from ..lora.writers import MIXING, Writer, choose_writers, trace_writers
+from ..model.decoder import find_decoder, inside_peft
+from ..model.layer import SteeringSite
+
+if TYPE_CHECKING:
+    pass
+from .diagnosis import Diagnosis
+from .records import BINS, LEADING, LEVELS, Alignment, Cosine, LayerDiagnosis, Spread
+
+
+class _Absent(Exception):
+    """Why a layer has no such quantity."""
+
+
+# ------------------------------------------------------------------------------------------------------------ diagnose
+
+
+def diagnose(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Diagnosis:
+    """Measure what the steering adapter in use does to `model` on `batches`.
+
+    The model runs in eval mode and without gradients; afterwards its modes, hooks and call counts are as they were,
+    also after an exception.
+
+    Args:
+        model: one that `patch_model` patched, with or without LoRA from PEFT.
+        batches: inputs of its decoder: `input_ids` (B, T), and what else its forward takes. Tokens that
+            `attention_mask` (B, T) masks are not looked at; `labels` are not needed and left out.
+
+    Raises:
+        ValueError: the model is not patched, no adapter is in use, steering is disabled, the modules that write into
+            the residual stream are not found, the batches hold no token, or a mask is of another shape.
+        TypeError: a batch is no mapping with `input_ids`.
+    """
+    steering = steering_of(model)
+    if steering.active is None:
+        raise ValueError(f"no adapter of the model is in use; expected one of {steering.names} (model.steering.use)")
+    inner = inside_peft(model)
+    decoder = find_decoder(inner)
+    kinds = {entry.index: entry.kind for entry in steering.report()}
+    patched = {index: decoder.layers[index] for index in kinds}
+    layers = {index: layer for index, layer in patched.items() if _site(layer).active is not None}
+    if not all(_site(layer).enabled for layer in layers.values()):
+        raise ValueError("steering is disabled; expected it enabled (outside of model.steering.disabled())")
+    # Compiled layers would be compiled anew for the hooks, and again without them.
+    eager = torch.compiler.set_stance("force_eager")
+    with _left_as_it_was(decoder.module, [_site(layer) for layer in patched.values()]), eager:
+        flow = _Flow(layers, decoder.hidden)
+        with flow.watching(), steering.disabled():
+            writers = trace_writers(decoder.module, layers, decoder.hidden)
+        observed = [_Observed(i, layer, writers[i], flow.mlp_source(i, writers[i])) for i, layer in layers.items()]
+        tokens = _run(decoder.module, observed, batches)
+    return Diagnosis(
+        model=getattr(inner.config, "_name_or_path", "") or type(inner).__name__,
+        adapter=steering.active,
+        config=steering.config().to_dict(),
+        lora=tuple(dict.fromkeys(name for module in inner.modules() for name in _active_lora(module))),
+        tokens=tokens,
+        layers=tuple(one.diagnosis(kinds[one.index]) for one in observed),
+    )
+
+
+def _site(layer: nn.Module) -> SteeringSite:
+    return layer.get_submodule(SITE)  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def _left_as_it_was(decoder: nn.Module, sites: Sequence[SteeringSite]) -> Iterator[None]:
+    """Inside, the model is in eval mode; afterwards modes and the report's counts are as they were."""
+    modes = [(module, module.training) for module in decoder.modules()]
+    counts = [(site, site.calls, site.backend) for site in sites]
+    try:
+        decoder.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for site, calls, backend in counts:
+            site.calls, site.backend = calls, backend
+
+
+def _run(decoder: nn.Module, observed: Sequence[_Observed], batches: Iterable[Mapping[str, Any]]) -> int:
+    """Run the batches while each layer is observed; the number of tokens that were looked at."""
+    device = next((p.device for p in decoder.parameters()), torch.device("cpu"))
+    tokens = 0
+    with contextlib.ExitStack() as stack, torch.no_grad():
+        for one in observed:
+            stack.enter_context(one.watching())
+        for batch in batches:
+            if not isinstance(batch, Mapping) or not isinstance(batch.get("input_ids"), Tensor):
+                raise TypeError(f"a batch is a {type(batch).__name__}; expected a mapping with a tensor input_ids")
+            inputs = {
+                name: value.to(device) if isinstance(value, Tensor) else value
+                for name, value in batch.items()
+                if name != "labels"
+            }
+            ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+            if mask is None:
+                mask = torch.ones_like(ids)
+            if mask.shape != ids.shape:
+                raise ValueError(f"attention_mask is {tuple(mask.shape)}; expected {tuple(ids.shape)}, as input_ids")
+            keep = mask.reshape(-1).nonzero().squeeze(1)
+            if not len(keep):
+                continue
+            for one in observed:
+                one.keep = keep
+            decoder(**inputs, use_cache=False)
+            tokens += len(keep)
+    if not tokens:
+        raise ValueError("the batches hold no token; expected at least one that the attention mask keeps")
+    return tokens
+
+
+# -------------------------------------------------------------------------------------------------- the MLP's output
+
+
+class _Flow:
+    """Which tensor is all that a layer's MLP adds to the residual stream: read off the graph of one traced pass.
+
+    Names do not tell: a layer may normalise or scale what its MLP returns, add it left or right, or together with the
+    attention's output.
+    """
+
+    def __init__(self, layers: Mapping[int, nn.Module], hidden: int) -> None:
+        self.layers, self.hidden = layers, hidden
+        self.inputs: dict[int, Tensor] = {}
+        self.operands: dict[int, tuple[Tensor, ...]] = {}
+        self.outputs: dict[int, list[tuple[str, Tensor]]] = {index: [] for index in layers}  # in the order of ending
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for index, layer in self.layers.items():
+                handles = [
+                    layer.register_forward_pre_hook(self._begin(index), with_kwargs=True),
+                    _site(layer).register_forward_pre_hook(self._add(index)),
+                ]
+                handles += [
+                    module.register_forward_hook(self._output(index, path))
+                    for path, module in layer.named_modules()
+                    if path and path != SITE and not path.startswith(f"{SITE}.")
+                ]
+                for handle in handles:
+                    stack.callback(handle.remove)
+            yield
+
+    def _begin(self, index: int) -> Any:
+        def hook(layer: nn.Module, args: Any, kwargs: Any) -> None:
+            tensors = (t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.is_floating_point())
+            hidden = next((t for t in tensors if t.shape[-1] == self.hidden), None)
+            if hidden is not None:
+                self.inputs[index] = hidden
+
+        return hook
+
+    def _add(self, index: int) -> Any:
+        def hook(site: nn.Module, args: Any) -> None:
+            self.operands[index] = args if len(args) == 2 else ()
+
+        return hook
+
+    def _output(self, index: int, path: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            tensor = _first(output)
+            if isinstance(tensor, Tensor) and tensor.grad_fn is not None and tensor.shape[-1] == self.hidden:
+                self.outputs[index].append((path, tensor))
+
+        return hook
+
+    def mlp_source(self, index: int, writers: list[Writer]) -> int | str | None:
+        """The operand of the last add (0 or 1), or else the path of the module, that is the MLP's output and nothing
+        else; None if there is none. Of modules the last, which is after a norm of the MLP's output."""
+        mlp = {writer.path for writer in choose_writers(writers, "mlp")}
+        others = {writer.path for writer in writers} - mlp
+        ends = {tensor.grad_fn: path in mlp for path, tensor in self.outputs[index] if path in mlp | others}
+        start = self.inputs.get(index)
+        if start is None:
+            return None
+        for operand, tensor in enumerate(self.operands[index]):
+            if _only_from_mlp(tensor, ends, start):
+                return operand
+        size = start.numel()
+        found = [
+            path
+            for path, tensor in self.outputs[index]
+            if tensor.numel() == size and _only_from_mlp(tensor, ends, start)
+        ]
+        return found[-1] if found else None
+
+
+def _only_from_mlp(tensor: Tensor, ends: Mapping[Any, bool], start: Tensor) -> bool:
+    """Whether, back through sums, scalings and norms, a tensor comes from writers of the MLP, and from neither other
+    writers nor the layer's input."""
+    found = False
+    seen: set[Any] = {None}
+    todo = [tensor.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node is start.grad_fn or getattr(node, "variable", None) is start:
+            return False
+        if node in ends:
+            if not ends[node]:
+                return False
+            found = True
+        elif not MIXING.search(node.name()):
+            todo += [parent for parent, _ in node.next_functions]
+    return found
+
+
+def _first(output: Any) -> Any:
+    return output[0] if isinstance(output, (tuple, list)) and output else output
+
+
+# ---------------------------------------------------------------------------------------------------------- one layer
+
+
+class _Observed:
+    """A steered layer in the run: the norms of each token's h, y, δ and ℓ, and the product δ·ℓ."""
+
+    def __init__(self, index: int, layer: nn.Module, writers: list[Writer], mlp_source: int | str | None) -> None:
+        self.index, self.layer, self.site, self.mlp_source = index, layer, _site(layer), mlp_source
+        self.mlp = choose_writers(writers, "mlp")
+        self.adapted = [writer for writer in self.mlp if _active_lora(writer.module)]
+        self.no_lora_shift = self._why_no_lora_shift()
+        self.keep: Tensor  # indices of the batch's tokens that are looked at
+        self._y: Tensor | None = None
+        self._lora: list[Tensor] = []  # of this pass: (B·T, d)
+        self._rows: dict[str, list[Tensor]] = {}
+
+    def _why_no_lora_shift(self) -> str:
+        if not self.adapted:
+            return f"no active LoRA on {' or '.join(writer.path for writer in self.mlp[:2])}"
+        for module in (writer.module for writer in self.adapted):
+            if hasattr(module, "parameter_name"):
+                return "its LoRA is on the parameters of experts"
+            if module.merged:
+                return "its LoRA is merged into the weights"
+        places = [re.sub(r"\d+", "#", writer.path) for writer in self.adapted]
+        return "" if len(set(places)) == len(places) else "its LoRA is on experts, which see some of the tokens each"
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            handles = [self.site.register_forward_hook(self._on_site)]
+            if isinstance(self.mlp_source, str):
+                handles.append(self.layer.get_submodule(self.mlp_source).register_forward_hook(self._on_mlp))
+            if not self.no_lora_shift:
+                handles += [writer.module.register_forward_hook(self._on_lora) for writer in self.adapted]
+            for handle in handles:
+                stack.callback(handle.remove)
+            yield
+
+    def _on_mlp(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._y = _first(output)
+
+    def _on_lora(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._lora.append(_lora_shift(module, args[0], output).flatten(0, -2))
+
+    def _on_site(self, site: nn.Module, args: Any, output: Tensor) -> None:
+        acc = accumulation_dtype(output.dtype)
+
+        def rows(tensor: Tensor) -> Tensor:
+            return tensor.flatten(0, -2)[self.keep].to(acc)
+
+        with torch.autocast(output.device.type, enabled=False):
+            h = sum(map(rows, args[1:]), rows(args[0]))
+            shift = _steering_shift(self.site, h)
+            y = args[self.mlp_source] if isinstance(self.mlp_source, int) else self._y
+            self._record("h", h.norm(dim=1))
+            self._record("shift", shift.norm(dim=1))
+            if y is not None:
+                self._record("mlp", rows(y).norm(dim=1))
+            tokens = output.numel() // output.shape[-1]
+            if any(part.shape[0] != tokens for part in self._lora):
+                self.no_lora_shift = "its LoRA does not see every token"
+            if not self.no_lora_shift:
+                lora = sum(map(rows, self._lora[1:]), rows(self._lora[0]))
+                self._record("lora", lora.norm(dim=1))
+                self._record("dot", (shift * lora).sum(1))
+        self._y, self._lora = None, []
+
+    def _record(self, name: str, values: Tensor) -> None:
+        self._rows.setdefault(name, []).append(values)
+
+    def _all(self, name: str) -> np.ndarray:
+        return torch.cat(self._rows[name]).double().cpu().numpy()
+
+    def diagnosis(self, kind: str) -> LayerDiagnosis:
+        absent: dict[str, str] = {}
+
+        def measured(name: str, measure: Callable[[], Any]) -> Any:
+            try:
+                return measure()
+            except _Absent as reason:
+                absent[name] = str(reason)
+                return None
+
+        return LayerDiagnosis(
+            layer=self.index,
+            kind=kind,
+            mlp_source="residual add" if isinstance(self.mlp_source, int) else self.mlp_source,
+            mlp_share=measured("mlp_share", self._mlp_share),
+            alignment=measured("alignment", lambda: _alignment(self.site, self.adapted, self.mlp)),
+            cosine=measured("cosine", self._cosine),
+            spectral_norm=measured("spectral_norm", lambda: _spectral_norm(self.site)),
+            shift=measured("shift", lambda: _spread(_ratio(self._all("shift"), self._all("h")))),
+            absent=absent,
+        )
+
+    def _mlp_share(self) -> Spread:
+        if self.mlp_source is None:
+            raise _Absent("no tensor of the layer is its MLP's output and nothing else")
+        return _spread(_ratio(self._all("mlp"), self._all("h")))
+
+    def _cosine(self) -> Cosine:
+        if self.no_lora_shift:
+            raise _Absent(self.no_lora_shift)
+        values = _ratio(self._all("dot"), self._all("shift") * self._all("lora"))
+        if not len(values):
+            raise _Absent("the steering's shift or the LoRA's is zero on every token")
+        values = np.clip(values, -1, 1)  # rounding may lead a little beyond
+        spread = _spread(values)
+        counts = np.histogram(values, BINS, (-1, 1))[0]
+        return Cosine(spread.tokens, spread.mean, spread.quantiles, tuple(counts.tolist()))
+
+
+def _ratio(values: np.ndarray, by: np.ndarray) -> np.ndarray:
+    """values / by, of the tokens where `by` is not zero."""
+    defined = by != 0
+    return values[defined] / by[defined]
+
+
+def _spread(values: np.ndarray) -> Spread:
+    if not len(values):
+        raise _Absent("the block's output is zero on every token")
+    finite = np.isfinite(values).sum()
+    if finite < len(values):
+        raise _Absent(f"not finite on {len(values) - finite} of {len(values)} tokens")
+    quantiles = np.quantile(values, LEVELS).tolist()
+    return Spread(len(values), float(values.mean()), dict(zip(map(str, LEVELS), quantiles, strict=True)))
+
+
+# ---------------------------------------------------------------------------------------------------------- the shifts
+
+
+def _steering_shift(site: SteeringSite, h: Tensor) -> Tensor:
+    """δ = s (W2 φ(W1 h + b1) + b2), (N, d), of h (N, d) in h's dtype: not rounded into a hidden state."""
+    adapter = site.adapter(site.active or "")
+    assert adapter is not None
+    w1, b1, w2, b2 = (
+        None if t is None else t.to(h.dtype)
+        for t in (adapter.down.weight, adapter.down.bias, adapter.up.weight, adapter.up.bias)
+    )
+    if w1 is None or w2 is None:
+        assert b2 is not None
+        return (site.scale * b2).expand_as(h)
+    return site.scale * F.linear(ACTIVATIONS[site.activation][0](F.linear(h, w1, b1)), w2, b2)
+
+
+def _active_lora(module: nn.Module) -> list[str]:
+    """The LoRA adapters that a module computes with."""
+    if not is_lora(module) or module.disable_adapters:
+        return []
+    return [name for name in module.active_adapters if name in module.lora_B]
+
+
+def _lora_shift(module: nn.Module, x: Tensor, output: Tensor) -> Tensor:
+    """ℓ, what the LoRA at `module` adds to its output for the input x: (..., d).
+
+    Σ s·B·A·x in float32; of variants such as DoRA and AdaLoRA the difference of the outputs with and without.
+    """
+    names = _active_lora(module)
+    if any(name in module.lora_variant or isinstance(module.lora_A[name], Tensor) for name in names):
+        acc = accumulation_dtype(output.dtype)
+        return output.to(acc) - module.base_layer(x).to(acc)
+    x = x.to(accumulation_dtype(x.dtype))
+    total = torch.zeros((), dtype=x.dtype, device=x.device)
+    with torch.autocast(x.device.type, enabled=False):
+        for name in names:
+            a, b = module.lora_A[name], module.lora_B[name]
+            bias = None if b.bias is None else b.bias.to(x.dtype)
+            low = F.linear(x, a.weight.to(x.dtype))
+            total = total + module.scaling[name] * F.linear(low, b.weight.to(x.dtype), bias)
+    return total
+
+
+# --------------------------------------------------------------------------------------------------------- the weights
+
+
+def _spectral_norm(site: SteeringSite) -> float:
+    """‖W2'‖₂ of W2 as it steers: an adapter that is kept orthogonal to LoRA holds (I − V Vᵀ) W2."""
+    adapter = site.adapter(site.active or "")
+    assert adapter is not None
+    up = adapter.up.weight
+    if up is None:
+        raise _Absent("a vector has no W2")
+    if not up.isfinite().all():
+        raise _Absent("W2 is not finite")
+    return float(torch.linalg.matrix_norm(torch.linalg.qr(_exact(up), mode="r").R, 2))
+
+
+def _alignment(site: SteeringSite, adapted: list[Writer], mlp: list[Writer]) -> Alignment:
+    """|u_iᵀ u'_j| and principal cosines of LoRA's s·B·A, of all that the MLP writes by side by side, and of W2 W1."""
+    if not adapted:
+        raise _Absent(f"no active LoRA on {' or '.join(writer.path for writer in mlp[:2])}")
+    adapter = site.adapter(site.active or "")
+    assert adapter is not None
+    if adapter.up.weight is None or adapter.down.weight is None:
+        raise _Absent("a vector has no W2 W1")
+    columns, small = [], []
+    for module in (writer.module for writer in adapted):
+        if hasattr(module, "parameter_name"):
+            raise _Absent("its LoRA is on the parameters of experts")
+        b, a = zip(*(_lora_factors(module, name) for name in _active_lora(module)), strict=True)
+        columns += b
+        # Σ s·B·A of one module is [B B ..] [A; A; ..]; of that, R alone of (A)ᵀ = Q R has a say in what lies left.
+        small.append(torch.linalg.qr(_exact(torch.cat(a)).t(), mode="r").R)
+    lora = _left_singular_vectors("LoRA's update", torch.cat(columns, 1), torch.block_diag(*small).t())
+    down = torch.linalg.qr(_exact(adapter.down.weight).t(), mode="r").R.t()
+    steering = _left_singular_vectors("W2 W1", adapter.up.weight, down)
+    overlap = lora.t() @ steering
+    cosines = torch.linalg.svdvals(overlap).clamp(max=1)
+    return Alignment(
+        tuple(map(tuple, overlap[:LEADING, :LEADING].abs().clamp(max=1).tolist())), tuple(cosines.tolist())
+    )
+
+
+def _lora_factors(module: nn.Module, name: str) -> tuple[Tensor, Tensor]:
+    """B (d, r) and s·A (r, k). DoRA's magnitudes are left out, as in `Writer.columns`."""
+    a, b = module.lora_A[name], module.lora_B[name]
+    if isinstance(a, Tensor):  # AdaLoRA, whose singular values stand apart
+        return b, module.scaling[name] * a * module.lora_E[name]
+    return b.weight, module.scaling[name] * a.weight
+
+
+def _left_singular_vectors(what: str, left: Tensor, right: Tensor) -> Tensor:
+    """Those of left · right, (d, rank), leading first, without forming the product: of left = Q R, Q times R right's.
+
+    left: (d, r). right: (r, m), m at most r or so. Singular values below the largest times the eps of left's dtype are
+    taken for the rounding of a zero.
+    """
+    left_exact = _exact(left)
+    if not (left_exact.isfinite().all() and right.isfinite().all()):
+        raise _Absent(f"{what} is not finite")
+    q, r = torch.linalg.qr(left_exact)
+    u, s, _ = torch.linalg.svd(r @ right)
+    rank = int((s > torch.finfo(left.dtype).eps * s[0]).sum())
+    if not rank:
+        raise _Absent(f"{what} is zero")
+    return q @ u[:, :rank]
+
+
+def _exact(tensor: Tensor) -> Tensor:
+    """In float64 on the CPU, which every machine has."""
+    return tensor.detach().cpu().double()

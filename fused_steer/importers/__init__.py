@@ -1,0 +1,1 @@
+"""Adapters of other codes, read into fused-steer's own form."""

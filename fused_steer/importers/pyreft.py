@@ -1,0 +1,326 @@
+"""Adapters that pyreft saved (github.com/stanfordnlp/pyreft; its file layout is pyvene's), in fused-steer's own form.
+
+At a block's output h, with R (r, d) of orthonormal rows, what pyreft's interventions make of h is, in its own words,
+
+    LoReFT    h + Rᵀ(φ(W h + b) − R h)        DiReFT    h + Rᵀ φ(W h + b)       ConsReFT  h + Rᵀ(b − R h)
+    NoReFT    h + W2ᵀ(φ(W1 h + b) − W2 h − c)  NoDiReFT  h + W2ᵀ φ(W1 h + b)     LobiReFT  h + Rᵀ b
+
+(`pyreft.interventions`, version 0.1.0; dropout, which follows, is nothing at inference). All are h + W2 φ(W1 h + b1),
+or a vector, but LoReFT and NoReFT are so with φ = identity alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..adapters.files import AdapterFile
+from ..adapters.parameters import SITE
+from ..config import SteerConfig
+from ..kernels import ACTIVATIONS
+from .reading import checked_tensor, first_line, layout, naming, read_pickle
+
+CONFIG_NAME = "config.json"
+_BASE_NAME = "pytorch_model.bin"
+_TYPE = re.compile(r"<class 'pyreft\.interventions\.(\w+)'>")
+
+#: The fields of pyvene's RepresentationConfig, in the order in which its JSON lists their values.
+_FIELDS = (
+    "layer",
+    "component",
+    "unit",
+    "max_number_of_units",
+    "low_rank_dimension",
+    "intervention_type",
+    "intervention",
+    "subspace_partition",
+    "group_key",
+    "intervention_link_key",
+    "moe_key",
+    "source_representation",
+    "hidden_source_representation",
+    "latent_dim",
+)
+_REQUIRED = {"component": "block_output", "unit": "pos", "max_number_of_units": 1}
+#: Those that would make it another function. Groups and links order and tie interventions, whose values are all saved.
+_ABSENT = ("subspace_partition", "moe_key", "source_representation", "hidden_source_representation", "latent_dim")
+
+#: Entries of a state dict and their shapes: r is the rank, d the hidden size.
+_SOURCE = {"learned_source.weight": "rd", "learned_source.bias": "r"}
+_ORIGINAL, _TRIVIAL = "rotate_layer.parametrizations.weight.original", "rotate_layer.parametrizations.weight.0.base"
+_ROTATION = {_ORIGINAL: "dr", _TRIVIAL: "dd"}
+#: Buffers that take no part.
+_IGNORED = ("embed_dim", "interchange_dim")
+
+
+def _difference(minuend: Tensor, subtrahend: Tensor) -> Tensor:
+    """Rounded once."""
+    return (minuend.double() - subtrahend.double()).float()
+
+
+def _loreft(t: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    rotation = t["rotate_layer"]  # Rᵀ, stored as it is
+    return _lowrank(_difference(t["weight"], rotation.t()), t["bias"], rotation)
+
+
+def _noreft(t: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    bias = t["learned_source.bias"]
+    if "proj_layer.bias" in t:
+        bias = _difference(bias, t["proj_layer.bias"])
+    return _lowrank(_difference(t["learned_source.weight"], t["proj_layer.weight"]), bias, t["proj_layer.weight"].t())
+
+
+def _consreft(t: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    rotation = _rotation(t)
+    return _lowrank(-rotation.t(), t["learned_source"], rotation)
+
+
+def _direft(t: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return _lowrank(t["learned_source.weight"], t["learned_source.bias"], _rotation(t))
+
+
+def _nodireft(t: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    # Of proj_layer its forward uses the weight alone: a bias stays what it was made.
+    return _lowrank(t["learned_source.weight"], t["learned_source.bias"], t["proj_layer.weight"].t())
+
+
+def _lobireft(t: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {"steer_up.bias": (_rotation(t).double() @ t["learned_source"].double()).float()}
+
+
+def _lowrank(down: Tensor, down_bias: Tensor, up: Tensor) -> dict[str, Tensor]:
+    return {"steer_down.weight": down, "steer_down.bias": down_bias, "steer_up.weight": up}
+
+
+def _rotation(t: Mapping[str, Tensor]) -> Tensor:
+    """Rᵀ (d, r) as `torch.nn.utils.parametrizations.orthogonal` makes it: Householder's map of one, times the other."""
+    reflectors = t[_ORIGINAL].tril(-1)
+    signs = t[_ORIGINAL].diagonal().int()  # truncated there, too
+    return t[_TRIVIAL] @ (torch.linalg.householder_product(reflectors, 2 / (1 + reflectors.square().sum(0))) * signs)
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """A class of pyreft's: the entries of its state dict and their shapes, and our parameters from them.
+
+    phi: whether it has an act_fn, which its file does not record; linear: whether it is ours with none alone.
+    """
+
+    entries: Mapping[str, str]
+    convert: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+    phi: bool = True
+    linear: bool = False
+    optional: Mapping[str, str] | None = None
+
+
+_PROJECTION, _PROJECTION_BIAS = {"proj_layer.weight": "rd"}, {"proj_layer.bias": "r"}
+_KINDS = {
+    "LoreftIntervention": _Kind({"weight": "rd", "bias": "r", "rotate_layer": "dr"}, _loreft, linear=True),
+    "NoreftIntervention": _Kind(_SOURCE | _PROJECTION, _noreft, linear=True, optional=_PROJECTION_BIAS),
+    "ConsreftIntervention": _Kind({"learned_source": "r"} | _ROTATION, _consreft, phi=False),
+    "DireftIntervention": _Kind(_SOURCE | _ROTATION, _direft),
+    "NodireftIntervention": _Kind(_SOURCE | _PROJECTION, _nodireft, optional=_PROJECTION_BIAS),
+    "LobireftIntervention": _Kind({"learned_source": "r"} | _ROTATION, _lobireft, phi=False),
+}
+
+
+def import_pyreft(
+    directory: str | os.PathLike[str],
+    *,
+    positions: str | None,
+    activation: str | None = None,
+    base: str = "",
+    num_layers: int | None = None,
+    layers_path: str | None = None,
+) -> AdapterFile:
+    """Read what `reft_model.save(directory)` of pyreft wrote: `config.json`, and `intkey_….bin` of each intervention.
+
+    Taken are interventions of one of the six classes above on `block_output`, one a layer, all of one class and rank.
+    The parameters are float32: bfloat16 values are the same numbers in it, and the difference W − R of LoReFT, as that
+    of NoReFT and the vector Rᵀb of LobiReFT, is rounded to it once. Pickles are opened by
+    `torch.load(weights_only=True)`, which executes nothing in them; pyreft itself is not needed.
+
+    Args:
+        directory: a local one.
+        positions: "all". pyreft is told at each call at which tokens to intervene, and its files do not record it;
+            fused-steer steers every token of prompt and answer. Whoever trained at other positions has another
+            function, and nothing to import.
+        activation: the act_fn, for the classes that have one: identity (its None and "linear"), silu, gelu, gelu_tanh
+            ("gelu_pytorch_tanh"), relu or tanh.
+        base: the base model's name, as `import_steerling` takes it, with the next two.
+        num_layers: the base model's decoder layers, steered or not.
+        layers_path: where they are in the model.
+
+    Returns:
+        The adapter for `write_adapter`, of `scale=1` and of `layers=None` if every layer is in the directory.
+
+    Raises:
+        FileNotFoundError: the directory or one of its files is missing.
+        TypeError: an argument of the wrong type.
+        ValueError: an argument is missing or out of range, the base's config cannot be read or does not fit, or the
+            directory has what is not exactly an adapter of ours, or files that do not fit each other.
+    """
+    if positions != "all":
+        raise ValueError(
+            f"positions is {'not given' if positions is None else repr(positions)}; expected 'all' (--positions all), "
+            "if that is where pyreft intervened: its files do not record it, and fused-steer steers every token"
+        )
+    SteerConfig(activation=activation)
+    count, path, expected_hidden = layout(base, num_layers, layers_path)
+    folder = Path(directory)
+    if not (folder / CONFIG_NAME).is_file():
+        raise FileNotFoundError(f"no file {folder / CONFIG_NAME}; expected the directory that reft_model.save wrote")
+    with naming(folder / CONFIG_NAME):
+        name, representations = _read_config(folder / CONFIG_NAME)
+    kind = _KINDS[name]
+    with naming(folder):
+        _check_activation(name, activation)
+        _check_files(folder, representations)
+    layers: dict[int, dict[str, Tensor]] = {}
+    sizes: dict[str, int] = {}
+    for index, rank in sorted(representations.items()):
+        file = folder / _file_name(index)
+        state = read_pickle(file)
+        with naming(file):
+            tensors = _checked_state(kind, state, sizes)
+            if rank not in (None, sizes["r"]):
+                raise ValueError(f"its rank is {sizes['r']}; expected {rank}, the low_rank_dimension of {CONFIG_NAME}")
+        # Copied: what is a view of another would not be written.
+        layers[index] = {
+            part: tensor.float().clone(memory_format=torch.contiguous_format)
+            for part, tensor in kind.convert(tensors).items()
+        }
+    with naming(folder):
+        if expected_hidden not in (None, sizes["d"]):
+            raise ValueError(f"its hidden size is {sizes['d']}; expected {expected_hidden}, that of {base}")
+        if max(layers) >= count:
+            raise ValueError(f"it has a layer {max(layers)}; expected indices below {count}, num_layers")
+        vector = kind.convert is _lobireft
+        config = SteerConfig(
+            form="vector" if vector else "lowrank",
+            rank=0 if vector else sizes["r"],
+            activation=activation or "identity",
+            layers=None if len(layers) == count else list(layers),
+            down_bias=not vector,
+        )
+    tensors = {f"{path}.{i}.{SITE}.{part}": tensor for i, parts in layers.items() for part, tensor in parts.items()}
+    with naming(folder):
+        return AdapterFile(config, base, sizes["d"], count, tensors)
+
+
+# ---------------------------------------------------------------------------------------------------------- config.json
+
+
+def _read_config(file: Path) -> tuple[str, dict[int, int | None]]:
+    """The class of all interventions, and the layers with the rank that is recorded, if it is."""
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"it cannot be read: {first_line(error)}; expected JSON") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"it holds a {type(fields).__name__}; expected an object")
+    entries, types = fields.get("representations"), fields.get("intervention_types")
+    if not isinstance(entries, list) or not isinstance(types, list) or not entries or len(entries) != len(types):
+        raise ValueError("its representations and intervention_types are not as many; expected a pair an intervention")
+    if fields.get("mode", "parallel") != "parallel":
+        raise ValueError(f"mode is {fields['mode']!r}; expected 'parallel'")
+    names = {_type_name(type_) for type_ in types}
+    if len(names) > 1:
+        raise ValueError(f"its interventions are of {', '.join(sorted(names))}; expected one class")
+    layers: dict[int, int | None] = {}
+    for entry in entries:
+        index, rank = _read_representation(entry)
+        if index in layers:
+            raise ValueError(f"layer {index} has several interventions; expected one a layer, at all positions")
+        layers[index] = rank
+    return names.pop(), layers
+
+
+def _type_name(type_: Any) -> str:
+    found = _TYPE.fullmatch(type_) if isinstance(type_, str) else None
+    if found is None or found[1] not in _KINDS:
+        raise ValueError(f"an intervention is {type_!r}; expected pyreft's {', '.join(_KINDS)}")
+    return found[1]
+
+
+def _read_representation(entry: Any) -> tuple[int, int | None]:
+    if isinstance(entry, list) and len(entry) <= len(_FIELDS):
+        entry = dict(zip(_FIELDS, entry, strict=False))
+    if not isinstance(entry, dict) or not entry.keys() <= set(_FIELDS):
+        raise ValueError(f"a representation is {entry!r}; expected pyvene's {', '.join(_FIELDS)}")
+    index, rank = entry.get("layer", 0), entry.get("low_rank_dimension")
+    for field, value in (("layer", index), ("low_rank_dimension", 0 if rank is None else rank)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise ValueError(f"{field} is {value!r}; expected an integer from 0")
+    for field, expected in _REQUIRED.items():
+        if entry.get(field, expected) != expected:
+            raise ValueError(f"layer {index} has {field} {entry[field]!r}; expected {expected!r}")
+    for field in _ABSENT:
+        if entry.get(field) is not None:
+            raise ValueError(f"layer {index} has a {field}; expected none")
+    return index, rank
+
+
+def _check_activation(name: str, activation: str | None) -> None:
+    kind = _KINDS[name]
+    if kind.phi and activation is None:
+        raise ValueError(
+            f"activation is not given; expected {'identity' if kind.linear else ' or '.join(ACTIVATIONS)} "
+            f"(--activation): it is the act_fn, None being identity, and {name}'s files do not record it"
+        )
+    if not kind.phi and activation is not None:
+        raise ValueError(f"activation is {activation!r} (--activation), and {name} has none; expected none given")
+    if kind.linear and activation != "identity":
+        raise ValueError(
+            f"activation is {activation!r} (--activation), and what {name} subtracts passes by it, which is not of the "
+            "form W2 φ(W1 h + b1); expected identity"
+        )
+
+
+# -------------------------------------------------------------------------------------------------------------- weights
+
+
+def _file_name(index: int) -> str:
+    return f"intkey_layer_{index}_comp_block_output_unit_pos_nunit_1#0.bin"
+
+
+def _check_files(folder: Path, layers: Mapping[int, Any]) -> None:
+    expected = {_file_name(index) for index in layers}
+    found = {file.name for file in folder.glob("intkey_*.bin")}
+    for name in sorted(expected - found):
+        raise FileNotFoundError(f"no file {folder / name}; expected one for each intervention of {CONFIG_NAME}")
+    for name in sorted(found - expected):
+        raise ValueError(f"it has a file {name}, of which {CONFIG_NAME} knows nothing; expected no other")
+    if (folder / _BASE_NAME).exists():
+        trained = read_pickle(folder / _BASE_NAME)
+        if not isinstance(trained, dict) or trained:
+            raise ValueError(f"it has weights of the base model ({_BASE_NAME}); expected the base frozen: without them")
+
+
+def _checked_state(kind: _Kind, state: Any, sizes: dict[str, int]) -> dict[str, Tensor]:
+    """The entries of an intervention that compute. Rank r and hidden size d are those in `sizes`, once known."""
+    if not isinstance(state, Mapping):
+        raise ValueError(f"it holds a {type(state).__name__}; expected a state dict")
+    state = {key: value for key, value in state.items() if key not in _IGNORED}
+    shapes = {**kind.entries, **{key: shape for key, shape in (kind.optional or {}).items() if key in state}}
+    if state.keys() != shapes.keys():
+        raise ValueError(f"it has {', '.join(map(str, state)) or 'nothing'}; expected {', '.join(shapes)}")
+    for key, letters in shapes.items():
+        value = checked_tensor(key, state[key], len(letters))
+        expected = tuple(sizes.setdefault(letter, size) for letter, size in zip(letters, value.shape, strict=True))
+        if tuple(value.shape) != expected:
+            raise ValueError(f"{key} has shape {tuple(value.shape)}; expected {expected}, as those before it")
+    if sizes["r"] >= sizes["d"]:
+        raise ValueError(f"its rank is {sizes['r']}; expected less than its hidden size, {sizes['d']}")
+    for key in _ROTATION:
+        if key in state and state[key].dtype != torch.float32:
+            raise ValueError(f"{key} is {state[key].dtype}; expected torch.float32, in which torch orthogonalises")
+    return state

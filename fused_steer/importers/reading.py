@@ -1,0 +1,133 @@
+"""What reading any foreign adapter takes: opening its file, checking its tensors, asking the base model's sizes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import warnings
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from torch import Tensor
+
+from ..config import DTYPES
+from ..model.decoder import find_decoder
+
+_PATH = re.compile(r"\w+(\.\w+)*")
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+# ------------------------------------------------------------------------------------------------------ the base model
+
+
+def layout(base: str, num_layers: int | None, layers_path: str | None) -> tuple[int, str, int | None]:
+    """Number of layers, their path, and the hidden size if the base's config was read: unless both are given.
+
+    Raises:
+        TypeError: `num_layers` is no integer.
+        ValueError: one of them is missing or out of range, or the base's config cannot be read or says otherwise.
+    """
+    if num_layers is not None and (not isinstance(num_layers, int) or isinstance(num_layers, bool)):
+        raise TypeError(f"num_layers is {num_layers!r}; expected an integer")
+    if num_layers is not None and num_layers < 1:
+        raise ValueError(f"num_layers is {num_layers}; expected at least 1")
+    if layers_path is not None and not _PATH.fullmatch(layers_path):
+        raise ValueError(f"layers_path is {layers_path!r}; expected a module's path such as model.layers")
+    if num_layers is not None and layers_path is not None:
+        return num_layers, layers_path, None
+    if not base:
+        missing = [name for name, value in (("num_layers", num_layers), ("layers_path", layers_path)) if value is None]
+        raise ValueError(
+            f"{' and '.join(missing)} not given; expected both (--num-layers, --layers-path), or the base model "
+            "(--base-model) to read them from: the file does not record them"
+        )
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+        with torch.device("meta"):  # where a model is its structure: no weights are made or loaded
+            decoder = find_decoder(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
+    except Exception as error:
+        raise ValueError(
+            f"the base model {base!r} does not tell its layers ({type(error).__name__}: {first_line(error)}); "
+            "expected a directory or hub id with a config, or both num_layers and layers_path"
+        ) from error
+    for name, given, found in (
+        ("num_layers", num_layers, len(decoder.layers)),
+        ("layers_path", layers_path, decoder.path),
+    ):
+        if given not in (None, found):
+            raise ValueError(f"{name} is {given}; expected {found}, as the base model {base!r} has")
+    return len(decoder.layers), decoder.path, decoder.hidden
+
+
+def read_safetensors(file: Path, without: str | None = None) -> dict[str, Tensor | None]:
+    """The file's tensors. None stands for those that begin with `without` and are not read, perhaps gigabytes of them.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    try:
+        with safetensors.safe_open(file, framework="pt", device="cpu") as weights:
+            unread = {key for key in weights.keys() if without is not None and key.startswith(without)}
+            return {key: None if key in unread else weights.get_tensor(key) for key in weights.keys()}
+    except Exception as error:  # SafetensorError, or whatever a damaged header leads to
+        raise ValueError(f"{file} cannot be read: {first_line(error)}; expected a safetensors file") from error
+
+
+def read_pickle(file: Path) -> Any:
+    """What `torch.save` wrote, if that is tensors in plain containers: nothing in the file is executed.
+
+    Raises:
+        ValueError: it cannot be read, or holds anything else.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of files that are refused next
+            # Mapped into memory, where the format allows it: what is not used is not read from the disk.
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except Exception as error:  # a damaged or hostile pickle may raise anything
+        # torch's own message advises to load the pickle unsafely, which is not repeated.
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it asks for {named[1]}" if named else type(error).__name__
+        raise ValueError(
+            f"{file} cannot be read: {reason}; expected tensors alone, as torch.load(weights_only=True) has them"
+        ) from error
+
+
+def checked_tensor(key: str, value: Any, dimensions: int) -> Tensor:
+    """The value, if it is a tensor that an adapter may have: dense, of one or two dimensions, of finite numbers.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{key} is a {type(value).__name__}; expected a tensor")
+    if value.layout is not torch.strided or value.is_meta:
+        raise ValueError(f"{key} is a {value.layout} tensor on {value.device}; expected a dense one with values")
+    if value.dtype not in DTYPE_NAMES:
+        raise ValueError(f"{key} is {value.dtype}; expected one of {', '.join(DTYPES)}")
+    if value.ndim != dimensions or not value.numel():
+        expected = "two dimensions" if dimensions == 2 else "one dimension"
+        raise ValueError(f"{key} has shape {tuple(value.shape)}; expected {expected}, not of size 0")
+    if not value.isfinite().all():
+        raise ValueError(f"{key} has values that are NaN or infinite; expected finite ones")
+    return value
+
+
+def first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+@contextlib.contextmanager
+def naming(file: str | os.PathLike[str]) -> Iterator[None]:
+    """Whatever is wrong inside is one line that begins with the file."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{os.fspath(file)}: {error}") from error

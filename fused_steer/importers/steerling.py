@@ -1,0 +1,195 @@
+"""Adapters of the code that was released with arXiv 2603.00425 (github.com/SprocketLab/steerling)."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..adapters.files import AdapterFile
+from ..adapters.parameters import SITE
+from ..config import SteerConfig
+from ..kernels import ACTIVATIONS
+from .reading import DTYPE_NAMES, checked_tensor, layout, naming, read_pickle, read_safetensors
+
+_BASE = "base_model."
+_INDEX = r"layer(0|[1-9][0-9]*)"
+_MATRIX = re.compile(rf"(?:adapters\.)?{_INDEX}_block\.(down|up)\.weight")
+_VECTOR = re.compile(rf"(?:deltas\.)?{_INDEX}_block")
+_OTHER_SITE = re.compile(rf"(?:adapters\.|deltas\.)?{_INDEX}_(attn|mlp)(?:\..*)?")
+
+#: Their part of a layer -> our parameter below the site.
+_PARAMETERS = {"down": "steer_down.weight", "up": "steer_up.weight", "vector": "steer_up.bias"}
+
+
+@dataclass(frozen=True)
+class Imported:
+    """An adapter, ready to be written, and what was in its file besides.
+
+    ignored: `base_model.*` entries, the frozen base; lora: those of them that LoRA trained, and the adapter lacks.
+    """
+
+    adapter: AdapterFile
+    ignored: int
+    lora: int
+
+
+def import_steerling(
+    file: str | os.PathLike[str],
+    *,
+    scale: float | None,
+    activation: str | None = None,
+    base: str = "",
+    num_layers: int | None = None,
+    layers_path: str | None = None,
+) -> Imported:
+    """Read a state dict of the paper's released code: h -> h + scale · up(φ(down(h))), or h + scale · vector (§3).
+
+    It may be a whole Trainer checkpoint (`pytorch_model.bin`, `model.safetensors`) or what was saved of the steering
+    alone (`adapter_steerer.pt`). Of layer i it has `adapters.layer{i}_block.down.weight` (r, d) and `….up.weight`
+    (d, r), or `deltas.layer{i}_block` (d,), with or without the first word; the values and their dtype are kept.
+    `base_model.*` is left out. A pickle is opened by `torch.load(weights_only=True)`, which executes nothing in it.
+
+    The file does not record which tokens were steered, either. fused-steer steers all of them, as the released code
+    does unless it was trained with `--intervene-last`: such a file is imported, and is then another function.
+
+    Args:
+        file: `.safetensors`, or else a file that `torch.save` wrote.
+        scale: the released code's alpha; it has none for vectors, which is 1.0.
+        activation: φ, for a low-rank adapter: identity (the released code's None and --linear), silu, gelu, gelu_tanh,
+            relu or tanh. Vectors have none.
+        base: the base model's name, recorded in the adapter; "" for none. Unless both of the next two are given, it is
+            a directory or hub id whose config is read for them (no weights, no code), and the file must fit it.
+        num_layers: the base model's decoder layers. The file has the steered ones alone, which may be fewer.
+        layers_path: where they are in the model: "model.layers" in a LlamaForCausalLM, "transformer.h" in a GPT-2.
+
+    Returns:
+        The adapter for `write_adapter`, of `layers=None` if every layer is in the file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        TypeError: an argument of the wrong type.
+        ValueError: an argument is missing or out of range, the base's config cannot be read or does not fit, or the
+            file cannot be read safely, has other entries (those of the sites `attn` and `mlp` among them), none,
+            entries that do not fit each other, or values that are not finite.
+    """
+    if scale is None:
+        raise ValueError("scale is not given; expected a number (--scale): the file does not record it")
+    SteerConfig(scale=scale, activation=activation)  # what is wrong with these is not the file's fault
+    count, path, expected_hidden = layout(base, num_layers, layers_path)
+    entries, ignored = _read(Path(file))
+    with naming(file):
+        layers = _by_layer(entries, len(ignored))
+        hidden, rank, dtype = _sizes(layers)
+        if rank and activation is None:
+            raise ValueError(
+                f"activation is not given; expected one of {', '.join(ACTIVATIONS)} (--activation): "
+                "the file, a low-rank adapter, does not record it"
+            )
+        if not rank and activation is not None:
+            raise ValueError(f"activation is {activation!r} (--activation), and it holds vectors; expected none given")
+        if expected_hidden not in (None, hidden):
+            raise ValueError(f"its hidden size is {hidden}; expected {expected_hidden}, that of {base}")
+        if max(layers) >= count:
+            raise ValueError(f"it has a layer {max(layers)}; expected indices below {count}, num_layers")
+        config = SteerConfig(
+            form="lowrank" if rank else "vector",
+            rank=rank,
+            activation=activation,
+            layers=None if len(layers) == count else list(layers),
+            scale=scale,
+            dtype=DTYPE_NAMES[dtype],
+        )
+    tensors = {
+        # Copied: the file may be mapped into memory, and safetensors writes no two tensors that share theirs.
+        f"{path}.{i}.{SITE}.{_PARAMETERS[part]}": tensor.detach().clone(memory_format=torch.contiguous_format)
+        for i, parts in layers.items()
+        for part, tensor in parts.items()
+    }
+    with naming(file):
+        adapter = AdapterFile(config, base, hidden, count, tensors)
+    return Imported(adapter, len(ignored), sum("lora_" in key for key in ignored))
+
+
+# ------------------------------------------------------------------------------------------------------------ the file
+
+
+def _read(file: Path) -> tuple[dict[str, Any], list[str]]:
+    """The entries of a state dict without those of the base model, and the keys of these."""
+    if not file.is_file():
+        raise FileNotFoundError(f"no file {file}; expected a state dict of the paper's released code")
+    state = read_safetensors(file, without=_BASE) if file.suffix == ".safetensors" else read_pickle(file)
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{file} holds a {type(state).__name__}; expected a state dict")
+    nameless = [key for key in state if not isinstance(key, str)]
+    if nameless:
+        raise ValueError(f"{file} has a key {nameless[0]!r}; expected names")
+    ignored = [key for key in state if key.startswith(_BASE)]
+    return {key: value for key, value in state.items() if not key.startswith(_BASE)}, ignored
+
+
+def _by_layer(entries: Mapping[str, Any], ignored: int) -> dict[int, dict[str, Tensor]]:
+    """The tensors by layer, in order, and by part: down and up, or vector."""
+    layers: dict[int, dict[str, Tensor]] = {}
+    for key, value in entries.items():
+        other, matrix, vector = (form.fullmatch(key) for form in (_OTHER_SITE, _MATRIX, _VECTOR))
+        if other:
+            raise ValueError(f"it steers at another site, {key!r} ({other[2]}); expected layer<i>_block alone")
+        if matrix:
+            index, part = int(matrix[1]), matrix[2]
+        elif vector:
+            index, part = int(vector[1]), "vector"
+        else:
+            raise ValueError(
+                f"it has an unknown key {key!r}; expected names such as adapters.layer0_block.down.weight, "
+                "deltas.layer0_block and base_model.*"
+            )
+        parts = layers.setdefault(index, {})
+        if part in parts:
+            raise ValueError(f"it has {key!r} with and without the first word; expected it once")
+        parts[part] = checked_tensor(key, value, dimensions=2 if matrix else 1)
+    if not layers:
+        raise ValueError(
+            f"it has no adapter, only {ignored} base_model.* entries; expected keys such as "
+            "adapters.layer0_block.down.weight or deltas.layer0_block"
+        )
+    return dict(sorted(layers.items()))
+
+
+def _sizes(layers: Mapping[int, Mapping[str, Tensor]]) -> tuple[int, int, torch.dtype]:
+    """Hidden size, rank (0: vectors) and dtype, which all layers share."""
+    vectors = [i for i, parts in layers.items() if "vector" in parts]
+    matrices = [i for i, parts in layers.items() if parts.keys() != {"vector"}]
+    if vectors and matrices:
+        raise ValueError(f"it has a vector (layer {vectors[0]}) and matrices (layer {matrices[0]}); expected one form")
+    found = {i: _sizes_of_layer(i, parts) for i, parts in layers.items()}
+    first, expected = next(iter(found.items()))
+    for i, sizes in found.items():
+        for name, size, its in zip(("hidden size", "rank", "dtype"), sizes, expected, strict=True):
+            if size != its:
+                raise ValueError(f"layer {i} has {name} {size}; expected {its}, as layer {first} has")
+    return expected
+
+
+def _sizes_of_layer(index: int, parts: Mapping[str, Tensor]) -> tuple[int, int, torch.dtype]:
+    if "vector" in parts:
+        return len(parts["vector"]), 0, parts["vector"].dtype
+    for part, other in (("down", "up"), ("up", "down")):
+        if part not in parts:
+            raise ValueError(f"layer {index} has no {part}.weight; expected one beside its {other}.weight")
+    down, up = parts["down"], parts["up"]
+    rank, hidden = down.shape
+    if tuple(up.shape) != (hidden, rank):
+        raise ValueError(
+            f"layer {index} has an up.weight of shape {tuple(up.shape)}; expected {(hidden, rank)}, as its down.weight "
+            f"has {(rank, hidden)}"
+        )
+    if up.dtype != down.dtype:
+        raise ValueError(f"layer {index} has an up.weight of {up.dtype}; expected {down.dtype}, as its down.weight")
+    return hidden, rank, down.dtype

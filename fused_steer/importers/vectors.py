@@ -1,0 +1,178 @@
+"""Control vectors of other codes as adapters of `form="vector"`: repeng's and llama.cpp's GGUF, and plain tensors.
+
+Layer N is the decoder layer of index N, from 0, and its vector is added to that layer's output: repeng wraps
+`model.layers[N]`, llama.cpp adds `direction.N` to its `l_out` of layer N (and takes N from 1), steering-vectors hooks
+its decoder block N, EasySteer has the same layers in the same GGUF. The output of layer N is `hidden_states[N + 1]`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..adapters.files import AdapterFile
+from ..adapters.parameters import SITE
+from ..config import SteerConfig
+from .reading import DTYPE_NAMES, checked_tensor, first_line, layout, naming, read_pickle, read_safetensors
+
+_ARCHITECTURE = "controlvector"
+_DIRECTION = "direction."
+_KEY = re.compile(r"(?:(?:direction|layers?)\.)?(0|[1-9][0-9]*)")
+
+
+def import_vector(
+    file: str | os.PathLike[str],
+    *,
+    scale: float | None,
+    layers: Sequence[int] | None = None,
+    base: str = "",
+    num_layers: int | None = None,
+    layers_path: str | None = None,
+) -> AdapterFile:
+    """Read one vector a layer: h -> h + scale · vector, at every token.
+
+    What repeng does besides is not in its file and not a vector: `normalize=True`, which takes the sum back to the
+    norm of h, and an `operator` other than the sum. Its padding is left alone there, and steered here, to no effect.
+
+    Args:
+        file: `.gguf`: a control vector as repeng, llama.cpp and EasySteer write it, `direction.N` of layer N (takes the
+            package gguf). `.safetensors`, or else a file that `torch.save` wrote: a dict of tensors (d,) whose keys are
+            `N` (also an integer), `layer.N`, `layers.N` or `direction.N`; or a tensor (L, d) or (d,), bare or the
+            only one in a dict. float32, bfloat16 or float16, and kept so.
+        scale: repeng's coefficient, llama.cpp's `--control-vector-scaled`, steering-vectors' multiplier.
+        layers: of a dict, those to take, repeng's `layer_ids` (default: all in the file); of a tensor (L, d), the layer
+            of each row, which only a tensor of as many rows as the model has layers may leave out.
+        base: the base model's name, as `import_steerling` takes it, with the next two.
+        num_layers: the base model's decoder layers, steered or not.
+        layers_path: where they are in the model.
+
+    Returns:
+        The adapter for `write_adapter`, of `layers=None` if it has a vector for every layer.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ImportError: a `.gguf`, and the package gguf is not installed.
+        TypeError: an argument of the wrong type.
+        ValueError: an argument is missing or out of range, the base's config cannot be read or does not fit, or the
+            file cannot be read safely, has anything else, or tensors that do not fit each other.
+    """
+    if scale is None:
+        raise ValueError("scale is not given; expected a number (--scale): the file does not record it")
+    SteerConfig("vector", scale=scale, layers=layers)
+    count, path, expected_hidden = layout(base, num_layers, layers_path)
+    state = _read(Path(file))
+    with naming(file):
+        vectors = _by_layer(state, layers, count)
+        hidden, dtype = _sizes(vectors)
+        if expected_hidden not in (None, hidden):
+            raise ValueError(f"its hidden size is {hidden}; expected {expected_hidden}, that of {base}")
+        if max(vectors) >= count:
+            raise ValueError(f"it has a layer {max(vectors)}; expected indices below {count}, num_layers")
+        config = SteerConfig(
+            form="vector",
+            layers=None if len(vectors) == count else list(vectors),
+            scale=scale,
+            dtype=DTYPE_NAMES[dtype],
+        )
+    tensors = {
+        # Copied: rows share the memory of their tensor, and the file may be mapped into it.
+        f"{path}.{i}.{SITE}.steer_up.bias": vector.detach().clone(memory_format=torch.contiguous_format)
+        for i, vector in vectors.items()
+    }
+    with naming(file):
+        return AdapterFile(config, base, hidden, count, tensors)
+
+
+def _read(file: Path) -> Any:
+    if not file.is_file():
+        raise FileNotFoundError(f"no file {file}; expected a control vector: .gguf, .safetensors or torch.save's")
+    if file.suffix == ".gguf":
+        return _read_gguf(file)
+    return read_safetensors(file) if file.suffix == ".safetensors" else read_pickle(file)
+
+
+def _read_gguf(file: Path) -> dict[str, Tensor]:
+    try:
+        import gguf
+    except ImportError as error:
+        raise ImportError(
+            f"{file} takes the package gguf, which is not installed; expected it (pip install gguf)"
+        ) from error
+    try:
+        reader = gguf.GGUFReader(file)
+        field = reader.get_field("general.architecture")
+        architecture = field.contents() if field is not None else None
+    except Exception as error:  # whatever a damaged header leads to
+        raise ValueError(f"{file} cannot be read: {first_line(error)}; expected a GGUF file") from error
+    with naming(file):
+        if architecture != _ARCHITECTURE:
+            raise ValueError(f"its architecture is {architecture!r}; expected {_ARCHITECTURE!r}")
+        tensors = {}
+        for tensor in reader.tensors:
+            if not tensor.name.startswith(_DIRECTION):
+                raise ValueError(f"it has a tensor {tensor.name!r}; expected direction.<layer> alone")
+            if tensor.tensor_type.name not in ("F32", "F16"):
+                raise ValueError(f"{tensor.name} is {tensor.tensor_type.name}; expected F32 or F16")
+            tensors[tensor.name] = torch.from_numpy(tensor.data.copy())
+    return tensors
+
+
+def _by_layer(state: Any, layers: Sequence[int] | None, count: int) -> dict[int, Tensor]:
+    """The vectors by layer, in order."""
+    if isinstance(state, Mapping) and len(state) == 1:
+        [(key, value)] = state.items()
+        if _layer_of(key) is None:
+            return _rows(str(key), value, layers, count)
+    if isinstance(state, Tensor):
+        return _rows("its tensor", state, layers, count)
+    if not isinstance(state, Mapping) or not state:
+        raise ValueError(f"it holds {'nothing' if state == {} else f'a {type(state).__name__}'}; expected vectors")
+    vectors: dict[int, Tensor] = {}
+    for key, value in state.items():
+        index = _layer_of(key)
+        if index is None:
+            raise ValueError(f"it has an unknown key {key!r}; expected names such as direction.7, layer.7 or 7")
+        if index in vectors:
+            raise ValueError(f"it has layer {index} twice, also as {key!r}; expected it once")
+        vectors[index] = checked_tensor(str(key), value, dimensions=1)
+    missing = sorted(set(layers or ()) - vectors.keys())
+    if missing:
+        raise ValueError(f"layers has {missing[0]}; expected those in the file: {', '.join(map(str, sorted(vectors)))}")
+    return {i: vectors[i] for i in sorted(vectors if layers is None else layers)}
+
+
+def _layer_of(key: Any) -> int | None:
+    found = _KEY.fullmatch(str(key)) if isinstance(key, (str, int)) else None
+    return int(found[1]) if found else None
+
+
+def _rows(name: str, tensor: Any, layers: Sequence[int] | None, count: int) -> dict[int, Tensor]:
+    dimensions = 1 if isinstance(tensor, Tensor) and tensor.ndim == 1 else 2
+    rows = checked_tensor(name, tensor, dimensions).reshape(-1, tensor.shape[-1])
+    if layers is None and len(rows) != count:
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)}, and layers is not given; expected the layer of each row "
+            f"(--layers), or {count} rows, num_layers"
+        )
+    if layers is not None and len(rows) != len(layers):
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {len(layers)} rows, as many as layers")
+    return dict(sorted(zip(range(count) if layers is None else layers, rows, strict=True)))
+
+
+def _sizes(vectors: Mapping[int, Tensor]) -> tuple[int, torch.dtype]:
+    """Hidden size and dtype, which all layers share."""
+    first, expected = next(iter(vectors.items()))
+    for i, vector in vectors.items():
+        for name, found, its in (
+            ("hidden size", len(vector), len(expected)),
+            ("dtype", vector.dtype, expected.dtype),
+        ):
+            if found != its:
+                raise ValueError(f"layer {i} has {name} {found}; expected {its}, as layer {first} has")
+    return len(expected), expected.dtype

@@ -1,0 +1,44 @@
+"""The LoRA modules and parameters that PEFT put into a model."""
+
+from __future__ import annotations
+
+import sys
+
+from torch import Tensor, nn
+
+
+def is_lora(module: nn.Module) -> bool:
+    """Whether PEFT put a LoRA here."""
+    peft = sys.modules.get("peft.tuners.lora")  # a model that carries a LoRA has imported it
+    return peft is not None and isinstance(module, peft.LoraLayer)
+
+
+def columns_of(lora: nn.Module) -> list[Tensor]:
+    """B (d, k) and, where there is one, the bias (d, 1) of each active adapter of a LoRA layer."""
+    found = []
+    for name in lora.active_adapters:
+        if name in lora.lora_B:
+            b = lora.lora_B[name]  # a module; AdaLoRA's is the parameter itself
+            found.append(b if isinstance(b, Tensor) else b.weight)
+            if getattr(b, "bias", None) is not None:
+                found.append(b.bias.unsqueeze(1))
+    return found
+
+
+def lora_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of `model` that carry a LoRA, by path."""
+    return {path: module for path, module in model.named_modules() if is_lora(module)}
+
+
+def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of all of PEFT's adapters in `model`, of any method, active or not."""
+    peft = sys.modules.get("peft.tuners.tuners_utils")
+    if peft is None:
+        return []
+    tuners = (module for module in model.modules() if isinstance(module, peft.BaseTunerLayer))
+    parts = (getattr(tuner, name, None) for tuner in tuners for name in tuner.adapter_layer_names)
+    found: dict[int, nn.Parameter] = {}
+    for part in parts:
+        parameters = part.parameters() if isinstance(part, nn.Module) else ()
+        found.update((id(parameter), parameter) for parameter in parameters)
+    return list(found.values())

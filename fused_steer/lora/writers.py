@@ -1,0 +1,219 @@
+"""What a PEFT LoRA writes into the residual stream: found by what a layer computes, not by what its modules are called.
+
+One forward pass of two tokens is recorded by autograd. From a layer's output its graph is walked back through sums,
+scalings and norms; the modules at which that ends are the layer's writers: the attention's and the MLP's output
+projections, whatever their names. What a module writes is then read off it whenever it is needed, so that a LoRA may
+come, go and change later.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..model.decoder import execution_device
+from ..model.layer import SteeringSite
+from .layers import columns_of, is_lora
+
+#: Parts of the names of autograd's nodes that mix features: what comes before one does not itself enter the stream.
+MIXING = re.compile(r"mm|linear|matmul|dot|attention|softmax|convolution|embedding", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Writer:
+    """A place in a decoder layer whose module writes into the residual stream. `path` is from the layer.
+
+    The place and not the module: PEFT puts a LoRA there by replacing the module.
+    """
+
+    layer: nn.Module
+    path: str
+
+    @functools.cached_property
+    def _place(self) -> tuple[nn.Module, str]:
+        parent, _, name = self.path.rpartition(".")
+        return self.layer.get_submodule(parent), name
+
+    @property
+    def module(self) -> nn.Module:
+        parent, name = self._place  # asked for before every forward pass that trains
+        return parent._modules[name]  # type: ignore[return-value]
+
+    @property
+    def part(self) -> str:
+        """The layer's child that it belongs to, such as `mlp`."""
+        return self.path.partition(".")[0]
+
+    def columns(self) -> list[Tensor]:
+        """B (d, k) of every active LoRA here, and its bias (d, 1) where it has one; none without a LoRA.
+
+        Scaling (α/r, rsLoRA's α/√r, DoRA's magnitudes) is left out: V is of B itself (arXiv 2603.00425, §5.2).
+
+        Raises:
+            ValueError: a LoRA on expert parameters, whose B is not one matrix.
+        """
+        module = self.module
+        if is_lora(module) and hasattr(module, "parameter_name"):
+            raise ValueError(
+                f"{self.path} carries a LoRA on the parameters of its experts ({type(module).__name__}); expected LoRA "
+                "on linear modules (an expert's update has no one column space)"
+            )
+        return columns_of(module) if is_lora(module) else []
+
+
+# ---------------------------------------------------------------------------------------------------------- the trace
+
+
+class _Trace:
+    """What one forward pass shows of the layers: where each began and ended, and which module made which node."""
+
+    def __init__(self, layers: Mapping[int, nn.Module], hidden: int) -> None:
+        self.layers, self.hidden = layers, hidden
+        self.starts: dict[int, Any] = {}
+        self.ends: dict[int, Any] = {}
+        self.made: dict[Any, tuple[int, str, int]] = {}  # node -> layer, path in it, number of the call
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        handles = []
+        try:
+            for index, layer in self.layers.items():
+                handles.append(layer.register_forward_pre_hook(self._begin(index), with_kwargs=True))
+                handles.append(layer.register_forward_hook(self._end(index)))
+                for path, module in _makers(layer):
+                    handles.append(module.register_forward_hook(self._made(index, path)))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _begin(self, index: int) -> Any:
+        def hook(layer: nn.Module, args: Any, kwargs: Any) -> None:
+            tensors = (t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.is_floating_point())
+            hidden = next((t for t in tensors if t.shape[-1] == self.hidden), None)
+            if hidden is not None:
+                if not hidden.requires_grad:
+                    hidden.requires_grad_(True)  # the base is frozen: without it nothing is recorded
+                self.starts[index] = hidden.grad_fn
+
+        return hook
+
+    def _end(self, index: int) -> Any:
+        def hook(layer: nn.Module, args: Any, output: Any) -> None:
+            self.ends[index] = _first(output).grad_fn
+
+        return hook
+
+    def _made(self, index: int, path: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            tensor = _first(output)
+            if isinstance(tensor, Tensor) and tensor.grad_fn is not None and tensor.shape[-1] == self.hidden:
+                # A module that returns what one inside it made, made nothing itself: the first to have it is kept.
+                self.made.setdefault(tensor.grad_fn, (index, path, len(self.made)))
+
+        return hook
+
+    def writers(self, index: int) -> list[str]:
+        """The paths of the layer's writers, in the order of their calls."""
+        found: dict[str, int] = {}
+        seen, todo = {None, self.starts.get(index)}, [self.ends.get(index)]
+        while todo:
+            node = todo.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            made = self.made.get(node)
+            if made is not None and made[0] == index:
+                found[made[1]] = made[2]
+            elif not MIXING.search(node.name()):
+                todo += [parent for parent, _ in node.next_functions]
+        return sorted(found, key=found.__getitem__)
+
+
+def _first(output: Any) -> Any:
+    return output[0] if isinstance(output, (tuple, list)) and output else output
+
+
+def _makers(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of a layer that mix features, so that a LoRA may sit there or does, each with its path."""
+    inside: list[str] = []  # what a LoRA or a steering site consists of is no module of the layer's
+    for path, module in layer.named_modules():
+        if any(path.startswith(outer) for outer in inside):
+            continue
+        held = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+        if isinstance(module, SteeringSite):
+            inside.append(f"{path}.")
+        elif is_lora(module):
+            inside.append(f"{path}.")
+            yield path, module
+        elif path and any(tensor.dim() > 1 for tensor in held):
+            yield path, module
+
+
+def trace_writers(module: nn.Module, layers: Mapping[int, nn.Module], hidden: int) -> dict[int, list[Writer]]:
+    """The writers of each of `layers`, in the order of their calls, by one forward pass of two tokens.
+
+    Dropout is off meanwhile, and training modes are afterwards as they were.
+
+    Args:
+        module: the decoder, whose forward runs the layers.
+        layers: those asked for, by index.
+        hidden: d.
+
+    Raises:
+        ValueError: the pass failed, or a layer's writers were not found.
+    """
+    trace = _Trace(layers, hidden)
+    modes = [(m, m.training) for m in module.modules()]
+    device = execution_device(module)
+    try:
+        module.eval()
+        with trace.watching(), torch.enable_grad():
+            tokens = torch.zeros(1, 2, dtype=torch.long, device=device)
+            module(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{type(module).__name__} failed on two tokens ({type(error).__name__}: {reason}); expected a forward pass "
+            "that shows which modules write into the residual stream"
+        ) from error
+    finally:
+        for m, training in modes:
+            m.training = training
+    found = {}
+    for index, layer in layers.items():
+        paths = trace.writers(index)
+        if not paths:
+            raise ValueError(
+                f"layer {index} ({type(layer).__name__}) has no module that is seen to write into the residual stream; "
+                "expected an MLP's output projection"
+            )
+        found[index] = [Writer(layer, path) for path in _with_all_experts(layer, paths)]
+    return found
+
+
+def _with_all_experts(layer: nn.Module, paths: Iterable[str]) -> list[str]:
+    """The paths, with an expert's followed by those of all its fellows: two tokens visit only some of them."""
+    modules = {path for path, _ in _makers(layer)}
+    found: dict[str, None] = {}
+    for path in paths:
+        parts = path.split(".")
+        fellows: list[list[str]] = [[]]
+        for depth, part in enumerate(parts):
+            holder = layer.get_submodule(".".join(parts[:depth]))
+            names = list(dict(holder.named_children())) if isinstance(holder, nn.ModuleList) else [part]
+            fellows = [[*fellow, name] for fellow in fellows for name in names]
+        found.update(dict.fromkeys([path, *(p for p in map(".".join, fellows) if p in modules)]))
+    return list(found)
+
+
+def choose_writers(writers: list[Writer], which: str) -> list[Writer]:
+    """Of a layer's writers, "all", or for "mlp" those of its MLP: of the child that wrote last."""
+    return writers if which == "all" else [writer for writer in writers if writer.part == writers[-1].part]

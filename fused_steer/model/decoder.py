@@ -1,0 +1,97 @@
+"""Where the decoder layers of a model are, on which device each runs, and what PEFT wrapped around them."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A model's stack of decoder layers: where it is, and what an adapter has to fit."""
+
+    module: nn.Module  # whose forward runs the layers
+    path: str  # of the list of layers, from the model
+    layers: nn.ModuleList
+    hidden: int
+
+
+def find_decoder(model: nn.Module) -> Decoder:
+    """The decoder layers of `model`, found by structure: the outermost list of `num_hidden_layers` modules.
+
+    The modules have parts of their own, and no config of another class than the model's stands above them.
+
+    Raises:
+        TypeError: `model` is no module.
+        ValueError: the model has no config, no such list, more than one, or also an encoder.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; expected a torch.nn.Module with decoder layers")
+    name = type(model).__name__
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"{name} is an encoder-decoder model; expected a decoder-only one")
+    if config is not None and hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    hidden, count = (getattr(config, key, None) for key in ("hidden_size", "num_hidden_layers"))
+    if not isinstance(hidden, int) or not isinstance(count, int):
+        raise ValueError(f"{name} has no config with hidden_size and num_hidden_layers; expected a decoder model's")
+    found: list[tuple[str, nn.ModuleList]] = []
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and not any(path.startswith(f"{outer}.") for outer, _ in found):
+            found.append((path, module))
+    # Other towers (of images, of sound) have lists of layers too, below a config of their own.
+    own = {id(layers) for path, layers in found if _config_above(model, path) in (type(model.config), type(config))}
+    # Layers have parts: a list of norms or projections, one for each layer, is none of layers.
+    fitting = [
+        (path, layers)
+        for path, layers in found
+        if len(layers) == count and id(layers) in own and all(any(layer.children()) for layer in layers)
+    ]
+    if len(fitting) > 1 and hasattr(model, "get_decoder"):
+        inside = {id(module) for module in model.get_decoder().modules()}
+        fitting = [(path, layers) for path, layers in fitting if id(layers) in inside]
+    if len(fitting) != 1:
+        lists = [
+            f"{path} of {len(layers)}"
+            + ("" if id(layers) in own else f" under a {_config_above(model, path).__name__}")
+            for path, layers in found
+        ]
+        raise ValueError(
+            f"{name} has no decoder layers that can be told apart; expected one list of {count} modules, "
+            f"found {', '.join(lists) or 'none'}"
+        )
+    path, layers = fitting[0]
+    return Decoder(model.get_submodule(path.rpartition(".")[0]), path, layers, hidden)
+
+
+def execution_device(module: nn.Module) -> torch.device:
+    """Where a module runs, and a layer's steering parameters belong: what accelerate offloads is on meta in between."""
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    if device.type != "meta":
+        return device
+    for part in module.modules():
+        hook = getattr(part, "_hf_hook", None)
+        for one in getattr(hook, "hooks", (hook,)):  # several of them in a row are one
+            if getattr(one, "execution_device", None) is not None:
+                return torch.device(one.execution_device)
+    return device
+
+
+def inside_peft(model: nn.Module) -> nn.Module:
+    """The model that PEFT wrapped, whose paths do not depend on the wrapping; `model` itself where it did not."""
+    peft = sys.modules.get("peft")  # a model that it wrapped has imported it
+    return model.get_base_model() if peft is not None and isinstance(model, peft.PeftModel) else model
+
+
+def _config_above(model: nn.Module, path: str) -> type:
+    """The class of the config that the innermost module above `path` has: of the tower to which `path` belongs."""
+    while path:
+        path = path.rpartition(".")[0]
+        config = getattr(model.get_submodule(path), "config", None)
+        if config is not None:
+            return type(config)
+    return type(model.config)

@@ -1,0 +1,125 @@
+"""What belongs to one forward pass of a decoder, in one thread: the packed weights of its layers.
+
+A pack is made before the pass and ends with it, also after an exception; each thread has its own. A layer uses it only
+for the weights that it was made of, where they lay then, and on the stream on which it was made: what was moved,
+replaced or gathered since is read as it is. Passes over a few tokens have none: see `kernels.packing`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels import select_backend
+from ..kernels.contract import Packed
+from ..kernels.packing import FEW_TOKENS, address_table, pack_weights
+from .watch import thread
+
+
+class Pack:
+    """The packed weights of a pass, by site."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype  # of the hidden state that they are for
+        self._layers: dict[int, tuple[int, int, Packed]] = {}
+        self._streams: dict[torch.device, Any] = {}
+
+    def add(self, device: torch.device, sites: list[int], table: Tensor, weights: list[tuple[Tensor, Tensor]]) -> None:
+        packed = pack_weights(table, *weights[0], self.dtype)
+        self._streams[device] = _stream(device)
+        for site, (down, up), one in zip(sites, weights, packed, strict=True):
+            self._layers[site] = (down.data_ptr(), up.data_ptr(), one)
+
+    def of(self, site: nn.Module, residual: Tensor, down: Tensor, up: Tensor) -> Packed | None:
+        """Those of a site, if they are of these weights, and for this hidden state; None otherwise."""
+        found = self._layers.get(id(site))
+        if found is None or residual.dtype != self.dtype:
+            return None
+        at_down, at_up, packed = found
+        if down.data_ptr() != at_down or up.data_ptr() != at_up or down.device != packed.down.device:
+            return None
+        return packed if self._streams[down.device] == _stream(down.device) else None
+
+
+def _stream(device: torch.device) -> Any:
+    return torch.accelerator.current_stream(device) if device.type != "cpu" else None
+
+
+class Packing:
+    """Makes the packs of a model's passes, and keeps the tables of addresses that they are made by."""
+
+    def __init__(self) -> None:
+        self._tables: dict[torch.device, tuple[list[int], Tensor]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_tables": {}}  # addresses are of this process's own model
+
+    def begin(self, dtype: torch.dtype | None, tokens: int, weights: Mapping[nn.Module, tuple[Tensor, Tensor]]) -> None:
+        """Begin a pass in this thread. `end` has to be called after it, whatever happens.
+
+        Args:
+            dtype: of the hidden state; None where it is not known: nothing is packed.
+            tokens: of the pass.
+            weights: W1 and W2 of each site that is steered by a low rank.
+        """
+        pack = None
+        if dtype is not None and tokens > FEW_TOKENS and weights:
+            with torch.no_grad():
+                pack = self._make(dtype, weights)
+        thread.packs.append(pack)
+        thread.settle()
+
+    def end(self) -> None:
+        """End the pass that began last in this thread."""
+        if thread.packs:  # not where something was raised before `begin`
+            thread.packs.pop()
+        thread.settle()
+
+    def _make(self, dtype: torch.dtype, weights: Mapping[nn.Module, tuple[Tensor, Tensor]]) -> Pack | None:
+        by_device: dict[torch.device, list[tuple[int, Tensor, Tensor]]] = {}
+        first = next(iter(weights.values()))
+        kind = [(t.shape, t.dtype) for t in first]
+        for site, (down, up) in weights.items():
+            if _has_its_values(down, up) and [(t.shape, t.dtype) for t in (down, up)] == kind:
+                by_device.setdefault(down.device, []).append((id(site), down, up))
+        pack = Pack(dtype)
+        for device, layers in by_device.items():
+            if select_backend(device) != "triton":
+                continue
+            pairs = [(down, up) for _, down, up in layers]
+            addresses = [t.data_ptr() for pair in pairs for t in pair]
+            kept = self._tables.get(device)
+            if kept is None or kept[0] != addresses:
+                if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                    continue  # a graph cannot take a table up to the device; the layers read their parameters
+                kept = self._tables[device] = (addresses, address_table(pairs))
+            pack.add(device, [site for site, _, _ in layers], kept[1], pairs)
+        return pack if pack._layers else None
+
+
+def _has_its_values(down: Tensor, up: Tensor) -> bool:
+    """Whether W1 and W2 lie whole in memory now: not so what is sharded, or gathered for its layer's call alone."""
+    if down.dim() != 2 or up.shape != down.shape[::-1] or down.device != up.device:
+        return False
+    return all(
+        type(t) in (Tensor, nn.Parameter)
+        and t.is_contiguous()
+        and t.numel() > 0
+        and t.device.type != "meta"
+        and t.untyped_storage().nbytes() >= (t.storage_offset() + t.numel()) * t.itemsize
+        for t in (down, up)
+    )
+
+
+def tokens_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    """How many tokens a decoder is given; 0 where that cannot be told."""
+    embeddings = kwargs.get("inputs_embeds")
+    if isinstance(embeddings, Tensor):
+        return embeddings.shape[:-1].numel()
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    if not isinstance(ids, Tensor):
+        return 0
+    return ids.shape[:-1].numel() if ids.is_floating_point() else ids.numel()

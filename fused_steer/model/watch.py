@@ -1,0 +1,161 @@
+"""Sees to it that a patched layer that ran was steered: in that layer, in that thread, for that call.
+
+A layer whose forward is the one that `patch_model` gave it calls its site; nothing has to be looked at. Where another
+forward is put on the layer (accelerate's offloading, a wrapper, a replacement), that forward is watched: the site must
+have run before it returns. So is each call of a layer that a hook steers. Calls in other threads have no say.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """How one layer is steered.
+
+    kind: "fused", or "hook" with its `reason`; backend: of the last eager call, None before one; calls: eager ones
+    since reset (a compiled graph does not count its own).
+    """
+
+    index: int
+    path: str
+    layer: str
+    kind: str
+    backend: str | None
+    calls: int
+    reason: str
+
+
+class Report(list[LayerReport]):
+    """A LayerReport for each steered layer; prints as a table."""
+
+    def __str__(self) -> str:
+        head = f"{'layer':>5}  {'class':<28} {'kind':<6} {'backend':<8} {'calls':>7}"
+        rows = [
+            f"{r.index:>5}  {r.layer:<28} {r.kind:<6} {r.backend or '-':<8} {r.calls:>7}"
+            + (f"  ({r.reason})" if r.reason else "")
+            for r in self
+        ]
+        return "\n".join([head, *rows])
+
+
+class _Thread(threading.local):
+    """What runs in this thread, innermost last: calls of layers that are watched, and packed weights of passes.
+
+    quiet: whether there is neither, so that a site needs to look at none.
+    """
+
+    def __init__(self) -> None:
+        self.calls: list[_Call] = []
+        self.packs: list[Any] = []  # `passes.Pack`; None for a pass without one
+        self.quiet = True
+
+    def settle(self) -> None:
+        self.quiet = not self.calls and (not self.packs or self.packs[-1] is None)
+
+
+class _Call:
+    __slots__ = ("ran", "site")
+
+    def __init__(self, site: nn.Module) -> None:
+        self.site = site
+        self.ran = False
+
+
+thread = _Thread()
+
+
+def note_run(site: nn.Module) -> None:
+    """Say that `site` runs, for the watched calls of its layer in this thread. Needless where there are none."""
+    for call in thread.calls:
+        if call.site is site:
+            call.ran = True
+
+
+def call_watched(
+    layer: nn.Module, site: nn.Module, name: str, run: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """What `run(*args, **kwargs)` returns.
+
+    Args:
+        layer, site: the patched layer that `run` is a call of, and its site.
+        name: the layer's, in the error.
+
+    Raises:
+        RuntimeError: the site did not run meanwhile in this thread.
+    """
+    call = _Call(site)
+    thread.calls.append(call)
+    thread.quiet = False
+    try:
+        output = run(*args, **kwargs)
+    finally:
+        thread.calls.remove(call)
+        thread.settle()
+    if not call.ran and not _is_compiled(layer, run):
+        raise RuntimeError(
+            f"{name} ({type(layer).__name__}) is patched but did not steer; expected its forward as patch_model left "
+            "it, or one that calls it (was it replaced since?)"
+        )
+    return output
+
+
+def _is_compiled(layer: nn.Module, function: Any) -> bool:
+    """Whether torch.compile may run the layer, or a function: a compiled graph steers without calling the site."""
+    if getattr(layer, "_compiled_call_impl", None) is not None:
+        return True
+    while function is not None:
+        if hasattr(function, "_torchdynamo_orig_callable"):
+            return True
+        function = next((f for f in (getattr(function, n, None) for n in _INNER) if f is not None), None)
+    return False
+
+
+#: Where a wrapper keeps the function that it wraps: functools.wraps, functools.partial, a bound method.
+_INNER = ("__wrapped__", "func", "__func__")
+
+
+class LayerList:
+    """Sees a steered layer that another module has taken the place of in the model."""
+
+    def __init__(self, decoder: nn.Module, name: str) -> None:
+        """
+        Args:
+            decoder: the module that runs the layers.
+            name: of its list of layers.
+        """
+        self._decoder, self._name = decoder, name
+        self._originals = tuple(decoder.get_submodule(name).children())
+        self._seen = self._originals
+
+    def check(self, steered: dict[int, nn.Module]) -> None:
+        """Check the list as it is now. Cheap, unless it changed since the last time.
+
+        A layer may be wrapped, moved or dropped (early exit, pruning); it may not be replaced.
+
+        Args:
+            steered: the patched layers by index.
+
+        Raises:
+            RuntimeError: in the place of a steered layer stands a module that does not hold it.
+        """
+        modules = self._decoder._modules
+        here = tuple(modules[self._name]._modules.values()) if modules.get(self._name) is not None else ()
+        if here == self._seen:  # modules compare by identity
+            return
+        known = set(self._originals)
+        for index, module in enumerate(here):
+            layer = steered.get(index)
+            if layer is not None and module not in known and all(part is not layer for part in module.modules()):
+                raise RuntimeError(
+                    f"layer {index} is now a {type(module).__name__} in the place of the steered "
+                    f"{type(layer).__name__}, and was not patched; expected the layer that patch_model steered, or a "
+                    "module that holds it"
+                )
+        self._seen = here

@@ -1,0 +1,456 @@
+"""A batch whose rows are steered each by an adapter, with a strength and at token positions of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, is_grad_enabled, nn
+from torch.compiler import is_compiling
+from transformers.cache_utils import Cache
+
+from ..config import SteerConfig
+from ..kernels.grouped import Routing
+from ..model.layer import SteeringSite
+from .caches import Seen, cache_length, check_begins, does_not_tell, find_cache, is_cache, is_empty
+from .requests import EVERY_TOKEN, Request
+from .slots import Held, Slots, slots_for
+
+# ------------------------------------------------------------------------------------------------------- while it runs
+
+
+class Lock:
+    """A lock that a copied model has anew: copies and other processes share none."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: Any) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> Any:
+        return Lock, ()
+
+
+@dataclass
+class Batch:
+    """A batch that runs: what its layers read in each forward pass, and what that is worked out from."""
+
+    requests: list[Request]
+    held: Held
+    thread: int = field(default_factory=threading.get_ident)
+    ids: Tensor | None = None  # (rows, tokens) int32, of the pass that runs or comes next
+    gain: Tensor | None = None  # (rows, tokens) float32
+    prompt: int | None = None  # columns of the prompt, padding included
+    padding: Tensor | None = None  # (requests, prompt) of that prompt's mask, where `generate` was given one
+    generating: int = 0
+    counted: int | None = None  # columns after the passes of the `generate` that runs; None: there was none yet
+    feeding: Seen | None = None  # the cache of the pass outside `generate` that runs
+    seen: Seen | None = None  # and of the one before, once it was through
+    _decode: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _routings: dict[torch.device, tuple[Tensor, Routing]] = field(default_factory=dict)
+
+    def check_thread(self) -> None:
+        if threading.get_ident() != self.thread:
+            raise RuntimeError(
+                "the model runs in another thread than the one that opened its batch; expected one thread at a time"
+            )
+
+    def routing(self, device: torch.device) -> Routing:
+        """Of the pass that runs, on a layer's device: worked out once for all layers there, and for all steps that have
+        the same ids."""
+        self.check_place()
+        found = self._routings.get(device)
+        if found is None or found[0] is not self.ids:
+            found = self._routings[device] = (self.ids, Routing(self.ids.to(device), self.gain.to(device)))
+        return found[1]
+
+    def check_place(self) -> None:
+        """Raises RuntimeError where a compiled model runs outside of `generate`: nothing said where in the batch."""
+        if self.ids is None or self.gain is None:
+            raise RuntimeError(
+                "a compiled model does not say where in a batch it is outside of generate; expected model.generate, or "
+                "the model uncompiled"
+            )
+
+    def check_capture(self) -> None:
+        """A CUDA graph cannot ask where it is, and holds on to what it reads: the tensors of the pass before, which
+        have to stay. Those of generated tokens do, as long as the batch runs.
+
+        Raises:
+            RuntimeError: there was no pass before, or it was over a prompt.
+        """
+        if not any(ids is self.ids for ids, _ in self._decode.values()):
+            raise RuntimeError(
+                "a CUDA graph is captured of a pass that does not follow one over generated tokens; expected such a "
+                "pass of the same shape first, to warm up"
+            )
+
+    def expansion(self, rows: int) -> int:
+        """How many rows of a pass belong to each row asked for, one after the other: beams, or sequences returned."""
+        times, rest = divmod(rows, len(self.requests))
+        if rest or not times or (times > 1 and not self.generating):
+            raise ValueError(
+                f"the batch has {rows} rows; expected {len(self.requests)}, one for each name given to steering.batch"
+            )
+        return times
+
+    def prepare(self, rows: int, past: int, tokens: int, mask: Tensor | None, device: torch.device) -> None:
+        """Work out ids and gain of a pass over `tokens` columns after `past` cached ones.
+
+        mask: (rows, at least past + tokens), 0 for padding; None: there is none.
+        """
+        times = self.expansion(rows)
+        assert self.prompt is not None
+        if past >= self.prompt:
+            self.ids, self.gain = self._of_generated(times, tokens, device)
+            return
+        slots, strengths, generated = self._rows(times, device)
+        if mask is None:
+            mask = torch.ones(rows, past + tokens, dtype=torch.int64, device=device)
+        elif mask.shape[0] != rows or mask.shape[1] < past + tokens:
+            raise ValueError(
+                f"attention_mask has shape {tuple(mask.shape)}; expected {rows} rows of the {past} cached and the "
+                f"{tokens} new columns"
+            )
+        real = mask.to(device) != 0
+        whole = real[:, : self.prompt]
+        if whole.shape[1] < self.prompt:  # a prompt that is fed in parts
+            whole = self._whole(whole, times)
+        total = whole.sum(1, keepdim=True)
+        order = real.cumsum(1)[:, past : past + tokens]  # 1 for a row's first token that is no padding
+        real = real[:, past : past + tokens]
+        after, until = (
+            torch.tensor([getattr(r, name) for r in self.requests], device=device).repeat_interleave(times).unsqueeze(1)
+            for name in ("after", "until")
+        )
+        from_end = torch.tensor([r.from_end for r in self.requests], device=device).repeat_interleave(times)
+        place = torch.where(from_end.unsqueeze(1), total + 1 - order, order)
+        in_prompt = torch.arange(past, past + tokens, device=device) < self.prompt
+        chosen = torch.where(in_prompt, (place > after) & (place <= until), generated.unsqueeze(1)) & real
+        self.ids = slots.unsqueeze(1).expand(rows, tokens).contiguous()
+        self.gain = strengths.unsqueeze(1) * chosen
+
+    def _whole(self, seen: Tensor, times: int) -> Tensor:
+        """The mask of a whole prompt, of which a pass has seen a part."""
+        assert self.prompt is not None
+        if self.padding is not None:
+            return self.padding.to(seen.device).repeat_interleave(times, 0) != 0
+        if not bool(seen.all()):
+            raise ValueError(
+                "the prompt has padding and is fed in parts; expected attention_mask to be given to generate"
+            )
+        return seen.new_ones(seen.shape[0], self.prompt)
+
+    def _of_generated(self, times: int, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The same tensors in each step, which a compiled graph or a CUDA graph may hold on to."""
+        key = (times, tokens, device)
+        if key not in self._decode:
+            slots, strengths, generated = self._rows(times, device)
+            shape = (len(slots), tokens)
+            self._decode[key] = (
+                slots.unsqueeze(1).expand(shape).contiguous(),
+                (strengths * generated).unsqueeze(1).expand(shape).contiguous(),
+            )
+        return self._decode[key]
+
+    def _rows(self, times: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Each row's slot, strength, and whether its generated tokens are steered."""
+        slots, strengths, generated = [], [], []
+        for request in self.requests:
+            slots.append(-1 if request.name is None else self.held.numbers[request.name])
+            own = 0.0 if request.name is None else self.held.scales[request.name]
+            strengths.append(own if request.scale is None else request.scale)
+            generated.append(request.generated)
+        return (
+            torch.tensor(slots, dtype=torch.int32, device=device).repeat_interleave(times),
+            torch.tensor(strengths, dtype=torch.float32, device=device).repeat_interleave(times),
+            torch.tensor(generated, device=device).repeat_interleave(times),
+        )
+
+
+class Rows(nn.Module):
+    """Steers one layer by rows while a batch runs. For inference."""
+
+    def __init__(self, batch: Batch, slots: Slots | None) -> None:
+        """
+        Args:
+            slots: that hold the batch's adapters of this layer; None: no adapter of the batch steers it.
+        """
+        super().__init__()
+        self.batch = batch
+        self.slots = slots
+
+    def forward(self, residual: Tensor, branch: Tensor | None) -> Tensor:
+        """residual + branch, each row steered by its own adapter. (rows, tokens, d)
+
+        Raises:
+            RuntimeError: a gradient is asked for, or a compiled model runs outside of `generate`.
+        """
+        batch = self.batch
+        batch.check_place()
+        slots: Any = self._modules["slots"]
+        if slots is None:
+            return residual if branch is None else residual + branch
+        if is_grad_enabled() and (residual.requires_grad or branch is not None and branch.requires_grad):
+            raise RuntimeError("steering.batch is for inference; expected torch.no_grad() around the model")
+        if is_compiling():
+            return slots(residual, branch, batch.ids.to(residual.device), batch.gain.to(residual.device))
+        return slots.routed(residual, branch, batch.routing(residual.device))
+
+    def plan(self, device: torch.device) -> tuple[Slots, Callable[[], tuple[Tensor, ...]]] | None:
+        """The slots with their launch plans, and a function that returns what a plan takes behind residual and branch.
+
+        None: no adapter of the batch steers this layer.
+        """
+        batch, slots = self.batch, self.slots
+        if slots is None:
+            return None
+
+        ids: Any = ()
+        weights: Any = None
+        found: tuple[Tensor, ...] = ()
+
+        def operands() -> tuple[Tensor, ...]:
+            # The same in all steps that have the same ids.
+            nonlocal ids, weights, found
+            if batch.ids is not ids or slots.weights is not weights:
+                found = slots.operands(batch.routing(device))
+                ids, weights = batch.ids, slots.weights
+            return found
+
+        return slots, operands
+
+
+@contextlib.contextmanager
+def running(
+    model: nn.Module, decoder: nn.Module, sites: Mapping[int, SteeringSite], requests: list[Request], held: Held
+) -> Iterator[Batch]:
+    """Inside, `model` steers by rows. Afterwards, also after an exception, all is as it was.
+
+    Its `generate` and `prepare_inputs_for_generation` are wrapped, on this instance: there the prompt's length and
+    each pass's place in it are known. Other passes are seen by a hook of the decoder.
+    """
+    batch = Batch(requests, held)
+    with contextlib.ExitStack() as stack:
+        for index, site in sites.items():
+            site.rows = Rows(batch, held.slots.get(index))
+            stack.callback(setattr, site, "rows", None)
+        names = tuple(inspect.signature(decoder.forward).parameters)
+        before = decoder.register_forward_pre_hook(functools.partial(_before_forward, batch, names), with_kwargs=True)
+        stack.callback(before.remove)
+        after = decoder.register_forward_hook(functools.partial(_after_forward, batch))
+        stack.callback(after.remove)
+        for name, make in (("generate", _generate), ("prepare_inputs_for_generation", _prepare_inputs)):
+            if hasattr(model, name):
+                stack.enter_context(_wrapped(model, name, functools.partial(make, batch, model)))
+        yield batch
+
+
+@contextlib.contextmanager
+def _wrapped(model: nn.Module, name: str, make: Callable[[Any], Any]) -> Iterator[None]:
+    """Have `model.<name>` wrapped on the instance."""
+    own = vars(model).get(name)
+    original = getattr(model, name)
+    setattr(model, name, functools.wraps(original)(make(original)))
+    try:
+        yield
+    finally:
+        delattr(model, name)
+        if own is not None:
+            setattr(model, name, own)
+
+
+def _generate(batch: Batch, model: nn.Module, original: Any) -> Any:
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        batch.check_thread()
+        given = dict(kwargs)
+        if args:
+            given["inputs"] = args[0]
+        prompt = _first(given, "inputs_embeds", "inputs", "input_ids")
+        mask = given.get("attention_mask")
+        if isinstance(prompt, Tensor):
+            if prompt.shape[0] != len(batch.requests):
+                raise ValueError(
+                    f"the batch has {prompt.shape[0]} rows; expected {len(batch.requests)}, one for each name given to "
+                    "steering.batch"
+                )
+            columns = prompt.shape[1]
+        else:
+            columns = 1  # a beginning that generate makes up
+        before = (batch.prompt, batch.padding, batch.counted)
+        batch.counted = batch.feeding = batch.seen = None
+        batch.padding = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        # The mask spans the cached columns also where the new tokens alone are given.
+        batch.prompt = columns if batch.padding is None else batch.padding.shape[1]
+        batch.generating += 1
+        try:
+            return original(*args, **kwargs)
+        finally:
+            batch.generating -= 1
+            batch.prompt, batch.padding, batch.counted = before
+            batch.ids = batch.gain = None
+
+    return generate
+
+
+def _prepare_inputs(batch: Batch, model: nn.Module, original: Any) -> Any:
+    parameters = inspect.signature(original)
+
+    def prepare_inputs_for_generation(*args: Any, **kwargs: Any) -> Any:
+        given = parameters.bind(*args, **kwargs).arguments
+        given = {**given, **given.pop("kwargs", {}), **given.pop("model_kwargs", {})}
+        inputs = original(*args, **kwargs)
+        if batch.generating:
+            fed = _first(inputs, "inputs_embeds", "input_ids")
+            mask = given.get("attention_mask")
+            mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+            past = _past_in_generate(batch, given, mask, fed.shape[1])
+            batch.prepare(fed.shape[0], past, fed.shape[1], mask, fed.device)
+            batch.counted = past + fed.shape[1]
+        return inputs
+
+    return prepare_inputs_for_generation
+
+
+def _before_forward(
+    batch: Batch, names: Sequence[str], decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Before each eager pass: outside generate, work out where it is; inside, that is known.
+
+    names: of the decoder's arguments, in order.
+    """
+    if torch.compiler.is_compiling():
+        return
+    batch.check_thread()
+    if batch.generating:
+        return
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    fed = _first(given, "inputs_embeds", "input_ids")
+    batch.feeding = None
+    if _is_capturing(fed.device):
+        batch.check_capture()
+        return
+    mask = given.get("attention_mask")
+    past, cache = _past_of_a_pass(batch, given, fed.shape[1])
+    if past == 0:
+        batch.prompt = fed.shape[1]
+    elif batch.prompt is None:
+        batch.prompt = past
+    if isinstance(mask, Tensor) and mask.dim() != 2 or isinstance(mask, dict):
+        if any(request.until < EVERY_TOKEN and request.until > 0 for request in batch.requests):
+            raise ValueError(
+                "attention_mask does not say which tokens are padding, and positions counts tokens; expected one of "
+                "two dimensions"
+            )
+        mask = None
+    batch.prepare(fed.shape[0], past, fed.shape[1], mask, fed.device)
+    batch.feeding, batch.seen = Seen(cache, past + fed.shape[1]), None
+
+
+def _after_forward(batch: Batch, decoder: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """After each eager pass outside generate: note what its cache holds, so that the next need not ask the device."""
+    if torch.compiler.is_compiling() or batch.feeding is None:
+        return
+    seen, batch.feeding = batch.feeding, None
+    if seen.cache is None and isinstance(output, Mapping):  # one that the model has made
+        seen.cache = find_cache(output)
+    if not isinstance(seen.cache, Cache):
+        return
+    batch.seen = seen
+    length = cache_length(seen.cache)
+    if isinstance(length, Tensor) and not length.is_inference():
+        seen.counter, seen.version = length, length._version
+
+
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _first(given: Mapping[str, Any], *names: str) -> Any:
+    return next((given[name] for name in names if given.get(name) is not None), None)
+
+
+def _past_in_generate(batch: Batch, given: Mapping[str, Any], mask: Tensor | None, tokens: int) -> int:
+    """The columns before a pass of `generate`, without reading the device.
+
+    Raises:
+        ValueError: the pass goes on with what is in no cache that can be found, or in one that does not tell.
+    """
+    cache = find_cache(given)
+    whole = given.get("input_ids")
+    columns = mask.shape[1] if mask is not None else None
+    if columns is None and isinstance(whole, Tensor) and whole.dim() == 2:
+        columns = whole.shape[1]
+    if cache is None:
+        if columns is not None and columns > tokens:
+            raise ValueError(
+                f"the pass has {tokens} of {columns} columns and no cache among its arguments; expected a cache of "
+                "transformers"
+            )
+        return 0
+    length = cache_length(cache) if is_cache(cache) else None
+    if isinstance(length, int):
+        return length
+    if batch.counted is not None:  # generate alone feeds the model meanwhile
+        return batch.counted
+    if mask is not None:  # which spans the cached columns too
+        return max(mask.shape[1] - tokens, 0)
+    if isinstance(length, Tensor):
+        return int(length)  # once, with the prompt
+    if is_empty(cache):
+        return 0
+    raise ValueError(does_not_tell(cache))
+
+
+def _past_of_a_pass(batch: Batch, given: Mapping[str, Any], tokens: int) -> tuple[int, Any]:
+    """The columns before a pass outside `generate`, and its cache.
+
+    Raises:
+        ValueError: as above.
+    """
+    cache, seen = find_cache(given), batch.seen
+    if cache is None:
+        check_begins(given, tokens)
+        return 0, None
+    length = cache_length(cache) if is_cache(cache) else None
+    if isinstance(length, Tensor):
+        length = seen.length if seen is not None and seen.is_current(length) else int(length)
+    elif length is None:
+        if is_empty(cache):
+            length = 0
+        elif seen is not None and seen.cache is cache:
+            length = seen.length
+        else:
+            raise ValueError(does_not_tell(cache))
+    return length, cache
+
+
+# ---------------------------------------------------------------------------------------------------- adapters in slots
+
+#: Puts adapters into slots for as long as a batch runs.
+Hold = Callable[[Sequence[str]], AbstractContextManager[Held]]
+
+
+@contextlib.contextmanager
+def hold_loaded(sites: Mapping[int, SteeringSite], configs: Mapping[str, SteerConfig], names: Sequence[str]) -> Any:
+    """Adapters that the model has loaded, copied into slots of their own: a `Hold` once sites and configs are given."""
+    numbers = {name: number for number, name in enumerate(names)}
+    slots = {}
+    for index, site in sites.items():
+        here = {name: adapter for name in names if (adapter := site.adapter(name)) is not None}
+        if here:
+            slots[index] = slots_for({name: adapter.named_tensors() for name, adapter in here.items()}, len(names))
+        for name, adapter in here.items():
+            slots[index].put(numbers[name], adapter.named_tensors(), configs[name].activation or "identity")
+    yield Held(numbers, slots, {name: configs[name].scale for name in names})

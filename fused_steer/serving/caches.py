@@ -1,0 +1,114 @@
+"""How far a pass has come: the cache among its arguments, and how many tokens that cache holds."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+# ------------------------------------------------------------------------------------------- how far a pass has come
+
+#: Arguments that belong to a cache and are none.
+_NOT_A_CACHE = re.compile(r"^use_|_(position|positions|implementation|config|kwargs)$")
+_NAMED_AS_A_CACHE = re.compile(r"(^|_)(cache|caches|past|mems)(_|$)|^states?$")
+
+
+@dataclass
+class Seen:
+    """A cache after a pass: how many columns it holds, and by what a change from elsewhere shows.
+
+    counter: the tensor in which the cache keeps its length, if on the device, and its version after the pass: PyTorch
+    counts the writes to a tensor on the host.
+    """
+
+    cache: Any
+    length: int
+    counter: Tensor | None = None
+    version: int = -1
+
+    def is_current(self, counter: Tensor) -> bool:
+        return counter is self.counter and counter._version == self.version
+
+
+def cache_length(cache: Any) -> int | Tensor | None:
+    """The columns in a cache: an int, or a tensor that nobody has read yet. None: the cache does not say."""
+    if isinstance(cache, (tuple, list)):
+        return int(cache[0][0].shape[-2])
+    try:
+        length = cache.get_seq_length()
+    except (ValueError, NotImplementedError):  # of layers that keep a state of fixed size, and no columns
+        return None
+    return length if isinstance(length, Tensor) else int(length)
+
+
+def is_cache(value: Any) -> bool:
+    """Whether it is one of transformers' caches, or of the tuples (key, value) by layer that came before them."""
+    if isinstance(value, (tuple, list)):
+        first = value[0] if value else None
+        return isinstance(first, (tuple, list)) and all(
+            isinstance(t, Tensor) and t.dim() == 4 for t in first[:2] or [0]
+        )
+    return isinstance(value, Cache)
+
+
+def _looks_like_a_cache(name: str, value: Any) -> bool:
+    if value is None or isinstance(value, (bool, int, float, str)) or _NOT_A_CACHE.search(name):
+        return False
+    if isinstance(value, (tuple, list, dict)) and not value or isinstance(value, Tensor) and value.dim() < 2:
+        return False
+    return "cache" in type(value).__name__.lower() or bool(_NAMED_AS_A_CACHE.search(name))
+
+
+def find_cache(given: Mapping[str, Any]) -> Any:
+    """The cache among a pass's arguments, by its type; else an argument that looks like one; None: there is neither.
+
+    Raises:
+        ValueError: there are several, and none has a name that transformers gives to a decoder's own.
+    """
+    found = {name: value for name, value in given.items() if is_cache(value)}
+    own = {name: value for name, value in found.items() if name in ("cache", "past_key_values", "cache_params")}
+    chosen = list((own or found).values())
+    if any(cache is not chosen[0] for cache in chosen):
+        raise ValueError(f"the pass has several caches, {', '.join(own or found)}; expected one")
+    if chosen:
+        return chosen[0]
+    return next((value for name, value in given.items() if _looks_like_a_cache(name, value)), None)
+
+
+def is_empty(cache: Any) -> bool:
+    """Whether a cache that tells no length has seen no token either; False where it does not tell that."""
+    try:
+        return isinstance(cache, Cache) and not cache.has_previous_state()
+    except ValueError:
+        return False
+
+
+def does_not_tell(cache: Any) -> str:
+    return (
+        f"the cache is a {type(cache).__name__} that does not tell how many tokens it holds; expected a cache of "
+        "transformers that does, or that was empty when its prompt was fed in this batch"
+    )
+
+
+def check_begins(given: Mapping[str, Any], tokens: int) -> None:
+    """That a pass without a cache begins a prompt, as far as its other arguments tell."""
+    mask = given.get("attention_mask")
+    for part in mask.values() if isinstance(mask, dict) else (mask,):
+        if isinstance(part, Tensor) and part.dim() in (2, 4) and part.shape[-1] > tokens:
+            raise ValueError(
+                f"attention_mask spans {part.shape[-1]} columns of a pass with {tokens} and no cache among its "
+                "arguments; expected a cache of transformers"
+            )
+    if given.get("use_cache") is False:
+        return
+    for name in ("cache_position", "position_ids"):
+        positions = given.get(name)
+        if isinstance(positions, Tensor) and positions.numel() and int(positions.min()) > 0:
+            raise ValueError(
+                f"{name} begins at {int(positions.min())} and no argument of the pass is a cache; expected a cache of "
+                "transformers, positions from 0, or use_cache=False"
+            )

@@ -1,0 +1,195 @@
+"""What serving many adapters takes, worked out beforehand from a model's config: memory and bandwidth. Nothing is run.
+
+L layers are steered, of width d, at rank r; A adapters, S slots. In values:
+
+    adapter    L · 2 r d             a low-rank one (no biases); L · d, a vector
+    slot       L · (2 r d + r + d)   as `AdapterPool` has it, with room for b1 and b2; L · d where all are vectors
+    token      an adapter's slot, read once for each token of a batch that decodes; the base model's weights, once for
+               the batch
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from ..adapters.parameters import Adapter
+from ..config import DTYPES, SteerConfig, checked_number
+from ..model.decoder import find_decoder
+from .pool import checked_size
+
+#: What vLLM takes for `--max-lora-rank`, as far as the kernels go.
+_VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256)
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """What is to be served.
+
+    model: a directory or hub id, whose config is read; adapters: A; slots: S; memory: of the device, in GiB, or None.
+
+    Raises:
+        ValueError, TypeError: a number out of range, or what `SteerConfig` refuses.
+    """
+
+    model: str
+    adapters: int
+    rank: int
+    slots: int = 64
+    form: str = "lowrank"
+    layers: tuple[int, ...] | None = None
+    dtype: str = "float32"
+    model_dtype: str = "bfloat16"
+    batch: int = 64
+    memory: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("adapters", "batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+        checked_size(self.slots, self.rank, self.dtype)
+        if self.model_dtype not in DTYPES:
+            raise ValueError(f"model_dtype is {self.model_dtype!r}; expected one of {', '.join(DTYPES)}")
+        if self.memory is not None and checked_number("memory", self.memory) <= 0:
+            raise ValueError(f"memory is {self.memory}; expected GiB above 0")
+        self.config()
+
+    def config(self) -> SteerConfig:
+        rank = None if self.form == "vector" else self.rank
+        return SteerConfig(form=self.form, rank=rank, layers=self.layers, dtype=self.dtype)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes, but for what is named otherwise.
+
+    file: of one adapter, its config left out; slot: of one, over all layers; page_cache: all files, once they were
+    read; read_by_steering and read_by_base: per step of a batch that decodes, every row its own adapter; share: of the
+    first in both; fitting: the slots that fit beside the base model's weights (no cache counted), or None; vllm: the
+    options that serve the same.
+    """
+
+    layers: int
+    hidden: int
+    base: int
+    file: int
+    page_cache: int
+    slot: int
+    slots: int
+    read_by_steering: int
+    read_by_base: int
+    share: float
+    fitting: int | None
+    vllm: str
+
+
+def plan(request: PlanRequest) -> Plan:
+    """Work the plan out. The model is built on the meta device: no weights are read.
+
+    Raises:
+        ValueError: the model has no decoder layers, or not those that are to be steered.
+        OSError: there is no such model.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = request.config()
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(request.model))
+    decoder = find_decoder(model)
+    indices = range(len(decoder.layers)) if config.layers is None else config.layers
+    if indices[-1] >= len(decoder.layers):
+        raise ValueError(f"layers has {indices[-1]}; expected indices below {len(decoder.layers)}, the model's layers")
+    item, rank, hidden = DTYPES[request.dtype].itemsize, config.rank or 0, decoder.hidden
+    base = sum(p.numel() for p in model.parameters()) * DTYPES[request.model_dtype].itemsize
+    # An embedding gives a row a token; one that is the output's weights too is read as that.
+    tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    embedding = 0 if tied else model.get_input_embeddings().weight.numel() * DTYPES[request.model_dtype].itemsize
+    shapes = {
+        f"{decoder.path}.{index}.post_block.{name}": shape
+        for index in indices
+        for name, shape in Adapter.shapes(config, hidden).items()
+    }
+    file = _file_bytes(shapes, request.dtype)
+    slot = len(indices) * ((2 * rank * hidden + rank + hidden if rank else hidden) * item)
+    slots = slot * request.slots + 4 * request.slots * len(indices)  # each layer's codes of φ
+    reading, weights = slot * request.batch, base - embedding
+    fitting = None
+    if request.memory is not None:
+        fitting = max(0, int((request.memory * 2**30 - base) // (slot + 4 * len(indices))))
+    in_vllm = next(each for each in _VLLM_RANKS if each >= max(rank, 1))
+    return Plan(
+        layers=len(indices),
+        hidden=hidden,
+        base=base,
+        file=file,
+        page_cache=file * request.adapters,
+        slot=slot,
+        slots=slots,
+        read_by_steering=reading,
+        read_by_base=weights,
+        share=reading / (reading + weights),
+        fitting=fitting,
+        vllm=(
+            f"--enable-lora --lora-target-modules post_block --max-loras {request.slots} --max-cpu-loras "
+            f"{max(request.slots, request.adapters)} --max-lora-rank {in_vllm}"
+        ),
+    )
+
+
+def _file_bytes(shapes: dict[str, tuple[int, ...]], dtype: str) -> int:
+    """Size of the safetensors file of such tensors: the header's length, the header (JSON, to 8 bytes), the data."""
+    names = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for path in sorted(shapes):
+        begin, end = end, end + torch.Size(shapes[path]).numel() * DTYPES[dtype].itemsize
+        header[f"base_model.model.{path}"] = {
+            "dtype": names[dtype],
+            "shape": shapes[path],
+            "data_offsets": [begin, end],
+        }
+    length = len(json.dumps(header, separators=(",", ":")).encode())
+    return struct.calcsize("<Q") + (length + 7) // 8 * 8 + end
+
+
+def as_json(request: PlanRequest, found: Plan) -> str:
+    return json.dumps({"request": asdict(request), "plan": asdict(found)}, indent=2)
+
+
+def show(request: PlanRequest, found: Plan, console: Console) -> None:
+    table = Table(box=box.SIMPLE, show_header=False, pad_edge=False)
+    table.add_column(), table.add_column(justify="right"), table.add_column()
+    kind = "vector" if request.form == "vector" else f"rank {request.rank}"
+    for name, size, note in (
+        ("base model", found.base, f"{request.model_dtype}, {found.layers} layers steered, d = {found.hidden}"),
+        ("an adapter's file", found.file, f"{kind}, {request.dtype}"),
+        (f"{request.adapters:,} files", found.page_cache, "on disk, and in the page cache once all were read"),
+        ("a slot", found.slot, "an adapter on the device, over all layers"),
+        (f"{request.slots:,} slots", found.slots, "on the device, whatever is in them"),
+        ("read by steering", found.read_by_steering, f"a step of {request.batch} rows, each its own adapter"),
+        ("read by the base", found.read_by_base, "a step, its weights once; the key-value cache comes to it"),
+    ):
+        table.add_row(name, _human(size), note)
+    table.add_row(
+        "steering's share", f"{100 * found.share:.2f} %", "of both, at most: rows of one adapter read it once"
+    )
+    if found.fitting is not None:
+        table.add_row("slots that fit", f"{found.fitting:,}", f"in {request.memory:g} GiB, beside the base model alone")
+    console.print(table)
+    console.print("Worked out from shapes; nothing was measured. The same in vLLM:", markup=False)
+    console.print(f"  vllm serve {request.model} {found.vllm}", markup=False, soft_wrap=True)
+
+
+def _human(size: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024 or unit == "GiB":
+            break
+        size /= 1024
+    return f"{size:,.0f} {unit}" if unit == "B" else f"{size:,.2f} {unit}"

@@ -1,0 +1,269 @@
+"""Slots: room at one layer for several adapters, as the op that steers each token by its own takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels.grouped import Routing
+
+if TYPE_CHECKING:
+    pass
+
+
+from ..kernels import ACTIVATIONS, MAX_RANK, select_backend
+from ..kernels.grouped import post_block_grouped, post_block_routed
+from ..kernels.plan import Plan, keep, no_plan
+
+
+@dataclass(frozen=True)
+class Held:
+    """The adapters of a batch in slots, as long as it runs.
+
+    numbers: each adapter's slot; slots: by layer; scales: each adapter's own strength.
+    """
+
+    numbers: Mapping[str, int]
+    slots: Mapping[int, Slots]
+    scales: Mapping[str, float]
+
+
+def slots_for(adapters: Mapping[str, Mapping[str, Tensor]], count: int) -> Slots:
+    """Empty slots with room for these adapters of one layer, of their dtype where they share one, else float32."""
+    tensors = [tensor for named in adapters.values() for tensor in named.values()]
+    dtypes = {tensor.dtype for tensor in tensors}
+    downs = [named["steer_down.weight"] for named in adapters.values() if "steer_down.weight" in named]
+    hidden = next(t.shape[0] for named in adapters.values() for name, t in named.items() if name.startswith("steer_up"))
+    return Slots(
+        count,
+        max((down.shape[0] for down in downs), default=0),
+        hidden,
+        dtype=dtypes.pop() if len(dtypes) == 1 else torch.float32,
+        device=tensors[0].device,
+        down_bias=any("steer_down.bias" in named for named in adapters.values()),
+        up_bias=any("steer_up.bias" in named for named in adapters.values()),
+    )
+
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Slots(nn.Module):
+    """The adapters of one layer, A of them, ranks padded with zeros to r. A slot of zeros is an adapter that skips it.
+
+    Buffers, none of which a state dict holds; absent ones are None:
+        downs (A, r, d), ups (A, d, r): W1 and W2; without them (r = 0) the slots are for steering vectors.
+        down_biases (A, r), up_biases (A, d): b1 and b2.
+        codes (A,) int32: the place in `ACTIVATIONS` of each slot's φ.
+    """
+
+    downs: Tensor | None
+    ups: Tensor | None
+    down_biases: Tensor | None
+    up_biases: Tensor | None
+    codes: Tensor
+
+    @torch.inference_mode(False)  # whose tensors cannot be written to outside it
+    def __init__(
+        self,
+        count: int,
+        rank: int,
+        hidden: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        down_bias: bool = False,
+        up_bias: bool = False,
+    ) -> None:
+        """Empty slots.
+
+        Args:
+            count: A.
+            rank: r, the highest of an adapter, at most 256; 0 for steering vectors alone, which need `up_bias`.
+            hidden: d.
+            dtype: of the values: float32, bfloat16 or float16.
+            down_bias, up_bias: whether there is room for b1, for b2.
+        """
+        super().__init__()
+        if count < 1:
+            raise ValueError(f"count is {count}; expected at least one slot")
+        if not 0 <= rank <= MAX_RANK:
+            raise ValueError(f"rank is {rank}; expected 0 to {MAX_RANK}")
+        if not rank and (down_bias or not up_bias):
+            raise ValueError(
+                f"down_bias is {down_bias} and up_bias {up_bias} with rank 0, of vectors; expected False and True"
+            )
+        if dtype not in _DTYPES:
+            raise TypeError(f"dtype is {dtype}; expected float32, bfloat16 or float16")
+        self.count, self.rank, self.hidden = count, rank, hidden
+        # The buffers as the op takes them: nn.Module takes long to look each up.
+        self.weights: Any = None
+        self._plans: dict[Any, Callable[..., Tensor | None]] = {}
+        #: The last plan: a function of residual, branch and `operands`, which gives None where it is not for them.
+        self.last: Callable[..., Tensor | None] = no_plan
+        self.backend: str | None = None  # that of the last call of `routed`
+        for name, there, shape in (
+            ("downs", rank > 0, (count, rank, hidden)),
+            ("ups", rank > 0, (count, hidden, rank)),
+            ("down_biases", down_bias, (count, rank)),
+            ("up_biases", up_bias, (count, hidden)),
+        ):
+            values = torch.zeros(shape, dtype=dtype, device=device) if there else None
+            self.register_buffer(name, values, persistent=False)
+        self.register_buffer("codes", torch.zeros(count, dtype=torch.int32, device=device), persistent=False)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(buffer.nbytes for buffer in self.buffers())
+
+    @torch.no_grad()
+    def put(self, slot: int, tensors: Mapping[str, Tensor], activation: str) -> None:
+        """Let a slot hold an adapter, in place of what it held; values are converted to the slots' dtype.
+
+        Args:
+            slot: below A.
+            tensors: by their names below the site: steer_down.weight (k, d) and steer_up.weight (d, k) with k at most
+                r, or neither; steer_down.bias (k,); steer_up.bias (d,). From any device.
+            activation: φ by name; that of a vector is "identity".
+
+        Raises:
+            ValueError: what the slots have no room for, or no adapter has; nothing is written then.
+        """
+        self._check_slot(slot)
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation is {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
+        self._check(tensors)
+        # What is above an adapter's rank is zero: φ(0) = 0, and W2 has nothing there.
+        for buffer, tensor, ranks in (
+            (self.downs, tensors.get("steer_down.weight"), 0),
+            (self.ups, tensors.get("steer_up.weight"), 1),
+            (self.down_biases, tensors.get("steer_down.bias"), 0),
+            (self.up_biases, tensors.get("steer_up.bias"), 0),
+        ):
+            if buffer is not None:
+                values = buffer[slot]
+                held = 0 if tensor is None else tensor.shape[ranks]
+                if tensor is not None:
+                    values.narrow(ranks, 0, held).copy_(tensor)
+                values.narrow(ranks, held, values.shape[ranks] - held).zero_()
+        self.codes[slot] = ACTIVATIONS.index(activation)
+
+    @torch.no_grad()
+    def clear(self, slot: int) -> None:
+        """Let a slot hold nothing: a shift of zero, which leaves the very bits."""
+        self._check_slot(slot)
+        for buffer in self.buffers():
+            buffer[slot].zero_()
+
+    def forward(
+        self,
+        residual: Tensor,
+        branch: Tensor | None,
+        ids: Tensor,
+        gain: Tensor | None = None,
+        into_branch: bool = False,
+    ) -> Tensor:
+        """residual + branch, each token steered by the adapter of its slot: see `post_block_grouped`.
+
+        Args:
+            residual, branch: (..., d).
+            ids: (...), the slots, int32 or int64; a negative one is no adapter.
+            gain: (...), strength included; None is 1.
+            into_branch: write branch + shift into `branch`, and leave the residual un-added.
+        """
+        return post_block_grouped(
+            residual,
+            branch,
+            self.downs,
+            self.ups,
+            ids,
+            down_biases=self.down_biases,
+            up_biases=self.up_biases,
+            activation=self.codes,
+            gain=gain,
+            into_branch=into_branch,
+        )
+
+    def routed(self, residual: Tensor, branch: Tensor | None, routing: Routing) -> Tensor:
+        """The same of tokens whose routing is worked out, outside of compiled graphs and without a gradient.
+
+        Args:
+            residual, branch: (..., d), float32, bfloat16 or float16, on the device of the slots and the routing.
+        """
+        run = self._plans.get(residual.shape)
+        if run is not None and branch is not None:
+            out = run(residual, branch, *self.operands(routing))
+            if out is not None:
+                self.last, self.backend = run, "triton"
+                return out
+        return self._routed(residual, branch, routing)
+
+    def operands(self, routing: Routing) -> tuple[Tensor, ...]:
+        """What a plan's function takes behind residual and branch."""
+        if self.weights is None:
+            buffers = (self.downs, self.ups, self.down_biases, self.up_biases, self.codes)
+            self.weights = (buffers, tuple(b for b in buffers if b is not None))
+        return (*routing.operands, *self.weights[1])
+
+    def _routed(self, residual: Tensor, branch: Tensor | None, routing: Routing) -> Tensor:
+        operands = (residual, branch, *self.operands(routing))
+        buffers = self.weights[0]
+        shape = (*routing.places, self.hidden)
+        if residual.shape != shape or branch is not None and branch.shape != shape:
+            there = (tuple(t.shape) for t in (residual, branch) if t is not None)
+            raise ValueError(f"residual and branch have the shapes {', '.join(map(str, there))}; expected {shape}")
+        if residual.dtype not in _DTYPES or branch is not None and branch.dtype not in _DTYPES:
+            there = (str(t.dtype) for t in (residual, branch) if t is not None)
+            raise TypeError(f"residual and branch are {', '.join(there)}; expected float32, bfloat16 or float16")
+        if residual.device != buffers[4].device:
+            raise ValueError(f"residual is on {residual.device}; expected {buffers[4].device}, where the slots are")
+        backend = self.backend = select_backend(residual.device)
+        if backend != "triton" or branch is None:
+            return post_block_routed(residual, branch, buffers, routing, backend)
+        (out,), plan = Plan.make(operands, lambda: (post_block_routed(residual, branch, buffers, routing, backend),))
+        if plan is not None:
+            keep(self._plans, residual.shape, plan.run)
+            self.last = plan.run
+        return out
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Slots:
+        self.weights, self.last = None, no_plan  # the buffers are other tensors then
+        self._plans.clear()
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"weights": None, "_plans": {}, "last": no_plan}  # copies plan for themselves
+
+    def extra_repr(self) -> str:
+        return f"count={self.count}, rank={self.rank}, hidden={self.hidden}, nbytes={self.nbytes}"
+
+    def _check_slot(self, slot: int) -> None:
+        if not 0 <= slot < self.count:
+            raise ValueError(f"slot is {slot}; expected 0 to {self.count - 1}")
+
+    def _check(self, tensors: Mapping[str, Tensor]) -> None:
+        names = ("steer_down.weight", "steer_up.weight", "steer_down.bias", "steer_up.bias")
+        for name in tensors:
+            if name not in names:
+                raise ValueError(f"tensors has {name!r}; expected names among {', '.join(names)}")
+        down, up, down_bias, up_bias = (tensors.get(name) for name in names)
+        if (down is None) != (up is None):
+            raise ValueError(f"tensors has one of {names[0]} and {names[1]}; expected both or neither")
+        if down is None and up_bias is None:
+            raise ValueError(f"tensors has {list(tensors)}; expected {names[0]} and {names[1]}, or {names[3]}")
+        if down is None and down_bias is not None:
+            raise ValueError(f"tensors has {names[2]} without {names[0]}; expected both or neither")
+        rank = down.shape[0] if down is not None and down.dim() else 0
+        if rank > self.rank:
+            raise ValueError(f"{names[0]} is of rank {rank}; expected at most {self.rank}, the rank of the slots")
+        for name, room in ((names[2], self.down_biases), (names[3], self.up_biases)):
+            if name in tensors and room is None:
+                raise ValueError(f"tensors has {name}; expected none, as the slots have no room for it")
+        shapes = ((rank, self.hidden), (self.hidden, rank), (rank,), (self.hidden,))
+        for name, shape in zip(names, shapes, strict=True):
+            if name in tensors and tuple(tensors[name].shape) != shape:
+                raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}; expected {shape}")

@@ -1,0 +1,474 @@
+"""Which causal language models of the installed transformers are steered, how, and whether rightly.
+
+Every model type that `AutoModelForCausalLM` knows is built tiny, with random weights, from its config class alone; is
+patched; and is held against itself unpatched and against plain forward hooks. Each in a process of its own, so that
+one that crashes or hangs costs its own row only.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import multiprocessing
+import platform
+import re
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields, replace
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from .._version import __version__
+from ..adapters.parameters import SITE
+from ..config import SteerConfig
+from ..patch import patch_model
+
+__all__ = ["MODEL_TYPES", "Row", "build", "check", "check_all", "markdown", "summary"]
+
+#: All model types that AutoModelForCausalLM knows.
+MODEL_TYPES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+#: Of a model's steered logits against those of plain forward hooks, by norm, in float32.
+TOLERANCE = 1e-5
+
+#: What may become of a model type, and what that means.
+OUTCOMES = {
+    "fused": "passes; every layer's last residual add is fused",
+    "mixed": "passes; some layers are fused, the others are steered by a hook, for the reason given",
+    "hook": "passes; every layer is steered by a hook, for the reason given",
+    "refused": "`patch_model` refuses it and leaves it as it was",
+    "raises": "patched, it raises this error when it runs",
+    "unbuilt": "transformers itself does not build or run it here",
+    "wrong": "patched, it silently gives what it should not",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """What became of one model type.
+
+    outcome: one of OUTCOMES; reason: why it is not "fused"; note: what else there is to know; error: the largest
+    relative error against plain hooks; seconds: how long it took.
+    """
+
+    model_type: str
+    model_class: str
+    outcome: str
+    reason: str = ""
+    note: str = ""
+    layers: int = 0
+    hooked: int = 0
+    error: float = 0.0
+    seconds: float = 0.0
+
+    @property
+    def passes(self) -> bool:
+        return self.outcome in ("fused", "mixed", "hook")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tiny models
+
+VOCABULARY, HIDDEN, HEADS, LAYERS = 128, 64, 4, 3
+
+#: What a number in a config becomes, by its name. The first that matches in full counts.
+_SIZES: tuple[tuple[str, float], ...] = (
+    (r"(.*_)?vocab_size(_.*)?", VOCABULARY),
+    (r"(max_|n_)?(position_embeddings|positions|ctx|seq_len|(source|target)_positions|context_length)", 128),
+    (r"hidden_size(_global)?|d_model|n_embd|emb_dim|embedding_dim|(.*_)?embedding_size|word_embed_proj_dim", HIDDEN),
+    (r"adapter_(input_size|in_dim|out_dim)", HIDDEN),
+    (r"(.*_)?(intermediate_size(_mlp)?|ffn_dim|ffn_hidden_size)|n_inner|dff|dim_ff|d_inner|feed_forward_size", 96),
+    (r"(num_|n_)?((hidden|encoder|decoder)_)?layers?|num_blocks|depth", LAYERS),
+    (r"(.*_)?(num_)?key_value_heads|num_kv_heads|num_query_groups", HEADS // 2),
+    (r"(num_)?((.*_)?attention_)?heads|n_heads?|(.*_)?num_attention_heads", HEADS),
+    (r"(.*_)?head_dim|d_head|dim_head|d_kv|kv_channels|attention_head_size", HIDDEN // HEADS),
+    (r"rotary_dim", HIDDEN // HEADS // 2),
+    (r"(.*_)?(lora_rank|lowrank|laurel_rank|rank)", 16),
+    (r"(moe_)?num_(local_)?experts|n_routed_experts", 4),
+    (r"num_experts_per_tok(en)?|moe_k|moe_topk|n_group|topk_group|num_expert_group", 1),
+    (r"(mamba_)?d_state|(ssm_)?state_size", 8),
+    (r"(mamba_)?chunk_size", 16),
+    (r"initializer_range|init_std", 0.1),
+)
+_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+#: What the rules above do not get right, by model type: values for its config, for building alone.
+_OVERRIDES: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1]},
+    "blt": {"encoder_hash_byte_group_vocab": VOCABULARY},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
+    "dbrx": {"attn_config": {"clip_qkv": 8.0, "kv_n_heads": HEADS // 2, "rope_theta": 10000.0}},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention", "linear_attention"]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
+    "longcat_flash": {"moe_topk": 2, "zero_expert_num": 2},
+    "mamba2": {"num_heads": 2 * HEADS},
+    "musicgen_decoder": {"num_codebooks": 1},
+    "musicgen_melody_decoder": {"num_codebooks": 1},
+    "nemotron": {"num_key_value_heads": HEADS // 2},
+    "qwen4_exp_text": {
+        "eos_token_id": 2,
+        "indexer_budget": 4,
+        "indexer_compress_ratio": 2,
+        "indexer_head_dim": HIDDEN // HEADS,
+        "indexer_kv_heads": 1,
+        "indexer_n_heads": HEADS,
+        "ngram_vocab_size_base": VOCABULARY,
+        "ple_layer_ids": [1],
+    },
+    "reformer": {"axial_pos_embds_dim": (HIDDEN // 2, HIDDEN // 2), "axial_pos_shape": (8, 16)},
+    "xlstm": {"hidden_size": 2 * HIDDEN},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {"layers_block_type": ["linear_attention", "hybrid", "hybrid"]},
+}
+
+
+def _tiny(config: PreTrainedConfig) -> dict[str, Any]:
+    """The arguments of a config like `config`, but small: its numbers by _SIZES, its lists one entry a layer."""
+    values: dict[str, Any] = {}
+    own = vars(config)
+    # What is None unless it is given was worked out from the rest, and will be again.
+    free = {field.name for field in fields(config) if field.default is not None}
+    layers = _layers(config)
+    for name, value in own.items():
+        if isinstance(value, PreTrainedConfig):
+            values[name] = {"model_type": value.model_type} | _tiny(value)
+        elif name == "is_decoder":
+            values[name] = True
+        elif name == "head_dim" and value is None:
+            values[name] = HIDDEN // HEADS
+        elif name in _TOKENS:
+            values[name] = _TOKENS[name]
+        elif type(value) in (int, float) and name in free:
+            size = next((size for pattern, size in _SIZES if re.fullmatch(pattern, name)), None)
+            if size is not None:
+                values[name] = size
+        elif isinstance(value, (list, tuple)) and len(value) == getattr(config, "num_hidden_layers", None):
+            values[name] = type(value)(value[i] for i in layers)
+    if "kv_lora_rank" in values:  # multi-head latent attention, which knows no groups of heads
+        values["num_key_value_heads"] = HEADS
+    return values | _OVERRIDES.get(config.model_type, {})
+
+
+def _layers(config: PreTrainedConfig) -> list[int]:
+    """LAYERS indices of the layers of `config`: the first of each kind, as far as there is room, and the first."""
+    count = getattr(config, "num_hidden_layers", None) or 0
+    kinds = [v for v in vars(config).values() if isinstance(v, (list, tuple)) and v and isinstance(v[0], str)]
+    firsts = {kind.index(name) for kind in kinds if len(kind) == count for name in kind}
+    return sorted(sorted(range(count), key=lambda i: (i not in firsts, i))[:LAYERS])
+
+
+def build(model_type: str, seed: int = 0) -> PreTrainedModel:
+    """A tiny model of the type with random weights, the same for each seed; float32, in eval mode, frozen."""
+    config_class = CONFIG_MAPPING[model_type]
+    config = config_class(**_tiny(config_class()))
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
+    # Of a model of text and more, the class may be that of the text part alone.
+    parts = (part for part in (config, *vars(config).values()) if isinstance(part, model_class.config_class))
+    torch.manual_seed(seed)
+    # Frozen alike before and after patching: PyTorch multiplies matrices that need gradients in another order.
+    return model_class._from_config(next(parts, config)).float().eval().requires_grad_(False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The checks
+
+_CONFIG = SteerConfig(rank=4, scale=0.7, down_bias=True, up_bias=True)
+
+
+class Wrong(Exception):
+    """A patched model gave what it should not have; the message is one line that says what."""
+
+
+def check(model: PreTrainedModel, model_type: str = "", patch: Callable[..., Any] = patch_model) -> Row:
+    """Patch `model`, hold it against itself unpatched and against plain hooks, and unpatch it.
+
+    The fresh patch and the model unpatched again must give the logits, and greedy generation, of the model as it came,
+    bit for bit. With a random adapter, logits, generation and the adapter's gradients must equal, within TOLERANCE by
+    norm, those of a copy steered by plain forward hooks, and each layer must have steered as often as there.
+    """
+    row = Row(model_type, type(model).__name__, "raises")
+    try:
+        original = copy.deepcopy(model)
+        before, note = _outputs(model)
+        if not all(map(torch.equal, before.values(), _outputs(model)[0].values())):
+            raise ValueError("two runs unpatched differ")
+        if not all(tensor.isfinite().all() for tensor in before.values()):
+            raise ValueError("its logits are not finite unpatched")
+    except Exception as error:
+        return replace(row, outcome="unbuilt", reason=f"does not run unpatched: {_one_line(error)}")
+    row = replace(row, note=note)
+    structure = _structure(model)
+    try:
+        patch(model, _CONFIG)
+    except ValueError as error:
+        if _structure(model) != structure:
+            return replace(row, outcome="wrong", reason=f"refused, but changed: {_one_line(error)}")
+        return replace(row, outcome="refused", reason=_one_line(error))
+    try:
+        report = model.steering.report()
+        hooked = [layer for layer in report if layer.kind == "hook"]
+        row = replace(row, layers=len(report), hooked=len(hooked), reason="; ".join({h.reason: 0 for h in hooked}))
+        _expect_same(before, _outputs(model)[0], "a fresh patch")
+        error = _compare(model, original)
+        model.steering.unpatch()
+        if _structure(model) != structure:
+            raise Wrong("unpatch left something behind")
+        _expect_same(before, _outputs(model)[0], "the unpatched model")
+    except Wrong as wrong:
+        return replace(row, outcome="wrong", reason=str(wrong))
+    except Exception as error:
+        return replace(row, outcome="raises", reason=_one_line(error))
+    kind = "hook" if len(hooked) == len(report) else "mixed" if hooked else "fused"
+    return replace(row, outcome=kind, error=error)
+
+
+def _outputs(model: PreTrainedModel) -> tuple[dict[str, Tensor], str]:
+    """Logits, and those of greedy generation with its tokens; a note if the model does not generate."""
+    ids = _tokens()
+    with torch.no_grad():
+        outputs = {"logits": model(input_ids=ids).logits}
+    try:
+        generated = model.generate(
+            input_ids=ids, max_new_tokens=4, min_new_tokens=4, do_sample=False,
+            return_dict_in_generate=True, output_logits=True,
+        )  # fmt: skip
+    except Exception as error:
+        return outputs, f"does not generate: {_one_line(error)}"
+    return outputs | {"generation": torch.stack(generated.logits), "tokens": generated.sequences}, ""
+
+
+def _tokens() -> Tensor:
+    """Two sequences without special tokens."""
+    return torch.randint(3, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(0))
+
+
+def _expect_same(expected: dict[str, Tensor], actual: dict[str, Tensor], what: str) -> None:
+    for name, tensor in expected.items():
+        if name not in actual:
+            raise Wrong(f"{what} does not generate")
+        if not torch.equal(actual[name], tensor):
+            raise Wrong(f"{what} has other {name}: relative error {_error(actual[name], tensor):.1e}")
+
+
+def _error(actual: Tensor, expected: Tensor) -> float:
+    if actual.shape != expected.shape:
+        return math.inf
+    error = ((actual - expected).double().norm() / expected.double().norm()).item()
+    return math.inf if math.isnan(error) else error
+
+
+def _compare(model: PreTrainedModel, original: PreTrainedModel) -> float:
+    """The largest relative error of the patched model, with a random adapter, against `original` under plain hooks."""
+    generator = torch.Generator().manual_seed(1)
+    parameters = {name: p for name, p in model.named_parameters() if f".{SITE}." in name}
+    for parameter in parameters.values():
+        parameter.data.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+    unsteered = _outputs(original)[0]
+    hooks = PlainHooks(original, parameters)
+    model.steering.reset_calls()
+    worst = 0.0
+    expected, actual = _outputs(original)[0], _outputs(model)[0]
+    for name in expected.keys() & {"logits", "generation"}:
+        if not expected[name].isfinite().all():
+            raise ValueError("its logits are not finite when steered by plain hooks")
+        if _error(unsteered[name], expected[name]) < 0.01:
+            raise Wrong(f"the adapter hardly changes the {name}")
+        worst = max(worst, _expect_close(actual[name], expected[name], name))
+    calls = {layer.path: layer.calls for layer in model.steering.report()}
+    if calls != hooks.calls:
+        raise Wrong(f"the sites were called {calls} times; expected {hooks.calls}")
+    names, leaves = zip(*hooks.leaves.items(), strict=True)
+    ours = _gradients(model, [parameters[name] for name in names])
+    for name, left, right in zip(names, ours, _gradients(original, leaves), strict=True):
+        if (left is None) != (right is None):
+            raise Wrong(f"the gradient of {name} is there in one of steered model and plain hooks only")
+        if right is not None and right.norm() > 0:
+            worst = max(worst, _expect_close(left, right, f"gradient of {name}"))
+    return worst
+
+
+def _expect_close(actual: Tensor, expected: Tensor, what: str) -> float:
+    error = _error(actual, expected)
+    if not error <= TOLERANCE:
+        raise Wrong(f"{what}: relative error {error:.1e} against plain hooks; expected at most {TOLERANCE:.0e}")
+    return error
+
+
+def _gradients(model: PreTrainedModel, leaves: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    cached = getattr(model.config, "use_cache", None)
+    model.config.use_cache = False  # a cache may be written in place, which autograd refuses
+    logits = model(input_ids=_tokens()).logits
+    model.config.use_cache = cached
+    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2))
+    return torch.autograd.grad((logits * weights).mean(), leaves, allow_unused=True)
+
+
+class PlainHooks:
+    """Steers a model by PyTorch's forward hooks and autograd alone, with copies of a patched model's parameters.
+
+    leaves: the copies, by the parameters' names; calls: how often each layer ran, by path.
+    """
+
+    def __init__(self, model: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
+        self.leaves = {name: p.detach().clone().requires_grad_() for name, p in parameters.items()}
+        self.calls = dict.fromkeys((name.partition(f".{SITE}.")[0] for name in parameters), 0)
+        for path in self.calls:
+            model.get_submodule(path).register_forward_hook(self._hook(path))
+
+    def _hook(self, path: str) -> Callable[..., Any]:
+        down, down_bias, up, up_bias = (
+            self.leaves[f"{path}.{SITE}.{name}"]
+            for side in ("steer_down", "steer_up")
+            for name in (f"{side}.default.weight", f"{side}.default.bias")
+        )
+
+        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            self.calls[path] += 1
+            hidden, *rest = output if isinstance(output, (tuple, list)) else (output,)
+            hidden = hidden + _CONFIG.scale * F.linear(F.silu(F.linear(hidden, down, down_bias)), up, up_bias)
+            return type(output)((hidden, *rest)) if isinstance(output, (tuple, list)) else hidden
+
+        return hook
+
+
+def _structure(model: nn.Module) -> Any:
+    """What patching may change: classes, attributes, hooks, parameters."""
+    modules = {
+        path: (type(m), sorted(vars(m)), len(m._forward_hooks), len(m._forward_pre_hooks))
+        for path, m in model.named_modules()
+    }
+    return modules, {name: (id(p), p.requires_grad) for name, p in model.named_parameters()}, list(model.state_dict())
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    text = text if len(text) <= 200 else f"{text[:199]}…"
+    return text if type(error) is ValueError else f"{type(error).__name__}: {text}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# All of them, each in its own process
+
+
+def run(model_type: str) -> Row:
+    """Build and check one model type, here."""
+    start = time.perf_counter()
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
+    row = Row(model_type, name if isinstance(name, str) else name[0], "unbuilt")
+    try:
+        model = build(model_type)
+    except Exception as error:
+        row = replace(row, reason=_one_line(error))
+    else:
+        row = replace(check(model, model_type), model_class=row.model_class)
+    return replace(row, seconds=time.perf_counter() - start)
+
+
+def check_all(model_types: Sequence[str] = MODEL_TYPES, jobs: int = 2, seconds: float = 120.0) -> Iterator[Row]:
+    """A Row for each model type, in order, each from a process of its own that has `seconds`; `jobs` at a time.
+
+    Raises:
+        ValueError: transformers knows no causal language model of such a type, or `jobs` is not positive.
+    """
+    unknown = [model_type for model_type in model_types if model_type not in MODEL_TYPES]
+    if unknown:
+        raise ValueError(f"model type is {unknown[0]!r}; expected one of a causal language model, such as 'llama'")
+    if jobs < 1:
+        raise ValueError(f"jobs is {jobs}; expected at least 1")
+    # Processes forked from one that has imported all this already start at once, and are as clean as new ones.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with ThreadPoolExecutor(jobs) as pool:
+        yield from pool.map(lambda model_type: _run_apart(context, model_type, seconds), model_types)
+
+
+def _run_apart(context: Any, model_type: str, seconds: float) -> Row:
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_work, args=(sender, model_type), daemon=True)
+    process.start()
+    sender.close()  # so that the receiver sees the end of a process that dies
+    row = Row(model_type, str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]), "raises")
+    try:
+        if receiver.poll(seconds):
+            return receiver.recv()
+        process.kill()
+        return replace(row, reason=f"took more than {seconds:g} s", seconds=seconds)
+    except EOFError:
+        process.join()
+        return replace(row, reason=f"its process ended with exit code {process.exitcode}")
+    finally:
+        process.join()
+        receiver.close()
+
+
+def _work(sender: Connection, model_type: str) -> None:
+    torch.set_num_threads(1)  # more cost tiny models more than they give
+    transformers.logging.set_verbosity_error()
+    logging.disable(logging.CRITICAL)
+    warnings.simplefilter("ignore")
+    sender.send(run(model_type))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table
+
+
+def counts(rows: Sequence[Row]) -> dict[str, int]:
+    """How many model types came to each outcome."""
+    counter = Counter(row.outcome for row in rows)
+    return {outcome: counter[outcome] for outcome in OUTCOMES}
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """One line: how many passed, of how many, and how."""
+    passed = sum(row.passes for row in rows)
+    return f"{passed} of {len(rows)} pass: " + ", ".join(f"{n} {outcome}" for outcome, n in counts(rows).items())
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The table with what it means, as docs/coverage.md has it."""
+    versions = f"fused-steer {__version__}, transformers {transformers.__version__}, torch {torch.__version__}"
+    classes = {row.model_class for row in rows}
+    passing = classes - {row.model_class for row in rows if not row.passes}
+    passed = sum(row.passes for row in rows)
+    lines = [
+        "# Coverage",
+        "",
+        "Every model type that `AutoModelForCausalLM` knows, built tiny with random weights from its config class,",
+        "patched in every layer, and checked on a CPU in float32. A fresh patch, and the model unpatched again, give",
+        "the logits and the greedy generation of the model as it came, bit for bit. With a random adapter, logits,",
+        "generation and the adapter's gradients equal those of plain forward hooks (relative error by norm at most",
+        f"{TOLERANCE:.0e}), and each layer steers as often as there. Written by",
+        "`fused-steer coverage --out docs/coverage.md`.",
+        "",
+        f"Versions: {versions}, Python {platform.python_version()}.",
+        "",
+        f"**{passed} of {len(rows)} model types pass**, {len(passing)} of {len(classes)} classes;",
+        f"the largest relative error is {max((row.error for row in rows), default=0.0):.1e}.",
+        "",
+        "| outcome | model types | meaning |",
+        "|---|---|---|",
+        *(f"| {outcome} | {n} | {OUTCOMES[outcome]} |" for outcome, n in counts(rows).items()),
+        "",
+        "| class | model type | outcome | why |",
+        "|---|---|---|---|",
+    ]
+    for row in sorted(rows, key=lambda row: row.model_type):
+        why = "; ".join(filter(None, (row.reason, row.note))).replace("|", "\\|")
+        lines.append(f"| {row.model_class} | {row.model_type} | {row.outcome} | {why} |")
+    return "\n".join(lines) + "\n"

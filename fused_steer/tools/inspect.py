@@ -1,0 +1,110 @@
+"""A saved adapter as a person wants to see it: its config, its size, and the norms of each layer."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from ..adapters.files import WEIGHTS_NAME, AdapterFile, locate_adapter, read_adapter
+from ..adapters.parameters import SITE, Adapter
+
+
+@dataclass(frozen=True)
+class LayerNorms:
+    """Norms of one layer's adapter, None where it has no such part. down: ‖W1‖_F, up: ‖W2‖_F, product: ‖W2 W1‖_2,
+    down_bias: ‖b1‖, up_bias: ‖b2‖."""
+
+    layer: int
+    down: float | None
+    up: float | None
+    product: float | None
+    down_bias: float | None
+    up_bias: float | None
+
+
+def _by_layer(adapter: AdapterFile) -> dict[int, dict[str, Tensor]]:
+    """The adapter's tensors by layer, in order, and by their name below the site.
+
+    Raises:
+        ValueError: a layer's tensors are not those that the config asks for.
+    """
+    layers: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in adapter.tensors.items():
+        found = re.fullmatch(rf"(?:.*\.)?(\d+)\.{SITE}\.(\w+\.\w+)", name)
+        if found is None:
+            raise ValueError(
+                f"the adapter has a tensor {name!r}; expected names such as layers.0.{SITE}.steer_up.weight"
+            )
+        layers.setdefault(int(found[1]), {})[found[2]] = tensor
+    shapes = Adapter.shapes(adapter.config, adapter.hidden)
+    for index in sorted(layers.keys() | set(adapter.config.layers or range(adapter.num_layers))):
+        found_shapes = {name: tuple(tensor.shape) for name, tensor in layers.get(index, {}).items()}
+        if found_shapes != shapes:
+            raise ValueError(f"layer {index} of the adapter has {found_shapes}; expected {shapes}")
+    return dict(sorted(layers.items()))
+
+
+def _norms(layer: int, tensors: dict[str, Tensor]) -> LayerNorms:
+    def norm(name: str) -> float | None:
+        return float(tensors[name].double().norm()) if name in tensors else None
+
+    product = None
+    if "steer_up.weight" in tensors:
+        down, up = tensors["steer_down.weight"].double(), tensors["steer_up.weight"].double()
+        # W2 W1 = Q (R Sᵀ) Pᵀ with W2 = Q R and W1ᵀ = P S: orthonormal factors leave the norm to an r x r product.
+        small = torch.linalg.qr(up, mode="r").R @ torch.linalg.qr(down.t(), mode="r").R.t()
+        product = float(torch.linalg.matrix_norm(small, 2))
+    return LayerNorms(
+        layer,
+        norm("steer_down.weight"),
+        norm("steer_up.weight"),
+        product,
+        norm("steer_down.bias"),
+        norm("steer_up.bias"),
+    )
+
+
+def describe(source: str) -> dict[str, Any]:
+    """What `inspect` shows of an adapter, as JSON has it."""
+    directory = locate_adapter(source)
+    adapter = read_adapter(directory)
+    layers = [asdict(_norms(index, tensors)) for index, tensors in _by_layer(adapter).items()]
+    return {
+        "adapter": str(directory),
+        "base_model": adapter.base or None,
+        "hidden_size": adapter.hidden,
+        "num_layers": adapter.num_layers,
+        "config": adapter.config.to_dict(),
+        "parameters": sum(tensor.numel() for tensor in adapter.tensors.values()),
+        "file_bytes": (directory / WEIGHTS_NAME).stat().st_size,
+        "layers": layers,
+    }
+
+
+def config_table(description: dict[str, Any]) -> Table:
+    table = Table("setting", "value")
+    facts = {name: value for name, value in description.items() if name not in ("config", "layers")}
+    for name, value in {**facts, **description["config"]}.items():
+        shown = f"{value:,}" if name in ("parameters", "file_bytes") else str(value)
+        table.add_row(name, Text("all" if name == "layers" and value is None else shown))
+    return table
+
+
+_NORM_HEADS = {"down": "‖W1‖", "up": "‖W2‖", "product": "‖W2 W1‖₂", "down_bias": "‖b1‖", "up_bias": "‖b2‖"}
+
+
+def norms_table(layers: list[dict[str, Any]]) -> Table:
+    """One row a layer; a column for each part that the adapter has."""
+    present = [name for name in _NORM_HEADS if layers[0][name] is not None]
+    table = Table("layer", *(_NORM_HEADS[name] for name in present))
+    for column in table.columns:
+        column.justify = "right"
+    for norms in layers:
+        table.add_row(str(norms["layer"]), *(f"{norms[name]:.4g}" for name in present))
+    return table

@@ -1,0 +1,272 @@
+"""The verb `kernels`: what each kernel uses on each target, compiled ahead of time, and the time predicted for a pass.
+
+Nothing here needs a GPU. Heavy imports are inside functions, as the command line starts without them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from rich.console import Console
+
+    from ..kernels.aot import Case
+    from ..kernels.launch import Launch
+
+
+_MAX_HIDDEN, _MAX_TOKENS = 1 << 20, (1 << 31) - 1  # the kernels count both in 32 bits
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def _post_block(case: Case, target: str) -> dict[str, list[Launch]]:
+    from ..kernels.aot import record_passes
+
+    return record_passes(case, target)
+
+
+#: The ops: how the launches of each of their passes are recorded.
+OPS: dict[str, Callable[[Case, str], dict[str, list[Launch]]]] = {"post_block": _post_block}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for: an op of `OPS` at d = `hidden`, r = `rank`, a dtype of `DTYPES`, for each N of `tokens` and
+    each target; no target is those of `TARGETS`. Passes are predicted for `gpus`, of `GPUS`; None is all that have one
+    of the targets. packed: weights packed once a pass, as a patched model hands them over; else the parameters."""
+
+    op: str
+    hidden: int
+    rank: int
+    dtype: str
+    tokens: tuple[int, ...]
+    targets: tuple[str, ...] = ()
+    gpus: tuple[str, ...] | None = None
+    packed: bool = True
+
+    def validate(self) -> None:
+        """
+        Raises:
+            ValueError: what is asked for is not there, or out of range.
+        """
+        from ..kernels import MAX_RANK
+        from ..kernels.aot import ALL_TARGETS, GPUS
+
+        for name, value, known in (
+            ("op", self.op, OPS),
+            ("dtype", self.dtype, DTYPES),
+            *(("target", target, ALL_TARGETS) for target in self.targets),
+            *(("gpu", gpu, GPUS) for gpu in self.gpus or ()),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} is {value!r}; expected one of {', '.join(known)}")
+        for name, number, least, most in (
+            ("hidden", self.hidden, 1, _MAX_HIDDEN),
+            ("rank", self.rank, 0, MAX_RANK),
+            *(("tokens", count, 1, _MAX_TOKENS) for count in self.tokens),
+        ):
+            if not least <= number <= most:
+                raise ValueError(f"{name} is {number}; expected {least} to {most}")
+
+
+def describe_kernels(request: Request) -> dict[str, Any]:
+    """The kernels of `request`, what its passes are predicted to take, and their floors, as JSON has them.
+
+    `kernels`: a row for each launch that each target would make, with its grid, its blocks, what it uses (see
+    `kernels.aot.Resources`) and what its programs do between them (`l2_bytes`, `memory_bytes`, `fill`, `series`: see
+    `kernels.predict`). `cannot`: what each of the smaller targets lacks. `predictions`: for each number of tokens, pass
+    and GPU the seconds, each limit's share of them, and the same for each launch. `floors`: the units (hidden states
+    read or written), their bytes, and the seconds that these take at least.
+
+    Raises:
+        ValueError: as `Request.validate`.
+        RuntimeError: kernels are interpreted here, or a compiler's report is unreadable.
+    """
+    request.validate()
+    import torch
+
+    from ..kernels.aot import CANNOT, GPUS, Case
+    from ..kernels.schedule import TARGETS
+
+    passes_of = OPS[request.op]
+    targets = request.targets or tuple(TARGETS)
+    gpus = tuple(gpu for gpu in GPUS if GPUS[gpu][0] in targets) if request.gpus is None else request.gpus
+    kernels, predictions, floors = [], [], []
+    for tokens in request.tokens:
+        case = Case(tokens, request.hidden, request.rank, getattr(torch, request.dtype), packed=request.packed)
+        for target in targets:
+            for name, launches in passes_of(case, target).items():
+                kernels += [{"tokens": tokens, "pass": name, **row} for row in _kernel_rows(launches, target)]
+        for gpu, (target, _) in GPUS.items():
+            for name, launches in passes_of(case, target).items():
+                what = {"tokens": tokens, "pass": name, "gpu": gpu}
+                if gpu in gpus:
+                    predictions.append({**what, **_prediction(launches, gpu)})
+                floors.append({**what, **_floor(launches, gpu)})
+    asked = {name: getattr(request, name) for name in ("op", "hidden", "rank", "dtype", "packed")}
+    cannot = {target: CANNOT[target] for target in targets if target in CANNOT}
+    return {**asked, "kernels": kernels, "cannot": cannot, "predictions": predictions, "floors": floors}
+
+
+def _kernel_rows(launches: list[Launch], target: str) -> list[dict[str, Any]]:
+    from ..kernels.aot import compile_launch, hidden_states
+    from ..kernels.predict import fill, l2_bytes, memory_bytes, work
+
+    rows = []
+    for launch, moved in zip(launches, memory_bytes(launches, target), strict=True):
+        plan = launch.schedule
+        layout = {
+            "target": target,
+            "grid": list(launch.grid),
+            "block_n": plan.block_n,
+            "block_d": plan.block_d,
+            "block_r": plan.block_r,
+            "num_stages": plan.num_stages,
+            "units": len(hidden_states(launch)),
+        }
+        done = {
+            "l2_bytes": int(l2_bytes(launch)),
+            "memory_bytes": int(moved),
+            "fill": fill(launch, target),
+            "series": work(launch).series,
+        }
+        rows.append({**layout, **done, **asdict(compile_launch(launch, target))})
+    return rows
+
+
+def _prediction(launches: list[Launch], gpu: str) -> dict[str, Any]:
+    from ..kernels.predict import predict
+
+    found = predict(launches, gpu)
+    each = [
+        {"kernel": launch.kernel, "binds": launch.binds, "busy": launch.busy, **asdict(launch.times)}
+        for launch in found.launches
+    ]
+    totals = {"seconds": found.seconds, "floors": found.floors, "binds": found.binds, **asdict(found.times)}
+    return {**totals, "launches": each}
+
+
+def _floor(launches: list[Launch], gpu: str) -> dict[str, Any]:
+    from ..kernels.aot import hidden_states, time_floor
+
+    states = [state for launch in launches for state in hidden_states(launch).values()]
+    size = sum(state.nbytes for state in states)
+    return {"units": len(states), "bytes": size, "seconds": time_floor(launches, gpu)}
+
+
+def _table(*columns: str, left: int) -> Table:
+    """A table of `columns`, the first `left` of them text, the rest numbers; narrow, to fit in 80 characters."""
+    table = Table(box=box.SIMPLE_HEAD, padding=0)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index < left else "right", no_wrap=True)
+    return table
+
+
+def _short(kernel: str) -> str:
+    return kernel.removeprefix("post_block_").removesuffix("_kernel")
+
+
+def _kernel_table(rows: list[dict[str, Any]]) -> Table:
+    columns = ("regs", "spill", "smem", "occ", "ld128", "st128", "b16", "async", "mma", "local")
+    table = _table("target", "kernel", "grid", *columns, left=3)
+    for row in rows:
+        table.add_row(
+            row["target"],
+            _short(row["kernel"]),
+            "x".join(map(str, row["grid"])),
+            str(row["registers"]),
+            str(row["spills"]),
+            f"{-(-row['shared'] // 1024)}K",
+            f"{row['occupancy']:.0%}",
+            str(row["loads_128"] + row["async_copies_128"]),
+            str(row["stores_128"]),
+            str(row["loads_16"] + row["stores_16"]),
+            str(row["async_copies"]),
+            str(row["tensor_core"]),
+            str(row["local_accesses"]),
+        )
+    return table
+
+
+def _work_table(rows: list[dict[str, Any]]) -> Table:
+    table = _table("target", "kernel", "L2 MB", "memory MB", "waves", "series", left=2)
+    for row in rows:
+        table.add_row(
+            row["target"],
+            _short(row["kernel"]),
+            f"{row['l2_bytes'] / 1e6:.3g}",
+            f"{row['memory_bytes'] / 1e6:.3g}",
+            f"{row['fill']:.0%}",
+            str(row["series"]),
+        )
+    return table
+
+
+def _microseconds(seconds: float) -> str:
+    return f"{seconds * 1e6:.3g}" if seconds < 1e-3 else f"{seconds * 1e6:,.0f}"
+
+
+def _floor_table(floors: list[dict[str, Any]]) -> Table:
+    """One row a pass, one column a GPU."""
+    gpus = dict.fromkeys(floor["gpu"] for floor in floors)
+    table = _table("N", "pass", "units", *(f"{gpu} µs" for gpu in gpus), left=2)
+    seconds = {(floor["tokens"], floor["pass"], floor["gpu"]): floor["seconds"] for floor in floors}
+    units = {(floor["tokens"], floor["pass"]): floor["units"] for floor in floors}
+    for (tokens, name), count in units.items():
+        times = (_microseconds(seconds[tokens, name, gpu]) for gpu in gpus)
+        table.add_row(str(tokens), name, str(count), *times)
+    return table
+
+
+def _prediction_table(predictions: list[dict[str, Any]]) -> Table:
+    limits = {"memory": "memory", "l2": "L2", "issue": "issue", "host": "host"}
+    table = _table("GPU", "N", "pass", *limits.values(), "µs", "floors", "binds", left=3)
+    for row in predictions:
+        table.add_row(
+            row["gpu"],
+            str(row["tokens"]),
+            row["pass"],
+            *(_microseconds(row[limit]) for limit in limits),
+            _microseconds(row["seconds"]),
+            f"{row['floors']:.3g}",
+            limits[row["binds"]],
+        )
+    return table
+
+
+def print_kernels(description: dict[str, Any], console: Console) -> None:
+    """Print what `describe_kernels` found: two tables for each number of tokens, the predictions, and the floors."""
+    what = "{op}: d = {hidden}, r = {rank}, {dtype}".format(**description)
+    what += ", packed weights" if description["packed"] else ", weights in fp32"
+    for tokens in dict.fromkeys(row["tokens"] for row in description["kernels"]):
+        rows = [row for row in description["kernels"] if row["tokens"] == tokens]
+        console.print(f"{what}, N = {tokens} tokens")
+        console.print(_kernel_table(rows))
+        console.print(_work_table(rows))
+    console.print(
+        "smem: shared memory of a program; occ: resident warps, of the most there can be;\n"
+        "ld128, st128: global accesses of 128 bits, async ones included; b16: of 16 bits;\n"
+        "async: copies to shared memory; mma: tensor cores; local: spill traffic.\n"
+        "Instructions are counted as they stand in the code, not as often as they run.\n"
+        "L2: bytes that L2 sends to the multiprocessors; memory: bytes of device memory;\n"
+        "waves: how full they are; series: loop trips of a program, one after the other.\n"
+    )
+    for target, line in description["cannot"].items():
+        console.print(f"{target}: {line}\n")
+    if description["predictions"]:
+        console.print("Predicted, not measured: an uncalibrated model; times within 40 %, ratios better")
+        console.print(_prediction_table(description["predictions"]))
+        console.print(
+            "memory, L2, issue, host: µs that each limit alone would take; host: the launches'\n"
+            "starts in a captured graph. µs: of each launch the longest of the first three, and\n"
+            "the starts. floors: the same without the starts, over the time that each hidden\n"
+            "state takes once through memory, at 90 % of the datasheet's bandwidth.\n"
+        )
+    console.print("The least time of a pass: its hidden states' bytes at the datasheet's bandwidth")
+    console.print(_floor_table(description["floors"]))

@@ -1,0 +1,403 @@
+"""The op for a batch in which every token may have an adapter of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fused_steer.kernels import ACTIVATIONS, grouped
+from fused_steer.kernels.aot import SHARED_MEMORY, record_grouped
+from fused_steer.kernels.grouped import post_block_grouped
+from fused_steer.kernels.schedule import TARGETS
+from ops import PHI, relative_error
+from torch import Tensor
+
+FEW, MANY = 7, 41  # a token each program's; tiles of tokens
+
+
+@pytest.fixture(autouse=True)
+def both_schedules_at_test_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grouped, "FEW_TOKENS", 8)
+
+
+@dataclass(frozen=True)
+class Batch:
+    residual: Tensor
+    branch: Tensor | None
+    downs: Tensor | None
+    ups: Tensor | None
+    ids: Tensor
+    down_biases: Tensor | None
+    up_biases: Tensor | None
+    gain: Tensor | None
+    activation: Any = "silu"
+
+    def call(self, **options: Any) -> Tensor:
+        return post_block_grouped(
+            self.residual, self.branch, self.downs, self.ups, self.ids, down_biases=self.down_biases,
+            up_biases=self.up_biases, activation=self.activation, gain=self.gain, **options,
+        )  # fmt: skip
+
+    def name(self, slot: int) -> str:
+        return self.activation if isinstance(self.activation, str) else ACTIVATIONS[int(self.activation[slot])]
+
+    def definition(self, dtype: torch.dtype) -> Tensor:
+        """Token by token, as the formula has it."""
+        rows = self.residual.reshape(-1, self.residual.shape[-1])
+        branch = None if self.branch is None else self.branch.reshape(rows.shape)
+        gain = None if self.gain is None else self.gain.reshape(-1).cpu().to(dtype)
+        out = []
+        for token, slot in enumerate(self.ids.reshape(-1).tolist()):
+            x = rows[token].cpu().to(dtype)
+            x = x if branch is None else x + branch[token].cpu().to(dtype)
+            u = torch.zeros_like(x)
+            if slot >= 0 and self.downs is not None:
+                a = self.downs[slot].cpu().to(dtype) @ x
+                a = a if self.down_biases is None else a + self.down_biases[slot].cpu().to(dtype)
+                u = self.ups[slot].cpu().to(dtype) @ PHI[self.name(slot)](a)
+            if slot >= 0 and self.up_biases is not None:
+                u = u + self.up_biases[slot].cpu().to(dtype)
+            out.append(x + (u if gain is None else gain[token] * u))
+        return torch.stack(out).view(self.residual.shape)
+
+
+def make(
+    tokens: int,
+    hidden: int = 96,
+    rank: int = 4,
+    slots: int = 5,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    branch: bool = True,
+    biases: bool = True,
+    gain: bool = True,
+    activation: Any = "silu",
+    runs: bool = False,
+    seed: int = 0,
+) -> Batch:
+    """runs: adapters in long runs, as in prefill; else every token draws its own, or none."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device)
+
+    ids = torch.randint(-1, slots, (tokens,), generator=generator, dtype=torch.int32)
+    if runs:
+        ids = ids.sort().values
+    return Batch(
+        normal(tokens, hidden).to(dtype),
+        normal(tokens, hidden).to(dtype) if branch else None,
+        normal(slots, rank, hidden) / hidden**0.5 if rank else None,
+        normal(slots, hidden, rank) / rank**0.5 if rank else None,
+        ids.to(device),
+        normal(slots, rank) if rank and biases else None,
+        normal(slots, hidden) if biases or not rank else None,
+        (torch.rand(tokens, generator=generator) + 0.25).to(device) if gain else None,
+        activation,
+    )
+
+
+def assert_right(batch: Batch, out: Tensor) -> None:
+    """At most twice as far from float64 as the formula in the batch's own dtype, plus 1e-6."""
+    truth = batch.definition(torch.float64)
+    plain = batch.definition(batch.residual.dtype)
+    assert out.dtype == batch.residual.dtype
+    assert relative_error(out.cpu(), truth) <= 2 * relative_error(plain, truth) + 1e-6
+
+
+@pytest.mark.parametrize("tokens", [1, FEW, MANY])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("hidden", [64, 100])
+def test_equals_the_formula(device, tokens, dtype, hidden):
+    batch = make(tokens, hidden, dtype=dtype, device=device)
+    assert_right(batch, batch.call())
+
+
+@pytest.mark.parametrize("tokens", [FEW, MANY])
+@pytest.mark.parametrize("rank", [0, 1, 8, 12, 64])
+def test_ranks(device, rank, tokens):
+    batch = make(tokens, 72, rank, device=device)
+    assert_right(batch, batch.call())
+
+
+@pytest.mark.parametrize("tokens", [FEW, MANY])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations(device, activation, tokens):
+    batch = make(tokens, device=device, activation=activation)
+    assert_right(batch, batch.call())
+
+
+@pytest.mark.parametrize("tokens", [FEW, MANY])
+def test_each_slot_its_own_activation(device, tokens):
+    codes = torch.arange(6, dtype=torch.int32, device=device)
+    batch = make(tokens, slots=6, device=device, activation=codes)
+    assert_right(batch, batch.call())
+    silu = replace(batch, activation="silu").call()
+    of_silu = batch.ids == ACTIVATIONS.index("silu")
+    assert torch.equal(batch.call()[of_silu], silu[of_silu]) and not torch.equal(batch.call(), silu)
+
+
+@pytest.mark.parametrize("tokens", [FEW, MANY])
+@pytest.mark.parametrize(
+    "options",
+    [{"branch": False}, {"biases": False}, {"gain": False}, {"runs": True}, {"biases": False, "gain": False}],
+    ids=str,
+)
+def test_what_may_be_absent(device, options, tokens):
+    batch = make(tokens, device=device, **options)
+    assert_right(batch, batch.call())
+
+
+#: Ids of 24 tokens over 40 slots, of which a backend may make other products.
+PATTERNS = {
+    "one": [7] * 24,
+    "in order": list(range(3, 27)),
+    "in order by twos": [slot for slot in range(3, 15) for _ in range(2)],
+    "each its own": [(slot * 7) % 40 for slot in range(24)],
+    "pairs apart": [slot for slot in range(0, 36, 3) for _ in range(2)],
+    "runs apart": [slot for slot in (30, 2, 17, 9) for _ in range(6)],
+    "threes": [slot for slot in (5, 6, 30, 20, 21, 2, 12, 13) for _ in range(3)],
+    "a few, mixed": [(5, 31, 12)[token % 3] for token in range(24)],
+    "some without": [-1 if token % 5 == 0 else token % 11 for token in range(24)],
+    "none": [-1] * 24,
+}
+
+
+@pytest.mark.parametrize("into_branch", [False, True], ids=["out of place", "into branch"])
+@pytest.mark.parametrize("options", [{}, {"biases": False}], ids=str)
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_however_the_tokens_lie(device, pattern, weights, options, into_branch):
+    ids = torch.tensor(PATTERNS[pattern], dtype=torch.int32, device=device)
+    batch = make(24, 64, slots=40, device=device, **options)
+    batch = replace(batch, ids=ids, downs=batch.downs.to(weights), ups=batch.ups.to(weights))
+    if into_branch:
+        branch = batch.branch.clone()
+        out = replace(batch, branch=branch).call(into_branch=True)
+        assert out is branch
+        out = batch.residual + out
+    else:
+        out = batch.call()
+    assert_right(batch, out)
+    without = ids < 0
+    assert torch.equal(out[without], (batch.residual + batch.branch)[without])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("tokens", [FEW, MANY])
+def test_tokens_without_adapter_or_gain_keep_every_bit(device, tokens, dtype):
+    batch = make(tokens, dtype=dtype, device=device)
+    for weights in (batch.downs, batch.ups, batch.down_biases, batch.up_biases):
+        weights.fill_(torch.inf)  # nothing of an adapter may reach them
+    gain = batch.gain.clone()
+    gain[::2] = 0
+    batch = replace(batch, gain=gain)
+    out = batch.call()
+    untouched = (batch.ids < 0) | (gain == 0)
+    assert 1 < untouched.sum() < tokens
+    assert torch.equal(out[untouched], (batch.residual + batch.branch)[untouched])
+    branch = batch.branch.clone()
+    residual = batch.residual.clone()
+    assert batch.call(into_branch=True) is batch.branch
+    assert torch.equal(batch.branch[untouched], branch[untouched])
+    assert torch.equal(batch.residual, residual)
+    assert not torch.equal(batch.branch[~untouched], branch[~untouched])
+
+
+@pytest.mark.parametrize("tokens", [FEW, MANY])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_into_the_branch_of_an_unadded_pair(device, tokens, dtype):
+    batch = make(tokens, dtype=dtype, device=device)
+    truth = batch.definition(torch.float64) - batch.residual.double().cpu()
+    plain = batch.definition(dtype).double() - batch.residual.double().cpu()
+    moved = replace(batch, branch=batch.branch.clone()).call(into_branch=True)
+    assert relative_error(moved.cpu(), truth) <= 2 * relative_error(plain, truth) + 1e-6
+
+
+@pytest.mark.parametrize("into_branch", [False, True], ids=["out of place", "into branch"])
+@pytest.mark.parametrize("gain", [False, True], ids=["no gain", "gain"])
+@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("tokens", [1, FEW, MANY])
+def test_what_is_read_stays_as_it_is(device, tokens, rank, gain, into_branch):
+    batch = make(tokens, rank=rank, gain=gain, device=device)
+    batch = replace(batch, ids=batch.ids.clamp(min=0))
+    before = {name: value.clone() for name, value in vars(batch).items() if isinstance(value, Tensor)}
+    batch.call(into_branch=into_branch)
+    for name, value in before.items():
+        assert torch.equal(getattr(batch, name), value) != (into_branch and name == "branch"), name
+
+
+def test_one_adapter_for_all_is_the_op_of_one_adapter(device):
+    from fused_steer.kernels import post_block
+
+    for tokens in (7, MANY):
+        batch = make(tokens, device=device)
+        batch = replace(batch, ids=torch.full_like(batch.ids, 3))
+        one = post_block(
+            batch.residual, batch.branch, batch.downs[3], batch.ups[3], down_bias=batch.down_biases[3],
+            up_bias=batch.up_biases[3], gain=batch.gain,
+        )  # fmt: skip
+        assert relative_error(batch.call(), one.double()) <= 1e-6
+
+
+def test_a_lower_rank_is_zeros_in_the_slot(device):
+    batch = make(MANY, rank=8, biases=False, device=device)
+    batch.downs[2, 3:], batch.ups[2, :, 3:] = 0, 0
+    of_slot = batch.ids == 2
+    ids = torch.where(of_slot, 0, -1).to(torch.int32)
+    low = replace(batch, downs=batch.downs[2:3, :3], ups=batch.ups[2:3, :, :3], ids=ids).call()
+    assert relative_error(batch.call()[of_slot], low[of_slot].double()) <= 1e-6
+
+
+def test_rows_do_not_depend_on_the_others(device):
+    batch = make(12, device=device)
+    out = batch.call()
+    for token in range(12):
+        row = slice(token, token + 1)
+        alone = replace(
+            batch, residual=batch.residual[row], branch=batch.branch[row], ids=batch.ids[row], gain=batch.gain[row]
+        )
+        assert relative_error(alone.call(), out[row].double()) <= 1e-6
+
+
+def test_leading_dimensions_strides_and_wide_ids(device):
+    flat = make(24, device=device)
+    shaped = replace(
+        flat,
+        residual=flat.residual.view(2, 12, -1),
+        branch=torch.cat([flat.branch, flat.branch], 1)[:, : flat.branch.shape[1]].view(2, 12, -1),
+        ids=flat.ids.view(2, 12).long(),
+        gain=flat.gain.view(2, 12),
+        ups=flat.ups.transpose(1, 2).contiguous().transpose(1, 2),
+    )
+    out = shaped.call()
+    assert out.shape == (2, 12, 96) and out.is_contiguous()
+    assert torch.equal(out.view(24, -1), flat.call())
+    assert torch.equal(out, shaped.call())
+    empty = replace(
+        flat, residual=flat.residual[:0], branch=flat.branch[:0], ids=flat.ids[:0], gain=flat.gain[:0]
+    )  # fmt: skip
+    assert empty.call().shape == (0, 96)
+
+
+def test_ids_out_of_range_are_an_error_or_nan(device, monkeypatch):
+    for tokens in (5, MANY):
+        batch = make(tokens, device=device)
+        ids = batch.ids.clone()
+        ids[2] = 5
+        wrong = replace(batch, ids=ids)
+        if grouped.select_backend(batch.residual.device) == "torch":
+            with pytest.raises(ValueError, match="adapter_ids has 5; expected below 5"):
+                wrong.call()
+        else:
+            out, right = wrong.call(), batch.call()
+            assert out[2].isnan().all()
+            others = torch.arange(tokens, device=device) != 2
+            assert torch.equal(out[others], right[others])  # the other requests are unharmed
+
+
+@pytest.mark.parametrize("into_branch", [False, True])
+def test_registered_and_compiled(device, into_branch):
+    batch = make(6, device=device, activation=torch.arange(5, dtype=torch.int32, device=device))
+    operands = (batch.downs, batch.ups, batch.ids, batch.down_biases, batch.up_biases, batch.activation, batch.gain, "")
+    ops = torch.ops.fused_steer
+    op = ops.post_block_grouped_ if into_branch else ops.post_block_grouped
+    # No gradient is one of them: the op refuses it before it is called.
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(op, (batch.residual, batch.branch, *operands), test_utils=checks)
+
+    def layer(batch: Batch) -> Tensor:
+        return replace(batch, branch=batch.branch * 2).call(into_branch=into_branch) + 1
+
+    with torch.no_grad():
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(batch), layer(batch))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (
+            {"ids": torch.zeros(4, dtype=torch.int32)},
+            ValueError,
+            r"adapter_ids is torch.int32 \(4,\); expected .* \(6,\)",
+        ),
+        ({"ids": torch.zeros(6)}, ValueError, "adapter_ids is torch.float32"),
+        ({"downs": torch.zeros(5, 4, 64)}, ValueError, r"downs has shape \(5, 4, 64\); expected \(5, 4, 96\)"),
+        ({"downs": torch.zeros(5, 257, 96)}, ValueError, "r 1 to 256"),
+        ({"ups": torch.zeros(4, 96, 4)}, ValueError, r"ups has shape \(4, 96, 4\); expected \(5, 96, 4\)"),
+        ({"ups": None}, ValueError, "ups is None but downs is given"),
+        ({"downs": None, "ups": None}, ValueError, "down_biases is given without downs"),
+        ({"downs": None, "ups": None, "up_biases": None}, ValueError, "are all None"),
+        ({"activation": "swish"}, ValueError, "activation is 'swish'"),
+        ({"activation": torch.zeros(4, dtype=torch.int32)}, ValueError, r"activation is torch.int32 \(4,\)"),
+        ({"gain": torch.zeros(5)}, ValueError, r"gain has shape \(5,\); expected \(6,\)"),
+        ({"residual": torch.zeros(6, 96, dtype=torch.float64)}, TypeError, "residual has dtype torch.float64"),
+        ({"up_biases": torch.zeros(5, 96, device="meta")}, ValueError, "up_biases is on meta; expected cpu"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit(change, error, message):
+    with pytest.raises(error, match=message) as caught:
+        replace(make(6), **change).call()
+    assert "\n" not in str(caught.value)
+
+
+def test_what_cannot_be_written_in_place_or_differentiated():
+    batch = make(6)
+    with pytest.raises(ValueError, match="into_branch is True without a branch"):
+        replace(batch, branch=None).call(into_branch=True)
+    with pytest.raises(ValueError, match=r"branch has strides \(1, 6\); expected rows that can be written in place"):
+        replace(batch, branch=batch.branch.T.contiguous().T).call(into_branch=True)
+    with pytest.raises(RuntimeError, match="has no gradient; expected torch.no_grad"):
+        replace(batch, residual=batch.residual.requires_grad_()).call()
+    with torch.no_grad():
+        batch.call()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ahead of time
+
+
+def test_every_target_compiles_it_without_spilling():
+    cases = [
+        [target, "bfloat16", hidden, rank, tokens, {"slots": 64, "everything": everything}]
+        for target in TARGETS
+        for hidden, rank, everything in ((4096, 8, False), (4096, 8, True), (4096, 256, True), (576, 8, True))
+        for tokens in (64, 4096)
+    ]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    worker = [sys.executable, str(Path(__file__).parents[1] / "support" / "aot_worker.py"), str(os.cpu_count())]
+    done = subprocess.run(worker, input=json.dumps(cases), env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(rows) == 2 * len(cases)
+    bad = [
+        row
+        for row in rows
+        if row["spills"] or row["local"] or row["local_accesses"] or row["shared"] > SHARED_MEMORY[row["target"]]
+    ]
+    assert not bad, "\n".join(map(str, bad))
+    tiles = [row for row in rows if row["kernel"].startswith("tile")]
+    assert len(tiles) == len(rows) / 2 and all(row["tensor_core"] for row in tiles)
+
+
+def test_launches_and_memory_do_not_grow_with_the_slots(monkeypatch):
+    monkeypatch.undo()
+    for tokens, kind in ((64, "token"), (4096, "tile")):
+        few, many = (record_grouped(tokens, 4096, 8, slots, torch.bfloat16, "sm_90") for slots in (1, 1000))
+        assert [launch.kernel.__name__ for launch in few] == [f"{kind}_down_kernel", f"{kind}_up_kernel"]
+        assert [launch.grid for launch in few] == [launch.grid for launch in many]
+        partial = [launch.arguments[launch.kernel.arg_names.index("p_partial")].shape for launch in (few[0], many[0])]
+        assert partial[0] == partial[1]

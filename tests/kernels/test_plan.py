@@ -1,0 +1,957 @@
+"""Launch plans: a call by a plan has the bits of the ordinary call, and where a plan is not for a call, it is not used.
+
+Numbers come of Triton's interpreter, where plans take tensors in place of addresses. What only a real launch has
+(addresses, streams, devices, hooks of launches) is seen over the stub
+driver, by plan_worker.py in a process of its own.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import os
+import pickle
+import platform
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from fused_steer.kernels import plan as plans
+from fused_steer.kernels import post_block
+from fused_steer.kernels.grouped import Routing
+from fused_steer.kernels.launch import recorded
+from fused_steer.kernels.planned import PlannedPostBlock
+from fused_steer.kernels.schedule import TARGETS
+from hardware import HAS_GPU
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from triton.runtime.interpreter import GridExecutor
+
+from fused_steer import SteerConfig, patch_model
+from fused_steer.adapters.parameters import Adapter
+from fused_steer.model.layer import SteeringSite
+from fused_steer.serving.slots import Slots
+
+D, R, SCALE = 32, 4, 0.7
+BF16, F32 = torch.bfloat16, torch.float32
+PARTS = ("steer_down.weight", "steer_up.weight", "steer_down.bias", "steer_up.bias")
+
+
+@pytest.fixture(params=[pytest.param("cpu", id="interpreter"), pytest.param("cuda", id="gpu", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """Where kernels run: no plan is of the torch backend."""
+    if request.param == "cpu" and HAS_GPU:
+        pytest.skip("kernels are compiled here, not interpreted")
+    monkeypatch.setenv("FUSED_STEER_BACKEND", "triton")
+    return torch.device(request.param)
+
+
+class Made(list):
+    """A plan, or None, for each call that went the ordinary way."""
+
+    def none(self, call: Callable[[], Any]) -> Any:
+        """The result of a call that has to go by a plan."""
+        before = len(self)
+        result = call()
+        assert len(self) == before, "a plan was made where one was there"
+        return result
+
+    def new(self, call: Callable[[], Any]) -> Any:
+        """The result of a call that no plan so far is for."""
+        before = len(self)
+        result = call()
+        assert len(self) > before and None not in self[before:], "no plan was made"
+        return result
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> Made:
+    found, make = Made(), plans.Plan.make.__func__
+
+    def counted(cls: Any, *arguments: Any) -> Any:
+        results, plan = make(cls, *arguments)
+        found.append(plan)
+        return results, plan
+
+    monkeypatch.setattr(plans.Plan, "make", classmethod(counted))
+    return found
+
+
+@pytest.fixture
+def one_kernel_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's interpreter changes the whole process while it runs a kernel: between threads it needs a lock."""
+    run, lock = GridExecutor.__call__, threading.Lock()
+
+    def locked(*arguments: Any, **constants: Any) -> Any:
+        with lock:
+            return run(*arguments, **constants)
+
+    monkeypatch.setattr(GridExecutor, "__call__", locked)
+
+
+def normal(*shape: int, device: torch.device, dtype: torch.dtype = F32, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+
+
+def states(tokens: int, device: torch.device, dtype: torch.dtype = F32, seed: int = 1) -> tuple[Tensor, Tensor]:
+    return tuple(normal(2, tokens, D, device=device, dtype=dtype, seed=seed + place) for place in (0, 1))
+
+
+def tensors(down_bias: bool = False, up_bias: bool = False, rank: int = R, seed: int = 5) -> dict[str, Tensor]:
+    shapes = ((rank, D), (D, rank), (rank,), (D,))
+    there = (rank > 0, rank > 0, down_bias, up_bias)
+    return {
+        name: normal(*shape, device="cpu", seed=seed + place) / 4
+        for place, (name, shape, given) in enumerate(zip(PARTS, shapes, there, strict=True))
+        if given
+    }
+
+
+def make_site(device: torch.device, name: str = "default", **options: Any) -> SteeringSite:
+    site = SteeringSite()
+    site.attach(name, Adapter.of_tensors(tensors(**options)))
+    site.use(name, "silu", SCALE)
+    return site.to(device)
+
+
+def parts(site: SteeringSite) -> list[Tensor | None]:
+    down, up = site.steer_down[site.active], site.steer_up[site.active]
+    return [down.weight, up.weight, down.bias, up.bias]
+
+
+def ordinary(site: SteeringSite, residual: Tensor, branch: Tensor | None) -> Tensor:
+    """The site's sum without a plan."""
+    w1, w2, b1, b2 = parts(site)
+    options = {"down_bias": b1, "up_bias": b2, "activation": site.activation, "scale": site.scale}
+    return post_block(residual, branch, w1, w2, **options)
+
+
+def assert_same(found: Tensor, expected: Tensor) -> None:
+    assert found.dtype == expected.dtype and found.stride() == expected.stride() and torch.equal(found, expected)
+
+
+def assert_steers(site: SteeringSite, *operands: Tensor | None) -> None:
+    assert_same(site(*operands), ordinary(site, *operands))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Inference
+
+
+ADAPTERS = {
+    "plain": {},
+    "down bias": {"down_bias": True},
+    "biases": {"down_bias": True, "up_bias": True},
+    "vector": {"rank": 0, "up_bias": True},
+    "named": {"name": "another"},
+}
+
+
+@pytest.mark.parametrize("finished", [False, True], ids=["branch", "finished"])
+@pytest.mark.parametrize("adapter", ADAPTERS)
+@torch.no_grad()
+def test_second_call_goes_by_the_plan_of_the_first(device, made, adapter, finished):
+    site = make_site(device, **ADAPTERS[adapter])
+    for seed in (1, 2):
+        residual, branch = states(5, device, seed=seed)
+        operands = (residual, None if finished else branch)
+        (made.new if seed == 1 else made.none)(lambda operands=operands: assert_steers(site, *operands))
+    assert site.backend == "triton" and site.calls == 2
+    found = [made.none(lambda: site(*operands)) for _ in range(2)]
+    assert found[0].data_ptr() != found[1].data_ptr()  # each call has a result of its own
+
+
+@torch.no_grad()
+def test_several_shapes_are_planned_at_once_and_the_oldest_leaves(device, made):
+    op = PlannedPostBlock("silu", SCALE, (torch.empty(0), torch.empty(0), None, None))
+    w1, w2 = (t.to(device) for t in tensors().values())
+
+    def call(tokens: int) -> None:
+        residual, branch = states(tokens, device)
+        expected = post_block(residual, branch, w1, w2, activation="silu", scale=SCALE)
+        assert_same(op.infer(residual, branch, w1, w2), expected)
+
+    for tokens in (1, 5, 3):
+        made.new(lambda tokens=tokens: call(tokens))
+    for tokens in (3, 1, 5, 1):
+        made.none(lambda tokens=tokens: call(tokens))
+    for number in range(29):  # 32 are kept
+        plans.keep(op._inference, number, plans.no_plan)
+    made.none(lambda: call(5))
+    plans.keep(op._inference, 29, plans.no_plan)
+    made.none(lambda: call(5))
+    made.new(lambda: call(1))
+
+
+def inference_states(residual: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
+    with torch.inference_mode():
+        return residual.clone(), branch.clone()
+
+
+#: What a call of the same shape may be of instead.
+OTHERS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]] = {
+    "another shape": lambda x, b: (x[:, :2], b[:, :2]),
+    "as rows": lambda x, b: (x.flatten(0, 1), b.flatten(0, 1)),
+    "bfloat16": lambda x, b: (x.to(BF16), b.to(BF16)),
+    "two dtypes": lambda x, b: (x.to(BF16), b),
+    "transposed": lambda x, b: (x.transpose(0, 1).contiguous().transpose(0, 1), b),
+    "expanded": lambda x, b: (x, b[:, :1].expand_as(x)),
+    "every second column": lambda x, b: (x.repeat_interleave(2, -1)[..., ::2], b),
+    "a part of a larger one": lambda x, b: (torch.cat([b, x], 1)[:, x.shape[1] :], b),
+    "requires grad": lambda x, b: (x.clone().requires_grad_(), b),
+    "inference tensors": inference_states,
+    "no branch": lambda x, b: (x, None),
+    "the same tensor": lambda x, b: (x, x),
+    "the same memory": lambda x, b: (x, x.view_as(x)),
+    "a parameter": lambda x, b: (nn.Parameter(x), b),
+    "no tokens": lambda x, b: (x[:, :0], b[:, :0]),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+@torch.no_grad()
+def test_other_operands_are_steered_as_ever_and_leave_the_plan(device, made, other):
+    site, operands = make_site(device, up_bias=True), states(5, device)
+    assert_steers(site, *operands)
+    for _ in range(2):
+        assert_steers(site, *OTHERS[other](*operands))
+    assert_steers(site, *operands)
+    made.none(lambda: assert_steers(site, *operands))
+
+
+@torch.no_grad()
+def test_what_kernels_refuse_is_refused_beside_a_plan(device, made):
+    site, (residual, branch) = make_site(device), states(5, device)
+    assert_steers(site, residual, branch)
+    with pytest.raises(TypeError, match="the triton backend got a float64 tensor; expected float32"):
+        site(residual.double(), branch.double())
+    with pytest.raises(ValueError, match=r"branch has shape \(2, 1, 32\); expected \(2, 5, 32\)"):
+        site(residual, branch[:, :1])
+    with pytest.raises(ValueError, match=r"down has shape \(4, 32\); expected \(r, 16\)"):
+        site(residual[..., :16], branch[..., :16])
+    made.none(lambda: assert_steers(site, residual, branch))
+
+
+@torch.no_grad()
+def test_a_plan_is_for_so_many_operands(device):
+    site, operands = make_site(device), states(5, device)
+    expected = site(*operands)
+    given = (*operands, *parts(site)[:2])
+    run = site._planned[0].last
+    assert run(*given, operands[0]) is None and run(*given[:3]) is None and run() is None
+    assert_same(run(*given), expected)
+
+
+@torch.no_grad()
+def test_subclass_of_tensor_goes_past_the_plan(device, made):
+    class Marked(Tensor):
+        pass
+
+    site, (residual, branch) = make_site(device), states(5, device)
+    expected = site(residual, branch)
+    found = site(residual.as_subclass(Marked), branch)
+    assert torch.equal(found.as_subclass(Tensor), expected) and made[-1] is None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A site that changes
+
+
+def replace_parameter(site: SteeringSite) -> None:
+    site.steer_up["default"].weight = nn.Parameter(parts(site)[1] * 2)
+
+
+def swap_data(site: SteeringSite) -> None:
+    """The new memory is where the old was, as soon as that is free."""
+    for parameter in parts(site)[:2]:
+        values = parameter.detach().cpu() * 3
+        parameter.data = torch.empty(0, device=parameter.device)
+        parameter.data = values.to(parameter.device)
+
+
+def load(site: SteeringSite) -> None:
+    site.load_state_dict({name: value * 2 for name, value in site.state_dict().items()})
+
+
+def load_assigned(site: SteeringSite) -> None:
+    site.load_state_dict({name: value * 2 for name, value in site.state_dict().items()}, assign=True)
+
+
+def another(site: SteeringSite) -> None:
+    site.attach("other", Adapter.of_tensors(tensors(up_bias=True, seed=40)))
+    site.to(parts(site)[0].device)
+    site.use("other", "tanh", 1.0)
+
+
+def attach_again(site: SteeringSite) -> None:
+    device = parts(site)[0].device
+    site.detach("default")
+    site.attach("default", Adapter.of_tensors(tensors(down_bias=True, seed=50)))
+    site.to(device)
+    site.use("default", "silu", SCALE)
+
+
+CHANGES: dict[str, Callable[[SteeringSite], Any]] = {
+    "scale": lambda site: site.use("default", "silu", 0.3),
+    "activation": lambda site: site.use("default", "tanh", SCALE),
+    "an attribute alone": lambda site: setattr(site, "scale", 0.2),
+    "values in place": lambda site: parts(site)[0].mul_(2),
+    "replaced parameter": replace_parameter,
+    "swapped data": swap_data,
+    "load_state_dict": load,
+    "load_state_dict, assigned": load_assigned,
+    "another dtype": lambda site: site.to(BF16),
+    "another adapter": another,
+    "attached again": attach_again,
+    "frozen": lambda site: site.requires_grad_(False),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@torch.no_grad()
+def test_a_change_of_the_site_shows_in_the_next_call(device, made, change):
+    site, operands = make_site(device), states(5, device)
+    before = site(*operands)
+    made.none(lambda: site(*operands))
+    CHANGES[change](site)
+    found = site(*operands)
+    assert_same(found, ordinary(site, *operands))
+    assert torch.equal(found, before) == (change == "frozen")
+    made.none(lambda: assert_steers(site, *operands))
+
+
+@torch.no_grad()
+def test_a_site_that_is_off_adds_and_is_on_again(device, made):
+    site, operands = make_site(device), states(5, device)
+    steered, plain = site(*operands), operands[0] + operands[1]
+    for off, on in (
+        (lambda: setattr(site, "enabled", False), lambda: setattr(site, "enabled", True)),
+        (lambda: site.use(None, "identity", 1.0), lambda: site.use("default", "silu", SCALE)),
+    ):
+        off()
+        assert torch.equal(site(*operands), plain)
+        on()
+        assert_same(site(*operands), steered)
+        made.none(lambda: assert_steers(site, *operands))
+
+
+@pytest.mark.parametrize("through", ["deepcopy", "pickle", "torch.save"])
+@torch.no_grad()
+def test_copies_plan_for_themselves(device, made, through):
+    model = patched(device)
+    residual, branch = rows(device)
+    expected = model(residual, branch)
+    if through == "deepcopy":
+        twin = copy.deepcopy(model)
+    elif through == "pickle":
+        twin = pickle.loads(pickle.dumps(model))
+    else:
+        file = io.BytesIO()
+        torch.save(model, file)
+        twin = torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+    assert_same(made.new(lambda: twin(residual, branch)), expected)
+    for parameter in twin.parameters():
+        parameter.mul_(2)
+    assert not torch.equal(made.none(lambda: twin(residual, branch)), expected)
+    assert_same(made.none(lambda: model(residual, branch)), expected)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The world around
+
+
+class Block(nn.Module):
+    """A decoder layer, all but its last residual add left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = nn.Identity()
+
+    def forward(self, residual: Tensor, branch: Tensor) -> Tensor:
+        hidden_states = residual + branch
+        return hidden_states
+
+
+class Chain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(hidden_size=D, num_hidden_layers=2)
+        self.layers = nn.ModuleList(Block() for _ in range(2))
+
+    def forward(self, inputs_embeds: Tensor, branch: Tensor) -> Tensor:
+        for layer in self.layers:
+            inputs_embeds = layer(inputs_embeds, branch)
+        return inputs_embeds
+
+
+def patched(device: torch.device) -> nn.Module:
+    model = Chain()
+    patch_model(model, SteerConfig(rank=R))
+    for seed, parameter in enumerate(model.parameters()):
+        parameter.data = normal(*parameter.shape, device="cpu", seed=seed) / 4
+    return model.to(device)
+
+
+def rows(device: torch.device) -> tuple[Tensor, Tensor]:
+    return tuple(t[:, :1] for t in states(3, device))
+
+
+@torch.no_grad()
+def test_backend_asked_for_between_calls(device, made, monkeypatch):
+    model = patched(device)
+    operands = rows(device)
+    expected = model(*operands)
+    made.none(lambda: model(*operands))
+    monkeypatch.setenv("FUSED_STEER_BACKEND", "torch")
+    by_torch = made.none(lambda: model(*operands))
+    assert [layer.post_block.backend for layer in model.layers] == ["torch"] * 2
+    torch.testing.assert_close(by_torch, expected)
+    monkeypatch.setenv("FUSED_STEER_BACKEND", "cutlass")
+    with pytest.raises(RuntimeError, match="FUSED_STEER_BACKEND is 'cutlass'; expected one of triton, torch"):
+        model(*operands)
+    monkeypatch.setenv("FUSED_STEER_BACKEND", "triton")
+    assert_same(made.none(lambda: model(*operands)), expected)
+    assert [layer.post_block.backend for layer in model.layers] == ["triton"] * 2
+
+
+@torch.no_grad()
+def test_recorded_launches_are_not_made(device, made):
+    site, operands = make_site(device), states(5, device)
+    expected = site(*operands)
+    with recorded(TARGETS["sm_90"]) as launches:
+        for _ in range(2):
+            site(*operands)
+    assert len(launches) >= 2 and {id(launch.arguments[0]) for launch in launches} >= {id(operands[0])}
+    assert_same(made.none(lambda: site(*operands)), expected)
+
+
+@torch.no_grad()
+def test_a_hook_on_the_site_sees_each_call(device, made):
+    model = patched(device)
+    operands = rows(device)
+    expected = model(*operands)
+    seen = []
+    handle = model.layers[1].post_block.register_forward_hook(lambda module, given, out: seen.append(out))
+    for _ in range(2):
+        assert_same(made.none(lambda: model(*operands)), expected)
+        assert_same(seen[-1], expected)
+    handle.remove()
+    made.none(lambda: model(*operands))
+    assert len(seen) == 2
+    everywhere = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        made.none(lambda: model(*operands))
+    finally:
+        everywhere.remove()
+    assert {layer.post_block for layer in model.layers} <= set(seen[2:])
+
+
+@torch.no_grad()
+def test_threads_plan_at_once(device, one_kernel_at_a_time):
+    site = make_site(device)
+    cases = {tokens: states(tokens, device) for tokens in (2, 3, 4)}
+    expected = {tokens: ordinary(site, *operands) for tokens, operands in cases.items()}
+    wrong: list[Any] = []
+
+    def work(order: list[int]) -> None:
+        try:
+            with torch.no_grad():
+                for tokens in order * 3:
+                    if not torch.equal(site(*cases[tokens]), expected[tokens]):
+                        wrong.append(tokens)
+        except Exception as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=work, args=(order,)) for order in ([2, 3, 4], [4, 3, 2])]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def leaves(operands: tuple[Tensor, ...], wants: str = "xb") -> tuple[Tensor, ...]:
+    return tuple(t.detach().clone().requires_grad_(name in wants) for name, t in zip("xb", operands, strict=False))
+
+
+def differentiate(
+    steer: Callable[..., Tensor], site: SteeringSite, operands: tuple[Tensor, ...], grad: Tensor
+) -> list[Tensor | None]:
+    wanted = [t for t in (*operands, *parts(site)) if t is not None and t.requires_grad]
+    return [*torch.autograd.grad(steer(*operands), wanted, grad, allow_unused=True)]
+
+
+def assert_trains(site: SteeringSite, operands: tuple[Tensor, ...], grad: Tensor) -> None:
+    found = differentiate(site, site, operands, grad)
+    expected = differentiate(lambda *given: ordinary(site, *given, *[None] * (2 - len(given))), site, operands, grad)
+    for one, other in zip(found, expected, strict=True):
+        assert_same(one, other)
+
+
+@pytest.mark.parametrize("wants", ["xb", "x", "b", ""], ids=["both", "residual", "branch", "neither"])
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_second_step_goes_by_the_plans_of_the_first(device, made, adapter, wants):
+    site = make_site(device, **ADAPTERS[adapter])
+    for seed in (1, 2):
+        operands, grad = leaves(states(5, device, seed=seed), wants), normal(2, 5, D, device=device, seed=seed + 7)
+        (made.new if seed == 1 else made.none)(lambda a=operands, g=grad: assert_trains(site, a, g))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_a_finished_state_trains_by_plans(device, made, dtype):
+    site, grad = make_site(device, up_bias=True), normal(2, 5, D, device=device, dtype=dtype)
+    operands = leaves(states(5, device, dtype))[:1]
+    made.new(lambda: assert_trains(site, operands, grad))
+    made.none(lambda: assert_trains(site, operands, grad))
+
+
+@pytest.mark.parametrize("frozen", [(0,), (1,), (2, 3), (0, 1, 2), (0, 1, 2, 3)], ids=str)
+def test_frozen_parts_get_no_gradient(device, made, frozen):
+    site, operands = make_site(device, down_bias=True, up_bias=True), leaves(states(5, device))
+    grad = normal(2, 5, D, device=device)
+    assert_trains(site, operands, grad)  # a plan in which all train
+    for place in frozen:
+        parts(site)[place].requires_grad_(False)
+    made.new(lambda: assert_trains(site, operands, grad))
+    made.none(lambda: assert_trains(site, operands, grad))
+    for part in parts(site):
+        part.requires_grad_()
+    assert_trains(site, operands, grad)
+
+
+#: Gradients as autograd may hand them.
+GRADIENTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "expanded": lambda g: g[:1, :1].expand_as(g),
+    "a number": lambda g: g.new_ones(()).expand_as(g),
+    "transposed": lambda g: g.transpose(0, 1).contiguous().transpose(0, 1),
+}
+
+
+@pytest.mark.parametrize("kind", GRADIENTS)
+def test_gradients_of_any_strides(device, made, kind):
+    site, operands, grad = make_site(device), leaves(states(5, device)), normal(2, 5, D, device=device)
+    for _ in range(2):
+        assert_trains(site, operands, grad)
+        assert_trains(site, operands, GRADIENTS[kind](grad))
+
+
+def test_no_gradient_at_all_is_none(device, made):
+    site, operands = make_site(device), leaves(states(5, device))
+
+    class Undefined(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> None:
+            return None
+
+    for _ in range(2):
+        Undefined.apply(site(*operands)).sum().backward()
+        assert all(t.grad is None for t in (*operands, *parts(site)) if t is not None)
+
+
+def test_gradients_add_up_in_memory_of_their_own(device, made):
+    site, operands = make_site(device, down_bias=True, up_bias=True), leaves(states(5, device))
+    grad = normal(2, 5, D, device=device)
+    wanted = [*operands, *parts(site)]
+    expected = differentiate(lambda *given: ordinary(site, *given), site, operands, grad)
+    for step in (1, 2):
+        site(*operands).backward(grad)
+        for tensor, once in zip(wanted, expected, strict=True):
+            assert torch.equal(tensor.grad, once if step == 1 else once + once)
+    for part in parts(site):
+        assert part.grad.untyped_storage().nbytes() == part.nbytes
+
+
+def test_a_graph_that_is_kept_is_walked_twice(device, made):
+    site, operands = make_site(device), leaves(states(5, device))
+    grad = torch.ones(2, 5, D, device=device)
+    assert_trains(site, operands, grad)
+    wanted = [*operands, *parts(site)[:2]]
+    out = made.none(lambda: site(*operands))
+    first, second = (made.none(lambda: torch.autograd.grad(out, wanted, grad, retain_graph=True)) for _ in range(2))
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_weight_changed_before_backward_is_an_error(device, made):
+    site, operands = make_site(device), leaves(states(5, device))
+    for _ in range(2):
+        out = site(*operands)
+        with torch.no_grad():
+            parts(site)[1].mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.sum().backward()
+
+
+def test_second_derivative_is_refused(device, made):
+    site, operands = make_site(device), leaves(states(5, device))
+    for _ in range(2):
+        (found,) = torch.autograd.grad(site(*operands).square().sum(), operands[0], create_graph=True)
+        with pytest.raises(RuntimeError, match="no second derivative.*expected one backward pass"):
+            found.sum().backward()
+        assert_trains(site, operands, torch.ones(2, 5, D, device=device))
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["made inside", "made outside"])
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
+def test_checkpoint(device, made, reentrant, inside):
+    site, operands = make_site(device, up_bias=True), leaves(states(5, device))
+    grad = normal(2, 5, D, device=device)
+    if not inside:
+        assert_trains(site, operands, grad)
+    wanted = [t for t in (*operands, *parts(site)) if t is not None]
+    expected = differentiate(lambda *given: ordinary(site, *given), site, operands, grad)
+    for _ in range(2):
+        for tensor in wanted:
+            tensor.grad = None
+        checkpoint(site, *operands, use_reentrant=reentrant).backward(grad)
+        for tensor, value in zip(wanted, expected, strict=True):
+            assert torch.equal(tensor.grad, value)
+    made.none(lambda: checkpoint(site, *operands, use_reentrant=reentrant).backward(grad))
+
+
+def test_inference_and_training_take_turns(device, made):
+    site, grad = make_site(device), normal(2, 5, D, device=device)
+    for turn in range(2):
+        operands = leaves(states(5, device))
+        (made.none if turn else made.new)(lambda a=operands: assert_trains(site, a, grad))
+        with torch.no_grad():
+            (made.none if turn else made.new)(lambda a=operands: assert_steers(site, *(t.detach() for t in a)))
+
+
+def test_transforms_of_torch_func_go_past_a_plan(device, made):
+    site, (residual, branch) = make_site(device), states(5, device)
+    operands = leaves((residual, branch))
+    site(*operands)
+    with torch.no_grad():
+        expected = site(residual, branch)
+    (of_residual,) = torch.autograd.grad(ordinary(site, operands[0], branch).sum(), operands[0])
+    assert_same(torch.func.grad(lambda x: site(x, branch).sum())(residual), of_residual)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="vmap"):  # no kernel is given one row as all
+        torch.func.vmap(site)(residual, branch)
+
+    def beside(factor: Tensor) -> Tensor:
+        """What the transform is of is not what the site is given."""
+        return factor * site(*operands).detach().sum()
+
+    assert_same(torch.func.grad(beside)(torch.ones((), device=device)), expected.sum())
+
+
+def test_threads_train_at_once(device, one_kernel_at_a_time):
+    site, grad = make_site(device), normal(2, 3, D, device=device)
+    cases = [leaves(states(3, device, seed=seed)) for seed in (1, 9)]
+    expected = [differentiate(lambda *given: ordinary(site, *given), site, case, grad) for case in cases]
+    found: list[Any] = [None, None]
+
+    def work(place: int) -> None:
+        for _ in range(3):
+            found[place] = differentiate(site, site, cases[place], grad)
+
+    threads = [threading.Thread(target=work, args=(place,)) for place in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for mine, right in zip(found, expected, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(mine, right, strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows by adapters of their own
+
+
+def batched(device: torch.device) -> tuple[nn.Module, Any]:
+    model = patched(device)
+    model.steering.add("other", SteerConfig(rank=2, up_bias=True))
+    for name, parameter in model.named_parameters():
+        if ".other." in name:
+            parameter.data = normal(*parameter.shape, device=device, seed=len(name)) / 4
+    return model, model.steering.batch(["default", "other", None])
+
+
+@torch.no_grad()
+def test_rows_go_by_plans_across_layers_and_passes(device, made):
+    model, batch = batched(device)
+    residual, branch = (normal(3, 1, D, device=device, seed=seed) for seed in (1, 2))
+    alone = []
+    for row, name in enumerate(("default", "other", None)):
+        model.steering.use(name or "default")
+        with model.steering.disabled() if name is None else torch.no_grad():
+            alone.append(model(residual[row : row + 1], branch[row : row + 1]))
+    model.steering.use("default")
+    with batch:
+        first = made.new(lambda: model(residual, branch))
+        assert_same(made.none(lambda: model(residual, branch)), first)
+        torch.testing.assert_close(first, torch.cat(alone))
+        assert torch.equal(first[2], alone[2][0])
+        many = tuple(normal(3, 4, D, device=device, seed=seed) for seed in (3, 4))
+        several = made.new(lambda: model(*many))
+        assert_same(made.none(lambda: model(residual, branch)), first)
+        assert_same(made.none(lambda: model(*many)), several)
+    assert not torch.equal(model(residual, branch), first)  # all rows by the one in use
+
+
+@torch.no_grad()
+def test_slots_that_hold_something_else_or_move(device, made):
+    slots = Slots(2, R, D, device=device)
+    routing = Routing(torch.tensor([0, 1, -1], dtype=torch.int32, device=device))
+    residual, branch = (normal(3, D, device=device, seed=seed) for seed in (1, 2))
+
+    def check(routing: Routing = routing) -> Tensor:
+        found = slots.routed(residual, branch, routing)
+        assert_same(found, slots(residual, branch, routing.ids, routing.gain))
+        return found
+
+    seen = [made.new(check)]
+    for seed in (3, 4):  # the same memory, other values
+        for slot in (0, 1):
+            slots.put(slot, tensors(seed=seed + 10 * slot), "silu")
+        seen.append(made.none(check))
+    slots.clear(0)
+    seen.append(made.none(check))
+    slots.codes.fill_(0)
+    seen.append(made.none(check))
+    seen.append(made.none(lambda: check(Routing(torch.tensor([1, -1, 1], dtype=torch.int32, device=device)))))
+    seen.append(made.new(lambda: check(Routing(routing.ids, torch.full((3,), 0.5, device=device)))))
+    assert all(not torch.equal(a, b) for a, b in zip(seen, seen[1:], strict=False))
+    slots.to(BF16)
+    made.new(check)
+    twin = copy.deepcopy(slots)
+    assert twin._plans == {}
+    made.none(check)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ops of compiled graphs
+
+
+def op_inputs(site: SteeringSite, residual: Tensor, branch: Tensor | None, **changed: Any) -> list[Any]:
+    w1, w2, b1, b2 = parts(site)
+    named = {
+        "residual": residual, "branch": branch, "down": w1, "up": w2, "down_bias": b1, "up_bias": b2, "gain": None,
+        "scale_tensor": torch.tensor(SCALE, device=residual.device), "basis": None, "scale": 1.0, "activation": "silu",
+        "keep_a": False,
+    }  # fmt: skip
+    return list((named | changed).values())
+
+
+def run_op(inputs: list[Any]) -> Tensor:
+    return torch.ops.fused_steer.post_block(*inputs)[0]
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No plans of ops that ran before."""
+    import importlib
+
+    of_op = importlib.import_module("fused_steer.kernels.post_block")
+    for name in ("_forward_plans", "_backward_plans"):
+        monkeypatch.setattr(of_op, name, {})
+
+
+@torch.no_grad()
+def test_op_goes_by_the_plan_of_another_layer(device, made, fresh):
+    first, second = (make_site(device, up_bias=True, seed=seed) for seed in (5, 50))
+    operands = states(5, device)
+    for number, site in enumerate((first, second)):
+        found = (made.none if number else made.new)(lambda site=site: run_op(op_inputs(site, *operands)))
+        assert_same(found, ordinary(site, *operands))
+    for strength in (0.1, -2.0):  # of the graph's input
+        scale = torch.tensor(strength, device=device)
+        found = made.none(lambda scale=scale: run_op(op_inputs(first, *operands, scale_tensor=scale)))
+        first.scale = scale
+        assert_same(found, ordinary(first, *operands))
+
+
+@pytest.mark.parametrize("other", OTHERS)
+@torch.no_grad()
+def test_op_of_other_operands(device, made, fresh, other):
+    site, operands = make_site(device, up_bias=True), states(5, device)
+    site.scale = torch.tensor(SCALE, device=device)
+    for given in (operands, OTHERS[other](*operands), OTHERS[other](*operands), operands):
+        assert_same(run_op(op_inputs(site, *given)), ordinary(site, *given))
+
+
+@torch.no_grad()
+def test_op_of_other_constants_has_a_plan_of_its_own(device, made, fresh):
+    site, operands = make_site(device), states(5, device)
+    gain = torch.rand(2, 5, device=device)
+    inputs = op_inputs(site, *operands)
+    seen = [made.new(lambda: run_op(inputs))]
+    for changed in ({"activation": "tanh"}, {"scale_tensor": None, "scale": 0.2}, {"gain": gain}):
+        given = op_inputs(site, *operands, **changed)
+        seen.append(made.new(lambda given=given: run_op(given)))
+        assert_same(made.none(lambda given=given: run_op(given)), seen[-1])
+    assert all(not torch.equal(one, other) for one, other in zip(seen, seen[1:], strict=False))
+    assert_same(made.none(lambda: run_op(inputs)), seen[0])
+    out, a = torch.ops.fused_steer.post_block(*op_inputs(site, *operands, keep_a=True))
+    assert_same(out, seen[0])
+    assert a.shape == (10, R) and torch.ops.fused_steer.post_block(*inputs)[1].shape == (0,)
+
+
+@torch.no_grad()
+def test_op_is_seen_by_a_dispatch_mode_and_by_fake_tensors(device, made, fresh):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    seen: list[str] = []
+    inputs = op_inputs(make_site(device), *states(5, device))
+    expected = run_op(inputs)
+    with Seen():
+        found = run_op(inputs)
+    assert_same(found, expected)
+    assert seen == ["fused_steer.post_block.default"]
+    with FakeTensorMode() as mode:
+        fake = [mode.from_tensor(value) if isinstance(value, Tensor) else value for value in inputs]
+        assert run_op(fake).shape == expected.shape
+    assert_same(run_op(inputs), expected)
+
+
+@torch.no_grad()
+def test_op_asks_for_the_backend(device, made, fresh, monkeypatch):
+    inputs = op_inputs(make_site(device), *states(5, device))
+    expected = run_op(inputs)
+    monkeypatch.setenv("FUSED_STEER_BACKEND", "cutlass")
+    with pytest.raises(RuntimeError, match="FUSED_STEER_BACKEND is 'cutlass'; expected one of triton, torch"):
+        run_op(inputs)
+    monkeypatch.setenv("FUSED_STEER_BACKEND", "triton")
+    assert_same(made.none(lambda: run_op(inputs)), expected)
+
+
+def test_compiled_site_trains_by_plans(device, made, fresh):
+    site, grad = make_site(device, up_bias=True), normal(2, 5, D, device=device)
+    torch.compiler.reset()
+    compiled = torch.compile(site, fullgraph=True, backend="aot_eager")
+    operands = leaves(states(5, device))
+    expected = differentiate(lambda *given: ordinary(site, *given), site, operands, grad)
+    for turn in range(3):  # the first runs below what the others run below: the guard sees that
+        found = (made.none if turn == 2 else made.new)(lambda: differentiate(compiled, site, operands, grad))
+        for one, other in zip(found, expected, strict=True):
+            assert_same(one, other)
+
+
+@torch.no_grad()
+def test_grouped_op_goes_by_a_plan(device, made, monkeypatch):
+    from fused_steer.kernels import grouped
+
+    monkeypatch.setattr(grouped, "_plans", {})
+    downs, ups = normal(2, R, D, device=device), normal(2, D, R, device=device)
+    ids = torch.tensor([0, 1, -1], dtype=torch.int32, device=device)
+    residual, branch = (normal(3, D, device=device, seed=seed) for seed in (1, 2))
+    expected = grouped.post_block_grouped(residual, branch, downs, ups, ids)
+    operands = (downs, ups, ids, None, None, None, None, "silu")
+    op = torch.ops.fused_steer.post_block_grouped
+    for turn in range(2):
+        found = (made.none if turn else made.new)(lambda: op(residual, branch, *operands))
+        assert_same(found, expected)
+    in_place = torch.ops.fused_steer.post_block_grouped_
+    expected_into = grouped.post_block_grouped(residual, branch.clone(), downs, ups, ids, into_branch=True)
+    for turn in range(2):
+        into = branch.clone()
+        version = into._version
+        (made.none if turn else made.new)(lambda into=into: in_place(residual, into, *operands))
+        assert_same(into, expected_into)
+        assert into._version == version + 1  # what autograd saved of it is known to have changed
+
+
+def test_grouped_op_refuses_a_gradient():
+    downs, ups, x = torch.randn(2, R, D, requires_grad=True), torch.randn(2, D, R), torch.randn(3, D)
+    operands = (downs, ups, torch.tensor([0, 1, -1]), None, None, None, None, "silu")
+    with pytest.raises(RuntimeError, match="no gradient; expected torch.no_grad"):
+        torch.ops.fused_steer.post_block_grouped(x, x.clone(), *operands)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Launches, over the stub driver
+
+
+@pytest.fixture(scope="module")
+def worked() -> dict[str, Any]:
+    """What plan_worker.py found."""
+    if (sys.platform, platform.machine()) != ("linux", "x86_64") or shutil.which("gcc") is None:
+        pytest.skip("the stub driver needs gcc, Linux and x86-64")
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.stub", "tests/support/plan_worker.py"],
+        cwd=Path(__file__).parents[2], env=dict(os.environ), capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_planned_launches_are_those_of_the_first_call(worked):
+    inference, training, rows = (
+        worked[name] for name in ("same_launches", "same_launches_in_training", "rows_of_their_own")
+    )
+    assert inference["made"] == [[True], [], []] and training["made"] == [[True, True], []]
+    assert rows["made"] == [[True, True], []]
+    assert inference["same"] and training["same"] and rows["same"]
+    assert inference["count"] >= 1 and training["count"] >= 3 and rows["count"] >= 2
+
+
+def test_compiled_launches_are_the_eager_ones(worked):
+    compiled = worked["compiled"]
+    assert compiled["same"] and compiled["count"] >= 2
+    assert sum(compiled["made"][0]) == 1 and compiled["made"][2:] == [[], []]
+
+
+def test_addresses_are_read_in_each_call(worked):
+    assert worked["addresses_of_the_moment"]["found"] == [True, True, True]
+    freed = worked["a_freed_tensors_address"]
+    assert freed["moved"] and freed["read"] and not freed["stale"] and freed["made"] == 0
+
+
+def test_misaligned_operands_have_no_plan(worked):
+    misaligned = worked["misaligned"]
+    assert misaligned["address"] == 2 and misaligned["aside"] == [False] and misaligned["again"] == []
+    assert misaligned["count"] >= 1
+
+
+def test_streams_are_asked_for_in_each_call(worked):
+    assert worked["stream_of_the_moment"]["found"] == [[0], [0], [48], [64], [0]]
+
+
+def test_the_operands_device_is_made_current_around_a_launch(worked):
+    elsewhere = worked["another_device_is_current"]
+    assert elsewhere["quiet"] == [] and elsewhere["planned"] == elsewhere["trained"] == []
+    assert elsewhere["count"] >= 1 and elsewhere["seen"] == [[0, 0]] and elsewhere["after"] == 1
+    assert elsewhere["around"] == 2 and elsewhere["entered"] == ["cpu"]  # forward and backward
+
+
+def test_hooks_of_launches_see_each(worked):
+    *chains, replaced = worked["hooks_of_launches"]
+    for chain in chains:
+        count = chain["plain"]
+        assert count >= 1 and chain["hooked"] == [[count, count]] * 2
+        assert chain["after"] == count and chain["seen"] == 0 and chain["made"] == []
+    assert replaced["launched"] == replaced["seen"] >= 1
+
+
+def test_backend_is_asked_for_in_each_call(worked):
+    between = worked["backend_between_calls"]
+    assert between["torch"] == 0 and between["backend"] == "torch"
+    assert between["refused"] == "FUSED_STEER_BACKEND is 'nonsense'; expected one of triton, torch"
+    assert between["again"] == [] and between["count"] >= 1
+
+
+def test_threads_share_plans(worked):
+    assert worked["threads"]["wrong"] == []

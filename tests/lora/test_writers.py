@@ -1,0 +1,171 @@
+"""Which modules of a layer write into the residual stream, found by what the layer computes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from models import FAMILIES, LAYERS, build, refused, snapshot
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from fused_steer import SteerConfig, patch_model
+from fused_steer.lora.writers import Writer, choose_writers, trace_writers
+from fused_steer.model.decoder import find_decoder
+
+#: What writes into the stream: the attention's part, then the MLP's; of the families that call them something else.
+NAMES = {
+    "gpt_neox-parallel": ["attention.dense", "mlp.dense_4h_to_h"],
+    "gpt_neox-sequential": ["attention.dense", "mlp.dense_4h_to_h"],
+    "gpt2": ["attn.c_proj", "mlp.c_proj"],
+    "mixtral": ["self_attn.o_proj", "mlp.experts"],
+    "qwen3_moe": ["self_attn.o_proj", "mlp.experts"],
+}
+USUAL = ["self_attn.o_proj", "mlp.down_proj"]
+
+
+def trace(model: nn.Module) -> dict[int, list[Writer]]:
+    decoder = find_decoder(model)
+    return trace_writers(decoder.module, dict(enumerate(decoder.layers)), decoder.hidden)
+
+
+def paths(writers: list[Writer]) -> list[str]:
+    return [writer.path for writer in writers]
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["bare", "lora"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_writers_of_every_family(family, lora):
+    model = build(family)
+    if lora:
+        # Patched, frozen, in training: the trace asks for none of it.
+        patch_model(model).train()
+        get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
+    found = trace(model)
+    expected = NAMES.get(family, USUAL)
+    assert {index: paths(writers) for index, writers in found.items()} == dict.fromkeys(range(LAYERS), expected)
+    assert paths(choose_writers(found[0], "all")) == expected
+    assert paths(choose_writers(found[0], "mlp")) == expected[1:]
+
+
+def test_nothing_is_left_behind():
+    model = get_peft_model(build(), LoraConfig(r=2, target_modules="all-linear")).get_base_model()
+    model.train()
+    model.model.layers[1].eval()
+    before, modes = snapshot(model), [module.training for module in model.modules()]
+    trace(model)
+    assert snapshot(model) == before
+    assert [module.training for module in model.modules()] == modes
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_pass_that_fails_is_refused_and_leaves_nothing(monkeypatch):
+    model = build().train()
+    monkeypatch.setattr(model.model.layers[1].mlp, "forward", lambda x: 1 / 0)
+    before = snapshot(model)
+    with refused(ValueError, "LlamaModel", "ZeroDivisionError", "expected"):
+        trace(model)
+    assert snapshot(model) == before and all(module.training for module in model.modules())
+
+
+class Layer(nn.Module):
+    """Flat, as OPT's: no attention or MLP module of its own. Its gate has the hidden size, and writes nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention_out, self.gate, self.up, self.out = (nn.Linear(8, 8) for _ in range(4))
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        hidden = hidden + self.norm(self.attention_out(hidden))
+        return 0.5 * (hidden + self.out(torch.relu(self.up(hidden)) * self.gate(hidden)))
+
+
+class Functional(nn.Module):
+    """Its last projection is no module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention_out, self.up = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.weight = nn.Parameter(torch.ones(8, 8))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        hidden = hidden + self.attention_out(hidden)
+        return hidden + torch.relu(self.up(hidden)) @ self.weight
+
+
+class Experts(nn.Module):
+    """The first expert alone is visited."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention_out = nn.Linear(8, 8)
+        self.moe = nn.Module()
+        self.moe.experts = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)) for _ in range(3))
+        self.moe.shared = nn.Linear(8, 8)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        hidden = hidden + self.attention_out(hidden)
+        moved = torch.zeros_like(hidden).index_add_(1, torch.tensor([0]), self.moe.experts[0](hidden[:, :1]))
+        return hidden + (moved + self.moe.shared(hidden))
+
+
+class Stack(nn.Module):
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.embed, self.layers = nn.Embedding(4, 8), nn.ModuleList(layers)
+
+    def forward(self, input_ids: Tensor, **options: Any) -> Tensor:
+        hidden = self.embed(input_ids)
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return hidden
+
+
+def traced(*layers: nn.Module) -> list[Writer]:
+    stack = Stack(*layers)
+    return trace_writers(stack, dict(enumerate(stack.layers)), 8)[len(layers) - 1]
+
+
+def test_a_flat_layer():
+    found = traced(Layer(), Layer())
+    assert paths(found) == ["attention_out", "out"]
+    assert paths(choose_writers(found, "mlp")) == ["out"]
+
+
+def test_what_comes_before_a_product_does_not_write():
+    assert paths(traced(Functional())) == ["attention_out"]
+
+
+def test_all_experts_are_writers_though_two_tokens_visit_few():
+    found = traced(Experts())
+    assert paths(found) == ["attention_out", "moe.experts.0.2", "moe.experts.1.2", "moe.experts.2.2", "moe.shared"]
+    assert paths(choose_writers(found, "mlp")) == paths(found)[1:]
+
+
+def test_a_layer_that_writes_nothing_is_refused():
+    with refused(ValueError, "layer 0", "Identity", "expected"):
+        traced(nn.Identity())
+
+
+def test_columns_of_what_is_active():
+    model = build()
+    writer = trace(model)[0][-1]
+    assert writer.columns() == []
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["down_proj"], lora_bias=True))
+    wrapped.add_adapter("more", LoraConfig(r=3, target_modules=["down_proj"]))
+    b = writer.module.lora_B
+    assert [tuple(column.shape) for column in writer.columns()] == [(32, 2), (32, 1)]
+    assert writer.columns()[0] is b["default"].weight and torch.equal(writer.columns()[1][:, 0], b["default"].bias)
+    wrapped.base_model.set_adapter(["default", "more"])
+    assert [tuple(column.shape) for column in writer.columns()] == [(32, 2), (32, 1), (32, 3)]
+    wrapped.unload()
+    assert writer.columns() == []
+
+
+def test_lora_on_expert_parameters_is_refused():
+    model = build("mixtral")
+    get_peft_model(model, LoraConfig(r=2, target_modules=[], target_parameters=["mlp.experts.down_proj"]))
+    with refused(ValueError, "mlp.experts", "parameters of its experts", "expected", model=model):
+        patch_model(model, SteerConfig(orthogonal_to="lora"))

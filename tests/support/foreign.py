@@ -1,0 +1,41 @@
+"""Adapters of other codes, as the tests of several importers need them."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from models import LAYERS
+from torch import nn
+
+RANK, SCALE = 4, 0.7
+LLAMA = {"num_layers": LAYERS, "layers_path": "model.layers"}
+LAYOUT = ("--num-layers", LAYERS, "--layers-path", "model.layers")
+PHI = {
+    "identity": nn.Identity(),
+    "silu": nn.SiLU(),
+    "gelu": nn.GELU(),
+    "gelu_tanh": nn.GELU("tanh"),
+    "relu": nn.ReLU(),
+    "tanh": nn.Tanh(),
+}
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+class Hostile:
+    """Its unpickling would make a directory."""
+
+    def __init__(self, made: Path) -> None:
+        self.made = made
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.made),)
+
+
+def shown(result: Any) -> dict[str, str]:
+    """The table's rows."""
+    assert result.exit_code == 0, result.output
+    rows = (line.strip(" │|").split("│") for line in result.stdout.splitlines() if "│" in line)
+    return {cells[0].strip(): cells[1].strip() for cells in rows}

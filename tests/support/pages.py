@@ -1,0 +1,15 @@
+"""Running the code of a page of the docs."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def run_page(page: str, names: dict[str, Any]) -> None:
+    """Run all Python of a page; `names` is what it finds, and afterwards what it made."""
+    blocks = re.findall(r"^```python\n(.*?)^```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    assert blocks
+    for number, block in enumerate(blocks):
+        exec(compile(block, f"{page}, block {number + 1}", "exec"), names)

@@ -1,0 +1,337 @@
+"""What test_plan.py runs over the stub driver, in one process of its own: launches by plans, as the driver gets them.
+
+Prints one line of JSON: for each case, what it found.
+"""
+
+import json
+import os
+import sys
+import threading
+import traceback
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor
+from triton import knobs
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from bench.stub import arm
+
+stub = arm()
+driver = triton.runtime.driver.active
+stream, current, entered = 0, 0, []
+driver.get_current_stream = lambda device=None: stream
+driver.get_current_device = lambda: current
+
+from fused_steer.kernels import plan as plans  # noqa: E402
+
+from fused_steer import SteerConfig, patch_model  # noqa: E402
+from fused_steer.adapters.parameters import Adapter  # noqa: E402
+from fused_steer.model.layer import SteeringSite  # noqa: E402
+
+D, R = 512, 8
+made = []
+_make = plans.Plan.make.__func__
+
+
+def _counted(cls, *arguments):
+    results, plan = _make(cls, *arguments)
+    made.append(plan is not None)
+    return results, plan
+
+
+plans.Plan.make = classmethod(_counted)
+
+
+def new_site(dtype=torch.float32) -> SteeringSite:
+    site = SteeringSite()
+    site.attach(
+        "default", Adapter.of_tensors({"steer_down.weight": torch.randn(R, D), "steer_up.weight": torch.randn(D, R)})
+    )
+    site.use("default", "silu", 1.0)
+    return site.to(dtype)
+
+
+def hidden(tokens: int = 8, gradient: bool = False) -> Tensor:
+    return torch.randn(tokens, D, dtype=torch.bfloat16, requires_grad=gradient)
+
+
+def called(call) -> tuple[list, list[bool]]:
+    """Launches of a call without what another call may differ in; and for each plan tried, whether it was made."""
+    before = len(made)
+    with stub.launched() as found:
+        call()
+    return [[launch.name, launch.grid, launch.block, launch.shared] for launch in found], made[before:]
+
+
+def last_launches(call) -> list:
+    with stub.launched() as found:
+        call()
+    return found
+
+
+CASES = {}
+
+
+def case(function):
+    CASES[function.__name__] = function
+    return function
+
+
+@case
+def same_launches():
+    """The second call, by a plan, launches what the first launched."""
+    site, x, b = new_site(), hidden(), hidden()
+    with torch.no_grad():
+        first, second, third = (called(lambda: site(x, b)) for _ in range(3))
+    return {"made": [first[1], second[1], third[1]], "same": first[0] == second[0] == third[0], "count": len(first[0])}
+
+
+@case
+def same_launches_in_training():
+    site, x, b, grad = new_site(), hidden(64, True), hidden(64, True), hidden(64)
+    first, second = (called(lambda: site(x, b).backward(grad)) for _ in range(2))
+    return {"made": [first[1], second[1]], "same": first[0] == second[0], "count": len(first[0])}
+
+
+@case
+def addresses_of_the_moment():
+    """The first launch's first argument is the residual that came, each time."""
+    site, b = new_site(), hidden()
+    states = [hidden() for _ in range(3)]
+    with torch.no_grad():
+        found = [last_launches(lambda x=x: site(x, b))[0].first == x.data_ptr() for x in states]
+    return {"found": found}
+
+
+@case
+def a_freed_tensors_address():
+    """Where a weight's memory was is another tensor by now: the weight's own address is read."""
+    site, x, b = new_site(), hidden(), hidden()
+    with torch.no_grad():
+        site(x, b)
+        weight = site.steer_up["default"].weight
+        old = weight.data_ptr()
+        run = next(iter(site._planned[0]._inference.values()))
+        seen = []
+        kept = run.__globals__["pointer"]
+        run.__globals__["pointer"] = lambda t: seen.append(kept(t)) or kept(t)
+        weight.data = torch.randn(D, R)
+        other = [torch.randn(D, R) for _ in range(8)]  # one of them may lie where the old weight lay
+        before = len(made)
+        site(x, b)
+    return {"moved": weight.data_ptr() != old, "read": weight.data_ptr() in seen, "stale": old in seen,
+            "made": len(made) - before, "others": len(other)}  # fmt: skip
+
+
+@case
+def misaligned():
+    """Where an address is no multiple of 16 bytes, a kernel that does not assume it is launched: no plan."""
+    site, x, b = new_site(), hidden(), hidden()
+    shifted = torch.randn(8 * D + 1, dtype=torch.bfloat16)[1:].view(8, D)
+    with torch.no_grad():
+        site(x, b)
+        aside, again = called(lambda: site(shifted, b)), called(lambda: site(x, b))
+    return {"address": shifted.data_ptr() % 16, "aside": aside[1], "again": again[1], "count": len(aside[0])}
+
+
+@case
+def stream_of_the_moment():
+    global stream
+    site, x, b = new_site(), hidden(), hidden()
+    found = []
+    with torch.no_grad():
+        for number in (0, 0, 48, 64, 0):
+            stream = number
+            found.append(sorted({launch.stream for launch in last_launches(lambda: site(x, b))}))
+    return {"found": found}
+
+
+@case
+def another_device_is_current():
+    """The operands' device is made current around the launch, and not where it is."""
+    global current
+    site, x, b = new_site(), hidden(), hidden()
+    entered.clear()
+
+    class Current:
+        def __init__(self, device):
+            self.device = device
+
+        def __enter__(self):
+            global current
+            entered.append(str(self.device))
+            self.before, current = current, self.device.index or 0
+
+        def __exit__(self, *_):
+            global current
+            current = self.before
+
+    seen = []
+    driver.get_current_stream = lambda device=None: seen.append((device, current)) or 0
+    on_device = plans.on_device
+    plans.on_device = Current
+    try:
+        with torch.no_grad():
+            site(x, b)
+            site(x, b)
+            quiet = list(entered)
+            current = 1
+            seen.clear()
+            planned = called(lambda: site(x, b))
+            after, current = current, 0
+        gradient = hidden(64, True)
+        grad = hidden(64)
+        site(gradient, hidden(64)).backward(grad)
+        entered_before = len(entered)
+        current = 1
+        trained = called(lambda: site(gradient, hidden(64)).backward(grad))
+        current = 0
+        around = len(entered) - entered_before
+    finally:
+        plans.on_device = on_device
+        driver.get_current_stream = lambda device=None: stream
+        current = 0
+    return {"quiet": quiet, "planned": planned[1], "count": len(planned[0]), "seen": seen[:1], "after": after,
+            "trained": trained[1], "around": around, "entered": entered[:1]}  # fmt: skip
+
+
+@case
+def hooks_of_launches():
+    """Profilers' hooks see every launch, set before a plan or after it, and none once they are taken away."""
+    site, x, b = new_site(), hidden(), hidden()
+    seen = []
+
+    def hook(metadata):
+        seen.append(metadata.get()["name"])
+
+    counts = []
+    with torch.no_grad():
+        for chain in (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook):
+            site(x, b)
+            plain = len(called(lambda: site(x, b))[0])
+            chain.add(hook)
+            hooked = []
+            for _ in range(2):
+                seen.clear()
+                hooked.append([len(last_launches(lambda: site(x, b))), len(seen)])
+            chain.remove(hook)
+            seen.clear()
+            after = called(lambda: site(x, b))
+            counts.append({"plain": plain, "hooked": hooked, "after": len(after[0]), "seen": len(seen),
+                           "made": called(lambda: site(x, b))[1]})  # fmt: skip
+        kept = knobs.runtime.launch_enter_hook
+        knobs.runtime.launch_enter_hook = replaced = type(kept)()  # another object in its place
+        replaced.add(hook)
+        seen.clear()
+        launched = len(last_launches(lambda: site(x, b)))
+        counts.append({"launched": launched, "seen": len(seen)})
+        knobs.runtime.launch_enter_hook = kept
+    return counts
+
+
+@case
+def backend_between_calls():
+    site, x, b = new_site(), hidden(), hidden()
+    with torch.no_grad():
+        site(x, b)
+        os.environ["FUSED_STEER_BACKEND"] = "torch"
+        by_torch = called(lambda: site(x, b)), site.backend
+        os.environ["FUSED_STEER_BACKEND"] = "nonsense"
+        try:
+            site(x, b)
+            refused = ""
+        except RuntimeError as error:
+            refused = str(error)
+        del os.environ["FUSED_STEER_BACKEND"]
+        again = called(lambda: site(x, b))
+    return {"torch": len(by_torch[0][0]), "backend": by_torch[1], "refused": refused, "again": again[1],
+            "count": len(again[0])}  # fmt: skip
+
+
+@case
+def threads():
+    site, b = new_site(), hidden()
+    wrong = []
+
+    def work(tokens):
+        try:
+            x, branch = hidden(tokens), hidden(tokens)
+            with torch.no_grad():
+                for _ in range(50):
+                    if site(x, branch).shape != x.shape:
+                        wrong.append(tokens)
+            for _ in range(20):
+                x.requires_grad_()
+                x.grad = None
+                site(x, branch).backward(torch.ones_like(x))
+                if x.grad.shape != x.shape:
+                    wrong.append(tokens)
+        except Exception as error:
+            wrong.append(repr(error))
+
+    workers = [threading.Thread(target=work, args=(tokens,)) for tokens in (4, 8, 16, 32)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    return {"wrong": wrong, "rows": b.shape[0]}
+
+
+class Block(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.part = torch.nn.Identity()
+
+    def forward(self, residual, branch):
+        hidden_states = residual + branch
+        return hidden_states
+
+
+class Chain(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        from types import SimpleNamespace
+
+        self.config = SimpleNamespace(hidden_size=D, num_hidden_layers=2)
+        self.layers = torch.nn.ModuleList(Block() for _ in range(2))
+
+    def forward(self, inputs_embeds, branch):
+        for layer in self.layers:
+            inputs_embeds = layer(inputs_embeds, branch)
+        return inputs_embeds
+
+
+@case
+def compiled():
+    """One plan for all layers of a graph, and the eager model's launches."""
+    model = patch_model(Chain(), SteerConfig(rank=R))
+    x, b = (torch.randn(8, 1, D, dtype=torch.bfloat16) for _ in "xb")
+    with torch.no_grad():
+        eager = called(lambda: model(x, b))
+        graph = torch.compile(model, fullgraph=True, dynamic=False)
+        calls = [called(lambda: graph(x, b)) for _ in range(4)]  # the first is made within the compiler's own state
+    return {"same": all(call[0] == eager[0] for call in calls), "made": [call[1] for call in calls],
+            "count": len(eager[0])}  # fmt: skip
+
+
+@case
+def rows_of_their_own():
+    model = patch_model(Chain(), SteerConfig(rank=R))
+    model.steering.add("other", SteerConfig(rank=R))
+    x, b = (torch.randn(2, 1, D, dtype=torch.bfloat16) for _ in "xb")
+    with torch.no_grad(), model.steering.batch(["default", "other"]):
+        first, second = called(lambda: model(x, b)), called(lambda: model(x, b))
+    return {"same": first[0] == second[0], "made": [first[1], second[1]], "count": len(second[0])}
+
+
+def found(function):
+    try:
+        return function()
+    except Exception:
+        return traceback.format_exc()[-1500:]
+
+
+print(json.dumps({name: found(function) for name, function in CASES.items()}))

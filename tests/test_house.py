@@ -1,0 +1,90 @@
+"""The layout of the package: its map names every file, and imports go one way."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = {"fused_steer": ROOT / "fused_steer", "kernels": ROOT / "kernels", "bench": ROOT / "bench"}
+_LINE = re.compile(r"^( +)([\w./]+) +\S")
+
+
+def mapped(package: Path) -> list[str]:
+    """The files that the map in the package's docstring names, in its order, as paths from the package."""
+    found: list[str] = []
+    folder, depth = "", 4
+    for line in (ast.get_docstring(ast.parse((package / "__init__.py").read_text()), clean=False) or "").splitlines():
+        entry = _LINE.match(line)
+        if entry is None or len(entry[1]) not in (4, 8):
+            continue
+        if len(entry[1]) < depth:
+            folder = ""
+        depth = len(entry[1])
+        if entry[2].endswith("/"):
+            folder = entry[2]
+        elif entry[2].endswith(".py"):
+            found.append((folder if depth == 8 else "") + entry[2])
+    return found
+
+
+def files(package: Path) -> set[str]:
+    """The package's files, but for those of pytest's and bench/stub/, which is a program of its own."""
+    paths = (path.relative_to(package).as_posix() for path in package.rglob("*.py"))
+    return {path for path in paths if not re.search(r"__init__\.py$|^stub/|^test_|^conftest\.py$", path)}
+
+
+def imports(file: Path, package: Path) -> set[str]:
+    """The files of the package that `file` imports: anywhere in it, for types alone too. kernels is one of them."""
+    here = file.relative_to(package).parent.parts
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.ImportFrom) or not node.level:
+            continue
+        base = here[: len(here) - node.level + 1]
+        assert len(here) >= node.level - 1, f"{file} imports beyond {package.name}"
+        parts = (*base, *(node.module or "").split(".")) if node.module else base
+        if parts[:1] == ("kernels",):
+            found.add("kernels")
+            continue
+        for name in (alias.name for alias in node.names):
+            for path in ("/".join((*parts, name)) + ".py", "/".join(parts) + ".py", "/".join((*parts, "__init__.py"))):
+                if (package / path).is_file():
+                    found.add(path)
+                    break
+    return found
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_map_names_every_file_once(package):
+    named = mapped(PACKAGES[package])
+    assert sorted(named) == sorted(files(PACKAGES[package]))
+
+
+@pytest.mark.parametrize("package", ["fused_steer", "kernels"])
+def test_imports_go_up_the_map(package):
+    """So there is no circle of files, nor of folders: a folder's files stand together."""
+    folder = PACKAGES[package]
+    order = mapped(folder)
+    places = {path: place for place, path in enumerate(order)}
+    wrong = []
+    for path in order:
+        for other in imports(folder / path, folder):
+            if other == "kernels" or other == "__init__.py" and package == "kernels":
+                continue
+            inner = other.removesuffix("/__init__.py")
+            last = max((p for name, p in places.items() if name.startswith(f"{inner}/")), default=None)
+            place = last if other.endswith("__init__.py") else places[other]
+            if place is None or place >= places[path]:
+                wrong.append(f"{path} imports {other}")
+    assert wrong == []
+    folders = [path.rpartition("/")[0] for path in order]
+    runs = [name for before, name in zip(["", *folders], folders, strict=False) if name != before and name]
+    assert len(runs) == len(set(runs)), "a folder's files stand apart in the map"
+
+
+def test_tests_mirror_the_folders():
+    rooms = {path.name for path in (ROOT / "fused_steer").iterdir() if (path / "__init__.py").is_file()}
+    tested = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert tested - {"support"} == rooms | {"kernels", "bench"}

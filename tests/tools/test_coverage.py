@@ -1,0 +1,217 @@
+"""The table of covered models: families from all over pass, and what is wrong, refused or broken is found out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from command import assert_refused, invoke
+from torch import nn
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+
+from fused_steer import patch_model
+from fused_steer.model.layer import SteeringSite
+from fused_steer.tools import coverage as coverage_module
+from fused_steer.tools.coverage import MODEL_TYPES, Row, build, check, check_all, markdown, run, summary
+
+#: model type -> outcome: attention of all kinds, mixtures of experts, state spaces, recurrences, post-norm, parallel
+#: branches, shared layers, other towers.
+SOME = {
+    "bamba": "fused",
+    "bert": "hook",
+    "bloom": "hook",
+    "cohere2": "fused",
+    "deepseek_v3": "fused",
+    "falcon": "hook",
+    "gemma3": "fused",
+    "gemma3n_text": "hook",
+    "git": "hook",
+    "glm4": "fused",
+    "gpt_neo": "fused",
+    "gpt_oss": "fused",
+    "granitemoehybrid": "fused",
+    "jamba": "fused",
+    "lfm2": "fused",
+    "llama4": "fused",
+    "mamba": "fused",
+    "mbart": "fused",
+    "openai-gpt": "hook",
+    "phi4_multimodal": "fused",
+    "qwen3_5": "fused",
+    "recurrent_gemma": "fused",
+    "rwkv": "fused",
+    "xlnet": "hook",
+    "zamba2": "mixed",
+}
+
+
+@pytest.mark.parametrize(("model_type", "outcome"), SOME.items())
+def test_families_pass(model_type: str, outcome: str) -> None:
+    row = run(model_type)
+    assert (row.outcome, row.passes) == (outcome, True), row
+    assert row.layers and row.error <= coverage_module.TOLERANCE
+    assert bool(row.reason) == bool(row.hooked) == (outcome != "fused")
+
+
+def test_every_class_has_its_row() -> None:
+    assert {CONFIG_MAPPING[model_type] for model_type in MODEL_TYPES} == set(MODEL_FOR_CAUSAL_LM_MAPPING)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is not as it should be
+
+
+def steered_by(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """patch_model, but with sites whose forward is another one."""
+
+    def patch(model: nn.Module, config: Any) -> nn.Module:
+        patch_model(model, config)
+        for module in model.modules():
+            if isinstance(module, SteeringSite):
+                module.__class__ = type("SteeringSite", (SteeringSite,), {"steer": forward})
+        return model
+
+    return patch
+
+
+def shifted(site: SteeringSite, residual: Any, branch: Any = None, entering: Any = None) -> Any:
+    return SteeringSite.steer(site, residual, branch, entering) + 1e-6
+
+
+def stronger(site: SteeringSite, residual: Any, branch: Any = None, entering: Any = None) -> Any:
+    plain = residual if branch is None else residual + branch
+    return plain + 1.001 * (SteeringSite.steer(site, residual, branch, entering) - plain)
+
+
+def without_gradient(site: SteeringSite, residual: Any, branch: Any = None, entering: Any = None) -> Any:
+    steered = SteeringSite.steer(site, residual, branch, entering)
+    return steered + 0.01 * (steered - steered.detach())
+
+
+def counted_twice(site: SteeringSite, residual: Any, branch: Any = None, entering: Any = None) -> Any:
+    site.calls += 1
+    return SteeringSite.steer(site, residual, branch, entering)
+
+
+def idle(site: SteeringSite, residual: Any, branch: Any = None, entering: Any = None) -> Any:
+    site.calls += 1
+    return residual if branch is None else residual + branch
+
+
+def leaving_a_trace(model: nn.Module, config: Any) -> nn.Module:
+    model.trace = True
+    return patch_model(model, config)
+
+
+def before_the_branch(model: nn.Module, config: Any) -> nn.Module:
+    """Steers the layers' other add, as a finder of the wrong one would: the same numbers while the adapter is fresh."""
+    patch_model(model, config)
+    for layer in model.model.layers:
+        cls = type(layer)
+
+        def forward(self: Any, x: Any, cls: type = cls, **kwargs: Any) -> Any:
+            site = self.post_block
+            x = site(x)
+            self.post_block = SteeringSite()  # which adds
+            self.post_block.patched = site.patched
+            try:
+                return cls.forward(self, x, **kwargs)
+            finally:
+                self.post_block = site
+
+        layer.__class__ = type(cls.__name__, (cls,), {"forward": forward})
+    return model
+
+
+def refusing_too_late(model: nn.Module, config: Any) -> nn.Module:
+    patch_model(model, config)
+    raise ValueError("too late")
+
+
+@pytest.mark.parametrize(
+    ("patch", "reason"),
+    [
+        (steered_by(shifted), "a fresh patch has other logits"),
+        (steered_by(stronger), "relative error"),
+        (steered_by(without_gradient), "gradient of"),
+        (steered_by(counted_twice), "the sites were called"),
+        (steered_by(idle), "relative error"),
+        (before_the_branch, "against plain hooks"),
+        (leaving_a_trace, "unpatch left something behind"),
+        (refusing_too_late, "refused, but changed: too late"),
+    ],
+)
+def test_wrong_is_found_out(patch: Callable[..., Any], reason: str) -> None:
+    row = check(build("llama"), patch=patch)
+    assert row.outcome == "wrong" and reason in row.reason, row
+    assert not row.passes
+
+
+@pytest.mark.parametrize(
+    ("model_type", "outcome", "reason"),
+    [
+        ("blt", "unbuilt", "does not run unpatched"),
+        ("gemma4_assistant", "unbuilt", "hidden_size_per_layer_input"),
+        ("xlm", "refused", "no decoder layers that can be told apart"),
+        ("reformer", "raises", "returned a ReformerOutput"),
+    ],
+)
+def test_reasons_are_given(model_type: str, outcome: str, reason: str) -> None:
+    row = run(model_type)
+    assert (row.outcome, row.passes) == (outcome, False) and reason in row.reason, row
+
+
+def test_encoder_decoder_is_refused() -> None:
+    model = build("llama")
+    model.config.is_encoder_decoder = True
+    row = check(model)
+    assert row.outcome == "refused" and "encoder-decoder" in row.reason
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes, table, command
+
+
+def test_each_in_its_process() -> None:
+    assert [(row.model_type, row.outcome) for row in check_all(["gpt2", "xlm"], jobs=1)] == [
+        ("gpt2", "fused"),
+        ("xlm", "refused"),
+    ]
+    (row,) = check_all(["llama"], jobs=1, seconds=0.01)
+    assert row.outcome == "raises" and "took more than 0.01 s" in row.reason
+
+
+@pytest.mark.parametrize(("arguments", "parts"), [(["nothing"], ("'nothing'", "expected")), (["llama", 0], ("jobs",))])
+def test_bad_arguments_are_refused(arguments: list[Any], parts: tuple[str, ...]) -> None:
+    only, jobs = [*arguments, 1][:2]
+    assert_refused(invoke("coverage", "--only", only, "--jobs", jobs), *parts)
+
+
+ROWS = [
+    Row("llama", "LlamaForCausalLM", "fused", layers=3, error=2e-7),
+    Row("internlm3", "LlamaForCausalLM", "wrong", "a | b", layers=3),
+    Row("bert", "BertLMHeadModel", "hook", "no sum", layers=3, hooked=3, error=1e-6),
+]
+
+
+def test_table() -> None:
+    text = markdown(ROWS)
+    assert "**2 of 3 model types pass**, 1 of 2 classes;" in text
+    assert "error is 1.0e-06" in text and torch.__version__ in text
+    assert "| LlamaForCausalLM | internlm3 | wrong | a \\| b |" in text and "| hook | 1 |" in text
+    assert summary(ROWS).startswith("2 of 3 pass: 1 fused, 0 mixed, 1 hook") and summary(ROWS).endswith("1 wrong")
+
+
+def test_command(tmp_path, monkeypatch) -> None:
+    out = tmp_path / "docs" / "coverage.md"
+    result = invoke("coverage", "--only", "llama", "--jobs", 1, "--out", out, "--json")
+    assert result.exit_code == 0, result.output
+    (row,) = json.loads(result.stdout)
+    assert (row["model_type"], row["outcome"], row["layers"]) == ("llama", "fused", 3)
+    assert "| LlamaForCausalLM | llama | fused |" in out.read_text()
+    monkeypatch.setattr(coverage_module, "check_all", lambda types, jobs: iter(ROWS))
+    result = invoke("coverage")
+    assert result.exit_code == 1 and "wrong    internlm3" in result.stdout
