@@ -47,7 +47,7 @@ SETS: dict[str, dict[str, str]] = {
 }
 SHOWN = ("torch", "triton", "transformers", "peft", "trl")
 
-#: The tests of the core: the op, the layer, the adapter, batches, training; and those of the library that a set changes.
+#: The tests of the core: the op, the layer, the adapter, batches, training.
 CORE = (
     "tests/kernels/test_post_block.py",
     "tests/kernels/test_grouped.py",
@@ -61,6 +61,7 @@ CORE = (
     "tests/test_modes.py",
     "tests/test_training.py",
 )
+#: The further tests of a library that a set changes.
 OF_LIBRARY = {
     "peft": ("tests/test_peft.py", "tests/test_joint.py"),
     "trl": ("tests/test_trl.py",),
@@ -71,7 +72,7 @@ OF_LIBRARY = {
 
 @dataclass
 class Outcome:
-    """What came of one set. counts: passed, failed, errors, skipped; failed: names of tests; note: why it did not run."""
+    """What came of one set. counts: passed, failed, skipped; failed: names of tests; note: why it did not run."""
 
     name: str
     wanted: dict[str, str]
@@ -167,16 +168,17 @@ def page(outcomes: dict[str, Outcome]) -> str:
         rows.append([name, wanted, *(done.versions[library] for library in SHOWN), f"{result} ({done.commit[:7]})"])
     heads = ["set", "asked for", *SHOWN, "core tests"]
     table = "\n".join(f"| {' | '.join(row)} |" for row in [heads, ["---"] * len(heads), *rows])
-    return (
-        "# Versions\n\n"
-        "The core tests with sets of library versions. Each set is `constraints.txt` with some versions changed, in an\n"
-        "environment of its own. Written by `python -m bench.matrix`. On a machine without a GPU the kernels run in\n"
-        "Triton's interpreter. A set with another torch downloads the CUDA build, several gigabytes; such a set runs only\n"
-        "when it is named.\n\n"
-        f"{table}\n\n"
-        "Outside of the versions that were tried, `patch_model` warns once and goes on. `fused-steer doctor` shows what is\n"
-        "installed and whether it was tried.\n"
-    )
+    return f"""# Versions
+
+The core tests with sets of library versions. Each set is `constraints.txt` with some versions changed, in an
+environment of its own. Written by `python -m bench.matrix`. On a machine without a GPU the kernels run in Triton's
+interpreter. A set with another torch downloads the CUDA build, several gigabytes; such a set runs only when it is named.
+
+{table}
+
+Outside of the versions that were tried, `patch_model` warns once and goes on. `fused-steer doctor` shows what is
+installed and whether it was tried.
+"""
 
 
 def _short(test: str) -> str:
