@@ -172,7 +172,7 @@ def page(outcomes: dict[str, Outcome]) -> str:
 
 The core tests with sets of library versions. Each set is `constraints.txt` with some versions changed, in an
 environment of its own. Written by `python -m bench.matrix`. On a machine without a GPU the kernels run in Triton's
-interpreter. A set with another torch downloads the CUDA build, several gigabytes; such a set runs only when it is named.
+interpreter. A set with another torch downloads the CUDA build, several gigabytes, and runs only when it is named.
 
 {table}
 
