@@ -79,7 +79,8 @@ class SteeringSite(nn.Module):
         super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_planned": None}  # copies and pickles plan for themselves
+        # Copies and pickles plan for themselves, and are in no batch and in no `disabled`.
+        return self.__dict__ | {"_planned": None, "enabled": True, "_modules": {**self._modules, "rows": None}}
 
     def _replicate_for_data_parallel(self) -> SteeringSite:
         replica = super()._replicate_for_data_parallel()
@@ -114,6 +115,30 @@ class SteeringSite(nn.Module):
             for other, factor in factors.items():
                 factor.requires_grad_(other == self.active)
         self._set_strength(next((p.device for p in self.parameters()), self.strength.device))
+
+    def set_scale(self, scale: float) -> None:
+        """Change the strength, and nothing else."""
+        self.scale = scale
+        self._set_strength(self.strength.device)
+
+    def remember(self) -> Callable[[], None]:
+        """A function that gives the site back its adapters, the one in use, and what trains, as they are now."""
+        choice = {name: getattr(self, name) for name in ("active", "enabled", "activation", "scale")}
+        buffers = dict(self._buffers)
+        factors = [(modules, dict(modules._modules)) for modules in (self.steer_down, self.steer_up)]
+        trained = [(parameter, parameter.requires_grad) for parameter in self.parameters()]
+
+        def give_back() -> None:
+            for modules, held in factors:
+                modules._modules.clear()
+                modules._modules.update(held)
+            for parameter, required in trained:
+                parameter.requires_grad_(required)
+            self._buffers.update(buffers)
+            for name, value in choice.items():
+                setattr(self, name, value)
+
+        return give_back
 
     @torch.inference_mode(False)  # whose tensors no compiled graph that trains may keep
     def _set_strength(self, device: torch.device) -> None:
@@ -360,14 +385,13 @@ def _own_forward_kept(layer: nn.Module) -> bool:
     return hasattr(layer, "_hf_hook") and isinstance(kept, MethodType) and kept.__func__ is type(layer).forward
 
 
-def _change_class(layer: nn.Module, cls: type[nn.Module]) -> None:
-    """Also for the forward that accelerate keeps on the instance, where there is one."""
-    old = type(layer).forward
-    layer.__class__ = cls
+def _change_class(layer: nn.Module, old: type[nn.Module], new: type[nn.Module]) -> None:
+    """Also for the forward that accelerate keeps on the instance, where there is one. It can be done twice."""
+    layer.__class__ = new
     for name in ("forward", "_old_forward"):
         kept = vars(layer).get(name)
-        if isinstance(kept, MethodType) and kept.__func__ is old:
-            setattr(layer, name, MethodType(cls.forward, layer))
+        if isinstance(kept, MethodType) and kept.__func__ is old.forward:
+            setattr(layer, name, MethodType(new.forward, layer))
 
 
 class PatchedLayer:
@@ -391,16 +415,24 @@ class PatchedLayer:
             self.reason = str(reason)
             cls = steered_class(self.base, False)
         site = make_site().train(layer.training)
-        _change_class(layer, cls)
-        layer.add_module(SITE, site)
         site.patched = self
-        if self.reason:
-            # First of the hooks, so that those which record hidden states record the steered one.
-            self._hook = layer.register_forward_hook(_steer_output, prepend=True)
+        try:
+            _change_class(layer, self.base, cls)
+            layer.add_module(SITE, site)
+            if self.reason:
+                # First of the hooks, so that those which record hidden states record the steered one.
+                self._hook = layer.register_forward_hook(_steer_output, prepend=True)
+        except BaseException:
+            self.remove()
+            raise
 
     @property
     def kind(self) -> str:
         return "hook" if self.reason else "fused"
+
+    @property
+    def has_site(self) -> bool:
+        return SITE in self.layer._modules
 
     @property
     def site(self) -> SteeringSite:
@@ -408,7 +440,7 @@ class PatchedLayer:
 
     def watch(self) -> None:
         """Have another forward watched that came past the layer's `__setattr__`: on its class, or in its `__dict__`."""
-        if self.reason:
+        if self.reason or type(self.layer) is self.base:  # steered by a hook, or being taken out
             return
         own, forward = vars(self.layer), type(self.layer).forward
         replaced = forward is not getattr(type(self.layer), _FORWARD)
@@ -421,23 +453,27 @@ class PatchedLayer:
             del own["forward"]
 
     def check_removable(self) -> None:
-        if type(self.layer) is not steered_class(self.base, not self.reason):
+        """Raises RuntimeError where another library has since changed the layer's class."""
+        if type(self.layer) not in (self.base, steered_class(self.base, not self.reason)):
             raise RuntimeError(
                 f"layer {self.index} is now a {type(self.layer).__qualname__} that another library made; expected it "
                 "as patch_model left it (undo the other first)"
             )
 
     def remove(self) -> None:
-        """Take the site out again; the layer is what it was."""
+        """Take the site out again; the layer is what it was. After an exception it can be called once more."""
         if self._hook is not None:
             self._hook.remove()
-        delattr(self.layer, SITE)
         own = vars(self.layer)
-        if _is_watched(own.get("forward")):
-            put = own.pop("forward").args[1]
-            if put is not None:
+        watched = own.get("forward")
+        if _is_watched(watched):
+            put = watched.args[1]
+            if put is None:
+                del own["forward"]
+            else:
                 own["forward"] = put  # what was put there is left there
-        _change_class(self.layer, self.base)
+        _change_class(self.layer, steered_class(self.base, not self.reason), self.base)
+        self.layer._modules.pop(SITE, None)
 
 
 def patch_layers(
@@ -452,11 +488,11 @@ def patch_layers(
     try:
         for index, layer in layers.items():
             patched[index] = PatchedLayer(layer, index, layout.path(index), make_site)
+        return patched
     except BaseException:
         for one in patched.values():
             one.remove()
         raise
-    return patched
 
 
 def unpatch_layers(patched: Iterable[PatchedLayer]) -> None:
