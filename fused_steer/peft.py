@@ -64,7 +64,7 @@ class PostBlockConfig(PeftConfig):
     Args:
         r: the rank; `rank` is the same, as adapter files have it.
         form, activation, layers, scale, down_bias, up_bias, init_scale, dtype: see `SteerConfig`.
-        orthogonal_to, writers, side, every: how a loaded adapter was trained. To train so, use `patch_model`.
+        orthogonal_to, orthogonal_modules: how a loaded adapter was trained. To train so, use `patch_model`.
         hidden_size, num_layers: of the model that an adapter is for; filled in when it is added to one.
         fused_steer_version, weights_sha256: of a file.
 
@@ -83,9 +83,7 @@ class PostBlockConfig(PeftConfig):
     init_scale: float = 1.0
     dtype: str = "float32"
     orthogonal_to: Optional[str] = None  # noqa: UP045
-    writers: str = "mlp"
-    side: str = "output"
-    every: int = 1
+    orthogonal_modules: str = "mlp"
     hidden_size: Optional[int] = None  # noqa: UP045
     num_layers: Optional[int] = None  # noqa: UP045
     rank: Optional[int] = None  # noqa: UP045
@@ -471,7 +469,7 @@ def _fill(site: PeftSite, name: str, parts: list[tuple[str, float, SteerConfig]]
     start = 0
     for part, weight, config in parts:
         source = site.adapter(part)
-        rows = slice(start, start + (config.rank or 0))
+        rows = slice(start, start + config.rank)
         start = rows.stop
         if source is None:
             continue
