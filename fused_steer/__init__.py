@@ -16,7 +16,8 @@ The map, in reading order. A file imports what stands above it, never what stand
         residual.py      rewrites a layer's forward so that the last residual add goes to the site
         watch.py         an error for a layer that ran unsteered; the report
         passes.py        packed weights, which live for one forward pass
-        layer.py         the site, which steers a layer; the patched layer, and the way back
+        site.py          the site: the module in a layer that steers it
+        layer.py         a layer with its site: how it is reached, and the way back
         decoder_hooks.py what is done before and after each pass of the decoder
         patched.py       a patched model: its steered layers, its frozen base
         stored.py        an adapter of a patched model as files have it, and back
@@ -29,6 +30,7 @@ The map, in reading order. A file imports what stands above it, never what stand
         requests.py      what a batch asks for: an adapter, a strength, positions for each row
         caches.py        how many tokens a key-value cache holds
         batch.py         steers each row of a batch by its own adapter
+        mixed.py         an adapter for each row of a batch of PEFT's
         pool.py          AdapterPool: thousands of adapters in files, some in slots
         plan.py          memory and bandwidth that many adapters take
     importers/           adapters of other codes

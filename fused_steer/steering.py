@@ -41,7 +41,7 @@ class Steering:
         """Find the decoder; the model is not touched before an adapter is added."""
         self._given = model
         self._model = model = inside_peft(model)
-        self._patched = PatchedModel(model, adapter_parameters(model), self._before_training)
+        self._patched = PatchedModel(model, adapter_parameters, self._before_training)
         self._decoder = self._patched.decoder
         self._configs: dict[str, SteerConfig] = {}
         self._active: str | None = None

@@ -27,7 +27,7 @@ from ..adapters.parameters import UP, UP_BIAS, ByLayer
 from ..config import SteerConfig
 from ..kernels.orthogonal import MAX_WRITERS, column_space, project_out
 from ..model.decoder import execution_device
-from ..model.layer import SteeringSite
+from ..model.site import SteeringSite
 from .layers import columns_of, lora_layers
 from .writers import Writer, choose_writers
 

@@ -17,10 +17,10 @@ from transformers.cache_utils import Cache
 
 from ..config import SteerConfig
 from ..kernels.grouped import Routing
-from ..model.layer import SteeringSite
+from ..model.site import SteeringSite
 from .caches import Seen, cache_length, check_begins, does_not_tell, find_cache, is_cache, is_empty
 from .requests import EVERY_TOKEN, Request
-from .slots import Held, Slots, slots_for
+from .slots import Held, LoadedSlots, Slots, adapters_at
 
 # ------------------------------------------------------------------------------------------------------- while it runs
 
@@ -443,12 +443,5 @@ def hold_loaded(
     sites: Mapping[int, SteeringSite], configs: Mapping[str, SteerConfig], names: Sequence[str]
 ) -> Iterator[Held]:
     """Adapters that the model has loaded, copied into slots of their own."""
-    numbers = {name: number for number, name in enumerate(names)}
-    slots = {}
-    for index, site in sites.items():
-        here = {name: adapter for name in names if (adapter := site.adapter(name)) is not None}
-        if here:
-            slots[index] = slots_for({name: adapter.named_tensors() for name, adapter in here.items()}, len(names))
-        for name, adapter in here.items():
-            slots[index].put(numbers[name], adapter.named_tensors(), configs[name].activation)
-    yield Held(numbers, slots, {name: configs[name].scale for name in names})
+    loaded = LoadedSlots(adapters_at(sites, names), {name: configs[name].activation for name in names})
+    yield Held(loaded.numbers, loaded.slots, {name: configs[name].scale for name in names})

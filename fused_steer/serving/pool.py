@@ -21,7 +21,7 @@ from ..adapters.parameters import ByLayer
 from ..config import DTYPES, SteerConfig
 from ..kernels import MAX_RANK
 from ..model.decoder import Decoder, execution_device
-from ..model.layer import SteeringSite
+from ..model.site import SteeringSite
 from ..model.stored import adapter_tensors
 from .batch import hold_loaded
 from .slots import Held, Slots
