@@ -15,18 +15,18 @@ from torch import Tensor, nn
 from .adapters.distributed import check_unsharded, first_writes, is_first
 from .adapters.files import AdapterFile, read_adapter, write_adapter
 from .adapters.hub import push_adapter
-from .adapters.parameters import Adapter, ByLayer
+from .adapters.parameters import Adapter
 from .config import SteerConfig, checked_number
-from .lora.layers import adapter_parameters, computing_by, lora_layers
-from .lora.orthogonality import Orthogonality, check_carries_lora, check_lora
-from .lora.writers import Writer, trace_writers
+from .lora.constraints import Constraints
+from .lora.layers import adapter_parameters, computing_by
 from .model.decoder import execution_device, inside_peft
 from .model.decoder_hooks import warn_of_frozen
 from .model.patched import PatchedModel
 from .model.stored import adapter_file, check_same_config, files_of_state, restore_values
 from .model.watch import Report
 from .serving.batch import Batch, run_batch
-from .serving.pool import AdapterPool, check_name, checked_size, hold_adapters, make_slots
+from .serving.holding import checked_size, hold_adapters, make_slots
+from .serving.pool import AdapterPool, check_name
 from .serving.requests import checked_requests
 from .whole import SavePretrained
 
@@ -41,13 +41,12 @@ class Steering:
         """Find the decoder; the model is not touched before an adapter is added."""
         self._given = model
         self._model = model = inside_peft(model)
-        self._patched = PatchedModel(model, adapter_parameters(model), self._before_training)
+        self._patched = PatchedModel(model, adapter_parameters, self._before_training)
         self._decoder = self._patched.decoder
         self._configs: dict[str, SteerConfig] = {}
         self._active: str | None = None
-        self._orthogonal: dict[str, Orthogonality] = {}  # of the adapters whose config asks for it
+        self._constraints = Constraints(model, self._decoder)
         self._scopes = self._patched.scopes
-        self._tracing = False
         self._pool: AdapterPool | None = None
         self._batch: Batch | None = None
         # PEFT saves a model that it has wrapped by its own means, and never as a whole.
@@ -85,9 +84,7 @@ class Steering:
         check_unsharded(self._decoder.layers, "adapters to be added")
         indices = self._decoder.layout.indices(config)
         layers, hidden = self._decoder.layers, self._decoder.hidden
-        if config.orthogonal_to is not None:
-            check_carries_lora(self._model, {i: layers[i] for i in indices})
-            check_lora(config, self._trace_writers(indices), {i: execution_device(layers[i]) for i in indices})
+        self._constraints.check(config)
         self._insert(name, config, {i: Adapter.fresh(config, hidden, execution_device(layers[i])) for i in indices})
 
     @torch.inference_mode(False)  # whose tensors never train
@@ -113,7 +110,7 @@ class Steering:
         the files and takes what is its own.
 
         Raises:
-            KeyError: there is no such adapter here; FileNotFoundError: none there.
+            KeyError, FileNotFoundError: there is no such adapter here, or none there.
             ValueError: what was saved is broken, or of another config; or FSDP1 or ZeRO has sharded the adapter.
         """
         name = self._known(name)
@@ -144,9 +141,7 @@ class Steering:
                 site.use(None, "identity", 1.0)
             else:
                 site.use(name, config.activation, config.scale)
-        for other, orthogonality in self._orthogonal.items():
-            if other != name:
-                orthogonality.release()
+        self._constraints.use(name)
 
     def remove(self, name: str) -> None:
         """Forget an adapter. If it was in use, none is.
@@ -166,8 +161,7 @@ class Steering:
             for site in self._patched.sites.values():
                 if site.adapter(name) is not None:
                     site.detach(name)
-            if name in self._orthogonal:
-                self._orthogonal.pop(name).close()
+            self._constraints.remove(name)
 
     def save(self, directory: str | os.PathLike[str], name: str | None = None) -> None:
         """Write an adapter (default: the one in use) to `directory`: its config, present strength and weights.
@@ -202,9 +196,7 @@ class Steering:
 
         Args:
             repo_id: "user/name" of the repository.
-            private: whether a repository that is made is private; None is the account's default.
-            token: of the hub; None is the one logged in with.
-            revision: the branch; None is main.
+            private, token, revision, commit_message: as `huggingface_hub.HfApi` has them.
 
         Returns:
             The URL of the commit; "" in a process that is not the first.
@@ -224,9 +216,7 @@ class Steering:
 
     def _file(self, name: str) -> tuple[AdapterFile, bool]:
         """An adapter as a file has it, and whether all processes put it together."""
-        constrained: ByLayer = {}
-        if name in self._orthogonal and lora_layers(self._model):
-            constrained = self._orthogonal[name].constrained()
+        constrained = self._constraints.values(name)
         return adapter_file(name, self._configs[name], self._decoder.layout, self._patched.sites, constrained)
 
     # -------------------------------------------------------------------------------------------------------- running
@@ -409,9 +399,7 @@ class Steering:
             if self._batch is not None:
                 raise RuntimeError("a batch is running; expected the model to be unpatched afterwards")
             self._patched.undo()
-            while self._orthogonal:
-                self._orthogonal[next(reversed(self._orthogonal))].close()
-                self._orthogonal.popitem()
+            self._constraints.close()
             if self._save_pretrained is not None:
                 self._save_pretrained.remove()
             self._configs.clear()
@@ -423,15 +411,15 @@ class Steering:
     def _changing(self, what: str) -> Iterator[None]:
         """Inside, adapters may change: no other thread runs the model, and an exception takes all of it back."""
         with self._patched.changing(what):
-            configs, active, pool, orthogonal = dict(self._configs), self._active, self._pool, dict(self._orthogonal)
+            configs, active, pool = dict(self._configs), self._active, self._pool
+            give_back = self._constraints.remember()
             try:
                 yield
             except BaseException:
-                for name in [name for name in self._orthogonal if name not in orthogonal]:
-                    self._orthogonal[name].close()
+                give_back()
                 self._configs.clear()
                 self._configs |= configs
-                self._active, self._pool, self._orthogonal = active, pool, orthogonal
+                self._active, self._pool = active, pool
                 raise
 
     def _insert(self, name: str, config: SteerConfig, adapters: dict[int, Adapter]) -> None:
@@ -442,32 +430,17 @@ class Steering:
             sites = {i: site for i, site in self._patched.sites.items() if i in adapters}
             for i, adapter in adapters.items():
                 sites[i].attach(name, adapter)
-            if config.orthogonal_to is not None:
-                self._orthogonal[name] = Orthogonality(name, config, self._model, sites, self._trace_writers)
+            self._constraints.add(name, config, sites)
             self._configs[name] = config
             self._use(self._active)  # what is not in use does not train
 
-    # ------------------------------------------------------------------------------------------------ beside a LoRA
-
     def _before_training(self, training: bool) -> None:
         """Before a forward pass with gradients. `training`: whether the decoder is in training mode."""
-        if self._active is None or self._patched.disabled or self._tracing:
+        if self._active is None or self._patched.disabled or self._constraints.tracing:
             return
         if training and not any(True for _ in self.parameters()):
             warn_of_frozen(self._active)
-        orthogonality = self._orthogonal.get(self._active)
-        # Without no_grad a prompt looks like training; an adapter may answer it without the LoRA it was trained beside.
-        if orthogonality is not None and orthogonality.trains and (training or lora_layers(self._model)):
-            orthogonality.before_forward()
-
-    def _trace_writers(self, indices: list[int]) -> dict[int, list[Writer]]:
-        """All modules that write into the stream of these layers."""
-        self._tracing = True
-        try:
-            layers = {index: self._decoder.layers[index] for index in indices}
-            return trace_writers(self._decoder.module, layers, self._decoder.hidden)
-        finally:
-            self._tracing = False
+        self._constraints.before_training(self._active, training)
 
     # --------------------------------------------------------------------------------------------------------- checks
 

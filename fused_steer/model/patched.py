@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import nn
 
 from .decoder import find_decoder
 from .decoder_hooks import DecoderHooks
-from .layer import PatchedLayer, SteeringSite, patch_layers, unpatch_layers
+from .layer import PatchedLayer, patch_layers, unpatch_layers
 from .scopes import Scopes
+from .site import SteeringSite
 from .watch import LayerReport, Report
 
 
@@ -19,13 +20,16 @@ class PatchedModel:
     """The steered layers of one model, and what is done to the rest of it."""
 
     def __init__(
-        self, model: nn.Module, kept: Collection[nn.Parameter], before_training: Callable[[bool], None]
+        self,
+        model: nn.Module,
+        kept: Callable[[nn.Module], Iterable[nn.Parameter]],
+        before_training: Callable[[bool], None],
     ) -> None:
         """Find the decoder; the model is not touched.
 
         Args:
             model: with decoder layers.
-            kept: parameters that are not frozen.
+            kept: gives those of the model's parameters that are not frozen.
             before_training: see `DecoderHooks`.
 
         Raises:
@@ -36,7 +40,7 @@ class PatchedModel:
         self.disabled = 0  # how many `disable` are open
         self.scopes = Scopes()
         self._hooks = DecoderHooks(self.decoder, self.layers, self.scopes, before_training)
-        others = {id(parameter) for parameter in kept}
+        others = {id(parameter) for parameter in kept(model)}
         # By place: offloading puts another object there.
         self._requires_grad = [
             (module, name, p.requires_grad)

@@ -13,7 +13,7 @@ from ..adapters.distributed import check_unsharded, gather, is_dtensor, part_of,
 from ..adapters.files import AdapterFile
 from ..adapters.parameters import ByLayer, Layout, by_layer, in_model, of_adapter
 from ..config import DTYPES, SteerConfig
-from .layer import SteeringSite
+from .site import SteeringSite
 
 Sites = Mapping[int, SteeringSite]  # by layer
 

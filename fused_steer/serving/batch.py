@@ -11,17 +11,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, is_grad_enabled, nn
-from torch.compiler import is_compiling
+from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from ..config import SteerConfig
 from ..kernels.grouped import Routing
-from ..model.layer import SteeringSite
 from ..model.scopes import Scopes
+from ..model.site import SteeringSite
 from .caches import Seen, cache_length, check_begins, does_not_tell, find_cache, is_cache, is_empty
 from .requests import EVERY_TOKEN, Request
-from .slots import Held, Slots, slots_for
+from .rows import Rows
+from .slots import Held
 
 # ------------------------------------------------------------------------------------------------------- while it runs
 
@@ -178,59 +177,6 @@ class Batch:
             torch.tensor(strengths, dtype=torch.float32, device=device).repeat_interleave(times),
             torch.tensor(generated, device=device).repeat_interleave(times),
         )
-
-
-class Rows(nn.Module):
-    """Steers one layer by rows while a batch runs. For inference."""
-
-    def __init__(self, batch: Batch, slots: Slots | None) -> None:
-        """
-        Args:
-            slots: that hold the batch's adapters of this layer; None: no adapter of the batch steers it.
-        """
-        super().__init__()
-        self.batch = batch
-        self.slots = slots
-
-    def forward(self, residual: Tensor, branch: Tensor | None) -> Tensor:
-        """residual + branch, each row steered by its own adapter. (rows, tokens, d)
-
-        Raises:
-            RuntimeError: a gradient is asked for, or a compiled model runs outside of `generate`.
-        """
-        batch = self.batch
-        batch.check_place()
-        slots: Any = self._modules["slots"]
-        if slots is None:
-            return residual if branch is None else residual + branch
-        if is_grad_enabled() and (residual.requires_grad or branch is not None and branch.requires_grad):
-            raise RuntimeError("steering.batch is for inference; expected torch.no_grad() around the model")
-        if is_compiling():
-            return slots(residual, branch, batch.ids.to(residual.device), batch.gain.to(residual.device))
-        return slots.routed(residual, branch, batch.routing(residual.device))
-
-    def plan(self, device: torch.device) -> tuple[Slots, Callable[[], tuple[Tensor, ...]]] | None:
-        """The slots with their launch plans, and a function that returns what a plan takes behind residual and branch.
-
-        None: no adapter of the batch steers this layer.
-        """
-        batch, slots = self.batch, self.slots
-        if slots is None:
-            return None
-
-        ids: Any = ()
-        weights: Any = None
-        found: tuple[Tensor, ...] = ()
-
-        def operands() -> tuple[Tensor, ...]:
-            # The same in all steps that have the same ids.
-            nonlocal ids, weights, found
-            if batch.ids is not ids or slots.weights is not weights:
-                found = slots.operands(batch.routing(device))
-                ids, weights = batch.ids, slots.weights
-            return found
-
-        return slots, operands
 
 
 def run_batch(
@@ -491,22 +437,3 @@ def _past_of_a_pass(batch: Batch, given: Mapping[str, Any], tokens: int) -> tupl
         else:
             raise ValueError(does_not_tell(cache))
     return length, cache
-
-
-# ---------------------------------------------------------------------------------------------------- adapters in slots
-
-
-@contextlib.contextmanager
-def hold_loaded(
-    sites: Mapping[int, SteeringSite], configs: Mapping[str, SteerConfig], names: Sequence[str]
-) -> Iterator[Held]:
-    """Adapters that the model has loaded, copied into slots of their own."""
-    numbers = {name: number for number, name in enumerate(names)}
-    slots = {}
-    for index, site in sites.items():
-        here = {name: adapter for name in names if (adapter := site.adapter(name)) is not None}
-        if here:
-            slots[index] = slots_for({name: adapter.named_tensors() for name, adapter in here.items()}, len(names))
-        for name, adapter in here.items():
-            slots[index].put(numbers[name], adapter.named_tensors(), configs[name].activation)
-    yield Held(numbers, slots, {name: configs[name].scale for name in names})
