@@ -46,10 +46,9 @@ class DecoderHooks:
         self._handles: list[RemovableHandle] = []
 
     def attach(self) -> None:
-        self._handles = [
-            self._module.register_forward_pre_hook(self._before, with_kwargs=True),
-            self._module.register_forward_hook(self._after, always_call=True),
-        ]
+        # A line each: what an exception interrupts is removed by `remove`.
+        self._handles.append(self._module.register_forward_pre_hook(self._before, with_kwargs=True))
+        self._handles.append(self._module.register_forward_hook(self._after, always_call=True))
 
     def remove(self) -> None:
         for handle in self._handles:
