@@ -15,7 +15,12 @@
     goals.py        what is to be reached, computed from results
     gpu.py          `python -m bench.gpu`: everything on one GPU, most important first
     rehearsal.py    `python -m bench.gpu --rehearse`: all of it over the stub driver, so that no name is misspelt
-    report.py       `python -m bench.report`: results as tables and plots
+    report/         `python -m bench.report`: results as tables and plots
+        read.py         results files, read and checked
+        tables.py       Markdown tables
+        plots.py        SVG plots
+        pages.py        docs/benchmarks.md, README's block, and what of them is out of date
+        __main__.py     the command
     stub/           a CUDA driver that does nothing: the kernels' host side without a GPU
     joint.py        `python -m bench.joint`: what is learnt by LoRA, by steering and by both, on a CPU
 

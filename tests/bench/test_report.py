@@ -29,9 +29,10 @@ def import_bench(name: str):
         sys.path.remove(str(ROOT))
 
 
-report, geometries, results_module = map(import_bench, ("report", "geometries", "results"))
-draw = report.draw
-report.draw = functools.cache(draw)  # the same few plots again and again; that they are the same bytes is a test
+geometries, results_module = map(import_bench, ("geometries", "results"))
+command, pages, plots, read = (import_bench(f"report.{name}") for name in ("__main__", "pages", "plots", "read"))
+draw = plots.draw
+pages.draw = functools.cache(draw)  # the same few plots again and again; that they are the same bytes is a test
 OpCase, ModelCase = geometries.OpCase, geometries.ModelCase
 GroupedCase, HostCase, ServeCase = geometries.GroupedCase, geometries.HostCase, geometries.ServeCase
 Results, Row = results_module.Results, results_module.Row
@@ -126,7 +127,7 @@ class Place:
 
     def run(self, *extra: str):
         options = [f"--{name}={getattr(self, name)}" for name in ("results", "docs", "readme")]
-        return CliRunner().invoke(report.app, [*options, *extra])
+        return CliRunner().invoke(command.app, [*options, *extra])
 
     def run_ok(self, *extra: str) -> str:
         result = self.run(*extra)
@@ -147,7 +148,7 @@ class Place:
         return {str(path.relative_to(self.folder)): (path.read_bytes(), path.stat().st_mtime_ns) for path in found}
 
     def block(self) -> str:
-        return self.readme.read_text(encoding="utf-8").partition(report.BEGIN)[2].partition(report.END)[0]
+        return self.readme.read_text(encoding="utf-8").partition(pages.BEGIN)[2].partition(pages.END)[0]
 
 
 @pytest.fixture
@@ -177,14 +178,14 @@ def copied(reported: Place, folder: Path) -> Place:
 
 
 def test_readme_and_docs_are_what_the_committed_results_give():
-    differing = report.differing(report.render(report.FOLDER, ROOT / "docs", ROOT / "README.md"))
+    differing = pages.differing(pages.render(read.FOLDER, ROOT / "docs", ROOT / "README.md"))
     assert not differing, "run `python -m bench.report`"
 
 
-@pytest.mark.skipif(any(run.on_gpu for run in report.read_runs(report.FOLDER)), reason="there are results of a GPU")
+@pytest.mark.skipif(any(run.on_gpu for run in read.read_runs(read.FOLDER)), reason="there are results of a GPU")
 def test_without_results_of_a_gpu_nothing_is_claimed():
     for file in (ROOT / "README.md", ROOT / "docs" / "benchmarks.md"):
-        assert report.NOT_MEASURED in file.read_text(encoding="utf-8")
+        assert pages.NOT_MEASURED in file.read_text(encoding="utf-8")
 
 
 # --------------------------------------------------------------------------------------------------------- what it says
@@ -310,7 +311,7 @@ def test_cpu_is_never_shown_as_speed_of_the_kernels(reported):
 def test_results_of_a_cpu_alone_measure_nothing(place):
     place.put(cpu_results())
     place.run_ok()
-    assert report.NOT_MEASURED in place.block() and "|" not in place.block()
+    assert pages.NOT_MEASURED in place.block() and "|" not in place.block()
     assert "No run on a GPU has been committed" in place.markdown.read_text(encoding="utf-8")
     assert not (place.docs / "benchmarks").exists()
 
@@ -339,8 +340,8 @@ def test_text_of_a_file_cannot_break_a_table(place):
 def plot(name: str, results: Results, tmp_path: Path):
     place = Place(tmp_path)
     place.put(results)
-    (run,) = report.read_runs(place.results)
-    return {plot.name: plot for plot in report.plots(run)}[name]
+    (run,) = read.read_runs(place.results)
+    return {plot.name: plot for plot in plots.plots(run)}[name]
 
 
 def test_plots_are_svg_and_linked(reported):
@@ -448,7 +449,7 @@ def test_plots_of_results_that_are_gone_go_too_and_no_other_file(reported, tmp_p
     assert "roofline" in place.fail("--check")
     place.run_ok()
     assert list((place.docs / "benchmarks").iterdir()) == [own]
-    assert report.NOT_MEASURED in place.block()
+    assert pages.NOT_MEASURED in place.block()
 
 
 # ------------------------------------------------------------------------------------------------------------- refusals
