@@ -3,6 +3,7 @@
     checkout.py     runs bench and tests from a checkout that is not installed
     geometries.py   the sizes of real models, and the grid of op sizes
     contenders.py   who is measured: ours, the rivals, the floor
+    counted.py      what a layer's end moves and launches: unsteered, with a hook, fused
     timing.py       how: cold cache, graph replay, interleaving, quantiles; launches and bytes counted
     projection.py   Joint-Orth's projection against a loop of SVDs
     grouped.py      the op with an adapter for each token against a gather of weights

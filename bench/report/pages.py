@@ -11,9 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fused_steer.tools.demo import Figures
+
+from .. import goals
+from ..counted import PASSES, Count, counted
+from ..levels import FLOOR_UNITS
 from ..results import FOLDER, PACKAGES
-from .plots import STAMP, Plot, draw, plots
-from .read import ByContender, Cases, Run, read_runs
+from .plots import STAMP, Plot, draw, draw_counts, plots
+from .read import ByContender, Cases, Run, read_demo, read_runs
 from .tables import (
     RIVALS,
     VARIANT,
@@ -42,7 +47,7 @@ from .tables import (
 )
 
 ROOT = FOLDER.parents[1]
-BEGIN, END = "<!-- results -->", "<!-- /results -->"
+COUNTED_NAME = "counted.svg"
 NOT_MEASURED = "Speed on a GPU has not been measured yet, and nothing here claims it."
 
 
@@ -90,30 +95,57 @@ anywhere.
 `python -m bench.report --check` writes nothing and fails if a file is not what the results give."""
 
 
-def benchmarks_text(runs: list[Run]) -> str:
-    """`docs/benchmarks.md`."""
+GOALS_INTRO = """\
+The goals are for an H100 in bf16 where nothing else is said. Of several cases the worst counts. *Counted* are the units
+(passes of the hidden state through memory) that bear on a goal. What the host pays, executed over a driver that does
+nothing, and the times that a model predicts, are in [speed.md](speed.md)."""
+
+COUNTED = f"""\
+![Units and launches of one layer: unsteered, hook, fused](benchmarks/{COUNTED_NAME})
+
+**Counted**, not timed: what the end of one decoder layer moves and launches. A unit is one tensor of N tokens × d
+that a kernel reads or writes. The hook's operations are counted as PyTorch dispatches them, ours as the launcher starts
+them (`bench/counted.py`). The fused forward reads each tile twice; the second read is meant to come from L2 and is no
+unit. One launch a forward pass, for all layers, packs the weights; it is not counted here. Up to 64 tokens the fused
+forward is two launches, and reads the hidden state twice."""
+
+
+def benchmarks_text(runs: list[Run], counts: dict[str, dict[str, Count]]) -> str:
+    """`docs/benchmarks.md`: what is known of each goal, the pictures, and then every table, folded."""
     gpus, cpus = [run for run in runs if run.on_gpu], [run for run in runs if not run.on_gpu]
     parts = [
         "<!-- Written by `python -m bench.report` from bench/results. Do not edit. -->",
         "# Benchmarks",
-        LEGEND if runs else "",
         *([] if gpus else [f"No run on a GPU has been committed. {NOT_MEASURED}"]),
+        "## What is known of each goal",
+        _goals_text(gpus, counts),
+        "## Pictures",
+        COUNTED,
+        _counts_table(counts),
+        *(f"![{escaped(plot.title)}](benchmarks/{_svg_name(run, plot)})" for run in gpus for plot in plots(run)),
         *(part for run in gpus + cpus for part in _run_parts(run)),
+        f"## How to read the tables\n\n{LEGEND}" if runs else "",
         HOW_TO_RUN,
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _counts_table(counts: dict[str, dict[str, Count]]) -> str:
+    head = ["one layer, counted", "forward: units", "launches", "backward: units", "launches"]
+    rows = (
+        [name, *(str(n) for c in passes.values() for n in (c.units, c.launches))] for name, passes in counts.items()
+    )
+    return as_table(head, rows)
 
 
 def _run_parts(run: Run) -> Iterator[str]:
     if run.on_gpu:
         yield f"## {device_name(run)}"
     else:
-        yield f"## {device_name(run)}: the torch backend or Triton's interpreter on a CPU"
+        # Several runs of one machine: each heading has to be another, as it is a link's target.
+        yield f"## {device_name(run)}: the torch backend or Triton's interpreter on a CPU, {run.name}"
         yield "**This says nothing of the kernels.** It shows that the benchmarks run, and no speed of fused-steer."
     yield _machine_text(run)
-    if run.on_gpu:
-        yield _goals_text(run)
-        yield "\n\n".join(f"![{escaped(plot.title)}](benchmarks/{_svg_name(run, plot)})" for plot in plots(run))
     for title, tables in (
         ("The op", op_tables),
         ("Accuracy", accuracy_tables),
@@ -127,8 +159,9 @@ def _run_parts(run: Run) -> Iterator[str]:
     ):
         texts = list(tables(run))
         if texts:
-            yield f"### {title} on {device_name(run)}"
+            yield f'<details markdown="1"><summary>{title} on {device_name(run)}</summary>'
             yield from texts
+            yield "</details>"
     yield _absent_text(run)
 
 
@@ -172,22 +205,37 @@ def _version_names(versions: dict[str, Any]) -> list[str]:
     return [*PACKAGES, *sorted(versions.keys() - set(PACKAGES))]
 
 
-def _goals_text(run: Run) -> str:
-    from ..goals import evaluate
-
+def _goals_text(gpus: list[Run], counts: dict[str, dict[str, Count]]) -> str:
+    """Each goal with what was counted, and with what every GPU run measured of it."""
     words = {True: "met", False: "**missed**", None: "not measured"}
-    rows = [
-        [
-            escaped(goal.name),
-            escaped(goal.text),
-            "–" if goal.value is None else number_text(goal.value),
-            escaped(goal.limit),
-            words[goal.met],
-        ]
-        for goal in evaluate(run.results)
-    ]
-    table = as_table(["goal", "in words", "measured", "limit", ""], rows, texts=2)
-    return f"### Goals on {device_name(run)}\n\n{table}"
+    known = _counted_of_goals(counts)
+    judged = [goals.evaluate(run.results) for run in gpus]
+    rows = []
+    for place, goal in enumerate(goals.GOALS):
+        outcomes = [outcomes[place] for outcomes in judged]
+        cells = [f"{number_text(o.value)}, {words[o.met]}" if o.value is not None else words[None] for o in outcomes]
+        limit = f"{'<=' if goal.at_most else '>='} {goal.limit:g}"
+        rows.append(
+            [
+                escaped(goal.name),
+                escaped(goal.text),
+                escaped(limit),
+                known.get(goal.name, "–"),
+                *(cells or [words[None]]),
+            ]
+        )
+    devices = [f"measured on {device_name(run)}" for run in gpus] or ["measured on a GPU"]
+    return f"{GOALS_INTRO}\n\n{as_table(['goal', 'in words', 'limit', 'counted', *devices], rows, texts=2)}"
+
+
+def _counted_of_goals(counts: dict[str, dict[str, Count]]) -> dict[str, str]:
+    """By goal, the units that bear on it: a limit of device memory alone would give these ratios."""
+    fused, hook, add = (counts[name] for name in ("fused", "hook", "unsteered"))
+    texts = {"forward": f"{fused['forward'].units} units, the add {add['forward'].units}"}
+    texts["backward"] = f"{fused['backward'].units} units, the floor {FLOOR_UNITS['backward']}"
+    for what in PASSES:
+        texts[f"{what} / hook"] = f"{hook[what].units} units, fused {fused[what].units}"
+    return texts
 
 
 def _absent_text(run: Run) -> str:
@@ -266,16 +314,40 @@ the bytes that must be moved, at the bandwidth of a copy on the same device. All
 and how to run it: [docs/benchmarks.md](docs/benchmarks.md)."""
 
 
-def with_block(text: str, block: str, readme: Path) -> str:
-    """README's text with `block` between its markers.
+def demo_text(figures: Figures) -> str:
+    """What stands between README's markers of the demo: its figures, as the demo wrote them."""
+    where = f"{figures.cores} CPU cores" if figures.device == "cpu" else figures.device
+    row = [
+        f"{figures.exact_before} of {figures.held_out}",
+        f"**{figures.exact_after} of {figures.held_out}**",
+        f"{figures.trained:,} of {figures.parameters:,} ({figures.trained / figures.parameters:.2%})",
+        f"{figures.adapter_bytes / 1e6:.2f} MB",
+        f"{sum(figures.seconds.values()) / 60:.1f} minutes on {where}",
+    ]
+    head = ["exact match before", "after", "trained parameters", "adapter file", "the whole demo"]
+    return f"""\
+{as_table(head, [row], texts=5)}
+
+{figures.model}, {figures.task}, {figures.steps} steps of {figures.batch_size}; {figures.held_out} held-out expressions;
+fused-steer {figures.versions["fused_steer"]}, torch {figures.versions["torch"]}."""
+
+
+def with_block(text: str, name: str, block: str, readme: Path) -> str:
+    """README's text with `block` between its markers `<!-- name -->` and `<!-- /name -->`.
 
     Raises:
         ValueError: it has not one pair of markers.
     """
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"{readme} has no pair of markers; expected {BEGIN} and after it {END}, each once")
-    before, after = text.partition(BEGIN)[0], text.partition(END)[2]
-    return f"{before}{BEGIN}\n\n{block}\n\n{END}{after}"
+    begin, end = markers(name)
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"{readme} has no pair of markers; expected {begin} and after it {end}, each once")
+    before, after = text.partition(begin)[0], text.partition(end)[2]
+    return f"{before}{begin}\n\n{block}\n\n{end}{after}"
+
+
+def markers(name: str) -> tuple[str, str]:
+    """The comments that a block of README stands between."""
+    return f"<!-- {name} -->", f"<!-- /{name} -->"
 
 
 # ------------------------------------------------------------------------------------------------------------- command
@@ -285,15 +357,21 @@ def render(results: Path, docs: Path, readme: Path) -> dict[Path, bytes | None]:
     """Every file that the results give, with its content; None: a plot that they no longer give.
 
     Raises:
-        ValueError: a results file is none, or README has no pair of markers.
+        ValueError: a results file or the demo's figures are none, or README lacks a pair of markers.
         OSError: a file cannot be read.
     """
     runs = read_runs(results)
     folder = docs / "benchmarks"
     # Plots of an earlier run, known by their stamp.
     files: dict[Path, bytes | None] = dict.fromkeys(f for f in folder.glob("*.svg") if STAMP in f.read_bytes())
-    files[readme] = with_block(readme.read_bytes().decode("utf-8"), readme_text(runs), readme).encode()
-    files[docs / "benchmarks.md"] = benchmarks_text(runs).encode()
+    text = with_block(readme.read_bytes().decode("utf-8"), "results", readme_text(runs), readme)
+    figures = read_demo(results)
+    if figures is not None:
+        text = with_block(text, "demo", demo_text(figures), readme)
+    counts = counted()
+    files[readme] = text.encode()
+    files[docs / "benchmarks.md"] = benchmarks_text(runs, counts).encode()
+    files[folder / COUNTED_NAME] = draw_counts(counts)
     for run in runs:
         for plot in plots(run):
             files[folder / _svg_name(run, plot)] = draw(plot)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import textwrap
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ..counted import Count
 from ..levels import FLOOR_UNITS
 from ..results import Row
 from .read import Cases, Run
@@ -28,6 +30,7 @@ from .tables import (
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 STAMP = b"drawn from "  # in every plot, and after it a digest of what is drawn
 
@@ -172,18 +175,32 @@ def _decode_panels(run: Run) -> Iterator[Panel]:
             yield Panel(WORDS[what], "", y, tuple(series), ticks=tuple(names), level=0.0)
 
 
-def _stamp(plot: Plot) -> str:
-    return STAMP.decode() + hashlib.sha256(repr(plot).encode()).hexdigest()[:32]
+def _stamp(drawn: object) -> str:
+    return STAMP.decode() + hashlib.sha256(repr(drawn).encode()).hexdigest()[:32]
+
+
+@contextlib.contextmanager
+def _own_settings(name: str) -> Iterator[None]:
+    """matplotlib with our settings alone, whatever the user's matplotlibrc."""
+    import matplotlib
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update({"svg.hashsalt": name, "svg.fonttype": "none", "font.size": 8})
+        yield
+
+
+def _svg(figure: Figure, drawn: object) -> bytes:
+    stream = io.BytesIO()
+    figure.savefig(stream, format="svg", metadata={"Date": None, "Description": _stamp(drawn)})
+    return stream.getvalue()
 
 
 def draw(plot: Plot) -> bytes:
     """The plot as SVG; the same plot gives the same bytes, whatever the user's matplotlibrc."""
-    import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update({"svg.hashsalt": plot.name, "svg.fonttype": "none", "font.size": 8})
+    with _own_settings(plot.name):
         height = 3.6 * len(plot.panels)
         figure = Figure(figsize=(8.5, height))
         # Fixed margins: layout by the extent of text would hang on the fonts.
@@ -191,9 +208,37 @@ def draw(plot: Plot) -> bytes:
         figure.suptitle(plot.title, y=1 - 0.1 / height, fontsize=11)
         for place, panel in enumerate(plot.panels):
             _draw_panel(figure.add_subplot(len(plot.panels), 1, place + 1), panel)
-        stream = io.BytesIO()
-        figure.savefig(stream, format="svg", metadata={"Date": None, "Description": _stamp(plot)})
-    return stream.getvalue()
+        return _svg(figure, plot)
+
+
+COUNTED = ("unsteered", "hook", "fused")
+_COLOURS = ("#b0b0b0", "#d9822b", "#2a6fbb")
+
+
+def draw_counts(counts: dict[str, dict[str, Count]]) -> bytes:
+    """Units and launches of one layer, forward and backward, as bars: the picture of README."""
+    from matplotlib.figure import Figure
+
+    titles = {"units": "passes of the hidden state through memory", "launches": "kernel launches"}
+    with _own_settings("counted"):
+        figure = Figure(figsize=(8.5, 2.9))
+        figure.subplots_adjust(left=0.09, right=0.97, bottom=0.16, top=0.8, wspace=0.28)
+        figure.suptitle("The end of one decoder layer, more than 64 tokens: counted, not timed", y=0.97, fontsize=11)
+        for place, (what, title) in enumerate(titles.items()):
+            axes = figure.add_subplot(1, 2, place + 1)
+            for row, name in enumerate(COUNTED):
+                values = [getattr(counts[name][passed], what) for passed in counts[name]]
+                heights = [len(COUNTED) * -x - row + 0.7 * -x for x in range(len(values))]
+                bars = axes.barh(heights, values, 0.85, color=_COLOURS[row])
+                axes.bar_label(bars, [f"{name}: {value}" for value in values], padding=3, fontsize=8)
+            axes.set_yticks([-1, -1 - len(COUNTED) - 0.7], list(counts["fused"]))
+            axes.tick_params(axis="y", length=0, labelsize=9)
+            axes.set_xlim(0, 1.3 * max(getattr(c, what) for name in COUNTED for c in counts[name].values()))
+            axes.set_xticks([])
+            axes.set_title(f"{title}, a layer", fontsize=9)
+            for side in ("top", "right", "bottom"):
+                axes.spines[side].set_visible(False)
+        return _svg(figure, {name: counts[name] for name in COUNTED})
 
 
 def _draw_panel(axes: Axes, panel: Panel) -> None:

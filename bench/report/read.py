@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fused_steer.tools.demo import Figures
+
 from ..geometries import DTYPES, GroupedCase, HostCase, ModelCase, OpCase, ProjectionCase, ServeCase
 from ..host import HOST_CONTENDERS
 from ..results import FOLDER, Results, Row, load
@@ -61,6 +63,16 @@ def read_runs(folder: Path) -> list[Run]:
     if not folder.is_dir() and folder != FOLDER:
         raise FileNotFoundError(f"there is no folder {folder}; expected one of results files")
     return [_read_run(file) for file in sorted(folder.glob("*.json"))]
+
+
+def read_demo(folder: Path) -> Figures | None:
+    """What `fused-steer demo --record` wrote to demo/figures.json in a folder of results; None if it is not there.
+
+    Raises:
+        ValueError: the file has other figures than the demo writes.
+    """
+    file = folder / "demo" / "figures.json"
+    return Figures.load(file) if file.is_file() else None
 
 
 def _read_run(file: Path) -> Run:

@@ -182,7 +182,7 @@ def op_tables(run: Run) -> Iterator[str]:
             if variant == VARIANT:
                 yield f"#### {device_name(run)}: {title}\n\n{table}"
             else:
-                yield f"<details><summary>{device_name(run)}: {title}</summary>\n\n{table}\n\n</details>"
+                yield f'<details markdown="1"><summary>{device_name(run)}: {title}</summary>\n\n{table}\n\n</details>'
 
 
 def first_the_plotted(items: tuple[tuple[str, Any], ...]) -> tuple[Any, ...]:
