@@ -98,7 +98,7 @@ anywhere.
 GOALS_INTRO = """\
 The goals are for an H100 in bf16 where nothing else is said. Of several cases the worst counts. *Counted* are the units
 (passes of the hidden state through memory) that bear on a goal. What the host pays, executed over a driver that does
-nothing, and the times that a model predicts, are in [speed.md](speed.md)."""
+nothing, and the times that a model predicts, are in [What a call costs](speed.md)."""
 
 COUNTED = f"""\
 ![Units and launches of one layer: unsteered, hook, fused](benchmarks/{COUNTED_NAME})
@@ -143,8 +143,11 @@ def _run_parts(run: Run) -> Iterator[str]:
         yield f"## {device_name(run)}"
     else:
         # Several runs of one machine: each heading has to be another, as it is a link's target.
-        yield f"## {device_name(run)}: the torch backend or Triton's interpreter on a CPU, {run.name}"
-        yield "**This says nothing of the kernels.** It shows that the benchmarks run, and no speed of fused-steer."
+        yield f"## {device_name(run)}: {run.name}"
+        yield (
+            "**This says nothing of the kernels**: a CPU runs the torch backend, or Triton's interpreter. It shows "
+            "that the benchmarks run, and no speed of fused-steer."
+        )
     yield _machine_text(run)
     for title, tables in (
         ("The op", op_tables),
