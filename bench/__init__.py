@@ -23,6 +23,7 @@
         pages.py        docs/benchmarks.md, README's block, and what of them is out of date
         __main__.py     the command
     stub/           a CUDA driver that does nothing: the kernels' host side without a GPU
+    matrix.py       `python -m bench.matrix`: the core tests with sets of library versions
     joint.py        `python -m bench.joint`: what is learnt by LoRA, by steering and by both, on a CPU
 
 `pytest bench` runs the same levels through pytest-benchmark. Nothing imports this package.
