@@ -1,5 +1,6 @@
 """The pages of docs/: their Python runs, block after block, on tiny models."""
 
+import importlib
 import re
 import runpy
 from functools import partial
@@ -11,6 +12,7 @@ from models import build, tokens
 from pages import DOCS, run_page
 from transformers import TrainingArguments
 
+import fused_steer
 from fused_steer import SteerConfig, patch_model
 
 PAGES = ["migrating.md", "modes.md", "peft.md"]  # trainer.md and trl.md: test_trainer.py, test_trl.py
@@ -79,6 +81,15 @@ def test_the_code_of_the_first_pages_runs(tmp_path, monkeypatch):
     run_page("choosing.md", names)
     assert names["config"].layers == tuple(range(8, 16))
     assert names["arguments"].lr_scheduler_type == "constant" and names["arguments"].warmup_steps == 0
+
+
+def test_every_public_name_is_in_the_reference():
+    listed = re.findall(r"^::: (\S+)\.(\w+)$", (DOCS / "reference.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert set(fused_steer.__all__) - {"__version__"} <= {name for _, name in listed}
+    for module, name in listed:
+        if module != "fused_steer.trl" or importlib.util.find_spec("trl"):
+            home = re.sub(r"^kernels\b", "fused_steer.kernels", module)
+            assert getattr(importlib.import_module(home), name).__doc__, f"{module}.{name}"
 
 
 def test_a_link_out_of_docs_leads_to_the_repository(caplog):

@@ -325,7 +325,7 @@ def demo_text(figures: Figures) -> str:
         f"**{figures.exact_after} of {figures.held_out}**",
         f"{figures.trained:,} of {figures.parameters:,} ({figures.trained / figures.parameters:.2%})",
         f"{figures.adapter_bytes / 1e6:.2f} MB",
-        f"{sum(figures.seconds.values()) / 60:.1f} minutes on {where}",
+        f"{sum(figures.seconds.values()) / 60:.1f} minutes, {figures.cpu_seconds / 60:.1f} of CPU time, on {where}",
     ]
     head = ["exact match before", "after", "trained parameters", "adapter file", "the whole demo"]
     return f"""\

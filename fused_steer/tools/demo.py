@@ -112,7 +112,10 @@ class DemoOptions:
 
 @dataclass(frozen=True)
 class Figures:
-    """What a run of the demo measured, as a file keeps it. seconds: of each part of the run; cores: of the CPU."""
+    """What a run of the demo measured, as a file keeps it.
+
+    seconds: of each part of the run; cpu_seconds: of all threads together; cores: of the CPU.
+    """
 
     model: str
     task: str
@@ -125,6 +128,7 @@ class Figures:
     parameters: int
     adapter_bytes: int
     seconds: dict[str, float]
+    cpu_seconds: float
     device: str
     cores: int
     versions: dict[str, str]
@@ -377,16 +381,18 @@ def _matches(figures: Figures, expressions: Sequence[Expression]) -> str:
 
 
 class Clock:
-    """Seconds by part of the run."""
+    """Seconds by part of the run, and of CPU time."""
 
     def __init__(self) -> None:
         self.parts: dict[str, float] = {}
+        self.cpu = 0.0
 
     @contextlib.contextmanager
     def __call__(self, part: str) -> Iterator[None]:
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         yield
         self.parts[part] = self.parts.get(part, 0.0) + time.perf_counter() - start
+        self.cpu += time.process_time() - cpu
 
     def __str__(self) -> str:
         parts = ", ".join(f"{part} {seconds:.0f} s" for part, seconds in self.parts.items())
@@ -466,6 +472,7 @@ def run(options: DemoOptions, console: Console) -> None:
         parameters=total,
         adapter_bytes=(options.adapter / WEIGHTS_NAME).stat().st_size,
         seconds=clock.parts,
+        cpu_seconds=clock.cpu,
         device=str(device),
         cores=os.cpu_count() or 1,
         versions={"fused_steer": __version__, "torch": torch.__version__},

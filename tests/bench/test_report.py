@@ -260,7 +260,7 @@ def test_counts_are_shown_as_they_are_counted(reported, monkeypatch, tmp_path):
 def test_the_demos_figures_stand_in_readme(place):
     figures = demo.Figures(
         "A/Model", "ListOps of MAX", 150, 8, 100, 7, 93, 2_000, 1_000_000, 1_234_567, {"training": 90.0, "files": 30.0},
-        "cpu", 2, {"fused_steer": "0.1.0", "torch": "2.13.0"},
+        192.0, "cpu", 2, {"fused_steer": "0.1.0", "torch": "2.13.0"},
     )  # fmt: skip
     (place.results / "demo").mkdir()
     figures.save(place.results / "demo" / "figures.json")
@@ -268,7 +268,12 @@ def test_the_demos_figures_stand_in_readme(place):
     place.readme.write_text(README + "<!-- demo -->\n<!-- /demo -->\n", encoding="utf-8")
     place.run_ok()
     row = cells(place.readme.read_text(encoding="utf-8"), "7 of 100")
-    assert row[1:] == ["**93 of 100**", "2,000 of 1,000,000 (0.20%)", "1.23 MB", "2.0 minutes on 2 CPU cores"]
+    assert row[1:] == [
+        "**93 of 100**",
+        "2,000 of 1,000,000 (0.20%)",
+        "1.23 MB",
+        "2.0 minutes, 3.2 of CPU time, on 2 CPU cores",
+    ]
 
 
 def test_host_time_is_shown_beside_the_hooks(reported):

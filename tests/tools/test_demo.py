@@ -99,6 +99,7 @@ def test_record_writes_what_the_run_says(saved_model, tmp_path):
     assert f"trained   {figures.trained:,} of {figures.parameters:,} " in result.stdout
     assert figures.adapter_bytes == (tmp_path / "out" / "adapter" / WEIGHTS_NAME).stat().st_size
     assert (figures.steps, figures.batch_size, figures.held_out, figures.device) == (4, 3, 6, "cpu")
+    assert figures.cpu_seconds > 0
     assert figures.seconds.keys() == {"loading", "evaluation", "training", "files"}
 
 
@@ -111,7 +112,7 @@ def test_record_writes_what_the_run_says(saved_model, tmp_path):
     ],
 )
 def test_figures_of_another_form_are_refused(tmp_path, change, message):
-    good = demo.Figures("m", "t", 4, 3, 6, 0, 1, 2, 10, 99, {"training": 1.5}, "cpu", 2, {"torch": "2"})
+    good = demo.Figures("m", "t", 4, 3, 6, 0, 1, 2, 10, 99, {"training": 1.5}, 2.5, "cpu", 2, {"torch": "2"})
     file = tmp_path / "figures.json"
     good.save(file)
     assert demo.Figures.load(file) == good
