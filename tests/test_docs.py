@@ -83,6 +83,23 @@ def test_the_code_of_the_first_pages_runs(tmp_path, monkeypatch):
     assert names["arguments"].lr_scheduler_type == "constant" and names["arguments"].warmup_steps == 0
 
 
+def test_messages_of_troubleshooting_are_those_of_the_code():
+    """What stands between the … of a message stands in a message of the sources."""
+    root = DOCS.parent
+    sources = [
+        file.read_text(encoding="utf-8")
+        for folder in ("fused_steer", "kernels")
+        for file in (root / folder).rglob("*.py")
+    ]
+    code = re.sub(r"\"\s*\n\s*f?\"", "", "\n".join(sources))  # a message in several strings is one
+    cells = re.findall(r"^\| (.*?) \|", (DOCS / "troubleshooting.md").read_text(encoding="utf-8"), re.MULTILINE)
+    messages = [message for cell in cells for message in re.findall(r"`([^`]*[ …][^`]*)`", cell)]
+    assert len(messages) > 20
+    for message in messages:
+        for part in message.split("…"):
+            assert part.strip() in code, f"no message has {part.strip()!r}"
+
+
 def test_every_public_name_is_in_the_reference():
     listed = re.findall(r"^::: (\S+)\.(\w+)$", (DOCS / "reference.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert set(fused_steer.__all__) - {"__version__"} <= {name for _, name in listed}
