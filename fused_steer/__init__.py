@@ -7,16 +7,20 @@ The map, in reading order. A file imports what stands above it, never what stand
     kernels/             the Triton kernels; its own map is in its docstring
     config.py            SteerConfig: what an adapter computes
     adapters/            what an adapter is and how it is kept
-        parameters.py    names, paths and shapes of its parameters, and the module that holds them
+        parameters.py    the format: names, paths, shapes of its tensors, which model it fits; its module in a layer
         files.py         its two files: written whole or not at all, checked when read
         hub.py           its upload, and its model card
         distributed.py   an adapter that several processes share: who writes, gathering its parts
     model/               how a decoder layer is reached
         decoder.py       finds the decoder layers and the device that each runs on
         residual.py      rewrites a layer's forward so that the last residual add goes to the site
+        scopes.py        which thread or task may run or change a model inside `disabled`, `mode` and `batch`
         watch.py         an error for a layer that ran unsteered; the report
         passes.py        packed weights, which live for one forward pass
         layer.py         the site, which steers a layer; the patched layer, and the way back
+        decoder_hooks.py what is done before and after each pass of the decoder
+        patched.py       a patched model: its steered layers, its frozen base
+        stored.py        an adapter of a patched model as files have it, and back
     lora/                steering beside a LoRA
         layers.py        which modules carry a LoRA
         writers.py       which modules write into the residual stream

@@ -200,10 +200,8 @@ def _write_imported(file: Path, adapter: AdapterFile, out: Path, tokens: str, **
     from .adapters.files import write_adapter
 
     write_adapter(out, adapter)
-    config, steered = adapter.config, adapter.config.layers
-    layers = (
-        f"all {adapter.num_layers}" if steered is None else f"{', '.join(map(str, steered))} of {adapter.num_layers}"
-    )
+    config, layout, steered = adapter.config, adapter.layout, adapter.config.layers
+    layers = f"all {layout.num_layers}" if steered is None else f"{', '.join(map(str, steered))} of {layout.num_layers}"
     table = Table("setting", "value")
     for name, value in {
         "file": file,
@@ -211,11 +209,11 @@ def _write_imported(file: Path, adapter: AdapterFile, out: Path, tokens: str, **
         "rank": config.rank,
         "activation": config.activation,
         "scale": config.scale,
-        "hidden_size": adapter.hidden,
+        "hidden_size": layout.hidden,
         "layers": layers,
         "tokens": tokens,
         "dtype": config.dtype,
-        "base_model": adapter.base or None,
+        "base_model": layout.base or None,
         **more,
         "written to": out,
     }.items():

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from .adapters.distributed import is_first, sharder
+from .adapters.parameters import PEFT_PREFIX
 from .lora.layers import lora_layers
 from .model.decoder import inside_peft
 from .patch import patch_model
@@ -100,7 +101,7 @@ def save_joint(model: nn.Module, directory: str | os.PathLike[str]) -> None:
             place.mkdir(parents=True)
             # Named as PEFT names them where it has wrapped the model; others it would pass over when loading.
             tensors = get_peft_model_state_dict(inner, adapter_name=name)
-            named = {f"base_model.model.{key}": tensor.contiguous() for key, tensor in tensors.items()}
+            named = {PEFT_PREFIX + key: tensor.contiguous() for key, tensor in tensors.items()}
             save_file(named, place / "adapter_model.safetensors")
             config.save_pretrained(place)
         for part in (STEERING_FOLDER, LORA_FOLDER):

@@ -62,6 +62,5 @@ def patch_model(
         raise TypeError(
             f"config is a {type(config).__name__}; expected a SteerConfig, or the path or hub id of an adapter"
         )
-    steering.attach()
-    steering.use(adapter_name)
+    steering.attach(adapter_name)
     return model

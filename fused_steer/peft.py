@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from ._requirements import warn_untried
 from ._version import __version__
 from .adapters.files import PEFT_TYPE, WEIGHTS_NAME, check_values, read_adapter
-from .adapters.parameters import SITE, Adapter
+from .adapters.parameters import SITE, Adapter, Layout, by_layer, in_model, of_adapter, out_of_model
 from .config import DTYPES, SteerConfig
 from .kernels import MAX_RANK, post_block, select_backend
-from .model.decoder import Decoder, execution_device, find_decoder
-from .model.layer import PatchedLayer, SteeringSite
+from .model.decoder import execution_device, find_decoder
+from .model.layer import PatchedLayer, SteeringSite, patch_layers, unpatch_layers
 
 warn_untried("peft")
 
@@ -261,21 +261,25 @@ class PostBlockModel(BaseTuner):
         """
         config = self.peft_config[adapter_name]
         first = not any(isinstance(module, BaseTunerLayer) for module in model.modules())
-        new: list[PatchedLayer] = []
+        new: dict[int, PatchedLayer] = {}
         try:
             decoder = find_decoder(model)
-            indices = _indices(config, decoder)
+            layout = decoder.layout
+            layout.check_sizes("the adapter", config.hidden_size, config.num_layers)
+            indices = layout.indices(config.steer_config())
             if config.orthogonal_to is not None and not config.inference_mode:
                 raise ValueError(
                     f"orthogonal_to is {config.orthogonal_to!r} in an adapter that trains; expected patch_model, which "
                     "keeps the constraint, or inference_mode=True"
                 )
-            new = _patch(decoder, indices)
-            config.hidden_size, config.num_layers = decoder.hidden, len(decoder.layers)
-            self._decoder, self._indices = decoder, set(indices)
+            layers = {index: decoder.layers[index] for index in indices}
+            bare = {i: layer for i, layer in layers.items() if not isinstance(getattr(layer, SITE, None), PeftSite)}
+            new = patch_layers(bare, layout, PeftSite)
+            config.hidden_size, config.num_layers = layout.hidden, layout.num_layers
+            self._targets = {f"{layout.path(index)}.{SITE}" for index in indices}
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except BaseException:
-            for patched in new:
+            for patched in new.values():
                 patched.remove()
             self.peft_config.pop(adapter_name, None)
             raise
@@ -286,14 +290,12 @@ class PostBlockModel(BaseTuner):
         return peft_config
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> bool:  # type: ignore[override]
-        path, _, name = key.rpartition(".")
-        inside, _, index = path.rpartition(".")
-        return name == SITE and inside == self._decoder.path and int(index) in self._indices
+        return key in self._targets
 
     def _create_and_replace(
         self, config: Any, adapter_name: str, target: Any, target_name: str, parent: Any, current_key: Any = None
     ) -> None:
-        target.add(adapter_name, config.steer_config(), self._decoder.hidden, execution_device(parent))
+        target.add(adapter_name, config.steer_config(), config.hidden_size, execution_device(parent))
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """The config says of what dtype the parameters are."""
@@ -320,30 +322,27 @@ class PostBlockModel(BaseTuner):
     ) -> dict[str, Tensor]:
         """Refuse values that no adapter file may have. PEFT asks for the tensors before it writes them."""
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, *args, **kwargs)
-        for name, tensor in found.items():
-            check_values(name, tensor, config.scale)
+        for path, tensor in of_adapter(found.items(), adapter_name).items():
+            check_values(path, tensor, config.scale)
         return found
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Refuse what does not fit before any of it is loaded. PEFT would load the part that does, and warn."""
+        """Tensors by the model's names, matched by layer. What does not fit is refused before any of it is loaded: PEFT
+        would load the part that does, and warn."""
         found = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        parameters = {n: p for n, p in model.named_parameters() if f".{adapter_name}." in n and f".{SITE}." in n}
-        missing, unknown = sorted(parameters.keys() - found.keys()), sorted(found.keys() - parameters.keys())
-        if missing or unknown:
-            what = f"lacks {missing[0]}" if missing else f"has a tensor {unknown[0]}"
-            raise ValueError(f"the adapter to load as {adapter_name!r} {what}; expected those of its config")
-        for name, parameter in parameters.items():
-            tensor, dtype = found[name], DTYPES[config.dtype]
-            if tensor.shape != parameter.shape or tensor.dtype != dtype:
-                raise ValueError(
-                    f"the adapter to load as {adapter_name!r} has {name} of {tensor.dtype} {tuple(tensor.shape)}; "
-                    f"expected {dtype} {tuple(parameter.shape)}"
-                )
-            check_values(name, tensor, config.scale)
-        return found
+        layers_path, _ = by_layer(of_adapter(model.named_parameters(), adapter_name))
+        layout = Layout(layers_path, config.num_layers, config.hidden_size)
+        try:
+            _, layers = by_layer({out_of_model(name, adapter_name) or name: t for name, t in found.items()})
+            layout.check_tensors(config.steer_config(), layers)
+            for path, tensor in layout.paths(layers).items():
+                check_values(path, tensor, config.scale)
+        except ValueError as error:
+            raise ValueError(f"the adapter to load as {adapter_name!r} does not fit: {error}") from error
+        return {in_model(path, adapter_name): tensor for path, tensor in layout.paths(layers).items()}
 
     # ----------------------------------------------------------------------------------------------- several adapters
 
@@ -458,40 +457,7 @@ def is_steered(model: nn.Module) -> bool:
 
 
 def _take_out(model: nn.Module) -> None:
-    patched = [m.patched for m in model.modules() if isinstance(m, PeftSite) and m.patched is not None]
-    for layer in patched:
-        layer.check_removable()
-    for layer in patched:
-        layer.remove()
-
-
-def _indices(config: PostBlockConfig, decoder: Decoder) -> list[int]:
-    """The layers that the adapter steers."""
-    count = len(decoder.layers)
-    for what, theirs, ours in (
-        ("hidden_size", config.hidden_size, decoder.hidden),
-        ("num_layers", config.num_layers, count),
-    ):
-        if theirs is not None and theirs != ours:
-            raise ValueError(f"the adapter is for a model of {what} {theirs}; expected {ours}")
-    if config.layers is not None and config.layers[-1] >= count:
-        raise ValueError(f"layers has {config.layers[-1]}; expected indices below {count}, the model's layers")
-    return list(range(count)) if config.layers is None else list(config.layers)
-
-
-def _patch(decoder: Decoder, indices: list[int]) -> list[PatchedLayer]:
-    """Give the layers that have none a site; all of them or none. What is new."""
-    new: list[PatchedLayer] = []
-    try:
-        for index in indices:
-            layer = decoder.layers[index]
-            if not isinstance(getattr(layer, SITE, None), PeftSite):
-                new.append(PatchedLayer(layer, index, f"{decoder.path}.{index}", PeftSite))
-    except BaseException:
-        for patched in new:
-            patched.remove()
-        raise
-    return new
+    unpatch_layers(m.patched for m in model.modules() if isinstance(m, PeftSite) and m.patched is not None)
 
 
 def _fill(site: PeftSite, name: str, parts: list[tuple[str, float, SteerConfig]]) -> None:

@@ -45,15 +45,13 @@ from vllm.model_executor.layers.linear import LinearBase  # noqa: E402
 from vllm.v1.engine import input_processor  # noqa: E402
 
 from .adapters.files import CONFIG_NAME, PEFT_TYPE, AdapterFile, read_adapter  # noqa: E402
-from .adapters.parameters import SITE, Adapter  # noqa: E402
+from .adapters.parameters import DOWN, NAMES, SITE, UP, UP_BIAS, ByLayer, Layout  # noqa: E402
 from .joint import LORA_FOLDER, STEERING_FOLDER  # noqa: E402
 from .kernels import ACTIVATIONS, MAX_RANK, grouped  # noqa: E402
 from .model.residual import ResidualNotFound, names_in_final_adds  # noqa: E402
 from .serving.slots import Slots  # noqa: E402
 
 logger = init_logger(f"vllm.{__name__}")
-
-_TENSORS = ("steer_down.weight", "steer_down.bias", "steer_up.weight", "steer_up.bias")
 
 
 # ---------------------------------------------------------------------------------------------- what a layer returns
@@ -157,10 +155,10 @@ class SteeringWithLoRA(BaseLayerWithLoRA):
     def set_lora(self, index: int, lora_a: Any, lora_b: Any) -> None:
         """lora_a: what `_weights` packed; a bare tensor is W1 of an empty adapter, lora_b then its W2."""
         if isinstance(lora_a, Tensor):
-            self.slots.put(index, {"steer_down.weight": lora_a, "steer_up.weight": lora_b}, "identity")
+            self.slots.put(index, {DOWN: lora_a, UP: lora_b}, "identity")
             return
         *tensors, code = lora_a
-        named = {name: tensor for name, tensor in zip(_TENSORS, tensors, strict=True) if tensor.numel()}
+        named = {name: tensor for name, tensor in zip(NAMES, tensors, strict=True) if tensor.numel()}
         self.slots.put(index, named, ACTIVATIONS[int(code)])
 
     def set_mapping(self, punica_wrapper: Any) -> None:
@@ -206,10 +204,9 @@ def steered_class(base: type[nn.Module]) -> type[nn.Module]:
 
 @dataclass(frozen=True)
 class Reached:
-    """How a model's decoder layers are reached: their number in all and their d; or why they are not."""
+    """What an adapter has to fit, and the reason where the model's decoder layers are not reached."""
 
-    layers: int
-    hidden: int
+    layout: Layout
     reason: str = ""
 
 
@@ -245,9 +242,9 @@ def reach(model: nn.Module, config: Any) -> Reached:
 
     config: vLLM's of the model.
     """
-    count, hidden = config.hf_text_config.num_hidden_layers, config.get_hidden_size()
+    layout = layout_of(config)
     try:
-        path, layers = find_layers(model, count)
+        path, layers = find_layers(model, layout.num_layers)
         here = {index: layer for index, layer in enumerate(layers) if not _is_missing(layer)}
         states = {index: returned_state(type(layer)) for index, layer in here.items()}
         for layer in here.values():
@@ -256,12 +253,17 @@ def reach(model: nn.Module, config: Any) -> Reached:
             if config.dtype == torch.float16 and _scales_in_float16(type(layer)):
                 raise Unreachable(f"{type(layer).__name__} computes otherwise in float16; expected bfloat16 or float32")
     except Unreachable as reason:
-        return Reached(count, hidden, str(reason))
+        return Reached(layout, str(reason))
     for index, layer in here.items():
-        point = SteeringPoint(layer, index, f"{path}.{index}", hidden, states[index])
+        point = SteeringPoint(layer, index, f"{path}.{index}", layout.hidden, states[index])
         layer.add_module(SITE, point)
         layer.__class__ = steered_class(type(layer))
-    return Reached(count, hidden)
+    return Reached(layout)
+
+
+def layout_of(config: Any) -> Layout:
+    """What an adapter has to fit, by vLLM's config of the model. Tensors are matched by layer: no path is needed."""
+    return Layout("", config.hf_text_config.num_hidden_layers, config.get_hidden_size())
 
 
 # ------------------------------------------------------------------------------------------------------------ in files
@@ -296,47 +298,27 @@ def find_source(path: str) -> Source | None:
     return Source(folder / STEERING_FOLDER, loras[0])
 
 
-def read_fitting(source: Source, layers: int, hidden: int, max_rank: int) -> AdapterFile:
+def read_fitting(source: Source, layout: Layout, max_rank: int) -> AdapterFile:
     """The adapter, whole and checked; ValueError (or FileNotFoundError) if it is broken or does not fit."""
-    file = read_adapter(source.steering)
-    for what, theirs, ours in (("hidden size", file.hidden, hidden), ("number of layers", file.num_layers, layers)):
-        if theirs != ours:
-            raise ValueError(f"{source.steering} is for a model of {what} {theirs}; expected {ours}")
-    rank = file.config.rank or 0
-    if rank > min(max_rank, MAX_RANK):
-        raise ValueError(
-            f"{source.steering} is of rank {rank}; expected at most {min(max_rank, MAX_RANK)} (--max-lora-rank)"
-        )
-    by_layer(file)
+    file = read_adapter(source.steering, layout)
+    rank, most = file.config.rank, min(max_rank, MAX_RANK)
+    if rank > most:
+        raise ValueError(f"{source.steering} is of rank {rank}; expected at most {most} (--max-lora-rank)")
     return file
 
 
-def by_layer(file: AdapterFile) -> dict[int, dict[str, Tensor]]:
-    """An adapter's tensors by layer and by name below the site. Its strength is in W2 and b2, in float32.
-
-    Raises:
-        ValueError: they are not those that the config says.
-    """
-    found: dict[int, dict[str, Tensor]] = {}
-    for path, tensor in file.tensors.items():
-        match = re.fullmatch(rf".*\.(\d+)\.{SITE}\.(steer_(?:down|up)\.(?:weight|bias))", path)
-        if match is None:
-            raise ValueError(f"tensor {path}; expected ….<layer>.{SITE}.steer_down.weight or the like")
-        scaled = tensor.float() * file.config.scale if match[2].startswith("steer_up") else tensor.float()
-        found.setdefault(int(match[1]), {})[match[2]] = scaled
-    expected = set(range(file.num_layers)) if file.config.layers is None else set(file.config.layers)
-    shapes = Adapter.shapes(file.config, file.hidden)
-    for index in sorted(expected | found.keys()):
-        got = {name: tuple(tensor.shape) for name, tensor in found.get(index, {}).items()}
-        want = shapes if index in expected else {}
-        if got != want:
-            raise ValueError(f"layer {index} has tensors {got}; expected {want}")
-    return found
+def scaled(file: AdapterFile) -> ByLayer:
+    """An adapter's tensors in float32, its strength in W2 and b2."""
+    scale = {UP: file.config.scale, UP_BIAS: file.config.scale}
+    return {
+        index: {name: t.float() * scale[name] if name in scale else t.float() for name, t in tensors.items()}
+        for index, tensors in file.tensors.items()
+    }
 
 
 def _weights(path: str, rank: int, tensors: dict[str, Tensor], activation: str) -> lora_weights.LoRALayerWeights:
     """One layer's, in the shape in which vLLM hands weights on: `SteeringWithLoRA.set_lora` unpacks them."""
-    packed = [tensors.get(name, torch.empty(0)) for name in _TENSORS]
+    packed = [tensors.get(name, torch.empty(0)) for name in NAMES]
     packed.append(torch.tensor(ACTIVATIONS.index(activation)))
     return lora_weights.LoRALayerWeights(path, rank, rank, packed, list(packed), scaling=1.0)  # type: ignore[arg-type]
 
@@ -361,12 +343,12 @@ def load(manager: worker_manager.WorkerLoRAManager, request: LoRARequest, source
         raise ValueError(
             f"{request.lora_name!r} steers, and --lora-target-modules leaves steering out; expected {SITE!r} among them"
         )
-    file = read_fitting(source, reached.layers, reached.hidden, manager.lora_config.max_lora_rank)
+    file = read_fitting(source, reached.layout, manager.lora_config.max_lora_rank)
     if source.lora is None:
-        loaded = lora_model.LoRAModel(request.lora_int_id, max(file.config.rank or 0, 1), {})
+        loaded = lora_model.LoRAModel(request.lora_int_id, max(file.config.rank, 1), {})
     else:
         loaded = load_lora(manager, _at(request, source.lora))
-    for index, tensors in by_layer(file).items():
+    for index, tensors in scaled(file).items():
         if index in points:  # the others are another stage's
             loaded.loras[points[index]] = _weights(points[index], loaded.rank, tensors, file.config.activation)
     return loaded
@@ -377,10 +359,10 @@ def _at(request: LoRARequest, path: Path) -> LoRARequest:
 
 
 @functools.lru_cache(maxsize=4096)
-def _checked(path: str, stamps: tuple[Any, ...], layers: int, hidden: int, max_rank: int) -> None:
+def _checked(path: str, stamps: tuple[Any, ...], layout: Layout, max_rank: int) -> None:
     source = find_source(path)
     if source is not None:
-        read_fitting(source, layers, hidden, max_rank)
+        read_fitting(source, layout, max_rank)
 
 
 def _stamps(path: str) -> tuple[Any, ...]:
@@ -400,15 +382,8 @@ def check_request(request: LoRARequest, config: Any) -> None:
         if Path(path).expanduser().is_absolute() or path.startswith("."):
             raise VLLMValidationError(f"adapter {request.lora_name!r}: no directory {path}; expected a saved adapter")
         return  # an id on the hub
-    model = config.model_config
     try:
-        _checked(
-            path,
-            _stamps(path),
-            model.hf_text_config.num_hidden_layers,
-            model.get_hidden_size(),
-            config.lora_config.max_lora_rank,
-        )
+        _checked(path, _stamps(path), layout_of(config.model_config), config.lora_config.max_lora_rank)
     except (ValueError, OSError) as error:
         raise VLLMValidationError(f"adapter {request.lora_name!r}: {error}") from error
 

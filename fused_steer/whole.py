@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,16 +29,9 @@ class Adapters(Protocol):
     """The part of `Steering` that is needed here."""
 
     @property
-    def names(self) -> list[str]: ...
-
-    @property
     def active(self) -> str | None: ...
 
-    def shapes(self, name: str) -> dict[str, tuple[int, ...]]:
-        """Shape of each tensor of an adapter, by path."""
-
-    def file(self, name: str, given: dict[str, Tensor] | None = None) -> tuple[AdapterFile, bool]:
-        """What is written of an adapter, and whether all processes had to put it together; see `Steering.file`."""
+    def files(self, state: Mapping[str, Tensor] | None) -> dict[str, AdapterFile]: ...
 
 
 class SavePretrained:
@@ -81,22 +74,13 @@ class SavePretrained:
         beside_lora = getattr(self.model, "_hf_peft_config_loaded", False)
         if not beside_lora:
             refuse_foreign(target)
-        files = self._files(given.get("state_dict"))
+        files = self.steering.files(given.get("state_dict"))
         self.__wrapped__(**given, **({} if push else options))
         if given.get("is_main_process", is_first()):
             self._write(target, files, not beside_lora and (target / _ONE_FILE).is_file())
             if push:  # by way of another folder, as transformers uploads nothing that was written after its own files
                 hub = {name: given[name] for name in ("token", "max_shard_size") if name in given}
                 self.model.push_to_hub(options.pop("repo_id", target.name), **hub, **options)
-
-    def _files(self, state: Mapping[str, Tensor] | None) -> dict[str, AdapterFile]:
-        """The adapters by name, checked; without those whose parameters a given state dict leaves out."""
-        files = {}
-        for name in self.steering.names:
-            tensors = None if state is None else _tensors_in(state, name, self.steering.shapes(name))
-            if state is None or tensors:
-                files[name] = self.steering.file(name, tensors)[0]
-        return files
 
     def _write(self, target: Path, files: Mapping[str, AdapterFile], at_top: bool) -> None:
         active = files.get(str(self.steering.active)) if at_top else None
@@ -108,22 +92,3 @@ class SavePretrained:
             if importlib.util.find_spec("peft") is not None:
                 with contextlib.suppress(ImportError):  # of a version that our method is not made for
                     from . import peft  # noqa: F401  (from_pretrained knows the method from then on)
-
-
-def _tensors_in(state: Mapping[str, Tensor], name: str, paths: Iterable[str]) -> dict[str, Tensor]:
-    """An adapter's tensors by path, out of the model's state dict, where the adapter's name is in the keys; or none.
-
-    Raises:
-        ValueError: the state dict has some of them.
-    """
-    found, missing = {}, []
-    for path in paths:
-        place, factor, kind = path.rsplit(".", 2)
-        key = f"{place}.{factor}.{name}.{kind}"
-        if key in state:
-            found[path] = state[key]
-        else:
-            missing.append(key)
-    if found and missing:
-        raise ValueError(f"state_dict has no {missing[0]}; expected all of adapter {name!r}, or none of it")
-    return found

@@ -383,8 +383,8 @@ def test_configs_that_say_nothing_sensible(fields, error, parts):
     ("fields", "parts"),
     [
         ({"layers": [3]}, ("layers has 3", "below 3")),
-        ({"hidden_size": 64}, ("hidden_size 64", "expected 32")),
-        ({"num_layers": 4}, ("num_layers 4", "expected 3")),
+        ({"hidden_size": 64}, ("hidden size 64", "expected 32")),
+        ({"num_layers": 4}, ("number of layers 4", "expected 3")),
         ({"orthogonal_to": "lora"}, ("orthogonal_to", "patch_model")),
     ],
     ids=["layers", "hidden size", "number of layers", "orthogonal"],
@@ -431,11 +431,11 @@ def edit(folder: Path, **fields: Any) -> None:
     [
         ({"gain": 2.0}, TypeError, ("'gain'",)),
         ({"gain": 2.0, "fused_steer_version": "7.1"}, TypeError, ("'gain'", "fused-steer 7.1")),
-        ({"down_bias": True}, ValueError, ("steer_down.default.bias",)),
+        ({"down_bias": True}, ValueError, ("steer_down.bias",)),
         ({"rank": 3}, ValueError, ("(4, 32)", "(3, 32)")),
         ({"layers": [0, 1]}, ValueError, ("layers.2.post_block",)),
         ({"dtype": "bfloat16"}, ValueError, ("torch.float32", "torch.bfloat16")),
-        ({"hidden_size": 48}, ValueError, ("hidden_size 48",)),
+        ({"hidden_size": 48}, ValueError, ("(4, 32)", "(4, 48)")),
     ],
     ids=["unknown key", "newer version", "missing tensor", "shape", "further tensor", "dtype", "hidden size"],
 )

@@ -9,7 +9,7 @@ passes.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -35,6 +35,19 @@ def sharder(module: nn.Module) -> str | None:
         return "FSDP"
     zero = any(hasattr(p, "_hp_mapping") or hasattr(p, "ds_id") for p in module.parameters())
     return "ZeRO" if zero else None
+
+
+def check_unsharded(layers: Iterable[nn.Module], what: str) -> None:
+    """Refuse decoder layers that FSDP or ZeRO has sharded. Both keep their own account of a layer's parameters: others
+    that come later, or values, are lost.
+
+    Raises:
+        ValueError: it says that `what` is expected before.
+    """
+    for index, layer in enumerate(layers):
+        by = sharder(layer)
+        if by is not None:
+            raise ValueError(f"layer {index} is sharded by {by}; expected {what} before it is")
 
 
 def is_dtensor(tensor: Tensor) -> bool:

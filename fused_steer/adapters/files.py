@@ -1,7 +1,6 @@
 """Adapters in files: PEFT's layout, safetensors and JSON, written whole or not at all.
 
-A directory holds `adapter_config.json` and `adapter_model.safetensors`. Tensors are named as PEFT names them,
-`base_model.model.<path of the site>.steer_down.weight` (r, d) and `….steer_up.weight` (d, r), biases alike.
+A directory holds `adapter_config.json` and `adapter_model.safetensors`. The names of the tensors are in parameters.py.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from .._version import __version__
 from ..config import FLOAT32_MAX, SteerConfig
+from .parameters import PEFT_PREFIX, UP, UP_BIAS, ByLayer, Layout, by_layer, split_path
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -34,7 +34,6 @@ PEFT_TYPE = "POST_BLOCK"
 #: Where adapters lie beside other files, each in a folder of its name: one level deeper than where transformers'
 #: Trainer looks for further adapters of PEFT's.
 CHECKPOINT_FOLDER = "fused_steer"
-_PREFIX = "base_model.model."
 #: What PEFT writes into every adapter's config, and what says nothing of what it computes.
 _PEFT_FIELDS = ("auto_mapping", "inference_mode", "peft_version", "revision", "task_type")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -42,25 +41,23 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """What a saved adapter is: its config, the model that it was made for, and its tensors by path of the parameter.
-
-    base: the model's name, "" where it had none; hidden: its d; num_layers: its decoder layers.
+    """What a saved adapter is: its config, the layout of the model that it was made for, and its tensors by layer.
 
     Every adapter that is read or written is one of these, so that none with values that spoil a hidden state exists:
     served beside others, it would spoil theirs too, through cache blocks that are used again.
 
     Raises:
-        ValueError: a tensor has values that are not finite, or overflow float32 when the strength multiplies them.
+        ValueError: the tensors are not those of the config, or one has values that are not finite, or that overflow
+            float32 when the strength multiplies them.
     """
 
     config: SteerConfig
-    base: str
-    hidden: int
-    num_layers: int
-    tensors: dict[str, Tensor]
+    layout: Layout
+    tensors: ByLayer
 
     def __post_init__(self) -> None:
-        for path, tensor in self.tensors.items():
+        self.layout.check_tensors(self.config, self.tensors)
+        for path, tensor in self.layout.paths(self.tensors).items():
             check_values(path, tensor, self.config.scale)
 
 
@@ -78,7 +75,7 @@ def check_values(path: str, tensor: Tensor, scale: float) -> None:
     largest = max(-least, most)
     if not math.isfinite(largest):
         raise ValueError(f"tensor {path} has values that are NaN or infinite; expected finite ones")
-    if ".steer_up." in path and abs(scale) * largest > FLOAT32_MAX:
+    if split_path(path)[2] in (UP, UP_BIAS) and abs(scale) * largest > FLOAT32_MAX:
         raise ValueError(
             f"tensor {path} has values up to {largest:.3g}, and scale is {scale:.3g}; expected a product of at most "
             f"{FLOAT32_MAX:.3g}, float32's largest"
@@ -97,13 +94,14 @@ def write_adapter(directory: str | os.PathLike[str], adapter: AdapterFile) -> No
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(f"{target} is a file; expected a directory to save the adapter in")
     refuse_foreign(target)
-    tensors = {_PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in adapter.tensors.items()}
+    layout, named = adapter.layout, adapter.layout.paths(adapter.tensors)
+    tensors = {PEFT_PREFIX + path: tensor.detach().cpu().contiguous() for path, tensor in named.items()}
     weights = safetensors.torch.save(tensors, metadata={"format": "pt"})
     config = {
         "peft_type": PEFT_TYPE,
-        "base_model_name_or_path": adapter.base or None,
-        "hidden_size": adapter.hidden,
-        "num_layers": adapter.num_layers,
+        "base_model_name_or_path": layout.base or None,
+        "hidden_size": layout.hidden,
+        "num_layers": layout.num_layers,
         **adapter.config.to_dict(),
         "fused_steer_version": __version__,
         # Ties the two files: weights of another save, or a bit flipped since, are found out when the adapter is loaded.
@@ -195,13 +193,12 @@ def _beside_a_model(directory: Path) -> Path:
 
 @dataclass(frozen=True)
 class AdapterHead:
-    """What a saved adapter is, before its tensors are read: where, its config, base, sizes, and its weights' digest."""
+    """What a saved adapter is, before its tensors are read: where, its config, its layout (without the path of the
+    layers, which the tensors tell), and its weights' digest."""
 
     directory: Path
     config: SteerConfig
-    base: str
-    hidden: int
-    num_layers: int
+    layout: Layout
     sha256: str | None
 
     @property
@@ -240,19 +237,29 @@ def read_head(source: str | os.PathLike[str]) -> AdapterHead:
             config = SteerConfig.from_dict(fields)
         except TypeError as error:
             raise ValueError(f"{error} (it was written by fused-steer {version}, this is {__version__})") from None
-        if config.layers is not None and config.layers[-1] >= num_layers:
-            raise ValueError(f"layers has {config.layers[-1]}; expected indices below {num_layers}, its num_layers")
-    return AdapterHead(directory, config, base, hidden, num_layers, digest)
+        layout = Layout("", num_layers, hidden, base)
+        layout.indices(config)
+    return AdapterHead(directory, config, layout, digest)
 
 
-def read_adapter(source: str | os.PathLike[str]) -> AdapterFile:
+def read_adapter(
+    source: str | os.PathLike[str], model: Layout | None = None, *, check_base: bool = False
+) -> AdapterFile:
     """Read and check an adapter's files. Nothing but JSON and safetensors is ever opened.
+
+    Args:
+        source: the directory, or an id on the hub.
+        model: what the adapter has to fit; None leaves that open.
+        check_base: whether the base model's name has to fit, too.
 
     Raises:
         FileNotFoundError: the directory or one of its files is missing.
-        ValueError: a file is truncated or corrupt, is of another method, has unknown keys, or does not fit the other.
+        ValueError: a file is truncated or corrupt, is of another method, has unknown keys, or does not fit the other;
+            or the adapter does not fit `model`.
     """
     head = read_head(source)
+    if model is not None:
+        model.check_fits(source, head.layout, check_base)
     with _blaming(head.weights):
         weights = head.weights.read_bytes()
         _check_digest(head, hashlib.sha256(weights).hexdigest())
@@ -288,13 +295,14 @@ def _check_digest(head: AdapterHead, found: str) -> None:
 def _file(head: AdapterHead, tensors: Mapping[str, Tensor]) -> AdapterFile:
     named = {_unprefixed(name, head.weights): tensor for name, tensor in tensors.items()}
     with _blaming(head.weights):
-        return AdapterFile(head.config, head.base, head.hidden, head.num_layers, named)
+        layers_path, layers = by_layer(named)
+        return AdapterFile(head.config, replace(head.layout, layers_path=layers_path), layers)
 
 
 def _unprefixed(name: str, file: Path) -> str:
-    if not name.startswith(_PREFIX):
-        raise ValueError(f"{file}: tensor {name!r}; expected names that begin with {_PREFIX!r}")
-    return name[len(_PREFIX) :]
+    if not name.startswith(PEFT_PREFIX):
+        raise ValueError(f"{file}: tensor {name!r}; expected names that begin with {PEFT_PREFIX!r}")
+    return name[len(PEFT_PREFIX) :]
 
 
 def _positive(fields: dict[str, Any], key: str) -> int:

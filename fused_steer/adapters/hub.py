@@ -22,7 +22,8 @@ def model_card(adapter: AdapterFile, repo_id: str) -> str:
     from huggingface_hub import ModelCardData
 
     # The hub takes no path for the name of a base model.
-    base = adapter.base if HUB_ID.fullmatch(adapter.base) and not os.path.exists(adapter.base) else None
+    name = adapter.layout.base
+    base = name if HUB_ID.fullmatch(name) and not os.path.exists(name) else None
     data = ModelCardData(
         base_model=base,
         library_name=LIBRARY,

@@ -1,20 +1,200 @@
-"""The parameters of an adapter: their names, paths and shapes, and the module that holds them in a layer.
+"""The format of an adapter: the names, paths and shapes of its tensors, which model it fits, and its module in a layer.
 
-An adapter at one layer has W1 and b1 (`steer_down`), W2 and b2 (`steer_up`). Their path in a model is
-`<path of the layer>.post_block.<steer_down or steer_up>.<weight or bias>`.
+An adapter at one layer has W1 and b1 (`steer_down`), W2 and b2 (`steer_up`); either of each pair may be absent.
+
+    <layers path>.<i>.post_block.steer_down.weight            a tensor's path, as files have it (behind PEFT_PREFIX)
+    <layers path>.<i>.post_block.steer_down.<adapter>.weight  the same tensor in a patched model, which may have several
 """
 
 from __future__ import annotations
 
 import math
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..config import DTYPES, SteerConfig
 
+T = TypeVar("T")
+
 #: The site's name in its layer, and so part of every parameter's path.
 SITE = "post_block"
+#: The names of an adapter's tensors below the site: W1 (r, d), b1 (r,), W2 (d, r), b2 (d,).
+DOWN, DOWN_BIAS, UP, UP_BIAS = NAMES = ("steer_down.weight", "steer_down.bias", "steer_up.weight", "steer_up.bias")
+#: Before each path in a file: where PEFT has the model that it wraps.
+PEFT_PREFIX = "base_model.model."
+
+#: The tensors of an adapter: by layer, then by name below the site.
+ByLayer = dict[int, dict[str, Tensor]]
+
+_FACTOR = r"steer_(?:down|up)"
+_PATH = re.compile(rf"(?:(.+)\.)?(\d+)\.{SITE}\.({_FACTOR}\.(?:weight|bias))")
+
+
+def split_path(path: str) -> tuple[str, int, str]:
+    """A tensor's path in three: the path of the list of layers, the layer's index, the name below the site.
+
+    Raises:
+        ValueError: it is no such path.
+    """
+    found = _PATH.fullmatch(path)
+    if found is None:
+        raise ValueError(f"it has a tensor {path!r}; expected names such as layers.0.{SITE}.{UP}")
+    return found[1] or "", int(found[2]), found[3]
+
+
+def by_layer(tensors: Mapping[str, T]) -> tuple[str, dict[int, dict[str, T]]]:
+    """The path of the list of layers ("" if there are no tensors), and the tensors by layer, in order, and by name.
+
+    Raises:
+        ValueError: a path is none of an adapter's, or they belong to several lists of layers.
+    """
+    found: dict[int, dict[str, T]] = {}
+    lists: dict[str, str] = {}
+    for path, tensor in tensors.items():
+        layers_path, index, name = split_path(path)
+        found.setdefault(index, {})[name] = tensor
+        lists.setdefault(layers_path, path)
+    if len(lists) > 1:
+        first, second, *_ = lists.values()
+        raise ValueError(f"it has tensors {first} and {second}; expected those of one list of layers")
+    return next(iter(lists), ""), dict(sorted(found.items()))
+
+
+def of_adapter(named: Iterable[tuple[str, T]], adapter: str) -> dict[str, T]:
+    """An adapter's tensors, by path, among those of a patched model (its parameters, or its state dict)."""
+    paths = ((out_of_model(name, adapter), value) for name, value in named)
+    return {path: value for path, value in paths if path is not None}
+
+
+def out_of_model(name: str, adapter: str) -> str | None:
+    """The path of an adapter's tensor that a patched model has under `name`; None: it is none of this adapter's."""
+    found = re.fullmatch(rf"(.*\.{SITE}\.{_FACTOR})\.{re.escape(adapter)}\.(weight|bias)", name)
+    return None if found is None else f"{found[1]}.{found[2]}"
+
+
+def in_model(path: str, adapter: str) -> str:
+    """The name that a patched model has for a tensor of an adapter."""
+    factor, _, kind = path.rpartition(".")
+    return f"{factor}.{adapter}.{kind}"
+
+
+def shapes_of(rank: int, hidden: int) -> dict[str, tuple[int, ...]]:
+    """Shape of each tensor that an adapter of this rank may have, by name."""
+    return dict(zip(NAMES, ((rank, hidden), (rank,), (hidden, rank), (hidden,)), strict=True))
+
+
+# ------------------------------------------------------------------------------------------------------- what it fits
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What an adapter has to fit: a model's decoder layers.
+
+    layers_path: of the list of layers, "" where only their indices matter; num_layers: how many there are; hidden: d, 0
+    where it is not known yet; base: the model's name, "" where it has none.
+    """
+
+    layers_path: str
+    num_layers: int
+    hidden: int
+    base: str = ""
+
+    def path(self, index: int, name: str = "") -> str:
+        """Of a layer, or of the tensor `name` of an adapter there."""
+        return ".".join(part for part in (self.layers_path, str(index), *([SITE, name] if name else [])) if part)
+
+    def paths(self, layers: Mapping[int, Mapping[str, T]]) -> dict[str, T]:
+        """What is by layer and name, by path."""
+        return {self.path(index, name): value for index, named in layers.items() for name, value in named.items()}
+
+    def indices(self, config: SteerConfig) -> list[int]:
+        """The layers that an adapter of `config` steers.
+
+        Raises:
+            ValueError: there is no such layer.
+        """
+        if config.layers is None:
+            return list(range(self.num_layers))
+        if config.layers[-1] >= self.num_layers:
+            raise ValueError(
+                f"layers has {config.layers[-1]}; expected indices below {self.num_layers}, the number of layers"
+            )
+        return list(config.layers)
+
+    def config_layers(self, indices: Iterable[int]) -> list[int] | None:
+        """The config's `layers` for these indices: None for all.
+
+        Raises:
+            ValueError: there is no such layer.
+        """
+        found = sorted(indices)
+        if found[-1] >= self.num_layers:
+            raise ValueError(f"it has a layer {found[-1]}; expected indices below {self.num_layers}, num_layers")
+        return None if len(found) == self.num_layers else found
+
+    def shapes(self, config: SteerConfig) -> dict[int, dict[str, tuple[int, ...]]]:
+        """Shape of each tensor of an adapter of `config`, by layer and name."""
+        there = {DOWN: config.rank > 0, DOWN_BIAS: config.down_bias, UP: config.rank > 0, UP_BIAS: config.up_bias}
+        named = {name: shape for name, shape in shapes_of(config.rank, self.hidden).items() if there[name]}
+        return dict.fromkeys(self.indices(config), named)
+
+    def check_tensors(self, config: SteerConfig, tensors: Mapping[int, Mapping[str, Tensor]]) -> None:
+        """Refuse tensors that are not those of `config`: one missing or too many, another shape or dtype.
+
+        Raises:
+            ValueError: in one line, about the first of them.
+        """
+        found, dtype = self.paths(tensors), DTYPES[config.dtype]
+        expected = self.paths(self.shapes(config))
+        for path, shape in expected.items():
+            tensor = found.get(path)
+            if tensor is None:
+                raise ValueError(f"it has no tensor {path}; expected one of shape {shape}")
+            if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+                raise ValueError(f"tensor {path} is {tensor.dtype} {tuple(tensor.shape)}; expected {dtype} {shape}")
+        for path in sorted(found.keys() - expected.keys()):
+            raise ValueError(f"it has a tensor {path}; expected none but those of its config")
+
+    def check_sizes(self, source: Any, hidden: int | None, num_layers: int | None) -> None:
+        """Refuse an adapter for a model of another hidden size or number of layers; None is not known.
+
+        Raises:
+            ValueError: it names `source`.
+        """
+        for what, theirs, ours in (
+            ("hidden size", hidden, self.hidden),
+            ("number of layers", num_layers, self.num_layers),
+        ):
+            if theirs is not None and theirs != ours:
+                raise ValueError(f"{source} is for a model of {what} {theirs}; expected {ours}")
+
+    def check_fits(self, source: Any, adapter: Layout, check_base: bool) -> None:
+        """Refuse an adapter for a model of other sizes, or (`check_base`) of another name.
+
+        Args:
+            source: where the adapter was read, for the error.
+            adapter: what it was made for.
+
+        Raises:
+            ValueError: it does not fit.
+        """
+        self.check_sizes(source, adapter.hidden, adapter.num_layers)
+        # The same model may lie in different places; its own name is the last part.
+        theirs, ours = (os.path.basename(base.rstrip("/\\")) for base in (adapter.base, self.base))
+        if check_base and theirs and ours and theirs != ours:
+            raise ValueError(
+                f"{source} is for the base model {adapter.base!r}; expected {self.base!r} "
+                "(check_base=False loads it all the same)"
+            )
+
+
+# --------------------------------------------------------------------------------------------------------- in a layer
 
 
 class Factor(nn.Module):
@@ -49,31 +229,21 @@ class Adapter:
             nn.init.kaiming_uniform_(down, a=math.sqrt(5))
             down *= config.init_scale
             up = torch.zeros(hidden, config.rank, **options)
-        down_bias = torch.zeros(config.rank or 0, **options) if config.down_bias else None
+        down_bias = torch.zeros(config.rank, **options) if config.down_bias else None
         up_bias = torch.zeros(hidden, **options) if config.up_bias else None
         return cls(Factor(down, down_bias), Factor(up, up_bias))
 
     @classmethod
-    def shapes(cls, config: SteerConfig, hidden: int) -> dict[str, tuple[int, ...]]:
-        """Shape of each parameter that an adapter of `config` has, by its name below the site."""
-        rank = config.rank or 0
-        shapes = {"steer_down.weight": (rank, hidden), "steer_up.weight": (hidden, rank)} if rank else {}
-        if config.down_bias:
-            shapes["steer_down.bias"] = (rank,)
-        if config.up_bias:
-            shapes["steer_up.bias"] = (hidden,)
-        return shapes
+    def of_tensors(cls, tensors: Mapping[str, Tensor], device: torch.device | None = None) -> Adapter:
+        """From tensors by name, moved to `device`; None leaves them where they are."""
+        moved = {name: tensor if device is None else tensor.to(device) for name, tensor in tensors.items()}
+        return cls(Factor(moved.get(DOWN), moved.get(DOWN_BIAS)), Factor(moved.get(UP), moved.get(UP_BIAS)))
 
-    @classmethod
-    def of_tensors(cls, tensors: dict[str, Tensor]) -> Adapter:
-        """From tensors by their names below the site, as `shapes` has them."""
-        down, up = (
-            Factor(tensors.get(f"{side}.weight"), tensors.get(f"{side}.bias")) for side in ("steer_down", "steer_up")
-        )
-        return cls(down, up)
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters by name."""
+        sides = (("steer_down", self.down), ("steer_up", self.up))
+        return {f"{side}.{name}": p for side, factor in sides for name, p in factor.named_parameters()}
 
     def named_tensors(self) -> dict[str, Tensor]:
-        named = {}
-        for side, factor in (("steer_down", self.down), ("steer_up", self.up)):
-            named.update({f"{side}.{name}": p.detach() for name, p in factor.named_parameters()})
-        return named
+        """The values by name, without gradients."""
+        return {name: parameter.detach() for name, parameter in self.named_parameters().items()}

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from ..adapters.files import AdapterFile
-from ..adapters.parameters import SITE
+from ..adapters.parameters import DOWN, DOWN_BIAS, UP, UP_BIAS
 from ..config import SteerConfig
 from ..kernels import ACTIVATIONS
-from .reading import checked_tensor, first_line, layout, naming, read_pickle
+from .reading import assemble, checked_tensor, first_line, layout, naming, read_pickle
 
 CONFIG_NAME = "config.json"
 _BASE_NAME = "pytorch_model.bin"
@@ -93,11 +93,11 @@ def _nodireft(t: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _lobireft(t: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {"steer_up.bias": (_rotation(t).double() @ t["learned_source"].double()).float()}
+    return {UP_BIAS: (_rotation(t).double() @ t["learned_source"].double()).float()}
 
 
 def _lowrank(down: Tensor, down_bias: Tensor, up: Tensor) -> dict[str, Tensor]:
-    return {"steer_down.weight": down, "steer_down.bias": down_bias, "steer_up.weight": up}
+    return {DOWN: down, DOWN_BIAS: down_bias, UP: up}
 
 
 def _rotation(t: Mapping[str, Tensor]) -> Tensor:
@@ -174,7 +174,7 @@ def import_pyreft(
             "if that is where pyreft intervened: its files do not record it, and fused-steer steers every token"
         )
     SteerConfig(activation=activation)
-    count, path, expected_hidden = layout(base, num_layers, layers_path)
+    target = layout(base, num_layers, layers_path)
     folder = Path(directory)
     if not (folder / CONFIG_NAME).is_file():
         raise FileNotFoundError(f"no file {folder / CONFIG_NAME}; expected the directory that reft_model.save wrote")
@@ -193,27 +193,18 @@ def import_pyreft(
             tensors = _checked_state(kind, state, sizes)
             if rank not in (None, sizes["r"]):
                 raise ValueError(f"its rank is {sizes['r']}; expected {rank}, the low_rank_dimension of {CONFIG_NAME}")
-        # Copied: what is a view of another would not be written.
-        layers[index] = {
-            part: tensor.float().clone(memory_format=torch.contiguous_format)
-            for part, tensor in kind.convert(tensors).items()
-        }
-    with naming(folder):
-        if expected_hidden not in (None, sizes["d"]):
-            raise ValueError(f"its hidden size is {sizes['d']}; expected {expected_hidden}, that of {base}")
-        if max(layers) >= count:
-            raise ValueError(f"it has a layer {max(layers)}; expected indices below {count}, num_layers")
-        vector = kind.convert is _lobireft
-        config = SteerConfig(
-            form="vector" if vector else "lowrank",
-            rank=0 if vector else sizes["r"],
-            activation=activation or "identity",
-            layers=None if len(layers) == count else list(layers),
-            down_bias=not vector,
-        )
-    tensors = {f"{path}.{i}.{SITE}.{part}": tensor for i, parts in layers.items() for part, tensor in parts.items()}
-    with naming(folder):
-        return AdapterFile(config, base, sizes["d"], count, tensors)
+        layers[index] = {name: tensor.float() for name, tensor in kind.convert(tensors).items()}
+    vector = kind.convert is _lobireft
+    return assemble(
+        folder,
+        target,
+        sizes["d"],
+        layers,
+        form="vector" if vector else "lowrank",
+        rank=0 if vector else sizes["r"],
+        activation=activation or "identity",
+        down_bias=not vector,
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- config.json

@@ -7,7 +7,8 @@ import os
 import re
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ import safetensors
 import torch
 from torch import Tensor
 
-from ..config import DTYPES
+from ..adapters.files import AdapterFile
+from ..adapters.parameters import Layout
+from ..config import DTYPES, SteerConfig
 from ..model.decoder import find_decoder
 
 _PATH = re.compile(r"\w+(\.\w+)*")
@@ -25,8 +28,8 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # ------------------------------------------------------------------------------------------------------ the base model
 
 
-def layout(base: str, num_layers: int | None, layers_path: str | None) -> tuple[int, str, int | None]:
-    """Number of layers, their path, and the hidden size if the base's config was read: unless both are given.
+def layout(base: str, num_layers: int | None, layers_path: str | None) -> Layout:
+    """What the adapter is for. Unless both are given, the base's config is read; otherwise the hidden size is open (0).
 
     Raises:
         TypeError: `num_layers` is no integer.
@@ -39,7 +42,7 @@ def layout(base: str, num_layers: int | None, layers_path: str | None) -> tuple[
     if layers_path is not None and not _PATH.fullmatch(layers_path):
         raise ValueError(f"layers_path is {layers_path!r}; expected a module's path such as model.layers")
     if num_layers is not None and layers_path is not None:
-        return num_layers, layers_path, None
+        return Layout(layers_path, num_layers, 0, base)
     if not base:
         missing = [name for name, value in (("num_layers", num_layers), ("layers_path", layers_path)) if value is None]
         raise ValueError(
@@ -63,7 +66,39 @@ def layout(base: str, num_layers: int | None, layers_path: str | None) -> tuple[
     ):
         if given not in (None, found):
             raise ValueError(f"{name} is {given}; expected {found}, as the base model {base!r} has")
-    return len(decoder.layers), decoder.path, decoder.hidden
+    return replace(decoder.layout, base=base)
+
+
+def assemble(
+    file: str | os.PathLike[str],
+    layout: Layout,
+    hidden: int,
+    layers: Mapping[int, Mapping[str, Tensor]],
+    **fields: Any,
+) -> AdapterFile:
+    """The adapter of these tensors, by layer and by name below the site, of which it has copies.
+
+    Args:
+        file: that is imported, for the errors.
+        layout: what the adapter is for, as `layout` gives it.
+        hidden: that of the tensors.
+        fields: of its config, but for `layers`.
+
+    Raises:
+        ValueError: the tensors do not fit the layout or each other, or the config refuses a field.
+    """
+    with naming(file):
+        if layout.hidden not in (0, hidden):
+            raise ValueError(f"its hidden size is {hidden}; expected {layout.hidden}, that of {layout.base}")
+        config = SteerConfig(layers=layout.config_layers(layers), **fields)
+        # Copied: the file may be mapped into memory, and safetensors writes no two tensors that share theirs.
+        tensors = {
+            index: {
+                name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in named.items()
+            }
+            for index, named in layers.items()
+        }
+        return AdapterFile(config, replace(layout, hidden=hidden), tensors)
 
 
 def read_safetensors(file: Path, without: str | None = None) -> dict[str, Tensor | None]:

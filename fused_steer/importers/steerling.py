@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from ..adapters.files import AdapterFile
-from ..adapters.parameters import SITE
+from ..adapters.parameters import DOWN, UP, UP_BIAS
 from ..config import SteerConfig
 from ..kernels import ACTIVATIONS
-from .reading import DTYPE_NAMES, checked_tensor, layout, naming, read_pickle, read_safetensors
+from .reading import DTYPE_NAMES, assemble, checked_tensor, layout, naming, read_pickle, read_safetensors
 
 _BASE = "base_model."
 _INDEX = r"layer(0|[1-9][0-9]*)"
@@ -25,7 +25,7 @@ _VECTOR = re.compile(rf"(?:deltas\.)?{_INDEX}_block")
 _OTHER_SITE = re.compile(rf"(?:adapters\.|deltas\.)?{_INDEX}_(attn|mlp)(?:\..*)?")
 
 #: Their part of a layer -> our parameter below the site.
-_PARAMETERS = {"down": "steer_down.weight", "up": "steer_up.weight", "vector": "steer_up.bias"}
+_PARAMETERS = {"down": DOWN, "up": UP, "vector": UP_BIAS}
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def import_steerling(
     if scale is None:
         raise ValueError("scale is not given; expected a number (--scale): the file does not record it")
     SteerConfig(scale=scale, activation=activation)  # what is wrong with these is not the file's fault
-    count, path, expected_hidden = layout(base, num_layers, layers_path)
+    target = layout(base, num_layers, layers_path)
     entries, ignored = _read(Path(file))
     with naming(file):
         layers = _by_layer(entries, len(ignored))
@@ -94,26 +94,17 @@ def import_steerling(
             )
         if not rank and activation is not None:
             raise ValueError(f"activation is {activation!r} (--activation), and it holds vectors; expected none given")
-        if expected_hidden not in (None, hidden):
-            raise ValueError(f"its hidden size is {hidden}; expected {expected_hidden}, that of {base}")
-        if max(layers) >= count:
-            raise ValueError(f"it has a layer {max(layers)}; expected indices below {count}, num_layers")
-        config = SteerConfig(
-            form="lowrank" if rank else "vector",
-            rank=rank,
-            activation=activation,
-            layers=None if len(layers) == count else list(layers),
-            scale=scale,
-            dtype=DTYPE_NAMES[dtype],
-        )
-    tensors = {
-        # Copied: the file may be mapped into memory, and safetensors writes no two tensors that share theirs.
-        f"{path}.{i}.{SITE}.{_PARAMETERS[part]}": tensor.detach().clone(memory_format=torch.contiguous_format)
-        for i, parts in layers.items()
-        for part, tensor in parts.items()
-    }
-    with naming(file):
-        adapter = AdapterFile(config, base, hidden, count, tensors)
+    adapter = assemble(
+        file,
+        target,
+        hidden,
+        {i: {_PARAMETERS[part]: tensor for part, tensor in parts.items()} for i, parts in layers.items()},
+        form="lowrank" if rank else "vector",
+        rank=rank,
+        activation=activation,
+        scale=scale,
+        dtype=DTYPE_NAMES[dtype],
+    )
     return Imported(adapter, len(ignored), sum("lora_" in key for key in ignored))
 
 

@@ -17,9 +17,18 @@ import torch
 from torch import Tensor
 
 from ..adapters.files import AdapterFile
-from ..adapters.parameters import SITE
+from ..adapters.parameters import UP_BIAS
 from ..config import SteerConfig
-from .reading import DTYPE_NAMES, checked_tensor, first_line, layout, naming, read_pickle, read_safetensors
+from .reading import (
+    DTYPE_NAMES,
+    assemble,
+    checked_tensor,
+    first_line,
+    layout,
+    naming,
+    read_pickle,
+    read_safetensors,
+)
 
 _ARCHITECTURE = "controlvector"
 _DIRECTION = "direction."
@@ -65,28 +74,13 @@ def import_vector(
     if scale is None:
         raise ValueError("scale is not given; expected a number (--scale): the file does not record it")
     SteerConfig("vector", scale=scale, layers=layers)
-    count, path, expected_hidden = layout(base, num_layers, layers_path)
+    target = layout(base, num_layers, layers_path)
     state = _read(Path(file))
     with naming(file):
-        vectors = _by_layer(state, layers, count)
+        vectors = _by_layer(state, layers, target.num_layers)
         hidden, dtype = _sizes(vectors)
-        if expected_hidden not in (None, hidden):
-            raise ValueError(f"its hidden size is {hidden}; expected {expected_hidden}, that of {base}")
-        if max(vectors) >= count:
-            raise ValueError(f"it has a layer {max(vectors)}; expected indices below {count}, num_layers")
-        config = SteerConfig(
-            form="vector",
-            layers=None if len(vectors) == count else list(vectors),
-            scale=scale,
-            dtype=DTYPE_NAMES[dtype],
-        )
-    tensors = {
-        # Copied: rows share the memory of their tensor, and the file may be mapped into it.
-        f"{path}.{i}.{SITE}.steer_up.bias": vector.detach().clone(memory_format=torch.contiguous_format)
-        for i, vector in vectors.items()
-    }
-    with naming(file):
-        return AdapterFile(config, base, hidden, count, tensors)
+    named = {index: {UP_BIAS: vector} for index, vector in vectors.items()}
+    return assemble(file, target, hidden, named, form="vector", scale=scale, dtype=DTYPE_NAMES[dtype])
 
 
 def _read(file: Path) -> Any:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Callable, Iterator
 
 from torch import Tensor, nn
 
@@ -42,3 +44,35 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
         parameters = part.parameters() if isinstance(part, nn.Module) else ()
         found.update((id(parameter), parameter) for parameter in parameters)
     return list(found.values())
+
+
+#: What a model with LoRA and steering computes by: both, or one of the two.
+MODES = ("both", "lora", "steering")
+
+
+@contextlib.contextmanager
+def computing_by(
+    mode: str, model: nn.Module, steering_disabled: Callable[[], contextlib.AbstractContextManager[None]]
+) -> Iterator[None]:
+    """Inside, a steered model with LoRA computes by `mode`. Afterwards, also after an exception, all is as it was.
+
+    Raises:
+        ValueError: an unknown mode, or the model carries no LoRA.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode is {mode!r}; expected one of {', '.join(map(repr, MODES))}")
+    layers = list(lora_layers(model).values())
+    if not layers:
+        raise ValueError(f"mode is {mode!r} but {type(model).__name__} carries no LoRA; expected one from PEFT")
+    with contextlib.ExitStack() as stack:
+        if mode == "lora":
+            stack.enter_context(steering_disabled())
+        if mode == "steering":
+            enabled = [layer for layer in layers if not layer.disable_adapters]
+            # PEFT switches requires_grad along with a layer.
+            for parameter in (parameter for layer in enabled for parameter in layer.parameters()):
+                stack.callback(parameter.requires_grad_, parameter.requires_grad)
+            for layer in enabled:
+                layer.enable_adapters(False)
+                stack.callback(layer.enable_adapters, True)
+        yield

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from ..adapters.distributed import sharder
+from ..adapters.parameters import DOWN, UP, UP_BIAS, ByLayer
 from ..config import SteerConfig
 from ..kernels.orthogonal import MAX_WRITERS, column_space, project_out
 from ..model.decoder import execution_device
@@ -157,9 +158,9 @@ class Orthogonality:
         adapter = self.sites[index].adapter(self.name)
         assert adapter is not None
         if self.config.side == "input":
-            found = {"steer_down.weight": adapter.down.weight}
+            found = {DOWN: adapter.down.weight}
         else:
-            found = {"steer_up.weight": adapter.up.weight, "steer_up.bias": adapter.up.bias}
+            found = {UP: adapter.up.weight, UP_BIAS: adapter.up.bias}
         return {name: parameter for name, parameter in found.items() if parameter is not None}
 
     def _state(self, columns: Columns) -> tuple[Any, ...]:
@@ -306,7 +307,7 @@ class Orthogonality:
                 self.sites[index].basis = basis
 
     @torch.no_grad()
-    def constrained(self) -> dict[int, dict[str, Tensor]]:
+    def constrained(self) -> ByLayer:
         """What is constrained, projected where it violates the constraint, by layer and by name below the site.
 
         The parameters stay as they are: between two projections (`every` above 1) they may be violating it.
@@ -315,7 +316,7 @@ class Orthogonality:
             ValueError: LoRA's B is not finite, or FSDP or ZeRO has sharded the adapter.
         """
         self._check_unsharded()
-        found: dict[int, dict[str, Tensor]] = {}
+        found: ByLayer = {}
         for indices, writers in self._batches(lora_columns(self.writers, self.config)):
             if not writers.isfinite().all():
                 raise ValueError(
@@ -337,15 +338,15 @@ def _moves_unseen(optimizer: Optimizer) -> bool:
 
 def _as_columns(name: str, parameter: Tensor) -> Tensor:
     """(d, r): W2 as it is, b2 as one column, W1 transposed."""
-    if name == "steer_up.bias":
+    if name == UP_BIAS:
         return parameter.unsqueeze(1)
-    return parameter.t() if name == "steer_down.weight" else parameter
+    return parameter.t() if name == DOWN else parameter
 
 
 def _from_columns(name: str, columns: Tensor) -> Tensor:
-    if name == "steer_up.bias":
+    if name == UP_BIAS:
         return columns.squeeze(1)
-    return columns.t() if name == "steer_down.weight" else columns
+    return columns.t() if name == DOWN else columns
 
 
 def _violates(values: Tensor, writers: Tensor) -> Tensor:

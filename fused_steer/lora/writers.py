@@ -160,7 +160,7 @@ def _makers(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def trace_writers(module: nn.Module, layers: Mapping[int, nn.Module], hidden: int) -> dict[int, list[Writer]]:
     """The writers of each of `layers`, in the order of their calls, by one forward pass of two tokens.
 
-    Dropout is off meanwhile, and training modes are afterwards as they were.
+    Dropout is off meanwhile. Training modes and the sites' counts are afterwards as they were.
 
     Args:
         module: the decoder, whose forward runs the layers.
@@ -172,6 +172,7 @@ def trace_writers(module: nn.Module, layers: Mapping[int, nn.Module], hidden: in
     """
     trace = _Trace(layers, hidden)
     modes = [(m, m.training) for m in module.modules()]
+    counts = [(m, m.calls, m.backend) for m in module.modules() if isinstance(m, SteeringSite)]
     device = execution_device(module)
     try:
         module.eval()
@@ -187,6 +188,8 @@ def trace_writers(module: nn.Module, layers: Mapping[int, nn.Module], hidden: in
     finally:
         for m, training in modes:
             m.training = training
+        for site, calls, backend in counts:
+            site.calls, site.backend = calls, backend
     found = {}
     for index, layer in layers.items():
         paths = trace.writers(index)

@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
+from ..adapters.parameters import Layout
+
 
 @dataclass(frozen=True)
 class Decoder:
-    """A model's stack of decoder layers: where it is, and what an adapter has to fit."""
+    """A model's stack of decoder layers."""
 
     module: nn.Module  # whose forward runs the layers
     path: str  # of the list of layers, from the model
     layers: nn.ModuleList
     hidden: int
+    config: Any  # the model's
+
+    @property
+    def layout(self) -> Layout:
+        """What an adapter has to fit; the model's name is the one that its config has now."""
+        base = getattr(self.config, "_name_or_path", "") or ""
+        return Layout(self.path, len(self.layers), self.hidden, base)
 
 
 def find_decoder(model: nn.Module) -> Decoder:
@@ -65,7 +75,7 @@ def find_decoder(model: nn.Module) -> Decoder:
             f"found {', '.join(lists) or 'none'}"
         )
     path, layers = fitting[0]
-    return Decoder(model.get_submodule(path.rpartition(".")[0]), path, layers, hidden)
+    return Decoder(model.get_submodule(path.rpartition(".")[0]), path, layers, hidden, model.config)
 
 
 def execution_device(module: nn.Module) -> torch.device:

@@ -8,7 +8,7 @@ the same numbers, one pass more, and the report says so.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from types import MethodType
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch.nn.modules.module import _global_forward_hooks as any_forward_hook
 from torch.nn.modules.module import _global_forward_pre_hooks as any_forward_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from ..adapters.parameters import SITE, Adapter
+from ..adapters.parameters import SITE, Adapter, Layout
 from ..kernels import post_block, select_backend
 from ..kernels.orthogonal import project_gradient
 from ..kernels.planned import PlannedPostBlock
@@ -100,8 +100,8 @@ class SteeringSite(nn.Module):
         return Adapter(self.steer_down[name], self.steer_up[name]) if name in self.steer_down else None
 
     def low_rank(self) -> tuple[Tensor, Tensor] | None:
-        """W1 and W2 of the adapter in use; None where none is, or it is a vector."""
-        if self.active is None or not self.enabled:
+        """W1 and W2 of the adapter that steers every token; None where there is none, or it is a vector."""
+        if self.active is None or not self.enabled or self.rows is not None:
             return None
         down, up = self.steer_down[self.active].weight, self.steer_up[self.active].weight
         return None if down is None or up is None else (down, up)
@@ -438,3 +438,35 @@ class PatchedLayer:
             if put is not None:
                 own["forward"] = put  # what was put there is left there
         _change_class(self.layer, self.base)
+
+
+def patch_layers(
+    layers: Mapping[int, nn.Module], layout: Layout, make_site: Callable[[], SteeringSite] = SteeringSite
+) -> dict[int, PatchedLayer]:
+    """Give decoder layers, by index, a site each; all of them or none.
+
+    Raises:
+        ValueError: a layer has a site already.
+    """
+    patched: dict[int, PatchedLayer] = {}
+    try:
+        for index, layer in layers.items():
+            patched[index] = PatchedLayer(layer, index, layout.path(index), make_site)
+    except BaseException:
+        for one in patched.values():
+            one.remove()
+        raise
+    return patched
+
+
+def unpatch_layers(patched: Iterable[PatchedLayer]) -> None:
+    """Take the sites out of layers; of all of them or of none.
+
+    Raises:
+        RuntimeError: another library has since changed a layer's class.
+    """
+    patched = list(patched)
+    for one in patched:
+        one.check_removable()
+    for one in patched:
+        one.remove()

@@ -8,7 +8,7 @@ have run before it returns. So is each call of a layer that a hook steers. Calls
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,13 +134,13 @@ class LayerList:
         self._originals = tuple(decoder.get_submodule(name).children())
         self._seen = self._originals
 
-    def check(self, steered: dict[int, nn.Module]) -> None:
+    def check(self, patched: Mapping[int, Any]) -> None:
         """Check the list as it is now. Cheap, unless it changed since the last time.
 
         A layer may be wrapped, moved or dropped (early exit, pruning); it may not be replaced.
 
         Args:
-            steered: the patched layers by index.
+            patched: the `PatchedLayer`s by index.
 
         Raises:
             RuntimeError: in the place of a steered layer stands a module that does not hold it.
@@ -151,7 +151,7 @@ class LayerList:
             return
         known = set(self._originals)
         for index, module in enumerate(here):
-            layer = steered.get(index)
+            layer = patched[index].layer if index in patched else None
             if layer is not None and module not in known and all(part is not layer for part in module.modules()):
                 raise RuntimeError(
                     f"layer {index} is now a {type(module).__name__} in the place of the steered "

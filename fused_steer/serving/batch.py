@@ -7,7 +7,6 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -438,13 +437,12 @@ def _past_of_a_pass(batch: Batch, given: Mapping[str, Any], tokens: int) -> tupl
 
 # ---------------------------------------------------------------------------------------------------- adapters in slots
 
-#: Puts adapters into slots for as long as a batch runs.
-Hold = Callable[[Sequence[str]], AbstractContextManager[Held]]
-
 
 @contextlib.contextmanager
-def hold_loaded(sites: Mapping[int, SteeringSite], configs: Mapping[str, SteerConfig], names: Sequence[str]) -> Any:
-    """Adapters that the model has loaded, copied into slots of their own: a `Hold` once sites and configs are given."""
+def hold_loaded(
+    sites: Mapping[int, SteeringSite], configs: Mapping[str, SteerConfig], names: Sequence[str]
+) -> Iterator[Held]:
+    """Adapters that the model has loaded, copied into slots of their own."""
     numbers = {name: number for number, name in enumerate(names)}
     slots = {}
     for index, site in sites.items():
@@ -452,5 +450,5 @@ def hold_loaded(sites: Mapping[int, SteeringSite], configs: Mapping[str, SteerCo
         if here:
             slots[index] = slots_for({name: adapter.named_tensors() for name, adapter in here.items()}, len(names))
         for name, adapter in here.items():
-            slots[index].put(numbers[name], adapter.named_tensors(), configs[name].activation or "identity")
+            slots[index].put(numbers[name], adapter.named_tensors(), configs[name].activation)
     yield Held(numbers, slots, {name: configs[name].scale for name in names})

@@ -20,7 +20,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ..adapters.parameters import Adapter
+from ..adapters.parameters import PEFT_PREFIX
 from ..config import DTYPES, SteerConfig, checked_number
 from ..model.decoder import find_decoder
 from .pool import checked_size
@@ -103,20 +103,14 @@ def plan(request: PlanRequest) -> Plan:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(request.model))
     decoder = find_decoder(model)
-    indices = range(len(decoder.layers)) if config.layers is None else config.layers
-    if indices[-1] >= len(decoder.layers):
-        raise ValueError(f"layers has {indices[-1]}; expected indices below {len(decoder.layers)}, the model's layers")
-    item, rank, hidden = DTYPES[request.dtype].itemsize, config.rank or 0, decoder.hidden
+    layout = decoder.layout
+    indices = layout.indices(config)
+    item, rank, hidden = DTYPES[request.dtype].itemsize, config.rank, decoder.hidden
     base = sum(p.numel() for p in model.parameters()) * DTYPES[request.model_dtype].itemsize
     # An embedding gives a row a token; one that is the output's weights too is read as that.
     tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
     embedding = 0 if tied else model.get_input_embeddings().weight.numel() * DTYPES[request.model_dtype].itemsize
-    shapes = {
-        f"{decoder.path}.{index}.post_block.{name}": shape
-        for index in indices
-        for name, shape in Adapter.shapes(config, hidden).items()
-    }
-    file = _file_bytes(shapes, request.dtype)
+    file = _file_bytes(layout.paths(layout.shapes(config)), request.dtype)
     slot = len(indices) * ((2 * rank * hidden + rank + hidden if rank else hidden) * item)
     slots = slot * request.slots + 4 * request.slots * len(indices)  # each layer's codes of φ
     reading, weights = slot * request.batch, base - embedding
@@ -150,7 +144,7 @@ def _file_bytes(shapes: dict[str, tuple[int, ...]], dtype: str) -> int:
     end = 0
     for path in sorted(shapes):
         begin, end = end, end + torch.Size(shapes[path]).numel() * DTYPES[dtype].itemsize
-        header[f"base_model.model.{path}"] = {
+        header[PEFT_PREFIX + path] = {
             "dtype": names[dtype],
             "shape": shapes[path],
             "data_offsets": [begin, end],

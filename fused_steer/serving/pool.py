@@ -16,12 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapters.files import CONFIG_NAME, AdapterFile, AdapterHead, map_adapter, read_head
+from ..adapters.files import CONFIG_NAME, map_adapter, read_head
+from ..adapters.parameters import ByLayer
 from ..config import DTYPES, SteerConfig
 from ..kernels import MAX_RANK
+from ..model.decoder import Decoder, execution_device
+from ..model.layer import SteeringSite
+from ..model.stored import adapter_tensors
+from .batch import hold_loaded
 from .slots import Held, Slots
 
-NAME = re.compile(r"[A-Za-z0-9_-]+")
+_NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
 @dataclass(frozen=True)
@@ -53,20 +58,18 @@ class AdapterPool:
     def __init__(
         self,
         slots: Mapping[int, Slots],
-        check_fits: Callable[[AdapterHead, Any, bool], None],
-        tensors_of: Callable[[AdapterFile, Any], dict[int, dict[str, Tensor]]],
+        decoder: Decoder,
         is_taken: Callable[[str], bool],
         check_base: bool,
     ) -> None:
         """Internal: `Steering.make_pool` makes one.
 
-        slots: of each layer; check_fits, tensors_of, is_taken: the model's part in checking an adapter and its name.
+        slots: of each layer; decoder: the model's; is_taken: whether the model has an adapter of a name.
         """
         self.slots = slots
         self.count = next(iter(slots.values())).count
         self.rank = next(iter(slots.values())).rank
-        self._check_fits, self._tensors_of, self._is_taken = check_fits, tensors_of, is_taken
-        self._check_base = check_base
+        self._decoder, self._is_taken, self._check_base = decoder, is_taken, check_base
         self._changed = threading.Condition(threading.RLock())  # over all that follows
         self._sources: dict[str, str] = {}
         self._configs: dict[str, SteerConfig] = {}  # of the loaded ones
@@ -157,8 +160,7 @@ class AdapterPool:
 
     def _check_new(self, names: Sequence[str]) -> None:
         for name in names:
-            if not isinstance(name, str) or not NAME.fullmatch(name):
-                raise ValueError(f"adapter name is {name!r}; expected letters, digits, '_' and '-'")
+            check_name(name)
             if name in self._sources:
                 raise ValueError(
                     f"adapter {name!r} is registered already, for {self._sources[name]}; expected a new name"
@@ -311,19 +313,18 @@ class AdapterPool:
                         "one to end, more slots, or a timeout to wait for it"
                     )
 
-    def _read(self, source: str) -> tuple[SteerConfig, dict[int, dict[str, Tensor]], int]:
+    def _read(self, source: str) -> tuple[SteerConfig, ByLayer, int]:
         """An adapter's config, its tensors by layer, mapped from its file, and their bytes; all checked."""
         head = read_head(source)
-        self._check_fits(head, source, self._check_base)
-        rank = head.config.rank or 0
+        self._decoder.layout.check_fits(source, head.layout, self._check_base)
+        rank = head.config.rank
         if rank > self.rank:
             raise ValueError(f"{source} is of rank {rank}; expected at most {self.rank}, the rank of the pool's slots")
         stat = head.weights.stat()
         stamp = (stat.st_size, stat.st_mtime_ns)
         with self._changed:
             verified = self._verified.get(str(head.weights)) == stamp
-        file = map_adapter(head, check_digest=not verified)
-        tensors = self._tensors_of(file, source)
+        tensors = map_adapter(head, check_digest=not verified).tensors
         outside = sorted(tensors.keys() - self.slots.keys())
         if outside:
             raise ValueError(f"{source} steers layer {outside[0]}; expected those of the pool, {list(self.slots)}")
@@ -334,7 +335,7 @@ class AdapterPool:
     def _write(self, slot: int, config: SteerConfig, tensors: Mapping[int, Mapping[str, Tensor]]) -> None:
         for index, slots in self.slots.items():
             if index in tensors:
-                slots.put(slot, tensors[index], config.activation or "identity")
+                slots.put(slot, tensors[index], config.activation)
             else:
                 slots.clear(slot)
 
@@ -352,10 +353,9 @@ class AdapterPool:
             ValueError: it does not fit the slots.
             TimeoutError: all are in use.
         """
-        rank = config.rank or 0
-        if rank > self.rank:
+        if config.rank > self.rank:
             raise ValueError(
-                f"adapter {name!r} is of rank {rank}; expected at most {self.rank}, that of the pool's slots"
+                f"adapter {name!r} is of rank {config.rank}; expected at most {self.rank}, that of the pool's slots"
             )
         outside = sorted(tensors.keys() - self.slots.keys())
         if outside:
@@ -370,6 +370,53 @@ class AdapterPool:
             with self._changed:
                 self._free.append(slot)
                 self._changed.notify_all()
+
+
+@contextlib.contextmanager
+def hold_adapters(
+    pool: AdapterPool | None, sites: Mapping[int, SteeringSite], configs: Mapping[str, SteerConfig], names: list[str]
+) -> Iterator[Held]:
+    """The adapters of a batch in slots: the pool's, or slots of their own where there is no pool.
+
+    Args:
+        sites: the model's, by layer.
+        configs: of the adapters that the model has loaded; others are the pool's.
+        names: each once.
+    """
+    own = [name for name in names if name in configs]
+    with contextlib.ExitStack() as stack:
+        if pool is None:
+            yield stack.enter_context(hold_loaded(sites, configs, own))
+            return
+        held = stack.enter_context(pool.hold([name for name in names if name not in configs]))
+        numbers, scales = dict(held.numbers), dict(held.scales)
+        for name in own:
+            tensors = adapter_tensors(sites, name)
+            numbers[name] = stack.enter_context(pool.borrow(name, configs[name], tensors))
+            scales[name] = configs[name].scale
+        yield Held(numbers, held.slots, scales)
+
+
+def make_slots(decoder: Decoder, indices: Sequence[int], count: int, rank: int, dtype: torch.dtype) -> dict[int, Slots]:
+    """A pool's empty slots, for each of these layers on its device."""
+    return {
+        index: Slots(
+            count,
+            rank,
+            decoder.hidden,
+            dtype=dtype,
+            device=execution_device(decoder.layers[index]),
+            down_bias=rank > 0,
+            up_bias=True,
+        )
+        for index in indices
+    }
+
+
+def check_name(name: Any) -> None:
+    """Raises ValueError where an adapter cannot be called so."""
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise ValueError(f"adapter name is {name!r}; expected letters, digits, '_' and '-'")
 
 
 def checked_size(slots: Any, rank: Any, dtype: Any) -> torch.dtype:

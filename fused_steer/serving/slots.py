@@ -4,19 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..kernels.grouped import Routing
-
-if TYPE_CHECKING:
-    pass
-
-
+from ..adapters.parameters import DOWN, DOWN_BIAS, NAMES, UP, UP_BIAS, shapes_of
 from ..kernels import ACTIVATIONS, MAX_RANK, select_backend
-from ..kernels.grouped import post_block_grouped, post_block_routed
+from ..kernels.grouped import Routing, post_block_grouped, post_block_routed
 from ..kernels.plan import Plan, keep, no_plan
 
 
@@ -36,16 +31,16 @@ def slots_for(adapters: Mapping[str, Mapping[str, Tensor]], count: int) -> Slots
     """Empty slots with room for these adapters of one layer, of their dtype where they share one, else float32."""
     tensors = [tensor for named in adapters.values() for tensor in named.values()]
     dtypes = {tensor.dtype for tensor in tensors}
-    downs = [named["steer_down.weight"] for named in adapters.values() if "steer_down.weight" in named]
-    hidden = next(t.shape[0] for named in adapters.values() for name, t in named.items() if name.startswith("steer_up"))
+    downs = [named[DOWN] for named in adapters.values() if DOWN in named]
+    hidden = next(t.shape[0] for named in adapters.values() for name, t in named.items() if name in (UP, UP_BIAS))
     return Slots(
         count,
         max((down.shape[0] for down in downs), default=0),
         hidden,
         dtype=dtypes.pop() if len(dtypes) == 1 else torch.float32,
         device=tensors[0].device,
-        down_bias=any("steer_down.bias" in named for named in adapters.values()),
-        up_bias=any("steer_up.bias" in named for named in adapters.values()),
+        down_bias=any(DOWN_BIAS in named for named in adapters.values()),
+        up_bias=any(UP_BIAS in named for named in adapters.values()),
     )
 
 
@@ -139,10 +134,10 @@ class Slots(nn.Module):
         self._check(tensors)
         # What is above an adapter's rank is zero: φ(0) = 0, and W2 has nothing there.
         for buffer, tensor, ranks in (
-            (self.downs, tensors.get("steer_down.weight"), 0),
-            (self.ups, tensors.get("steer_up.weight"), 1),
-            (self.down_biases, tensors.get("steer_down.bias"), 0),
-            (self.up_biases, tensors.get("steer_up.bias"), 0),
+            (self.downs, tensors.get(DOWN), 0),
+            (self.ups, tensors.get(UP), 1),
+            (self.down_biases, tensors.get(DOWN_BIAS), 0),
+            (self.up_biases, tensors.get(UP_BIAS), 0),
         ):
             if buffer is not None:
                 values = buffer[slot]
@@ -246,24 +241,22 @@ class Slots(nn.Module):
             raise ValueError(f"slot is {slot}; expected 0 to {self.count - 1}")
 
     def _check(self, tensors: Mapping[str, Tensor]) -> None:
-        names = ("steer_down.weight", "steer_up.weight", "steer_down.bias", "steer_up.bias")
         for name in tensors:
-            if name not in names:
-                raise ValueError(f"tensors has {name!r}; expected names among {', '.join(names)}")
-        down, up, down_bias, up_bias = (tensors.get(name) for name in names)
-        if (down is None) != (up is None):
-            raise ValueError(f"tensors has one of {names[0]} and {names[1]}; expected both or neither")
-        if down is None and up_bias is None:
-            raise ValueError(f"tensors has {list(tensors)}; expected {names[0]} and {names[1]}, or {names[3]}")
-        if down is None and down_bias is not None:
-            raise ValueError(f"tensors has {names[2]} without {names[0]}; expected both or neither")
+            if name not in NAMES:
+                raise ValueError(f"tensors has {name!r}; expected names among {', '.join(NAMES)}")
+        down = tensors.get(DOWN)
+        if (down is None) != (UP not in tensors):
+            raise ValueError(f"tensors has one of {DOWN} and {UP}; expected both or neither")
+        if down is None and UP_BIAS not in tensors:
+            raise ValueError(f"tensors has {list(tensors)}; expected {DOWN} and {UP}, or {UP_BIAS}")
+        if down is None and DOWN_BIAS in tensors:
+            raise ValueError(f"tensors has {DOWN_BIAS} without {DOWN}; expected both or neither")
         rank = down.shape[0] if down is not None and down.dim() else 0
         if rank > self.rank:
-            raise ValueError(f"{names[0]} is of rank {rank}; expected at most {self.rank}, the rank of the slots")
-        for name, room in ((names[2], self.down_biases), (names[3], self.up_biases)):
+            raise ValueError(f"{DOWN} is of rank {rank}; expected at most {self.rank}, the rank of the slots")
+        for name, room in ((DOWN_BIAS, self.down_biases), (UP_BIAS, self.up_biases)):
             if name in tensors and room is None:
                 raise ValueError(f"tensors has {name}; expected none, as the slots have no room for it")
-        shapes = ((rank, self.hidden), (self.hidden, rank), (rank,), (self.hidden,))
-        for name, shape in zip(names, shapes, strict=True):
+        for name, shape in shapes_of(rank, self.hidden).items():
             if name in tensors and tuple(tensors[name].shape) != shape:
                 raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}; expected {shape}")

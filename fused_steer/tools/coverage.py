@@ -30,7 +30,7 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrained
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .._version import __version__
-from ..adapters.parameters import SITE
+from ..adapters.parameters import DOWN, DOWN_BIAS, UP, UP_BIAS, by_layer, of_adapter
 from ..config import SteerConfig
 from ..patch import patch_model
 
@@ -275,7 +275,7 @@ def _error(actual: Tensor, expected: Tensor) -> float:
 def _compare(model: PreTrainedModel, original: PreTrainedModel) -> float:
     """The largest relative error of the patched model, with a random adapter, against `original` under plain hooks."""
     generator = torch.Generator().manual_seed(1)
-    parameters = {name: p for name, p in model.named_parameters() if f".{SITE}." in name}
+    parameters = of_adapter(model.named_parameters(), model.steering.active)
     for parameter in parameters.values():
         parameter.data.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
     unsteered = _outputs(original)[0]
@@ -321,21 +321,18 @@ def _gradients(model: PreTrainedModel, leaves: Sequence[Tensor]) -> tuple[Tensor
 class PlainHooks:
     """Steers a model by PyTorch's forward hooks and autograd alone, with copies of a patched model's parameters.
 
-    leaves: the copies, by the parameters' names; calls: how often each layer ran, by path.
+    leaves: the copies, by the parameters' paths; calls: how often each layer ran, by path.
     """
 
     def __init__(self, model: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
         self.leaves = {name: p.detach().clone().requires_grad_() for name, p in parameters.items()}
-        self.calls = dict.fromkeys((name.partition(f".{SITE}.")[0] for name in parameters), 0)
-        for path in self.calls:
-            model.get_submodule(path).register_forward_hook(self._hook(path))
+        layers_path, layers = by_layer(self.leaves)
+        self.calls = {f"{layers_path}.{index}": 0 for index in layers}
+        for path, leaves in zip(self.calls, layers.values(), strict=True):
+            model.get_submodule(path).register_forward_hook(self._hook(path, leaves))
 
-    def _hook(self, path: str) -> Callable[..., Any]:
-        down, down_bias, up, up_bias = (
-            self.leaves[f"{path}.{SITE}.{name}"]
-            for side in ("steer_down", "steer_up")
-            for name in (f"{side}.default.weight", f"{side}.default.bias")
-        )
+    def _hook(self, path: str, leaves: dict[str, Tensor]) -> Callable[..., Any]:
+        down, down_bias, up, up_bias = (leaves[name] for name in (DOWN, DOWN_BIAS, UP, UP_BIAS))
 
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
             self.calls[path] += 1

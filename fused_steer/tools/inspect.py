@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,8 +11,8 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from ..adapters.files import WEIGHTS_NAME, AdapterFile, locate_adapter, read_adapter
-from ..adapters.parameters import SITE, Adapter
+from ..adapters.files import WEIGHTS_NAME, locate_adapter, read_adapter
+from ..adapters.parameters import DOWN, DOWN_BIAS, UP, UP_BIAS
 
 
 @dataclass(frozen=True)
@@ -28,60 +28,31 @@ class LayerNorms:
     up_bias: float | None
 
 
-def _by_layer(adapter: AdapterFile) -> dict[int, dict[str, Tensor]]:
-    """The adapter's tensors by layer, in order, and by their name below the site.
-
-    Raises:
-        ValueError: a layer's tensors are not those that the config asks for.
-    """
-    layers: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in adapter.tensors.items():
-        found = re.fullmatch(rf"(?:.*\.)?(\d+)\.{SITE}\.(\w+\.\w+)", name)
-        if found is None:
-            raise ValueError(
-                f"the adapter has a tensor {name!r}; expected names such as layers.0.{SITE}.steer_up.weight"
-            )
-        layers.setdefault(int(found[1]), {})[found[2]] = tensor
-    shapes = Adapter.shapes(adapter.config, adapter.hidden)
-    for index in sorted(layers.keys() | set(adapter.config.layers or range(adapter.num_layers))):
-        found_shapes = {name: tuple(tensor.shape) for name, tensor in layers.get(index, {}).items()}
-        if found_shapes != shapes:
-            raise ValueError(f"layer {index} of the adapter has {found_shapes}; expected {shapes}")
-    return dict(sorted(layers.items()))
-
-
-def _norms(layer: int, tensors: dict[str, Tensor]) -> LayerNorms:
+def _norms(layer: int, tensors: Mapping[str, Tensor]) -> LayerNorms:
     def norm(name: str) -> float | None:
         return float(tensors[name].double().norm()) if name in tensors else None
 
     product = None
-    if "steer_up.weight" in tensors:
-        down, up = tensors["steer_down.weight"].double(), tensors["steer_up.weight"].double()
+    if UP in tensors:
+        down, up = tensors[DOWN].double(), tensors[UP].double()
         # W2 W1 = Q (R Sᵀ) Pᵀ with W2 = Q R and W1ᵀ = P S: orthonormal factors leave the norm to an r x r product.
         small = torch.linalg.qr(up, mode="r").R @ torch.linalg.qr(down.t(), mode="r").R.t()
         product = float(torch.linalg.matrix_norm(small, 2))
-    return LayerNorms(
-        layer,
-        norm("steer_down.weight"),
-        norm("steer_up.weight"),
-        product,
-        norm("steer_down.bias"),
-        norm("steer_up.bias"),
-    )
+    return LayerNorms(layer, norm(DOWN), norm(UP), product, norm(DOWN_BIAS), norm(UP_BIAS))
 
 
 def describe(source: str) -> dict[str, Any]:
     """What `inspect` shows of an adapter, as JSON has it."""
     directory = locate_adapter(source)
     adapter = read_adapter(directory)
-    layers = [asdict(_norms(index, tensors)) for index, tensors in _by_layer(adapter).items()]
+    layers = [asdict(_norms(index, tensors)) for index, tensors in adapter.tensors.items()]
     return {
         "adapter": str(directory),
-        "base_model": adapter.base or None,
-        "hidden_size": adapter.hidden,
-        "num_layers": adapter.num_layers,
+        "base_model": adapter.layout.base or None,
+        "hidden_size": adapter.layout.hidden,
+        "num_layers": adapter.layout.num_layers,
         "config": adapter.config.to_dict(),
-        "parameters": sum(tensor.numel() for tensor in adapter.tensors.values()),
+        "parameters": sum(tensor.numel() for named in adapter.tensors.values() for tensor in named.values()),
         "file_bytes": (directory / WEIGHTS_NAME).stat().st_size,
         "layers": layers,
     }

@@ -167,7 +167,7 @@ def test_bfloat16_is_exact_in_float32(name, tmp_path):
     shifts = save_pyreft(tmp_path / "reft", interventions)
     found = import_pyreft(tmp_path / "reft", positions="all", activation="identity", **LLAMA)
     assert assert_same_function(found, shifts, tmp_path / "out").dtype == "float32"
-    up = found.tensors["model.layers.1.post_block.steer_up.weight"]
+    up = found.tensors[1]["steer_up.weight"]
     theirs = interventions[1]
     assert torch.equal(up, theirs.rotate_layer.columns if name == "Loreft" else theirs.proj_layer.weight.t().float())
 
@@ -180,7 +180,7 @@ def test_the_rotation_is_that_of_torch(tmp_path):
     for i, intervention in interventions.items():
         r_t = intervention.rotate_layer.columns
         assert_close(r_t.t() @ r_t, torch.eye(RANK))
-        assert torch.equal(found.tensors[f"model.layers.{i}.post_block.steer_up.weight"], r_t)
+        assert torch.equal(found.tensors[i]["steer_up.weight"], r_t)
 
 
 @pytest.mark.parametrize("as_dicts", [False, True])
@@ -486,7 +486,7 @@ def test_half_precision_is_kept(name, tmp_path):
     save(state(vectors), tmp_path / name)
     found = import_vector(tmp_path / name, scale=SCALE, **LLAMA)
     assert assert_same_function(found, additions(vectors), tmp_path / "out").dtype == "float16"
-    assert all(torch.equal(found.tensors[f"model.layers.{i}.post_block.steer_up.bias"], v) for i, v in vectors.items())
+    assert all(torch.equal(found.tensors[i]["steer_up.bias"], v) for i, v in vectors.items())
 
 
 def test_the_base_models_config_must_fit(tmp_path):

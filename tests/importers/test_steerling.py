@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fused_steer import SteerConfig, patch_model
 from fused_steer.adapters.files import write_adapter
+from fused_steer.adapters.parameters import Layout
 from fused_steer.importers.steerling import import_steerling
 
 LOWRANK = {"activation": "silu", "scale": SCALE, **LLAMA}
@@ -165,7 +166,7 @@ def test_the_base_models_config_tells_its_layers(gpt2, tmp_path):
     released = Released("lowrank", family="gpt2", layers=[0, 1])
     torch.save(released.bare(), tmp_path / "a.pt")
     found = import_steerling(tmp_path / "a.pt", activation="silu", scale=SCALE, base=str(gpt2)).adapter
-    assert (found.base, found.hidden, found.num_layers, found.config.layers) == (str(gpt2), HIDDEN, LAYERS, (0, 1))
+    assert (found.layout, found.config.layers) == (Layout("transformer.h", LAYERS, HIDDEN, str(gpt2)), (0, 1))
     write_adapter(tmp_path / "out", found)
     model = build("gpt2")
     model.config._name_or_path = "elsewhere/tiny-gpt2"
@@ -175,7 +176,7 @@ def test_the_base_models_config_tells_its_layers(gpt2, tmp_path):
 def test_a_base_model_beside_both_is_only_a_name(tmp_path):
     torch.save(Released("vector").bare(), tmp_path / "a.pt")
     found = import_steerling(tmp_path / "a.pt", base="no/such-model", **VECTOR).adapter
-    assert found.base == "no/such-model"
+    assert found.layout.base == "no/such-model"
 
 
 @pytest.mark.parametrize(

@@ -214,7 +214,7 @@ def test_a_layer_as_it_was_patched_is_not_watched(family, monkeypatch):
     model = steered(build(family))
     monkeypatch.setattr(patch, "call_watched", lambda *_, **__: pytest.fail("a layer is watched"))
     logits(model)
-    assert all("forward" not in vars(row.layer) for row in model.steering._patched.values())
+    assert all("forward" not in vars(row.layer) for row in model.steering._patched.layers.values())
 
 
 def test_a_compiled_forward_on_a_layer_is_no_false_alarm():

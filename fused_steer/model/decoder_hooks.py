@@ -1,0 +1,80 @@
+"""What is done before and after each eager forward pass of a steered model's decoder."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from .decoder import Decoder
+from .layer import PatchedLayer
+from .passes import FEW_TOKENS, Packing, tokens_of
+from .watch import LayerList
+
+
+class DecoderHooks:
+    """Hooks of the module that runs the decoder layers.
+
+    Before a pass they see to it that no steered layer was replaced, that forwards which others have put on layers are
+    watched, that what trains is ready for it, and that weights are packed; after it they end the packing.
+    """
+
+    def __init__(
+        self, decoder: Decoder, patched: Mapping[int, PatchedLayer], before_training: Callable[[bool], None]
+    ) -> None:
+        """
+        Args:
+            decoder: of the model.
+            patched: the steered layers, by index, as they are at the time of a pass.
+            before_training: called before a pass with gradients, and told whether the decoder is in training mode.
+        """
+        self._module, self._patched, self._before_training = decoder.module, patched, before_training
+        self._layer_list = LayerList(decoder.module, decoder.path.rpartition(".")[2])
+        self._packing = Packing()
+        self._handles: list[RemovableHandle] = []
+
+    def attach(self) -> None:
+        self._handles = [
+            self._module.register_forward_pre_hook(self._before, with_kwargs=True),
+            self._module.register_forward_hook(self._after, always_call=True),
+        ]
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        self._layer_list.check(self._patched)
+        for patched in self._patched.values():
+            patched.watch()
+        if torch.is_grad_enabled():
+            self._before_training(module.training)
+        self._pack(module, args, kwargs)  # the last that may raise: its end belongs to it
+
+    def _pack(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        tokens = tokens_of(args, kwargs)
+        weights = {}
+        if tokens > FEW_TOKENS:
+            sites = (patched.site for patched in self._patched.values())
+            weights = {site: pair for site in sites if (pair := site.low_rank()) is not None}
+        dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), None) if weights else None
+        self._packing.begin(dtype, tokens, weights)
+
+    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self._packing.end()
+
+
+def warn_of_frozen(name: str) -> None:
+    """Warn that an adapter is in use and does not train, although the model does."""
+    warnings.warn(
+        f"adapter {name!r} is in use but does not train; adding a LoRA freezes all else: "
+        f"model.steering.use({name!r}) makes it train again",
+        stacklevel=2,
+    )

@@ -1,0 +1,124 @@
+"""An adapter of a patched model as files have it, and its values taken back from a file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters.distributed import check_unsharded, gather, is_dtensor, part_of, sharder
+from ..adapters.files import AdapterFile
+from ..adapters.parameters import ByLayer, Layout, by_layer, in_model, of_adapter
+from ..config import DTYPES, SteerConfig
+from .layer import SteeringSite
+
+Sites = Mapping[int, SteeringSite]  # by layer
+
+
+def adapter_tensors(sites: Sites, name: str) -> ByLayer:
+    """An adapter's tensors as this process has them."""
+    adapters = {index: site.adapter(name) for index, site in sites.items()}
+    return {index: adapter.named_tensors() for index, adapter in adapters.items() if adapter is not None}
+
+
+def adapter_file(
+    name: str, config: SteerConfig, layout: Layout, sites: Sites, constrained: ByLayer
+) -> tuple[AdapterFile, bool]:
+    """The adapter as a file has it, and whether all processes put it together.
+
+    Args:
+        name: the adapter's.
+        config: the adapter's; the dtype that is written is the parameters' own.
+        layout: of the model.
+        sites: the model's.
+        constrained: values that are written in place of the parameters'.
+
+    Raises:
+        ValueError: the parameters are of several dtypes, not finite, or parts that make no whole adapter.
+    """
+    tensors = layout.paths(adapter_tensors(sites, name)) | layout.paths(constrained)
+    together = any(map(is_dtensor, tensors.values())) or any(sharder(site) == "FSDP" for site in sites.values())
+    return _file(name, config, layout, tensors, together), together
+
+
+def files_of_state(
+    configs: Mapping[str, SteerConfig], layout: Layout, state: Mapping[str, Tensor]
+) -> dict[str, AdapterFile]:
+    """Adapters with the values of the model's state dict, by name; without those that it leaves out.
+
+    Raises:
+        ValueError: as `adapter_file`, or the state dict has a part of an adapter.
+    """
+    files = {}
+    for name, config in configs.items():
+        paths = layout.paths(layout.shapes(config))
+        tensors = {path: tensor for path, tensor in of_adapter(state.items(), name).items() if path in paths}
+        missing = [in_model(path, name) for path in paths if path not in tensors]
+        if tensors and missing:
+            raise ValueError(f"state_dict has no {missing[0]}; expected all of adapter {name!r}, or none of it")
+        if tensors:
+            files[name] = _file(name, config, layout, tensors, any(map(is_dtensor, tensors.values())))
+    return files
+
+
+def _file(name: str, config: SteerConfig, layout: Layout, tensors: dict[str, Tensor], together: bool) -> AdapterFile:
+    dtypes = {tensor.dtype for tensor in tensors.values()}
+    names = [dtype_name for dtype_name, dtype in DTYPES.items() if {dtype} == dtypes]
+    if not names:
+        raise ValueError(
+            f"adapter {name!r} has parameters of {sorted(map(str, dtypes))}; expected one of {list(DTYPES)}"
+        )
+    config = replace(config, dtype=names[0])
+    shapes = layout.paths(layout.shapes(config))
+    if together:
+        tensors = gather(tensors, shapes)
+    for path, shape in shapes.items():
+        if tuple(tensors[path].shape) != shape:
+            raise ValueError(
+                f"{path} has shape {tuple(tensors[path].shape)} in this process; expected {shape} "
+                "(under DeepSpeed's ZeRO-3, save inside deepspeed.zero.GatheredParameters)"
+            )
+    try:
+        return AdapterFile(config, layout, by_layer(tensors)[1])
+    except ValueError as error:
+        raise ValueError(f"adapter {name!r} cannot be saved: {error}") from error
+
+
+def check_same_config(source: Any, saved: SteerConfig, name: str, here: SteerConfig) -> None:
+    """Refuse values that were saved with another config than the adapter has here. Their strengths may differ.
+
+    Raises:
+        ValueError: it names `source` and the first field that differs.
+    """
+    theirs, ours = (replace(config, scale=1.0).to_dict() for config in (saved, here))
+    for field in dict.fromkeys((*ours, *theirs)):
+        if theirs.get(field) != ours.get(field):
+            raise ValueError(
+                f"{source} was saved with {field} {theirs.get(field)!r}; expected {ours.get(field)!r}, that of "
+                f"adapter {name!r}"
+            )
+
+
+@torch.no_grad()
+def restore_values(file: AdapterFile, name: str, sites: Sites, layers: Iterable[nn.Module]) -> None:
+    """Write a file's values into an adapter's parameters. With several processes each takes what is its own.
+
+    Args:
+        file: of the adapter's config.
+        name: the adapter's.
+        sites: the model's.
+        layers: all of the model's decoder layers.
+
+    Raises:
+        ValueError: FSDP1 or ZeRO has sharded the adapter.
+    """
+    parts = adapter_tensors(sites, name)
+    if not all(is_dtensor(part) for named in parts.values() for part in named.values()):
+        check_unsharded(layers, "adapters to be restored")
+    for index, tensors in file.tensors.items():
+        for key, tensor in tensors.items():
+            part = parts[index][key]
+            part.copy_(part_of(tensor.to(part.device), part))
