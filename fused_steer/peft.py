@@ -62,14 +62,13 @@ POST_BLOCK: PeftType = getattr(PeftType, PEFT_TYPE, None) or _add_peft_type()
 
 @dataclass
 class PostBlockConfig(PeftConfig):
-    """A `SteerConfig` as PEFT has its configs. What they share means the same.
+    """A `SteerConfig` as PEFT has its configs. Fields of the same name mean the same.
+
+    Fields that say how a loaded adapter was kept orthogonal to a LoRA are read; to train so, use `patch_model`.
+    `hidden_size` and `num_layers` are of the model that an adapter is for; they are filled in when it is added to one.
 
     Args:
         r: the rank; `rank` is the same, as adapter files have it.
-        form, activation, layers, scale, down_bias, up_bias, init_scale, dtype: see `SteerConfig`.
-        orthogonal_to, orthogonal_modules: how a loaded adapter was trained. To train so, use `patch_model`.
-        hidden_size, num_layers: of the model that an adapter is for; filled in when it is added to one.
-        fused_steer_version, weights_sha256: of a file.
 
     Raises:
         TypeError: an unknown field, or a value of the wrong type.
