@@ -17,6 +17,7 @@
     rehearsal.py    `python -m bench.gpu --rehearse`: all of it over the stub driver, so that no name is misspelt
     report.py       `python -m bench.report`: results as tables and plots
     stub/           a CUDA driver that does nothing: the kernels' host side without a GPU
+    matrix.py       `python -m bench.matrix`: the core tests with sets of library versions
     joint.py        `python -m bench.joint`: what is learnt by LoRA, by steering and by both, on a CPU
 
 `pytest bench` runs the same levels through pytest-benchmark. Nothing imports this package.

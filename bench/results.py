@@ -154,11 +154,6 @@ def start(file: Path, machine: dict[str, Any]) -> Results:
     return results
 
 
-def load_all(folder: Path = FOLDER) -> list[Results]:
-    """Every results file of a folder, by name."""
-    return [load(file) for file in sorted(folder.glob("*.json"))]
-
-
 def file_name(device: str) -> str:
     """`NVIDIA H100 80GB HBM3` -> `nvidia-h100-80gb-hbm3.json`."""
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + ".json"
@@ -169,6 +164,11 @@ def _output(*command: str) -> str | None:
         return None
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
     return done.stdout.strip() if done.returncode == 0 else None
+
+
+def commit() -> str:
+    """The checkout's commit; "" where there is no git."""
+    return _output("git", "rev-parse", "HEAD") or ""
 
 
 def _version(package: str) -> str | None:

@@ -25,6 +25,10 @@ if HAS_VLLM:
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; its default is a large part of the memory
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--every-line", action="store_true", help="raise at every line in test_faults.py, not at a sample")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and not HAS_GPU:

@@ -37,11 +37,12 @@ def rewrite_forward(cls: type, site: str, *, with_input: bool = False) -> Callab
     with_input: call `self.<site>(left, right, input)` instead, where `input` is the forward's first argument after
     `self`, as it came; None for a forward without a named first argument.
 
-    One call of the new function calls the site exactly once, and what the site returns is the hidden state that the
-    layer returns (as a tensor, or first in a tuple). Operands and their order are kept: a site that returns
-    `left + right` leaves every bit as it was, but for `h += x`, which no longer writes into h's memory. The class is
-    not touched; the new function is meant for a subclass of it. It reads the globals and closure cells of the
-    original, keeps its line numbers, and wears copies of its decorators (taken to pass the result on as it is).
+    One call of the new function calls the site exactly once. What the site returns is the hidden state that the layer
+    returns: as a tensor or first in a tuple, and before a cast to another dtype where the layer ends in one. Operands
+    and their order are kept: a site that returns `left + right` leaves every bit as it was, but for `h += x`, which no
+    longer writes into h's memory. The class is not touched; the new function is meant for a subclass of it. It reads
+    the globals and closure cells of the original, keeps its line numbers, and is wrapped in copies of its decorators,
+    which are assumed not to change the result.
 
     Raises ResidualNotFound if the forward is not understood completely, ValueError if `site` cannot name an attribute.
     """
@@ -385,6 +386,8 @@ class _Reader:
                     return _hidden(values, node)
             case ast.BinOp(left, ast.Add(), right):
                 return self._sum(node, self._value(left, state), self._value(right, state), state)
+            case ast.Call(ast.Attribute(cast, name)) if name in _CASTS:
+                return self._value(cast, state)
         return frozenset({_Other(node)})
 
     def _sum(self, node: ast.BinOp | ast.AugAssign, left: _Values, right: _Values, state: _State) -> _Values:
@@ -397,6 +400,9 @@ class _Reader:
         state.ran |= {add}
         return frozenset({add})
 
+
+#: Methods of a tensor that change its dtype or its device, and nothing else of it.
+_CASTS = ("to", "type", "type_as", "float", "half", "bfloat16", "double")
 
 _DISPLAYS = (ast.List, ast.ListComp, ast.Set, ast.SetComp, ast.Dict, ast.DictComp, ast.GeneratorExp, ast.JoinedStr)
 

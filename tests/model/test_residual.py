@@ -279,6 +279,16 @@ class PositionalOnly(Layer):
         return x + this.mlp(x)
 
 
+class EndsInACast(Layer):
+    def forward(self, x: Tensor) -> tuple:
+        dtype = x.dtype
+        if self.flag:
+            h = (x + self.mlp(x)).to(dtype=dtype)
+        else:
+            h = (x + self.mlp(x)).type_as(x)
+        return (h,)
+
+
 class Inherited(PreNorm):
     pass
 
@@ -318,6 +328,7 @@ ACCEPTED = [
     UnrelatedStatements,
     UsedTwice,
     PositionalOnly,
+    EndsInACast,
     Inherited,
     WithSuper,
     _Mangled,
@@ -327,6 +338,20 @@ ACCEPTED = [
 @pytest.mark.parametrize("cls", ACCEPTED)
 def test_same_bits_through_one_site_call(cls: type) -> None:
     assert_rewritten(cls)
+
+
+def test_cast_follows_the_site() -> None:
+    class Casts(Layer):
+        def forward(self, x: Tensor) -> Tensor:
+            return (x.double() + self.mlp(x)).to(x.dtype)
+
+    layer = with_site(Casts)()
+    layer.site = lambda left, right: left + right + 2.0**-30
+    x = torch.randn(4, 8)
+    out = layer(x)
+    # The site sees the sum as it is, and the layer returns the dtype that it did.
+    assert out.dtype == torch.float32
+    assert torch.equal(out, (x.double() + layer.mlp(x) + 2.0**-30).float())
 
 
 def test_operands_keep_their_order() -> None:
@@ -628,7 +653,7 @@ class ReturnsDict(Layer):
 
 class TakesApart(Layer):
     def forward(self, x: Tensor) -> Tensor:
-        return (x + self.mlp(x)).to(x.dtype)
+        return (x + self.mlp(x)).flatten(1)
 
 
 class FallsOff(Layer):
@@ -754,7 +779,7 @@ REFUSED = [
     (StarredFirst, NOT_A_SUM),
     (SecondOfTuple, NOT_A_SUM + ".*self.attn"),
     (ReturnsDict, NOT_A_SUM),
-    (TakesApart, NOT_A_SUM + ".*to\\(x.dtype\\)"),
+    (TakesApart, NOT_A_SUM + ".*flatten\\(1\\)"),
     (FallsOff, "returns nothing where its end is reached"),
     (ReturnsNothing, NOT_A_SUM + r" \(line \d+: return\)"),
     (OnlyRaises, "never returns"),

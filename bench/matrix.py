@@ -1,0 +1,213 @@
+"""`python -m bench.matrix`: the core tests with named sets of library versions, each in an environment of its own.
+
+A set is `constraints.txt` with some versions changed. For each set a virtual environment is made, the package is
+installed there with its test extra, and the core tests run in it. What came of it is kept in
+`bench/results/matrix/<set>.json`, and `docs/versions.md` is written from all of these files. A set that was not run is
+listed as not run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .results import FOLDER, commit
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = FOLDER / "matrix"
+PAGE = ROOT / "docs" / "versions.md"
+
+#: Which versions differ from `constraints.txt`. A torch of another version is gigabytes: the CUDA build.
+SETS: dict[str, dict[str, str]] = {
+    "pinned": {},
+    "transformers-5.17": {"transformers": "5.17.*"},
+    "transformers-5.18": {"transformers": "5.18.*"},
+    "transformers-5.20": {"transformers": "5.20.*"},
+    "transformers-5.22": {"transformers": "5.22.*"},
+    "transformers-5.24": {"transformers": "5.24.*"},
+    "triton-3.6": {"triton": "3.6.*"},
+    "triton-3.8": {"triton": "3.8.*"},
+    "triton-3.9": {"triton": "3.9.*"},
+    "trl-1.14": {"trl": "1.14.*"},
+    "trl-1.15": {"trl": "1.15.*"},
+    "torch-2.11": {"torch": "2.11.*", "triton": "3.6.*"},
+    "torch-2.12": {"torch": "2.12.*", "triton": "3.6.*"},
+    "torch-2.14": {"torch": "2.14.*", "triton": "3.8.*"},
+    "torch-2.15": {"torch": "2.15.*", "triton": "3.9.*"},
+}
+SHOWN = ("torch", "triton", "transformers", "peft", "trl")
+
+#: The tests of the core: the op, the layer, the adapter, batches, training.
+CORE = (
+    "tests/kernels/test_post_block.py",
+    "tests/kernels/test_grouped.py",
+    "tests/kernels/test_numerics.py",
+    "tests/model",
+    "tests/adapters/test_files.py",
+    "tests/serving",
+    "tests/test_config.py",
+    "tests/test_patch.py",
+    "tests/test_steering.py",
+    "tests/test_modes.py",
+    "tests/test_training.py",
+)
+#: The further tests of a library that a set changes.
+OF_LIBRARY = {
+    "peft": ("tests/test_peft.py", "tests/test_joint.py"),
+    "trl": ("tests/test_trl.py",),
+    "transformers": ("tests/test_trainer.py", "tests/test_whole.py", "tests/test_peft.py"),
+    "triton": ("tests/kernels/test_plan.py", "tests/kernels/test_predict.py"),
+}
+
+
+@dataclass
+class Outcome:
+    """What came of one set. counts: passed, failed, skipped; failed: names of tests; note: why it did not run."""
+
+    name: str
+    wanted: dict[str, str]
+    versions: dict[str, str] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    failed: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    note: str = ""
+    commit: str = ""
+    machine: str = ""
+
+
+def constraints(text: str, changed: dict[str, str]) -> str:
+    """The lines of a constraints file with the versions of some libraries changed.
+
+    Raises:
+        ValueError: a library is not in the file.
+    """
+    lines = []
+    missing = dict(changed)
+    for line in text.splitlines():
+        name = re.match(r"[A-Za-z0-9._-]+", line)
+        wanted = changed.get(name[0]) if name else None
+        if wanted is None:
+            lines.append(line)
+        elif missing.pop(name[0], None):  # type: ignore[index]
+            lines.append(f"{name[0]}=={wanted}")  # type: ignore[index]
+    if missing:
+        raise ValueError(f"constraints.txt does not name {', '.join(missing)}; expected a library of it")
+    return "\n".join(lines) + "\n"
+
+
+def run_set(name: str, folder: Path, timeout: float) -> Outcome:
+    """Make the set's environment in `folder`, and run the tests in it."""
+    changed = SETS[name]
+    found = Outcome(name, changed, commit=commit(), machine=f"{platform.machine()}, {os.cpu_count()} cores, no GPU")
+    place = folder / name
+    python = place / "bin" / "python"
+    limits = place / "constraints.txt"
+    if not python.exists():
+        subprocess.run([sys.executable, "-m", "venv", place], check=True)
+    limits.write_text(constraints((ROOT / "constraints.txt").read_text(encoding="utf-8"), changed), encoding="utf-8")
+    install = [python, "-m", "pip", "install", "-q", "-c", limits, "-e", f"{ROOT}[test]"]
+    done = subprocess.run(install, capture_output=True, text=True)
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+        found.note = f"cannot be installed together: {lines[0].removeprefix('ERROR: ') if lines else 'pip failed'}"
+        return found
+    code = (
+        f"import json\nfrom importlib import metadata\nprint(json.dumps({{n: metadata.version(n) for n in {SHOWN!r}}}))"
+    )
+    found.versions = json.loads(subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout)
+    files = dict.fromkeys([*CORE, *(file for library in changed for file in OF_LIBRARY.get(library, ()))])
+    command = [python, "-m", "pytest", "-q", "-n", "2", "--dist", "loadfile", "-p", "no:cacheprovider", *files]
+    environment = {**os.environ, "PYTHONSAFEPATH": "1"}  # the checkout's `kernels` is no package of that name
+    start = time.monotonic()
+    try:
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        found.note = f"stopped after {timeout:.0f} s"
+        return found
+    found.seconds = round(time.monotonic() - start, 1)
+    summary = done.stdout.splitlines()[-1] if done.stdout else ""
+    found.counts = {word: int(count) for count, word in re.findall(r"(\d+) (passed|failed|errors?|skipped)", summary)}
+    found.failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+    if not found.counts:
+        found.note = f"pytest gave no counts: {' '.join((done.stdout + done.stderr).split())[-200:]}"
+    return found
+
+
+def load(folder: Path = RESULTS) -> dict[str, Outcome]:
+    """The outcomes that are kept, by set."""
+    found = {}
+    for file in sorted(folder.glob("*.json")):
+        fields: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        found[file.stem] = Outcome(**fields)
+    return found
+
+
+def page(outcomes: dict[str, Outcome]) -> str:
+    """`docs/versions.md`: a row for each set."""
+    rows = []
+    for name, changed in SETS.items():
+        done = outcomes.get(name)
+        wanted = ", ".join(f"{library} {version}" for library, version in changed.items()) or "`constraints.txt`"
+        if done is None or not done.counts:
+            rows.append([name, wanted, *["–"] * len(SHOWN), done.note if done else "not run"])
+            continue
+        passed, failed = done.counts.get("passed", 0), len(done.failed)
+        result = f"{passed} passed" + (
+            f", **{failed} failed**: {', '.join(map(_short, done.failed))}" if failed else ""
+        )
+        rows.append([name, wanted, *(done.versions[library] for library in SHOWN), f"{result} ({done.commit[:7]})"])
+    heads = ["set", "asked for", *SHOWN, "core tests"]
+    table = "\n".join(f"| {' | '.join(row)} |" for row in [heads, ["---"] * len(heads), *rows])
+    return f"""# Versions
+
+The core tests with sets of library versions. Each set is `constraints.txt` with some versions changed, in an
+environment of its own. Written by `python -m bench.matrix`. On a machine without a GPU the kernels run in Triton's
+interpreter. A set with another torch downloads the CUDA build, several gigabytes, and runs only when it is named.
+
+{table}
+
+Outside of the versions that were tried, `patch_model` warns once and goes on. `fused-steer doctor` shows what is
+installed and whether it was tried.
+"""
+
+
+def _short(test: str) -> str:
+    return f"`{test.rpartition('/')[2]}`"
+
+
+def main(
+    sets: Annotated[
+        list[str] | None, typer.Argument(help="Names of sets; all that keep constraints.txt's torch if none is given.")
+    ] = None,
+    folder: Annotated[Path, typer.Option(help="Where the environments are made and kept.")] = Path(".matrix"),
+    timeout: Annotated[float, typer.Option(help="Seconds for the tests of a set.")] = 3600.0,
+    page_only: Annotated[bool, typer.Option("--page", help="Write docs/versions.md from the kept results.")] = False,
+) -> None:
+    """Run the core tests with sets of library versions, and write docs/versions.md."""
+    for name in sets or ():
+        if name not in SETS:
+            raise typer.BadParameter(f"set is {name!r}; expected one of {', '.join(SETS)}")
+    chosen = list(sets or (name for name, changed in SETS.items() if "torch" not in changed))
+    for name in () if page_only else chosen:
+        typer.echo(f"{name}: {', '.join(f'{k} {v}' for k, v in SETS[name].items()) or 'as pinned'}")
+        done = run_set(name, folder.resolve(), timeout)
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        (RESULTS / f"{name}.json").write_text(json.dumps(asdict(done), indent=2) + "\n", encoding="utf-8")
+        typer.echo(f"  {done.note or done.counts} in {done.seconds:.0f} s")
+        for test in done.failed:
+            typer.echo(f"  FAILED {test}")
+    PAGE.write_text(page(load()), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,161 @@
+"""Scopes: passes of other threads and tasks, changes while a pass runs, ends that an exception cut off, forks."""
+
+import asyncio
+import contextvars
+import copy
+import gc
+import os
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from fused_steer.model.scopes import Lock, Scopes
+
+
+def elsewhere(call: Callable[[], Any], carry: bool = False) -> Any:
+    """What a call gives in another thread, or the error that it raises there."""
+    found: list[Any] = []
+
+    def run() -> None:
+        try:
+            found.append(call())
+        except Exception as error:
+            found.append(error)
+
+    target: Callable[[], Any] = run
+    if carry:
+        context = contextvars.copy_context()
+        target = lambda: context.run(run)  # noqa: E731
+    thread = threading.Thread(target=target)
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+def one_pass(scopes: Scopes) -> str:
+    scopes.begin_pass()
+    scopes.end_pass()
+    return "ran"
+
+
+def test_scopes_pass_of_another_thread_is_refused_inside_and_runs_afterwards():
+    scopes = Scopes()
+    with scopes.open("steering.disabled()"):
+        error = elsewhere(lambda: one_pass(scopes))
+        assert isinstance(error, RuntimeError)
+        assert "the model runs inside steering.disabled() of another thread or task; expected" in str(error)
+        assert "\n" not in str(error)
+        assert one_pass(scopes) == "ran"
+        assert elsewhere(lambda: one_pass(scopes), carry=True) == "ran"
+    assert elsewhere(lambda: one_pass(scopes)) == "ran"
+
+
+def test_scopes_nest():
+    scopes = Scopes()
+    with scopes.open("steering.batch"), scopes.open("steering.disabled()"):
+        assert one_pass(scopes) == "ran"
+    with scopes.change("steering.use is called"):
+        pass
+
+
+def test_scopes_change_waits_for_no_pass_but_is_refused():
+    scopes = Scopes()
+    scopes.begin_pass()
+    for attempt in (scopes.change("steering.use is called"), scopes.open("steering.disabled()")):
+        error = elsewhere(lambda: attempt.__enter__())  # noqa: B023
+        assert isinstance(error, RuntimeError) and "while the model runs in another thread; expected" in str(error)
+    with scopes.change("steering.use is called"):  # the thread's own pass has no say
+        pass
+    scopes.end_pass()
+    assert elsewhere(lambda: scopes.change("x").__enter__()) is None
+
+
+def test_scopes_pass_waits_for_a_change():
+    scopes, order = Scopes(), []
+
+    def run() -> None:
+        scopes.begin_pass()
+        order.append("pass")
+        scopes.end_pass()
+
+    thread = threading.Thread(target=run)
+    with scopes.change("steering.use is called"):
+        thread.start()
+        thread.join(0.05)
+        order.append("change")
+    thread.join()
+    assert order == ["change", "pass"]
+
+
+def test_scopes_belong_to_a_task():
+    scopes = Scopes()
+
+    async def first(opened: asyncio.Event, done: asyncio.Event) -> None:
+        with scopes.open("steering.batch"):
+            opened.set()
+            await done.wait()
+            one_pass(scopes)
+
+    async def main() -> None:
+        opened, done = asyncio.Event(), asyncio.Event()
+        task = asyncio.create_task(first(opened, done))
+        await opened.wait()
+        with pytest.raises(RuntimeError, match=r"the model runs inside steering.batch of another thread or task"):
+            one_pass(scopes)
+        done.set()
+        await task
+        one_pass(scopes)
+
+    asyncio.run(main())
+
+
+def test_scopes_end_with_their_block_though_its_end_did_not_run():
+    scopes = Scopes()
+
+    def cut_off() -> None:
+        scope = scopes.open("steering.disabled()")
+        scope.__enter__()
+        # The exception that kept `__exit__` from running is gone, and with it the block.
+
+    cut_off()
+    gc.collect()
+    assert scopes.foreign() is None
+    assert elsewhere(lambda: one_pass(scopes)) == "ran"
+
+
+def test_scopes_of_a_copy_are_none():
+    scopes = Scopes()
+    scopes.begin_pass()
+    with scopes.open("steering.batch"):
+        twin = copy.deepcopy(scopes)
+    assert elsewhere(lambda: one_pass(twin)) == "ran"
+    with twin.change("steering.use is called"):
+        pass
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_scopes_locks_are_free_after_a_fork():
+    scopes, lock = Scopes(), Lock()
+    entered, leave = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        scopes.begin_pass()
+        with lock, scopes.change("x"):
+            entered.set()
+            leave.wait()
+        scopes.end_pass()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    entered.wait()
+    child = os.fork()
+    if child == 0:
+        free = lock.acquire(timeout=1)
+        with scopes.change("x"):  # the other thread's pass is not in this process
+            os._exit(0 if free else 1)
+    leave.set()
+    thread.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

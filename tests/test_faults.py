@@ -1,0 +1,257 @@
+"""An exception at any line leaves the model, the files and the pool as they were, or `unpatch()` gives the base back.
+
+Each operation is run once to see which lines of the package it executes. It is then run again, from the same state, for
+each of these lines, with an exception raised there. A sample of the lines is tried; `pytest tests/test_faults.py
+--every-line` tries all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from faults import Line, lines_of, raise_at, within
+from models import build, logits, randomize
+from torch import Tensor, nn
+
+from fused_steer import SteerConfig, patch_model
+from fused_steer.adapters.files import read_adapter
+
+SAMPLED = 8  # lines of an operation, spread over it
+CONFIG = SteerConfig(rank=2)
+
+
+@dataclass
+class State:
+    """A model before an operation, and where its files are."""
+
+    model: Any
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What is interrupted.
+
+    prepare: puts a model into the state before it; run: the operation. whole: what the model may compute afterwards,
+    each by a function that brings a prepared model there; `check` looks at what else has to hold.
+    """
+
+    prepare: Callable[[State], None]
+    run: Callable[[State], Any]
+    after: Callable[[State], Any] | None = None
+    check: Callable[[State], None] = lambda state: None
+
+
+def signature(model: nn.Module) -> list[Any]:
+    """All that patching may change of a base model."""
+    return [
+        (
+            path,
+            type(module),
+            sorted(name for name in vars(module) if not name.startswith("_cached")),
+            len(module._forward_hooks) + len(module._forward_pre_hooks),
+            [(name, p.requires_grad) for name, p in module._parameters.items() if p is not None],
+        )
+        for path, module in model.named_modules()
+    ]
+
+
+def steered(state: State, *names: str) -> None:
+    for name in names:
+        if not hasattr(state.model, "steering"):
+            patch_model(state.model, CONFIG, adapter_name=name)
+        else:
+            state.model.steering.add(name, CONFIG)
+        randomize(state.model, name, seed=len(name))
+    state.model.steering.use(names[0])
+
+
+def saved(state: State, name: str = "polite", config: SteerConfig = CONFIG, seed: int = 5) -> Path:
+    model = patch_model(build(), config, adapter_name=name)
+    randomize(model, name, seed=seed)
+    model.steering.save(state.folder / name)
+    return state.folder / name
+
+
+def whole(folder: Path) -> Tensor:
+    """The values of the adapter in a folder; an error if it is no whole one."""
+    return torch.cat([tensor.flatten() for _, tensor in sorted(read_adapter(folder).tensors.items())])
+
+
+def one_of_two(folder: Path) -> Callable[[State], None]:
+    def check(state: State) -> None:
+        found = whole(state.folder / folder)
+        olds = whole(state.folder / "old"), whole(state.folder / "new")
+        assert any(torch.equal(found, old) for old in olds)
+        assert {path.name for path in (state.folder / folder).iterdir()} >= {
+            "adapter_config.json",
+            "adapter_model.safetensors",
+        }
+
+    return check
+
+
+def prepare_save(state: State) -> None:
+    steered(state, "a")
+    state.model.steering.save(state.folder / "old")
+    state.model.steering.save(state.folder / "out")
+    randomize(state.model, "a", seed=9)
+    state.model.steering.save(state.folder / "new")
+
+
+def prepare_pool(state: State) -> None:
+    saved(state, "polite"), saved(state, "terse", seed=6)
+    steered(state, "a")
+    pool = state.model.steering.make_pool(slots=2, rank=2)
+    for name in ("polite", "terse"):
+        pool.register(name, state.folder / name)
+
+
+def check_pool(state: State) -> None:
+    """Every slot can be had again, by every adapter."""
+    pool = state.model.steering.pool
+    for _ in range(2):
+        for name in ("polite", "terse"):
+            with pool.hold([name], timeout=1):
+                pass
+    with pool.hold(["polite", "terse"], timeout=1):
+        pass
+
+
+def batch(state: State) -> Any:
+    with state.model.steering.batch(["a", None]):
+        return logits(state.model)
+
+
+def pooled_batch(state: State) -> Any:
+    with state.model.steering.batch(["polite", "terse"]):
+        return logits(state.model)
+
+
+def disabled(state: State) -> Any:
+    with state.model.steering.disabled():
+        return logits(state.model)
+
+
+def set_scale(state: State) -> None:
+    state.model.steering.scale = 0.5
+
+
+OPERATIONS: dict[str, Operation] = {
+    "patch": Operation(lambda state: None, lambda state: patch_model(state.model, CONFIG)),
+    "patch-file": Operation(
+        saved,
+        lambda state: patch_model(state.model, state.folder / "polite"),
+        lambda state: patch_model(state.model, state.folder / "polite"),
+    ),
+    "add": Operation(lambda state: steered(state, "a"), lambda state: state.model.steering.add("b", CONFIG)),
+    "load": Operation(
+        lambda state: (saved(state), steered(state, "a")),
+        lambda state: state.model.steering.load(state.folder / "polite", name="b"),
+    ),
+    "use": Operation(
+        lambda state: steered(state, "a", "bb"),
+        lambda state: state.model.steering.use("bb"),
+        lambda state: state.model.steering.use("bb"),
+    ),
+    "scale": Operation(lambda state: steered(state, "a"), set_scale, set_scale),
+    "remove": Operation(
+        lambda state: steered(state, "a", "bb"),
+        lambda state: state.model.steering.remove("a"),
+        lambda state: state.model.steering.remove("a"),
+    ),
+    "restore": Operation(
+        lambda state: (steered(state, "a"), saved(state)),
+        lambda state: state.model.steering.restore(state.folder / "polite"),
+        lambda state: state.model.steering.restore(state.folder / "polite"),
+    ),
+    "unpatch": Operation(
+        lambda state: steered(state, "a", "bb"),
+        lambda state: state.model.steering.unpatch(),
+        lambda state: state.model.steering.unpatch(),
+    ),
+    "disabled": Operation(lambda state: steered(state, "a"), disabled),
+    "batch": Operation(lambda state: steered(state, "a"), batch),
+    "batch-pool": Operation(prepare_pool, pooled_batch, check=check_pool),
+    "make-pool": Operation(
+        lambda state: steered(state, "a"), lambda state: state.model.steering.make_pool(slots=2, rank=2)
+    ),
+    "hold": Operation(prepare_pool, lambda state: hold(state), check=check_pool),
+    "save": Operation(
+        prepare_save, lambda state: state.model.steering.save(state.folder / "out"), check=one_of_two("out")
+    ),
+    "save-pretrained": Operation(
+        lambda state: steered(state, "a"), lambda state: state.model.save_pretrained(state.folder / "whole")
+    ),
+    "save-first": Operation(
+        lambda state: steered(state, "a"), lambda state: state.model.steering.save(state.folder / "first")
+    ),
+}
+
+
+def hold(state: State) -> None:
+    with state.model.steering.pool.hold(["polite"]):
+        pass
+
+
+def prepared(operation: Operation, folder: Path) -> State:
+    folder.mkdir()
+    state = State(build(), folder)
+    operation.prepare(state)
+    return state
+
+
+def check_after(operation: Operation, state: State, before: list[Tensor], base: Tensor, marks: list[Any]) -> None:
+    """The model computes what it did before the operation or what it would after it, and unpatching mends all."""
+    model = state.model
+    steering = getattr(model, "steering", None)
+    if steering is not None:
+        assert any(torch.equal(logits(model), one) for one in before), "steered by halves"
+        operation.check(state)
+        steering.unpatch()
+    assert torch.equal(logits(model), base), "not the base model"
+    assert signature(model) == marks, "the base model is changed"
+    patch_model(model, CONFIG)  # and it can be steered again
+    model.steering.unpatch()
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_faults_leave_nothing_half_done(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    operation = OPERATIONS[name]
+    plain = build()
+    base, marks = logits(plain), signature(plain)
+
+    state = prepared(operation, tmp_path / "first")
+    before = [logits(state.model)]
+    lines = lines_of(lambda: operation.run(state))
+    state = prepared(operation, tmp_path / "second")
+    if operation.after is not None:
+        operation.after(state)
+        before.append(logits(state.model))
+    elif name.startswith("patch"):
+        before = [base]
+
+    chosen: list[Line] = lines
+    if not request.config.getoption("--every-line"):
+        chosen = lines[:: max(1, len(lines) // SAMPLED)]
+    wrong: list[str] = []
+    tried = 0
+    for number, line in enumerate(chosen):
+        state = prepared(operation, tmp_path / str(number))
+        if not raise_at(line, lambda: operation.run(state)):  # noqa: B023
+            continue  # of what a process does once: an import, a class of steered layers
+        tried += 1
+        try:
+            with within(20):
+                check_after(operation, state, before, base, marks)
+        except BaseException as error:
+            wrong.append(
+                f"{Path(line[0]).name}:{line[1]}: {type(error).__name__}: {' '.join(str(error).split())[:150]}"
+            )
+    assert wrong == [], f"{len(wrong)} of {tried} lines"
+    assert tried > 2
