@@ -306,6 +306,18 @@ def test_rows_after_adapters_came_and_went():
     assert_rows_answer_as_alone(model.double().float(), ["third", "second", "__base__", "second"])
 
 
+def test_rows_in_compiled_graphs():
+    model = of_three()
+    compiled = torch.compile(model.get_base_model(), backend="eager", fullgraph=True)
+    for rows in (["first", "second"], ["__base__", "third"]):
+        with torch.no_grad():
+            expected = model(input_ids=tokens(), adapter_names=rows).logits
+            with model.base_model._enable_peft_forward_hooks(adapter_names=rows):
+                assert torch.equal(compiled(input_ids=tokens()).logits, expected)
+    with torch.no_grad():
+        assert torch.equal(compiled(input_ids=tokens()).logits, model(input_ids=tokens()).logits)
+
+
 def test_rows_have_no_gradient_and_say_so():
     model = of_three()
     model.set_adapter("first")

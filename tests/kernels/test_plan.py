@@ -37,7 +37,7 @@ from triton.runtime.interpreter import GridExecutor
 
 from fused_steer import SteerConfig, patch_model
 from fused_steer.adapters.parameters import Adapter
-from fused_steer.model.layer import SteeringSite
+from fused_steer.model.site import SteeringSite
 from fused_steer.serving.slots import Slots
 
 D, R, SCALE = 32, 4, 0.7
