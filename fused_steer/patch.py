@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, is_grad_enabled, nn
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 from torch.nn.modules.module import _global_backward_hooks as any_backward_hook
 from torch.nn.modules.module import _global_backward_pre_hooks as any_backward_pre_hook
 from torch.nn.modules.module import _global_forward_hooks as any_forward_hook
@@ -130,22 +130,24 @@ _FORWARD = "forward_of_patch"
 def _call_site(layer: nn.Module, left: Tensor, right: Tensor, entering: Any) -> Tensor:
     """`layer.post_block(left, right, entering)`, past nn.Module's `__call__` where nobody hooked the site."""
     site: Any = layer._modules[SITE]
-    if is_compiling():
+    if is_dynamo_compiling():
         return site(left, right, entering=entering)
-    if site._forward_hooks or site._forward_pre_hooks or site._backward_hooks or site._backward_pre_hooks:
+    noted = site.__dict__  # past nn.Module's attributes, which take long to look up
+    if noted["_forward_hooks"] or noted["_forward_pre_hooks"] or noted["_backward_hooks"] or noted["_backward_pre_hooks"]:
         return site(left, right, entering=entering)
     if any_forward_hook or any_forward_pre_hook or any_backward_hook or any_backward_pre_hook:
         return site(left, right, entering=entering)
-    noted = site.__dict__
     planned = noted["_planned"]
     if planned is not None and thread.quiet and not is_grad_enabled():
         # What `steer` comes to where a plan is for this call, without its function calls.
         op, parameters = planned
-        out = op.last(left, right, *parameters())
+        out = op.last(left, right, parameters())  # None also for tensors without values, as torch.export has them
         if out is not None:
             noted["calls"] += 1
             noted["backend"] = "triton"
             return out
+    if is_compiling():
+        return site(left, right, entering=entering)
     return site.steer(left, right, entering)
 
 

@@ -159,7 +159,7 @@ class Slots(nn.Module):
         """
         run = self._plans.get(residual.shape)
         if run is not None and branch is not None:
-            out = run(residual, branch, *self.operands(routing))
+            out = run(residual, branch, self.operands(routing))
             if out is not None:
                 self.last, self.backend = run, "triton"
                 return out

@@ -38,7 +38,8 @@ class PlannedPostBlock:
         self._activation, self._scale = activation, scale
         self._where = tuple(weight is not None for weight in weights)
         self._inference: dict[Any, Callable[..., Tensor | None]] = {}
-        #: The last plan of a call with a branch: a function of its operands, which gives None where it is not for them.
+        #: The last plan of a call with a branch, a function of residual, branch and a tuple of the weights; None where it is
+        #: not for them.
         self.last: Callable[..., Tensor | None] = no_plan
         self._training: dict[Any, _Training] = {}
         self.backend: str | None = None  # that of the last call
@@ -54,7 +55,7 @@ class PlannedPostBlock:
         operands = (*states, *weights) if packed is None else (*states, *weights, *packed)
         key = (len(states), packed is None, residual.shape)
         run = self._inference.get(key)
-        out = None if run is None else run(*operands)
+        out = None if run is None else run(*operands[:2], operands[2:])
         if out is not None:
             self.backend = "triton"
         else:
@@ -82,7 +83,7 @@ class PlannedPostBlock:
         key = (len(states), packed is None, states[0].shape)
         training = self._training.get(key)
         if training is not None:
-            addresses = training.forward.admit(*operands)
+            addresses = training.forward.admit(operands)
             if addresses is not None and not torch._C._are_functorch_transforms_active():
                 self.backend = "triton"
                 return _apply((training, addresses, None, packed), *states, *weights)
@@ -169,7 +170,7 @@ class _PlannedPostBlock(torch.autograd.Function):
         as one argument: autograd takes its time for each."""
         training, addresses, results, packed = call
         if results is None:
-            results = training.forward.go(*addresses)
+            results = training.forward.go(addresses)
         out = results[0]
         save_out, save_a, save_weights = training.saves
         if save_weights:
@@ -194,9 +195,9 @@ class _PlannedPostBlock(torch.autograd.Function):
         found: Any = ()
         if training.saves[2]:
             plan = training.backward.get((packed is None, grad.shape))
-            addresses = plan.admit(*operands) if plan is not None else None
+            addresses = plan.admit(operands) if plan is not None else None
             if addresses is not None and not create_graph:
-                found = plan.go(*addresses)
+                found = plan.go(addresses)
             else:
                 with torch.no_grad():
                     found = _careful_backward(training, operands, packed)

@@ -243,10 +243,11 @@ def test_what_kernels_refuse_is_refused_beside_a_plan(device, made):
 def test_a_plan_is_for_so_many_operands(device):
     site, operands = make_site(device), states(5, device)
     expected = site(*operands)
-    given = (*operands, *parts(site)[:2])
+    weights = parts(site)[:2]
     run = site._planned[0].last
-    assert run(*given, operands[0]) is None and run(*given[:3]) is None and run() is None
-    assert_same(run(*given), expected)
+    assert run(*operands, (*weights, operands[0])) is None and run(*operands, weights[:1]) is None
+    assert run(*operands, ()) is None
+    assert_same(run(*operands, weights), expected)
 
 
 @torch.no_grad()
