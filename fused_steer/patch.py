@@ -133,15 +133,18 @@ def _call_site(layer: nn.Module, left: Tensor, right: Tensor, entering: Any) -> 
     if is_dynamo_compiling():
         return site(left, right, entering=entering)
     noted = site.__dict__  # past nn.Module's attributes, which take long to look up
-    if noted["_forward_hooks"] or noted["_forward_pre_hooks"] or noted["_backward_hooks"] or noted["_backward_pre_hooks"]:
+    if noted["_forward_hooks"] or noted["_forward_pre_hooks"]:
+        return site(left, right, entering=entering)
+    if noted["_backward_hooks"] or noted["_backward_pre_hooks"]:
         return site(left, right, entering=entering)
     if any_forward_hook or any_forward_pre_hook or any_backward_hook or any_backward_pre_hook:
         return site(left, right, entering=entering)
     planned = noted["_planned"]
-    if planned is not None and thread.quiet and not is_grad_enabled():
-        # What `steer` comes to where a plan is for this call, without its function calls.
+    if planned is not None and thread.quiet:
+        # What `steer` comes to where a plan is for this call (never for tensors without values, as torch.export has),
+        # without its function calls.
         op, parameters = planned
-        out = op.last(left, right, parameters())  # None also for tensors without values, as torch.export has them
+        out = (op.last_trained if is_grad_enabled() else op.last)(left, right, parameters())
         if out is not None:
             noted["calls"] += 1
             noted["backend"] = "triton"

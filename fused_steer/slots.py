@@ -29,6 +29,7 @@ class Slots(nn.Module):
     down_biases: Tensor | None
     up_biases: Tensor | None
     codes: Tensor
+    last_trained = staticmethod(no_plan)  # no call with gradients is planned
 
     @torch.inference_mode(False)  # whose tensors cannot be written to outside it
     def __init__(

@@ -162,7 +162,12 @@ class Plan:
     __slots__ = ("admit", "go", "run")
 
     def __init__(
-        self, operands: Sequence[Tensor], launches: Sequence[Started], made: Sequence[Tensor], results: Sequence[int]
+        self,
+        operands: Sequence[Tensor],
+        launches: Sequence[Started],
+        made: Sequence[Tensor],
+        results: Sequence[int],
+        order: Sequence[int | None],
     ) -> None:
         """
         Args:
@@ -170,6 +175,7 @@ class Plan:
             launches: what it launched, in order.
             made: the tensors that it allocated.
             results: places in `made` of those that it returned.
+            order: what `go` returns: for each place one of the results, or None.
         """
         device = operands[0].device
         now, stream_of, index = _device_functions(device)
@@ -189,14 +195,23 @@ class Plan:
             last = max(i for i, value in enumerate(arguments) if isinstance(value, Tensor)) + 1
             pointers = ["None" if t is None else places[t.data_ptr()] for t in arguments[:last]]
             starts.append(_start(number, launch, pointers, names))
-        exec(_code(len(operands), tuple(allocate), tuple(starts), tuple(results)), names)
+        returned = tuple("None" if place is None else f"m{results[place]}" for place in order)
+        exec(_code(len(operands), tuple(allocate), tuple(starts), returned), names)
         self.admit, self.go, self.run = names["admit"], names["go"], names["run"]
 
     @classmethod
     def make(
-        cls, operands: Sequence[Tensor], call: Callable[[], Sequence[Tensor]]
+        cls,
+        operands: Sequence[Tensor],
+        call: Callable[[], Sequence[Tensor]],
+        order: Sequence[int | None] | None = None,
     ) -> tuple[Sequence[Tensor], Plan | None]:
         """Run `call`, which works on `operands` alone, and plan the next such calls.
+
+        Args:
+            operands: at least two.
+            order: what the plan's `go` returns: for each place one of the results of `call`, or None. Without it, the
+                results.
 
         Returns:
             What `call` returned; and the plan, or None where a call cannot be planned: it launched nothing or did more
@@ -217,12 +232,13 @@ class Plan:
         arguments = (value for launch in notes.launches for value in launch.arguments)
         if any(isinstance(value, Tensor) and value.data_ptr() not in known for value in arguments):
             return results, None  # a copy, or the result of an operation between the launches
-        return results, cls(operands, notes.launches, notes.made, [made[id(result)] for result in results])
+        order = range(len(results)) if order is None else order
+        return results, cls(operands, notes.launches, notes.made, [made[id(result)] for result in results], order)
 
 
 @functools.cache
-def _code(operands: int, allocate: tuple[str, ...], starts: tuple[str, ...], results: tuple[int, ...]) -> CodeType:
-    """The functions of plans with so many operands, these allocations, and these calls that start kernels."""
+def _code(operands: int, allocate: tuple[str, ...], starts: tuple[str, ...], returned: tuple[str, ...]) -> CodeType:
+    """The functions of plans with so many operands, these allocations, calls that start kernels, and results."""
     given, addresses = (", ".join(f"{letter}{i}" for i in range(operands)) for letter in "tp")
     # Tuples are handed on as they are: to take one apart in a call costs as much as a kernel's arguments.
     rest = "".join(f"t{i}, " for i in range(2, operands))
@@ -236,13 +252,14 @@ def _code(operands: int, allocate: tuple[str, ...], starts: tuple[str, ...], res
     if not INTERPRETED:  # kernels are compiled for addresses that are multiples of 16 bytes
         admit += [f"if ({addresses.replace(', ', ' | ')}) & 15:", "    return None"]
     go = [*allocate, "stream = stream_of(index)", *starts]
-    all_results = f"({''.join(f'm{i}, ' for i in results)})"
-    first = f"m{results[0]}" if results else "()"
+    all_results = f"({''.join(f'{name}, ' for name in returned)})"
+    first = returned[0] if returned else "()"
     elsewhere = ["if now() != index:", "    with on_device(device):"]
     # A call of fewer operands, or of more, is another kind of call.
     functions = {
         "admit(operands)": [
-            f"if len(operands) != {operands}:", "    return None", f"{given}, = operands", *admit, f"return {addresses},",
+            f"if len(operands) != {operands}:", "    return None", f"{given}, = operands",
+            *admit, f"return {addresses},",
         ],
         "go(addresses)": [
             f"{addresses}, = addresses", *elsewhere, f"        return start({addresses})", f"return start({addresses})",
@@ -250,7 +267,7 @@ def _code(operands: int, allocate: tuple[str, ...], starts: tuple[str, ...], res
         f"start({addresses})": [*go, f"return {all_results}"],
         "run(t0, t1, rest)": [
             f"if len(rest) != {operands - 2}:", "    return None", *([f"{rest}= rest"] if rest else []), *admit,
-            *elsewhere, f"        return start({addresses}){'[0]' if results else ''}", *go, f"return {first}",
+            *elsewhere, f"        return start({addresses}){'[0]' if returned else ''}", *go, f"return {first}",
         ],
     }  # fmt: skip
     lines = [line for head, body in functions.items() for line in (f"def {head}:", *(f"    {row}" for row in body))]
