@@ -213,7 +213,7 @@ HOST_GOALS = (
          _host("call", "hook")),
     Goal("host, training", "forward and backward in a model, host time: of the hooked blocks'", 0.75, True,
          _host("train", "hook")),
-    Goal("host, rows", "rows by adapters of their own, host time: of gather and bmm", 0.4, True,
+    Goal("host, rows", "rows by adapters of their own, host time: of a block hooked with gather and bmm", 0.4, True,
          _host("grouped", "gather-bmm")),
     Goal("host, compiled", "a compiled layer's host time: of the eager one's, at most its goal", 1.5, True,
          _host_compiled),

@@ -9,7 +9,8 @@ nothing but its residual add, in a model that `patch_model` patches; every conte
     grouped   one layer in `steering.batch`, rows by adapters of their own
     compiled  all layers under torch.compile, without gradient, a layer; `empty` is a compiled call that does nothing
 
-The hook is four PyTorch operations behind the add: F.linear, SiLU, F.linear, add. Over the stub driver the rivals'
+The hook is four PyTorch operations behind the add: F.linear, SiLU, F.linear, add; that of the rows is seven, which copy
+each row's weights first. Over the stub driver the rivals'
 tensors are tiny, so that they cost their dispatch and no arithmetic; on a card each of their operations has a launch
 besides, which the stub leaves out of both sides. A figure is the lower decile of CPU seconds: whatever else runs on
 the machine only adds to a sample. Only ratios are worth quoting.
@@ -147,19 +148,21 @@ def _block_contenders(
     }
 
 
-def _gather_call(case: HostCase, device: torch.device) -> Call:
-    """The block's add, and its shift by weights copied for each token: seven operations."""
+def gathered(case: HostCase, device: torch.device) -> Chain:
+    """Hooks that copy each row's weights: two gathers and two batched products, no strengths and no slots to look up."""
     dtype = DTYPES[case.dtype]
-    x, branch = (_hidden(case, device).squeeze(1) for _ in "xb")
-    downs = torch.randn(case.adapters, case.rank, case.hidden, dtype=dtype, device=device)
-    ups = torch.randn(case.adapters, case.hidden, case.rank, dtype=dtype, device=device)
+    model = Chain(case).to(device)
     ids = torch.arange(case.tokens, device=device) % case.adapters
+    for layer in model.layers:
+        downs = torch.randn(case.adapters, case.rank, case.hidden, dtype=dtype, device=device)
+        ups = torch.randn(case.adapters, case.hidden, case.rank, dtype=dtype, device=device)
 
-    def gather() -> Tensor:
-        h = x + branch
-        return h + torch.bmm(ups[ids], F.silu(torch.bmm(downs[ids], h.unsqueeze(-1)))).squeeze(-1)
+        def gather(_: Any, __: Any, h: Tensor, downs: Tensor = downs, ups: Tensor = ups) -> Tensor:
+            a = torch.bmm(downs[ids], h.view(-1, case.hidden, 1))
+            return h + torch.bmm(ups[ids], F.silu(a)).view(h.shape)
 
-    return gather
+        layer.register_forward_hook(gather)
+    return model
 
 
 def _grouped_contenders(case: HostCase, small: HostCase, device: torch.device) -> dict[str, Call]:
@@ -174,7 +177,7 @@ def _grouped_contenders(case: HostCase, small: HostCase, device: torch.device) -
     model(_hidden(case, device), _hidden(case, device))  # a pass: where the rows are is worked out once for all layers
     return {
         "fused": _layer_call(model, case, device),
-        "gather-bmm": _gather_call(small, device),
+        "gather-bmm": _layer_call(gathered(small, device), small, device),
         "unsteered": _layer_call(Chain(small), small, device),
     }
 
