@@ -22,7 +22,7 @@ autograd, `post_block`.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ from .backend import select_backend
 from .contract import Gradients, Needs, Packed
 from .launch import device_of, empty, launch
 from .numerics import dot, dot_precision, held, met, operand, operand_dtype, packed_operand, store
-from .plan import OpPlan, run_planned
+from .plan import OpPlan, Plan, keep, no_plan, run_planned
 from .registered import register
 from .schedule import (
     CROSS_RANK,
@@ -1110,6 +1110,38 @@ def _post_block_op(*inputs: Any) -> Sequence[Tensor]:
     return run_planned(_forward_plans, key, inputs, call)
 
 
+#: The same of `post_block_inference`; and for each activation the plan of the last call.
+_inference_plans: dict[Any, Callable[..., Tensor | None]] = {}
+_last_inference: dict[str, Callable[..., Tensor | None]] = {}
+
+
+def _post_block_inference_op(
+    residual: Tensor, branch: Tensor, down: Tensor, up: Tensor, scale: Tensor, activation: str
+) -> Tensor:
+    weights = (down, up, scale)
+    last = _last_inference.get(activation, no_plan)
+    out = last(residual, branch, weights)
+    if out is not None:
+        return out
+    key = (residual.shape, residual.dtype, branch.dtype, down.shape, down.dtype, activation)
+    run = _inference_plans.get(key, no_plan)
+    out = None if run is last else run(residual, branch, weights)
+    if out is None:
+        none = (None,) * 3  # b1, b2, gain
+        call = (residual, branch, down, up, *none, scale, None, 1.0, activation, False)
+        (out,), plan = Plan.make((residual, branch, *weights), lambda: _eager_forward(*call)[:1])
+        if plan is None:
+            return out
+        run = plan.run
+        keep(_inference_plans, key, run)
+    _last_inference[activation] = run
+    return out
+
+
+def _post_block_inference_fake(residual, branch, down, up, scale, activation):
+    return residual.new_empty(residual.shape, dtype=torch.promote_types(residual.dtype, branch.dtype))
+
+
 def _post_block_fake(
     residual, branch, down, up, down_bias, up_bias, gain, scale_tensor, basis, scale, activation, keep_a
 ):  # fmt: skip
@@ -1271,6 +1303,12 @@ _op = register(
     f"post_block(Tensor residual, Tensor? branch, {_OPERANDS}, bool keep_a) -> (Tensor, Tensor)",
     _post_block_op, _post_block_fake, _RegisteredPostBlock.apply,
 )  # fmt: skip
+# What a layer usually is in a graph that asks for no gradient: each argument and each result costs a conversion.
+register(
+    "post_block_inference(Tensor residual, Tensor branch, Tensor down, Tensor up, Tensor scale, str activation)"
+    " -> Tensor",
+    _post_block_inference_op, _post_block_inference_fake, None,
+)  # fmt: skip
 _backward_op = register(
     f"post_block_backward(Tensor grad, Tensor? out, Tensor? a, {_OPERANDS}, bool[] needs) -> Tensor[]",
     _post_block_backward_op, _post_block_backward_fake, _differentiable_backward_op,
@@ -1402,6 +1440,9 @@ def post_block(
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiated)
     inputs = (*differentiated, basis, s, activation, wanted and rank > 0)
     if torch.compiler.is_compiling():
+        if not wanted and branch is not None and down is not None and up is not None and scale_tensor is not None:
+            if down_bias is None and up_bias is None and gain is None and basis is None:
+                return torch.ops.fused_steer.post_block_inference(residual, branch, down, up, scale_tensor, activation)
         return torch.ops.fused_steer.post_block(*inputs)[0]
     if torch._C._are_functorch_transforms_active():
         return _TransformedPostBlock.apply(*inputs)[0]
