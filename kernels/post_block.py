@@ -1123,7 +1123,7 @@ def _post_block_inference_op(
     out = last(residual, branch, weights)
     if out is not None:
         return out
-    key = (residual.shape, residual.dtype, branch.dtype, down.shape, down.dtype, activation)
+    key = (residual.shape, residual.dtype, branch.dtype, down.shape, down.dtype, down.requires_grad, activation)
     run = _inference_plans.get(key, no_plan)
     out = None if run is last else run(residual, branch, weights)
     if out is None:
