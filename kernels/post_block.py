@@ -319,10 +319,10 @@ def post_block_fwd_down_kernel(
     p_residual, p_branch, p_down, p_partial,
     N, D, part, inner, residual_outer, residual_inner, branch_outer, branch_inner,
     RANK: tl.constexpr, DOT: tl.constexpr, HAS_BRANCH: tl.constexpr, NESTED: tl.constexpr, EVEN_D: tl.constexpr,
-    PACKED: tl.constexpr, AT_ONCE: tl.constexpr,
+    PACKED: tl.constexpr, AT_ONCE: tl.constexpr, SUMS_R: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, GROUPS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums of x W1ᵀ over a part of d, (N, splits, BLOCK_R). Grid (tiles, splits)."""
+    """Partial sums of x W1ᵀ over a part of d, (N, splits, SUMS_R). Grid (tiles, splits)."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_rows = rows < N
     residual_rows = _row_offsets(rows, inner, residual_outer, residual_inner, NESTED)
@@ -334,8 +334,8 @@ def post_block_fwd_down_kernel(
         RANK, DOT, HAS_BRANCH, EVEN_D, PACKED, AT_ONCE, GROUPS, BLOCK_N, BLOCK_D, BLOCK_R, STAGES,
     )  # fmt: skip
     places = rows.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-    p_rows = p_partial + places[:, None] * BLOCK_R + ranks[None, :]
-    tl.store(p_rows, a, mask=m_rows[:, None])
+    p_rows = p_partial + places[:, None] * SUMS_R + ranks[None, :]
+    tl.store(p_rows, a, mask=m_rows[:, None] & (ranks < SUMS_R)[None, :])
 
 
 @triton.jit(do_not_specialize=["N", "inner"])
@@ -345,7 +345,7 @@ def post_block_fwd_up_kernel(
     RANK: tl.constexpr, ACTIVATION: tl.constexpr, DOT: tl.constexpr,
     HAS_BRANCH: tl.constexpr, HAS_DOWN_BIAS: tl.constexpr, HAS_UP_BIAS: tl.constexpr, HAS_GAIN: tl.constexpr,
     SCALE_ON_DEVICE: tl.constexpr, KEEP_A: tl.constexpr, NESTED: tl.constexpr, EVEN_D: tl.constexpr,
-    PACKED: tl.constexpr, SPLITS: tl.constexpr, SLOTS: tl.constexpr, AT_ONCE: tl.constexpr,
+    PACKED: tl.constexpr, SPLITS: tl.constexpr, SLOTS: tl.constexpr, AT_ONCE: tl.constexpr, SUMS_R: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -366,21 +366,25 @@ def post_block_fwd_up_kernel(
         )  # fmt: skip
         w2 = _up_weights(p_up, ranks, columns, m_columns, D, RANK, PACKED)
         splits = tl.arange(0, SLOTS)[:, None, None]
-        p_rows = p_partial + (rows.to(tl.int64) * (SPLITS * BLOCK_R))[None, :, None] + ranks[None, None, :]
+        sums = tl.arange(0, SUMS_R)[None, None, :]
+        p_rows = p_partial + (rows.to(tl.int64) * (SPLITS * SUMS_R))[None, :, None] + sums
         m_parts = m_rows[None, :, None] if SPLITS == SLOTS else (splits < SPLITS) & m_rows[None, :, None]
-        parts = tl.load(p_rows + splits * BLOCK_R, mask=m_parts, other=0.0)
+        parts = tl.load(p_rows + splits * SUMS_R, mask=m_parts, other=0.0)
         zero = met()
         states, w2 = _held(states, w2, HAS_BRANCH)
         a = tl.sum(parts + zero, 0)
+        if SUMS_R < BLOCK_R:  # zeros up to the extent that a product takes
+            a = tl.reshape(tl.permute(tl.join(a, tl.zeros_like(a)), (0, 2, 1)), [BLOCK_N, BLOCK_R])
     else:
         a = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
-        p_rows = p_partial + rows[:, None].to(tl.int64) * (SPLITS * BLOCK_R) + ranks[None, :]
+        p_rows = p_partial + rows[:, None].to(tl.int64) * (SPLITS * SUMS_R) + ranks[None, :]
+        m_parts = m_rows[:, None] & (ranks < SUMS_R)[None, :]
         if BLOCK_N * BLOCK_R > 2048:
             for split in range(SPLITS):
-                a += tl.load(p_rows + split * BLOCK_R, mask=m_rows[:, None], other=0.0)
+                a += tl.load(p_rows + split * SUMS_R, mask=m_parts, other=0.0)
         else:  # unrolled, so that all loads are in flight at once
             for split in tl.static_range(SPLITS):
-                a += tl.load(p_rows + split * BLOCK_R, mask=m_rows[:, None], other=0.0)
+                a += tl.load(p_rows + split * SUMS_R, mask=m_parts, other=0.0)
     a = _pre_activation(
         a, p_down_bias, p_a, rows, m_rows, ranks, tl.program_id(1) == 0, RANK, HAS_DOWN_BIAS, KEEP_A
     )  # fmt: skip
@@ -832,20 +836,21 @@ def _triton_forward(
     reducing, writing = schedules
     at_once = device.gpu == "cuda"  # `numerics.held` is written for it
     slots = next_power_of_2(reducing.splits)
-    held_sums = slots * writing.block_n * writing.block_r  # at once, a thread has registers for 64 of them
-    partial = empty(tokens, reducing.splits, reducing.block_r, dtype=torch.float32, device=residual.device)
+    sums_r = max(8, next_power_of_2(rank))  # not of the ranks that are padding where they are half of all
+    held_sums = slots * writing.block_n * sums_r  # at once, a thread has registers for 64 of them
+    partial = empty(tokens, reducing.splits, sums_r, dtype=torch.float32, device=residual.device)
     launch(
         post_block_fwd_down_kernel, (reducing.programs, reducing.splits),
         residual, branch, down, partial, tokens, hidden, reducing.part, *strides,
         schedule=reducing, **states, EVEN_D=hidden % reducing.block_d == 0, GROUPS=reducing.groups,
-        STAGES=reducing.num_stages, AT_ONCE=at_once and reducing.part == reducing.block_d,
+        STAGES=reducing.num_stages, AT_ONCE=at_once and reducing.part == reducing.block_d, SUMS_R=sums_r,
     )  # fmt: skip
     launch(
         post_block_fwd_up_kernel, (writing.programs, writing.splits),
         residual, branch, up, partial, down_bias, up_bias, gain, p_scale, out, a,
         scale, tokens, hidden, writing.part, *strides,
         schedule=writing, **states, **shift, EVEN_D=hidden % writing.block_d == 0, SPLITS=reducing.splits,
-        SLOTS=slots, STAGES=writing.num_stages,
+        SLOTS=slots, SUMS_R=sums_r, STAGES=writing.num_stages,
         AT_ONCE=at_once and writing.part == writing.block_d and held_sums <= 64 * 32 * writing.num_warps,
     )  # fmt: skip
     return out, a
