@@ -7,9 +7,9 @@ nothing but its residual add, in a model that `patch_model` patches; every conte
     call      one layer, without gradient, at decode
     train     forward and backward of all layers in one graph, a layer
     grouped   one layer in `steering.batch`, rows by adapters of their own
-    compiled  all layers under torch.compile, without gradient, a layer; `off` is the same model with its steering off: a
-              graph of plain adds behind the same hooks and guards on modules, which the goal subtracts as no part of a
-              layer's steering. What the parameters cost as the graph's inputs counts as steering's.
+    compiled  all layers under torch.compile, without gradient, a layer. `off` is the same model with its steering off,
+              a graph of plain adds behind the same hooks and guards on modules: what a compiled call costs without a
+              layer's steering, which the goal subtracts. What the adapters cost as a graph's inputs is steering's.
 
 The hook is four PyTorch operations behind the add: F.linear, SiLU, F.linear, add; that of the rows is seven, which copy
 each row's weights first. Over the stub driver the rivals'
@@ -151,7 +151,7 @@ def _block_contenders(
 
 
 def gathered(case: HostCase, device: torch.device) -> Chain:
-    """Hooks that copy each row's weights: two gathers and two batched products, no strengths and no slots to look up."""
+    """Hooks that copy each row's weights: two gathers and two batched products, without strengths and slots."""
     dtype = DTYPES[case.dtype]
     model = Chain(case).to(device)
     ids = torch.arange(case.tokens, device=device) % case.adapters

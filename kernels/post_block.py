@@ -270,6 +270,26 @@ def _shifted(
     return tl.where((out == x) | (strength == 0)[:, None], x, out)
 
 
+@triton.jit
+def _write_block(
+    p_residual, p_branch, p_up, p_up_bias, p_out, residual_rows, branch_rows, rows, m_rows, h, strength, ranks, columns,
+    D,
+    RANK: tl.constexpr, DOT: tl.constexpr, HAS_BRANCH: tl.constexpr, HAS_UP_BIAS: tl.constexpr, EVEN_D: tl.constexpr,
+    PACKED: tl.constexpr,
+):  # fmt: skip
+    """Read a tile's block of columns, and write it shifted."""
+    m_columns = (columns < D) | EVEN_D
+    mask = m_rows[:, None] & m_columns[None, :]
+    states = _load_states(
+        p_residual, p_branch, residual_rows[:, None], branch_rows[:, None], columns[None, :], mask, HAS_BRANCH
+    )  # fmt: skip
+    w2 = _up_weights(p_up, ranks, columns, m_columns, D, RANK, PACKED)
+    out = _shifted(
+        _added(states, HAS_BRANCH), h, w2, p_up_bias, strength, columns, m_columns, DOT, HAS_UP_BIAS, PACKED
+    )  # fmt: skip
+    store(p_out + rows[:, None].to(tl.int64) * D + columns[None, :], out, mask)
+
+
 @triton.jit(do_not_specialize=["N", "height", "inner"])
 def post_block_fwd_kernel(
     p_residual, p_branch, p_down, p_up, p_down_bias, p_up_bias, p_gain, p_scale, p_out, p_a,
@@ -302,16 +322,10 @@ def post_block_fwd_kernel(
         blocks = tl.cdiv(D, BLOCK_D2)
         for block in tl.range(0, blocks, num_stages=STAGES2):
             columns = (blocks - 1 - block) * BLOCK_D2 + tl.arange(0, BLOCK_D2)
-            m_columns = (columns < D) | EVEN_D
-            mask = m_rows[:, None] & m_columns[None, :]
-            states = _load_states(
-                p_residual, p_branch, residual_rows[:, None], branch_rows[:, None], columns[None, :], mask, HAS_BRANCH
+            _write_block(
+                p_residual, p_branch, p_up, p_up_bias, p_out, residual_rows, branch_rows, rows, m_rows, h, strength,
+                ranks, columns, D, RANK, DOT, HAS_BRANCH, HAS_UP_BIAS, EVEN_D, PACKED,
             )  # fmt: skip
-            w2 = _up_weights(p_up, ranks, columns, m_columns, D, RANK, PACKED)
-            out = _shifted(
-                _added(states, HAS_BRANCH), h, w2, p_up_bias, strength, columns, m_columns, DOT, HAS_UP_BIAS, PACKED
-            )  # fmt: skip
-            store(p_out + rows[:, None].to(tl.int64) * D + columns[None, :], out, mask)
 
 
 @triton.jit(do_not_specialize=["N", "inner"])
@@ -399,16 +413,10 @@ def post_block_fwd_up_kernel(
         blocks = tl.cdiv(tl.minimum(part, D - last * part), BLOCK_D)
         for block in tl.range(0, blocks, num_stages=STAGES):
             columns = last * part + (blocks - 1 - block) * BLOCK_D + tl.arange(0, BLOCK_D)
-            m_columns = (columns < D) | EVEN_D
-            mask = m_rows[:, None] & m_columns[None, :]
-            states = _load_states(
-                p_residual, p_branch, residual_rows[:, None], branch_rows[:, None], columns[None, :], mask, HAS_BRANCH
+            _write_block(
+                p_residual, p_branch, p_up, p_up_bias, p_out, residual_rows, branch_rows, rows, m_rows, h, strength,
+                ranks, columns, D, RANK, DOT, HAS_BRANCH, HAS_UP_BIAS, EVEN_D, PACKED,
             )  # fmt: skip
-            w2 = _up_weights(p_up, ranks, columns, m_columns, D, RANK, PACKED)
-            out = _shifted(
-                _added(states, HAS_BRANCH), h, w2, p_up_bias, strength, columns, m_columns, DOT, HAS_UP_BIAS, PACKED
-            )  # fmt: skip
-            store(p_out + rows[:, None].to(tl.int64) * D + columns[None, :], out, mask)
 
 
 @triton.jit(do_not_specialize=["N", "inner"])
