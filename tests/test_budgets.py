@@ -37,7 +37,7 @@ BUSY_EXCEPTIONS = {
 }
 FILL = 0.9
 #: What is below that, by target, d, r and N: the columns kernel, where no number of parts of 32-row tiles times d / 128
-#: blocks comes nearer to the places for programs. It may not fall. Tiles of 16 rows come to 91 % at d = 4096 (to no more
+#: blocks comes nearer to the places for programs. It may not fall. Tiles of 16 rows come to 91 % at d = 4096 (no more
 #: at 8192) for a quarter more instructions, and the model sees no gain, as device memory binds; at rank 64 (89 %) they
 #: are slower in the model.
 FILL_EXCEPTIONS = {
