@@ -99,8 +99,9 @@ def describe_kernels(request: Request) -> dict[str, Any]:
     gpus = tuple(gpu for gpu in GPUS if GPUS[gpu][0] in targets) if request.gpus is None else request.gpus
     kernels, predictions, floors = [], [], []
     for tokens in request.tokens:
-        packed = request.packed and tokens > FEW_TOKENS  # a pass over fewer has none
-        case = Case(tokens, request.hidden, request.rank, getattr(torch, request.dtype), packed=packed)
+        many = tokens > FEW_TOKENS  # fewer are a decoding step: no packed weights, nothing kept for a backward pass
+        dtype, packed = getattr(torch, request.dtype), request.packed and many
+        case = Case(tokens, request.hidden, request.rank, dtype, packed=packed, keeps_a=many)
         for target in targets:
             for name, launches in passes_of(case, target).items():
                 kernels += [{"tokens": tokens, "pass": name, **row} for row in _kernel_rows(launches, target)]
