@@ -109,7 +109,8 @@ def _start(number: int, launch: Started, pointers: Sequence[str], names: dict[st
         if not (run.global_scratch_size or run.profile_scratch_size):
             # What `run` does, without its two closures. The five are launch metadata, two hooks, two scratch memories.
             # Constants, which the C function would pass over one by one, are left out.
-            taken = [kind != "constexpr" for kind in compiled.src.signature.values()]
+            kinds = dict(zip(launch.kernel.arg_names, compiled.src.signature.values(), strict=True))
+            taken = [kind != "constexpr" for kind in kinds.values()]
             names[f"start{number}"], names[f"signature{number}"] = run.launch, run.kernel_signature
             names[f"kinds{number}"] = list(itertools.compress(run.arg_annotations, taken))
             flags = f"{run.launch_cooperative_grid}, {run.launch_pdl}, metadata{number}"
