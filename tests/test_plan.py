@@ -994,6 +994,13 @@ def test_planned_launches_are_those_of_the_first_call(worked):
     assert inference["count"] >= 1 and training["count"] >= 3 and rows["count"] >= 2
 
 
+def test_planned_launches_have_the_arguments_of_the_ordinary_ones(worked):
+    inference, training = (worked["same_arguments"][name] for name in ("inference", "training"))
+    assert inference["same"] and training["same"]
+    assert inference["count"] >= 1 and training["count"] >= 4
+    assert inference["read"] >= 4 and training["read"] > inference["read"], "residual, branch, W1, W2"
+
+
 def test_compiled_launches_are_the_eager_ones(worked):
     compiled = worked["compiled"]
     assert compiled["same"] and compiled["count"] >= 2
