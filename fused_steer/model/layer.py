@@ -13,7 +13,7 @@ from types import MethodType
 from typing import Any
 
 from torch import Tensor, is_grad_enabled, nn
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 from torch.nn.modules.module import _global_backward_hooks as any_backward_hook
 from torch.nn.modules.module import _global_backward_pre_hooks as any_backward_pre_hook
 from torch.nn.modules.module import _global_forward_hooks as any_forward_hook
@@ -34,22 +34,27 @@ _FORWARD = "forward_of_patch"
 def _call_site(layer: nn.Module, left: Tensor, right: Tensor, entering: Any) -> Tensor:
     """`layer.post_block(left, right, entering)`, past nn.Module's `__call__` where nobody hooked the site."""
     site: Any = layer._modules[SITE]
-    if is_compiling():
+    if is_dynamo_compiling():
         return site(left, right, entering=entering)
-    if site._forward_hooks or site._forward_pre_hooks or site._backward_hooks or site._backward_pre_hooks:
+    noted = site.__dict__  # past nn.Module's attributes, which take long to look up
+    if noted["_forward_hooks"] or noted["_forward_pre_hooks"]:
+        return site(left, right, entering=entering)
+    if noted["_backward_hooks"] or noted["_backward_pre_hooks"]:
         return site(left, right, entering=entering)
     if any_forward_hook or any_forward_pre_hook or any_backward_hook or any_backward_pre_hook:
         return site(left, right, entering=entering)
-    noted = site.__dict__
-    planned = noted.get("_planned")  # of a site that makes plans
-    if planned is not None and thread.quiet and not is_grad_enabled():
-        # What `steer` comes to where a plan is for this call, without its function calls.
+    planned = noted["_planned"]
+    if planned is not None and thread.quiet:
+        # What `steer` comes to where a plan is for this call (never for tensors without values, as torch.export has),
+        # without its function calls.
         op, parameters = planned
-        out = op.last(left, right, *parameters())
+        out = (op.last_trained if is_grad_enabled() else op.last)(left, right, parameters())
         if out is not None:
             noted["calls"] += 1
             noted["backend"] = "triton"
             return out
+    if is_compiling():
+        return site(left, right, entering=entering)
     return site.steer(left, right, entering)
 
 

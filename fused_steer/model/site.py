@@ -245,10 +245,13 @@ class SteeringSite(Site):
             if parameter is not None
         ]
         downs, ups, active = self.steer_down._modules, self.steer_up._modules, self.active
+        (down, of_down), (up, of_up) = ((factor, factor._parameters) for factor in factors)
 
         def usual() -> tuple[Tensor, ...]:
-            # Read in each call: a parameter that was replaced since shows.
-            return downs[active]._parameters["weight"], ups[active]._parameters["weight"]
+            # Looked up in each call: a parameter or factor that was replaced since shows.
+            if downs[active] is down and ups[active] is up:
+                return of_down["weight"], of_up["weight"]  # type: ignore[return-value]
+            return downs[active].weight, ups[active].weight
 
         def general() -> tuple[Tensor, ...]:
             found = ((getattr(factor, name), constrained) for factor, name, constrained in names)

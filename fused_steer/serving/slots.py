@@ -126,6 +126,7 @@ class Slots(nn.Module):
     down_biases: Tensor | None
     up_biases: Tensor | None
     codes: Tensor
+    last_trained = staticmethod(no_plan)  # no call with gradients is planned
 
     @torch.inference_mode(False)  # whose tensors cannot be written to outside it
     def __init__(
@@ -261,7 +262,7 @@ class Slots(nn.Module):
         """
         run = self._plans.get(residual.shape)
         if run is not None and branch is not None:
-            out = run(residual, branch, *self.operands(routing))
+            out = run(residual, branch, self.operands(routing))
             if out is not None:
                 self.last, self.backend = run, "triton"
                 return out

@@ -449,15 +449,15 @@ def test_host_goals_go_by_the_lower_decile_and_an_eager_call_counts_for_its_goal
         return [Row("host", what, n.replace("_", "-"), case, [low] * 2 + [9.0] * 9) for n, low in lows.items()]
 
     found = rows("call", fused=0.6, hook=1.0) + rows("train", fused=0.6, hook=1.0)
-    found += rows("grouped", fused=0.3, gather_bmm=1.0) + rows("compiled", fused=0.8, eager=3.0, hook=1.0, empty=0.8)
+    found += rows("grouped", fused=0.3, gather_bmm=1.0) + rows("compiled", fused=0.8, eager=3.0, hook=1.0, off=0.1)
     judged = {o.name: (o.value, o.met) for o in goals.judge(goals.HOST_GOALS, Results({"kind": "stub"}, rows=found))}
     assert judged == {
         "host": (pytest.approx(0.6), False),
         "host, training": (pytest.approx(0.6), True),
         "host, rows": (pytest.approx(0.3), True),
-        "host, compiled": (pytest.approx((0.8 - 0.8 / 8) / 0.5), True),
+        "host, compiled": (pytest.approx((0.8 - 0.1) / 0.5), True),
     }
-    found = rows("compiled", fused=0.8, eager=0.4, hook=1.0, empty=0.8)
+    found = rows("compiled", fused=0.8, eager=0.4, hook=1.0, off=0.1)
     judged = {o.name: (o.value, o.met) for o in goals.judge(goals.HOST_GOALS, Results({"kind": "stub"}, rows=found))}
     assert judged["host, compiled"] == (pytest.approx(0.7 / 0.4), False) and judged["host"] == (None, None)
 
