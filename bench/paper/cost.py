@@ -1,4 +1,4 @@
-"""What a run costs on an A100, estimated from counted floating-point operations and bytes. docs/paper.md has the formula.
+"""What a run costs on an A100, estimated from counted operations and bytes; docs/paper.md has the formula.
 
 Nothing here was measured: the peak rates are NVIDIA's, and the shares of them that are reached are assumed.
 """
@@ -59,7 +59,7 @@ class Tokens:
 
 
 def forward(size: Size, tokens: float, length: float) -> float:
-    """Operations of so many tokens in sequences of this mean length: 2 a weight, and causal attention's two products."""
+    """Operations of so many tokens in sequences of this length: 2 a weight, and causal attention's two products."""
     return tokens * (2 * size.weights + 2 * size.layers * size.hidden * length)
 
 

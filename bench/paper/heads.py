@@ -66,7 +66,7 @@ class Lofit(nn.Module):
 
 
 def select_heads(edits: Sequence[Lofit], share: float) -> list[tuple[int, int]]:
-    """Choose the heads of the largest ‖A‖, this share of all, and make their offsets what trains. (layer, head) each."""
+    """Choose this share of the heads by ‖A‖, and let their offsets train instead: (layer, head) of each."""
     norms = torch.stack([edit.scale.detach().float().norm(dim=1) for edit in edits])
     count = max(1, round(share * norms.numel()))
     chosen = [divmod(int(at), norms.shape[1]) for at in norms.flatten().topk(count).indices]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,12 +16,10 @@ from transformers import TrainerCallback
 
 from fused_steer import SteerConfig, lora_parameters, patch_model, steering_parameters
 
-from . import heads, reft
-from .released import ReleasedProjection
+from . import heads, reft, released
 from .settings import Settings
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-RELEASED_INIT = 1e-3  # the factor on W1's initial values in the released code
 
 
 @dataclass
@@ -43,7 +41,6 @@ class Method:
     attach: Callable[[Any, Settings, float], tuple[Any, list[Stage]]]
     schedule: str = "constant"
     warmup: float = 0.0
-    steers: bool = field(default=False, kw_only=True)
 
 
 def _trained(model: nn.Module) -> list[nn.Parameter]:
@@ -100,37 +97,31 @@ def _steering(model: Any, settings: Settings, rate: float, **fields: Any) -> tup
     return model, [Stage(steering_parameters(model), rate)]
 
 
-def _joint(
-    model: Any, settings: Settings, rate: float, as_released: bool = False, **fields: Any
-) -> tuple[Any, list[Stage]]:
+def _joint(model: Any, settings: Settings, rate: float, **fields: Any) -> tuple[Any, list[Stage]]:
     model = _with_lora(model, settings)
     model, (stage,) = _steering(model, settings, rate, **fields)
     stage.parameters = [*lora_parameters(model), *stage.parameters]
-    if as_released:
-        stage.callbacks = [ReleasedProjection(settings.projection)]
     return model, [stage]
 
 
-def _cosine(title: str, attach: Any, warmup: float, **options: Any) -> Method:
-    return Method(title, attach, "cosine", warmup, **options)
+def _joint_released(model: Any, settings: Settings, rate: float) -> tuple[Any, list[Stage]]:
+    model = _with_lora(model, settings)
+    released.attach(model, settings.rank, settings.activation)
+    return model, [Stage(_trained(model), rate, callbacks=[released.ReleasedProjection(settings.projection)])]
 
 
 METHODS: dict[str, Method] = {
     "untrained": Method("untrained", _untrained),
-    "full": _cosine("full fine-tuning", _full, 0.1),
-    "lora": _cosine("LoRA", _lora, 0.06),
+    "full": Method("full fine-tuning", _full, "cosine", 0.1),
+    "lora": Method("LoRA", _lora, "cosine", 0.06),
     "reft": Method("ReFT", _reft),
     "lofit": Method("LoFiT", _lofit),
     "jola": Method("JoLA", _jola),
-    "lowrank": Method("post-block", _steering, steers=True),
-    "rank1": Method("post-block, rank 1", functools.partial(_steering, rank=1), steers=True),
-    "vector": Method(
-        "post-block, vector", functools.partial(_steering, form="vector", rank=None, activation=None), steers=True
-    ),
+    "lowrank": Method("post-block", _steering),
+    "rank1": Method("post-block, rank 1", functools.partial(_steering, rank=1)),
+    "vector": Method("post-block, vector", functools.partial(_steering, form="vector", rank=None, activation=None)),
     # As the released code has it for joint training: LoRA's schedule for both.
-    "joint": _cosine("naive joint", _joint, 0.06, steers=True),
-    "joint-orth": _cosine("Joint-Orth", functools.partial(_joint, orthogonal_to="lora"), 0.06, steers=True),
-    "joint-released": _cosine(
-        "joint as released", functools.partial(_joint, as_released=True, init_scale=RELEASED_INIT), 0.06, steers=True
-    ),
+    "joint": Method("naive joint", _joint, "cosine", 0.06),
+    "joint-orth": Method("Joint-Orth", functools.partial(_joint, orthogonal_to="lora"), "cosine", 0.06),
+    "joint-released": Method("joint as released", _joint_released, "cosine", 0.06),
 }

@@ -170,14 +170,9 @@ def write(out: Path, docs: Path) -> Path:
                 parts += [f"### {title} ({beside})", section(model, results, methods, paper)]
         parts += ["### Rates, seeds, answers", details(results), "### Answers that could not be read", unread(results)]
         parts += ["### Pictures", pictures(model, results, docs)]
-        machines = {
-            (r["machine"]["device"], r["machine"]["versions"]["torch"], r["machine"]["commit"] or "unknown")
-            for every in results.values()
-            for r in every
-        }
-        parts.append(
-            "\n".join(f"- {device}, torch {torch}, commit {commit[:12]}" for device, torch, commit in machines)
-        )
+        machines = [r["machine"] for every in results.values() for r in every]
+        lines = {f"- {m['device']}, torch {m['versions']['torch']}, commit {str(m['commit'])[:12]}" for m in machines}
+        parts.append("\n".join(sorted(lines)))
     page = docs / PAGE
     page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return page

@@ -142,7 +142,7 @@ class Bench:
         epochs = settings.epochs or task.epochs
         trained = sum(p.numel() for stage in stages[-1:] for p in stage.parameters)
         total = sum(p.numel() for p in self.model.parameters())
-        done = [train(model, stage, method, kept, self.text, settings, epochs, key.seed) for stage in stages]
+        done = [train(model, stage, method, kept, self.text.tokenizer, settings, epochs, key.seed) for stage in stages]
         return {
             "trained": trained,
             "parameters": total,
@@ -158,7 +158,7 @@ class Bench:
 
     def _draw(self, key: Key, model: Any, examples: Sequence[Example], folder: Path) -> list[str]:
         """The pictures of a joint run with the first seed, after the paper's Figures 2, 3, 5 and 6: their names."""
-        if "joint" not in key.method or key.seed:
+        if "joint" not in key.method or key.seed or not hasattr(model, "steering"):
             return []
         from fused_steer.diagnostics import diagnose
 

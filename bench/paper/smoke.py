@@ -1,4 +1,4 @@
-"""A tiny random model and a few rows in each task's form: every method on every task, in minutes, without a download."""
+"""A tiny random model, and a few made-up rows in each task's form: all methods on all tasks, without a download."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ def train(
     stage: Stage,
     method: Method,
     features: list[Any],
-    text: Text,
+    tokenizer: Any,
     settings: Settings,
     epochs: int,
     seed: int,
@@ -111,7 +111,7 @@ def train(
             model=model,
             args=arguments,
             train_dataset=features,
-            data_collator=DataCollatorForSeq2Seq(text.tokenizer, label_pad_token_id=IGNORED),
+            data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED),
             optimizers=(optimizer, None),
             callbacks=list(stage.callbacks),
         )
