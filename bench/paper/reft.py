@@ -42,10 +42,12 @@ class Positions:
 
     def _see(self, model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
         ids, labels, kept = (kwargs.get(name) for name in ("input_ids", "labels", "attention_mask"))
+        cache = kwargs.get("past_key_values")
+        if cache is not None and cache.get_seq_length():
+            self.mask = torch.zeros_like(ids, dtype=torch.bool)
+            return
         prompt = torch.ones_like(ids, dtype=torch.bool) if kept is None else kept.bool()
-        if prompt.shape[1] != ids.shape[1]:  # behind a cache
-            prompt = torch.zeros_like(ids, dtype=torch.bool)
-        elif labels is not None:
+        if labels is not None:
             prompt = prompt & (labels < 0)
         at = prompt.cumsum(1)
         self.mask = prompt & ((at <= self.first) | (at > at[:, -1:] - self.last))
@@ -58,7 +60,7 @@ class LoReFT(nn.Module):
         super().__init__()
         rotate = nn.Linear(hidden, rank, bias=False)
         nn.init.orthogonal_(rotate.weight)
-        # The field's parametrisation: the constraint holds after any optimizer's step, weight decay or not.
+        # The field's parametrisation. It keeps signs on the diagonal of what trains: a weight decay makes 0 of 0.99.
         self.rotate = parametrizations.orthogonal(rotate)
         self.source = nn.Linear(hidden, rank)
 

@@ -28,16 +28,16 @@ RATES: dict[str, tuple[float, ...]] = {
 class Settings:
     """The paper's F.5 where a default is not said to be another's.
 
-    batch_size, weight_decay: of AdamW. rank, activation: of the steering. lora_rank, lora_alpha: of LoRA, on all linear
-    projections, PEFT's defaults as in the released code. reft_rank, reft_positions: pyreft's for reasoning tasks. end:
-    whether an end-of-sequence token closes each completion (the released code has none). chat: whether prompts go
-    through the chat template (the released code: for Gemma). projection: of `joint-released`. lofit_*: the authors'.
+    batch_size: of AdamW, which decays no weights. rank, activation: of the steering. lora_rank, lora_alpha: of LoRA on
+    all linear projections, PEFT's defaults as in the released code. reft_rank, reft_positions: pyreft's for reasoning
+    tasks. end: whether an end-of-sequence token closes each completion (the released code has none). chat: whether
+    prompts go through the chat template (the released code: for Gemma). projection: of `joint-released`. lofit_*: the
+    authors'.
     """
 
     model: str
     dtype: str = "float32"
     batch_size: int = 8
-    weight_decay: float = 0.0
     epochs: int | None = None
     rank: int = 8
     activation: str = "silu"

@@ -105,7 +105,9 @@ def train(
             report_to=[],
             remove_unused_columns=False,
         )
-        optimizer = torch.optim.AdamW(stage.parameters, lr=stage.rate, weight_decay=settings.weight_decay)
+        optimizer = torch.optim.AdamW(
+            stage.parameters, lr=stage.rate, weight_decay=0.0
+        )  # a decay would undo LoReFT's R
         trainer = _PenalisedTrainer(
             stage,
             model=model,
