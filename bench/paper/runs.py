@@ -211,14 +211,14 @@ def run_all(
         before = found(folder, key, settings)
         if before is not None:
             return before
-        if bench is None:
-            bench = Bench(*load_model(settings), settings, device, batch)
         if key.task not in data:
             limits = Limits(settings.train_limit, settings.evaluated_limit)
             data.clear()
             data[key.task] = load(
                 key.task, Path(settings.data) if settings.data else None, limits, settings.listops_lengths
             )
+        if bench is None:
+            bench = Bench(*load_model(settings), settings, device, batch)
         typer.echo(str(key))
         file = key.file(folder)
         result = {

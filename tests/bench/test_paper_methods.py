@@ -51,7 +51,7 @@ def tokenizer(tmp_path_factory):
     return tokenizer
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def train(features, tokenizer):
     def train(model, stage, name, epochs=1, settings=SETTINGS):
         return training.train(model, stage, METHODS[name], features, tokenizer, settings, epochs, 0)["losses"]
@@ -155,7 +155,7 @@ def test_jola_penalty_moves_from_one_gate_to_the_other():
             edit.log_g1.fill_(50.0)  # open
             edit.log_g2.fill_(-50.0)  # closed
     penalty = heads.JolaPenalty(edits)
-    found = [float(penalty()) for _ in range(3)]
+    found = [penalty().item() for _ in range(3)]
     weights = [0.1 * 2.718281828459045 ** (-0.01 * step) for step in range(3)]
     assert found == pytest.approx([LAYERS * weight / (LAYERS * HEADS) for weight in weights], rel=1e-4)
 
@@ -266,15 +266,18 @@ def joint_as_told(every, settings):
     return model, methods.Stage([p for p in model.parameters() if p.requires_grad], 5e-3, callbacks=[Projection()])
 
 
+@pytest.fixture(scope="module")
+def unprojected(train):
+    return train(*joint_as_told(None, SETTINGS), "joint-released", epochs=2)
+
+
 @pytest.mark.parametrize("every", ["step", 3, "epoch", "init"])
-def test_joint_training_as_released_to_the_bit(train, every):
+def test_joint_training_as_released_to_the_bit(train, unprojected, every):
     settings = replace(SETTINGS, projection=str(every))
     model, (stage,) = attached("joint-released", settings)
     expected = train(*joint_as_told(every, settings), "joint-released", epochs=2)
     assert train(model, stage, "joint-released", epochs=2) == expected
-    model, (stage,) = attached("joint-released", settings)
-    stage.callbacks = ()
-    assert train(model, stage, "joint-released", epochs=2) != expected, "the projection changes nothing"
+    assert expected != unprojected, "the projection changes nothing"
 
 
 @pytest.mark.parametrize("name", ["joint-released", "joint"])
