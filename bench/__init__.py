@@ -25,6 +25,21 @@
     stub/           a CUDA driver that does nothing: the kernels' host side without a GPU
     matrix.py       `python -m bench.matrix`: the core tests with sets of library versions
     joint.py        `python -m bench.joint`: what is learnt by LoRA, by steering and by both, on a CPU
+    paper/          `python -m bench.paper`: the experiments of arXiv 2603.00425, with its rivals
+        tasks.py    the six tasks: prompts, answers, readers
+        listops.py  ListOps as Long Range Arena generates it
+        data.py     examples from the hub, from files, or generated; the splits
+        heads.py    LoFiT and JoLA
+        reft.py     LoReFT in plain PyTorch
+        released.py the projection of the paper's released code
+        settings.py what a run depends on; the learning rates
+        methods.py  what each method adds and trains
+        training.py the Trainer and the test
+        runs.py     which runs, their order, their files
+        smoke.py    a tiny model and made-up rows
+        cost.py     the estimated cost of a run
+        report.py   the tables and pictures
+        __main__.py the command
 
 `pytest bench` runs the same levels through pytest-benchmark. Nothing imports this package.
 """
