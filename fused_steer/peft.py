@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ._requirements import warn_untried
 from ._version import __version__
 from .adapters.files import PEFT_TYPE, WEIGHTS_NAME, check_values, read_adapter
-from .adapters.parameters import SITE, Adapter, Layout, by_layer, in_model, of_adapter, out_of_model
+from .adapters.parameters import SITE, Adapter, Layout, by_layer, in_model, of_adapter, out_of_model, specs_of
 from .config import DTYPES, SteerConfig
 from .kernels import MAX_RANK, post_block, select_backend
 from .model.decoder import execution_device, find_decoder
@@ -91,6 +91,8 @@ class PostBlockConfig(PeftConfig):
     rank: Optional[int] = None  # noqa: UP045
     fused_steer_version: Optional[str] = None  # noqa: UP045
     weights_sha256: Optional[str] = None  # noqa: UP045
+    tensors_sha256: Optional[str] = None  # noqa: UP045
+    config_sha256: Optional[str] = None  # noqa: UP045
 
     #: What PEFT matches modules by: the steering sites, which are put into the layers before it looks.
     target_modules: ClassVar[str] = SITE
@@ -338,7 +340,7 @@ class PostBlockModel(BaseTuner):
         layout = Layout(layers_path, config.num_layers, config.hidden_size)
         try:
             _, layers = by_layer({out_of_model(name, adapter_name) or name: t for name, t in found.items()})
-            layout.check_tensors(config.steer_config(), layers)
+            layout.check_tensors(config.steer_config(), specs_of(layers))
             for path, tensor in layout.paths(layers).items():
                 check_values(path, tensor, config.scale)
         except ValueError as error:

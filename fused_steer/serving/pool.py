@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import threading
 import time
 from collections import Counter, OrderedDict
@@ -16,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapters.files import CONFIG_NAME, map_adapter, read_head
-from ..adapters.parameters import ByLayer
+from ..adapters.files import CONFIG_NAME, read_adapter
+from ..adapters.parameters import ByLayer, check_name
 from ..config import DTYPES, SteerConfig
 from ..kernels import MAX_RANK
 from ..model.decoder import Decoder, execution_device
@@ -25,8 +24,6 @@ from ..model.layer import SteeringSite
 from ..model.stored import adapter_tensors
 from .batch import hold_loaded
 from .slots import Held, Slots
-
-_NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
 @dataclass(frozen=True)
@@ -77,7 +74,6 @@ class AdapterPool:
         self._free = list(range(self.count))
         self._holders: Counter[str] = Counter()
         self._loading: set[str] = set()
-        self._verified: dict[str, tuple[int, int]] = {}  # by file, size and time of those whose digest was right
         self._statistics = PoolStatistics()
 
     def __reduce__(self) -> Any:
@@ -314,23 +310,15 @@ class AdapterPool:
                     )
 
     def _read(self, source: str) -> tuple[SteerConfig, ByLayer, int]:
-        """An adapter's config, its tensors by layer, mapped from its file, and their bytes; all checked."""
-        head = read_head(source)
-        self._decoder.layout.check_fits(source, head.layout, self._check_base)
-        rank = head.config.rank
+        """An adapter's config, its tensors by layer, and their bytes; all checked."""
+        file = read_adapter(source, self._decoder.layout, check_base=self._check_base)
+        rank, tensors = file.config.rank, file.tensors
         if rank > self.rank:
             raise ValueError(f"{source} is of rank {rank}; expected at most {self.rank}, the rank of the pool's slots")
-        stat = head.weights.stat()
-        stamp = (stat.st_size, stat.st_mtime_ns)
-        with self._changed:
-            verified = self._verified.get(str(head.weights)) == stamp
-        tensors = map_adapter(head, check_digest=not verified).tensors
         outside = sorted(tensors.keys() - self.slots.keys())
         if outside:
             raise ValueError(f"{source} steers layer {outside[0]}; expected those of the pool, {list(self.slots)}")
-        with self._changed:
-            self._verified[str(head.weights)] = stamp
-        return head.config, tensors, sum(t.nbytes for named in tensors.values() for t in named.values())
+        return file.config, tensors, sum(t.nbytes for named in tensors.values() for t in named.values())
 
     def _write(self, slot: int, config: SteerConfig, tensors: Mapping[int, Mapping[str, Tensor]]) -> None:
         for index, slots in self.slots.items():
@@ -411,12 +399,6 @@ def make_slots(decoder: Decoder, indices: Sequence[int], count: int, rank: int, 
         )
         for index in indices
     }
-
-
-def check_name(name: Any) -> None:
-    """Raises ValueError where an adapter cannot be called so."""
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise ValueError(f"adapter name is {name!r}; expected letters, digits, '_' and '-'")
 
 
 def checked_size(slots: Any, rank: Any, dtype: Any) -> torch.dtype:
