@@ -80,7 +80,8 @@ def saved(state: State, name: str = "polite", config: SteerConfig = CONFIG, seed
 
 def whole(folder: Path) -> Tensor:
     """The values of the adapter in a folder; an error if it is no whole one."""
-    return torch.cat([tensor.flatten() for _, tensor in sorted(read_adapter(folder).tensors.items())])
+    layers = read_adapter(folder).tensors
+    return torch.cat([tensor.flatten() for named in layers.values() for _, tensor in sorted(named.items())])
 
 
 def one_of_two(folder: Path) -> Callable[[State], None]:
