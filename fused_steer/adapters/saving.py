@@ -17,7 +17,7 @@ import shutil
 import stat
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 _NAME = re.compile(r"\.(?:saving|joint)-([0-9a-f]{12})-(\d+)-[0-9a-f]{8}")
@@ -38,8 +38,11 @@ def _machine() -> str:
 
 
 @contextlib.contextmanager
-def saving_folder(directory: Path, kind: str = "saving") -> Iterator[Path]:
-    """A new folder in `directory` for files that are being saved, removed afterwards."""
+def saving_folder(
+    directory: Path, kind: str = "saving", keep: Callable[[Path], bool] = lambda folder: False
+) -> Iterator[Path]:
+    """A new folder in `directory` for files that are being saved, removed afterwards unless `keep` says that it has
+    something that is needed."""
     folder = directory / f".{kind}-{_machine()}-{os.getpid()}-{secrets.token_hex(4)}"
     _live.add(str(folder.absolute()))
     try:
@@ -47,7 +50,8 @@ def saving_folder(directory: Path, kind: str = "saving") -> Iterator[Path]:
         yield folder
     finally:
         try:
-            shutil.rmtree(folder, ignore_errors=True)
+            if not keep(folder):
+                shutil.rmtree(folder, ignore_errors=True)
         finally:
             _live.discard(str(folder.absolute()))
 
@@ -119,3 +123,16 @@ def read_regular(file: Path, most: int) -> bytes:
     if len(content) > most:
         raise ValueError(f"it is larger than {most} bytes; expected at most that")
     return content
+
+
+def digest_of(file: Path) -> bytes:
+    """The SHA-256 of a file of any size.
+
+    Raises:
+        OSError, ValueError: as `open_regular`.
+    """
+    digest = hashlib.sha256()
+    with open(open_regular(file), "rb") as opened:
+        while part := opened.read(2**20):
+            digest.update(part)
+    return digest.digest()
