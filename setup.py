@@ -28,6 +28,8 @@ TEST = [
 ]
 # pyreft, the other rival, pins another transformers: `pip install --no-deps pyreft==0.1.0` after this.
 BENCH = ["evaluate", "liger-kernel", "matplotlib", "peft", "pytest>=8", "pytest-benchmark", "pyvene", "scikit-learn"]
+# ruff formats the signatures in the API reference.
+DOCS = ["mkdocs>=1.6,<2", "mkdocs-material", "mkdocstrings[python]", "ruff"]
 DEV = [*TEST, "mypy", "ruff"]
 
 setup(
@@ -60,7 +62,16 @@ setup(
         "rich",
         "tqdm",
     ],
-    extras_require={"demo": DEMO, "peft": PEFT, "quant": QUANT, "trl": TRL, "test": TEST, "bench": BENCH, "dev": DEV},
+    extras_require={
+        "demo": DEMO,
+        "peft": PEFT,
+        "quant": QUANT,
+        "trl": TRL,
+        "test": TEST,
+        "bench": BENCH,
+        "docs": DOCS,
+        "dev": DEV,
+    },
     entry_points={
         "console_scripts": ["fused-steer = fused_steer.cli:app"],
         "vllm.general_plugins": ["fused_steer = fused_steer.vllm:register"],

@@ -7,9 +7,12 @@ nothing but its residual add, in a model that `patch_model` patches; every conte
     call      one layer, without gradient, at decode
     train     forward and backward of all layers in one graph, a layer
     grouped   one layer in `steering.batch`, rows by adapters of their own
-    compiled  all layers under torch.compile, without gradient, a layer; `empty` is a compiled call that does nothing
+    compiled  all layers under torch.compile, without gradient, a layer. `off` is the same model with its steering off,
+              a graph of plain adds behind the same hooks and guards on modules: what a compiled call costs without a
+              layer's steering, which the goal subtracts. What the adapters cost as a graph's inputs is steering's.
 
-The hook is four PyTorch operations behind the add: F.linear, SiLU, F.linear, add. Over the stub driver the rivals'
+The hook is four PyTorch operations behind the add: F.linear, SiLU, F.linear, add; that of the rows is seven, which copy
+each row's weights first. Over the stub driver the rivals'
 tensors are tiny, so that they cost their dispatch and no arithmetic; on a card each of their operations has a launch
 besides, which the stub leaves out of both sides. A figure is the lower decile of CPU seconds: whatever else runs on
 the machine only adds to a sample. Only ratios are worth quoting.
@@ -42,11 +45,11 @@ HOST_CONTENDERS = {
     "call": ("fused", "hook", "hook-modules", "unsteered"),
     "train": ("fused", "hook", "hook-modules", "unsteered"),
     "grouped": ("fused", "gather-bmm", "unsteered"),
-    "compiled": ("fused", "eager", "hook", "empty"),
+    "compiled": ("fused", "eager", "hook", "off"),
 }
 RIVALS_ON_HOST = {"call": "hook", "train": "hook", "grouped": "gather-bmm", "compiled": "eager"}
 TINY = HostCase(tokens=2, hidden=8, rank=2, adapters=2, dtype="float32")
-CALLS = 20  # of one sample, fewer where a call is one of all layers
+CALLS = 20  # of one sample: what the turn of another contender put out of the caches is soon there again
 
 Call = Callable[[], Any]
 
@@ -147,19 +150,21 @@ def _block_contenders(
     }
 
 
-def _gather_call(case: HostCase, device: torch.device) -> Call:
-    """The block's add, and its shift by weights copied for each token: seven operations."""
+def gathered(case: HostCase, device: torch.device) -> Chain:
+    """Hooks that copy each row's weights: two gathers and two batched products, without strengths and slots."""
     dtype = DTYPES[case.dtype]
-    x, branch = (_hidden(case, device).squeeze(1) for _ in "xb")
-    downs = torch.randn(case.adapters, case.rank, case.hidden, dtype=dtype, device=device)
-    ups = torch.randn(case.adapters, case.hidden, case.rank, dtype=dtype, device=device)
+    model = Chain(case).to(device)
     ids = torch.arange(case.tokens, device=device) % case.adapters
+    for layer in model.layers:
+        downs = torch.randn(case.adapters, case.rank, case.hidden, dtype=dtype, device=device)
+        ups = torch.randn(case.adapters, case.hidden, case.rank, dtype=dtype, device=device)
 
-    def gather() -> Tensor:
-        h = x + branch
-        return h + torch.bmm(ups[ids], F.silu(torch.bmm(downs[ids], h.unsqueeze(-1)))).squeeze(-1)
+        def gather(_: Any, __: Any, h: Tensor, downs: Tensor = downs, ups: Tensor = ups) -> Tensor:
+            a = torch.bmm(downs[ids], h.view(-1, case.hidden, 1))
+            return h + torch.bmm(ups[ids], F.silu(a)).view(h.shape)
 
-    return gather
+        layer.register_forward_hook(gather)
+    return model
 
 
 def _grouped_contenders(case: HostCase, small: HostCase, device: torch.device) -> dict[str, Call]:
@@ -174,7 +179,7 @@ def _grouped_contenders(case: HostCase, small: HostCase, device: torch.device) -
     model(_hidden(case, device), _hidden(case, device))  # a pass: where the rows are is worked out once for all layers
     return {
         "fused": _layer_call(model, case, device),
-        "gather-bmm": _gather_call(small, device),
+        "gather-bmm": _layer_call(gathered(small, device), small, device),
         "unsteered": _layer_call(Chain(small), small, device),
     }
 
@@ -184,12 +189,15 @@ def _compiled_contenders(case: HostCase, small: HostCase, device: torch.device) 
     tiny, tiny_branch = _hidden(small, device), _hidden(small, device)
     model, hook = patched(case, device), hooked(small, device)
     compiled = torch.compile(patched(case, device), fullgraph=True, dynamic=False)
-    empty = torch.compile(lambda x, branch: x.view(-1), fullgraph=True, dynamic=False)
+    off = patched(case, device)
+    off.context = off.steering.disabled()
+    off.context.__enter__()  # lasts as long as the model
+    plain = torch.compile(off, fullgraph=True, dynamic=False)
     return {
         "fused": lambda: compiled(x, branch),
         "eager": lambda: model(x, branch),
         "hook": lambda: hook(tiny, tiny_branch),
-        "empty": lambda: empty(x, branch),
+        "off": lambda: plain(x, branch),
     }
 
 
@@ -259,12 +267,12 @@ def measure_host(case: HostCase, what: str, device: torch.device, rounds: int = 
             for call in calls.values():
                 call()  # compiles
             launches = {name: count_launches(call, device) for name, call in calls.items()}
-            samples = interleave(calls, device, rounds, CALLS // 4 if whole else CALLS)
+            samples = interleave(calls, device, rounds, CALLS)
     finally:
         torch.set_num_threads(threads)
     rows = []
     for name in HOST_CONTENDERS[what]:
-        layers = case.layers if whole and name != "empty" else 1
+        layers = case.layers if whole else 1
         rows.append(Row("host", what, name, asdict(case), [s / layers for s in samples[name]], launches=launches[name]))
     return rows
 

@@ -53,7 +53,7 @@ def fused(matrices: Matrices) -> Callable[[], None]:
     from fused_steer import SteerConfig
     from fused_steer.adapters.parameters import Adapter
     from fused_steer.lora.orthogonality import Orthogonality, lora_columns
-    from fused_steer.model.layer import SteeringSite
+    from fused_steer.model.site import SteeringSite
 
     hidden, rank = matrices.ups[0].shape
     sites = {}

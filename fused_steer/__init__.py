@@ -18,20 +18,25 @@ The map, in reading order. A file imports what stands above it, never what stand
         scopes.py        which thread or task may run or change a model inside `disabled`, `mode` and `batch`
         watch.py         an error for a layer that ran unsteered; the report
         passes.py        packed weights, which live for one forward pass
-        layer.py         the site, which steers a layer; the patched layer, and the way back
+        site.py          the site: the module in a layer that steers it
+        layer.py         a layer with its site: how it is reached, and the way back
         decoder_hooks.py what is done before and after each pass of the decoder
         patched.py       a patched model: its steered layers, its frozen base
         stored.py        an adapter of a patched model as files have it, and back
     lora/                steering beside a LoRA
         layers.py        which modules carry a LoRA
         writers.py       which modules write into the residual stream
-        orthogonality.py Joint-Orth: keeps the steering orthogonal to the LoRA
+        orthogonality.py Joint-Orth: keeps an adapter orthogonal to the LoRA
+        constraints.py   the adapters of a model that are kept so
     serving/             many adapters at a time
         slots.py         room for several adapters at one layer
         requests.py      what a batch asks for: an adapter, a strength, positions for each row
         caches.py        how many tokens a key-value cache holds
+        rows.py          steers one layer of a batch by rows
         batch.py         steers each row of a batch by its own adapter
+        mixed.py         an adapter for each row of a batch of PEFT's
         pool.py          AdapterPool: thousands of adapters in files, some in slots
+        holding.py       the adapters of a batch in slots
         plan.py          memory and bandwidth that many adapters take
     importers/           adapters of other codes
         reading.py       opening and checking a foreign file

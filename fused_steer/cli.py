@@ -86,16 +86,15 @@ def demo(
     seed: Annotated[int, typer.Option(help="Of the expressions and the adapter's initial values.")] = 0,
     held_out: Annotated[int, typer.Option("--eval", help="Held-out expressions to evaluate on.")] = 100,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, xpu …; auto is a GPU if there is one.")] = "auto",
+    record: Annotated[Path | None, typer.Option(help="JSON file for the run's figures.")] = None,
 ) -> None:
     """Teach a small language model ListOps through a steering adapter, in minutes on a CPU."""
     with _errors_in_one_line():
         from .tools.demo import DemoOptions, run
 
         names = tuple(name.strip() for name in operators.split(","))
-        run(
-            DemoOptions(model, out, steps, batch_size, lr, rank, activation, names, depth, seed, held_out, device),
-            _console(),
-        )
+        sizes = (steps, batch_size, lr, rank, activation, names, depth, seed, held_out)
+        run(DemoOptions(model, out, *sizes, device, record), _console())
 
 
 # ------------------------------------------------------------------------------------------------------------- doctor

@@ -51,16 +51,20 @@ def patch_model(
             "one that is not (fused_steer.peft.unload(model) takes it out)"
         )
     warn_untried(*CORE)
-    steering = Steering(model)
     if config is None:
         config = SteerConfig()
-    if isinstance(config, SteerConfig):
-        steering.add(adapter_name, config)
-    elif isinstance(config, (str, os.PathLike)):
-        steering.load(config, name=adapter_name, check_base=check_base)
-    else:
+    if not isinstance(config, (SteerConfig, str, os.PathLike)):
         raise TypeError(
             f"config is a {type(config).__name__}; expected a SteerConfig, or the path or hub id of an adapter"
         )
-    steering.attach(adapter_name)
-    return model
+    steering = Steering(model)
+    try:
+        if isinstance(config, SteerConfig):
+            steering.add(adapter_name, config)
+        else:
+            steering.load(config, name=adapter_name, check_base=check_base)
+        steering.attach(adapter_name)
+        return model
+    except BaseException:
+        steering.unpatch()
+        raise

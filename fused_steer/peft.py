@@ -27,7 +27,10 @@ from .adapters.parameters import SITE, Adapter, Layout, by_layer, in_model, of_a
 from .config import DTYPES, SteerConfig
 from .kernels import MAX_RANK, post_block, select_backend
 from .model.decoder import execution_device, find_decoder
-from .model.layer import PatchedLayer, SteeringSite, patch_layers, unpatch_layers
+from .model.layer import PatchedLayer, patch_layers, unpatch_layers
+from .model.site import Site
+from .serving.mixed import MixedRows, load_again
+from .serving.slots import LoadedSlots
 
 warn_untried("peft")
 
@@ -59,14 +62,13 @@ POST_BLOCK: PeftType = getattr(PeftType, PEFT_TYPE, None) or _add_peft_type()
 
 @dataclass
 class PostBlockConfig(PeftConfig):
-    """A `SteerConfig` as PEFT has its configs. What they share means the same.
+    """A `SteerConfig` as PEFT has its configs. Fields of the same name mean the same.
+
+    Fields that say how a loaded adapter was kept orthogonal to a LoRA are read; to train so, use `patch_model`.
+    `hidden_size` and `num_layers` are of the model that an adapter is for; they are filled in when it is added to one.
 
     Args:
         r: the rank; `rank` is the same, as adapter files have it.
-        form, activation, layers, scale, down_bias, up_bias, init_scale, dtype: see `SteerConfig`.
-        orthogonal_to, writers, side, every: how a loaded adapter was trained. To train so, use `patch_model`.
-        hidden_size, num_layers: of the model that an adapter is for; filled in when it is added to one.
-        fused_steer_version, weights_sha256: of a file.
 
     Raises:
         TypeError: an unknown field, or a value of the wrong type.
@@ -83,9 +85,7 @@ class PostBlockConfig(PeftConfig):
     init_scale: float = 1.0
     dtype: str = "float32"
     orthogonal_to: Optional[str] = None  # noqa: UP045
-    writers: str = "mlp"
-    side: str = "output"
-    every: int = 1
+    orthogonal_modules: str = "mlp"
     hidden_size: Optional[int] = None  # noqa: UP045
     num_layers: Optional[int] = None  # noqa: UP045
     rank: Optional[int] = None  # noqa: UP045
@@ -157,15 +157,15 @@ _named_fields(PostBlockConfig)
 # ---------------------------------------------------------------------------------------------------------------- site
 
 
-class PeftSite(SteeringSite, BaseTunerLayer):
-    """A steering site whose adapters PEFT manages."""
+class PeftSite(Site, BaseTunerLayer):
+    """A site whose adapters PEFT manages: it steers by all that are active, or each row by its own."""
 
     adapter_layer_names = ("steer_down", "steer_up")
 
     def __init__(self) -> None:
         super().__init__()
         self.configs: dict[str, SteerConfig] = {}
-        self.row_adapters: list[str] | None = None  # each row's adapter, while a batch has several
+        self.mixed: MixedRows | None = None  # while each row of a batch has its own adapter
         self.merged_adapters = []
         self._active_adapter = []
 
@@ -181,16 +181,17 @@ class PeftSite(SteeringSite, BaseTunerLayer):
         raise _cannot_merge()
 
     def steer(self, residual: Tensor, branch: Tensor | None = None, entering: Tensor | None = None) -> Tensor:
-        branch = self._called(residual, branch, entering)
-        self.__dict__["calls"] += 1
+        branch = self.called(residual, branch, entering)
+        self.__dict__["calls"] += 1  # past nn.Module's __setattr__, which takes long
         self.__dict__["backend"] = select_backend(residual.device)
-        return self._in_graph(residual, branch)
+        if self.mixed is not None and not self.disable_adapters:
+            return self.mixed.steer(self.patched.index, residual, branch)
+        return self.in_graph(residual, branch)
 
-    def _in_graph(self, residual: Tensor, branch: Tensor | None) -> Tensor:
-        """residual + branch, steered by the active adapters, or each row by its own. (..., d)"""
+    def in_graph(self, residual: Tensor, branch: Tensor | None) -> Tensor:
         if not self.disable_adapters:
-            if self.row_adapters is not None:
-                return self._by_rows(residual, branch, self.row_adapters)
+            if self.mixed is not None:
+                return self.mixed.in_graph(self.patched.index, residual, branch)
             names = [name for name in self.active_adapters if name in self.configs]
             if names:
                 return self._sum(residual, branch, names)
@@ -206,20 +207,7 @@ class PeftSite(SteeringSite, BaseTunerLayer):
             out = out + (self._steer(x, None, name) - x)
         return out
 
-    def _by_rows(self, residual: Tensor, branch: Tensor | None, rows: list[str]) -> Tensor:
-        if residual.shape[0] != len(rows):
-            raise ValueError(
-                f"adapter_names has {len(rows)} names; expected {residual.shape[0]}, one for each row of the batch"
-            )
-        out = residual if branch is None else residual + branch
-        for name in dict.fromkeys(name for name in rows if name in self.configs):
-            # A gain of 0 leaves the other rows' bits, whatever the adapter makes of them.
-            of_rows = torch.tensor([float(row == name) for row in rows], device=out.device)
-            gain = of_rows.view(-1, *[1] * (out.dim() - 2)).expand(out.shape[:-1])
-            out = self._steer(out, None, name, gain)
-        return out
-
-    def _steer(self, residual: Tensor, branch: Tensor | None, name: str, gain: Tensor | None = None) -> Tensor:
+    def _steer(self, residual: Tensor, branch: Tensor | None, name: str) -> Tensor:
         config, down, up = self.configs[name], self.steer_down[name], self.steer_up[name]
         return post_block(
             residual,
@@ -228,9 +216,8 @@ class PeftSite(SteeringSite, BaseTunerLayer):
             up.weight,
             down_bias=down.bias,
             up_bias=up.bias,
-            activation=config.activation,  # type: ignore[arg-type]
+            activation=config.activation,
             scale=config.scale,
-            gain=gain,
         )
 
     def extra_repr(self) -> str:
@@ -253,6 +240,8 @@ class PostBlockModel(BaseTuner):
     prefix = PREFIX
     tuner_layer_cls = PeftSite
     target_module_mapping: ClassVar[dict[str, str]] = {}
+    #: The slots of the batch before that had an adapter for each row; used again where they fit.
+    _loaded: LoadedSlots | None = None
 
     # ----------------------------------------------------------------------------------------------------- in and out
 
@@ -363,14 +352,18 @@ class PostBlockModel(BaseTuner):
             raise ValueError(f"adapter_names has {unknown[0]!r}; expected some of {[*self.peft_config, _BASE]}")
         beams = kwargs.get("num_beams") or getattr(kwargs.get("generation_config"), "num_beams", None) or 1
         rows = [name for name in names for _ in range(beams)]  # beam search repeats each row
-        sites = list(self._sites())
+        sites = {site.patched.index: site for site in self._sites()}
+        known = {name: config for site in sites.values() for name, config in site.configs.items()}
+        configs = {name: known[name] for name in dict.fromkeys(rows) if name != _BASE}
+        self._loaded = load_again(self._loaded, sites, configs)
+        mixed = MixedRows(rows, configs, self._loaded, sites)
         try:
-            for site in sites:
-                site.row_adapters = rows
+            for site in sites.values():
+                site.mixed = mixed
             yield
         finally:
-            for site in sites:
-                site.row_adapters = None
+            for site in sites.values():
+                site.mixed = None
 
     def add_weighted_adapter(
         self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str = "linear"
@@ -473,7 +466,7 @@ def _fill(site: PeftSite, name: str, parts: list[tuple[str, float, SteerConfig]]
     start = 0
     for part, weight, config in parts:
         source = site.adapter(part)
-        rows = slice(start, start + (config.rank or 0))
+        rows = slice(start, start + config.rank)
         start = rows.stop
         if source is None:
             continue

@@ -15,18 +15,18 @@ from torch import Tensor, nn
 from .adapters.distributed import check_unsharded, first_writes, is_first
 from .adapters.files import AdapterFile, read_adapter, write_adapter
 from .adapters.hub import push_adapter
-from .adapters.parameters import Adapter, ByLayer
+from .adapters.parameters import Adapter
 from .config import SteerConfig, checked_number
-from .lora.layers import adapter_parameters, computing_by, lora_layers
-from .lora.orthogonality import Orthogonality, check_carries_lora, check_lora
-from .lora.writers import Writer, trace_writers
+from .lora.constraints import Constraints
+from .lora.layers import adapter_parameters, computing_by
 from .model.decoder import execution_device, inside_peft
 from .model.decoder_hooks import warn_of_frozen
 from .model.patched import PatchedModel
 from .model.stored import adapter_file, check_same_config, files_of_state, restore_values
 from .model.watch import Report
-from .serving.batch import Batch, Lock, running
-from .serving.pool import AdapterPool, check_name, checked_size, hold_adapters, make_slots
+from .serving.batch import Batch, run_batch
+from .serving.holding import checked_size, hold_adapters, make_slots
+from .serving.pool import AdapterPool, check_name
 from .serving.requests import checked_requests
 from .whole import SavePretrained
 
@@ -41,15 +41,14 @@ class Steering:
         """Find the decoder; the model is not touched before an adapter is added."""
         self._given = model
         self._model = model = inside_peft(model)
-        self._patched = PatchedModel(model, adapter_parameters(model), self._before_training)
+        self._patched = PatchedModel(model, adapter_parameters, self._before_training)
         self._decoder = self._patched.decoder
         self._configs: dict[str, SteerConfig] = {}
         self._active: str | None = None
-        self._orthogonal: dict[str, Orthogonality] = {}  # of the adapters whose config asks for it
-        self._tracing = False
+        self._constraints = Constraints(model, self._decoder)
+        self._scopes = self._patched.scopes
         self._pool: AdapterPool | None = None
         self._batch: Batch | None = None
-        self._batch_lock = Lock()
         # PEFT saves a model that it has wrapped by its own means, and never as a whole.
         whole = model is self._given and hasattr(model, "save_pretrained")
         self._save_pretrained = SavePretrained(model, self) if whole else None
@@ -85,9 +84,7 @@ class Steering:
         check_unsharded(self._decoder.layers, "adapters to be added")
         indices = self._decoder.layout.indices(config)
         layers, hidden = self._decoder.layers, self._decoder.hidden
-        if config.orthogonal_to is not None:
-            check_carries_lora(self._model, {i: layers[i] for i in indices})
-            check_lora(config, self._trace_writers(indices), {i: execution_device(layers[i]) for i in indices})
+        self._constraints.check(config)
         self._insert(name, config, {i: Adapter.fresh(config, hidden, execution_device(layers[i])) for i in indices})
 
     @torch.inference_mode(False)  # whose tensors never train
@@ -113,24 +110,30 @@ class Steering:
         the files and takes what is its own.
 
         Raises:
-            KeyError: there is no such adapter here; FileNotFoundError: none there.
+            KeyError, FileNotFoundError: there is no such adapter here, or none there.
             ValueError: what was saved is broken, or of another config; or FSDP1 or ZeRO has sharded the adapter.
         """
         name = self._known(name)
         file = read_adapter(source, self._decoder.layout)
         check_same_config(source, file.config, name, self._configs[name])
-        restore_values(file, name, self._patched.sites, self._decoder.layers)
-        self._configs[name] = replace(self._configs[name], scale=file.config.scale)
-        self.use(self._active)
+        with self._changing("steering.restore is called"):
+            restore_values(file, name, self._patched.sites, self._decoder.layers)
+            self._configs[name] = replace(self._configs[name], scale=file.config.scale)
+            self._use(self._active)
 
     def use(self, name: str | None) -> None:
         """Steer by the adapter `name`, and make it the one that trains. None: by none.
 
         Raises:
             KeyError: there is no such adapter.
+            RuntimeError: the model runs in another thread, or `disabled` or a batch is open in one.
         """
         if name is not None:
             self._known(name)
+        with self._changing("steering.use is called"):
+            self._use(name)
+
+    def _use(self, name: str | None) -> None:
         self._active = name
         config = None if name is None else self._configs[name]
         for site in self._patched.sites.values():
@@ -138,27 +141,27 @@ class Steering:
                 site.use(None, "identity", 1.0)
             else:
                 site.use(name, config.activation, config.scale)
-        for other, orthogonality in self._orthogonal.items():
-            if other != name:
-                orthogonality.release()
+        self._constraints.use(name)
 
     def remove(self, name: str) -> None:
         """Forget an adapter. If it was in use, none is.
 
         Raises:
             KeyError: there is no such adapter.
+            ValueError: a running batch uses it.
+            RuntimeError: as `use`.
         """
         self._known(name)
-        if self._batch is not None and name in self._batch.held.numbers:
-            raise ValueError(f"adapter {name!r} is in use by a running batch; expected it to be removed afterwards")
-        if name == self._active:
-            self.use(None)
-        del self._configs[name]
-        if name in self._orthogonal:
-            self._orthogonal.pop(name).close()
-        for site in self._patched.sites.values():
-            if site.adapter(name) is not None:
-                site.detach(name)
+        with self._changing("steering.remove is called"):
+            if self._batch is not None and name in self._batch.held.numbers:
+                raise ValueError(f"adapter {name!r} is in use by a running batch; expected it to be removed afterwards")
+            if name == self._active:
+                self._use(None)
+            del self._configs[name]
+            for site in self._patched.sites.values():
+                if site.adapter(name) is not None:
+                    site.detach(name)
+            self._constraints.remove(name)
 
     def save(self, directory: str | os.PathLike[str], name: str | None = None) -> None:
         """Write an adapter (default: the one in use) to `directory`: its config, present strength and weights.
@@ -193,9 +196,7 @@ class Steering:
 
         Args:
             repo_id: "user/name" of the repository.
-            private: whether a repository that is made is private; None is the account's default.
-            token: of the hub; None is the one logged in with.
-            revision: the branch; None is main.
+            private, token, revision, commit_message: as `huggingface_hub.HfApi` has them.
 
         Returns:
             The URL of the commit; "" in a process that is not the first.
@@ -215,9 +216,7 @@ class Steering:
 
     def _file(self, name: str) -> tuple[AdapterFile, bool]:
         """An adapter as a file has it, and whether all processes put it together."""
-        constrained: ByLayer = {}
-        if name in self._orthogonal and lora_layers(self._model):
-            constrained = self._orthogonal[name].constrained()
+        constrained = self._constraints.values(name)
         return adapter_file(name, self._configs[name], self._decoder.layout, self._patched.sites, constrained)
 
     # -------------------------------------------------------------------------------------------------------- running
@@ -230,13 +229,20 @@ class Steering:
     @scale.setter
     def scale(self, value: float) -> None:
         name = self._known(None)
-        self._configs[name] = replace(self._configs[name], scale=checked_number("scale", value))
-        self.use(name)
+        config = replace(self._configs[name], scale=checked_number("scale", value))
+        with self._changing("steering.scale is set"):
+            self._configs[name] = config
+            for site in self._patched.sites.values():
+                site.set_scale(config.scale)
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
-        """Inside, the model is exactly the base model."""
-        with self._patched.disable():
+        """Inside, the model is exactly the base model, for the thread or task that entered; for others it is refused.
+
+        Raises:
+            RuntimeError: the model runs in another thread, or `disabled` or a batch is open in one.
+        """
+        with self._patched.disable("steering.disabled()"):
             yield
 
     @contextlib.contextmanager
@@ -248,7 +254,7 @@ class Steering:
         Raises:
             ValueError: an unknown mode, or one that needs a LoRA on a model that carries none.
         """
-        with computing_by(mode, self._model, self.disabled):
+        with computing_by(mode, self._model, self._scopes, self._patched.disable):
             yield
 
     @contextlib.contextmanager
@@ -262,7 +268,9 @@ class Steering:
         """Inside, each row of a batch is steered by its own adapter, as it would be alone; for inference.
 
         Rows are those of `model.generate(...)`, beams and returned sequences included, or of `model(...)`. A second
-        thread's batch waits for this one; any other pass of the model in another thread is refused meanwhile.
+        thread's batch waits for this one; any other pass of the model in another thread or task is refused meanwhile.
+        A thread that is started inside, as for a streamer, takes part if it has a copy of the context:
+        `Thread(target=contextvars.copy_context().run, args=(model.generate,), kwargs=...)`.
 
         Args:
             names: for each row the adapter, of the model or its pool, or None: the base model to the bit.
@@ -276,19 +284,22 @@ class Steering:
             TypeError, ValueError: what is no list of names, strengths or positions, or of another length.
             KeyError: there is no such adapter, in the model or its pool.
             FileNotFoundError, ValueError, TimeoutError: the pool cannot load one: see `AdapterPool.hold`.
-            RuntimeError: a batch is running in this thread already.
+            RuntimeError: a batch is running in this thread already, or the model runs in another.
         """
         requests = checked_requests(names, scale, positions, self._servable)
         if next(self._model.parameters()).dtype == torch.float64:
             raise TypeError("the model is float64; expected float32, bfloat16 or float16 to steer a batch by rows")
-        if self._batch is not None and self._batch.thread == threading.get_ident():
+        self._scopes.heal()
+        if self._batch is not None and self._batch.opener == threading.get_ident():
             raise RuntimeError("a batch is running already; expected one at a time")
-        with self._batch_lock, contextlib.ExitStack() as stack:
+        undo = contextlib.ExitStack()
+        with self._scopes.turn, self._scopes.open("steering.batch", undo.close):
             sites = self._patched.sites
             distinct = list(dict.fromkeys(request.name for request in requests if request.name is not None))
-            held = stack.enter_context(hold_adapters(self._pool, sites, self._configs, distinct))
-            stack.callback(setattr, self, "_batch", None)
-            self._batch = stack.enter_context(running(self._model, self._decoder.module, sites, requests, held))
+            held = undo.enter_context(hold_adapters(self._pool, sites, self._configs, distinct))
+            undo.callback(setattr, self, "_batch", None)
+            self._batch = Batch(requests, held, self._scopes)
+            run_batch(self._model, self._decoder.module, sites, self._batch, undo)
             yield
 
     def _servable(self, name: str) -> None:
@@ -333,9 +344,10 @@ class Steering:
         check_unsharded(self._decoder.layers, "a pool to be made")
         indices = self._decoder.layout.indices(SteerConfig(layers=layers))
         room = make_slots(self._decoder, indices, slots, rank, kept)
-        self._patched.patch(indices)
-        self._pool = AdapterPool(room, self._decoder, self._configs.__contains__, check_base)
-        return self._pool
+        with self._changing("steering.make_pool is called"):
+            self._patched.patch(indices)
+            pool = self._pool = AdapterPool(room, self._decoder, self._configs.__contains__, check_base)
+        return pool
 
     def close_pool(self) -> None:
         """Give the pool's slots back. The names that it had are gone.
@@ -375,57 +387,60 @@ class Steering:
     def unpatch(self) -> Any:
         """Take every site out of the model, which is then exactly as it came; return it. The adapters are gone.
 
+        Called again, it does nothing more; after an exception it goes on.
+
         Raises:
-            RuntimeError: another library has since changed a layer's class, or a batch is running; nothing is undone
-                then.
+            RuntimeError: another library has since changed a layer's class, a batch is running, or the model runs in
+                another thread; nothing is undone then.
             ValueError: FSDP or ZeRO has sharded the model.
         """
         check_unsharded(self._decoder.layers, "the model to be unpatched")
-        if self._batch is not None:
-            raise RuntimeError("a batch is running; expected the model to be unpatched afterwards")
-        self._patched.undo()
-        self._configs.clear()
-        self._pool = None
-        while self._orthogonal:
-            self._orthogonal.popitem()[1].close()
-        self._active = None
-        del self._model.steering
-        if self._save_pretrained is not None:
-            self._save_pretrained.remove()
+        with self._scopes.change("steering.unpatch is called"):
+            if self._batch is not None:
+                raise RuntimeError("a batch is running; expected the model to be unpatched afterwards")
+            self._patched.undo()
+            self._constraints.close()
+            if self._save_pretrained is not None:
+                self._save_pretrained.remove()
+            self._configs.clear()
+            self._pool = self._active = None
+            vars(self._model).pop("steering", None)
         return self._given
+
+    @contextlib.contextmanager
+    def _changing(self, what: str) -> Iterator[None]:
+        """Inside, adapters may change: no other thread runs the model, and an exception takes all of it back."""
+        with self._patched.changing(what):
+            configs, active, pool = dict(self._configs), self._active, self._pool
+            give_back = self._constraints.remember()
+            try:
+                yield
+            except BaseException:
+                give_back()
+                self._configs.clear()
+                self._configs |= configs
+                self._active, self._pool = active, pool
+                raise
 
     def _insert(self, name: str, config: SteerConfig, adapters: dict[int, Adapter]) -> None:
         """Give the layers their parameters, patching those that are not yet; all of them or none."""
-        self._patched.patch(adapters)
-        sites = {i: site for i, site in self._patched.sites.items() if i in adapters}
-        for i, adapter in adapters.items():
-            sites[i].attach(name, adapter)
-        if config.orthogonal_to is not None:
-            self._orthogonal[name] = Orthogonality(name, config, self._model, sites, self._trace_writers)
-        self._configs[name] = config
-        self.use(self._active)  # what is not in use does not train
-
-    # ------------------------------------------------------------------------------------------------ beside a LoRA
+        with self._changing("an adapter is added"):
+            self._check_new_name(name)  # another thread may have taken it since
+            self._patched.patch(adapters)
+            sites = {i: site for i, site in self._patched.sites.items() if i in adapters}
+            for i, adapter in adapters.items():
+                sites[i].attach(name, adapter)
+            self._constraints.add(name, config, sites)
+            self._configs[name] = config
+            self._use(self._active)  # what is not in use does not train
 
     def _before_training(self, training: bool) -> None:
         """Before a forward pass with gradients. `training`: whether the decoder is in training mode."""
-        if self._active is None or self._patched.disabled or self._tracing:
+        if self._active is None or self._patched.disabled or self._constraints.tracing:
             return
         if training and not any(True for _ in self.parameters()):
             warn_of_frozen(self._active)
-        orthogonality = self._orthogonal.get(self._active)
-        # Without no_grad a prompt looks like training; an adapter may answer it without the LoRA it was trained beside.
-        if orthogonality is not None and orthogonality.trains and (training or lora_layers(self._model)):
-            orthogonality.before_forward()
-
-    def _trace_writers(self, indices: list[int]) -> dict[int, list[Writer]]:
-        """All modules that write into the stream of these layers."""
-        self._tracing = True
-        try:
-            layers = {index: self._decoder.layers[index] for index in indices}
-            return trace_writers(self._decoder.module, layers, self._decoder.hidden)
-        finally:
-            self._tracing = False
+        self._constraints.before_training(self._active, training)
 
     # --------------------------------------------------------------------------------------------------------- checks
 

@@ -72,6 +72,7 @@ class Case:
     """A call of the op: N tokens, hidden size d, rank r, dtype of the hidden state, and its optional operands.
 
     packed: whether the kernels get the weights packed once for a pass of the model, or read the parameters.
+    keeps_a: whether the forward keeps a, N x r, for a backward pass; a decoding step does not.
     """
 
     tokens: int
@@ -85,6 +86,7 @@ class Case:
     nested: bool = False
     branch: bool = True
     packed: bool = False
+    keeps_a: bool = True
 
 
 @dataclass(frozen=True)
@@ -160,10 +162,13 @@ def record_passes(case: Case, target: str) -> dict[str, list[Launch]]:
     needs = Needs(
         True, low_rank, low_rank, down_bias is not None, up_bias is not None, case.gain or case.scale_on_device
     )
+    keep_a = low_rank and case.keeps_a
     with recorded(device) as forward:
         out, a = _triton_forward(
-            hidden_state(), branch, down, up, down_bias, up_bias, gain, scale, case.activation, low_rank, packed
+            hidden_state(), branch, down, up, down_bias, up_bias, gain, scale, case.activation, keep_a, packed
         )
+    if low_rank and a is None:
+        a = empty(case.tokens, case.rank)
     with recorded(device) as backward:
         _triton_backward(hidden_state(), out, a, down, up, up_bias, gain, scale, case.activation, needs, packed)
     return {"forward": forward, "backward": backward}

@@ -14,6 +14,7 @@ the caller goes the ordinary way, errors included. A plan keeps no operand and n
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
 import os
 from collections.abc import Callable, Sequence
@@ -30,6 +31,7 @@ from .launch import Started, noted, on_device, watcher
 from .numerics import INTERPRETED
 
 _RUNTIME = knobs.runtime
+_LINE = 128  # bytes of a line of the caches, where each allocated tensor begins
 
 
 # ----------------------------------------------------------------------------------------------- what a call depends on
@@ -83,29 +85,62 @@ def _strided(device: torch.device) -> Callable[..., Tensor]:
 # ----------------------------------------------------------------------------------------------------------- one launch
 
 
-def _start(number: int, launch: Started, names: dict[str, Any]) -> str:
-    """The source of a call that starts a kernel, with `{}` for the kernel's pointers; what it names goes to `names`."""
-    compiled = launch.compiled
+def _start(number: int, launch: Started, pointers: Sequence[str], names: dict[str, Any]) -> str:
+    """The source of a call that starts a kernel; what it names goes to `names`.
+
+    Args:
+        pointers: the source of the kernel's first arguments: names of addresses, or None.
+    """
+    compiled, rest = launch.compiled, launch.ordered()[len(pointers) :]
     if compiled is None:  # in the interpreter, with tensors in place of addresses
         kernel, grid, count = launch.kernel, launch.grid, len(launch.arguments)
         constants = {**launch.constants, **launch.options}
+        names[f"rest{number}"] = tuple(rest)
         names[f"start{number}"] = lambda arguments: kernel[grid](*arguments[:count], **constants)
-        return f"start{number}(({{}}, *rest{number}))"
-    # The grid by name: plans that differ in it alone share their code.
+        return f"start{number}(({', '.join(pointers)}, *rest{number}))"
+    # Numbers by name: plans that differ in them alone share their code.
+    numbers = [f"n{number}_{i}" for i in range(len(rest))]
+    names |= dict(zip(numbers, rest, strict=True))
+    arguments = [*pointers, *numbers]
     run, place = compiled.run, f"x{number}, y{number}, z{number}, stream, function{number}"
     names |= {f"{axis}{number}": extent for axis, extent in zip("xyz", (*launch.grid, 1, 1), strict=False)}
     names[f"function{number}"], names[f"metadata{number}"] = compiled.function, compiled.packed_metadata
     if triton.__version__.startswith("3.7.") and type(run).__name__ == "CudaLauncher":
         if not (run.global_scratch_size or run.profile_scratch_size):
             # What `run` does, without its two closures. The five are launch metadata, two hooks, two scratch memories.
-            names[f"start{number}"] = run.launch
-            names[f"signature{number}"], names[f"kinds{number}"] = run.kernel_signature, run.arg_annotations
+            # Constants, which the C function would pass over one by one, are left out.
+            kinds = dict(zip(launch.kernel.arg_names, compiled.src.signature.values(), strict=True))
+            taken = [kind != "constexpr" for kind in kinds.values()]
+            names[f"start{number}"], names[f"signature{number}"] = run.launch, run.kernel_signature
+            names[f"kinds{number}"] = list(itertools.compress(run.arg_annotations, taken))
             flags = f"{run.launch_cooperative_grid}, {run.launch_pdl}, metadata{number}"
             five = "None, None, None, None, None"
-            last = f"kinds{number}, signature{number}, ({{}}, *rest{number})"
+            last = f"kinds{number}, signature{number}, ({', '.join(itertools.compress(arguments, taken))},)"
             return f"start{number}({place}, {flags}, {five}, {last})"
     names[f"start{number}"] = run
-    return f"start{number}({place}, metadata{number}, None, None, None, {{}}, *rest{number})"
+    return f"start{number}({place}, metadata{number}, None, None, None, {', '.join(arguments)})"
+
+
+def _allocations(made: Sequence[Tensor], results: Sequence[int], names: dict[str, Any]) -> list[str]:
+    """The source that allocates a call's tensors, m0, m1, …, and takes their addresses, q0, q1, …; as `_start`.
+
+    Those that are no results are parts of one allocation.
+    """
+    lines, scratch, end = [], [], 0
+    for i, tensor in enumerate(made):
+        if i in results or INTERPRETED:
+            names[f"size{i}"], names[f"stride{i}"] = tuple(tensor.shape), tensor.stride()
+            names[f"dtype{i}"] = tensor.dtype
+            lines += [f"m{i} = empty(size{i}, stride{i}, dtype{i})", f"q{i} = pointer(m{i})"]
+        elif not scratch:
+            scratch = ["scratch = empty(size, (1,), bytes_)", f"q{i} = first = pointer(scratch)"]
+            end = tensor.nbytes
+        else:
+            names[f"offset{i}"] = -(-end // _LINE) * _LINE
+            scratch.append(f"q{i} = first + offset{i}")
+            end = names[f"offset{i}"] + tensor.nbytes
+    names["size"], names["bytes_"] = (end,), torch.uint8
+    return lines + scratch
 
 
 def _itself(tensor: Tensor) -> Tensor:
@@ -120,15 +155,20 @@ class Plan:
 
     Its functions are written for the plan, without loops, which would cost as much as a launch:
 
-    admit(*operands)   the operands' addresses, for `go`; None where the plan is not for these operands, or not now
-    go(*addresses)     starts the launches on admitted operands; returns the call's results, a tuple
-    run(*operands)     both in one: the first result, or None
+    admit(operands)            the operands' addresses, for `go`; None where the plan is not for these, or not now
+    go(addresses)              starts the launches on admitted operands; returns the call's results, a tuple
+    run(first, second, rest)   both in one, of operands of which two come by themselves: the first result, or None
     """
 
     __slots__ = ("admit", "go", "run")
 
     def __init__(
-        self, operands: Sequence[Tensor], launches: Sequence[Started], made: Sequence[Tensor], results: Sequence[int]
+        self,
+        operands: Sequence[Tensor],
+        launches: Sequence[Started],
+        made: Sequence[Tensor],
+        results: Sequence[int],
+        order: Sequence[int | None],
     ) -> None:
         """
         Args:
@@ -136,6 +176,7 @@ class Plan:
             launches: what it launched, in order.
             made: the tensors that it allocated.
             results: places in `made` of those that it returned.
+            order: what `go` returns: for each place one of the results, or None.
         """
         device = operands[0].device
         now, stream_of, index = _device_functions(device)
@@ -145,9 +186,7 @@ class Plan:
             "index": index, "stream_of": stream_of, "empty": _strided(device), "pointer": _address,
             "on_device": on_device, "device": device,
         }  # fmt: skip
-        for number, tensor in enumerate(made):
-            names[f"size{number}"], names[f"stride{number}"] = tuple(tensor.shape), tensor.stride()
-            names[f"dtype{number}"] = tensor.dtype
+        allocate = _allocations(made, results, names)
         addresses = [f"p{i}" for i in range(len(operands))] + [f"q{i}" for i in range(len(made))]
         places = {t.data_ptr(): name for t, name in zip((*operands, *made), addresses, strict=True)}  # also of views
         starts = []
@@ -155,17 +194,25 @@ class Plan:
             arguments = launch.ordered()
             # The pointers come first, some of them None.
             last = max(i for i, value in enumerate(arguments) if isinstance(value, Tensor)) + 1
-            pointers = ("None" if t is None else places[t.data_ptr()] for t in arguments[:last])
-            starts.append(_start(number, launch, names).format(", ".join(pointers)))
-            names[f"rest{number}"] = tuple(arguments[last:])
-        exec(_code(len(operands), len(made), tuple(starts), tuple(results)), names)
+            pointers = ["None" if t is None else places[t.data_ptr()] for t in arguments[:last]]
+            starts.append(_start(number, launch, pointers, names))
+        returned = tuple("None" if place is None else f"m{results[place]}" for place in order)
+        exec(_code(len(operands), tuple(allocate), tuple(starts), returned), names)
         self.admit, self.go, self.run = names["admit"], names["go"], names["run"]
 
     @classmethod
     def make(
-        cls, operands: Sequence[Tensor], call: Callable[[], Sequence[Tensor]]
+        cls,
+        operands: Sequence[Tensor],
+        call: Callable[[], Sequence[Tensor]],
+        order: Sequence[int | None] | None = None,
     ) -> tuple[Sequence[Tensor], Plan | None]:
         """Run `call`, which works on `operands` alone, and plan the next such calls.
+
+        Args:
+            operands: at least two.
+            order: what the plan's `go` returns: for each place one of the results of `call`, or None. Without it, the
+                results.
 
         Returns:
             What `call` returned; and the plan, or None where a call cannot be planned: it launched nothing or did more
@@ -186,17 +233,18 @@ class Plan:
         arguments = (value for launch in notes.launches for value in launch.arguments)
         if any(isinstance(value, Tensor) and value.data_ptr() not in known for value in arguments):
             return results, None  # a copy, or the result of an operation between the launches
-        return results, cls(operands, notes.launches, notes.made, [made[id(result)] for result in results])
+        order = range(len(results)) if order is None else order
+        return results, cls(operands, notes.launches, notes.made, [made[id(result)] for result in results], order)
 
 
 @functools.cache
-def _code(operands: int, made: int, starts: tuple[str, ...], results: tuple[int, ...]) -> CodeType:
-    """The functions of plans with so many operands and allocated tensors, and these calls that start kernels."""
+def _code(operands: int, allocate: tuple[str, ...], starts: tuple[str, ...], returned: tuple[str, ...]) -> CodeType:
+    """The functions of plans with so many operands, these allocations, calls that start kernels, and results."""
     given, addresses = (", ".join(f"{letter}{i}" for i in range(operands)) for letter in "tp")
-    # A call of fewer operands, or of more, is another kind of call.
-    parameters = ", ".join(f"t{i}=None" for i in range(operands)) + ", *others"
+    # Tuples are handed on as they are: to take one apart in a call costs as much as a kernel's arguments.
+    rest = "".join(f"t{i}, " for i in range(2, operands))
     admit = [
-        f"if others or not (check({given}) and read(backend) == asked and watching() is None",
+        f"if not (check({given}) and read(backend) == asked and watching() is None",
         "        and runtime.launch_enter_hook is enter and runtime.launch_exit_hook is leave",
         "        and not enter.calls and not leave.calls):",
         "    return None",
@@ -204,26 +252,25 @@ def _code(operands: int, made: int, starts: tuple[str, ...], results: tuple[int,
     ]
     if not INTERPRETED:  # kernels are compiled for addresses that are multiples of 16 bytes
         admit += [f"if ({addresses.replace(', ', ' | ')}) & 15:", "    return None"]
-    go = []
-    for i in range(made):
-        go += [f"m{i} = empty(size{i}, stride{i}, dtype{i})", f"q{i} = pointer(m{i})"]
-    go.append("stream = stream_of(index)")
-    go += starts
-    all_results = f"({''.join(f'm{i}, ' for i in results)})"
-    first = f"m{results[0]}" if results else "()"
+    go = [*allocate, "stream = stream_of(index)", *starts]
+    all_results = f"({''.join(f'{name}, ' for name in returned)})"
+    first = returned[0] if returned else "()"
     elsewhere = ["if now() != index:", "    with on_device(device):"]
+    # A call of fewer operands, or of more, is another kind of call.
     functions = {
-        f"admit({parameters})": [*admit, f"return {addresses},"],
-        f"go({addresses})": [*elsewhere, f"        return start({addresses})", f"return start({addresses})"],
-        f"start({addresses})": [*go, f"return {all_results}"],
-        f"run({parameters})": [
-            *admit,
-            *elsewhere,
-            f"        return start({addresses}){'[0]' if results else ''}",
-            *go,
-            f"return {first}",
+        "admit(operands)": [
+            f"if len(operands) != {operands}:", "    return None", f"{given}, = operands",
+            *admit, f"return {addresses},",
         ],
-    }
+        "go(addresses)": [
+            f"{addresses}, = addresses", *elsewhere, f"        return start({addresses})", f"return start({addresses})",
+        ],
+        f"start({addresses})": [*go, f"return {all_results}"],
+        "run(t0, t1, rest)": [
+            f"if len(rest) != {operands - 2}:", "    return None", *([f"{rest}= rest"] if rest else []), *admit,
+            *elsewhere, f"        return start({addresses}){'[0]' if returned else ''}", *go, f"return {first}",
+        ],
+    }  # fmt: skip
     lines = [line for head, body in functions.items() for line in (f"def {head}:", *(f"    {row}" for row in body))]
     return compile("\n".join(lines), "<launch plan>", "exec")
 
@@ -242,7 +289,7 @@ def _device_functions(device: torch.device) -> tuple[Callable[[], int], Callable
     return now, driver.get_current_stream, device.index or 0
 
 
-def no_plan(*operands: Tensor) -> None:
+def no_plan(first: Tensor, second: Tensor, rest: Sequence[Tensor]) -> None:
     """In place of a plan's `run`, where there is none."""
     return None
 
@@ -263,9 +310,9 @@ def run_planned(
     planned = plans.get(key)
     if planned is not None:
         operands, admit, go = planned
-        addresses = admit(*operands(inputs))
+        addresses = admit(operands(inputs))
         if addresses is not None:
-            return go(*addresses)
+            return go(addresses)
     places = [place for place, value in enumerate(inputs) if isinstance(value, Tensor)]
     results, plan = Plan.make([inputs[place] for place in places], call)
     if plan is not None:

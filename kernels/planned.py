@@ -25,7 +25,7 @@ class PlannedPostBlock:
     Not for compiled graphs (torch.compile), which call `post_block`.
     """
 
-    __slots__ = ("_activation", "_inference", "_scale", "_training", "_where", "backend", "last")
+    __slots__ = ("_activation", "_inference", "_scale", "_training", "_where", "backend", "last", "last_trained")
 
     def __init__(self, activation: str, scale: float, weights: tuple[Tensor | None, ...]) -> None:
         """
@@ -38,9 +38,12 @@ class PlannedPostBlock:
         self._activation, self._scale = activation, scale
         self._where = tuple(weight is not None for weight in weights)
         self._inference: dict[Any, Callable[..., Tensor | None]] = {}
-        #: The last plan of a call with a branch: a function of its operands, which gives None where it is not for them.
+        #: The last plan of a call with a branch: a function of residual, branch and a tuple of the weights, which gives
+        #: None where it is not for them.
         self.last: Callable[..., Tensor | None] = no_plan
         self._training: dict[Any, _Training] = {}
+        #: The same of a call with gradients, of which residual and branch both need one.
+        self.last_trained: Callable[..., Tensor | None] = no_plan
         self.backend: str | None = None  # that of the last call
 
     def infer(self, residual: Tensor, branch: Tensor | None, *weights: Tensor, packed: Packed | None = None) -> Tensor:
@@ -54,7 +57,7 @@ class PlannedPostBlock:
         operands = (*states, *weights) if packed is None else (*states, *weights, *packed)
         key = (len(states), packed is None, residual.shape)
         run = self._inference.get(key)
-        out = None if run is None else run(*operands)
+        out = None if run is None else run(*operands[:2], operands[2:])
         if out is not None:
             self.backend = "triton"
         else:
@@ -82,9 +85,11 @@ class PlannedPostBlock:
         key = (len(states), packed is None, states[0].shape)
         training = self._training.get(key)
         if training is not None:
-            addresses = training.forward.admit(*operands)
+            addresses = training.forward.admit(operands)
             if addresses is not None and not torch._C._are_functorch_transforms_active():
                 self.backend = "triton"
+                if packed is None and training.whole:
+                    self.last_trained = training.run
                 return _apply((training, addresses, None, packed), *states, *weights)
         call = self._call(states, weights)
         if not self._may_plan(call):
@@ -131,7 +136,10 @@ class PlannedPostBlock:
 class _Training:
     """The plans of a call and of its backward pass, and which operands need a gradient: the guard has seen that."""
 
-    __slots__ = ("backward", "constants", "forward", "needs", "places", "saves", "states", "where")
+    __slots__ = (
+        "backward", "constants", "forward", "kept", "last", "needs", "order", "places", "saves", "states", "where",
+        "whole",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -143,21 +151,35 @@ class _Training:
     ) -> None:
         self.forward = forward
         self.backward: dict[Any, Plan] = {}
+        #: The last of them without packed weights, where it returns what autograd takes: see `order`.
+        self.last: Plan | None = None
         self.states, self.where, self.constants = len(states), where, constants
         of_states = [state.requires_grad for state in states]
+        self.whole = len(states) == 2 and all(of_states)  # no gradient of the block's input is lost
         given = iter(weights)
         down, up, down_bias, up_bias = (there and next(given).requires_grad for there in where)
         adapter = where[0]
         #: Of x, down, up, down_bias, up_bias, gain, scale: what `_backward` takes.
         self.needs = [any(of_states) and adapter, down, up, down_bias, up_bias, False, False]
-        # What post_block saves of such a call, in its order.
+        # What post_block saves of such a call, in its order: `out`, `a`, weights.
         self.saves = (down, adapter and any(self.needs[:4]), any(self.needs))
+        self.kept = slice(0 if down else 1, 2 if self.saves[1] else 1)  # of the forward's results
         #: For each operand, the place of its gradient among the results; -1: the incoming one; None: it needs none.
         order = [place for place, need in enumerate(self.needs) if need]
         of_x = order.index(0) if self.needs[0] else -1
         self.places = [of_x if want else None for want in of_states]
         present = [place + 1 for place, there in enumerate(where) if there]
         self.places += [order.index(place) if self.needs[place] else None for place in present]
+        #: The same for the backward pass's plans, with the function's first argument; None where -1 is among them.
+        self.order = None if -1 in self.places else (None, *self.places)
+
+    def run(self, residual: Tensor, branch: Tensor, weights: tuple[Tensor, ...]) -> Tensor | None:
+        """The call by its plan; None where that is not for it."""
+        operands = (residual, branch, *weights)
+        addresses = self.forward.admit(operands)
+        if addresses is None or torch._C._are_functorch_transforms_active():
+            return None
+        return _apply((self, addresses, None, None), *operands)
 
 
 class _PlannedPostBlock(torch.autograd.Function):
@@ -169,19 +191,14 @@ class _PlannedPostBlock(torch.autograd.Function):
         as one argument: autograd takes its time for each."""
         training, addresses, results, packed = call
         if results is None:
-            results = training.forward.go(*addresses)
-        out = results[0]
-        save_out, save_a, save_weights = training.saves
-        if save_weights:
-            kept = (out,) if save_out else ()
-            if save_a:
-                kept += (results[1],)
-            ctx.save_for_backward(*kept, *operands[training.states :])
+            results = training.forward.go(addresses)
+        if training.saves[2]:
+            ctx.save_for_backward(*results[training.kept], *operands[training.states :])
         # Not saved as the others: a checkpoint's repetition comes without packed weights. They are as the weights were
         # in the forward pass.
         ctx.training, ctx.packed = training, packed
         ctx.set_materialize_grads(False)
-        return out
+        return results[0]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -191,12 +208,19 @@ class _PlannedPostBlock(torch.autograd.Function):
             return None, *[None for _ in places]
         operands = (grad, *ctx.saved_tensors) if packed is None else (grad, *ctx.saved_tensors, *packed)
         create_graph = torch.is_grad_enabled()
+        if training.last is not None and packed is None and not create_graph:
+            addresses = training.last.admit(operands)
+            if addresses is not None:
+                return training.last.go(addresses)
         found: Any = ()
         if training.saves[2]:
             plan = training.backward.get((packed is None, grad.shape))
-            addresses = plan.admit(*operands) if plan is not None else None
-            if addresses is not None and not create_graph:
-                found = plan.go(*addresses)
+            addresses = plan.admit(operands) if plan is not None and not create_graph else None
+            if addresses is not None:
+                found = plan.go(addresses)
+                if training.order is not None:
+                    training.last = plan if packed is None else training.last
+                    return found
             else:
                 with torch.no_grad():
                     found = _careful_backward(training, operands, packed)
@@ -218,7 +242,7 @@ def _careful_backward(training: _Training, operands: tuple[Tensor, ...], packed:
     def call() -> Any:
         return _backward(grad, out, a, *weights, None, None, scale, activation, training.needs, packed=packed)
 
-    found, plan = Plan.make(operands, call)
+    found, plan = Plan.make(operands, call, training.order)
     if plan is not None:
         keep(training.backward, (packed is None, grad.shape), plan)
     return found

@@ -22,7 +22,7 @@ autograd, `post_block`.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ from .backend import select_backend
 from .contract import Gradients, Needs, Packed
 from .launch import device_of, empty, launch
 from .numerics import dot, dot_precision, held, met, operand, operand_dtype, packed_operand, store
-from .plan import OpPlan, run_planned
+from .plan import OpPlan, Plan, keep, no_plan, run_planned
 from .registered import register
 from .schedule import (
     CROSS_RANK,
@@ -270,6 +270,26 @@ def _shifted(
     return tl.where((out == x) | (strength == 0)[:, None], x, out)
 
 
+@triton.jit
+def _write_block(
+    p_residual, p_branch, p_up, p_up_bias, p_out, residual_rows, branch_rows, rows, m_rows, h, strength, ranks, columns,
+    D,
+    RANK: tl.constexpr, DOT: tl.constexpr, HAS_BRANCH: tl.constexpr, HAS_UP_BIAS: tl.constexpr, EVEN_D: tl.constexpr,
+    PACKED: tl.constexpr,
+):  # fmt: skip
+    """Read a tile's block of columns, and write it shifted."""
+    m_columns = (columns < D) | EVEN_D
+    mask = m_rows[:, None] & m_columns[None, :]
+    states = _load_states(
+        p_residual, p_branch, residual_rows[:, None], branch_rows[:, None], columns[None, :], mask, HAS_BRANCH
+    )  # fmt: skip
+    w2 = _up_weights(p_up, ranks, columns, m_columns, D, RANK, PACKED)
+    out = _shifted(
+        _added(states, HAS_BRANCH), h, w2, p_up_bias, strength, columns, m_columns, DOT, HAS_UP_BIAS, PACKED
+    )  # fmt: skip
+    store(p_out + rows[:, None].to(tl.int64) * D + columns[None, :], out, mask)
+
+
 @triton.jit(do_not_specialize=["N", "height", "inner"])
 def post_block_fwd_kernel(
     p_residual, p_branch, p_down, p_up, p_down_bias, p_up_bias, p_gain, p_scale, p_out, p_a,
@@ -302,16 +322,10 @@ def post_block_fwd_kernel(
         blocks = tl.cdiv(D, BLOCK_D2)
         for block in tl.range(0, blocks, num_stages=STAGES2):
             columns = (blocks - 1 - block) * BLOCK_D2 + tl.arange(0, BLOCK_D2)
-            m_columns = (columns < D) | EVEN_D
-            mask = m_rows[:, None] & m_columns[None, :]
-            states = _load_states(
-                p_residual, p_branch, residual_rows[:, None], branch_rows[:, None], columns[None, :], mask, HAS_BRANCH
+            _write_block(
+                p_residual, p_branch, p_up, p_up_bias, p_out, residual_rows, branch_rows, rows, m_rows, h, strength,
+                ranks, columns, D, RANK, DOT, HAS_BRANCH, HAS_UP_BIAS, EVEN_D, PACKED,
             )  # fmt: skip
-            w2 = _up_weights(p_up, ranks, columns, m_columns, D, RANK, PACKED)
-            out = _shifted(
-                _added(states, HAS_BRANCH), h, w2, p_up_bias, strength, columns, m_columns, DOT, HAS_UP_BIAS, PACKED
-            )  # fmt: skip
-            store(p_out + rows[:, None].to(tl.int64) * D + columns[None, :], out, mask)
 
 
 @triton.jit(do_not_specialize=["N", "inner"])
@@ -319,10 +333,10 @@ def post_block_fwd_down_kernel(
     p_residual, p_branch, p_down, p_partial,
     N, D, part, inner, residual_outer, residual_inner, branch_outer, branch_inner,
     RANK: tl.constexpr, DOT: tl.constexpr, HAS_BRANCH: tl.constexpr, NESTED: tl.constexpr, EVEN_D: tl.constexpr,
-    PACKED: tl.constexpr, AT_ONCE: tl.constexpr,
+    PACKED: tl.constexpr, AT_ONCE: tl.constexpr, SUMS_R: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, GROUPS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums of x W1ᵀ over a part of d, (N, splits, BLOCK_R). Grid (tiles, splits)."""
+    """Partial sums of x W1ᵀ over a part of d, (N, splits, SUMS_R). Grid (tiles, splits)."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_rows = rows < N
     residual_rows = _row_offsets(rows, inner, residual_outer, residual_inner, NESTED)
@@ -334,8 +348,8 @@ def post_block_fwd_down_kernel(
         RANK, DOT, HAS_BRANCH, EVEN_D, PACKED, AT_ONCE, GROUPS, BLOCK_N, BLOCK_D, BLOCK_R, STAGES,
     )  # fmt: skip
     places = rows.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-    p_rows = p_partial + places[:, None] * BLOCK_R + ranks[None, :]
-    tl.store(p_rows, a, mask=m_rows[:, None])
+    p_rows = p_partial + places[:, None] * SUMS_R + ranks[None, :]
+    tl.store(p_rows, a, mask=m_rows[:, None] & (ranks < SUMS_R)[None, :])
 
 
 @triton.jit(do_not_specialize=["N", "inner"])
@@ -345,7 +359,7 @@ def post_block_fwd_up_kernel(
     RANK: tl.constexpr, ACTIVATION: tl.constexpr, DOT: tl.constexpr,
     HAS_BRANCH: tl.constexpr, HAS_DOWN_BIAS: tl.constexpr, HAS_UP_BIAS: tl.constexpr, HAS_GAIN: tl.constexpr,
     SCALE_ON_DEVICE: tl.constexpr, KEEP_A: tl.constexpr, NESTED: tl.constexpr, EVEN_D: tl.constexpr,
-    PACKED: tl.constexpr, SPLITS: tl.constexpr, SLOTS: tl.constexpr, AT_ONCE: tl.constexpr,
+    PACKED: tl.constexpr, SPLITS: tl.constexpr, SLOTS: tl.constexpr, AT_ONCE: tl.constexpr, SUMS_R: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -366,21 +380,25 @@ def post_block_fwd_up_kernel(
         )  # fmt: skip
         w2 = _up_weights(p_up, ranks, columns, m_columns, D, RANK, PACKED)
         splits = tl.arange(0, SLOTS)[:, None, None]
-        p_rows = p_partial + (rows.to(tl.int64) * (SPLITS * BLOCK_R))[None, :, None] + ranks[None, None, :]
+        sums = tl.arange(0, SUMS_R)[None, None, :]
+        p_rows = p_partial + (rows.to(tl.int64) * (SPLITS * SUMS_R))[None, :, None] + sums
         m_parts = m_rows[None, :, None] if SPLITS == SLOTS else (splits < SPLITS) & m_rows[None, :, None]
-        parts = tl.load(p_rows + splits * BLOCK_R, mask=m_parts, other=0.0)
+        parts = tl.load(p_rows + splits * SUMS_R, mask=m_parts, other=0.0)
         zero = met()
         states, w2 = _held(states, w2, HAS_BRANCH)
         a = tl.sum(parts + zero, 0)
+        if SUMS_R < BLOCK_R:  # zeros up to the extent that a product takes
+            a = tl.reshape(tl.permute(tl.join(a, tl.zeros_like(a)), (0, 2, 1)), [BLOCK_N, BLOCK_R])
     else:
         a = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
-        p_rows = p_partial + rows[:, None].to(tl.int64) * (SPLITS * BLOCK_R) + ranks[None, :]
+        p_rows = p_partial + rows[:, None].to(tl.int64) * (SPLITS * SUMS_R) + ranks[None, :]
+        m_parts = m_rows[:, None] & (ranks < SUMS_R)[None, :]
         if BLOCK_N * BLOCK_R > 2048:
             for split in range(SPLITS):
-                a += tl.load(p_rows + split * BLOCK_R, mask=m_rows[:, None], other=0.0)
+                a += tl.load(p_rows + split * SUMS_R, mask=m_parts, other=0.0)
         else:  # unrolled, so that all loads are in flight at once
             for split in tl.static_range(SPLITS):
-                a += tl.load(p_rows + split * BLOCK_R, mask=m_rows[:, None], other=0.0)
+                a += tl.load(p_rows + split * SUMS_R, mask=m_parts, other=0.0)
     a = _pre_activation(
         a, p_down_bias, p_a, rows, m_rows, ranks, tl.program_id(1) == 0, RANK, HAS_DOWN_BIAS, KEEP_A
     )  # fmt: skip
@@ -395,16 +413,10 @@ def post_block_fwd_up_kernel(
         blocks = tl.cdiv(tl.minimum(part, D - last * part), BLOCK_D)
         for block in tl.range(0, blocks, num_stages=STAGES):
             columns = last * part + (blocks - 1 - block) * BLOCK_D + tl.arange(0, BLOCK_D)
-            m_columns = (columns < D) | EVEN_D
-            mask = m_rows[:, None] & m_columns[None, :]
-            states = _load_states(
-                p_residual, p_branch, residual_rows[:, None], branch_rows[:, None], columns[None, :], mask, HAS_BRANCH
+            _write_block(
+                p_residual, p_branch, p_up, p_up_bias, p_out, residual_rows, branch_rows, rows, m_rows, h, strength,
+                ranks, columns, D, RANK, DOT, HAS_BRANCH, HAS_UP_BIAS, EVEN_D, PACKED,
             )  # fmt: skip
-            w2 = _up_weights(p_up, ranks, columns, m_columns, D, RANK, PACKED)
-            out = _shifted(
-                _added(states, HAS_BRANCH), h, w2, p_up_bias, strength, columns, m_columns, DOT, HAS_UP_BIAS, PACKED
-            )  # fmt: skip
-            store(p_out + rows[:, None].to(tl.int64) * D + columns[None, :], out, mask)
 
 
 @triton.jit(do_not_specialize=["N", "inner"])
@@ -832,20 +844,21 @@ def _triton_forward(
     reducing, writing = schedules
     at_once = device.gpu == "cuda"  # `numerics.held` is written for it
     slots = next_power_of_2(reducing.splits)
-    held_sums = slots * writing.block_n * writing.block_r  # at once, a thread has registers for 64 of them
-    partial = empty(tokens, reducing.splits, reducing.block_r, dtype=torch.float32, device=residual.device)
+    sums_r = max(8, next_power_of_2(rank))  # not of the ranks that are padding where they are half of all
+    held_sums = slots * writing.block_n * sums_r  # at once, a thread has registers for 64 of them
+    partial = empty(tokens, reducing.splits, sums_r, dtype=torch.float32, device=residual.device)
     launch(
         post_block_fwd_down_kernel, (reducing.programs, reducing.splits),
         residual, branch, down, partial, tokens, hidden, reducing.part, *strides,
         schedule=reducing, **states, EVEN_D=hidden % reducing.block_d == 0, GROUPS=reducing.groups,
-        STAGES=reducing.num_stages, AT_ONCE=at_once and reducing.part == reducing.block_d,
+        STAGES=reducing.num_stages, AT_ONCE=at_once and reducing.part == reducing.block_d, SUMS_R=sums_r,
     )  # fmt: skip
     launch(
         post_block_fwd_up_kernel, (writing.programs, writing.splits),
         residual, branch, up, partial, down_bias, up_bias, gain, p_scale, out, a,
         scale, tokens, hidden, writing.part, *strides,
         schedule=writing, **states, **shift, EVEN_D=hidden % writing.block_d == 0, SPLITS=reducing.splits,
-        SLOTS=slots, STAGES=writing.num_stages,
+        SLOTS=slots, SUMS_R=sums_r, STAGES=writing.num_stages,
         AT_ONCE=at_once and writing.part == writing.block_d and held_sums <= 64 * 32 * writing.num_warps,
     )  # fmt: skip
     return out, a
@@ -1110,6 +1123,38 @@ def _post_block_op(*inputs: Any) -> Sequence[Tensor]:
     return run_planned(_forward_plans, key, inputs, call)
 
 
+#: The same of `post_block_inference`; and for each activation the plan of the last call.
+_inference_plans: dict[Any, Callable[..., Tensor | None]] = {}
+_last_inference: dict[str, Callable[..., Tensor | None]] = {}
+
+
+def _post_block_inference_op(
+    residual: Tensor, branch: Tensor, down: Tensor, up: Tensor, scale: Tensor, activation: str
+) -> Tensor:
+    weights = (down, up, scale)
+    last = _last_inference.get(activation, no_plan)
+    out = last(residual, branch, weights)
+    if out is not None:
+        return out
+    key = (residual.shape, residual.dtype, branch.dtype, down.shape, down.dtype, down.requires_grad, activation)
+    run = _inference_plans.get(key, no_plan)
+    out = None if run is last else run(residual, branch, weights)
+    if out is None:
+        none = (None,) * 3  # b1, b2, gain
+        call = (residual, branch, down, up, *none, scale, None, 1.0, activation, False)
+        (out,), plan = Plan.make((residual, branch, *weights), lambda: _eager_forward(*call)[:1])
+        if plan is None:
+            return out
+        run = plan.run
+        keep(_inference_plans, key, run)
+    _last_inference[activation] = run
+    return out
+
+
+def _post_block_inference_fake(residual, branch, down, up, scale, activation):
+    return residual.new_empty(residual.shape, dtype=torch.promote_types(residual.dtype, branch.dtype))
+
+
 def _post_block_fake(
     residual, branch, down, up, down_bias, up_bias, gain, scale_tensor, basis, scale, activation, keep_a
 ):  # fmt: skip
@@ -1271,6 +1316,12 @@ _op = register(
     f"post_block(Tensor residual, Tensor? branch, {_OPERANDS}, bool keep_a) -> (Tensor, Tensor)",
     _post_block_op, _post_block_fake, _RegisteredPostBlock.apply,
 )  # fmt: skip
+# What a layer usually is in a graph that asks for no gradient: each argument and each result costs a conversion.
+register(
+    "post_block_inference(Tensor residual, Tensor branch, Tensor down, Tensor up, Tensor scale, str activation)"
+    " -> Tensor",
+    _post_block_inference_op, _post_block_inference_fake, None,
+)  # fmt: skip
 _backward_op = register(
     f"post_block_backward(Tensor grad, Tensor? out, Tensor? a, {_OPERANDS}, bool[] needs) -> Tensor[]",
     _post_block_backward_op, _post_block_backward_fake, _differentiable_backward_op,
@@ -1402,6 +1453,9 @@ def post_block(
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiated)
     inputs = (*differentiated, basis, s, activation, wanted and rank > 0)
     if torch.compiler.is_compiling():
+        if not wanted and branch is not None and down is not None and up is not None and scale_tensor is not None:
+            if down_bias is None and up_bias is None and gain is None and basis is None:
+                return torch.ops.fused_steer.post_block_inference(residual, branch, down, up, scale_tensor, activation)
         return torch.ops.fused_steer.post_block(*inputs)[0]
     if torch._C._are_functorch_transforms_active():
         return _TransformedPostBlock.apply(*inputs)[0]

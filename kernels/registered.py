@@ -20,7 +20,7 @@ _OF_A_DEVICE = {DispatchKeySet(getattr(DispatchKey, name)).raw_repr() for name i
 
 
 def register(
-    schema: str, run: Callable[..., Any], fake: Callable[..., Any], differentiate: Callable[..., Any]
+    schema: str, run: Callable[..., Any], fake: Callable[..., Any], differentiate: Callable[..., Any] | None
 ) -> Callable[..., Any]:
     """Define `torch.ops.fused_steer.<name>`.
 
@@ -29,6 +29,7 @@ def register(
         run: the op, on any device. What it returns shares no memory with what it was given.
         fake: what the results are like, from tensors that have no values.
         differentiate: called in place of `run` where a gradient is asked for: a result with a gradient, or an error.
+            None for an op that is called where none is: the dispatcher then passes autograd by without a Python call.
 
     Returns:
         The op without autograd: what `differentiate` may call.
@@ -51,6 +52,7 @@ def register(
             return op(*inputs)
 
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
-    _LIBRARY.impl(name, with_autograd, "Autograd", with_keyset=True)
+    if differentiate is not None:
+        _LIBRARY.impl(name, with_autograd, "Autograd", with_keyset=True)
     torch.library.register_fake(f"fused_steer::{name}", fake)
     return without_autograd

@@ -57,7 +57,7 @@ def test_extreme_ranks(rank):
         SteerConfig(),
         SteerConfig(form="vector", layers=[1, 2], scale=-0.25),
         SteerConfig(rank=3, activation="gelu", down_bias=True, up_bias=True, init_scale=1e-3, dtype="bfloat16"),
-        SteerConfig(orthogonal_to="lora", writers="all", side="input", every=10),
+        SteerConfig(orthogonal_to="lora", orthogonal_modules="all"),
     ],
     ids=["default", "vector", "lowrank", "orthogonal"],
 )
@@ -95,14 +95,8 @@ def test_round_trip(config):
         ({"scale": "x"}, TypeError, "'x'"),
         ({"scale": True}, TypeError, "True"),
         ({"orthogonal_to": "dora"}, ValueError, "'dora'"),
-        ({"writers": "attention", "orthogonal_to": "lora"}, ValueError, "'attention'"),
-        ({"side": "both", "orthogonal_to": "lora"}, ValueError, "'both'"),
-        ({"side": "input", "orthogonal_to": "lora", "form": "vector"}, ValueError, "'input'"),
-        ({"every": 0, "orthogonal_to": "lora"}, ValueError, "0"),
-        ({"every": 1.5, "orthogonal_to": "lora"}, TypeError, "1.5"),
-        ({"every": 2}, ValueError, "orthogonal_to='lora'"),
-        ({"side": "input"}, ValueError, "orthogonal_to='lora'"),
-        ({"writers": "all"}, ValueError, "orthogonal_to='lora'"),
+        ({"orthogonal_modules": "attention", "orthogonal_to": "lora"}, ValueError, "'attention'"),
+        ({"orthogonal_modules": "all"}, ValueError, "orthogonal_to='lora'"),
         ({"init_scale": math.inf}, ValueError, "inf"),
         ({"init_scale": None}, TypeError, "None"),
     ],
@@ -118,8 +112,28 @@ def test_refusals(fields: dict[str, Any], error, came):
     "make", [lambda fields: SteerConfig(**fields), SteerConfig.from_dict], ids=["init", "from_dict"]
 )
 def test_unknown_field_is_answered_with_the_known_ones(make):
-    with refused(TypeError, "'rnk'", *FIELDS):
-        make({"rnk": 4})
+    for name in ("rnk", "writers", "side", "every"):
+        with refused(TypeError, repr(name), *FIELDS):
+            make({name: 4})
+
+
+@pytest.mark.parametrize("form", ["lowrank", "vector"])
+def test_fields_are_plain_once_made(form):
+    config = SteerConfig(form=form, layers=[0])
+    kinds = {name: type(getattr(config, name)) for name in FIELDS if name != "orthogonal_to"}
+    assert kinds == {
+        "form": str,
+        "rank": int,
+        "activation": str,
+        "layers": tuple,
+        "scale": float,
+        "down_bias": bool,
+        "up_bias": bool,
+        "init_scale": float,
+        "dtype": str,
+        "orthogonal_modules": str,
+    }
+    assert dataclasses.replace(config, scale=2) == SteerConfig(form=form, layers=[0], scale=2.0)
 
 
 @pytest.mark.parametrize("init_scale", [1.0, 1e-3])

@@ -1,13 +1,18 @@
 """The pages of docs/: their Python runs, block after block, on tiny models."""
 
+import importlib
 import re
+import runpy
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from models import build, tokens
 from pages import DOCS, run_page
+from transformers import TrainingArguments
 
+import fused_steer
 from fused_steer import SteerConfig, patch_model
 
 PAGES = ["migrating.md", "modes.md", "peft.md"]  # trainer.md and trl.md: test_trainer.py, test_trl.py
@@ -33,6 +38,86 @@ def test_the_code_of_the_page_on_serving_runs(tmp_path, monkeypatch, capsys):
     run_page("serving.md", names)
     assert names["output"].shape == (3, ids.shape[1] + 4)
     assert "2 adapters, 2 in 2 slots of rank 8" in capsys.readouterr().out
+
+
+_COMMAND = re.compile(r"`pytest (tests/[\w/]+\.py)( -k (?:\"([^\"]+)\"|(\w+)))?`")
+
+
+def commands() -> list[tuple[str, str, str]]:
+    """Each `pytest FILE` of README and docs/: the page, the file, and what follows -k."""
+    found = []
+    for page in [*DOCS.glob("*.md"), DOCS.parent / "README.md"]:
+        for file, _, quoted, word in _COMMAND.findall(page.read_text(encoding="utf-8").replace("\n", " ")):
+            found.append((page.name, file, quoted or word))
+    return found
+
+
+def test_tests_that_pages_name_are_there():
+    """So that a promise has the command that checks it: the file exists, and -k finds a test in it."""
+    assert len(commands()) > 30
+    for page, file, expression in commands():
+        tests = re.findall(r"^def (test_\w+)", (DOCS.parent / file).read_text(encoding="utf-8"), re.MULTILINE)
+        for word in expression.split(" or ") if expression else []:
+            assert any(word in test for test in tests), f"{page} names a test of {file} that is not there: {word}"
+
+
+def test_every_guarantee_has_a_command():
+    lines = [line for line in (DOCS / "guarantees.md").read_text(encoding="utf-8").splitlines() if line[:2] == "| "]
+    promises = [line for line in lines if not line.startswith("| promise |")]
+    assert len(promises) > 30
+    for line in promises:
+        assert re.search(r"\| `(pytest|fused-steer) [^`]+` \|$", line), line
+
+
+def test_the_code_of_the_first_pages_runs(tmp_path, monkeypatch):
+    """The page's block on SmolLM2 is README's, which tests/test_readme.py runs."""
+    monkeypatch.chdir(tmp_path)
+    run_page("index.md", {"model": build()})
+    patch_model(build(), SteerConfig(rank=8)).steering.save("pirate")
+    names = {"model": build(), "patch_model": patch_model, "SteerConfig": SteerConfig}
+    run_page("getting-started.md", names)
+    assert not hasattr(names["model"], "steering")
+    names = {"TrainingArguments": partial(TrainingArguments, use_cpu=True), "SteerConfig": SteerConfig}
+    run_page("choosing.md", names)
+    assert names["config"].layers == tuple(range(8, 16))
+    assert names["arguments"].lr_scheduler_type == "constant" and names["arguments"].warmup_steps == 0
+
+
+def test_messages_of_troubleshooting_are_those_of_the_code():
+    """What stands between the … of a message stands in a message of the sources."""
+    root = DOCS.parent
+    sources = [
+        file.read_text(encoding="utf-8")
+        for folder in ("fused_steer", "kernels")
+        for file in (root / folder).rglob("*.py")
+    ]
+    code = re.sub(r"\"\s*\n\s*f?\"", "", "\n".join(sources))  # a message in several strings is one
+    cells = re.findall(r"^\| (.*?) \|", (DOCS / "troubleshooting.md").read_text(encoding="utf-8"), re.MULTILINE)
+    messages = [message for cell in cells for message in re.findall(r"`([^`]*[ …][^`]*)`", cell)]
+    assert len(messages) > 20
+    for message in messages:
+        for part in message.split("…"):
+            assert part.strip() in code, f"no message has {part.strip()!r}"
+
+
+def test_every_public_name_is_in_the_reference():
+    listed = re.findall(r"^::: (\S+)\.(\w+)$", (DOCS / "reference.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert set(fused_steer.__all__) - {"__version__"} <= {name for _, name in listed}
+    for module, name in listed:
+        if module != "fused_steer.trl" or importlib.util.find_spec("trl"):
+            home = re.sub(r"^kernels\b", "fused_steer.kernels", module)
+            assert getattr(importlib.import_module(home), name).__doc__, f"{module}.{name}"
+
+
+def test_a_link_out_of_docs_leads_to_the_repository(caplog):
+    hook = runpy.run_path(str(DOCS / "site.py"))["on_page_markdown"]
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="trainer.md"))
+    config = SimpleNamespace(repo_url="https://example.org/here")
+    text = hook("[a](../examples/train_trainer.py) [b](peft.md#files)", page=page, config=config)
+    assert text == "[a](https://example.org/here/blob/main/examples/train_trainer.py) [b](peft.md#files)"
+    assert not caplog.records
+    hook("[a](../examples/none.py)", page=page, config=config)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]  # with --strict, an error
 
 
 def test_no_page_names_a_page_that_is_not_there():

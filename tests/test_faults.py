@@ -81,7 +81,7 @@ def saved(state: State, name: str = "polite", config: SteerConfig = CONFIG, seed
 def whole(folder: Path) -> Tensor:
     """The values of the adapter in a folder; an error if it is no whole one."""
     layers = read_adapter(folder).tensors
-    return torch.cat([tensor.flatten() for named in layers.values() for _, tensor in sorted(named.items())])
+    return torch.cat([layers[i][name].flatten() for i in sorted(layers) for name in sorted(layers[i])])
 
 
 def one_of_two(folder: Path) -> Callable[[State], None]:

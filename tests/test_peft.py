@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from fused_steer.kernels.launch import noted
+from hardware import HAS_GPU
 from models import (
     assert_close,
     build,
@@ -26,7 +28,10 @@ from peft import LoraConfig, PeftConfig, PeftMixedModel, PeftModel, get_peft_mod
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+import fused_steer.peft as peft_module
+import fused_steer.serving.slots as slots_module
 from fused_steer import SteerConfig, patch_model
+from fused_steer.model.site import Site, SteeringSite
 from fused_steer.peft import PeftSite, PostBlockConfig
 
 #: name -> model family, and what the adapter's config says.
@@ -179,6 +184,154 @@ def test_each_row_by_its_own_adapter(family, fields):
                 row = tokens()[index : index + 1]
                 assert torch.equal(model.generate(input_ids=row, **options)[0], together[index])
                 assert torch.equal(model.generate(input_ids=row, num_beams=2, **options)[0], beams[index])
+
+
+def of_three(family: str = "llama") -> PeftModel:
+    """Adapters of several ranks, activations, strengths and layers."""
+    model = adapted(family, "first", r=4, activation="silu", scale=0.5)
+    for seed, (name, fields) in enumerate(
+        {
+            "second": {"r": 2, "activation": "tanh", "layers": [1], "down_bias": True},
+            "third": {"form": "vector", "scale": -2.0},
+        }.items(),
+        2,
+    ):
+        model.add_adapter(name, PostBlockConfig(**fields))
+        fill(model, name, seed)
+    return model
+
+
+def of_rows(model: PeftModel, rows: list[str]) -> Tensor:
+    """Logits of one prompt, a row for each name."""
+    with torch.no_grad():
+        return model(input_ids=tokens()[:1].expand(len(rows), -1), adapter_names=rows).logits
+
+
+def assert_rows_answer_as_alone(model: PeftModel, rows: list[str]) -> None:
+    actual, prompt = of_rows(model, rows), tokens()[:1]
+    with torch.no_grad(), model.disable_adapter():
+        unsteered = model(prompt.expand(len(rows), -1)).logits, model(prompt).logits.expand(len(rows), -1, -1)
+        base = unsteered[1]
+    for name, row in zip(rows, actual, strict=True):
+        if name == "__base__":
+            alone = base
+        else:
+            model.set_adapter(name)
+            with torch.no_grad():
+                alone = model(prompt).logits
+            assert not torch.equal(alone, base)
+        assert_close(row, alone[0], unsteered=unsteered)
+
+
+@pytest.mark.parametrize("length", [7, 150], ids=["few tokens", "many tokens"])
+@pytest.mark.parametrize("rows", [["first"], ["first", "second"], ["third", "first", "__base__", "second"]], ids=len)
+def test_rows_cost_two_launches_a_layer_whatever_their_adapters(rows, length, monkeypatch):
+    monkeypatch.setenv("FUSED_STEER_BACKEND", "triton")
+    model = of_three().to("cuda" if HAS_GPU else "cpu")
+    hidden = torch.randn(len(rows), length, 32, device=model.device)
+    with torch.no_grad(), model.base_model._enable_peft_forward_hooks(adapter_names=rows):
+        for layer in model.get_base_model().model.layers:
+            with noted() as notes:
+                layer.post_block(hidden, hidden)
+            kind = "token" if len(rows) * length <= 256 else "tile"
+            assert [launch.kernel.__name__ for launch in notes.launches] == [f"{kind}_down_kernel", f"{kind}_up_kernel"]
+
+
+def test_rows_are_one_op_a_layer(monkeypatch):
+    ran: list[str] = []
+    for module, name in ((slots_module, "post_block_routed"), (peft_module, "post_block")):
+        op = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, op=op, name=name, **k: ran.append(name) or op(*a, **k))
+    model = of_three()
+    del ran[:]
+    of_rows(model, ["third", "first", "__base__", "second"])
+    assert ran == ["post_block_routed"] * 3
+    del ran[:]
+    of_rows(model, ["second", "__base__"])  # which steers one layer of three
+    assert ran == ["post_block_routed"]
+    del ran[:]
+    of_rows(model, ["__base__", "__base__"])
+    assert ran == []
+
+
+def test_rows_without_adapter_keep_their_bits():
+    model = of_three()
+    x, branch = torch.randn(2, 3, 5, 32)
+    x[0, 0, 0] = branch[0, 0, 0] = -0.0
+    with torch.no_grad(), model.base_model._enable_peft_forward_hooks(adapter_names=["__base__", "first", "third"]):
+        for layer in model.get_base_model().model.layers:
+            out = layer.post_block(x, branch)
+            assert torch.equal(out[0], (x + branch)[0]) and out[0, 0, 0].signbit().all()
+            assert not torch.equal(out[1], (x + branch)[1])
+
+
+def replace(model: nn.Module, name: str) -> None:
+    """Every parameter of the adapter is another object from now on, with other values."""
+    for path, parameter in of_adapter(model, name).items():
+        place, _, kind = path.rpartition(".")
+        setattr(model.get_submodule(place), kind, nn.Parameter(0.5 * torch.randn_like(parameter)))
+
+
+def step_unseen(model: nn.Module, name: str) -> None:
+    """A step of an optimizer that raises no version."""
+    parameters = list(of_adapter(model, name).values())
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    torch.optim.SGD(parameters, lr=0.3, fused=True).step()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda model, name: fill(model, name, seed=9), replace, step_unseen],
+    ids=["in place", "other parameters", "fused optimizer"],
+)
+def test_rows_show_weights_that_changed_between_two_passes(change):
+    model, rows = of_three(), ["first", "__base__", "third"]
+    before = of_rows(model, rows)
+    change(model, "first")
+    after = of_rows(model, rows)
+    assert not torch.equal(after[0], before[0]) and torch.equal(after[1:], before[1:])
+    assert_rows_answer_as_alone(model, rows)
+
+
+def test_rows_after_adapters_came_and_went():
+    model = of_three()
+    rows = ["first", "second", "third"]
+    assert_rows_answer_as_alone(model, rows)
+    model.delete_adapter("second")
+    model.add_adapter("second", PostBlockConfig(r=6, activation="gelu", layers=[0, 2], up_bias=True))
+    fill(model, "second", 5)
+    assert_rows_answer_as_alone(model, rows)
+    assert_rows_answer_as_alone(copy.deepcopy(model), rows)
+    assert_rows_answer_as_alone(model.double().float(), ["third", "second", "__base__", "second"])
+
+
+def test_rows_in_compiled_graphs():
+    model = of_three()
+    compiled = torch.compile(model.get_base_model(), backend="eager", fullgraph=True)
+    for rows in (["first", "second"], ["__base__", "third"]):
+        with torch.no_grad():
+            expected = model(input_ids=tokens(), adapter_names=rows).logits
+            with model.base_model._enable_peft_forward_hooks(adapter_names=rows):
+                assert torch.equal(compiled(input_ids=tokens()).logits, expected)
+    with torch.no_grad():
+        assert torch.equal(compiled(input_ids=tokens()).logits, model(input_ids=tokens()).logits)
+
+
+def test_rows_have_no_gradient_and_say_so():
+    model = of_three()
+    model.set_adapter("first")
+    with pytest.raises(RuntimeError, match="adapter_names is for inference; expected torch.no_grad()"):
+        model(input_ids=tokens(), labels=tokens(), adapter_names=["first", "second"]).loss.backward()
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_site_has_no_more_than_it_uses():
+    site = adapted().get_base_model().model.layers[0].post_block
+    theirs = vars(SteeringSite()) | SteeringSite()._buffers | SteeringSite()._modules
+    foreign = theirs.keys() - vars(Site()).keys() - Site()._modules.keys()
+    assert foreign >= {"active", "scale", "strength", "basis", "rows", "_planned"}
+    assert not [name for name in foreign if hasattr(site, name)]
 
 
 @everywhere

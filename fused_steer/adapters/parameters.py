@@ -290,7 +290,7 @@ class Adapter:
     @classmethod
     def fresh(cls, config: SteerConfig, hidden: int, device: torch.device) -> Adapter:
         """A new adapter that changes nothing: W1 kaiming-uniform (a = √5) times `init_scale`, all else 0."""
-        options = {"device": device, "dtype": DTYPES[config.dtype]}
+        options: dict[str, Any] = {"device": device, "dtype": DTYPES[config.dtype]}
         down = up = None
         if config.rank:
             down = torch.empty(config.rank, hidden, **options)

@@ -18,7 +18,7 @@ from ..kernels.reference import ACTIVATIONS, accumulation_dtype
 from ..lora.layers import is_lora
 from ..lora.writers import MIXING, Writer, choose_writers, trace_writers
 from ..model.decoder import find_decoder, inside_peft
-from ..model.layer import SteeringSite
+from ..model.site import SteeringSite
 
 if TYPE_CHECKING:
     pass

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 
 from torch import Tensor, nn
 
+from ..model.scopes import Scopes
+
 
 def is_lora(module: nn.Module) -> bool:
     """Whether PEFT put a LoRA here."""
@@ -52,27 +54,35 @@ MODES = ("both", "lora", "steering")
 
 @contextlib.contextmanager
 def computing_by(
-    mode: str, model: nn.Module, steering_disabled: Callable[[], contextlib.AbstractContextManager[None]]
+    mode: str,
+    model: nn.Module,
+    scopes: Scopes,
+    disable_steering: Callable[[str], contextlib.AbstractContextManager[None]],
 ) -> Iterator[None]:
     """Inside, a steered model with LoRA computes by `mode`. Afterwards, also after an exception, all is as it was.
 
+    Args:
+        scopes: of the model.
+        disable_steering: a context without steering; it is told what disables it.
+
     Raises:
         ValueError: an unknown mode, or the model carries no LoRA.
+        RuntimeError: see `Scopes.open`.
     """
     if mode not in MODES:
         raise ValueError(f"mode is {mode!r}; expected one of {', '.join(map(repr, MODES))}")
     layers = list(lora_layers(model).values())
     if not layers:
         raise ValueError(f"mode is {mode!r} but {type(model).__name__} carries no LoRA; expected one from PEFT")
-    with contextlib.ExitStack() as stack:
-        if mode == "lora":
-            stack.enter_context(steering_disabled())
+    name = f"steering.mode({mode!r})"
+    undo = contextlib.ExitStack()
+    with disable_steering(name) if mode == "lora" else scopes.open(name, undo.close):
         if mode == "steering":
             enabled = [layer for layer in layers if not layer.disable_adapters]
             # PEFT switches requires_grad along with a layer.
             for parameter in (parameter for layer in enabled for parameter in layer.parameters()):
-                stack.callback(parameter.requires_grad_, parameter.requires_grad)
+                undo.callback(parameter.requires_grad_, parameter.requires_grad)
             for layer in enabled:
+                undo.callback(layer.enable_adapters, True)
                 layer.enable_adapters(False)
-                stack.callback(layer.enable_adapters, True)
         yield

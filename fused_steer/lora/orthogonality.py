@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from ..adapters.distributed import sharder
-from ..adapters.parameters import DOWN, UP, UP_BIAS, ByLayer
+from ..adapters.parameters import UP, UP_BIAS, ByLayer
 from ..config import SteerConfig
 from ..kernels.orthogonal import MAX_WRITERS, column_space, project_out
 from ..model.decoder import execution_device
-from ..model.layer import SteeringSite
+from ..model.site import SteeringSite
 from .layers import columns_of, lora_layers
 from .writers import Writer, choose_writers
 
@@ -39,7 +39,9 @@ Columns = dict[int, list[Tensor]]  # B (d, k) of each LoRA that writes into a la
 
 def lora_columns(writers: Mapping[int, list[Writer]], config: SteerConfig) -> Columns:
     """B of each layer that an active LoRA writes in, of the writers that `config` chooses."""
-    found = {i: [b for w in choose_writers(ws, config.writers) for b in w.columns()] for i, ws in writers.items()}
+    found = {
+        i: [b for w in choose_writers(ws, config.orthogonal_modules) for b in w.columns()] for i, ws in writers.items()
+    }
     return {index: columns for index, columns in found.items() if columns}
 
 
@@ -81,11 +83,11 @@ def check_lora(config: SteerConfig, writers: Mapping[int, list[Writer]], devices
     """
     columns = lora_columns(writers, config)
     if not columns:
-        chosen = choose_writers(next(iter(writers.values())), config.writers)
+        chosen = choose_writers(next(iter(writers.values())), config.orthogonal_modules)
         raise ValueError(
             "no active LoRA of the model is on a module that writes into the residual stream; expected one on "
             + " or ".join(writer.path for writer in chosen)
-            + ("" if config.writers == "all" else ", or writers='all' for the attention's too")
+            + ("" if config.orthogonal_modules == "all" else ", or orthogonal_modules='all' for the attention's too")
         )
     for index, found in columns.items():
         hidden, count = found[0].shape[0], sum(b.shape[1] for b in found)
@@ -120,7 +122,6 @@ class Orthogonality:
         """
         self.name, self.config, self.model = name, config, model
         self.sites = dict(sites)
-        self.steps = 0  # optimizer steps that moved something
         self._trace = trace
         self._writers: dict[int, list[Writer]] | None = None
         self._seen: tuple[Any, ...] | None = None  # the values as they were when the constraint was last seen to
@@ -154,13 +155,10 @@ class Orthogonality:
         return self._writers
 
     def _steered(self, index: int) -> dict[str, nn.Parameter]:
-        """What is constrained in a layer, by its name below the site: W2 and b2, or W1."""
+        """W2 and b2 of a layer, those that there are, by name below the site."""
         adapter = self.sites[index].adapter(self.name)
         assert adapter is not None
-        if self.config.side == "input":
-            found = {DOWN: adapter.down.weight}
-        else:
-            found = {UP: adapter.up.weight, UP_BIAS: adapter.up.bias}
+        found = {UP: adapter.up.weight, UP_BIAS: adapter.up.bias}
         return {name: parameter for name, parameter in found.items() if parameter is not None}
 
     def _state(self, columns: Columns) -> tuple[Any, ...]:
@@ -187,29 +185,21 @@ class Orthogonality:
         """
         if not self.in_use or not self.trains or not self._moved_by(optimizer):
             return
-        every = self.config.every
         columns = self._columns_to_train()
         if self._state(columns) == self._seen and not _moves_unseen(optimizer):
             return
-        # The optimizer's own count where it is needed and kept: a resumed run has that, and has not ours.
-        counts = [int(optimizer.state.get(p, {}).get("step", 0)) for p in self._first_steered()] if every > 1 else [0]
-        self.steps = max(counts) or self.steps + 1
-        if self.steps % every == 0:
-            self._project(columns, everything=True)
+        self._project(columns, everything=True)
         self._seen = self._state(columns)
 
     def _moved_by(self, optimizer: Optimizer) -> bool:
-        """Whether the optimizer has what is constrained, or, where each step counts, B."""
+        """Whether the optimizer has what is constrained, or B."""
         theirs = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         if any(id(p) in theirs for index in self.sites for p in self._steered(index).values()):
             return True
-        if self.config.every > 1 or self._writers is None:
+        if self._writers is None:
             return False
         columns = lora_columns(self._writers, self.config)
         return any(id(b if b._base is None else b._base) in theirs for found in columns.values() for b in found)
-
-    def _first_steered(self) -> list[nn.Parameter]:
-        return list(self._steered(next(iter(self.sites))).values())
 
     def before_forward(self) -> None:
         """Before a forward pass that trains: see to what changed otherwise than by an optimizer's step.
@@ -226,11 +216,7 @@ class Orthogonality:
         self._check_unsharded()
         devices = {index: next(iter(self._steered(index).values())).device for index in self.sites}
         check_lora(self.config, self.writers, devices)
-        if self.config.every == 1:
-            self._project(columns, everything=False)
-        elif self.config.side == "output" and self._seen is None:
-            for indices, writers in self._batches(columns):
-                self._set_bases(indices, writers)
+        self._project(columns, everything=False)
         self._seen = self._state(columns)
 
     def _check_unsharded(self) -> None:
@@ -290,8 +276,7 @@ class Orthogonality:
                 if not everything:
                     projected = torch.where(_violates(values, writers), projected, values)
                 torch._foreach_copy_(parameters, [_from_columns(name, value) for value in projected.unbind(0)])
-            if self.config.side == "output":
-                self._set_bases(indices, writers)
+            self._set_bases(indices, writers)
         for index, site in self.sites.items():
             if index not in columns:
                 site.basis = None
@@ -310,7 +295,7 @@ class Orthogonality:
     def constrained(self) -> ByLayer:
         """What is constrained, projected where it violates the constraint, by layer and by name below the site.
 
-        The parameters stay as they are: between two projections (`every` above 1) they may be violating it.
+        The parameters stay as they are. Values that did not come by training, as from a state dict, may violate it.
 
         Raises:
             ValueError: LoRA's B is not finite, or FSDP or ZeRO has sharded the adapter.
@@ -337,16 +322,12 @@ def _moves_unseen(optimizer: Optimizer) -> bool:
 
 
 def _as_columns(name: str, parameter: Tensor) -> Tensor:
-    """(d, r): W2 as it is, b2 as one column, W1 transposed."""
-    if name == UP_BIAS:
-        return parameter.unsqueeze(1)
-    return parameter.t() if name == DOWN else parameter
+    """(d, r): W2 as it is, b2 as one column."""
+    return parameter.unsqueeze(1) if name == UP_BIAS else parameter
 
 
 def _from_columns(name: str, columns: Tensor) -> Tensor:
-    if name == UP_BIAS:
-        return columns.squeeze(1)
-    return columns.t() if name == DOWN else columns
+    return columns.squeeze(1) if name == UP_BIAS else columns
 
 
 def _violates(values: Tensor, writers: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model.decoder import execution_device
-from ..model.layer import SteeringSite
+from ..model.site import Site
 from .layers import columns_of, is_lora
 
 #: Parts of the names of autograd's nodes that mix features: what comes before one does not itself enter the stream.
@@ -148,7 +148,7 @@ def _makers(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if any(path.startswith(outer) for outer in inside):
             continue
         held = (*module.parameters(recurse=False), *module.buffers(recurse=False))
-        if isinstance(module, SteeringSite):
+        if isinstance(module, Site):
             inside.append(f"{path}.")
         elif is_lora(module):
             inside.append(f"{path}.")
@@ -172,7 +172,7 @@ def trace_writers(module: nn.Module, layers: Mapping[int, nn.Module], hidden: in
     """
     trace = _Trace(layers, hidden)
     modes = [(m, m.training) for m in module.modules()]
-    counts = [(m, m.calls, m.backend) for m in module.modules() if isinstance(m, SteeringSite)]
+    counts = [(m, m.calls, m.backend) for m in module.modules() if isinstance(m, Site)]
     device = execution_device(module)
     try:
         module.eval()

@@ -13,35 +13,42 @@ from torch.utils.hooks import RemovableHandle
 from .decoder import Decoder
 from .layer import PatchedLayer
 from .passes import FEW_TOKENS, Packing, tokens_of
+from .scopes import Scopes
 from .watch import LayerList
 
 
 class DecoderHooks:
     """Hooks of the module that runs the decoder layers.
 
-    Before a pass they see to it that no steered layer was replaced, that forwards which others have put on layers are
-    watched, that what trains is ready for it, and that weights are packed; after it they end the packing.
+    Before a pass they see to it that it may run in this thread, that no steered layer was replaced, that forwards which
+    others have put on layers are watched, that what trains is ready for it, and that weights are packed. After it they
+    end the packing.
     """
 
     def __init__(
-        self, decoder: Decoder, patched: Mapping[int, PatchedLayer], before_training: Callable[[bool], None]
+        self,
+        decoder: Decoder,
+        patched: Mapping[int, PatchedLayer],
+        scopes: Scopes,
+        before_training: Callable[[bool], None],
     ) -> None:
         """
         Args:
             decoder: of the model.
             patched: the steered layers, by index, as they are at the time of a pass.
+            scopes: of the model; they are told of each pass.
             before_training: called before a pass with gradients, and told whether the decoder is in training mode.
         """
         self._module, self._patched, self._before_training = decoder.module, patched, before_training
+        self._scopes = scopes
         self._layer_list = LayerList(decoder.module, decoder.path.rpartition(".")[2])
         self._packing = Packing()
         self._handles: list[RemovableHandle] = []
 
     def attach(self) -> None:
-        self._handles = [
-            self._module.register_forward_pre_hook(self._before, with_kwargs=True),
-            self._module.register_forward_hook(self._after, always_call=True),
-        ]
+        # A line each: what an exception interrupts is removed by `remove`.
+        self._handles.append(self._module.register_forward_pre_hook(self._before, with_kwargs=True))
+        self._handles.append(self._module.register_forward_hook(self._after, always_call=True))
 
     def remove(self) -> None:
         for handle in self._handles:
@@ -50,6 +57,8 @@ class DecoderHooks:
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if torch.compiler.is_compiling():
             return
+        # DataParallel runs replicas in threads of its own, for a pass of the thread that waits for them.
+        self._scopes.begin_pass(checked=not getattr(module, "_is_replica", False))
         self._layer_list.check(self._patched)
         for patched in self._patched.values():
             patched.watch()
@@ -68,6 +77,7 @@ class DecoderHooks:
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
         if not torch.compiler.is_compiling():
+            self._scopes.end_pass()
             self._packing.end()
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 from torch import nn
 
 from .decoder import find_decoder
 from .decoder_hooks import DecoderHooks
-from .layer import PatchedLayer, SteeringSite, patch_layers, unpatch_layers
+from .layer import PatchedLayer, patch_layers, unpatch_layers
+from .scopes import Scopes
+from .site import SteeringSite
 from .watch import LayerReport, Report
 
 
@@ -17,13 +20,16 @@ class PatchedModel:
     """The steered layers of one model, and what is done to the rest of it."""
 
     def __init__(
-        self, model: nn.Module, kept: Collection[nn.Parameter], before_training: Callable[[bool], None]
+        self,
+        model: nn.Module,
+        kept: Callable[[nn.Module], Iterable[nn.Parameter]],
+        before_training: Callable[[bool], None],
     ) -> None:
         """Find the decoder; the model is not touched.
 
         Args:
             model: with decoder layers.
-            kept: parameters that are not frozen.
+            kept: gives those of the model's parameters that are not frozen.
             before_training: see `DecoderHooks`.
 
         Raises:
@@ -32,8 +38,9 @@ class PatchedModel:
         self.decoder = find_decoder(model)
         self.layers: dict[int, PatchedLayer] = {}  # in order
         self.disabled = 0  # how many `disable` are open
-        self._hooks = DecoderHooks(self.decoder, self.layers, before_training)
-        others = {id(parameter) for parameter in kept}
+        self.scopes = Scopes()
+        self._hooks = DecoderHooks(self.decoder, self.layers, self.scopes, before_training)
+        others = {id(parameter) for parameter in kept(model)}
         # By place: offloading puts another object there.
         self._requires_grad = [
             (module, name, p.requires_grad)
@@ -42,10 +49,13 @@ class PatchedModel:
             if id(p) not in others
         ]
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"disabled": 0}  # a copy is in no `disable`
+
     @property
     def sites(self) -> dict[int, SteeringSite]:
-        """By layer."""
-        return {index: patched.site for index, patched in self.layers.items()}
+        """By layer; without those that are being taken out."""
+        return {index: p.site for index, p in self.layers.items() if p.has_site}
 
     def patch(self, indices: Iterable[int]) -> None:
         """Give those of these layers a site that have none; all of them or none."""
@@ -62,29 +72,61 @@ class PatchedModel:
         self._hooks.attach()
 
     def undo(self) -> None:
-        """Take all sites out, and let train what trained before.
+        """Take all sites out, and let train what trained before. After an exception it can be called once more.
 
         Raises:
             RuntimeError: another library has since changed a layer's class; nothing is undone then.
         """
+        with self.changing("the model is unpatched"):
+            for site in self.sites.values():
+                site.enabled = False  # so that a model that is unpatched in part computes what its base does
         unpatch_layers(self.layers.values())
-        self.layers.clear()
         for module, name, required in self._requires_grad:
             parameter = module._parameters.get(name)
             if parameter is not None:
                 parameter.requires_grad_(required)
         self._hooks.remove()
+        self.layers.clear()
 
     @contextlib.contextmanager
-    def disable(self) -> Iterator[None]:
-        """Inside, no site steers."""
-        self.disabled += 1
-        self._enable()
-        try:
-            yield
-        finally:
-            self.disabled -= 1
+    def changing(self, what: str) -> Iterator[None]:
+        """Inside, what steers may change: no other thread runs the model, and an exception takes all of it back.
+
+        Raises:
+            RuntimeError: see `Scopes.change`.
+        """
+        with self.scopes.change(what):
+            earlier = dict(self.layers)
+            memories = [site.remember() for site in self.sites.values()]
+            try:
+                yield
+            except BaseException:
+                for index in [index for index in self.layers if index not in earlier]:
+                    self.layers.pop(index).remove()
+                for give_back in memories:
+                    give_back()
+                raise
+
+    @contextlib.contextmanager
+    def disable(self, what: str) -> Iterator[None]:
+        """Inside, no site steers.
+
+        Args:
+            what: disables them, for the errors.
+
+        Raises:
+            RuntimeError: see `Scopes.open`.
+        """
+        earlier = self.disabled
+
+        def end() -> None:
+            self.disabled = earlier
             self._enable()
+
+        with self.scopes.open(what, end):
+            self.disabled += 1
+            self._enable()
+            yield
 
     def _enable(self) -> None:
         for patched in self.layers.values():

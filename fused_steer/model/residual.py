@@ -6,6 +6,8 @@ syntax tree, every sum that may become the hidden state which the layer returns,
 
 Nothing is guessed. The tree is read by a small reaching-definitions analysis; wherever it does not understand how the
 returned value came about, or where the value is changed after the add, `ResidualNotFound` says so in one line.
+
+It is one file because the analysis is one recursion over one syntax tree.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ import itertools
 import os
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
@@ -24,38 +24,12 @@ _carried: ContextVar[tuple[int, ...]] = ContextVar("fused_steer_scopes", default
 _numbers = itertools.count()
 
 
-class Lock:
-    """A reentrant lock that copies of a model and forked processes have anew: they share none with this one."""
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
-        _locks.add(self)
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-
-    def __exit__(self, *_: Any) -> None:
-        self._lock.release()
-
-    def acquire(self, timeout: float = -1) -> bool:
-        return self._lock.acquire(timeout=timeout)
-
-    def release(self) -> None:
-        self._lock.release()
-
-    def renew(self) -> None:
-        """Forget who holds it: in a forked process nobody does."""
-        self._lock = threading.RLock()
-
-    def __reduce__(self) -> Any:
-        return Lock, ()
-
-
-_locks: weakref.WeakSet[Lock] = weakref.WeakSet()
+#: What holds locks: objects with a method `after_fork`, which is called in a forked process.
+renewed_after_fork: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 class Scope:
-    """An open scope. It ends with the block that holds it, also where an exception kept its end from running."""
+    """An open scope. It is kept alive by the block that it belongs to alone, so that it cannot outlive that."""
 
     __slots__ = ("__weakref__", "number", "what")
 
@@ -65,13 +39,21 @@ class Scope:
 
 
 class Scopes:
-    """The open scopes of one model, and the passes that run in each thread."""
+    """The open scopes of one model, and the passes that run in each thread.
+
+    turn: a lock for what only one thread may do at a time, and others wait for.
+    """
 
     def __init__(self) -> None:
-        self._lock = Lock()
         self._passes: dict[int, int] = {}  # by thread
         self._open: weakref.WeakSet[Scope] = weakref.WeakSet()
-        _all.add(self)
+        self._ends: dict[int, Callable[[], None]] = {}  # by number of a scope
+        self._renew_locks()
+        renewed_after_fork.add(self)
+
+    def _renew_locks(self) -> None:
+        self._lock = threading.RLock()
+        self.turn = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # of a copied model: nothing runs, and no scope is open
@@ -79,14 +61,28 @@ class Scopes:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__()  # type: ignore[misc]
 
-    def begin_pass(self) -> None:
+    def after_fork(self) -> None:
+        """In a forked process only the thread that forked goes on, with the scopes that it is in."""
+        me, carried = threading.get_ident(), _carried.get()
+        self._renew_locks()
+        self._passes = {thread: count for thread, count in self._passes.items() if thread == me}
+        for scope in list(self._open):
+            if scope.number not in carried:
+                self._open.discard(scope)
+
+    def begin_pass(self, checked: bool = True) -> None:
         """Say that the model runs in this thread, until `end_pass`.
+
+        Args:
+            checked: whether a scope of another thread or task is an error.
 
         Raises:
             RuntimeError: a scope is open that is not this thread's or task's.
         """
         with self._lock:
-            self._check("the model runs")
+            self.heal()
+            if checked:
+                self.check("the model runs")
             me = threading.get_ident()
             self._passes[me] = self._passes.get(me, 0) + 1
 
@@ -109,42 +105,58 @@ class Scopes:
             RuntimeError: the model runs in another thread, or a scope is open that is not this thread's or task's.
         """
         with self._lock:
-            self._check(what)
+            self.heal()
+            self.check(what)
             self._check_no_other_pass(what)
             yield
 
     @contextlib.contextmanager
-    def open(self, what: str) -> Iterator[Scope]:
+    def open(self, what: str, end: Callable[[], None]) -> Iterator[None]:
         """A scope, which the model's passes in other threads and tasks may not enter.
 
         Args:
             what: opens it, for the error: "steering.disabled()".
+            end: takes back what the scope did; called when it ends, and again where an exception cut that off.
 
         Raises:
             RuntimeError: as `change`.
         """
         with self._lock:
-            self._check(f"{what} is entered")
+            self.heal()
+            self.check(f"{what} is entered")
             self._check_no_other_pass(f"{what} is entered")
             scope = Scope(what)
             self._open.add(scope)
+            self._ends[scope.number] = end
         earlier = _carried.get()
         try:
             _carried.set((*earlier, scope.number))
-            yield scope
+            yield
         finally:
-            self._open.discard(scope)
             _carried.set(earlier)
+            with self._lock:
+                self._open.discard(scope)
+                end()
+                self._ends.pop(scope.number)
+
+    def heal(self) -> None:
+        """End the scopes that are not open any more, though an exception or a fork kept their end from running."""
+        if not self._ends:
+            return
+        with self._lock:
+            live = {scope.number for scope in self._open}
+            for number in [number for number in self._ends if number not in live]:
+                self._ends[number]()
+                del self._ends[number]
 
     def foreign(self) -> Scope | None:
         """A scope that is open and not this thread's or task's; None: there is none."""
         carried = _carried.get()
         return next((scope for scope in self._open if scope.number not in carried), None)
 
-    def _check(self, what: str) -> None:
-        if not self._open:
-            return
-        scope = self.foreign()
+    def check(self, what: str) -> None:
+        """Raises RuntimeError inside a scope that is not this thread's or task's."""
+        scope = self.foreign() if self._open else None
         if scope is not None:
             raise RuntimeError(
                 f"{what} inside {scope.what} of another thread or task; expected it in the one that opened that, or "
@@ -159,16 +171,9 @@ class Scopes:
             )
 
 
-_all: weakref.WeakSet[Scopes] = weakref.WeakSet()
-
-
 def _after_fork() -> None:
-    """Only the thread that forked goes on in the new process."""
-    for lock in list(_locks):
-        lock.renew()
-    me = threading.get_ident()
-    for scopes in list(_all):
-        scopes._passes = {thread: count for thread, count in scopes._passes.items() if thread == me}
+    for one in list(renewed_after_fork):
+        one.after_fork()
 
 
 if hasattr(os, "register_at_fork"):

@@ -13,7 +13,7 @@ from ..adapters.distributed import check_unsharded, gather, is_dtensor, part_of,
 from ..adapters.files import AdapterFile
 from ..adapters.parameters import ByLayer, Layout, by_layer, in_model, of_adapter
 from ..config import DTYPES, SteerConfig
-from .layer import SteeringSite
+from .site import SteeringSite
 
 Sites = Mapping[int, SteeringSite]  # by layer
 
@@ -104,7 +104,7 @@ def check_same_config(source: Any, saved: SteerConfig, name: str, here: SteerCon
 
 @torch.no_grad()
 def restore_values(file: AdapterFile, name: str, sites: Sites, layers: Iterable[nn.Module]) -> None:
-    """Write a file's values into an adapter's parameters. With several processes each takes what is its own.
+    """Write a file's values into an adapter's parameters, all or none. With several processes each takes its own part.
 
     Args:
         file: of the adapter's config.
@@ -118,7 +118,13 @@ def restore_values(file: AdapterFile, name: str, sites: Sites, layers: Iterable[
     parts = adapter_tensors(sites, name)
     if not all(is_dtensor(part) for named in parts.values() for part in named.values()):
         check_unsharded(layers, "adapters to be restored")
-    for index, tensors in file.tensors.items():
-        for key, tensor in tensors.items():
-            part = parts[index][key]
-            part.copy_(part_of(tensor.to(part.device), part))
+    earlier = {part: part.clone() for named in parts.values() for part in named.values()}
+    try:
+        for index, tensors in file.tensors.items():
+            for key, tensor in tensors.items():
+                part = parts[index][key]
+                part.copy_(part_of(tensor.to(part.device), part))
+    except BaseException:
+        for part, values in earlier.items():
+            part.copy_(values)
+        raise

@@ -11,34 +11,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, is_grad_enabled, nn
-from torch.compiler import is_compiling
+from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from ..config import SteerConfig
 from ..kernels.grouped import Routing
-from ..model.layer import SteeringSite
+from ..model.scopes import Scopes
+from ..model.site import SteeringSite
 from .caches import Seen, cache_length, check_begins, does_not_tell, find_cache, is_cache, is_empty
 from .requests import EVERY_TOKEN, Request
-from .slots import Held, Slots, slots_for
+from .rows import Rows
+from .slots import Held
 
 # ------------------------------------------------------------------------------------------------------- while it runs
-
-
-class Lock:
-    """A lock that a copied model has anew: copies and other processes share none."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-
-    def __exit__(self, *_: Any) -> None:
-        self._lock.release()
-
-    def __reduce__(self) -> Any:
-        return Lock, ()
 
 
 @dataclass
@@ -47,7 +31,9 @@ class Batch:
 
     requests: list[Request]
     held: Held
-    thread: int = field(default_factory=threading.get_ident)
+    scopes: Scopes  # of the model
+    opener: int = field(default_factory=threading.get_ident)  # the thread
+    thread: int | None = None  # that runs the model now
     ids: Tensor | None = None  # (rows, tokens) int32, of the pass that runs or comes next
     gain: Tensor | None = None  # (rows, tokens) float32
     prompt: int | None = None  # columns of the prompt, padding included
@@ -56,14 +42,29 @@ class Batch:
     counted: int | None = None  # columns after the passes of the `generate` that runs; None: there was none yet
     feeding: Seen | None = None  # the cache of the pass outside `generate` that runs
     seen: Seen | None = None  # and of the one before, once it was through
+    passing: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)  # of the pass outside `generate`
     _decode: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _routings: dict[torch.device, tuple[Tensor, Routing]] = field(default_factory=dict)
 
-    def check_thread(self) -> None:
-        if threading.get_ident() != self.thread:
-            raise RuntimeError(
-                "the model runs in another thread than the one that opened its batch; expected one thread at a time"
-            )
+    def __reduce__(self) -> Any:
+        return type(None), ()  # a copied model is in no batch
+
+    @contextlib.contextmanager
+    def in_this_thread(self) -> Iterator[None]:
+        """Inside, this thread runs the model.
+
+        Raises:
+            RuntimeError: the batch is another thread's or task's, or another thread runs the model in it.
+        """
+        self.scopes.check("the model runs")
+        earlier, me = self.thread, threading.get_ident()
+        if earlier not in (None, me):
+            raise RuntimeError("another thread runs the model in this steering.batch; expected one thread at a time")
+        self.thread = me
+        try:
+            yield
+        finally:
+            self.thread = earlier
 
     def routing(self, device: torch.device) -> Routing:
         """Of the pass that runs, on a layer's device: worked out once for all layers there, and for all steps that have
@@ -178,101 +179,83 @@ class Batch:
         )
 
 
-class Rows(nn.Module):
-    """Steers one layer by rows while a batch runs. For inference."""
-
-    def __init__(self, batch: Batch, slots: Slots | None) -> None:
-        """
-        Args:
-            slots: that hold the batch's adapters of this layer; None: no adapter of the batch steers it.
-        """
-        super().__init__()
-        self.batch = batch
-        self.slots = slots
-
-    def forward(self, residual: Tensor, branch: Tensor | None) -> Tensor:
-        """residual + branch, each row steered by its own adapter. (rows, tokens, d)
-
-        Raises:
-            RuntimeError: a gradient is asked for, or a compiled model runs outside of `generate`.
-        """
-        batch = self.batch
-        batch.check_place()
-        slots: Any = self._modules["slots"]
-        if slots is None:
-            return residual if branch is None else residual + branch
-        if is_grad_enabled() and (residual.requires_grad or branch is not None and branch.requires_grad):
-            raise RuntimeError("steering.batch is for inference; expected torch.no_grad() around the model")
-        if is_compiling():
-            return slots(residual, branch, batch.ids.to(residual.device), batch.gain.to(residual.device))
-        return slots.routed(residual, branch, batch.routing(residual.device))
-
-    def plan(self, device: torch.device) -> tuple[Slots, Callable[[], tuple[Tensor, ...]]] | None:
-        """The slots with their launch plans, and a function that returns what a plan takes behind residual and branch.
-
-        None: no adapter of the batch steers this layer.
-        """
-        batch, slots = self.batch, self.slots
-        if slots is None:
-            return None
-
-        ids: Any = ()
-        weights: Any = None
-        found: tuple[Tensor, ...] = ()
-
-        def operands() -> tuple[Tensor, ...]:
-            # The same in all steps that have the same ids.
-            nonlocal ids, weights, found
-            if batch.ids is not ids or slots.weights is not weights:
-                found = slots.operands(batch.routing(device))
-                ids, weights = batch.ids, slots.weights
-            return found
-
-        return slots, operands
-
-
-@contextlib.contextmanager
-def running(
-    model: nn.Module, decoder: nn.Module, sites: Mapping[int, SteeringSite], requests: list[Request], held: Held
-) -> Iterator[Batch]:
-    """Inside, `model` steers by rows. Afterwards, also after an exception, all is as it was.
+def run_batch(
+    model: nn.Module,
+    decoder: nn.Module,
+    sites: Mapping[int, SteeringSite],
+    batch: Batch,
+    undo: contextlib.ExitStack,
+) -> None:
+    """Let `model` steer by rows, until `undo` is closed.
 
     Its `generate` and `prepare_inputs_for_generation` are wrapped, on this instance: there the prompt's length and
     each pass's place in it are known. Other passes are seen by a hook of the decoder.
     """
-    batch = Batch(requests, held)
-    with contextlib.ExitStack() as stack:
-        for index, site in sites.items():
-            site.rows = Rows(batch, held.slots.get(index))
-            stack.callback(setattr, site, "rows", None)
-        names = tuple(inspect.signature(decoder.forward).parameters)
-        before = decoder.register_forward_pre_hook(functools.partial(_before_forward, batch, names), with_kwargs=True)
-        stack.callback(before.remove)
-        after = decoder.register_forward_hook(functools.partial(_after_forward, batch))
-        stack.callback(after.remove)
-        for name, make in (("generate", _generate), ("prepare_inputs_for_generation", _prepare_inputs)):
-            if hasattr(model, name):
-                stack.enter_context(_wrapped(model, name, functools.partial(make, batch, model)))
-        yield batch
+    names = tuple(inspect.signature(decoder.forward).parameters)
+    # Whatever an exception interrupts, each change has been given to `undo` before, or in the same line.
+    for index, site in sites.items():
+        undo.callback(setattr, site, "rows", None)
+        site.rows = Rows(batch, batch.held.slots.get(index))
+    before, after = _Hook(_before_forward, batch, names), _Hook(_after_forward, batch)
+    undo.callback(before.stop)
+    undo.callback(after.stop)
+    undo.callback(decoder.register_forward_pre_hook(before, with_kwargs=True).remove)
+    undo.callback(decoder.register_forward_hook(after, always_call=True).remove)
+    for name, make in _WRAPPERS.items():
+        if hasattr(model, name):
+            if name in vars(model):
+                undo.callback(setattr, model, name, vars(model)[name])
+            undo.callback(vars(model).pop, name, None)
+            setattr(model, name, _Wrapped(model, name, make(batch, getattr(model, name))))
 
 
-@contextlib.contextmanager
-def _wrapped(model: nn.Module, name: str, make: Callable[[Any], Any]) -> Iterator[None]:
-    """Have `model.<name>` wrapped on the instance."""
-    own = vars(model).get(name)
-    original = getattr(model, name)
-    setattr(model, name, functools.wraps(original)(make(original)))
-    try:
-        yield
-    finally:
-        delattr(model, name)
-        if own is not None:
-            setattr(model, name, own)
+class _Hook:
+    """A hook of the decoder that belongs to a batch. A copied model is in no batch, and its hook does nothing."""
+
+    def __init__(self, function: Callable[..., None], *first: Any) -> None:
+        self._function, self._first = function, first
+
+    def __call__(self, *args: Any) -> None:
+        self._function(*self._first, *args)
+
+    def stop(self) -> None:
+        """Do nothing from now on: PyTorch also calls a hook that is removed while it calls those before."""
+        self._function = _nothing
+
+    def __reduce__(self) -> Any:
+        return _Hook, (_nothing,)
 
 
-def _generate(batch: Batch, model: nn.Module, original: Any) -> Any:
+def _nothing(*_: Any) -> None:
+    pass
+
+
+class _Wrapped:
+    """A method of a model in a batch. A copied model has its class's own method there."""
+
+    def __init__(self, model: nn.Module, name: str, function: Callable[..., Any]) -> None:
+        self._model, self._name, self._function = model, name, function
+        functools.update_wrapper(self, getattr(model, name))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._function(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        twin = memo[id(self._model)]
+        return getattr(type(twin), self._name).__get__(twin)
+
+
+def _generate(batch: Batch, original: Any) -> Any:
     def generate(*args: Any, **kwargs: Any) -> Any:
-        batch.check_thread()
+        try:
+            with batch.in_this_thread():
+                return run(*args, **kwargs)
+        except BaseException:
+            if hasattr(kwargs.get("streamer"), "end"):
+                kwargs["streamer"].end()  # whoever reads it in another thread would wait for ever
+            raise
+
+    def run(*args: Any, **kwargs: Any) -> Any:
         given = dict(kwargs)
         if args:
             given["inputs"] = args[0]
@@ -303,7 +286,17 @@ def _generate(batch: Batch, model: nn.Module, original: Any) -> Any:
     return generate
 
 
-def _prepare_inputs(batch: Batch, model: nn.Module, original: Any) -> Any:
+def _refuse(batch: Batch, original: Any) -> Any:
+    def generate_batch(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError(
+            "generate_batch puts requests together by itself, in a thread of its own; expected model.generate inside "
+            "steering.batch"
+        )
+
+    return generate_batch
+
+
+def _prepare_inputs(batch: Batch, original: Any) -> Any:
     parameters = inspect.signature(original)
 
     def prepare_inputs_for_generation(*args: Any, **kwargs: Any) -> Any:
@@ -322,6 +315,14 @@ def _prepare_inputs(batch: Batch, model: nn.Module, original: Any) -> Any:
     return prepare_inputs_for_generation
 
 
+_WRAPPERS: dict[str, Callable[[Batch, Any], Any]] = {
+    "generate": _generate,
+    "prepare_inputs_for_generation": _prepare_inputs,
+    "generate_batch": _refuse,
+    "init_continuous_batching": _refuse,
+}
+
+
 def _before_forward(
     batch: Batch, names: Sequence[str], decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
@@ -331,9 +332,9 @@ def _before_forward(
     """
     if torch.compiler.is_compiling():
         return
-    batch.check_thread()
-    if batch.generating:
+    if batch.generating and batch.thread == threading.get_ident():
         return
+    batch.passing.enter_context(batch.in_this_thread())
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     fed = _first(given, "inputs_embeds", "input_ids")
     batch.feeding = None
@@ -359,7 +360,10 @@ def _before_forward(
 
 def _after_forward(batch: Batch, decoder: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     """After each eager pass outside generate: note what its cache holds, so that the next need not ask the device."""
-    if torch.compiler.is_compiling() or batch.feeding is None:
+    if torch.compiler.is_compiling() or batch.thread != threading.get_ident() or batch.generating:
+        return
+    batch.passing.close()
+    if batch.feeding is None:
         return
     seen, batch.feeding = batch.feeding, None
     if seen.cache is None and isinstance(output, Mapping):  # one that the model has made
@@ -433,22 +437,3 @@ def _past_of_a_pass(batch: Batch, given: Mapping[str, Any], tokens: int) -> tupl
         else:
             raise ValueError(does_not_tell(cache))
     return length, cache
-
-
-# ---------------------------------------------------------------------------------------------------- adapters in slots
-
-
-@contextlib.contextmanager
-def hold_loaded(
-    sites: Mapping[int, SteeringSite], configs: Mapping[str, SteerConfig], names: Sequence[str]
-) -> Iterator[Held]:
-    """Adapters that the model has loaded, copied into slots of their own."""
-    numbers = {name: number for number, name in enumerate(names)}
-    slots = {}
-    for index, site in sites.items():
-        here = {name: adapter for name in names if (adapter := site.adapter(name)) is not None}
-        if here:
-            slots[index] = slots_for({name: adapter.named_tensors() for name, adapter in here.items()}, len(names))
-        for name, adapter in here.items():
-            slots[index].put(numbers[name], adapter.named_tensors(), configs[name].activation)
-    yield Held(numbers, slots, {name: configs[name].scale for name in names})

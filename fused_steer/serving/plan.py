@@ -23,7 +23,7 @@ from rich.table import Table
 from ..adapters.parameters import PEFT_PREFIX
 from ..config import DTYPES, SteerConfig, checked_number
 from ..model.decoder import find_decoder
-from .pool import checked_size
+from .holding import checked_size
 
 #: What vLLM takes for `--max-lora-rank`, as far as the kernels go.
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256)

@@ -6,15 +6,17 @@ import contextlib
 import os
 import threading
 import time
+import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+<<<<<<< HEAD
 from ..adapters.files import CONFIG_NAME, read_adapter
 from ..adapters.parameters import ByLayer, check_name
 from ..config import DTYPES, SteerConfig
@@ -23,6 +25,13 @@ from ..model.decoder import Decoder, execution_device
 from ..model.layer import SteeringSite
 from ..model.stored import adapter_tensors
 from .batch import hold_loaded
+=======
+from ..adapters.files import CONFIG_NAME, map_adapter, read_head
+from ..adapters.parameters import ByLayer
+from ..config import SteerConfig
+from ..model.decoder import Decoder
+from ..model.scopes import renewed_after_fork
+>>>>>>> main
 from .slots import Held, Slots
 
 
@@ -69,12 +78,30 @@ class AdapterPool:
         self._decoder, self._is_taken, self._check_base = decoder, is_taken, check_base
         self._changed = threading.Condition(threading.RLock())  # over all that follows
         self._sources: dict[str, str] = {}
+        self._versions: Counter[str] = Counter()  # how often an adapter was reloaded or removed
         self._configs: dict[str, SteerConfig] = {}  # of the loaded ones
         self._slot_of: OrderedDict[str, int] = OrderedDict()  # of the loaded ones, the least recently used first
+<<<<<<< HEAD
         self._free = list(range(self.count))
         self._holders: Counter[str] = Counter()
         self._loading: set[str] = set()
+=======
+        # Holds and readings live as long as the calls that they belong to: none is left behind by an exception.
+        self._holds: weakref.WeakSet[_Hold] = weakref.WeakSet()
+        self._waiting: list[weakref.ref[_Hold]] = []  # the first come first
+        self._reading: weakref.WeakValueDictionary[str, Future[_Read]] = weakref.WeakValueDictionary()
+        self._verified: dict[str, tuple[int, int]] = {}  # by file, size and time of those whose digest was right
+>>>>>>> main
         self._statistics = PoolStatistics()
+        renewed_after_fork.add(self)
+
+    def after_fork(self) -> None:
+        """In a forked process only the thread that forked goes on."""
+        self._changed = threading.Condition(threading.RLock())
+        me = threading.get_ident()
+        self._holds = weakref.WeakSet(hold for hold in self._holds if hold.thread == me)
+        self._waiting.clear()
+        self._reading.clear()
 
     def __reduce__(self) -> Any:
         return type(None), ()  # a copied model has none: the slots are this one's
@@ -190,16 +217,16 @@ class AdapterPool:
 
     def _check_idle(self, name: str, done: str) -> None:
         self._known(name)
-        while name in self._loading:
-            self._changed.wait()
-        if self._holders[name]:
+        if self._is_held(name):
             raise ValueError(f"adapter {name!r} is in use by a running batch; expected it to be {done} afterwards")
-        self._known(name)  # another thread may have removed it meanwhile
 
     def _forget(self, name: str) -> None:
-        if name in self._slot_of:
-            self._free.append(self._slot_of.pop(name))
-            del self._configs[name]
+        self._versions[name] += 1  # what is being read of it is not taken any more
+        self._configs.pop(name, None)
+        self._slot_of.pop(name, None)
+
+    def _is_held(self, name: str) -> bool:
+        return any(name in hold.names for hold in self._holds)
 
     def _known(self, name: str) -> None:
         if name not in self._sources:
@@ -210,7 +237,7 @@ class AdapterPool:
     def load(self, name: str, *, timeout: float = 0.0) -> int:
         """Have an adapter in a slot, and return the slot's number. It may be evicted again once it is not used.
 
-        timeout: seconds to wait for a slot where running batches use them all.
+        timeout: seconds to wait for a slot where running batches use them all. Reading the files is not counted.
 
         Raises:
             KeyError: there is no such adapter.
@@ -222,94 +249,202 @@ class AdapterPool:
             return held.numbers[name]
 
     @contextlib.contextmanager
-    def hold(self, names: Sequence[str], *, timeout: float = 0.0) -> Iterator[Held]:
+    def hold(
+        self,
+        names: Sequence[str],
+        *,
+        timeout: float = 0.0,
+        own: Mapping[str, tuple[SteerConfig, ByLayer]] | None = None,
+    ) -> Iterator[Held]:
         """Have adapters in slots, all or none, and keep them there while inside.
 
+        All slots are taken at once, and whoever came first is served first: holders do not wait for each other.
+
+        Args:
+            names: of the pool.
+            timeout: as `load` has it.
+            own: further adapters, by name: config and tensors. They have slots of their own while inside.
+
         Raises:
-            ValueError: there are more names than slots.
+            ValueError: there are more names than slots, or one of `own` does not fit the slots.
             KeyError, FileNotFoundError, ValueError, TimeoutError: as `load`; the message names the adapter.
         """
-        distinct = list(dict.fromkeys(names))
-        if len(distinct) > self.count:
+        distinct, own = list(dict.fromkeys(names)), dict(own or {})
+        if len(distinct) + len(own) > self.count:
             raise ValueError(
-                f"{len(distinct)} adapters are asked for at once; expected at most {self.count}, the slots"
+                f"{len(distinct) + len(own)} adapters are asked for at once; expected at most {self.count}, the slots"
             )
+        for name, (config, tensors) in own.items():
+            self._check_room(f"adapter {name!r}", config, tensors)
         deadline = time.monotonic() + timeout
-        with contextlib.ExitStack() as stack:
-            numbers, scales = {}, {}
-            with self._changed:  # those that are there first: they are not to make room for the others
-                order = sorted(distinct, key=lambda name: name not in self._slot_of)
-            for name in order:
-                numbers[name], config = self._acquire(name, deadline)
-                stack.callback(self._release, name)
-                scales[name] = config.scale
-            yield Held(numbers, self.slots, scales)
-
-    def _acquire(self, name: str, deadline: float) -> tuple[int, SteerConfig]:
-        with self._changed:
-            while True:
-                self._known(name)
-                if name in self._slot_of:
-                    self._slot_of.move_to_end(name)
-                    self._holders[name] += 1
-                    self._count(hits=1)
-                    return self._slot_of[name], self._configs[name]
-                if name not in self._loading:
-                    break
-                self._changed.wait()  # another thread is at it, and may fail
-            self._loading.add(name)
-            source = self._sources[name]
-        slot = None
-        try:
+        hold = _Hold()
+        futures: dict[str, Future[_Read]] = {}  # kept until the slots are taken: others that ask meanwhile use them
+        while True:
             # Read and checked before a slot is taken, and without the lock: others go on.
-            config, tensors, nbytes = self._read(source)
-            slot = self._take_slot(name, deadline)
-            self._write(slot, config, tensors)
-            with self._changed:
-                self._slot_of[name], self._configs[name] = slot, config
-                self._holders[name] += 1
-                self._count(loads=1, loaded_bytes=nbytes)
-            return slot, config
-        except BaseException as error:
-            with self._changed:
-                if slot is not None:
-                    self._free.append(slot)
-                if not isinstance(error, TimeoutError):
-                    self._count(failures=1)
-            if type(error) in (ValueError, FileNotFoundError, NotADirectoryError):
-                raise type(error)(f"adapter {name!r} cannot be served: {error}") from error
-            raise
+            for name in self._unread(distinct, futures):
+                futures[name] = self._read_once(name)
+            held = self._take(hold, distinct, own, futures, deadline)
+            if held is not None:
+                break
+        try:
+            yield held
         finally:
             with self._changed:
-                self._loading.discard(name)
+                self._holds.discard(hold)
                 self._changed.notify_all()
 
-    def _release(self, name: str) -> None:
+    def _unread(self, names: Sequence[str], futures: Mapping[str, Future[_Read]]) -> list[str]:
+        """The adapters that are neither in slots nor read as they are now."""
         with self._changed:
-            self._holders[name] -= 1
-            if not self._holders[name]:
-                del self._holders[name]
-            self._changed.notify_all()
+            for name in names:
+                self._known(name)
+            return [
+                name
+                for name in names
+                if name not in self._slot_of
+                and (name not in futures or futures[name].result().version != self._versions[name])
+            ]
 
-    def _take_slot(self, name: str, deadline: float) -> int:
-        """A slot that is free, or that of the least recently used adapter which nobody holds."""
+    def _read_once(self, name: str) -> Future[_Read]:
+        """An adapter, read by this thread or by another that is at it."""
+        while True:
+            with self._changed:
+                self._known(name)
+                source, version = self._sources[name], self._versions[name]
+                future = self._reading.get(name)
+                begun = future is None
+                if begun:
+                    future = self._reading[name] = Future()
+            assert future is not None
+            if begun:
+                break
+            with contextlib.suppress(_Abandoned):
+                if future.result().version == version:
+                    return future
+            with self._changed:
+                if self._reading.get(name) is future:
+                    del self._reading[name]
+        try:
+            future.set_result(_Read(version, *self._read(source)))
+            return future
+        except BaseException as error:
+            if type(error) in (ValueError, FileNotFoundError, NotADirectoryError):
+                error = type(error)(f"adapter {name!r} cannot be served: {error}")
+            if not future.done():
+                future.set_exception(error if isinstance(error, Exception) else _Abandoned())
+            with self._changed:
+                self._reading.pop(name, None)
+                self._count(failures=1)
+            raise error from error.__cause__
+
+    def _take(
+        self,
+        hold: _Hold,
+        names: Sequence[str],
+        own: Mapping[str, tuple[SteerConfig, ByLayer]],
+        futures: Mapping[str, Future[_Read]],
+        deadline: float,
+    ) -> Held | None:
+        """Wait for room and take all slots; None: an adapter has to be read that was in a slot before.
+
+        Raises:
+            KeyError: an adapter was removed meanwhile.
+            TimeoutError: there is no room in time.
+        """
         with self._changed:
-            while True:
-                if self._free:
-                    return self._free.pop()
-                victim = next((other for other in self._slot_of if not self._holders[other]), None)
-                if victim is not None:
-                    del self._configs[victim]
-                    self._count(evictions=1)
-                    return self._slot_of.pop(victim)
-                remaining = deadline - time.monotonic()
-                if remaining <= 0 or not self._changed.wait(remaining):
-                    raise TimeoutError(
-                        f"adapter {name!r} finds no slot: all {self.count} are in use by running batches; expected "
-                        "one to end, more slots, or a timeout to wait for it"
-                    )
+            me = weakref.ref(hold)
+            self._waiting.append(me)
+            try:
+                while True:
+                    if self._unread(names, futures):
+                        return None
+                    if self._may_take(hold, names, own):
+                        return self._fill(hold, names, own, futures)
+                    remaining = deadline - time.monotonic()
+                    if remaining <= 0:
+                        what = ", ".join(map(repr, [*names, *own]))
+                        raise TimeoutError(
+                            f"adapter {what} finds no slot: all {self.count} are in use by running batches; expected "
+                            "one to end, more slots, or a timeout to wait for it"
+                        )
+                    self._changed.wait(min(remaining, _LOOK_AGAIN))
+            finally:
+                self._waiting.remove(me)
+                self._changed.notify_all()
+
+    def _may_take(self, hold: _Hold, names: Sequence[str], own: Collection[str]) -> bool:
+        """Whether there is room, and no one is waiting for it who came before."""
+        missing = [name for name in names if name not in self._slot_of]
+        idle = [name for name in self._slot_of if name not in names and not self._is_held(name)]
+        if len(missing) + len(own) > len(self._free()) + len(idle):
+            return False
+        self._waiting = [one for one in self._waiting if one() is not None]
+        takes_none = not missing and not own and all(map(self._is_held, names))
+        return takes_none or self._waiting[0]() is hold
+
+    def _free(self) -> list[int]:
+        """The slots that hold nothing."""
+        used = {*self._slot_of.values(), *(slot for hold in self._holds for slot in hold.own)}
+        return [slot for slot in range(self.count) if slot not in used]
+
+    def _fill(
+        self,
+        hold: _Hold,
+        names: Sequence[str],
+        own: Mapping[str, tuple[SteerConfig, ByLayer]],
+        futures: Mapping[str, Future[_Read]],
+    ) -> Held:
+        numbers, scales = {}, {}
+        hold.names = frozenset(names)
+        self._holds.add(hold)
+        added: list[str] = []
+        try:
+            for name in names:
+                if name in self._slot_of:
+                    self._slot_of.move_to_end(name)
+                    self._count(hits=1)
+                else:
+                    read, slot = futures[name].result(), self._free_one()
+                    self._write(slot, read.config, read.tensors)
+                    added.append(name)
+                    self._configs[name], self._slot_of[name] = read.config, slot
+                    self._count(loads=1, loaded_bytes=read.nbytes)
+                numbers[name], scales[name] = self._slot_of[name], self._configs[name].scale
+            for name, (config, tensors) in own.items():
+                slot = self._free_one()
+                hold.own.append(slot)
+                self._write(slot, config, tensors)
+                numbers[name], scales[name] = slot, config.scale
+            return Held(numbers, self.slots, scales)
+        except BaseException:
+            self._holds.discard(hold)
+            for name in added:
+                self._configs.pop(name, None)
+                self._slot_of.pop(name, None)
+            raise
+
+    def _free_one(self) -> int:
+        """A slot that holds nothing, or else that of the least recently used adapter which nobody holds."""
+        free = self._free()
+        if free:
+            return free[0]
+        victim = next(name for name in self._slot_of if not self._is_held(name))
+        self._count(evictions=1)
+        self._configs.pop(victim, None)
+        return self._slot_of.pop(victim)
+
+    def _check_room(self, what: Any, config: SteerConfig, layers: Collection[int]) -> None:
+        """Raises ValueError where an adapter does not fit the slots."""
+        if config.rank > self.rank:
+            raise ValueError(
+                f"{what} is of rank {config.rank}; expected at most {self.rank}, the rank of the pool's slots"
+            )
+        outside = sorted(set(layers) - self.slots.keys())
+        if outside:
+            raise ValueError(f"{what} steers layer {outside[0]}; expected those of the pool, {list(self.slots)}")
 
     def _read(self, source: str) -> tuple[SteerConfig, ByLayer, int]:
+<<<<<<< HEAD
         """An adapter's config, its tensors by layer, and their bytes; all checked."""
         file = read_adapter(source, self._decoder.layout, check_base=self._check_base)
         rank, tensors = file.config.rank, file.tensors
@@ -319,6 +454,20 @@ class AdapterPool:
         if outside:
             raise ValueError(f"{source} steers layer {outside[0]}; expected those of the pool, {list(self.slots)}")
         return file.config, tensors, sum(t.nbytes for named in tensors.values() for t in named.values())
+=======
+        """An adapter's config, its tensors by layer, mapped from its file, and their bytes; all checked."""
+        head = read_head(source)
+        self._decoder.layout.check_fits(source, head.layout, self._check_base)
+        self._check_room(source, head.config, head.layout.indices(head.config))
+        stat = head.weights.stat()
+        stamp = (stat.st_size, stat.st_mtime_ns)
+        with self._changed:
+            verified = self._verified.get(str(head.weights)) == stamp
+        tensors = map_adapter(head, check_digest=not verified).tensors
+        with self._changed:
+            self._verified[str(head.weights)] = stamp
+        return head.config, tensors, sum(t.nbytes for named in tensors.values() for t in named.values())
+>>>>>>> main
 
     def _write(self, slot: int, config: SteerConfig, tensors: Mapping[int, Mapping[str, Tensor]]) -> None:
         for index, slots in self.slots.items():
@@ -331,76 +480,35 @@ class AdapterPool:
         done = self._statistics
         self._statistics = replace(done, **{name: getattr(done, name) + number for name, number in more.items()})
 
-    # ------------------------------------------------------------------------------------- beside adapters of the model
 
-    @contextlib.contextmanager
-    def borrow(self, name: str, config: SteerConfig, tensors: Mapping[int, Mapping[str, Tensor]]) -> Iterator[int]:
-        """A slot for an adapter that the model has loaded, while a batch runs; what is in it is forgotten then.
+class _Hold:
+    """A hold of adapters: their names, and the slots of those that are not the pool's."""
 
-        Raises:
-            ValueError: it does not fit the slots.
-            TimeoutError: all are in use.
-        """
-        if config.rank > self.rank:
-            raise ValueError(
-                f"adapter {name!r} is of rank {config.rank}; expected at most {self.rank}, that of the pool's slots"
-            )
-        outside = sorted(tensors.keys() - self.slots.keys())
-        if outside:
-            raise ValueError(
-                f"adapter {name!r} steers layer {outside[0]}; expected those of the pool, {list(self.slots)}"
-            )
-        slot = self._take_slot(name, 0.0)
-        try:
-            self._write(slot, config, tensors)
-            yield slot
-        finally:
-            with self._changed:
-                self._free.append(slot)
-                self._changed.notify_all()
+    def __init__(self) -> None:
+        self.names: frozenset[str] = frozenset()
+        self.own: list[int] = []
+        self.thread = threading.get_ident()
 
 
-@contextlib.contextmanager
-def hold_adapters(
-    pool: AdapterPool | None, sites: Mapping[int, SteeringSite], configs: Mapping[str, SteerConfig], names: list[str]
-) -> Iterator[Held]:
-    """The adapters of a batch in slots: the pool's, or slots of their own where there is no pool.
+@dataclass(frozen=True)
+class _Read:
+    """An adapter that was read: its version, config, tensors, and their bytes."""
 
-    Args:
-        sites: the model's, by layer.
-        configs: of the adapters that the model has loaded; others are the pool's.
-        names: each once.
-    """
-    own = [name for name in names if name in configs]
-    with contextlib.ExitStack() as stack:
-        if pool is None:
-            yield stack.enter_context(hold_loaded(sites, configs, own))
-            return
-        held = stack.enter_context(pool.hold([name for name in names if name not in configs]))
-        numbers, scales = dict(held.numbers), dict(held.scales)
-        for name in own:
-            tensors = adapter_tensors(sites, name)
-            numbers[name] = stack.enter_context(pool.borrow(name, configs[name], tensors))
-            scales[name] = configs[name].scale
-        yield Held(numbers, held.slots, scales)
+    version: int
+    config: SteerConfig
+    tensors: ByLayer
+    nbytes: int
 
 
-def make_slots(decoder: Decoder, indices: Sequence[int], count: int, rank: int, dtype: torch.dtype) -> dict[int, Slots]:
-    """A pool's empty slots, for each of these layers on its device."""
-    return {
-        index: Slots(
-            count,
-            rank,
-            decoder.hidden,
-            dtype=dtype,
-            device=execution_device(decoder.layers[index]),
-            down_bias=rank > 0,
-            up_bias=True,
-        )
-        for index in indices
-    }
+class _Abandoned(Exception):
+    """The thread that was reading an adapter was interrupted."""
 
 
+#: Seconds after which a wait looks again: a hold that ended with an exception may have told nobody.
+_LOOK_AGAIN = 0.25
+
+
+<<<<<<< HEAD
 def checked_size(slots: Any, rank: Any, dtype: Any) -> torch.dtype:
     """The dtype by name; an error if a pool cannot have such slots."""
     for name, value, least in (("slots", slots, 1), ("rank", rank, 0)):
@@ -413,3 +521,9 @@ def checked_size(slots: Any, rank: Any, dtype: Any) -> torch.dtype:
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
     return DTYPES[dtype]
+=======
+def check_name(name: Any) -> None:
+    """Raises ValueError where an adapter cannot be called so."""
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise ValueError(f"adapter name is {name!r}; expected letters, digits, '_' and '-'")
+>>>>>>> main

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,10 @@ from ..adapters.parameters import DOWN, DOWN_BIAS, NAMES, UP, UP_BIAS, shapes_of
 from ..kernels import ACTIVATIONS, MAX_RANK, select_backend
 from ..kernels.grouped import Routing, post_block_grouped, post_block_routed
 from ..kernels.plan import Plan, keep, no_plan
+from ..model.site import Site
+
+#: Tensors by layer, by adapter and by name below the site.
+LoadedAdapters = Mapping[int, Mapping[str, Mapping[str, Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,67 @@ class Held:
     numbers: Mapping[str, int]
     slots: Mapping[int, Slots]
     scales: Mapping[str, float]
+
+
+def adapters_at(sites: Mapping[int, Site], names: Iterable[str]) -> LoadedAdapters:
+    """The tensors of adapters that a model has loaded. An adapter that skips a layer is not there."""
+    names = list(names)
+    return {
+        index: {name: adapter.named_tensors() for name in names if (adapter := site.adapter(name)) is not None}
+        for index, site in sites.items()
+    }
+
+
+class LoadedSlots:
+    """Adapters that a model has loaded, copied into slots of several layers.
+
+    numbers: each adapter's slot, the same in all layers; slots: by layer, for layers that one of them steers.
+    """
+
+    @torch.inference_mode(False)  # whose tensors cannot be written to outside it
+    def __init__(self, layers: LoadedAdapters, activations: Mapping[str, str]) -> None:
+        """Make room, and `fill` it.
+
+        Args:
+            layers: tensors by layer, by adapter and by name below the site. An adapter that skips a layer is not there.
+            activations: φ of each adapter, by name.
+        """
+        self.numbers = {name: number for number, name in enumerate(activations)}
+        self.slots: dict[int, Slots] = {}
+        self._kind = self._kind_of(layers, activations)
+        self._places: list[Tensor] = []  # in the slots, of each tensor
+        codes = torch.tensor([ACTIVATIONS.index(activation) for activation in activations.values()], dtype=torch.int32)
+        for index, adapters in layers.items():
+            if adapters:
+                slots = self.slots[index] = slots_for(adapters, len(activations))
+                slots.codes.copy_(codes)
+                for name, tensors in adapters.items():
+                    self._places += slots.places(self.numbers[name], tensors).values()
+        self.fill(layers)
+
+    def __reduce__(self) -> Any:
+        return type(None), ()  # a copied model makes its own
+
+    def fits(self, layers: LoadedAdapters, activations: Mapping[str, str]) -> bool:
+        """Whether `fill` can take these: the same adapters in the same layers, of the same shapes, where they were."""
+        return self._kind == self._kind_of(layers, activations)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def fill(self, layers: LoadedAdapters) -> None:
+        """Copy the values as they are now, by one launch or a few for all of them."""
+        tensors = [t for adapters in layers.values() for named in adapters.values() for t in named.values()]
+        if tensors:
+            torch._foreach_copy_(self._places, tensors)
+
+    @staticmethod
+    def _kind_of(layers: LoadedAdapters, activations: Mapping[str, str]) -> tuple[Any, ...]:
+        return tuple(activations.items()), [
+            (index, name, key, tensor.shape, tensor.dtype, tensor.device)
+            for index, adapters in layers.items()
+            for name, tensors in adapters.items()
+            for key, tensor in tensors.items()
+        ]
 
 
 def slots_for(adapters: Mapping[str, Mapping[str, Tensor]], count: int) -> Slots:
@@ -61,6 +126,7 @@ class Slots(nn.Module):
     down_biases: Tensor | None
     up_biases: Tensor | None
     codes: Tensor
+    last_trained = staticmethod(no_plan)  # no call with gradients is planned
 
     @torch.inference_mode(False)  # whose tensors cannot be written to outside it
     def __init__(
@@ -131,21 +197,26 @@ class Slots(nn.Module):
         self._check_slot(slot)
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation is {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
-        self._check(tensors)
-        # What is above an adapter's rank is zero: φ(0) = 0, and W2 has nothing there.
-        for buffer, tensor, ranks in (
-            (self.downs, tensors.get(DOWN), 0),
-            (self.ups, tensors.get(UP), 1),
-            (self.down_biases, tensors.get(DOWN_BIAS), 0),
-            (self.up_biases, tensors.get(UP_BIAS), 0),
-        ):
-            if buffer is not None:
-                values = buffer[slot]
-                held = 0 if tensor is None else tensor.shape[ranks]
-                if tensor is not None:
-                    values.narrow(ranks, 0, held).copy_(tensor)
-                values.narrow(ranks, held, values.shape[ranks] - held).zero_()
+        places = self.places(slot, tensors)
+        self.clear(slot)  # what is above an adapter's rank is zero: φ(0) = 0, and W2 has nothing there
+        for name, place in places.items():
+            place.copy_(tensors[name])
         self.codes[slot] = ACTIVATIONS.index(activation)
+
+    def places(self, slot: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Where a slot has room for an adapter's tensors, by name. Beyond an adapter's rank a slot has zeros.
+
+        Raises:
+            ValueError: see `put`.
+        """
+        self._check(tensors)
+        rooms = {DOWN: self.downs, DOWN_BIAS: self.down_biases, UP: self.ups, UP_BIAS: self.up_biases}
+        found = {}
+        for name, tensor in tensors.items():
+            room, ranks = rooms[name], 1 if name == UP else 0
+            assert room is not None  # as `_check` saw
+            found[name] = room[slot].narrow(ranks, 0, tensor.shape[ranks])
+        return found
 
     @torch.no_grad()
     def clear(self, slot: int) -> None:
@@ -191,7 +262,7 @@ class Slots(nn.Module):
         """
         run = self._plans.get(residual.shape)
         if run is not None and branch is not None:
-            out = run(residual, branch, *self.operands(routing))
+            out = run(residual, branch, self.operands(routing))
             if out is not None:
                 self.last, self.backend = run, "triton"
                 return out

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import importlib.util
+import json
 import math
+import os
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -25,6 +28,7 @@ from rich.text import Text
 from torch import Tensor
 from tqdm import trange
 
+from .._version import __version__
 from ..adapters.files import WEIGHTS_NAME
 from ..config import SteerConfig, checked_number
 from ..kernels import select_backend
@@ -80,6 +84,7 @@ class DemoOptions:
     seed: int
     held_out: int
     device: str
+    record: Path | None
     config: SteerConfig = field(init=False)
 
     def __post_init__(self) -> None:
@@ -93,10 +98,62 @@ class DemoOptions:
         for path in (self.out, self.adapter, *self.out.parents):
             if path.exists() and not path.is_dir():
                 raise ValueError(f"out is {str(self.out)!r} but {path} is a file; expected a directory")
+        if self.record is not None and (self.record.is_dir() or not self.record.parent.is_dir()):
+            raise ValueError(f"record is {str(self.record)!r}; expected a file in a directory that exists")
 
     @property
     def adapter(self) -> Path:
         return self.out / "adapter"
+
+    @property
+    def task(self) -> str:
+        return f"ListOps of {', '.join(self.operators)}, depth {self.depth}"
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a run of the demo measured, as a file keeps it.
+
+    seconds: of each part of the run; cpu_seconds: of all threads together; cores: of the CPU.
+    """
+
+    model: str
+    task: str
+    steps: int
+    batch_size: int
+    held_out: int
+    exact_before: int
+    exact_after: int
+    trained: int
+    parameters: int
+    adapter_bytes: int
+    seconds: dict[str, float]
+    cpu_seconds: float
+    device: str
+    cores: int
+    versions: dict[str, str]
+
+    def save(self, file: Path) -> None:
+        file.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, file: Path) -> Figures:
+        """
+        Raises:
+            ValueError: the file has other keys, or values of another type.
+        """
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{file} is no JSON: {error}") from None
+        names = [entry.name for entry in dataclasses.fields(cls)]
+        if not isinstance(values, dict) or sorted(values) != sorted(names):
+            raise ValueError(f"{file} has the keys {sorted(values)}; expected {sorted(names)}")
+        for entry in dataclasses.fields(cls):
+            value = values[entry.name]
+            if type(value).__name__ != str(entry.type).partition("[")[0]:
+                raise ValueError(f"{file}: {entry.name} is {value!r}; expected {entry.type}")
+        return cls(**values)
 
 
 # -------------------------------------------------------------------------------------------------- device and model
@@ -314,31 +371,28 @@ def _examples(expressions: Sequence[Expression], before: Sequence[str], after: S
     return table
 
 
-def _matches(expressions: Sequence[Expression], before: Sequence[str], after: Sequence[str]) -> str:
-    exact = [sum(map(is_exact, said, expressions)) for said in (before, after)]
+def _matches(figures: Figures, expressions: Sequence[Expression]) -> str:
     flat = sum(ignoring_brackets(expression) == evaluate(expression) for expression in expressions)
-    return f"{exact[0]} of {len(expressions)} before, {exact[1]} after; who ignores the inner brackets gets {flat}"
-
-
-def _share(model: Any) -> str:
-    trained, total = (sum(p.numel() for p in ps) for ps in (model.steering.parameters(), model.parameters()))
-    return f"{trained:,} of {total:,} parameters ({trained / total:.2%})"
+    exact = f"{figures.exact_before} of {figures.held_out} before, {figures.exact_after} after"
+    return f"{exact}; who ignores the inner brackets gets {flat}"
 
 
 # ---------------------------------------------------------------------------------------------------------------- run
 
 
 class Clock:
-    """Seconds by part of the run."""
+    """Seconds by part of the run, and of CPU time."""
 
     def __init__(self) -> None:
         self.parts: dict[str, float] = {}
+        self.cpu = 0.0
 
     @contextlib.contextmanager
     def __call__(self, part: str) -> Iterator[None]:
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         yield
         self.parts[part] = self.parts.get(part, 0.0) + time.perf_counter() - start
+        self.cpu += time.process_time() - cpu
 
     def __str__(self) -> str:
         parts = ", ".join(f"{part} {seconds:.0f} s" for part, seconds in self.parts.items())
@@ -387,7 +441,7 @@ def run(options: DemoOptions, console: Console) -> None:
     encoder = Encoder(tokenizer, device)
     base = options.model or SMOLLM2
     say(f"model     {base}, {model.dtype} on {device} through {backend}")
-    say(f"task      ListOps of {', '.join(options.operators)}, depth {options.depth}, such as {held_out[0]}")
+    say(f"task      {options.task}, such as {held_out[0]}")
     say(f"data      {len(training)} expressions to train on, {len(held_out)} others held out")
     with clock("evaluation"):
         before = complete(model, encoder, held_out)
@@ -405,12 +459,33 @@ def run(options: DemoOptions, console: Console) -> None:
         save_and_reload(model, fresh, options.adapter, encoder.inputs(prompts))
         plot_losses(losses, options.out / "loss.png")
 
+    trained, total = (sum(p.numel() for p in ps) for ps in (model.steering.parameters(), model.parameters()))
+    figures = Figures(
+        model=base,
+        task=options.task,
+        steps=options.steps,
+        batch_size=options.batch_size,
+        held_out=len(held_out),
+        exact_before=sum(map(is_exact, before, held_out)),
+        exact_after=sum(map(is_exact, after, held_out)),
+        trained=trained,
+        parameters=total,
+        adapter_bytes=(options.adapter / WEIGHTS_NAME).stat().st_size,
+        seconds=clock.parts,
+        cpu_seconds=clock.cpu,
+        device=str(device),
+        cores=os.cpu_count() or 1,
+        versions={"fused_steer": __version__, "torch": torch.__version__},
+    )
     console.print(_examples(held_out, before, after))
-    say(f"exact     {_matches(held_out, before, after)}")
-    say(f"trained   {_share(model)}")
-    say(f"adapter   {options.adapter}, {(options.adapter / WEIGHTS_NAME).stat().st_size / 1e6:.2f} MB")
+    say(f"exact     {_matches(figures, held_out)}")
+    say(f"trained   {trained:,} of {total:,} parameters ({trained / total:.2%})")
+    say(f"adapter   {options.adapter}, {figures.adapter_bytes / 1e6:.2f} MB")
     say("reloaded  into a fresh model: its logits are bit-equal to those of the trained one")
     say(f"losses    {options.out / 'loss.png'}")
     say(f"time      {clock}")
+    if options.record is not None:
+        figures.save(options.record)
+        say(f"figures   {options.record}")
     say(f"\nTo steer an instance of {base}, `model`, by this adapter:\n")
     say(f"from fused_steer import patch_model\nmodel = patch_model(model, {str(options.adapter)!r})")

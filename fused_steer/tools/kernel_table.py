@@ -92,6 +92,7 @@ def describe_kernels(request: Request) -> dict[str, Any]:
     import torch
 
     from ..kernels.aot import CANNOT, GPUS, Case
+    from ..kernels.packing import FEW_TOKENS
     from ..kernels.schedule import TARGETS
 
     passes_of = OPS[request.op]
@@ -99,7 +100,9 @@ def describe_kernels(request: Request) -> dict[str, Any]:
     gpus = tuple(gpu for gpu in GPUS if GPUS[gpu][0] in targets) if request.gpus is None else request.gpus
     kernels, predictions, floors = [], [], []
     for tokens in request.tokens:
-        case = Case(tokens, request.hidden, request.rank, getattr(torch, request.dtype), packed=request.packed)
+        many = tokens > FEW_TOKENS  # fewer are a decoding step: no packed weights, nothing kept for a backward pass
+        dtype, packed = getattr(torch, request.dtype), request.packed and many
+        case = Case(tokens, request.hidden, request.rank, dtype, packed=packed, keeps_a=many)
         for target in targets:
             for name, launches in passes_of(case, target).items():
                 kernels += [{"tokens": tokens, "pass": name, **row} for row in _kernel_rows(launches, target)]
@@ -242,11 +245,13 @@ def _prediction_table(predictions: list[dict[str, Any]]) -> Table:
 
 def print_kernels(description: dict[str, Any], console: Console) -> None:
     """Print what `describe_kernels` found: two tables for each number of tokens, the predictions, and the floors."""
+    from ..kernels.packing import FEW_TOKENS
+
     what = "{op}: d = {hidden}, r = {rank}, {dtype}".format(**description)
-    what += ", packed weights" if description["packed"] else ", weights in fp32"
     for tokens in dict.fromkeys(row["tokens"] for row in description["kernels"]):
         rows = [row for row in description["kernels"] if row["tokens"] == tokens]
-        console.print(f"{what}, N = {tokens} tokens")
+        weights = "packed weights" if description["packed"] and tokens > FEW_TOKENS else "weights in fp32"
+        console.print(f"{what}, {weights}, N = {tokens} tokens")
         console.print(_kernel_table(rows))
         console.print(_work_table(rows))
     console.print(

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from _pytest.mark.expression import Expression
-from torch.utils._python_dispatch import TorchDispatchMode
 from typer.testing import CliRunner
 
 ROOT = Path(__file__).parents[2]
@@ -19,6 +18,7 @@ sys.path.insert(0, str(ROOT))
 try:
     from bench import contenders, counters, geometries, goals, gpu, grouped, levels, serving, timing, vllm
     from bench.contenders import OP_CONTENDERS, Operands
+    from bench.counted import Count, Counter, counted
     from bench.geometries import GroupedCase, ModelCase, OpCase, ProjectionCase, ServeCase
     from bench.grouped import GROUPED_CONTENDERS, measure_grouped
     from bench.projection import PROJECTION_CONTENDERS, check, measure_projection
@@ -120,42 +120,28 @@ def test_backward_and_forward_of_the_fused_op_are_its_gradients():
     assert not torch.equal(alone[0]()[0], alone[1]()[0])
 
 
-class _Counter(TorchDispatchMode):
-    """Counts operations other than views; those that touch tensors of a hidden state's size, and how many of these."""
-
-    def __init__(self, numel: int) -> None:
-        super().__init__()
-        self.numel, self.launches, self.large, self.units = numel, 0, 0, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if not func.is_view and func is not torch.ops.aten.detach.default:
-            units = sum(isinstance(t, torch.Tensor) and t.numel() >= self.numel for t in (*args, out))
-            self.launches += 1
-            self.large += units > 0
-            self.units += units
-        return out
+def test_counts_of_unsteered_hook_and_fused():
+    """Operations that PyTorch dispatches, and launches that our launcher records."""
+    found = {name: tuple((c.units, c.launches) for c in passes.values()) for name, passes in counted().items()}
+    assert found == {
+        "unsteered": ((3, 1), (0, 0)),
+        "hook": ((8, 5), (7, 6)),
+        "fused": ((3, 1), (4, 3)),
+        "fused, few tokens": ((5, 2), (4, 3)),
+    }
 
 
-def test_the_hook_launches_and_moves_what_readme_says():
-    n, d = 512, 64
-    x, leaves = contenders.make_operands(OpCase(n, d, 4, dtype="float32"), CPU).with_leaves()
-    with _Counter(n * d) as forward:
-        out = contenders.hook(x)
-    with _Counter(n * d) as backward:
-        torch.autograd.grad(out, leaves, x.grad)
-    assert (forward.units, forward.launches) == (8, 5)
-    assert (backward.units, backward.launches) == (7, 6)
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert "| forward | 3 (read residual and branch, write out) | 8 | 1 (2 up to 64 tokens) / 5 |" in readme
-    assert "| backward | 4 (read G; read G and out, write dx) | 7 | 3 / 6 |" in readme
+def test_counts_follow_what_a_contender_does(monkeypatch):
+    another = dataclasses.replace(OP_CONTENDERS["hook"], call=lambda: lambda x: contenders.hook(x) + x.branch)
+    monkeypatch.setitem(OP_CONTENDERS, "hook", another)
+    assert counted()["hook"]["forward"] == Count(8 + 3, 5 + 1)
 
 
 def test_a_basis_costs_nothing_of_the_hidden_states_size():
     def large(basis: int) -> int:
         case = OpCase(512, 64, 4, basis=basis, dtype="float32")
         x = contenders.make_operands(case, CPU)
-        with _Counter(512 * 64) as counter:
+        with Counter(512 * 64) as counter:
             for what in ("forward", "both"):
                 levels.op_calls(case, what, OP_CONTENDERS["fused"], [x])[0]()
         return counter.large
@@ -463,15 +449,15 @@ def test_host_goals_go_by_the_lower_decile_and_an_eager_call_counts_for_its_goal
         return [Row("host", what, n.replace("_", "-"), case, [low] * 2 + [9.0] * 9) for n, low in lows.items()]
 
     found = rows("call", fused=0.6, hook=1.0) + rows("train", fused=0.6, hook=1.0)
-    found += rows("grouped", fused=0.3, gather_bmm=1.0) + rows("compiled", fused=0.8, eager=3.0, hook=1.0, empty=0.8)
+    found += rows("grouped", fused=0.3, gather_bmm=1.0) + rows("compiled", fused=0.8, eager=3.0, hook=1.0, off=0.1)
     judged = {o.name: (o.value, o.met) for o in goals.judge(goals.HOST_GOALS, Results({"kind": "stub"}, rows=found))}
     assert judged == {
         "host": (pytest.approx(0.6), False),
         "host, training": (pytest.approx(0.6), True),
         "host, rows": (pytest.approx(0.3), True),
-        "host, compiled": (pytest.approx((0.8 - 0.8 / 8) / 0.5), True),
+        "host, compiled": (pytest.approx((0.8 - 0.1) / 0.5), True),
     }
-    found = rows("compiled", fused=0.8, eager=0.4, hook=1.0, empty=0.8)
+    found = rows("compiled", fused=0.8, eager=0.4, hook=1.0, off=0.1)
     judged = {o.name: (o.value, o.met) for o in goals.judge(goals.HOST_GOALS, Results({"kind": "stub"}, rows=found))}
     assert judged["host, compiled"] == (pytest.approx(0.7 / 0.4), False) and judged["host"] == (None, None)
 

@@ -29,9 +29,11 @@ def import_bench(name: str):
         sys.path.remove(str(ROOT))
 
 
-report, geometries, results_module = map(import_bench, ("report", "geometries", "results"))
-draw = report.draw
-report.draw = functools.cache(draw)  # the same few plots again and again; that they are the same bytes is a test
+geometries, results_module = map(import_bench, ("geometries", "results"))
+command, pages, plots, read = (import_bench(f"report.{name}") for name in ("__main__", "pages", "plots", "read"))
+demo = importlib.import_module("fused_steer.tools.demo")
+draw = plots.draw
+pages.draw = functools.cache(draw)  # the same few plots again and again; that they are the same bytes is a test
 OpCase, ModelCase = geometries.OpCase, geometries.ModelCase
 GroupedCase, HostCase, ServeCase = geometries.GroupedCase, geometries.HostCase, geometries.ServeCase
 Results, Row = results_module.Results, results_module.Row
@@ -126,7 +128,7 @@ class Place:
 
     def run(self, *extra: str):
         options = [f"--{name}={getattr(self, name)}" for name in ("results", "docs", "readme")]
-        return CliRunner().invoke(report.app, [*options, *extra])
+        return CliRunner().invoke(command.app, [*options, *extra])
 
     def run_ok(self, *extra: str) -> str:
         result = self.run(*extra)
@@ -147,7 +149,8 @@ class Place:
         return {str(path.relative_to(self.folder)): (path.read_bytes(), path.stat().st_mtime_ns) for path in found}
 
     def block(self) -> str:
-        return self.readme.read_text(encoding="utf-8").partition(report.BEGIN)[2].partition(report.END)[0]
+        begin, end = pages.markers("results")
+        return self.readme.read_text(encoding="utf-8").partition(begin)[2].partition(end)[0]
 
 
 @pytest.fixture
@@ -177,14 +180,14 @@ def copied(reported: Place, folder: Path) -> Place:
 
 
 def test_readme_and_docs_are_what_the_committed_results_give():
-    differing = report.differing(report.render(report.FOLDER, ROOT / "docs", ROOT / "README.md"))
+    differing = pages.differing(pages.render(read.FOLDER, ROOT / "docs", ROOT / "README.md"))
     assert not differing, "run `python -m bench.report`"
 
 
-@pytest.mark.skipif(any(run.on_gpu for run in report.read_runs(report.FOLDER)), reason="there are results of a GPU")
+@pytest.mark.skipif(any(run.on_gpu for run in read.read_runs(read.FOLDER)), reason="there are results of a GPU")
 def test_without_results_of_a_gpu_nothing_is_claimed():
     for file in (ROOT / "README.md", ROOT / "docs" / "benchmarks.md"):
-        assert report.NOT_MEASURED in file.read_text(encoding="utf-8")
+        assert pages.NOT_MEASURED in file.read_text(encoding="utf-8")
 
 
 # --------------------------------------------------------------------------------------------------------- what it says
@@ -222,6 +225,55 @@ def test_docs_give_the_machine_and_every_case(reported):
     for heading in ("forward", "backward", "forward and backward"):
         assert f"{GPU}: {heading}, r = 8, silu, no basis, bfloat16" in text
     assert f"<summary>{GPU}: forward, r = 64, silu, no basis, bfloat16</summary>" in text
+    assert text.count("<details") == text.count("</details>") > 8
+
+
+def test_docs_open_with_what_is_known_and_fold_every_measured_table(reported):
+    text = reported.markdown.read_text(encoding="utf-8")
+    assert text.index("| goal |") < text.index("benchmarks/counted.svg") < text.index("roofline.svg")
+    depth = 0
+    for line in text[text.index(f"## {GPU}") :].splitlines():
+        depth += line.startswith("<details") - line.startswith("</details>")
+        assert depth or not line.startswith("|"), line
+
+
+def test_counts_are_shown_as_they_are_counted(reported, monkeypatch, tmp_path):
+    """A table and a picture of what is counted now: another count gives other ones."""
+    text = reported.markdown.read_text(encoding="utf-8")
+    counts = pages.counted()
+    for name, passes in counts.items():
+        numbers = [str(n) for count in passes.values() for n in (count.units, count.launches)]
+        assert cells(text, name) == [name, *numbers]
+    picture = (reported.docs / "benchmarks" / "counted.svg").read_text(encoding="utf-8")
+    for name in ("unsteered", "hook", "fused"):
+        for count in counts[name].values():
+            assert f">{name}: {count.units}<" in picture and f">{name}: {count.launches}<" in picture
+    worse = dataclasses.replace(counts["fused"]["forward"], launches=9)
+    monkeypatch.setattr(pages, "counted", lambda: counts | {"fused": counts["fused"] | {"forward": worse}})
+    place = copied(reported, tmp_path)
+    line = place.fail("--check")
+    assert "counted.svg" in line and "benchmarks.md" in line
+    place.run_ok()
+    assert ">fused: 9<" in (place.docs / "benchmarks" / "counted.svg").read_text(encoding="utf-8")
+
+
+def test_the_demos_figures_stand_in_readme(place):
+    figures = demo.Figures(
+        "A/Model", "ListOps of MAX", 150, 8, 100, 7, 93, 2_000, 1_000_000, 1_234_567, {"training": 90.0, "files": 30.0},
+        192.0, "cpu", 2, {"fused_steer": "0.1.0", "torch": "2.13.0"},
+    )  # fmt: skip
+    (place.results / "demo").mkdir()
+    figures.save(place.results / "demo" / "figures.json")
+    assert "<!-- demo -->" in place.fail()
+    place.readme.write_text(README + "<!-- demo -->\n<!-- /demo -->\n", encoding="utf-8")
+    place.run_ok()
+    row = cells(place.readme.read_text(encoding="utf-8"), "7 of 100")
+    assert row[1:] == [
+        "**93 of 100**",
+        "2,000 of 1,000,000 (0.20%)",
+        "1.23 MB",
+        "2.0 minutes, 3.2 of CPU time, on 2 CPU cores",
+    ]
 
 
 def test_host_time_is_shown_beside_the_hooks(reported):
@@ -278,50 +330,54 @@ def test_absent_rivals_are_listed_with_how_to_install_them(reported):
 
 def test_goals_are_judged_on_the_gpu_only(reported):
     text = reported.markdown.read_text(encoding="utf-8")
-    assert text.count("### Goals on") == 1 and f"### Goals on {GPU}" in text
-    assert "| met |" in text and "not measured" in text
+    assert (
+        f"| goal | in words | limit | counted | measured on {GPU} |" in text
+        and CPU not in text[: text.index(f"## {GPU}")]
+    )
+    assert ", met |" in text and "| not measured |" in text
 
 
 def test_goals_met_missed_and_not_measured(place, monkeypatch):
     outcomes = [
-        SimpleNamespace(name=name, text="in words", value=value, limit="<= 1.15", met=met)
+        SimpleNamespace(name=name, value=value, met=met)
         for name, value, met in (("a", 1.1, True), ("b", 1.2, False), ("c", None, None))
     ]
-    monkeypatch.setattr(import_bench("goals"), "evaluate", lambda results: outcomes)
+    goals = [SimpleNamespace(name=name, text="in words", limit=1.15, at_most=True) for name in "abc"]
+    monkeypatch.setattr(pages.goals, "evaluate", lambda results: outcomes)
+    monkeypatch.setattr(pages.goals, "GOALS", goals)
     place.put(gpu_results())
     place.run_ok()
     text = place.markdown.read_text(encoding="utf-8")
     ends = [cells(text, name, "in words")[2:] for name in "abc"]
-    assert ends == [["1.10", "<= 1.15", "met"], ["1.20", "<= 1.15", "**missed**"], ["–", "<= 1.15", "not measured"]]
+    assert [end[0] for end in ends] == ["<= 1.15"] * 3
+    assert [end[-1] for end in ends] == ["1.10, met", "1.20, **missed**", "not measured"]
 
 
 def test_cpu_is_never_shown_as_speed_of_the_kernels(reported):
     assert CPU not in reported.readme.read_text(encoding="utf-8")
     text = reported.markdown.read_text(encoding="utf-8")
     section = text[text.index(f"## {CPU}") :]
-    assert section.startswith(
-        f"## {CPU} (CPU): the torch backend or Triton's interpreter on a CPU\n\n**This says nothing of"
-    )
+    assert section.startswith(f"## {CPU} (CPU): imaginary-cpu\n\n**This says nothing of the kernels**")
     assert "777 µs" in section and "777 µs" not in text[: text.index(f"## {CPU}")]
     assert "Goals" not in section and ".svg" not in section
-    assert not any("cpu" in path.name for path in (reported.docs / "benchmarks").iterdir())
+    assert not any("imaginary-cpu" in path.name for path in (reported.docs / "benchmarks").iterdir())
 
 
 def test_results_of_a_cpu_alone_measure_nothing(place):
     place.put(cpu_results())
     place.run_ok()
-    assert report.NOT_MEASURED in place.block() and "|" not in place.block()
+    assert pages.NOT_MEASURED in place.block() and "|" not in place.block()
     assert "No run on a GPU has been committed" in place.markdown.read_text(encoding="utf-8")
-    assert not (place.docs / "benchmarks").exists()
+    assert [file.name for file in (place.docs / "benchmarks").iterdir()] == ["counted.svg"]
 
 
 def test_every_table_and_plot_names_its_device(reported):
     text = reported.markdown.read_text(encoding="utf-8")
-    tables = re.findall(r"(.*)\n\n\|", text)
+    tables = re.findall(r"(.*)\n\n\|", text[text.index(f"## {GPU}") :])
     assert len(tables) > 10 and all(GPU in title or CPU in title for title in tables)
     for row in re.findall(r"^\| .*\d ?[µm]?s .*$", reported.block(), re.MULTILINE):
         assert row.startswith(f"| {GPU} |")
-    for file in (reported.docs / "benchmarks").iterdir():
+    for file in (reported.docs / "benchmarks").glob("imaginary-*"):
         assert GPU in file.read_text(encoding="utf-8")
 
 
@@ -339,13 +395,13 @@ def test_text_of_a_file_cannot_break_a_table(place):
 def plot(name: str, results: Results, tmp_path: Path):
     place = Place(tmp_path)
     place.put(results)
-    (run,) = report.read_runs(place.results)
-    return {plot.name: plot for plot in report.plots(run)}[name]
+    (run,) = read.read_runs(place.results)
+    return {plot.name: plot for plot in plots.plots(run)}[name]
 
 
 def test_plots_are_svg_and_linked(reported):
     stem = "imaginary-gpu-9000-"
-    files = sorted((reported.docs / "benchmarks").iterdir())
+    files = sorted((reported.docs / "benchmarks").glob("imaginary-*"))
     names = ("decode-overhead", "memory-by-layers", "roofline", "speedup-by-tokens")
     assert [file.name for file in files] == [f"{stem}{name}.svg" for name in names]
     for file in files:
@@ -394,7 +450,8 @@ def test_only_plots_that_have_rows(place):
     results.rows = [row for row in results.rows if row.level == "memory"]
     place.put(results)
     place.run_ok()
-    assert [file.name for file in (place.docs / "benchmarks").iterdir()] == ["imaginary-gpu-9000-memory-by-layers.svg"]
+    drawn = [file.name for file in (place.docs / "benchmarks").iterdir() if file.name != "counted.svg"]
+    assert drawn == ["imaginary-gpu-9000-memory-by-layers.svg"]
 
 
 # ---------------------------------------------------------------------------------------------------- writing, checking
@@ -447,8 +504,8 @@ def test_plots_of_results_that_are_gone_go_too_and_no_other_file(reported, tmp_p
     (place.results / "imaginary-gpu-9000.json").unlink()
     assert "roofline" in place.fail("--check")
     place.run_ok()
-    assert list((place.docs / "benchmarks").iterdir()) == [own]
-    assert report.NOT_MEASURED in place.block()
+    assert sorted((place.docs / "benchmarks").iterdir()) == [place.docs / "benchmarks" / "counted.svg", own]
+    assert pages.NOT_MEASURED in place.block()
 
 
 # ------------------------------------------------------------------------------------------------------------- refusals

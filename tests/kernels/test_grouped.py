@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from compiling import run_compiling
 from fused_steer.kernels import ACTIVATIONS, grouped
 from fused_steer.kernels.aot import SHARED_MEMORY, record_grouped
 from fused_steer.kernels.grouped import post_block_grouped
@@ -377,11 +373,7 @@ def test_every_target_compiles_it_without_spilling():
         for hidden, rank, everything in ((4096, 8, False), (4096, 8, True), (4096, 256, True), (576, 8, True))
         for tokens in (64, 4096)
     ]
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    worker = [sys.executable, str(Path(__file__).parents[1] / "support" / "aot_worker.py"), str(os.cpu_count())]
-    done = subprocess.run(worker, input=json.dumps(cases), env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    rows = run_compiling("aot_worker.py", cases)
     assert len(rows) == 2 * len(cases)
     bad = [
         row

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import json
 import os
 import pickle
@@ -37,7 +38,7 @@ from triton.runtime.interpreter import GridExecutor
 
 from fused_steer import SteerConfig, patch_model
 from fused_steer.adapters.parameters import Adapter
-from fused_steer.model.layer import SteeringSite
+from fused_steer.model.site import SteeringSite
 from fused_steer.serving.slots import Slots
 
 D, R, SCALE = 32, 4, 0.7
@@ -244,10 +245,11 @@ def test_what_kernels_refuse_is_refused_beside_a_plan(device, made):
 def test_a_plan_is_for_so_many_operands(device):
     site, operands = make_site(device), states(5, device)
     expected = site(*operands)
-    given = (*operands, *parts(site)[:2])
+    weights = parts(site)[:2]
     run = site._planned[0].last
-    assert run(*given, operands[0]) is None and run(*given[:3]) is None and run() is None
-    assert_same(run(*given), expected)
+    assert run(*operands, (*weights, operands[0])) is None and run(*operands, weights[:1]) is None
+    assert run(*operands, ()) is None
+    assert_same(run(*operands, weights), expected)
 
 
 @torch.no_grad()
@@ -760,7 +762,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     import importlib
 
     of_op = importlib.import_module("fused_steer.kernels.post_block")
-    for name in ("_forward_plans", "_backward_plans"):
+    for name in ("_forward_plans", "_backward_plans", "_inference_plans", "_last_inference"):
         monkeypatch.setattr(of_op, name, {})
 
 
@@ -838,6 +840,91 @@ def test_op_asks_for_the_backend(device, made, fresh, monkeypatch):
     assert_same(made.none(lambda: run_op(inputs)), expected)
 
 
+def run_inference(site: SteeringSite, residual: Tensor, branch: Tensor) -> Tensor:
+    w1, w2 = parts(site)[:2]
+    scale = torch.tensor(site.scale, device=residual.device)
+    return torch.ops.fused_steer.post_block_inference(residual, branch, w1, w2, scale, site.activation)
+
+
+@torch.no_grad()
+def test_inference_op_goes_by_the_plan_of_another_layer(device, made, fresh):
+    sites = [make_site(device, seed=seed) for seed in (5, 50)]
+    operands = states(5, device)
+    for number, site in enumerate(sites):
+        found = (made.none if number else made.new)(lambda site=site: run_inference(site, *operands))
+        site.scale = torch.tensor(SCALE, device=device)
+        assert_same(found, ordinary(site, *operands))
+        site.scale = SCALE
+    sites[1].activation = "tanh"
+    for site in (sites[1], sites[0]) * 2:
+        found = run_inference(site, *operands)
+        assert_same(found, torch.ops.fused_steer.post_block(*op_inputs(site, *operands, activation=site.activation))[0])
+    sites[0].requires_grad_(False)  # another plan, and both are kept
+    made.new(lambda: run_inference(sites[0], *operands))
+    sites[1].activation = "silu"
+    for site in (sites[1], sites[0]) * 2:
+        made.none(lambda site=site: run_inference(site, *operands))
+
+
+@pytest.mark.parametrize("other", [name for name in OTHERS if name != "no branch"])
+@torch.no_grad()
+def test_inference_op_of_other_operands(device, made, fresh, other):
+    site, operands = make_site(device), states(5, device)
+    for given in (operands, OTHERS[other](*operands), OTHERS[other](*operands), operands):
+        assert_same(run_inference(site, *given), run_op(op_inputs(site, *given)))
+
+
+def test_a_graph_calls_the_inference_op_where_no_gradient_is_asked_for(device, fresh):
+    called: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> torch.fx.GraphModule:
+        called.extend(str(node.target) for node in graph.graph.nodes if "fused_steer" in str(node.target))
+        return graph
+
+    def compiled(site: SteeringSite, operands: tuple[Tensor, Tensor]) -> str:
+        torch.compiler.reset()
+        called.clear()
+        out = torch.compile(site, fullgraph=True, backend=backend)(*operands)
+        site.scale = site.strength
+        assert_same(out.detach(), ordinary(site, *operands).detach())
+        return called[0].removesuffix(".default")
+
+    operands = states(5, device)
+    with torch.no_grad():
+        assert compiled(make_site(device), operands) == "fused_steer.post_block_inference"
+        assert compiled(make_site(device, up_bias=True), operands) == "fused_steer.post_block"
+    assert compiled(make_site(device), operands) == "fused_steer.post_block"
+    assert compiled(make_site(device).requires_grad_(False), operands) == "fused_steer.post_block_inference"
+
+
+def test_inference_op_is_an_op(device):
+    site = make_site(device).requires_grad_(False)
+    w1, w2 = parts(site)[:2]
+    arguments = (*states(5, device), w1, w2, torch.tensor(SCALE, device=device), "silu")
+    # Without the test of autograd: there is no gradient.
+    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(torch.ops.fused_steer.post_block_inference.default, arguments, test_utils=tests)
+
+
+def test_what_a_call_leaves_behind_is_one_allocation(monkeypatch):
+    monkeypatch.setattr(plans, "INTERPRETED", False)
+    allocated: list[Tensor] = []
+
+    def empty(size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        allocated.append(torch.empty_strided(size, stride, dtype=dtype))
+        return allocated[-1]
+
+    made = [torch.empty(3, 5), torch.empty(7, dtype=torch.bfloat16), torch.empty(4, 9), torch.empty(100)]
+    names: dict[str, Any] = {"empty": empty, "pointer": Tensor.data_ptr}
+    exec("\n".join(plans._allocations(made, [2], names)), names)
+    result, scratch = allocated
+    assert result.shape == (4, 9) and result.data_ptr() == names["q2"] and names["m2"] is result
+    spans = [(names[f"q{i}"], names[f"q{i}"] + made[i].nbytes) for i in (0, 1, 3)]
+    assert spans[0][0] == scratch.data_ptr() and spans[-1][1] == scratch.data_ptr() + scratch.nbytes
+    assert all(first[1] <= second[0] for first, second in itertools.pairwise(spans)), "no part overlaps the next"
+    assert all((span[0] - scratch.data_ptr()) % 128 == 0 for span in spans)
+
+
 def test_compiled_site_trains_by_plans(device, made, fresh):
     site, grad = make_site(device, up_bias=True), normal(2, 5, D, device=device)
     torch.compiler.reset()
@@ -906,6 +993,13 @@ def test_planned_launches_are_those_of_the_first_call(worked):
     assert rows["made"] == [[True, True], []]
     assert inference["same"] and training["same"] and rows["same"]
     assert inference["count"] >= 1 and training["count"] >= 3 and rows["count"] >= 2
+
+
+def test_planned_launches_have_the_arguments_of_the_ordinary_ones(worked):
+    inference, training = (worked["same_arguments"][name] for name in ("inference", "training"))
+    assert inference["same"] and training["same"]
+    assert inference["count"] >= 1 and training["count"] >= 4
+    assert inference["read"] >= 4 and training["read"] > inference["read"], "residual, branch, W1, W2"
 
 
 def test_compiled_launches_are_the_eager_ones(worked):

@@ -102,6 +102,14 @@ def test_few_tokens_and_many(device, tokens):
     assert_as_good_as_the_hook([make_inputs(tokens, 96, rank=9, dtype=BF16, device=device, scale=False)])
 
 
+@pytest.mark.parametrize("tokens", [64, 65])
+def test_few_tokens_and_many_with_relu(device, tokens):
+    """relu's derivative jumps at 0. Both we and the hook round x and W1 to bf16 before the product, so that some
+    activations fall on the other side than the truth's, about as many of ours as of the hook's: so many activations
+    that the two counts cannot differ by much."""
+    assert_as_good_as_the_hook(make_draws(8, tokens, 96, rank=60, dtype=BF16, device=device, scale=False), "relu")
+
+
 def triton_forward(inputs: Inputs, packed: bool) -> tuple[Tensor, Tensor]:
     from fused_steer.kernels.post_block import _triton_forward
 

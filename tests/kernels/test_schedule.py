@@ -98,11 +98,15 @@ def test_forward_waves_are_whole(name, tokens, hidden):
 @pytest.mark.parametrize("name", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("hidden", [2048, 2560, 4096])
 def test_forward_tiles_in_flight_are_read_again_from_l2(name, hidden):
-    """Where device memory binds: of what the tiles in flight read nearly all is in L2 for their second read."""
+    """Where device memory binds: what L2 does not hold of the tiles in flight, and the second pass reads from memory
+    again, is at most a third of what separates the goal of 1.1 floors from the floor of three units."""
     device = TARGETS[name]
     for tokens in (4096, 16384):
         found = forward_schedule(tokens, hidden, 8, 2, device)
-        assert found.programs * found.height * hidden * 2 * 2 <= 1.05 * device.l2, found
+        in_flight = 2 * found.programs * found.height * hidden * 2  # residual and branch
+        read_again = 2 * max(0.0, 1 - device.l2 / in_flight)  # units
+        over = 1.1 * 3 - 3  # units that the goal allows
+        assert read_again <= over / 3, found
 
 
 def test_forward_sums_in_one_order_packed_or_not():

@@ -3,7 +3,6 @@
 import asyncio
 import contextvars
 import copy
-import gc
 import os
 import threading
 from collections.abc import Callable
@@ -11,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fused_steer.model.scopes import Lock, Scopes
+from fused_steer.model.scopes import Scopes
 
 
 def elsewhere(call: Callable[[], Any], carry: bool = False) -> Any:
@@ -34,6 +33,10 @@ def elsewhere(call: Callable[[], Any], carry: bool = False) -> Any:
     return found[0]
 
 
+def ended() -> None:
+    """What ends a scope that did nothing."""
+
+
 def one_pass(scopes: Scopes) -> str:
     scopes.begin_pass()
     scopes.end_pass()
@@ -42,7 +45,7 @@ def one_pass(scopes: Scopes) -> str:
 
 def test_scopes_pass_of_another_thread_is_refused_inside_and_runs_afterwards():
     scopes = Scopes()
-    with scopes.open("steering.disabled()"):
+    with scopes.open("steering.disabled()", ended):
         error = elsewhere(lambda: one_pass(scopes))
         assert isinstance(error, RuntimeError)
         assert "the model runs inside steering.disabled() of another thread or task; expected" in str(error)
@@ -54,7 +57,7 @@ def test_scopes_pass_of_another_thread_is_refused_inside_and_runs_afterwards():
 
 def test_scopes_nest():
     scopes = Scopes()
-    with scopes.open("steering.batch"), scopes.open("steering.disabled()"):
+    with scopes.open("steering.batch", ended), scopes.open("steering.disabled()", ended):
         assert one_pass(scopes) == "ran"
     with scopes.change("steering.use is called"):
         pass
@@ -63,7 +66,7 @@ def test_scopes_nest():
 def test_scopes_change_waits_for_no_pass_but_is_refused():
     scopes = Scopes()
     scopes.begin_pass()
-    for attempt in (scopes.change("steering.use is called"), scopes.open("steering.disabled()")):
+    for attempt in (scopes.change("steering.use is called"), scopes.open("steering.disabled()", ended)):
         error = elsewhere(lambda: attempt.__enter__())  # noqa: B023
         assert isinstance(error, RuntimeError) and "while the model runs in another thread; expected" in str(error)
     with scopes.change("steering.use is called"):  # the thread's own pass has no say
@@ -93,7 +96,7 @@ def test_scopes_belong_to_a_task():
     scopes = Scopes()
 
     async def first(opened: asyncio.Event, done: asyncio.Event) -> None:
-        with scopes.open("steering.batch"):
+        with scopes.open("steering.batch", ended):
             opened.set()
             await done.wait()
             one_pass(scopes)
@@ -112,23 +115,24 @@ def test_scopes_belong_to_a_task():
 
 
 def test_scopes_end_with_their_block_though_its_end_did_not_run():
-    scopes = Scopes()
+    scopes, done = Scopes(), []
 
-    def cut_off() -> None:
-        scope = scopes.open("steering.disabled()")
-        scope.__enter__()
-        # The exception that kept `__exit__` from running is gone, and with it the block.
+    def end_raises() -> None:
+        done.append("raises")
+        if done.count("raises") == 1:
+            raise KeyboardInterrupt
 
-    cut_off()
-    gc.collect()
-    assert scopes.foreign() is None
+    with pytest.raises(KeyboardInterrupt), scopes.open("steering.batch", end_raises):
+        pass
     assert elsewhere(lambda: one_pass(scopes)) == "ran"
+    assert done == ["raises", "raises"]
+    assert scopes.foreign() is None
 
 
 def test_scopes_of_a_copy_are_none():
     scopes = Scopes()
     scopes.begin_pass()
-    with scopes.open("steering.batch"):
+    with scopes.open("steering.batch", ended):
         twin = copy.deepcopy(scopes)
     assert elsewhere(lambda: one_pass(twin)) == "ran"
     with twin.change("steering.use is called"):
@@ -138,12 +142,12 @@ def test_scopes_of_a_copy_are_none():
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_scopes_locks_are_free_after_a_fork():
-    scopes, lock = Scopes(), Lock()
+    scopes = Scopes()
     entered, leave = threading.Event(), threading.Event()
 
     def hold() -> None:
         scopes.begin_pass()
-        with lock, scopes.change("x"):
+        with scopes.turn, scopes.change("x"):
             entered.set()
             leave.wait()
         scopes.end_pass()
@@ -153,7 +157,7 @@ def test_scopes_locks_are_free_after_a_fork():
     entered.wait()
     child = os.fork()
     if child == 0:
-        free = lock.acquire(timeout=1)
+        free = scopes.turn.acquire(timeout=1)
         with scopes.change("x"):  # the other thread's pass is not in this process
             os._exit(0 if free else 1)
     leave.set()

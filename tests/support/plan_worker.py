@@ -29,7 +29,7 @@ from fused_steer.kernels import plan as plans  # noqa: E402
 
 from fused_steer import SteerConfig, patch_model  # noqa: E402
 from fused_steer.adapters.parameters import Adapter  # noqa: E402
-from fused_steer.model.layer import SteeringSite  # noqa: E402
+from fused_steer.model.site import SteeringSite  # noqa: E402
 
 D, R = 512, 8
 made = []
@@ -94,6 +94,62 @@ def same_launches_in_training():
     site, x, b, grad = new_site(), hidden(64, True), hidden(64, True), hidden(64)
     first, second = (called(lambda: site(x, b).backward(grad)) for _ in range(2))
     return {"made": [first[1], second[1]], "same": first[0] == second[0], "count": len(first[0])}
+
+
+@case
+def same_arguments():
+    """A launch by a plan hands the driver the numbers and the operands' addresses that Triton's own way hands it."""
+    site, x, b, grad = new_site(), hidden(8, True), hidden(8, True), hidden()
+    operands = {t.data_ptr() for t in (x, b, grad, *site.parameters())}
+    given, watched, start = [], {}, plans._start
+
+    def watch(number, launch, *rest):
+        run, kinds = launch.compiled.run, list(launch.compiled.src.signature.values())
+        if hasattr(run, "launch") and id(run) not in watched:
+            watched[id(run)] = run, launch.compiled.name, run.launch
+
+            def noted(*arguments):
+                values = arguments[-1] if isinstance(arguments[-1], tuple) else arguments[-len(kinds) :]
+                if len(values) == len(kinds):  # as Triton hands them on, constants among them
+                    values = [value for value, kind in zip(values, kinds, strict=True) if kind != "constexpr"]
+                addresses = (v.data_ptr() if isinstance(v, Tensor) else v for v in values)
+                others = ["other" if v not in operands and v > 1 << 32 else v for v in addresses]
+                given.append([watched[id(run)][1], *others])
+                return watched[id(run)][2](*arguments)
+
+            run.launch = noted
+        return start(number, launch, *rest)
+
+    def launched(call) -> list:
+        given.clear()
+        call()
+        return list(given)
+
+    def infer() -> None:
+        with torch.no_grad():
+            site(x, b)
+
+    def hook(metadata) -> None:
+        """What a profiler leaves in Triton: plans are passed over."""
+
+    found = {}
+    plans._start = watch
+    try:
+        for name, call in {"inference": infer, "training": lambda: site(x, b).backward(grad)}.items():
+            call()
+            call()
+            planned = launched(call)
+            knobs.runtime.launch_enter_hook.add(hook)
+            try:
+                found[name] = {"same": planned == launched(call), "count": len(planned)}
+            finally:
+                knobs.runtime.launch_enter_hook.remove(hook)
+            found[name]["read"] = sum(value in operands for row in planned for value in row)
+    finally:
+        plans._start = start
+        for run, _, launch in watched.values():
+            run.launch = launch
+    return found
 
 
 @case

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
 from fused_steer import patch_model
-from fused_steer.model.layer import SteeringSite
+from fused_steer.model.site import SteeringSite
 from fused_steer.tools import coverage as coverage_module
 from fused_steer.tools.coverage import MODEL_TYPES, Row, build, check, check_all, markdown, run, summary
 

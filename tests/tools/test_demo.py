@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,7 @@ OPTIONS = demo.DemoOptions(
     seed=0,
     held_out=6,
     device="cpu",
+    record=None,
 )
 EXPRESSIONS = [
     Operation("MAX", (1, 2)),
@@ -88,6 +90,37 @@ def test_the_whole_demo(saved_model, tmp_path):
         assert not torch.equal(scope["model"](inputs).logits, base(inputs).logits)
 
 
+def test_record_writes_what_the_run_says(saved_model, tmp_path):
+    file = tmp_path / "figures.json"
+    result = run_tiny(saved_model, tmp_path / "out", "--record", file)
+    assert result.exit_code == 0, result.output
+    figures = demo.Figures.load(file)
+    assert f"{figures.exact_before} of {figures.held_out} before, {figures.exact_after} after" in result.stdout
+    assert f"trained   {figures.trained:,} of {figures.parameters:,} " in result.stdout
+    assert figures.adapter_bytes == (tmp_path / "out" / "adapter" / WEIGHTS_NAME).stat().st_size
+    assert (figures.steps, figures.batch_size, figures.held_out, figures.device) == (4, 3, 6, "cpu")
+    assert figures.cpu_seconds > 0
+    assert figures.seconds.keys() == {"loading", "evaluation", "training", "files"}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"steps": "4"}, "steps is '4'; expected int"),
+        ({"seconds": 3.0}, "seconds is 3.0; expected dict"),
+        ({"extra": 1}, "expected \\['adapter_bytes'"),
+    ],
+)
+def test_figures_of_another_form_are_refused(tmp_path, change, message):
+    good = demo.Figures("m", "t", 4, 3, 6, 0, 1, 2, 10, 99, {"training": 1.5}, 2.5, "cpu", 2, {"torch": "2"})
+    file = tmp_path / "figures.json"
+    good.save(file)
+    assert demo.Figures.load(file) == good
+    file.write_text(json.dumps(dataclasses.asdict(good) | change), encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        demo.Figures.load(file)
+
+
 def test_the_seed_determines_the_adapter(saved_model, tmp_path):
     def weights(name, seed):
         assert run_tiny(saved_model, tmp_path / name, "--seed", seed).exit_code == 0
@@ -131,6 +164,7 @@ def test_other_bits_after_loading_are_an_error(saved_model, tmp_path, monkeypatc
         (["--lr", "nan"], "lr is nan"),
         (["--device", "abacus"], "device is 'abacus'; expected auto or one of cpu"),
         (["--device", "cuda:99"], "device is 'cuda:99'; expected auto or one of cpu"),
+        (["--record", "/nowhere/at/all.json"], "record is '/nowhere/at/all.json'; expected a file"),
         (["--operators", "MAX", "--depth", 1, "--steps", 5000], "few more than 1"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",

@@ -1,0 +1,78 @@
+"""Counts what the end of one decoder layer moves and launches: unsteered, with a hook, fused. Nothing is timed.
+
+A unit is one tensor of N tokens × d, read or written by a kernel: one pass of the hidden state through memory.
+PyTorch's operations are counted as they are dispatched, ours as the launcher starts them. Views launch nothing. In the
+fused forward the second read of a tile, meant to come from L2, is no unit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from fused_steer.kernels.aot import Case, hidden_states, record_passes
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from . import contenders
+from .geometries import OpCase
+
+PASSES = ("forward", "backward")
+MANY, FEW = 8192, 8  # tokens: with few, the forward's reduction over d is split in two launches
+HIDDEN, RANK, TARGET = 4096, 8, "sm_90"
+
+
+@dataclass(frozen=True)
+class Count:
+    """Units moved by one pass of one layer's end, and kernels launched for it."""
+
+    units: int
+    launches: int
+
+
+class Counter(TorchDispatchMode):
+    """Counts dispatched operations that are no views; those that touch tensors of `numel` elements or more (large); and
+    these tensors (units)."""
+
+    def __init__(self, numel: int) -> None:
+        super().__init__()
+        self.numel, self.launches, self.large, self.units = numel, 0, 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view and func is not torch.ops.aten.detach.default:
+            units = sum(isinstance(t, torch.Tensor) and t.numel() >= self.numel for t in (*args, out))
+            self.launches += 1
+            self.large += units > 0
+            self.units += units
+        return out
+
+
+def count_operations(name: str) -> dict[str, Count]:
+    """The forward and the backward of a contender that is made of PyTorch operations: `add` or `hook`."""
+    case = OpCase(512, 64, 4, dtype="float32")
+    x, leaves = contenders.make_operands(case, torch.device("cpu")).with_leaves()
+    numel = case.tokens * case.hidden
+    with Counter(numel) as forward:
+        out = contenders.OP_CONTENDERS[name].call()(x)
+    with Counter(numel) as backward:
+        torch.autograd.grad(out, leaves, x.grad, allow_unused=True)
+    counters = zip(PASSES, (forward, backward), strict=True)
+    return {what: Count(counter.units, counter.launches) for what, counter in counters}
+
+
+def count_launches(tokens: int) -> dict[str, Count]:
+    """The forward and the backward of the fused op, recorded instead of run."""
+    passes = record_passes(Case(tokens, HIDDEN, RANK, packed=tokens == MANY), TARGET)
+    return {
+        what: Count(sum(len(hidden_states(launch)) for launch in passes[what]), len(passes[what])) for what in PASSES
+    }
+
+
+def counted() -> dict[str, dict[str, Count]]:
+    """The counts of each contender, by pass."""
+    return {
+        "unsteered": count_operations("add"),
+        "hook": count_operations("hook"),
+        "fused": count_launches(MANY),
+        "fused, few tokens": count_launches(FEW),
+    }

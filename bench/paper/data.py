@@ -1,0 +1,134 @@
+"""The examples of a task: from the hub, from local files, or generated; split, checked, and turned into text.
+
+Local files are `<folder>/<task>/train.jsonl` (or `.json`, a list; or `.parquet`), and `validation` and `test` where
+there are any. A split that is missing is cut from the training rows, 80:20 with seed 42, as the paper's Table 6 says.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import listops
+from .tasks import TASKS, Row, Task
+
+SPLITS = ("train", "validation", "test")
+SUFFIXES = (".jsonl", ".json", ".parquet")
+SHARE, SEED = 0.2, 42
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row of a task as text. answer: what the reader of the task has to find."""
+
+    prompt: str
+    completion: str
+    answer: Any
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much of each split is used (None: all): the first rows."""
+
+    train: int | None = None
+    evaluated: int | None = None
+
+    def of(self, split: str) -> int | None:
+        return self.train if split == "train" else self.evaluated
+
+
+def load(
+    name: str, folder: Path | None, limits: Limits, lengths: tuple[int, int] = (4, 64)
+) -> dict[str, list[Example]]:
+    """The examples of a task by split. ListOps is generated where `folder` has none.
+
+    Raises:
+        ValueError: a column is missing, or a row has no answer that the task knows.
+        FileNotFoundError: `folder` has no training file of the task.
+    """
+    task = TASKS[name]
+    source = str(folder / name) if folder else task.hub[0]
+    if name == "listops" and (folder is None or not (folder / name).is_dir()):
+        sizes = {split: min(limits.of(split) or size, size) for split, size in listops.SIZES.items()}
+        found, source = listops.rows(sizes, lengths), "generated ListOps"
+    else:
+        found = complete(_local(folder / name) if folder else _hub(task))
+    return {split: examples(task, found[split][: limits.of(split)], f"{source}, {split}") for split in SPLITS}
+
+
+def _hub(task: Task) -> dict[str, list[Row]]:
+    from datasets import load_dataset
+
+    found = load_dataset(*task.hub)
+    splits = {"train": "train", "test": task.test}
+    if task.test != "validation" and "validation" in found:
+        splits["validation"] = "validation"
+    return {ours: found[theirs].to_list() for ours, theirs in splits.items()}
+
+
+def _local(folder: Path) -> dict[str, list[Row]]:
+    files = {split: file for split in SPLITS for suffix in SUFFIXES if (file := folder / f"{split}{suffix}").is_file()}
+    if "train" not in files:
+        raise FileNotFoundError(f"{folder} has no train.jsonl, train.json or train.parquet; expected one of them")
+    return {split: _rows(file) for split, file in files.items()}
+
+
+def _rows(file: Path) -> list[Row]:
+    if file.suffix == ".parquet":
+        import pyarrow.parquet
+
+        return pyarrow.parquet.read_table(file).to_pylist()
+    text = file.read_text(encoding="utf-8")
+    try:
+        found = json.loads(text) if file.suffix == ".json" else list(map(json.loads, text.strip().splitlines()))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is no {file.suffix[1:].upper()} ({error}); expected rows of a task") from None
+    if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
+        raise ValueError(f"{file} holds no list of rows; expected one JSON object a row")
+    return found
+
+
+def complete(found: dict[str, list[Row]]) -> dict[str, list[Row]]:
+    """All three splits: a missing one is cut from the training rows, the test split first."""
+    found = dict(found)
+    for split in ("test", "validation"):
+        if split not in found:
+            found["train"], found[split] = cut(found["train"])
+    return found
+
+
+def cut(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """80 % and 20 % of the rows, as `Dataset.train_test_split(test_size=0.2, seed=42)` draws them."""
+    from datasets import Dataset
+
+    if len(rows) < 2:
+        raise ValueError(f"there are {len(rows)} training rows; expected at least 2 to cut a split from")
+    parts = Dataset.from_dict({"at": range(len(rows))}).train_test_split(test_size=SHARE, seed=SEED)
+    train, held_out = ([rows[at] for at in parts[part]["at"]] for part in ("train", "test"))
+    return train, held_out
+
+
+def examples(task: Task, rows: Sequence[Row], source: str) -> list[Example]:
+    """The rows as text.
+
+    Raises:
+        ValueError: there is no row, a column is missing, or a row is not of the task's form.
+    """
+    if not rows:
+        raise ValueError(f"{source} has no rows; expected some")
+    found = []
+    for number, row in enumerate(rows, 1):
+        missing = [name for name in task.columns if name not in row]
+        if missing:
+            raise ValueError(
+                f"{source} has no column {', '.join(missing)} in row {number}; expected {', '.join(task.columns)}, "
+                f"it has {', '.join(row)}"
+            )
+        try:
+            found.append(Example(task.prompt(row), task.completion(row), task.answer(row)))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{source}, row {number}: {error}") from None
+    return found

@@ -1,0 +1,127 @@
+"""The methods: what each adds to a model, what of it trains, at which rate, under which schedule.
+
+`attach` gives a model its method's parameters and returns stages, which are trained one after the other; LoFiT has two,
+all others one. Steering is this project's; LoRA is PEFT's; full fine-tuning is transformers'.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from fused_steer import SteerConfig, lora_parameters, patch_model, steering_parameters
+
+from . import heads, reft, released
+from .settings import Settings
+
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass
+class Stage:
+    """One training. penalty: added to each step's loss. after: done when it has ended."""
+
+    parameters: Sequence[nn.Parameter]
+    rate: float
+    penalty: Callable[[], Tensor] | None = None
+    callbacks: Sequence[TrainerCallback] = ()
+    after: Callable[[], Any] | None = None
+
+
+@dataclass(frozen=True)
+class Method:
+    """schedule and warmup: of the learning rate (F.5), the warm-up as a share of the steps."""
+
+    title: str
+    attach: Callable[[Any, Settings, float], tuple[Any, list[Stage]]]
+    schedule: str = "constant"
+    warmup: float = 0.0
+
+
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def _untrained(model: Any, settings: Settings, rate: float) -> tuple[Any, list[Stage]]:
+    return model.requires_grad_(False), []
+
+
+def _full(model: Any, settings: Settings, rate: float) -> tuple[Any, list[Stage]]:
+    return model, [Stage(_trained(model.requires_grad_(True)), rate)]
+
+
+def _with_lora(model: Any, settings: Settings) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=settings.lora_rank, lora_alpha=settings.lora_alpha, target_modules=list(LINEARS), task_type="CAUSAL_LM"
+    )
+    return get_peft_model(model, config)
+
+
+def _lora(model: Any, settings: Settings, rate: float) -> tuple[Any, list[Stage]]:
+    model = _with_lora(model, settings)
+    return model, [Stage(lora_parameters(model), rate)]
+
+
+def _reft(model: Any, settings: Settings, rate: float) -> tuple[Any, list[Stage]]:
+    reft.attach(model, settings.reft_rank, settings.reft_positions)
+    return model, [Stage(_trained(model), rate)]
+
+
+def _lofit(model: Any, settings: Settings, rate: float) -> tuple[Any, list[Stage]]:
+    edits = heads.attach(model, heads.Lofit, "lofit")
+    scales, offsets = [e.scale for e in edits], [e.offset for e in edits]
+    first = Stage(
+        scales,
+        settings.lofit_rate,
+        penalty=lambda: settings.lofit_l1 * sum(scale.abs().sum() for scale in scales),
+        after=lambda: heads.select_heads(edits, settings.lofit_share),
+    )
+    return model, [first, Stage(offsets, rate)]
+
+
+def _jola(model: Any, settings: Settings, rate: float) -> tuple[Any, list[Stage]]:
+    edits = heads.attach(model, heads.Jola, "jola")
+    return model, [Stage(_trained(model), rate, penalty=heads.JolaPenalty(edits))]
+
+
+def _steering(model: Any, settings: Settings, rate: float, **fields: Any) -> tuple[Any, list[Stage]]:
+    fields = {"rank": settings.rank, "activation": settings.activation} | fields
+    model = patch_model(model, SteerConfig(**{k: v for k, v in fields.items() if v is not None}))
+    return model, [Stage(steering_parameters(model), rate)]
+
+
+def _joint(model: Any, settings: Settings, rate: float, **fields: Any) -> tuple[Any, list[Stage]]:
+    model = _with_lora(model, settings)
+    model, (stage,) = _steering(model, settings, rate, **fields)
+    stage.parameters = [*lora_parameters(model), *stage.parameters]
+    return model, [stage]
+
+
+def _joint_released(model: Any, settings: Settings, rate: float) -> tuple[Any, list[Stage]]:
+    model = _with_lora(model, settings)
+    released.attach(model, settings.rank, settings.activation)
+    return model, [Stage(_trained(model), rate, callbacks=[released.ReleasedProjection(settings.projection)])]
+
+
+METHODS: dict[str, Method] = {
+    "untrained": Method("untrained", _untrained),
+    "full": Method("full fine-tuning", _full, "cosine", 0.1),
+    "lora": Method("LoRA", _lora, "cosine", 0.06),
+    "reft": Method("ReFT", _reft),
+    "lofit": Method("LoFiT", _lofit),
+    "jola": Method("JoLA", _jola),
+    "lowrank": Method("post-block", _steering),
+    "rank1": Method("post-block, rank 1", functools.partial(_steering, rank=1)),
+    "vector": Method("post-block, vector", functools.partial(_steering, form="vector", rank=None, activation=None)),
+    # As the released code has it for joint training: LoRA's schedule for both.
+    "joint": Method("naive joint", _joint, "cosine", 0.06),
+    "joint-orth": Method("Joint-Orth", functools.partial(_joint, orthogonal_to="lora"), "cosine", 0.06),
+    "joint-released": Method("joint as released", _joint_released, "cosine", 0.06),
+}

@@ -1,0 +1,125 @@
+"""Joint training as the paper's released code has it, to the bit (SprocketLab/steerling, joint/).
+
+Its projection differs from the paper's Joint-Orth, which is ours, in three ways. It projects W1 and not W2:
+W1 ← W1 (I − V Vᵀ). It takes V from a singular value decomposition of Bᵀ without a look at the singular values, so that
+B = 0, as before the first step, wipes coordinates 0 to r − 1 of W1. And it leaves gradients and the optimizer's moments
+as they are. B is nearly singular in the first steps, where that V hangs on the last bit of B: losses are the same to
+the bit only if the adapter computes as theirs, hence `Adapter`, a plain forward hook.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from fused_steer.adapters.parameters import SITE
+from fused_steer.model.decoder import find_decoder, inside_peft
+
+NAME = "released"
+_SMALL = 1e-3  # on W1's initial values
+
+
+class Adapter(nn.Module):
+    """h ↦ h + W2 φ(W1 h), with the same operations and the same draws of random numbers as theirs."""
+
+    def __init__(self, hidden: int, rank: int, activation: nn.Module) -> None:
+        super().__init__()
+        self.down = nn.Linear(hidden, rank, bias=False)
+        self.up = nn.Linear(rank, hidden, bias=False)
+        self.activation = activation
+        nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
+        self.down.weight.data *= _SMALL
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h + self.up(self.activation(self.down(h.flatten(0, 1)))).view_as(h)
+
+
+_ACTIVATIONS = {"identity": nn.Identity, "silu": nn.SiLU, "gelu": nn.GELU, "relu": nn.ReLU, "tanh": nn.Tanh}
+
+
+def attach(model: nn.Module, rank: int, activation: str) -> list[Adapter]:
+    """An adapter after every layer of a model that carries a LoRA.
+
+    Raises:
+        ValueError: the released code has no such activation.
+    """
+    if activation not in _ACTIVATIONS:
+        raise ValueError(
+            f"activation is {activation!r}; expected one of the released code's, {', '.join(_ACTIVATIONS)}"
+        )
+    decoder, adapters = find_decoder(inside_peft(model)), []
+    for layer in decoder.layers:
+        weight = next(layer.parameters())
+        adapter = Adapter(decoder.hidden, rank, _ACTIVATIONS[activation]()).to(weight)
+
+        def hook(_: nn.Module, __: Any, output: Any, adapter: Adapter = adapter) -> Any:
+            return (adapter(output[0]), *output[1:]) if isinstance(output, tuple) else adapter(output)
+
+        layer.register_forward_hook(hook)
+        adapters.append(adapter)
+    # Behind all other parameters, as theirs are: the norm that gradients are clipped to is summed in this order.
+    model.add_module(NAME, nn.ModuleList(adapters))
+    return adapters
+
+
+def project(down: Tensor, b: Tensor) -> Tensor:
+    """W1 (I − V Vᵀ), V the right singular vectors of Bᵀ. down: (r, d); b: (d, k), k at most d."""
+    _, _, vh = torch.linalg.svd(b.transpose(0, 1), full_matrices=False)
+    v = vh.transpose(-2, -1)
+    return down @ (torch.eye(len(v), device=v.device, dtype=v.dtype) - v @ v.T)
+
+
+def _down(model: nn.Module, index: int, layer: nn.Module) -> nn.Parameter | None:
+    """W1 of the layer's adapter here, or else of its steering."""
+    if hasattr(model, NAME):
+        return getattr(model, NAME)[index].down.weight
+    steering = getattr(getattr(layer, SITE, None), "steer_down", {})
+    return steering["default"].weight if "default" in steering else None
+
+
+def project_model(model: nn.Module) -> None:
+    """Project every layer's W1 by the B of the LoRA on its `mlp.down_proj`.
+
+    Raises:
+        ValueError: a layer has no such LoRA, or no adapter with a W1.
+    """
+    pairs = []
+    for index, layer in enumerate(find_decoder(inside_peft(model)).layers):
+        down, projection = _down(model, index, layer), getattr(getattr(layer, "mlp", None), "down_proj", None)
+        b = getattr(projection, "lora_B", {})
+        if down is None or "default" not in b:
+            raise ValueError(f"layer {index} has no adapter with a W1 beside a LoRA on mlp.down_proj; expected both")
+        pairs.append((down, b["default"].weight))
+    with torch.no_grad():
+        for down, b in pairs:
+            down.data = project(down.data, b.data)
+
+
+class ReleasedProjection(TrainerCallback):
+    """Projects before a step whose number is a multiple of n (0 too), before each epoch, or once before the first.
+
+    Args:
+        every: "step", "epoch", "init", or a number of optimizer steps.
+    """
+
+    def __init__(self, every: str | int = 100) -> None:
+        if every not in ("step", "epoch", "init") and (not str(every).isdigit() or int(every) == 0):
+            raise ValueError(f"the projection is every {every!r}; expected step, epoch, init or a number of steps")
+        self.every = {"step": 1}.get(str(every), int(every) if str(every).isdigit() else every)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.every == "init":
+            project_model(kwargs["model"])
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.every == "epoch":
+            project_model(kwargs["model"])
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if isinstance(self.every, int) and state.global_step % self.every == 0:
+            project_model(kwargs["model"])

@@ -1,0 +1,178 @@
+"""The tables and pictures of all results, beside the paper's own figures where those are at hand."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .methods import METHODS
+from .runs import best, read
+from .tasks import TASKS
+
+PUBLISHED = Path(__file__).with_name("published.json")
+PAGE = "paper-results.md"
+#: Title, methods, what of the paper it stands beside.
+SECTIONS: tuple[tuple[str, tuple[str, ...], str], ...] = (
+    ("Methods", ("untrained", "full", "lora", "reft", "lofit", "jola", "lowrank"), "the paper's Table 1"),
+    ("Forms of steering", ("lowrank", "rank1", "vector"), "a table of the paper, which one is not at hand"),
+    (
+        "Joint adaptation",
+        ("lora", "lowrank", "joint", "joint-orth", "joint-released"),
+        "a table of the paper, which one is not at hand",
+    ),
+)
+#: Of a diagnosis, and the figure of the paper that each picture is after.
+PICTURES = {"mlp_share.png": 2, "alignment.png": 3, "cosine.png": 5, "spectral_norm.png": 6}
+
+Results = dict[str, dict[tuple[str, str], list[dict[str, Any]]]]
+
+
+def collect(out: Path) -> Results:
+    """All results by model, then by task and method.
+
+    Raises:
+        ValueError: a file is none of results, or there is none.
+    """
+    found: Results = {}
+    for file in sorted(out.glob("*/*/*/rate-*-seed-*.json")):
+        result = read(file) | {"file": file}
+        key = result["key"]
+        found.setdefault(file.parents[2].name, {}).setdefault((key["task"], key["method"]), []).append(result)
+    if not found:
+        raise ValueError(f"{out} has no results; expected those of `python -m bench.paper run`")
+    return found
+
+
+def chosen(results: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The runs at the rate that validated best with seed 0, by seed."""
+    rate = best([result for result in results if result["key"]["seed"] == 0] or results)
+    return sorted((r for r in results if r["key"]["rate"] == rate), key=lambda r: r["key"]["seed"])
+
+
+def percent(results: Sequence[Mapping[str, Any]], name: str = "accuracy", split: str = "test") -> str:
+    """Mean and standard deviation over the seeds, in points of a hundred."""
+    values = [100 * result[split][name] for result in results]
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.1f}{spread}"
+
+
+def published() -> dict[str, Any]:
+    return json.loads(PUBLISHED.read_text(encoding="utf-8"))
+
+
+def of_paper(paper: Mapping[str, Any], model: str, task: str, method: str) -> str:
+    """The paper's figure; a figure at second hand has a †; nothing where none is at hand."""
+    for entry in paper["accuracy"]:
+        if (entry["model"], entry["task"]) == (model, task) and method in entry:
+            return f"{entry[method]:.1f}" + ("†" if entry["source"] == "note" else "")
+    return ""
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def cell(results: Sequence[Mapping[str, Any]] | None) -> str:
+    if not results:
+        return "–"
+    runs = chosen(results)
+    ours, released = percent(runs), percent(runs, "accuracy_as_released")
+    return ours if ours == released else f"{ours} (as released: {released})"
+
+
+def section(model: str, results: Mapping[tuple[str, str], Any], methods: Sequence[str], paper: Any) -> str:
+    """A row a method: ours and the paper's for each task that any of them has run."""
+    tasks = [task for task in TASKS if any((task, method) in results for method in methods)]
+    header = ["method", "trained", *(name for task in tasks for name in (TASKS[task].title, "paper"))]
+    rows = []
+    for method in methods:
+        every = [result for task in tasks for result in results.get((task, method), [])]
+        if not every:
+            continue
+        share = f"{every[0]['trained'] / every[0]['parameters']:.3%}"
+        cells = (
+            text for task in tasks for text in (cell(results.get((task, method))), of_paper(paper, model, task, method))
+        )
+        rows.append([METHODS[method].title, share, *cells])
+    return table(header, rows)
+
+
+def details(results: Mapping[tuple[str, str], Any]) -> str:
+    """The chosen rate of each task and method, both splits, each seed of the test, and what could not be read."""
+    rows = []
+    for (task, method), every in sorted(results.items()):
+        runs = chosen(every)
+        rates = sorted({result["key"]["rate"] for result in every})
+        rows.append(
+            [
+                TASKS[task].title,
+                METHODS[method].title,
+                f"{runs[0]['key']['rate']:g} of {', '.join(f'{rate:g}' for rate in rates)}",
+                percent(runs[:1], split="validation"),
+                ", ".join(f"{100 * run['test']['accuracy']:.1f}" for run in runs),
+                f"{sum(run['test']['unreadable'] for run in runs)} of {sum(len(run['test']['exact']) for run in runs)}",
+            ]
+        )
+    return table(["task", "method", "rate", "validation", "test by seed", "unreadable"], rows)
+
+
+def unread(results: Mapping[tuple[str, str], Any]) -> str:
+    """Some answers that could not be read, and so count as wrong."""
+    shown = [
+        f"- {TASKS[task].title}, {METHODS[method].title}: {json.dumps(said, ensure_ascii=False)}"
+        for (task, method), every in sorted(results.items())
+        for said in chosen(every)[0]["test"]["unreadable_shown"][:1]
+    ]
+    return "\n".join(shown) or "None."
+
+
+def pictures(model: str, results: Mapping[tuple[str, str], Any], docs: Path) -> str:
+    """Copy the pictures of the joint runs at the chosen rate; the lines that show them."""
+    lines = []
+    for (task, method), every in sorted(results.items()):
+        first = chosen(every)[0]
+        for name, figure in PICTURES.items():
+            if name not in first["pictures"]:
+                continue
+            target = f"paper-{model}-{task}-{method}-{name}"
+            shutil.copyfile(first["file"].with_suffix("") / name, docs / target)
+            lines.append(f"After Figure {figure}, {TASKS[task].title}, {METHODS[method].title}:\n\n![]({target})")
+    return "\n\n".join([*lines, "Figure 4 of the paper is not at hand."])
+
+
+def write(out: Path, docs: Path) -> Path:
+    """The page and its pictures.
+
+    Raises:
+        ValueError: there are no results.
+    """
+    found, paper = collect(out), published()
+    docs.mkdir(parents=True, exist_ok=True)
+    parts = [
+        "<!-- Written by `python -m bench.paper report`. Do not edit. -->",
+        "# The paper's experiments, as they came out here",
+        "Exact match on the test split in points of a hundred: mean ± standard deviation over the seeds, at the rate "
+        "that validated best. Columns headed *paper* are the paper's own figures; empty means not at hand. "
+        "†: at second hand. *As released*: by the released code's reader, which misreads some correct answers.",
+        "\n".join(f"- The paper: {line['text']} ({paper['sources'][line['source']]})." for line in paper["headline"]),
+        "Not at hand: " + "; ".join(paper["not_at_hand"]) + ".",
+        "† " + paper["sources"]["note"] + ".",
+    ]
+    for model, results in found.items():
+        parts.append(f"## {model}")
+        for title, methods, beside in SECTIONS:
+            if any((task, method) in results for task in TASKS for method in methods):
+                parts += [f"### {title} ({beside})", section(model, results, methods, paper)]
+        parts += ["### Rates, seeds, answers", details(results), "### Answers that could not be read", unread(results)]
+        parts += ["### Pictures", pictures(model, results, docs)]
+        machines = [r["machine"] for every in results.values() for r in every]
+        lines = {f"- {m['device']}, torch {m['versions']['torch']}, commit {str(m['commit'])[:12]}" for m in machines}
+        parts.append("\n".join(sorted(lines)))
+    page = docs / PAGE
+    page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    return page

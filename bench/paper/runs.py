@@ -1,0 +1,241 @@
+"""The runs: which are to be done, doing one, and its results file. What is in a file is not done again.
+
+A rate is chosen by the accuracy on the validation split, with the first seed; the other seeds are run at that rate. The
+test split decides nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+
+from ..results import describe_machine
+from .data import Example, Limits, load
+from .methods import METHODS
+from .settings import Settings
+from .tasks import TASKS
+from .training import Text, test, train
+
+SCHEMA = 1
+_DIAGNOSED = 32  # prompts for the pictures of a joint run
+
+
+@dataclass(frozen=True, order=True)
+class Key:
+    """One run."""
+
+    task: str
+    method: str
+    rate: float
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.task}, {self.method}, rate {self.rate:g}, seed {self.seed}"
+
+    def file(self, folder: Path) -> Path:
+        return folder / self.task / self.method / f"rate-{self.rate:g}-seed-{self.seed}.json"
+
+
+def folder_of(out: Path, model: str) -> Path:
+    """The folder of a model's results: `meta-llama/Llama-3.2-1B` -> `out/llama-3.2-1b`."""
+    return out / re.sub(r"[^a-z0-9.]+", "-", Path(model).name.lower()).strip("-")
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+
+
+def save(content: Mapping[str, Any], file: Path) -> None:
+    """Write the file whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.new")
+    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, file)
+
+
+def read(file: Path) -> dict[str, Any]:
+    """A results file.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is no JSON ({error}); expected a results file of bench.paper") from None
+    schema = content.get("schema") if isinstance(content, dict) else None
+    if schema != SCHEMA or not {"key", "machine", "settings", "validation", "test"} <= content.keys():
+        raise ValueError(f"{file} has schema {schema!r}; expected one of bench.paper, {SCHEMA}")
+    return content
+
+
+def found(folder: Path, key: Key, settings: Settings) -> dict[str, Any] | None:
+    """The results of a run, None if it was not done.
+
+    Raises:
+        ValueError: it was done with other settings.
+    """
+    file = key.file(folder)
+    if not file.exists():
+        return None
+    content = read(file)
+    ours, theirs = settings.to_json(), content["settings"]
+    for name in ours:
+        if theirs.get(name) != ours[name]:
+            raise ValueError(
+                f"{name} is {ours[name]!r} but {theirs.get(name)!r} in {file}; expected the same (or another --out)"
+            )
+    return content
+
+
+# -------------------------------------------------------------------------------------------------------------- one run
+
+
+def load_model(settings: Settings) -> tuple[Any, Text]:
+    """The model, on the CPU, and its text.
+
+    Raises:
+        OSError: there is none.
+        ValueError: its tokenizer has no end of a sequence.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"the tokenizer of {settings.model} has no end-of-sequence token; expected one to pad with")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=getattr(torch, settings.dtype)).eval()
+    return model, Text(tokenizer, settings.end, settings.chat)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What runs share. batch: prompts that are generated for at once."""
+
+    model: Any
+    text: Text
+    settings: Settings
+    device: torch.device
+    batch: int
+
+    def run(self, key: Key, data: Mapping[str, Sequence[Example]], pictures: Path) -> dict[str, Any]:
+        """Train a copy of the model, and test it on the validation and the test split."""
+        task, method, settings = TASKS[key.task], METHODS[key.method], self.settings
+        torch.manual_seed(key.seed)
+        model, stages = method.attach(copy.deepcopy(self.model).to(self.device), settings, key.rate)
+        features = [self.text.features(example, task.max_length) for example in data["train"]] if stages else []
+        kept = [feature for feature in features if feature is not None]
+        if stages and not kept:
+            raise ValueError(
+                f"no training row of {key.task} has an answer within {task.max_length} tokens; expected one"
+            )
+        epochs = settings.epochs or task.epochs
+        trained = sum(p.numel() for stage in stages[-1:] for p in stage.parameters)
+        total = sum(p.numel() for p in self.model.parameters())
+        done = [train(model, stage, method, kept, self.text.tokenizer, settings, epochs, key.seed) for stage in stages]
+        return {
+            "trained": trained,
+            "parameters": total,
+            "training_rows": len(kept),
+            "too_long": len(features) - len(kept),
+            "stages": done,
+            **{
+                split: test(model, self.text, task, data[split], self.batch, f"{key.task}, {split}")
+                for split in ("validation", "test")
+            },
+            "pictures": self._draw(key, model, data["validation"], pictures),
+        }
+
+    def _draw(self, key: Key, model: Any, examples: Sequence[Example], folder: Path) -> list[str]:
+        """The pictures of a joint run with the first seed, after the paper's Figures 2, 3, 5 and 6: their names."""
+        if "joint" not in key.method or key.seed or not hasattr(model, "steering"):
+            return []
+        from fused_steer.diagnostics import diagnose
+
+        prompts = examples[:_DIAGNOSED]
+        batches = [dict(self.text.batch(prompts[at : at + 8])) for at in range(0, len(prompts), 8)]
+        return [file.name for file in diagnose(model, batches).save(folder)]
+
+
+# ---------------------------------------------------------------------------------------------------------- all of them
+
+
+def best(results: Sequence[Mapping[str, Any]]) -> float:
+    """The rate with the best validation accuracy; of equal ones the smallest."""
+    return min(results, key=lambda result: (-result["validation"]["accuracy"], result["key"]["rate"]))["key"]["rate"]
+
+
+def search(
+    task: str, method: str, rates: Sequence[float], seeds: int, do: Callable[[Key], Mapping[str, Any]]
+) -> Iterator[Mapping[str, Any]]:
+    """Every rate with seed 0, then the other seeds at the best rate. `do` gives the results of a run."""
+    tried = []
+    for rate in rates:
+        tried.append(do(Key(task, method, rate, 0)))
+        yield tried[-1]
+    for seed in range(1, seeds if method != "untrained" else 1):
+        yield do(Key(task, method, best(tried), seed))
+
+
+def run_all(
+    settings: Settings,
+    out: Path,
+    tasks: Sequence[str],
+    methods: Sequence[str],
+    rates: Mapping[str, Sequence[float]],
+    seeds: int,
+    device: torch.device,
+    batch: int,
+) -> int:
+    """Every task with every method; a results file a run. The number of runs that were done now.
+
+    Raises:
+        ValueError, OSError, RuntimeError: as what it calls; the runs before are in their files.
+    """
+    folder, done = folder_of(out, settings.model), 0
+    bench: Bench | None = None
+    data: dict[str, dict[str, list[Example]]] = {}
+
+    def do(key: Key) -> Mapping[str, Any]:
+        nonlocal bench, done
+        before = found(folder, key, settings)
+        if before is not None:
+            return before
+        if key.task not in data:
+            limits = Limits(settings.train_limit, settings.evaluated_limit)
+            data.clear()
+            data[key.task] = load(
+                key.task, Path(settings.data) if settings.data else None, limits, settings.listops_lengths
+            )
+        if bench is None:
+            bench = Bench(*load_model(settings), settings, device, batch)
+        typer.echo(str(key))
+        file = key.file(folder)
+        result = {
+            "schema": SCHEMA,
+            "key": vars(key),
+            "settings": settings.to_json(),
+            "machine": describe_machine(device, "bench.paper"),
+            **bench.run(key, data[key.task], file.with_suffix("")),
+        }
+        save(result, file)
+        done += 1
+        shown = ", ".join(f"{split} {100 * result[split]['accuracy']:.1f} %" for split in ("validation", "test"))
+        typer.echo(f"{key}: {shown}, {result['test']['unreadable']} answers of the test could not be read")
+        return result
+
+    for task in tasks:
+        for method in methods:
+            for _ in search(task, method, rates[method], seeds, do):
+                pass
+    return done

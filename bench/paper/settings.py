@@ -1,0 +1,66 @@
+"""What a run depends on, beside task, method, rate and seed; and the learning rates that are tried."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+#: The rates that are tried for each method. The paper's own grids (F.2) and choices (Tables 8 to 10) are not at hand:
+#: these are ours, about the default of each method's released code, and `--rates` replaces them.
+RATES: dict[str, tuple[float, ...]] = {
+    "untrained": (0.0,),
+    "full": (5e-6, 1e-5, 2e-5, 5e-5),
+    "lora": (1e-4, 2e-4, 5e-4, 1e-3),
+    "reft": (3e-4, 9e-4, 2e-3, 5e-3),
+    "lofit": (1e-3, 5e-3, 1e-2, 5e-2),
+    "jola": (1e-3, 5e-3, 1e-2, 5e-2),
+    "lowrank": (3e-4, 9e-4, 2e-3, 5e-3),
+    "rank1": (3e-4, 9e-4, 2e-3, 5e-3),
+    "vector": (1e-3, 5e-3, 1e-2, 5e-2),
+    "joint": (1e-4, 2e-4, 5e-4, 1e-3),
+    "joint-orth": (1e-4, 2e-4, 5e-4, 1e-3),
+    "joint-released": (1e-4, 2e-4, 5e-4, 1e-3),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The paper's F.5 where a default is not said to be another's.
+
+    batch_size: of AdamW, which decays no weights. rank, activation: of the steering. lora_rank, lora_alpha: of LoRA on
+    all linear projections, PEFT's defaults as in the released code. reft_rank, reft_positions: pyreft's for reasoning
+    tasks. end: whether an end-of-sequence token closes each completion (the released code has none). chat: whether
+    prompts go through the chat template (the released code: for Gemma). projection: of `joint-released`. lofit_*: the
+    authors'.
+    """
+
+    model: str
+    dtype: str = "float32"
+    batch_size: int = 8
+    epochs: int | None = None
+    rank: int = 8
+    activation: str = "silu"
+    lora_rank: int = 8
+    lora_alpha: int = 8
+    reft_rank: int = 8
+    reft_positions: str = "f7+l7"
+    lofit_share: float = 0.03
+    lofit_rate: float = 5e-4
+    lofit_l1: float = 5e-3
+    projection: str = "100"
+    end: bool = False
+    chat: bool = False
+    train_limit: int | None = None
+    evaluated_limit: int | None = None
+    listops_lengths: tuple[int, int] = (4, 64)
+    data: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "rank", "lora_rank", "reft_rank", "epochs", "train_limit", "evaluated_limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name.replace('_', ' ')} is {value}; expected at least 1")
+
+    def to_json(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "listops_lengths": list(self.listops_lengths)}

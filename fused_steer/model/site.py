@@ -1,0 +1,273 @@
+"""The site: the module that sits in a steered decoder layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, is_grad_enabled, nn
+from torch.compiler import is_compiling
+
+from ..adapters.parameters import Adapter
+from ..kernels import post_block, select_backend
+from ..kernels.orthogonal import project_gradient
+from ..kernels.planned import PlannedPostBlock
+from .watch import note_run, thread
+
+
+class _LostGradient(torch.autograd.Function):
+    """A block's branch that a gradient cannot pass: an error once the gradient is asked for, no silent 0."""
+
+    @staticmethod
+    def forward(ctx: Any, branch: Tensor, entering: Tensor) -> Tensor:
+        return branch.view_as(branch)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        raise RuntimeError(
+            "a steered block passes no gradient from its output to its input, as modules quantised for inference do "
+            "not; expected a base that can be trained through"
+        )
+
+
+class Site(nn.Module):
+    """What sits in a decoder layer: it adds the block's output to the residual stream, and steers the sum.
+
+    Parameters live under `steer_down.<adapter>` and `steer_up.<adapter>`, as PEFT's layers have theirs. Which adapters
+    steer, a class of sites says by `steer` and `in_graph`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steer_down = nn.ModuleDict()
+        self.steer_up = nn.ModuleDict()
+        self.patched: Any = None  # the PatchedLayer that it sits in
+        self.calls = 0  # eager ones since reset
+        self.backend: str | None = None  # that of the last eager call
+
+    def attach(self, name: str, adapter: Adapter) -> None:
+        self.steer_down[name] = adapter.down.train(self.training)
+        self.steer_up[name] = adapter.up.train(self.training)
+
+    def detach(self, name: str) -> None:
+        del self.steer_down[name], self.steer_up[name]
+
+    def adapter(self, name: str) -> Adapter | None:
+        """The adapter's parameters here; None if it skips this layer."""
+        return Adapter(self.steer_down[name], self.steer_up[name]) if name in self.steer_down else None
+
+    def forward(self, residual: Tensor, branch: Tensor | None = None, entering: Tensor | None = None) -> Tensor:
+        """residual + branch, steered. (..., d)
+
+        Args:
+            residual, branch: what the block adds up at its end. Without branch, `residual` is the finished sum.
+            entering: what the block was given, its first argument; it tells whether a gradient has to pass the block.
+        """
+        return self.in_graph(residual, branch) if is_compiling() else self.steer(residual, branch, entering)
+
+    def steer(self, residual: Tensor, branch: Tensor | None = None, entering: Tensor | None = None) -> Tensor:
+        """`forward` outside of compiled graphs. A layer calls it directly where nobody hooked the site.
+
+        It has to call `called`, and to count the call and note its backend.
+        """
+        raise NotImplementedError
+
+    def in_graph(self, residual: Tensor, branch: Tensor | None) -> Tensor:
+        """`forward` as torch.compile reads it."""
+        raise NotImplementedError
+
+    def called(self, residual: Tensor, branch: Tensor | None, entering: Tensor | None) -> Tensor | None:
+        """Say that the site runs. Returns the branch, wrapped so that backward raises where the block has lost the
+        gradient of its input."""
+        note_run(self)
+        if branch is not None and is_grad_enabled() and not (residual.requires_grad and branch.requires_grad):
+            # What trains outside the layer may enter by one of the two: only a gradient that the layer's input asks for
+            # can be lost.
+            if isinstance(entering, Tensor) and entering.requires_grad:
+                return _LostGradient.apply(branch, entering)
+        return branch
+
+
+class SteeringSite(Site):
+    """A site of `patch_model`, which steers by the adapter in use, or in a batch each row by its own."""
+
+    #: The op with its launch plans, and a function that returns the op's operands behind residual and branch as they
+    #: are now: the adapter's parameters; in a batch, what `rows` says. Any assignment on the site drops it.
+    _planned: tuple[Any, Callable[[], tuple[Tensor, ...]]] | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.active: str | None = None  # the adapter in use; None, or one that skips this layer: a plain add
+        self.enabled = True
+        self.activation = "identity"  # of the active adapter, as is scale
+        self.scale = 1.0
+        self.strength: Tensor  # scale as an input of compiled graphs: as a number it would be a constant of each
+        self.register_buffer("strength", None, persistent=False)
+        self._set_strength(torch.device("cpu"))
+        self.basis: Tensor | None  # V (d, k) float32, where W2 and b2 are kept orthogonal to it while they train
+        self.register_buffer("basis", None, persistent=False)
+        #: While each row of a batch has its own adapter: a module that steers by rows, with a `plan` for `_planned`.
+        self.rows: Any
+        self.register_module("rows", None)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self.__dict__["_planned"] = None
+        super().__setattr__(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and pickles plan for themselves, and are in no batch and in no `disabled`.
+        return self.__dict__ | {"_planned": None, "enabled": True, "_modules": {**self._modules, "rows": None}}
+
+    def _replicate_for_data_parallel(self) -> SteeringSite:
+        replica = super()._replicate_for_data_parallel()
+        replica.__dict__["_planned"] = None
+        return replica
+
+    def attach(self, name: str, adapter: Adapter) -> None:
+        super().attach(name, adapter)
+        self.__dict__["_planned"] = None
+
+    def detach(self, name: str) -> None:
+        super().detach(name)
+        self.__dict__["_planned"] = None
+
+    def low_rank(self) -> tuple[Tensor, Tensor] | None:
+        """W1 and W2 of the adapter that steers every token; None where there is none, or it is a vector."""
+        if self.active is None or not self.enabled or self.rows is not None:
+            return None
+        down, up = self.steer_down[self.active].weight, self.steer_up[self.active].weight
+        return None if down is None or up is None else (down, up)
+
+    def use(self, name: str | None, activation: str, scale: float) -> None:
+        """Let the adapter `name` steer and train, and no other. None, or one that skips this layer, is a plain add."""
+        self.active = name if name in self.steer_down else None
+        self.activation, self.scale = activation, scale
+        for factors in (self.steer_down, self.steer_up):
+            for other, factor in factors.items():
+                factor.requires_grad_(other == self.active)
+        self._set_strength(next((p.device for p in self.parameters()), self.strength.device))
+
+    def set_scale(self, scale: float) -> None:
+        """Change the strength, and nothing else."""
+        self.scale = scale
+        self._set_strength(self.strength.device)
+
+    def remember(self) -> Callable[[], None]:
+        """A function that gives the site back its adapters, the one in use, and what trains, as they are now."""
+        choice = {name: getattr(self, name) for name in ("active", "enabled", "activation", "scale")}
+        buffers = dict(self._buffers)
+        factors = [(modules, dict(modules._modules)) for modules in (self.steer_down, self.steer_up)]
+        trained = [(parameter, parameter.requires_grad) for parameter in self.parameters()]
+
+        def give_back() -> None:
+            for modules, held in factors:
+                modules._modules.clear()
+                modules._modules.update(held)
+            for parameter, required in trained:
+                parameter.requires_grad_(required)
+            self._buffers.update(buffers)
+            for name, value in choice.items():
+                setattr(self, name, value)
+
+        return give_back
+
+    @torch.inference_mode(False)  # whose tensors no compiled graph that trains may keep
+    def _set_strength(self, device: torch.device) -> None:
+        self.strength = torch.full((), self.scale, dtype=torch.float32, device=device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SteeringSite:
+        super()._apply(fn, recurse)
+        self._set_strength(self.strength.device)  # not rounded to another dtype
+        return self
+
+    def steer(self, residual: Tensor, branch: Tensor | None = None, entering: Tensor | None = None) -> Tensor:
+        noted = self.__dict__  # past nn.Module's __setattr__, which takes longer than all the rest here
+        planned = noted["_planned"]
+        if planned is None:
+            planned = self._plan(residual)
+        noted["calls"] += 1
+        graded = is_grad_enabled()
+        if graded or not thread.quiet:
+            branch = self.called(residual, branch, entering)
+        if planned is not None:
+            op, parameters = planned
+            if isinstance(op, PlannedPostBlock):
+                weights = parameters()
+                pack = thread.packs[-1] if thread.packs else None
+                packed = None if pack is None else pack.of(self, residual, *weights[:2])
+                out = (op.train if graded else op.infer)(residual, branch, *weights, packed=packed)
+            else:
+                out = self.rows(residual, branch)
+            noted["backend"] = op.backend
+            return out
+        noted["backend"] = select_backend(residual.device)
+        return residual if branch is None else residual + branch
+
+    def in_graph(self, residual: Tensor, branch: Tensor | None) -> Tensor:
+        if self.rows is not None and self.enabled:
+            return self.rows(residual, branch)
+        if self.active is None or not self.enabled:
+            return residual if branch is None else residual + branch
+        down, up = self.steer_down[self.active], self.steer_up[self.active]
+        return post_block(
+            residual,
+            branch,
+            down.weight,
+            self._constrained(up.weight),
+            down_bias=down.bias,
+            up_bias=self._constrained(up.bias),
+            activation=self.activation,
+            # float64 is multiplied by what the config says, not by its rounded value.
+            scale=self.scale if residual.dtype == torch.float64 else self.strength,
+        )
+
+    def _plan(self, residual: Tensor) -> tuple[Any, Callable[[], tuple[Tensor, ...]]] | None:
+        """Make `_planned`; None where nothing steers."""
+        if self.rows is not None and self.enabled:
+            planned = self.__dict__["_planned"] = self.rows.plan(residual.device)
+            return planned
+        if self.active is None or not self.enabled:
+            return None
+        factors = self.steer_down[self.active], self.steer_up[self.active]
+        (w1, b1), (w2, b2) = ((factor.weight, factor.bias) for factor in factors)
+        for parameter in (w1, w2, b1, b2):
+            if parameter is not None and parameter.is_meta and not residual.is_meta:
+                raise ValueError(
+                    f"adapter {self.active!r} is on meta, as what is offloaded; expected it on {residual.device} "
+                    "(offload the model before it is patched)"
+                )
+        names = [
+            (factor, name, factor is factors[1])
+            for factor, name, parameter in zip(
+                factors * 2, ("weight",) * 2 + ("bias",) * 2, (w1, w2, b1, b2), strict=True
+            )
+            if parameter is not None
+        ]
+        downs, ups, active = self.steer_down._modules, self.steer_up._modules, self.active
+        (down, of_down), (up, of_up) = ((factor, factor._parameters) for factor in factors)
+
+        def usual() -> tuple[Tensor, ...]:
+            # Looked up in each call: a parameter or factor that was replaced since shows.
+            if downs[active] is down and ups[active] is up:
+                return of_down["weight"], of_up["weight"]  # type: ignore[return-value]
+            return downs[active].weight, ups[active].weight
+
+        def general() -> tuple[Tensor, ...]:
+            found = ((getattr(factor, name), constrained) for factor, name, constrained in names)
+            return tuple(self._constrained(value) if constrained else value for value, constrained in found)
+
+        plain = all("weight" in factor._parameters for factor in factors)
+        simple = plain and w1 is not None and b1 is None and b2 is None and self.basis is None
+        steer = PlannedPostBlock(self.activation, self.scale, (w1, w2, b1, b2))
+        planned = self.__dict__["_planned"] = (steer, usual if simple else general)
+        return planned
+
+    def _constrained(self, parameter: Tensor | None) -> Tensor | None:
+        """W2 or b2, which is orthogonal to the basis already: what has to be projected is its gradient."""
+        if self.basis is None or parameter is None or not (torch.is_grad_enabled() and parameter.requires_grad):
+            return parameter
+        return project_gradient(parameter, self.basis)
+
+    def extra_repr(self) -> str:
+        return f"active={self.active!r}, activation={self.activation!r}, scale={self.scale}"

@@ -1,0 +1,77 @@
+"""The adapters of a batch in slots: a pool's, or slots of their own."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ..config import DTYPES, SteerConfig
+from ..kernels import MAX_RANK
+from ..model.decoder import Decoder, execution_device
+from ..model.site import SteeringSite
+from ..model.stored import adapter_tensors
+from .pool import AdapterPool
+from .slots import Held, LoadedSlots, Slots, adapters_at
+
+
+@contextlib.contextmanager
+def hold_loaded(
+    sites: Mapping[int, SteeringSite], configs: Mapping[str, SteerConfig], names: Sequence[str]
+) -> Iterator[Held]:
+    """Adapters that the model has loaded, copied into slots of their own."""
+    loaded = LoadedSlots(adapters_at(sites, names), {name: configs[name].activation for name in names})
+    yield Held(loaded.numbers, loaded.slots, {name: configs[name].scale for name in names})
+
+
+@contextlib.contextmanager
+def hold_adapters(
+    pool: AdapterPool | None, sites: Mapping[int, SteeringSite], configs: Mapping[str, SteerConfig], names: list[str]
+) -> Iterator[Held]:
+    """The adapters of a batch in slots: the pool's, or slots of their own where there is no pool.
+
+    Args:
+        sites: the model's, by layer.
+        configs: of the adapters that the model has loaded; others are the pool's.
+        names: each once.
+    """
+    own = [name for name in names if name in configs]
+    with contextlib.ExitStack() as stack:
+        if pool is None:
+            yield stack.enter_context(hold_loaded(sites, configs, own))
+            return
+        others = [name for name in names if name not in configs]
+        loaded = {name: (configs[name], adapter_tensors(sites, name)) for name in own}
+        yield stack.enter_context(pool.hold(others, own=loaded))
+
+
+def make_slots(decoder: Decoder, indices: Sequence[int], count: int, rank: int, dtype: torch.dtype) -> dict[int, Slots]:
+    """A pool's empty slots, for each of these layers on its device."""
+    return {
+        index: Slots(
+            count,
+            rank,
+            decoder.hidden,
+            dtype=dtype,
+            device=execution_device(decoder.layers[index]),
+            down_bias=rank > 0,
+            up_bias=True,
+        )
+        for index in indices
+    }
+
+
+def checked_size(slots: Any, rank: Any, dtype: Any) -> torch.dtype:
+    """The dtype by name; an error if a pool cannot have such slots."""
+    for name, value, least in (("slots", slots, 1), ("rank", rank, 0)):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name} is {value!r}; expected an integer")
+        if value < least:
+            raise ValueError(f"{name} is {value}; expected at least {least}")
+    if rank > MAX_RANK:
+        raise ValueError(f"rank is {rank}; expected at most {MAX_RANK}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
+    return DTYPES[dtype]

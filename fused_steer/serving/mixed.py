@@ -1,0 +1,102 @@
+"""PEFT's batches with an adapter for each row (`adapter_names`): one op a layer, whatever the number of adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import SteerConfig
+from ..kernels.grouped import Routing
+from ..model.site import Site
+from .slots import LoadedSlots, adapters_at
+
+
+def load_again(
+    loaded: LoadedSlots | None, sites: Mapping[int, Site], configs: Mapping[str, SteerConfig]
+) -> LoadedSlots:
+    """The adapters in slots, with the values that they have now: nothing shows every change of a parameter.
+
+    Args:
+        loaded: slots of a batch before, which are used again where they fit.
+        sites: the model's, by layer.
+        configs: of the batch's adapters, by name.
+    """
+    tensors = adapters_at(sites, configs)
+    activations = {name: config.activation for name, config in configs.items()}
+    if loaded is None or not loaded.fits(tensors, activations):
+        return LoadedSlots(tensors, activations)
+    loaded.fill(tensors)
+    return loaded
+
+
+class _RefusesGradient(torch.autograd.Function):
+    """The hidden state of a batch that has an adapter for each row: an error once its gradient is asked for."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, trained: Tensor) -> Tensor:
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        raise RuntimeError("adapter_names is for inference; expected torch.no_grad(), or set_adapter to train")
+
+
+class MixedRows:
+    """A batch that has an adapter for each row, while PEFT runs it. Each layer steers all rows by one op."""
+
+    def __init__(
+        self, rows: Sequence[str], configs: Mapping[str, SteerConfig], loaded: LoadedSlots, sites: Mapping[int, Site]
+    ) -> None:
+        """
+        Args:
+            rows: each row's adapter; one that is not among `configs` is none.
+            configs: of the batch's adapters, by name.
+            loaded: those adapters in slots.
+            sites: the model's, by layer.
+        """
+        slots = [loaded.numbers.get(name, -1) for name in rows]
+        strengths = [configs[name].scale if name in configs else 0.0 for name in rows]
+        self._ids = torch.tensor(slots, dtype=torch.int32)
+        self._gain = torch.tensor(strengths, dtype=torch.float32)
+        self._layers = loaded.slots
+        adapters = (adapter for site in sites.values() for name in configs if (adapter := site.adapter(name)))
+        parameters = (p for adapter in adapters for p in adapter.named_parameters().values())
+        self._trained = next((p for p in parameters if p.requires_grad), None)
+        self._routings: dict[Any, Routing] = {}
+
+    def steer(self, index: int, residual: Tensor, branch: Tensor | None) -> Tensor:
+        """residual + branch of layer `index`, each row steered by its adapter. (rows, ..., d)"""
+        slots, routing = self._layers.get(index), self._routing(residual)
+        if slots is None:
+            return residual if branch is None else residual + branch
+        out = slots.routed(residual, branch, routing)
+        if torch.is_grad_enabled():
+            for tensor in (residual, branch, self._trained):
+                if tensor is not None and tensor.requires_grad:
+                    return _RefusesGradient.apply(out, tensor)
+        return out
+
+    def in_graph(self, index: int, residual: Tensor, branch: Tensor | None) -> Tensor:
+        """`steer` as torch.compile reads it."""
+        slots, (ids, gain) = self._layers.get(index), self._of_tokens(residual)
+        if slots is None:
+            return residual if branch is None else residual + branch
+        return slots(residual, branch, ids, gain)
+
+    def _routing(self, hidden: Tensor) -> Routing:
+        """The same in all layers of a pass, and in all passes over as many tokens."""
+        key = (hidden.device, hidden.shape[:-1])
+        if key not in self._routings:
+            self._routings[key] = Routing(*self._of_tokens(hidden))
+        return self._routings[key]
+
+    def _of_tokens(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Each token's slot and strength."""
+        count, places = len(self._ids), hidden.shape[:-1]
+        if places[0] != count:
+            raise ValueError(f"adapter_names has {count} names; expected {places[0]}, one for each row of the batch")
+        ids, gain = (t.to(hidden.device).view(-1, *[1] * (len(places) - 1)) for t in (self._ids, self._gain))
+        return ids.expand(places).contiguous(), gain.expand(places).contiguous()

@@ -1,0 +1,361 @@
+"""The rivals in bench/paper/, each against its formula; joint training as released against its own steps."""
+
+import importlib
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import HIDDEN, LAYERS, build, logits, tokens
+from torch import nn
+from torch.nn.utils import parametrize
+from transformers import TrainerCallback
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT))
+try:
+    heads, methods, reft, released, smoke, training = (
+        importlib.import_module(f"bench.paper.{name}")
+        for name in ("heads", "methods", "reft", "released", "smoke", "training")
+    )
+    from bench.paper.settings import RATES, Settings
+finally:
+    sys.path.remove(str(ROOT))
+
+HEADS, WIDTH = 4, HIDDEN // 4
+SETTINGS = Settings("tiny", batch_size=4)
+METHODS = methods.METHODS
+
+
+def attached(name, settings=SETTINGS, seed=0):
+    torch.manual_seed(seed)
+    return METHODS[name].attach(build(), settings, 5e-3)
+
+
+@pytest.fixture(scope="module")
+def features():
+    rows = [row.tolist() for row in tokens(batch=16)]
+    return [{"input_ids": row, "attention_mask": [1] * 9, "labels": [-100] * 4 + row[4:]} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    from transformers import AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("tiny")
+    smoke.write_model(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def train(features, tokenizer):
+    def train(model, stage, name, epochs=1, settings=SETTINGS):
+        return training.train(model, stage, METHODS[name], features, tokenizer, settings, epochs, 0)["losses"]
+
+    return train
+
+
+def assert_as_exact(found, formula, *arguments):
+    """The error against the formula in float64 is at most twice that of the formula in float32."""
+    truth = formula(*(a.double() for a in arguments))
+    error, plain = (
+        float((x.double() - truth).norm() / truth.norm()) for x in (found, formula(*(a.float() for a in arguments)))
+    )
+    assert error <= 2 * plain + 1e-6
+
+
+# ------------------------------------------------------------------------------------------------- LoFiT and JoLA
+
+
+@torch.no_grad()
+def test_lofit_is_its_formula():
+    edit = heads.Lofit(HEADS, WIDTH)
+    edit.scale.normal_()
+    edit.offset.normal_()
+    edit.chosen[1:3] = 1
+    z = torch.randn(2, 5, HIDDEN)
+
+    def formula(z, scale, offset, chosen):
+        parts = [(1 + scale[i]) * part + chosen[i] * offset[i] for i, part in enumerate(z.split(WIDTH, -1))]
+        return torch.cat(parts, -1)
+
+    assert_as_exact(edit(z), formula, z, edit.scale, edit.offset, edit.chosen)
+
+
+@pytest.mark.parametrize("make", [heads.Lofit, heads.Jola])
+def test_heads_are_edited_before_the_output_projection(make):
+    """A model with the edit computes what one computes whose projections read the edited heads."""
+    model, other = build(), build()
+    torch.manual_seed(0)
+    edits = heads.attach(model, make, "edit")
+    for edit in edits:
+        nn.init.normal_(edit.scale)
+    for layer, edit in zip(other.model.layers, edits, strict=True):
+        projection = layer.self_attn.o_proj
+        projection.forward = lambda z, edit=edit, weight=projection.weight: F.linear(edit(z), weight)
+    assert torch.equal(logits(model.eval()), logits(other))
+    assert not torch.equal(logits(model), logits(build()))
+    assert {n.split(".")[-1] for n, p in model.named_parameters() if p.requires_grad} >= {"scale"}
+    assert all("edit" in n for n, p in model.named_parameters() if p.requires_grad)
+
+
+def test_lofit_selects_the_heads_of_the_largest_scales_and_trains_their_offsets_alone():
+    model, (first, second) = attached("lofit", replace(SETTINGS, lofit_share=0.25))
+    edits = [layer.self_attn.lofit for layer in model.model.layers]
+    penalty = first.penalty().item()
+    assert penalty == pytest.approx(SETTINGS.lofit_l1 * sum(float(e.scale.detach().abs().sum()) for e in edits))
+    with torch.no_grad():
+        for edit in edits:
+            edit.scale.fill_(0.01)
+        edits[2].scale[3], edits[0].scale[1], edits[1].scale[0] = 3.0, -2.0, 1.0
+    first.after()
+    chosen = {(i, int(head)) for i, edit in enumerate(edits) for head in edit.chosen.flatten().nonzero()}
+    assert chosen == {(2, 3), (0, 1), (1, 0)}
+    assert all(not edit.scale.any() and not edit.scale.requires_grad for edit in edits)
+    model(tokens(), labels=tokens()).loss.backward()
+    moved = {(i, head) for i, e in enumerate(edits) for head in range(HEADS) if e.offset.grad[head].any()}
+    assert moved == chosen
+    assert {id(p) for p in second.parameters} == {id(edit.offset) for edit in edits}
+
+
+@torch.no_grad()
+def test_jola_is_its_formula_and_its_gates_are_noisy_in_training_alone():
+    edit = heads.Jola(HEADS, WIDTH)
+    for parameter in edit.parameters():
+        parameter.normal_()
+    z = torch.randn(2, 5, HIDDEN)
+
+    def formula(z, scale, offset, g1, g2):
+        parts = [(1 + g2[i] * scale[i]) * part + g1[i] * offset[i] for i, part in enumerate(z.split(WIDTH, -1))]
+        return torch.cat(parts, -1)
+
+    def gate(log_gate, noise=None):
+        logit = log_gate if noise is None else (log_gate + torch.log(noise / (1 - noise))) / 0.33
+        return (1.2 * torch.sigmoid(logit) - 0.1).clamp(0, 1)
+
+    edit.eval()
+    assert_as_exact(edit(z), formula, z, edit.scale, edit.offset, gate(edit.log_g1), gate(edit.log_g2))
+    edit.train()
+    torch.manual_seed(3)
+    found = edit(z)
+    torch.manual_seed(3)
+    noise2, noise1 = ((1 - 2e-6) * torch.rand(HEADS, 1) + 1e-6 for _ in range(2))
+    assert_as_exact(found, formula, z, edit.scale, edit.offset, gate(edit.log_g1, noise1), gate(edit.log_g2, noise2))
+    assert not torch.equal(found, edit(z))
+
+
+def test_jola_penalty_moves_from_one_gate_to_the_other():
+    edits = [heads.Jola(HEADS, WIDTH) for _ in range(LAYERS)]
+    with torch.no_grad():
+        for edit in edits:
+            edit.log_g1.fill_(50.0)  # open
+            edit.log_g2.fill_(-50.0)  # closed
+    penalty = heads.JolaPenalty(edits)
+    found = [penalty().item() for _ in range(3)]
+    weights = [0.1 * 2.718281828459045 ** (-0.01 * step) for step in range(3)]
+    assert found == pytest.approx([LAYERS * weight / (LAYERS * HEADS) for weight in weights], rel=1e-4)
+
+
+def test_heads_of_a_layer_without_a_known_projection_are_refused():
+    with pytest.raises(ValueError, match="layer 0, a GPT2Block, has no linear o_proj/.*expected one to edit the heads"):
+        heads.attach(build("gpt2"), heads.Lofit, "lofit")
+
+
+# ----------------------------------------------------------------------------------------------------------- LoReFT
+
+
+@torch.no_grad()
+def test_loreft_is_its_formula_and_leaves_other_positions():
+    torch.manual_seed(0)
+    edit = reft.LoReFT(HIDDEN, 4)
+    h, mask = torch.randn(2, 5, HIDDEN), torch.rand(2, 5) < 0.5
+
+    def formula(h, w, b, r):
+        return h + (h @ w.T + b - h @ r.T) @ r
+
+    assert_as_exact(edit(h, None), formula, h, edit.source.weight, edit.source.bias, edit.rotate.weight)
+    some = edit(h, mask)
+    assert torch.equal(some[~mask], h[~mask])
+    assert torch.equal(some[mask], edit(h, None)[mask])
+
+
+def test_loreft_rows_stay_orthonormal_in_training(train):
+    model, (stage,) = attached("reft")
+    before = [p.detach().clone() for p in stage.parameters]
+    train(model, stage, "reft", epochs=2)
+    assert all(not torch.equal(p, old) for p, old in zip(stage.parameters, before, strict=True))
+    for layer in model.model.layers:
+        assert parametrize.is_parametrized(layer.loreft.rotate)
+        rotation = layer.loreft.rotate.weight.double()
+        assert float((rotation @ rotation.T - torch.eye(8).double()).norm()) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("text", "kept", "labels", "expected"),
+    [
+        ("f2+l1", "111111", "......", "110001"),
+        ("f1+l1", "001111", "......", "001001"),  # padded on the left
+        ("f1+l2", "111100", "...aaa", "111000"),  # the prompt is what has no label
+        ("f9+l9", "011111", "...aaa", "011000"),  # a short prompt, once each
+    ],
+)
+def test_loreft_positions(text, kept, labels, expected):
+    where = reft.Positions(text)
+    mask = torch.tensor([[int(k) for k in kept]])
+    marks = torch.tensor([[-100 if mark == "." else 5 for mark in labels]])
+    where._see(None, (), {"input_ids": mask, "attention_mask": mask, "labels": marks if "a" in labels else None})
+    assert "".join(str(int(m)) for m in where.mask[0]) == expected
+
+
+def test_loreft_leaves_tokens_that_are_generated():
+    model, _ = attached("reft", replace(SETTINGS, reft_positions="f1+l1"))
+    seen = []
+    model.model.layers[0].loreft.register_forward_hook(lambda _, args, __: seen.append(args[1].clone()))
+    model.generate(tokens(), max_new_tokens=3, do_sample=False)
+    assert [mask.shape[1] for mask in seen] == [9, 1, 1]
+    assert seen[0].sum() == 4 and not seen[1].any() and not seen[2].any()
+
+
+@pytest.mark.parametrize("text", ["", "7", "f7", "l7+f7", "fx+l7"])
+def test_loreft_positions_that_are_none_are_refused(text):
+    with pytest.raises(ValueError, match="expected 'all' or such as 'f7\\+l7'"):
+        reft.Positions(text)
+
+
+# ----------------------------------------------------------------------------------------- joint training as released
+
+
+def joint_as_told(every, settings):
+    """The released joint training by its own steps: plain hooks, adapters behind all else, W1 replaced in between."""
+    torch.manual_seed(0)
+    model = methods._with_lora(build(), settings)
+    layers = model.base_model.model.model.layers
+    adapters = nn.ModuleList()
+    for layer in layers:
+        down, up = nn.Linear(HIDDEN, 8, bias=False), nn.Linear(8, HIDDEN, bias=False)
+        nn.init.kaiming_uniform_(down.weight, a=5**0.5)
+        down.weight.data *= 1e-3
+        nn.init.zeros_(up.weight)
+        layer.register_forward_hook(lambda _, __, h, d=down, u=up: h + u(F.silu(d(h))))
+        adapters.append(nn.ModuleList([down, up]))
+    model.adapters = adapters
+
+    def project():
+        for layer, (down, _) in zip(layers, adapters, strict=True):
+            b = layer.mlp.down_proj.lora_B.default.weight.detach()
+            v = torch.linalg.svd(b.T, full_matrices=False).Vh.T
+            down.weight.data = down.weight.data @ (torch.eye(HIDDEN) - v @ v.T)
+
+    class Projection(TrainerCallback):
+        def on_train_begin(self, *arguments, **options):
+            if every == "init":
+                project()
+
+        def on_epoch_begin(self, *arguments, **options):
+            if every == "epoch":
+                project()
+
+        def on_step_begin(self, args, state, *arguments, **options):
+            if every == "step" or isinstance(every, int) and state.global_step % every == 0:
+                project()
+
+    return model, methods.Stage([p for p in model.parameters() if p.requires_grad], 5e-3, callbacks=[Projection()])
+
+
+@pytest.fixture(scope="module")
+def unprojected(train):
+    return train(*joint_as_told(None, SETTINGS), "joint-released", epochs=2)
+
+
+@pytest.mark.parametrize("every", ["step", 3, "epoch", "init"])
+def test_joint_training_as_released_to_the_bit(train, unprojected, every):
+    settings = replace(SETTINGS, projection=str(every))
+    model, (stage,) = attached("joint-released", settings)
+    expected = train(*joint_as_told(every, settings), "joint-released", epochs=2)
+    assert train(model, stage, "joint-released", epochs=2) == expected
+    assert expected != unprojected, "the projection changes nothing"
+
+
+@pytest.mark.parametrize("name", ["joint-released", "joint"])
+def test_released_projection_before_the_first_step_wipes_the_first_coordinates(name):
+    model, _ = attached(name)
+    layers = model.base_model.model.model.layers
+    before = [released._down(model, i, layer).detach().clone() for i, layer in enumerate(layers)]
+    released.project_model(model)  # B = 0
+    for i, (layer, old) in enumerate(zip(layers, before, strict=True)):
+        now = released._down(model, i, layer)
+        assert old[:, :8].any() and not now[:, :8].any()
+        assert torch.equal(now[:, 8:], old[:, 8:])
+
+
+def test_released_projection_is_orthogonal_to_b():
+    down, b = torch.randn(8, HIDDEN).double(), torch.randn(HIDDEN, 3).double()
+    found = released.project(down, b)
+    assert float((found @ b).norm()) < 1e-12 * float(down.norm() * b.norm())
+    assert torch.linalg.matrix_rank(found) == 8
+
+
+@pytest.mark.parametrize("every", ["", "0", "-1", "steps", 0])
+def test_released_projection_of_no_period_is_refused(every):
+    with pytest.raises(ValueError, match="expected step, epoch, init or a number of steps"):
+        released.ReleasedProjection(every)
+
+
+def test_released_projection_without_a_lora_is_refused():
+    model, _ = attached("lowrank")
+    with pytest.raises(ValueError, match="layer 0 has no adapter with a W1 beside a LoRA on mlp.down_proj"):
+        released.project_model(model)
+
+
+# -------------------------------------------------------------------------------------------------------- all methods
+
+SHARES = {
+    "untrained": 0,
+    "reft": LAYERS * (2 * 8 * HIDDEN + 8),
+    "lowrank": LAYERS * 2 * 8 * HIDDEN,
+    "rank1": LAYERS * 2 * HIDDEN,
+    "vector": LAYERS * HIDDEN,
+    "jola": LAYERS * (2 * HIDDEN + 2 * HEADS),
+    "lofit": LAYERS * HIDDEN,
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_method_trains_what_it_says_under_its_schedule(name, train, monkeypatch):
+    model, stages = attached(name)
+    trained = sum(p.numel() for stage in stages[-1:] for p in stage.parameters)
+    lora = 0 if "joint" not in name and name != "lora" else sum(p.numel() for p in methods.lora_parameters(model))
+    assert trained == SHARES.get(name, lora + (SHARES["lowrank"] if "joint" in name else 0)) or name == "full"
+    if name == "full":
+        assert trained == sum(p.numel() for p in build().parameters())
+    base = {n: p for n, p in model.named_parameters() if not any(id(p) == id(q) for s in stages for q in s.parameters)}
+    before = {n: p.detach().clone() for n, p in base.items()}
+    rates = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, *arguments, optimizer, **options):
+            rates.append(optimizer.param_groups[0]["lr"])
+
+    for stage in stages:
+        stage.callbacks = [*stage.callbacks, Watch()]
+        old = [p.detach().clone() for p in stage.parameters]
+        rates.clear()
+        train(model, stage, name)
+        # W1 has no gradient before W2 has moved; over four steps all that trains has moved.
+        assert any(not torch.equal(p, q) for p, q in zip(stage.parameters, old, strict=True))
+        if METHODS[name].schedule == "constant":
+            assert set(rates) == {stage.rate}
+        else:
+            assert rates[0] == stage.rate and rates == sorted(rates, reverse=True) and rates[-1] == 0
+    assert all(torch.equal(p, before[n]) for n, p in base.items()), "something of the base has changed"
+
+
+def test_methods_warm_up_as_the_paper_says():
+    warmed = {name: method.warmup for name, method in METHODS.items() if method.warmup}
+    assert warmed == {"full": 0.1, "lora": 0.06, "joint": 0.06, "joint-orth": 0.06, "joint-released": 0.06}
+    assert {n for n, m in METHODS.items() if m.schedule == "cosine"} == set(warmed)
+    assert RATES.keys() == METHODS.keys()
