@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .adapters.distributed import check_unsharded, first_writes, is_first
 from .adapters.files import AdapterFile, read_adapter, write_adapter
 from .adapters.hub import push_adapter
-from .adapters.parameters import Adapter
+from .adapters.parameters import Adapter, check_name
 from .config import SteerConfig, checked_number
 from .lora.constraints import Constraints
 from .lora.layers import adapter_parameters, computing_by
@@ -26,7 +26,7 @@ from .model.stored import adapter_file, check_same_config, files_of_state, resto
 from .model.watch import Report
 from .serving.batch import Batch, run_batch
 from .serving.holding import checked_size, hold_adapters, make_slots
-from .serving.pool import AdapterPool, check_name
+from .serving.pool import AdapterPool
 from .serving.requests import checked_requests
 from .whole import SavePretrained
 
@@ -455,8 +455,6 @@ class Steering:
 
     def _check_new_name(self, name: str) -> None:
         check_name(name)
-        if hasattr(nn.ModuleDict(), name):
-            raise ValueError(f"adapter name is {name!r}, a word that PyTorch's modules use; expected another")
         if name in self._configs:
             raise ValueError(f"there is an adapter {name!r} already; expected a new name (have {self.names})")
         if self._pool is not None and name in self._pool:

@@ -25,6 +25,7 @@ from models import (
     tokens,
 )
 from peft import LoraConfig, PeftConfig, PeftMixedModel, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -105,10 +106,12 @@ def test_files_go_either_way(family, fields, tmp_path):
     model.save_pretrained(str(tmp_path / "peft"))
     patched = patch_model(build(family), tmp_path / "peft")
     patched.steering.save(tmp_path / "ours")
-    ours = tmp_path / "ours" / "adapter_model.safetensors"
-    assert ours.read_bytes() == (tmp_path / "peft" / "adapter_model.safetensors").read_bytes()
-    configs = [json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("ours", "peft")]
-    assert {key: configs[1].get(key) for key in configs[0]} == {**configs[0], "weights_sha256": None}
+    tensors = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "peft")]
+    assert tensors[0].keys() == tensors[1].keys()
+    assert all(torch.equal(tensor, tensors[1][name]) for name, tensor in tensors[0].items())
+    ours, theirs = (json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("ours", "peft"))
+    assert ours.keys() - theirs.keys() == {"weights_sha256"}  # PEFT writes the weights file
+    assert {key for key in theirs if theirs[key] != ours.get(key, theirs[key])} == {"config_sha256"}
     for folder in ("peft", "ours"):
         loaded = PeftModel.from_pretrained(build(family), str(tmp_path / folder))
         assert torch.equal(logits(loaded), expected)

@@ -57,8 +57,14 @@ def check_name(name: Any) -> None:
 
 def unwrapped(path: str) -> str:
     """The path that a module or tensor has in the model itself, out of what other libraries have wrapped around it."""
+    path = without_wrappers(path)
     while path.startswith(PEFT_PREFIX):
         path = path.removeprefix(PEFT_PREFIX)
+    return path
+
+
+def without_wrappers(path: str) -> str:
+    """The path as if neither torch.compile, DDP, FSDP nor activation checkpointing had wrapped a module on it."""
     return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
 
 

@@ -16,22 +16,11 @@ from typing import Any
 
 from torch import Tensor
 
-<<<<<<< HEAD
 from ..adapters.files import CONFIG_NAME, read_adapter
 from ..adapters.parameters import ByLayer, check_name
-from ..config import DTYPES, SteerConfig
-from ..kernels import MAX_RANK
-from ..model.decoder import Decoder, execution_device
-from ..model.layer import SteeringSite
-from ..model.stored import adapter_tensors
-from .batch import hold_loaded
-=======
-from ..adapters.files import CONFIG_NAME, map_adapter, read_head
-from ..adapters.parameters import ByLayer
 from ..config import SteerConfig
 from ..model.decoder import Decoder
 from ..model.scopes import renewed_after_fork
->>>>>>> main
 from .slots import Held, Slots
 
 
@@ -81,17 +70,10 @@ class AdapterPool:
         self._versions: Counter[str] = Counter()  # how often an adapter was reloaded or removed
         self._configs: dict[str, SteerConfig] = {}  # of the loaded ones
         self._slot_of: OrderedDict[str, int] = OrderedDict()  # of the loaded ones, the least recently used first
-<<<<<<< HEAD
-        self._free = list(range(self.count))
-        self._holders: Counter[str] = Counter()
-        self._loading: set[str] = set()
-=======
         # Holds and readings live as long as the calls that they belong to: none is left behind by an exception.
         self._holds: weakref.WeakSet[_Hold] = weakref.WeakSet()
         self._waiting: list[weakref.ref[_Hold]] = []  # the first come first
         self._reading: weakref.WeakValueDictionary[str, Future[_Read]] = weakref.WeakValueDictionary()
-        self._verified: dict[str, tuple[int, int]] = {}  # by file, size and time of those whose digest was right
->>>>>>> main
         self._statistics = PoolStatistics()
         renewed_after_fork.add(self)
 
@@ -444,30 +426,10 @@ class AdapterPool:
             raise ValueError(f"{what} steers layer {outside[0]}; expected those of the pool, {list(self.slots)}")
 
     def _read(self, source: str) -> tuple[SteerConfig, ByLayer, int]:
-<<<<<<< HEAD
         """An adapter's config, its tensors by layer, and their bytes; all checked."""
         file = read_adapter(source, self._decoder.layout, check_base=self._check_base)
-        rank, tensors = file.config.rank, file.tensors
-        if rank > self.rank:
-            raise ValueError(f"{source} is of rank {rank}; expected at most {self.rank}, the rank of the pool's slots")
-        outside = sorted(tensors.keys() - self.slots.keys())
-        if outside:
-            raise ValueError(f"{source} steers layer {outside[0]}; expected those of the pool, {list(self.slots)}")
-        return file.config, tensors, sum(t.nbytes for named in tensors.values() for t in named.values())
-=======
-        """An adapter's config, its tensors by layer, mapped from its file, and their bytes; all checked."""
-        head = read_head(source)
-        self._decoder.layout.check_fits(source, head.layout, self._check_base)
-        self._check_room(source, head.config, head.layout.indices(head.config))
-        stat = head.weights.stat()
-        stamp = (stat.st_size, stat.st_mtime_ns)
-        with self._changed:
-            verified = self._verified.get(str(head.weights)) == stamp
-        tensors = map_adapter(head, check_digest=not verified).tensors
-        with self._changed:
-            self._verified[str(head.weights)] = stamp
-        return head.config, tensors, sum(t.nbytes for named in tensors.values() for t in named.values())
->>>>>>> main
+        self._check_room(source, file.config, file.tensors)
+        return file.config, file.tensors, sum(t.nbytes for named in file.tensors.values() for t in named.values())
 
     def _write(self, slot: int, config: SteerConfig, tensors: Mapping[int, Mapping[str, Tensor]]) -> None:
         for index, slots in self.slots.items():
@@ -506,24 +468,3 @@ class _Abandoned(Exception):
 
 #: Seconds after which a wait looks again: a hold that ended with an exception may have told nobody.
 _LOOK_AGAIN = 0.25
-
-
-<<<<<<< HEAD
-def checked_size(slots: Any, rank: Any, dtype: Any) -> torch.dtype:
-    """The dtype by name; an error if a pool cannot have such slots."""
-    for name, value, least in (("slots", slots, 1), ("rank", rank, 0)):
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"{name} is {value!r}; expected an integer")
-        if value < least:
-            raise ValueError(f"{name} is {value}; expected at least {least}")
-    if rank > MAX_RANK:
-        raise ValueError(f"rank is {rank}; expected at most {MAX_RANK}")
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
-    return DTYPES[dtype]
-=======
-def check_name(name: Any) -> None:
-    """Raises ValueError where an adapter cannot be called so."""
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise ValueError(f"adapter name is {name!r}; expected letters, digits, '_' and '-'")
->>>>>>> main
