@@ -127,9 +127,9 @@ def _kernel_rows(launches: list[Launch], target: str) -> list[dict[str, Any]]:
         layout = {
             "target": target,
             "grid": list(launch.grid),
-            "block_n": plan.block_n,
-            "block_d": plan.block_d,
-            "block_r": plan.block_r,
+            "block_n": plan.constants["BLOCK_N"],
+            "block_d": plan.constants["BLOCK_D"],
+            "block_r": plan.constants.get("BLOCK_R", 0),  # at rank 0 the kernel knows no ranks
             "num_stages": plan.num_stages,
             "units": len(hidden_states(launch)),
         }
