@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from .lora.constraints import Constraints
 from .lora.layers import adapter_parameters, computing_by
 from .model.decoder import execution_device, inside_peft
 from .model.decoder_hooks import warn_of_frozen
-from .model.patched import PatchedModel
+from .model.patched import PatchedModel, describe
 from .model.stored import adapter_file, check_same_config, files_of_state, restore_values
 from .model.watch import Report
 from .serving.batch import Batch, run_batch
@@ -179,16 +180,7 @@ class Steering:
         file, together = self._file(self._known(name))
         first_writes(lambda: write_adapter(directory, file), together=together)
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        name: str | None = None,
-        *,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        revision: str | None = None,
-        commit_message: str = "Upload adapter",
-    ) -> str:
+    def push_to_hub(self, repo_id: str, name: str | None = None, **options: Any) -> str:
         """Upload an adapter (default: the one in use) to the hub: what `save` writes, and a model card.
 
         The repository is made if need be; a README.md that it has stays as it is. Later `patch_model(model, repo_id)`.
@@ -196,17 +188,13 @@ class Steering:
 
         Args:
             repo_id: "user/name" of the repository.
-            private, token, revision, commit_message: as `huggingface_hub.HfApi` has them.
+            options: private, token, revision and commit_message, as `huggingface_hub.HfApi` has them.
 
         Returns:
             The URL of the commit; "" in a process that is not the first.
         """
         file, _ = self._file(self._known(name))
-        if not is_first():
-            return ""
-        return push_adapter(
-            repo_id, file, private=private, token=token, revision=revision, commit_message=commit_message
-        )
+        return push_adapter(repo_id, file, **options) if is_first() else ""
 
     def files(self, state: Mapping[str, Tensor] | None) -> dict[str, AdapterFile]:
         """All adapters as files have them, by name; or, given the model's state dict, those in it, with its values."""
@@ -370,6 +358,14 @@ class Steering:
     def parameters(self) -> Iterator[nn.Parameter]:
         """The parameters of the adapter in use."""
         return (p for site in self._patched.sites.values() for p in site.parameters() if p.requires_grad)
+
+    def count_parameters(self, name: str | None = None) -> int:
+        """How many numbers an adapter has (default: the one in use), in all layers."""
+        layout = self._decoder.layout
+        return sum(math.prod(shape) for shape in layout.paths(layout.shapes(self.config(name))).values())
+
+    def __repr__(self) -> str:
+        return describe(self._configs, self._active, self.count_parameters, self._decoder, self._model)
 
     # ---------------------------------------------------------------------------------------- patching and the way back
 

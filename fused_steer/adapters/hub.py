@@ -54,10 +54,10 @@ def push_adapter(
     repo_id: str,
     adapter: AdapterFile,
     *,
-    private: bool | None,
-    token: str | bool | None,
-    revision: str | None,
-    commit_message: str,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    commit_message: str = "Upload adapter",
 ) -> str:
     """Upload an adapter's two files, and a model card where the repository has none; return the commit's URL."""
     from huggingface_hub import HfApi
