@@ -39,6 +39,13 @@ def _check_fields(given: Mapping[str, Any]) -> None:
         raise TypeError(f"SteerConfig has no field {', '.join(map(repr, unknown))}; expected {', '.join(known)}")
 
 
+def _plain(value: Any) -> Any:
+    """A number of NumPy's or PyTorch's as Python's own; any other value as it is."""
+    if not isinstance(value, (int, float)) and getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        return value.item()
+    return value
+
+
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -105,7 +112,7 @@ class SteerConfig:
         vector = form == "vector"
         fields: dict[str, Any] = {
             "form": form,
-            "rank": _given("rank", rank, 0 if vector else 8, vector),
+            "rank": _given("rank", _plain(rank), 0 if vector else 8, vector),
             "activation": _given("activation", activation, "identity" if vector else "silu", vector),
             "layers": None if layers is None else _checked_layers(layers),
             "scale": checked_number("scale", scale),
@@ -170,12 +177,13 @@ def _given(name: str, value: Any, default: Any, vector: bool) -> Any:
 
 def checked_number(name: str, value: Any) -> float:
     """The value as a float that is finite in float32, in which the kernels compute, or an error that names it."""
+    value = _plain(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} is {value!r}; expected a number")
     try:
         number = float(value)
     except OverflowError:  # an integer; Python refuses to print one of many digits
-        raise ValueError(f"{name} is an integer of {value.bit_length()} bits; expected a float32 number") from None
+        raise ValueError(f"{name} is an integer of {int(value).bit_length()} bits; expected a float32 number") from None
     if not math.isfinite(number):
         raise ValueError(f"{name} is {number}; expected a finite number")
     if abs(number) > FLOAT32_MAX:
@@ -184,6 +192,10 @@ def checked_number(name: str, value: Any) -> float:
 
 
 def _checked_layers(layers: Any) -> tuple[int, ...]:
+    if getattr(layers, "ndim", None) == 1 and hasattr(layers, "tolist"):
+        layers = layers.tolist()
+    if isinstance(layers, Sequence) and not isinstance(layers, (str, bytes)):
+        layers = [_plain(index) for index in layers]
     if isinstance(layers, (str, bytes)) or not isinstance(layers, Sequence) or not all(map(_is_int, layers)):
         raise TypeError(f"layers is {layers!r}; expected a list of integers, or None for every layer")
     if not layers:

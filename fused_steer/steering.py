@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,20 +16,20 @@ from torch import Tensor, nn
 from .adapters.distributed import check_unsharded, first_writes, is_first
 from .adapters.files import AdapterFile, read_adapter, write_adapter
 from .adapters.hub import push_adapter
-from .adapters.parameters import Adapter
+from .adapters.parameters import Adapter, check_name
 from .config import SteerConfig, checked_number
 from .lora.constraints import Constraints
 from .lora.layers import adapter_parameters, computing_by
 from .model.decoder import execution_device, inside_peft
 from .model.decoder_hooks import warn_of_frozen
-from .model.patched import PatchedModel
+from .model.patched import PatchedModel, describe
 from .model.stored import adapter_file, check_same_config, files_of_state, restore_values
 from .model.watch import Report
 from .serving.batch import Batch, run_batch
 from .serving.holding import checked_size, hold_adapters, make_slots
-from .serving.pool import AdapterPool, check_name
+from .serving.pool import AdapterPool
 from .serving.requests import checked_requests
-from .whole import SavePretrained
+from .whole import saving_of
 
 
 class Steering:
@@ -49,9 +50,7 @@ class Steering:
         self._scopes = self._patched.scopes
         self._pool: AdapterPool | None = None
         self._batch: Batch | None = None
-        # PEFT saves a model that it has wrapped by its own means, and never as a whole.
-        whole = model is self._given and hasattr(model, "save_pretrained")
-        self._save_pretrained = SavePretrained(model, self) if whole else None
+        self._save_pretrained = saving_of(self._given, model, self)
 
     # ------------------------------------------------------------------------------------------------------- adapters
 
@@ -179,16 +178,7 @@ class Steering:
         file, together = self._file(self._known(name))
         first_writes(lambda: write_adapter(directory, file), together=together)
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        name: str | None = None,
-        *,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        revision: str | None = None,
-        commit_message: str = "Upload adapter",
-    ) -> str:
+    def push_to_hub(self, repo_id: str, name: str | None = None, **options: Any) -> str:
         """Upload an adapter (default: the one in use) to the hub: what `save` writes, and a model card.
 
         The repository is made if need be; a README.md that it has stays as it is. Later `patch_model(model, repo_id)`.
@@ -196,17 +186,13 @@ class Steering:
 
         Args:
             repo_id: "user/name" of the repository.
-            private, token, revision, commit_message: as `huggingface_hub.HfApi` has them.
+            options: private, token, revision and commit_message, as `huggingface_hub.HfApi` has them.
 
         Returns:
             The URL of the commit; "" in a process that is not the first.
         """
         file, _ = self._file(self._known(name))
-        if not is_first():
-            return ""
-        return push_adapter(
-            repo_id, file, private=private, token=token, revision=revision, commit_message=commit_message
-        )
+        return push_adapter(repo_id, file, **options) if is_first() else ""
 
     def files(self, state: Mapping[str, Tensor] | None) -> dict[str, AdapterFile]:
         """All adapters as files have them, by name; or, given the model's state dict, those in it, with its values."""
@@ -371,6 +357,14 @@ class Steering:
         """The parameters of the adapter in use."""
         return (p for site in self._patched.sites.values() for p in site.parameters() if p.requires_grad)
 
+    def count_parameters(self, name: str | None = None) -> int:
+        """How many numbers an adapter has (default: the one in use), in all layers."""
+        layout = self._decoder.layout
+        return sum(math.prod(shape) for shape in layout.paths(layout.shapes(self.config(name))).values())
+
+    def __repr__(self) -> str:
+        return describe(self._configs, self._active, self.count_parameters, self._decoder, self._model)
+
     # ---------------------------------------------------------------------------------------- patching and the way back
 
     def attach(self, name: str) -> None:
@@ -379,7 +373,8 @@ class Steering:
         What PEFT added to the model is not its base: LoRA that trains goes on training.
         """
         self._patched.freeze()
-        self._model.steering = self
+        model: Any = self._model
+        model.steering = self
         if self._save_pretrained is not None:
             self._save_pretrained.install()
         self.use(name)
@@ -455,8 +450,6 @@ class Steering:
 
     def _check_new_name(self, name: str) -> None:
         check_name(name)
-        if hasattr(nn.ModuleDict(), name):
-            raise ValueError(f"adapter name is {name!r}, a word that PyTorch's modules use; expected another")
         if name in self._configs:
             raise ValueError(f"there is an adapter {name!r} already; expected a new name (have {self.names})")
         if self._pool is not None and name in self._pool:

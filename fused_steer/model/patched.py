@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
 
-from .decoder import find_decoder
+from ..adapters.parameters import SITE
+from ..config import SteerConfig
+from .decoder import Decoder, find_decoder
 from .decoder_hooks import DecoderHooks
 from .layer import PatchedLayer, patch_layers, unpatch_layers
 from .scopes import Scopes
@@ -143,3 +145,31 @@ class PatchedModel:
         """Set the report's counts to 0."""
         for patched in self.layers.values():
             patched.site.calls, patched.site.backend = 0, None
+
+
+def describe(
+    configs: Mapping[str, SteerConfig],
+    active: str | None,
+    count: Callable[[str], int],
+    decoder: Decoder,
+    model: nn.Module,
+) -> str:
+    """A line for each adapter of a model: what it computes, where, and its share of the model's parameters.
+
+    Args:
+        configs: the adapters, by name.
+        active: the one in use.
+        count: gives an adapter's number of parameters.
+    """
+    own = sum(p.numel() for path, p in model.named_parameters() if f".{SITE}." not in path)
+    lines = []
+    for name, config in configs.items():
+        form = "vector" if config.form == "vector" else f"rank {config.rank}, {config.activation}"
+        layers = len(decoder.layout.indices(config))
+        share = f", {count(name) / own:.2%} of the model's" if own else ""
+        used = " (in use)" if name == active else ""
+        lines.append(
+            f"  {name}{used}: {form}, scale {config.scale:g}, {layers} of {len(decoder.layers)} layers, "
+            f"{count(name):,} parameters{share}"
+        )
+    return "\n".join([f"Steering of a {type(model).__name__}:", *(lines or ["  no adapters"])])
