@@ -128,7 +128,10 @@ class Orthogonality:
         self._watch()
 
     def _watch(self) -> None:
-        """Register a global optimizer post-step hook through a weak reference; removed by `close()` or when collected."""
+        """Register a global optimizer post-step hook through a weak reference.
+
+        It is removed by `close()`, or when this object is collected.
+        """
         reference = weakref.ref(self)
 
         def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
