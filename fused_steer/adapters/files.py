@@ -129,27 +129,52 @@ def write_adapter(directory: str | os.PathLike[str], adapter: AdapterFile) -> No
 def _contents(adapter: AdapterFile) -> tuple[bytes, bytes]:
     """The two files of an adapter: config and weights."""
     layout = replace(adapter.layout, layers_path=unwrapped(adapter.layout.layers_path))
-    fields = {
+    fields = _fields(adapter.config, layout, tensors_digest(adapter.tensors))
+    named = sorted(layout.paths(adapter.tensors).items())
+    data = b"".join(_values(tensor) for _, tensor in named)
+    weights = _weights_header({path: tuple(tensor.shape) for path, tensor in named}, fields) + data
+    config = sealed({**fields, "weights_sha256": hashlib.sha256(weights).hexdigest()})
+    return (json.dumps(config, indent=2) + "\n").encode(), weights
+
+
+def _fields(config: SteerConfig, layout: Layout, digest: str) -> dict[str, Any]:
+    """The config as files have it, but for the digests of files."""
+    return {
         "peft_type": PEFT_TYPE,
         "base_model_name_or_path": base_name(layout.base) or None,
         "hidden_size": layout.hidden,
         "num_layers": layout.num_layers,
-        **adapter.config.to_dict(),
+        **config.to_dict(),
         "fused_steer_version": __version__,
-        "tensors_sha256": tensors_digest(adapter.tensors),
+        "tensors_sha256": digest,
     }
-    named = layout.paths(adapter.tensors)
-    tensors = {PEFT_PREFIX + path: tensor.detach().cpu().contiguous() for path, tensor in named.items()}
-    plain = safetensors.torch.save(tensors, metadata={"format": "pt"})
-    # The weights carry the config: they are a whole adapter also beside the config of another save.
-    size = int.from_bytes(plain[:8], "little")
-    header = json.loads(plain[8 : 8 + size])
-    header["__metadata__"][_EMBEDDED] = json.dumps(sealed(fields))
+
+
+def _weights_header(shapes: Mapping[str, tuple[int, ...]], fields: Mapping[str, Any]) -> bytes:
+    """All of a weights file before its data: the header's length, the header, to 8 bytes.
+
+    It carries the config: the weights are a whole adapter also beside the config of another save.
+
+    Args:
+        shapes: of the tensors, by path, in the order in which they lie there.
+        fields: of the config.
+    """
+    names = {name: short for short, name in _SAFETENSORS.items()}
+    dtype, end = fields["dtype"], 0
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", _EMBEDDED: json.dumps(sealed(fields))}}
+    for path, shape in shapes.items():
+        begin, end = end, end + math.prod(shape) * DTYPES[dtype].itemsize
+        header[PEFT_PREFIX + path] = {"dtype": names[dtype], "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    weights = len(text).to_bytes(8, "little") + text + plain[8 + size :]
-    config = sealed({**fields, "weights_sha256": hashlib.sha256(weights).hexdigest()})
-    return (json.dumps(config, indent=2) + "\n").encode(), weights
+    return len(text).to_bytes(8, "little") + text
+
+
+def weights_size(config: SteerConfig, layout: Layout) -> int:
+    """Bytes of the weights file of such an adapter."""
+    shapes = layout.paths(layout.shapes(config))
+    data = sum(map(math.prod, shapes.values())) * DTYPES[config.dtype].itemsize
+    return len(_weights_header(shapes, _fields(config, layout, "0" * 64))) + data
 
 
 def sealed(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -169,9 +194,13 @@ def tensors_digest(tensors: ByLayer) -> str:
     for index, named in sorted(tensors.items()):
         for name, tensor in sorted(named.items()):
             digest.update(f"{index} {name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            values = tensor.detach().cpu().contiguous().reshape(-1)
-            digest.update(values.view(torch.uint8).numpy())
+            digest.update(_values(tensor))
     return digest.hexdigest()
+
+
+def _values(tensor: Tensor) -> Any:
+    """A tensor's bytes."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def refuse_foreign(directory: Path) -> None:
