@@ -121,7 +121,7 @@ def read_pickle(file: Path) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of files that are refused next
             # Mapped into memory, where the format allows it: what is not used is not read from the disk.
-            found = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:  # a damaged or hostile pickle may raise anything
         # torch's own message advises to load the pickle unsafely, which is not repeated.
         named = re.search(r"GLOBAL (\S+)", str(error))
@@ -129,20 +129,6 @@ def read_pickle(file: Path) -> Any:
         raise ValueError(
             f"{file} cannot be read: {reason}; expected tensors alone, as torch.load(weights_only=True) has them"
         ) from error
-    # A tensor of the older format that claims more than its storage has is given the rest, of whatever values.
-    storages = {
-        s.data_ptr(): s.nbytes() for s in map(Tensor.untyped_storage, _tensors(found)) if s.device.type == "cpu"
-    }
-    claimed, there = sum(storages.values()), file.stat().st_size
-    if claimed > there:
-        raise ValueError(f"{file} has tensors of {claimed} bytes and is of {there}; expected as many as they take")
-    return found
-
-
-def _tensors(found: Any) -> list[Tensor]:
-    """The dense tensors of a state dict, or the one that was saved bare."""
-    values = found.values() if isinstance(found, Mapping) else [found]
-    return [value for value in values if isinstance(value, Tensor) and value.layout is torch.strided]
 
 
 def checked_tensor(key: str, value: Any, dimensions: int) -> Tensor:
