@@ -7,16 +7,16 @@ for go through `post_block`'s own functions.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .backend import select_backend
-from .contract import Packed
+from .contract import Operands, Packed
 from .plan import Plan, keep, no_plan
-from .post_block import _backward, _first_order, _forward, check_operands, post_block
+from .post_block import backward, check_operands, first_order, forward, post_block
 
 
 class PlannedPostBlock:
@@ -61,10 +61,10 @@ class PlannedPostBlock:
         if out is not None:
             self.backend = "triton"
         else:
-            call = self._call(states, weights)
+            call = self._call(states, weights, packed)
             if not self._may_plan(call):
                 return self._ordinary(call)
-            (out,), plan = Plan.make(operands, lambda: _forward(*call, keep_a=False, packed=packed)[:1])
+            (out,), plan = Plan.make(operands, lambda: forward(*call, keep_a=False)[:1])
             if plan is not None:
                 run = plan.run
                 keep(self._inference, key, run)
@@ -91,43 +91,50 @@ class PlannedPostBlock:
                 if packed is None and training.whole:
                     self.last_trained = training.run
                 return _apply((training, addresses, None, packed), *states, *weights)
-        call = self._call(states, weights)
+        call = self._call(states, weights, packed)
         if not self._may_plan(call):
             return self._ordinary(call)
 
         # Planned beneath autograd: a checkpoint counts the tensors that are saved, now and when the call is repeated.
         with torch.no_grad():
-            results, plan = Plan.make(
-                operands, lambda: [t for t in _forward(*call, keep_a=True, packed=packed) if t is not None]
-            )
+            results, plan = Plan.make(operands, lambda: [t for t in forward(*call, keep_a=True) if t is not None])
         if plan is None or any(state.dtype != results[0].dtype for state in states):
             return self._ordinary(call)
-        training = _Training(plan, states, weights, self._where, call[-2:])
+        training = _Training(plan, states, weights, self._where, (self._scale, self._activation))
         keep(self._training, key, training)
         return _apply((training, None, results, packed), *states, *weights)
 
-    def _call(self, states: tuple[Tensor, ...], weights: tuple[Tensor, ...]) -> tuple[Any, ...]:
-        """`_forward`'s arguments: residual, branch, down, up, down_bias, up_bias, gain, basis, scale, activation."""
-        given = iter(weights)
-        named = [next(given) if there else None for there in self._where]
-        branch = states[1] if len(states) == 2 else None
-        return states[0], branch, *named, None, None, self._scale, self._activation
+    def _call(
+        self, states: tuple[Tensor, ...], weights: tuple[Tensor, ...], packed: Packed | None
+    ) -> tuple[Tensor, Tensor | None, Operands]:
+        """What `forward` takes of a call."""
+        operands = _operands(self._where, weights, self._scale, self._activation, packed)
+        return states[0], states[1] if len(states) == 2 else None, operands
 
-    def _may_plan(self, call: tuple[Any, ...]) -> bool:
+    def _may_plan(self, call: tuple[Tensor, Tensor | None, Operands]) -> bool:
         """Whether a kernel runs this call. The others are `post_block`'s, and so are those that it refuses."""
-        residual, branch, down, up, down_bias, up_bias, *_ = call
+        residual, branch, operands = call
         self.backend = select_backend(residual.device)
         if self.backend != "triton" or torch._C._are_functorch_transforms_active():
             return False
-        check_operands(residual, branch, down, up, down_bias, up_bias, None, None, self._scale, self._activation)
-        return down is None or down.shape[0] > 0
+        check_operands(residual, branch, operands)
+        return operands.down is None or operands.rank > 0
 
-    def _ordinary(self, call: tuple[Any, ...]) -> Tensor:
-        residual, branch, down, up, down_bias, up_bias, *_ = call
+    def _ordinary(self, call: tuple[Tensor, Tensor | None, Operands]) -> Tensor:
+        residual, branch, operands = call
         return post_block(
-            residual, branch, down, up,
-            down_bias=down_bias, up_bias=up_bias, activation=self._activation, scale=self._scale,
+            residual, branch, operands.down, operands.up, down_bias=operands.down_bias, up_bias=operands.up_bias,
+            activation=self._activation, scale=self._scale,
         )  # fmt: skip
+
+
+def _operands(
+    where: tuple[bool, ...], weights: Iterable[Tensor], scale: float, activation: str, packed: Packed | None
+) -> Operands:
+    """The operands of a call. `where`: which of W1, W2, b1 and b2 the weights are."""
+    given = iter(weights)
+    down, up, down_bias, up_bias = (next(given) if there else None for there in where)
+    return Operands(down, up, down_bias, up_bias, scale=scale, activation=activation, packed=packed)
 
 
 # ---------------------------------------------------------------------------------------------------------- gradients
@@ -159,7 +166,7 @@ class _Training:
         given = iter(weights)
         down, up, down_bias, up_bias = (there and next(given).requires_grad for there in where)
         adapter = where[0]
-        #: Of x, down, up, down_bias, up_bias, gain, scale: what `_backward` takes.
+        #: Of x, down, up, down_bias, up_bias, gain, scale: what `backward` takes.
         self.needs = [any(of_states) and adapter, down, up, down_bias, up_bias, False, False]
         # What post_block saves of such a call, in its order: `out`, `a`, weights.
         self.saves = (down, adapter and any(self.needs[:4]), any(self.needs))
@@ -227,7 +234,7 @@ class _PlannedPostBlock(torch.autograd.Function):
         gradients = [None if place is None else grad if place < 0 else found[place] for place in places]
         if create_graph:
             marker = torch.empty(0, device=grad.device, requires_grad=True)
-            return None, *_first_order((marker,), tuple(gradients))
+            return None, *first_order((marker,), tuple(gradients))
         return None, *gradients
 
 
@@ -236,11 +243,10 @@ def _careful_backward(training: _Training, operands: tuple[Tensor, ...], packed:
     save_out, save_a, _ = training.saves
     grad = next(given)
     out, a = next(given) if save_out else None, next(given) if save_a else None
-    weights = [next(given) if there else None for there in training.where]
-    scale, activation = training.constants
+    steering = _operands(training.where, given, *training.constants, packed)
 
     def call() -> Any:
-        return _backward(grad, out, a, *weights, None, None, scale, activation, training.needs, packed=packed)
+        return backward(grad, out, a, steering, training.needs)
 
     found, plan = Plan.make(operands, call, training.order)
     if plan is not None:

@@ -381,7 +381,7 @@ def test_every_target_compiles_it_without_spilling():
         if row["spills"] or row["local"] or row["local_accesses"] or row["shared"] > SHARED_MEMORY[row["target"]]
     ]
     assert not bad, "\n".join(map(str, bad))
-    tiles = [row for row in rows if row["kernel"].startswith("tile")]
+    tiles = [row for row in rows if row["kernel"].startswith("post_block_grouped_tile")]
     assert len(tiles) == len(rows) / 2 and all(row["tensor_core"] for row in tiles)
 
 
@@ -389,7 +389,9 @@ def test_launches_and_memory_do_not_grow_with_the_slots(monkeypatch):
     monkeypatch.undo()
     for tokens, kind in ((64, "token"), (4096, "tile")):
         few, many = (record_grouped(tokens, 4096, 8, slots, torch.bfloat16, "sm_90") for slots in (1, 1000))
-        assert [launch.kernel.__name__ for launch in few] == [f"{kind}_down_kernel", f"{kind}_up_kernel"]
+        assert [launch.kernel.__name__ for launch in few] == [
+            f"post_block_grouped_{kind}_{way}_kernel" for way in ("down", "up")
+        ]
         assert [launch.grid for launch in few] == [launch.grid for launch in many]
         partial = [launch.arguments[launch.kernel.arg_names.index("p_partial")].shape for launch in (few[0], many[0])]
         assert partial[0] == partial[1]

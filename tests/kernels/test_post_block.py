@@ -8,10 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 from fused_steer.kernels import ACTIVATIONS, select_backend
-from fused_steer.kernels.contract import Needs
+from fused_steer.kernels.contract import Needs, Operands
 from fused_steer.kernels.launch import recorded
-from fused_steer.kernels.reference import backward, forward
+from fused_steer.kernels.post_block import triton_backward, triton_forward
 from fused_steer.kernels.schedule import TARGETS, describe_device, forward_schedule, forward_splits
+from fused_steer.kernels.torch_backend import backward, forward
 from ops import Inputs, definition, make_draws, make_inputs, pack_reference, relative_error
 from torch import Tensor
 
@@ -110,14 +111,12 @@ def test_few_tokens_and_many_with_relu(device, tokens):
     assert_as_good_as_the_hook(make_draws(8, tokens, 96, rank=60, dtype=BF16, device=device, scale=False), "relu")
 
 
-def triton_forward(inputs: Inputs, packed: bool) -> tuple[Tensor, Tensor]:
-    from fused_steer.kernels.post_block import _triton_forward
-
+def operands_of(inputs: Inputs, packed: bool) -> Operands:
+    """The operands of a backend: without a basis."""
     gpu = describe_device(inputs.residual.device).gpu
     weights = pack_reference(inputs.down, inputs.up, inputs.residual.dtype, gpu) if packed else None
-    return _triton_forward(
-        inputs.residual, inputs.branch, inputs.down, inputs.up, inputs.down_bias, inputs.up_bias, inputs.gain,
-        inputs.scale, "silu", True, weights,
+    return Operands(
+        inputs.down, inputs.up, inputs.down_bias, inputs.up_bias, inputs.gain, None, inputs.scale, "silu", weights
     )  # fmt: skip
 
 
@@ -132,7 +131,8 @@ def test_packed_weights_give_the_same_bits(device, tokens, hidden, rank, dtype):
         pytest.skip("NumPy sums long products in another order where an operand is transposed")
     inputs = make_inputs(tokens, hidden, rank=rank, dtype=dtype, device=device, basis=0)
     for case in (inputs, replace(inputs, branch=None, down_bias=None, up_bias=None, gain=None, scale=0.7)):
-        for plain, packed in zip(triton_forward(case, False), triton_forward(case, True), strict=True):
+        found = (triton_forward(case.residual, case.branch, operands_of(case, p), True) for p in (False, True))
+        for plain, packed in zip(*found, strict=True):
             assert not plain.isnan().any() and torch.equal(bits(plain), bits(packed))
 
 
@@ -326,8 +326,6 @@ def test_gradients_of_zero_strength_are_exactly_zero(device, dtype):
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
 @pytest.mark.parametrize("rank", [5, 40])
 def test_packed_weights_give_the_same_gradients(dtype, rank):
-    from fused_steer.kernels.post_block import _triton_backward, _triton_forward
-
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     inputs = make_inputs(37, 96, rank=rank, dtype=dtype, device=device, scale=False, basis=0)
     # NumPy, which multiplies in the interpreter, may add in another order where a matrix lies transposed in memory. So
@@ -336,23 +334,10 @@ def test_packed_weights_give_the_same_gradients(dtype, rank):
     up = torch.zeros_like(inputs.up)
     up[columns, columns % rank] = torch.randint(-4095, 4096, (96,), device=device) / 4096
     inputs = replace(inputs, up=up)
-    weights = inputs.down, inputs.up
-    options = inputs.up_bias, inputs.gain, inputs.scale, "silu"
-    out, a = _triton_forward(
-        inputs.residual,
-        inputs.branch,
-        *weights,
-        inputs.down_bias,
-        inputs.up_bias,
-        inputs.gain,
-        inputs.scale,
-        "silu",
-        True,
-    )
+    out, a = triton_forward(inputs.residual, inputs.branch, operands_of(inputs, False), True)
     grad = torch.randint(-3, 4, (37, 96), device=device).to(dtype)
-    packed = pack_reference(*weights, dtype, describe_device(device).gpu)
     plain, other = (
-        vars(_triton_backward(grad, out, a, *weights, *options, Needs(*[True] * 6), packed=p)) for p in (None, packed)
+        vars(triton_backward(grad, out, a, operands_of(inputs, packed), Needs(*[True] * 6))) for packed in (False, True)
     )
     for name, value in plain.items():
         assert torch.equal(bits(value), bits(other[name])), name
@@ -528,15 +513,14 @@ ROWS, COLUMNS, FINISH = (f"post_block_bwd_{name}_kernel" for name in ("rows", "c
 
 def launches(needs: Needs, rank: int = 8) -> dict[str, dict]:
     """Constants and tensors of each kernel that a backward pass of these needs would launch, by its name."""
-    from fused_steer.kernels.post_block import _triton_backward
 
     def meta(*shape, dtype=F32):
         return torch.empty(shape, dtype=dtype, device="meta")
 
     state, a = meta(64, 128, dtype=BF16), meta(64, rank) if rank else None
-    down, up = (meta(rank, 128), meta(128, rank)) if rank else (None, None)
+    down, up, down_bias = (meta(rank, 128), meta(128, rank), meta(rank)) if rank else (None, None, None)
     with recorded(TARGETS["sm_90"]) as found:
-        _triton_backward(state, state, a, down, up, meta(128), None, 1.0, "silu", needs)
+        triton_backward(state, state, a, Operands(down, up, down_bias, meta(128)), needs)
     described = {}
     for launch in found:
         named = zip(launch.kernel.arg_names, launch.arguments, strict=False)
@@ -571,13 +555,13 @@ def test_launches_of_a_vector():
     assert set(launches(none._replace(row_dot=True), rank=0)) == {ROWS}
 
 
-def test_the_reference_computes_only_what_is_needed():
+def test_the_torch_backend_computes_only_what_is_needed():
     inputs = make_inputs(6, 16, rank=4, gain=False, basis=0)
-    operands = (inputs.down, inputs.up)
-    out, a = forward(inputs.residual, None, *operands, None, None, None, 1.0, "silu", True)
+    operands = Operands(inputs.down, inputs.up)
+    out, a = forward(inputs.residual, None, operands, True)
     for name in Needs._fields:
         needs = Needs(*[False] * 6)._replace(**{name: True})
-        found = backward(out, out, a, *operands, inputs.up_bias, None, 1.0, "silu", needs)
+        found = backward(out, out, a, operands._replace(up_bias=inputs.up_bias), needs)
         assert {key for key, value in vars(found).items() if value is not None} == {name}
 
 

@@ -1,7 +1,8 @@
-"""The same ops in plain PyTorch: the oracle of every test, and the `torch` backend.
+"""The `torch` backend of `post_block`: the op in plain PyTorch, as fast and as thrifty as that can be.
 
 Same maths, same hand-written backward and same saved tensors as the Triton kernels; runs on any device and dtype,
-float64 included (all arithmetic is then float64, else float32).
+float64 included (all arithmetic is then float64, else float32). It is tested like the kernels, against the definition
+in `tests/support/ops.py`, the oracle of every test.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .contract import Gradients, Needs
+from .contract import Gradients, Needs, Operands
 
 _aten = torch.ops.aten
 
@@ -58,19 +59,9 @@ def _unless_zero(weights: Tensor, strength: float | Tensor) -> Tensor:
     return torch.where((strength != 0).any(), weights, weights.new_zeros(()))
 
 
-def forward(
-    residual: Tensor,
-    branch: Tensor | None,
-    down: Tensor | None,
-    up: Tensor | None,
-    down_bias: Tensor | None,
-    up_bias: Tensor | None,
-    gain: Tensor | None,
-    scale: float | Tensor,
-    activation: str,
-    keep_a: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """The forward pass of `post_block`; `up` is already projected. Returns `out` and `a` (N, r), None unless kept."""
+def forward(residual: Tensor, branch: Tensor | None, operands: Operands, keep_a: bool) -> tuple[Tensor, Tensor | None]:
+    """The forward pass of `post_block`. Returns `out` and `a` (N, r), None unless kept."""
+    down, up, down_bias, up_bias, gain, _, scale, activation, _ = operands
     dtype = residual.dtype if branch is None else torch.promote_types(residual.dtype, branch.dtype)
     acc = accumulation_dtype(dtype)
     hidden = residual.shape[-1]
@@ -101,22 +92,12 @@ def forward(
     return out.to(dtype).view(residual.shape), a if keep_a else None
 
 
-def backward(
-    grad: Tensor,
-    out: Tensor | None,
-    a: Tensor | None,
-    down: Tensor | None,
-    up: Tensor | None,
-    up_bias: Tensor | None,
-    gain: Tensor | None,
-    scale: float | Tensor,
-    activation: str,
-    needs: Needs,
-) -> Gradients:
-    """The backward pass of `post_block`, by hand. `up` is already projected, and so d(up) is that of the projected one.
+def backward(grad: Tensor, out: Tensor | None, a: Tensor | None, operands: Operands, needs: Needs) -> Gradients:
+    """The backward pass of `post_block`, by hand. The gradient of `up` is that of W2', the projected one.
 
     Instead of recomputing x = out − s·g·u over N × d, its share of dW1 = daᵀx is taken off in r × r products.
     """
+    down, up, _, up_bias, gain, _, scale, activation, _ = operands
     acc = accumulation_dtype(grad.dtype)
     hidden = grad.shape[-1]
     strength = _strength(scale, gain, acc)
