@@ -25,7 +25,7 @@ from triton.compiler import ASTSource
 from .contract import Needs, Operands, Packed
 from .grouped import post_block_grouped
 from .launch import Launch, recorded
-from .numerics import INTERPRETED, operand_dtype
+from .numerics import COMPILER_OPTIONS, INTERPRETED, operand_dtype
 from .orthogonal import triton_basis, triton_project
 from .post_block import triton_backward, triton_forward
 from .schedule import SMALLER_TARGETS, TARGETS, Device, ceil_div, padded_rank
@@ -406,7 +406,7 @@ def _compile(job: Compilation) -> tuple[Resources, str]:
     compiled = triton.compile(
         job.source,
         target=_GPU_TARGETS[job.target],
-        options={"num_warps": job.num_warps, "num_stages": job.num_stages},
+        options={"num_warps": job.num_warps, "num_stages": job.num_stages, **COMPILER_OPTIONS},
     )
     if job.target.startswith("gfx"):
         assembly = compiled.asm["amdgcn"]

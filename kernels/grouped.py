@@ -33,7 +33,7 @@ from .grouped_torch import TokenPlan, grouped_forward, plan_tokens
 from .launch import device_of, empty, is_recording, launch
 from .numerics import dot, dot_precision, operand, store
 from .plan import OpPlan, run_planned
-from .registered import register
+from .registered import is_described, register
 from .schedule import MAX_RANK, Blocks, Device, ceil_div, next_power_of_2, padded_rank
 
 FEW_TOKENS = 256  # up to so many, each token is a program's: a batch that decodes
@@ -383,6 +383,13 @@ def _into_branch(residual: Tensor, branch: Tensor, weights: _Weights, routing: R
 _Operands = tuple[Tensor | None, Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, str]
 
 
+def _joined(weights: _Weights, ids: Tensor, gain: Tensor | None) -> _Operands:
+    """`weights` and routing as the registered ops take them."""
+    downs, ups, down_biases, up_biases, activation = weights
+    named, codes = (activation, None) if isinstance(activation, str) else ("", activation)
+    return downs, ups, ids, down_biases, up_biases, codes, gain, named
+
+
 def _split(operands: _Operands) -> tuple[_Weights, Routing]:
     """What the registered ops take, which are tensors and strings, as what is run."""
     downs, ups, ids, down_biases, up_biases, codes, gain, activation = operands
@@ -484,6 +491,10 @@ def post_block_routed(
         weights: downs, ups, down_biases, up_biases, and the activation, of which `post_block_grouped` takes each.
         backend: as `select_backend` gives it for the residual's device; None asks.
     """
+    if not is_recording() and is_described(residual):
+        with torch.no_grad():
+            operands = _joined(weights, routing.ids, routing.gain)
+            return torch.ops.fused_steer.post_block_grouped(residual, branch, *operands)
     if torch.is_grad_enabled():
         with torch.no_grad():
             return _out_of_place(residual, branch, weights, routing, backend)
@@ -529,6 +540,7 @@ def post_block_grouped(
         TypeError: a dtype that it does not take.
         RuntimeError: a gradient is asked for.
     """
+    in_graph = torch.compiler.is_compiling() or (not is_recording() and is_described(residual))
     shape, device = residual.shape, residual.device
     hidden, places = shape[-1], shape[:-1]
     _check("residual", residual, shape, device)
@@ -573,14 +585,13 @@ def post_block_grouped(
         tensors = (residual, branch, downs, ups, down_biases, up_biases, gain)
         if any(t is not None and t.requires_grad for t in tensors):
             _refuse_gradient()
-    if torch.compiler.is_compiling():
-        named, codes = (activation, None) if isinstance(activation, str) else ("", activation)
-        operands = (downs, ups, adapter_ids, down_biases, up_biases, codes, gain, named)
+    weights = (downs, ups, down_biases, up_biases, activation)
+    if in_graph:
+        operands = _joined(weights, adapter_ids, gain)
         if into_branch and branch is not None:
             torch.ops.fused_steer.post_block_grouped_(residual, branch, *operands)
             return branch
         return torch.ops.fused_steer.post_block_grouped(residual, branch, *operands)
-    weights = (downs, ups, down_biases, up_biases, activation)
     if into_branch and branch is not None:
         with torch.no_grad() if torch.is_grad_enabled() else contextlib.nullcontext():
             _into_branch(residual, branch, weights, Routing(adapter_ids, gain))

@@ -16,7 +16,8 @@ from torch import Tensor
 from .backend import select_backend
 from .contract import Operands, Packed
 from .plan import Plan, keep, no_plan
-from .post_block import backward, check_operands, first_order, forward, post_block
+from .post_block import backward, check_operands, first_order, forward, post_block, saved_tensors
+from .registered import is_described
 
 
 class PlannedPostBlock:
@@ -56,7 +57,10 @@ class PlannedPostBlock:
         states = (residual,) if branch is None else (residual, branch)
         operands = (*states, *weights) if packed is None else (*states, *weights, *packed)
         key = (len(states), packed is None, residual.shape)
-        run = self._inference.get(key)
+        try:
+            run = self._inference.get(key)
+        except TypeError:  # symbolic sizes have no hash; no kernel runs for them
+            return self._ordinary(self._call(states, weights, None))
         out = None if run is None else run(*operands[:2], operands[2:])
         if out is not None:
             self.backend = "triton"
@@ -83,7 +87,10 @@ class PlannedPostBlock:
     def _with_gradient(self, states: tuple[Tensor, ...], weights: tuple[Tensor, ...], packed: Packed | None) -> Tensor:
         operands = (*states, *weights) if packed is None else (*states, *weights, *packed)
         key = (len(states), packed is None, states[0].shape)
-        training = self._training.get(key)
+        try:
+            training = self._training.get(key)
+        except TypeError:
+            return self._ordinary(self._call(states, weights, None))
         if training is not None:
             addresses = training.forward.admit(operands)
             if addresses is not None and not torch._C._are_functorch_transforms_active():
@@ -115,7 +122,7 @@ class PlannedPostBlock:
         """Whether a kernel runs this call. The others are `post_block`'s, and so are those that it refuses."""
         residual, branch, operands = call
         self.backend = select_backend(residual.device)
-        if self.backend != "triton" or torch._C._are_functorch_transforms_active():
+        if is_described(residual) or self.backend != "triton" or torch._C._are_functorch_transforms_active():
             return False
         check_operands(residual, branch, operands)
         return operands.down is None or operands.rank > 0
@@ -213,7 +220,7 @@ class _PlannedPostBlock(torch.autograd.Function):
         places = training.places
         if grad is None:
             return None, *[None for _ in places]
-        operands = (grad, *ctx.saved_tensors) if packed is None else (grad, *ctx.saved_tensors, *packed)
+        operands = (grad, *saved_tensors(ctx)) if packed is None else (grad, *saved_tensors(ctx), *packed)
         create_graph = torch.is_grad_enabled()
         if training.last is not None and packed is None and not create_graph:
             addresses = training.last.admit(operands)

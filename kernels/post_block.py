@@ -37,7 +37,7 @@ from .contract import Gradients, Needs, Operands
 from .launch import device_of, empty, launch
 from .numerics import dot, dot_precision, held, met, operand, operand_dtype, packed_operand, store
 from .plan import OpPlan, Plan, keep, no_plan, run_planned
-from .registered import register
+from .registered import is_described, register
 from .schedule import (
     CROSS_RANK,
     MAX_RANK,
@@ -1192,11 +1192,28 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.set_materialize_grads(False)
 
 
+def saved_tensors(ctx: Any) -> tuple[Tensor, ...]:
+    """The tensors that the forward pass saved.
+
+    Raises:
+        RuntimeError: one was changed in place since. Our own line says so of the output.
+    """
+    try:
+        return ctx.saved_tensors
+    except RuntimeError as error:
+        if "inplace" not in str(error) or "PostBlock" not in str(error):
+            raise
+        raise RuntimeError(
+            "the output of post_block was changed in place, but the gradient of W1 is computed from it; expected a "
+            "change of a copy (output.clone())"
+        ) from None
+
+
 def _differentiate(ctx: Any, grad: Tensor | None, run: Any) -> tuple[Tensor | None, ...]:
     """The gradients of all inputs, computed by `run`: `_eager_backward`, or the registered op."""
     if grad is None:
         return (None,) * 12
-    found = iter(run(grad, *ctx.saved_tensors, *ctx.constants, ctx.needs) if any(ctx.needs) else ())
+    found = iter(run(grad, *saved_tensors(ctx), *ctx.constants, ctx.needs) if any(ctx.needs) else ())
     dx, *others = [next(found) if need else None for need in ctx.needs]
     if dx is None:
         dx = grad  # a vector moves the hidden state by a constant
@@ -1394,6 +1411,7 @@ def post_block(
         TypeError: a dtype that it does not take, or a scale that is neither number nor tensor.
         RuntimeError: FUSED_STEER_BACKEND asks for what cannot run; a second derivative is asked for.
     """
+    in_graph = torch.compiler.is_compiling() or is_described(residual)
     check_operands(
         residual, branch, Operands(down, up, down_bias, up_bias, gain, basis, scale, activation)
     )  # fmt: skip
@@ -1406,7 +1424,7 @@ def post_block(
     differentiated = (residual, branch, down, up, down_bias, up_bias, gain, scale_tensor)
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiated)
     inputs = (*differentiated, basis, s, activation, wanted and rank > 0)
-    if torch.compiler.is_compiling():
+    if in_graph:
         if not wanted and branch is not None and down is not None and up is not None and scale_tensor is not None:
             if down_bias is None and up_bias is None and gain is None and basis is None:
                 return torch.ops.fused_steer.post_block_inference(residual, branch, down, up, scale_tensor, activation)
