@@ -104,8 +104,8 @@ def fp_fusion_of_the_environment():
         with launch.noted() as notes, torch.no_grad():
             post_block(x, b, down, up)
         options = [started.compiled.metadata.enable_fp_fusion for started in notes.launches]
-        hashes = [started.compiled.metadata.hash for started in notes.launches]
-        found.append([options, hashes, hash(aot._compile.__wrapped__(job)[1])])
+        binaries = [hash(started.compiled.asm["cubin"]) for started in notes.launches]
+        found.append([options, binaries, hash(aot._compile.__wrapped__(job)[1])])
         for started in notes.launches:
             started.kernel.device_caches.clear()  # compiled again, or read from files, by the options of then
     os.environ.pop("TRITON_DEFAULT_FP_FUSION")
