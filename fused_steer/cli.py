@@ -144,7 +144,6 @@ def kernels(
         list[str] | None,
         typer.Option(help="sm_80, sm_90, sm_100, gfx942; or sm_75, sm_86, sm_89. The first four if not given."),
     ] = None,
-    op: Annotated[str, typer.Option(help="The op: post_block.")] = "post_block",
     hidden: Annotated[int, typer.Option(help="d, the hidden state's size.")] = 4096,
     rank: Annotated[int, typer.Option(help="r, 0 to 256; 0 is a vector.")] = 8,
     dtype: Annotated[str, typer.Option(help="Of the hidden state: bfloat16, float16 or float32.")] = "bfloat16",
@@ -163,7 +162,7 @@ def kernels(
         from .tools.kernel_table import Request, describe_kernels, print_kernels
 
         gpus = tuple(gpu) if gpu else None
-        request = Request(op, hidden, rank, dtype, tuple(tokens or (4096, 8)), tuple(target or ()), gpus, packed)
+        request = Request(hidden, rank, dtype, tuple(tokens or (4096, 8)), tuple(target or ()), gpus, packed)
         description = describe_kernels(request)
         if as_json:
             typer.echo(json.dumps(description, indent=2))
@@ -426,7 +425,7 @@ def diagnose(
     batch_size: Annotated[int, typer.Option(help="Prompts at a time.")] = 8,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, xpu …; auto is a GPU if there is one.")] = "auto",
 ) -> None:
-    """Show what an adapter does to a model, layer by layer: its shifts, its weights, and how they lie to LoRA's."""
+    """Show what an adapter does to a model, layer by layer: its shifts, its weights, and their angle to the LoRA's."""
     with _errors_in_one_line():
         from .diagnostics import DiagnoseOptions, run
 

@@ -306,12 +306,14 @@ def triton_grouped(call: GroupedCall) -> None:
     if few:
         schedule = _token_schedule(max(2, next_power_of_2(rank)), hidden)
         down, up = post_block_grouped_token_down_kernel, post_block_grouped_token_up_kernel
-        rows, size, flags = tokens, (), {}
+        rows = tokens
     else:
         schedule = _tile_schedule(padded_rank(rank), hidden, call.residual.element_size())
         down, up = post_block_grouped_tile_down_kernel, post_block_grouped_tile_up_kernel
-        rows, size = ceil_div(tokens, schedule.constants["BLOCK_N"]), (tokens,)
-        flags = {"DOT": dot_precision(call.residual.dtype, device.gpu, rank)}
+        rows = ceil_div(tokens, schedule.constants["BLOCK_N"])
+    # The kernels of tiles take two arguments more.
+    size: tuple[int, ...] = () if few else (tokens,)
+    flags: dict[str, Any] = {} if few else {"DOT": dot_precision(call.residual.dtype, device.gpu, rank)}
     flags |= {"RANK": rank, "HAS_BRANCH": call.branch is not None}
     splits, part = _splits(rows, hidden, schedule.constants["BLOCK_D"], device)
     partial = None
@@ -350,9 +352,10 @@ def _run(
     """residual, branch and out as (N, d)."""
     if not out.numel():
         return
-    *tensors, activation = weights
-    tensors = [None if t is None else t.contiguous() for t in tensors]
-    call = GroupedCall(residual, branch, *tensors, activation, routing.ids, routing.gain, out, into_branch)
+    downs, ups, down_biases, up_biases = (None if t is None else t.contiguous() for t in weights[:4])
+    call = GroupedCall(
+        residual, branch, downs, ups, down_biases, up_biases, weights[4], routing.ids, routing.gain, out, into_branch
+    )  # fmt: skip
     if (backend or ("triton" if is_recording() else select_backend(residual.device))) == "triton":
         triton_grouped(call)
     else:

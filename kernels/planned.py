@@ -19,6 +19,9 @@ from .plan import Plan, keep, no_plan
 from .post_block import backward, check_operands, first_order, forward, post_block, saved_tensors
 from .registered import is_described
 
+#: What `forward` takes of a call: residual, branch, operands.
+_Call = tuple[Tensor, Tensor | None, Operands]
+
 
 class PlannedPostBlock:
     """`post_block` with one activation, one scale, and an adapter with or without each of its parts.
@@ -111,14 +114,11 @@ class PlannedPostBlock:
         keep(self._training, key, training)
         return _apply((training, None, results, packed), *states, *weights)
 
-    def _call(
-        self, states: tuple[Tensor, ...], weights: tuple[Tensor, ...], packed: Packed | None
-    ) -> tuple[Tensor, Tensor | None, Operands]:
-        """What `forward` takes of a call."""
+    def _call(self, states: tuple[Tensor, ...], weights: tuple[Tensor, ...], packed: Packed | None) -> _Call:
         operands = _operands(self._where, weights, self._scale, self._activation, packed)
         return states[0], states[1] if len(states) == 2 else None, operands
 
-    def _may_plan(self, call: tuple[Tensor, Tensor | None, Operands]) -> bool:
+    def _may_plan(self, call: _Call) -> bool:
         """Whether a kernel runs this call. The others are `post_block`'s, and so are those that it refuses."""
         residual, branch, operands = call
         self.backend = select_backend(residual.device)
@@ -127,7 +127,7 @@ class PlannedPostBlock:
         check_operands(residual, branch, operands)
         return operands.down is None or operands.rank > 0
 
-    def _ordinary(self, call: tuple[Tensor, Tensor | None, Operands]) -> Tensor:
+    def _ordinary(self, call: _Call) -> Tensor:
         residual, branch, operands = call
         return post_block(
             residual, branch, operands.down, operands.up, down_bias=operands.down_bias, up_bias=operands.up_bias,
@@ -161,7 +161,7 @@ class _Training:
         states: tuple[Tensor, ...],
         weights: tuple[Tensor, ...],
         where: tuple[bool, ...],
-        constants: tuple[Any, ...],
+        constants: tuple[float, str],
     ) -> None:
         self.forward = forward
         self.backward: dict[Any, Plan] = {}

@@ -98,7 +98,7 @@ def forward(residual: Tensor, branch: Tensor | None, operands: Operands, keep_a:
         weights.append(_unless_zero(b2, strength) if gain is None else b2)
     left, right = torch.cat(factors, 1), torch.cat(weights, 1).t()
     minus_delta = torch.mm(left, right) if own else torch.mm(left, right, out=rows)
-    if gain is not None:
+    if gain is not None and isinstance(strength, Tensor):
         minus_delta.masked_fill_(strength == 0, 0.0)  # whatever the adapter overflowed to
     torch.sub(x, minus_delta, out=rows)
     return out.to(dtype), a if keep_a else None

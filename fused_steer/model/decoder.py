@@ -16,7 +16,7 @@ from ..adapters.parameters import Layout
 class Decoder:
     """A model's stack of decoder layers."""
 
-    module: nn.Module  # whose forward runs the layers
+    module: nn.Module  # its forward runs the layers
     path: str  # of the list of layers, from the model
     layers: nn.ModuleList
     hidden: int
@@ -55,14 +55,15 @@ def find_decoder(model: nn.Module) -> Decoder:
             found.append((path, module))
     # Other towers (of images, of sound) have lists of layers too, below a config of their own.
     own = {id(layers) for path, layers in found if _config_above(model, path) in (type(model.config), type(config))}
-    # Layers have parts: a list of norms or projections, one for each layer, is none of layers.
+    # Exclude ModuleLists of bare norms or projections that happen to have one entry per layer: layers have children.
     fitting = [
         (path, layers)
         for path, layers in found
         if len(layers) == count and id(layers) in own and all(any(layer.children()) for layer in layers)
     ]
     if len(fitting) > 1 and hasattr(model, "get_decoder"):
-        inside = {id(module) for module in model.get_decoder().modules()}
+        get_decoder: Any = model.get_decoder
+        inside = {id(module) for module in get_decoder().modules()}
         fitting = [(path, layers) for path, layers in fitting if id(layers) in inside]
     if len(fitting) != 1:
         lists = [
@@ -86,13 +87,14 @@ def execution_device(module: nn.Module) -> torch.device:
     for part in module.modules():
         hook = getattr(part, "_hf_hook", None)
         for one in getattr(hook, "hooks", (hook,)):  # several of them in a row are one
-            if getattr(one, "execution_device", None) is not None:
-                return torch.device(one.execution_device)
+            found = getattr(one, "execution_device", None)
+            if found is not None:
+                return torch.device(found)
     return device
 
 
 def inside_peft(model: nn.Module) -> nn.Module:
-    """The model that PEFT wrapped, whose paths do not depend on the wrapping; `model` itself where it did not."""
+    """The model inside PEFT's wrapper, so that paths do not depend on the wrapper; `model` itself without one."""
     peft = sys.modules.get("peft")  # a model that it wrapped has imported it
     return model.get_base_model() if peft is not None and isinstance(model, peft.PeftModel) else model
 
