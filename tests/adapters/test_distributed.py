@@ -74,7 +74,8 @@ def adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A saved adapter's config, without what differs with the weights and the base's place, and its weights."""
     assert sorted(path.name for path in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     config = json.loads((folder / "adapter_config.json").read_text())
-    del config["weights_sha256"], config["base_model_name_or_path"]
+    for field in ("weights_sha256", "tensors_sha256", "config_sha256", "base_model_name_or_path"):
+        del config[field]
     return config, load_file(folder / "adapter_model.safetensors")
 
 
