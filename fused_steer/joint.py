@@ -6,22 +6,32 @@ Who trains what, and both parts in files: together in one directory, or each apa
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import hashlib
+import json
 import os
-import tempfile
+import shutil
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from .adapters.distributed import is_first, sharder
-from .adapters.parameters import PEFT_PREFIX
+from .adapters.files import CONFIG_NAME, WEIGHTS_NAME, read_adapter, read_json
+from .adapters.parameters import PEFT_PREFIX, check_name, unwrapped
+from .adapters.saving import digest_of, leftovers, saving_folder, write_new
 from .lora.layers import lora_layers
-from .model.decoder import inside_peft
+from .model.decoder import find_decoder, inside_peft
 from .patch import patch_model
 from .steering import Steering
 
 #: Where each part lies in a directory that holds both.
 STEERING_FOLDER, LORA_FOLDER = "steering", "lora"
+#: Its record, which says that the parts belong together.
+JOINT_NAME = "joint.json"
+#: How often a save looks again at what others have moved meanwhile.
+_ATTEMPTS = 20
 
 
 def steering_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -67,23 +77,24 @@ def steering_of(model: nn.Module) -> Steering:
 
 
 def save_joint(model: nn.Module, directory: str | os.PathLike[str]) -> None:
-    """Write the steering adapter in use and the active LoRA adapters: `steering/`, and `lora/<name>/` for each.
+    """Write the steering adapter in use and the active LoRA adapters: `steering/`, `lora/<name>/` for each, and
+    `joint.json`, which says that they belong together.
 
     Each folder is what its own library reads: `patch_model(model, "DIR/steering")`, and PEFT's
     `PeftModel.from_pretrained(model, "DIR/lora/default")` or `model.load_adapter`. What was there stays if this fails.
-    Of the processes in a process group the first writes.
+    If the process is killed, `load_joint` finds either all parts of this save or all of the earlier one. Of the
+    processes in a process group the first writes.
 
     Raises:
-        ValueError: the model is not steered or carries no LoRA, FSDP or ZeRO has sharded it, or a part cannot be
-            written.
+        ValueError: the model is not steered or carries no LoRA, FSDP or ZeRO has sharded it, a part cannot be written,
+            or a LoRA has a name that no folder may have.
         NotADirectoryError: `directory` is a file.
     """
-    from peft.utils import get_peft_model_state_dict
-    from safetensors.torch import save_file
-
     steering = steering_of(model)
     inner = inside_peft(model)
     configs = _lora_configs(model)
+    for name in configs:
+        check_name(name)
     by = sharder(model)
     if by is not None:
         raise ValueError(f"the model is sharded by {by}; expected one that every process has whole (DDP)")
@@ -93,30 +104,28 @@ def save_joint(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(f"{target} is a file; expected a directory to save both adapters in")
     target.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=target) as folder:
-        new = Path(folder)
+    with saving_folder(target, "joint", keep=lambda folder: _needed(target, folder)) as new:
         steering.save(new / STEERING_FOLDER)
+        places = {STEERING_FOLDER: new / STEERING_FOLDER}
         for name, config in configs.items():
-            place = new / LORA_FOLDER / name
-            place.mkdir(parents=True)
-            # Named as PEFT names them where it has wrapped the model; others it would pass over when loading.
-            tensors = get_peft_model_state_dict(inner, adapter_name=name)
-            named = {PEFT_PREFIX + key: tensor.contiguous() for key, tensor in tensors.items()}
-            save_file(named, place / "adapter_model.safetensors")
-            config.save_pretrained(place)
-        for part in (STEERING_FOLDER, LORA_FOLDER):
-            _replace_folder(new / part, target / part, new / f"old-{part}")
+            place = places[f"{LORA_FOLDER}/{name}"] = new / f"{LORA_FOLDER}-{name}"
+            _write_lora(place, inner, name, config)
+        _commit(target, new, {place: _digest(folder) for place, folder in places.items()})
+        for folder in leftovers(target, "joint"):
+            if not _needed(target, folder):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
-def _replace_folder(new: Path, target: Path, old: Path) -> None:
-    if target.exists():
-        os.replace(target, old)
-    try:
-        os.replace(new, target)
-    except BaseException:
-        if old.exists():
-            os.replace(old, target)
-        raise
+def _write_lora(folder: Path, inner: nn.Module, name: str, config: Any) -> None:
+    from peft.utils import get_peft_model_state_dict
+    from safetensors.torch import save
+
+    folder.mkdir()
+    # Named as PEFT names them where it has wrapped the model; others it would pass over when loading.
+    tensors = get_peft_model_state_dict(inner, adapter_name=name)
+    named = {PEFT_PREFIX + unwrapped(key): tensor.contiguous() for key, tensor in tensors.items()}
+    write_new(folder / WEIGHTS_NAME, save(named))
+    config.save_pretrained(folder)
 
 
 def _lora_configs(model: nn.Module) -> dict[str, Any]:
@@ -143,22 +152,158 @@ def load_joint(model: nn.Module, directory: str | os.PathLike[str], *, trainable
 
     Raises:
         FileNotFoundError: a part is missing.
-        ValueError: a part does not fit the model.
+        ValueError: the parts are not those of one save, or one does not fit the model.
     """
     from peft import PeftModel
 
-    source = Path(directory)
-    lora = sorted(path for path in (source / LORA_FOLDER).glob("*") if path.is_dir())
-    if not lora or not (source / STEERING_FOLDER).is_dir():
-        missing = STEERING_FOLDER if lora else LORA_FOLDER
-        raise FileNotFoundError(f"{source} has no {missing}/; expected a directory that save_joint wrote")
-    first, *others = lora
-    wrapped = PeftModel.from_pretrained(model, first, adapter_name=first.name, is_trainable=trainable)
+    steering, lora = find_joint(directory)
+    read_adapter(steering, find_decoder(model).layout, check_base=True)  # before PEFT changes the model
+    (first, path), *others = lora.items()
+    wrapped = PeftModel.from_pretrained(model, path, adapter_name=first, is_trainable=trainable)
     try:
-        for path in others:
-            wrapped.load_adapter(path, adapter_name=path.name, is_trainable=trainable)
-        wrapped.base_model.set_adapter([path.name for path in lora], inference_mode=not trainable)
-        return patch_model(wrapped, source / STEERING_FOLDER)
+        for name, path in others:
+            wrapped.load_adapter(path, adapter_name=name, is_trainable=trainable)
+        wrapped.base_model.set_adapter(list(lora), inference_mode=not trainable)
+        return patch_model(wrapped, steering)
     except BaseException:
         wrapped.unload()
         raise
+
+
+# ------------------------------------------------------------------------------------------- parts that belong together
+#
+# joint.json has a digest of each part. It is renamed into place before the parts are, and from then on the parts are
+# those of this save, wherever in the directory they lie: in their places, or still in the folder of who saves them.
+
+
+def find_joint(directory: str | os.PathLike[str]) -> tuple[Path, dict[str, Path]]:
+    """Where the parts of a joint directory are: the steering's folder, and each LoRA's by name.
+
+    Raises:
+        FileNotFoundError: there is no such directory, or `save_joint` wrote none there.
+        ValueError: a part is not the one that was saved with the others.
+    """
+    source = Path(directory)
+    if not (source / JOINT_NAME).exists():
+        raise FileNotFoundError(f"{source} has no {JOINT_NAME}; expected a directory that save_joint wrote")
+    found: dict[str, Path | None] = {"": None}
+    for _ in range(3):  # a part may be moved into its place while it is looked for
+        if None in found.values():
+            found = {place: _locate(source, place, digest) for place, digest in _record(source).items()}
+    for place, folder in found.items():
+        if folder is None:
+            raise ValueError(
+                f"{source / place} is not what was saved together with the other parts; expected that of {JOINT_NAME}"
+            )
+    folders = {place: folder for place, folder in found.items() if folder is not None}
+    steering = folders.pop(STEERING_FOLDER)
+    return steering, {place.removeprefix(f"{LORA_FOLDER}/"): folder for place, folder in folders.items()}
+
+
+def _record(directory: Path) -> dict[str, str]:
+    """The digest of each part, by its place.
+
+    Raises:
+        OSError, ValueError: there is none, or it is broken.
+    """
+    file = directory / JOINT_NAME
+    try:
+        fields = read_json(file)
+        for place, digest in fields.items():
+            if place != STEERING_FOLDER:
+                part, _, name = place.partition("/")
+                if part != LORA_FOLDER:
+                    raise ValueError(f"it has a part {place!r}; expected {STEERING_FOLDER} and {LORA_FOLDER}/<name>")
+                check_name(name)
+            if not isinstance(digest, str):
+                raise ValueError(f"{place} is {digest!r}; expected a digest")
+        if STEERING_FOLDER not in fields or len(fields) < 2:
+            raise ValueError(f"it has {', '.join(fields) or 'nothing'}; expected {STEERING_FOLDER} and a LoRA")
+    except ValueError as error:
+        raise ValueError(f"{file} cannot be loaded: {error}") from None
+    return fields
+
+
+def _digest(folder: Path) -> str | None:
+    """Of an adapter's two files; None where they are not there."""
+    digest = hashlib.sha256()
+    try:
+        for name in (CONFIG_NAME, WEIGHTS_NAME):
+            digest.update(digest_of(folder / name))
+    except (OSError, ValueError):
+        return None
+    return digest.hexdigest()
+
+
+def _locate(directory: Path, place: str, digest: str | None) -> Path | None:
+    for folder in (directory / place, *sorted(directory.glob(".joint-*/*/"))):
+        if _digest(folder) == digest:
+            return folder
+    return None
+
+
+def _needed(directory: Path, folder: Path) -> bool:
+    """Whether a saver's folder has a part that the directory needs."""
+    try:
+        record = _record(directory)
+    except (OSError, ValueError):
+        return False
+    missing = {digest for place, digest in record.items() if _digest(directory / place) != digest}
+    return any(_digest(part) in missing for part in folder.glob("*/"))
+
+
+def _commit(directory: Path, new: Path, digests: dict[str, str | None]) -> None:
+    """Make the parts in `new` those of the directory; if that fails, the earlier ones come back."""
+    record = directory / JOINT_NAME
+    write_new(new / JOINT_NAME, (json.dumps(digests, indent=2) + "\n").encode())
+    if record.exists():
+        shutil.copy2(record, new / "earlier.json")
+    ours = os.stat(new / JOINT_NAME)
+    moved: list[tuple[Path, Path]] = []
+    try:
+        os.replace(new / JOINT_NAME, record)
+        _settle(directory, new, moved)
+    except BaseException:
+        if record.exists() and os.path.samestat(os.stat(record), ours):  # not where another has saved since
+            if (new / "earlier.json").exists():
+                os.replace(new / "earlier.json", record)
+            else:
+                record.unlink()
+            for source, target in reversed(moved):
+                with contextlib.suppress(OSError):
+                    os.replace(target, source)
+        raise
+
+
+def _settle(directory: Path, new: Path, moved: list[tuple[Path, Path]]) -> None:
+    """Move the parts that the record names into their places, and all else there out of the way, into `new`.
+
+    Another process may do the same at any time, and commit other parts. What it finds out of place it moves too.
+    """
+    for attempt in range(_ATTEMPTS):
+        digests = _record(directory)
+        there = [f"{LORA_FOLDER}/{path.name}" for path in (directory / LORA_FOLDER).glob("*/")]
+        wrong = [place for place in {**digests, **dict.fromkeys(there)} if not _is_settled(directory, place, digests)]
+        if not wrong:
+            return
+        try:
+            for number, place in enumerate(wrong):
+                source = _locate(directory, place, digests[place]) if place in digests else None
+                target, aside = directory / place, new / f"out-{attempt}-{number}"
+                if target.exists():
+                    moved.append((target, aside))
+                    os.replace(target, aside)
+                if source is not None:
+                    target.parent.mkdir(exist_ok=True)
+                    moved.append((source, target))
+                    os.replace(source, target)
+        except FileNotFoundError:
+            continue  # another process has moved it
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise  # and put another in its place
+    raise OSError(f"{directory} is being saved to by too many processes; expected one at a time")
+
+
+def _is_settled(directory: Path, place: str, digests: dict[str, str]) -> bool:
+    return place in digests and _digest(directory / place) == digests[place]

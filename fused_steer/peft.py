@@ -6,15 +6,17 @@
 PEFT then saves, loads, switches, disables and deletes steering as it does any other adapter; `model.steering` is not
 there, and its files are the same (`patch_model(model, "DIR")` reads what `save_pretrained` wrote, and the other way
 round). The steered layers are reached as `patch_model` reaches them.
+
+It is one file because the config, the site and the tuner are the parts of one method, which this import registers.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Optional
 
 import torch
@@ -22,8 +24,29 @@ from torch import Tensor, nn
 
 from ._requirements import warn_untried
 from ._version import __version__
-from .adapters.files import PEFT_TYPE, WEIGHTS_NAME, check_values, read_adapter
-from .adapters.parameters import SITE, Adapter, Layout, by_layer, in_model, of_adapter, out_of_model
+from .adapters.files import (
+    CONFIG_NAME,
+    PEFT_TYPE,
+    WEIGHTS_NAME,
+    check_config,
+    check_values,
+    fields_digest,
+    read_adapter,
+    sealed,
+    tensors_digest,
+)
+from .adapters.parameters import (
+    SITE,
+    Adapter,
+    Layout,
+    by_layer,
+    check_name,
+    in_model,
+    of_adapter,
+    out_of_model,
+    specs_of,
+    without_wrappers,
+)
 from .config import DTYPES, SteerConfig
 from .kernels import MAX_RANK, post_block, select_backend
 from .model.decoder import execution_device, find_decoder
@@ -91,6 +114,8 @@ class PostBlockConfig(PeftConfig):
     rank: Optional[int] = None  # noqa: UP045
     fused_steer_version: Optional[str] = None  # noqa: UP045
     weights_sha256: Optional[str] = None  # noqa: UP045
+    tensors_sha256: Optional[str] = None  # noqa: UP045
+    config_sha256: Optional[str] = None  # noqa: UP045
 
     #: What PEFT matches modules by: the steering sites, which are put into the layers before it looks.
     target_modules: ClassVar[str] = SITE
@@ -102,11 +127,25 @@ class PostBlockConfig(PeftConfig):
         if self.r is not None and self.rank is not None and self.r != self.rank:
             raise ValueError(f"r is {self.r} and rank is {self.rank}; expected one of them, or the same")
         self.rank = self.r if self.rank is None else self.rank
-        steer = self.steer_config()
-        for name in ("rank", "activation", "up_bias", "scale", "init_scale"):
-            setattr(self, name, getattr(steer, name))
+        self._take(self.steer_config())
+        self._check_digest()
+
+    def _take(self, steer: SteerConfig) -> None:
+        for field in dataclasses.fields(SteerConfig):
+            setattr(self, field.name, getattr(steer, field.name))
         self.r = self.rank
         self.layers = None if steer.layers is None else list(steer.layers)
+
+    def _check_digest(self) -> None:
+        """Check that a file's fields are those that were saved. Its digests are then forgotten: fields may change."""
+        digests = {name: getattr(self, name) for name in ("tensors_sha256", "weights_sha256") if getattr(self, name)}
+        fields = {**self.to_dict(), "fused_steer_version": self.fused_steer_version, **digests}
+        if self.config_sha256 is not None and self.config_sha256 != fields_digest(fields):
+            raise ValueError(
+                f"the config's fields are not those that were saved; expected config_sha256 {self.config_sha256} (of a "
+                "config that was edited on purpose, remove that line)"
+            )
+        self.tensors_sha256 = self.weights_sha256 = self.config_sha256 = None
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
@@ -115,21 +154,48 @@ class PostBlockConfig(PeftConfig):
         Raises:
             ValueError: a file is broken, or the weights have values that are not finite or overflow float32.
         """
+        folder = Path(pretrained_model_name_or_path, subfolder or "")
+        if not folder.is_dir():
+            folder = _from_hub(pretrained_model_name_or_path, subfolder, cls._split_kwargs(kwargs)[0])
+        file = None
+        if (folder / CONFIG_NAME).exists():
+            if (folder / WEIGHTS_NAME).exists():
+                file = read_adapter(folder)
+            else:
+                check_config(folder)
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
-        folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
-        if os.path.isfile(os.path.join(folder, WEIGHTS_NAME)):
-            read_adapter(folder)
+        if file is not None:  # of several saves at a time the weights' own config holds
+            config._take(file.config)
+            config.hidden_size, config.num_layers = file.layout.hidden, file.layout.num_layers
         return config
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As PEFT's. The digest of the tensors, which PEFT asks for before, is of this save alone."""
+        super().save_pretrained(save_directory, **kwargs)
+        self.tensors_sha256 = None
 
     def steer_config(self) -> SteerConfig:
         """The same as a SteerConfig."""
         return SteerConfig(**{field.name: getattr(self, field.name) for field in dataclasses.fields(SteerConfig)})
 
     def to_dict(self) -> dict[str, Any]:
-        """As both libraries' files have it; without the digest, which is that of a file's weights."""
+        """As both libraries' files have it; with digests where the tensors are being saved."""
         peft = {field.name: getattr(self, field.name) for field in dataclasses.fields(PeftConfig)}
         sizes = {"hidden_size": self.hidden_size, "num_layers": self.num_layers}
-        return {**peft, **sizes, **self.steer_config().to_dict(), "fused_steer_version": __version__}
+        fields = {**peft, **sizes, **self.steer_config().to_dict(), "fused_steer_version": __version__}
+        return fields if self.tensors_sha256 is None else sealed({**fields, "tensors_sha256": self.tensors_sha256})
+
+
+def _from_hub(repo_id: str, subfolder: str | None, options: dict[str, Any]) -> Path:
+    """The local folder of an adapter on the hub, whose files PEFT reads next; a folder that does not exist where there
+    is none. PEFT says what is wrong then."""
+    from huggingface_hub import hf_hub_download
+
+    folder = Path(repo_id, subfolder or "")
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        with contextlib.suppress(Exception):
+            folder = Path(hf_hub_download(repo_id, name, subfolder=subfolder, **options)).parent
+    return folder
 
 
 def _named_fields(config: type[PostBlockConfig]) -> type[PostBlockConfig]:
@@ -156,7 +222,7 @@ _named_fields(PostBlockConfig)
 
 
 class PeftSite(Site, BaseTunerLayer):
-    """A site whose adapters PEFT manages: it steers by all that are active, or each row by its own."""
+    """A site with adapters that PEFT manages: all active ones steer, or in a mixed batch each row its own."""
 
     adapter_layer_names = ("steer_down", "steer_up")
 
@@ -253,6 +319,7 @@ class PostBlockModel(BaseTuner):
         first = not any(isinstance(module, BaseTunerLayer) for module in model.modules())
         new: dict[int, PatchedLayer] = {}
         try:
+            check_name(adapter_name)
             decoder = find_decoder(model)
             layout = decoder.layout
             layout.check_sizes("the adapter", config.hidden_size, config.num_layers)
@@ -319,9 +386,18 @@ class PostBlockModel(BaseTuner):
     ) -> dict[str, Tensor]:
         """Refuse values that no adapter file may have. PEFT asks for the tensors before it writes them."""
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, *args, **kwargs)
-        for path, tensor in of_adapter(found.items(), adapter_name).items():
+        tensors = of_adapter(found.items(), adapter_name)
+        for path, tensor in tensors.items():
             check_values(path, tensor, config.scale)
+        dtypes = {tensor.dtype for tensor in tensors.values()}
+        config.dtype = next((name for name, dtype in DTYPES.items() if {dtype} == dtypes), config.dtype)
+        config.tensors_sha256 = tensors_digest(by_layer(tensors)[1])
         return found
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """A file's path of a tensor, without what is wrapped around the model now."""
+        return without_wrappers(super()._remove_adapter_name_from_key(key, adapter_name))
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -334,7 +410,7 @@ class PostBlockModel(BaseTuner):
         layout = Layout(layers_path, config.num_layers, config.hidden_size)
         try:
             _, layers = by_layer({out_of_model(name, adapter_name) or name: t for name, t in found.items()})
-            layout.check_tensors(config.steer_config(), layers)
+            layout.check_tensors(config.steer_config(), specs_of(layers))
             for path, tensor in layout.paths(layers).items():
                 check_values(path, tensor, config.scale)
         except ValueError as error:

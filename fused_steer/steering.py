@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .adapters.distributed import check_unsharded, first_writes, is_first
 from .adapters.files import AdapterFile, read_adapter, write_adapter
 from .adapters.hub import push_adapter
-from .adapters.parameters import Adapter
+from .adapters.parameters import Adapter, check_name
 from .config import SteerConfig, checked_number
 from .lora.constraints import Constraints
 from .lora.layers import adapter_parameters, computing_by
@@ -27,9 +27,9 @@ from .model.stored import adapter_file, check_same_config, files_of_state, resto
 from .model.watch import Report
 from .serving.batch import Batch, run_batch
 from .serving.holding import checked_size, hold_adapters, make_slots
-from .serving.pool import AdapterPool, check_name
+from .serving.pool import AdapterPool
 from .serving.requests import checked_requests
-from .whole import SavePretrained
+from .whole import saving_of
 
 
 class Steering:
@@ -50,9 +50,7 @@ class Steering:
         self._scopes = self._patched.scopes
         self._pool: AdapterPool | None = None
         self._batch: Batch | None = None
-        # PEFT saves a model that it has wrapped by its own means, and never as a whole.
-        whole = model is self._given and hasattr(model, "save_pretrained")
-        self._save_pretrained = SavePretrained(model, self) if whole else None
+        self._save_pretrained = saving_of(self._given, model, self)
 
     # ------------------------------------------------------------------------------------------------------- adapters
 
@@ -452,8 +450,6 @@ class Steering:
 
     def _check_new_name(self, name: str) -> None:
         check_name(name)
-        if hasattr(nn.ModuleDict(), name):
-            raise ValueError(f"adapter name is {name!r}, a word that PyTorch's modules use; expected another")
         if name in self._configs:
             raise ValueError(f"there is an adapter {name!r} already; expected a new name (have {self.names})")
         if self._pool is not None and name in self._pool:

@@ -35,6 +35,8 @@ class SteeringCallback(TrainerCallback):
         resume_from: the checkpoint that training is resumed from, where it is not in the arguments' `output_dir`.
     """
 
+    keeps_steering = True  # elsewhere a checkpoint without the steering is warned of
+
     def __init__(self, resume_from: str | os.PathLike[str] | None = None) -> None:
         self.resume_from = resume_from
 
@@ -70,11 +72,13 @@ class SteeringTrainer(Trainer):
     """A Trainer of a patched model whose checkpoints, and `save_model`, hold the steering adapter in use, not the base.
 
     A checkpoint is itself an adapter: `patch_model(model, "out/checkpoint-500")`. Resuming and `load_best_model_at_end`
-    take the steering back from it. Of a model that PEFT has wrapped PEFT's adapters are saved as ever, and the steering
-    in `fused_steer/<adapter>/` beside them.
+    take the steering back from it. If PEFT has wrapped the model, its adapters are saved as usual, and the steering in
+    `fused_steer/<adapter>/` beside them.
 
     Other Trainers get the same by inheriting from both, this one first: `class Mine(SteeringTrainer, SFTTrainer)`.
     """
+
+    keeps_steering = True
 
     # What a checkpoint's weights are is decided in three methods of Trainer that begin with an underscore; there is no
     # public way in. They are the same in transformers 5.17 to 5.24, and the tests fail where one is no longer called.

@@ -18,7 +18,6 @@ import ast
 import functools
 import hashlib
 import inspect
-import json
 import re
 import textwrap
 from collections.abc import Callable
@@ -44,9 +43,9 @@ from vllm.lora.request import LoRARequest  # noqa: E402
 from vllm.model_executor.layers.linear import LinearBase  # noqa: E402
 from vllm.v1.engine import input_processor  # noqa: E402
 
-from .adapters.files import CONFIG_NAME, PEFT_TYPE, AdapterFile, read_adapter  # noqa: E402
+from .adapters.files import CONFIG_NAME, PEFT_TYPE, AdapterFile, method_in, read_adapter  # noqa: E402
 from .adapters.parameters import DOWN, NAMES, SITE, UP, UP_BIAS, ByLayer, Layout  # noqa: E402
-from .joint import LORA_FOLDER, STEERING_FOLDER  # noqa: E402
+from .joint import JOINT_NAME, STEERING_FOLDER, find_joint  # noqa: E402
 from .kernels import ACTIVATIONS, MAX_RANK, grouped  # noqa: E402
 from .model.residual import ResidualNotFound, names_in_final_adds  # noqa: E402
 from .serving.slots import Slots  # noqa: E402
@@ -281,21 +280,17 @@ def find_source(path: str) -> Source | None:
     """What a directory holds, as `steering.save` or `save_joint` wrote it; None: nothing of ours.
 
     Raises:
-        ValueError: a joint directory of several LoRA adapters.
+        ValueError: a joint directory of several LoRA adapters, or of parts that were not saved together.
     """
     folder = Path(path).expanduser()
-    if (folder / CONFIG_NAME).is_file():
-        try:
-            fields = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
-            return None  # of which it is not known whose it is; vLLM says what is wrong
-        return Source(folder) if isinstance(fields, dict) and fields.get("peft_type") == PEFT_TYPE else None
-    if not (folder / STEERING_FOLDER / CONFIG_NAME).is_file():
+    if (folder / CONFIG_NAME).exists():
+        return Source(folder) if method_in(folder) == PEFT_TYPE else None  # vLLM says what is wrong with others
+    if not (folder / JOINT_NAME).exists():
         return None
-    loras = sorted(path for path in (folder / LORA_FOLDER).glob("*") if path.is_dir())
+    steering, loras = find_joint(folder)
     if len(loras) != 1:
         raise ValueError(f"{folder} holds {len(loras)} LoRA adapters; expected one, beside {STEERING_FOLDER}/")
-    return Source(folder / STEERING_FOLDER, loras[0])
+    return Source(steering, *loras.values())
 
 
 def read_fitting(source: Source, layout: Layout, max_rank: int) -> AdapterFile:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
+import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +20,7 @@ from transformers import Trainer, TrainingArguments
 from fused_steer import (
     SteerConfig,
     SteeringCallback,
+    SteeringTrainer,
     load_joint,
     lora_parameters,
     patch_model,
@@ -99,6 +105,7 @@ def test_saved_together_and_loaded_bit_equal(tmp_path, add):
     model = trained(joint(add=add))
     save_joint(model, tmp_path)
     assert sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()) == [
+        "joint.json",
         "lora/default/adapter_config.json",
         "lora/default/adapter_model.safetensors",
         "steering/adapter_config.json",
@@ -152,20 +159,164 @@ def test_saved_apart_and_loaded_bit_equal(tmp_path):
     }
 
 
-def test_saving_over_an_earlier_one_replaces_it_and_a_failure_leaves_it(tmp_path, monkeypatch):
-    first, second = trained(joint()), trained(joint(seed=1))
-    save_joint(first, tmp_path)
+def values(model: nn.Module) -> tuple[float, float]:
+    """What the parts were filled with: the steering's, the LoRA's."""
+    found = state(model)
+    return tuple(
+        {float(value) for name, tensor in found.items() if part in name for value in tensor.unique()}.pop()
+        for part in ("steer_down", "lora_A")
+    )
+
+
+def filled(model: nn.Module, value: float) -> nn.Module:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_A" in name or "steer_down" in name:
+                parameter.fill_(value)
+    return model
+
+
+@pytest.fixture(scope="module")
+def two() -> tuple[nn.Module, nn.Module]:
+    """Models of other values and ranks."""
+    return filled(joint(), 1.0), filled(joint(seed=1, config=SteerConfig(rank=3, orthogonal_to="lora")), 2.0)
+
+
+def replacing(number: int, do: Any, before: bool) -> Any:
+    """An os.replace that does something, once, before or after the rename of this number."""
+    real, calls = os.replace, [0]
+
+    def replace(*args: Any) -> None:
+        calls[0] += 1
+        if calls[0] == number and before:
+            do()
+        real(*args)
+        if calls[0] == number and not before:
+            do()
+
+    return replace
+
+
+#: Of a save over an earlier one: two of the steering's own files, the record, and each of two parts out and in.
+RENAMES = 7
+
+
+def test_save_of_both_takes_so_many_renames(two, tmp_path, monkeypatch):
+    save_joint(two[0], tmp_path)
+    real, calls = os.replace, []
+    monkeypatch.setattr(os, "replace", lambda *args: (calls.append(args), real(*args)))
+    save_joint(two[1], tmp_path)
+    assert len(calls) == RENAMES
+    assert values(load_joint(build(), tmp_path)) == (2.0, 2.0)
+
+
+@pytest.mark.parametrize("earlier", [True, False])
+@pytest.mark.parametrize("number", range(1, RENAMES + 1))
+def test_failed_save_of_both_leaves_what_was_there(two, earlier, number, tmp_path, monkeypatch):
+    if earlier:
+        save_joint(two[0], tmp_path)
+    elif number > RENAMES - 2:
+        pytest.skip("there is nothing to move out of the way")
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
 
-    def full(*args: Any) -> None:
+    def full() -> None:
         raise OSError("no space left")
 
     with monkeypatch.context() as patched, pytest.raises(OSError, match="no space left"):
-        patched.setattr("fused_steer.joint._replace_folder", full)
-        save_joint(second, tmp_path)
+        patched.setattr(os, "replace", replacing(number, full, True))
+        save_joint(two[1], tmp_path)
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
-    save_joint(second, tmp_path)
-    assert torch.equal(logits(load_joint(build(), tmp_path)), logits(second))
+    save_joint(two[1], tmp_path)
+    assert values(load_joint(build(), tmp_path)) == (2.0, 2.0)
+
+
+@pytest.mark.parametrize("number", range(1, RENAMES + 1))
+@pytest.mark.parametrize("before", [True, False])
+def test_killed_save_of_both_leaves_parts_of_one_time(two, number, before, tmp_path):
+    save_joint(two[0], tmp_path)
+    child = os.fork()
+    if not child:
+        try:
+            os.replace = replacing(number, lambda: os._exit(9), before)
+            save_joint(two[1], tmp_path)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    committed = number > 3 or (number == 3 and not before)
+    assert values(load_joint(build(), tmp_path)) == ((2.0, 2.0) if committed else (1.0, 1.0))
+    save_joint(two[0], tmp_path)
+    assert values(load_joint(build(), tmp_path)) == (1.0, 1.0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["joint.json", "lora", "steering"]
+
+
+@pytest.mark.parametrize("number", range(3, RENAMES + 1))
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("fails", [True, False], ids=["which then fails", "which goes on"])
+def test_saves_of_both_that_interleave_leave_parts_of_one_time(two, number, before, fails, tmp_path, monkeypatch):
+    """A whole save takes place within another one."""
+    save_joint(two[0], tmp_path)
+    three = filled(joint(seed=2), 3.0)
+
+    def within() -> None:
+        save_joint(three, tmp_path)
+        if fails:
+            raise OSError("no space left")
+
+    with monkeypatch.context() as patched, contextlib.suppress(OSError):
+        patched.setattr(os, "replace", replacing(number, within, before))
+        save_joint(two[1], tmp_path)
+    found = values(load_joint(build(), tmp_path))
+    assert found in ((2.0, 2.0), (3.0, 3.0))
+    save_joint(two[0], tmp_path)
+    assert values(load_joint(build(), tmp_path)) == (1.0, 1.0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["joint.json", "lora", "steering"]
+
+
+def test_parts_of_several_saves_are_refused(two, tmp_path):
+    for number, model in enumerate(two):
+        save_joint(model, tmp_path / str(number))
+    for part in ("steering", "lora/default"):
+        mixed = shutil.copytree(tmp_path / "0", tmp_path / part.replace("/", "-"))
+        shutil.rmtree(mixed / part)
+        shutil.copytree(tmp_path / "1" / part, mixed / part)
+        model = build()
+        with refused(ValueError, str(mixed / part), "saved together", "expected", model=model):
+            load_joint(model, mixed)
+    file = tmp_path / "0" / "lora" / "default" / "adapter_model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with refused(ValueError, "lora/default", "saved together", "expected"):
+        load_joint(build(), tmp_path / "0")
+
+
+@pytest.mark.parametrize("name", ["../escaped", "/tmp/escaped", "a/b", "a b", "x\n", "post_block", "weight", "keys"])
+def test_names_of_adapters_never_leave_the_directory(name, two, tmp_path):
+    save_joint(two[0], tmp_path / "saved")
+    record = tmp_path / "saved" / "joint.json"
+    fields = json.loads(record.read_text())
+    record.write_text(json.dumps({**fields, f"lora/{name}": fields.pop("lora/default")}))
+    with refused(ValueError, "joint.json", "adapter name is", "expected"):
+        load_joint(build(), tmp_path / "saved")
+    if name in ("../escaped", "a/b"):
+        return  # of which PEFT makes no module
+    model = build()
+    try:
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["down_proj"]), adapter_name=name)
+    except (KeyError, ValueError, AttributeError, TypeError):
+        return  # PEFT refuses it
+    patch_model(model, SteerConfig(rank=2))
+    with refused(ValueError, "adapter name is", "expected", model=model):
+        save_joint(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("text", ["[" * 10**5, "{}", '{"steering": 1}', '{"steering": "0", "x": "0"}', "null"])
+def test_broken_records_are_refused(text, two, tmp_path):
+    save_joint(two[0], tmp_path)
+    (tmp_path / "joint.json").write_text(text)
+    with refused(ValueError, "joint.json cannot be loaded", "expected"):
+        load_joint(build(), tmp_path)
 
 
 def test_refusals_of_both_parts(tmp_path):
@@ -179,11 +330,24 @@ def test_refusals_of_both_parts(tmp_path):
     with refused(NotADirectoryError, "file", "expected a directory"):
         save_joint(joint(), tmp_path / "file")
     model = build()
-    with refused(FileNotFoundError, "has no lora/", "expected", model=model):
+    with refused(FileNotFoundError, "has no joint.json", "expected", model=model):
         load_joint(model, tmp_path)
     save_joint(joint(), tmp_path / "out")
-    (tmp_path / "out" / "steering" / "adapter_config.json").write_text("{}")
-    with refused(ValueError, "adapter_config.json", "expected"):
+    other = build(hidden_size=64)
+    with refused(ValueError, "expected", model=other):
+        load_joint(other, tmp_path / "out")
+    steering = tmp_path / "out" / "steering"
+    fields = json.loads((steering / "adapter_config.json").read_text())
+    (steering / "adapter_config.json").write_text("{}")
+    with refused(ValueError, str(steering), "is not what was saved", "expected", model=model):
+        load_joint(model, tmp_path / "out")
+    # What PEFT has loaded when the steering turns out not to fit is taken out again.
+    with pytest.MonkeyPatch.context() as patched, refused(ValueError, "steering", "expected"):
+        del fields["config_sha256"]
+        (steering / "adapter_config.json").write_text(json.dumps(fields))
+        patched.setattr("fused_steer.joint._digest", lambda folder: "0")
+        (tmp_path / "out" / "joint.json").write_text(json.dumps({"steering": "0", "lora/default": "0"}))
+        patched.setattr("fused_steer.joint.patch_model", lambda *args: patch_model(*args, adapter_name="a steering"))
         load_joint(model, tmp_path / "out")
     assert not any(hasattr(module, "lora_A") for module in model.modules())  # the LoRA is off again
 
@@ -276,6 +440,59 @@ def test_a_checkpoint_without_steering_is_not_resumed(tmp_path):
     run.train()
     with refused(FileNotFoundError, "fused_steer/default", "expected"):
         trainer(joint(), tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+
+
+def said(caught: Any) -> list[str]:
+    return [str(warning.message) for warning in caught if "steering adapter" in str(warning.message)]
+
+
+def test_a_trainer_that_forgets_the_steering_is_told_at_the_save_and_at_the_resume(tmp_path):
+    run = trainer(joint(), tmp_path, gradient_checkpointing=False)
+    run.remove_callback(SteeringCallback)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run.train()
+    saves = said(caught)
+    assert len(saves) == 2 and all("SteeringCallback" in text and "'default'" in text for text in saves)
+    assert f"checkpoint-{STEPS // 2} gets PEFT's adapters without" in saves[0]
+    again = trainer(joint(), tmp_path, gradient_checkpointing=False)
+    again.remove_callback(SteeringCallback)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{STEPS}"))
+    text, *_ = said(caught)
+    assert f"checkpoint-{STEPS}" in text and "stays as it is" in text
+
+
+def test_nobody_is_told_where_the_steering_is_kept(tmp_path):
+    model = joint()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run = trainer(model, tmp_path / "callback", gradient_checkpointing=False)
+        run.train()
+        trainer(joint(), tmp_path / "callback", gradient_checkpointing=False).train(
+            resume_from_checkpoint=str(tmp_path / "callback" / f"checkpoint-{STEPS // 2}")
+        )
+        arguments = TrainingArguments(
+            str(tmp_path / "trainer"), max_steps=1, save_steps=1, report_to="none", use_cpu=True, disable_tqdm=True
+        )
+        steering = SteeringTrainer(model, arguments, train_dataset=DATASET)
+        steering.train()
+        steering.save_model(str(tmp_path / "last"))
+        model.save_pretrained(str(tmp_path / "alone"))  # by the user, who has model.steering.save
+        model.load_adapter(str(tmp_path / "alone"), "second")
+    assert said(caught) == []
+    with warnings.catch_warnings(record=True) as caught:  # which no callback hears of
+        warnings.simplefilter("always")
+        run.save_model(str(tmp_path / "last"))
+    assert len(said(caught)) == 1
+
+
+def test_unpatched_peft_model_has_its_own_methods_again():
+    model = get_peft_model(build(), LoraConfig(r=3, target_modules=["q_proj"]))
+    before = set(vars(model))
+    patch_model(model, SteerConfig(rank=2)).steering.unpatch()
+    assert set(vars(model)) == before
 
 
 def test_restore_is_of_the_same_config(tmp_path):

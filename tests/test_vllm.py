@@ -31,6 +31,9 @@ from fused_steer import SteerConfig
 
 pytestmark = pytest.mark.vllm
 
+#: Of a config that was edited by hand.
+NO_DIGESTS = dict.fromkeys(("config_sha256", "weights_sha256", "tensors_sha256"))
+
 WORKER = Path(__file__).parent / "support" / "vllm_worker.py"
 
 
@@ -154,7 +157,7 @@ def _without_weights(folder: Path, out: Path) -> None:
 def _unknown_field(folder: Path, out: Path) -> None:
     shutil.copytree(folder / "silu", out / "adapter")
     file = out / "adapter" / "adapter_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "temperature": 1}))
+    file.write_text(json.dumps({**json.loads(file.read_text()), **NO_DIGESTS, "temperature": 1}))
 
 
 def _not_finite(folder: Path, out: Path) -> None:
@@ -163,20 +166,20 @@ def _not_finite(folder: Path, out: Path) -> None:
     tensors = load_file(weights)
     next(iter(tensors.values())).view(-1)[0] = float("nan")
     save_file(tensors, weights)
-    config.write_text(json.dumps({**json.loads(config.read_text()), "weights_sha256": None}))
+    config.write_text(json.dumps({**json.loads(config.read_text()), **NO_DIGESTS}))
 
 
 def _strength_beyond_float32(folder: Path, out: Path) -> None:
     shutil.copytree(folder / "silu", out / "adapter")
     file = out / "adapter" / "adapter_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "scale": 1e39}))
+    file.write_text(json.dumps({**json.loads(file.read_text()), **NO_DIGESTS, "scale": 1e39}))
 
 
 def _other_tensors(folder: Path, out: Path) -> None:
     """Of another rank than the config says."""
     shutil.copytree(folder / "silu", out / "adapter")
     file = out / "adapter" / "adapter_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "rank": 5}))
+    file.write_text(json.dumps({**json.loads(file.read_text()), **NO_DIGESTS, "rank": 5}))
 
 
 def _two_loras(folder: Path, out: Path) -> None:

@@ -1,6 +1,8 @@
 """Adapters in files: PEFT's layout, safetensors and JSON, written whole or not at all.
 
 A directory holds `adapter_config.json` and `adapter_model.safetensors`. The names of the tensors are in parameters.py.
+Three digests are in the config: `config_sha256` of its fields, `weights_sha256` of the weights file, `tensors_sha256`
+of the tensors in any file. The weights file carries the config too, and is a whole adapter by itself.
 """
 
 from __future__ import annotations
@@ -9,15 +11,15 @@ import contextlib
 import hashlib
 import json
 import math
-import mmap
+import operator
 import os
 import re
 import shutil
-import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import safetensors
 import safetensors.torch
@@ -25,8 +27,21 @@ import torch
 from torch import Tensor
 
 from .._version import __version__
-from ..config import FLOAT32_MAX, SteerConfig
-from .parameters import PEFT_PREFIX, UP, UP_BIAS, ByLayer, Layout, by_layer, split_path
+from ..config import DTYPES, FLOAT32_MAX, SteerConfig
+from .parameters import (
+    PEFT_PREFIX,
+    UP,
+    UP_BIAS,
+    ByLayer,
+    Layout,
+    Spec,
+    base_name,
+    by_layer,
+    specs_of,
+    split_path,
+    unwrapped,
+)
+from .saving import leftovers, open_regular, read_regular, saving_folder, write_new
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -36,6 +51,11 @@ PEFT_TYPE = "POST_BLOCK"
 CHECKPOINT_FOLDER = "fused_steer"
 #: What PEFT writes into every adapter's config, and what says nothing of what it computes.
 _PEFT_FIELDS = ("auto_mapping", "inference_mode", "peft_version", "revision", "task_type")
+#: Where a weights file carries its config, among the metadata.
+_EMBEDDED = "fused_steer_config"
+#: Bytes of a config, and of a weights file's header.
+_MOST_JSON = 2**24
+_SAFETENSORS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
@@ -56,7 +76,7 @@ class AdapterFile:
     tensors: ByLayer
 
     def __post_init__(self) -> None:
-        self.layout.check_tensors(self.config, self.tensors)
+        self.layout.check_tensors(self.config, specs_of(self.tensors))
         for path, tensor in self.layout.paths(self.tensors).items():
             check_values(path, tensor, self.config.scale)
 
@@ -85,6 +105,8 @@ def check_values(path: str, tensor: Tensor, scale: float) -> None:
 def write_adapter(directory: str | os.PathLike[str], adapter: AdapterFile) -> None:
     """Write the adapter's two files into `directory`, which is made if need be. What was there stays if this fails.
 
+    Where the process is killed, or others save there at the same time, the directory holds one of these adapters.
+
     Raises:
         NotADirectoryError: `directory` is a file.
         ValueError: it holds an adapter of another method, whose files have the same names.
@@ -94,62 +116,119 @@ def write_adapter(directory: str | os.PathLike[str], adapter: AdapterFile) -> No
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(f"{target} is a file; expected a directory to save the adapter in")
     refuse_foreign(target)
-    layout, named = adapter.layout, adapter.layout.paths(adapter.tensors)
-    tensors = {PEFT_PREFIX + path: tensor.detach().cpu().contiguous() for path, tensor in named.items()}
-    weights = safetensors.torch.save(tensors, metadata={"format": "pt"})
-    config = {
+    config, weights = _contents(adapter)
+    target.mkdir(parents=True, exist_ok=True)
+    with saving_folder(target) as folder:
+        for leftover in leftovers(target):
+            shutil.rmtree(leftover, ignore_errors=True)
+        write_new(folder / WEIGHTS_NAME, weights)
+        write_new(folder / CONFIG_NAME, config)
+        _replace_both(folder, target)
+
+
+def _contents(adapter: AdapterFile) -> tuple[bytes, bytes]:
+    """The two files of an adapter: config and weights."""
+    layout = replace(adapter.layout, layers_path=unwrapped(adapter.layout.layers_path))
+    fields = {
         "peft_type": PEFT_TYPE,
-        "base_model_name_or_path": layout.base or None,
+        "base_model_name_or_path": base_name(layout.base) or None,
         "hidden_size": layout.hidden,
         "num_layers": layout.num_layers,
         **adapter.config.to_dict(),
         "fused_steer_version": __version__,
-        # Ties the two files: weights of another save, or a bit flipped since, are found out when the adapter is loaded.
-        "weights_sha256": hashlib.sha256(weights).hexdigest(),
+        "tensors_sha256": tensors_digest(adapter.tensors),
     }
-    target.mkdir(parents=True, exist_ok=True)
-    _replace_files(target, {WEIGHTS_NAME: weights, CONFIG_NAME: (json.dumps(config, indent=2) + "\n").encode()})
+    named = layout.paths(adapter.tensors)
+    tensors = {PEFT_PREFIX + path: tensor.detach().cpu().contiguous() for path, tensor in named.items()}
+    plain = safetensors.torch.save(tensors, metadata={"format": "pt"})
+    # The weights carry the config: they are a whole adapter also beside the config of another save.
+    size = int.from_bytes(plain[:8], "little")
+    header = json.loads(plain[8 : 8 + size])
+    header["__metadata__"][_EMBEDDED] = json.dumps(sealed(fields))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    weights = len(text).to_bytes(8, "little") + text + plain[8 + size :]
+    config = sealed({**fields, "weights_sha256": hashlib.sha256(weights).hexdigest()})
+    return (json.dumps(config, indent=2) + "\n").encode(), weights
+
+
+def sealed(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a config, with their digest."""
+    return {**fields, "config_sha256": fields_digest(fields)}
+
+
+def fields_digest(fields: Mapping[str, Any]) -> str:
+    """Of a config's fields, apart from the digest itself and what is PEFT's."""
+    own = {name: value for name, value in fields.items() if name not in (*_PEFT_FIELDS, "config_sha256")}
+    return hashlib.sha256(json.dumps(own, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def tensors_digest(tensors: ByLayer) -> str:
+    """Of an adapter's tensors, wherever in a model or file they lie."""
+    digest = hashlib.sha256()
+    for index, named in sorted(tensors.items()):
+        for name, tensor in sorted(named.items()):
+            digest.update(f"{index} {name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            values = tensor.detach().cpu().contiguous().reshape(-1)
+            digest.update(values.view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def refuse_foreign(directory: Path) -> None:
     """Refuse to write over another method's adapter, such as the LoRA beside which this one was trained.
 
     Raises:
-        ValueError: `directory` holds one.
+        ValueError: `directory` holds one, or has something else than a file under an adapter's file's name.
     """
-    try:
-        fields = json.loads((directory / CONFIG_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return  # none, or nothing that could still be read
-    method = fields.get("peft_type", PEFT_TYPE) if isinstance(fields, dict) else PEFT_TYPE
-    if method != PEFT_TYPE:
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        if (directory / name).exists() and not (directory / name).is_file():
+            raise ValueError(f"{directory / name} is no regular file; expected one, or none")
+    method = method_in(directory)
+    if method not in (None, PEFT_TYPE):
         raise ValueError(f"{directory} holds an adapter of {method}; expected another directory, to leave it alone")
 
 
-def _replace_files(directory: Path, contents: Mapping[str, bytes]) -> None:
-    """Write all files under temporary names, then rename them; if a rename fails, take the earlier ones back."""
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=directory) as folder:
-        new, old = Path(folder, "new"), Path(folder, "old")
-        new.mkdir(), old.mkdir()
-        for name, content in contents.items():
-            with open(new / name, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            if (directory / name).exists():
-                shutil.copy2(directory / name, old / name)  # not os.link: some file systems have none
-        replaced = []
-        try:
-            for name in contents:
-                os.replace(new / name, directory / name)
-                replaced.append(name)
-        except BaseException:
-            for name in replaced:
-                if (old / name).exists():
-                    os.replace(old / name, directory / name)
-                else:
-                    (directory / name).unlink()
-            raise
+def method_in(directory: Path) -> Any:
+    """The `peft_type` of the adapter in a directory; None where there is no adapter whose config can be read."""
+    try:
+        fields = read_json(directory / CONFIG_NAME)
+    except (OSError, ValueError):
+        return None
+    return fields.get("peft_type")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The fields of a small JSON file.
+
+    Raises:
+        OSError, ValueError: it cannot be read, is too large, or holds something else than an object.
+    """
+    try:
+        fields = json.loads(read_regular(file, _MOST_JSON).decode("utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply; expected an object of fields") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"it holds a {type(fields).__name__}; expected an object")
+    return fields
+
+
+def _replace_both(new: Path, directory: Path) -> None:
+    """Rename the weights, then the config. If that fails, the earlier weights come back."""
+    weights, earlier = directory / WEIGHTS_NAME, new / "earlier"
+    if weights.exists():
+        shutil.copy2(weights, earlier)  # not os.link: some file systems have none
+    ours = os.stat(new / WEIGHTS_NAME)
+    try:
+        os.replace(new / WEIGHTS_NAME, weights)
+        os.replace(new / CONFIG_NAME, directory / CONFIG_NAME)
+    except BaseException:
+        # Not where the config is in place, or where another process has since saved its own weights.
+        if (new / CONFIG_NAME).exists() and weights.exists() and os.path.samestat(os.stat(weights), ours):
+            if earlier.exists():
+                os.replace(earlier, weights)
+            else:
+                weights.unlink()
+        raise
 
 
 def locate_adapter(source: str | os.PathLike[str]) -> Path:
@@ -192,60 +271,63 @@ def _beside_a_model(directory: Path) -> Path:
 
 
 @dataclass(frozen=True)
-class AdapterHead:
-    """What a saved adapter is, before its tensors are read: where, its config, its layout (without the path of the
-    layers, which the tensors tell), and its weights' digest."""
+class _Head:
+    """What a config says: what the adapter computes, its layout (without the path of the layers, which the tensors
+    tell), and digests. sealed: whether it has its own."""
 
-    directory: Path
     config: SteerConfig
     layout: Layout
-    sha256: str | None
-
-    @property
-    def weights(self) -> Path:
-        return self.directory / WEIGHTS_NAME
+    weights_sha256: str | None
+    tensors_sha256: str | None
+    sealed: bool
 
 
-def read_head(source: str | os.PathLike[str]) -> AdapterHead:
-    """Read and check an adapter's config.
+def _head(given: Mapping[str, Any]) -> _Head:
+    fields = dict(given)
+    for key in _PEFT_FIELDS:
+        fields.pop(key, None)
+    peft_type = fields.pop("peft_type", None)
+    if peft_type != PEFT_TYPE:
+        raise ValueError(f"peft_type is {peft_type!r}; expected {PEFT_TYPE!r}")
+    version = fields.pop("fused_steer_version", None)
+    weights, tensors, config_digest = (fields.pop(f"{part}_sha256", None) for part in ("weights", "tensors", "config"))
+    base = fields.pop("base_model_name_or_path", None) or ""
+    if not isinstance(base, str):
+        raise ValueError(f"base_model_name_or_path is {base!r}; expected a name, or null")
+    hidden, num_layers = (_positive(fields, key) for key in ("hidden_size", "num_layers"))
+    try:
+        config = SteerConfig.from_dict(fields)
+    except TypeError as error:
+        raise ValueError(f"{error} (it was written by fused-steer {version}, this is {__version__})") from None
+    layout = Layout("", num_layers, hidden, base)
+    layout.indices(config)
+    if config_digest is not None and config_digest != fields_digest(given):
+        raise ValueError(
+            f"its fields are not those that were saved; expected config_sha256 {config_digest} (of a config that was "
+            "edited on purpose, remove that line)"
+        )
+    return _Head(config, layout, weights, tensors, config_digest is not None)
+
+
+def check_config(directory: Path) -> None:
+    """Read and check an adapter's config alone.
 
     Raises:
-        FileNotFoundError: the directory or one of its files is missing.
-        ValueError: the config is truncated or corrupt, is of another method, or has unknown keys.
+        OSError, ValueError: it cannot be read, is of another method, has unknown keys or is not what was saved.
     """
-    directory = locate_adapter(source)
-    for name in (CONFIG_NAME, WEIGHTS_NAME):
-        if not (directory / name).is_file():
-            raise FileNotFoundError(f"{directory} has no {name}; expected a saved steering adapter")
-    config_file = directory / CONFIG_NAME
-    with _blaming(config_file):
-        fields = json.loads(config_file.read_text(encoding="utf-8"))
-        if not isinstance(fields, dict):
-            raise ValueError(f"it holds a {type(fields).__name__}; expected an object")
-        for key in _PEFT_FIELDS:
-            fields.pop(key, None)
-        peft_type = fields.pop("peft_type", None)
-        if peft_type != PEFT_TYPE:
-            raise ValueError(f"peft_type is {peft_type!r}; expected {PEFT_TYPE!r}")
-        version = fields.pop("fused_steer_version", None)
-        digest = fields.pop("weights_sha256", None)
-        base = fields.pop("base_model_name_or_path", None) or ""
-        if not isinstance(base, str):
-            raise ValueError(f"base_model_name_or_path is {base!r}; expected a name, or null")
-        hidden, num_layers = (_positive(fields, key) for key in ("hidden_size", "num_layers"))
-        try:
-            config = SteerConfig.from_dict(fields)
-        except TypeError as error:
-            raise ValueError(f"{error} (it was written by fused-steer {version}, this is {__version__})") from None
-        layout = Layout("", num_layers, hidden, base)
-        layout.indices(config)
-    return AdapterHead(directory, config, layout, digest)
+    with _blaming(directory / CONFIG_NAME):
+        _head(read_json(directory / CONFIG_NAME))
 
 
 def read_adapter(
     source: str | os.PathLike[str], model: Layout | None = None, *, check_base: bool = False
 ) -> AdapterFile:
     """Read and check an adapter's files. Nothing but JSON and safetensors is ever opened.
+
+    The tensors are copies of the bytes that were checked. A config of another save than the weights' own, which a
+    killed save or one of several at a time may leave, gives way to the one that the weights carry, with a warning.
+    Digests that a config lacks are not checked: files may be written by hand. A bit that flips cannot remove one,
+    because an unknown key is refused.
 
     Args:
         source: the directory, or an id on the hub.
@@ -257,51 +339,133 @@ def read_adapter(
         ValueError: a file is truncated or corrupt, is of another method, has unknown keys, or does not fit the other;
             or the adapter does not fit `model`.
     """
-    head = read_head(source)
-    if model is not None:
-        model.check_fits(source, head.layout, check_base)
-    with _blaming(head.weights):
-        weights = head.weights.read_bytes()
-        _check_digest(head, hashlib.sha256(weights).hexdigest())
-        tensors = safetensors.torch.load(weights)
-    return _file(head, tensors)
+    directory = locate_adapter(source)
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        if not (directory / name).exists():
+            raise FileNotFoundError(f"{directory} has no {name}; expected a saved steering adapter")
+    with _blaming(directory / CONFIG_NAME):
+        head = _head(read_json(directory / CONFIG_NAME))
+    file = directory / WEIGHTS_NAME
+    with _blaming(file), open(open_regular(file), "rb") as opened:
+        header = _read_header(opened)
+        layers_path, specs = by_layer(header.specs)
+    heads = [head] if header.embedded is None else [head, header.embedded]
+
+    def refusal(head: _Head) -> ValueError | None:
+        """Why these tensors are not what it says, or it is not for this model."""
+        try:
+            if model is not None:
+                model.check_fits(source, head.layout, check_base)
+            with _blaming(file):
+                replace(head.layout, layers_path=layers_path).check_tensors(head.config, specs)
+        except ValueError as error:
+            return error
+        return None
+
+    refusals = [refusal(one) for one in heads]
+    if all(refusals):  # before anything is read that is as large as the file claims
+        raise refusals[0]  # type: ignore[misc]
+    with _blaming(file):
+        content = _read_whole(file, header, head)
+        _, tensors = by_layer({_unprefixed(name): t for name, t in safetensors.torch.load(content).items()})
+        chosen = _matching(head, header, content, tensors)
+    if chosen is not head:
+        warnings.warn(
+            f"{directory / CONFIG_NAME} is of another save than {WEIGHTS_NAME}, which is read by the config that it "
+            "carries: the adapter that was saved with it",
+            stacklevel=2,
+        )
+    refused = refusals[0 if chosen is head else 1]
+    if refused is not None:
+        raise refused
+    with _blaming(file):
+        return AdapterFile(chosen.config, replace(chosen.layout, layers_path=unwrapped(layers_path)), tensors)
 
 
-def map_adapter(head: AdapterHead, *, check_digest: bool = True) -> AdapterFile:
-    """The adapter with tensors that lie in the file and are read where they are used, as memory that it maps.
+@dataclass(frozen=True)
+class _Header:
+    """What a weights file says before its tensors: its size, their dtypes and shapes by path, and the config that it
+    carries. plain: whether it says nothing else."""
 
-    check_digest: whether the file is read through, to see that it is the one that was saved.
+    size: int
+    specs: dict[str, Spec]
+    embedded: _Head | None
+    plain: bool
+
+
+def _read_header(opened: BinaryIO) -> _Header:
+    length = os.fstat(opened.fileno()).st_size
+    size = int.from_bytes(opened.read(8), "little")
+    most = min(max(length - 8, 0), _MOST_JSON)
+    if length < 8 or size > most:
+        raise ValueError(f"its header is of {size} bytes; expected at most {most}")
+    try:
+        fields = json.loads(opened.read(size))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"its header cannot be read ({type(error).__name__}); expected that of safetensors") from error
+    metadata = fields.pop("__metadata__", {}) if isinstance(fields, dict) else None
+    if not isinstance(metadata, dict):
+        raise ValueError("its header is no object; expected that of safetensors")
+    specs, data = {}, 0
+    for name, entry in fields.items():
+        path, (dtype, shape), end = _unprefixed(name), *_entry(name, entry)
+        specs[path] = (dtype, shape)
+        data = max(data, end)
+    text = metadata.pop(_EMBEDDED, None)
+    embedded = None if text is None else _head(json.loads(text))
+    return _Header(8 + size + data, specs, embedded, metadata == {"format": "pt"})
+
+
+def _entry(name: str, entry: Any) -> tuple[Spec, int]:
+    """A tensor's dtype and shape, and where in the data it ends."""
+    try:
+        dtype, (start, end) = DTYPES[_SAFETENSORS[entry["dtype"]]], entry["data_offsets"]
+        shape = tuple(map(operator.index, entry["shape"]))
+        fits = min(shape, default=0) >= 0 <= start and math.prod(shape) * dtype.itemsize == end - start
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"its header has {name} as {entry!r:.200}; expected an adapter's tensor") from None
+    if not fits:
+        raise ValueError(f"its header has {name} of shape {shape} in {end - start} bytes; expected as many as it takes")
+    return (dtype, shape), end
+
+
+def _read_whole(file: Path, header: _Header, head: _Head) -> bytes:
+    with open(open_regular(file), "rb") as opened:
+        length = os.fstat(opened.fileno()).st_size
+        content = opened.read(header.size + 1) if length == header.size else b""
+    if len(content) != header.size:
+        if head.weights_sha256 is not None:
+            raise _other_contents(head)
+        raise ValueError(f"it has {length} bytes; expected {header.size} by its header")
+    return content
+
+
+def _matching(head: _Head, header: _Header, content: bytes, tensors: ByLayer) -> _Head:
+    """The config that these weights were saved with: that of the config's file, or the one that they carry.
 
     Raises:
-        ValueError: the file is truncated or corrupt, or does not fit the config.
+        ValueError: it is neither.
     """
-    with _blaming(head.weights):
-        if check_digest and head.sha256 is not None:
-            with open(head.weights, "rb") as file:
-                if os.fstat(file.fileno()).st_size == 0:  # of which no map can be made
-                    raise ValueError("it is empty")
-                with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-                    _check_digest(head, hashlib.sha256(mapped).hexdigest())
-        with safetensors.safe_open(head.weights, framework="pt") as opened:
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  (no mapping)
-    return _file(head, tensors)
+    if head.weights_sha256 is not None and hashlib.sha256(content).hexdigest() == head.weights_sha256:
+        return head
+    digest, embedded = tensors_digest(tensors), header.embedded
+    if head.weights_sha256 is None:  # PEFT's have the digest of the tensors, and what a person wrote perhaps none
+        expected = head.tensors_sha256 or (embedded and embedded.tensors_sha256)
+        if expected is None or (digest == expected and (header.plain or not head.sealed)):
+            return head
+    if embedded is not None and embedded.sealed and head.sealed and header.plain and embedded.tensors_sha256 == digest:
+        return embedded
+    raise _other_contents(head)
 
 
-def _check_digest(head: AdapterHead, found: str) -> None:
-    if head.sha256 is not None and found != head.sha256:
-        raise ValueError(f"its contents are not those that {CONFIG_NAME} was saved with; expected sha256 {head.sha256}")
+def _other_contents(head: _Head) -> ValueError:
+    expected = head.weights_sha256 or f"{head.tensors_sha256} of its tensors"
+    return ValueError(f"its contents are not those that {CONFIG_NAME} was saved with; expected sha256 {expected}")
 
 
-def _file(head: AdapterHead, tensors: Mapping[str, Tensor]) -> AdapterFile:
-    named = {_unprefixed(name, head.weights): tensor for name, tensor in tensors.items()}
-    with _blaming(head.weights):
-        layers_path, layers = by_layer(named)
-        return AdapterFile(head.config, replace(head.layout, layers_path=layers_path), layers)
-
-
-def _unprefixed(name: str, file: Path) -> str:
+def _unprefixed(name: str) -> str:
     if not name.startswith(PEFT_PREFIX):
-        raise ValueError(f"{file}: tensor {name!r}; expected names that begin with {PEFT_PREFIX!r}")
+        raise ValueError(f"it has a tensor {name!r}; expected names that begin with {PEFT_PREFIX!r}")
     return name[len(PEFT_PREFIX) :]
 
 
@@ -317,7 +481,7 @@ def _blaming(file: Path) -> Iterator[None]:
     """Whatever is wrong inside is one line that names the file."""
     try:
         yield
-    except RecursionError:
-        raise ValueError(f"{file} cannot be loaded: it is nested too deeply; expected an object of fields") from None
-    except (ValueError, TypeError, safetensors.SafetensorError) as error:
+    except MemoryError:
+        raise ValueError(f"{file} cannot be loaded: it is larger than the memory; expected an adapter") from None
+    except (ValueError, TypeError, OverflowError, RecursionError, safetensors.SafetensorError) as error:
         raise ValueError(f"{file} cannot be loaded: {' '.join(str(error).split())}") from error

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -31,6 +31,42 @@ PEFT_PREFIX = "base_model.model."
 
 #: The tensors of an adapter: by layer, then by name below the site.
 ByLayer = dict[int, dict[str, Tensor]]
+#: A tensor's dtype and shape: all that is known of it before it is read.
+Spec = tuple[torch.dtype, tuple[int, ...]]
+
+_ADAPTER = re.compile(r"[A-Za-z0-9_-]+")
+#: Names that stand in a tensor's path beside the adapter's.
+_IN_PATHS = frozenset({SITE, *(part for name in NAMES for part in name.split("."))})
+#: What torch.compile, DDP, FSDP and activation checkpointing put into the path of a module that they wrap.
+_WRAPPERS = frozenset({"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+
+
+def check_name(name: Any) -> None:
+    """Refuse a name that no adapter may have, because it has to do as a part of a path of files and of modules.
+
+    Raises:
+        ValueError: it has other characters than letters, digits, _ and -, or means something else in a module's path.
+    """
+    if not isinstance(name, str) or not _ADAPTER.fullmatch(name):
+        raise ValueError(f"adapter name is {name!r}; expected letters, digits, '_' and '-'")
+    if hasattr(nn.ModuleDict(), name):
+        raise ValueError(f"adapter name is {name!r}, a word that PyTorch's modules use; expected another")
+    if name in _IN_PATHS:
+        raise ValueError(f"adapter name is {name!r}, a part of every tensor's path; expected another")
+
+
+def unwrapped(path: str) -> str:
+    """The path that a module or tensor has in the model itself, out of what other libraries have wrapped around it."""
+    path = without_wrappers(path)
+    while path.startswith(PEFT_PREFIX):
+        path = path.removeprefix(PEFT_PREFIX)
+    return path
+
+
+def without_wrappers(path: str) -> str:
+    """The path as if neither torch.compile, DDP, FSDP nor activation checkpointing had wrapped a module on it."""
+    return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
+
 
 _FACTOR = r"steer_(?:down|up)"
 _PATH = re.compile(rf"(?:(.+)\.)?(\d+)\.{SITE}\.({_FACTOR}\.(?:weight|bias))")
@@ -113,14 +149,14 @@ class Layout:
         """What is by layer and name, by path."""
         return {self.path(index, name): value for index, named in layers.items() for name, value in named.items()}
 
-    def indices(self, config: SteerConfig) -> list[int]:
-        """The layers that an adapter of `config` steers.
+    def indices(self, config: SteerConfig) -> Sequence[int]:
+        """The layers that an adapter of `config` steers; never listed, as a file may claim any number of them.
 
         Raises:
             ValueError: there is no such layer.
         """
         if config.layers is None:
-            return list(range(self.num_layers))
+            return range(self.num_layers)
         if config.layers[-1] >= self.num_layers:
             raise ValueError(
                 f"layers has {config.layers[-1]}; expected indices below {self.num_layers}, the number of layers"
@@ -140,26 +176,33 @@ class Layout:
 
     def shapes(self, config: SteerConfig) -> dict[int, dict[str, tuple[int, ...]]]:
         """Shape of each tensor of an adapter of `config`, by layer and name."""
-        there = {DOWN: config.rank > 0, DOWN_BIAS: config.down_bias, UP: config.rank > 0, UP_BIAS: config.up_bias}
-        named = {name: shape for name, shape in shapes_of(config.rank, self.hidden).items() if there[name]}
-        return dict.fromkeys(self.indices(config), named)
+        return dict.fromkeys(self.indices(config), self._shapes(config))
 
-    def check_tensors(self, config: SteerConfig, tensors: Mapping[int, Mapping[str, Tensor]]) -> None:
+    def _shapes(self, config: SteerConfig) -> dict[str, tuple[int, ...]]:
+        """Shape of each tensor that an adapter of `config` has at a layer."""
+        there = {DOWN: config.rank > 0, DOWN_BIAS: config.down_bias, UP: config.rank > 0, UP_BIAS: config.up_bias}
+        return {name: shape for name, shape in shapes_of(config.rank, self.hidden).items() if there[name]}
+
+    def check_tensors(self, config: SteerConfig, specs: Mapping[int, Mapping[str, Spec]]) -> None:
         """Refuse tensors that are not those of `config`: one missing or too many, another shape or dtype.
 
         Raises:
             ValueError: in one line, about the first of them.
         """
-        found, dtype = self.paths(tensors), DTYPES[config.dtype]
-        expected = self.paths(self.shapes(config))
-        for path, shape in expected.items():
-            tensor = found.get(path)
-            if tensor is None:
-                raise ValueError(f"it has no tensor {path}; expected one of shape {shape}")
-            if tuple(tensor.shape) != shape or tensor.dtype != dtype:
-                raise ValueError(f"tensor {path} is {tensor.dtype} {tuple(tensor.shape)}; expected {dtype} {shape}")
-        for path in sorted(found.keys() - expected.keys()):
-            raise ValueError(f"it has a tensor {path}; expected none but those of its config")
+        dtype, shapes, indices = DTYPES[config.dtype], self._shapes(config), self.indices(config)
+        for index in indices:  # perhaps 10**9 of them, by what a file says: the first that is missing ends this
+            for name, shape in shapes.items():
+                found = specs.get(index, {}).get(name)
+                if found is None:
+                    raise ValueError(f"it has no tensor {self.path(index, name)}; expected one of shape {shape}")
+                if found != (dtype, shape):
+                    raise ValueError(
+                        f"tensor {self.path(index, name)} is {found[0]} {found[1]}; expected {dtype} {shape}"
+                    )
+        for index, named in specs.items():
+            for name in named:
+                if index not in indices or name not in shapes:
+                    raise ValueError(f"it has a tensor {self.path(index, name)}; expected none but those of its config")
 
     def check_sizes(self, source: Any, hidden: int | None, num_layers: int | None) -> None:
         """Refuse an adapter for a model of another hidden size or number of layers; None is not known.
@@ -185,13 +228,44 @@ class Layout:
             ValueError: it does not fit.
         """
         self.check_sizes(source, adapter.hidden, adapter.num_layers)
-        # The same model may lie in different places; its own name is the last part.
-        theirs, ours = (os.path.basename(base.rstrip("/\\")) for base in (adapter.base, self.base))
-        if check_base and theirs and ours and theirs != ours:
+        if check_base and not same_base(adapter.base, self.base):
             raise ValueError(
                 f"{source} is for the base model {adapter.base!r}; expected {self.base!r} "
                 "(check_base=False loads it all the same)"
             )
+
+
+def specs_of(tensors: Mapping[int, Mapping[str, Tensor]]) -> dict[int, dict[str, Spec]]:
+    """Dtype and shape of each tensor."""
+    return {
+        index: {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in named.items()}
+        for index, named in tensors.items()
+    }
+
+
+_CACHED = re.compile(r"(?:^|[/\\])models--([^/\\]+?)--([^/\\]+)(?:[/\\]snapshots)?(?:[/\\]|$)")
+_HASH = re.compile(r"[0-9a-f]{40,64}")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def base_name(base: str) -> str:
+    """A base model's name as files record it: the hub id where `base` is a path in the hub's cache."""
+    cached = _CACHED.search(base)
+    return f"{cached[1]}/{cached[2]}" if cached else base
+
+
+def same_base(one: str, other: str) -> bool:
+    """Whether two names may be of the same base model: hub ids that are equal, or else equal last parts of paths.
+
+    A name that says nothing ("", or a commit's hash) may be of any.
+    """
+    names = [base_name(base).rstrip("/\\") for base in (one, other)]
+    lasts = [re.split(r"[/\\]", name)[-1] for name in names]
+    if not all(lasts) or any(_HASH.fullmatch(last) for last in lasts):
+        return True
+    if all(_HUB_ID.fullmatch(name) and not os.path.isdir(name) for name in names):
+        return names[0] == names[1]
+    return lasts[0] == lasts[1]
 
 
 # --------------------------------------------------------------------------------------------------------- in a layer

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..adapters.files import read_adapter
-from ..joint import LORA_FOLDER, STEERING_FOLDER, load_joint
+from ..joint import find_joint, load_joint
 from ..patch import patch_model
 
 if TYPE_CHECKING:
@@ -113,10 +113,7 @@ def _load(options: DiagnoseOptions, device: torch.device) -> tuple[Any, Any]:
     if options.joint is not None:
         if not options.joint.is_dir():
             raise FileNotFoundError(f"no directory {options.joint}; expected one that save_joint wrote")
-        for part in (STEERING_FOLDER, LORA_FOLDER):
-            if not (options.joint / part).is_dir():
-                raise FileNotFoundError(f"{options.joint} has no {part}/; expected a directory that save_joint wrote")
-    read_adapter(options.adapter or options.joint / STEERING_FOLDER)
+    read_adapter(options.adapter or find_joint(options.joint)[0])
     if options.lora is not None:
         from peft import PeftConfig, PeftModel
 

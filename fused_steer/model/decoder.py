@@ -16,7 +16,7 @@ from ..adapters.parameters import Layout
 class Decoder:
     """A model's stack of decoder layers."""
 
-    module: nn.Module  # whose forward runs the layers
+    module: nn.Module  # its forward runs the layers
     path: str  # of the list of layers, from the model
     layers: nn.ModuleList
     hidden: int
@@ -55,7 +55,7 @@ def find_decoder(model: nn.Module) -> Decoder:
             found.append((path, module))
     # Other towers (of images, of sound) have lists of layers too, below a config of their own.
     own = {id(layers) for path, layers in found if _config_above(model, path) in (type(model.config), type(config))}
-    # Layers have parts: a list of norms or projections, one for each layer, is none of layers.
+    # Exclude ModuleLists of bare norms or projections that happen to have one entry per layer: layers have children.
     fitting = [
         (path, layers)
         for path, layers in found
@@ -94,7 +94,7 @@ def execution_device(module: nn.Module) -> torch.device:
 
 
 def inside_peft(model: nn.Module) -> nn.Module:
-    """The model that PEFT wrapped, whose paths do not depend on the wrapping; `model` itself where it did not."""
+    """The model inside PEFT's wrapper, so that paths do not depend on the wrapper; `model` itself without one."""
     peft = sys.modules.get("peft")  # a model that it wrapped has imported it
     return model.get_base_model() if peft is not None and isinstance(model, peft.PeftModel) else model
 

@@ -102,7 +102,7 @@ def steered_class(base: type[nn.Module], rewritten: bool) -> type[nn.Module]:
     """
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
-        # A class made at run time cannot be found by name: copies and worker processes make it anew.
+        # A class made at run time cannot be found by name: copies and worker processes make it again.
         return _rebuild, (base, rewritten), self.__dict__
 
     namespace: dict[str, Any] = {

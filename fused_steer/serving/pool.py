@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import threading
 import time
 import weakref
@@ -17,14 +16,12 @@ from typing import Any
 
 from torch import Tensor
 
-from ..adapters.files import CONFIG_NAME, map_adapter, read_head
-from ..adapters.parameters import ByLayer
+from ..adapters.files import CONFIG_NAME, read_adapter
+from ..adapters.parameters import ByLayer, check_name
 from ..config import SteerConfig
 from ..model.decoder import Decoder
 from ..model.scopes import renewed_after_fork
 from .slots import Held, Slots
-
-_NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
 @dataclass(frozen=True)
@@ -77,7 +74,6 @@ class AdapterPool:
         self._holds: weakref.WeakSet[_Hold] = weakref.WeakSet()
         self._waiting: list[weakref.ref[_Hold]] = []  # the first come first
         self._reading: weakref.WeakValueDictionary[str, Future[_Read]] = weakref.WeakValueDictionary()
-        self._verified: dict[str, tuple[int, int]] = {}  # by file, size and time of those whose digest was right
         self._statistics = PoolStatistics()
         renewed_after_fork.add(self)
 
@@ -430,18 +426,10 @@ class AdapterPool:
             raise ValueError(f"{what} steers layer {outside[0]}; expected those of the pool, {list(self.slots)}")
 
     def _read(self, source: str) -> tuple[SteerConfig, ByLayer, int]:
-        """An adapter's config, its tensors by layer, mapped from its file, and their bytes; all checked."""
-        head = read_head(source)
-        self._decoder.layout.check_fits(source, head.layout, self._check_base)
-        self._check_room(source, head.config, head.layout.indices(head.config))
-        stat = head.weights.stat()
-        stamp = (stat.st_size, stat.st_mtime_ns)
-        with self._changed:
-            verified = self._verified.get(str(head.weights)) == stamp
-        tensors = map_adapter(head, check_digest=not verified).tensors
-        with self._changed:
-            self._verified[str(head.weights)] = stamp
-        return head.config, tensors, sum(t.nbytes for named in tensors.values() for t in named.values())
+        """An adapter's config, its tensors by layer, and their bytes; all checked."""
+        file = read_adapter(source, self._decoder.layout, check_base=self._check_base)
+        self._check_room(source, file.config, file.tensors)
+        return file.config, file.tensors, sum(t.nbytes for named in file.tensors.values() for t in named.values())
 
     def _write(self, slot: int, config: SteerConfig, tensors: Mapping[int, Mapping[str, Tensor]]) -> None:
         for index, slots in self.slots.items():
@@ -480,9 +468,3 @@ class _Abandoned(Exception):
 
 #: Seconds after which a wait looks again: a hold that ended with an exception may have told nobody.
 _LOOK_AGAIN = 0.25
-
-
-def check_name(name: Any) -> None:
-    """Raises ValueError where an adapter cannot be called so."""
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise ValueError(f"adapter name is {name!r}; expected letters, digits, '_' and '-'")

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import fused_steer
 from fused_steer import SteerConfig, patch_model
+from fused_steer.adapters.files import read_adapter, tensors_digest
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 RANK = 4
@@ -79,7 +80,8 @@ def test_two_files_in_the_documented_layout(saved):
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_config_records_all_that_changes_the_function(config, tmp_path):
     patched(config).steering.save(tmp_path)
-    assert json.loads((tmp_path / CONFIG).read_text()) == {
+    recorded = json.loads((tmp_path / CONFIG).read_text())
+    assert recorded == {
         "peft_type": "POST_BLOCK",
         "base_model_name_or_path": NAME,
         "hidden_size": HIDDEN,
@@ -94,7 +96,9 @@ def test_config_records_all_that_changes_the_function(config, tmp_path):
         "init_scale": config.init_scale,
         "dtype": config.dtype,
         "fused_steer_version": fused_steer.__version__,
+        "tensors_sha256": tensors_digest(read_adapter(tmp_path).tensors),
         "weights_sha256": hashlib.sha256((tmp_path / WEIGHTS).read_bytes()).hexdigest(),
+        "config_sha256": recorded["config_sha256"],
     }
 
 
@@ -272,8 +276,8 @@ def write_config(text: str | bytes) -> Callable[[Path], None]:
 
 
 def edit_config(directory: Path, **changes: Any) -> None:
-    """Change fields; None takes one away."""
-    fields = json.loads((directory / CONFIG).read_text()) | changes
+    """Change fields, as a person does who removes the config's digest; None takes one away."""
+    fields = json.loads((directory / CONFIG).read_text()) | {"config_sha256": None} | changes
     (directory / CONFIG).write_text(json.dumps({name: value for name, value in fields.items() if value is not None}))
 
 
@@ -282,11 +286,11 @@ def edited(**changes: Any) -> Callable[[Path], None]:
 
 
 def unguarded(damage: Callable[[Path], None]) -> Callable[[Path], None]:
-    """The damage, to files whose config has no hash of the weights to find it out by."""
+    """The damage, to files without a digest to find it out by."""
 
     def apply(directory: Path) -> None:
         damage(directory)
-        edit_config(directory, weights_sha256=None)
+        edit_config(directory, weights_sha256=None, tensors_sha256=None)
 
     return apply
 
@@ -328,7 +332,16 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], type[Exception], tuple[str, ...]
     "corrupt header": (unguarded(flip(8)), ValueError, (WEIGHTS, "header")),
     "huge header": (unguarded(flip(6)), ValueError, (WEIGHTS, "header")),
     "flipped bit": (flip(-1), ValueError, (WEIGHTS, "expected sha256")),
-    "weights of another save": (weights_of_another_save, ValueError, (WEIGHTS, "expected sha256")),
+    "weights of another save, and a flipped bit": (
+        lambda directory: (weights_of_another_save(directory), flip(-1)(directory)),
+        ValueError,
+        (WEIGHTS, "expected sha256"),
+    ),
+    "config edited": (
+        lambda directory: edit_config(directory, scale=9.0, config_sha256="0" * 64),
+        ValueError,
+        (CONFIG, "its fields are not those that were saved", "expected config_sha256 0000"),
+    ),
     "config not JSON": (write_config("rank: 8\n"), ValueError, (CONFIG, "Expecting value")),
     "config not text": (write_config(b"\xff\xfe"), ValueError, (CONFIG, "utf-8")),
     "config cut": (write_config('{"peft_type": "POST_BLOCK",\n'), ValueError, (CONFIG,)),

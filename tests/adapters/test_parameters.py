@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
+from pathlib import Path
+
 import pytest
 import torch
 from models import build, logits, randomize, refused, tokens
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
+from safetensors import safe_open
 
 from fused_steer import SteerConfig, patch_model
 from fused_steer.adapters.parameters import (
     NAMES,
     Adapter,
     Layout,
+    base_name,
     by_layer,
+    check_name,
     in_model,
     of_adapter,
     out_of_model,
+    same_base,
+    specs_of,
     split_path,
+    unwrapped,
 )
 
 LAYOUT = Layout("model.layers", 3, 8, "org/base")
@@ -60,7 +70,7 @@ def test_shapes_are_those_of_a_fresh_adapter(config):
     assert list(shapes) == ([0, 1, 2] if config.layers is None else list(config.layers))
     fresh = Adapter.fresh(config, 8, torch.device("cpu")).named_tensors()
     assert all(named == {name: tuple(t.shape) for name, t in fresh.items()} for named in shapes.values())
-    LAYOUT.check_tensors(config, {i: fresh for i in shapes})
+    LAYOUT.check_tensors(config, specs_of({i: fresh for i in shapes}))
     again = Adapter.of_tensors(fresh).named_tensors()
     assert again.keys() == fresh.keys() and all(torch.equal(again[name], fresh[name]) for name in fresh)
 
@@ -76,11 +86,11 @@ def test_check_tensors_names_the_first_that_is_wrong():
         (whole | {0: {n: t.half() for n, t in fresh.items()}}, ("layers.0", "torch.float16", "torch.float32 (2, 8)")),
     ):
         with refused(ValueError, *parts, "expected"):
-            LAYOUT.check_tensors(config, tensors)
+            LAYOUT.check_tensors(config, specs_of(tensors))
 
 
 def test_layers_of_a_config_and_back():
-    assert LAYOUT.indices(SteerConfig()) == [0, 1, 2] and LAYOUT.config_layers([2, 0, 1]) is None
+    assert list(LAYOUT.indices(SteerConfig())) == [0, 1, 2] and LAYOUT.config_layers([2, 0, 1]) is None
     assert LAYOUT.indices(SteerConfig(layers=[2, 0])) == [0, 2] == LAYOUT.config_layers([2, 0])
     with refused(ValueError, "layers has 3", "expected indices below 3"):
         LAYOUT.indices(SteerConfig(layers=[0, 3]))
@@ -102,6 +112,122 @@ def test_check_fits_compares_sizes_and_the_last_part_of_the_name():
             LAYOUT.check_fits("it", other, True)
 
 
+CACHED = "/root/.cache/huggingface/hub/models--org--base"
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("org/base", "org/base", True),
+        ("org/base", "other/base", False),
+        ("org/base", f"{CACHED}/snapshots/{'0f' * 20}", True),
+        ("org/base", f"{CACHED}/snapshots/{'0f' * 20}/", True),
+        ("other/base", f"{CACHED}/snapshots/{'0f' * 20}", False),
+        ("org/base", f"{CACHED.replace('base', 'more-base')}/snapshots/{'0f' * 20}", False),
+        (f"C:\\hub\\models--org--base\\snapshots\\{'0f' * 20}", "org/base", True),
+        ("org/base", f"/somewhere/{'0f' * 20}", True),
+        ("org/base", "0f" * 20, True),
+        ("org/base", "/models/base/", True),
+        ("org/base", "base", True),
+        ("org/base", "./base", True),
+        ("org/base", "/models/another", False),
+        ("org/base", "", True),
+    ],
+)
+def test_base_models_are_compared_by_hub_id(one, other, same):
+    assert same_base(one, other) is same_base(other, one) is same
+
+
+def test_base_name_of_a_path_in_the_cache_is_the_id():
+    assert base_name(f"{CACHED}/snapshots/{'0f' * 20}") == "org/base" == base_name("org/base")
+    model = build()
+    model.config._name_or_path = f"{CACHED}/snapshots/{'0f' * 20}"
+    assert adapter_fields(patch_model(model))["base_model_name_or_path"] == "org/base"
+
+
+def adapter_fields(model: torch.nn.Module) -> dict[str, object]:
+    with tempfile.TemporaryDirectory() as folder:
+        model.steering.save(folder)
+        return json.loads(Path(folder, "adapter_config.json").read_text())
+
+
+@pytest.mark.parametrize("name", ["default", "a-b_C9", "0", "lora", "steer", "x" * 200])
+def test_names_of_adapters(name):
+    check_name(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "a.b", "a b", "../a", "/a", "a\\b", "ä", "a\n", None, 7, "..", "keys", "training", "to"]
+    + ["post_block", "steer_down", "steer_up", "weight", "bias"],
+)
+def test_names_that_no_adapter_may_have_are_refused_on_every_way_in(name, tmp_path):
+    import fused_steer.peft
+
+    with refused(ValueError, "adapter name is", repr(name), "expected"):
+        check_name(name)
+    saved = build()
+    patch_model(saved, SteerConfig(rank=2)).steering.save(tmp_path)
+    pool = saved.steering.make_pool(slots=1, rank=2)
+    for call in (
+        lambda: saved.steering.add(name),
+        lambda: saved.steering.load(tmp_path, name),
+        lambda: pool.register(name, tmp_path),
+    ):
+        with refused(ValueError, "adapter name is", "expected", model=saved):
+            call()
+    bare = build()
+    with refused(ValueError, "adapter name is", "expected", model=bare):
+        patch_model(bare, SteerConfig(rank=2), adapter_name=name)
+    if isinstance(name, str):
+        with refused(ValueError, "adapter name is", "expected", model=bare):
+            get_peft_model(bare, fused_steer.peft.PostBlockConfig(r=2), adapter_name=name)
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["_orig_mod.model.layers.0", "module.model.layers.0", "_fsdp_wrapped_module.model.layers.0"]
+    + ["base_model.model.module._orig_mod.model.layers.0", "model.layers.0._checkpoint_wrapped_module"],
+)
+def test_unwrapped_is_the_path_in_the_model(path):
+    assert unwrapped(path) == "model.layers.0"
+
+
+@pytest.mark.parametrize("by_peft", [False, True], ids=["patch_model", "peft"])
+@pytest.mark.parametrize("wrapped_by", ["_orig_mod", "module"])
+def test_files_of_wrapped_models_have_the_paths_of_plain_ones(by_peft, wrapped_by, tmp_path):
+    import fused_steer.peft
+
+    def wrap(model: torch.nn.Module) -> torch.nn.Module:
+        if wrapped_by == "_orig_mod":
+            return torch.compile(model, backend="eager")
+        holder = torch.nn.Module()
+        holder.module, holder.config = model, model.config
+        return holder
+
+    def paths(folder: Path) -> set[str]:
+        with safe_open(folder / "adapter_model.safetensors", "pt") as opened:
+            return set(opened.keys())
+
+    patch_model(build(), SteerConfig(rank=2)).steering.save(tmp_path / "plain")
+    wrapped = wrap(build())
+    if by_peft and wrapped_by == "module":
+        pytest.skip("PEFT wants a model with a forward of its own")
+    if by_peft:
+        model = get_peft_model(wrapped, fused_steer.peft.PostBlockConfig(r=2))
+        model.save_pretrained(str(tmp_path / "wrapped"))
+    else:
+        patch_model(wrapped, SteerConfig(rank=2)).steering.save(tmp_path / "wrapped")
+    assert paths(tmp_path / "wrapped") == paths(tmp_path / "plain")
+    for folder in ("plain", "wrapped"):
+        if by_peft:
+            PeftModel.from_pretrained(wrap(build()), str(tmp_path / folder))
+            PeftModel.from_pretrained(build(), str(tmp_path / folder))
+        else:
+            patch_model(wrap(build()), tmp_path / folder)
+            patch_model(build(), tmp_path / folder)
+
+
 def test_of_adapter_takes_one_adapter_of_a_model():
     model = patch_model(build(), SteerConfig(rank=2, layers=[1]))
     model.steering.add("other", SteerConfig(form="vector", layers=[0]))
@@ -115,15 +241,14 @@ def test_of_adapter_takes_one_adapter_of_a_model():
 
 @pytest.mark.parametrize("by_peft", [False, True], ids=["patch_model", "peft"])
 def test_files_are_matched_by_layer(by_peft, tmp_path):
-    """The decoder alone has its layers under another path than the language model that the file was made with."""
+    """A file that was made with the decoder alone, whose layers lie under another path than the language model's."""
     import fused_steer.peft  # noqa: F401
 
-    patched = patch_model(build(), SteerConfig(rank=2, layers=[0, 2]))
-    randomize(patched)
-    patched.steering.save(tmp_path)
-    decoder = build().model
-    steered = PeftModel.from_pretrained(decoder, str(tmp_path)) if by_peft else patch_model(decoder, tmp_path)
+    decoder = patch_model(build().model, SteerConfig(rank=2, layers=[0, 2]))
+    randomize(decoder)
+    decoder.steering.save(tmp_path)
+    steered = PeftModel.from_pretrained(build(), str(tmp_path)) if by_peft else patch_model(build(), tmp_path)
     with torch.no_grad():
-        hidden = steered.eval()(tokens()).last_hidden_state
-        assert torch.equal(patched.lm_head(hidden), logits(patched))
-        assert not torch.equal(hidden, build().eval().model(tokens()).last_hidden_state)
+        expected = steered.get_output_embeddings()(decoder.eval()(tokens()).last_hidden_state)
+    assert torch.equal(logits(steered.eval()), expected)
+    assert not torch.equal(expected, logits(build().eval()))
