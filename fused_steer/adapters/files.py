@@ -170,7 +170,7 @@ def tensors_digest(tensors: ByLayer) -> str:
         for name, tensor in sorted(named.items()):
             digest.update(f"{index} {name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             values = tensor.detach().cpu().contiguous().reshape(-1)
-            digest.update(values.view(torch.uint8).numpy())
+            digest.update(values.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
