@@ -33,7 +33,6 @@ from .adapters.files import (
     fields_digest,
     read_adapter,
     sealed,
-    tensors_digest,
 )
 from .adapters.parameters import (
     SITE,
@@ -47,6 +46,7 @@ from .adapters.parameters import (
     specs_of,
     without_wrappers,
 )
+from .adapters.weights import tensors_digest
 from .config import DTYPES, SteerConfig
 from .kernels import MAX_RANK, post_block, select_backend
 from .model.decoder import execution_device, find_decoder

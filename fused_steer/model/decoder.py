@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from ..adapters.files import read_json
 from ..adapters.parameters import Layout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+#: More than any model has, and few enough to be built for a look.
+_MOST_LAYERS = 10_000
 
 
 @dataclass(frozen=True)
@@ -77,6 +85,30 @@ def find_decoder(model: nn.Module) -> Decoder:
         )
     path, layers = fitting[0]
     return Decoder(model.get_submodule(path.rpartition(".")[0]), path, layers, hidden, model.config)
+
+
+def meta_model(base: str) -> PreTrainedModel:
+    """A language model without weights, by the config in a directory or of a hub id.
+
+    Raises:
+        ValueError: the config is broken, or says that there are more layers than any model has.
+        OSError: there is no such model.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        file = Path(base, "config.json")
+        if file.exists():
+            read_json(file)  # before transformers reads it, which waits for a pipe and lets a deep nesting through
+        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+        count = getattr(config.get_text_config(), "num_hidden_layers", 0)
+        if not isinstance(count, int) or count > _MOST_LAYERS:
+            raise ValueError(f"its config has num_hidden_layers {count!r:.50}; expected at most {_MOST_LAYERS}")
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (AttributeError, TypeError, OverflowError, RecursionError, MemoryError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"its config makes no model ({type(error).__name__}: {reason}); expected a config") from error
 
 
 def execution_device(module: nn.Module) -> torch.device:
