@@ -163,7 +163,8 @@ def load_joint(model: nn.Module, directory: str | os.PathLike[str], *, trainable
     try:
         for name, path in others:
             wrapped.load_adapter(path, adapter_name=name, is_trainable=trainable)
-        wrapped.base_model.set_adapter(list(lora), inference_mode=not trainable)
+        tuner: Any = wrapped.base_model
+        tuner.set_adapter(list(lora), inference_mode=not trainable)
         return patch_model(wrapped, steering)
     except BaseException:
         wrapped.unload()

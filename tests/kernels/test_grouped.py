@@ -132,8 +132,8 @@ def test_activations(device, activation, tokens):
 
 @pytest.mark.parametrize("tokens", [FEW, MANY])
 def test_each_slot_its_own_activation(device, tokens):
-    codes = torch.arange(6, dtype=torch.int32, device=device)
-    batch = make(tokens, slots=6, device=device, activation=codes)
+    codes = torch.arange(len(ACTIVATIONS), dtype=torch.int32, device=device)
+    batch = make(tokens, slots=len(codes), device=device, activation=codes)
     assert_right(batch, batch.call())
     silu = replace(batch, activation="silu").call()
     of_silu = batch.ids == ACTIVATIONS.index("silu")
