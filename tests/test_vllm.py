@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 import vllm_compiled_on_cpu
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 from vllm_models import (
     CONFIGS,
     NEW_TOKENS,
@@ -27,7 +29,7 @@ from vllm_models import (
 )
 from vllm_worker import ask
 
-from fused_steer import SteerConfig
+from fused_steer import SteerConfig, patch_model, save_joint
 
 pytestmark = pytest.mark.vllm
 
@@ -45,9 +47,17 @@ def folder(tmp_path_factory) -> Path:
     for seed, (name, config) in enumerate(CONFIGS.items(), 1):
         save_adapter(root / "model", root / name, config, seed)
     save_lora(root / "lora", seed=7)
-    shutil.copytree(root / "silu", root / "joint" / "steering")
-    shutil.copytree(root / "lora", root / "joint" / "lora" / "default")
+    joint(root, root / "joint", "default")
     return root
+
+
+def joint(root: Path, out: Path, *loras: str) -> None:
+    """Save the first adapter together with the LoRA, under each of these names."""
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(root / "model"), root / "lora", loras[0])
+    for name in loras[1:]:
+        model.load_adapter(root / "lora", name)
+    model.base_model.set_adapter(list(loras))
+    save_joint(patch_model(model, root / "silu", check_base=False), out)
 
 
 @pytest.fixture(scope="module")
@@ -183,8 +193,7 @@ def _other_tensors(folder: Path, out: Path) -> None:
 
 
 def _two_loras(folder: Path, out: Path) -> None:
-    shutil.copytree(folder / "joint", out / "adapter")
-    shutil.copytree(folder / "lora", out / "adapter" / "lora" / "second")
+    joint(folder, out / "adapter", "default", "second")
 
 
 def _nothing(folder: Path, out: Path) -> None:
