@@ -43,7 +43,7 @@ def _call_site(layer: nn.Module, left: Tensor, right: Tensor, entering: Any) -> 
         return site(left, right, entering=entering)
     if any_forward_hook or any_forward_pre_hook or any_backward_hook or any_backward_pre_hook:
         return site(left, right, entering=entering)
-    planned = noted["_planned"]
+    planned = noted.get("_planned")  # PEFT's site plans none
     if planned is not None and thread.quiet:
         # What `steer` comes to where a plan is for this call (never for tensors without values, as torch.export has),
         # without its function calls.
