@@ -6,6 +6,8 @@
 PEFT then saves, loads, switches, disables and deletes steering as it does any other adapter; `model.steering` is not
 there, and its files are the same (`patch_model(model, "DIR")` reads what `save_pretrained` wrote, and the other way
 round). The steered layers are reached as `patch_model` reaches them.
+
+It is one file because the config, the site and the tuner are the parts of one method, which this import registers.
 """
 
 from __future__ import annotations

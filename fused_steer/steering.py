@@ -29,7 +29,7 @@ from .serving.batch import Batch, run_batch
 from .serving.holding import checked_size, hold_adapters, make_slots
 from .serving.pool import AdapterPool
 from .serving.requests import checked_requests
-from .whole import SavePretrained
+from .whole import saving_of
 
 
 class Steering:
@@ -50,9 +50,7 @@ class Steering:
         self._scopes = self._patched.scopes
         self._pool: AdapterPool | None = None
         self._batch: Batch | None = None
-        # PEFT saves a model that it has wrapped by its own means, and never as a whole.
-        whole = model is self._given and hasattr(model, "save_pretrained")
-        self._save_pretrained = SavePretrained(model, self) if whole else None
+        self._save_pretrained = saving_of(self._given, model, self)
 
     # ------------------------------------------------------------------------------------------------------- adapters
 

@@ -35,6 +35,8 @@ class SteeringCallback(TrainerCallback):
         resume_from: the checkpoint that training is resumed from, where it is not in the arguments' `output_dir`.
     """
 
+    keeps_steering = True  # elsewhere a checkpoint without the steering is warned of
+
     def __init__(self, resume_from: str | os.PathLike[str] | None = None) -> None:
         self.resume_from = resume_from
 
@@ -75,6 +77,8 @@ class SteeringTrainer(Trainer):
 
     Other Trainers get the same by inheriting from both, this one first: `class Mine(SteeringTrainer, SFTTrainer)`.
     """
+
+    keeps_steering = True
 
     # What a checkpoint's weights are is decided in three methods of Trainer that begin with an underscore; there is no
     # public way in. They are the same in transformers 5.17 to 5.24, and the tests fail where one is no longer called.

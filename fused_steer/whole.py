@@ -4,6 +4,8 @@ What transformers writes has the steering's parameters among the weights, from w
 they compute: `from_pretrained` passes them over and gives the base model. So the adapter in use is written beside, as
 `steering.save` writes one. `patch_model(model, directory)` reads it there, and `from_pretrained(directory)` itself does
 once `fused_steer.peft` is imported, through PEFT.
+
+A model that PEFT has wrapped is saved by PEFT, without the steering; where that loses it, there is a warning.
 """
 
 from __future__ import annotations
@@ -11,6 +13,8 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import inspect
+import sys
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -92,3 +96,77 @@ class SavePretrained:
             if importlib.util.find_spec("peft") is not None:
                 with contextlib.suppress(ImportError):  # of a version that our method is not made for
                     from . import peft  # noqa: F401  (from_pretrained knows the method from then on)
+
+
+def saving_of(given: Any, model: Any, steering: Adapters) -> SavePretrained | PeftCheckpoints | None:
+    """What is put around the saving of a patched model, `model`, which may be inside one of PEFT's, `given`."""
+    if not hasattr(given, _NAME):
+        return None
+    return SavePretrained(model, steering) if given is model else PeftCheckpoints(given, steering)
+
+
+class PeftCheckpoints:
+    """Warnings where a Trainer's checkpoint of a model that PEFT has wrapped lacks the steering, or is loaded without.
+
+    PEFT saves and loads its own adapters alone. `SteeringTrainer` and `SteeringCallback` answer for the steering.
+    """
+
+    def __init__(self, model: Any, steering: Adapters) -> None:
+        self.watched = {name: _Watched(model, steering, name, says) for name, says in _WARNINGS.items()}
+
+    def install(self) -> None:
+        for name, watched in self.watched.items():
+            setattr(watched.model, name, watched)
+
+    def remove(self) -> None:
+        for name, watched in self.watched.items():
+            if vars(watched.model).get(name) is watched:
+                delattr(watched.model, name)
+
+
+_WARNINGS = {
+    _NAME: "{} gets PEFT's adapters without the steering adapter {!r}",
+    "load_adapter": "PEFT's adapters are loaded from {}, and the steering adapter {!r} stays as it is",
+}
+
+
+class _Watched:
+    """A method of a PeftModel that warns where a Trainer calls it that does not answer for the steering."""
+
+    def __init__(self, model: Any, steering: Adapters, name: str, says: str) -> None:
+        self.model, self.steering, self.name, self.says = model, steering, name, says
+
+    @property
+    def __wrapped__(self) -> Any:
+        return getattr(type(self.model), self.name).__get__(self.model)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.steering.active is not None and _trainer_forgets_steering():
+            place = args[0] if args else next(iter(kwargs.values()), "")
+            warnings.warn(
+                f"{self.says.format(place, self.steering.active)}; expected SteeringCallback() among the Trainer's "
+                "callbacks, or a SteeringTrainer",
+                stacklevel=2,
+            )
+        return self.__wrapped__(*args, **kwargs)
+
+
+def _trainer_forgets_steering() -> bool:
+    """Whether one of transformers' Trainers is at work, and neither it nor a callback of it keeps the steering.
+
+    PEFT's methods are not told who calls them. A callback hears of checkpoints, not of `trainer.save_model`.
+    """
+    transformers = sys.modules.get("transformers.trainer")
+    if transformers is None:
+        return False
+    trainer, entered = None, set()
+    frame = inspect.currentframe()
+    while frame is not None:
+        if isinstance(frame.f_locals.get("self"), transformers.Trainer):
+            trainer = frame.f_locals["self"]
+            entered.add(frame.f_code.co_name)
+        frame = frame.f_back
+    if trainer is None or getattr(trainer, "keeps_steering", False):
+        return False
+    told = "train" in entered  # checkpoints are written, and read, while it trains
+    return not (told and any(getattr(one, "keeps_steering", False) for one in trainer.callback_handler.callbacks))

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers import Trainer, TrainingArguments
 from fused_steer import (
     SteerConfig,
     SteeringCallback,
+    SteeringTrainer,
     load_joint,
     lora_parameters,
     patch_model,
@@ -438,6 +440,59 @@ def test_a_checkpoint_without_steering_is_not_resumed(tmp_path):
     run.train()
     with refused(FileNotFoundError, "fused_steer/default", "expected"):
         trainer(joint(), tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+
+
+def said(caught: Any) -> list[str]:
+    return [str(warning.message) for warning in caught if "steering adapter" in str(warning.message)]
+
+
+def test_a_trainer_that_forgets_the_steering_is_told_at_the_save_and_at_the_resume(tmp_path):
+    run = trainer(joint(), tmp_path, gradient_checkpointing=False)
+    run.remove_callback(SteeringCallback)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run.train()
+    saves = said(caught)
+    assert len(saves) == 2 and all("SteeringCallback" in text and "'default'" in text for text in saves)
+    assert f"checkpoint-{STEPS // 2} gets PEFT's adapters without" in saves[0]
+    again = trainer(joint(), tmp_path, gradient_checkpointing=False)
+    again.remove_callback(SteeringCallback)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{STEPS}"))
+    text, *_ = said(caught)
+    assert f"checkpoint-{STEPS}" in text and "stays as it is" in text
+
+
+def test_nobody_is_told_where_the_steering_is_kept(tmp_path):
+    model = joint()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run = trainer(model, tmp_path / "callback", gradient_checkpointing=False)
+        run.train()
+        trainer(joint(), tmp_path / "callback", gradient_checkpointing=False).train(
+            resume_from_checkpoint=str(tmp_path / "callback" / f"checkpoint-{STEPS // 2}")
+        )
+        arguments = TrainingArguments(
+            str(tmp_path / "trainer"), max_steps=1, save_steps=1, report_to="none", use_cpu=True, disable_tqdm=True
+        )
+        steering = SteeringTrainer(model, arguments, train_dataset=DATASET)
+        steering.train()
+        steering.save_model(str(tmp_path / "last"))
+        model.save_pretrained(str(tmp_path / "alone"))  # by the user, who has model.steering.save
+        model.load_adapter(str(tmp_path / "alone"), "second")
+    assert said(caught) == []
+    with warnings.catch_warnings(record=True) as caught:  # which no callback hears of
+        warnings.simplefilter("always")
+        run.save_model(str(tmp_path / "last"))
+    assert len(said(caught)) == 1
+
+
+def test_unpatched_peft_model_has_its_own_methods_again():
+    model = get_peft_model(build(), LoraConfig(r=3, target_modules=["q_proj"]))
+    before = set(vars(model))
+    patch_model(model, SteerConfig(rank=2)).steering.unpatch()
+    assert set(vars(model)) == before
 
 
 def test_restore_is_of_the_same_config(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from models import (
     gradients,
     input_gradient,
     logits,
+    randomize,
     refused,
     skip_without_add_adapter,
     snapshot,
@@ -579,14 +581,14 @@ def test_a_failure_half_way_leaves_the_model(monkeypatch):
 
 def edit(folder: Path, **fields: Any) -> None:
     file = folder / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"config_sha256": None} | fields))
 
 
 @pytest.mark.parametrize(
     ("fields", "error", "parts"),
     [
-        ({"gain": 2.0}, TypeError, ("'gain'",)),
-        ({"gain": 2.0, "fused_steer_version": "7.1"}, TypeError, ("'gain'", "fused-steer 7.1")),
+        ({"gain": 2.0}, ValueError, ("'gain'",)),
+        ({"gain": 2.0, "fused_steer_version": "7.1"}, ValueError, ("'gain'", "fused-steer 7.1")),
         ({"down_bias": True}, ValueError, ("steer_down.bias",)),
         ({"rank": 3}, ValueError, ("(4, 32)", "(3, 32)")),
         ({"layers": [0, 1]}, ValueError, ("layers.2.post_block",)),
@@ -600,6 +602,89 @@ def test_files_that_do_not_fit(fields, error, parts, tmp_path):
     edit(tmp_path, **fields)
     with refused(error, *parts, "expected"):
         PeftModel.from_pretrained(build(), str(tmp_path))
+
+
+def flip(file: Path, position: int, bit: int = 0) -> None:
+    content = bytearray(file.read_bytes())
+    content[position] ^= 1 << bit
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("by", ["peft", "ours"])
+def test_flipped_bits_are_found_in_both_files(by, tmp_path):
+    """By PEFT's loader and by ours, whoever wrote them."""
+    model = adapted(r=4)
+    model.save_pretrained(str(tmp_path / "peft"))
+    patch_model(build(), tmp_path / "peft").steering.save(tmp_path / "ours")
+    config, weights = (tmp_path / by / name for name in ("adapter_config.json", "adapter_model.safetensors"))
+    scale = config.read_text().index('"scale": 1.0') + len('"scale": ')
+    length = weights.stat().st_size
+    for file, position in ((config, scale), (weights, 20), (weights, length - 1), (weights, length // 2)):
+        content = file.read_bytes()
+        flip(file, position, bit=2)
+        for load in (
+            lambda: PeftModel.from_pretrained(build(), str(tmp_path / by)),
+            lambda: patch_model(build(), tmp_path / by),
+        ):
+            with refused(ValueError, str(file), "expected"):
+                load()
+        file.write_bytes(content)
+    assert torch.equal(logits(PeftModel.from_pretrained(build(), str(tmp_path / by))), logits(model))
+
+
+def test_config_alone_has_a_digest_that_every_way_in_checks(tmp_path):
+    adapted(r=4).save_pretrained(str(tmp_path))
+    file = tmp_path / "adapter_config.json"
+    file.write_text(file.read_text().replace('"scale": 1.0', '"scale": 1.5'))
+    for load in (PeftConfig.from_pretrained, PostBlockConfig.from_pretrained):
+        with refused(ValueError, "fields are not those that were saved", "expected config_sha256"):
+            load(str(tmp_path))
+    (tmp_path / "adapter_model.safetensors").unlink()
+    with refused(ValueError, "fields are not those that were saved", "expected config_sha256"):
+        PostBlockConfig.from_pretrained(str(tmp_path))
+    edit(tmp_path)
+    assert PostBlockConfig.from_pretrained(str(tmp_path)).scale == 1.5
+
+
+def test_digests_are_of_one_save(tmp_path):
+    """A config goes on, and is saved again without tensors, or with others."""
+    model = adapted(r=4)
+    model.save_pretrained(str(tmp_path / "first"))
+    model.peft_config["default"].save_pretrained(str(tmp_path / "config"))
+    assert "tensors_sha256" not in json.loads((tmp_path / "config" / "adapter_config.json").read_text())
+    loaded = PeftModel.from_pretrained(build(), str(tmp_path / "first"))
+    fill(loaded, seed=5)
+    loaded.save_pretrained(str(tmp_path / "first"))
+    again = patch_model(build(), tmp_path / "first")
+    assert torch.equal(logits(again), logits(loaded)) and not torch.equal(logits(again), logits(model))
+
+
+def test_weights_of_another_save_are_loaded_by_the_config_that_they_carry(tmp_path):
+    for number, scale in enumerate((1.0, 3.0)):
+        patched = patch_model(build(), SteerConfig(rank=4, scale=scale))
+        randomize(patched, seed=number)
+        patched.steering.save(tmp_path / str(number))
+    shutil.copy(tmp_path / "1" / "adapter_model.safetensors", tmp_path / "0")
+    with pytest.warns(UserWarning, match="is of another save"):
+        loaded = PeftModel.from_pretrained(build(), str(tmp_path / "0"))
+    assert loaded.peft_config["default"].scale == 3.0
+    assert torch.equal(logits(loaded), logits(patched))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_files_record_the_dtype_that_the_tensors_have(dtype, tmp_path):
+    model = adapted(r=4).to(dtype)
+    model.save_pretrained(str(tmp_path))
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
+    loaded = PeftModel.from_pretrained(build(), str(tmp_path))
+    patched = patch_model(build(), tmp_path)
+    for other in (loaded, patched):
+        actual, expected = (
+            {name.rpartition("model.layers")[2]: p for name, p in of_adapter(one, "default").items()}
+            for one in (other, model)
+        )
+        assert actual.keys() == expected.keys()
+        assert all(p.dtype == dtype and torch.equal(p, expected[name]) for name, p in actual.items())
 
 
 def test_a_checkpoint_of_another_method(tmp_path):

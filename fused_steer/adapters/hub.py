@@ -46,7 +46,12 @@ def card_usage(repo_id: str, base: str | None) -> str:
         f"{__version__}.\n\n```python\nfrom fused_steer import patch_model\n"
         "from transformers import AutoModelForCausalLM\n\n"
         f"model = AutoModelForCausalLM.from_pretrained({base or 'BASE_MODEL'!r})\n"
-        f"model = patch_model(model, {repo_id!r})\n```\n"
+        f"model = patch_model(model, {repo_id!r})\n```\n\n"
+        "PEFT loads it too, once `fused_steer.peft` is imported, which makes the method known:\n\n"
+        "```python\nimport fused_steer.peft\nfrom peft import PeftModel\n"
+        "from transformers import AutoModelForCausalLM\n\n"
+        f"model = AutoModelForCausalLM.from_pretrained({base or 'BASE_MODEL'!r})\n"
+        f"model = PeftModel.from_pretrained(model, {repo_id!r})\n```\n"
     )
 
 
