@@ -144,7 +144,6 @@ def kernels(
         list[str] | None,
         typer.Option(help="sm_80, sm_90, sm_100, gfx942; or sm_75, sm_86, sm_89. The first four if not given."),
     ] = None,
-    op: Annotated[str, typer.Option(help="The op: post_block.")] = "post_block",
     hidden: Annotated[int, typer.Option(help="d, the hidden state's size.")] = 4096,
     rank: Annotated[int, typer.Option(help="r, 0 to 256; 0 is a vector.")] = 8,
     dtype: Annotated[str, typer.Option(help="Of the hidden state: bfloat16, float16 or float32.")] = "bfloat16",
@@ -163,7 +162,7 @@ def kernels(
         from .tools.kernel_table import Request, describe_kernels, print_kernels
 
         gpus = tuple(gpu) if gpu else None
-        request = Request(op, hidden, rank, dtype, tuple(tokens or (4096, 8)), tuple(target or ()), gpus, packed)
+        request = Request(hidden, rank, dtype, tuple(tokens or (4096, 8)), tuple(target or ()), gpus, packed)
         description = describe_kernels(request)
         if as_json:
             typer.echo(json.dumps(description, indent=2))

@@ -183,7 +183,7 @@ def checked_number(name: str, value: Any) -> float:
     try:
         number = float(value)
     except OverflowError:  # an integer; Python refuses to print one of many digits
-        raise ValueError(f"{name} is an integer of {value.bit_length()} bits; expected a float32 number") from None
+        raise ValueError(f"{name} is an integer of {int(value).bit_length()} bits; expected a float32 number") from None
     if not math.isfinite(number):
         raise ValueError(f"{name} is {number}; expected a finite number")
     if abs(number) > FLOAT32_MAX:

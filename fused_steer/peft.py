@@ -303,7 +303,7 @@ class PostBlockModel(BaseTuner):
 
     prefix = PREFIX
     tuner_layer_cls = PeftSite
-    target_module_mapping: ClassVar[dict[str, str]] = {}
+    target_module_mapping: dict[str, list[str]] = {}
     #: The slots of the batch before that had an adapter for each row; used again where they fit.
     _loaded: LoadedSlots | None = None
 
@@ -315,7 +315,7 @@ class PostBlockModel(BaseTuner):
         Raises:
             ValueError: the model has no decoder layers, is patched otherwise, or the adapter is for another.
         """
-        config = self.peft_config[adapter_name]
+        config: Any = self.peft_config[adapter_name]  # a PostBlockConfig
         first = not any(isinstance(module, BaseTunerLayer) for module in model.modules())
         new: dict[int, PatchedLayer] = {}
         try:
@@ -350,9 +350,16 @@ class PostBlockModel(BaseTuner):
         return key in self._targets
 
     def _create_and_replace(
-        self, config: Any, adapter_name: str, target: Any, target_name: str, parent: Any, current_key: Any = None
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: Any,
+        target_name: str,
+        parent: nn.Module,
+        *args: Any,
+        **kw: Any,
     ) -> None:
-        target.add(adapter_name, config.steer_config(), config.hidden_size, execution_device(parent))
+        target.add(adapter_name, peft_config.steer_config(), peft_config.hidden_size, execution_device(parent))
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """The config says of what dtype the parameters are."""
@@ -479,7 +486,7 @@ class PostBlockModel(BaseTuner):
             "dtype": max((config.dtype for config in configs), key=lambda name: DTYPES[name].itemsize),
         }
         if rank:
-            config = PostBlockConfig(
+            combined = PostBlockConfig(
                 r=rank,
                 activation=activations[0],
                 down_bias=any(config.down_bias for config in configs),
@@ -487,9 +494,9 @@ class PostBlockModel(BaseTuner):
                 **common,
             )
         else:
-            config = PostBlockConfig(form="vector", **common)
+            combined = PostBlockConfig(form="vector", **common)
         active = self.active_adapters
-        self.peft_config[adapter_name] = config
+        self.peft_config[adapter_name] = combined
         self.inject_adapter(self.model, adapter_name)
         with torch.no_grad():
             for site in self._sites():
@@ -500,7 +507,8 @@ class PostBlockModel(BaseTuner):
     def _known(self, name: str) -> SteerConfig:
         if name not in self.peft_config:
             raise ValueError(f"no adapter {name!r}; expected one of {list(self.peft_config)}")
-        return self.peft_config[name].steer_config()
+        config: Any = self.peft_config[name]
+        return config.steer_config()
 
 
 def unload(model: nn.Module) -> nn.Module:
@@ -516,8 +524,9 @@ def unload(model: nn.Module) -> nn.Module:
     for name in [name for name, config in configs.items() if config.peft_type == POST_BLOCK]:
         del configs[name]
     if not configs and hasattr(model, "peft_config"):
-        del model.peft_config
-        model._hf_peft_config_loaded = False  # transformers' own mark
+        carrier: Any = model
+        del carrier.peft_config
+        carrier._hf_peft_config_loaded = False  # transformers' own mark
     return model
 
 
@@ -532,8 +541,7 @@ def _take_out(model: nn.Module) -> None:
 
 def _fill(site: PeftSite, name: str, parts: list[tuple[str, float, SteerConfig]]) -> None:
     """Put the parts side by side: rows of W1, columns of W2 by weight and strength; an absent one is zeros."""
-    target = site.adapter(name)
-    assert target is not None
+    target: Any = site.adapter(name)  # has each part that one of the others has
     for parameter in (target.down.weight, target.down.bias, target.up.weight, target.up.bias):
         if parameter is not None:
             parameter.zero_()
@@ -546,12 +554,12 @@ def _fill(site: PeftSite, name: str, parts: list[tuple[str, float, SteerConfig]]
             continue
         factor = weight * config.scale
         if source.down.weight is not None and source.up.weight is not None:
-            target.down.weight[rows] = source.down.weight.to(target.down.weight)  # type: ignore[index, union-attr]
-            target.up.weight[:, rows] = factor * source.up.weight.to(target.up.weight)  # type: ignore[index, union-attr]
+            target.down.weight[rows] = source.down.weight.to(target.down.weight)
+            target.up.weight[:, rows] = factor * source.up.weight.to(target.up.weight)
         if source.down.bias is not None:
-            target.down.bias[rows] = source.down.bias.to(target.down.bias)  # type: ignore[index, union-attr]
+            target.down.bias[rows] = source.down.bias.to(target.down.bias)
         if source.up.bias is not None:
-            target.up.bias += factor * source.up.bias.to(target.up.bias)  # type: ignore[operator]
+            target.up.bias += factor * source.up.bias.to(target.up.bias)
 
 
 register_peft_method(name=METHOD, config_cls=PostBlockConfig, model_cls=PostBlockModel, prefix=PREFIX)

@@ -373,7 +373,8 @@ class Steering:
         What PEFT added to the model is not its base: LoRA that trains goes on training.
         """
         self._patched.freeze()
-        self._model.steering = self
+        model: Any = self._model
+        model.steering = self
         if self._save_pretrained is not None:
             self._save_pretrained.install()
         self.use(name)

@@ -8,7 +8,7 @@ without steering and LoRA: no copy.
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -22,6 +22,10 @@ from .joint import steering_of  # noqa: E402
 from .model.decoder import inside_peft  # noqa: E402
 from .trainer import SteeringTrainer  # noqa: E402
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
 
 class Reference(nn.Module):
     """The base model within a patched one, as a model of its own: the same parameters, steering and LoRA off."""
@@ -30,7 +34,7 @@ class Reference(nn.Module):
         """Raises ValueError if `model` is not patched."""
         super().__init__()
         steering_of(model)
-        self.model = model
+        self.model: Any = model
         self.config = model.config
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -53,21 +57,33 @@ class SteeringDPOTrainer(SteeringTrainer, DPOTrainer):
     """TRL's DPOTrainer: the checkpoints of `SteeringTrainer`, and the base model as the reference if none is given."""
 
     def __init__(
-        self, model: nn.Module, ref_model: nn.Module | None = None, args: DPOConfig | None = None, *rest: Any, **kw: Any
+        self,
+        model: PreTrainedModel | PeftModel,
+        ref_model: PreTrainedModel | None = None,
+        args: DPOConfig | None = None,
+        *rest: Any,
+        **kw: Any,
     ) -> None:
         """Raises ValueError if `model` is not patched, or the reference is to follow the model."""
         steering_of(model)
         if ref_model is None:
             _check_reference_stays(args)
-            ref_model = Reference(model)
-        super().__init__(model, ref_model, args, *rest, **kw)
+            reference: Any = Reference(model)  # a module like any other to TRL
+        else:
+            reference = ref_model
+        super().__init__(model, reference, args, *rest, **kw)
 
 
 class SteeringGRPOTrainer(SteeringTrainer, GRPOTrainer):
     """TRL's GRPOTrainer: the checkpoints of `SteeringTrainer`, and for `beta` > 0 the base model as the reference."""
 
     def __init__(
-        self, model: nn.Module, reward_funcs: Any = None, args: GRPOConfig | None = None, *rest: Any, **kw: Any
+        self,
+        model: PreTrainedModel | PeftModel,
+        reward_funcs: Any = None,
+        args: GRPOConfig | None = None,
+        *rest: Any,
+        **kw: Any,
     ) -> None:
         """Raises ValueError if `model` is not patched, the reference is to follow the model, or vLLM, which does not
         know of the steering, is to generate."""
@@ -85,7 +101,9 @@ class SteeringGRPOTrainer(SteeringTrainer, GRPOTrainer):
                 args.beta = beta
         self.beta = beta
         if beta:
-            self.ref_model = Reference(self.model)
+            patched: Any = self.model
+            reference: Any = Reference(patched)
+            self.ref_model = reference
 
 
 def _check_reference_stays(args: Any) -> None:

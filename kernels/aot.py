@@ -219,9 +219,9 @@ def record_grouped(
         options["into_branch"] = True
         if rank:
             options["down_biases"] = empty(slots, rank)
-    states = (empty(tokens, hidden, dtype=dtype) for _ in range(2))
+    residual, branch = (empty(tokens, hidden, dtype=dtype) for _ in range(2))
     with recorded(device) as launches:
-        post_block_grouped(*states, downs, ups, empty(tokens, dtype=torch.int32), **options)
+        post_block_grouped(residual, branch, downs, ups, empty(tokens, dtype=torch.int32), **options)
     return launches
 
 

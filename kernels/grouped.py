@@ -332,16 +332,13 @@ def _triton_grouped(call: _Call) -> None:
     branch_stride = 0 if call.branch is None else call.branch.stride(0)
     if few:
         schedule = _token_schedule(max(2, next_power_of_2(rank)), hidden)
-        rows, down, up, size, flags = tokens, token_down_kernel, token_up_kernel, (), {}
+        rows, down, up = tokens, token_down_kernel, token_up_kernel
     else:
         schedule = _tile_schedule(padded_rank(rank), hidden, call.residual.element_size())
-        rows, down, up, size = (
-            ceil_div(tokens, schedule.constants["BLOCK_N"]),
-            tile_down_kernel,
-            tile_up_kernel,
-            (tokens,),
-        )
-        flags = {"DOT": dot_precision(call.residual.dtype, device.gpu, rank)}
+        rows, down, up = ceil_div(tokens, schedule.constants["BLOCK_N"]), tile_down_kernel, tile_up_kernel
+    # The kernels of tiles take two arguments more.
+    size: tuple[int, ...] = () if few else (tokens,)
+    flags: dict[str, Any] = {} if few else {"DOT": dot_precision(call.residual.dtype, device.gpu, rank)}
     flags |= {"RANK": rank, "HAS_BRANCH": call.branch is not None}
     splits, part = _splits(rows, hidden, schedule.constants["BLOCK_D"], device)
     partial = None
@@ -569,9 +566,8 @@ def _run(
     """residual, branch and out as (N, d)."""
     if not out.numel():
         return
-    *tensors, activation = weights
-    tensors = [None if t is None else t.contiguous() for t in tensors]
-    call = _Call(residual, branch, *tensors, activation, routing, out, into_branch)
+    downs, ups, down_biases, up_biases = (None if t is None else t.contiguous() for t in weights[:4])
+    call = _Call(residual, branch, downs, ups, down_biases, up_biases, weights[4], routing, out, into_branch)
     _GROUPED[backend or ("triton" if is_recording() else select_backend(residual.device))](call)
 
 

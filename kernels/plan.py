@@ -59,11 +59,9 @@ def _guard(tensors: Sequence[Tensor]) -> Callable[..., bool]:
         from torch._C._dynamo.guards import TensorGuards  # one call in C++
     except ImportError:
         return _python_guard(tensors)
-    return TensorGuards(
-        *tensors,
-        dynamic_dims_sizes=[list(t.size()) for t in tensors],
-        dynamic_dims_strides=[list(t.stride()) for t in tensors],
-    ).check
+    sizes: list[Any] = [list(t.size()) for t in tensors]
+    strides: list[Any] = [list(t.stride()) for t in tensors]
+    return TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
 
 
 def _python_guard(tensors: Sequence[Tensor]) -> Callable[..., bool]:
@@ -126,7 +124,9 @@ def _allocations(made: Sequence[Tensor], results: Sequence[int], names: dict[str
 
     Those that are no results are parts of one allocation.
     """
-    lines, scratch, end = [], [], 0
+    lines: list[str] = []
+    scratch: list[str] = []
+    end = 0
     for i, tensor in enumerate(made):
         if i in results or INTERPRETED:
             names[f"size{i}"], names[f"stride{i}"] = tuple(tensor.shape), tensor.stride()

@@ -18,6 +18,11 @@ from .contract import Packed
 from .plan import Plan, keep, no_plan
 from .post_block import _backward, _first_order, _forward, check_operands, post_block
 
+#: `_forward`'s arguments: residual, branch, down, up, down_bias, up_bias, gain, basis, scale, activation.
+_Call = tuple[
+    Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, None, None, float, str
+]  # fmt: skip
+
 
 class PlannedPostBlock:
     """`post_block` with one activation, one scale, and an adapter with or without each of its parts.
@@ -106,14 +111,13 @@ class PlannedPostBlock:
         keep(self._training, key, training)
         return _apply((training, None, results, packed), *states, *weights)
 
-    def _call(self, states: tuple[Tensor, ...], weights: tuple[Tensor, ...]) -> tuple[Any, ...]:
-        """`_forward`'s arguments: residual, branch, down, up, down_bias, up_bias, gain, basis, scale, activation."""
+    def _call(self, states: tuple[Tensor, ...], weights: tuple[Tensor, ...]) -> _Call:
         given = iter(weights)
-        named = [next(given) if there else None for there in self._where]
+        down, up, down_bias, up_bias = (next(given) if there else None for there in self._where)
         branch = states[1] if len(states) == 2 else None
-        return states[0], branch, *named, None, None, self._scale, self._activation
+        return states[0], branch, down, up, down_bias, up_bias, None, None, self._scale, self._activation
 
-    def _may_plan(self, call: tuple[Any, ...]) -> bool:
+    def _may_plan(self, call: _Call) -> bool:
         """Whether a kernel runs this call. The others are `post_block`'s, and so are those that it refuses."""
         residual, branch, down, up, down_bias, up_bias, *_ = call
         self.backend = select_backend(residual.device)
@@ -122,7 +126,7 @@ class PlannedPostBlock:
         check_operands(residual, branch, down, up, down_bias, up_bias, None, None, self._scale, self._activation)
         return down is None or down.shape[0] > 0
 
-    def _ordinary(self, call: tuple[Any, ...]) -> Tensor:
+    def _ordinary(self, call: _Call) -> Tensor:
         residual, branch, down, up, down_bias, up_bias, *_ = call
         return post_block(
             residual, branch, down, up,
@@ -236,11 +240,13 @@ def _careful_backward(training: _Training, operands: tuple[Tensor, ...], packed:
     save_out, save_a, _ = training.saves
     grad = next(given)
     out, a = next(given) if save_out else None, next(given) if save_a else None
-    weights = [next(given) if there else None for there in training.where]
+    down, up, down_bias, up_bias = (next(given) if there else None for there in training.where)
     scale, activation = training.constants
 
     def call() -> Any:
-        return _backward(grad, out, a, *weights, None, None, scale, activation, training.needs, packed=packed)
+        return _backward(
+            grad, out, a, down, up, down_bias, up_bias, None, None, scale, activation, training.needs, packed=packed
+        )  # fmt: skip
 
     found, plan = Plan.make(operands, call, training.order)
     if plan is not None:

@@ -743,7 +743,7 @@ def post_block_bwd_finish_kernel(
 
 def _collapsed_stride(sizes: tuple[int, ...], strides: tuple[int, ...]) -> int | None:
     """The one stride of these dimensions taken as one, or None where there is none."""
-    stride = size = None
+    stride, size = None, 1
     for n, s in zip(reversed(sizes), reversed(strides), strict=True):
         if n == 1:
             continue
@@ -756,8 +756,10 @@ def _collapsed_stride(sizes: tuple[int, ...], strides: tuple[int, ...]) -> int |
     return 0 if stride is None else stride
 
 
-def _row_layout(*tensors: Tensor | None) -> tuple[list[Tensor | None], int, list[tuple[int, int]]]:
+def _row_layout(*tensors: Tensor | None) -> tuple[list[Any], int, list[tuple[int, int]]]:
     """Tensors of one shape (..., d) seen as rows: the tensors, the inner extent, (outer, inner) strides of each.
+
+    None stays None.
 
     The inner extent is 0 where one stride does for all rows of all tensors. A tensor is copied only if its last
     stride is not 1 or if no split of the leading dimensions in two serves all of them.
@@ -807,20 +809,20 @@ def _triton_forward(
     a = empty(tokens, rank, dtype=torch.float32, device=residual.device) if keep_a and rank else None
     if tokens == 0:
         return out, a
-    (residual, branch), inner, strides = _row_layout(residual, branch)
-    strides = (inner, *strides[0], *strides[1])
+    (residual, branch), inner, (of_residual, of_branch) = _row_layout(residual, branch)
+    strides = (inner, *of_residual, *of_branch)
     down_bias, up_bias, gain = _contiguous(down_bias, up_bias, gain)
     down, up = _contiguous(down, up) if packed is None else packed
     device = device_of(residual)
     p_scale, scale = (scale, 0.0) if isinstance(scale, Tensor) else (None, scale)
-    states = {"device": residual.device, "HAS_BRANCH": branch is not None, "NESTED": inner > 0}
-    shift = {"HAS_GAIN": gain is not None, "SCALE_ON_DEVICE": p_scale is not None}
+    states: dict[str, Any] = {"device": residual.device, "HAS_BRANCH": branch is not None, "NESTED": inner > 0}
+    shift: dict[str, Any] = {"HAS_GAIN": gain is not None, "SCALE_ON_DEVICE": p_scale is not None}
     if rank == 0:
-        schedule = vector_schedule(tokens, hidden, dtype.itemsize, device)
+        vector = vector_schedule(tokens, hidden, dtype.itemsize, device)
         launch(
-            post_block_fwd_vector_kernel, (schedule.programs, schedule.splits),
+            post_block_fwd_vector_kernel, (vector.programs, vector.splits),
             residual, branch, up_bias, gain, p_scale, out, scale, tokens, hidden, *strides,
-            schedule=schedule, **states, **shift, EVEN_D=hidden % schedule.block_d == 0,
+            schedule=vector, **states, **shift, EVEN_D=hidden % vector.block_d == 0,
         )  # fmt: skip
         return out, a
     states |= {"RANK": rank, "DOT": dot_precision(dtype, device.gpu, rank), "PACKED": packed is not None}
@@ -901,11 +903,11 @@ def _triton_backward(
         return empty(*shape, dtype=dtype, device=grad.device)
 
     # What the kernels share.
-    constants = {
+    constants: dict[str, Any] = {
         "device": grad.device,
         "RANK": rank, "DOT": policy, "PACKED": packed is not None, "HAS_UP_BIAS": up_bias is not None,
     }  # fmt: skip
-    strength = {"HAS_GAIN": gain is not None, "SCALE_ON_DEVICE": p_scale is not None}
+    strength: dict[str, Any] = {"HAS_GAIN": gain is not None, "SCALE_ON_DEVICE": p_scale is not None}
 
     need_x = needs.x and rank > 0
     need_da, need_h = need_x or needs.down, needs.down or needs.up
@@ -951,10 +953,10 @@ def _triton_backward(
 
     if sums or needs.down_bias:
         schedule = finish_schedule(hidden if sums else 0, rank)
-        result.down = new(rank, hidden, dtype=down.dtype) if needs.down else None
-        result.up = new(hidden, rank, dtype=up.dtype) if needs.up else None
+        result.down = new(rank, hidden, dtype=down.dtype) if needs.down and down is not None else None
+        result.up = new(hidden, rank, dtype=up.dtype) if needs.up and up is not None else None
         result.down_bias = new(rank, dtype=down_bias_dtype) if needs.down_bias else None
-        result.up_bias = new(hidden, dtype=up_bias.dtype) if needs.up_bias else None
+        result.up_bias = new(hidden, dtype=up_bias.dtype) if needs.up_bias and up_bias is not None else None
         launch(
             post_block_bwd_finish_kernel, (schedule.programs + needs.down_bias, schedule.splits),
             slab, da_sums, p_up if needs.down else None, up_bias if needs.down else None,
@@ -985,7 +987,10 @@ def _empty_gradients(grad: Tensor, hidden: int, rank: int, needs: Needs) -> Grad
 
 # --------------------------------------------------------------------------------- forward and backward, any backend
 
-_FORWARD = {"triton": _triton_forward, "torch": reference.forward}
+_FORWARD: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {
+    "triton": _triton_forward,
+    "torch": reference.forward,
+}
 
 
 def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -1022,7 +1027,7 @@ def _forward(
         _check_backend(backend, residual, branch, down, up, down_bias, up_bias, gain, basis, scale)
         if basis is not None and up is not None:
             up = project(up, basis)
-        options = {} if packed is None else {"packed": packed}
+        options: dict[str, Any] = {} if packed is None else {"packed": packed}
         operands = (residual, branch, down, up, down_bias, up_bias, gain, scale, activation, keep_a)
         return _FORWARD[backend](*operands, **options)
 
@@ -1047,10 +1052,7 @@ def _backward(
     need_x, need_down, need_up, need_down_bias, need_up_bias, need_gain, need_scale = needs
     wanted = Needs(need_x, need_down, need_up, need_down_bias, need_up_bias, need_gain or need_scale)
     with _no_autocast(grad.device):
-        if basis is not None and up is not None:
-            projected = project(up, basis)
-        else:
-            projected = up
+        projected = up if basis is None or up is None else project(up, basis)
         operands = (grad, out, a, down, projected, up_bias, gain, scale, activation, wanted)
         if select_backend(grad.device) == "triton":
             dtype = torch.float32 if down_bias is None else down_bias.dtype
@@ -1186,7 +1188,7 @@ def _post_block_backward_fake(
 _NO_SECOND_DERIVATIVE = "post_block has no second derivative; expected one backward pass (create_graph=False)"
 
 
-def _refuse_second_derivative(*_: Any) -> Any:
+def _refuse_second_derivative(ctx: Any, *grad_outputs: Any) -> Any:
     raise RuntimeError(_NO_SECOND_DERIVATIVE)
 
 

@@ -93,7 +93,7 @@ def forward(
         b2 = up_bias.to(acc).unsqueeze(1)
         weights.append(_unless_zero(b2, strength) if gain is None else b2)
     minus_delta = torch.mm(torch.cat(factors, 1), torch.cat(weights, 1).t())
-    if gain is not None:
+    if gain is not None and isinstance(strength, Tensor):
         minus_delta.masked_fill_(strength == 0, 0.0)  # whatever the adapter overflowed to
     # With neither branch, cast nor copy x is the caller's tensor: the difference is then written over −δ, never over x.
     own = x.data_ptr() != residual.data_ptr()

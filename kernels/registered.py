@@ -38,21 +38,22 @@ def register(
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     op = getattr(torch.ops.fused_steer, name).default
 
-    def with_autograd(keys: DispatchKeySet, *inputs: Any) -> Any:
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
-            return differentiate(*inputs)
-        below = keys & _BELOW_AUTOGRAD
-        if below.raw_repr() in _OF_A_DEVICE:
-            return run(*inputs)  # what the dispatcher would call next
-        with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(below, *inputs)
-
     def without_autograd(*inputs: Tensor | Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
             return op(*inputs)
 
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     if differentiate is not None:
+
+        def with_autograd(keys: DispatchKeySet, *inputs: Any) -> Any:
+            if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
+                return differentiate(*inputs)
+            below = keys & _BELOW_AUTOGRAD
+            if below.raw_repr() in _OF_A_DEVICE:
+                return run(*inputs)  # what the dispatcher would call next
+            with torch._C._AutoDispatchBelowAutograd():
+                return op.redispatch(below, *inputs)
+
         _LIBRARY.impl(name, with_autograd, "Autograd", with_keyset=True)
     torch.library.register_fake(f"fused_steer::{name}", fake)
     return without_autograd

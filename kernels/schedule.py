@@ -77,8 +77,8 @@ def describe_device(device: torch.device) -> Device:
         l2 = TARGETS["gfx942"].l2 if gpu == "hip" else properties.L2_cache_size
         return Device(gpu, properties.multi_processor_count, l2)
     if device.type == "xpu":
-        properties = torch.xpu.get_device_properties(device)
-        return Device("xpu", properties.gpu_subslice_count, getattr(properties, "L2_cache_size", 0) or 64 << 20)
+        xpu = torch.xpu.get_device_properties(device)
+        return Device("xpu", xpu.gpu_subslice_count, getattr(xpu, "L2_cache_size", 0) or 64 << 20)
     return _INTERPRETED_DEVICE
 
 
@@ -374,8 +374,6 @@ def forward_schedule(
 
 
 CROSS_RANK = 64  # the side of a tile of daᵀ h, which one program sums in registers
-
-_Tile = tuple[int, int, int, int, int]  # rows, columns, warps, stages, programs that a multiprocessor is to hold
 
 # fmt: off
 #: The backward's tiles by vendor, kernel and form of the operands, one for each padded rank of `_RANKS`: "bf16", "tf32"

@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -284,6 +284,16 @@ class Factor(nn.Module):
         super().__init__()
         self.register_parameter("weight", None if weight is None else nn.Parameter(weight))
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
+
+
+if TYPE_CHECKING:
+
+    class Factors(nn.ModuleDict):
+        """W1 with b1, or W2 with b2, of each adapter at a site, by the adapter's name."""
+
+        def __getitem__(self, key: str) -> Factor: ...
+else:
+    Factors = nn.ModuleDict
 
 
 class Adapter:

@@ -74,7 +74,8 @@ def _plot_shift(layers: Sequence[LayerDiagnosis], file: Path) -> None:
 
 def _plot_spectral_norm(layers: Sequence[LayerDiagnosis], file: Path) -> None:
     figure, axes = _layer_axes(layers, ylabel="‖W2'‖₂", title="Spectral norm of the steering's up projection")
-    axes.plot([layer.layer for layer in layers], [layer.spectral_norm for layer in layers], marker="o", markersize=4)
+    norms = np.array([layer.spectral_norm for layer in layers], dtype=float)  # a layer without is a gap
+    axes.plot([layer.layer for layer in layers], norms, marker="o", markersize=4)
     axes.set_ylim(bottom=0)
     figure.savefig(file, dpi=150)
 

@@ -19,11 +19,11 @@ from ..lora.layers import is_lora
 from ..lora.writers import MIXING, Writer, choose_writers, trace_writers
 from ..model.decoder import find_decoder, inside_peft
 from ..model.site import SteeringSite
-
-if TYPE_CHECKING:
-    pass
 from .diagnosis import Diagnosis
 from .records import BINS, LEADING, LEVELS, Alignment, Cosine, LayerDiagnosis, Spread
+
+if TYPE_CHECKING:
+    from ..lora.layers import LoraLayer
 
 
 class _Absent(Exception):
@@ -210,7 +210,7 @@ def _only_from_mlp(tensor: Tensor, ends: Mapping[Any, bool], start: Tensor) -> b
     writers nor the layer's input."""
     found = False
     seen: set[Any] = {None}
-    todo = [tensor.grad_fn]
+    todo: list[Any] = [tensor.grad_fn]
     while todo:
         node = todo.pop()
         if node in seen:
@@ -273,7 +273,7 @@ class _Observed:
     def _on_mlp(self, module: nn.Module, args: Any, output: Any) -> None:
         self._y = _first(output)
 
-    def _on_lora(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _on_lora(self, module: LoraLayer, args: Any, output: Any) -> None:
         self._lora.append(_lora_shift(module, args[0], output).flatten(0, -2))
 
     def _on_site(self, site: nn.Module, args: Any, output: Tensor) -> None:
@@ -384,7 +384,7 @@ def _active_lora(module: nn.Module) -> list[str]:
     return [name for name in module.active_adapters if name in module.lora_B]
 
 
-def _lora_shift(module: nn.Module, x: Tensor, output: Tensor) -> Tensor:
+def _lora_shift(module: LoraLayer, x: Tensor, output: Tensor) -> Tensor:
     """ℓ, what the LoRA at `module` adds to its output for the input x: (..., d).
 
     Σ s·B·A·x in float32; of variants such as DoRA and AdaLoRA the difference of the outputs with and without.
@@ -427,8 +427,10 @@ def _alignment(site: SteeringSite, adapted: list[Writer], mlp: list[Writer]) -> 
     assert adapter is not None
     if adapter.up.weight is None or adapter.down.weight is None:
         raise _Absent("a vector has no W2 W1")
-    columns, small = [], []
-    for module in (writer.module for writer in adapted):
+    columns: list[Tensor] = []
+    small = []
+    for writer in adapted:
+        module: Any = writer.module
         if hasattr(module, "parameter_name"):
             raise _Absent("its LoRA is on the parameters of experts")
         b, a = zip(*(_lora_factors(module, name) for name in _active_lora(module)), strict=True)
@@ -445,7 +447,7 @@ def _alignment(site: SteeringSite, adapted: list[Writer], mlp: list[Writer]) -> 
     )
 
 
-def _lora_factors(module: nn.Module, name: str) -> tuple[Tensor, Tensor]:
+def _lora_factors(module: LoraLayer, name: str) -> tuple[Tensor, Tensor]:
     """B (d, r) and s·A (r, k). DoRA's magnitudes are left out, as in `Writer.columns`."""
     a, b = module.lora_A[name], module.lora_B[name]
     if isinstance(a, Tensor):  # AdaLoRA, whose singular values stand apart

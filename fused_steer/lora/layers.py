@@ -5,31 +5,49 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from torch import Tensor, nn
 
 from ..model.scopes import Scopes
 
+if TYPE_CHECKING:
 
-def is_lora(module: nn.Module) -> bool:
+    class LoraLayer(nn.Module):
+        """What is used here of PEFT's class of that name, which need not be installed."""
+
+        active_adapters: list[str]
+        adapter_layer_names: tuple[str, ...]
+        base_layer: nn.Module
+        disable_adapters: bool
+        lora_A: dict[str, Any]  # a module by adapter; in AdaLoRA the parameter itself
+        lora_B: dict[str, Any]
+        lora_E: dict[str, Tensor]  # AdaLoRA's singular values
+        lora_variant: dict[str, Any]
+        scaling: dict[str, float]
+
+        def enable_adapters(self, enabled: bool) -> None: ...
+
+
+def is_lora(module: nn.Module) -> TypeGuard[LoraLayer]:
     """Whether PEFT put a LoRA here."""
     peft = sys.modules.get("peft.tuners.lora")  # a model that carries a LoRA has imported it
     return peft is not None and isinstance(module, peft.LoraLayer)
 
 
-def columns_of(lora: nn.Module) -> list[Tensor]:
+def columns_of(lora: LoraLayer) -> list[Tensor]:
     """B (d, k) and, where there is one, the bias (d, 1) of each active adapter of a LoRA layer."""
     found = []
     for name in lora.active_adapters:
         if name in lora.lora_B:
-            b = lora.lora_B[name]  # a module; AdaLoRA's is the parameter itself
+            b = lora.lora_B[name]
             found.append(b if isinstance(b, Tensor) else b.weight)
             if getattr(b, "bias", None) is not None:
                 found.append(b.bias.unsqueeze(1))
     return found
 
 
-def lora_layers(model: nn.Module) -> dict[str, nn.Module]:
+def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
     """The modules of `model` that carry a LoRA, by path."""
     return {path: module for path, module in model.named_modules() if is_lora(module)}
 

@@ -270,7 +270,7 @@ class Orthogonality:
         """Project the parameters in place, all of them or those that violate the constraint, and set V in the sites."""
         for indices, writers in self._batches(columns):
             for name in self._steered(indices[0]):
-                parameters = [self._steered(index)[name] for index in indices]
+                parameters: list[Tensor] = [self._steered(index)[name] for index in indices]
                 values = torch.stack([_as_columns(name, p) for p in parameters])
                 projected = project_out(values, writers)
                 if not everything:

@@ -123,7 +123,8 @@ class _Trace:
     def writers(self, index: int) -> list[str]:
         """The paths of the layer's writers, in the order of their calls."""
         found: dict[str, int] = {}
-        seen, todo = {None, self.starts.get(index)}, [self.ends.get(index)]
+        seen: set[Any] = {None, self.starts.get(index)}
+        todo: list[Any] = [self.ends.get(index)]
         while todo:
             node = todo.pop()
             if node in seen:

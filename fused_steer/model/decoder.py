@@ -62,7 +62,8 @@ def find_decoder(model: nn.Module) -> Decoder:
         if len(layers) == count and id(layers) in own and all(any(layer.children()) for layer in layers)
     ]
     if len(fitting) > 1 and hasattr(model, "get_decoder"):
-        inside = {id(module) for module in model.get_decoder().modules()}
+        get_decoder: Any = model.get_decoder
+        inside = {id(module) for module in get_decoder().modules()}
         fitting = [(path, layers) for path, layers in fitting if id(layers) in inside]
     if len(fitting) != 1:
         lists = [
@@ -86,8 +87,9 @@ def execution_device(module: nn.Module) -> torch.device:
     for part in module.modules():
         hook = getattr(part, "_hf_hook", None)
         for one in getattr(hook, "hooks", (hook,)):  # several of them in a row are one
-            if getattr(one, "execution_device", None) is not None:
-                return torch.device(one.execution_device)
+            found = getattr(one, "execution_device", None)
+            if found is not None:
+                return torch.device(found)
     return device
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from types import MethodType
-from typing import Any
+from typing import Any, TypeGuard, TypeVar
 
 from torch import Tensor, is_grad_enabled, nn
 from torch.compiler import is_compiling, is_dynamo_compiling
@@ -24,6 +24,9 @@ from ..adapters.parameters import SITE, Layout
 from .residual import ResidualNotFound, rewrite_forward
 from .site import Site, SteeringSite
 from .watch import call_watched, thread
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+_cached: Callable[[_F], _F] = functools.cache  # type: ignore[assignment]  # mypy takes no class for hashable
 
 #: The name under which a rewritten forward calls the layer's site.
 _CALL = "call_post_block"
@@ -66,7 +69,7 @@ def _watched(layer: nn.Module, forward: Any) -> Any:
     return functools.update_wrapper(watched, forward) if callable(forward) else forward
 
 
-def _is_watched(forward: Any) -> bool:
+def _is_watched(forward: Any) -> TypeGuard[functools.partial[Any]]:
     return isinstance(forward, functools.partial) and forward.func is _run_watched
 
 
@@ -88,7 +91,7 @@ def _rebuild(base: type[nn.Module], rewritten: bool) -> nn.Module:
     return cls.__new__(cls)
 
 
-@functools.cache
+@_cached
 def steered_class(base: type[nn.Module], rewritten: bool) -> type[nn.Module]:
     """The subclass of a layer class that a patched layer gets; `rewritten` says whether its forward calls the site.
 
@@ -120,18 +123,18 @@ def steered_class(base: type[nn.Module], rewritten: bool) -> type[nn.Module]:
         site: Any = self.get_submodule(SITE)
         return call_watched(self, site, f"layer {site.patched.index}", base.__call__, self, *args, **kwargs)
 
-    @property
-    def post_block(self: nn.Module) -> nn.Module:
+    def post_block(self: nn.Module) -> Any:
         # Past nn.Module's __getattr__, which takes longer than a launch.
         try:
-            return self._modules[SITE]  # type: ignore[return-value]
+            return self._modules[SITE]
         except KeyError:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {SITE!r}") from None
 
-    namespace |= {SITE: post_block, _CALL: _call_site}
+    namespace |= {SITE: property(post_block), _CALL: _call_site}
     # Where the forward calls the site, what is put in its place is watched. A hook's layer is watched in each call.
     namespace |= {"__setattr__": __setattr__} if rewritten else {"__call__": __call__}
-    cls = type(base)(base.__name__, (base,), namespace)
+    metaclass: Any = type(base)
+    cls = metaclass(base.__name__, (base,), namespace)
     setattr(cls, _FORWARD, cls.forward)  # transformers wraps the forward of a new class of layers
     return cls
 

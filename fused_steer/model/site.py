@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, is_grad_enabled, nn
 from torch.compiler import is_compiling
 
-from ..adapters.parameters import Adapter
+from ..adapters.parameters import Adapter, Factors
 from ..kernels import post_block, select_backend
 from ..kernels.orthogonal import project_gradient
 from ..kernels.planned import PlannedPostBlock
 from .watch import note_run, thread
+
+_Parameter = TypeVar("_Parameter", Tensor, Tensor | None)
 
 
 class _LostGradient(torch.autograd.Function):
@@ -40,8 +42,8 @@ class Site(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.steer_down = nn.ModuleDict()
-        self.steer_up = nn.ModuleDict()
+        self.steer_down = Factors()
+        self.steer_up = Factors()
         self.patched: Any = None  # the PatchedLayer that it sits in
         self.calls = 0  # eager ones since reset
         self.backend: str | None = None  # that of the last eager call
@@ -141,7 +143,7 @@ class SteeringSite(Site):
 
     def use(self, name: str | None, activation: str, scale: float) -> None:
         """Let the adapter `name` steer and train, and no other. None, or one that skips this layer, is a plain add."""
-        self.active = name if name in self.steer_down else None
+        self.active = name if name is not None and name in self.steer_down else None
         self.activation, self.scale = activation, scale
         for factors in (self.steer_down, self.steer_up):
             for other, factor in factors.items():
@@ -244,17 +246,22 @@ class SteeringSite(Site):
             )
             if parameter is not None
         ]
-        downs, ups, active = self.steer_down._modules, self.steer_up._modules, self.active
-        (down, of_down), (up, of_up) = ((factor, factor._parameters) for factor in factors)
+        downs: dict[str, Any] = self.steer_down._modules
+        ups: dict[str, Any] = self.steer_up._modules
+        active, (down, up) = self.active, factors
+        of_down: dict[str, Any] = down._parameters
+        of_up: dict[str, Any] = up._parameters
 
         def usual() -> tuple[Tensor, ...]:
             # Looked up in each call: a parameter or factor that was replaced since shows.
             if downs[active] is down and ups[active] is up:
-                return of_down["weight"], of_up["weight"]  # type: ignore[return-value]
+                return of_down["weight"], of_up["weight"]
             return downs[active].weight, ups[active].weight
 
         def general() -> tuple[Tensor, ...]:
-            found = ((getattr(factor, name), constrained) for factor, name, constrained in names)
+            found: Iterator[tuple[Tensor, bool]] = (
+                (getattr(factor, name), constrained) for factor, name, constrained in names
+            )
             return tuple(self._constrained(value) if constrained else value for value, constrained in found)
 
         plain = all("weight" in factor._parameters for factor in factors)
@@ -263,7 +270,7 @@ class SteeringSite(Site):
         planned = self.__dict__["_planned"] = (steer, usual if simple else general)
         return planned
 
-    def _constrained(self, parameter: Tensor | None) -> Tensor | None:
+    def _constrained(self, parameter: _Parameter) -> _Parameter:
         """W2 or b2, which is orthogonal to the basis already: what has to be projected is its gradient."""
         if self.basis is None or parameter is None or not (torch.is_grad_enabled() and parameter.requires_grad):
             return parameter

@@ -131,7 +131,7 @@ class LayerList:
             name: of its list of layers.
         """
         self._decoder, self._name = decoder, name
-        self._originals = tuple(decoder.get_submodule(name).children())
+        self._originals: tuple[Any, ...] = tuple(decoder.get_submodule(name).children())
         self._seen = self._originals
 
     def check(self, patched: Mapping[int, Any]) -> None:
@@ -145,8 +145,8 @@ class LayerList:
         Raises:
             RuntimeError: in the place of a steered layer stands a module that does not hold it.
         """
-        modules = self._decoder._modules
-        here = tuple(modules[self._name]._modules.values()) if modules.get(self._name) is not None else ()
+        layers = self._decoder._modules.get(self._name)
+        here: tuple[Any, ...] = () if layers is None else tuple(layers._modules.values())
         if here == self._seen:  # modules compare by identity
             return
         known = set(self._originals)

@@ -70,9 +70,11 @@ class Batch:
         """Of the pass that runs, on a layer's device: worked out once for all layers there, and for all steps that have
         the same ids."""
         self.check_place()
+        ids: Any = self.ids
+        gain: Any = self.gain
         found = self._routings.get(device)
-        if found is None or found[0] is not self.ids:
-            found = self._routings[device] = (self.ids, Routing(self.ids.to(device), self.gain.to(device)))
+        if found is None or found[0] is not ids:
+            found = self._routings[device] = (ids, Routing(ids.to(device), gain.to(device)))
         return found[1]
 
     def check_place(self) -> None:

@@ -159,7 +159,9 @@ def as_json(request: PlanRequest, found: Plan) -> str:
 
 def show(request: PlanRequest, found: Plan, console: Console) -> None:
     table = Table(box=box.SIMPLE, show_header=False, pad_edge=False)
-    table.add_column(), table.add_column(justify="right"), table.add_column()
+    table.add_column()
+    table.add_column(justify="right")
+    table.add_column()
     kind = "vector" if request.form == "vector" else f"rank {request.rank}"
     for name, size, note in (
         ("base model", found.base, f"{request.model_dtype}, {found.layers} layers steered, d = {found.hidden}"),

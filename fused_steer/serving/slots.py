@@ -276,21 +276,23 @@ class Slots(nn.Module):
         return (*routing.operands, *self.weights[1])
 
     def _routed(self, residual: Tensor, branch: Tensor | None, routing: Routing) -> Tensor:
-        operands = (residual, branch, *self.operands(routing))
+        operands = self.operands(routing)
         buffers = self.weights[0]
         shape = (*routing.places, self.hidden)
         if residual.shape != shape or branch is not None and branch.shape != shape:
-            there = (tuple(t.shape) for t in (residual, branch) if t is not None)
-            raise ValueError(f"residual and branch have the shapes {', '.join(map(str, there))}; expected {shape}")
+            shapes = (tuple(t.shape) for t in (residual, branch) if t is not None)
+            raise ValueError(f"residual and branch have the shapes {', '.join(map(str, shapes))}; expected {shape}")
         if residual.dtype not in _DTYPES or branch is not None and branch.dtype not in _DTYPES:
-            there = (str(t.dtype) for t in (residual, branch) if t is not None)
-            raise TypeError(f"residual and branch are {', '.join(there)}; expected float32, bfloat16 or float16")
+            dtypes = (str(t.dtype) for t in (residual, branch) if t is not None)
+            raise TypeError(f"residual and branch are {', '.join(dtypes)}; expected float32, bfloat16 or float16")
         if residual.device != buffers[4].device:
             raise ValueError(f"residual is on {residual.device}; expected {buffers[4].device}, where the slots are")
         backend = self.backend = select_backend(residual.device)
         if backend != "triton" or branch is None:
             return post_block_routed(residual, branch, buffers, routing, backend)
-        (out,), plan = Plan.make(operands, lambda: (post_block_routed(residual, branch, buffers, routing, backend),))
+        (out,), plan = Plan.make(
+            (residual, branch, *operands), lambda: (post_block_routed(residual, branch, buffers, routing, backend),)
+        )
         if plan is not None:
             keep(self._plans, residual.shape, plan.run)
             self.last = plan.run

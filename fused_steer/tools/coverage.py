@@ -176,7 +176,7 @@ def build(model_type: str, seed: int = 0) -> PreTrainedModel:
     """A tiny model of the type with random weights, the same for each seed; float32, in eval mode, frozen."""
     config_class = CONFIG_MAPPING[model_type]
     config = config_class(**_tiny(config_class()))
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
     # Of a model of text and more, the class may be that of the text part alone.
     parts = (part for part in (config, *vars(config).values()) if isinstance(part, model_class.config_class))
     torch.manual_seed(seed)
@@ -220,12 +220,13 @@ def check(model: PreTrainedModel, model_type: str = "", patch: Callable[..., Any
             return replace(row, outcome="wrong", reason=f"refused, but changed: {_one_line(error)}")
         return replace(row, outcome="refused", reason=_one_line(error))
     try:
-        report = model.steering.report()
+        steering: Any = model.steering
+        report = steering.report()
         hooked = [layer for layer in report if layer.kind == "hook"]
         row = replace(row, layers=len(report), hooked=len(hooked), reason="; ".join({h.reason: 0 for h in hooked}))
         _expect_same(before, _outputs(model)[0], "a fresh patch")
-        error = _compare(model, original)
-        model.steering.unpatch()
+        worst = _compare(model, original)
+        steering.unpatch()
         if _structure(model) != structure:
             raise Wrong("unpatch left something behind")
         _expect_same(before, _outputs(model)[0], "the unpatched model")
@@ -234,7 +235,7 @@ def check(model: PreTrainedModel, model_type: str = "", patch: Callable[..., Any
     except Exception as error:
         return replace(row, outcome="raises", reason=_one_line(error))
     kind = "hook" if len(hooked) == len(report) else "mixed" if hooked else "fused"
-    return replace(row, outcome=kind, error=error)
+    return replace(row, outcome=kind, error=worst)
 
 
 def _outputs(model: PreTrainedModel) -> tuple[dict[str, Tensor], str]:
@@ -243,7 +244,8 @@ def _outputs(model: PreTrainedModel) -> tuple[dict[str, Tensor], str]:
     with torch.no_grad():
         outputs = {"logits": model(input_ids=ids).logits}
     try:
-        generated = model.generate(
+        generate: Any = model.generate
+        generated = generate(
             input_ids=ids, max_new_tokens=4, min_new_tokens=4, do_sample=False,
             return_dict_in_generate=True, output_logits=True,
         )  # fmt: skip
@@ -275,12 +277,13 @@ def _error(actual: Tensor, expected: Tensor) -> float:
 def _compare(model: PreTrainedModel, original: PreTrainedModel) -> float:
     """The largest relative error of the patched model, with a random adapter, against `original` under plain hooks."""
     generator = torch.Generator().manual_seed(1)
-    parameters = of_adapter(model.named_parameters(), model.steering.active)
+    steering: Any = model.steering
+    parameters = of_adapter(model.named_parameters(), steering.active)
     for parameter in parameters.values():
         parameter.data.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
     unsteered = _outputs(original)[0]
     hooks = PlainHooks(original, parameters)
-    model.steering.reset_calls()
+    steering.reset_calls()
     worst = 0.0
     expected, actual = _outputs(original)[0], _outputs(model)[0]
     for name in expected.keys() & {"logits", "generation"}:
@@ -289,7 +292,7 @@ def _compare(model: PreTrainedModel, original: PreTrainedModel) -> float:
         if _error(unsteered[name], expected[name]) < 0.01:
             raise Wrong(f"the adapter hardly changes the {name}")
         worst = max(worst, _expect_close(actual[name], expected[name], name))
-    calls = {layer.path: layer.calls for layer in model.steering.report()}
+    calls = {layer.path: layer.calls for layer in steering.report()}
     if calls != hooks.calls:
         raise Wrong(f"the sites were called {calls} times; expected {hooks.calls}")
     names, leaves = zip(*hooks.leaves.items(), strict=True)
@@ -297,7 +300,7 @@ def _compare(model: PreTrainedModel, original: PreTrainedModel) -> float:
     for name, left, right in zip(names, ours, _gradients(original, leaves), strict=True):
         if (left is None) != (right is None):
             raise Wrong(f"the gradient of {name} is there in one of steered model and plain hooks only")
-        if right is not None and right.norm() > 0:
+        if left is not None and right is not None and right.norm() > 0:
             worst = max(worst, _expect_close(left, right, f"gradient of {name}"))
     return worst
 

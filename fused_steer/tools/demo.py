@@ -167,8 +167,9 @@ def choose_device(name: str) -> torch.device:
     """
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if name == "auto":
-        has_gpu = accelerator is not None and accelerator.type in ("cuda", "xpu")
-        return torch.device(accelerator.type, 0) if has_gpu else torch.device("cpu")
+        if accelerator is not None and accelerator.type in ("cuda", "xpu"):
+            return torch.device(accelerator.type, 0)
+        return torch.device("cpu")
     available = ["cpu"]
     if accelerator is not None:
         available += [f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count())]

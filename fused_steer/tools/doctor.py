@@ -97,7 +97,8 @@ def _check_versions() -> Iterator[Finding]:
     yield _version_finding(PACKAGE, own, SpecifierSet(f"=={__version__}"))
     if own is None:
         return
-    supported = SpecifierSet(metadata.metadata(PACKAGE).get("Requires-Python", ""))
+    about: Any = metadata.metadata(PACKAGE)
+    supported = SpecifierSet(about.get("Requires-Python", ""))
     yield _version_finding("python", ".".join(map(str, sys.version_info[:3])), supported)
     for requirement in map(Requirement, metadata.requires(PACKAGE) or ()):
         if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
@@ -248,7 +249,8 @@ def _launches(targets: list[str], compiled: bool) -> tuple[Table, list[Finding]]
         for launch in record(Case(_STEP_TOKENS, _STEP_HIDDEN, _STEP_RANK, torch.bfloat16), target):
             plan = launch.schedule
             used, finding = _compile(launch, target) if compiled else ([], None)
-            grid, tile = ("x".join(map(str, sides)) for sides in (launch.grid, (plan.block_n, plan.block_d)))
+            sides = (plan.constants["BLOCK_N"], plan.constants["BLOCK_D"])
+            grid, tile = ("x".join(map(str, extents)) for extents in (launch.grid, sides))
             table.add_row(target, launch.kernel.__name__, grid, tile, str(plan.num_warps), *used)
             findings += [finding] if finding else []
     return table, findings

@@ -12,11 +12,8 @@ from rich import box
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from rich.console import Console
 
-    from ..kernels.aot import Case
     from ..kernels.launch import Launch
 
 
@@ -25,23 +22,12 @@ _MAX_HIDDEN, _MAX_TOKENS = 1 << 20, (1 << 31) - 1  # the kernels count both in 3
 DTYPES = ("bfloat16", "float16", "float32")
 
 
-def _post_block(case: Case, target: str) -> dict[str, list[Launch]]:
-    from ..kernels.aot import record_passes
-
-    return record_passes(case, target)
-
-
-#: The ops: how the launches of each of their passes are recorded.
-OPS: dict[str, Callable[[Case, str], dict[str, list[Launch]]]] = {"post_block": _post_block}
-
-
 @dataclass(frozen=True)
 class Request:
-    """What is asked for: an op of `OPS` at d = `hidden`, r = `rank`, a dtype of `DTYPES`, for each N of `tokens` and
+    """What is asked for: `post_block` at d = `hidden`, r = `rank`, a dtype of `DTYPES`, for each N of `tokens` and
     each target; no target is those of `TARGETS`. Passes are predicted for `gpus`, of `GPUS`; None is all that have one
     of the targets. packed: weights packed once a pass, as a patched model hands them over; else the parameters."""
 
-    op: str
     hidden: int
     rank: int
     dtype: str
@@ -59,7 +45,6 @@ class Request:
         from ..kernels.aot import ALL_TARGETS, GPUS
 
         for name, value, known in (
-            ("op", self.op, OPS),
             ("dtype", self.dtype, DTYPES),
             *(("target", target, ALL_TARGETS) for target in self.targets),
             *(("gpu", gpu, GPUS) for gpu in self.gpus or ()),
@@ -91,11 +76,10 @@ def describe_kernels(request: Request) -> dict[str, Any]:
     request.validate()
     import torch
 
-    from ..kernels.aot import CANNOT, GPUS, Case
+    from ..kernels.aot import CANNOT, GPUS, Case, record_passes
     from ..kernels.packing import FEW_TOKENS
     from ..kernels.schedule import TARGETS
 
-    passes_of = OPS[request.op]
     targets = request.targets or tuple(TARGETS)
     gpus = tuple(gpu for gpu in GPUS if GPUS[gpu][0] in targets) if request.gpus is None else request.gpus
     kernels, predictions, floors = [], [], []
@@ -104,15 +88,15 @@ def describe_kernels(request: Request) -> dict[str, Any]:
         dtype, packed = getattr(torch, request.dtype), request.packed and many
         case = Case(tokens, request.hidden, request.rank, dtype, packed=packed, keeps_a=many)
         for target in targets:
-            for name, launches in passes_of(case, target).items():
+            for name, launches in record_passes(case, target).items():
                 kernels += [{"tokens": tokens, "pass": name, **row} for row in _kernel_rows(launches, target)]
         for gpu, (target, _) in GPUS.items():
-            for name, launches in passes_of(case, target).items():
+            for name, launches in record_passes(case, target).items():
                 what = {"tokens": tokens, "pass": name, "gpu": gpu}
                 if gpu in gpus:
                     predictions.append({**what, **_prediction(launches, gpu)})
                 floors.append({**what, **_floor(launches, gpu)})
-    asked = {name: getattr(request, name) for name in ("op", "hidden", "rank", "dtype", "packed")}
+    asked = {name: getattr(request, name) for name in ("hidden", "rank", "dtype", "packed")}
     cannot = {target: CANNOT[target] for target in targets if target in CANNOT}
     return {**asked, "kernels": kernels, "cannot": cannot, "predictions": predictions, "floors": floors}
 
@@ -127,9 +111,9 @@ def _kernel_rows(launches: list[Launch], target: str) -> list[dict[str, Any]]:
         layout = {
             "target": target,
             "grid": list(launch.grid),
-            "block_n": plan.block_n,
-            "block_d": plan.block_d,
-            "block_r": plan.block_r,
+            "block_n": plan.constants["BLOCK_N"],
+            "block_d": plan.constants["BLOCK_D"],
+            "block_r": plan.constants.get("BLOCK_R", 0),  # at rank 0 the kernel knows no ranks
             "num_stages": plan.num_stages,
             "units": len(hidden_states(launch)),
         }
@@ -247,7 +231,7 @@ def print_kernels(description: dict[str, Any], console: Console) -> None:
     """Print what `describe_kernels` found: two tables for each number of tokens, the predictions, and the floors."""
     from ..kernels.packing import FEW_TOKENS
 
-    what = "{op}: d = {hidden}, r = {rank}, {dtype}".format(**description)
+    what = "post_block: d = {hidden}, r = {rank}, {dtype}".format(**description)
     for tokens in dict.fromkeys(row["tokens"] for row in description["kernels"]):
         rows = [row for row in description["kernels"] if row["tokens"] == tokens]
         weights = "packed weights" if description["packed"] and tokens > FEW_TOKENS else "weights in fp32"

@@ -241,15 +241,14 @@ def test_of_adapter_takes_one_adapter_of_a_model():
 
 @pytest.mark.parametrize("by_peft", [False, True], ids=["patch_model", "peft"])
 def test_files_are_matched_by_layer(by_peft, tmp_path):
-    """The decoder alone has its layers under another path than the language model that the file was made with."""
+    """A file that was made with the decoder alone, whose layers lie under another path than the language model's."""
     import fused_steer.peft  # noqa: F401
 
-    patched = patch_model(build(), SteerConfig(rank=2, layers=[0, 2]))
-    randomize(patched)
-    patched.steering.save(tmp_path)
-    decoder = build().model
-    steered = PeftModel.from_pretrained(decoder, str(tmp_path)) if by_peft else patch_model(decoder, tmp_path)
+    decoder = patch_model(build().model, SteerConfig(rank=2, layers=[0, 2]))
+    randomize(decoder)
+    decoder.steering.save(tmp_path)
+    steered = PeftModel.from_pretrained(build(), str(tmp_path)) if by_peft else patch_model(build(), tmp_path)
     with torch.no_grad():
-        hidden = steered.eval()(tokens()).last_hidden_state
-        assert torch.equal(patched.lm_head(hidden), logits(patched))
-        assert not torch.equal(hidden, build().eval().model(tokens()).last_hidden_state)
+        expected = steered.get_output_embeddings()(decoder.eval()(tokens()).last_hidden_state)
+    assert torch.equal(logits(steered.eval()), expected)
+    assert not torch.equal(expected, logits(build().eval()))

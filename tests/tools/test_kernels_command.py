@@ -25,7 +25,7 @@ def test_json_has_every_configuration_that_would_be_launched():
     result = run(*SMALL, "--target", "gfx942", "--json")
     assert result.returncode == 0, result.stderr
     shown = json.loads(result.stdout)
-    assert [shown[name] for name in ("op", "hidden", "rank", "dtype")] == ["post_block", 576, 16, "bfloat16"]
+    assert [shown[name] for name in ("hidden", "rank", "dtype")] == [576, 16, "bfloat16"]
     rows = shown["kernels"]
     kernels = {4096: ["fwd"], 8: ["fwd_down", "fwd_up"]}
     backward = ["bwd_rows", "bwd_columns", "bwd_finish"]
@@ -124,7 +124,7 @@ def test_a_kernel_that_several_shapes_share_is_compiled_once():
         "compile, calls = triton.compile, []\n"
         "triton.compile = lambda source, **options: calls.append(1) or compile(source, **options)\n"
         "for hidden in (4096, 8192, 4096):\n"
-        "    request = Request('post_block', hidden, 8, 'bfloat16', (4096, 9000), ('sm_80',), ())\n"
+        "    request = Request(hidden, 8, 'bfloat16', (4096, 9000), ('sm_80',), ())\n"
         "    print(len(describe_kernels(request)['kernels']), len(calls))"
     )
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -144,7 +144,6 @@ def test_a_kernel_that_several_shapes_share_is_compiled_once():
             "target is ''; expected one of sm_80, sm_90, sm_100, gfx942, sm_75, sm_86, sm_89",
         ),
         (["--gpu", "T4"], "gpu is 'T4'; expected one of A100, A100-40GB, H100, H200"),
-        (["--op", "matmul"], "op is 'matmul'; expected one of post_block"),
         (["--dtype", "float64"], "dtype is 'float64'; expected one of bfloat16, float16, float32"),
         (["--hidden", "0"], "hidden is 0; expected 1 to 1048576"),
         (["--hidden", "1048577"], "hidden is 1048577; expected 1 to 1048576"),
