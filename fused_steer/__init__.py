@@ -43,7 +43,10 @@ The map, in reading order. A file imports what stands above it, never what stand
         steerling.py     the paper's released code
         pyreft.py        pyreft
         vectors.py       control vectors: GGUF, plain tensors
-    peft.py              steering as a PEFT method
+    peft/                steering as a PEFT method
+        config.py        PostBlockConfig
+        site.py          the site of PEFT's steering in a layer
+        tuner.py         adds, saves, loads, mixes and sums adapters as PEFT asks
     whole.py             save_pretrained of a patched model
     steering.py          Steering, which is model.steering
     patch.py             patch_model: the front door

@@ -31,7 +31,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-import fused_steer.peft as peft_module
+import fused_steer.peft.site as site_module
 import fused_steer.serving.slots as slots_module
 from fused_steer import SteerConfig, patch_model
 from fused_steer.model.site import Site, SteeringSite
@@ -244,7 +244,7 @@ def test_rows_cost_two_launches_a_layer_whatever_their_adapters(rows, length, mo
 
 def test_rows_are_one_op_a_layer(monkeypatch):
     ran: list[str] = []
-    for module, name in ((slots_module, "post_block_routed"), (peft_module, "post_block")):
+    for module, name in ((slots_module, "post_block_routed"), (site_module, "post_block")):
         op = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, op=op, name=name, **k: ran.append(name) or op(*a, **k))
     model = of_three()
