@@ -14,6 +14,7 @@ The map, in reading order. A file imports what stands above it, never what stand
         distributed.py   an adapter that several processes share: who writes, gathering its parts
     model/               how a decoder layer is reached
         decoder.py       finds the decoder layers and the device that each runs on
+        heads.py         finds heads that were not loaded, of classifiers and reward models
         residual.py      rewrites a layer's forward so that the last residual add goes to the site
         scopes.py        which thread or task may run or change a model inside `disabled`, `mode` and `batch`
         watch.py         an error for a layer that ran unsteered; the report

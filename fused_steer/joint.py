@@ -47,7 +47,7 @@ def steering_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters of the model's LoRA that train, for an optimizer's group of their own.
+    """The parameters of the model's LoRA, and of heads beside it, that train, for an optimizer's group of their own.
 
     Raises:
         ValueError: the model carries no LoRA that trains.

@@ -16,9 +16,10 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO
 
 import safetensors
@@ -30,11 +31,13 @@ from .._version import __version__
 from ..config import DTYPES, FLOAT32_MAX, SteerConfig
 from .parameters import (
     PEFT_PREFIX,
+    SITE,
     UP,
     UP_BIAS,
     ByLayer,
     Layout,
     Spec,
+    T,
     base_name,
     by_layer,
     specs_of,
@@ -163,14 +166,18 @@ def fields_digest(fields: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(own, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def tensors_digest(tensors: ByLayer) -> str:
-    """Of an adapter's tensors, wherever in a model or file they lie."""
+def tensors_digest(tensors: ByLayer, heads: Mapping[str, Tensor] = MappingProxyType({})) -> str:
+    """Of an adapter's tensors, wherever in a model or file they lie, and of the heads' beside it, by path."""
+    named = [
+        (f"{index} {name}", tensor)
+        for index, there in sorted(tensors.items())
+        for name, tensor in sorted(there.items())
+    ]
     digest = hashlib.sha256()
-    for index, named in sorted(tensors.items()):
-        for name, tensor in sorted(named.items()):
-            digest.update(f"{index} {name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            values = tensor.detach().cpu().contiguous().reshape(-1)
-            digest.update(values.view(torch.uint8).numpy())
+    for name, tensor in (*named, *sorted(heads.items())):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        values = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(values.view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -273,13 +280,14 @@ def _beside_a_model(directory: Path) -> Path:
 @dataclass(frozen=True)
 class _Head:
     """What a config says: what the adapter computes, its layout (without the path of the layers, which the tensors
-    tell), and digests. sealed: whether it has its own."""
+    tell), and digests. sealed: whether it has its own; heads: names of the modules that PEFT saved beside it."""
 
     config: SteerConfig
     layout: Layout
     weights_sha256: str | None
     tensors_sha256: str | None
     sealed: bool
+    heads: tuple[str, ...]
 
 
 def _head(given: Mapping[str, Any]) -> _Head:
@@ -291,6 +299,9 @@ def _head(given: Mapping[str, Any]) -> _Head:
         raise ValueError(f"peft_type is {peft_type!r}; expected {PEFT_TYPE!r}")
     version = fields.pop("fused_steer_version", None)
     weights, tensors, config_digest = (fields.pop(f"{part}_sha256", None) for part in ("weights", "tensors", "config"))
+    heads = fields.pop("modules_to_save", None) or []
+    if not isinstance(heads, list) or not all(isinstance(name, str) and name for name in heads):
+        raise ValueError(f"modules_to_save is {heads!r:.200}; expected a list of names, or null")
     base = fields.pop("base_model_name_or_path", None) or ""
     if not isinstance(base, str):
         raise ValueError(f"base_model_name_or_path is {base!r}; expected a name, or null")
@@ -306,7 +317,7 @@ def _head(given: Mapping[str, Any]) -> _Head:
             f"its fields are not those that were saved; expected config_sha256 {config_digest} (of a config that was "
             "edited on purpose, remove that line)"
         )
-    return _Head(config, layout, weights, tensors, config_digest is not None)
+    return _Head(config, layout, weights, tensors, config_digest is not None, tuple(heads))
 
 
 def check_config(directory: Path) -> None:
@@ -320,7 +331,11 @@ def check_config(directory: Path) -> None:
 
 
 def read_adapter(
-    source: str | os.PathLike[str], model: Layout | None = None, *, check_base: bool = False
+    source: str | os.PathLike[str],
+    model: Layout | None = None,
+    *,
+    check_base: bool = False,
+    without_heads: bool = False,
 ) -> AdapterFile:
     """Read and check an adapter's files. Nothing but JSON and safetensors is ever opened.
 
@@ -333,6 +348,7 @@ def read_adapter(
         source: the directory, or an id on the hub.
         model: what the adapter has to fit; None leaves that open.
         check_base: whether the base model's name has to fit, too.
+        without_heads: leave out the heads that PEFT trained and saved beside the adapter, instead of refusing them.
 
     Raises:
         FileNotFoundError: the directory or one of its files is missing.
@@ -348,7 +364,13 @@ def read_adapter(
     file = directory / WEIGHTS_NAME
     with _blaming(file), open(open_regular(file), "rb") as opened:
         header = _read_header(opened)
-        layers_path, specs = by_layer(header.specs)
+        own, beside = _split_heads(header.specs, head.heads)
+        if beside and not without_heads:
+            raise ValueError(
+                f"it has a trained head beside the steering, {next(iter(beside))}; expected steering alone (PEFT loads "
+                "both: import fused_steer.peft, then PeftModel.from_pretrained)"
+            )
+        layers_path, specs = by_layer(own)
     heads = [head] if header.embedded is None else [head, header.embedded]
 
     def refusal(head: _Head) -> ValueError | None:
@@ -367,8 +389,10 @@ def read_adapter(
         raise refusals[0]  # type: ignore[misc]
     with _blaming(file):
         content = _read_whole(file, header, head)
-        _, tensors = by_layer({_unprefixed(name): t for name, t in safetensors.torch.load(content).items()})
-        chosen = _matching(head, header, content, tensors)
+        named = {_unprefixed(name): tensor for name, tensor in safetensors.torch.load(content).items()}
+        own_tensors, head_tensors = _split_heads(named, head.heads)
+        _, tensors = by_layer(own_tensors)
+        chosen = _matching(head, header, content, tensors, head_tensors)
     if chosen is not head:
         warnings.warn(
             f"{directory / CONFIG_NAME} is of another save than {WEIGHTS_NAME}, which is read by the config that it "
@@ -440,7 +464,17 @@ def _read_whole(file: Path, header: _Header, head: _Head) -> bytes:
     return content
 
 
-def _matching(head: _Head, header: _Header, content: bytes, tensors: ByLayer) -> _Head:
+def _split_heads(named: Mapping[str, T], heads: Sequence[str]) -> tuple[dict[str, T], dict[str, T]]:
+    """What is an adapter's by its path, and what is of the modules of these names."""
+
+    def is_head(path: str) -> bool:
+        return f".{SITE}." not in path and any(f".{name}." in f".{path}" for name in heads)
+
+    beside = {path: value for path, value in named.items() if is_head(path)}
+    return {path: value for path, value in named.items() if path not in beside}, beside
+
+
+def _matching(head: _Head, header: _Header, content: bytes, tensors: ByLayer, heads: Mapping[str, Tensor]) -> _Head:
     """The config that these weights were saved with: that of the config's file, or the one that they carry.
 
     Raises:
@@ -448,7 +482,7 @@ def _matching(head: _Head, header: _Header, content: bytes, tensors: ByLayer) ->
     """
     if head.weights_sha256 is not None and hashlib.sha256(content).hexdigest() == head.weights_sha256:
         return head
-    digest, embedded = tensors_digest(tensors), header.embedded
+    digest, embedded = tensors_digest(tensors, heads), header.embedded
     if head.weights_sha256 is None:  # PEFT's have the digest of the tensors, and what a person wrote perhaps none
         expected = head.tensors_sha256 or (embedded and embedded.tensors_sha256)
         if expected is None or (digest == expected and (header.plain or not head.sealed)):

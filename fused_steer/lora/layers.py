@@ -53,11 +53,13 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
 
 
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters of all of PEFT's adapters in `model`, of any method, active or not."""
+    """The parameters of all of PEFT's adapters in `model`, of any method, active or not, and of the heads beside them
+    (`modules_to_save`)."""
     peft = sys.modules.get("peft.tuners.tuners_utils")
     if peft is None:
         return []
-    tuners = (module for module in model.modules() if isinstance(module, peft.BaseTunerLayer))
+    kinds = (peft.BaseTunerLayer, peft.AuxiliaryTrainingWrapper)
+    tuners = (module for module in model.modules() if isinstance(module, kinds))
     parts = (getattr(tuner, name, None) for tuner in tuners for name in tuner.adapter_layer_names)
     found: dict[int, nn.Parameter] = {}
     for part in parts:

@@ -29,9 +29,10 @@ def unload(model: nn.Module) -> nn.Module:
     Raises:
         RuntimeError: another library has since changed a layer's class; nothing is undone then.
     """
-    take_out(model)
     configs = getattr(model, "peft_config", {})
-    for name in [name for name, config in configs.items() if config.peft_type == POST_BLOCK]:
+    names = {name for name, config in configs.items() if config.peft_type == POST_BLOCK}
+    take_out(model, names)
+    for name in names:
         del configs[name]
     if not configs and hasattr(model, "peft_config"):
         carrier: Any = model

@@ -51,6 +51,8 @@ class PostBlockConfig(PeftConfig):
 
     Args:
         r: the rank; `rank` is the same, as adapter files have it.
+        modules_to_save: names of modules that train and are saved beside the adapter, as PEFT has it. None: the heads
+            that were not loaded from a checkpoint (of a classifier, a reward model, a question answerer).
 
     Raises:
         TypeError: an unknown field, or a value of the wrong type.
@@ -71,6 +73,7 @@ class PostBlockConfig(PeftConfig):
     hidden_size: Optional[int] = None  # noqa: UP045
     num_layers: Optional[int] = None  # noqa: UP045
     rank: Optional[int] = None  # noqa: UP045
+    modules_to_save: Optional[list[str]] = None  # noqa: UP045
     fused_steer_version: Optional[str] = None  # noqa: UP045
     weights_sha256: Optional[str] = None  # noqa: UP045
     tensors_sha256: Optional[str] = None  # noqa: UP045
@@ -80,13 +83,18 @@ class PostBlockConfig(PeftConfig):
     target_modules: ClassVar[str] = SITE
 
     def __post_init__(self) -> None:
-        self.task_type = self.task_type or "CAUSAL_LM"
         super().__post_init__()
         self.peft_type = POST_BLOCK
         if self.r is not None and self.rank is not None and self.r != self.rank:
             raise ValueError(f"r is {self.r} and rank is {self.rank}; expected one of them, or the same")
         self.rank = self.r if self.rank is None else self.rank
         self._take(self.steer_config())
+        if isinstance(self.modules_to_save, str):
+            raise TypeError(f"modules_to_save is {self.modules_to_save!r}; expected a list of names")
+        if self.modules_to_save is not None:
+            self.modules_to_save = list(self.modules_to_save)  # PEFT adds the names of heads to it
+        elif self.fused_steer_version is not None:
+            self.modules_to_save = []  # a file says what was saved
         self._check_digest()
 
     def _take(self, steer: SteerConfig) -> None:
@@ -119,7 +127,7 @@ class PostBlockConfig(PeftConfig):
         file = None
         if (folder / CONFIG_NAME).exists():
             if (folder / WEIGHTS_NAME).exists():
-                file = read_adapter(folder)
+                file = read_adapter(folder, without_heads=True)  # PEFT reads those
             else:
                 check_config(folder)
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
@@ -142,6 +150,8 @@ class PostBlockConfig(PeftConfig):
         peft = {field.name: getattr(self, field.name) for field in dataclasses.fields(PeftConfig)}
         sizes = {"hidden_size": self.hidden_size, "num_layers": self.num_layers}
         fields = {**peft, **sizes, **self.steer_config().to_dict(), "fused_steer_version": __version__}
+        if self.modules_to_save:
+            fields["modules_to_save"] = sorted(set(self.modules_to_save))
         return fields if self.tensors_sha256 is None else sealed({**fields, "tensors_sha256": self.tensors_sha256})
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..adapters.parameters import Adapter
 from ..config import SteerConfig
 from ..kernels import post_block, select_backend
+from ..model.decoder import execution_device
 from ..model.site import Site
 from ..serving.mixed import MixedRows
 
@@ -32,6 +33,22 @@ class PeftSite(Site, BaseTunerLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self.configs.pop(adapter_name, None)
+
+    def get_base_layer(self) -> nn.Module:
+        """The decoder layer. A site wraps no module, as PEFT's other layers do."""
+        return self.patched.layer
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """PEFT asks for it after it has put loaded tensors in the place of those on meta. They keep their dtype."""
+        adapter = self.adapter(adapter_name)
+        for factor in () if adapter is None else (adapter.down, adapter.up):
+            factor.to(execution_device(self.patched.layer) if device is None else device)
+
+    def cast(self, name: str, dtype: torch.dtype) -> None:
+        """Give an adapter's parameters another dtype."""
+        adapter = self.adapter(name)
+        for factor in () if adapter is None else (adapter.down, adapter.up):
+            factor.to(dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise cannot_merge()
