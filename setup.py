@@ -30,7 +30,7 @@ TEST = [
 BENCH = ["evaluate", "liger-kernel", "matplotlib", "peft", "pytest>=8", "pytest-benchmark", "pyvene", "scikit-learn"]
 # ruff formats the signatures in the API reference.
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material", "mkdocstrings[python]", "ruff"]
-DEV = [*TEST, "mypy", "ruff"]
+DEV = [*TEST, "mypy", "pre-commit", "ruff"]
 
 setup(
     name="fused-steer",

@@ -428,7 +428,7 @@ def percent(exact: str) -> float:
 
 
 def paragraph(text: str) -> str:
-    """One of Markdown, filled anew."""
+    """A Markdown paragraph, wrapped again."""
     return textwrap.fill(" ".join(text.split()), 120, break_long_words=False, break_on_hyphens=False)
 
 

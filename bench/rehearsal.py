@@ -61,7 +61,7 @@ def shrink_geometries() -> None:
 
 
 def let_numbers_pass() -> None:
-    """Checks of contenders run as ever; of their verdicts only `failed` counts, as no kernel has computed anything."""
+    """Checks of contenders run as usual; of their verdicts only `failed` counts, as no kernel has computed anything."""
 
     def by_name(check: Callable[..., dict[str, str]]) -> Callable[..., dict[str, str]]:
         return lambda *args, **kwargs: {

@@ -9,6 +9,7 @@ The map, in reading order. A file imports what stands above it, never what stand
     adapters/            what an adapter is and how it is kept
         parameters.py    the format: names, paths, shapes of its tensors, which model it fits; its module in a layer
         saving.py        files that are replaced whole, by any number of processes
+        weights.py       its weights file: safetensors with the config in the header
         files.py         its two files: written whole or not at all, checked when read
         hub.py           its upload, and its model card
         distributed.py   an adapter that several processes share: who writes, gathering its parts

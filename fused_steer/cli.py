@@ -425,7 +425,7 @@ def diagnose(
     batch_size: Annotated[int, typer.Option(help="Prompts at a time.")] = 8,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, xpu …; auto is a GPU if there is one.")] = "auto",
 ) -> None:
-    """Show what an adapter does to a model, layer by layer: its shifts, its weights, and how they lie to LoRA's."""
+    """Show what an adapter does to a model, layer by layer: its shifts, its weights, and their angle to the LoRA's."""
     with _errors_in_one_line():
         from .diagnostics import DiagnoseOptions, run
 

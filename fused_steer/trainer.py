@@ -72,8 +72,8 @@ class SteeringTrainer(Trainer):
     """A Trainer of a patched model whose checkpoints, and `save_model`, hold the steering adapter in use, not the base.
 
     A checkpoint is itself an adapter: `patch_model(model, "out/checkpoint-500")`. Resuming and `load_best_model_at_end`
-    take the steering back from it. Of a model that PEFT has wrapped PEFT's adapters are saved as ever, and the steering
-    in `fused_steer/<adapter>/` beside them.
+    take the steering back from it. If PEFT has wrapped the model, its adapters are saved as usual, and the steering in
+    `fused_steer/<adapter>/` beside them.
 
     Other Trainers get the same by inheriting from both, this one first: `class Mine(SteeringTrainer, SFTTrainer)`.
     """

@@ -272,6 +272,41 @@ def test_saves_of_both_that_interleave_leave_parts_of_one_time(two, number, befo
     assert sorted(path.name for path in tmp_path.iterdir()) == ["joint.json", "lora", "steering"]
 
 
+@pytest.mark.parametrize("killed", [True, False])
+def test_part_that_an_ending_save_has_moved_aside_is_not_lost(two, killed, tmp_path, monkeypatch):
+    """A save ends with the part of another in its folder, which is looked for there until the next save."""
+    save_joint(two[0], tmp_path)
+    three, real, calls = filled(joint(seed=2), 3.0), os.replace, [0]
+
+    def replace(*args: Any) -> None:
+        calls[0] += 1
+        if calls[0] == 4:  # before the first part is moved out of the way
+            calls[0] += 100
+            save_joint(three, tmp_path)
+            calls[0] -= 100 + RENAMES
+        if calls[0] == 5:
+            if killed:
+                os._exit(9)
+            raise OSError("no space left")
+        real(*args)
+
+    child = os.fork() if killed else 0
+    if not child:
+        monkeypatch.setattr(os, "replace", replace)
+        with contextlib.suppress(OSError):
+            save_joint(two[1], tmp_path)
+        if killed:
+            os._exit(1)
+        monkeypatch.undo()
+    else:
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert not (tmp_path / "steering").exists() and len(list(tmp_path.glob(".joint-*"))) == 1
+    assert values(load_joint(build(), tmp_path)) == (3.0, 3.0)
+    save_joint(two[0], tmp_path)
+    assert values(load_joint(build(), tmp_path)) == (1.0, 1.0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["joint.json", "lora", "steering"]
+
+
 def test_parts_of_several_saves_are_refused(two, tmp_path):
     for number, model in enumerate(two):
         save_joint(model, tmp_path / str(number))

@@ -12,7 +12,7 @@ from ..results import FOLDER
 from .settings import RATES, Settings
 from .tasks import TASKS
 
-OUT, DOCS = FOLDER / "paper", FOLDER.parents[1] / "docs"
+OUT = FOLDER / "paper"
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 
 
@@ -88,11 +88,11 @@ def run(
         if smoke:
             from . import smoke as tiny
 
-            folder = out / "smoke-model"
-            if not folder.is_dir():
-                tiny.write_model(folder)
-                tiny.write_data(out / "smoke-data")
-            model, data, seeds, device = str(folder), out / "smoke-data", 1, "cpu"
+            out = out / "smoke"
+            model, data, seeds, device = str(out / "files" / "tiny"), out / "files" / "data", 1, "cpu"
+            if not data.is_dir():
+                tiny.write_model(Path(model))
+                tiny.write_data(data)
             torch.set_num_threads(1)  # for so small a model as fast as more, and on a machine in use faster
             rates = [f"{name}=1e-3" for name in RATES if name != "untrained"]
         if model is None:
@@ -123,14 +123,13 @@ def run(
 
 @app.command()
 def report(
-    out: Annotated[Path, typer.Option(help="Folder of results.")] = OUT,
-    docs: Annotated[Path, typer.Option(help="Folder for paper-results.md and its pictures.")] = DOCS,
+    out: Annotated[Path, typer.Option(help="Folder of results; report.md and its pictures go there too.")] = OUT,
 ) -> None:
     """Write the tables and pictures, beside the paper's own figures where those are at hand."""
     from .report import write
 
     try:
-        typer.echo(f"written: {write(out, docs)}")
+        typer.echo(f"written: {write(out)}")
     except (ValueError, OSError) as error:
         raise fail(error) from None
 

@@ -41,9 +41,9 @@ def attach(model: nn.Module, make: type[nn.Module], name: str) -> list[nn.Module
             raise ValueError(
                 f"the heads of layer {index} are {projection.in_features} wide; expected {heads} equal ones"
             )
-        edit = make(heads, projection.in_features // heads).to(projection.weight)
+        edit = make(heads, projection.in_features // heads).to(projection.weight.device)  # float32 in any model
         module.add_module(name, edit)
-        projection.register_forward_pre_hook(lambda _, args, edit=edit: (edit(args[0]), *args[1:]))
+        projection.register_forward_pre_hook(lambda _, args, edit=edit: (edit(args[0]).to(args[0].dtype), *args[1:]))
         edits.append(edit)
     return edits
 

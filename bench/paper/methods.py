@@ -24,13 +24,21 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 @dataclass
 class Stage:
-    """One training. penalty: added to each step's loss. after: done when it has ended."""
+    """One training. penalty: added to each step's loss. after: done when it has ended.
+
+    used: how many of the parameters have an effect, where that is not all.
+    """
 
     parameters: Sequence[nn.Parameter]
     rate: float
     penalty: Callable[[], Tensor] | None = None
     callbacks: Sequence[TrainerCallback] = ()
     after: Callable[[], Any] | None = None
+    used: Callable[[], int] | None = None
+
+    @property
+    def trained(self) -> int:
+        return self.used() if self.used else sum(p.numel() for p in self.parameters)
 
 
 @dataclass(frozen=True)
@@ -83,7 +91,10 @@ def _lofit(model: Any, settings: Settings, rate: float) -> tuple[Any, list[Stage
         penalty=lambda: settings.lofit_l1 * sum(scale.abs().sum() for scale in scales),
         after=lambda: heads.select_heads(edits, settings.lofit_share),
     )
-    return model, [first, Stage(offsets, rate)]
+    return model, [
+        first,
+        Stage(offsets, rate, used=lambda: sum(int(e.chosen.sum()) * e.offset.shape[1] for e in edits)),
+    ]
 
 
 def _jola(model: Any, settings: Settings, rate: float) -> tuple[Any, list[Stage]]:

@@ -41,7 +41,8 @@ class Positions:
             model.register_forward_pre_hook(self._see, with_kwargs=True)
 
     def _see(self, model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
-        ids, labels, kept = (kwargs.get(name) for name in ("input_ids", "labels", "attention_mask"))
+        labels, kept = kwargs.get("labels"), kwargs.get("attention_mask")
+        ids = args[0] if args else kwargs["input_ids"]
         cache = kwargs.get("past_key_values")
         if cache is not None and cache.get_seq_length():
             self.mask = torch.zeros_like(ids, dtype=torch.bool)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from .runs import best, read
 from .tasks import TASKS
 
 PUBLISHED = Path(__file__).with_name("published.json")
-PAGE = "paper-results.md"
+PAGE = "report.md"
 #: Title, methods, what of the paper it stands beside.
 SECTIONS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("Methods", ("untrained", "full", "lora", "reft", "lofit", "jola", "lowrank"), "the paper's Table 1"),
@@ -131,28 +130,27 @@ def unread(results: Mapping[tuple[str, str], Any]) -> str:
     return "\n".join(shown) or "None."
 
 
-def pictures(model: str, results: Mapping[tuple[str, str], Any], docs: Path) -> str:
-    """Copy the pictures of the joint runs at the chosen rate; the lines that show them."""
+def pictures(results: Mapping[tuple[str, str], Any], out: Path) -> str:
+    """The lines that show the pictures of the joint runs at the chosen rate."""
     lines = []
     for (task, method), every in sorted(results.items()):
         first = chosen(every)[0]
         for name, figure in PICTURES.items():
-            if name not in first["pictures"]:
-                continue
-            target = f"paper-{model}-{task}-{method}-{name}"
-            shutil.copyfile(first["file"].with_suffix("") / name, docs / target)
-            lines.append(f"After Figure {figure}, {TASKS[task].title}, {METHODS[method].title}:\n\n![]({target})")
+            if name in first["pictures"]:
+                path = first["file"].with_suffix("").relative_to(out).as_posix()
+                lines.append(
+                    f"After Figure {figure}, {TASKS[task].title}, {METHODS[method].title}:\n\n![]({path}/{name})"
+                )
     return "\n\n".join([*lines, "Figure 4 of the paper is not at hand."])
 
 
-def write(out: Path, docs: Path) -> Path:
-    """The page and its pictures.
+def write(out: Path) -> Path:
+    """The page, in the folder of the results.
 
     Raises:
         ValueError: there are no results.
     """
     found, paper = collect(out), published()
-    docs.mkdir(parents=True, exist_ok=True)
     parts = [
         "<!-- Written by `python -m bench.paper report`. Do not edit. -->",
         "# The paper's experiments, as they came out here",
@@ -169,10 +167,10 @@ def write(out: Path, docs: Path) -> Path:
             if any((task, method) in results for task in TASKS for method in methods):
                 parts += [f"### {title} ({beside})", section(model, results, methods, paper)]
         parts += ["### Rates, seeds, answers", details(results), "### Answers that could not be read", unread(results)]
-        parts += ["### Pictures", pictures(model, results, docs)]
+        parts += ["### Pictures", pictures(results, out)]
         machines = [r["machine"] for every in results.values() for r in every]
         lines = {f"- {m['device']}, torch {m['versions']['torch']}, commit {str(m['commit'])[:12]}" for m in machines}
         parts.append("\n".join(sorted(lines)))
-    page = docs / PAGE
+    page = out / PAGE
     page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return page

@@ -140,11 +140,10 @@ class Bench:
                 f"no training row of {key.task} has an answer within {task.max_length} tokens; expected one"
             )
         epochs = settings.epochs or task.epochs
-        trained = sum(p.numel() for stage in stages[-1:] for p in stage.parameters)
         total = sum(p.numel() for p in self.model.parameters())
         done = [train(model, stage, method, kept, self.text.tokenizer, settings, epochs, key.seed) for stage in stages]
         return {
-            "trained": trained,
+            "trained": stages[-1].trained if stages else 0,
             "parameters": total,
             "training_rows": len(kept),
             "too_long": len(features) - len(kept),

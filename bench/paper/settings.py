@@ -28,11 +28,11 @@ RATES: dict[str, tuple[float, ...]] = {
 class Settings:
     """The paper's F.5 where a default is not said to be another's.
 
-    batch_size: of AdamW, which decays no weights. rank, activation: of the steering. lora_rank, lora_alpha: of LoRA on
-    all linear projections, PEFT's defaults as in the released code. reft_rank, reft_positions: pyreft's for reasoning
-    tasks. end: whether an end-of-sequence token closes each completion (the released code has none). chat: whether
-    prompts go through the chat template (the released code: for Gemma). projection: of `joint-released`. lofit_*: the
-    authors'.
+    batch_size: of AdamW, which decays no weights. rank, activation: of the steering, the identity as in the paper's
+    Tables 1 and 2. lora_rank, lora_alpha: of LoRA on all linear projections, PEFT's defaults as in the released code.
+    reft_rank, reft_positions: pyreft's for reasoning tasks. end: whether an end-of-sequence token closes each
+    completion (the released code has none). chat: whether prompts go through the chat template (the released code: for
+    Gemma). projection: of `joint-released`. lofit_*: the authors'.
     """
 
     model: str
@@ -40,7 +40,7 @@ class Settings:
     batch_size: int = 8
     epochs: int | None = None
     rank: int = 8
-    activation: str = "silu"
+    activation: str = "identity"
     lora_rank: int = 8
     lora_alpha: int = 8
     reft_rank: int = 8

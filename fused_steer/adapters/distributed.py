@@ -1,4 +1,4 @@
-"""Adapters of a model that several processes share: who writes files, and tensors of which each process has a part.
+"""A model shared by several processes: which of them writes an adapter, and how its sharded tensors are gathered.
 
 DDP and tensor parallelism leave the steering whole in every process. FSDP does not: FSDP2 (`fully_shard`) makes its
 parameters DTensors, FSDP1 (`FullyShardedDataParallel`) whatever stretch of a flat parameter this process has. ZeRO, of

@@ -11,16 +11,15 @@ import contextlib
 import hashlib
 import json
 import math
-import operator
 import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, BinaryIO
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -30,13 +29,11 @@ from torch import Tensor
 from .._version import __version__
 from ..config import DTYPES, FLOAT32_MAX, SteerConfig
 from .parameters import (
-    PEFT_PREFIX,
     SITE,
     UP,
     UP_BIAS,
     ByLayer,
     Layout,
-    Spec,
     T,
     base_name,
     by_layer,
@@ -45,6 +42,7 @@ from .parameters import (
     unwrapped,
 )
 from .saving import leftovers, open_regular, read_regular, saving_folder, write_new
+from .weights import MOST_JSON, Header, header_of, read_header, tensors_digest, unprefixed, values_of
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -54,11 +52,6 @@ PEFT_TYPE = "POST_BLOCK"
 CHECKPOINT_FOLDER = "fused_steer"
 #: What PEFT writes into every adapter's config, and what says nothing of what it computes.
 _PEFT_FIELDS = ("auto_mapping", "inference_mode", "peft_version", "revision", "task_type")
-#: Where a weights file carries its config, among the metadata.
-_EMBEDDED = "fused_steer_config"
-#: Bytes of a config, and of a weights file's header.
-_MOST_JSON = 2**24
-_SAFETENSORS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
@@ -132,27 +125,34 @@ def write_adapter(directory: str | os.PathLike[str], adapter: AdapterFile) -> No
 def _contents(adapter: AdapterFile) -> tuple[bytes, bytes]:
     """The two files of an adapter: config and weights."""
     layout = replace(adapter.layout, layers_path=unwrapped(adapter.layout.layers_path))
-    fields = {
+    fields = _fields(adapter.config, layout, tensors_digest(adapter.tensors))
+    named = sorted(layout.paths(adapter.tensors).items())
+    data = b"".join(values_of(tensor) for _, tensor in named)
+    shapes = {path: tuple(tensor.shape) for path, tensor in named}
+    weights = header_of(shapes, adapter.config.dtype, json.dumps(sealed(fields))) + data
+    config = sealed({**fields, "weights_sha256": hashlib.sha256(weights).hexdigest()})
+    return (json.dumps(config, indent=2) + "\n").encode(), weights
+
+
+def _fields(config: SteerConfig, layout: Layout, digest: str) -> dict[str, Any]:
+    """The config as files have it, but for the digests of files."""
+    return {
         "peft_type": PEFT_TYPE,
         "base_model_name_or_path": base_name(layout.base) or None,
         "hidden_size": layout.hidden,
         "num_layers": layout.num_layers,
-        **adapter.config.to_dict(),
+        **config.to_dict(),
         "fused_steer_version": __version__,
-        "tensors_sha256": tensors_digest(adapter.tensors),
+        "tensors_sha256": digest,
     }
-    named = layout.paths(adapter.tensors)
-    tensors = {PEFT_PREFIX + path: tensor.detach().cpu().contiguous() for path, tensor in named.items()}
-    plain = safetensors.torch.save(tensors, metadata={"format": "pt"})
-    # The weights carry the config: they are a whole adapter also beside the config of another save.
-    size = int.from_bytes(plain[:8], "little")
-    header = json.loads(plain[8 : 8 + size])
-    header["__metadata__"][_EMBEDDED] = json.dumps(sealed(fields))
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    weights = len(text).to_bytes(8, "little") + text + plain[8 + size :]
-    config = sealed({**fields, "weights_sha256": hashlib.sha256(weights).hexdigest()})
-    return (json.dumps(config, indent=2) + "\n").encode(), weights
+
+
+def weights_size(config: SteerConfig, layout: Layout) -> int:
+    """Bytes of the weights file of such an adapter."""
+    shapes = layout.paths(layout.shapes(config))
+    data = sum(map(math.prod, shapes.values())) * DTYPES[config.dtype].itemsize
+    text = json.dumps(sealed(_fields(config, layout, "0" * 64)))
+    return len(header_of(shapes, config.dtype, text)) + data
 
 
 def sealed(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -164,21 +164,6 @@ def fields_digest(fields: Mapping[str, Any]) -> str:
     """Of a config's fields, apart from the digest itself and what is PEFT's."""
     own = {name: value for name, value in fields.items() if name not in (*_PEFT_FIELDS, "config_sha256")}
     return hashlib.sha256(json.dumps(own, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def tensors_digest(tensors: ByLayer, heads: Mapping[str, Tensor] = MappingProxyType({})) -> str:
-    """Of an adapter's tensors, wherever in a model or file they lie, and of the heads' beside it, by path."""
-    named = [
-        (f"{index} {name}", tensor)
-        for index, there in sorted(tensors.items())
-        for name, tensor in sorted(there.items())
-    ]
-    digest = hashlib.sha256()
-    for name, tensor in (*named, *sorted(heads.items())):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        values = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(values.view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def refuse_foreign(directory: Path) -> None:
@@ -211,7 +196,7 @@ def read_json(file: Path) -> dict[str, Any]:
         OSError, ValueError: it cannot be read, is too large, or holds something else than an object.
     """
     try:
-        fields = json.loads(read_regular(file, _MOST_JSON).decode("utf-8"))
+        fields = json.loads(read_regular(file, MOST_JSON).decode("utf-8"))
     except RecursionError:
         raise ValueError("it is nested too deeply; expected an object of fields") from None
     if not isinstance(fields, dict):
@@ -280,14 +265,14 @@ def _beside_a_model(directory: Path) -> Path:
 @dataclass(frozen=True)
 class _Head:
     """What a config says: what the adapter computes, its layout (without the path of the layers, which the tensors
-    tell), and digests. sealed: whether it has its own; heads: names of the modules that PEFT saved beside it."""
+    tell), and digests. sealed: whether it has its own; saved_modules: names of what PEFT saved beside it."""
 
     config: SteerConfig
     layout: Layout
     weights_sha256: str | None
     tensors_sha256: str | None
     sealed: bool
-    heads: tuple[str, ...]
+    saved_modules: tuple[str, ...]
 
 
 def _head(given: Mapping[str, Any]) -> _Head:
@@ -299,9 +284,9 @@ def _head(given: Mapping[str, Any]) -> _Head:
         raise ValueError(f"peft_type is {peft_type!r}; expected {PEFT_TYPE!r}")
     version = fields.pop("fused_steer_version", None)
     weights, tensors, config_digest = (fields.pop(f"{part}_sha256", None) for part in ("weights", "tensors", "config"))
-    heads = fields.pop("modules_to_save", None) or []
-    if not isinstance(heads, list) or not all(isinstance(name, str) and name for name in heads):
-        raise ValueError(f"modules_to_save is {heads!r:.200}; expected a list of names, or null")
+    modules = fields.pop("modules_to_save", None) or []
+    if not isinstance(modules, list) or not all(isinstance(name, str) and name for name in modules):
+        raise ValueError(f"modules_to_save is {modules!r:.200}; expected a list of names, or null")
     base = fields.pop("base_model_name_or_path", None) or ""
     if not isinstance(base, str):
         raise ValueError(f"base_model_name_or_path is {base!r}; expected a name, or null")
@@ -317,7 +302,7 @@ def _head(given: Mapping[str, Any]) -> _Head:
             f"its fields are not those that were saved; expected config_sha256 {config_digest} (of a config that was "
             "edited on purpose, remove that line)"
         )
-    return _Head(config, layout, weights, tensors, config_digest is not None, tuple(heads))
+    return _Head(config, layout, weights, tensors, config_digest is not None, tuple(modules))
 
 
 def check_config(directory: Path) -> None:
@@ -363,15 +348,16 @@ def read_adapter(
         head = _head(read_json(directory / CONFIG_NAME))
     file = directory / WEIGHTS_NAME
     with _blaming(file), open(open_regular(file), "rb") as opened:
-        header = _read_header(opened)
-        own, beside = _split_heads(header.specs, head.heads)
-        if beside and not without_heads:
+        header = read_header(opened)
+        embedded = None if header.config is None else _head(json.loads(header.config))
+        own, others = _split(header.specs, head.saved_modules)
+        if others and not without_heads:
             raise ValueError(
-                f"it has a trained head beside the steering, {next(iter(beside))}; expected steering alone (PEFT loads "
+                f"it has a trained head beside the steering, {next(iter(others))}; expected steering alone (PEFT loads "
                 "both: import fused_steer.peft, then PeftModel.from_pretrained)"
             )
         layers_path, specs = by_layer(own)
-    heads = [head] if header.embedded is None else [head, header.embedded]
+    heads = [head] if embedded is None else [head, embedded]
 
     def refusal(head: _Head) -> ValueError | None:
         """Why these tensors are not what it says, or it is not for this model."""
@@ -389,10 +375,10 @@ def read_adapter(
         raise refusals[0]  # type: ignore[misc]
     with _blaming(file):
         content = _read_whole(file, header, head)
-        named = {_unprefixed(name): tensor for name, tensor in safetensors.torch.load(content).items()}
-        own_tensors, head_tensors = _split_heads(named, head.heads)
-        _, tensors = by_layer(own_tensors)
-        chosen = _matching(head, header, content, tensors, head_tensors)
+        named = {unprefixed(name): tensor for name, tensor in safetensors.torch.load(content).items()}
+        steering, beside = _split(named, head.saved_modules)
+        _, tensors = by_layer(steering)
+        chosen = _matching(head, embedded, header.plain, content, partial(tensors_digest, tensors, beside))
     if chosen is not head:
         warnings.warn(
             f"{directory / CONFIG_NAME} is of another save than {WEIGHTS_NAME}, which is read by the config that it "
@@ -406,54 +392,7 @@ def read_adapter(
         return AdapterFile(chosen.config, replace(chosen.layout, layers_path=unwrapped(layers_path)), tensors)
 
 
-@dataclass(frozen=True)
-class _Header:
-    """What a weights file says before its tensors: its size, their dtypes and shapes by path, and the config that it
-    carries. plain: whether it says nothing else."""
-
-    size: int
-    specs: dict[str, Spec]
-    embedded: _Head | None
-    plain: bool
-
-
-def _read_header(opened: BinaryIO) -> _Header:
-    length = os.fstat(opened.fileno()).st_size
-    size = int.from_bytes(opened.read(8), "little")
-    most = min(max(length - 8, 0), _MOST_JSON)
-    if length < 8 or size > most:
-        raise ValueError(f"its header is of {size} bytes; expected at most {most}")
-    try:
-        fields = json.loads(opened.read(size))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"its header cannot be read ({type(error).__name__}); expected that of safetensors") from error
-    metadata = fields.pop("__metadata__", {}) if isinstance(fields, dict) else None
-    if not isinstance(metadata, dict):
-        raise ValueError("its header is no object; expected that of safetensors")
-    specs, data = {}, 0
-    for name, entry in fields.items():
-        path, (dtype, shape), end = _unprefixed(name), *_entry(name, entry)
-        specs[path] = (dtype, shape)
-        data = max(data, end)
-    text = metadata.pop(_EMBEDDED, None)
-    embedded = None if text is None else _head(json.loads(text))
-    return _Header(8 + size + data, specs, embedded, metadata == {"format": "pt"})
-
-
-def _entry(name: str, entry: Any) -> tuple[Spec, int]:
-    """A tensor's dtype and shape, and where in the data it ends."""
-    try:
-        dtype, (start, end) = DTYPES[_SAFETENSORS[entry["dtype"]]], entry["data_offsets"]
-        shape = tuple(map(operator.index, entry["shape"]))
-        fits = min(shape, default=0) >= 0 <= start and math.prod(shape) * dtype.itemsize == end - start
-    except (KeyError, TypeError, ValueError):
-        raise ValueError(f"its header has {name} as {entry!r:.200}; expected an adapter's tensor") from None
-    if not fits:
-        raise ValueError(f"its header has {name} of shape {shape} in {end - start} bytes; expected as many as it takes")
-    return (dtype, shape), end
-
-
-def _read_whole(file: Path, header: _Header, head: _Head) -> bytes:
+def _read_whole(file: Path, header: Header, head: _Head) -> bytes:
     with open(open_regular(file), "rb") as opened:
         length = os.fstat(opened.fileno()).st_size
         content = opened.read(header.size + 1) if length == header.size else b""
@@ -464,30 +403,33 @@ def _read_whole(file: Path, header: _Header, head: _Head) -> bytes:
     return content
 
 
-def _split_heads(named: Mapping[str, T], heads: Sequence[str]) -> tuple[dict[str, T], dict[str, T]]:
+def _split(named: Mapping[str, T], modules: Sequence[str]) -> tuple[dict[str, T], dict[str, T]]:
     """What is an adapter's by its path, and what is of the modules of these names."""
 
-    def is_head(path: str) -> bool:
-        return f".{SITE}." not in path and any(f".{name}." in f".{path}" for name in heads)
+    def is_beside(path: str) -> bool:
+        return f".{SITE}." not in path and any(f".{name}." in f".{path}" for name in modules)
 
-    beside = {path: value for path, value in named.items() if is_head(path)}
+    beside = {path: value for path, value in named.items() if is_beside(path)}
     return {path: value for path, value in named.items() if path not in beside}, beside
 
 
-def _matching(head: _Head, header: _Header, content: bytes, tensors: ByLayer, heads: Mapping[str, Tensor]) -> _Head:
+def _matching(head: _Head, embedded: _Head | None, plain: bool, content: bytes, digest_of: Callable[[], str]) -> _Head:
     """The config that these weights were saved with: that of the config's file, or the one that they carry.
+
+    Args:
+        digest_of: gives the digest of the tensors; it takes long, and may not be needed.
 
     Raises:
         ValueError: it is neither.
     """
     if head.weights_sha256 is not None and hashlib.sha256(content).hexdigest() == head.weights_sha256:
         return head
-    digest, embedded = tensors_digest(tensors, heads), header.embedded
+    digest = digest_of()
     if head.weights_sha256 is None:  # PEFT's have the digest of the tensors, and what a person wrote perhaps none
         expected = head.tensors_sha256 or (embedded and embedded.tensors_sha256)
-        if expected is None or (digest == expected and (header.plain or not head.sealed)):
+        if expected is None or (digest == expected and (plain or not head.sealed)):
             return head
-    if embedded is not None and embedded.sealed and head.sealed and header.plain and embedded.tensors_sha256 == digest:
+    if embedded is not None and embedded.sealed and head.sealed and plain and embedded.tensors_sha256 == digest:
         return embedded
     raise _other_contents(head)
 
@@ -495,12 +437,6 @@ def _matching(head: _Head, header: _Header, content: bytes, tensors: ByLayer, he
 def _other_contents(head: _Head) -> ValueError:
     expected = head.weights_sha256 or f"{head.tensors_sha256} of its tensors"
     return ValueError(f"its contents are not those that {CONFIG_NAME} was saved with; expected sha256 {expected}")
-
-
-def _unprefixed(name: str) -> str:
-    if not name.startswith(PEFT_PREFIX):
-        raise ValueError(f"it has a tensor {name!r}; expected names that begin with {PEFT_PREFIX!r}")
-    return name[len(PEFT_PREFIX) :]
 
 
 def _positive(fields: dict[str, Any], key: str) -> int:

@@ -80,7 +80,7 @@ def read_prompts(file: Path, field: str) -> list[str]:
             continue
         try:
             entry = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{file}, line {number} is no JSON ({error}); expected an object a line") from error
         if not isinstance(entry, dict) or field not in entry:
             held = f"the fields {', '.join(sorted(entry))}" if isinstance(entry, dict) else f"a {type(entry).__name__}"

@@ -59,7 +59,7 @@ def diagnose(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Diagnosi
     layers = {index: layer for index, layer in patched.items() if _site(layer).active is not None}
     if not all(_site(layer).enabled for layer in layers.values()):
         raise ValueError("steering is disabled; expected it enabled (outside of model.steering.disabled())")
-    # Compiled layers would be compiled anew for the hooks, and again without them.
+    # Compiled layers would be recompiled for the hooks, and once more without them.
     eager = torch.compiler.set_stance("force_eager")
     with _left_as_it_was(decoder.module, [_site(layer) for layer in patched.values()]), eager:
         flow = _Flow(layers, decoder.hidden)
@@ -450,7 +450,7 @@ def _alignment(site: SteeringSite, adapted: list[Writer], mlp: list[Writer]) -> 
 def _lora_factors(module: LoraLayer, name: str) -> tuple[Tensor, Tensor]:
     """B (d, r) and s·A (r, k). DoRA's magnitudes are left out, as in `Writer.columns`."""
     a, b = module.lora_A[name], module.lora_B[name]
-    if isinstance(a, Tensor):  # AdaLoRA, whose singular values stand apart
+    if isinstance(a, Tensor):  # AdaLoRA keeps its singular values apart
         return b, module.scaling[name] * a * module.lora_E[name]
     return b.weight, module.scaling[name] * a.weight
 

@@ -11,7 +11,6 @@ or a vector, but LoReFT and NoReFT are so with φ = identity alone.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -22,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapters.files import AdapterFile
+from ..adapters.files import AdapterFile, read_json
 from ..adapters.parameters import DOWN, DOWN_BIAS, UP, UP_BIAS
 from ..config import SteerConfig
 from ..kernels import ACTIVATIONS
@@ -213,11 +212,9 @@ def import_pyreft(
 def _read_config(file: Path) -> tuple[str, dict[int, int | None]]:
     """The class of all interventions, and the layers with the rank that is recorded, if it is."""
     try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
+        fields = read_json(file)
     except (OSError, ValueError) as error:
         raise ValueError(f"it cannot be read: {first_line(error)}; expected JSON") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"it holds a {type(fields).__name__}; expected an object")
     entries, types = fields.get("representations"), fields.get("intervention_types")
     if not isinstance(entries, list) or not isinstance(types, list) or not entries or len(entries) != len(types):
         raise ValueError("its representations and intervention_types are not as many; expected a pair an intervention")

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..adapters.files import AdapterFile
 from ..adapters.parameters import Layout
 from ..config import DTYPES, SteerConfig
-from ..model.decoder import find_decoder
+from ..model.decoder import find_decoder, meta_model
 
 _PATH = re.compile(r"\w+(\.\w+)*")
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -49,12 +49,8 @@ def layout(base: str, num_layers: int | None, layers_path: str | None) -> Layout
             f"{' and '.join(missing)} not given; expected both (--num-layers, --layers-path), or the base model "
             "(--base-model) to read them from: the file does not record them"
         )
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     try:
-        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
-        with torch.device("meta"):  # where a model is its structure: no weights are made or loaded
-            decoder = find_decoder(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
+        decoder = find_decoder(meta_model(base))
     except Exception as error:
         raise ValueError(
             f"the base model {base!r} does not tell its layers ({type(error).__name__}: {first_line(error)}); "
@@ -147,6 +143,8 @@ def checked_tensor(key: str, value: Any, dimensions: int) -> Tensor:
         raise ValueError(f"{key} is a {value.layout} tensor on {value.device}; expected a dense one with values")
     if value.dtype not in DTYPE_NAMES:
         raise ValueError(f"{key} is {value.dtype}; expected one of {', '.join(DTYPES)}")
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():  # expanded, by strides of 0
+        raise ValueError(f"{key} has shape {tuple(value.shape)} and fewer values; expected as many as it takes")
     if value.ndim != dimensions or not value.numel():
         expected = "two dimensions" if dimensions == 2 else "one dimension"
         raise ValueError(f"{key} has shape {tuple(value.shape)}; expected {expected}, not of size 0")

@@ -6,10 +6,10 @@ things keep it so:
 
 - the gradient of W2 is projected where it arises, in the site (`kernels.orthogonal.project_gradient`);
 - after an optimizer step, which moves B and, as Adam rescales each element, moves W2 out of the subspace, V is found
-  anew and W2 projected, for all layers at once. Micro-batches and recomputation between steps see the same V.
+  again and W2 projected, for all layers at once. Micro-batches and recomputation between steps see the same V.
 
 A value that changed otherwise (a loaded checkpoint) is found by its version at the next forward pass that trains. It is
-then projected only if it violates the constraint: weights that were saved constrained come back to the bit.
+then projected only if it violates the constraint: weights that were saved constrained are loaded bit for bit.
 """
 
 from __future__ import annotations
@@ -128,7 +128,10 @@ class Orthogonality:
         self._watch()
 
     def _watch(self) -> None:
-        """Be told of every optimizer's steps, until `close` or until this is gone; it is not kept alive for that."""
+        """Register a global optimizer post-step hook through a weak reference.
+
+        It is removed by `close()`, or when this object is collected.
+        """
         reference = weakref.ref(self)
 
         def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -178,7 +181,7 @@ class Orthogonality:
     # ----------------------------------------------------------------------------------------------------- the moments
 
     def after_step(self, optimizer: Optimizer) -> None:
-        """After a step of any optimizer: if it moved anything here, find V anew and project.
+        """After a step of any optimizer: if it moved anything here, find V again and project.
 
         Raises:
             RuntimeError: there is no LoRA to be orthogonal to.

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..adapters.files import read_json
 from ..adapters.parameters import Layout
+
+#: More than any model has, and few enough to be built for a look.
+_MOST_LAYERS = 10_000
 
 
 @dataclass(frozen=True)
 class Decoder:
     """A model's stack of decoder layers."""
 
-    module: nn.Module  # whose forward runs the layers
+    module: nn.Module  # its forward runs the layers
     path: str  # of the list of layers, from the model
     layers: nn.ModuleList
     hidden: int
@@ -55,7 +60,7 @@ def find_decoder(model: nn.Module) -> Decoder:
             found.append((path, module))
     # Other towers (of images, of sound) have lists of layers too, below a config of their own.
     own = {id(layers) for path, layers in found if _config_above(model, path) in (type(model.config), type(config))}
-    # Layers have parts: a list of norms or projections, one for each layer, is none of layers.
+    # Exclude ModuleLists of bare norms or projections that happen to have one entry per layer: layers have children.
     fitting = [
         (path, layers)
         for path, layers in found
@@ -79,6 +84,30 @@ def find_decoder(model: nn.Module) -> Decoder:
     return Decoder(model.get_submodule(path.rpartition(".")[0]), path, layers, hidden, model.config)
 
 
+def meta_model(base: str) -> nn.Module:
+    """A language model without weights, by the config in a directory or of a hub id.
+
+    Raises:
+        ValueError: the config is broken, or says that there are more layers than any model has.
+        OSError: there is no such model.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        file = Path(base, "config.json")
+        if file.exists():
+            read_json(file)  # before transformers reads it, which waits for a pipe and lets a deep nesting through
+        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+        count = getattr(config.get_text_config(), "num_hidden_layers", 0)
+        if not isinstance(count, int) or count > _MOST_LAYERS:
+            raise ValueError(f"its config has num_hidden_layers {count!r:.50}; expected at most {_MOST_LAYERS}")
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (AttributeError, TypeError, OverflowError, RecursionError, MemoryError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"its config makes no model ({type(error).__name__}: {reason}); expected a config") from error
+
+
 def execution_device(module: nn.Module) -> torch.device:
     """Where a module runs, and a layer's steering parameters belong: what accelerate offloads is on meta in between."""
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
@@ -94,7 +123,7 @@ def execution_device(module: nn.Module) -> torch.device:
 
 
 def inside_peft(model: nn.Module) -> nn.Module:
-    """The model that PEFT wrapped, whose paths do not depend on the wrapping; `model` itself where it did not."""
+    """The model inside PEFT's wrapper, so that paths do not depend on the wrapper; `model` itself without one."""
     peft = sys.modules.get("peft")  # a model that it wrapped has imported it
     return model.get_base_model() if peft is not None and isinstance(model, peft.PeftModel) else model
 

@@ -21,6 +21,7 @@ from torch.nn.modules.module import _global_forward_pre_hooks as any_forward_pre
 from torch.utils.hooks import RemovableHandle
 
 from ..adapters.parameters import SITE, Layout
+from ..kernels.plan import no_plan
 from .residual import ResidualNotFound, rewrite_forward
 from .site import Site, SteeringSite
 from .watch import call_watched, thread
@@ -51,7 +52,8 @@ def _call_site(layer: nn.Module, left: Tensor, right: Tensor, entering: Any) -> 
         # What `steer` comes to where a plan is for this call (never for tensors without values, as torch.export has),
         # without its function calls.
         op, parameters = planned
-        out = (op.last_trained if is_grad_enabled() else op.last)(left, right, parameters())
+        run = op.last_trained if is_grad_enabled() else op.last
+        out = None if run is no_plan else run(left, right, parameters())
         if out is not None:
             noted["calls"] += 1
             noted["backend"] = "triton"
@@ -102,7 +104,7 @@ def steered_class(base: type[nn.Module], rewritten: bool) -> type[nn.Module]:
     """
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
-        # A class made at run time cannot be found by name: copies and worker processes make it anew.
+        # A class made at run time cannot be found by name: copies and worker processes make it again.
         return _rebuild, (base, rewritten), self.__dict__
 
     namespace: dict[str, Any] = {

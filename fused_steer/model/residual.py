@@ -1,7 +1,7 @@
 """Finds a layer's final residual add and hands it to the site.
 
 A decoder layer's forward ends in `hidden_states = residual + hidden_states`. `rewrite_forward` finds, in the forward's
-syntax tree, every sum that may become the hidden state which the layer returns, and compiles the forward anew with
+syntax tree, every sum that may become the hidden state which the layer returns, and compiles the forward again with
 `self.<site>(left, right)` in their place.
 
 Nothing is guessed. The tree is read by a small reaching-definitions analysis; wherever it does not understand how the
@@ -205,7 +205,7 @@ class _Add:
 
 @dataclass(frozen=True)
 class _Tuple:
-    """A tuple, of which only the first element matters; nothing in `first` means the empty tuple."""
+    """A tuple; only its first element matters. An empty `first` means the empty tuple."""
 
     first: _Values
 

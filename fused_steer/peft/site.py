@@ -15,7 +15,7 @@ from ..serving.mixed import MixedRows
 
 
 class PeftSite(Site, BaseTunerLayer):
-    """A site whose adapters PEFT manages: it steers by all that are active, or each row by its own."""
+    """A site with adapters that PEFT manages: all active ones steer, or in a mixed batch each row its own."""
 
     adapter_layer_names = ("steer_down", "steer_up")
 

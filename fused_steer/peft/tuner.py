@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper, register_peft_method
 from torch import Tensor, nn
 
-from ..adapters.files import check_values, tensors_digest
+from ..adapters.files import check_values
 from ..adapters.parameters import (
     PEFT_PREFIX,
     SITE,
@@ -25,6 +25,7 @@ from ..adapters.parameters import (
     specs_of,
     without_wrappers,
 )
+from ..adapters.weights import tensors_digest
 from ..config import DTYPES, SteerConfig
 from ..kernels import MAX_RANK
 from ..model.decoder import execution_device, find_decoder
@@ -114,7 +115,7 @@ class PostBlockModel(BaseTuner):
         for site in () if autocast_adapter_dtype else self._sites():
             others = (p for name, p in site.patched.layer.named_parameters() if not name.startswith(f"{SITE}."))
             dtype = next((p.dtype for p in others if p.is_floating_point()), None)
-            if dtype in DTYPES.values():
+            if dtype is not None and dtype in DTYPES.values():
                 site.cast(adapter_name, dtype)
 
     def unload(self) -> nn.Module:

@@ -1,4 +1,4 @@
-"""A batch whose rows are steered each by an adapter, with a strength and at token positions of its own."""
+"""Steers each row of a batch by its own adapter, with its own strength and at its own token positions."""
 
 from __future__ import annotations
 

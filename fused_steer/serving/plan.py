@@ -11,18 +11,15 @@ L layers are steered, of width d, at rank r; A adapters, S slots. In values:
 from __future__ import annotations
 
 import json
-import struct
 from dataclasses import asdict, dataclass
-from typing import Any
 
-import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ..adapters.parameters import PEFT_PREFIX
+from ..adapters.files import weights_size
 from ..config import DTYPES, SteerConfig, checked_number
-from ..model.decoder import find_decoder
+from ..model.decoder import find_decoder, meta_model
 from .holding import checked_size
 
 #: What vLLM takes for `--max-lora-rank`, as far as the kernels go.
@@ -97,11 +94,8 @@ def plan(request: PlanRequest) -> Plan:
         ValueError: the model has no decoder layers, or not those that are to be steered.
         OSError: there is no such model.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     config = request.config()
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(request.model))
+    model = meta_model(request.model)
     decoder = find_decoder(model)
     layout = decoder.layout
     indices = layout.indices(config)
@@ -110,7 +104,7 @@ def plan(request: PlanRequest) -> Plan:
     # An embedding gives a row a token; one that is the output's weights too is read as that.
     tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
     embedding = 0 if tied else model.get_input_embeddings().weight.numel() * DTYPES[request.model_dtype].itemsize
-    file = _file_bytes(layout.paths(layout.shapes(config)), request.dtype)
+    file = weights_size(config, layout)
     slot = len(indices) * ((2 * rank * hidden + rank + hidden if rank else hidden) * item)
     slots = slot * request.slots + 4 * request.slots * len(indices)  # each layer's codes of φ
     reading, weights = slot * request.batch, base - embedding
@@ -135,22 +129,6 @@ def plan(request: PlanRequest) -> Plan:
             f"{max(request.slots, request.adapters)} --max-lora-rank {in_vllm}"
         ),
     )
-
-
-def _file_bytes(shapes: dict[str, tuple[int, ...]], dtype: str) -> int:
-    """Size of the safetensors file of such tensors: the header's length, the header (JSON, to 8 bytes), the data."""
-    names = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for path in sorted(shapes):
-        begin, end = end, end + torch.Size(shapes[path]).numel() * DTYPES[dtype].itemsize
-        header[PEFT_PREFIX + path] = {
-            "dtype": names[dtype],
-            "shape": shapes[path],
-            "data_offsets": [begin, end],
-        }
-    length = len(json.dumps(header, separators=(",", ":")).encode())
-    return struct.calcsize("<Q") + (length + 7) // 8 * 8 + end
 
 
 def as_json(request: PlanRequest, found: Plan) -> str:

@@ -180,7 +180,7 @@ def build(model_type: str, seed: int = 0) -> PreTrainedModel:
     # Of a model of text and more, the class may be that of the text part alone.
     parts = (part for part in (config, *vars(config).values()) if isinstance(part, model_class.config_class))
     torch.manual_seed(seed)
-    # Frozen alike before and after patching: PyTorch multiplies matrices that need gradients in another order.
+    # Frozen before and after patching: PyTorch multiplies matrices that need gradients in another order.
     return model_class._from_config(next(parts, config)).float().eval().requires_grad_(False)
 
 

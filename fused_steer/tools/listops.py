@@ -82,7 +82,7 @@ def check_task(operators: Sequence[str], depth: int) -> None:
 
 
 def generate(rng: random.Random, operators: Sequence[str], depth: int) -> Operation:
-    """A random expression of just this depth: 2 or 3 arguments a list, one of them or more a list in its turn."""
+    """A random expression of just this depth: 2 or 3 arguments a list, at least one of them a list itself."""
     count = rng.randint(_MIN_ARGUMENTS, _MAX_ARGUMENTS)
     operator = rng.choice(operators)
     deepest = rng.randrange(count) if depth > 1 else None

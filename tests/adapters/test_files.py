@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 import fused_steer
 from fused_steer import SteerConfig, patch_model
-from fused_steer.adapters.files import read_adapter, tensors_digest
+from fused_steer.adapters.files import read_adapter
+from fused_steer.adapters.weights import tensors_digest
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 RANK = 4

@@ -217,7 +217,7 @@ def finished(tmp_path_factory):
 
 
 def test_run_writes_a_file_with_versions_and_commit(finished):
-    file = finished / "smoke-model" / "listops" / "lowrank" / "rate-0.001-seed-0.json"
+    file = finished / "smoke" / "tiny" / "listops" / "lowrank" / "rate-0.001-seed-0.json"
     content = json.loads(file.read_text())
     assert {"torch", "transformers", "peft"} <= content["machine"]["versions"].keys()
     assert "commit" in content["machine"]
@@ -227,7 +227,7 @@ def test_run_writes_a_file_with_versions_and_commit(finished):
         assert len(content[split]["exact"]) == 4
         assert content[split]["unreadable"] == len(content[split]["unreadable_shown"]) == 4  # a random model's
         assert content[split]["accuracy"] == 0
-    joint = json.loads((finished / "smoke-model/listops/joint/rate-0.001-seed-0.json").read_text())
+    joint = json.loads((finished / "smoke/tiny/listops/joint/rate-0.001-seed-0.json").read_text())
     assert set(report.PICTURES) <= set(joint["pictures"]) and content["pictures"] == []
 
 
@@ -307,12 +307,15 @@ def test_rates_replace_a_method_alone():
 # ------------------------------------------------------------------------------------------------------- the report
 
 
-def test_report_of_a_finished_run_has_its_pictures(finished, tmp_path):
-    result = invoke("report", "--out", finished, "--docs", tmp_path)
+def test_report_of_a_finished_run_has_its_pictures(finished):
+    out = finished / "smoke"
+    result = invoke("report", "--out", out)
     assert result.exit_code == 0, result.output
-    text = (tmp_path / report.PAGE).read_text(encoding="utf-8")
-    shown = set(re.findall(r"\]\(([^)]*\.png)\)", text))
-    assert shown == {file.name for file in tmp_path.glob("*.png")} and len(shown) == len(report.PICTURES)
+    text = (out / report.PAGE).read_text(encoding="utf-8")
+    shown = re.findall(r"\]\(([^)]*\.png)\)", text)
+    assert [Path(path).name for path in shown] == list(report.PICTURES) and all(
+        (out / path).is_file() for path in shown
+    )
     assert "| post-block | " in text and "| naive joint | " in text and "4 of 4" in text
 
 
@@ -324,13 +327,13 @@ def test_report_stands_beside_the_papers_figures(tmp_path):
     for task, rate, validation, test in (("gsm8k", 0.1, 0.5, 0.25), ("gsm8k", 0.2, 0.4, 0.9), ("boolq", 0.1, 0.5, 0.5)):
         key = runs.Key(task, "lowrank", rate, 0)
         runs.save(result_of(key, validation, test), key.file(folder))
-    assert invoke("report", "--out", tmp_path, "--docs", tmp_path / "docs").exit_code == 0
-    text = (tmp_path / "docs" / report.PAGE).read_text(encoding="utf-8")
+    assert invoke("report", "--out", tmp_path).exit_code == 0
+    text = (tmp_path / report.PAGE).read_text(encoding="utf-8")
     assert "| method | trained | BoolQ | paper | ListOps | paper | GSM8K | paper |" in text
     assert "| post-block | 0.100% | 50.0 |  | 55.0 ± 7.1 | 65.4 | 25.0 | 31.5† |" in text
     assert '- GSM8K, post-block: "|?*"' in text
-    refused(invoke("report", "--out", tmp_path / "none", "--docs", tmp_path / "d"), "has no results; expected those of")
-    assert not (tmp_path / "d").exists()
+    refused(invoke("report", "--out", tmp_path / "none"), "has no results; expected those of")
+    assert not (tmp_path / "none").exists()
 
 
 def test_published_figures_have_a_source():

@@ -25,7 +25,7 @@ finally:
     sys.path.remove(str(ROOT))
 
 HEADS, WIDTH = 4, HIDDEN // 4
-SETTINGS = Settings("tiny", batch_size=4)
+SETTINGS = Settings("tiny", batch_size=4, activation="silu")
 METHODS = methods.METHODS
 
 
@@ -120,6 +120,7 @@ def test_lofit_selects_the_heads_of_the_largest_scales_and_trains_their_offsets_
     moved = {(i, head) for i, e in enumerate(edits) for head in range(HEADS) if e.offset.grad[head].any()}
     assert moved == chosen
     assert {id(p) for p in second.parameters} == {id(edit.offset) for edit in edits}
+    assert second.trained == 3 * WIDTH
 
 
 @torch.no_grad()
@@ -320,14 +321,14 @@ SHARES = {
     "rank1": LAYERS * 2 * HIDDEN,
     "vector": LAYERS * HIDDEN,
     "jola": LAYERS * (2 * HIDDEN + 2 * HEADS),
-    "lofit": LAYERS * HIDDEN,
+    "lofit": 0,  # until its heads are chosen
 }
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_method_trains_what_it_says_under_its_schedule(name, train, monkeypatch):
     model, stages = attached(name)
-    trained = sum(p.numel() for stage in stages[-1:] for p in stage.parameters)
+    trained = sum(stage.trained for stage in stages[-1:])
     lora = 0 if "joint" not in name and name != "lora" else sum(p.numel() for p in methods.lora_parameters(model))
     assert trained == SHARES.get(name, lora + (SHARES["lowrank"] if "joint" in name else 0)) or name == "full"
     if name == "full":
@@ -352,6 +353,19 @@ def test_method_trains_what_it_says_under_its_schedule(name, train, monkeypatch)
         else:
             assert rates[0] == stage.rate and rates == sorted(rates, reverse=True) and rates[-1] == 0
     assert all(torch.equal(p, before[n]) for n, p in base.items()), "something of the base has changed"
+
+
+@pytest.mark.parametrize("name", [n for n in METHODS if n not in ("full", "untrained", "joint-released")])
+def test_method_trains_float32_parameters_in_a_bfloat16_model(name):
+    torch.manual_seed(0)
+    model, stages = METHODS[name].attach(build().bfloat16(), SETTINGS, 5e-3)
+    assert {p.dtype for stage in stages for p in stage.parameters} == {torch.float32}
+    labels = tokens()
+    labels[:, :4] = -100
+    output = model(tokens(), labels=labels)
+    output.loss.backward()
+    assert output.logits.dtype == torch.bfloat16
+    assert any(p.grad is not None and p.grad.any() for p in stages[0].parameters)
 
 
 def test_methods_warm_up_as_the_paper_says():

@@ -39,7 +39,9 @@ def test_numbers_are_those_of_real_tensors(folder, tmp_path, options, config):
     code, out, _ = invoke(folder, "--adapters", 1000, *options, "--slots", 5, "--model-dtype", "float32", "--json")
     assert code == 0
     plan = json.loads(out)["plan"]
-    model = patch_model(build(), config)
+    model = build()
+    model.config._name_or_path = str(folder)
+    patch_model(model, config)
     assert plan["base"] == sum(p.nbytes for p in build().parameters())
     model.steering.save(tmp_path / "adapter")
     assert plan["file"] == (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size

@@ -1,0 +1,119 @@
+"""The weights file of an adapter: safetensors with the adapter's config in the header.
+
+So the weights are a whole adapter by themselves, also beside the config of another save.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import operator
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from ..config import DTYPES
+from .parameters import PEFT_PREFIX, ByLayer, Spec
+
+#: Where a weights file carries its config, among the metadata.
+_EMBEDDED = "fused_steer_config"
+#: Bytes of a config, and of a weights file's header.
+MOST_JSON = 2**24
+_SAFETENSORS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+def header_of(shapes: Mapping[str, tuple[int, ...]], dtype: str, config: str) -> bytes:
+    """All of a weights file before its data: the header's length, the header, to 8 bytes.
+
+    Args:
+        shapes: of the tensors, by path, in the order in which they lie there.
+        dtype: of all tensors, as configs name it.
+        config: the text of the config that the file carries.
+    """
+    names = {name: short for short, name in _SAFETENSORS.items()}
+    end = 0
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", _EMBEDDED: config}}
+    for path, shape in shapes.items():
+        begin, end = end, end + math.prod(shape) * DTYPES[dtype].itemsize
+        header[PEFT_PREFIX + path] = {"dtype": names[dtype], "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def tensors_digest(tensors: ByLayer, heads: Mapping[str, Tensor] = MappingProxyType({})) -> str:
+    """Of an adapter's tensors, wherever in a model or file they lie, and of the heads beside it, by path."""
+    digest = hashlib.sha256()
+    layers = [(f"{i} {name}", named[name]) for i, named in sorted(tensors.items()) for name in sorted(named)]
+    for name, tensor in (*layers, *sorted(heads.items())):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(values_of(tensor))
+    return digest.hexdigest()
+
+
+def values_of(tensor: Tensor) -> Any:
+    """A tensor's bytes."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a weights file says before its tensors: its size, their dtypes and shapes by path, and the config that it
+    carries. plain: whether it says nothing else."""
+
+    size: int
+    specs: dict[str, Spec]
+    config: str | None
+    plain: bool
+
+
+def read_header(opened: BinaryIO) -> Header:
+    """Read and check what a weights file says before its tensors; no more of it.
+
+    Raises:
+        ValueError: it is no weights file of an adapter.
+    """
+    length = os.fstat(opened.fileno()).st_size
+    size = int.from_bytes(opened.read(8), "little")
+    most = min(max(length - 8, 0), MOST_JSON)
+    if length < 8 or size > most:
+        raise ValueError(f"its header is of {size} bytes; expected at most {most}")
+    try:
+        fields = json.loads(opened.read(size))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"its header cannot be read ({type(error).__name__}); expected that of safetensors") from error
+    metadata = fields.pop("__metadata__", {}) if isinstance(fields, dict) else None
+    if not isinstance(metadata, dict):
+        raise ValueError("its header is no object; expected that of safetensors")
+    specs, data = {}, 0
+    for name, entry in fields.items():
+        path, (dtype, shape), end = unprefixed(name), *_entry(name, entry)
+        specs[path] = (dtype, shape)
+        data = max(data, end)
+    config = metadata.pop(_EMBEDDED, None)
+    return Header(8 + size + data, specs, config, metadata == {"format": "pt"})
+
+
+def _entry(name: str, entry: Any) -> tuple[Spec, int]:
+    """A tensor's dtype and shape, and where in the data it ends."""
+    try:
+        dtype, (start, end) = DTYPES[_SAFETENSORS[entry["dtype"]]], entry["data_offsets"]
+        shape = tuple(map(operator.index, entry["shape"]))
+        fits = min(shape, default=0) >= 0 <= start and math.prod(shape) * dtype.itemsize == end - start
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"its header has {name} as {entry!r:.200}; expected an adapter's tensor") from None
+    if not fits:
+        raise ValueError(f"its header has {name} of shape {shape} in {end - start} bytes; expected as many as it takes")
+    return (dtype, shape), end
+
+
+def unprefixed(name: str) -> str:
+    if not name.startswith(PEFT_PREFIX):
+        raise ValueError(f"it has a tensor {name!r}; expected names that begin with {PEFT_PREFIX!r}")
+    return name[len(PEFT_PREFIX) :]
