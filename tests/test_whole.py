@@ -173,9 +173,10 @@ def test_beside_lora(tmp_path):
     assert torch.equal(logits(again), logits(model))
 
     wrapped = patch_model(get_peft_model(build(), LoraConfig(r=2, target_modules=["q_proj"])), CONFIG)
-    assert "save_pretrained" not in {**vars(wrapped), **vars(wrapped.get_base_model())}
-    wrapped.save_pretrained(tmp_path / "wrapped")
+    wrapped.save_pretrained(tmp_path / "wrapped")  # as PEFT does: the LoRA alone
     assert adapters(tmp_path / "wrapped") == ["."]
+    assert wrapped.steering.unpatch() is wrapped
+    assert "save_pretrained" not in {**vars(wrapped), **vars(wrapped.get_base_model())}
 
 
 def test_the_adapter_goes_to_the_hub_too(tmp_path, monkeypatch):

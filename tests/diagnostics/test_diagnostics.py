@@ -584,7 +584,7 @@ def test_refusals_of_the_command(place, tmp_path, monkeypatch):
     refuses("adapter or joint", "both are", more=("--joint", place / "joint"))
     refuses("joint and lora are given", adapter=None, more=("--joint", place / "joint", "--lora", place / "lora"))
     refuses("no directory", tmp_path / "none", adapter=None, more=("--joint", tmp_path / "none"))
-    refuses("has no steering/", adapter=None, more=("--joint", adapter))
+    refuses("has no joint.json", adapter=None, more=("--joint", adapter))
     refuses(tmp_path / "none", more=("--lora", tmp_path / "none"))
     refuses(tmp_path / "none", model=tmp_path / "none")
     refuses("batch size is 0", more=("--batch-size", 0))

@@ -207,6 +207,27 @@ def test_tokens_without_adapter_or_gain_keep_every_bit(device, tokens, dtype):
     assert not torch.equal(batch.branch[~untouched], branch[~untouched])
 
 
+def bits(t: Tensor) -> Tensor:
+    return t.view({2: torch.int16, 4: torch.int32}[t.itemsize])
+
+
+@pytest.mark.parametrize("into_branch", [False, True], ids=["out of place", "into branch"])
+@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("tokens", [1, FEW, MANY])
+def test_zero_shift_keeps_a_negative_zero(device, tokens, dtype, rank, into_branch):
+    """Adapters of zeros and negative zeros: the shift is 0 or −0, and −0 + 0 would be +0."""
+    batch = make(tokens, rank=rank, dtype=dtype, device=device)
+    batch = replace(batch, ids=batch.ids.clamp(min=0))
+    for weights in (batch.ups, batch.up_biases):
+        if weights is not None:
+            weights.zero_()
+            weights[:, ::2] *= -1
+    batch.residual[:, :5], batch.branch[:, :5] = -0.0, -0.0
+    expected = batch.branch.clone() if into_branch else batch.residual + batch.branch
+    assert torch.equal(bits(batch.call(into_branch=into_branch)), bits(expected))
+
+
 @pytest.mark.parametrize("tokens", [FEW, MANY])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_into_the_branch_of_an_unadded_pair(device, tokens, dtype):
@@ -263,6 +284,27 @@ def test_rows_do_not_depend_on_the_others(device):
         assert relative_error(alone.call(), out[row].double()) <= 1e-6
 
 
+@pytest.mark.parametrize("into_branch", [False, True], ids=["out of place", "into branch"])
+@pytest.mark.parametrize("few", [3, 0], ids=["a token a program", "tiles"])
+def test_addresses_past_two_to_the_31(device, monkeypatch, few, into_branch):
+    """Three rows, 2³⁰ elements apart; all between is never touched."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    monkeypatch.setattr(grouped, "FEW_TOKENS", few)
+    stride = 2**20 if grouped.select_backend(device) == "torch" else 2**30
+
+    def spread(t: Tensor) -> Tensor:
+        storage = torch.empty(2 * stride + t.shape[1], dtype=t.dtype, device=device)
+        return storage.as_strided(t.shape, (stride, 1)).copy_(t)
+
+    batch = make(3, 32, dtype=torch.bfloat16, device=device)
+    batch = replace(batch, ids=torch.tensor([0, 3, 3], dtype=torch.int32, device=device))
+    expected = replace(batch, branch=batch.branch.clone()).call(into_branch=into_branch)
+    apart = replace(batch, residual=spread(batch.residual), branch=batch.branch.clone())
+    assert torch.equal(apart.call(into_branch=into_branch), expected)
+    apart = replace(batch, branch=spread(batch.branch))
+    assert torch.equal(apart.call(into_branch=into_branch), expected)
+
+
 def test_leading_dimensions_strides_and_wide_ids(device):
     flat = make(24, device=device)
     shaped = replace(
@@ -283,9 +325,12 @@ def test_leading_dimensions_strides_and_wide_ids(device):
     assert empty.call().shape == (0, 96)
 
 
-def test_ids_out_of_range_are_an_error_or_nan(device, monkeypatch):
+@pytest.mark.parametrize("gain", [None, 0.0, 0.5], ids=["no gain", "gain 0", "gain"])
+def test_ids_out_of_range_are_an_error_or_nan(device, gain):
     for tokens in (5, MANY):
-        batch = make(tokens, device=device)
+        batch = make(tokens, device=device, gain=gain is not None)
+        if gain is not None:
+            batch.gain[2] = gain  # 0 does not hide the error
         ids = batch.ids.clone()
         ids[2] = 5
         wrong = replace(batch, ids=ids)
@@ -381,7 +426,7 @@ def test_every_target_compiles_it_without_spilling():
         if row["spills"] or row["local"] or row["local_accesses"] or row["shared"] > SHARED_MEMORY[row["target"]]
     ]
     assert not bad, "\n".join(map(str, bad))
-    tiles = [row for row in rows if row["kernel"].startswith("tile")]
+    tiles = [row for row in rows if row["kernel"].startswith("post_block_grouped_tile")]
     assert len(tiles) == len(rows) / 2 and all(row["tensor_core"] for row in tiles)
 
 
@@ -389,7 +434,9 @@ def test_launches_and_memory_do_not_grow_with_the_slots(monkeypatch):
     monkeypatch.undo()
     for tokens, kind in ((64, "token"), (4096, "tile")):
         few, many = (record_grouped(tokens, 4096, 8, slots, torch.bfloat16, "sm_90") for slots in (1, 1000))
-        assert [launch.kernel.__name__ for launch in few] == [f"{kind}_down_kernel", f"{kind}_up_kernel"]
+        assert [launch.kernel.__name__ for launch in few] == [
+            f"post_block_grouped_{kind}_{way}_kernel" for way in ("down", "up")
+        ]
         assert [launch.grid for launch in few] == [launch.grid for launch in many]
         partial = [launch.arguments[launch.kernel.arg_names.index("p_partial")].shape for launch in (few[0], many[0])]
         assert partial[0] == partial[1]

@@ -985,6 +985,11 @@ def worked() -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def test_fp_fusion_is_not_the_environments(worked):
+    unset, off = worked["fp_fusion_of_the_environment"]["found"]
+    assert unset == off and len(unset[0]) >= 1 and all(unset[0])
+
+
 def test_planned_launches_are_those_of_the_first_call(worked):
     inference, training, rows = (
         worked[name] for name in ("same_launches", "same_launches_in_training", "rows_of_their_own")
