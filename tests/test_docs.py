@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from models import build, tokens
+from models import build, classifier, tokens
 from pages import DOCS, run_page
 from transformers import TrainingArguments
 
@@ -23,6 +23,7 @@ def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {
         "AutoModelForCausalLM": SimpleNamespace(from_pretrained=lambda name: build()),
+        "AutoModelForSequenceClassification": SimpleNamespace(from_pretrained=lambda name, **_: classifier()),
         "ids": tokens(),
         "torch": torch,
     }

@@ -49,7 +49,8 @@ def imports(file: Path, package: Path) -> set[str]:
             found.add("kernels")
             continue
         for name in (alias.name for alias in node.names):
-            for path in ("/".join((*parts, name)) + ".py", "/".join(parts) + ".py", "/".join((*parts, "__init__.py"))):
+            inner, outer = "/".join((*parts, name)), "/".join(parts)
+            for path in (f"{inner}.py", f"{inner}/__init__.py", f"{outer}.py", f"{outer}/__init__.py".lstrip("/")):
                 if (package / path).is_file():
                     found.add(path)
                     break

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from models import build, build_frozen, logits, randomize, refused, tokens
+from models import build, build_frozen, classifier, logits, randomize, refused, tokens
 from pages import run_page
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from text import save_tiny, tokenizer
 from torch import Tensor, nn
 
@@ -203,6 +204,27 @@ def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, make, lor
     folder = tmp_path / "checkpoint-4" / ("fused_steer/default" if lora else "")
     with model.eval().steering.mode("steering") if lora else contextlib.nullcontext():
         assert torch.equal(logits(patch_model(build(), folder)), logits(model))
+
+
+def test_reward_trainer_trains_and_saves_the_head(tmp_path):
+    from fused_steer.peft import PostBlockConfig
+
+    model = classifier()
+    model.config.num_labels, model.num_labels, model.score = 1, 1, nn.Linear(32, 1, bias=False)
+    run = trl.RewardTrainer(
+        model,
+        config(trl.RewardConfig, tmp_path, max_steps=2),
+        train_dataset=PREFERENCES,
+        processing_class=tokenizer(),
+        peft_config=PostBlockConfig(r=4),
+    )
+    names = [name for name, p in run.model.named_parameters() if p.requires_grad]
+    before = {name: run.model.get_parameter(name).detach().clone() for name in names}
+    run.train()
+    assert any(".score." in name for name in names) and any(".post_block." in name for name in names)
+    assert [name for name in names if torch.equal(run.model.get_parameter(name), before[name])] == []
+    saved = load_file(tmp_path / "checkpoint-2" / "adapter_model.safetensors")
+    assert torch.equal(saved["base_model.model.score.weight"], run.model.base_model.model.score.weight)
 
 
 def test_the_page_runs(tmp_path, monkeypatch):

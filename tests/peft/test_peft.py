@@ -26,12 +26,20 @@ from models import (
     snapshot,
     tokens,
 )
-from peft import LoraConfig, PeftConfig, PeftMixedModel, PeftModel, get_peft_model
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftMixedModel,
+    PeftModel,
+    PeftModelForCausalLM,
+    get_peft_model,
+    inject_adapter_in_model,
+)
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-import fused_steer.peft as peft_module
+import fused_steer.peft.site as site_module
 import fused_steer.serving.slots as slots_module
 from fused_steer import SteerConfig, patch_model
 from fused_steer.model.site import Site, SteeringSite
@@ -244,7 +252,7 @@ def test_rows_cost_two_launches_a_layer_whatever_their_adapters(rows, length, mo
 
 def test_rows_are_one_op_a_layer(monkeypatch):
     ran: list[str] = []
-    for module, name in ((slots_module, "post_block_routed"), (peft_module, "post_block")):
+    for module, name in ((slots_module, "post_block_routed"), (site_module, "post_block")):
         op = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, op=op, name=name, **k: ran.append(name) or op(*a, **k))
     model = of_three()
@@ -720,6 +728,44 @@ def test_rows_that_do_not_fit(rows, parts):
     assert torch.equal(logits(model), before)
     with refused(ValueError, "training mode", "expected"):
         model.train()(input_ids=tokens(), adapter_names=["default", "default"])
+
+
+def test_adapters_load_into_empty_parameters(tmp_path):
+    model = adapted(r=4, down_bias=True)
+    model.save_pretrained(str(tmp_path))
+    loaded = PeftModel.from_pretrained(build(), str(tmp_path), low_cpu_mem_usage=True)
+    loaded.load_adapter(str(tmp_path), adapter_name="other", low_cpu_mem_usage=True)
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")  # no parameter is a map of it
+    assert {p.device.type for p in loaded.parameters()} == {"cpu"}
+    for name in ("default", "other"):
+        loaded.set_adapter(name)
+        assert torch.equal(logits(loaded), logits(model))
+    empty = build()
+    inject_adapter_in_model(PostBlockConfig(r=4), empty, low_cpu_mem_usage=True)
+    assert {p.device.type for name, p in empty.named_parameters() if ".post_block." in name} == {"meta"}
+    assert not hasattr(empty.model.layers[0].post_block, "weight")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_without_autocast_adapters_are_of_their_layers_dtype(dtype, tmp_path):
+    adapted(r=4).save_pretrained(str(tmp_path / "float32"))
+    model = get_peft_model(build().to(dtype), PostBlockConfig(r=4), autocast_adapter_dtype=False)
+    model.add_adapter("added", PostBlockConfig(form="vector"), autocast_adapter_dtype=False)
+    model.load_adapter(str(tmp_path / "float32"), adapter_name="loaded", autocast_adapter_dtype=False)
+    for name in ("default", "added", "loaded"):
+        assert {p.dtype for p in of_adapter(model, name).values()} == {dtype}
+    model.save_pretrained(str(tmp_path))
+    model.load_adapter(str(tmp_path / "loaded"), adapter_name="again", autocast_adapter_dtype=False)
+    for first, second in zip(of_adapter(model, "loaded").values(), of_adapter(model, "again").values(), strict=True):
+        assert torch.equal(first, second)
+    model.add_adapter("usual", PostBlockConfig(r=4))
+    assert {p.dtype for p in of_adapter(model, "usual").values()} == {torch.float32}
+
+
+def test_the_task_is_the_users():
+    assert PostBlockConfig(r=4).task_type is None
+    assert type(get_peft_model(build(), PostBlockConfig(r=4))) is PeftModel
+    assert type(get_peft_model(build(), PostBlockConfig(r=4, task_type="CAUSAL_LM"))) is PeftModelForCausalLM
 
 
 def test_auto_classes_load_it(tmp_path):
