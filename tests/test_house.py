@@ -58,13 +58,13 @@ def imports(file: Path, package: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_map_names_every_file_once(package):
+def test_house_map_names_every_file_once(package):
     named = mapped(PACKAGES[package])
     assert sorted(named) == sorted(files(PACKAGES[package]))
 
 
 @pytest.mark.parametrize("package", ["fused_steer", "kernels"])
-def test_imports_go_up_the_map(package):
+def test_house_imports_go_up_the_map(package):
     """So there is no circle of files, nor of folders: a folder's files stand together."""
     folder = PACKAGES[package]
     order = mapped(folder)
@@ -85,13 +85,13 @@ def test_imports_go_up_the_map(package):
     assert len(runs) == len(set(runs)), "a folder's files stand apart in the map"
 
 
-def test_tests_mirror_the_folders():
+def test_house_tests_mirror_the_folders():
     rooms = {path.name for path in (ROOT / "fused_steer").iterdir() if (path / "__init__.py").is_file()}
     tested = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and path.name != "__pycache__"}
     assert tested - {"support"} == rooms | {"kernels", "bench"}
 
 
-def test_no_file_is_long_without_a_reason():
+def test_house_no_file_is_long_without_a_reason():
     long = {
         path.relative_to(ROOT).as_posix(): len(path.read_text(encoding="utf-8").splitlines())
         for path in (ROOT / "fused_steer").rglob("*.py")

@@ -35,11 +35,11 @@ class Reward(nn.Module):
     ],
     ids=["classifier", "gpt2", "question answerer", "own class", "language model", "decoder", "compiled"],
 )
-def test_fresh_heads_are_found(model, heads):
+def test_heads_fresh_heads_are_found(model, heads):
     assert list(fresh_heads(model())) == heads
 
 
-def test_fresh_heads_are_those_that_no_checkpoint_had(tmp_path):
+def test_heads_fresh_heads_are_those_that_no_checkpoint_had(tmp_path):
     build().save_pretrained(tmp_path / "base")
     fresh = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
     assert list(fresh_heads(fresh)) == ["score"]
@@ -52,7 +52,7 @@ def test_fresh_heads_are_those_that_no_checkpoint_had(tmp_path):
     assert fresh_heads(AutoModel.from_pretrained(tmp_path / "base")) == {}
 
 
-def test_patch_model_refuses_a_fresh_head():
+def test_heads_patch_model_refuses_a_fresh_head():
     model = classifier()
     parts = ("ForSequenceClassification.score", "PostBlockConfig", "freeze_head", "expected")
     with refused(ValueError, *parts, model=model):
@@ -62,7 +62,7 @@ def test_patch_model_refuses_a_fresh_head():
     assert snapshot(model) == before
 
 
-def test_a_head_that_peft_trains_beside_lora_goes_on_training():
+def test_heads_a_head_that_peft_trains_beside_lora_goes_on_training():
     wrapped = get_peft_model(classifier(), LoraConfig(r=2, target_modules=["q_proj"], task_type="SEQ_CLS"))
     before = {name for name, p in wrapped.named_parameters() if p.requires_grad}
     head = wrapped.get_base_model().score.modules_to_save["default"].weight

@@ -61,7 +61,7 @@ def trained_classifier(**fields: Any) -> PeftModel:
 
 
 @each_task
-def test_a_fresh_head_trains_and_is_saved(cls, task, head, labels, tmp_path):
+def test_heads_a_fresh_head_trains_and_is_saved(cls, task, head, labels, tmp_path):
     model = get_peft_model(classifier(cls=cls), PostBlockConfig(r=4, task_type=task))
     flags = {name for name, p in model.named_parameters() if p.requires_grad}
     heads = {name for name in flags if f".{head}.modules_to_save.default." in name}
@@ -85,7 +85,7 @@ def test_a_fresh_head_trains_and_is_saved(cls, task, head, labels, tmp_path):
     assert all(torch.equal(tensor, base.state_dict()[name]) for name, tensor in expected.state_dict().items())
 
 
-def test_a_head_of_a_checkpoint_is_frozen_unless_a_task_is_named(tmp_path):
+def test_heads_a_head_of_a_checkpoint_is_frozen_unless_a_task_is_named(tmp_path):
     classifier().save_pretrained(tmp_path)
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     model = get_peft_model(loaded, PostBlockConfig(r=4))
@@ -98,7 +98,7 @@ def test_a_head_of_a_checkpoint_is_frozen_unless_a_task_is_named(tmp_path):
     assert any(".score." in name for name, p in model.named_parameters() if p.requires_grad)
 
 
-def test_modules_to_save():
+def test_heads_modules_to_save():
     model = get_peft_model(classifier(), PostBlockConfig(r=4, modules_to_save=["embed_tokens"]))
     beside = [name for name, p in model.named_parameters() if p.requires_grad and ".post_block." not in name]
     assert [name.split(".")[-4] for name in beside] == ["embed_tokens"]
@@ -111,7 +111,7 @@ def test_modules_to_save():
         PostBlockConfig(modules_to_save="score")
 
 
-def test_each_adapter_has_its_own_head():
+def test_heads_each_adapter_has_its_own_head():
     model = trained_classifier()
     model.add_adapter("second", PostBlockConfig(r=2, activation="tanh"))
     model.set_adapter("second")
@@ -134,7 +134,7 @@ def test_each_adapter_has_its_own_head():
     assert torch.equal(outputs(model), alone["default"])
 
 
-def test_a_trained_head_is_not_lost_by_other_readers(tmp_path):
+def test_heads_a_trained_head_is_not_lost_by_other_readers(tmp_path):
     trained_classifier().save_pretrained(str(tmp_path))
     model = classifier()
     with refused(ValueError, "score.weight", "PeftModel.from_pretrained", "expected", model=model):
@@ -170,7 +170,7 @@ def test_heads_that_are_not_what_was_saved(change, parts, tmp_path):
         PeftModel.from_pretrained(classifier(), str(tmp_path))
 
 
-def test_a_failure_leaves_no_head_behind(monkeypatch):
+def test_heads_a_failure_leaves_no_head_behind(monkeypatch):
     def full(model: nn.Module, *_: Any, place: Any = set_additional_trainable_modules, **arguments: Any) -> None:
         place(model=model, **arguments)
         raise MemoryError("no room")
@@ -181,7 +181,7 @@ def test_a_failure_leaves_no_head_behind(monkeypatch):
         get_peft_model(model, PostBlockConfig(r=4))
 
 
-def test_taking_steering_out_of_a_model_leaves_the_head_of_its_lora():
+def test_heads_taking_steering_out_of_a_model_leaves_the_head_of_its_lora():
     base = classifier()
     lora = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], task_type="SEQ_CLS"), adapter_name="lora")
     steered = fused_steer.peft.PostBlockModel(base, PostBlockConfig(r=4, modules_to_save=["score"]), "steer")
@@ -192,7 +192,7 @@ def test_taking_steering_out_of_a_model_leaves_the_head_of_its_lora():
     assert not fused_steer.peft.is_steered(base) and lora.get_base_model() is base
 
 
-def test_patch_model_reads_what_a_frozen_head_left(tmp_path):
+def test_heads_patch_model_reads_what_a_frozen_head_left(tmp_path):
     patched = patch_model(classifier(), SteerConfig(rank=4), freeze_head=True)
     patched.steering.save(tmp_path)
     loaded = PeftModel.from_pretrained(classifier(), str(tmp_path), is_trainable=True)
