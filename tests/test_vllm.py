@@ -36,7 +36,7 @@ pytestmark = pytest.mark.vllm
 #: Of a config that was edited by hand.
 NO_DIGESTS = dict.fromkeys(("config_sha256", "weights_sha256", "tensors_sha256"))
 
-WORKER = Path(__file__).parent / "support" / "vllm_worker.py"
+WORKER = Path(__file__).with_name("vllm_worker.py")
 
 
 @pytest.fixture(scope="module")

@@ -41,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     def launch(number: int) -> None:
         root = Path(__file__).parents[2]
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={PROCESSES}"]
-        paths = [str(root), str(root / "tests" / "support"), *filter(None, [os.environ.get("PYTHONPATH")])]
+        paths = [str(root), str(root / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(paths),
             "CUDA_VISIBLE_DEVICES": "",

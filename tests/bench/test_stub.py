@@ -27,7 +27,7 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
 @pytest.fixture(scope="module")
 def worked() -> dict:
     """What the worker found."""
-    done = run("tests/support/stub_worker.py", TRITON_INTERPRET="1", FUSED_STEER_BACKEND="torch")
+    done = run("tests/stub_worker.py", TRITON_INTERPRET="1", FUSED_STEER_BACKEND="torch")
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -72,7 +72,7 @@ def test_stub_refuses_in_one_line(worked):
 
 
 def test_stub_without_gcc_is_one_line(tmp_path):
-    done = run("tests/support/stub_worker.py", PATH=str(tmp_path), TMPDIR=str(tmp_path))
+    done = run("tests/stub_worker.py", PATH=str(tmp_path), TMPDIR=str(tmp_path))
     assert done.returncode == 1
     assert done.stderr == "bench.stub: there is no gcc; the stub driver is compiled by it (apt install gcc)\n"
 

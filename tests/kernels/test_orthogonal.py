@@ -218,7 +218,7 @@ def test_orthogonal_every_target_compiles_it_without_spilling():
         for k, rank in ((8, 8), (64, 8), (64, 256), (8, 0), (64, 0))
     ]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    worker = [sys.executable, str(Path(__file__).parents[1] / "support" / "aot_worker.py"), str(os.cpu_count())]
+    worker = [sys.executable, str(Path(__file__).parents[1] / "aot_worker.py"), str(os.cpu_count())]
     done = subprocess.run(worker, input=json.dumps(cases), env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]

@@ -978,7 +978,7 @@ def worked() -> dict[str, Any]:
     if (sys.platform, platform.machine()) != ("linux", "x86_64") or shutil.which("gcc") is None:
         pytest.skip("the stub driver needs gcc, Linux and x86-64")
     done = subprocess.run(
-        [sys.executable, "-m", "bench.stub", "tests/support/plan_worker.py"],
+        [sys.executable, "-m", "bench.stub", "tests/plan_worker.py"],
         cwd=Path(__file__).parents[2], env=dict(os.environ), capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
