@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -359,8 +358,7 @@ class Steering:
 
     def count_parameters(self, name: str | None = None) -> int:
         """How many numbers an adapter has (default: the one in use), in all layers."""
-        layout = self._decoder.layout
-        return sum(math.prod(shape) for shape in layout.paths(layout.shapes(self.config(name))).values())
+        return self._decoder.layout.count(self.config(name))
 
     def __repr__(self) -> str:
         return describe(self._configs, self._active, self.count_parameters, self._decoder, self._model)
@@ -368,10 +366,7 @@ class Steering:
     # ---------------------------------------------------------------------------------------- patching and the way back
 
     def attach(self, name: str) -> None:
-        """Freeze the base, watch the decoder, become `model.steering`, and use an adapter. Called by `patch_model`.
-
-        What PEFT added to the model is not its base: LoRA that trains goes on training.
-        """
+        """Freeze the base (not what PEFT added), watch the decoder, become `model.steering`, and use an adapter."""
         self._patched.freeze()
         model: Any = self._model
         model.steering = self
@@ -382,7 +377,7 @@ class Steering:
     def unpatch(self) -> Any:
         """Take every site out of the model, which is then exactly as it came; return it. The adapters are gone.
 
-        Called again, it does nothing more; after an exception it goes on.
+        Called again, it does nothing more, or goes on after an exception.
 
         Raises:
             RuntimeError: another library has since changed a layer's class, a batch is running, or the model runs in
@@ -436,8 +431,6 @@ class Steering:
         if training and not any(True for _ in self.parameters()):
             warn_of_frozen(self._active)
         self._constraints.before_training(self._active, training)
-
-    # --------------------------------------------------------------------------------------------------------- checks
 
     def _known(self, name: str | None) -> str:
         if name is None:

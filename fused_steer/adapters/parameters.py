@@ -174,6 +174,10 @@ class Layout:
             raise ValueError(f"it has a layer {found[-1]}; expected indices below {self.num_layers}, num_layers")
         return None if len(found) == self.num_layers else found
 
+    def count(self, config: SteerConfig) -> int:
+        """How many numbers an adapter of `config` has, in all layers."""
+        return sum(math.prod(shape) for shape in self.paths(self.shapes(config)).values())
+
     def shapes(self, config: SteerConfig) -> dict[int, dict[str, tuple[int, ...]]]:
         """Shape of each tensor of an adapter of `config`, by layer and name."""
         return dict.fromkeys(self.indices(config), self._shapes(config))

@@ -111,27 +111,27 @@ def assert_right(batch: Batch, out: Tensor) -> None:
 @pytest.mark.parametrize("tokens", [1, FEW, MANY])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("hidden", [64, 100])
-def test_equals_the_formula(device, tokens, dtype, hidden):
+def test_grouped_equals_the_formula(device, tokens, dtype, hidden):
     batch = make(tokens, hidden, dtype=dtype, device=device)
     assert_right(batch, batch.call())
 
 
 @pytest.mark.parametrize("tokens", [FEW, MANY])
 @pytest.mark.parametrize("rank", [0, 1, 8, 12, 64])
-def test_ranks(device, rank, tokens):
+def test_grouped_ranks(device, rank, tokens):
     batch = make(tokens, 72, rank, device=device)
     assert_right(batch, batch.call())
 
 
 @pytest.mark.parametrize("tokens", [FEW, MANY])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_activations(device, activation, tokens):
+def test_grouped_activations(device, activation, tokens):
     batch = make(tokens, device=device, activation=activation)
     assert_right(batch, batch.call())
 
 
 @pytest.mark.parametrize("tokens", [FEW, MANY])
-def test_each_slot_its_own_activation(device, tokens):
+def test_grouped_each_slot_its_own_activation(device, tokens):
     codes = torch.arange(len(ACTIVATIONS), dtype=torch.int32, device=device)
     batch = make(tokens, slots=len(codes), device=device, activation=codes)
     assert_right(batch, batch.call())
@@ -146,7 +146,7 @@ def test_each_slot_its_own_activation(device, tokens):
     [{"branch": False}, {"biases": False}, {"gain": False}, {"runs": True}, {"biases": False, "gain": False}],
     ids=str,
 )
-def test_what_may_be_absent(device, options, tokens):
+def test_grouped_what_may_be_absent(device, options, tokens):
     batch = make(tokens, device=device, **options)
     assert_right(batch, batch.call())
 
@@ -170,7 +170,7 @@ PATTERNS = {
 @pytest.mark.parametrize("options", [{}, {"biases": False}], ids=str)
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_however_the_tokens_lie(device, pattern, weights, options, into_branch):
+def test_grouped_however_the_tokens_lie(device, pattern, weights, options, into_branch):
     ids = torch.tensor(PATTERNS[pattern], dtype=torch.int32, device=device)
     batch = make(24, 64, slots=40, device=device, **options)
     batch = replace(batch, ids=ids, downs=batch.downs.to(weights), ups=batch.ups.to(weights))
@@ -188,7 +188,7 @@ def test_however_the_tokens_lie(device, pattern, weights, options, into_branch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("tokens", [FEW, MANY])
-def test_tokens_without_adapter_or_gain_keep_every_bit(device, tokens, dtype):
+def test_grouped_tokens_without_adapter_or_gain_keep_every_bit(device, tokens, dtype):
     batch = make(tokens, dtype=dtype, device=device)
     for weights in (batch.downs, batch.ups, batch.down_biases, batch.up_biases):
         weights.fill_(torch.inf)  # nothing of an adapter may reach them
@@ -215,7 +215,7 @@ def bits(t: Tensor) -> Tensor:
 @pytest.mark.parametrize("rank", [0, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("tokens", [1, FEW, MANY])
-def test_zero_shift_keeps_a_negative_zero(device, tokens, dtype, rank, into_branch):
+def test_grouped_zero_shift_keeps_a_negative_zero(device, tokens, dtype, rank, into_branch):
     """Adapters of zeros and negative zeros: the shift is 0 or −0, and −0 + 0 would be +0."""
     batch = make(tokens, rank=rank, dtype=dtype, device=device)
     batch = replace(batch, ids=batch.ids.clamp(min=0))
@@ -230,7 +230,7 @@ def test_zero_shift_keeps_a_negative_zero(device, tokens, dtype, rank, into_bran
 
 @pytest.mark.parametrize("tokens", [FEW, MANY])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_into_the_branch_of_an_unadded_pair(device, tokens, dtype):
+def test_grouped_into_the_branch_of_an_unadded_pair(device, tokens, dtype):
     batch = make(tokens, dtype=dtype, device=device)
     truth = batch.definition(torch.float64) - batch.residual.double().cpu()
     plain = batch.definition(dtype).double() - batch.residual.double().cpu()
@@ -242,7 +242,7 @@ def test_into_the_branch_of_an_unadded_pair(device, tokens, dtype):
 @pytest.mark.parametrize("gain", [False, True], ids=["no gain", "gain"])
 @pytest.mark.parametrize("rank", [0, 4])
 @pytest.mark.parametrize("tokens", [1, FEW, MANY])
-def test_what_is_read_stays_as_it_is(device, tokens, rank, gain, into_branch):
+def test_grouped_what_is_read_stays_as_it_is(device, tokens, rank, gain, into_branch):
     batch = make(tokens, rank=rank, gain=gain, device=device)
     batch = replace(batch, ids=batch.ids.clamp(min=0))
     before = {name: value.clone() for name, value in vars(batch).items() if isinstance(value, Tensor)}
@@ -251,7 +251,7 @@ def test_what_is_read_stays_as_it_is(device, tokens, rank, gain, into_branch):
         assert torch.equal(getattr(batch, name), value) != (into_branch and name == "branch"), name
 
 
-def test_one_adapter_for_all_is_the_op_of_one_adapter(device):
+def test_grouped_one_adapter_for_all_is_the_op_of_one_adapter(device):
     from fused_steer.kernels import post_block
 
     for tokens in (7, MANY):
@@ -264,7 +264,7 @@ def test_one_adapter_for_all_is_the_op_of_one_adapter(device):
         assert relative_error(batch.call(), one.double()) <= 1e-6
 
 
-def test_a_lower_rank_is_zeros_in_the_slot(device):
+def test_grouped_a_lower_rank_is_zeros_in_the_slot(device):
     batch = make(MANY, rank=8, biases=False, device=device)
     batch.downs[2, 3:], batch.ups[2, :, 3:] = 0, 0
     of_slot = batch.ids == 2
@@ -273,7 +273,7 @@ def test_a_lower_rank_is_zeros_in_the_slot(device):
     assert relative_error(batch.call()[of_slot], low[of_slot].double()) <= 1e-6
 
 
-def test_rows_do_not_depend_on_the_others(device):
+def test_grouped_rows_do_not_depend_on_the_others(device):
     batch = make(12, device=device)
     out = batch.call()
     for token in range(12):
@@ -286,7 +286,7 @@ def test_rows_do_not_depend_on_the_others(device):
 
 @pytest.mark.parametrize("into_branch", [False, True], ids=["out of place", "into branch"])
 @pytest.mark.parametrize("few", [3, 0], ids=["a token a program", "tiles"])
-def test_addresses_past_two_to_the_31(device, monkeypatch, few, into_branch):
+def test_grouped_addresses_past_two_to_the_31(device, monkeypatch, few, into_branch):
     """Three rows, 2³⁰ elements apart; all between is never touched."""
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
     monkeypatch.setattr(grouped, "FEW_TOKENS", few)
@@ -305,7 +305,7 @@ def test_addresses_past_two_to_the_31(device, monkeypatch, few, into_branch):
     assert torch.equal(apart.call(into_branch=into_branch), expected)
 
 
-def test_leading_dimensions_strides_and_wide_ids(device):
+def test_grouped_leading_dimensions_strides_and_wide_ids(device):
     flat = make(24, device=device)
     shaped = replace(
         flat,
@@ -326,7 +326,7 @@ def test_leading_dimensions_strides_and_wide_ids(device):
 
 
 @pytest.mark.parametrize("gain", [None, 0.0, 0.5], ids=["no gain", "gain 0", "gain"])
-def test_ids_out_of_range_are_an_error_or_nan(device, gain):
+def test_grouped_ids_out_of_range_are_an_error_or_nan(device, gain):
     for tokens in (5, MANY):
         batch = make(tokens, device=device, gain=gain is not None)
         if gain is not None:
@@ -345,7 +345,7 @@ def test_ids_out_of_range_are_an_error_or_nan(device, gain):
 
 
 @pytest.mark.parametrize("into_branch", [False, True])
-def test_registered_and_compiled(device, into_branch):
+def test_grouped_registered_and_compiled(device, into_branch):
     batch = make(6, device=device, activation=torch.arange(5, dtype=torch.int32, device=device))
     operands = (batch.downs, batch.ups, batch.ids, batch.down_biases, batch.up_biases, batch.activation, batch.gain, "")
     ops = torch.ops.fused_steer
@@ -389,13 +389,13 @@ def test_registered_and_compiled(device, into_branch):
     ],
     ids=str,
 )
-def test_what_does_not_fit(change, error, message):
+def test_grouped_what_does_not_fit(change, error, message):
     with pytest.raises(error, match=message) as caught:
         replace(make(6), **change).call()
     assert "\n" not in str(caught.value)
 
 
-def test_what_cannot_be_written_in_place_or_differentiated():
+def test_grouped_what_cannot_be_written_in_place_or_differentiated():
     batch = make(6)
     with pytest.raises(ValueError, match="into_branch is True without a branch"):
         replace(batch, branch=None).call(into_branch=True)
@@ -411,7 +411,7 @@ def test_what_cannot_be_written_in_place_or_differentiated():
 # Ahead of time
 
 
-def test_every_target_compiles_it_without_spilling():
+def test_grouped_every_target_compiles_it_without_spilling():
     cases = [
         [target, "bfloat16", hidden, rank, tokens, {"slots": 64, "everything": everything}]
         for target in TARGETS
@@ -430,7 +430,7 @@ def test_every_target_compiles_it_without_spilling():
     assert len(tiles) == len(rows) / 2 and all(row["tensor_core"] for row in tiles)
 
 
-def test_launches_and_memory_do_not_grow_with_the_slots(monkeypatch):
+def test_grouped_launches_and_memory_do_not_grow_with_the_slots(monkeypatch):
     monkeypatch.undo()
     for tokens, kind in ((64, "token"), (4096, "tile")):
         few, many = (record_grouped(tokens, 4096, 8, slots, torch.bfloat16, "sm_90") for slots in (1, 1000))

@@ -85,14 +85,14 @@ SHAPES = [
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
 @pytest.mark.parametrize(("tokens", "hidden", "rank"), SHAPES)
-def test_is_as_exact_as_the_hook(device, tokens, hidden, rank, dtype):
+def test_post_block_is_as_exact_as_the_hook(device, tokens, hidden, rank, dtype):
     fewest = min(tokens, rank or tokens)  # dL/dg is one number a token, dL/db1 one a rank
     options = {"rank": rank, "dtype": dtype, "device": device, "scale": False}
     assert_as_good_as_the_hook(make_draws(-(-8 // fewest), tokens, hidden, **options))
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-def test_the_shapes_reach_every_form_of_the_forward(dtype):
+def test_post_block_the_shapes_reach_every_form_of_the_forward(dtype):
     cpu = describe_device(torch.device("cpu"))
     split = [forward_splits(*shape, dtype.itemsize, cpu) for shape in SHAPES if shape[2]]
     assert None in split and any(found and found[0].splits > 1 and found[1].programs > 1 for found in split)
@@ -103,12 +103,12 @@ def test_the_shapes_reach_every_form_of_the_forward(dtype):
 
 
 @pytest.mark.parametrize("tokens", [64, 65, 1000])
-def test_few_tokens_and_many(device, tokens):
+def test_post_block_few_tokens_and_many(device, tokens):
     assert_as_good_as_the_hook([make_inputs(tokens, 96, rank=9, dtype=BF16, device=device, scale=False)])
 
 
 @pytest.mark.parametrize("tokens", [64, 65])
-def test_few_tokens_and_many_with_relu(device, tokens):
+def test_post_block_few_tokens_and_many_with_relu(device, tokens):
     """relu's derivative jumps at 0. Both we and the hook round x and W1 to bf16 before the product, so that some
     activations fall on the other side than the truth's, about as many of ours as of the hook's: so many activations
     that the two counts cannot differ by much."""
@@ -128,7 +128,7 @@ def operands_of(inputs: Inputs, packed: bool) -> Operands:
 @pytest.mark.parametrize(
     ("tokens", "hidden", "rank"), [(1, 576, 8), (17, 99, 12), (130, 256, 5), (70, 128, 16), (66, 64, 64), (40, 80, 33)]
 )
-def test_packed_weights_give_the_same_bits(device, tokens, hidden, rank, dtype):
+def test_post_block_packed_weights_give_the_same_bits(device, tokens, hidden, rank, dtype):
     if os.environ["FUSED_STEER_BACKEND"] == "torch":
         pytest.skip("packed weights are the kernels' own")
     if device.type == "cpu" and rank > 16:
@@ -140,7 +140,7 @@ def test_packed_weights_give_the_same_bits(device, tokens, hidden, rank, dtype):
             assert not plain.isnan().any() and torch.equal(bits(plain), bits(packed))
 
 
-def test_fp16_is_at_least_as_exact_as_the_hook(device):
+def test_post_block_fp16_is_at_least_as_exact_as_the_hook(device):
     """Its products are in tf32, which has fp16's precision as long as operands are rounded, not cut off."""
     inputs = make_inputs(64, 512, rank=8, dtype=F16, device=device, biases=False, gain=False, scale=False, basis=0)
     # Nothing of the hidden state in the shift, which would hide it: the state is small, the shift is large.
@@ -152,7 +152,7 @@ def test_fp16_is_at_least_as_exact_as_the_hook(device):
 
 @pytest.mark.parametrize("tokens", [9, 70])
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-def test_zero_gain_leaves_every_bit_of_an_adapter_that_is_not_finite(device, dtype, tokens):
+def test_post_block_zero_gain_leaves_every_bit_of_an_adapter_that_is_not_finite(device, dtype, tokens):
     inputs = make_inputs(tokens, 64, rank=4, dtype=dtype, device=device, basis=0)
     inputs.gain[2:] = 0
     inputs.residual[3, :2], inputs.branch[3, :2] = -0.0, -0.0
@@ -168,7 +168,7 @@ def test_zero_gain_leaves_every_bit_of_an_adapter_that_is_not_finite(device, dty
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-def test_every_activation(device, activation, dtype):
+def test_post_block_every_activation(device, activation, dtype):
     cases = make_draws(16, 17, 32, rank=5, dtype=dtype, device=device)  # dL/ds is one number
     if activation == "relu":  # its derivative jumps at 0, where a rounding decides; so stay away from there
         far = torch.tensor([9.0, -9.0, 9.0, -9.0, 9.0], device=device)
@@ -178,17 +178,17 @@ def test_every_activation(device, activation, dtype):
 
 @pytest.mark.parametrize("option", ["branch", "biases", "gain", "basis"])
 @pytest.mark.parametrize("rank", [0, 6])
-def test_each_operand_may_be_absent(device, option, rank):
+def test_post_block_each_operand_may_be_absent(device, option, rank):
     without = {option: 0 if option == "basis" else False}
     assert_as_good_as_the_hook(make_draws(4, 19, 80, rank=rank, device=device, scale=False, **without))
 
 
-def test_batch_and_sequence_dimensions(device):
+def test_post_block_batch_and_sequence_dimensions(device):
     assert_as_good_as_the_hook(make_draws(4, 2, 3, 5, 32, rank=4, device=device, scale=False))
 
 
 @pytest.mark.parametrize("dtypes", [(F32, BF16), (BF16, F32), (BF16, F16)], ids=str)
-def test_mixed_dtypes_promote_as_the_add_does(device, dtypes):
+def test_post_block_mixed_dtypes_promote_as_the_add_does(device, dtypes):
     inputs = make_inputs(9, 32, rank=4, device=device)
     inputs = replace(inputs, residual=inputs.residual.to(dtypes[0]), branch=inputs.branch.to(dtypes[1]))
     leaves = inputs.leaves()
@@ -200,7 +200,7 @@ def test_mixed_dtypes_promote_as_the_add_does(device, dtypes):
 
 
 @pytest.mark.parametrize("basis", [0, 3])
-def test_half_precision_parameters(device, basis):
+def test_post_block_half_precision_parameters(device, basis):
     inputs = make_inputs(9, 32, rank=4, dtype=BF16, device=device, basis=basis)
     halves = {"down": BF16, "up": F16, "down_bias": F16, "up_bias": BF16}
     inputs = replace(inputs, **{name: getattr(inputs, name).to(dtype) for name, dtype in halves.items()})
@@ -212,7 +212,7 @@ def test_half_precision_parameters(device, basis):
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
 @pytest.mark.parametrize("size", [1.0, 2.0, 4.0, 16.0])
-def test_a_shift_as_large_as_the_state_and_larger(device, dtype, size):
+def test_post_block_a_shift_as_large_as_the_state_and_larger(device, dtype, size):
     """dW1 comes from out, corrected for the shift in it: a large one has to cancel. Up to four times the state the
     error is within the bound; from there on it grows as the shift does."""
     cases = []
@@ -225,11 +225,11 @@ def test_a_shift_as_large_as_the_state_and_larger(device, dtype, size):
     assert_as_good_as_the_hook(cases, of_down=max(1.0, size / 4))
 
 
-def test_the_sums_of_many_tiles(device):
+def test_post_block_the_sums_of_many_tiles(device):
     assert_as_good_as_the_hook([make_inputs(2100, 16, rank=8, dtype=BF16, device=device, scale=False, basis=0)])
 
 
-def test_float64_on_the_torch_backend_passes_gradcheck(monkeypatch):
+def test_post_block_float64_on_the_torch_backend_passes_gradcheck(monkeypatch):
     monkeypatch.setenv("FUSED_STEER_BACKEND", "torch")
     inputs = make_inputs(5, 7, rank=3).leaves(F64)
     names, tensors = zip(*replace(inputs, basis=None).tensors().items(), strict=True)
@@ -250,7 +250,7 @@ def bits(t: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
 @pytest.mark.parametrize("rank", [1, 8])
-def test_a_fresh_adapter_leaves_every_bit(device, dtype, rank):
+def test_post_block_a_fresh_adapter_leaves_every_bit(device, dtype, rank):
     inputs = make_inputs(21, 70, rank=rank, dtype=dtype, device=device, biases=False, gain=False, basis=0)
     inputs.residual[0, :2], inputs.branch[0, :2] = -0.0, -0.0
     inputs.residual[1, 0] = float("inf")
@@ -261,7 +261,7 @@ def test_a_fresh_adapter_leaves_every_bit(device, dtype, rank):
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-def test_zero_gain_leaves_every_bit_whatever_the_adapter(device, dtype):
+def test_post_block_zero_gain_leaves_every_bit_whatever_the_adapter(device, dtype):
     inputs = make_inputs(12, 40, rank=4, dtype=dtype, device=device)
     inputs.gain[3:9] = 0
     inputs.residual[4, 0] = float("inf")
@@ -273,7 +273,7 @@ def test_zero_gain_leaves_every_bit_whatever_the_adapter(device, dtype):
 
 
 @pytest.mark.parametrize("scale", [0, 0.0, "tensor"])
-def test_zero_scale_leaves_every_bit(device, scale):
+def test_post_block_zero_scale_leaves_every_bit(device, scale):
     inputs = make_inputs(12, 40, rank=4, device=device)
     inputs = replace(inputs, scale=torch.zeros((), device=device) if scale == "tensor" else scale)
     assert torch.equal(bits(fused(inputs)), bits(inputs.residual + inputs.branch))
@@ -290,7 +290,7 @@ def test_zero_scale_leaves_every_bit(device, scale):
     ],
 )
 @pytest.mark.parametrize("zero", ["number", "tensor", "gain"])
-def test_zero_strength_leaves_every_bit_whatever_the_weights(device, zero, rank, name, value):
+def test_post_block_zero_strength_leaves_every_bit_whatever_the_weights(device, zero, rank, name, value):
     inputs = make_inputs(12, 40, rank=rank, device=device, basis=0, gain=False, scale=False)
     inputs.residual[5, :2], inputs.branch[5, :2] = -0.0, -0.0
     getattr(inputs, name).view(-1)[1] = value
@@ -310,7 +310,7 @@ def test_zero_strength_leaves_every_bit_whatever_the_weights(device, zero, rank,
 
 @pytest.mark.parametrize("branch", [True, False], ids=["branch", "no branch"])
 @pytest.mark.parametrize("zero", ["number", "tensor", "gain"])
-def test_zero_strength_leaves_every_bit_of_a_state_that_overflows(device, zero, branch):
+def test_post_block_zero_strength_leaves_every_bit_of_a_state_that_overflows(device, zero, branch):
     inputs = make_inputs(12, 40, rank=4, device=device, basis=0, gain=False, scale=False, branch=branch)
     inputs.residual[3, :3] = torch.tensor([3e38, -3e38, torch.inf], device=device)
     inputs.residual[4, :2] = torch.tensor([torch.nan, -0.0], device=device)
@@ -325,7 +325,7 @@ def test_zero_strength_leaves_every_bit_of_a_state_that_overflows(device, zero, 
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
-def test_gradients_of_zero_strength_are_exactly_zero(device, dtype):
+def test_post_block_gradients_of_zero_strength_are_exactly_zero(device, dtype):
     """Tokens of gain 0 add nothing to a parameter's gradient, though their pre-activations overflow."""
     inputs = make_inputs(12, 40, rank=4, dtype=dtype, device=device, scale=False)
     inputs.gain[3:9] = 0
@@ -347,7 +347,7 @@ def test_gradients_of_zero_strength_are_exactly_zero(device, dtype):
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
 @pytest.mark.parametrize("rank", [5, 40])
-def test_packed_weights_give_the_same_gradients(dtype, rank):
+def test_post_block_packed_weights_give_the_same_gradients(dtype, rank):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     inputs = make_inputs(37, 96, rank=rank, dtype=dtype, device=device, scale=False, basis=0)
     # NumPy, which multiplies in the interpreter, may add in another order where a matrix lies transposed in memory. So
@@ -367,7 +367,7 @@ def test_packed_weights_give_the_same_gradients(dtype, rank):
 
 @pytest.mark.parametrize("basis", [0, 3])
 @pytest.mark.parametrize("op", [False, True], ids=["eager", "op"])
-def test_gradients_have_storages_of_their_own(device, basis, op):
+def test_post_block_gradients_have_storages_of_their_own(device, basis, op):
     inputs = make_inputs(50, 64, rank=4, device=device, basis=basis)
     function = torch.compile(fused, backend="aot_eager") if op else fused
     grad = torch.randn(50, 64, device=device)
@@ -380,7 +380,7 @@ def test_gradients_have_storages_of_their_own(device, basis, op):
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-def test_two_runs_give_the_same_bits(device, dtype):
+def test_post_block_two_runs_give_the_same_bits(device, dtype):
     inputs = make_inputs(100, 64, rank=8, dtype=dtype, device=device)
     grad = torch.randn(100, 64).to(device, dtype)
     first, second = (run(fused, inputs, "silu", grad) for _ in range(2))
@@ -388,7 +388,7 @@ def test_two_runs_give_the_same_bits(device, dtype):
         assert torch.equal(first[name], second[name]), name
 
 
-def test_inputs_are_not_written(device):
+def test_post_block_inputs_are_not_written(device):
     inputs = make_inputs(12, 40, rank=4, device=device)
     before = inputs.map(Tensor.clone).tensors()
     for branch in (inputs.branch, None):
@@ -429,7 +429,7 @@ def transposed(t: Tensor) -> Tensor:
         "columns first",
     ],
 )
-def test_strided_and_expanded_inputs(device, change):
+def test_post_block_strided_and_expanded_inputs(device, change):
     draws = make_draws(4, 4, 6, 64, rank=4, device=device, scale=False, basis=0)
     assert_as_good_as_the_hook([replace(inputs, residual=change(inputs.residual)) for inputs in draws])
     assert_as_good_as_the_hook([replace(inputs, branch=change(inputs.branch)) for inputs in draws])
@@ -440,7 +440,7 @@ def test_strided_and_expanded_inputs(device, change):
     assert relative_error(strided, plain.double()) < 1e-6
 
 
-def test_strided_inputs_are_not_copied():
+def test_post_block_strided_inputs_are_not_copied():
     from fused_steer.kernels.post_block import _row_layout
 
     t = torch.empty(4, 6, 64)
@@ -464,7 +464,7 @@ OUTPUTS = {
 
 @pytest.mark.parametrize("options", OUTPUTS.values(), ids=OUTPUTS)
 @pytest.mark.parametrize("shape", [(6, 32), (2, 3, 32)], ids=str)
-def test_output_can_be_changed_in_place(device, options, shape):
+def test_post_block_output_can_be_changed_in_place(device, options, shape):
     """As a plain module's can: what is kept of it for W1's gradient is not needed where W1 is frozen."""
     leaves = make_inputs(*shape, **{"rank": 4, "device": device, **options}).leaves()
     assert not fused(leaves)._is_view()
@@ -483,7 +483,7 @@ def test_output_can_be_changed_in_place(device, options, shape):
 
 @pytest.mark.parametrize("op", [False, True], ids=["eager", "op"])
 @pytest.mark.parametrize("branch", [True, False], ids=["branch", "no branch"])
-def test_output_changed_in_place_before_the_gradient_of_w1_is_refused(device, branch, op):
+def test_post_block_output_changed_in_place_before_the_gradient_of_w1_is_refused(device, branch, op):
     leaves = make_inputs(6, 32, rank=4, device=device, branch=branch, basis=0).leaves()
     if op:
         operands = (leaves.down, leaves.up, leaves.down_bias, leaves.up_bias, leaves.gain, leaves.scale, None)
@@ -502,7 +502,7 @@ def test_output_changed_in_place_before_the_gradient_of_w1_is_refused(device, br
 
 
 @pytest.mark.parametrize("rank", [0, 4])
-def test_no_tokens(device, rank):
+def test_post_block_no_tokens(device, rank):
     inputs = make_inputs(2, 0, 32, rank=rank, device=device).leaves()
     out = fused(inputs)
     assert out.shape == (2, 0, 32)
@@ -514,7 +514,7 @@ def test_no_tokens(device, rank):
 @pytest.mark.parametrize("inner", [None, 22], ids=["few tokens", "many, nested"])
 @pytest.mark.parametrize("rank", [0, 4])
 @pytest.mark.parametrize("stride", [2**30, 2**31])
-def test_addresses_past_two_to_the_31(device, monkeypatch, stride, rank, inner):
+def test_post_block_addresses_past_two_to_the_31(device, monkeypatch, stride, rank, inner):
     """Rows so many elements apart that the last begins at 2³¹; all between is never touched. A stride of 2³⁰ is itself
     a 32-bit number, and so would be its product with a row's number."""
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
@@ -538,7 +538,7 @@ def test_addresses_past_two_to_the_31(device, monkeypatch, stride, rank, inner):
 
 
 @pytest.mark.gpu
-def test_a_hidden_state_past_two_to_the_31():
+def test_post_block_a_hidden_state_past_two_to_the_31():
     tokens, hidden = 2**19 + 7, 4096
     inputs = make_inputs(8, hidden, rank=4, dtype=BF16, device="cuda", gain=False, scale=False).leaves()
     residual = torch.zeros(tokens, hidden, dtype=BF16, device="cuda")
@@ -554,12 +554,12 @@ def test_a_hidden_state_past_two_to_the_31():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_a_device_that_is_not_the_current_one():
+def test_post_block_a_device_that_is_not_the_current_one():
     with torch.cuda.device(0):
         assert_as_good_as_the_hook(make_draws(4, 9, 64, rank=4, dtype=BF16, device="cuda:1", scale=False))
 
 
-def test_a_launch_makes_its_device_current(monkeypatch):
+def test_post_block_a_launch_makes_its_device_current(monkeypatch):
     from fused_steer.kernels import launch
 
     entered = []
@@ -581,7 +581,7 @@ ALL_NEEDS = ("residual", "branch", "down", "up", "down_bias", "up_bias", "gain",
 
 
 @pytest.mark.parametrize("name", ALL_NEEDS)
-def test_each_gradient_alone(device, name):
+def test_post_block_each_gradient_alone(device, name):
     inputs = make_inputs(19, 48, rank=6, device=device)
     grad = torch.randn(19, 48, device=device)
     everything = run(fused, inputs, "silu", grad)[name]
@@ -613,7 +613,7 @@ def launches(needs: Needs, rank: int = 8) -> dict[str, dict]:
 
 
 @pytest.mark.parametrize("needs", [Needs(*needs) for needs in itertools.product([False, True], repeat=6)], ids=str)
-def test_launches_of_each_combination_of_gradients(needs):
+def test_post_block_launches_of_each_combination_of_gradients(needs):
     found = launches(needs)
     narrow = needs.x or needs.down or needs.up
     sums = needs.down or needs.up or needs.up_bias
@@ -630,14 +630,14 @@ def test_launches_of_each_combination_of_gradients(needs):
     assert ("p_slab" in columns) == sums
 
 
-def test_launches_of_a_vector():
+def test_post_block_launches_of_a_vector():
     none = Needs(*[False] * 6)
     assert launches(none._replace(x=True), rank=0) == {}, "a vector passes the gradient on"
     assert set(launches(none._replace(up_bias=True), rank=0)) == {COLUMNS, FINISH}
     assert set(launches(none._replace(row_dot=True), rank=0)) == {ROWS}
 
 
-def test_the_torch_backend_computes_only_what_is_needed():
+def test_post_block_the_torch_backend_computes_only_what_is_needed():
     inputs = make_inputs(6, 16, rank=4, gain=False, basis=0)
     operands = Operands(inputs.down, inputs.up)
     out, a = forward(inputs.residual, None, operands, True)
@@ -661,7 +661,7 @@ def saved_bytes(function) -> int:
     return sum(kept.values())
 
 
-def test_out_and_a_are_all_that_is_kept(device):
+def test_post_block_out_and_a_are_all_that_is_kept(device):
     inputs = make_inputs(50, 64, rank=4, dtype=BF16, device=device, gain=False, scale=False, basis=0).leaves()
     assert saved_bytes(lambda: fused(inputs)) == 50 * 64 * 2 + 50 * 4 * 4
     frozen_down = replace(inputs, down=inputs.down.detach())
@@ -677,7 +677,7 @@ def test_out_and_a_are_all_that_is_kept(device):
 
 
 @pytest.mark.parametrize("rank", [0, 4])
-def test_opcheck(device, rank):
+def test_post_block_opcheck(device, rank):
     inputs = make_inputs(6, 5, 16, rank=rank, device=device).leaves()
     operands = (inputs.residual, inputs.branch, inputs.down, inputs.up, inputs.down_bias, inputs.up_bias, inputs.gain)
     arguments = (*operands, inputs.scale, inputs.basis, 1.0, "silu", True)
@@ -690,7 +690,7 @@ def test_opcheck(device, rank):
     torch.library.opcheck(torch.ops.fused_steer.post_block_backward.default, arguments)
 
 
-def test_compiled_equals_eager(device):
+def test_post_block_compiled_equals_eager(device):
     inputs = make_inputs(6, 32, rank=4, device=device)
     grad = torch.randn(6, 32, device=device)
     compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
@@ -699,7 +699,7 @@ def test_compiled_equals_eager(device):
         assert torch.equal(eager[name], traced[name]), name
 
 
-def test_the_op_is_in_the_graph_under_compile_and_bypassed_in_eager(monkeypatch):
+def test_post_block_the_op_is_in_the_graph_under_compile_and_bypassed_in_eager(monkeypatch):
     monkeypatch.setenv("FUSED_STEER_BACKEND", "torch")
     inputs = make_inputs(6, 32, rank=4)
     graphs = []
@@ -716,7 +716,7 @@ def test_the_op_is_in_the_graph_under_compile_and_bypassed_in_eager(monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-def test_autocast_changes_nothing(device, dtype):
+def test_post_block_autocast_changes_nothing(device, dtype):
     inputs = make_inputs(9, 32, rank=4, dtype=dtype, device=device)
     grad = torch.randn(9, 32, device=device).to(dtype)
     plain = run(fused, inputs, "silu", grad)
@@ -728,7 +728,7 @@ def test_autocast_changes_nothing(device, dtype):
 
 
 @pytest.mark.parametrize("rank", [0, 4])
-def test_a_second_derivative_is_refused(device, rank):
+def test_post_block_a_second_derivative_is_refused(device, rank):
     inputs = make_inputs(5, 16, rank=rank, device=device).leaves()
     (gradient,) = torch.autograd.grad(fused(inputs).square().sum(), inputs.up_bias, create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative.*expected one backward pass") as error:
@@ -736,7 +736,7 @@ def test_a_second_derivative_is_refused(device, rank):
     assert "\n" not in str(error.value)
 
 
-def test_create_graph_alone_is_no_error(device):
+def test_post_block_create_graph_alone_is_no_error(device):
     inputs = make_inputs(5, 16, rank=4, device=device).leaves()
     plain = torch.autograd.grad(fused(inputs).sum(), inputs.down)[0]
     assert torch.equal(torch.autograd.grad(fused(inputs).sum(), inputs.down, create_graph=True)[0], plain)
@@ -790,24 +790,24 @@ BAD = {
 
 
 @pytest.mark.parametrize(("changes", "kind", "message"), BAD.values(), ids=BAD)
-def test_bad_input_is_one_clear_line(changes, kind, message):
+def test_post_block_bad_input_is_one_clear_line(changes, kind, message):
     with pytest.raises(kind, match=message) as error:
         fused(replace(GOOD, **changes))
     assert "\n" not in str(error.value)
 
 
-def test_an_unknown_activation_is_refused():
+def test_post_block_an_unknown_activation_is_refused():
     with pytest.raises(ValueError, match="activation is 'swish'; expected one of identity, silu"):
         fused(GOOD, "swish")
 
 
-def test_the_triton_backend_refuses_float64(monkeypatch):
+def test_post_block_the_triton_backend_refuses_float64(monkeypatch):
     monkeypatch.setattr(sys.modules["fused_steer.kernels.post_block"], "select_backend", lambda _: "triton")
     with pytest.raises(TypeError, match="the triton backend got a float64 tensor; expected float32"):
         fused(GOOD.map(Tensor.double))
 
 
-def test_rank_zero_factors_are_a_vector(device):
+def test_post_block_rank_zero_factors_are_a_vector(device):
     inputs = make_inputs(6, 16, rank=0, device=device)
     empty = replace(inputs, down=torch.empty(0, 16, device=device), up=torch.empty(16, 0, device=device))
     assert torch.equal(fused(empty), fused(inputs))

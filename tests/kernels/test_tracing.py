@@ -102,7 +102,7 @@ def assert_like(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None
 
 
 @each_call
-def test_fake_tensors_run_nothing(device, call, forbid_runs):
+def test_tracing_fake_tensors_run_nothing(device, call, forbid_runs):
     operands = draw(device)
     expected = call(*operands)
     forbid_runs()
@@ -115,7 +115,7 @@ def test_fake_tensors_run_nothing(device, call, forbid_runs):
 
 
 @each_call
-def test_meta_tensors_run_nothing(device, call, forbid_runs):
+def test_tracing_meta_tensors_run_nothing(device, call, forbid_runs):
     operands = draw(device)
     expected = call(*operands)
     forbid_runs()
@@ -126,7 +126,7 @@ def test_meta_tensors_run_nothing(device, call, forbid_runs):
 
 @pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
 @each_call
-def test_make_fx_records_the_op(device, call, mode):
+def test_tracing_make_fx_records_the_op(device, call, mode):
     graph = make_fx(call, tracing_mode=mode)(*draw(device))
     ops = [str(node.target) for node in graph.graph.nodes if "fused_steer" in str(node.target)]
     assert len(ops) == (2 if "backward" in str(ops) else 1), "one node for a pass"
@@ -136,7 +136,7 @@ def test_make_fx_records_the_op(device, call, mode):
 
 
 @pytest.mark.parametrize("trained", [False, True], ids=["inference", "training"])
-def test_make_fx_passes_a_plan_by(device, trained):
+def test_tracing_make_fx_passes_a_plan_by(device, trained):
     """make_fx traces with real tensors, as a plan knows them; but what a plan launches, it would not see."""
     operands = draw(device)
     op = PlannedPostBlock("silu", 0.5, (*operands[2:], None, None))
@@ -156,7 +156,7 @@ def test_make_fx_passes_a_plan_by(device, trained):
 
 
 @each_call
-def test_jit_trace_is_refused(device, call):
+def test_tracing_jit_trace_is_refused(device, call):
     operands = draw(device)
     call(*operands)
     with pytest.raises(RuntimeError, match="torch.jit.trace cannot record .*; expected torch.export") as error:

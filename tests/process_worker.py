@@ -28,7 +28,7 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 
 from fused_steer import SteerConfig, SteeringCallback, patch_model, save_joint
 
-PAGE = Path(__file__).parents[2] / "docs" / "many-processes.md"
+PAGE = Path(__file__).parents[1] / "docs" / "many-processes.md"
 CONFIG = SteerConfig(rank=4, down_bias=True, up_bias=True)
 JOINT = SteerConfig(rank=4, up_bias=True, orthogonal_to="lora")
 WIDE = SteerConfig(rank=200)  # more parameters than the layer: FSDP1's flat parameter is cut within a tensor of it

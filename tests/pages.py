@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-DOCS = Path(__file__).parents[2] / "docs"
+DOCS = Path(__file__).parents[1] / "docs"
 
 
 def run_page(page: str, names: dict[str, Any]) -> None:
