@@ -103,3 +103,10 @@ def test_house_no_file_is_long_without_a_reason():
         and "one file because" not in (ast.get_docstring(ast.parse((ROOT / name).read_text(encoding="utf-8"))) or "")
     ]
     assert unexplained == []
+
+
+def test_contributing_names_files_that_are_there():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"\b((?:bench|docs|fused_steer|kernels|tests)/[\w/]+\.(?:py|md))\b", text))
+    assert len(named) > 15
+    assert [name for name in sorted(named) if "NAME" not in name and not (ROOT / name).is_file()] == []
