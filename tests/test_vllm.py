@@ -205,7 +205,7 @@ BROKEN = {
     _another_depth: "is for a model of number of layers 2; expected 3",
     _rank_above: "is of rank 9; expected at most 8 (--max-lora-rank)",
     _corrupt: "its contents are not those that adapter_config.json was saved with",
-    _truncated: "its contents are not those that adapter_config.json was saved with",
+    _truncated: "its header is of",
     _without_weights: "has no adapter_model.safetensors; expected a saved steering adapter",
     _unknown_field: "no field 'temperature'",
     _not_finite: "has values that are NaN or infinite; expected finite ones",

@@ -80,9 +80,10 @@ def read_header(opened: BinaryIO) -> Header:
         ValueError: it is no weights file of an adapter.
     """
     length = os.fstat(opened.fileno()).st_size
-    size = int.from_bytes(opened.read(8), "little")
-    most = min(max(length - 8, 0), MOST_JSON)
-    if length < 8 or size > most:
+    if length < 8:
+        raise ValueError(f"it has no header, at {length} bytes; expected a file of safetensors")
+    size, most = int.from_bytes(opened.read(8), "little"), min(length - 8, MOST_JSON)
+    if size > most:
         raise ValueError(f"its header is of {size} bytes; expected at most {most}")
     try:
         fields = json.loads(opened.read(size))

@@ -374,7 +374,7 @@ BROKEN: list[tuple[Any, type[Exception], str]] = [
     (_corrupt, ValueError, "its contents are not those that adapter_config.json was saved with"),
     (_truncated, ValueError, "adapter_model.safetensors cannot be loaded: its header is of"),
     (_truncated_without_digest, ValueError, "adapter_model.safetensors cannot be loaded"),
-    (_empty, ValueError, "adapter_model.safetensors cannot be loaded: its header is of"),
+    (_empty, ValueError, "adapter_model.safetensors cannot be loaded: it has no header, at 0 bytes"),
     (_no_json, ValueError, "adapter_config.json cannot be loaded"),
     (_not_finite, ValueError, "tensor model.layers.1.post_block.steer_up.weight has values that are NaN or infinite"),
     (_strength_beyond_float32, ValueError, "scale is 1e+39; expected at most"),
