@@ -173,7 +173,9 @@ def test_beside_lora(tmp_path):
     assert torch.equal(logits(again), logits(model))
 
     wrapped = patch_model(get_peft_model(build(), LoraConfig(r=2, target_modules=["q_proj"])), CONFIG)
-    assert "save_pretrained" not in {**vars(wrapped), **vars(wrapped.get_base_model())}
+    assert "save_pretrained" not in vars(wrapped.get_base_model())
+    wrapped.save_pretrained(str(tmp_path / "alone"))  # PEFT's
+    assert not (tmp_path / "alone" / "fused_steer").exists()
     wrapped.save_pretrained(tmp_path / "wrapped")
     assert adapters(tmp_path / "wrapped") == ["."]
 

@@ -84,7 +84,7 @@ def find_decoder(model: nn.Module) -> Decoder:
     return Decoder(model.get_submodule(path.rpartition(".")[0]), path, layers, hidden, model.config)
 
 
-def meta_model(base: str) -> nn.Module:
+def meta_model(base: str) -> Any:
     """A language model without weights, by the config in a directory or of a hub id.
 
     Raises:
