@@ -192,7 +192,7 @@ class Shifts:
         """Both shifts of each layer, (tokens, d) each, without those of the padding."""
         import torch
         import torch.nn.functional as F
-        from fused_steer.kernels.reference import ACTIVATIONS
+        from fused_steer.kernels.torch_backend import ACTIVATIONS
 
         read: dict[Any, Any] = {}
 

@@ -63,9 +63,9 @@ CORE = (
 )
 #: The further tests of a library that a set changes.
 OF_LIBRARY = {
-    "peft": ("tests/test_peft.py", "tests/test_joint.py"),
+    "peft": ("tests/peft/test_peft.py", "tests/test_joint.py"),
     "trl": ("tests/test_trl.py",),
-    "transformers": ("tests/test_trainer.py", "tests/test_whole.py", "tests/test_peft.py"),
+    "transformers": ("tests/test_trainer.py", "tests/test_whole.py", "tests/peft/test_peft.py"),
     "triton": ("tests/kernels/test_plan.py", "tests/kernels/test_predict.py"),
 }
 

@@ -15,6 +15,7 @@ The map, in reading order. A file imports what stands above it, never what stand
         distributed.py   an adapter that several processes share: who writes, gathering its parts
     model/               how a decoder layer is reached
         decoder.py       finds the decoder layers and the device that each runs on
+        heads.py         finds heads that were not loaded, of classifiers and reward models
         residual.py      rewrites a layer's forward so that the last residual add goes to the site
         scopes.py        which thread or task may run or change a model inside `disabled`, `mode` and `batch`
         watch.py         an error for a layer that ran unsteered; the report
@@ -44,7 +45,10 @@ The map, in reading order. A file imports what stands above it, never what stand
         steerling.py     the paper's released code
         pyreft.py        pyreft
         vectors.py       control vectors: GGUF, plain tensors
-    peft.py              steering as a PEFT method
+    peft/                steering as a PEFT method
+        config.py        PostBlockConfig
+        site.py          the site of PEFT's steering in a layer
+        tuner.py         adds, saves, loads, mixes and sums adapters as PEFT asks
     whole.py             save_pretrained of a patched model
     steering.py          Steering, which is model.steering
     patch.py             patch_model: the front door

@@ -21,7 +21,7 @@ from .adapters.distributed import is_first, sharder
 from .adapters.files import CONFIG_NAME, WEIGHTS_NAME, read_adapter, read_json
 from .adapters.parameters import PEFT_PREFIX, check_name, unwrapped
 from .adapters.saving import digest_of, leftovers, saving_folder, write_new
-from .lora.layers import lora_layers
+from .lora.layers import lora_layers, saved_modules
 from .model.decoder import find_decoder, inside_peft
 from .patch import patch_model
 from .steering import Steering
@@ -47,14 +47,13 @@ def steering_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters of the model's LoRA that train, for an optimizer's group of their own.
+    """The parameters of the model's LoRA, and of heads beside it, that train, for an optimizer's group of their own.
 
     Raises:
         ValueError: the model carries no LoRA that trains.
     """
-    parts = (
-        getattr(layer, name) for layer in lora_layers(model).values() for name in sorted(layer.adapter_layer_names)
-    )
+    layers: list[Any] = [*lora_layers(model).values(), *saved_modules(model)]
+    parts = (getattr(layer, name) for layer in layers for name in sorted(layer.adapter_layer_names))
     found = {id(p): p for part in parts for p in part.parameters() if p.requires_grad}
     if not found:
         raise ValueError(f"{type(model).__name__} carries no LoRA that trains; expected one from PEFT")
@@ -163,7 +162,8 @@ def load_joint(model: nn.Module, directory: str | os.PathLike[str], *, trainable
     try:
         for name, path in others:
             wrapped.load_adapter(path, adapter_name=name, is_trainable=trainable)
-        wrapped.base_model.set_adapter(list(lora), inference_mode=not trainable)
+        tuner: Any = wrapped.base_model
+        tuner.set_adapter(list(lora), inference_mode=not trainable)
         return patch_model(wrapped, steering)
     except BaseException:
         wrapped.unload()

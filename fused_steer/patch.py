@@ -10,6 +10,7 @@ from torch import nn
 
 from ._requirements import CORE, warn_untried
 from .config import SteerConfig
+from .model.heads import check_heads
 from .steering import Steering
 
 
@@ -19,6 +20,7 @@ def patch_model(
     *,
     adapter_name: str = "default",
     check_base: bool = True,
+    freeze_head: bool = False,
 ) -> Any:
     """Steer `model` after its decoder blocks, in place (arXiv 2603.00425, §3). Its own parameters are frozen; adapters
     that PEFT added, such as LoRA, are left as they are: those that train go on training beside the steering (§5.2).
@@ -31,12 +33,14 @@ def patch_model(
             or a saved adapter: its directory, or its id on the hub.
         adapter_name: what the adapter is called.
         check_base: refuse a saved adapter whose base model has another name. Its sizes must fit in any case.
+        freeze_head: take a classifier's or reward model's head as it is where it was not loaded from a checkpoint.
 
     Returns:
         The same object.
 
     Raises:
-        ValueError: the model is patched already, has no decoder layers, or the config or adapter does not fit it.
+        ValueError: the model is patched already, has no decoder layers, or a head that was not loaded from a
+            checkpoint (it would be frozen at random values); or the config or adapter does not fit it.
         TypeError: `model` or `config` is of a wrong type.
         FileNotFoundError: there is no such adapter.
     """
@@ -58,6 +62,8 @@ def patch_model(
             f"config is a {type(config).__name__}; expected a SteerConfig, or the path or hub id of an adapter"
         )
     steering = Steering(model)
+    if not freeze_head:
+        check_heads(model)
     try:
         if isinstance(config, SteerConfig):
             steering.add(adapter_name, config)

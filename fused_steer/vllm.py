@@ -140,12 +140,12 @@ class SteeringWithLoRA(BaseLayerWithLoRA):
         )
 
     @property
-    def lora_a_stacked(self) -> tuple[Tensor, ...]:
+    def lora_a_stacked(self) -> tuple[Tensor | None, ...]:
         """Where vLLM reads the sizes of the empty adapters that it warms up with."""
         return (self.slots.downs,)
 
     @property
-    def lora_b_stacked(self) -> tuple[Tensor, ...]:
+    def lora_b_stacked(self) -> tuple[Tensor | None, ...]:
         return (self.slots.ups,)
 
     def reset_lora(self, index: int) -> None:
@@ -195,7 +195,8 @@ def steered_class(base: type[nn.Module]) -> type[nn.Module]:
         return getattr(self, SITE)(base.forward(self, *args, **kwargs))
 
     namespace = {"__module__": base.__module__, "__qualname__": base.__qualname__, "forward": forward}
-    return type(base)(base.__name__, (base,), namespace)
+    metaclass: Any = type(base)
+    return metaclass(base.__name__, (base,), namespace)
 
 
 # -------------------------------------------------------------------------------------------------------- in the model
@@ -215,7 +216,8 @@ def find_layers(model: nn.Module, count: int) -> tuple[str, nn.ModuleList]:
     Raises:
         Unreachable: there is not one such list.
     """
-    language = model.get_language_model() if hasattr(model, "get_language_model") else model
+    get_language: Any = getattr(model, "get_language_model", None)
+    language = model if get_language is None else get_language()
     found: list[tuple[str, nn.ModuleList]] = []
     for path, module in model.named_modules():
         if (
@@ -245,7 +247,8 @@ def reach(model: nn.Module, config: Any) -> Reached:
     try:
         path, layers = find_layers(model, layout.num_layers)
         here = {index: layer for index, layer in enumerate(layers) if not _is_missing(layer)}
-        states = {index: returned_state(type(layer)) for index, layer in here.items()}
+        classes: dict[int, Any] = {index: type(layer) for index, layer in here.items()}
+        states = {index: returned_state(cls) for index, cls in classes.items()}
         for layer in here.values():
             if hasattr(layer, SITE):
                 raise Unreachable(f"{type(layer).__name__} has a {SITE!r} of its own")
@@ -256,7 +259,7 @@ def reach(model: nn.Module, config: Any) -> Reached:
     for index, layer in here.items():
         point = SteeringPoint(layer, index, f"{path}.{index}", layout.hidden, states[index])
         layer.add_module(SITE, point)
-        layer.__class__ = steered_class(type(layer))
+        layer.__class__ = steered_class(classes[index])
     return Reached(layout)
 
 
@@ -315,7 +318,7 @@ def _weights(path: str, rank: int, tensors: dict[str, Tensor], activation: str) 
     """One layer's, in the shape in which vLLM hands weights on: `SteeringWithLoRA.set_lora` unpacks them."""
     packed = [tensors.get(name, torch.empty(0)) for name in NAMES]
     packed.append(torch.tensor(ACTIVATIONS.index(activation)))
-    return lora_weights.LoRALayerWeights(path, rank, rank, packed, list(packed), scaling=1.0)  # type: ignore[arg-type]
+    return lora_weights.LoRALayerWeights(path, rank, rank, packed, list(packed), scaling=1.0)
 
 
 # --------------------------------------------------------------------------------------------------------- into vLLM
@@ -391,7 +394,8 @@ def fingerprint(model: nn.Module) -> str:
     digest.update(inspect.getsource(Slots).encode())
     for path, module in model.named_modules():
         if isinstance(module, SteeringWithLoRA):
-            digest.update(f"{path} {module.base_layer.state} {tuple(module.slots.downs.shape)}".encode())
+            downs: Any = module.slots.downs
+            digest.update(f"{path} {module.base_layer.state} {tuple(downs.shape)}".encode())
     return digest.hexdigest()
 
 
@@ -426,7 +430,7 @@ def _wrap(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
     original = getattr(owner, name)
     if getattr(original, "_fused_steer", False):
         return
-    wrapped = functools.wraps(original)(make(original))
+    wrapped: Any = functools.wraps(original)(make(original))
     wrapped._fused_steer = True
     setattr(owner, name, wrapped)
 

@@ -22,12 +22,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .contract import Needs, Packed
+from .contract import Needs, Operands, Packed
 from .grouped import post_block_grouped
 from .launch import Launch, recorded
-from .numerics import INTERPRETED, operand_dtype
-from .orthogonal import _triton_basis, _triton_project
-from .post_block import _triton_backward, _triton_forward
+from .numerics import COMPILER_OPTIONS, INTERPRETED, operand_dtype
+from .orthogonal import triton_basis, triton_project
+from .post_block import triton_backward, triton_forward
 from .schedule import SMALLER_TARGETS, TARGETS, Device, ceil_div, padded_rank
 
 _GPU_TARGETS = {
@@ -159,18 +159,17 @@ def record_passes(case: Case, target: str) -> dict[str, list[Launch]]:
     if case.packed and low_rank:
         shape, dtype = (padded_rank(case.rank), case.hidden), operand_dtype(case.dtype, device.gpu, case.rank)
         packed = Packed(empty(*shape, dtype=dtype), empty(*shape, dtype=dtype))
+    operands = Operands(down, up, down_bias, up_bias, gain, None, scale, case.activation, packed)
     needs = Needs(
         True, low_rank, low_rank, down_bias is not None, up_bias is not None, case.gain or case.scale_on_device
     )
     keep_a = low_rank and case.keeps_a
     with recorded(device) as forward:
-        out, a = _triton_forward(
-            hidden_state(), branch, down, up, down_bias, up_bias, gain, scale, case.activation, keep_a, packed
-        )
+        out, a = triton_forward(hidden_state(), branch, operands, keep_a)
     if low_rank and a is None:
         a = empty(case.tokens, case.rank)
     with recorded(device) as backward:
-        _triton_backward(hidden_state(), out, a, down, up, up_bias, gain, scale, case.activation, needs, packed)
+        triton_backward(hidden_state(), out, a, operands, needs)
     return {"forward": forward, "backward": backward}
 
 
@@ -192,9 +191,9 @@ def record_projection(
     b = torch.empty(layers, hidden, writers, dtype=dtype, device="meta")
     with recorded(device) as launches:
         if rank:
-            _triton_project(torch.empty(layers, hidden, rank, device="meta"), b)
+            triton_project(torch.empty(layers, hidden, rank, device="meta"), b)
         else:
-            _triton_basis(b)
+            triton_basis(b)
     return launches
 
 
@@ -407,7 +406,7 @@ def _compile(job: Compilation) -> tuple[Resources, str]:
     compiled = triton.compile(
         job.source,
         target=_GPU_TARGETS[job.target],
-        options={"num_warps": job.num_warps, "num_stages": job.num_stages},
+        options={"num_warps": job.num_warps, "num_stages": job.num_stages, **COMPILER_OPTIONS},
     )
     if job.target.startswith("gfx"):
         assembly = compiled.asm["amdgcn"]

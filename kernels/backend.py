@@ -14,7 +14,7 @@ _TRITON_DEVICES = ("cuda", "xpu")  # PyTorch calls ROCm devices "cuda" too
 
 
 def select_backend(device: torch.device) -> str:
-    """The backend for tensors on `device`: "triton" or "torch".
+    """The backend for tensors on `device`: "triton" or "torch". On the meta device, where nothing runs, it is either.
 
     Raises:
         RuntimeError: FUSED_STEER_BACKEND names no backend, or one that cannot run on `device`.
@@ -25,7 +25,7 @@ def select_backend(device: torch.device) -> str:
         return "triton" if can_triton else "torch"
     if asked not in BACKENDS:
         raise RuntimeError(f"{ENVIRONMENT_VARIABLE} is {asked!r}; expected one of {', '.join(BACKENDS)}")
-    if asked == "triton" and not can_triton:
+    if asked == "triton" and not can_triton and device.type != "meta":
         raise RuntimeError(
             f"{ENVIRONMENT_VARIABLE} is 'triton' but the tensors are on {device}; expected a CUDA, ROCm or XPU device, "
             "or a CPU with TRITON_INTERPRET=1 set before import"

@@ -1,4 +1,4 @@
-"""Types shared by the op and its backends: packed weights, the gradients that are needed, the gradients."""
+"""Types shared by the op and its backends: operands, packed weights, the gradients that are needed, the gradients."""
 
 from __future__ import annotations
 
@@ -18,6 +18,29 @@ class Packed(NamedTuple):
 
     down: Tensor
     up: Tensor
+
+
+class Operands(NamedTuple):
+    """What steers a hidden state in one call of `post_block`: the adapter, its strength, φ. See `post_block`.
+
+    up: W2; a backend gets W2', already projected, and no basis. packed, of `down` and `up`, is read in their place by
+    the Triton backend; the result has the same bits.
+    """
+
+    down: Tensor | None = None
+    up: Tensor | None = None
+    down_bias: Tensor | None = None
+    up_bias: Tensor | None = None
+    gain: Tensor | None = None
+    basis: Tensor | None = None
+    scale: float | Tensor = 1.0
+    activation: str = "silu"
+    packed: Packed | None = None
+
+    @property
+    def rank(self) -> int:
+        """r; 0 for a steering vector."""
+        return 0 if self.down is None else self.down.shape[0]
 
 
 class Needs(NamedTuple):
@@ -46,3 +69,35 @@ class Gradients:
     down_bias: Tensor | None = None
     up_bias: Tensor | None = None
     row_dot: Tensor | None = None
+
+
+@dataclass
+class GroupedCall:
+    """One call of `post_block_grouped`, checked: hidden states as (N, d) of any row stride. See `post_block_grouped`.
+
+    activation: by name, or of each slot by its place in `ACTIVATIONS`; ids: (N,); gain: (N,); out: (N, d), written.
+    """
+
+    residual: Tensor
+    branch: Tensor | None
+    downs: Tensor | None
+    ups: Tensor | None
+    down_biases: Tensor | None
+    up_biases: Tensor | None
+    activation: str | Tensor
+    ids: Tensor
+    gain: Tensor | None
+    out: Tensor
+    into_branch: bool
+
+    @property
+    def rank(self) -> int:
+        """r; 0 for steering vectors."""
+        return 0 if self.downs is None else self.downs.shape[1]
+
+    @property
+    def slots(self) -> int:
+        """A, the number of slots."""
+        sized = self.downs if self.downs is not None else self.up_biases
+        assert sized is not None
+        return sized.shape[0]

@@ -19,8 +19,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -28,13 +26,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import reference
 from .activations import ACTIVATIONS, apply
 from .backend import select_backend
+from .contract import GroupedCall
+from .grouped_torch import TokenPlan, grouped_forward, plan_tokens
 from .launch import device_of, empty, is_recording, launch
 from .numerics import dot, dot_precision, operand, store
 from .plan import OpPlan, run_planned
-from .registered import register
+from .registered import is_described, register
 from .schedule import MAX_RANK, Blocks, Device, ceil_div, next_power_of_2, padded_rank
 
 FEW_TOKENS = 256  # up to so many, each token is a program's: a batch that decodes
@@ -56,7 +55,7 @@ def _activate(a, code, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def token_down_kernel(
+def post_block_grouped_token_down_kernel(
     p_residual, p_branch, p_downs, p_ids, p_partial,
     SLOTS, D, part, residual_stride, branch_stride,
     RANK: tl.constexpr, HAS_BRANCH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -83,7 +82,7 @@ def token_down_kernel(
 
 
 @triton.jit
-def token_up_kernel(
+def post_block_grouped_token_up_kernel(
     p_residual, p_branch, p_ups, p_ids, p_partial, p_down_biases, p_up_biases, p_codes, p_gain, p_out,
     SLOTS, D, part, parts, residual_stride, branch_stride, out_stride,
     RANK: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BRANCH: tl.constexpr, HAS_DOWN_BIAS: tl.constexpr,
@@ -145,7 +144,7 @@ def _tile_x(p_residual, p_branch, residual_rows, branch_rows, columns, mask, HAS
 
 
 @triton.jit(do_not_specialize=["N"])
-def tile_down_kernel(
+def post_block_grouped_tile_down_kernel(
     p_residual, p_branch, p_downs, p_ids, p_partial,
     SLOTS, N, D, part, residual_stride, branch_stride,
     RANK: tl.constexpr, DOT: tl.constexpr, HAS_BRANCH: tl.constexpr,
@@ -183,7 +182,7 @@ def tile_down_kernel(
 
 
 @triton.jit(do_not_specialize=["N"])
-def tile_up_kernel(
+def post_block_grouped_tile_up_kernel(
     p_residual, p_branch, p_ups, p_ids, p_partial, p_down_biases, p_up_biases, p_codes, p_gain, p_out,
     SLOTS, N, D, part, parts, residual_stride, branch_stride, out_stride,
     RANK: tl.constexpr, ACTIVATION: tl.constexpr, DOT: tl.constexpr, HAS_BRANCH: tl.constexpr,
@@ -265,43 +264,17 @@ class Routing:
         self.ids = _flat(adapter_ids)
         self.gain = None if gain is None else _flat(gain)
         self.operands = (self.ids,) if self.gain is None else (self.ids, self.gain)
-        self._plan: _Plan | None = None
+        self._plan: TokenPlan | None = None
 
-    def plan(self) -> _Plan:
-        """For the torch backend, which asks the tensors for what they hold."""
+    def plan(self) -> TokenPlan:
+        """For the torch backend, which asks the tensors for their values."""
         if self._plan is None:
-            self._plan = _plan(self.ids, self.gain)
+            self._plan = plan_tokens(self.ids, self.gain)
         return self._plan
 
 
 def _flat(tensor: Tensor) -> Tensor:
     return tensor.contiguous() if tensor.dim() == 1 else tensor.reshape(-1).contiguous()
-
-
-@dataclass
-class _Call:
-    """One call's operands, checked: hidden states as (N, d) of any row stride."""
-
-    residual: Tensor
-    branch: Tensor | None
-    downs: Tensor | None
-    ups: Tensor | None
-    down_biases: Tensor | None
-    up_biases: Tensor | None
-    activation: str | Tensor
-    routing: Routing
-    out: Tensor
-    into_branch: bool
-
-    @property
-    def rank(self) -> int:
-        return 0 if self.downs is None else self.downs.shape[1]
-
-    @property
-    def slots(self) -> int:
-        sized = self.downs if self.downs is not None else self.up_biases
-        assert sized is not None
-        return sized.shape[0]
 
 
 def _token_schedule(block_r: int, hidden: int) -> Blocks:
@@ -323,7 +296,7 @@ def _tile_schedule(block_r: int, hidden: int, itemsize: int) -> Blocks:
     return Blocks({"BLOCK_N": 16, "BLOCK_D": columns, "BLOCK_R": max(block_r, 1)}, 4, 2 if block_r < 128 else 1)
 
 
-def _triton_grouped(call: _Call) -> None:
+def triton_grouped(call: GroupedCall) -> None:
     """Two launches, one without W1: the second kernel must not write into a branch that the first still reads."""
     tokens, hidden = call.residual.shape
     device, place = device_of(call.residual), call.residual.device
@@ -332,10 +305,12 @@ def _triton_grouped(call: _Call) -> None:
     branch_stride = 0 if call.branch is None else call.branch.stride(0)
     if few:
         schedule = _token_schedule(max(2, next_power_of_2(rank)), hidden)
-        rows, down, up = tokens, token_down_kernel, token_up_kernel
+        down, up = post_block_grouped_token_down_kernel, post_block_grouped_token_up_kernel
+        rows = tokens
     else:
         schedule = _tile_schedule(padded_rank(rank), hidden, call.residual.element_size())
-        rows, down, up = ceil_div(tokens, schedule.constants["BLOCK_N"]), tile_down_kernel, tile_up_kernel
+        down, up = post_block_grouped_tile_down_kernel, post_block_grouped_tile_up_kernel
+        rows = ceil_div(tokens, schedule.constants["BLOCK_N"])
     # The kernels of tiles take two arguments more.
     size: tuple[int, ...] = () if few else (tokens,)
     flags: dict[str, Any] = {} if few else {"DOT": dot_precision(call.residual.dtype, device.gpu, rank)}
@@ -345,211 +320,22 @@ def _triton_grouped(call: _Call) -> None:
     if rank:
         partial = empty(tokens, splits, schedule.constants["BLOCK_R"], dtype=torch.float32, device=place)
         launch(
-            down, (rows, splits), call.residual, call.branch, call.downs, call.routing.ids, partial,
+            down, (rows, splits), call.residual, call.branch, call.downs, call.ids, partial,
             call.slots, *size, hidden, part, call.residual.stride(0), branch_stride,
             **flags, device=place, schedule=schedule,
         )  # fmt: skip
     launch(
-        up, (rows, splits), call.residual, call.branch, call.ups, call.routing.ids, partial,
-        call.down_biases, call.up_biases, None if named else call.activation, call.routing.gain, call.out,
+        up, (rows, splits), call.residual, call.branch, call.ups, call.ids, partial,
+        call.down_biases, call.up_biases, None if named else call.activation, call.gain, call.out,
         call.slots, *size, hidden, part, splits, call.residual.stride(0), branch_stride, call.out.stride(0),
         **flags, ACTIVATION=call.activation if named else "", HAS_DOWN_BIAS=call.down_biases is not None,
-        HAS_UP_BIAS=call.up_biases is not None, HAS_GAIN=call.routing.gain is not None, INTO_BRANCH=call.into_branch,
+        HAS_UP_BIAS=call.up_biases is not None, HAS_GAIN=call.gain is not None, INTO_BRANCH=call.into_branch,
         device=place, schedule=schedule,
     )  # fmt: skip
 
 
-# -------------------------------------------------------------------------------------------------------- plain torch
-
-
-def _torch_grouped(call: _Call) -> None:
-    """Two products for each adapter that occurs, of all its tokens where there are many: no adapter is copied."""
-    acc = reference.accumulation_dtype(call.residual.dtype)
-    plan = call.routing.plan()
-    if plan.highest >= call.slots:
-        raise ValueError(f"adapter_ids has {plan.highest}; expected below {call.slots}, the number of slots")
-    if not call.into_branch:
-        if call.branch is None:
-            call.out.copy_(call.residual)
-        else:
-            torch.add(call.residual, call.branch, out=call.out)
-    spans, of_plan = plan.spans, plan.taken
-    if not spans:
-        return
-    if call.out.dtype == acc and not call.into_branch:
-        x = of_plan(call.out)
-    else:
-        x = of_plan(call.residual).to(acc)
-        if call.branch is not None:
-            x = x + of_plan(call.branch).to(acc)
-    slots = None
-    if len(spans) > 1 and (
-        call.down_biases is not None or call.up_biases is not None or isinstance(call.activation, Tensor)
-    ):
-        slots = plan.slots()
-    gain = plan.gain
-    if call.downs is not None and call.ups is not None:
-        a = _products(x, call.downs, plan, acc)
-        if call.down_biases is not None:
-            a = a + _of_tokens(call.down_biases, slots, spans).to(acc)
-        h = _torch_activate(a, call.activation, slots, spans)
-        if gain is not None and call.up_biases is None:
-            h, gain = h * gain, None  # there it is r values a token, and not d
-        u = _products(h, call.ups, plan, acc)
-        if call.up_biases is not None:
-            u += _of_tokens(call.up_biases, slots, spans).to(acc)
-    else:
-        assert call.up_biases is not None
-        u = _of_tokens(call.up_biases, slots, spans).to(acc).expand(x.shape).clone()  # to be written into
-    if gain is not None:
-        u = u * gain
-    if call.into_branch:
-        assert call.branch is not None
-        x = of_plan(call.branch).to(acc)
-    # x − (0 − u): −0 + 0 would be +0, but −0 − 0 is −0. A shift of zero leaves the very bits.
-    torch.sub(u.new_zeros(()), u, out=u)
-    if plan.rows is None and call.out.dtype == acc:
-        torch.sub(x, u, out=call.out)
-        return
-    moved = (x - u).to(call.out.dtype)
-    call.out.copy_(moved) if plan.rows is None else call.out.index_copy_(0, plan.rows, moved)
-
-
-@dataclass
-class _Plan:
-    """How the steered tokens are taken.
-
-    highest: slot, of all tokens; ids: (N,), theirs; rows: which are steered, and in which order, (M,) int64; None: all,
-    as they lie, and nothing is gathered or scattered. gain: (M, 1) float32 in that order, or None. spans: tokens next
-    to each other in that order of one adapter: its slot, the first one's place, and the place behind the last. single:
-    those that are multiplied token by token; several: those that are by one product; batched: first slot, how many
-    slots next to each other, first place, and how many tokens each, where one batched product is of them all.
-    """
-
-    highest: int
-    ids: Tensor
-    rows: Tensor | None
-    gain: Tensor | None
-    spans: list[tuple[int, int, int]]
-    single: list[tuple[int, int, int]]
-    several: list[tuple[int, int, int]]
-    batched: list[tuple[int, int, int, int]]
-
-    def taken(self, tensor: Tensor) -> Tensor:
-        """(N, …) as (M, …)"""
-        return tensor if self.rows is None else tensor.index_select(0, self.rows)
-
-    def slots(self) -> Tensor:
-        """(M,)"""
-        return self.taken(self.ids)
-
-
-def _plan(ids: Tensor, gain: Tensor | None) -> _Plan:
-    slots: list[int] = ids.tolist()
-    if gain is None:
-        rows = [row for row, slot in enumerate(slots) if slot >= 0]
-    else:
-        gains = gain.tolist()
-        rows = [row for row, slot in enumerate(slots) if slot >= 0 and gains[row] != 0]
-    plan = _Plan(max(slots, default=-1), ids, None, None, [], [], [], [])
-    as_they_lie = len(rows) == len(slots)
-    each_slot_once = False
-    # To bring tokens of an adapter together, or into the order of their slots, and back costs more than it saves where
-    # they are few.
-    if len(rows) > 3:
-        found = {slots[row] for row in rows}
-        first, room = min(found), max(found) - min(found) + 1
-        if 4 * len(found) >= 3 * room if 2 * len(found) > len(rows) else len(rows) > 8:
-            before = rows.copy()
-            rows.sort(key=slots.__getitem__)
-            as_they_lie = as_they_lie and rows == before
-            each_slot_once = len(found) == len(rows) == room
-    if not as_they_lie:
-        plan.rows = torch.tensor(rows, dtype=torch.int64, device=ids.device)
-    if gain is not None:
-        plan.gain = plan.taken(gain).to(torch.float32).unsqueeze(1)
-    if each_slot_once:
-        plan.spans = [(first + place, place, place + 1) for place in range(room)]
-        plan.batched = [(first, room, 0, 1)]
-        return plan
-    blocks: list[tuple[int, int, int, int]] = []
-    start, end = 0, len(rows)
-    while start < end:
-        slot, stop = slots[rows[start]], start + 1
-        while stop < end and slots[rows[stop]] == slot:
-            stop += 1
-        plan.spans.append((slot, start, stop))
-        if blocks and slot == blocks[-1][0] + blocks[-1][1] and stop - start == blocks[-1][3]:
-            low, count, begin, tokens = blocks[-1]
-            blocks[-1] = (low, count + 1, begin, tokens)
-        else:
-            blocks.append((slot, 1, start, stop - start))
-        start = stop
-    for block in blocks:
-        slot, count, begin, tokens = block
-        if count * tokens >= 4 and count > 1:  # fewer are over before a batched product has begun
-            plan.batched.append(block)
-        else:
-            alone = plan.single if tokens <= 2 else plan.several
-            alone += [(slot + n, begin + n * tokens, begin + (n + 1) * tokens) for n in range(count)]
-    return plan
-
-
-def _products(x: Tensor, weights: Tensor, plan: _Plan, acc: torch.dtype) -> Tensor:
-    """x Wᵀ, each token by its own slot's W. (N, columns of x) by (A, n, columns of x): (N, n)"""
-    convert = weights.dtype != acc
-    if len(plan.spans) == 1:
-        weight = weights.select(0, plan.spans[0][0])
-        return torch.mm(x, (weight.to(acc) if convert else weight).t())
-    if len(plan.batched) == 1 and not plan.single and not plan.several:
-        slot, count, _, tokens = plan.batched[0]
-        weight = weights if count == len(weights) else weights.narrow(0, slot, count)
-        return torch.bmm(x.view(count, tokens, -1), weight.to(acc).transpose(1, 2)).flatten(0, 1)
-    out = x.new_empty(len(x), weights.shape[1])
-    if plan.single:
-        tokens_in, tokens_out = x.unbind(0), out.unbind(0)
-        # A product of one token is hardly longer than the making of a view: many are made at once where it can be.
-        at_once = len(weights) <= 2 * len(plan.single)
-        weight_of = weights.unbind(0).__getitem__ if at_once else partial(weights.select, 0)
-        for slot, start, stop in plan.single:
-            weight = weight_of(slot)
-            if convert:
-                weight = weight.to(acc)
-            for place in range(start, stop):
-                torch.mv(weight, tokens_in[place], out=tokens_out[place])
-    for slot, start, stop in plan.several:
-        weight = weights.select(0, slot)
-        torch.mm(x[start:stop], (weight.to(acc) if convert else weight).t(), out=out[start:stop])
-    for slot, count, start, tokens in plan.batched:
-        mine, result = (t.narrow(0, start, count * tokens).view(count, tokens, -1) for t in (x, out))
-        torch.bmm(mine, weights.narrow(0, slot, count).to(acc).transpose(1, 2), out=result)
-    return out
-
-
-def _of_tokens(biases: Tensor, slots: Tensor | None, spans: list[tuple[int, int, int]]) -> Tensor:
-    """Each token's bias; of one adapter alone, that one for all."""
-    return biases[spans[0][0]] if slots is None else biases[slots]
-
-
-def _torch_activate(
-    a: Tensor, activation: str | Tensor, slots: Tensor | None, spans: list[tuple[int, int, int]]
-) -> Tensor:
-    if isinstance(activation, str):
-        return reference.ACTIVATIONS[activation][0](a)
-    codes = activation.tolist()
-    found = {codes[slot] for slot, _, _ in spans}
-    if len(found) == 1:
-        return reference.ACTIVATIONS[ACTIVATIONS[found.pop()]][0](a)
-    of_tokens = activation[slots].unsqueeze(1)
-    out = a
-    for code in found:
-        out = torch.where(of_tokens == code, reference.ACTIVATIONS[ACTIVATIONS[code]][0](a), out)
-    return out
-
-
 # ---------------------------------------------------------------------------------------------- one call, and compiled
 
-_GROUPED = {"triton": _triton_grouped, "torch": _torch_grouped}
 #: downs, ups, down_biases, up_biases, and φ by name or, of each slot, by its place in ACTIVATIONS.
 _Weights = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, str | Tensor]
 
@@ -567,8 +353,13 @@ def _run(
     if not out.numel():
         return
     downs, ups, down_biases, up_biases = (None if t is None else t.contiguous() for t in weights[:4])
-    call = _Call(residual, branch, downs, ups, down_biases, up_biases, weights[4], routing, out, into_branch)
-    _GROUPED[backend or ("triton" if is_recording() else select_backend(residual.device))](call)
+    call = GroupedCall(
+        residual, branch, downs, ups, down_biases, up_biases, weights[4], routing.ids, routing.gain, out, into_branch
+    )  # fmt: skip
+    if (backend or ("triton" if is_recording() else select_backend(residual.device))) == "triton":
+        triton_grouped(call)
+    else:
+        grouped_forward(call, routing.plan())
 
 
 def _sum_dtype(residual: Tensor, branch: Tensor | None) -> torch.dtype:
@@ -593,6 +384,13 @@ def _into_branch(residual: Tensor, branch: Tensor, weights: _Weights, routing: R
 
 
 _Operands = tuple[Tensor | None, Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, str]
+
+
+def _joined(weights: _Weights, ids: Tensor, gain: Tensor | None) -> _Operands:
+    """`weights` and routing as the registered ops take them."""
+    downs, ups, down_biases, up_biases, activation = weights
+    named, codes = (activation, None) if isinstance(activation, str) else ("", activation)
+    return downs, ups, ids, down_biases, up_biases, codes, gain, named
 
 
 def _split(operands: _Operands) -> tuple[_Weights, Routing]:
@@ -696,6 +494,10 @@ def post_block_routed(
         weights: downs, ups, down_biases, up_biases, and the activation, of which `post_block_grouped` takes each.
         backend: as `select_backend` gives it for the residual's device; None asks.
     """
+    if not is_recording() and is_described(residual):
+        with torch.no_grad():
+            operands = _joined(weights, routing.ids, routing.gain)
+            return torch.ops.fused_steer.post_block_grouped(residual, branch, *operands)
     if torch.is_grad_enabled():
         with torch.no_grad():
             return _out_of_place(residual, branch, weights, routing, backend)
@@ -741,6 +543,7 @@ def post_block_grouped(
         TypeError: a dtype that it does not take.
         RuntimeError: a gradient is asked for.
     """
+    in_graph = torch.compiler.is_compiling() or (not is_recording() and is_described(residual))
     shape, device = residual.shape, residual.device
     hidden, places = shape[-1], shape[:-1]
     _check("residual", residual, shape, device)
@@ -785,14 +588,13 @@ def post_block_grouped(
         tensors = (residual, branch, downs, ups, down_biases, up_biases, gain)
         if any(t is not None and t.requires_grad for t in tensors):
             _refuse_gradient()
-    if torch.compiler.is_compiling():
-        named, codes = (activation, None) if isinstance(activation, str) else ("", activation)
-        operands = (downs, ups, adapter_ids, down_biases, up_biases, codes, gain, named)
+    weights = (downs, ups, down_biases, up_biases, activation)
+    if in_graph:
+        operands = _joined(weights, adapter_ids, gain)
         if into_branch and branch is not None:
             torch.ops.fused_steer.post_block_grouped_(residual, branch, *operands)
             return branch
         return torch.ops.fused_steer.post_block_grouped(residual, branch, *operands)
-    weights = (downs, ups, down_biases, up_biases, activation)
     if into_branch and branch is not None:
         with torch.no_grad() if torch.is_grad_enabled() else contextlib.nullcontext():
             _into_branch(residual, branch, weights, Routing(adapter_ids, gain))

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from .numerics import COMPILER_OPTIONS
 from .schedule import Device, Layout, describe_device
 
 
@@ -44,7 +45,7 @@ class Started:
     grid: tuple[int, ...]
     arguments: tuple[Any, ...]
     constants: dict[str, Any]
-    options: dict[str, int]
+    options: dict[str, Any]
 
     def ordered(self) -> list[Any]:
         """All arguments, constants among them, in the kernel's order."""
@@ -122,7 +123,7 @@ def launch(
     if isinstance(watching, _Recording):
         watching.launches.append(Launch(kernel, grid, arguments, constants, schedule))
         return
-    options = {"num_warps": schedule.num_warps, "num_stages": schedule.num_stages}
+    options = {"num_warps": schedule.num_warps, "num_stages": schedule.num_stages, **COMPILER_OPTIONS}
     with on_device(device):
         compiled = kernel[grid](*arguments, **constants, **options)
     if isinstance(watching, Notes):

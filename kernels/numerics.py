@@ -26,6 +26,10 @@ INTERPRETED: bool = bool(knobs.runtime.interpret)
 
 _EMULATE = tl.constexpr(INTERPRETED)
 
+#: Passed to every compilation. Whether a product and a sum are fused decides last bits: neither
+#: TRITON_DEFAULT_FP_FUSION nor Triton's default, which changes in 3.10, may change them.
+COMPILER_OPTIONS = {"enable_fp_fusion": True}
+
 
 def dot_precision(dtype: torch.dtype, gpu: str, rank: int) -> str:
     """Name of the operand policy ("bf16", "tf32", "tf32x3" or "ieee") for a hidden state of `dtype`.

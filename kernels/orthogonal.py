@@ -36,7 +36,7 @@ _FEW_ELEMENTS = 1 << 18  # that plain PyTorch holds in float64 at a time: 2 MiB
 
 
 @triton.jit
-def gram_kernel(
+def orthogonal_gram_kernel(
     p_writers, p_up, p_partial,
     D, part, K: tl.constexpr, R: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -70,7 +70,7 @@ def gram_kernel(
 
 
 @triton.jit
-def solve_kernel(
+def orthogonal_solve_kernel(
     p_partial, p_solution, parts, eps,
     K: tl.constexpr, R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -119,7 +119,7 @@ def solve_kernel(
 
 
 @triton.jit
-def apply_kernel(
+def orthogonal_apply_kernel(
     p_writers, p_up, p_solution, p_out,
     D, K: tl.constexpr, R: tl.constexpr, HAS_UP: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -171,12 +171,12 @@ def _triton_solve(writers: Tensor, up: Tensor | None) -> Tensor:
     partial = torch.empty(layers, parts, k * (k + rank), dtype=torch.float64, device=writers.device)
     solution = torch.empty(layers, k, columns, dtype=torch.float64, device=writers.device)
     launch(
-        gram_kernel, (layers, parts), writers, up, partial, hidden, part, K=k, R=rank, device=writers.device,
+        orthogonal_gram_kernel, (layers, parts), writers, up, partial, hidden, part, K=k, R=rank, device=writers.device,
         schedule=OrthogonalSchedule({"BLOCK_D": rows, "BLOCK_K": block_k, "BLOCK_R": block_r}, 8),
     )  # fmt: skip
     narrow = _narrow(columns)
     launch(
-        solve_kernel, (layers, ceil_div(columns, narrow)), partial, solution, parts, _EPS, K=k, R=rank,
+        orthogonal_solve_kernel, (layers, ceil_div(columns, narrow)), partial, solution, parts, _EPS, K=k, R=rank,
         device=writers.device,
         schedule=OrthogonalSchedule({"BLOCK_K": block_k, "BLOCK_R": narrow}, 8 if block_k > 16 else 4),
     )  # fmt: skip
@@ -195,18 +195,18 @@ def _triton_apply(writers: Tensor, up: Tensor | None, solution: Tensor) -> Tenso
     out = torch.empty(layers, hidden, columns, dtype=dtype, device=writers.device)
     narrow = _narrow(columns)
     launch(
-        apply_kernel, (layers, ceil_div(hidden, 64), ceil_div(columns, narrow)), writers, up, solution, out, hidden,
-        K=k, R=columns, HAS_UP=up is not None, device=writers.device,
+        orthogonal_apply_kernel, (layers, ceil_div(hidden, 64), ceil_div(columns, narrow)),
+        writers, up, solution, out, hidden, K=k, R=columns, HAS_UP=up is not None, device=writers.device,
         schedule=OrthogonalSchedule({"BLOCK_D": 64, "BLOCK_R": narrow}),
     )  # fmt: skip
     return out
 
 
-def _triton_project(up: Tensor, writers: Tensor) -> Tensor:
+def triton_project(up: Tensor, writers: Tensor) -> Tensor:
     return _triton_apply(writers, up, _triton_solve(writers, up))
 
 
-def _triton_basis(writers: Tensor) -> Tensor:
+def triton_basis(writers: Tensor) -> Tensor:
     for _ in range(_ROUNDS):
         writers = _triton_apply(writers, None, _triton_solve(writers, None))
     return writers
@@ -268,8 +268,8 @@ def _torch_basis(writers: Tensor) -> Tensor:
 
 # --------------------------------------------------------------------------------------------- autograd, caller's part
 
-_PROJECT = {"triton": _triton_project, "torch": _torch_project}
-_BASIS = {"triton": _triton_basis, "torch": _torch_basis}
+_PROJECT = {"triton": triton_project, "torch": _torch_project}
+_BASIS = {"triton": triton_basis, "torch": _torch_basis}
 
 
 class _ProjectOut(torch.autograd.Function):

@@ -7,8 +7,9 @@ check their operands in one go (`admit`), allocate, and start the kernels with t
 (`go`).
 
 A plan is passed over, never stretched: where an operand's type, dtype, device, sizes, strides, requires_grad or
-alignment differ, launches are being recorded or hooked, or FUSED_STEER_BACKEND has changed, `admit` returns None and
-the caller goes the ordinary way, errors included. A plan keeps no operand and no address.
+alignment differ, launches are being recorded or hooked, a dispatch mode is active (make_fx), or FUSED_STEER_BACKEND has
+changed, `admit` returns None and the caller goes the ordinary way, errors included. A plan keeps no operand and no
+address.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ _read_environment, _BACKEND = _environment()
 #: Hooks of launches, where profilers sit: Triton keeps two chains of them, mostly empty.
 _ENTER, _LEAVE = _RUNTIME.launch_enter_hook, _RUNTIME.launch_exit_hook
 _watching = watcher.get
+_modes = torch._C._len_torch_dispatch_stack
 
 
 def _guard(tensors: Sequence[Tensor]) -> Callable[..., bool]:
@@ -182,9 +184,9 @@ class Plan:
         now, stream_of, index = _device_functions(device)
         names: dict[str, Any] = {
             "check": _guard(operands), "read": _read_environment, "backend": _BACKEND, "watching": _watching,
-            "asked": _read_environment(_BACKEND), "runtime": _RUNTIME, "enter": _ENTER, "leave": _LEAVE, "now": now,
-            "index": index, "stream_of": stream_of, "empty": _strided(device), "pointer": _address,
-            "on_device": on_device, "device": device,
+            "modes": _modes, "asked": _read_environment(_BACKEND), "runtime": _RUNTIME, "enter": _ENTER,
+            "leave": _LEAVE, "now": now, "index": index, "stream_of": stream_of, "empty": _strided(device),
+            "pointer": _address, "on_device": on_device, "device": device,
         }  # fmt: skip
         allocate = _allocations(made, results, names)
         addresses = [f"p{i}" for i in range(len(operands))] + [f"q{i}" for i in range(len(made))]
@@ -246,7 +248,7 @@ def _code(operands: int, allocate: tuple[str, ...], starts: tuple[str, ...], ret
     admit = [
         f"if not (check({given}) and read(backend) == asked and watching() is None",
         "        and runtime.launch_enter_hook is enter and runtime.launch_exit_hook is leave",
-        "        and not enter.calls and not leave.calls):",
+        "        and not enter.calls and not leave.calls and not modes()):",
         "    return None",
         *(f"p{i} = pointer(t{i})" for i in range(operands)),
     ]

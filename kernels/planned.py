@@ -7,21 +7,20 @@ for go through `post_block`'s own functions.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .backend import select_backend
-from .contract import Packed
+from .contract import Operands, Packed
 from .plan import Plan, keep, no_plan
-from .post_block import _backward, _first_order, _forward, check_operands, post_block
+from .post_block import backward, check_operands, first_order, forward, post_block, saved_tensors
+from .registered import is_described
 
-#: `_forward`'s arguments: residual, branch, down, up, down_bias, up_bias, gain, basis, scale, activation.
-_Call = tuple[
-    Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, None, None, float, str
-]  # fmt: skip
+#: What `forward` takes of a call: residual, branch, operands.
+_Call = tuple[Tensor, Tensor | None, Operands]
 
 
 class PlannedPostBlock:
@@ -61,15 +60,18 @@ class PlannedPostBlock:
         states = (residual,) if branch is None else (residual, branch)
         operands = (*states, *weights) if packed is None else (*states, *weights, *packed)
         key = (len(states), packed is None, residual.shape)
-        run = self._inference.get(key)
+        try:
+            run = self._inference.get(key)
+        except TypeError:  # symbolic sizes have no hash; no kernel runs for them
+            return self._ordinary(self._call(states, weights, None))
         out = None if run is None else run(*operands[:2], operands[2:])
         if out is not None:
             self.backend = "triton"
         else:
-            call = self._call(states, weights)
+            call = self._call(states, weights, packed)
             if not self._may_plan(call):
                 return self._ordinary(call)
-            (out,), plan = Plan.make(operands, lambda: _forward(*call, keep_a=False, packed=packed)[:1])
+            (out,), plan = Plan.make(operands, lambda: forward(*call, keep_a=False)[:1])
             if plan is not None:
                 run = plan.run
                 keep(self._inference, key, run)
@@ -88,7 +90,10 @@ class PlannedPostBlock:
     def _with_gradient(self, states: tuple[Tensor, ...], weights: tuple[Tensor, ...], packed: Packed | None) -> Tensor:
         operands = (*states, *weights) if packed is None else (*states, *weights, *packed)
         key = (len(states), packed is None, states[0].shape)
-        training = self._training.get(key)
+        try:
+            training = self._training.get(key)
+        except TypeError:
+            return self._ordinary(self._call(states, weights, None))
         if training is not None:
             addresses = training.forward.admit(operands)
             if addresses is not None and not torch._C._are_functorch_transforms_active():
@@ -96,42 +101,47 @@ class PlannedPostBlock:
                 if packed is None and training.whole:
                     self.last_trained = training.run
                 return _apply((training, addresses, None, packed), *states, *weights)
-        call = self._call(states, weights)
+        call = self._call(states, weights, packed)
         if not self._may_plan(call):
             return self._ordinary(call)
 
         # Planned beneath autograd: a checkpoint counts the tensors that are saved, now and when the call is repeated.
         with torch.no_grad():
-            results, plan = Plan.make(
-                operands, lambda: [t for t in _forward(*call, keep_a=True, packed=packed) if t is not None]
-            )
+            results, plan = Plan.make(operands, lambda: [t for t in forward(*call, keep_a=True) if t is not None])
         if plan is None or any(state.dtype != results[0].dtype for state in states):
             return self._ordinary(call)
-        training = _Training(plan, states, weights, self._where, call[-2:])
+        training = _Training(plan, states, weights, self._where, (self._scale, self._activation))
         keep(self._training, key, training)
         return _apply((training, None, results, packed), *states, *weights)
 
-    def _call(self, states: tuple[Tensor, ...], weights: tuple[Tensor, ...]) -> _Call:
-        given = iter(weights)
-        down, up, down_bias, up_bias = (next(given) if there else None for there in self._where)
-        branch = states[1] if len(states) == 2 else None
-        return states[0], branch, down, up, down_bias, up_bias, None, None, self._scale, self._activation
+    def _call(self, states: tuple[Tensor, ...], weights: tuple[Tensor, ...], packed: Packed | None) -> _Call:
+        operands = _operands(self._where, weights, self._scale, self._activation, packed)
+        return states[0], states[1] if len(states) == 2 else None, operands
 
     def _may_plan(self, call: _Call) -> bool:
         """Whether a kernel runs this call. The others are `post_block`'s, and so are those that it refuses."""
-        residual, branch, down, up, down_bias, up_bias, *_ = call
+        residual, branch, operands = call
         self.backend = select_backend(residual.device)
-        if self.backend != "triton" or torch._C._are_functorch_transforms_active():
+        if is_described(residual) or self.backend != "triton" or torch._C._are_functorch_transforms_active():
             return False
-        check_operands(residual, branch, down, up, down_bias, up_bias, None, None, self._scale, self._activation)
-        return down is None or down.shape[0] > 0
+        check_operands(residual, branch, operands)
+        return operands.down is None or operands.rank > 0
 
     def _ordinary(self, call: _Call) -> Tensor:
-        residual, branch, down, up, down_bias, up_bias, *_ = call
+        residual, branch, operands = call
         return post_block(
-            residual, branch, down, up,
-            down_bias=down_bias, up_bias=up_bias, activation=self._activation, scale=self._scale,
+            residual, branch, operands.down, operands.up, down_bias=operands.down_bias, up_bias=operands.up_bias,
+            activation=self._activation, scale=self._scale,
         )  # fmt: skip
+
+
+def _operands(
+    where: tuple[bool, ...], weights: Iterable[Tensor], scale: float, activation: str, packed: Packed | None
+) -> Operands:
+    """The operands of a call. `where`: which of W1, W2, b1 and b2 the weights are."""
+    given = iter(weights)
+    down, up, down_bias, up_bias = (next(given) if there else None for there in where)
+    return Operands(down, up, down_bias, up_bias, scale=scale, activation=activation, packed=packed)
 
 
 # ---------------------------------------------------------------------------------------------------------- gradients
@@ -151,7 +161,7 @@ class _Training:
         states: tuple[Tensor, ...],
         weights: tuple[Tensor, ...],
         where: tuple[bool, ...],
-        constants: tuple[Any, ...],
+        constants: tuple[float, str],
     ) -> None:
         self.forward = forward
         self.backward: dict[Any, Plan] = {}
@@ -163,7 +173,7 @@ class _Training:
         given = iter(weights)
         down, up, down_bias, up_bias = (there and next(given).requires_grad for there in where)
         adapter = where[0]
-        #: Of x, down, up, down_bias, up_bias, gain, scale: what `_backward` takes.
+        #: Of x, down, up, down_bias, up_bias, gain, scale: what `backward` takes.
         self.needs = [any(of_states) and adapter, down, up, down_bias, up_bias, False, False]
         # What post_block saves of such a call, in its order: `out`, `a`, weights.
         self.saves = (down, adapter and any(self.needs[:4]), any(self.needs))
@@ -210,7 +220,7 @@ class _PlannedPostBlock(torch.autograd.Function):
         places = training.places
         if grad is None:
             return None, *[None for _ in places]
-        operands = (grad, *ctx.saved_tensors) if packed is None else (grad, *ctx.saved_tensors, *packed)
+        operands = (grad, *saved_tensors(ctx)) if packed is None else (grad, *saved_tensors(ctx), *packed)
         create_graph = torch.is_grad_enabled()
         if training.last is not None and packed is None and not create_graph:
             addresses = training.last.admit(operands)
@@ -231,7 +241,7 @@ class _PlannedPostBlock(torch.autograd.Function):
         gradients = [None if place is None else grad if place < 0 else found[place] for place in places]
         if create_graph:
             marker = torch.empty(0, device=grad.device, requires_grad=True)
-            return None, *_first_order((marker,), tuple(gradients))
+            return None, *first_order((marker,), tuple(gradients))
         return None, *gradients
 
 
@@ -240,13 +250,10 @@ def _careful_backward(training: _Training, operands: tuple[Tensor, ...], packed:
     save_out, save_a, _ = training.saves
     grad = next(given)
     out, a = next(given) if save_out else None, next(given) if save_a else None
-    down, up, down_bias, up_bias = (next(given) if there else None for there in training.where)
-    scale, activation = training.constants
+    steering = _operands(training.where, given, *training.constants, packed)
 
     def call() -> Any:
-        return _backward(
-            grad, out, a, down, up, down_bias, up_bias, None, None, scale, activation, training.needs, packed=packed
-        )  # fmt: skip
+        return backward(grad, out, a, steering, training.needs)
 
     found, plan = Plan.make(operands, call, training.order)
     if plan is not None:

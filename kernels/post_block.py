@@ -15,8 +15,8 @@ and backward, with G = ∂L/∂out:
 
     dW1 = daᵀ out − (daᵀ h) W2'ᵀ − (daᵀ (s · g)) b2ᵀ        rowsum(G ⊙ u) = φ(a)·(G W2') + G·b2
 
-The file reads from the kernels to what a user calls: kernels, launchers, shared forward and backward, registered ops,
-autograd, `post_block`.
+The file reads from the kernels to what a user calls: kernels, launchers, forward and backward on any backend,
+registered ops, autograd, `post_block`. It is one file, though long, so that the op can be read from top to bottom.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import reference
+from . import torch_backend
 from .activations import ACTIVATIONS, apply, derivative
 from .backend import select_backend
-from .contract import Gradients, Needs, Packed
+from .contract import Gradients, Needs, Operands
 from .launch import device_of, empty, launch
 from .numerics import dot, dot_precision, held, met, operand, operand_dtype, packed_operand, store
 from .plan import OpPlan, Plan, keep, no_plan, run_planned
-from .registered import register
+from .registered import is_described, register
 from .schedule import (
     CROSS_RANK,
     MAX_RANK,
@@ -787,24 +787,15 @@ def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if t is None else t.contiguous() for t in tensors]
 
 
-def _triton_forward(
-    residual: Tensor,
-    branch: Tensor | None,
-    down: Tensor | None,
-    up: Tensor | None,
-    down_bias: Tensor | None,
-    up_bias: Tensor | None,
-    gain: Tensor | None,
-    scale: float | Tensor,
-    activation: str,
-    keep_a: bool,
-    packed: Packed | None = None,
+def triton_forward(
+    residual: Tensor, branch: Tensor | None, operands: Operands, keep_a: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """The op on Triton. `packed`, made of `down` and `up`, is read in their place; the result has the same bits."""
+    """The forward pass in one launch, with few tokens in two. Returns `out` and `a` (N, r), None unless kept."""
+    down, up, down_bias, up_bias, gain, _, scale, activation, packed = operands
     dtype = residual.dtype if branch is None else torch.promote_types(residual.dtype, branch.dtype)
     hidden = residual.shape[-1]
     tokens = residual.numel() // hidden
-    rank = 0 if down is None else down.shape[0]
+    rank = operands.rank
     out = empty(*residual.shape, dtype=dtype, device=residual.device)
     a = empty(tokens, rank, dtype=torch.float32, device=residual.device) if keep_a and rank else None
     if tokens == 0:
@@ -866,25 +857,12 @@ def _triton_forward(
     return out, a
 
 
-def _triton_backward(
-    grad: Tensor,
-    out: Tensor | None,
-    a: Tensor | None,
-    down: Tensor | None,
-    up: Tensor | None,
-    up_bias: Tensor | None,
-    gain: Tensor | None,
-    scale: float | Tensor,
-    activation: str,
-    needs: Needs,
-    packed: Packed | None = None,
-    down_bias_dtype: torch.dtype = torch.float32,
-) -> Gradients:
+def triton_backward(grad: Tensor, out: Tensor | None, a: Tensor | None, operands: Operands, needs: Needs) -> Gradients:
     """The backward pass in at most three launches, four at ranks for which the columns kernel takes two passes.
 
-    `up` and `packed.up` are projected already. The parameters' gradients come in the parameters' dtypes, db1 in
-    `down_bias_dtype`, each in a storage of its own.
+    The parameters' gradients come in the parameters' dtypes, each in a storage of its own.
     """
+    down, up, down_bias, up_bias, gain, _, scale, activation, packed = operands
     hidden = grad.shape[-1]
     tokens = grad.numel() // hidden
     rank = 0 if a is None else a.shape[1]
@@ -955,7 +933,7 @@ def _triton_backward(
         schedule = finish_schedule(hidden if sums else 0, rank)
         result.down = new(rank, hidden, dtype=down.dtype) if needs.down and down is not None else None
         result.up = new(hidden, rank, dtype=up.dtype) if needs.up and up is not None else None
-        result.down_bias = new(rank, dtype=down_bias_dtype) if needs.down_bias else None
+        result.down_bias = new(rank, dtype=down_bias.dtype) if needs.down_bias and down_bias is not None else None
         result.up_bias = new(hidden, dtype=up_bias.dtype) if needs.up_bias and up_bias is not None else None
         launch(
             post_block_bwd_finish_kernel, (schedule.programs + needs.down_bias, schedule.splits),
@@ -987,10 +965,8 @@ def _empty_gradients(grad: Tensor, hidden: int, rank: int, needs: Needs) -> Grad
 
 # --------------------------------------------------------------------------------- forward and backward, any backend
 
-_FORWARD: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {
-    "triton": _triton_forward,
-    "torch": reference.forward,
-}
+_FORWARD = {"triton": triton_forward, "torch": torch_backend.forward}
+_BACKWARD = {"triton": triton_backward, "torch": torch_backend.backward}
 
 
 def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -1002,72 +978,39 @@ def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]
 
 def project(matrix: Tensor, basis: Tensor) -> Tensor:
     """(I − V Vᵀ) M for M (d, r) and an orthonormal V = basis (d, k), in M's accumulation dtype (paper §5.2)."""
-    acc = reference.accumulation_dtype(matrix.dtype)
+    acc = torch_backend.accumulation_dtype(matrix.dtype)
     matrix, basis = matrix.to(acc), basis.to(acc)
     return torch.addmm(matrix, basis, basis.t() @ matrix, alpha=-1)
 
 
-def _forward(
-    residual: Tensor,
-    branch: Tensor | None,
-    down: Tensor | None,
-    up: Tensor | None,
-    down_bias: Tensor | None,
-    up_bias: Tensor | None,
-    gain: Tensor | None,
-    basis: Tensor | None,
-    scale: float | Tensor,
-    activation: str,
-    keep_a: bool,
-    packed: Packed | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """`packed`, of `down` and `up`, is for the Triton backend, without a basis."""
+def forward(residual: Tensor, branch: Tensor | None, operands: Operands, keep_a: bool) -> tuple[Tensor, Tensor | None]:
+    """The forward pass on the backend of the residual's device. Returns `out` and `a` (N, r), None unless kept.
+
+    Packed operands are for the Triton backend, without a basis.
+    """
     with _no_autocast(residual.device):
         backend = select_backend(residual.device)
-        _check_backend(backend, residual, branch, down, up, down_bias, up_bias, gain, basis, scale)
-        if basis is not None and up is not None:
-            up = project(up, basis)
-        options: dict[str, Any] = {} if packed is None else {"packed": packed}
-        operands = (residual, branch, down, up, down_bias, up_bias, gain, scale, activation, keep_a)
-        return _FORWARD[backend](*operands, **options)
+        _check_backend(backend, residual, branch, *operands)
+        return _FORWARD[backend](residual, branch, _projected(operands), keep_a)
 
 
-def _backward(
-    grad: Tensor,
-    out: Tensor | None,
-    a: Tensor | None,
-    down: Tensor | None,
-    up: Tensor | None,
-    down_bias: Tensor | None,
-    up_bias: Tensor | None,
-    gain: Tensor | None,
-    basis: Tensor | None,
-    scale: float | Tensor,
-    activation: str,
-    needs: list[bool],
-    packed: Packed | None = None,
-) -> list[Tensor]:
+def backward(grad: Tensor, out: Tensor | None, a: Tensor | None, operands: Operands, needs: list[bool]) -> list[Tensor]:
     """The gradients that `needs` asks for (of x, down, up, down_bias, up_bias, gain, scale), in that order, each in the
     dtype of its own tensor; that of x in the dtype of `grad`."""
     need_x, need_down, need_up, need_down_bias, need_up_bias, need_gain, need_scale = needs
     wanted = Needs(need_x, need_down, need_up, need_down_bias, need_up_bias, need_gain or need_scale)
+    gain, basis, scale = operands.gain, operands.basis, operands.scale
     with _no_autocast(grad.device):
-        projected = up if basis is None or up is None else project(up, basis)
-        operands = (grad, out, a, down, projected, up_bias, gain, scale, activation, wanted)
-        if select_backend(grad.device) == "triton":
-            dtype = torch.float32 if down_bias is None else down_bias.dtype
-            found = _triton_backward(*operands, packed=packed, down_bias_dtype=dtype)
-        else:
-            found = reference.backward(*operands)
+        found = _BACKWARD[select_backend(grad.device)](grad, out, a, _projected(operands), wanted)
         if basis is not None and found.up is not None:
             found.up = project(found.up, basis)
         result: list[Tensor] = []
         for value, like in (
             (found.x, grad),
-            (found.down, down),
-            (found.up, up),
-            (found.down_bias, down_bias),
-            (found.up_bias, up_bias),
+            (found.down, operands.down),
+            (found.up, operands.up),
+            (found.down_bias, operands.down_bias),
+            (found.up_bias, operands.up_bias),
         ):
             if value is not None and like is not None:
                 result.append(value.to(like.dtype))
@@ -1081,16 +1024,34 @@ def _backward(
         return result
 
 
-def _eager_forward(
-    residual, branch, down, up, down_bias, up_bias, gain, scale_tensor, basis, scale, activation, keep_a
-):  # fmt: skip
-    s = scale if scale_tensor is None else scale_tensor
-    return _forward(residual, branch, down, up, down_bias, up_bias, gain, basis, s, activation, keep_a)
+def _projected(operands: Operands) -> Operands:
+    if operands.basis is None or operands.up is None:
+        return operands
+    return operands._replace(up=project(operands.up, operands.basis), basis=None)
 
 
-def _eager_backward(grad, out, a, down, up, down_bias, up_bias, gain, scale_tensor, basis, scale, activation, needs):
+def _of_op(
+    down: Tensor | None,
+    up: Tensor | None,
+    down_bias: Tensor | None,
+    up_bias: Tensor | None,
+    gain: Tensor | None,
+    scale_tensor: Tensor | None,
+    basis: Tensor | None,
+    scale: float,
+    activation: str,
+) -> Operands:
+    """The operands of a registered op, which takes the scale as a number or as a tensor."""
     s = scale if scale_tensor is None else scale_tensor
-    return _backward(grad, out, a, down, up, down_bias, up_bias, gain, basis, s, activation, needs)
+    return Operands(down, up, down_bias, up_bias, gain, basis, s, activation)
+
+
+def _eager_forward(residual: Tensor, branch: Tensor | None, *inputs: Any) -> tuple[Tensor, Tensor | None]:
+    return forward(residual, branch, _of_op(*inputs[:-1]), inputs[-1])
+
+
+def _eager_backward(grad: Tensor, out: Tensor | None, a: Tensor | None, *inputs: Any) -> list[Tensor]:
+    return backward(grad, out, a, _of_op(*inputs[:-1]), inputs[-1])
 
 
 # ------------------------------------------------------------------------------------------------------ registered ops
@@ -1119,7 +1080,7 @@ def _post_block_op(*inputs: Any) -> Sequence[Tensor]:
     def call() -> Sequence[Tensor]:
         out, a = _eager_forward(*inputs)
         if a is None:
-            a = empty(0, dtype=reference.accumulation_dtype(out.dtype), device=out.device)
+            a = empty(0, dtype=torch_backend.accumulation_dtype(out.dtype), device=out.device)
         return out, a
 
     return run_planned(_forward_plans, key, inputs, call)
@@ -1164,7 +1125,7 @@ def _post_block_fake(
     out = residual.new_empty(residual.shape, dtype=dtype)
     rank = 0 if down is None else down.shape[0]
     shape = (residual.numel() // residual.shape[-1], rank) if keep_a and rank else (0,)
-    return out, residual.new_empty(shape, dtype=reference.accumulation_dtype(dtype))
+    return out, residual.new_empty(shape, dtype=torch_backend.accumulation_dtype(dtype))
 
 
 def _post_block_backward_op(*inputs: Any) -> Sequence[Tensor]:
@@ -1233,11 +1194,28 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.set_materialize_grads(False)
 
 
+def saved_tensors(ctx: Any) -> tuple[Tensor, ...]:
+    """The tensors that the forward pass saved.
+
+    Raises:
+        RuntimeError: one was changed in place since. Our own line says so of the output.
+    """
+    try:
+        return ctx.saved_tensors
+    except RuntimeError as error:
+        if "inplace" not in str(error) or "PostBlock" not in str(error):
+            raise
+        raise RuntimeError(
+            "the output of post_block was changed in place, but the gradient of W1 is computed from it; expected a "
+            "change of a copy (output.clone())"
+        ) from None
+
+
 def _differentiate(ctx: Any, grad: Tensor | None, run: Any) -> tuple[Tensor | None, ...]:
     """The gradients of all inputs, computed by `run`: `_eager_backward`, or the registered op."""
     if grad is None:
         return (None,) * 12
-    found = iter(run(grad, *ctx.saved_tensors, *ctx.constants, ctx.needs) if any(ctx.needs) else ())
+    found = iter(run(grad, *saved_tensors(ctx), *ctx.constants, ctx.needs) if any(ctx.needs) else ())
     dx, *others = [next(found) if need else None for need in ctx.needs]
     if dx is None:
         dx = grad  # a vector moves the hidden state by a constant
@@ -1264,7 +1242,7 @@ class _PostBlock(torch.autograd.Function):
         if not create_graph or grad is None:
             return gradients
         marker = torch.empty(0, device=grad.device, requires_grad=True)
-        return _first_order((marker,), gradients)
+        return first_order((marker,), gradients)
 
 
 class _TransformedPostBlock(torch.autograd.Function):
@@ -1285,10 +1263,11 @@ class _TransformedPostBlock(torch.autograd.Function):
             gradients = _op_backward(ctx, grad, None)
         if grad is None:
             return gradients
-        return _first_order((grad, *(t for t in ctx.saved_tensors if t is not None)), gradients)
+        return first_order((grad, *(t for t in ctx.saved_tensors if t is not None)), gradients)
 
 
-def _first_order(of: tuple[Tensor, ...], gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+def first_order(of: tuple[Tensor, ...], gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """The gradients, which depend on `of` and refuse to be differentiated."""
     passed = iter(_FirstOrder.apply(len(of), *of, *(g for g in gradients if g is not None)))
     return tuple(None if g is None else next(passed) for g in gradients)
 
@@ -1344,19 +1323,9 @@ def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], device: tor
         raise ValueError(f"{name} is on {tensor.device}; expected {device}, the device of residual")
 
 
-def check_operands(
-    residual: Tensor,
-    branch: Tensor | None,
-    down: Tensor | None,
-    up: Tensor | None,
-    down_bias: Tensor | None,
-    up_bias: Tensor | None,
-    gain: Tensor | None,
-    basis: Tensor | None,
-    scale: float | Tensor,
-    activation: str,
-) -> None:
+def check_operands(residual: Tensor, branch: Tensor | None, operands: Operands) -> None:
     """Refuse what the op does not define, in one line that says what came and what was expected."""
+    down, up, down_bias, up_bias, gain, basis, scale, activation, _ = operands
     if residual.dim() < 1 or residual.shape[-1] == 0:
         raise ValueError(f"residual has shape {tuple(residual.shape)}; expected (..., d) with d > 0")
     device, hidden = residual.device, residual.shape[-1]
@@ -1398,7 +1367,7 @@ def check_operands(
         raise TypeError(f"scale is a {type(scale).__name__}; expected a float or a 0-dim tensor")
 
 
-def _check_backend(backend: str, *operands: Tensor | float | None) -> None:
+def _check_backend(backend: str, *operands: Any) -> None:
     if backend == "triton" and any(isinstance(t, Tensor) and t.dtype == torch.float64 for t in operands):
         raise TypeError("the triton backend got a float64 tensor; expected float32, bfloat16 or float16")
 
@@ -1444,7 +1413,10 @@ def post_block(
         TypeError: a dtype that it does not take, or a scale that is neither number nor tensor.
         RuntimeError: FUSED_STEER_BACKEND asks for what cannot run; a second derivative is asked for.
     """
-    check_operands(residual, branch, down, up, down_bias, up_bias, gain, basis, scale, activation)
+    in_graph = torch.compiler.is_compiling() or is_described(residual)
+    check_operands(
+        residual, branch, Operands(down, up, down_bias, up_bias, gain, basis, scale, activation)
+    )  # fmt: skip
     if down is not None and down.shape[0] == 0:
         if up_bias is None:
             raise ValueError("down and up have rank 0 and up_bias is None; expected a rank of at least 1, or up_bias")
@@ -1454,7 +1426,7 @@ def post_block(
     differentiated = (residual, branch, down, up, down_bias, up_bias, gain, scale_tensor)
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiated)
     inputs = (*differentiated, basis, s, activation, wanted and rank > 0)
-    if torch.compiler.is_compiling():
+    if in_graph:
         if not wanted and branch is not None and down is not None and up is not None and scale_tensor is not None:
             if down_bias is None and up_bias is None and gain is None and basis is None:
                 return torch.ops.fused_steer.post_block_inference(residual, branch, down, up, scale_tensor, activation)

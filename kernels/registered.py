@@ -12,11 +12,28 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import DispatchKey, DispatchKeySet
+from torch._subclasses.fake_tensor import FakeTensor
 
 _LIBRARY = torch.library.Library("fused_steer", "FRAGMENT")
 _BELOW_AUTOGRAD = torch._C._after_autograd_keyset
 #: The keys of a plain tensor on a device: no mode, no tracing and no subclass wants to see the call.
 _OF_A_DEVICE = {DispatchKeySet(getattr(DispatchKey, name)).raw_repr() for name in ("CPU", "CUDA", "XPU")}
+
+_DESCRIBING = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
+
+
+def is_described(tensor: Tensor) -> bool:
+    """Whether an eager call on `tensor` is described instead of run, so that it has to go through its registered op:
+    fake and meta tensors have no values, and make_fx writes the call down.
+
+    Raises:
+        RuntimeError: torch.jit.trace is recording.
+    """
+    if torch._C._get_tracing_state() is not None:
+        raise RuntimeError("torch.jit.trace cannot record fused-steer's ops; expected torch.export or torch.compile")
+    if isinstance(tensor, FakeTensor) or tensor.is_meta:
+        return True
+    return torch._C._len_torch_dispatch_stack() > 0 and any(map(torch._C._get_dispatch_mode, _DESCRIBING))
 
 
 def register(

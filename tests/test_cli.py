@@ -23,7 +23,7 @@ VERBS = ("demo", "doctor", "inspect", "kernels", "import", "coverage", "diagnose
 # --------------------------------------------------------------------------------------------------------------- help
 
 
-def test_help_names_the_program_and_its_verbs():
+def test_cli_help_names_the_program_and_its_verbs():
     result = invoke("--help")
     assert result.exit_code == 0
     assert "Usage: fused-steer " in result.stdout
@@ -32,24 +32,24 @@ def test_help_names_the_program_and_its_verbs():
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_each_verb_has_help(verb):
+def test_cli_each_verb_has_help(verb):
     result = invoke(verb, "--help")
     assert result.exit_code == 0
     assert f"Usage: fused-steer {verb}" in result.stdout
 
 
-def test_version():
+def test_cli_version():
     assert invoke("--version").stdout == f"fused-steer {__version__}\n"
 
 
 @pytest.mark.parametrize("arguments", [["inspect"], ["demo", "--steps", "many"], ["doctor", "--no-such"], ["nothing"]])
-def test_usage_errors_are_2(arguments):
+def test_cli_usage_errors_are_2(arguments):
     result = invoke(*arguments)
     assert result.exit_code == 2
     assert "Usage: " in result.stderr
 
 
-def test_the_command_starts_without_torch():
+def test_cli_the_command_starts_without_torch():
     """Help in a fresh process; what it imported tells."""
     code = (
         "import sys; from fused_steer.cli import app; app(['--help'], standalone_mode=False)\n"
@@ -87,7 +87,7 @@ def installed(monkeypatch):
     return state
 
 
-def test_doctor_finds_all_well(installed):
+def test_cli_doctor_finds_all_well(installed):
     result = invoke("doctor")
     assert result.exit_code == 0, result.output
     found = findings(result)
@@ -99,7 +99,7 @@ def test_doctor_finds_all_well(installed):
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="a GPU is here, whose kernels alone are shown")
-def test_doctor_lists_the_kernels_of_every_target(installed):
+def test_cli_doctor_lists_the_kernels_of_every_target(installed):
     rows = re.findall(r"(sm_\d+|gfx\w+)\W+(\w+_kernel)", invoke("doctor").stdout)
     assert {target for target, _ in rows} == {"sm_80", "sm_90", "sm_100", "gfx942"}
     assert {kernel for _, kernel in rows} == {
@@ -141,7 +141,7 @@ def test_doctor_lists_the_kernels_of_every_target(installed):
     ],
     ids=["old torch", "no torch", "not installed", "another version of ours", "old python"],
 )
-def test_doctor_says_which_version_is_expected(installed, spoil, subject, line):
+def test_cli_doctor_says_which_version_is_expected(installed, spoil, subject, line):
     spoil(installed)
     result = invoke("doctor")
     assert result.exit_code == 1
@@ -150,7 +150,7 @@ def test_doctor_says_which_version_is_expected(installed, spoil, subject, line):
 
 
 @pytest.mark.parametrize("state", ["absent", "tried", "newer", "older"])
-def test_doctor_shows_optional_libraries(installed, state):
+def test_cli_doctor_shows_optional_libraries(installed, state):
     """Each with its version, whether that was tried, and the command that mends it. None is a reason to fail."""
     expected = {}
     for library, tried in OPTIONAL.items():
@@ -168,7 +168,7 @@ def test_doctor_shows_optional_libraries(installed, state):
 
 
 @pytest.mark.parametrize("library", ["torch", "transformers"])
-def test_doctor_shows_a_newer_core_library_as_untried(installed, library):
+def test_cli_doctor_shows_a_newer_core_library_as_untried(installed, library):
     tried = TRIED[library]
     installed["requires"] = [f"{library}>={tried.first},<{tried.below}"]
     installed["versions"][library] = f"{tried.below}.0"
@@ -178,7 +178,7 @@ def test_doctor_shows_a_newer_core_library_as_untried(installed, library):
     assert findings(result)[library] == f"untried: {tried.below}.0; expected one that was tried: {tried}; {command}"
 
 
-def test_doctor_reports_an_unknown_backend(installed, monkeypatch):
+def test_cli_doctor_reports_an_unknown_backend(installed, monkeypatch):
     monkeypatch.setenv("FUSED_STEER_BACKEND", "bogus")
     result = invoke("doctor")
     assert result.exit_code == 1
@@ -186,7 +186,7 @@ def test_doctor_reports_an_unknown_backend(installed, monkeypatch):
 
 
 @pytest.mark.parametrize("spoil", [lambda t: t * 1.001, lambda t: t * float("nan")], ids=["wrong", "NaN"])
-def test_doctor_notices_wrong_numbers(installed, monkeypatch, spoil):
+def test_cli_doctor_notices_wrong_numbers(installed, monkeypatch, spoil):
     import fused_steer.kernels as kernels
 
     right = kernels.post_block
@@ -196,7 +196,7 @@ def test_doctor_notices_wrong_numbers(installed, monkeypatch, spoil):
     assert "is wrong" in findings(result)["cpu"]
 
 
-def test_doctor_notices_a_backend_that_raises(installed, monkeypatch):
+def test_cli_doctor_notices_a_backend_that_raises(installed, monkeypatch):
     import fused_steer.kernels as kernels
 
     def broken(*tensors):
@@ -208,12 +208,12 @@ def test_doctor_notices_a_backend_that_raises(installed, monkeypatch):
     assert "raises OSError: no compiler found; expected" in findings(result)["cpu"]
 
 
-def test_a_ruled_out_device_is_unused_where_another_will_do():
+def test_cli_a_ruled_out_device_is_unused_where_another_will_do():
     assert Finding("cpu", "is ruled out", "a GPU", "unused").well
     assert not Finding("cpu", "is ruled out", "a GPU").well
 
 
-def test_doctor_compiles_for_a_target():
+def test_cli_doctor_compiles_for_a_target():
     """In a process of its own, as this one may interpret its kernels."""
     code = (
         "from fused_steer.cli import _console; from fused_steer.tools.doctor import _launches\n"
@@ -230,7 +230,7 @@ def test_doctor_compiles_for_a_target():
     assert all(int(registers) > 0 and (spills, local) == ("0", "0") for registers, spills, local, _ in rows)
 
 
-def test_doctor_cannot_compile_what_is_interpreted(installed, monkeypatch):
+def test_cli_doctor_cannot_compile_what_is_interpreted(installed, monkeypatch):
     from fused_steer.kernels import aot
 
     monkeypatch.setattr(aot, "INTERPRETED", True)
@@ -255,7 +255,7 @@ def saved(tmp_path):
     return tmp_path / "adapter", model
 
 
-def test_inspect_as_json(saved):
+def test_cli_inspect_as_json(saved):
     directory, model = saved
     result = invoke("inspect", directory, "--json")
     assert result.exit_code == 0, result.output
@@ -278,7 +278,7 @@ def test_inspect_as_json(saved):
         assert {name: row[name] for name in expected} == pytest.approx({k: v.item() for k, v in expected.items()})
 
 
-def test_inspect_as_tables(saved):
+def test_cli_inspect_as_tables(saved):
     directory, model = saved
     result = invoke("inspect", directory)
     assert result.exit_code == 0
@@ -290,7 +290,7 @@ def test_inspect_as_tables(saved):
         assert re.search(rf"{row['layer']}\W+{norms}\W", result.stdout)
 
 
-def test_inspect_a_vector(tmp_path):
+def test_cli_inspect_a_vector(tmp_path):
     patch_model(build(), SteerConfig(form="vector")).steering.save(tmp_path)
     shown = json.loads(invoke("inspect", tmp_path, "--json").stdout)
     assert [row["layer"] for row in shown["layers"]] == list(range(LAYERS))
@@ -300,7 +300,7 @@ def test_inspect_a_vector(tmp_path):
     assert "‖b2‖" in table and "‖W1‖" not in table
 
 
-def test_inspect_refuses_what_is_no_adapter(saved, tmp_path):
+def test_cli_inspect_refuses_what_is_no_adapter(saved, tmp_path):
     directory, _ = saved
     assert_refused(invoke("inspect", tmp_path / "nowhere"), tmp_path / "nowhere", "expected")
     assert_refused(invoke("inspect", tmp_path), CONFIG_NAME)
@@ -308,16 +308,19 @@ def test_inspect_refuses_what_is_no_adapter(saved, tmp_path):
 
 
 @pytest.mark.parametrize("name", [CONFIG_NAME, WEIGHTS_NAME])
-def test_inspect_refuses_a_damaged_file(saved, name):
+def test_cli_inspect_refuses_a_damaged_file(saved, name):
     directory, _ = saved
     content = (directory / name).read_bytes()
     (directory / name).write_bytes(content[: len(content) // 2])
     assert_refused(invoke("inspect", directory), directory / name, "cannot be loaded")
 
 
-def test_inspect_refuses_weights_that_the_config_does_not_describe(saved):
+def test_cli_inspect_refuses_weights_that_the_config_does_not_describe(saved):
     directory, _ = saved
     config = json.loads((directory / CONFIG_NAME).read_text())
+    (directory / CONFIG_NAME).write_text(json.dumps({**config, "rank": 5}))
+    assert_refused(invoke("inspect", directory), "its fields are not those that were saved; expected config_sha256")
+    del config["config_sha256"]  # of a config that was edited on purpose
     (directory / CONFIG_NAME).write_text(json.dumps({**config, "rank": 5}))
     assert_refused(invoke("inspect", directory), "layers.0", "(4, 32)", "expected", "(5, 32)")
     (directory / CONFIG_NAME).write_text(json.dumps({**config, "layers": None}))

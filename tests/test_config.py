@@ -15,7 +15,7 @@ from fused_steer import SteerConfig, patch_model
 FIELDS = [field.name for field in dataclasses.fields(SteerConfig)]
 
 
-def test_defaults():
+def test_config_defaults():
     assert SteerConfig().to_dict() == {
         "form": "lowrank",
         "rank": 8,
@@ -29,25 +29,25 @@ def test_defaults():
     }
 
 
-def test_vector_has_a_bias_and_nothing_else():
+def test_config_vector_has_a_bias_and_nothing_else():
     vector = SteerConfig(form="vector")
     assert (vector.rank, vector.activation, vector.down_bias, vector.up_bias) == (0, "identity", False, True)
     assert SteerConfig(form="vector", rank=0, activation="identity", up_bias=True) == vector
 
 
-def test_numbers_and_layers_are_normalised():
+def test_config_numbers_and_layers_are_normalised():
     config = SteerConfig(layers=[2, 0], scale=2, init_scale=0)
     assert config.layers == (0, 2)
     assert type(config.scale) is type(config.init_scale) is float
 
 
-def test_frozen():
+def test_config_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         SteerConfig().rank = 4
 
 
 @pytest.mark.parametrize("rank", [1, 256])
-def test_extreme_ranks(rank):
+def test_config_extreme_ranks(rank):
     assert SteerConfig(rank=rank).rank == rank
 
 
@@ -61,7 +61,7 @@ def test_extreme_ranks(rank):
     ],
     ids=["default", "vector", "lowrank", "orthogonal"],
 )
-def test_round_trip(config):
+def test_config_round_trip(config):
     assert SteerConfig.from_dict(config.to_dict()) == config
 
 
@@ -102,7 +102,7 @@ def test_round_trip(config):
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
-def test_refusals(fields: dict[str, Any], error, came):
+def test_config_refusals(fields: dict[str, Any], error, came):
     (name, *_) = fields
     with refused(error, name, came, "expected"):
         SteerConfig(**fields)
@@ -111,14 +111,14 @@ def test_refusals(fields: dict[str, Any], error, came):
 @pytest.mark.parametrize(
     "make", [lambda fields: SteerConfig(**fields), SteerConfig.from_dict], ids=["init", "from_dict"]
 )
-def test_unknown_field_is_answered_with_the_known_ones(make):
+def test_config_unknown_field_is_answered_with_the_known_ones(make):
     for name in ("rnk", "writers", "side", "every"):
         with refused(TypeError, repr(name), *FIELDS):
             make({name: 4})
 
 
 @pytest.mark.parametrize("form", ["lowrank", "vector"])
-def test_fields_are_plain_once_made(form):
+def test_config_fields_are_plain_once_made(form):
     config = SteerConfig(form=form, layers=[0])
     kinds = {name: type(getattr(config, name)) for name in FIELDS if name != "orthogonal_to"}
     assert kinds == {
@@ -137,7 +137,7 @@ def test_fields_are_plain_once_made(form):
 
 
 @pytest.mark.parametrize("init_scale", [1.0, 1e-3])
-def test_initial_values(init_scale):
+def test_config_initial_values(init_scale):
     """W1 as LoRA's A: kaiming-uniform with a = √5, that is uniform within ± 1/√d; all else 0."""
     config = SteerConfig(rank=256, down_bias=True, up_bias=True, init_scale=init_scale)
     parameters = steering_parameters(patch_model(build(), config))
@@ -153,6 +153,6 @@ def test_initial_values(init_scale):
             assert torch.count_nonzero(parameter) == 0
 
 
-def test_layers_are_initialised_apart():
+def test_config_layers_are_initialised_apart():
     first, second, *_ = (p for name, p in steering_parameters(patch_model(build())).items() if "down" in name)
     assert not torch.equal(first, second)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from models import build, tokens
+from models import build, classifier, tokens
 from pages import DOCS, run_page
 from transformers import TrainingArguments
 
@@ -19,17 +19,18 @@ PAGES = ["migrating.md", "modes.md", "peft.md"]  # trainer.md and trl.md: test_t
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
+def test_docs_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {
         "AutoModelForCausalLM": SimpleNamespace(from_pretrained=lambda name: build()),
+        "AutoModelForSequenceClassification": SimpleNamespace(from_pretrained=lambda name, **_: classifier()),
         "ids": tokens(),
         "torch": torch,
     }
     run_page(page, names)
 
 
-def test_the_code_of_the_page_on_serving_runs(tmp_path, monkeypatch, capsys):
+def test_docs_the_code_of_the_page_on_serving_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name in ("a", "b"):
         patch_model(build(), SteerConfig(rank=4)).steering.save(tmp_path / "adapters" / name)
@@ -52,7 +53,7 @@ def commands() -> list[tuple[str, str, str]]:
     return found
 
 
-def test_tests_that_pages_name_are_there():
+def test_docs_tests_that_pages_name_are_there():
     """So that a promise has the command that checks it: the file exists, and -k finds a test in it."""
     assert len(commands()) > 30
     for page, file, expression in commands():
@@ -61,7 +62,7 @@ def test_tests_that_pages_name_are_there():
             assert any(word in test for test in tests), f"{page} names a test of {file} that is not there: {word}"
 
 
-def test_every_guarantee_has_a_command():
+def test_docs_every_guarantee_has_a_command():
     lines = [line for line in (DOCS / "guarantees.md").read_text(encoding="utf-8").splitlines() if line[:2] == "| "]
     promises = [line for line in lines if not line.startswith("| promise |")]
     assert len(promises) > 30
@@ -69,7 +70,7 @@ def test_every_guarantee_has_a_command():
         assert re.search(r"\| `(pytest|fused-steer) [^`]+` \|$", line), line
 
 
-def test_the_code_of_the_first_pages_runs(tmp_path, monkeypatch):
+def test_docs_the_code_of_the_first_pages_runs(tmp_path, monkeypatch):
     """The page's block on SmolLM2 is README's, which tests/test_readme.py runs."""
     monkeypatch.chdir(tmp_path)
     run_page("index.md", {"model": build()})
@@ -83,7 +84,7 @@ def test_the_code_of_the_first_pages_runs(tmp_path, monkeypatch):
     assert names["arguments"].lr_scheduler_type == "constant" and names["arguments"].warmup_steps == 0
 
 
-def test_messages_of_troubleshooting_are_those_of_the_code():
+def test_docs_messages_of_troubleshooting_are_those_of_the_code():
     """What stands between the … of a message stands in a message of the sources."""
     root = DOCS.parent
     sources = [
@@ -100,7 +101,7 @@ def test_messages_of_troubleshooting_are_those_of_the_code():
             assert part.strip() in code, f"no message has {part.strip()!r}"
 
 
-def test_every_public_name_is_in_the_reference():
+def test_docs_every_public_name_is_in_the_reference():
     listed = re.findall(r"^::: (\S+)\.(\w+)$", (DOCS / "reference.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert set(fused_steer.__all__) - {"__version__"} <= {name for _, name in listed}
     for module, name in listed:
@@ -109,7 +110,7 @@ def test_every_public_name_is_in_the_reference():
             assert getattr(importlib.import_module(home), name).__doc__, f"{module}.{name}"
 
 
-def test_a_link_out_of_docs_leads_to_the_repository(caplog):
+def test_docs_a_link_out_of_docs_leads_to_the_repository(caplog):
     hook = runpy.run_path(str(DOCS / "site.py"))["on_page_markdown"]
     page = SimpleNamespace(file=SimpleNamespace(src_uri="trainer.md"))
     config = SimpleNamespace(repo_url="https://example.org/here")
@@ -120,7 +121,7 @@ def test_a_link_out_of_docs_leads_to_the_repository(caplog):
     assert [record.levelname for record in caplog.records] == ["WARNING"]  # with --strict, an error
 
 
-def test_no_page_names_a_page_that_is_not_there():
+def test_docs_no_page_names_a_page_that_is_not_there():
     for page in [*DOCS.glob("*.md"), DOCS.parent / "README.md"]:
         for target in re.findall(r"\]\(((?!https?:)[^)#]+)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name} names {target}"

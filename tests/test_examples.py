@@ -68,14 +68,14 @@ def log_probabilities(model: nn.Module, tiny: Path, which: int) -> float:
     return total / len(SUMS)
 
 
-def test_every_example_is_tested():
+def test_examples_every_example_is_tested():
     names = {path.stem for path in EXAMPLES.glob("*.py")}
     text = Path(__file__).read_text(encoding="utf-8")
     assert names and all(f'"{name}"' in text or f'"{name}.py"' in text for name in names)
     assert all(len(path.read_text(encoding="utf-8").splitlines()) < 80 for path in EXAMPLES.glob("*.py"))
 
 
-def test_trainer(example, tiny, tmp_path):
+def test_examples_trainer(example, tiny, tmp_path):
     example("train_trainer", "--steps", "32")
     whole = patch_model(base(tiny), tmp_path)
     assert log_probabilities(whole, tiny, 1) > log_probabilities(base(tiny), tiny, 1) + 1
@@ -84,7 +84,7 @@ def test_trainer(example, tiny, tmp_path):
     assert not list(tmp_path.rglob("model*.safetensors"))
 
 
-def test_trainer_resumes_and_pushes(example, tiny, tmp_path, monkeypatch):
+def test_examples_trainer_resumes_and_pushes(example, tiny, tmp_path, monkeypatch):
     pushed = []
     monkeypatch.setattr(HfApi, "create_repo", lambda api, repo_id, **_: SimpleNamespace(repo_id=repo_id))
     monkeypatch.setattr(HfApi, "file_exists", lambda *_, **__: False)
@@ -101,7 +101,7 @@ def test_trainer_resumes_and_pushes(example, tiny, tmp_path, monkeypatch):
     assert pushed == [("me/sums", ["README.md", "adapter_config.json", "adapter_model.safetensors"])]
 
 
-def test_a_file_of_ones_own(example, tiny, tmp_path):
+def test_examples_a_file_of_ones_own(example, tiny, tmp_path):
     data = tmp_path / "data.jsonl"
     data.write_text('{"prompt": "hello", "completion": " world"}\n' * 16, encoding="utf-8")
     example("train_trainer", "--steps", "24", "--data", str(data))
@@ -110,7 +110,7 @@ def test_a_file_of_ones_own(example, tiny, tmp_path):
     assert "".join(tokenizer.convert_ids_to_tokens(answer[0, 5:])) == " world"
 
 
-def test_joint(example, tiny, tmp_path):
+def test_examples_joint(example, tiny, tmp_path):
     example("train_joint", "--steps", "24", "--lora-rate", "1e-2")
     both = load_joint(base(tiny), tmp_path).eval()
     assert log_probabilities(both, tiny, 1) > log_probabilities(base(tiny), tiny, 1) + 1
@@ -124,7 +124,7 @@ TORCHRUN = "torch.distributed.run --standalone --nproc_per_node 2"  # accelerate
 
 
 @pytest.mark.parametrize(("launcher", "processes"), [(LAUNCH, 1), (TORCHRUN, 2)], ids=["accelerate launch", "torchrun"])
-def test_accelerate(tiny, tmp_path, launcher, processes):
+def test_examples_accelerate(tiny, tmp_path, launcher, processes):
     command = [sys.executable, "-m", *launcher.split(), str(EXAMPLES / "train_accelerate.py"), *FAST]
     result = subprocess.run(
         [*command, "--model", str(tiny), "--out", str(tmp_path)],
@@ -148,7 +148,7 @@ needs_trl = pytest.mark.skipif(find_spec("trl") is None, reason="needs TRL (the 
 
 
 @needs_trl
-def test_trl_sft(example, tiny, tmp_path):
+def test_examples_trl_sft(example, tiny, tmp_path):
     example("train_trl_sft", "--steps", "24")
     steered = patch_model(base(tiny), tmp_path)
     assert log_probabilities(steered, tiny, 1) > log_probabilities(base(tiny), tiny, 1) + 1
@@ -156,7 +156,7 @@ def test_trl_sft(example, tiny, tmp_path):
 
 
 @needs_trl
-def test_trl_dpo(example, tiny, tmp_path):
+def test_examples_trl_dpo(example, tiny, tmp_path):
     example("train_trl_dpo", "--steps", "24")
     steered = patch_model(base(tiny), tmp_path)
     margins = [log_probabilities(m, tiny, 1) - log_probabilities(m, tiny, 2) for m in (steered, base(tiny))]
@@ -164,7 +164,7 @@ def test_trl_dpo(example, tiny, tmp_path):
 
 
 @needs_trl
-def test_trl_grpo(example, tiny, tmp_path):
+def test_examples_trl_grpo(example, tiny, tmp_path):
     example("train_trl_grpo", "--steps", "2", "--beta", "0.1")
     steered = patch_model(base(tiny), tmp_path)
     assert not torch.equal(logits(steered), logits(base(tiny)))

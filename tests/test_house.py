@@ -49,7 +49,8 @@ def imports(file: Path, package: Path) -> set[str]:
             found.add("kernels")
             continue
         for name in (alias.name for alias in node.names):
-            for path in ("/".join((*parts, name)) + ".py", "/".join(parts) + ".py", "/".join((*parts, "__init__.py"))):
+            inner, outer = "/".join((*parts, name)), "/".join(parts)
+            for path in (f"{inner}.py", f"{inner}/__init__.py", f"{outer}.py", f"{outer}/__init__.py".lstrip("/")):
                 if (package / path).is_file():
                     found.add(path)
                     break
@@ -57,13 +58,13 @@ def imports(file: Path, package: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_map_names_every_file_once(package):
+def test_house_map_names_every_file_once(package):
     named = mapped(PACKAGES[package])
     assert sorted(named) == sorted(files(PACKAGES[package]))
 
 
 @pytest.mark.parametrize("package", ["fused_steer", "kernels"])
-def test_imports_go_up_the_map(package):
+def test_house_imports_go_up_the_map(package):
     """So there is no circle of files, nor of folders: a folder's files stand together."""
     folder = PACKAGES[package]
     order = mapped(folder)
@@ -84,13 +85,13 @@ def test_imports_go_up_the_map(package):
     assert len(runs) == len(set(runs)), "a folder's files stand apart in the map"
 
 
-def test_tests_mirror_the_folders():
+def test_house_tests_mirror_the_folders():
     rooms = {path.name for path in (ROOT / "fused_steer").iterdir() if (path / "__init__.py").is_file()}
     tested = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and path.name != "__pycache__"}
     assert tested - {"support"} == rooms | {"kernels", "bench"}
 
 
-def test_no_file_is_long_without_a_reason():
+def test_house_no_file_is_long_without_a_reason():
     long = {
         path.relative_to(ROOT).as_posix(): len(path.read_text(encoding="utf-8").splitlines())
         for path in (ROOT / "fused_steer").rglob("*.py")

@@ -75,7 +75,7 @@ def overlaps(model: nn.Module) -> list[float]:
 
 
 @pytest.mark.parametrize("add", [False, True], ids=["get_peft_model", "add_adapter"])
-def test_each_part_has_its_parameters(add):
+def test_joint_each_part_has_its_parameters(add):
     model = joint(add=add)
     steering, lora = parameters_of_steering(model), lora_parameters(model)
     assert set(steering) == set(steering_parameters(model).values())
@@ -84,7 +84,7 @@ def test_each_part_has_its_parameters(add):
     assert set(steering) | set(lora) == {p for p in model.parameters() if p.requires_grad}
 
 
-def test_parameters_of_what_is_not_there():
+def test_joint_parameters_of_what_is_not_there():
     model = build()
     with refused(ValueError, "LlamaForCausalLM is not steered", "expected", model=model):
         parameters_of_steering(model)
@@ -101,7 +101,7 @@ def test_parameters_of_what_is_not_there():
 
 
 @pytest.mark.parametrize("add", [False, True], ids=["get_peft_model", "add_adapter"])
-def test_saved_together_and_loaded_bit_equal(tmp_path, add):
+def test_joint_saved_together_and_loaded_bit_equal(tmp_path, add):
     model = trained(joint(add=add))
     save_joint(model, tmp_path)
     assert sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()) == [
@@ -122,7 +122,7 @@ def test_saved_together_and_loaded_bit_equal(tmp_path, add):
     assert not any(p.requires_grad for name, p in again.named_parameters() if "lora_" in name)
 
 
-def test_steering_is_not_saved_over_lora(tmp_path):
+def test_joint_steering_is_not_saved_over_lora(tmp_path):
     model = joint()
     model.save_pretrained(str(tmp_path))
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
@@ -131,7 +131,7 @@ def test_steering_is_not_saved_over_lora(tmp_path):
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
-def test_several_lora_adapters_together(tmp_path):
+def test_joint_several_lora_adapters_together(tmp_path):
     model = build()
     wrapped = get_peft_model(model, LoraConfig(r=3, target_modules=["down_proj"]))
     wrapped.add_adapter("more", LoraConfig(r=2, target_modules=["q_proj"]))
@@ -143,7 +143,7 @@ def test_several_lora_adapters_together(tmp_path):
     assert {p for n, p in again.named_parameters() if "lora_" in n} == set(lora_parameters(again))
 
 
-def test_saved_apart_and_loaded_bit_equal(tmp_path):
+def test_joint_saved_apart_and_loaded_bit_equal(tmp_path):
     model = trained(joint())
     model.steering.save(tmp_path / "steering")
     model.save_pretrained(str(tmp_path / "lora"))
@@ -201,7 +201,7 @@ def replacing(number: int, do: Any, before: bool) -> Any:
 RENAMES = 7
 
 
-def test_save_of_both_takes_so_many_renames(two, tmp_path, monkeypatch):
+def test_joint_save_of_both_takes_so_many_renames(two, tmp_path, monkeypatch):
     save_joint(two[0], tmp_path)
     real, calls = os.replace, []
     monkeypatch.setattr(os, "replace", lambda *args: (calls.append(args), real(*args)))
@@ -212,7 +212,7 @@ def test_save_of_both_takes_so_many_renames(two, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("earlier", [True, False])
 @pytest.mark.parametrize("number", range(1, RENAMES + 1))
-def test_failed_save_of_both_leaves_what_was_there(two, earlier, number, tmp_path, monkeypatch):
+def test_joint_failed_save_of_both_leaves_what_was_there(two, earlier, number, tmp_path, monkeypatch):
     if earlier:
         save_joint(two[0], tmp_path)
     elif number > RENAMES - 2:
@@ -232,7 +232,7 @@ def test_failed_save_of_both_leaves_what_was_there(two, earlier, number, tmp_pat
 
 @pytest.mark.parametrize("number", range(1, RENAMES + 1))
 @pytest.mark.parametrize("before", [True, False])
-def test_killed_save_of_both_leaves_parts_of_one_time(two, number, before, tmp_path):
+def test_joint_killed_save_of_both_leaves_parts_of_one_time(two, number, before, tmp_path):
     save_joint(two[0], tmp_path)
     child = os.fork()
     if not child:
@@ -252,7 +252,7 @@ def test_killed_save_of_both_leaves_parts_of_one_time(two, number, before, tmp_p
 @pytest.mark.parametrize("number", range(3, RENAMES + 1))
 @pytest.mark.parametrize("before", [True, False])
 @pytest.mark.parametrize("fails", [True, False], ids=["which then fails", "which goes on"])
-def test_saves_of_both_that_interleave_leave_parts_of_one_time(two, number, before, fails, tmp_path, monkeypatch):
+def test_joint_saves_of_both_that_interleave_leave_parts_of_one_time(two, number, before, fails, tmp_path, monkeypatch):
     """A whole save takes place within another one."""
     save_joint(two[0], tmp_path)
     three = filled(joint(seed=2), 3.0)
@@ -273,7 +273,7 @@ def test_saves_of_both_that_interleave_leave_parts_of_one_time(two, number, befo
 
 
 @pytest.mark.parametrize("killed", [True, False])
-def test_part_that_an_ending_save_has_moved_aside_is_not_lost(two, killed, tmp_path, monkeypatch):
+def test_joint_part_that_an_ending_save_has_moved_aside_is_not_lost(two, killed, tmp_path, monkeypatch):
     """A save ends with the part of another in its folder, which is looked for there until the next save."""
     save_joint(two[0], tmp_path)
     three, real, calls = filled(joint(seed=2), 3.0), os.replace, [0]
@@ -307,7 +307,7 @@ def test_part_that_an_ending_save_has_moved_aside_is_not_lost(two, killed, tmp_p
     assert sorted(path.name for path in tmp_path.iterdir()) == ["joint.json", "lora", "steering"]
 
 
-def test_parts_of_several_saves_are_refused(two, tmp_path):
+def test_joint_parts_of_several_saves_are_refused(two, tmp_path):
     for number, model in enumerate(two):
         save_joint(model, tmp_path / str(number))
     for part in ("steering", "lora/default"):
@@ -326,7 +326,7 @@ def test_parts_of_several_saves_are_refused(two, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["../escaped", "/tmp/escaped", "a/b", "a b", "x\n", "post_block", "weight", "keys"])
-def test_names_of_adapters_never_leave_the_directory(name, two, tmp_path):
+def test_joint_names_of_adapters_never_leave_the_directory(name, two, tmp_path):
     save_joint(two[0], tmp_path / "saved")
     record = tmp_path / "saved" / "joint.json"
     fields = json.loads(record.read_text())
@@ -347,14 +347,14 @@ def test_names_of_adapters_never_leave_the_directory(name, two, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["[" * 10**5, "{}", '{"steering": 1}', '{"steering": "0", "x": "0"}', "null"])
-def test_broken_records_are_refused(text, two, tmp_path):
+def test_joint_broken_records_are_refused(text, two, tmp_path):
     save_joint(two[0], tmp_path)
     (tmp_path / "joint.json").write_text(text)
     with refused(ValueError, "joint.json cannot be loaded", "expected"):
         load_joint(build(), tmp_path)
 
 
-def test_refusals_of_both_parts(tmp_path):
+def test_joint_refusals_of_both_parts(tmp_path):
     plain = patch_model(build())
     with refused(ValueError, "carries no active LoRA", "expected", model=plain):
         save_joint(plain, tmp_path / "out")
@@ -427,7 +427,7 @@ def trainer(model: nn.Module, directory: Path, **options: Any) -> Trainer:
     )
 
 
-def test_trainer_trains_both_at_rates_of_their_own_and_resumes(tmp_path):
+def test_joint_trainer_trains_both_at_rates_of_their_own_and_resumes(tmp_path):
     model = joint()
     before = state(model)
     run = trainer(model, tmp_path)
@@ -448,7 +448,7 @@ def test_trainer_trains_both_at_rates_of_their_own_and_resumes(tmp_path):
     assert all(torch.equal(again[name], after[name]) for name in after)
 
 
-def test_trainer_loads_the_best_of_both_at_the_end(tmp_path):
+def test_joint_trainer_loads_the_best_of_both_at_the_end(tmp_path):
     model = joint()
     run = trainer(
         model,
@@ -469,7 +469,7 @@ def test_trainer_loads_the_best_of_both_at_the_end(tmp_path):
     assert all(torch.equal(value, state(model)[name]) for name, value in state(best).items())
 
 
-def test_a_checkpoint_without_steering_is_not_resumed(tmp_path):
+def test_joint_a_checkpoint_without_steering_is_not_resumed(tmp_path):
     run = trainer(joint(), tmp_path)
     run.remove_callback(SteeringCallback)
     run.train()
@@ -481,7 +481,7 @@ def said(caught: Any) -> list[str]:
     return [str(warning.message) for warning in caught if "steering adapter" in str(warning.message)]
 
 
-def test_a_trainer_that_forgets_the_steering_is_told_at_the_save_and_at_the_resume(tmp_path):
+def test_joint_a_trainer_that_forgets_the_steering_is_told_at_the_save_and_at_the_resume(tmp_path):
     run = trainer(joint(), tmp_path, gradient_checkpointing=False)
     run.remove_callback(SteeringCallback)
     with warnings.catch_warnings(record=True) as caught:
@@ -499,7 +499,7 @@ def test_a_trainer_that_forgets_the_steering_is_told_at_the_save_and_at_the_resu
     assert f"checkpoint-{STEPS}" in text and "stays as it is" in text
 
 
-def test_nobody_is_told_where_the_steering_is_kept(tmp_path):
+def test_joint_nobody_is_told_where_the_steering_is_kept(tmp_path):
     model = joint()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -523,14 +523,14 @@ def test_nobody_is_told_where_the_steering_is_kept(tmp_path):
     assert len(said(caught)) == 1
 
 
-def test_unpatched_peft_model_has_its_own_methods_again():
+def test_joint_unpatched_peft_model_has_its_own_methods_again():
     model = get_peft_model(build(), LoraConfig(r=3, target_modules=["q_proj"]))
     before = set(vars(model))
     patch_model(model, SteerConfig(rank=2)).steering.unpatch()
     assert set(vars(model)) == before
 
 
-def test_restore_is_of_the_same_config(tmp_path):
+def test_joint_restore_is_of_the_same_config(tmp_path):
     model = trained(joint())
     model.steering.scale = 0.5
     model.steering.save(tmp_path)

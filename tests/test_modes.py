@@ -134,14 +134,14 @@ def assert_each_close(ways: Ways, of_unsteered: Ways) -> None:
         assert_close(*found, unsteered=unsteered)
 
 
-def test_many_shapes_compile_no_more_graphs_than_unsteered():
+def test_modes_many_shapes_compile_no_more_graphs_than_unsteered():
     graphs_of_unsteered, unsteered = graphs_of_inference(build_frozen("gpt_neox-parallel", num_hidden_layers=1))
     graphs, ways = graphs_of_inference(steered(build("gpt_neox-parallel", num_hidden_layers=1)))
     assert graphs <= graphs_of_unsteered <= 3
     assert_each_close(ways, unsteered)
 
 
-def test_many_shapes_compile_no_more_graphs_than_unsteered_in_training():
+def test_modes_many_shapes_compile_no_more_graphs_than_unsteered_in_training():
     base = build("gpt_neox-parallel", num_hidden_layers=1)
     graphs_of_unsteered, unsteered = graphs_of_training(base, dict(base.gpt_neox.layers.named_parameters()))
     model = steered(base)
@@ -151,7 +151,7 @@ def test_many_shapes_compile_no_more_graphs_than_unsteered_in_training():
 
 
 @torch.no_grad()
-def test_strength_compiles_nothing_and_each_adapter_one_graph():
+def test_modes_strength_compiles_nothing_and_each_adapter_one_graph():
     base = build_frozen(num_hidden_layers=2)
     bare = compiled(base)[0](tokens()).logits
     unsteered = bare, logits(base)
@@ -189,7 +189,7 @@ def test_strength_compiles_nothing_and_each_adapter_one_graph():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
-def test_strength_in_a_compiled_graph_is_not_rounded(dtype):
+def test_modes_strength_in_a_compiled_graph_is_not_rounded(dtype):
     model = steered(build(num_hidden_layers=1), SteerConfig(rank=4, scale=0.7)).to(dtype)
     site = model.get_submodule("model.layers.0.post_block")
     run, counter = compiled(site)
@@ -200,7 +200,7 @@ def test_strength_in_a_compiled_graph_is_not_rounded(dtype):
 
 
 @torch.no_grad()
-def test_compiled_decoding_with_a_static_cache():
+def test_modes_compiled_decoding_with_a_static_cache():
     model = steered(build(num_hidden_layers=2))
     run, counter = compiled(model)
     ids = tokens(length=12)
@@ -222,7 +222,7 @@ def test_compiled_decoding_with_a_static_cache():
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_autocast(family, dtype):
+def test_modes_autocast(family, dtype):
     base = build(family).to(dtype)
     model = steered(copy.deepcopy(base))
     seen = []
@@ -240,7 +240,7 @@ def test_autocast(family, dtype):
             assert apart(logits(Hooked(base, parameters).model), exact) > 1e-3
 
 
-def test_inference_mode():
+def test_modes_inference_mode():
     base = build()
     with torch.inference_mode():
         model = patch_model(base, CONFIG)  # its parameters are ordinary ones, which train
@@ -261,7 +261,7 @@ def substitutes(model: nn.Module) -> dict[str, Tensor]:
     return {name: torch.randn_like(p) for name, p in model.named_parameters() if p.requires_grad}
 
 
-def test_functional_call():
+def test_modes_functional_call():
     model = steered(build())
     before, values = logits(model), substitutes(model)
     names = {name: name.replace(".default", "") for name in values}
@@ -284,7 +284,7 @@ def test_functional_call():
 
 
 @pytest.mark.parametrize("outer", ["transform", "autograd"])
-def test_a_second_derivative_through_a_functional_call_is_refused(outer):
+def test_modes_a_second_derivative_through_a_functional_call_is_refused(outer):
     model = steered(build())
     values, first = substitutes(model), grad(functional_loss(model))
 
@@ -304,7 +304,7 @@ def test_a_second_derivative_through_a_functional_call_is_refused(outer):
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_neox-parallel"])
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_caches(family, cache):
+def test_modes_caches(family, cache):
     base = build(family)
     model = steered(copy.deepcopy(base))
     ways = {"cache_implementation": cache}, {"use_cache": False}
@@ -333,7 +333,7 @@ def padded(side: str) -> dict[str, Tensor]:
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
-def test_padded_rows_equal_requests_alone(side, attention):
+def test_modes_padded_rows_equal_requests_alone(side, attention):
     batch = padded(side)
 
     def together_and_alone(model: nn.Module) -> tuple[Tensor, Tensor]:
@@ -344,7 +344,7 @@ def test_padded_rows_equal_requests_alone(side, attention):
     assert_close(*together_and_alone(steered(build(attn_implementation=attention))), unsteered=unsteered)
 
 
-def test_padding_changes_no_gradient():
+def test_modes_padding_changes_no_gradient():
     batch = padded("right")
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     longer = [request[None] for request in REQUESTS if len(request) > 1]
@@ -363,7 +363,7 @@ def test_padding_changes_no_gradient():
     assert_close(*together_and_alone(model, steering_parameters(model)), unsteered=unsteered)
 
 
-def test_generation_of_a_left_padded_batch():
+def test_modes_generation_of_a_left_padded_batch():
     model = steered(build())
     options = {"max_new_tokens": 5, "do_sample": False}
     found = model.generate(**padded("left"), **options)[:, -5:]
@@ -373,7 +373,7 @@ def test_generation_of_a_left_padded_batch():
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @torch.no_grad()
-def test_packed_sequences_equal_requests_alone(attention):
+def test_modes_packed_sequences_equal_requests_alone(attention):
     positions = torch.cat([torch.arange(len(request)) for request in REQUESTS])
 
     def packed_and_alone(model: nn.Module) -> tuple[Tensor, Tensor]:
@@ -409,7 +409,7 @@ def layers_on_meta(model: nn.Module) -> list[int]:
 
 
 @pytest.mark.parametrize("name", OFFLOADS)
-def test_offloaded_and_then_patched(name, tmp_path):
+def test_modes_offloaded_and_then_patched(name, tmp_path):
     expected = steered(build())
     model = build()
     model.model.norm.requires_grad_(False)
@@ -439,7 +439,7 @@ def test_offloaded_and_then_patched(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", OFFLOADS)
-def test_patched_and_then_offloaded_is_refused(name, tmp_path):
+def test_modes_patched_and_then_offloaded_is_refused(name, tmp_path):
     model = steered(build())
     OFFLOADS[name](model, tmp_path)
     with refused(ValueError, "adapter 'default' is on meta", "expected it on cpu", "offload the model before"):
@@ -449,7 +449,7 @@ def test_patched_and_then_offloaded_is_refused(name, tmp_path):
 
 
 @pytest.mark.parametrize("patched_first", [False, True], ids=["hooks first", "patched first"])
-def test_hooks_of_a_device_map(patched_first):
+def test_modes_hooks_of_a_device_map(patched_first):
     expected = logits(steered(build()))
     model = build()
     model = hooked_in_place(steered(model)) if patched_first else steered(hooked_in_place(model))
@@ -466,7 +466,7 @@ def test_hooks_of_a_device_map(patched_first):
     assert torch.equal(logits(model), logits(build()))
 
 
-def test_loaded_with_a_device_map(tmp_path):
+def test_modes_loaded_with_a_device_map(tmp_path):
     build().save_pretrained(tmp_path / "base")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", device_map=MAP, offload_folder=tmp_path)
     bare = logits(model.requires_grad_(False))
@@ -481,7 +481,7 @@ def adapted(model: nn.Module) -> nn.Module:
     return get_peft_model(model, LoraConfig(r=2, target_modules=["down_proj"], init_lora_weights=False))
 
 
-def test_joint_adaptation_beside_offloaded_embeddings(tmp_path):
+def test_modes_joint_adaptation_beside_offloaded_embeddings(tmp_path):
     places = dict.fromkeys(MAP, "cpu") | {"model.embed_tokens": "disk"}
     models = [dispatch_model(build(), places, main_device="cpu", offload_dir=tmp_path), build()]
     found, unsteered = [], []
@@ -493,7 +493,7 @@ def test_joint_adaptation_beside_offloaded_embeddings(tmp_path):
     assert_close(*found, unsteered=unsteered)
 
 
-def test_joint_adaptation_of_an_offloaded_layer_is_refused(tmp_path):
+def test_modes_joint_adaptation_of_an_offloaded_layer_is_refused(tmp_path):
     model = adapted(cpu_offload(build()))
     with refused(ValueError, "LoRA's B of mlp.down_proj in layer 0 is on meta; expected cpu", model=model):
         patch_model(model, SteerConfig(orthogonal_to="lora"))
@@ -553,7 +553,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", QUANTISED)
-def test_training_on_a_quantised_base(name, wide, tmp_path):
+def test_modes_training_on_a_quantised_base(name, wide, tmp_path):
     base, other = (QUANTISED[name](wide).train() for _ in range(2))  # some are packed for inference once they infer
     structure = snapshot(base)
     model = patch_model(base, CONFIG)
@@ -579,7 +579,7 @@ def test_training_on_a_quantised_base(name, wide, tmp_path):
 
 
 @pytest.mark.parametrize("name", [*QUANTISED, DYNAMIC])
-def test_inference_on_a_quantised_base(name, wide):
+def test_modes_inference_on_a_quantised_base(name, wide):
     base, other = (QUANTISED.get(name, DYNAMIC_BASE)(wide).eval().requires_grad_(False) for _ in range(2))
     before = logits(base)
     assert apart(before, logits(build(**WIDE).to(base.dtype))) > 1e-3  # it is quantised
@@ -595,7 +595,7 @@ def test_inference_on_a_quantised_base(name, wide):
 
 
 @pytest.mark.parametrize("name", QUANTISED)
-def test_gradients_pass_through_a_quantised_base(name, wide):
+def test_modes_gradients_pass_through_a_quantised_base(name, wide):
     """Hooks would miss what does not: dL/dx of y = x W is dL/dy Wᵀ, with W as the module itself shows it."""
     model = QUANTISED[name](wide).train()
     for path in ("self_attn.q_proj", "mlp.down_proj"):
@@ -610,7 +610,7 @@ def test_gradients_pass_through_a_quantised_base(name, wide):
         assert apart(torch.autograd.grad(y, x, dy)[0], dy @ w.T) <= 4 * max(precision, ROUNDING)
 
 
-def test_a_base_that_passes_no_gradient_is_run_and_not_trained_through(wide):
+def test_modes_a_base_that_passes_no_gradient_is_run_and_not_trained_through(wide):
     model = patch_model(DYNAMIC_BASE(wide), CONFIG)
     model.lm_head = nn.Linear(WIDE["hidden_size"], VOCABULARY)
     loss = model(tokens(), labels=tokens()).loss
@@ -618,7 +618,7 @@ def test_a_base_that_passes_no_gradient_is_run_and_not_trained_through(wide):
         loss.backward()
 
 
-def test_quantised_base_with_the_trainer(wide, tmp_path):
+def test_modes_quantised_base_with_the_trainer(wide, tmp_path):
     """Which wants a PEFT model on a quantised base: steering is one."""
     from fused_steer.peft import PostBlockConfig
 
@@ -740,7 +740,7 @@ def image_and_text(model_type: str, seed: int = 0) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("model_type", VISION_LANGUAGE)
-def test_the_text_decoder_of_a_vision_language_model_is_steered(model_type):
+def test_modes_the_text_decoder_of_a_vision_language_model_is_steered(model_type):
     tower = VISION_LANGUAGE[model_type][1]
     base = vision_language(model_type).requires_grad_(False)
     inputs = image_and_text(model_type)
@@ -801,7 +801,7 @@ def tower_output(model: nn.Module, tower: str, inputs: dict[str, Tensor]) -> lis
         ),
     ],
 )
-def test_encoder_decoder_models_are_refused(model_type, fields):
+def test_modes_encoder_decoder_models_are_refused(model_type, fields):
     model = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(model_type, **fields))
     with refused(ValueError, "is an encoder-decoder model; expected a decoder-only one", model=model):
         patch_model(model)

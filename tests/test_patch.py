@@ -89,7 +89,7 @@ def family(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def test_fresh_patch_changes_no_bit(family):
+def test_patch_fresh_patch_changes_no_bit(family):
     model = build_frozen(family)
     before, (text, text_logits) = logits(model), generate(model)
     assert patch_model(model) is model
@@ -98,11 +98,11 @@ def test_fresh_patch_changes_no_bit(family):
     assert all(map(torch.equal, generate(model), (text, text_logits)))
 
 
-def test_adapter_equals_hooks(family):
+def test_patch_adapter_equals_hooks(family):
     assert_equal_to_hooked(*steered_pair(build(family)))
 
 
-def test_generation_with_cache_equals_generation_without(family):
+def test_patch_generation_with_cache_equals_generation_without(family):
     model, hooked = steered_pair(build(family))
     (text, whole), (cached_text, cached) = (generate(model, use_cache=cache) for cache in (False, True))
     assert torch.equal(cached_text, text)
@@ -114,12 +114,12 @@ def test_generation_with_cache_equals_generation_without(family):
 
 
 @pytest.mark.parametrize("recorded_before", [False, True])
-def test_hidden_states_are_the_steered_ones(family, recorded_before):
+def test_patch_hidden_states_are_the_steered_ones(family, recorded_before):
     assert_hidden_states_steered(lambda: build(family), recorded_before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_parameters(family, dtype):
+def test_patch_parameters(family, dtype):
     model = build(family).to(dtype)
     layers = find_decoder(model).path
     patch_model(model, SteerConfig(rank=RANK))
@@ -132,7 +132,7 @@ def test_parameters(family, dtype):
     assert trained.keys() == {name for name in model.state_dict() if "post_block" in name}
 
 
-def test_unpatch_leaves_no_trace(family):
+def test_patch_unpatch_leaves_no_trace(family):
     model = build(family)
     model.get_input_embeddings().requires_grad_(False)
     before, before_logits = snapshot(model), logits(model)
@@ -150,7 +150,7 @@ def test_unpatch_leaves_no_trace(family):
 # Other forms, other layers
 
 
-def test_layer_keeps_its_class_and_name():
+def test_patch_layer_keeps_its_class_and_name():
     model = build()
     others = [type(module) for path, module in model.named_modules() if not path.startswith("model.layers.1")]
     patch_model(model, SteerConfig(layers=[1]))
@@ -160,14 +160,14 @@ def test_layer_keeps_its_class_and_name():
     assert (type(layer).__name__, type(layer).__module__) == (LlamaDecoderLayer.__name__, LlamaDecoderLayer.__module__)
 
 
-def test_only_some_layers():
+def test_patch_only_some_layers():
     model, hooked = steered_pair(build(), SteerConfig(rank=RANK, layers=[1]))
     assert [row.index for row in model.steering.report()] == [1]
     assert list(hooked.states) == ["model.layers.1"]
     assert_equal_to_hooked(model, hooked)
 
 
-def test_vector():
+def test_patch_vector():
     model, hooked = steered_pair(build(), SteerConfig(form="vector", scale=-1.5))
     assert {name.partition(".post_block.")[2] for name in hooked.leaves} == {"steer_up.bias"}
     assert_equal_to_hooked(model, hooked)
@@ -262,7 +262,7 @@ HOOK_STEERED = {
 
 
 @pytest.mark.parametrize(("make", "reason"), HOOK_STEERED.values(), ids=HOOK_STEERED)
-def test_layer_without_a_findable_add_is_steered_by_hook(make, reason):
+def test_patch_layer_without_a_findable_add_is_steered_by_hook(make, reason):
     base = make()
     before = snapshot(base)
     model, hooked = steered_pair(base)
@@ -276,11 +276,11 @@ def test_layer_without_a_findable_add_is_steered_by_hook(make, reason):
 
 
 @pytest.mark.parametrize("recorded_before", [False, True])
-def test_hidden_states_of_hook_steered_layers(recorded_before):
+def test_patch_hidden_states_of_hook_steered_layers(recorded_before):
     assert_hidden_states_steered(llama_of_clamping_layers, recorded_before)
 
 
-def test_forward_replaced_after_patching_is_an_error():
+def test_patch_forward_replaced_after_patching_is_an_error():
     model = patch_model(build())
     layer = model.model.layers[1]
     layer.forward = unpatched_forward(layer)
@@ -294,7 +294,7 @@ def test_forward_replaced_after_patching_is_an_error():
 # What else is done with models
 
 
-def test_other_instances_of_the_class_are_untouched():
+def test_patch_other_instances_of_the_class_are_untouched():
     model, other = build(seed=0), build(seed=1)
     before, before_logits = snapshot(other), logits(other)
     patch_model(model)
@@ -318,7 +318,7 @@ def test_other_instances_of_the_class_are_untouched():
     ids=["llama", "gemma2", "hook"],
 )
 @pytest.mark.parametrize("use_reentrant", [False, True], ids=["new", "reentrant"])
-def test_gradient_checkpointing_changes_no_gradient(make, calls, use_reentrant):
+def test_patch_gradient_checkpointing_changes_no_gradient(make, calls, use_reentrant):
     model = patch_model(make(), EVERYTHING).train()
     parameters = randomize(model)
     expected = gradients(model, parameters, use_cache=False)
@@ -347,7 +347,7 @@ NEEDS_COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="inducto
         pytest.param("llama", 1, "inductor", marks=NEEDS_COMPILER),
     ],
 )
-def test_compiled_whole(family, layers, backend):
+def test_patch_compiled_whole(family, layers, backend):
     torch.compiler.reset()
     model = patch_model(build(family, num_hidden_layers=layers), EVERYTHING)
     parameters = randomize(model)
@@ -362,7 +362,7 @@ def test_compiled_whole(family, layers, backend):
     "duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"]
 )
 @pytest.mark.parametrize("make", [build, llama_of_clamping_layers], ids=["fused", "hook"])
-def test_copies_are_equal_and_independent(make, duplicate):
+def test_patch_copies_are_equal_and_independent(make, duplicate):
     original = make()
     before = snapshot(original)
     patch_model(original, EVERYTHING)
@@ -384,14 +384,14 @@ def test_copies_are_equal_and_independent(make, duplicate):
     assert torch.equal(logits(model), logits(original))
 
 
-def test_state_dict_round_trip():
+def test_patch_state_dict_round_trip():
     source, target = (patch_model(build(seed=seed), EVERYTHING) for seed in (0, 1))
     randomize(source)
     assert target.load_state_dict(source.state_dict()) == ([], [])
     assert torch.equal(logits(target), logits(source))
 
 
-def test_steering_follows_the_model_to_another_dtype():
+def test_patch_steering_follows_the_model_to_another_dtype():
     model = patch_model(build(), EVERYTHING)
     parameters = randomize(model)
     model.to(torch.bfloat16)
@@ -428,7 +428,7 @@ def with_a_norm_for_each_layer() -> nn.Module:
 
 
 @pytest.mark.parametrize("make", [lambda: with_tower(LAYERS), with_a_norm_for_each_layer], ids=["tower", "norms"])
-def test_decoder_is_told_from_lists_as_long(make):
+def test_patch_decoder_is_told_from_lists_as_long(make):
     assert find_decoder(make()).path == "blocks"
     assert_equal_to_hooked(*steered_pair(make()))
 
@@ -470,14 +470,14 @@ def with_other_sizes(**config: Any) -> nn.Module:
         "encoder-decoder",
     ],
 )
-def test_refuses_what_is_no_decoder_model(make, parts):
+def test_patch_refuses_what_is_no_decoder_model(make, parts):
     model = make()
     with refused(ValueError, *parts, model=model):
         patch_model(model)
 
 
 @pytest.mark.parametrize("model", [None, "someone/model", LlamaDecoderLayer], ids=["None", "name", "class"])
-def test_refuses_what_is_no_module(model):
+def test_patch_refuses_what_is_no_module(model):
     with refused(TypeError, f"model is a {type(model).__name__}", "expected a torch.nn.Module"):
         patch_model(model)
 
@@ -492,19 +492,19 @@ def test_refuses_what_is_no_module(model):
     ],
     ids=["layer out of range", "dict", "int", "no such path"],
 )
-def test_refuses_a_config_that_does_not_fit(config, error, parts):
+def test_patch_refuses_a_config_that_does_not_fit(config, error, parts):
     model = build()
     with refused(error, *parts, model=model):
         patch_model(model, config)
 
 
-def test_refuses_a_second_patch():
+def test_patch_refuses_a_second_patch():
     model = patch_model(build())
     with refused(ValueError, "patched already", "model.steering.add", model=model):
         patch_model(model)
 
 
-def test_refuses_names_that_the_model_uses_itself():
+def test_patch_refuses_names_that_the_model_uses_itself():
     model = build()
     model.model.layers[2].post_block = nn.Identity()
     with refused(ValueError, "layer 2 (LlamaDecoderLayer)", "'post_block'", "expected none", model=model):

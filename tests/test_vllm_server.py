@@ -127,7 +127,7 @@ def server(folder, tmp_path_factory) -> Iterator[Server]:
             server.process.kill()
 
 
-def test_a_client_names_the_adapter_as_the_model(server):
+def test_vllm_server_a_client_names_the_adapter_as_the_model(server):
     client = server.client()
     names = [model.id for model in client.models.list()]
     assert names == ["base", *(name_of(number) for number in range(RESIDENTS))]
@@ -135,7 +135,7 @@ def test_a_client_names_the_adapter_as_the_model(server):
         assert [server.tokens(client, name, prompt) for prompt in range(len(PROMPTS))] == server.expected(name)
 
 
-def test_loaded_and_unloaded_while_a_request_runs(server):
+def test_vllm_server_loaded_and_unloaded_while_a_request_runs(server):
     """What streams goes on by the adapter that it began with, though that is unloaded meanwhile."""
     import openai
 
@@ -162,7 +162,7 @@ def test_loaded_and_unloaded_while_a_request_runs(server):
     assert server.unload("guest-13")[0] == 200
 
 
-def test_what_cannot_be_served_fails_alone(server, tmp_path):
+def test_vllm_server_what_cannot_be_served_fails_alone(server, tmp_path):
     import openai
 
     client = server.client()
@@ -196,7 +196,7 @@ def test_what_cannot_be_served_fails_alone(server, tmp_path):
     assert server.tokens(client, "base", 0) == server.expected("base")[0]
 
 
-def test_five_hundred_requests_with_adapters_coming_and_going(server):
+def test_vllm_server_five_hundred_requests_with_adapters_coming_and_going(server):
     """Over four slots and six places in memory: none lost, none answered by another adapter."""
     client = server.client()
     wrong: list[Any] = []

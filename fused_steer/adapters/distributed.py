@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 def in_group() -> bool:
@@ -50,7 +53,7 @@ def check_unsharded(layers: Iterable[nn.Module], what: str) -> None:
             raise ValueError(f"layer {index} is sharded by {by}; expected {what} before it is")
 
 
-def is_dtensor(tensor: Tensor) -> bool:
+def is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
     """Whether it is one of PyTorch's distributed tensors."""
     module = sys.modules.get("torch.distributed.tensor")  # a DTensor has imported it
     return module is not None and isinstance(tensor, module.DTensor)

@@ -15,8 +15,9 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,12 @@ from torch import Tensor
 from .._version import __version__
 from ..config import DTYPES, FLOAT32_MAX, SteerConfig
 from .parameters import (
+    SITE,
     UP,
     UP_BIAS,
     ByLayer,
     Layout,
+    T,
     base_name,
     by_layer,
     specs_of,
@@ -262,13 +265,14 @@ def _beside_a_model(directory: Path) -> Path:
 @dataclass(frozen=True)
 class _Head:
     """What a config says: what the adapter computes, its layout (without the path of the layers, which the tensors
-    tell), and digests. sealed: whether it has its own."""
+    tell), and digests. sealed: whether it has its own; saved_modules: names of what PEFT saved beside it."""
 
     config: SteerConfig
     layout: Layout
     weights_sha256: str | None
     tensors_sha256: str | None
     sealed: bool
+    saved_modules: tuple[str, ...]
 
 
 def _head(given: Mapping[str, Any]) -> _Head:
@@ -280,6 +284,9 @@ def _head(given: Mapping[str, Any]) -> _Head:
         raise ValueError(f"peft_type is {peft_type!r}; expected {PEFT_TYPE!r}")
     version = fields.pop("fused_steer_version", None)
     weights, tensors, config_digest = (fields.pop(f"{part}_sha256", None) for part in ("weights", "tensors", "config"))
+    modules = fields.pop("modules_to_save", None) or []
+    if not isinstance(modules, list) or not all(isinstance(name, str) and name for name in modules):
+        raise ValueError(f"modules_to_save is {modules!r:.200}; expected a list of names, or null")
     base = fields.pop("base_model_name_or_path", None) or ""
     if not isinstance(base, str):
         raise ValueError(f"base_model_name_or_path is {base!r}; expected a name, or null")
@@ -295,7 +302,7 @@ def _head(given: Mapping[str, Any]) -> _Head:
             f"its fields are not those that were saved; expected config_sha256 {config_digest} (of a config that was "
             "edited on purpose, remove that line)"
         )
-    return _Head(config, layout, weights, tensors, config_digest is not None)
+    return _Head(config, layout, weights, tensors, config_digest is not None, tuple(modules))
 
 
 def check_config(directory: Path) -> None:
@@ -309,7 +316,11 @@ def check_config(directory: Path) -> None:
 
 
 def read_adapter(
-    source: str | os.PathLike[str], model: Layout | None = None, *, check_base: bool = False
+    source: str | os.PathLike[str],
+    model: Layout | None = None,
+    *,
+    check_base: bool = False,
+    without_heads: bool = False,
 ) -> AdapterFile:
     """Read and check an adapter's files. Nothing but JSON and safetensors is ever opened.
 
@@ -322,6 +333,7 @@ def read_adapter(
         source: the directory, or an id on the hub.
         model: what the adapter has to fit; None leaves that open.
         check_base: whether the base model's name has to fit, too.
+        without_heads: leave out the heads that PEFT trained and saved beside the adapter, instead of refusing them.
 
     Raises:
         FileNotFoundError: the directory or one of its files is missing.
@@ -338,7 +350,13 @@ def read_adapter(
     with _blaming(file), open(open_regular(file), "rb") as opened:
         header = read_header(opened)
         embedded = None if header.config is None else _head(json.loads(header.config))
-        layers_path, specs = by_layer(header.specs)
+        own, others = _split(header.specs, head.saved_modules)
+        if others and not without_heads:
+            raise ValueError(
+                f"it has a trained head beside the steering, {next(iter(others))}; expected steering alone (PEFT loads "
+                "both: import fused_steer.peft, then PeftModel.from_pretrained)"
+            )
+        layers_path, specs = by_layer(own)
     heads = [head] if embedded is None else [head, embedded]
 
     def refusal(head: _Head) -> ValueError | None:
@@ -357,8 +375,10 @@ def read_adapter(
         raise refusals[0]  # type: ignore[misc]
     with _blaming(file):
         content = _read_whole(file, header, head)
-        _, tensors = by_layer({unprefixed(name): t for name, t in safetensors.torch.load(content).items()})
-        chosen = _matching(head, embedded, header.plain, content, tensors)
+        named = {unprefixed(name): tensor for name, tensor in safetensors.torch.load(content).items()}
+        steering, beside = _split(named, head.saved_modules)
+        _, tensors = by_layer(steering)
+        chosen = _matching(head, embedded, header.plain, content, partial(tensors_digest, tensors, beside))
     if chosen is not head:
         warnings.warn(
             f"{directory / CONFIG_NAME} is of another save than {WEIGHTS_NAME}, which is read by the config that it "
@@ -383,15 +403,28 @@ def _read_whole(file: Path, header: Header, head: _Head) -> bytes:
     return content
 
 
-def _matching(head: _Head, embedded: _Head | None, plain: bool, content: bytes, tensors: ByLayer) -> _Head:
+def _split(named: Mapping[str, T], modules: Sequence[str]) -> tuple[dict[str, T], dict[str, T]]:
+    """What is an adapter's by its path, and what is of the modules of these names."""
+
+    def is_beside(path: str) -> bool:
+        return f".{SITE}." not in path and any(f".{name}." in f".{path}" for name in modules)
+
+    beside = {path: value for path, value in named.items() if is_beside(path)}
+    return {path: value for path, value in named.items() if path not in beside}, beside
+
+
+def _matching(head: _Head, embedded: _Head | None, plain: bool, content: bytes, digest_of: Callable[[], str]) -> _Head:
     """The config that these weights were saved with: that of the config's file, or the one that they carry.
+
+    Args:
+        digest_of: gives the digest of the tensors; it takes long, and may not be needed.
 
     Raises:
         ValueError: it is neither.
     """
     if head.weights_sha256 is not None and hashlib.sha256(content).hexdigest() == head.weights_sha256:
         return head
-    digest = tensors_digest(tensors)
+    digest = digest_of()
     if head.weights_sha256 is None:  # PEFT's have the digest of the tensors, and what a person wrote perhaps none
         expected = head.tensors_sha256 or (embedded and embedded.tensors_sha256)
         if expected is None or (digest == expected and (plain or not head.sealed)):

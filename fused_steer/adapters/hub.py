@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from .._version import __version__
 from .files import (
@@ -24,12 +25,13 @@ def model_card(adapter: AdapterFile, repo_id: str) -> str:
     # The hub takes no path for the name of a base model.
     name = adapter.layout.base
     base = name if HUB_ID.fullmatch(name) and not os.path.exists(name) else None
+    relation: dict[str, Any] = {"base_model_relation": "adapter"} if base else {}
     data = ModelCardData(
         base_model=base,
         library_name=LIBRARY,
         pipeline_tag="text-generation",
         tags=list(CARD_TAGS),
-        **({"base_model_relation": "adapter"} if base else {}),
+        **relation,
     )
     fields = "\n".join(f"| `{name}` | `{value!r}` |" for name, value in adapter.config.to_dict().items())
     return (

@@ -12,6 +12,7 @@ import operator
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, BinaryIO
 
 import torch
@@ -46,13 +47,13 @@ def header_of(shapes: Mapping[str, tuple[int, ...]], dtype: str, config: str) ->
     return len(text).to_bytes(8, "little") + text
 
 
-def tensors_digest(tensors: ByLayer) -> str:
-    """Of an adapter's tensors, wherever in a model or file they lie."""
+def tensors_digest(tensors: ByLayer, heads: Mapping[str, Tensor] = MappingProxyType({})) -> str:
+    """Of an adapter's tensors, wherever in a model or file they lie, and of the heads beside it, by path."""
     digest = hashlib.sha256()
-    for index, named in sorted(tensors.items()):
-        for name, tensor in sorted(named.items()):
-            digest.update(f"{index} {name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(values_of(tensor))
+    layers = [(f"{i} {name}", named[name]) for i, named in sorted(tensors.items()) for name in sorted(named)]
+    for name, tensor in (*layers, *sorted(heads.items())):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(values_of(tensor))
     return digest.hexdigest()
 
 

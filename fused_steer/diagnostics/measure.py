@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..adapters.parameters import SITE
 from ..joint import steering_of
-from ..kernels.reference import ACTIVATIONS, accumulation_dtype
+from ..kernels.torch_backend import ACTIVATIONS, accumulation_dtype
 from ..lora.layers import is_lora
 from ..lora.writers import MIXING, Writer, choose_writers, trace_writers
 from ..model.decoder import find_decoder, inside_peft

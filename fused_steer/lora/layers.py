@@ -52,12 +52,19 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
     return {path: module for path, module in model.named_modules() if is_lora(module)}
 
 
+def saved_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules that PEFT trains and saves beside its adapters (`modules_to_save`), such as a classifier's head."""
+    peft = sys.modules.get("peft.tuners.tuners_utils")
+    return [] if peft is None else [m for m in model.modules() if isinstance(m, peft.AuxiliaryTrainingWrapper)]
+
+
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters of all of PEFT's adapters in `model`, of any method, active or not."""
+    """The parameters of all of PEFT's adapters in `model`, of any method, active or not, and of the heads beside them
+    (`modules_to_save`)."""
     peft = sys.modules.get("peft.tuners.tuners_utils")
     if peft is None:
         return []
-    tuners = (module for module in model.modules() if isinstance(module, peft.BaseTunerLayer))
+    tuners = [module for module in model.modules() if isinstance(module, peft.BaseTunerLayer)] + saved_modules(model)
     parts = (getattr(tuner, name, None) for tuner in tuners for name in tuner.adapter_layer_names)
     found: dict[int, nn.Parameter] = {}
     for part in parts:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from ..adapters.files import read_json
 from ..adapters.parameters import Layout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 #: More than any model has, and few enough to be built for a look.
 _MOST_LAYERS = 10_000
@@ -84,7 +87,7 @@ def find_decoder(model: nn.Module) -> Decoder:
     return Decoder(model.get_submodule(path.rpartition(".")[0]), path, layers, hidden, model.config)
 
 
-def meta_model(base: str) -> Any:
+def meta_model(base: str) -> PreTrainedModel:
     """A language model without weights, by the config in a directory or of a hub id.
 
     Raises:

@@ -21,6 +21,7 @@ from torch.nn.modules.module import _global_forward_pre_hooks as any_forward_pre
 from torch.utils.hooks import RemovableHandle
 
 from ..adapters.parameters import SITE, Layout
+from ..kernels.plan import no_plan
 from .residual import ResidualNotFound, rewrite_forward
 from .site import Site, SteeringSite
 from .watch import call_watched, thread
@@ -51,7 +52,8 @@ def _call_site(layer: nn.Module, left: Tensor, right: Tensor, entering: Any) -> 
         # What `steer` comes to where a plan is for this call (never for tensors without values, as torch.export has),
         # without its function calls.
         op, parameters = planned
-        out = (op.last_trained if is_grad_enabled() else op.last)(left, right, parameters())
+        run = op.last_trained if is_grad_enabled() else op.last
+        out = None if run is no_plan else run(left, right, parameters())
         if out is not None:
             noted["calls"] += 1
             noted["backend"] = "triton"

@@ -128,12 +128,13 @@ class Scopes:
             scope = Scope(what)
             self._open.add(scope)
             self._ends[scope.number] = end
-        earlier = _carried.get()
+        number = scope.number
         try:
-            _carried.set((*earlier, scope.number))
+            _carried.set((*_carried.get(), number))
             yield
         finally:
-            _carried.set(earlier)
+            # Scopes of several models may end in another order than they began.
+            _carried.set(tuple(other for other in _carried.get() if other != number))
             with self._lock:
                 self._open.discard(scope)
                 end()

@@ -12,6 +12,7 @@ from torch.compiler import is_compiling
 from ..adapters.parameters import Adapter, Factors
 from ..kernels import post_block, select_backend
 from ..kernels.orthogonal import project_gradient
+from ..kernels.plan import no_plan
 from ..kernels.planned import PlannedPostBlock
 from .watch import note_run, thread
 
@@ -89,6 +90,24 @@ class Site(nn.Module):
             if isinstance(entering, Tensor) and entering.requires_grad:
                 return _LostGradient.apply(branch, entering)
         return branch
+
+
+class _PlannedConstrained(PlannedPostBlock):
+    """The op with an adapter that is kept orthogonal to a LoRA.
+
+    Its operands go through autograd, which saves the basis: in a checkpoint they may be made only once a call. So no
+    call with gradients is tried by its last plan first.
+    """
+
+    __slots__ = ()
+
+    @property
+    def last_trained(self) -> Any:
+        return no_plan
+
+    @last_trained.setter
+    def last_trained(self, run: Any) -> None:
+        pass
 
 
 class SteeringSite(Site):
@@ -266,7 +285,8 @@ class SteeringSite(Site):
 
         plain = all("weight" in factor._parameters for factor in factors)
         simple = plain and w1 is not None and b1 is None and b2 is None and self.basis is None
-        steer = PlannedPostBlock(self.activation, self.scale, (w1, w2, b1, b2))
+        planned_op = PlannedPostBlock if self.basis is None else _PlannedConstrained
+        steer = planned_op(self.activation, self.scale, (w1, w2, b1, b2))
         planned = self.__dict__["_planned"] = (steer, usual if simple else general)
         return planned
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -103,7 +104,8 @@ def plan(request: PlanRequest) -> Plan:
     base = sum(p.numel() for p in model.parameters()) * DTYPES[request.model_dtype].itemsize
     # An embedding gives a row a token; one that is the output's weights too is read as that.
     tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
-    embedding = 0 if tied else model.get_input_embeddings().weight.numel() * DTYPES[request.model_dtype].itemsize
+    table: Any = model.get_input_embeddings()
+    embedding = 0 if tied else table.weight.numel() * DTYPES[request.model_dtype].itemsize
     file = weights_size(config, layout)
     slot = len(indices) * ((2 * rank * hidden + rank + hidden if rank else hidden) * item)
     slots = slot * request.slots + 4 * request.slots * len(indices)  # each layer's codes of φ

@@ -44,7 +44,7 @@ def _norms(layer: int, tensors: Mapping[str, Tensor]) -> LayerNorms:
 def describe(source: str) -> dict[str, Any]:
     """What `inspect` shows of an adapter, as JSON has it."""
     directory = locate_adapter(source)
-    adapter = read_adapter(directory)
+    adapter = read_adapter(directory, without_heads=True)
     layers = [asdict(_norms(index, tensors)) for index, tensors in adapter.tensors.items()]
     return {
         "adapter": str(directory),

@@ -74,7 +74,8 @@ def adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A saved adapter's config, without what differs with the weights and the base's place, and its weights."""
     assert sorted(path.name for path in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     config = json.loads((folder / "adapter_config.json").read_text())
-    del config["weights_sha256"], config["base_model_name_or_path"]
+    for field in ("weights_sha256", "tensors_sha256", "config_sha256", "base_model_name_or_path"):
+        del config[field]
     return config, load_file(folder / "adapter_model.safetensors")
 
 
@@ -110,7 +111,7 @@ def assert_losses_no_worse(losses: list[list[float]], single: dict[str, Any], tr
 
 
 @pytest.mark.parametrize(("scenario", "run"), RUNS)
-def test_trains_as_one_process_does(folder, single, truth, scenario, run):
+def test_distributed_trains_as_one_process_does(folder, single, truth, scenario, run):
     results, gradients = read(folder(scenario), run)
     losses = torch.tensor([result["losses"] for result in results])
     if scenario == "tensor":
@@ -125,7 +126,7 @@ def test_trains_as_one_process_does(folder, single, truth, scenario, run):
     assert [result["calls"] for result in results] == [[2 if run == "checkpointing" else 1] * 3] * PROCESSES
 
 
-def test_fsdp1_wraps_by_the_name_of_the_class(folder):
+def test_distributed_fsdp1_wraps_by_the_name_of_the_class(folder):
     for run, expected in (("by-name", True), ("root", False)):
         results, _ = read(folder("fsdp1"), run)
         assert [result["wrapped"] for result in results] == [[expected] * 3] * PROCESSES
@@ -136,7 +137,7 @@ def test_fsdp1_wraps_by_the_name_of_the_class(folder):
 
 
 @pytest.mark.parametrize(("scenario", "run"), RUNS)
-def test_saves_as_one_process_does(folder, single, truth, scenario, run):
+def test_distributed_saves_as_one_process_does(folder, single, truth, scenario, run):
     config, weights = adapter(folder(scenario) / run)
     expected_config, expected = adapter(single["saved"])
     assert config == expected_config
@@ -145,7 +146,7 @@ def test_saves_as_one_process_does(folder, single, truth, scenario, run):
 
 @pytest.mark.parametrize("run", ["plain", "checkpointing"])
 @pytest.mark.parametrize("scenario", ["ddp", "tensor", *SHARDED])
-def test_saves_before_the_first_forward_pass_and_after_the_last(folder, single, scenario, run):
+def test_distributed_saves_before_the_first_forward_pass_and_after_the_last(folder, single, scenario, run):
     _, start = adapter(folder(scenario) / f"{run}-start")
     assert {name.removeprefix("base_model.model.") for name in start} == set(single["start"])
     for name, value in single["start"].items():
@@ -156,7 +157,7 @@ def test_saves_before_the_first_forward_pass_and_after_the_last(folder, single, 
         assert again.keys() == trained.keys() and all(torch.equal(trained[name], again[name]) for name in trained)
 
 
-def test_a_tensor_that_fsdp1_cut_is_put_together(folder):
+def test_distributed_a_tensor_that_fsdp1_cut_is_put_together(folder):
     results, _ = read(folder("fsdp1"), "wide")
     assert all(any(0 < part < worker.WIDE.rank * HIDDEN for part in result["parts"]) for result in results)
     expected = steering_parameters(worker.steered(build(), config=worker.WIDE))
@@ -167,7 +168,7 @@ def test_a_tensor_that_fsdp1_cut_is_put_together(folder):
 
 
 @pytest.mark.parametrize("scenario", ["ddp", "tensor", *SHARDED])
-def test_loads_and_restores(folder, single, truth, scenario):
+def test_distributed_loads_and_restores(folder, single, truth, scenario):
     for rank, result in enumerate(read(folder(scenario), "files")[0]):
         trained = read(folder(scenario), "plain")[0][rank]["evaluated"]
         assert_no_worse(*(torch.tensor(loss) for loss in (trained, single["evaluated"], truth["evaluated"])))
@@ -186,12 +187,12 @@ def test_loads_and_restores(folder, single, truth, scenario):
 
 
 @pytest.mark.parametrize("scenario", SHARDED)
-def test_what_the_first_process_raises_is_raised_in_all(folder, scenario):
+def test_distributed_what_the_first_process_raises_is_raised_in_all(folder, scenario):
     for result in read(folder(scenario), "files")[0]:
         assert result["save"].startswith("NotADirectoryError: ") and "is a file" in result["save"]
 
 
-def test_parts_that_make_no_whole_are_refused():
+def test_distributed_parts_that_make_no_whole_are_refused():
     from fused_steer.adapters.distributed import _join
 
     whole = torch.arange(6.0)
@@ -202,7 +203,7 @@ def test_parts_that_make_no_whole_are_refused():
     assert torch.equal(gather({"w": whole}, {"w": (2, 3)})["w"], whole.view(2, 3))
 
 
-def test_a_partitioned_parameter_is_not_saved(tmp_path):
+def test_distributed_a_partitioned_parameter_is_not_saved(tmp_path):
     model = patch_model(build())
     up = model.model.layers[1].post_block.steer_up["default"].weight
     up.data = torch.empty(0)  # as DeepSpeed's ZeRO-3 leaves it
@@ -245,7 +246,7 @@ def lora_in_parts() -> list[tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]]
 
 
 @pytest.mark.parametrize("run", ["plain", "checkpointing"])
-def test_joint_orth_under_ddp(folder, single_joint, lora_in_parts, run):
+def test_distributed_joint_orth_under_ddp(folder, single_joint, lora_in_parts, run):
     expected, expected_gradients, expected_weights = single_joint
     results, gradients = read(folder("joint"), run)
     _, weights = read(folder("joint"), f"{run}-weights")
@@ -260,7 +261,7 @@ def test_joint_orth_under_ddp(folder, single_joint, lora_in_parts, run):
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
-def test_joint_saved_under_ddp(folder):
+def test_distributed_joint_saved_under_ddp(folder):
     _, weights = read(folder("joint"), "plain-weights")
     model = load_joint(build(), folder("joint") / "plain", trainable=True)
     loaded = worker.trained_parameters(model)
@@ -268,7 +269,7 @@ def test_joint_saved_under_ddp(folder):
     assert all(torch.equal(loaded[name], weights[0][name]) for name in loaded)
 
 
-def test_the_callback_saves_under_ddp(folder):
+def test_distributed_the_callback_saves_under_ddp(folder):
     _, weights = read(folder("joint"), "trainer")
     _, saved = adapter(folder("joint") / "trainer" / "checkpoint-2" / "fused_steer" / "default")
     trained = {name.replace(".default", ""): value for name, value in weights[0].items() if "post_block" in name}
@@ -276,7 +277,7 @@ def test_the_callback_saves_under_ddp(folder):
     assert all(torch.equal(saved[name], trained[name]) for name in saved)
 
 
-def test_joint_orth_is_refused_where_fsdp_shards(folder):
+def test_distributed_joint_orth_is_refused_where_fsdp_shards(folder):
     for result in read(folder("joint"), "sharded")[0]:
         for name in ("train", "save"):
             assert result[name] == (
@@ -301,7 +302,7 @@ zero = pytest.mark.skipif(
 @zero
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("run", ["plain", "checkpointing"])
-def test_zero_trains_and_saves_as_one_process_does(folder, single, truth, run, stage):
+def test_distributed_zero_trains_and_saves_as_one_process_does(folder, single, truth, run, stage):
     results, _ = read(folder("zero"), f"{run}-{stage}")
     assert_losses_no_worse([result["losses"] for result in results], single, truth)
     config, weights = adapter(folder("zero") / f"{run}-{stage}")
@@ -318,7 +319,7 @@ def test_zero_trains_and_saves_as_one_process_does(folder, single, truth, run, s
 
 @zero
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_joint_orth_is_refused_under_zero(folder, stage):
+def test_distributed_joint_orth_is_refused_under_zero(folder, stage):
     for result in read(folder("zero"), f"joint-{stage}")[0]:
         assert all(message.startswith("ValueError: ") and "sharded by ZeRO" in message for message in result.values())
     assert not (folder("zero") / "refused").exists()

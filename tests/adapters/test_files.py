@@ -66,7 +66,7 @@ def saved(tmp_path) -> Path:
 # What is written
 
 
-def test_two_files_in_the_documented_layout(saved):
+def test_files_two_files_in_the_documented_layout(saved):
     assert sorted(files(saved)) == [CONFIG, WEIGHTS]
     assert sorted(path.name for path in saved.iterdir()) == [CONFIG, WEIGHTS]
     with safe_open(saved / WEIGHTS, "pt") as weights:
@@ -79,7 +79,7 @@ def test_two_files_in_the_documented_layout(saved):
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_config_records_all_that_changes_the_function(config, tmp_path):
+def test_files_config_records_all_that_changes_the_function(config, tmp_path):
     patched(config).steering.save(tmp_path)
     recorded = json.loads((tmp_path / CONFIG).read_text())
     assert recorded == {
@@ -104,7 +104,7 @@ def test_config_records_all_that_changes_the_function(config, tmp_path):
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_round_trip(config, tmp_path, monkeypatch):
+def test_files_round_trip(config, tmp_path, monkeypatch):
     def no_pickle(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a pickle was read or written")
 
@@ -126,13 +126,13 @@ def test_round_trip(config, tmp_path, monkeypatch):
     assert not torch.equal(logits(loaded), logits(named()))
 
 
-def test_path_objects_and_new_parents(tmp_path):
+def test_files_path_objects_and_new_parents(tmp_path):
     model = patched()
     model.steering.save(tmp_path / "new" / "parents")
     assert torch.equal(logits(patch_model(named(), tmp_path / "new" / "parents")), logits(model))
 
 
-def test_present_strength_is_saved(tmp_path):
+def test_files_present_strength_is_saved(tmp_path):
     model = patched()
     model.steering.scale = 0.125
     model.steering.save(tmp_path)
@@ -141,7 +141,7 @@ def test_present_strength_is_saved(tmp_path):
     assert torch.equal(logits(loaded), logits(model))
 
 
-def test_present_dtype_is_saved(tmp_path):
+def test_files_present_dtype_is_saved(tmp_path):
     model = patched().to(torch.bfloat16)
     model.steering.save(tmp_path)
     loaded = patch_model(named().to(torch.bfloat16), str(tmp_path))
@@ -149,7 +149,7 @@ def test_present_dtype_is_saved(tmp_path):
     assert torch.equal(logits(loaded), logits(model))
 
 
-def test_load_beside_an_adapter_of_other_layers(tmp_path):
+def test_files_load_beside_an_adapter_of_other_layers(tmp_path):
     other = patched(SteerConfig(rank=2, layers=[0, 2], activation="relu"), seed=2)
     other.steering.save(tmp_path)
     model = patched(SteerConfig(rank=RANK, layers=[1]))
@@ -163,7 +163,7 @@ def test_load_beside_an_adapter_of_other_layers(tmp_path):
 
 
 @pytest.mark.parametrize("theirs", [NAME, "/elsewhere/tiny-llama/", "tiny-llama", ""])
-def test_base_is_known_by_the_last_part_of_its_name(saved, theirs):
+def test_files_base_is_known_by_the_last_part_of_its_name(saved, theirs):
     patch_model(named(theirs), saved)
 
 
@@ -216,7 +216,7 @@ def fill_the_disk(patch: pytest.MonkeyPatch) -> None:
     ids=["first replace", "second replace", "fsync", "disk full"],
 )
 @pytest.mark.parametrize("earlier", [True, False])
-def test_failed_save_leaves_what_was_there(prepare, earlier, saved, tmp_path):
+def test_files_failed_save_leaves_what_was_there(prepare, earlier, saved, tmp_path):
     directory = saved if earlier else tmp_path / "new"
     directory.mkdir(exist_ok=True)
     before = files(directory)
@@ -233,7 +233,7 @@ def test_failed_save_leaves_what_was_there(prepare, earlier, saved, tmp_path):
     assert torch.equal(logits(patch_model(named(), directory)), logits(other))
 
 
-def test_save_where_files_cannot_be_linked(saved, monkeypatch):
+def test_files_save_where_files_cannot_be_linked(saved, monkeypatch):
     def link(*args: Any) -> None:
         raise OSError(errno.ENOTSUP, "no linking")
 
@@ -243,7 +243,7 @@ def test_save_where_files_cannot_be_linked(saved, monkeypatch):
     assert torch.equal(logits(patch_model(named(), saved)), logits(model))
 
 
-def test_save_refuses_a_file(saved):
+def test_files_save_refuses_a_file(saved):
     model = patched()
     with refused(NotADirectoryError, str(saved / CONFIG), "expected a directory", model=model):
         model.steering.save(saved / CONFIG)
@@ -412,7 +412,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], type[Exception], tuple[str, ...]
 
 
 @pytest.mark.parametrize(("damage", "error", "parts"), DAMAGES.values(), ids=DAMAGES)
-def test_refuses_damaged_files(damage, error, parts, saved):
+def test_files_refuses_damaged_files(damage, error, parts, saved):
     damage(saved)
     model = named()
     with refused(error, str(saved), *parts, model=model):
@@ -424,7 +424,7 @@ def test_refuses_damaged_files(damage, error, parts, saved):
 
 
 @pytest.mark.parametrize("damage", ["NaN", "infinity", "overflow by strength", "strength beyond float32"])
-def test_restore_and_peft_refuse_values_that_would_spread(damage, saved):
+def test_files_restore_and_peft_refuse_values_that_would_spread(damage, saved):
     import fused_steer.peft  # noqa: F401
 
     damage, error, parts = DAMAGES[damage]
@@ -441,7 +441,7 @@ def test_restore_and_peft_refuse_values_that_would_spread(damage, saved):
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, 3e38])
-def test_save_refuses_values_that_would_spread(value, saved):
+def test_files_save_refuses_values_that_would_spread(value, saved):
     import fused_steer.peft  # noqa: F401
 
     before = files(saved)
@@ -461,7 +461,7 @@ def test_save_refuses_values_that_would_spread(value, saved):
 
 
 @pytest.mark.parametrize("value", [1e39, -1e39, 10**400])
-def test_strengths_beyond_float32_are_refused(value):
+def test_files_strengths_beyond_float32_are_refused(value):
     model = patched()
     for call in (
         lambda: SteerConfig(scale=value),
@@ -484,19 +484,19 @@ def test_strengths_beyond_float32_are_refused(value):
     ],
     ids=["hidden size", "layer count", "name"],
 )
-def test_refuses_adapters_of_other_models(overrides, parts, saved):
+def test_files_refuses_adapters_of_other_models(overrides, parts, saved):
     model = named(**overrides)
     with refused(ValueError, str(saved), *parts, model=model):
         patch_model(model, saved)
 
 
-def test_check_base_accepts_another_name(saved):
+def test_files_check_base_accepts_another_name(saved):
     model = patch_model(named("somewhere/else"), saved, check_base=False)
     assert torch.equal(logits(model), logits(patched()))
     model.steering.load(saved, name="other", check_base=False)
 
 
-def test_refuses_paths_that_are_no_directories(saved, tmp_path):
+def test_files_refuses_paths_that_are_no_directories(saved, tmp_path):
     model = named()
     with refused(FileNotFoundError, str(tmp_path / "none"), f"expected one that holds {CONFIG}", model=model):
         patch_model(model, tmp_path / "none")
@@ -504,7 +504,7 @@ def test_refuses_paths_that_are_no_directories(saved, tmp_path):
         patch_model(model, saved / CONFIG)
 
 
-def test_hub_id_without_network(monkeypatch):
+def test_files_hub_id_without_network(monkeypatch):
     def offline(*args: Any, **kwargs: Any) -> str:
         raise OSError("no network\n\nin two paragraphs")
 
@@ -514,7 +514,7 @@ def test_hub_id_without_network(monkeypatch):
         patch_model(model, "someone/adapter")
 
 
-def test_hub_id(monkeypatch, saved):
+def test_files_hub_id(monkeypatch, saved):
     def download(*args: Any, **kwargs: Any) -> str:
         assert (args, kwargs) == (("someone/adapter",), {"allow_patterns": [CONFIG, WEIGHTS]})
         return str(saved)

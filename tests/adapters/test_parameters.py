@@ -34,7 +34,7 @@ LAYOUT = Layout("model.layers", 3, 8, "org/base")
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("layers_path", ["", "layers", "model.layers", "base_model.model.transformer.h"])
-def test_split_path_undoes_path(layers_path, name):
+def test_parameters_split_path_undoes_path(layers_path, name):
     path = Layout(layers_path, 12, 8).path(11, name)
     assert split_path(path) == (layers_path, 11, name)
     assert out_of_model(in_model(path, "polite"), "polite") == path
@@ -46,12 +46,12 @@ def test_split_path_undoes_path(layers_path, name):
     ["", "post_block.steer_up.weight", "layers.x.post_block.steer_up.weight", "layers.0.mlp.weight"]
     + ["layers.0.post_block.steer_up.default.weight", "layers.0.post_block.steer_left.weight"],
 )
-def test_split_path_refuses_what_is_no_path(path):
+def test_parameters_split_path_refuses_what_is_no_path(path):
     with refused(ValueError, repr(path), "expected names such as layers.0.post_block.steer_up.weight"):
         split_path(path)
 
 
-def test_by_layer_is_in_order_and_of_one_list():
+def test_parameters_by_layer_is_in_order_and_of_one_list():
     tensors = {LAYOUT.path(i, name): (i, name) for i in (10, 2) for name in NAMES}
     layers_path, layers = by_layer(tensors)
     assert layers_path == "model.layers" and list(layers) == [2, 10]
@@ -65,7 +65,7 @@ CONFIGS = [SteerConfig(rank=2), SteerConfig(form="vector", layers=[1]), SteerCon
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=["lowrank", "vector", "biases"])
-def test_shapes_are_those_of_a_fresh_adapter(config):
+def test_parameters_shapes_are_those_of_a_fresh_adapter(config):
     shapes = LAYOUT.shapes(config)
     assert list(shapes) == ([0, 1, 2] if config.layers is None else list(config.layers))
     fresh = Adapter.fresh(config, 8, torch.device("cpu")).named_tensors()
@@ -75,7 +75,7 @@ def test_shapes_are_those_of_a_fresh_adapter(config):
     assert again.keys() == fresh.keys() and all(torch.equal(again[name], fresh[name]) for name in fresh)
 
 
-def test_check_tensors_names_the_first_that_is_wrong():
+def test_parameters_check_tensors_names_the_first_that_is_wrong():
     config = SteerConfig(rank=2, layers=[0, 2])
     fresh = Adapter.fresh(config, 8, torch.device("cpu")).named_tensors()
     whole = {0: fresh, 2: fresh}
@@ -89,7 +89,7 @@ def test_check_tensors_names_the_first_that_is_wrong():
             LAYOUT.check_tensors(config, specs_of(tensors))
 
 
-def test_layers_of_a_config_and_back():
+def test_parameters_layers_of_a_config_and_back():
     assert list(LAYOUT.indices(SteerConfig())) == [0, 1, 2] and LAYOUT.config_layers([2, 0, 1]) is None
     assert LAYOUT.indices(SteerConfig(layers=[2, 0])) == [0, 2] == LAYOUT.config_layers([2, 0])
     with refused(ValueError, "layers has 3", "expected indices below 3"):
@@ -98,7 +98,7 @@ def test_layers_of_a_config_and_back():
         LAYOUT.config_layers([0, 3])
 
 
-def test_check_fits_compares_sizes_and_the_last_part_of_the_name():
+def test_parameters_check_fits_compares_sizes_and_the_last_part_of_the_name():
     fitting = (Layout("", 3, 8), Layout("", 3, 8, "base"), Layout("h", 3, 8, "/models/base/"))
     for other in fitting:
         LAYOUT.check_fits("it", other, True)
@@ -134,11 +134,11 @@ CACHED = "/root/.cache/huggingface/hub/models--org--base"
         ("org/base", "", True),
     ],
 )
-def test_base_models_are_compared_by_hub_id(one, other, same):
+def test_parameters_base_models_are_compared_by_hub_id(one, other, same):
     assert same_base(one, other) is same_base(other, one) is same
 
 
-def test_base_name_of_a_path_in_the_cache_is_the_id():
+def test_parameters_base_name_of_a_path_in_the_cache_is_the_id():
     assert base_name(f"{CACHED}/snapshots/{'0f' * 20}") == "org/base" == base_name("org/base")
     model = build()
     model.config._name_or_path = f"{CACHED}/snapshots/{'0f' * 20}"
@@ -152,7 +152,7 @@ def adapter_fields(model: torch.nn.Module) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("name", ["default", "a-b_C9", "0", "lora", "steer", "x" * 200])
-def test_names_of_adapters(name):
+def test_parameters_names_of_adapters(name):
     check_name(name)
 
 
@@ -161,7 +161,7 @@ def test_names_of_adapters(name):
     ["", "a.b", "a b", "../a", "/a", "a\\b", "ä", "a\n", None, 7, "..", "keys", "training", "to"]
     + ["post_block", "steer_down", "steer_up", "weight", "bias"],
 )
-def test_names_that_no_adapter_may_have_are_refused_on_every_way_in(name, tmp_path):
+def test_parameters_names_that_no_adapter_may_have_are_refused_on_every_way_in(name, tmp_path):
     import fused_steer.peft
 
     with refused(ValueError, "adapter name is", repr(name), "expected"):
@@ -189,13 +189,13 @@ def test_names_that_no_adapter_may_have_are_refused_on_every_way_in(name, tmp_pa
     ["_orig_mod.model.layers.0", "module.model.layers.0", "_fsdp_wrapped_module.model.layers.0"]
     + ["base_model.model.module._orig_mod.model.layers.0", "model.layers.0._checkpoint_wrapped_module"],
 )
-def test_unwrapped_is_the_path_in_the_model(path):
+def test_parameters_unwrapped_is_the_path_in_the_model(path):
     assert unwrapped(path) == "model.layers.0"
 
 
 @pytest.mark.parametrize("by_peft", [False, True], ids=["patch_model", "peft"])
 @pytest.mark.parametrize("wrapped_by", ["_orig_mod", "module"])
-def test_files_of_wrapped_models_have_the_paths_of_plain_ones(by_peft, wrapped_by, tmp_path):
+def test_parameters_files_of_wrapped_models_have_the_paths_of_plain_ones(by_peft, wrapped_by, tmp_path):
     import fused_steer.peft
 
     def wrap(model: torch.nn.Module) -> torch.nn.Module:
@@ -228,7 +228,7 @@ def test_files_of_wrapped_models_have_the_paths_of_plain_ones(by_peft, wrapped_b
             patch_model(build(), tmp_path / folder)
 
 
-def test_of_adapter_takes_one_adapter_of_a_model():
+def test_parameters_of_adapter_takes_one_adapter_of_a_model():
     model = patch_model(build(), SteerConfig(rank=2, layers=[1]))
     model.steering.add("other", SteerConfig(form="vector", layers=[0]))
     assert list(of_adapter(model.named_parameters(), "other")) == ["model.layers.0.post_block.steer_up.bias"]
@@ -240,7 +240,7 @@ def test_of_adapter_takes_one_adapter_of_a_model():
 
 
 @pytest.mark.parametrize("by_peft", [False, True], ids=["patch_model", "peft"])
-def test_files_are_matched_by_layer(by_peft, tmp_path):
+def test_parameters_files_are_matched_by_layer(by_peft, tmp_path):
     """A file that was made with the decoder alone, whose layers lie under another path than the language model's."""
     import fused_steer.peft  # noqa: F401
 

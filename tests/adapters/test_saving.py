@@ -80,7 +80,7 @@ BOUNDARIES = [(1, True), (1, False), (2, True), (2, False)]
 
 @pytest.mark.parametrize(("number", "before"), BOUNDARIES)
 @pytest.mark.parametrize("earlier", [True, False])
-def test_killed_save_leaves_one_whole_adapter(number, before, earlier, tmp_path):
+def test_saving_killed_save_leaves_one_whole_adapter(number, before, earlier, tmp_path):
     if earlier:
         write_adapter(tmp_path, adapter(1.0))
 
@@ -104,7 +104,7 @@ def test_killed_save_leaves_one_whole_adapter(number, before, earlier, tmp_path)
 @pytest.mark.parametrize(("number", "before"), BOUNDARIES)
 @pytest.mark.parametrize("earlier", [True, False])
 @pytest.mark.parametrize("fails", [True, False], ids=["which then fails", "which goes on"])
-def test_saves_that_interleave_leave_one_whole_adapter(number, before, earlier, fails, tmp_path):
+def test_saving_saves_that_interleave_leave_one_whole_adapter(number, before, earlier, fails, tmp_path):
     """A whole save takes place within another one."""
     if earlier:
         write_adapter(tmp_path, adapter(1.0))
@@ -127,7 +127,7 @@ def test_saves_that_interleave_leave_one_whole_adapter(number, before, earlier, 
     assert held(tmp_path) == 4.0
 
 
-def test_torn_save_is_read_with_a_warning_and_a_flipped_bit_is_not(tmp_path):
+def test_saving_torn_save_is_read_with_a_warning_and_a_flipped_bit_is_not(tmp_path):
     write_adapter(tmp_path / "a", adapter(1.0)), write_adapter(tmp_path / "b", adapter(2.0))
     os.replace(tmp_path / "b" / WEIGHTS, tmp_path / "a" / WEIGHTS)
     with pytest.warns(UserWarning, match=r"adapter_config\.json is of another save"):
@@ -137,7 +137,7 @@ def test_torn_save_is_read_with_a_warning_and_a_flipped_bit_is_not(tmp_path):
 
 
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
-def test_every_flipped_bit_is_found(name, tmp_path):
+def test_saving_every_flipped_bit_is_found(name, tmp_path):
     write_adapter(tmp_path, adapter(1.0))
     check_flips(tmp_path / name)
 
@@ -168,7 +168,7 @@ def check_flips(file: Path) -> None:
 # Leftovers
 
 
-def test_folder_of_a_running_saver_is_left_alone(tmp_path):
+def test_saving_folder_of_a_running_saver_is_left_alone(tmp_path):
     code = (
         "import sys, pathlib\n"
         "from fused_steer.adapters.saving import saving_folder\n"
@@ -194,7 +194,7 @@ def test_folder_of_a_running_saver_is_left_alone(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [CONFIG, WEIGHTS]
 
 
-def test_folder_of_another_machine_is_removed_when_it_is_old(tmp_path):
+def test_saving_folder_of_another_machine_is_removed_when_it_is_old(tmp_path):
     for name in (f".saving-{'0' * 12}-{os.getpid()}-{'0' * 8}", ".saving-of-somebody"):
         (tmp_path / name).mkdir()
     write_adapter(tmp_path, adapter(1.0))
@@ -210,7 +210,7 @@ def test_folder_of_another_machine_is_removed_when_it_is_old(tmp_path):
 
 
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
-def test_pipe_in_place_of_a_file_is_refused_at_once(name, tmp_path):
+def test_saving_pipe_in_place_of_a_file_is_refused_at_once(name, tmp_path):
     write_adapter(tmp_path, adapter(1.0))
     (tmp_path / name).unlink()
     os.mkfifo(tmp_path / name)
@@ -226,7 +226,7 @@ def _refused_at_once(run: Callable[[], Any]) -> None:
         run()
 
 
-def test_file_that_is_cut_while_it_is_read_is_refused(tmp_path, monkeypatch):
+def test_saving_file_that_is_cut_while_it_is_read_is_refused(tmp_path, monkeypatch):
     write_adapter(tmp_path, adapter(1.0))
     real = os.fstat
     sizes = []
@@ -295,7 +295,7 @@ BOMBS: dict[str, Callable[[Path], Any]] = {
 
 
 @pytest.mark.parametrize("build", BOMBS.values(), ids=BOMBS)
-def test_bombs_are_refused_in_one_line_and_nothing_is_allocated(build, tmp_path):
+def test_saving_bombs_are_refused_in_one_line_and_nothing_is_allocated(build, tmp_path):
     import resource
     import signal
 

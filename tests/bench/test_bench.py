@@ -39,7 +39,7 @@ MACHINE = {
 # --------------------------------------------------------------------------------------------------------- what is run
 
 
-def test_the_grid_is_that_of_real_models_and_whole():
+def test_bench_the_grid_is_that_of_real_models_and_whole():
     cases = geometries.op_grid()
     assert len(cases) == len(set(cases)) == 6 * 4 * 3 * 2 * 2
     assert {case.tokens for case in cases} == {1, 8, 64, 512, 4096, 16384}
@@ -47,7 +47,7 @@ def test_the_grid_is_that_of_real_models_and_whole():
     assert {case.rank for case in cases} == {1, 8, 64} and {case.basis for case in cases} == {0, 8}
 
 
-def test_gpu_run_covers_the_grid_and_every_geometry_and_begins_with_the_most_telling():
+def test_bench_gpu_run_covers_the_grid_and_every_geometry_and_begins_with_the_most_telling():
     steps = gpu.all_steps()
     assert len({(s.level, s.what, s.case) for s in steps}) == len(steps)
     assert {(s.what, s.case) for s in steps if s.level == "op"} == {
@@ -75,7 +75,7 @@ def test_gpu_run_covers_the_grid_and_every_geometry_and_begins_with_the_most_tel
 
 
 @pytest.mark.parametrize("what", levels.OP_PASSES)
-def test_every_contender_of_the_op_is_timed_in_turn(what):
+def test_bench_every_contender_of_the_op_is_timed_in_turn(what):
     names = [name for name in OP_CONTENDERS if name != "hook-compiled"]
     rows = levels.measure_op(OP, what, CPU, names, rounds=3)
     assert [row.contender for row in rows] == names
@@ -83,7 +83,7 @@ def test_every_contender_of_the_op_is_timed_in_turn(what):
     assert not any(row.replayed for row in rows) and {row.launches for row in rows} == {None}
 
 
-def test_the_run_itself_runs_on_the_kernels(monkeypatch):
+def test_bench_the_run_itself_runs_on_the_kernels(monkeypatch):
     """In the interpreter, where there is no GPU: its step of the op, checked against float64 before it is timed."""
     monkeypatch.setenv("FUSED_STEER_BACKEND", "triton")
     where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -96,7 +96,7 @@ def test_the_run_itself_runs_on_the_kernels(monkeypatch):
 
 
 @pytest.mark.parametrize("what", ["train", "prefill", "decode"])
-def test_models_are_steered_run_and_counted(what):
+def test_bench_models_are_steered_run_and_counted(what):
     rows = levels.measure_model(MODEL, what, CPU, ["unsteered", "fused", "hook", "lora"], rounds=2)
     timed = {row.contender: row for row in rows if row.level == "model"}
     assert all(row.status == "ok" and len(row.samples) == 2 for row in timed.values())
@@ -108,7 +108,7 @@ def test_models_are_steered_run_and_counted(what):
         assert not kept
 
 
-def test_backward_and_forward_of_the_fused_op_are_its_gradients():
+def test_bench_backward_and_forward_of_the_fused_op_are_its_gradients():
     """What is timed as a backward pass computes the gradients, for each set of operands its own."""
     sets = [contenders.make_operands(OP, CPU, seed) for seed in range(2)]
     alone, both = (levels.op_calls(OP, what, OP_CONTENDERS["fused"], sets) for what in ("backward", "both"))
@@ -120,7 +120,7 @@ def test_backward_and_forward_of_the_fused_op_are_its_gradients():
     assert not torch.equal(alone[0]()[0], alone[1]()[0])
 
 
-def test_counts_of_unsteered_hook_and_fused():
+def test_bench_counts_of_unsteered_hook_and_fused():
     """Operations that PyTorch dispatches, and launches that our launcher records."""
     found = {name: tuple((c.units, c.launches) for c in passes.values()) for name, passes in counted().items()}
     assert found == {
@@ -131,13 +131,13 @@ def test_counts_of_unsteered_hook_and_fused():
     }
 
 
-def test_counts_follow_what_a_contender_does(monkeypatch):
+def test_bench_counts_follow_what_a_contender_does(monkeypatch):
     another = dataclasses.replace(OP_CONTENDERS["hook"], call=lambda: lambda x: contenders.hook(x) + x.branch)
     monkeypatch.setitem(OP_CONTENDERS, "hook", another)
     assert counted()["hook"]["forward"] == Count(8 + 3, 5 + 1)
 
 
-def test_a_basis_costs_nothing_of_the_hidden_states_size():
+def test_bench_a_basis_costs_nothing_of_the_hidden_states_size():
     def large(basis: int) -> int:
         case = OpCase(512, 64, 4, basis=basis, dtype="float32")
         x = contenders.make_operands(case, CPU)
@@ -161,7 +161,7 @@ def _failing(x: Operands) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("function", "status"), [(_wrong, "wrong: relative error"), (_failing, "failed: NotImpl")])
-def test_a_contender_that_is_wrong_or_fails_has_no_time_and_the_others_have(function, status, monkeypatch):
+def test_bench_a_contender_that_is_wrong_or_fails_has_no_time_and_the_others_have(function, status, monkeypatch):
     monkeypatch.setattr(contenders, "fused", function)
     for name in ("fused", "fused-again"):
         contender = dataclasses.replace(OP_CONTENDERS[name], call=lambda: function)
@@ -181,7 +181,7 @@ class _WrongGradient(torch.autograd.Function):
         return 1.01 * grad
 
 
-def test_a_contender_with_a_wrong_gradient_has_no_backward_time(monkeypatch):
+def test_bench_a_contender_with_a_wrong_gradient_has_no_backward_time(monkeypatch):
     contender = dataclasses.replace(
         OP_CONTENDERS["fused"], call=lambda: lambda x: _WrongGradient.apply(contenders.fused(x))
     )
@@ -191,7 +191,7 @@ def test_a_contender_with_a_wrong_gradient_has_no_backward_time(monkeypatch):
     assert status["backward"].startswith("wrong: relative error 1.") and status["both"].startswith("wrong")
 
 
-def test_a_model_that_is_wrong_has_no_time(monkeypatch):
+def test_bench_a_model_that_is_wrong_has_no_time(monkeypatch):
     wrong = dataclasses.replace(contenders.MODEL_CONTENDERS["fused"], steer=lambda model, rank: model)
     monkeypatch.setitem(contenders.MODEL_CONTENDERS, "fused", wrong)
     rows = {r.contender: r for r in levels.measure_model(MODEL, "prefill", CPU, ["fused", "hook"], rounds=1)}
@@ -199,7 +199,7 @@ def test_a_model_that_is_wrong_has_no_time(monkeypatch):
     assert rows["hook"].status == "ok"
 
 
-def test_what_does_not_fit_is_out_of_memory_and_the_run_goes_on(monkeypatch, tmp_path):
+def test_bench_what_does_not_fit_is_out_of_memory_and_the_run_goes_on(monkeypatch, tmp_path):
     real = levels.make_operands
 
     def small_only(case, *rest):
@@ -215,7 +215,7 @@ def test_what_does_not_fit_is_out_of_memory_and_the_run_goes_on(monkeypatch, tmp
     assert [row.status for row in results.rows] == ["out of memory"] * 2 + ["ok"] * 2 and len(saved) == 2
 
 
-def test_who_is_not_installed_is_listed_with_the_way_to_get_it(monkeypatch):
+def test_bench_who_is_not_installed_is_listed_with_the_way_to_get_it(monkeypatch):
     found = importlib.util.find_spec
     rivals = ("liger_kernel", "peft", "pyreft", "pyvene")
     monkeypatch.setattr(contenders.importlib.util, "find_spec", lambda n: None if n in rivals else found(n))
@@ -239,7 +239,7 @@ def _outcome(results: Results, name: str) -> goals.Outcome:
     return next(outcome for outcome in goals.evaluate(results) if outcome.name == name)
 
 
-def test_goals_are_judged_by_their_worst_case():
+def test_bench_goals_are_judged_by_their_worst_case():
     rows = [_op_row("forward", "add", 1.0), _op_row("forward", "add", 1.0, hidden=4096)]
     results = Results(MACHINE, bandwidth=3 * 4096 * 2048 * 2 / 0.9, rows=[*rows, _op_row("forward", "fused", 1.1)])
     assert _outcome(results, "forward") == goals.Outcome(
@@ -260,14 +260,14 @@ def test_goals_are_judged_by_their_worst_case():
     assert _outcome(results, "basis").value == pytest.approx(1.2 / 1.1) and _outcome(results, "basis").met is False
 
 
-def test_every_contender_of_the_projection_leaves_the_same():
+def test_bench_every_contender_of_the_projection_leaves_the_same():
     case = ProjectionCase(3, 96, 5, 4)
     rows = measure_projection(case, CPU, list(PROJECTION_CONTENDERS), rounds=3)
     assert [row.contender for row in rows] == list(PROJECTION_CONTENDERS)
     assert all(row.status == "ok" and len(row.samples) == 3 for row in rows), rows
 
 
-def test_a_contender_of_the_projection_that_does_nothing_is_found_out(monkeypatch):
+def test_bench_a_contender_of_the_projection_that_does_nothing_is_found_out(monkeypatch):
     monkeypatch.setitem(PROJECTION_CONTENDERS, "fused", lambda matrices: lambda: None)
     assert check(ProjectionCase(3, 96, 5, 4), "fused", CPU).startswith("wrong: it differs")
     (row,) = measure_projection(ProjectionCase(3, 96, 5, 4), CPU, ["fused"])
@@ -280,7 +280,9 @@ SERVED = ServeCase("small", 1, 3, 8, 2, dtype="float32")
 
 @pytest.mark.parametrize("case", [GROUPED, dataclasses.replace(GROUPED, prefill=True)], ids=["decode", "prefill"])
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_an_adapter_for_each_token_is_timed_against_its_rivals_and_what_they_make_counted(case, backend, monkeypatch):
+def test_bench_an_adapter_for_each_token_is_timed_against_its_rivals_and_what_they_make_counted(
+    case, backend, monkeypatch
+):
     where = torch.device("cuda" if torch.cuda.is_available() and backend == "triton" else "cpu")
     monkeypatch.setenv("FUSED_STEER_BACKEND", backend)
     rows = measure_grouped(case, where, list(GROUPED_CONTENDERS), rounds=2)
@@ -294,7 +296,7 @@ def test_an_adapter_for_each_token_is_timed_against_its_rivals_and_what_they_mak
         assert nbytes["fused"] < copies
 
 
-def test_tokens_and_adapters_are_as_the_case_says():
+def test_bench_tokens_and_adapters_are_as_the_case_says():
     mixed, together = (grouped.make_tables(dataclasses.replace(GROUPED, prefill=p), CPU).ids for p in (False, True))
     for ids in (mixed, together):
         assert torch.bincount(ids, minlength=6).tolist() == [4] * 6
@@ -310,27 +312,27 @@ def test_tokens_and_adapters_are_as_the_case_says():
     ],
     ids=["values", "no adapter", "bits"],
 )
-def test_a_grouped_contender_that_is_wrong_has_no_time(change, status, monkeypatch):
+def test_bench_a_grouped_contender_that_is_wrong_has_no_time(change, status, monkeypatch):
     monkeypatch.setitem(GROUPED_CONTENDERS, "fused", grouped.GroupedContender(change))
     row = measure_grouped(GROUPED, CPU, ["fused"], rounds=1)[0]
     assert row.status.startswith(status) and not row.samples
 
 
 @pytest.mark.parametrize("what", SERVE_RUNS)
-def test_a_batch_served_is_timed_a_token(what):
+def test_bench_a_batch_served_is_timed_a_token(what):
     rows = measure_serving(SERVED, what, CPU, list(SERVE_CONTENDERS), rounds=2)
     assert [row.contender for row in rows] == list(SERVE_CONTENDERS)
     assert all(row.status == "ok" and len(row.samples) == 2 for row in rows), rows
 
 
-def test_rows_that_are_not_steered_have_no_time(monkeypatch):
+def test_bench_rows_that_are_not_steered_have_no_time(monkeypatch):
     monkeypatch.setitem(SERVE_CONTENDERS, "fused", serving.by_one_adapter)
     rows = {r.contender: r for r in measure_serving(SERVED, "generate", CPU, ["unsteered", "fused"], rounds=1)}
     assert "differs from gather-bmm" in rows["fused"].status and not rows["fused"].samples
     assert rows["unsteered"].samples
 
 
-def test_goals_of_serving():
+def test_bench_goals_of_serving():
     def case(adapters: int) -> dict:
         return dataclasses.asdict(ServeCase("Llama-3.2-1B", 0, 256, 256, adapters))
 
@@ -349,12 +351,12 @@ def test_goals_of_serving():
 
 
 @pytest.mark.parametrize("adapters", [0, 4])
-def test_more_adapters_than_rows_are_refused(adapters):
+def test_bench_more_adapters_than_rows_are_refused(adapters):
     with pytest.raises(ValueError, match=f"adapters is {adapters}; expected 1 to 3"):
         dataclasses.replace(SERVED, adapters=adapters)
 
 
-def test_what_vllm_answers_is_looked_at():
+def test_bench_what_vllm_answers_is_looked_at():
     case = ServeCase("small", 0, 20, 8, 2, dtype="float32")
     base, one, two = ([[n, row] for row in range(20)] for n in range(3))
     mixed = [(one, two)[row % 2][row] for row in range(20)]
@@ -370,7 +372,7 @@ def test_what_vllm_answers_is_looked_at():
 
 
 @pytest.mark.parametrize("module", [serving, vllm], ids=["serving", "vllm"])
-def test_bad_input_to_what_measures_serving_is_one_line(module, tmp_path, monkeypatch):
+def test_bench_bad_input_to_what_measures_serving_is_one_line(module, tmp_path, monkeypatch):
     import typer
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -391,7 +393,7 @@ def test_bad_input_to_what_measures_serving_is_one_line(module, tmp_path, monkey
     assert [p.name for p in tmp_path.iterdir()] == ["taken"]
 
 
-def test_serving_on_a_cpu_is_measured_into_a_file_of_its_own(tmp_path, monkeypatch):
+def test_bench_serving_on_a_cpu_is_measured_into_a_file_of_its_own(tmp_path, monkeypatch):
     import typer
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -407,7 +409,7 @@ def test_serving_on_a_cpu_is_measured_into_a_file_of_its_own(tmp_path, monkeypat
     assert "gather-bmm" in result.output and "x)" in result.output
 
 
-def test_goals_of_joint_adaptation():
+def test_bench_goals_of_joint_adaptation():
     size = dataclasses.asdict(ProjectionCase())
     train = dataclasses.asdict(ModelCase("Llama-3.2-1B", 0, 8, 512))
     seconds = {"unsteered": 1.0, "fused": 1.1, "lora": 1.5, "joint-orth": 1.632}
@@ -419,7 +421,7 @@ def test_goals_of_joint_adaptation():
     assert judged["projection / svd"] == (pytest.approx(8e-3 / 9e-5), False)
 
 
-def test_model_goals():
+def test_bench_model_goals():
     case = dataclasses.asdict(ModelCase("Llama-3.2-1B", 0, 8, 512))
     unit = 8 * 512 * 2048 * 2
     rows = [
@@ -442,7 +444,7 @@ def test_model_goals():
     assert len(list(gpu.goal_lines(results))) <= 40
 
 
-def test_host_goals_go_by_the_lower_decile_and_an_eager_call_counts_for_its_goal_at_most():
+def test_bench_host_goals_go_by_the_lower_decile_and_an_eager_call_counts_for_its_goal_at_most():
     case = dataclasses.asdict(geometries.HostCase(layers=8))
 
     def rows(what, **lows):
@@ -462,7 +464,7 @@ def test_host_goals_go_by_the_lower_decile_and_an_eager_call_counts_for_its_goal
     assert judged["host, compiled"] == (pytest.approx(0.7 / 0.4), False) and judged["host"] == (None, None)
 
 
-def test_a_cpu_meets_no_goal():
+def test_bench_a_cpu_meets_no_goal():
     rows = [_op_row("forward", "add", 1.0), _op_row("forward", "fused", 1.0)]
     outcomes = goals.evaluate(Results({**MACHINE, "kind": "cpu"}, bandwidth=1.0, rows=rows))
     assert {(outcome.value, outcome.met) for outcome in outcomes} == {(None, None)}
@@ -471,7 +473,7 @@ def test_a_cpu_meets_no_goal():
 # --------------------------------------------------------------------------------------------------------------- timing
 
 
-def test_contenders_take_turns_and_every_call_has_its_own_inputs():
+def test_bench_contenders_take_turns_and_every_call_has_its_own_inputs():
     order = []
     timed = [timing.Timed(n, [lambda n=n, i=i: order.append(f"{n}{i}") for i in range(2)]) for n in "ab"]
     for one in timed:
@@ -493,7 +495,7 @@ def addresses(outputs):
 
 
 @pytest.mark.parametrize("what", levels.OP_PASSES)
-def test_outputs_of_the_calls_of_a_sample_lie_apart(what):
+def test_bench_outputs_of_the_calls_of_a_sample_lie_apart(what):
     """Were an output freed before the next call, that one would be given its memory, and write to the cache."""
     case = OpCase(256, 64, 4, dtype="float32")
     sets = [contenders.make_operands(case, CPU, seed) for seed in range(6)]
@@ -516,7 +518,7 @@ def test_outputs_of_the_calls_of_a_sample_lie_apart(what):
         assert len(written) == of_call * len(sets) == len(set(written)), name
 
 
-def test_outputs_of_the_grouped_op_lie_apart():
+def test_bench_outputs_of_the_grouped_op_lie_apart():
     case = GroupedCase(64, 64, 4, dtype="float32")
     written = []
     for contender in GROUPED_CONTENDERS.values():
@@ -526,13 +528,13 @@ def test_outputs_of_the_grouped_op_lie_apart():
     assert set(written) == {4}
 
 
-def test_inputs_rotate_until_none_is_in_the_cache():
+def test_bench_inputs_rotate_until_none_is_in_the_cache():
     assert timing.input_sets(1 << 20, 50 << 20) == 100
     assert timing.input_sets(1 << 30, 50 << 20) == 2
     assert timing.input_sets(16, 50 << 20) == timing.MAX_SETS
 
 
-def test_kept_bytes_are_counted_once_and_without_parameters():
+def test_bench_kept_bytes_are_counted_once_and_without_parameters():
     model = torch.nn.Linear(8, 4, bias=False)
     x = torch.randn(3, 8, requires_grad=True)
     with timing.counting_kept(model, x) as kept:
@@ -546,7 +548,7 @@ def test_kept_bytes_are_counted_once_and_without_parameters():
 # ----------------------------------------------------------------------------------------------------- files, resuming
 
 
-def test_results_come_back_as_they_were(tmp_path):
+def test_bench_results_come_back_as_they_were(tmp_path):
     results = Results(MACHINE, 1e12, {"loreft": "not installed"}, {"exit": 0}, [_op_row("forward", "fused", 1.0)])
     file = tmp_path / "new" / file_name("NVIDIA H100 80GB HBM3")
     assert file.name == "nvidia-h100-80gb-hbm3.json"
@@ -554,7 +556,7 @@ def test_results_come_back_as_they_were(tmp_path):
     assert load(file) == results and [p.name for p in file.parent.iterdir()] == [file.name]
 
 
-def test_a_save_that_fails_leaves_the_file_as_it_was(tmp_path):
+def test_bench_a_save_that_fails_leaves_the_file_as_it_was(tmp_path):
     file = tmp_path / "r.json"
     Results(MACHINE).save(file)
     before = file.read_bytes()
@@ -573,7 +575,7 @@ def test_a_save_that_fails_leaves_the_file_as_it_was(tmp_path):
         (json.dumps({"schema": 1, **dataclasses.asdict(Results(MACHINE)), "rows": [{}]}), "a row that is none"),
     ],
 )
-def test_a_file_that_is_no_results_file_is_refused(content, expected, tmp_path):
+def test_bench_a_file_that_is_no_results_file_is_refused(content, expected, tmp_path):
     file = tmp_path / "r.json"
     file.write_text(content)
     with pytest.raises(ValueError) as caught:
@@ -581,7 +583,7 @@ def test_a_file_that_is_no_results_file_is_refused(content, expected, tmp_path):
     assert expected in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_run_goes_on_where_it_was_stopped():
+def test_bench_a_run_goes_on_where_it_was_stopped():
     steps = [gpu.Step(str(n), "op", "forward", OpCase(n, 64, 4, dtype="float32"), ("fused", "add")) for n in (5, 6, 7)]
     results, left = Results(MACHINE), iter([1e9, 0.0])
     assert gpu.measure(results, steps, CPU, lambda: None, lambda: next(left), 1, lambda _: None) == 2
@@ -591,7 +593,7 @@ def test_a_run_goes_on_where_it_was_stopped():
     assert len(said) == 2 and len(results.rows) == 6 and [row.samples for row in results.rows[:2]] == first
 
 
-def test_gpu_run_goes_on_after_a_step_that_fails(monkeypatch):
+def test_bench_gpu_run_goes_on_after_a_step_that_fails(monkeypatch):
     steps = [gpu.Step(str(n), "op", "forward", OpCase(n, 64, 4, dtype="float32"), ("fused", "add")) for n in (5, 6)]
     measured = levels.measure_op
 
@@ -606,7 +608,7 @@ def test_gpu_run_goes_on_after_a_step_that_fails(monkeypatch):
     assert [row.status for row in results.rows] == ["failed: TypeError: a wrong argument"] * 2 + ["ok"] * 2
 
 
-def test_gpu_tests_go_on_with_the_group_where_they_were_stopped(monkeypatch):
+def test_bench_gpu_tests_go_on_with_the_group_where_they_were_stopped(monkeypatch):
     ran, saved, exits = [], [], iter([0, None, 1, 0])
 
     def group(which, seconds):
@@ -638,7 +640,7 @@ def test_gpu_tests_go_on_with_the_group_where_they_were_stopped(monkeypatch):
         ("test_batch.py", "test_c[gpu]", "others"),
     ],
 )
-def test_gpu_test_groups_take_each_test_once(file, test, group):
+def test_bench_gpu_test_groups_take_each_test_once(file, test, group):
     def has(name, **_):  # as pytest reads -k
         return name in file or name in test
 
@@ -654,7 +656,7 @@ NCU = """\
 """
 
 
-def test_counters_are_read_by_kernel():
+def test_bench_counters_are_read_by_kernel():
     assert counters.read(NCU) == [
         ("forward_kernel", {counters.L2_HIT_RATE: 48.5, "dram__bytes_read.sum": 1024.5, "stall wait": 0.75})
     ]
@@ -666,14 +668,14 @@ def test_counters_are_read_by_kernel():
             counters.read(text)
 
 
-def test_counters_that_cannot_be_read_are_a_row_that_says_so(monkeypatch):
+def test_bench_counters_that_cannot_be_read_are_a_row_that_says_so(monkeypatch):
     done = subprocess.CompletedProcess([], 1, stdout="==ERROR== no permission\n", stderr="")
     monkeypatch.setattr(counters.subprocess, "run", lambda *a, **k: done)
     (row,) = counters.measure_counters(OP, "forward")
     assert row.status == "failed: ncu gave no table: ==ERROR== no permission" and not row.samples
 
 
-def test_accuracy_is_pooled_over_draws(monkeypatch):
+def test_bench_accuracy_is_pooled_over_draws(monkeypatch):
     errors = iter([[(3.0, 1.0)], [(4.0, 1.0)], [(0.0, 1.0)], [(0.0, 1.0)]])
     monkeypatch.setattr(levels, "op_errors", lambda *arguments: next(errors))
     (row,) = levels.measure_accuracy(dataclasses.replace(OP, dtype="float16"), CPU)
@@ -694,7 +696,7 @@ def command(monkeypatch, tmp_path):
     return lambda *arguments: CliRunner().invoke(app, [str(a) for a in arguments])
 
 
-def test_the_command_ends_with_the_goals_and_goes_on(command, tmp_path):
+def test_bench_the_command_ends_with_the_goals_and_goes_on(command, tmp_path):
     first = command("--smoke", "--out", tmp_path)
     assert first.exit_code == 0, first.output
     assert len(first.output.splitlines()) <= 40 and "not measured" in first.output
@@ -705,7 +707,7 @@ def test_the_command_ends_with_the_goals_and_goes_on(command, tmp_path):
     assert load(file).rows == before.rows
 
 
-def test_an_interrupted_run_keeps_what_it_measured(command, tmp_path, monkeypatch):
+def test_bench_an_interrupted_run_keeps_what_it_measured(command, tmp_path, monkeypatch):
     def interrupt(results, steps, device, save, *rest, **options):
         results.put(_op_row("forward", "fused", 1.0))
         save()
@@ -717,7 +719,7 @@ def test_an_interrupted_run_keeps_what_it_measured(command, tmp_path, monkeypatc
     assert len(load(next(tmp_path.iterdir())).rows) == 1
 
 
-def test_bad_input_is_one_clear_line_and_nothing_is_written(command, tmp_path):
+def test_bench_bad_input_is_one_clear_line_and_nothing_is_written(command, tmp_path):
     folder = tmp_path / "out"
     taken = tmp_path / "taken"
     taken.write_text("")
@@ -732,7 +734,7 @@ def test_bad_input_is_one_clear_line_and_nothing_is_written(command, tmp_path):
     assert not folder.exists()
 
 
-def test_results_of_other_sources_are_not_mixed_with_these(command, tmp_path):
+def test_bench_results_of_other_sources_are_not_mixed_with_these(command, tmp_path):
     assert command("--smoke", "--out", tmp_path).exit_code == 0
     (file,) = tmp_path.iterdir()
     results = load(file)
@@ -744,7 +746,7 @@ def test_results_of_other_sources_are_not_mixed_with_these(command, tmp_path):
     assert result.stderr.count("\n") == 1 and file.read_bytes() == before
 
 
-def test_fingerprint_changes_with_any_source_in_any_folder(tmp_path):
+def test_bench_fingerprint_changes_with_any_source_in_any_folder(tmp_path):
     files = [tmp_path / name for name in ("kernels/a.py", "fused_steer/model/layer.py", "bench/stub/driver.py")]
     for file in files:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -757,19 +759,19 @@ def test_fingerprint_changes_with_any_source_in_any_folder(tmp_path):
 
 
 @pytest.mark.parametrize(("field", "value"), [("geometry", "Llama-9"), ("dtype", "int8")])
-def test_an_unknown_model_is_refused(field, value):
+def test_bench_an_unknown_model_is_refused(field, value):
     with pytest.raises(ValueError, match=f"{field} is '{value}'; expected one of"):
         dataclasses.replace(MODEL, **{field: value})
 
 
-def test_an_unknown_run_or_contender_is_refused():
+def test_bench_an_unknown_run_or_contender_is_refused():
     with pytest.raises(ValueError, match="run is 'sleep'; expected one of train"):
         levels.prepare_model(MODEL, "sleep", "fused", None, CPU)
     with pytest.raises(ValueError, match="contender is 'magic'; expected one of unsteered"):
         levels.prepare_model(MODEL, "train", "magic", None, CPU)
 
 
-def test_a_checkout_runs_without_being_installed():
+def test_bench_a_checkout_runs_without_being_installed():
     """The root's packages alone: what an installation has put on the path of imports is taken off."""
     program = (
         "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]; "
@@ -781,7 +783,7 @@ def test_a_checkout_runs_without_being_installed():
     assert done.stdout.strip() == str(ROOT / "kernels" / "__init__.py")
 
 
-def test_a_checkouts_tests_find_it_in_every_process(monkeypatch):
+def test_bench_a_checkouts_tests_find_it_in_every_process(monkeypatch):
     given = []
     monkeypatch.setattr(pytest, "main", lambda arguments: given.extend(arguments) or 7)
     monkeypatch.setattr(sys, "argv", ["checkout", "-m", "gpu", "-n", "2"])
@@ -790,7 +792,7 @@ def test_a_checkouts_tests_find_it_in_every_process(monkeypatch):
     assert ended.value.code == 7 and given == ["-p", "bench.checkout", "-m", "gpu", "-n", "2"]
 
 
-def test_every_geometry_is_one_that_patch_model_takes():
+def test_bench_every_geometry_is_one_that_patch_model_takes():
     for name in geometries.REAL:
         with torch.device("meta"):
             model = contenders.build(name, 2, "bfloat16", torch.device("meta"), 64)

@@ -86,7 +86,7 @@ def without_times(results: dict) -> dict:
 # ----------------------------------------------------------------------------------------------------------- the runs
 
 
-def test_every_method_is_run_and_measured(finished):
+def test_joint_bench_every_method_is_run_and_measured(finished):
     results = joint.load(finished)
     runs = {run["method"]: run for run in results["runs"]}
     assert list(runs) == ["lora", "steering", "joint", "joint-orth"]
@@ -106,7 +106,7 @@ def test_every_method_is_run_and_measured(finished):
     assert runs["joint"]["trained"] == runs["lora"]["trained"] + runs["steering"]["trained"]
 
 
-def test_the_overlap_is_nought_only_with_the_constraint(finished):
+def test_joint_bench_the_overlap_is_nought_only_with_the_constraint(finished):
     found = {run["method"]: run["overlap"] for run in joint.load(finished)["runs"] if "overlap" in run}
     for overlap in found.values():
         assert len(overlap["layers"]) == len(overlap["weight_overlap"]) == LAYERS
@@ -119,7 +119,7 @@ def test_the_overlap_is_nought_only_with_the_constraint(finished):
     assert middle == sum(found["joint-orth"]["histogram"]) > found["joint"]["histogram"][joint.BINS // 2]
 
 
-def test_a_finished_run_is_not_repeated(run, copied, monkeypatch):
+def test_joint_bench_a_finished_run_is_not_repeated(run, copied, monkeypatch):
     before = copied.read_bytes()
     monkeypatch.setattr(joint, "run_one", lambda *arguments: pytest.fail("a run was repeated"))
     result = run(copied.parents[1], 1)
@@ -128,7 +128,7 @@ def test_a_finished_run_is_not_repeated(run, copied, monkeypatch):
     assert copied.read_bytes() == before
 
 
-def test_it_goes_on_where_it_stopped_with_the_same_numbers(run, copied):
+def test_joint_bench_it_goes_on_where_it_stopped_with_the_same_numbers(run, copied):
     results = joint.load(copied)
     complete = without_times(results)
     first = results["runs"][0]
@@ -141,7 +141,7 @@ def test_it_goes_on_where_it_stopped_with_the_same_numbers(run, copied):
     assert without_times(again) == complete
 
 
-def test_another_seed_is_added(run, copied):
+def test_joint_bench_another_seed_is_added(run, copied):
     before = joint.load(copied)["runs"]
     assert run(copied.parents[1], 2).exit_code == 0
     runs = joint.load(copied)["runs"]
@@ -150,7 +150,7 @@ def test_another_seed_is_added(run, copied):
     assert runs[4]["losses"] != runs[0]["losses"]
 
 
-def test_a_run_that_fails_leaves_those_before_it(run, tmp_path, monkeypatch):
+def test_joint_bench_a_run_that_fails_leaves_those_before_it(run, tmp_path, monkeypatch):
     run_one = joint.run_one
 
     def fails_at_steering(base, encoder, method, *others):
@@ -165,14 +165,14 @@ def test_a_run_that_fails_leaves_those_before_it(run, tmp_path, monkeypatch):
     assert [run["method"] for run in joint.load(joint.results_file(tmp_path))["runs"]] == ["lora"]
 
 
-def test_no_expression_is_both_trained_on_and_held_out():
+def test_joint_bench_no_expression_is_both_trained_on_and_held_out():
     parts = [joint.draw(SETTINGS, seed) for seed in range(3)]
     assert parts[0][0] == parts[1][0] == parts[2][0]
     every = [*parts[0][0], *(expression for _, training in parts for expression in training)]
     assert len(set(every)) == len(every) == HELD_OUT + 3 * STEPS * BATCH
 
 
-def test_adapters_of_a_seed_start_from_the_same_values():
+def test_joint_bench_adapters_of_a_seed_start_from_the_same_values():
     def parameters(method, seed=1):
         _, groups = joint.adapt(build(), method, SETTINGS, seed)
         return [[p.detach().clone() for p in group["params"]] for group in groups], [group["lr"] for group in groups]
@@ -188,7 +188,7 @@ def test_adapters_of_a_seed_start_from_the_same_values():
     assert not all(torch.equal(*pair) for pair in zip(other, lora, strict=True))
 
 
-def test_the_shifts_are_those_that_the_model_computes(tokenizer):
+def test_joint_bench_the_shifts_are_those_that_the_model_computes(tokenizer):
     """Against what each site adds to its input, and what LoRA adds to its base layer's output."""
     model, groups = joint.adapt(build(), "joint", SETTINGS, 0)
     shifts = joint.Shifts(model.eval(), SETTINGS)
@@ -218,7 +218,7 @@ def test_the_shifts_are_those_that_the_model_computes(tokenizer):
 # ----------------------------------------------------------------------------------------------------------- refusals
 
 
-def test_other_settings_are_refused(run, copied):
+def test_joint_bench_other_settings_are_refused(run, copied):
     before = copied.read_bytes()
     result = run(copied.parents[1], 1, steps=3)
     assert result.exit_code == 1
@@ -230,7 +230,7 @@ def test_other_settings_are_refused(run, copied):
     ("content", "message"),
     [("{", "is no JSON"), ('{"schema": 7}', "has schema 7; expected one of bench.joint, 1"), ("[]", "has schema None")],
 )
-def test_what_is_no_results_file_is_refused(run, tmp_path, content, message):
+def test_joint_bench_what_is_no_results_file_is_refused(run, tmp_path, content, message):
     file = joint.results_file(tmp_path)
     file.parent.mkdir()
     file.write_text(content)
@@ -242,7 +242,7 @@ def test_what_is_no_results_file_is_refused(run, tmp_path, content, message):
 
 
 @pytest.mark.parametrize("name", ["steps", "batch_size", "held_out", "threads"])
-def test_sizes_are_at_least_one(name):
+def test_joint_bench_sizes_are_at_least_one(name):
     with pytest.raises(ValueError, match=f"{name.replace('_', ' ')} is 0; expected at least 1"):
         dataclasses.replace(SETTINGS, **{name: 0})
 
@@ -261,7 +261,7 @@ def of_exact(**by_method: list[str]) -> dict:
     }
 
 
-def test_a_difference_is_that_of_the_same_expressions():
+def test_joint_bench_a_difference_is_that_of_the_same_expressions():
     diff = joint.difference(of_exact(joint_orth=["1110", "1100"], joint=["1000", "1000"]), "joint-orth", "joint")
     assert diff.seeds == [50.0, 25.0]
     assert diff.mean == 37.5
@@ -275,7 +275,7 @@ def test_a_difference_is_that_of_the_same_expressions():
     ("seeds", "error", "shown"),
     [([5, 6], 2.0, True), ([-5, -6], 2.0, True), ([5, 6], 3.0, False), ([20, -1], 1.0, False), ([20, 0], 1.0, False)],
 )
-def test_a_difference_is_shown_where_seeds_agree_and_it_is_beyond_the_error(seeds, error, shown):
+def test_joint_bench_a_difference_is_shown_where_seeds_agree_and_it_is_beyond_the_error(seeds, error, shown):
     assert joint.Difference(seeds, error).shown is shown
 
 
@@ -287,14 +287,14 @@ def test_a_difference_is_shown_where_seeds_agree_and_it_is_beyond_the_error(seed
         ("1" + "0" * 39, "0" * 40, "Joint-orth is not shown to be better than naive joint here, nor worse."),
     ],
 )
-def test_the_outcome_is_said_as_it_is(finished, orthogonal, naive, headline):
+def test_joint_bench_the_outcome_is_said_as_it_is(finished, orthogonal, naive, headline):
     results = joint.load(finished)
     for run in results["runs"]:
         run["exact"] = {"joint-orth": orthogonal, "joint": naive}.get(run["method"], naive)
     assert f"**{headline}**" in joint.report_text(joint.complete(results))
 
 
-def test_the_report_has_the_figures_of_the_results(finished, tmp_path):
+def test_joint_bench_the_report_has_the_figures_of_the_results(finished, tmp_path):
     result = invoke("--report", "--out", finished.parents[1], "--docs", tmp_path)
     assert result.exit_code == 0, result.output
     files = {"joint-listops.md", "joint-listops-losses.png", "joint-listops-cosines.png"}
@@ -317,7 +317,7 @@ def test_the_report_has_the_figures_of_the_results(finished, tmp_path):
         assert f"\n| {index} | {quantiles} | {layer['mean_abs']:.3f} |" in text
 
 
-def test_a_report_needs_a_seed_of_all_methods(copied, tmp_path):
+def test_joint_bench_a_report_needs_a_seed_of_all_methods(copied, tmp_path):
     results = joint.load(copied)
     results["runs"] = results["runs"][:2]
     joint.save(results, copied)
@@ -328,7 +328,7 @@ def test_a_report_needs_a_seed_of_all_methods(copied, tmp_path):
     assert not (tmp_path / "docs").exists()
 
 
-def test_a_seed_that_not_all_methods_have_is_left_out_and_said_to_be(finished):
+def test_joint_bench_a_seed_that_not_all_methods_have_is_left_out_and_said_to_be(finished):
     results = joint.load(finished)
     text = joint.report_text(joint.complete(results))
     results["runs"].append(results["runs"][0] | {"seed": 1, "exact": "1" * HELD_OUT})
@@ -339,7 +339,7 @@ def test_a_seed_that_not_all_methods_have_is_left_out_and_said_to_be(finished):
     assert said in " ".join(joint.report_text(found).split())
 
 
-def test_the_report_in_docs_is_that_of_the_results():
+def test_joint_bench_the_report_in_docs_is_that_of_the_results():
     file = joint.results_file(joint.FOLDER)
     text = (ROOT / "docs" / "joint-listops.md").read_text(encoding="utf-8")
     assert text == joint.report_text(joint.complete(joint.load(file)))

@@ -49,7 +49,7 @@ def rows_folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_task_reads_its_own_completion(name):
+def test_paper_task_reads_its_own_completion(name):
     task = TASKS[name]
     for example in data.examples(task, smoke.rows(name, 20), name):
         assert example.prompt.endswith("\n")
@@ -82,11 +82,11 @@ def test_task_reads_its_own_completion(name):
         ("aqua", "A or B", "B"),
     ],
 )
-def test_task_reads_answers(name, said, answer):
+def test_paper_task_reads_answers(name, said, answer):
     assert TASKS[name].read(said) == answer
 
 
-def test_task_keeps_the_released_readers_that_misread():
+def test_paper_task_keeps_the_released_readers_that_misread():
     assert not TASKS["gsm8k"].is_exact("Answer: 1200", 1200.0, as_released=True)
     assert TASKS["gsm8k"].is_exact("Answer: 1,200", 1200.0, as_released=True)
     assert not TASKS["aqua"].is_exact("Answer choice B", "B", as_released=True)
@@ -107,7 +107,7 @@ def test_task_keeps_the_released_readers_that_misread():
         ("listops", "Target", "x", "row 1: invalid literal for int()"),
     ],
 )
-def test_data_row_of_another_form_is_refused(name, column, value, message, tmp_path):
+def test_paper_data_row_of_another_form_is_refused(name, column, value, message, tmp_path):
     row = smoke.rows(name, 1)[0]
     row = {k: v for k, v in row.items() if k != column} | ({} if value is None else {column: value})
     (tmp_path / name).mkdir()
@@ -120,7 +120,7 @@ def test_data_row_of_another_form_is_refused(name, column, value, message, tmp_p
     ("content", "message"),
     [("{", "is no JSONL"), ("[1]\n", "holds no list of rows"), ("", "there are 0 training rows")],
 )
-def test_data_file_of_another_form_is_refused(content, message, tmp_path):
+def test_paper_data_file_of_another_form_is_refused(content, message, tmp_path):
     (tmp_path / "boolq").mkdir()
     (tmp_path / "boolq" / "train.jsonl").write_text(content)
     with pytest.raises(ValueError, match=message):
@@ -129,7 +129,7 @@ def test_data_file_of_another_form_is_refused(content, message, tmp_path):
         data.load("arc", tmp_path, WHOLE)
 
 
-def test_data_files_of_all_kinds_hold_the_same(tmp_path):
+def test_paper_data_files_of_all_kinds_hold_the_same(tmp_path):
     import pyarrow
     import pyarrow.parquet
 
@@ -147,7 +147,7 @@ def test_data_files_of_all_kinds_hold_the_same(tmp_path):
     assert first == second == third and len(first["test"]) == 5
 
 
-def test_data_missing_splits_are_cut_from_the_training_rows():
+def test_paper_data_missing_splits_are_cut_from_the_training_rows():
     from datasets import Dataset
 
     rows = [{"n": n} for n in range(50)]
@@ -160,14 +160,14 @@ def test_data_missing_splits_are_cut_from_the_training_rows():
     assert given["test"] == rows[:3] and len(given["validation"]) == 10
 
 
-def test_data_limits_take_the_first_rows(rows_folder):
+def test_paper_data_limits_take_the_first_rows(rows_folder):
     whole, part = (data.load("boolq", rows_folder, limits) for limits in (WHOLE, data.Limits(3, 2)))
     assert {split: len(rows) for split, rows in part.items()} == {"train": 3, "validation": 2, "test": 2}
     assert all(part[split] == whole[split][: len(part[split])] for split in part)
 
 
 @pytest.mark.parametrize("lengths", [(4, 64), (500, 2000)])
-def test_listops_is_of_the_wanted_length_and_never_twice(lengths):
+def test_paper_listops_is_of_the_wanted_length_and_never_twice(lengths):
     found = listops.rows({"train": 20, "validation": 5, "test": 5}, lengths)
     sources = [row["Source"] for rows in found.values() for row in rows]
     assert len(set(sources)) == 30
@@ -198,7 +198,7 @@ def value(source):
     return stack[0]
 
 
-def test_listops_of_no_length_is_refused():
+def test_paper_listops_of_no_length_is_refused():
     for lengths in ((3, 64), (9, 8)):
         with pytest.raises(ValueError, match="expected two numbers, the first at least 4"):
             listops.rows({"train": 1}, lengths)
@@ -216,7 +216,7 @@ def finished(tmp_path_factory):
     return out
 
 
-def test_run_writes_a_file_with_versions_and_commit(finished):
+def test_paper_run_writes_a_file_with_versions_and_commit(finished):
     file = finished / "smoke" / "tiny" / "listops" / "lowrank" / "rate-0.001-seed-0.json"
     content = json.loads(file.read_text())
     assert {"torch", "transformers", "peft"} <= content["machine"]["versions"].keys()
@@ -231,7 +231,7 @@ def test_run_writes_a_file_with_versions_and_commit(finished):
     assert set(report.PICTURES) <= set(joint["pictures"]) and content["pictures"] == []
 
 
-def test_run_goes_on_where_it_stopped(finished, monkeypatch):
+def test_paper_run_goes_on_where_it_stopped(finished, monkeypatch):
     before = {file: file.read_bytes() for file in finished.rglob("*.json")}
     monkeypatch.setattr(runs.Bench, "run", lambda *arguments: pytest.fail("a run was done again"))
     result = invoke("run", "--smoke", "--out", finished, "--tasks", "listops", "--methods", "lowrank,joint")
@@ -241,7 +241,7 @@ def test_run_goes_on_where_it_stopped(finished, monkeypatch):
     refused(result, "rank is 4 but 8 in", "expected the same (or another --out)")
 
 
-def test_run_of_a_broken_results_file_is_refused(tmp_path):
+def test_paper_run_of_a_broken_results_file_is_refused(tmp_path):
     settings = Settings("tiny")
     key = runs.Key("boolq", "lora", 1e-3, 0)
     key.file(tmp_path).parent.mkdir(parents=True)
@@ -267,7 +267,7 @@ def result_of(key, validation, test=0.0, **others):
     }
 
 
-def test_search_chooses_the_rate_by_validation_alone():
+def test_paper_search_chooses_the_rate_by_validation_alone():
     scores = {0.1: (0.5, 0.0), 0.2: (0.7, 0.1), 0.3: (0.7, 0.9), 0.4: (0.2, 1.0)}
     done = []
 
@@ -292,14 +292,14 @@ def test_search_chooses_the_rate_by_validation_alone():
         (("--tasks", "listops", "--train-limit", "5", "--evaluated-limit", "5"), "nowhere"),
     ],
 )
-def test_run_of_what_is_not_known_is_refused(arguments, message, tmp_path):
+def test_paper_run_of_what_is_not_known_is_refused(arguments, message, tmp_path):
     result = invoke("run", "--model", tmp_path / "nowhere", "--out", tmp_path / "out", *arguments)
     refused(result, message)
     assert not (tmp_path / "out").exists()
     refused(invoke("run"), "no model is named; expected --model or --smoke")
 
 
-def test_rates_replace_a_method_alone():
+def test_paper_rates_replace_a_method_alone():
     rates = command.parse_rates(["lora=1e-3,0.5"])
     assert rates == RATES | {"lora": (1e-3, 0.5)}
 
@@ -307,7 +307,7 @@ def test_rates_replace_a_method_alone():
 # ------------------------------------------------------------------------------------------------------- the report
 
 
-def test_report_of_a_finished_run_has_its_pictures(finished):
+def test_paper_report_of_a_finished_run_has_its_pictures(finished):
     out = finished / "smoke"
     result = invoke("report", "--out", out)
     assert result.exit_code == 0, result.output
@@ -319,7 +319,7 @@ def test_report_of_a_finished_run_has_its_pictures(finished):
     assert "| post-block | " in text and "| naive joint | " in text and "4 of 4" in text
 
 
-def test_report_stands_beside_the_papers_figures(tmp_path):
+def test_paper_report_stands_beside_the_papers_figures(tmp_path):
     folder = tmp_path / "llama-3.2-1b"
     for seed, test in enumerate((0.5, 0.6)):
         key = runs.Key("listops", "lowrank", 0.1, seed)
@@ -336,7 +336,7 @@ def test_report_stands_beside_the_papers_figures(tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-def test_published_figures_have_a_source():
+def test_paper_published_figures_have_a_source():
     paper = report.published()
     for entry in [*paper["headline"], *paper["accuracy"]]:
         assert entry["source"] in paper["sources"]
@@ -350,7 +350,7 @@ def test_published_figures_have_a_source():
 # -------------------------------------------------------------------------------------------------------------- cost
 
 
-def test_cost_is_its_formula():
+def test_paper_cost_is_its_formula():
     size, tokens = cost.Size(weights=1000, layers=2, hidden=10), cost.Tokens(prompt=20, whole=30)
     attention = 2 * 2 * 10 * 30
     assert cost.training(size, tokens, 5, full=False) == pytest.approx(150 * (4000 + 3 * attention) / (0.4 * 312e12))
@@ -359,7 +359,7 @@ def test_cost_is_its_formula():
     assert cost.testing(size, tokens, 5, 7, 2) == pytest.approx(prompts + 2.5 * 7 * 2000 / (0.6 * 2.039e12))
 
 
-def test_cost_counts_a_models_matrices():
+def test_paper_cost_counts_a_models_matrices():
     from models import build
 
     config = build().config
@@ -376,6 +376,6 @@ def replace_tied(config):
     return config
 
 
-def test_settings_of_no_size_are_refused():
+def test_paper_settings_of_no_size_are_refused():
     with pytest.raises(ValueError, match="batch size is 0; expected at least 1"):
         replace(Settings("tiny"), batch_size=0)

@@ -72,7 +72,7 @@ def assert_as_exact(found, formula, *arguments):
 
 
 @torch.no_grad()
-def test_lofit_is_its_formula():
+def test_paper_methods_lofit_is_its_formula():
     edit = heads.Lofit(HEADS, WIDTH)
     edit.scale.normal_()
     edit.offset.normal_()
@@ -87,7 +87,7 @@ def test_lofit_is_its_formula():
 
 
 @pytest.mark.parametrize("make", [heads.Lofit, heads.Jola])
-def test_heads_are_edited_before_the_output_projection(make):
+def test_paper_methods_heads_are_edited_before_the_output_projection(make):
     """A model with the edit computes what one computes whose projections read the edited heads."""
     model, other = build(), build()
     torch.manual_seed(0)
@@ -103,7 +103,7 @@ def test_heads_are_edited_before_the_output_projection(make):
     assert all("edit" in n for n, p in model.named_parameters() if p.requires_grad)
 
 
-def test_lofit_selects_the_heads_of_the_largest_scales_and_trains_their_offsets_alone():
+def test_paper_methods_lofit_selects_the_heads_of_the_largest_scales_and_trains_their_offsets_alone():
     model, (first, second) = attached("lofit", replace(SETTINGS, lofit_share=0.25))
     edits = [layer.self_attn.lofit for layer in model.model.layers]
     penalty = first.penalty().item()
@@ -124,7 +124,7 @@ def test_lofit_selects_the_heads_of_the_largest_scales_and_trains_their_offsets_
 
 
 @torch.no_grad()
-def test_jola_is_its_formula_and_its_gates_are_noisy_in_training_alone():
+def test_paper_methods_jola_is_its_formula_and_its_gates_are_noisy_in_training_alone():
     edit = heads.Jola(HEADS, WIDTH)
     for parameter in edit.parameters():
         parameter.normal_()
@@ -149,7 +149,7 @@ def test_jola_is_its_formula_and_its_gates_are_noisy_in_training_alone():
     assert not torch.equal(found, edit(z))
 
 
-def test_jola_penalty_moves_from_one_gate_to_the_other():
+def test_paper_methods_jola_penalty_moves_from_one_gate_to_the_other():
     edits = [heads.Jola(HEADS, WIDTH) for _ in range(LAYERS)]
     with torch.no_grad():
         for edit in edits:
@@ -161,7 +161,7 @@ def test_jola_penalty_moves_from_one_gate_to_the_other():
     assert found == pytest.approx([LAYERS * weight / (LAYERS * HEADS) for weight in weights], rel=1e-4)
 
 
-def test_heads_of_a_layer_without_a_known_projection_are_refused():
+def test_paper_methods_heads_of_a_layer_without_a_known_projection_are_refused():
     with pytest.raises(ValueError, match="layer 0, a GPT2Block, has no linear o_proj/.*expected one to edit the heads"):
         heads.attach(build("gpt2"), heads.Lofit, "lofit")
 
@@ -170,7 +170,7 @@ def test_heads_of_a_layer_without_a_known_projection_are_refused():
 
 
 @torch.no_grad()
-def test_loreft_is_its_formula_and_leaves_other_positions():
+def test_paper_methods_loreft_is_its_formula_and_leaves_other_positions():
     torch.manual_seed(0)
     edit = reft.LoReFT(HIDDEN, 4)
     h, mask = torch.randn(2, 5, HIDDEN), torch.rand(2, 5) < 0.5
@@ -184,7 +184,7 @@ def test_loreft_is_its_formula_and_leaves_other_positions():
     assert torch.equal(some[mask], edit(h, None)[mask])
 
 
-def test_loreft_rows_stay_orthonormal_in_training(train):
+def test_paper_methods_loreft_rows_stay_orthonormal_in_training(train):
     model, (stage,) = attached("reft")
     before = [p.detach().clone() for p in stage.parameters]
     train(model, stage, "reft", epochs=2)
@@ -204,7 +204,7 @@ def test_loreft_rows_stay_orthonormal_in_training(train):
         ("f9+l9", "011111", "...aaa", "011000"),  # a short prompt, once each
     ],
 )
-def test_loreft_positions(text, kept, labels, expected):
+def test_paper_methods_loreft_positions(text, kept, labels, expected):
     where = reft.Positions(text)
     mask = torch.tensor([[int(k) for k in kept]])
     marks = torch.tensor([[-100 if mark == "." else 5 for mark in labels]])
@@ -212,7 +212,7 @@ def test_loreft_positions(text, kept, labels, expected):
     assert "".join(str(int(m)) for m in where.mask[0]) == expected
 
 
-def test_loreft_leaves_tokens_that_are_generated():
+def test_paper_methods_loreft_leaves_tokens_that_are_generated():
     model, _ = attached("reft", replace(SETTINGS, reft_positions="f1+l1"))
     seen = []
     model.model.layers[0].loreft.register_forward_hook(lambda _, args, __: seen.append(args[1].clone()))
@@ -222,7 +222,7 @@ def test_loreft_leaves_tokens_that_are_generated():
 
 
 @pytest.mark.parametrize("text", ["", "7", "f7", "l7+f7", "fx+l7"])
-def test_loreft_positions_that_are_none_are_refused(text):
+def test_paper_methods_loreft_positions_that_are_none_are_refused(text):
     with pytest.raises(ValueError, match="expected 'all' or such as 'f7\\+l7'"):
         reft.Positions(text)
 
@@ -273,7 +273,7 @@ def unprojected(train):
 
 
 @pytest.mark.parametrize("every", ["step", 3, "epoch", "init"])
-def test_joint_training_as_released_to_the_bit(train, unprojected, every):
+def test_paper_methods_joint_training_as_released_to_the_bit(train, unprojected, every):
     settings = replace(SETTINGS, projection=str(every))
     model, (stage,) = attached("joint-released", settings)
     expected = train(*joint_as_told(every, settings), "joint-released", epochs=2)
@@ -282,7 +282,7 @@ def test_joint_training_as_released_to_the_bit(train, unprojected, every):
 
 
 @pytest.mark.parametrize("name", ["joint-released", "joint"])
-def test_released_projection_before_the_first_step_wipes_the_first_coordinates(name):
+def test_paper_methods_released_projection_before_the_first_step_wipes_the_first_coordinates(name):
     model, _ = attached(name)
     layers = model.base_model.model.model.layers
     before = [released._down(model, i, layer).detach().clone() for i, layer in enumerate(layers)]
@@ -293,7 +293,7 @@ def test_released_projection_before_the_first_step_wipes_the_first_coordinates(n
         assert torch.equal(now[:, 8:], old[:, 8:])
 
 
-def test_released_projection_is_orthogonal_to_b():
+def test_paper_methods_released_projection_is_orthogonal_to_b():
     down, b = torch.randn(8, HIDDEN).double(), torch.randn(HIDDEN, 3).double()
     found = released.project(down, b)
     assert float((found @ b).norm()) < 1e-12 * float(down.norm() * b.norm())
@@ -301,12 +301,12 @@ def test_released_projection_is_orthogonal_to_b():
 
 
 @pytest.mark.parametrize("every", ["", "0", "-1", "steps", 0])
-def test_released_projection_of_no_period_is_refused(every):
+def test_paper_methods_released_projection_of_no_period_is_refused(every):
     with pytest.raises(ValueError, match="expected step, epoch, init or a number of steps"):
         released.ReleasedProjection(every)
 
 
-def test_released_projection_without_a_lora_is_refused():
+def test_paper_methods_released_projection_without_a_lora_is_refused():
     model, _ = attached("lowrank")
     with pytest.raises(ValueError, match="layer 0 has no adapter with a W1 beside a LoRA on mlp.down_proj"):
         released.project_model(model)
@@ -326,7 +326,7 @@ SHARES = {
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_method_trains_what_it_says_under_its_schedule(name, train, monkeypatch):
+def test_paper_methods_method_trains_what_it_says_under_its_schedule(name, train, monkeypatch):
     model, stages = attached(name)
     trained = sum(stage.trained for stage in stages[-1:])
     lora = 0 if "joint" not in name and name != "lora" else sum(p.numel() for p in methods.lora_parameters(model))
@@ -356,7 +356,7 @@ def test_method_trains_what_it_says_under_its_schedule(name, train, monkeypatch)
 
 
 @pytest.mark.parametrize("name", [n for n in METHODS if n not in ("full", "untrained", "joint-released")])
-def test_method_trains_float32_parameters_in_a_bfloat16_model(name):
+def test_paper_methods_method_trains_float32_parameters_in_a_bfloat16_model(name):
     torch.manual_seed(0)
     model, stages = METHODS[name].attach(build().bfloat16(), SETTINGS, 5e-3)
     assert {p.dtype for stage in stages for p in stage.parameters} == {torch.float32}
@@ -368,7 +368,7 @@ def test_method_trains_float32_parameters_in_a_bfloat16_model(name):
     assert any(p.grad is not None and p.grad.any() for p in stages[0].parameters)
 
 
-def test_methods_warm_up_as_the_paper_says():
+def test_paper_methods_methods_warm_up_as_the_paper_says():
     warmed = {name: method.warmup for name, method in METHODS.items() if method.warmup}
     assert warmed == {"full": 0.1, "lora": 0.06, "joint": 0.06, "joint-orth": 0.06, "joint-released": 0.06}
     assert {n for n, m in METHODS.items() if m.schedule == "cosine"} == set(warmed)

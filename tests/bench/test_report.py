@@ -179,13 +179,13 @@ def copied(reported: Place, folder: Path) -> Place:
 # ------------------------------------------------------------------------------------------------------- the repository
 
 
-def test_readme_and_docs_are_what_the_committed_results_give():
+def test_report_readme_and_docs_are_what_the_committed_results_give():
     differing = pages.differing(pages.render(read.FOLDER, ROOT / "docs", ROOT / "README.md"))
     assert not differing, "run `python -m bench.report`"
 
 
 @pytest.mark.skipif(any(run.on_gpu for run in read.read_runs(read.FOLDER)), reason="there are results of a GPU")
-def test_without_results_of_a_gpu_nothing_is_claimed():
+def test_report_without_results_of_a_gpu_nothing_is_claimed():
     for file in (ROOT / "README.md", ROOT / "docs" / "benchmarks.md"):
         assert pages.NOT_MEASURED in file.read_text(encoding="utf-8")
 
@@ -200,7 +200,7 @@ def cells(text: str, *starts: str) -> list[str]:
     return row
 
 
-def test_readme_gives_each_figure_with_its_case_and_device(reported):
+def test_report_readme_gives_each_figure_with_its_case_and_device(reported):
     text = reported.readme.read_text(encoding="utf-8")
     assert text.startswith("# Title\n\nbefore\n\n<!-- results -->\n") and text.endswith("<!-- /results -->\n\nafter\n")
     case = "N = 4096, d = 4096, r = 8, silu, no basis, bfloat16"
@@ -216,7 +216,7 @@ def test_readme_gives_each_figure_with_its_case_and_device(reported):
     assert peak[2].startswith("Llama-3.2-1B, 8 layers, 2 × 1024") and peak[3] == "64.0 MiB (63.6–64.4)"
 
 
-def test_docs_give_the_machine_and_every_case(reported):
+def test_report_docs_give_the_machine_and_every_case(reported):
     text = reported.markdown.read_text(encoding="utf-8")
     for fact in ("driver 123.45", "torch 2.13.0", "triton 3.7.1", "transformers 5.17.0", "commit c0ffee", "2026-01-02"):
         assert fact in text
@@ -228,7 +228,7 @@ def test_docs_give_the_machine_and_every_case(reported):
     assert text.count("<details") == text.count("</details>") > 8
 
 
-def test_docs_open_with_what_is_known_and_fold_every_measured_table(reported):
+def test_report_docs_open_with_what_is_known_and_fold_every_measured_table(reported):
     text = reported.markdown.read_text(encoding="utf-8")
     assert text.index("| goal |") < text.index("benchmarks/counted.svg") < text.index("roofline.svg")
     depth = 0
@@ -237,7 +237,7 @@ def test_docs_open_with_what_is_known_and_fold_every_measured_table(reported):
         assert depth or not line.startswith("|"), line
 
 
-def test_counts_are_shown_as_they_are_counted(reported, monkeypatch, tmp_path):
+def test_report_counts_are_shown_as_they_are_counted(reported, monkeypatch, tmp_path):
     """A table and a picture of what is counted now: another count gives other ones."""
     text = reported.markdown.read_text(encoding="utf-8")
     counts = pages.counted()
@@ -257,7 +257,7 @@ def test_counts_are_shown_as_they_are_counted(reported, monkeypatch, tmp_path):
     assert ">fused: 9<" in (place.docs / "benchmarks" / "counted.svg").read_text(encoding="utf-8")
 
 
-def test_the_demos_figures_stand_in_readme(place):
+def test_report_the_demos_figures_stand_in_readme(place):
     figures = demo.Figures(
         "A/Model", "ListOps of MAX", 150, 8, 100, 7, 93, 2_000, 1_000_000, 1_234_567, {"training": 90.0, "files": 30.0},
         192.0, "cpu", 2, {"fused_steer": "0.1.0", "torch": "2.13.0"},
@@ -276,21 +276,21 @@ def test_the_demos_figures_stand_in_readme(place):
     ]
 
 
-def test_host_time_is_shown_beside_the_hooks(reported):
+def test_report_host_time_is_shown_beside_the_hooks(reported):
     text = reported.markdown.read_text(encoding="utf-8")
     table = text[text.index("a block's call, lower decile of CPU time") :]
     size = "8 rows, 8 layers, r = 8"
     assert cells(table, "call", size, "fused") == ["call", size, "fused", "3.97 µs", "0.400×", "hook", "1"]
 
 
-def test_accuracy_and_counters_are_shown(reported):
+def test_report_accuracy_and_counters_are_shown(reported):
     text = reported.markdown.read_text(encoding="utf-8")
     case = "N = 8, d = 4096, r = 8, silu, no basis, "
     assert cells(text, case + "float16")[1:] == ["0.700×", "0.800×", "0.900×", "1.50×"]
     assert cells(text, "forward", case + "bfloat16") == ["forward", case + "bfloat16", "k: stall wait", "3.25"]
 
 
-def test_added_units_and_kept_units(reported):
+def test_report_added_units_and_kept_units(reported):
     text = reported.markdown.read_text(encoding="utf-8")
     case = "Llama-3.2-1B, 16 layers (all), 2 × 1024 tokens, r = 8, bfloat16"
     # 2 ms in 16 layers is 125 µs a layer, in which 4 TB/s pass 59.6 tensors of 2048 tokens × 2048 × 2 bytes.
@@ -300,7 +300,7 @@ def test_added_units_and_kept_units(reported):
     assert cells(kept, case, "hook")[2:] == ["16.0 MiB (15.9–16.1)", "2.00", "2.00×"]
 
 
-def test_serving_by_rows_and_what_an_adapter_for_each_token_makes(reported):
+def test_report_serving_by_rows_and_what_an_adapter_for_each_token_makes(reported):
     text = reported.markdown.read_text(encoding="utf-8")
     decode, prefill = re.findall(r"#### .*: an adapter for each token, .*\n\n(?:\|.*\n)+", text)
     assert "adapters mixed" in decode and "together" in prefill
@@ -317,18 +317,18 @@ def test_serving_by_rows_and_what_an_adapter_for_each_token_makes(reported):
     assert line[2] == case and line[7] == "0.980×"
 
 
-def test_out_of_memory_is_shown(reported):
+def test_report_out_of_memory_is_shown(reported):
     case = "Llama-3.2-1B, 16 layers (all), 2 × 1024 tokens, r = 8, bfloat16"
     row = cells(reported.markdown.read_text(encoding="utf-8"), case, "hook")
     assert row[2:] == ["out of memory", "out of memory", "out of memory", "–"]
 
 
-def test_absent_rivals_are_listed_with_how_to_install_them(reported):
+def test_report_absent_rivals_are_listed_with_how_to_install_them(reported):
     text = reported.markdown.read_text(encoding="utf-8")
     assert f"### Not run on {GPU}\n\n- `loreft`: pyreft not installed; `pip install pyreft`" in text
 
 
-def test_goals_are_judged_on_the_gpu_only(reported):
+def test_report_goals_are_judged_on_the_gpu_only(reported):
     text = reported.markdown.read_text(encoding="utf-8")
     assert (
         f"| goal | in words | limit | counted | measured on {GPU} |" in text
@@ -337,7 +337,7 @@ def test_goals_are_judged_on_the_gpu_only(reported):
     assert ", met |" in text and "| not measured |" in text
 
 
-def test_goals_met_missed_and_not_measured(place, monkeypatch):
+def test_report_goals_met_missed_and_not_measured(place, monkeypatch):
     outcomes = [
         SimpleNamespace(name=name, value=value, met=met)
         for name, value, met in (("a", 1.1, True), ("b", 1.2, False), ("c", None, None))
@@ -353,7 +353,7 @@ def test_goals_met_missed_and_not_measured(place, monkeypatch):
     assert [end[-1] for end in ends] == ["1.10, met", "1.20, **missed**", "not measured"]
 
 
-def test_cpu_is_never_shown_as_speed_of_the_kernels(reported):
+def test_report_cpu_is_never_shown_as_speed_of_the_kernels(reported):
     assert CPU not in reported.readme.read_text(encoding="utf-8")
     text = reported.markdown.read_text(encoding="utf-8")
     section = text[text.index(f"## {CPU}") :]
@@ -363,7 +363,7 @@ def test_cpu_is_never_shown_as_speed_of_the_kernels(reported):
     assert not any("imaginary-cpu" in path.name for path in (reported.docs / "benchmarks").iterdir())
 
 
-def test_results_of_a_cpu_alone_measure_nothing(place):
+def test_report_results_of_a_cpu_alone_measure_nothing(place):
     place.put(cpu_results())
     place.run_ok()
     assert pages.NOT_MEASURED in place.block() and "|" not in place.block()
@@ -371,7 +371,7 @@ def test_results_of_a_cpu_alone_measure_nothing(place):
     assert [file.name for file in (place.docs / "benchmarks").iterdir()] == ["counted.svg"]
 
 
-def test_every_table_and_plot_names_its_device(reported):
+def test_report_every_table_and_plot_names_its_device(reported):
     text = reported.markdown.read_text(encoding="utf-8")
     tables = re.findall(r"(.*)\n\n\|", text[text.index(f"## {GPU}") :])
     assert len(tables) > 10 and all(GPU in title or CPU in title for title in tables)
@@ -381,7 +381,7 @@ def test_every_table_and_plot_names_its_device(reported):
         assert GPU in file.read_text(encoding="utf-8")
 
 
-def test_text_of_a_file_cannot_break_a_table(place):
+def test_report_text_of_a_file_cannot_break_a_table(place):
     results = gpu_results()
     results.rows[0] = dataclasses.replace(results.rows[0], samples=[], status="failed: a | b\nc")
     place.put(results)
@@ -399,7 +399,7 @@ def plot(name: str, results: Results, tmp_path: Path):
     return {plot.name: plot for plot in plots.plots(run)}[name]
 
 
-def test_plots_are_svg_and_linked(reported):
+def test_report_plots_are_svg_and_linked(reported):
     stem = "imaginary-gpu-9000-"
     files = sorted((reported.docs / "benchmarks").glob("imaginary-*"))
     names = ("decode-overhead", "memory-by-layers", "roofline", "speedup-by-tokens")
@@ -409,7 +409,7 @@ def test_plots_are_svg_and_linked(reported):
         assert f"](benchmarks/{file.name})" in reported.markdown.read_text(encoding="utf-8")
 
 
-def test_a_plot_is_the_same_bytes_whatever_the_settings(tmp_path):
+def test_report_a_plot_is_the_same_bytes_whatever_the_settings(tmp_path):
     import matplotlib
 
     roofline = plot("roofline", gpu_results(), tmp_path)
@@ -419,14 +419,14 @@ def test_a_plot_is_the_same_bytes_whatever_the_settings(tmp_path):
         assert matplotlib.rcParams["font.size"] == 20
 
 
-def test_speedup_is_the_rival_over_ours(tmp_path):
+def test_report_speedup_is_the_rival_over_ours(tmp_path):
     forward = plot("speedup-by-tokens", gpu_results(), tmp_path).panels[0]
     found = {series.label: [point[:2] for point in series.points] for series in forward.series}
     assert found["hook, d = 4096"] == [(64, pytest.approx(3)), (4096, pytest.approx(3))]
     assert found["fused-again, d = 1152"][0][1] == pytest.approx(1.01)
 
 
-def test_roofline_has_the_floor(tmp_path):
+def test_report_roofline_has_the_floor(tmp_path):
     forward, backward, both = plot("roofline", gpu_results(), tmp_path).panels
     for panel, units in ((forward, 3), (backward, 3), (both, 6)):
         floor, fused = panel.series[:2]
@@ -435,7 +435,7 @@ def test_roofline_has_the_floor(tmp_path):
         assert fused.points[-1][1] == pytest.approx(1.25 * floor.points[-1][1])
 
 
-def test_memory_by_layers_and_decode_overhead(tmp_path):
+def test_report_memory_by_layers_and_decode_overhead(tmp_path):
     peak, kept = plot("memory-by-layers", gpu_results(), tmp_path).panels
     hook = next(series for series in peak.series if series.label == "hook")
     assert [point[:2] for point in hook.points] == [(4, pytest.approx(80)), (8, pytest.approx(160))]
@@ -445,7 +445,7 @@ def test_memory_by_layers_and_decode_overhead(tmp_path):
     assert [point[1] for point in graph.series[0].points] == pytest.approx([1, 20])
 
 
-def test_only_plots_that_have_rows(place):
+def test_report_only_plots_that_have_rows(place):
     results = gpu_results()
     results.rows = [row for row in results.rows if row.level == "memory"]
     place.put(results)
@@ -457,7 +457,7 @@ def test_only_plots_that_have_rows(place):
 # ---------------------------------------------------------------------------------------------------- writing, checking
 
 
-def test_second_run_changes_nothing(reported, tmp_path):
+def test_report_second_run_changes_nothing(reported, tmp_path):
     place = copied(reported, tmp_path)
     before = place.files()
     assert place.run_ok() == "nothing to change\n"
@@ -465,14 +465,14 @@ def test_second_run_changes_nothing(reported, tmp_path):
     assert place.files() == before
 
 
-def test_check_writes_nothing_and_names_what_differs(place):
+def test_report_check_writes_nothing_and_names_what_differs(place):
     place.put(cpu_results())
     line = place.fail("--check")
     assert "README.md" in line and "benchmarks.md" in line
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/benchmarks.md", "docs/benchmarks/imaginary-gpu-9000-roofline.svg"])
-def test_a_figure_changed_by_hand_is_found(reported, tmp_path, name):
+def test_report_a_figure_changed_by_hand_is_found(reported, tmp_path, name):
     place = copied(reported, tmp_path)
     file = tmp_path / name
     text = file.read_text(encoding="utf-8")
@@ -485,7 +485,7 @@ def test_a_figure_changed_by_hand_is_found(reported, tmp_path, name):
     assert file.read_text(encoding="utf-8") == text
 
 
-def test_plot_drawn_by_another_matplotlib_is_the_same_if_its_data_are(reported, tmp_path):
+def test_report_plot_drawn_by_another_matplotlib_is_the_same_if_its_data_are(reported, tmp_path):
     place = copied(reported, tmp_path)
     file = place.docs / "benchmarks" / "imaginary-gpu-9000-roofline.svg"
     text = file.read_text(encoding="utf-8")
@@ -497,7 +497,7 @@ def test_plot_drawn_by_another_matplotlib_is_the_same_if_its_data_are(reported, 
     assert file.name in place.fail("--check")
 
 
-def test_plots_of_results_that_are_gone_go_too_and_no_other_file(reported, tmp_path):
+def test_report_plots_of_results_that_are_gone_go_too_and_no_other_file(reported, tmp_path):
     place = copied(reported, tmp_path)
     own = place.docs / "benchmarks" / "drawn-by-hand.svg"
     own.write_text("<svg/>", encoding="utf-8")
@@ -541,13 +541,13 @@ ROW = {"level": "op", "what": "forward", "contender": "fused", "case": asdict(Op
         ({"rows": [ROW, ROW]}, "expected it once"),
     ],
 )
-def test_bad_results_are_refused_in_one_line(place, changes, said):
+def test_report_bad_results_are_refused_in_one_line(place, changes, said):
     with_changes(place, **changes)
     line = place.fail()
     assert said in line and "imaginary-gpu-9000.json" in line
 
 
-def test_broken_json_is_refused(place):
+def test_report_broken_json_is_refused(place):
     place.put(gpu_results())
     (place.results / "broken.json").write_text('{"schema": 1,', encoding="utf-8")
     assert "broken.json is no JSON" in place.fail()
@@ -558,13 +558,13 @@ def test_broken_json_is_refused(place):
     ["# Title\n", "<!-- results -->\n", "<!-- /results -->\n<!-- results -->\n", README + README],
     ids=["none", "no end", "reversed", "twice"],
 )
-def test_missing_markers_are_refused(place, readme):
+def test_report_missing_markers_are_refused(place, readme):
     place.put(gpu_results())
     place.readme.write_text(readme, encoding="utf-8")
     assert "markers" in place.fail()
 
 
-def test_missing_folder_and_readme_are_refused(place):
+def test_report_missing_folder_and_readme_are_refused(place):
     place.results = place.folder / "nowhere"
     assert "nowhere" in place.fail()
     place.results, place.readme = place.folder / "results", place.folder / "none.md"

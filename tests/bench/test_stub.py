@@ -46,7 +46,7 @@ def test_stub_keeps_the_launches_of_each_call(worked):
     assert len({launch["name"] for launch in training}) >= 3
 
 
-def test_host_contenders_launch_what_they_should(worked):
+def test_stub_host_contenders_launch_what_they_should(worked):
     layers, rows = 3, worked["host"]
     launches = {what: {name: row["launches"] for name, row in of.items()} for what, of in rows.items()}
     call, whole = launches["call"].pop("fused"), launches["train"].pop("fused")
@@ -56,7 +56,7 @@ def test_host_contenders_launch_what_they_should(worked):
     assert {count for of in launches.values() for count in of.values()} == {0}  # none of the rivals' is Triton's
 
 
-def test_host_samples_are_one_a_round(worked):
+def test_stub_host_samples_are_one_a_round(worked):
     for of in worked["host"].values():
         for row in of.values():
             assert len(row["samples"]) == 2 and min(row["samples"]) > 0
@@ -91,17 +91,17 @@ def test_stub_in_a_process_that_interprets_is_one_line():
 # ------------------------------------------------------------------------------------------------------------ rehearsal
 
 
-def test_rehearsal_of_the_gpu_run_finds_no_problem(worked):
+def test_stub_rehearsal_of_the_gpu_run_finds_no_problem(worked):
     assert worked["rehearsal"]["problems"] == [] and worked["rehearsal"]["steps"] == 7
     assert worked["rehearsal"]["cuda"] == "cpu"
 
 
-def test_rehearsal_finds_a_wrong_name(worked):
+def test_stub_rehearsal_finds_a_wrong_name(worked):
     misspelt = worked["rehearsal"]["misspelt"]
     assert misspelt and all("failed: " in line and "profile" in line for line in misspelt)
 
 
-def test_rehearsal_of_tests_expects_wrong_numbers_and_nothing_else(tmp_path):
+def test_stub_rehearsal_of_tests_expects_wrong_numbers_and_nothing_else(tmp_path):
     (tmp_path / "test_it.py").write_text(
         "import torch\n"
         "def test_numbers(): assert torch.ones(1, device='cuda').sum() == 2\n"
@@ -114,7 +114,7 @@ def test_rehearsal_of_tests_expects_wrong_numbers_and_nothing_else(tmp_path):
     assert "FAILED" in done.stdout and "test_misspelt" in done.stdout
 
 
-def test_rehearsal_writes_no_results(tmp_path):
+def test_stub_rehearsal_writes_no_results(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "bench.gpu", "--rehearse", "--out", str(tmp_path)],
         cwd=ROOT,

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.vllm
 ROOT = Path(__file__).parents[2]
 
 
-def test_steered_and_unsteered_are_measured_side_by_side(tmp_path):
+def test_vllm_bench_steered_and_unsteered_are_measured_side_by_side(tmp_path):
     command = "-m bench.vllm --layers 2 --batches 4:4,4:1 --length 16 --rounds 2 --out".split()
     done = subprocess.run([sys.executable, *command, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -30,7 +30,7 @@ def test_steered_and_unsteered_are_measured_side_by_side(tmp_path):
     assert all(row.status == "ok" and len(row.samples) == 2 for row in results.rows), results.rows
 
 
-def test_an_engine_that_does_not_start_is_one_line(tmp_path):
+def test_vllm_bench_an_engine_that_does_not_start_is_one_line(tmp_path):
     command = "-m bench.vllm --layers 1 --batches 1:1 --dtype float16 --length 100000 --rounds 1 --out".split()
     done = subprocess.run([sys.executable, *command, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1

@@ -87,7 +87,7 @@ def assert_spread(spread, values):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_shift_and_the_mlps_share_of_each_family(family):
+def test_diagnostics_the_shift_and_the_mlps_share_of_each_family(family):
     """y is what the stream lacks without the MLP: from a second run, whose MLP gives zeros."""
     model = patch_model(build(family), SteerConfig(activation="gelu", scale=0.7, up_bias=True, down_bias=True))
     randomize(model)
@@ -113,7 +113,7 @@ def test_the_shift_and_the_mlps_share_of_each_family(family):
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "cohere"])
-def test_layers_that_a_hook_steers(family):
+def test_diagnostics_layers_that_a_hook_steers(family):
     """The MLP's output is then that of a module: of the norm after it where there is one."""
     fused = patch_model(build(family))
     hooked = build(family)
@@ -140,7 +140,7 @@ def with_another_lora(model):
 
 
 @pytest.mark.parametrize("options", [{}, {"two": True}, {"lora_bias": True}, {"use_dora": True}], ids=str)
-def test_the_cosine_of_the_two_shifts(options):
+def test_diagnostics_the_cosine_of_the_two_shifts(options):
     two = options.get("two", False)
     model = with_another_lora(with_lora(build())) if two else with_lora(build(), **options)
     for name, parameter in model.named_parameters():
@@ -167,7 +167,7 @@ def test_the_cosine_of_the_two_shifts(options):
 
 
 @pytest.mark.parametrize("two", [False, True], ids=["one adapter", "two adapters"])
-def test_the_alignment_of_the_two_updates(two):
+def test_diagnostics_the_alignment_of_the_two_updates(two):
     """Against the singular value decompositions of the d × k and d × d products."""
     model = with_lora(build(), use_rslora=True)
     if two:
@@ -200,7 +200,7 @@ def trained(orthogonal_to):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_orthogonal_updates_are_seen_to_be_orthogonal(dtype):
+def test_diagnostics_orthogonal_updates_are_seen_to_be_orthogonal(dtype):
     """Also where the base is bfloat16, in which the difference of two outputs is not orthogonal to anything."""
     orthogonal, naive = trained("lora"), trained(None)
     for model in (orthogonal, naive):
@@ -224,7 +224,7 @@ def test_orthogonal_updates_are_seen_to_be_orthogonal(dtype):
         assert layer.cosine.quantiles["0.95"] - layer.cosine.quantiles["0.05"] > 0.05
 
 
-def test_equal_subspaces_are_seen_to_be_equal():
+def test_diagnostics_equal_subspaces_are_seen_to_be_equal():
     model = patch_model(with_lora(build()), SteerConfig(rank=4))
     for layer in layers_of(model):
         with torch.no_grad():
@@ -236,7 +236,7 @@ def test_equal_subspaces_are_seen_to_be_equal():
 # ------------------------------------------------------------------------------------------------------ what is absent
 
 
-def test_a_vector_has_shifts_and_no_matrices():
+def test_diagnostics_a_vector_has_shifts_and_no_matrices():
     model = patch_model(with_lora(build()), SteerConfig(form="vector", scale=2.0))
     randomize(inside_peft(model))
     batches = masked_batches()
@@ -248,7 +248,7 @@ def test_a_vector_has_shifts_and_no_matrices():
         assert layer.absent == {"alignment": "a vector has no W2 W1", "spectral_norm": "a vector has no W2"}
 
 
-def test_a_fresh_adapter_beside_a_fresh_lora():
+def test_diagnostics_a_fresh_adapter_beside_a_fresh_lora():
     model = patch_model(with_lora(build(), init_lora_weights=True))
     for layer in diagnose(model, masked_batches()).layers:
         assert layer.shift.mean == layer.spectral_norm == 0.0
@@ -258,7 +258,7 @@ def test_a_fresh_adapter_beside_a_fresh_lora():
         }
 
 
-def test_only_steered_layers_are_shown():
+def test_diagnostics_only_steered_layers_are_shown():
     model = patch_model(build(), SteerConfig(layers=[0, 2]))
     model.steering.add("other", SteerConfig(layers=[1]))
     assert [layer.layer for layer in diagnose(model, masked_batches()).layers] == [0, 2]
@@ -274,19 +274,19 @@ def test_only_steered_layers_are_shown():
     ],
     ids=["disabled", "merged"],
 )
-def test_a_lora_that_adds_nothing_of_its_own(change, reason):
+def test_diagnostics_a_lora_that_adds_nothing_of_its_own(change, reason):
     model = patch_model(with_lora(build()))
     change(model)
     assert {layer.absent["cosine"] for layer in diagnose(model, masked_batches()).layers} == {reason}
 
 
-def test_a_lora_on_other_modules_alone():
+def test_diagnostics_a_lora_on_other_modules_alone():
     model = patch_model(with_lora(build(), target_modules=["o_proj"]))
     for layer in diagnose(model, masked_batches()).layers:
         assert set(layer.absent) == {"alignment", "cosine"}
 
 
-def test_a_lora_on_the_parameters_of_experts():
+def test_diagnostics_a_lora_on_the_parameters_of_experts():
     model = build("mixtral")
     config = LoraConfig(r=2, target_modules=[], target_parameters=["mlp.experts.down_proj"], init_lora_weights=False)
     model = patch_model(get_peft_model(model, config))
@@ -313,7 +313,7 @@ class Routed(torch.nn.Module):
         return out.view_as(x)
 
 
-def test_a_lora_on_experts_that_are_modules():
+def test_diagnostics_a_lora_on_experts_that_are_modules():
     """They are aligned together, side by side; what their LoRA adds is not of the same tokens."""
     model = build()
     for layer in model.model.layers:
@@ -329,7 +329,7 @@ def test_a_lora_on_experts_that_are_modules():
         assert torch.allclose(torch.tensor(diagnosed.alignment.singular).double(), overlap.abs(), atol=1e-4)
 
 
-def test_what_is_not_finite_is_absent_and_never_in_json():
+def test_diagnostics_what_is_not_finite_is_absent_and_never_in_json():
     model = patch_model(with_lora(build()))
     randomize(inside_peft(model))
     with torch.no_grad():
@@ -349,7 +349,7 @@ def test_what_is_not_finite_is_absent_and_never_in_json():
 # ------------------------------------------------------------------------------------------------------ how it is run
 
 
-def test_bf16_shifts_are_not_lost_in_rounding():
+def test_diagnostics_bf16_shifts_are_not_lost_in_rounding():
     """A shift of a thousandth of h: out − h in bf16 would be nothing but rounding."""
     model = patch_model(with_lora(build()))
     randomize(inside_peft(model))
@@ -366,7 +366,7 @@ def test_bf16_shifts_are_not_lost_in_rounding():
         assert list(b.cosine.quantiles.values()) == pytest.approx(list(a.cosine.quantiles.values()), abs=0.03)
 
 
-def test_padding_and_batching_change_nothing():
+def test_diagnostics_padding_and_batching_change_nothing():
     model = patch_model(with_lora(build()))
     randomize(inside_peft(model))
     rows = tokens(batch=4, length=8)
@@ -386,7 +386,7 @@ def test_padding_and_batching_change_nothing():
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-def test_the_model_is_left_as_it_was(training):
+def test_diagnostics_the_model_is_left_as_it_was(training):
     model = patch_model(with_lora(build(attention_dropout=0.5), lora_dropout=0.5), SteerConfig(orthogonal_to="lora"))
     randomize(inside_peft(model))  # violates the constraint, which is not to be seen to here
     model.train(training)
@@ -413,7 +413,7 @@ def test_the_model_is_left_as_it_was(training):
     assert model.steering.report() == report
 
 
-def test_a_compiled_model_is_observed_too():
+def test_diagnostics_a_compiled_model_is_observed_too():
     model = patch_model(build())
     randomize(model)
     expected = diagnose(model, masked_batches())
@@ -427,7 +427,7 @@ def test_a_compiled_model_is_observed_too():
     assert len(graphs) == count > 0  # nothing was compiled anew for the hooks
 
 
-def test_refusals_of_diagnose():
+def test_diagnostics_refusals_of_diagnose():
     model = build()
     with refused(ValueError, "LlamaForCausalLM is not steered", "patch_model", model=model):
         diagnose(model, masked_batches())
@@ -457,7 +457,7 @@ def assert_png(file):
     assert min(pixels.shape[:2]) > 300 and pixels[..., :3].std() > 0.02  # something is drawn
 
 
-def test_saving_both_and_then_without_lora(tmp_path):
+def test_diagnostics_saving_both_and_then_without_lora(tmp_path):
     out = tmp_path / "made" / "here"
     model = patch_model(with_lora(build()))
     randomize(inside_peft(model))
@@ -481,7 +481,7 @@ def test_saving_both_and_then_without_lora(tmp_path):
         found.save(tmp_path / "file")
 
 
-def test_without_matplotlib_nothing_is_written(tmp_path, monkeypatch):
+def test_diagnostics_without_matplotlib_nothing_is_written(tmp_path, monkeypatch):
     found = diagnose(patch_model(build()), masked_batches())
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -518,7 +518,7 @@ def place(tmp_path_factory):
     return folder
 
 
-def test_the_command_with_both_parts(place, tmp_path):
+def test_diagnostics_the_command_with_both_parts(place, tmp_path):
     """Apart or in one directory: the same numbers, which are those of `diagnose`."""
     common = ["diagnose", place / "model", "--prompts", place / "prompts.txt", "--device", "cpu", "--batch-size", 2]
     apart = invoke(*common, "--adapter", place / "adapter", "--lora", place / "lora", "--out", tmp_path / "apart")
@@ -548,7 +548,7 @@ def test_the_command_with_both_parts(place, tmp_path):
     assert "absent" not in apart.stdout
 
 
-def test_the_command_without_lora(place, tmp_path):
+def test_diagnostics_the_command_without_lora(place, tmp_path):
     arguments = ("--adapter", place / "adapter", "--prompts", place / "prompts.jsonl", "--out", tmp_path / "out")
     result = invoke("diagnose", place / "model", *arguments, "--field", "text", "--max-prompts", 1, "--max-length", 1)
     assert result.exit_code == 0, result.output
@@ -557,7 +557,7 @@ def test_the_command_without_lora(place, tmp_path):
     assert not (tmp_path / "out" / "cosine.png").exists()
 
 
-def test_refusals_of_the_command(place, tmp_path, monkeypatch):
+def test_diagnostics_refusals_of_the_command(place, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     out = tmp_path / "out"
     adapter, txt, jsonl = place / "adapter", place / "prompts.txt", place / "prompts.jsonl"
@@ -584,7 +584,7 @@ def test_refusals_of_the_command(place, tmp_path, monkeypatch):
     refuses("adapter or joint", "both are", more=("--joint", place / "joint"))
     refuses("joint and lora are given", adapter=None, more=("--joint", place / "joint", "--lora", place / "lora"))
     refuses("no directory", tmp_path / "none", adapter=None, more=("--joint", tmp_path / "none"))
-    refuses("has no steering/", adapter=None, more=("--joint", adapter))
+    refuses("has no joint.json", adapter=None, more=("--joint", adapter))
     refuses(tmp_path / "none", more=("--lora", tmp_path / "none"))
     refuses(tmp_path / "none", model=tmp_path / "none")
     refuses("batch size is 0", more=("--batch-size", 0))
@@ -593,7 +593,7 @@ def test_refusals_of_the_command(place, tmp_path, monkeypatch):
     refuses("is a file", more=("--out", txt))
 
 
-def test_the_prompts_are_checked_before_the_model_is_loaded(place, tmp_path, monkeypatch):
+def test_diagnostics_the_prompts_are_checked_before_the_model_is_loaded(place, tmp_path, monkeypatch):
     monkeypatch.setattr("fused_steer.tools.demo.load_model", lambda *arguments: pytest.fail("loaded"))
     bad = ("--adapter", place / "adapter", "--prompts", tmp_path / "none.txt")
     assert_refused(invoke("diagnose", place / "model", *bad), "no file")
@@ -601,12 +601,12 @@ def test_the_prompts_are_checked_before_the_model_is_loaded(place, tmp_path, mon
     assert_refused(invoke("diagnose", place / "model", *bad), "adapter_config.json cannot be loaded")
 
 
-def test_prompts_are_cut_and_padded_on_the_right():
+def test_diagnostics_prompts_are_cut_and_padded_on_the_right():
     batches = encode(lambda prompt: {"input_ids": list(map(ord, prompt))}, ["abcdef", "", "g"], 4, 2)
     assert [batch["input_ids"].tolist() for batch in batches] == [[[97, 98, 99, 100], [0] * 4], [[103]]]
     assert [batch["attention_mask"].tolist() for batch in batches] == [[[1] * 4, [0] * 4], [[1]]]
 
 
-def test_prompts_keep_their_blanks(tmp_path):
+def test_diagnostics_prompts_keep_their_blanks(tmp_path):
     (tmp_path / "p.txt").write_bytes("  a b \r\n\u2028c\n".encode())
     assert read_prompts(tmp_path / "p.txt", "prompt") == ["  a b ", "\u2028c"]

@@ -150,7 +150,7 @@ def of_class(name: str, layers: Any = range(LAYERS), **options: Any) -> dict[int
     ],
     ids=str,
 )
-def test_every_class_of_pyreft(name, options, tmp_path):
+def test_pyreft_and_vectors_every_class_of_pyreft(name, options, tmp_path):
     shifts = save_pyreft(tmp_path / "reft", of_class(name, **options))
     phi = None if name in ("Consreft", "Lobireft") else options.get("phi", "identity")
     found = import_pyreft(tmp_path / "reft", positions="all", activation=phi, **LLAMA)
@@ -161,7 +161,7 @@ def test_every_class_of_pyreft(name, options, tmp_path):
 
 
 @pytest.mark.parametrize("name", [*LINEAR, "Nodireft"])
-def test_bfloat16_is_exact_in_float32(name, tmp_path):
+def test_pyreft_and_vectors_bfloat16_is_exact_in_float32(name, tmp_path):
     """pyreft's default dtype. One rounding is left, that of a difference."""
     interventions = of_class(name, dtype=torch.bfloat16)
     shifts = save_pyreft(tmp_path / "reft", interventions)
@@ -172,7 +172,7 @@ def test_bfloat16_is_exact_in_float32(name, tmp_path):
     assert torch.equal(up, theirs.rotate_layer.columns if name == "Loreft" else theirs.proj_layer.weight.t().float())
 
 
-def test_the_rotation_is_that_of_torch(tmp_path):
+def test_pyreft_and_vectors_the_rotation_is_that_of_torch(tmp_path):
     """To the bit, from the parametrisation that the file has of it."""
     interventions = of_class("Direft")
     save_pyreft(tmp_path / "reft", interventions)
@@ -184,7 +184,7 @@ def test_the_rotation_is_that_of_torch(tmp_path):
 
 
 @pytest.mark.parametrize("as_dicts", [False, True])
-def test_some_layers_in_any_order(as_dicts, tmp_path):
+def test_pyreft_and_vectors_some_layers_in_any_order(as_dicts, tmp_path):
     interventions = of_class("Loreft", layers=[2, 0])
     # Links tie interventions, groups order them: the values are all there, and nothing else depends on them.
     entries = [{"layer": i, "low_rank_dimension": RANK, "group_key": 0, "intervention_link_key": 0} for i in [2, 0]]
@@ -197,7 +197,7 @@ def test_some_layers_in_any_order(as_dicts, tmp_path):
     assert_close(logits(patch_model(build("gpt2"), tmp_path / "out", check_base=False)), logits(hooked(shifts, "gpt2")))
 
 
-def test_an_empty_file_of_the_base_is_passed_by(tmp_path):
+def test_pyreft_and_vectors_an_empty_file_of_the_base_is_passed_by(tmp_path):
     """pyvene writes one if asked for the base model's trained parameters, and there are none."""
     shifts = save_pyreft(tmp_path / "reft", of_class("Lobireft"))
     torch.save({}, tmp_path / "reft" / "pytorch_model.bin")
@@ -327,7 +327,7 @@ WEIGHTS: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
 }
 
 
-def test_pyreft_refusals_write_nothing(tmp_path):
+def test_pyreft_and_vectors_pyreft_refusals_write_nothing(tmp_path):
     """Every misfit, through the command: one line, exit code 1, and no file more."""
     cases = {f"config {name}": case for name, case in CONFIGS.items()} | WEIGHTS
     for name, (change, parts) in cases.items():
@@ -359,19 +359,19 @@ def test_pyreft_refusals_write_nothing(tmp_path):
         ("Direft", {"num_layers": 2}, ("it has a layer 2", "expected indices below 2")),
     ],
 )
-def test_what_pyreft_does_not_record_is_asked_for(name, options, parts, tmp_path):
+def test_pyreft_and_vectors_what_pyreft_does_not_record_is_asked_for(name, options, parts, tmp_path):
     save_pyreft(tmp_path / "reft", of_class(name))
     with refused(ValueError, *parts):
         import_pyreft(tmp_path / "reft", **{"positions": "all", "activation": "silu", **LLAMA} | options)
 
 
-def test_a_rotation_of_another_dtype(tmp_path):
+def test_pyreft_and_vectors_a_rotation_of_another_dtype(tmp_path):
     save_pyreft(tmp_path / "reft", {0: of_class("Lobireft")[0].to(torch.bfloat16)})
     with refused(ValueError, "original is torch.bfloat16", "expected torch.float32"):
         import_pyreft(tmp_path / "reft", positions="all", **LLAMA)
 
 
-def test_a_rotation_as_wide_as_the_model(tmp_path):
+def test_pyreft_and_vectors_a_rotation_as_wide_as_the_model(tmp_path):
     """torch then makes it by another map."""
     square, source = torch.eye(HIDDEN), torch.ones(HIDDEN)
     names = ("parametrizations.weight.original", "parametrizations.weight.0.base")
@@ -385,7 +385,7 @@ def test_a_rotation_as_wide_as_the_model(tmp_path):
         import_pyreft(tmp_path / "reft", positions="all", **LLAMA)
 
 
-def test_pyreft_command(tmp_path):
+def test_pyreft_and_vectors_pyreft_command(tmp_path):
     shifts = save_pyreft(tmp_path / "reft", of_class("Loreft", layers=[0, 2]))
     result = invoke("import", "pyreft", tmp_path / "reft", *PYREFT_ARGUMENTS, "--out", tmp_path / "out")
     table = shown(result)
@@ -438,7 +438,7 @@ KINDS: dict[str, tuple[Callable[[dict[int, Tensor]], Any], Callable[..., Any]]] 
 
 @pytest.mark.parametrize("layers", [[2, 1, 0], [2, 1]], ids=["all", "some"])
 @pytest.mark.parametrize("name", KINDS)
-def test_vectors_by_layer(name, layers, tmp_path):
+def test_pyreft_and_vectors_vectors_by_layer(name, layers, tmp_path):
     """repeng trains from the last layer down, and by default none for layer 0."""
     state, save = KINDS[name]
     vectors = directions(layers)
@@ -450,7 +450,7 @@ def test_vectors_by_layer(name, layers, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["repeng.gguf", "by_integer.pt"])
-def test_layers_of_the_file_to_take(name, tmp_path):
+def test_pyreft_and_vectors_layers_of_the_file_to_take(name, tmp_path):
     """As repeng's ControlModel is given its layer_ids."""
     state, save = KINDS[name]
     vectors = directions()
@@ -462,7 +462,7 @@ def test_layers_of_the_file_to_take(name, tmp_path):
 
 @pytest.mark.parametrize("kind", ["bare", "in a dict", "safetensors"])
 @pytest.mark.parametrize("layers", [None, [2, 0], [1]], ids=str)
-def test_rows_of_a_tensor(kind, layers, tmp_path):
+def test_pyreft_and_vectors_rows_of_a_tensor(kind, layers, tmp_path):
     vectors = directions(layers or range(LAYERS))
     rows = torch.stack(list(vectors.values()))
     rows = rows[0] if layers == [1] else rows  # (d,)
@@ -472,7 +472,7 @@ def test_rows_of_a_tensor(kind, layers, tmp_path):
     assert_same_function(found, additions(vectors), tmp_path / "out")
 
 
-def test_one_vector_for_several_layers(tmp_path):
+def test_pyreft_and_vectors_one_vector_for_several_layers(tmp_path):
     """One tensor in memory, which safetensors would not write twice."""
     vectors = dict.fromkeys(range(LAYERS), directions()[0])
     torch.save(vectors, tmp_path / "v.pt")
@@ -480,7 +480,7 @@ def test_one_vector_for_several_layers(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["repeng.gguf", "by_name.pt"])
-def test_half_precision_is_kept(name, tmp_path):
+def test_pyreft_and_vectors_half_precision_is_kept(name, tmp_path):
     state, save = KINDS[name]
     vectors = directions(dtype=torch.float16)
     save(state(vectors), tmp_path / name)
@@ -489,14 +489,14 @@ def test_half_precision_is_kept(name, tmp_path):
     assert all(torch.equal(found.tensors[i]["steer_up.bias"], v) for i, v in vectors.items())
 
 
-def test_the_base_models_config_must_fit(tmp_path):
+def test_pyreft_and_vectors_the_base_models_config_must_fit(tmp_path):
     build(hidden_size=64).config.save_pretrained(tmp_path / "wide")
     torch.save(directions(), tmp_path / "v.pt")
     with refused(ValueError, "v.pt", "hidden size is 32", "expected 64", "wide"):
         import_vector(tmp_path / "v.pt", scale=1.0, base=str(tmp_path / "wide"))
 
 
-def test_gguf_is_asked_for(tmp_path, monkeypatch):
+def test_pyreft_and_vectors_gguf_is_asked_for(tmp_path, monkeypatch):
     write_gguf(named("direction.")(directions()), tmp_path / "v.gguf")
     monkeypatch.setitem(sys.modules, "gguf", None)
     with refused(ImportError, "v.gguf", "package gguf", "pip install gguf"):
@@ -551,7 +551,7 @@ MISFITS: dict[str, tuple[Any, Callable[..., Any], tuple[str, ...]]] = {
 }
 
 
-def test_vector_refusals_write_nothing(tmp_path, recwarn):
+def test_pyreft_and_vectors_vector_refusals_write_nothing(tmp_path, recwarn):
     """Every misfit, through the command: one line that names the file, exit code 1, and no file more."""
     for name, (content, save, parts) in MISFITS.items():
         file = tmp_path / name
@@ -575,19 +575,19 @@ def test_vector_refusals_write_nothing(tmp_path, recwarn):
         (("--scale", 1, "--layers", "0,1", *LAYOUT), ("layers has 0", "expected those in the file: 1, 2")),
     ],
 )
-def test_vector_arguments(arguments, parts, tmp_path):
+def test_pyreft_and_vectors_vector_arguments(arguments, parts, tmp_path):
     torch.save(directions([2, 1]), tmp_path / "v.pt")
     assert_refused(invoke("import", "vector", tmp_path / "v.pt", *arguments, "--out", tmp_path / "out"), *parts)
     assert not (tmp_path / "out").exists()
 
 
-def test_rows_must_be_as_many_as_layers(tmp_path):
+def test_pyreft_and_vectors_rows_must_be_as_many_as_layers(tmp_path):
     torch.save(ROWS, tmp_path / "v.pt")
     with refused(ValueError, "v.pt", "shape (4, 32)", "expected 2 rows, as many as layers"):
         import_vector(tmp_path / "v.pt", scale=1.0, layers=[0, 1], **LLAMA)
 
 
-def test_vector_command(tmp_path):
+def test_pyreft_and_vectors_vector_command(tmp_path):
     vectors = directions([1, 2])
     write_gguf(named("direction.")(vectors), tmp_path / "v.gguf")
     out = tmp_path / "out"

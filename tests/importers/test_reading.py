@@ -55,7 +55,7 @@ def in_little_memory(run: Callable[[], Any]) -> None:
 @pytest.mark.parametrize("size", [5, 2**16, 2**40])
 @pytest.mark.parametrize("stride", [0, 1])
 @pytest.mark.parametrize("zipped", [True, False])
-def test_tensors_that_claim_more_than_they_have(size, stride, zipped, tmp_path):
+def test_reading_tensors_that_claim_more_than_they_have(size, stride, zipped, tmp_path):
     file = tmp_path / "state.pt"
     torch.save({KEY: Lying(size, stride)}, file, _use_new_zipfile_serialization=zipped)
     torch.save({"0": Lying(size, stride)}, tmp_path / "vector.pt", _use_new_zipfile_serialization=zipped)
@@ -70,7 +70,7 @@ def test_tensors_that_claim_more_than_they_have(size, stride, zipped, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["[" * 10**5, '{"representations":' + "[" * 10**5, '{"a": 1' + "0" * 5000 + "}"])
-def test_nested_and_endless_json(text, tmp_path):
+def test_reading_nested_and_endless_json(text, tmp_path):
     (tmp_path / "config.json").write_text(text)
     with refused(ValueError, str(tmp_path / "config.json"), "expected"):
         import_pyreft(tmp_path, positions="all", **MODEL)
@@ -84,7 +84,7 @@ def vector(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", ["config.json", "v.pt", "v.safetensors", "v.gguf"])
-def test_pipes(name, tmp_path):
+def test_reading_pipes(name, tmp_path):
     os.mkfifo(tmp_path / name)
 
     if name == "config.json":
@@ -101,7 +101,7 @@ def _refused(run: Callable[[], Any]) -> None:
 
 
 @pytest.mark.parametrize("count", [10**9, 10**300, -1, "many", None, [3]])
-def test_absurd_layer_counts(count, tmp_path):
+def test_reading_absurd_layer_counts(count, tmp_path):
     LlamaConfig(num_hidden_layers=2, hidden_size=32, num_attention_heads=2).save_pretrained(tmp_path)
     fields = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**fields, "num_hidden_layers": count}))
@@ -115,7 +115,7 @@ def test_absurd_layer_counts(count, tmp_path):
         import_vector(vector(tmp_path), scale=1.0, num_layers=10**9, layers_path="model.layers", layers=[10**9])
 
 
-def test_model_of_a_config_has_no_weights(tmp_path):
+def test_reading_model_of_a_config_has_no_weights(tmp_path):
     LlamaConfig(num_hidden_layers=2, hidden_size=32, num_attention_heads=2).save_pretrained(tmp_path)
     model = meta_model(str(tmp_path))
     assert len(model.model.layers) == 2 and all(p.is_meta for p in model.parameters())

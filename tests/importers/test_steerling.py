@@ -94,7 +94,7 @@ FILES: dict[str, tuple[str, Callable[[Released], dict[str, Tensor]], Callable[..
 
 @pytest.mark.parametrize("form", ["lowrank", "vector"])
 @pytest.mark.parametrize("kind", FILES)
-def test_every_kind_of_file(kind, form, tmp_path):
+def test_steerling_every_kind_of_file(kind, form, tmp_path):
     name, state, save = FILES[kind]
     released = Released(form)
     save(state(released), tmp_path / name)
@@ -108,7 +108,7 @@ def test_every_kind_of_file(kind, form, tmp_path):
 
 
 @pytest.mark.parametrize("phi", PHI)
-def test_every_activation(phi, tmp_path):
+def test_steerling_every_activation(phi, tmp_path):
     released = Released("lowrank", phi=phi)
     torch.save(released.bare(), tmp_path / "a.pt")
     model = imported(tmp_path / "a.pt", tmp_path / "out", **LOWRANK | {"activation": phi})
@@ -117,7 +117,7 @@ def test_every_activation(phi, tmp_path):
 
 @pytest.mark.parametrize("form", ["lowrank", "vector"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_dtype_and_values_are_kept(dtype, form, tmp_path):
+def test_steerling_dtype_and_values_are_kept(dtype, form, tmp_path):
     released = Released(form, dtype=dtype)
     torch.save(released.bare(), tmp_path / "a.pt")
     model = imported(tmp_path / "a.pt", tmp_path / "out", **(LOWRANK if form == "lowrank" else VECTOR))
@@ -134,7 +134,7 @@ def test_dtype_and_values_are_kept(dtype, form, tmp_path):
 
 @pytest.mark.parametrize("layers", [[0, 2], [0, 1]], ids=["gap", "no gap"])
 @pytest.mark.parametrize("form", ["lowrank", "vector"])
-def test_some_layers(form, layers, tmp_path):
+def test_steerling_some_layers(form, layers, tmp_path):
     """Layers 0 and 1 are not every layer of a model of three."""
     released = Released(form, layers=layers)
     torch.save(released.bare(), tmp_path / "a.pt")
@@ -143,7 +143,7 @@ def test_some_layers(form, layers, tmp_path):
     assert model.steering.config().layers == tuple(layers)
 
 
-def test_tensors_that_share_memory(tmp_path):
+def test_steerling_tensors_that_share_memory(tmp_path):
     released = Released("vector")
     flat = torch.cat(list(released.bare().values()))
     tied = {f"layer{i}_block": flat[:HIDDEN] for i in range(LAYERS)}
@@ -162,7 +162,7 @@ def gpt2(tmp_path) -> Path:
     return tmp_path / "tiny-gpt2"
 
 
-def test_the_base_models_config_tells_its_layers(gpt2, tmp_path):
+def test_steerling_the_base_models_config_tells_its_layers(gpt2, tmp_path):
     released = Released("lowrank", family="gpt2", layers=[0, 1])
     torch.save(released.bare(), tmp_path / "a.pt")
     found = import_steerling(tmp_path / "a.pt", activation="silu", scale=SCALE, base=str(gpt2)).adapter
@@ -173,7 +173,7 @@ def test_the_base_models_config_tells_its_layers(gpt2, tmp_path):
     assert_same_function(patch_model(model, tmp_path / "out"), released)
 
 
-def test_a_base_model_beside_both_is_only_a_name(tmp_path):
+def test_steerling_a_base_model_beside_both_is_only_a_name(tmp_path):
     torch.save(Released("vector").bare(), tmp_path / "a.pt")
     found = import_steerling(tmp_path / "a.pt", base="no/such-model", **VECTOR).adapter
     assert found.layout.base == "no/such-model"
@@ -192,7 +192,7 @@ def test_a_base_model_beside_both_is_only_a_name(tmp_path):
         ({"num_layers": 3, "layers_path": "model.layers."}, ("'model.layers.'", "expected a module's path")),
     ],
 )
-def test_what_the_file_does_not_record_is_never_guessed(options, parts, gpt2, tmp_path):
+def test_steerling_what_the_file_does_not_record_is_never_guessed(options, parts, gpt2, tmp_path):
     torch.save(Released("vector").bare(), tmp_path / "a.pt")
     places = {"tmp": tmp_path, "base": gpt2}
     options, parts = (
@@ -203,7 +203,7 @@ def test_what_the_file_does_not_record_is_never_guessed(options, parts, gpt2, tm
         import_steerling(tmp_path / "a.pt", scale=1.0, **options)
 
 
-def test_a_base_model_of_another_hidden_size(tmp_path):
+def test_steerling_a_base_model_of_another_hidden_size(tmp_path):
     build(hidden_size=64).config.save_pretrained(tmp_path / "wide")
     torch.save(Released("vector").bare(), tmp_path / "a.pt")
     with refused(ValueError, "hidden size is 32", "expected 64", "wide"):
@@ -310,7 +310,7 @@ MISFITS: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("earlier", [False, True], ids=["new directory", "earlier adapter"])
-def test_refusals_write_nothing(earlier, tmp_path):
+def test_steerling_refusals_write_nothing(earlier, tmp_path):
     """Every misfit, through the command: one line that names the file, exit code 1, and the directory as it was."""
     out = tmp_path / "out"
     if earlier:
@@ -361,7 +361,7 @@ UNREADABLE: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("name", UNREADABLE)
-def test_unreadable_files_are_not_executed(name, tmp_path, recwarn):
+def test_steerling_unreadable_files_are_not_executed(name, tmp_path, recwarn):
     write, parts = UNREADABLE[name]
     file = tmp_path / name
     write(file)
@@ -372,7 +372,7 @@ def test_unreadable_files_are_not_executed(name, tmp_path, recwarn):
     assert not (tmp_path / "made").exists() and not (tmp_path / "out").exists()
 
 
-def test_the_hostile_file_is_one(tmp_path):
+def test_steerling_the_hostile_file_is_one(tmp_path):
     write_hostile(tmp_path / "a.pt")
     torch.load(tmp_path / "a.pt", weights_only=False)
     assert (tmp_path / "made").is_dir()
@@ -392,7 +392,7 @@ def adapters(tmp_path) -> tuple[Path, Released]:
     return tmp_path / "adapter_steerer.pt", released
 
 
-def test_command_shows_what_was_imported_and_how_to_use_it(adapters, tmp_path):
+def test_steerling_command_shows_what_was_imported_and_how_to_use_it(adapters, tmp_path):
     file, released = adapters
     out = tmp_path / "out"
     result = command(file, "--activation", "silu", "--scale", SCALE, "--base-model", "a/b", *LAYOUT, "--out", out)
@@ -418,7 +418,7 @@ def test_command_shows_what_was_imported_and_how_to_use_it(adapters, tmp_path):
     assert_same_function(names["model"], released)
 
 
-def test_command_imports_vectors_and_says_what_it_leaves_out(tmp_path):
+def test_steerling_command_imports_vectors_and_says_what_it_leaves_out(tmp_path):
     released = Released("vector")
     state = released.state_dict()
     base = len(state) - LAYERS
@@ -433,7 +433,7 @@ def test_command_imports_vectors_and_says_what_it_leaves_out(tmp_path):
     assert_same_function(patch_model(build(), tmp_path / "out"), released)
 
 
-def test_command_replaces_an_earlier_adapter(adapters, tmp_path):
+def test_steerling_command_replaces_an_earlier_adapter(adapters, tmp_path):
     file, released = adapters
     out = tmp_path / "out"
     patch_model(build(), SteerConfig(rank=2)).steering.save(out)
@@ -443,7 +443,7 @@ def test_command_replaces_an_earlier_adapter(adapters, tmp_path):
     assert_same_function(patch_model(build(), out), released)
 
 
-def test_command_leaves_a_lora_adapter_alone(adapters, tmp_path):
+def test_steerling_command_leaves_a_lora_adapter_alone(adapters, tmp_path):
     """The released code saves LoRA's adapter beside the steering, under the names that ours would have."""
     from peft import LoraConfig, get_peft_model
 
@@ -465,20 +465,20 @@ def test_command_leaves_a_lora_adapter_alone(adapters, tmp_path):
     ],
     ids=["no scale", "no activation", "NaN", "unknown activation"],
 )
-def test_command_needs_what_the_file_does_not_record(adapters, arguments, parts, tmp_path):
+def test_steerling_command_needs_what_the_file_does_not_record(adapters, arguments, parts, tmp_path):
     assert_refused(command(adapters[0], *arguments, *LAYOUT, "--out", tmp_path / "out"), *parts)
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("activation", ["identity", "silu"])
-def test_command_refuses_an_activation_for_vectors(activation, tmp_path):
+def test_steerling_command_refuses_an_activation_for_vectors(activation, tmp_path):
     torch.save(Released("vector").bare(), tmp_path / "a.pt")
     result = command(tmp_path / "a.pt", "--activation", activation, "--scale", 1, *LAYOUT, "--out", tmp_path / "out")
     assert_refused(result, "a.pt", f"activation is '{activation}'", "holds vectors", "expected none given")
     assert not (tmp_path / "out").exists()
 
 
-def test_command_refuses_to_write_into_a_file(adapters):
+def test_steerling_command_refuses_to_write_into_a_file(adapters):
     file, _ = adapters
     before = file.read_bytes()
     result = command(file, "--activation", "silu", "--scale", 1, *LAYOUT, "--out", file)
@@ -486,7 +486,7 @@ def test_command_refuses_to_write_into_a_file(adapters):
     assert file.read_bytes() == before
 
 
-def test_command_without_its_options_is_a_usage_error(adapters):
+def test_steerling_command_without_its_options_is_a_usage_error(adapters):
     assert command(adapters[0], "--scale", 1).exit_code == 2
     assert command("--out", "out").exit_code == 2
     result = invoke("import", "--help")

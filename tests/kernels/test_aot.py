@@ -53,7 +53,7 @@ def compiled() -> list[dict]:
     return run_compiling("aot_worker.py", cases())
 
 
-def test_every_configuration_was_compiled(compiled):
+def test_aot_every_configuration_was_compiled(compiled):
     assert {json.dumps(row["case"]) for row in compiled} == {json.dumps(case) for case in cases()}
     kernels = {row["kernel"] for row in compiled}
     forward = {f"post_block_fwd_{name}kernel" for name in ("", "down_", "up_", "vector_")}
@@ -81,7 +81,7 @@ LOCAL = {
 }
 
 
-def test_no_spill_and_no_local_memory(compiled):
+def test_aot_no_spill_and_no_local_memory(compiled):
     def most(row: dict) -> int:
         _, dtype, _, rank, _, options = row["case"]
         kernel = row["kernel"].removeprefix("post_block_").removesuffix("_kernel")
@@ -90,11 +90,11 @@ def test_no_spill_and_no_local_memory(compiled):
     assert_none([row for row in compiled if row["spills"] + row["local"] > most(row)])
 
 
-def test_shared_memory_is_within_the_target(compiled):
+def test_aot_shared_memory_is_within_the_target(compiled):
     assert_none([row for row in compiled if row["shared"] > SHARED_MEMORY[row["target"]]])
 
 
-def test_a_program_fits_on_a_multiprocessor(compiled):
+def test_aot_a_program_fits_on_a_multiprocessor(compiled):
     assert_none([row for row in compiled if not 0 < row["occupancy"] <= 1])
 
 
@@ -103,7 +103,7 @@ def aligned(compiled: list[dict]) -> list[dict]:
     return [row for row in compiled if row["case"][1] == "bfloat16" and row["case"][2] % 8 == 0]
 
 
-def test_the_hidden_state_moves_in_128_bit_accesses(compiled):
+def test_aot_the_hidden_state_moves_in_128_bit_accesses(compiled):
     rows = aligned(compiled)
     assert {row["target"] for row in rows} == TARGETS.keys()
     assert_none([row for row in rows if row["hidden_states"] and not row["loads_128"] + row["async_copies_128"]])
@@ -133,7 +133,7 @@ def test_the_hidden_state_moves_in_128_bit_accesses(compiled):
         assert each >= 16, row
 
 
-def test_forward_copies_asynchronously_and_stores_nothing_narrow(compiled):
+def test_aot_forward_copies_asynchronously_and_stores_nothing_narrow(compiled):
     rows = [row for row in compiled if row["case"][5] == {} and row["target"].startswith("sm_")]
     forward = [row for row in rows if row["kernel"].startswith("post_block_fwd")]
     assert {row["kernel"] for row in forward} == {f"post_block_fwd_{name}kernel" for name in ("", "down_", "up_")}
@@ -146,7 +146,7 @@ def test_forward_copies_asynchronously_and_stores_nothing_narrow(compiled):
             assert row["loads_128"] > 0, row
 
 
-def test_matrix_products_run_on_tensor_cores(compiled):
+def test_aot_matrix_products_run_on_tensor_cores(compiled):
     for row in compiled:
         _, dtype, _, rank, *_ = row["case"]
         if rank and not (dtype == "float32" and rank > 128 and row["target"].startswith("sm_")):
@@ -156,7 +156,7 @@ def test_matrix_products_run_on_tensor_cores(compiled):
 # ---------------------------------------------------------------------------------------------- read without compiling
 
 
-def test_what_is_recorded_is_what_runs():
+def test_aot_what_is_recorded_is_what_runs():
     """The launches of a case: one forward, three backward; with few tokens d is split, and the forward has two."""
     many, few = (record(Case(tokens, 4096, 8), "sm_90") for tokens in (8192, 8))
     assert [launch.kernel.__name__ for launch in many] == ["post_block_fwd_kernel", *BACKWARD]
@@ -181,7 +181,7 @@ SPLIT = ["p_residual p_branch", "p_residual p_branch p_out"]  # a forward of two
     ],
     ids=["lowrank", "no branch", "two passes", "few tokens", "vector", "N = d = r"],
 )
-def test_the_hidden_states_that_a_launch_touches(case, forward, backward):
+def test_aot_the_hidden_states_that_a_launch_touches(case, forward, backward):
     found = {
         name: [" ".join(hidden_states(launch)) for launch in launches]
         for name, launches in record_passes(case, "sm_90").items()
@@ -189,7 +189,7 @@ def test_the_hidden_states_that_a_launch_touches(case, forward, backward):
     assert found == {"forward": forward, "backward": backward}
 
 
-def test_the_time_floor_is_bytes_over_bandwidth():
+def test_aot_the_time_floor_is_bytes_over_bandwidth():
     one = 4096 * 8192 * 2  # bytes of a hidden state
     for dtype, factor in ((torch.bfloat16, 1), (torch.float32, 2)):
         passes = record_passes(Case(4096, 8192, 8, dtype), "sm_90")
@@ -217,11 +217,11 @@ def test_the_time_floor_is_bytes_over_bandwidth():
         ("gfx942", 64, 33 << 10, 4, 4 / 32),
     ],
 )
-def test_occupancy(target, registers, shared, warps, expected):
+def test_aot_occupancy(target, registers, shared, warps, expected):
     assert occupancy(target, registers, shared, warps) == expected
 
 
-def test_bad_input_is_one_clear_line(monkeypatch):
+def test_aot_bad_input_is_one_clear_line(monkeypatch):
     with pytest.raises(
         ValueError, match="target is 'sm_70'; expected one of sm_80, sm_90, sm_100, gfx942, sm_75, sm_86, sm_89"
     ):

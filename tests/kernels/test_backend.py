@@ -10,7 +10,7 @@ from fused_steer.kernels import select_backend
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
-def test_the_device_decides(monkeypatch):
+def test_backend_the_device_decides(monkeypatch):
     monkeypatch.delenv("FUSED_STEER_BACKEND")
     monkeypatch.setattr("fused_steer.kernels.backend.INTERPRETED", False)
     assert (select_backend(CPU), select_backend(CUDA), select_backend(torch.device("mps"))) == (
@@ -22,12 +22,12 @@ def test_the_device_decides(monkeypatch):
     assert select_backend(CPU) == "triton"
 
 
-def test_the_environment_overrides(monkeypatch):
+def test_backend_the_environment_overrides(monkeypatch):
     monkeypatch.setenv("FUSED_STEER_BACKEND", "torch")
     assert select_backend(CUDA) == "torch"
 
 
-def test_what_cannot_be_met_is_an_error(monkeypatch):
+def test_backend_what_cannot_be_met_is_an_error(monkeypatch):
     monkeypatch.setenv("FUSED_STEER_BACKEND", "tensorrt")
     with pytest.raises(RuntimeError, match="FUSED_STEER_BACKEND is 'tensorrt'; expected one of triton, torch"):
         select_backend(CPU)
@@ -37,7 +37,7 @@ def test_what_cannot_be_met_is_an_error(monkeypatch):
         select_backend(CPU)
 
 
-def test_the_kernels_know_nothing_of_models():
+def test_backend_the_kernels_know_nothing_of_models():
     """No file of kernels/ imports transformers, or the package above it."""
     import fused_steer.kernels
 

@@ -75,7 +75,7 @@ def assert_none(over: dict) -> None:
     assert not over, f"{len(over)} over budget (target, d, r, N, pass)\n" + "\n".join(lines)
 
 
-def test_l2_sends_little_more_than_device_memory_moves(launches):
+def test_budgets_l2_sends_little_more_than_device_memory_moves(launches):
     ratios = {
         key: sum(row["l2"] for row in rows) / sum(row["memory"] for row in rows)
         for key, rows in passes(launches, MANY).items()
@@ -88,7 +88,7 @@ def test_l2_sends_little_more_than_device_memory_moves(launches):
     )
 
 
-def test_the_instructions_of_the_loops_take_half_of_the_memory_time(launches):
+def test_budgets_the_instructions_of_the_loops_take_half_of_the_memory_time(launches):
     over = {}
     for key, rows in passes(launches, MANY).items():
         bandwidth = MEMORY_SHARE * GPUS[NAMES[key[0]]][1]
@@ -100,14 +100,14 @@ def test_the_instructions_of_the_loops_take_half_of_the_memory_time(launches):
     assert_none(over)
 
 
-def test_both_passes_of_the_forward_load_asynchronously(launches):
+def test_budgets_both_passes_of_the_forward_load_asynchronously(launches):
     found = {key: rows for key, rows in passes(launches, MANY).items() if key[-1] == "forward"}
     assert all(sum(len(row["loops"]) for row in rows) == 2 for rows in found.values()), "two passes over d"
     loops = {key: [loop for row in rows for loop in row["loops"]] for key, rows in found.items()}
     assert_none({key: some for key, some in loops.items() if any(not copies or waits for copies, waits in some)})
 
 
-def test_waves_are_full(launches):
+def test_budgets_waves_are_full(launches):
     def least(key: tuple, row: dict) -> float:
         return FILL_EXCEPTIONS.get(key[:4], FILL) if row["kernel"] == "post_block_bwd_columns_kernel" else FILL
 
@@ -121,7 +121,7 @@ def test_waves_are_full(launches):
     assert_none(over)
 
 
-def test_few_tokens_are_no_long_walk(launches):
+def test_budgets_few_tokens_are_no_long_walk(launches):
     over = {
         (*key, row["kernel"]): row["series"]
         for key, rows in passes(launches, FEW).items()
@@ -131,7 +131,7 @@ def test_few_tokens_are_no_long_walk(launches):
     assert_none(over)
 
 
-def test_the_description_of_the_loops_is_what_the_code_loads(launches):
+def test_budgets_the_description_of_the_loops_is_what_the_code_loads(launches):
     """`predict.work` says how many bytes a trip loads. The compiled loop reads the hidden states' in 128 bits, each
     once; what else it reads may be narrower, or be read twice, for two products."""
     checked = 0

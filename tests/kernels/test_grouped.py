@@ -111,29 +111,29 @@ def assert_right(batch: Batch, out: Tensor) -> None:
 @pytest.mark.parametrize("tokens", [1, FEW, MANY])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("hidden", [64, 100])
-def test_equals_the_formula(device, tokens, dtype, hidden):
+def test_grouped_equals_the_formula(device, tokens, dtype, hidden):
     batch = make(tokens, hidden, dtype=dtype, device=device)
     assert_right(batch, batch.call())
 
 
 @pytest.mark.parametrize("tokens", [FEW, MANY])
 @pytest.mark.parametrize("rank", [0, 1, 8, 12, 64])
-def test_ranks(device, rank, tokens):
+def test_grouped_ranks(device, rank, tokens):
     batch = make(tokens, 72, rank, device=device)
     assert_right(batch, batch.call())
 
 
 @pytest.mark.parametrize("tokens", [FEW, MANY])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_activations(device, activation, tokens):
+def test_grouped_activations(device, activation, tokens):
     batch = make(tokens, device=device, activation=activation)
     assert_right(batch, batch.call())
 
 
 @pytest.mark.parametrize("tokens", [FEW, MANY])
-def test_each_slot_its_own_activation(device, tokens):
-    codes = torch.arange(6, dtype=torch.int32, device=device)
-    batch = make(tokens, slots=6, device=device, activation=codes)
+def test_grouped_each_slot_its_own_activation(device, tokens):
+    codes = torch.arange(len(ACTIVATIONS), dtype=torch.int32, device=device)
+    batch = make(tokens, slots=len(codes), device=device, activation=codes)
     assert_right(batch, batch.call())
     silu = replace(batch, activation="silu").call()
     of_silu = batch.ids == ACTIVATIONS.index("silu")
@@ -146,7 +146,7 @@ def test_each_slot_its_own_activation(device, tokens):
     [{"branch": False}, {"biases": False}, {"gain": False}, {"runs": True}, {"biases": False, "gain": False}],
     ids=str,
 )
-def test_what_may_be_absent(device, options, tokens):
+def test_grouped_what_may_be_absent(device, options, tokens):
     batch = make(tokens, device=device, **options)
     assert_right(batch, batch.call())
 
@@ -170,7 +170,7 @@ PATTERNS = {
 @pytest.mark.parametrize("options", [{}, {"biases": False}], ids=str)
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_however_the_tokens_lie(device, pattern, weights, options, into_branch):
+def test_grouped_however_the_tokens_lie(device, pattern, weights, options, into_branch):
     ids = torch.tensor(PATTERNS[pattern], dtype=torch.int32, device=device)
     batch = make(24, 64, slots=40, device=device, **options)
     batch = replace(batch, ids=ids, downs=batch.downs.to(weights), ups=batch.ups.to(weights))
@@ -188,7 +188,7 @@ def test_however_the_tokens_lie(device, pattern, weights, options, into_branch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("tokens", [FEW, MANY])
-def test_tokens_without_adapter_or_gain_keep_every_bit(device, tokens, dtype):
+def test_grouped_tokens_without_adapter_or_gain_keep_every_bit(device, tokens, dtype):
     batch = make(tokens, dtype=dtype, device=device)
     for weights in (batch.downs, batch.ups, batch.down_biases, batch.up_biases):
         weights.fill_(torch.inf)  # nothing of an adapter may reach them
@@ -207,9 +207,30 @@ def test_tokens_without_adapter_or_gain_keep_every_bit(device, tokens, dtype):
     assert not torch.equal(batch.branch[~untouched], branch[~untouched])
 
 
+def bits(t: Tensor) -> Tensor:
+    return t.view({2: torch.int16, 4: torch.int32}[t.itemsize])
+
+
+@pytest.mark.parametrize("into_branch", [False, True], ids=["out of place", "into branch"])
+@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("tokens", [1, FEW, MANY])
+def test_grouped_zero_shift_keeps_a_negative_zero(device, tokens, dtype, rank, into_branch):
+    """Adapters of zeros and negative zeros: the shift is 0 or −0, and −0 + 0 would be +0."""
+    batch = make(tokens, rank=rank, dtype=dtype, device=device)
+    batch = replace(batch, ids=batch.ids.clamp(min=0))
+    for weights in (batch.ups, batch.up_biases):
+        if weights is not None:
+            weights.zero_()
+            weights[:, ::2] *= -1
+    batch.residual[:, :5], batch.branch[:, :5] = -0.0, -0.0
+    expected = batch.branch.clone() if into_branch else batch.residual + batch.branch
+    assert torch.equal(bits(batch.call(into_branch=into_branch)), bits(expected))
+
+
 @pytest.mark.parametrize("tokens", [FEW, MANY])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_into_the_branch_of_an_unadded_pair(device, tokens, dtype):
+def test_grouped_into_the_branch_of_an_unadded_pair(device, tokens, dtype):
     batch = make(tokens, dtype=dtype, device=device)
     truth = batch.definition(torch.float64) - batch.residual.double().cpu()
     plain = batch.definition(dtype).double() - batch.residual.double().cpu()
@@ -221,7 +242,7 @@ def test_into_the_branch_of_an_unadded_pair(device, tokens, dtype):
 @pytest.mark.parametrize("gain", [False, True], ids=["no gain", "gain"])
 @pytest.mark.parametrize("rank", [0, 4])
 @pytest.mark.parametrize("tokens", [1, FEW, MANY])
-def test_what_is_read_stays_as_it_is(device, tokens, rank, gain, into_branch):
+def test_grouped_what_is_read_stays_as_it_is(device, tokens, rank, gain, into_branch):
     batch = make(tokens, rank=rank, gain=gain, device=device)
     batch = replace(batch, ids=batch.ids.clamp(min=0))
     before = {name: value.clone() for name, value in vars(batch).items() if isinstance(value, Tensor)}
@@ -230,7 +251,7 @@ def test_what_is_read_stays_as_it_is(device, tokens, rank, gain, into_branch):
         assert torch.equal(getattr(batch, name), value) != (into_branch and name == "branch"), name
 
 
-def test_one_adapter_for_all_is_the_op_of_one_adapter(device):
+def test_grouped_one_adapter_for_all_is_the_op_of_one_adapter(device):
     from fused_steer.kernels import post_block
 
     for tokens in (7, MANY):
@@ -243,7 +264,7 @@ def test_one_adapter_for_all_is_the_op_of_one_adapter(device):
         assert relative_error(batch.call(), one.double()) <= 1e-6
 
 
-def test_a_lower_rank_is_zeros_in_the_slot(device):
+def test_grouped_a_lower_rank_is_zeros_in_the_slot(device):
     batch = make(MANY, rank=8, biases=False, device=device)
     batch.downs[2, 3:], batch.ups[2, :, 3:] = 0, 0
     of_slot = batch.ids == 2
@@ -252,7 +273,7 @@ def test_a_lower_rank_is_zeros_in_the_slot(device):
     assert relative_error(batch.call()[of_slot], low[of_slot].double()) <= 1e-6
 
 
-def test_rows_do_not_depend_on_the_others(device):
+def test_grouped_rows_do_not_depend_on_the_others(device):
     batch = make(12, device=device)
     out = batch.call()
     for token in range(12):
@@ -263,7 +284,28 @@ def test_rows_do_not_depend_on_the_others(device):
         assert relative_error(alone.call(), out[row].double()) <= 1e-6
 
 
-def test_leading_dimensions_strides_and_wide_ids(device):
+@pytest.mark.parametrize("into_branch", [False, True], ids=["out of place", "into branch"])
+@pytest.mark.parametrize("few", [3, 0], ids=["a token a program", "tiles"])
+def test_grouped_addresses_past_two_to_the_31(device, monkeypatch, few, into_branch):
+    """Three rows, 2³⁰ elements apart; all between is never touched."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    monkeypatch.setattr(grouped, "FEW_TOKENS", few)
+    stride = 2**20 if grouped.select_backend(device) == "torch" else 2**30
+
+    def spread(t: Tensor) -> Tensor:
+        storage = torch.empty(2 * stride + t.shape[1], dtype=t.dtype, device=device)
+        return storage.as_strided(t.shape, (stride, 1)).copy_(t)
+
+    batch = make(3, 32, dtype=torch.bfloat16, device=device)
+    batch = replace(batch, ids=torch.tensor([0, 3, 3], dtype=torch.int32, device=device))
+    expected = replace(batch, branch=batch.branch.clone()).call(into_branch=into_branch)
+    apart = replace(batch, residual=spread(batch.residual), branch=batch.branch.clone())
+    assert torch.equal(apart.call(into_branch=into_branch), expected)
+    apart = replace(batch, branch=spread(batch.branch))
+    assert torch.equal(apart.call(into_branch=into_branch), expected)
+
+
+def test_grouped_leading_dimensions_strides_and_wide_ids(device):
     flat = make(24, device=device)
     shaped = replace(
         flat,
@@ -283,9 +325,12 @@ def test_leading_dimensions_strides_and_wide_ids(device):
     assert empty.call().shape == (0, 96)
 
 
-def test_ids_out_of_range_are_an_error_or_nan(device, monkeypatch):
+@pytest.mark.parametrize("gain", [None, 0.0, 0.5], ids=["no gain", "gain 0", "gain"])
+def test_grouped_ids_out_of_range_are_an_error_or_nan(device, gain):
     for tokens in (5, MANY):
-        batch = make(tokens, device=device)
+        batch = make(tokens, device=device, gain=gain is not None)
+        if gain is not None:
+            batch.gain[2] = gain  # 0 does not hide the error
         ids = batch.ids.clone()
         ids[2] = 5
         wrong = replace(batch, ids=ids)
@@ -300,7 +345,7 @@ def test_ids_out_of_range_are_an_error_or_nan(device, monkeypatch):
 
 
 @pytest.mark.parametrize("into_branch", [False, True])
-def test_registered_and_compiled(device, into_branch):
+def test_grouped_registered_and_compiled(device, into_branch):
     batch = make(6, device=device, activation=torch.arange(5, dtype=torch.int32, device=device))
     operands = (batch.downs, batch.ups, batch.ids, batch.down_biases, batch.up_biases, batch.activation, batch.gain, "")
     ops = torch.ops.fused_steer
@@ -344,13 +389,13 @@ def test_registered_and_compiled(device, into_branch):
     ],
     ids=str,
 )
-def test_what_does_not_fit(change, error, message):
+def test_grouped_what_does_not_fit(change, error, message):
     with pytest.raises(error, match=message) as caught:
         replace(make(6), **change).call()
     assert "\n" not in str(caught.value)
 
 
-def test_what_cannot_be_written_in_place_or_differentiated():
+def test_grouped_what_cannot_be_written_in_place_or_differentiated():
     batch = make(6)
     with pytest.raises(ValueError, match="into_branch is True without a branch"):
         replace(batch, branch=None).call(into_branch=True)
@@ -366,7 +411,7 @@ def test_what_cannot_be_written_in_place_or_differentiated():
 # Ahead of time
 
 
-def test_every_target_compiles_it_without_spilling():
+def test_grouped_every_target_compiles_it_without_spilling():
     cases = [
         [target, "bfloat16", hidden, rank, tokens, {"slots": 64, "everything": everything}]
         for target in TARGETS
@@ -381,15 +426,17 @@ def test_every_target_compiles_it_without_spilling():
         if row["spills"] or row["local"] or row["local_accesses"] or row["shared"] > SHARED_MEMORY[row["target"]]
     ]
     assert not bad, "\n".join(map(str, bad))
-    tiles = [row for row in rows if row["kernel"].startswith("tile")]
+    tiles = [row for row in rows if row["kernel"].startswith("post_block_grouped_tile")]
     assert len(tiles) == len(rows) / 2 and all(row["tensor_core"] for row in tiles)
 
 
-def test_launches_and_memory_do_not_grow_with_the_slots(monkeypatch):
+def test_grouped_launches_and_memory_do_not_grow_with_the_slots(monkeypatch):
     monkeypatch.undo()
     for tokens, kind in ((64, "token"), (4096, "tile")):
         few, many = (record_grouped(tokens, 4096, 8, slots, torch.bfloat16, "sm_90") for slots in (1, 1000))
-        assert [launch.kernel.__name__ for launch in few] == [f"{kind}_down_kernel", f"{kind}_up_kernel"]
+        assert [launch.kernel.__name__ for launch in few] == [
+            f"post_block_grouped_{kind}_{way}_kernel" for way in ("down", "up")
+        ]
         assert [launch.grid for launch in few] == [launch.grid for launch in many]
         partial = [launch.arguments[launch.kernel.arg_names.index("p_partial")].shape for launch in (few[0], many[0])]
         assert partial[0] == partial[1]

@@ -54,7 +54,7 @@ def through(kernel, x: torch.Tensor, policy: str) -> torch.Tensor:
     return out
 
 
-def test_operand_tf32_is_the_nearest_number_of_11_bits(place):
+def test_numerics_operand_tf32_is_the_nearest_number_of_11_bits(place):
     x = some_floats(place)
     found = through(operand_kernel, x, "tf32")
     fraction, exponent = torch.frexp(x.double())
@@ -67,13 +67,13 @@ def test_operand_tf32_is_the_nearest_number_of_11_bits(place):
     assert torch.equal(shown[finite], round_tf32(x)[finite]), "the tests' own rounding agrees"
 
 
-def test_operand_bf16_is_rounded_as_pytorch_rounds(place):
+def test_numerics_operand_bf16_is_rounded_as_pytorch_rounds(place):
     x = some_floats(place)
     assert torch.equal(through(operand_kernel, x, "bf16").nan_to_num(7.0), x.bfloat16().float().nan_to_num(7.0))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_packed_weights_are_the_operands_that_a_kernel_would_make(place, dtype):
+def test_numerics_packed_weights_are_the_operands_that_a_kernel_would_make(place, dtype):
     policy = dot_precision(dtype, "cuda", 5)
     weight = torch.randn(5, 64, generator=torch.Generator().manual_seed(1)).to(place)
     packed = pack_reference(weight, weight.t(), dtype, "cuda")
@@ -94,7 +94,7 @@ def errors(place: torch.device, policy: str) -> tuple[float, float]:
     return relative_error(out, truth), ((out.double() - truth) / truth).mean().item()
 
 
-def test_products_lose_what_their_operands_lose_and_no_more(place):
+def test_numerics_products_lose_what_their_operands_lose_and_no_more(place):
     # A sum of 32 products whose operands have a relative error of at most 2^-11 each; cutting off would be biased.
     error, bias = errors(place, "tf32")
     assert 0 < error < 2.0**-11 and abs(bias) < 2.0**-14

@@ -48,7 +48,7 @@ def overlap(up: Tensor, writers: Tensor) -> float:
     ("hidden", "k", "rank"), [(64, 8, 8), (100, 5, 3), (17, 1, 1), (33, 16, 4), (130, 3, 40), (96, 40, 2)]
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
-def test_nothing_is_left_along_the_writers(device, hidden, k, rank, dtype):
+def test_orthogonal_nothing_is_left_along_the_writers(device, hidden, k, rank, dtype):
     up, writers = normal(LAYERS, hidden, rank, seed=2).to(device), normal(LAYERS, hidden, k, dtype=dtype).to(device)
     projected = project_out(up, writers)
     assert projected.dtype == torch.float32 and projected.is_contiguous()
@@ -58,7 +58,7 @@ def test_nothing_is_left_along_the_writers(device, hidden, k, rank, dtype):
 
 
 @pytest.mark.parametrize("condition", [1e2, 1e4, 1e6])
-def test_ill_conditioned_writers(device, condition):
+def test_orthogonal_ill_conditioned_writers(device, condition):
     up, writers = normal(LAYERS, 96, 8, seed=2).to(device), conditioned(96, 8, condition).to(device)
     projected = project_out(up, writers)
     bound = 1e-5 * writers.norm() * up.norm()
@@ -68,14 +68,14 @@ def test_ill_conditioned_writers(device, condition):
     torch.testing.assert_close(projected.cpu().double(), truth(up, writers), rtol=0, atol=4 * atol)
 
 
-def test_columns_of_very_different_length_are_all_directions(device):
+def test_orthogonal_columns_of_very_different_length_are_all_directions(device):
     scale = torch.tensor([1.0, 1e-3, 1e-6])
     up, writers = normal(LAYERS, 64, 4, seed=2).to(device), (normal(LAYERS, 64, 3) * scale).to(device)
     torch.testing.assert_close(project_out(up, writers), project_out(up, writers / scale.to(device)), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_no_writer_no_projection(device, dtype):
+def test_orthogonal_no_writer_no_projection(device, dtype):
     """B = 0, LoRA's initial state, leaves W2 to the bit, −0 too; so does a layer of zeros among others."""
     up = normal(LAYERS, 64, 4, seed=2).to(dtype)
     up[:, 0] = -0.0
@@ -88,7 +88,7 @@ def test_no_writer_no_projection(device, dtype):
     assert torch.equal(project_out(up.to(device), torch.zeros_like(writers).to(device)).cpu().view(bits), up.view(bits))
 
 
-def test_rank_deficient_writers_have_the_space_of_their_independent_columns(device):
+def test_orthogonal_rank_deficient_writers_have_the_space_of_their_independent_columns(device):
     independent = normal(LAYERS, 64, 3)
     mixed = torch.cat([independent, independent @ normal(LAYERS, 3, 4, seed=5), independent[:, :, :1]], 2)
     up = normal(LAYERS, 64, 4, seed=2).to(device)
@@ -98,7 +98,7 @@ def test_rank_deficient_writers_have_the_space_of_their_independent_columns(devi
     assert column_space(mixed.to(device)).norm(dim=1).round().sum(1).tolist() == [3.0] * LAYERS
 
 
-def test_nearly_nothing_beside_something_is_no_direction(device):
+def test_orthogonal_nearly_nothing_beside_something_is_no_direction(device):
     writers = normal(LAYERS, 64, 4)
     writers[:, :, 2] = 1e-12 * normal(LAYERS, 64, seed=9)
     up = normal(LAYERS, 64, 4, seed=2).to(device)
@@ -109,7 +109,7 @@ def test_nearly_nothing_beside_something_is_no_direction(device):
     )
 
 
-def test_the_gradient_is_projected_as_float64_autograd_says(device):
+def test_orthogonal_the_gradient_is_projected_as_float64_autograd_says(device):
     up, writers, grad = (normal(LAYERS, 48, n, seed=n).to(device) for n in (4, 6, 4))
     up.requires_grad_()
     (actual,) = torch.autograd.grad(project_out(up, writers), up, grad)
@@ -119,7 +119,7 @@ def test_the_gradient_is_projected_as_float64_autograd_says(device):
     assert overlap(actual, writers) <= 1e-6
 
 
-def test_writers_get_no_gradient_and_second_derivatives_are_refused(device):
+def test_orthogonal_writers_get_no_gradient_and_second_derivatives_are_refused(device):
     up, writers = normal(1, 32, 2).to(device).requires_grad_(), normal(1, 32, 3).to(device).requires_grad_()
     out = project_out(up, writers)
     grad = torch.ones_like(out, requires_grad=True)
@@ -129,14 +129,14 @@ def test_writers_get_no_gradient_and_second_derivatives_are_refused(device):
         first.sum().backward()
 
 
-def test_a_writer_that_is_not_finite_is_not_taken_for_none(device):
+def test_orthogonal_a_writer_that_is_not_finite_is_not_taken_for_none(device):
     up, writers = normal(2, 32, 2).to(device), normal(2, 32, 3).to(device)
     writers[0, 3, 1] = float("inf")
     projected = project_out(up, writers)
     assert projected[0].isnan().all() and projected[1].isfinite().all()
 
 
-def test_same_inputs_same_bits_and_strided_input(device):
+def test_orthogonal_same_inputs_same_bits_and_strided_input(device):
     up, writers = normal(LAYERS, 4, 64, seed=2).to(device).transpose(1, 2), normal(64, LAYERS, 6).to(device)
     writers = writers.transpose(0, 1)
     projected = project_out(up, writers)
@@ -144,7 +144,7 @@ def test_same_inputs_same_bits_and_strided_input(device):
     assert torch.equal(projected, project_out(up.contiguous(), writers.contiguous()))
 
 
-def test_a_few_layers_at_a_time_are_all_layers(monkeypatch):
+def test_orthogonal_a_few_layers_at_a_time_are_all_layers(monkeypatch):
     monkeypatch.setenv("FUSED_STEER_BACKEND", "torch")
     up, writers = normal(5, 64, 4, seed=2), normal(5, 64, 6)
     whole = project_out(up, writers)
@@ -153,7 +153,7 @@ def test_a_few_layers_at_a_time_are_all_layers(monkeypatch):
 
 
 @pytest.mark.parametrize(("k", "condition"), [(8, 1.0), (8, 1e6), (40, 1e3)])
-def test_the_basis_is_orthonormal_and_projects_alike(device, k, condition):
+def test_orthogonal_the_basis_is_orthonormal_and_projects_alike(device, k, condition):
     writers, up = conditioned(96, k, condition).to(device), normal(LAYERS, 96, 4, seed=2).to(device)
     v = column_space(writers)
     assert v.shape == writers.shape and v.dtype == torch.float32
@@ -165,7 +165,7 @@ def test_the_basis_is_orthonormal_and_projects_alike(device, k, condition):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-def test_the_basis_of_narrow_writers_is_in_float32(device, dtype):
+def test_orthogonal_the_basis_of_narrow_writers_is_in_float32(device, dtype):
     writers = normal(LAYERS, 64, 5, dtype=dtype).to(device)
     v = column_space(writers)
     assert v.dtype == torch.float32
@@ -173,7 +173,7 @@ def test_the_basis_of_narrow_writers_is_in_float32(device, dtype):
 
 
 @pytest.mark.parametrize("shape", [(48, 4), (48,)], ids=["W2", "b2"])
-def test_a_gradient_is_projected_where_the_value_satisfies_the_constraint(device, shape):
+def test_orthogonal_a_gradient_is_projected_where_the_value_satisfies_the_constraint(device, shape):
     """As float64's autograd has it through W2 -> (I − V Vᵀ) W2, at a W2 for which that is W2 itself."""
     writers, grad = normal(1, 48, 6).to(device), normal(*shape, seed=3).to(device)
     columns = normal(1, 48, 4, seed=2).to(device) if len(shape) == 2 else normal(1, 48, 1, seed=2).to(device)
@@ -197,13 +197,13 @@ def test_a_gradient_is_projected_where_the_value_satisfies_the_constraint(device
         ((2, 64, 257), (2, 64, 2), ValueError, "up has rank 257; expected 1 to 256"),
     ],
 )
-def test_shapes_that_do_not_fit_are_refused(up, writers, error, message):
+def test_orthogonal_shapes_that_do_not_fit_are_refused(up, writers, error, message):
     with pytest.raises(error, match=message) as caught:
         project_out(torch.zeros(up), torch.zeros(writers))
     assert "\n" not in str(caught.value)
 
 
-def test_dtypes_and_devices_that_do_not_fit_are_refused():
+def test_orthogonal_dtypes_and_devices_that_do_not_fit_are_refused():
     up, writers = torch.zeros(1, 8, 2), torch.zeros(1, 8, 2)
     with pytest.raises(TypeError, match="writers has dtype torch.float64; expected float32, bfloat16 or float16"):
         project_out(up, writers.double())
@@ -211,7 +211,7 @@ def test_dtypes_and_devices_that_do_not_fit_are_refused():
         project_out(up, writers.to("meta"))
 
 
-def test_every_target_compiles_it_without_spilling():
+def test_orthogonal_every_target_compiles_it_without_spilling():
     cases = [
         [target, "bfloat16", 4096, rank, 0, {"layers": 32, "writers": k}]
         for target in TARGETS
@@ -231,10 +231,12 @@ def test_every_target_compiles_it_without_spilling():
     assert not bad, "\n".join(map(str, bad))
 
 
-def test_a_handful_of_launches_whatever_the_number_of_layers():
+def test_orthogonal_a_handful_of_launches_whatever_the_number_of_layers():
     for layers in (1, 32, 80):
         launches = record_projection(layers, 4096, 8, 8, torch.bfloat16, "sm_90")
-        assert [launch.kernel.__name__ for launch in launches] == ["gram_kernel", "solve_kernel", "apply_kernel"]
+        assert [launch.kernel.__name__ for launch in launches] == [
+            f"orthogonal_{name}_kernel" for name in ("gram", "solve", "apply")
+        ]
         basis = record_projection(layers, 4096, 0, 8, torch.bfloat16, "sm_90")
         assert len(basis) == 6
         assert all(launch.grid[0] == layers for launch in launches + basis)

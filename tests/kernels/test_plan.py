@@ -159,7 +159,7 @@ ADAPTERS = {
 @pytest.mark.parametrize("finished", [False, True], ids=["branch", "finished"])
 @pytest.mark.parametrize("adapter", ADAPTERS)
 @torch.no_grad()
-def test_second_call_goes_by_the_plan_of_the_first(device, made, adapter, finished):
+def test_plan_second_call_goes_by_the_plan_of_the_first(device, made, adapter, finished):
     site = make_site(device, **ADAPTERS[adapter])
     for seed in (1, 2):
         residual, branch = states(5, device, seed=seed)
@@ -171,7 +171,7 @@ def test_second_call_goes_by_the_plan_of_the_first(device, made, adapter, finish
 
 
 @torch.no_grad()
-def test_several_shapes_are_planned_at_once_and_the_oldest_leaves(device, made):
+def test_plan_several_shapes_are_planned_at_once_and_the_oldest_leaves(device, made):
     op = PlannedPostBlock("silu", SCALE, (torch.empty(0), torch.empty(0), None, None))
     w1, w2 = (t.to(device) for t in tensors().values())
 
@@ -219,7 +219,7 @@ OTHERS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]] = {
 
 @pytest.mark.parametrize("other", OTHERS)
 @torch.no_grad()
-def test_other_operands_are_steered_as_ever_and_leave_the_plan(device, made, other):
+def test_plan_other_operands_are_steered_as_ever_and_leave_the_plan(device, made, other):
     site, operands = make_site(device, up_bias=True), states(5, device)
     assert_steers(site, *operands)
     for _ in range(2):
@@ -229,7 +229,7 @@ def test_other_operands_are_steered_as_ever_and_leave_the_plan(device, made, oth
 
 
 @torch.no_grad()
-def test_what_kernels_refuse_is_refused_beside_a_plan(device, made):
+def test_plan_what_kernels_refuse_is_refused_beside_a_plan(device, made):
     site, (residual, branch) = make_site(device), states(5, device)
     assert_steers(site, residual, branch)
     with pytest.raises(TypeError, match="the triton backend got a float64 tensor; expected float32"):
@@ -242,7 +242,7 @@ def test_what_kernels_refuse_is_refused_beside_a_plan(device, made):
 
 
 @torch.no_grad()
-def test_a_plan_is_for_so_many_operands(device):
+def test_plan_is_for_so_many_operands(device):
     site, operands = make_site(device), states(5, device)
     expected = site(*operands)
     weights = parts(site)[:2]
@@ -253,7 +253,7 @@ def test_a_plan_is_for_so_many_operands(device):
 
 
 @torch.no_grad()
-def test_subclass_of_tensor_goes_past_the_plan(device, made):
+def test_plan_subclass_of_tensor_goes_past_the_plan(device, made):
     class Marked(Tensor):
         pass
 
@@ -319,7 +319,7 @@ CHANGES: dict[str, Callable[[SteeringSite], Any]] = {
 
 @pytest.mark.parametrize("change", CHANGES)
 @torch.no_grad()
-def test_a_change_of_the_site_shows_in_the_next_call(device, made, change):
+def test_plan_a_change_of_the_site_shows_in_the_next_call(device, made, change):
     site, operands = make_site(device), states(5, device)
     before = site(*operands)
     made.none(lambda: site(*operands))
@@ -331,7 +331,7 @@ def test_a_change_of_the_site_shows_in_the_next_call(device, made, change):
 
 
 @torch.no_grad()
-def test_a_site_that_is_off_adds_and_is_on_again(device, made):
+def test_plan_a_site_that_is_off_adds_and_is_on_again(device, made):
     site, operands = make_site(device), states(5, device)
     steered, plain = site(*operands), operands[0] + operands[1]
     for off, on in (
@@ -347,7 +347,7 @@ def test_a_site_that_is_off_adds_and_is_on_again(device, made):
 
 @pytest.mark.parametrize("through", ["deepcopy", "pickle", "torch.save"])
 @torch.no_grad()
-def test_copies_plan_for_themselves(device, made, through):
+def test_plan_copies_plan_for_themselves(device, made, through):
     model = patched(device)
     residual, branch = rows(device)
     expected = model(residual, branch)
@@ -407,7 +407,7 @@ def rows(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def test_backend_asked_for_between_calls(device, made, monkeypatch):
+def test_plan_backend_asked_for_between_calls(device, made, monkeypatch):
     model = patched(device)
     operands = rows(device)
     expected = model(*operands)
@@ -425,7 +425,7 @@ def test_backend_asked_for_between_calls(device, made, monkeypatch):
 
 
 @torch.no_grad()
-def test_recorded_launches_are_not_made(device, made):
+def test_plan_recorded_launches_are_not_made(device, made):
     site, operands = make_site(device), states(5, device)
     expected = site(*operands)
     with recorded(TARGETS["sm_90"]) as launches:
@@ -436,7 +436,7 @@ def test_recorded_launches_are_not_made(device, made):
 
 
 @torch.no_grad()
-def test_a_hook_on_the_site_sees_each_call(device, made):
+def test_plan_a_hook_on_the_site_sees_each_call(device, made):
     model = patched(device)
     operands = rows(device)
     expected = model(*operands)
@@ -457,7 +457,7 @@ def test_a_hook_on_the_site_sees_each_call(device, made):
 
 
 @torch.no_grad()
-def test_threads_plan_at_once(device, one_kernel_at_a_time):
+def test_plan_threads_plan_at_once(device, one_kernel_at_a_time):
     site = make_site(device)
     cases = {tokens: states(tokens, device) for tokens in (2, 3, 4)}
     expected = {tokens: ordinary(site, *operands) for tokens, operands in cases.items()}
@@ -504,7 +504,7 @@ def assert_trains(site: SteeringSite, operands: tuple[Tensor, ...], grad: Tensor
 
 @pytest.mark.parametrize("wants", ["xb", "x", "b", ""], ids=["both", "residual", "branch", "neither"])
 @pytest.mark.parametrize("adapter", ADAPTERS)
-def test_second_step_goes_by_the_plans_of_the_first(device, made, adapter, wants):
+def test_plan_second_step_goes_by_the_plans_of_the_first(device, made, adapter, wants):
     site = make_site(device, **ADAPTERS[adapter])
     for seed in (1, 2):
         operands, grad = leaves(states(5, device, seed=seed), wants), normal(2, 5, D, device=device, seed=seed + 7)
@@ -512,7 +512,7 @@ def test_second_step_goes_by_the_plans_of_the_first(device, made, adapter, wants
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-def test_a_finished_state_trains_by_plans(device, made, dtype):
+def test_plan_a_finished_state_trains_by_plans(device, made, dtype):
     site, grad = make_site(device, up_bias=True), normal(2, 5, D, device=device, dtype=dtype)
     operands = leaves(states(5, device, dtype))[:1]
     made.new(lambda: assert_trains(site, operands, grad))
@@ -520,7 +520,7 @@ def test_a_finished_state_trains_by_plans(device, made, dtype):
 
 
 @pytest.mark.parametrize("frozen", [(0,), (1,), (2, 3), (0, 1, 2), (0, 1, 2, 3)], ids=str)
-def test_frozen_parts_get_no_gradient(device, made, frozen):
+def test_plan_frozen_parts_get_no_gradient(device, made, frozen):
     site, operands = make_site(device, down_bias=True, up_bias=True), leaves(states(5, device))
     grad = normal(2, 5, D, device=device)
     assert_trains(site, operands, grad)  # a plan in which all train
@@ -542,14 +542,14 @@ GRADIENTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("kind", GRADIENTS)
-def test_gradients_of_any_strides(device, made, kind):
+def test_plan_gradients_of_any_strides(device, made, kind):
     site, operands, grad = make_site(device), leaves(states(5, device)), normal(2, 5, D, device=device)
     for _ in range(2):
         assert_trains(site, operands, grad)
         assert_trains(site, operands, GRADIENTS[kind](grad))
 
 
-def test_no_gradient_at_all_is_none(device, made):
+def test_plan_no_gradient_at_all_is_none(device, made):
     site, operands = make_site(device), leaves(states(5, device))
 
     class Undefined(torch.autograd.Function):
@@ -566,7 +566,7 @@ def test_no_gradient_at_all_is_none(device, made):
         assert all(t.grad is None for t in (*operands, *parts(site)) if t is not None)
 
 
-def test_gradients_add_up_in_memory_of_their_own(device, made):
+def test_plan_gradients_add_up_in_memory_of_their_own(device, made):
     site, operands = make_site(device, down_bias=True, up_bias=True), leaves(states(5, device))
     grad = normal(2, 5, D, device=device)
     wanted = [*operands, *parts(site)]
@@ -579,7 +579,7 @@ def test_gradients_add_up_in_memory_of_their_own(device, made):
         assert part.grad.untyped_storage().nbytes() == part.nbytes
 
 
-def test_a_graph_that_is_kept_is_walked_twice(device, made):
+def test_plan_a_graph_that_is_kept_is_walked_twice(device, made):
     site, operands = make_site(device), leaves(states(5, device))
     grad = torch.ones(2, 5, D, device=device)
     assert_trains(site, operands, grad)
@@ -590,7 +590,7 @@ def test_a_graph_that_is_kept_is_walked_twice(device, made):
         assert torch.equal(one, other)
 
 
-def test_a_weight_changed_before_backward_is_an_error(device, made):
+def test_plan_a_weight_changed_before_backward_is_an_error(device, made):
     site, operands = make_site(device), leaves(states(5, device))
     for _ in range(2):
         out = site(*operands)
@@ -600,7 +600,7 @@ def test_a_weight_changed_before_backward_is_an_error(device, made):
             out.sum().backward()
 
 
-def test_second_derivative_is_refused(device, made):
+def test_plan_second_derivative_is_refused(device, made):
     site, operands = make_site(device), leaves(states(5, device))
     for _ in range(2):
         (found,) = torch.autograd.grad(site(*operands).square().sum(), operands[0], create_graph=True)
@@ -611,7 +611,7 @@ def test_second_derivative_is_refused(device, made):
 
 @pytest.mark.parametrize("inside", [True, False], ids=["made inside", "made outside"])
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
-def test_checkpoint(device, made, reentrant, inside):
+def test_plan_checkpoint(device, made, reentrant, inside):
     site, operands = make_site(device, up_bias=True), leaves(states(5, device))
     grad = normal(2, 5, D, device=device)
     if not inside:
@@ -627,7 +627,7 @@ def test_checkpoint(device, made, reentrant, inside):
     made.none(lambda: checkpoint(site, *operands, use_reentrant=reentrant).backward(grad))
 
 
-def test_inference_and_training_take_turns(device, made):
+def test_plan_inference_and_training_take_turns(device, made):
     site, grad = make_site(device), normal(2, 5, D, device=device)
     for turn in range(2):
         operands = leaves(states(5, device))
@@ -636,7 +636,7 @@ def test_inference_and_training_take_turns(device, made):
             (made.none if turn else made.new)(lambda a=operands: assert_steers(site, *(t.detach() for t in a)))
 
 
-def test_transforms_of_torch_func_go_past_a_plan(device, made):
+def test_plan_transforms_of_torch_func_go_past_a_plan(device, made):
     site, (residual, branch) = make_site(device), states(5, device)
     operands = leaves((residual, branch))
     site(*operands)
@@ -654,7 +654,7 @@ def test_transforms_of_torch_func_go_past_a_plan(device, made):
     assert_same(torch.func.grad(beside)(torch.ones((), device=device)), expected.sum())
 
 
-def test_threads_train_at_once(device, one_kernel_at_a_time):
+def test_plan_threads_train_at_once(device, one_kernel_at_a_time):
     site, grad = make_site(device), normal(2, 3, D, device=device)
     cases = [leaves(states(3, device, seed=seed)) for seed in (1, 9)]
     expected = [differentiate(lambda *given: ordinary(site, *given), site, case, grad) for case in cases]
@@ -687,7 +687,7 @@ def batched(device: torch.device) -> tuple[nn.Module, Any]:
 
 
 @torch.no_grad()
-def test_rows_go_by_plans_across_layers_and_passes(device, made):
+def test_plan_rows_go_by_plans_across_layers_and_passes(device, made):
     model, batch = batched(device)
     residual, branch = (normal(3, 1, D, device=device, seed=seed) for seed in (1, 2))
     alone = []
@@ -709,7 +709,7 @@ def test_rows_go_by_plans_across_layers_and_passes(device, made):
 
 
 @torch.no_grad()
-def test_slots_that_hold_something_else_or_move(device, made):
+def test_plan_slots_that_hold_something_else_or_move(device, made):
     slots = Slots(2, R, D, device=device)
     routing = Routing(torch.tensor([0, 1, -1], dtype=torch.int32, device=device))
     residual, branch = (normal(3, D, device=device, seed=seed) for seed in (1, 2))
@@ -767,7 +767,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @torch.no_grad()
-def test_op_goes_by_the_plan_of_another_layer(device, made, fresh):
+def test_plan_op_goes_by_the_plan_of_another_layer(device, made, fresh):
     first, second = (make_site(device, up_bias=True, seed=seed) for seed in (5, 50))
     operands = states(5, device)
     for number, site in enumerate((first, second)):
@@ -782,7 +782,7 @@ def test_op_goes_by_the_plan_of_another_layer(device, made, fresh):
 
 @pytest.mark.parametrize("other", OTHERS)
 @torch.no_grad()
-def test_op_of_other_operands(device, made, fresh, other):
+def test_plan_op_of_other_operands(device, made, fresh, other):
     site, operands = make_site(device, up_bias=True), states(5, device)
     site.scale = torch.tensor(SCALE, device=device)
     for given in (operands, OTHERS[other](*operands), OTHERS[other](*operands), operands):
@@ -790,7 +790,7 @@ def test_op_of_other_operands(device, made, fresh, other):
 
 
 @torch.no_grad()
-def test_op_of_other_constants_has_a_plan_of_its_own(device, made, fresh):
+def test_plan_op_of_other_constants_has_a_plan_of_its_own(device, made, fresh):
     site, operands = make_site(device), states(5, device)
     gain = torch.rand(2, 5, device=device)
     inputs = op_inputs(site, *operands)
@@ -807,7 +807,7 @@ def test_op_of_other_constants_has_a_plan_of_its_own(device, made, fresh):
 
 
 @torch.no_grad()
-def test_op_is_seen_by_a_dispatch_mode_and_by_fake_tensors(device, made, fresh):
+def test_plan_op_is_seen_by_a_dispatch_mode_and_by_fake_tensors(device, made, fresh):
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -830,7 +830,7 @@ def test_op_is_seen_by_a_dispatch_mode_and_by_fake_tensors(device, made, fresh):
 
 
 @torch.no_grad()
-def test_op_asks_for_the_backend(device, made, fresh, monkeypatch):
+def test_plan_op_asks_for_the_backend(device, made, fresh, monkeypatch):
     inputs = op_inputs(make_site(device), *states(5, device))
     expected = run_op(inputs)
     monkeypatch.setenv("FUSED_STEER_BACKEND", "cutlass")
@@ -847,7 +847,7 @@ def run_inference(site: SteeringSite, residual: Tensor, branch: Tensor) -> Tenso
 
 
 @torch.no_grad()
-def test_inference_op_goes_by_the_plan_of_another_layer(device, made, fresh):
+def test_plan_inference_op_goes_by_the_plan_of_another_layer(device, made, fresh):
     sites = [make_site(device, seed=seed) for seed in (5, 50)]
     operands = states(5, device)
     for number, site in enumerate(sites):
@@ -868,13 +868,13 @@ def test_inference_op_goes_by_the_plan_of_another_layer(device, made, fresh):
 
 @pytest.mark.parametrize("other", [name for name in OTHERS if name != "no branch"])
 @torch.no_grad()
-def test_inference_op_of_other_operands(device, made, fresh, other):
+def test_plan_inference_op_of_other_operands(device, made, fresh, other):
     site, operands = make_site(device), states(5, device)
     for given in (operands, OTHERS[other](*operands), OTHERS[other](*operands), operands):
         assert_same(run_inference(site, *given), run_op(op_inputs(site, *given)))
 
 
-def test_a_graph_calls_the_inference_op_where_no_gradient_is_asked_for(device, fresh):
+def test_plan_a_graph_calls_the_inference_op_where_no_gradient_is_asked_for(device, fresh):
     called: list[str] = []
 
     def backend(graph: torch.fx.GraphModule, _: Any) -> torch.fx.GraphModule:
@@ -897,7 +897,7 @@ def test_a_graph_calls_the_inference_op_where_no_gradient_is_asked_for(device, f
     assert compiled(make_site(device).requires_grad_(False), operands) == "fused_steer.post_block_inference"
 
 
-def test_inference_op_is_an_op(device):
+def test_plan_inference_op_is_an_op(device):
     site = make_site(device).requires_grad_(False)
     w1, w2 = parts(site)[:2]
     arguments = (*states(5, device), w1, w2, torch.tensor(SCALE, device=device), "silu")
@@ -906,7 +906,7 @@ def test_inference_op_is_an_op(device):
     torch.library.opcheck(torch.ops.fused_steer.post_block_inference.default, arguments, test_utils=tests)
 
 
-def test_what_a_call_leaves_behind_is_one_allocation(monkeypatch):
+def test_plan_what_a_call_leaves_behind_is_one_allocation(monkeypatch):
     monkeypatch.setattr(plans, "INTERPRETED", False)
     allocated: list[Tensor] = []
 
@@ -925,7 +925,7 @@ def test_what_a_call_leaves_behind_is_one_allocation(monkeypatch):
     assert all((span[0] - scratch.data_ptr()) % 128 == 0 for span in spans)
 
 
-def test_compiled_site_trains_by_plans(device, made, fresh):
+def test_plan_compiled_site_trains_by_plans(device, made, fresh):
     site, grad = make_site(device, up_bias=True), normal(2, 5, D, device=device)
     torch.compiler.reset()
     compiled = torch.compile(site, fullgraph=True, backend="aot_eager")
@@ -938,7 +938,7 @@ def test_compiled_site_trains_by_plans(device, made, fresh):
 
 
 @torch.no_grad()
-def test_grouped_op_goes_by_a_plan(device, made, monkeypatch):
+def test_plan_grouped_op_goes_by_a_plan(device, made, monkeypatch):
     from fused_steer.kernels import grouped
 
     monkeypatch.setattr(grouped, "_plans", {})
@@ -961,7 +961,7 @@ def test_grouped_op_goes_by_a_plan(device, made, monkeypatch):
         assert into._version == version + 1  # what autograd saved of it is known to have changed
 
 
-def test_grouped_op_refuses_a_gradient():
+def test_plan_grouped_op_refuses_a_gradient():
     downs, ups, x = torch.randn(2, R, D, requires_grad=True), torch.randn(2, D, R), torch.randn(3, D)
     operands = (downs, ups, torch.tensor([0, 1, -1]), None, None, None, None, "silu")
     with pytest.raises(RuntimeError, match="no gradient; expected torch.no_grad"):
@@ -985,7 +985,12 @@ def worked() -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_planned_launches_are_those_of_the_first_call(worked):
+def test_plan_fp_fusion_is_not_the_environments(worked):
+    unset, off = worked["fp_fusion_of_the_environment"]["found"]
+    assert unset == off and len(unset[0]) >= 1 and all(unset[0])
+
+
+def test_plan_planned_launches_are_those_of_the_first_call(worked):
     inference, training, rows = (
         worked[name] for name in ("same_launches", "same_launches_in_training", "rows_of_their_own")
     )
@@ -995,43 +1000,43 @@ def test_planned_launches_are_those_of_the_first_call(worked):
     assert inference["count"] >= 1 and training["count"] >= 3 and rows["count"] >= 2
 
 
-def test_planned_launches_have_the_arguments_of_the_ordinary_ones(worked):
+def test_plan_planned_launches_have_the_arguments_of_the_ordinary_ones(worked):
     inference, training = (worked["same_arguments"][name] for name in ("inference", "training"))
     assert inference["same"] and training["same"]
     assert inference["count"] >= 1 and training["count"] >= 4
     assert inference["read"] >= 4 and training["read"] > inference["read"], "residual, branch, W1, W2"
 
 
-def test_compiled_launches_are_the_eager_ones(worked):
+def test_plan_compiled_launches_are_the_eager_ones(worked):
     compiled = worked["compiled"]
     assert compiled["same"] and compiled["count"] >= 2
     assert sum(compiled["made"][0]) == 1 and compiled["made"][2:] == [[], []]
 
 
-def test_addresses_are_read_in_each_call(worked):
+def test_plan_addresses_are_read_in_each_call(worked):
     assert worked["addresses_of_the_moment"]["found"] == [True, True, True]
     freed = worked["a_freed_tensors_address"]
     assert freed["moved"] and freed["read"] and not freed["stale"] and freed["made"] == 0
 
 
-def test_misaligned_operands_have_no_plan(worked):
+def test_plan_misaligned_operands_have_no_plan(worked):
     misaligned = worked["misaligned"]
     assert misaligned["address"] == 2 and misaligned["aside"] == [False] and misaligned["again"] == []
     assert misaligned["count"] >= 1
 
 
-def test_streams_are_asked_for_in_each_call(worked):
+def test_plan_streams_are_asked_for_in_each_call(worked):
     assert worked["stream_of_the_moment"]["found"] == [[0], [0], [48], [64], [0]]
 
 
-def test_the_operands_device_is_made_current_around_a_launch(worked):
+def test_plan_the_operands_device_is_made_current_around_a_launch(worked):
     elsewhere = worked["another_device_is_current"]
     assert elsewhere["quiet"] == [] and elsewhere["planned"] == elsewhere["trained"] == []
     assert elsewhere["count"] >= 1 and elsewhere["seen"] == [[0, 0]] and elsewhere["after"] == 1
     assert elsewhere["around"] == 2 and elsewhere["entered"] == ["cpu"]  # forward and backward
 
 
-def test_hooks_of_launches_see_each(worked):
+def test_plan_hooks_of_launches_see_each(worked):
     *chains, replaced = worked["hooks_of_launches"]
     for chain in chains:
         count = chain["plain"]
@@ -1040,12 +1045,12 @@ def test_hooks_of_launches_see_each(worked):
     assert replaced["launched"] == replaced["seen"] >= 1
 
 
-def test_backend_is_asked_for_in_each_call(worked):
+def test_plan_backend_is_asked_for_in_each_call(worked):
     between = worked["backend_between_calls"]
     assert between["torch"] == 0 and between["backend"] == "torch"
     assert between["refused"] == "FUSED_STEER_BACKEND is 'nonsense'; expected one of triton, torch"
     assert between["again"] == [] and between["count"] >= 1
 
 
-def test_threads_share_plans(worked):
+def test_plan_threads_share_plans(worked):
     assert worked["threads"]["wrong"] == []

@@ -46,7 +46,7 @@ def cycles(*lines: str, clock=H100, warps=1, programs=1, loops=(), again=False) 
 # ------------------------------------------------------------------------------------------------------- machine code
 
 
-def test_parse_reads_instructions_and_their_hints():
+def test_predict_parse_reads_instructions_and_their_hints():
     load, product, leave = parse(
         listing(
             "LDG.E.128 R4, desc[UR4][R2.64] | stall 3 sets 2 frees 1",
@@ -73,11 +73,11 @@ def walked(*lines: str, trips: list[int]) -> list[int]:
     return [index for index, _ in Walk(code, dict(zip(found, trips, strict=True)))]
 
 
-def test_walk_repeats_a_loop_and_ends_with_the_program():
+def test_predict_walk_repeats_a_loop_and_ends_with_the_program():
     assert walked("MOV", "FADD", "@P0 BRA 0x10", "MOV", "EXIT", "BRA 0x50", trips=[3]) == [0, 1, 2, 1, 2, 1, 2, 3, 4]
 
 
-def test_walk_of_nested_loops():
+def test_predict_walk_of_nested_loops():
     lines = ("MOV", "FADD", "@P0 BRA 0x10", "FMUL", "@P1 BRA 0x30", "@P2 BRA 0x0", "EXIT")
     (outer,) = find_loops(parse(listing(*lines)))
     assert outer.shape == "[[][]]"
@@ -86,20 +86,20 @@ def test_walk_of_nested_loops():
 
 
 @pytest.mark.parametrize("way_out", ["@P0 EXIT", "@P0 BRA 0x40", "@P0 CALL.REL.NOINC 0x40"])
-def test_walk_leaves_a_loop_by_its_way_out(way_out):
+def test_predict_walk_leaves_a_loop_by_its_way_out(way_out):
     """ptxas ends some loops by an unconditional branch back, behind the way out."""
     after = [] if "EXIT" in way_out else [4]
     assert walked("MOV", "FADD", way_out, "BRA 0x10", "EXIT", trips=[2]) == [0, 1, 2, 3, 1, 2, *after]
 
 
-def test_walk_takes_the_branch_that_leads_to_a_loop():
+def test_predict_walk_takes_the_branch_that_leads_to_a_loop():
     lines = ("@!P3 BRA 0x20", "BRA 0x50", "FADD", "@P0 BRA 0x20", "MOV", "EXIT")
     assert walked(*lines, trips=[2]) == [0, 2, 3, 2, 3, 4, 5]
     assert walked(*lines, trips=[0]) == [0, 1, 5], "a loop without trips is gone around"
     assert walked("@P3 BRA 0x30", "FADD", "@P0 BRA 0x10", "EXIT", trips=[0]) == [0, 3]
 
 
-def test_walk_refuses_a_loop_that_it_cannot_reach():
+def test_predict_walk_refuses_a_loop_that_it_cannot_reach():
     with pytest.raises(ValueError, match="the program ends at 0x0; expected a way to the loop at 0x10, which has 2"):
         walked("EXIT", "FADD", "@P0 BRA 0x10", "EXIT", trips=[2])
 
@@ -107,39 +107,39 @@ def test_walk_refuses_a_loop_that_it_cannot_reach():
 # ---------------------------------------------------------------------------------------- the clock of a multiprocessor
 
 
-def test_clock_waits_out_stalls():
+def test_predict_clock_waits_out_stalls():
     assert cycles("FADD | stall 4", "FADD | stall 4", "EXIT") == 8
 
 
-def test_clock_issues_one_instruction_a_cycle_and_scheduler():
+def test_predict_clock_issues_one_instruction_a_cycle_and_scheduler():
     adds = ["FADD"] * 10
     assert cycles(*adds, "EXIT", warps=4) == 10, "a warp on each scheduler"
     assert cycles(*adds, "EXIT", warps=8) == 21
     assert cycles(*adds, "EXIT", clock=A100) == 19, "A100's pipe takes a warp every second cycle"
 
 
-def test_clock_loads_take_the_latency_of_where_they_are_found():
+def test_predict_clock_loads_take_the_latency_of_where_they_are_found():
     lines = ("LDG.E.128 R4, [R2] | sets 0", "FADD | waits 0", "EXIT")
     bytes_a_cycle = 512 / 64
     assert cycles(*lines) == H100.memory_latency + bytes_a_cycle + 1
     assert cycles(*lines, again=True) == H100.l2_latency + bytes_a_cycle + 1
 
 
-def test_clock_copies_are_waited_for_by_group():
+def test_predict_clock_copies_are_waited_for_by_group():
     copy = ("LDGSTS.E.128 [R1], [R2]", "LDGDEPBAR")
     assert cycles(*copy, "DEPBAR.LE SB0, 0x0", "EXIT") > H100.memory_latency
     assert cycles(*copy, "DEPBAR.LE SB0, 0x1", "EXIT") < 20
     assert cycles(*copy, *copy, "DEPBAR.LE SB0, 0x1", "EXIT") > H100.memory_latency
 
 
-def test_clock_barriers_join_the_warps_of_a_program():
+def test_predict_clock_barriers_join_the_warps_of_a_program():
     alone = cycles("FADD", "BAR.SYNC 0x0", "EXIT")
     assert alone == 1 + H100.barrier
     assert cycles("FADD", "BAR.SYNC 0x0", "EXIT", warps=8) == 4 + H100.barrier, "the last of two on a scheduler"
     assert cycles("FADD", "BAR.SYNC 0x0", "EXIT", programs=8) == pytest.approx(alone, abs=4), "programs do not wait"
 
 
-def test_clock_products_occupy_the_tensor_core():
+def test_predict_clock_products_occupy_the_tensor_core():
     products = ["HMMA.16816.F32.BF16 R4, R8, R12, R4"] * 8
     assert cycles(*products, "EXIT") == 7 * H100.product + 1
     assert cycles(*products, "EXIT", clock=A100) == 7 * A100.product + 1
@@ -148,7 +148,7 @@ def test_clock_products_occupy_the_tensor_core():
 
 
 @pytest.mark.parametrize("trips", [(40, 60), (9, 3), (1, 1)])
-def test_clock_goes_on_at_a_loops_pace(trips, monkeypatch):
+def test_predict_clock_goes_on_at_a_loops_pace(trips, monkeypatch):
     load = "LDG.E.128 R4, [R2] | sets 0"
     lines = (
         load,
@@ -167,13 +167,13 @@ def test_clock_goes_on_at_a_loops_pace(trips, monkeypatch):
     assert short == pytest.approx(cycles(*lines, "EXIT", warps=4, programs=3, loops=loops), rel=0.03)
 
 
-def test_issue_cycles_are_those_of_the_busiest_pipe():
+def test_predict_issue_cycles_are_those_of_the_busiest_pipe():
     assert issue_cycles(parse(listing(*["FADD"] * 8, *["IADD3"] * 2)), H100) == 10
     assert issue_cycles(parse(listing(*["FADD"] * 8, *["IADD3"] * 2)), A100) == 16
     assert issue_cycles(parse(listing("FADD", *["HMMA.16816.F32.BF16 R4, R8, R12, R4"] * 4)), A100) == 32
 
 
-def test_a_program_has_the_loops_of_its_description():
+def test_predict_a_program_has_the_loops_of_its_description():
     text = listing("LDG.E.128 R4, [R2]", "LDG.E.128 R4, [R2]", "@P0 BRA 0x0", "EXIT")
     assert len(read_program(text, "some_kernel", (Loop(4, states=1024),), 1).code) == 4
     with pytest.raises(ValueError, match=r"the loops of some_kernel are \[\]; expected \[\]\[\], as predict.py"):
@@ -182,7 +182,7 @@ def test_a_program_has_the_loops_of_its_description():
         read_program(text, "some_kernel", (Loop(4, states=256, others=256),), 1)
 
 
-def test_an_unrolled_loop_and_its_rest_are_one_loop():
+def test_predict_an_unrolled_loop_and_its_rest_are_one_loop():
     load = "LDG.E.128 R4, [R2]"
     text = listing("MOV", load, load, load, "@P0 BRA 0x10", "FADD", load, "@P1 BRA 0x60", load, "@P2 BRA 0x80", "EXIT")
     program = read_program(text, "some_kernel", (Loop(11, states=512), Loop(2, states=512)), 1)
@@ -207,7 +207,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942", "sm_75"])
-def test_work_describes_every_launch(target):
+def test_predict_work_describes_every_launch(target):
     for case in CASES:
         for launch in record(case, target):
             done = work(launch)
@@ -219,7 +219,7 @@ def test_work_describes_every_launch(target):
 
 @pytest.mark.parametrize("rank", [1, 8, 64])
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
-def test_work_reads_in_loops_what_l2_sends(target, rank):
+def test_predict_work_reads_in_loops_what_l2_sends(target, rank):
     """Trips times the bytes of a trip (which test_budgets holds against the code) are the hidden states' bytes, and
     those of the rows that pad a tile."""
     for tokens in (64, 4096, 16384):
@@ -242,7 +242,7 @@ def test_work_reads_in_loops_what_l2_sends(target, rank):
             assert l2_bytes(launch) >= sent
 
 
-def test_memory_is_read_once_and_again_where_l2_has_lost_it():
+def test_predict_memory_is_read_once_and_again_where_l2_has_lost_it():
     unit = 4096 * 4096 * 2
     passes = record_passes(Case(4096, 4096, 8), "sm_90")
     assert sum(memory_bytes(passes["forward"], "sm_90")) == pytest.approx(3 * unit, rel=0.02)
@@ -254,14 +254,14 @@ def test_memory_is_read_once_and_again_where_l2_has_lost_it():
     assert sum(rest) <= sum(again) - few[0].arguments[0].nbytes, "G is in L2 still"
 
 
-def test_waves_are_full_or_not():
+def test_predict_waves_are_full_or_not():
     assert wave_fill(264, 2, 132) == wave_fill(132, 2, 132) == 1
     assert wave_fill(265, 2, 132) == 265 / (2 * 264)
     assert wave_fill(128, 4, 132) == 128 / 132
     assert wave_fill(546, 2, 132) == 546 / (3 * 264), "2.07 waves are 3"
 
 
-def test_an_unknown_kernel_is_one_clear_line():
+def test_predict_an_unknown_kernel_is_one_clear_line():
     (launch, *_) = record(Case(8, 64, 8), "sm_90")
 
     class Other:
@@ -288,7 +288,7 @@ def test_an_unknown_kernel_is_one_clear_line():
         ([(0.1, 0.2, 0.5, 0.8), (0.1, 0.2, 0.5, 0.8)], "host", 2.6, 1 / 3),
     ],
 )
-def test_a_pass_says_what_binds_it(launches, binds, seconds, floors):
+def test_predict_a_pass_says_what_binds_it(launches, binds, seconds, floors):
     each = tuple(LaunchPrediction("some_kernel", Times(*times), busy=0.1, fill=1.0) for times in launches)
     found = PassPrediction("H100", each, floor=3.0)
     assert (found.binds, found.seconds, found.floors) == (binds, pytest.approx(seconds), pytest.approx(floors))

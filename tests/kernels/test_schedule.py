@@ -23,7 +23,7 @@ POLICIES = {"cuda": ("bf16", "tf32", "tf32x3", "ieee"), "hip": ("bf16", "ieee")}
 
 @pytest.mark.parametrize("device", TARGETS.values(), ids=TARGETS)
 @pytest.mark.parametrize("tokens", [1, 17, 64, 1000, 8192, 100_000])
-def test_all_of_the_hidden_state_is_covered_once(device, tokens):
+def test_schedule_all_of_the_hidden_state_is_covered_once(device, tokens):
     for hidden in HIDDEN:
         for rank in RANKS:
             for itemsize in (2, 4):
@@ -56,7 +56,7 @@ def test_all_of_the_hidden_state_is_covered_once(device, tokens):
 
 @pytest.mark.parametrize("device", [TARGETS["sm_80"], TARGETS["sm_90"]], ids=["sm_80", "sm_90"])
 @pytest.mark.parametrize("hidden", [2048, 2560, 4096, 8192])
-def test_parts_of_the_rows_fill_the_multiprocessors(device, hidden):
+def test_schedule_parts_of_the_rows_fill_the_multiprocessors(device, hidden):
     for rank in (1, 8, 64):
         for tokens in (4096, 16384):
             columns = columns_schedule(tokens, hidden, rank, "bf16", device)
@@ -67,7 +67,7 @@ def test_parts_of_the_rows_fill_the_multiprocessors(device, hidden):
             assert columns.part <= 1.1 * tokens / columns.splits + columns.block_n, "no part is much longer"
 
 
-def test_forward_splits_d_for_few_tokens_and_wide_ranks():
+def test_schedule_forward_splits_d_for_few_tokens_and_wide_ranks():
     for name in ("sm_80", "sm_90"):
         device = TARGETS[name]
         for tokens in (1, 16, 17, FEW_TOKENS, FEW_TOKENS + 1, 800):
@@ -86,7 +86,7 @@ def test_forward_splits_d_for_few_tokens_and_wide_ranks():
 @pytest.mark.parametrize("name", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("tokens", [4096, 16384])
 @pytest.mark.parametrize("hidden", [2048, 2560, 4096, 8192])
-def test_forward_waves_are_whole(name, tokens, hidden):
+def test_schedule_forward_waves_are_whole(name, tokens, hidden):
     device = TARGETS[name]
     for rank in (1, 8, 16, 32, 64):
         for packed in (True, False):
@@ -97,7 +97,7 @@ def test_forward_waves_are_whole(name, tokens, hidden):
 
 @pytest.mark.parametrize("name", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("hidden", [2048, 2560, 4096])
-def test_forward_tiles_in_flight_are_read_again_from_l2(name, hidden):
+def test_schedule_forward_tiles_in_flight_are_read_again_from_l2(name, hidden):
     """Where device memory binds: what L2 does not hold of the tiles in flight, and the second pass reads from memory
     again, is at most a third of what separates the goal of 1.1 floors from the floor of three units."""
     device = TARGETS[name]
@@ -109,7 +109,7 @@ def test_forward_tiles_in_flight_are_read_again_from_l2(name, hidden):
         assert read_again <= over / 3, found
 
 
-def test_forward_sums_in_one_order_packed_or_not():
+def test_schedule_forward_sums_in_one_order_packed_or_not():
     """Packed weights change neither the blocks of the reduction nor the split of d: the results have the same bits."""
     for device in TARGETS.values():
         for hidden in HIDDEN:
@@ -119,7 +119,7 @@ def test_forward_sums_in_one_order_packed_or_not():
 
 
 @pytest.mark.parametrize("device", TARGETS.values(), ids=TARGETS)
-def test_every_thread_has_128_bits_of_a_tile(device):
+def test_schedule_every_thread_has_128_bits_of_a_tile(device):
     lanes = 64 if device.gpu == "hip" else 32
 
     def schedules(*shape):
@@ -141,11 +141,11 @@ def test_every_thread_has_128_bits_of_a_tile(device):
                     assert found.block_n * found.block_d * 2 >= 16 * lanes * found.num_warps, (hidden, rank, found)
 
 
-def test_ranks_are_padded_in_registers_only():
+def test_schedule_ranks_are_padded_in_registers_only():
     assert [padded_rank(rank) for rank in (0, 1, 16, 17, 200, 256)] == [0, 16, 16, 32, 256, 256]
 
 
-def test_each_gradient_is_computed_in_exactly_one_pass():
+def test_schedule_each_gradient_is_computed_in_exactly_one_pass():
     h100 = TARGETS["sm_90"]
     for rank, hidden, passes in ((64, 4096, 1), (65, 4096, 2), (32, 4099, 1), (64, 4099, 2)):
         found = column_passes(columns_schedule(8192, hidden, rank, "bf16", h100), hidden)

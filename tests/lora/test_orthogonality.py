@@ -115,7 +115,7 @@ def projections(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 @pytest.mark.parametrize("modules", ["mlp", "all"])
 @pytest.mark.parametrize("add", [False, True], ids=["get_peft_model", "add_adapter"])
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_neox-parallel", "gpt2"])
-def test_after_every_step(family, add, modules):
+def test_orthogonality_after_every_step(family, add, modules):
     config = SteerConfig(rank=4, up_bias=True, orthogonal_to="lora", orthogonal_modules=modules)
     model = joint(family, config, add)
     places = MLP if modules == "mlp" else MLP + ATTENTION
@@ -126,7 +126,7 @@ def test_after_every_step(family, add, modules):
         assert overlap(constrained(model), written(model, ATTENTION)) > 1e-3
 
 
-def test_after_every_step_of_a_fused_optimizer():
+def test_orthogonality_after_every_step_of_a_fused_optimizer():
     # The Trainer's default. Its kernels leave no trace in the versions of the tensors that they move.
     model = joint()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, fused=True)
@@ -135,7 +135,7 @@ def test_after_every_step_of_a_fused_optimizer():
 
 
 @pytest.mark.parametrize("narrow_lora", [False, True], ids=["B in fp32", "B in bf16"])
-def test_after_every_step_in_bf16(narrow_lora):
+def test_orthogonality_after_every_step_in_bf16(narrow_lora):
     model = get_peft_model(
         build().bfloat16(), LoraConfig(r=3, target_modules="all-linear"), autocast_adapter_dtype=not narrow_lora
     )
@@ -146,13 +146,13 @@ def test_after_every_step_in_bf16(narrow_lora):
         assert overlap(constrained(model), b) <= 1e-6  # master weights are float32
 
 
-def test_parameters_in_bf16_hold_it_as_far_as_they_can():
+def test_orthogonality_parameters_in_bf16_hold_it_as_far_as_they_can():
     model = joint(config=SteerConfig(rank=4, orthogonal_to="lora", dtype="bfloat16"))
     for _ in steps(model, 3):
         assert overlap(constrained(model), written(model, MLP)) <= torch.finfo(torch.bfloat16).eps
 
 
-def test_a_vector():
+def test_orthogonality_a_vector():
     model = joint(config=SteerConfig(form="vector", orthogonal_to="lora"))
     for _ in steps(model, 3):
         assert overlap(constrained(model, "steer_up.bias"), written(model, MLP)) <= 1e-6
@@ -161,13 +161,13 @@ def test_a_vector():
 @pytest.mark.parametrize(
     "options", [{"use_dora": True}, {"use_rslora": True, "lora_alpha": 64}], ids=["dora", "rslora"]
 )
-def test_scalings_of_lora(options):
+def test_orthogonality_scalings_of_lora(options):
     model = joint(**options)
     for _ in steps(model, 3):
         assert overlap(constrained(model), written(model, MLP)) <= 1e-6
 
 
-def test_adalora():
+def test_orthogonality_adalora():
     model = get_peft_model(build(), AdaLoraConfig(init_r=3, target_modules=["down_proj"], total_step=10))
     patch_model(model, ORTHOGONAL).train()
     for step in steps(model, 3):
@@ -175,12 +175,12 @@ def test_adalora():
             assert overlap(constrained(model), written(model, MLP)) <= 1e-6
 
 
-def test_naive_joint_does_not_hold_it():
+def test_orthogonality_naive_joint_does_not_hold_it():
     model = joint(config=SteerConfig(rank=4))
     assert all(overlap(constrained(model), written(model, MLP)) > 1e-2 for _ in steps(model, 3))
 
 
-def test_several_active_adapters_are_all_stayed_out_of():
+def test_orthogonality_several_active_adapters_are_all_stayed_out_of():
     model = with_lora()
     model.add_adapter("more", LoraConfig(r=2, target_modules=["down_proj"]))
     model.base_model.set_adapter(["default", "more"])
@@ -189,7 +189,7 @@ def test_several_active_adapters_are_all_stayed_out_of():
         assert overlap(constrained(model), written(model, MLP, ("default", "more"))) <= 1e-6
 
 
-def test_layers_without_lora_are_free_and_layers_without_steering_do_not_matter():
+def test_orthogonality_layers_without_lora_are_free_and_layers_without_steering_do_not_matter():
     config = SteerConfig(rank=4, layers=[0, 1], orthogonal_to="lora")
     model = joint(config=config, target_modules=["down_proj", "q_proj"], layers_to_transform=[1, 2])
     list(steps(model, 3))
@@ -200,7 +200,7 @@ def test_layers_without_lora_are_free_and_layers_without_steering_do_not_matter(
     assert sites[0].basis is None and sites[1].basis is not None
 
 
-def test_layers_of_different_ranks():
+def test_orthogonality_layers_of_different_ranks():
     model = joint(rank_pattern={r"layers\.1\.mlp\.down_proj": 5})
     for _ in steps(model, 3):
         assert [b.shape[1] for b in written(model, MLP)] == [3, 5, 3]
@@ -208,7 +208,7 @@ def test_layers_of_different_ranks():
 
 
 @pytest.mark.parametrize("backend", ["aot_eager"])
-def test_compiled(backend):
+def test_orthogonality_compiled(backend):
     torch.compiler.reset()
     model = joint()
     compiled = torch.compile(model, backend=backend)
@@ -256,7 +256,7 @@ def hook_gradients(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
     return {name: leaf.grad for name, leaf in leaves.items()} | lora
 
 
-def test_gradients_are_those_of_float64_autograd_through_the_projection():
+def test_orthogonality_gradients_are_those_of_float64_autograd_through_the_projection():
     model = joint()
     list(steps(model, 3))
     expected, truth = (hook_gradients(model, dtype) for dtype in (torch.float32, torch.float64))
@@ -274,7 +274,7 @@ def constrained_gradients(model: nn.Module) -> list[Tensor]:
     return [p.grad for name, p in steering_parameters(model).items() if name.endswith("steer_up.weight")]
 
 
-def test_no_projection_while_b_is_zero():
+def test_orthogonality_no_projection_while_b_is_zero():
     """LoRA's initial state: the first gradient is the naive joint's to the bit."""
     torch.manual_seed(0)
     model = joint()
@@ -289,7 +289,7 @@ def test_no_projection_while_b_is_zero():
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_accumulation_and_checkpointing(projections, reentrant):
+def test_orthogonality_accumulation_and_checkpointing(projections, reentrant):
     """V is found once a step: neither micro-batches nor recomputation ask for it."""
     start = joint()
     list(steps(start, 2))  # so that B is not zero
@@ -319,7 +319,7 @@ def test_accumulation_and_checkpointing(projections, reentrant):
             optimizer.zero_grad()
 
 
-def test_an_optimizer_of_its_own_for_each_part():
+def test_orthogonality_an_optimizer_of_its_own_for_each_part():
     model = joint()
     steering = torch.optim.AdamW(list(model.steering.parameters()), lr=1e-2)
     lora = torch.optim.AdamW([p for n, p in model.named_parameters() if "lora_" in n], lr=1e-3)
@@ -331,7 +331,7 @@ def test_an_optimizer_of_its_own_for_each_part():
         model.zero_grad()
 
 
-def test_an_adapter_added_after_training_finds_its_writers_too():
+def test_orthogonality_an_adapter_added_after_training_finds_its_writers_too():
     model = joint()
     list(steps(model, 1))
     model.steering.add("second", ORTHOGONAL)
@@ -340,7 +340,7 @@ def test_an_adapter_added_after_training_finds_its_writers_too():
         assert overlap(constrained(model, adapter="second"), written(model, MLP)) <= 1e-6
 
 
-def test_finding_the_writers_is_no_call_of_the_layers():
+def test_orthogonality_finding_the_writers_is_no_call_of_the_layers():
     model = patch_model(build())
     get_peft_model(model, LoraConfig(r=3, target_modules="all-linear"))
     logits(model)
@@ -348,7 +348,7 @@ def test_finding_the_writers_is_no_call_of_the_layers():
     assert [layer.calls for layer in model.steering.report()] == [1, 1, 1]
 
 
-def test_other_models_steps_are_none_of_its_business(projections, tmp_path):
+def test_orthogonality_other_models_steps_are_none_of_its_business(projections, tmp_path):
     model = joint()
     list(steps(model, 1))
     model.steering.save(tmp_path)
@@ -366,7 +366,7 @@ def test_other_models_steps_are_none_of_its_business(projections, tmp_path):
 # Values that change otherwise
 
 
-def test_saved_weights_satisfy_it_where_the_parameters_do_not(tmp_path):
+def test_orthogonality_saved_weights_satisfy_it_where_the_parameters_do_not(tmp_path):
     model = joint()
     list(steps(model, 1))
     randomize(model)
@@ -379,7 +379,7 @@ def test_saved_weights_satisfy_it_where_the_parameters_do_not(tmp_path):
     assert fresh.steering.config() == model.steering.config()
 
 
-def test_what_satisfies_it_is_left_to_the_bit_and_what_does_not_is_projected(projections):
+def test_orthogonality_what_satisfies_it_is_left_to_the_bit_and_what_does_not_is_projected(projections):
     model = joint()
     list(steps(model, 2))
     state = copy.deepcopy(model.state_dict())
@@ -400,7 +400,7 @@ def test_what_satisfies_it_is_left_to_the_bit_and_what_does_not_is_projected(pro
     assert projections == [False, False]
 
 
-def test_a_copy_is_kept_orthogonal_too():
+def test_orthogonality_a_copy_is_kept_orthogonal_too():
     model = joint()
     list(steps(model, 1))
     twin = copy.deepcopy(model)
@@ -410,7 +410,7 @@ def test_a_copy_is_kept_orthogonal_too():
     assert all(map(torch.equal, constrained(model), untouched))
 
 
-def test_switching_adapters_switches_the_constraint():
+def test_orthogonality_switching_adapters_switches_the_constraint():
     model = joint()
     model.steering.add("free", SteerConfig(rank=2))
     list(steps(model, 1))
@@ -428,7 +428,7 @@ def test_switching_adapters_switches_the_constraint():
         assert overlap(constrained(model), written(model, MLP)) <= 1e-6
 
 
-def test_nobody_is_told_of_steps_any_more():
+def test_orthogonality_nobody_is_told_of_steps_any_more():
     gc.collect()  # other tests' models end to be told when they are collected
     hooks = torch_optimizer._global_optimizer_post_hooks
     before = len(hooks)
@@ -447,7 +447,7 @@ def test_nobody_is_told_of_steps_any_more():
 # LoRA before or after, and both, either or none at run time
 
 
-def test_lora_added_to_a_patched_model():
+def test_orthogonality_lora_added_to_a_patched_model():
     model = patch_model(build())
     wrapped = get_peft_model(model, LoraConfig(r=3, target_modules="all-linear"))
     with pytest.warns(UserWarning, match="in use but does not train"):
@@ -459,7 +459,7 @@ def test_lora_added_to_a_patched_model():
         assert overlap(ups, written(wrapped, MLP)) <= 1e-6
 
 
-def test_lora_that_trains_goes_on_training_and_the_base_is_frozen():
+def test_orthogonality_lora_that_trains_goes_on_training_and_the_base_is_frozen():
     model = with_lora()
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained
@@ -471,7 +471,7 @@ def test_lora_that_trains_goes_on_training_and_the_base_is_frozen():
 
 
 @pytest.mark.parametrize("add", [False, True], ids=["get_peft_model", "add_adapter"])
-def test_modes(add):
+def test_orthogonality_modes(add):
     model = joint(add=add)
     list(steps(model, 2))
     model.eval()
@@ -500,7 +500,7 @@ def test_modes(add):
     assert len({tuple(x.flatten().tolist()) for x in (both, lora, steering)}) == 3
 
 
-def test_an_adapter_answers_without_the_lora_it_was_trained_beside_but_does_not_train_so(tmp_path):
+def test_orthogonality_an_adapter_answers_without_the_lora_it_was_trained_beside_but_does_not_train_so(tmp_path):
     model = joint()
     list(steps(model, 2))
     model.steering.save(tmp_path)
@@ -525,7 +525,7 @@ def test_an_adapter_answers_without_the_lora_it_was_trained_beside_but_does_not_
     ],
     ids=["elsewhere", "rank"],
 )
-def test_a_lora_that_it_cannot_be_orthogonal_to(options, parts):
+def test_orthogonality_a_lora_that_it_cannot_be_orthogonal_to(options, parts):
     model = with_lora(**options)
     with refused(ValueError, *parts, "expected", model=model):
         patch_model(model, ORTHOGONAL)
@@ -533,7 +533,7 @@ def test_a_lora_that_it_cannot_be_orthogonal_to(options, parts):
 
 
 @pytest.mark.parametrize("value", ["not finite", "on meta"])
-def test_values_that_it_cannot_be_orthogonal_to(value):
+def test_orthogonality_values_that_it_cannot_be_orthogonal_to(value):
     model = with_lora()
     b = model.get_base_model().model.layers[1].mlp.down_proj.lora_B["default"]
     if value == "on meta":
@@ -545,7 +545,7 @@ def test_values_that_it_cannot_be_orthogonal_to(value):
     assert not hasattr(model, "steering")
 
 
-def test_no_lora():
+def test_orthogonality_no_lora():
     model = build()
     with refused(ValueError, "orthogonal_to is 'lora'", "LlamaForCausalLM carries no LoRA", "expected", model=model):
         patch_model(model, ORTHOGONAL)
@@ -555,7 +555,7 @@ def test_no_lora():
     assert model.steering.names == ["default"]
 
 
-def test_unknown_mode_and_a_mode_without_lora():
+def test_orthogonality_unknown_mode_and_a_mode_without_lora():
     model = joint()
     with refused(ValueError, "'all'", "'both', 'lora', 'steering'", model=model), model.steering.mode("all"):
         pass
@@ -564,7 +564,7 @@ def test_unknown_mode_and_a_mode_without_lora():
         pass
 
 
-def test_a_lora_that_diverges_is_not_saved_beside(tmp_path):
+def test_orthogonality_a_lora_that_diverges_is_not_saved_beside(tmp_path):
     model = joint()
     list(steps(model, 1))
     with torch.no_grad():

@@ -36,7 +36,7 @@ def paths(writers: list[Writer]) -> list[str]:
 
 @pytest.mark.parametrize("lora", [False, True], ids=["bare", "lora"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_writers_of_every_family(family, lora):
+def test_writers_of_every_family(family, lora):
     model = build(family)
     if lora:
         # Patched, frozen, in training: the trace asks for none of it.
@@ -49,7 +49,7 @@ def test_the_writers_of_every_family(family, lora):
     assert paths(choose_writers(found[0], "mlp")) == expected[1:]
 
 
-def test_nothing_is_left_behind():
+def test_writers_nothing_is_left_behind():
     model = get_peft_model(build(), LoraConfig(r=2, target_modules="all-linear")).get_base_model()
     model.train()
     model.model.layers[1].eval()
@@ -60,7 +60,7 @@ def test_nothing_is_left_behind():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_a_pass_that_fails_is_refused_and_leaves_nothing(monkeypatch):
+def test_writers_a_pass_that_fails_is_refused_and_leaves_nothing(monkeypatch):
     model = build().train()
     monkeypatch.setattr(model.model.layers[1].mlp, "forward", lambda x: 1 / 0)
     before = snapshot(model)
@@ -128,28 +128,28 @@ def traced(*layers: nn.Module) -> list[Writer]:
     return trace_writers(stack, dict(enumerate(stack.layers)), 8)[len(layers) - 1]
 
 
-def test_a_flat_layer():
+def test_writers_a_flat_layer():
     found = traced(Layer(), Layer())
     assert paths(found) == ["attention_out", "out"]
     assert paths(choose_writers(found, "mlp")) == ["out"]
 
 
-def test_what_comes_before_a_product_does_not_write():
+def test_writers_what_comes_before_a_product_does_not_write():
     assert paths(traced(Functional())) == ["attention_out"]
 
 
-def test_all_experts_are_writers_though_two_tokens_visit_few():
+def test_writers_all_experts_are_writers_though_two_tokens_visit_few():
     found = traced(Experts())
     assert paths(found) == ["attention_out", "moe.experts.0.2", "moe.experts.1.2", "moe.experts.2.2", "moe.shared"]
     assert paths(choose_writers(found, "mlp")) == paths(found)[1:]
 
 
-def test_a_layer_that_writes_nothing_is_refused():
+def test_writers_a_layer_that_writes_nothing_is_refused():
     with refused(ValueError, "layer 0", "Identity", "expected"):
         traced(nn.Identity())
 
 
-def test_columns_of_what_is_active():
+def test_writers_columns_of_what_is_active():
     model = build()
     writer = trace(model)[0][-1]
     assert writer.columns() == []
@@ -164,7 +164,7 @@ def test_columns_of_what_is_active():
     assert writer.columns() == []
 
 
-def test_lora_on_expert_parameters_is_refused():
+def test_writers_lora_on_expert_parameters_is_refused():
     model = build("mixtral")
     get_peft_model(model, LoraConfig(r=2, target_modules=[], target_parameters=["mlp.experts.down_proj"]))
     with refused(ValueError, "mlp.experts", "parameters of its experts", "expected", model=model):

@@ -29,7 +29,7 @@ assert IDS.numel() > FEW_TOKENS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("rank", "hidden"), [(1, 64), (8, 200), (16, 99), (40, 136)])
 @pytest.mark.parametrize("kept", [(torch.float32, torch.float32), (torch.bfloat16, torch.float16)], ids=str)
-def test_all_layers_are_packed_in_one_launch(device, dtype, rank, hidden, kept):
+def test_passes_all_layers_are_packed_in_one_launch(device, dtype, rank, hidden, kept):
     if device.type == "cpu" and passes.select_backend(device) == "torch":
         pytest.skip("the torch backend packs nothing")
     weights = [
@@ -79,7 +79,7 @@ def hooked_logits(model: nn.Module) -> Tensor:
     return logits(Hooked(build(), steering_parameters(model)).model)
 
 
-def test_every_layer_of_a_long_pass_uses_its_packed_weights(seen):
+def test_passes_every_layer_of_a_long_pass_uses_its_packed_weights(seen):
     model = steered()
     for number in (1, 2):  # the second by plans
         assert_close(logits(model), hooked_logits(model))
@@ -87,7 +87,7 @@ def test_every_layer_of_a_long_pass_uses_its_packed_weights(seen):
     assert len({packed.down.data_ptr() for packed in seen[-3:]}) == 3
 
 
-def test_training_uses_them_forward_and_backward(seen):
+def test_passes_training_uses_them_forward_and_backward(seen):
     model = steered()
     hooked = Hooked(build(), steering_parameters(model))
     for _ in range(2):
@@ -105,7 +105,7 @@ def test_training_uses_them_forward_and_backward(seen):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing_repeats_a_layer_without_them(seen, reentrant):
+def test_passes_checkpointing_repeats_a_layer_without_them(seen, reentrant):
     def gradient(checkpointing: bool) -> dict[str, Tensor]:
         model = steered().train()
         if checkpointing:
@@ -121,7 +121,7 @@ def test_checkpointing_repeats_a_layer_without_them(seen, reentrant):
     assert_close(gradient(True), gradient(False))
 
 
-def test_a_few_tokens_have_none(seen):
+def test_passes_a_few_tokens_have_none(seen):
     model = steered()
     with torch.no_grad():
         model(tokens())
@@ -145,7 +145,7 @@ def test_passes_that_no_low_rank_steers_have_none(seen, case):
 
 
 @pytest.mark.parametrize("write", ["data", "numpy", "copy", "optimizer"])
-def test_a_write_between_passes_that_no_version_shows(seen, write):
+def test_passes_a_write_between_passes_that_no_version_shows(seen, write):
     model = steered()
     first = logits(model)
     up = model.model.layers[1].post_block.steer_up["default"].weight
@@ -164,7 +164,7 @@ def test_a_write_between_passes_that_no_version_shows(seen, write):
 
 
 @pytest.mark.parametrize("change", ["data", "parameter", "load"])
-def test_weights_that_move_within_a_pass_are_read_where_they_are(seen, change):
+def test_passes_weights_that_move_within_a_pass_are_read_where_they_are(seen, change):
     """A hook of the first layer gives the last one other weights."""
     model = steered()
     site = model.model.layers[2].post_block
@@ -185,7 +185,7 @@ def test_weights_that_move_within_a_pass_are_read_where_they_are(seen, change):
     assert_close(found, hooked_logits(model))
 
 
-def test_a_pass_cut_short_leaves_nothing_behind(seen):
+def test_passes_a_pass_cut_short_leaves_nothing_behind(seen):
     class Stop(Exception):
         pass
 
@@ -203,7 +203,7 @@ def test_a_pass_cut_short_leaves_nothing_behind(seen):
     assert_close(logits(model), hooked_logits(model))
 
 
-def test_an_early_exit_and_layers_called_by_themselves(seen):
+def test_passes_an_early_exit_and_layers_called_by_themselves(seen):
     model = steered()
     model.config.num_hidden_layers = 2
     logits(model)
@@ -215,7 +215,7 @@ def test_an_early_exit_and_layers_called_by_themselves(seen):
     assert len(seen) == 2, "outside of a pass a layer reads its parameters"
 
 
-def test_threads_have_packs_of_their_own(seen):
+def test_passes_threads_have_packs_of_their_own(seen):
     """Of one packing, as two threads that run one model have it. (Triton's interpreter runs in one thread alone.)"""
     weights = {nn.Module(): (torch.randn(4, 32), torch.randn(32, 4))}
     packing, other = passes.Packing(), []
@@ -237,7 +237,7 @@ def test_threads_have_packs_of_their_own(seen):
     packing.end()
 
 
-def test_copies_make_tables_of_their_own(seen):
+def test_passes_copies_make_tables_of_their_own(seen):
     model = steered()
     logits(model)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -246,7 +246,7 @@ def test_copies_make_tables_of_their_own(seen):
         assert not torch.equal(logits(twin), logits(model))
 
 
-def test_a_hidden_state_of_another_dtype_or_stream_reads_the_parameters(interpreted, monkeypatch):
+def test_passes_a_hidden_state_of_another_dtype_or_stream_reads_the_parameters(interpreted, monkeypatch):
     down, up = torch.randn(4, 32), torch.randn(32, 4)
     site = nn.Module()
     packing = passes.Packing()
@@ -264,7 +264,7 @@ def test_a_hidden_state_of_another_dtype_or_stream_reads_the_parameters(interpre
         packing.end()
 
 
-def test_weights_that_are_sharded_or_freed_are_not_packed(interpreted):
+def test_passes_weights_that_are_sharded_or_freed_are_not_packed(interpreted):
     whole = torch.randn(4, 32), torch.randn(32, 4)
     freed = torch.randn(4, 32)
     freed.untyped_storage().resize_(0)  # as FSDP leaves a layer's weights between its calls
@@ -284,7 +284,7 @@ def test_weights_that_are_sharded_or_freed_are_not_packed(interpreted):
     packing.end()
 
 
-def test_joint_training_kept_orthogonal(seen):
+def test_passes_joint_training_kept_orthogonal(seen):
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(0)

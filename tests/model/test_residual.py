@@ -57,7 +57,7 @@ class TakesAnything(nn.Module):
 
 
 @pytest.mark.parametrize(("cls", "named"), [(ReassignsItsInput, True), (TakesAnything, False)])
-def test_a_site_is_given_the_first_argument_as_it_came(cls, named):
+def test_residual_a_site_is_given_the_first_argument_as_it_came(cls, named):
     given = []
 
     def site(self: Any, left: Tensor, right: Tensor, entering: Tensor | None) -> Tensor:
@@ -336,11 +336,11 @@ ACCEPTED = [
 
 
 @pytest.mark.parametrize("cls", ACCEPTED)
-def test_same_bits_through_one_site_call(cls: type) -> None:
+def test_residual_same_bits_through_one_site_call(cls: type) -> None:
     assert_rewritten(cls)
 
 
-def test_cast_follows_the_site() -> None:
+def test_residual_cast_follows_the_site() -> None:
     class Casts(Layer):
         def forward(self, x: Tensor) -> Tensor:
             return (x.double() + self.mlp(x)).to(x.dtype)
@@ -354,7 +354,7 @@ def test_cast_follows_the_site() -> None:
     assert torch.equal(out, (x.double() + layer.mlp(x) + 2.0**-30).float())
 
 
-def test_operands_keep_their_order() -> None:
+def test_residual_operands_keep_their_order() -> None:
     layer = with_site(ThreeTerms)()
     seen: list[Tensor] = []
     layer.site = lambda left, right: seen.extend((left, right)) or left
@@ -796,7 +796,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("cls", "message"), REFUSED, ids=lambda value: getattr(value, "__name__", ""))
-def test_refusal_says_why(cls: type, message: str) -> None:
+def test_residual_refusal_says_why(cls: type, message: str) -> None:
     said = refusal(cls)
     line = cls.forward.__code__.co_firstlineno + 2 if cls is PostNorm else 0
     assert_matches(message.replace("{line}", str(line)), said)
@@ -806,17 +806,17 @@ def assert_matches(pattern: str, text: str) -> None:
     assert re.search(pattern, text), text
 
 
-def test_already_rewritten_is_refused() -> None:
+def test_residual_already_rewritten_is_refused() -> None:
     assert "is not the function of its source" in refusal(with_site(PreNorm))
 
 
-def test_source_that_cannot_be_read_is_refused() -> None:
+def test_residual_source_that_cannot_be_read_is_refused() -> None:
     namespace: dict[str, Any] = {}
     exec("class Unreadable:\n    def forward(self, x):\n        return x + self.mlp(x)\n", namespace)
     assert "has no source to read" in refusal(namespace["Unreadable"])
 
 
-def test_file_edited_since_its_import_is_refused(tmp_path: Path) -> None:
+def test_residual_file_edited_since_its_import_is_refused(tmp_path: Path) -> None:
     lines = ["class Edited:", "    def forward(self, x):", "        return x + self.mlp(x)", ""]
     module = import_source(tmp_path / "edited_since.py", "\n".join(lines))
     (tmp_path / "edited_since.py").write_text("\n".join(lines).replace("mlp", "attn_and_mlp"))
@@ -824,7 +824,7 @@ def test_file_edited_since_its_import_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "a b", "class", "__steer", "x.y"])
-def test_site_must_name_an_attribute(name: str) -> None:
+def test_residual_site_must_name_an_attribute(name: str) -> None:
     with pytest.raises(ValueError, match="site must be an attribute name"):
         rewrite_forward(PreNorm, name)
 
@@ -845,7 +845,7 @@ class CallsHelper(Layer):
         return x + helper(x) * scale + offset * x
 
 
-def test_globals_are_those_of_the_module(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_residual_globals_are_those_of_the_module(monkeypatch: pytest.MonkeyPatch) -> None:
     before = set(globals())
     layer, x = with_site(CallsHelper)(), torch.randn(3, 8)
     monkeypatch.setattr(sys.modules[__name__], "helper", lambda x: x * 3)
@@ -853,7 +853,7 @@ def test_globals_are_those_of_the_module(monkeypatch: pytest.MonkeyPatch) -> Non
     assert set(globals()) == before
 
 
-def test_metadata_and_defaults_are_kept() -> None:
+def test_residual_metadata_and_defaults_are_kept() -> None:
     old, new = CallsHelper.forward, rewrite_forward(CallsHelper, "site")
     assert new is not old
     for name in ("__name__", "__qualname__", "__module__", "__doc__", "__defaults__", "__kwdefaults__", "__globals__"):
@@ -867,7 +867,7 @@ def test_metadata_and_defaults_are_kept() -> None:
     assert_rewritten(CallsHelper, offset=0.5)
 
 
-def test_closures_are_shared_with_the_original() -> None:
+def test_residual_closures_are_shared_with_the_original() -> None:
     factor, unused = 2.0, object()
 
     class Closed(Layer):
@@ -885,7 +885,7 @@ def test_closures_are_shared_with_the_original() -> None:
     assert torch.equal(new(x), x + new.mlp(3.0 * x))
 
 
-def test_closure_cell_may_be_filled_later() -> None:
+def test_residual_closure_cell_may_be_filled_later() -> None:
     class Closed(Layer):
         def forward(self, x: Tensor) -> Tensor:
             return x + later * self.mlp(x)
@@ -895,7 +895,7 @@ def test_closure_cell_may_be_filled_later() -> None:
     assert torch.equal(new(x), x + 2.0 * new.mlp(x))
 
 
-def test_super_stays_that_of_the_original_class() -> None:
+def test_residual_super_stays_that_of_the_original_class() -> None:
     assert_rewritten(type("Sub", (WithSuper,), {}))
 
 
@@ -910,7 +910,7 @@ class Fails(Layer):
         ) * len(text)
 
 
-def test_tracebacks_show_the_original_lines() -> None:
+def test_residual_tracebacks_show_the_original_lines() -> None:
     def frames(layer: nn.Module, x: Tensor) -> list[tuple[Any, ...]]:
         with pytest.raises(Exception) as caught:  # noqa: B017
             layer(x)
@@ -955,7 +955,7 @@ class Decorated(Layer):
         return x + self.mlp(x)
 
 
-def test_decorators_are_rebuilt_around_the_new_function() -> None:
+def test_residual_decorators_are_rebuilt_around_the_new_function() -> None:
     new_cls = with_site(Decorated)
     old, new, layer = Decorated.forward, new_cls.forward, new_cls()
     x = torch.randn(3, 8)
@@ -1005,7 +1005,7 @@ def not_said(function: Callable[..., Any]) -> Callable[..., Any]:
         (not_said, NOT_A_SUM + ".*return function"),
     ],
 )
-def test_decorators_that_cannot_be_rebuilt_are_refused(decorator: Callable[..., Any], message: str) -> None:
+def test_residual_decorators_that_cannot_be_rebuilt_are_refused(decorator: Callable[..., Any], message: str) -> None:
     class Opaque(Layer):
         @decorator
         def forward(self, x: Tensor) -> Tensor:
@@ -1019,7 +1019,7 @@ def test_decorators_that_cannot_be_rebuilt_are_refused(decorator: Callable[..., 
 
 
 @pytest.mark.parametrize("cls", [PreNorm, BothBranches, GrowingTuple, WithSuper])
-def test_compiles_without_graph_breaks(cls: type) -> None:
+def test_residual_compiles_without_graph_breaks(cls: type) -> None:
     torch._dynamo.reset()
     new = type(cls.__name__, (cls,), {"forward": rewrite_forward(cls, "site"), "site": lambda self, x, y: x + y})
     layer, x = new(True), torch.randn(2, 8)
@@ -1033,7 +1033,7 @@ class Checkpointed(GradientCheckpointingLayer, Layer):
 
 
 @pytest.mark.parametrize("set_late", [False, True])
-def test_gradient_checkpointing_recomputes_the_site(set_late: bool) -> None:
+def test_residual_gradient_checkpointing_recomputes_the_site(set_late: bool) -> None:
     new_cls = with_site(Checkpointed)
     if set_late:  # so that only the copied checkpointing wrapper is there, none of the subclass's own
         new_cls.forward = rewrite_forward(Checkpointed, "site")
@@ -1077,7 +1077,7 @@ def operations(function: Callable[..., Any]) -> Counter[str]:
 
 
 @pytest.mark.parametrize(("family", "name"), FAMILIES.items())
-def test_transformers_layers_are_rewritten(family: str, name: str) -> None:
+def test_residual_transformers_layers_are_rewritten(family: str, name: str) -> None:
     cls = getattr(importlib.import_module(f"transformers.models.{family}.modeling_{family}"), name)
     before, after = operations(cls.forward), operations(rewrite_forward(cls, "steering_site"))
     sites = 2 if family == "gpt_neox" else 1  # one for each value of use_parallel_residual
@@ -1179,7 +1179,7 @@ class Runner:
         return forward(self, x, *flags, lambda y: (y * 3 - 1) / 7), x
 
 
-def test_random_forwards_are_right_or_refused(tmp_path: Path) -> None:
+def test_residual_random_forwards_are_right_or_refused(tmp_path: Path) -> None:
     accepted = 0
     for seed in range(800):
         source = Program(seed).source()

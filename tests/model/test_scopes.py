@@ -163,3 +163,13 @@ def test_scopes_locks_are_free_after_a_fork():
     leave.set()
     thread.join()
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_scopes_of_two_models_may_end_in_another_order():
+    one, other = Scopes(), Scopes()
+    first, second = one.open("steering.batch", ended), other.open("steering.batch", ended)
+    first.__enter__(), second.__enter__()
+    first.__exit__(None, None, None)
+    assert one_pass(one) == one_pass(other) == "ran"
+    second.__exit__(None, None, None)
+    assert elsewhere(lambda: one_pass(other)) == "ran"

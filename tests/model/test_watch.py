@@ -65,7 +65,7 @@ def frequent_switches() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("make", [build, of_clamping_layers], ids=["fused", "hook"])
-def test_threads_that_share_a_steered_model(make, frequent_switches):
+def test_watch_threads_that_share_a_steered_model(make, frequent_switches):
     model = steered(make())
     expected, found = logits(model), []
 
@@ -83,7 +83,7 @@ def test_threads_that_share_a_steered_model(make, frequent_switches):
     assert found == [True] * 80
 
 
-def test_replicas_of_data_parallel_steer():
+def test_watch_replicas_of_data_parallel_steer():
     """As torch.nn.parallel.replicate makes them: shallow copies with the parameters as plain attributes."""
     model = steered()
     expected = logits(model)
@@ -99,7 +99,7 @@ def test_replicas_of_data_parallel_steer():
     assert torch.equal(logits(model), expected)
 
 
-def test_self_speculative_decoding_leaves_early():
+def test_watch_self_speculative_decoding_leaves_early():
     model, plain = steered(), build()
     ids = tokens()[:1]
     options = {"max_new_tokens": 5, "do_sample": False}
@@ -109,7 +109,7 @@ def test_self_speculative_decoding_leaves_early():
         assert one.config.num_hidden_layers == 3
 
 
-def test_a_lowered_number_of_layers_steers_the_first():
+def test_watch_a_lowered_number_of_layers_steers_the_first():
     model = steered()
     model.config.num_hidden_layers = 2
     hooked = Hooked(build(), steering_parameters(model))
@@ -119,7 +119,7 @@ def test_a_lowered_number_of_layers_steers_the_first():
     assert [row.calls for row in model.steering.report()] == [1, 1, 0]
 
 
-def test_layers_may_be_dropped_from_the_list():
+def test_watch_layers_may_be_dropped_from_the_list():
     model = steered()
     layers = list(model.model.layers)
     model.model.layers = nn.ModuleList([layers[0], layers[2]])
@@ -139,7 +139,7 @@ def own_forward(layer: nn.Module) -> Callable[..., Any]:
 
 
 @pytest.mark.parametrize("make", [build, of_clamping_layers], ids=["fused", "hook"])
-def test_a_layer_that_did_not_steer_is_an_error_of_that_layer(make):
+def test_watch_a_layer_that_did_not_steer_is_an_error_of_that_layer(make):
     model = steered(make())
     layer = model.model.layers[1]
     if make is build:
@@ -159,7 +159,7 @@ def test_a_layer_that_did_not_steer_is_an_error_of_that_layer(make):
     logits(model)
 
 
-def test_a_forward_replaced_on_the_patched_class_is_an_error():
+def test_watch_a_forward_replaced_on_the_patched_class_is_an_error():
     model = steered()
     cls = type(model.model.layers[0])
     forward = cls.forward
@@ -172,7 +172,7 @@ def test_a_forward_replaced_on_the_patched_class_is_an_error():
     logits(model)
 
 
-def test_a_layer_is_watched_whatever_other_threads_run(frequent_switches):
+def test_watch_a_layer_is_watched_whatever_other_threads_run(frequent_switches):
     """One thread runs the layers that steer, all the time; in the other one the replaced layer is still an error."""
     model = steered()
     layer = model.model.layers[1]
@@ -197,7 +197,7 @@ def test_a_layer_is_watched_whatever_other_threads_run(frequent_switches):
         thread.join()
 
 
-def test_a_wrapped_forward_that_calls_the_patched_one_steers():
+def test_watch_a_wrapped_forward_that_calls_the_patched_one_steers():
     model = steered()
     expected = logits(model)
     layer = model.model.layers[1]
@@ -209,7 +209,7 @@ def test_a_wrapped_forward_that_calls_the_patched_one_steers():
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox-parallel"])
-def test_a_layer_as_it_was_patched_is_not_watched(family, monkeypatch):
+def test_watch_a_layer_as_it_was_patched_is_not_watched(family, monkeypatch):
     """Watching takes time in each call."""
     model = steered(build(family))
     monkeypatch.setattr(patch, "call_watched", lambda *_, **__: pytest.fail("a layer is watched"))
@@ -217,7 +217,7 @@ def test_a_layer_as_it_was_patched_is_not_watched(family, monkeypatch):
     assert all("forward" not in vars(row.layer) for row in model.steering._patched.layers.values())
 
 
-def test_a_compiled_forward_on_a_layer_is_no_false_alarm():
+def test_watch_a_compiled_forward_on_a_layer_is_no_false_alarm():
     model = steered()
     expected = logits(model)
     for layer in model.model.layers:
@@ -225,7 +225,7 @@ def test_a_compiled_forward_on_a_layer_is_no_false_alarm():
     assert_close(logits(model), expected)
 
 
-def test_a_replaced_layer_is_an_error_unless_it_holds_the_patched_one():
+def test_watch_a_replaced_layer_is_an_error_unless_it_holds_the_patched_one():
     class Wrapper(nn.Module):
         def __init__(self, inner: nn.Module) -> None:
             super().__init__()
@@ -247,7 +247,7 @@ def test_a_replaced_layer_is_an_error_unless_it_holds_the_patched_one():
     assert torch.equal(logits(model), expected)
 
 
-def test_a_layer_that_is_not_steered_may_be_replaced():
+def test_watch_a_layer_that_is_not_steered_may_be_replaced():
     model = steered(config=SteerConfig(rank=4, layers=[0]))
     model.model.layers[1] = build(seed=1).model.layers[1]
     logits(model)
@@ -257,7 +257,7 @@ def test_a_layer_that_is_not_steered_may_be_replaced():
 # Gradients that a layer loses
 
 
-def test_a_vector_on_the_output_of_an_mlp_trains_beside_steering():
+def test_watch_a_vector_on_the_output_of_an_mlp_trains_beside_steering():
     """What trains outside of the layer enters by the branch, where the layer's input needs no gradient."""
 
     def with_vector(model: nn.Module, layer: nn.Module) -> Tensor:
@@ -278,7 +278,7 @@ def loss(model: nn.Module) -> Tensor:
     return model(tokens(), labels=tokens()).loss
 
 
-def test_prefix_tuning_with_a_parallel_residual():
+def test_watch_prefix_tuning_with_a_parallel_residual():
     def prefixed(seed: int) -> nn.Module:
         base = build("gpt_neox-parallel")
         torch.manual_seed(seed)
@@ -305,7 +305,7 @@ LOST = (RuntimeError, "a steered block passes no gradient", "expected a base tha
 
 
 @pytest.mark.parametrize("lossy", ["branch", "both"])
-def test_a_gradient_that_the_input_asks_for_and_the_block_loses_is_an_error(lossy):
+def test_watch_a_gradient_that_the_input_asks_for_and_the_block_loses_is_an_error(lossy):
     model = steered()
     layer = model.model.layers[1]
     layer.mlp.down_proj = Lossy(layer.mlp.down_proj)
@@ -318,7 +318,7 @@ def test_a_gradient_that_the_input_asks_for_and_the_block_loses_is_an_error(loss
         one.backward()
 
 
-def test_the_first_layer_has_no_gradient_to_lose():
+def test_watch_the_first_layer_has_no_gradient_to_lose():
     model = steered()
     layer = model.model.layers[0]
     layer.mlp.down_proj = Lossy(layer.mlp.down_proj)
@@ -326,7 +326,7 @@ def test_the_first_layer_has_no_gradient_to_lose():
     assert all(p.grad is not None for p in model.steering.parameters())
 
 
-def test_a_lost_gradient_is_an_error_beside_lora_in_the_layer():
+def test_watch_a_lost_gradient_is_an_error_beside_lora_in_the_layer():
     """LoRA on the attention trains in the layer; the MLP loses the gradient of the layer's input all the same."""
     from peft import LoraConfig
 

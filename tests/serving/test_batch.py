@@ -84,7 +84,7 @@ def together_and_alone(base: PreTrainedModel) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "gemma3", "gpt_neox-parallel", "mixtral", "qwen3_moe"])
-def test_rows_are_what_they_are_alone(family):
+def test_batch_rows_are_what_they_are_alone(family):
     model = steered(family)
     rows = [
         alone(model, name, lambda row=row: logits(model, row[None])) for name, row in zip(NAMES, PROMPTS, strict=True)
@@ -111,7 +111,7 @@ def test_rows_are_what_they_are_alone(family):
     ],
     ids=str,
 )
-def test_generate_under_left_padding(model, options):
+def test_batch_generate_under_left_padding(model, options):
     ids, mask = padded("left")
     words = [
         alone(model, name, lambda row=row: greedy(model, ids[row : row + 1, row:], **options))
@@ -122,7 +122,7 @@ def test_generate_under_left_padding(model, options):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_forward_under_padding(model, side):
+def test_batch_forward_under_padding(model, side):
     ids, mask = padded(side)
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     with model.steering.batch(NAMES), torch.no_grad():
@@ -143,7 +143,7 @@ def padded_and_alone(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return together[mask == 1], torch.cat([logits(base, row[None, kept])[0] for row, kept in rows])
 
 
-def test_none_and_strength_0_keep_every_bit(model):
+def test_batch_none_and_strength_0_keep_every_bit(model):
     base = alone(model, None, lambda: logits(model, PROMPTS))
     with model.steering.batch(NAMES, scale=[0, None, 0.0, 1.0, 0]):
         out = logits(model, PROMPTS)
@@ -151,7 +151,7 @@ def test_none_and_strength_0_keep_every_bit(model):
     assert torch.equal(out[untouched], base[untouched]) and not torch.equal(out[3], base[3])
 
 
-def test_strengths_of_rows_and_of_all(model):
+def test_batch_strengths_of_rows_and_of_all(model):
     with model.steering.batch(["polite"] * 5, scale=[None, 2.0, 1, -0.5, 0.7]):
         out = logits(model, PROMPTS)
     with model.steering.batch(["polite"] * 5, scale=2.0):
@@ -204,7 +204,7 @@ def by_hooks(model: PreTrainedModel, name: str, ids: Tensor, gain: Tensor) -> Te
 
 @pytest.mark.parametrize("where", WHERE, ids=str)
 @pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"prefill_chunk_size": 3}], ids=str)
-def test_positions(model, where, options):
+def test_batch_positions(model, where, options):
     """Each generated token is the most likely one by hooks that steer those tokens."""
     ids, mask = padded("left")
     with model.steering.batch(["polite"] * 5, positions=where):
@@ -223,7 +223,7 @@ def test_positions(model, where, options):
 
 @pytest.mark.parametrize("where", [w for w in WHERE if w != "generated"], ids=str)
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_positions_of_a_prompt_under_padding(model, where, side):
+def test_batch_positions_of_a_prompt_under_padding(model, where, side):
     ids, mask = padded(side)
     with model.steering.batch(["polite"] * 5, positions=where), torch.no_grad():
         out = model(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp_min(0)).logits
@@ -236,7 +236,7 @@ def test_positions_of_a_prompt_under_padding(model, where, side):
         assert_close(out[row, kept], by_hook, unsteered=unsteered)
 
 
-def test_rows_of_different_positions(model):
+def test_batch_rows_of_different_positions(model):
     places = ["all", "generated", ("first", 2), "last", "prompt"]
     with model.steering.batch(["polite"] * 5, positions=places):
         together = greedy(model, PROMPTS)
@@ -245,7 +245,7 @@ def test_rows_of_different_positions(model):
             assert torch.equal(together[row : row + 1], greedy(model, PROMPTS[row : row + 1]))
 
 
-def test_chunks_of_a_padded_prompt_need_its_mask(model):
+def test_batch_chunks_of_a_padded_prompt_need_its_mask(model):
     ids, _ = padded("left")
     with model.steering.batch(NAMES, positions="last"):
         with pytest.raises(ValueError, match="fed in parts; expected attention_mask to be given to generate"):
@@ -256,7 +256,7 @@ def test_chunks_of_a_padded_prompt_need_its_mask(model):
 # ------------------------------------------------------------------------------------------------- ways of generating
 
 
-def test_samples_of_one_row(model):
+def test_batch_samples_of_one_row(model):
     with model.steering.batch(["polite", None]):
         out = model.generate(PROMPTS[:2], do_sample=True, top_k=1, num_return_sequences=3, max_new_tokens=NEW)
     words = [alone(model, n, lambda i=i: greedy(model, PROMPTS[i : i + 1])) for i, n in enumerate(["polite", None])]
@@ -265,7 +265,7 @@ def test_samples_of_one_row(model):
 
 @pytest.mark.parametrize("whole", [True, False], ids=["all ids", "new ids"])
 @pytest.mark.parametrize("where", ["all", "generated", "last", ("first", 2)], ids=str)
-def test_turns_that_go_on(model, where, whole):
+def test_batch_turns_that_go_on(model, where, whole):
     """A second turn on the cache of the first: its prompt is all before, and what is cached is not steered anew."""
     more = tokens(seed=3, batch=2, length=3)
 
@@ -288,7 +288,7 @@ def test_turns_that_go_on(model, where, whole):
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["all ids", "new ids"])
-def test_the_last_token_of_a_second_turn_is_its_own(model, whole):
+def test_batch_the_last_token_of_a_second_turn_is_its_own(model, whole):
     cache = DynamicCache(config=model.config)
     with model.steering.batch(["polite"], positions="last"):
         first = model.generate(PROMPTS[:1], past_key_values=cache, do_sample=False, max_new_tokens=3)
@@ -301,20 +301,20 @@ def test_the_last_token_of_a_second_turn_is_its_own(model, whole):
     assert torch.equal(words[0], by_hooks(model, "polite", ids, gain)[0, -1:].argmax(-1))
 
 
-def test_embeddings_in_place_of_ids(model):
+def test_batch_embeddings_in_place_of_ids(model):
     embeddings = model.get_input_embeddings()(PROMPTS)
     with model.steering.batch(NAMES):
         out = model.generate(inputs_embeds=embeddings, do_sample=False, max_new_tokens=NEW)
         assert torch.equal(out, greedy(model, PROMPTS))
 
 
-def test_guesses_of_an_assistant(model):
+def test_batch_guesses_of_an_assistant(model):
     ids = PROMPTS[:1].repeat(1, 3)
     with model.steering.batch(["polite"], positions="generated"):
         assert torch.equal(greedy(model, ids, prompt_lookup_num_tokens=2), greedy(model, ids))
 
 
-def test_step_by_step_without_generate(model):
+def test_batch_step_by_step_without_generate(model):
     with model.steering.batch(NAMES, positions="generated"), torch.no_grad():
         expected = greedy(model, PROMPTS)
         cache, ids, words = DynamicCache(config=model.config), PROMPTS, []
@@ -362,7 +362,7 @@ class Renamed(torch.nn.Module):
 
 @pytest.mark.parametrize("where", ["all", "generated", "last", ("first", 2)], ids=str)
 @pytest.mark.parametrize("cache_class", [DynamicCache, StaticCache])
-def test_cache_in_a_loop_under_left_padding(model, where, cache_class):
+def test_batch_cache_in_a_loop_under_left_padding(model, where, cache_class):
     ids, mask = padded("left")
     room = {"max_cache_len": ids.shape[1] + NEW} if cache_class is StaticCache else {}
     with model.steering.batch(NAMES, positions=where), torch.no_grad():
@@ -371,7 +371,7 @@ def test_cache_in_a_loop_under_left_padding(model, where, cache_class):
 
 
 @pytest.mark.parametrize("name", ["memory", "positional"])
-def test_cache_under_another_name(model, monkeypatch, name):
+def test_batch_cache_under_another_name(model, monkeypatch, name):
     ids, mask = padded("left")
     with model.steering.batch(NAMES, positions="generated"), torch.no_grad():
         expected = greedy(model, ids, attention_mask=mask)
@@ -380,7 +380,7 @@ def test_cache_under_another_name(model, monkeypatch, name):
         assert torch.equal(by_hand(renamed, ids, mask, DynamicCache(config=model.config), name), expected)
 
 
-def test_cache_is_found_by_its_type():
+def test_batch_cache_is_found_by_its_type():
     key = torch.zeros(2, 1, 4, 8)
     cache, layers = DynamicCache(), ((key, key), (key, key))
     cache.update(key, key, 0)
@@ -394,7 +394,7 @@ def test_cache_is_found_by_its_type():
         batch_module.find_cache({"one": DynamicCache(), "other": DynamicCache()})
 
 
-def test_cache_of_states_of_fixed_size():
+def test_batch_cache_of_states_of_fixed_size():
     """A state-space model's cache does not tell its length; it is known from the passes that filled it."""
     from transformers import MambaConfig, MambaForCausalLM
 
@@ -443,13 +443,13 @@ class Memory:
     ],
     ids=["mask", "mask of four dimensions", "position_ids", "cache_position", "unknown object", "list"],
 )
-def test_cache_that_cannot_be_found(model, given, parts):
+def test_batch_cache_that_cannot_be_found(model, given, parts):
     with model.steering.batch(["polite"]), torch.no_grad():
         with refused(ValueError, *parts, model=model):
             model.model(PROMPTS[:1, :1], **given)
 
 
-def test_cache_that_is_not_used(model):
+def test_batch_cache_that_is_not_used(model):
     """Positions may begin anywhere where the caller says that there is no cache."""
     given = {"position_ids": torch.arange(3, 10)[None], "use_cache": False}
     expected = alone(model, "polite", lambda: model(PROMPTS[:1], **given).logits)
@@ -457,7 +457,7 @@ def test_cache_that_is_not_used(model):
         assert_close(model(PROMPTS[:1], **given).logits, expected)
 
 
-def test_cache_that_generate_hides(model, monkeypatch):
+def test_batch_cache_that_generate_hides(model, monkeypatch):
     """A model that keeps its cache to itself and feeds the last token alone."""
     monkeypatch.setattr(model, "prepare_inputs_for_generation", lambda input_ids, **_: {"input_ids": input_ids[:, -1:]})
     with model.steering.batch(["polite"]):
@@ -482,7 +482,7 @@ class Reads(TorchDispatchMode):
         return function(*args, **kwargs or {})
 
 
-def test_static_cache_is_not_read_in_a_decoding_step(model):
+def test_batch_static_cache_is_not_read_in_a_decoding_step(model):
     ids, mask = padded("left")
     room = ids.shape[1] + NEW
     with model.steering.batch(NAMES, positions="generated"), torch.no_grad():
@@ -502,7 +502,7 @@ def test_static_cache_is_not_read_in_a_decoding_step(model):
         assert_close(first, model(PROMPTS[:, :1]).logits)
 
 
-def test_static_cache_in_inference_mode(model):
+def test_batch_static_cache_in_inference_mode(model):
     """There PyTorch does not count the writes to a tensor, so that its length is read."""
     ids, mask = padded("left")
     with model.steering.batch(NAMES, positions="generated"), torch.inference_mode():
@@ -513,7 +513,7 @@ def test_static_cache_in_inference_mode(model):
             cache.reset()
 
 
-def test_a_captured_step_holds_on_to_what_is_there(model, monkeypatch):
+def test_batch_a_captured_step_holds_on_to_what_is_there(model, monkeypatch):
     """While a CUDA graph is captured nothing is worked out, and what was stays where it is."""
     with model.steering.batch(NAMES), torch.no_grad():
         batch = model.steering._batch
@@ -533,7 +533,7 @@ def test_a_captured_step_holds_on_to_what_is_there(model, monkeypatch):
 
 
 @pytest.mark.parametrize("where", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_a_step_on_a_static_cache_replays(where):
+def test_batch_a_step_on_a_static_cache_replays(where):
     """Of a loop of one's own, in which no step asks the host for anything: on a GPU it is a CUDA graph."""
     model, prompts, length = steered().to(where), PROMPTS.to(where), PROMPTS.shape[1]
     room, rows = length + NEW, len(NAMES)
@@ -576,7 +576,7 @@ def test_a_step_on_a_static_cache_replays(where):
     assert torch.equal(torch.cat(words, 1), expected)
 
 
-def test_compiled_within_generate(model):
+def test_batch_compiled_within_generate(model):
     compiled = copy.deepcopy(model)
     compiled.forward = torch.compile(compiled.forward, backend="aot_eager")
     with model.steering.batch(NAMES, positions=[("first", 3), *["all"] * 4]):
@@ -588,7 +588,7 @@ def test_compiled_within_generate(model):
     torch._dynamo.reset()
 
 
-def test_within_peft(model):
+def test_batch_within_peft(model):
     peft = pytest.importorskip("peft")
     base = build()
     lora = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
@@ -601,7 +601,7 @@ def test_within_peft(model):
             greedy(lora, PROMPTS)
 
 
-def test_layers_steered_by_a_hook(model):
+def test_batch_layers_steered_by_a_hook(model):
     hooked = steered()
     expected = greedy_in_batch(model)
     other = build()
@@ -623,7 +623,7 @@ def greedy_in_batch(model: PreTrainedModel) -> Tensor:
 # ----------------------------------------------------------------------------------------------- what goes on meanwhile
 
 
-def test_all_is_as_it_was_afterwards(model):
+def test_batch_all_is_as_it_was_afterwards(model):
     before, active = snapshot(model), model.steering.active
     expected = logits(model, PROMPTS)
     with pytest.raises(ZeroDivisionError), model.steering.batch(NAMES):
@@ -634,7 +634,7 @@ def test_all_is_as_it_was_afterwards(model):
     assert torch.equal(logits(model, PROMPTS), expected)
 
 
-def test_disabled_used_and_loaded_within(model, tmp_path):
+def test_batch_disabled_used_and_loaded_within(model, tmp_path):
     model.steering.save(tmp_path / "saved", "biased")
     with model.steering.batch(NAMES):
         expected = logits(model, PROMPTS)
@@ -654,7 +654,7 @@ def test_disabled_used_and_loaded_within(model, tmp_path):
     model.steering.use("polite")
 
 
-def test_report_counts_and_copies(model):
+def test_batch_report_counts_and_copies(model):
     model.steering.reset_calls()
     with model.steering.batch(NAMES):
         logits(model, PROMPTS)
@@ -662,7 +662,7 @@ def test_report_counts_and_copies(model):
     assert torch.equal(logits(copy.deepcopy(model), PROMPTS), logits(model, PROMPTS))
 
 
-def test_threads_take_turns(model):
+def test_batch_threads_take_turns(model):
     """Batches of two threads, each right; a pass of a third is refused while one runs."""
     expected = {name: alone(model, name, lambda: greedy(model, PROMPTS[:1])) for name in ("polite", "vector")}
     wrong: list[Any] = []
@@ -716,13 +716,13 @@ def test_threads_take_turns(model):
     ],
     ids=str,
 )
-def test_what_cannot_be_asked(model, names, options, error, parts):
+def test_batch_what_cannot_be_asked(model, names, options, error, parts):
     with refused(error, *parts, model=model), model.steering.batch(names, **options):
         pass
     assert torch.equal(greedy_in_batch(model), greedy_in_batch(model))
 
 
-def test_a_batch_of_another_length(model):
+def test_batch_of_another_length(model):
     with model.steering.batch(NAMES[:2]):
         for call in (
             lambda: logits(model, PROMPTS),
@@ -738,7 +738,7 @@ def test_a_batch_of_another_length(model):
             logits(model, PROMPTS[:2], torch.ones(2, 1, 7, 7))
 
 
-def test_float64_and_gradients(model):
+def test_batch_float64_and_gradients(model):
     double = patch_model(build().double(), SteerConfig(rank=2))
     with refused(TypeError, "the model is float64; expected"), double.steering.batch(["default"]):
         pass

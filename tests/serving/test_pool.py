@@ -77,7 +77,7 @@ def rows_and_all(count: int) -> tuple[Tensor, Tensor]:
         return base(PROMPTS[:count]).logits, base(PROMPTS).logits[:count]
 
 
-def test_eight_adapters_over_three_slots(folder, expected):
+def test_pool_eight_adapters_over_three_slots(folder, expected):
     model = pooled(folder)
     pool = model.steering.pool
     for numbers in ([0, 1, 2], [2, 3, 0], [4, 5, 6], [7, 7, 7], [0, 4, 1], [1, 0, 4]):
@@ -96,7 +96,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     return load_file(path / "adapter_model.safetensors")
 
 
-def test_the_least_recently_used_goes(folder):
+def test_pool_the_least_recently_used_goes(folder):
     pool = pooled(folder).steering.pool
     for name in ("0", "1", "2", "0"):
         pool.load(name)
@@ -107,7 +107,7 @@ def test_the_least_recently_used_goes(folder):
     assert pool.load("1") == pool.load("1")
 
 
-def test_beside_adapters_of_the_model_and_none(folder, expected):
+def test_pool_beside_adapters_of_the_model_and_none(folder, expected):
     model = pooled(folder)
     model.steering.use("own")
     with torch.no_grad():
@@ -124,7 +124,7 @@ def test_beside_adapters_of_the_model_and_none(folder, expected):
     assert torch.equal(logits(model, [None, "own", "5"])[:2], base[:2])
 
 
-def test_no_file_is_mapped(folder, monkeypatch):
+def test_pool_no_file_is_mapped(folder, monkeypatch):
     """A file that is cut in place after it was checked, and while its tensors are copied into slots, kills nothing."""
     model = pooled(folder)
     pool, path = model.steering.pool, folder / "0" / "adapter_model.safetensors"
@@ -144,7 +144,7 @@ def test_no_file_is_mapped(folder, monkeypatch):
             path.write_bytes(content)
 
 
-def test_registering_opens_nothing(tmp_path):
+def test_pool_registering_opens_nothing(tmp_path):
     model = pooled_empty()
     for number in range(1000):
         (tmp_path / f"a{number}").mkdir()
@@ -162,7 +162,7 @@ def pooled_empty() -> PreTrainedModel:
     return model
 
 
-def test_a_changed_file_is_taken_when_asked(folder, expected, tmp_path):
+def test_pool_a_changed_file_is_taken_when_asked(folder, expected, tmp_path):
     model = pooled_empty()
     shutil.copytree(folder / "0", tmp_path / "x")
     model.steering.pool.register("0", tmp_path / "x")
@@ -174,7 +174,7 @@ def test_a_changed_file_is_taken_when_asked(folder, expected, tmp_path):
     assert_close(logits(model, ["0"])[0], expected[4][0], unsteered=rows_and_all(1))
 
 
-def test_unpatched_the_model_is_as_it_came(folder, expected):
+def test_pool_unpatched_the_model_is_as_it_came(folder, expected):
     model = build()
     before = snapshot(model)
     patch_model(model, SteerConfig(rank=2, layers=[1]))
@@ -184,7 +184,7 @@ def test_unpatched_the_model_is_as_it_came(folder, expected):
     assert snapshot(model) == before
 
 
-def test_closed_and_made_anew(folder, expected):
+def test_pool_closed_and_made_anew(folder, expected):
     model = pooled(folder)
     model.steering.close_pool()
     assert model.steering.pool is None
@@ -195,7 +195,7 @@ def test_closed_and_made_anew(folder, expected):
     assert copy.deepcopy(model).steering.pool is None
 
 
-def test_slots_in_bfloat16_take_half_the_memory(folder, expected):
+def test_pool_slots_in_bfloat16_take_half_the_memory(folder, expected):
     half, whole = (pooled(folder, dtype=dtype).steering.pool for dtype in ("bfloat16", "float32"))
     codes = sum(slots.codes.nbytes for slots in half.slots.values())
     assert 2 * (half.nbytes - codes) == whole.nbytes - codes
@@ -206,7 +206,7 @@ def test_slots_in_bfloat16_take_half_the_memory(folder, expected):
 # ------------------------------------------------------------------------------------------------------------ threads
 
 
-def test_many_threads_few_slots(folder, expected):
+def test_pool_many_threads_few_slots(folder, expected):
     """Batches, loads, failures and removals at once; each batch right by content."""
     model = pooled(folder, slots=3)
     pool = model.steering.pool
@@ -250,7 +250,7 @@ def test_many_threads_few_slots(folder, expected):
     assert pool.statistics.evictions > 10 and len(pool.loaded) <= 3
 
 
-def test_two_threads_load_an_adapter_once(folder, monkeypatch):
+def test_pool_two_threads_load_an_adapter_once(folder, monkeypatch):
     pool = pooled(folder).steering.pool
     read, reads = pool._read, []
 
@@ -268,7 +268,7 @@ def test_two_threads_load_an_adapter_once(folder, monkeypatch):
     assert len(reads) == 1 and pool.statistics.hits == 3
 
 
-def test_waiting_for_a_slot(folder):
+def test_pool_waiting_for_a_slot(folder):
     pool = pooled(folder).steering.pool
     with pool.hold(["0", "1", "2"]):
         with refused(TimeoutError, "adapter '3' finds no slot: all 3 are in use by running batches"):
@@ -385,7 +385,7 @@ BROKEN: list[tuple[Any, type[Exception], str]] = [
 
 
 @pytest.mark.parametrize(("make", "error", "part"), BROKEN, ids=lambda value: getattr(value, "__name__", None))
-def test_what_cannot_be_loaded_fails_alone(folder, tmp_path, make, error, part):
+def test_pool_what_cannot_be_loaded_fails_alone(folder, tmp_path, make, error, part):
     model = pooled(folder)
     pool = model.steering.pool
     before = logits(model, ["0", "1", "2"])
@@ -403,7 +403,7 @@ def test_what_cannot_be_loaded_fails_alone(folder, tmp_path, make, error, part):
     assert torch.equal(logits(model, ["0", "1", "2"]), before)
 
 
-def test_another_base_model(folder, tmp_path):
+def test_pool_another_base_model(folder, tmp_path):
     path = tmp_path / "x"
     edit(shutil.copytree(folder / "0", path) / "adapter_config.json", base_model_name_or_path="other")
     model = pooled(folder)
@@ -416,7 +416,7 @@ def test_another_base_model(folder, tmp_path):
     model.steering.pool.load("x")
 
 
-def test_a_layer_outside_of_the_pool(folder):
+def test_pool_a_layer_outside_of_the_pool(folder):
     model = patch_model(build(), CONFIGS[0], adapter_name="own")
     pool = model.steering.make_pool(slots=2, rank=4, layers=[1])
     pool.register_directory(folder)
@@ -427,7 +427,7 @@ def test_a_layer_outside_of_the_pool(folder):
         logits(model, ["own"])
 
 
-def test_in_use_by_a_running_batch(folder, expected):
+def test_pool_in_use_by_a_running_batch(folder, expected):
     model = pooled(folder)
     pool = model.steering.pool
     with model.steering.batch(["0", "1"]), torch.no_grad():
@@ -447,7 +447,7 @@ def test_in_use_by_a_running_batch(folder, expected):
     assert_serves(model, expected, [1])
 
 
-def test_names_and_sizes(folder, tmp_path):
+def test_pool_names_and_sizes(folder, tmp_path):
     model = pooled(folder)
     pool = model.steering.pool
     with refused(ValueError, "adapter name is 'a.b'; expected letters"):
@@ -487,14 +487,14 @@ def test_names_and_sizes(folder, tmp_path):
     ],
     ids=str,
 )
-def test_pools_that_cannot_be(options, error, part):
+def test_pool_pools_that_cannot_be(options, error, part):
     model = patch_model(build(), SteerConfig(rank=2, layers=[1]))
     with refused(error, part, model=model):
         model.steering.make_pool(**options)
     assert model.steering.pool is None
 
 
-def test_vectors_alone(folder, expected):
+def test_pool_vectors_alone(folder, expected):
     model = patch_model(build(), SteerConfig(rank=2, layers=[1]))
     model.steering.make_pool(slots=2, rank=0).register_directory(folder)
     assert_serves(model, expected, [2, 6])

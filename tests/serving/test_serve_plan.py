@@ -35,7 +35,7 @@ def folder(tmp_path_factory) -> Path:
     ],
     ids=str,
 )
-def test_numbers_are_those_of_real_tensors(folder, tmp_path, options, config):
+def test_serve_plan_numbers_are_those_of_real_tensors(folder, tmp_path, options, config):
     code, out, _ = invoke(folder, "--adapters", 1000, *options, "--slots", 5, "--model-dtype", "float32", "--json")
     assert code == 0
     plan = json.loads(out)["plan"]
@@ -56,13 +56,13 @@ def test_numbers_are_those_of_real_tensors(folder, tmp_path, options, config):
     assert plan["share"] == plan["read_by_steering"] / (plan["read_by_steering"] + plan["read_by_base"])
 
 
-def test_tied_embeddings_are_read_as_the_output(tmp_path):
+def test_serve_plan_tied_embeddings_are_read_as_the_output(tmp_path):
     build(tie_word_embeddings=True).save_pretrained(tmp_path)
     plan = json.loads(invoke(tmp_path, "--adapters", 1, "--json")[1])["plan"]
     assert plan["read_by_base"] == plan["base"]
 
 
-def test_what_fits_and_what_vllm_takes(folder):
+def test_serve_plan_what_fits_and_what_vllm_takes(folder):
     plan = json.loads(invoke(folder, "--adapters", 100, "--rank", 9, "--memory", 0.5, "--json")[1])["plan"]
     room = 0.5 * 2**30 - plan["base"]
     each = plan["slot"] + 4 * LAYERS
@@ -71,14 +71,14 @@ def test_what_fits_and_what_vllm_takes(folder):
     assert json.loads(invoke(folder, "--adapters", 1, "--memory", 1e-6, "--json")[1])["plan"]["fitting"] == 0
 
 
-def test_shown_as_a_table(folder):
+def test_serve_plan_shown_as_a_table(folder):
     code, out, _ = invoke(folder, "--adapters", 1000, "--memory", 80)
     assert code == 0
     for part in ("1,000 files", "64 slots", "slots that fit", "nothing was measured", "vllm serve", "MiB"):
         assert part in out
 
 
-def test_no_weights_are_made(folder, monkeypatch):
+def test_serve_plan_no_weights_are_made(folder, monkeypatch):
     monkeypatch.setattr(torch.nn.Linear, "reset_parameters", lambda self: pytest.fail("not on meta")
                         if self.weight.device.type != "meta" else None)  # fmt: skip
     assert invoke(folder, "--adapters", 10)[0] == 0
@@ -100,6 +100,6 @@ def test_no_weights_are_made(folder, monkeypatch):
     ],
     ids=str,
 )
-def test_what_cannot_be_planned(folder, options, part):
+def test_serve_plan_what_cannot_be_planned(folder, options, part):
     code, out, err = invoke(folder, *options)
     assert code == 1 and not out and part in err and err.count("\n") == 1

@@ -49,7 +49,7 @@ ADAPTERS = (
 
 @pytest.mark.parametrize("with_branch", [True, False], ids=["branch", "finished"])
 @pytest.mark.parametrize("with_gain", [True, False], ids=["gain", "full"])
-def test_each_token_is_steered_as_by_its_adapter_alone(device, with_branch, with_gain):
+def test_slots_each_token_is_steered_as_by_its_adapter_alone(device, with_branch, with_gain):
     slots = Slots(5, RANK, HIDDEN, device=device, down_bias=True, up_bias=True)
     for slot in range(5):  # what was there before is gone
         slots.put(slot, {name: 9 + 0 * t for name, t in ADAPTERS[0][0].items()}, "gelu")
@@ -90,7 +90,7 @@ def test_each_token_is_steered_as_by_its_adapter_alone(device, with_branch, with
         ({"routing": Routing(torch.full((2, 3), 7))}, ValueError, ["adapter_ids has 7", "expected below 2"]),
     ],
 )
-def test_routed_tokens_that_do_not_fit(change, error, parts, monkeypatch):
+def test_slots_routed_tokens_that_do_not_fit(change, error, parts, monkeypatch):
     monkeypatch.setenv("FUSED_STEER_BACKEND", "torch")
     call = {
         "residual": torch.zeros(2, 3, HIDDEN),
@@ -103,7 +103,7 @@ def test_routed_tokens_that_do_not_fit(change, error, parts, monkeypatch):
         slots.routed(**{**call, **change})
 
 
-def test_vectors_alone_need_no_matrices():
+def test_slots_vectors_alone_need_no_matrices():
     slots = Slots(2, 0, HIDDEN, up_bias=True)
     vector = adapter(0)
     slots.put(1, vector, "identity")
@@ -112,7 +112,7 @@ def test_vectors_alone_need_no_matrices():
     assert_close(slots(x, None, torch.tensor([1, -1, 0])), x + torch.stack([vector[NAMES[3]], *torch.zeros(2, HIDDEN)]))
 
 
-def test_values_take_the_dtype_of_the_slots_and_no_state_dict_holds_them():
+def test_slots_values_take_the_dtype_of_the_slots_and_no_state_dict_holds_them():
     slots = Slots(3, 4, HIDDEN, dtype=torch.bfloat16, down_bias=True)
     slots.put(2, adapter(4), "relu")
     assert slots.downs is not None and torch.equal(slots.downs[2], adapter(4)[NAMES[0]].bfloat16())
@@ -153,7 +153,7 @@ def _with(**changed: Any) -> dict[str, Tensor]:
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_what_has_no_room_is_refused_before_anything_is_written(slot, tensors, activation, parts):
+def test_slots_what_has_no_room_is_refused_before_anything_is_written(slot, tensors, activation, parts):
     slots = Slots(3, 4, HIDDEN)
     slots.put(0, adapter(3, seed=8), "tanh")
     before = state(slots)

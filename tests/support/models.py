@@ -14,7 +14,13 @@ import torch
 import torch.nn.functional as F
 from packaging.version import Version
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
 
 # Handing these models to a second thread costs more than they do: on a busy machine, a hundredfold.
 torch.set_num_threads(1)
@@ -67,6 +73,14 @@ def build(family: str = "llama", seed: int = 0, **overrides: Any) -> PreTrainedM
     fields = {name: value for name, value in {**_SIZES, **own}.items() if value is not None or name.endswith("_id")}
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **fields | overrides)).eval()
+
+
+def classifier(family: str = "llama", seed: int = 0, cls: Any = AutoModelForSequenceClassification) -> PreTrainedModel:
+    """A model of the family with a head of random weights, by default one of three classes; in eval mode."""
+    config = build(family).config
+    config.num_labels = 2 if cls is AutoModelForQuestionAnswering else 3
+    torch.manual_seed(seed)
+    return cls.from_config(config).eval()
 
 
 def tokens(seed: int = 0, batch: int = 2, length: int = 9) -> Tensor:

@@ -90,6 +90,29 @@ def same_launches():
 
 
 @case
+def fp_fusion_of_the_environment():
+    """What a launch compiles to, and what is compiled ahead of time, with TRITON_DEFAULT_FP_FUSION unset and 0."""
+    from fused_steer.kernels import aot, launch, post_block
+
+    x, b, down, up = hidden(), hidden(), torch.randn(R, D), torch.randn(D, R)
+    job = aot.compilation(aot.record(aot.Case(8, D, R), "sm_90")[0], "sm_90")
+    found = []
+    for value in (None, "0"):
+        os.environ.pop("TRITON_DEFAULT_FP_FUSION", None)
+        if value is not None:
+            os.environ["TRITON_DEFAULT_FP_FUSION"] = value
+        with launch.noted() as notes, torch.no_grad():
+            post_block(x, b, down, up)
+        options = [started.compiled.metadata.enable_fp_fusion for started in notes.launches]
+        binaries = [hash(started.compiled.asm["cubin"]) for started in notes.launches]
+        found.append([options, binaries, hash(aot._compile.__wrapped__(job)[1])])
+        for started in notes.launches:
+            started.kernel.device_caches.clear()  # compiled again, or read from files, by the options of then
+    os.environ.pop("TRITON_DEFAULT_FP_FUSION")
+    return {"found": found}
+
+
+@case
 def same_launches_in_training():
     site, x, b, grad = new_site(), hidden(64, True), hidden(64, True), hidden(64)
     first, second = (called(lambda: site(x, b).backward(grad)) for _ in range(2))

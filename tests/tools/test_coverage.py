@@ -49,14 +49,14 @@ SOME = {
 
 
 @pytest.mark.parametrize(("model_type", "outcome"), SOME.items())
-def test_families_pass(model_type: str, outcome: str) -> None:
+def test_coverage_families_pass(model_type: str, outcome: str) -> None:
     row = run(model_type)
     assert (row.outcome, row.passes) == (outcome, True), row
     assert row.layers and row.error <= coverage_module.TOLERANCE
     assert bool(row.reason) == bool(row.hooked) == (outcome != "fused")
 
 
-def test_every_class_has_its_row() -> None:
+def test_coverage_every_class_has_its_row() -> None:
     assert {CONFIG_MAPPING[model_type] for model_type in MODEL_TYPES} == set(MODEL_FOR_CAUSAL_LM_MAPPING)
 
 
@@ -144,7 +144,7 @@ def refusing_too_late(model: nn.Module, config: Any) -> nn.Module:
         (refusing_too_late, "refused, but changed: too late"),
     ],
 )
-def test_wrong_is_found_out(patch: Callable[..., Any], reason: str) -> None:
+def test_coverage_wrong_is_found_out(patch: Callable[..., Any], reason: str) -> None:
     row = check(build("llama"), patch=patch)
     assert row.outcome == "wrong" and reason in row.reason, row
     assert not row.passes
@@ -159,12 +159,12 @@ def test_wrong_is_found_out(patch: Callable[..., Any], reason: str) -> None:
         ("reformer", "raises", "returned a ReformerOutput"),
     ],
 )
-def test_reasons_are_given(model_type: str, outcome: str, reason: str) -> None:
+def test_coverage_reasons_are_given(model_type: str, outcome: str, reason: str) -> None:
     row = run(model_type)
     assert (row.outcome, row.passes) == (outcome, False) and reason in row.reason, row
 
 
-def test_encoder_decoder_is_refused() -> None:
+def test_coverage_encoder_decoder_is_refused() -> None:
     model = build("llama")
     model.config.is_encoder_decoder = True
     row = check(model)
@@ -175,7 +175,7 @@ def test_encoder_decoder_is_refused() -> None:
 # Processes, table, command
 
 
-def test_each_in_its_process() -> None:
+def test_coverage_each_in_its_process() -> None:
     assert [(row.model_type, row.outcome) for row in check_all(["gpt2", "xlm"], jobs=1)] == [
         ("gpt2", "fused"),
         ("xlm", "refused"),
@@ -185,7 +185,7 @@ def test_each_in_its_process() -> None:
 
 
 @pytest.mark.parametrize(("arguments", "parts"), [(["nothing"], ("'nothing'", "expected")), (["llama", 0], ("jobs",))])
-def test_bad_arguments_are_refused(arguments: list[Any], parts: tuple[str, ...]) -> None:
+def test_coverage_bad_arguments_are_refused(arguments: list[Any], parts: tuple[str, ...]) -> None:
     only, jobs = [*arguments, 1][:2]
     assert_refused(invoke("coverage", "--only", only, "--jobs", jobs), *parts)
 
@@ -197,7 +197,7 @@ ROWS = [
 ]
 
 
-def test_table() -> None:
+def test_coverage_table() -> None:
     text = markdown(ROWS)
     assert "**2 of 3 model types pass**, 1 of 2 classes;" in text
     assert "error is 1.0e-06" in text and torch.__version__ in text
@@ -205,7 +205,7 @@ def test_table() -> None:
     assert summary(ROWS).startswith("2 of 3 pass: 1 fused, 0 mixed, 1 hook") and summary(ROWS).endswith("1 wrong")
 
 
-def test_command(tmp_path, monkeypatch) -> None:
+def test_coverage_command(tmp_path, monkeypatch) -> None:
     out = tmp_path / "docs" / "coverage.md"
     result = invoke("coverage", "--only", "llama", "--jobs", 1, "--out", out, "--json")
     assert result.exit_code == 0, result.output

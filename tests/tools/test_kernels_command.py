@@ -21,7 +21,7 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, env={**env, **environment}, capture_output=True, text=True, timeout=300)
 
 
-def test_json_has_every_configuration_that_would_be_launched():
+def test_kernels_command_json_has_every_configuration_that_would_be_launched():
     result = run(*SMALL, "--target", "gfx942", "--json")
     assert result.returncode == 0, result.stderr
     shown = json.loads(result.stdout)
@@ -53,7 +53,7 @@ def test_json_has_every_configuration_that_would_be_launched():
     assert floors[8, "backward", "H200"]["seconds"] == pytest.approx(4 * 8 * 576 * 2 / 4.8e12)
 
 
-def test_json_says_which_limit_binds_each_pass():
+def test_kernels_command_json_says_which_limit_binds_each_pass():
     result = run(*SMALL, "--target", "sm_80", "--gpu", "H100", "--gpu", "A100-40GB", "--json")
     assert result.returncode == 0, result.stderr
     shown = json.loads(result.stdout)
@@ -78,7 +78,7 @@ def test_json_says_which_limit_binds_each_pass():
             assert launch[launch["binds"]] == slowest and 0 < launch["busy"] < launch["issue"]
 
 
-def test_the_smaller_targets_say_what_they_cannot_do():
+def test_kernels_command_the_smaller_targets_say_what_they_cannot_do():
     result = run(
         "--hidden", "576", "--rank", "16", "--tokens", "64", "--target", "sm_75", "--target", "sm_89", "--json"
     )
@@ -91,7 +91,7 @@ def test_the_smaller_targets_say_what_they_cannot_do():
     assert "no asynchronous copies" in shown["cannot"]["sm_75"] and not any(row["async_copies"] for row in turing)
 
 
-def test_the_tables_fit_in_80_columns():
+def test_kernels_command_the_tables_fit_in_80_columns():
     result = run(*SMALL, "--tokens", "100000", COLUMNS="80", NO_COLOR="1")
     assert result.returncode == 0, result.stderr
     assert max(map(len, result.stdout.splitlines())) <= 80 and "…" not in result.stdout
@@ -118,7 +118,7 @@ def test_the_tables_fit_in_80_columns():
     assert {row[-1] for row in table[1:]} <= {"memory", "L2", "issue", "host"}
 
 
-def test_a_kernel_that_several_shapes_share_is_compiled_once():
+def test_kernels_command_a_kernel_that_several_shapes_share_is_compiled_once():
     code = (
         "import triton; from fused_steer.tools.kernel_table import Request, describe_kernels\n"
         "compile, calls = triton.compile, []\n"
@@ -154,12 +154,12 @@ def test_a_kernel_that_several_shapes_share_is_compiled_once():
     ],
 )
 @pytest.mark.parametrize("flags", [[], ["--json"]], ids=["table", "json"])
-def test_bad_input_is_one_line(arguments, message, flags):
+def test_kernels_command_bad_input_is_one_line(arguments, message, flags):
     result = CliRunner().invoke(app, ["kernels", *arguments, *flags])
     assert (result.exit_code, result.stdout, result.stderr) == (1, "", f"fused-steer: {message}\n")
 
 
-def test_interpreted_kernels_cannot_be_shown(monkeypatch):
+def test_kernels_command_interpreted_kernels_cannot_be_shown(monkeypatch):
     monkeypatch.setattr("fused_steer.kernels.aot.INTERPRETED", True)
     result = CliRunner().invoke(app, ["kernels", *SMALL])
     assert (result.exit_code, result.stdout) == (1, "")

@@ -36,7 +36,7 @@ KNOWN = [
 
 
 @pytest.mark.parametrize(("expression", "text", "value", "flat", "nesting"), KNOWN, ids=[row[1] for row in KNOWN])
-def test_known_expressions(expression, text, value, flat, nesting):
+def test_listops_known_expressions(expression, text, value, flat, nesting):
     assert str(expression) == text
     assert evaluate(expression) == value
     assert ignoring_brackets(expression) == flat
@@ -51,7 +51,7 @@ def parts(expression):
 
 
 @pytest.mark.parametrize("nesting", [1, 2, 3, MAX_DEPTH])
-def test_generated_expressions_are_what_was_asked_for(nesting):
+def test_listops_generated_expressions_are_what_was_asked_for(nesting):
     operators = ["MAX", "SM"]
     expressions = [generate(random.Random(seed), operators, nesting) for seed in range(200)]
     assert {depth(expression) for expression in expressions} == {nesting}
@@ -63,7 +63,7 @@ def test_generated_expressions_are_what_was_asked_for(nesting):
     assert {evaluate(part) for part in found} <= set(range(10))
 
 
-def test_nested_lists_stand_anywhere():
+def test_listops_nested_lists_stand_anywhere():
     """Not always in the same place, or their position would give them away."""
     expressions = distinct(200, operators=["MAX", "MIN"], depth=2, seed=0)
     for kind in (Operation, int):
@@ -71,23 +71,23 @@ def test_nested_lists_stand_anywhere():
         assert places == {0, 1, 2}
 
 
-def test_the_brackets_matter():
+def test_listops_the_brackets_matter():
     expressions = distinct(1000, operators=["MAX", "MIN"], depth=2, seed=0)
     assert sum(ignoring_brackets(e) != evaluate(e) for e in expressions) > 250
 
 
-def test_distinct_expressions_are_distinct_as_text():
+def test_listops_distinct_expressions_are_distinct_as_text():
     texts = list(map(str, distinct(2000, operators=list(OPERATORS), depth=1, seed=0)))
     assert len(texts) == len(set(texts)) == 2000
 
 
-def test_the_seed_determines_the_expressions():
+def test_listops_the_seed_determines_the_expressions():
     first, again, other = (distinct(50, operators=["MAX", "MIN"], depth=2, seed=seed) for seed in (3, 3, 4))
     assert first == again
     assert first != other
 
 
-def test_more_of_them_begin_with_the_same():
+def test_listops_more_of_them_begin_with_the_same():
     """Held-out expressions, which come first, do not depend on how many are trained on."""
     few, many = (distinct(count, operators=["MAX"], depth=2, seed=0) for count in (20, 60))
     assert many[:20] == few
@@ -103,11 +103,11 @@ def test_more_of_them_begin_with_the_same():
         (["MAX"], MAX_DEPTH + 1, f"depth is {MAX_DEPTH + 1}; expected 1 to {MAX_DEPTH}"),
     ],
 )
-def test_unknown_tasks_are_refused(operators, nesting, message):
+def test_listops_unknown_tasks_are_refused(operators, nesting, message):
     with pytest.raises(ValueError, match=message):
         distinct(1, operators=operators, depth=nesting, seed=0)
 
 
-def test_a_task_with_too_few_expressions_is_refused():
+def test_listops_a_task_with_too_few_expressions_is_refused():
     with pytest.raises(ValueError, match="^20000 distinct expressions of MAX and depth 1 .* few more than 1"):
         distinct(20_000, operators=["MAX"], depth=1, seed=0)  # there are 10² + 10³

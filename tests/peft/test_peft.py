@@ -26,12 +26,20 @@ from models import (
     snapshot,
     tokens,
 )
-from peft import LoraConfig, PeftConfig, PeftMixedModel, PeftModel, get_peft_model
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftMixedModel,
+    PeftModel,
+    PeftModelForCausalLM,
+    get_peft_model,
+    inject_adapter_in_model,
+)
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-import fused_steer.peft as peft_module
+import fused_steer.peft.site as site_module
 import fused_steer.serving.slots as slots_module
 from fused_steer import SteerConfig, patch_model
 from fused_steer.model.site import Site, SteeringSite
@@ -79,7 +87,7 @@ def trained(model: nn.Module) -> set[str]:
 
 
 @everywhere
-def test_a_fresh_adapter_changes_nothing_and_alone_trains(family, fields):
+def test_peft_a_fresh_adapter_changes_nothing_and_alone_trains(family, fields):
     base = build_frozen(family)
     before = logits(base)
     model = get_peft_model(base, PostBlockConfig(**fields))
@@ -88,7 +96,7 @@ def test_a_fresh_adapter_changes_nothing_and_alone_trains(family, fields):
 
 
 @everywhere
-def test_it_computes_what_patch_model_does(family, fields, tmp_path):
+def test_peft_it_computes_what_patch_model_does(family, fields, tmp_path):
     model = adapted(family, **fields)
     model.save_pretrained(str(tmp_path))
     patched = patch_model(build(family), tmp_path)
@@ -102,7 +110,7 @@ def test_it_computes_what_patch_model_does(family, fields, tmp_path):
 
 
 @everywhere
-def test_files_go_either_way(family, fields, tmp_path):
+def test_peft_files_go_either_way(family, fields, tmp_path):
     model = adapted(family, **fields)
     expected = logits(model)
     model.save_pretrained(str(tmp_path / "peft"))
@@ -125,7 +133,7 @@ def test_files_go_either_way(family, fields, tmp_path):
 
 
 @everywhere
-def test_disabled_it_is_the_base_model(family, fields):
+def test_peft_disabled_it_is_the_base_model(family, fields):
     model = adapted(family, **fields)
     steered, flags = logits(model), trained(model)
     with model.disable_adapter():
@@ -137,7 +145,7 @@ def test_disabled_it_is_the_base_model(family, fields):
 
 
 @everywhere
-def test_several_adapters(family, fields, tmp_path):
+def test_peft_several_adapters(family, fields, tmp_path):
     model = adapted(family, **fields)
     first = logits(model)
     model.add_adapter("second", PostBlockConfig(r=2, activation="tanh", layers=[1]))
@@ -162,7 +170,7 @@ def test_several_adapters(family, fields, tmp_path):
 
 
 @everywhere
-def test_each_row_by_its_own_adapter(family, fields):
+def test_peft_each_row_by_its_own_adapter(family, fields):
     model = adapted(family, **fields)
     model.add_adapter("second", PostBlockConfig(r=2, activation="tanh", layers=[1]))
     fill(model, "second", seed=2)
@@ -230,7 +238,7 @@ def assert_rows_answer_as_alone(model: PeftModel, rows: list[str]) -> None:
 
 @pytest.mark.parametrize("length", [7, 150], ids=["few tokens", "many tokens"])
 @pytest.mark.parametrize("rows", [["first"], ["first", "second"], ["third", "first", "__base__", "second"]], ids=len)
-def test_rows_cost_two_launches_a_layer_whatever_their_adapters(rows, length, monkeypatch):
+def test_peft_rows_cost_two_launches_a_layer_whatever_their_adapters(rows, length, monkeypatch):
     monkeypatch.setenv("FUSED_STEER_BACKEND", "triton")
     model = of_three().to("cuda" if HAS_GPU else "cpu")
     hidden = torch.randn(len(rows), length, 32, device=model.device)
@@ -242,9 +250,9 @@ def test_rows_cost_two_launches_a_layer_whatever_their_adapters(rows, length, mo
             assert [launch.kernel.__name__ for launch in notes.launches] == [f"{kind}_down_kernel", f"{kind}_up_kernel"]
 
 
-def test_rows_are_one_op_a_layer(monkeypatch):
+def test_peft_rows_are_one_op_a_layer(monkeypatch):
     ran: list[str] = []
-    for module, name in ((slots_module, "post_block_routed"), (peft_module, "post_block")):
+    for module, name in ((slots_module, "post_block_routed"), (site_module, "post_block")):
         op = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, op=op, name=name, **k: ran.append(name) or op(*a, **k))
     model = of_three()
@@ -259,7 +267,7 @@ def test_rows_are_one_op_a_layer(monkeypatch):
     assert ran == []
 
 
-def test_rows_without_adapter_keep_their_bits():
+def test_peft_rows_without_adapter_keep_their_bits():
     model = of_three()
     x, branch = torch.randn(2, 3, 5, 32)
     x[0, 0, 0] = branch[0, 0, 0] = -0.0
@@ -290,7 +298,7 @@ def step_unseen(model: nn.Module, name: str) -> None:
     [lambda model, name: fill(model, name, seed=9), replace, step_unseen],
     ids=["in place", "other parameters", "fused optimizer"],
 )
-def test_rows_show_weights_that_changed_between_two_passes(change):
+def test_peft_rows_show_weights_that_changed_between_two_passes(change):
     model, rows = of_three(), ["first", "__base__", "third"]
     before = of_rows(model, rows)
     change(model, "first")
@@ -299,7 +307,7 @@ def test_rows_show_weights_that_changed_between_two_passes(change):
     assert_rows_answer_as_alone(model, rows)
 
 
-def test_rows_after_adapters_came_and_went():
+def test_peft_rows_after_adapters_came_and_went():
     model = of_three()
     rows = ["first", "second", "third"]
     assert_rows_answer_as_alone(model, rows)
@@ -311,7 +319,7 @@ def test_rows_after_adapters_came_and_went():
     assert_rows_answer_as_alone(model.double().float(), ["third", "second", "__base__", "second"])
 
 
-def test_rows_in_compiled_graphs():
+def test_peft_rows_in_compiled_graphs():
     model = of_three()
     compiled = torch.compile(model.get_base_model(), backend="eager", fullgraph=True)
     for rows in (["first", "second"], ["__base__", "third"]):
@@ -323,7 +331,7 @@ def test_rows_in_compiled_graphs():
         assert torch.equal(compiled(input_ids=tokens()).logits, model(input_ids=tokens()).logits)
 
 
-def test_rows_have_no_gradient_and_say_so():
+def test_peft_rows_have_no_gradient_and_say_so():
     model = of_three()
     model.set_adapter("first")
     with pytest.raises(RuntimeError, match="adapter_names is for inference; expected torch.no_grad()"):
@@ -331,7 +339,7 @@ def test_rows_have_no_gradient_and_say_so():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_site_has_no_more_than_it_uses():
+def test_peft_site_has_no_more_than_it_uses():
     site = adapted().get_base_model().model.layers[0].post_block
     theirs = vars(SteeringSite()) | SteeringSite()._buffers | SteeringSite()._modules
     foreign = theirs.keys() - vars(Site()).keys() - Site()._modules.keys()
@@ -340,7 +348,7 @@ def test_site_has_no_more_than_it_uses():
 
 
 @everywhere
-def test_unload_gives_the_model_back(family, fields):
+def test_peft_unload_gives_the_model_back(family, fields):
     base = build(family)
     before = snapshot(base)
     model = get_peft_model(base, PostBlockConfig(**fields))
@@ -354,7 +362,7 @@ def test_unload_gives_the_model_back(family, fields):
 
 
 @everywhere
-def test_merging_is_refused(family, fields):
+def test_peft_merging_is_refused(family, fields):
     model = adapted(family, **fields)
     before = logits(model)
     for merge in (model.merge_and_unload, model.merge_adapter):
@@ -365,7 +373,7 @@ def test_merging_is_refused(family, fields):
 
 @everywhere
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
-def test_training_moves_the_adapter_alone(family, fields, checkpointing):
+def test_peft_training_moves_the_adapter_alone(family, fields, checkpointing):
     model = get_peft_model(build(family), PostBlockConfig(**fields)).train()
     fill(model)
     if checkpointing:
@@ -381,7 +389,7 @@ def test_training_moves_the_adapter_alone(family, fields, checkpointing):
 
 
 @everywhere
-def test_checkpointing_changes_no_gradient(family, fields):
+def test_peft_checkpointing_changes_no_gradient(family, fields):
     base, model = build_frozen(family).train(), get_peft_model(build(family), PostBlockConfig(**fields)).train()
     fill(model)
     ways = [], []
@@ -394,7 +402,7 @@ def test_checkpointing_changes_no_gradient(family, fields):
     assert_close(*ways[0], unsteered=ways[1])
 
 
-def test_copies_and_state_dicts():
+def test_peft_copies_and_state_dicts():
     model = adapted(r=4)
     twin = copy.deepcopy(model)
     assert torch.equal(logits(twin), logits(model))
@@ -405,7 +413,7 @@ def test_copies_and_state_dicts():
     assert isinstance(model.get_base_model().model.layers[0].post_block, PeftSite)
 
 
-def test_as_transformers_own_adapter_and_beside_lora():
+def test_peft_as_transformers_own_adapter_and_beside_lora():
     skip_without_add_adapter()
     base = build()
     base.add_adapter(LoraConfig(r=2, target_modules=["down_proj"], init_lora_weights=False), "lora")
@@ -430,7 +438,7 @@ def test_as_transformers_own_adapter_and_beside_lora():
     assert torch.equal(logits(nested), both)
 
 
-def test_several_active_adapters_are_added_up():
+def test_peft_several_active_adapters_are_added_up():
     model = adapted(r=4)
     model.add_adapter("second", PostBlockConfig(r=4, activation="tanh"))
     fill(model, "second", seed=2)
@@ -478,7 +486,7 @@ SILU = {"r": 4, "activation": "silu", "down_bias": True}
     ],
     ids=["vectors", "linear forms", "both", "side by side", "with a vector"],
 )
-def test_weighted_sums(first, second, kind, tmp_path):
+def test_peft_weighted_sums(first, second, kind, tmp_path):
     model = with_two(first, second)
     model.add_weighted_adapter(["a", "b"], [0.7, -1.5], "sum", combination_type=kind)
     assert model.active_adapters == ["a"]
@@ -509,7 +517,7 @@ def test_weighted_sums(first, second, kind, tmp_path):
     ],
     ids=["nonlinear", "activations", "unknown", "weights", "taken", "kind", "rank"],
 )
-def test_sums_that_are_not_defined(first, second, arguments, parts):
+def test_peft_sums_that_are_not_defined(first, second, arguments, parts):
     model = with_two(first, second)
     with refused(ValueError, *parts, "expected", model=model):
         model.add_weighted_adapter(*arguments)
@@ -532,7 +540,7 @@ def test_sums_that_are_not_defined(first, second, arguments, parts):
     ],
     ids=["unknown", "newer", "both ranks", "rank", "activation", "vector"],
 )
-def test_configs_that_say_nothing_sensible(fields, error, parts):
+def test_peft_configs_that_say_nothing_sensible(fields, error, parts):
     with refused(error, *parts, "expected"):
         PostBlockConfig(**fields)
 
@@ -547,7 +555,7 @@ def test_configs_that_say_nothing_sensible(fields, error, parts):
     ],
     ids=["layers", "hidden size", "number of layers", "orthogonal"],
 )
-def test_configs_that_do_not_fit_the_model(fields, parts):
+def test_peft_configs_that_do_not_fit_the_model(fields, parts):
     model = build()
     with refused(ValueError, *parts, "expected", model=model):
         get_peft_model(model, PostBlockConfig(**fields))
@@ -557,7 +565,7 @@ def test_configs_that_do_not_fit_the_model(fields, parts):
     assert list(other.peft_config) == ["default"]
 
 
-def test_models_that_cannot_be_reached():
+def test_peft_models_that_cannot_be_reached():
     patched = patch_model(build())
     with refused(ValueError, "layer 0", "'post_block' of its own", "expected", model=patched):
         get_peft_model(patched, PostBlockConfig())
@@ -568,7 +576,7 @@ def test_models_that_cannot_be_reached():
         PeftMixedModel(build(), PostBlockConfig())
 
 
-def test_a_failure_half_way_leaves_the_model(monkeypatch):
+def test_peft_a_failure_half_way_leaves_the_model(monkeypatch):
     def full(self: PeftSite, *args: Any) -> None:
         if self.patched.index == 1:
             raise MemoryError("no room")
@@ -597,7 +605,7 @@ def edit(folder: Path, **fields: Any) -> None:
     ],
     ids=["unknown key", "newer version", "missing tensor", "shape", "further tensor", "dtype", "hidden size"],
 )
-def test_files_that_do_not_fit(fields, error, parts, tmp_path):
+def test_peft_files_that_do_not_fit(fields, error, parts, tmp_path):
     adapted(r=4).save_pretrained(str(tmp_path))
     edit(tmp_path, **fields)
     with refused(error, *parts, "expected"):
@@ -611,7 +619,7 @@ def flip(file: Path, position: int, bit: int = 0) -> None:
 
 
 @pytest.mark.parametrize("by", ["peft", "ours"])
-def test_flipped_bits_are_found_in_both_files(by, tmp_path):
+def test_peft_flipped_bits_are_found_in_both_files(by, tmp_path):
     """By PEFT's loader and by ours, whoever wrote them."""
     model = adapted(r=4)
     model.save_pretrained(str(tmp_path / "peft"))
@@ -632,7 +640,7 @@ def test_flipped_bits_are_found_in_both_files(by, tmp_path):
     assert torch.equal(logits(PeftModel.from_pretrained(build(), str(tmp_path / by))), logits(model))
 
 
-def test_config_alone_has_a_digest_that_every_way_in_checks(tmp_path):
+def test_peft_config_alone_has_a_digest_that_every_way_in_checks(tmp_path):
     adapted(r=4).save_pretrained(str(tmp_path))
     file = tmp_path / "adapter_config.json"
     file.write_text(file.read_text().replace('"scale": 1.0', '"scale": 1.5'))
@@ -646,7 +654,7 @@ def test_config_alone_has_a_digest_that_every_way_in_checks(tmp_path):
     assert PostBlockConfig.from_pretrained(str(tmp_path)).scale == 1.5
 
 
-def test_digests_are_of_one_save(tmp_path):
+def test_peft_digests_are_of_one_save(tmp_path):
     """A config goes on, and is saved again without tensors, or with others."""
     model = adapted(r=4)
     model.save_pretrained(str(tmp_path / "first"))
@@ -659,7 +667,7 @@ def test_digests_are_of_one_save(tmp_path):
     assert torch.equal(logits(again), logits(loaded)) and not torch.equal(logits(again), logits(model))
 
 
-def test_weights_of_another_save_are_loaded_by_the_config_that_they_carry(tmp_path):
+def test_peft_weights_of_another_save_are_loaded_by_the_config_that_they_carry(tmp_path):
     for number, scale in enumerate((1.0, 3.0)):
         patched = patch_model(build(), SteerConfig(rank=4, scale=scale))
         randomize(patched, seed=number)
@@ -672,7 +680,7 @@ def test_weights_of_another_save_are_loaded_by_the_config_that_they_carry(tmp_pa
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_files_record_the_dtype_that_the_tensors_have(dtype, tmp_path):
+def test_peft_files_record_the_dtype_that_the_tensors_have(dtype, tmp_path):
     model = adapted(r=4).to(dtype)
     model.save_pretrained(str(tmp_path))
     assert json.loads((tmp_path / "adapter_config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
@@ -687,7 +695,7 @@ def test_files_record_the_dtype_that_the_tensors_have(dtype, tmp_path):
         assert all(p.dtype == dtype and torch.equal(p, expected[name]) for name, p in actual.items())
 
 
-def test_a_checkpoint_of_another_method(tmp_path):
+def test_peft_a_checkpoint_of_another_method(tmp_path):
     get_peft_model(build(), LoraConfig(r=2, target_modules=["down_proj"])).save_pretrained(str(tmp_path))
     model = adapted()
     before = logits(model)
@@ -698,7 +706,7 @@ def test_a_checkpoint_of_another_method(tmp_path):
         patch_model(build(), tmp_path)
 
 
-def test_an_adapter_that_was_trained_orthogonal_runs_and_does_not_train(tmp_path):
+def test_peft_an_adapter_that_was_trained_orthogonal_runs_and_does_not_train(tmp_path):
     wrapped = get_peft_model(build(), LoraConfig(r=2, target_modules=["down_proj"]))
     joint = patch_model(wrapped, SteerConfig(rank=4, orthogonal_to="lora"))
     joint.steering.save(tmp_path)
@@ -712,7 +720,7 @@ def test_an_adapter_that_was_trained_orthogonal_runs_and_does_not_train(tmp_path
 @pytest.mark.parametrize(
     ("rows", "parts"), [(["default"], ("1 names", "expected 2")), (["default", "z"], ("'z'",))], ids=["length", "name"]
 )
-def test_rows_that_do_not_fit(rows, parts):
+def test_peft_rows_that_do_not_fit(rows, parts):
     model = adapted()
     before = logits(model)
     with refused(ValueError, *parts, "expected"), torch.no_grad():
@@ -722,7 +730,45 @@ def test_rows_that_do_not_fit(rows, parts):
         model.train()(input_ids=tokens(), adapter_names=["default", "default"])
 
 
-def test_auto_classes_load_it(tmp_path):
+def test_peft_adapters_load_into_empty_parameters(tmp_path):
+    model = adapted(r=4, down_bias=True)
+    model.save_pretrained(str(tmp_path))
+    loaded = PeftModel.from_pretrained(build(), str(tmp_path), low_cpu_mem_usage=True)
+    loaded.load_adapter(str(tmp_path), adapter_name="other", low_cpu_mem_usage=True)
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")  # no parameter is a map of it
+    assert {p.device.type for p in loaded.parameters()} == {"cpu"}
+    for name in ("default", "other"):
+        loaded.set_adapter(name)
+        assert torch.equal(logits(loaded), logits(model))
+    empty = build()
+    inject_adapter_in_model(PostBlockConfig(r=4), empty, low_cpu_mem_usage=True)
+    assert {p.device.type for name, p in empty.named_parameters() if ".post_block." in name} == {"meta"}
+    assert not hasattr(empty.model.layers[0].post_block, "weight")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_peft_without_autocast_adapters_are_of_their_layers_dtype(dtype, tmp_path):
+    adapted(r=4).save_pretrained(str(tmp_path / "float32"))
+    model = get_peft_model(build().to(dtype), PostBlockConfig(r=4), autocast_adapter_dtype=False)
+    model.add_adapter("added", PostBlockConfig(form="vector"), autocast_adapter_dtype=False)
+    model.load_adapter(str(tmp_path / "float32"), adapter_name="loaded", autocast_adapter_dtype=False)
+    for name in ("default", "added", "loaded"):
+        assert {p.dtype for p in of_adapter(model, name).values()} == {dtype}
+    model.save_pretrained(str(tmp_path))
+    model.load_adapter(str(tmp_path / "loaded"), adapter_name="again", autocast_adapter_dtype=False)
+    for first, second in zip(of_adapter(model, "loaded").values(), of_adapter(model, "again").values(), strict=True):
+        assert torch.equal(first, second)
+    model.add_adapter("usual", PostBlockConfig(r=4))
+    assert {p.dtype for p in of_adapter(model, "usual").values()} == {torch.float32}
+
+
+def test_peft_the_task_is_the_users():
+    assert PostBlockConfig(r=4).task_type is None
+    assert type(get_peft_model(build(), PostBlockConfig(r=4))) is PeftModel
+    assert type(get_peft_model(build(), PostBlockConfig(r=4, task_type="CAUSAL_LM"))) is PeftModelForCausalLM
+
+
+def test_peft_auto_classes_load_it(tmp_path):
     skip_without_add_adapter()
     model = adapted(r=4)
     build().save_pretrained(tmp_path / "base")

@@ -1,7 +1,8 @@
-"""The same ops in plain PyTorch: the oracle of every test, and the `torch` backend.
+"""The `torch` backend of `post_block`: the op in plain PyTorch, as fast and as thrifty as that can be.
 
 Same maths, same hand-written backward and same saved tensors as the Triton kernels; runs on any device and dtype,
-float64 included (all arithmetic is then float64, else float32).
+float64 included (all arithmetic is then float64, else float32). It is tested like the kernels, against the definition
+in `tests/support/ops.py`, the oracle of every test.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .contract import Gradients, Needs
+from .contract import Gradients, Needs, Operands
 
 _aten = torch.ops.aten
 
@@ -58,26 +59,29 @@ def _unless_zero(weights: Tensor, strength: float | Tensor) -> Tensor:
     return torch.where((strength != 0).any(), weights, weights.new_zeros(()))
 
 
-def forward(
-    residual: Tensor,
-    branch: Tensor | None,
-    down: Tensor | None,
-    up: Tensor | None,
-    down_bias: Tensor | None,
-    up_bias: Tensor | None,
-    gain: Tensor | None,
-    scale: float | Tensor,
-    activation: str,
-    keep_a: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """The forward pass of `post_block`; `up` is already projected. Returns `out` and `a` (N, r), None unless kept."""
+def _finite(weights: Tensor, strength: float | Tensor) -> Tensor:
+    """The weights for a product with factors that are 0 where the strength is: 0 for those that are not finite. Where
+    the factor is not 0, the output has shown them already."""
+    if isinstance(strength, float):
+        return weights if strength else torch.zeros_like(weights)
+    return torch.nan_to_num(weights, 0.0, 0.0, 0.0)
+
+
+def forward(residual: Tensor, branch: Tensor | None, operands: Operands, keep_a: bool) -> tuple[Tensor, Tensor | None]:
+    """The forward pass of `post_block`. Returns `out` and `a` (N, r), None unless kept."""
+    down, up, down_bias, up_bias, gain, _, scale, activation, _ = operands
     dtype = residual.dtype if branch is None else torch.promote_types(residual.dtype, branch.dtype)
     acc = accumulation_dtype(dtype)
     hidden = residual.shape[-1]
     strength = _strength(scale, gain, acc)
 
     x = residual.to(acc) if branch is None else residual.to(acc) + branch.to(acc)
-    x = x.reshape(-1, hidden).contiguous()
+    x = x.contiguous()
+    # Without branch, cast and copy x is the caller's tensor, and `out` one of its own. No result is a view: autograd
+    # refuses to have one changed in place.
+    own = branch is not None or residual.dtype != acc or not residual.is_contiguous()
+    out = x if own else torch.empty_like(x, memory_format=torch.contiguous_format)
+    x, rows = x.view(-1, hidden), out.view(-1, hidden)  # rows: of `out`
     a = None
     # −δ as one matrix product. It is subtracted, because x − (+0) is x bit for bit even where x is −0; the column of
     # ones against zeros makes a zero of it a +0. `factors` (N, r + 2), `weights` (d, r + 2).
@@ -92,31 +96,20 @@ def forward(
         factors.append(-_scaled(factors[0], strength))
         b2 = up_bias.to(acc).unsqueeze(1)
         weights.append(_unless_zero(b2, strength) if gain is None else b2)
-    minus_delta = torch.mm(torch.cat(factors, 1), torch.cat(weights, 1).t())
+    left, right = torch.cat(factors, 1), torch.cat(weights, 1).t()
+    minus_delta = torch.mm(left, right) if own else torch.mm(left, right, out=rows)
     if gain is not None and isinstance(strength, Tensor):
         minus_delta.masked_fill_(strength == 0, 0.0)  # whatever the adapter overflowed to
-    # With neither branch, cast nor copy x is the caller's tensor: the difference is then written over −δ, never over x.
-    own = x.data_ptr() != residual.data_ptr()
-    out = x.sub_(minus_delta) if own else torch.sub(x, minus_delta, out=minus_delta)
-    return out.to(dtype).view(residual.shape), a if keep_a else None
+    torch.sub(x, minus_delta, out=rows)
+    return out.to(dtype), a if keep_a else None
 
 
-def backward(
-    grad: Tensor,
-    out: Tensor | None,
-    a: Tensor | None,
-    down: Tensor | None,
-    up: Tensor | None,
-    up_bias: Tensor | None,
-    gain: Tensor | None,
-    scale: float | Tensor,
-    activation: str,
-    needs: Needs,
-) -> Gradients:
-    """The backward pass of `post_block`, by hand. `up` is already projected, and so d(up) is that of the projected one.
+def backward(grad: Tensor, out: Tensor | None, a: Tensor | None, operands: Operands, needs: Needs) -> Gradients:
+    """The backward pass of `post_block`, by hand. The gradient of `up` is that of W2', the projected one.
 
     Instead of recomputing x = out − s·g·u over N × d, its share of dW1 = daᵀx is taken off in r × r products.
     """
+    down, up, _, up_bias, gain, _, scale, activation, _ = operands
     acc = accumulation_dtype(grad.dtype)
     hidden = grad.shape[-1]
     strength = _strength(scale, gain, acc)
@@ -138,16 +131,16 @@ def backward(
             if needs.x or needs.down or needs.down_bias:
                 da = _scaled(phi_backward(gz, a), strength)
                 if needs.x:
-                    w1 = _unless_zero(down.to(acc), strength)
+                    w1 = _finite(down.to(acc), strength)
                     result.x = torch.addmm(g, da, w1).to(grad.dtype).view(grad.shape)
                 if needs.down:
                     assert out is not None
                     result.down = torch.mm(da.t(), out.to(acc).reshape(-1, hidden))
-                    w2 = _unless_zero(up, strength)
+                    w2 = _finite(up, strength)
                     result.down -= torch.mm(torch.mm(da.t(), _scaled(phi_a, strength)), w2.t())
                     if up_bias is not None:
                         moved = torch.mm(da.t(), _scaled(da.new_ones(da.shape[0], 1), strength))
-                        result.down -= moved * _unless_zero(up_bias.to(acc), strength)
+                        result.down -= moved * _finite(up_bias.to(acc), strength)
                 if needs.down_bias:
                     result.down_bias = da.sum(0)
     elif needs.x:

@@ -1,0 +1,187 @@
+"""PostBlockConfig: a steering adapter as PEFT's configs have it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Optional
+
+from .._requirements import warn_untried
+from .._version import __version__
+from ..adapters.files import (
+    CONFIG_NAME,
+    PEFT_TYPE,
+    WEIGHTS_NAME,
+    check_config,
+    fields_digest,
+    read_adapter,
+    sealed,
+)
+from ..adapters.parameters import SITE
+from ..config import SteerConfig
+
+warn_untried("peft")
+
+from peft import PeftConfig  # noqa: E402
+from peft.utils import PeftType  # noqa: E402
+
+
+def _add_peft_type() -> PeftType:
+    """PeftType.POST_BLOCK. PEFT finds a method by its member of this enumeration, and has no call that adds one."""
+    member = str.__new__(PeftType, PEFT_TYPE)
+    member._name_, member._value_ = PEFT_TYPE, PEFT_TYPE
+    PeftType._member_names_.append(PEFT_TYPE)
+    PeftType._member_map_[PEFT_TYPE] = member
+    PeftType._value2member_map_[PEFT_TYPE] = member
+    type.__setattr__(PeftType, PEFT_TYPE, member)
+    return member
+
+
+POST_BLOCK: PeftType = getattr(PeftType, PEFT_TYPE, None) or _add_peft_type()
+
+
+@dataclass
+class PostBlockConfig(PeftConfig):
+    """A `SteerConfig` as PEFT has its configs. Fields of the same name mean the same.
+
+    Fields that say how a loaded adapter was kept orthogonal to a LoRA are read; to train so, use `patch_model`.
+    `hidden_size` and `num_layers` are of the model that an adapter is for; they are filled in when it is added to one.
+
+    Args:
+        r: the rank; `rank` is the same, as adapter files have it.
+        modules_to_save: names of modules that train and are saved beside the adapter, as PEFT has it. None: the heads
+            that were not loaded from a checkpoint (of a classifier, a reward model, a question answerer).
+
+    Raises:
+        TypeError: an unknown field, or a value of the wrong type.
+        ValueError: a value out of range.
+    """
+
+    r: Optional[int] = None  # noqa: UP045  (PEFT's own parser of its configs reads these)
+    form: str = "lowrank"
+    activation: Optional[str] = None  # noqa: UP045
+    layers: Optional[list[int]] = None  # noqa: UP045
+    scale: float = 1.0
+    down_bias: bool = False
+    up_bias: Optional[bool] = None  # noqa: UP045
+    init_scale: float = 1.0
+    dtype: str = "float32"
+    orthogonal_to: Optional[str] = None  # noqa: UP045
+    orthogonal_modules: str = "mlp"
+    hidden_size: Optional[int] = None  # noqa: UP045
+    num_layers: Optional[int] = None  # noqa: UP045
+    rank: Optional[int] = None  # noqa: UP045
+    modules_to_save: Optional[list[str]] = None  # noqa: UP045
+    fused_steer_version: Optional[str] = None  # noqa: UP045
+    weights_sha256: Optional[str] = None  # noqa: UP045
+    tensors_sha256: Optional[str] = None  # noqa: UP045
+    config_sha256: Optional[str] = None  # noqa: UP045
+
+    #: What PEFT matches modules by: the steering sites, which are put into the layers before it looks.
+    target_modules: ClassVar[str] = SITE
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = POST_BLOCK
+        if self.r is not None and self.rank is not None and self.r != self.rank:
+            raise ValueError(f"r is {self.r} and rank is {self.rank}; expected one of them, or the same")
+        self.rank = self.r if self.rank is None else self.rank
+        self._take(self.steer_config())
+        if isinstance(self.modules_to_save, str):
+            raise TypeError(f"modules_to_save is {self.modules_to_save!r}; expected a list of names")
+        if self.modules_to_save is not None:
+            self.modules_to_save = list(self.modules_to_save)  # PEFT adds the names of heads to it
+        elif self.fused_steer_version is not None:
+            self.modules_to_save = []  # a file says what was saved
+        self._check_digest()
+
+    def _take(self, steer: SteerConfig) -> None:
+        for field in dataclasses.fields(SteerConfig):
+            setattr(self, field.name, getattr(steer, field.name))
+        self.r = self.rank
+        self.layers = None if steer.layers is None else list(steer.layers)
+
+    def _check_digest(self) -> None:
+        """Check that a file's fields are those that were saved. Its digests are then forgotten: fields may change."""
+        digests = {name: getattr(self, name) for name in ("tensors_sha256", "weights_sha256") if getattr(self, name)}
+        fields = {**self.to_dict(), "fused_steer_version": self.fused_steer_version, **digests}
+        if self.config_sha256 is not None and self.config_sha256 != fields_digest(fields):
+            raise ValueError(
+                f"the config's fields are not those that were saved; expected config_sha256 {self.config_sha256} (of a "
+                "config that was edited on purpose, remove that line)"
+            )
+        self.tensors_sha256 = self.weights_sha256 = self.config_sha256 = None
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
+        """As PEFT's. Weights that lie beside are checked, because PEFT reads them after it has changed the model.
+
+        Raises:
+            ValueError: a file is broken, or the weights have values that are not finite or overflow float32.
+        """
+        folder = Path(pretrained_model_name_or_path, subfolder or "")
+        if not folder.is_dir():
+            folder = _from_hub(pretrained_model_name_or_path, subfolder, cls._split_kwargs(kwargs)[0])
+        file = None
+        if (folder / CONFIG_NAME).exists():
+            if (folder / WEIGHTS_NAME).exists():
+                file = read_adapter(folder, without_heads=True)  # PEFT reads those
+            else:
+                check_config(folder)
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        if file is not None:  # of several saves at a time the weights' own config holds
+            config._take(file.config)
+            config.hidden_size, config.num_layers = file.layout.hidden, file.layout.num_layers
+        return config
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As PEFT's. The digest of the tensors, which PEFT asks for before, is of this save alone."""
+        super().save_pretrained(save_directory, **kwargs)
+        self.tensors_sha256 = None
+
+    def steer_config(self) -> SteerConfig:
+        """The same as a SteerConfig."""
+        return SteerConfig(**{field.name: getattr(self, field.name) for field in dataclasses.fields(SteerConfig)})
+
+    def to_dict(self) -> dict[str, Any]:
+        """As both libraries' files have it; with digests where the tensors are being saved."""
+        peft = {field.name: getattr(self, field.name) for field in dataclasses.fields(PeftConfig)}
+        sizes = {"hidden_size": self.hidden_size, "num_layers": self.num_layers}
+        fields = {**peft, **sizes, **self.steer_config().to_dict(), "fused_steer_version": __version__}
+        if self.modules_to_save:
+            fields["modules_to_save"] = sorted(set(self.modules_to_save))
+        return fields if self.tensors_sha256 is None else sealed({**fields, "tensors_sha256": self.tensors_sha256})
+
+
+def _from_hub(repo_id: str, subfolder: str | None, options: dict[str, Any]) -> Path:
+    """The local folder of an adapter on the hub, whose files PEFT reads next; a folder that does not exist where there
+    is none. PEFT says what is wrong then."""
+    from huggingface_hub import hf_hub_download
+
+    folder = Path(repo_id, subfolder or "")
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        with contextlib.suppress(Exception):
+            folder = Path(hf_hub_download(repo_id, name, subfolder=subfolder, **options)).parent
+    return folder
+
+
+def _named_fields(config: type[PostBlockConfig]) -> type[PostBlockConfig]:
+    """An unknown field is refused: PEFT would leave it out, and load an adapter that computes something else."""
+    init = config.__init__
+
+    def __init__(self: PostBlockConfig, *args: Any, **fields: Any) -> None:
+        known = [field.name for field in dataclasses.fields(config)]
+        unknown = sorted(fields.keys() - set(known))
+        if unknown:
+            written = fields.get("fused_steer_version")
+            by = f" (written by fused-steer {written}, this is {__version__})" if written else ""
+            raise TypeError(f"PostBlockConfig has no field {', '.join(map(repr, unknown))}{by}; expected {known}")
+        init(self, *args, **fields)
+
+    config.__init__ = __init__  # type: ignore[method-assign]
+    return config
+
+
+_named_fields(PostBlockConfig)

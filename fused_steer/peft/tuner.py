@@ -1,0 +1,368 @@
+"""PEFT's tuner of steering: it puts sites into a model's layers, and adapters into the sites."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper, register_peft_method
+from torch import Tensor, nn
+
+from ..adapters.files import check_values
+from ..adapters.parameters import (
+    PEFT_PREFIX,
+    SITE,
+    Layout,
+    by_layer,
+    check_name,
+    in_model,
+    of_adapter,
+    out_of_model,
+    specs_of,
+    without_wrappers,
+)
+from ..adapters.weights import tensors_digest
+from ..config import DTYPES, SteerConfig
+from ..kernels import MAX_RANK
+from ..model.decoder import execution_device, find_decoder
+from ..model.heads import fresh_heads
+from ..model.layer import PatchedLayer, patch_layers, unpatch_layers
+from ..serving.mixed import MixedRows, load_again
+from ..serving.slots import LoadedSlots
+from .config import POST_BLOCK, PostBlockConfig
+from .site import PeftSite, cannot_merge
+
+PREFIX = "steer_"
+#: The names of heads that PEFT adds to a config's `modules_to_save` for its task, whichever of them there are.
+_PEFTS_HEADS = {"classifier", "score", "qa_outputs"}
+_BASE = "__base__"  # PEFT's word for no adapter, among a batch's adapter names
+
+
+class PostBlockModel(BaseTuner):
+    """Puts a site into each steered decoder layer, and adapters into the sites."""
+
+    prefix = PREFIX
+    tuner_layer_cls = PeftSite
+    target_module_mapping: dict[str, list[str]] = {}
+    #: The slots of the batch before that had an adapter for each row; used again where they fit.
+    _loaded: LoadedSlots | None = None
+
+    # ----------------------------------------------------------------------------------------------------- in and out
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Add an adapter: PEFT's own injection, after the layers have been given their sites.
+
+        Raises:
+            ValueError: the model has no decoder layers, is patched otherwise, or the adapter is for another.
+        """
+        config: Any = self.peft_config[adapter_name]  # a PostBlockConfig
+        first = not any(isinstance(module, BaseTunerLayer) for module in model.modules())
+        trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        new: dict[int, PatchedLayer] = {}
+        try:
+            check_name(adapter_name)
+            decoder = find_decoder(model)
+            layout = decoder.layout
+            layout.check_sizes("the adapter", config.hidden_size, config.num_layers)
+            indices = layout.indices(config.steer_config())
+            if config.orthogonal_to is not None and not config.inference_mode:
+                raise ValueError(
+                    f"orthogonal_to is {config.orthogonal_to!r} in an adapter that trains; expected patch_model, which "
+                    "keeps the constraint, or inference_mode=True"
+                )
+            _complete_heads(config, model)
+            layers = {index: decoder.layers[index] for index in indices}
+            bare = {i: layer for i, layer in layers.items() if not isinstance(getattr(layer, SITE, None), PeftSite)}
+            new = patch_layers(bare, layout, PeftSite)
+            config.hidden_size, config.num_layers = layout.hidden, layout.num_layers
+            self._targets = {f"{layout.path(index)}.{SITE}" for index in indices}
+            if first:  # PEFT takes the sites for an earlier adapter's, beside which it freezes nothing more
+                model.requires_grad_(False)
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except BaseException:
+            for patched in new.values():
+                patched.remove()
+            self.peft_config.pop(adapter_name, None)
+            _take_out_heads(model, {adapter_name})
+            for parameter, required in trained:
+                parameter.requires_grad_(required)
+            raise
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
+        return peft_config
+
+    def _check_target_module_exists(self, peft_config: Any, key: str) -> bool:  # type: ignore[override]
+        return key in self._targets
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: Any,
+        target_name: str,
+        parent: nn.Module,
+        *args: Any,
+        **kw: Any,
+    ) -> None:
+        target.add(adapter_name, peft_config.steer_config(), peft_config.hidden_size, execution_device(parent))
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """The config says of what dtype the parameters are; without autocast, their layer does."""
+        for site in () if autocast_adapter_dtype else self._sites():
+            others = (p for name, p in site.patched.layer.named_parameters() if not name.startswith(f"{SITE}."))
+            dtype = next((p.dtype for p in others if p.is_floating_point()), None)
+            if dtype is not None and dtype in DTYPES.values():
+                site.cast(adapter_name, dtype)
+
+    def unload(self) -> nn.Module:
+        """The model as it was: its layers' own classes, its own heads, no sites."""
+        take_out(self.model, set(self.peft_config))
+        if hasattr(self.model, "peft_config"):
+            del self.model.peft_config
+        return self.model
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
+        raise cannot_merge()
+
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        raise cannot_merge()
+
+    def _sites(self) -> Iterator[PeftSite]:
+        return (module for module in self.model.modules() if isinstance(module, PeftSite))
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor], *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """Refuse values that no adapter file may have. PEFT asks for the tensors before it writes them."""
+        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, *args, **kwargs)
+        tensors = of_adapter(found.items(), adapter_name)
+        for path, tensor in tensors.items():
+            check_values(path, tensor, config.scale)
+        dtypes = {tensor.dtype for tensor in tensors.values()}
+        config.dtype = next((name for name, dtype in DTYPES.items() if {dtype} == dtypes), config.dtype)
+        heads = {}
+        for name, wrapper in _wrappers(model):
+            start = f"{name}."
+            own = {key.removeprefix(start): value for key, value in state_dict.items() if key.startswith(start)}
+            for key, tensor in wrapper.adapter_state_dict(adapter_name, own).items():
+                heads[without_wrappers(start + key).removeprefix(PEFT_PREFIX)] = tensor
+        config.tensors_sha256 = tensors_digest(by_layer(tensors)[1], heads)
+        return found
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """A file's path of a tensor, without what is wrapped around the model now."""
+        return without_wrappers(super()._remove_adapter_name_from_key(key, adapter_name))
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Tensors by the model's names, matched by layer. What does not fit is refused before any of it is loaded: PEFT
+        would load the part that does, and warn. They are copies: PEFT may put them in the place of those on meta."""
+        heads = {
+            f"{path}.{name}"
+            for path, wrapper in _wrappers(model)
+            for name in wrapper.adapter_state_dict_load_map(adapter_name).values()
+        }
+        beside = {name: tensor.clone() for name, tensor in state_dict.items() if name in heads}
+        state_dict = {name: tensor for name, tensor in state_dict.items() if name not in heads}
+        found = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        layers_path, _ = by_layer(of_adapter(model.named_parameters(), adapter_name))
+        layout = Layout(layers_path, config.num_layers, config.hidden_size)
+        try:
+            _, layers = by_layer({out_of_model(name, adapter_name) or name: t for name, t in found.items()})
+            layout.check_tensors(config.steer_config(), specs_of(layers))
+            for path, tensor in layout.paths(layers).items():
+                check_values(path, tensor, config.scale)
+            expected = model.state_dict()
+            for name, tensor in beside.items():
+                if tensor.shape != expected[name].shape:
+                    raise ValueError(f"{name} is {tuple(tensor.shape)}; expected {tuple(expected[name].shape)}")
+        except ValueError as error:
+            raise ValueError(f"the adapter to load as {adapter_name!r} does not fit: {error}") from error
+        paths = layout.paths(layers)
+        return {in_model(path, adapter_name): tensor.clone() for path, tensor in paths.items()} | beside
+
+    # ----------------------------------------------------------------------------------------------- several adapters
+
+    @contextlib.contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """`adapter_names`: each row of a batch by its own adapter, or by none ("__base__"), in inference."""
+        names = kwargs.pop("adapter_names", None)
+        if names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("adapter_names is given in training mode; expected it in inference (model.eval())")
+        unknown = sorted(set(names) - {_BASE} - self.peft_config.keys())
+        if unknown:
+            raise ValueError(f"adapter_names has {unknown[0]!r}; expected some of {[*self.peft_config, _BASE]}")
+        beams = kwargs.get("num_beams") or getattr(kwargs.get("generation_config"), "num_beams", None) or 1
+        rows = [name for name in names for _ in range(beams)]  # beam search repeats each row
+        sites = {site.patched.index: site for site in self._sites()}
+        known = {name: config for site in sites.values() for name, config in site.configs.items()}
+        configs = {name: known[name] for name in dict.fromkeys(rows) if name != _BASE}
+        self._loaded = load_again(self._loaded, sites, configs)
+        mixed = MixedRows(rows, configs, self._loaded, sites)
+        heads = contextlib.ExitStack()
+        try:
+            for site in sites.values():
+                site.mixed = mixed
+            for _, wrapper in _wrappers(self.model):
+                of_head = [name if name in wrapper.modules_to_save else _BASE for name in rows]
+                hook = partial(_pass_names, of_head)
+                heads.callback(wrapper.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            yield
+        finally:
+            heads.close()
+            for site in sites.values():
+                site.mixed = None
+
+    def add_weighted_adapter(
+        self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str = "linear"
+    ) -> None:
+        """Add an adapter whose shift is the weighted sum of others': Σ wᵢ sᵢ (W2ᵢ φ(W1ᵢ h + b1ᵢ) + b2ᵢ).
+
+        Args:
+            adapters, weights: those that are added up, and by how much.
+            adapter_name: the new one's. Its rank is the sum of theirs.
+            combination_type: "linear", of vectors and linear forms; "cat", also of adapters that share a nonlinear φ.
+
+        Raises:
+            ValueError: an unknown or taken name, weights that do not fit, forms whose sum is no such adapter, or
+                adapters with heads.
+        """
+        configs = [self._known(name) for name in adapters]
+        if adapter_name in self.peft_config:
+            raise ValueError(f"there is an adapter {adapter_name!r} already; expected a new name")
+        if not adapters or len(adapters) != len(weights):
+            raise ValueError(f"there are {len(adapters)} adapters and {len(weights)} weights; expected one for each")
+        for name in adapters:
+            if any(name in wrapper.modules_to_save for _, wrapper in _wrappers(self.model)):
+                raise ValueError(
+                    f"adapter {name!r} has a trained head; expected adapters without, whose sum is defined"
+                )
+        if combination_type not in ("linear", "cat"):
+            raise ValueError(f"combination_type is {combination_type!r}; expected 'linear' or 'cat'")
+        activations = sorted({config.activation for config in configs if config.rank})
+        nonlinear = [name for name in activations if name != "identity"]
+        if combination_type == "linear" and nonlinear:
+            raise ValueError(
+                f"the sum of {', '.join(nonlinear)} adapters is not linear in their factors; expected vectors and "
+                "activation='identity', or combination_type='cat', which puts adapters of one activation side by side"
+            )
+        if len(activations) > 1:
+            raise ValueError(f"the adapters have activations {', '.join(activations)}; expected the same")
+        rank = sum(config.rank for config in configs)
+        if rank > MAX_RANK:
+            raise ValueError(f"the ranks add up to {rank}; expected at most {MAX_RANK}")
+        layers: set[int] | None = set()
+        for config in configs:
+            layers = None if layers is None or config.layers is None else layers | set(config.layers)
+        common: dict[str, Any] = {
+            "layers": None if layers is None else sorted(layers),
+            "modules_to_save": [],
+            "dtype": max((config.dtype for config in configs), key=lambda name: DTYPES[name].itemsize),
+        }
+        if rank:
+            combined = PostBlockConfig(
+                r=rank,
+                activation=activations[0],
+                down_bias=any(config.down_bias for config in configs),
+                up_bias=any(config.up_bias for config in configs),
+                **common,
+            )
+        else:
+            combined = PostBlockConfig(form="vector", **common)
+        active = self.active_adapters
+        self.peft_config[adapter_name] = combined
+        self.inject_adapter(self.model, adapter_name)
+        with torch.no_grad():
+            for site in self._sites():
+                if adapter_name in site.configs:
+                    _fill(site, adapter_name, list(zip(adapters, weights, configs, strict=True)))
+        self.set_adapter(active)
+
+    def _known(self, name: str) -> SteerConfig:
+        if name not in self.peft_config:
+            raise ValueError(f"no adapter {name!r}; expected one of {list(self.peft_config)}")
+        config: Any = self.peft_config[name]
+        return config.steer_config()
+
+
+def _pass_names(names: list[str], wrapper: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Forward pre-hook: tell a head that PEFT wrapped which row is whose."""
+    return args, {**kwargs, "adapter_names": names}
+
+
+def _complete_heads(config: PostBlockConfig, model: nn.Module) -> None:
+    """Let the heads that were not loaded train and be saved, unless the config says what does.
+
+    Raises:
+        ValueError: the config names a module that is not there, which PEFT would pass over.
+    """
+    if config.inference_mode or config.fused_steer_version is not None:
+        return  # of a file, which says what was saved
+    named = set(config.modules_to_save or ())
+    modules = [path for path, _ in model.named_modules()]
+    for name in sorted(named - _PEFTS_HEADS):
+        if not any(path.endswith(name) for path in modules):
+            raise ValueError(f"modules_to_save has {name!r}; expected modules of a {type(model).__name__}")
+    if config.modules_to_save is None or named and named <= _PEFTS_HEADS:
+        more = [name for name in fresh_heads(model) if not any(name.endswith(ending) for ending in named)]
+        if more:
+            config.modules_to_save = [*(config.modules_to_save or ()), *more]
+
+
+def _wrappers(model: nn.Module) -> Iterator[tuple[str, ModulesToSaveWrapper]]:
+    """PEFT's wrappers of modules that are trained and saved beside adapters, by path."""
+    for name, module in model.named_modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            yield name.removeprefix("_fsdp_wrapped_module."), module
+
+
+def take_out(model: nn.Module, names: set[str]) -> None:
+    """Take out the sites, and the heads of the adapters of these names."""
+    unpatch_layers(m.patched for m in model.modules() if isinstance(m, PeftSite) and m.patched is not None)
+    _take_out_heads(model, names)
+
+
+def _take_out_heads(model: nn.Module, names: set[str]) -> None:
+    for path, wrapper in list(_wrappers(model)):
+        if set(wrapper.modules_to_save) <= names:
+            model.set_submodule(path, wrapper.original_module)
+        else:  # beside another method's
+            for name in names & set(wrapper.modules_to_save):
+                wrapper.delete_adapter(name, None)
+
+
+def _fill(site: PeftSite, name: str, parts: list[tuple[str, float, SteerConfig]]) -> None:
+    """Put the parts side by side: rows of W1, columns of W2 by weight and strength; an absent one is zeros."""
+    target: Any = site.adapter(name)  # has each part that one of the others has
+    for parameter in (target.down.weight, target.down.bias, target.up.weight, target.up.bias):
+        if parameter is not None:
+            parameter.zero_()
+    start = 0
+    for part, weight, config in parts:
+        source = site.adapter(part)
+        rows = slice(start, start + config.rank)
+        start = rows.stop
+        if source is None:
+            continue
+        factor = weight * config.scale
+        if source.down.weight is not None and source.up.weight is not None:
+            target.down.weight[rows] = source.down.weight.to(target.down.weight)
+            target.up.weight[:, rows] = factor * source.up.weight.to(target.up.weight)
+        if source.down.bias is not None:
+            target.down.bias[rows] = source.down.bias.to(target.down.bias)
+        if source.up.bias is not None:
+            target.up.bias += factor * source.up.bias.to(target.up.bias)
+
+
+register_peft_method(name=POST_BLOCK.lower(), config_cls=PostBlockConfig, model_cls=PostBlockModel, prefix=PREFIX)
