@@ -113,7 +113,7 @@ def _load(options: DiagnoseOptions, device: torch.device) -> tuple[Any, Any]:
     if options.joint is not None:
         if not options.joint.is_dir():
             raise FileNotFoundError(f"no directory {options.joint}; expected one that save_joint wrote")
-        read_adapter(options.adapter or find_joint(options.joint)[0])
+        read_adapter(find_joint(options.joint)[0])
     elif options.adapter is not None:
         read_adapter(options.adapter)
     if options.lora is not None:
