@@ -247,7 +247,8 @@ def test_peft_rows_cost_two_launches_a_layer_whatever_their_adapters(rows, lengt
             with noted() as notes:
                 layer.post_block(hidden, hidden)
             kind = "token" if len(rows) * length <= 256 else "tile"
-            assert [launch.kernel.__name__ for launch in notes.launches] == [f"{kind}_down_kernel", f"{kind}_up_kernel"]
+            names = [launch.kernel.__name__ for launch in notes.launches]
+            assert names == [f"post_block_grouped_{kind}_{part}_kernel" for part in ("down", "up")]
 
 
 def test_peft_rows_are_one_op_a_layer(monkeypatch):
