@@ -69,13 +69,16 @@ class Packing:
         if dtype is not None and tokens > FEW_TOKENS and weights:
             with torch.no_grad():
                 pack = self._make(dtype, weights)
+        self.end()  # of a pass that Ctrl-C cut off: PyTorch calls no hook at its end
+        thread.begun[self] = len(thread.packs)
         thread.packs.append(pack)
         thread.settle()
 
     def end(self) -> None:
-        """End the pass that began last in this thread."""
-        if thread.packs:  # not where something was raised before `begin`
-            thread.packs.pop()
+        """End this model's pass in this thread, if one has begun: not where something was raised before `begin`."""
+        before = thread.begun.pop(self, None)
+        if before is not None:
+            del thread.packs[before:]
         thread.settle()
 
     def _make(self, dtype: torch.dtype, weights: Mapping[nn.Module, tuple[Tensor, Tensor]]) -> Pack | None:

@@ -13,11 +13,14 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
+
+from torch import nn
 
 #: The numbers of the scopes that were opened in this thread or task, outermost first.
 _carried: ContextVar[tuple[int, ...]] = ContextVar("fused_steer_scopes", default=())
@@ -44,7 +47,12 @@ class Scopes:
     turn: a lock for what only one thread may do at a time, and others wait for.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, runs: Callable[[int], bool] | None = None) -> None:
+        """
+        Args:
+            runs: whether a thread, by its number, is running modules; None looks at what the thread executes.
+        """
+        self._runs = runs or _runs_modules
         self._passes: dict[int, int] = {}  # by thread
         self._open: weakref.WeakSet[Scope] = weakref.WeakSet()
         self._ends: dict[int, Callable[[], None]] = {}  # by number of a scope
@@ -166,10 +174,21 @@ class Scopes:
 
     def _check_no_other_pass(self, what: str) -> None:
         me = threading.get_ident()
-        if any(thread != me for thread in self._passes):
+        # PyTorch calls no hook at the end of a pass that Ctrl-C cuts off: such a pass is not over by its count.
+        if any(thread != me and self._runs(thread) for thread in list(self._passes)):
             raise RuntimeError(
                 f"{what} while the model runs in another thread; expected it before that pass or after it"
             )
+
+
+def _runs_modules(thread: int) -> bool:
+    """Whether a thread is inside the call of a module now."""
+    frame = sys._current_frames().get(thread)
+    while frame is not None:
+        if frame.f_code is nn.Module._call_impl.__code__:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _after_fork() -> None:

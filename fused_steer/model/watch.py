@@ -8,6 +8,7 @@ have run before it returns. So is each call of a layer that a hook steers. Calls
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -54,6 +55,8 @@ class _Thread(threading.local):
     def __init__(self) -> None:
         self.calls: list[_Call] = []
         self.packs: list[Any] = []  # `passes.Pack`; None for a pass without one
+        #: How many packs there were when a model's pass began, by its `passes.Packing`.
+        self.begun: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self.quiet = True
 
     def settle(self) -> None:

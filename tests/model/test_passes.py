@@ -203,6 +203,22 @@ def test_passes_a_pass_cut_short_leaves_nothing_behind(seen):
     assert_close(logits(model), hooked_logits(model))
 
 
+def test_passes_pack_of_an_interrupted_pass_ends_with_the_next(seen):
+    """Ctrl-C in a layer: PyTorch then calls no hook at the end of the pass."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    model = steered()
+    handle = model.model.layers[1].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        logits(model)
+    handle.remove()
+    model.model.layers[1].post_block.steer_up["default"].weight.data.mul_(2)
+    assert_close(logits(model), hooked_logits(model))
+    assert thread.packs == [] and thread.quiet
+
+
 def test_passes_an_early_exit_and_layers_called_by_themselves(seen):
     model = steered()
     model.config.num_hidden_layers = 2

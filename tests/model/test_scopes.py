@@ -64,7 +64,7 @@ def test_scopes_nest():
 
 
 def test_scopes_change_waits_for_no_pass_but_is_refused():
-    scopes = Scopes()
+    scopes = Scopes(runs=lambda thread: True)
     scopes.begin_pass()
     for attempt in (scopes.change("steering.use is called"), scopes.open("steering.disabled()", ended)):
         error = elsewhere(lambda: attempt.__enter__())  # noqa: B023

@@ -124,6 +124,23 @@ def test_threads_change_while_another_thread_runs_the_model_is_refused(model):
     model.steering.use("vector")
 
 
+def test_threads_pass_that_was_interrupted_is_over(model):
+    """Ctrl-C in a forward pass: PyTorch then calls no hook at its end."""
+
+    def interrupt(module: Any, args: Any) -> None:
+        raise KeyboardInterrupt
+
+    model.steering.use("polite")
+    expected = logits(model)
+    handle = model.model.layers[1].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        logits(model)
+    handle.remove()
+    assert in_thread(lambda: model.steering.use("vector")) is None  # the interrupted thread lives on
+    model.steering.use("polite")
+    assert torch.equal(logits(model), expected)
+
+
 def test_threads_belongs_to_a_task(model):
     async def serve(opened: asyncio.Event, done: asyncio.Event) -> Any:
         with model.steering.batch(["polite"]):
