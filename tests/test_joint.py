@@ -325,7 +325,7 @@ def test_joint_parts_of_several_saves_are_refused(two, tmp_path):
         load_joint(build(), tmp_path / "0")
 
 
-@pytest.mark.parametrize("name", ["../escaped", "/tmp/escaped", "a/b", "a b", "x\n", "post_block", "weight", "keys"])
+@pytest.mark.parametrize("name", ["../escaped", "/escaped", "a/b", "a b", "x\n", "post_block", "weight", "keys"])
 def test_joint_names_of_adapters_never_leave_the_directory(name, two, tmp_path):
     save_joint(two[0], tmp_path / "saved")
     record = tmp_path / "saved" / "joint.json"

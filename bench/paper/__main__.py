@@ -144,7 +144,7 @@ def cost(
     data: Annotated[Path | None, typer.Option(help="As of `run`.")] = None,
     listops_lengths: Annotated[str, typer.Option(help="As of `run`.")] = "4:64",
     batch: Annotated[int, typer.Option(help="As of `run`.")] = 16,
-    counted: Annotated[int, typer.Option(help="Examples of a split whose tokens are counted.")] = 500,
+    counted: Annotated[int, typer.Option(help="How many examples of a split have their tokens counted.")] = 500,
 ) -> None:
     """Estimate the minutes of one run on an A100, from counted operations and bytes. Nothing is measured."""
     from .cost import table

@@ -101,7 +101,7 @@ def project_model(model: nn.Module) -> None:
 
 
 class ReleasedProjection(TrainerCallback):
-    """Projects before a step whose number is a multiple of n (0 too), before each epoch, or once before the first.
+    """Projects before every n-th step (step 0 too), before each epoch, or once before the first step.
 
     Args:
         every: "step", "epoch", "init", or a number of optimizer steps.

@@ -272,7 +272,7 @@ def _readme_lines(run: Run) -> Iterator[Line]:
         yield Line(device_name(run), "decode step by rows, CUDA graph", serve_text(case), ("–", "–"), "unsteered", rows)
     for level, what in (("model", "train"), ("model", "decode"), ("model", "decode-graph"), ("memory", "peak")):
         for case, rows in _largest(run.cases(level, what), model_size):
-            base = "unsteered" if level == "model" else ""  # whose peak beyond itself is nothing
+            base = "unsteered" if level == "model" else ""  # the unsteered model is its own base: nothing beyond it
             yield Line(device_name(run), WORDS[what], model_text(case, what), ("–", "–"), base, rows)
 
 

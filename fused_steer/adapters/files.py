@@ -105,7 +105,7 @@ def write_adapter(directory: str | os.PathLike[str], adapter: AdapterFile) -> No
 
     Raises:
         NotADirectoryError: `directory` is a file.
-        ValueError: it holds an adapter of another method, whose files have the same names.
+        ValueError: it holds an adapter of another method. Those have files of the same names.
         OSError: the files could not be written.
     """
     target = Path(directory)
@@ -181,7 +181,7 @@ def refuse_foreign(directory: Path) -> None:
 
 
 def method_in(directory: Path) -> Any:
-    """The `peft_type` of the adapter in a directory; None where there is no adapter whose config can be read."""
+    """The `peft_type` of the adapter in a directory; None without an adapter or a readable config."""
     try:
         fields = read_json(directory / CONFIG_NAME)
     except (OSError, ValueError):
@@ -224,7 +224,7 @@ def _replace_both(new: Path, directory: Path) -> None:
 
 
 def locate_adapter(source: str | os.PathLike[str]) -> Path:
-    """The local directory of `source`: a path, or a hub id, whose two files are then downloaded.
+    """The local directory of `source`, which is a path or a hub id. The files of a hub id are downloaded.
 
     Raises:
         FileNotFoundError: no such directory, and no such hub id or no network to ask it.
