@@ -51,7 +51,8 @@ def attach(model: nn.Module, make: type[nn.Module], name: str) -> list[nn.Module
 class Lofit(nn.Module):
     """z ↦ (1 + A) z + v, with a scale A and an offset v, (heads, width) each.
 
-    First A is trained, alone and with an L1 penalty. Then A is 0 again, and v is trained for the heads with the largest ‖A‖.
+    First A is trained, alone and with an L1 penalty. Then A is set to 0, and v is trained for the heads that had the
+    largest ‖A‖.
     """
 
     def __init__(self, heads: int, width: int) -> None:
