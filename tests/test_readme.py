@@ -163,3 +163,13 @@ def test_readme_parameters_of_lora_and_of_steering_are_counted():
     lora = sum(8 * (module.in_features + module.out_features) for module in linear)
     steering = 2 * 8 * sizes["hidden_size"] * sizes["num_hidden_layers"]
     assert f"| {lora:,} (every linear layer) | {steering:,} (every block) |" in README
+
+
+def test_readme_coverage_is_that_of_the_table():
+    table = (ROOT / "docs" / "coverage.md").read_text(encoding="utf-8")
+    passed, types = re.search(r"\*\*(\d+) of (\d+) model types pass\*\*", table).groups()
+    counts = dict(re.findall(r"^\| (\w+) \| (\d+) \|", table, re.MULTILINE))
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    said = f"Of the {types} causal model types of transformers 5.23, {passed} pass, {counts['fused']} of them fused in"
+    assert said in readme and "Versions: fused-steer" in table and "transformers 5.23.0" in table
+    assert counts["wrong"] == "0" and "none silently wrong" in readme

@@ -311,19 +311,12 @@ def _compare(model: PreTrainedModel, original: PreTrainedModel) -> float:
 
 
 def _expect_as_exact(pairs: Mapping[str, tuple[Tensor, Tensor]], truths: Mapping[str, Tensor | None]) -> None:
-    """Where a model's own rounding moves a gradient by more than TOLERANCE, float64 decides between the two.
+    """Raises Wrong if, over all layers, our error against float64 is more than twice that of the hooks, plus 1e-6.
 
-    Args:
-        pairs: the gradients of the steered model and of plain hooks, in float32, by name.
-        truths: the gradients of plain hooks on the model in float64.
-
-    Raises:
-        Wrong: over all layers, our error is more than twice that of the hooks, plus 1e-6.
-    """
+    pairs: our gradients and the hooks', by name; truths: the hooks' in float64."""
     kinds: dict[str, list[float]] = {}
     for name, pair in pairs.items():
-        truth = truths[name]
-        assert truth is not None
+        truth: Any = truths[name]
         sums = kinds.setdefault(name.partition(".post_block.")[2], [0.0, 0.0, 0.0])
         for place, value in enumerate((*(one - truth for one in pair), truth)):
             sums[place] += float(value.double().square().sum())
@@ -485,8 +478,8 @@ def markdown(rows: Sequence[Row]) -> str:
         "patched in every layer, and checked on a CPU in float32. A fresh patch, and the model unpatched again, give",
         "the logits and the greedy generation of the model as it came, bit for bit. With a random adapter, logits,",
         "generation and the adapter's gradients equal those of plain forward hooks (relative error by norm at most",
-        f"{TOLERANCE:.0e}; where rounding alone moves a gradient further, its error against float64 is at most twice that",
-        "of the hooks), and each layer steers as often as there. Written by",
+        f"{TOLERANCE:.0e}; where rounding alone moves a gradient further, its error against float64 is at most twice",
+        "that of the hooks), and each layer steers as often as there. Written by",
         "`fused-steer coverage --out docs/coverage.md`.",
         "",
         f"Versions: {versions}, Python {platform.python_version()}.",

@@ -146,7 +146,7 @@ def refusing_too_late(model: nn.Module, config: Any) -> nn.Module:
     [
         (steered_by(shifted), "a fresh patch has other logits"),
         (steered_by(stronger), "relative error"),
-        (steered_by(without_gradient), "gradient of"),
+        (steered_by(without_gradient), "gradients of"),
         (steered_by(counted_twice), "the sites were called"),
         (steered_by(idle), "relative error"),
         (before_the_branch, "against plain hooks"),
