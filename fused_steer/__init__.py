@@ -16,7 +16,8 @@ The map, in reading order. A file imports what stands above it, never what stand
     model/               how a decoder layer is reached
         decoder.py       finds the decoder layers and the device that each runs on
         heads.py         finds heads that were not loaded, of classifiers and reward models
-        residual.py      rewrites a layer's forward so that the last residual add goes to the site
+        residual.py      finds the last residual add of a layer's forward; rewrites forwards
+        sublayers.py     finds the attention and the MLP in a layer's forward
         scopes.py        which thread or task may run or change a model inside `disabled`, `mode` and `batch`
         watch.py         an error for a layer that ran unsteered; the report
         passes.py        packed weights, which live for one forward pass
@@ -34,7 +35,7 @@ The map, in reading order. A file imports what stands above it, never what stand
         slots.py         room for several adapters at one layer
         requests.py      what a batch asks for: an adapter, a strength, positions for each row
         caches.py        how many tokens a key-value cache holds
-        rows.py          steers one layer of a batch by rows
+        rows.py          steers one place of a batch by rows
         batch.py         steers each row of a batch by its own adapter
         mixed.py         an adapter for each row of a batch of PEFT's
         pool.py          AdapterPool: thousands of adapters in files, some in slots

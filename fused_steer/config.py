@@ -15,6 +15,8 @@ from .kernels import ACTIVATIONS, MAX_RANK
 P = ParamSpec("P")
 
 FORMS = ("lowrank", "vector")
+#: Where in a decoder block, in the order in which a block computes.
+SITES = ("post_attention", "pre_mlp", "post_mlp", "post_block")
 ORTHOGONAL_TO = ("lora",)
 ORTHOGONAL_MODULES = ("mlp", "all")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -52,7 +54,7 @@ def _is_int(value: Any) -> bool:
 
 @dataclasses.dataclass(frozen=True, init=False)
 class SteerConfig:
-    """How a model is steered: h -> h + scale · (W2 φ(W1 h + b1) + b2) after each of `layers` (arXiv 2603.00425, §3).
+    """How a model is steered: h -> h + scale · (W2 φ(W1 h + b1) + b2) in each of `layers` (arXiv 2603.00425, §3).
 
     What is left out has its default, so that every field has a value.
 
@@ -62,6 +64,9 @@ class SteerConfig:
         activation: φ: identity, silu, gelu, gelu_tanh, relu or tanh; default silu. A vector has none (identity). The
             paper's Tables 1 and 2 use the identity; which one is best depends on the task: try both on held-out data.
         layers: indices of the steered layers, from 0; None is every layer.
+        site: which h of a layer is steered, or several of them: "post_block", the layer's output (default);
+            "post_mlp", what the MLP returns, before it is added to the stream; "pre_mlp", the MLP's input;
+            "post_attention", what the attention (or what a layer has in its place) returns, before it is added.
         scale: s, the strength.
         down_bias: whether there is a b1, (r,), initially 0.
         up_bias: whether there is a b2, (d,), initially 0; a vector is one.
@@ -84,6 +89,7 @@ class SteerConfig:
     rank: int
     activation: str
     layers: tuple[int, ...] | None
+    site: str | tuple[str, ...]
     scale: float
     down_bias: bool
     up_bias: bool
@@ -99,6 +105,7 @@ class SteerConfig:
         rank: int | None = None,
         activation: str | None = None,
         layers: Sequence[int] | None = None,
+        site: str | Sequence[str] = "post_block",
         scale: float = 1.0,
         down_bias: bool = False,
         up_bias: bool | None = None,
@@ -115,6 +122,7 @@ class SteerConfig:
             "rank": _given("rank", _plain(rank), 0 if vector else 8, vector),
             "activation": _given("activation", activation, "identity" if vector else "silu", vector),
             "layers": None if layers is None else _checked_layers(layers),
+            "site": _checked_site(site),
             "scale": checked_number("scale", scale),
             "down_bias": down_bias,
             "up_bias": _given("up_bias", up_bias, vector, vector),
@@ -151,6 +159,16 @@ class SteerConfig:
                 f"orthogonal_modules is {self.orthogonal_modules!r} without orthogonal_to; expected "
                 "orthogonal_to='lora'"
             )
+        if self.orthogonal_to is not None and "pre_mlp" in self.sites:
+            raise ValueError(
+                "orthogonal_to is 'lora' at the site pre_mlp, which does not write into the residual stream; expected "
+                "other sites, or None"
+            )
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The sites, in the order in which a block computes."""
+        return (self.site,) if isinstance(self.site, str) else self.site
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> SteerConfig:
@@ -159,8 +177,13 @@ class SteerConfig:
         return cls(**fields)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON has them; those of orthogonality only where it is asked for."""
+        """The fields as JSON has them; those of orthogonality only where it is asked for, and `site` where it is not
+        post_block."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        if self.site == "post_block":
+            del fields["site"]
+        elif not isinstance(self.site, str):
+            fields["site"] = list(self.site)
         if self.orthogonal_to is None:
             del fields["orthogonal_to"], fields["orthogonal_modules"]
         return {**fields, "layers": None if self.layers is None else list(self.layers)}
@@ -189,6 +212,21 @@ def checked_number(name: str, value: Any) -> float:
     if abs(number) > FLOAT32_MAX:
         raise ValueError(f"{name} is {number}; expected at most {FLOAT32_MAX:.7g} in magnitude, float32's largest")
     return number
+
+
+def _checked_site(site: Any) -> str | tuple[str, ...]:
+    """A site's name; of several a tuple, in the order in which a block computes."""
+    names = [site] if isinstance(site, str) else site
+    if not isinstance(names, Sequence) or isinstance(names, bytes) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"site is {site!r}; expected one of {', '.join(SITES)}, or a list of them")
+    if not names:
+        raise ValueError(f"site is empty; expected at least one of {', '.join(SITES)}")
+    for name in names:
+        if name not in SITES:
+            raise ValueError(f"site is {name!r}; expected one of {', '.join(SITES)}, or a list of them")
+    if len(set(names)) != len(names):
+        raise ValueError(f"site names a site twice: {list(names)}; expected each once")
+    return names[0] if len(names) == 1 else tuple(sorted(names, key=SITES.index))
 
 
 def _checked_layers(layers: Any) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .adapters.distributed import check_unsharded, first_writes, is_first
 from .adapters.files import AdapterFile, read_adapter, write_adapter
 from .adapters.hub import push_adapter
-from .adapters.parameters import Adapter, check_name
+from .adapters.parameters import SITE, Adapter, Place, check_name
 from .config import SteerConfig, checked_number
 from .lora.constraints import Constraints
 from .lora.layers import adapter_parameters, computing_by
@@ -80,10 +80,12 @@ class Steering:
             raise TypeError(f"config is a {type(config).__name__}; expected a SteerConfig")
         self._check_new_name(name)
         check_unsharded(self._decoder.layers, "adapters to be added")
-        indices = self._decoder.layout.indices(config)
+        places = list(self._decoder.layout.places(config))
         layers, hidden = self._decoder.layers, self._decoder.hidden
+        self._patched.check(places)
         self._constraints.check(config)
-        self._insert(name, config, {i: Adapter.fresh(config, hidden, execution_device(layers[i])) for i in indices})
+        devices = {place: execution_device(layers[place.layer]) for place in places}
+        self._insert(name, config, {p: Adapter.fresh(config, hidden, device) for p, device in devices.items()})
 
     @torch.inference_mode(False)  # whose tensors never train
     def load(self, source: str | os.PathLike[str], name: str = "default", *, check_base: bool = True) -> None:
@@ -98,7 +100,7 @@ class Steering:
         check_unsharded(self._decoder.layers, "adapters to be loaded")
         file = read_adapter(source, self._decoder.layout, check_base=check_base)
         layers = self._decoder.layers
-        adapters = {i: Adapter.of_tensors(t, execution_device(layers[i])) for i, t in file.tensors.items()}
+        adapters = {p: Adapter.of_tensors(t, execution_device(layers[p.layer])) for p, t in file.tensors.items()}
         self._insert(name, file.config, adapters)
 
     def restore(self, source: str | os.PathLike[str], name: str | None = None) -> None:
@@ -303,6 +305,7 @@ class Steering:
         slots: int = 64,
         rank: int = 16,
         layers: Sequence[int] | None = None,
+        site: str | Sequence[str] = SITE,
         dtype: str = "float32",
         check_base: bool = True,
     ) -> AdapterPool:
@@ -314,6 +317,7 @@ class Steering:
             slots: how many adapters are on the device at a time: at least as many as a batch has distinct ones.
             rank: the highest that an adapter may have; 0 for steering vectors alone.
             layers: those that adapters may steer; None is all.
+            site: the sites that adapters may steer at, as `SteerConfig` has it.
             dtype: of the values in the slots: "float32", "bfloat16" or "float16".
             check_base: refuse an adapter whose base model has another name.
 
@@ -327,10 +331,11 @@ class Steering:
         if self._batch is not None:
             raise RuntimeError("a batch is running; expected the pool to be made before or afterwards")
         check_unsharded(self._decoder.layers, "a pool to be made")
-        indices = self._decoder.layout.indices(SteerConfig(layers=layers))
-        room = make_slots(self._decoder, indices, slots, rank, kept)
+        places = list(self._decoder.layout.places(SteerConfig(layers=layers, site=site)))
+        self._patched.check(places)
+        room = make_slots(self._decoder, places, slots, rank, kept)
         with self._changing("steering.make_pool is called"):
-            self._patched.patch(indices)
+            self._patched.patch(places)
             pool = self._pool = AdapterPool(room, self._decoder, self._configs.__contains__, check_base)
         return pool
 
@@ -345,7 +350,7 @@ class Steering:
         self._pool = None
 
     def report(self) -> Report:
-        """How each layer is steered, by what, and how often it was since `reset_calls`."""
+        """How each layer is steered, at each site, by what, and how often it was since `reset_calls`."""
         return self._patched.report()
 
     def reset_calls(self) -> None:
@@ -412,14 +417,14 @@ class Steering:
                 self._active, self._pool = active, pool
                 raise
 
-    def _insert(self, name: str, config: SteerConfig, adapters: dict[int, Adapter]) -> None:
-        """Give the layers their parameters, patching those that are not yet; all of them or none."""
+    def _insert(self, name: str, config: SteerConfig, adapters: dict[Place, Adapter]) -> None:
+        """Give the places their parameters, patching those that are not yet; all of them or none."""
         with self._changing("an adapter is added"):
             self._check_new_name(name)  # another thread may have taken it since
             self._patched.patch(adapters)
-            sites = {i: site for i, site in self._patched.sites.items() if i in adapters}
-            for i, adapter in adapters.items():
-                sites[i].attach(name, adapter)
+            sites = {place: site for place, site in self._patched.sites.items() if place in adapters}
+            for place, adapter in adapters.items():
+                sites[place].attach(name, adapter)
             self._constraints.add(name, config, sites)
             self._configs[name] = config
             self._use(self._active)  # what is not in use does not train

@@ -44,7 +44,7 @@ from vllm.model_executor.layers.linear import LinearBase  # noqa: E402
 from vllm.v1.engine import input_processor  # noqa: E402
 
 from .adapters.files import CONFIG_NAME, PEFT_TYPE, AdapterFile, method_in, read_adapter  # noqa: E402
-from .adapters.parameters import DOWN, NAMES, SITE, UP, UP_BIAS, ByLayer, Layout  # noqa: E402
+from .adapters.parameters import DOWN, NAMES, SITE, UP, UP_BIAS, ByPlace, Layout  # noqa: E402
 from .joint import JOINT_NAME, STEERING_FOLDER, find_joint  # noqa: E402
 from .kernels import ACTIVATIONS, MAX_RANK, grouped  # noqa: E402
 from .model.residual import ResidualNotFound, names_in_final_adds  # noqa: E402
@@ -299,18 +299,21 @@ def find_source(path: str) -> Source | None:
 def read_fitting(source: Source, layout: Layout, max_rank: int) -> AdapterFile:
     """The adapter, whole and checked; ValueError (or FileNotFoundError) if it is broken or does not fit."""
     file = read_adapter(source.steering, layout)
+    if file.config.sites != (SITE,):
+        sites = ", ".join(file.config.sites)
+        raise ValueError(f"{source.steering} steers at {sites}; expected {SITE} alone, which is what vLLM has here")
     rank, most = file.config.rank, min(max_rank, MAX_RANK)
     if rank > most:
         raise ValueError(f"{source.steering} is of rank {rank}; expected at most {most} (--max-lora-rank)")
     return file
 
 
-def scaled(file: AdapterFile) -> ByLayer:
+def scaled(file: AdapterFile) -> ByPlace:
     """An adapter's tensors in float32, its strength in W2 and b2."""
     scale = {UP: file.config.scale, UP_BIAS: file.config.scale}
     return {
-        index: {name: t.float() * scale[name] if name in scale else t.float() for name, t in tensors.items()}
-        for index, tensors in file.tensors.items()
+        place: {name: t.float() * scale[name] if name in scale else t.float() for name, t in tensors.items()}
+        for place, tensors in file.tensors.items()
     }
 
 
@@ -346,7 +349,7 @@ def load(manager: worker_manager.WorkerLoRAManager, request: LoRARequest, source
         loaded = lora_model.LoRAModel(request.lora_int_id, max(file.config.rank, 1), {})
     else:
         loaded = load_lora(manager, _at(request, source.lora))
-    for index, tensors in scaled(file).items():
+    for (index, _), tensors in scaled(file).items():
         if index in points:  # the others are another stage's
             loaded.loras[points[index]] = _weights(points[index], loaded.rank, tensors, file.config.activation)
     return loaded

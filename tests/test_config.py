@@ -126,6 +126,7 @@ def test_config_fields_are_plain_once_made(form):
         "rank": int,
         "activation": str,
         "layers": tuple,
+        "site": str,
         "scale": float,
         "down_bias": bool,
         "up_bias": bool,

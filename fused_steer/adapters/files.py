@@ -29,14 +29,14 @@ from torch import Tensor
 from .._version import __version__
 from ..config import DTYPES, FLOAT32_MAX, SteerConfig
 from .parameters import (
-    SITE,
     UP,
     UP_BIAS,
-    ByLayer,
+    ByPlace,
     Layout,
     T,
     base_name,
-    by_layer,
+    by_place,
+    is_of_site,
     specs_of,
     split_path,
     unwrapped,
@@ -57,7 +57,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """What a saved adapter is: its config, the layout of the model that it was made for, and its tensors by layer.
+    """What a saved adapter is: its config, the layout of the model that it was made for, and its tensors by place.
 
     Every adapter that is read or written is one of these, so that none with values that spoil a hidden state exists:
     served beside others, it would spoil theirs too, through cache blocks that are used again.
@@ -69,7 +69,7 @@ class AdapterFile:
 
     config: SteerConfig
     layout: Layout
-    tensors: ByLayer
+    tensors: ByPlace
 
     def __post_init__(self) -> None:
         self.layout.check_tensors(self.config, specs_of(self.tensors))
@@ -356,7 +356,7 @@ def read_adapter(
                 f"it has a trained head beside the steering, {next(iter(others))}; expected steering alone (PEFT loads "
                 "both: import fused_steer.peft, then PeftModel.from_pretrained)"
             )
-        layers_path, specs = by_layer(own)
+        layers_path, specs = by_place(own)
     heads = [head] if embedded is None else [head, embedded]
 
     def refusal(head: _Head) -> ValueError | None:
@@ -377,7 +377,7 @@ def read_adapter(
         content = _read_whole(file, header, head)
         named = {unprefixed(name): tensor for name, tensor in safetensors.torch.load(content).items()}
         steering, beside = _split(named, head.saved_modules)
-        _, tensors = by_layer(steering)
+        _, tensors = by_place(steering)
         chosen = _matching(head, embedded, header.plain, content, partial(tensors_digest, tensors, beside))
     if chosen is not head:
         warnings.warn(
@@ -407,7 +407,7 @@ def _split(named: Mapping[str, T], modules: Sequence[str]) -> tuple[dict[str, T]
     """What is an adapter's by its path, and what is of the modules of these names."""
 
     def is_beside(path: str) -> bool:
-        return f".{SITE}." not in path and any(f".{name}." in f".{path}" for name in modules)
+        return not is_of_site(path) and any(f".{name}." in f".{path}" for name in modules)
 
     beside = {path: value for path, value in named.items() if is_beside(path)}
     return {path: value for path, value in named.items() if path not in beside}, beside

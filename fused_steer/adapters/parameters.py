@@ -1,9 +1,10 @@
 """The format of an adapter: the names, paths and shapes of its tensors, which model it fits, and its module in a layer.
 
-An adapter at one layer has W1 and b1 (`steer_down`), W2 and b2 (`steer_up`); either of each pair may be absent.
+An adapter steers at places: a site in a layer, such as `post_block` in layer 3. At one place it has W1 and b1
+(`steer_down`), W2 and b2 (`steer_up`); either of each pair may be absent.
 
-    <layers path>.<i>.post_block.steer_down.weight            a tensor's path, as files have it (behind PEFT_PREFIX)
-    <layers path>.<i>.post_block.steer_down.<adapter>.weight  the same tensor in a patched model, which may have several
+    <layers path>.<i>.<site>.steer_down.weight            a tensor's path, as files have it (behind PEFT_PREFIX)
+    <layers path>.<i>.<site>.steer_down.<adapter>.weight  the same tensor in a patched model, which may have several
 """
 
 from __future__ import annotations
@@ -11,32 +12,43 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ..config import DTYPES, SteerConfig
+from ..config import DTYPES, SITES, SteerConfig
 
 T = TypeVar("T")
 
-#: The site's name in its layer, and so part of every parameter's path.
+#: The default site.
 SITE = "post_block"
 #: The names of an adapter's tensors below the site: W1 (r, d), b1 (r,), W2 (d, r), b2 (d,).
 DOWN, DOWN_BIAS, UP, UP_BIAS = NAMES = ("steer_down.weight", "steer_down.bias", "steer_up.weight", "steer_up.bias")
 #: Before each path in a file: where PEFT has the model that it wraps.
 PEFT_PREFIX = "base_model.model."
 
-#: The tensors of an adapter: by layer, then by name below the site.
-ByLayer = dict[int, dict[str, Tensor]]
+
+class Place(NamedTuple):
+    """Where an adapter has parameters: a site in a layer. The site's module is the layer's child of that name."""
+
+    layer: int
+    site: str = SITE
+
+    def __str__(self) -> str:
+        return f"layer {self.layer}" if self.site == SITE else f"{self.site} of layer {self.layer}"
+
+
+#: The tensors of an adapter: by place, then by name below the site.
+ByPlace = dict[Place, dict[str, Tensor]]
 #: A tensor's dtype and shape: all that is known of it before it is read.
 Spec = tuple[torch.dtype, tuple[int, ...]]
 
 _ADAPTER = re.compile(r"[A-Za-z0-9_-]+")
 #: Names that stand in a tensor's path beside the adapter's.
-_IN_PATHS = frozenset({SITE, *(part for name in NAMES for part in name.split("."))})
+_IN_PATHS = frozenset({*SITES, *(part for name in NAMES for part in name.split("."))})
 #: What torch.compile, DDP, FSDP and activation checkpointing put into the path of a module that they wrap.
 _WRAPPERS = frozenset({"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 
@@ -69,11 +81,12 @@ def without_wrappers(path: str) -> str:
 
 
 _FACTOR = r"steer_(?:down|up)"
-_PATH = re.compile(rf"(?:(.+)\.)?(\d+)\.{SITE}\.({_FACTOR}\.(?:weight|bias))")
+_SITE = "|".join(SITES)
+_PATH = re.compile(rf"(?:(.+)\.)?(\d+)\.({_SITE})\.({_FACTOR}\.(?:weight|bias))")
 
 
-def split_path(path: str) -> tuple[str, int, str]:
-    """A tensor's path in three: the path of the list of layers, the layer's index, the name below the site.
+def split_path(path: str) -> tuple[str, Place, str]:
+    """A tensor's path in three: the path of the list of layers, the place, the name below the site.
 
     Raises:
         ValueError: it is no such path.
@@ -81,20 +94,20 @@ def split_path(path: str) -> tuple[str, int, str]:
     found = _PATH.fullmatch(path)
     if found is None:
         raise ValueError(f"it has a tensor {path!r}; expected names such as layers.0.{SITE}.{UP}")
-    return found[1] or "", int(found[2]), found[3]
+    return found[1] or "", Place(int(found[2]), found[3]), found[4]
 
 
-def by_layer(tensors: Mapping[str, T]) -> tuple[str, dict[int, dict[str, T]]]:
-    """The path of the list of layers ("" if there are no tensors), and the tensors by layer, in order, and by name.
+def by_place(tensors: Mapping[str, T]) -> tuple[str, dict[Place, dict[str, T]]]:
+    """The path of the list of layers ("" if there are no tensors), and the tensors by place, in order, and by name.
 
     Raises:
         ValueError: a path is none of an adapter's, or they belong to several lists of layers.
     """
-    found: dict[int, dict[str, T]] = {}
+    found: dict[Place, dict[str, T]] = {}
     lists: dict[str, str] = {}
     for path, tensor in tensors.items():
-        layers_path, index, name = split_path(path)
-        found.setdefault(index, {})[name] = tensor
+        layers_path, place, name = split_path(path)
+        found.setdefault(place, {})[name] = tensor
         lists.setdefault(layers_path, path)
     if len(lists) > 1:
         first, second, *_ = lists.values()
@@ -110,8 +123,13 @@ def of_adapter(named: Iterable[tuple[str, T]], adapter: str) -> dict[str, T]:
 
 def out_of_model(name: str, adapter: str) -> str | None:
     """The path of an adapter's tensor that a patched model has under `name`; None: it is none of this adapter's."""
-    found = re.fullmatch(rf"(.*\.{SITE}\.{_FACTOR})\.{re.escape(adapter)}\.(weight|bias)", name)
+    found = re.fullmatch(rf"(.*\.(?:{_SITE})\.{_FACTOR})\.{re.escape(adapter)}\.(weight|bias)", name)
     return None if found is None else f"{found[1]}.{found[2]}"
+
+
+def is_of_site(path: str) -> bool:
+    """Whether a path in a model leads into a site."""
+    return any(f".{site}." in f".{path}." for site in SITES)
 
 
 def in_model(path: str, adapter: str) -> str:
@@ -141,13 +159,17 @@ class Layout:
     hidden: int
     base: str = ""
 
-    def path(self, index: int, name: str = "") -> str:
-        """Of a layer, or of the tensor `name` of an adapter there."""
-        return ".".join(part for part in (self.layers_path, str(index), *([SITE, name] if name else [])) if part)
+    def layer_path(self, index: int) -> str:
+        """Of a layer."""
+        return f"{self.layers_path}.{index}" if self.layers_path else str(index)
 
-    def paths(self, layers: Mapping[int, Mapping[str, T]]) -> dict[str, T]:
-        """What is by layer and name, by path."""
-        return {self.path(index, name): value for index, named in layers.items() for name, value in named.items()}
+    def path(self, place: Place, name: str = "") -> str:
+        """Of a site, or of the tensor `name` of an adapter there."""
+        return ".".join(part for part in (self.layer_path(place.layer), place.site, name) if part)
+
+    def paths(self, places: Mapping[Place, Mapping[str, T]]) -> dict[str, T]:
+        """What is by place and name, by path."""
+        return {self.path(place, name): value for place, named in places.items() for name, value in named.items()}
 
     def indices(self, config: SteerConfig) -> Sequence[int]:
         """The layers that an adapter of `config` steers; never listed, as a file may claim any number of them.
@@ -163,6 +185,14 @@ class Layout:
             )
         return list(config.layers)
 
+    def places(self, config: SteerConfig) -> Iterator[Place]:
+        """Where an adapter of `config` steers, layer by layer.
+
+        Raises:
+            ValueError: there is no such layer.
+        """
+        return (Place(index, site) for index in self.indices(config) for site in config.sites)
+
     def config_layers(self, indices: Iterable[int]) -> list[int] | None:
         """The config's `layers` for these indices: None for all.
 
@@ -175,38 +205,38 @@ class Layout:
         return None if len(found) == self.num_layers else found
 
     def count(self, config: SteerConfig) -> int:
-        """How many numbers an adapter of `config` has, in all layers."""
+        """How many numbers an adapter of `config` has, at all places."""
         return sum(math.prod(shape) for shape in self.paths(self.shapes(config)).values())
 
-    def shapes(self, config: SteerConfig) -> dict[int, dict[str, tuple[int, ...]]]:
-        """Shape of each tensor of an adapter of `config`, by layer and name."""
-        return dict.fromkeys(self.indices(config), self._shapes(config))
+    def shapes(self, config: SteerConfig) -> dict[Place, dict[str, tuple[int, ...]]]:
+        """Shape of each tensor of an adapter of `config`, by place and name."""
+        return dict.fromkeys(self.places(config), self._shapes(config))
 
     def _shapes(self, config: SteerConfig) -> dict[str, tuple[int, ...]]:
-        """Shape of each tensor that an adapter of `config` has at a layer."""
+        """Shape of each tensor that an adapter of `config` has at a place."""
         there = {DOWN: config.rank > 0, DOWN_BIAS: config.down_bias, UP: config.rank > 0, UP_BIAS: config.up_bias}
         return {name: shape for name, shape in shapes_of(config.rank, self.hidden).items() if there[name]}
 
-    def check_tensors(self, config: SteerConfig, specs: Mapping[int, Mapping[str, Spec]]) -> None:
+    def check_tensors(self, config: SteerConfig, specs: Mapping[Place, Mapping[str, Spec]]) -> None:
         """Refuse tensors that are not those of `config`: one missing or too many, another shape or dtype.
 
         Raises:
             ValueError: in one line, about the first of them.
         """
         dtype, shapes, indices = DTYPES[config.dtype], self._shapes(config), self.indices(config)
-        for index in indices:  # perhaps 10**9 of them, by what a file says: the first that is missing ends this
+        for place in self.places(config):  # perhaps 10**9, by what a file says: the first that is missing ends this
             for name, shape in shapes.items():
-                found = specs.get(index, {}).get(name)
+                found = specs.get(place, {}).get(name)
                 if found is None:
-                    raise ValueError(f"it has no tensor {self.path(index, name)}; expected one of shape {shape}")
+                    raise ValueError(f"it has no tensor {self.path(place, name)}; expected one of shape {shape}")
                 if found != (dtype, shape):
                     raise ValueError(
-                        f"tensor {self.path(index, name)} is {found[0]} {found[1]}; expected {dtype} {shape}"
+                        f"tensor {self.path(place, name)} is {found[0]} {found[1]}; expected {dtype} {shape}"
                     )
-        for index, named in specs.items():
+        for place, named in specs.items():
             for name in named:
-                if index not in indices or name not in shapes:
-                    raise ValueError(f"it has a tensor {self.path(index, name)}; expected none but those of its config")
+                if place.layer not in indices or place.site not in config.sites or name not in shapes:
+                    raise ValueError(f"it has a tensor {self.path(place, name)}; expected none but those of its config")
 
     def check_sizes(self, source: Any, hidden: int | None, num_layers: int | None) -> None:
         """Refuse an adapter for a model of another hidden size or number of layers; None is not known.
@@ -239,11 +269,11 @@ class Layout:
             )
 
 
-def specs_of(tensors: Mapping[int, Mapping[str, Tensor]]) -> dict[int, dict[str, Spec]]:
+def specs_of(tensors: Mapping[Place, Mapping[str, Tensor]]) -> dict[Place, dict[str, Spec]]:
     """Dtype and shape of each tensor."""
     return {
-        index: {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in named.items()}
-        for index, named in tensors.items()
+        place: {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in named.items()}
+        for place, named in tensors.items()
     }
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..config import DTYPES
-from .parameters import PEFT_PREFIX, ByLayer, Spec
+from .parameters import PEFT_PREFIX, SITE, ByPlace, Place, Spec
 
 #: Where a weights file carries its config, among the metadata.
 _EMBEDDED = "fused_steer_config"
@@ -47,14 +47,18 @@ def header_of(shapes: Mapping[str, tuple[int, ...]], dtype: str, config: str) ->
     return len(text).to_bytes(8, "little") + text
 
 
-def tensors_digest(tensors: ByLayer, heads: Mapping[str, Tensor] = MappingProxyType({})) -> str:
+def tensors_digest(tensors: ByPlace, heads: Mapping[str, Tensor] = MappingProxyType({})) -> str:
     """Of an adapter's tensors, wherever in a model or file they lie, and of the heads beside it, by path."""
     digest = hashlib.sha256()
-    layers = [(f"{i} {name}", named[name]) for i, named in sorted(tensors.items()) for name in sorted(named)]
-    for name, tensor in (*layers, *sorted(heads.items())):
+    own = [(f"{_key(place)} {name}", named[name]) for place, named in sorted(tensors.items()) for name in sorted(named)]
+    for name, tensor in (*own, *sorted(heads.items())):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(values_of(tensor))
     return digest.hexdigest()
+
+
+def _key(place: Place) -> str:
+    return str(place.layer) if place.site == SITE else f"{place.layer}.{place.site}"
 
 
 def values_of(tensor: Tensor) -> Any:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..adapters.files import AdapterFile, read_json
-from ..adapters.parameters import DOWN, DOWN_BIAS, UP, UP_BIAS
+from ..adapters.parameters import DOWN, DOWN_BIAS, UP, UP_BIAS, Place
 from ..config import SteerConfig
 from ..kernels import ACTIVATIONS
 from .reading import assemble, checked_tensor, first_line, layout, naming, read_pickle
@@ -198,7 +198,7 @@ def import_pyreft(
         folder,
         target,
         sizes["d"],
-        layers,
+        {Place(index): tensors for index, tensors in layers.items()},
         form="vector" if vector else "lowrank",
         rank=0 if vector else sizes["r"],
         activation=activation or "identity",

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..adapters.files import AdapterFile
-from ..adapters.parameters import Layout
+from ..adapters.parameters import Layout, Place
 from ..config import DTYPES, SteerConfig
 from ..model.decoder import find_decoder, meta_model
 
@@ -69,16 +69,16 @@ def assemble(
     file: str | os.PathLike[str],
     layout: Layout,
     hidden: int,
-    layers: Mapping[int, Mapping[str, Tensor]],
+    places: Mapping[Place, Mapping[str, Tensor]],
     **fields: Any,
 ) -> AdapterFile:
-    """The adapter of these tensors, by layer and by name below the site, of which it has copies.
+    """The adapter of these tensors, by place and by name below the site, of which it has copies.
 
     Args:
         file: that is imported, for the errors.
         layout: what the adapter is for, as `layout` gives it.
         hidden: that of the tensors.
-        fields: of its config, but for `layers`.
+        fields: of its config, but for `layers` and `site`.
 
     Raises:
         ValueError: the tensors do not fit the layout or each other, or the config refuses a field.
@@ -86,13 +86,14 @@ def assemble(
     with naming(file):
         if layout.hidden not in (0, hidden):
             raise ValueError(f"its hidden size is {hidden}; expected {layout.hidden}, that of {layout.base}")
-        config = SteerConfig(layers=layout.config_layers(layers), **fields)
+        layers, sites = ({place[part] for place in places} for part in (0, 1))
+        config = SteerConfig(layers=layout.config_layers(layers), site=list(sites), **fields)
         # Copied: the file may be mapped into memory, and safetensors writes no two tensors that share theirs.
         tensors = {
-            index: {
+            place: {
                 name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in named.items()
             }
-            for index, named in layers.items()
+            for place, named in places.items()
         }
         return AdapterFile(config, replace(layout, hidden=hidden), tensors)
 

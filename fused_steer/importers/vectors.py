@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..adapters.files import AdapterFile
-from ..adapters.parameters import UP_BIAS
+from ..adapters.parameters import UP_BIAS, Place
 from ..config import SteerConfig
 from .reading import (
     DTYPE_NAMES,
@@ -79,7 +79,7 @@ def import_vector(
     with naming(file):
         vectors = _by_layer(state, layers, target.num_layers)
         hidden, dtype = _sizes(vectors)
-    named = {index: {UP_BIAS: vector} for index, vector in vectors.items()}
+    named = {Place(index): {UP_BIAS: vector} for index, vector in vectors.items()}
     return assemble(file, target, hidden, named, form="vector", scale=scale, dtype=DTYPE_NAMES[dtype])
 
 

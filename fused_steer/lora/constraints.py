@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import nn
 
-from ..adapters.parameters import ByLayer
+from ..adapters.parameters import ByPlace, Place
 from ..config import SteerConfig
 from ..model.decoder import Decoder, execution_device
 from ..model.site import SteeringSite
@@ -41,8 +41,8 @@ class Constraints:
         devices = {index: execution_device(layer) for index, layer in layers.items()}
         check_lora(config, self._trace(list(layers)), devices)
 
-    def add(self, name: str, config: SteerConfig, sites: Mapping[int, SteeringSite]) -> None:
-        """Keep an adapter orthogonal if its config asks for that. `sites`: those that it is attached to, by layer."""
+    def add(self, name: str, config: SteerConfig, sites: Mapping[Place, SteeringSite]) -> None:
+        """Keep an adapter orthogonal if its config asks for that. `sites`: those that it is attached to, by place."""
         if config.orthogonal_to is not None:
             self._kept[name] = Orthogonality(name, config, self._model, sites, self._trace)
 
@@ -72,7 +72,7 @@ class Constraints:
 
         return give_back
 
-    def values(self, name: str) -> ByLayer:
+    def values(self, name: str) -> ByPlace:
         """Values that satisfy the constraint, to be written in place of an adapter's parameters; none without one."""
         return self._kept[name].constrained() if name in self._kept and lora_layers(self._model) else {}
 

@@ -15,7 +15,7 @@ then projected only if it violates the constraint: weights that were saved const
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from ..adapters.distributed import sharder
-from ..adapters.parameters import UP, UP_BIAS, ByLayer
+from ..adapters.parameters import UP, UP_BIAS, ByPlace, Place
 from ..config import SteerConfig
 from ..kernels.orthogonal import MAX_WRITERS, column_space, project_out
 from ..model.decoder import execution_device
@@ -111,11 +111,11 @@ class Orthogonality:
         name: str,
         config: SteerConfig,
         model: nn.Module,
-        sites: Mapping[int, SteeringSite],
+        sites: Mapping[Place, SteeringSite],
         trace: Callable[[list[int]], dict[int, list[Writer]]],
     ) -> None:
         """Args:
-        name: the adapter's, which is attached to `sites`, by layer.
+        name: the adapter's, which is attached to `sites`, by place.
         config: its config.
         model: that carries the LoRA, now or when the adapter is trained.
         trace: gives all writers of layers; asked when the adapter is first trained.
@@ -154,19 +154,24 @@ class Orthogonality:
     def writers(self) -> dict[int, list[Writer]]:
         """All writers of the steered layers, by layer."""
         if self._writers is None:
-            self._writers = self._trace(list(self.sites))
+            self._writers = self._trace(list(dict.fromkeys(place.layer for place in self.sites)))
         return self._writers
 
-    def _steered(self, index: int) -> dict[str, nn.Parameter]:
-        """W2 and b2 of a layer, those that there are, by name below the site."""
-        adapter = self.sites[index].adapter(self.name)
+    def _steered(self, place: Place) -> dict[str, nn.Parameter]:
+        """W2 and b2 of a place, those that there are, by name below the site."""
+        adapter = self.sites[place].adapter(self.name)
         assert adapter is not None
         found = {UP: adapter.up.weight, UP_BIAS: adapter.up.bias}
         return {name: parameter for name, parameter in found.items() if parameter is not None}
 
+    def _places(self, layers: Collection[int]) -> list[Place]:
+        """The places in these layers."""
+        return [place for place in self.sites if place.layer in layers]
+
     def _state(self, columns: Columns) -> tuple[Any, ...]:
         """Changes whenever a value may have changed."""
-        tensors = [t for index, bs in columns.items() for t in (*bs, *self._steered(index).values())]
+        tensors = [t for place in self._places(columns) for t in self._steered(place).values()]
+        tensors += [b for bs in columns.values() for b in bs]
         return tuple((t.data_ptr(), t._version, t.dtype) for t in tensors)
 
     @property
@@ -176,7 +181,7 @@ class Orthogonality:
     @property
     def trains(self) -> bool:
         """Whether a gradient is asked of what is constrained."""
-        return any(p.requires_grad for index in self.sites for p in self._steered(index).values())
+        return any(p.requires_grad for place in self.sites for p in self._steered(place).values())
 
     # ----------------------------------------------------------------------------------------------------- the moments
 
@@ -197,7 +202,7 @@ class Orthogonality:
     def _moved_by(self, optimizer: Optimizer) -> bool:
         """Whether the optimizer has what is constrained, or B."""
         theirs = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        if any(id(p) in theirs for index in self.sites for p in self._steered(index).values()):
+        if any(id(p) in theirs for place in self.sites for p in self._steered(place).values()):
             return True
         if self._writers is None:
             return False
@@ -217,18 +222,18 @@ class Orthogonality:
         if self._state(columns) == self._seen:
             return
         self._check_unsharded()
-        devices = {index: next(iter(self._steered(index).values())).device for index in self.sites}
+        devices = {place.layer: next(iter(self._steered(place).values())).device for place in self.sites}
         check_lora(self.config, self.writers, devices)
         self._project(columns, everything=False)
         self._seen = self._state(columns)
 
     def _check_unsharded(self) -> None:
         # A projection needs all of B and of W2, which no process has; ZeRO writes its copies over what was projected.
-        for index, site in self.sites.items():
+        for place, site in self.sites.items():
             by = sharder(site)
             if by is not None:
                 raise ValueError(
-                    f"layer {index} is sharded by {by}; expected adapter {self.name!r}, which is kept orthogonal to "
+                    f"{place} is sharded by {by}; expected adapter {self.name!r}, which is kept orthogonal to "
                     "LoRA, to be whole in every process (DDP)"
                 )
 
@@ -254,49 +259,49 @@ class Orthogonality:
     # -------------------------------------------------------------------------------------------------- the projection
 
     @torch.no_grad()
-    def _batches(self, columns: Columns) -> Iterator[tuple[list[int], Tensor]]:
-        """Layers with their B side by side, (L, d, k), for each device; a layer with fewer columns has zeros."""
+    def _batches(self, columns: Columns) -> Iterator[tuple[list[Place], Tensor]]:
+        """Places with the B of their layer side by side, (P, d, k), for each device; fewer columns end in zeros."""
         for device in dict.fromkeys(found[0].device for found in columns.values()):
-            indices = [index for index, found in columns.items() if found[0].device == device]
-            counts = [sum(b.shape[1] for b in columns[index]) for index in indices]
+            places = [place for place in self._places(columns) if columns[place.layer][0].device == device]
+            counts = [sum(b.shape[1] for b in columns[place.layer]) for place in places]
             most = max(counts)
             flat: list[Tensor] = []
-            for index, count in zip(indices, counts, strict=True):
-                flat += columns[index]
+            for place, count in zip(places, counts, strict=True):
+                flat += columns[place.layer]
                 if count < most:
                     flat.append(flat[-1].new_zeros(flat[-1].shape[0], most - count))
-            # One copy of all, however many they are, and one that puts each layer's together.
-            yield indices, torch.cat(flat, 1).unflatten(1, (len(indices), most)).transpose(0, 1).contiguous()
+            # One copy of all, however many they are, and one that puts each place's together.
+            yield places, torch.cat(flat, 1).unflatten(1, (len(places), most)).transpose(0, 1).contiguous()
 
     @torch.no_grad()
     def _project(self, columns: Columns, *, everything: bool) -> None:
         """Project the parameters in place, all of them or those that violate the constraint, and set V in the sites."""
-        for indices, writers in self._batches(columns):
-            for name in self._steered(indices[0]):
-                parameters: list[Tensor] = [self._steered(index)[name] for index in indices]
+        for places, writers in self._batches(columns):
+            for name in self._steered(places[0]):
+                parameters: list[Tensor] = [self._steered(place)[name] for place in places]
                 values = torch.stack([_as_columns(name, p) for p in parameters])
                 projected = project_out(values, writers)
                 if not everything:
                     projected = torch.where(_violates(values, writers), projected, values)
                 torch._foreach_copy_(parameters, [_from_columns(name, value) for value in projected.unbind(0)])
-            self._set_bases(indices, writers)
-        for index, site in self.sites.items():
-            if index not in columns:
+            self._set_bases(places, writers)
+        for place, site in self.sites.items():
+            if place.layer not in columns:
                 site.basis = None
 
     @torch.no_grad()
-    def _set_bases(self, indices: list[int], writers: Tensor) -> None:
+    def _set_bases(self, places: list[Place], writers: Tensor) -> None:
         bases = list(column_space(writers).unbind(0))
-        old = [site.basis for site in (self.sites[index] for index in indices) if site.basis is not None]
+        old = [site.basis for site in (self.sites[place] for place in places) if site.basis is not None]
         if [(b.shape, b.dtype, b.device) for b in old] == [(b.shape, b.dtype, b.device) for b in bases]:
             torch._foreach_copy_(old, bases)  # in place, for graphs that were compiled or captured with them
         else:
-            for index, basis in zip(indices, bases, strict=True):
-                self.sites[index].basis = basis
+            for place, basis in zip(places, bases, strict=True):
+                self.sites[place].basis = basis
 
     @torch.no_grad()
-    def constrained(self) -> ByLayer:
-        """What is constrained, projected where it violates the constraint, by layer and by name below the site.
+    def constrained(self) -> ByPlace:
+        """What is constrained, projected where it violates the constraint, by place and by name below the site.
 
         The parameters stay as they are. Values that did not come by training, as from a state dict, may violate it.
 
@@ -304,17 +309,17 @@ class Orthogonality:
             ValueError: LoRA's B is not finite, or FSDP or ZeRO has sharded the adapter.
         """
         self._check_unsharded()
-        found: ByLayer = {}
-        for indices, writers in self._batches(lora_columns(self.writers, self.config)):
+        found: ByPlace = {}
+        for places, writers in self._batches(lora_columns(self.writers, self.config)):
             if not writers.isfinite().all():
                 raise ValueError(
                     f"LoRA's B, which adapter {self.name!r} is orthogonal to, is not finite; expected it so"
                 )
-            for name in self._steered(indices[0]):
-                values = torch.stack([_as_columns(name, self._steered(index)[name]) for index in indices])
+            for name in self._steered(places[0]):
+                values = torch.stack([_as_columns(name, self._steered(place)[name]) for place in places])
                 values = torch.where(_violates(values, writers), project_out(values, writers), values)
-                for index, value in zip(indices, values.unbind(0), strict=True):
-                    found.setdefault(index, {})[name] = _from_columns(name, value)
+                for place, value in zip(places, values.unbind(0), strict=True):
+                    found.setdefault(place, {})[name] = _from_columns(name, value)
         return found
 
 

@@ -70,7 +70,7 @@ class DecoderHooks:
         tokens = tokens_of(args, kwargs)
         weights = {}
         if tokens > FEW_TOKENS:
-            sites = (patched.site for patched in self._patched.values())
+            sites = (site for patched in self._patched.values() for site in patched.sites.values())
             weights = {site: pair for site in sites if (pair := site.low_rank()) is not None}
         dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), None) if weights else None
         self._packing.begin(dtype, tokens, weights)

@@ -1,16 +1,16 @@
-"""A decoder layer with its site: how it is reached, and the way back.
+"""A decoder layer with its sites: how they are reached, and the way back.
 
-A layer's class is replaced, for that one instance, by a subclass whose forward hands the last residual add to the
-layer's steering site (see residual.py). Where no such add is found, a forward hook steers the finished hidden state:
-the same numbers, one pass more, and the report says so.
+A layer's class is replaced, for that one instance, by a subclass with another forward. There a residual add goes to the
+layer's site (see residual.py); where a site's tensor is not in an add as the module returned it (see sublayers.py), the
+site is called beside the module. Where the forward cannot be rewritten, a forward hook steers, and the report says so.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MethodType
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 from torch import Tensor, is_grad_enabled, nn
 from torch.compiler import is_compiling, is_dynamo_compiling
@@ -20,47 +20,104 @@ from torch.nn.modules.module import _global_forward_hooks as any_forward_hook
 from torch.nn.modules.module import _global_forward_pre_hooks as any_forward_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from ..adapters.parameters import SITE, Layout
+from ..adapters.parameters import SITE
+from ..config import SITES
 from ..kernels.plan import no_plan
-from .residual import ResidualNotFound, rewrite_forward
+from .residual import Edit, Reader, ResidualNotFound, Source, final_adds, rewrite
 from .site import Site, SteeringSite
+from .sublayers import Found, Parts, find, find_in, parts_of
 from .watch import call_watched, thread
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _cached: Callable[[_F], _F] = functools.cache  # type: ignore[assignment]  # mypy takes no class for hashable
 
-#: The name under which a rewritten forward calls the layer's site.
-_CALL = "call_post_block"
 #: The name under which a patched layer's class keeps the rewritten forward, whatever becomes of `forward`.
 _FORWARD = "forward_of_patch"
+#: The name under which it keeps how its sites are reached.
+_REACHED = "reached_by_patch"
+
+# ------------------------------------------------------------------------------------- what rewritten forwards call
 
 
-def _call_site(layer: nn.Module, left: Tensor, right: Tensor, entering: Any) -> Tensor:
-    """`layer.post_block(left, right, entering)`, past nn.Module's `__call__` where nobody hooked the site."""
-    site: Any = layer._modules[SITE]
-    if is_dynamo_compiling():
-        return site(left, right, entering=entering)
-    noted = site.__dict__  # past nn.Module's attributes, which take long to look up
-    if noted["_forward_hooks"] or noted["_forward_pre_hooks"]:
-        return site(left, right, entering=entering)
-    if noted["_backward_hooks"] or noted["_backward_pre_hooks"]:
-        return site(left, right, entering=entering)
-    if any_forward_hook or any_forward_pre_hook or any_backward_hook or any_backward_pre_hook:
-        return site(left, right, entering=entering)
-    planned = noted.get("_planned")  # PEFT's site plans none
-    if planned is not None and thread.quiet:
-        # What `steer` comes to where a plan is for this call (never for tensors without values, as torch.export has),
-        # without its function calls.
-        op, parameters = planned
-        run = op.last_trained if is_grad_enabled() else op.last
-        out = None if run is no_plan else run(left, right, parameters())
-        if out is not None:
-            noted["calls"] += 1
-            noted["backend"] = "triton"
-            return out
-    if is_compiling():
-        return site(left, right, entering=entering)
-    return site.steer(left, right, entering)
+def _in_add(name: str) -> Callable[..., Tensor]:
+    def call_site(layer: nn.Module, residual: Tensor, branch: Tensor, entering: Any) -> Tensor:
+        """`layer.<site>(residual, branch, entering)`, past nn.Module's `__call__` where nobody hooked the site."""
+        site: Any = layer._modules[name]
+        if is_dynamo_compiling():
+            return site(residual, branch, entering=entering)
+        noted = site.__dict__  # past nn.Module's attributes, which take long to look up
+        if noted["_forward_hooks"] or noted["_forward_pre_hooks"]:
+            return site(residual, branch, entering=entering)
+        if noted["_backward_hooks"] or noted["_backward_pre_hooks"]:
+            return site(residual, branch, entering=entering)
+        if any_forward_hook or any_forward_pre_hook or any_backward_hook or any_backward_pre_hook:
+            return site(residual, branch, entering=entering)
+        planned = noted.get("_planned")  # PEFT's site plans none
+        if planned is not None and thread.quiet:
+            # What `steer` comes to where a plan is for this call (never for tensors without values, as torch.export
+            # has), without its function calls.
+            op, parameters = planned
+            run = op.last_trained if is_grad_enabled() else op.last
+            out = None if run is no_plan else run(residual, branch, parameters())
+            if out is not None:
+                noted["calls"] += 1
+                noted["backend"] = "triton"
+                return out
+        if is_compiling():
+            return site(residual, branch, entering=entering)
+        return site.steer(residual, branch, entering)
+
+    return call_site
+
+
+def _beside(name: str, copied: bool = False) -> Callable[..., Any]:
+    def steer_value(layer: nn.Module, value: Any) -> Any:
+        """The tensor, alone or first in a tuple or list, steered."""
+        return _steer_first(layer._modules[name], value, layer, copied)
+
+    return steer_value
+
+
+def _steer_first(site: Any, value: Any, source: nn.Module, copied: bool = False) -> Any:
+    """A tensor, alone or first in a tuple or list, steered.
+
+    copied: what it becomes may be written to in place, which no tensor may that autograd has saved.
+    """
+    if isinstance(value, Tensor):
+        out = site(value)
+        return out.clone() if copied and out is not value and is_grad_enabled() else out
+    if type(value) in (tuple, list) and value and isinstance(value[0], Tensor):
+        return type(value)((_steer_first(site, value[0], source, copied), *value[1:]))
+    raise TypeError(
+        f"{type(source).__name__} has a {type(value).__name__} to steer at {site.name}; "
+        "expected a tensor, alone or first in a tuple or list"
+    )
+
+
+#: The methods of a patched layer's class that its forward calls, for each site: in the place of an add; with a tensor
+#: alone; with one that may be written to.
+_METHODS: dict[str, Callable[..., Any]] = {}
+for _name in SITES:
+    _METHODS |= {
+        f"call_{_name}": _in_add(_name),
+        f"steer_{_name}": _beside(_name),
+        f"steer_copied_{_name}": _beside(_name, copied=True),
+    }
+
+# ------------------------------------------------------------------------------------------------------- the classes
+
+
+class Form(NamedTuple):
+    """What a patched layer's class is made by: the sites that its forward calls, those that hooks call, and what the
+    parts of the layer are; the last is needed for other sites than post_block alone."""
+
+    rewritten: tuple[str, ...] = ()
+    hooked: tuple[str, ...] = ()
+    parts: Parts = ()
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        return tuple(name for name in SITES if name in self.rewritten or name in self.hooked)
 
 
 def _watched(layer: nn.Module, forward: Any) -> Any:
@@ -82,30 +139,46 @@ def _is_class_forward(watched: functools.partial[Any]) -> bool:
 
 def _run_watched(layer: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
     run = functools.partial(type(layer).forward, layer) if forward is None else forward
-    site: Any = layer._modules.get(SITE)
-    if is_compiling() or site is None:  # None: somebody kept this function beyond the patch
+    form: Form | None = getattr(type(layer), _REACHED, None)
+    sites = _sites_of(layer, form.rewritten) if form is not None else []
+    if is_compiling() or not sites:  # none: somebody kept this function beyond the patch
         return run(*args, **kwargs)
-    return call_watched(layer, site, f"layer {site.patched.index}", run, *args, **kwargs)
+    return call_watched(layer, sites, f"layer {sites[0].patched.index}", run, *args, **kwargs)
 
 
-def _rebuild(base: type[nn.Module], rewritten: bool) -> nn.Module:
-    cls = steered_class(base, rewritten)
+def _sites_of(layer: nn.Module, names: Iterable[str]) -> list[Any]:
+    return [layer._modules[name] for name in names if name in layer._modules]
+
+
+def _rebuild(base: type[nn.Module], form: tuple[Any, ...]) -> nn.Module:
+    cls = steered_class(base, Form(*form))
     return cls.__new__(cls)
 
 
+def _site_property(name: str) -> property:
+    def site(self: nn.Module) -> Any:
+        # Past nn.Module's __getattr__, which takes longer than a launch.
+        try:
+            return self._modules[name]
+        except KeyError:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}") from None
+
+    return property(site)
+
+
 @_cached
-def steered_class(base: type[nn.Module], rewritten: bool) -> type[nn.Module]:
-    """The subclass of a layer class that a patched layer gets; `rewritten` says whether its forward calls the site.
+def steered_class(base: type[nn.Module], form: Form) -> type[nn.Module]:
+    """The subclass of a layer class that a patched layer gets.
 
     It keeps the class's name, which FSDP's wrap policies and `_no_split_modules` go by.
 
     Raises:
-        ResidualNotFound: the forward cannot be rewritten.
+        ResidualNotFound: the forward cannot be rewritten so.
     """
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
         # A class made at run time cannot be found by name: copies and worker processes make it again.
-        return _rebuild, (base, rewritten), self.__dict__
+        return _rebuild, (base, tuple(form)), self.__dict__
 
     namespace: dict[str, Any] = {
         "__module__": base.__module__,
@@ -113,8 +186,6 @@ def steered_class(base: type[nn.Module], rewritten: bool) -> type[nn.Module]:
         "__doc__": base.__doc__,
         "__reduce_ex__": __reduce_ex__,
     }
-    if rewritten:
-        namespace["forward"] = rewrite_forward(base, _CALL, with_input=True)
 
     def __setattr__(self: nn.Module, name: str, value: Any) -> None:
         base.__setattr__(self, name, _watched(self, value) if name == "forward" else value)
@@ -122,36 +193,53 @@ def steered_class(base: type[nn.Module], rewritten: bool) -> type[nn.Module]:
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if is_compiling():
             return base.__call__(self, *args, **kwargs)
-        site: Any = self.get_submodule(SITE)
-        return call_watched(self, site, f"layer {site.patched.index}", base.__call__, self, *args, **kwargs)
+        sites = _sites_of(self, form.hooked)
+        return call_watched(self, sites, f"layer {sites[0].patched.index}", base.__call__, self, *args, **kwargs)
 
-    def post_block(self: nn.Module) -> Any:
-        # Past nn.Module's __getattr__, which takes longer than a launch.
-        try:
-            return self._modules[SITE]
-        except KeyError:
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {SITE!r}") from None
-
-    namespace |= {SITE: property(post_block), _CALL: _call_site}
-    # Where the forward calls the site, what is put in its place is watched. A hook's layer is watched in each call.
-    namespace |= {"__setattr__": __setattr__} if rewritten else {"__call__": __call__}
+    # Where the forward calls sites, what is put in its place is watched. A layer with hooks is watched in each call.
+    if form.rewritten:
+        edits = functools.partial(_edits, form=form)
+        namespace |= {"forward": rewrite(base, edits), "__setattr__": __setattr__}
+    if form.hooked:
+        namespace["__call__"] = __call__
+    namespace |= {name: _site_property(name) for name in form.sites}
+    namespace |= _METHODS
     metaclass: Any = type(base)
     cls = metaclass(base.__name__, (base,), namespace)
     setattr(cls, _FORWARD, cls.forward)  # transformers wraps the forward of a new class of layers
+    setattr(cls, _REACHED, form)
     return cls
 
 
-def _steer_output(layer: nn.Module, args: Any, output: Any) -> Any:
-    """Forward hook: steer the hidden state that a layer returns, by itself or first in a tuple or list."""
-    site = layer.get_submodule(SITE)
-    if isinstance(output, Tensor):
-        return site(output)
-    if type(output) in (tuple, list) and output and isinstance(output[0], Tensor):
-        return type(output)((site(output[0]), *output[1:]))
-    raise TypeError(
-        f"{type(layer).__name__} returned a {type(output).__name__}; "
-        "expected a tensor, alone or first in a tuple or list"
-    )
+def _edits(source: Source, form: Form) -> list[Edit]:
+    """Where the forward calls its sites, in the order in which those of one node are made."""
+    edits: list[Edit] = []
+    for name in form.rewritten:
+        if name == SITE:
+            shared = {edit.node for edit in edits}
+            adds = [add.node for add in final_adds(Reader(source))]
+            edits += [Edit(node, f"steer_{name}" if node in shared else f"call_{name}") for node in adds]
+            continue
+        found = find(name, source, form.parts)
+        kind = "call" if found.where == "add" else "steer_copied" if found.written else "steer"
+        edits += [Edit(node, f"{kind}_{name}", found.where, operand) for node, operand in found.at]
+    return edits
+
+
+# --------------------------------------------------------------------------------------------------------- the hooks
+
+
+def _steer_output(module: nn.Module, args: Any, output: Any, *, site: Site) -> Any:
+    """Forward hook: steer the hidden state that a module returns, by itself or first in a tuple or list."""
+    return _steer_first(site, output, module)
+
+
+def _steer_input(module: nn.Module, args: Any, kwargs: Any, *, site: Site) -> Any:
+    """Forward pre-hook: steer the hidden state that a module is given, its first argument."""
+    if args:
+        return (_steer_first(site, args[0], module), *args[1:]), kwargs
+    name, value = next(iter(kwargs.items()))
+    return args, {**kwargs, name: _steer_first(site, value, module)}
 
 
 def _own_forward_kept(layer: nn.Module) -> bool:
@@ -169,52 +257,128 @@ def _change_class(layer: nn.Module, old: type[nn.Module], new: type[nn.Module]) 
             setattr(layer, name, MethodType(new.forward, layer))
 
 
-class PatchedLayer:
-    """One decoder layer with its steering site: how it was reached, and the way back."""
+class Reach(NamedTuple):
+    """How a site is reached. kind: "fused", into an add; "inline", by a launch of its own in the layer's forward; or
+    "hook". reason: why it is not fused. module: the path of the one that a hook is on, "" for the layer."""
 
-    def __init__(self, layer: nn.Module, index: int, path: str, make_site: Callable[[], Site] = SteeringSite) -> None:
-        """Patch `layer`. On an error it is left as it was."""
-        if hasattr(layer, SITE):
-            raise ValueError(f"layer {index} ({type(layer).__name__}) has a {SITE!r} of its own; expected none")
+    kind: str
+    reason: str = ""
+    module: str = ""
+
+
+class PatchedLayer:
+    """One decoder layer with its steering sites: how they were reached, and the way back."""
+
+    def __init__(self, layer: nn.Module, index: int, path: str) -> None:
+        """The layer as it is: it has no site before `give`."""
         self.layer, self.index, self.path = layer, index, path
         self.base = type(layer)
-        self.reason = ""  # why the layer is steered by a hook
-        self._hook: RemovableHandle | None = None
+        self.form = Form()
+        self.reached: dict[str, Reach] = {}
+        self._hooks: dict[str, tuple[nn.Module, RemovableHandle]] = {}
+
+    @property
+    def sites(self) -> dict[str, Any]:
+        """The sites that are in the layer, of the class that `make_site` makes, in the order in which it computes."""
+        found = ((name, self.layer._modules.get(name)) for name in self.form.sites)
+        return {name: site for name, site in found if site is not None}
+
+    # ------------------------------------------------------------------------------------------------------------- in
+
+    def reach(self, names: Iterable[str]) -> dict[str, Reach]:
+        """How these sites can be reached. The layer is not changed.
+
+        Raises:
+            ValueError: the layer has no such site, or something else of that name.
+        """
+        found = {}
+        for name in names:
+            if hasattr(self.layer, name):
+                raise ValueError(f"layer {self.index} ({self.base.__name__}) has a {name!r} of its own; expected none")
+            found[name] = self._reach(name)
+        return found
+
+    def _reach(self, name: str) -> Reach:
         try:
-            if "forward" in vars(layer) and not _own_forward_kept(layer):
-                raise ResidualNotFound("its forward was replaced on the instance")
-            cls = steered_class(self.base, True)
+            parts = () if name == SITE else parts_of(self.layer, self.base)
+            where = None if name == SITE else find_in(self.base, name, parts)
         except ResidualNotFound as reason:
-            self.reason = str(reason)
-            cls = steered_class(self.base, False)
-        site = make_site().train(layer.training)
-        site.patched = self
+            raise ValueError(
+                f"layer {self.index} ({self.base.__name__}) cannot be steered at {name}: {reason}"
+            ) from reason
         try:
-            _change_class(layer, self.base, cls)
-            layer.add_module(SITE, site)
-            if self.reason:
-                # First of the hooks, so that those which record hidden states record the steered one.
-                self._hook = layer.register_forward_hook(_steer_output, prepend=True)
+            if "forward" in vars(self.layer) and not self._has_class_forward():
+                raise ResidualNotFound("its forward was replaced on the instance")
+            steered_class(self.base, Form((name,), (), parts))
+        except ResidualNotFound as reason:
+            return Reach("hook", str(reason), "" if where is None else self._module(name, where))
+        if where is None or where.where == "add":
+            return Reach("fused")
+        return Reach("inline", where.reason)
+
+    def _module(self, name: str, found: Found) -> str:
+        """The module on which a hook steers."""
+        if len(found.modules) != 1:
+            raise ValueError(
+                f"layer {self.index} ({self.base.__name__}) has several modules at the site {name}, "
+                f"{', '.join(found.modules)}, and a forward that was replaced; expected its own"
+            )
+        return found.modules[0]
+
+    def _has_class_forward(self) -> bool:
+        """Whether a forward on the instance is that of its class, or of accelerate's hooks around that."""
+        forward = vars(self.layer)["forward"]
+        return _own_forward_kept(self.layer) or _is_watched(forward) and _is_class_forward(forward)
+
+    def give(self, reached: Mapping[str, Reach], make_site: Callable[[str], Site] = SteeringSite) -> None:
+        """Give the layer sites, as `reach` found them. On an error it is left as it was."""
+        try:
+            self._change({**self.reached, **reached})
+            for name, reach in reached.items():
+                site = make_site(name).train(self.layer.training)
+                site.patched = self
+                site.reads = "branch" if reach.kind == "fused" and name != SITE else "sum"
+                self.layer.add_module(name, site)
+                if reach.kind == "hook":
+                    self._hook(name, site, self.layer.get_submodule(reach.module))
         except BaseException:
-            self.remove()
+            self.take(reached)
             raise
 
-    @property
-    def kind(self) -> str:
-        return "hook" if self.reason else "fused"
+    def _hook(self, name: str, site: Site, module: nn.Module) -> None:
+        # First of the hooks, so that those which record hidden states record the steered one.
+        if name == "pre_mlp":
+            steer = functools.partial(_steer_input, site=site)
+            handle = module.register_forward_pre_hook(steer, prepend=True, with_kwargs=True)
+        else:
+            handle = module.register_forward_hook(functools.partial(_steer_output, site=site), prepend=True)
+        self._hooks[name] = module, handle
 
-    @property
-    def has_site(self) -> bool:
-        return SITE in self.layer._modules
+    def _change(self, reached: Mapping[str, Reach]) -> None:
+        """Give the layer the class for these sites."""
+        rewritten = tuple(name for name in SITES if name in reached and reached[name].kind != "hook")
+        hooked = tuple(name for name in SITES if name in reached and reached[name].kind == "hook")
+        parts = parts_of(self.layer, self.base) if set(rewritten) - {SITE} else ()
+        form = Form(rewritten, hooked, parts)
+        old, new = (self.base if not one.sites else steered_class(self.base, one) for one in (self.form, form))
+        _change_class(self.layer, old, new)
+        self.form, self.reached = form, dict(reached)
 
-    @property
-    def site(self) -> Any:
-        """The site, of the class that `make_site` makes."""
-        return self.layer.get_submodule(SITE)
+    # ---------------------------------------------------------------------------------------------------- as it stands
 
     def watch(self) -> None:
-        """Have another forward watched that came past the layer's `__setattr__`: on its class, or in its `__dict__`."""
-        if self.reason or type(self.layer) is self.base:  # steered by a hook, or being taken out
+        """Have another forward watched that came past the layer's `__setattr__`: on its class, or in its `__dict__`.
+
+        Raises:
+            RuntimeError: another module stands in the place of one on which a hook steers.
+        """
+        for name, (module, _) in self._hooks.items():
+            if self.layer.get_submodule(self.reached[name].module) is not module:
+                raise RuntimeError(
+                    f"layer {self.index} has another {self.reached[name].module} than the {type(module).__name__} on "
+                    f"which a hook steers at {name}; expected the model to be unpatched before it is replaced"
+                )
+        if not self.form.rewritten or type(self.layer) is self.base:  # by hooks alone, or being taken out
             return
         own, forward = vars(self.layer), type(self.layer).forward
         replaced = forward is not getattr(type(self.layer), _FORWARD)
@@ -226,18 +390,34 @@ class PatchedLayer:
         elif _is_class_forward(own["forward"]) and not replaced:
             del own["forward"]
 
+    # ------------------------------------------------------------------------------------------------------------ out
+
     def check_removable(self) -> None:
         """Raises RuntimeError where another library has since changed the layer's class."""
-        if type(self.layer) not in (self.base, steered_class(self.base, not self.reason)):
+        if type(self.layer) not in (self.base, steered_class(self.base, self.form)):
             raise RuntimeError(
                 f"layer {self.index} is now a {type(self.layer).__qualname__} that another library made; expected it "
                 "as patch_model left it (undo the other first)"
             )
 
+    def take(self, names: Iterable[str]) -> None:
+        """Take sites out again. After an exception it can be called once more."""
+        names = set(names)
+        for name in names & self._hooks.keys():
+            self._hooks[name][1].remove()
+            del self._hooks[name]
+        left = {name: reach for name, reach in self.reached.items() if name not in names}
+        if not left:
+            self._give_forward_back()
+        self._change(left)
+        for name in names:
+            self.layer._modules.pop(name, None)
+
     def remove(self) -> None:
-        """Take the site out again; the layer is what it was. After an exception it can be called once more."""
-        if self._hook is not None:
-            self._hook.remove()
+        """Take all sites out again; the layer is what it was. After an exception it can be called once more."""
+        self.take(list(self.reached))
+
+    def _give_forward_back(self) -> None:
         own = vars(self.layer)
         watched = own.get("forward")
         if _is_watched(watched):
@@ -246,26 +426,23 @@ class PatchedLayer:
                 del own["forward"]
             else:
                 own["forward"] = put  # what was put there is left there
-        _change_class(self.layer, steered_class(self.base, not self.reason), self.base)
-        self.layer._modules.pop(SITE, None)
 
 
-def patch_layers(
-    layers: Mapping[int, nn.Module], layout: Layout, make_site: Callable[[], Site] = SteeringSite
-) -> dict[int, PatchedLayer]:
-    """Give decoder layers, by index, a site each; all of them or none.
+def give_sites(wanted: Mapping[PatchedLayer, Sequence[str]], make_site: Callable[[str], Site] = SteeringSite) -> None:
+    """Give layers sites that they have not; all of them or none.
 
     Raises:
-        ValueError: a layer has a site already.
+        ValueError: a layer has no such site, or something else of that name.
     """
-    patched: dict[int, PatchedLayer] = {}
+    reached = {patched: patched.reach(names) for patched, names in wanted.items()}
+    given: list[PatchedLayer] = []
     try:
-        for index, layer in layers.items():
-            patched[index] = PatchedLayer(layer, index, layout.path(index), make_site)
-        return patched
+        for patched, sites in reached.items():
+            given.append(patched)
+            patched.give(sites, make_site)
     except BaseException:
-        for one in patched.values():
-            one.remove()
+        for patched in given:
+            patched.take(reached[patched])
         raise
 
 

@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from ..adapters.parameters import SITE
+from ..adapters.parameters import SITE, Place, is_of_site
 from ..config import SteerConfig
 from .decoder import Decoder, find_decoder
 from .decoder_hooks import DecoderHooks
-from .layer import PatchedLayer, patch_layers, unpatch_layers
+from .layer import PatchedLayer, give_sites, unpatch_layers
 from .scopes import Scopes
 from .site import SteeringSite
 from .watch import LayerReport, Report
@@ -55,17 +55,41 @@ class PatchedModel:
         return self.__dict__ | {"disabled": 0}  # a copy is in no `disable`
 
     @property
-    def sites(self) -> dict[int, SteeringSite]:
-        """By layer; without those that are being taken out."""
-        return {index: p.site for index, p in self.layers.items() if p.has_site}
+    def sites(self) -> dict[Place, SteeringSite]:
+        """By place; without those that are being taken out."""
+        return {
+            Place(index, name): site for index, patched in self.layers.items() for name, site in patched.sites.items()
+        }
 
-    def patch(self, indices: Iterable[int]) -> None:
-        """Give those of these layers a site that have none; all of them or none."""
-        layers = {index: self.decoder.layers[index] for index in indices if index not in self.layers}
-        self.layers |= patch_layers(layers, self.decoder.layout)
+    def check(self, places: Iterable[Place]) -> None:
+        """Refuse places that the model has not.
+
+        Raises:
+            ValueError: see `PatchedLayer.reach`.
+        """
+        for patched, names in self._lacking(places).items():
+            patched.reach(names)
+
+    def patch(self, places: Iterable[Place]) -> None:
+        """Give those of these places a site that have none; all of them or none."""
+        wanted = self._lacking(places)
+        give_sites(wanted)
+        self.layers |= {patched.index: patched for patched in wanted}
         for index in sorted(self.layers):
             self.layers[index] = self.layers.pop(index)
         self._enable()
+
+    def _lacking(self, places: Iterable[Place]) -> dict[PatchedLayer, list[str]]:
+        """The sites that are to come, by layer."""
+        there, layout = self.sites, self.decoder.layout
+        wanted: dict[int, list[str]] = {}
+        for place in places:
+            if place not in there:
+                wanted.setdefault(place.layer, []).append(place.site)
+        return {
+            self.layers.get(index) or PatchedLayer(self.decoder.layers[index], index, layout.layer_path(index)): names
+            for index, names in wanted.items()
+        }
 
     def freeze(self) -> None:
         """Freeze the base, and watch the decoder's passes."""
@@ -98,13 +122,15 @@ class PatchedModel:
             RuntimeError: see `Scopes.change`.
         """
         with self.scopes.change(what):
-            earlier = dict(self.layers)
+            earlier = {index: set(patched.sites) for index, patched in self.layers.items()}
             memories = [site.remember() for site in self.sites.values()]
             try:
                 yield
             except BaseException:
-                for index in [index for index in self.layers if index not in earlier]:
-                    self.layers.pop(index).remove()
+                for index, patched in list(self.layers.items()):
+                    patched.take(set(patched.sites) - earlier.get(index, set()))
+                    if index not in earlier:
+                        del self.layers[index]
                 for give_back in memories:
                     give_back()
                 raise
@@ -131,20 +157,24 @@ class PatchedModel:
             yield
 
     def _enable(self) -> None:
-        for patched in self.layers.values():
-            patched.site.enabled = self.disabled == 0
+        for site in self.sites.values():
+            site.enabled = self.disabled == 0
 
     def report(self) -> Report:
-        """How each layer is steered."""
-        return Report(
-            LayerReport(index, p.path, p.base.__name__, p.kind, p.site.backend, p.site.calls, p.reason)
-            for index, p in self.layers.items()
-        )
+        """How each layer is steered, at each of its sites."""
+        report = Report()
+        for (index, name), site in self.sites.items():
+            patched = self.layers[index]
+            reach, layer = patched.reached[name], patched.base.__name__
+            report.append(
+                LayerReport(index, patched.path, layer, reach.kind, site.backend, site.calls, reach.reason, name)
+            )
+        return report
 
     def reset_calls(self) -> None:
         """Set the report's counts to 0."""
-        for patched in self.layers.values():
-            patched.site.calls, patched.site.backend = 0, None
+        for site in self.sites.values():
+            site.calls, site.backend = 0, None
 
 
 def describe(
@@ -161,15 +191,16 @@ def describe(
         active: the one in use.
         count: gives an adapter's number of parameters.
     """
-    own = sum(p.numel() for path, p in model.named_parameters() if f".{SITE}." not in path)
+    own = sum(p.numel() for path, p in model.named_parameters() if not is_of_site(path))
     lines = []
     for name, config in configs.items():
         form = "vector" if config.form == "vector" else f"rank {config.rank}, {config.activation}"
         layers = len(decoder.layout.indices(config))
         share = f", {count(name) / own:.2%} of the model's" if own else ""
         used = " (in use)" if name == active else ""
+        at = "" if config.site == SITE else f" at {', '.join(config.sites)}"
         lines.append(
-            f"  {name}{used}: {form}, scale {config.scale:g}, {layers} of {len(decoder.layers)} layers, "
+            f"  {name}{used}: {form}, scale {config.scale:g}, {layers} of {len(decoder.layers)} layers{at}, "
             f"{count(name):,} parameters{share}"
         )
     return "\n".join([f"Steering of a {type(model).__name__}:", *(lines or ["  no adapters"])])

@@ -1,8 +1,9 @@
-"""Finds a layer's final residual add and hands it to the site.
+"""Finds a layer's final residual add and hands it to the site; rewrites forwards.
 
 A decoder layer's forward ends in `hidden_states = residual + hidden_states`. `rewrite_forward` finds, in the forward's
 syntax tree, every sum that may become the hidden state which the layer returns, and compiles the forward again with
-`self.<site>(left, right)` in their place.
+`self.<site>(left, right)` in their place. `rewrite` does the same with any places of the tree: sublayers.py finds
+others.
 
 Nothing is guessed. The tree is read by a small reaching-definitions analysis; wherever it does not understand how the
 returned value came about, or where the value is changed after the add, `ResidualNotFound` says so in one line.
@@ -18,14 +19,18 @@ import functools
 import inspect
 import keyword
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import CellType, CodeType, FunctionType
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, NoReturn, TypeAlias, TypeVar
 
-__all__ = ["ResidualNotFound", "names_in_final_adds", "rewrite_forward"]
+__all__ = [
+    "NONE", "Add", "Call", "Edit", "Handle", "Other", "Reader", "Refusal", "ResidualNotFound", "Source", "Tuple",
+    "Values", "analyse", "called_paths", "final_adds", "names_in_final_adds", "rewrite", "rewrite_forward",
+]  # fmt: skip
 
 
+_T = TypeVar("_T")
 _Definition: TypeAlias = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
@@ -51,14 +56,79 @@ def rewrite_forward(cls: type, site: str, *, with_input: bool = False) -> Callab
     # Inside a class body, two leading underscores would be mangled with the class's name.
     if not site.isidentifier() or keyword.iskeyword(site) or site.startswith("__"):
         raise ValueError(f"site must be an attribute name without two leading underscores, got {site!r}")
+    return rewrite(cls, lambda source: [Edit(add.node, site) for add in final_adds(Reader(source))], with_input)
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A place of a forward's tree, and the method of the layer that is called there.
+
+    where: "add", in place of the add `node`, with its two operands; "output", with what the call `node` gives; "input",
+    with the first argument of the call `node`. branch: which operand of an add is called `branch`, the other being
+    `residual`; None: they are passed by place.
+    """
+
+    node: ast.AST
+    method: str
+    where: str = "add"
+    branch: str | None = None
+
+
+def rewrite(cls: type, edits: Callable[[Source], Sequence[Edit]], with_input: bool = True) -> Callable[..., Any]:
+    """Return `cls.forward` with edits. See `rewrite_forward`, of which this is the general case.
+
+    Args:
+        edits: gives them for the forward's source; of two at one node the first is made first, inside the other.
+        with_input: whether a method that takes the place of an add is given the forward's first argument, too.
+
+    Raises ResidualNotFound if the forward cannot be rewritten.
+    """
     try:
         wrappers, function = _unwrap(getattr(cls, "forward", None))
         with warnings.catch_warnings():  # of the source's syntax: they came when it was imported
             warnings.simplefilter("ignore", SyntaxWarning)
-            code = _rewritten_code(function, site, with_input)
+            source = Source.of(function)
+            _Replace(edits(source), source.self_name(), with_input).visit(source.tree)
+            if with_input:
+                source.keep_input(_INPUT)
+            code = source.compile(function)
         return _rewrap(wrappers, function, _copy_function(function, code, {}))
-    except _Refusal as refusal:
+    except Refusal as refusal:
         raise ResidualNotFound(f"{cls.__name__}.forward {refusal}") from None
+
+
+def called_paths(cls: type) -> frozenset[str]:
+    """The paths below `self` of all that `cls.forward` names, such as "mlp".
+
+    Raises ResidualNotFound if the forward has no source to read.
+    """
+
+    def paths(source: Source) -> frozenset[str]:
+        name = source.self_name()
+        return frozenset(path for node in ast.walk(source.tree) if (path := _below(node, name)) is not None)
+
+    return analyse(cls, paths)
+
+
+def analyse(cls: type, read: Callable[[Source], _T]) -> _T:
+    """What `read` finds in the source of `cls.forward`.
+
+    Raises ResidualNotFound if there is no source to read, or it is not understood.
+    """
+    try:
+        return read(Source.of(_unwrap(getattr(cls, "forward", None))[1]))
+    except Refusal as refusal:
+        raise ResidualNotFound(f"{cls.__name__}.forward {refusal}") from None
+
+
+def _below(node: ast.AST, name: str) -> str | None:
+    """The path of an attribute below the local `name`: of `self.a.b` "a.b"; None of anything else."""
+    match node:
+        case ast.Attribute(ast.Name(root), attribute) if root == name:
+            return attribute
+        case ast.Attribute(inner, attribute) if (path := _below(inner, name)) is not None:
+            return f"{path}.{attribute}"
+    return None
 
 
 def names_in_final_adds(cls: type) -> list[frozenset[str]]:
@@ -66,18 +136,14 @@ def names_in_final_adds(cls: type) -> list[frozenset[str]]:
 
     Raises ResidualNotFound if what it returns is not such a sum on every way through it.
     """
-    try:
-        _, function = _unwrap(getattr(cls, "forward", None))
-        adds = _final_adds(_Source.of(function))
-    except _Refusal as refusal:
-        raise ResidualNotFound(f"{cls.__name__}.forward {refusal}") from None
+    adds = analyse(cls, lambda source: final_adds(Reader(source)))
     names = []
     for add in sorted(adds, key=_line):
         names.append(frozenset(part.id for part in ast.walk(add.node) if isinstance(part, ast.Name)))
     return names
 
 
-class _Refusal(Exception):
+class Refusal(Exception):
     """Why a forward cannot be rewritten: the end of a sentence that begins with the forward's name."""
 
 
@@ -85,21 +151,12 @@ class _Refusal(Exception):
 _INPUT = "fused_steer_block_input"
 
 
-def _rewritten_code(function: FunctionType, site: str, with_input: bool) -> CodeType:
-    source = _Source.of(function)
-    adds = {add.node for add in _final_adds(source)}
-    _Replace(adds, source.self_name(), site, with_input).visit(source.tree)
-    if with_input:
-        source.keep_input(_INPUT)
-    return source.compile(function)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The source of a function, and back
 
 
 @dataclass(frozen=True)
-class _Source:
+class Source:
     """The file of a function, parsed whole: only there do names, `super()` and `self.__name` compile as they did."""
 
     lines: list[str]
@@ -107,20 +164,20 @@ class _Source:
     tree: ast.FunctionDef  # in module
 
     @classmethod
-    def of(cls, function: FunctionType) -> _Source:
+    def of(cls, function: FunctionType) -> Source:
         code = function.__code__
         try:
             lines, _ = inspect.findsource(function)
             module = ast.parse("".join(lines))
         except (OSError, TypeError, SyntaxError):
-            raise _Refusal("has no source to read") from None
+            raise Refusal("has no source to read") from None
         # Other functions and classes of the file have no say; leaving them out saves the time to compile them.
         module.body = [node for node in module.body if not isinstance(node, _Definition) or _spans(node, code)]
         functions = (node for node in ast.walk(module) if isinstance(node, ast.FunctionDef))
         tree = next((node for node in functions if (node.name, _first_line(node)) == _position(code)), None)
         # Not so for a file edited since its import, nor for a forward rewritten before, whose rewriting would be lost.
         if tree is None or (source := cls(lines, module, tree)).compile(function) != code:
-            raise _Refusal(f"is not the function of its source ({code.co_filename}, line {code.co_firstlineno})")
+            raise Refusal(f"is not the function of its source ({code.co_filename}, line {code.co_firstlineno})")
         return source
 
     def compile(self, function: FunctionType) -> CodeType:
@@ -131,8 +188,8 @@ class _Source:
         found = (code for code in _nested_code(module) if _position(code) == _position(old))
         return next(found, module)  # the module's own code equals no function's
 
-    def refuse(self, why: str, node: _Node) -> NoReturn:
-        raise _Refusal(f"{why} (line {node.lineno}: {self.lines[node.lineno - 1].strip()})")
+    def refuse(self, why: str, node: Node) -> NoReturn:
+        raise Refusal(f"{why} (line {node.lineno}: {self.lines[node.lineno - 1].strip()})")
 
     def self_name(self) -> str:
         arguments = [*self.tree.args.posonlyargs, *self.tree.args.args]
@@ -172,24 +229,56 @@ def _nested_code(code: CodeType) -> Iterator[CodeType]:
 
 
 class _Replace(ast.NodeTransformer):
-    """Puts `self.<site>(left, right)` in the place of the given adds, or `self.<site>(left, right, input)`."""
+    """Makes edits in a tree."""
 
-    def __init__(self, adds: Set[ast.AST], self_name: str, site: str, with_input: bool) -> None:
-        self.adds, self.self_name, self.site, self.with_input = adds, self_name, site, with_input
+    def __init__(self, edits: Sequence[Edit], self_name: str, with_input: bool) -> None:
+        self.self_name, self.with_input = self_name, with_input
+        self.edits: dict[ast.AST, list[Edit]] = {}
+        for edit in edits:
+            self.edits.setdefault(edit.node, []).append(edit)
 
     def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
-        return self._call(node, node.left, node.right) if node in self.adds else self.generic_visit(node)
+        self.generic_visit(node)
+        return self._add(node, node.left, node.right) if node in self.edits else node
 
     def visit_AugAssign(self, node: ast.AugAssign) -> ast.AST:
-        if node not in self.adds or not isinstance(node.target, ast.Name):
-            return self.generic_visit(node)
+        self.generic_visit(node)
+        if node not in self.edits or not isinstance(node.target, ast.Name):
+            return node
         left = ast.copy_location(ast.Name(node.target.id, ast.Load()), node.target)
-        return ast.copy_location(ast.Assign([node.target], self._call(node, left, node.value)), node)
+        return ast.copy_location(ast.Assign([node.target], self._add(node, left, node.value)), node)
 
-    def _call(self, add: ast.expr | ast.stmt, left: ast.expr, right: ast.expr) -> ast.expr:
-        site = ast.Attribute(ast.Name(self.self_name, ast.Load()), self.site, ast.Load())
-        arguments = [left, right, ast.Name(_INPUT, ast.Load())] if self.with_input else [left, right]
-        return ast.fix_missing_locations(ast.copy_location(ast.Call(site, arguments, []), add))
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        self.generic_visit(node)
+        result: ast.expr = node
+        for edit in self.edits.get(node, ()):
+            if edit.where == "output":
+                result = self._call(edit.method, node, [result])
+            elif node.args:
+                node.args[0] = self._call(edit.method, node, [node.args[0]])
+            else:
+                node.keywords[0].value = self._call(edit.method, node, [node.keywords[0].value])
+        return result
+
+    def _add(self, node: ast.expr | ast.stmt, left: ast.expr, right: ast.expr) -> ast.expr:
+        """The add's two operands go to the first edit, the sum that it gives to those that follow."""
+        first, *others = self.edits[node]
+        entering = [ast.Name(_INPUT, ast.Load())] if self.with_input else []
+        if first.branch is None:
+            result = self._call(first.method, node, [left, right, *entering])
+        else:  # by name, in the order in which they are computed
+            names = ("branch", "residual") if first.branch == "left" else ("residual", "branch")
+            operands = zip((*names, "entering"), (left, right, *entering), strict=False)
+            result = self._call(first.method, node, [], [ast.keyword(name, value) for name, value in operands])
+        for edit in others:
+            result = self._call(edit.method, node, [result])
+        return result
+
+    def _call(
+        self, method: str, at: ast.AST, arguments: list[ast.expr], keywords: Sequence[ast.keyword] = ()
+    ) -> ast.expr:
+        function = ast.Attribute(ast.Name(self.self_name, ast.Load()), method, ast.Load())
+        return ast.fix_missing_locations(ast.copy_location(ast.Call(function, arguments, list(keywords)), at))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -197,60 +286,75 @@ class _Replace(ast.NodeTransformer):
 
 
 @dataclass(frozen=True)
-class _Add:
-    """What `left + right` or `left += right` gave."""
+class Add:
+    """What `left + right` or `left += right` gave. Its operands are in `Reader.operands`."""
 
     node: ast.BinOp | ast.AugAssign
 
 
 @dataclass(frozen=True)
-class _Tuple:
+class Tuple:
     """A tuple; only its first element matters. An empty `first` means the empty tuple."""
 
-    first: _Values
+    first: Values
 
 
-@dataclass(frozen=True)
-class _Other:
-    """Anything else, made at `node`; `what` ends the sentence "forward returns ..."."""
+@dataclass(frozen=True, eq=False)
+class Other:
+    """Anything else, made at `node`; `what` ends the sentence "forward returns ...".
 
-    node: _Node
+    operands: what it was made of, each with the values that it may have had. None: that is not known.
+    """
+
+    node: Node
     what: str = "a value that is not a sum"
+    operands: tuple[Values, ...] | None = ()
 
 
-_Node: TypeAlias = ast.stmt | ast.expr | ast.arg  # what has a line
-_Values: TypeAlias = "frozenset[_Add | _Tuple | _Other]"  # one entry for each way in which a value may have come about
-_NONE: _Values = frozenset()
+@dataclass(frozen=True, eq=False)
+class Call(Other):
+    """What `self.<path>(...)` gave, by itself or first in a tuple, as it was given. operands: its arguments."""
+
+    path: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Handle(Other):
+    """`self.<path>` itself, given to a function."""
+
+    path: str = ""
+
+
+Node: TypeAlias = ast.stmt | ast.expr | ast.arg  # what has a line
+Values: TypeAlias = "frozenset[Add | Tuple | Other]"  # one entry for each way in which a value may have come about
+NONE: Values = frozenset()
 
 
 @dataclass
 class _State:
     """What holds at one point of the function, on any path to it."""
 
-    names: dict[str, _Values]  # what each local name may hold
-    read: _Values  # values that may have been read, so that others may hold them too
-    ran: frozenset[_Add] = frozenset()  # adds that may have run
+    names: dict[str, Values]  # what each local name may hold
+    read: Values  # values that may have been read, so that others may hold them too
+    ran: frozenset[Add] = frozenset()  # adds that may have run
 
     def copy(self) -> _State:
         return _State(dict(self.names), self.read, self.ran)
 
     def join(self, other: _State) -> _State:
         # Where one side lacks a name, reading it raises, so the other side says all about its value.
-        names = {name: self.names.get(name, _NONE) | other.names.get(name, _NONE) for name in self.names | other.names}
+        names = {name: self.names.get(name, NONE) | other.names.get(name, NONE) for name in self.names | other.names}
         return _State(names, self.read | other.read, self.ran | other.ran)
 
 
-def _final_adds(source: _Source) -> frozenset[_Add]:
+def final_adds(reader: Reader) -> frozenset[Add]:
     """The adds that may make the returned hidden state: in each call that returns, exactly one of them runs, once."""
-    for node in ast.walk(source.tree):
-        if isinstance(node, (ast.Global, ast.Nonlocal, ast.Yield, ast.YieldFrom)):
-            source.refuse("has a statement that is not followed", node)
-    reader = _Reader(source)
-    others = [value for value in reader.returned if isinstance(value, _Other)]
+    source = reader.source
+    others = [value for value in reader.returned if isinstance(value, Other)]
     if others:
         other = min(others, key=_line)
         source.refuse(f"returns {other.what}", other.node)
-    adds = frozenset(value for value in reader.returned if isinstance(value, _Add))
+    adds = frozenset(value for value in reader.returned if isinstance(value, Add))
     for add in sorted(adds, key=_line):
         for earlier in sorted(reader.ran_before[add] & adds, key=_line):
             source.refuse(f"may run two final adds in one call, of line {_line(earlier)} and a later one", add.node)
@@ -259,11 +363,11 @@ def _final_adds(source: _Source) -> frozenset[_Add]:
     return adds
 
 
-def _line(value: _Add | _Other) -> int:
+def _line(value: Add | Other) -> int:
     return value.node.lineno
 
 
-class _Reader:
+class Reader:
     """Follows the values of local names through a function, statement by statement.
 
     Sequences, `if` and `with` are followed (a context manager is taken to let exceptions through). Other compound
@@ -271,15 +375,23 @@ class _Reader:
     whose adds could run more than once.
     """
 
-    def __init__(self, source: _Source) -> None:
-        self.returned: _Values = _NONE  # for a tuple, its first element
-        self.ran_before: dict[_Add, frozenset[_Add]] = {}
+    def __init__(self, source: Source) -> None:
+        for node in ast.walk(source.tree):
+            if isinstance(node, (ast.Global, ast.Nonlocal, ast.Yield, ast.YieldFrom)):
+                source.refuse("has a statement that is not followed", node)
+        self.source = source
+        self.returned: Values = NONE  # for a tuple, its first element
+        self.ran_before: dict[Add, frozenset[Add]] = {}
+        self.operands: dict[Add, tuple[Values, Values]] = {}
+        self.written: set[Add | Call] = set()  # what may have been written to in place after it was made
+        #: Where the local names of what a module of the layer gave are read, other than to give it another name.
+        self.uses: dict[Call, set[ast.Name]] = {}
         self.self_name = source.self_name()
         parameters = [node for node in ast.walk(source.tree.args) if isinstance(node, ast.arg)]
-        names: dict[str, _Values] = {p.arg: frozenset({_Other(p, f"its argument `{p.arg}`")}) for p in parameters}
-        start = _State(names, read=_NONE.union(*names.values()))  # the caller holds the arguments
+        names: dict[str, Values] = {p.arg: frozenset({Other(p, f"its argument `{p.arg}`")}) for p in parameters}
+        start = _State(names, read=NONE.union(*names.values()))  # the caller holds the arguments
         if self._block(source.tree.body, start) is not None:
-            self.returned |= {_Other(source.tree, "nothing where its end is reached")}
+            self.returned |= {Other(source.tree, "nothing where its end is reached")}
 
     def _block(self, statements: list[ast.stmt], state: _State | None) -> _State | None:
         """The state after the statements; None if their end is never reached."""
@@ -296,11 +408,11 @@ class _Reader:
             case ast.With(items, body):
                 for item in items:
                     self._side_effects(item, state)
-                    self._forget(item, _Other(item.context_expr), state)
+                    self._forget(item, Other(item.context_expr, operands=None), state)
                 return self._block(body, state)
             case ast.Return(value):
                 self._side_effects(statement, state)
-                self.returned |= _hidden(self._value(value, state), statement) if value else {_Other(statement)}
+                self.returned |= _hidden(self._value(value, state), statement) if value else {Other(statement)}
                 return None
             case ast.Raise():
                 return None
@@ -315,27 +427,30 @@ class _Reader:
         return state
 
     def _assign(self, targets: list[ast.expr], value: ast.expr, state: _State) -> None:
-        self._side_effects(value, state)
+        self._side_effects(value, state, renames=isinstance(value, ast.Name))
         values = self._value(value, state)
         for target in targets:
             self._side_effects(target, state)
             if isinstance(target, ast.Name):
                 state.names[target.id] = values
-            else:
-                self._forget(target, _Other(target), state)
+                continue
+            self._forget(target, Other(target, operands=(values,)), state)
+            if isinstance(target, ast.Tuple) and isinstance(target.elts[0], ast.Name):
+                state.names[target.elts[0].id] = frozenset(_first(value, target) for value in values)
 
     def _augmented_assign(self, name: str, statement: ast.AugAssign, state: _State) -> None:
         self._side_effects(statement.value, state)
-        old = state.names.get(name, _NONE)
+        old = state.names.get(name, NONE)
         right = self._value(statement.value, state)
-        new: _Values = frozenset({_Other(statement)})
-        in_place = not all(isinstance(value, _Tuple) for value in old)
+        new: Values = frozenset({Other(statement, operands=(old, right))})
+        in_place = not all(isinstance(value, Tuple) for value in old)
         if in_place:
-            _written_in_place(statement, state)
+            self._written_in_place(statement, state)
         if in_place and old & state.read:
             # `h += x` writes into h's memory, which the rewritten add does not: nobody else may look there.
             if isinstance(statement.op, ast.Add):
-                new = frozenset({_Other(statement, "a sum written into memory that others may hold")})
+                what = "a sum written into memory that others may hold"
+                new = frozenset({Other(statement, what, (old, right))})
             state.read |= new
         elif isinstance(statement.op, ast.Add):
             new = self._sum(statement, old, right, state)
@@ -343,33 +458,49 @@ class _Reader:
 
     def _opaque(self, statement: ast.stmt, state: _State) -> None:
         self._side_effects(statement, state)
-        self._forget(statement, _Other(statement, "a value assigned by a statement that is not followed"), state)
+        self._forget(statement, Other(statement, "a value assigned by a statement that is not followed", None), state)
         nodes = [] if isinstance(statement, _Definition) else ast.walk(statement)
         if any(isinstance(node, ast.Return) for node in nodes):
-            self.returned |= {_Other(statement, "from inside a statement that is not followed")}
+            self.returned |= {Other(statement, "from inside a statement that is not followed", None)}
 
-    def _forget(self, node: ast.AST, other: _Other, state: _State) -> None:
+    def _forget(self, node: ast.AST, other: Other, state: _State) -> None:
         state.names |= dict.fromkeys(_stored_names(node), frozenset({other}))
 
-    def _side_effects(self, node: ast.AST, state: _State) -> None:
-        """Reads, assignments inside expressions, and writes into the memory of tensors."""
+    def _side_effects(self, node: ast.AST, state: _State, renames: bool = False) -> None:
+        """Reads, assignments inside expressions, and writes into the memory of tensors.
+
+        renames: whether a read gives the value another name, and no more.
+        """
+        asked = {part for test in ast.walk(node) if _asks_for_class(test) for part in ast.walk(test)}
         for part in ast.walk(node):
             match part:
                 case ast.Name(name, ast.Load()):
-                    state.read |= state.names.get(name, _NONE)
+                    values = state.names.get(name, NONE)
+                    state.read |= values
+                    for value in values:
+                        if isinstance(value, Call) and not renames and part not in asked:
+                            self.uses.setdefault(value, set()).add(part)
                 case ast.NamedExpr():
-                    self._forget(part.target, _Other(part), state)
+                    self._forget(part.target, Other(part, operands=None), state)
                 case ast.Attribute(ast.Name(self.self_name), ctx=ast.Store()):
                     pass  # `self.x = ...` writes into no tensor
                 case ast.AugAssign() | ast.Attribute(ctx=ast.Store()) | ast.Subscript(ctx=ast.Store()):
-                    _written_in_place(part, state)
+                    self._written_in_place(part, state)
                 case ast.Call(ast.Attribute(attr=name) | ast.Name(name), keywords=keywords):
                     # PyTorch's naming: `add_` and the like write into their argument.
                     in_place = name.endswith("_") and not name.endswith("__")
                     if in_place or any(keyword.arg in ("out", "inplace") for keyword in keywords):
-                        _written_in_place(part, state)
+                        self._written_in_place(part, state)
 
-    def _value(self, node: ast.expr, state: _State) -> _Values:
+    def _written_in_place(self, node: Node, state: _State) -> None:
+        # Which tensors share memory is unknown: no add that was made before can be relied on.
+        what = "a sum after which a tensor may be written in place"
+        for name, values in state.names.items():
+            self.written |= {value for value in values if isinstance(value, (Add, Call))}
+            known = not _holds_add(values)
+            state.names[name] = _touched(values, node) if known else frozenset({Other(node, what, (values,))})
+
+    def _value(self, node: ast.expr, state: _State) -> Values:
         match node:
             case ast.Name(name) if name in state.names:
                 return state.names[name]
@@ -379,25 +510,62 @@ class _Reader:
                 state.ran |= no.ran
                 return values
             case ast.Tuple([]):
-                return frozenset({_Tuple(_NONE)})
+                return frozenset({Tuple(NONE)})
             case ast.Tuple([first, *_]):
-                return frozenset({_Tuple(self._value(first, state))})
-            case ast.Subscript(sequence, ast.Constant(0)):
+                return frozenset({Tuple(self._value(first, state))})
+            case ast.Subscript(sequence, index):
                 values = self._value(sequence, state)
-                if all(isinstance(value, _Tuple) for value in values):
+                first = isinstance(index, ast.Constant) and index.value == 0
+                if first and all(isinstance(value, Tuple) for value in values):
                     return _hidden(values, node)
-            case ast.BinOp(left, ast.Add(), right):
-                return self._sum(node, self._value(left, state), self._value(right, state), state)
+                if first and values and all(isinstance(value, Call) for value in values):
+                    return values
+                return frozenset({Other(node, operands=(values,))})
+            case ast.BinOp(left, operator, right):
+                values, others = self._value(left, state), self._value(right, state)
+                if isinstance(operator, ast.Add):
+                    return self._sum(node, values, others, state)
+                return frozenset({Other(node, operands=(values, others))})
             case ast.Call(ast.Attribute(cast, name)) if name in _CASTS:
-                return self._value(cast, state)
-        return frozenset({_Other(node)})
+                return _touched(self._value(cast, state), node)
+            case ast.Call(ast.Attribute(attr=name)) if name in _DESCRIPTIONS:
+                return frozenset({Other(node)})
+            case ast.Call():
+                return frozenset({self._called(node, state)})
+            case ast.Attribute(attr=name) if name in _DESCRIPTIONS:
+                return frozenset({Other(node)})
+            case ast.UnaryOp(operand=operand) | ast.Attribute(operand):
+                return frozenset({Other(node, operands=(self._value(operand, state),))})
+            case ast.Name() | ast.Constant():
+                return frozenset({Other(node)})
+        return frozenset({Other(node, operands=None)})
 
-    def _sum(self, node: ast.BinOp | ast.AugAssign, left: _Values, right: _Values, state: _State) -> _Values:
-        if any(isinstance(value, _Tuple) for value in left | right):
+    def _called(self, node: ast.Call, state: _State) -> Other:
+        given = [*node.args, *(keyword.value for keyword in node.keywords)]
+        starred = any(isinstance(argument, ast.Starred) for argument in node.args)
+        operands = tuple(self._value(argument, state) for argument in given)
+        path = _below(node.func, self.self_name)
+        if path is not None:
+            return Call(node, operands=None if starred else operands, path=path)
+        root: ast.expr = node.func
+        while isinstance(root, ast.Attribute):
+            root = root.value
+        if isinstance(root, ast.Name) and root is node.func and root.id in state.names:
+            return Other(node, operands=None)  # a function, or a module, that the forward has chosen
+        # What is given modules or methods of the layer may run them.
+        if isinstance(node.func, ast.Attribute) and node.func.attr.endswith("_as"):
+            given, operands = [], ()  # of an argument of `expand_as` and the like the shape or dtype counts
+        handles = (Handle(node, path=path) for argument in given for path in _passed(argument, self.self_name))
+        on = () if isinstance(root, ast.Name) and root.id not in state.names else (self._value(root, state),)
+        return Other(node, operands=(*on, *operands, *(frozenset({handle}) for handle in handles)))
+
+    def _sum(self, node: ast.BinOp | ast.AugAssign, left: Values, right: Values, state: _State) -> Values:
+        if any(isinstance(value, Tuple) for value in left | right):
             return _concatenation(node, left, right)
         if all(map(_is_no_tensor, left)) or all(map(_is_no_tensor, right)):
-            return frozenset({_Other(node, "a sum of something that is no tensor")})
-        add = _Add(node)
+            return frozenset({Other(node, "a sum of something that is no tensor", (left, right))})
+        add = Add(node)
+        self.operands[add] = left, right
         self.ran_before[add] = state.ran
         state.ran |= {add}
         return frozenset({add})
@@ -405,6 +573,9 @@ class _Reader:
 
 #: Methods of a tensor that change its dtype or its device, and nothing else of it.
 _CASTS = ("to", "type", "type_as", "float", "half", "bfloat16", "double")
+
+#: Attributes and methods of a tensor that hold none of its values.
+_DESCRIPTIONS = ("shape", "size", "dtype", "device", "ndim", "dim")
 
 _DISPLAYS = (ast.List, ast.ListComp, ast.Set, ast.SetComp, ast.Dict, ast.DictComp, ast.GeneratorExp, ast.JoinedStr)
 
@@ -421,36 +592,60 @@ def _stored_names(node: ast.AST) -> set[str]:
     return names
 
 
-def _written_in_place(node: _Node, state: _State) -> None:
-    # Which tensors share memory is unknown: no add that was made before can be relied on.
-    other = frozenset({_Other(node, "a sum after which a tensor may be written in place")})
-    state.names |= {name: other for name, values in state.names.items() if _holds_add(values)}
+def _touched(values: Values, node: Node) -> Values:
+    """The values, but for what modules gave: that may have been changed."""
+    return frozenset(
+        Other(node, operands=(frozenset({value}),)) if isinstance(value, Call) else value for value in values
+    )
 
 
-def _holds_add(values: _Values) -> bool:
-    return any(isinstance(value, _Add) or isinstance(value, _Tuple) and _holds_add(value.first) for value in values)
+def _first(value: Add | Tuple | Other, node: ast.expr) -> Other:
+    """The first of what a value is unpacked to."""
+    if isinstance(value, Call):
+        return value
+    return Other(node, operands=(value.first if isinstance(value, Tuple) else frozenset({value}),))
 
 
-def _hidden(values: _Values, node: _Node) -> _Values:
+def _passed(node: ast.AST, self_name: str) -> Iterator[str]:
+    """The paths below `self` of what an expression names without calling it."""
+    path = _below(node, self_name)
+    if path is not None:
+        yield path
+        return
+    called = node.func if isinstance(node, ast.Call) and _below(node.func, self_name) is not None else None
+    for part in ast.iter_child_nodes(node):
+        if part is not called:
+            yield from _passed(part, self_name)
+
+
+def _asks_for_class(node: ast.AST) -> bool:
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "isinstance"
+
+
+def _holds_add(values: Values) -> bool:
+    return any(isinstance(value, Add) or isinstance(value, Tuple) and _holds_add(value.first) for value in values)
+
+
+def _hidden(values: Values, node: Node) -> Values:
     """The hidden state in a returned value: the value itself, or a tuple's first element."""
-    hidden: _Values = _NONE
+    hidden: Values = NONE
     for value in values:
-        hidden |= (value.first or {_Other(node, "an empty tuple")}) if isinstance(value, _Tuple) else {value}
-    return frozenset(_Other(node, "a tuple in a tuple") if isinstance(value, _Tuple) else value for value in hidden)
+        hidden |= (value.first or {Other(node, "an empty tuple")}) if isinstance(value, Tuple) else {value}
+    return frozenset(Other(node, "a tuple in a tuple") if isinstance(value, Tuple) else value for value in hidden)
 
 
-def _concatenation(node: _Node, left: _Values, right: _Values) -> _Values:
-    if not all(isinstance(value, _Tuple) for value in left):
-        return frozenset({_Other(node, "a tuple of unknown beginning")})
-    result: _Values = frozenset(value for value in left if value != _Tuple(_NONE))
+def _concatenation(node: Node, left: Values, right: Values) -> Values:
+    if not all(isinstance(value, Tuple) for value in left):
+        return frozenset({Other(node, "a tuple of unknown beginning", (left,))})
+    result: Values = frozenset(value for value in left if value != Tuple(NONE))
     if len(result) == len(left):
         return result
-    return result | (right if all(isinstance(value, _Tuple) for value in right) else {_Other(node)})
+    return result | (right if all(isinstance(value, Tuple) for value in right) else {Other(node)})
 
 
-def _is_no_tensor(value: _Add | _Tuple | _Other) -> bool:
+def _is_no_tensor(value: Add | Tuple | Other) -> bool:
     """Whether the value plainly is a number, a string or a collection: a literal, or an expression without names."""
-    if not isinstance(value, _Other) or not isinstance(value.node, ast.expr):
+    if not isinstance(value, Other) or not isinstance(value.node, ast.expr):
         return False
     return isinstance(value.node, _DISPLAYS) or not any(isinstance(part, ast.Name) for part in ast.walk(value.node))
 
@@ -467,13 +662,13 @@ def _unwrap(function: object) -> tuple[list[FunctionType], FunctionType]:
             return wrappers, function
         wrappers.append(function)
         function = function.__wrapped__
-    raise _Refusal(f"is not an ordinary function, but of type {type(function).__name__}")
+    raise Refusal(f"is not an ordinary function, but of type {type(function).__name__}")
 
 
 def _rewrap(wrappers: list[FunctionType], old: FunctionType, new: FunctionType) -> FunctionType:
     for wrapper in reversed(wrappers):
         if not any(_content(cell) is old for cell in wrapper.__closure__ or ()):
-            raise _Refusal(f"is wrapped by {wrapper.__code__.co_name}, which does not hold it in its closure")
+            raise Refusal(f"is wrapped by {wrapper.__code__.co_name}, which does not hold it in its closure")
         old, new = wrapper, _copy_function(wrapper, wrapper.__code__, {id(old): new})
     return new
 

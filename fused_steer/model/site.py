@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, is_grad_enabled, nn
 from torch.compiler import is_compiling
 
-from ..adapters.parameters import Adapter, Factors
+from ..adapters.parameters import SITE, Adapter, Factors, Place
 from ..kernels import post_block, select_backend
 from ..kernels.orthogonal import project_gradient
 from ..kernels.plan import no_plan
@@ -37,17 +37,26 @@ class _LostGradient(torch.autograd.Function):
 class Site(nn.Module):
     """What sits in a decoder layer: it adds the block's output to the residual stream, and steers the sum.
 
+    At the sites post_mlp and post_attention it steers the block's output instead, what it adds. Where it is not at an
+    add, it steers the one tensor that it is given.
+
     Parameters live under `steer_down.<adapter>` and `steer_up.<adapter>`, as PEFT's layers have theirs. Which adapters
     steer, a class of sites says by `steer` and `in_graph`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = SITE) -> None:
         super().__init__()
+        self.name = name  # the site's
+        self.reads = "sum"  # what steers, of residual and branch: "sum" or "branch"
         self.steer_down = Factors()
         self.steer_up = Factors()
         self.patched: Any = None  # the PatchedLayer that it sits in
         self.calls = 0  # eager ones since reset
         self.backend: str | None = None  # that of the last eager call
+
+    @property
+    def place(self) -> Place:
+        return Place(self.patched.index, self.name)
 
     def attach(self, name: str, adapter: Adapter) -> None:
         self.steer_down[name] = adapter.down.train(self.training)
@@ -117,8 +126,8 @@ class SteeringSite(Site):
     #: are now: the adapter's parameters; in a batch, what `rows` says. Any assignment on the site drops it.
     _planned: tuple[Any, Callable[[], tuple[Tensor, ...]]] | None
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, name: str = SITE) -> None:
+        super().__init__(name)
         self.active: str | None = None  # the adapter in use; None, or one that skips this layer: a plain add
         self.enabled = True
         self.activation = "identity"  # of the active adapter, as is scale

@@ -11,21 +11,21 @@ from torch import Tensor, nn
 
 from ..adapters.distributed import check_unsharded, gather, is_dtensor, part_of, sharder
 from ..adapters.files import AdapterFile
-from ..adapters.parameters import ByLayer, Layout, by_layer, in_model, of_adapter
+from ..adapters.parameters import ByPlace, Layout, Place, by_place, in_model, of_adapter
 from ..config import DTYPES, SteerConfig
 from .site import SteeringSite
 
-Sites = Mapping[int, SteeringSite]  # by layer
+Sites = Mapping[Place, SteeringSite]
 
 
-def adapter_tensors(sites: Sites, name: str) -> ByLayer:
+def adapter_tensors(sites: Sites, name: str) -> ByPlace:
     """An adapter's tensors as this process has them."""
-    adapters = {index: site.adapter(name) for index, site in sites.items()}
-    return {index: adapter.named_tensors() for index, adapter in adapters.items() if adapter is not None}
+    adapters = {place: site.adapter(name) for place, site in sites.items()}
+    return {place: adapter.named_tensors() for place, adapter in adapters.items() if adapter is not None}
 
 
 def adapter_file(
-    name: str, config: SteerConfig, layout: Layout, sites: Sites, constrained: ByLayer
+    name: str, config: SteerConfig, layout: Layout, sites: Sites, constrained: ByPlace
 ) -> tuple[AdapterFile, bool]:
     """The adapter as a file has it, and whether all processes put it together.
 
@@ -82,7 +82,7 @@ def _file(name: str, config: SteerConfig, layout: Layout, tensors: dict[str, Ten
                 "(under DeepSpeed's ZeRO-3, save inside deepspeed.zero.GatheredParameters)"
             )
     try:
-        return AdapterFile(config, layout, by_layer(tensors)[1])
+        return AdapterFile(config, layout, by_place(tensors)[1])
     except ValueError as error:
         raise ValueError(f"adapter {name!r} cannot be saved: {error}") from error
 
@@ -120,9 +120,9 @@ def restore_values(file: AdapterFile, name: str, sites: Sites, layers: Iterable[
         check_unsharded(layers, "adapters to be restored")
     earlier = {part: part.clone() for named in parts.values() for part in named.values()}
     try:
-        for index, tensors in file.tensors.items():
+        for place, tensors in file.tensors.items():
             for key, tensor in tensors.items():
-                part = parts[index][key]
+                part = parts[place][key]
                 part.copy_(part_of(tensor.to(part.device), part))
     except BaseException:
         for part, values in earlier.items():

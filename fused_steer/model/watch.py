@@ -1,7 +1,7 @@
 """Sees to it that a patched layer that ran was steered: in that layer, in that thread, for that call.
 
-A layer whose forward is the one that `patch_model` gave it calls its site; nothing has to be looked at. Where another
-forward is put on the layer (accelerate's offloading, a wrapper, a replacement), that forward is watched: the site must
+A layer whose forward is the one that `patch_model` gave it calls its sites; nothing has to be looked at. Where another
+forward is put on the layer (accelerate's offloading, a wrapper, a replacement), that forward is watched: each site must
 have run before it returns. So is each call of a layer that a hook steers. Calls in other threads have no say.
 """
 
@@ -9,19 +9,22 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from ..adapters.parameters import SITE
+
 
 @dataclass(frozen=True)
 class LayerReport:
-    """How one layer is steered.
+    """How one layer is steered at one site.
 
-    kind: "fused", or "hook" with its `reason`; backend: of the last eager call, None before one; calls: eager ones
-    since reset (a compiled graph does not count its own).
+    kind: "fused" into an add; "inline", by a launch of its own in the layer's forward; or "hook"; reason: why it is not
+    fused; backend: of the last eager call, None before one; calls: eager ones since reset (a compiled graph does not
+    count its own).
     """
 
     index: int
@@ -31,15 +34,16 @@ class LayerReport:
     backend: str | None
     calls: int
     reason: str
+    site: str = SITE
 
 
 class Report(list[LayerReport]):
-    """A LayerReport for each steered layer; prints as a table."""
+    """A LayerReport for each site of each steered layer; prints as a table."""
 
     def __str__(self) -> str:
-        head = f"{'layer':>5}  {'class':<28} {'kind':<6} {'backend':<8} {'calls':>7}"
+        head = f"{'layer':>5}  {'class':<28} {'site':<14} {'kind':<6} {'backend':<8} {'calls':>7}"
         rows = [
-            f"{r.index:>5}  {r.layer:<28} {r.kind:<6} {r.backend or '-':<8} {r.calls:>7}"
+            f"{r.index:>5}  {r.layer:<28} {r.site:<14} {r.kind:<6} {r.backend or '-':<8} {r.calls:>7}"
             + (f"  ({r.reason})" if r.reason else "")
             for r in self
         ]
@@ -64,11 +68,10 @@ class _Thread(threading.local):
 
 
 class _Call:
-    __slots__ = ("ran", "site")
+    __slots__ = ("idle",)
 
-    def __init__(self, site: nn.Module) -> None:
-        self.site = site
-        self.ran = False
+    def __init__(self, sites: Iterable[nn.Module]) -> None:
+        self.idle = set(sites)  # those that have not run yet
 
 
 thread = _Thread()
@@ -77,23 +80,22 @@ thread = _Thread()
 def note_run(site: nn.Module) -> None:
     """Say that `site` runs, for the watched calls of its layer in this thread. Needless where there are none."""
     for call in thread.calls:
-        if call.site is site:
-            call.ran = True
+        call.idle.discard(site)
 
 
 def call_watched(
-    layer: nn.Module, site: nn.Module, name: str, run: Callable[..., Any], *args: Any, **kwargs: Any
+    layer: nn.Module, sites: Sequence[Any], name: str, run: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
     """What `run(*args, **kwargs)` returns.
 
     Args:
-        layer, site: the patched layer that `run` is a call of, and its site.
+        layer, sites: the patched layer that `run` is a call of, and those of its sites that the call has to run.
         name: the layer's, in the error.
 
     Raises:
-        RuntimeError: the site did not run meanwhile in this thread.
+        RuntimeError: a site did not run meanwhile in this thread.
     """
-    call = _Call(site)
+    call = _Call(sites)
     thread.calls.append(call)
     thread.quiet = False
     try:
@@ -101,10 +103,12 @@ def call_watched(
     finally:
         thread.calls.remove(call)
         thread.settle()
-    if not call.ran and not _is_compiled(layer, run):
+    if call.idle and not _is_compiled(layer, run):
+        idle = sorted(site.name for site in sites if site in call.idle)
+        at = "" if idle == [SITE] else f" at {', '.join(idle)}"
         raise RuntimeError(
-            f"{name} ({type(layer).__name__}) is patched but did not steer; expected its forward as patch_model left "
-            "it, or one that calls it (was it replaced since?)"
+            f"{name} ({type(layer).__name__}) is patched but did not steer{at}; expected its forward as patch_model "
+            "left it, or one that calls it (was it replaced since?)"
         )
     return output
 

@@ -63,6 +63,7 @@ class PostBlockConfig(PeftConfig):
     form: str = "lowrank"
     activation: Optional[str] = None  # noqa: UP045
     layers: Optional[list[int]] = None  # noqa: UP045
+    site: str = SITE
     scale: float = 1.0
     down_bias: bool = False
     up_bias: Optional[bool] = None  # noqa: UP045
@@ -88,6 +89,8 @@ class PostBlockConfig(PeftConfig):
         if self.r is not None and self.rank is not None and self.r != self.rank:
             raise ValueError(f"r is {self.r} and rank is {self.rank}; expected one of them, or the same")
         self.rank = self.r if self.rank is None else self.rank
+        if self.steer_config().sites != (SITE,):
+            raise ValueError(f"site is {self.site!r}; expected {SITE!r}, PEFT's only site (patch_model has others)")
         self._take(self.steer_config())
         if isinstance(self.modules_to_save, str):
             raise TypeError(f"modules_to_save is {self.modules_to_save!r}; expected a list of names")

@@ -6,7 +6,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..adapters.parameters import Adapter
+from ..adapters.parameters import SITE, Adapter
 from ..config import SteerConfig
 from ..kernels import post_block, select_backend
 from ..model.decoder import execution_device
@@ -19,8 +19,8 @@ class PeftSite(Site, BaseTunerLayer):
 
     adapter_layer_names = ("steer_down", "steer_up")
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, name: str = SITE) -> None:
+        super().__init__(name)
         self.configs: dict[str, SteerConfig] = {}
         self.mixed: MixedRows | None = None  # while each row of a batch has its own adapter
         self.merged_adapters = []
@@ -58,13 +58,13 @@ class PeftSite(Site, BaseTunerLayer):
         self.__dict__["calls"] += 1  # past nn.Module's __setattr__, which takes long
         self.__dict__["backend"] = select_backend(residual.device)
         if self.mixed is not None and not self.disable_adapters:
-            return self.mixed.steer(self.patched.index, residual, branch)
+            return self.mixed.steer(self.place, residual, branch)
         return self.in_graph(residual, branch)
 
     def in_graph(self, residual: Tensor, branch: Tensor | None) -> Tensor:
         if not self.disable_adapters:
             if self.mixed is not None:
-                return self.mixed.in_graph(self.patched.index, residual, branch)
+                return self.mixed.in_graph(self.place, residual, branch)
             names = [name for name in self.active_adapters if name in self.configs]
             if names:
                 return self._sum(residual, branch, names)

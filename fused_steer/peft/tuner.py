@@ -17,7 +17,8 @@ from ..adapters.parameters import (
     PEFT_PREFIX,
     SITE,
     Layout,
-    by_layer,
+    Place,
+    by_place,
     check_name,
     in_model,
     of_adapter,
@@ -30,7 +31,7 @@ from ..config import DTYPES, SteerConfig
 from ..kernels import MAX_RANK
 from ..model.decoder import execution_device, find_decoder
 from ..model.heads import fresh_heads
-from ..model.layer import PatchedLayer, patch_layers, unpatch_layers
+from ..model.layer import PatchedLayer, give_sites, unpatch_layers
 from ..serving.mixed import MixedRows, load_again
 from ..serving.slots import LoadedSlots
 from .config import POST_BLOCK, PostBlockConfig
@@ -62,7 +63,7 @@ class PostBlockModel(BaseTuner):
         config: Any = self.peft_config[adapter_name]  # a PostBlockConfig
         first = not any(isinstance(module, BaseTunerLayer) for module in model.modules())
         trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-        new: dict[int, PatchedLayer] = {}
+        new: list[PatchedLayer] = []
         try:
             check_name(adapter_name)
             decoder = find_decoder(model)
@@ -77,14 +78,15 @@ class PostBlockModel(BaseTuner):
             _complete_heads(config, model)
             layers = {index: decoder.layers[index] for index in indices}
             bare = {i: layer for i, layer in layers.items() if not isinstance(getattr(layer, SITE, None), PeftSite)}
-            new = patch_layers(bare, layout, PeftSite)
+            new = [PatchedLayer(layer, i, layout.layer_path(i)) for i, layer in bare.items()]
+            give_sites({patched: [SITE] for patched in new}, PeftSite)
             config.hidden_size, config.num_layers = layout.hidden, layout.num_layers
-            self._targets = {f"{layout.path(index)}.{SITE}" for index in indices}
+            self._targets = {layout.path(Place(index)) for index in indices}
             if first:  # PEFT takes the sites for an earlier adapter's, beside which it freezes nothing more
                 model.requires_grad_(False)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except BaseException:
-            for patched in new.values():
+            for patched in new:
                 patched.remove()
             self.peft_config.pop(adapter_name, None)
             _take_out_heads(model, {adapter_name})
@@ -151,7 +153,7 @@ class PostBlockModel(BaseTuner):
             own = {key.removeprefix(start): value for key, value in state_dict.items() if key.startswith(start)}
             for key, tensor in wrapper.adapter_state_dict(adapter_name, own).items():
                 heads[without_wrappers(start + key).removeprefix(PEFT_PREFIX)] = tensor
-        config.tensors_sha256 = tensors_digest(by_layer(tensors)[1], heads)
+        config.tensors_sha256 = tensors_digest(by_place(tensors)[1], heads)
         return found
 
     @classmethod
@@ -173,10 +175,10 @@ class PostBlockModel(BaseTuner):
         beside = {name: tensor.clone() for name, tensor in state_dict.items() if name in heads}
         state_dict = {name: tensor for name, tensor in state_dict.items() if name not in heads}
         found = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        layers_path, _ = by_layer(of_adapter(model.named_parameters(), adapter_name))
+        layers_path, _ = by_place(of_adapter(model.named_parameters(), adapter_name))
         layout = Layout(layers_path, config.num_layers, config.hidden_size)
         try:
-            _, layers = by_layer({out_of_model(name, adapter_name) or name: t for name, t in found.items()})
+            _, layers = by_place({out_of_model(name, adapter_name) or name: t for name, t in found.items()})
             layout.check_tensors(config.steer_config(), specs_of(layers))
             for path, tensor in layout.paths(layers).items():
                 check_values(path, tensor, config.scale)
@@ -205,7 +207,7 @@ class PostBlockModel(BaseTuner):
             raise ValueError(f"adapter_names has {unknown[0]!r}; expected some of {[*self.peft_config, _BASE]}")
         beams = kwargs.get("num_beams") or getattr(kwargs.get("generation_config"), "num_beams", None) or 1
         rows = [name for name in names for _ in range(beams)]  # beam search repeats each row
-        sites = {site.patched.index: site for site in self._sites()}
+        sites = {site.place: site for site in self._sites()}
         known = {name: config for site in sites.values() for name, config in site.configs.items()}
         configs = {name: known[name] for name in dict.fromkeys(rows) if name != _BASE}
         self._loaded = load_again(self._loaded, sites, configs)

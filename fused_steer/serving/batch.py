@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from ..adapters.parameters import Place
 from ..kernels.grouped import Routing
 from ..model.scopes import Scopes
 from ..model.site import SteeringSite
@@ -184,7 +185,7 @@ class Batch:
 def run_batch(
     model: nn.Module,
     decoder: nn.Module,
-    sites: Mapping[int, SteeringSite],
+    sites: Mapping[Place, SteeringSite],
     batch: Batch,
     undo: contextlib.ExitStack,
 ) -> None:
@@ -195,9 +196,9 @@ def run_batch(
     """
     names = tuple(inspect.signature(decoder.forward).parameters)
     # Whatever an exception interrupts, each change has been given to `undo` before, or in the same line.
-    for index, site in sites.items():
+    for place, site in sites.items():
         undo.callback(setattr, site, "rows", None)
-        site.rows = Rows(batch, batch.held.slots.get(index))
+        site.rows = Rows(batch, batch.held.slots.get(place))
     before, after = _Hook(_before_forward, batch, names), _Hook(_after_forward, batch)
     undo.callback(before.stop)
     undo.callback(after.stop)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from ..adapters.parameters import Place
 from ..config import DTYPES, SteerConfig
 from ..kernels import MAX_RANK
 from ..model.decoder import Decoder, execution_device
@@ -19,7 +20,7 @@ from .slots import Held, LoadedSlots, Slots, adapters_at
 
 @contextlib.contextmanager
 def hold_loaded(
-    sites: Mapping[int, SteeringSite], configs: Mapping[str, SteerConfig], names: Sequence[str]
+    sites: Mapping[Place, SteeringSite], configs: Mapping[str, SteerConfig], names: Sequence[str]
 ) -> Iterator[Held]:
     """Adapters that the model has loaded, copied into slots of their own."""
     loaded = LoadedSlots(adapters_at(sites, names), {name: configs[name].activation for name in names})
@@ -28,12 +29,12 @@ def hold_loaded(
 
 @contextlib.contextmanager
 def hold_adapters(
-    pool: AdapterPool | None, sites: Mapping[int, SteeringSite], configs: Mapping[str, SteerConfig], names: list[str]
+    pool: AdapterPool | None, sites: Mapping[Place, SteeringSite], configs: Mapping[str, SteerConfig], names: list[str]
 ) -> Iterator[Held]:
     """The adapters of a batch in slots: the pool's, or slots of their own where there is no pool.
 
     Args:
-        sites: the model's, by layer.
+        sites: the model's, by place.
         configs: of the adapters that the model has loaded; others are the pool's.
         names: each once.
     """
@@ -47,19 +48,21 @@ def hold_adapters(
         yield stack.enter_context(pool.hold(others, own=loaded))
 
 
-def make_slots(decoder: Decoder, indices: Sequence[int], count: int, rank: int, dtype: torch.dtype) -> dict[int, Slots]:
-    """A pool's empty slots, for each of these layers on its device."""
+def make_slots(
+    decoder: Decoder, places: Iterable[Place], count: int, rank: int, dtype: torch.dtype
+) -> dict[Place, Slots]:
+    """A pool's empty slots, for each of these places on its layer's device."""
     return {
-        index: Slots(
+        place: Slots(
             count,
             rank,
             decoder.hidden,
             dtype=dtype,
-            device=execution_device(decoder.layers[index]),
+            device=execution_device(decoder.layers[place.layer]),
             down_bias=rank > 0,
             up_bias=True,
         )
-        for index in indices
+        for place in places
     }
 
 

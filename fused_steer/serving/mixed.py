@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..adapters.parameters import Place
 from ..config import SteerConfig
 from ..kernels.grouped import Routing
 from ..model.site import Site
@@ -15,13 +16,13 @@ from .slots import LoadedSlots, adapters_at
 
 
 def load_again(
-    loaded: LoadedSlots | None, sites: Mapping[int, Site], configs: Mapping[str, SteerConfig]
+    loaded: LoadedSlots | None, sites: Mapping[Place, Site], configs: Mapping[str, SteerConfig]
 ) -> LoadedSlots:
     """The adapters in slots, with the values that they have now: nothing shows every change of a parameter.
 
     Args:
         loaded: slots of a batch before, which are used again where they fit.
-        sites: the model's, by layer.
+        sites: the model's, by place.
         configs: of the batch's adapters, by name.
     """
     tensors = adapters_at(sites, configs)
@@ -48,28 +49,28 @@ class MixedRows:
     """A batch that has an adapter for each row, while PEFT runs it. Each layer steers all rows by one op."""
 
     def __init__(
-        self, rows: Sequence[str], configs: Mapping[str, SteerConfig], loaded: LoadedSlots, sites: Mapping[int, Site]
+        self, rows: Sequence[str], configs: Mapping[str, SteerConfig], loaded: LoadedSlots, sites: Mapping[Place, Site]
     ) -> None:
         """
         Args:
             rows: each row's adapter; one that is not among `configs` is none.
             configs: of the batch's adapters, by name.
             loaded: those adapters in slots.
-            sites: the model's, by layer.
+            sites: the model's, by place.
         """
         slots = [loaded.numbers.get(name, -1) for name in rows]
         strengths = [configs[name].scale if name in configs else 0.0 for name in rows]
         self._ids = torch.tensor(slots, dtype=torch.int32)
         self._gain = torch.tensor(strengths, dtype=torch.float32)
-        self._layers = loaded.slots
+        self._slots = loaded.slots
         adapters = (adapter for site in sites.values() for name in configs if (adapter := site.adapter(name)))
         parameters = (p for adapter in adapters for p in adapter.named_parameters().values())
         self._trained = next((p for p in parameters if p.requires_grad), None)
         self._routings: dict[Any, Routing] = {}
 
-    def steer(self, index: int, residual: Tensor, branch: Tensor | None) -> Tensor:
-        """residual + branch of layer `index`, each row steered by its adapter. (rows, ..., d)"""
-        slots, routing = self._layers.get(index), self._routing(residual)
+    def steer(self, place: Place, residual: Tensor, branch: Tensor | None) -> Tensor:
+        """residual + branch of a place, each row steered by its adapter. (rows, ..., d)"""
+        slots, routing = self._slots.get(place), self._routing(residual)
         if slots is None:
             return residual if branch is None else residual + branch
         out = slots.routed(residual, branch, routing)
@@ -79,9 +80,9 @@ class MixedRows:
                     return _RefusesGradient.apply(out, tensor)
         return out
 
-    def in_graph(self, index: int, residual: Tensor, branch: Tensor | None) -> Tensor:
+    def in_graph(self, place: Place, residual: Tensor, branch: Tensor | None) -> Tensor:
         """`steer` as torch.compile reads it."""
-        slots, (ids, gain) = self._layers.get(index), self._of_tokens(residual)
+        slots, (ids, gain) = self._slots.get(place), self._of_tokens(residual)
         if slots is None:
             return residual if branch is None else residual + branch
         return slots(residual, branch, ids, gain)

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from ..adapters.files import CONFIG_NAME, read_adapter
-from ..adapters.parameters import ByLayer, check_name
+from ..adapters.parameters import SITE, ByPlace, Place, check_name
 from ..config import SteerConfig
 from ..model.decoder import Decoder
 from ..model.scopes import renewed_after_fork
@@ -52,14 +52,14 @@ class AdapterPool:
 
     def __init__(
         self,
-        slots: Mapping[int, Slots],
+        slots: Mapping[Place, Slots],
         decoder: Decoder,
         is_taken: Callable[[str], bool],
         check_base: bool,
     ) -> None:
         """Internal: `Steering.make_pool` makes one.
 
-        slots: of each layer; decoder: the model's; is_taken: whether the model has an adapter of a name.
+        slots: of each place; decoder: the model's; is_taken: whether the model has an adapter of a name.
         """
         self.slots = slots
         self.count = next(iter(slots.values())).count
@@ -236,7 +236,7 @@ class AdapterPool:
         names: Sequence[str],
         *,
         timeout: float = 0.0,
-        own: Mapping[str, tuple[SteerConfig, ByLayer]] | None = None,
+        own: Mapping[str, tuple[SteerConfig, ByPlace]] | None = None,
     ) -> Iterator[Held]:
         """Have adapters in slots, all or none, and keep them there while inside.
 
@@ -323,7 +323,7 @@ class AdapterPool:
         self,
         hold: _Hold,
         names: Sequence[str],
-        own: Mapping[str, tuple[SteerConfig, ByLayer]],
+        own: Mapping[str, tuple[SteerConfig, ByPlace]],
         futures: Mapping[str, Future[_Read]],
         deadline: float,
     ) -> Held | None:
@@ -373,7 +373,7 @@ class AdapterPool:
         self,
         hold: _Hold,
         names: Sequence[str],
-        own: Mapping[str, tuple[SteerConfig, ByLayer]],
+        own: Mapping[str, tuple[SteerConfig, ByPlace]],
         futures: Mapping[str, Future[_Read]],
     ) -> Held:
         numbers, scales = {}, {}
@@ -415,26 +415,28 @@ class AdapterPool:
         self._configs.pop(victim, None)
         return self._slot_of.pop(victim)
 
-    def _check_room(self, what: Any, config: SteerConfig, layers: Collection[int]) -> None:
+    def _check_room(self, what: Any, config: SteerConfig, places: Collection[Place]) -> None:
         """Raises ValueError where an adapter does not fit the slots."""
         if config.rank > self.rank:
             raise ValueError(
                 f"{what} is of rank {config.rank}; expected at most {self.rank}, the rank of the pool's slots"
             )
-        outside = sorted(set(layers) - self.slots.keys())
+        outside = sorted(set(places) - self.slots.keys())
         if outside:
-            raise ValueError(f"{what} steers layer {outside[0]}; expected those of the pool, {list(self.slots)}")
+            layers, sites = ({place[part]: None for place in self.slots} for part in (0, 1))
+            at = "" if list(sites) == [SITE] else f" at {', '.join(sites)}"
+            raise ValueError(f"{what} steers {outside[0]}; expected those of the pool, {list(layers)}{at}")
 
-    def _read(self, source: str) -> tuple[SteerConfig, ByLayer, int]:
-        """An adapter's config, its tensors by layer, and their bytes; all checked."""
+    def _read(self, source: str) -> tuple[SteerConfig, ByPlace, int]:
+        """An adapter's config, its tensors by place, and their bytes; all checked."""
         file = read_adapter(source, self._decoder.layout, check_base=self._check_base)
         self._check_room(source, file.config, file.tensors)
         return file.config, file.tensors, sum(t.nbytes for named in file.tensors.values() for t in named.values())
 
-    def _write(self, slot: int, config: SteerConfig, tensors: Mapping[int, Mapping[str, Tensor]]) -> None:
-        for index, slots in self.slots.items():
-            if index in tensors:
-                slots.put(slot, tensors[index], config.activation)
+    def _write(self, slot: int, config: SteerConfig, tensors: Mapping[Place, Mapping[str, Tensor]]) -> None:
+        for place, slots in self.slots.items():
+            if place in tensors:
+                slots.put(slot, tensors[place], config.activation)
             else:
                 slots.clear(slot)
 
@@ -458,7 +460,7 @@ class _Read:
 
     version: int
     config: SteerConfig
-    tensors: ByLayer
+    tensors: ByPlace
     nbytes: int
 
 

@@ -1,4 +1,4 @@
-"""What steers one layer while each row of a batch has its own adapter."""
+"""What steers one place while each row of a batch has its own adapter."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..kernels.grouped import Routing
 from .slots import Slots
 
 
-class Place(Protocol):
+class Pass(Protocol):
     """Where a pass is in a batch: what `Batch` tells its layers.
 
     ids: (rows, tokens) int32, each token's slot; gain: (rows, tokens) float32. None: nothing said where it is.
@@ -30,12 +30,12 @@ class Place(Protocol):
 
 
 class Rows(nn.Module):
-    """Steers one layer by rows while a batch runs. For inference."""
+    """Steers one place by rows while a batch runs. For inference."""
 
-    def __init__(self, batch: Place, slots: Slots | None) -> None:
+    def __init__(self, batch: Pass, slots: Slots | None) -> None:
         """
         Args:
-            slots: that hold the batch's adapters of this layer; None: no adapter of the batch steers it.
+            slots: that hold the batch's adapters of this place; None: no adapter of the batch steers it.
         """
         super().__init__()
         self.batch = batch

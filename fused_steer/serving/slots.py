@@ -9,91 +9,91 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters.parameters import DOWN, DOWN_BIAS, NAMES, UP, UP_BIAS, shapes_of
+from ..adapters.parameters import DOWN, DOWN_BIAS, NAMES, UP, UP_BIAS, Place, shapes_of
 from ..kernels import ACTIVATIONS, MAX_RANK, select_backend
 from ..kernels.grouped import Routing, post_block_grouped, post_block_routed
 from ..kernels.plan import Plan, keep, no_plan
 from ..model.site import Site
 
-#: Tensors by layer, by adapter and by name below the site.
-LoadedAdapters = Mapping[int, Mapping[str, Mapping[str, Tensor]]]
+#: Tensors by place, by adapter and by name below the site.
+LoadedAdapters = Mapping[Place, Mapping[str, Mapping[str, Tensor]]]
 
 
 @dataclass(frozen=True)
 class Held:
     """The adapters of a batch in slots, as long as it runs.
 
-    numbers: each adapter's slot; slots: by layer; scales: each adapter's own strength.
+    numbers: each adapter's slot; slots: by place; scales: each adapter's own strength.
     """
 
     numbers: Mapping[str, int]
-    slots: Mapping[int, Slots]
+    slots: Mapping[Place, Slots]
     scales: Mapping[str, float]
 
 
-def adapters_at(sites: Mapping[int, Site], names: Iterable[str]) -> LoadedAdapters:
-    """The tensors of adapters that a model has loaded. An adapter that skips a layer is not there."""
+def adapters_at(sites: Mapping[Place, Site], names: Iterable[str]) -> LoadedAdapters:
+    """The tensors of adapters that a model has loaded. An adapter that skips a place is not there."""
     names = list(names)
     return {
-        index: {name: adapter.named_tensors() for name in names if (adapter := site.adapter(name)) is not None}
-        for index, site in sites.items()
+        place: {name: adapter.named_tensors() for name in names if (adapter := site.adapter(name)) is not None}
+        for place, site in sites.items()
     }
 
 
 class LoadedSlots:
-    """Adapters that a model has loaded, copied into slots of several layers.
+    """Adapters that a model has loaded, copied into slots of several places.
 
-    numbers: each adapter's slot, the same in all layers; slots: by layer, for layers that one of them steers.
+    numbers: each adapter's slot, the same at all places; slots: by place, where one of them steers.
     """
 
     @torch.inference_mode(False)  # whose tensors cannot be written to outside it
-    def __init__(self, layers: LoadedAdapters, activations: Mapping[str, str]) -> None:
+    def __init__(self, places: LoadedAdapters, activations: Mapping[str, str]) -> None:
         """Make room, and `fill` it.
 
         Args:
-            layers: tensors by layer, by adapter and by name below the site. An adapter that skips a layer is not there.
+            places: tensors by place, by adapter and by name below the site. An adapter that skips a place is not there.
             activations: φ of each adapter, by name.
         """
         self.numbers = {name: number for number, name in enumerate(activations)}
-        self.slots: dict[int, Slots] = {}
-        self._kind = self._kind_of(layers, activations)
+        self.slots: dict[Place, Slots] = {}
+        self._kind = self._kind_of(places, activations)
         self._places: list[Tensor] = []  # in the slots, of each tensor
         codes = torch.tensor([ACTIVATIONS.index(activation) for activation in activations.values()], dtype=torch.int32)
-        for index, adapters in layers.items():
+        for place, adapters in places.items():
             if adapters:
-                slots = self.slots[index] = slots_for(adapters, len(activations))
+                slots = self.slots[place] = slots_for(adapters, len(activations))
                 slots.codes.copy_(codes)
                 for name, tensors in adapters.items():
                     self._places += slots.places(self.numbers[name], tensors).values()
-        self.fill(layers)
+        self.fill(places)
 
     def __reduce__(self) -> Any:
         return type(None), ()  # a copied model makes its own
 
-    def fits(self, layers: LoadedAdapters, activations: Mapping[str, str]) -> bool:
-        """Whether `fill` can take these: the same adapters in the same layers, of the same shapes, where they were."""
-        return self._kind == self._kind_of(layers, activations)
+    def fits(self, places: LoadedAdapters, activations: Mapping[str, str]) -> bool:
+        """Whether `fill` can take these: the same adapters at the same places, of the same shapes, where they were."""
+        return self._kind == self._kind_of(places, activations)
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def fill(self, layers: LoadedAdapters) -> None:
+    def fill(self, places: LoadedAdapters) -> None:
         """Copy the values as they are now, by one launch or a few for all of them."""
-        tensors = [t for adapters in layers.values() for named in adapters.values() for t in named.values()]
+        tensors = [t for adapters in places.values() for named in adapters.values() for t in named.values()]
         if tensors:
             torch._foreach_copy_(self._places, tensors)
 
     @staticmethod
-    def _kind_of(layers: LoadedAdapters, activations: Mapping[str, str]) -> tuple[Any, ...]:
+    def _kind_of(places: LoadedAdapters, activations: Mapping[str, str]) -> tuple[Any, ...]:
         return tuple(activations.items()), [
-            (index, name, key, tensor.shape, tensor.dtype, tensor.device)
-            for index, adapters in layers.items()
+            (place, name, key, tensor.shape, tensor.dtype, tensor.device)
+            for place, adapters in places.items()
             for name, tensors in adapters.items()
             for key, tensor in tensors.items()
         ]
 
 
 def slots_for(adapters: Mapping[str, Mapping[str, Tensor]], count: int) -> Slots:
-    """Empty slots with room for these adapters of one layer, of their dtype where they share one, else float32."""
+    """Empty slots with room for these adapters of one place, of their dtype where they share one, else float32."""
     tensors = [tensor for named in adapters.values() for tensor in named.values()]
     dtypes = {tensor.dtype for tensor in tensors}
     downs = [named[DOWN] for named in adapters.values() if DOWN in named]
@@ -113,7 +113,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Slots(nn.Module):
-    """The adapters of one layer, A of them, ranks padded with zeros to r. A slot of zeros is an adapter that skips it.
+    """The adapters of one place, A of them, ranks padded with zeros to r. A slot of zeros is an adapter that skips it.
 
     Buffers, none of which a state dict holds; absent ones are None:
         downs (A, r, d), ups (A, d, r): W1 and W2; without them (r = 0) the slots are for steering vectors.

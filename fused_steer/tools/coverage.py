@@ -30,7 +30,7 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrained
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .._version import __version__
-from ..adapters.parameters import DOWN, DOWN_BIAS, UP, UP_BIAS, by_layer, of_adapter
+from ..adapters.parameters import DOWN, DOWN_BIAS, UP, UP_BIAS, by_place, of_adapter, split_path
 from ..config import SteerConfig
 from ..patch import patch_model
 
@@ -317,7 +317,7 @@ def _expect_as_exact(pairs: Mapping[str, tuple[Tensor, Tensor]], truths: Mapping
     kinds: dict[str, list[float]] = {}
     for name, pair in pairs.items():
         truth: Any = truths[name]
-        sums = kinds.setdefault(name.partition(".post_block.")[2], [0.0, 0.0, 0.0])
+        sums = kinds.setdefault(split_path(name)[2], [0.0, 0.0, 0.0])
         for place, value in enumerate((*(one - truth for one in pair), truth)):
             sums[place] += float(value.double().square().sum())
     for kind, (ours, theirs, norm) in kinds.items():
@@ -353,7 +353,7 @@ class PlainHooks:
 
     def __init__(self, model: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
         self.leaves = {name: p.detach().clone().requires_grad_() for name, p in parameters.items()}
-        layers_path, layers = by_layer(self.leaves)
+        layers_path, layers = by_place(self.leaves)
         self.calls = {f"{layers_path}.{index}": 0 for index in layers}
         for path, leaves in zip(self.calls, layers.values(), strict=True):
             model.get_submodule(path).register_forward_hook(self._hook(path, leaves))

@@ -17,8 +17,9 @@ from fused_steer.adapters.parameters import (
     NAMES,
     Adapter,
     Layout,
+    Place,
     base_name,
-    by_layer,
+    by_place,
     check_name,
     in_model,
     of_adapter,
@@ -28,15 +29,18 @@ from fused_steer.adapters.parameters import (
     split_path,
     unwrapped,
 )
+from fused_steer.config import SITES
 
 LAYOUT = Layout("model.layers", 3, 8, "org/base")
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("site", SITES)
 @pytest.mark.parametrize("layers_path", ["", "layers", "model.layers", "base_model.model.transformer.h"])
-def test_parameters_split_path_undoes_path(layers_path, name):
-    path = Layout(layers_path, 12, 8).path(11, name)
-    assert split_path(path) == (layers_path, 11, name)
+def test_parameters_split_path_undoes_path(layers_path, site, name):
+    path = Layout(layers_path, 12, 8).path(Place(11, site), name)
+    assert path == ".".join(part for part in (layers_path, "11", site, name) if part)
+    assert split_path(path) == (layers_path, Place(11, site), name)
     assert out_of_model(in_model(path, "polite"), "polite") == path
     assert out_of_model(in_model(path, "polite"), "terse") is None
 
@@ -44,30 +48,38 @@ def test_parameters_split_path_undoes_path(layers_path, name):
 @pytest.mark.parametrize(
     "path",
     ["", "post_block.steer_up.weight", "layers.x.post_block.steer_up.weight", "layers.0.mlp.weight"]
-    + ["layers.0.post_block.steer_up.default.weight", "layers.0.post_block.steer_left.weight"],
+    + ["layers.0.steer_up.weight", "layers.0.in_block.steer_up.weight", "layers.0.post_block.steer_up.default.weight"]
+    + ["layers.0.post_block.steer_left.weight"],
 )
 def test_parameters_split_path_refuses_what_is_no_path(path):
     with refused(ValueError, repr(path), "expected names such as layers.0.post_block.steer_up.weight"):
         split_path(path)
 
 
-def test_parameters_by_layer_is_in_order_and_of_one_list():
-    tensors = {LAYOUT.path(i, name): (i, name) for i in (10, 2) for name in NAMES}
-    layers_path, layers = by_layer(tensors)
-    assert layers_path == "model.layers" and list(layers) == [2, 10]
-    assert LAYOUT.paths(layers) == tensors
-    assert by_layer({}) == ("", {})
+def test_parameters_by_place_is_in_order_and_of_one_list():
+    places = [Place(10), Place(2, "pre_mlp"), Place(2)]
+    tensors = {LAYOUT.path(place, name): (place, name) for place in places for name in NAMES}
+    layers_path, found = by_place(tensors)
+    assert layers_path == "model.layers" and list(found) == [Place(2), Place(2, "pre_mlp"), Place(10)]
+    assert LAYOUT.paths(found) == tensors
+    assert by_place({}) == ("", {})
     with refused(ValueError, "model.layers.10", "tower.layers.0", "expected those of one list of layers"):
-        by_layer({**tensors, "tower.layers.0.post_block.steer_up.weight": None})
+        by_place({**tensors, "tower.layers.0.post_block.steer_up.weight": None})
 
 
-CONFIGS = [SteerConfig(rank=2), SteerConfig(form="vector", layers=[1]), SteerConfig(down_bias=True, up_bias=True)]
+CONFIGS = [
+    SteerConfig(rank=2),
+    SteerConfig(form="vector", layers=[1]),
+    SteerConfig(down_bias=True, up_bias=True),
+    SteerConfig(rank=2, site=["post_mlp", "pre_mlp"]),
+]
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=["lowrank", "vector", "biases"])
+@pytest.mark.parametrize("config", CONFIGS, ids=["lowrank", "vector", "biases", "sites"])
 def test_parameters_shapes_are_those_of_a_fresh_adapter(config):
     shapes = LAYOUT.shapes(config)
-    assert list(shapes) == ([0, 1, 2] if config.layers is None else list(config.layers))
+    layers = [0, 1, 2] if config.layers is None else list(config.layers)
+    assert list(shapes) == [Place(i, site) for i in layers for site in config.sites]
     fresh = Adapter.fresh(config, 8, torch.device("cpu")).named_tensors()
     assert all(named == {name: tuple(t.shape) for name, t in fresh.items()} for named in shapes.values())
     LAYOUT.check_tensors(config, specs_of({i: fresh for i in shapes}))
@@ -78,12 +90,14 @@ def test_parameters_shapes_are_those_of_a_fresh_adapter(config):
 def test_parameters_check_tensors_names_the_first_that_is_wrong():
     config = SteerConfig(rank=2, layers=[0, 2])
     fresh = Adapter.fresh(config, 8, torch.device("cpu")).named_tensors()
-    whole = {0: fresh, 2: fresh}
+    first, second, last = map(Place, range(3))
+    whole = {first: fresh, last: fresh}
     for tensors, parts in (
-        ({0: fresh}, ("no tensor model.layers.2.post_block.steer_down.weight", "of shape (2, 8)")),
-        (whole | {1: fresh}, ("a tensor model.layers.1.post_block.steer_down.weight", "none but those of its config")),
-        (whole | {2: fresh | {"steer_up.weight": torch.zeros(8, 3)}}, ("layers.2", "(8, 3)", "torch.float32 (8, 2)")),
-        (whole | {0: {n: t.half() for n, t in fresh.items()}}, ("layers.0", "torch.float16", "torch.float32 (2, 8)")),
+        ({first: fresh}, ("no tensor model.layers.2.post_block.steer_down.weight", "of shape (2, 8)")),
+        (whole | {second: fresh}, ("a tensor model.layers.1.post_block.steer_down.weight", "none but those of its config")),
+        (whole | {Place(0, "post_mlp"): fresh}, ("a tensor model.layers.0.post_mlp", "none but those of its config")),
+        (whole | {last: fresh | {"steer_up.weight": torch.zeros(8, 3)}}, ("layers.2", "(8, 3)", "torch.float32 (8, 2)")),
+        (whole | {first: {n: t.half() for n, t in fresh.items()}}, ("layers.0", "torch.float16", "torch.float32 (2, 8)")),
     ):
         with refused(ValueError, *parts, "expected"):
             LAYOUT.check_tensors(config, specs_of(tensors))

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fused_steer import SteerConfig, patch_model
 from fused_steer.adapters.files import AdapterFile, write_adapter
+from fused_steer.adapters.parameters import Place
 from fused_steer.importers.pyreft import import_pyreft
 from fused_steer.importers.vectors import import_vector
 
@@ -167,7 +168,7 @@ def test_pyreft_and_vectors_bfloat16_is_exact_in_float32(name, tmp_path):
     shifts = save_pyreft(tmp_path / "reft", interventions)
     found = import_pyreft(tmp_path / "reft", positions="all", activation="identity", **LLAMA)
     assert assert_same_function(found, shifts, tmp_path / "out").dtype == "float32"
-    up = found.tensors[1]["steer_up.weight"]
+    up = found.tensors[Place(1)]["steer_up.weight"]
     theirs = interventions[1]
     assert torch.equal(up, theirs.rotate_layer.columns if name == "Loreft" else theirs.proj_layer.weight.t().float())
 
@@ -180,7 +181,7 @@ def test_pyreft_and_vectors_the_rotation_is_that_of_torch(tmp_path):
     for i, intervention in interventions.items():
         r_t = intervention.rotate_layer.columns
         assert_close(r_t.t() @ r_t, torch.eye(RANK))
-        assert torch.equal(found.tensors[i]["steer_up.weight"], r_t)
+        assert torch.equal(found.tensors[Place(i)]["steer_up.weight"], r_t)
 
 
 @pytest.mark.parametrize("as_dicts", [False, True])
@@ -429,7 +430,7 @@ def named(prefix: str) -> Callable[[dict[int, Tensor]], dict[str, Tensor]]:
 #: name of the file -> what of the vectors is in it, how it is written.
 KINDS: dict[str, tuple[Callable[[dict[int, Tensor]], Any], Callable[..., Any]]] = {
     "repeng.gguf": (named("direction."), write_gguf),
-    "by_layer.safetensors": (named("layers."), save_file),
+    "by_place.safetensors": (named("layers."), save_file),
     "by_name.pt": (named("layer."), torch.save),
     "by_number.pt": (named(""), torch.save),
     "by_integer.pt": (dict, torch.save),
@@ -486,7 +487,7 @@ def test_pyreft_and_vectors_half_precision_is_kept(name, tmp_path):
     save(state(vectors), tmp_path / name)
     found = import_vector(tmp_path / name, scale=SCALE, **LLAMA)
     assert assert_same_function(found, additions(vectors), tmp_path / "out").dtype == "float16"
-    assert all(torch.equal(found.tensors[i]["steer_up.bias"], v) for i, v in vectors.items())
+    assert all(torch.equal(found.tensors[Place(i)]["steer_up.bias"], v) for i, v in vectors.items())
 
 
 def test_pyreft_and_vectors_the_base_models_config_must_fit(tmp_path):
