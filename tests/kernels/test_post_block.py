@@ -33,6 +33,7 @@ def fused(inputs: Inputs, activation: str = "silu") -> Tensor:
         scale=inputs.scale,
         gain=inputs.gain,
         basis=inputs.basis,
+        reads=inputs.reads,
     )
 
 
