@@ -4,8 +4,9 @@
     a   = x W1[i]ᵀ + b1[i]                               (N, r)   i = adapter_ids (N,): the token's slot; below 0, none
     out = x + g ⊙ (φ[i](a) W2[i]ᵀ + b2[i])               (N, d)   W1 = downs (A, r, d), W2 = ups (A, d, r)
 
-or, with reads = "branch", a = branch W1[i]ᵀ + b1[i]; or, `into_branch`, branch + g ⊙ (…) in branch's own memory, the residual left un-added: what a runtime wants that hands
-the pair on to a fused add and norm. A token without adapter is `residual + branch` to the bit; its branch not touched.
+With reads = "branch" W1 is applied to branch instead of x. `into_branch`, branch + g ⊙ (…) is written into branch's own
+memory, the residual left un-added: what a runtime wants that hands the pair on to a fused add and norm. A token without
+adapter is `residual + branch` to the bit; its branch not touched.
 
 Two launches: what reduces over d, and what writes. Two schedules, chosen by the number of tokens alone, as the ids are
 on the device. *Few* (decode): a program has one token, and a part of d. *Many* (prefill): a program has a tile of
@@ -538,8 +539,9 @@ def post_block_grouped(
 ) -> Tensor:
     """Post-block steering with an adapter for each token: x + g ⊙ (φ(x W1[i]ᵀ + b1[i]) W2[i]ᵀ + b2[i]).
 
-    x = residual + branch, i = adapter_ids; with reads="branch" W1 is applied to branch instead. Forward only. An adapter of a lower rank than the slots' has zeros there. No
-    host synchronisation on a GPU, nothing allocated that grows with A · N, so that a CUDA graph can capture it.
+    x = residual + branch, i = adapter_ids; with reads="branch" W1 is applied to branch instead. Forward only. An
+    adapter of a lower rank than the slots' has zeros there. No host synchronisation on a GPU, nothing allocated that
+    grows with A · N, so that a CUDA graph can capture it.
 
     Args:
         residual: (..., d), float32, bfloat16 or float16.

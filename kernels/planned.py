@@ -33,9 +33,7 @@ class PlannedPostBlock:
         "_activation", "_inference", "_reads", "_scale", "_training", "_where", "backend", "last", "last_trained",
     )  # fmt: skip
 
-    def __init__(
-        self, activation: str, scale: float, weights: tuple[Tensor | None, ...], reads: str = "sum"
-    ) -> None:
+    def __init__(self, activation: str, scale: float, weights: tuple[Tensor | None, ...], reads: str = "sum") -> None:
         """
         Args:
             activation: φ by name.
@@ -163,8 +161,8 @@ class _Training:
     """The plans of a call and of its backward pass, and which operands need a gradient: the guard has seen that."""
 
     __slots__ = (
-        "backward", "constants", "forward", "kept", "keeps_branch", "last", "needs", "order", "places", "saves",
-        "states", "where", "whole",
+        "backward", "constants", "forward", "kept", "keeps_branch", "last", "needs", "order", "passed",
+        "places", "saves", "states", "where", "whole",
     )  # fmt: skip
 
     def __init__(
@@ -195,8 +193,8 @@ class _Training:
         self.kept = slice(0 if down and not reads_branch else 1, 2 if self.saves[1] else 1)  # of the forward's results
         #: For each operand, the place of its gradient among the results; -1: the incoming one; None: it needs none.
         order = [place for place, need in enumerate(self.needs) if need]
-        place = order.index(0) if self.needs[0] else -1
-        of_each = (-1, place) if reads_branch else (place,) * len(of_states)
+        of_read = order.index(0) if self.needs[0] else -1
+        of_each = (-1, of_read) if reads_branch else (of_read,) * len(of_states)
         self.places: list[int | None] = [x if want else None for x, want in zip(of_each, of_states, strict=True)]
         present = [place + 1 for place, there in enumerate(where) if there]
         self.places += [order.index(place) if self.needs[place] else None for place in present]

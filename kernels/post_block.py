@@ -15,8 +15,8 @@ and backward, with G = ∂L/∂out:
 
     dW1 = daᵀ out − (daᵀ h) W2'ᵀ − (daᵀ (s · g)) b2ᵀ        rowsum(G ⊙ u) = φ(a)·(G W2') + G·b2
 
-With reads = "branch" W1 is applied to branch instead of x: a = branch W1ᵀ + b1. Then residual has the gradient G, branch
-has G + da W1, and dW1 = daᵀ branch: branch is kept in place of `out`, and nothing is taken off.
+With reads = "branch" W1 is applied to branch instead of x: a = branch W1ᵀ + b1. Then residual has the gradient G,
+branch has G + da W1, and dW1 = daᵀ branch: branch is kept in place of `out`, and nothing is taken off.
 
 The file reads from the kernels to what a user calls: kernels, launchers, forward and backward on any backend,
 registered ops, autograd, `post_block`. It is one file, though long, so that the op can be read from top to bottom.
@@ -860,15 +860,15 @@ def triton_forward(
     sums_r = max(8, next_power_of_2(rank))  # not of the ranks that are padding where they are half of all
     held_sums = slots * writing.block_n * sums_r  # at once, a thread has registers for 64 of them
     partial = empty(tokens, reducing.splits, sums_r, dtype=torch.float32, device=residual.device)
+    read, of_read = (residual, branch), strides
     if reads == "branch":
         read, of_read = (branch, None), (inner, *of_branch, 0, 0)
-    else:
-        read, of_read = (residual, branch), strides
     launch(
         post_block_fwd_down_kernel, (reducing.programs, reducing.splits),
         *read, down, partial, tokens, hidden, reducing.part, *of_read,
-        schedule=reducing, **states | {"HAS_BRANCH": read[1] is not None}, EVEN_D=hidden % reducing.block_d == 0, GROUPS=reducing.groups,
-        STAGES=reducing.num_stages, AT_ONCE=at_once and reducing.part == reducing.block_d, SUMS_R=sums_r,
+        schedule=reducing, **states | {"HAS_BRANCH": read[1] is not None}, EVEN_D=hidden % reducing.block_d == 0,
+        GROUPS=reducing.groups, STAGES=reducing.num_stages, SUMS_R=sums_r,
+        AT_ONCE=at_once and reducing.part == reducing.block_d,
     )  # fmt: skip
     launch(
         post_block_fwd_up_kernel, (writing.programs, writing.splits),
@@ -884,7 +884,8 @@ def triton_forward(
 def triton_backward(grad: Tensor, kept: Tensor | None, a: Tensor | None, operands: Operands, needs: Needs) -> Gradients:
     """The backward pass in at most three launches, four at ranks for which the columns kernel takes two passes.
 
-    kept: `out`, or branch where W1 is applied to that. The parameters' gradients come in the parameters' dtypes, each in a storage of its own.
+    kept: `out`, or branch where W1 is applied to that. The parameters' gradients come in the parameters' dtypes, each
+    in a storage of its own.
     """
     down, up, down_bias, up_bias, gain, _, scale, activation, packed, reads = operands
     hidden = grad.shape[-1]
@@ -970,7 +971,8 @@ def triton_backward(grad: Tensor, kept: Tensor | None, a: Tensor | None, operand
             slab, da_sums, *((p_up, up_bias) if needs.down and not reads_branch else (None, None)),
             result.down, result.up, result.down_bias, result.up_bias,
             hidden, slab_size, parts, 0 if da_sums is None else da_sums.shape[0],
-            schedule=schedule, **constants, READS_BRANCH=reads_branch, PADDED_R=block_r, CORRECTION=dot_precision(torch.float32, device.gpu, 0),
+            schedule=schedule, **constants, READS_BRANCH=reads_branch, PADDED_R=block_r,
+            CORRECTION=dot_precision(torch.float32, device.gpu, 0),
             NEED_DOWN=needs.down, NEED_UP=needs.up, NEED_DOWN_BIAS=needs.down_bias, NEED_UP_BIAS=needs.up_bias,
             EVEN_D=hidden % schedule.block_d == 0, STAGES=schedule.num_stages,
         )  # fmt: skip
