@@ -7,6 +7,20 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+#: What W1 may be applied to: residual + branch, or branch alone.
+READS = ("sum", "branch")
+
+
+def check_reads(reads: str, branch: Tensor | None) -> None:
+    """
+    Raises:
+        ValueError: `reads` is not one of `READS`, or there is no branch to read.
+    """
+    if reads not in READS:
+        raise ValueError(f"reads is {reads!r}; expected one of {', '.join(READS)}")
+    if reads == "branch" and branch is None:
+        raise ValueError("reads is 'branch' but branch is None; expected a branch, or reads='sum'")
+
 
 class Packed(NamedTuple):
     """W1 and W2' in the form in which the kernels multiply them.
@@ -24,7 +38,7 @@ class Operands(NamedTuple):
     """What steers a hidden state in one call of `post_block`: the adapter, its strength, φ. See `post_block`.
 
     up: W2; a backend gets W2', already projected, and no basis. packed, of `down` and `up`, is read in their place by
-    the Triton backend; the result has the same bits.
+    the Triton backend; the result has the same bits. reads: "sum" or "branch", what W1 is applied to.
     """
 
     down: Tensor | None = None
@@ -36,6 +50,7 @@ class Operands(NamedTuple):
     scale: float | Tensor = 1.0
     activation: str = "silu"
     packed: Packed | None = None
+    reads: str = "sum"
 
     @property
     def rank(self) -> int:
@@ -44,7 +59,10 @@ class Operands(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """Which gradients a backward pass has to compute. `row_dot` serves those of `scale` and `gain`."""
+    """Which gradients a backward pass has to compute. `row_dot` serves those of `scale` and `gain`.
+
+    x: that of what W1 is applied to: the sum, or branch alone.
+    """
 
     x: bool
     down: bool
@@ -58,8 +76,9 @@ class Needs(NamedTuple):
 class Gradients:
     """What a backward pass computed; None where `Needs` did not ask.
 
-    x: (..., d) in the dtype of the incoming gradient, that of residual and branch alike; down: (r, d); up: (d, r), of
-    the projected up matrix; down_bias: (r,); up_bias: (d,); row_dot: (N,), Σ_d G·u. row_dot is in the accumulating
+    x: (..., d) in the dtype of the incoming gradient, of what W1 is applied to: residual and branch have this gradient
+    alike, or, where branch is read, branch alone, and residual has the incoming one. down: (r, d); up: (d, r), of the
+    projected up matrix; down_bias: (r,); up_bias: (d,); row_dot: (N,), Σ_d G·u. row_dot is in the accumulating
     dtype; the others are in that or in the dtype of their parameter.
     """
 
@@ -76,6 +95,7 @@ class GroupedCall:
     """One call of `post_block_grouped`, checked: hidden states as (N, d) of any row stride. See `post_block_grouped`.
 
     activation: by name, or of each slot by its place in `ACTIVATIONS`; ids: (N,); gain: (N,); out: (N, d), written.
+    reads: "sum" or "branch", what W1 is applied to.
     """
 
     residual: Tensor
@@ -89,6 +109,7 @@ class GroupedCall:
     gain: Tensor | None
     out: Tensor
     into_branch: bool
+    reads: str = "sum"
 
     @property
     def rank(self) -> int:

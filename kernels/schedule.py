@@ -455,14 +455,17 @@ def rows_schedule(tokens: int, hidden: int, rank: int, policy: str, device: Devi
 
 
 @functools.lru_cache(maxsize=4096)
-def columns_schedule(tokens: int, hidden: int, rank: int, policy: str, device: Device) -> Schedule:
+def columns_schedule(
+    tokens: int, hidden: int, rank: int, policy: str, device: Device, corrected: bool = True
+) -> Schedule:
     """Layout of the backward's second kernel, which reduces over tokens: a program owns `block_d` columns of a part of
     the rows (every `splits`-th tile), keeps its weights and its sums in registers, and writes the sums to a slab.
-    The parts are chosen so that the programs, those of daᵀ h among them, fill the multiprocessors in whole waves."""
+    The parts are chosen so that the programs, with `corrected` those of daᵀ h among them, fill the multiprocessors in
+    whole waves."""
     block_r = padded_rank(rank)
     block_n, block_d, warps, stages = _backward_tile("columns", hidden, block_r, policy, device)
     blocks, tiles = ceil_div(hidden, block_d), ceil_div(tokens, block_n)
-    a_part = blocks + (ceil_div(block_r, CROSS_RANK) ** 2 if rank else 0)
+    a_part = blocks + (ceil_div(block_r, CROSS_RANK) ** 2 if rank and corrected else 0)
     at_once = 8 // warps * device.multiprocessors  # what the registers of a multiprocessor hold: eight warps
 
     def time(parts: int) -> int:
