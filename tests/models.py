@@ -132,7 +132,7 @@ def input_gradient(model: PreTrainedModel, **options: Any) -> Tensor:
 
 def steering_parameters(model: nn.Module, adapter: str = "default") -> dict[str, nn.Parameter]:
     """An adapter's parameters by path, without the adapter's name: `model.layers.0.post_block.steer_up.weight`."""
-    named = ((name.split(f".{adapter}."), p) for name, p in model.named_parameters() if ".post_block." in name)
+    named = ((name.split(f".{adapter}."), p) for name, p in model.named_parameters() if ".steer_" in name)
     return {".".join(parts): p for parts, p in named if len(parts) == 2}
 
 
@@ -150,7 +150,9 @@ def randomize(model: nn.Module, adapter: str = "default", seed: int = 1) -> dict
 class Hooked:
     """The reference: a copy of an unpatched model whose blocks are steered by forward hooks, all else left to autograd.
 
-    leaves: copies of the given adapter parameters, by the same names; states: by layer's path, what its hook made last.
+    leaves: copies of the given adapter parameters, by the same names; states: by the path of the layer, or of another
+    site than post_block, what its hook made last; calls: how often it did; modules: which module of a layer each of the
+    other sites is at.
     """
 
     def __init__(
@@ -160,14 +162,22 @@ class Hooked:
         *,
         scale: float = 1.0,
         activation: Callable[[Tensor], Tensor] = F.silu,
+        modules: Mapping[str, str] | None = None,
     ) -> None:
+        self.modules = modules or {}
+        self.calls: dict[str, int] = {}
         self.base = copy.deepcopy(base)
         self.model = copy.deepcopy(base).requires_grad_(False)
         self.leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in parameters.items()}
         self.states: dict[str, Tensor] = {}
         self.scale, self.activation = scale, activation
-        for path in dict.fromkeys(name.partition(".post_block.")[0] for name in parameters):
-            self.model.get_submodule(path).register_forward_hook(self._hook(path))
+        for path in dict.fromkeys(name.partition(".steer_")[0] for name in parameters):
+            layer, _, site = path.rpartition(".")
+            module = self.model.get_submodule(layer if site == "post_block" else f"{layer}.{self.modules[site]}")
+            if site == "pre_mlp":
+                module.register_forward_pre_hook(self._pre_hook(path), with_kwargs=True)
+            else:
+                module.register_forward_hook(self._hook(path))
 
     def double(self) -> Hooked:
         """The same in float64, as far as the model's own code stays in it: the truth."""
@@ -175,20 +185,35 @@ class Hooked:
         if hasattr(base, "set_experts_implementation"):
             base.set_experts_implementation("eager")  # grouped products have no float64
         leaves = {name: leaf.double() for name, leaf in self.leaves.items()}
-        return Hooked(base, leaves, scale=self.scale, activation=self.activation)
+        return Hooked(base, leaves, scale=self.scale, activation=self.activation, modules=self.modules)
 
     def _hook(self, path: str) -> Callable[..., Any]:
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
             in_sequence = isinstance(output, (tuple, list))
             hidden, *rest = output if in_sequence else (output,)
-            self.states[path] = hidden + self.scale * self._shift(path, hidden)
-            return type(output)((self.states[path], *rest)) if in_sequence else self.states[path]
+            steered = self._steer(path, hidden)
+            return type(output)((steered, *rest)) if in_sequence else steered
 
         return hook
 
+    def _pre_hook(self, path: str) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            if args:
+                return (self._steer(path, args[0]), *args[1:]), kwargs
+            name, hidden = next(iter(kwargs.items()))
+            return args, {**kwargs, name: self._steer(path, hidden)}
+
+        return hook
+
+    def _steer(self, path: str, hidden: Tensor) -> Tensor:
+        steered = hidden + self.scale * self._shift(path, hidden)
+        self.states[path.removesuffix(".post_block")] = steered
+        self.calls[path] = self.calls.get(path, 0) + 1
+        return steered
+
     def _shift(self, path: str, hidden: Tensor) -> Tensor:
         w1, b1, w2, b2 = (
-            self.leaves.get(f"{path}.post_block.{name}")
+            self.leaves.get(f"{path}.{name}")
             for name in ("steer_down.weight", "steer_down.bias", "steer_up.weight", "steer_up.bias")
         )
         if w1 is None:

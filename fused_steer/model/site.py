@@ -250,6 +250,7 @@ class SteeringSite(Site):
             activation=self.activation,
             # float64 is multiplied by what the config says, not by its rounded value.
             scale=self.scale if residual.dtype == torch.float64 else self.strength,
+            reads=self.reads,
         )
 
     def _plan(self, residual: Tensor) -> tuple[Any, Callable[[], tuple[Tensor, ...]]] | None:
@@ -295,7 +296,7 @@ class SteeringSite(Site):
         plain = all("weight" in factor._parameters for factor in factors)
         simple = plain and w1 is not None and b1 is None and b2 is None and self.basis is None
         planned_op = PlannedPostBlock if self.basis is None else _PlannedConstrained
-        steer = planned_op(self.activation, self.scale, (w1, w2, b1, b2))
+        steer = planned_op(self.activation, self.scale, (w1, w2, b1, b2), self.reads)
         planned = self.__dict__["_planned"] = (steer, usual if simple else general)
         return planned
 

@@ -198,7 +198,7 @@ def run_batch(
     # Whatever an exception interrupts, each change has been given to `undo` before, or in the same line.
     for place, site in sites.items():
         undo.callback(setattr, site, "rows", None)
-        site.rows = Rows(batch, batch.held.slots.get(place))
+        site.rows = Rows(batch, batch.held.slots.get(place), site.reads)
     before, after = _Hook(_before_forward, batch, names), _Hook(_after_forward, batch)
     undo.callback(before.stop)
     undo.callback(after.stop)

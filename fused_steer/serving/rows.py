@@ -32,14 +32,16 @@ class Pass(Protocol):
 class Rows(nn.Module):
     """Steers one place by rows while a batch runs. For inference."""
 
-    def __init__(self, batch: Pass, slots: Slots | None) -> None:
+    def __init__(self, batch: Pass, slots: Slots | None, reads: str) -> None:
         """
         Args:
+            reads: what steers there, "sum" or "branch".
             slots: that hold the batch's adapters of this place; None: no adapter of the batch steers it.
         """
         super().__init__()
         self.batch = batch
         self.slots = slots
+        self.reads = reads
 
     def forward(self, residual: Tensor, branch: Tensor | None) -> Tensor:
         """residual + branch, each row steered by its own adapter. (rows, tokens, d)
@@ -55,8 +57,9 @@ class Rows(nn.Module):
         if is_grad_enabled() and (residual.requires_grad or branch is not None and branch.requires_grad):
             raise RuntimeError("steering.batch is for inference; expected torch.no_grad() around the model")
         if is_compiling():
-            return slots(residual, branch, batch.ids.to(residual.device), batch.gain.to(residual.device))
-        return slots.routed(residual, branch, batch.routing(residual.device))
+            ids, gain = batch.ids.to(residual.device), batch.gain.to(residual.device)
+            return slots(residual, branch, ids, gain, self.reads)
+        return slots.routed(residual, branch, batch.routing(residual.device), self.reads)
 
     def plan(self, device: torch.device) -> tuple[Slots, Callable[[], tuple[Tensor, ...]]] | None:
         """The slots with their launch plans, and a function that returns what a plan takes behind residual and branch.

@@ -231,6 +231,7 @@ class Slots(nn.Module):
         branch: Tensor | None,
         ids: Tensor,
         gain: Tensor | None = None,
+        reads: str = "sum",
         into_branch: bool = False,
     ) -> Tensor:
         """residual + branch, each token steered by the adapter of its slot: see `post_block_grouped`.
@@ -239,6 +240,7 @@ class Slots(nn.Module):
             residual, branch: (..., d).
             ids: (...), the slots, int32 or int64; a negative one is no adapter.
             gain: (...), strength included; None is 1.
+            reads: what steers, "sum" or "branch".
             into_branch: write branch + shift into `branch`, and leave the residual un-added.
         """
         return post_block_grouped(
@@ -251,11 +253,14 @@ class Slots(nn.Module):
             up_biases=self.up_biases,
             activation=self.codes,
             gain=gain,
+            reads=reads,
             into_branch=into_branch,
         )
 
-    def routed(self, residual: Tensor, branch: Tensor | None, routing: Routing) -> Tensor:
+    def routed(self, residual: Tensor, branch: Tensor | None, routing: Routing, reads: str = "sum") -> Tensor:
         """The same of tokens whose routing is worked out, outside of compiled graphs and without a gradient.
+
+        `reads` is the same in all calls.
 
         Args:
             residual, branch: (..., d), float32, bfloat16 or float16, on the device of the slots and the routing.
@@ -266,7 +271,7 @@ class Slots(nn.Module):
             if out is not None:
                 self.last, self.backend = run, "triton"
                 return out
-        return self._routed(residual, branch, routing)
+        return self._routed(residual, branch, routing, reads)
 
     def operands(self, routing: Routing) -> tuple[Tensor, ...]:
         """What a plan's function takes behind residual and branch."""
@@ -275,7 +280,7 @@ class Slots(nn.Module):
             self.weights = (buffers, tuple(b for b in buffers if b is not None))
         return (*routing.operands, *self.weights[1])
 
-    def _routed(self, residual: Tensor, branch: Tensor | None, routing: Routing) -> Tensor:
+    def _routed(self, residual: Tensor, branch: Tensor | None, routing: Routing, reads: str) -> Tensor:
         operands = self.operands(routing)
         buffers = self.weights[0]
         shape = (*routing.places, self.hidden)
@@ -289,9 +294,10 @@ class Slots(nn.Module):
             raise ValueError(f"residual is on {residual.device}; expected {buffers[4].device}, where the slots are")
         backend = self.backend = select_backend(residual.device)
         if backend != "triton" or branch is None:
-            return post_block_routed(residual, branch, buffers, routing, backend)
+            return post_block_routed(residual, branch, buffers, routing, backend, reads)
         (out,), plan = Plan.make(
-            (residual, branch, *operands), lambda: (post_block_routed(residual, branch, buffers, routing, backend),)
+            (residual, branch, *operands),
+            lambda: (post_block_routed(residual, branch, buffers, routing, backend, reads),),
         )
         if plan is not None:
             keep(self._plans, residual.shape, plan.run)

@@ -90,14 +90,23 @@ def test_parameters_shapes_are_those_of_a_fresh_adapter(config):
 def test_parameters_check_tensors_names_the_first_that_is_wrong():
     config = SteerConfig(rank=2, layers=[0, 2])
     fresh = Adapter.fresh(config, 8, torch.device("cpu")).named_tensors()
-    first, second, last = map(Place, range(3))
-    whole = {first: fresh, last: fresh}
+    a, b, c = map(Place, range(3))
+    whole = {a: fresh, c: fresh}
     for tensors, parts in (
-        ({first: fresh}, ("no tensor model.layers.2.post_block.steer_down.weight", "of shape (2, 8)")),
-        (whole | {second: fresh}, ("a tensor model.layers.1.post_block.steer_down.weight", "none but those of its config")),
+        ({a: fresh}, ("no tensor model.layers.2.post_block.steer_down.weight", "of shape (2, 8)")),
+        (
+            whole | {b: fresh},
+            ("a tensor model.layers.1.post_block.steer_down.weight", "none but those of its config"),
+        ),
         (whole | {Place(0, "post_mlp"): fresh}, ("a tensor model.layers.0.post_mlp", "none but those of its config")),
-        (whole | {last: fresh | {"steer_up.weight": torch.zeros(8, 3)}}, ("layers.2", "(8, 3)", "torch.float32 (8, 2)")),
-        (whole | {first: {n: t.half() for n, t in fresh.items()}}, ("layers.0", "torch.float16", "torch.float32 (2, 8)")),
+        (
+            whole | {c: fresh | {"steer_up.weight": torch.zeros(8, 3)}},
+            ("layers.2", "(8, 3)", "torch.float32 (8, 2)"),
+        ),
+        (
+            whole | {a: {n: t.half() for n, t in fresh.items()}},
+            ("layers.0", "torch.float16", "torch.float32 (2, 8)"),
+        ),
     ):
         with refused(ValueError, *parts, "expected"):
             LAYOUT.check_tensors(config, specs_of(tensors))
