@@ -210,6 +210,7 @@ def _write_imported(file: Path, adapter: AdapterFile, out: Path, tokens: str, **
         "scale": config.scale,
         "hidden_size": layout.hidden,
         "layers": layers,
+        **({} if config.site == "post_block" else {"site": ", ".join(config.sites)}),
         "tokens": tokens,
         "dtype": config.dtype,
         "base_model": layout.base or None,

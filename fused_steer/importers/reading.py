@@ -19,7 +19,7 @@ from torch import Tensor
 from ..adapters.files import AdapterFile
 from ..adapters.parameters import Layout, Place
 from ..config import DTYPES, SteerConfig
-from ..model.decoder import find_decoder, meta_model
+from ..model.decoder import Decoder, find_decoder, meta_model
 
 _PATH = re.compile(r"\w+(\.\w+)*")
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -49,13 +49,7 @@ def layout(base: str, num_layers: int | None, layers_path: str | None) -> Layout
             f"{' and '.join(missing)} not given; expected both (--num-layers, --layers-path), or the base model "
             "(--base-model) to read them from: the file does not record them"
         )
-    try:
-        decoder = find_decoder(meta_model(base))
-    except Exception as error:
-        raise ValueError(
-            f"the base model {base!r} does not tell its layers ({type(error).__name__}: {first_line(error)}); "
-            "expected a directory or hub id with a config, or both num_layers and layers_path"
-        ) from error
+    decoder = decoder_of(base)
     for name, given, found in (
         ("num_layers", num_layers, len(decoder.layers)),
         ("layers_path", layers_path, decoder.path),
@@ -63,6 +57,21 @@ def layout(base: str, num_layers: int | None, layers_path: str | None) -> Layout
         if given not in (None, found):
             raise ValueError(f"{name} is {given}; expected {found}, as the base model {base!r} has")
     return replace(decoder.layout, base=base)
+
+
+def decoder_of(base: str) -> Decoder:
+    """The decoder layers of a base model, without weights, by its config.
+
+    Raises:
+        ValueError: the config cannot be read, or says of no decoder layers.
+    """
+    try:
+        return find_decoder(meta_model(base))
+    except Exception as error:
+        raise ValueError(
+            f"the base model {base!r} does not tell its layers ({type(error).__name__}: {first_line(error)}); "
+            "expected a directory or hub id with a config, or both num_layers and layers_path"
+        ) from error
 
 
 def assemble(

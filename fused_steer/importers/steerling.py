@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,17 +13,21 @@ import torch
 from torch import Tensor
 
 from ..adapters.files import AdapterFile
-from ..adapters.parameters import DOWN, UP, UP_BIAS
+from ..adapters.parameters import DOWN, UP, UP_BIAS, Place
 from ..config import SteerConfig
 from ..kernels import ACTIVATIONS
-from .reading import DTYPE_NAMES, assemble, checked_tensor, layout, naming, read_pickle, read_safetensors
+from ..model.residual import ResidualNotFound
+from ..model.sublayers import find_in, parts_of
+from .reading import DTYPE_NAMES, assemble, checked_tensor, decoder_of, layout, naming, read_pickle, read_safetensors
 
 _BASE = "base_model."
 _INDEX = r"layer(0|[1-9][0-9]*)"
-_MATRIX = re.compile(rf"(?:adapters\.)?{_INDEX}_block\.(down|up)\.weight")
-_VECTOR = re.compile(rf"(?:deltas\.)?{_INDEX}_block")
-_OTHER_SITE = re.compile(rf"(?:adapters\.|deltas\.)?{_INDEX}_(attn|mlp)(?:\..*)?")
+_SITE = r"(block|attn|mlp)"
+_MATRIX = re.compile(rf"(?:adapters\.)?{_INDEX}_{_SITE}\.(down|up)\.weight")
+_VECTOR = re.compile(rf"(?:deltas\.)?{_INDEX}_{_SITE}")
 
+#: Their sites (`--submodules`) -> ours. `attn` is after the layer's `post_attention_layernorm`, `mlp` after its `mlp`.
+_SITES = {"block": "post_block", "attn": "pre_mlp", "mlp": "post_mlp"}
 #: Their part of a layer -> our parameter below the site.
 _PARAMETERS = {"down": DOWN, "up": UP, "vector": UP_BIAS}
 
@@ -54,7 +58,9 @@ def import_steerling(
     It may be a whole Trainer checkpoint (`pytorch_model.bin`, `model.safetensors`) or what was saved of the steering
     alone (`adapter_steerer.pt`). Of layer i it has `adapters.layer{i}_block.down.weight` (r, d) and `….up.weight`
     (d, r), or `deltas.layer{i}_block` (d,), with or without the first word; the values and their dtype are kept.
-    `base_model.*` is left out. A pickle is opened by `torch.load(weights_only=True)`, which executes nothing in it.
+    In place of `block`, our post_block, or beside it there may be `attn` and `mlp` (`--submodules`), our pre_mlp and
+    post_mlp in a model that feeds its `mlp` by a `post_attention_layernorm`. `base_model.*` is left out. A pickle is
+    opened by `torch.load(weights_only=True)`, which executes nothing in it.
 
     The file does not record which tokens were steered, either. fused-steer steers all of them, as the released code
     does unless it was trained with `--intervene-last`: such a file is imported, and is then another function.
@@ -64,8 +70,9 @@ def import_steerling(
         scale: the released code's alpha; it has none for vectors, which is 1.0.
         activation: φ, for a low-rank adapter: identity (the released code's None and --linear), silu, gelu, gelu_tanh,
             relu or tanh. Vectors have none.
-        base: the base model's name, recorded in the adapter; "" for none. Unless both of the next two are given, it is
-            a directory or hub id whose config is read for them (no weights, no code), and the file must fit it.
+        base: the base model's name, recorded in the adapter; "" for none. Unless both of the next two are given, and
+            for the sites `attn` and `mlp`, it is a directory or hub id whose config is read (no weights, no code), and
+            the file must fit it.
         num_layers: the base model's decoder layers. The file has the steered ones alone, which may be fewer.
         layers_path: where they are in the model: "model.layers" in a LlamaForCausalLM, "transformer.h" in a GPT-2.
 
@@ -76,8 +83,8 @@ def import_steerling(
         FileNotFoundError: there is no such file.
         TypeError: an argument of the wrong type.
         ValueError: an argument is missing or out of range, the base's config cannot be read or does not fit, or the
-            file cannot be read safely, has other entries (those of the sites `attn` and `mlp` among them), none,
-            entries that do not fit each other, or values that are not finite.
+            file cannot be read safely, has other entries, none, entries that do not fit each other or the model's
+            layers, or values that are not finite.
     """
     if scale is None:
         raise ValueError("scale is not given; expected a number (--scale): the file does not record it")
@@ -85,8 +92,8 @@ def import_steerling(
     target = layout(base, num_layers, layers_path)
     entries, ignored = _read(Path(file))
     with naming(file):
-        layers = _by_layer(entries, len(ignored))
-        hidden, rank, dtype = _sizes(layers)
+        places = _by_place(entries, len(ignored))
+        hidden, rank, dtype = _sizes(places)
         if rank and activation is None:
             raise ValueError(
                 f"activation is not given; expected one of {', '.join(ACTIVATIONS)} (--activation): "
@@ -94,11 +101,12 @@ def import_steerling(
             )
         if not rank and activation is not None:
             raise ValueError(f"activation is {activation!r} (--activation), and it holds vectors; expected none given")
+        _check_sites(places, base)
     adapter = assemble(
         file,
         target,
         hidden,
-        {i: {_PARAMETERS[part]: tensor for part, tensor in parts.items()} for i, parts in layers.items()},
+        {place: {_PARAMETERS[part]: tensor for part, tensor in parts.items()} for place, parts in places.items()},
         form="lowrank" if rank else "vector",
         rank=rank,
         activation=activation,
@@ -125,62 +133,84 @@ def _read(file: Path) -> tuple[dict[str, Any], list[str]]:
     return {key: value for key, value in state.items() if not key.startswith(_BASE)}, ignored
 
 
-def _by_layer(entries: Mapping[str, Any], ignored: int) -> dict[int, dict[str, Tensor]]:
-    """The tensors by layer, in order, and by part: down and up, or vector."""
-    layers: dict[int, dict[str, Tensor]] = {}
+def _by_place(entries: Mapping[str, Any], ignored: int) -> dict[Place, dict[str, Tensor]]:
+    """The tensors by place, in order, and by part: down and up, or vector."""
+    places: dict[Place, dict[str, Tensor]] = {}
     for key, value in entries.items():
-        other, matrix, vector = (form.fullmatch(key) for form in (_OTHER_SITE, _MATRIX, _VECTOR))
-        if other:
-            raise ValueError(f"it steers at another site, {key!r} ({other[2]}); expected layer<i>_block alone")
+        matrix, vector = (form.fullmatch(key) for form in (_MATRIX, _VECTOR))
         if matrix:
-            index, part = int(matrix[1]), matrix[2]
+            place, part = Place(int(matrix[1]), _SITES[matrix[2]]), matrix[3]
         elif vector:
-            index, part = int(vector[1]), "vector"
+            place, part = Place(int(vector[1]), _SITES[vector[2]]), "vector"
         else:
             raise ValueError(
                 f"it has an unknown key {key!r}; expected names such as adapters.layer0_block.down.weight, "
                 "deltas.layer0_block and base_model.*"
             )
-        parts = layers.setdefault(index, {})
+        parts = places.setdefault(place, {})
         if part in parts:
             raise ValueError(f"it has {key!r} with and without the first word; expected it once")
         parts[part] = checked_tensor(key, value, dimensions=2 if matrix else 1)
-    if not layers:
+    if not places:
         raise ValueError(
             f"it has no adapter, only {ignored} base_model.* entries; expected keys such as "
             "adapters.layer0_block.down.weight or deltas.layer0_block"
         )
-    return dict(sorted(layers.items()))
+    return dict(sorted(places.items()))
 
 
-def _sizes(layers: Mapping[int, Mapping[str, Tensor]]) -> tuple[int, int, torch.dtype]:
-    """Hidden size, rank (0: vectors) and dtype, which all layers share."""
-    vectors = [i for i, parts in layers.items() if "vector" in parts]
-    matrices = [i for i, parts in layers.items() if parts.keys() != {"vector"}]
+def _check_sites(places: Iterable[Place], base: str) -> None:
+    """Refuse `attn` and `mlp` of a base model that has something else than our sites where their hooks are."""
+    sites = {place.site for place in places} - {"post_block"}
+    if not sites:
+        return
+    if not base:
+        raise ValueError(
+            "it steers at attn or mlp; expected the base model (--base-model) to see what its layers have there"
+        )
+    for index, layer in enumerate(decoder_of(base).layers):
+        for site in sorted(sites):
+            try:
+                found = find_in(type(layer), site, parts_of(layer, type(layer)))
+            except ResidualNotFound as reason:
+                raise ValueError(f"layer {index} of {base!r} cannot be steered at {site}: {reason}") from reason
+            hooked = found.given if site == "pre_mlp" else found.modules
+            theirs = "post_attention_layernorm" if site == "pre_mlp" else "mlp"
+            if hooked != (theirs,):
+                raise ValueError(
+                    f"it steers at {site} by a hook on {theirs}, and layer {index} of {base!r} has "
+                    f"{' or '.join(filter(None, hooked)) or 'another value'} there; expected a model that has {theirs}"
+                )
+
+
+def _sizes(places: Mapping[Place, Mapping[str, Tensor]]) -> tuple[int, int, torch.dtype]:
+    """Hidden size, rank (0: vectors) and dtype, which all places share."""
+    vectors = [place for place, parts in places.items() if "vector" in parts]
+    matrices = [place for place, parts in places.items() if parts.keys() != {"vector"}]
     if vectors and matrices:
-        raise ValueError(f"it has a vector (layer {vectors[0]}) and matrices (layer {matrices[0]}); expected one form")
-    found = {i: _sizes_of_layer(i, parts) for i, parts in layers.items()}
+        raise ValueError(f"it has a vector ({vectors[0]}) and matrices ({matrices[0]}); expected one form")
+    found = {place: _sizes_at(place, parts) for place, parts in places.items()}
     first, expected = next(iter(found.items()))
-    for i, sizes in found.items():
+    for place, sizes in found.items():
         for name, size, its in zip(("hidden size", "rank", "dtype"), sizes, expected, strict=True):
             if size != its:
-                raise ValueError(f"layer {i} has {name} {size}; expected {its}, as layer {first} has")
+                raise ValueError(f"{place} has {name} {size}; expected {its}, as {first} has")
     return expected
 
 
-def _sizes_of_layer(index: int, parts: Mapping[str, Tensor]) -> tuple[int, int, torch.dtype]:
+def _sizes_at(place: Place, parts: Mapping[str, Tensor]) -> tuple[int, int, torch.dtype]:
     if "vector" in parts:
         return len(parts["vector"]), 0, parts["vector"].dtype
     for part, other in (("down", "up"), ("up", "down")):
         if part not in parts:
-            raise ValueError(f"layer {index} has no {part}.weight; expected one beside its {other}.weight")
+            raise ValueError(f"{place} has no {part}.weight; expected one beside its {other}.weight")
     down, up = parts["down"], parts["up"]
     rank, hidden = down.shape
     if tuple(up.shape) != (hidden, rank):
         raise ValueError(
-            f"layer {index} has an up.weight of shape {tuple(up.shape)}; expected {(hidden, rank)}, as its down.weight "
+            f"{place} has an up.weight of shape {tuple(up.shape)}; expected {(hidden, rank)}, as its down.weight "
             f"has {(rank, hidden)}"
         )
     if up.dtype != down.dtype:
-        raise ValueError(f"layer {index} has an up.weight of {up.dtype}; expected {down.dtype}, as its down.weight")
+        raise ValueError(f"{place} has an up.weight of {up.dtype}; expected {down.dtype}, as its down.weight")
     return hidden, rank, down.dtype

@@ -74,7 +74,8 @@ class Found:
 
     at: the nodes: adds, with the operand that is the site's tensor ("left" or "right"), or calls of modules. where:
     "add", "output" or "input" of those calls. modules: their paths. written: whether the forward may write to what is
-    there in place. reason: why it is not an add.
+    there in place. reason: why it is not an add. given: of an input, the paths of the modules that return it, if it is
+    given as they return it.
     """
 
     at: tuple[tuple[ast.AST, str | None], ...]
@@ -82,6 +83,7 @@ class Found:
     modules: tuple[str, ...]
     written: bool = False
     reason: str = ""
+    given: tuple[str, ...] = ()
 
 
 def find(site: str, source: Source, parts: Parts) -> Found:
@@ -358,7 +360,10 @@ class _Anatomy:
                 self._refuse(f"gives self.{call.path} what several modules make", call)
             todo += [one for way in before for one in way if isinstance(one, Call)]
         calls = sorted(found, key=_position)
-        return Found(tuple((call.node, None) for call in calls), "input", tuple(dict.fromkeys(c.path for c in calls)))
+        values = {value for call in calls for value in self._operands(call)[0]}
+        given = sorted({value.path if isinstance(value, Call) else "" for value in values})
+        modules = tuple(dict.fromkeys(call.path for call in calls))
+        return Found(tuple((call.node, None) for call in calls), "input", modules, given=tuple(given))
 
     def _refuse_single(self, calls: frozenset[Call], join: _Join) -> NoReturn:
         self._refuse(f"has one sublayer, self.{min(calls, key=_position).path}", join)

@@ -30,24 +30,35 @@ class Released(nn.Module):
     The values are rounded to `dtype`; the sums are in float32, as the op's are.
     """
 
-    def __init__(self, form: str, *, family: str = "llama", layers=range(LAYERS), phi="silu", dtype=torch.float32):
+    def __init__(
+        self,
+        form: str,
+        *,
+        family: str = "llama",
+        layers=range(LAYERS),
+        phi="silu",
+        dtype=torch.float32,
+        targets=("block",),
+    ):
         super().__init__()
         self.base_model = build(family).requires_grad_(False)
         self.phi = PHI[phi]
         decoder = self.base_model.get_submodule("transformer.h" if family == "gpt2" else "model.layers")
         torch.manual_seed(1)
+        keys = {f"layer{i}_{target}": (i, target) for i in layers for target in targets}
         if form == "vector":
-            self.deltas = nn.ParameterDict({f"layer{i}_block": 0.3 * torch.randn(HIDDEN) for i in layers})
-            shifts = {i: lambda h, i=i: self.deltas[f"layer{i}_block"].float() for i in layers}
+            self.deltas = nn.ParameterDict({key: 0.3 * torch.randn(HIDDEN) for key in keys})
+            shifts = {key: lambda h, key=key: self.deltas[key].float() for key in keys}
             self.deltas.to(dtype)
         else:
             self.adapters = nn.ModuleDict()
-            for i in layers:
+            for key in keys:
                 linear = {"down": nn.Linear(HIDDEN, RANK, bias=False), "up": nn.Linear(RANK, HIDDEN, bias=False)}
-                self.adapters[f"layer{i}_block"] = nn.ModuleDict(linear).to(dtype)
-            shifts = {i: lambda h, i=i: self._low_rank(self.adapters[f"layer{i}_block"], h) for i in layers}
-        for i, shift in shifts.items():
-            decoder[i].register_forward_hook(lambda module, args, out, shift=shift: out + SCALE * shift(out))
+                self.adapters[key] = nn.ModuleDict(linear).to(dtype)
+            shifts = {key: lambda h, key=key: self._low_rank(self.adapters[key], h) for key in keys}
+        for key, (i, target) in keys.items():
+            module = decoder[i].get_submodule({"block": "", "attn": "post_attention_layernorm", "mlp": "mlp"}[target])
+            module.register_forward_hook(lambda module, args, out, shift=shifts[key]: out + SCALE * shift(out))
 
     def _low_rank(self, parts: nn.ModuleDict, h: Tensor) -> Tensor:
         return self.phi(h @ parts["down"].weight.float().t()) @ parts["up"].weight.float().t()
@@ -141,6 +152,34 @@ def test_steerling_some_layers(form, layers, tmp_path):
     model = imported(tmp_path / "a.pt", tmp_path / "out", **(LOWRANK if form == "lowrank" else VECTOR))
     assert_same_function(model, released)
     assert model.steering.config().layers == tuple(layers)
+
+
+@pytest.mark.parametrize("targets", [("mlp",), ("attn",), ("attn", "mlp"), ("block", "attn", "mlp")], ids=str)
+@pytest.mark.parametrize("form", ["lowrank", "vector"])
+def test_steerling_submodules(form, targets, tmp_path):
+    released = Released(form, targets=targets, layers=[0, 2])
+    torch.save(released.bare(), tmp_path / "a.pt")
+    build().config.save_pretrained(tmp_path / "base")
+    options = {"base": str(tmp_path / "base"), "activation": "silu" if form == "lowrank" else None}
+    found = import_steerling(tmp_path / "a.pt", scale=SCALE, **options).adapter
+    sites = {"attn": "pre_mlp", "mlp": "post_mlp", "block": "post_block"}
+    assert set(found.config.sites) == {sites[target] for target in targets}
+    write_adapter(tmp_path / "out", found)
+    assert_same_function(patch_model(build(), tmp_path / "out", check_base=False), released)
+
+
+@pytest.mark.parametrize(
+    ("family", "target", "parts"),
+    [
+        ("gemma3", "attn", ("pre_mlp", "post_attention_layernorm", "layer 0 of", "pre_feedforward_layernorm there")),
+        ("gpt2", "attn", ("pre_mlp", "ln_2 there", "expected a model that has post_attention_layernorm")),
+    ],
+)
+def test_steerling_submodules_of_a_model_that_has_others(family, target, parts, tmp_path):
+    torch.save({f"layer{i}_{target}": torch.ones(HIDDEN) for i in range(LAYERS)}, tmp_path / "a.pt")
+    build(family).config.save_pretrained(tmp_path / "base")
+    with refused(ValueError, *parts):
+        import_steerling(tmp_path / "a.pt", scale=1.0, base=str(tmp_path / "base"))
 
 
 def test_steerling_tensors_that_share_memory(tmp_path):
@@ -258,9 +297,9 @@ MISFITS: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
     "leading zero": (changed("vector", **{"deltas.layer01_block": torch.ones(HIDDEN)}), ("unknown key",)),
     "attention": (
         changed("lowrank", **{"adapters.layer0_attn.down.weight": torch.ones(RANK, HIDDEN)}),
-        ("another site, 'adapters.layer0_attn.down.weight'", "expected layer<i>_block"),
+        ("pre_mlp of layer 0 has no up.weight", "expected one beside its down.weight"),
     ),
-    "mlp": (lambda: {"layer0_mlp": torch.ones(HIDDEN)}, ("another site, 'layer0_mlp'", "expected layer<i>_block")),
+    "mlp": (lambda: {"layer0_mlp": torch.ones(HIDDEN)}, ("steers at attn or mlp", "expected the base model")),
     "twice": (changed("vector", layer1_block=torch.ones(HIDDEN)), ("'layer1_block' with and without", "once")),
     "number": (changed("lowrank", **{UP: 3.0}), (f"{UP} is a float", "expected a tensor")),
     "sparse": (changed("lowrank", **{UP: torch.Tensor.to_sparse}), (UP, "sparse", "expected a dense one")),
