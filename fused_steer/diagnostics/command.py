@@ -131,7 +131,17 @@ def _load(options: DiagnoseOptions, device: torch.device) -> tuple[Any, Any]:
 def _table(diagnosis: Diagnosis) -> Table:
     from rich.table import Table
 
-    heads = ("layer", "kind", "MLP share", "‖δ‖/‖h‖", "‖W2'‖₂", "cosine of shifts", "principal cosine")
+    several = len({layer.site for layer in diagnosis.layers}) > 1
+    heads = (
+        "layer",
+        *(["site"] if several else []),
+        "kind",
+        "MLP share",
+        "‖δ‖/‖h‖",
+        "‖W2'‖₂",
+        "cosine of shifts",
+        "principal cosine",
+    )
     table = Table(*heads)
     for column in table.columns:
         column.justify = "right"
@@ -143,7 +153,8 @@ def _table(diagnosis: Diagnosis) -> Table:
             layer.cosine and layer.cosine.quantiles["0.5"],
             layer.alignment and layer.alignment.principal[0],
         )
-        table.add_row(str(layer.layer), layer.kind, *("-" if n is None else f"{n:.3g}" for n in numbers))
+        at = [layer.site] if several else []
+        table.add_row(str(layer.layer), *at, layer.kind, *("-" if n is None else f"{n:.3g}" for n in numbers))
     table.caption = "over tokens: medians; of principal cosines the largest"
     return table
 
@@ -171,10 +182,11 @@ def run(options: DiagnoseOptions, console: Console) -> None:
     say(f"LoRA      {', '.join(diagnosis.lora) or 'none'}")
     say(f"prompts   {len(prompts)} of {options.prompts}, {diagnosis.tokens} tokens")
     console.print(_table(diagnosis))
-    reasons: dict[str, list[str]] = {}
+    reasons: dict[str, dict[str, None]] = {}
     for layer in diagnosis.layers:
         for name, reason in layer.absent.items():
-            reasons.setdefault(f"{name}: {reason}", []).append(str(layer.layer))
+            layers = reasons.setdefault(f"{name}: {reason}", {})
+            layers[str(layer.layer)] = None
     for reason, where in reasons.items():
         say(f"absent    {reason} (layers {', '.join(where)})")
     for file in files:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from dataclasses import asdict, dataclass
@@ -38,7 +39,7 @@ class Diagnosis:
         return {"fused_steer_version": __version__, "cosine_bin_edges": np.linspace(-1, 1, BINS + 1).tolist(), **fields}
 
     def save(self, directory: str | os.PathLike[str]) -> list[Path]:
-        """Write `diagnostics.json`, and a PNG for each quantity that any layer has; return the files.
+        """Write `diagnostics.json`, and a PNG for each quantity that any layer has, at each site; return the files.
 
         The PNG of an earlier diagnosis in `directory` is removed where this one has none.
 
@@ -53,9 +54,10 @@ class Diagnosis:
         target.mkdir(parents=True, exist_ok=True)
         files = [target / JSON_NAME]
         files[0].write_text(json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        for name in QUANTITIES:
-            file = target / f"{name}.png"
-            layers = [layer for layer in self.layers if getattr(layer, name) is not None]
+        sites = list(dict.fromkeys(layer.site for layer in self.layers))
+        for name, site in itertools.product(QUANTITIES, sites):
+            file = target / (f"{name}.png" if len(sites) == 1 else f"{name}-{site}.png")
+            layers = [layer for layer in self.layers if layer.site == site and getattr(layer, name) is not None]
             if layers:
                 _FIGURES[name](layers, file)
                 files.append(file)

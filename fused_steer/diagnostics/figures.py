@@ -64,9 +64,18 @@ def _plot_mlp_share(layers: Sequence[LayerDiagnosis], file: Path) -> None:
     figure.savefig(file, dpi=150)
 
 
+#: h at each site.
+_STEERED = {
+    "post_attention": "the attention's output",
+    "pre_mlp": "the MLP's input",
+    "post_mlp": "the MLP's output",
+    "post_block": "the block's output",
+}
+
+
 def _plot_shift(layers: Sequence[LayerDiagnosis], file: Path) -> None:
     figure, axes = _layer_axes(
-        layers, ylabel="‖δ‖ / ‖h‖", title="Size of the steering's shift δ against the block's output h"
+        layers, ylabel="‖δ‖ / ‖h‖", title=f"Size of the steering's shift δ against h, {_STEERED[layers[0].site]}"
     )
     _draw_spreads(axes, layers, [layer.shift for layer in layers if layer.shift])
     figure.savefig(file, dpi=150)

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapters.parameters import SITE
+from ..adapters.parameters import SITE, Place
+from ..config import SITES
 from ..joint import steering_of
 from ..kernels.torch_backend import ACTIVATIONS, accumulation_dtype
 from ..lora.layers import is_lora
@@ -54,18 +55,22 @@ def diagnose(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Diagnosi
         raise ValueError(f"no adapter of the model is in use; expected one of {steering.names} (model.steering.use)")
     inner = inside_peft(model)
     decoder = find_decoder(inner)
-    kinds = {entry.index: entry.kind for entry in steering.report()}
-    patched = {index: decoder.layers[index] for index in kinds}
-    layers = {index: layer for index, layer in patched.items() if _site(layer).active is not None}
-    if not all(_site(layer).enabled for layer in layers.values()):
+    kinds = {Place(entry.index, entry.site): entry.kind for entry in steering.report()}
+    every = {place: _site(decoder.layers[place.layer], place.site) for place in kinds}
+    sites = {place: site for place, site in every.items() if site.active is not None}
+    layers = {place.layer: decoder.layers[place.layer] for place in sites}
+    if not all(site.enabled for site in sites.values()):
         raise ValueError("steering is disabled; expected it enabled (outside of model.steering.disabled())")
     # Compiled layers would be recompiled for the hooks, and once more without them.
     eager = torch.compiler.set_stance("force_eager")
-    with _left_as_it_was(decoder.module, [_site(layer) for layer in patched.values()]), eager:
+    with _left_as_it_was(decoder.module, list(every.values())), eager:
         flow = _Flow(layers, decoder.hidden)
         with flow.watching(), steering.disabled():
             writers = trace_writers(decoder.module, layers, decoder.hidden)
-        observed = [_Observed(i, layer, writers[i], flow.mlp_source(i, writers[i])) for i, layer in layers.items()]
+        observed = [
+            _Observed(place, layers[place.layer], site, writers[place.layer], flow.mlp_source(place, writers))
+            for place, site in sites.items()
+        ]
         tokens = _run(decoder.module, observed, batches)
     return Diagnosis(
         model=getattr(inner.config, "_name_or_path", "") or type(inner).__name__,
@@ -73,12 +78,12 @@ def diagnose(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Diagnosi
         config=steering.config().to_dict(),
         lora=tuple(dict.fromkeys(name for module in inner.modules() for name in _active_lora(module))),
         tokens=tokens,
-        layers=tuple(one.diagnosis(kinds[one.index]) for one in observed),
+        layers=tuple(one.diagnosis(kinds[one.place]) for one in observed),
     )
 
 
-def _site(layer: nn.Module) -> SteeringSite:
-    return layer.get_submodule(SITE)  # type: ignore[return-value]
+def _site(layer: nn.Module, name: str) -> SteeringSite:
+    return layer.get_submodule(name)  # type: ignore[return-value]
 
 
 @contextlib.contextmanager
@@ -148,14 +153,13 @@ class _Flow:
     def watching(self) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             for index, layer in self.layers.items():
-                handles = [
-                    layer.register_forward_pre_hook(self._begin(index), with_kwargs=True),
-                    _site(layer).register_forward_pre_hook(self._add(index)),
-                ]
+                handles = [layer.register_forward_pre_hook(self._begin(index), with_kwargs=True)]
+                if SITE in layer._modules:
+                    handles.append(_site(layer, SITE).register_forward_pre_hook(self._add(index)))
                 handles += [
                     module.register_forward_hook(self._output(index, path))
                     for path, module in layer.named_modules()
-                    if path and path != SITE and not path.startswith(f"{SITE}.")
+                    if path and path.partition(".")[0] not in SITES
                 ]
                 for handle in handles:
                     stack.callback(handle.remove)
@@ -184,9 +188,13 @@ class _Flow:
 
         return hook
 
-    def mlp_source(self, index: int, writers: list[Writer]) -> int | str | None:
+    def mlp_source(self, place: Place, of_layers: Mapping[int, list[Writer]]) -> int | str | None:
         """The operand of the last add (0 or 1), or else the path of the module, that is the MLP's output and nothing
-        else; None if there is none. Of modules the last, which is after a norm of the MLP's output."""
+        else; None if there is none. Of modules the last, which is after a norm of the MLP's output. At other sites than
+        post_block it is not looked for."""
+        index, writers = place.layer, of_layers[place.layer]
+        if place.site != SITE:
+            return None
         mlp = {writer.path for writer in choose_writers(writers, "mlp")}
         others = {writer.path for writer in writers} - mlp
         ends = {tensor.grad_fn: path in mlp for path, tensor in self.outputs[index] if path in mlp | others}
@@ -235,10 +243,18 @@ def _first(output: Any) -> Any:
 
 
 class _Observed:
-    """A steered layer in the run: the norms of each token's h, y, δ and ℓ, and the product δ·ℓ."""
+    """A site of a steered layer in the run: the norms of each token's h, y, δ and ℓ, and the product δ·ℓ. h is what the
+    site steers."""
 
-    def __init__(self, index: int, layer: nn.Module, writers: list[Writer], mlp_source: int | str | None) -> None:
-        self.index, self.layer, self.site, self.mlp_source = index, layer, _site(layer), mlp_source
+    def __init__(
+        self,
+        place: Place,
+        layer: nn.Module,
+        site: SteeringSite,
+        writers: list[Writer],
+        mlp_source: int | str | None,
+    ) -> None:
+        self.place, self.layer, self.site, self.mlp_source = place, layer, site, mlp_source
         self.mlp = choose_writers(writers, "mlp")
         self.adapted = [writer for writer in self.mlp if _active_lora(writer.module)]
         self.no_lora_shift = self._why_no_lora_shift()
@@ -248,6 +264,10 @@ class _Observed:
         self._rows: dict[str, list[Tensor]] = {}
 
     def _why_no_lora_shift(self) -> str:
+        if self.place.site == "pre_mlp":
+            return "the MLP's input is steered, and the LoRA writes into its output"
+        if self.place.site == "post_attention":
+            return "the attention's output is steered, before the MLP's LoRA writes"
         if not self.adapted:
             return f"no active LoRA on {' or '.join(writer.path for writer in self.mlp[:2])}"
         for module in (writer.module for writer in self.adapted):
@@ -276,14 +296,14 @@ class _Observed:
     def _on_lora(self, module: LoraLayer, args: Any, output: Any) -> None:
         self._lora.append(_lora_shift(module, args[0], output).flatten(0, -2))
 
-    def _on_site(self, site: nn.Module, args: Any, output: Tensor) -> None:
+    def _on_site(self, site: SteeringSite, args: Any, output: Tensor) -> None:
         acc = accumulation_dtype(output.dtype)
 
         def rows(tensor: Tensor) -> Tensor:
             return tensor.flatten(0, -2)[self.keep].to(acc)
 
         with torch.autocast(output.device.type, enabled=False):
-            h = sum(map(rows, args[1:]), rows(args[0]))
+            h = rows(args[1]) if site.reads == "branch" else sum(map(rows, args[1:]), rows(args[0]))
             shift = _steering_shift(self.site, h)
             y = args[self.mlp_source] if isinstance(self.mlp_source, int) else self._y
             self._record("h", h.norm(dim=1))
@@ -316,18 +336,26 @@ class _Observed:
                 return None
 
         return LayerDiagnosis(
-            layer=self.index,
+            layer=self.place.layer,
             kind=kind,
             mlp_source="residual add" if isinstance(self.mlp_source, int) else self.mlp_source,
             mlp_share=measured("mlp_share", self._mlp_share),
-            alignment=measured("alignment", lambda: _alignment(self.site, self.adapted, self.mlp)),
+            alignment=measured("alignment", self._alignment),
             cosine=measured("cosine", self._cosine),
             spectral_norm=measured("spectral_norm", lambda: _spectral_norm(self.site)),
             shift=measured("shift", lambda: _spread(_ratio(self._all("shift"), self._all("h")))),
             absent=absent,
+            site=self.place.site,
         )
 
+    def _alignment(self) -> Alignment:
+        if self.place.site == "pre_mlp":
+            raise _Absent(self.no_lora_shift)
+        return _alignment(self.site, self.adapted, self.mlp)
+
     def _mlp_share(self) -> Spread:
+        if self.place.site != SITE:
+            raise _Absent("it is a share of the block's output, which is steered at post_block")
         if self.mlp_source is None:
             raise _Absent("no tensor of the layer is its MLP's output and nothing else")
         return _spread(_ratio(self._all("mlp"), self._all("h")))
@@ -352,7 +380,7 @@ def _ratio(values: np.ndarray, by: np.ndarray) -> np.ndarray:
 
 def _spread(values: np.ndarray) -> Spread:
     if not len(values):
-        raise _Absent("the block's output is zero on every token")
+        raise _Absent("what is steered is zero on every token")
     finite = np.isfinite(values).sum()
     if finite < len(values):
         raise _Absent(f"not finite on {len(values) - finite} of {len(values)} tokens")

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    pass
-
+from ..adapters.parameters import SITE
 
 LEVELS = (0.05, 0.25, 0.5, 0.75, 0.95)
 BINS = 101  # of the cosine, over [-1, 1]; odd, so that 0 is inside one
@@ -44,7 +41,7 @@ class Alignment:
 
 @dataclass(frozen=True)
 class LayerDiagnosis:
-    """One steered layer. What it has not is None, and `absent` says why, by name.
+    """One site of a steered layer. What it has not is None, and `absent` says why, by name.
 
     mlp_source: what y was: "residual add", the operand of the block's last add; or the path of the module whose output
     it was.
@@ -59,3 +56,4 @@ class LayerDiagnosis:
     spectral_norm: float | None
     shift: Spread | None
     absent: dict[str, str]
+    site: str = SITE

@@ -12,13 +12,15 @@ from rich.text import Text
 from torch import Tensor
 
 from ..adapters.files import WEIGHTS_NAME, locate_adapter, read_adapter
-from ..adapters.parameters import DOWN, DOWN_BIAS, UP, UP_BIAS
+from ..adapters.parameters import DOWN, DOWN_BIAS, UP, UP_BIAS, Place
 
 
 @dataclass(frozen=True)
 class LayerNorms:
-    """Norms of one layer's adapter, None where it has no such part. down: ‖W1‖_F, up: ‖W2‖_F, product: ‖W2 W1‖_2,
-    down_bias: ‖b1‖, up_bias: ‖b2‖."""
+    """Norms of an adapter at one site of a layer, None where it has no such part.
+
+    down: ‖W1‖_F, up: ‖W2‖_F, product: ‖W2 W1‖_2, down_bias: ‖b1‖, up_bias: ‖b2‖.
+    """
 
     layer: int
     down: float | None
@@ -26,9 +28,10 @@ class LayerNorms:
     product: float | None
     down_bias: float | None
     up_bias: float | None
+    site: str
 
 
-def _norms(layer: int, tensors: Mapping[str, Tensor]) -> LayerNorms:
+def _norms(place: Place, tensors: Mapping[str, Tensor]) -> LayerNorms:
     def norm(name: str) -> float | None:
         return float(tensors[name].double().norm()) if name in tensors else None
 
@@ -38,14 +41,14 @@ def _norms(layer: int, tensors: Mapping[str, Tensor]) -> LayerNorms:
         # W2 W1 = Q (R Sᵀ) Pᵀ with W2 = Q R and W1ᵀ = P S: orthonormal factors leave the norm to an r x r product.
         small = torch.linalg.qr(up, mode="r").R @ torch.linalg.qr(down.t(), mode="r").R.t()
         product = float(torch.linalg.matrix_norm(small, 2))
-    return LayerNorms(layer, norm(DOWN), norm(UP), product, norm(DOWN_BIAS), norm(UP_BIAS))
+    return LayerNorms(place.layer, norm(DOWN), norm(UP), product, norm(DOWN_BIAS), norm(UP_BIAS), place.site)
 
 
 def describe(source: str) -> dict[str, Any]:
     """What `inspect` shows of an adapter, as JSON has it."""
     directory = locate_adapter(source)
     adapter = read_adapter(directory, without_heads=True)
-    layers = [asdict(_norms(index, tensors)) for index, tensors in adapter.tensors.items()]
+    layers = [asdict(_norms(place, tensors)) for place, tensors in adapter.tensors.items()]
     return {
         "adapter": str(directory),
         "base_model": adapter.layout.base or None,
@@ -71,11 +74,13 @@ _NORM_HEADS = {"down": "‖W1‖", "up": "‖W2‖", "product": "‖W2 W1‖₂"
 
 
 def norms_table(layers: list[dict[str, Any]]) -> Table:
-    """One row a layer; a column for each part that the adapter has."""
+    """One row a layer, or a site of it; a column for each part that the adapter has."""
     present = [name for name in _NORM_HEADS if layers[0][name] is not None]
-    table = Table("layer", *(_NORM_HEADS[name] for name in present))
+    several = len({norms["site"] for norms in layers}) > 1
+    table = Table("layer", *(["site"] if several else []), *(_NORM_HEADS[name] for name in present))
     for column in table.columns:
         column.justify = "right"
     for norms in layers:
-        table.add_row(str(norms["layer"]), *(f"{norms[name]:.4g}" for name in present))
+        at = [norms["site"]] if several else []
+        table.add_row(str(norms["layer"]), *at, *(f"{norms[name]:.4g}" for name in present))
     return table

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import pickle
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -11,11 +13,19 @@ import torch
 from models import (
     Hooked,
     assert_as_exact_as_hooks,
+    assert_close,
     build_frozen,
+    generate,
+    gradients,
+    input_gradient,
     logits,
     randomize,
+    refused,
     snapshot,
+    tokens,
 )
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from fused_steer import SteerConfig, patch_model
 from fused_steer.config import SITES
@@ -58,8 +68,14 @@ def modules_of(attention: str, mlp: str) -> dict[str, str]:
     return {"post_attention": attention, "pre_mlp": first, "post_mlp": last}
 
 
-@pytest.mark.parametrize("site", [*INNER, INNER, ("post_mlp", "post_block")], ids=str)
-@pytest.mark.parametrize("name", CASES)
+#: All sites inside a block of every model; some alone; two at one add.
+TRIED = [(name, INNER) for name in CASES] + [
+    *((name, site) for name in ("llama", "gemma3", "gpt_neox-parallel") for site in INNER),
+    ("llama", ("post_mlp", "post_block")),
+]
+
+
+@pytest.mark.parametrize(("name", "site"), TRIED, ids=str)
 def test_sites_equal_plain_hooks(name: str, site: Any) -> None:
     make, attention, mlp, of_attention, of_mlp = CASES[name]
     base = make()
@@ -86,3 +102,254 @@ def test_sites_unpatch_leaves_no_trace(name: str) -> None:
     assert snapshot(model) != before
     model.steering.unpatch()
     assert snapshot(model) == before
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several adapters, each at its sites
+
+
+def steered(base: nn.Module, **adapters: Any) -> Any:
+    """The model with random adapters, by name at these sites; the first is in use."""
+    (first, site), *others = adapters.items()
+    model: Any = patch_model(base, SteerConfig(rank=3, site=site), adapter_name=first)
+    for name, other in others:
+        model.steering.add(name, SteerConfig(rank=2, site=other, activation="tanh", scale=0.5))
+    for seed, name in enumerate(adapters):
+        randomize(model, name, seed=seed)
+    return model
+
+
+ADAPTERS = {"block": "post_block", "mlp": "post_mlp", "several": ("post_attention", "pre_mlp", "post_mlp")}
+
+
+def alone(model: Any, name: str | None, ids: Tensor) -> Tensor:
+    active = model.steering.active
+    model.steering.use(name)
+    with torch.no_grad():
+        found = model(ids).logits
+    model.steering.use(active)
+    return found
+
+
+def test_sites_adapters_are_loaded_used_and_removed_beside_each_other(tmp_path) -> None:
+    model = steered(build_frozen(), **ADAPTERS)
+    for name, site in ADAPTERS.items():
+        model.steering.use(name)
+        trained = {path for path, p in model.named_parameters() if p.requires_grad}
+        sites = (site,) if isinstance(site, str) else site
+        assert trained == {path for path in trained if any(f".{one}." in path for one in sites)} and trained
+        model.steering.save(tmp_path / name, name)
+        other = patch_model(build_frozen(), tmp_path / name)
+        assert other.steering.config() == model.steering.config(name) and other.steering.config().site == site
+        assert_close(logits(other), logits(model))
+        assert {r.site for r in other.steering.report()} == set(sites)
+    unsteered = logits(build_frozen())
+    with model.steering.disabled():
+        assert torch.equal(logits(model), unsteered)
+    model.steering.remove("several")
+    model.steering.use(None)
+    assert torch.equal(logits(model), unsteered)
+
+
+def test_sites_an_adapter_that_fails_to_come_leaves_the_others() -> None:
+    model = steered(build_frozen(), block="post_block")
+    before, report = logits(model), model.steering.report()
+    model.model.layers[2].post_mlp = None  # a word of the layer's own
+    with refused(ValueError, "layer 2 (LlamaDecoderLayer)", "'post_mlp' of its own", model=model):
+        model.steering.add("mlp", SteerConfig(site="post_mlp"))
+    del model.model.layers[2].post_mlp
+    assert torch.equal(logits(model), before) and len(model.steering.report()) == len(report)
+    model.steering.add("mlp", SteerConfig(site="post_mlp"))
+    assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+@pytest.mark.parametrize("pooled", [False, True], ids=["loaded", "pool"])
+def test_sites_rows_of_a_batch_are_what_they_are_alone(name: str, pooled: bool, tmp_path) -> None:
+    model = steered(CASES[name][0](), **ADAPTERS)
+    names, ids = [*ADAPTERS, None], tokens(batch=4)
+    rows = torch.cat([alone(model, one, row[None]) for one, row in zip(names, ids, strict=True)])
+    if pooled:
+        for one in ADAPTERS:
+            model.steering.save(tmp_path / one, one)
+        model.steering.unpatch()
+        patch_model(model, SteerConfig(rank=1))
+        pool = model.steering.make_pool(slots=4, rank=3, site=SITES)
+        pool.register_directory(tmp_path)
+    base = CASES[name][0]()
+    apart = torch.cat([base(row[None]).logits for row in ids])
+    with model.steering.batch(names), torch.no_grad():
+        assert_close(model(ids).logits, rows, unsteered=(base(ids).logits, apart))
+
+
+def test_sites_a_pool_refuses_an_adapter_at_other_sites(tmp_path) -> None:
+    model = steered(build_frozen(), mlp="post_mlp")
+    model.steering.save(tmp_path / "mlp")
+    pool = model.steering.make_pool(slots=2)
+    pool.register("other", tmp_path / "mlp")
+    with refused(ValueError, "steers post_mlp of layer 0", "expected those of the pool, [0, 1, 2]"):
+        pool.load("other")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ways to run
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt_neox-parallel", "falcon"])
+def test_sites_compiled_whole(name: str) -> None:
+    torch.compiler.reset()
+    base, other = CASES[name][0](), CASES[name][0]()
+    model = patch_model(other, SteerConfig(rank=3, site=SITES))
+    parameters = randomize(model)
+    compiled, compiled_base = (torch.compile(m, fullgraph=True, backend="aot_eager") for m in (model, base))
+    assert_close(logits(compiled), logits(model), unsteered=(logits(compiled_base), logits(base)))
+    unsteered = input_gradient(compiled_base), input_gradient(base)
+    assert_close(gradients(compiled, parameters), gradients(model, parameters), unsteered=unsteered)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_sites_gradient_checkpointing_changes_no_gradient(name: str, use_reentrant: bool) -> None:
+    model, base = patch_model(CASES[name][0](), SteerConfig(rank=3, site=SITES)), CASES[name][0]()
+    parameters = randomize(model)
+    expected, unsteered = gradients(model, parameters, use_cache=False), input_gradient(base, use_cache=False)
+    for one in (model, base):
+        one.train()
+        one.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        one.enable_input_require_grads()
+    actual = gradients(model, parameters, use_cache=False)
+    assert_close(actual, expected, unsteered=(input_gradient(base, use_cache=False), unsteered))
+
+
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"]
+)
+@pytest.mark.parametrize("make", [build_frozen, lambda: replaced(build_frozen())], ids=["rewritten", "hook"])
+def test_sites_copies_are_equal_and_independent(make: Any, duplicate: Any) -> None:
+    model = patch_model(make(), SteerConfig(rank=3, site=INNER))
+    randomize(model)
+    before, twin = logits(model), duplicate(model)
+    assert torch.equal(logits(twin), before)
+    randomize(twin, seed=5)
+    assert torch.equal(logits(model), before) and not torch.equal(logits(twin), before)
+    twin.steering.unpatch()
+    assert torch.equal(logits(twin), logits(build_frozen())) and torch.equal(logits(model), before)
+
+
+def test_sites_dropout_between_the_mlp_and_the_add_is_as_under_hooks() -> None:
+    base = coverage.build("opt")
+    base.config.dropout = 0.5
+    for layer in base.model.decoder.layers:
+        layer.dropout = 0.5
+    base.train()
+    model = patch_model(copy.deepcopy(base), SteerConfig(rank=3, site=("post_attention", "post_mlp"), up_bias=True))
+    parameters = randomize(model)
+    assert_as_exact_as_hooks(model, parameters, Hooked(base, parameters, modules=modules_of("self_attn", "fc1 fc2")))
+
+
+def test_sites_generation_with_a_cache_equals_generation_without() -> None:
+    model = patch_model(build_frozen(), SteerConfig(rank=3, site=INNER))
+    randomize(model)
+    (text, whole), (cached_text, cached) = (generate(model, use_cache=cache) for cache in (False, True))
+    assert torch.equal(cached_text, text)
+    assert_close(cached, whole, unsteered=[generate(build_frozen(), use_cache=cache)[1] for cache in (True, False)])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layers whose forward was replaced, and layers that are not steered
+
+
+def replaced(model: Any) -> Any:
+    """Each layer with another forward on the instance, which does the same."""
+    for layer in model.model.layers:
+        layer.forward = types.MethodType(LlamaDecoderLayer.forward, layer)
+    return model
+
+
+def test_sites_a_replaced_forward_is_steered_by_hooks_on_its_modules() -> None:
+    base = replaced(build_frozen())
+    model = patch_model(replaced(build_frozen()), SteerConfig(rank=3, site=SITES, up_bias=True))
+    assert {(r.kind, r.reason) for r in model.steering.report()} == {
+        ("hook", "its forward was replaced on the instance")
+    }
+    assert torch.equal(logits(model), logits(base))
+    parameters = randomize(model)
+    hooked = Hooked(base, parameters, modules=modules_of("self_attn", "mlp"))
+    assert_as_exact_as_hooks(model, parameters, hooked)
+    layer = model.model.layers[1]
+    layer.mlp = copy.deepcopy(layer.mlp)
+    with refused(RuntimeError, "layer 1 has another mlp", "expected the model to be unpatched before"):
+        logits(model)
+
+
+@pytest.mark.parametrize("site", INNER)
+def test_sites_a_layer_that_ran_unsteered_is_an_error(site: str) -> None:
+    model = patch_model(build_frozen(), SteerConfig(site=site))
+    layer = model.model.layers[1]
+    layer.forward = types.MethodType(LlamaDecoderLayer.forward, layer)
+    with refused(RuntimeError, "layer 1 (LlamaDecoderLayer)", f"did not steer at {site};"):
+        logits(model)
+
+
+class Alone(LlamaDecoderLayer):
+    """A layer without attention."""
+
+    def forward(self, hidden_states, **kwargs):
+        residual = hidden_states
+        hidden_states = self.mlp(self.post_attention_layernorm(hidden_states))
+        return residual + hidden_states
+
+
+class Bound(LlamaDecoderLayer):
+    """Its MLP is called by a method, which is not followed."""
+
+    def feed(self, hidden_states):
+        return self.mlp(self.post_attention_layernorm(hidden_states))
+
+    def forward(self, hidden_states, **kwargs):
+        attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = hidden_states + attended
+        return hidden_states + self.feed(hidden_states)
+
+
+class Both(LlamaDecoderLayer):
+    """Two MLPs together."""
+
+    def forward(self, hidden_states, **kwargs):
+        attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = hidden_states + attended
+        normed = self.post_attention_layernorm(hidden_states)
+        return hidden_states + (self.mlp(normed) + self.shared(normed))
+
+
+def with_layer(cls: type) -> Any:
+    model = build_frozen()
+    for layer in model.model.layers[1:]:
+        layer.__class__ = cls
+        layer.shared = copy.deepcopy(layer.mlp)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "layer", "sites", "part"),
+    [
+        (tiny("mamba"), "layer 0 (MambaBlock)", INNER, "has one sublayer, self.mixer"),
+        (tiny("nemotron_h"), "layer 0 (NemotronHBlock)", INNER, "has one sublayer, self.mixer"),
+        (tiny("bloom"), "layer 0 (BloomBlock)", INNER, "returns what is no sum with its input"),
+        (tiny("bert"), "layer 0 (BertLayer)", INNER, "gives self.feed_forward_chunk to a function"),
+        (tiny("granitemoe_swa"), "layer 0", ("pre_mlp", "post_mlp"), "self.block_sparse_moe, self.shared_mlp make"),
+        (tiny("falcon_h1"), "layer 0", ("post_attention",), "self.mamba, self.self_attn make together"),
+        (lambda: with_layer(Alone), "layer 1 (Alone)", INNER, "has one sublayer, self.mlp"),
+        (lambda: with_layer(Bound), "layer 1 (Bound)", INNER, "calls self.feed, which is not followed"),
+        (lambda: with_layer(Both), "layer 1 (Both)", ("pre_mlp", "post_mlp"), "adds what self.mlp, self.shared make"),
+    ],
+    ids=["mamba", "nemotron_h", "bloom", "bert", "shared-experts", "two-mixers", "alone", "method", "two-mlps"],
+)
+def test_sites_that_a_layer_lacks_are_refused(make: Any, layer: str, sites: tuple[str, ...], part: str) -> None:
+    model = make()
+    for site in sites:
+        with refused(ValueError, layer, f"cannot be steered at {site}", part, model=model):
+            patch_model(model, SteerConfig(site=site))
+    patch_model(model)
+    with refused(ValueError, f"cannot be steered at {sites[0]}", model=model):
+        model.steering.add("other", SteerConfig(site=("post_block", sites[0])))
