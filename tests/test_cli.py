@@ -295,7 +295,9 @@ def test_cli_inspect_a_vector(tmp_path):
     shown = json.loads(invoke("inspect", tmp_path, "--json").stdout)
     assert [row["layer"] for row in shown["layers"]] == list(range(LAYERS))
     nothing = dict.fromkeys(("down", "up", "product", "down_bias"))
-    assert all(row == {"layer": row["layer"], **nothing, "up_bias": 0.0} for row in shown["layers"])
+    assert all(
+        row == {"layer": row["layer"], **nothing, "up_bias": 0.0, "site": "post_block"} for row in shown["layers"]
+    )
     table = invoke("inspect", tmp_path).stdout
     assert "‖b2‖" in table and "‖W1‖" not in table
 
