@@ -10,7 +10,7 @@ import functools
 import importlib
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,7 +27,8 @@ PHI: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "identity": lambda
 @dataclass
 class Operands:
     """What one call reads. residual, branch, grad: (N, d) in the case's dtype; down (r, d), up (d, r) and basis (d, k)
-    in float32, as fused-steer keeps them, or, for the rivals, in the case's dtype, as theirs are."""
+    in float32, as fused-steer keeps them, or, for the rivals, in the case's dtype, as theirs are. reads: "sum" or
+    "branch", what W1 is applied to."""
 
     residual: Tensor
     branch: Tensor
@@ -36,19 +37,19 @@ class Operands:
     up: Tensor
     basis: Tensor | None
     activation: str
+    reads: str
 
     def weights_in(self, dtype: torch.dtype) -> Operands:
         """The same with the adapter's weights cast to `dtype`."""
         basis = None if self.basis is None else self.basis.to(dtype)
-        return Operands(
-            self.residual, self.branch, self.grad, self.down.to(dtype), self.up.to(dtype), basis, self.activation
-        )
+        return replace(self, down=self.down.to(dtype), up=self.up.to(dtype), basis=basis)
 
     def with_leaves(self) -> tuple[Operands, list[Tensor]]:
-        """The same, and those of them whose gradients are asked for; the residual stands for the branch too."""
-        leaves = [t.detach().requires_grad_() for t in (self.residual, self.down, self.up)]
-        residual, down, up = leaves
-        return Operands(residual, self.branch, self.grad, down, up, self.basis, self.activation), leaves
+        """The same, and those of them whose gradients are asked for. Of residual and branch it is the one whose
+        gradient has to be computed; residual stands for both where they have the same."""
+        state = "residual" if self.reads == "sum" else "branch"
+        leaves = {name: getattr(self, name).detach().requires_grad_() for name in (state, "down", "up")}
+        return replace(self, **leaves), list(leaves.values())
 
 
 @functools.lru_cache(maxsize=8)
@@ -68,18 +69,19 @@ def make_operands(case: OpCase, device: torch.device, seed: int = 0) -> Operands
     residual, branch, grad = (normal(n, d, dtype=DTYPES[case.dtype]) for _ in range(3))
     # Rotating the rows of an orthonormal basis gives another, and takes no decomposition.
     basis = _orthonormal(d, case.basis, device).roll(seed, 0) if case.basis else None
-    return Operands(residual, branch, grad, normal(r, d) / d**0.5, normal(d, r) / r**0.5, basis, case.activation)
+    down, up = normal(r, d) / d**0.5, normal(d, r) / r**0.5
+    return Operands(residual, branch, grad, down, up, basis, case.activation, case.reads)
 
 
 def fused(x: Operands) -> Tensor:
     from fused_steer import post_block
 
-    return post_block(x.residual, x.branch, x.down, x.up, activation=x.activation, basis=x.basis)
+    return post_block(x.residual, x.branch, x.down, x.up, activation=x.activation, basis=x.basis, reads=x.reads)
 
 
 def hook(x: Operands) -> Tensor:
-    """The block's add, and the paper's forward hook after it."""
-    return _shifted(x.residual + x.branch, x.down, x.up, x.basis, x.activation)
+    """The block's add, and the paper's forward hook after it; or before it, on the branch."""
+    return _whole_hook(x.residual, x.branch, x.down, x.up, x.basis, x.activation, x.reads)
 
 
 def _shifted(h: Tensor, down: Tensor, up: Tensor, basis: Tensor | None, activation: str) -> Tensor:
@@ -90,12 +92,14 @@ def _shifted(h: Tensor, down: Tensor, up: Tensor, basis: Tensor | None, activati
 
 def _tensors_of(function: Callable[..., Tensor]) -> Callable[[Operands], Tensor]:
     def call(x: Operands) -> Tensor:
-        return function(x.residual, x.branch, x.down, x.up, x.basis, x.activation)
+        return function(x.residual, x.branch, x.down, x.up, x.basis, x.activation, x.reads)
 
     return call
 
 
-def _whole_hook(residual, branch, down, up, basis, activation):
+def _whole_hook(residual, branch, down, up, basis, activation, reads):
+    if reads == "branch":
+        return residual + _shifted(branch, down, up, basis, activation)
     return _shifted(residual + branch, down, up, basis, activation)
 
 
@@ -146,7 +150,7 @@ def plain(case: OpCase, contender: OpContender, x: Operands) -> Operands:
 def op_errors(
     case: OpCase, contender: OpContender, device: torch.device, gradients: bool, seed: int = 1
 ) -> list[tuple[float, float]]:
-    """Relative errors of the contender's output and, with `gradients`, of those of residual, W1 and W2; each beside the
+    """Relative errors of the contender's output and, with `gradients`, of those of `with_leaves`; each beside the
     eager hook's. The truth is the hook in float64."""
     x = make_operands(case, device, seed)
     wide = {name: value.double() for name, value in vars(x).items() if isinstance(value, Tensor)}

@@ -51,7 +51,8 @@ BASIS = 8  # columns of V, the rank of the LoRA that it comes from
 
 @dataclass(frozen=True)
 class OpCase:
-    """One size of the op: N tokens, d = hidden, r = rank, φ, k = basis columns of V (0: none)."""
+    """One size of the op: N tokens, d = hidden, r = rank, φ, k = basis columns of V (0: none), what W1 is
+    applied to."""
 
     tokens: int
     hidden: int
@@ -59,6 +60,7 @@ class OpCase:
     activation: str = "silu"
     basis: int = 0
     dtype: str = "bfloat16"
+    reads: str = "sum"
 
     @property
     def unit_bytes(self) -> int:
@@ -155,15 +157,17 @@ class ServeCase:
 
 
 def op_grid() -> list[OpCase]:
-    """The whole grid, what decides the goals first: many tokens, rank 8, SiLU, no basis."""
+    """The whole grid, what decides the goals first: many tokens, rank 8, SiLU, no basis. Then W1 applied to the branch,
+    at one width."""
     by_importance = (4096, 16384, 8, 512, 64, 1)
     variants = [(r, a, k) for a, k, r in itertools.product(("silu", "identity"), (0, BASIS), RANKS)]
-    return [
+    of_sum = [
         OpCase(tokens, hidden, rank, activation, basis)
         for rank, activation, basis in variants
         for tokens in by_importance
         for hidden in reversed(WIDTHS)
     ]
+    return of_sum + [OpCase(tokens, WIDTHS[-1], reads="branch") for tokens in by_importance]
 
 
 def grouped_grid() -> list[GroupedCase]:

@@ -76,10 +76,10 @@ class Needs(NamedTuple):
 class Gradients:
     """What a backward pass computed; None where `Needs` did not ask.
 
-    x: (..., d) in the dtype of the incoming gradient, of what W1 is applied to: residual and branch have this gradient
-    alike, or, where branch is read, branch alone, and residual has the incoming one. down: (r, d); up: (d, r), of the
-    projected up matrix; down_bias: (r,); up_bias: (d,); row_dot: (N,), Σ_d G·u. row_dot is in the accumulating
-    dtype; the others are in that or in the dtype of their parameter.
+    x: (..., d) in the dtype of the incoming gradient. It is the gradient of both residual and branch; where W1 is
+    applied to branch it is branch's, and residual has the incoming one. down: (r, d); up: (d, r), of the projected up
+    matrix; down_bias: (r,); up_bias: (d,); row_dot: (N,), Σ_d G·u. row_dot is in the accumulating dtype; the others
+    are in that or in the dtype of their parameter.
     """
 
     x: Tensor | None = None

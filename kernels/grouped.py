@@ -305,7 +305,8 @@ def triton_grouped(call: GroupedCall) -> None:
     named = isinstance(call.activation, str)
     branch_stride = 0 if call.branch is None else call.branch.stride(0)
     # What W1 is applied to is x of the first kernel: a residual and a branch, or one of them alone.
-    read, of_read = (call.residual, call.branch), (call.residual.stride(0), branch_stride)
+    read: tuple[Tensor | None, Tensor | None] = (call.residual, call.branch)
+    of_read = (call.residual.stride(0), branch_stride)
     if call.reads == "branch":
         read, of_read = (call.branch, None), (branch_stride, 0)
     if few:

@@ -895,7 +895,8 @@ def triton_backward(grad: Tensor, kept: Tensor | None, a: Tensor | None, operand
         return _empty_gradients(grad, hidden, rank, needs)
     result = Gradients(x=grad if needs.x and rank == 0 else None)
     reads_branch = reads == "branch" and rank > 0
-    branch, branch_strides = None, (None, None)
+    branch: Tensor | None = None
+    branch_strides: tuple[int | None, int | None] = (None, None)
     if reads_branch and needs.down:
         (grad, branch), inner, (grad_strides, branch_strides) = _row_layout(grad, kept)
     else:

@@ -49,23 +49,28 @@ SERIES = 8  # loop trips of a program, one after the other, where there are few 
 
 
 def cases() -> list[list]:
-    return [[t, d, r, n] for t in NAMES for d in HIDDEN for r in RANKS for n in (*MANY, *FEW)]
+    found = [[t, d, r, n, "sum"] for t in NAMES for d in HIDDEN for r in RANKS for n in (*MANY, *FEW)]
+    # Where W1 reads the branch, the tiles are the same.
+    return found + [[t, 4096, r, n, "branch"] for t in NAMES for r in (8, 64) for n in (*MANY, 8)]
 
 
 @pytest.fixture(scope="module")
 def launches() -> list[dict]:
     rows = run_compiling("budget_worker.py", cases())
-    assert {(row["target"], row["hidden"], row["rank"], row["tokens"]) for row in rows} == {tuple(c) for c in cases()}
+    asked = ("target", "hidden", "rank", "tokens", "reads")
+    assert {tuple(row[name] for name in asked) for row in rows} == {tuple(case) for case in cases()}
     assert {row["pass"] for row in rows} == {"forward", "backward"}
     return rows
 
 
 def passes(launches: list[dict], tokens: tuple[int, ...]) -> dict[tuple, list[dict]]:
-    """The launches with one of these numbers of tokens, by target, hidden size, rank, tokens and pass."""
+    """The launches with one of these numbers of tokens, by target, hidden size, rank, tokens and pass; and by "branch"
+    before the pass where W1 reads that."""
     found: dict[tuple, list[dict]] = {}
     for row in launches:
         if row["tokens"] in tokens:
-            key = tuple(row[name] for name in ("target", "hidden", "rank", "tokens", "pass"))
+            key = tuple(row[name] for name in ("target", "hidden", "rank", "tokens", "reads", "pass"))
+            key = tuple(name for name in key if name != "sum")
             found.setdefault(key, []).append(row)
     return found
 

@@ -913,7 +913,8 @@ def test_plan_op_of_other_constants_has_a_plan_of_its_own(device, made, fresh):
     gain = torch.rand(2, 5, device=device)
     inputs = op_inputs(site, *operands)
     seen = [made.new(lambda: run_op(inputs))]
-    for changed in ({"activation": "tanh"}, {"scale_tensor": None, "scale": 0.2}, {"gain": gain}):
+    changes = ({"activation": "tanh"}, {"scale_tensor": None, "scale": 0.2}, {"gain": gain}, {"reads": "branch"})
+    for changed in changes:
         given = op_inputs(site, *operands, **changed)
         seen.append(made.new(lambda given=given: run_op(given)))
         assert_same(made.none(lambda given=given: run_op(given)), seen[-1])
@@ -958,10 +959,10 @@ def test_plan_op_asks_for_the_backend(device, made, fresh, monkeypatch):
     assert_same(made.none(lambda: run_op(inputs)), expected)
 
 
-def run_inference(site: SteeringSite, residual: Tensor, branch: Tensor) -> Tensor:
+def run_inference(site: SteeringSite, residual: Tensor, branch: Tensor, *reads: str) -> Tensor:
     w1, w2 = parts(site)[:2]
     scale = torch.tensor(site.scale, device=residual.device)
-    return torch.ops.fused_steer.post_block_inference(residual, branch, w1, w2, scale, site.activation)
+    return torch.ops.fused_steer.post_block_inference(residual, branch, w1, w2, scale, site.activation, *reads)
 
 
 @torch.no_grad()
@@ -982,6 +983,11 @@ def test_plan_inference_op_goes_by_the_plan_of_another_layer(device, made, fresh
     sites[1].activation = "silu"
     for site in (sites[1], sites[0]) * 2:
         made.none(lambda site=site: run_inference(site, *operands))
+    inputs = op_inputs(sites[0], *operands, reads="branch")
+    for turn in range(2):
+        found = (made.none if turn else made.new)(lambda: run_inference(sites[0], *operands, "branch"))
+        assert_same(found, torch.ops.fused_steer.post_block(*inputs)[0])
+        made.none(lambda: run_inference(sites[0], *operands))
 
 
 @pytest.mark.parametrize("other", [name for name in OTHERS if name != "no branch"])
@@ -1013,12 +1019,24 @@ def test_plan_a_graph_calls_the_inference_op_where_no_gradient_is_asked_for(devi
         assert compiled(make_site(device, up_bias=True), operands) == "fused_steer.post_block"
     assert compiled(make_site(device), operands) == "fused_steer.post_block"
     assert compiled(make_site(device).requires_grad_(False), operands) == "fused_steer.post_block_inference"
+    # W1 reads the branch
+    residual, branch = operands
+    w1, w2 = (t.detach() for t in parts(make_site(device))[:2])
+    scale = torch.tensor(SCALE, device=device)
+
+    def reading(residual: Tensor, branch: Tensor) -> Tensor:
+        return post_block(residual, branch, w1, w2, scale=scale, reads="branch")
+
+    called.clear()
+    found = torch.compile(reading, fullgraph=True, backend=backend)(residual, branch)
+    assert called == ["fused_steer.post_block_inference.default"]
+    assert_same(found, reading(residual, branch))
 
 
 def test_plan_inference_op_is_an_op(device):
     site = make_site(device).requires_grad_(False)
     w1, w2 = parts(site)[:2]
-    arguments = (*states(5, device), w1, w2, torch.tensor(SCALE, device=device), "silu")
+    arguments = (*states(5, device), w1, w2, torch.tensor(SCALE, device=device), "silu", "branch")
     # Without the test of autograd: there is no gradient.
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(torch.ops.fused_steer.post_block_inference.default, arguments, test_utils=tests)
@@ -1065,10 +1083,15 @@ def test_plan_grouped_op_goes_by_a_plan(device, made, monkeypatch):
     residual, branch = (normal(3, D, device=device, seed=seed) for seed in (1, 2))
     expected = grouped.post_block_grouped(residual, branch, downs, ups, ids)
     operands = (downs, ups, ids, None, None, None, None, "silu", "sum")
+    of_branch = (*operands[:-1], "branch")
     op = torch.ops.fused_steer.post_block_grouped
     for turn in range(2):
         found = (made.none if turn else made.new)(lambda: op(residual, branch, *operands))
         assert_same(found, expected)
+    expected_of_branch = grouped.post_block_grouped(residual, branch, downs, ups, ids, reads="branch")
+    for turn in range(2):
+        found = (made.none if turn else made.new)(lambda: op(residual, branch, *of_branch))
+        assert_same(found, expected_of_branch)
     in_place = torch.ops.fused_steer.post_block_grouped_
     expected_into = grouped.post_block_grouped(residual, branch.clone(), downs, ups, ids, into_branch=True)
     for turn in range(2):
