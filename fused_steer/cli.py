@@ -394,13 +394,16 @@ def coverage(
         for row in check_all(types, jobs):
             rows.append(row)
             if not as_json:
-                why = "; ".join(filter(None, (row.reason, row.note)))
-                _console().print(f"{row.outcome:<8} {row.model_type:<24} {why}", markup=False, soft_wrap=True)
+                for one, site in ((row, "post_block"), (row.post_mlp, "post_mlp")):
+                    if one is not None:
+                        why = "; ".join(filter(None, (one.reason, one.note)))
+                        shown = f"{one.outcome:<8} {one.model_type:<24} {site:<10} {why}"
+                        _console().print(shown, markup=False, soft_wrap=True)
         if out is not None:
             out.parent.mkdir(parents=True, exist_ok=True)
             out.write_text(markdown(rows), encoding="utf-8")
         typer.echo(json.dumps([asdict(row) for row in rows], indent=2) if as_json else summary(rows))
-    if any(row.outcome == "wrong" for row in rows):
+    if any("wrong" in (row.outcome, row.post_mlp and row.post_mlp.outcome) for row in rows):
         raise typer.Exit(1)
 
 

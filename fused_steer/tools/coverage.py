@@ -1,4 +1,5 @@
-"""Which causal language models of the installed transformers are steered, how, and whether rightly.
+"""Which causal language models of the installed transformers are steered, how, and whether rightly: at post_block, and
+at post_mlp.
 
 Every model type that `AutoModelForCausalLM` knows is built tiny, with random weights, from its config class alone; is
 patched; and is held against itself unpatched and against plain forward hooks. Each in a process of its own, so that
@@ -30,8 +31,9 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrained
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .._version import __version__
-from ..adapters.parameters import DOWN, DOWN_BIAS, UP, UP_BIAS, by_place, of_adapter, split_path
+from ..adapters.parameters import DOWN, DOWN_BIAS, SITE, UP, UP_BIAS, by_place, of_adapter, split_path
 from ..config import SteerConfig
+from ..model.sublayers import find_in, parts_of
 from ..patch import patch_model
 
 __all__ = ["MODEL_TYPES", "Row", "build", "check", "check_all", "markdown", "summary"]
@@ -44,8 +46,9 @@ TOLERANCE = 1e-5
 
 #: What may become of a model type, and what that means.
 OUTCOMES = {
-    "fused": "passes; every layer's last residual add is fused",
-    "mixed": "passes; some layers are fused, the others are steered by a hook, for the reason given",
+    "fused": "passes; fused into each layer's last residual add",
+    "inline": "passes; by a launch of its own in each layer's forward, for the reason given",
+    "mixed": "passes; some layers are fused, the others are not, for the reason given",
     "hook": "passes; every layer is steered by a hook, for the reason given",
     "refused": "`patch_model` refuses it and leaves it as it was",
     "raises": "patched, it raises this error when it runs",
@@ -56,10 +59,11 @@ OUTCOMES = {
 
 @dataclass(frozen=True)
 class Row:
-    """What became of one model type.
+    """What became of one model type, steered at one site.
 
     outcome: one of OUTCOMES; reason: why it is not "fused"; note: what else there is to know; error: the largest
-    relative error against plain hooks; seconds: how long it took.
+    relative error against plain hooks; seconds: how long it took; post_mlp: what became of it at that site, in the row
+    of post_block.
     """
 
     model_type: str
@@ -71,10 +75,11 @@ class Row:
     hooked: int = 0
     error: float = 0.0
     seconds: float = 0.0
+    post_mlp: Row | None = None
 
     @property
     def passes(self) -> bool:
-        return self.outcome in ("fused", "mixed", "hook")
+        return self.outcome in ("fused", "inline", "mixed", "hook")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -188,13 +193,19 @@ def build(model_type: str, seed: int = 0) -> PreTrainedModel:
 # The checks
 
 _CONFIG = SteerConfig(rank=4, scale=0.7, down_bias=True, up_bias=True)
+_POST_MLP = replace(_CONFIG, site="post_mlp")
 
 
 class Wrong(Exception):
     """A patched model gave what it should not have; the message is one line that says what."""
 
 
-def check(model: PreTrainedModel, model_type: str = "", patch: Callable[..., Any] = patch_model) -> Row:
+def check(
+    model: PreTrainedModel,
+    model_type: str = "",
+    patch: Callable[..., Any] = patch_model,
+    config: SteerConfig = _CONFIG,
+) -> Row:
     """Patch `model`, hold it against itself unpatched and against plain hooks, and unpatch it.
 
     The fresh patch and the model unpatched again must give the logits, and greedy generation, of the model as it came,
@@ -215,7 +226,7 @@ def check(model: PreTrainedModel, model_type: str = "", patch: Callable[..., Any
     row = replace(row, note=note)
     structure = _structure(model)
     try:
-        patch(model, _CONFIG)
+        patch(model, config)
     except ValueError as error:
         if _structure(model) != structure:
             return replace(row, outcome="wrong", reason=f"refused, but changed: {_one_line(error)}")
@@ -223,7 +234,7 @@ def check(model: PreTrainedModel, model_type: str = "", patch: Callable[..., Any
     try:
         steering: Any = model.steering
         report = steering.report()
-        hooked = [layer for layer in report if layer.kind == "hook"]
+        hooked = [layer for layer in report if layer.kind != "fused"]
         row = replace(row, layers=len(report), hooked=len(hooked), reason="; ".join({h.reason: 0 for h in hooked}))
         _expect_same(before, _outputs(model)[0], "a fresh patch")
         worst = _compare(model, original)
@@ -235,8 +246,8 @@ def check(model: PreTrainedModel, model_type: str = "", patch: Callable[..., Any
         return replace(row, outcome="wrong", reason=str(wrong))
     except Exception as error:
         return replace(row, outcome="raises", reason=_one_line(error))
-    kind = "hook" if len(hooked) == len(report) else "mixed" if hooked else "fused"
-    return replace(row, outcome=kind, error=worst)
+    kinds = {layer.kind for layer in report}
+    return replace(row, outcome="mixed" if len(kinds) > 1 else kinds.pop(), error=worst)
 
 
 def _outputs(model: PreTrainedModel) -> tuple[dict[str, Tensor], str]:
@@ -353,10 +364,12 @@ class PlainHooks:
 
     def __init__(self, model: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
         self.leaves = {name: p.detach().clone().requires_grad_() for name, p in parameters.items()}
-        layers_path, layers = by_place(self.leaves)
-        self.calls = {f"{layers_path}.{index}": 0 for index in layers}
-        for path, leaves in zip(self.calls, layers.values(), strict=True):
-            model.get_submodule(path).register_forward_hook(self._hook(path, leaves))
+        layers_path, places = by_place(self.leaves)
+        self.calls = {f"{layers_path}.{place.layer}": 0 for place in places}
+        for path, place, leaves in zip(self.calls, places, places.values(), strict=True):
+            layer = model.get_submodule(path)
+            module = layer if place.site == SITE else layer.get_submodule(_mlp(layer))
+            module.register_forward_hook(self._hook(path, leaves))
 
     def _hook(self, path: str, leaves: dict[str, Tensor]) -> Callable[..., Any]:
         down, down_bias, up, up_bias = (leaves[name] for name in (DOWN, DOWN_BIAS, UP, UP_BIAS))
@@ -369,6 +382,12 @@ class PlainHooks:
             return type(output)((hidden, *rest)) if isinstance(output, (tuple, list)) else hidden
 
         return hook
+
+
+def _mlp(layer: nn.Module) -> str:
+    """The path of a layer's MLP, or of the last of the modules that it is."""
+    (path,) = find_in(type(layer), "post_mlp", parts_of(layer, type(layer))).modules
+    return path
 
 
 def _structure(model: nn.Module) -> Any:
@@ -401,6 +420,9 @@ def run(model_type: str) -> Row:
         row = replace(row, reason=_one_line(error))
     else:
         row = replace(check(model, model_type), model_class=row.model_class)
+        if row.outcome != "unbuilt":
+            post_mlp = check(build(model_type), model_type, config=_POST_MLP)
+            row = replace(row, post_mlp=replace(post_mlp, model_class=row.model_class))
     return replace(row, seconds=time.perf_counter() - start)
 
 
@@ -459,10 +481,19 @@ def counts(rows: Sequence[Row]) -> dict[str, int]:
     return {outcome: counter[outcome] for outcome in OUTCOMES}
 
 
+def at_post_mlp(rows: Sequence[Row]) -> list[Row]:
+    """The rows of that site."""
+    return [row.post_mlp for row in rows if row.post_mlp is not None]
+
+
 def summary(rows: Sequence[Row]) -> str:
-    """One line: how many passed, of how many, and how."""
-    passed = sum(row.passes for row in rows)
-    return f"{passed} of {len(rows)} pass: " + ", ".join(f"{n} {outcome}" for outcome, n in counts(rows).items())
+    """One line for each site: how many passed, of how many, and how."""
+    lines = []
+    for site, these in ((SITE, rows), ("post_mlp", at_post_mlp(rows))):
+        if these:
+            found = ", ".join(f"{n} {outcome}" for outcome, n in counts(these).items())
+            lines.append(f"{site}: {sum(row.passes for row in these)} of {len(these)} pass: {found}")
+    return "\n".join(lines)
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -470,31 +501,43 @@ def markdown(rows: Sequence[Row]) -> str:
     versions = f"fused-steer {__version__}, transformers {transformers.__version__}, torch {torch.__version__}"
     classes = {row.model_class for row in rows}
     passing = classes - {row.model_class for row in rows if not row.passes}
-    passed = sum(row.passes for row in rows)
+    passed, inner = sum(row.passes for row in rows), at_post_mlp(rows)
     lines = [
         "# Coverage",
         "",
         "Every model type that `AutoModelForCausalLM` knows, built tiny with random weights from its config class,",
-        "patched in every layer, and checked on a CPU in float32. A fresh patch, and the model unpatched again, give",
-        "the logits and the greedy generation of the model as it came, bit for bit. With a random adapter, logits,",
-        "generation and the adapter's gradients equal those of plain forward hooks (relative error by norm at most",
-        f"{TOLERANCE:.0e}; where rounding alone moves a gradient further, its error against float64 is at most twice",
-        "that of the hooks), and each layer steers as often as there. Written by",
-        "`fused-steer coverage --out docs/coverage.md`.",
+        "patched in every layer, and checked on a CPU in float32: at the default site, `post_block`, and at",
+        "`post_mlp`. A fresh patch, and the model unpatched again, give the logits and the greedy generation of the",
+        "model as it came, bit for bit. With a random adapter, logits, generation and the adapter's gradients equal",
+        f"those of plain forward hooks on the layers, or on their MLPs (relative error by norm at most {TOLERANCE:.0e};",
+        "where rounding alone moves a gradient further, its error against float64 is at most twice that of the hooks),",
+        "and each layer steers as often as there. Written by `fused-steer coverage --out docs/coverage.md`.",
         "",
         f"Versions: {versions}, Python {platform.python_version()}.",
         "",
         f"**{passed} of {len(rows)} model types pass**, {len(passing)} of {len(classes)} classes;",
         f"the largest relative error is {max((row.error for row in rows), default=0.0):.1e}.",
+        f"At `post_mlp` {sum(row.passes for row in inner)} of {len(inner)} pass; the largest relative error is "
+        f"{max((row.error for row in inner), default=0.0):.1e}.",
         "",
-        "| outcome | model types | meaning |",
-        "|---|---|---|",
-        *(f"| {outcome} | {n} | {OUTCOMES[outcome]} |" for outcome, n in counts(rows).items()),
-        "",
-        "| class | model type | outcome | why |",
+        "| outcome | model types | at `post_mlp` | meaning |",
         "|---|---|---|---|",
+        *(
+            f"| {outcome} | {n} | {there} | {OUTCOMES[outcome]} |"
+            for (outcome, n), there in zip(counts(rows).items(), counts(inner).values(), strict=True)
+        ),
+        "",
+        "| class | model type | outcome | why | at `post_mlp` | why |",
+        "|---|---|---|---|---|---|",
     ]
     for row in sorted(rows, key=lambda row: row.model_type):
-        why = "; ".join(filter(None, (row.reason, row.note))).replace("|", "\\|")
-        lines.append(f"| {row.model_class} | {row.model_type} | {row.outcome} | {why} |")
+        there = row.post_mlp or Row(row.model_type, row.model_class, "-")
+        lines.append(
+            f"| {row.model_class} | {row.model_type} | {row.outcome} | {_why(row.reason, row.note)} "
+            f"| {there.outcome} | {_why(there.reason)} |"
+        )
     return "\n".join(lines) + "\n"
+
+
+def _why(*parts: str) -> str:
+    return "; ".join(filter(None, parts)).replace("|", "\\|")
