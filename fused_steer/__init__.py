@@ -33,6 +33,7 @@ The map, in reading order. A file imports what stands above it, never what stand
     serving/             many adapters at a time
         slots.py         room for several adapters at one layer
         requests.py      what a batch asks for: an adapter, a strength, positions for each row
+        options.py       the strength and the positions of one served request
         caches.py        how many tokens a key-value cache holds
         rows.py          steers one layer of a batch by rows
         batch.py         steers each row of a batch by its own adapter
@@ -67,7 +68,13 @@ The map, in reading order. A file imports what stands above it, never what stand
         diagnosis.py     the whole, and how it is saved
         measure.py       diagnose
         command.py       fused-steer diagnose
-    vllm.py              the vLLM plug-in
+    vllm/                the vLLM plug-in
+        sources.py       adapters as requests name them: checked, and copied
+        layers.py        the steering point of a decoder layer, and the module that steers it
+        adapters.py      an adapter of a worker, into the slots of each layer
+        cache.py         keys of cached blocks and of compiled graphs
+        frontend.py      requests on their way into the engine
+        gains.py         the gain of each token of a batch
     trl.py               TRL's trainers
     cli.py               the command fused-steer
 """

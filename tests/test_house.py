@@ -88,7 +88,8 @@ def test_house_imports_go_up_the_map(package):
 def test_house_tests_mirror_the_folders():
     rooms = {path.name for path in (ROOT / "fused_steer").iterdir() if (path / "__init__.py").is_file()}
     tested = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and path.name != "__pycache__"}
-    assert tested == rooms | {"kernels", "bench"}
+    # A folder "vllm" on the path would pass for vLLM where that is not installed: its tests are tests/test_vllm*.py.
+    assert tested == rooms - {"vllm"} | {"kernels", "bench"}
 
 
 def test_house_no_file_is_long_without_a_reason():

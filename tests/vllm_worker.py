@@ -15,14 +15,21 @@ def _number(name: str, path: str | None) -> int:
     return _numbers.setdefault((name, path), len(_numbers) + 1)
 
 
-def ask(engine: Any, requests: list[tuple[str | None, str | None, list[int]]], new_tokens: int) -> list[list[int]]:
-    """Greedy continuations of one batch. A request: the adapter's name and directory, or None twice, and its prompt."""
+def ask(engine: Any, requests: list[Any], new_tokens: int) -> list[list[int]]:
+    """Greedy continuations of one batch.
+
+    Args:
+        requests: of each the adapter's name and directory, or None twice, its prompt, and perhaps steering options.
+    """
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
 
-    loras = [name and LoRARequest(name, _number(name, path), path) for name, path, _ in requests]
-    prompts = [{"prompt_token_ids": prompt} for _, _, prompt in requests]
-    parameters = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)
+    loras = [name and LoRARequest(name, _number(name, path), path) for name, path, *_ in requests]
+    prompts = [{"prompt_token_ids": prompt} for _, _, prompt, *_ in requests]
+    given = [{"steering": options[0]} if options and options[0] else None for _, _, _, *options in requests]
+    parameters = [
+        SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, extra_args=extra) for extra in given
+    ]
     outputs = engine.generate(prompts, parameters, lora_request=loras, use_tqdm=False)
     return [list(output.outputs[0].token_ids) for output in outputs]
 
