@@ -335,21 +335,21 @@ def test_vllm_a_strength_and_positions_for_each_request(in_chunks, folder):
 
 
 def test_vllm_requests_that_leave_the_prompt_alone_share_the_cached_prompt_of_the_base(in_chunks, folder):
-    """Blocks of 32: the whole prompt but its last block; with the prompt's end steered, one block less where it ends."""
-    prompt = [7 + i % 50 for i in range(64)]
+    """A block of 32 tokens is the base's as long as the first steered token lies behind it."""
+    prompt = [7 + i % 30 for i in range(50)]
     in_chunks.reset_prefix_cache()
     outputs_of(in_chunks, [(None, [*prompt], None)], folder, 1)
     for name, options, cached in [
         ("silu", {"positions": "generated", "scale": 3}, 32),
         ("biases", {"positions": "generated"}, 32),
-        ("silu", {"positions": ["last", 32]}, 32),
-        ("silu", {"positions": ["last", 33]}, 0),
+        ("silu", {"positions": ["last", 18]}, 32),
+        ("silu", {"positions": ["last", 19]}, 0),
         ("silu", {"positions": "all"}, 0),
         ("silu", None, 0),
     ]:
-        (found,) = outputs_of(in_chunks, [(name, prompt[:-1], options)], folder, 1)
+        (found,) = outputs_of(in_chunks, [(name, prompt, options)], folder, 1)
         assert found.num_cached_tokens == cached, options
-        right = by_hugging_face(folder, name, tuple(prompt[:-1]), json.dumps(options or {}), 1)
+        right = by_hugging_face(folder, name, tuple(prompt), json.dumps(options or {}), 1)
         assert list(found.outputs[0].token_ids) == right
 
 
