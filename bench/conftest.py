@@ -1,4 +1,4 @@
-"""`pytest bench`: the same levels as the GPU run, through pytest-benchmark."""
+"""Fixtures of `pytest bench`, which runs the measurements of `bench.levels` through pytest-benchmark."""
 
 import pytest
 import torch

@@ -572,7 +572,7 @@ def test_bench_a_save_that_fails_leaves_the_file_as_it_was(tmp_path):
         ("[]", "has schema None; expected 1"),
         ('{"schema": 0}', "has schema 0; expected 1"),
         ('{"schema": 1, "rows": []}', "has the keys ['rows']; expected"),
-        (json.dumps({"schema": 1, **dataclasses.asdict(Results(MACHINE)), "rows": [{}]}), "a row that is none"),
+        (json.dumps({"schema": 1, **dataclasses.asdict(Results(MACHINE)), "rows": [{}]}), "a malformed row"),
     ],
 )
 def test_bench_a_file_that_is_no_results_file_is_refused(content, expected, tmp_path):

@@ -308,7 +308,7 @@ def test_report_serving_by_rows_and_what_an_adapter_for_each_token_makes(reporte
         "64", "1152", "8", "16", "10.0 µs (9.94–10.1)", "5.00 µs (4.97–5.03), 0.500×", "9.00 µs (8.95–9.05), 0.900×",
         "30.0 µs (29.8–30.2), 3.00×", "1.00 MiB (0.994–1.01)", "9.00 MiB (8.95–9.05)",
     ]  # fmt: skip
-    for title in ("transformers' generate", "transformers, a decode step, CUDA graph", "vLLM, a token of every row"):
+    for title in ("transformers' generate", "transformers, a decode step, CUDA graph", "vLLM, per token of every row"):
         table = text[text.index(f": {title}") :].partition("####")[0]
         case = "Llama-3.2-1B, 16 layers (all), 256 × 256 tokens, 256 adapters, r = 8, bfloat16"
         row = cells(table, case, "fused")
@@ -357,7 +357,7 @@ def test_report_cpu_is_never_shown_as_speed_of_the_kernels(reported):
     assert CPU not in reported.readme.read_text(encoding="utf-8")
     text = reported.markdown.read_text(encoding="utf-8")
     section = text[text.index(f"## {CPU}") :]
-    assert section.startswith(f"## {CPU} (CPU): imaginary-cpu\n\n**This says nothing of the kernels**")
+    assert section.startswith(f"## {CPU} (CPU): imaginary-cpu\n\n**These figures say nothing about the kernels**")
     assert "777 µs" in section and "777 µs" not in text[: text.index(f"## {CPU}")]
     assert "Goals" not in section and ".svg" not in section
     assert not any("imaginary-cpu" in path.name for path in (reported.docs / "benchmarks").iterdir())
