@@ -391,7 +391,7 @@ def compiled():
     with torch.no_grad():
         eager = called(lambda: model(x, b))
         graph = torch.compile(model, fullgraph=True, dynamic=False)
-        calls = [called(lambda: graph(x, b)) for _ in range(4)]  # the first call compiles
+        calls = [called(lambda: graph(x, b)) for _ in range(4)]  # the first runs inside the compiler's own state
     return {"same": all(call[0] == eager[0] for call in calls), "made": [call[1] for call in calls],
             "count": len(eager[0])}  # fmt: skip
 

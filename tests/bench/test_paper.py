@@ -1,4 +1,4 @@
-"""`python -m bench.paper`: what it asks and reads, its data, its runs, and its report."""
+"""Tests of `python -m bench.paper`: prompts and readers, data, runs, and report."""
 
 import importlib
 import itertools
@@ -183,7 +183,7 @@ def depth(source):
 
 
 def value(source):
-    """The value, by a stack: Long Range Arena's operators."""
+    """Evaluate a ListOps expression by a stack, with Long Range Arena's operators."""
     stack = []
     for word in source.split():
         if word == "]":
@@ -225,7 +225,7 @@ def test_paper_run_writes_a_file_with_versions_and_commit(finished):
     assert len(content["stages"][0]["losses"]) == 2
     for split in ("validation", "test"):
         assert len(content[split]["exact"]) == 4
-        assert content[split]["unreadable"] == len(content[split]["unreadable_shown"]) == 4  # a random model's
+        assert content[split]["unreadable"] == len(content[split]["unreadable_shown"]) == 4  # of a random model
         assert content[split]["accuracy"] == 0
     joint = json.loads((finished / "smoke/tiny/listops/joint/rate-0.001-seed-0.json").read_text())
     assert set(report.PICTURES) <= set(joint["pictures"]) and content["pictures"] == []
