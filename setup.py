@@ -14,7 +14,6 @@ DEMO = ["accelerate", "gguf>=0.19", "matplotlib"]  # transformers reads GGUF fil
 # fused_steer/_requirements.py lists the versions that were tried.
 PEFT = ["peft>=0.21,<1"]
 TRL = ["datasets", *PEFT, 'trl>=1.14,<2; python_version >= "3.11"']  # TRL for Python 3.10 needs another transformers
-RL = ["datasets", *PEFT, 'trl>=1.14,<2; python_version >= "3.11"']  # its last for 3.10 is of another transformers
 RL = [*TRL, "reasoning-gym"]
 QUANT = ["bitsandbytes", "torchao"]
 TEST = [

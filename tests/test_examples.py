@@ -174,7 +174,7 @@ def test_examples_trl_grpo(example, tiny, tmp_path):
 
 @needs_trl
 def test_examples_alpaca(example, tiny, tmp_path, monkeypatch):
-    """The response alone is trained on, and the judge's file holds what the steered model answers."""
+    """Training covers only the responses, and the judge's file has the steered model's answers."""
     data = tmp_path / "alpaca.json"
     rows = [{"instruction": f"{a}+{b}=", "input": "", "output": str(a + b)} for a in range(10) for b in range(10)]
     data.write_text(json.dumps(rows), encoding="utf-8")
