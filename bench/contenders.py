@@ -209,7 +209,7 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 
 
 def adapter_weights(model: nn.Module, rank: int, seed: int = 2) -> list[tuple[Tensor, Tensor]]:
-    """Draw W1 (r, d) and W2 (d, r) of every layer, of a small shift; the same for every contender."""
+    """Draw W1 (r, d) and W2 (d, r) of every layer, with a small shift; every contender gets the same."""
     hidden = model.config.hidden_size
     generator = torch.Generator().manual_seed(seed)
     return [

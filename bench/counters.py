@@ -62,7 +62,7 @@ def read(text: str) -> list[tuple[str, dict[str, float]]]:
                 figures[wanted] = float(value.replace(",", ""))
         found.append((row["Kernel Name"].partition("(")[0], figures))
     if not found:
-        raise ValueError("ncu counted no launch; expected those of the op")
+        raise ValueError("ncu counted no launch; expected the op's launches")
     return found
 
 

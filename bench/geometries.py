@@ -10,7 +10,7 @@ import torch
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 
-#: Sizes as published with each model. `vocab_size` is that of the whole model.
+#: Sizes as published with each model.
 GEOMETRIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma-3-1b": ("gemma3_text", {
         "hidden_size": 1152, "intermediate_size": 6912, "num_hidden_layers": 26, "num_attention_heads": 4,

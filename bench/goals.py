@@ -161,7 +161,7 @@ def _train(contender: str, other: str, at_most: bool) -> Callable[[Results], flo
 
 
 def _joint(results: Results) -> float | None:
-    """Return the time of a joint-orth training step over LoRA's step plus the time that steering adds."""
+    """Return the time of a training step with LoRA and orthogonal steering, over LoRA's step plus steering's part."""
     ratios = []
     for joint, lora in _pairs(results, "model", "train", "joint-orth", "lora", checkpointing=False, **WHOLE):
         for fused, unsteered in _pairs(results, "model", "train", "fused", "unsteered", **joint.case):

@@ -33,9 +33,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and not HAS_GPU:
-            item.add_marker(pytest.mark.skip(reason="needs a GPU; its kernels are interpreted and compiled instead"))
+            item.add_marker(pytest.mark.skip(reason="needs a GPU; other tests interpret and compile the kernels"))
         if item.get_closest_marker("vllm") and not HAS_VLLM:
-            item.add_marker(pytest.mark.skip(reason="needs vLLM, in an environment of its own: see docs/serving.md"))
+            item.add_marker(pytest.mark.skip(reason="needs vLLM, in a separate environment: see docs/serving.md"))
 
 
 @pytest.fixture(

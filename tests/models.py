@@ -272,7 +272,7 @@ def skip_without_add_adapter() -> None:
     from transformers.integrations.peft import MIN_PEFT_VERSION
 
     if Version(metadata.version("peft")) < Version(MIN_PEFT_VERSION):
-        pytest.skip(f"this transformers adds adapters by PEFT {MIN_PEFT_VERSION} or later alone")
+        pytest.skip(f"this transformers needs PEFT {MIN_PEFT_VERSION} or later to add adapters")
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:

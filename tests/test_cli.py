@@ -98,7 +98,7 @@ def test_cli_doctor_finds_all_well(installed):
     assert "NOT WELL" not in result.stdout
 
 
-@pytest.mark.skipif(torch.accelerator.is_available(), reason="a GPU is here, whose kernels alone are shown")
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="with a GPU, only its kernels are shown")
 def test_cli_doctor_lists_the_kernels_of_every_target(installed):
     rows = re.findall(r"(sm_\d+|gfx\w+)\W+(\w+_kernel)", invoke("doctor").stdout)
     assert {target for target, _ in rows} == {"sm_80", "sm_90", "sm_100", "gfx942"}

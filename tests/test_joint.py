@@ -216,7 +216,7 @@ def test_joint_failed_save_of_both_leaves_what_was_there(two, earlier, number, t
     if earlier:
         save_joint(two[0], tmp_path)
     elif number > RENAMES - 2:
-        pytest.skip("there is nothing to move out of the way")
+        pytest.skip("this save has nothing to move away")
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
 
     def full() -> None:

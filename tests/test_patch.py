@@ -404,7 +404,7 @@ def test_patch_steering_follows_the_model_to_another_dtype():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Which list is that of the decoder layers
+# Finding the list of decoder layers
 
 
 class TowerConfig(types.SimpleNamespace):

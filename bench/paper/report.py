@@ -17,11 +17,11 @@ PAGE = "report.md"
 #: Each section's title, methods, and the matching table of the paper.
 SECTIONS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("Methods", ("untrained", "full", "lora", "reft", "lofit", "jola", "lowrank"), "the paper's Table 1"),
-    ("Forms of steering", ("lowrank", "rank1", "vector"), "a table of the paper, which one is not at hand"),
+    ("Forms of steering", ("lowrank", "rank1", "vector"), "the paper has such a table; we do not have it"),
     (
         "Joint adaptation",
         ("lora", "lowrank", "joint", "joint-orth", "joint-released"),
-        "a table of the paper, which one is not at hand",
+        "the paper has such a table; we do not have it",
     ),
 )
 #: Pictures of a diagnosis, and the number of the paper's figure that each one follows.
@@ -141,7 +141,7 @@ def pictures(results: Mapping[tuple[str, str], Any], out: Path) -> str:
                 lines.append(
                     f"After Figure {figure}, {TASKS[task].title}, {METHODS[method].title}:\n\n![]({path}/{name})"
                 )
-    return "\n\n".join([*lines, "Figure 4 of the paper is not at hand."])
+    return "\n\n".join([*lines, "We do not have the paper's Figure 4."])
 
 
 def write(out: Path) -> Path:
@@ -159,7 +159,7 @@ def write(out: Path) -> Path:
         "have the figure. †: second-hand. *As released*: with the released code's reader of answers, which misreads "
         "some correct answers.",
         "\n".join(f"- The paper: {line['text']} ({paper['sources'][line['source']]})." for line in paper["headline"]),
-        "Not at hand: " + "; ".join(paper["not_at_hand"]) + ".",
+        "We do not have: " + "; ".join(paper["not_at_hand"]) + ".",
         "† " + paper["sources"]["note"] + ".",
     ]
     for model, results in found.items():

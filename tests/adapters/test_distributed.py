@@ -296,7 +296,7 @@ def test_distributed_joint_orth_is_refused_where_fsdp_shards(folder):
 
 
 zero = pytest.mark.skipif(
-    importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed, no dependency of ours"
+    importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed, which is not a dependency"
 )
 
 

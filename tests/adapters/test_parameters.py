@@ -212,7 +212,7 @@ def test_parameters_files_of_wrapped_models_have_the_paths_of_plain_ones(by_peft
     patch_model(build(), SteerConfig(rank=2)).steering.save(tmp_path / "plain")
     wrapped = wrap(build())
     if by_peft and wrapped_by == "module":
-        pytest.skip("PEFT wants a model with a forward of its own")
+        pytest.skip("PEFT needs a model with its own forward")
     if by_peft:
         model = get_peft_model(wrapped, fused_steer.peft.PostBlockConfig(r=2))
         model.save_pretrained(str(tmp_path / "wrapped"))

@@ -187,7 +187,7 @@ def test_report_readme_and_docs_are_what_the_committed_results_give():
     assert not differing, "run `python -m bench.report`"
 
 
-@pytest.mark.skipif(any(run.on_gpu for run in read.read_runs(read.FOLDER)), reason="there are results of a GPU")
+@pytest.mark.skipif(any(run.on_gpu for run in read.read_runs(read.FOLDER)), reason="bench/results has results of a GPU")
 def test_report_without_results_of_a_gpu_nothing_is_claimed():
     for file in (ROOT / "README.md", ROOT / "docs" / "benchmarks.md"):
         assert pages.NOT_MEASURED in file.read_text(encoding="utf-8")

@@ -157,13 +157,15 @@ def test_aot_matrix_products_run_on_tensor_cores(compiled):
 
 
 def test_aot_what_is_recorded_is_what_runs():
-    """Recorded launches equal executed ones: one forward, three backward. Few tokens split d: two forward."""
+    """A case records one forward and three backward launches. Few tokens split d, which takes two forward launches."""
     many, few = (record(Case(tokens, 4096, 8), "sm_90") for tokens in (8192, 8))
     assert [launch.kernel.__name__ for launch in many] == ["post_block_fwd_kernel", *BACKWARD]
     split = ["post_block_fwd_down_kernel", "post_block_fwd_up_kernel"]
     assert [launch.kernel.__name__ for launch in few] == [*split, *BACKWARD] and few[0].grid[1] > 8
     wide = [launch.kernel.__name__ for launch in record(Case(8192, 4096, 256), "sm_90")]
-    assert wide == [*split, BACKWARD[0], BACKWARD[1], *BACKWARD[1:]], "two passes over the columns, not to spill"
+    assert wide == [*split, BACKWARD[0], BACKWARD[1], *BACKWARD[1:]], (
+        "one launch of the columns kernel would spill, so there are two"
+    )
 
 
 SPLIT = ["p_residual p_branch", "p_residual p_branch p_out"]  # a forward of two kernels

@@ -61,7 +61,7 @@ class Made(list):
         """Return the result of a call, and assert that it used a plan."""
         before = len(self)
         result = call()
-        assert len(self) == before, "a plan was made where one was there"
+        assert len(self) == before, "a plan was made although one existed"
         return result
 
     def new(self, call: Callable[[], Any]) -> Any:
@@ -920,7 +920,7 @@ def test_plan_what_a_call_leaves_behind_is_one_allocation(monkeypatch):
     assert result.shape == (4, 9) and result.data_ptr() == names["q2"] and names["m2"] is result
     spans = [(names[f"q{i}"], names[f"q{i}"] + made[i].nbytes) for i in (0, 1, 3)]
     assert spans[0][0] == scratch.data_ptr() and spans[-1][1] == scratch.data_ptr() + scratch.nbytes
-    assert all(first[1] <= second[0] for first, second in itertools.pairwise(spans)), "no part overlaps the next"
+    assert all(first[1] <= second[0] for first, second in itertools.pairwise(spans)), "the parts overlap"
     assert all((span[0] - scratch.data_ptr()) % 128 == 0 for span in spans)
 
 

@@ -109,7 +109,7 @@ def test_post_block_few_tokens_and_many(device, tokens):
 
 @pytest.mark.parametrize("tokens", [64, 65])
 def test_post_block_few_tokens_and_many_with_relu(device, tokens):
-    """relu is as exact as the hook's, although its derivative jumps at 0.
+    """With relu the op is as exact as the hook, although relu's derivative jumps at 0.
 
     The fused op and the hook both round x and W1 to bf16, so that some activations change sign. The test has so many
     activations that the numbers of such errors hardly differ.
@@ -132,9 +132,9 @@ def operands_of(inputs: Inputs, packed: bool) -> Operands:
 )
 def test_post_block_packed_weights_give_the_same_bits(device, tokens, hidden, rank, dtype):
     if os.environ["FUSED_STEER_BACKEND"] == "torch":
-        pytest.skip("packed weights are the kernels' own")
+        pytest.skip("only the kernels use packed weights")
     if device.type == "cpu" and rank > 16:
-        pytest.skip("NumPy sums long products in another order where an operand is transposed")
+        pytest.skip("NumPy sums long products in another order if an operand is transposed")
     inputs = make_inputs(tokens, hidden, rank=rank, dtype=dtype, device=device, basis=0)
     for case in (inputs, replace(inputs, branch=None, down_bias=None, up_bias=None, gain=None, scale=0.7)):
         found = (triton_forward(case.residual, case.branch, operands_of(case, p), True) for p in (False, True))

@@ -139,7 +139,7 @@ def test_scopes_of_a_copy_are_none():
         pass
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system cannot fork")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_scopes_locks_are_free_after_a_fork():
     scopes = Scopes()

@@ -211,7 +211,7 @@ def test_threads_copy_made_inside_is_a_whole_model(model):
     assert torch.equal(greedy(model), expected)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system cannot fork")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_threads_of_another_thread_is_not_in_a_forked_process(model):
     entered, leave = threading.Event(), threading.Event()
