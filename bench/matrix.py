@@ -172,18 +172,19 @@ def page(outcomes: dict[str, Outcome]) -> str:
             f", **{failed} failed**: {', '.join(map(_short, done.failed))}" if failed else ""
         )
         rows.append([name, wanted, *(done.versions[library] for library in SHOWN), f"{result} ({done.commit[:7]})"])
-    heads = ["set", "asked for", *SHOWN, "core tests"]
+    heads = ["set", "changed versions", *SHOWN, "core tests"]
     table = "\n".join(f"| {' | '.join(row)} |" for row in [heads, ["---"] * len(heads), *rows])
     return f"""# Versions
 
-The core tests with sets of library versions. Each set is `constraints.txt` with some versions changed, in an
-environment of its own. Written by `python -m bench.matrix`. On a machine without a GPU the kernels run in Triton's
-interpreter. A set with another torch downloads the CUDA build, several gigabytes, and runs only when it is named.
+This page lists the library versions that the core tests were run with. Each *set* is `constraints.txt` with some versions
+changed, in its own environment. `python -m bench.matrix` runs the tests and writes this page. On a machine without a GPU
+the kernels run in Triton's interpreter. A set with another torch downloads the CUDA build, several gigabytes, and runs
+only if you name it.
 
 {table}
 
-Outside of the versions that were tried, `patch_model` warns once and goes on. `fused-steer doctor` shows what is
-installed and whether it was tried.
+With an untried version, `patch_model` warns once and continues. `fused-steer doctor` shows the installed versions, and
+whether they were tried.
 """
 
 
