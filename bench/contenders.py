@@ -1,4 +1,4 @@
-"""The contenders: the fused op, its rivals, and the plain add as the floor.
+"""The contenders, which are the implementations to compare: the fused op, its rivals, and the plain add as the floor.
 
 A contender for the op is a function from `Operands` to the steered hidden state. A contender for models takes a fresh,
 frozen model and steers it. Contenders that claim to compute the fused op's function are checked before they are

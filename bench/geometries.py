@@ -1,4 +1,4 @@
-"""The sizes of real models, and the sizes at which the op is measured."""
+"""The sizes of real models, called geometries, and the sizes at which the op is measured."""
 
 from __future__ import annotations
 
