@@ -176,10 +176,10 @@ def page(outcomes: dict[str, Outcome]) -> str:
     table = "\n".join(f"| {' | '.join(row)} |" for row in [heads, ["---"] * len(heads), *rows])
     return f"""# Versions
 
-This page lists the library versions that the core tests were run with. Each *set* is `constraints.txt` with some versions
-changed, in its own environment. `python -m bench.matrix` runs the tests and writes this page. On a machine without a GPU
-the kernels run in Triton's interpreter. A set with another torch downloads the CUDA build, several gigabytes, and runs
-only if you name it.
+This page lists the library versions that the core tests were run with. Each *set* is `constraints.txt` with some
+versions changed, in its own environment. `python -m bench.matrix` runs the tests and writes this page. On a machine
+without a GPU the kernels run in Triton's interpreter. A set with another torch downloads the CUDA build, several
+gigabytes, and runs only if you name it.
 
 {table}
 
