@@ -212,7 +212,7 @@ def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
     result = invoke("run", "--smoke", "--out", out, "--tasks", "listops", "--methods", "lowrank,joint")
     assert result.exit_code == 0, result.output
-    assert "2 runs were done now" in result.output
+    assert "2 new runs" in result.output
     return out
 
 
@@ -235,7 +235,7 @@ def test_paper_run_goes_on_where_it_stopped(finished, monkeypatch):
     before = {file: file.read_bytes() for file in finished.rglob("*.json")}
     monkeypatch.setattr(runs.Bench, "run", lambda *arguments: pytest.fail("a run was done again"))
     result = invoke("run", "--smoke", "--out", finished, "--tasks", "listops", "--methods", "lowrank,joint")
-    assert result.exit_code == 0 and "0 runs were done now" in result.output
+    assert result.exit_code == 0 and "0 new runs" in result.output
     assert before == {file: file.read_bytes() for file in finished.rglob("*.json")}
     result = invoke("run", "--smoke", "--out", finished, "--tasks", "listops", "--methods", "lowrank", "--rank", 4)
     refused(result, "rank is 4 but 8 in", "expected the same (or another --out)")
