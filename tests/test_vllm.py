@@ -1,4 +1,4 @@
-"""Steering adapters in vLLM's engine: the plug-in as vLLM loads it, with tiny models, against HF's patched ones."""
+"""Tests of steering adapters in vLLM's engine, with tiny models, against patched models in transformers (HF)."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from fused_steer import SteerConfig, patch_model, save_joint
 
 pytestmark = pytest.mark.vllm
 
-#: Of a config that was edited by hand.
+#: Removes the digests, as a person does who edits a config on purpose.
 NO_DIGESTS = dict.fromkeys(("config_sha256", "weights_sha256", "tensors_sha256"))
 
 WORKER = Path(__file__).with_name("vllm_worker.py")
@@ -43,7 +43,7 @@ WORKER = Path(__file__).with_name("vllm_worker.py")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """model/, and an adapter of each of CONFIGS under its name; "lora"; and "joint": the first with that LoRA."""
+    """Make a folder with model/, an adapter per entry of CONFIGS, a LoRA, and "joint", the first adapter with it."""
     root = tmp_path_factory.mktemp("served")
     save_model(root / "model")
     for seed, (name, config) in enumerate(CONFIGS.items(), 1):
@@ -54,7 +54,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def joint(root: Path, out: Path, *loras: str) -> None:
-    """Save the first adapter together with the LoRA, under each of these names."""
+    """Save the first adapter together with the LoRA under each of these names."""
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(root / "model"), root / "lora", loras[0])
     for name in loras[1:]:
         model.load_adapter(root / "lora", name)
@@ -77,7 +77,7 @@ def expected(folder: Path, name: str | None) -> list[list[int]]:
 
 
 def assert_answered(engine: Any, folder: Path, names: list[str | None]) -> None:
-    """Every prompt by every adapter, all in one batch."""
+    """Check the answers to every prompt with every adapter, all in one batch."""
     requests = [(name, name and str(folder / name), prompt) for prompt in PROMPTS for name in names]
     tokens = ask(engine, requests, NEW_TOKENS)
     right = [expected(folder, name)[index] for index in range(len(PROMPTS)) for name in names]
@@ -99,15 +99,15 @@ def test_vllm_one_adapter_alone_or_none(engine, folder, name):
 
 
 def test_vllm_beside_lora_and_together_with_it(engine, folder):
-    # vLLM's own LoRA layers on a CPU take the slot of a request without adapter, -1, for the last of the slots.
-    # Emptied, they are filled from the first, and the last of the four stays without LoRA.
+    # On a CPU vLLM's own LoRA layers use the last slot for a request without adapter, because its slot is -1. After
+    # the slots are emptied they fill from the first, so that the last of the four has no LoRA.
     for number in engine.llm_engine.list_loras():
         engine.llm_engine.remove_lora(number)
     assert_answered(engine, folder, ["lora", None, "silu", "joint"])
 
 
 def test_vllm_more_adapters_than_slots(engine, folder, tmp_path):
-    """Twelve over four slots and eight places in memory, each answering as it alone would."""
+    """Twelve adapters share four slots and eight places in memory. Each answers as it does alone."""
     paths = {
         f"many-{seed}": save_adapter(folder / "model", tmp_path / str(seed), SteerConfig(rank=1 + seed % 8), seed + 20)
         for seed in range(12)
@@ -125,14 +125,14 @@ def test_vllm_loaded_pinned_and_unloaded_by_vllms_own_calls(engine, folder):
     assert core.add_lora(LoRARequest("one", 300, str(folder / "silu")))
     assert core.pin_lora(300) and 300 in core.list_loras()
     assert core.remove_lora(300) and 300 not in core.list_loras()
-    # The number now stands for another adapter.
+    # The number now belongs to another adapter.
     assert core.add_lora(LoRARequest("two", 300, str(folder / "biases"))) and 300 in core.list_loras()
     core.remove_lora(300)
     assert_answered(engine, folder, ["silu", None, "biases"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What cannot be served is refused alone
+# A bad adapter fails without affecting others
 
 
 def _another_size(folder: Path, out: Path) -> None:
@@ -188,7 +188,7 @@ def _strength_beyond_float32(folder: Path, out: Path) -> None:
 
 
 def _other_tensors(folder: Path, out: Path) -> None:
-    """Of another rank than the config says."""
+    """Write an adapter that has another rank than its config says."""
     shutil.copytree(folder / "silu", out / "adapter")
     file = out / "adapter" / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **NO_DIGESTS, "rank": 5}))
@@ -228,7 +228,7 @@ def test_vllm_refused_before_the_engine_and_by_it(engine, folder, tmp_path, make
         ask(engine, [("broken", str(tmp_path / "adapter"), PROMPTS[0])], NEW_TOKENS)
     message = str(caught.value).split(" (parameter=")[0]
     assert BROKEN[make] in message and "'broken'" in message and "\n" not in message
-    # The server loads adapters so, and not by a request.
+    # The server loads adapters this way, without a request.
     with pytest.raises(Exception, match="" if make is _nothing else re_escape(BROKEN[make])):
         engine.llm_engine.add_lora(LoRARequest("broken", 777, str(tmp_path / "adapter")))
     assert 777 not in engine.llm_engine.list_loras()
@@ -443,7 +443,7 @@ triton.backends.backends["cpu"] = SimpleNamespace(driver=driver, compiler=None)
 
 
 def run(out: Path, engine: dict[str, Any], requests: list[Any], **environment: str) -> tuple[list[list[int]], str]:
-    """The tokens of a batch, and the log, of an engine in a process of its own."""
+    """Run an engine in a subprocess; return the tokens of a batch, and the log."""
     job = {"engine": engine, "requests": requests, "new_tokens": NEW_TOKENS, "out": str(out)}
     done = subprocess.run(
         [sys.executable, str(WORKER)],
@@ -458,7 +458,8 @@ def run(out: Path, engine: dict[str, Any], requests: list[Any], **environment: s
     return json.loads(out.read_text())["tokens"], log
 
 
-#: Un-added pairs with norms behind the MLP; finished states beside a residual that is dead; tensors; HF's own layers.
+#: Families by the return value of their layers: a pair still to be added, with norms after the MLP; a finished state
+#: beside an unused residual; a tensor; HF's own layers.
 FAMILIES = {
     "gemma3": ("gemma3", {}),
     "cohere": ("cohere", {}),
@@ -483,7 +484,7 @@ def test_vllm_compiled_and_again_from_the_cache(folder, tmp_path):
     environment = {
         "PYTHONPATH": str(vllm_compiled_on_cpu.install(tmp_path / "plugin")),
         "VLLM_CACHE_ROOT": str(tmp_path / "cache"),
-        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # to ask the process that compiles for its key
+        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # lets the test ask the compiling process for its cache key
     }
     names = [None, "silu", "linear", "vector", "biases"]
     requests = [(name, name and str(folder / name), prompt) for prompt in PROMPTS for name in names]
@@ -492,7 +493,7 @@ def test_vllm_compiled_and_again_from_the_cache(folder, tmp_path):
         tokens, log = run(tmp_path / f"{number}.json", options, requests, **environment)
         assert tokens == right
         assert done in log
-    # The graph's key is not that of the same config without the plug-in.
+    # The graph's key differs from the key of the same config without the plug-in.
     marked, plain = json.loads((tmp_path / "1.json").read_text())["keys"]
     (factors,) = (tmp_path / "cache").rglob("cache_key_factors.json")
     assert json.loads(factors.read_text())["config_hash"] == marked != plain
@@ -530,10 +531,10 @@ def test_vllm_what_layers_return():
 
     for cls in (llama.LlamaDecoderLayer, gemma3.Gemma3DecoderLayer, qwen3_next.Qwen3NextDecoderLayer):
         assert returned_state(cls) == UNADDED
-    # Whose second value is a residual that was added already.
+    # These layers' second return value is a residual that was already added.
     for cls in (commandr.CohereDecoderLayer, exaone4.Exaone4DecoderLayer, phimoe.PhiMoEDecoderLayer):
         assert returned_state(cls) == FINISHED
-    # A sum of two branches beside its residual: it may be either.
+    # A sum of two branches beside its residual is ambiguous.
     with pytest.raises(Unreachable, match="not known to be"):
         returned_state(longcat_flash.FlashDecoderLayer)
 

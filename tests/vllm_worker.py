@@ -1,4 +1,4 @@
-"""One engine of vLLM in a process of its own, where the environment is set for it: a job in, tokens out, as JSON."""
+"""Runs one vLLM engine in a subprocess with its own environment variables: reads a job, writes tokens, as JSON."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ _numbers: dict[tuple[str, str | None], int] = {}
 
 
 def _number(name: str, path: str | None) -> int:
-    """vLLM's number of an adapter, which must be its own as long as the engine lives."""
+    """Return an adapter's number in vLLM. It must stay unique for the engine's lifetime."""
     return _numbers.setdefault((name, path), len(_numbers) + 1)
 
 
 def ask(engine: Any, requests: list[Any], new_tokens: int) -> list[list[int]]:
-    """Greedy continuations of one batch.
+    """Generate greedy continuations of one batch.
 
     Args:
-        requests: of each the adapter's name and directory, or None twice, its prompt, and perhaps steering options.
+        requests: (adapter's name, its directory, prompt), and perhaps steering options. Name and directory may be None.
     """
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
@@ -35,7 +35,7 @@ def ask(engine: Any, requests: list[Any], new_tokens: int) -> list[list[int]]:
 
 
 def keys(worker: Any) -> tuple[str, str]:
-    """The hash of the config in the process that compiles, as it is, and without what was added to it."""
+    """Return the hash of the config in the compiling process, with and without the plug-in's additions."""
     config = worker.vllm_config
     marked, added = config.compute_hash(), config.additional_config
     config.additional_config = {}
