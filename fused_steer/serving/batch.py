@@ -67,7 +67,7 @@ class Batch:
             self.thread = earlier
 
     def routing(self, device: torch.device) -> Routing:
-        """Return the running pass's routing on a layer's device. Layers there, and steps with the same ids, share it."""
+        """Return the running pass's routing on a layer's device. Layers there and steps with the same ids share it."""
         self.check_place()
         ids: Any = self.ids
         gain: Any = self.gain

@@ -336,20 +336,20 @@ UNREADABLE: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "hostile.pt": (write_hostile, ("it asks for", "mkdir", "weights_only=True")),
     "hostile_old.pt": (
         lambda file: file.write_bytes(pickle.dumps(Hostile(file.parent / "made"), 2)),
-        ("expected tensors alone", "weights_only=True"),
+        ("expected only tensors", "weights_only=True"),
     ),
     "hostile_new.pt": (  # of which torch also warns
         lambda file: file.write_bytes(pickle.dumps(Hostile(file.parent / "made"), 4)),
-        ("expected tensors alone", "weights_only=True"),
+        ("expected only tensors", "weights_only=True"),
     ),
-    "module.pt": (lambda file: torch.save(nn.Linear(2, 2), file), ("it asks for torch.nn", "expected tensors alone")),
-    "text.pt": (lambda file: file.write_text("hello world"), ("expected tensors alone",)),
-    "nothing.bin": (lambda file: file.touch(), ("EOFError", "expected tensors alone")),
+    "module.pt": (lambda file: torch.save(nn.Linear(2, 2), file), ("it asks for torch.nn", "expected only tensors")),
+    "text.pt": (lambda file: file.write_text("hello world"), ("expected only tensors",)),
+    "nothing.bin": (lambda file: file.touch(), ("EOFError", "expected only tensors")),
     "nothing.safetensors": (lambda file: file.touch(), ("header", "expected a safetensors file")),
     "pickle.safetensors": (write_hostile, ("header", "expected a safetensors file")),
     "cut.pt": (
         lambda file: (torch.save({DELTA: torch.ones(9999)}, file), file.write_bytes(file.read_bytes()[:9999])),
-        ("expected tensors alone",),
+        ("expected only tensors",),
     ),
     "cut.safetensors": (
         lambda file: (save_file({DELTA: torch.ones(999)}, file), file.write_bytes(file.read_bytes()[:-1])),
