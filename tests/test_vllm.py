@@ -320,7 +320,7 @@ def test_vllm_target_modules_that_leave_steering_out(folder, tmp_path):
     """Said at once, when the adapter is loaded."""
     options = engine_options(folder / "model", lora_target_modules=["q_proj"])
     request = ("silu", str(folder / "silu"), PROMPTS[0])
-    with pytest.raises(AssertionError, match="steers, and --lora-target-modules leaves steering out; expected"):
+    with pytest.raises(AssertionError, match="steers, and --lora-target-modules lacks steering; expected"):
         run(tmp_path / "out.json", options, [request])
 
 

@@ -258,9 +258,9 @@ MISFITS: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
     "leading zero": (changed("vector", **{"deltas.layer01_block": torch.ones(HIDDEN)}), ("unknown key",)),
     "attention": (
         changed("lowrank", **{"adapters.layer0_attn.down.weight": torch.ones(RANK, HIDDEN)}),
-        ("another site, 'adapters.layer0_attn.down.weight'", "expected layer<i>_block"),
+        ("another site, 'adapters.layer0_attn.down.weight'", "expected only layer<i>_block"),
     ),
-    "mlp": (lambda: {"layer0_mlp": torch.ones(HIDDEN)}, ("another site, 'layer0_mlp'", "expected layer<i>_block")),
+    "mlp": (lambda: {"layer0_mlp": torch.ones(HIDDEN)}, ("another site, 'layer0_mlp'", "expected only layer<i>_block")),
     "twice": (changed("vector", layer1_block=torch.ones(HIDDEN)), ("'layer1_block' with and without", "once")),
     "number": (changed("lowrank", **{UP: 3.0}), (f"{UP} is a float", "expected a tensor")),
     "sparse": (changed("lowrank", **{UP: torch.Tensor.to_sparse}), (UP, "sparse", "expected a dense one")),
