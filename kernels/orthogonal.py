@@ -307,6 +307,7 @@ def _check(up: Tensor, writers: Tensor) -> None:
 
 def project_out(up: Tensor, writers: Tensor) -> Tensor:
     """Return W2' = (I − V Vᵀ) W2 for every layer, with V a basis of the writers' columns (arXiv 2603.00425, §5.2).
+
     Differentiable in `up`, with the gradient projected in the same way. The writers are constants. In float32,
     ‖BᵀW2'‖ is at most 1e-5 ‖B‖ ‖W2‖ (Frobenius) for every B. A narrower dtype adds the rounding of W2' itself.
 

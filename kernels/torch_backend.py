@@ -41,8 +41,7 @@ def _strength(scale: float | Tensor, gain: Tensor | None, acc: torch.dtype) -> f
 
 
 def _scaled(values: Tensor, strength: float | Tensor) -> Tensor:
-    """Return strength · values, with 0 · anything = 0, so that a token of zero gain is unchanged if its adapter
-    overflows.
+    """Return strength · values, with 0 · anything = 0: a token of zero gain is unchanged if its adapter overflows.
 
     If the strength is 1, it returns the values themselves, not a copy.
     """

@@ -132,8 +132,7 @@ def _run(decoder: nn.Module, observed: Sequence[_Observed], batches: Iterable[Ma
 
 
 class _Flow:
-    """Finds the tensor that holds the MLP's whole contribution to the residual stream, from the autograd graph of one
-    pass.
+    """Finds, in one pass's autograd graph, the tensor that holds the MLP's whole contribution to the residual stream.
 
     Module names do not suffice. A layer may normalise or scale the MLP's output, add it on either side, or add it
     together with the attention's output.

@@ -119,6 +119,7 @@ class PostBlockConfig(PeftConfig):
         """Load a config as PEFT does, and check the weights beside it.
 
         PEFT reads the weights only after it has changed the model.
+
         Raises:
             ValueError: a file is broken, or the weights have values that are not finite or overflow float32.
         """

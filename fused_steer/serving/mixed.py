@@ -20,6 +20,7 @@ def load_again(
     """Return the adapters in slots, with their present values.
 
     Values are copied each time, because not every change of a parameter can be detected.
+
     Args:
         loaded: the slots of the batch before, reused if they fit.
         sites: the model's sites, by layer.

@@ -61,8 +61,9 @@ class Rows(nn.Module):
         return slots.routed(residual, branch, batch.routing(residual.device))
 
     def plan(self, device: torch.device) -> tuple[Slots, Callable[[], tuple[Tensor, ...]]] | None:
-        """Return the slots with their launch plans, and a function that returns a plan's arguments after residual and
-        branch.
+        """Return the slots with their launch plans, and a function that returns a plan's arguments.
+
+        The arguments are those after residual and branch.
 
         Returns None if no adapter of the batch steers this layer.
         """

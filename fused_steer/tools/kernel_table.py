@@ -1,5 +1,4 @@
-"""`fused-steer kernels`: what each kernel uses on each target, compiled ahead of time, and the predicted time of a
-pass.
+"""`fused-steer kernels`: the resources of each kernel, compiled ahead of time, and the predicted time of a pass.
 
 Nothing here needs a GPU. Heavy imports are inside functions, because the command starts without them.
 """
