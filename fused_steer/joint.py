@@ -95,7 +95,7 @@ def save_joint(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         check_name(name)
     by = sharder(model)
     if by is not None:
-        raise ValueError(f"the model is sharded by {by}; expected one that every process has whole (DDP)")
+        raise ValueError(f"the model is sharded by {by}; expected every process to hold it whole (DDP)")
     if not is_first():
         return
     target = Path(directory)

@@ -364,7 +364,7 @@ class Steering:
     def __repr__(self) -> str:
         return describe(self._configs, self._active, self.count_parameters, self._decoder, self._model)
 
-    # ---------------------------------------------------------------------------------------- patching and the way back
+    # ------------------------------------------------------------------------------------------ patching and unpatching
 
     def attach(self, name: str) -> None:
         """Freeze the base (not PEFT's adapters), watch the decoder, set `model.steering` and activate an adapter."""
@@ -426,7 +426,7 @@ class Steering:
             self._use(self._active)  # an adapter that is not active does not train
 
     def _before_training(self, training: bool) -> None:
-        """Run before a forward pass with gradients. `training` is the decoder's training mode."""
+        """Prepare a forward pass with gradients: enforce constraints. `training` is the decoder's training mode."""
         if self._active is None or self._patched.disabled or self._constraints.tracing:
             return
         if training and not any(True for _ in self.parameters()):

@@ -109,4 +109,6 @@ class SteeringGRPOTrainer(SteeringTrainer, GRPOTrainer):
 
 def _check_reference_stays(args: Any) -> None:
     if args is not None and args.sync_ref_model:
-        raise ValueError("sync_ref_model is True; expected False: the reference is the base model, which stays")
+        raise ValueError(
+            "sync_ref_model is True; expected False: the reference is the base model, which does not change"
+        )

@@ -53,7 +53,7 @@ from .serving.slots import Slots  # noqa: E402
 logger = init_logger(f"vllm.{__name__}")
 
 
-# ---------------------------------------------------------------------------------------------- what a layer returns
+# ---------------------------------------------------------------------------------------------- a layer's return value
 
 FINISHED, UNADDED = "finished", "unadded"
 

@@ -78,7 +78,7 @@ def recorded(device: Device) -> Iterator[list[Launch]]:
 
 @contextlib.contextmanager
 def noted() -> Iterator[Notes]:
-    """Note launches, and tensors allocated by `empty`, while they run."""
+    """Record launches, and tensors allocated by `empty`, while running them."""
     notes = Notes()
     token = watcher.set(notes)
     try:

@@ -34,7 +34,7 @@ _RUNTIME = knobs.runtime
 _LINE = 128  # bytes of a cache line; each allocated tensor begins at one
 
 
-# ----------------------------------------------------------------------------------------------- what a call depends on
+# ---------------------------------------------------------------------------------------- conditions of a planned call
 
 
 def _environment() -> tuple[Callable[[Any], Any], Any]:

@@ -197,7 +197,7 @@ class _Training:
 
 
 class _PlannedPostBlock(torch.autograd.Function):
-    """The op in eager mode with plans. It saves the same tensors as `post_block`'s own function."""
+    """The autograd function of planned calls. It saves the same tensors as `post_block`'s own function."""
 
     @staticmethod
     def forward(ctx: Any, call: tuple[_Training, Any, Any, Packed | None], *operands: Tensor) -> Tensor:

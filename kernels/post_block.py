@@ -1213,7 +1213,7 @@ def saved_tensors(ctx: Any) -> tuple[Tensor, ...]:
             raise
         raise RuntimeError(
             "the output of post_block was changed in place, but the gradient of W1 is computed from it; expected a "
-            "change of a copy (output.clone())"
+            "changed copy (output.clone())"
         ) from None
 
 

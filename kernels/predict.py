@@ -104,7 +104,7 @@ class LaunchWork:
 
     @property
     def series(self) -> int:
-        """The longest chain of innermost trips in one program, 1 without a loop."""
+        """The most trips of innermost loops that one program makes in sequence, 1 without a loop."""
         return sum(loop.series for loop in self.loops) if self.loops else 1
 
 
@@ -758,7 +758,7 @@ class LaunchPrediction:
 
     @property
     def binds(self) -> str:
-        """The limit of the launch after its start."""
+        """The name of the limit that decides the launch's time after its start: memory, l2 or issue."""
         return max(LIMITS[:3], key=lambda name: getattr(self.times, name))
 
 
@@ -792,7 +792,7 @@ class PassPrediction:
 
     @property
     def binds(self) -> str:
-        """The limit of the pass: the one that limits its launches for the longest time, the host included."""
+        """The name of the limit that decides its launches' times for the longest time, the host included."""
         bound: dict[str, float] = dict.fromkeys(LIMITS, 0.0)
         for launch in self.launches:
             bound[launch.binds] += launch.times.kernel

@@ -102,7 +102,7 @@ def part_of(whole: Tensor, like: Tensor) -> Tensor:
 
 
 def first_writes(write: Callable[[], None], *, together: bool) -> None:
-    """Let the first process write.
+    """Let only the first process of a process group write.
 
     With `together`, all processes have to call this. They return when it is done, and each raises what the first one
     raised, so that none waits for a failed one.

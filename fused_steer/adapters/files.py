@@ -248,7 +248,7 @@ def locate_adapter(source: str | os.PathLike[str]) -> Path:
 
 
 def _beside_a_model(directory: Path) -> Path:
-    """Return the directory, or the only adapter in its `fused_steer/` if the directory holds a model without one.
+    """Return the folder of the adapter: `directory` itself, or else the only one in its `fused_steer/`.
 
     Raises:
         ValueError: there are several adapters.
@@ -306,8 +306,8 @@ def _head(given: Mapping[str, Any]) -> _Head:
     layout.indices(config)
     if config_digest is not None and config_digest != fields_digest(given):
         raise ValueError(
-            f"its fields are not those that were saved; expected config_sha256 {config_digest} (of a config that was "
-            "edited on purpose, remove that line)"
+            f"its fields were changed after saving; expected config_sha256 {config_digest} (remove that line if you "
+            "edited the config on purpose)"
         )
     return _Head(config, layout, weights, tensors, config_digest is not None, tuple(modules))
 
@@ -359,7 +359,7 @@ def read_adapter(
         own, others = _split(header.specs, head.saved_modules)
         if others and not without_heads:
             raise ValueError(
-                f"it has a trained head beside the steering, {next(iter(others))}; expected steering alone (PEFT loads "
+                f"it has a trained head beside the steering, {next(iter(others))}; expected only steering (PEFT loads "
                 "both: import fused_steer.peft, then PeftModel.from_pretrained)"
             )
         layers_path, specs = by_layer(own)
@@ -387,8 +387,8 @@ def read_adapter(
         chosen = _matching(head, embedded, header.plain, content, partial(tensors_digest, tensors, beside))
     if chosen is not head:
         warnings.warn(
-            f"{directory / CONFIG_NAME} is of another save than {WEIGHTS_NAME}, which is read by the config that it "
-            "carries: the adapter that was saved with it",
+            f"{directory / CONFIG_NAME} is of another save than {WEIGHTS_NAME}; the config inside {WEIGHTS_NAME} is "
+            "used instead",
             stacklevel=2,
         )
     refused = refusals[0 if chosen is head else 1]
@@ -442,7 +442,7 @@ def _matching(head: _Head, embedded: _Head | None, plain: bool, content: bytes, 
 
 def _other_contents(head: _Head) -> ValueError:
     expected = head.weights_sha256 or f"{head.tensors_sha256} of its tensors"
-    return ValueError(f"its contents are not those that {CONFIG_NAME} was saved with; expected sha256 {expected}")
+    return ValueError(f"its contents do not match {CONFIG_NAME}; expected sha256 {expected}")
 
 
 def _positive(fields: dict[str, Any], key: str) -> int:

@@ -100,7 +100,7 @@ def by_layer(tensors: Mapping[str, T]) -> tuple[str, dict[int, dict[str, T]]]:
         lists.setdefault(layers_path, path)
     if len(lists) > 1:
         first, second, *_ = lists.values()
-        raise ValueError(f"it has tensors {first} and {second}; expected those of one list of layers")
+        raise ValueError(f"it has tensors {first} and {second}; expected tensors of one list of layers")
     return next(iter(lists), ""), dict(sorted(found.items()))
 
 
@@ -127,7 +127,7 @@ def shapes_of(rank: int, hidden: int) -> dict[str, tuple[int, ...]]:
     return dict(zip(NAMES, ((rank, hidden), (rank,), (hidden, rank), (hidden,)), strict=True))
 
 
-# ------------------------------------------------------------------------------------------------------- what it fits
+# ------------------------------------------------------------------------------------------- the model that it fits
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,9 @@ class Layout:
         for index, named in specs.items():
             for name in named:
                 if index not in indices or name not in shapes:
-                    raise ValueError(f"it has a tensor {self.path(index, name)}; expected none but those of its config")
+                    raise ValueError(
+                        f"it has a tensor {self.path(index, name)}; expected only the tensors of its config"
+                    )
 
     def check_sizes(self, source: Any, hidden: int | None, num_layers: int | None) -> None:
         """Check that an adapter is for a model of the same hidden size and number of layers. None is not checked.
@@ -242,7 +244,7 @@ class Layout:
         if check_base and not same_base(adapter.base, self.base):
             raise ValueError(
                 f"{source} is for the base model {adapter.base!r}; expected {self.base!r} "
-                "(check_base=False loads it all the same)"
+                "(check_base=False loads it anyway)"
             )
 
 

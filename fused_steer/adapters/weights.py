@@ -94,10 +94,12 @@ def read_header(opened: BinaryIO) -> Header:
     try:
         fields = json.loads(opened.read(size))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"its header cannot be read ({type(error).__name__}); expected that of safetensors") from error
+        raise ValueError(
+            f"its header cannot be read ({type(error).__name__}); expected a safetensors header"
+        ) from error
     metadata = fields.pop("__metadata__", {}) if isinstance(fields, dict) else None
     if not isinstance(metadata, dict):
-        raise ValueError("its header is no object; expected that of safetensors")
+        raise ValueError("its header is not an object; expected a safetensors header")
     specs, data = {}, 0
     for name, entry in fields.items():
         path, (dtype, shape), end = unprefixed(name), *_entry(name, entry)

@@ -98,7 +98,7 @@ def check_lora(config: SteerConfig, writers: Mapping[int, list[Writer]], devices
             )
         for b in found:
             if b.device != devices[index]:
-                raise ValueError(f"LoRA's B in layer {index} is on {b.device}; expected {devices[index]}, its layer's")
+                raise ValueError(f"LoRA's B in layer {index} is on {b.device}; expected {devices[index]}, as its layer")
             if not b.isfinite().all():
                 raise ValueError(f"LoRA's B in layer {index} is not finite; expected finite values")
 
@@ -150,7 +150,7 @@ class Orthogonality:
         vars(self).update(state)
         self._watch()
 
-    # ------------------------------------------------------------------------------------------------------ the values
+    # -------------------------------------------------------------------------------------------- parameters and state
 
     @property
     def writers(self) -> dict[int, list[Writer]]:
@@ -180,7 +180,7 @@ class Orthogonality:
         """Whether W2 or b2 requires a gradient."""
         return any(p.requires_grad for index in self.sites for p in self._steered(index).values())
 
-    # ----------------------------------------------------------------------------------------------------- the moments
+    # ------------------------------------------------------------------------------------- enforcement during training
 
     def after_step(self, optimizer: Optimizer) -> None:
         """Enforce the constraint after an optimizer's step, if the step moved W2, b2 or B.
@@ -238,8 +238,8 @@ class Orthogonality:
         columns = lora_columns(self.writers, self.config)
         if not columns and not lora_layers(self.model):
             raise RuntimeError(
-                f"adapter {self.name!r} is to train orthogonal to LoRA, and the model carries none; expected a LoRA "
-                "from PEFT (freeze the adapter to train without)"
+                f"adapter {self.name!r} trains orthogonal to a LoRA, and the model carries none; expected a LoRA from "
+                "PEFT (or freeze the adapter)"
             )
         return columns
 
@@ -310,7 +310,7 @@ class Orthogonality:
         for indices, writers in self._batches(lora_columns(self.writers, self.config)):
             if not writers.isfinite().all():
                 raise ValueError(
-                    f"LoRA's B, which adapter {self.name!r} is orthogonal to, is not finite; expected it so"
+                    f"LoRA's B, which adapter {self.name!r} is orthogonal to, is not finite; expected finite values"
                 )
             for name in self._steered(indices[0]):
                 values = torch.stack([_as_columns(name, self._steered(index)[name]) for index in indices])

@@ -67,7 +67,7 @@ class Writer:
         if is_lora(module) and hasattr(module, "parameter_name"):
             raise ValueError(
                 f"{self.path} carries a LoRA on the parameters of its experts ({type(module).__name__}); expected LoRA "
-                "on linear modules (an expert's update has no one column space)"
+                "on linear modules (an expert's update has no single column space)"
             )
         return columns_of(module) if is_lora(module) else []
 

@@ -116,7 +116,7 @@ def meta_model(base: str) -> PreTrainedModel:
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (AttributeError, TypeError, OverflowError, RecursionError, MemoryError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"its config makes no model ({type(error).__name__}: {reason}); expected a config") from error
+        raise ValueError(f"its config builds no model ({type(error).__name__}: {reason}); expected a config") from error
 
 
 def execution_device(module: nn.Module) -> torch.device:

@@ -51,7 +51,7 @@ def rewrite_forward(cls: type, site: str, *, with_input: bool = False) -> Callab
     """
     # Inside a class body, two leading underscores would be mangled with the class's name.
     if not site.isidentifier() or keyword.iskeyword(site) or site.startswith("__"):
-        raise ValueError(f"site must be an attribute name without two leading underscores, got {site!r}")
+        raise ValueError(f"site is {site!r}; expected an attribute name without two leading underscores")
     try:
         wrappers, function = _unwrap(getattr(cls, "forward", None))
         with warnings.catch_warnings():  # the source's syntax warnings were shown when it was imported

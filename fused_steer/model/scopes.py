@@ -169,8 +169,8 @@ class Scopes:
         scope = self.foreign() if self._open else None
         if scope is not None:
             raise RuntimeError(
-                f"{what} inside {scope.what} of another thread or task; expected it in the one that opened that, or "
-                "after it (a thread started inside takes part with contextvars.copy_context().run)"
+                f"{what} inside {scope.what} of another thread or task; expected it in that thread or task, or "
+                "afterwards (a thread started inside takes part with contextvars.copy_context().run)"
             )
 
     def _check_no_other_pass(self, what: str) -> None:

@@ -29,8 +29,8 @@ class _LostGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         raise RuntimeError(
-            "a steered block passes no gradient from its output to its input, as modules quantised for inference do "
-            "not; expected a base that can be trained through"
+            "a steered block passes no gradient from its output to its input (modules quantised for inference do not); "
+            "expected a base that can be trained through"
         )
 
 

@@ -109,8 +109,8 @@ class PostBlockConfig(PeftConfig):
         fields = {**self.to_dict(), "fused_steer_version": self.fused_steer_version, **digests}
         if self.config_sha256 is not None and self.config_sha256 != fields_digest(fields):
             raise ValueError(
-                f"the config's fields are not those that were saved; expected config_sha256 {self.config_sha256} (of a "
-                "config that was edited on purpose, remove that line)"
+                f"the config's fields were changed after saving; expected config_sha256 {self.config_sha256} (remove "
+                "that line if you edited the config on purpose)"
             )
         self.tensors_sha256 = self.weights_sha256 = self.config_sha256 = None
 

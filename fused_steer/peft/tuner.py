@@ -51,7 +51,7 @@ class PostBlockModel(BaseTuner):
     #: The slots of the latest batch with an adapter for each row, reused if they fit.
     _loaded: LoadedSlots | None = None
 
-    # ----------------------------------------------------------------------------------------------------- in and out
+    # --------------------------------------------------------------------------------------- injection and removal
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Put sites into the layers, then add an adapter by PEFT's own injection.

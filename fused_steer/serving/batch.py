@@ -22,7 +22,7 @@ from .requests import EVERY_TOKEN, Request
 from .rows import Rows
 from .slots import Held
 
-# ------------------------------------------------------------------------------------------------------- while it runs
+# --------------------------------------------------------------------------------------------------- the running batch
 
 
 @dataclass
@@ -80,8 +80,8 @@ class Batch:
         """Raise RuntimeError if the position of the pass is unknown: a compiled model outside of `generate`."""
         if self.ids is None or self.gain is None:
             raise RuntimeError(
-                "a compiled model does not say where in a batch it is outside of generate; expected model.generate, or "
-                "the model uncompiled"
+                "the position of a compiled model in a batch is unknown outside of generate; expected model.generate, "
+                "or the model uncompiled"
             )
 
     def check_capture(self) -> None:
@@ -94,8 +94,8 @@ class Batch:
         """
         if not any(ids is self.ids for ids, _ in self._decode.values()):
             raise RuntimeError(
-                "a CUDA graph is captured of a pass that does not follow one over generated tokens; expected such a "
-                "pass of the same shape first, to warm up"
+                "a CUDA graph is captured without an earlier pass over generated tokens; expected a warm-up pass of "
+                "the same shape first"
             )
 
     def expansion(self, rows: int) -> int:
@@ -291,8 +291,7 @@ def _generate(batch: Batch, original: Any) -> Any:
 def _refuse(batch: Batch, original: Any) -> Any:
     def generate_batch(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError(
-            "generate_batch puts requests together by itself, in a thread of its own; expected model.generate inside "
-            "steering.batch"
+            "generate_batch forms its own batches in another thread; expected model.generate inside steering.batch"
         )
 
     return generate_batch

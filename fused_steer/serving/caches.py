@@ -10,8 +10,6 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-# ------------------------------------------------------------------------------------------- how far a pass has come
-
 #: Names of arguments that belong to a cache but are not one.
 _NOT_A_CACHE = re.compile(r"^use_|_(position|positions|implementation|config|kwargs)$")
 _NAMED_AS_A_CACHE = re.compile(r"(^|_)(cache|caches|past|mems)(_|$)|^states?$")

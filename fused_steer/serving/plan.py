@@ -1,4 +1,4 @@
-"""`fused-steer plan`: computes the memory and bandwidth of serving many adapters, from a model's config alone.
+"""`fused-steer serve-plan`: computes the memory and bandwidth of serving many adapters, from a model's config alone.
 
 L layers of width d are steered at rank r, with A adapters and S slots. Sizes in values:
 

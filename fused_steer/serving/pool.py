@@ -96,7 +96,7 @@ class AdapterPool:
     def __reduce__(self) -> Any:
         return type(None), ()  # a copied model has no pool, as the slots belong to this one
 
-    # ---------------------------------------------------------------------------------------------------- what there is
+    # ----------------------------------------------------------------------------------------------- names and counts
 
     @property
     def names(self) -> list[str]:
@@ -137,7 +137,7 @@ class AdapterPool:
                 f"{done.evictions} evictions, {done.failures} failures)"
             )
 
-    # --------------------------------------------------------------------------------------------------------- names
+    # -------------------------------------------------------------------------------------------------- registration
 
     def register(self, name: str, source: str | os.PathLike[str]) -> None:
         """Register an adapter saved in a directory or on the hub. It is not opened until it is used.
@@ -222,7 +222,7 @@ class AdapterPool:
         if name not in self._sources:
             raise KeyError(f"no adapter {name!r} in the pool; expected one of its {len(self._sources)}")
 
-    # --------------------------------------------------------------------------------------------------------- in use
+    # ------------------------------------------------------------------------------------------- loading and holding
 
     def load(self, name: str, *, timeout: float = 0.0) -> int:
         """Load an adapter into a slot and return the slot's number. It may be evicted once no batch uses it.
@@ -264,7 +264,7 @@ class AdapterPool:
         distinct, own = list(dict.fromkeys(names)), dict(own or {})
         if len(distinct) + len(own) > self.count:
             raise ValueError(
-                f"{len(distinct) + len(own)} adapters are asked for at once; expected at most {self.count}, the slots"
+                f"{len(distinct) + len(own)} adapters are needed at once; expected at most {self.count}, the slots"
             )
         for name, (config, tensors) in own.items():
             self._check_room(f"adapter {name!r}", config, tensors)

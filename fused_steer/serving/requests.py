@@ -13,7 +13,7 @@ POSITIONS = ("all", "prompt", "generated", "last")
 EVERY_TOKEN = 2**31 - 1  # more than any number of tokens
 
 
-# --------------------------------------------------------------------------------------------------- what a caller asks
+# -------------------------------------------------------------------------------------------------- requested rows
 
 
 @dataclass(frozen=True)

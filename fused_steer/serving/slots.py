@@ -296,7 +296,7 @@ class Slots(nn.Module):
             dtypes = (str(t.dtype) for t in (residual, branch) if t is not None)
             raise TypeError(f"residual and branch are {', '.join(dtypes)}; expected float32, bfloat16 or float16")
         if residual.device != buffers[4].device:
-            raise ValueError(f"residual is on {residual.device}; expected {buffers[4].device}, where the slots are")
+            raise ValueError(f"residual is on {residual.device}; expected {buffers[4].device}, as the slots")
         backend = self.backend = select_backend(residual.device)
         if backend != "triton" or branch is None:
             return post_block_routed(residual, branch, buffers, routing, backend)

@@ -299,7 +299,7 @@ def _compare(model: PreTrainedModel, original: PreTrainedModel) -> float:
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     for name, left, right in zip(names, ours, theirs, strict=True):
         if (left is None) != (right is None):
-            raise Wrong(f"the gradient of {name} is there in one of steered model and plain hooks only")
+            raise Wrong(f"the gradient of {name} exists in only one of the steered model and plain hooks")
         if left is not None and right is not None and right.norm() > 0:
             pairs[name] = left, right
     errors = {name: _error(*pair) for name, pair in pairs.items()}

@@ -312,7 +312,7 @@ def train(model: Any, batches: Sequence[tuple[dict[str, Tensor], Tensor]], lr: f
             losses.append(loss.item())
             if not math.isfinite(losses[-1]):
                 raise RuntimeError(
-                    f"the loss of step {step + 1} is {losses[-1]}; expected it finite (try a smaller lr)"
+                    f"the loss of step {step + 1} is {losses[-1]}; expected a finite loss (try a smaller lr)"
                 )
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, _MAX_GRAD_NORM)

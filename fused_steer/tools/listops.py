@@ -113,7 +113,7 @@ def distinct(count: int, *, operators: Sequence[str], depth: int, seed: int) -> 
         repeats = repeats + 1 if len(found) == before else 0
         if repeats == _MAX_REPEATS:
             raise ValueError(
-                f"{count} distinct expressions of {', '.join(operators)} and depth {depth} were asked for, but there "
-                f"are few more than {len(found)}; expected to need fewer"
+                f"{count} distinct expressions of {', '.join(operators)} and depth {depth} were requested, but there "
+                f"are few more than {len(found)}; expected a smaller number"
             )
     return list(found)
