@@ -74,7 +74,7 @@ def _python_guard(tensors: Sequence[Tensor]) -> Callable[..., bool]:
 
 
 def _strided(device: torch.device) -> Callable[..., Tensor]:
-    """Return a function that allocates a tensor of a size, a stride and a dtype on the current device of its kind."""
+    """Return a function that allocates a tensor of a given size, stride and dtype on the current device."""
     strided = getattr(torch._C._dynamo.guards, f"_empty_strided_{device.type}", None)  # bypasses the dispatcher
     if strided is not None:
         return strided

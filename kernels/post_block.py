@@ -72,7 +72,7 @@ def _row_offsets(rows, inner, stride_outer, stride_inner, NESTED: tl.constexpr):
 
 @triton.jit
 def _strength(p_gain, p_scale, scale, rows, m_rows, HAS_GAIN: tl.constexpr, SCALE_ON_DEVICE: tl.constexpr):
-    """Return s · g of a tile's rows. [BLOCK_N]"""
+    """Return each row's strength times gain, s · g, in a tile. [BLOCK_N]"""
     s = tl.load(p_scale).to(tl.float32) if SCALE_ON_DEVICE else scale
     strength = tl.zeros(rows.shape, tl.float32) + s
     if HAS_GAIN:
@@ -1164,7 +1164,7 @@ class _FirstOrder(torch.autograd.Function):
 
     @staticmethod
     def forward(of: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Return the gradients, given after the `of` tensors that they depend on."""
+        """Return the gradients unchanged. They follow the first `of` tensors, on which they depend."""
         return tuple(g.view_as(g) for g in tensors[of:])
 
     @staticmethod

@@ -74,7 +74,7 @@ class Loop:
 
     @property
     def series(self) -> int:
-        """The consecutive trips of this loop if it is an innermost one, else of its inner loops."""
+        """The trips that a program makes in sequence: of this loop if it has no inner ones, else of those."""
         return self.trips * (sum(loop.series for loop in self.inner) if self.inner else 1)
 
 
@@ -694,7 +694,7 @@ def program_cycles(program: Program, programs: int, clock: Clock, again: bool = 
 def _rest(
     program: Program, begins: Sequence[LoopCode], marks: Sequence[Sequence[float]], timed: Mapping[LoopCode, int]
 ) -> float:
-    """Return the cycles of the trips that were not simulated, at the pace of the simulated ones."""
+    """Return the cycles of the loop trips that were not simulated, at the pace of the simulated ones."""
 
     def pace(loop: LoopCode) -> float:
         """Return the mean cycles of a trip, without the first third of each run of the loop."""
@@ -738,7 +738,7 @@ class Times:
 
     @property
     def kernel(self) -> float:
-        """The seconds of a launch after its start."""
+        """The seconds of a launch after its start: the largest of the memory, L2 and issue times."""
         return max(self.memory, self.l2, self.issue)
 
 
@@ -787,7 +787,7 @@ class PassPrediction:
 
     @property
     def floors(self) -> float:
-        """The time of the pass over its floor. Both are without the starts of kernels."""
+        """The ratio of the pass's time to its floor. Both are without the starts of kernels."""
         return sum(launch.times.kernel for launch in self.launches) / self.floor
 
     @property

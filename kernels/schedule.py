@@ -111,7 +111,7 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The layout of a launch whose programs own or loop over tiles of rows.
+    """The layout of a launch: the size of a tile, and the number of programs, parts, warps and stages.
 
     Attributes:
         block_n, block_d, block_r: the tile's rows, columns and ranks.

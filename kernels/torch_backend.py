@@ -34,7 +34,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _strength(scale: float | Tensor, gain: Tensor | None, acc: torch.dtype) -> float | Tensor:
-    """Return s · g as a float, a 0-dim tensor, or (N, 1)."""
+    """Return the strength times gain, s · g, as a float, a 0-dim tensor, or (N, 1)."""
     if isinstance(scale, Tensor):
         scale = scale.to(acc)
     return scale if gain is None else scale * gain.reshape(-1, 1).to(acc)

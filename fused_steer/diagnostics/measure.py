@@ -352,7 +352,7 @@ class _Observed:
 
 
 def _ratio(values: np.ndarray, by: np.ndarray) -> np.ndarray:
-    """Return values / by, over the tokens where `by` is not zero."""
+    """Return the ratio values / by over the tokens where `by` is not zero."""
     defined = by != 0
     return values[defined] / by[defined]
 
@@ -459,7 +459,7 @@ def _alignment(site: SteeringSite, adapted: list[Writer], mlp: list[Writer]) -> 
 
 
 def _lora_factors(module: LoraLayer, name: str) -> tuple[Tensor, Tensor]:
-    """Return B (d, r) and s·A (r, k) of a LoRA. DoRA's magnitudes are left out, as in `Writer.columns`."""
+    """Return LoRA's factors B (d, r) and s·A (r, k). DoRA's magnitudes are left out, as in `Writer.columns`."""
     a, b = module.lora_A[name], module.lora_B[name]
     if isinstance(a, Tensor):  # AdaLoRA keeps its singular values in a separate tensor
         return b, module.scaling[name] * a * module.lora_E[name]

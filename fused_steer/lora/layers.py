@@ -36,7 +36,7 @@ def is_lora(module: nn.Module) -> TypeGuard[LoraLayer]:
 
 
 def columns_of(lora: LoraLayer) -> list[Tensor]:
-    """Return B (d, k) of each active adapter of a LoRA layer, and its bias (d, 1) if it has one."""
+    """Return LoRA's B (d, k) of each active adapter in a LoRA layer, and its bias (d, 1) if it has one."""
     found = []
     for name in lora.active_adapters:
         if name in lora.lora_B:

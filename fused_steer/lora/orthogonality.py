@@ -38,7 +38,10 @@ Columns = dict[int, list[Tensor]]  # B (d, k) of each LoRA that writes into a la
 
 
 def lora_columns(writers: Mapping[int, list[Writer]], config: SteerConfig) -> Columns:
-    """Return B of the active LoRAs on the writers that `config` selects, by layer. Layers without one are left out."""
+    """Return LoRA's B of the active adapters on the writers that `config` selects, by layer.
+
+    Layers without one are left out.
+    """
     found = {
         i: [b for w in choose_writers(ws, config.orthogonal_modules) for b in w.columns()] for i, ws in writers.items()
     }
@@ -177,7 +180,7 @@ class Orthogonality:
 
     @property
     def trains(self) -> bool:
-        """Whether W2 or b2 requires a gradient."""
+        """Whether W2 or b2 is trainable."""
         return any(p.requires_grad for index in self.sites for p in self._steered(index).values())
 
     # ------------------------------------------------------------------------------------- enforcement during training
@@ -197,7 +200,7 @@ class Orthogonality:
         self._seen = self._state(columns)
 
     def _moved_by(self, optimizer: Optimizer) -> bool:
-        """Return whether the optimizer holds W2, b2 or B."""
+        """Return whether the optimizer updates W2, b2 or LoRA's B."""
         theirs = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         if any(id(p) in theirs for index in self.sites for p in self._steered(index).values()):
             return True
@@ -257,7 +260,7 @@ class Orthogonality:
 
     @torch.no_grad()
     def _batches(self, columns: Columns) -> Iterator[tuple[list[int], Tensor]]:
-        """Yield the layers of each device with their B side by side, (L, d, k). Missing columns are zeros."""
+        """Yield the layers of each device, with LoRA's B of these layers as one tensor (L, d, k), padded with zeros."""
         for device in dict.fromkeys(found[0].device for found in columns.values()):
             indices = [index for index, found in columns.items() if found[0].device == device]
             counts = [sum(b.shape[1] for b in columns[index]) for index in indices]

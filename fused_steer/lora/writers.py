@@ -55,7 +55,7 @@ class Writer:
         return self.path.partition(".")[0]
 
     def columns(self) -> list[Tensor]:
-        """Return B (d, k) of every active LoRA here, and its bias (d, 1) if it has one. Empty without a LoRA.
+        """Return LoRA's B (d, k) of every active adapter here, and its bias (d, 1) if it has one. Empty without a LoRA.
 
         Scaling (α/r, rsLoRA's α/√r, DoRA's magnitudes) is left out, because V is the basis of B itself (arXiv
         2603.00425, §5.2).

@@ -121,7 +121,7 @@ class Scopes:
 
     @contextlib.contextmanager
     def open(self, what: str, end: Callable[[], None]) -> Iterator[None]:
-        """Open a scope. The model's passes in other threads and tasks are refused until it ends.
+        """Open a scope: a block in which other threads and tasks may not run the model.
 
         Args:
             what: the scope's name in error messages: "steering.disabled()".

@@ -80,7 +80,7 @@ thread = _Thread()
 
 
 def note_run(site: nn.Module) -> None:
-    """Note that `site` runs, for the watched calls of its layer in this thread."""
+    """Mark the watched calls of this site's layer in this thread as steered."""
     for call in thread.calls:
         if call.site is site:
             call.ran = True
