@@ -291,8 +291,8 @@ def pyreft(
     activation: Annotated[
         str | None,
         typer.Option(
-            help="The act_fn: identity (none), silu, gelu, gelu_tanh, relu or tanh. LoReFT and NoReFT need identity. "
-            "ConsReFT and LobiReFT have none. Otherwise required: the files do not record it."
+            help="The act_fn: identity (none), silu, gelu, gelu_tanh, relu or tanh. Required, as the files do not "
+            "record it, except for ConsReFT and LobiReFT, which have none. LoReFT and NoReFT need identity."
         ),
     ] = None,
     base_model: _BaseModel = "",

@@ -312,7 +312,7 @@ class Steering:
         Each layer gets a site, if it has none, and slots on its device. A slot takes 2 r d + r + d values.
 
         Args:
-            slots: the number of adapters on the device at a time, at least the number of adapters in a batch.
+            slots: the number of adapters on the device at a time, at least the number of different ones in a batch.
             rank: the highest rank of an adapter. 0 for steering vectors only.
             layers: the layers that adapters may steer. None means all.
             dtype: the slots' dtype: "float32", "bfloat16" or "float16".

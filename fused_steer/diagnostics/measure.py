@@ -469,14 +469,13 @@ def _lora_factors(module: LoraLayer, name: str) -> tuple[Tensor, Tensor]:
 def _left_singular_vectors(what: str, left: Tensor, right: Tensor) -> Tensor:
     """Return the left singular vectors of left · right, (d, rank), leading first, without forming the product.
 
-    With left = Q R they are Q times the left singular vectors of R · right.
+    With left = Q R they are Q times the left singular vectors of R · right. A singular value below the largest times
+    the eps of left's dtype counts as a rounded zero.
 
     Args:
         what: the product's name in error messages.
         left: (d, r).
         right: (r, m), with m no larger than about r.
-
-    A singular value below the largest times the eps of left's dtype counts as a rounded zero.
     """
     left_exact = _exact(left)
     if not (left_exact.isfinite().all() and right.isfinite().all()):
