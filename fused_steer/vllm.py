@@ -1,15 +1,15 @@
-"""Steering adapters served by vLLM, as a plug-in: installed beside it, this is loaded with it.
+"""A vLLM plug-in that serves steering adapters. vLLM loads it if fused-steer is installed.
 
     vllm serve BASE --enable-lora --lora-modules polite=DIR terse=DIR2
     LLM(BASE, enable_lora=True).generate(prompts, lora_request=LoRARequest("polite", 1, DIR))
 
-DIR is what `model.steering.save` wrote, or `save_joint`: LoRA and steering in one request. They are named, loaded,
-unloaded, evicted and batched as LoRA adapters are, beside those, by vLLM's own machinery.
+DIR is a directory of `model.steering.save`, or of `save_joint`, with LoRA and steering for one request. vLLM names,
+loads, unloads, evicts and batches these adapters as it does LoRA adapters.
 
-How: when vLLM looks for the modules of a loaded model that LoRA can adapt, each decoder layer is given a weightless
-child that looks like one, and a forward that passes what the layer returns through it. vLLM replaces the child by our
-LoRA layer, which keeps the adapters' slots and reads whose each token is. A layer of vLLM's returns the residual
-stream un-added, as (hidden, residual): x = hidden + residual, and the shift goes into hidden, in place.
+How it works: before vLLM looks for modules that LoRA can adapt, each decoder layer gets a child module without weights
+that looks like one, and its forward passes the layer's output through the child. vLLM replaces the child by our LoRA
+layer, which holds the adapters' slots and reads each token's slot. A vLLM layer returns (hidden, residual) before the
+add, with x = hidden + residual. The shift is added to hidden, in place.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import vllm
 from packaging.version import Version
 from torch import Tensor, nn
 
-#: The versions that this was tried with.
+#: The tested versions of vLLM.
 FIRST, BELOW = "0.32", "0.33"
 if not Version(FIRST) <= Version(vllm.__version__.partition("+")[0]) < Version(BELOW):
     raise ImportError(f"vllm is {vllm.__version__}; expected >={FIRST},<{BELOW} here: it serves no steering adapters")
@@ -53,24 +53,25 @@ from .serving.slots import Slots  # noqa: E402
 logger = init_logger(f"vllm.{__name__}")
 
 
-# ---------------------------------------------------------------------------------------------- what a layer returns
+# ---------------------------------------------------------------------------------------------- a layer's return value
 
 FINISHED, UNADDED = "finished", "unadded"
 
 
 class Unreachable(ValueError):
-    """A model, or a layer of it, whose residual stream is not known to be reached rightly."""
+    """A model or layer without a residual stream that steering is known to reach."""
 
 
 @functools.cache
 def returned_state(cls: type[nn.Module]) -> str:
-    """What a decoder layer of this class returns: UNADDED, x = hidden + residual, or FINISHED, x itself (or first).
+    """Return whether a decoder layer of this class returns its output before or after the residual add.
 
-    Read from its forward: a layer that has a `residual` and returns (hidden, residual) is UNADDED, unless hidden is a
-    sum that has the residual in it already, as in Cohere's, which returns a residual that nobody adds any more.
+    UNADDED means (hidden, residual) with x = hidden + residual. FINISHED means x itself, or a tuple that begins with
+    it. The state is read from the class's forward. A layer that has a `residual` and returns (hidden, residual) is
+    UNADDED, unless hidden already contains the residual, as in Cohere's.
 
     Raises:
-        Unreachable: neither is plain.
+        Unreachable: neither form is recognised.
     """
     forward = inspect.unwrap(cls.forward)
     try:
@@ -98,7 +99,7 @@ def returned_state(cls: type[nn.Module]) -> str:
 
 
 def _scales_in_float16(cls: type[nn.Module]) -> bool:
-    """Whether the layer does something of its own in float16, as DeepSeek's, which scales its stream down."""
+    """Return whether the layer treats float16 specially. DeepSeek's scales its stream down."""
     return "float16" in re.sub(r"bfloat16", "", inspect.getsource(inspect.unwrap(cls.forward)))
 
 
@@ -106,14 +107,14 @@ def _scales_in_float16(cls: type[nn.Module]) -> bool:
 
 
 class SteeringPoint(LinearBase):
-    """The child of a decoder layer where its output passes; without adapters it changes nothing.
+    """The module that a decoder layer's output passes through. Without adapters it changes nothing.
 
-    A LinearBase, without weights, as vLLM looks for LoRA's places among those.
+    It is a LinearBase without weights, because vLLM looks for LoRA's places among those.
     """
 
     def __init__(self, layer: nn.Module, index: int, path: str, hidden: int, state: str) -> None:
         super().__init__(hidden, hidden, prefix=f"{path}.{SITE}", disable_tp=True)
-        self.quant_method = None  # there is nothing to process when weights are loaded again
+        self.quant_method = None  # there are no weights to process when a model is reloaded
         self.index, self.hidden, self.state = index, hidden, state
         self.device = next((p.device for p in layer.parameters()), torch.device("cpu"))
 
@@ -122,7 +123,7 @@ class SteeringPoint(LinearBase):
 
 
 class SteeringWithLoRA(BaseLayerWithLoRA):
-    """Steers what passes by the adapter of each token's request."""
+    """Steers the layer's output by the adapter of each token's request."""
 
     def __init__(self, base_layer: SteeringPoint) -> None:
         super().__init__()
@@ -141,7 +142,7 @@ class SteeringWithLoRA(BaseLayerWithLoRA):
 
     @property
     def lora_a_stacked(self) -> tuple[Tensor | None, ...]:
-        """Where vLLM reads the sizes of the empty adapters that it warms up with."""
+        """vLLM reads the sizes of its empty warm-up adapters here."""
         return (self.slots.downs,)
 
     @property
@@ -152,7 +153,10 @@ class SteeringWithLoRA(BaseLayerWithLoRA):
         self.slots.clear(index)
 
     def set_lora(self, index: int, lora_a: Any, lora_b: Any) -> None:
-        """lora_a: what `_weights` packed; a bare tensor is W1 of an empty adapter, lora_b then its W2."""
+        """Write an adapter into a slot.
+
+        lora_a: the list packed by `_weights`, or W1 of an empty adapter with its W2 as lora_b.
+        """
         if isinstance(lora_a, Tensor):
             self.slots.put(index, {DOWN: lora_a, UP: lora_b}, "identity")
             return
@@ -162,7 +166,7 @@ class SteeringWithLoRA(BaseLayerWithLoRA):
 
     def set_mapping(self, punica_wrapper: Any) -> None:
         super().set_mapping(punica_wrapper)
-        # Before the first batch has been mapped it holds anything.
+        # Before the first batch is mapped, it holds arbitrary numbers.
         punica_wrapper._token_lora_indices.fill_(-1)
 
     def forward(self, output: Any) -> Any:
@@ -183,13 +187,13 @@ class SteeringWithLoRA(BaseLayerWithLoRA):
         return hidden.view(-1, self.base_layer.hidden)
 
     def _ids(self, hidden: Tensor) -> Tensor:
-        # Not its property of the name, whose length is a number that a compiled graph would keep.
+        # vLLM's public property has a Python int as its length, which a compiled graph would keep.
         return self.punica_wrapper._token_lora_indices[: hidden.numel() // self.base_layer.hidden]
 
 
 @functools.cache
 def steered_class(base: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of a layer class whose forward passes its output through the layer's steering point."""
+    """Return a subclass of a layer class that passes the layer's output through its steering point."""
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return getattr(self, SITE)(base.forward(self, *args, **kwargs))
@@ -204,17 +208,17 @@ def steered_class(base: type[nn.Module]) -> type[nn.Module]:
 
 @dataclass(frozen=True)
 class Reached:
-    """What an adapter has to fit, and the reason where the model's decoder layers are not reached."""
+    """The layout that adapters must fit, and the reason if the model's decoder layers cannot be steered."""
 
     layout: Layout
     reason: str = ""
 
 
 def find_layers(model: nn.Module, count: int) -> tuple[str, nn.ModuleList]:
-    """The path of the model's list of decoder layers, and the list, where layers of other stages are missing.
+    """Return the path and the list of the model's decoder layers. Layers of other pipeline stages are missing in it.
 
     Raises:
-        Unreachable: there is not one such list.
+        Unreachable: there is no such list, or more than one.
     """
     get_language: Any = getattr(model, "get_language_model", None)
     language = model if get_language is None else get_language()
@@ -239,9 +243,9 @@ def _is_missing(layer: nn.Module) -> bool:
 
 
 def reach(model: nn.Module, config: Any) -> Reached:
-    """Give each decoder layer of a loaded model its steering point. All or none; a reason where they are not reached.
+    """Add a steering point to each decoder layer of a loaded model, or to none with a reason.
 
-    config: vLLM's of the model.
+    config: vLLM's config of the model.
     """
     layout = layout_of(config)
     try:
@@ -264,7 +268,7 @@ def reach(model: nn.Module, config: Any) -> Reached:
 
 
 def layout_of(config: Any) -> Layout:
-    """What an adapter has to fit, by vLLM's config of the model. Tensors are matched by layer: no path is needed."""
+    """Return the layout that adapters must fit. It has no path, because tensors are matched by layer."""
     return Layout("", config.hf_text_config.num_hidden_layers, config.get_hidden_size())
 
 
@@ -273,21 +277,21 @@ def layout_of(config: Any) -> Layout:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a request's adapter lies: its steering, and the LoRA beside it, if any."""
+    """The location of a request's adapter: its steering, and the LoRA beside it if there is one."""
 
     steering: Path
     lora: Path | None = None
 
 
 def find_source(path: str) -> Source | None:
-    """What a directory holds, as `steering.save` or `save_joint` wrote it; None: nothing of ours.
+    """Find the adapter in a directory of `steering.save` or `save_joint`. Return None if it holds neither.
 
     Raises:
-        ValueError: a joint directory of several LoRA adapters, or of parts that were not saved together.
+        ValueError: a joint directory holds several LoRA adapters, or parts that were not saved together.
     """
     folder = Path(path).expanduser()
     if (folder / CONFIG_NAME).exists():
-        return Source(folder) if method_in(folder) == PEFT_TYPE else None  # vLLM says what is wrong with others
+        return Source(folder) if method_in(folder) == PEFT_TYPE else None  # vLLM reports errors of other methods
     if not (folder / JOINT_NAME).exists():
         return None
     steering, loras = find_joint(folder)
@@ -297,7 +301,7 @@ def find_source(path: str) -> Source | None:
 
 
 def read_fitting(source: Source, layout: Layout, max_rank: int) -> AdapterFile:
-    """The adapter, whole and checked; ValueError (or FileNotFoundError) if it is broken or does not fit."""
+    """Read and check an adapter. Raise ValueError or FileNotFoundError if it is broken or does not fit."""
     file = read_adapter(source.steering, layout)
     rank, most = file.config.rank, min(max_rank, MAX_RANK)
     if rank > most:
@@ -306,7 +310,7 @@ def read_fitting(source: Source, layout: Layout, max_rank: int) -> AdapterFile:
 
 
 def scaled(file: AdapterFile) -> ByLayer:
-    """An adapter's tensors in float32, its strength in W2 and b2."""
+    """Return an adapter's tensors in float32, with the strength multiplied into W2 and b2."""
     scale = {UP: file.config.scale, UP_BIAS: file.config.scale}
     return {
         index: {name: t.float() * scale[name] if name in scale else t.float() for name, t in tensors.items()}
@@ -315,7 +319,7 @@ def scaled(file: AdapterFile) -> ByLayer:
 
 
 def _weights(path: str, rank: int, tensors: dict[str, Tensor], activation: str) -> lora_weights.LoRALayerWeights:
-    """One layer's, in the shape in which vLLM hands weights on: `SteeringWithLoRA.set_lora` unpacks them."""
+    """Pack one layer's tensors into vLLM's weights object. `SteeringWithLoRA.set_lora` unpacks them."""
     packed = [tensors.get(name, torch.empty(0)) for name in NAMES]
     packed.append(torch.tensor(ACTIVATIONS.index(activation)))
     return lora_weights.LoRALayerWeights(path, rank, rank, packed, list(packed), scaling=1.0)
@@ -325,10 +329,10 @@ def _weights(path: str, rank: int, tensors: dict[str, Tensor], activation: str) 
 
 
 def load(manager: worker_manager.WorkerLoRAManager, request: LoRARequest, source: Source, load_lora: Any) -> Any:
-    """The request's adapter as vLLM's manager keeps it. `load_lora`: how vLLM loads a LoRA.
+    """Load a request's adapter in the form that vLLM's manager keeps. `load_lora` is vLLM's loader of a LoRA.
 
     Raises:
-        ValueError: it is broken, does not fit, or the model is not reached.
+        ValueError: the adapter is broken or does not fit, or the model cannot be steered.
     """
     models = manager._adapter_manager
     reached: Reached = models.steering
@@ -339,7 +343,7 @@ def load(manager: worker_manager.WorkerLoRAManager, request: LoRARequest, source
     points = {m.index: path for path, m in models.modules.items() if isinstance(m, SteeringWithLoRA)}
     if not points:
         raise ValueError(
-            f"{request.lora_name!r} steers, and --lora-target-modules leaves steering out; expected {SITE!r} among them"
+            f"{request.lora_name!r} steers, and --lora-target-modules lacks steering; expected {SITE!r} among them"
         )
     file = read_fitting(source, reached.layout, manager.lora_config.max_lora_rank)
     if source.lora is None:
@@ -347,7 +351,7 @@ def load(manager: worker_manager.WorkerLoRAManager, request: LoRARequest, source
     else:
         loaded = load_lora(manager, _at(request, source.lora))
     for index, tensors in scaled(file).items():
-        if index in points:  # the others are another stage's
+        if index in points:  # the other layers belong to another pipeline stage
             loaded.loras[points[index]] = _weights(points[index], loaded.rank, tensors, file.config.activation)
     return loaded
 
@@ -364,16 +368,16 @@ def _checked(path: str, stamps: tuple[Any, ...], layout: Layout, max_rank: int) 
 
 
 def _stamps(path: str) -> tuple[Any, ...]:
-    """What changes when one of an adapter's files does."""
+    """Return a value that changes whenever one of an adapter's files changes."""
     files = sorted(file for file in Path(path).expanduser().rglob("*") if file.is_file())
     return tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files)
 
 
 def check_request(request: LoRARequest, config: Any) -> None:
-    """Refuse a request whose steering adapter cannot be served, before it reaches the engine, which it would end.
+    """Refuse a request with a bad steering adapter before it reaches the engine, which would stop.
 
     Raises:
-        VLLMValidationError: it is broken, does not fit, or is not there.
+        VLLMValidationError: the adapter is broken, does not fit, or is missing.
     """
     path = request.lora_path
     if not Path(path).expanduser().is_dir():
@@ -387,7 +391,7 @@ def check_request(request: LoRARequest, config: Any) -> None:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """What a compiled graph of this model depends on beside vLLM and its config: our code and the layers steered."""
+    """Return a hash of our code and of the steered layers, which a compiled graph depends on beside vLLM's config."""
     digest = hashlib.sha256(Path(__file__).read_bytes())
     for file in sorted(Path(grouped.__file__).parent.rglob("*.py")):
         digest.update(file.read_bytes())
@@ -400,7 +404,7 @@ def fingerprint(model: nn.Module) -> str:
 
 
 class _WithFingerprint:
-    """A user's `additional_config` that is no dict, with ours in its hash."""
+    """Wraps an `additional_config` that is not a dict, to add our fingerprint to its hash."""
 
     def __init__(self, given: Any, mark: str) -> None:
         self._given, self._mark = given, mark
@@ -413,8 +417,11 @@ class _WithFingerprint:
 
 
 def put_into_cache_key(model: nn.Module, config: Any) -> None:
-    """vLLM keeps compiled graphs in files, by a hash of its config: one made without us, or otherwise, must not come
-    back. It hashes `additional_config`, of each config that a part of the model has kept."""
+    """Add our fingerprint to vLLM's configs, so that a graph compiled without it is not reused.
+
+    vLLM stores compiled graphs by a hash of its config, which includes `additional_config`. Parts of the model may hold
+    configs of their own.
+    """
     mark = fingerprint(model)
     kept = [getattr(module, "vllm_config", None) for module in model.modules()]
     for each in {id(c): c for c in (config, *kept) if c is not None}.values():
@@ -426,7 +433,7 @@ def put_into_cache_key(model: nn.Module, config: Any) -> None:
 
 
 def _wrap(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
-    """Put `make(original)` in the place of a method, once: a process may load its plug-ins more often."""
+    """Replace a method by `make(original)`, once, because a process may load its plug-ins repeatedly."""
     original = getattr(owner, name)
     if getattr(original, "_fused_steer", False):
         return
@@ -455,8 +462,10 @@ def _load_adapter(original: Any) -> Any:
 
 
 def _add_adapter(original: Any) -> Any:
-    """In every step vLLM asks for each adapter of a batch whether it is loaded, by making a dict of all that are: a
-    cost that grows with their square. Of one that is in its slot there is nothing to do but to note that it was used.
+    """Skip loading for an adapter that is in its slot already.
+
+    In every step vLLM asks for each adapter of a batch whether it is loaded, and builds a dict of all loaded ones each
+    time. Without this the cost grows with the square of their number.
     """
 
     def add_adapter(self: Any, lora_request: LoRARequest) -> bool:
@@ -481,7 +490,7 @@ def _validate_lora(original: Any) -> Any:
 
 
 def register() -> None:
-    """Called by vLLM in each of its processes: the entry point `fused_steer` of `vllm.general_plugins`."""
+    """Install the plug-in. vLLM calls it in each process, as an entry point of `vllm.general_plugins`."""
     if SteeringWithLoRA not in utils._all_lora_classes:
         utils._all_lora_classes = (SteeringWithLoRA, *utils._all_lora_classes)
     _wrap(model_manager.LoRAModelManager, "__init__", _init_manager)

@@ -204,7 +204,7 @@ BROKEN = {
     _another_size: "is for a model of hidden size 96; expected 64",
     _another_depth: "is for a model of number of layers 2; expected 3",
     _rank_above: "is of rank 9; expected at most 8 (--max-lora-rank)",
-    _corrupt: "its contents are not those that adapter_config.json was saved with",
+    _corrupt: "its contents do not match adapter_config.json",
     _truncated: "its header is of",
     _without_weights: "has no adapter_model.safetensors; expected a saved steering adapter",
     _unknown_field: "no field 'temperature'",
@@ -321,7 +321,7 @@ def test_vllm_target_modules_that_leave_steering_out(folder, tmp_path):
     """The error comes when the adapter is loaded."""
     options = engine_options(folder / "model", lora_target_modules=["q_proj"])
     request = ("silu", str(folder / "silu"), PROMPTS[0])
-    with pytest.raises(AssertionError, match="steers, and --lora-target-modules leaves steering out; expected"):
+    with pytest.raises(AssertionError, match="steers, and --lora-target-modules lacks steering; expected"):
         run(tmp_path / "out.json", options, [request])
 
 
