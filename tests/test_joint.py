@@ -374,7 +374,7 @@ def test_joint_refusals_of_both_parts(tmp_path):
     steering = tmp_path / "out" / "steering"
     fields = json.loads((steering / "adapter_config.json").read_text())
     (steering / "adapter_config.json").write_text("{}")
-    with refused(ValueError, str(steering), "is not what was saved", "expected", model=model):
+    with refused(ValueError, str(steering), "was not saved together", "expected", model=model):
         load_joint(model, tmp_path / "out")
     # If the steering does not fit, the LoRA that PEFT has already loaded is removed again.
     with pytest.MonkeyPatch.context() as patched, refused(ValueError, "steering", "expected"):

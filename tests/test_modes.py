@@ -442,7 +442,9 @@ def test_modes_offloaded_and_then_patched(name, tmp_path):
 def test_modes_patched_and_then_offloaded_is_refused(name, tmp_path):
     model = steered(build())
     OFFLOADS[name](model, tmp_path)
-    with refused(ValueError, "adapter 'default' is on meta", "expected it on cpu", "offload the model before"):
+    with refused(
+        ValueError, "adapter 'default' is on meta", "expected it on cpu", "call accelerate's offloading first"
+    ):
         logits(model)
     model.steering.unpatch()
     assert torch.equal(logits(model), logits(OFFLOADS[name](build(), tmp_path / "unpatched")))

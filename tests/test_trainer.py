@@ -145,7 +145,7 @@ def test_trainer_what_a_checkpoint_would_lose_is_refused(tmp_path):
     model = patched()
     model.lm_head.weight.requires_grad_(True)
     run = trainer(model, tmp_path)
-    with refused(ValueError, "lm_head.weight trains", "expected the steering", model=model):
+    with refused(ValueError, "lm_head.weight trains", "expected only the steering", model=model):
         run.train()
     with refused(ValueError, "lm_head.weight trains"):
         run.save_model(str(tmp_path / "out"))

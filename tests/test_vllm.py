@@ -206,7 +206,7 @@ BROKEN = {
     _another_size: "is for a model of hidden size 96; expected 64",
     _another_depth: "is for a model of number of layers 2; expected 3",
     _rank_above: "is of rank 9; expected at most 8 (--max-lora-rank)",
-    _corrupt: "its contents are not those that adapter_config.json was saved with",
+    _corrupt: "its contents do not match adapter_config.json",
     _truncated: "its header is of",
     _without_weights: "has no adapter_model.safetensors; expected a saved steering adapter",
     _unknown_field: "no field 'temperature'",

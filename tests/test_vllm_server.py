@@ -176,7 +176,7 @@ def test_vllm_server_what_cannot_be_served_fails_alone(server, tmp_path):
     save_model(tmp_path / "other", hidden_size=96, num_attention_heads=3, num_key_value_heads=1, head_dim=32)
     save_adapter(tmp_path / "other", tmp_path / "wide", SteerConfig(rank=2), 1)
     for path, part in (
-        (tmp_path / "broken", "its contents are not those that adapter_config.json was saved with"),
+        (tmp_path / "broken", "its contents do not match adapter_config.json"),
         (tmp_path / "wide", "is for a model of hidden size 96; expected 64"),
         (tmp_path / "nothing", "No adapter found"),
     ):

@@ -1,14 +1,14 @@
-"""Steering adapters served by vLLM, as a plug-in: installed beside vLLM, it is loaded with it.
+"""A vLLM plug-in that serves steering adapters. vLLM loads it if fused-steer is installed.
 
     vllm serve BASE --enable-lora --lora-modules polite=DIR terse=DIR2
     LLM(BASE, enable_lora=True).generate(prompts, lora_request=LoRARequest("polite", 1, DIR))
 
-DIR is a directory that `model.steering.save` or `save_joint` wrote; the latter holds LoRA and steering for one request.
-vLLM names, loads, unloads, evicts and batches these adapters as it does LoRA adapters.
+DIR is a directory of `model.steering.save`, or of `save_joint`, with LoRA and steering for one request. vLLM names,
+loads, unloads, evicts and batches these adapters as it does LoRA adapters.
 
-How: when vLLM looks for the modules of a loaded model that LoRA can adapt, each decoder layer is given a weightless
-child that looks like one, and a forward that passes the layer's output through it. vLLM replaces the child by our LoRA
-layer, which keeps the adapters' slots and reads each token's slot and gain.
+How it works: before vLLM looks for modules that LoRA can adapt, each decoder layer gets a child module without weights
+that looks like one, and its forward passes the layer's output through the child. vLLM replaces the child by our LoRA
+layer, which holds the adapters' slots and reads each token's slot and gain.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import vllm
 from packaging.version import Version
 
-#: The versions that this was tried with.
+#: The tested versions of vLLM.
 FIRST, BELOW = "0.32", "0.33"
 if not Version(FIRST) <= Version(vllm.__version__.partition("+")[0]) < Version(BELOW):
     raise ImportError(f"vllm is {vllm.__version__}; expected >={FIRST},<{BELOW} here: it serves no steering adapters")
@@ -44,7 +44,7 @@ logger = init_logger(f"vllm.{__name__}")
 
 
 def _wrap(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
-    """Put `make(original)` in the place of a method, once: a process may load its plug-ins more often."""
+    """Replace a method by `make(original)`, once, because a process may load its plug-ins repeatedly."""
     original = getattr(owner, name)
     if getattr(original, "_fused_steer", False):
         return
@@ -73,8 +73,10 @@ def _load_adapter(original: Any) -> Any:
 
 
 def _add_adapter(original: Any) -> Any:
-    """In every step vLLM asks for each adapter of a batch whether it is loaded, by making a dict of all that are: a
-    cost that grows with their square. Of one that is in its slot there is nothing to do but to note that it was used.
+    """Skip loading for an adapter that is in its slot already.
+
+    In every step vLLM asks for each adapter of a batch whether it is loaded, and builds a dict of all loaded ones each
+    time. Without this the cost grows with the square of their number.
     """
 
     def add_adapter(self: Any, lora_request: LoRARequest) -> bool:
@@ -90,7 +92,7 @@ def _add_adapter(original: Any) -> Any:
 
 
 def register() -> None:
-    """Called by vLLM in each of its processes: the entry point `fused_steer` of `vllm.general_plugins`."""
+    """Install the plug-in. vLLM calls it in each process, as an entry point of `vllm.general_plugins`."""
     if SteeringWithLoRA not in utils._all_lora_classes:
         utils._all_lora_classes = (SteeringWithLoRA, *utils._all_lora_classes)
     _wrap(model_manager.LoRAModelManager, "__init__", _init_manager)

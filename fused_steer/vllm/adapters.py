@@ -20,7 +20,7 @@ def load(manager: Any, request: LoRARequest, source: Source, load_lora: Any) -> 
         load_lora: vLLM's own function that loads a LoRA.
 
     Raises:
-        ValueError: it is broken, does not fit, or the model is not reached.
+        ValueError: the adapter is broken or does not fit, or the model cannot be steered.
     """
     models = manager._adapter_manager
     reached: Reached = models.steering
@@ -41,7 +41,7 @@ def load(manager: Any, request: LoRARequest, source: Source, load_lora: Any) -> 
         part = LoRARequest(request.lora_name, request.lora_int_id, str(source.lora), load_inplace=request.load_inplace)
         loaded = load_lora(manager, part)
     for index, tensors in in_float32(file).items():
-        if index in points:  # the others are another stage's
+        if index in points:  # the other layers belong to another pipeline stage
             loaded.loras[points[index]] = layer_weights(points[index], loaded.rank, tensors, file.config.activation)
     loaded.steering_strength = file.config.scale
     return loaded

@@ -75,7 +75,7 @@ def block_keys(original: Any) -> Callable[..., Any]:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """What a compiled graph of this model depends on beside vLLM and its config: our code and the layers steered."""
+    """Return a hash of our code and of the steered layers, which a compiled graph depends on beside vLLM's config."""
     digest = hashlib.sha256()
     for file in sorted((*Path(__file__).parent.rglob("*.py"), *Path(grouped.__file__).parent.rglob("*.py"))):
         digest.update(file.read_bytes())
@@ -88,7 +88,7 @@ def fingerprint(model: nn.Module) -> str:
 
 
 class _WithFingerprint:
-    """A user's `additional_config` that is no dict, with ours in its hash."""
+    """Wraps an `additional_config` that is not a dict, to add our fingerprint to its hash."""
 
     def __init__(self, given: Any, mark: str) -> None:
         self._given, self._mark = given, mark
@@ -101,8 +101,11 @@ class _WithFingerprint:
 
 
 def put_into_cache_key(model: nn.Module, config: Any) -> None:
-    """vLLM keeps compiled graphs in files, by a hash of its config: one made without us, or otherwise, must not come
-    back. It hashes `additional_config`, of each config that a part of the model has kept."""
+    """Add our fingerprint to vLLM's configs, so that a graph compiled without it is not reused.
+
+    vLLM stores compiled graphs by a hash of its config, which includes `additional_config`. Parts of the model may hold
+    configs of their own.
+    """
     mark = fingerprint(model)
     kept = [getattr(module, "vllm_config", None) for module in model.modules()]
     for each in {id(c): c for c in (config, *kept) if c is not None}.values():

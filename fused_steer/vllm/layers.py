@@ -1,7 +1,7 @@
-"""Decoder layers of vLLM's models with a steering point: how each is reached, and the module that steers it.
+"""The steering points of vLLM's decoder layers, and the module that steers a layer's output.
 
-A layer of vLLM's returns the residual stream un-added, as (hidden, residual): x = hidden + residual, and the shift is
-added to hidden in place. Or it returns x, finished. Which of both is read from the layer's forward.
+A vLLM layer returns (hidden, residual) before the add, with x = hidden + residual, or it returns x. The plug-in reads
+which from the layer's forward. In a pair the shift is added to hidden, in place.
 """
 
 from __future__ import annotations
@@ -29,18 +29,19 @@ FINISHED, UNADDED = "finished", "unadded"
 
 
 class Unreachable(ValueError):
-    """A model, or a layer of it, whose residual stream is not known to be reached rightly."""
+    """A model or layer without a residual stream that steering is known to reach."""
 
 
 @functools.cache
 def returned_state(cls: type[nn.Module]) -> str:
-    """What a decoder layer of this class returns: UNADDED, x = hidden + residual, or FINISHED, x itself (or first).
+    """Return whether a decoder layer of this class returns its output before or after the residual add.
 
-    Read from its forward: a layer that has a `residual` and returns (hidden, residual) is UNADDED, unless hidden is a
-    sum that has the residual in it already, as in Cohere's, which returns a residual that nobody adds any more.
+    UNADDED means (hidden, residual) with x = hidden + residual. FINISHED means x itself, or a tuple that begins with
+    it. The state is read from the class's forward. A layer that has a `residual` and returns (hidden, residual) is
+    UNADDED, unless hidden already contains the residual, as in Cohere's.
 
     Raises:
-        Unreachable: neither is plain.
+        Unreachable: neither form is recognised.
     """
     forward = inspect.unwrap(cls.forward)
     try:
@@ -68,7 +69,7 @@ def returned_state(cls: type[nn.Module]) -> str:
 
 
 def _scales_in_float16(cls: type[nn.Module]) -> bool:
-    """Whether the layer does something of its own in float16, as DeepSeek's, which scales its stream down."""
+    """Return whether the layer treats float16 specially. DeepSeek's scales its stream down."""
     return "float16" in re.sub(r"bfloat16", "", inspect.getsource(inspect.unwrap(cls.forward)))
 
 
@@ -76,14 +77,14 @@ def _scales_in_float16(cls: type[nn.Module]) -> bool:
 
 
 class SteeringPoint(LinearBase):
-    """The child of a decoder layer where its output passes; without adapters it changes nothing.
+    """The module that a decoder layer's output passes through. Without adapters it changes nothing.
 
-    A LinearBase, without weights, as vLLM looks for LoRA's places among those.
+    It is a LinearBase without weights, because vLLM looks for LoRA's places among those.
     """
 
     def __init__(self, layer: nn.Module, index: int, path: str, hidden: int, state: str) -> None:
         super().__init__(hidden, hidden, prefix=f"{path}.{SITE}", disable_tp=True)
-        self.quant_method = None  # there is nothing to process when weights are loaded again
+        self.quant_method = None  # there are no weights to process when a model is reloaded
         self.index, self.hidden, self.state = index, hidden, state
         self.device = next((p.device for p in layer.parameters()), torch.device("cpu"))
 
@@ -92,7 +93,7 @@ class SteeringPoint(LinearBase):
 
 
 class SteeringWithLoRA(BaseLayerWithLoRA):
-    """Steers what passes by the adapter of each token's request."""
+    """Steers the layer's output by the adapter of each token's request."""
 
     def __init__(self, base_layer: SteeringPoint) -> None:
         super().__init__()
@@ -111,7 +112,7 @@ class SteeringWithLoRA(BaseLayerWithLoRA):
 
     @property
     def lora_a_stacked(self) -> tuple[Tensor | None, ...]:
-        """Where vLLM reads the sizes of the empty adapters that it warms up with."""
+        """vLLM reads the sizes of its empty warm-up adapters here."""
         return (self.slots.downs,)
 
     @property
@@ -122,7 +123,10 @@ class SteeringWithLoRA(BaseLayerWithLoRA):
         self.slots.clear(index)
 
     def set_lora(self, index: int, lora_a: Any, lora_b: Any) -> None:
-        """lora_a: what `_weights` packed; a bare tensor is W1 of an empty adapter, lora_b then its W2."""
+        """Write an adapter into a slot.
+
+        lora_a: the list packed by `_weights`, or W1 of an empty adapter with its W2 as lora_b.
+        """
         if isinstance(lora_a, Tensor):
             self.slots.put(index, {DOWN: lora_a, UP: lora_b}, "identity")
             return
@@ -132,7 +136,7 @@ class SteeringWithLoRA(BaseLayerWithLoRA):
 
     def set_mapping(self, punica_wrapper: Any) -> None:
         super().set_mapping(punica_wrapper)
-        # Before the first batch has been mapped it holds anything.
+        # Before the first batch is mapped, it holds arbitrary numbers.
         punica_wrapper._token_lora_indices.fill_(-1)
         self.gains = gains_of(punica_wrapper)
 
@@ -151,16 +155,16 @@ class SteeringWithLoRA(BaseLayerWithLoRA):
     def _call(self, residual: Tensor, branch: Tensor | None, into_branch: bool = False) -> Tensor:
         width = self.base_layer.hidden
         tokens = residual.numel() // width
-        # Not vLLM's property of the ids, whose length is a number that a compiled graph would keep.
+        # vLLM's public property has a Python int as its length, which a compiled graph would keep.
         ids, gains = self.punica_wrapper._token_lora_indices[:tokens], self.gains[:tokens]
         rows = None if branch is None else branch.view(-1, width)
         return self.slots(residual.view(-1, width), rows, ids, gains, into_branch=into_branch)
 
 
 def gains_of(punica_wrapper: Any) -> Tensor:
-    """The buffer with the gain of each token of a batch, (most tokens of a batch,) float32, beside vLLM's LoRA ids.
+    """Return the buffer of gains, one for each token of a batch: (maximal tokens,) float32, beside vLLM's LoRA ids.
 
-    Its address never changes, so that CUDA graphs may read it.
+    Its address never changes, because CUDA graphs read it.
     """
     gains: Tensor | None = getattr(punica_wrapper, "steering_gains", None)
     if gains is None:
@@ -171,7 +175,7 @@ def gains_of(punica_wrapper: Any) -> Tensor:
 
 @functools.cache
 def steered_class(base: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of a layer class whose forward passes its output through the layer's steering point."""
+    """Return a subclass of a layer class that passes the layer's output through its steering point."""
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return getattr(self, SITE)(base.forward(self, *args, **kwargs))
@@ -186,7 +190,7 @@ def steered_class(base: type[nn.Module]) -> type[nn.Module]:
 
 @dataclass(frozen=True)
 class Reached:
-    """What an adapter has to fit, the layers with a steering point, and the reason where layers are not reached."""
+    """The layout that adapters must fit, the layers with a steering point, and the reason if there are none."""
 
     layout: Layout
     here: frozenset[int] = frozenset()
@@ -194,10 +198,10 @@ class Reached:
 
 
 def find_layers(model: nn.Module, count: int) -> tuple[str, nn.ModuleList]:
-    """The path of the model's list of decoder layers, and the list, where layers of other stages are missing.
+    """Return the path and the list of the model's decoder layers. Layers of other pipeline stages are missing in it.
 
     Raises:
-        Unreachable: there is not one such list.
+        Unreachable: there is no such list, or more than one.
     """
     get_language: Any = getattr(model, "get_language_model", None)
     language = model if get_language is None else get_language()
@@ -222,9 +226,9 @@ def _is_missing(layer: nn.Module) -> bool:
 
 
 def reach(model: nn.Module, config: Any) -> Reached:
-    """Give each decoder layer of a loaded model its steering point. All or none; a reason where they are not reached.
+    """Add a steering point to each decoder layer of a loaded model, or to none with a reason.
 
-    config: vLLM's of the model.
+    config: vLLM's config of the model.
     """
     layout = layout_of(config)
     try:

@@ -59,11 +59,11 @@ def find_source(path: str) -> Source | None:
     """Find the steering adapter that `steering.save` or `save_joint` wrote into a directory; None if there is none.
 
     Raises:
-        ValueError: a joint directory of several LoRA adapters, or of parts that were not saved together.
+        ValueError: a joint directory holds several LoRA adapters, or parts that were not saved together.
     """
     folder = Path(path).expanduser()
     if (folder / CONFIG_NAME).exists():
-        return Source(folder) if method_in(folder) == PEFT_TYPE else None  # vLLM says what is wrong with others
+        return Source(folder) if method_in(folder) == PEFT_TYPE else None  # vLLM reports errors of other methods
     if not (folder / JOINT_NAME).exists():
         return None
     steering, loras = find_joint(folder)
@@ -217,7 +217,7 @@ def _digest(folder: Path) -> str:
 
 
 def layout_of(config: Any) -> Layout:
-    """What an adapter has to fit, by vLLM's config of the model. Tensors are matched by layer: no path is needed."""
+    """Return the layout that adapters must fit. It has no path, because tensors are matched by layer."""
     return Layout("", config.hf_text_config.num_hidden_layers, config.get_hidden_size())
 
 

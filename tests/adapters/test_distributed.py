@@ -286,7 +286,7 @@ def test_distributed_joint_orth_is_refused_where_fsdp_shards(folder):
                 "to be whole in every process (DDP)"
             )
         assert result["save_joint"] == (
-            "ValueError: the model is sharded by FSDP; expected one that every process has whole (DDP)"
+            "ValueError: the model is sharded by FSDP; expected every process to hold it whole (DDP)"
         )
     assert not (folder("joint") / "sharded").exists()
 

@@ -341,7 +341,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], type[Exception], tuple[str, ...]
     "config edited": (
         lambda directory: edit_config(directory, scale=9.0, config_sha256="0" * 64),
         ValueError,
-        (CONFIG, "its fields are not those that were saved", "expected config_sha256 0000"),
+        (CONFIG, "its fields were changed after saving", "expected config_sha256 0000"),
     ),
     "config not JSON": (write_config("rank: 8\n"), ValueError, (CONFIG, "Expecting value")),
     "config not text": (write_config(b"\xff\xfe"), ValueError, (CONFIG, "utf-8")),

@@ -57,7 +57,7 @@ def test_parameters_by_layer_is_in_order_and_of_one_list():
     assert layers_path == "model.layers" and list(layers) == [2, 10]
     assert LAYOUT.paths(layers) == tensors
     assert by_layer({}) == ("", {})
-    with refused(ValueError, "model.layers.10", "tower.layers.0", "expected those of one list of layers"):
+    with refused(ValueError, "model.layers.10", "tower.layers.0", "expected tensors of one list of layers"):
         by_layer({**tensors, "tower.layers.0.post_block.steer_up.weight": None})
 
 
@@ -81,7 +81,10 @@ def test_parameters_check_tensors_names_the_first_that_is_wrong():
     whole = {0: fresh, 2: fresh}
     for tensors, parts in (
         ({0: fresh}, ("no tensor model.layers.2.post_block.steer_down.weight", "of shape (2, 8)")),
-        (whole | {1: fresh}, ("a tensor model.layers.1.post_block.steer_down.weight", "none but those of its config")),
+        (
+            whole | {1: fresh},
+            ("a tensor model.layers.1.post_block.steer_down.weight", "only the tensors of its config"),
+        ),
         (whole | {2: fresh | {"steer_up.weight": torch.zeros(8, 3)}}, ("layers.2", "(8, 3)", "torch.float32 (8, 2)")),
         (whole | {0: {n: t.half() for n, t in fresh.items()}}, ("layers.0", "torch.float16", "torch.float32 (2, 8)")),
     ):

@@ -222,7 +222,7 @@ def _refused_at_once(run: Callable[[], Any]) -> None:
     import signal
 
     signal.alarm(5)  # ends this process
-    with pytest.raises(ValueError, match="no regular file"):
+    with pytest.raises(ValueError, match="not a regular file"):
         run()
 
 

@@ -274,7 +274,7 @@ CONFIGS: dict[str, tuple[Any, tuple[str, ...]]] = {
     ),
     "unknown file": (
         ONE | {"representations": [ENTRY]},
-        (f"has a file {file_name(1)}", "knows nothing"),
+        (f"has a file {file_name(1)}", "does not list"),
     ),
     "missing file": (
         {"representations": [ENTRY, entry(layer=1), entry(layer=7)]},
@@ -533,7 +533,7 @@ MISFITS: dict[str, tuple[Any, Callable[..., Any], tuple[str, ...]]] = {
     ),
     "dtypes.pt": ({0: ROWS[0], 1: ROWS[0].half()}, torch.save, ("layer 1 has dtype torch.float16; expected",)),
     "range.pt": ({3: ROWS[0]}, torch.save, ("it has a layer 3", "expected indices below 3")),
-    "object.pt": (nn.Linear(2, 2), torch.save, ("it asks for torch.nn", "expected tensors alone")),
+    "object.pt": (nn.Linear(2, 2), torch.save, ("it asks for torch.nn", "expected only tensors")),
     "lora.gguf": (
         {"direction.1": ROWS[0]},
         lambda tensors, file: write_gguf(tensors, file, "llama"),

@@ -258,9 +258,9 @@ MISFITS: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
     "leading zero": (changed("vector", **{"deltas.layer01_block": torch.ones(HIDDEN)}), ("unknown key",)),
     "attention": (
         changed("lowrank", **{"adapters.layer0_attn.down.weight": torch.ones(RANK, HIDDEN)}),
-        ("another site, 'adapters.layer0_attn.down.weight'", "expected layer<i>_block"),
+        ("another site, 'adapters.layer0_attn.down.weight'", "expected only layer<i>_block"),
     ),
-    "mlp": (lambda: {"layer0_mlp": torch.ones(HIDDEN)}, ("another site, 'layer0_mlp'", "expected layer<i>_block")),
+    "mlp": (lambda: {"layer0_mlp": torch.ones(HIDDEN)}, ("another site, 'layer0_mlp'", "expected only layer<i>_block")),
     "twice": (changed("vector", layer1_block=torch.ones(HIDDEN)), ("'layer1_block' with and without", "once")),
     "number": (changed("lowrank", **{UP: 3.0}), (f"{UP} is a float", "expected a tensor")),
     "sparse": (changed("lowrank", **{UP: torch.Tensor.to_sparse}), (UP, "sparse", "expected a dense one")),
@@ -336,20 +336,20 @@ UNREADABLE: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "hostile.pt": (write_hostile, ("it asks for", "mkdir", "weights_only=True")),
     "hostile_old.pt": (
         lambda file: file.write_bytes(pickle.dumps(Hostile(file.parent / "made"), 2)),
-        ("expected tensors alone", "weights_only=True"),
+        ("expected only tensors", "weights_only=True"),
     ),
     "hostile_new.pt": (  # torch warns about it too
         lambda file: file.write_bytes(pickle.dumps(Hostile(file.parent / "made"), 4)),
-        ("expected tensors alone", "weights_only=True"),
+        ("expected only tensors", "weights_only=True"),
     ),
-    "module.pt": (lambda file: torch.save(nn.Linear(2, 2), file), ("it asks for torch.nn", "expected tensors alone")),
-    "text.pt": (lambda file: file.write_text("hello world"), ("expected tensors alone",)),
-    "nothing.bin": (lambda file: file.touch(), ("EOFError", "expected tensors alone")),
+    "module.pt": (lambda file: torch.save(nn.Linear(2, 2), file), ("it asks for torch.nn", "expected only tensors")),
+    "text.pt": (lambda file: file.write_text("hello world"), ("expected only tensors",)),
+    "nothing.bin": (lambda file: file.touch(), ("EOFError", "expected only tensors")),
     "nothing.safetensors": (lambda file: file.touch(), ("header", "expected a safetensors file")),
     "pickle.safetensors": (write_hostile, ("header", "expected a safetensors file")),
     "cut.pt": (
         lambda file: (torch.save({DELTA: torch.ones(9999)}, file), file.write_bytes(file.read_bytes()[:9999])),
-        ("expected tensors alone",),
+        ("expected only tensors",),
     ),
     "cut.safetensors": (
         lambda file: (save_file({DELTA: torch.ones(999)}, file), file.write_bytes(file.read_bytes()[:-1])),

@@ -825,7 +825,7 @@ def test_residual_file_edited_since_its_import_is_refused(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("name", ["", "a b", "class", "__steer", "x.y"])
 def test_residual_site_must_name_an_attribute(name: str) -> None:
-    with pytest.raises(ValueError, match="site must be an attribute name"):
+    with pytest.raises(ValueError, match="expected an attribute name"):
         rewrite_forward(PreNorm, name)
 
 

@@ -371,7 +371,7 @@ BROKEN: list[tuple[Any, type[Exception], str]] = [
     (_hidden, ValueError, "is for a model of hidden size 64; expected 32"),
     (_layers, ValueError, "is for a model of number of layers 2; expected 3"),
     (_rank, ValueError, "is of rank 5; expected at most 4, the rank of the pool's slots"),
-    (_corrupt, ValueError, "its contents are not those that adapter_config.json was saved with"),
+    (_corrupt, ValueError, "its contents do not match adapter_config.json"),
     (_truncated, ValueError, "adapter_model.safetensors cannot be loaded: its header is of"),
     (_truncated_without_digest, ValueError, "adapter_model.safetensors cannot be loaded"),
     (_empty, ValueError, "adapter_model.safetensors cannot be loaded: it has no header, at 0 bytes"),
@@ -460,7 +460,7 @@ def test_pool_names_and_sizes(folder, tmp_path):
         model.steering.load(folder / "3", name="3")
     with refused(KeyError, "no adapter 'x' in the pool; expected one of its 8"):
         pool.load("x")
-    with refused(ValueError, "4 adapters are asked for at once; expected at most 3"), pool.hold(["0", "1", "2", "3"]):
+    with refused(ValueError, "4 adapters are needed at once; expected at most 3"), pool.hold(["0", "1", "2", "3"]):
         pass
     with refused(FileNotFoundError, "no directory"):
         pool.register_directory(tmp_path / "none")

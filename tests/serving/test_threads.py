@@ -191,7 +191,7 @@ def test_threads_streams_from_a_thread(model):
 
 
 def test_threads_refuses_generate_batch(model):
-    with model.steering.batch(["polite"]), refused(RuntimeError, "generate_batch puts requests together by itself"):
+    with model.steering.batch(["polite"]), refused(RuntimeError, "generate_batch forms its own batches"):
         model.generate_batch([[1, 2]])
 
 

@@ -256,7 +256,7 @@ def test_demo_a_loss_that_is_not_finite_is_an_error(tokenizer):
     with torch.no_grad():
         next(model.steering.parameters()).fill_(float("nan"))
     batch = demo.Encoder(tokenizer, torch.device("cpu")).training_batch(EXPRESSIONS)
-    with pytest.raises(RuntimeError, match="loss of step 1 is nan; expected it finite"):
+    with pytest.raises(RuntimeError, match="loss of step 1 is nan; expected a finite loss"):
         demo.train(model, [batch], lr=0.01)
 
 
