@@ -1,4 +1,4 @@
-"""The steering options of one served request: a strength and token positions, and the gain of each token."""
+"""The steering options of one served request, and the gain of each token that follows from them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FIELDS = ("scale", "positions")
 
 
 def read_options(given: Any) -> Request:
-    """Check the options of a request.
+    """Check the steering options of a request.
 
     Args:
         given: an object with "scale" (a number; left out: the adapter's own strength) and "positions" (as
@@ -43,17 +43,17 @@ def read_options(given: Any) -> Request:
 
 
 def packed(options: Request) -> list[Any]:
-    """The options as plain values, which pass from process to process."""
+    """Convert options to plain values, which can be sent to other processes."""
     return [options.scale, options.after, options.until, options.from_end, options.generated]
 
 
 def unpacked(values: Sequence[Any]) -> Request:
-    """The options that `packed` made plain values of."""
+    """Convert the values of `packed` back to options."""
     return Request(None, *values)
 
 
 def untouched(options: Request, prompt: int) -> int:
-    """How many tokens at the beginning of a sequence the options leave as the base model has them.
+    """Return the number of tokens at the beginning of a sequence that are not steered.
 
     Args:
         prompt: the number of tokens of the prompt.
@@ -71,7 +71,7 @@ def token_gains(
     computed: Sequence[int],
     counts: Sequence[int],
 ) -> NDArray[np.float32]:
-    """The gain of each token of a batch, in the order of its requests.
+    """Compute the gain of each token of a batch, in the order of its requests.
 
     Args:
         scales: each request's strength.

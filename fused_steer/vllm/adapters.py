@@ -1,4 +1,4 @@
-"""Adapters in vLLM's workers: from a request's copy into the slots of each layer."""
+"""Loads an adapter in a vLLM worker, from files into the slots of each layer."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from .sources import Source, in_float32, layer_weights, read_fitting
 
 
 def load(manager: Any, request: LoRARequest, source: Source, load_lora: Any) -> Any:
-    """Read a request's adapter into the form in which vLLM's manager keeps adapters.
+    """Load a request's adapter in the form that vLLM's manager keeps.
 
     Args:
-        manager: vLLM's manager of adapters in a worker.
-        load_lora: vLLM's own function that loads a LoRA.
+        manager: vLLM's manager of a worker's adapters.
+        load_lora: vLLM's loader of a LoRA.
 
     Raises:
         ValueError: the adapter is broken or does not fit, or the model cannot be steered.
@@ -32,7 +32,7 @@ def load(manager: Any, request: LoRARequest, source: Source, load_lora: Any) -> 
     file = read_fitting(source, reached.layout, manager.lora_config.max_lora_rank)
     if left_out := sorted(set(file.tensors) & reached.here - set(points)):
         raise ValueError(
-            f"{request.lora_name!r} steers, and --lora-target-modules leaves steering out in the layers "
+            f"{request.lora_name!r} steers, and --lora-target-modules lacks steering in the layers "
             f"{', '.join(map(str, left_out))}; expected {SITE!r} among them"
         )
     if source.lora is None:
@@ -48,7 +48,7 @@ def load(manager: Any, request: LoRARequest, source: Source, load_lora: Any) -> 
 
 
 def strength_of(models: Any, number: int) -> float | None:
-    """The strength that an adapter was saved with; None if it does not steer, or is not loaded.
+    """Return the strength that an adapter was saved with, or None if it does not steer or is not loaded.
 
     Args:
         models: vLLM's manager of the adapters of a model.

@@ -23,10 +23,10 @@ _MARK = "fused-steer "
 
 
 def salt(given: str | None, options: Request | None, shares_prompt: bool) -> str | None:
-    """The cache salt of a steered request.
+    """Return the cache salt of a steered request.
 
-    vLLM puts the salt into the key of a sequence's first block, and so into those of all. The adapter itself is in the
-    keys already, by the path of its copy.
+    vLLM puts the salt into the key of a sequence's first block, and so into all of its keys. The keys contain the
+    adapter already, by the path of its copy.
 
     Args:
         given: the salt that the client gave.
@@ -39,7 +39,7 @@ def salt(given: str | None, options: Request | None, shares_prompt: bool) -> str
 
 
 class _AsBase:
-    """A request as the base model would have it: without an adapter, with the client's own salt."""
+    """A request as it would be for the base model: without an adapter, with the client's own salt."""
 
     lora_request = None
 
@@ -51,9 +51,9 @@ class _AsBase:
 
 
 def block_keys(original: Any) -> Callable[..., Any]:
-    """vLLM's function that says what is in a block's key beside its tokens.
+    """Wrap vLLM's function that says what a block's key contains beside its tokens.
 
-    A block whose tokens are all before the first steered one is the base model's, and has its key.
+    A block that ends before the first steered token gets the base model's key.
     """
 
     def generate_block_hash_extra_keys(request: Any, start: int, end: int, *args: Any, **kwargs: Any) -> Any:

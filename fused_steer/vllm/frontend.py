@@ -1,4 +1,4 @@
-"""Requests on their way into vLLM's engine: checked, and told which copy of an adapter they are for.
+"""Checks requests before vLLM's engine gets them, and replaces each adapter by its copy.
 
 A client names an adapter by a number, a name and a path. The first time that a number is seen, its adapter is copied
 and checked, and the number stands for that copy until the adapter is unloaded. Loaded in place, another adapter gets a
@@ -32,7 +32,7 @@ class Registry:
     def __init__(self, config: Any) -> None:
         """
         Args:
-            config: vLLM's, of the engine.
+            config: the engine's config.
         """
         self._copies = Copies(config)
         self._known: dict[int, tuple[LoRARequest, Served | None]] = {}
@@ -43,7 +43,7 @@ class Registry:
         return request.lora_int_id in self._known and not request.load_inplace
 
     def take(self, request: LoRARequest) -> tuple[LoRARequest, Served | None]:
-        """What the engine is asked for in place of a client's request; None beside it: no steering adapter.
+        """Return the adapter request for the engine, and the copy it names, or None if it is not a steering adapter.
 
         Raises:
             VLLMValidationError: the adapter is broken, cannot be served here, or is not there.
@@ -69,7 +69,7 @@ class Registry:
             return found, served
 
     def number(self, given: int) -> int:
-        """The engine's number of an adapter."""
+        """Return the engine's number of an adapter."""
         known = self._known.get(given)
         return given if known is None else known[0].lora_int_id
 
@@ -77,13 +77,13 @@ class Registry:
         self._known.pop(given, None)
 
     def given(self, numbers: set[int]) -> set[int]:
-        """The clients' numbers of the engine's adapters."""
+        """Return the clients' numbers of the engine's adapters."""
         of = {found.lora_int_id: given for given, (found, _) in self._known.items()}
         return {of.get(number, number) for number in numbers}
 
 
 def registry_of(processor: Any) -> Registry | None:
-    """The registry of an engine, by its processor of requests; None: the engine serves no adapters."""
+    """Return the registry of an engine, or None if the engine serves no adapters."""
     if processor.vllm_config.lora_config is None:
         return None
     registry: Registry | None = getattr(processor, "steering_registry", None)
@@ -93,7 +93,7 @@ def registry_of(processor: Any) -> Registry | None:
 
 
 def process_inputs(original: Any) -> Callable[..., Any]:
-    """vLLM's check of a request, which also makes of it what the engine gets."""
+    """Wrap the method that checks a request and converts it for the engine."""
     signature = inspect.signature(original)
 
     def process_inputs(*args: Any, **kwargs: Any) -> Any:
@@ -122,7 +122,7 @@ def process_inputs(original: Any) -> Callable[..., Any]:
     return process_inputs
 
 
-# Each of these takes a method of vLLM's engine, or of its engine for servers, which is asynchronous.
+# Each of these wraps a method of vLLM's engine, or of its asynchronous engine for servers.
 
 
 def add_lora(original: Any) -> Callable[..., Any]:

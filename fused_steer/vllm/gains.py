@@ -1,7 +1,6 @@
-"""The gain of each token of a batch, filled in before each forward pass, for both of vLLM's model runners.
+"""Fills in the gain of each token before a forward pass, for both of vLLM's model runners.
 
-A gain is the strength of the token's request, or 0 where the request leaves the token alone. So a strength takes no
-slot.
+A gain is the strength of the token's request, or 0 if the request does not steer the token. So a strength takes no slot.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from .layers import SteeringWithLoRA, gains_of
 
 
 def options_of(parameters: Any) -> Request | None:
-    """The steering options in the sampling parameters of a request, which `check` made plain values of."""
+    """Return the steering options of a request. `process_inputs` has converted them to plain values."""
     extra = getattr(parameters, "extra_args", None)
     values = extra.get(KEY) if extra else None
     return None if values is None else unpacked(values)
@@ -59,7 +58,7 @@ class Filler:
 
 
 def set_active_loras(original: Any) -> Callable[..., Any]:
-    """The first model runner's step that tells LoRA layers each token's adapter, with the gains filled in too."""
+    """Wrap the method of vLLM's first model runner that gives LoRA layers the adapter of each token."""
 
     def set_active_loras(self: Any, input_batch: Any, num_scheduled_tokens: Any, *args: Any, **kwargs: Any) -> Any:
         done = original(self, input_batch, num_scheduled_tokens, *args, **kwargs)
@@ -82,7 +81,7 @@ def set_active_loras(original: Any) -> Callable[..., Any]:
 
 
 def init_model_state(original: Any) -> Callable[..., Any]:
-    """The second model runner's state of a model, which sees each request as it comes and each batch before it runs."""
+    """Wrap the function that makes the model state of vLLM's second runner, which sees every request and batch."""
 
     def init_model_state(config: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
         state = original(config, model, *args, **kwargs)

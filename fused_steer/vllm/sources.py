@@ -1,8 +1,8 @@
-"""Adapters as vLLM's requests name them: where each lies, whether it can be served, and a copy that nothing changes.
+"""Finds, checks and copies the adapters that requests name.
 
-Every adapter is copied into a folder of the server's own, checked there, and kept under the digest of its contents. The
-engine reads that copy. So a directory may change or vanish while it is served, and two versions of an adapter never
-share cached blocks, as vLLM's key of a block has the path in it.
+Each adapter is copied into a folder of the server, checked there, and kept under the digest of its contents. The engine
+reads the copy. So a directory may change or vanish while it is served. Two versions of an adapter never share cached
+blocks, because vLLM's key of a block contains the path.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ FOLDER_VARIABLE = "FUSED_STEER_COPIES"
 
 @dataclass(frozen=True)
 class Source:
-    """The directories of an adapter: its steering, and the LoRA beside it, if it has one."""
+    """The directories of an adapter: its steering, and the LoRA beside it if there is one."""
 
     steering: Path
     lora: Path | None = None
@@ -76,7 +76,7 @@ def read_fitting(source: Source, layout: Layout, max_rank: int) -> AdapterFile:
     """Read and check an adapter.
 
     Raises:
-        ValueError, FileNotFoundError: it is broken, or does not fit the model or the server's ranks.
+        ValueError, FileNotFoundError: it is broken, or does not fit the model or --max-lora-rank.
     """
     file = read_adapter(source.steering, layout)
     rank, most = file.config.rank, min(max_rank, MAX_RANK)
@@ -86,7 +86,7 @@ def read_fitting(source: Source, layout: Layout, max_rank: int) -> AdapterFile:
 
 
 def check_modules(source: Source, file: AdapterFile, modules: Any) -> None:
-    """Refuse an adapter that `--lora-target-modules` would serve by halves.
+    """Check that `--lora-target-modules` leaves out no part of an adapter.
 
     Args:
         modules: the option's value: last parts of modules' paths, or whole paths. None: all modules.
@@ -125,19 +125,19 @@ def _is_among(path: str, modules: Any) -> bool:
 
 
 class Copies:
-    """Copies of served adapters, each in a folder with the digest of its contents as name."""
+    """The copies of served adapters. The name of a copy's folder is the digest of its contents."""
 
     def __init__(self, config: Any) -> None:
         """
         Args:
-            config: vLLM's, of the engine.
+            config: the engine's config.
         """
         self._layout = layout_of(config.model_config)
         lora: Any = config.lora_config
         self._max_rank, self._modules = lora.max_lora_rank, getattr(lora, "target_modules", None)
 
     def take(self, path: str) -> Served | None:
-        """Copy an adapter, and check the copy. None: it is no steering adapter.
+        """Copy an adapter and check the copy. Return None if it is not a steering adapter.
 
         Args:
             path: a directory, or an id on the Hugging Face hub.
@@ -173,7 +173,7 @@ class Copies:
 
 
 def copies_folder() -> Path:
-    """The folder of this server's copies. A temporary one is made for it where the environment names none."""
+    """Return the folder of this server's copies. If the environment names none, make a temporary one."""
     named = os.environ.get(FOLDER_VARIABLE)
     if named is None:
         # The engine's processes inherit the variable, so that all have the same folder.
@@ -222,12 +222,12 @@ def layout_of(config: Any) -> Layout:
 
 
 def in_float32(file: AdapterFile) -> ByLayer:
-    """An adapter's tensors in float32. The strength is not in them: it is a gain of each token."""
+    """Return an adapter's tensors in float32. The strength is not in them, because it is a gain of each token."""
     return {index: {name: t.float() for name, t in tensors.items()} for index, tensors in file.tensors.items()}
 
 
 def layer_weights(path: str, rank: int, tensors: dict[str, Tensor], activation: str) -> lora_weights.LoRALayerWeights:
-    """One layer's tensors as vLLM hands weights on. `SteeringWithLoRA.set_lora` unpacks them."""
+    """Pack one layer's tensors into vLLM's weights object. `SteeringWithLoRA.set_lora` unpacks them."""
     packed = [tensors.get(name, torch.empty(0)) for name in NAMES]
     packed.append(torch.tensor(ACTIVATIONS.index(activation)))
     return lora_weights.LoRALayerWeights(path, rank, rank, packed, list(packed), scaling=1.0)
