@@ -8,10 +8,11 @@ number of its own in the engine, so that requests that run go on by the one that
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import itertools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgspec
@@ -36,11 +37,17 @@ class Registry:
         """
         self._copies = Copies(config)
         self._known: dict[int, tuple[LoRARequest, Served | None]] = {}
+        self._loaded: set[int] = set()  # those that the engine has loaded
         self._numbers = itertools.count(_FIRST_OWN)
         self._lock = threading.Lock()
 
     def knows(self, request: LoRARequest) -> bool:
         return request.lora_int_id in self._known and not request.load_inplace
+
+    def is_ready(self, request: LoRARequest) -> bool:
+        """Return whether the engine has loaded the adapter, or loads it by itself because it is not a steering one."""
+        given = request.lora_int_id
+        return self.knows(request) and (given in self._loaded or self._known[given][1] is None)
 
     def take(self, request: LoRARequest) -> tuple[LoRARequest, Served | None]:
         """Return the adapter request for the engine, and the copy it names, or None if it is not a steering adapter.
@@ -75,6 +82,20 @@ class Registry:
 
     def forget(self, given: int) -> None:
         self._known.pop(given, None)
+        self._loaded.discard(given)
+
+    @contextlib.contextmanager
+    def loading(self, given: int) -> Iterator[None]:
+        """Note that the engine loads an adapter inside. If it fails, the number stands for what it stood for before."""
+        before = self._known.get(given)
+        try:
+            yield
+        except BaseException:
+            self.forget(given)
+            if before is not None:
+                self._known[given] = before
+            raise
+        self._loaded.add(given)
 
     def given(self, numbers: set[int]) -> set[int]:
         """Return the clients' numbers of the engine's adapters."""
@@ -133,12 +154,9 @@ def add_lora(original: Any) -> Callable[..., Any]:
         if registry is None:
             return original(self, lora_request)
         before = registry.number(lora_request.lora_int_id)
-        found, served = registry.take(lora_request)
-        try:
+        with registry.loading(lora_request.lora_int_id):
+            found, served = registry.take(lora_request)
             loaded = original(self, found)
-        except BaseException:
-            registry.forget(lora_request.lora_int_id)
-            raise
         if served is not None and found.lora_int_id != before:
             self.engine_core.remove_lora(before)
         return loaded
@@ -148,13 +166,10 @@ def add_lora(original: Any) -> Callable[..., Any]:
         if registry is None:
             return await original(self, lora_request)
         before = registry.number(lora_request.lora_int_id)
-        # In a thread: reading and copying files would hold up the answers of all other requests.
-        found, served = await asyncio.to_thread(registry.take, lora_request)
-        try:
+        with registry.loading(lora_request.lora_int_id):
+            # In a thread: reading and copying files would hold up the answers of all other requests.
+            found, served = await asyncio.to_thread(registry.take, lora_request)
             loaded = await original(self, found)
-        except BaseException:
-            registry.forget(lora_request.lora_int_id)
-            raise
         if served is not None and found.lora_int_id != before:
             await self.engine_core.remove_lora_async(before)
         return loaded
@@ -163,14 +178,14 @@ def add_lora(original: Any) -> Callable[..., Any]:
 
 
 def add_request(original: Any) -> Callable[..., Any]:
-    """Add a request. An adapter that was not seen before is loaded first: a failure there would end the engine."""
+    """Add a request. A steering adapter that is new is loaded first, because a failure later would end the engine."""
     signature = inspect.signature(original)
 
-    def unseen(args: Any, kwargs: Any) -> tuple[Any, LoRARequest] | None:
+    def unknown(args: Any, kwargs: Any) -> tuple[Any, Registry, LoRARequest] | None:
         given = signature.bind(*args, **kwargs).arguments
         engine, request = given["self"], given.get("lora_request")
         registry = None if request is None else registry_of(engine.input_processor)
-        return None if registry is None or registry.knows(request) else (engine, request)
+        return None if registry is None or registry.is_ready(request) else (engine, registry, request)
 
     def refused(request: LoRARequest, error: Exception) -> Exception:
         if isinstance(error, VLLMValidationError):
@@ -178,19 +193,23 @@ def add_request(original: Any) -> Callable[..., Any]:
         return VLLMValidationError(f"adapter {request.lora_name!r}: {error}")
 
     def add_request(*args: Any, **kwargs: Any) -> Any:
-        if found := unseen(args, kwargs):
+        if found := unknown(args, kwargs):
+            engine, registry, request = found
             try:
-                found[0].add_lora(found[1])
+                if registry.take(request)[1] is not None:
+                    engine.add_lora(request)
             except Exception as error:
-                raise refused(found[1], error) from error
+                raise refused(request, error) from error
         return original(*args, **kwargs)
 
     async def add_request_async(*args: Any, **kwargs: Any) -> Any:
-        if found := unseen(args, kwargs):
+        if found := unknown(args, kwargs):
+            engine, registry, request = found
             try:
-                await found[0].add_lora(found[1])
+                if (await asyncio.to_thread(registry.take, request))[1] is not None:
+                    await engine.add_lora(request)
             except Exception as error:
-                raise refused(found[1], error) from error
+                raise refused(request, error) from error
         return await original(*args, **kwargs)
 
     return add_request_async if inspect.iscoroutinefunction(original) else add_request

@@ -1,6 +1,6 @@
 """Fills in the gain of each token before a forward pass, for both of vLLM's model runners.
 
-A gain is the strength of the token's request, or 0 if the request does not steer the token. So a strength takes no slot.
+A gain is the strength of the request, or 0 if the request does not steer the token. So a strength takes no slot.
 """
 
 from __future__ import annotations
