@@ -1,4 +1,4 @@
-"""Measuring what steering does to a model: one pass over the prompts, watched by hooks."""
+"""`diagnose`: runs the prompts through the model once and measures each steered layer by hooks."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapters.parameters import SITE, Place
-from ..config import SITES
 from ..joint import steering_of
 from ..kernels.torch_backend import ACTIVATIONS, accumulation_dtype
 from ..lora.layers import is_lora
-from ..lora.writers import MIXING, Writer, choose_writers, trace_writers
+from ..lora.writers import Writer, choose_writers, trace_writers
 from ..model.decoder import find_decoder, inside_peft
 from ..model.site import SteeringSite
 from .diagnosis import Diagnosis
+from .flow import Flow, first
 from .records import BINS, LEADING, LEVELS, Alignment, Cosine, LayerDiagnosis, Spread
 
 if TYPE_CHECKING:
@@ -28,27 +28,27 @@ if TYPE_CHECKING:
 
 
 class _Absent(Exception):
-    """Why a layer has no such quantity."""
+    """Raised with the reason why a quantity is not defined at a layer."""
 
 
 # ------------------------------------------------------------------------------------------------------------ diagnose
 
 
 def diagnose(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Diagnosis:
-    """Measure what the steering adapter in use does to `model` on `batches`.
+    """Measure the effect of the active steering adapter on `model` over `batches`.
 
-    The model runs in eval mode and without gradients; afterwards its modes, hooks and call counts are as they were,
-    also after an exception.
+    The model runs in eval mode and without gradients. Its modes, hooks and call counts are restored afterwards, also
+    after an exception.
 
     Args:
-        model: one that `patch_model` patched, with or without LoRA from PEFT.
-        batches: inputs of its decoder: `input_ids` (B, T), and what else its forward takes. Tokens that
-            `attention_mask` (B, T) masks are not looked at; `labels` are not needed and left out.
+        model: a model patched by `patch_model`, with or without LoRA from PEFT.
+        batches: keyword arguments of the decoder's forward, with `input_ids` (B, T). Tokens masked by
+            `attention_mask` (B, T) are not measured. `labels` are ignored.
 
     Raises:
-        ValueError: the model is not patched, no adapter is in use, steering is disabled, the modules that write into
-            the residual stream are not found, the batches hold no token, or a mask is of another shape.
-        TypeError: a batch is no mapping with `input_ids`.
+        ValueError: the model is not patched, no adapter is active, steering is disabled, the modules that write into
+            the residual stream are not found, the batches hold no token, or a mask has another shape.
+        TypeError: a batch is not a mapping with `input_ids`.
     """
     steering = steering_of(model)
     if steering.active is None:
@@ -61,10 +61,10 @@ def diagnose(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Diagnosi
     layers = {place.layer: decoder.layers[place.layer] for place in sites}
     if not all(site.enabled for site in sites.values()):
         raise ValueError("steering is disabled; expected it enabled (outside of model.steering.disabled())")
-    # Compiled layers would be recompiled for the hooks, and once more without them.
+    # The hooks would recompile compiled layers, and removing the hooks would recompile them again.
     eager = torch.compiler.set_stance("force_eager")
     with _left_as_it_was(decoder.module, list(every.values())), eager:
-        flow = _Flow(layers, decoder.hidden)
+        flow = Flow(layers, decoder.hidden)
         with flow.watching(), steering.disabled():
             writers = trace_writers(decoder.module, layers, decoder.hidden)
         observed = [
@@ -88,7 +88,7 @@ def _site(layer: nn.Module, name: str) -> SteeringSite:
 
 @contextlib.contextmanager
 def _left_as_it_was(decoder: nn.Module, sites: Sequence[SteeringSite]) -> Iterator[None]:
-    """Inside, the model is in eval mode; afterwards modes and the report's counts are as they were."""
+    """Put the decoder in eval mode, and restore its modes and the report's counts on exit."""
     modes = [(module, module.training) for module in decoder.modules()]
     counts = [(site, site.calls, site.backend) for site in sites]
     try:
@@ -102,7 +102,7 @@ def _left_as_it_was(decoder: nn.Module, sites: Sequence[SteeringSite]) -> Iterat
 
 
 def _run(decoder: nn.Module, observed: Sequence[_Observed], batches: Iterable[Mapping[str, Any]]) -> int:
-    """Run the batches while each layer is observed; the number of tokens that were looked at."""
+    """Run the batches while the layers are observed. Return the number of measured tokens."""
     device = next((p.device for p in decoder.parameters()), torch.device("cpu"))
     tokens = 0
     with contextlib.ExitStack() as stack, torch.no_grad():
@@ -133,118 +133,11 @@ def _run(decoder: nn.Module, observed: Sequence[_Observed], batches: Iterable[Ma
     return tokens
 
 
-# -------------------------------------------------------------------------------------------------- the MLP's output
-
-
-class _Flow:
-    """Which tensor is all that a layer's MLP adds to the residual stream: read off the graph of one traced pass.
-
-    Names do not tell: a layer may normalise or scale what its MLP returns, add it left or right, or together with the
-    attention's output.
-    """
-
-    def __init__(self, layers: Mapping[int, nn.Module], hidden: int) -> None:
-        self.layers, self.hidden = layers, hidden
-        self.inputs: dict[int, Tensor] = {}
-        self.operands: dict[int, tuple[Tensor, ...]] = {}
-        self.outputs: dict[int, list[tuple[str, Tensor]]] = {index: [] for index in layers}  # in the order of ending
-
-    @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
-        with contextlib.ExitStack() as stack:
-            for index, layer in self.layers.items():
-                handles = [layer.register_forward_pre_hook(self._begin(index), with_kwargs=True)]
-                if SITE in layer._modules:
-                    handles.append(_site(layer, SITE).register_forward_pre_hook(self._add(index)))
-                handles += [
-                    module.register_forward_hook(self._output(index, path))
-                    for path, module in layer.named_modules()
-                    if path and path.partition(".")[0] not in SITES
-                ]
-                for handle in handles:
-                    stack.callback(handle.remove)
-            yield
-
-    def _begin(self, index: int) -> Any:
-        def hook(layer: nn.Module, args: Any, kwargs: Any) -> None:
-            tensors = (t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.is_floating_point())
-            hidden = next((t for t in tensors if t.shape[-1] == self.hidden), None)
-            if hidden is not None:
-                self.inputs[index] = hidden
-
-        return hook
-
-    def _add(self, index: int) -> Any:
-        def hook(site: nn.Module, args: Any) -> None:
-            self.operands[index] = args if len(args) == 2 else ()
-
-        return hook
-
-    def _output(self, index: int, path: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            tensor = _first(output)
-            if isinstance(tensor, Tensor) and tensor.grad_fn is not None and tensor.shape[-1] == self.hidden:
-                self.outputs[index].append((path, tensor))
-
-        return hook
-
-    def mlp_source(self, place: Place, of_layers: Mapping[int, list[Writer]]) -> int | str | None:
-        """The operand of the last add (0 or 1), or else the path of the module, that is the MLP's output and nothing
-        else; None if there is none. Of modules the last, which is after a norm of the MLP's output. At other sites than
-        post_block it is not looked for."""
-        index, writers = place.layer, of_layers[place.layer]
-        if place.site != SITE:
-            return None
-        mlp = {writer.path for writer in choose_writers(writers, "mlp")}
-        others = {writer.path for writer in writers} - mlp
-        ends = {tensor.grad_fn: path in mlp for path, tensor in self.outputs[index] if path in mlp | others}
-        start = self.inputs.get(index)
-        if start is None:
-            return None
-        for operand, tensor in enumerate(self.operands[index]):
-            if _only_from_mlp(tensor, ends, start):
-                return operand
-        size = start.numel()
-        found = [
-            path
-            for path, tensor in self.outputs[index]
-            if tensor.numel() == size and _only_from_mlp(tensor, ends, start)
-        ]
-        return found[-1] if found else None
-
-
-def _only_from_mlp(tensor: Tensor, ends: Mapping[Any, bool], start: Tensor) -> bool:
-    """Whether, back through sums, scalings and norms, a tensor comes from writers of the MLP, and from neither other
-    writers nor the layer's input."""
-    found = False
-    seen: set[Any] = {None}
-    todo: list[Any] = [tensor.grad_fn]
-    while todo:
-        node = todo.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if node is start.grad_fn or getattr(node, "variable", None) is start:
-            return False
-        if node in ends:
-            if not ends[node]:
-                return False
-            found = True
-        elif not MIXING.search(node.name()):
-            todo += [parent for parent, _ in node.next_functions]
-    return found
-
-
-def _first(output: Any) -> Any:
-    return output[0] if isinstance(output, (tuple, list)) and output else output
-
-
 # ---------------------------------------------------------------------------------------------------------- one layer
 
 
 class _Observed:
-    """A site of a steered layer in the run: the norms of each token's h, y, δ and ℓ, and the product δ·ℓ. h is what the
-    site steers."""
+    """Collects, at one site, the norms of each token's h, y, δ and ℓ, and the product δ·ℓ. The site steers h."""
 
     def __init__(
         self,
@@ -258,9 +151,9 @@ class _Observed:
         self.mlp = choose_writers(writers, "mlp")
         self.adapted = [writer for writer in self.mlp if _active_lora(writer.module)]
         self.no_lora_shift = self._why_no_lora_shift()
-        self.keep: Tensor  # indices of the batch's tokens that are looked at
+        self.keep: Tensor  # indices of the batch's unmasked tokens
         self._y: Tensor | None = None
-        self._lora: list[Tensor] = []  # of this pass: (B·T, d)
+        self._lora: list[Tensor] = []  # LoRA shifts of this pass, each (B·T, d)
         self._rows: dict[str, list[Tensor]] = {}
 
     def _why_no_lora_shift(self) -> str:
@@ -291,7 +184,7 @@ class _Observed:
             yield
 
     def _on_mlp(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._y = _first(output)
+        self._y = first(output)
 
     def _on_lora(self, module: LoraLayer, args: Any, output: Any) -> None:
         self._lora.append(_lora_shift(module, args[0], output).flatten(0, -2))
@@ -366,14 +259,14 @@ class _Observed:
         values = _ratio(self._all("dot"), self._all("shift") * self._all("lora"))
         if not len(values):
             raise _Absent("the steering's shift or the LoRA's is zero on every token")
-        values = np.clip(values, -1, 1)  # rounding may lead a little beyond
+        values = np.clip(values, -1, 1)  # rounding may lead slightly beyond ±1
         spread = _spread(values)
         counts = np.histogram(values, BINS, (-1, 1))[0]
         return Cosine(spread.tokens, spread.mean, spread.quantiles, tuple(counts.tolist()))
 
 
 def _ratio(values: np.ndarray, by: np.ndarray) -> np.ndarray:
-    """values / by, of the tokens where `by` is not zero."""
+    """Return the ratio values / by over the tokens where `by` is not zero."""
     defined = by != 0
     return values[defined] / by[defined]
 
@@ -392,7 +285,7 @@ def _spread(values: np.ndarray) -> Spread:
 
 
 def _steering_shift(site: SteeringSite, h: Tensor) -> Tensor:
-    """δ = s (W2 φ(W1 h + b1) + b2), (N, d), of h (N, d) in h's dtype: not rounded into a hidden state."""
+    """Return the shift δ = s (W2 φ(W1 h + b1) + b2), (N, d), for h (N, d), in h's dtype."""
     adapter = site.adapter(site.active or "")
     assert adapter is not None
     w1, b1, w2, b2 = (
@@ -406,16 +299,17 @@ def _steering_shift(site: SteeringSite, h: Tensor) -> Tensor:
 
 
 def _active_lora(module: nn.Module) -> list[str]:
-    """The LoRA adapters that a module computes with."""
+    """Return the names of the LoRA adapters that are active in a module."""
     if not is_lora(module) or module.disable_adapters:
         return []
     return [name for name in module.active_adapters if name in module.lora_B]
 
 
 def _lora_shift(module: LoraLayer, x: Tensor, output: Tensor) -> Tensor:
-    """ℓ, what the LoRA at `module` adds to its output for the input x: (..., d).
+    """Return ℓ, the LoRA's contribution to the output of `module` for the input x: (..., d).
 
-    Σ s·B·A·x in float32; of variants such as DoRA and AdaLoRA the difference of the outputs with and without.
+    ℓ is Σ s·B·A·x in float32. For variants such as DoRA and AdaLoRA it is the output with the LoRA minus the output
+    without it.
     """
     names = _active_lora(module)
     if any(name in module.lora_variant or isinstance(module.lora_A[name], Tensor) for name in names):
@@ -436,7 +330,7 @@ def _lora_shift(module: LoraLayer, x: Tensor, output: Tensor) -> Tensor:
 
 
 def _spectral_norm(site: SteeringSite) -> float:
-    """‖W2'‖₂ of W2 as it steers: an adapter that is kept orthogonal to LoRA holds (I − V Vᵀ) W2."""
+    """Return ‖W2'‖₂ of the W2 that steers. An adapter kept orthogonal to the LoRA already holds (I − V Vᵀ) W2."""
     adapter = site.adapter(site.active or "")
     assert adapter is not None
     up = adapter.up.weight
@@ -448,7 +342,10 @@ def _spectral_norm(site: SteeringSite) -> float:
 
 
 def _alignment(site: SteeringSite, adapted: list[Writer], mlp: list[Writer]) -> Alignment:
-    """|u_iᵀ u'_j| and principal cosines of LoRA's s·B·A, of all that the MLP writes by side by side, and of W2 W1."""
+    """Compare the column spaces of LoRA's update and of W2 W1 by singular vectors and principal cosines.
+
+    LoRA's update is s·B·A, with the updates of all of the MLP's writers side by side.
+    """
     if not adapted:
         raise _Absent(f"no active LoRA on {' or '.join(writer.path for writer in mlp[:2])}")
     adapter = site.adapter(site.active or "")
@@ -463,7 +360,7 @@ def _alignment(site: SteeringSite, adapted: list[Writer], mlp: list[Writer]) -> 
             raise _Absent("its LoRA is on the parameters of experts")
         b, a = zip(*(_lora_factors(module, name) for name in _active_lora(module)), strict=True)
         columns += b
-        # Σ s·B·A of one module is [B B ..] [A; A; ..]; of that, R alone of (A)ᵀ = Q R has a say in what lies left.
+        # Σ s·B·A of one module is [B B ..] [A; A; ..]. Only R of [A; A; ..]ᵀ = Q R changes the left singular vectors.
         small.append(torch.linalg.qr(_exact(torch.cat(a)).t(), mode="r").R)
     lora = _left_singular_vectors("LoRA's update", torch.cat(columns, 1), torch.block_diag(*small).t())
     down = torch.linalg.qr(_exact(adapter.down.weight).t(), mode="r").R.t()
@@ -476,18 +373,23 @@ def _alignment(site: SteeringSite, adapted: list[Writer], mlp: list[Writer]) -> 
 
 
 def _lora_factors(module: LoraLayer, name: str) -> tuple[Tensor, Tensor]:
-    """B (d, r) and s·A (r, k). DoRA's magnitudes are left out, as in `Writer.columns`."""
+    """Return LoRA's factors B (d, r) and s·A (r, k). DoRA's magnitudes are left out, as in `Writer.columns`."""
     a, b = module.lora_A[name], module.lora_B[name]
-    if isinstance(a, Tensor):  # AdaLoRA keeps its singular values apart
+    if isinstance(a, Tensor):  # AdaLoRA keeps its singular values in a separate tensor
         return b, module.scaling[name] * a * module.lora_E[name]
     return b.weight, module.scaling[name] * a.weight
 
 
 def _left_singular_vectors(what: str, left: Tensor, right: Tensor) -> Tensor:
-    """Those of left · right, (d, rank), leading first, without forming the product: of left = Q R, Q times R right's.
+    """Return the left singular vectors of left · right, (d, rank), leading first, without forming the product.
 
-    left: (d, r). right: (r, m), m at most r or so. Singular values below the largest times the eps of left's dtype are
-    taken for the rounding of a zero.
+    With left = Q R they are Q times the left singular vectors of R · right. A singular value below the largest times
+    the eps of left's dtype counts as a rounded zero.
+
+    Args:
+        what: the product's name in error messages.
+        left: (d, r).
+        right: (r, m), with m no larger than about r.
     """
     left_exact = _exact(left)
     if not (left_exact.isfinite().all() and right.isfinite().all()):
@@ -501,5 +403,5 @@ def _left_singular_vectors(what: str, left: Tensor, right: Tensor) -> Tensor:
 
 
 def _exact(tensor: Tensor) -> Tensor:
-    """In float64 on the CPU, which every machine has."""
+    """Return a copy in float64 on the CPU. Some devices have no float64."""
     return tensor.detach().cpu().double()

@@ -1,8 +1,9 @@
-"""A decoder layer with its sites: how they are reached, and the way back.
+"""Patch a decoder layer so that its sites steer it, and undo the patch.
 
-A layer's class is replaced, for that one instance, by a subclass with another forward. There a residual add goes to the
-layer's site (see residual.py); where a site's tensor is not in an add as the module returned it (see sublayers.py), the
-site is called beside the module. Where the forward cannot be rewritten, a forward hook steers, and the report says so.
+The class of the layer instance is replaced by a subclass with a rewritten forward. It passes the operands of a residual
+add to the site (see residual.py). If a site's tensor is changed before it is added, or is not added at all, the forward
+calls the site with that tensor alone, next to the module (see sublayers.py). If the forward cannot be rewritten, a
+forward hook steers. That gives the same numbers, and the report says so.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ from .sublayers import Found, Parts, find, find_in, parts_of
 from .watch import call_watched, thread
 
 _F = TypeVar("_F", bound=Callable[..., Any])
-_cached: Callable[[_F], _F] = functools.cache  # type: ignore[assignment]  # mypy takes no class for hashable
+_cached: Callable[[_F], _F] = functools.cache  # type: ignore[assignment]  # mypy does not treat a class as hashable
 
-#: The name under which a patched layer's class keeps the rewritten forward, whatever becomes of `forward`.
+#: The attribute of a patched layer's class that keeps the rewritten forward if `forward` is replaced.
 _FORWARD = "forward_of_patch"
 #: The name under which it keeps how its sites are reached.
 _REACHED = "reached_by_patch"
@@ -121,7 +122,7 @@ class Form(NamedTuple):
 
 
 def _watched(layer: nn.Module, forward: Any) -> Any:
-    """A forward that is put on a patched layer, such that each call of it that does not steer is an error."""
+    """Wrap a forward that is set on a patched layer, so that a call that does not steer is an error."""
     if isinstance(forward, MethodType) and forward.__func__ is type(layer).forward or _is_watched(forward):
         return forward
     watched = functools.partial(_run_watched, layer, forward)
@@ -133,7 +134,7 @@ def _is_watched(forward: Any) -> TypeGuard[functools.partial[Any]]:
 
 
 def _is_class_forward(watched: functools.partial[Any]) -> bool:
-    """Whether it stands for the forward that the layer's class has at the time of the call."""
+    """Return whether the wrapper calls the forward that the layer's class has at the time of the call."""
     return watched.args[1] is None
 
 
@@ -157,7 +158,7 @@ def _rebuild(base: type[nn.Module], form: tuple[Any, ...]) -> nn.Module:
 
 def _site_property(name: str) -> property:
     def site(self: nn.Module) -> Any:
-        # Past nn.Module's __getattr__, which takes longer than a launch.
+        # Bypasses nn.Module's __getattr__, which takes longer than a launch.
         try:
             return self._modules[name]
         except KeyError:
@@ -168,16 +169,16 @@ def _site_property(name: str) -> property:
 
 @_cached
 def steered_class(base: type[nn.Module], form: Form) -> type[nn.Module]:
-    """The subclass of a layer class that a patched layer gets.
+    """Return the subclass of a layer class for patched layers of this form.
 
-    It keeps the class's name, which FSDP's wrap policies and `_no_split_modules` go by.
+    It keeps the class's name, because FSDP's wrap policies and `_no_split_modules` use it.
 
     Raises:
         ResidualNotFound: the forward cannot be rewritten so.
     """
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
-        # A class made at run time cannot be found by name: copies and worker processes make it again.
+        # A class made at run time cannot be found by name, so copies and worker processes make it again.
         return _rebuild, (base, tuple(form)), self.__dict__
 
     namespace: dict[str, Any] = {
@@ -206,7 +207,7 @@ def steered_class(base: type[nn.Module], form: Form) -> type[nn.Module]:
     namespace |= _METHODS
     metaclass: Any = type(base)
     cls = metaclass(base.__name__, (base,), namespace)
-    setattr(cls, _FORWARD, cls.forward)  # transformers wraps the forward of a new class of layers
+    setattr(cls, _FORWARD, cls.forward)  # transformers wraps the forward of a new layer class
     setattr(cls, _REACHED, form)
     return cls
 
@@ -230,7 +231,7 @@ def _edits(source: Source, form: Form) -> list[Edit]:
 
 
 def _steer_output(module: nn.Module, args: Any, output: Any, *, site: Site) -> Any:
-    """Forward hook: steer the hidden state that a module returns, by itself or first in a tuple or list."""
+    """A forward hook that steers a module's output: a tensor, or the first element of a tuple or list."""
     return _steer_first(site, output, module)
 
 
@@ -243,13 +244,13 @@ def _steer_input(module: nn.Module, args: Any, kwargs: Any, *, site: Site) -> An
 
 
 def _own_forward_kept(layer: nn.Module) -> bool:
-    """Whether a forward on the instance is that of accelerate's hooks, around the class's own, which they keep."""
+    """Return whether the instance's forward comes from accelerate's hooks and wraps the class's own forward."""
     kept = vars(layer).get("_old_forward")
     return hasattr(layer, "_hf_hook") and isinstance(kept, MethodType) and kept.__func__ is type(layer).forward
 
 
 def _change_class(layer: nn.Module, old: type[nn.Module], new: type[nn.Module]) -> None:
-    """Also for the forward that accelerate keeps on the instance, where there is one. It can be done twice."""
+    """Change the class of a layer, also for a forward that accelerate keeps on the instance. May be repeated."""
     layer.__class__ = new
     for name in ("forward", "_old_forward"):
         kept = vars(layer).get(name)
@@ -267,10 +268,10 @@ class Reach(NamedTuple):
 
 
 class PatchedLayer:
-    """One decoder layer with its steering sites: how they were reached, and the way back."""
+    """One decoder layer with its steering sites, and the state needed to undo the patch."""
 
     def __init__(self, layer: nn.Module, index: int, path: str) -> None:
-        """The layer as it is: it has no site before `give`."""
+        """Take `layer` as it is. `give` patches it."""
         self.layer, self.index, self.path = layer, index, path
         self.base = type(layer)
         self.form = Form()
@@ -367,7 +368,7 @@ class PatchedLayer:
     # ---------------------------------------------------------------------------------------------------- as it stands
 
     def watch(self) -> None:
-        """Have another forward watched that came past the layer's `__setattr__`: on its class, or in its `__dict__`.
+        """Watch a replaced forward that bypassed the layer's `__setattr__`: one on its class, or in its `__dict__`.
 
         Raises:
             RuntimeError: another module stands in the place of one on which a hook steers.
@@ -393,7 +394,7 @@ class PatchedLayer:
     # ------------------------------------------------------------------------------------------------------------ out
 
     def check_removable(self) -> None:
-        """Raises RuntimeError where another library has since changed the layer's class."""
+        """Raise RuntimeError if another library has since changed the layer's class."""
         if type(self.layer) not in (self.base, steered_class(self.base, self.form)):
             raise RuntimeError(
                 f"layer {self.index} is now a {type(self.layer).__qualname__} that another library made; expected it "
@@ -414,7 +415,7 @@ class PatchedLayer:
             self.layer._modules.pop(name, None)
 
     def remove(self) -> None:
-        """Take all sites out again; the layer is what it was. After an exception it can be called once more."""
+        """Remove all sites and restore the layer. After an exception it can be called again."""
         self.take(list(self.reached))
 
     def _give_forward_back(self) -> None:
@@ -425,7 +426,7 @@ class PatchedLayer:
             if put is None:
                 del own["forward"]
             else:
-                own["forward"] = put  # what was put there is left there
+                own["forward"] = put  # another library's forward stays
 
 
 def give_sites(wanted: Mapping[PatchedLayer, Sequence[str]], make_site: Callable[[str], Site] = SteeringSite) -> None:
@@ -447,7 +448,7 @@ def give_sites(wanted: Mapping[PatchedLayer, Sequence[str]], make_site: Callable
 
 
 def unpatch_layers(patched: Iterable[PatchedLayer]) -> None:
-    """Take the sites out of layers; of all of them or of none.
+    """Remove the sites from layers; all or none.
 
     Raises:
         RuntimeError: another library has since changed a layer's class.

@@ -1,4 +1,4 @@
-"""A patched model: its decoder layers with their sites, its frozen base, and the way back."""
+"""A patched model: its decoder layers with their sites, its frozen base, and undoing both."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .watch import LayerReport, Report
 
 
 class PatchedModel:
-    """The steered layers of one model, and what is done to the rest of it."""
+    """The steered layers of one model, and the frozen state of its other parameters."""
 
     def __init__(
         self,
@@ -27,23 +27,23 @@ class PatchedModel:
         kept: Callable[[nn.Module], Iterable[nn.Parameter]],
         before_training: Callable[[bool], None],
     ) -> None:
-        """Find the decoder; the model is not touched.
+        """Find the decoder. The model is not changed.
 
         Args:
-            model: with decoder layers.
-            kept: gives those of the model's parameters that are not frozen.
+            model: a model with decoder layers.
+            kept: returns the model's parameters that are not frozen.
             before_training: see `DecoderHooks`.
 
         Raises:
             TypeError, ValueError: see `find_decoder`.
         """
         self.decoder = find_decoder(model)
-        self.layers: dict[int, PatchedLayer] = {}  # in order
-        self.disabled = 0  # how many `disable` are open
+        self.layers: dict[int, PatchedLayer] = {}  # in the order of the layers
+        self.disabled = 0  # the number of open `disable` contexts
         self.scopes = Scopes()
         self._hooks = DecoderHooks(self.decoder, self.layers, self.scopes, before_training)
         others = {id(parameter) for parameter in kept(model)}
-        # By place: offloading puts another object there.
+        # By module and name, because offloading replaces the parameter object.
         self._requires_grad = [
             (module, name, p.requires_grad)
             for module in model.modules()
@@ -56,7 +56,7 @@ class PatchedModel:
 
     @property
     def sites(self) -> dict[Place, SteeringSite]:
-        """By place; without those that are being taken out."""
+        """The sites by place, without those that are being removed."""
         return {
             Place(index, name): site for index, patched in self.layers.items() for name, site in patched.sites.items()
         }
@@ -71,7 +71,7 @@ class PatchedModel:
             patched.reach(names)
 
     def patch(self, places: Iterable[Place]) -> None:
-        """Give those of these places a site that have none; all of them or none."""
+        """Add a site to those of these places that have none; all or none."""
         wanted = self._lacking(places)
         give_sites(wanted)
         self.layers |= {patched.index: patched for patched in wanted}
@@ -92,20 +92,20 @@ class PatchedModel:
         }
 
     def freeze(self) -> None:
-        """Freeze the base, and watch the decoder's passes."""
+        """Freeze the base, and hook the decoder's passes."""
         for module, name, _ in self._requires_grad:
             module.get_parameter(name).requires_grad_(False)
         self._hooks.attach()
 
     def undo(self) -> None:
-        """Take all sites out, and let train what trained before. After an exception it can be called once more.
+        """Remove all sites, and restore which parameters train. After an exception it can be called again.
 
         Raises:
-            RuntimeError: another library has since changed a layer's class; nothing is undone then.
+            RuntimeError: another library has since changed a layer's class. Nothing is undone.
         """
         with self.changing("the model is unpatched"):
             for site in self.sites.values():
-                site.enabled = False  # so that a model that is unpatched in part computes what its base does
+                site.enabled = False  # so that a partly unpatched model computes like its base
         unpatch_layers(self.layers.values())
         for module, name, required in self._requires_grad:
             parameter = module._parameters.get(name)
@@ -116,7 +116,7 @@ class PatchedModel:
 
     @contextlib.contextmanager
     def changing(self, what: str) -> Iterator[None]:
-        """Inside, what steers may change: no other thread runs the model, and an exception takes all of it back.
+        """Let sites change inside this context. No other thread may run the model. An exception undoes all changes.
 
         Raises:
             RuntimeError: see `Scopes.change`.
@@ -137,10 +137,10 @@ class PatchedModel:
 
     @contextlib.contextmanager
     def disable(self, what: str) -> Iterator[None]:
-        """Inside, no site steers.
+        """Disable all sites inside this context.
 
         Args:
-            what: disables them, for the errors.
+            what: the caller's name for error messages.
 
         Raises:
             RuntimeError: see `Scopes.open`.
@@ -161,7 +161,7 @@ class PatchedModel:
             site.enabled = self.disabled == 0
 
     def report(self) -> Report:
-        """How each layer is steered, at each of its sites."""
+        """Return how each layer is steered, at each of its sites."""
         report = Report()
         for (index, name), site in self.sites.items():
             patched = self.layers[index]
@@ -172,7 +172,7 @@ class PatchedModel:
         return report
 
     def reset_calls(self) -> None:
-        """Set the report's counts to 0."""
+        """Set the report's call counts to 0."""
         for site in self.sites.values():
             site.calls, site.backend = 0, None
 
@@ -184,12 +184,12 @@ def describe(
     decoder: Decoder,
     model: nn.Module,
 ) -> str:
-    """A line for each adapter of a model: what it computes, where, and its share of the model's parameters.
+    """Return a line for each adapter of a model: its form, its layers, and its share of the model's parameters.
 
     Args:
         configs: the adapters, by name.
-        active: the one in use.
-        count: gives an adapter's number of parameters.
+        active: the name of the active adapter.
+        count: returns an adapter's number of parameters.
     """
     own = sum(p.numel() for path, p in model.named_parameters() if not is_of_site(path))
     lines = []

@@ -1,12 +1,11 @@
-"""Finds a layer's final residual add and hands it to the site; rewrites forwards.
+"""Find the final residual add in a layer's forward, and rewrite it as a call of the site.
 
 A decoder layer's forward ends in `hidden_states = residual + hidden_states`. `rewrite_forward` finds, in the forward's
-syntax tree, every sum that may become the hidden state which the layer returns, and compiles the forward again with
-`self.<site>(left, right)` in their place. `rewrite` does the same with any places of the tree: sublayers.py finds
-others.
+syntax tree, every sum that may become the returned hidden state. It compiles the forward again with `self.<site>(left,
+right)` in place of these sums. `rewrite` edits other places of the tree, which sublayers.py finds.
 
-Nothing is guessed. The tree is read by a small reaching-definitions analysis; wherever it does not understand how the
-returned value came about, or where the value is changed after the add, `ResidualNotFound` says so in one line.
+Nothing is guessed. A small reaching-definitions analysis follows the values. If it does not understand where the
+returned value comes from, or if the value changes after the add, `ResidualNotFound` says so in one line.
 
 It is one file because the analysis is one recursion over one syntax tree.
 """
@@ -35,23 +34,24 @@ _Definition: TypeAlias = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
 class ResidualNotFound(LookupError):
-    """A class's forward cannot be rewritten; the message is one line that says why."""
+    """A class's forward cannot be rewritten. The message says why in one line."""
 
 
 def rewrite_forward(cls: type, site: str, *, with_input: bool = False) -> Callable[..., Any]:
-    """Return `cls.forward` with each final residual add `left + right` made `self.<site>(left, right)`.
+    """Return `cls.forward` with each final residual add `left + right` replaced by `self.<site>(left, right)`.
 
-    with_input: call `self.<site>(left, right, input)` instead, where `input` is the forward's first argument after
-    `self`, as it came; None for a forward without a named first argument.
+    With `with_input` the call is `self.<site>(left, right, input)`. `input` is the unchanged first argument of the
+    forward after `self`, or None if it has no named one.
 
-    One call of the new function calls the site exactly once. What the site returns is the hidden state that the layer
-    returns: as a tensor or first in a tuple, and before a cast to another dtype where the layer ends in one. Operands
-    and their order are kept: a site that returns `left + right` leaves every bit as it was, but for `h += x`, which no
-    longer writes into h's memory. The class is not touched; the new function is meant for a subclass of it. It reads
-    the globals and closure cells of the original, keeps its line numbers, and is wrapped in copies of its decorators,
-    which are assumed not to change the result.
+    One call of the new function calls the site exactly once. The site's result is the hidden state that the layer
+    returns, as a tensor or first in a tuple, before a final cast to another dtype. Operands keep their order, so a
+    site that returns `left + right` changes no bit. Only `h += x` no longer writes into h's memory. The class is not
+    changed; the new function is for a subclass. It reads the original's globals and closure cells, keeps its line
+    numbers, and is wrapped in copies of its decorators, which are assumed not to change the result.
 
-    Raises ResidualNotFound if the forward is not understood completely, ValueError if `site` cannot name an attribute.
+    Raises:
+        ResidualNotFound: the forward is not completely understood.
+        ValueError: `site` is not a valid attribute name.
     """
     # Inside a class body, two leading underscores would be mangled with the class's name.
     if not site.isidentifier() or keyword.iskeyword(site) or site.startswith("__"):
@@ -85,7 +85,7 @@ def rewrite(cls: type, edits: Callable[[Source], Sequence[Edit]], with_input: bo
     """
     try:
         wrappers, function = _unwrap(getattr(cls, "forward", None))
-        with warnings.catch_warnings():  # of the source's syntax: they came when it was imported
+        with warnings.catch_warnings():  # the source's syntax warnings were shown when it was imported
             warnings.simplefilter("ignore", SyntaxWarning)
             source = Source.of(function)
             _Replace(edits(source), source.self_name(), with_input).visit(source.tree)
@@ -132,9 +132,10 @@ def _below(node: ast.AST, name: str) -> str | None:
 
 
 def names_in_final_adds(cls: type) -> list[frozenset[str]]:
-    """For each sum that may become the hidden state which `cls.forward` returns, the local names in it.
+    """Return the local names in each sum that may become the hidden state which `cls.forward` returns.
 
-    Raises ResidualNotFound if what it returns is not such a sum on every way through it.
+    Raises:
+        ResidualNotFound: on some path the forward does not return such a sum.
     """
     adds = analyse(cls, lambda source: final_adds(Reader(source)))
     names = []
@@ -161,7 +162,7 @@ class Source:
 
     lines: list[str]
     module: ast.Module
-    tree: ast.FunctionDef  # in module
+    tree: ast.FunctionDef  # a node of `module`
 
     @classmethod
     def of(cls, function: FunctionType) -> Source:
@@ -171,22 +172,22 @@ class Source:
             module = ast.parse("".join(lines))
         except (OSError, TypeError, SyntaxError):
             raise Refusal("has no source to read") from None
-        # Other functions and classes of the file have no say; leaving them out saves the time to compile them.
+        # Other functions and classes of the file do not matter. Without them compiling is faster.
         module.body = [node for node in module.body if not isinstance(node, _Definition) or _spans(node, code)]
         functions = (node for node in ast.walk(module) if isinstance(node, ast.FunctionDef))
         tree = next((node for node in functions if (node.name, _first_line(node)) == _position(code)), None)
-        # Not so for a file edited since its import, nor for a forward rewritten before, whose rewriting would be lost.
+        # It differs for a file edited since its import, and for a forward rewritten before. That would be lost.
         if tree is None or (source := cls(lines, module, tree)).compile(function) != code:
             raise Refusal(f"is not the function of its source ({code.co_filename}, line {code.co_firstlineno})")
         return source
 
     def compile(self, function: FunctionType) -> CodeType:
-        """The code of the function's place in the tree."""
+        """Compile the file and return the code at the function's place."""
         old = function.__code__
         flags = old.co_flags & __future__.annotations.compiler_flag
         module = compile(self.module, old.co_filename, "exec", flags, dont_inherit=True)
         found = (code for code in _nested_code(module) if _position(code) == _position(old))
-        return next(found, module)  # the module's own code equals no function's
+        return next(found, module)  # the module's own code never equals a function's
 
     def refuse(self, why: str, node: Node) -> NoReturn:
         raise Refusal(f"{why} (line {node.lineno}: {self.lines[node.lineno - 1].strip()})")
@@ -200,7 +201,7 @@ class Source:
         return arguments[0].arg
 
     def keep_input(self, name: str) -> None:
-        """Begin the function by assigning its first argument after `self` to `name`; None if it has none by name."""
+        """Assign the first argument after `self` to `name` at the function's start, or None without a named one."""
         named = [*self.tree.args.posonlyargs, *self.tree.args.args][1:]
         value: ast.expr = ast.Name(named[0].arg, ast.Load()) if named else ast.Constant(None)
         first = self.tree.body[0]
@@ -229,7 +230,7 @@ def _nested_code(code: CodeType) -> Iterator[CodeType]:
 
 
 class _Replace(ast.NodeTransformer):
-    """Makes edits in a tree."""
+    """Makes edits in a syntax tree."""
 
     def __init__(self, edits: Sequence[Edit], self_name: str, with_input: bool) -> None:
         self.self_name, self.with_input = self_name, with_input
@@ -332,7 +333,7 @@ NONE: Values = frozenset()
 
 @dataclass
 class _State:
-    """What holds at one point of the function, on any path to it."""
+    """The analysis's knowledge at one point of the function, over all paths to it."""
 
     names: dict[str, Values]  # what each local name may hold
     read: Values  # values that may have been read, so that others may hold them too
@@ -342,7 +343,7 @@ class _State:
         return _State(dict(self.names), self.read, self.ran)
 
     def join(self, other: _State) -> _State:
-        # Where one side lacks a name, reading it raises, so the other side says all about its value.
+        # If one side lacks a name, reading it raises there, so only the other side's values count.
         names = {name: self.names.get(name, NONE) | other.names.get(name, NONE) for name in self.names | other.names}
         return _State(names, self.read | other.read, self.ran | other.ran)
 
@@ -370,9 +371,9 @@ def _line(value: Add | Other) -> int:
 class Reader:
     """Follows the values of local names through a function, statement by statement.
 
-    Sequences, `if` and `with` are followed (a context manager is taken to let exceptions through). Other compound
-    statements are opaque: what they assign is unknown afterwards, and they must not return. That covers loops too,
-    whose adds could run more than once.
+    Sequences, `if` and `with` are followed, with the assumption that context managers do not swallow exceptions. Other
+    compound statements are opaque: the names that they assign become unknown, and they must not return. These include
+    loops, because an add in a loop may run more than once.
     """
 
     def __init__(self, source: Source) -> None:
@@ -394,7 +395,7 @@ class Reader:
             self.returned |= {Other(source.tree, "nothing where its end is reached")}
 
     def _block(self, statements: list[ast.stmt], state: _State | None) -> _State | None:
-        """The state after the statements; None if their end is never reached."""
+        """Return the state after the statements, or None if their end is never reached."""
         for statement in statements:
             state = state and self._statement(statement, state)
         return state
@@ -447,7 +448,7 @@ class Reader:
         if in_place:
             self._written_in_place(statement, state)
         if in_place and old & state.read:
-            # `h += x` writes into h's memory, which the rewritten add does not: nobody else may look there.
+            # `h += x` writes into h's memory, but the rewritten add does not. So no other object may hold that memory.
             if isinstance(statement.op, ast.Add):
                 what = "a sum written into memory that others may hold"
                 new = frozenset({Other(statement, what, (old, right))})
@@ -487,13 +488,13 @@ class Reader:
                 case ast.AugAssign() | ast.Attribute(ctx=ast.Store()) | ast.Subscript(ctx=ast.Store()):
                     self._written_in_place(part, state)
                 case ast.Call(ast.Attribute(attr=name) | ast.Name(name), keywords=keywords):
-                    # PyTorch's naming: `add_` and the like write into their argument.
+                    # In PyTorch's naming, `add_` and similar methods write into their argument.
                     in_place = name.endswith("_") and not name.endswith("__")
                     if in_place or any(keyword.arg in ("out", "inplace") for keyword in keywords):
                         self._written_in_place(part, state)
 
     def _written_in_place(self, node: Node, state: _State) -> None:
-        # Which tensors share memory is unknown: no add that was made before can be relied on.
+        # It is unknown which tensors share memory, so no earlier add can be relied on.
         what = "a sum after which a tensor may be written in place"
         for name, values in state.names.items():
             self.written |= {value for value in values if isinstance(value, (Add, Call))}
@@ -571,7 +572,7 @@ class Reader:
         return frozenset({add})
 
 
-#: Methods of a tensor that change its dtype or its device, and nothing else of it.
+#: Tensor methods that change only the dtype or the device.
 _CASTS = ("to", "type", "type_as", "float", "half", "bfloat16", "double")
 
 #: Attributes and methods of a tensor that hold none of its values.
@@ -581,7 +582,7 @@ _DISPLAYS = (ast.List, ast.ListComp, ast.Set, ast.SetComp, ast.Dict, ast.DictCom
 
 
 def _stored_names(node: ast.AST) -> set[str]:
-    """All names that the node may assign or delete (and perhaps some of scopes inside it)."""
+    """Return all names that the node may assign or delete, perhaps with names of inner scopes."""
     names = set()
     for part in ast.walk(node):
         if isinstance(part, ast.Name) and not isinstance(part.ctx, ast.Load):
@@ -627,7 +628,7 @@ def _holds_add(values: Values) -> bool:
 
 
 def _hidden(values: Values, node: Node) -> Values:
-    """The hidden state in a returned value: the value itself, or a tuple's first element."""
+    """Return the hidden state in a returned value: the value itself, or a tuple's first element."""
     hidden: Values = NONE
     for value in values:
         hidden |= (value.first or {Other(node, "an empty tuple")}) if isinstance(value, Tuple) else {value}
@@ -644,7 +645,7 @@ def _concatenation(node: Node, left: Values, right: Values) -> Values:
 
 
 def _is_no_tensor(value: Add | Tuple | Other) -> bool:
-    """Whether the value plainly is a number, a string or a collection: a literal, or an expression without names."""
+    """Return whether the value is plainly a number, string or collection: a literal, or an expression without names."""
     if not isinstance(value, Other) or not isinstance(value.node, ast.expr):
         return False
     return isinstance(value.node, _DISPLAYS) or not any(isinstance(part, ast.Name) for part in ast.walk(value.node))
@@ -655,7 +656,7 @@ def _is_no_tensor(value: Add | Tuple | Other) -> bool:
 
 
 def _unwrap(function: object) -> tuple[list[FunctionType], FunctionType]:
-    """The wrappers that decorators put around a function, outermost first, and the function itself."""
+    """Return the wrappers that decorators put around a function, outermost first, and the function itself."""
     wrappers: list[FunctionType] = []
     while isinstance(function, FunctionType):
         if not hasattr(function, "__wrapped__"):
@@ -674,9 +675,9 @@ def _rewrap(wrappers: list[FunctionType], old: FunctionType, new: FunctionType) 
 
 
 def _copy_function(function: FunctionType, code: CodeType, replace: Mapping[int, object]) -> FunctionType:
-    """A copy that runs `code`, in whose closure and attributes other objects stand for those with the given ids."""
+    """Copy a function to run `code`, with objects of the given ids replaced in its closure and attributes."""
     cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
-    # A wrapper may know itself by its own cell (as the checkpointing wrapper of transformers does): the copy must too.
+    # A wrapper may refer to itself through its own cell, as transformers' checkpointing does. So must the copy.
     own = CellType()
     for name, cell in cells.items():
         content = _content(cell)
@@ -689,7 +690,7 @@ def _copy_function(function: FunctionType, code: CodeType, replace: Mapping[int,
     own.cell_contents = copy
     copy.__kwdefaults__ = function.__kwdefaults__ and dict(function.__kwdefaults__)
     functools.update_wrapper(copy, function, updated=())
-    copy.__dict__.clear()  # of __wrapped__, which update_wrapper adds
+    copy.__dict__.clear()  # removes __wrapped__, which update_wrapper adds
     copy.__dict__.update((key, replace.get(id(value), value)) for key, value in function.__dict__.items())
     return copy
 

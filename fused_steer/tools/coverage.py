@@ -1,9 +1,8 @@
-"""Which causal language models of the installed transformers are steered, how, and whether rightly: at post_block, and
-at post_mlp.
+"""`fused-steer coverage`: checks fused-steer on every causal language model of the installed transformers.
 
-Every model type that `AutoModelForCausalLM` knows is built tiny, with random weights, from its config class alone; is
-patched; and is held against itself unpatched and against plain forward hooks. Each in a process of its own, so that
-one that crashes or hangs costs its own row only.
+Each model type of `AutoModelForCausalLM` is built tiny, with random weights, from its config class. It is patched and
+compared with the unpatched model and with plain forward hooks, in a process of its own: at the site post_block, and at
+post_mlp.
 """
 
 from __future__ import annotations
@@ -12,14 +11,12 @@ import copy
 import logging
 import math
 import multiprocessing
-import platform
 import re
 import time
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -30,64 +27,23 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from .._version import __version__
 from ..adapters.parameters import DOWN, DOWN_BIAS, SITE, UP, UP_BIAS, by_place, of_adapter, split_path
 from ..config import SteerConfig
 from ..model.sublayers import find_in, parts_of
 from ..patch import patch_model
+from .coverage_table import TOLERANCE, Row, markdown, summary
 
 __all__ = ["MODEL_TYPES", "Row", "build", "check", "check_all", "markdown", "summary"]
 
 #: All model types that AutoModelForCausalLM knows.
 MODEL_TYPES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
-#: Of a model's steered logits against those of plain forward hooks, by norm, in float32.
-TOLERANCE = 1e-5
-
-#: What may become of a model type, and what that means.
-OUTCOMES = {
-    "fused": "passes; fused into each layer's last residual add",
-    "inline": "passes; by a launch of its own in each layer's forward, for the reason given",
-    "mixed": "passes; some layers are fused, the others are not, for the reason given",
-    "hook": "passes; every layer is steered by a hook, for the reason given",
-    "refused": "`patch_model` refuses it and leaves it as it was",
-    "raises": "patched, it raises this error when it runs",
-    "unbuilt": "transformers itself does not build or run it here",
-    "wrong": "patched, it silently gives what it should not",
-}
-
-
-@dataclass(frozen=True)
-class Row:
-    """What became of one model type, steered at one site.
-
-    outcome: one of OUTCOMES; reason: why it is not "fused"; note: what else there is to know; error: the largest
-    relative error against plain hooks; seconds: how long it took; post_mlp: what became of it at that site, in the row
-    of post_block.
-    """
-
-    model_type: str
-    model_class: str
-    outcome: str
-    reason: str = ""
-    note: str = ""
-    layers: int = 0
-    hooked: int = 0
-    error: float = 0.0
-    seconds: float = 0.0
-    post_mlp: Row | None = None
-
-    @property
-    def passes(self) -> bool:
-        return self.outcome in ("fused", "inline", "mixed", "hook")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Tiny models
 
 VOCABULARY, HIDDEN, HEADS, LAYERS = 128, 64, 4, 3
 
-#: What a number in a config becomes, by its name. The first that matches in full counts.
+#: The small value of a number in a config, by the number's name. The first full match counts.
 _SIZES: tuple[tuple[str, float], ...] = (
     (r"(.*_)?vocab_size(_.*)?", VOCABULARY),
     (r"(max_|n_)?(position_embeddings|positions|ctx|seq_len|(source|target)_positions|context_length)", 128),
@@ -108,7 +64,7 @@ _SIZES: tuple[tuple[str, float], ...] = (
 )
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
-#: What the rules above do not get right, by model type: values for its config, for building alone.
+#: Config values for model types that the rules above do not make buildable.
 _OVERRIDES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "blt": {"encoder_hash_byte_group_vocab": VOCABULARY},
@@ -143,10 +99,10 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
 
 
 def _tiny(config: PreTrainedConfig) -> dict[str, Any]:
-    """The arguments of a config like `config`, but small: its numbers by _SIZES, its lists one entry a layer."""
+    """Return arguments for a small config like `config`. Numbers follow _SIZES, lists have one entry a layer."""
     values: dict[str, Any] = {}
     own = vars(config)
-    # What is None unless it is given was worked out from the rest, and will be again.
+    # A value whose default is None was computed from the other values. The small config computes it again.
     free = {field.name for field in fields(config) if field.default is not None}
     layers = _layers(config)
     for name, value in own.items():
@@ -164,13 +120,13 @@ def _tiny(config: PreTrainedConfig) -> dict[str, Any]:
                 values[name] = size
         elif isinstance(value, (list, tuple)) and len(value) == getattr(config, "num_hidden_layers", None):
             values[name] = type(value)(value[i] for i in layers)
-    if "kv_lora_rank" in values:  # multi-head latent attention, which knows no groups of heads
+    if "kv_lora_rank" in values:  # multi-head latent attention has no groups of heads
         values["num_key_value_heads"] = HEADS
     return values | _OVERRIDES.get(config.model_type, {})
 
 
 def _layers(config: PreTrainedConfig) -> list[int]:
-    """LAYERS indices of the layers of `config`: the first of each kind, as far as there is room, and the first."""
+    """Choose LAYERS indices of the layers of `config`: the first of each kind, then the first layers."""
     count = getattr(config, "num_hidden_layers", None) or 0
     kinds = [v for v in vars(config).values() if isinstance(v, (list, tuple)) and v and isinstance(v[0], str)]
     firsts = {kind.index(name) for kind in kinds if len(kind) == count for name in kind}
@@ -178,14 +134,14 @@ def _layers(config: PreTrainedConfig) -> list[int]:
 
 
 def build(model_type: str, seed: int = 0) -> PreTrainedModel:
-    """A tiny model of the type with random weights, the same for each seed; float32, in eval mode, frozen."""
+    """Build a tiny model of the type with random weights from `seed`, in float32, in eval mode and frozen."""
     config_class = CONFIG_MAPPING[model_type]
     config = config_class(**_tiny(config_class()))
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
-    # Of a model of text and more, the class may be that of the text part alone.
+    # For a multimodal model the class may be that of the text part.
     parts = (part for part in (config, *vars(config).values()) if isinstance(part, model_class.config_class))
     torch.manual_seed(seed)
-    # Frozen before and after patching: PyTorch multiplies matrices that need gradients in another order.
+    # Frozen before patching too: PyTorch multiplies matrices that need gradients in another order.
     return model_class._from_config(next(parts, config)).float().eval().requires_grad_(False)
 
 
@@ -197,7 +153,7 @@ _POST_MLP = replace(_CONFIG, site="post_mlp")
 
 
 class Wrong(Exception):
-    """A patched model gave what it should not have; the message is one line that says what."""
+    """A patched model gave a wrong result. The message says which, in one line."""
 
 
 def check(
@@ -206,12 +162,12 @@ def check(
     patch: Callable[..., Any] = patch_model,
     config: SteerConfig = _CONFIG,
 ) -> Row:
-    """Patch `model`, hold it against itself unpatched and against plain hooks, and unpatch it.
+    """Patch `model`, compare it with the unpatched model and with plain hooks, and unpatch it.
 
-    The fresh patch and the model unpatched again must give the logits, and greedy generation, of the model as it came,
-    bit for bit. With a random adapter, logits, generation and the adapter's gradients must equal, within TOLERANCE by
-    norm, those of a copy steered by plain forward hooks, and each layer must have steered as often as there. Where
-    rounding alone moves a gradient further, its error against float64 must be at most twice that of the hooks.
+    After patching, and again after unpatching, logits and greedy generation must equal the original model's bit for
+    bit. With a random adapter, logits, generation and the adapter's gradients must equal, within TOLERANCE by norm,
+    those of a copy steered by plain forward hooks. Each layer must have steered as often as its hook. Where rounding
+    alone moves a gradient further, its error against float64 must be at most twice that of the hooks.
     """
     row = Row(model_type, type(model).__name__, "raises")
     try:
@@ -251,7 +207,7 @@ def check(
 
 
 def _outputs(model: PreTrainedModel) -> tuple[dict[str, Tensor], str]:
-    """Logits, and those of greedy generation with its tokens; a note if the model does not generate."""
+    """Return logits, and tokens and logits of greedy generation. The note tells if the model does not generate."""
     ids = _tokens()
     with torch.no_grad():
         outputs = {"logits": model(input_ids=ids).logits}
@@ -267,7 +223,7 @@ def _outputs(model: PreTrainedModel) -> tuple[dict[str, Tensor], str]:
 
 
 def _tokens() -> Tensor:
-    """Two sequences without special tokens."""
+    """Return two sequences without special tokens."""
     return torch.randint(3, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(0))
 
 
@@ -287,7 +243,7 @@ def _error(actual: Tensor, expected: Tensor) -> float:
 
 
 def _compare(model: PreTrainedModel, original: PreTrainedModel) -> float:
-    """The largest relative error of the patched model, with a random adapter, against `original` under plain hooks."""
+    """Return the largest relative error of the model, with a random adapter, against `original` under plain hooks."""
     generator = torch.Generator().manual_seed(1)
     steering: Any = model.steering
     parameters = of_adapter(model.named_parameters(), steering.active)
@@ -312,7 +268,7 @@ def _compare(model: PreTrainedModel, original: PreTrainedModel) -> float:
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     for name, left, right in zip(names, ours, theirs, strict=True):
         if (left is None) != (right is None):
-            raise Wrong(f"the gradient of {name} is there in one of steered model and plain hooks only")
+            raise Wrong(f"the gradient of {name} exists in only one of the steered model and plain hooks")
         if left is not None and right is not None and right.norm() > 0:
             pairs[name] = left, right
     errors = {name: _error(*pair) for name, pair in pairs.items()}
@@ -322,9 +278,10 @@ def _compare(model: PreTrainedModel, original: PreTrainedModel) -> float:
 
 
 def _expect_as_exact(pairs: Mapping[str, tuple[Tensor, Tensor]], truths: Mapping[str, Tensor | None]) -> None:
-    """Raises Wrong if, over all layers, our error against float64 is more than twice that of the hooks, plus 1e-6.
+    """Raise Wrong if our error against float64, over all layers, is more than twice that of the hooks plus 1e-6.
 
-    pairs: our gradients and the hooks', by name; truths: the hooks' in float64."""
+    pairs: our gradients and the hooks'. truths: the hooks' gradients in float64.
+    """
     kinds: dict[str, list[float]] = {}
     for name, pair in pairs.items():
         truth: Any = truths[name]
@@ -357,9 +314,9 @@ def _gradients(model: PreTrainedModel, leaves: Sequence[Tensor]) -> tuple[Tensor
 
 
 class PlainHooks:
-    """Steers a model by PyTorch's forward hooks and autograd alone, with copies of a patched model's parameters.
+    """Steers a model by plain PyTorch forward hooks and autograd, with copies of a patched model's parameters.
 
-    leaves: the copies, by the parameters' paths; calls: how often each layer ran, by path.
+    leaves: the copies, by the parameters' paths. calls: the number of runs of each layer, by path.
     """
 
     def __init__(self, model: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
@@ -391,7 +348,7 @@ def _mlp(layer: nn.Module) -> str:
 
 
 def _structure(model: nn.Module) -> Any:
-    """What patching may change: classes, attributes, hooks, parameters."""
+    """Return everything that patching may change: classes, attributes, hooks and parameters."""
     modules = {
         path: (type(m), sorted(vars(m)), len(m._forward_hooks), len(m._forward_pre_hooks))
         for path, m in model.named_modules()
@@ -410,7 +367,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def run(model_type: str) -> Row:
-    """Build and check one model type, here."""
+    """Build and check one model type in this process."""
     start = time.perf_counter()
     name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
     row = Row(model_type, name if isinstance(name, str) else name[0], "unbuilt")
@@ -427,17 +384,17 @@ def run(model_type: str) -> Row:
 
 
 def check_all(model_types: Sequence[str] = MODEL_TYPES, jobs: int = 2, seconds: float = 120.0) -> Iterator[Row]:
-    """A Row for each model type, in order, each from a process of its own that has `seconds`; `jobs` at a time.
+    """Yield a Row for each model type, in order. Each has its own process and `seconds`; `jobs` run at a time.
 
     Raises:
-        ValueError: transformers knows no causal language model of such a type, or `jobs` is not positive.
+        ValueError: transformers has no causal language model of a given type, or `jobs` is not positive.
     """
     unknown = [model_type for model_type in model_types if model_type not in MODEL_TYPES]
     if unknown:
         raise ValueError(f"model type is {unknown[0]!r}; expected one of a causal language model, such as 'llama'")
     if jobs < 1:
         raise ValueError(f"jobs is {jobs}; expected at least 1")
-    # Processes forked from one that has imported all this already start at once, and are as clean as new ones.
+    # The fork server has imported everything, so its processes start at once. They are as clean as new ones.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     with ThreadPoolExecutor(jobs) as pool:
@@ -464,80 +421,8 @@ def _run_apart(context: Any, model_type: str, seconds: float) -> Row:
 
 
 def _work(sender: Connection, model_type: str) -> None:
-    torch.set_num_threads(1)  # more cost tiny models more than they give
+    torch.set_num_threads(1)  # more threads slow tiny models down
     transformers.logging.set_verbosity_error()
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
     sender.send(run(model_type))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The table
-
-
-def counts(rows: Sequence[Row]) -> dict[str, int]:
-    """How many model types came to each outcome."""
-    counter = Counter(row.outcome for row in rows)
-    return {outcome: counter[outcome] for outcome in OUTCOMES}
-
-
-def at_post_mlp(rows: Sequence[Row]) -> list[Row]:
-    """The rows of that site."""
-    return [row.post_mlp for row in rows if row.post_mlp is not None]
-
-
-def summary(rows: Sequence[Row]) -> str:
-    """One line for each site: how many passed, of how many, and how."""
-    lines = []
-    for site, these in ((SITE, rows), ("post_mlp", at_post_mlp(rows))):
-        if these:
-            found = ", ".join(f"{n} {outcome}" for outcome, n in counts(these).items())
-            lines.append(f"{site}: {sum(row.passes for row in these)} of {len(these)} pass: {found}")
-    return "\n".join(lines)
-
-
-def markdown(rows: Sequence[Row]) -> str:
-    """The table with what it means, as docs/coverage.md has it."""
-    versions = f"fused-steer {__version__}, transformers {transformers.__version__}, torch {torch.__version__}"
-    classes = {row.model_class for row in rows}
-    passing = classes - {row.model_class for row in rows if not row.passes}
-    passed, inner = sum(row.passes for row in rows), at_post_mlp(rows)
-    lines = [
-        "# Coverage",
-        "",
-        "Every model type that `AutoModelForCausalLM` knows, built tiny with random weights from its config class,",
-        "patched in every layer, and checked on a CPU in float32: at the default site, `post_block`, and at",
-        "`post_mlp`. A fresh patch, and the model unpatched again, give the logits and the greedy generation of the",
-        "model as it came, bit for bit. With a random adapter, logits, generation and the adapter's gradients equal",
-        f"those of plain forward hooks on the layers, or on their MLPs (relative error by norm at most {TOLERANCE:.0e};",
-        "where rounding alone moves a gradient further, its error against float64 is at most twice that of the hooks),",
-        "and each layer steers as often as there. Written by `fused-steer coverage --out docs/coverage.md`.",
-        "",
-        f"Versions: {versions}, Python {platform.python_version()}.",
-        "",
-        f"**{passed} of {len(rows)} model types pass**, {len(passing)} of {len(classes)} classes;",
-        f"the largest relative error is {max((row.error for row in rows), default=0.0):.1e}.",
-        f"At `post_mlp` {sum(row.passes for row in inner)} of {len(inner)} pass; the largest relative error is "
-        f"{max((row.error for row in inner), default=0.0):.1e}.",
-        "",
-        "| outcome | model types | at `post_mlp` | meaning |",
-        "|---|---|---|---|",
-        *(
-            f"| {outcome} | {n} | {there} | {OUTCOMES[outcome]} |"
-            for (outcome, n), there in zip(counts(rows).items(), counts(inner).values(), strict=True)
-        ),
-        "",
-        "| class | model type | outcome | why | at `post_mlp` | why |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in sorted(rows, key=lambda row: row.model_type):
-        there = row.post_mlp or Row(row.model_type, row.model_class, "-")
-        lines.append(
-            f"| {row.model_class} | {row.model_type} | {row.outcome} | {_why(row.reason, row.note)} "
-            f"| {there.outcome} | {_why(there.reason)} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
-def _why(*parts: str) -> str:
-    return "; ".join(filter(None, parts)).replace("|", "\\|")

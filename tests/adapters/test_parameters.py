@@ -1,4 +1,4 @@
-"""The format of an adapter: paths taken apart and put together, tensors by layer, and which model it fits."""
+"""Tests of an adapter's format: parsing and building paths, tensors by layer, and the check that it fits a model."""
 
 from __future__ import annotations
 
@@ -235,7 +235,7 @@ def test_parameters_files_of_wrapped_models_have_the_paths_of_plain_ones(by_peft
     patch_model(build(), SteerConfig(rank=2)).steering.save(tmp_path / "plain")
     wrapped = wrap(build())
     if by_peft and wrapped_by == "module":
-        pytest.skip("PEFT wants a model with a forward of its own")
+        pytest.skip("PEFT needs a model with its own forward")
     if by_peft:
         model = get_peft_model(wrapped, fused_steer.peft.PostBlockConfig(r=2))
         model.save_pretrained(str(tmp_path / "wrapped"))
@@ -264,7 +264,7 @@ def test_parameters_of_adapter_takes_one_adapter_of_a_model():
 
 @pytest.mark.parametrize("by_peft", [False, True], ids=["patch_model", "peft"])
 def test_parameters_files_are_matched_by_layer(by_peft, tmp_path):
-    """A file that was made with the decoder alone, whose layers lie under another path than the language model's."""
+    """A file made with the bare decoder, which has other layer paths than the language model, loads by layer."""
     import fused_steer.peft  # noqa: F401
 
     decoder = patch_model(build().model, SteerConfig(rank=2, layers=[0, 2]))
