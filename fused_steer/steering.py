@@ -351,7 +351,7 @@ class Steering:
         self._pool = None
 
     def report(self) -> Report:
-        """Return how each layer is steered, at each site, by which backend, and how often since `reset_calls`."""
+        """Return how each site of each layer is steered, by which backend, and how often since `reset_calls`."""
         return self._patched.report()
 
     def reset_calls(self) -> None:

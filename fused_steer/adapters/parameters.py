@@ -128,7 +128,7 @@ def out_of_model(name: str, adapter: str) -> str | None:
 
 
 def is_of_site(path: str) -> bool:
-    """Whether a path in a model leads into a site."""
+    """Return whether a path in a model leads into a site."""
     return any(f".{site}." in f".{path}." for site in SITES)
 
 
@@ -163,7 +163,7 @@ class Layout:
     base: str = ""
 
     def layer_path(self, index: int) -> str:
-        """Of a layer."""
+        """Return the path of a layer."""
         return f"{self.layers_path}.{index}" if self.layers_path else str(index)
 
     def path(self, place: Place, name: str = "") -> str:
@@ -191,7 +191,7 @@ class Layout:
         return list(config.layers)
 
     def places(self, config: SteerConfig) -> Iterator[Place]:
-        """Where an adapter of `config` steers, layer by layer.
+        """Return where an adapter of `config` steers, layer by layer.
 
         Raises:
             ValueError: there is no such layer.
@@ -241,7 +241,9 @@ class Layout:
         for place, named in specs.items():
             for name in named:
                 if place.layer not in indices or place.site not in config.sites or name not in shapes:
-                    raise ValueError(f"it has a tensor {self.path(place, name)}; expected none but those of its config")
+                    raise ValueError(
+                        f"it has a tensor {self.path(place, name)}; expected only the tensors of its config"
+                    )
 
     def check_sizes(self, source: Any, hidden: int | None, num_layers: int | None) -> None:
         """Check that an adapter is for a model of the same hidden size and number of layers. None is not checked.

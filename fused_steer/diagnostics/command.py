@@ -155,7 +155,7 @@ def _table(diagnosis: Diagnosis) -> Table:
         )
         at = [layer.site] if several else []
         table.add_row(str(layer.layer), *at, layer.kind, *("-" if n is None else f"{n:.3g}" for n in numbers))
-    table.caption = "over tokens: medians; of principal cosines the largest"
+    table.caption = "medians over tokens; the largest principal cosine"
     return table
 
 

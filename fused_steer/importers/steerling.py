@@ -136,7 +136,7 @@ def _read(file: Path) -> tuple[dict[str, Any], list[str]]:
 
 
 def _by_place(entries: Mapping[str, Any], ignored: int) -> dict[Place, dict[str, Tensor]]:
-    """The tensors by place, in order, and by part: down and up, or vector."""
+    """Return the tensors by place, in order, and by part: down and up, or vector."""
     places: dict[Place, dict[str, Tensor]] = {}
     for key, value in entries.items():
         matrix, vector = (form.fullmatch(key) for form in (_MATRIX, _VECTOR))

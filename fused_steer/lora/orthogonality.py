@@ -170,7 +170,7 @@ class Orthogonality:
         return {name: parameter for name, parameter in found.items() if parameter is not None}
 
     def _places(self, layers: Collection[int]) -> list[Place]:
-        """The places in these layers."""
+        """Return the places in these layers."""
         return [place for place in self.sites if place.layer in layers]
 
     def _state(self, columns: Columns) -> tuple[Any, ...]:

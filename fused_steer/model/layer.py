@@ -236,7 +236,7 @@ def _steer_output(module: nn.Module, args: Any, output: Any, *, site: Site) -> A
 
 
 def _steer_input(module: nn.Module, args: Any, kwargs: Any, *, site: Site) -> Any:
-    """Forward pre-hook: steer the hidden state that a module is given, its first argument."""
+    """A forward pre-hook that steers a module's first argument: a tensor, or the first element of a tuple or list."""
     if args:
         return (_steer_first(site, args[0], module), *args[1:]), kwargs
     name, value = next(iter(kwargs.items()))
@@ -280,7 +280,7 @@ class PatchedLayer:
 
     @property
     def sites(self) -> dict[str, Any]:
-        """The sites that are in the layer, of the class that `make_site` makes, in the order in which it computes."""
+        """The sites that are in the layer, in the order of its computation, of the class that `make_site` returns."""
         found = ((name, self.layer._modules.get(name)) for name in self.form.sites)
         return {name: site for name, site in found if site is not None}
 
@@ -402,7 +402,7 @@ class PatchedLayer:
             )
 
     def take(self, names: Iterable[str]) -> None:
-        """Take sites out again. After an exception it can be called once more."""
+        """Remove sites. After an exception it can be called again."""
         names = set(names)
         for name in names & self._hooks.keys():
             self._hooks[name][1].remove()

@@ -55,17 +55,21 @@ def rewrite_forward(cls: type, site: str, *, with_input: bool = False) -> Callab
     """
     # Inside a class body, two leading underscores would be mangled with the class's name.
     if not site.isidentifier() or keyword.iskeyword(site) or site.startswith("__"):
-        raise ValueError(f"site must be an attribute name without two leading underscores, got {site!r}")
+        raise ValueError(f"site is {site!r}; expected an attribute name without two leading underscores")
     return rewrite(cls, lambda source: [Edit(add.node, site) for add in final_adds(Reader(source))], with_input)
 
 
 @dataclass(frozen=True)
 class Edit:
-    """A place of a forward's tree, and the method of the layer that is called there.
+    """A call of a method of the layer, put into a forward.
 
-    where: "add", in place of the add `node`, with its two operands; "output", with what the call `node` gives; "input",
-    with the first argument of the call `node`. branch: which operand of an add is called `branch`, the other being
-    `residual`; None: they are passed by place.
+    Attributes:
+        node: the node of the tree.
+        method: the name of the method.
+        where: "add" replaces the add `node` by a call with its operands. "output" passes the result of the call `node`
+            to the method. "input" passes the first argument of the call `node`.
+        branch: the operand of an add, "left" or "right", that is passed as `branch`; the other one is `residual`. None
+            passes both by position.
     """
 
     node: ast.AST
@@ -75,13 +79,14 @@ class Edit:
 
 
 def rewrite(cls: type, edits: Callable[[Source], Sequence[Edit]], with_input: bool = True) -> Callable[..., Any]:
-    """Return `cls.forward` with edits. See `rewrite_forward`, of which this is the general case.
+    """Return `cls.forward` with edits. `rewrite_forward` is a special case of it.
 
     Args:
-        edits: gives them for the forward's source; of two at one node the first is made first, inside the other.
-        with_input: whether a method that takes the place of an add is given the forward's first argument, too.
+        edits: returns the edits for the forward's source. Of several edits at one node the first is the innermost.
+        with_input: whether a method that replaces an add also gets the forward's first argument.
 
-    Raises ResidualNotFound if the forward cannot be rewritten.
+    Raises:
+        ResidualNotFound: the forward cannot be rewritten.
     """
     try:
         wrappers, function = _unwrap(getattr(cls, "forward", None))
@@ -98,9 +103,10 @@ def rewrite(cls: type, edits: Callable[[Source], Sequence[Edit]], with_input: bo
 
 
 def called_paths(cls: type) -> frozenset[str]:
-    """The paths below `self` of all that `cls.forward` names, such as "mlp".
+    """Return the paths below `self` that `cls.forward` names, such as "mlp".
 
-    Raises ResidualNotFound if the forward has no source to read.
+    Raises:
+        ResidualNotFound: the forward has no source to read.
     """
 
     def paths(source: Source) -> frozenset[str]:
@@ -111,9 +117,10 @@ def called_paths(cls: type) -> frozenset[str]:
 
 
 def analyse(cls: type, read: Callable[[Source], _T]) -> _T:
-    """What `read` finds in the source of `cls.forward`.
+    """Return what `read` finds in the source of `cls.forward`.
 
-    Raises ResidualNotFound if there is no source to read, or it is not understood.
+    Raises:
+        ResidualNotFound: there is no source to read, or it is not understood.
     """
     try:
         return read(Source.of(_unwrap(getattr(cls, "forward", None))[1]))
@@ -145,7 +152,7 @@ def names_in_final_adds(cls: type) -> list[frozenset[str]]:
 
 
 class Refusal(Exception):
-    """Why a forward cannot be rewritten: the end of a sentence that begins with the forward's name."""
+    """The reason why a forward cannot be rewritten, as the end of a sentence that begins with the forward's name."""
 
 
 #: The local name under which a rewritten forward keeps its first argument, which it may assign to later.
@@ -158,7 +165,7 @@ _INPUT = "fused_steer_block_input"
 
 @dataclass(frozen=True)
 class Source:
-    """The file of a function, parsed whole: only there do names, `super()` and `self.__name` compile as they did."""
+    """The parsed file of a function. Names, `super()` and `self.__name` compile the same only in the whole file."""
 
     lines: list[str]
     module: ast.Module
@@ -288,23 +295,24 @@ class _Replace(ast.NodeTransformer):
 
 @dataclass(frozen=True)
 class Add:
-    """What `left + right` or `left += right` gave. Its operands are in `Reader.operands`."""
+    """The result of `left + right` or `left += right`. Its operands are in `Reader.operands`."""
 
     node: ast.BinOp | ast.AugAssign
 
 
 @dataclass(frozen=True)
 class Tuple:
-    """A tuple; only its first element matters. An empty `first` means the empty tuple."""
+    """A tuple, of which only the first element matters. An empty `first` means the empty tuple."""
 
     first: Values
 
 
 @dataclass(frozen=True, eq=False)
 class Other:
-    """Anything else, made at `node`; `what` ends the sentence "forward returns ...".
+    """Any other value, made at `node`. `what` ends the sentence "forward returns ...".
 
-    operands: what it was made of, each with the values that it may have had. None: that is not known.
+    Attributes:
+        operands: the values from which it was made, each with all that it may be. None: they are not known.
     """
 
     node: Node
@@ -314,14 +322,14 @@ class Other:
 
 @dataclass(frozen=True, eq=False)
 class Call(Other):
-    """What `self.<path>(...)` gave, by itself or first in a tuple, as it was given. operands: its arguments."""
+    """The result of `self.<path>(...)`, or the first element of it, unchanged. The operands are the arguments."""
 
     path: str = ""
 
 
 @dataclass(frozen=True, eq=False)
 class Handle(Other):
-    """`self.<path>` itself, given to a function."""
+    """`self.<path>` itself, passed to a function."""
 
     path: str = ""
 
@@ -349,7 +357,7 @@ class _State:
 
 
 def final_adds(reader: Reader) -> frozenset[Add]:
-    """The adds that may make the returned hidden state: in each call that returns, exactly one of them runs, once."""
+    """Return the adds that may make the returned hidden state. In each call exactly one of them runs, once."""
     source = reader.source
     others = [value for value in reader.returned if isinstance(value, Other)]
     if others:
@@ -468,9 +476,10 @@ class Reader:
         state.names |= dict.fromkeys(_stored_names(node), frozenset({other}))
 
     def _side_effects(self, node: ast.AST, state: _State, renames: bool = False) -> None:
-        """Reads, assignments inside expressions, and writes into the memory of tensors.
+        """Record reads, assignments inside expressions, and writes into the memory of tensors.
 
-        renames: whether a read gives the value another name, and no more.
+        Args:
+            renames: whether a read only gives the value another name.
         """
         asked = {part for test in ast.walk(node) if _asks_for_class(test) for part in ast.walk(test)}
         for part in ast.walk(node):

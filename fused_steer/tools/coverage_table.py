@@ -60,7 +60,7 @@ def counts(rows: Sequence[Row]) -> dict[str, int]:
 
 
 def at_post_mlp(rows: Sequence[Row]) -> list[Row]:
-    """The rows of that site."""
+    """Return the rows of that site."""
     return [row.post_mlp for row in rows if row.post_mlp is not None]
 
 

@@ -63,7 +63,7 @@ def test_parameters_by_place_is_in_order_and_of_one_list():
     assert layers_path == "model.layers" and list(found) == [Place(2), Place(2, "pre_mlp"), Place(10)]
     assert LAYOUT.paths(found) == tensors
     assert by_place({}) == ("", {})
-    with refused(ValueError, "model.layers.10", "tower.layers.0", "expected those of one list of layers"):
+    with refused(ValueError, "model.layers.10", "tower.layers.0", "expected tensors of one list of layers"):
         by_place({**tensors, "tower.layers.0.post_block.steer_up.weight": None})
 
 
@@ -96,9 +96,9 @@ def test_parameters_check_tensors_names_the_first_that_is_wrong():
         ({a: fresh}, ("no tensor model.layers.2.post_block.steer_down.weight", "of shape (2, 8)")),
         (
             whole | {b: fresh},
-            ("a tensor model.layers.1.post_block.steer_down.weight", "none but those of its config"),
+            ("a tensor model.layers.1.post_block.steer_down.weight", "only the tensors of its config"),
         ),
-        (whole | {Place(0, "post_mlp"): fresh}, ("a tensor model.layers.0.post_mlp", "none but those of its config")),
+        (whole | {Place(0, "post_mlp"): fresh}, ("a tensor model.layers.0.post_mlp", "only the tensors of its config")),
         (
             whole | {c: fresh | {"steer_up.weight": torch.zeros(8, 3)}},
             ("layers.2", "(8, 3)", "torch.float32 (8, 2)"),
