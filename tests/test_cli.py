@@ -302,6 +302,16 @@ def test_cli_inspect_a_vector(tmp_path):
     assert "‖b2‖" in table and "‖W1‖" not in table
 
 
+def test_cli_inspect_several_sites(tmp_path):
+    patch_model(build(), SteerConfig(rank=2, site=["pre_mlp", "post_mlp"])).steering.save(tmp_path)
+    shown = json.loads(invoke("inspect", tmp_path, "--json").stdout)
+    assert shown["config"]["site"] == ["pre_mlp", "post_mlp"]
+    places = [(row["layer"], row["site"]) for row in shown["layers"]]
+    assert sorted(places) == sorted((i, site) for i in range(LAYERS) for site in ("pre_mlp", "post_mlp"))
+    table = invoke("inspect", tmp_path).stdout
+    assert "pre_mlp" in table and "post_mlp" in table
+
+
 def test_cli_inspect_refuses_what_is_no_adapter(saved, tmp_path):
     directory, _ = saved
     assert_refused(invoke("inspect", tmp_path / "nowhere"), tmp_path / "nowhere", "expected")

@@ -41,6 +41,13 @@ def test_config_numbers_and_layers_are_normalised():
     assert type(config.scale) is type(config.init_scale) is float
 
 
+def test_config_sites_are_plain_and_in_the_order_of_a_block():
+    assert SteerConfig(site=["post_mlp"]).site == "post_mlp" and SteerConfig(site=["post_mlp"]).sites == ("post_mlp",)
+    several = SteerConfig(site=["post_block", "pre_mlp", "post_attention"])
+    assert several.site == several.sites == ("post_attention", "pre_mlp", "post_block")
+    assert several.to_dict()["site"] == list(several.site)
+
+
 def test_config_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         SteerConfig().rank = 4
@@ -58,8 +65,10 @@ def test_config_extreme_ranks(rank):
         SteerConfig(form="vector", layers=[1, 2], scale=-0.25),
         SteerConfig(rank=3, activation="gelu", down_bias=True, up_bias=True, init_scale=1e-3, dtype="bfloat16"),
         SteerConfig(orthogonal_to="lora", orthogonal_modules="all"),
+        SteerConfig(site="post_mlp"),
+        SteerConfig(site=["post_block", "pre_mlp"]),
     ],
-    ids=["default", "vector", "lowrank", "orthogonal"],
+    ids=["default", "vector", "lowrank", "orthogonal", "site", "sites"],
 )
 def test_config_round_trip(config):
     assert SteerConfig.from_dict(config.to_dict()) == config
@@ -97,6 +106,12 @@ def test_config_round_trip(config):
         ({"orthogonal_to": "dora"}, ValueError, "'dora'"),
         ({"orthogonal_modules": "attention", "orthogonal_to": "lora"}, ValueError, "'attention'"),
         ({"orthogonal_modules": "all"}, ValueError, "orthogonal_to='lora'"),
+        ({"site": "post_moe"}, ValueError, "'post_moe'"),
+        ({"site": ["pre_mlp", "pre_mlp"]}, ValueError, "pre_mlp"),
+        ({"site": []}, ValueError, "empty"),
+        ({"site": None}, TypeError, "None"),
+        ({"site": ["pre_mlp", 1]}, TypeError, "1"),
+        ({"orthogonal_to": "lora", "site": ["pre_mlp", "post_mlp"]}, ValueError, "pre_mlp"),
         ({"init_scale": math.inf}, ValueError, "inf"),
         ({"init_scale": None}, TypeError, "None"),
     ],

@@ -149,6 +149,10 @@ def _rank_above(folder: Path, out: Path) -> None:
     save_adapter(folder / "model", out / "adapter", SteerConfig(rank=9), 1)
 
 
+def _another_site(folder: Path, out: Path) -> None:
+    save_adapter(folder / "model", out / "adapter", SteerConfig(rank=4, site=["post_mlp", "post_block"]), 1)
+
+
 def _corrupt(folder: Path, out: Path) -> None:
     shutil.copytree(folder / "silu", out / "adapter")
     file = out / "adapter" / "adapter_model.safetensors"
@@ -206,6 +210,7 @@ BROKEN = {
     _another_size: "is for a model of hidden size 96; expected 64",
     _another_depth: "is for a model of number of layers 2; expected 3",
     _rank_above: "is of rank 9; expected at most 8 (--max-lora-rank)",
+    _another_site: "steers at post_mlp, post_block; expected post_block, the only site in vLLM",
     _corrupt: "its contents do not match adapter_config.json",
     _truncated: "its header is of",
     _without_weights: "has no adapter_model.safetensors; expected a saved steering adapter",

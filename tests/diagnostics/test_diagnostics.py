@@ -112,6 +112,26 @@ def test_diagnostics_the_shift_and_the_mlps_share_of_each_family(family):
         assert layer.absent.keys() == {"alignment", "cosine"} and "no active LoRA on mlp." in layer.absent["cosine"]
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_neox-parallel"])
+def test_diagnostics_other_sites(family, tmp_path):
+    """h is what the site steers: the output or the input of the MLP, the output of the attention."""
+    sites = ("post_attention", "pre_mlp", "post_mlp")
+    model = get_peft_model(build(family), LoraConfig(r=3, target_modules="all-linear", init_lora_weights=False))
+    patch_model(model, SteerConfig(rank=3, site=sites, scale=0.7, up_bias=True))
+    randomize(model)
+    batches = masked_batches()
+    found = diagnose(model, batches)
+    assert [(one.layer, one.site) for one in found.layers] == [(i, site) for i in range(LAYERS) for site in sites]
+    steering = [layer.get_submodule(site) for layer in layers_of(model.get_base_model()) for site in sites]
+    seen = Seen(steering, model, batches)
+    for i, (one, site) in enumerate(zip(found.layers, steering, strict=True)):
+        h, total = seen.inputs(i)[-1], sum(seen.inputs(i))
+        assert_spread(one.shift, (seen.outputs(i) - total).norm(dim=1) / h.norm(dim=1))
+        assert ("cosine" in one.absent, "alignment" in one.absent) == (one.site != "post_mlp", one.site == "pre_mlp")
+        assert "post_block" in one.absent["mlp_share"] and len(seen.inputs(i)) == 1 + (site.reads == "branch")
+    assert {file.name for file in found.save(tmp_path)} >= {"shift-pre_mlp.png", "cosine-post_mlp.png"}
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2", "cohere"])
 def test_diagnostics_layers_that_a_hook_steers(family):
     """In such layers the MLP's output is a module's output: that of the norm after the MLP, if there is one."""

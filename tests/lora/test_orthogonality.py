@@ -126,6 +126,17 @@ def test_orthogonality_after_every_step(family, add, modules):
         assert overlap(constrained(model), written(model, ATTENTION)) > 1e-3
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_orthogonality_at_every_site_that_writes_into_the_stream(family):
+    sites = ("post_attention", "post_mlp", "post_block")
+    model = joint(family, SteerConfig(rank=4, site=sites, orthogonal_to="lora"))
+    for _ in steps(model, 3):
+        found = steering_parameters(model)
+        for site in sites:
+            ups = [p.detach() for path, p in found.items() if path.endswith(f"{site}.steer_up.weight")]
+            assert overlap(ups, written(model, MLP)) <= 1e-6
+
+
 def test_orthogonality_after_every_step_of_a_fused_optimizer():
     # The Trainer's default. Its fused kernels do not raise the versions of the tensors that they change.
     model = joint()

@@ -538,8 +538,9 @@ def test_peft_sums_that_are_not_defined(first, second, arguments, parts):
         ({"r": 0}, ValueError, ("rank is 0",)),
         ({"activation": "swish"}, ValueError, ("'swish'",)),
         ({"form": "vector", "r": 4}, ValueError, ("4", "'vector'")),
+        ({"site": "post_mlp"}, ValueError, ("site is 'post_mlp'", "'post_block'", "patch_model")),
     ],
-    ids=["unknown", "newer", "both ranks", "rank", "activation", "vector"],
+    ids=["unknown", "newer", "both ranks", "rank", "activation", "vector", "site"],
 )
 def test_peft_configs_that_say_nothing_sensible(fields, error, parts):
     with refused(error, *parts, "expected"):
