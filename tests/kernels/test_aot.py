@@ -157,8 +157,10 @@ def test_aot_forward_copies_asynchronously_and_stores_nothing_narrow(compiled):
 
 def test_aot_matrix_products_run_on_tensor_cores(compiled):
     for row in compiled:
-        _, dtype, _, rank, *_ = row["case"]
-        if rank and not (dtype == "float32" and rank > 128 and row["target"].startswith("sm_")):
+        _, dtype, _, rank, _, options = row["case"]
+        if options.get("reads") == "branch" and row["kernel"] == BACKWARD[2]:
+            assert not row["tensor_core"], "it adds, and corrects nothing"
+        elif rank and not (dtype == "float32" and rank > 128 and row["target"].startswith("sm_")):
             assert row["tensor_core"], row
 
 
