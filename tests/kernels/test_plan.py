@@ -1029,7 +1029,7 @@ def test_plan_a_graph_calls_the_inference_op_where_no_gradient_is_asked_for(devi
 
     called.clear()
     found = torch.compile(reading, fullgraph=True, backend=backend)(residual, branch)
-    assert called == ["fused_steer.post_block_inference.default"]
+    assert [name.removesuffix(".default") for name in called] == ["fused_steer.post_block_inference"]
     assert_same(found, reading(residual, branch))
 
 
