@@ -1,8 +1,8 @@
-"""`post_block` by launch plans: for a caller that steers by the same adapter again and again, as a layer's site does.
+"""`post_block` with launch plans, for a caller that steers by the same adapter repeatedly, as a layer's site does.
 
-`PlannedPostBlock` gives what `post_block` gives, with and without gradients. It keeps a plan for each shape that it has
-seen (see plan.py), so that a repeated call costs the host a check, an allocation and a launch. Calls that no plan is
-for go through `post_block`'s own functions.
+`PlannedPostBlock` gives the same results as `post_block`, with and without gradients. It keeps a plan for each shape
+(see plan.py), so that a repeated call costs the host a check, an allocation and a launch. Calls without a plan go
+through `post_block`'s own functions.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from .plan import Plan, keep, no_plan
 from .post_block import backward, check_operands, first_order, forward, post_block, saved_tensors
 from .registered import is_described
 
-#: What `forward` takes of a call: residual, branch, operands.
+#: Arguments of `forward`: residual, branch, operands.
 _Call = tuple[Tensor, Tensor | None, Operands]
 
 
 class PlannedPostBlock:
-    """`post_block` with one activation, one scale, one `reads`, and an adapter with or without each of its parts.
+    """`post_block` for one activation, one scale, one `reads`, and an adapter with a fixed set of tensors.
 
-    Not for compiled graphs (torch.compile), which call `post_block`.
+    Compiled graphs (torch.compile) call `post_block` instead.
     """
 
     __slots__ = (
@@ -38,34 +38,34 @@ class PlannedPostBlock:
         Args:
             activation: φ by name.
             scale: s.
-            weights: W1 (r, d), W2 (d, r), b1 (r,) and b2 (d,), None where the adapter has none. Only which of them are
-                None is kept: each call brings its own.
-            reads: what W1 is applied to, "sum" or "branch".
+            weights: W1 (r, d), W2 (d, r), b1 (r,) and b2 (d,), or None for a missing one. Only which of them are None
+                is stored; each call passes its own weights.
+            reads: the tensor that W1 is applied to, "sum" or "branch".
         """
         self._activation, self._scale, self._reads = activation, scale, reads
         self._where = tuple(weight is not None for weight in weights)
         self._inference: dict[Any, Callable[..., Tensor | None]] = {}
-        #: The last plan of a call with a branch: a function of residual, branch and a tuple of the weights, which gives
-        #: None where it is not for them.
+        #: The last plan of a call with a branch: a function of residual, branch and a tuple of the weights. It returns
+        #: None if the plan does not apply.
         self.last: Callable[..., Tensor | None] = no_plan
         self._training: dict[Any, _Training] = {}
-        #: The same of a call with gradients, of which residual and branch both need one.
+        #: The last plan of a call with gradients for both residual and branch.
         self.last_trained: Callable[..., Tensor | None] = no_plan
-        self.backend: str | None = None  # that of the last call
+        self.backend: str | None = None  # the backend of the last call
 
     def infer(self, residual: Tensor, branch: Tensor | None, *weights: Tensor, packed: Packed | None = None) -> Tensor:
-        """residual + branch, steered, without a gradient: see `post_block`.
+        """Return residual + branch, steered, without gradients: see `post_block`.
 
         Args:
-            weights: those that are not None, in their order.
-            packed: W1 and W2 in the kernels' form, read in their place.
+            weights: the weights that are not None, in their order.
+            packed: W1 and W2 in the kernels' form, read instead of the weights.
         """
         states = (residual,) if branch is None else (residual, branch)
         operands = (*states, *weights) if packed is None else (*states, *weights, *packed)
         key = (len(states), packed is None, residual.shape)
         try:
             run = self._inference.get(key)
-        except TypeError:  # symbolic sizes have no hash; no kernel runs for them
+        except TypeError:  # symbolic sizes have no hash, and no kernel runs for them
             return self._ordinary(self._call(states, weights, None))
         out = None if run is None else run(*operands[:2], operands[2:])
         if out is not None:
@@ -83,7 +83,7 @@ class PlannedPostBlock:
         return out
 
     def train(self, residual: Tensor, branch: Tensor | None, *weights: Tensor, packed: Packed | None = None) -> Tensor:
-        """The same where gradients are enabled, for the operands that require one."""
+        """Return residual + branch, steered, with gradients for the operands that require them."""
         states = (residual,) if branch is None else (residual, branch)
         for operand in (*states, *weights):
             if operand.requires_grad:
@@ -108,7 +108,7 @@ class PlannedPostBlock:
         if not self._may_plan(call):
             return self._ordinary(call)
 
-        # Planned beneath autograd: a checkpoint counts the tensors that are saved, now and when the call is repeated.
+        # Planned below autograd, because checkpointing compares the saved tensors of a call and of its repetition.
         with torch.no_grad():
             results, plan = Plan.make(operands, lambda: [t for t in forward(*call, keep_a=True) if t is not None])
         if plan is None or any(state.dtype != results[0].dtype for state in states):
@@ -122,7 +122,7 @@ class PlannedPostBlock:
         return states[0], states[1] if len(states) == 2 else None, operands
 
     def _may_plan(self, call: _Call) -> bool:
-        """Whether a kernel runs this call. The others are `post_block`'s, and so are those that it refuses."""
+        """Return whether a kernel runs this call. `post_block` handles all others, errors included."""
         residual, branch, operands = call
         self.backend = select_backend(residual.device)
         if is_described(residual) or self.backend != "triton" or torch._C._are_functorch_transforms_active():
@@ -146,7 +146,7 @@ def _operands(
     reads: str,
     packed: Packed | None,
 ) -> Operands:
-    """The operands of a call. `where`: which of W1, W2, b1 and b2 the weights are."""
+    """Return the operands of a call. `where` tells which of W1, W2, b1 and b2 the weights are."""
     given = iter(weights)
     down, up, down_bias, up_bias = (next(given) if there else None for there in where)
     return Operands(
@@ -158,7 +158,7 @@ def _operands(
 
 
 class _Training:
-    """The plans of a call and of its backward pass, and which operands need a gradient: the guard has seen that."""
+    """The plans of a call and of its backward pass, and which operands need gradients. The guard checks the latter."""
 
     __slots__ = (
         "backward", "constants", "forward", "kept", "keeps_branch", "last", "needs", "order", "passed",
@@ -175,36 +175,37 @@ class _Training:
     ) -> None:
         self.forward = forward
         self.backward: dict[Any, Plan] = {}
-        #: The last of them without packed weights.
+        #: The last backward plan without packed weights.
         self.last: Plan | None = None
         self.states, self.where, self.constants = len(states), where, constants
         of_states = [state.requires_grad for state in states]
-        self.whole = len(states) == 2 and all(of_states)  # no gradient of the block's input is lost
+        self.whole = len(states) == 2 and all(of_states)  # the gradient of the block's input is complete
         given = iter(weights)
         down, up, down_bias, up_bias = (there and next(given).requires_grad for there in where)
         adapter = where[0]
         reads_branch = adapter and constants[2] == "branch"
-        #: Of x, down, up, down_bias, up_bias, gain, scale: what `backward` takes.
         of_x = of_states[1] if reads_branch else any(of_states)
+        #: For x, down, up, down_bias, up_bias, gain, scale, as `backward` expects.
         self.needs = [of_x and adapter, down, up, down_bias, up_bias, False, False]
-        # What post_block saves of such a call, in its order: `out` or branch, `a`, weights.
+        # The saved tensors of post_block in its order: `out` or branch, `a`, weights.
         self.saves = (down, adapter and any(self.needs[:4]), any(self.needs))
         self.keeps_branch = reads_branch and down
-        self.kept = slice(0 if down and not reads_branch else 1, 2 if self.saves[1] else 1)  # of the forward's results
-        #: For each operand, the place of its gradient among the results; -1: the incoming one; None: it needs none.
+        # slice of the forward's results to save
+        self.kept = slice(0 if down and not reads_branch else 1, 2 if self.saves[1] else 1)
+        #: For each operand the index of its gradient among the results, -1 for the incoming gradient, or None.
         order = [place for place, need in enumerate(self.needs) if need]
         of_read = order.index(0) if self.needs[0] else -1
         of_each = (-1, of_read) if reads_branch else (of_read,) * len(of_states)
         self.places: list[int | None] = [x if want else None for x, want in zip(of_each, of_states, strict=True)]
         present = [place + 1 for place, there in enumerate(where) if there]
         self.places += [order.index(place) if self.needs[place] else None for place in present]
-        #: The same for the backward pass's plans, with the function's first argument, and None for the incoming one.
+        #: The same for the backward plans, with None for the function's first argument and for the incoming gradient.
         self.order = (None, *(None if place == -1 else place for place in self.places))
-        #: The function's arguments that have the incoming gradient.
+        #: The function's arguments that get the incoming gradient.
         self.passed = tuple(1 + argument for argument, place in enumerate(self.places) if place == -1)
 
     def complete(self, gradients: Any, grad: Tensor) -> Any:
-        """What a plan of the backward pass gave, with the incoming gradient where that is handed on."""
+        """Return the gradients of a backward plan with the incoming gradient in the places of `passed`."""
         if not self.passed:
             return gradients
         completed = list(gradients)
@@ -213,7 +214,7 @@ class _Training:
         return tuple(completed)
 
     def run(self, residual: Tensor, branch: Tensor, weights: tuple[Tensor, ...]) -> Tensor | None:
-        """The call by its plan; None where that is not for it."""
+        """Run the call by its plan. Return None if the plan does not apply."""
         operands = (residual, branch, *weights)
         addresses = self.forward.admit(operands)
         if addresses is None or torch._C._are_functorch_transforms_active():
@@ -222,12 +223,15 @@ class _Training:
 
 
 class _PlannedPostBlock(torch.autograd.Function):
-    """The op in eager mode, by plans. It saves what `post_block`'s own function saves."""
+    """The autograd function of planned calls. It saves the same tensors as `post_block`'s own function."""
 
     @staticmethod
     def forward(ctx: Any, call: tuple[_Training, Any, Any, Packed | None], *operands: Tensor) -> Tensor:
-        """The call's plans, the admitted addresses or the results that there are already, and the packed weights come
-        as one argument: autograd takes its time for each."""
+        """Run the planned launches, unless their results are given.
+
+        call: the plans, the admitted addresses or the results, and the packed weights. They are one argument, because
+        autograd spends time on each argument.
+        """
         training, addresses, results, packed = call
         if results is None:
             results = training.forward.go(addresses)
@@ -235,8 +239,8 @@ class _PlannedPostBlock(torch.autograd.Function):
             ctx.save_for_backward(operands[1], *results[training.kept], *operands[training.states :])
         elif training.saves[2]:
             ctx.save_for_backward(*results[training.kept], *operands[training.states :])
-        # Not saved as the others: a checkpoint's repetition comes without packed weights. They are as the weights were
-        # in the forward pass.
+        # Not saved with the others, because the repetition of a checkpoint has no packed weights. They hold the weights
+        # of the forward pass.
         ctx.training, ctx.packed = training, packed
         ctx.set_materialize_grads(False)
         return results[0]
@@ -286,5 +290,5 @@ def _careful_backward(training: _Training, operands: tuple[Tensor, ...], packed:
     return found
 
 
-#: Past what `Function.apply` does for torch.func's transforms, under which no plan is used.
+#: Bypasses the torch.func support in `Function.apply`. No plan is used under torch.func.
 _apply = super(torch.autograd.Function, _PlannedPostBlock).apply
