@@ -80,6 +80,7 @@ def test_docs_the_code_of_the_first_pages_runs(tmp_path, monkeypatch):
     assert not hasattr(names["model"], "steering")
     names = {"TrainingArguments": partial(TrainingArguments, use_cpu=True), "SteerConfig": SteerConfig}
     run_page("choosing.md", names)
+    run_page("sites.md", {"model": build()})
     assert names["config"].layers == tuple(range(8, 16))
     assert names["arguments"].lr_scheduler_type == "constant" and names["arguments"].warmup_steps == 0
 

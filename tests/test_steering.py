@@ -240,7 +240,7 @@ def test_steering_report_prints_a_line_for_each_layer():
     head, *lines = str(report).splitlines()
     assert "class" in head and "backend" in head
     assert [line.split() for line in lines] == [
-        [str(i), "LlamaDecoderLayer", "fused", row.backend, "1"] for i, row in enumerate(report)
+        [str(i), "LlamaDecoderLayer", "post_block", "fused", row.backend, "1"] for i, row in enumerate(report)
     ]
 
 
