@@ -98,8 +98,8 @@ def assemble(
     with naming(file):
         if layout.hidden not in (0, hidden):
             raise ValueError(f"its hidden size is {hidden}; expected {layout.hidden}, that of {layout.base}")
-        layers, sites = ({place[part] for place in places} for part in (0, 1))
-        config = SteerConfig(layers=layout.config_layers(layers), site=list(sites), **fields)
+        sites = list({place.site for place in places})
+        config = SteerConfig(layers=layout.config_layers({place.layer for place in places}), site=sites, **fields)
         # Copied, because the file may be mapped into memory and safetensors refuses tensors that share memory.
         tensors = {
             place: {

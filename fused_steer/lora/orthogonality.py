@@ -175,7 +175,7 @@ class Orthogonality:
 
     def _state(self, columns: Columns) -> tuple[Any, ...]:
         """Return a value that changes whenever a parameter or B may have changed."""
-        tensors = [t for place in self._places(columns) for t in self._steered(place).values()]
+        tensors: list[Tensor] = [t for place in self._places(columns) for t in self._steered(place).values()]
         tensors += [b for bs in columns.values() for b in bs]
         return tuple((t.data_ptr(), t._version, t.dtype) for t in tensors)
 

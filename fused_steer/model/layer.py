@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MethodType
-from typing import Any, NamedTuple, TypeGuard, TypeVar
+from typing import Any, NamedTuple, TypeGuard
 
 from torch import Tensor, is_grad_enabled, nn
 from torch.compiler import is_compiling, is_dynamo_compiling
@@ -26,11 +26,8 @@ from ..config import SITES
 from ..kernels.plan import no_plan
 from .residual import Edit, Reader, ResidualNotFound, Source, final_adds, rewrite
 from .site import Site, SteeringSite
-from .sublayers import Found, Parts, find, find_in, parts_of
+from .sublayers import Found, Parts, cached, find, find_in, parts_of
 from .watch import call_watched, thread
-
-_F = TypeVar("_F", bound=Callable[..., Any])
-_cached: Callable[[_F], _F] = functools.cache  # type: ignore[assignment]  # mypy does not treat a class as hashable
 
 #: The attribute of a patched layer's class that keeps the rewritten forward if `forward` is replaced.
 _FORWARD = "forward_of_patch"
@@ -167,7 +164,7 @@ def _site_property(name: str) -> property:
     return property(site)
 
 
-@_cached
+@cached
 def steered_class(base: type[nn.Module], form: Form) -> type[nn.Module]:
     """Return the subclass of a layer class for patched layers of this form.
 

@@ -525,10 +525,10 @@ class Reader:
                 return frozenset({Tuple(self._value(first, state))})
             case ast.Subscript(sequence, index):
                 values = self._value(sequence, state)
-                first = isinstance(index, ast.Constant) and index.value == 0
-                if first and all(isinstance(value, Tuple) for value in values):
+                is_first = isinstance(index, ast.Constant) and index.value == 0
+                if is_first and all(isinstance(value, Tuple) for value in values):
                     return _hidden(values, node)
-                if first and values and all(isinstance(value, Call) for value in values):
+                if is_first and values and all(isinstance(value, Call) for value in values):
                     return values
                 return frozenset({Other(node, operands=(values,))})
             case ast.BinOp(left, operator, right):

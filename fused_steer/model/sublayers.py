@@ -18,14 +18,17 @@ from __future__ import annotations
 import ast
 import functools
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from .residual import Add, Call, Handle, Other, Reader, Source, Tuple, Values, analyse, called_paths
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+cached: Callable[[_F], _F] = functools.cache  # type: ignore[assignment]  # mypy takes no class for hashable
 
 #: What each path below `self` of a forward is in one layer: a class of layers may have layers of several kinds.
 Parts = tuple[tuple[str, str], ...]
@@ -97,7 +100,7 @@ def find(site: str, source: Source, parts: Parts) -> Found:
     return anatomy.outputs(site, anatomy.mlp() if site == "post_mlp" else anatomy.attention())
 
 
-@functools.cache
+@cached
 def find_in(cls: type, site: str, parts: Parts) -> Found:
     """Where `site` is in `cls.forward`; its nodes are of a tree of its own.
 

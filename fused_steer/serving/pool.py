@@ -433,9 +433,10 @@ class AdapterPool:
             )
         outside = sorted(set(places) - self.slots.keys())
         if outside:
-            layers, sites = ({place[part]: None for place in self.slots} for part in (0, 1))
-            at = "" if list(sites) == [SITE] else f" at {', '.join(sites)}"
-            raise ValueError(f"{what} steers {outside[0]}; expected those of the pool, {list(layers)}{at}")
+            layers = list(dict.fromkeys(place.layer for place in self.slots))
+            sites = list(dict.fromkeys(place.site for place in self.slots))
+            at = "" if sites == [SITE] else f" at {', '.join(sites)}"
+            raise ValueError(f"{what} steers {outside[0]}; expected those of the pool, {layers}{at}")
 
     def _read(self, source: str) -> tuple[SteerConfig, ByPlace, int]:
         """Read and check an adapter. Return its config, its tensors by place, and their bytes."""
