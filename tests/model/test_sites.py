@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 import types
 from collections.abc import Callable
@@ -10,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from fused_steer.kernels.packing import FEW_TOKENS
 from models import (
     Hooked,
     assert_as_exact_as_hooks,
     assert_close,
+    assert_no_worse,
     build_frozen,
     generate,
     gradients,
@@ -193,6 +196,29 @@ def test_sites_a_pool_refuses_an_adapter_at_other_sites(tmp_path) -> None:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Ways to run
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_sites_on_each_backend_with_packed_weights(device: torch.device, name: str) -> None:
+    base = build_frozen(name, num_hidden_layers=1).to(device)
+    model = patch_model(copy.deepcopy(base), SteerConfig(rank=4, site=INNER))
+    parameters, ids = randomize(model), tokens(batch=8).to(device)
+    assert ids.numel() > FEW_TOKENS  # so the weights are packed
+    hooked = Hooked(base, parameters, modules=modules_of("self_attn", "mlp"))
+    truth = hooked.double()
+    weights = torch.randn(8, 9, 64, device=device)
+    found = []
+    for network, leaves in ((model, parameters), (hooked.model, hooked.leaves), (truth.model, truth.leaves)):
+        for _ in range(2):  # the second call goes by a plan
+            out = network(ids).logits
+            grads = torch.autograd.grad((out * weights).sum(), list(leaves.values()))
+        with torch.no_grad():
+            inferred = network(ids).logits
+        found.append(({"train": out.detach(), "infer": inferred}, dict(zip(leaves, grads, strict=True))))
+    for results in zip(*found, strict=True):
+        assert_no_worse(*results)
+    (backend,) = {r.backend for r in model.steering.report()}
+    assert backend == os.environ["FUSED_STEER_BACKEND"]
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt_neox-parallel", "falcon"])
