@@ -9,6 +9,7 @@ The map, in reading order. A file imports what stands above it, never what stand
     schedule.py      how a launch is laid out: tiles, programs, warps
     launch.py        launches a kernel, or records that it would be
     registered.py    ops that torch.compile keeps as one node
+    inductor.py      the code that Inductor generates starts kernels itself
     torch_backend.py post_block in plain PyTorch: the `torch` backend
     packing.py       weights of all layers packed by one launch
     plan.py          launch plans: a call worked out once and started directly

@@ -1,11 +1,11 @@
-"""Code that Inductor generates for torch.compile calls a function of ours in place of an op: see `start_directly`.
+"""The code that Inductor generates for torch.compile calls a function of ours in place of an op: `start_directly`.
 
-An op of which Inductor knows no more than its name is called through PyTorch's dispatcher, which hands a Python
-function's arguments to C++ and back; the sizes of what it returns are checked, and its memory is not reused. With a
-lowering Inductor allocates the result among its other buffers and calls the function directly.
+An op that Inductor knows by name only is called through PyTorch's dispatcher, which hands a Python function's arguments
+to C++ and back. The result's sizes are checked, its memory is not reused, and the next kernel may not take it for
+aligned. With a lowering Inductor allocates the result among its other buffers and calls the function directly.
 
 What is used of Inductor here is no public interface of PyTorch. Where a name is missing, the op is called through the
-dispatcher: the same numbers, and a warning says so.
+dispatcher: the numbers are the same, and a warning says so.
 """
 
 from __future__ import annotations
@@ -24,15 +24,14 @@ import torch
 from .backend import select_backend
 
 _INDUCTOR = "torch._inductor"
-#: Ops that Inductor was told of.
-_lowered: set[Any] = set()
+_lowered: set[Any] = set()  # ops that Inductor was told of
 
 
 def _names() -> SimpleNamespace:
     """What is used of Inductor.
 
     Raises:
-        ImportError, AttributeError, TypeError: this version of PyTorch has other names or arguments.
+        ImportError, AttributeError, TypeError, OSError: this version of PyTorch has other names or arguments.
     """
     ir, lowering, wrapper, virtualized = (
         importlib.import_module(f"{_INDUCTOR}.{name}") for name in ("ir", "lowering", "codegen.wrapper", "virtualized")
@@ -53,19 +52,20 @@ def _names() -> SimpleNamespace:
 
 @functools.cache
 def missing() -> str | None:
-    """Why the code that Inductor generates calls ops through the dispatcher; None where it need not. Imports Inductor."""
+    """Why generated code calls ops through the dispatcher; None where it need not. Imports Inductor."""
     try:
         _names()
-    except (ImportError, AttributeError, TypeError) as error:
+    except (ImportError, AttributeError, TypeError, OSError) as error:
         return str(error)
     return None
 
 
 def start_directly(op: Any, maker: Callable[..., Callable[..., None]]) -> None:
-    """Tell Inductor, if this process has imported it, to call a function in place of `op`.
+    """Tell Inductor, once this process has imported it, to call a function in place of `op`.
 
-    Generated code imports `maker` by its name, also years later from a file of Inductor's cache: a change of what it
-    takes or gives needs another name.
+    To be called by the op's fake, which a compiler calls before it generates code: to import Inductor takes seconds.
+    Generated code imports `maker` by its name, also from a file of Inductor's cache that an older version of this
+    package left: a change of what `maker` takes or gives needs another name.
 
     Args:
         op: takes two or more tensors and then constants; returns a contiguous tensor of the first tensor's sizes, in
@@ -77,8 +77,8 @@ def start_directly(op: Any, maker: Callable[..., Callable[..., None]]) -> None:
     _lowered.add(op)
     if missing() is not None:
         warnings.warn(
-            f"PyTorch {torch.__version__}'s Inductor is not as fused-steer knows it ({missing()}): compiled layers go "
-            "through the dispatcher, which takes the host longer",
+            f"the Inductor of torch {torch.__version__} is none that fused-steer knows ({missing()}); compiled layers "
+            "go through PyTorch's dispatcher, which takes the host longer",
             stacklevel=2,
         )
         return
@@ -89,6 +89,7 @@ def start_directly(op: Any, maker: Callable[..., Callable[..., None]]) -> None:
         """The call in generated code."""
 
         def codegen(self, wrapper: Any) -> None:
+            # A part of a graph has no imports of its own.
             root = wrapper.get_root_graph() if hasattr(wrapper, "get_root_graph") else wrapper
             name, constants = self.python_kernel_name, ", ".join(map(repr, self.made_of))
             root.add_import_once(f"from {maker.__module__} import {maker.__name__}")
@@ -101,7 +102,8 @@ def start_directly(op: Any, maker: Callable[..., Callable[..., None]]) -> None:
         constants = inputs[len(tensors) :]
         first, second = tensors[:2]
         device = first.get_device()
-        if graph.cpp_wrapper or getattr(graph, "fx_wrapper", False) or not _has_kernels(device):
+        in_python = not (graph.cpp_wrapper or getattr(graph, "fx_wrapper", False))
+        if not in_python or not _has_kernels(device):
             return fallback(*inputs)
         size = list(first.get_size())
         dtype = torch.promote_types(first.get_dtype(), second.get_dtype())

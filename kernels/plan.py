@@ -160,7 +160,7 @@ class Plan:
     admit(operands)            the operands' addresses, for `go`; None where the plan is not for these, or not now
     go(addresses)              starts the launches on admitted operands; returns the call's results, a tuple
     run(first, second, rest)   both in one, of operands of which two come by themselves: the first result, or None
-    fill(*operands, out)       the same of a call with one result, written to `out`, a tensor like it: True, or None
+    fill(*operands, out)       the same, of a call with one result, which it writes to `out`: True, or None
     """
 
     __slots__ = ("admit", "fill", "go", "run")
@@ -202,7 +202,7 @@ class Plan:
             starts.append(_start(number, launch, pointers, names))
         returned = tuple("None" if place is None else f"m{results[place]}" for place in order)
         exec(_code(len(operands), tuple(allocate), tuple(starts), returned), names)
-        self.admit, self.go, self.run, self.fill = (names.get(name) for name in ("admit", "go", "run", "fill"))
+        self.admit, self.go, self.run, self.fill = (names.get(name, no_plan) for name in ("admit", "go", "run", "fill"))
 
     @classmethod
     def make(
@@ -311,8 +311,8 @@ def _device_functions(device: torch.device) -> tuple[Callable[[], int], Callable
     return now, driver.get_current_stream, device.index or 0
 
 
-def no_plan(first: Tensor, second: Tensor, rest: Sequence[Tensor]) -> None:
-    """In place of a plan's `run`, where there is none."""
+def no_plan(*operands: Any) -> None:
+    """In place of a plan's `run` or `fill`, where there is none."""
     return None
 
 

@@ -1087,62 +1087,59 @@ def _post_block_op(*inputs: Any) -> Sequence[Tensor]:
     return run_planned(_forward_plans, key, inputs, call)
 
 
-#: The same of `post_block_inference`; and for each activation the plan of the last call.
-_inference_plans: dict[Any, Callable[..., Tensor | None]] = {}
+#: Plans of `post_block_inference`; and for each activation the `run` of the last call's.
+_inference_plans: dict[Any, Plan] = {}
 _last_inference: dict[str, Callable[..., Tensor | None]] = {}
+
+
+def _inference_key(residual: Tensor, branch: Tensor, down: Tensor, up: Tensor, scale: Tensor, activation: str) -> Any:
+    return residual.shape, residual.dtype, branch.dtype, down.shape, down.dtype, down.requires_grad, activation
+
+
+def _plan_inference(operands: tuple[Tensor, ...], activation: str) -> tuple[Tensor, Plan | None]:
+    """The result of a call that goes the ordinary way, and the plan of the next such calls."""
+    *four, scale = operands
+    none = (None,) * 3  # b1, b2, gain
+    inputs = (*four, *none, scale, None, 1.0, activation, False)
+    (out,), plan = Plan.make(operands, lambda: _eager_forward(*inputs)[:1])
+    if plan is not None:
+        keep(_inference_plans, _inference_key(*operands, activation), plan)
+    return out, plan
 
 
 def _post_block_inference_op(
     residual: Tensor, branch: Tensor, down: Tensor, up: Tensor, scale: Tensor, activation: str
 ) -> Tensor:
     weights = (down, up, scale)
-    last = _last_inference.get(activation, no_plan)
-    out = last(residual, branch, weights)
+    out = _last_inference.get(activation, no_plan)(residual, branch, weights)
     if out is not None:
         return out
-    key = (residual.shape, residual.dtype, branch.dtype, down.shape, down.dtype, down.requires_grad, activation)
-    run = _inference_plans.get(key, no_plan)
-    out = None if run is last else run(residual, branch, weights)
+    plan = _inference_plans.get(_inference_key(residual, branch, *weights, activation))
+    out = None if plan is None else plan.run(residual, branch, weights)
     if out is None:
-        none = (None,) * 3  # b1, b2, gain
-        call = (residual, branch, down, up, *none, scale, None, 1.0, activation, False)
-        (out,), plan = Plan.make((residual, branch, *weights), lambda: _eager_forward(*call)[:1])
-        if plan is None:
-            return out
-        run = plan.run
-        keep(_inference_plans, key, run)
-    _last_inference[activation] = run
+        out, plan = _plan_inference((residual, branch, *weights), activation)
+    if plan is not None:
+        _last_inference[activation] = plan.run
     return out
 
 
-#: The same, to write the result where it is told.
-_filling_plans: dict[Any, Callable[..., bool | None]] = {}
-
-
 def start_inference(activation: str) -> Callable[..., None]:
-    """What the code that Inductor generates calls in place of `post_block_inference`: see `inductor.start_directly`."""
+    """Make what the code that Inductor generates calls in place of `post_block_inference`, one function for each graph:
+    see `inductor.start_directly`."""
 
     def start(residual: Tensor, branch: Tensor, down: Tensor, up: Tensor, scale: Tensor, out: Tensor) -> None:
         nonlocal last
         if last(residual, branch, down, up, scale, out):
             return
         operands = (residual, branch, down, up, scale)
-        key = (residual.shape, residual.dtype, branch.dtype, down.shape, down.dtype, down.requires_grad, activation)
-        fill = _filling_plans.get(key)
-        if fill is None or fill is last or not fill(*operands, out):
-            none = (None,) * 3  # b1, b2, gain
-            call = (residual, branch, down, up, *none, scale, None, 1.0, activation, False)
-            (result,), plan = Plan.make(operands, lambda: _eager_forward(*call)[:1])
+        plan = _inference_plans.get(_inference_key(*operands, activation))
+        if plan is None or not plan.fill(*operands, out):
+            result, plan = _plan_inference(operands, activation)
             out.copy_(result)
-            if plan is None or plan.fill is None:
-                return
-            fill = plan.fill
-            keep(_filling_plans, key, fill)
-        last = fill
+        if plan is not None:
+            last = plan.fill
 
-    def last(*tensors: Tensor) -> bool | None:
-        return None
-
+    last: Callable[..., bool | None] = no_plan
     return start
 
 
