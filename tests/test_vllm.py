@@ -637,3 +637,40 @@ def test_vllm_registering_again_changes_nothing():
     before = state()
     register()
     assert state() == before and utils._all_lora_classes.count(SteeringWithLoRA) == 1
+
+
+def test_vllm_a_batch_without_adapters_launches_nothing():
+    """Not the op, and no copy of the hidden state; the next batch with an adapter is steered."""
+    from torch import nn
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from vllm.lora.layers import LoRAMapping
+    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+    from fused_steer.vllm.layers import FINISHED, UNADDED, SteeringPoint, SteeringWithLoRA
+
+    class Count(TorchDispatchMode):
+        operations = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.operations += 1
+            return function(*args, **(kwargs or {}))
+
+    for state in (FINISHED, UNADDED):
+        point = SteeringWithLoRA(SteeringPoint(nn.Linear(64, 64), 0, "layers.0", 64, state))
+        point.create_lora_weights(4, SimpleNamespace(max_lora_rank=8))
+        punica = PunicaWrapperCPU(16, 4, "cpu")
+        point.set_mapping(punica)
+        point.slots.put(1, {"steer_up.bias": torch.ones(64)}, "identity")
+        for number in (0, 7, 0):
+            punica.update_metadata(LoRAMapping((number,) * 3, (number,), is_prefill=True), [None, 7, None, None], 5, 48)
+            hidden, residual = torch.randn(3, 64), torch.randn(3, 64)
+            before = hidden.clone()
+            given = (hidden, residual) if state == UNADDED else hidden
+            with Count() as count:
+                out = point(given)
+            steered = out[0] if state == UNADDED else out
+            if number:
+                torch.testing.assert_close(steered, before + 1)
+            else:
+                assert out is given and torch.equal(steered, before)
+            assert bool(count.operations) == bool(number)
