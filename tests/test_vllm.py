@@ -214,7 +214,7 @@ BROKEN = {
     _strength_beyond_float32: "scale is 1e+39; expected at most 3.402823e+38 in magnitude",
     _other_tensors: "; expected torch.float32 (5, 64)",
     _two_loras: "holds 2 LoRA adapters; expected one, beside steering/",
-    _nothing: "; expected a saved adapter",
+    _nothing: "No adapter found for",
 }
 
 
