@@ -334,6 +334,21 @@ def test_vllm_a_strength_and_positions_for_each_request(in_chunks, folder):
     assert sum(output.num_cached_tokens for output in found) == 32 * sum(len(prompt) > 32 for _, prompt, _ in rows)
 
 
+def test_vllm_preempted_requests(folder):
+    """The cache has room for half of the requests: the others are computed again, generated tokens with the prompt."""
+    from vllm import LLM
+
+    options = {"block_size": 32, "num_gpu_blocks_override": 12, "disable_log_stats": False}
+    engine = LLM(**engine_options(folder / "model", lora_target_modules=["post_block"], **options))
+    rows = [("silu", [3 + n, *LONG[0][1:]], STEERINGS[6 + n]) for n in range(12)]
+    found = outputs_of(engine, rows, folder, 20)
+    right = [by_hugging_face(folder, name, tuple(prompt), json.dumps(given), 20) for name, prompt, given in rows]
+    assert [list(output.outputs[0].token_ids) for output in found] == right
+    (count,) = (metric.value for metric in engine.get_metrics() if metric.name == "vllm:num_preemptions")
+    engine.llm_engine.engine_core.shutdown()
+    assert count > 3
+
+
 def test_vllm_requests_that_leave_the_prompt_alone_share_the_cached_prompt_of_the_base(in_chunks, folder):
     """A block of 32 tokens is the base's as long as the first steered token lies behind it."""
     prompt = [7 + i % 30 for i in range(50)]
