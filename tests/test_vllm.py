@@ -335,12 +335,12 @@ def test_vllm_a_strength_and_positions_for_each_request(in_chunks, folder):
 
 
 def test_vllm_preempted_requests(folder):
-    """The cache has room for half of the requests: the others are computed again, generated tokens with the prompt."""
+    """Each request needs a second block soon, for half of them: the others are computed again, prompt and answer."""
     from vllm import LLM
 
     options = {"block_size": 32, "num_gpu_blocks_override": 12, "disable_log_stats": False}
     engine = LLM(**engine_options(folder / "model", lora_target_modules=["post_block"], **options))
-    rows = [("silu", [3 + n, *LONG[0][1:]], STEERINGS[6 + n]) for n in range(12)]
+    rows = [("silu", [3 + n, *LONG[0][1:30]], STEERINGS[6 + n]) for n in range(12)]
     found = outputs_of(engine, rows, folder, 20)
     right = [by_hugging_face(folder, name, tuple(prompt), json.dumps(given), 20) for name, prompt, given in rows]
     assert [list(output.outputs[0].token_ids) for output in found] == right
