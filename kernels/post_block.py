@@ -11,12 +11,15 @@ and backward, with G = ∂L/∂out:
     dx  = G + da W1            dW1 = daᵀ x           dW2' = tᵀ φ(a)       dW2 = (I − V Vᵀ) dW2'
     db1 = Σ da   db2 = Σ t     ds = Σ g ⊙ rowsum(G ⊙ u)                   dg = s · rowsum(G ⊙ u)
 
-`out` and `a` alone are kept. x = out − s·g·u is not rebuilt: with h = s · g ⊙ φ(a),
+Only `out` and `a` are kept for backward. x = out − s·g·u is not recomputed: with h = s · g ⊙ φ(a),
 
     dW1 = daᵀ out − (daᵀ h) W2'ᵀ − (daᵀ (s · g)) b2ᵀ        rowsum(G ⊙ u) = φ(a)·(G W2') + G·b2
 
-The file reads from the kernels to what a user calls: kernels, launchers, forward and backward on any backend,
-registered ops, autograd, `post_block`. It is one file, though long, so that the op can be read from top to bottom.
+With reads = "branch" W1 is applied to branch instead of x: a = branch W1ᵀ + b1. Then residual has the gradient G,
+branch has G + da W1, and dW1 = daᵀ branch. branch is kept instead of `out`, and dW1 needs no correction.
+
+The file goes from the kernels to the public function: kernels, launchers, forward and backward on any backend,
+registered ops, autograd, `post_block`. It is one file so that the op can be read from top to bottom.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ from torch import Tensor
 from . import torch_backend
 from .activations import ACTIVATIONS, apply, derivative
 from .backend import select_backend
-from .contract import Gradients, Needs, Operands
+from .contract import Gradients, Needs, Operands, check_reads
 from .inductor import start_directly
 from .launch import device_of, empty, launch
 from .numerics import dot, dot_precision, held, met, operand, operand_dtype, packed_operand, store
@@ -56,13 +59,14 @@ from .schedule import (
 
 # ----------------------------------------------------------------------------------------------------------- kernels
 #
-# The forward's loops name their stages: only then does Triton copy to shared memory ahead of time what is no operand of
-# a product, as x is in the second pass.
+# The forward's loops set their stages. Only then does Triton prefetch into shared memory a block that is not an operand
+# of a product, such as x in the second pass.
 
 
 @triton.jit
 def _row_offsets(rows, inner, stride_outer, stride_inner, NESTED: tl.constexpr):
-    # 64-bit: N·d passes 2^31 with long sequences. NESTED: (batch, sequence, d) whose leading strides do not collapse.
+    # 64-bit, as N·d exceeds 2^31 with long sequences. NESTED: (batch, sequence, d) with leading strides that do not
+    # collapse.
     rows = rows.to(tl.int64)
     if NESTED:
         return (rows // inner) * stride_outer + (rows % inner) * stride_inner
@@ -72,7 +76,7 @@ def _row_offsets(rows, inner, stride_outer, stride_inner, NESTED: tl.constexpr):
 
 @triton.jit
 def _strength(p_gain, p_scale, scale, rows, m_rows, HAS_GAIN: tl.constexpr, SCALE_ON_DEVICE: tl.constexpr):
-    """s · g of a tile's rows. [BLOCK_N]"""
+    """Return each row's strength times gain, s · g, in a tile. [BLOCK_N]"""
     s = tl.load(p_scale).to(tl.float32) if SCALE_ON_DEVICE else scale
     strength = tl.zeros(rows.shape, tl.float32) + s
     if HAS_GAIN:
@@ -82,19 +86,19 @@ def _strength(p_gain, p_scale, scale, rows, m_rows, HAS_GAIN: tl.constexpr, SCAL
 
 @triton.jit
 def _scaled(values, strength):
-    # Zero strength is exactly nothing, whatever the values overflowed to.
+    # Zero strength gives exactly zero, even if the values overflowed.
     return tl.where(strength == 0, 0.0, values * strength)
 
 
 @triton.jit
 def _down_tile(p_down, ranks, columns, m_columns, D, RANK: tl.constexpr):
-    """A tile of W1, zero beyond the rank. The shape is that of `ranks` and `columns` together."""
+    """Load a tile of W1 as fp32, zero beyond the rank. Its shape is that of `ranks` and `columns` broadcast."""
     return tl.load(p_down + ranks.to(tl.int64) * D + columns, mask=(ranks < RANK) & m_columns, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _up_tile(p_up, ranks, columns, m_columns, RANK: tl.constexpr):
-    """A tile of W2', zero beyond the rank. [BLOCK_D, BLOCK_R]"""
+    """Load a tile of W2' as fp32, zero beyond the rank. [BLOCK_D, BLOCK_R]"""
     pointers = p_up + columns[:, None].to(tl.int64) * RANK + ranks[None, :]
     return tl.load(pointers, mask=(ranks[None, :] < RANK) & m_columns[:, None], other=0.0).to(tl.float32)
 
@@ -103,7 +107,7 @@ def _up_tile(p_up, ranks, columns, m_columns, RANK: tl.constexpr):
 def _down_weights(
     p_down, ranks, columns, m_columns, D, RANK: tl.constexpr, PACKED: tl.constexpr
 ):  # fmt: skip
-    """A tile of W1 as it is in memory, zero beyond the rank. The shape is that of `ranks` and `columns` together."""
+    """Load a tile of W1 in the dtype in memory, zero beyond the rank. Its shape is `ranks` and `columns` broadcast."""
     if PACKED:
         return _packed_tile(p_down, ranks, columns, m_columns, D, RANK)
     else:
@@ -120,7 +124,7 @@ def _down_operand(w1, DOT: tl.constexpr, PACKED: tl.constexpr):
 
 @triton.jit
 def _up_weights(p_up, ranks, columns, m_columns, D, RANK: tl.constexpr, PACKED: tl.constexpr):
-    """A tile of W2' as it is in memory, zero beyond the rank. [BLOCK_R, BLOCK_D] if packed, else [BLOCK_D, BLOCK_R]"""
+    """Load a tile of W2', zero beyond the rank. [BLOCK_R, BLOCK_D] if packed, else [BLOCK_D, BLOCK_R]."""
     if PACKED:
         return _packed_tile(p_up, ranks[:, None], columns[None, :], m_columns[None, :], D, RANK)
     else:
@@ -129,7 +133,7 @@ def _up_weights(p_up, ranks, columns, m_columns, D, RANK: tl.constexpr, PACKED: 
 
 @triton.jit
 def _up_operand(w2, DOT: tl.constexpr, PACKED: tl.constexpr):
-    """[BLOCK_R, BLOCK_D]"""
+    """Return a tile of W2' as an operand. [BLOCK_R, BLOCK_D]"""
     if PACKED:
         return packed_operand(w2, DOT)
     else:
@@ -138,15 +142,17 @@ def _up_operand(w2, DOT: tl.constexpr, PACKED: tl.constexpr):
 
 @triton.jit
 def _finite(values):
-    """The values, and 0 for those that are not finite: a factor of exactly 0 then leaves nothing of them. Where the
-    other factor is not 0, the output has shown them already."""
+    """Replace values that are not finite by 0, for a product with a factor that may be exactly 0.
+
+    Where the factor is not 0, the output is not finite already, so nothing is hidden.
+    """
     wide = values.to(tl.float32)
     return tl.where(wide - wide == 0, values, tl.zeros_like(values))
 
 
 @triton.jit
 def _packed_tile(p_packed, ranks, columns, m_columns, D, RANK: tl.constexpr):
-    # The rows beyond the rank are zero in memory too. Where they are half of all, they are not worth their bytes.
+    # Rows beyond the rank are zero in memory too. If they are half of the rows, they are masked to save their bytes.
     pointers = p_packed + ranks * D + columns
     if 2 * RANK <= ranks.numel:
         return tl.load(pointers, mask=(ranks < RANK) & m_columns, other=0.0)
@@ -156,7 +162,7 @@ def _packed_tile(p_packed, ranks, columns, m_columns, D, RANK: tl.constexpr):
 
 @triton.jit
 def _load_states(p_residual, p_branch, residual_rows, branch_rows, columns, mask, HAS_BRANCH: tl.constexpr):
-    """residual and branch, or residual twice. The shape is that of the rows' offsets and the columns together."""
+    """Load residual and branch, or residual twice. The shape is that of row offsets and columns broadcast."""
     residual = tl.load(p_residual + residual_rows + columns, mask=mask, other=0.0)
     if HAS_BRANCH:
         return residual, tl.load(p_branch + branch_rows + columns, mask=mask, other=0.0)
@@ -166,7 +172,7 @@ def _load_states(p_residual, p_branch, residual_rows, branch_rows, columns, mask
 
 @triton.jit
 def _added(states, HAS_BRANCH: tl.constexpr):
-    """residual + branch"""
+    """Return residual + branch in fp32."""
     if HAS_BRANCH:
         return states[0].to(tl.float32) + states[1].to(tl.float32)
     else:
@@ -175,7 +181,7 @@ def _added(states, HAS_BRANCH: tl.constexpr):
 
 @triton.jit
 def _held(states, weights, HAS_BRANCH: tl.constexpr):
-    """What was loaded, all of it on its way before one waits: see `numerics.held`."""
+    """Hold the loaded blocks so that all loads are in flight before one is waited for: see `numerics.held`."""
     residual = held(states[0])
     if HAS_BRANCH:
         return (residual, held(states[1])), held(weights)
@@ -187,7 +193,7 @@ def _held(states, weights, HAS_BRANCH: tl.constexpr):
 def _summed(
     states, w1, a, DOT: tl.constexpr, HAS_BRANCH: tl.constexpr, PACKED: tl.constexpr, GROUPS: tl.constexpr
 ):  # fmt: skip
-    """a + x W1ᵀ over a block of columns."""
+    """Return a + x W1ᵀ over a block of columns."""
     x, w1 = operand(_added(states, HAS_BRANCH), DOT), _down_operand(w1, DOT, PACKED)
     if GROUPS == 1:
         return dot(x, tl.trans(w1), a, DOT)
@@ -202,10 +208,11 @@ def _reduced(
     AT_ONCE: tl.constexpr, GROUPS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """x W1ᵀ over the columns from `first` to `end`. [BLOCK_N, BLOCK_R]
+    """Return x W1ᵀ over the columns from `first` to `end`. [BLOCK_N, BLOCK_R]
 
-    GROUPS: the columns of a block are summed in so many groups, one for each warp. A product of few rows and ranks has
-    no other work for the warps to share, and each would read all of x. AT_ONCE: there is one block.
+    GROUPS: the columns of a block are summed in this many groups, one for each warp. A product of few rows and ranks
+    has no other work to share between warps, and without groups each warp would read all of x. AT_ONCE: there is only
+    one block.
     """
     if GROUPS == 1:
         within = tl.arange(0, BLOCK_D)[None, :]
@@ -245,7 +252,7 @@ def _reduced(
 @triton.jit
 def _pre_activation(a, p_down_bias, p_a, rows, m_rows, ranks, store_a, RANK: tl.constexpr, HAS_DOWN_BIAS: tl.constexpr,
                     KEEP_A: tl.constexpr):  # fmt: skip
-    """a = x W1ᵀ + b1, kept for the backward where `store_a`. [BLOCK_N, BLOCK_R]"""
+    """Return a = x W1ᵀ + b1, and store it for the backward if `store_a`. [BLOCK_N, BLOCK_R]"""
     m_ranks = ranks < RANK
     if HAS_DOWN_BIAS:
         a += tl.load(p_down_bias + ranks, mask=m_ranks, other=0.0).to(tl.float32)[None, :]
@@ -261,13 +268,13 @@ def _shifted(
     x, h, w2, p_up_bias, strength, columns, m_columns,
     DOT: tl.constexpr, HAS_UP_BIAS: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """x + h W2'ᵀ + s·g·b2, with the strength already in h. [BLOCK_N, BLOCK_D]"""
+    """Return x + h W2'ᵀ + s·g·b2, with the strength already in h. [BLOCK_N, BLOCK_D]"""
     base = x
     if HAS_UP_BIAS:
         b2 = tl.load(p_up_bias + columns, mask=m_columns, other=0.0).to(tl.float32)
         base += b2[None, :] * strength[:, None]
     out = dot(h, _up_operand(w2, DOT, PACKED), base, DOT)
-    # −0 + 0 would be +0: a shift of zero leaves the very bits. So does zero strength, whatever W2' and b2 hold.
+    # −0 + 0 would be +0, so a zero shift keeps x bit for bit. So does zero strength, whatever W2' and b2 hold.
     return tl.where((out == x) | (strength == 0)[:, None], x, out)
 
 
@@ -278,7 +285,7 @@ def _write_block(
     RANK: tl.constexpr, DOT: tl.constexpr, HAS_BRANCH: tl.constexpr, HAS_UP_BIAS: tl.constexpr, EVEN_D: tl.constexpr,
     PACKED: tl.constexpr,
 ):  # fmt: skip
-    """Read a tile's block of columns, and write it shifted."""
+    """Read a block of a tile's columns, and write it with the shift added."""
     m_columns = (columns < D) | EVEN_D
     mask = m_rows[:, None] & m_columns[None, :]
     states = _load_states(
@@ -298,11 +305,14 @@ def post_block_fwd_kernel(
     RANK: tl.constexpr, ACTIVATION: tl.constexpr, DOT: tl.constexpr,
     HAS_BRANCH: tl.constexpr, HAS_DOWN_BIAS: tl.constexpr, HAS_UP_BIAS: tl.constexpr, HAS_GAIN: tl.constexpr,
     SCALE_ON_DEVICE: tl.constexpr, KEEP_A: tl.constexpr, NESTED: tl.constexpr, EVEN_D: tl.constexpr,
-    PACKED: tl.constexpr,
+    PACKED: tl.constexpr, READS_BRANCH: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_D2: tl.constexpr, BLOCK_R: tl.constexpr, GROUPS: tl.constexpr,
     STAGES: tl.constexpr, STAGES2: tl.constexpr,
 ):  # fmt: skip
-    """Many tokens. Grid (programs,): each walks tiles of `height` ≤ BLOCK_N rows, and reads a tile twice."""
+    """Compute the forward for many tokens. Grid (programs,). Programs loop over tiles of `height` ≤ BLOCK_N rows.
+
+    A tile is read twice. If W1 is applied to branch, residual is read once.
+    """
     ranks = tl.arange(0, BLOCK_R)
     local = tl.arange(0, BLOCK_N)
     for tile in range(tl.program_id(0), tl.cdiv(N, height), tl.num_programs(0)):
@@ -311,15 +321,21 @@ def post_block_fwd_kernel(
         residual_rows = _row_offsets(rows, inner, residual_outer, residual_inner, NESTED)
         branch_rows = _row_offsets(rows, inner, branch_outer, branch_inner, NESTED)
 
-        a = _reduced(
-            p_residual, p_branch, p_down, residual_rows, branch_rows, m_rows, ranks, 0, D, D,
-            RANK, DOT, HAS_BRANCH, EVEN_D, PACKED, False, GROUPS, BLOCK_N, BLOCK_D, BLOCK_R, STAGES,
-        )  # fmt: skip
+        if READS_BRANCH:
+            a = _reduced(
+                p_branch, p_branch, p_down, branch_rows, branch_rows, m_rows, ranks, 0, D, D,
+                RANK, DOT, False, EVEN_D, PACKED, False, GROUPS, BLOCK_N, BLOCK_D, BLOCK_R, STAGES,
+            )  # fmt: skip
+        else:
+            a = _reduced(
+                p_residual, p_branch, p_down, residual_rows, branch_rows, m_rows, ranks, 0, D, D,
+                RANK, DOT, HAS_BRANCH, EVEN_D, PACKED, False, GROUPS, BLOCK_N, BLOCK_D, BLOCK_R, STAGES,
+            )  # fmt: skip
         a = _pre_activation(a, p_down_bias, p_a, rows, m_rows, ranks, True, RANK, HAS_DOWN_BIAS, KEEP_A)
         strength = _strength(p_gain, p_scale, scale, rows, m_rows, HAS_GAIN, SCALE_ON_DEVICE)
         h = operand(_scaled(apply(a, ACTIVATION), strength[:, None]), DOT)
 
-        # Backwards over the columns: what was read last is the surest to be in L2 still.
+        # Backwards over the columns, because the columns read last are the likeliest to be in L2.
         blocks = tl.cdiv(D, BLOCK_D2)
         for block in tl.range(0, blocks, num_stages=STAGES2):
             columns = (blocks - 1 - block) * BLOCK_D2 + tl.arange(0, BLOCK_D2)
@@ -337,7 +353,10 @@ def post_block_fwd_down_kernel(
     PACKED: tl.constexpr, AT_ONCE: tl.constexpr, SUMS_R: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, GROUPS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums of x W1ᵀ over a part of d, (N, splits, SUMS_R). Grid (tiles, splits)."""
+    """Compute partial sums of x W1ᵀ over one split of d, (N, splits, SUMS_R). Grid (tiles, splits).
+
+    If W1 is applied to branch, p_residual is branch, and p_branch is None.
+    """
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_rows = rows < N
     residual_rows = _row_offsets(rows, inner, residual_outer, residual_inner, NESTED)
@@ -364,7 +383,7 @@ def post_block_fwd_up_kernel(
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """out, from the partial sums, which it adds in the order of the splits. Grid (tiles, parts of the columns)."""
+    """Write `out` from the partial sums, added in the order of the splits. Grid (tiles, parts of the columns)."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_rows = rows < N
     residual_rows = _row_offsets(rows, inner, residual_outer, residual_inner, NESTED)
@@ -388,7 +407,7 @@ def post_block_fwd_up_kernel(
         zero = met()
         states, w2 = _held(states, w2, HAS_BRANCH)
         a = tl.sum(parts + zero, 0)
-        if SUMS_R < BLOCK_R:  # zeros up to the extent that a product takes
+        if SUMS_R < BLOCK_R:  # zeros up to the extent that tl.dot requires
             a = tl.reshape(tl.permute(tl.join(a, tl.zeros_like(a)), (0, 2, 1)), [BLOCK_N, BLOCK_R])
     else:
         a = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
@@ -427,7 +446,7 @@ def post_block_fwd_vector_kernel(
     HAS_BRANCH: tl.constexpr, HAS_GAIN: tl.constexpr, SCALE_ON_DEVICE: tl.constexpr, NESTED: tl.constexpr,
     EVEN_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """x + s·g·b2, a steering vector. Grid (tiles, column blocks)."""
+    """Write x + s·g·b2, for a steering vector. Grid (tiles, column blocks)."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_rows = rows < N
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -442,7 +461,7 @@ def post_block_fwd_vector_kernel(
     b2 = tl.load(p_up_bias + columns, mask=m_columns, other=0.0).to(tl.float32)
     strength = _strength(p_gain, p_scale, scale, rows, m_rows, HAS_GAIN, SCALE_ON_DEVICE)
     delta = _scaled(b2[None, :], strength[:, None])
-    # −0 + 0 would be +0: a shift of zero leaves the very bits.
+    # −0 + 0 would be +0, so a zero shift keeps x bit for bit.
     store(
         p_out + rows[:, None].to(tl.int64) * D + columns[None, :], tl.where(delta == 0, x, x + delta), mask
     )  # fmt: skip
@@ -458,10 +477,12 @@ def post_block_bwd_rows_kernel(
     NESTED: tl.constexpr, EVEN_D: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """What is one vector or number a token: da, h = s · g φ(a), rowsum(G ⊙ u). Grid (tiles of `height` rows,).
+    """Compute the backward's values for each token: da, h = s · g φ(a) and rowsum(G ⊙ u). Grid (tiles,).
 
-    da and h are left in p_narrow (2, N, BLOCK_R), as operands of the columns kernel's products; the sums over a tile of
-    da in p_da_sums (tiles, BLOCK_R). φ and φ' are computed here only, once a token.
+    A tile has `height` rows.
+
+    da and h are stored in p_narrow (2, N, BLOCK_R) as operands of the columns kernel's products. The sums of da over
+    each tile are stored in p_da_sums (tiles, BLOCK_R). φ and φ' are computed only here, once for each token.
     """
     NEED_GZ: tl.constexpr = NEED_DA or NEED_DA_SUM or NEED_ROW_DOT
     local = tl.arange(0, BLOCK_N)
@@ -514,7 +535,7 @@ def _da_times_h(
     DOT: tl.constexpr, HAS_UP_BIAS: tl.constexpr, HAS_GAIN: tl.constexpr, SCALE_ON_DEVICE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, CROSS_R: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A part's sum of daᵀ h, one tile (CROSS_R, CROSS_R) of it; and of daᵀ (s · g) behind it, where there is a b2."""
+    """Sum one tile (CROSS_R, CROSS_R) of daᵀ h over a part of the rows, and behind it daᵀ (s · g) if there is a b2."""
     across: tl.constexpr = BLOCK_R // CROSS_R
     left = (tile // across) * CROSS_R + tl.arange(0, CROSS_R)
     right = (tile % across) * CROSS_R + tl.arange(0, CROSS_R)
@@ -538,15 +559,15 @@ def _da_times_h(
 
 @triton.jit
 def _columns(
-    p_grad, p_out, p_narrow, p_down, p_gain, p_scale, p_dx, p_slab,
-    scale, N, D, offset, inner, grad_outer, grad_inner,
-    RANK: tl.constexpr, DOT: tl.constexpr, PACKED: tl.constexpr,
+    p_grad, p_out, p_branch, p_narrow, p_down, p_gain, p_scale, p_dx, p_slab,
+    scale, N, D, offset, inner, grad_outer, grad_inner, branch_outer, branch_inner,
+    RANK: tl.constexpr, DOT: tl.constexpr, PACKED: tl.constexpr, READS_BRANCH: tl.constexpr,
     HAS_GAIN: tl.constexpr, SCALE_ON_DEVICE: tl.constexpr,
     NEED_X: tl.constexpr, NEED_DOWN: tl.constexpr, NEED_UP: tl.constexpr, NEED_UP_BIAS: tl.constexpr,
     NESTED: tl.constexpr, EVEN_D: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_D columns of a part's rows: dx, and sums of daᵀ out, hᵀ G and s · g ⊙ G."""
+    """Compute dx, and the sums of daᵀ out (or daᵀ branch), hᵀ G and s · g ⊙ G, for BLOCK_D columns of a part's rows."""
     columns = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     m_columns = (columns < D) | EVEN_D
     if RANK > 0:
@@ -560,8 +581,8 @@ def _columns(
     if NEED_UP_BIAS:
         d_up_bias = tl.zeros([BLOCK_D], tl.float32)
 
-    # Parts are interleaved and walked from the last row to the first: all programs are near the same rows at the same
-    # time, and begin with those of G that the rows kernel read last, which L2 may still hold.
+    # Parts are interleaved and looped over from the last row to the first. So all programs are near the same rows at
+    # the same time. They begin with the rows of G that the rows kernel read last, which L2 may still hold.
     tiles = tl.cdiv(N, BLOCK_N)
     within = tl.arange(0, BLOCK_N)
     for step in tl.range(tl.program_id(1), tiles, tl.num_programs(1), num_stages=STAGES):
@@ -569,7 +590,7 @@ def _columns(
         rows = first + within
         m_rows = rows < N
         mask = m_rows[:, None] & m_columns[None, :]
-        # A tile's place in 64 bits, what lies within a tile in 32: registers are what this kernel is short of.
+        # Tile offsets have 64 bits, offsets inside a tile 32, because this kernel is short of registers.
         place = tl.cast(first, tl.int64)
         offsets = within[:, None] * D + columns[None, :]
         if NEED_X or NEED_UP or NEED_UP_BIAS:
@@ -582,14 +603,18 @@ def _columns(
             p_da = p_narrow + place * BLOCK_R
             across = within[None, :] * BLOCK_R + ranks[:, None]
             if NEED_DOWN:
-                out = tl.load(p_out + place * D + offsets, mask=mask, other=0.0)
+                if READS_BRANCH:
+                    branch_rows = _row_offsets(rows, inner, branch_outer, branch_inner, NESTED)
+                    kept = tl.load(p_branch + branch_rows[:, None] + columns[None, :], mask=mask, other=0.0)
+                else:
+                    kept = tl.load(p_out + place * D + offsets, mask=mask, other=0.0)
                 da_t = packed_operand(tl.load(p_da + across, mask=m_rows[None, :], other=0.0), DOT)
-                d_down = dot(da_t, operand(out, DOT), d_down, DOT)
+                d_down = dot(da_t, operand(kept, DOT), d_down, DOT)
             if NEED_UP:
                 h_t = packed_operand(tl.load(p_da + h_behind + across, mask=m_rows[None, :], other=0.0), DOT)
                 d_up = dot(h_t, operand(g, DOT), d_up, DOT)
             if NEED_X:
-                # Loaded once more, not transposed: a load with two layouts would not be asynchronous.
+                # Loaded again without transposing, because a load with two layouts would not be asynchronous.
                 da = tl.load(p_da + within[:, None] * BLOCK_R + ranks[None, :], mask=m_rows[:, None], other=0.0)
                 da = packed_operand(da, DOT)
                 store(p_dx + place * D + offsets, dot(da, w1, g.to(tl.float32), DOT), mask)
@@ -611,31 +636,32 @@ def _columns(
 
 @triton.jit(do_not_specialize=["N", "inner"])
 def post_block_bwd_columns_kernel(
-    p_grad, p_out, p_narrow, p_down, p_gain, p_scale, p_dx, p_slab,
-    scale, N, D, slab_size, inner, grad_outer, grad_inner,
-    RANK: tl.constexpr, DOT: tl.constexpr, PACKED: tl.constexpr,
+    p_grad, p_out, p_branch, p_narrow, p_down, p_gain, p_scale, p_dx, p_slab,
+    scale, N, D, slab_size, inner, grad_outer, grad_inner, branch_outer, branch_inner,
+    RANK: tl.constexpr, DOT: tl.constexpr, PACKED: tl.constexpr, READS_BRANCH: tl.constexpr,
     HAS_UP_BIAS: tl.constexpr, HAS_GAIN: tl.constexpr, SCALE_ON_DEVICE: tl.constexpr,
     NEED_X: tl.constexpr, NEED_DOWN: tl.constexpr, NEED_UP: tl.constexpr, NEED_UP_BIAS: tl.constexpr,
     NESTED: tl.constexpr, EVEN_D: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, CROSS_R: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """What is a sum over tokens, and dx on the way. Grid (column blocks + tiles of daᵀ h, parts of the rows).
+    """Compute dx and the backward's sums over tokens. Grid (column blocks + tiles of daᵀ h, parts of the rows).
 
-    Each part's partial sums go to a slab of its own in p_slab (parts, slab_size), fp32: daᵀ out (r, d), hᵀ G (r, d),
-    daᵀ h (BLOCK_R, BLOCK_R), daᵀ (s · g) (BLOCK_R), Σ s · g ⊙ G (d). Only what is needed is written. No atomics: two
-    runs give the same bits.
+    Each part writes its partial sums to its own slab in p_slab (parts, slab_size), fp32: daᵀ out (r, d), hᵀ G (r, d),
+    daᵀ h (BLOCK_R, BLOCK_R), daᵀ (s · g) (BLOCK_R), Σ s · g ⊙ G (d). Sums that are not needed are not written. There
+    are no atomics, so two runs give the same bits. If W1 is applied to branch, dW1 is the sum of
+    daᵀ branch, and there are no tiles of daᵀ h.
     """
     offset = tl.program_id(1).to(tl.int64) * slab_size
     blocks = tl.cdiv(D, BLOCK_D)
     if tl.program_id(0) < blocks:
         _columns(
-            p_grad, p_out, p_narrow, p_down, p_gain, p_scale, p_dx, p_slab,
-            scale, N, D, offset, inner, grad_outer, grad_inner,
-            RANK, DOT, PACKED, HAS_GAIN, SCALE_ON_DEVICE, NEED_X, NEED_DOWN, NEED_UP, NEED_UP_BIAS,
+            p_grad, p_out, p_branch, p_narrow, p_down, p_gain, p_scale, p_dx, p_slab,
+            scale, N, D, offset, inner, grad_outer, grad_inner, branch_outer, branch_inner,
+            RANK, DOT, PACKED, READS_BRANCH, HAS_GAIN, SCALE_ON_DEVICE, NEED_X, NEED_DOWN, NEED_UP, NEED_UP_BIAS,
             NESTED, EVEN_D, BLOCK_N, BLOCK_D, BLOCK_R, STAGES,
         )  # fmt: skip
     else:
-        if NEED_DOWN:
+        if NEED_DOWN and not READS_BRANCH:
             _da_times_h(
                 p_narrow, p_gain, p_scale, p_slab, scale, N, offset + 2 * RANK * D, tl.program_id(0) - blocks,
                 DOT, HAS_UP_BIAS, HAS_GAIN, SCALE_ON_DEVICE, BLOCK_N, BLOCK_R, CROSS_R, STAGES,
@@ -646,7 +672,7 @@ def post_block_bwd_columns_kernel(
 def _finish_down_bias(
     p_da_sums, p_d_down_bias, ranks, tiles, RANK, PADDED_R, BLOCK_N: tl.constexpr, STAGES: tl.constexpr
 ):
-    """db1 = Σ da, from the sums over tiles of rows. `ranks`: [BLOCK_R]"""
+    """Compute db1 = Σ da from the sums over tiles of rows. `ranks`: [BLOCK_R]"""
     sums = tl.zeros([BLOCK_N, ranks.shape[0]], tl.float32)
     for start in tl.range(0, tiles, BLOCK_N, num_stages=STAGES):
         rows = start + tl.arange(0, BLOCK_N)
@@ -659,10 +685,11 @@ def _finish_down_bias(
 def _finish_weights(
     p_slab, p_up, p_up_bias, p_d_down, p_d_up, p_d_up_bias, columns, ranks, D, slab_size, parts,
     RANK: tl.constexpr, PADDED_R: tl.constexpr, DOT: tl.constexpr, CORRECTION: tl.constexpr, PACKED: tl.constexpr,
+    READS_BRANCH: tl.constexpr,
     HAS_UP_BIAS: tl.constexpr, NEED_DOWN: tl.constexpr, NEED_UP: tl.constexpr, NEED_UP_BIAS: tl.constexpr,
     EVEN_D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A tile of dW1 and of dW2', and the columns of db2. `columns`: [BLOCK_D]; `ranks`: [BLOCK_R]"""
+    """Compute a tile of dW1 and dW2', and the columns of db2. `columns`: [BLOCK_D]. `ranks`: [BLOCK_R]."""
     m_columns = (columns < D) | EVEN_D
     at_cross = 2 * RANK * D
     at_along_bias = at_cross + PADDED_R * PADDED_R
@@ -680,25 +707,26 @@ def _finish_weights(
             p_d_up += columns[:, None].to(tl.int64) * RANK + ranks[None, :]
             store(p_d_up, tl.trans(d_up), m_columns[:, None] & (ranks < RANK)[None, :])
         if NEED_DOWN:
-            # out = x + h W2'ᵀ + (s · g) b2ᵀ, with h and W2' as the forward pass had them: as operands.
-            # At once as far as registers go: each loop over the parts waits for its loads.
-            SHARE: tl.constexpr = PADDED_R if PADDED_R <= 64 and EVEN_D else 16
-            for start in tl.static_range(0, PADDED_R, SHARE):
-                others = start + tl.arange(0, SHARE)
-                cross = tl.zeros([BLOCK_R, SHARE], tl.float32)
-                for part in tl.range(0, parts, num_stages=STAGES):
-                    p_cross = p_slab + part * slab_size + at_cross
-                    cross += tl.load(p_cross + ranks[:, None] * PADDED_R + others[None, :])
-                w2 = _up_operand(_up_weights(p_up, others, columns, m_columns, D, RANK, PACKED), DOT, PACKED)
-                w2 = _finite(w2)
-                w2 = operand(w2, CORRECTION)
-                d_down = dot(-cross, w2, d_down, CORRECTION)
-            if HAS_UP_BIAS:
-                along_bias = tl.zeros([BLOCK_R], tl.float32)
-                for part in tl.range(0, parts):
-                    along_bias += tl.load(p_slab + part * slab_size + at_along_bias + ranks)
-                b2 = _finite(tl.load(p_up_bias + columns, mask=m_columns, other=0.0).to(tl.float32))
-                d_down -= along_bias[:, None] * b2[None, :]
+            if not READS_BRANCH:
+                # out = x + h W2'ᵀ + (s · g) b2ᵀ, with h and W2' rounded as in the forward. As many ranks at once as
+                # registers allow, because each loop over the parts waits for its loads.
+                SHARE: tl.constexpr = PADDED_R if PADDED_R <= 64 and EVEN_D else 16
+                for start in tl.static_range(0, PADDED_R, SHARE):
+                    others = start + tl.arange(0, SHARE)
+                    cross = tl.zeros([BLOCK_R, SHARE], tl.float32)
+                    for part in tl.range(0, parts, num_stages=STAGES):
+                        p_cross = p_slab + part * slab_size + at_cross
+                        cross += tl.load(p_cross + ranks[:, None] * PADDED_R + others[None, :])
+                    w2 = _up_operand(_up_weights(p_up, others, columns, m_columns, D, RANK, PACKED), DOT, PACKED)
+                    w2 = _finite(w2)
+                    w2 = operand(w2, CORRECTION)
+                    d_down = dot(-cross, w2, d_down, CORRECTION)
+                if HAS_UP_BIAS:
+                    along_bias = tl.zeros([BLOCK_R], tl.float32)
+                    for part in tl.range(0, parts):
+                        along_bias += tl.load(p_slab + part * slab_size + at_along_bias + ranks)
+                    b2 = _finite(tl.load(p_up_bias + columns, mask=m_columns, other=0.0).to(tl.float32))
+                    d_down -= along_bias[:, None] * b2[None, :]
             store(p_d_down + offsets, d_down, mask)
     if NEED_UP_BIAS:
         if tl.program_id(1) == 0:
@@ -714,14 +742,15 @@ def post_block_bwd_finish_kernel(
     p_slab, p_da_sums, p_up, p_up_bias, p_d_down, p_d_up, p_d_down_bias, p_d_up_bias,
     D, slab_size, parts, tiles,
     RANK: tl.constexpr, PADDED_R: tl.constexpr, DOT: tl.constexpr, CORRECTION: tl.constexpr, PACKED: tl.constexpr,
+    READS_BRANCH: tl.constexpr,
     HAS_UP_BIAS: tl.constexpr, NEED_DOWN: tl.constexpr, NEED_UP: tl.constexpr,
     NEED_DOWN_BIAS: tl.constexpr, NEED_UP_BIAS: tl.constexpr, EVEN_D: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of the parameters, in their own dtype, from partial sums added in a fixed order:
-    dW1 = daᵀ out − (daᵀ h) W2'ᵀ − (daᵀ (s · g)) b2ᵀ, dW2' = Gᵀ h, db1, db2.
+    """Compute the parameters' gradients, in their dtypes, from partial sums added in a fixed order.
 
-    Grid (column blocks, tiles of BLOCK_R ranks); db1 has one more program a tile of ranks, before the column blocks.
+    dW1 = daᵀ out − (daᵀ h) W2'ᵀ − (daᵀ (s · g)) b2ᵀ, dW2' = Gᵀ h, db1, db2. Grid (column blocks, tiles of BLOCK_R
+    ranks). db1 has one more program for each tile of ranks, before the column blocks.
     """
     ranks = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     block = tl.program_id(0)
@@ -731,7 +760,7 @@ def post_block_bwd_finish_kernel(
         _finish_weights(
             p_slab, p_up, p_up_bias, p_d_down, p_d_up, p_d_up_bias,
             block * BLOCK_D + tl.arange(0, BLOCK_D), ranks, D, slab_size, parts,
-            RANK, PADDED_R, DOT, CORRECTION, PACKED, HAS_UP_BIAS, NEED_DOWN, NEED_UP, NEED_UP_BIAS,
+            RANK, PADDED_R, DOT, CORRECTION, PACKED, READS_BRANCH, HAS_UP_BIAS, NEED_DOWN, NEED_UP, NEED_UP_BIAS,
             EVEN_D, BLOCK_D, BLOCK_R, STAGES,
         )  # fmt: skip
     else:
@@ -743,7 +772,7 @@ def post_block_bwd_finish_kernel(
 
 
 def _collapsed_stride(sizes: tuple[int, ...], strides: tuple[int, ...]) -> int | None:
-    """The one stride of these dimensions taken as one, or None where there is none."""
+    """Return the stride of these dimensions taken as one, or None if they do not collapse."""
     stride, size = None, 1
     for n, s in zip(reversed(sizes), reversed(strides), strict=True):
         if n == 1:
@@ -758,12 +787,10 @@ def _collapsed_stride(sizes: tuple[int, ...], strides: tuple[int, ...]) -> int |
 
 
 def _row_layout(*tensors: Tensor | None) -> tuple[list[Any], int, list[tuple[int, int]]]:
-    """Tensors of one shape (..., d) seen as rows: the tensors, the inner extent, (outer, inner) strides of each.
+    """Return tensors of one shape (..., d) as rows: the tensors, the inner extent, and (outer, inner) strides of each.
 
-    None stays None.
-
-    The inner extent is 0 where one stride does for all rows of all tensors. A tensor is copied only if its last
-    stride is not 1 or if no split of the leading dimensions in two serves all of them.
+    None stays None. The inner extent is 0 if each tensor's rows have a single stride. A tensor is copied only if its
+    last stride is not 1, or if no split of the leading dimensions into two fits all tensors.
     """
     present = [t for t in tensors if t is not None]
     if all(t.is_contiguous() for t in present):
@@ -791,8 +818,8 @@ def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
 def triton_forward(
     residual: Tensor, branch: Tensor | None, operands: Operands, keep_a: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """The forward pass in one launch, with few tokens in two. Returns `out` and `a` (N, r), None unless kept."""
-    down, up, down_bias, up_bias, gain, _, scale, activation, packed = operands
+    """Run the forward in one launch, or two for few tokens. Return `out` and `a` (N, r), which is None unless kept."""
+    down, up, down_bias, up_bias, gain, _, scale, activation, packed, reads = operands
     dtype = residual.dtype if branch is None else torch.promote_types(residual.dtype, branch.dtype)
     hidden = residual.shape[-1]
     tokens = residual.numel() // hidden
@@ -831,21 +858,25 @@ def triton_forward(
             post_block_fwd_kernel, (schedule.programs,),
             residual, branch, down, up, down_bias, up_bias, gain, p_scale, out, a,
             scale, tokens, hidden, schedule.height, *strides,
-            schedule=schedule, **states, **shift,
+            schedule=schedule, **states, **shift, READS_BRANCH=reads == "branch",
             EVEN_D=hidden % schedule.block_d == 0 and hidden % schedule.block_d2 == 0,
         )  # fmt: skip
         return out, a
     reducing, writing = schedules
-    at_once = device.gpu == "cuda"  # `numerics.held` is written for it
+    at_once = device.gpu == "cuda"  # `numerics.held` is written for CUDA
     slots = next_power_of_2(reducing.splits)
-    sums_r = max(8, next_power_of_2(rank))  # not of the ranks that are padding where they are half of all
-    held_sums = slots * writing.block_n * sums_r  # at once, a thread has registers for 64 of them
+    sums_r = max(8, next_power_of_2(rank))  # without the padding ranks, if they are half of all
+    held_sums = slots * writing.block_n * sums_r  # at most 64 for each thread, for lack of registers
     partial = empty(tokens, reducing.splits, sums_r, dtype=torch.float32, device=residual.device)
+    read, of_read = (residual, branch), strides
+    if reads == "branch":
+        read, of_read = (branch, None), (inner, *of_branch, 0, 0)
     launch(
         post_block_fwd_down_kernel, (reducing.programs, reducing.splits),
-        residual, branch, down, partial, tokens, hidden, reducing.part, *strides,
-        schedule=reducing, **states, EVEN_D=hidden % reducing.block_d == 0, GROUPS=reducing.groups,
-        STAGES=reducing.num_stages, AT_ONCE=at_once and reducing.part == reducing.block_d, SUMS_R=sums_r,
+        *read, down, partial, tokens, hidden, reducing.part, *of_read,
+        schedule=reducing, **states | {"HAS_BRANCH": read[1] is not None}, EVEN_D=hidden % reducing.block_d == 0,
+        GROUPS=reducing.groups, STAGES=reducing.num_stages, SUMS_R=sums_r,
+        AT_ONCE=at_once and reducing.part == reducing.block_d,
     )  # fmt: skip
     launch(
         post_block_fwd_up_kernel, (writing.programs, writing.splits),
@@ -858,19 +889,26 @@ def triton_forward(
     return out, a
 
 
-def triton_backward(grad: Tensor, out: Tensor | None, a: Tensor | None, operands: Operands, needs: Needs) -> Gradients:
-    """The backward pass in at most three launches, four at ranks for which the columns kernel takes two passes.
+def triton_backward(grad: Tensor, kept: Tensor | None, a: Tensor | None, operands: Operands, needs: Needs) -> Gradients:
+    """Run the backward in at most three launches, or four at ranks where the columns kernel takes two passes.
 
-    The parameters' gradients come in the parameters' dtypes, each in a storage of its own.
+    kept: `out`, or branch if W1 is applied to branch. The parameters' gradients have the parameters' dtypes, each in
+    its own storage.
     """
-    down, up, down_bias, up_bias, gain, _, scale, activation, packed = operands
+    down, up, down_bias, up_bias, gain, _, scale, activation, packed, reads = operands
     hidden = grad.shape[-1]
     tokens = grad.numel() // hidden
     rank = 0 if a is None else a.shape[1]
     if tokens == 0:
         return _empty_gradients(grad, hidden, rank, needs)
     result = Gradients(x=grad if needs.x and rank == 0 else None)
-    (grad,), inner, (grad_strides,) = _row_layout(grad)
+    reads_branch = reads == "branch" and rank > 0
+    branch: Tensor | None = None
+    branch_strides: tuple[int | None, int | None] = (None, None)
+    if reads_branch and needs.down:
+        (grad, branch), inner, (grad_strides, branch_strides) = _row_layout(grad, kept)
+    else:
+        (grad,), inner, (grad_strides,) = _row_layout(grad)
     up_bias, gain = _contiguous(up_bias, gain)
     p_down, p_up = _contiguous(down, up) if packed is None else packed
     device = device_of(grad)
@@ -881,7 +919,7 @@ def triton_backward(grad: Tensor, out: Tensor | None, a: Tensor | None, operands
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return empty(*shape, dtype=dtype, device=grad.device)
 
-    # What the kernels share.
+    # Constants that the kernels share.
     constants: dict[str, Any] = {
         "device": grad.device,
         "RANK": rank, "DOT": policy, "PACKED": packed is not None, "HAS_UP_BIAS": up_bias is not None,
@@ -909,7 +947,7 @@ def triton_backward(grad: Tensor, out: Tensor | None, a: Tensor | None, operands
     sums = needs.down or needs.up or needs.up_bias
     slab, slab_size, parts = None, 2 * rank * hidden + block_r * block_r + block_r + hidden, 0
     if need_x or sums:
-        schedule = columns_schedule(tokens, hidden, rank, policy, device)
+        schedule = columns_schedule(tokens, hidden, rank, policy, device, not reads_branch)
         parts = schedule.splits
         slab = new(parts, slab_size) if sums else None
         result.x = new(*grad.shape, dtype=grad.dtype) if need_x else result.x
@@ -918,13 +956,14 @@ def triton_backward(grad: Tensor, out: Tensor | None, a: Tensor | None, operands
             pass_down = needs.down and down_too
             if not (pass_x or pass_down or pass_up or pass_up_bias):
                 continue
-            cross = ceil_div(block_r, CROSS_RANK) ** 2 if pass_down else 0
+            cross = ceil_div(block_r, CROSS_RANK) ** 2 if pass_down and not reads_branch else 0
             launch(
                 post_block_bwd_columns_kernel, (schedule.programs + cross, parts),
-                grad if pass_x or pass_up or pass_up_bias else None, out if pass_down else None,
+                grad if pass_x or pass_up or pass_up_bias else None,
+                kept if pass_down and not reads_branch else None, branch if pass_down else None,
                 narrow, p_down if pass_x else None, gain, p_scale, result.x if pass_x else None, slab,
-                scale, tokens, hidden, slab_size, inner, *grad_strides,
-                schedule=schedule, **constants, **strength,
+                scale, tokens, hidden, slab_size, inner, *grad_strides, *branch_strides,
+                schedule=schedule, **constants, **strength, READS_BRANCH=reads_branch,
                 NEED_X=pass_x, NEED_DOWN=pass_down, NEED_UP=pass_up, NEED_UP_BIAS=pass_up_bias,
                 NESTED=inner > 0, EVEN_D=hidden % schedule.block_d == 0,
                 CROSS_R=min(block_r, CROSS_RANK), STAGES=schedule.num_stages,
@@ -938,10 +977,11 @@ def triton_backward(grad: Tensor, out: Tensor | None, a: Tensor | None, operands
         result.up_bias = new(hidden, dtype=up_bias.dtype) if needs.up_bias and up_bias is not None else None
         launch(
             post_block_bwd_finish_kernel, (schedule.programs + needs.down_bias, schedule.splits),
-            slab, da_sums, p_up if needs.down else None, up_bias if needs.down else None,
+            slab, da_sums, *((p_up, up_bias) if needs.down and not reads_branch else (None, None)),
             result.down, result.up, result.down_bias, result.up_bias,
             hidden, slab_size, parts, 0 if da_sums is None else da_sums.shape[0],
-            schedule=schedule, **constants, PADDED_R=block_r, CORRECTION=dot_precision(torch.float32, device.gpu, 0),
+            schedule=schedule, **constants, READS_BRANCH=reads_branch, PADDED_R=block_r,
+            CORRECTION=dot_precision(torch.float32, device.gpu, 0),
             NEED_DOWN=needs.down, NEED_UP=needs.up, NEED_DOWN_BIAS=needs.down_bias, NEED_UP_BIAS=needs.up_bias,
             EVEN_D=hidden % schedule.block_d == 0, STAGES=schedule.num_stages,
         )  # fmt: skip
@@ -949,7 +989,7 @@ def triton_backward(grad: Tensor, out: Tensor | None, a: Tensor | None, operands
 
 
 def _empty_gradients(grad: Tensor, hidden: int, rank: int, needs: Needs) -> Gradients:
-    """The gradients of no tokens."""
+    """Return the gradients of a call without tokens."""
 
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.float32, device=grad.device)
@@ -971,23 +1011,23 @@ _BACKWARD = {"triton": triton_backward, "torch": torch_backend.backward}
 
 
 def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Autocast does not reach inside the op: its arithmetic is fp32 by definition."""
+    """Disable autocast inside the op, because its arithmetic is fp32 by definition."""
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
 
 
 def project(matrix: Tensor, basis: Tensor) -> Tensor:
-    """(I − V Vᵀ) M for M (d, r) and an orthonormal V = basis (d, k), in M's accumulation dtype (paper §5.2)."""
+    """Return (I − V Vᵀ) M for M (d, r) and an orthonormal V = basis (d, k), in M's accumulation dtype (paper §5.2)."""
     acc = torch_backend.accumulation_dtype(matrix.dtype)
     matrix, basis = matrix.to(acc), basis.to(acc)
     return torch.addmm(matrix, basis, basis.t() @ matrix, alpha=-1)
 
 
 def forward(residual: Tensor, branch: Tensor | None, operands: Operands, keep_a: bool) -> tuple[Tensor, Tensor | None]:
-    """The forward pass on the backend of the residual's device. Returns `out` and `a` (N, r), None unless kept.
+    """Run the forward on the backend of the residual's device. Return `out` and `a` (N, r), which is None unless kept.
 
-    Packed operands are for the Triton backend, without a basis.
+    Packed operands require the Triton backend and no basis.
     """
     with _no_autocast(residual.device):
         backend = select_backend(residual.device)
@@ -995,14 +1035,19 @@ def forward(residual: Tensor, branch: Tensor | None, operands: Operands, keep_a:
         return _FORWARD[backend](residual, branch, _projected(operands), keep_a)
 
 
-def backward(grad: Tensor, out: Tensor | None, a: Tensor | None, operands: Operands, needs: list[bool]) -> list[Tensor]:
-    """The gradients that `needs` asks for (of x, down, up, down_bias, up_bias, gain, scale), in that order, each in the
-    dtype of its own tensor; that of x in the dtype of `grad`."""
+def backward(
+    grad: Tensor, kept: Tensor | None, a: Tensor | None, operands: Operands, needs: list[bool]
+) -> list[Tensor]:
+    """Return the gradients of x, down, up, down_bias, up_bias, gain and scale that `needs` selects, in that order.
+
+    Each has the dtype of its own tensor. The gradient of x has the dtype of `grad`. kept: `out`, or branch if W1 is
+    applied to branch. It is only needed for the gradient of W1.
+    """
     need_x, need_down, need_up, need_down_bias, need_up_bias, need_gain, need_scale = needs
     wanted = Needs(need_x, need_down, need_up, need_down_bias, need_up_bias, need_gain or need_scale)
     gain, basis, scale = operands.gain, operands.basis, operands.scale
     with _no_autocast(grad.device):
-        found = _BACKWARD[select_backend(grad.device)](grad, out, a, _projected(operands), wanted)
+        found = _BACKWARD[select_backend(grad.device)](grad, kept, a, _projected(operands), wanted)
         if basis is not None and found.up is not None:
             found.up = project(found.up, basis)
         result: list[Tensor] = []
@@ -1041,41 +1086,42 @@ def _of_op(
     basis: Tensor | None,
     scale: float,
     activation: str,
+    reads: str,
 ) -> Operands:
-    """The operands of a registered op, which takes the scale as a number or as a tensor."""
+    """Return the operands of a registered op, which takes the scale as a number or as a tensor."""
     s = scale if scale_tensor is None else scale_tensor
-    return Operands(down, up, down_bias, up_bias, gain, basis, s, activation)
+    return Operands(down, up, down_bias, up_bias, gain, basis, s, activation, reads=reads)
 
 
 def _eager_forward(residual: Tensor, branch: Tensor | None, *inputs: Any) -> tuple[Tensor, Tensor | None]:
     return forward(residual, branch, _of_op(*inputs[:-1]), inputs[-1])
 
 
-def _eager_backward(grad: Tensor, out: Tensor | None, a: Tensor | None, *inputs: Any) -> list[Tensor]:
-    return backward(grad, out, a, _of_op(*inputs[:-1]), inputs[-1])
+def _eager_backward(grad: Tensor, kept: Tensor | None, a: Tensor | None, *inputs: Any) -> list[Tensor]:
+    return backward(grad, kept, a, _of_op(*inputs[:-1]), inputs[-1])
 
 
 # ------------------------------------------------------------------------------------------------------ registered ops
 #
-# What torch.compile and torch.export see. Eager calls go past them: a dispatch through torch.library costs tens of
-# microseconds, more than the kernel itself at decode sizes.
+# The ops in graphs of torch.compile and torch.export. Eager calls bypass them, because a dispatch through torch.library
+# takes tens of microseconds, more than the kernel itself at decode sizes.
 
 _OPERANDS = (
     "Tensor? down, Tensor? up, Tensor? down_bias, Tensor? up_bias, Tensor? gain, Tensor? scale_tensor, Tensor? basis, "
-    "float scale, str activation"
+    "float scale, str activation, str reads"
 )
 
 
-#: Plans by what a graph's call is of: all layers and adapters of the same shapes share one.
+#: Plans by the kind of a graph's call. All layers and adapters of the same shapes share one.
 _forward_plans: dict[Any, OpPlan] = {}
 _backward_plans: dict[Any, OpPlan] = {}
 
 
 def _post_block_op(*inputs: Any) -> Sequence[Tensor]:
-    residual, branch, down, _, down_bias, up_bias, gain, scale_tensor, basis, scale, activation, keep_a = inputs
+    residual, branch, down, _, down_bias, up_bias, gain, scale_tensor, basis, scale, activation, reads, keep_a = inputs
     key = (
         residual.shape, residual.dtype, branch is None, None if down is None else (down.shape, down.dtype),
-        down_bias is None, up_bias is None, gain is None, scale_tensor is None, scale, activation, keep_a,
+        down_bias is None, up_bias is None, gain is None, scale_tensor is None, scale, activation, reads, keep_a,
     )  # fmt: skip
 
     def call() -> Sequence[Tensor]:
@@ -1087,54 +1133,56 @@ def _post_block_op(*inputs: Any) -> Sequence[Tensor]:
     return run_planned(_forward_plans, key, inputs, call)
 
 
-#: Plans of `post_block_inference`; and for each activation the `run` of the last call's.
+#: Plans of `post_block_inference`, and for each activation and `reads` the `run` of the last call's plan.
 _inference_plans: dict[Any, Plan] = {}
-_last_inference: dict[str, Callable[..., Tensor | None]] = {}
+_last_inference: dict[tuple[str, str], Callable[..., Tensor | None]] = {}
 
 
-def _inference_key(residual: Tensor, branch: Tensor, down: Tensor, up: Tensor, scale: Tensor, activation: str) -> Any:
-    return residual.shape, residual.dtype, branch.dtype, down.shape, down.dtype, down.requires_grad, activation
+def _inference_key(
+    residual: Tensor, branch: Tensor, down: Tensor, up: Tensor, scale: Tensor, activation: str, reads: str
+) -> Any:
+    return residual.shape, residual.dtype, branch.dtype, down.shape, down.dtype, down.requires_grad, activation, reads
 
 
-def _plan_inference(operands: tuple[Tensor, ...], activation: str) -> tuple[Tensor, Plan | None]:
-    """The result of a call that goes the ordinary way, and the plan of the next such calls."""
+def _plan_inference(operands: tuple[Tensor, ...], activation: str, reads: str) -> tuple[Tensor, Plan | None]:
+    """Run a call the ordinary way. Returns its result, and the plan for the next such calls."""
     *four, scale = operands
     none = (None,) * 3  # b1, b2, gain
-    inputs = (*four, *none, scale, None, 1.0, activation, False)
+    inputs = (*four, *none, scale, None, 1.0, activation, reads, False)
     (out,), plan = Plan.make(operands, lambda: _eager_forward(*inputs)[:1])
     if plan is not None:
-        keep(_inference_plans, _inference_key(*operands, activation), plan)
+        keep(_inference_plans, _inference_key(*operands, activation, reads), plan)
     return out, plan
 
 
 def _post_block_inference_op(
-    residual: Tensor, branch: Tensor, down: Tensor, up: Tensor, scale: Tensor, activation: str
+    residual: Tensor, branch: Tensor, down: Tensor, up: Tensor, scale: Tensor, activation: str, reads: str = "sum"
 ) -> Tensor:
     weights = (down, up, scale)
-    out = _last_inference.get(activation, no_plan)(residual, branch, weights)
+    out = _last_inference.get((activation, reads), no_plan)(residual, branch, weights)
     if out is not None:
         return out
-    plan = _inference_plans.get(_inference_key(residual, branch, *weights, activation))
+    plan = _inference_plans.get(_inference_key(residual, branch, *weights, activation, reads))
     out = None if plan is None else plan.run(residual, branch, weights)
     if out is None:
-        out, plan = _plan_inference((residual, branch, *weights), activation)
+        out, plan = _plan_inference((residual, branch, *weights), activation, reads)
     if plan is not None:
-        _last_inference[activation] = plan.run
+        _last_inference[activation, reads] = plan.run
     return out
 
 
-def start_inference(activation: str) -> Callable[..., None]:
-    """Make what the code that Inductor generates calls in place of `post_block_inference`, one function for each graph:
-    see `inductor.start_directly`."""
+def start_inference(activation: str, reads: str = "sum") -> Callable[..., None]:
+    """Make the function that a graph generated by Inductor calls instead of `post_block_inference`: see
+    `inductor.start_directly`."""
 
     def start(residual: Tensor, branch: Tensor, down: Tensor, up: Tensor, scale: Tensor, out: Tensor) -> None:
         nonlocal last
         if last(residual, branch, down, up, scale, out):
             return
         operands = (residual, branch, down, up, scale)
-        plan = _inference_plans.get(_inference_key(*operands, activation))
+        plan = _inference_plans.get(_inference_key(*operands, activation, reads))
         if plan is None or not plan.fill(*operands, out):
-            result, plan = _plan_inference(operands, activation)
+            result, plan = _plan_inference(operands, activation, reads)
             out.copy_(result)
         if plan is not None:
             last = plan.fill
@@ -1143,13 +1191,13 @@ def start_inference(activation: str) -> Callable[..., None]:
     return start
 
 
-def _post_block_inference_fake(residual, branch, down, up, scale, activation):
+def _post_block_inference_fake(residual, branch, down, up, scale, activation, reads="sum"):
     start_directly(torch.ops.fused_steer.post_block_inference.default, start_inference)
     return residual.new_empty(residual.shape, dtype=torch.promote_types(residual.dtype, branch.dtype))
 
 
 def _post_block_fake(
-    residual, branch, down, up, down_bias, up_bias, gain, scale_tensor, basis, scale, activation, keep_a
+    residual, branch, down, up, down_bias, up_bias, gain, scale_tensor, basis, scale, activation, reads, keep_a
 ):  # fmt: skip
     dtype = residual.dtype if branch is None else torch.promote_types(residual.dtype, branch.dtype)
     out = residual.new_empty(residual.shape, dtype=dtype)
@@ -1159,16 +1207,16 @@ def _post_block_fake(
 
 
 def _post_block_backward_op(*inputs: Any) -> Sequence[Tensor]:
-    grad, out, a, down, _, down_bias, up_bias, gain, scale_tensor, basis, scale, activation, needs = inputs
+    grad, kept, a, down, _, down_bias, up_bias, gain, scale_tensor, basis, scale, activation, reads, needs = inputs
     key = (
-        grad.shape, grad.dtype, out is None, a is None, None if down is None else (down.shape, down.dtype),
-        down_bias is None, up_bias is None, gain is None, scale_tensor is None, scale, activation, *needs,
+        grad.shape, grad.dtype, kept is None, a is None, None if down is None else (down.shape, down.dtype),
+        down_bias is None, up_bias is None, gain is None, scale_tensor is None, scale, activation, reads, *needs,
     )  # fmt: skip
     return run_planned(_backward_plans, key, inputs, lambda: _eager_backward(*inputs))
 
 
 def _post_block_backward_fake(
-    grad, out, a, down, up, down_bias, up_bias, gain, scale_tensor, basis, scale, activation, needs
+    grad, kept, a, down, up, down_bias, up_bias, gain, scale_tensor, basis, scale, activation, reads, needs
 ):  # fmt: skip
     likes = (grad, down, up, down_bias, up_bias, gain, scale_tensor)
     return [like.new_empty(like.shape) for like, need in zip(likes, needs, strict=True) if need]
@@ -1184,11 +1232,11 @@ def _refuse_second_derivative(ctx: Any, *grad_outputs: Any) -> Any:
 
 
 class _FirstOrder(torch.autograd.Function):
-    """Passes gradients on, and refuses to be differentiated: without it a second derivative would be a silent zero."""
+    """Passes gradients on and raises if it is differentiated. Otherwise a second derivative would silently be zero."""
 
     @staticmethod
     def forward(of: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """The gradients, which come after the `of` tensors that they depend on."""
+        """Return the gradients unchanged. They follow the first `of` tensors, on which they depend."""
         return tuple(g.view_as(g) for g in tensors[of:])
 
     @staticmethod
@@ -1199,17 +1247,19 @@ class _FirstOrder(torch.autograd.Function):
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None]) -> None:
-    residual, branch, down, up, down_bias, up_bias, gain, scale_tensor, basis, scale, activation, _ = inputs
+    residual, branch, down, up, down_bias, up_bias, gain, scale_tensor, basis, scale, activation, reads, _ = inputs
     out, a = output
-    x, branch_needs, d_down, d_up, d_down_bias, d_up_bias, d_gain, d_scale = ctx.needs_input_grad[:8]
+    residual_needs, branch_needs, d_down, d_up, d_down_bias, d_up_bias, d_gain, d_scale = ctx.needs_input_grad[:8]
     adapter = down is not None
-    ctx.needs = [(x or branch_needs) and adapter, d_down, d_up, d_down_bias, d_up_bias, d_gain, d_scale]
-    ctx.dtypes = (residual.dtype if x else None, branch.dtype if branch_needs else None)
-    ctx.constants = (scale, activation)
+    of_sum = reads == "sum"
+    x = branch_needs or (residual_needs and of_sum)
+    ctx.needs = [x and adapter, d_down, d_up, d_down_bias, d_up_bias, d_gain, d_scale]
+    ctx.dtypes = (residual.dtype if residual_needs else None, branch.dtype if branch_needs else None)
+    ctx.constants = (scale, activation, reads)
     reduces = any((*ctx.needs[:4], d_gain, d_scale))
     if any(ctx.needs):
         ctx.save_for_backward(
-            out if d_down else None,
+            (out if of_sum else branch) if d_down else None,
             a if adapter and reduces else None,
             down,
             up,
@@ -1224,40 +1274,42 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.set_materialize_grads(False)
 
 
-def saved_tensors(ctx: Any) -> tuple[Tensor, ...]:
-    """The tensors that the forward pass saved.
+def saved_tensors(ctx: Any, reads: str) -> tuple[Tensor, ...]:
+    """Return the tensors that the forward saved. `reads` is the tensor that W1 was applied to.
 
     Raises:
-        RuntimeError: one was changed in place since. Our own line says so of the output.
+        RuntimeError: one was changed in place. For the output the message explains why.
     """
     try:
         return ctx.saved_tensors
     except RuntimeError as error:
-        if "inplace" not in str(error) or "PostBlock" not in str(error):
+        if "inplace" not in str(error) or "PostBlock" not in str(error) or reads != "sum":
             raise
         raise RuntimeError(
             "the output of post_block was changed in place, but the gradient of W1 is computed from it; expected a "
-            "change of a copy (output.clone())"
+            "changed copy (output.clone())"
         ) from None
 
 
 def _differentiate(ctx: Any, grad: Tensor | None, run: Any) -> tuple[Tensor | None, ...]:
-    """The gradients of all inputs, computed by `run`: `_eager_backward`, or the registered op."""
+    """Return the gradients of all inputs, computed by `run`: `_eager_backward`, or the registered op."""
     if grad is None:
-        return (None,) * 12
-    found = iter(run(grad, *saved_tensors(ctx), *ctx.constants, ctx.needs) if any(ctx.needs) else ())
+        return (None,) * 13
+    reads = ctx.constants[-1]
+    found = iter(run(grad, *saved_tensors(ctx, reads), *ctx.constants, ctx.needs) if any(ctx.needs) else ())
     dx, *others = [next(found) if need else None for need in ctx.needs]
     if dx is None:
-        dx = grad  # a vector moves the hidden state by a constant
-    d_residual, d_branch = (None if dtype is None else dx.to(dtype) for dtype in ctx.dtypes)
-    return (d_residual, d_branch, *others, None, None, None, None)
+        dx = grad  # a vector shifts the hidden state by a constant
+    both = (dx if reads == "sum" else grad, dx)
+    d_residual, d_branch = (None if dtype is None else d.to(dtype) for d, dtype in zip(both, ctx.dtypes, strict=True))
+    return (d_residual, d_branch, *others, None, None, None, None, None)
 
 
 class _PostBlock(torch.autograd.Function):
-    """The op in eager mode."""
+    """The autograd function of the op in eager mode."""
 
-    # With a `setup_context` of its own, PyTorch would bind the arguments to a signature in every call, which takes the
-    # host longer than the rest of it.
+    # Without a separate `setup_context`, because PyTorch would then bind the arguments to a signature in every call.
+    # That takes the host longer than the rest of the call.
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor | None]:
         output = _eager_forward(*inputs)
@@ -1276,8 +1328,10 @@ class _PostBlock(torch.autograd.Function):
 
 
 class _TransformedPostBlock(torch.autograd.Function):
-    """The op under torch.func's transforms, which take an autograd function in this form only, and may hand it tensors
-    that no kernel can read: the registered ops reach those beneath."""
+    """The autograd function of the op under torch.func's transforms.
+
+    They accept only this form, and may pass tensors that no kernel can read. The registered ops unwrap these.
+    """
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
@@ -1297,7 +1351,7 @@ class _TransformedPostBlock(torch.autograd.Function):
 
 
 def first_order(of: tuple[Tensor, ...], gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    """The gradients, which depend on `of` and refuse to be differentiated."""
+    """Return the gradients, which depend on `of` and raise if they are differentiated."""
     passed = iter(_FirstOrder.apply(len(of), *of, *(g for g in gradients if g is not None)))
     return tuple(None if g is None else next(passed) for g in gradients)
 
@@ -1307,7 +1361,7 @@ def _op_backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tenso
 
 
 class _RegisteredPostBlock(torch.autograd.Function):
-    """The op in a graph."""
+    """The autograd function of the op in a graph."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
@@ -1327,14 +1381,15 @@ _op = register(
     f"post_block(Tensor residual, Tensor? branch, {_OPERANDS}, bool keep_a) -> (Tensor, Tensor)",
     _post_block_op, _post_block_fake, _RegisteredPostBlock.apply,
 )  # fmt: skip
-# What a layer usually is in a graph that asks for no gradient: each argument and each result costs a conversion.
+# The usual call of a layer in a graph without gradients. It is separate because each argument and result costs a
+# conversion.
 register(
-    "post_block_inference(Tensor residual, Tensor branch, Tensor down, Tensor up, Tensor scale, str activation)"
-    " -> Tensor",
+    "post_block_inference(Tensor residual, Tensor branch, Tensor down, Tensor up, Tensor scale, str activation, "
+    'str reads="sum") -> Tensor',
     _post_block_inference_op, _post_block_inference_fake, None,
 )  # fmt: skip
 _backward_op = register(
-    f"post_block_backward(Tensor grad, Tensor? out, Tensor? a, {_OPERANDS}, bool[] needs) -> Tensor[]",
+    f"post_block_backward(Tensor grad, Tensor? kept, Tensor? a, {_OPERANDS}, bool[] needs) -> Tensor[]",
     _post_block_backward_op, _post_block_backward_fake, _differentiable_backward_op,
 )  # fmt: skip
 
@@ -1354,8 +1409,8 @@ def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], device: tor
 
 
 def check_operands(residual: Tensor, branch: Tensor | None, operands: Operands) -> None:
-    """Refuse what the op does not define, in one line that says what came and what was expected."""
-    down, up, down_bias, up_bias, gain, basis, scale, activation, _ = operands
+    """Check the operands of the op. Raise a one-line error with the value and the expected one."""
+    down, up, down_bias, up_bias, gain, basis, scale, activation, _, reads = operands
     if residual.dim() < 1 or residual.shape[-1] == 0:
         raise ValueError(f"residual has shape {tuple(residual.shape)}; expected (..., d) with d > 0")
     device, hidden = residual.device, residual.shape[-1]
@@ -1364,6 +1419,7 @@ def check_operands(residual: Tensor, branch: Tensor | None, operands: Operands) 
         _check_tensor("branch", branch, residual.shape, device)
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
+    check_reads(reads, branch)
     if (down is None) != (up is None):
         missing, given = ("down", "up") if down is None else ("up", "down")
         raise ValueError(f"{missing} is None but {given} is given; expected both, or neither for a steering vector")
@@ -1414,52 +1470,64 @@ def post_block(
     scale: float | Tensor = 1.0,
     gain: Tensor | None = None,
     basis: Tensor | None = None,
+    reads: str = "sum",
 ) -> Tensor:
     """Post-block steering, x + s · g ⊙ (φ(x W1ᵀ + b1) W2'ᵀ + b2) with x = residual + branch (arXiv 2603.00425, §3).
 
-    One pass over the hidden state, forward; the backward is written by hand and keeps the output and a (N, r) only.
-    Where the shift is exactly zero (a fresh adapter, gain or scale 0) the result is `residual + branch` bit for bit.
-    Autocast changes nothing: sums and adapter arithmetic are float32 (float64 for float64 inputs), the result has the
-    dtype of `residual + branch`.
+    With reads="branch" W1 is applied to branch instead of x: x + s · g ⊙ (φ(branch W1ᵀ + b1) W2'ᵀ + b2). This is the
+    paper's post-MLP site, where branch is the MLP's output.
+
+    The forward is one pass over the hidden state. The backward is written by hand and keeps only the output and a
+    (N, r); with reads="branch" it keeps branch instead of the output. If the shift is exactly zero (a fresh adapter, or
+    zero gain or scale), the result is `residual + branch` bit for bit. Autocast has no effect: sums and adapter
+    arithmetic are float32, or float64 for float64 inputs.
 
     Args:
-        residual: (..., d), float32, bfloat16, float16, or, on the torch backend, float64. Any strides; only a last
-            stride other than 1 or leading dimensions that do not collapse into two cost a copy.
-        branch: (..., d), what the block adds to the residual; None steers a finished hidden state.
-        down: W1 (r, d), r at most 256, any of the dtypes; None, with `up`, for a steering vector.
+        residual: (..., d), float32, bfloat16, float16, or, on the torch backend, float64. Any strides are allowed. Only
+            a last stride other than 1, or leading dimensions that do not collapse into two, cause a copy.
+        branch: (..., d), the sublayer's output, which is added to the residual. None steers a finished hidden state.
+        down: W1 (r, d), r at most 256, of any of these dtypes. None, with `up`, for a steering vector.
         up: W2 (d, r).
         down_bias: b1 (r,).
-        up_bias: b2 (d,); alone, it is a steering vector.
+        up_bias: b2 (d,). Without W1 and W2 it is a steering vector.
         activation: φ, one of identity, silu, gelu (erf), gelu_tanh, relu, tanh.
-        scale: s, a number or a 0-dim tensor on the same device.
-        gain: g, (...), one factor a token; None is 1.
-        basis: V (d, k), orthonormal columns, a constant: W2' = (I − V Vᵀ) W2, and W2's gradient is projected alike.
+        scale: the strength s, a number or a 0-dim tensor on the same device.
+        gain: g, (...), one factor for each token. None means 1.
+        basis: V (d, k) with orthonormal columns, a constant. Then W2' = (I − V Vᵀ) W2, and W2's gradient is projected
+            in the same way.
+        reads: the tensor that W1 is applied to, "sum" (residual + branch) or "branch", which must be given. A steering
+            vector is the same in both.
 
     Returns:
-        (..., d), contiguous, in the dtype that `residual + branch` has.
+        (..., d), contiguous, in the dtype of `residual + branch`.
 
     Raises:
-        ValueError: a shape, device, rank or activation that the op does not take.
-        TypeError: a dtype that it does not take, or a scale that is neither number nor tensor.
-        RuntimeError: FUSED_STEER_BACKEND asks for what cannot run; a second derivative is asked for.
+        ValueError: a shape, device, rank, activation or `reads` is not supported.
+        TypeError: a dtype is not supported, or the scale is neither a number nor a tensor.
+        RuntimeError: the backend of FUSED_STEER_BACKEND cannot run here, or a second derivative is required.
     """
     in_graph = torch.compiler.is_compiling() or is_described(residual)
     check_operands(
-        residual, branch, Operands(down, up, down_bias, up_bias, gain, basis, scale, activation)
+        residual, branch, Operands(down, up, down_bias, up_bias, gain, basis, scale, activation, reads=reads)
     )  # fmt: skip
     if down is not None and down.shape[0] == 0:
         if up_bias is None:
             raise ValueError("down and up have rank 0 and up_bias is None; expected a rank of at least 1, or up_bias")
         down = up = down_bias = basis = None
+    if down is None:
+        reads = "sum"
     scale_tensor, s = (scale, 1.0) if isinstance(scale, Tensor) else (None, float(scale))
     rank = 0 if down is None else down.shape[0]
     differentiated = (residual, branch, down, up, down_bias, up_bias, gain, scale_tensor)
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiated)
-    inputs = (*differentiated, basis, s, activation, wanted and rank > 0)
+    inputs = (*differentiated, basis, s, activation, reads, wanted and rank > 0)
     if in_graph:
         if not wanted and branch is not None and down is not None and up is not None and scale_tensor is not None:
             if down_bias is None and up_bias is None and gain is None and basis is None:
-                return torch.ops.fused_steer.post_block_inference(residual, branch, down, up, scale_tensor, activation)
+                # The default is left out: each argument costs a conversion.
+                read = () if reads == "sum" else (reads,)
+                op = torch.ops.fused_steer.post_block_inference
+                return op(residual, branch, down, up, scale_tensor, activation, *read)
         return torch.ops.fused_steer.post_block(*inputs)[0]
     if torch._C._are_functorch_transforms_active():
         return _TransformedPostBlock.apply(*inputs)[0]

@@ -1,8 +1,9 @@
-"""Steering adapters behind `vllm serve`, over HTTP on loopback: named as models, loaded and unloaded, under load."""
+"""Tests of steering adapters behind `vllm serve`, over HTTP on loopback: model names, loading, unloading, load."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import socket
@@ -18,9 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 from vllm_models import NEW_TOKENS, PROMPTS, answers, save_adapter, save_model
 
-from fused_steer import SteerConfig
+from fused_steer import SteerConfig, patch_model
 
 pytestmark = pytest.mark.vllm
 
@@ -39,7 +42,7 @@ def name_of(number: int) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """model/, and sixteen adapters."""
+    """Make a folder with model/ and sixteen adapters."""
     root = tmp_path_factory.mktemp("served")
     save_model(root / "model")
     for number in range(RESIDENTS + GUESTS):
@@ -51,7 +54,7 @@ class Server:
     def __init__(self, folder: Path, port: int, log: Path) -> None:
         self.folder, self.url, self.log = folder, f"http://127.0.0.1:{port}", log
         residents = [f"{name_of(n)}={folder / name_of(n)}" for n in range(RESIDENTS)]
-        # What `vllm serve` starts; that command asks for the package "vllm", which its CPU build is not called.
+        # The module behind `vllm serve`. That command needs a package named "vllm"; the CPU build has another name.
         command = [
             sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder / "model"),
             "--served-model-name", "base",
@@ -76,21 +79,20 @@ class Server:
 
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=300)
 
-    def tokens(self, client: Any, model: str, prompt: int) -> list[int]:
-        """The greedy continuation of PROMPTS[prompt] by the adapter of that name, or "base"."""
+    def tokens(self, client: Any, model: str, prompt: int, steering: str | None = None) -> list[int]:
+        """Request the greedy continuation of PROMPTS[prompt] from an adapter, with steering options, or from "base"."""
         answer = client.completions.create(
             model=model,
             prompt=PROMPTS[prompt],
             temperature=0,
             max_tokens=NEW_TOKENS,
-            extra_body={"ignore_eos": True, "return_token_ids": True},
+            extra_body={"ignore_eos": True, "return_token_ids": True}
+            | ({} if steering is None else {"vllm_xargs": {"steering": steering}}),
         )
         assert answer.model == model
         return answer.choices[0].token_ids
 
     def post(self, what: str, **fields: Any) -> tuple[int, str]:
-        import json
-
         request = urllib.request.Request(
             f"{self.url}/v1/{what}", json.dumps(fields).encode(), {"Content-Type": "application/json"}
         )
@@ -135,8 +137,26 @@ def test_vllm_server_a_client_names_the_adapter_as_the_model(server):
         assert [server.tokens(client, name, prompt) for prompt in range(len(PROMPTS))] == server.expected(name)
 
 
+def test_vllm_server_a_strength_and_positions_for_a_request(server):
+    client = server.client()
+    model = patch_model(
+        AutoModelForCausalLM.from_pretrained(server.folder / "model"), server.folder / "resident-0", adapter_name="one"
+    )
+    found = []
+    for given in ({"scale": 0.5}, {"scale": -3, "positions": "generated"}, {"scale": 4, "positions": ["last", 2]}):
+        positions = given.get("positions", "all")
+        with model.steering.batch(
+            ["one"], scale=given["scale"], positions=tuple(positions) if isinstance(positions, list) else positions
+        ):
+            ids = torch.tensor([PROMPTS[0]])
+            right = model.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None)
+        found.append(server.tokens(client, "resident-0", 0, json.dumps(given)))
+        assert found[-1] == right[0, ids.shape[1] :].tolist()
+    assert len({tuple(tokens) for tokens in found}) == 3
+
+
 def test_vllm_server_loaded_and_unloaded_while_a_request_runs(server):
-    """What streams goes on by the adapter that it began with, though that is unloaded meanwhile."""
+    """A stream continues with the adapter that it began with, even if the adapter is unloaded meanwhile."""
     import openai
 
     client = server.client()
@@ -169,78 +189,94 @@ def test_vllm_server_what_cannot_be_served_fails_alone(server, tmp_path):
     with pytest.raises(openai.NotFoundError, match="nobody"):
         server.tokens(client, "nobody", 0)
     assert server.unload("nobody")[0] == 404
-    # An adapter that is broken, of another size, not there, or there already.
+    # An adapter that is broken, has another size, is missing, or is already loaded.
     shutil.copytree(server.folder / "resident-0", tmp_path / "broken")
     weights = tmp_path / "broken" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
     save_model(tmp_path / "other", hidden_size=96, num_attention_heads=3, num_key_value_heads=1, head_dim=32)
     save_adapter(tmp_path / "other", tmp_path / "wide", SteerConfig(rank=2), 1)
     for path, part in (
-        (tmp_path / "broken", "its contents are not those that adapter_config.json was saved with"),
+        (tmp_path / "broken", "its contents do not match adapter_config.json"),
         (tmp_path / "wide", "is for a model of hidden size 96; expected 64"),
         (tmp_path / "nothing", "No adapter found"),
     ):
         status, text = server.load("bad", path)
         assert status >= 400 and part in text
     assert server.load("resident-0", server.folder / "resident-0")[0] == 400
-    # One whose files are changed once it is loaded, and evicted.
+    # An adapter that is loaded and evicted, and then has its files changed, answers as it was loaded.
     shutil.copytree(server.folder / "resident-0", tmp_path / "later")
     assert server.load("later", tmp_path / "later")[0] == 200
     (tmp_path / "later" / "adapter_model.safetensors").write_bytes(b"")
     for number in range(8):
         server.tokens(client, name_of(number), 0)
-    with pytest.raises(openai.BadRequestError, match="it has no header"):
-        server.tokens(client, "later", 0)
+    assert server.tokens(client, "later", 0) == server.expected("resident-0")[0]
     assert server.unload("later")[0] == 200
+    # Steering options that are unknown, or given to the base model.
+    for model, options, part in (
+        ("resident-0", '{"strength": 1}', "steering has strength; expected scale and positions alone"),
+        ("resident-0", "{", "expected an object, or its JSON text"),
+        ("base", '{"scale": 1}', "steering is given with no adapter"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=part):
+            server.tokens(client, model, 0, options)
     assert server.tokens(client, "resident-0", 0) == server.expected("resident-0")[0]
     assert server.tokens(client, "base", 0) == server.expected("base")[0]
 
 
-def test_vllm_server_five_hundred_requests_with_adapters_coming_and_going(server):
-    """Over four slots and six places in memory: none lost, none answered by another adapter."""
+def test_vllm_server_a_thousand_requests_with_adapters_coming_and_going(server, tmp_path):
+    """With four slots and six places in memory, no request is lost and none is answered by another adapter.
+
+    Meanwhile adapters of other contents are loaded under a name and path that were in use before, their files are
+    overwritten or deleted while they are served, and they are unloaded.
+    """
     client = server.client()
     wrong: list[Any] = []
     done: list[str] = []
 
-    def ask(name: str, prompt: int) -> None:
+    def ask(name: str, prompt: int, content: str) -> None:
         try:
             tokens = server.tokens(client, name, prompt)
         except Exception as error:
             wrong.append((name, prompt, error))
             return
-        if tokens != server.expected(name)[prompt]:
-            wrong.append((name, prompt, tokens))
+        if tokens != server.expected(content)[prompt]:
+            wrong.append((name, content, prompt, tokens))
         done.append(name)
 
     def guests(number: int) -> None:
-        name = name_of(number)
-        for _ in range(5):
-            status, text = server.load(name, server.folder / name)
+        name, path = name_of(number), tmp_path / str(number)
+        for turn in range(5):
+            content = name_of(RESIDENTS + (number + turn) % GUESTS)
+            shutil.copytree(server.folder / content, path)
+            status, text = server.load(name, path)
             if status != 200:
                 wrong.append((name, status, text))
+            if turn % 2:
+                (path / "adapter_model.safetensors").write_bytes(b"overwritten")
+            shutil.rmtree(path)
             with ThreadPoolExecutor(5) as few:
-                list(few.map(lambda prompt: ask(name, prompt % len(PROMPTS)), range(5)))
+                list(few.map(lambda prompt, content=content: ask(name, prompt % len(PROMPTS), content), range(10)))
             status, text = server.unload(name)
             if status != 200:
                 wrong.append((name, status, text))
 
     for name in ("base", *(name_of(number) for number in range(RESIDENTS + GUESTS))):
-        server.expected(name)  # worked out before, so that the requests come close on each other
+        server.expected(name)  # computed beforehand, so that the requests come in quick succession
     coming = [threading.Thread(target=guests, args=[RESIDENTS + number]) for number in range(GUESTS)]
     for thread in coming:
         thread.start()
     names = [*(name_of(number) for number in range(RESIDENTS)), "base"]
     with ThreadPoolExecutor(16) as pool:
-        list(pool.map(lambda i: ask(names[i % len(names)], i % len(PROMPTS)), range(400)))
+        list(pool.map(lambda i: ask(names[i % len(names)], i % len(PROMPTS), names[i % len(names)]), range(800)))
     for thread in coming:
         thread.join()
     assert not wrong, wrong[:5]
-    assert len(done) == 500 and set(done) == {*names, *(name_of(RESIDENTS + n) for n in range(GUESTS))}
+    assert len(done) == 1000 and set(done) == {*names, *(name_of(RESIDENTS + n) for n in range(GUESTS))}
     assert {*answers_by_content(server)} and server.process.poll() is None
 
 
 def answers_by_content(server: Server) -> set[tuple[int, ...]]:
-    """One prompt's answers by all adapters: if two were alike, content would not tell whose it is."""
+    """Return all adapters' answers to one prompt, to check that answers identify their adapter."""
     names = ["base", *(name_of(number) for number in range(RESIDENTS + GUESTS))]
     found = {tuple(server.expected(name)[0]) for name in names}
     assert len(found) == len(names)

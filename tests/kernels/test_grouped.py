@@ -1,4 +1,4 @@
-"""The op for a batch in which every token may have an adapter of its own."""
+"""Tests of the grouped op, in which each token may have a different adapter."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import torch
 from compiling import run_compiling
 from fused_steer.kernels import ACTIVATIONS, grouped
 from fused_steer.kernels.aot import SHARED_MEMORY, record_grouped
+from fused_steer.kernels.contract import READS
 from fused_steer.kernels.grouped import post_block_grouped
 from fused_steer.kernels.schedule import TARGETS
 from ops import PHI, relative_error
 from torch import Tensor
 
-FEW, MANY = 7, 41  # a token each program's; tiles of tokens
+FEW, MANY = 7, 41  # one program per token; one program per tile of tokens
 
 
 @pytest.fixture(autouse=True)
@@ -34,28 +35,31 @@ class Batch:
     up_biases: Tensor | None
     gain: Tensor | None
     activation: Any = "silu"
+    reads: str = "sum"
 
     def call(self, **options: Any) -> Tensor:
         return post_block_grouped(
             self.residual, self.branch, self.downs, self.ups, self.ids, down_biases=self.down_biases,
-            up_biases=self.up_biases, activation=self.activation, gain=self.gain, **options,
+            up_biases=self.up_biases, activation=self.activation, gain=self.gain, reads=self.reads, **options,
         )  # fmt: skip
 
     def name(self, slot: int) -> str:
         return self.activation if isinstance(self.activation, str) else ACTIVATIONS[int(self.activation[slot])]
 
     def definition(self, dtype: torch.dtype) -> Tensor:
-        """Token by token, as the formula has it."""
+        """Compute the op token by token by its formula."""
         rows = self.residual.reshape(-1, self.residual.shape[-1])
         branch = None if self.branch is None else self.branch.reshape(rows.shape)
         gain = None if self.gain is None else self.gain.reshape(-1).cpu().to(dtype)
         out = []
         for token, slot in enumerate(self.ids.reshape(-1).tolist()):
             x = rows[token].cpu().to(dtype)
-            x = x if branch is None else x + branch[token].cpu().to(dtype)
+            read = x = x if branch is None else x + branch[token].cpu().to(dtype)
+            if self.reads == "branch":
+                read = branch[token].cpu().to(dtype)
             u = torch.zeros_like(x)
             if slot >= 0 and self.downs is not None:
-                a = self.downs[slot].cpu().to(dtype) @ x
+                a = self.downs[slot].cpu().to(dtype) @ read
                 a = a if self.down_biases is None else a + self.down_biases[slot].cpu().to(dtype)
                 u = self.ups[slot].cpu().to(dtype) @ PHI[self.name(slot)](a)
             if slot >= 0 and self.up_biases is not None:
@@ -76,9 +80,10 @@ def make(
     gain: bool = True,
     activation: Any = "silu",
     runs: bool = False,
+    reads: str = "sum",
     seed: int = 0,
 ) -> Batch:
-    """runs: adapters in long runs, as in prefill; else every token draws its own, or none."""
+    """Draw a batch. runs: adapters in long runs, as in prefill; otherwise each token draws an adapter, or none."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -97,22 +102,24 @@ def make(
         normal(slots, hidden) if biases or not rank else None,
         (torch.rand(tokens, generator=generator) + 0.25).to(device) if gain else None,
         activation,
+        reads,
     )
 
 
 def assert_right(batch: Batch, out: Tensor) -> None:
-    """At most twice as far from float64 as the formula in the batch's own dtype, plus 1e-6."""
+    """Assert that the error from float64 is at most twice that of the formula in the batch's dtype, plus 1e-6."""
     truth = batch.definition(torch.float64)
     plain = batch.definition(batch.residual.dtype)
     assert out.dtype == batch.residual.dtype
     assert relative_error(out.cpu(), truth) <= 2 * relative_error(plain, truth) + 1e-6
 
 
+@pytest.mark.parametrize("reads", READS)
 @pytest.mark.parametrize("tokens", [1, FEW, MANY])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("hidden", [64, 100])
-def test_grouped_equals_the_formula(device, tokens, dtype, hidden):
-    batch = make(tokens, hidden, dtype=dtype, device=device)
+def test_grouped_equals_the_formula(device, tokens, dtype, hidden, reads):
+    batch = make(tokens, hidden, dtype=dtype, device=device, reads=reads)
     assert_right(batch, batch.call())
 
 
@@ -143,7 +150,15 @@ def test_grouped_each_slot_its_own_activation(device, tokens):
 @pytest.mark.parametrize("tokens", [FEW, MANY])
 @pytest.mark.parametrize(
     "options",
-    [{"branch": False}, {"biases": False}, {"gain": False}, {"runs": True}, {"biases": False, "gain": False}],
+    [
+        {"branch": False},
+        {"biases": False},
+        {"gain": False},
+        {"runs": True},
+        {"biases": False, "gain": False},
+        {"biases": False, "gain": False, "reads": "branch"},
+        {"rank": 0, "reads": "branch"},
+    ],
     ids=str,
 )
 def test_grouped_what_may_be_absent(device, options, tokens):
@@ -151,7 +166,7 @@ def test_grouped_what_may_be_absent(device, options, tokens):
     assert_right(batch, batch.call())
 
 
-#: Ids of 24 tokens over 40 slots, of which a backend may make other products.
+#: Slot ids of 24 tokens over 40 slots. A backend may choose different products for each.
 PATTERNS = {
     "one": [7] * 24,
     "in order": list(range(3, 27)),
@@ -167,7 +182,7 @@ PATTERNS = {
 
 
 @pytest.mark.parametrize("into_branch", [False, True], ids=["out of place", "into branch"])
-@pytest.mark.parametrize("options", [{}, {"biases": False}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"biases": False}, {"reads": "branch"}], ids=str)
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_grouped_however_the_tokens_lie(device, pattern, weights, options, into_branch):
@@ -191,7 +206,7 @@ def test_grouped_however_the_tokens_lie(device, pattern, weights, options, into_
 def test_grouped_tokens_without_adapter_or_gain_keep_every_bit(device, tokens, dtype):
     batch = make(tokens, dtype=dtype, device=device)
     for weights in (batch.downs, batch.ups, batch.down_biases, batch.up_biases):
-        weights.fill_(torch.inf)  # nothing of an adapter may reach them
+        weights.fill_(torch.inf)  # so that any use of an adapter shows
     gain = batch.gain.clone()
     gain[::2] = 0
     batch = replace(batch, gain=gain)
@@ -216,7 +231,7 @@ def bits(t: Tensor) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("tokens", [1, FEW, MANY])
 def test_grouped_zero_shift_keeps_a_negative_zero(device, tokens, dtype, rank, into_branch):
-    """Adapters of zeros and negative zeros: the shift is 0 or −0, and −0 + 0 would be +0."""
+    """A hidden state of −0 stays −0 with adapters of zeros, although −0 + 0 is +0."""
     batch = make(tokens, rank=rank, dtype=dtype, device=device)
     batch = replace(batch, ids=batch.ids.clamp(min=0))
     for weights in (batch.ups, batch.up_biases):
@@ -230,8 +245,9 @@ def test_grouped_zero_shift_keeps_a_negative_zero(device, tokens, dtype, rank, i
 
 @pytest.mark.parametrize("tokens", [FEW, MANY])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_grouped_into_the_branch_of_an_unadded_pair(device, tokens, dtype):
-    batch = make(tokens, dtype=dtype, device=device)
+@pytest.mark.parametrize("reads", READS)
+def test_grouped_into_the_branch_of_an_unadded_pair(device, tokens, dtype, reads):
+    batch = make(tokens, dtype=dtype, device=device, reads=reads)
     truth = batch.definition(torch.float64) - batch.residual.double().cpu()
     plain = batch.definition(dtype).double() - batch.residual.double().cpu()
     moved = replace(batch, branch=batch.branch.clone()).call(into_branch=True)
@@ -251,15 +267,16 @@ def test_grouped_what_is_read_stays_as_it_is(device, tokens, rank, gain, into_br
         assert torch.equal(getattr(batch, name), value) != (into_branch and name == "branch"), name
 
 
-def test_grouped_one_adapter_for_all_is_the_op_of_one_adapter(device):
+@pytest.mark.parametrize("reads", READS)
+def test_grouped_one_adapter_for_all_is_the_op_of_one_adapter(device, reads):
     from fused_steer.kernels import post_block
 
     for tokens in (7, MANY):
-        batch = make(tokens, device=device)
+        batch = make(tokens, device=device, reads=reads)
         batch = replace(batch, ids=torch.full_like(batch.ids, 3))
         one = post_block(
             batch.residual, batch.branch, batch.downs[3], batch.ups[3], down_bias=batch.down_biases[3],
-            up_bias=batch.up_biases[3], gain=batch.gain,
+            up_bias=batch.up_biases[3], gain=batch.gain, reads=reads,
         )  # fmt: skip
         assert relative_error(batch.call(), one.double()) <= 1e-6
 
@@ -287,7 +304,7 @@ def test_grouped_rows_do_not_depend_on_the_others(device):
 @pytest.mark.parametrize("into_branch", [False, True], ids=["out of place", "into branch"])
 @pytest.mark.parametrize("few", [3, 0], ids=["a token a program", "tiles"])
 def test_grouped_addresses_past_two_to_the_31(device, monkeypatch, few, into_branch):
-    """Three rows, 2³⁰ elements apart; all between is never touched."""
+    """Three rows lie 2³⁰ elements apart. The memory between them is never touched."""
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
     monkeypatch.setattr(grouped, "FEW_TOKENS", few)
     stride = 2**20 if grouped.select_backend(device) == "torch" else 2**30
@@ -341,16 +358,18 @@ def test_grouped_ids_out_of_range_are_an_error_or_nan(device, gain):
             out, right = wrong.call(), batch.call()
             assert out[2].isnan().all()
             others = torch.arange(tokens, device=device) != 2
-            assert torch.equal(out[others], right[others])  # the other requests are unharmed
+            assert torch.equal(out[others], right[others])  # the other tokens are unaffected
 
 
+@pytest.mark.parametrize("reads", READS)
 @pytest.mark.parametrize("into_branch", [False, True])
-def test_grouped_registered_and_compiled(device, into_branch):
-    batch = make(6, device=device, activation=torch.arange(5, dtype=torch.int32, device=device))
-    operands = (batch.downs, batch.ups, batch.ids, batch.down_biases, batch.up_biases, batch.activation, batch.gain, "")
+def test_grouped_registered_and_compiled(device, into_branch, reads):
+    batch = make(6, device=device, reads=reads, activation=torch.arange(5, dtype=torch.int32, device=device))
+    biases = (batch.down_biases, batch.up_biases)
+    operands = (batch.downs, batch.ups, batch.ids, *biases, batch.activation, batch.gain, "", reads)
     ops = torch.ops.fused_steer
     op = ops.post_block_grouped_ if into_branch else ops.post_block_grouped
-    # No gradient is one of them: the op refuses it before it is called.
+    # No test of gradients: the op refuses operands that require a gradient.
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(op, (batch.residual, batch.branch, *operands), test_utils=checks)
 
@@ -383,6 +402,8 @@ def test_grouped_registered_and_compiled(device, into_branch):
         ({"downs": None, "ups": None, "up_biases": None}, ValueError, "are all None"),
         ({"activation": "swish"}, ValueError, "activation is 'swish'"),
         ({"activation": torch.zeros(4, dtype=torch.int32)}, ValueError, r"activation is torch.int32 \(4,\)"),
+        ({"reads": "residual"}, ValueError, "reads is 'residual'; expected one of sum, branch"),
+        ({"reads": "branch", "branch": None}, ValueError, "reads is 'branch' but branch is None; expected a branch"),
         ({"gain": torch.zeros(5)}, ValueError, r"gain has shape \(5,\); expected \(6,\)"),
         ({"residual": torch.zeros(6, 96, dtype=torch.float64)}, TypeError, "residual has dtype torch.float64"),
         ({"up_biases": torch.zeros(5, 96, device="meta")}, ValueError, "up_biases is on meta; expected cpu"),

@@ -1,8 +1,7 @@
-"""Launch plans: a call by a plan has the bits of the ordinary call, and where a plan is not for a call, it is not used.
+"""Tests of launch plans: a planned call gives the ordinary call's bits, and a plan is used only for calls that it fits.
 
-Numbers come of Triton's interpreter, where plans take tensors in place of addresses. What only a real launch has
-(addresses, streams, devices, hooks of launches) is seen over the stub
-driver, by plan_worker.py in a process of its own.
+Numbers come from Triton's interpreter, where plans take tensors in place of addresses. Addresses, streams, devices and
+launch hooks exist only in real launches; plan_worker.py tests them over the stub driver in a subprocess.
 """
 
 from __future__ import annotations
@@ -31,8 +30,9 @@ from fused_steer.kernels.grouped import Routing
 from fused_steer.kernels.launch import recorded
 from fused_steer.kernels.planned import PlannedPostBlock
 from fused_steer.kernels.post_block import start_inference
-from fused_steer.kernels.schedule import TARGETS
+from fused_steer.kernels.schedule import TARGETS, describe_device
 from hardware import HAS_GPU
+from ops import pack_reference
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from triton.runtime.interpreter import GridExecutor
@@ -49,7 +49,7 @@ PARTS = ("steer_down.weight", "steer_up.weight", "steer_down.bias", "steer_up.bi
 
 @pytest.fixture(params=[pytest.param("cpu", id="interpreter"), pytest.param("cuda", id="gpu", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
-    """Where kernels run: no plan is of the torch backend."""
+    """Return the device on which kernels run. The torch backend has no plans."""
     if request.param == "cpu" and HAS_GPU:
         pytest.skip("kernels are compiled here, not interpreted")
     monkeypatch.setenv("FUSED_STEER_BACKEND", "triton")
@@ -57,17 +57,17 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
 
 
 class Made(list):
-    """A plan, or None, for each call that went the ordinary way."""
+    """A list with an entry per ordinary call: the plan that it made, or None."""
 
     def none(self, call: Callable[[], Any]) -> Any:
-        """The result of a call that has to go by a plan."""
+        """Return the result of a call, and assert that it used a plan."""
         before = len(self)
         result = call()
-        assert len(self) == before, "a plan was made where one was there"
+        assert len(self) == before, "a plan was made although one existed"
         return result
 
     def new(self, call: Callable[[], Any]) -> Any:
-        """The result of a call that no plan so far is for."""
+        """Return the result of a call, and assert that no earlier plan fitted it."""
         before = len(self)
         result = call()
         assert len(self) > before and None not in self[before:], "no plan was made"
@@ -89,7 +89,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Made:
 
 @pytest.fixture
 def one_kernel_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton's interpreter changes the whole process while it runs a kernel: between threads it needs a lock."""
+    """Lock Triton's interpreter. It changes the whole process while it runs a kernel, so threads need a lock."""
     run, lock = GridExecutor.__call__, threading.Lock()
 
     def locked(*arguments: Any, **constants: Any) -> Any:
@@ -130,7 +130,7 @@ def parts(site: SteeringSite) -> list[Tensor | None]:
 
 
 def ordinary(site: SteeringSite, residual: Tensor, branch: Tensor | None) -> Tensor:
-    """The site's sum without a plan."""
+    """Compute the site's output without a plan."""
     w1, w2, b1, b2 = parts(site)
     options = {"down_bias": b1, "up_bias": b2, "activation": site.activation, "scale": site.scale}
     return post_block(residual, branch, w1, w2, **options)
@@ -168,7 +168,7 @@ def test_plan_second_call_goes_by_the_plan_of_the_first(device, made, adapter, f
         (made.new if seed == 1 else made.none)(lambda operands=operands: assert_steers(site, *operands))
     assert site.backend == "triton" and site.calls == 2
     found = [made.none(lambda: site(*operands)) for _ in range(2)]
-    assert found[0].data_ptr() != found[1].data_ptr()  # each call has a result of its own
+    assert found[0].data_ptr() != found[1].data_ptr()  # each call has its own result
 
 
 @torch.no_grad()
@@ -185,7 +185,7 @@ def test_plan_several_shapes_are_planned_at_once_and_the_oldest_leaves(device, m
         made.new(lambda tokens=tokens: call(tokens))
     for tokens in (3, 1, 5, 1):
         made.none(lambda tokens=tokens: call(tokens))
-    for number in range(29):  # 32 are kept
+    for number in range(29):  # at most 32 plans are kept
         plans.keep(op._inference, number, plans.no_plan)
     made.none(lambda: call(5))
     plans.keep(op._inference, 29, plans.no_plan)
@@ -198,7 +198,7 @@ def inference_states(residual: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
         return residual.clone(), branch.clone()
 
 
-#: What a call of the same shape may be of instead.
+#: Other operands of the same shape.
 OTHERS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]] = {
     "another shape": lambda x, b: (x[:, :2], b[:, :2]),
     "as rows": lambda x, b: (x.flatten(0, 1), b.flatten(0, 1)),
@@ -273,7 +273,7 @@ def replace_parameter(site: SteeringSite) -> None:
 
 
 def swap_data(site: SteeringSite) -> None:
-    """The new memory is where the old was, as soon as that is free."""
+    """Replace a parameter's data; the new memory may later reuse the old address."""
     for parameter in parts(site)[:2]:
         values = parameter.detach().cpu() * 3
         parameter.data = torch.empty(0, device=parameter.device)
@@ -372,7 +372,7 @@ def test_plan_copies_plan_for_themselves(device, made, through):
 
 
 class Block(nn.Module):
-    """A decoder layer, all but its last residual add left out."""
+    """A decoder layer that only does the last residual add."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -524,7 +524,7 @@ def test_plan_a_finished_state_trains_by_plans(device, made, dtype):
 def test_plan_frozen_parts_get_no_gradient(device, made, frozen):
     site, operands = make_site(device, down_bias=True, up_bias=True), leaves(states(5, device))
     grad = normal(2, 5, D, device=device)
-    assert_trains(site, operands, grad)  # a plan in which all train
+    assert_trains(site, operands, grad)  # a plan with all parameters training
     for place in frozen:
         parts(site)[place].requires_grad_(False)
     made.new(lambda: assert_trains(site, operands, grad))
@@ -534,7 +534,7 @@ def test_plan_frozen_parts_get_no_gradient(device, made, frozen):
     assert_trains(site, operands, grad)
 
 
-#: Gradients as autograd may hand them.
+#: Kinds of gradients that autograd may pass.
 GRADIENTS: dict[str, Callable[[Tensor], Tensor]] = {
     "expanded": lambda g: g[:1, :1].expand_as(g),
     "a number": lambda g: g.new_ones(()).expand_as(g),
@@ -548,6 +548,123 @@ def test_plan_gradients_of_any_strides(device, made, kind):
     for _ in range(2):
         assert_trains(site, operands, grad)
         assert_trains(site, operands, GRADIENTS[kind](grad))
+
+
+class Reading:
+    """The op with W1 applied to branch, as a site calls it."""
+
+    def __init__(self, device: torch.device, **options: Any) -> None:
+        given = tensors(**options)
+        weights = [given.get(name) for name in PARTS]
+        self.weights = [None if t is None else t.to(device).requires_grad_() for t in weights]
+        self.op = PlannedPostBlock("silu", SCALE, tuple(self.weights), "branch")
+
+    def __call__(self, residual: Tensor, branch: Tensor) -> Tensor:
+        weights = tuple(t for t in self.weights if t is not None)
+        last = self.op.last_trained if torch.is_grad_enabled() else self.op.last
+        out = last(residual, branch, weights)
+        if out is not None:
+            return out
+        return (self.op.train if torch.is_grad_enabled() else self.op.infer)(residual, branch, *weights)
+
+    def ordinary(self, residual: Tensor, branch: Tensor) -> Tensor:
+        w1, w2, b1, b2 = self.weights
+        options = {"down_bias": b1, "up_bias": b2, "activation": "silu", "scale": SCALE, "reads": "branch"}
+        return post_block(residual, branch, w1, w2, **options)
+
+    def assert_trains(self, operands: tuple[Tensor, ...], grad: Tensor) -> None:
+        wanted = [t for t in (*operands, *self.weights) if t is not None and t.requires_grad]
+        found, expected = (torch.autograd.grad(steer(*operands), wanted, grad) for steer in (self, self.ordinary))
+        for one, other in zip(found, expected, strict=True):
+            assert_same(one, other)
+
+
+@pytest.mark.parametrize("adapter", [name for name in ADAPTERS if name != "named"])
+@torch.no_grad()
+def test_plan_that_reads_the_branch(device, made, adapter):
+    steer = Reading(device, **ADAPTERS[adapter])
+    for seed in (1, 2):
+        operands = states(5, device, seed=seed)
+        found = (made.new if seed == 1 else made.none)(lambda operands=operands: steer(*operands))
+        assert_same(found, steer.ordinary(*operands))
+    with pytest.raises(ValueError, match="reads is 'branch' but branch is None"):
+        steer.op.infer(operands[0], None, *(t for t in steer.weights if t is not None))
+
+
+@pytest.mark.parametrize("wants", ["xb", "x", "b", ""], ids=["both", "residual", "branch", "neither"])
+@pytest.mark.parametrize("adapter", ["biases", "vector"])
+def test_plan_that_reads_the_branch_trains(device, made, adapter, wants):
+    steer = Reading(device, **ADAPTERS[adapter])
+    for seed in (1, 2, 3):
+        operands, grad = leaves(states(5, device, seed=seed), wants), normal(2, 5, D, device=device, seed=seed + 7)
+        (made.new if seed == 1 else made.none)(lambda a=operands, g=grad: steer.assert_trains(a, g))
+
+
+@pytest.mark.parametrize("frozen", [(0,), (0, 1, 2), (0, 1, 2, 3)], ids=str)
+def test_plan_that_reads_the_branch_with_frozen_parts(device, made, frozen):
+    steer, operands = Reading(device, down_bias=True, up_bias=True), leaves(states(5, device))
+    for place in frozen:
+        steer.weights[place].requires_grad_(False)
+    grad = normal(2, 5, D, device=device)
+    made.new(lambda: steer.assert_trains(operands, grad))
+    made.none(lambda: steer.assert_trains(operands, grad))
+
+
+@pytest.mark.parametrize("kind", GRADIENTS)
+def test_plan_that_reads_the_branch_of_any_strides(device, made, kind):
+    steer, grad = Reading(device), normal(2, 5, D, device=device)
+    residual, branch = leaves(states(5, device))
+    for operands in ((residual, branch), (residual, GRADIENTS[kind](branch.detach()).requires_grad_())):
+        for given in (grad, GRADIENTS[kind](grad)) * 2:
+            steer.assert_trains(operands, given)
+
+
+def test_plan_that_reads_the_branch_hands_the_gradient_on(device, made):
+    """The residual's gradient is the incoming one: no copy, and nothing is added into it."""
+    steer, (residual, branch) = Reading(device), leaves(states(5, device))
+    grad = normal(2, 5, D, device=device)
+    before = grad.clone()
+    for turn in range(3):
+        (found,) = torch.autograd.grad(steer(residual, branch), residual, grad)
+        assert found.data_ptr() == grad.data_ptr(), turn
+        steer(residual, branch).backward(grad)
+        assert torch.equal(grad, before) and torch.equal(residual.grad, grad * (turn + 1))
+    out = steer(residual, branch)
+    out += 1  # the output is not kept
+    out.backward(grad)
+    (found,) = torch.autograd.grad(steer(residual, branch).square().sum(), residual, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative.*expected one backward pass"):
+        found.sum().backward()
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
+def test_plan_that_reads_the_branch_in_a_checkpoint(device, made, reentrant):
+    steer, operands = Reading(device, up_bias=True), leaves(states(5, device))
+    grad = normal(2, 5, D, device=device)
+    wanted = [t for t in (*operands, *steer.weights) if t is not None]
+    expected = torch.autograd.grad(steer.ordinary(*operands), wanted, grad)
+    for _ in range(2):
+        for tensor in wanted:
+            tensor.grad = None
+        checkpoint(steer, *operands, use_reentrant=reentrant).backward(grad)
+        for tensor, value in zip(wanted, expected, strict=True):
+            assert torch.equal(tensor.grad, value)
+
+
+def test_plan_that_reads_the_branch_with_packed_weights(device, made):
+    steer, operands = Reading(device), leaves(states(5, device))
+    down, up = steer.weights[:2]
+    packed = pack_reference(down.detach(), up.detach(), F32, describe_device(device).gpu)
+    wanted, grad = [*operands, down, up], normal(2, 5, D, device=device)
+    expected = torch.autograd.grad(steer.ordinary(*operands), wanted, grad)
+
+    def differentiated() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(steer.op.train(*operands, down, up, packed=packed), wanted, grad)
+
+    first, second = made.new(differentiated), made.none(differentiated)
+    for one, other, right in zip(first, second, expected, strict=True):
+        assert_same(one, other)
+        torch.testing.assert_close(one, right)
 
 
 def test_plan_no_gradient_at_all_is_none(device, made):
@@ -645,11 +762,11 @@ def test_plan_transforms_of_torch_func_go_past_a_plan(device, made):
         expected = site(residual, branch)
     (of_residual,) = torch.autograd.grad(ordinary(site, operands[0], branch).sum(), operands[0])
     assert_same(torch.func.grad(lambda x: site(x, branch).sum())(residual), of_residual)
-    with torch.no_grad(), pytest.raises(RuntimeError, match="vmap"):  # no kernel is given one row as all
+    with torch.no_grad(), pytest.raises(RuntimeError, match="vmap"):  # a kernel must not take one row for all rows
         torch.func.vmap(site)(residual, branch)
 
     def beside(factor: Tensor) -> Tensor:
-        """What the transform is of is not what the site is given."""
+        """Transform another tensor than the site's input."""
         return factor * site(*operands).detach().sum()
 
     assert_same(torch.func.grad(beside)(torch.ones((), device=device)), expected.sum())
@@ -675,7 +792,7 @@ def test_plan_threads_train_at_once(device, one_kernel_at_a_time):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Rows by adapters of their own
+# One adapter per row
 
 
 def batched(device: torch.device) -> tuple[nn.Module, Any]:
@@ -706,7 +823,7 @@ def test_plan_rows_go_by_plans_across_layers_and_passes(device, made):
         several = made.new(lambda: model(*many))
         assert_same(made.none(lambda: model(residual, branch)), first)
         assert_same(made.none(lambda: model(*many)), several)
-    assert not torch.equal(model(residual, branch), first)  # all rows by the one in use
+    assert not torch.equal(model(residual, branch), first)  # all rows use the active adapter
 
 
 @torch.no_grad()
@@ -748,7 +865,7 @@ def op_inputs(site: SteeringSite, residual: Tensor, branch: Tensor | None, **cha
     named = {
         "residual": residual, "branch": branch, "down": w1, "up": w2, "down_bias": b1, "up_bias": b2, "gain": None,
         "scale_tensor": torch.tensor(SCALE, device=residual.device), "basis": None, "scale": 1.0, "activation": "silu",
-        "keep_a": False,
+        "reads": "sum", "keep_a": False,
     }  # fmt: skip
     return list((named | changed).values())
 
@@ -759,7 +876,7 @@ def run_op(inputs: list[Any]) -> Tensor:
 
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No plans of ops that ran before."""
+    """Forget the plans of earlier ops."""
     import importlib
 
     of_op = importlib.import_module("fused_steer.kernels.post_block")
@@ -774,7 +891,7 @@ def test_plan_op_goes_by_the_plan_of_another_layer(device, made, fresh):
     for number, site in enumerate((first, second)):
         found = (made.none if number else made.new)(lambda site=site: run_op(op_inputs(site, *operands)))
         assert_same(found, ordinary(site, *operands))
-    for strength in (0.1, -2.0):  # of the graph's input
+    for strength in (0.1, -2.0):  # an input of the graph
         scale = torch.tensor(strength, device=device)
         found = made.none(lambda scale=scale: run_op(op_inputs(first, *operands, scale_tensor=scale)))
         first.scale = scale
@@ -796,7 +913,8 @@ def test_plan_op_of_other_constants_has_a_plan_of_its_own(device, made, fresh):
     gain = torch.rand(2, 5, device=device)
     inputs = op_inputs(site, *operands)
     seen = [made.new(lambda: run_op(inputs))]
-    for changed in ({"activation": "tanh"}, {"scale_tensor": None, "scale": 0.2}, {"gain": gain}):
+    changes = ({"activation": "tanh"}, {"scale_tensor": None, "scale": 0.2}, {"gain": gain}, {"reads": "branch"})
+    for changed in changes:
         given = op_inputs(site, *operands, **changed)
         seen.append(made.new(lambda given=given: run_op(given)))
         assert_same(made.none(lambda given=given: run_op(given)), seen[-1])
@@ -841,10 +959,10 @@ def test_plan_op_asks_for_the_backend(device, made, fresh, monkeypatch):
     assert_same(made.none(lambda: run_op(inputs)), expected)
 
 
-def run_inference(site: SteeringSite, residual: Tensor, branch: Tensor) -> Tensor:
+def run_inference(site: SteeringSite, residual: Tensor, branch: Tensor, *reads: str) -> Tensor:
     w1, w2 = parts(site)[:2]
     scale = torch.tensor(site.scale, device=residual.device)
-    return torch.ops.fused_steer.post_block_inference(residual, branch, w1, w2, scale, site.activation)
+    return torch.ops.fused_steer.post_block_inference(residual, branch, w1, w2, scale, site.activation, *reads)
 
 
 @torch.no_grad()
@@ -860,11 +978,16 @@ def test_plan_inference_op_goes_by_the_plan_of_another_layer(device, made, fresh
     for site in (sites[1], sites[0]) * 2:
         found = run_inference(site, *operands)
         assert_same(found, torch.ops.fused_steer.post_block(*op_inputs(site, *operands, activation=site.activation))[0])
-    sites[0].requires_grad_(False)  # another plan, and both are kept
+    sites[0].requires_grad_(False)  # needs another plan; both are kept
     made.new(lambda: run_inference(sites[0], *operands))
     sites[1].activation = "silu"
     for site in (sites[1], sites[0]) * 2:
         made.none(lambda site=site: run_inference(site, *operands))
+    inputs = op_inputs(sites[0], *operands, reads="branch")
+    for turn in range(2):
+        found = (made.none if turn else made.new)(lambda: run_inference(sites[0], *operands, "branch"))
+        assert_same(found, torch.ops.fused_steer.post_block(*inputs)[0])
+        made.none(lambda: run_inference(sites[0], *operands))
 
 
 @pytest.mark.parametrize("other", [name for name in OTHERS if name != "no branch"])
@@ -896,13 +1019,25 @@ def test_plan_a_graph_calls_the_inference_op_where_no_gradient_is_asked_for(devi
         assert compiled(make_site(device, up_bias=True), operands) == "fused_steer.post_block"
     assert compiled(make_site(device), operands) == "fused_steer.post_block"
     assert compiled(make_site(device).requires_grad_(False), operands) == "fused_steer.post_block_inference"
+    # W1 reads the branch
+    residual, branch = operands
+    w1, w2 = (t.detach() for t in parts(make_site(device))[:2])
+    scale = torch.tensor(SCALE, device=device)
+
+    def reading(residual: Tensor, branch: Tensor) -> Tensor:
+        return post_block(residual, branch, w1, w2, scale=scale, reads="branch")
+
+    called.clear()
+    found = torch.compile(reading, fullgraph=True, backend=backend)(residual, branch)
+    assert [name.removesuffix(".default") for name in called] == ["fused_steer.post_block_inference"]
+    assert_same(found, reading(residual, branch))
 
 
 def test_plan_inference_op_is_an_op(device):
     site = make_site(device).requires_grad_(False)
     w1, w2 = parts(site)[:2]
-    arguments = (*states(5, device), w1, w2, torch.tensor(SCALE, device=device), "silu")
-    # Without the test of autograd: there is no gradient.
+    arguments = (*states(5, device), w1, w2, torch.tensor(SCALE, device=device), "silu", "branch")
+    # No test of autograd, because this op has no gradient.
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(torch.ops.fused_steer.post_block_inference.default, arguments, test_utils=tests)
 
@@ -965,7 +1100,7 @@ def generated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., 
 
 def calls_of(lines: list[str]) -> tuple[int, int]:
     """Layers that generated code starts itself, and those that it calls through the dispatcher."""
-    started = sum(line.startswith("start_post_block_inference_silu(") for line in lines)
+    started = sum(line.startswith("start_post_block_inference_silu_sum(") for line in lines)
     return started, sum("= torch.ops.fused_steer.post_block_inference.default(" in line for line in lines)
 
 
@@ -1069,7 +1204,7 @@ def test_plan_what_a_call_leaves_behind_is_one_allocation(monkeypatch):
     assert result.shape == (4, 9) and result.data_ptr() == names["q2"] and names["m2"] is result
     spans = [(names[f"q{i}"], names[f"q{i}"] + made[i].nbytes) for i in (0, 1, 3)]
     assert spans[0][0] == scratch.data_ptr() and spans[-1][1] == scratch.data_ptr() + scratch.nbytes
-    assert all(first[1] <= second[0] for first, second in itertools.pairwise(spans)), "no part overlaps the next"
+    assert all(first[1] <= second[0] for first, second in itertools.pairwise(spans)), "the parts overlap"
     assert all((span[0] - scratch.data_ptr()) % 128 == 0 for span in spans)
 
 
@@ -1079,7 +1214,7 @@ def test_plan_compiled_site_trains_by_plans(device, made, fresh):
     compiled = torch.compile(site, fullgraph=True, backend="aot_eager")
     operands = leaves(states(5, device))
     expected = differentiate(lambda *given: ordinary(site, *given), site, operands, grad)
-    for turn in range(3):  # the first runs below what the others run below: the guard sees that
+    for turn in range(3):  # the first runs inside the compiler's own state, so the second makes a new plan
         found = (made.none if turn == 2 else made.new)(lambda: differentiate(compiled, site, operands, grad))
         for one, other in zip(found, expected, strict=True):
             assert_same(one, other)
@@ -1094,11 +1229,16 @@ def test_plan_grouped_op_goes_by_a_plan(device, made, monkeypatch):
     ids = torch.tensor([0, 1, -1], dtype=torch.int32, device=device)
     residual, branch = (normal(3, D, device=device, seed=seed) for seed in (1, 2))
     expected = grouped.post_block_grouped(residual, branch, downs, ups, ids)
-    operands = (downs, ups, ids, None, None, None, None, "silu")
+    operands = (downs, ups, ids, None, None, None, None, "silu", "sum")
+    of_branch = (*operands[:-1], "branch")
     op = torch.ops.fused_steer.post_block_grouped
     for turn in range(2):
         found = (made.none if turn else made.new)(lambda: op(residual, branch, *operands))
         assert_same(found, expected)
+    expected_of_branch = grouped.post_block_grouped(residual, branch, downs, ups, ids, reads="branch")
+    for turn in range(2):
+        found = (made.none if turn else made.new)(lambda: op(residual, branch, *of_branch))
+        assert_same(found, expected_of_branch)
     in_place = torch.ops.fused_steer.post_block_grouped_
     expected_into = grouped.post_block_grouped(residual, branch.clone(), downs, ups, ids, into_branch=True)
     for turn in range(2):
@@ -1106,12 +1246,12 @@ def test_plan_grouped_op_goes_by_a_plan(device, made, monkeypatch):
         version = into._version
         (made.none if turn else made.new)(lambda into=into: in_place(residual, into, *operands))
         assert_same(into, expected_into)
-        assert into._version == version + 1  # what autograd saved of it is known to have changed
+        assert into._version == version + 1  # autograd knows that its saved tensor changed
 
 
 def test_plan_grouped_op_refuses_a_gradient():
     downs, ups, x = torch.randn(2, R, D, requires_grad=True), torch.randn(2, D, R), torch.randn(3, D)
-    operands = (downs, ups, torch.tensor([0, 1, -1]), None, None, None, None, "silu")
+    operands = (downs, ups, torch.tensor([0, 1, -1]), None, None, None, None, "silu", "sum")
     with pytest.raises(RuntimeError, match="no gradient; expected torch.no_grad"):
         torch.ops.fused_steer.post_block_grouped(x, x.clone(), *operands)
 
@@ -1122,7 +1262,7 @@ def test_plan_grouped_op_refuses_a_gradient():
 
 @pytest.fixture(scope="module")
 def worked() -> dict[str, Any]:
-    """What plan_worker.py found."""
+    """Run plan_worker.py; return its findings."""
     if (sys.platform, platform.machine()) != ("linux", "x86_64") or shutil.which("gcc") is None:
         pytest.skip("the stub driver needs gcc, Linux and x86-64")
     done = subprocess.run(
