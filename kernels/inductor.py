@@ -96,7 +96,8 @@ def start_directly(op: Any, maker: Callable[..., Callable[..., None]]) -> None:
             root.add_import_once(f"{name} = {maker.__name__}({constants})")
             super().codegen(wrapper)
 
-    def lower(*inputs: Any) -> Any:
+    def lower(*inputs: Any, **named: Any) -> Any:
+        inputs = (*inputs, *named.values())  # constants of the schema's end may come by name
         graph = names.graph.graph
         tensors = [value for value in inputs if hasattr(value, "get_device")]
         constants = inputs[len(tensors) :]
