@@ -24,11 +24,12 @@ from typing import Any
 
 import pytest
 import torch
+from fused_steer.kernels import inductor, post_block
 from fused_steer.kernels import plan as plans
-from fused_steer.kernels import post_block
 from fused_steer.kernels.grouped import Routing
 from fused_steer.kernels.launch import recorded
 from fused_steer.kernels.planned import PlannedPostBlock
+from fused_steer.kernels.post_block import start_inference
 from fused_steer.kernels.schedule import TARGETS, describe_device
 from hardware import HAS_GPU
 from ops import pack_reference
@@ -1041,6 +1042,153 @@ def test_plan_inference_op_is_an_op(device):
     torch.library.opcheck(torch.ops.fused_steer.post_block_inference.default, arguments, test_utils=tests)
 
 
+@pytest.mark.parametrize("other", [name for name in OTHERS if name != "no branch"])
+@torch.no_grad()
+def test_plan_start_of_generated_code_writes_what_the_op_returns(device, made, fresh, other):
+    site, operands = make_site(device), states(5, device)
+    start, scale = start_inference(site.activation), torch.tensor(SCALE, device=device)
+    for number, given in enumerate((operands, OTHERS[other](*operands), operands, operands)):
+        expected = run_op(op_inputs(site, *given))
+        out = torch.full_like(expected, torch.nan)
+        call = (*given, *parts(site)[:2], scale, out)
+        if number == 3:
+            made.none(lambda call=call: start(*call))
+        else:
+            start(*call)
+        assert_same(out, expected)
+    for out in (
+        torch.full((2, 5, 2 * D), torch.nan, device=device)[..., ::2],
+        torch.full((2, 5, D), torch.nan, dtype=BF16, device=device),
+    ):
+        start(*operands, *parts(site)[:2], scale, out)  # no plan writes this
+        assert torch.equal(out, run_op(op_inputs(site, *operands)).to(out.dtype))
+
+
+class Layers(nn.Module):
+    """Sites one after the other, as in a model."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.sites = nn.ModuleList(make_site(device, seed=seed) for seed in (5, 50, 500))
+
+    def forward(self, residual: Tensor, branch: Tensor) -> Tensor:
+        for site in self.sites:
+            residual = site(residual, branch)
+        return residual
+
+    def ordinary(self, residual: Tensor, branch: Tensor) -> Tensor:
+        for site in self.sites:
+            residual = ordinary(site, residual, branch)
+        return residual
+
+
+@pytest.fixture
+def generated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tuple[Any, Tensor, list[str]]]:
+    """Compiles a model by Inductor and calls it: the compiled model, its result, the lines of the generated code."""
+    from torch._inductor.utils import run_and_get_code
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # no code of another run
+
+    def run(model: nn.Module, *operands: Tensor, **options: Any) -> tuple[Any, Tensor, list[str]]:
+        torch.compiler.reset()
+        compiled = torch.compile(model, fullgraph=True, **options)
+        out, code = run_and_get_code(compiled, *operands)
+        return compiled, out, [line.strip() for source in code for line in source.splitlines()]
+
+    return run
+
+
+def calls_of(lines: list[str]) -> tuple[int, int]:
+    """Layers that generated code starts itself, and those that it calls through the dispatcher."""
+    started = sum(line.startswith("start_post_block_inference_silu_sum(") for line in lines)
+    return started, sum("= torch.ops.fused_steer.post_block_inference.default(" in line for line in lines)
+
+
+@torch.no_grad()
+def test_plan_generated_code_starts_the_layers_itself(device, fresh, generated):
+    model, operands = Layers(device), states(5, device)
+    compiled, out, lines = generated(model, *operands)
+    assert calls_of(lines) == (3, 0)
+    assert not [line for line in lines if line.startswith("assert_size_stride(buf")], "sizes of our results are known"
+    assert [line for line in lines if line.endswith("# reuse")], "a result's memory serves a later layer"
+    assert_same(out, model.ordinary(*operands))
+    for change in (-2.0, 0.0, SCALE):
+        for site in model.sites:
+            site.set_scale(change)
+        assert_same(compiled(*operands), model.ordinary(*operands))
+    for site in model.sites:
+        site.steer_up["default"].weight.data = normal(D, R, device=device, seed=9)
+    others = states(5, device, seed=70)
+    assert_same(compiled(*others), model.ordinary(*others))
+    assert_same(compiled(others[0].mT.contiguous().mT, others[1]), model.ordinary(*others))
+
+
+@torch.no_grad()
+def test_plan_generated_code_of_every_number_of_tokens(device, fresh, generated):
+    model = Layers(device)
+    compiled, _, lines = generated(model, *states(5, device), dynamic=True)
+    assert calls_of(lines) == (3, 0)
+    for tokens in (5, 8, 3, 40, 8, 5):
+        operands = states(tokens, device)
+        assert_same(compiled(*operands), model.ordinary(*operands))
+
+
+@torch.no_grad()
+def test_plan_generated_code_refuses_an_unknown_backend(device, fresh, generated, monkeypatch):
+    model, operands = Layers(device), states(5, device)
+    compiled, out, _ = generated(model, *operands)
+    monkeypatch.setenv("FUSED_STEER_BACKEND", "cutlass")
+    with pytest.raises(RuntimeError, match="FUSED_STEER_BACKEND is 'cutlass'; expected one of triton, torch"):
+        compiled(*operands)
+    monkeypatch.setenv("FUSED_STEER_BACKEND", "torch")
+    by_torch = compiled(*operands)
+    assert_same(by_torch, model.ordinary(*operands))
+    monkeypatch.setenv("FUSED_STEER_BACKEND", "triton")
+    assert_same(compiled(*operands), out)
+
+
+@torch.no_grad()
+def test_plan_generated_code_of_the_torch_backend_calls_the_op(device, fresh, generated, monkeypatch):
+    monkeypatch.setenv("FUSED_STEER_BACKEND", "torch")
+    model, operands = Layers(device), states(5, device)
+    _, out, lines = generated(model, *operands)
+    assert calls_of(lines) == (0, 3)
+    assert_same(out, model.ordinary(*operands))
+
+
+@torch.no_grad()
+def test_plan_generated_code_of_an_unknown_inductor_calls_the_op_and_says_so(device, fresh, generated, monkeypatch):
+    from torch._inductor import ir, lowering
+
+    with monkeypatch.context() as changed:
+        changed.delattr(ir, "FixedLayout")
+        assert "FixedLayout" in inductor.missing.__wrapped__()
+    op = torch.ops.fused_steer.post_block_inference.default
+    monkeypatch.setattr(inductor, "_lowered", set())
+    monkeypatch.setattr(inductor, "missing", lambda: "it has no FixedLayout")
+    monkeypatch.delitem(lowering.lowerings, op, raising=False)
+    model, operands = Layers(device), states(5, device)
+    with pytest.warns(UserWarning, match="is none that fused-steer knows .it has no FixedLayout.; compiled layers go"):
+        _, out, lines = generated(model, *operands)
+    assert calls_of(lines) == (0, 3)
+    assert_same(out, model.ordinary(*operands))
+
+
+@torch.no_grad()
+def test_plan_generated_code_from_inductors_cache(device, fresh, tmp_path, monkeypatch):
+    from torch._dynamo.utils import counters
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    model, operands = Layers(device), states(5, device)
+    hits = []
+    for _ in range(2):
+        torch.compiler.reset()
+        before = counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"]
+        assert_same(torch.compile(model, fullgraph=True)(*operands), model.ordinary(*operands))
+        hits.append(counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"] - before)
+    assert hits[0] == 0 and hits[1] > 0
+
+
 def test_plan_what_a_call_leaves_behind_is_one_allocation(monkeypatch):
     monkeypatch.setattr(plans, "INTERPRETED", False)
     allocated: list[Tensor] = []
@@ -1150,7 +1298,16 @@ def test_plan_planned_launches_have_the_arguments_of_the_ordinary_ones(worked):
 def test_plan_compiled_launches_are_the_eager_ones(worked):
     compiled = worked["compiled"]
     assert compiled["same"] and compiled["count"] >= 2
-    assert sum(compiled["made"][0]) == 1 and compiled["made"][2:] == [[], []]
+    # PyTorch watches a graph's first call by a dispatch mode, under which no plan is used.
+    assert compiled["made"] == [[True, True], [], [], []]
+
+
+def test_plan_generated_code_launches_by_plans(worked):
+    found = worked["generated_code"]
+    assert (found["started"], found["made"], found["count"]) == (2, [], 4), "two layers, two launches each"
+    assert found["streams"] == [[48], [0]] and found["first"], "the stream and the addresses of the moment"
+    assert found["elsewhere"] and found["around"] == ["begin", "end"] * 2, "the device is made current for each layer"
+    assert found["hooked"] and found["seen"] == found["count"], "a profiler's hooks see each launch"
 
 
 def test_plan_addresses_are_read_in_each_call(worked):
