@@ -167,6 +167,7 @@ class SteeringTrainer(Trainer):
         card.data.library_name = LIBRARY
         card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *CARD_TAGS]))
         base = card.data.base_model
-        usage = card_usage(self.hub_model_id or path.parent.absolute().name, base if isinstance(base, str) else None)
+        repo_id, config = self.hub_model_id or path.parent.absolute().name, steering_of(self._patched()).config()
+        usage = card_usage(repo_id, base if isinstance(base, str) else None, config)
         card.text = f"{card.text.rstrip()}\n\n## The adapter\n\n{usage}"
         card.save(path)

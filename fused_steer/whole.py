@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .adapters.distributed import is_first
 from .adapters.files import CHECKPOINT_FOLDER, AdapterFile, refuse_foreign, write_adapter
+from .adapters.parameters import SITE
 
 _NAME = "save_pretrained"
 #: The file of an unsharded model. Without it, transformers' Trainer takes adapter files for the whole checkpoint.
@@ -62,8 +63,8 @@ class SavePretrained:
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         """Write the whole model as transformers does, then the adapters.
 
-        The adapter in use is written to the directory itself if the weights are one file and no LoRA is there.
-        Otherwise, or if there are several adapters, each is written to `fused_steer/<name>/`.
+        The adapter in use is written to the directory itself if the weights are one file, no LoRA is there, and its
+        only site is post_block. Otherwise, or if there are several adapters, each is written to `fused_steer/<name>/`.
 
         Raises:
             ValueError: an adapter cannot be saved (see `Steering.save`), or the directory holds another method's
@@ -88,6 +89,8 @@ class SavePretrained:
 
     def _write(self, target: Path, files: Mapping[str, AdapterFile], at_top: bool) -> None:
         active = files.get(str(self.steering.active)) if at_top else None
+        if active is not None and active.config.sites != (SITE,):
+            active = None  # from_pretrained would have it read by PEFT, which has no other site
         if active is None or len(files) > 1:
             for name, file in files.items():
                 write_adapter(target / CHECKPOINT_FOLDER / name, file)

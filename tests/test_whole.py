@@ -55,6 +55,16 @@ def test_whole_it_comes_back_steered(tmp_path, overrides):
     assert torch.equal(logits(patch_model(base, tmp_path)), logits(model))
 
 
+def test_whole_at_another_site_it_lies_where_patch_model_finds_it(tmp_path):
+    model = patch_model(build(), SteerConfig(rank=4, site="post_mlp"))
+    randomize(model)
+    model.save_pretrained(tmp_path)
+    assert not (tmp_path / "adapter_config.json").exists()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(again), logits(build()))
+    assert torch.equal(logits(patch_model(again, tmp_path)), logits(model))
+
+
 def test_whole_in_shards_it_lies_where_a_trainer_does_not_take_it_for_all_there_is(tmp_path):
     model = steered()
     model.save_pretrained(tmp_path, max_shard_size="20KB")

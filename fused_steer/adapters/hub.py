@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from .._version import __version__
+from ..config import SteerConfig
 from .files import (
     HUB_ID,
     AdapterFile,
     write_adapter,
 )
+from .parameters import SITE
 
 CARD_NAME = "README.md"
 LIBRARY, CARD_TAGS = "fused-steer", ("fused-steer", "post-block-steering", "arxiv:2603.00425")
@@ -36,20 +38,26 @@ def model_card(adapter: AdapterFile, repo_id: str) -> str:
     fields = "\n".join(f"| `{name}` | `{value!r}` |" for name, value in adapter.config.to_dict().items())
     return (
         f"---\n{data.to_yaml()}\n---\n\n# {repo_id.rpartition('/')[2]}\n\n"
-        f"{card_usage(repo_id, base)}\n| field | value |\n|---|---|\n{fields}\n"
+        f"{card_usage(repo_id, base, adapter.config)}\n| field | value |\n|---|---|\n{fields}\n"
     )
 
 
-def card_usage(repo_id: str, base: str | None) -> str:
+def card_usage(repo_id: str, base: str | None, config: SteerConfig) -> str:
     """Return the part of a model card that tells what the adapter is and how to load it."""
-    return (
+    only_post_block = config.sites == (SITE,)
+    at = "" if only_post_block else f", for the sites {', '.join(config.sites)} of each layer"
+    usage = (
         "A post-block steering adapter ([arXiv 2603.00425](https://arxiv.org/abs/2603.00425)) of "
         f"{f'[{base}](https://huggingface.co/{base})' if base else 'a language model'}, made with fused-steer "
-        f"{__version__}.\n\n```python\nfrom fused_steer import patch_model\n"
+        f"{__version__}{at}.\n\n```python\nfrom fused_steer import patch_model\n"
         "from transformers import AutoModelForCausalLM\n\n"
         f"model = AutoModelForCausalLM.from_pretrained({base or 'BASE_MODEL'!r})\n"
-        f"model = patch_model(model, {repo_id!r})\n```\n\n"
-        "PEFT loads it too, once `fused_steer.peft` is imported, which makes the method known:\n\n"
+        f"model = patch_model(model, {repo_id!r})\n```\n"
+    )
+    if not only_post_block:  # PEFT has no other site
+        return usage
+    return (
+        f"{usage}\nPEFT loads it too, once `fused_steer.peft` is imported, which makes the method known:\n\n"
         "```python\nimport fused_steer.peft\nfrom peft import PeftModel\n"
         "from transformers import AutoModelForCausalLM\n\n"
         f"model = AutoModelForCausalLM.from_pretrained({base or 'BASE_MODEL'!r})\n"
