@@ -23,6 +23,7 @@ from fused_steer.adapters.files import read_adapter
 
 SAMPLED = 8  # number of lines to try per operation, spread evenly
 CONFIG = SteerConfig(rank=2)
+INNER = SteerConfig(rank=2, site=["post_attention", "pre_mlp", "post_mlp"])
 
 
 @dataclass
@@ -154,6 +155,13 @@ OPERATIONS: dict[str, Operation] = {
         lambda state: patch_model(state.model, state.folder / "polite"),
     ),
     "add": Operation(lambda state: steered(state, "a"), lambda state: state.model.steering.add("b", CONFIG)),
+    "patch-sites": Operation(lambda state: None, lambda state: patch_model(state.model, INNER)),
+    "add-sites": Operation(lambda state: steered(state, "a"), lambda state: state.model.steering.add("b", INNER)),
+    "unpatch-sites": Operation(
+        lambda state: (steered(state, "a"), state.model.steering.add("b", INNER)),
+        lambda state: state.model.steering.unpatch(),
+        lambda state: state.model.steering.unpatch(),
+    ),
     "load": Operation(
         lambda state: (saved(state), steered(state, "a")),
         lambda state: state.model.steering.load(state.folder / "polite", name="b"),

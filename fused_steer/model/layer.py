@@ -246,12 +246,16 @@ def _own_forward_kept(layer: nn.Module) -> bool:
     return hasattr(layer, "_hf_hook") and isinstance(kept, MethodType) and kept.__func__ is type(layer).forward
 
 
-def _change_class(layer: nn.Module, old: type[nn.Module], new: type[nn.Module]) -> None:
-    """Change the class of a layer, also for a forward that accelerate keeps on the instance. May be repeated."""
+def _change_class(layer: nn.Module, old: Iterable[type[nn.Module]], new: type[nn.Module]) -> None:
+    """Give a layer another class. The forwards of old classes that accelerate keeps on the instance change too.
+
+    It can be called again.
+    """
+    forwards = [cls.forward for cls in old]
     layer.__class__ = new
     for name in ("forward", "_old_forward"):
         kept = vars(layer).get(name)
-        if isinstance(kept, MethodType) and kept.__func__ is old.forward:
+        if isinstance(kept, MethodType) and any(kept.__func__ is forward for forward in forwards):
             setattr(layer, name, MethodType(new.forward, layer))
 
 
@@ -359,7 +363,8 @@ class PatchedLayer:
         parts = parts_of(self.layer, self.base) if set(rewritten) - {SITE} else ()
         form = Form(rewritten, hooked, parts)
         old, new = (self.base if not one.sites else steered_class(self.base, one) for one in (self.form, form))
-        _change_class(self.layer, old, new)
+        # Also from the class that the layer has now: an exception may have cut off an earlier change.
+        _change_class(self.layer, (self.base, old, type(self.layer)), new)
         self.form, self.reached = form, dict(reached)
 
     # ---------------------------------------------------------------------------------------------------- as it stands
@@ -409,11 +414,12 @@ class PatchedLayer:
             self._give_forward_back()
         self._change(left)
         for name in names:
-            self.layer._modules.pop(name, None)
+            if isinstance(self.layer._modules.get(name), Site):
+                del self.layer._modules[name]
 
     def remove(self) -> None:
         """Remove all sites and restore the layer. After an exception it can be called again."""
-        self.take(list(self.reached))
+        self.take(SITES)
 
     def _give_forward_back(self) -> None:
         own = vars(self.layer)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..adapters.parameters import SITE, Place, is_of_site
-from ..config import SteerConfig
+from ..config import SITES, SteerConfig
 from .decoder import Decoder, find_decoder
 from .decoder_hooks import DecoderHooks
 from .layer import PatchedLayer, give_sites, unpatch_layers
@@ -73,8 +73,8 @@ class PatchedModel:
     def patch(self, places: Iterable[Place]) -> None:
         """Add a site to those of these places that have none; all or none."""
         wanted = self._lacking(places)
+        self.layers |= {patched.index: patched for patched in wanted}  # before they have sites, which `changing` takes
         give_sites(wanted)
-        self.layers |= {patched.index: patched for patched in wanted}
         for index in sorted(self.layers):
             self.layers[index] = self.layers.pop(index)
         self._enable()
@@ -128,7 +128,7 @@ class PatchedModel:
                 yield
             except BaseException:
                 for index, patched in list(self.layers.items()):
-                    patched.take(set(patched.sites) - earlier.get(index, set()))
+                    patched.take(set(SITES) - earlier.get(index, set()))
                     if index not in earlier:
                         del self.layers[index]
                 for give_back in memories:
