@@ -173,3 +173,6 @@ def test_readme_coverage_is_that_of_the_table():
     said = f"Of the {types} causal model types of transformers 5.23, {passed} pass, {counts['fused']} of them fused in"
     assert said in readme and "Versions: fused-steer" in table and "transformers 5.23.0" in table
     assert counts["wrong"] == "0" and "none silently wrong" in readme
+    (inner,) = re.findall(r"^At `post_mlp` (\d+) of \d+ pass", table, re.MULTILINE)
+    fused, wrong = (re.search(rf"^\| {word} \| \d+ \| (\d+) \|", table, re.MULTILINE)[1] for word in ("fused", "wrong"))
+    assert f"docs/sites.md)), {inner} pass, {fused} of them fused in every layer" in readme and wrong == "0"
