@@ -8,7 +8,7 @@ from setuptools import setup
 ROOT = Path(__file__).parent
 
 #: The folders of fused_steer/.
-ROOMS = ["adapters", "diagnostics", "importers", "lora", "model", "peft", "serving", "tools"]
+ROOMS = ["adapters", "diagnostics", "importers", "lora", "model", "peft", "serving", "theory", "tools"]
 
 DEMO = ["accelerate", "gguf>=0.19", "matplotlib"]  # transformers reads GGUF files through accelerate
 # Caps: see fused_steer/_requirements.py, which says what was tried.

@@ -55,6 +55,7 @@ The map, in reading order. A file imports what stands above it, never what stand
     joint.py             LoRA and steering: parameter groups, save_joint, load_joint
     tools/               what the verbs of the command run
         listops.py       the task of the demo
+        prompts.py       prompts from files, as batches of tokens
         demo.py          fused-steer demo
         coverage.py      fused-steer coverage
         kernel_table.py  fused-steer kernels
@@ -67,6 +68,12 @@ The map, in reading order. A file imports what stands above it, never what stand
         diagnosis.py     the whole, and how it is saved
         measure.py       diagnose
         command.py       fused-steer diagnose
+    theory/              weight updates as shifts of activations, and the best adapter in closed form
+        regression.py    the best linear map of a rank, from sums over tokens
+        statements.py    the paper's theorem and propositions as functions
+        lockstep.py      models run a layer at a time
+        fitting.py       fit
+        command.py       fused-steer fit
     vllm.py              the vLLM plug-in
     trl.py               TRL's trainers
     cli.py               the command fused-steer

@@ -12,7 +12,7 @@ h is the block's output before steering, and δ = s (W2 φ(W1 h + b1) + b2) what
 in float32 from what the model computed: the difference of two bfloat16 hidden states would be mostly rounding.
 """
 
-from .command import DiagnoseOptions, encode, read_prompts, run
+from .command import DiagnoseOptions, run
 from .diagnosis import JSON_NAME, QUANTITIES, Diagnosis
 from .measure import diagnose
 from .records import BINS, LEVELS, Alignment, Cosine, LayerDiagnosis, Spread
@@ -29,7 +29,5 @@ __all__ = [
     "LayerDiagnosis",
     "Spread",
     "diagnose",
-    "encode",
-    "read_prompts",
     "run",
 ]
