@@ -11,9 +11,10 @@ import torch
 
 from ..adapters.files import CONFIG_NAME, HUB_ID, PEFT_TYPE, read_json, write_adapter
 from ..config import SteerConfig
+from ..model.decoder import find_decoder, meta_model
 from ..patch import patch_model
 from ..tools.prompts import encode, read_prompts
-from .fitting import Fit, fit
+from .fitting import Fit, check_config, check_decoders, fit
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -80,11 +81,10 @@ def adapter_type(source: str) -> str | None:
     return None if found is None else str(read_json(Path(found)).get("peft_type"))
 
 
-def load_tuned(options: FitOptions, device: torch.device) -> Any:
-    """The tuned model: of its own weights, or the base with a LoRA or a steering adapter."""
+def load_tuned(options: FitOptions, kind: str | None, device: torch.device) -> Any:
+    """The tuned model: of its own weights, or the base with a LoRA or a steering adapter, as `adapter_type` says."""
     from ..tools.demo import load_model
 
-    kind = adapter_type(options.tuned)
     if kind is None:
         return load_model(options.tuned, device)[0]
     model, _ = load_model(options.base, device)
@@ -125,12 +125,16 @@ def run(options: FitOptions, console: Console) -> None:
     config = options.config
     prompts = read_prompts(options.prompts, options.field)[: options.max_prompts]
     last = len(prompts) - int(options.held_out * len(prompts))
-    adapter_type(options.tuned)
+    kind = adapter_type(options.tuned)
+    plan = find_decoder(meta_model(options.base))  # all that can be refused before weights are read is
+    check_config(config, plan)
+    if kind is None:
+        check_decoders(plan, find_decoder(meta_model(options.tuned)))
     base, tokenizer = load_model(options.base, device)
     parts = [
         encode(tokenizer, some, options.max_length, options.batch_size) for some in (prompts[:last], prompts[last:])
     ]
-    tuned = load_tuned(options, device)
+    tuned = load_tuned(options, kind, device)
     check_vocabulary(base, tuned)
     found = fit(base, tuned, parts[0], config, held_out=parts[1], ridge=options.ridge, sequence=options.sequence)
     write_adapter(options.out, found.adapter)

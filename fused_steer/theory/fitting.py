@@ -18,6 +18,7 @@ from ..adapters.files import AdapterFile
 from ..adapters.parameters import DOWN, UP, UP_BIAS, ByLayer
 from ..config import DTYPES, SteerConfig
 from ..kernels import post_block
+from ..model.decoder import Decoder
 from .lockstep import Batch, Stream, evaluating
 from .regression import Affine, Moments, best_affine, check_tokens, share
 
@@ -100,7 +101,10 @@ def fit(
     """
     config = SteerConfig(activation="identity", up_bias=True) if config is None else config
     own, target = Stream(base, "base"), Stream(tuned, "tuned")
-    indices = _check(own, target, config, ridge)
+    check_decoders(own.decoder, target.decoder)
+    indices = check_config(config, own.decoder)
+    if not (math.isfinite(ridge) and ridge >= 0):
+        raise ValueError(f"ridge is {ridge}; expected a finite number, 0 or more")
     parts = [_Part(batches, len(own)), _Part(held_out, len(own))]
     check_tokens(parts[0].tokens, config.rank)
     tensors: ByLayer = {}
@@ -190,15 +194,27 @@ def _steered(states: Tensor, tensors: dict[str, Tensor]) -> Tensor:
     return post_block(states, None, tensors[DOWN], tensors[UP], up_bias=tensors.get(UP_BIAS), activation="identity")
 
 
-def _check(own: Stream, target: Stream, config: SteerConfig, ridge: float) -> Sequence[int]:
-    """The layers that get an adapter. Refuse models and a config that do not go together."""
-    sizes = [(len(stream), stream.decoder.hidden) for stream in (own, target)]
+def check_decoders(base: Decoder, tuned: Decoder) -> None:
+    """Refuse a tuned model of other sizes than the base's.
+
+    Raises:
+        ValueError: it has another number of layers, or another hidden size.
+    """
+    sizes = [(len(decoder.layers), decoder.hidden) for decoder in (base, tuned)]
     if sizes[0] != sizes[1]:
         layers, hidden = sizes[1]
         raise ValueError(
             f"the tuned model has {layers} layers of hidden size {hidden}; expected {sizes[0][0]} of {sizes[0][1]}, as "
             "the base has"
         )
+
+
+def check_config(config: SteerConfig, decoder: Decoder) -> Sequence[int]:
+    """The layers that get an adapter.
+
+    Raises:
+        ValueError: the config is none of an identity adapter of low rank, or does not fit the decoder.
+    """
     for name, wanted in (("form", "lowrank"), ("activation", "identity"), ("down_bias", False), ("scale", 1.0)):
         if getattr(config, name) != wanted:
             raise ValueError(f"{name} is {getattr(config, name)!r}; expected {wanted!r}, of what is fitted")
@@ -206,8 +222,6 @@ def _check(own: Stream, target: Stream, config: SteerConfig, ridge: float) -> Se
         raise ValueError(
             f"orthogonal_to is {config.orthogonal_to!r}; expected None, as there is no LoRA to be kept from"
         )
-    if config.rank > own.decoder.hidden:
-        raise ValueError(f"rank is {config.rank}; expected at most {own.decoder.hidden}, the hidden size")
-    if not (math.isfinite(ridge) and ridge >= 0):
-        raise ValueError(f"ridge is {ridge}; expected a finite number, 0 or more")
-    return own.decoder.layout.indices(config)
+    if config.rank > decoder.hidden:
+        raise ValueError(f"rank is {config.rank}; expected at most {decoder.hidden}, the hidden size")
+    return decoder.layout.indices(config)

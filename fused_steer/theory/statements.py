@@ -76,12 +76,12 @@ class Shift:
 
     @property
     def post_mlp(self) -> Tensor:
-        """What has to be added to the MLP's output. It leaves the skip connection as it was: `attention` is missed."""
+        """The oracle of the MLP's output: in place of the updates, it leaves `attention` out of the block's."""
         return self.carried + self.mlp
 
     @property
     def post_block(self) -> Tensor:
-        """What has to be added to the block's output."""
+        """The oracle of the block's output, which stands for the updates whole."""
         return self.attention + self.post_mlp
 
 
