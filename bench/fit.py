@@ -15,7 +15,6 @@ import copy
 import dataclasses
 import json
 import os
-import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -91,35 +90,40 @@ def exact(model: Any, encoder: Any, expressions: Sequence[Any]) -> str:
     return "".join(str(int(is_exact(*pair))) for pair in zip(said, expressions, strict=True))
 
 
-def run_one(
-    base: Any, tuned: Any, tokenizer: Any, rank: int, sequence: bool, settings: Settings, folder: Path
-) -> dict[str, Any]:
-    """Fit an adapter, save it in `folder`, and test the base model with it."""
-    import torch
-
-    from fused_steer import SteerConfig, patch_model
-    from fused_steer.adapters.files import write_adapter
-    from fused_steer.theory import fit
-    from fused_steer.tools.demo import Encoder
+def fit_ranks(
+    base: Any, tuned: Any, tokenizer: Any, ranks: Sequence[int], sequence: bool, settings: Settings
+) -> tuple[list[Any], float]:
+    """A fit of each rank, and the seconds that they took together."""
+    from fused_steer import SteerConfig
+    from fused_steer.theory import fit_each
     from fused_steer.tools.prompts import encode
 
     tested, _, fitted = draw_expressions(settings)
     parts = [encode(tokenizer, [f"{one} =" for one in some], 512, _AT_ONCE) for some in (fitted, tested)]
+    configs = [SteerConfig(rank=rank, activation="identity", up_bias=True) for rank in ranks]
     start = time.perf_counter()
-    config = SteerConfig(rank=rank, activation="identity", up_bias=True)
-    found = fit(base, tuned, parts[0], config, held_out=parts[1], ridge=settings.ridge, sequence=sequence)
-    seconds = time.perf_counter() - start
+    fits = fit_each(base, tuned, parts[0], configs, held_out=parts[1], ridge=settings.ridge, sequence=sequence)
+    return fits, time.perf_counter() - start
+
+
+def try_fit(base: Any, encoder: Any, found: Any, settings: Settings, folder: Path) -> dict[str, Any]:
+    """Save a fitted adapter in `folder`, and test the base model with it."""
+    from fused_steer import patch_model
+    from fused_steer.adapters.files import write_adapter
+
     write_adapter(folder, found.adapter)
     steered = patch_model(copy.deepcopy(base), folder)
-    answers = exact(steered, Encoder(tokenizer, torch.device("cpu")), tested)
-    numbers = found.adapter.layout.count(config)
-    return {"rank": rank, "sequence": sequence, "exact": answers, "parameters": numbers, "seconds": seconds} | {
-        "fit": found.as_dict()
+    config = found.adapter.config
+    return {
+        "rank": config.rank,
+        "exact": exact(steered, encoder, draw_expressions(settings)[0]),
+        "parameters": found.adapter.layout.count(config),
+        "fit": found.as_dict(),
     }
 
 
 def run_all(file: Path, settings: Settings, ranks: Sequence[int], work: Path) -> None:
-    """Every fit that is not in the file yet, saved after each; the LoRA is trained if `work` has none.
+    """Every fit that is not in the file yet, saved when tested; the LoRA is trained if `work` has none.
 
     Raises:
         ValueError: the file is of other settings, or is no results file.
@@ -134,8 +138,8 @@ def run_all(file: Path, settings: Settings, ranks: Sequence[int], work: Path) ->
     if results is not None and results["settings"] != dataclasses.asdict(settings):
         raise ValueError(f"the settings are {dataclasses.asdict(settings)}; expected those of {file}")
     done = [(run["rank"], run["sequence"]) for run in results["runs"]] if results else []
-    todo = [(rank, sequence) for sequence in (True, False) for rank in ranks if (rank, sequence) not in done]
-    if not todo:
+    todo = {sequence: [rank for rank in ranks if (rank, sequence) not in done] for sequence in (True, False)}
+    if not any(todo.values()):
         typer.echo(f"all {len(done)} fits are in {file}")
         return
     torch.set_num_threads(settings.threads)
@@ -161,12 +165,17 @@ def run_all(file: Path, settings: Settings, ranks: Sequence[int], work: Path) ->
             "runs": [],
         }
         typer.echo(" and ".join(f"{name}: {results['model'][name].count('1')} exact" for name in ("base", "tuned")))
-    for number, (rank, sequence) in enumerate(todo, 1):
-        label = f"rank {rank}, {'in sequence' if sequence else 'each layer by itself'}"
-        run = run_one(base, tuned, tokenizer, rank, sequence, settings, work / f"rank-{rank}-{number}")
-        results["runs"].append(run | {key: machine[key] for key in ("commit", "dirty", "date")})
-        save(results, file)
-        typer.echo(f"[{number}/{len(todo)}] {label}: {run['exact'].count('1')} of {len(tested)} exact")
+    for sequence, missing in todo.items():
+        if not missing:
+            continue
+        fits, seconds = fit_ranks(base, tuned, tokenizer, missing, sequence, settings)
+        for found in fits:
+            name = f"rank-{found.adapter.config.rank}{'' if sequence else '-alone'}"
+            run = {"sequence": sequence, **try_fit(base, encoder, found, settings, work / name)}
+            run |= {"seconds": seconds, "together": len(missing)}
+            results["runs"].append(run | {key: machine[key] for key in ("commit", "dirty", "date")})
+            save(results, file)
+            typer.echo(f"{name}: {run['exact'].count('1')} of {len(tested)} exact")
 
 
 def save(results: dict[str, Any], file: Path) -> None:
@@ -233,7 +242,7 @@ def report_text(results: dict[str, Any]) -> str:
         "each layer by itself",
     ]
     tokens = results["runs"][0]["fit"]["tokens"]
-    seconds = statistics.median(run["seconds"] for run in results["runs"])
+    slowest = max(results["runs"], key=lambda run: run["seconds"])
     versions = ", ".join(f"{name} {machine['versions'][name]}" for name in ("torch", "transformers", "peft"))
     commits = ", ".join(sorted({run["commit"] or "unknown" for run in results["runs"]}))
     note = f"""{settings["model"] or "SmolLM2-135M-Instruct"} ({model["parameters"]:,} parameters), ListOps of
@@ -241,8 +250,9 @@ def report_text(results: dict[str, Any]) -> str:
         α = {settings["lora_alpha"]}, trained with {settings["steps"]} steps of {settings["batch_size"]} expressions at
         {settings["lora_lr"]:g}. Adapters: identity with a bias at every layer, fitted on {settings["fitted"]} other
         expressions ({tokens:,} tokens) without their answers, ridge {settings["ridge"]:g}. *Share* is that of the
-        oracle after the last layer. The last column is of adapters fitted each on the base's own stream. A fit took
-        {seconds:.0f} s (median) on a busy CPU ({machine["device"]}, {settings["threads"]} thread). One LoRA, one
+        oracle after the last layer. The last column is of adapters fitted each on the base's own stream. Fitting
+        {slowest["together"]} ranks took {slowest["seconds"] / 60:.0f} minutes on a busy CPU ({machine["device"]},
+        {settings["threads"]} thread). One LoRA, one
         seed; the standard error of such a count is about {100 * (0.2 / count) ** 0.5:.0f} in a hundred.
         fused-steer {machine["fused_steer"]}, {versions}, commit {commits}, {machine["date"][:10]}."""
     return f"{as_table(head, rows, texts=1)}\n\n{joint.paragraph(note)}"

@@ -4,6 +4,6 @@
 propositions, each as a function that gives both of its sides.
 """
 
-from .fitting import RIDGE, Fit, LayerFit, fit
+from .fitting import RIDGE, Fit, LayerFit, fit, fit_each
 
-__all__ = ["RIDGE", "Fit", "LayerFit", "fit"]
+__all__ = ["RIDGE", "Fit", "LayerFit", "fit", "fit_each"]

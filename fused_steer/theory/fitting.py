@@ -100,40 +100,78 @@ def fit(
             state is not finite.
     """
     config = SteerConfig(activation="identity", up_bias=True) if config is None else config
+    return fit_each(base, tuned, batches, [config], held_out=held_out, ridge=ridge, sequence=sequence)[0]
+
+
+def fit_each(
+    base: nn.Module,
+    tuned: nn.Module,
+    batches: Iterable[Batch],
+    configs: Sequence[SteerConfig],
+    *,
+    held_out: Iterable[Batch] = (),
+    ridge: float = RIDGE,
+    sequence: bool = True,
+) -> list[Fit]:
+    """`fit` for each config, such as of several ranks, with the passes in common done once. See `fit`."""
     own, target = Stream(base, "base"), Stream(tuned, "tuned")
     check_decoders(own.decoder, target.decoder)
-    indices = check_config(config, own.decoder)
+    for config in configs:
+        check_config(config, own.decoder)
     if not (math.isfinite(ridge) and ridge >= 0):
         raise ValueError(f"ridge is {ridge}; expected a finite number, 0 or more")
     parts = [_Part(batches, len(own)), _Part(held_out, len(own))]
-    check_tokens(parts[0].tokens, config.rank)
-    tensors: ByLayer = {}
-    layers = []
+    check_tokens(parts[0].tokens, max(config.rank for config in configs))
+    fits = [_Growing(config, own.decoder) for config in configs]
     with evaluating([base, tuned]):
         for part in parts:
             part.enter(own, target)
+        # On the base's own stream all read the same; in sequence each has a stream that it steers.
+        groups = [(own.branch(), [one]) for one in fits] if sequence else [(own, fits)]
         for index in range(len(own)):
-            own.advance(index)
             target.advance(index)
-            fitted, others = (part.moments(index, own, target) for part in parts)
-            affine = None
-            if index in indices:
-                best = best_affine(fitted, config.rank, ridge, config.up_bias)
-                tensors[index] = _tensors(best, config)
-                affine = _rounded(tensors[index])
-                if sequence:
-                    own.states = [_steered(states, tensors[index]) for states in own.states]
-            layers.append(
-                LayerFit(
-                    index,
-                    math.sqrt(parts[0].oracle[index] / parts[0].size[index]),
-                    share(parts[0].oracle[index], _rest(fitted, affine)),
-                    share(parts[1].oracle[index], _rest(others, affine)) if others.tokens else None,
-                    None if affine is None else share(fitted.total(), fitted.rest(affine)),
-                )
+            for stream, growing in groups:
+                stream.advance(index)
+                fitted, others = (part.moments(index, stream, target) for part in parts)
+                for one in growing:
+                    tensors = one.grow(index, fitted, others, parts, ridge)
+                    if sequence and tensors is not None:
+                        stream.states = [_steered(states, tensors) for states in stream.states]
+    return [one.fit(parts) for one in fits]
+
+
+class _Growing:
+    """A fit, layer after layer."""
+
+    def __init__(self, config: SteerConfig, decoder: Decoder) -> None:
+        self.config, self.layout = config, decoder.layout
+        self.indices = set(check_config(config, decoder))
+        self.tensors: ByLayer = {}
+        self.layers: list[LayerFit] = []
+
+    def grow(
+        self, index: int, fitted: Moments, others: Moments, parts: Sequence[_Part], ridge: float
+    ) -> dict[str, Tensor] | None:
+        """Fit the layer `index`, and measure. Returns the adapter's tensors there, None where it has none."""
+        affine = None
+        if index in self.indices:
+            best = best_affine(fitted, self.config.rank, ridge, self.config.up_bias)
+            self.tensors[index] = _tensors(best, self.config)
+            affine = _rounded(self.tensors[index])
+        self.layers.append(
+            LayerFit(
+                index,
+                math.sqrt(parts[0].oracle[index] / parts[0].size[index]),
+                share(parts[0].oracle[index], _rest(fitted, affine)),
+                share(parts[1].oracle[index], _rest(others, affine)) if others.tokens else None,
+                None if affine is None else share(fitted.total(), fitted.rest(affine)),
             )
-    file = AdapterFile(config, own.decoder.layout, tensors)
-    return Fit(file, tuple(layers), (parts[0].tokens, parts[1].tokens))
+        )
+        return self.tensors.get(index)
+
+    def fit(self, parts: Sequence[_Part]) -> Fit:
+        file = AdapterFile(self.config, self.layout, self.tensors)
+        return Fit(file, tuple(self.layers), (parts[0].tokens, parts[1].tokens))
 
 
 class _Part:

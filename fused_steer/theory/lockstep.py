@@ -8,6 +8,7 @@ batches. Only one hidden state a token is kept, on the CPU, in the model's dtype
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -74,6 +75,12 @@ class Stream:
             call.forget()
         self._calls.append(calls)
         return outputs
+
+    def branch(self) -> Stream:
+        """A stream of the same model that goes on from here by itself."""
+        other = copy.copy(self)
+        other.states = list(self.states)
+        return other
 
     def advance(self, index: int) -> None:
         """Put the hidden states of all batches through the layer `index`."""

@@ -60,7 +60,7 @@ def test_fit_bench_runs_once_and_reports(invoke, monkeypatch):
     for one in results["runs"]:
         assert len(one["exact"]) == 6 and len(one["fit"]["layers"]) == LAYERS
         assert one["fit"]["tokens_held_out"] and one["parameters"] == LAYERS * (2 * 32 * one["rank"] + 32)
-    saved = read_adapter(folder / "work" / "rank-2-2")
+    saved = read_adapter(folder / "work" / "rank-2")
     assert (saved.config.rank, saved.config.up_bias) == (2, True)
 
     docs = folder / "docs"
@@ -73,7 +73,7 @@ def test_fit_bench_runs_once_and_reports(invoke, monkeypatch):
     assert pictures == ["accuracy-by-rank.svg", "first-order.svg", "share-by-layer.svg"]
 
     before = fit.results_file(folder).read_bytes()
-    monkeypatch.setattr(fit, "run_one", lambda *arguments: pytest.fail("a fit was repeated"))
+    monkeypatch.setattr(fit, "fit_ranks", lambda *arguments: pytest.fail("a fit was repeated"))
     assert "all 4 fits are in" in run("--ranks", "1,2").stdout
     assert fit.results_file(folder).read_bytes() == before
     refused = run("--ranks", "3", "--fitted", "4")

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from fused_steer import SteerConfig, patch_model
 from fused_steer.adapters.files import write_adapter
 from fused_steer.model.decoder import find_decoder, inside_peft
-from fused_steer.theory import fit
+from fused_steer.theory import fit, fit_each
 
 
 def batches(count=3, seed=0, length=9):
@@ -95,6 +95,19 @@ def test_fit_in_sequence_is_better_than_on_the_base_stream(tmp_path):
         for i, one in enumerate((in_sequence, alone))
     ]
     assert ends[0] > ends[1]
+
+
+@pytest.mark.parametrize("sequence", [True, False])
+def test_fit_each_is_fit_of_each(sequence):
+    model = build()
+    tuned, given = tuned_of(model, 0.3), batches()
+    configs = [config(rank=2), config(rank=5, layers=[1]), config(rank=5, up_bias=False)]
+    together = fit_each(model, tuned, given, configs, sequence=sequence)
+    for one, own in zip(together, configs, strict=True):
+        alone = fit(model, tuned, given, own, sequence=sequence)
+        assert one.layers == alone.layers
+        for index, named in one.adapter.tensors.items():
+            assert all(torch.equal(tensor, alone.adapter.tensors[index][name]) for name, tensor in named.items())
 
 
 def test_fit_without_sequence_is_the_regression_of_each_oracle():
