@@ -99,11 +99,11 @@ def table_of(found: Fit) -> Table:
     """A row for each layer."""
     from rich.table import Table
 
-    table = Table("layer", "‖δh‖/‖h‖", "share", "held out", "of the rest")
+    table = Table("layer", "‖δh‖/‖h‖", "share", "held out", "median token", "of the rest")
     for column in table.columns:
         column.justify = "right"
     for layer in found.layers:
-        shares = (layer.share, layer.held_out, layer.rest)
+        shares = (layer.share, layer.held_out, layer.token, layer.rest)
         table.add_row(str(layer.layer), f"{layer.oracle:.3g}", *("-" if s is None else f"{s:.1%}" for s in shares))
     table.caption = (
         "share: of δh = h_tuned − h_base, what the steered stream has after the layer; of the rest: of what the "
@@ -151,7 +151,10 @@ def run(options: FitOptions, console: Console) -> None:
     console.print(table_of(found))
     if options.sequence:
         held_out = "" if found.held_out is None else f", {found.held_out:.1%} on held-out prompts"
-        say(f"share     {found.share:.1%} of the oracle after the last layer{held_out}")
+        say(
+            f"share     {found.share:.1%} of the oracle after the last layer{held_out}; of a median token's "
+            f"{found.token:.1%}"
+        )
     say(f"adapter   {options.out}, rank {config.rank}, {found.adapter.layout.count(config):,} parameters")
 
 

@@ -8,10 +8,11 @@ r, so it expresses a share of the oracle only: 1 − Σ‖h_tuned − h_steered�
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..adapters.files import AdapterFile
@@ -20,7 +21,7 @@ from ..config import DTYPES, SteerConfig
 from ..kernels import post_block
 from ..model.decoder import Decoder
 from .lockstep import Batch, Stream, evaluating
-from .regression import Affine, Moments, best_affine, check_tokens, share
+from .regression import Affine, Moments, best_affine, check_tokens
 
 #: λ of the ridge, if none is given: enough that directions without variance do no harm, too little to be seen.
 RIDGE = 1e-6
@@ -30,16 +31,19 @@ RIDGE = 1e-6
 class LayerFit:
     """One layer.
 
-    oracle: sqrt(Σ‖δh‖² / Σ‖h_base‖²), the size of the oracle. share: of the oracle that the steered stream expresses
-    after this layer, with what the adapters before it do; NaN where there is no oracle. held_out: the same over prompts
-    that were not fitted on, None without them. rest: of what was left to do at this layer, h_tuned − h before the
-    adapter, the share that it expresses; None at a layer without an adapter.
+    oracle: the median over tokens of ‖δh‖ / ‖h_base‖, the size of the oracle. share: of the oracle that the steered
+    stream expresses after this layer, with what the adapters before it do; NaN where there is no oracle. held_out: the
+    same over prompts that were not fitted on, None without them. token: the median over tokens of a token's own share,
+    1 − ‖h_tuned − h_steered‖² / ‖δh‖², of those held out if there are any: sums may be those of a few tokens whose
+    hidden states are far larger than all others, such as the first of a prompt. rest: of what was left to do at this
+    layer, h_tuned − h before the adapter, the share that it expresses; None at a layer without an adapter.
     """
 
     layer: int
     oracle: float
     share: float
     held_out: float | None
+    token: float
     rest: float | None
 
 
@@ -59,6 +63,10 @@ class Fit:
     @property
     def held_out(self) -> float | None:
         return self.layers[-1].held_out
+
+    @property
+    def token(self) -> float:
+        return self.layers[-1].token
 
     def as_dict(self) -> dict[str, Any]:
         """The figures as JSON has them."""
@@ -132,11 +140,15 @@ def fit_each(
             target.advance(index)
             for stream, growing in groups:
                 stream.advance(index)
-                fitted, others = (part.moments(index, stream, target) for part in parts)
+                moments = Moments()
+                for x, d in parts[0].pairs(index, stream, target):
+                    moments.add(x, d)
                 for one in growing:
-                    tensors = one.grow(index, fitted, others, parts, ridge)
-                    if sequence and tensors is not None:
-                        stream.states = [_steered(states, tensors) for states in stream.states]
+                    affine = one.adapt(index, moments, ridge)
+                    left = [part.left(index, stream, target, affine) for part in parts]
+                    one.layers.append(_measured(index, parts, left, affine is not None))
+                    if sequence and affine is not None:
+                        stream.states = [_steered(states, one.tensors[index]) for states in stream.states]
     return [one.fit(parts) for one in fits]
 
 
@@ -149,25 +161,13 @@ class _Growing:
         self.tensors: ByLayer = {}
         self.layers: list[LayerFit] = []
 
-    def grow(
-        self, index: int, fitted: Moments, others: Moments, parts: Sequence[_Part], ridge: float
-    ) -> dict[str, Tensor] | None:
-        """Fit the layer `index`, and measure. Returns the adapter's tensors there, None where it has none."""
-        affine = None
-        if index in self.indices:
-            best = best_affine(fitted, self.config.rank, ridge, self.config.up_bias)
-            self.tensors[index] = _tensors(best, self.config)
-            affine = _rounded(self.tensors[index])
-        self.layers.append(
-            LayerFit(
-                index,
-                math.sqrt(parts[0].oracle[index] / parts[0].size[index]),
-                share(parts[0].oracle[index], _rest(fitted, affine)),
-                share(parts[1].oracle[index], _rest(others, affine)) if others.tokens else None,
-                None if affine is None else share(fitted.total(), fitted.rest(affine)),
-            )
-        )
-        return self.tensors.get(index)
+    def adapt(self, index: int, moments: Moments, ridge: float) -> Affine | None:
+        """Fit the adapter of the layer `index`, and return what it computes; None where it has none."""
+        if index not in self.indices:
+            return None
+        best = best_affine(moments, self.config.rank, ridge, self.config.up_bias)
+        self.tensors[index] = _tensors(best, self.config)
+        return _rounded(self.tensors[index])
 
     def fit(self, parts: Sequence[_Part]) -> Fit:
         file = AdapterFile(self.config, self.layout, self.tensors)
@@ -175,13 +175,14 @@ class _Growing:
 
 
 class _Part:
-    """Some batches: their tokens that count, and for each layer Σ‖δh‖² (`oracle`) and Σ‖h_base‖² (`size`)."""
+    """Some batches: their tokens that count, and for each layer and token ‖δh‖² (`oracle`) and ‖h_base‖² (`size`)."""
 
     def __init__(self, batches: Iterable[Batch], layers: int) -> None:
         self.batches = list(batches)
         self.kept = [batch["attention_mask"].bool().flatten() for batch in self.batches]
         self.tokens = sum(int(kept.sum()) for kept in self.kept)
-        self.oracle, self.size = [0.0] * layers, [0.0] * layers
+        self.oracle: list[list[Tensor]] = [[] for _ in range(layers)]
+        self.size: list[list[Tensor]] = [[] for _ in range(layers)]
         self._first = 0  # the place of its first batch in a stream
 
     def enter(self, own: Stream, target: Stream) -> None:
@@ -189,12 +190,11 @@ class _Part:
         for batch, kept in zip(self.batches, self.kept, strict=True):
             for index, pair in enumerate(zip(own.enter(batch), target.enter(batch), strict=True)):
                 h, wanted = (_tokens(states, kept) for states in pair)
-                self.oracle[index] += float((wanted - h).square().sum())
-                self.size[index] += float(h.square().sum())
+                self.oracle[index].append((wanted - h).square().sum(1).cpu())
+                self.size[index].append(h.square().sum(1).cpu())
 
-    def moments(self, index: int, own: Stream, target: Stream) -> Moments:
-        """Of the hidden state x before the adapter and of h_tuned − x, after the layer `index`."""
-        moments = Moments()
+    def pairs(self, index: int, own: Stream, target: Stream) -> Iterator[tuple[Tensor, Tensor]]:
+        """After the layer `index`, for each batch: the hidden states x before the adapter, and h_tuned − x."""
         for number, kept in enumerate(self.kept, self._first):
             x, wanted = (_tokens(stream.states[number], kept) for stream in (own, target))
             for stream, states in ((own, x), (target, wanted)):
@@ -203,17 +203,46 @@ class _Part:
                         f"the {stream.name} model's hidden states after layer {index} are NaN or infinite; expected "
                         "finite ones"
                     )
-            moments.add(x, wanted - x)
-        return moments
+            yield x, wanted - x
+
+    def left(self, index: int, own: Stream, target: Stream, affine: Affine | None) -> tuple[Tensor, Tensor]:
+        """Of each token, ‖h_tuned − h‖² with h before the adapter, and after it."""
+        before, after = [], []
+        for x, d in self.pairs(index, own, target):
+            before.append(d.square().sum(1))
+            after.append(before[-1] if affine is None else (d - affine(x)).square().sum(1))
+        return _joined(before), _joined(after)
+
+
+def _joined(rows: Sequence[Tensor]) -> Tensor:
+    return torch.cat([row.cpu() for row in rows]) if rows else torch.empty(0)
+
+
+def _measured(index: int, parts: Sequence[_Part], left: Sequence[tuple[Tensor, Tensor]], adapted: bool) -> LayerFit:
+    """The figures of one layer. left: of each part, see `_Part.left`."""
+    oracles = [_joined(part.oracle[index]) for part in parts]
+    sizes = _joined(parts[0].size[index])
+    shares = [_share(oracle, after) for oracle, (_, after) in zip(oracles, left, strict=True)]
+    shown = 1 if len(oracles[1]) else 0
+    return LayerFit(
+        index,
+        float((oracles[0] / sizes).sqrt().median()),
+        shares[0],
+        shares[1] if shown else None,
+        float((1 - left[shown][1] / oracles[shown]).median()),
+        _share(*left[0]) if adapted else None,
+    )
+
+
+def _share(whole: Tensor, rest: Tensor) -> float:
+    """1 − Σ rest / Σ whole; NaN where there is nothing."""
+    total = float(whole.sum())
+    return 1 - float(rest.sum()) / total if total else math.nan
 
 
 def _tokens(states: Tensor, kept: Tensor) -> Tensor:
     """(B, T, d) -> (N, d) in float64, without what the mask leaves out."""
     return states.flatten(0, 1)[kept.to(states.device)].double()
-
-
-def _rest(moments: Moments, affine: Affine | None) -> float:
-    return moments.total() if affine is None else moments.rest(affine)
 
 
 def _tensors(affine: Affine, config: SteerConfig) -> dict[str, Tensor]:

@@ -11,7 +11,6 @@ about 0 in place of the means.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -33,12 +32,11 @@ class Affine:
 
 
 class Moments:
-    """Means and centred second moments of x and d over all tokens, in float64, a batch after the other."""
+    """Means and centred second moments of tokens x and their shifts d, in float64, a batch after the other."""
 
     def __init__(self) -> None:
         self.tokens = 0
         self.mean_x = self.mean_d = self.xx = self.xd = torch.zeros(())
-        self.dd = 0.0  # the trace alone
 
     def add(self, x: Tensor, d: Tensor) -> None:
         """x, d: (N, d) of any dtype.
@@ -52,31 +50,18 @@ class Moments:
         x, d = x.double(), d.double()
         mean_x, mean_d = x.mean(0), d.mean(0)
         x, d = x - mean_x, d - mean_d
-        xx, xd, dd = x.T @ x, x.T @ d, float(d.square().sum())
+        xx, xd = x.T @ x, x.T @ d
         if self.tokens:
             step_x, step_d = mean_x - self.mean_x, mean_d - self.mean_d
             weight = self.tokens * count / (self.tokens + count)
             self.xx += xx + weight * torch.outer(step_x, step_x)
             self.xd += xd + weight * torch.outer(step_x, step_d)
-            self.dd += dd + weight * float(step_d.square().sum())
             share = count / (self.tokens + count)
             self.mean_x = self.mean_x + share * step_x
             self.mean_d = self.mean_d + share * step_d
         else:
-            self.mean_x, self.mean_d, self.xx, self.xd, self.dd = mean_x, mean_d, xx, xd, dd
+            self.mean_x, self.mean_d, self.xx, self.xd = mean_x, mean_d, xx, xd
         self.tokens += count
-
-    def total(self) -> float:
-        """Σ ‖d‖²"""
-        return self.dd + self.tokens * float(self.mean_d.square().sum())
-
-    def rest(self, affine: Affine) -> float:
-        """Σ ‖d − affine(x)‖²"""
-        inner = affine.down @ self.xx @ affine.down.T  # (r, r)
-        cross = float(((affine.down @ self.xd) * affine.up.T).sum())
-        centred = self.dd - 2 * cross + float((affine.up.T @ affine.up * inner).sum())
-        offset = self.mean_d - affine(self.mean_x[None])[0]
-        return max(centred, 0.0) + self.tokens * float(offset.square().sum())  # rounding may leave less than 0
 
 
 def best_affine(moments: Moments, rank: int, ridge: float, bias: bool) -> Affine:
@@ -117,8 +102,3 @@ def check_tokens(tokens: int, rank: int) -> None:
     """
     if tokens <= rank + 1:
         raise ValueError(f"the prompts have {tokens} tokens to fit on; expected more than {rank + 1} for rank {rank}")
-
-
-def share(total: float, rest: float) -> float:
-    """1 − rest / total: how much of shifts is expressed. NaN where there are none."""
-    return 1 - rest / total if total else math.nan

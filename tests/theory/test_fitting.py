@@ -56,9 +56,10 @@ def states(model, given):
 
 
 def shares(base, steered, tuned, given):
-    """1 − Σ‖h_tuned − h_steered‖² / Σ‖h_tuned − h_base‖² after each layer."""
+    """After each layer 1 − Σ‖h_tuned − h_steered‖² / Σ‖h_tuned − h_base‖², and the median of it over tokens."""
     rows = zip(states(base, given), states(steered, given), states(tuned, given), strict=True)
-    return [1 - float((t - s).square().sum() / (t - b).square().sum()) for b, s, t in rows]
+    squares = [((t - s).square().sum(1), (t - b).square().sum(1)) for b, s, t in rows]
+    return [(1 - float(left.sum() / oracle.sum()), float((1 - left / oracle).median())) for left, oracle in squares]
 
 
 def patched(model, fitted, tmp_path):
@@ -75,11 +76,12 @@ def test_fit_shares_are_those_of_the_patched_model(family, tmp_path):
     found = fit(model, tuned, given, config(), held_out=others)
     steered = patched(model, found, tmp_path)
     assert steered.steering.report()[0].kind  # loads and steers
-    for layer, fitted, held_out in zip(
+    for layer, (fitted, _), (held_out, token) in zip(
         found.layers, shares(model, steered, tuned, given), shares(model, steered, tuned, others), strict=True
     ):
         assert layer.share == pytest.approx(fitted, abs=1e-9)
         assert layer.held_out == pytest.approx(held_out, abs=1e-9)
+        assert layer.token == pytest.approx(token, abs=1e-9)
     assert found.share == found.layers[-1].share > 0.2
     assert found.tokens == (3 * 4 * 9 - 12, 2 * 4 * 9 - 12)
 
@@ -119,7 +121,7 @@ def test_fit_without_sequence_is_the_regression_of_each_oracle():
         rest = wanted - h - ones @ torch.linalg.lstsq(ones, wanted - h).solution
         assert layer.share == pytest.approx(1 - float(rest.square().sum() / (wanted - h).square().sum()), abs=1e-6)
         assert layer.share == pytest.approx(layer.rest, abs=1e-9)
-        assert layer.oracle == pytest.approx(float((wanted - h).norm() / h.norm()), rel=1e-5)
+        assert layer.oracle == pytest.approx(float(((wanted - h).norm(dim=1) / h.norm(dim=1)).median()), rel=1e-9)
 
 
 def test_fit_recovers_an_adapter_of_its_rank(tmp_path):
@@ -143,7 +145,7 @@ def test_fit_to_a_lora_and_of_some_layers(tmp_path):
     assert sorted(found.adapter.tensors) == [0, 2] and found.layers[1].rest is None
     steered = patched(model, found, tmp_path)
     for layer, truth in zip(found.layers, shares(model, steered, tuned, batches()), strict=True):
-        assert layer.share == pytest.approx(truth, abs=1e-9)
+        assert (layer.share, layer.token) == pytest.approx(truth, abs=1e-9)
 
 
 def test_fit_leaves_both_models_as_they_were():

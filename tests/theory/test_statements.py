@@ -5,7 +5,7 @@ import torch
 from fused_steer.kernels.post_block import project
 from torch.nn.functional import silu
 
-from fused_steer.theory.regression import Moments, best_affine, share
+from fused_steer.theory.regression import Moments, best_affine
 from fused_steer.theory.statements import (
     MATRICES,
     as_post_block,
@@ -107,7 +107,8 @@ def drawer():
 def fitted_share(x, d, rank):
     moments = Moments()
     moments.add(x, d)
-    return share(moments.total(), moments.rest(best_affine(moments, rank, 1e-9, True)))
+    rest = d - best_affine(moments, rank, 1e-9, True)(x)
+    return 1 - float(rest.square().sum() / d.square().sum())
 
 
 def test_proposition_a_silent_mlp_leaves_post_mlp_a_fixed_vector():
