@@ -250,11 +250,11 @@ def report_text(results: dict[str, Any]) -> str:
         {settings["lora_lr"]:g}. Adapters: identity with a bias at every layer, fitted on {settings["fitted"]} other
         expressions ({tokens:,} tokens) without their answers, ridge {settings["ridge"]:g}. *Share* is that of the
         oracle after the last layer, over all tokens of the tested prompts; a few tokens with very large hidden states
-        outweigh all others in it, but not in the median over tokens beside it. The last column is of adapters fitted each on the base's own stream. Fitting
-        {slowest["together"]} ranks took {slowest["seconds"] / 60:.0f} minutes on a busy CPU ({machine["device"]},
-        {settings["threads"]} thread). One LoRA, one
-        seed; the standard error of such a count is about {100 * (0.2 / count) ** 0.5:.0f} in a hundred.
-        fused-steer {machine["fused_steer"]}, {versions}, commit {commits}, {machine["date"][:10]}."""
+        outweigh all others in it, but not in the median over tokens beside it. The last column is of adapters fitted
+        each on the base's own stream. Fitting {slowest["together"]} ranks took {slowest["seconds"] / 60:.0f} minutes on
+        a busy CPU ({machine["device"]}, {settings["threads"]} thread). One LoRA, one seed; the standard error of such
+        a count is about {100 * (0.2 / count) ** 0.5:.0f} in a hundred. fused-steer {machine["fused_steer"]},
+        {versions}, commit {commits}, {machine["date"][:10]}."""
     return f"{as_table(head, rows, texts=1)}\n\n{joint.paragraph(note)}"
 
 

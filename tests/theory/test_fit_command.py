@@ -79,10 +79,9 @@ def test_fit_command_writes_an_adapter_that_loads_everywhere(place, tmp_path):
         assert line in result.stdout
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in result.stdout.splitlines() if "│" in line]
     assert [row[0] for row in rows] == list(map(str, range(LAYERS)))
-    assert rows[1][2:] == [
-        f"{share:.1%}"
-        for share in (found.layers[1].share, found.layers[1].held_out, found.layers[1].token, found.layers[1].rest)
-    ]
+    second = found.layers[1]
+    shares = second.share, second.held_out, second.token, second.rest
+    assert rows[1][2:] == [f"{number:.1%}" for number in shares]
 
     ids = torch.tensor([[2, 3, 4, 5]])
     ours = patch_model(AutoModelForCausalLM.from_pretrained(folder / "base"), tmp_path / "out")
