@@ -8,8 +8,9 @@ r, so it expresses a share of the oracle only: 1 − Σ‖h_tuned − h_steered�
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -95,7 +96,8 @@ def fit(
     Args:
         base: a decoder-only language model, unpatched.
         tuned: one of the same sizes: fine-tuned, with a LoRA of PEFT's, or patched with another adapter.
-        batches: inputs of both: `input_ids` and `attention_mask` (B, T). Masked tokens do not count.
+        batches: inputs of both, `input_ids` (B, T) and what else their forward takes. Tokens that `attention_mask`
+            (B, T) masks do not count.
         config: rank, layers, bias and dtype of the adapter; None is rank 8 with a bias at every layer.
         held_out: batches that are measured and not fitted on.
         ridge: λ, a share of the mean variance of the hidden state (see regression.py).
@@ -106,6 +108,7 @@ def fit(
         ValueError: the models have other sizes, or layers that cannot be run one by one; the config is none of an
             identity adapter of low rank; the rank is beyond the hidden size; there are too few tokens; or a hidden
             state is not finite.
+        TypeError: a batch is no mapping with `input_ids`.
     """
     config = SteerConfig(activation="identity", up_bias=True) if config is None else config
     return fit_each(base, tuned, batches, [config], held_out=held_out, ridge=ridge, sequence=sequence)[0]
@@ -122,13 +125,16 @@ def fit_each(
     sequence: bool = True,
 ) -> list[Fit]:
     """`fit` for each config, such as of several ranks, with the passes in common done once. See `fit`."""
+    if hasattr(base, "steering"):
+        raise ValueError("the base model is steered; expected one that is not (model.steering.unpatch)")
     own, target = Stream(base, "base"), Stream(tuned, "tuned")
     check_decoders(own.decoder, target.decoder)
     for config in configs:
         check_config(config, own.decoder)
     if not (math.isfinite(ridge) and ridge >= 0):
         raise ValueError(f"ridge is {ridge}; expected a finite number, 0 or more")
-    parts = [_Part(batches, len(own)), _Part(held_out, len(own))]
+    device = own.device if own.device.type == "cuda" else torch.device("cpu")  # others may have no float64
+    parts = [_Part(some, len(own), device) for some in (batches, held_out)]
     check_tokens(parts[0].tokens, max(config.rank for config in configs))
     fits = [_Growing(config, own.decoder) for config in configs]
     with evaluating([base, tuned]):
@@ -148,7 +154,7 @@ def fit_each(
                     left = [part.left(index, stream, target, affine) for part in parts]
                     one.layers.append(_measured(index, parts, left, affine is not None))
                     if sequence and affine is not None:
-                        stream.states = [_steered(states, one.tensors[index]) for states in stream.states]
+                        stream.change(partial(_steered, tensors=one.tensors[index]))
     return [one.fit(parts) for one in fits]
 
 
@@ -167,7 +173,7 @@ class _Growing:
             return None
         best = best_affine(moments, self.config.rank, ridge, self.config.up_bias)
         self.tensors[index] = _tensors(best, self.config)
-        return _rounded(self.tensors[index])
+        return _rounded(self.tensors[index], moments.xx.device)
 
     def fit(self, parts: Sequence[_Part]) -> Fit:
         file = AdapterFile(self.config, self.layout, self.tensors)
@@ -177,9 +183,10 @@ class _Growing:
 class _Part:
     """Some batches: their tokens that count, and for each layer and token ‖δh‖² (`oracle`) and ‖h_base‖² (`size`)."""
 
-    def __init__(self, batches: Iterable[Batch], layers: int) -> None:
-        self.batches = list(batches)
-        self.kept = [batch["attention_mask"].bool().flatten() for batch in self.batches]
+    def __init__(self, batches: Iterable[Batch], layers: int, device: torch.device) -> None:
+        """device: of the sums, which are in float64."""
+        self.batches, self.device = list(batches), device
+        self.kept = [_kept(batch) for batch in self.batches]
         self.tokens = sum(int(kept.sum()) for kept in self.kept)
         self.oracle: list[list[Tensor]] = [[] for _ in range(layers)]
         self.size: list[list[Tensor]] = [[] for _ in range(layers)]
@@ -189,14 +196,14 @@ class _Part:
         self._first = len(own.states)
         for batch, kept in zip(self.batches, self.kept, strict=True):
             for index, pair in enumerate(zip(own.enter(batch), target.enter(batch), strict=True)):
-                h, wanted = (_tokens(states, kept) for states in pair)
+                h, wanted = (_tokens(states, kept, self.device) for states in pair)
                 self.oracle[index].append((wanted - h).square().sum(1).cpu())
                 self.size[index].append(h.square().sum(1).cpu())
 
     def pairs(self, index: int, own: Stream, target: Stream) -> Iterator[tuple[Tensor, Tensor]]:
         """After the layer `index`, for each batch: the hidden states x before the adapter, and h_tuned − x."""
         for number, kept in enumerate(self.kept, self._first):
-            x, wanted = (_tokens(stream.states[number], kept) for stream in (own, target))
+            x, wanted = (_tokens(stream.states[number], kept, self.device) for stream in (own, target))
             for stream, states in ((own, x), (target, wanted)):
                 if not states.isfinite().all():
                     raise ValueError(
@@ -240,25 +247,37 @@ def _share(whole: Tensor, rest: Tensor) -> float:
     return 1 - float(rest.sum()) / total if total else math.nan
 
 
-def _tokens(states: Tensor, kept: Tensor) -> Tensor:
+def _kept(batch: Batch) -> Tensor:
+    """Which tokens of a batch count, (B · T,)."""
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"a batch is a {type(batch).__name__}; expected a mapping with a tensor input_ids")
+    mask = batch.get("attention_mask", torch.ones_like(ids))
+    if mask.shape != ids.shape:
+        raise ValueError(f"attention_mask is {tuple(mask.shape)}; expected {tuple(ids.shape)}, as input_ids")
+    return mask.bool().flatten()
+
+
+def _tokens(states: Tensor, kept: Tensor, device: torch.device) -> Tensor:
     """(B, T, d) -> (N, d) in float64, without what the mask leaves out."""
-    return states.flatten(0, 1)[kept.to(states.device)].double()
+    return states.flatten(0, 1)[kept.to(states.device)].to(device).double()
 
 
 def _tensors(affine: Affine, config: SteerConfig) -> dict[str, Tensor]:
     """An adapter's tensors at one layer, in the dtype of its parameters."""
     named = {DOWN: affine.down, UP: affine.up, UP_BIAS: affine.bias}
-    return {name: tensor.to(DTYPES[config.dtype]) for name, tensor in named.items() if tensor is not None}
+    return {name: tensor.to("cpu", DTYPES[config.dtype]) for name, tensor in named.items() if tensor is not None}
 
 
-def _rounded(tensors: dict[str, Tensor]) -> Affine:
+def _rounded(tensors: dict[str, Tensor], device: torch.device) -> Affine:
     """What the adapter computes: its shares are those of the parameters as they are saved."""
-    bias = tensors.get(UP_BIAS)
-    return Affine(tensors[DOWN].double(), tensors[UP].double(), None if bias is None else bias.double())
+    there = {name: tensor.to(device).double() for name, tensor in tensors.items()}
+    return Affine(there[DOWN], there[UP], there.get(UP_BIAS))
 
 
 def _steered(states: Tensor, tensors: dict[str, Tensor]) -> Tensor:
-    return post_block(states, None, tensors[DOWN], tensors[UP], up_bias=tensors.get(UP_BIAS), activation="identity")
+    there = {name: tensor.to(states.device) for name, tensor in tensors.items()}
+    return post_block(states, None, there[DOWN], there[UP], up_bias=there.get(UP_BIAS), activation="identity")
 
 
 def check_decoders(base: Decoder, tuned: Decoder) -> None:

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..model.decoder import Decoder, find_decoder, inside_peft
+from ..model.decoder import Decoder, execution_device, find_decoder, inside_peft
 
-Batch = Mapping[str, Tensor]
+Batch = Mapping[str, Any]
 
 
 class Stream:
@@ -31,6 +31,7 @@ class Stream:
         """
         self.name = name
         self.decoder: Decoder = find_decoder(inside_peft(model))
+        self.device = execution_device(self.decoder.module)
         self.states: list[Tensor] = []
         self._calls: list[list[_Call]] = []
 
@@ -65,8 +66,7 @@ class Stream:
             for layer in self.decoder.layers:
                 stack.callback(layer.register_forward_pre_hook(before, with_kwargs=True).remove)
                 stack.callback(layer.register_forward_hook(after).remove)
-            device = next(self.decoder.module.parameters()).device
-            self.decoder.module(**{name: value.to(device) for name, value in batch.items()}, use_cache=False)
+            self.decoder.module(**self._inputs(batch), use_cache=False)
         if len(outputs) != len(self):
             raise ValueError(
                 f"{len(outputs)} of the {len(self)} layers of the {self.name} model ran; expected each once"
@@ -75,6 +75,14 @@ class Stream:
             call.forget()
         self._calls.append(calls)
         return outputs
+
+    def _inputs(self, batch: Batch) -> dict[str, Any]:
+        """A batch on the model's device, without labels, which a decoder does not take."""
+        return {
+            name: value.to(self.device) if isinstance(value, Tensor) else value
+            for name, value in batch.items()
+            if name != "labels"
+        }
 
     def branch(self) -> Stream:
         """A stream of the same model that goes on from here by itself."""
@@ -87,6 +95,11 @@ class Stream:
         layer = self.decoder.layers[index]
         for number, calls in enumerate(self._calls):
             self.states[number] = calls[index](layer, self.states[number]).cpu()
+
+    def change(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Put the hidden states of all batches through `function`, on the model's device."""
+        for number, states in enumerate(self.states):
+            self.states[number] = function(states.to(self.device)).cpu()
 
 
 class _Call:

@@ -199,6 +199,24 @@ def test_fit_refusals(tuned, options, message):
         fit(build(), tuned(), options.pop("batches"), options.pop("config"), **options)
 
 
+def test_fit_without_a_mask_all_tokens_count():
+    model = build()
+    tuned = tuned_of(model)
+    given = [{"input_ids": tokens(batch=4)}]
+    masked = [{**given[0], "attention_mask": torch.ones(4, 9, dtype=torch.long)}]
+    assert fit(model, tuned, given, config()).layers == fit(model, tuned, masked, config()).layers
+
+
+def test_fit_refuses_what_is_no_batch_and_a_steered_base():
+    model = build()
+    with pytest.raises(TypeError, match="a batch is a Tensor; expected a mapping"):
+        fit(model, model, [tokens()], config())
+    with pytest.raises(ValueError, match=r"attention_mask is \(2, 8\); expected \(2, 9\)"):
+        fit(model, model, [{"input_ids": tokens(), "attention_mask": torch.ones(2, 8)}], config())
+    with pytest.raises(ValueError, match="the base model is steered"):
+        fit(patch_model(model), build(), batches(), config())
+
+
 def test_fit_refuses_layers_that_are_not_a_chain():
     model = build()
     model.model.layers[1].register_forward_pre_hook(lambda m, args, kwargs: ((args[0] * 2,), kwargs), with_kwargs=True)
