@@ -1,4 +1,4 @@
-"""What `fused-steer diagnose` runs: prompts in, a table, JSON and pictures out."""
+"""`fused-steer diagnose`: reads prompts, prints a table, writes JSON and pictures."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .measure import diagnose
 
 @dataclass(frozen=True)
 class DiagnoseOptions:
-    """What `run` does. The command's options document each and hold the defaults.
+    """The options of `fused-steer diagnose`. The command documents each and holds the defaults.
 
     Raises:
         ValueError: a value out of range, options that do not go together, or `out` is a file.
@@ -59,7 +59,7 @@ class DiagnoseOptions:
 
 
 def _load(options: DiagnoseOptions, device: torch.device) -> tuple[Any, Any]:
-    """The adapted model and its tokenizer. What can be refused before the model is loaded is."""
+    """Load the adapted model and its tokenizer. Adapter files are checked before the model is loaded."""
     from ..tools.demo import load_model
 
     if options.joint is not None:
@@ -96,15 +96,15 @@ def _table(diagnosis: Diagnosis) -> Table:
             layer.alignment and layer.alignment.principal[0],
         )
         table.add_row(str(layer.layer), layer.kind, *("-" if n is None else f"{n:.3g}" for n in numbers))
-    table.caption = "over tokens: medians; of principal cosines the largest"
+    table.caption = "medians over tokens; the largest principal cosine"
     return table
 
 
 def run(options: DiagnoseOptions, console: Console) -> None:
-    """Load, measure, save to `options.out`, and print a row for each layer.
+    """Load the model, measure it, save the diagnosis to `options.out` and print a row for each layer.
 
     Raises:
-        ValueError, FileNotFoundError: an input is missing or does not fit; nothing has been written then.
+        ValueError, FileNotFoundError: an input is missing or does not fit. Nothing is written.
         ImportError: a library of the extra `demo` is missing.
     """
     from ..tools.demo import SMOLLM2, choose_device
