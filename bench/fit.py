@@ -16,7 +16,7 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,7 +31,7 @@ from .results import FOLDER, describe_machine
 
 SCHEMA = 1
 OPERATORS, DEPTH = ("MAX", "MIN"), 2  # the demo's task
-RANKS = (1, 2, 4, 8, 16, 64)
+RANKS = (0, 1, 2, 4, 8, 16, 64)
 _AT_ONCE = 50
 _SIZES = tuple(10 ** (-place / 2) for place in range(7))  # of weight updates, in the picture of the theorem
 
@@ -100,7 +100,10 @@ def fit_ranks(
 
     tested, _, fitted = draw_expressions(settings)
     parts = [encode(tokenizer, [f"{one} =" for one in some], 512, _AT_ONCE) for some in (fitted, tested)]
-    configs = [SteerConfig(rank=rank, activation="identity", up_bias=True) for rank in ranks]
+    configs = [
+        SteerConfig(rank=rank, activation="identity", up_bias=True) if rank else SteerConfig(form="vector")
+        for rank in ranks
+    ]
     start = time.perf_counter()
     fits = fit_each(base, tuned, parts[0], configs, held_out=parts[1], ridge=settings.ridge, sequence=sequence)
     return fits, time.perf_counter() - start
@@ -225,10 +228,11 @@ def report_text(results: dict[str, Any]) -> str:
         other = alone.get(run["rank"])
         rows.append(
             [
-                f"fitted, rank {run['rank']}",
+                f"fitted, rank {run['rank']}" if run["rank"] else "fitted, one vector",
                 f"{run['parameters']:,}",
                 f"**{run['exact'].count('1')}**",
-                f"{last['held_out']:.1%}",
+                f"{last['held_out']:.2%}",
+                f"{last['token']:.1%}",
                 str(other["exact"].count("1")) if other else "–",
             ]
         )
@@ -236,8 +240,8 @@ def report_text(results: dict[str, Any]) -> str:
         "",
         "parameters",
         f"exact of {count}",
-        "share of the oracle",
-        "on the tested prompts",
+        "share",
+        "of a median token",
         "each layer by itself",
     ]
     tokens = results["runs"][0]["fit"]["tokens"]
@@ -247,11 +251,12 @@ def report_text(results: dict[str, Any]) -> str:
     note = f"""{settings["model"] or "SmolLM2-135M-Instruct"} ({model["parameters"]:,} parameters), ListOps of
         {" and ".join(OPERATORS)}, depth {DEPTH}. The LoRA is on every linear projection, r = {settings["lora_rank"]},
         α = {settings["lora_alpha"]}, trained with {settings["steps"]} steps of {settings["batch_size"]} expressions at
-        {settings["lora_lr"]:g}. Adapters: identity with a bias at every layer, fitted on {settings["fitted"]} other
+        {settings["lora_lr"]:g}. Adapters: identity with a bias at every layer (of one
+        vector, the bias alone), fitted on {settings["fitted"]} other
         expressions ({tokens:,} tokens) without their answers, ridge {settings["ridge"]:g}. *Share* is that of the
         oracle after the last layer, over all tokens of the tested prompts; a few tokens with very large hidden states
         outweigh all others in it, but not in the median over tokens beside it. The last column is of adapters fitted
-        each on the base's own stream. Fitting {slowest["together"]} ranks took {slowest["seconds"] / 60:.0f} minutes on
+        each on the base's own stream: together they add up the same shift again and again. Fitting {slowest["together"]} ranks took {slowest["seconds"] / 60:.0f} minutes on
         a busy CPU ({machine["device"]}, {settings["threads"]} thread). One LoRA, one seed; the standard error of such
         a count is about {100 * (0.2 / count) ** 0.5:.0f} in a hundred. fused-steer {machine["fused_steer"]},
         {versions}, commit {commits}, {machine["date"][:10]}."""
@@ -260,40 +265,50 @@ def report_text(results: dict[str, Any]) -> str:
 
 def plots(results: dict[str, Any]) -> list[Plot]:
     """The pictures of the results."""
-    count = results["settings"]["tested"]
     runs = {sequence: runs_of(results, sequence) for sequence in (True, False)}
-    lines = [
-        _series(f"fitted {'in sequence' if sequence else 'each layer by itself'}", runs[sequence], place)
-        for place, sequence in enumerate((True, False))
-        if runs[sequence]
-    ]
-    ends = runs[True][0]["rank"], runs[True][-1]["rank"]
-    for place, (name, label) in enumerate((("tuned", "the LoRA, trained"), ("base", "the base model")), 2):
-        level = 100 * results["model"][name].count("1") / count
-        lines.append(Series(label, tuple((x, level, level, level) for x in ends), place, "--"))
-    accuracy = Panel("", "rank of the adapter", "exact answers, %", tuple(lines), log_x=True)
-    shares = tuple(
-        Series(f"rank {run['rank']}", _points([layer["token"] for layer in run["fit"]["layers"]]), place, ".-")
+    ranks = sorted({run["rank"] for run in results["runs"]})
+    ticks = ["base", *(f"rank {rank}" if rank else "vector" for rank in ranks), "LoRA"]
+    ends = [(0, _percent(results["model"]["base"])), (len(ticks) - 1, _percent(results["model"]["tuned"]))]
+    bars = [Series("not fitted", _points(ends), None)]
+    for place, (sequence, label) in enumerate(((True, "fitted in sequence"), (False, "fitted each layer by itself"))):
+        if runs[sequence]:
+            exact = [(1 + ranks.index(run["rank"]), _percent(run["exact"])) for run in runs[sequence]]
+            bars.append(Series(label, _points(exact), place))
+    accuracy = Panel("", "", "exact answers, %", tuple(bars), tuple(ticks))
+    missed = [
+        Series(
+            f"rank {run['rank']}" if run["rank"] else "one vector",
+            _points(enumerate(1 - layer["token"] for layer in run["fit"]["layers"])),
+            place,
+            ".-",
+        )
         for place, run in enumerate(runs[True])
+    ]
+    sizes = Series(
+        "the LoRA", _points(enumerate(layer["oracle"] for layer in runs[True][0]["fit"]["layers"])), None, ".-"
     )
-    sizes = Series("", _points([layer["oracle"] for layer in runs[True][0]["fit"]["layers"]]), None, ".-")
     layers = (
-        Panel("How far the LoRA moves the stream", "layer", "‖δh‖ / ‖h‖, median", (sizes,)),
-        Panel("How much of that fitted adapters express", "layer", "share of a median token", shares),
+        Panel("How far the LoRA moves the stream", "layer", "‖δh‖ / ‖h‖, median", (sizes,), log_y=True),
+        Panel(
+            "What adapters fitted in sequence miss of that",
+            "layer",
+            "part of a median token",
+            tuple(missed),
+            log_y=True,
+        ),
     )
     return [
         Plot("accuracy-by-rank", "ListOps: adapters fitted to a LoRA", (accuracy,)),
-        Plot("share-by-layer", "The oracle, and its share, layer by layer", layers),
+        Plot("missed-by-layer", "The oracle, and what is missed of it, layer by layer", layers),
     ]
 
 
-def _series(label: str, runs: list[dict[str, Any]], colour: int) -> Series:
-    percents = [(run["rank"], 100 * run["exact"].count("1") / len(run["exact"])) for run in runs]
-    return Series(label, tuple((x, y, y, y) for x, y in percents), colour)
+def _percent(exact: str) -> float:
+    return 100 * exact.count("1") / len(exact)
 
 
-def _points(values: Sequence[float]) -> tuple[tuple[float, float, float, float], ...]:
-    return tuple((x, y, y, y) for x, y in enumerate(values))
+def _points(pairs: Iterable[tuple[float, float]]) -> tuple[tuple[float, float, float, float], ...]:
+    return tuple((x, y, y, y) for x, y in pairs)
 
 
 def theorem_plot() -> Plot:
@@ -352,7 +367,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder of results; the file is fit/listops-cpu.json in it.")] = FOLDER,
     work: Annotated[Path, typer.Option(help="Folder for the LoRA and the adapters.")] = Path("fused-steer-fit"),
     model: Annotated[str | None, typer.Option(help="Directory or hub id; default: SmolLM2-135M-Instruct.")] = None,
-    ranks: Annotated[str, typer.Option(help="With commas between.")] = ",".join(map(str, RANKS)),
+    ranks: Annotated[str, typer.Option(help="With commas between; 0 is a vector.")] = ",".join(map(str, RANKS)),
     steps: Annotated[int, typer.Option(help="Of the LoRA's training.")] = Settings.steps,
     tested: Annotated[int, typer.Option(help="Expressions to test with.")] = Settings.tested,
     fitted: Annotated[int, typer.Option(help="Expressions to fit on.")] = Settings.fitted,

@@ -448,7 +448,7 @@ def fit(
         str, typer.Argument(help="The same model fine-tuned, or a LoRA of it that PEFT saved, or a steering adapter.")
     ],
     prompts: Annotated[Path, typer.Option(help="A .txt, one prompt a line, or a .jsonl (see --field).")],
-    rank: Annotated[int, typer.Option(help="Rank of the adapter.")] = 8,
+    rank: Annotated[int, typer.Option(help="Rank of the adapter; 0 is one vector for all tokens.")] = 8,
     layers: Annotated[str | None, typer.Option(help="Steered layers, such as 3,9,18; all if not given.")] = None,
     bias: Annotated[bool, typer.Option(help="Give the adapter a bias b2.")] = True,
     ridge: Annotated[

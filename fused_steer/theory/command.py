@@ -59,6 +59,8 @@ class FitOptions:
 
     @property
     def config(self) -> SteerConfig:
+        if not self.rank:
+            return SteerConfig(form="vector", layers=self.layers)
         return SteerConfig(rank=self.rank, activation="identity", layers=self.layers, up_bias=self.bias)
 
 

@@ -98,16 +98,19 @@ def fit(
         tuned: one of the same sizes: fine-tuned, with a LoRA of PEFT's, or patched with another adapter.
         batches: inputs of both, `input_ids` (B, T) and what else their forward takes. Tokens that `attention_mask`
             (B, T) masks do not count.
-        config: rank, layers, bias and dtype of the adapter; None is rank 8 with a bias at every layer.
+        config: rank, layers, bias and dtype of the adapter; None is rank 8 with a bias at every layer. Of form "vector"
+            it is the mean of what is left to do.
         held_out: batches that are measured and not fitted on.
         ridge: λ, a share of the mean variance of the hidden state (see regression.py).
         sequence: fit each layer on the stream as the adapters before it have left it, to what is left of the way to the
-            tuned state. False: each on the base's own stream, to the oracle of that layer, as §3.3 states it.
+            tuned state. False: each on the base's own stream, to the oracle of that layer, as §3.3 states it. This tells
+            how well a layer's oracle can be expressed; adapters so fitted are not for use together, because each makes
+            up for all layers before it once more.
 
     Raises:
-        ValueError: the models have other sizes, or layers that cannot be run one by one; the config is none of an
-            identity adapter of low rank; the rank is beyond the hidden size; there are too few tokens; or a hidden
-            state is not finite.
+        ValueError: the models have other sizes, or layers that cannot be run one by one; the config has another
+            activation than identity, a b1 or a strength; the rank is beyond the hidden size; there are too few tokens;
+            or a hidden state is not finite.
         TypeError: a batch is no mapping with `input_ids`.
     """
     config = SteerConfig(activation="identity", up_bias=True) if config is None else config
@@ -266,18 +269,20 @@ def _tokens(states: Tensor, kept: Tensor, device: torch.device) -> Tensor:
 def _tensors(affine: Affine, config: SteerConfig) -> dict[str, Tensor]:
     """An adapter's tensors at one layer, in the dtype of its parameters."""
     named = {DOWN: affine.down, UP: affine.up, UP_BIAS: affine.bias}
-    return {name: tensor.to("cpu", DTYPES[config.dtype]) for name, tensor in named.items() if tensor is not None}
+    there = {name: tensor for name, tensor in named.items() if tensor is not None and tensor.numel()}
+    return {name: tensor.to("cpu", DTYPES[config.dtype]) for name, tensor in there.items()}
 
 
 def _rounded(tensors: dict[str, Tensor], device: torch.device) -> Affine:
     """What the adapter computes: its shares are those of the parameters as they are saved."""
     there = {name: tensor.to(device).double() for name, tensor in tensors.items()}
-    return Affine(there[DOWN], there[UP], there.get(UP_BIAS))
+    nothing = torch.empty(0, 0, dtype=torch.float64, device=device)  # of a vector
+    return Affine(there.get(DOWN, nothing), there.get(UP, nothing), there.get(UP_BIAS))
 
 
 def _steered(states: Tensor, tensors: dict[str, Tensor]) -> Tensor:
     there = {name: tensor.to(states.device) for name, tensor in tensors.items()}
-    return post_block(states, None, there[DOWN], there[UP], up_bias=there.get(UP_BIAS), activation="identity")
+    return post_block(states, None, there.get(DOWN), there.get(UP), up_bias=there.get(UP_BIAS), activation="identity")
 
 
 def check_decoders(base: Decoder, tuned: Decoder) -> None:
@@ -299,9 +304,9 @@ def check_config(config: SteerConfig, decoder: Decoder) -> Sequence[int]:
     """The layers that get an adapter.
 
     Raises:
-        ValueError: the config is none of an identity adapter of low rank, or does not fit the decoder.
+        ValueError: the config has another activation than identity, a b1 or a strength, or does not fit the decoder.
     """
-    for name, wanted in (("form", "lowrank"), ("activation", "identity"), ("down_bias", False), ("scale", 1.0)):
+    for name, wanted in (("activation", "identity"), ("down_bias", False), ("scale", 1.0)):
         if getattr(config, name) != wanted:
             raise ValueError(f"{name} is {getattr(config, name)!r}; expected {wanted!r}, of what is fitted")
     if config.orthogonal_to is not None:

@@ -27,7 +27,7 @@ class Affine:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: (N, d)"""
-        shift = x @ self.down.T @ self.up.T
+        shift = x @ self.down.T @ self.up.T if self.down.numel() else torch.zeros_like(x)
         return shift if self.bias is None else shift + self.bias
 
 
@@ -65,7 +65,7 @@ class Moments:
 
 
 def best_affine(moments: Moments, rank: int, ridge: float, bias: bool) -> Affine:
-    """The affine map of this rank that is best for the moments, and no other fits better.
+    """The affine map of this rank that is best for the moments, and no other fits better. Of rank 0 it is mean(d).
 
     Args:
         ridge: λ, a share of the mean variance of x.
@@ -74,9 +74,12 @@ def best_affine(moments: Moments, rank: int, ridge: float, bias: bool) -> Affine
         ValueError: the rank is beyond d, there are too few tokens for it, or x spans too little without a ridge.
     """
     hidden = len(moments.mean_x)
-    if not 1 <= rank <= hidden:
-        raise ValueError(f"rank is {rank}; expected 1 to {hidden}, the hidden size")
+    least = 0 if bias else 1
+    if not least <= rank <= hidden:
+        raise ValueError(f"rank is {rank}; expected {least} to {hidden}, the hidden size")
     check_tokens(moments.tokens, rank)
+    if not rank:
+        return Affine(moments.xx[:0], moments.xx[:, :0], moments.mean_d)
     xx, xd = moments.xx, moments.xd
     if not bias:
         xx = xx + moments.tokens * torch.outer(moments.mean_x, moments.mean_x)

@@ -70,7 +70,7 @@ def test_fit_bench_runs_once_and_reports(invoke, monkeypatch):
     text = (docs / "theory.md").read_text()
     assert "| fitted, rank 2 |" in text and "old" not in text and text.startswith("before") and "after" in text
     pictures = sorted(file.name for file in (docs / "theory").iterdir())
-    assert pictures == ["accuracy-by-rank.svg", "first-order.svg", "share-by-layer.svg"]
+    assert pictures == ["accuracy-by-rank.svg", "first-order.svg", "missed-by-layer.svg"]
 
     before = fit.results_file(folder).read_bytes()
     monkeypatch.setattr(fit, "fit_ranks", lambda *arguments: pytest.fail("a fit was repeated"))

@@ -118,6 +118,12 @@ def test_fit_command_options(place, tmp_path):
     assert (config.layers, config.up_bias) == ((0, 2), False)
 
 
+def test_fit_command_of_rank_0_is_a_vector(place, tmp_path):
+    folder, _ = place
+    assert invoke(*arguments(folder, tmp_path / "out", "lora", "--rank", 0)).exit_code == 0
+    assert patch_model(build(), tmp_path / "out", check_base=False).steering.config().form == "vector"
+
+
 def test_fit_command_refusals(place, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("transformers.utils.logging._tqdm_active", False)  # its bars are no part of the message
@@ -134,7 +140,7 @@ def test_fit_command_refusals(place, tmp_path, monkeypatch):
     refuses("the tuned model's hidden states after layer 2 are NaN or infinite", tuned="broken")
     refuses("3 tokens to fit on; expected more than 5", more=("--prompts", folder / "few.txt"))
     refuses(f"rank is {HIDDEN + 1}; expected at most {HIDDEN}", more=("--rank", HIDDEN + 1))
-    refuses("rank is 0", more=("--rank", 0))
+    refuses("rank is -1", more=("--rank", -1))
     refuses("no file", more=("--prompts", tmp_path / "none.txt"))
     refuses("is no UTF-8 text", more=("--prompts", tmp_path / "bad.txt"))
     refuses("no directory", tmp_path / "none", tuned=tmp_path / "none")

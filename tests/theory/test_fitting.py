@@ -148,6 +148,18 @@ def test_fit_to_a_lora_and_of_some_layers(tmp_path):
         assert (layer.share, layer.token) == pytest.approx(truth, abs=1e-9)
 
 
+def test_fit_of_a_vector_is_the_mean_shift(tmp_path):
+    model = build().double()
+    tuned, given = tuned_of(model), batches()
+    found = fit(model, tuned, given, SteerConfig(form="vector"), sequence=False)
+    for index, (h, wanted) in enumerate(zip(states(model, given), states(tuned, given), strict=True)):
+        vector = found.adapter.tensors[index]["steer_up.bias"]
+        assert torch.allclose(vector.double(), (wanted - h).mean(0), rtol=1e-6, atol=1e-7)
+    found = fit(model, tuned, given, SteerConfig(form="vector"))
+    for layer, truth in zip(found.layers, shares(model, patched(model, found, tmp_path), tuned, given), strict=True):
+        assert (layer.share, layer.token) == pytest.approx(truth, abs=1e-9)
+
+
 def test_fit_leaves_both_models_as_they_were():
     model = build()
     tuned = tuned_of(model).train()
@@ -186,7 +198,7 @@ def nan_model():
         (build, {"config": config(rank=HIDDEN + 1)}, f"rank is {HIDDEN + 1}; expected at most {HIDDEN}"),
         (build, {"config": config(layers=[LAYERS])}, f"layers has {LAYERS}"),
         (build, {"config": SteerConfig()}, "activation is 'silu'; expected 'identity'"),
-        (build, {"config": SteerConfig(form="vector")}, "form is 'vector'; expected 'lowrank'"),
+        (build, {"config": config(down_bias=True)}, "down_bias is True; expected False"),
         (build, {"config": config(scale=2.0)}, "scale is 2.0; expected 1.0"),
         (build, {"ridge": -1.0}, "ridge is -1.0"),
         (build, {"batches": batches(1, length=9)[:1], "config": config(rank=24)}, "24 tokens to fit on; expected more"),

@@ -92,8 +92,8 @@ def test_moments_of_batches_are_those_of_one(size):
 @pytest.mark.parametrize(
     ("rank", "tokens", "ridge", "message"),
     [
-        (0, N, 0.0, "rank is 0; expected 1 to 12"),
-        (D + 1, N, 0.0, "rank is 13; expected 1 to 12"),
+        (-1, N, 0.0, "rank is -1; expected 0 to 12"),
+        (D + 1, N, 0.0, "rank is 13; expected 0 to 12"),
         (4, 5, 0.1, "5 tokens to fit on; expected more than 5 for rank 4"),
         (2, 6, 0.0, "span less than the 12 dimensions"),
     ],
