@@ -251,15 +251,15 @@ def report_text(results: dict[str, Any]) -> str:
     note = f"""{settings["model"] or "SmolLM2-135M-Instruct"} ({model["parameters"]:,} parameters), ListOps of
         {" and ".join(OPERATORS)}, depth {DEPTH}. The LoRA is on every linear projection, r = {settings["lora_rank"]},
         α = {settings["lora_alpha"]}, trained with {settings["steps"]} steps of {settings["batch_size"]} expressions at
-        {settings["lora_lr"]:g}. Adapters: identity with a bias at every layer (of one
-        vector, the bias alone), fitted on {settings["fitted"]} other
-        expressions ({tokens:,} tokens) without their answers, ridge {settings["ridge"]:g}. *Share* is that of the
-        oracle after the last layer, over all tokens of the tested prompts; a few tokens with very large hidden states
-        outweigh all others in it, but not in the median over tokens beside it. The last column is of adapters fitted
-        each on the base's own stream: together they add up the same shift again and again. Fitting {slowest["together"]} ranks took {slowest["seconds"] / 60:.0f} minutes on
-        a busy CPU ({machine["device"]}, {settings["threads"]} thread). One LoRA, one seed; the standard error of such
-        a count is about {100 * (0.2 / count) ** 0.5:.0f} in a hundred. fused-steer {machine["fused_steer"]},
-        {versions}, commit {commits}, {machine["date"][:10]}."""
+        {settings["lora_lr"]:g}. Adapters: identity with a bias at every layer (of one vector, the bias alone), fitted
+        on {settings["fitted"]} other expressions ({tokens:,} tokens) without their answers, ridge
+        {settings["ridge"]:g}. *Share* is that of the oracle after the last layer, over all tokens of the tested
+        prompts; a few tokens with very large hidden states outweigh all others in it, but not in the median over tokens
+        beside it. The last column is of adapters fitted each on the base's own stream: together they add the same
+        shift again and again. Fitting {slowest["together"]} ranks took {slowest["seconds"] / 60:.0f} minutes on a busy
+        CPU ({machine["device"]}, {settings["threads"]} thread). One LoRA, one seed; the standard error of such a count
+        is about {100 * (0.2 / count) ** 0.5:.0f} in a hundred. fused-steer {machine["fused_steer"]}, {versions}, commit
+        {commits}, {machine["date"][:10]}."""
     return f"{as_table(head, rows, texts=1)}\n\n{joint.paragraph(note)}"
 
 

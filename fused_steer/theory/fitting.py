@@ -103,9 +103,9 @@ def fit(
         held_out: batches that are measured and not fitted on.
         ridge: λ, a share of the mean variance of the hidden state (see regression.py).
         sequence: fit each layer on the stream as the adapters before it have left it, to what is left of the way to the
-            tuned state. False: each on the base's own stream, to the oracle of that layer, as §3.3 states it. This tells
-            how well a layer's oracle can be expressed; adapters so fitted are not for use together, because each makes
-            up for all layers before it once more.
+            tuned state. False: each on the base's own stream, to the oracle of that layer, as §3.3 states it. This
+            tells how well a layer's oracle can be expressed. Adapters so fitted are not for use together, because each
+            makes up for all layers before it once more.
 
     Raises:
         ValueError: the models have other sizes, or layers that cannot be run one by one; the config has another
