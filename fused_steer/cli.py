@@ -449,6 +449,9 @@ def fit(
     ],
     prompts: Annotated[Path, typer.Option(help="A .txt, one prompt a line, or a .jsonl (see --field).")],
     rank: Annotated[int, typer.Option(help="Rank of the adapter; 0 is one vector for all tokens.")] = 8,
+    site: Annotated[
+        str, typer.Option(help="Where in a block; post_block is the one that can be fitted.")
+    ] = "post_block",
     layers: Annotated[str | None, typer.Option(help="Steered layers, such as 3,9,18; all if not given.")] = None,
     bias: Annotated[bool, typer.Option(help="Give the adapter a bias b2.")] = True,
     ridge: Annotated[
@@ -480,6 +483,7 @@ def fit(
                 prompts=prompts,
                 field=field,
                 rank=rank,
+                site=site,
                 layers=_indices(layers),
                 bias=bias,
                 ridge=ridge,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..adapters.files import CONFIG_NAME, HUB_ID, PEFT_TYPE, read_json, write_adapter
+from ..adapters.parameters import SITE
 from ..config import SteerConfig
 from ..model.decoder import find_decoder, meta_model
 from ..patch import patch_model
@@ -34,6 +35,7 @@ class FitOptions:
     prompts: Path
     field: str | None
     rank: int
+    site: str
     layers: list[int] | None
     bias: bool
     ridge: float
@@ -47,6 +49,8 @@ class FitOptions:
     as_json: bool
 
     def __post_init__(self) -> None:
+        if self.site != SITE:
+            raise ValueError(f"site is {self.site!r}; expected {SITE!r}")
         for name in ("max_prompts", "max_length", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
