@@ -153,7 +153,7 @@ def run_all(file: Path, settings: Settings, ranks: Sequence[int], work: Path) ->
         train_lora(copy.deepcopy(base), encoder, settings, work / "lora")
     tuned = PeftModel.from_pretrained(copy.deepcopy(base), work / "lora").eval()
     tested, _, _ = draw_expressions(settings)
-    machine = describe_machine(device, "bench.fit")
+    machine = describe_machine(device) | {"command": f"python -m bench.fit --ranks {','.join(map(str, ranks))}"}
     if results is None:
         results = {
             "schema": SCHEMA,
