@@ -205,7 +205,7 @@ class _Anatomy:
         found: dict[ast.AST, _Join] = {}
         for value in values:
             found.update((join.node, join) for join in self._joins_of(value))
-        return list(found.values())
+        return sorted(found.values(), key=lambda join: _place(join.node))  # so that messages are the same in each run
 
     def _joins_of(self, value: Add | Tuple | Other) -> list[_Join]:
         if not self._ways_of(value):
@@ -384,8 +384,11 @@ def _branch_ways(ways: _Ways) -> _Ways:
 
 
 def _position(call: Call) -> tuple[int, int]:
-    node = call.node
-    return node.lineno, getattr(node, "col_offset", 0)
+    return _place(call.node)
+
+
+def _place(node: ast.AST) -> tuple[int, int]:
+    return getattr(node, "lineno", 0), getattr(node, "col_offset", 0)
 
 
 def _arguments(call: Call) -> int:
