@@ -166,7 +166,7 @@ def test_coverage_wrong_is_found_out(patch: Callable[..., Any], reason: str) -> 
         ("blt", "unbuilt", "does not run unpatched"),
         ("gemma4_assistant", "unbuilt", "hidden_size_per_layer_input"),
         ("xlm", "refused", "no decoder layers that can be told apart"),
-        ("reformer", "raises", "returned a ReformerOutput"),
+        ("reformer", "raises", "has a ReformerOutput to steer at post_block"),
     ],
 )
 def test_coverage_reasons_are_given(model_type: str, outcome: str, reason: str) -> None:
@@ -201,7 +201,14 @@ def test_coverage_bad_arguments_are_refused(arguments: list[Any], parts: tuple[s
 
 
 ROWS = [
-    Row("llama", "LlamaForCausalLM", "fused", layers=3, error=2e-7),
+    Row(
+        "llama",
+        "LlamaForCausalLM",
+        "fused",
+        layers=3,
+        error=2e-7,
+        post_mlp=Row("llama", "LlamaForCausalLM", "inline", "a norm"),
+    ),
     Row("internlm3", "LlamaForCausalLM", "wrong", "a | b", layers=3),
     Row("bert", "BertLMHeadModel", "hook", "no sum", layers=3, hooked=3, error=1e-6),
 ]
@@ -212,7 +219,10 @@ def test_coverage_table() -> None:
     assert "**2 of 3 model types pass**, 1 of 2 classes;" in text
     assert "error is 1.0e-06" in text and torch.__version__ in text
     assert "| LlamaForCausalLM | internlm3 | wrong | a \\| b |" in text and "| hook | 1 |" in text
-    assert summary(ROWS).startswith("2 of 3 pass: 1 fused, 0 mixed, 1 hook") and summary(ROWS).endswith("1 wrong")
+    assert "| LlamaForCausalLM | llama | fused |  | inline | a norm |" in text and "At `post_mlp` 1 of 1 pass" in text
+    first, second = summary(ROWS).splitlines()
+    assert first.startswith("post_block: 2 of 3 pass: 1 fused, 0 inline, 0 mixed, 1 hook") and first.endswith("1 wrong")
+    assert second.startswith("post_mlp: 1 of 1 pass: 0 fused, 1 inline,") and second.endswith("0 wrong")
 
 
 def test_coverage_command(tmp_path, monkeypatch) -> None:
