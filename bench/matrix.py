@@ -28,9 +28,10 @@ RESULTS = FOLDER / "matrix"
 PAGE = ROOT / "docs" / "versions.md"
 
 #: Which versions differ from `constraints.txt`. A torch of another version is gigabytes: the CUDA build.
+#: transformers 5.17 asks for a huggingface_hub below 2.
 SETS: dict[str, dict[str, str]] = {
     "pinned": {},
-    "transformers-5.17": {"transformers": "5.17.*"},
+    "transformers-5.17": {"transformers": "5.17.*", "huggingface_hub": "1.*"},
     "transformers-5.18": {"transformers": "5.18.*"},
     "transformers-5.20": {"transformers": "5.20.*"},
     "transformers-5.22": {"transformers": "5.22.*"},
@@ -105,8 +106,16 @@ def constraints(text: str, changed: dict[str, str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def run_set(name: str, folder: Path, timeout: float) -> Outcome:
-    """Make the set's environment in `folder`, and run the tests in it."""
+def conflict(text: str) -> str:
+    """Why pip installs nothing, out of what it prints: the requirements that exclude each other, or its first error."""
+    _, _, causes = text.partition("The conflict is caused by:")
+    found = [line.strip() for line in causes.strip("\n").partition("\n\n")[0].splitlines() if line.strip()]
+    errors = [line.removeprefix("ERROR: ") for line in text.splitlines() if line.startswith("ERROR")]
+    return "; ".join(dict.fromkeys(found)) or next(iter(errors), "pip failed")
+
+
+def run_set(name: str, folder: Path, timeout: float, workers: int) -> Outcome:
+    """Make the set's environment in `folder`, and run the tests in it, by as many processes as `workers`."""
     changed = SETS[name]
     found = Outcome(name, changed, commit=commit(), machine=f"{platform.machine()}, {os.cpu_count()} cores, no GPU")
     place = folder / name
@@ -118,15 +127,14 @@ def run_set(name: str, folder: Path, timeout: float) -> Outcome:
     install = [python, "-m", "pip", "install", "-q", "-c", limits, "-e", f"{ROOT}[test]"]
     done = subprocess.run(install, capture_output=True, text=True)
     if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
-        found.note = f"cannot be installed together: {lines[0].removeprefix('ERROR: ') if lines else 'pip failed'}"
+        found.note = f"cannot be installed together: {conflict(done.stdout + done.stderr)}"
         return found
     code = (
         f"import json\nfrom importlib import metadata\nprint(json.dumps({{n: metadata.version(n) for n in {SHOWN!r}}}))"
     )
     found.versions = json.loads(subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout)
     files = dict.fromkeys([*CORE, *(file for library in changed for file in OF_LIBRARY.get(library, ()))])
-    command = [python, "-m", "pytest", "-q", "-n", "2", "--dist", "loadfile", "-p", "no:cacheprovider", *files]
+    command = [python, "-m", "pytest", "-q", "-n", str(workers), "--dist", "loadfile", "-p", "no:cacheprovider", *files]
     environment = {**os.environ, "PYTHONSAFEPATH": "1"}  # the checkout's `kernels` is no package of that name
     start = time.monotonic()
     try:
@@ -159,7 +167,7 @@ def page(outcomes: dict[str, Outcome]) -> str:
         done = outcomes.get(name)
         wanted = ", ".join(f"{library} {version}" for library, version in changed.items()) or "`constraints.txt`"
         if done is None or not done.counts:
-            rows.append([name, wanted, *["–"] * len(SHOWN), done.note if done else "not run"])
+            rows.append([name, wanted, *["–"] * len(SHOWN), done.note if done else _not_run(changed)])
             continue
         passed, failed = done.counts.get("passed", 0), len(done.failed)
         result = f"{passed} passed" + (
@@ -181,6 +189,10 @@ installed and whether it was tried.
 """
 
 
+def _not_run(changed: dict[str, str]) -> str:
+    return "not run: this torch is a CUDA build, several gigabytes" if "torch" in changed else "not run"
+
+
 def _short(test: str) -> str:
     return f"`{test.rpartition('/')[2]}`"
 
@@ -191,6 +203,7 @@ def main(
     ] = None,
     folder: Annotated[Path, typer.Option(help="Where the environments are made and kept.")] = Path(".matrix"),
     timeout: Annotated[float, typer.Option(help="Seconds for the tests of a set.")] = 3600.0,
+    workers: Annotated[int, typer.Option("-n", min=1, help="Processes that run the tests of a set.")] = 2,
     page_only: Annotated[bool, typer.Option("--page", help="Write docs/versions.md from the kept results.")] = False,
 ) -> None:
     """Run the core tests with sets of library versions, and write docs/versions.md."""
@@ -200,7 +213,7 @@ def main(
     chosen = list(sets or (name for name, changed in SETS.items() if "torch" not in changed))
     for name in () if page_only else chosen:
         typer.echo(f"{name}: {', '.join(f'{k} {v}' for k, v in SETS[name].items()) or 'as pinned'}")
-        done = run_set(name, folder.resolve(), timeout)
+        done = run_set(name, folder.resolve(), timeout, workers)
         RESULTS.mkdir(parents=True, exist_ok=True)
         (RESULTS / f"{name}.json").write_text(json.dumps(asdict(done), indent=2) + "\n", encoding="utf-8")
         typer.echo(f"  {done.note or done.counts} in {done.seconds:.0f} s")

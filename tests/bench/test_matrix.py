@@ -47,9 +47,25 @@ def test_matrix_page_shows_what_passed_failed_and_never_ran(matrix):
     assert "| 1.2.3 | 1.2.3 |" in rows["pinned"] and "7 passed (abcdef0)" in rows["pinned"]
     assert "6 passed, **1 failed**: `a.py::test_b[c]`" in rows["triton-3.6"]
     assert "cannot be installed together: so" in rows["trl-1.14"]
-    assert "| not run |" in rows["torch-2.15"]
+    assert "| not run |" in rows["triton-3.8"]
+    assert "| not run: this torch is a CUDA build, several gigabytes |" in rows["torch-2.15"]
     assert set(matrix.SETS) <= set(rows)
 
 
 def test_matrix_page_is_that_of_the_kept_results(matrix):
     assert matrix.PAGE.read_text(encoding="utf-8") == matrix.page(matrix.load())
+
+
+def test_matrix_says_which_requirements_exclude_each_other(matrix):
+    printed = """ERROR: Cannot install a and b because these package versions have conflicting dependencies.
+
+The conflict is caused by:
+    a 1 depends on c<2
+    b 2 depends on c>=2
+    b 2 depends on c>=2
+
+To fix this you could try to: loosen the range
+"""
+    assert matrix.conflict(printed) == "a 1 depends on c<2; b 2 depends on c>=2"
+    assert matrix.conflict("ERROR: no such thing\nERROR: more") == "no such thing"
+    assert matrix.conflict("") == "pip failed"
