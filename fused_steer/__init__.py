@@ -44,6 +44,7 @@ The map, in reading order. A file imports what stands above it, never what stand
         reading.py       opening and checking a foreign file
         steerling.py     the paper's released code
         pyreft.py        pyreft
+        gguf.py          reads GGUF files
         vectors.py       control vectors: GGUF, plain tensors
     peft/                steering as a PEFT method
         config.py        PostBlockConfig

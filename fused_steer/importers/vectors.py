@@ -19,11 +19,11 @@ from torch import Tensor
 from ..adapters.files import AdapterFile
 from ..adapters.parameters import UP_BIAS
 from ..config import SteerConfig
+from .gguf import read_gguf
 from .reading import (
     DTYPE_NAMES,
     assemble,
     checked_tensor,
-    first_line,
     layout,
     naming,
     read_pickle,
@@ -50,10 +50,10 @@ def import_vector(
     norm of h, and an `operator` other than the sum. Its padding is left alone there, and steered here, to no effect.
 
     Args:
-        file: `.gguf`: a control vector as repeng, llama.cpp and EasySteer write it, `direction.N` of layer N (takes the
-            package gguf). `.safetensors`, or else a file that `torch.save` wrote: a dict of tensors (d,) whose keys are
-            `N` (also an integer), `layer.N`, `layers.N` or `direction.N`; or a tensor (L, d) or (d,), bare or the
-            only one in a dict. float32, bfloat16 or float16, and kept so.
+        file: `.gguf`: a control vector as repeng, llama.cpp and EasySteer write it, `direction.N` of layer N.
+            `.safetensors`, or else a file that `torch.save` wrote: a dict of tensors (d,) whose keys are `N` (also an
+            integer), `layer.N`, `layers.N` or `direction.N`; or a tensor (L, d) or (d,), bare or the only one in a
+            dict. float32, bfloat16 or float16, and kept so.
         scale: repeng's coefficient, llama.cpp's `--control-vector-scaled`, steering-vectors' multiplier.
         layers: of a dict, those to take, repeng's `layer_ids` (default: all in the file); of a tensor (L, d), the layer
             of each row, which only a tensor of as many rows as the model has layers may leave out.
@@ -66,7 +66,6 @@ def import_vector(
 
     Raises:
         FileNotFoundError: there is no such file.
-        ImportError: a `.gguf`, and the package gguf is not installed.
         TypeError: an argument of the wrong type.
         ValueError: an argument is missing or out of range, the base's config cannot be read or does not fit, or the
             file cannot be read safely, has anything else, or tensors that do not fit each other.
@@ -87,34 +86,8 @@ def _read(file: Path) -> Any:
     if not file.is_file():
         raise FileNotFoundError(f"no file {file}; expected a control vector: .gguf, .safetensors or torch.save's")
     if file.suffix == ".gguf":
-        return _read_gguf(file)
+        return read_gguf(file, _ARCHITECTURE, _DIRECTION)
     return read_safetensors(file) if file.suffix == ".safetensors" else read_pickle(file)
-
-
-def _read_gguf(file: Path) -> dict[str, Tensor]:
-    try:
-        import gguf
-    except ImportError as error:
-        raise ImportError(
-            f"{file} takes the package gguf, which is not installed; expected it (pip install gguf)"
-        ) from error
-    try:
-        reader = gguf.GGUFReader(file)
-        field = reader.get_field("general.architecture")
-        architecture = field.contents() if field is not None else None
-    except Exception as error:  # whatever a damaged header leads to
-        raise ValueError(f"{file} cannot be read: {first_line(error)}; expected a GGUF file") from error
-    with naming(file):
-        if architecture != _ARCHITECTURE:
-            raise ValueError(f"its architecture is {architecture!r}; expected {_ARCHITECTURE!r}")
-        tensors = {}
-        for tensor in reader.tensors:
-            if not tensor.name.startswith(_DIRECTION):
-                raise ValueError(f"it has a tensor {tensor.name!r}; expected direction.<layer> alone")
-            if tensor.tensor_type.name not in ("F32", "F16"):
-                raise ValueError(f"{tensor.name} is {tensor.tensor_type.name}; expected F32 or F16")
-            tensors[tensor.name] = torch.from_numpy(tensor.data.copy())
-    return tensors
 
 
 def _by_layer(state: Any, layers: Sequence[int] | None, count: int) -> dict[int, Tensor]:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import pytest
 import torch
 from command import assert_refused, invoke, plain_output  # noqa: F401 - an autouse fixture
-from foreign import LAYOUT, LLAMA, PHI, RANK, SCALE, Hostile, files, shown
+from foreign import LAYOUT, LLAMA, PHI, RANK, SCALE, Hostile, files, shown, write_gguf
 from models import HIDDEN, LAYERS, assert_close, build, difference, logits, refused
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -409,19 +407,6 @@ def additions(vectors: dict[int, Tensor]) -> dict[int, Shift]:
     return {i: lambda h, v=v: SCALE * v.float() for i, v in vectors.items()}
 
 
-def write_gguf(tensors: dict[str, Any], file: Path, architecture: str = "controlvector") -> None:
-    """As repeng's export_gguf does."""
-    writer = gguf.GGUFWriter(file, architecture)
-    writer.add_string(f"{architecture}.model_hint", "llama")
-    writer.add_uint32(f"{architecture}.layer_count", len(tensors))
-    for name, tensor in tensors.items():
-        writer.add_tensor(name, tensor.numpy() if isinstance(tensor, Tensor) else tensor)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
 def named(prefix: str) -> Callable[[dict[int, Tensor]], dict[str, Tensor]]:
     return lambda vectors: {f"{prefix}{i}": v for i, v in vectors.items()}
 
@@ -494,13 +479,6 @@ def test_pyreft_and_vectors_the_base_models_config_must_fit(tmp_path):
     torch.save(directions(), tmp_path / "v.pt")
     with refused(ValueError, "v.pt", "hidden size is 32", "expected 64", "wide"):
         import_vector(tmp_path / "v.pt", scale=1.0, base=str(tmp_path / "wide"))
-
-
-def test_pyreft_and_vectors_gguf_is_asked_for(tmp_path, monkeypatch):
-    write_gguf(named("direction.")(directions()), tmp_path / "v.gguf")
-    monkeypatch.setitem(sys.modules, "gguf", None)
-    with refused(ImportError, "v.gguf", "package gguf", "pip install gguf"):
-        import_vector(tmp_path / "v.gguf", scale=1.0, **LLAMA)
 
 
 def cut(tensors: dict[str, Any], file: Path) -> None:
