@@ -48,6 +48,7 @@ The map, in reading order. A file imports what stands above it, never what stand
         vectors.py       control vectors: GGUF, plain tensors
     peft/                steering as a PEFT method
         config.py        PostBlockConfig
+        loading.py       reads the files from which PEFT and transformers load
         site.py          the site of PEFT's steering in a layer
         tuner.py         adds, saves, loads, mixes and sums adapters as PEFT asks
     whole.py             save_pretrained of a patched model

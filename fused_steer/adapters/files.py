@@ -316,11 +316,7 @@ def check_config(directory: Path) -> None:
 
 
 def read_adapter(
-    source: str | os.PathLike[str],
-    model: Layout | None = None,
-    *,
-    check_base: bool = False,
-    without_heads: bool = False,
+    source: str | os.PathLike[str], model: Layout | None = None, *, check_base: bool = False
 ) -> AdapterFile:
     """Read and check an adapter's files. Nothing but JSON and safetensors is ever opened.
 
@@ -333,13 +329,23 @@ def read_adapter(
         source: the directory, or an id on the hub.
         model: what the adapter has to fit; None leaves that open.
         check_base: whether the base model's name has to fit, too.
-        without_heads: leave out the heads that PEFT trained and saved beside the adapter, instead of refusing them.
 
     Raises:
         FileNotFoundError: the directory or one of its files is missing.
-        ValueError: a file is truncated or corrupt, is of another method, has unknown keys, or does not fit the other;
-            or the adapter does not fit `model`.
+        ValueError: a file is truncated or corrupt, is of another method, has unknown keys or heads that PEFT trained
+            beside the steering, or does not fit the other; or the adapter does not fit `model`.
     """
+    return _read(source, model, check_base, with_heads=False)[0]
+
+
+def read_with_heads(source: str | os.PathLike[str]) -> tuple[AdapterFile, dict[str, Tensor]]:
+    """As `read_adapter`, and the tensors of the heads that PEFT trained and saved beside the steering, by path."""
+    return _read(source, None, False, with_heads=True)
+
+
+def _read(
+    source: str | os.PathLike[str], model: Layout | None, check_base: bool, with_heads: bool
+) -> tuple[AdapterFile, dict[str, Tensor]]:
     directory = locate_adapter(source)
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         if not (directory / name).exists():
@@ -351,7 +357,7 @@ def read_adapter(
         header = read_header(opened)
         embedded = None if header.config is None else _head(json.loads(header.config))
         own, others = _split(header.specs, head.saved_modules)
-        if others and not without_heads:
+        if others and not with_heads:
             raise ValueError(
                 f"it has a trained head beside the steering, {next(iter(others))}; expected steering alone (PEFT loads "
                 "both: import fused_steer.peft, then PeftModel.from_pretrained)"
@@ -389,7 +395,8 @@ def read_adapter(
     if refused is not None:
         raise refused
     with _blaming(file):
-        return AdapterFile(chosen.config, replace(chosen.layout, layers_path=unwrapped(layers_path)), tensors)
+        layout = replace(chosen.layout, layers_path=unwrapped(layers_path))
+        return AdapterFile(chosen.config, layout, tensors), beside
 
 
 def _read_whole(file: Path, header: Header, head: _Head) -> bytes:

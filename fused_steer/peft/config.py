@@ -16,7 +16,7 @@ from ..adapters.files import (
     WEIGHTS_NAME,
     check_config,
     fields_digest,
-    read_adapter,
+    read_with_heads,
     sealed,
 )
 from ..adapters.parameters import SITE
@@ -116,18 +116,16 @@ class PostBlockConfig(PeftConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
-        """As PEFT's. Weights that lie beside are checked, because PEFT reads them after it has changed the model.
+        """As PEFT's. Weights that lie beside are checked, before PEFT changes a model.
 
         Raises:
             ValueError: a file is broken, or the weights have values that are not finite or overflow float32.
         """
-        folder = Path(pretrained_model_name_or_path, subfolder or "")
-        if not folder.is_dir():
-            folder = _from_hub(pretrained_model_name_or_path, subfolder, cls._split_kwargs(kwargs)[0])
+        folder = folder_of(pretrained_model_name_or_path, subfolder, cls._split_kwargs(kwargs)[0])
         file = None
         if (folder / CONFIG_NAME).exists():
             if (folder / WEIGHTS_NAME).exists():
-                file = read_adapter(folder, without_heads=True)  # PEFT reads those
+                file, _ = read_with_heads(folder)
             else:
                 check_config(folder)
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
@@ -155,12 +153,18 @@ class PostBlockConfig(PeftConfig):
         return fields if self.tensors_sha256 is None else sealed({**fields, "tensors_sha256": self.tensors_sha256})
 
 
-def _from_hub(repo_id: str, subfolder: str | None, options: dict[str, Any]) -> Path:
-    """The local folder of an adapter on the hub, whose files PEFT reads next; a folder that does not exist where there
-    is none. PEFT says what is wrong then."""
+def folder_of(repo_id: str, subfolder: str | None, options: dict[str, Any]) -> Path:
+    """The local folder of an adapter, by its path or its id on the hub; a folder that does not exist where there is
+    none. PEFT says what is wrong then.
+
+    Args:
+        options: of `huggingface_hub.hf_hub_download`.
+    """
+    folder = Path(repo_id, subfolder or "")
+    if folder.is_dir():
+        return folder
     from huggingface_hub import hf_hub_download
 
-    folder = Path(repo_id, subfolder or "")
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         with contextlib.suppress(Exception):
             folder = Path(hf_hub_download(repo_id, name, subfolder=subfolder, **options)).parent

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,7 @@ from ..adapters.parameters import (
     of_adapter,
     out_of_model,
     specs_of,
+    unwrapped,
     without_wrappers,
 )
 from ..adapters.weights import tensors_digest
@@ -34,6 +35,7 @@ from ..model.layer import PatchedLayer, patch_layers, unpatch_layers
 from ..serving.mixed import MixedRows, load_again
 from ..serving.slots import LoadedSlots
 from .config import POST_BLOCK, PostBlockConfig
+from .loading import CheckedLoading, folder_that_peft_loads, peft_loads, read_for, transformers_loads
 from .site import PeftSite, cannot_merge
 
 PREFIX = "steer_"
@@ -50,6 +52,8 @@ class PostBlockModel(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}
     #: The slots of the batch before that had an adapter for each row; used again where they fit.
     _loaded: LoadedSlots | None = None
+    #: Takes out the adapter that PEFT has added in order to load its weights next.
+    _undo_load: Callable[[], None] | None = None
 
     # ----------------------------------------------------------------------------------------------------- in and out
 
@@ -63,6 +67,20 @@ class PostBlockModel(BaseTuner):
         first = not any(isinstance(module, BaseTunerLayer) for module in model.modules())
         trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         new: dict[int, PatchedLayer] = {}
+
+        def undo() -> None:
+            for patched in new.values():
+                patched.remove()
+            for site in self._sites():
+                if adapter_name in site.configs:
+                    site.delete_adapter(adapter_name)
+            self.peft_config.pop(adapter_name, None)
+            _take_out_heads(model, {adapter_name})
+            for parameter, required in trained:
+                parameter.requires_grad_(required)
+            if getattr(model, "peft_config", None) == {}:
+                forget_adapters(model)
+
         try:
             check_name(adapter_name)
             decoder = find_decoder(model)
@@ -84,13 +102,12 @@ class PostBlockModel(BaseTuner):
                 model.requires_grad_(False)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except BaseException:
-            for patched in new.values():
-                patched.remove()
-            self.peft_config.pop(adapter_name, None)
-            _take_out_heads(model, {adapter_name})
-            for parameter, required in trained:
-                parameter.requires_grad_(required)
+            undo()
             raise
+        if peft_loads():
+            self._undo_load = undo
+        elif transformers_loads():
+            CheckedLoading(model, adapter_name, config.steer_config(), layout, undo)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
         return peft_config
@@ -122,7 +139,7 @@ class PostBlockModel(BaseTuner):
         """The model as it was: its layers' own classes, its own heads, no sites."""
         take_out(self.model, set(self.peft_config))
         if hasattr(self.model, "peft_config"):
-            del self.model.peft_config
+            forget_adapters(self.model)
         return self.model
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
@@ -163,31 +180,21 @@ class PostBlockModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Tensors by the model's names, matched by layer. What does not fit is refused before any of it is loaded: PEFT
-        would load the part that does, and warn. They are copies: PEFT may put them in the place of those on meta."""
-        heads = {
-            f"{path}.{name}"
-            for path, wrapper in _wrappers(model)
-            for name in wrapper.adapter_state_dict_load_map(adapter_name).values()
-        }
-        beside = {name: tensor.clone() for name, tensor in state_dict.items() if name in heads}
-        state_dict = {name: tensor for name, tensor in state_dict.items() if name not in heads}
-        found = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        layers_path, _ = by_layer(of_adapter(model.named_parameters(), adapter_name))
-        layout = Layout(layers_path, config.num_layers, config.hidden_size)
+        """Tensors by the model's names, matched by layer: of the file that PEFT loads, or else the given ones.
+
+        What does not fit is refused before any of it is loaded: PEFT would load the part that does, and warn. An
+        adapter that was added to be loaded is then taken out again. The tensors are copies: PEFT may put them in the
+        place of those on meta.
+        """
+        undo, tuner = None, getattr(model, "base_model", None)
+        if isinstance(tuner, cls):
+            undo, tuner._undo_load = tuner._undo_load, None
         try:
-            _, layers = by_layer({out_of_model(name, adapter_name) or name: t for name, t in found.items()})
-            layout.check_tensors(config.steer_config(), specs_of(layers))
-            for path, tensor in layout.paths(layers).items():
-                check_values(path, tensor, config.scale)
-            expected = model.state_dict()
-            for name, tensor in beside.items():
-                if tensor.shape != expected[name].shape:
-                    raise ValueError(f"{name} is {tuple(tensor.shape)}; expected {tuple(expected[name].shape)}")
-        except ValueError as error:
-            raise ValueError(f"the adapter to load as {adapter_name!r} does not fit: {error}") from error
-        paths = layout.paths(layers)
-        return {in_model(path, adapter_name): tensor.clone() for path, tensor in paths.items()} | beside
+            return _fitting(model, config, adapter_name, state_dict, super()._remap_adapter_state_dict_for_load)
+        except BaseException:
+            if undo is not None:
+                undo()
+            raise
 
     # ----------------------------------------------------------------------------------------------- several adapters
 
@@ -296,6 +303,54 @@ class PostBlockModel(BaseTuner):
         return config.steer_config()
 
 
+def _fitting(
+    model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor], remap: Callable[..., Any]
+) -> dict[str, Tensor]:
+    """The tensors to load into an adapter and its head, by the model's names.
+
+    Args:
+        state_dict: by the names in a file, but for those of heads, which are the model's.
+        remap: PEFT's, which gives the model's names.
+
+    Raises:
+        ValueError: they are not all that the adapter has, and no more.
+    """
+    steer = config.steer_config()
+    layers_path, _ = by_layer(of_adapter(model.named_parameters(), adapter_name))
+    layout = Layout(layers_path, config.num_layers, config.hidden_size)
+    #: Names of the heads' tensors in the model, by those in files.
+    names = {
+        f"{path}.{name}": f"{path}.{inside}"
+        for path, wrapper in _wrappers(model)
+        for name, inside in wrapper.adapter_state_dict_load_map(adapter_name).items()
+    }
+    folder = folder_that_peft_loads()
+    if folder is None:
+        beside = {name: state_dict[name].clone() for name in names.values() if name in state_dict}
+        found = remap(model, config, adapter_name, {n: t for n, t in state_dict.items() if n not in beside})
+    else:
+        file, heads = read_for(folder, adapter_name, steer)
+    try:
+        if folder is None:
+            _, layers = by_layer({out_of_model(name, adapter_name) or name: t for name, t in found.items()})
+            layers = {i: {name: tensor.clone() for name, tensor in named.items()} for i, named in layers.items()}
+        else:
+            layers, in_file = file.tensors, {unwrapped(name): inside for name, inside in names.items()}
+            for path in heads.keys() ^ in_file.keys():
+                raise ValueError(f"{path} is in one alone of the file and the model; expected the same heads in both")
+            beside = {in_file[path]: tensor for path, tensor in heads.items()}
+        layout.check_tensors(steer, specs_of(layers))
+        for path, tensor in layout.paths(layers).items():
+            check_values(path, tensor, config.scale)
+        expected = model.state_dict()
+        for name, tensor in beside.items():
+            if tensor.shape != expected[name].shape:
+                raise ValueError(f"{name} is {tuple(tensor.shape)}; expected {tuple(expected[name].shape)}")
+    except ValueError as error:
+        raise ValueError(f"the adapter to load as {adapter_name!r} does not fit: {error}") from error
+    return {in_model(path, adapter_name): tensor for path, tensor in layout.paths(layers).items()} | beside
+
+
 def _pass_names(names: list[str], wrapper: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
     """Forward pre-hook: tell a head that PEFT wrapped which row is whose."""
     return args, {**kwargs, "adapter_names": names}
@@ -331,6 +386,13 @@ def take_out(model: nn.Module, names: set[str]) -> None:
     """Take out the sites, and the heads of the adapters of these names."""
     unpatch_layers(m.patched for m in model.modules() if isinstance(m, PeftSite) and m.patched is not None)
     _take_out_heads(model, names)
+
+
+def forget_adapters(model: Any) -> None:
+    """Take away what says that PEFT or transformers has put adapters into the model."""
+    del model.peft_config
+    if getattr(model, "_hf_peft_config_loaded", False):  # transformers' own mark
+        model._hf_peft_config_loaded = False
 
 
 def _take_out_heads(model: nn.Module, names: set[str]) -> None:

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from ..adapters.files import WEIGHTS_NAME, locate_adapter, read_adapter
+from ..adapters.files import WEIGHTS_NAME, locate_adapter, read_with_heads
 from ..adapters.parameters import DOWN, DOWN_BIAS, UP, UP_BIAS
 
 
@@ -44,7 +44,7 @@ def _norms(layer: int, tensors: Mapping[str, Tensor]) -> LayerNorms:
 def describe(source: str) -> dict[str, Any]:
     """What `inspect` shows of an adapter, as JSON has it."""
     directory = locate_adapter(source)
-    adapter = read_adapter(directory, without_heads=True)
+    adapter = read_with_heads(directory)[0]
     layers = [asdict(_norms(index, tensors)) for index, tensors in adapter.tensors.items()]
     return {
         "adapter": str(directory),
