@@ -438,11 +438,11 @@ def _matching(head: _Head, embedded: _Head | None, plain: bool, content: bytes, 
             return head
     if embedded is not None and embedded.sealed and head.sealed and plain and embedded.tensors_sha256 == digest:
         return embedded
-    raise _other_contents(head)
+    raise _other_contents(head, embedded)
 
 
-def _other_contents(head: _Head) -> ValueError:
-    expected = head.weights_sha256 or f"{head.tensors_sha256} of its tensors"
+def _other_contents(head: _Head, embedded: _Head | None = None) -> ValueError:
+    expected = head.weights_sha256 or f"{head.tensors_sha256 or (embedded and embedded.tensors_sha256)} of its tensors"
     return ValueError(f"its contents are not those that {CONFIG_NAME} was saved with; expected sha256 {expected}")
 
 

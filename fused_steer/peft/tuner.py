@@ -391,8 +391,7 @@ def take_out(model: nn.Module, names: set[str]) -> None:
 def forget_adapters(model: Any) -> None:
     """Take away what says that PEFT or transformers has put adapters into the model."""
     del model.peft_config
-    if getattr(model, "_hf_peft_config_loaded", False):  # transformers' own mark
-        model._hf_peft_config_loaded = False
+    vars(model).pop("_hf_peft_config_loaded", None)  # transformers' own mark; its class has False
 
 
 def _take_out_heads(model: nn.Module, names: set[str]) -> None:
