@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .adapters.distributed import check_unsharded, first_writes, is_first
 from .adapters.files import AdapterFile, read_adapter, write_adapter
 from .adapters.hub import push_adapter
-from .adapters.parameters import Adapter, check_name
+from .adapters.parameters import Adapter, by_lower, check_name, refuse_clash
 from .config import SteerConfig, checked_number
 from .lora.constraints import Constraints
 from .lora.layers import adapter_parameters, computing_by
@@ -331,7 +331,7 @@ class Steering:
         room = make_slots(self._decoder, indices, slots, rank, kept)
         with self._changing("steering.make_pool is called"):
             self._patched.patch(indices)
-            pool = self._pool = AdapterPool(room, self._decoder, self._configs.__contains__, check_base)
+            pool = self._pool = AdapterPool(room, self._decoder, lambda: self._configs, check_base)
         return pool
 
     def close_pool(self) -> None:
@@ -443,7 +443,6 @@ class Steering:
 
     def _check_new_name(self, name: str) -> None:
         check_name(name)
-        if name in self._configs:
-            raise ValueError(f"there is an adapter {name!r} already; expected a new name (have {self.names})")
-        if self._pool is not None and name in self._pool:
-            raise ValueError(f"there is an adapter {name!r} in the pool already; expected a new name")
+        refuse_clash(name, by_lower(self._configs))
+        if self._pool is not None:
+            self._pool.refuse_clash(name)

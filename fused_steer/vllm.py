@@ -43,9 +43,9 @@ from vllm.lora.request import LoRARequest  # noqa: E402
 from vllm.model_executor.layers.linear import LinearBase  # noqa: E402
 from vllm.v1.engine import input_processor  # noqa: E402
 
-from .adapters.files import CONFIG_NAME, PEFT_TYPE, AdapterFile, method_in, read_adapter  # noqa: E402
+from .adapters.files import CONFIG_NAME, JOINT_NAME, PEFT_TYPE, AdapterFile, method_in, read_adapter  # noqa: E402
 from .adapters.parameters import DOWN, NAMES, SITE, UP, UP_BIAS, ByLayer, Layout  # noqa: E402
-from .joint import JOINT_NAME, STEERING_FOLDER, find_joint  # noqa: E402
+from .joint import STEERING_FOLDER, find_joint  # noqa: E402
 from .kernels import ACTIVATIONS, MAX_RANK, grouped  # noqa: E402
 from .model.residual import ResidualNotFound, names_in_final_adds  # noqa: E402
 from .serving.slots import Slots  # noqa: E402

@@ -41,7 +41,7 @@ from .parameters import (
     split_path,
     unwrapped,
 )
-from .saving import leftovers, open_regular, read_regular, saving_folder, write_new
+from .saving import digest_of, leftovers, open_regular, read_regular, saving_folder, write_new
 from .weights import MOST_JSON, Header, header_of, read_header, tensors_digest, unprefixed, values_of
 
 CONFIG_NAME = "adapter_config.json"
@@ -50,6 +50,8 @@ PEFT_TYPE = "POST_BLOCK"
 #: Where adapters lie beside other files, each in a folder of its name: one level deeper than where transformers'
 #: Trainer looks for further adapters of PEFT's.
 CHECKPOINT_FOLDER = "fused_steer"
+#: Where `save_joint` writes two parts, its record has the digest of each: `files_digest`, by the part's place.
+JOINT_NAME = "joint.json"
 #: What PEFT writes into every adapter's config, and what says nothing of what it computes.
 _PEFT_FIELDS = ("auto_mapping", "inference_mode", "peft_version", "revision", "task_type")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -363,6 +365,7 @@ def _read(
                 "both: import fused_steer.peft, then PeftModel.from_pretrained)"
             )
         layers_path, specs = by_layer(own)
+    _warn_of_other_part(directory)
     heads = [head] if embedded is None else [head, embedded]
 
     def refusal(head: _Head) -> ValueError | None:
@@ -397,6 +400,31 @@ def _read(
     with _blaming(file):
         layout = replace(chosen.layout, layers_path=unwrapped(layers_path))
         return AdapterFile(chosen.config, layout, tensors), beside
+
+
+def files_digest(folder: Path) -> str | None:
+    """Of an adapter's two files; None where they are not there."""
+    digest = hashlib.sha256()
+    try:
+        for name in (CONFIG_NAME, WEIGHTS_NAME):
+            digest.update(digest_of(folder / name))
+    except (OSError, ValueError):
+        return None
+    return digest.hexdigest()
+
+
+def _warn_of_other_part(directory: Path) -> None:
+    """Warn where a part of what `save_joint` wrote is read alone that is not of the time of the others."""
+    try:
+        recorded = read_json(directory.parent / JOINT_NAME).get(directory.name)
+    except (OSError, ValueError):
+        return  # no such part, or nobody can say
+    if recorded is not None and recorded != files_digest(directory):
+        warnings.warn(
+            f"{directory} is not what was saved together with the LoRA beside it; expected "
+            f"load_joint(model, {os.fspath(directory.parent)!r}), which finds the parts of one save",
+            stacklevel=2,
+        )
 
 
 def _read_whole(file: Path, header: Header, head: _Head) -> bytes:

@@ -55,6 +55,32 @@ def check_name(name: Any) -> None:
         raise ValueError(f"adapter name is {name!r}, a part of every tensor's path; expected another")
 
 
+def by_lower(names: Iterable[str]) -> dict[str, str]:
+    """Names by what `refuse_clash` compares."""
+    return {name.lower(): name for name in names}
+
+
+def refuse_clash(name: str, taken: Mapping[str, str], where: str = "") -> None:
+    """Refuse a name that is taken, or that differs from such a one in letter case alone: a folder each is made of them,
+    and to some file systems it is the same folder.
+
+    Args:
+        taken: the names, as `by_lower` gives them.
+        where: they are, for the error: " in the pool".
+
+    Raises:
+        ValueError: it names the other.
+    """
+    other = taken.get(name.lower())
+    if other == name:
+        raise ValueError(f"there is an adapter {name!r}{where} already; expected a new name")
+    if other is not None:
+        raise ValueError(
+            f"there is an adapter {other!r}{where} already, from which {name!r} differs in letter case alone; expected "
+            "a new name"
+        )
+
+
 def unwrapped(path: str) -> str:
     """The path that a module or tensor has in the model itself, out of what other libraries have wrapped around it."""
     path = without_wrappers(path)

@@ -18,10 +18,12 @@ from ..adapters.parameters import (
     SITE,
     Layout,
     by_layer,
+    by_lower,
     check_name,
     in_model,
     of_adapter,
     out_of_model,
+    refuse_clash,
     specs_of,
     unwrapped,
     without_wrappers,
@@ -83,6 +85,7 @@ class PostBlockModel(BaseTuner):
 
         try:
             check_name(adapter_name)
+            refuse_clash(adapter_name, by_lower(name for name in self.peft_config if name != adapter_name))
             decoder = find_decoder(model)
             layout = decoder.layout
             layout.check_sizes("the adapter", config.hidden_size, config.num_layers)

@@ -8,7 +8,7 @@ import threading
 import time
 import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from ..adapters.files import CONFIG_NAME, read_adapter
-from ..adapters.parameters import ByLayer, check_name
+from ..adapters.parameters import ByLayer, by_lower, check_name, refuse_clash
 from ..config import SteerConfig
 from ..model.decoder import Decoder
 from ..model.scopes import renewed_after_fork
@@ -54,19 +54,20 @@ class AdapterPool:
         self,
         slots: Mapping[int, Slots],
         decoder: Decoder,
-        is_taken: Callable[[str], bool],
+        own_names: Callable[[], Iterable[str]],
         check_base: bool,
     ) -> None:
         """Internal: `Steering.make_pool` makes one.
 
-        slots: of each layer; decoder: the model's; is_taken: whether the model has an adapter of a name.
+        slots: of each layer; decoder: the model's; own_names: gives the names of the model's adapters.
         """
         self.slots = slots
         self.count = next(iter(slots.values())).count
         self.rank = next(iter(slots.values())).rank
-        self._decoder, self._is_taken, self._check_base = decoder, is_taken, check_base
+        self._decoder, self._own_names, self._check_base = decoder, own_names, check_base
         self._changed = threading.Condition(threading.RLock())  # over all that follows
         self._sources: dict[str, str] = {}
+        self._by_lower: dict[str, str] = {}  # their names, by those in lower case
         self._versions: Counter[str] = Counter()  # how often an adapter was reloaded or removed
         self._configs: dict[str, SteerConfig] = {}  # of the loaded ones
         self._slot_of: OrderedDict[str, int] = OrderedDict()  # of the loaded ones, the least recently used first
@@ -138,8 +139,7 @@ class AdapterPool:
             ValueError: the name cannot be one, or is taken.
         """
         with self._changed:
-            self._check_new([name])
-            self._sources[name] = os.fspath(source)
+            self._add({name: os.fspath(source)})
 
     def register_directory(self, directory: str | os.PathLike[str]) -> list[str]:
         """Register each subdirectory that has an adapter_config.json, by its own name; all or none.
@@ -159,19 +159,29 @@ class AdapterPool:
         with os.scandir(root) as entries:
             found = sorted(entry.name for entry in entries if (root / entry.name / CONFIG_NAME).is_file())
         with self._changed:
-            self._check_new(found)
-            self._sources.update({name: str(root / name) for name in found})
+            self._add({name: str(root / name) for name in found})
         return found
 
-    def _check_new(self, names: Sequence[str]) -> None:
-        for name in names:
+    def _add(self, sources: Mapping[str, str]) -> None:
+        """Register adapters, all or none; a name that cannot be one, or is taken, is a ValueError."""
+        own, new = by_lower(self._own_names()), dict[str, str]()
+        for name in sources:
             check_name(name)
             if name in self._sources:
                 raise ValueError(
                     f"adapter {name!r} is registered already, for {self._sources[name]}; expected a new name"
                 )
-            if self._is_taken(name):
-                raise ValueError(f"there is an adapter {name!r} in the model already; expected a new name")
+            refuse_clash(name, self._by_lower, " in the pool")
+            refuse_clash(name, new, " to be registered")
+            refuse_clash(name, own, " in the model")
+            new[name.lower()] = name
+        self._sources |= sources
+        self._by_lower |= new
+
+    def refuse_clash(self, name: str) -> None:
+        """Refuse a new name for an adapter of the model that is taken here; a ValueError."""
+        with self._changed:
+            refuse_clash(name, self._by_lower, " in the pool")
 
     def remove(self, name: str) -> None:
         """Forget an adapter.
@@ -183,7 +193,7 @@ class AdapterPool:
         with self._changed:
             self._check_idle(name, "removed")
             self._forget(name)
-            del self._sources[name]
+            del self._sources[name], self._by_lower[name.lower()]
             self._changed.notify_all()
 
     def reload(self, name: str) -> None:
