@@ -334,14 +334,14 @@ def read_adapter(
 
     Raises:
         FileNotFoundError: the directory or one of its files is missing.
-        ValueError: a file is truncated or corrupt, is of another method, has unknown keys or heads that PEFT trained
+        ValueError: a file is truncated or corrupt, is of another method, has unknown keys or weights that PEFT saved
             beside the steering, or does not fit the other; or the adapter does not fit `model`.
     """
     return _read(source, model, check_base, with_heads=False)[0]
 
 
 def read_with_heads(source: str | os.PathLike[str]) -> tuple[AdapterFile, dict[str, Tensor]]:
-    """As `read_adapter`, and the tensors of the heads that PEFT trained and saved beside the steering, by path."""
+    """As `read_adapter`, and what PEFT saved of the model beside the steering, such as trained heads, by path."""
     return _read(source, None, False, with_heads=True)
 
 
@@ -358,11 +358,12 @@ def _read(
     with _blaming(file), open(open_regular(file), "rb") as opened:
         header = read_header(opened)
         embedded = None if header.config is None else _head(json.loads(header.config))
-        own, others = _split(header.specs, head.saved_modules)
+        by_peft = embedded is None and head.weights_sha256 is not None
+        own, others = _split(header.specs, head.saved_modules, by_peft)
         if others and not with_heads:
             raise ValueError(
-                f"it has a trained head beside the steering, {next(iter(others))}; expected steering alone (PEFT loads "
-                "both: import fused_steer.peft, then PeftModel.from_pretrained)"
+                f"it has weights of the model beside the steering, {next(iter(others))}; expected steering alone (PEFT "
+                "loads both: import fused_steer.peft, then PeftModel.from_pretrained)"
             )
         layers_path, specs = by_layer(own)
     _warn_of_other_part(directory)
@@ -385,7 +386,7 @@ def _read(
     with _blaming(file):
         content = _read_whole(file, header, head)
         named = {unprefixed(name): tensor for name, tensor in safetensors.torch.load(content).items()}
-        steering, beside = _split(named, head.saved_modules)
+        steering, beside = _split(named, head.saved_modules, by_peft)
         _, tensors = by_layer(steering)
         chosen = _matching(head, embedded, header.plain, content, partial(tensors_digest, tensors, beside))
     if chosen is not head:
@@ -438,14 +439,31 @@ def _read_whole(file: Path, header: Header, head: _Head) -> bytes:
     return content
 
 
-def _split(named: Mapping[str, T], modules: Sequence[str]) -> tuple[dict[str, T], dict[str, T]]:
-    """What is an adapter's by its path, and what is of the modules of these names."""
+def _split(named: Mapping[str, T], modules: Sequence[str], by_peft: bool) -> tuple[dict[str, T], dict[str, T]]:
+    """What is an adapter's by its path, and what is of the model beside it.
+
+    Args:
+        modules: names of modules that PEFT saved.
+        by_peft: whether PEFT wrote the file, which also saves embeddings (`save_embedding_layers`).
+    """
 
     def is_beside(path: str) -> bool:
-        return f".{SITE}." not in path and any(f".{name}." in f".{path}" for name in modules)
+        return f".{SITE}." not in path and (by_peft or any(f".{name}." in f".{path}" for name in modules))
 
     beside = {path: value for path, value in named.items() if is_beside(path)}
     return {path: value for path, value in named.items() if path not in beside}, beside
+
+
+def peft_weights_digest(folder: Path, tensors_sha256: str, modules: Sequence[str]) -> str | None:
+    """The digest of a weights file that PEFT has just written; None: it has written none, or not these tensors."""
+    try:
+        content = (folder / WEIGHTS_NAME).read_bytes()
+        named = {unprefixed(name): tensor for name, tensor in safetensors.torch.load(content).items()}
+        steering, beside = _split(named, modules, by_peft=False)
+        layers = by_layer({path: tensor for path, tensor in steering.items() if f".{SITE}." in path})[1]
+    except (OSError, ValueError, safetensors.SafetensorError):
+        return None
+    return hashlib.sha256(content).hexdigest() if tensors_digest(layers, beside) == tensors_sha256 else None
 
 
 def _matching(head: _Head, embedded: _Head | None, plain: bool, content: bytes, digest_of: Callable[[], str]) -> _Head:

@@ -16,6 +16,7 @@ from ..adapters.files import (
     WEIGHTS_NAME,
     check_config,
     fields_digest,
+    peft_weights_digest,
     read_with_heads,
     sealed,
 )
@@ -135,9 +136,14 @@ class PostBlockConfig(PeftConfig):
         return config
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """As PEFT's. The digest of the tensors, which PEFT asks for before, is of this save alone."""
-        super().save_pretrained(save_directory, **kwargs)
-        self.tensors_sha256 = None
+        """As PEFT's. The digests of the tensors and of the file, which PEFT writes before, are of this save alone."""
+        if self.tensors_sha256 is not None:
+            modules = self.modules_to_save or ()
+            self.weights_sha256 = peft_weights_digest(Path(save_directory), self.tensors_sha256, modules)
+        try:
+            super().save_pretrained(save_directory, **kwargs)
+        finally:
+            self.tensors_sha256 = self.weights_sha256 = None
 
     def steer_config(self) -> SteerConfig:
         """The same as a SteerConfig."""
@@ -150,7 +156,10 @@ class PostBlockConfig(PeftConfig):
         fields = {**peft, **sizes, **self.steer_config().to_dict(), "fused_steer_version": __version__}
         if self.modules_to_save:
             fields["modules_to_save"] = sorted(set(self.modules_to_save))
-        return fields if self.tensors_sha256 is None else sealed({**fields, "tensors_sha256": self.tensors_sha256})
+        if self.tensors_sha256 is None:
+            return fields
+        weights = {} if self.weights_sha256 is None else {"weights_sha256": self.weights_sha256}
+        return sealed({**fields, "tensors_sha256": self.tensors_sha256, **weights})
 
 
 def folder_of(repo_id: str, subfolder: str | None, options: dict[str, Any]) -> Path:

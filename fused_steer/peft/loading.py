@@ -7,7 +7,7 @@ left alone, and the tensors of `read_with_heads` take its place.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -67,15 +67,31 @@ def _running(function: Any) -> dict[str, Any] | None:
 class CheckedLoading:
     """`model._load_pretrained_model` while transformers loads an adapter: the tensors are read here."""
 
-    def __init__(self, model: Any, name: str, config: SteerConfig, layout: Layout, undo: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        model: Any,
+        name: str,
+        config: SteerConfig,
+        layout: Layout,
+        heads: Collection[str],
+        undo: Callable[[], None],
+    ) -> None:
         """
         Args:
             name: the adapter's, which has been added to the model.
             config: the adapter's.
             layout: the model's.
+            heads: paths of the tensors of its heads.
             undo: takes the adapter out of the model again.
         """
-        self.model, self.name, self.config, self.layout, self.undo = model, name, config, layout, undo
+        self.model, self.name, self.config, self.layout, self.heads, self.undo = (
+            model,
+            name,
+            config,
+            layout,
+            heads,
+            undo,
+        )
         model._load_pretrained_model = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -87,7 +103,13 @@ class CheckedLoading:
         del self.model._load_pretrained_model
         try:
             if files := kwargs["checkpoint_files"]:
-                file, heads = read_for(Path(files[0]).parent, self.name, self.config)
+                folder = Path(files[0]).parent
+                file, heads = read_for(folder, self.name, self.config)
+                for path in heads.keys() ^ self.heads:
+                    raise ValueError(
+                        f"{path} is in one alone of {folder} and the adapter {self.name!r}; expected the same heads in "
+                        "both (PeftModel.from_pretrained also loads embeddings)"
+                    )
                 tensors = {**self.layout.paths(file.tensors), **heads}
                 named = {PEFT_PREFIX + path: tensor for path, tensor in tensors.items()}
                 kwargs |= {"checkpoint_files": [], "state_dict": named}

@@ -32,7 +32,7 @@ from ..adapters.weights import tensors_digest
 from ..config import DTYPES, SteerConfig
 from ..kernels import MAX_RANK
 from ..model.decoder import execution_device, find_decoder
-from ..model.heads import fresh_heads
+from ..model.heads import fresh_heads, warn_of_random
 from ..model.layer import PatchedLayer, patch_layers, unpatch_layers
 from ..serving.mixed import MixedRows, load_again
 from ..serving.slots import LoadedSlots
@@ -95,7 +95,7 @@ class PostBlockModel(BaseTuner):
                     f"orthogonal_to is {config.orthogonal_to!r} in an adapter that trains; expected patch_model, which "
                     "keeps the constraint, or inference_mode=True"
                 )
-            _complete_heads(config, model)
+            _complete_heads(config, model, adapter_name)
             layers = {index: decoder.layers[index] for index in indices}
             bare = {i: layer for i, layer in layers.items() if not isinstance(getattr(layer, SITE, None), PeftSite)}
             new = patch_layers(bare, layout, PeftSite)
@@ -107,10 +107,32 @@ class PostBlockModel(BaseTuner):
         except BaseException:
             undo()
             raise
+        if peft_loads() or transformers_loads():
+            self._load_next(config, adapter_name, layout, undo)
+
+    def _load_next(self, config: PostBlockConfig, adapter_name: str, layout: Layout, undo: Callable[[], None]) -> None:
+        """Prepare for the weights of an adapter that was added in order to load them.
+
+        Args:
+            undo: takes the adapter out again.
+
+        Raises:
+            ValueError: it has a head inside what torch.compile has wrapped, whose tensors PEFT would not find.
+        """
+        saved = set()
+        for path, wrapper in _wrappers(self.model):
+            for name, inside in wrapper.adapter_state_dict_load_map(adapter_name).items():
+                saved.add(f"{path}.{name}")
+                if without_wrappers(f"{path}.{inside}") != f"{path}.{inside}":
+                    undo()
+                    raise ValueError(
+                        f"the adapter to load as {adapter_name!r} has a head, and {path}.{inside} is compiled; "
+                        "expected the plain model (torch.compile afterwards)"
+                    )
         if peft_loads():
             self._undo_load = undo
-        elif transformers_loads():
-            CheckedLoading(model, adapter_name, config.steer_config(), layout, undo)
+        else:
+            CheckedLoading(self.model, adapter_name, config.steer_config(), layout, saved, undo)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
         return peft_config
@@ -327,6 +349,7 @@ def _fitting(
         for path, wrapper in _wrappers(model)
         for name, inside in wrapper.adapter_state_dict_load_map(adapter_name).items()
     }
+    prefix = PEFT_PREFIX if layers_path.startswith(PEFT_PREFIX) else ""
     folder = folder_that_peft_loads()
     if folder is None:
         beside = {name: state_dict[name].clone() for name in names.values() if name in state_dict}
@@ -339,14 +362,16 @@ def _fitting(
             layers = {i: {name: tensor.clone() for name, tensor in named.items()} for i, named in layers.items()}
         else:
             layers, in_file = file.tensors, {unwrapped(name): inside for name, inside in names.items()}
-            for path in heads.keys() ^ in_file.keys():
-                raise ValueError(f"{path} is in one alone of the file and the model; expected the same heads in both")
-            beside = {in_file[path]: tensor for path, tensor in heads.items()}
+            for path in in_file.keys() - heads.keys():
+                raise ValueError(f"it has no {path}; expected the head that the adapter trained")
+            beside = {in_file.get(path, prefix + path): tensor for path, tensor in heads.items()}
         layout.check_tensors(steer, specs_of(layers))
         for path, tensor in layout.paths(layers).items():
             check_values(path, tensor, config.scale)
         expected = model.state_dict()
         for name, tensor in beside.items():
+            if name not in expected:
+                raise ValueError(f"it has a {name}; expected weights that the model has")
             if tensor.shape != expected[name].shape:
                 raise ValueError(f"{name} is {tuple(tensor.shape)}; expected {tuple(expected[name].shape)}")
     except ValueError as error:
@@ -359,14 +384,17 @@ def _pass_names(names: list[str], wrapper: nn.Module, args: Any, kwargs: dict[st
     return args, {**kwargs, "adapter_names": names}
 
 
-def _complete_heads(config: PostBlockConfig, model: nn.Module) -> None:
-    """Let the heads that were not loaded train and be saved, unless the config says what does.
+def _complete_heads(config: PostBlockConfig, model: nn.Module, adapter_name: str) -> None:
+    """Let the heads that were not loaded train and be saved, unless the config says what does. Where it is of a file
+    without them, they stay random, with a warning.
 
     Raises:
         ValueError: the config names a module that is not there, which PEFT would pass over.
     """
+    if config.fused_steer_version is not None:  # of a file, which says what was saved
+        warn_of_random(model, config.modules_to_save or (), adapter_name)
     if config.inference_mode or config.fused_steer_version is not None:
-        return  # of a file, which says what was saved
+        return
     named = set(config.modules_to_save or ())
     modules = [path for path, _ in model.named_modules()]
     for name in sorted(named - _PEFTS_HEADS):
