@@ -52,7 +52,7 @@ class Scopes:
         Args:
             runs: whether a thread, by its number, is running modules; None looks at what the thread executes.
         """
-        self._runs = runs or _runs_modules
+        self.runs = runs or _runs_modules
         self._passes: dict[int, int] = {}  # by thread
         self._open: weakref.WeakSet[Scope] = weakref.WeakSet()
         self._ends: dict[int, Callable[[], None]] = {}  # by number of a scope
@@ -175,7 +175,7 @@ class Scopes:
     def _check_no_other_pass(self, what: str) -> None:
         me = threading.get_ident()
         # PyTorch calls no hook at the end of a pass that Ctrl-C cuts off: such a pass is not over by its count.
-        if any(thread != me and self._runs(thread) for thread in list(self._passes)):
+        if any(thread != me and self.runs(thread) for thread in list(self._passes)):
             raise RuntimeError(
                 f"{what} while the model runs in another thread; expected it before that pass or after it"
             )

@@ -57,7 +57,10 @@ class Batch:
             RuntimeError: the batch is another thread's or task's, or another thread runs the model in it.
         """
         self.scopes.check("the model runs")
-        earlier, me = self.thread, threading.get_ident()
+        me = threading.get_ident()
+        if self.thread not in (None, me) and not self.generating and not self.scopes.runs(self.thread):
+            self.passing.close()  # a pass that Ctrl-C cut off: PyTorch calls no hook at its end
+        earlier = self.thread
         if earlier not in (None, me):
             raise RuntimeError("another thread runs the model in this steering.batch; expected one thread at a time")
         self.thread = me
