@@ -14,6 +14,7 @@ DEMO = ["accelerate", "gguf>=0.19", "matplotlib"]  # transformers reads GGUF fil
 # Caps: see fused_steer/_requirements.py, which says what was tried.
 PEFT = ["peft>=0.21,<1"]
 TRL = ["datasets", *PEFT, 'trl>=1.14,<2; python_version >= "3.11"']  # its last for 3.10 is of another transformers
+RL = [*TRL, "reasoning-gym"]
 QUANT = ["bitsandbytes", "torchao"]
 TEST = [
     *DEMO,
@@ -66,6 +67,7 @@ setup(
         "demo": DEMO,
         "peft": PEFT,
         "quant": QUANT,
+        "rl": RL,
         "trl": TRL,
         "test": TEST,
         "bench": BENCH,
