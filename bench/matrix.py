@@ -48,11 +48,14 @@ SETS: dict[str, dict[str, str]] = {
 }
 SHOWN = ("torch", "triton", "transformers", "peft", "trl")
 
-#: The tests of the core: the op, the layer, the adapter, batches, training.
-CORE = (
+#: The tests of the kernels, which import neither transformers nor TRL, and those of the rest of the core: the layer,
+#: the adapter, batches, training.
+KERNELS = (
     "tests/kernels/test_post_block.py",
     "tests/kernels/test_grouped.py",
     "tests/kernels/test_numerics.py",
+)
+CORE = (
     "tests/model",
     "tests/adapters/test_files.py",
     "tests/serving",
@@ -66,9 +69,26 @@ CORE = (
 OF_LIBRARY = {
     "peft": ("tests/peft/test_peft.py", "tests/test_joint.py"),
     "trl": ("tests/test_trl.py",),
-    "transformers": ("tests/test_trainer.py", "tests/test_whole.py", "tests/peft/test_peft.py"),
+    "transformers": (
+        "tests/test_trainer.py",
+        "tests/test_whole.py",
+        "tests/peft/test_peft.py",
+        "tests/peft/test_loading.py",
+        "tests/peft/test_heads.py",
+    ),
     "triton": ("tests/kernels/test_plan.py", "tests/kernels/test_predict.py"),
 }
+#: What only files of these names import, in fused_steer/ and tests/: a set that changes it alone runs their tests.
+ALONE = ("trl",)
+
+
+def files_of(changed: dict[str, str]) -> list[str]:
+    """The files of tests that a set runs."""
+    own = [file for library in changed for file in OF_LIBRARY.get(library, ())]
+    if changed and all(library in ALONE for library in changed):
+        return own
+    kernels = KERNELS if not changed or {"torch", "triton"} & changed.keys() else ()
+    return list(dict.fromkeys([*kernels, *CORE, *own]))
 
 
 @dataclass
@@ -133,8 +153,19 @@ def run_set(name: str, folder: Path, timeout: float, workers: int) -> Outcome:
         f"import json\nfrom importlib import metadata\nprint(json.dumps({{n: metadata.version(n) for n in {SHOWN!r}}}))"
     )
     found.versions = json.loads(subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout)
-    files = dict.fromkeys([*CORE, *(file for library in changed for file in OF_LIBRARY.get(library, ()))])
-    command = [python, "-m", "pytest", "-q", "-n", str(workers), "--dist", "loadfile", "-p", "no:cacheprovider", *files]
+    command = [
+        python,
+        "-m",
+        "pytest",
+        "-q",
+        "-n",
+        str(workers),
+        "--dist",
+        "loadfile",
+        "-p",
+        "no:cacheprovider",
+        *files_of(changed),
+    ]
     environment = {**os.environ, "PYTHONSAFEPATH": "1"}  # the checkout's `kernels` is no package of that name
     start = time.monotonic()
     try:
@@ -179,8 +210,10 @@ def page(outcomes: dict[str, Outcome]) -> str:
     return f"""# Versions
 
 The core tests with sets of library versions. Each set is `constraints.txt` with some versions changed, in an
-environment of its own. Written by `python -m bench.matrix`. On a machine without a GPU the kernels run in Triton's
-interpreter. A set with another torch downloads the CUDA build, several gigabytes, and runs only when it is named.
+environment of its own. The kernels' tests run where torch or triton changes, because kernels import neither
+transformers nor TRL; where TRL alone changes, the tests of TRL's trainers run. Written by `python -m bench.matrix`. On a
+machine without a GPU the kernels run in Triton's interpreter. A set with another torch downloads the CUDA build,
+several gigabytes, and runs only when it is named.
 
 {table}
 
