@@ -211,9 +211,9 @@ def page(outcomes: dict[str, Outcome]) -> str:
 
 The core tests with sets of library versions. Each set is `constraints.txt` with some versions changed, in an
 environment of its own. The kernels' tests run where torch or triton changes, because kernels import neither
-transformers nor TRL; where TRL alone changes, the tests of TRL's trainers run. Written by `python -m bench.matrix`. On a
-machine without a GPU the kernels run in Triton's interpreter. A set with another torch downloads the CUDA build,
-several gigabytes, and runs only when it is named.
+transformers nor TRL; where TRL alone changes, the tests of TRL's trainers run. On a machine without a GPU the kernels
+run in Triton's interpreter. A set with another torch downloads the CUDA build, several gigabytes, and runs only when it
+is named. Written by `python -m bench.matrix`.
 
 {table}
 
