@@ -393,7 +393,7 @@ def _read(
         warnings.warn(
             f"{directory / CONFIG_NAME} is of another save than {WEIGHTS_NAME}, which is read by the config that it "
             "carries: the adapter that was saved with it",
-            stacklevel=2,
+            stacklevel=3,
         )
     refused = refusals[0 if chosen is head else 1]
     if refused is not None:
@@ -424,7 +424,7 @@ def _warn_of_other_part(directory: Path) -> None:
         warnings.warn(
             f"{directory} is not what was saved together with the LoRA beside it; expected "
             f"load_joint(model, {os.fspath(directory.parent)!r}), which finds the parts of one save",
-            stacklevel=2,
+            stacklevel=4,
         )
 
 
