@@ -1,4 +1,4 @@
-"""Answers to AlpacaEval's 805 instructions by a steered model, in the file format that its judge reads.
+"""Answers AlpacaEval's 805 instructions with a steered model, in the file format that its judge reads.
 
 python examples/generate_alpaca_eval.py --model meta-llama/Llama-3.1-8B --adapter alpaca --out answers.json
 alpaca_eval --model_outputs answers.json
@@ -18,7 +18,7 @@ from fused_steer import patch_model
 
 
 def read(data: Path | None) -> list[dict[str, str]]:
-    """A JSON list of objects with "instruction"; without a file, AlpacaEval's own from the hub."""
+    """Read a JSON list of objects with "instruction"; without a file, AlpacaEval's list from the hub."""
     path = data or hf_hub_download("tatsu-lab/alpaca_eval", "alpaca_eval.json", repo_type="dataset")
     rows = json.loads(Path(path).read_text(encoding="utf-8"))
     for number, row in enumerate(rows, 1):
@@ -32,7 +32,7 @@ def main(
     adapter: str = typer.Option("alpaca", help="A directory or hub id; '' for the base model."),
     data: Path | None = None,
     out: Path = Path("answers.json"),
-    name: str = typer.Option("", help="What the judge calls this model; by default the adapter's name."),
+    name: str = typer.Option("", help="The model's name for the judge. Default: the adapter's name."),
     batch: int = 16,
     tokens: int = 512,
 ) -> None:

@@ -1,4 +1,4 @@
-"""Instruction tuning on Alpaca: steering of rank 16, loss on the responses only, 3 epochs in batches of 16.
+"""Trains steering of rank 16 on Alpaca's instructions: loss on the responses only, 3 epochs, batches of 16.
 
 python examples/train_alpaca.py --model meta-llama/Llama-3.1-8B --out alpaca
 python examples/generate_alpaca_eval.py --model meta-llama/Llama-3.1-8B --adapter alpaca --out answers.json
@@ -29,7 +29,7 @@ WITHOUT_INPUT = (
 
 
 def read(data: str) -> list[dict[str, str]]:
-    """Rows with "instruction", "output" and perhaps "input": a JSON or JSONL file, or a data set of the hub."""
+    """Read rows with "instruction", "output" and optional "input" from a JSON or JSONL file or a hub data set."""
     if not Path(data).is_file():
         return list(load_dataset(data, split="train"))
     text = Path(data).read_text(encoding="utf-8")
@@ -67,7 +67,7 @@ def main(
         learning_rate=rate,
         lr_scheduler_type="constant",  # as the paper trains steering: no warm-up, decay or schedule
         max_length=length,
-        bf16=gpu,  # TRL's default is True, which it refuses on a CPU
+        bf16=gpu,  # TRL's default is True, but TRL refuses that on a CPU
         report_to="none",
     )
     steered, tokenizer = patch_model(base, SteerConfig(rank=rank)), AutoTokenizer.from_pretrained(model)

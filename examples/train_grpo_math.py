@@ -1,4 +1,4 @@
-"""Steering trained by GRPO to reason: rewards for a right answer and for the format, a penalty for long answers.
+"""Trains steering to reason with GRPO: rewards for correct answers and format, a penalty for long answers.
 
 python examples/train_grpo_math.py --model Qwen/Qwen3-0.6B --out sums                       # generated arithmetic
 python examples/train_grpo_math.py --model Qwen/Qwen3-0.6B --data openai/gsm8k --out gsm8k  # or a file like it
@@ -23,9 +23,9 @@ ASK = "{question}\nReason in <think></think>, then give the number in <answer></
 
 
 def read(data: str, size: int) -> list[dict[str, str]]:
-    """Questions and their numbers: generated sums, or GSM8K's rows from a JSONL file or the hub."""
+    """Read questions and their numbers: generated sums, or GSM8K's rows from a JSONL file or the hub."""
     if not data:
-        from reasoning_gym import create_dataset  # of the extra `rl`
+        from reasoning_gym import create_dataset  # in the extra `rl`
 
         return [
             {"question": row["question"], "answer": row["answer"]} for row in create_dataset("chain_sum", size=size)
@@ -41,13 +41,13 @@ def read(data: str, size: int) -> list[dict[str, str]]:
 
 
 def accuracy(completions: list[str], answer: list[str], **_: Any) -> list[float]:
-    """1 where the number in the last <answer> is right, to the digit."""
+    """Reward 1 if the number in the last <answer> is exactly correct."""
     said = [re.findall(r"<answer>\s*([-+\d.,]+)\s*</answer>", text)[-1:] for text in completions]
     return [float([n.replace(",", "") for n in x] == [y.replace(",", "")]) for x, y in zip(said, answer, strict=True)]
 
 
 def form(completions: list[str], **_: Any) -> list[float]:
-    """A quarter for each of the four tags that occurs exactly once."""
+    """Reward a quarter for each of the four tags that occurs exactly once."""
     tags = ("<think>", "</think>", "<answer>", "</answer>")
     return [sum(text.count(tag) == 1 for tag in tags) / 4 for text in completions]
 
@@ -72,7 +72,7 @@ def main(
         max_completion_length=length,
         learning_rate=rate,
         lr_scheduler_type="constant",
-        bf16=torch.cuda.is_available(),  # TRL's default is True, which it refuses on a CPU
+        bf16=torch.cuda.is_available(),  # TRL's default is True, but TRL refuses that on a CPU
         report_to="none",
     )
     steered = patch_model(AutoModelForCausalLM.from_pretrained(model), SteerConfig(rank=rank))

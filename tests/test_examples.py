@@ -1,4 +1,4 @@
-"""Each example trains: run as it stands on a tiny model, what it saves is held against the base model."""
+"""Tests of examples/: each script trains a tiny model unchanged, and its saved adapter improves on the base model."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def tiny(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def example(tiny, tmp_path, monkeypatch) -> Callable[..., str]:
-    """Runs an example with the tiny model; gives what it printed."""
+    """Return a function that runs an example with the tiny model and returns its output."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    monkeypatch.setenv("CI", "1")  # TRL then sends no telemetry
+    monkeypatch.setenv("CI", "1")  # keeps TRL from sending telemetry
 
     def run(name: str, *options: str) -> str:
         torch.manual_seed(0)
@@ -60,7 +60,7 @@ def base(tiny: Path) -> nn.Module:
 
 
 def log_probabilities(model: nn.Module, tiny: Path, which: int) -> float:
-    """Mean log-probability of the toy's completions: 1 the terse ones, 2 the chatty."""
+    """Compute the mean log-probability of the toy data's completions: 1 is the terse ones, 2 the chatty ones."""
     tokenizer, total = AutoTokenizer.from_pretrained(tiny), 0.0
     for row in SUMS:
         prompt, ids = tokenizer(row[0])["input_ids"], tokenizer(row[0] + row[which], return_tensors="pt")["input_ids"]
@@ -122,7 +122,7 @@ def test_examples_joint(example, tiny, tmp_path):
 
 
 LAUNCH = "accelerate.commands.launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no"
-TORCHRUN = "torch.distributed.run --standalone --nproc_per_node 2"  # accelerate starts many CPU processes by MPI alone
+TORCHRUN = "torch.distributed.run --standalone --nproc_per_node 2"  # accelerate needs MPI for CPU processes
 
 
 @pytest.mark.parametrize(("launcher", "processes"), [(LAUNCH, 1), (TORCHRUN, 2)], ids=["accelerate launch", "torchrun"])
@@ -174,7 +174,7 @@ def test_examples_trl_grpo(example, tiny, tmp_path):
 
 @needs_trl
 def test_examples_alpaca(example, tiny, tmp_path, monkeypatch):
-    """The response alone is trained on, and the judge's file holds what the steered model answers."""
+    """Training covers only the responses, and the judge's file has the steered model's answers."""
     data = tmp_path / "alpaca.json"
     rows = [{"instruction": f"{a}+{b}=", "input": "", "output": str(a + b)} for a in range(10) for b in range(10)]
     data.write_text(json.dumps(rows), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Heads: the parts of a model that turn its decoder's output into classes, spans or rewards."""
+"""Find the heads of a model: the parts that turn the decoder's output into classes, spans or rewards."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from .decoder import find_decoder, inside_peft
 
 
 def fresh_heads(model: nn.Module) -> dict[str, nn.Module]:
-    """The model's heads that were not loaded from a checkpoint, by name: their weights are random until they train.
+    """Return the heads that were not loaded from a checkpoint, by name. Their weights are random until they train.
 
-    A head is a child of the model, with parameters, beside the one that holds the decoder; a model that predicts tokens
-    has none. transformers marks each parameter that it has loaded. A model without any mark, because it was made from
-    a config or is a copy, has fresh heads too: nothing says that they are not, and a random one would be frozen.
+    A head is a child of the model, with parameters, beside the child that holds the decoder. A model that predicts
+    tokens has none. transformers marks each loaded parameter. If none is marked, as in a copy of a model or a model
+    made from a config, all heads count as fresh: they may be random, and would be frozen.
     """
     whole: Any = inside_peft(model)
-    whole = getattr(whole, "_orig_mod", whole)  # compiled
+    whole = getattr(whole, "_orig_mod", whole)  # inside torch.compile's wrapper
     decoder = find_decoder(whole)
     output = whole.get_output_embeddings() if hasattr(whole, "get_output_embeddings") else None
     if decoder.module is whole or getattr(whole, "base_model", None) is whole or output is not None:
@@ -40,18 +40,18 @@ def _is_loaded(parameter: nn.Parameter) -> bool:
 
 
 def check_heads(model: nn.Module) -> None:
-    """Refuse a head that would be frozen at random values, and not saved.
+    """Check that no head would be frozen at random values and not saved.
 
     Raises:
-        ValueError: the model has such a head.
+        ValueError: a head was not loaded from a checkpoint.
     """
     whole = inside_peft(model)
     for name, head in fresh_heads(whole).items():
-        if whole.get_submodule(name) is head:  # not one that PEFT trains and saves
+        if whole.get_submodule(name) is head:  # PEFT does not train and save it
             marked = any(map(_is_loaded, whole.parameters()))
             why = "was not loaded from a checkpoint"
             if not marked:
-                why = "may be of random values (nothing in a copy, or a model made from a config, says it was loaded)"
+                why = "may be random (a copy, or a model made from a config, does not record what was loaded)"
             raise ValueError(
                 f"{_class_name(whole)}.{name} {why}, and patch_model would freeze it and not save it; expected a "
                 "trained head (fused_steer.peft.PostBlockConfig trains and saves this one beside the steering; "

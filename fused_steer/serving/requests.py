@@ -1,4 +1,4 @@
-"""What a caller asks of a batch: for each row an adapter, a strength and token positions, checked."""
+"""Check the arguments of `Steering.batch`: for each row an adapter, a strength and token positions."""
 
 from __future__ import annotations
 
@@ -8,20 +8,25 @@ from typing import Any
 
 from ..config import checked_number
 
-#: Words for the tokens of a row that are steered; and ("first", k) and ("last", k), tokens of the prompt.
+#: Names of token positions. A caller may also give ("first", k) or ("last", k), tokens of the prompt.
 POSITIONS = ("all", "prompt", "generated", "last")
-EVERY_TOKEN = 2**31 - 1  # more tokens than there are
+EVERY_TOKEN = 2**31 - 1  # more than any number of tokens
 
 
-# --------------------------------------------------------------------------------------------------- what a caller asks
+# -------------------------------------------------------------------------------------------------- requested rows
 
 
 @dataclass(frozen=True)
 class Request:
-    """One row: by which adapter, how strongly (None: its own strength), and where.
+    """The steering of one row of a batch.
 
-    Where: of the prompt's tokens those after the first `after`, up to the `until`-th (both from the end where
-    `from_end`), and whether of the generated ones.
+    Attributes:
+        name: the adapter, or None.
+        scale: the strength, or None for the adapter's own.
+        after: the number of prompt tokens before the first steered one.
+        until: the number of the last steered prompt token.
+        from_end: whether `after` and `until` count from the prompt's end.
+        generated: whether generated tokens are steered.
     """
 
     name: str | None
@@ -33,10 +38,10 @@ class Request:
 
 
 def checked_requests(names: Any, scale: Any, positions: Any, known: Callable[[str], Any]) -> list[Request]:
-    """The rows that `Steering.batch` is asked for; `known` refuses an adapter that there is not.
+    """Return the checked rows of `Steering.batch`. `known` raises for an unknown adapter.
 
     Raises:
-        TypeError, ValueError, KeyError: what is no list of names, strengths or positions, or does not fit the others.
+        TypeError, ValueError, KeyError: names, strengths or positions of a wrong form, or of different numbers.
     """
     if isinstance(names, (str, bytes)) or not isinstance(names, Sequence):
         raise TypeError(f"names is {names!r}; expected a list with an adapter's name, or None, for each row")

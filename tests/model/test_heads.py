@@ -1,4 +1,4 @@
-"""Heads of classifiers and reward models: which are fresh, and what patch_model does about them."""
+"""Tests of the heads of classifiers and reward models: which heads are fresh, and how patch_model treats them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fused_steer.model.heads import fresh_heads
 
 
 class Reward(nn.Module):
-    """A head of a user's own around a language model's decoder."""
+    """A user-defined model: a reward head on a language model's decoder."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ def test_heads_patch_model_refuses_a_fresh_head(marked, tmp_path):
     if marked:
         build().save_pretrained(tmp_path)
         model = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=3)
-    why = "was not loaded from a checkpoint" if marked else "may be of random values"
+    why = "was not loaded from a checkpoint" if marked else "may be random"
     parts = ("ForSequenceClassification.score", why, "PostBlockConfig", "freeze_head", "expected")
     with refused(ValueError, *parts, model=model):
         patch_model(model)
@@ -74,7 +74,7 @@ def test_heads_in_a_copy_of_a_model_may_be_fresh(tmp_path):
     classifier().save_pretrained(tmp_path)
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     copied = copy.deepcopy(loaded)
-    with refused(ValueError, "score may be of random values (nothing in a copy", "expected", model=copied):
+    with refused(ValueError, "score may be random (a copy", "expected", model=copied):
         patch_model(copied)
     assert torch.equal(logits(patch_model(copied, freeze_head=True)), logits(loaded))
     assert torch.equal(logits(copy.deepcopy(patch_model(loaded))), logits(loaded))
