@@ -216,9 +216,9 @@ def _by_name(folders: dict[str, Path]) -> tuple[Path, dict[str, Path]]:
 
 
 def _copy_parts(source: Path, copies: Path) -> tuple[Path, dict[str, Path]]:
-    """As `find_joint`, of copies of the parts: nothing that happens to the directory changes them any more.
+    """Copy the parts into the folder `copies`, and return them as `find_joint` does.
 
-    PEFT opens a file several times, and maps it into memory.
+    PEFT opens a file several times and maps it into memory, so it must read files that nobody else writes to.
     """
     for _ in range(_ATTEMPTS):
         steering, lora = find_joint(source)

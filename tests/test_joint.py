@@ -375,9 +375,9 @@ def test_joint_steering_alone_that_is_of_another_time_than_the_lora(two, tmp_pat
         patch_model(build(), tmp_path / "0" / "steering")
         patch_model(build(), shutil.copytree(tmp_path / "0" / "steering", tmp_path / "alone"))
     shutil.copy(tmp_path / "1" / "joint.json", tmp_path / "0")  # as a kill between two renames leaves it
-    with pytest.warns(UserWarning, match="is not what was saved together with the LoRA beside it; expected load_joint"):
+    with pytest.warns(UserWarning, match="was not saved together with the LoRA beside it; expected load_joint"):
         model = patch_model(build(), tmp_path / "0" / "steering")
-    with pytest.warns(UserWarning, match="is not what was saved together"):
+    with pytest.warns(UserWarning, match="was not saved together"):
         PostBlockConfig.from_pretrained(str(tmp_path / "0" / "steering"))
     assert model.steering.active == "default"
 

@@ -323,7 +323,7 @@ def read_adapter(
 
 
 def read_with_heads(source: str | os.PathLike[str]) -> tuple[AdapterFile, dict[str, Tensor]]:
-    """As `read_adapter`, and what PEFT saved of the model beside the steering, such as trained heads, by path."""
+    """Read an adapter as `read_adapter` does, and the weights of the model that PEFT saved beside it, such as heads."""
     return _read(source, None, False, with_heads=True)
 
 
@@ -386,7 +386,7 @@ def _read(
 
 
 def files_digest(folder: Path) -> str | None:
-    """Of an adapter's two files; None where they are not there."""
+    """Return the digest of an adapter's two files, or None if one is missing."""
     digest = hashlib.sha256()
     try:
         for name in (CONFIG_NAME, WEIGHTS_NAME):
@@ -397,14 +397,14 @@ def files_digest(folder: Path) -> str | None:
 
 
 def _warn_of_other_part(directory: Path) -> None:
-    """Warn where a part of what `save_joint` wrote is read alone that is not of the time of the others."""
+    """Warn if the folder belongs to a joint save but was not saved together with its other parts."""
     try:
         recorded = read_json(directory.parent / JOINT_NAME).get(directory.name)
     except (OSError, ValueError):
-        return  # no such part, or nobody can say
+        return  # no joint save
     if recorded is not None and recorded != files_digest(directory):
         warnings.warn(
-            f"{directory} is not what was saved together with the LoRA beside it; expected "
+            f"{directory} was not saved together with the LoRA beside it; expected "
             f"load_joint(model, {os.fspath(directory.parent)!r}), which finds the parts of one save",
             stacklevel=4,
         )
@@ -437,7 +437,7 @@ def _split(named: Mapping[str, T], modules: Sequence[str], by_peft: bool) -> tup
 
 
 def peft_weights_digest(folder: Path, tensors_sha256: str, modules: Sequence[str]) -> str | None:
-    """The digest of a weights file that PEFT has just written; None: it has written none, or not these tensors."""
+    """Return the digest of a weights file that PEFT has just written, or None if it does not hold these tensors."""
     try:
         content = (folder / WEIGHTS_NAME).read_bytes()
         named = {unprefixed(name): tensor for name, tensor in safetensors.torch.load(content).items()}

@@ -56,28 +56,29 @@ def check_name(name: Any) -> None:
 
 
 def by_lower(names: Iterable[str]) -> dict[str, str]:
-    """Names by what `refuse_clash` compares."""
+    """Return names by their lower-case form."""
     return {name.lower(): name for name in names}
 
 
 def refuse_clash(name: str, taken: Mapping[str, str], where: str = "") -> None:
-    """Refuse a name that is taken, or that differs from such a one in letter case alone: a folder each is made of them,
-    and to some file systems it is the same folder.
+    """Refuse a name that is taken, or that differs from a taken name only in letter case.
+
+    Adapters are saved in folders of their names, and some file systems ignore case.
 
     Args:
-        taken: the names, as `by_lower` gives them.
-        where: they are, for the error: " in the pool".
+        taken: the taken names, from `by_lower`.
+        where: the place of the names in the error, such as " in the pool".
 
     Raises:
-        ValueError: it names the other.
+        ValueError: the name clashes with another one.
     """
     other = taken.get(name.lower())
     if other == name:
         raise ValueError(f"there is an adapter {name!r}{where} already; expected a new name")
     if other is not None:
         raise ValueError(
-            f"there is an adapter {other!r}{where} already, from which {name!r} differs in letter case alone; expected "
-            "a new name"
+            f"there is an adapter {other!r}{where} already, and {name!r} differs only in letter case; expected a new "
+            "name"
         )
 
 

@@ -131,7 +131,7 @@ def copy_regular(file: Path, copy: Path) -> None:
     """Copy a file of any size.
 
     Raises:
-        OSError, ValueError: as `open_regular`, or the copy cannot be written.
+        OSError, ValueError: see `open_regular`, or the copy cannot be written.
     """
     with open(open_regular(file), "rb") as opened, open(copy, "wb") as written:
         shutil.copyfileobj(opened, written)

@@ -1,7 +1,7 @@
-"""GGUF files, as far as control vectors need them: the architecture, and tensors of float32 or float16.
+"""Read control vectors from GGUF files: the architecture, and tensors of float32 or float16.
 
-The layout is ggml's docs/gguf.md, versions 2 and 3, little-endian. The package gguf maps a file into memory, which
-kills the process if another one overwrites the file meanwhile; here every byte is copied.
+The layout is described in ggml's docs/gguf.md; versions 2 and 3 are read, little-endian. The package gguf maps a file
+into memory, and the process dies if another one overwrites the file. Here every byte is copied.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _NAMES = {0: "F32", 1: "F16", 28: "F64", 30: "BF16"}
 
 
 def read_gguf(file: Path, architecture: str, prefix: str) -> dict[str, Tensor]:
-    """The tensors of a GGUF file, by name.
+    """Return the tensors of a GGUF file, by name.
 
     Args:
-        architecture: that the file has to be of.
-        prefix: with which each tensor's name has to begin.
+        architecture: the expected architecture.
+        prefix: the expected beginning of each tensor's name.
 
     Raises:
-        ValueError: it cannot be read, or has anything else.
+        ValueError: the file cannot be read, or has another architecture or other tensors.
     """
     try:
         with foreign_file(file) as opened:
@@ -45,7 +45,7 @@ def read_gguf(file: Path, architecture: str, prefix: str) -> dict[str, Tensor]:
 
 
 class _Reader:
-    """Reads values from a file one after another, never beyond its end."""
+    """Reads one value after another, and never beyond the end of the file."""
 
     def __init__(self, opened: BinaryIO) -> None:
         self.opened, self.end = opened, os.fstat(opened.fileno()).st_size
@@ -74,7 +74,7 @@ class _Reader:
         return self.take(self.number("Q")).decode("utf-8")
 
     def value(self, kind: int) -> Any:
-        """A value of metadata; None for an array, which is passed over."""
+        """Return a value of metadata, or None for an array, which is skipped."""
         if kind == _STRING:
             return self.text()
         if kind != _ARRAY:
@@ -114,7 +114,7 @@ def _read(reader: _Reader, architecture: str, prefix: str) -> dict[str, Tensor]:
 
 
 def _place(reader: _Reader, prefix: str) -> tuple[str, int, torch.dtype, tuple[int, ...]]:
-    """A tensor's name, where in the data it begins, its dtype and shape."""
+    """Return a tensor's name, its offset in the data, its dtype and its shape."""
     name, dimensions = reader.text(), reader.number("I")
     if not name.startswith(prefix):
         raise ValueError(f"it has a tensor {name!r}; expected {prefix}<layer> alone")

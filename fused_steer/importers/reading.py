@@ -105,10 +105,10 @@ def assemble(
 
 @contextlib.contextmanager
 def foreign_file(file: Path) -> Iterator[BinaryIO]:
-    """A file to be read by copying: of one that is mapped into memory, an overwrite in place kills the process.
+    """Open a file to copy its bytes. If it were mapped into memory, overwriting it would kill the process.
 
     Raises:
-        ValueError: it is no regular file, or was written to inside.
+        ValueError: it is not a regular file, or it was written to before the end of the block.
         OSError: it cannot be opened.
     """
     with open(open_regular(file), "rb") as opened:
@@ -178,7 +178,7 @@ def read_pickle(file: Path) -> Any:
 
 
 def _refuse_compressed(opened: BinaryIO) -> None:
-    """torch.save compresses nothing; what claims to be larger than the file would fill the memory."""
+    """Refuse a compressed archive. torch.save compresses nothing, and a small file could fill the memory."""
     with zipfile.ZipFile(opened) as archive:
         size, length = sum(info.file_size for info in archive.infolist()), os.fstat(opened.fileno()).st_size
     if size > length:

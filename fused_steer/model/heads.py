@@ -60,10 +60,10 @@ def check_heads(model: nn.Module) -> None:
 
 
 def warn_of_random(model: nn.Module, saved: Iterable[str], adapter: str) -> None:
-    """Warn of heads that were not loaded from a checkpoint, and are not in an adapter's file either.
+    """Warn of heads that neither a checkpoint nor an adapter's file provides.
 
     Args:
-        saved: the names of the modules that the file has.
+        saved: the names of the modules in the file.
     """
     random = [name for name in fresh_heads(model) if not any(name.endswith(ending) for ending in saved)]
     if random:

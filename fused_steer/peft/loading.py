@@ -1,7 +1,7 @@
-"""The files from which PEFT and transformers load an adapter: read here, so that the bytes are those that were checked.
+"""Read the files that PEFT and transformers load, so that the loaded bytes are the checked bytes.
 
-Both open the weights once more after the config was read, and map them into memory. What they would load from there is
-left alone, and the tensors of `read_with_heads` take its place.
+Both libraries open the weights again after they have read the config, and map them into memory. Their tensors are not
+used; the tensors of `read_with_heads` are loaded instead.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from .config import folder_of
 
 
 def read_for(source: Path, name: str, config: SteerConfig) -> tuple[AdapterFile, dict[str, Tensor]]:
-    """An adapter and its heads, as `read_with_heads`, for the adapter `name` of a model.
+    """Return an adapter and its heads, to be loaded into the adapter `name` of a model.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_with_heads`, or the file is of another config than `config`.
+        FileNotFoundError, ValueError: as `read_with_heads`, or the file has another config than `config`.
     """
     file, heads = read_with_heads(source)
     check_same_config(source, file.config, name, config)
@@ -34,9 +34,9 @@ def read_for(source: Path, name: str, config: SteerConfig) -> tuple[AdapterFile,
 
 
 def folder_that_peft_loads() -> Path | None:
-    """The folder from which `PeftModel.load_adapter` loads an adapter now, in this thread; None: it does not run.
+    """Return the folder that `PeftModel.load_adapter` is loading in this thread, or None if it is not running.
 
-    PEFT hands a method the tensors of a file and does not say of which.
+    PEFT passes only the tensors of a file to a method, so the folder is read from the running function.
     """
     found = _running(PeftModel.load_adapter)
     if found is None:
@@ -46,17 +46,17 @@ def folder_that_peft_loads() -> Path | None:
 
 
 def peft_loads() -> bool:
-    """Whether an adapter that is added now, in this thread, is one that PEFT loads from a file next."""
+    """Return whether PEFT is loading a file in this thread. It adds the adapter first and loads the weights next."""
     return _running(PeftModel.load_adapter) is not None or _running(PeftModel.from_pretrained) is not None
 
 
 def transformers_loads() -> bool:
-    """Whether an adapter that is added now, in this thread, is one that transformers loads from a file next."""
+    """Return whether transformers is loading an adapter's file in this thread."""
     return _running(PeftAdapterMixin.load_adapter) is not None
 
 
 def _running(function: Any) -> dict[str, Any] | None:
-    """The local variables of a function that this thread is in; None: it is in none."""
+    """Return the local variables of `function` if this thread is inside it, else None."""
     code = inspect.unwrap(function).__code__
     frame = inspect.currentframe()
     while frame is not None and frame.f_code is not code:
@@ -65,7 +65,7 @@ def _running(function: Any) -> dict[str, Any] | None:
 
 
 class CheckedLoading:
-    """`model._load_pretrained_model` while transformers loads an adapter: the tensors are read here."""
+    """Replaces `model._load_pretrained_model` for one call, in which transformers loads an adapter."""
 
     def __init__(
         self,
@@ -78,11 +78,12 @@ class CheckedLoading:
     ) -> None:
         """
         Args:
-            name: the adapter's, which has been added to the model.
-            config: the adapter's.
-            layout: the model's.
-            heads: paths of the tensors of its heads.
-            undo: takes the adapter out of the model again.
+            model: the model, which already has the adapter.
+            name: the adapter's name.
+            config: the adapter's config.
+            layout: the model's layout.
+            heads: the paths of the tensors of the adapter's heads.
+            undo: removes the adapter from the model.
         """
         self.model, self.name, self.config, self.layout, self.heads, self.undo = (
             model,
@@ -95,10 +96,10 @@ class CheckedLoading:
         model._load_pretrained_model = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As transformers', of the tensors that were checked.
+        """Call transformers' method with the checked tensors.
 
         Raises:
-            FileNotFoundError, ValueError: see `read_for`; the adapter is taken out of the model then.
+            FileNotFoundError, ValueError: see `read_for`. The adapter is then removed from the model.
         """
         del self.model._load_pretrained_model
         try:
@@ -107,8 +108,8 @@ class CheckedLoading:
                 file, heads = read_for(folder, self.name, self.config)
                 for path in heads.keys() ^ self.heads:
                     raise ValueError(
-                        f"{path} is in one alone of {folder} and the adapter {self.name!r}; expected the same heads in "
-                        "both (PeftModel.from_pretrained also loads embeddings)"
+                        f"{path} is only in one of {folder} and adapter {self.name!r}; expected the same heads in both "
+                        "(PeftModel.from_pretrained also loads embeddings)"
                     )
                 tensors = {**self.layout.paths(file.tensors), **heads}
                 named = {PEFT_PREFIX + path: tensor for path, tensor in tensors.items()}

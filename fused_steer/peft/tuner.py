@@ -54,7 +54,7 @@ class PostBlockModel(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}
     #: The slots of the latest batch with an adapter for each row, reused if they fit.
     _loaded: LoadedSlots | None = None
-    #: Takes out the adapter that PEFT has added in order to load its weights next.
+    #: Removes the adapter whose weights PEFT loads next.
     _undo_load: Callable[[], None] | None = None
 
     # --------------------------------------------------------------------------------------- injection and removal
@@ -111,13 +111,13 @@ class PostBlockModel(BaseTuner):
             self._load_next(config, adapter_name, layout, undo)
 
     def _load_next(self, config: PostBlockConfig, adapter_name: str, layout: Layout, undo: Callable[[], None]) -> None:
-        """Prepare for the weights of an adapter that was added in order to load them.
+        """Prepare to load the weights of an adapter that was just added.
 
         Args:
-            undo: takes the adapter out again.
+            undo: removes the adapter.
 
         Raises:
-            ValueError: it has a head inside what torch.compile has wrapped, whose tensors PEFT would not find.
+            ValueError: the adapter has a head inside a compiled module, where PEFT does not find the head's tensors.
         """
         saved = set()
         for path, wrapper in _wrappers(self.model):
@@ -332,19 +332,19 @@ class PostBlockModel(BaseTuner):
 def _fitting(
     model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor], remap: Callable[..., Any]
 ) -> dict[str, Tensor]:
-    """The tensors to load into an adapter and its head, by the model's names.
+    """Return the tensors to load into an adapter and its heads, under the model's names.
 
     Args:
-        state_dict: by the names in a file, but for those of heads, which are the model's.
-        remap: PEFT's, which gives the model's names.
+        state_dict: the tensors under their names in a file; those of heads already have the model's names.
+        remap: PEFT's function from names in a file to the model's names.
 
     Raises:
-        ValueError: they are not all that the adapter has, and no more.
+        ValueError: tensors are missing, unknown, or of another shape or dtype.
     """
     steer = config.steer_config()
     layers_path, _ = by_layer(of_adapter(model.named_parameters(), adapter_name))
     layout = Layout(layers_path, config.num_layers, config.hidden_size)
-    #: Names of the heads' tensors in the model, by those in files.
+    # The names of the heads' tensors in the model, by their names in files.
     names = {
         f"{path}.{name}": f"{path}.{inside}"
         for path, wrapper in _wrappers(model)
@@ -422,9 +422,9 @@ def take_out(model: nn.Module, names: set[str]) -> None:
 
 
 def forget_adapters(model: Any) -> None:
-    """Take away what says that PEFT or transformers has put adapters into the model."""
+    """Remove the marks of PEFT and transformers on a model with adapters."""
     del model.peft_config
-    vars(model).pop("_hf_peft_config_loaded", None)  # transformers' own mark; its class has False
+    vars(model).pop("_hf_peft_config_loaded", None)  # transformers' mark; the class has False
 
 
 def _take_out_heads(model: nn.Module, names: set[str]) -> None:

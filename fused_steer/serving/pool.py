@@ -171,7 +171,7 @@ class AdapterPool:
         return found
 
     def _add(self, sources: Mapping[str, str]) -> None:
-        """Register adapters, all or none; a name that cannot be one, or is taken, is a ValueError."""
+        """Register adapters, all or none. An invalid or taken name raises ValueError."""
         own, new = by_lower(self._own_names()), dict[str, str]()
         for name in sources:
             check_name(name)
@@ -187,7 +187,7 @@ class AdapterPool:
         self._by_lower |= new
 
     def refuse_clash(self, name: str) -> None:
-        """Refuse a new name for an adapter of the model that is taken here; a ValueError."""
+        """Raise ValueError for a new name of an adapter of the model that the pool has already."""
         with self._changed:
             refuse_clash(name, self._by_lower, " in the pool")
 

@@ -192,7 +192,7 @@ def test_parameters_names_that_differ_in_case_alone_are_refused_on_every_way_in(
     """A folder each is made of them, and on some file systems that is one."""
     import fused_steer.peft
 
-    parts = (repr(there), repr(new), "letter case", "expected a new name")
+    parts = (repr(there), repr(new), "only in letter case", "expected a new name")
     for name in (there, new):
         patch_model(build(), SteerConfig(rank=2)).steering.save(tmp_path / "both" / name)
     files = tmp_path / "both" / there
@@ -204,7 +204,7 @@ def test_parameters_names_that_differ_in_case_alone_are_refused_on_every_way_in(
     with refused(ValueError, *parts, "in the model", model=model):
         pool.register(new, files)
     model.steering.remove(there)
-    with refused(ValueError, "letter case", "to be registered"):
+    with refused(ValueError, "only in letter case", "to be registered"):
         pool.register_directory(tmp_path / "both")
     assert pool.names == []
     pool.register(there, files)
