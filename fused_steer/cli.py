@@ -446,7 +446,7 @@ def serve_plan(
     adapters: Annotated[int, typer.Option(help="How many there are.")],
     rank: Annotated[int, typer.Option(help="r of each; without meaning for vectors.")] = 8,
     slots: Annotated[int, typer.Option(help="How many are on the device at a time.")] = 64,
-    form: Annotated[str, typer.Option(help="lowrank or vector.")] = "lowrank",
+    form: Annotated[str, typer.Option(help="lowrank, vector or loreft.")] = "lowrank",
     layers: Annotated[str | None, typer.Option(help="Steered layers, such as 3,9,18; all if not given.")] = None,
     dtype: Annotated[str, typer.Option(help="Of the adapters: float32, bfloat16 or float16.")] = "float32",
     model_dtype: Annotated[str, typer.Option(help="Of the base model's weights.")] = "bfloat16",

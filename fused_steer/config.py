@@ -14,7 +14,7 @@ from .kernels import ACTIVATIONS, MAX_RANK
 
 P = ParamSpec("P")
 
-FORMS = ("lowrank", "vector")
+FORMS = ("lowrank", "vector", "loreft")
 ORTHOGONAL_TO = ("lora",)
 ORTHOGONAL_MODULES = ("mlp", "all")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -57,16 +57,18 @@ class SteerConfig:
     What is left out has its default, so that every field has a value.
 
     Args:
-        form: "lowrank", or "vector": the paper's 1-vec, h -> h + scale · b2.
+        form: "lowrank"; "vector": the paper's 1-vec, h -> h + scale · b2; or "loreft" (arXiv 2404.03592),
+            h -> h + scale · Rᵀ(W h + b − R h), R of orthonormal rows: W1 = W − R, b1 = b, W2 = Rᵀ, φ the identity.
         rank: r, the rows of W1, 1 to 256; default 8. A vector has none (0).
-        activation: φ: identity, silu, gelu, gelu_tanh, relu or tanh; default silu. A vector has none (identity). The
-            paper's Tables 1 and 2 use the identity; which one is best depends on the task: try both on held-out data.
+        activation: φ: identity, silu, gelu, gelu_tanh, relu or tanh; default silu. Vectors and LoReFT have none
+            (identity). The paper's Tables 1 and 2 use the identity; which one is best depends on the task: try both on
+            held-out data.
         layers: indices of the steered layers, from 0; None is every layer.
         scale: s, the strength.
-        down_bias: whether there is a b1, (r,), initially 0.
-        up_bias: whether there is a b2, (d,), initially 0; a vector is one.
+        down_bias: whether there is a b1, (r,), initially 0; LoReFT has one.
+        up_bias: whether there is a b2, (d,), initially 0; a vector is one, LoReFT has none.
         init_scale: factor on W1's initial values, kaiming-uniform with a = √5 (the paper's released code has 1e-3).
-            W2 is initially 0, so that a fresh adapter changes nothing.
+            W2 is initially 0, so that a fresh adapter changes nothing. Of LoReFT R is random, W = R and b = 0.
         dtype: of the parameters: "float32" (master weights), "bfloat16" or "float16".
         orthogonal_to: "lora": Joint-Orth (arXiv 2603.00425, §5.2). W2 and b2 are kept orthogonal to what the LoRA
             adapters on the model write into the residual stream, W2 = (I − V Vᵀ) W2, V an orthonormal basis of the
@@ -100,7 +102,7 @@ class SteerConfig:
         activation: str | None = None,
         layers: Sequence[int] | None = None,
         scale: float = 1.0,
-        down_bias: bool = False,
+        down_bias: bool | None = None,
         up_bias: bool | None = None,
         init_scale: float = 1.0,
         dtype: str = "float32",
@@ -109,15 +111,16 @@ class SteerConfig:
     ) -> None:
         if form not in FORMS:
             raise ValueError(f"form is {form!r}; expected one of {', '.join(FORMS)}")
-        vector = form == "vector"
+        vector, loreft = form == "vector", form == "loreft"
+        fixed = form if vector or loreft else None
         fields: dict[str, Any] = {
             "form": form,
-            "rank": _given("rank", _plain(rank), 0 if vector else 8, vector),
-            "activation": _given("activation", activation, "identity" if vector else "silu", vector),
+            "rank": _given("rank", _plain(rank), 0 if vector else 8, form if vector else None),
+            "activation": _given("activation", activation, "identity" if vector or loreft else "silu", fixed),
             "layers": None if layers is None else _checked_layers(layers),
             "scale": checked_number("scale", scale),
-            "down_bias": down_bias,
-            "up_bias": _given("up_bias", up_bias, vector, vector),
+            "down_bias": _given("down_bias", down_bias, loreft, fixed),
+            "up_bias": _given("up_bias", up_bias, vector, fixed),
             "init_scale": checked_number("init_scale", init_scale),
             "dtype": dtype,
             "orthogonal_to": orthogonal_to,
@@ -137,8 +140,6 @@ class SteerConfig:
         for name in ("down_bias", "up_bias"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} is {getattr(self, name)!r}; expected True or False")
-        if self.form == "vector" and self.down_bias:
-            raise ValueError("down_bias is True with form='vector'; expected False or nothing")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype is {self.dtype!r}; expected one of {', '.join(DTYPES)}")
         if self.orthogonal_to not in (None, *ORTHOGONAL_TO):
@@ -146,6 +147,10 @@ class SteerConfig:
         if self.orthogonal_modules not in ORTHOGONAL_MODULES:
             choices = " or ".join(map(repr, ORTHOGONAL_MODULES))
             raise ValueError(f"orthogonal_modules is {self.orthogonal_modules!r}; expected {choices}")
+        if self.form == "loreft" and self.init_scale != 1:
+            raise ValueError(f"init_scale is {self.init_scale} with form='loreft'; expected 1 or nothing")
+        if self.form == "loreft" and self.orthogonal_to is not None:
+            raise ValueError("orthogonal_to is 'lora' with form='loreft', whose W2 is orthonormal itself; expected None")
         if self.orthogonal_to is None and self.orthogonal_modules != "mlp":
             raise ValueError(
                 f"orthogonal_modules is {self.orthogonal_modules!r} without orthogonal_to; expected "
@@ -166,12 +171,12 @@ class SteerConfig:
         return {**fields, "layers": None if self.layers is None else list(self.layers)}
 
 
-def _given(name: str, value: Any, default: Any, vector: bool) -> Any:
-    """The value of a field, or its default; that of a vector's can be nothing else."""
+def _given(name: str, value: Any, default: Any, form: str | None) -> Any:
+    """The value of a field, or its default. form: the one with which it can be nothing else."""
     if value is None:
         return default
-    if vector and value != default:
-        raise ValueError(f"{name} is {value!r} with form='vector'; expected {default!r} or nothing")
+    if form is not None and value != default:
+        raise ValueError(f"{name} is {value!r} with form={form!r}; expected {default!r} or nothing")
     return value
 
 

@@ -44,7 +44,7 @@ from vllm.model_executor.layers.linear import LinearBase  # noqa: E402
 from vllm.v1.engine import input_processor  # noqa: E402
 
 from .adapters.files import CONFIG_NAME, PEFT_TYPE, AdapterFile, method_in, read_adapter  # noqa: E402
-from .adapters.parameters import DOWN, NAMES, SITE, UP, UP_BIAS, ByLayer, Layout  # noqa: E402
+from .adapters.parameters import DOWN, NAMES, SITE, UP, UP_BIAS, ByLayer, Layout, steered  # noqa: E402
 from .joint import JOINT_NAME, STEERING_FOLDER, find_joint  # noqa: E402
 from .kernels import ACTIVATIONS, MAX_RANK, grouped  # noqa: E402
 from .model.residual import ResidualNotFound, names_in_final_adds  # noqa: E402
@@ -306,10 +306,13 @@ def read_fitting(source: Source, layout: Layout, max_rank: int) -> AdapterFile:
 
 
 def scaled(file: AdapterFile) -> ByLayer:
-    """An adapter's tensors in float32, its strength in W2 and b2."""
+    """W1, b1, W2 and b2 of an adapter in float32, its strength in W2 and b2."""
     scale = {UP: file.config.scale, UP_BIAS: file.config.scale}
     return {
-        index: {name: t.float() * scale[name] if name in scale else t.float() for name, t in tensors.items()}
+        index: {
+            name: t.float() * scale[name] if name in scale else t.float()
+            for name, t in steered(file.config.form, tensors).items()
+        }
         for index, tensors in file.tensors.items()
     }
 

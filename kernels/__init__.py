@@ -17,6 +17,7 @@ The map, in reading order. A file imports what stands above it, never what stand
     grouped_torch.py post_block_grouped in plain PyTorch
     grouped.py       the op with an adapter for each token, forward only
     orthogonal.py    Joint-Orth's projections, for all layers at once
+    rotation.py      LoReFT's rotation, orthonormal whatever an optimizer does
     aot.py           compiles kernels ahead of time and says what they use
     sass.py          reads NVIDIA machine code
     predict.py       predicts how long a pass takes

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from .._version import __version__
 from ..config import DTYPES, FLOAT32_MAX, SteerConfig
+from ..kernels.rotation import is_orthonormal, orthonormal
 from .parameters import (
     SITE,
     UP,
@@ -75,6 +76,8 @@ class AdapterFile:
         self.layout.check_tensors(self.config, specs_of(self.tensors))
         for path, tensor in self.layout.paths(self.tensors).items():
             check_values(path, tensor, self.config.scale)
+            if self.config.form == "loreft" and split_path(path)[2] == UP:
+                _check_rotation(path, tensor)
 
 
 def check_values(path: str, tensor: Tensor, scale: float) -> None:
@@ -96,6 +99,16 @@ def check_values(path: str, tensor: Tensor, scale: float) -> None:
             f"tensor {path} has values up to {largest:.3g}, and scale is {scale:.3g}; expected a product of at most "
             f"{FLOAT32_MAX:.3g}, float32's largest"
         )
+
+
+def _check_rotation(path: str, matrix: Tensor) -> None:
+    """Refuse a matrix that makes no rotation of LoReFT's.
+
+    Raises:
+        ValueError: its columns depend on each other, to float32's rounding.
+    """
+    if not is_orthonormal(orthonormal(matrix.detach().float())):
+        raise ValueError(f"tensor {path} has columns that depend on each other; expected independent ones, for LoReFT")
 
 
 def write_adapter(directory: str | os.PathLike[str], adapter: AdapterFile) -> None:

@@ -1,6 +1,8 @@
 """The format of an adapter: the names, paths and shapes of its tensors, which model it fits, and its module in a layer.
 
-An adapter at one layer has W1 and b1 (`steer_down`), W2 and b2 (`steer_up`); either of each pair may be absent.
+An adapter at one layer has W1 and b1 (`steer_down`), W2 and b2 (`steer_up`); either of each pair may be absent. Of
+LoReFT (`form="loreft"`) `steer_down` is W and b, and `steer_up.weight` is P (d, r), which is Rᵀ up to what QR takes out of
+it (kernels/rotation.py): what steers is W1 = W − R and W2 = Rᵀ, as `steered` gives them.
 
     <layers path>.<i>.post_block.steer_down.weight            a tensor's path, as files have it (behind PEFT_PREFIX)
     <layers path>.<i>.post_block.steer_down.<adapter>.weight  the same tensor in a patched model, which may have several
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import DTYPES, SteerConfig
+from ..kernels.rotation import orthonormal, rotate
 
 T = TypeVar("T")
 
@@ -123,6 +126,14 @@ def in_model(path: str, adapter: str) -> str:
 def shapes_of(rank: int, hidden: int) -> dict[str, tuple[int, ...]]:
     """Shape of each tensor that an adapter of this rank may have, by name."""
     return dict(zip(NAMES, ((rank, hidden), (rank,), (hidden, rank), (hidden,)), strict=True))
+
+
+def steered(form: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """W1, b1, W2 and b2 of an adapter's tensors at a layer, by name: what the op takes."""
+    if form != "loreft":
+        return dict(tensors)
+    down, up = rotate(tensors[DOWN], tensors[UP])
+    return {**tensors, DOWN: down, UP: up}
 
 
 # ------------------------------------------------------------------------------------------------------- what it fits
@@ -290,6 +301,10 @@ class Factor(nn.Module):
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
 
 
+class Rotation(Factor):
+    """W2 = Rᵀ of LoReFT, made of `weight` in each pass: see kernels/rotation.py. It has no bias."""
+
+
 if TYPE_CHECKING:
 
     class Factors(nn.ModuleDict):
@@ -309,23 +324,37 @@ class Adapter:
 
     @classmethod
     def fresh(cls, config: SteerConfig, hidden: int, device: torch.device) -> Adapter:
-        """A new adapter that changes nothing: W1 kaiming-uniform (a = √5) times `init_scale`, all else 0."""
+        """A new adapter that changes nothing: W1 kaiming-uniform (a = √5) times `init_scale`, all else 0.
+
+        Of LoReFT R is random, W = R and b = 0.
+
+        Raises:
+            ValueError: LoReFT's rank is more than d.
+        """
         options: dict[str, Any] = {"device": device, "dtype": DTYPES[config.dtype]}
         down = up = None
-        if config.rank:
+        if config.form == "loreft":
+            if config.rank > hidden:
+                raise ValueError(f"rank is {config.rank} with form='loreft'; expected at most {hidden}, the hidden size")
+            up = orthonormal(torch.randn(hidden, config.rank, device=device)).to(options["dtype"])
+            down = up.t().contiguous()
+        elif config.rank:
             down = torch.empty(config.rank, hidden, **options)
             nn.init.kaiming_uniform_(down, a=math.sqrt(5))
             down *= config.init_scale
             up = torch.zeros(hidden, config.rank, **options)
         down_bias = torch.zeros(config.rank, **options) if config.down_bias else None
         up_bias = torch.zeros(hidden, **options) if config.up_bias else None
-        return cls(Factor(down, down_bias), Factor(up, up_bias))
+        return cls(Factor(down, down_bias), _up_factor(config.form)(up, up_bias))
 
     @classmethod
-    def of_tensors(cls, tensors: Mapping[str, Tensor], device: torch.device | None = None) -> Adapter:
+    def of_tensors(
+        cls, tensors: Mapping[str, Tensor], device: torch.device | None = None, form: str = "lowrank"
+    ) -> Adapter:
         """From tensors by name, moved to `device`; None leaves them where they are."""
         moved = {name: tensor if device is None else tensor.to(device) for name, tensor in tensors.items()}
-        return cls(Factor(moved.get(DOWN), moved.get(DOWN_BIAS)), Factor(moved.get(UP), moved.get(UP_BIAS)))
+        up = _up_factor(form)(moved.get(UP), moved.get(UP_BIAS))
+        return cls(Factor(moved.get(DOWN), moved.get(DOWN_BIAS)), up)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters by name."""
@@ -335,3 +364,18 @@ class Adapter:
     def named_tensors(self) -> dict[str, Tensor]:
         """The values by name, without gradients."""
         return {name: parameter.detach() for name, parameter in self.named_parameters().items()}
+
+    def steered(self) -> dict[str, Tensor]:
+        """W1, b1, W2 and b2 by name, without gradients."""
+        return steered("loreft" if isinstance(self.up, Rotation) else "lowrank", self.named_tensors())
+
+    def weights(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """W1, W2, b1 and b2 as the op takes them, with gradients; None where the adapter has none."""
+        down, up = self.down.weight, self.up.weight
+        if isinstance(self.up, Rotation) and down is not None and up is not None:
+            return *rotate(down, up), self.down.bias, None
+        return down, up, self.down.bias, self.up.bias
+
+
+def _up_factor(form: str) -> type[Factor]:
+    return Rotation if form == "loreft" else Factor

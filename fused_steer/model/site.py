@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, is_grad_enabled, nn
 from torch.compiler import is_compiling
 
-from ..adapters.parameters import Adapter, Factors
+from ..adapters.parameters import Adapter, Factors, Rotation
 from ..kernels import post_block, select_backend
 from ..kernels.orthogonal import project_gradient
 from ..kernels.plan import no_plan
@@ -92,11 +92,11 @@ class Site(nn.Module):
         return branch
 
 
-class _PlannedConstrained(PlannedPostBlock):
-    """The op with an adapter that is kept orthogonal to a LoRA.
+class _PlannedComputed(PlannedPostBlock):
+    """The op with an adapter of LoReFT, or one that is kept orthogonal to a LoRA.
 
-    Its operands go through autograd, which saves the basis: in a checkpoint they may be made only once a call. So no
-    call with gradients is tried by its last plan first.
+    Its operands go through autograd, which saves a basis or a rotation: in a checkpoint they may be made only once a
+    call. So no call with gradients is tried by its last plan first.
     """
 
     __slots__ = ()
@@ -154,11 +154,13 @@ class SteeringSite(Site):
         self.__dict__["_planned"] = None
 
     def low_rank(self) -> tuple[Tensor, Tensor] | None:
-        """W1 and W2 of the adapter that steers every token; None where there is none, or it is a vector."""
+        """W1 and W2 of the adapter that steers every token; None where there is none, it is a vector, or they are made
+        in each call."""
         if self.active is None or not self.enabled or self.rows is not None:
             return None
-        down, up = self.steer_down[self.active].weight, self.steer_up[self.active].weight
-        return None if down is None or up is None else (down, up)
+        factor = self.steer_up[self.active]
+        down, up = self.steer_down[self.active].weight, factor.weight
+        return None if down is None or up is None or isinstance(factor, Rotation) else (down, up)
 
     def use(self, name: str | None, activation: str, scale: float) -> None:
         """Let the adapter `name` steer and train, and no other. None, or one that skips this layer, is a plain add."""
@@ -230,14 +232,14 @@ class SteeringSite(Site):
             return self.rows(residual, branch)
         if self.active is None or not self.enabled:
             return residual if branch is None else residual + branch
-        down, up = self.steer_down[self.active], self.steer_up[self.active]
+        down, up, down_bias, up_bias = Adapter(self.steer_down[self.active], self.steer_up[self.active]).weights()
         return post_block(
             residual,
             branch,
-            down.weight,
-            self._constrained(up.weight),
-            down_bias=down.bias,
-            up_bias=self._constrained(up.bias),
+            down,
+            self._constrained(up),
+            down_bias=down_bias,
+            up_bias=self._constrained(up_bias),
             activation=self.activation,
             # float64 is multiplied by what the config says, not by its rounded value.
             scale=self.scale if residual.dtype == torch.float64 else self.strength,
@@ -283,11 +285,15 @@ class SteeringSite(Site):
             )
             return tuple(self._constrained(value) if constrained else value for value, constrained in found)
 
+        def rotated() -> tuple[Tensor, ...]:
+            return tuple(t for t in Adapter(downs[active], ups[active]).weights() if t is not None)
+
         plain = all("weight" in factor._parameters for factor in factors)
         simple = plain and w1 is not None and b1 is None and b2 is None and self.basis is None
-        planned_op = PlannedPostBlock if self.basis is None else _PlannedConstrained
+        turns = isinstance(up, Rotation)
+        planned_op = PlannedPostBlock if self.basis is None and not turns else _PlannedComputed
         steer = planned_op(self.activation, self.scale, (w1, w2, b1, b2))
-        planned = self.__dict__["_planned"] = (steer, usual if simple else general)
+        planned = self.__dict__["_planned"] = (steer, rotated if turns else usual if simple else general)
         return planned
 
     def _constrained(self, parameter: _Parameter) -> _Parameter:

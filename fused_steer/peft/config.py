@@ -64,7 +64,7 @@ class PostBlockConfig(PeftConfig):
     activation: Optional[str] = None  # noqa: UP045
     layers: Optional[list[int]] = None  # noqa: UP045
     scale: float = 1.0
-    down_bias: bool = False
+    down_bias: Optional[bool] = None  # noqa: UP045
     up_bias: Optional[bool] = None  # noqa: UP045
     init_scale: float = 1.0
     dtype: str = "float32"

@@ -356,13 +356,14 @@ def _fill(site: PeftSite, name: str, parts: list[tuple[str, float, SteerConfig]]
         if source is None:
             continue
         factor = weight * config.scale
-        if source.down.weight is not None and source.up.weight is not None:
-            target.down.weight[rows] = source.down.weight.to(target.down.weight)
-            target.up.weight[:, rows] = factor * source.up.weight.to(target.up.weight)
-        if source.down.bias is not None:
-            target.down.bias[rows] = source.down.bias.to(target.down.bias)
-        if source.up.bias is not None:
-            target.up.bias += factor * source.up.bias.to(target.up.bias)
+        down, up, down_bias, up_bias = source.weights()
+        if down is not None and up is not None:
+            target.down.weight[rows] = down.to(target.down.weight)
+            target.up.weight[:, rows] = factor * up.to(target.up.weight)
+        if down_bias is not None:
+            target.down.bias[rows] = down_bias.to(target.down.bias)
+        if up_bias is not None:
+            target.up.bias += factor * up_bias.to(target.up.bias)
 
 
 register_peft_method(name=POST_BLOCK.lower(), config_cls=PostBlockConfig, model_cls=PostBlockModel, prefix=PREFIX)

@@ -12,7 +12,6 @@ from ..config import DTYPES, SteerConfig
 from ..kernels import MAX_RANK
 from ..model.decoder import Decoder, execution_device
 from ..model.site import SteeringSite
-from ..model.stored import adapter_tensors
 from .pool import AdapterPool
 from .slots import Held, LoadedSlots, Slots, adapters_at
 
@@ -43,7 +42,10 @@ def hold_adapters(
             yield stack.enter_context(hold_loaded(sites, configs, own))
             return
         others = [name for name in names if name not in configs]
-        loaded = {name: (configs[name], adapter_tensors(sites, name)) for name in own}
+        at = adapters_at(sites, own)
+        loaded = {
+            name: (configs[name], {index: named[name] for index, named in at.items() if name in named}) for name in own
+        }
         yield stack.enter_context(pool.hold(others, own=loaded))
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from ..adapters.files import CONFIG_NAME, read_adapter
-from ..adapters.parameters import ByLayer, check_name
+from ..adapters.parameters import ByLayer, check_name, steered
 from ..config import SteerConfig
 from ..model.decoder import Decoder
 from ..model.scopes import renewed_after_fork
@@ -245,7 +245,7 @@ class AdapterPool:
         Args:
             names: of the pool.
             timeout: as `load` has it.
-            own: further adapters, by name: config and tensors. They have slots of their own while inside.
+            own: further adapters, by name: config and W1, b1, W2 and b2 by layer. They have slots of their own while inside.
 
         Raises:
             ValueError: there are more names than slots, or one of `own` does not fit the slots.
@@ -426,10 +426,11 @@ class AdapterPool:
             raise ValueError(f"{what} steers layer {outside[0]}; expected those of the pool, {list(self.slots)}")
 
     def _read(self, source: str) -> tuple[SteerConfig, ByLayer, int]:
-        """An adapter's config, its tensors by layer, and their bytes; all checked."""
+        """An adapter's config, its W1, b1, W2 and b2 by layer, and the bytes of its tensors; all checked."""
         file = read_adapter(source, self._decoder.layout, check_base=self._check_base)
         self._check_room(source, file.config, file.tensors)
-        return file.config, file.tensors, sum(t.nbytes for named in file.tensors.values() for t in named.values())
+        nbytes = sum(t.nbytes for named in file.tensors.values() for t in named.values())
+        return file.config, {i: steered(file.config.form, named) for i, named in file.tensors.items()}, nbytes
 
     def _write(self, slot: int, config: SteerConfig, tensors: Mapping[int, Mapping[str, Tensor]]) -> None:
         for index, slots in self.slots.items():

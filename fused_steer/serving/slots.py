@@ -32,10 +32,10 @@ class Held:
 
 
 def adapters_at(sites: Mapping[int, Site], names: Iterable[str]) -> LoadedAdapters:
-    """The tensors of adapters that a model has loaded. An adapter that skips a layer is not there."""
+    """W1, b1, W2 and b2 of adapters that a model has loaded. An adapter that skips a layer is not there."""
     names = list(names)
     return {
-        index: {name: adapter.named_tensors() for name in names if (adapter := site.adapter(name)) is not None}
+        index: {name: adapter.steered() for name in names if (adapter := site.adapter(name)) is not None}
         for index, site in sites.items()
     }
 

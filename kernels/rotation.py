@@ -1,0 +1,93 @@
+"""LoReFT's rotation: R of orthonormal rows, made from a matrix that any optimizer may change as it likes.
+
+LoReFT (arXiv 2404.03592) is h + Rᵀ(W h + b − R h), R (r, d) with R Rᵀ = I. As the op has it: W1 = W − R, W2 = Rᵀ,
+φ the identity, b1 = b. What trains in R's place is a matrix P (d, r), and
+
+    P = Rᵀ U      U (r, r) upper triangular with a positive diagonal (the QR decomposition, which is unique so)
+
+Weight decay multiplies P by a number, and so U alone: R stays what it was. A P whose columns are orthonormal already, to
+rounding, is Rᵀ bit for bit, so that an R that was read from a file is the R that computes.
+
+Backward, Q = Rᵀ, G = ∂L/∂Q (from W2, and with the sign turned from W1), sym taking a matrix's lower triangle to both:
+
+    dP = (G − Q sym(Gᵀ Q)) U⁻ᵀ
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def is_orthonormal(matrix: Tensor) -> bool:
+    """Whether the columns are orthonormal to rounding: those that `orthonormal` leaves as they are."""
+    wide = matrix.to(_wide(matrix.device))
+    return bool(_defect(wide.t() @ wide) <= _rounding(matrix))
+
+
+def _rounding(matrix: Tensor) -> float:
+    """How far QᵀQ may be from I: an entry of Q rounded once moves it by eps at most; a float32 decomposition, such as
+    torch's, by the rounding of sums over d numbers."""
+    computed = torch.float64 if matrix.dtype == torch.float64 else torch.float32
+    return max(2 * torch.finfo(matrix.dtype).eps, math.sqrt(matrix.shape[0]) * torch.finfo(computed).eps)
+
+
+def _defect(gram: Tensor) -> Tensor:
+    return (gram - torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)).abs().amax()
+
+
+def orthonormal(matrix: Tensor) -> Tensor:
+    """Rᵀ (d, r), the orthonormal factor of P (d, r) of full rank. In float32; of a float64 P in float64."""
+    return _factor(matrix)[0]
+
+
+def _wide(device: torch.device) -> torch.dtype:
+    """In which PᵀP is formed and factored: its condition number is the square of P's."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _factor(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Rᵀ (d, r) and Uᵀ (r, r), the latter in the wide dtype. Never waits for the device: a P of lower rank gives NaN."""
+    result = torch.float64 if matrix.dtype == torch.float64 else torch.float32
+    wide = matrix.to(_wide(matrix.device))
+    gram = wide.t() @ wide
+    lower, failed = torch.linalg.cholesky_ex(gram)
+    lower = torch.where(failed == 0, lower, torch.nan)
+    made = torch.linalg.solve_triangular(lower.t(), wide, upper=True, left=False)
+    return torch.where(_defect(gram) <= _rounding(matrix), matrix.to(result), made.to(result)), lower
+
+
+class _Rotation(torch.autograd.Function):
+    """W1 = W − R and W2 = Rᵀ of W and P."""
+
+    @staticmethod
+    def forward(ctx: Any, source: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
+        up, lower = _factor(matrix)
+        ctx.save_for_backward(up, lower)
+        ctx.dtypes = source.dtype, matrix.dtype
+        return source.to(up.dtype) - up.t(), up
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_down: Tensor, grad_up: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        up, lower = ctx.saved_tensors
+        of_source, of_matrix = ctx.dtypes
+        found = None
+        if ctx.needs_input_grad[1]:
+            q, grad = up.to(lower.dtype), grad_up.to(lower.dtype) - grad_down.t().to(lower.dtype)
+            across = (grad.t() @ q).tril()
+            across = across + across.tril(-1).t()
+            found = torch.linalg.solve_triangular(lower, grad - q @ across, upper=False, left=False).to(of_matrix)
+        return grad_down.to(of_source) if ctx.needs_input_grad[0] else None, found
+
+
+def rotate(source: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """W1 = W − R (r, d) and W2 = Rᵀ (d, r) of LoReFT's W (r, d) and P (d, r), differentiable once.
+
+    In float32, whatever the dtype of W and P; in float64 where P is.
+    """
+    return _Rotation.apply(source, matrix)
