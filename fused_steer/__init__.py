@@ -43,7 +43,7 @@ The map, in reading order. A file imports what stands above it, never what stand
     importers/           adapters of other codes
         reading.py       opening and checking a foreign file
         steerling.py     the paper's released code
-        pyreft.py        pyreft
+        pyreft.py        pyreft, both ways
         vectors.py       control vectors: GGUF, plain tensors
     peft/                steering as a PEFT method
         config.py        PostBlockConfig

@@ -1,4 +1,4 @@
-"""The command `fused-steer`: demo, doctor, inspect, kernels, import, coverage, diagnose, serve-plan.
+"""The command `fused-steer`: demo, doctor, inspect, kernels, import, export, coverage, diagnose, serve-plan.
 
 Nothing heavy is imported before a verb runs, so that `--help` and usage errors come at once.
 """
@@ -372,6 +372,31 @@ def vector(
             layers_path=layers_path,
         )
         _print_usage(_write_imported(file, adapter, out, "all, of prompt and answer"), out)
+
+
+# ------------------------------------------------------------------------------------------------------------- export
+
+export_app = typer.Typer(help="Write adapters as other codes have them.", no_args_is_help=True)
+app.add_typer(export_app, name="export")
+
+
+@export_app.command("pyreft")
+def export_to_pyreft(
+    adapter: Annotated[str, typer.Argument(help="A saved adapter: its directory, or its id on the hub.")],
+    out: Annotated[Path, typer.Option("--out", help="A new directory for pyreft's files.", show_default=False)],
+) -> None:
+    """Write an adapter of form loreft as reft_model.save of pyreft does: pyreft.ReftModel.load reads it.
+
+    pyreft intervenes where each call says: every token of prompt and answer is what fused-steer steers.
+    """
+    with _errors_in_one_line():
+        from .importers.pyreft import export_pyreft
+
+        config = export_pyreft(adapter, out).config
+        console = _console()
+        console.print(f"LoReFT of rank {config.rank}, written to {out}", markup=False, soft_wrap=True)
+        usage = f"import pyreft\nreft_model = pyreft.ReftModel.load({str(out)!r}, model)"
+        console.print(usage, markup=False, soft_wrap=True)
 
 
 # ----------------------------------------------------------------------------------------------------------- coverage

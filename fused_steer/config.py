@@ -150,7 +150,9 @@ class SteerConfig:
         if self.form == "loreft" and self.init_scale != 1:
             raise ValueError(f"init_scale is {self.init_scale} with form='loreft'; expected 1 or nothing")
         if self.form == "loreft" and self.orthogonal_to is not None:
-            raise ValueError("orthogonal_to is 'lora' with form='loreft', whose W2 is orthonormal itself; expected None")
+            raise ValueError(
+                "orthogonal_to is 'lora' with form='loreft', whose W2 is orthonormal itself; expected None"
+            )
         if self.orthogonal_to is None and self.orthogonal_modules != "mlp":
             raise ValueError(
                 f"orthogonal_modules is {self.orthogonal_modules!r} without orthogonal_to; expected "

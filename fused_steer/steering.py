@@ -98,7 +98,9 @@ class Steering:
         check_unsharded(self._decoder.layers, "adapters to be loaded")
         file = read_adapter(source, self._decoder.layout, check_base=check_base)
         layers = self._decoder.layers
-        adapters = {i: Adapter.of_tensors(t, execution_device(layers[i]), file.config.form) for i, t in file.tensors.items()}
+        adapters = {
+            i: Adapter.of_tensors(t, execution_device(layers[i]), file.config.form) for i, t in file.tensors.items()
+        }
         self._insert(name, file.config, adapters)
 
     def restore(self, source: str | os.PathLike[str], name: str | None = None) -> None:

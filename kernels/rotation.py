@@ -5,8 +5,8 @@ LoReFT (arXiv 2404.03592) is h + Rᵀ(W h + b − R h), R (r, d) with R Rᵀ = I
 
     P = Rᵀ U      U (r, r) upper triangular with a positive diagonal (the QR decomposition, which is unique so)
 
-Weight decay multiplies P by a number, and so U alone: R stays what it was. A P whose columns are orthonormal already, to
-rounding, is Rᵀ bit for bit, so that an R that was read from a file is the R that computes.
+Weight decay multiplies P by a number, and so U alone: R stays what it was. A P of orthonormal columns (to rounding) is Rᵀ
+bit for bit, so that an R that was read from a file is the R that computes.
 
 Backward, Q = Rᵀ, G = ∂L/∂Q (from W2, and with the sign turned from W1), sym taking a matrix's lower triangle to both:
 
@@ -51,7 +51,7 @@ def _wide(device: torch.device) -> torch.dtype:
 
 
 def _factor(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Rᵀ (d, r) and Uᵀ (r, r), the latter in the wide dtype. Never waits for the device: a P of lower rank gives NaN."""
+    """Rᵀ (d, r), and Uᵀ (r, r) in the wide dtype. Never waits for the device: a P of lower rank gives NaN."""
     result = torch.float64 if matrix.dtype == torch.float64 else torch.float32
     wide = matrix.to(_wide(matrix.device))
     gram = wide.t() @ wide

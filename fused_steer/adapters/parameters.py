@@ -1,8 +1,8 @@
 """The format of an adapter: the names, paths and shapes of its tensors, which model it fits, and its module in a layer.
 
 An adapter at one layer has W1 and b1 (`steer_down`), W2 and b2 (`steer_up`); either of each pair may be absent. Of
-LoReFT (`form="loreft"`) `steer_down` is W and b, and `steer_up.weight` is P (d, r), which is Rᵀ up to what QR takes out of
-it (kernels/rotation.py): what steers is W1 = W − R and W2 = Rᵀ, as `steered` gives them.
+LoReFT (`form="loreft"`) `steer_down` is W and b, and `steer_up.weight` is P (d, r), of which QR makes Rᵀ
+(kernels/rotation.py): what steers is W1 = W − R and W2 = Rᵀ, as `steered` gives them.
 
     <layers path>.<i>.post_block.steer_down.weight            a tensor's path, as files have it (behind PEFT_PREFIX)
     <layers path>.<i>.post_block.steer_down.<adapter>.weight  the same tensor in a patched model, which may have several
@@ -335,7 +335,9 @@ class Adapter:
         down = up = None
         if config.form == "loreft":
             if config.rank > hidden:
-                raise ValueError(f"rank is {config.rank} with form='loreft'; expected at most {hidden}, the hidden size")
+                raise ValueError(
+                    f"rank is {config.rank} with form='loreft'; expected at most {hidden}, the hidden size"
+                )
             up = orthonormal(torch.randn(hidden, config.rank, device=device)).to(options["dtype"])
             down = up.t().contiguous()
         elif config.rank:

@@ -368,10 +368,7 @@ def _steering_shift(site: SteeringSite, h: Tensor) -> Tensor:
     adapter = site.adapter(site.active or "")
     assert adapter is not None
     w1, w2, b1, b2 = adapter.weights()
-    w1, b1, w2, b2 = (
-        None if t is None else t.to(h.dtype)
-        for t in (w1, b1, w2, b2)
-    )
+    w1, b1, w2, b2 = (None if t is None else t.to(h.dtype) for t in (w1, b1, w2, b2))
     if w1 is None or w2 is None:
         assert b2 is not None
         return (site.scale * b2).expand_as(h)

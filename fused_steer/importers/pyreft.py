@@ -1,4 +1,4 @@
-"""Adapters that pyreft saved (github.com/stanfordnlp/pyreft; its file layout is pyvene's), in fused-steer's own form.
+"""Adapters that pyreft saved (github.com/stanfordnlp/pyreft; its file layout is pyvene's), and LoReFT as it saves it.
 
 At a block's output h, with R (r, d) of orthonormal rows, what pyreft's interventions make of h is, in its own words,
 
@@ -6,13 +6,17 @@ At a block's output h, with R (r, d) of orthonormal rows, what pyreft's interven
     NoReFT    h + W2ᵀ(φ(W1 h + b) − W2 h − c)  NoDiReFT  h + W2ᵀ φ(W1 h + b)     LobiReFT  h + Rᵀ b
 
 (`pyreft.interventions`, version 0.1.0; dropout, which follows, is nothing at inference). All are h + W2 φ(W1 h + b1),
-or a vector, but LoReFT and NoReFT are so with φ = identity alone.
+or a vector, but LoReFT and NoReFT are so with φ = identity alone. LoReFT is `form="loreft"`, bit for bit, where R is
+orthonormal; pyreft's is not where weight decay has shrunk it, and then it is imported as W1 = W − R and W2 = Rᵀ.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import tempfile
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapters.files import AdapterFile, read_json
+from ..adapters.files import AdapterFile, read_adapter, read_json
 from ..adapters.parameters import DOWN, DOWN_BIAS, UP, UP_BIAS
 from ..config import SteerConfig
 from ..kernels import ACTIVATIONS
+from ..kernels.rotation import is_orthonormal, orthonormal
 from .reading import assemble, checked_tensor, first_line, layout, naming, read_pickle
 
 CONFIG_NAME = "config.json"
@@ -66,8 +71,12 @@ def _difference(minuend: Tensor, subtrahend: Tensor) -> Tensor:
 
 
 def _loreft(t: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    rotation = t["rotate_layer"]  # Rᵀ, stored as it is
-    return _lowrank(_difference(t["weight"], rotation.t()), t["bias"], rotation)
+    return _lowrank(t["weight"], t["bias"], t["rotate_layer"])  # Rᵀ, stored as it is
+
+
+def _with_difference(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """LoReFT as a low rank: W1 = W − R."""
+    return {**tensors, DOWN: _difference(tensors[DOWN], tensors[UP].t())}
 
 
 def _noreft(t: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -143,8 +152,8 @@ def import_pyreft(
     """Read what `reft_model.save(directory)` of pyreft wrote: `config.json`, and `intkey_….bin` of each intervention.
 
     Taken are interventions of one of the six classes above on `block_output`, one a layer, all of one class and rank.
-    The parameters are float32: bfloat16 values are the same numbers in it, and the difference W − R of LoReFT, as that
-    of NoReFT and the vector Rᵀb of LobiReFT, is rounded to it once. Pickles are opened by
+    The parameters are float32: bfloat16 values are the same numbers in it, and the difference W1 − W2 of NoReFT, as the
+    vector Rᵀb of LobiReFT, and W − R of a LoReFT that is not orthonormal, is rounded to it once. Pickles are opened by
     `torch.load(weights_only=True)`, which executes nothing in them; pyreft itself is not needed.
 
     Args:
@@ -193,17 +202,73 @@ def import_pyreft(
             if rank not in (None, sizes["r"]):
                 raise ValueError(f"its rank is {sizes['r']}; expected {rank}, the low_rank_dimension of {CONFIG_NAME}")
         layers[index] = {name: tensor.float() for name, tensor in kind.convert(tensors).items()}
-    vector = kind.convert is _lobireft
+    vector, form = kind.convert is _lobireft, "lowrank"
+    if kind.convert is _loreft:
+        if all(is_orthonormal(named[UP]) for named in layers.values()):
+            form = "loreft"
+        else:
+            layers = {index: _with_difference(named) for index, named in layers.items()}
     return assemble(
         folder,
         target,
         sizes["d"],
         layers,
-        form="vector" if vector else "lowrank",
+        form="vector" if vector else form,
         rank=0 if vector else sizes["r"],
         activation=activation or "identity",
         down_bias=not vector,
     )
+
+
+def export_pyreft(source: str | os.PathLike[str], directory: str | os.PathLike[str]) -> AdapterFile:
+    """Write an adapter of `form="loreft"` as `reft_model.save` of pyreft does, for `pyreft.ReftModel.load`.
+
+    R, W and b are written as they compute, so that importing them again gives the same bits. The weights are pickles of
+    tensors, as pyreft has them. pyreft takes W and b as bfloat16 when it loads them, and rounds float32 ones.
+
+    Args:
+        source: a saved adapter: its directory, or its id on the hub.
+        directory: a new or an empty one.
+
+    Returns:
+        The adapter.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such adapter, its files are broken, pyreft has no such form or
+            strength, or the directory holds something. Nothing is written then.
+    """
+    adapter, target = read_adapter(source), Path(directory)
+    config = adapter.config
+    if config.form != "loreft":
+        raise ValueError(
+            f"{source} is of form {config.form!r}; expected 'loreft', which pyreft computes as fused-steer"
+        )
+    if config.scale != 1:
+        raise ValueError(f"{source} has scale {config.scale}; expected 1: pyreft's LoReFT has no strength")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{target} exists and is not an empty directory; expected a new one")
+    indices = list(adapter.tensors)
+    fields = {
+        "intervention_constant_sources": [True for _ in indices],
+        "intervention_dimensions": [adapter.layout.hidden for _ in indices],
+        "intervention_types": ["<class 'pyreft.interventions.LoreftIntervention'>" for _ in indices],
+        "mode": "parallel",
+        "representations": [
+            [{"layer": i, **_REQUIRED, "low_rank_dimension": config.rank}.get(field) for field in _FIELDS]
+            for i in indices
+        ],
+        "sorted_keys": [_file_name(i).removeprefix("intkey_").removesuffix(".bin") for i in indices],
+    }
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as parent:
+        folder = Path(parent, target.name)
+        folder.mkdir()
+        (folder / CONFIG_NAME).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+        for index, tensors in adapter.tensors.items():
+            state = {"weight": tensors[DOWN], "bias": tensors[DOWN_BIAS], "rotate_layer": orthonormal(tensors[UP])}
+            torch.save(OrderedDict(state), folder / _file_name(index))
+        os.replace(folder, target)
+    return adapter
 
 
 # ---------------------------------------------------------------------------------------------------------- config.json

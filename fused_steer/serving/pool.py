@@ -245,7 +245,8 @@ class AdapterPool:
         Args:
             names: of the pool.
             timeout: as `load` has it.
-            own: further adapters, by name: config and W1, b1, W2 and b2 by layer. They have slots of their own while inside.
+            own: further adapters, by name: config, and W1, b1, W2 and b2 by layer. They have slots of their own while
+                inside.
 
         Raises:
             ValueError: there are more names than slots, or one of `own` does not fit the slots.

@@ -45,7 +45,9 @@ def describe(source: str) -> dict[str, Any]:
     """What `inspect` shows of an adapter, as JSON has it."""
     directory = locate_adapter(source)
     adapter = read_adapter(directory, without_heads=True)
-    layers = [asdict(_norms(index, steered(adapter.config.form, tensors))) for index, tensors in adapter.tensors.items()]
+    layers = [
+        asdict(_norms(index, steered(adapter.config.form, tensors))) for index, tensors in adapter.tensors.items()
+    ]
     return {
         "adapter": str(directory),
         "base_model": adapter.layout.base or None,
