@@ -1,6 +1,7 @@
 """The command `fused-steer`: demo, doctor, inspect, kernels, import, export, coverage, diagnose, serve-plan.
 
-Nothing heavy is imported before a verb runs, so that `--help` and usage errors come at once.
+Nothing heavy is imported before a verb runs, so that `--help` and usage errors come at once. It is one file because a
+verb here is a list of options and one call.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ LoReFT (arXiv 2404.03592) is h + Rᵀ(W h + b − R h), R (r, d) with R Rᵀ = I
 
     P = Rᵀ U      U (r, r) upper triangular with a positive diagonal (the QR decomposition, which is unique so)
 
-Weight decay multiplies P by a number, and so U alone: R stays what it was. A P of orthonormal columns (to rounding) is Rᵀ
-bit for bit, so that an R that was read from a file is the R that computes.
+Weight decay multiplies P by a number, and so U alone: R stays what it was. A P of orthonormal columns (to rounding) is
+Rᵀ bit for bit, so that an R that was read from a file is the R that computes.
 
 Backward, Q = Rᵀ, G = ∂L/∂Q (from W2, and with the sign turned from W1), sym taking a matrix's lower triangle to both:
 
@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 def is_orthonormal(matrix: Tensor) -> bool:
@@ -65,15 +64,20 @@ class _Rotation(torch.autograd.Function):
     """W1 = W − R and W2 = Rᵀ of W and P."""
 
     @staticmethod
-    def forward(ctx: Any, source: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(source: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         up, lower = _factor(matrix)
-        ctx.save_for_backward(up, lower)
-        ctx.dtypes = source.dtype, matrix.dtype
-        return source.to(up.dtype) - up.t(), up
+        return source.to(up.dtype) - up.t(), up, lower
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_down: Tensor, grad_up: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        source, matrix = inputs
+        _, up, lower = output
+        ctx.mark_non_differentiable(lower)
+        ctx.save_for_backward(up, lower)
+        ctx.dtypes = source.dtype, matrix.dtype
+
+    @staticmethod
+    def backward(ctx: Any, grad_down: Tensor, grad_up: Tensor, _: Any) -> tuple[Tensor | None, Tensor | None]:
         up, lower = ctx.saved_tensors
         of_source, of_matrix = ctx.dtypes
         found = None
@@ -86,8 +90,10 @@ class _Rotation(torch.autograd.Function):
 
 
 def rotate(source: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """W1 = W − R (r, d) and W2 = Rᵀ (d, r) of LoReFT's W (r, d) and P (d, r), differentiable once.
+    """W1 = W − R (r, d) and W2 = Rᵀ (d, r) of LoReFT's W (r, d) and P (d, r).
 
-    In float32, whatever the dtype of W and P; in float64 where P is.
+    In float32, whatever the dtype of W and P; in float64 where P is. Differentiable once, as the op that takes them,
+    which refuses a second derivative.
     """
-    return _Rotation.apply(source, matrix)
+    down, up, _ = _Rotation.apply(source, matrix)
+    return down, up

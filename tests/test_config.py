@@ -58,8 +58,9 @@ def test_config_extreme_ranks(rank):
         SteerConfig(form="vector", layers=[1, 2], scale=-0.25),
         SteerConfig(rank=3, activation="gelu", down_bias=True, up_bias=True, init_scale=1e-3, dtype="bfloat16"),
         SteerConfig(orthogonal_to="lora", orthogonal_modules="all"),
+        SteerConfig(form="loreft", rank=3),
     ],
-    ids=["default", "vector", "lowrank", "orthogonal"],
+    ids=["default", "vector", "lowrank", "orthogonal", "loreft"],
 )
 def test_config_round_trip(config):
     assert SteerConfig.from_dict(config.to_dict()) == config

@@ -154,7 +154,7 @@ def test_pyreft_and_vectors_every_class_of_pyreft(name, options, tmp_path):
     shifts = save_pyreft(tmp_path / "reft", of_class(name, **options))
     phi = None if name in ("Consreft", "Lobireft") else options.get("phi", "identity")
     found = import_pyreft(tmp_path / "reft", positions="all", activation=phi, **LLAMA)
-    expected = SteerConfig("lowrank", RANK, phi or "identity", down_bias=True)
+    expected = SteerConfig("loreft" if name == "Loreft" else "lowrank", RANK, phi or "identity", down_bias=True)
     assert assert_same_function(found, shifts, tmp_path / "out") == (
         SteerConfig("vector") if name == "Lobireft" else expected
     )
@@ -389,7 +389,7 @@ def test_pyreft_and_vectors_pyreft_command(tmp_path):
     shifts = save_pyreft(tmp_path / "reft", of_class("Loreft", layers=[0, 2]))
     result = invoke("import", "pyreft", tmp_path / "reft", *PYREFT_ARGUMENTS, "--out", tmp_path / "out")
     table = shown(result)
-    expected = {"form": "lowrank", "rank": str(RANK), "activation": "identity", "scale": "1.0", "layers": "0, 2 of 3"}
+    expected = {"form": "loreft", "rank": str(RANK), "activation": "identity", "scale": "1.0", "layers": "0, 2 of 3"}
     assert {name: table.get(name) for name in expected} == expected
     names = {"model": build()}
     exec("\n".join(result.stdout.splitlines()[-2:]), names)
