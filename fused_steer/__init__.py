@@ -5,6 +5,7 @@ The map, in reading order. A file imports what stands above it, never what stand
     _version.py          the version
     _requirements.py     which versions of other libraries were tried
     kernels/             the Triton kernels; its own map is in its docstring
+    positions.py         which tokens are steered, by name
     config.py            SteerConfig: what an adapter computes
     adapters/            what an adapter is and how it is kept
         parameters.py    the format: names, paths, shapes of its tensors, which model it fits; its module in a layer
@@ -39,6 +40,7 @@ The map, in reading order. A file imports what stands above it, never what stand
         mixed.py         an adapter for each row of a batch of PEFT's
         pool.py          AdapterPool: thousands of adapters in files, some in slots
         holding.py       the adapters of a batch in slots
+        gains.py         which tokens of a pass are steered, where an adapter has positions
         plan.py          memory and bandwidth that many adapters take
     importers/           adapters of other codes
         reading.py       opening and checking a foreign file

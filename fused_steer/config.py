@@ -11,6 +11,7 @@ from typing import Any, ParamSpec
 import torch
 
 from .kernels import ACTIVATIONS, MAX_RANK
+from .positions import ALL, read_positions
 
 P = ParamSpec("P")
 
@@ -76,6 +77,8 @@ class SteerConfig:
         orthogonal_modules: which modules' LoRA: "mlp", the MLP's output projection, as in the paper; "all", every
             module that writes into the stream in that layer, at or before the site (the attention's output projection
             too).
+        positions: which tokens are steered, in training and by default in inference: "all", "prompt", "generated",
+            "last_prompt", "first_7", "last_7" (any number), or several of them joined by "+".
 
     Raises:
         TypeError: an unknown field, or a value of the wrong type.
@@ -93,6 +96,7 @@ class SteerConfig:
     dtype: str
     orthogonal_to: str | None
     orthogonal_modules: str
+    positions: str
 
     @_names_its_fields
     def __init__(
@@ -108,6 +112,7 @@ class SteerConfig:
         dtype: str = "float32",
         orthogonal_to: str | None = None,
         orthogonal_modules: str = "mlp",
+        positions: str = ALL,
     ) -> None:
         if form not in FORMS:
             raise ValueError(f"form is {form!r}; expected one of {', '.join(FORMS)}")
@@ -125,6 +130,7 @@ class SteerConfig:
             "dtype": dtype,
             "orthogonal_to": orthogonal_to,
             "orthogonal_modules": orthogonal_modules,
+            "positions": read_positions(positions).name,
         }
         for name, value in fields.items():
             object.__setattr__(self, name, value)
@@ -166,8 +172,10 @@ class SteerConfig:
         return cls(**fields)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON has them; those of orthogonality only where it is asked for."""
+        """The fields as JSON has them; those of orthogonality, and the positions, only where they are asked for."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        if self.positions == ALL:
+            del fields["positions"]
         if self.orthogonal_to is None:
             del fields["orthogonal_to"], fields["orthogonal_modules"]
         return {**fields, "layers": None if self.layers is None else list(self.layers)}

@@ -24,7 +24,9 @@ from .model.decoder_hooks import warn_of_frozen
 from .model.patched import PatchedModel, describe
 from .model.stored import adapter_file, check_same_config, files_of_state, restore_values
 from .model.watch import Report
+from .positions import ALL, read_positions
 from .serving.batch import Batch, run_batch
+from .serving.gains import Gains
 from .serving.holding import checked_size, hold_adapters, make_slots
 from .serving.pool import AdapterPool
 from .serving.requests import checked_requests
@@ -49,6 +51,7 @@ class Steering:
         self._scopes = self._patched.scopes
         self._pool: AdapterPool | None = None
         self._batch: Batch | None = None
+        self._gains = Gains(model, self._decoder.module, self._is_idle, self._batch_of_active)
         self._save_pretrained = saving_of(self._given, model, self)
 
     # ------------------------------------------------------------------------------------------------------- adapters
@@ -136,11 +139,13 @@ class Steering:
     def _use(self, name: str | None) -> None:
         self._active = name
         config = None if name is None else self._configs[name]
+        positions = None if config is None or config.positions == ALL else read_positions(config.positions)
+        self._gains.use(positions)
         for site in self._patched.sites.values():
             if config is None:
                 site.use(None, "identity", 1.0)
             else:
-                site.use(name, config.activation, config.scale)
+                site.use(name, config.activation, config.scale, None if positions is None else self._gains)
         self._constraints.use(name)
 
     def remove(self, name: str) -> None:
@@ -250,7 +255,7 @@ class Steering:
         names: Sequence[str | None],
         *,
         scale: float | Sequence[float | None] | None = None,
-        positions: str | tuple[str, int] | list[Any] = "all",
+        positions: str | tuple[str, int] | list[Any] | None = None,
     ) -> Iterator[None]:
         """Inside, each row of a batch is steered by its own adapter, as it would be alone; for inference.
 
@@ -262,9 +267,10 @@ class Steering:
         Args:
             names: for each row the adapter, of the model or its pool, or None: the base model to the bit.
             scale: the strength in place of the adapters' own, for all rows or for each; None is an adapter's own.
-            positions: which tokens are steered, in all rows or (a list) in each: "all", the "prompt", the "generated"
-                ones, the "last" of the prompt, ("first", k) or ("last", k) of the prompt. What is padding by the
-                attention mask does not count. In `generate` the prompt is what it is given, with what is cached of it;
+            positions: which tokens are steered, in place of the adapters' own, in all rows or (a list) in each; None is
+                an adapter's own. "all", "prompt", "generated", "last_prompt", "first_7" or "last_7" of the prompt (any
+                number; ("last", 7) is the same), or several of them joined by "+". What is padding by the attention
+                mask does not count. In `generate` the prompt is what it is given, with what is cached of it;
                 outside, a pass without cached tokens is a prompt, and later passes are generated tokens.
 
         Raises:
@@ -288,6 +294,28 @@ class Steering:
             self._batch = Batch(requests, held, self._scopes)
             run_batch(self._model, self._decoder.module, sites, self._batch, undo)
             yield
+
+    @contextlib.contextmanager
+    def prompts(self, given: Any) -> Iterator[None]:
+        """Inside, passes of this thread have prompts of these lengths, for an adapter that steers at some positions.
+
+        For training without labels, as in a loss of one's own: labels tell it otherwise. `generate` needs it not.
+
+        Args:
+            given: for each row the number of its tokens (padding aside) that are the prompt's, or a mask
+                (rows, tokens), not 0 where a token is a prompt's: that tells it also of packed rows.
+
+        Raises:
+            ValueError: it is neither; in a pass, it is of another number of rows or tokens.
+        """
+        with self._gains.prompts(given):
+            yield
+
+    def _is_idle(self) -> bool:
+        return self._batch is not None or self._patched.disabled > 0
+
+    def _batch_of_active(self, rows: int) -> contextlib.AbstractContextManager[None]:
+        return self.batch([self._active] * rows)
 
     def _servable(self, name: str) -> None:
         if self._pool is None or name not in self._pool:
@@ -390,6 +418,7 @@ class Steering:
         with self._scopes.change("steering.unpatch is called"):
             if self._batch is not None:
                 raise RuntimeError("a batch is running; expected the model to be unpatched afterwards")
+            self._gains.use(None)
             self._patched.undo()
             self._constraints.close()
             if self._save_pretrained is not None:
@@ -403,7 +432,7 @@ class Steering:
     def _changing(self, what: str) -> Iterator[None]:
         """Inside, adapters may change: no other thread runs the model, and an exception takes all of it back."""
         with self._patched.changing(what):
-            configs, active, pool = dict(self._configs), self._active, self._pool
+            configs, active, pool, positions = dict(self._configs), self._active, self._pool, self._gains.positions
             give_back = self._constraints.remember()
             try:
                 yield
@@ -412,6 +441,7 @@ class Steering:
                 self._configs.clear()
                 self._configs |= configs
                 self._active, self._pool = active, pool
+                self._gains.use(positions)
                 raise
 
     def _insert(self, name: str, config: SteerConfig, adapters: dict[int, Adapter]) -> None:

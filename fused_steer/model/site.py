@@ -126,6 +126,7 @@ class SteeringSite(Site):
         self.strength: Tensor  # scale as an input of compiled graphs: as a number it would be a constant of each
         self.register_buffer("strength", None, persistent=False)
         self._set_strength(torch.device("cpu"))
+        self.gains: Any = None  # which tokens of a pass are steered; None: all
         self.basis: Tensor | None  # V (d, k) float32, where W2 and b2 are kept orthogonal to it while they train
         self.register_buffer("basis", None, persistent=False)
         #: While each row of a batch has its own adapter: a module that steers by rows, with a `plan` for `_planned`.
@@ -162,10 +163,13 @@ class SteeringSite(Site):
         down, up = self.steer_down[self.active].weight, factor.weight
         return None if down is None or up is None or isinstance(factor, Rotation) else (down, up)
 
-    def use(self, name: str | None, activation: str, scale: float) -> None:
-        """Let the adapter `name` steer and train, and no other. None, or one that skips this layer, is a plain add."""
+    def use(self, name: str | None, activation: str, scale: float, gains: Any = None) -> None:
+        """Let the adapter `name` steer and train, and no other. None, or one that skips this layer, is a plain add.
+
+        gains: gives the gain of each token, by `of`; None: every token is steered.
+        """
         self.active = name if name is not None and name in self.steer_down else None
-        self.activation, self.scale = activation, scale
+        self.activation, self.scale, self.gains = activation, scale, gains
         for factors in (self.steer_down, self.steer_up):
             for other, factor in factors.items():
                 factor.requires_grad_(other == self.active)
@@ -178,7 +182,7 @@ class SteeringSite(Site):
 
     def remember(self) -> Callable[[], None]:
         """A function that gives the site back its adapters, the one in use, and what trains, as they are now."""
-        choice = {name: getattr(self, name) for name in ("active", "enabled", "activation", "scale")}
+        choice = {name: getattr(self, name) for name in ("active", "enabled", "activation", "scale", "gains")}
         buffers = dict(self._buffers)
         factors = [(modules, dict(modules._modules)) for modules in (self.steer_down, self.steer_up)]
         trained = [(parameter, parameter.requires_grad) for parameter in self.parameters()]
@@ -225,9 +229,11 @@ class SteeringSite(Site):
             noted["backend"] = op.backend
             return out
         noted["backend"] = select_backend(residual.device)
+        if self.gains is not None and self.rows is None:
+            return self.in_graph(residual, branch, entering)
         return residual if branch is None else residual + branch
 
-    def in_graph(self, residual: Tensor, branch: Tensor | None) -> Tensor:
+    def in_graph(self, residual: Tensor, branch: Tensor | None, entering: Tensor | None = None) -> Tensor:
         if self.rows is not None and self.enabled:
             return self.rows(residual, branch)
         if self.active is None or not self.enabled:
@@ -241,6 +247,7 @@ class SteeringSite(Site):
             down_bias=down_bias,
             up_bias=self._constrained(up_bias),
             activation=self.activation,
+            gain=None if self.gains is None else self.gains.of(residual, entering),
             # float64 is multiplied by what the config says, not by its rounded value.
             scale=self.scale if residual.dtype == torch.float64 else self.strength,
         )
@@ -250,7 +257,7 @@ class SteeringSite(Site):
         if self.rows is not None and self.enabled:
             planned = self.__dict__["_planned"] = self.rows.plan(residual.device)
             return planned
-        if self.active is None or not self.enabled:
+        if self.active is None or not self.enabled or self.gains is not None:
             return None
         factors = self.steer_down[self.active], self.steer_up[self.active]
         (w1, b1), (w2, b2) = ((factor.weight, factor.bias) for factor in factors)

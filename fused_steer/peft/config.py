@@ -70,6 +70,7 @@ class PostBlockConfig(PeftConfig):
     dtype: str = "float32"
     orthogonal_to: Optional[str] = None  # noqa: UP045
     orthogonal_modules: str = "mlp"
+    positions: str = "all"
     hidden_size: Optional[int] = None  # noqa: UP045
     num_layers: Optional[int] = None  # noqa: UP045
     rank: Optional[int] = None  # noqa: UP045

@@ -12,6 +12,7 @@ from ..config import DTYPES, SteerConfig
 from ..kernels import MAX_RANK
 from ..model.decoder import Decoder, execution_device
 from ..model.site import SteeringSite
+from ..positions import read_positions
 from .pool import AdapterPool
 from .slots import Held, LoadedSlots, Slots, adapters_at
 
@@ -22,7 +23,9 @@ def hold_loaded(
 ) -> Iterator[Held]:
     """Adapters that the model has loaded, copied into slots of their own."""
     loaded = LoadedSlots(adapters_at(sites, names), {name: configs[name].activation for name in names})
-    yield Held(loaded.numbers, loaded.slots, {name: configs[name].scale for name in names})
+    scales = {name: configs[name].scale for name in names}
+    positions = {name: read_positions(configs[name].positions) for name in names}
+    yield Held(loaded.numbers, loaded.slots, scales, positions)
 
 
 @contextlib.contextmanager

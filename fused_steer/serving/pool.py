@@ -21,6 +21,7 @@ from ..adapters.parameters import ByLayer, check_name, steered
 from ..config import SteerConfig
 from ..model.decoder import Decoder
 from ..model.scopes import renewed_after_fork
+from ..positions import read_positions
 from .slots import Held, Slots
 
 
@@ -398,7 +399,9 @@ class AdapterPool:
                 hold.own.append(slot)
                 self._write(slot, config, tensors)
                 numbers[name], scales[name] = slot, config.scale
-            return Held(numbers, self.slots, scales)
+            positions = {name: read_positions(self._configs[name].positions) for name in names}
+            positions |= {name: read_positions(config.positions) for name, (config, _) in own.items()}
+            return Held(numbers, self.slots, scales, positions)
         except BaseException:
             self._holds.discard(hold)
             for name in added:

@@ -14,6 +14,7 @@ from ..kernels import ACTIVATIONS, MAX_RANK, select_backend
 from ..kernels.grouped import Routing, post_block_grouped, post_block_routed
 from ..kernels.plan import Plan, keep, no_plan
 from ..model.site import Site
+from ..positions import Positions
 
 #: Tensors by layer, by adapter and by name below the site.
 LoadedAdapters = Mapping[int, Mapping[str, Mapping[str, Tensor]]]
@@ -23,12 +24,13 @@ LoadedAdapters = Mapping[int, Mapping[str, Mapping[str, Tensor]]]
 class Held:
     """The adapters of a batch in slots, as long as it runs.
 
-    numbers: each adapter's slot; slots: by layer; scales: each adapter's own strength.
+    numbers: each adapter's slot; slots: by layer; scales: each adapter's own strength; positions: and its positions.
     """
 
     numbers: Mapping[str, int]
     slots: Mapping[int, Slots]
     scales: Mapping[str, float]
+    positions: Mapping[str, Positions]
 
 
 def adapters_at(sites: Mapping[int, Site], names: Iterable[str]) -> LoadedAdapters:
