@@ -51,7 +51,7 @@ class Steering:
         self._scopes = self._patched.scopes
         self._pool: AdapterPool | None = None
         self._batch: Batch | None = None
-        self._gains = Gains(model, self._decoder.module, self._is_idle, self._batch_of_active)
+        self._gains = Gains(model, self._decoder.module, self._is_idle, self._is_tracing, self._batch_of_active)
         self._save_pretrained = saving_of(self._given, model, self)
 
     # ------------------------------------------------------------------------------------------------------- adapters
@@ -313,6 +313,9 @@ class Steering:
 
     def _is_idle(self) -> bool:
         return self._batch is not None or self._patched.disabled > 0
+
+    def _is_tracing(self) -> bool:
+        return self._constraints.tracing
 
     def _batch_of_active(self, rows: int) -> contextlib.AbstractContextManager[None]:
         return self.batch([self._active] * rows)

@@ -48,6 +48,7 @@ from .adapters.parameters import DOWN, NAMES, SITE, UP, UP_BIAS, ByLayer, Layout
 from .joint import JOINT_NAME, STEERING_FOLDER, find_joint  # noqa: E402
 from .kernels import ACTIVATIONS, MAX_RANK, grouped  # noqa: E402
 from .model.residual import ResidualNotFound, names_in_final_adds  # noqa: E402
+from .positions import ALL  # noqa: E402
 from .serving.slots import Slots  # noqa: E402
 
 logger = init_logger(f"vllm.{__name__}")
@@ -302,6 +303,8 @@ def read_fitting(source: Source, layout: Layout, max_rank: int) -> AdapterFile:
     rank, most = file.config.rank, min(max_rank, MAX_RANK)
     if rank > most:
         raise ValueError(f"{source.steering} is of rank {rank}; expected at most {most} (--max-lora-rank)")
+    if file.config.positions != ALL:
+        raise ValueError(f"{source.steering} has positions {file.config.positions!r}; expected 'all' in vLLM")
     return file
 
 

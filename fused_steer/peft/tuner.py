@@ -31,6 +31,7 @@ from ..kernels import MAX_RANK
 from ..model.decoder import execution_device, find_decoder
 from ..model.heads import fresh_heads
 from ..model.layer import PatchedLayer, patch_layers, unpatch_layers
+from ..positions import ALL
 from ..serving.mixed import MixedRows, load_again
 from ..serving.slots import LoadedSlots
 from .config import POST_BLOCK, PostBlockConfig
@@ -73,6 +74,11 @@ class PostBlockModel(BaseTuner):
                 raise ValueError(
                     f"orthogonal_to is {config.orthogonal_to!r} in an adapter that trains; expected patch_model, which "
                     "keeps the constraint, or inference_mode=True"
+                )
+            if config.positions != ALL:
+                raise ValueError(
+                    f"positions is {config.positions!r}, and PEFT's steering is at every token; expected 'all', or "
+                    "patch_model"
                 )
             _complete_heads(config, model)
             layers = {index: decoder.layers[index] for index in indices}

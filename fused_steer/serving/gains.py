@@ -50,15 +50,18 @@ class Gains:
         model: nn.Module,
         decoder: nn.Module,
         idle: Callable[[], bool],
+        tracing: Callable[[], bool],
         batch: Callable[[int], contextlib.AbstractContextManager[None]],
     ) -> None:
         """
         Args:
             model: the whole; decoder: its module that runs the layers.
             idle: whether passes are steered otherwise now, or not at all.
+            tracing: whether a pass only shows which modules run: every token is steered then.
             batch: opens a batch of so many rows, each steered by the adapter in use.
         """
-        self._model, self._decoder, self._idle, self._batch = model, decoder, idle, batch
+        self._model, self._decoder, self._batch = model, decoder, batch
+        self._idle, self._tracing = idle, tracing
         self._names = tuple(inspect.signature(decoder.forward).parameters)
         self._model_names = tuple(inspect.signature(model.forward).parameters)
         self.positions: Positions | None = None
@@ -173,6 +176,8 @@ class Gains:
         if not isinstance(fed, Tensor):
             raise TypeError(f"the pass has input_ids {fed!r:.50}; expected a tensor, or inputs_embeds")
         rows, columns = fed.shape[:2]
+        if self._tracing():
+            return torch.ones(rows, columns, device=fed.device)
         real = self._real(positions, given.get("attention_mask"), rows, columns, fed.device)
         starts = _starts(given.get("position_ids"), rows, columns)
         answer, told = self._answer(real, starts, given)
