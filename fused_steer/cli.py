@@ -245,6 +245,10 @@ def steerling(
             "low-rank adapter, whose file does not record it; vectors have none."
         ),
     ] = None,
+    positions: Annotated[
+        str,
+        typer.Option(help="last_prompt+generated for what was trained with --intervene-last: the file does not say."),
+    ] = "all",
     base_model: _BaseModel = "",
     num_layers: _NumLayers = None,
     layers_path: _LayersPath = None,
@@ -252,7 +256,7 @@ def steerling(
     """Import what the paper's released code (github.com/SprocketLab/steerling) saved: low-rank adapters or vectors.
 
     Pickles are opened with torch.load(weights_only=True), which executes nothing in them. What steers after attention
-    or the MLP is refused. Every token is steered, also by an adapter that was trained on the last one alone.
+    or the MLP is refused.
     """
     with _errors_in_one_line():
         from .importers.steerling import import_steerling
@@ -261,11 +265,12 @@ def steerling(
             file,
             scale=scale,
             activation=activation,
+            positions=positions,
             base=base_model,
             num_layers=num_layers,
             layers_path=layers_path,
         )
-        tokens = "all (the file does not say; one trained with --intervene-last steered the last alone)"
+        tokens = f"{positions} (the file does not say; last_prompt+generated is --intervene-last)"
         ignored = f"{imported.ignored} base_model.* entries"
         console = _write_imported(file, imported.adapter, out, tokens, ignored=ignored)
         if imported.lora:
@@ -285,8 +290,7 @@ def pyreft(
     positions: Annotated[
         str | None,
         typer.Option(
-            help="all, which says that pyreft intervened at every token, as fused-steer does. Required: the files do "
-            "not record where it did, and elsewhere it is another function."
+            help="Where pyreft intervened: all, or such as f7+l7 (first_7+last_7). Required: its files do not say."
         ),
     ] = None,
     activation: Annotated[
@@ -316,7 +320,7 @@ def pyreft(
             num_layers=num_layers,
             layers_path=layers_path,
         )
-        _print_usage(_write_imported(directory, adapter, out, "all, of prompt and answer"), out)
+        _print_usage(_write_imported(directory, adapter, out, adapter.config.positions), out)
 
 
 def _indices(layers: str | None) -> list[int] | None:
@@ -388,14 +392,15 @@ def export_to_pyreft(
 ) -> None:
     """Write an adapter of form loreft as reft_model.save of pyreft does: pyreft.ReftModel.load reads it.
 
-    pyreft intervenes where each call says: every token of prompt and answer is what fused-steer steers.
+    pyreft intervenes where each call says; its files do not record the adapter's positions.
     """
     with _errors_in_one_line():
         from .importers.pyreft import export_pyreft
 
         config = export_pyreft(adapter, out).config
         console = _console()
-        console.print(f"LoReFT of rank {config.rank}, written to {out}", markup=False, soft_wrap=True)
+        told = f"LoReFT of rank {config.rank}, positions {config.positions}, written to {out}"
+        console.print(told, markup=False, soft_wrap=True)
         usage = f"import pyreft\nreft_model = pyreft.ReftModel.load({str(out)!r}, model)"
         console.print(usage, markup=False, soft_wrap=True)
 

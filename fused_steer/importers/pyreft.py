@@ -33,6 +33,7 @@ from ..kernels.rotation import is_orthonormal, orthonormal
 from .reading import assemble, checked_tensor, first_line, layout, naming, read_pickle
 
 CONFIG_NAME = "config.json"
+_SHORT, _ENDS = re.compile(r"\b([fl])(\d+)\b"), {"f": "first", "l": "last"}
 _BASE_NAME = "pytorch_model.bin"
 _TYPE = re.compile(r"<class 'pyreft\.interventions\.(\w+)'>")
 
@@ -158,9 +159,9 @@ def import_pyreft(
 
     Args:
         directory: a local one.
-        positions: "all". pyreft is told at each call at which tokens to intervene, and its files do not record it;
-            fused-steer steers every token of prompt and answer. Whoever trained at other positions has another
-            function, and nothing to import.
+        positions: where pyreft intervened, as SteerConfig has it, or in pyreft's words: "f7+l7" is "first_7+last_7".
+            pyreft is told at each call, and its files do not record it. Of a prompt shorter than all of these, pyreft
+            leaves out a token in the middle where their number is odd; fused-steer does not.
         activation: the act_fn, for the classes that have one: identity (its None and "linear"), silu, gelu, gelu_tanh
             ("gelu_pytorch_tanh"), relu or tanh.
         base: the base model's name, as `import_steerling` takes it, with the next two.
@@ -176,12 +177,13 @@ def import_pyreft(
         ValueError: an argument is missing or out of range, the base's config cannot be read or does not fit, or the
             directory has what is not exactly an adapter of ours, or files that do not fit each other.
     """
-    if positions != "all":
+    if positions is None:
         raise ValueError(
-            f"positions is {'not given' if positions is None else repr(positions)}; expected 'all' (--positions all), "
-            "if that is where pyreft intervened: its files do not record it, and fused-steer steers every token"
+            "positions is not given; expected 'all' or such as 'f7+l7' (--positions), where pyreft intervened: its "
+            "files do not record it"
         )
-    SteerConfig(activation=activation)
+    where = _SHORT.sub(lambda found: f"{_ENDS[found[1]]}_{found[2]}", str(positions))
+    SteerConfig(activation=activation, positions=where)
     target = layout(base, num_layers, layers_path)
     folder = Path(directory)
     if not (folder / CONFIG_NAME).is_file():
@@ -217,6 +219,7 @@ def import_pyreft(
         rank=0 if vector else sizes["r"],
         activation=activation or "identity",
         down_bias=not vector,
+        positions=where,
     )
 
 

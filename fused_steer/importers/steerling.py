@@ -45,6 +45,7 @@ def import_steerling(
     *,
     scale: float | None,
     activation: str | None = None,
+    positions: str = "all",
     base: str = "",
     num_layers: int | None = None,
     layers_path: str | None = None,
@@ -56,14 +57,15 @@ def import_steerling(
     (d, r), or `deltas.layer{i}_block` (d,), with or without the first word; the values and their dtype are kept.
     `base_model.*` is left out. A pickle is opened by `torch.load(weights_only=True)`, which executes nothing in it.
 
-    The file does not record which tokens were steered, either. fused-steer steers all of them, as the released code
-    does unless it was trained with `--intervene-last`: such a file is imported, and is then another function.
+    The file does not record which tokens were steered, either: all of them, unless it was trained with
+    `--intervene-last`, which is `positions="last_prompt+generated"`.
 
     Args:
         file: `.safetensors`, or else a file that `torch.save` wrote.
         scale: the released code's alpha; it has none for vectors, which is 1.0.
         activation: φ, for a low-rank adapter: identity (the released code's None and --linear), silu, gelu, gelu_tanh,
             relu or tanh. Vectors have none.
+        positions: which tokens are steered, as SteerConfig has them.
         base: the base model's name, recorded in the adapter; "" for none. Unless both of the next two are given, it is
             a directory or hub id whose config is read for them (no weights, no code), and the file must fit it.
         num_layers: the base model's decoder layers. The file has the steered ones alone, which may be fewer.
@@ -81,7 +83,9 @@ def import_steerling(
     """
     if scale is None:
         raise ValueError("scale is not given; expected a number (--scale): the file does not record it")
-    SteerConfig(scale=scale, activation=activation)  # what is wrong with these is not the file's fault
+    SteerConfig(
+        scale=scale, activation=activation, positions=positions
+    )  # what is wrong with these is not the file's fault
     target = layout(base, num_layers, layers_path)
     entries, ignored = _read(Path(file))
     with naming(file):
@@ -104,6 +108,7 @@ def import_steerling(
         activation=activation,
         scale=scale,
         dtype=DTYPE_NAMES[dtype],
+        positions=positions,
     )
     return Imported(adapter, len(ignored), sum("lora_" in key for key in ignored))
 

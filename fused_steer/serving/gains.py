@@ -130,9 +130,12 @@ class Gains:
             gain = self._traced.gain
         elif self._here.runs:
             gain = self._here.gain
-            known = gain is not None and isinstance(entering, Tensor)
             # A checkpoint of the reentrant kind runs the layer without gradients at first.
-            if known and (torch.is_grad_enabled() or entering.requires_grad):
+            if (
+                gain is not None
+                and isinstance(entering, Tensor)
+                and (torch.is_grad_enabled() or entering.requires_grad)
+            ):
                 self._kept[entering.data_ptr()] = (StorageWeakRef(entering.untyped_storage()), gain)
         else:
             found = self._kept.get(entering.data_ptr()) if isinstance(entering, Tensor) else None

@@ -47,7 +47,8 @@ def hold_adapters(
         others = [name for name in names if name not in configs]
         at = adapters_at(sites, own)
         loaded = {
-            name: (configs[name], {index: named[name] for index, named in at.items() if name in named}) for name in own
+            name: (configs[name], {index: dict(named[name]) for index, named in at.items() if name in named})
+            for name in own
         }
         yield stack.enter_context(pool.hold(others, own=loaded))
 

@@ -347,8 +347,8 @@ def test_pyreft_and_vectors_pyreft_refusals_write_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("name", "options", "parts"),
     [
-        ("Direft", {"positions": None}, ("positions is not given", "--positions all", "every token")),
-        ("Direft", {"positions": "f7+l7"}, ("positions is 'f7+l7'", "expected 'all'")),
+        ("Direft", {"positions": None}, ("positions is not given", "(--positions)", "do not record it")),
+        ("Direft", {"positions": "f7+x7"}, ("positions has 'first_7+x7'", "expected 'all'")),
         ("Direft", {"activation": None}, ("activation is not given", "expected identity or silu", "--activation")),
         ("Loreft", {"activation": None}, ("activation is not given", "expected identity (")),
         ("Loreft", {}, ("activation is 'silu'", "not of the form W2 φ(W1 h + b1)", "expected identity")),
@@ -363,6 +363,12 @@ def test_pyreft_and_vectors_what_pyreft_does_not_record_is_asked_for(name, optio
     save_pyreft(tmp_path / "reft", of_class(name))
     with refused(ValueError, *parts):
         import_pyreft(tmp_path / "reft", **{"positions": "all", "activation": "silu", **LLAMA} | options)
+
+
+def test_pyreft_and_vectors_positions_in_pyrefts_words(tmp_path):
+    save_pyreft(tmp_path / "reft", of_class("Loreft"))
+    found = import_pyreft(tmp_path / "reft", positions="f7+l1", activation="identity", **LLAMA)
+    assert found.config == SteerConfig("loreft", RANK, positions="first_7+last_prompt")
 
 
 def test_pyreft_and_vectors_a_rotation_of_another_dtype(tmp_path):
