@@ -1,4 +1,4 @@
-"""The package: what is installed under which name, and what it needs."""
+"""The package's metadata: its folders, dependencies and entry points."""
 
 from pathlib import Path
 from runpy import run_path
@@ -7,13 +7,14 @@ from setuptools import setup
 
 ROOT = Path(__file__).parent
 
-#: The folders of fused_steer/.
-ROOMS = ["adapters", "diagnostics", "importers", "lora", "model", "peft", "serving", "tools"]
+#: The subpackages of fused_steer.
+ROOMS = ["adapters", "diagnostics", "importers", "lora", "model", "peft", "serving", "tools", "vllm"]
 
 DEMO = ["accelerate", "gguf>=0.19", "matplotlib"]  # transformers reads GGUF files through accelerate
-# Caps: see fused_steer/_requirements.py, which says what was tried.
+# fused_steer/_requirements.py lists the versions that were tried.
 PEFT = ["peft>=0.21,<1"]
-TRL = ["datasets", *PEFT, 'trl>=1.14,<2; python_version >= "3.11"']  # its last for 3.10 is of another transformers
+TRL = ["datasets", *PEFT, 'trl>=1.14,<2; python_version >= "3.11"']  # TRL for Python 3.10 needs another transformers
+RL = [*TRL, "reasoning-gym"]
 QUANT = ["bitsandbytes", "torchao"]
 TEST = [
     *DEMO,
@@ -26,7 +27,7 @@ TEST = [
     "pytest-xdist",
     "setuptools>=77",
 ]
-# pyreft, the other rival, pins another transformers: `pip install --no-deps pyreft==0.1.0` after this.
+# pyreft pins another transformers, so install it afterwards: `pip install --no-deps pyreft==0.1.0`.
 BENCH = ["evaluate", "liger-kernel", "matplotlib", "peft", "pytest>=8", "pytest-benchmark", "pyvene", "scikit-learn"]
 # ruff formats the signatures in the API reference.
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material", "mkdocstrings[python]", "ruff"]
@@ -34,7 +35,7 @@ DEV = [*TEST, "mypy", "pre-commit", "ruff"]
 
 setup(
     name="fused-steer",
-    # Run by itself: importing the package would need torch at build time.
+    # Read by running the file alone: importing the package would need torch at build time.
     version=run_path(str(ROOT / "fused_steer" / "_version.py"))["__version__"],
     description="Post-block activation steering of language models, fused into the residual add by Triton kernels",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
@@ -42,8 +43,8 @@ setup(
     license_expression="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    # Named one by one: a search would also find bench/ and tests/, and kernels/ under the bare name, which transformers
-    # takes for the Hub package of that name.
+    # Listed explicitly: find_packages would also install bench/ and tests/, and kernels/ under its bare name, which
+    # transformers takes for the Hub's package `kernels`.
     packages=[
         "fused_steer",
         *(f"fused_steer.{room}" for room in ROOMS),
@@ -66,6 +67,7 @@ setup(
         "demo": DEMO,
         "peft": PEFT,
         "quant": QUANT,
+        "rl": RL,
         "trl": TRL,
         "test": TEST,
         "bench": BENCH,

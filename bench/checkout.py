@@ -1,7 +1,7 @@
-"""Run from a checkout that is not installed: `python -m bench.checkout -m gpu` runs its tests.
+"""Runs pytest from a checkout that is not installed: `python -m bench.checkout -m gpu`.
 
-`kernels/` is `fused_steer.kernels` only once installed. On a machine where nothing can be installed it is imported from
-where it lies, under its proper name.
+Installing maps the folder `kernels/` to `fused_steer.kernels`. Where nothing can be installed, this module imports the
+folder under that name.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def make_importable() -> None:
-    """Make `fused_steer.kernels` importable, be it installed or not."""
+    """Make `fused_steer.kernels` importable, whether or not the package is installed."""
     if importlib.util.find_spec("fused_steer.kernels") is not None:
         return
     import fused_steer
@@ -34,5 +34,5 @@ if __name__ == "__main__":
     make_importable()
     import pytest
 
-    # As a plug-in this module, and with it the package, is imported in each process that runs tests.
+    # As a pytest plug-in this module is imported in every test process, and with it the package.
     raise SystemExit(pytest.main(["-p", "bench.checkout", *sys.argv[1:]]))

@@ -1,4 +1,4 @@
-"""`pytest bench`: the same levels as the GPU run, through pytest-benchmark."""
+"""Fixtures of `pytest bench`, which runs the measurements of `bench.levels` through pytest-benchmark."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a GPU: a CPU says nothing of the kernels' speed"))
+                item.add_marker(pytest.mark.skip(reason="needs a GPU: a CPU says nothing about the kernels' speed"))
 
 
 @pytest.fixture

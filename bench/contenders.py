@@ -1,7 +1,8 @@
-"""Who is measured: the fused op and what people use instead; and the floor under both.
+"""The contenders, which are the implementations to compare: the fused op, its rivals, and the plain add as the floor.
 
-On the op's level a contender is a function from `Operands` to the steered hidden state. On a model's level it takes a
-fresh, frozen model and steers it. Each that computes the fused op's function is checked to, before it is measured.
+A contender for the op is a function from `Operands` to the steered hidden state. A contender for models takes a fresh,
+frozen model and steers it. Contenders that claim to compute the fused op's function are checked before they are
+measured.
 """
 
 from __future__ import annotations
@@ -26,8 +27,12 @@ PHI: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "identity": lambda
 
 @dataclass
 class Operands:
-    """What one call reads. residual, branch, grad: (N, d) in the case's dtype; down (r, d), up (d, r) and basis (d, k)
-    in float32, as fused-steer keeps them, or, for the rivals, in the case's dtype, as theirs are."""
+    """The inputs of one call of the op.
+
+    Attributes:
+        residual, branch, grad: (N, d) in the case's dtype. `branch` is the sublayer's output.
+        down, up, basis: (r, d), (d, r) and (d, k). float32 for fused-steer; the case's dtype for the rivals.
+    """
 
     residual: Tensor
     branch: Tensor
@@ -38,14 +43,17 @@ class Operands:
     activation: str
 
     def weights_in(self, dtype: torch.dtype) -> Operands:
-        """The same with the adapter's weights cast to `dtype`."""
+        """Return these operands with the adapter's weights cast to `dtype`."""
         basis = None if self.basis is None else self.basis.to(dtype)
         return Operands(
             self.residual, self.branch, self.grad, self.down.to(dtype), self.up.to(dtype), basis, self.activation
         )
 
     def with_leaves(self) -> tuple[Operands, list[Tensor]]:
-        """The same, and those of them whose gradients are asked for; the residual stands for the branch too."""
+        """Return operands that require gradients, and the list of these leaves: residual, down, up.
+
+        The gradient of branch equals that of residual, so branch is no leaf.
+        """
         leaves = [t.detach().requires_grad_() for t in (self.residual, self.down, self.up)]
         residual, down, up = leaves
         return Operands(residual, self.branch, self.grad, down, up, self.basis, self.activation), leaves
@@ -58,7 +66,7 @@ def _orthonormal(hidden: int, columns: int, device: torch.device) -> Tensor:
 
 
 def make_operands(case: OpCase, device: torch.device, seed: int = 0) -> Operands:
-    """Fresh random operands; the shift is about as large as the hidden state."""
+    """Draw random operands; the shift is about as large as the hidden state."""
     generator = torch.Generator(device).manual_seed(seed)
     n, d, r = case.tokens, case.hidden, case.rank
 
@@ -66,7 +74,7 @@ def make_operands(case: OpCase, device: torch.device, seed: int = 0) -> Operands
         return torch.randn(*size, generator=generator, device=device, dtype=dtype)
 
     residual, branch, grad = (normal(n, d, dtype=DTYPES[case.dtype]) for _ in range(3))
-    # Rotating the rows of an orthonormal basis gives another, and takes no decomposition.
+    # Rotating the rows of an orthonormal basis gives another orthonormal basis, without a decomposition.
     basis = _orthonormal(d, case.basis, device).roll(seed, 0) if case.basis else None
     return Operands(residual, branch, grad, normal(r, d) / d**0.5, normal(d, r) / r**0.5, basis, case.activation)
 
@@ -78,7 +86,7 @@ def fused(x: Operands) -> Tensor:
 
 
 def hook(x: Operands) -> Tensor:
-    """The block's add, and the paper's forward hook after it."""
+    """Compute the block's residual add, then the paper's forward hook."""
     return _shifted(x.residual + x.branch, x.down, x.up, x.basis, x.activation)
 
 
@@ -101,23 +109,29 @@ def _whole_hook(residual, branch, down, up, basis, activation):
 
 @functools.cache
 def hook_compiled() -> Callable[[Operands], Tensor]:
-    """The hook under torch.compile, the add that it follows included: the best that a compiler makes of it."""
+    """Return the residual add and the hook, compiled together by torch.compile."""
     # A graph that is run backward twice must not give its buffers away.
     importlib.import_module("torch._functorch.config").donated_buffer = False
-    # Every size is compiled for itself, and there are more of them than dynamo has patience for.
+    # Every size is compiled separately, and there are more sizes than dynamo's default limit.
     dynamo = importlib.import_module("torch._dynamo.config")
     dynamo.recompile_limit = dynamo.accumulated_recompile_limit = 1 << 14
     return _tensors_of(torch.compile(_whole_hook, fullgraph=True, dynamic=False))
 
 
 def add(x: Operands) -> Tensor:
-    """The plain residual add: what the block pays unsteered, and the floor of the forward pass."""
+    """Compute the plain residual add: the cost of the unsteered block, and the floor of the forward pass."""
     return torch.add(x.residual, x.branch)
 
 
 @dataclass(frozen=True)
 class OpContender:
-    """name; call: makes its function; steers: it computes the op; master_weights: its adapter is in float32."""
+    """An implementation of the op, or a floor.
+
+    Attributes:
+        call: returns the function to measure.
+        steers: whether it computes the op.
+        master_weights: whether its adapter is in float32.
+    """
 
     name: str
     call: Callable[[], Callable[[Operands], Tensor]]
@@ -139,15 +153,17 @@ OP_CONTENDERS: dict[str, OpContender] = {
 
 
 def plain(case: OpCase, contender: OpContender, x: Operands) -> Operands:
-    """The operands as this contender has them."""
+    """Return the operands in the dtypes that this contender uses."""
     return x if contender.master_weights else x.weights_in(DTYPES[case.dtype])
 
 
 def op_errors(
     case: OpCase, contender: OpContender, device: torch.device, gradients: bool, seed: int = 1
 ) -> list[tuple[float, float]]:
-    """Relative errors of the contender's output and, with `gradients`, of those of residual, W1 and W2; each beside the
-    eager hook's. The truth is the hook in float64."""
+    """Return relative errors as pairs: the contender's and the eager hook's. The truth is the hook in float64.
+
+    One pair for the output; with `gradients` also one each for dx, dW1 and dW2.
+    """
     x = make_operands(case, device, seed)
     wide = {name: value.double() for name, value in vars(x).items() if isinstance(value, Tensor)}
 
@@ -171,7 +187,7 @@ def op_errors(
 
 
 def build(geometry: str, layers: int, dtype: str, device: torch.device, vocabulary: int | None = None) -> Any:
-    """A causal language model of a geometry with random weights, frozen; layers 0: all of them."""
+    """Build a frozen causal language model of a geometry with random weights; `layers` = 0 builds all its layers."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     model_type, sizes = GEOMETRIES[geometry]
@@ -193,7 +209,7 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 
 
 def adapter_weights(model: nn.Module, rank: int, seed: int = 2) -> list[tuple[Tensor, Tensor]]:
-    """W1 (r, d) and W2 (d, r) of every layer, the same for every contender of the model; of a small shift."""
+    """Draw W1 (r, d) and W2 (d, r) of every layer, with a small shift; every contender gets the same."""
     hidden = model.config.hidden_size
     generator = torch.Generator().manual_seed(seed)
     return [
@@ -215,14 +231,14 @@ def steer_fused(model: Any, rank: int) -> Any:
 
 @torch.no_grad()
 def set_adapter(model: Any, name: str, weights: list[tuple[Tensor, Tensor]]) -> None:
-    """Give an adapter of a patched model these weights."""
+    """Copy these weights into an adapter of a patched model."""
     for layer, (down, up) in zip(decoder_layers(model), weights, strict=True):
         layer.post_block.steer_down[name].weight.copy_(down)
         layer.post_block.steer_up[name].weight.copy_(up)
 
 
 class _Shift(nn.Module):
-    """The module of the paper's hook, in the model's dtype."""
+    """The steering module of the paper's hook, in the model's dtype."""
 
     def __init__(self, down: Tensor, up: Tensor, like: Tensor) -> None:
         super().__init__()
@@ -233,7 +249,7 @@ class _Shift(nn.Module):
 
 
 def steer_hook(model: Any, rank: int, compiled: bool = False) -> Any:
-    """The paper's way: a forward hook on every decoder layer."""
+    """Steer by a forward hook on every decoder layer, as the paper does."""
     for layer, (down, up) in zip(decoder_layers(model), adapter_weights(model, rank), strict=True):
         layer.shift = _Shift(down, up, next(layer.parameters()))
         shift = torch.compile(layer.shift, dynamic=False) if compiled else layer.shift
@@ -246,7 +262,7 @@ def steer_hook(model: Any, rank: int, compiled: bool = False) -> Any:
 
 
 def steer_hook_liger(model: Any, rank: int) -> Any:
-    """The hook, with every RMSNorm of the model by Liger's fused kernel."""
+    """Steer by hooks, and replace every RMSNorm of the model by Liger's fused kernel."""
     from liger_kernel.transformers import LigerRMSNorm
 
     gemma = "gemma" in model.config.model_type
@@ -262,23 +278,23 @@ def steer_hook_liger(model: Any, rank: int) -> Any:
 
 
 def steer_lora(model: Any, rank: int) -> Any:
-    """PEFT's LoRA, r = 8, on all linear layers."""
+    """Add PEFT's LoRA, r = 8, to all linear layers."""
     from peft import LoraConfig, get_peft_model
 
-    # get_peft_model wraps; what is measured keeps the interface of the model inside.
+    # get_peft_model returns a wrapper; the benchmark calls the model inside it.
     wrapped = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear"), autocast_adapter_dtype=False)
     return wrapped.base_model.model
 
 
 def steer_joint(model: Any, rank: int) -> Any:
-    """LoRA and steering trained together, the steering kept orthogonal to the LoRA at every step."""
+    """Add LoRA and steering; the steering is kept orthogonal to the LoRA at every training step."""
     from fused_steer import SteerConfig, patch_model
 
     return patch_model(steer_lora(model, rank), SteerConfig(rank=rank, orthogonal_to="lora"))
 
 
 class _Reft(nn.Module):
-    """A ReftModel behind the interface of the model inside, intervening at every position."""
+    """A ReftModel with the interface of the model inside it, intervening at every position."""
 
     def __init__(self, reft: Any) -> None:
         super().__init__()
@@ -302,7 +318,7 @@ class _Reft(nn.Module):
 
 
 def steer_loreft(model: Any, rank: int) -> Any:
-    """pyreft's LoReFT on every block's output."""
+    """Add pyreft's LoReFT to every block's output."""
     import pyreft
 
     hidden, dtype = model.config.hidden_size, model.dtype
@@ -322,7 +338,13 @@ def steer_loreft(model: Any, rank: int) -> Any:
 
 @dataclass(frozen=True)
 class ModelContender:
-    """name; steer: (model, rank) -> the steered model; needs: the packages; same: it computes the fused function."""
+    """A way to steer a model.
+
+    Attributes:
+        steer: takes (model, rank) and returns the steered model.
+        needs: the packages that it imports.
+        same: whether it computes the same function as fused-steer.
+    """
 
     name: str
     steer: Callable[[Any, int], Any]
@@ -354,7 +376,7 @@ _INSTALL = {
 
 
 def absent() -> dict[str, str]:
-    """Contender -> why it cannot be run here, with the command that installs what it lacks."""
+    """Return the contenders that cannot run here: name -> reason, with the command to install what is missing."""
     reasons: dict[str, str] = {}
     for contender in MODEL_CONTENDERS.values():
         lacking = [package for package in contender.needs if importlib.util.find_spec(package) is None]

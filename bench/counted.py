@@ -1,8 +1,8 @@
-"""Counts what the end of one decoder layer moves and launches: unsteered, with a hook, fused. Nothing is timed.
+"""Counts memory passes and kernel launches at the end of one decoder layer: unsteered, with a hook, fused.
 
 A unit is one tensor of N tokens × d, read or written by a kernel: one pass of the hidden state through memory.
-PyTorch's operations are counted as they are dispatched, ours as the launcher starts them. Views launch nothing. In the
-fused forward the second read of a tile, meant to come from L2, is no unit.
+PyTorch's operations are counted as they are dispatched, the fused kernels as the launcher starts them. Views launch
+nothing. The fused forward reads each tile twice; the second read should hit L2 and is not counted. Nothing is timed.
 """
 
 from __future__ import annotations
@@ -23,15 +23,20 @@ HIDDEN, RANK, TARGET = 4096, 8, "sm_90"
 
 @dataclass(frozen=True)
 class Count:
-    """Units moved by one pass of one layer's end, and kernels launched for it."""
+    """The units moved and the kernels launched by one pass through the end of one layer."""
 
     units: int
     launches: int
 
 
 class Counter(TorchDispatchMode):
-    """Counts dispatched operations that are no views; those that touch tensors of `numel` elements or more (large); and
-    these tensors (units)."""
+    """Counts dispatched operations, views excluded.
+
+    Attributes:
+        launches: all operations.
+        large: the operations that touch a tensor of at least `numel` elements.
+        units: the tensors of at least `numel` elements that operations touch.
+    """
 
     def __init__(self, numel: int) -> None:
         super().__init__()
@@ -48,7 +53,7 @@ class Counter(TorchDispatchMode):
 
 
 def count_operations(name: str) -> dict[str, Count]:
-    """The forward and the backward of a contender that is made of PyTorch operations: `add` or `hook`."""
+    """Count the forward and the backward of a contender made of PyTorch operations: `add` or `hook`."""
     case = OpCase(512, 64, 4, dtype="float32")
     x, leaves = contenders.make_operands(case, torch.device("cpu")).with_leaves()
     numel = case.tokens * case.hidden
@@ -61,7 +66,7 @@ def count_operations(name: str) -> dict[str, Count]:
 
 
 def count_launches(tokens: int) -> dict[str, Count]:
-    """The forward and the backward of the fused op, recorded instead of run."""
+    """Count the forward and the backward of the fused op; the launches are recorded, not run."""
     passes = record_passes(Case(tokens, HIDDEN, RANK, packed=tokens == MANY), TARGET)
     return {
         what: Count(sum(len(hidden_states(launch)) for launch in passes[what]), len(passes[what])) for what in PASSES
@@ -69,7 +74,7 @@ def count_launches(tokens: int) -> dict[str, Count]:
 
 
 def counted() -> dict[str, dict[str, Count]]:
-    """The counts of each contender, by pass."""
+    """Return the counts by contender and pass."""
     return {
         "unsteered": count_operations("add"),
         "hook": count_operations("hook"),

@@ -1,7 +1,7 @@
-"""What the hardware counts of our kernels, by Nsight Compute: the L2 hit rate, and why warps wait.
+"""Hardware counters of the fused kernels, read by Nsight Compute (`ncu`): L2 hit rate and stall reasons.
 
-`ncu` runs this module in a process of its own, `python -m bench.counters`, in which the op is called once on cold
-inputs. The figures say where a ratio comes from; they are no times, as ncu replays every kernel many times.
+`ncu` runs `python -m bench.counters` in a separate process, which calls the op once on cold inputs. The counters help
+to explain the timings. They are not timings themselves, because ncu replays every kernel many times.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ def is_here() -> bool:
 
 def command(case: OpCase, what: str) -> list[str]:
     counted = ["--metrics", f"{L2_HIT_RATE},dram__bytes_read.sum,dram__bytes_write.sum", "--section", "WarpStateStats"]
-    # Only what the child brackets is counted: neither compilation's own launches nor the making of inputs.
+    # Count only between cudaProfilerStart and cudaProfilerStop: no launches of the compilation or of making inputs.
     options = ["--csv", "--page", "raw", "--profile-from-start", "off", *counted]
     return ["ncu", *options, sys.executable, "-m", "bench.counters", json.dumps(asdict(case)), what]
 
 
 def read(text: str) -> list[tuple[str, dict[str, float]]]:
-    """(kernel, figure by name) of each launch in ncu's CSV: the metrics asked for, and a stall for each reason.
+    """Return (kernel, counters by name) for each launch in ncu's CSV: the metrics, and a stall ratio for each reason.
 
     Raises:
-        ValueError: there is no table of launches in the text.
+        ValueError: the text has no table of launches.
     """
     lines = text.splitlines()
     begin = next((place for place, line in enumerate(lines) if line.startswith('"ID"')), None)
@@ -62,12 +62,12 @@ def read(text: str) -> list[tuple[str, dict[str, float]]]:
                 figures[wanted] = float(value.replace(",", ""))
         found.append((row["Kernel Name"].partition("(")[0], figures))
     if not found:
-        raise ValueError("ncu counted no launch; expected those of the op")
+        raise ValueError("ncu counted no launch; expected the op's launches")
     return found
 
 
 def measure_counters(case: OpCase, what: str) -> list[Row]:
-    """A row for each launch and figure; `fused` has the L2 hit rates of all launches, in their order."""
+    """Run ncu and return a row for each launch and counter. The row `fused` has the L2 hit rate of each launch."""
     done = subprocess.run(command(case, what), cwd=ROOT, capture_output=True, text=True)
     whole = Row("counters", what, "fused", asdict(case))
     try:
@@ -84,7 +84,7 @@ def measure_counters(case: OpCase, what: str) -> list[Row]:
 
 
 def main(case: str, what: str) -> None:
-    """What ncu counts: one forward or backward pass of the fused op, after one that compiles it."""
+    """Run the pass that ncu counts: one forward or backward of the fused op, after one that compiles it."""
     from .levels import op_calls
 
     of_case, device = OpCase(**json.loads(case)), torch.device("cuda")

@@ -1,4 +1,4 @@
-"""The sizes of real models, and the grid of sizes on which the op is measured."""
+"""The sizes of real models, called geometries, and the sizes at which the op is measured."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 
-#: Sizes as published with each model. `vocab_size` is that of the whole model.
+#: Sizes as published with each model.
 GEOMETRIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma-3-1b": ("gemma3_text", {
         "hidden_size": 1152, "intermediate_size": 6912, "num_hidden_layers": 26, "num_attention_heads": 4,
@@ -28,7 +28,7 @@ GEOMETRIES: dict[str, tuple[str, dict[str, Any]]] = {
         "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
         "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256,
     }),
-    # For CPUs: a real one, and one that is none.
+    # For CPUs: a real model, and a made-up one.
     "SmolLM2-135M": ("llama", {
         "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
         "num_key_value_heads": 3, "head_dim": 64, "vocab_size": 49152, "tie_word_embeddings": True,
@@ -40,7 +40,7 @@ GEOMETRIES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 REAL = ("gemma-3-1b", "Llama-3.2-1B", "Qwen3-4B", "Llama-3.1-8B")
 
-#: A model cut to few layers also has a small vocabulary: else its head would be most of what is measured.
+#: A model cut to few layers also has a small vocabulary; otherwise its head would take most of the time.
 FEW_LAYERS, FEW_LAYERS_VOCABULARY = 4, 8192
 
 TOKENS = (1, 8, 64, 512, 4096, 16384)
@@ -51,7 +51,7 @@ BASIS = 8  # columns of V, the rank of the LoRA that it comes from
 
 @dataclass(frozen=True)
 class OpCase:
-    """One size of the op: N tokens, d = hidden, r = rank, φ, k = basis columns of V (0: none)."""
+    """One size of the op: N tokens, d = hidden, r = rank, φ, and k = columns of the basis V (0: no basis)."""
 
     tokens: int
     hidden: int
@@ -62,13 +62,13 @@ class OpCase:
 
     @property
     def unit_bytes(self) -> int:
-        """Bytes of one N × d tensor."""
+        """The bytes of one N × d tensor."""
         return self.tokens * self.hidden * DTYPES[self.dtype].itemsize
 
 
 @dataclass(frozen=True)
 class ModelCase:
-    """One size of a model: a geometry, its layers (0: all, with its whole vocabulary), batch × length tokens."""
+    """One size of a model: a geometry, its layers (0: all, with the whole vocabulary), batch × length tokens."""
 
     geometry: str
     layers: int
@@ -87,7 +87,7 @@ class ModelCase:
 
 @dataclass(frozen=True)
 class ProjectionCase:
-    """One size of Joint-Orth's projection: all layers' W2 (d, r) in float32, B (d, k = writers) in the case's dtype."""
+    """One size of the orthogonal projection: W2 (d, r) of each layer in float32, B (d, k = writers) in `dtype`."""
 
     layers: int = 32
     hidden: int = 4096
@@ -98,9 +98,9 @@ class ProjectionCase:
 
 @dataclass(frozen=True)
 class GroupedCase:
-    """One size of the op with an adapter for each token: N tokens of `adapters` different ones, all that there are.
+    """One size of the op with an adapter for each token: N tokens that share `adapters` adapters.
 
-    prefill: tokens of an adapter lie together, as prompts do; else in any order, as a batch that decodes.
+    prefill: the tokens of an adapter are adjacent, as in prompts. Otherwise they are in any order, as in decoding.
     """
 
     tokens: int
@@ -113,14 +113,16 @@ class GroupedCase:
 
     @property
     def unit_bytes(self) -> int:
-        """Bytes of one N × d tensor."""
+        """The bytes of one N × d tensor."""
         return OpCase(self.tokens, self.hidden, dtype=self.dtype).unit_bytes
 
 
 @dataclass(frozen=True)
 class HostCase:
-    """One size of a block's call as the host sees it: rows of one token, and layers of a model. The width decides
-    nothing there; it is one that all kernels take."""
+    """One size of the host-time benchmark: rows of one token, and the layers of a model.
+
+    The width hardly matters for host time; 256 is a width that all kernels accept.
+    """
 
     tokens: int = 8
     hidden: int = 256
@@ -132,8 +134,8 @@ class HostCase:
 
 @dataclass(frozen=True)
 class ServeCase:
-    """A batch served: a geometry, its layers (0: all), rows with a prompt of `length` tokens, in which `adapters`
-    different ones take turns."""
+    """A served batch: a geometry, its layers (0: all), and rows with a prompt of `length` tokens that use `adapters`
+    adapters in turn."""
 
     geometry: str
     layers: int
@@ -144,18 +146,18 @@ class ServeCase:
     rank: int = 8
 
     def __post_init__(self) -> None:
-        self.model  # noqa: B018 - which refuses what is unknown
+        self.model  # noqa: B018 - ModelCase checks geometry and dtype
         if not 1 <= self.adapters <= self.batch:
             raise ValueError(f"adapters is {self.adapters}; expected 1 to {self.batch}, the rows of the batch")
 
     @property
     def model(self) -> ModelCase:
-        """The model, and the tokens that it is given."""
+        """The size of the model and of its prompts."""
         return ModelCase(self.geometry, self.layers, self.batch, self.length, dtype=self.dtype, rank=self.rank)
 
 
 def op_grid() -> list[OpCase]:
-    """The whole grid, what decides the goals first: many tokens, rank 8, SiLU, no basis."""
+    """Return all sizes of the op. The sizes of the goals come first: many tokens, rank 8, SiLU, no basis."""
     by_importance = (4096, 16384, 8, 512, 64, 1)
     variants = [(r, a, k) for a, k, r in itertools.product(("silu", "identity"), (0, BASIS), RANKS)]
     return [
@@ -167,7 +169,7 @@ def op_grid() -> list[OpCase]:
 
 
 def grouped_grid() -> list[GroupedCase]:
-    """Decoding of every batch with one adapter, with some, and with as many as rows; prefill of few and of many."""
+    """Return all sizes with an adapter for each token: decoding with 1 to 256 adapters, prefill with 1 to 64."""
     decode = [
         GroupedCase(tokens, hidden, adapters)
         for hidden in (4096, 2048)
@@ -185,6 +187,7 @@ def grouped_grid() -> list[GroupedCase]:
 
 
 def serve_grid() -> list[ServeCase]:
-    """Llama-3.2-1B whole: 256 rows of one adapter to 256, then smaller batches in which each row has its own."""
+    """Return the served batches of the whole Llama-3.2-1B: 256 rows with 1 to 256 adapters, then smaller batches with
+    one adapter per row."""
     many = [ServeCase("Llama-3.2-1B", 0, 256, 256, adapters) for adapters in (256, 1, 16)]
     return many + [ServeCase("Llama-3.2-1B", 0, batch, 256, batch) for batch in (8, 64, 1)]

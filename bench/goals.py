@@ -1,4 +1,4 @@
-"""What is to be reached on an H100 in bf16, and whether a run reached it. The worst case of each goal counts."""
+"""The performance goals on an H100 in bf16, and their judgement from a run. The worst case of each goal counts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,12 @@ PROJECTION = {"layers": 32, "hidden": 4096, "writers": 8, "rank": 8}
 
 @dataclass(frozen=True)
 class Goal:
-    """text: in words; limit, at_most: value <= limit, or else >= limit; measure: the worst value, None without one."""
+    """A performance goal.
+
+    Attributes:
+        limit, at_most: the goal is met if value <= limit or, without `at_most`, if value >= limit.
+        measure: returns the worst value in the results, or None if nothing was measured.
+    """
 
     name: str
     text: str
@@ -30,7 +35,7 @@ class Goal:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A goal judged. met: None where it was not measured."""
+    """The judgement of a goal. `met` is None if nothing was measured."""
 
     name: str
     text: str
@@ -47,7 +52,7 @@ def _worst(values: Iterable[float], at_most: bool) -> float | None:
 def _pairs(
     results: Results, level: str, what: str, contender: str, other: str, **case: object
 ) -> Iterator[tuple[Row, Row]]:
-    """The rows of a contender, each with that of another on the very same case."""
+    """Yield pairs of rows of two contenders on the same case."""
     for row in results.find(level, what, contender, **case):
         for against in results.find(level, what, other, **row.case):
             yield row, against
@@ -75,7 +80,7 @@ def _op_ratio(what: str, contender: str, other: str, at_most: bool) -> Callable[
 
 
 def floor_seconds(results: Results, row: Row) -> float:
-    """Seconds in which this op row's floor of N × d tensors passes at the measured copy bandwidth."""
+    """Return the seconds that this row's pass takes at least: its least traffic at the measured copy bandwidth."""
     assert results.bandwidth is not None
     unit = row.case["tokens"] * row.case["hidden"] * DTYPES[row.case["dtype"]].itemsize
     return FLOOR_UNITS[row.what] * unit / results.bandwidth
@@ -100,7 +105,7 @@ def _bandwidth_share(results: Results) -> float | None:
 
 
 def _against(results: Results, changed: str, value: int, usual: int) -> float | None:
-    """The worst ratio, forward and backward, of a case to the same with `changed` at its usual value; many tokens."""
+    """Return the worst ratio of times with many tokens: the field `changed` at `value` over the same at `usual`."""
     ratios = []
     for what in ("forward", "backward"):
         for row in results.find("op", what, "fused", **{changed: value}):
@@ -120,7 +125,7 @@ def _decode(results: Results) -> float | None:
 
 
 def host_ratio(results: Results, what: str, contender: str, other: str) -> float | None:
-    """Host time of a contender over another's, the worst case; of each the lower decile, as noise only adds to it."""
+    """Return the worst ratio of two contenders' host times. It compares lower deciles, as noise only adds time."""
     return _worst((_low(a) / _low(b) for a, b in _pairs(results, "host", what, contender, other)), True)
 
 
@@ -135,8 +140,10 @@ def _host(what: str, other: str) -> Callable[[Results], float | None]:
 
 
 def _host_compiled(results: Results) -> float | None:
-    """A layer's share of a compiled call, less that of the same model with its steering off, over the eager call: which
-    counts for no more than its own goal allows, so that a slow one does not meet this."""
+    """Return the host time that steering adds to a layer of a compiled model, over the eager layer's host time.
+
+    The eager time counts for at most its own goal, so that a slow eager layer cannot meet this goal.
+    """
     ratios = []
     for fused, off in _pairs(results, "host", "compiled", "fused", "off"):
         for eager in results.find("host", "compiled", "eager", **fused.case):
@@ -154,7 +161,7 @@ def _train(contender: str, other: str, at_most: bool) -> Callable[[Results], flo
 
 
 def _joint(results: Results) -> float | None:
-    """Joint-orth's training step over what LoRA's takes and steering adds to the unsteered one."""
+    """Return the time of a training step with LoRA and orthogonal steering, over LoRA's step plus steering's part."""
     ratios = []
     for joint, lora in _pairs(results, "model", "train", "joint-orth", "lora", checkpointing=False, **WHOLE):
         for fused, unsteered in _pairs(results, "model", "train", "fused", "unsteered", **joint.case):
@@ -164,7 +171,7 @@ def _joint(results: Results) -> float | None:
 
 
 def _projection(results: Results) -> float | None:
-    """Microseconds for 32 layers, d = 4096, k = 8, r = 8."""
+    """Return the microseconds of the projection of 32 layers, d = 4096, k = 8, r = 8."""
     return _worst((1e6 * row.median for row in results.find("projection", "step", "fused", **PROJECTION)), True)
 
 
@@ -175,7 +182,7 @@ def _projection_over(rival: str) -> Callable[[Results], float | None]:
 
 
 def _served(results: Results) -> float | None:
-    """A replayed step of the whole model, each row by its own adapter or all by one, over the unsteered step."""
+    """Return the time of a replayed decode step over the unsteered step: one adapter per row, or one for all rows."""
     ratios = [
         _ratio(a, b)
         for contender in ("fused", "one-adapter")
@@ -186,13 +193,13 @@ def _served(results: Results) -> float | None:
 
 
 def _distinct(results: Results) -> float | None:
-    """The same of 256 rows with 256 adapters, over all by one."""
+    """Return the time of a replayed decode step of 256 rows: 256 adapters over one adapter."""
     pairs = _pairs(results, "serve", "decode-graph", "fused", "one-adapter", adapters=256, **WHOLE)
     return _worst((_ratio(a, b) for a, b in pairs if a.replayed and b.replayed), True)
 
 
 def _peak(results: Results) -> float | None:
-    """Extra peak memory in N × d tensors a layer."""
+    """Return the extra peak memory of training, in N × d tensors per layer."""
     found = []
     for row in results.find("memory", "peak", "fused", checkpointing=False):
         sizes = GEOMETRIES[row.case["geometry"]][1]
@@ -207,55 +214,57 @@ def _peak_checkpointed(results: Results) -> float | None:
     return _worst((100 * (_ratio(a, b) - 1) for a, b in pairs), True)
 
 
-#: Host time: on a GPU, or over the stub driver.
+#: Goals of host time, measured on a GPU or over the stub driver.
 HOST_GOALS = (
-    Goal("host", "block's call without gradient, host time: of the hooked block's", HOST_CALL, True,
+    Goal("host", "host time of a block's call without gradient, over the hooked block's", HOST_CALL, True,
          _host("call", "hook")),
-    Goal("host, training", "forward and backward in a model, host time: of the hooked blocks'", 0.75, True,
+    Goal("host, training", "host time of forward and backward in a model, over the hooked model's", 0.75, True,
          _host("train", "hook")),
-    Goal("host, rows", "rows by adapters of their own, host time: of a block hooked with gather and bmm", 0.4, True,
+    Goal("host, rows", "host time with one adapter per row, over a hook with gather and bmm", 0.4, True,
          _host("grouped", "gather-bmm")),
-    Goal("host, compiled", "a compiled layer's host time: of the eager one's, at most its goal", 1.5, True,
+    Goal("host, compiled", "host time of a compiled layer, over the eager layer's (at most its goal)", 1.5, True,
          _host_compiled),
 )  # fmt: skip
 
 GOALS = (
-    Goal("forward", "op forward, >= 4096 tokens, r <= 16: time of the plain add", 1.15, True,
+    Goal("forward", "op forward, >= 4096 tokens, r <= 16: time over the plain add's", 1.15, True,
          _op_ratio("forward", "fused", "add", True)),
-    Goal("forward / hook", "the same: times faster than the eager hook", 2.4, False,
+    Goal("forward / hook", "op forward: speed-up over the eager hook", 2.4, False,
          _op_ratio("forward", "hook", "fused", False)),
-    Goal("forward / compiled", "the same: times faster than the compiled hook", 1.6, False,
+    Goal("forward / compiled", "op forward: speed-up over the compiled hook", 1.6, False,
          _op_ratio("forward", "hook-compiled", "fused", False)),
-    Goal("forward bandwidth", "the same: share of the copy bandwidth", 0.85, False, _bandwidth_share),
-    Goal("backward", "op backward, >= 4096 tokens, r <= 16: time of its floor", 1.4, True, _over_floor("backward")),
-    Goal("backward / hook", "the same: times faster than the eager hook", 2.0, False,
+    Goal("forward bandwidth", "op forward: share of the copy bandwidth", 0.85, False, _bandwidth_share),
+    Goal("backward", "op backward, >= 4096 tokens, r <= 16: time over its floor", 1.4, True, _over_floor("backward")),
+    Goal("backward / hook", "op backward: speed-up over the eager hook", 2.0, False,
          _op_ratio("backward", "hook", "fused", False)),
-    Goal("rank 64", "r = 64: time of r = 8, >= 4096 tokens", 1.3, True, lambda r: _against(r, "rank", 64, 8)),
-    Goal("basis", "basis, k = 8: time of without, >= 4096 tokens", 1.05, True, lambda r: _against(r, "basis", 8, 0)),
-    Goal("decode", "decode step, 1-64 tokens, replayed: time of unsteered", 1.02, True, _decode),
-    Goal("train", "training step, Llama-3.2-1B: time of unsteered, frozen", 1.03, True,
+    Goal("rank 64", "op, r = 64, >= 4096 tokens: time over r = 8", 1.3, True, lambda r: _against(r, "rank", 64, 8)),
+    Goal("basis", "op with a basis, k = 8, >= 4096 tokens: time over none", 1.05, True,
+         lambda r: _against(r, "basis", 8, 0)),
+    Goal("decode", "decode step, 1-64 tokens, replayed: time over unsteered", 1.02, True, _decode),
+    Goal("train", "training step, Llama-3.2-1B: time over unsteered, frozen", 1.03, True,
          _train("fused", "unsteered", True)),
-    Goal("train / hook", "the same: times faster than the hooks", 1.15, False, _train("hook", "fused", False)),
-    Goal("joint", "joint-orth's training step: time of LoRA's and what steering adds", 1.02, True, _joint),
-    Goal("projection", "projection of 32 layers, d = 4096, k = r = 8, microseconds", 100, True, _projection),
-    Goal("projection / svd", "the same: times faster than a loop of thin SVDs", 100, False,
+    Goal("train / hook", "training step: speed-up over the hooks", 1.15, False, _train("hook", "fused", False)),
+    Goal("joint", "training step, joint-orth: time over LoRA's step plus steering's part", 1.02, True, _joint),
+    Goal("projection", "projection of 32 layers, d = 4096, k = r = 8: microseconds", 100, True, _projection),
+    Goal("projection / svd", "projection: speed-up over a loop of thin SVDs", 100, False,
          _projection_over("svd-loop")),
-    Goal("serving", "decode step by rows, 1-256 adapters, replayed: time of unsteered", 1.02, True, _served),
-    Goal("256 adapters", "the same of 256 adapters: time of one adapter for all rows", 1.10, True, _distinct),
+    Goal("serving", "decode step, one adapter per row, 1-256 adapters, replayed: time over unsteered", 1.02, True,
+         _served),
+    Goal("256 adapters", "decode step with 256 adapters: time over one adapter for all rows", 1.10, True, _distinct),
     Goal("fp16 error", "fp16, output and gradients: error from float64 over the hook's", 1.0, True, _fp16_error),
-    Goal("peak memory", "beyond unsteered: N x d tensors a layer", 1.0, True, _peak),
-    Goal("peak, checkpointing", "beyond unsteered, per cent", 0.5, True, _peak_checkpointed),
+    Goal("peak memory", "peak memory beyond unsteered: N x d tensors per layer", 1.0, True, _peak),
+    Goal("peak, checkpointing", "peak memory beyond unsteered, per cent", 0.5, True, _peak_checkpointed),
     *HOST_GOALS,
 )  # fmt: skip
 
 
 def evaluate(results: Results) -> list[Outcome]:
-    """Every goal judged by a run; those of a CPU judge none: no kernel was timed."""
+    """Judge every goal by a run. A run on a CPU judges none, because no kernel was timed."""
     return judge(GOALS, results if results.machine["kind"] == "gpu" else Results(results.machine))
 
 
 def judge(goals: Iterable[Goal], results: Results) -> list[Outcome]:
-    """Goals judged by whatever was measured."""
+    """Judge the goals by the measurements in `results`."""
     outcomes = []
     for goal in goals:
         value = goal.measure(results)

@@ -1,9 +1,9 @@
-"""`python -m bench.gpu --out DIR`: all that can be known of the kernels on this machine's GPU, most telling first.
+"""`python -m bench.gpu --out DIR`: test and measure the kernels on this machine's GPU, most important first.
 
-The gpu tests of fp16; accuracy in fp16, the op at 4096 and at 8 tokens, models, then the rest of the measurements, as
-far as nine minutes go; the other gpu tests, in a time of their own. `--part tests` and `--part measure` do one of
-both. What was done is in the results file after every step, so that an interrupted run loses one; the same command
-goes on where it stopped. No network, nothing to install: it runs from a checkout.
+A run has three parts: the GPU tests of fp16, the measurements (up to nine minutes), and the other GPU tests (up to nine
+minutes more). The measurements begin with the accuracy in fp16, the op at 4096 and at 8 tokens, and whole models.
+`--part tests` or `--part measure` limits the run. The results file is saved after every step. The same command resumes
+an interrupted run, which loses at most one step. It runs from a checkout, without a network.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ from .serving import SERVE_CONTENDERS, SERVE_RUNS, measure_serving
 
 PARTS = ("tests", "measure")
 COUNTS = ("passed", "failed", "error", "skipped", "xfailed")
-COUNTED = (4096, 4096)  # the tokens and width of which launches are counted: the other sizes launch alike
-LONGEST_STEP = 45.0  # seconds that have to be left for another step to begin
+COUNTED = (4096, 4096)  # tokens and width at which launches are counted; the other sizes launch the same kernels
+LONGEST_STEP = 45.0  # a step begins only if this many seconds are left
 
 
 @dataclass(frozen=True)
 class Step:
-    """One measurement. done: the keys of the rows that it makes, by which a resumed run knows that it has them."""
+    """One measurement: a case, and the contenders (`names`) that each make a row."""
 
     title: str
     level: str
@@ -93,7 +93,7 @@ def _op_step(case: OpCase, what: str, compiled: bool) -> Step:
 
 def _model_step(what: str, case: ModelCase) -> Step:
     size = f"{case.geometry}, {case.layers or 'all'} layers, {case.batch} x {case.length}"
-    # Joint training is a way to train: run, it is LoRA and steering.
+    # joint-orth differs from LoRA plus steering only in training.
     names = tuple(name for name in MODEL_CONTENDERS if what == "train" or name != "joint-orth")
     return Step(f"model {what} of {size}", "model", what, case, names)
 
@@ -128,8 +128,11 @@ def _counters_step(case: OpCase, what: str) -> Step:
 
 
 def all_steps(counted: bool = False) -> list[Step]:
-    """Everything, the most telling first: accuracy in fp16, the op at 4096 and at 8 tokens, models; then the rest of
-    the goals, and the rest. counted: ncu is there."""
+    """Return all measurements, most important first.
+
+    The order is: accuracy in fp16, the op at 4096 and at 8 tokens, whole models, the other goals, everything else.
+    counted: include the hardware counters, which need ncu.
+    """
     accuracy = [
         _accuracy_step(OpCase(tokens, hidden, rank, dtype=dtype))
         for dtype in ("float16", "bfloat16", "float32")
@@ -141,7 +144,7 @@ def all_steps(counted: bool = False) -> list[Step]:
         plain = deciding and not case.basis and case.rank in LOW_RANKS
         usual = case.rank == 8 and case.activation == "silu" and not case.basis
         for what in levels.OP_PASSES:
-            # The compiler takes seconds for each size: it is asked where a goal is at stake, and for decoding.
+            # torch.compile takes seconds for each size, so it is measured only for the goals and for decoding.
             compiled = (plain and case.rank == 8) or (case.tokens == 8 and usual)
             step = _op_step(case, what, compiled)
             if usual and case.tokens in (4096, 8) and what != "both":
@@ -179,7 +182,7 @@ def all_steps(counted: bool = False) -> list[Step]:
 
 
 def smoke_steps() -> list[Step]:
-    """One small step of every kind: shows on any machine that the run works, and measures nothing worth keeping."""
+    """Return one small step of every kind: a check, on any machine, that the run works."""
     op = OpCase(17, 64, 8, basis=4, dtype="float32")
     return [
         _accuracy_step(op),
@@ -203,7 +206,7 @@ def smoke_steps() -> list[Step]:
 
 
 _FP16 = "((float16 and not bfloat16) or fp16)"
-#: The gpu tests in groups, by pytest's -k, the most telling first. A run that is stopped goes on with the next group.
+#: The GPU tests in groups, selected by pytest's -k, most important first. A resumed run skips the finished groups.
 TEST_GROUPS = {
     "fp16": _FP16,
     "post_block": f"post_block and not {_FP16}",
@@ -212,8 +215,10 @@ TEST_GROUPS = {
 
 
 def run_gpu_tests(which: str, seconds: float, over: Sequence[str] = ("bench.checkout",)) -> dict[str, Any]:
-    """A group of the gpu tests in a process of its own: its counts and failures, with the end of its output. over: the
-    module that runs pytest, and options of its own."""
+    """Run the GPU tests that match `which` in a subprocess; return counts, failures and the end of the output.
+
+    over: the module that runs pytest, and its options.
+    """
     options = ["-m", "gpu", "-k", which, "-q", "--maxfail=20", "-p", "no:cacheprovider"]
     command = [sys.executable, "-m", *over, *options]
     if importlib.util.find_spec("xdist") is not None:
@@ -238,7 +243,7 @@ def run_gpu_tests(which: str, seconds: float, over: Sequence[str] = ("bench.chec
     found = re.findall(rf"(\d+) ({'|'.join(COUNTS)})", output[-400:])
     counts = {name: int(number) for number, name in found}
     return {
-        "exit": code,  # None: the time was up
+        "exit": code,  # None: timed out
         **counts,
         "failures": failed[:20],
         "tail": output[-3000:] if code else "",
@@ -253,9 +258,9 @@ def test_groups(
     time_left: Callable[[], float],
     say: Callable[[str], None] = print,
 ) -> int:
-    """Run the groups of gpu tests that `results` lacks, saving after each; the number of those that remain.
+    """Run the groups of GPU tests that `results` lacks, saving after each; return the number of groups that remain.
 
-    A group that was stopped, or ran with other tests than those there are now, is run again.
+    A group runs again if it was stopped, or if the test files have changed since.
     """
     digest = source_fingerprint(folders=("tests",))
     groups = dict((results.tests or {}).get("groups", {}))
@@ -277,7 +282,7 @@ def test_groups(
 
 
 def _tests_together(groups: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """One summary of the groups that have run. exit: None while one of all groups is missing or was stopped."""
+    """Return one summary of all groups. `exit` is None while a group is missing or was stopped."""
     codes = [groups[name]["exit"] if name in groups else None for name in TEST_GROUPS]
     counted = [key for key in COUNTS if any(key in of for of in groups.values())]
     return {
@@ -299,8 +304,10 @@ def measure(
     rounds: int | None = None,
     say: Callable[[str], None] = print,
 ) -> int:
-    """Run the steps that `results` lacks, saving after each; the number of those for which there was no time. A step
-    that fails has rows that say so, and the run goes on."""
+    """Run the steps that `results` lacks, saving after each; return the number of steps for which no time was left.
+
+    If a step fails, its rows say so and the run goes on.
+    """
     pending = [step for step in steps if not step.is_done(results)]
     for number, step in enumerate(pending):
         if time_left() < LONGEST_STEP:
@@ -308,7 +315,7 @@ def measure(
         begin = time.monotonic()
         try:
             rows = step.run(device, rounds)
-        except Exception as error:  # time on a GPU is dear: the others are measured
+        except Exception as error:  # GPU time is expensive: measure the other steps
             status = levels.in_words(error)
             rows = [Row(step.level, step.what, name, asdict(step.case), status=status) for name in step.names]
         levels.release(device)
@@ -322,7 +329,7 @@ def measure(
 
 
 def _check_alive(device: torch.device, step: Step) -> None:
-    """After an illegal access a process can do nothing more on a GPU: what it would go on to report means nothing.
+    """Check that the GPU still works. After an illegal memory access every later result of the process is invalid.
 
     Raises:
         RuntimeError: the GPU does not answer any more.
@@ -331,11 +338,11 @@ def _check_alive(device: torch.device, step: Step) -> None:
         timing.synchronize(device)
     except RuntimeError as error:
         line = " ".join(str(error).split())[:120]
-        raise RuntimeError(f"the GPU failed at {step.title}: {line}; what came before it is kept") from None
+        raise RuntimeError(f"the GPU failed at {step.title}: {line}; the earlier results are kept") from None
 
 
 def goal_lines(results: Results) -> Iterator[str]:
-    """The table that the run ends with: each goal, measured, met or not."""
+    """Yield the closing table of a run: each goal, its measured value, and whether it is met."""
     machine = results.machine
     yield f"{machine['device']}, torch {machine['versions']['torch']}, triton {machine['versions']['triton']}"
     bandwidth = "not measured" if results.bandwidth is None else f"{results.bandwidth / 1e9:.0f} GB/s"
@@ -355,7 +362,7 @@ def goal_lines(results: Results) -> Iterator[str]:
         yield f"{outcome.name:<20} {outcome.limit:>8} {value:>9}  {met:<12} {outcome.text}"
     missed = sum(row.status != "ok" for row in results.rows)
     if missed:
-        yield f"{missed} rows without figures: not run, out of memory or failed; the results file says which and why"
+        yield f"{missed} rows have no figures (not run, out of memory or failed); the results file has the reasons"
 
 
 def _device(smoke: bool) -> torch.device:
@@ -368,15 +375,15 @@ def _device(smoke: bool) -> torch.device:
 
 def main(
     out: Annotated[Path | None, typer.Option(help="Directory for the results file.")] = None,
-    minutes: Annotated[float, typer.Option(help="For measurements; the same command goes on from there.")] = 9.0,
-    test_minutes: Annotated[float, typer.Option(help="For the gpu tests, which are no part of the other.")] = 9.0,
-    part: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(PARTS)}; both without.")] = None,
-    smoke: Annotated[bool, typer.Option(help="Small sizes only, on a CPU too: does the run work?")] = False,
+    minutes: Annotated[float, typer.Option(help="Time limit of the measurements. Run again to go on.")] = 9.0,
+    test_minutes: Annotated[float, typer.Option(help="Time limit of the GPU tests, beside --minutes.")] = 9.0,
+    part: Annotated[list[str] | None, typer.Option(help=f"One of {', '.join(PARTS)}. Default: both.")] = None,
+    smoke: Annotated[bool, typer.Option(help="Small sizes only, also on a CPU, to check that the run works.")] = False,
     rehearse: Annotated[
-        bool, typer.Option(help="All of it without a GPU, over a driver that does nothing; no figure, no file.")
+        bool, typer.Option(help="Run every step without a GPU, over a driver that does nothing. Writes no results.")
     ] = False,
 ) -> None:
-    """Test and measure everything on this machine's GPU, most telling first, and judge the goals."""
+    """Test and measure everything on this machine's GPU, most important first, and judge the goals."""
     parts = part or list(PARTS)
     if rehearse and not set(parts) - set(PARTS) and out is None:
         from .rehearsal import rehearse as run_rehearsal
@@ -408,7 +415,7 @@ def main(
     for line in goal_lines(results):
         typer.echo(line)
     if remaining or interrupted:
-        typer.echo(f"{interrupted}{remaining or 'some'} steps remain: the same command goes on with them")
+        typer.echo(f"{interrupted}{remaining or 'some'} steps remain; run the same command to go on")
     typer.echo(f"results: {file}")
     if interrupted or (results.tests or {}).get("exit"):
         raise typer.Exit(1)
@@ -423,8 +430,11 @@ def run_parts(
     test_seconds: float,
     smoke: bool = False,
 ) -> tuple[str, int]:
-    """The parts of a run that `results` lacks: the tests of fp16, the measurements, the other tests. Why it ended
-    early, or "", and the number of steps that remain."""
+    """Run the parts that `results` lacks: the tests of fp16, the measurements, the other tests.
+
+    Returns:
+        Why the run ended early ("" if it did not), and the number of steps that remain.
+    """
     testing, measuring = _clock(test_seconds), _clock(seconds)
     first, *others = TEST_GROUPS
     tested = "tests" in parts and device.type == "cuda"
@@ -454,7 +464,7 @@ def run_parts(
 
 
 class _clock:
-    """Counts down while it is entered, and may be entered again."""
+    """A timer that counts down inside its `with` block and may be entered several times."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds

@@ -1,4 +1,4 @@
-"""The op with an adapter for each token: ours, the same with one adapter for all, and a gather of weights with bmm."""
+"""Benchmark of the op with an adapter for each token, against a gather of weights with bmm, and one adapter for all."""
 
 from __future__ import annotations
 
@@ -19,8 +19,14 @@ from .timing import Timed
 
 @dataclass(frozen=True)
 class Tables:
-    """What one call reads. residual, branch: (N, d) in the case's dtype; downs (A, r, d) and ups (A, d, r): float32, as
-    fused-steer keeps them, or, for the rivals, in the case's dtype; ids (N,) int32; gain (N,) float32."""
+    """The inputs of one call: hidden states, tables of A adapters, and each token's adapter.
+
+    Attributes:
+        residual, branch: (N, d) in the case's dtype.
+        downs, ups: (A, r, d) and (A, d, r). float32 for fused-steer; the case's dtype for the rivals.
+        ids: (N,) int32, the adapter of each token.
+        gain: (N,) float32, the strength of each token.
+    """
 
     residual: Tensor
     branch: Tensor
@@ -32,7 +38,7 @@ class Tables:
 
 
 def make_tables(case: GroupedCase, device: torch.device, seed: int = 0) -> Tables:
-    """Fresh random operands. Which token has which adapter is drawn; each adapter has as many, give or take one."""
+    """Draw random operands. Tokens get adapters at random; the adapters' numbers of tokens differ by at most one."""
     generator = torch.Generator(device).manual_seed(seed)
     n, d, r, a = case.tokens, case.hidden, case.rank, case.adapters
 
@@ -57,14 +63,14 @@ def fused(x: Tables) -> Tensor:
 
 
 def one_adapter(x: Tables) -> Tensor:
-    """The op of one adapter: the first, for every token."""
+    """Compute the op with the first adapter for every token."""
     from fused_steer import post_block
 
     return post_block(x.residual, x.branch, x.downs[0], x.ups[0], activation=x.activation, gain=x.gain)
 
 
 def gather_bmm(x: Tables) -> Tensor:
-    """The same function with a copy of its adapter for each token; one without adapter is left as it is, to the bit."""
+    """Compute the op by copying each token's adapter and bmm. A token without adapter stays unchanged bit for bit."""
     h = x.residual + x.branch
     slots = x.ids.clamp(min=0)
     a = torch.bmm(x.downs[slots], h.unsqueeze(2))
@@ -79,7 +85,12 @@ def add(x: Tables) -> Tensor:
 
 @dataclass(frozen=True)
 class GroupedContender:
-    """call; same: it computes the op; master_weights: its adapters are in float32."""
+    """An implementation of the op with an adapter for each token, or a floor.
+
+    Attributes:
+        same: whether it computes this op.
+        master_weights: whether its adapters are in float32.
+    """
 
     call: Callable[[Tables], Tensor]
     same: bool = True
@@ -96,15 +107,18 @@ GROUPED_CONTENDERS: dict[str, GroupedContender] = {
 
 
 def plain(case: GroupedCase, name: str, x: Tables) -> Tables:
-    """The operands as this contender has them."""
+    """Return the operands in the dtypes that this contender uses."""
     if GROUPED_CONTENDERS[name].master_weights:
         return x
     return replace(x, downs=x.downs.to(DTYPES[case.dtype]), ups=x.ups.to(DTYPES[case.dtype]))
 
 
 def check(case: GroupedCase, name: str, device: torch.device) -> str:
-    """What is wrong with a contender, or "": it must be at most twice as far from float64 as gather-bmm in the same
-    dtype (plus 1e-6), also with tokens that have no adapter, and leave these as they are to the bit."""
+    """Return what is wrong with a contender, or "".
+
+    Its error from float64 must be at most twice that of gather-bmm in the same dtype, plus 1e-6. Tokens without adapter
+    must stay unchanged bit for bit.
+    """
     small = replace(case, tokens=min(case.tokens, 512), adapters=min(case.adapters, case.tokens, 64))
     x = make_tables(small, device, seed=1)
     x = replace(x, ids=x.ids.masked_fill(torch.arange(small.tokens, device=device) % 7 == 3, -1))
@@ -115,12 +129,12 @@ def check(case: GroupedCase, name: str, device: torch.device) -> str:
     if not ours <= 2 * theirs + 1e-6:
         return f"wrong: relative error {ours:.2e}; expected at most twice gather-bmm's, {theirs:.2e}"
     if not torch.equal(out[x.ids < 0], add(x)[x.ids < 0]):
-        return "wrong: a token without adapter is changed; expected every bit of it"
+        return "wrong: a token without adapter is changed; expected it unchanged bit for bit"
     return ""
 
 
 class _Allocations(TorchDispatchMode):
-    """Counts the bytes of the tensors that operations make; views make none."""
+    """Counts the bytes of the tensors that operations allocate."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -143,7 +157,7 @@ class _Allocations(TorchDispatchMode):
 
 
 def made_bytes(call: Callable[[], Tensor]) -> int:
-    """Bytes of all tensors that a call makes, but for its result. Exact on any machine."""
+    """Return the bytes of all tensors that a call allocates, its result excluded. Exact on any machine."""
     with torch.no_grad(), _Allocations() as made:
         out = call()
     return made.nbytes - out.untyped_storage().nbytes()
@@ -152,7 +166,7 @@ def made_bytes(call: Callable[[], Tensor]) -> int:
 def measure_grouped(
     case: GroupedCase, device: torch.device, names: Sequence[str], rounds: int = 20, count: bool = False
 ) -> list[Row]:
-    """Time the op for each contender, interleaved, and count what it makes; one that is wrong has no figures."""
+    """Time each contender, interleaved, and count the bytes it allocates. A contender that is wrong gets no figures."""
     rows = {name: Row("grouped", "forward", name, asdict(case)) for name in names}
     sizes = []
     try:

@@ -1,21 +1,20 @@
-"""`python -m bench.host`: what a steered block costs the host, against the hooked block that it replaces.
+"""`python -m bench.host`: host time of a steered block's call, against a hooked block's.
 
-Below a few hundred tokens a GPU waits for Python. So a call of the block is measured until the kernel is launched: on
-a GPU, or over the stub driver, where CPU tensors play the device's and no kernel runs. A layer is a block that does
-nothing but its residual add, in a model that `patch_model` patches; every contender runs in one process, in turns.
+Below a few hundred tokens a GPU waits for Python, so host time matters. It is measured up to the launch of the kernel:
+on a GPU, or over the stub driver, where CPU tensors stand in for GPU tensors and no kernel runs. A layer here is
+nothing but its residual add, in a model patched by `patch_model`. All contenders run in one process, in turns.
 
-    call      one layer, without gradient, at decode
-    train     forward and backward of all layers in one graph, a layer
-    grouped   one layer in `steering.batch`, rows by adapters of their own
-    compiled  all layers under torch.compile, without gradient, a layer. `off` is the same model with its steering off,
-              a graph of plain adds behind the same hooks and guards on modules: what a compiled call costs without a
-              layer's steering, which the goal subtracts. What the adapters cost as a graph's inputs is steering's.
+    call      one layer without gradient, as in decoding
+    train     forward and backward of all layers in one graph, per layer
+    grouped   one layer in `steering.batch`, with one adapter per row
+    compiled  all layers under torch.compile, without gradient, per layer. `off` is the same compiled model with its
+              steering off: plain adds under the same hooks and guards. The goal subtracts its time. The time that
+              adapters cost as inputs of the graph counts as steering's.
 
-The hook is four PyTorch operations behind the add: F.linear, SiLU, F.linear, add; that of the rows is seven, which copy
-each row's weights first. Over the stub driver the rivals'
-tensors are tiny, so that they cost their dispatch and no arithmetic; on a card each of their operations has a launch
-besides, which the stub leaves out of both sides. A figure is the lower decile of CPU seconds: whatever else runs on
-the machine only adds to a sample. Only ratios are worth quoting.
+The hook runs four PyTorch operations after the add: F.linear, SiLU, F.linear, add. The hook of `grouped` runs seven, of
+which the first copy each row's weights. Over the stub driver the rivals' tensors are tiny, so that only dispatch is
+measured. On a GPU each operation also costs a launch; the stub leaves launches out on both sides. A figure is the lower
+decile of CPU seconds, because other load on the machine only adds time. Quote only ratios.
 """
 
 from __future__ import annotations
@@ -49,17 +48,17 @@ HOST_CONTENDERS = {
 }
 RIVALS_ON_HOST = {"call": "hook", "train": "hook", "grouped": "gather-bmm", "compiled": "eager"}
 TINY = HostCase(tokens=2, hidden=8, rank=2, adapters=2, dtype="float32")
-CALLS = 20  # of one sample: what the turn of another contender put out of the caches is soon there again
+CALLS = 20  # calls of one sample: enough to warm the caches again after another contender's turn
 
 Call = Callable[[], Any]
 
 
 class Block(nn.Module):
-    """A decoder layer, all but its last residual add left out."""
+    """A decoder layer that only does the last residual add."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.part = nn.Identity()  # a list of modules without parts is none of decoder layers
+        self.part = nn.Identity()  # patch_model takes no list of childless modules for decoder layers
 
     def forward(self, residual: Tensor, branch: Tensor) -> Tensor:
         hidden_states = residual + branch
@@ -67,7 +66,7 @@ class Block(nn.Module):
 
 
 class Chain(nn.Module):
-    """A model of such layers. Each adds the branch of its place, or all the same one."""
+    """A model of `Block` layers. Each layer adds its own branch, or all layers add the same one."""
 
     def __init__(self, case: HostCase) -> None:
         super().__init__()
@@ -81,7 +80,7 @@ class Chain(nn.Module):
 
 
 def _hidden(case: HostCase, device: torch.device, gradient: bool = False) -> Tensor:
-    """(rows, 1, d), as a decoding step has it."""
+    """Draw the hidden states of a decode step: (rows, 1, d)."""
     shape = (case.tokens, 1, case.hidden)
     return torch.randn(shape, dtype=DTYPES[case.dtype], device=device, requires_grad=gradient)
 
@@ -98,7 +97,7 @@ def patched(case: HostCase, device: torch.device) -> Chain:
 
 
 def hooked(case: HostCase, device: torch.device, modules: bool = False) -> Chain:
-    """modules: the hook's operations as modules, which is how such code is mostly written."""
+    """Build a model with the paper's forward hook on every layer. modules: the hook calls nn.Modules, as is common."""
     model = Chain(case).to(device)
     options = {"dtype": DTYPES[case.dtype], "device": device}
     for layer in model.layers:
@@ -125,7 +124,7 @@ def hooked(case: HostCase, device: torch.device, modules: bool = False) -> Chain
 def _layer_call(model: Chain, case: HostCase, device: torch.device) -> Call:
     layer, x, branch = model.layers[0], _hidden(case, device), _hidden(case, device)
 
-    def call(keep: Chain = model) -> Any:  # with the model goes a batch that it runs
+    def call(keep: Chain = model) -> Any:  # the call keeps the model alive, and with it the model's batch
         return layer(x, branch)
 
     return call
@@ -151,7 +150,7 @@ def _block_contenders(
 
 
 def gathered(case: HostCase, device: torch.device) -> Chain:
-    """Hooks that copy each row's weights: two gathers and two batched products, without strengths and slots."""
+    """Build a model with hooks that copy each row's weights: two gathers and two batched products."""
     dtype = DTYPES[case.dtype]
     model = Chain(case).to(device)
     ids = torch.arange(case.tokens, device=device) % case.adapters
@@ -176,7 +175,7 @@ def _grouped_contenders(case: HostCase, small: HostCase, device: torch.device) -
         model.steering.add(name, SteerConfig(rank=case.rank))
     model.batch = model.steering.batch([names[row % len(names)] for row in range(case.tokens)])
     model.batch.__enter__()  # lasts as long as the model
-    model(_hidden(case, device), _hidden(case, device))  # a pass: where the rows are is worked out once for all layers
+    model(_hidden(case, device), _hidden(case, device))  # the first pass prepares the batch for all layers
     return {
         "fused": _layer_call(model, case, device),
         "gather-bmm": _layer_call(gathered(small, device), small, device),
@@ -213,7 +212,7 @@ _MAKERS: dict[str, Callable[[HostCase, HostCase, torch.device], dict[str, Call]]
 
 
 def count_launches(call: Call, device: torch.device) -> int | None:
-    """Kernels that a call launches: on a GPU all of them, over the stub driver ours; None without either."""
+    """Count the kernels that a call launches: all on a GPU, only Triton's over the stub driver, else None."""
     from .stub import active
 
     stub = active()
@@ -225,8 +224,10 @@ def count_launches(call: Call, device: torch.device) -> int | None:
 
 
 def interleave(calls: dict[str, Call], device: torch.device, rounds: int, number: int) -> dict[str, list[float]]:
-    """CPU seconds of each call, all of them in turns: of this thread; on a GPU of the process, because backward passes
-    run in another thread there."""
+    """Measure the CPU seconds of each call, with the calls in turns.
+
+    On a CPU the clock is this thread's. On a GPU it is the process's, because the backward runs in another thread.
+    """
     clock = time.process_time_ns if device.type == "cuda" else time.thread_time_ns
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
@@ -250,10 +251,10 @@ def interleave(calls: dict[str, Call], device: torch.device, rounds: int, number
 
 
 def measure_host(case: HostCase, what: str, device: torch.device, rounds: int = 150) -> list[Row]:
-    """Host time of one kind of call, for each contender. On a CPU over the stub driver, or it says nothing.
+    """Measure the host time of one kind of call for each contender. On a CPU this needs the stub driver.
 
     Raises:
-        ValueError: no such call.
+        ValueError: there is no such kind of call.
     """
     if what not in _MAKERS:
         raise ValueError(f"what is {what!r}; expected one of {', '.join(_MAKERS)}")
@@ -278,7 +279,7 @@ def measure_host(case: HostCase, what: str, device: torch.device, rounds: int = 
 
 
 def lines(results: Results) -> list[str]:
-    """The table of ratios, and each goal met or not."""
+    """Return the lines of the table of ratios, and a line for each goal."""
     found = [f"{'':10} {'':14} {'µs':>8} {'x rival':>8} {'launches':>9}"]
     for what in HOST_CONTENDERS:
         for row in results.rows:
@@ -297,11 +298,13 @@ def lines(results: Results) -> list[str]:
 
 
 def main(
-    what: Annotated[list[str] | None, typer.Argument(help=f"Of {', '.join(HOST_CONTENDERS)}; all without.")] = None,
-    rounds: Annotated[int, typer.Option(help="Samples of each contender.")] = 150,
-    as_json: Annotated[bool, typer.Option("--json", help="Rows as JSON instead of the table.")] = False,
+    what: Annotated[
+        list[str] | None, typer.Argument(help=f"Some of {', '.join(HOST_CONTENDERS)}. Default: all.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Number of samples of each contender.")] = 150,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON instead of the table.")] = False,
 ) -> None:
-    """Measure the host's share of a block's call, on a GPU or over the stub driver."""
+    """Measure the host time of a block's call, on a GPU or over the stub driver."""
     if torch.cuda.is_available():
         device, kind = torch.device("cuda", torch.cuda.current_device()), "gpu"
     else:

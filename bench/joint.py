@@ -1,11 +1,11 @@
-"""`python -m bench.joint`: does joint adaptation gain by orthogonality? LoRA, steering, and both, on ListOps, on a CPU.
+"""`python -m bench.joint`: LoRA, steering and both, trained on ListOps on a CPU. Does the orthogonal constraint help?
 
 Four methods train SmolLM2-135M-Instruct on the same expressions in the same order: LoRA alone, steering alone, both
-without a constraint, and both with `SteerConfig(orthogonal_to="lora")` (Joint-Orth, arXiv 2603.00425, §5.2). Each is
-run with every seed, and tested once, when trained. A run that is in the results file is not repeated, so that the same
-command goes on where it stopped. `--report` turns the file into `docs/joint-listops.md`, whichever way it came out.
+without a constraint, and both with `SteerConfig(orthogonal_to="lora")` (Joint-Orth, arXiv 2603.00425, §5.2). Each
+method runs with every seed and is tested once, after training. A run that is in the results file is not repeated, so
+the same command resumes an interrupted experiment. `--report` writes `docs/joint-listops.md` from the file.
 
-The settings below were fixed before the first run, within the paper's ranges; nothing was chosen by the held-out set.
+The settings were fixed before the first run, within the paper's ranges. Nothing was chosen on the held-out set.
 """
 
 from __future__ import annotations
@@ -35,23 +35,25 @@ METHODS = {"lora": "LoRA", "steering": "steering", "joint": "naive joint", "join
 JOINT = ("joint", "joint-orth")
 OPERATORS, DEPTH = ("MAX", "MIN", "MED", "SM"), 2
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-DATA_SEED = 0  # of the expressions; the seed of a run chooses its own part of them, and its initial values
+DATA_SEED = 0  # the seed of the expressions; a run's own seed selects its part of them and its initial values
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-BINS = 101  # of the cosine, over -1 to 1; the middle one is centred on 0
-LAST = 20  # steps whose mean loss is the final loss
+BINS = 101  # bins of the cosine from -1 to 1; the middle bin is centred on 0
+LAST = 20  # the final loss is the mean loss of this many last steps
 _TESTED_AT_ONCE = 50
 
 
 @dataclass(frozen=True)
 class Settings:
-    """All that a result depends on, beside method, seed and machine. The learning rate rises over `warmup` steps, and
-    falls to 0 as a cosine over all steps."""
+    """The settings that all runs share.
+
+    The learning rate rises linearly over `warmup` steps and falls to 0 as a cosine over all steps.
+    """
 
     model: str | None = None
     steps: int = 150
     batch_size: int = 8
     held_out: int = 200
-    threads: int = 1  # on a machine in use, as fast as two or faster
+    threads: int = 1  # on a busy machine one thread is as fast as two
     lora_rank: int = 8
     lora_alpha: int = 16
     lora_lr: float = 5e-4
@@ -68,7 +70,7 @@ class Settings:
 
 
 def results_file(out: Path) -> Path:
-    """A folder of its own: `bench.report` reads every results file that lies in `out` itself."""
+    """Return the path of the results file. It lies in a subfolder, because `bench.report` reads every file in `out`."""
     return out / "joint" / "listops-cpu.json"
 
 
@@ -76,7 +78,10 @@ def results_file(out: Path) -> Path:
 
 
 def draw(settings: Settings, seed: int) -> tuple[list[Any], list[Any]]:
-    """The held-out expressions, the same for every seed, and those that this seed trains on; none is drawn twice."""
+    """Draw the held-out expressions, which are the same for every seed, and this seed's training expressions.
+
+    No expression is drawn twice.
+    """
     from fused_steer.tools.listops import distinct
 
     count = settings.steps * settings.batch_size
@@ -86,7 +91,10 @@ def draw(settings: Settings, seed: int) -> tuple[list[Any], list[Any]]:
 
 
 def adapt(model: Any, method: str, settings: Settings, seed: int) -> tuple[Any, list[dict[str, Any]]]:
-    """The model with the method's adapters, and the optimizer's groups. A seed's adapters start the same in all."""
+    """Add the method's adapters; return the model and the optimizer's parameter groups.
+
+    With one seed the adapters start from the same values in every method.
+    """
     import torch
     from peft import LoraConfig, get_peft_model
 
@@ -111,7 +119,7 @@ def adapt(model: Any, method: str, settings: Settings, seed: int) -> tuple[Any, 
 
 
 def train(model: Any, groups: list[dict[str, Any]], batches: Sequence[Any], settings: Settings, label: str) -> Any:
-    """One AdamW step a batch: the loss and the seconds of each.
+    """Train with one AdamW step per batch; return the losses and the seconds of the steps.
 
     Raises:
         RuntimeError: the loss is no longer finite.
@@ -148,7 +156,7 @@ def train(model: Any, groups: list[dict[str, Any]], batches: Sequence[Any], sett
 
 
 def test(model: Any, encoder: Any, expressions: Sequence[Any]) -> dict[str, Any]:
-    """Exact matches, a 0 or 1 for each expression, and the mean loss of the answers' tokens."""
+    """Test the model: an exact match (0 or 1) for each expression, and the mean loss of the answers' tokens."""
     import torch
 
     from fused_steer.tools.demo import answer_loss, complete, is_exact
@@ -169,13 +177,13 @@ def test(model: Any, encoder: Any, expressions: Sequence[Any]) -> dict[str, Any]
 
 
 class Shifts:
-    """The steering shift W2 φ(W1 x) and the LoRA shift of the MLP's output projection, (α/r) B A m, of every layer.
+    """Computes two shifts of every layer: steering's W2 φ(W1 x), and (α/r) B A m of the LoRA on the MLP's output.
 
-    x is the hidden state that is steered, m what the projection reads; both are (B, T, ...) of one forward pass.
+    x is the hidden state before steering, m the input of the MLP's output projection, both of one forward pass.
     """
 
     def __init__(self, model: Any, settings: Settings) -> None:
-        """Find the modules, in a model that has both adapters and is not trained yet."""
+        """Find the steered layers and the MLP's LoRA modules of an untrained model with both adapters."""
         from fused_steer.adapters.parameters import SITE
         from fused_steer.lora.writers import choose_writers, trace_writers
         from fused_steer.model.decoder import find_decoder, inside_peft
@@ -183,13 +191,13 @@ class Shifts:
         self.settings = settings
         decoder = find_decoder(inside_peft(model))
         layers = dict(enumerate(decoder.layers))
-        with model.steering.disabled():  # the pass of the trace trains nothing
+        with model.steering.disabled():  # the tracing pass must not count as a training pass
             writers = trace_writers(decoder.module, layers, decoder.hidden)
         self.sites = [getattr(layer, SITE) for layer in decoder.layers]
         self.writers = [[w.module for w in choose_writers(writers[i], "mlp")] for i in layers]
 
     def of_batch(self, model: Any, inputs: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
-        """Both shifts of each layer, (tokens, d) each, without those of the padding."""
+        """Yield both shifts of each layer, each (tokens, d) without the padding."""
         import torch
         import torch.nn.functional as F
         from fused_steer.kernels.torch_backend import ACTIVATIONS
@@ -219,7 +227,7 @@ class Shifts:
                 yield steering, lora
 
     def weight_overlap(self) -> list[float]:
-        """‖BᵀW2‖ / (‖B‖ ‖W2‖) of each layer, Frobenius, in float64."""
+        """Compute ‖BᵀW2‖ / (‖B‖ ‖W2‖) of each layer with Frobenius norms in float64."""
         import torch
 
         found = []
@@ -231,10 +239,10 @@ class Shifts:
 
 
 def overlap(model: Any, encoder: Any, expressions: Sequence[Any], shifts: Shifts) -> dict[str, Any]:
-    """The cosine between the two shifts over all tokens of the prompts: its quantiles by layer, a histogram of all.
+    """Measure the cosine between the two shifts over all prompt tokens: quantiles by layer, and one histogram.
 
     Raises:
-        RuntimeError: a layer has no token with both shifts, so that there is no cosine.
+        RuntimeError: a layer has no token with both shifts, so there is no cosine.
     """
     import torch
 
@@ -290,11 +298,11 @@ def run_one(base: Any, encoder: Any, method: str, seed: int, settings: Settings,
 
 
 def run_all(file: Path, settings: Settings, seeds: Sequence[int]) -> None:
-    """Every method with every seed that is not in the file yet, a seed after the other; saved after each run.
+    """Run every method with every seed, except the runs already in the file; save after each run.
 
     Raises:
-        ValueError: the file is of other settings, or is no results file; or the model is none that can be adapted.
-        OSError: the model is not there, or the file cannot be written.
+        ValueError: the file has other settings or is no results file, or the model cannot be adapted.
+        OSError: the model is missing, or the file cannot be written.
     """
     import torch
 
@@ -353,7 +361,7 @@ def load(file: Path) -> dict[str, Any]:
     """Read a results file.
 
     Raises:
-        ValueError: it is none, or of another schema.
+        ValueError: the file is no results file, or has another schema.
         FileNotFoundError: there is no such file.
     """
     try:
@@ -371,10 +379,12 @@ def load(file: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Difference:
-    """How much more of the held-out expressions one method gets than another, in points of a hundred.
+    """The difference in exact match between two methods, in percentage points.
 
-    seeds: of each seed that both have. error: the standard error of their mean over the held-out expressions, each
-    taken as the mean of its seeds; it says nothing of other seeds than these.
+    Attributes:
+        seeds: the difference for each seed that both methods have.
+        error: the standard error of the mean over the held-out expressions, after averaging each expression over the
+            seeds. It does not include the variation between seeds.
     """
 
     seeds: list[float]
@@ -386,13 +396,13 @@ class Difference:
 
     @property
     def shown(self) -> bool:
-        """Whether all seeds agree on the sign, and the mean is beyond two standard errors."""
+        """Whether all seeds agree on the sign and the mean exceeds two standard errors."""
         agree = all(seed > 0 for seed in self.seeds) or all(seed < 0 for seed in self.seeds)
         return agree and abs(self.mean) > 2 * self.error
 
 
 def difference(results: dict[str, Any], method: str, other: str) -> Difference | None:
-    """None where no seed has both."""
+    """Return the difference of `method` over `other`, or None if no seed has both methods."""
     ours, theirs = ({run["seed"]: run["exact"] for run in runs_of(results, name)} for name in (method, other))
     seeds = sorted(ours.keys() & theirs.keys())
     if not seeds:
@@ -404,15 +414,15 @@ def difference(results: dict[str, Any], method: str, other: str) -> Difference |
 
 
 def runs_of(results: dict[str, Any], method: str) -> list[dict[str, Any]]:
-    """The runs of a method, by seed."""
+    """Return the runs of a method, ordered by seed."""
     return sorted((run for run in results["runs"] if run["method"] == method), key=lambda run: run["seed"])
 
 
 def complete(results: dict[str, Any]) -> dict[str, Any]:
-    """The results with the runs of those seeds alone that all methods have; under "left_out" the labels of the others.
+    """Return the results reduced to the seeds that all methods have; "left_out" lists the labels of the other runs.
 
     Raises:
-        ValueError: there is no such seed.
+        ValueError: no seed has all methods.
     """
     common = set.intersection(*({run["seed"] for run in runs_of(results, method)} for method in METHODS))
     if not common:
@@ -428,7 +438,7 @@ def percent(exact: str) -> float:
 
 
 def paragraph(text: str) -> str:
-    """A Markdown paragraph, wrapped again."""
+    """Return the text as one Markdown paragraph, wrapped at 120 columns."""
     return textwrap.fill(" ".join(text.split()), 120, break_long_words=False, break_on_hyphens=False)
 
 
@@ -437,19 +447,19 @@ def _mean_exact(results: dict[str, Any], method: str) -> float:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, its first column text and the others figures."""
+    """Return a Markdown table with a first column of text and right-aligned figures after it."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def spread(values: Sequence[float], decimals: int) -> str:
-    """`61.2 (58.0–64.5)`: mean, least and greatest; of a single one, that."""
+    """Format values as mean (least–greatest), as in `61.2 (58.0–64.5)`; a single value as itself."""
     mean, low, high = (f"{value:.{decimals}f}" for value in (statistics.fmean(values), min(values), max(values)))
     return f"{mean} ({low}–{high})" if len(values) > 1 else mean
 
 
 def report_text(results: dict[str, Any]) -> str:
-    """`docs/joint-listops.md`, of `complete` results."""
+    """Return the text of `docs/joint-listops.md` from results that `complete` returned."""
     parts = [
         "<!-- Written by `python -m bench.joint --report` from bench/results/joint/listops-cpu.json. Do not edit. -->",
         "# Joint adaptation on ListOps",
@@ -473,14 +483,16 @@ def _outcome(results: dict[str, Any]) -> str:
     else:
         headline = f"Joint-orth is {'better' if main.mean > 0 else 'worse'} than naive joint here."
     seeds = len({run["seed"] for run in results["runs"]})
-    scope = f"""One model of {results["task"]["parameters"] / 1e6:.1f} million parameters, one task,
-        {results["settings"]["steps"]} steps, {seeds} seed{"s" if seeds > 1 else ""}, no tuning: it says nothing of
-        larger models or longer training."""
+    scope = f"""This page compares four ways to adapt a small model to ListOps: LoRA, steering, both trained together
+        (naive joint), and both with the steering kept orthogonal to the LoRA (joint-orth, see
+        [joint training](joint.md)). It is one model of {results["task"]["parameters"] / 1e6:.1f} million parameters,
+        one task, {results["settings"]["steps"]} steps, {seeds} seed{"s" if seeds > 1 else ""} and no tuning. It says
+        nothing about larger models or longer training."""
     if results["left_out"]:
         scope += f" Not all methods were run with every seed; left out: {', '.join(results['left_out'])}."
-    rule = """*Better* and *worse* is said where all seeds agree on the sign and the mean is beyond two standard errors.
-        The standard error is that over the held-out expressions, which are the same for all; how much seeds differ is
-        seen beside it. The loss is that of the held-out answers, less is better; no verdict is drawn from it."""
+    rule = """A method is *better* or *worse* if all seeds agree on the sign and the mean exceeds two standard errors.
+        The standard error is over the held-out expressions, which are the same for all runs. The differences by seed
+        stand beside it. The loss is the loss of the held-out answers: lower is better, and it decides no verdict."""
     lines = "\n".join(_verdict(results, *pair, diff) for pair, diff in found.items())
     return "\n\n".join([paragraph(f"**{headline}** {scope}"), lines, paragraph(rule)])
 
@@ -524,21 +536,21 @@ def _accuracy(results: dict[str, Any]) -> str:
         "each seed",
         "held-out loss",
         "final loss",
-        "s a step",
+        "s per step",
         "fastest tenth",
     ]
     flat = 100 * task["ignoring_brackets"] / count
     error = math.sqrt(flat * (100 - flat) / count)
     above = [name for method, name in METHODS.items() if _mean_exact(results, method) > flat + 2 * error]
-    note = f"""Mean and, in parentheses, the least and the greatest of the seeds. *Exact* is of the same {count}
-        held-out expressions; *held-out loss* is the mean cross entropy of their answers' tokens; *final loss* is that
-        of training, over the last {LAST} steps; *s a step* is the median of a run, and *fastest tenth* what a tenth of
-        its steps stay below. The machine did other work too, more in some runs than in others: these times do not
-        compare the methods. The untrained model gets {percent(task["exact"]):.1f} % (held-out loss
-        {task["held_out_loss"]:.3f}), and who always gives the most frequent answer
-        {100 * task["most_frequent_answer"] / count:.1f} %. Who ignores the inner brackets gets {flat:.1f} %: of the
-        methods, {" and ".join(above) or "none"} got more than that by two standard errors, {2 * error:.1f} points."""
-    return "\n\n".join(["## What is learnt", table(head, rows), paragraph(note)])
+    note = f"""Each cell has the mean over the seeds and, in parentheses, the least and the greatest. *Exact* is the
+        share of exact matches on the same {count} held-out expressions. *Held-out loss* is the mean cross entropy of
+        their answers' tokens. *Final loss* is the training loss of the last {LAST} steps. *s per step* is the median
+        of a run's steps, *fastest tenth* their lower decile. The machine also did other work, more in some runs than
+        in others, so these times do not compare the methods. Three baselines: the untrained model gets
+        {percent(task["exact"]):.1f} % (held-out loss {task["held_out_loss"]:.3f}). Always giving the most frequent
+        answer gets {100 * task["most_frequent_answer"] / count:.1f} %. Ignoring the inner brackets gets {flat:.1f} %;
+        {" and ".join(above) or "no method"} exceeded this by two standard errors ({2 * error:.1f} points)."""
+    return "\n\n".join(["## Accuracy and loss", table(head, rows), paragraph(note)])
 
 
 def _overlap(results: dict[str, Any]) -> str:
@@ -561,11 +573,12 @@ def _overlap(results: dict[str, Any]) -> str:
     steering = runs_of(results, "steering")[0]["trained"]
     layers = len(runs_of(results, JOINT[0])[0]["overlap"]["layers"])
     hidden = steering // (2 * results["settings"]["steering_rank"] * layers)  # W1 and W2 of each layer
-    start = """δ = W2 φ(W1 x) is the shift of steering, ℓ = (α/r) B A m that of the LoRA on the MLP's output projection,
-        the one that joint-orth keeps W2 out of. Their cosine, of each token of the held-out prompts and each layer:"""
-    end = f"""Over all seeds; the last column is the median over layers of the median over tokens. Two random
+    start = """δ = W2 φ(W1 x) is the shift that steering adds. ℓ = (α/r) B A m is the shift of the LoRA on the MLP's
+        output projection; joint-orth keeps W2 orthogonal to its B. The table shows their cosine, measured at each
+        layer and each token of the held-out prompts:"""
+    end = f"""All seeds are included. The last column is the median over layers of the median over tokens. Two random
         directions of d = {hidden} have a mean absolute cosine of {math.sqrt(2 / (math.pi * hidden)):.3f}. For
-        joint-orth the cosine is 0 by construction, and what is shown is rounding."""
+        joint-orth the cosine is 0 by construction; its figures are rounding errors."""
     return "\n\n".join(["## Where steering and LoRA overlap", paragraph(start), table(head, rows), paragraph(end)])
 
 
@@ -581,7 +594,7 @@ def _overlap_by_layer(results: dict[str, Any]) -> str:
         rows.append([str(index), *(f"{q:+.3f}" for q in quantiles), f"{mean_abs:.3f}", _small(greatest)])
     head = ["layer", *(f"{q:.0%}" for q in QUANTILES), "mean abs.", "joint-orth: greatest abs."]
     return f"""\
-Quantiles of the cosine over tokens in naive joint, means of the seeds, and the greatest of joint-orth:
+Quantiles of the cosine over tokens in naive joint (means over the seeds), and the greatest cosine of joint-orth:
 
 {table(head, rows)}"""
 
@@ -596,13 +609,13 @@ def _setting(results: dict[str, Any]) -> str:
     edited = {True: " with uncommitted changes", False: ""}
     commits = sorted({(run["commit"] or "unknown") + edited[run["dirty"]] for run in results["runs"]})
     how = f"""{s["model"] or "SmolLM2-135M-Instruct"} in float32; ListOps of {", ".join(OPERATORS)}, depth {DEPTH};
-        {s["steps"]} steps of {s["batch_size"]} expressions, each seen once, another part of them for each seed, the
-        same in the same order for all methods. LoRA: PEFT's, r = {s["lora_rank"]}, α = {s["lora_alpha"]}, no dropout,
-        on {", ".join(TARGETS)}; learning rate {s["lora_lr"]:g}. Steering: rank {s["steering_rank"]},
-        {s["steering_activation"]}, every layer; learning rate {s["steering_lr"]:g}. AdamW without weight decay,
-        gradients clipped to norm {s["max_grad_norm"]:g}; {s["warmup"]} steps of linear warm-up, times a cosine that
-        falls to 0. With one seed the adapters start from the same values in every method. All this was fixed before
-        the first run, and nothing was chosen by the held-out set."""
+        {s["steps"]} steps of {s["batch_size"]} expressions. Each expression is seen once. Each seed has its own
+        expressions; all methods see them in the same order. LoRA: PEFT's, r = {s["lora_rank"]},
+        α = {s["lora_alpha"]}, no dropout, on {", ".join(TARGETS)}; learning rate {s["lora_lr"]:g}. Steering: rank
+        {s["steering_rank"]}, {s["steering_activation"]}, every layer; learning rate {s["steering_lr"]:g}. AdamW
+        without weight decay, gradients clipped to norm {s["max_grad_norm"]:g}; {s["warmup"]} steps of linear warm-up
+        and a cosine that falls to 0. With one seed the adapters start from the same values in every method. All
+        settings were fixed before the first run. Nothing was chosen on the held-out set."""
     on = f"""fused-steer {machine["fused_steer"]}, {versions}, Python {machine["python"]}; a CPU ({machine["device"]})
         of {machine["cores"]} cores, threads used: {s["threads"]}; commit {", ".join(commits)}; {machine["date"]}."""
     return f"""\
@@ -613,13 +626,13 @@ def _setting(results: dict[str, Any]) -> str:
 {paragraph(on)}
 
 ```bash
-python -m bench.joint --out bench/results  # goes on where it stopped
+python -m bench.joint --out bench/results  # resumes where it stopped
 python -m bench.joint --report             # writes this file and its pictures
 ```"""
 
 
 def draw_losses(results: dict[str, Any], file: Path) -> None:
-    """The training loss of each method as a PNG: the mean of the last ten steps, a line a seed."""
+    """Draw the training loss of each method as a PNG: a line per seed, each point the mean of ten steps."""
     figure, (axes,) = _figure(1, (6, 4))
     for colour, (method, name) in enumerate(METHODS.items()):
         for number, run in enumerate(runs_of(results, method)):
@@ -632,7 +645,7 @@ def draw_losses(results: dict[str, Any], file: Path) -> None:
 
 
 def draw_cosines(results: dict[str, Any], file: Path) -> None:
-    """The cosine between both shifts as a PNG: over tokens by layer, and over all tokens and layers."""
+    """Draw the cosine between both shifts as a PNG: its spread by layer, and a histogram over all layers and tokens."""
     figure, (by_layer, over_all) = _figure(2, (10, 4))
     edges = [2 * i / BINS - 1 for i in range(BINS + 1)]
     for colour, method in zip(("C2", "C3"), JOINT, strict=True):
@@ -666,7 +679,7 @@ def _figure(panels: int, size: tuple[float, float]) -> tuple[Any, list[Any]]:
 
 
 def write_report(file: Path, docs: Path) -> None:
-    """The report and its pictures, in `docs`.
+    """Write the report and its pictures to `docs`.
 
     Raises:
         ValueError: the file is no results file, or has no seed that all methods have.
@@ -688,17 +701,17 @@ app = typer.Typer(add_completion=False)
 
 @app.command()
 def main(
-    out: Annotated[Path, typer.Option(help="Folder of results; the file is joint/listops-cpu.json in it.")] = FOLDER,
-    model: Annotated[str | None, typer.Option(help="Directory or hub id; default: SmolLM2-135M-Instruct.")] = None,
-    seeds: Annotated[int, typer.Option(help="Runs of each method, with seeds 0, 1, ...")] = 3,
+    out: Annotated[Path, typer.Option(help="Folder of the results file, joint/listops-cpu.json.")] = FOLDER,
+    model: Annotated[str | None, typer.Option(help="Directory or hub id. Default: SmolLM2-135M-Instruct.")] = None,
+    seeds: Annotated[int, typer.Option(help="Number of seeds: 0, 1, ...")] = 3,
     steps: Annotated[int, typer.Option(help="Training steps.")] = Settings.steps,
-    batch_size: Annotated[int, typer.Option(help="Expressions a step.")] = Settings.batch_size,
-    held_out: Annotated[int, typer.Option(help="Expressions to test with.")] = Settings.held_out,
-    threads: Annotated[int, typer.Option(help="PyTorch's; another number may give other bits.")] = Settings.threads,
-    report: Annotated[bool, typer.Option("--report", help="Train nothing; write the report of the results.")] = False,
+    batch_size: Annotated[int, typer.Option(help="Expressions per step.")] = Settings.batch_size,
+    held_out: Annotated[int, typer.Option(help="Number of test expressions.")] = Settings.held_out,
+    threads: Annotated[int, typer.Option(help="PyTorch's threads; they affect rounding.")] = Settings.threads,
+    report: Annotated[bool, typer.Option("--report", help="Write the report of the results; train nothing.")] = False,
     docs: Annotated[Path, typer.Option(help="Folder for the report.")] = FOLDER.parents[1] / "docs",
 ) -> None:
-    """Train LoRA, steering and both on ListOps, and test them; or write the report of that."""
+    """Train LoRA, steering and both on ListOps and test them, or write the report of the results."""
     try:
         if report:
             write_report(results_file(out), docs)

@@ -1,4 +1,7 @@
-"""The levels of measurement: from a case to rows of results. Shared by the pytest-benchmark suite and the GPU run."""
+"""The measurements of the op, of models and of memory, from a case to rows of results.
+
+`pytest bench` and `bench.gpu` share them.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,7 @@ FLOOR_UNITS = {"forward": 3, "backward": 3, "both": 6}  # of N × d tensors thro
 
 
 def l2_bytes(device: torch.device) -> int:
-    """The size of the cache that inputs rotate through; 0 on a CPU, where no kernel's time is taken."""
+    """Return the size of the L2 cache; 0 on a CPU, where no kernel is timed."""
     return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
 
 
@@ -46,7 +49,7 @@ def in_words(error: BaseException) -> str:
 
 
 def release(device: torch.device) -> None:
-    """Give back what the last case took."""
+    """Free the memory of the last case."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -55,7 +58,7 @@ def release(device: torch.device) -> None:
 def take_samples(
     ready: Sequence[Timed], rows: dict[str, Row], device: torch.device, rounds: int, before: timing.Call | None = None
 ) -> None:
-    """Time what is ready, interleaved, and put the samples into the rows of their names."""
+    """Time the prepared contenders, interleaved, and put the samples into their rows."""
     timing.interleave(ready, device, rounds, before=before)
     for timed in ready:
         rows[timed.name].samples, rows[timed.name].replayed = timed.samples, timed.replayed
@@ -65,9 +68,11 @@ def take_samples(
 
 
 def check_op(case: OpCase, what: str, names: Sequence[str], device: torch.device) -> dict[str, str]:
-    """Contender -> what is wrong with it, of those with which something is: a steering contender must be at most twice
-    as far from float64 as the eager hook in the same dtype (plus 1e-6), in its output and, where a backward pass is
-    timed, in every gradient."""
+    """Return the contenders that compute a wrong result: name -> the problem.
+
+    The error from float64 must be at most twice the eager hook's in the same dtype, plus 1e-6. The output is checked
+    and, if a backward pass is timed, every gradient.
+    """
     wrong = {}
     for name in dict.fromkeys(names):
         contender = OP_CONTENDERS[name]
@@ -86,12 +91,12 @@ def check_op(case: OpCase, what: str, names: Sequence[str], device: torch.device
 
 
 def _again_too(wrong: dict[str, str], names: Sequence[str]) -> dict[str, str]:
-    """What is wrong with a version is wrong with it when it is timed again."""
+    """Copy the problem of each contender to its `-again` row, the second timing of the same code."""
     return {name: wrong[name.removesuffix("-again")] for name in names if name.removesuffix("-again") in wrong}
 
 
 def op_calls(case: OpCase, what: str, contender: OpContender, sets: Sequence[Operands]) -> list[timing.Call]:
-    """The calls of one contender, one for each set of operands. For `backward` the forward has run already."""
+    """Return one call per set of operands for one contender. For `backward` the forward has already run."""
     function = contender.call()
     if not contender.steers:
         return [_floor_call(what, function, x) for x in sets]
@@ -99,7 +104,7 @@ def op_calls(case: OpCase, what: str, contender: OpContender, sets: Sequence[Ope
 
 
 def _floor_call(what: str, function: Callable[[Operands], Tensor], x: Operands) -> timing.Call:
-    """The floor of a backward pass moves as much as that of a forward pass: two read, one written."""
+    """Return a call of the floor. One add is the floor of either pass: two tensors read, one written."""
 
     def call() -> list[Tensor]:
         return [function(x) for _ in range(2 if what == "both" else 1)]
@@ -125,8 +130,11 @@ def _op_call(what: str, function: Callable[[Operands], Tensor], x: Operands) -> 
 def measure_op(
     case: OpCase, what: str, device: torch.device, names: Sequence[str], rounds: int = 20, count: bool = True
 ) -> list[Row]:
-    """Time one pass of the op for all contenders, interleaved. What cannot run, or computes something else, has a row
-    that says so. count: whether launches are counted too, which takes longer than the rest."""
+    """Time one pass of the op for all contenders, interleaved.
+
+    A contender that cannot run, or computes a wrong result, gets a row that says so. count: also count launches, which
+    takes longer than the timing.
+    """
     rows = {name: Row("op", what, name, asdict(case)) for name in names}
     for name, problem in check_op(case, what, names, device).items():
         rows[name].status = problem
@@ -138,7 +146,7 @@ def measure_op(
             row.status = in_words(error)
         return list(rows.values())
     on_gpu = device.type == "cuda"
-    # A backward pass runs on the stream of its forward, which therefore has to be the one that is captured.
+    # Autograd runs a backward pass on the stream of its forward, so the forward must run on the captured stream.
     stream = torch.cuda.Stream(device) if on_gpu else None
     ready: list[Timed] = []
     for name, row in rows.items():
@@ -158,7 +166,7 @@ def measure_op(
 
 
 def measure_accuracy(case: OpCase, device: torch.device, draws: int = 4) -> list[Row]:
-    """Error from float64 over the eager hook's in the same dtype, pooled over draws: of the output, dx, dW1, dW2."""
+    """Measure the error from float64 over the eager hook's, pooled over draws: of the output, dx, dW1 and dW2."""
     row = Row("accuracy", "error", "fused", asdict(case))
     try:
         errors = [op_errors(case, OP_CONTENDERS["fused"], device, True, seed) for seed in range(draws)]
@@ -178,7 +186,7 @@ def measure_accuracy(case: OpCase, device: torch.device, draws: int = 4) -> list
 
 @dataclass
 class Prepared:
-    """A steered model with the call that is measured. reset: puts its cache back to where decoding starts."""
+    """A steered model and the call to measure. `reset` sets its cache back to the start of decoding."""
 
     model: Any
     call: timing.Call
@@ -205,8 +213,10 @@ def training_loss(model: Any, tokens: Tensor) -> Tensor:
 
 
 def train_call(case: ModelCase, model: Any, device: torch.device) -> Prepared:
-    """Forward, loss, backward and AdamW. The embedded tokens require a gradient in every contender: the backward runs
-    through all blocks, also in the unsteered, frozen model."""
+    """Prepare a training step: forward, loss, backward and AdamW.
+
+    The embedded tokens require a gradient, so that the backward runs through all blocks, also in the frozen model.
+    """
     tokens = make_tokens(case, model, device)
     model.train()
     if case.checkpointing:
@@ -234,7 +244,7 @@ def prefill_call(case: ModelCase, model: Any, device: torch.device) -> Prepared:
 
 
 def decode_call(case: ModelCase, model: Any, device: torch.device) -> Prepared:
-    """One token for each row of the batch, after `length` tokens, on a static cache; a graph can replay it."""
+    """Prepare a decode step: one token per row after `length` tokens, on a static cache. A CUDA graph can replay it."""
     from transformers import StaticCache
 
     model.eval()
@@ -244,7 +254,7 @@ def decode_call(case: ModelCase, model: Any, device: torch.device) -> Prepared:
     token = make_tokens(case, model, device)[:, :1].contiguous()
     positions = start.expand(case.batch, 1).contiguous()
     visible = torch.ones(case.batch, 1, 1, room, dtype=torch.bool, device=device)
-    # Ready-made masks: building one asks the host for a length, which a graph cannot.
+    # Ready-made masks: building a mask needs a length on the host, and a CUDA graph cannot wait for that.
     kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
     masks = dict.fromkeys(kinds, visible) if "sliding_attention" in kinds else visible
 
@@ -270,10 +280,10 @@ _CALLS = {"train": train_call, "prefill": prefill_call, "decode": decode_call, "
 
 
 def prepare_model(case: ModelCase, what: str, name: str, base: Any, device: torch.device) -> Prepared:
-    """A copy of `base`, steered by the contender called `name`, and the call to measure.
+    """Copy `base`, steer the copy by the contender `name`, and prepare the call to measure.
 
     Raises:
-        ValueError: no such run or contender.
+        ValueError: there is no such run or contender.
     """
     for kind, value, known in (("run", what, _CALLS), ("contender", name, MODEL_CONTENDERS)):
         if value not in known:
@@ -283,8 +293,11 @@ def prepare_model(case: ModelCase, what: str, name: str, base: Any, device: torc
 
 
 def check_models(case: ModelCase, names: Sequence[str], device: torch.device) -> dict[str, str]:
-    """Contender -> what is wrong with it: those that compute the fused function must give the hook's logits, in float32
-    on a copy of two layers, and the hook must move them."""
+    """Return the contenders that compute wrong logits: name -> the problem.
+
+    A contender that computes the fused function must give the hook's logits on a model of two layers in float32. The
+    hook must change the logits.
+    """
     small = ModelCase(case.geometry, 2, 2, 17, dtype="float32", rank=case.rank)
     base = build_base(small, device)
 
@@ -311,8 +324,10 @@ def check_models(case: ModelCase, names: Sequence[str], device: torch.device) ->
 def measure_model(
     case: ModelCase, what: str, device: torch.device, names: Sequence[str], rounds: int = 10, check: bool = True
 ) -> list[Row]:
-    """Time one run of a model for all contenders, interleaved; for `train` also what each keeps and takes. What cannot
-    run, or computes something else, has a row that says so."""
+    """Time one run of a model for all contenders, interleaved; for `train` also measure the memory.
+
+    A contender that cannot run, or computes a wrong result, gets a row that says so.
+    """
     rows = {name: Row("model", what, name, asdict(case)) for name in names}
     missing = absent()
     present = [name for name in names if name not in missing]
@@ -359,7 +374,7 @@ def measure_model(
 
 
 def kept_bytes(case: ModelCase, model: Any, device: torch.device) -> int:
-    """Bytes kept for the backward by one training forward of a model that `train_call` has prepared."""
+    """Measure the bytes that one training forward keeps for its backward, in a model that `train_call` prepared."""
     tokens = make_tokens(case, model, device)
     with timing.counting_kept(model, tokens) as kept:
         loss = training_loss(model, tokens)
@@ -369,7 +384,11 @@ def kept_bytes(case: ModelCase, model: Any, device: torch.device) -> int:
 
 
 def _memory_rows(case: ModelCase, layers: int, kept: dict[str, int], peak: dict[str, int | None]) -> list[Row]:
-    """kept: beyond the unsteered model, a layer; peak: beyond the unsteered model; peak-total: the peak itself."""
+    """Return the memory rows.
+
+    kept: bytes kept for the backward per layer, beyond the unsteered model. peak: peak memory beyond the unsteered
+    model. peak-total: peak memory.
+    """
     rows = []
     if "unsteered" in kept:
         for name, nbytes in kept.items():

@@ -1,9 +1,8 @@
-"""`python -m bench.matrix`: the core tests with named sets of library versions, each in an environment of its own.
+"""`python -m bench.matrix`: run the core tests with named sets of library versions, each in its own environment.
 
-A set is `constraints.txt` with some versions changed. For each set a virtual environment is made, the package is
-installed there with its test extra, and the core tests run in it. What came of it is kept in
-`bench/results/matrix/<set>.json`, and `docs/versions.md` is written from all of these files. A set that was not run is
-listed as not run.
+A set is `constraints.txt` with some versions changed. For each set the command makes a virtual environment, installs
+the package with its test extra, and runs the core tests. The outcome is saved in `bench/results/matrix/<set>.json`.
+`docs/versions.md` is written from these files; it lists the other sets as not run.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = FOLDER / "matrix"
 PAGE = ROOT / "docs" / "versions.md"
 
-#: Which versions differ from `constraints.txt`. A torch of another version is gigabytes: the CUDA build.
+#: The versions of each set that differ from `constraints.txt`. Another torch downloads its CUDA build, gigabytes.
 SETS: dict[str, dict[str, str]] = {
     "pinned": {},
     "transformers-5.17": {"transformers": "5.17.*"},
@@ -47,7 +46,7 @@ SETS: dict[str, dict[str, str]] = {
 }
 SHOWN = ("torch", "triton", "transformers", "peft", "trl")
 
-#: The tests of the core: the op, the layer, the adapter, batches, training.
+#: The core tests: the op, the layer, the adapter, batches, training.
 CORE = (
     "tests/kernels/test_post_block.py",
     "tests/kernels/test_grouped.py",
@@ -61,7 +60,7 @@ CORE = (
     "tests/test_modes.py",
     "tests/test_training.py",
 )
-#: The further tests of a library that a set changes.
+#: Additional tests, by the library that a set changes.
 OF_LIBRARY = {
     "peft": ("tests/peft/test_peft.py", "tests/test_joint.py"),
     "trl": ("tests/test_trl.py",),
@@ -72,7 +71,14 @@ OF_LIBRARY = {
 
 @dataclass
 class Outcome:
-    """What came of one set. counts: passed, failed, skipped; failed: names of tests; note: why it did not run."""
+    """The outcome of one set.
+
+    Attributes:
+        wanted: the versions that the set changes.
+        counts: the numbers of tests passed, failed and skipped.
+        failed: the names of the failed tests.
+        note: why the tests did not run, or "".
+    """
 
     name: str
     wanted: dict[str, str]
@@ -86,7 +92,7 @@ class Outcome:
 
 
 def constraints(text: str, changed: dict[str, str]) -> str:
-    """The lines of a constraints file with the versions of some libraries changed.
+    """Return a constraints file's text with the versions of some libraries changed.
 
     Raises:
         ValueError: a library is not in the file.
@@ -106,7 +112,7 @@ def constraints(text: str, changed: dict[str, str]) -> str:
 
 
 def run_set(name: str, folder: Path, timeout: float) -> Outcome:
-    """Make the set's environment in `folder`, and run the tests in it."""
+    """Make the set's environment in `folder` and run the tests in it."""
     changed = SETS[name]
     found = Outcome(name, changed, commit=commit(), machine=f"{platform.machine()}, {os.cpu_count()} cores, no GPU")
     place = folder / name
@@ -127,7 +133,7 @@ def run_set(name: str, folder: Path, timeout: float) -> Outcome:
     found.versions = json.loads(subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout)
     files = dict.fromkeys([*CORE, *(file for library in changed for file in OF_LIBRARY.get(library, ()))])
     command = [python, "-m", "pytest", "-q", "-n", "2", "--dist", "loadfile", "-p", "no:cacheprovider", *files]
-    environment = {**os.environ, "PYTHONSAFEPATH": "1"}  # the checkout's `kernels` is no package of that name
+    environment = {**os.environ, "PYTHONSAFEPATH": "1"}  # else the checkout's folder `kernels` is importable
     start = time.monotonic()
     try:
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
@@ -144,7 +150,7 @@ def run_set(name: str, folder: Path, timeout: float) -> Outcome:
 
 
 def load(folder: Path = RESULTS) -> dict[str, Outcome]:
-    """The outcomes that are kept, by set."""
+    """Read the saved outcomes, by set."""
     found = {}
     for file in sorted(folder.glob("*.json")):
         fields: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
@@ -153,7 +159,7 @@ def load(folder: Path = RESULTS) -> dict[str, Outcome]:
 
 
 def page(outcomes: dict[str, Outcome]) -> str:
-    """`docs/versions.md`: a row for each set."""
+    """Return the text of `docs/versions.md`, with a row for each set."""
     rows = []
     for name, changed in SETS.items():
         done = outcomes.get(name)
@@ -166,18 +172,19 @@ def page(outcomes: dict[str, Outcome]) -> str:
             f", **{failed} failed**: {', '.join(map(_short, done.failed))}" if failed else ""
         )
         rows.append([name, wanted, *(done.versions[library] for library in SHOWN), f"{result} ({done.commit[:7]})"])
-    heads = ["set", "asked for", *SHOWN, "core tests"]
+    heads = ["set", "changed versions", *SHOWN, "core tests"]
     table = "\n".join(f"| {' | '.join(row)} |" for row in [heads, ["---"] * len(heads), *rows])
     return f"""# Versions
 
-The core tests with sets of library versions. Each set is `constraints.txt` with some versions changed, in an
-environment of its own. Written by `python -m bench.matrix`. On a machine without a GPU the kernels run in Triton's
-interpreter. A set with another torch downloads the CUDA build, several gigabytes, and runs only when it is named.
+This page lists the library versions that the core tests were run with. Each *set* is `constraints.txt` with some
+versions changed, in its own environment. `python -m bench.matrix` runs the tests and writes this page. On a machine
+without a GPU the kernels run in Triton's interpreter. A set with another torch downloads the CUDA build, several
+gigabytes, and runs only if you name it.
 
 {table}
 
-Outside of the versions that were tried, `patch_model` warns once and goes on. `fused-steer doctor` shows what is
-installed and whether it was tried.
+With an untried version, `patch_model` warns once and continues. `fused-steer doctor` shows the installed versions, and
+whether they were tried.
 """
 
 
@@ -187,11 +194,11 @@ def _short(test: str) -> str:
 
 def main(
     sets: Annotated[
-        list[str] | None, typer.Argument(help="Names of sets; all that keep constraints.txt's torch if none is given.")
+        list[str] | None, typer.Argument(help="Names of sets. Default: all sets with constraints.txt's torch.")
     ] = None,
-    folder: Annotated[Path, typer.Option(help="Where the environments are made and kept.")] = Path(".matrix"),
-    timeout: Annotated[float, typer.Option(help="Seconds for the tests of a set.")] = 3600.0,
-    page_only: Annotated[bool, typer.Option("--page", help="Write docs/versions.md from the kept results.")] = False,
+    folder: Annotated[Path, typer.Option(help="Folder of the environments, which are kept.")] = Path(".matrix"),
+    timeout: Annotated[float, typer.Option(help="Time limit for the tests of a set, in seconds.")] = 3600.0,
+    page_only: Annotated[bool, typer.Option("--page", help="Only write docs/versions.md from saved results.")] = False,
 ) -> None:
     """Run the core tests with sets of library versions, and write docs/versions.md."""
     for name in sets or ():

@@ -1,7 +1,7 @@
-"""Joint-Orth's projection for all layers of a model, once an optimizer step: ours, and a loop of SVDs over the layers.
+"""Benchmark of the orthogonal projection of joint training: all layers at once, against loops of SVDs over the layers.
 
-Every contender takes the B and W2 of each layer, as tensors of their own, and leaves W2' = (I − V Vᵀ) W2 in W2's
-memory. Ours also finds the V that the gradients of the next step are projected by.
+The projection runs once per optimizer step. A contender gets B and W2 of each layer as separate tensors and writes
+W2' = (I − V Vᵀ) W2 into W2's memory. The fused contender also finds the V that projects the next step's gradients.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .timing import Timed
 
 @dataclass
 class Matrices:
-    """B (d, k) and W2 (d, r), float32, of each layer."""
+    """The inputs of the projection: B (d, k) and W2 (d, r, float32) of each layer."""
 
     writers: list[Tensor]
     ups: list[Tensor]
@@ -37,7 +37,7 @@ def make_matrices(case: ProjectionCase, device: torch.device, seed: int = 0) -> 
 
 
 class _Writer:
-    """A module of a layer whose LoRA has this B."""
+    """Stands in for a module with LoRA; its LoRA has this B."""
 
     part = "mlp"
 
@@ -49,7 +49,7 @@ class _Writer:
 
 
 def fused(matrices: Matrices) -> Callable[[], None]:
-    """What the runtime does after an optimizer step."""
+    """Return the projection that the runtime does after an optimizer step."""
     from fused_steer import SteerConfig
     from fused_steer.adapters.parameters import Adapter
     from fused_steer.lora.orthogonality import Orthogonality, lora_columns
@@ -69,7 +69,7 @@ def fused(matrices: Matrices) -> Callable[[], None]:
 
 
 def svd_loop(matrices: Matrices) -> Callable[[], None]:
-    """The loop at its most economical: thin factors, and V never multiplied out."""
+    """Return the most economical loop: a thin SVD per layer, without forming V Vᵀ."""
 
     @torch.no_grad()
     def project() -> None:
@@ -81,7 +81,7 @@ def svd_loop(matrices: Matrices) -> Callable[[], None]:
 
 
 def svd_loop_square(matrices: Matrices) -> Callable[[], None]:
-    """The loop with I − V Vᵀ as a d × d matrix, as the formula is written and the paper's released code has it."""
+    """Return a loop that forms I − V Vᵀ as a d × d matrix, as the paper's released code does."""
 
     @torch.no_grad()
     def project() -> None:
@@ -93,7 +93,7 @@ def svd_loop_square(matrices: Matrices) -> Callable[[], None]:
 
 
 def svd_loop_default(matrices: Matrices) -> Callable[[], None]:
-    """The loop with `torch.linalg.svd` as it is called by default, which makes all d left singular vectors."""
+    """Return a loop over `torch.linalg.svd` with its defaults, which compute all d left singular vectors."""
 
     @torch.no_grad()
     def project() -> None:
@@ -113,7 +113,7 @@ PROJECTION_CONTENDERS: dict[str, Callable[[Matrices], Callable[[], None]]] = {
 
 
 def check(case: ProjectionCase, name: str, device: torch.device) -> str:
-    """What is wrong with a contender, or "": it must leave nothing along B, and all else of W2."""
+    """Return what is wrong with a contender, or "". It must remove exactly the part of W2 in the span of B."""
     matrices = make_matrices(case, device)
     before = [up.double() for up in matrices.ups]
     PROJECTION_CONTENDERS[name](matrices)()
@@ -127,10 +127,10 @@ def check(case: ProjectionCase, name: str, device: torch.device) -> str:
 
 
 def measure_projection(case: ProjectionCase, device: torch.device, names: Sequence[str], rounds: int = 20) -> list[Row]:
-    """Time one projection of all layers for each contender, interleaved: eagerly, as an optimizer step meets it.
+    """Time one projection of all layers for each contender, interleaved.
 
-    An SVD asks the host for its size and cannot be replayed from a graph; and what counts of ours is the host's time
-    too. `rounds` is that of the fastest: each takes part in as many as fit into ten seconds, but at least in two.
+    The calls run eagerly, as in an optimizer step: host time counts, and a CUDA graph cannot capture an SVD. Each
+    contender gets as many rounds as fit into ten seconds, at least two and at most `rounds`.
     """
     rows = {name: Row("projection", "step", name, asdict(case)) for name in names}
     ready = []

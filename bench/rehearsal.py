@@ -1,8 +1,8 @@
-"""`python -m bench.gpu --rehearse`: a GPU run from start to end without a GPU, so that none fails over a name.
+"""`python -m bench.gpu --rehearse`: a whole GPU run without a GPU, to find mistakes before GPU time is spent.
 
-Every step and every gpu test runs over the stub driver, PyTorch pretending to have CUDA: the same code with small
-sizes. No kernel runs, so that what compares numbers is expected to find them wrong, and no time means anything. What
-is looked for is any other failure. Nothing is written where results go.
+Every step and every GPU test runs the same code at small sizes over the stub driver, while PyTorch pretends to have
+CUDA. No kernel runs: wrong numbers are expected and times mean nothing. Any other failure is reported. No results file
+is written.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from .geometries import GEOMETRIES, GroupedCase, HostCase, ModelCase, OpCase, Pr
 from .goals import GOALS
 from .results import Results, Row, describe_machine
 
-#: Two tests that touch gigabytes; the rest is everything.
+#: Leaves out two tests that touch gigabytes.
 TOO_LARGE = "not past_two_to_the_31"
 OVER = ("bench.stub", "-m", "bench.checkout", "-p", "bench.stub.pretence")
 
 
 def smaller(case: Any) -> Any:
-    """The same kind of case on one of few sizes that a CPU does in milliseconds."""
+    """Return a case of the same kind with a size that takes a CPU milliseconds."""
     if isinstance(case, OpCase):
         return dataclasses.replace(case, tokens=8 if case.tokens <= 8 else 40, hidden=72 if case.hidden % 1024 else 128)
     if isinstance(case, GroupedCase):
@@ -50,7 +50,7 @@ def smaller(case: Any) -> Any:
 
 
 def shrink_geometries() -> None:
-    """Models of the same classes, tiny: for the rest of the process."""
+    """Make every geometry tiny, with the same model classes, for the rest of the process."""
     for _, sizes in GEOMETRIES.values():
         sizes |= {
             "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -61,7 +61,7 @@ def shrink_geometries() -> None:
 
 
 def let_numbers_pass() -> None:
-    """Checks of contenders run as usual; of their verdicts only `failed` counts, as no kernel has computed anything."""
+    """Replace the checks of contenders: drop their verdict "wrong", as no kernel computes anything; keep "failed"."""
 
     def by_name(check: Callable[..., dict[str, str]]) -> Callable[..., dict[str, str]]:
         return lambda *args, **kwargs: {
@@ -81,7 +81,7 @@ def let_numbers_pass() -> None:
 
 
 def one_of_each(steps: Sequence[gpu.Step]) -> list[gpu.Step]:
-    """The first step of every kind."""
+    """Return the first step of every kind."""
     kinds: dict[tuple[str, str], gpu.Step] = {}
     for step in steps:
         kinds.setdefault((step.level, step.what), step)
@@ -89,9 +89,9 @@ def one_of_each(steps: Sequence[gpu.Step]) -> list[gpu.Step]:
 
 
 class Rehearsed(gpu.Step):
-    """A step on a smaller size, with rows under the size that it has."""
+    """A step that runs at a smaller size; its rows name the original size."""
 
-    ran: ClassVar[dict[gpu.Step, list[Row]]] = {}  # of each smaller size, in this process
+    ran: ClassVar[dict[gpu.Step, list[Row]]] = {}  # the rows of each smaller size that this process has run
 
     def run(self, device: torch.device, rounds: int | None) -> list[Row]:
         small = gpu.Step("", self.level, self.what, smaller(self.case), self.names)
@@ -101,16 +101,15 @@ class Rehearsed(gpu.Step):
 
 
 def rehearse(parts: Sequence[str], few: bool = False, say: Callable[[str], None] = print) -> int:
-    """Rehearse, in a process over the stub driver, which replaces this one where it is none. The exit code: 1 where
-    anything failed that was not a number.
+    """Rehearse a GPU run; return the exit code: 1 if anything but numbers failed.
 
-    few: one step of every kind, and the first group of tests cut to one test.
+    Without the stub driver, this process is replaced by one with it. few: run one step of every kind and one test.
     """
     from .stub import active
 
     if active() is None:
         os.execv(sys.executable, [sys.executable, "-m", "bench.stub", "-m", "bench.gpu", *sys.argv[1:]])
-    say("a rehearsal: no kernel runs, nothing is measured, nothing is written where results go")
+    say("a rehearsal: no kernel runs, nothing is measured, no results are written")
     problems: list[str] = []
     if "measure" in parts:
         prepare()
@@ -125,7 +124,7 @@ def rehearse(parts: Sequence[str], few: bool = False, say: Callable[[str], None]
 
 
 def prepare() -> None:
-    """Make this process one of a rehearsal, for good. The stub driver is active in it."""
+    """Turn this process, over the stub driver, into a rehearsal for the rest of its life."""
     from .stub.pretence import pretend
 
     pretend()
@@ -136,7 +135,7 @@ def prepare() -> None:
 
 
 def rehearse_steps(steps: Sequence[gpu.Step], say: Callable[[str], None]) -> list[str]:
-    """The steps, and what is made of their results. What went wrong, in words."""
+    """Run the steps, judge and report their results, and return the problems."""
     from . import timing
     from .contenders import absent
     from .counted import PASSES, Count
@@ -156,19 +155,19 @@ def rehearse_steps(steps: Sequence[gpu.Step], say: Callable[[str], None]) -> lis
 
     rehearsed = [Rehearsed(step.title, step.level, step.what, step.case, step.names) for step in steps]
     gpu.measure(results, rehearsed, device, lambda: None, lambda: math.inf, 1, progress)
-    for what in ("forward", "backward"):  # what ncu would run, which is not here to run it
+    for what in ("forward", "backward"):  # the command that ncu would run
         counters.main(json.dumps(asdict(OpCase(8, 64))), what)
         counters.command(OpCase(8, 64), what)
     for goal in GOALS:
         goal.measure(results)
     list(gpu.goal_lines(results))
-    # The report reads results of a GPU: for it alone these are such, in a folder that goes again.
+    # The report reads only results of a GPU, so a temporary copy of these claims to be one.
     with tempfile.TemporaryDirectory() as folder:
         Results(results.machine | {"kind": "gpu"}, results.bandwidth, results.absent, None, results.rows).save(
             Path(folder) / "rehearsal.json"
         )
         runs = read_runs(Path(folder))
-        # What is counted of a layer needs no results, and is counted where no driver is pretended.
+        # Counting passes and launches needs a process without a pretended driver: zeros stand in.
         counts = {name: dict.fromkeys(PASSES, Count(0, 0)) for name in ("unsteered", "hook", "fused")}
         benchmarks_text(runs, counts)
         readme_text(runs)
@@ -182,7 +181,7 @@ def rehearse_steps(steps: Sequence[gpu.Step], say: Callable[[str], None]) -> lis
 
 
 def rehearse_tests(few: bool, say: Callable[[str], None]) -> list[str]:
-    """Every group of the gpu tests. What failed otherwise than over numbers."""
+    """Run every group of GPU tests; return the failures, wrong numbers excluded."""
     problems = []
     for name, which in gpu.TEST_GROUPS.items():
         chosen = f"({which}) and {TOO_LARGE}" + (" and as_the_hook and 576" if few else "")

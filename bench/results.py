@@ -1,4 +1,4 @@
-"""The results file: what was measured, on what, with which versions; raw samples, nothing derived."""
+"""The results file of a run: raw samples, and a description of the machine and the versions."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ PACKAGES = ("torch", "triton", "transformers", "peft", "liger-kernel", "pyreft",
 
 @dataclass
 class Row:
-    """One contender on one case.
+    """The measurement of one contender on one case.
 
-    level, and what of it was measured:
+    Values of `level`, and of `what` for each:
         op          forward, backward, both
         accuracy    error
         counters    forward, backward
@@ -42,10 +42,13 @@ class Row:
         serve       generate, decode-graph
         vllm        generate
 
-    samples: seconds a call; of serve and vllm, of a token of every row; of host, CPU seconds. Of memory and bytes,
-    bytes; of accuracy, the error over the hook's of the output and each gradient; of counters, whatever ncu counts.
-    status: "ok", or in words why there are no samples. replayed: from a CUDA graph. launches: kernels of one call, None
-    where they were not counted.
+    Attributes:
+        samples: seconds per call; for serve and vllm, seconds per token of every row; for host, CPU seconds. Bytes for
+            memory and bytes. For accuracy, the error of the output and of each gradient over the hook's. For counters,
+            ncu's figures.
+        status: "ok", or why there are no samples.
+        replayed: whether the call was replayed from a CUDA graph.
+        launches: kernels of one call, or None if they were not counted.
     """
 
     level: str
@@ -66,14 +69,19 @@ class Row:
         return statistics.median(self.samples) if self.samples else None
 
     def quantile(self, share: float) -> float | None:
-        """The nearest sample at `share` of the way from the least to the greatest."""
+        """Return the sample nearest to this quantile, or None without samples."""
         return sorted(self.samples)[round(share * (len(self.samples) - 1))] if self.samples else None
 
 
 @dataclass
 class Results:
-    """A run. machine: kind ("gpu" or "cpu"), device, versions, commit; bandwidth: of a large device copy, bytes read
-    plus bytes written a second; absent: contender -> why it was not run, and what installs it; tests: of the gpu tests.
+    """All results of a run.
+
+    Attributes:
+        machine: kind ("gpu" or "cpu"), device, versions, commit.
+        bandwidth: bytes read plus bytes written per second by a large copy inside the device's memory.
+        absent: contender -> why it was not run, with the command that installs it.
+        tests: the summary of the GPU tests.
     """
 
     machine: dict[str, Any]
@@ -83,7 +91,7 @@ class Results:
     rows: list[Row] = field(default_factory=list)
 
     def find(self, level: str, what: str, contender: str, **case: Any) -> list[Row]:
-        """The rows with samples of these; `case` need not name all fields."""
+        """Return the rows that match and have samples. `case` may name some of the case's fields."""
         return [
             row
             for row in self.rows
@@ -93,7 +101,7 @@ class Results:
         ]
 
     def put(self, row: Row) -> None:
-        """Add a row in place of an earlier one of the same key."""
+        """Add a row; it replaces an earlier row with the same key."""
         self.rows = [old for old in self.rows if old.key != row.key] + [row]
 
     def save(self, file: Path) -> None:
@@ -116,7 +124,7 @@ def load(file: Path) -> Results:
     """Read a results file.
 
     Raises:
-        ValueError: it is none, or of another schema.
+        ValueError: the file is no results file, or has another schema.
         FileNotFoundError: there is no such file.
     """
     try:
@@ -132,15 +140,15 @@ def load(file: Path) -> Results:
     try:
         rows = [Row(**row) for row in content.pop("rows")]
     except TypeError as error:
-        raise ValueError(f"{file} has a row that is none ({error}); expected the fields of Row") from None
+        raise ValueError(f"{file} has a malformed row ({error}); expected the fields of Row") from None
     return Results(**content, rows=rows)
 
 
 def start(file: Path, machine: dict[str, Any]) -> Results:
-    """The results of an earlier run of the same sources on the same device, to go on with; or new ones.
+    """Read the results of an earlier run, to resume it; without a file, return empty results.
 
     Raises:
-        ValueError: the file is of another schema, or was made by other sources or versions or on another device.
+        ValueError: the file has another schema, or comes from other sources, other versions or another device.
     """
     if not file.exists():
         return Results(machine)
@@ -155,7 +163,7 @@ def start(file: Path, machine: dict[str, Any]) -> Results:
 
 
 def file_name(device: str) -> str:
-    """`NVIDIA H100 80GB HBM3` -> `nvidia-h100-80gb-hbm3.json`."""
+    """Return the results file's name for a device: `NVIDIA H100 80GB HBM3` -> `nvidia-h100-80gb-hbm3.json`."""
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + ".json"
 
 
@@ -167,7 +175,7 @@ def _output(*command: str) -> str | None:
 
 
 def commit() -> str:
-    """The checkout's commit; "" where there is no git."""
+    """Return the checkout's commit, or "" without git."""
     return _output("git", "rev-parse", "HEAD") or ""
 
 
@@ -179,7 +187,7 @@ def _version(package: str) -> str | None:
 
 
 def source_fingerprint(root: Path = ROOT, folders: Sequence[str] = ("kernels", "fused_steer", "bench")) -> str:
-    """A digest of the sources that are measured: it identifies them also where there is no git."""
+    """Compute a digest of the measured sources. It identifies them also without git."""
     import hashlib
 
     digest = hashlib.sha256()
@@ -190,7 +198,7 @@ def source_fingerprint(root: Path = ROOT, folders: Sequence[str] = ("kernels", "
 
 
 def describe_machine(device: Any, module: str = "bench.gpu") -> dict[str, Any]:
-    """Device, driver, versions, commit, date and command of this run, which is that of `module`."""
+    """Describe this run of `module`: device, driver, versions, commit, date and command."""
     import torch
 
     from fused_steer import __version__

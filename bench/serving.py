@@ -1,7 +1,7 @@
-"""A batch served through transformers: unsteered, by one adapter, and its rows by adapters of their own.
+"""Benchmark of batches served by transformers: unsteered, with one adapter, and with one adapter per row.
 
-`python -m bench.serving --out DIR` measures that and the grouped op on a CPU, in float32, where both are ratios between
-formulations in PyTorch, and nothing of the kernels; on a GPU, `python -m bench.gpu` measures both.
+`python -m bench.serving --out DIR` measures this and the grouped op on a CPU in float32. There it compares PyTorch
+implementations and says nothing about the kernels. On a GPU, `python -m bench.gpu` measures both.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ NEW_TOKENS = 32
 
 
 def _rows(case: ServeCase) -> list[int]:
-    """Each row's adapter: neighbours differ."""
+    """Return each row's adapter number; the adapters take turns."""
     return [row % case.adapters for row in range(case.batch)]
 
 
@@ -38,7 +38,7 @@ def by_one_adapter(case: ServeCase, model: Any) -> Any:
 
 
 def by_rows(case: ServeCase, model: Any, dtype: str = "float32") -> Any:
-    """Ours, with adapters of that dtype. The batch is opened once, and lasts as long as the model."""
+    """Steer each row with its own adapter, kept in `dtype`. The batch stays open as long as the model lives."""
     from fused_steer import SteerConfig, patch_model
 
     for number in range(case.adapters):
@@ -54,7 +54,7 @@ def by_rows(case: ServeCase, model: Any, dtype: str = "float32") -> Any:
 
 
 class _GatheredShift(nn.Module):
-    """W2 φ(W1 h), of each row its own adapter, by weights copied for each token."""
+    """Adds W2 φ(W1 h) with each row's own adapter, from weights copied for each token."""
 
     def __init__(self, downs: Tensor, ups: Tensor, rows: list[int], like: Tensor) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class _GatheredShift(nn.Module):
 
 
 def by_gather(case: ServeCase, model: Any) -> Any:
-    """A forward hook on every decoder layer, with a gather and two batched products."""
+    """Steer each row with its own adapter by forward hooks on the decoder layers: a gather and two batched products."""
     weights = [adapter_weights(model, case.rank, seed=number) for number in range(case.adapters)]
     for index, layer in enumerate(decoder_layers(model)):
         downs, ups = (torch.stack([of_layers[index][part] for of_layers in weights]) for part in (0, 1))
@@ -87,16 +87,16 @@ SERVE_CONTENDERS: dict[str, Callable[[ServeCase, Any], Any]] = {
     "unsteered": lambda case, model: model,
     "fused": by_rows,
     "fused-again": by_rows,
-    "fused-bf16": lambda case, model: by_rows(case, model, "bfloat16"),  # half the bytes of what differs by row
+    "fused-bf16": lambda case, model: by_rows(case, model, "bfloat16"),  # half the bytes of adapter weights
     "one-adapter": by_one_adapter,
     "gather-bmm": by_gather,
 }
 
 
 def generate_call(case: ServeCase, model: Any, device: torch.device) -> Prepared:
-    """`generate` of NEW_TOKENS tokens in each row."""
+    """Prepare a call of `generate` with NEW_TOKENS new tokens per row."""
     tokens = make_tokens(case.model, model.eval(), device)
-    model.generation_config.eos_token_id = None  # none ends before the others
+    model.generation_config.eos_token_id = None  # all rows end together
 
     def generate() -> Tensor:
         return model.generate(
@@ -107,12 +107,15 @@ def generate_call(case: ServeCase, model: Any, device: torch.device) -> Prepared
 
 
 def check(case: ServeCase, names: Sequence[str], device: torch.device) -> dict[str, str]:
-    """Contender -> what is wrong with it: in float32, on two layers, rows steered by their own adapters must have the
-    logits that the gather gives; and those must differ from the unsteered ones in every row."""
+    """Return the contenders that compute wrong logits: name -> the problem.
+
+    On a model of two layers in float32, the logits must equal those of gather-bmm. These must differ from the unsteered
+    logits in every row.
+    """
     rows = min(case.batch, 8)
     small = replace(
         case, layers=2, batch=rows, length=17, adapters=min(case.adapters, rows), dtype="float32"
-    )  # the vocabulary is a small one too
+    )  # a model cut to two layers also has a small vocabulary
     base = build_base(small.model, device)
 
     def logits(name: str) -> Tensor:
@@ -145,11 +148,10 @@ _CALLS: dict[str, Callable[[ServeCase, Any, torch.device], Prepared]] = {
 def measure_serving(
     case: ServeCase, what: str, device: torch.device, names: Sequence[str], rounds: int = 10
 ) -> list[Row]:
-    """Seconds a token of each row, for all contenders, interleaved. What cannot run, or answers something else, has a
-    row that says so.
+    """Measure the seconds per token of all rows for all contenders, interleaved.
 
-    generate: a whole call of it over its NEW_TOKENS, prefill and host included; decode-graph: one step on a static
-    cache, replayed from a CUDA graph.
+    generate: a whole call divided by NEW_TOKENS, prefill and host included. decode-graph: one step on a static cache,
+    replayed from a CUDA graph. A contender that cannot run, or computes a wrong result, gets a row that says so.
     """
     rows = {name: Row("serve", what, name, asdict(case)) for name in names}
     ready: list[Timed] = []
@@ -191,7 +193,7 @@ def measure_serving(
 
 
 def cpu_cases() -> list[GroupedCase | ServeCase]:
-    """Decoding with one adapter, with some, and with as many as rows; prompts; and two models."""
+    """Return the cases for a CPU: decoding with 1 to 256 adapters, prefill with 1 and 8, and two whole models."""
     grouped = [
         GroupedCase(tokens, hidden, adapters, dtype="float32")
         for hidden in (1152, 2048, 4096)
@@ -206,7 +208,7 @@ def cpu_cases() -> list[GroupedCase | ServeCase]:
 
 def main(
     out: Annotated[Path, typer.Option(help="Directory for the results file.")],
-    rounds: Annotated[int, typer.Option(help="Samples of each.")] = 20,
+    rounds: Annotated[int, typer.Option(help="Samples of each contender.")] = 20,
 ) -> None:
     """Measure the grouped op and `generate` on this machine's CPU."""
     device = torch.device("cpu")
@@ -227,7 +229,7 @@ def main(
         if isinstance(case, GroupedCase):
             rows = measure_grouped(case, device, list(GROUPED_CONTENDERS), 10 * rounds)
         else:
-            names = [name for name in SERVE_CONTENDERS if name != "fused-bf16"]  # which CPUs convert at every step
+            names = [name for name in SERVE_CONTENDERS if name != "fused-bf16"]  # a CPU converts bf16 at every step
             rows = measure_serving(case, "generate", device, names, rounds)
         for row in rows:
             results.put(row)
@@ -237,7 +239,7 @@ def main(
 
 
 def ratios(case: GroupedCase | ServeCase, rows: Sequence[Row]) -> str:
-    """A line: each contender's median, and it as a multiple of ours."""
+    """Return a line with each contender's median time, and its multiple of the fused contender's."""
     timed = {row.contender: row for row in rows if row.what != "bytes"}
     base = timed["fused"].median
     parts = [

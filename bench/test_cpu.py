@@ -1,4 +1,4 @@
-"""On a CPU, where the torch backend steers, against formulations in PyTorch: no kernel runs here."""
+"""Benchmarks of the torch backend on a CPU, against other PyTorch implementations. No kernel runs here."""
 
 import statistics
 
@@ -41,8 +41,10 @@ def test_a_training_step_is_no_slower_than_the_hooks(benchmark) -> None:
 
 
 def test_the_projection_is_faster_than_the_loop_that_it_replaces(benchmark) -> None:
-    """Than the paper's released loop and than `torch.linalg.svd` as it is called by default. A thin SVD of so narrow a
-    matrix with I − V Vᵀ never multiplied out is itself a matter of milliseconds on a CPU: it is recorded."""
+    """The rivals are the paper's released loop and a loop over `torch.linalg.svd` with its defaults.
+
+    The loop of thin SVDs is only recorded: on a CPU it takes milliseconds itself.
+    """
     rows = benchmark.pedantic(
         measure_projection, args=(ProjectionCase(), CPU, list(PROJECTION_CONTENDERS)), kwargs={"rounds": 10}, rounds=1
     )
@@ -68,7 +70,7 @@ def test_a_joint_step_costs_no_more_than_its_parts(benchmark) -> None:
 
 @pytest.mark.parametrize("name", MODEL_CONTENDERS)
 def test_bytes_kept_for_the_backward(benchmark, name: str) -> None:
-    """Exact on any machine. Nobody who steers keeps less than the fused op."""
+    """No steering contender keeps fewer bytes than the fused op. The count is exact on any machine."""
     if name in (missing := absent()):
         pytest.skip(missing[name])
     if name == "hook-liger":

@@ -1,7 +1,7 @@
-"""Host time of a block's call, as ratios to what it replaces: `python -m bench.host` in a process of its own.
+"""Benchmark of the host time of a block's call over the hooked block's; runs `python -m bench.host` in a subprocess.
 
-On a GPU, or over the stub driver, where Triton compiles and launches for real and no kernel runs. No time is asserted:
-the goals, met or not, are printed and recorded.
+It runs on a GPU or over the stub driver, where Triton compiles and launches for real and no kernel runs. The goals are
+printed and recorded; no time is asserted.
 """
 
 import json

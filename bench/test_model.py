@@ -1,4 +1,4 @@
-"""Models of real geometries: what a training step, a prefill and a decode step cost, steered or not."""
+"""Benchmarks of a training step, a prefill and a decode step, with models of real sizes, steered and unsteered."""
 
 from dataclasses import asdict
 

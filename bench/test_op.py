@@ -1,4 +1,4 @@
-"""The op on the whole grid, each contender by itself. Ratios come from the interleaved run, `python -m bench.gpu`."""
+"""Benchmarks of the op at all sizes, one contender at a time. For ratios use `bench.gpu`, which interleaves them."""
 
 from dataclasses import asdict
 
@@ -27,6 +27,6 @@ def test_op(benchmark, device, name: str, case: OpCase, what: str) -> None:
         timed = timing.Timed(name, levels.op_calls(case, what, contender, sets))
     timed.prepare(device, graph=True, stream=stream)
     benchmark.group = f"{what} {case}"
-    # pytest-benchmark's own times are those of a replay of all calls, with the launch; ours are in extra_info.
+    # pytest-benchmark times a replay of all calls, launch included; the seconds per call are in extra_info.
     benchmark.pedantic(timed.sample, args=(device,), rounds=20)
     benchmark.extra_info |= {"case": asdict(case), "contender": name, "calls": count, "seconds a call": timed.samples}

@@ -1,8 +1,8 @@
-"""How time, launches and bytes are measured.
+"""Timing of calls, and counts of launches and bytes.
 
-A call of a few microseconds cannot be timed by itself: the clock, the launch and a warm cache each lie by more. So a
-GPU's sample is the replay of a CUDA graph of many calls. Each reads inputs of its own and writes outputs of its own,
-together more than the L2 cache. Contenders take turns within a round, so that drift meets all of them.
+A call of a few microseconds cannot be timed alone: clock, launch and a warm cache distort the time by more than that.
+So a sample on a GPU is the replay of a CUDA graph of many calls. Each call reads and writes separate memory, together
+more than the L2 cache. Contenders take turns within a round, so that drift affects all of them.
 """
 
 from __future__ import annotations
@@ -31,18 +31,23 @@ def synchronize(device: torch.device) -> None:
 
 
 def input_sets(bytes_each: int, l2: int) -> int:
-    """How many sets of inputs to rotate through so that none is in the cache when its turn comes again.
+    """Return the number of input sets to rotate through, so that each is out of the L2 cache when its turn comes again.
 
-    At least two; so many that they fill the cache twice; at most `MAX_SETS`: of very small inputs even these fit in
-    the cache, as they do in a model.
+    The sets fill the cache twice. There are at least two and at most `MAX_SETS`. Very small inputs stay in the cache
+    even so, as they do in a model.
     """
     return max(2, min(MAX_SETS, -(-2 * l2 // max(1, bytes_each))))
 
 
 @dataclass
 class Timed:
-    """One contender ready to be timed. calls: one for each set of inputs, each returning all that it wrote; samples:
-    seconds a call."""
+    """One contender with the calls to time.
+
+    Attributes:
+        calls: one call per set of inputs. Each returns all tensors that it wrote.
+        samples: the mean seconds per call, one for each time `sample` ran.
+        replayed: whether the calls are replayed from a CUDA graph.
+    """
 
     name: str
     calls: Sequence[Call]
@@ -52,7 +57,7 @@ class Timed:
     _graph: Any = None  # must outlive its replays
 
     def prepare(self, device: torch.device, graph: bool, stream: Any = None) -> None:
-        """Warm up, and capture the calls into a graph if that is asked for.
+        """Warm up and, with `graph` on a GPU, capture the calls into a CUDA graph.
 
         Raises:
             RuntimeError: the calls cannot be captured.
@@ -79,12 +84,14 @@ class Timed:
         torch.cuda.synchronize(device)
 
     def _all(self) -> list[Any]:
-        """The results of all calls. While they are held no call is given the memory of another's output: writes to one
-        address would stay in the cache, and cost nothing."""
+        """Run all calls and return all results.
+
+        Holding the results gives every call its own output memory. Writes to one address would stay in the cache.
+        """
         return [call() for call in self.calls]
 
     def sample(self, device: torch.device) -> None:
-        """Run all calls once more and keep the mean time of one."""
+        """Run all calls once and record the mean time of a call."""
         assert self._run is not None
         outputs: Any
         if device.type == "cuda":
@@ -99,20 +106,22 @@ class Timed:
             outputs = self._run()
             synchronize(device)
             seconds = time.perf_counter() - begin
-        del outputs  # not within the time
+        del outputs  # freed after the clock has stopped
         self.samples.append(seconds / len(self.calls))
 
 
 def in_turn(contenders: Sequence[T], number: int) -> list[T]:
-    """The contenders in the order of round `number`: another in each, drawn, so that nobody always comes after the same
-    one, or twice in a row more often than the others."""
+    """Return the contenders in the random order of round `number`, so that no contender always follows the same one."""
     return random.Random(number).sample(contenders, len(contenders))
 
 
 def interleave(
     timed: Sequence[Timed], device: torch.device, rounds: int, before: Call | None = None, first: int = 0
 ) -> None:
-    """Take `rounds` samples of each, in turn; `before` runs ahead of each; first: the number of the first round."""
+    """Take `rounds` samples of each contender, in turns.
+
+    before: a call before each sample. first: the number of the first round.
+    """
     for number in range(first, first + rounds):
         for one in in_turn(timed, number):
             if before is not None:
@@ -121,7 +130,7 @@ def interleave(
 
 
 def copy_bandwidth(device: torch.device, nbytes: int = 1 << 30, rounds: int = 20) -> float:
-    """Bytes read plus bytes written a second, of a copy inside the device's memory: the physical limit."""
+    """Measure the bandwidth of a copy inside the device's memory: bytes read plus bytes written, per second."""
     source = torch.randint(0, 255, (nbytes,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     copy = Timed("copy", [lambda: target.copy_(source)])
@@ -131,7 +140,7 @@ def copy_bandwidth(device: torch.device, nbytes: int = 1 << 30, rounds: int = 20
 
 
 def count_launches(call: Call, device: torch.device) -> int | None:
-    """Kernels and copies that one call launches, by the profiler; None on a CPU, or where the profiler sees none."""
+    """Count the kernels and copies that one call launches, by the profiler; None on a CPU, or if it sees none."""
     if device.type != "cuda":
         return None
     from torch.profiler import ProfilerActivity, profile
@@ -149,15 +158,17 @@ def count_launches(call: Call, device: torch.device) -> int | None:
 
 @contextmanager
 def counting_kept(model: nn.Module, *inputs: Tensor) -> Iterator[Callable[[], int]]:
-    """Counts the bytes that autograd keeps for the backward of what runs inside; each storage once, and neither the
-    model's parameters and buffers nor `inputs`. Exact on any machine."""
+    """Count the bytes that autograd keeps for the backward of the code inside the `with` block.
+
+    Each storage counts once. The model's parameters and buffers and `inputs` do not count. Exact on any machine.
+    """
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), *inputs)}
     kept: dict[int, Any] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage  # held, so that no address is used twice
+            kept[storage.data_ptr()] = storage  # held, so that its address is not reused
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -165,7 +176,7 @@ def counting_kept(model: nn.Module, *inputs: Tensor) -> Iterator[Callable[[], in
 
 
 def peak_bytes(call: Call, device: torch.device) -> int | None:
-    """Device memory that `call` takes at most, beyond what is allocated before it; None on a CPU."""
+    """Measure the peak device memory of `call`, beyond the memory allocated before it; None on a CPU."""
     if device.type != "cuda":
         return None
     call()

@@ -1,8 +1,8 @@
-"""`python -m bench.vllm --out DIR`: tokens a second of vLLM, steered and not, with 1 to many adapters in a batch.
+"""`python -m bench.vllm --out DIR`: tokens per second of vLLM, unsteered and steered, with one or many adapters.
 
-Two engines side by side, each in a process of its own: vLLM as it is, without the plug-in; and with it, for steering
-alone (`lora_target_modules=["post_block"]`). They answer the same prompts in turn. Wants vLLM beside fused-steer:
-docs/serving.md has the command that installs both. No network: the model has a real one's sizes and random weights. A
+Two engines run in separate processes: vLLM without the plug-in, and vLLM with it, for steering only
+(`lora_target_modules=["post_block"]`). They answer the same prompts in turn. vLLM must be installed beside fused-steer;
+docs/serving.md has the command. The model has a real model's sizes and random weights, so no network is needed. A
 second run with other batches or another geometry adds to the results file.
 """
 
@@ -29,7 +29,7 @@ from .levels import build_base
 from .results import Results, Row, describe_machine, file_name, start
 
 NEW_TOKENS = 32
-#: Contender -> (engine, which of `adapters` row number `row` has; None: no adapter).
+#: Contender -> (engine, function from a row's number to its adapter's number; None: no adapter).
 VLLM_CONTENDERS: dict[str, tuple[str, Any]] = {
     "unsteered": ("plain", lambda row, adapters: None),
     "no-adapter": ("steered", lambda row, adapters: None),
@@ -43,14 +43,17 @@ VLLM_CONTENDERS: dict[str, tuple[str, Any]] = {
 
 
 def _serve(pipe: Connection, options: dict[str, Any], environment: dict[str, str]) -> None:
-    """Answer (prompts, adapters) with (tokens, seconds) until None comes. The first message says that it is ready."""
+    """Start vLLM; answer messages (prompts, adapters) by (tokens, seconds) until None comes.
+
+    The first message sent is "" if vLLM has started, or else the error.
+    """
     os.environ.update(environment)
     try:
         from vllm import LLM, SamplingParams
         from vllm.lora.request import LoRARequest
 
         engine = LLM(**options)
-    except Exception as error:  # whatever it is, the other process has to hear of it
+    except Exception as error:  # the main process must hear of any error
         pipe.send(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
         return
     pipe.send("")
@@ -71,7 +74,7 @@ def _serve(pipe: Connection, options: dict[str, Any], environment: dict[str, str
 
 
 class Engine:
-    """An engine in a process of its own."""
+    """A vLLM engine in a separate process."""
 
     def __init__(self, options: dict[str, Any], environment: dict[str, str]) -> None:
         context = multiprocessing.get_context("spawn")
@@ -81,16 +84,16 @@ class Engine:
         theirs.close()
 
     def wait(self) -> None:
-        """Until it is ready.
+        """Wait until the engine is ready.
 
         Raises:
-            RuntimeError: it could not be started.
+            RuntimeError: the engine could not be started.
         """
         if problem := self._receive():
             raise RuntimeError(f"vLLM did not start: {problem}")
 
     def answer(self, prompts: list[list[int]], adapters: list[str | None]) -> tuple[list[list[int]], float]:
-        """Greedy continuations of one batch, and the seconds that they took."""
+        """Generate greedy continuations of one batch; return the tokens and the seconds."""
         self._pipe.send((prompts, adapters))
         return self._receive()
 
@@ -113,12 +116,12 @@ class Engine:
 
 
 def save_all(case: ServeCase, folder: Path, count: int) -> None:
-    """The model in model/, and adapters in 0/, 1/, …"""
+    """Save the model in model/ and `count` adapters in 0/, 1/, …"""
     from fused_steer import SteerConfig, patch_model
 
     model = build_base(case.model, torch.device("cpu"))
     model.save_pretrained(folder / "model")
-    # So strong that no row goes on with the unsteered tokens; it costs what any strength does.
+    # A strong scale, so that every row's tokens differ from the unsteered ones. It does not change the time.
     patch_model(model, SteerConfig(rank=case.rank, scale=20.0))
     for number in range(count):
         set_adapter(model, "default", adapter_weights(model, case.rank, seed=number))
@@ -127,17 +130,17 @@ def save_all(case: ServeCase, folder: Path, count: int) -> None:
 
 @contextmanager
 def engines(case: ServeCase, folder: Path, most_rows: int, most_adapters: int) -> Iterator[dict[str, Engine]]:
-    """Both, ready; ended afterwards."""
+    """Start the engines "plain" and "steered", and end them afterwards."""
     options = {
         "model": str(folder / "model"),
         "skip_tokenizer_init": True,
         "dtype": case.dtype,
         "max_model_len": case.length + NEW_TOKENS,
         "max_num_seqs": most_rows,
-        "enable_prefix_caching": False,  # the same prompts come again and again
+        "enable_prefix_caching": False,  # every round has the same prompts
         "gpu_memory_utilization": 0.4,
         "disable_log_stats": True,
-        # On a CPU vLLM compiles nothing once LoRA is enabled: then neither engine is to.
+        # On a CPU vLLM compiles nothing once LoRA is enabled, so neither engine may compile there.
         "enforce_eager": not torch.cuda.is_available(),
     }
     steering = {
@@ -151,7 +154,7 @@ def engines(case: ServeCase, folder: Path, most_rows: int, most_adapters: int) -
     made = {}
     try:
         made["plain"] = Engine(options, {**environment, "VLLM_PLUGINS": ""})
-        made["plain"].wait()  # one after the other: each measures the memory that there is
+        made["plain"].wait()  # one after the other: each measures the free memory when it starts
         made["steered"] = Engine(options | steering, {**environment, "VLLM_PLUGINS": "fused_steer"})
         made["steered"].wait()
         yield made
@@ -167,8 +170,10 @@ def make_prompts(case: ServeCase) -> list[list[int]]:
 
 
 def measure_vllm(case: ServeCase, made: dict[str, Engine], folder: Path, rounds: int) -> list[Row]:
-    """Seconds a token of every row, prefill included, of each contender in turn; one that answers otherwise than it
-    must has a row that says so."""
+    """Measure the seconds per token of all rows, prefill included, for each contender in turn.
+
+    A contender with wrong tokens gets a row that says so.
+    """
     prompts = make_prompts(case)
     rows = {name: Row("vllm", "generate", name, asdict(case)) for name in VLLM_CONTENDERS}
 
@@ -188,9 +193,12 @@ def measure_vllm(case: ServeCase, made: dict[str, Engine], folder: Path, rounds:
 
 
 def wrong(case: ServeCase, tokens: dict[str, list[list[int]]]) -> dict[str, str]:
-    """Contender -> what is wrong with its tokens. Adapters have to change them; by chance a random model may go on as
-    without, in a few rows. In float32, requests without adapter are answered as by vLLM without the plug-in, and the
-    rows of the first adapter as where all rows have it."""
+    """Return the contenders with wrong tokens: name -> the problem.
+
+    Adapters must change the tokens; with a random model a few rows may stay the same by chance. In float32, requests
+    without adapter must get the tokens of vLLM without the plug-in. Rows of the first adapter must get the same tokens
+    as when all rows use it.
+    """
     exact = case.dtype == "float32"
     found = {}
     if exact and tokens["no-adapter"] != tokens["unsteered"]:
@@ -201,14 +209,14 @@ def wrong(case: ServeCase, tokens: dict[str, list[list[int]]]) -> dict[str, str]
         if 10 * len(same) > case.batch:
             found[name] = f"wrong: {len(same)} rows have the unsteered tokens; expected at most a tenth of {case.batch}"
         elif exact and any(tokens[name][row] != tokens["one-adapter"][row] for row in others):
-            found[name] = "wrong: a row of the first adapter has other tokens than by it alone; expected the same"
+            found[name] = "wrong: a row of the first adapter has other tokens than in one-adapter; expected the same"
     return found
 
 
 def measure(
     case: ServeCase, batches: Sequence[tuple[int, int]], results: Results, save: Any, rounds: int
 ) -> Iterator[str]:
-    """Measure (rows, adapters) after (rows, adapters), saving after each; a line for each that is done."""
+    """Measure each batch of (rows, adapters), saving after each; yield a line for each."""
     most_rows, most_adapters = (max(values) for values in zip(*batches, strict=True))
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -248,12 +256,14 @@ def _pairs(text: str) -> list[tuple[int, int]]:
 
 def main(
     out: Annotated[Path, typer.Option(help="Directory for the results file.")],
-    geometry: Annotated[str, typer.Option(help="Whose sizes the model has.")] = "",
-    layers: Annotated[int, typer.Option(help="How many of its layers; 0 is all.")] = 0,
+    geometry: Annotated[str, typer.Option(help="The model's sizes, by the name of a real model.")] = "",
+    layers: Annotated[int, typer.Option(help="Number of layers; 0 is all.")] = 0,
     batches: Annotated[str, typer.Option(help="rows:adapters of each batch.")] = "256:256,256:16,256:1,64:64,8:8,1:1",
     length: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 64,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; by default what suits the device.")] = "",
-    rounds: Annotated[int, typer.Option(help="Samples of each.")] = 10,
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16 or float16. Default: bfloat16 on a GPU, float32 on a CPU.")
+    ] = "",
+    rounds: Annotated[int, typer.Option(help="Samples of each contender.")] = 10,
 ) -> None:
     """Measure vLLM, unsteered and steered, in turn."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

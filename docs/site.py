@@ -1,4 +1,4 @@
-"""A hook of MkDocs: links to files outside of docs/ become links to the repository, if the files are there."""
+"""A hook of MkDocs: turns links to files outside of docs/ into links to the repository, if the files exist."""
 
 import logging
 import re
@@ -14,7 +14,7 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, **_: Any) -> str:
     def linked(match: re.Match[str]) -> str:
         path = (ROOT / "docs" / match[1]).resolve()
         if not path.exists():
-            _log.warning("%s links to %s, which is not there", page.file.src_uri, match[1])
+            _log.warning("%s links to %s; expected an existing file", page.file.src_uri, match[1])
         return f"]({config.repo_url}/blob/main/{path.relative_to(ROOT).as_posix()}"
 
     return _OUTSIDE.sub(linked, markdown)

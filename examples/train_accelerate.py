@@ -1,4 +1,4 @@
-"""Steering trained by a loop of one's own with Accelerate, in one process or many.
+"""Trains steering by a hand-written loop with Accelerate, in one process or many.
 
 accelerate launch examples/train_accelerate.py --model HuggingFaceTB/SmolLM2-135M --out sums
 """
@@ -18,14 +18,14 @@ from fused_steer import SteerConfig, patch_model, steering_parameters
 
 
 def read(data: Path | None) -> list[dict[str, str]]:
-    """A JSON object with "prompt" and "completion" on each line; without a file, sums."""
+    """Read a JSON object with "prompt" and "completion" from each line; without a file, make sums."""
     if data is None:
         return [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in range(10) for b in range(10)]
     return [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
 
 
 def encode(tokenizer: Any, row: dict[str, str]) -> dict[str, list[int]]:
-    """The loss is of the completion alone."""
+    """Tokenize a row. Only the completion has labels, so the loss covers only the completion."""
     prompt = tokenizer(row["prompt"])["input_ids"]
     completion = tokenizer(row["completion"] + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
     return {"input_ids": prompt + completion, "labels": [-100] * len(prompt) + completion}
@@ -41,7 +41,7 @@ def main(
     rate: float = 1e-3,
 ) -> None:
     accelerator = Accelerator()
-    set_seed(0)  # every process begins with the same adapter
+    set_seed(0)  # the same initial adapter in every process
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     rows = [encode(tokenizer, row) for row in read(data)]

@@ -1,4 +1,4 @@
-"""Steering trained with transformers' Trainer: checkpoints hold the adapter alone, the best is kept.
+"""Trains steering with transformers' Trainer. Checkpoints hold only the adapter; the best one is kept.
 
 python examples/train_trainer.py --model HuggingFaceTB/SmolLM2-135M --out sums
 """
@@ -14,14 +14,14 @@ from fused_steer import SteerConfig, SteeringTrainer, patch_model
 
 
 def read(data: Path | None) -> list[dict[str, str]]:
-    """A JSON object with "prompt" and "completion" on each line; without a file, sums."""
+    """Read a JSON object with "prompt" and "completion" from each line; without a file, make sums."""
     if data is None:
         return [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in range(10) for b in range(10)]
     return [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
 
 
 def encode(tokenizer: Any, row: dict[str, str]) -> dict[str, list[int]]:
-    """The loss is of the completion alone."""
+    """Tokenize a row. Only the completion has labels, so the loss covers only the completion."""
     prompt = tokenizer(row["prompt"])["input_ids"]
     completion = tokenizer(row["completion"] + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
     return {"input_ids": prompt + completion, "labels": [-100] * len(prompt) + completion}

@@ -1,4 +1,4 @@
-"""Steering trained with TRL's DPOTrainer. The reference is the same model with the steering off: no second model.
+"""Trains steering with TRL's DPOTrainer. The reference is the same model with its steering off, not a second model.
 
 python examples/train_trl_dpo.py --model HuggingFaceTB/SmolLM2-135M-Instruct --out preferences
 """
@@ -17,7 +17,7 @@ from fused_steer.trl import SteeringDPOTrainer
 
 
 def read(data: Path | None) -> list[dict[str, str]]:
-    """A JSON object with "prompt", "chosen" and "rejected" on each line; without a file, sums: terse, not chatty."""
+    """Read a JSON object with "prompt", "chosen" and "rejected" from each line; without a file, prefer terse sums."""
     if data is None:
         pairs = [(a, b) for a in range(10) for b in range(10)]
         return [{"prompt": f"{a}+{b}=", "chosen": f"{a + b}", "rejected": f"{a + b}, i think!"} for a, b in pairs]
@@ -42,7 +42,7 @@ def main(
         per_device_train_batch_size=batch,
         learning_rate=rate,
         beta=beta,
-        bf16=torch.cuda.is_available(),  # TRL's default is True, which it refuses on a CPU
+        bf16=torch.cuda.is_available(),  # TRL's default is True, but TRL refuses that on a CPU
         report_to="none",
     )
     trainer = SteeringDPOTrainer(

@@ -1,4 +1,4 @@
-"""Steering trained with TRL's GRPOTrainer: the model answers, a function rewards.
+"""Trains steering with TRL's GRPOTrainer: the model answers, and a function rewards the answers.
 
 python examples/train_trl_grpo.py --model HuggingFaceTB/SmolLM2-135M-Instruct --out sums
 """
@@ -18,14 +18,14 @@ from fused_steer.trl import SteeringGRPOTrainer
 
 
 def read(data: Path | None) -> list[dict[str, str]]:
-    """A JSON object with "prompt" and "answer" on each line; without a file, sums."""
+    """Read a JSON object with "prompt" and "answer" from each line; without a file, make sums."""
     if data is None:
         return [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(10) for b in range(10)]
     return [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
 
 
 def reward(completions: list[str], answer: list[str], **_: Any) -> list[float]:
-    """1 for the answer, up to 0.1 for keeping to digits: something to learn from the first step on."""
+    """Reward the answer with 1, and digits with up to 0.1, so that there is something to learn from the first step."""
     shares = [sum(c.isdigit() for c in text) / max(len(text), 1) for text in completions]
     right = [text.strip() == expected for text, expected in zip(completions, answer, strict=True)]
     return [float(r) + 0.1 * share for r, share in zip(right, shares, strict=True)]
@@ -51,7 +51,7 @@ def main(
         max_completion_length=length,
         learning_rate=rate,
         beta=beta,
-        bf16=torch.cuda.is_available(),  # TRL's default is True, which it refuses on a CPU
+        bf16=torch.cuda.is_available(),  # TRL's default is True, but TRL refuses that on a CPU
         report_to="none",
     )
     trainer = SteeringGRPOTrainer(

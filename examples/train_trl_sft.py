@@ -1,4 +1,4 @@
-"""Steering trained with TRL's SFTTrainer: prompts and completions, checkpoints that hold the adapter alone.
+"""Trains steering with TRL's SFTTrainer on prompts and completions. Checkpoints hold only the adapter.
 
 python examples/train_trl_sft.py --model HuggingFaceTB/SmolLM2-135M --out sums
 """
@@ -17,7 +17,7 @@ from fused_steer.trl import SteeringSFTTrainer
 
 
 def read(data: Path | None) -> list[dict[str, str]]:
-    """A JSON object with "prompt" and "completion" on each line; without a file, sums."""
+    """Read a JSON object with "prompt" and "completion" from each line; without a file, make sums."""
     if data is None:
         return [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in range(10) for b in range(10)]
     return [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
@@ -39,7 +39,7 @@ def main(
         max_steps=steps,
         per_device_train_batch_size=batch,
         learning_rate=rate,
-        bf16=torch.cuda.is_available(),  # TRL's default is True, which it refuses on a CPU
+        bf16=torch.cuda.is_available(),  # TRL's default is True, but TRL refuses that on a CPU
         report_to="none",
     )
     trainer = SteeringSFTTrainer(

@@ -1,75 +1,82 @@
 """fused-steer: post-block activation steering (arXiv 2603.00425), fused into the residual add of each decoder block.
 
-The map, in reading order. A file imports what stands above it, never what stands below.
+The map, in reading order. A file imports only files that stand above it.
 
     _version.py          the version
-    _requirements.py     which versions of other libraries were tried
-    kernels/             the Triton kernels; its own map is in its docstring
-    positions.py         which tokens are steered, by name
-    config.py            SteerConfig: what an adapter computes
-    adapters/            what an adapter is and how it is kept
-        parameters.py    the format: names, paths, shapes of its tensors, which model it fits; its module in a layer
-        saving.py        files that are replaced whole, by any number of processes
-        weights.py       its weights file: safetensors with the config in the header
-        files.py         its two files: written whole or not at all, checked when read
-        hub.py           its upload, and its model card
-        distributed.py   an adapter that several processes share: who writes, gathering its parts
-    model/               how a decoder layer is reached
-        decoder.py       finds the decoder layers and the device that each runs on
-        heads.py         finds heads that were not loaded, of classifiers and reward models
-        residual.py      rewrites a layer's forward so that the last residual add goes to the site
-        scopes.py        which thread or task may run or change a model inside `disabled`, `mode` and `batch`
-        watch.py         an error for a layer that ran unsteered; the report
-        passes.py        packed weights, which live for one forward pass
+    _requirements.py     the tested versions of other libraries
+    kernels/             the Triton kernels; its docstring has its own map
+    positions.py         names of token positions, and the tokens that they mean
+    config.py            SteerConfig: the configuration of an adapter
+    adapters/            adapters and how they are stored
+        parameters.py    the format: names, paths and shapes of the tensors; the module in a layer
+        saving.py        replaces files whole, with any number of saving processes
+        weights.py       the weights file: safetensors with the config in the header
+        files.py         reads and writes an adapter's two files, with checks
+        hub.py           uploads an adapter with a model card
+        distributed.py   models that several processes share: who writes, gathering shards
+    model/               reaching and patching decoder layers
+        decoder.py       finds the decoder layers and their devices
+        heads.py         finds heads that were not loaded from a checkpoint
+        residual.py      rewrites a layer's forward so that the last residual add calls the site
+        scopes.py        guards the steering against other threads and tasks
+        watch.py         raises for a layer that ran unsteered; the report
+        passes.py        packed weights for one forward pass
         site.py          the site: the module in a layer that steers it
-        layer.py         a layer with its site: how it is reached, and the way back
-        decoder_hooks.py what is done before and after each pass of the decoder
-        patched.py       a patched model: its steered layers, its frozen base
-        stored.py        an adapter of a patched model as files have it, and back
+        layer.py         patches and unpatches one layer
+        decoder_hooks.py hooks before and after each pass of the decoder
+        patched.py       a patched model: its steered layers and its frozen base
+        stored.py        converts an adapter of a patched model to file contents and back
     lora/                steering beside a LoRA
-        layers.py        which modules carry a LoRA
-        writers.py       which modules write into the residual stream
+        layers.py        finds the modules with a LoRA
+        writers.py       finds the modules that write into the residual stream
         orthogonality.py Joint-Orth: keeps an adapter orthogonal to the LoRA
-        constraints.py   the adapters of a model that are kept so
+        constraints.py   the constrained adapters of a model
     serving/             many adapters at a time
-        slots.py         room for several adapters at one layer
-        requests.py      what a batch asks for: an adapter, a strength, positions for each row
-        caches.py        how many tokens a key-value cache holds
-        rows.py          steers one layer of a batch by rows
+        slots.py         slots: the adapters of one layer in stacked tensors
+        requests.py      checks the arguments of a batch
+        options.py       the scale and the positions of one served request
+        caches.py        finds key-value caches and their lengths
+        rows.py          steers one layer while each row has its own adapter
         batch.py         steers each row of a batch by its own adapter
-        mixed.py         an adapter for each row of a batch of PEFT's
-        pool.py          AdapterPool: thousands of adapters in files, some in slots
-        holding.py       the adapters of a batch in slots
-        gains.py         which tokens of a pass are steered, where an adapter has positions
-        plan.py          memory and bandwidth that many adapters take
-    importers/           adapters of other codes
-        reading.py       opening and checking a foreign file
+        mixed.py         PEFT's batches with an adapter for each row
+        pool.py          AdapterPool: thousands of adapters in files, a few in slots
+        holding.py       puts the adapters of a batch into slots
+        gains.py         finds the steered tokens of a pass, for an adapter with positions
+        plan.py          computes the memory and bandwidth of many adapters
+    importers/           imports adapters of other libraries
+        reading.py       opens and checks a foreign file
         steerling.py     the paper's released code
         pyreft.py        pyreft, both ways
-        vectors.py       control vectors: GGUF, plain tensors
+        vectors.py       control vectors: GGUF and plain tensors
     peft/                steering as a PEFT method
         config.py        PostBlockConfig
-        site.py          the site of PEFT's steering in a layer
-        tuner.py         adds, saves, loads, mixes and sums adapters as PEFT asks
+        site.py          the site with PEFT's adapters
+        tuner.py         adds, saves, loads, mixes and sums adapters for PEFT
     whole.py             save_pretrained of a patched model
-    steering.py          Steering, which is model.steering
-    patch.py             patch_model: the front door
+    steering.py          Steering, available as model.steering
+    patch.py             patch_model, the entry point
     joint.py             LoRA and steering: parameter groups, save_joint, load_joint
-    tools/               what the verbs of the command run
-        listops.py       the task of the demo
+    tools/               the command's verbs
+        listops.py       the demo's task
         demo.py          fused-steer demo
         coverage.py      fused-steer coverage
         kernel_table.py  fused-steer kernels
         doctor.py        fused-steer doctor
         inspect.py       fused-steer inspect
     trainer.py           SteeringTrainer: adapters in the checkpoints of transformers' Trainer
-    diagnostics/         what steering does to a model, in five figures
-        records.py       the numbers of a layer
-        figures.py       the pictures
-        diagnosis.py     the whole, and how it is saved
+    diagnostics/         measures steering's effect on a model, in five figures
+        records.py       the measured quantities of a layer
+        figures.py       draws the figures
+        diagnosis.py     the result, as JSON and pictures
         measure.py       diagnose
         command.py       fused-steer diagnose
-    vllm.py              the vLLM plug-in
+    vllm/                the vLLM plug-in
+        sources.py       finds, checks and copies the adapters of requests
+        layers.py        adds a steering point to decoder layers; the module that steers
+        adapters.py      loads an adapter into the slots of a worker
+        cache.py         keys of cached blocks and of compiled graphs
+        frontend.py      checks requests before the engine gets them
+        gains.py         fills in the gain of each token of a batch
     trl.py               TRL's trainers
     cli.py               the command fused-steer
 """

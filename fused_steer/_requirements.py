@@ -1,4 +1,4 @@
-"""Which versions of other libraries fused-steer was tried with. Another version gives one warning, never a refusal."""
+"""The versions of other libraries that fused-steer was tested with. Any other version causes one warning, no error."""
 
 from __future__ import annotations
 
@@ -11,32 +11,37 @@ from packaging.version import Version
 
 @dataclass(frozen=True)
 class Tried:
-    """The releases of a library with which the tests passed: from the series `first` to the series `last`, inclusive.
+    """The range of a library's releases that passed the tests, both ends included.
 
-    A series is "2.14": 2.14.0 and all its fixes. distributions: what the library is called where it is installed from.
+    A series such as "2.14" is 2.14.0 with all its fixes.
+
+    Attributes:
+        first, last: the first and the last series.
+        distributions: the library's names in the package index.
+        use: the use of an optional library.
     """
 
     first: str
     last: str
     distributions: tuple[str, ...]
-    use: str = ""  # what an optional library is for
+    use: str = ""
 
     def includes(self, version: str) -> bool:
         return _series(self.first) <= _series(version) <= _series(self.last)
 
     def precedes(self, version: str) -> bool:
-        """Whether `version` is newer than all that was tried."""
+        """Return whether `version` is newer than the tested range."""
         return _series(self.last) < _series(version)
 
     @property
     def below(self) -> str:
-        """The first series that was not tried any more."""
+        """The first series after the tested range."""
         major, minor = _series(self.last)
         return f"{major}.{minor + 1}"
 
     @property
     def command(self) -> str:
-        """The line that installs a version that was tried."""
+        """The pip command that installs a tested version."""
         return f"pip install '{self.distributions[0]}>={self.first},<{self.below}'"
 
     def __str__(self) -> str:
@@ -52,7 +57,7 @@ def _tried(library: str, first: str, last: str, use: str = "", *others: str) -> 
     return library, Tried(first, last, (library, *others), use)
 
 
-#: What the core needs.
+#: Libraries that the core needs.
 CORE = dict(
     [
         _tried("torch", "2.11", "2.14"),
@@ -60,7 +65,7 @@ CORE = dict(
         _tried("transformers", "5.17", "5.24"),
     ]
 )
-#: What a part of fused-steer needs.
+#: Libraries that one part of fused-steer needs.
 OPTIONAL = dict(
     [
         _tried("peft", "0.21", "0.21", "LoRA beside steering, steering as a PEFT method"),
@@ -81,11 +86,11 @@ _checked: set[str] = set()
 
 
 class UntriedVersionWarning(UserWarning):
-    """A library has a version with which fused-steer was not tried."""
+    """A library has a version that fused-steer was not tested with."""
 
 
 def installed(library: str) -> str | None:
-    """The version of a library of the table; None: it is not installed."""
+    """Return the installed version of a library, or None."""
     for name in TRIED[library].distributions:
         try:
             return metadata.version(name)
@@ -95,7 +100,7 @@ def installed(library: str) -> str | None:
 
 
 def warn_untried(*libraries: str) -> None:
-    """Warn, once in a process, of each of the libraries that has a version outside of the tried range."""
+    """Warn once in a process about each of these libraries that has an untested version."""
     for library in libraries:
         if library in _checked:
             continue

@@ -35,11 +35,11 @@ app = typer.Typer(
 
 @contextlib.contextmanager
 def _errors_in_one_line() -> Iterator[None]:
-    """What the library refuses is one line on stderr and exit code 1."""
+    """Print an error of the library as one line on stderr, and exit with code 1."""
     try:
         yield
     except (ValueError, TypeError, KeyError, RuntimeError, OSError, ImportError) as error:
-        # str(KeyError) is the repr of its message.
+        # str() of a KeyError would put quotes around the message.
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
         typer.echo(f"{PACKAGE}: {' '.join(str(message).split()) or type(error).__name__}", err=True)
         code = 1
@@ -82,9 +82,9 @@ def demo(
     lr: Annotated[float, typer.Option(help="AdamW's learning rate.")] = 2e-3,
     rank: Annotated[int, typer.Option(help="Rank of the adapter.")] = 8,
     activation: Annotated[str, typer.Option(help="φ: identity, silu, gelu, gelu_tanh, relu or tanh.")] = "silu",
-    operators: Annotated[str, typer.Option(help="Of MAX, MIN, MED and SM, with commas between.")] = "MAX,MIN",
-    depth: Annotated[int, typer.Option(help="How deep every expression is nested.")] = 2,
-    seed: Annotated[int, typer.Option(help="Of the expressions and the adapter's initial values.")] = 0,
+    operators: Annotated[str, typer.Option(help="Some of MAX, MIN, MED and SM, separated by commas.")] = "MAX,MIN",
+    depth: Annotated[int, typer.Option(help="Nesting depth of every expression.")] = 2,
+    seed: Annotated[int, typer.Option(help="Seed of the expressions and the adapter's initial values.")] = 0,
     held_out: Annotated[int, typer.Option("--eval", help="Held-out expressions to evaluate on.")] = 100,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, xpu …; auto is a GPU if there is one.")] = "auto",
     record: Annotated[Path | None, typer.Option(help="JSON file for the run's figures.")] = None,
@@ -107,7 +107,7 @@ def doctor(
         bool, typer.Option("--compile", help="Compile the kernels, which takes a minute, and show what they use.")
     ] = False,
 ) -> None:
-    """Say what is installed, which backend will run, and whether it computes what it should. Exit code 1 if not."""
+    """Check what is installed, which backend will run, and whether it computes correctly. Exit code 1 if not."""
     with _errors_in_one_line():
         from .tools.doctor import examine
 
@@ -147,18 +147,18 @@ def kernels(
     ] = None,
     hidden: Annotated[int, typer.Option(help="d, the hidden state's size.")] = 4096,
     rank: Annotated[int, typer.Option(help="r, 0 to 256; 0 is a vector.")] = 8,
-    dtype: Annotated[str, typer.Option(help="Of the hidden state: bfloat16, float16 or float32.")] = "bfloat16",
+    dtype: Annotated[str, typer.Option(help="Dtype of the hidden state: bfloat16, float16 or float32.")] = "bfloat16",
     tokens: Annotated[list[int] | None, typer.Option(help="N; 4096 and 8 if not given.")] = None,
     gpu: Annotated[
         list[str] | None,
-        typer.Option(help="Predict for A100, A100-40GB, H100 or H200; all that have one of the targets if not given."),
+        typer.Option(help="Predict for A100, A100-40GB, H100 or H200. Default: all GPUs with one of the targets."),
     ] = None,
     packed: Annotated[
-        bool, typer.Option(help="Weights packed once a pass, as in a patched model; else in fp32, as a call alone.")
+        bool, typer.Option(help="Weights packed once a pass, as in a patched model; else in fp32, as in a single call.")
     ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Compile the kernels ahead of time, without a GPU, show what they use, and predict what limits a pass."""
+    """Compile the kernels ahead of time, without a GPU. Show what they use, and predict what limits a pass."""
     with _errors_in_one_line():
         from .tools.kernel_table import Request, describe_kernels, print_kernels
 
@@ -173,7 +173,7 @@ def kernels(
 
 # ------------------------------------------------------------------------------------------------------------- import
 
-import_app = typer.Typer(help="Read adapters of other codes into fused-steer's own form.", no_args_is_help=True)
+import_app = typer.Typer(help="Import adapters of other libraries into fused-steer's format.", no_args_is_help=True)
 app.add_typer(import_app, name="import")
 
 _Out = Annotated[Path, typer.Option("--out", help="Directory for the adapter.", show_default=False)]
@@ -182,7 +182,7 @@ _BaseModel = Annotated[
     typer.Option(
         "--base-model",
         help="The base model's name, which the adapter records. Unless both --num-layers and --layers-path are given, "
-        "a directory or hub id, whose config (and nothing else) is read for them.",
+        "it must be a directory or hub id. Only its config is read.",
         show_default=False,
     ),
 ]
@@ -191,12 +191,12 @@ _NumLayers = Annotated[
 ]
 _LayersPath = Annotated[
     str | None,
-    typer.Option("--layers-path", help="Where they are in the model: model.layers in Llama, transformer.h in GPT-2."),
+    typer.Option("--layers-path", help="Path of the decoder layers: model.layers in Llama, transformer.h in GPT-2."),
 ]
 
 
 def _write_imported(file: Path, adapter: AdapterFile, out: Path, tokens: str, **more: str) -> Console:
-    """Write the adapter and show what it is; the console, for what else there is to say."""
+    """Write the adapter and print its settings. Return the console."""
     from .adapters.files import write_adapter
 
     write_adapter(out, adapter)
@@ -253,10 +253,10 @@ def steerling(
     num_layers: _NumLayers = None,
     layers_path: _LayersPath = None,
 ) -> None:
-    """Import what the paper's released code (github.com/SprocketLab/steerling) saved: low-rank adapters or vectors.
+    """Import an adapter of the paper's released code (github.com/SprocketLab/steerling): low-rank adapters or vectors.
 
-    Pickles are opened with torch.load(weights_only=True), which executes nothing in them. What steers after attention
-    or the MLP is refused.
+    Pickles are opened with torch.load(weights_only=True), which executes nothing in them. Adapters after attention or
+    the MLP are refused.
     """
     with _errors_in_one_line():
         from .importers.steerling import import_steerling
@@ -285,7 +285,7 @@ def steerling(
 
 @import_app.command()
 def pyreft(
-    directory: Annotated[Path, typer.Argument(help="What reft_model.save wrote.", show_default=False)],
+    directory: Annotated[Path, typer.Argument(help="The directory of reft_model.save.", show_default=False)],
     out: _Out,
     positions: Annotated[
         str | None,
@@ -296,15 +296,15 @@ def pyreft(
     activation: Annotated[
         str | None,
         typer.Option(
-            help="The act_fn: identity (none), silu, gelu, gelu_tanh, relu or tanh; LoReFT and NoReFT can be imported "
-            "with none alone. Required: the files do not record it. ConsReFT and LobiReFT have none."
+            help="The act_fn: identity (none), silu, gelu, gelu_tanh, relu or tanh. Required, as the files do not "
+            "record it, except for ConsReFT and LobiReFT, which have none. LoReFT and NoReFT need identity."
         ),
     ] = None,
     base_model: _BaseModel = "",
     num_layers: _NumLayers = None,
     layers_path: _LayersPath = None,
 ) -> None:
-    """Import what pyreft saved: LoReFT, NoReFT, ConsReFT, DiReFT, NoDiReFT or LobiReFT on the output of blocks.
+    """Import a pyreft adapter: LoReFT, NoReFT, ConsReFT, DiReFT, NoDiReFT or LobiReFT on the output of blocks.
 
     Pickles are opened with torch.load(weights_only=True), which executes nothing in them; pyreft is not needed. Other
     components, several interventions a layer, subspaces and layers of different rank are refused.
@@ -352,18 +352,18 @@ def vector(
     layers: Annotated[
         str | None,
         typer.Option(
-            help="Indices from 0, as 7,8,9. Of a file that names its layers, those to take; all if not given. Of a "
-            "tensor, the layer of each row; required unless it has a row for each layer."
+            help="Indices from 0, such as 7,8,9. For a file that names its layers, the layers to import (default: "
+            "all). For a tensor, the layer of each row; required unless it has a row for each layer."
         ),
     ] = None,
     base_model: _BaseModel = "",
     num_layers: _NumLayers = None,
     layers_path: _LayersPath = None,
 ) -> None:
-    """Import a control vector, one a layer: repeng's, llama.cpp's or EasySteer's GGUF, or plain tensors.
+    """Import control vectors, one for each layer: GGUF of repeng, llama.cpp or EasySteer, or plain tensors.
 
     The vector of layer N is added to that layer's output, N from 0. repeng's normalize=True and operators other than
-    the sum are no vectors, and cannot be had. Pickles are opened with torch.load(weights_only=True).
+    the sum are not supported. Pickles are opened with torch.load(weights_only=True).
     """
     with _errors_in_one_line():
         from .importers.vectors import import_vector
@@ -410,7 +410,7 @@ def export_to_pyreft(
 
 @app.command()
 def coverage(
-    only: Annotated[str | None, typer.Option(help="Model types, with commas between; all if not given.")] = None,
+    only: Annotated[str | None, typer.Option(help="Model types, separated by commas. Default: all.")] = None,
     out: Annotated[Path | None, typer.Option(help="Markdown file for the table, such as docs/coverage.md.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     jobs: Annotated[int, typer.Option(help="Processes at a time.")] = 2,
@@ -446,13 +446,13 @@ def diagnose(
     ] = None,
     adapter: Annotated[str | None, typer.Option(help="A saved steering adapter: its directory or hub id.")] = None,
     lora: Annotated[str | None, typer.Option(help="A LoRA that PEFT saved, beside --adapter.")] = None,
-    joint: Annotated[Path | None, typer.Option(help="A directory of both that save_joint wrote.")] = None,
-    field: Annotated[str, typer.Option(help="Which field of a .jsonl's lines is the prompt.")] = "prompt",
+    joint: Annotated[Path | None, typer.Option(help="A directory of save_joint, with both.")] = None,
+    field: Annotated[str, typer.Option(help="The field of a .jsonl's lines that holds the prompt.")] = "prompt",
     out: Annotated[Path, typer.Option(help="Directory for the figures and diagnostics.json.")] = Path(
         "fused-steer-diagnosis"
     ),
-    max_prompts: Annotated[int | None, typer.Option(help="Only the first so many; all if not given.")] = None,
-    max_length: Annotated[int, typer.Option(help="Tokens of a prompt; what is longer is cut.")] = 512,
+    max_prompts: Annotated[int | None, typer.Option(help="Use only this many prompts. Default: all.")] = None,
+    max_length: Annotated[int, typer.Option(help="Tokens at which longer prompts are cut.")] = 512,
     batch_size: Annotated[int, typer.Option(help="Prompts at a time.")] = 8,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, xpu …; auto is a GPU if there is one.")] = "auto",
 ) -> None:
@@ -473,19 +473,21 @@ def diagnose(
 
 @app.command("serve-plan")
 def serve_plan(
-    model: Annotated[str, typer.Argument(help="Directory or hub id of the base model; its config alone is read.")],
-    adapters: Annotated[int, typer.Option(help="How many there are.")],
-    rank: Annotated[int, typer.Option(help="r of each; without meaning for vectors.")] = 8,
-    slots: Annotated[int, typer.Option(help="How many are on the device at a time.")] = 64,
+    model: Annotated[str, typer.Argument(help="Directory or hub id of the base model. Only its config is read.")],
+    adapters: Annotated[int, typer.Option(help="Number of adapters.")],
+    rank: Annotated[int, typer.Option(help="Rank of each adapter; ignored for vectors.")] = 8,
+    slots: Annotated[int, typer.Option(help="Number of adapters on the device at a time.")] = 64,
     form: Annotated[str, typer.Option(help="lowrank, vector or loreft.")] = "lowrank",
     layers: Annotated[str | None, typer.Option(help="Steered layers, such as 3,9,18; all if not given.")] = None,
-    dtype: Annotated[str, typer.Option(help="Of the adapters: float32, bfloat16 or float16.")] = "float32",
-    model_dtype: Annotated[str, typer.Option(help="Of the base model's weights.")] = "bfloat16",
+    dtype: Annotated[str, typer.Option(help="Dtype of the adapters: float32, bfloat16 or float16.")] = "float32",
+    model_dtype: Annotated[str, typer.Option(help="Dtype of the base model's weights.")] = "bfloat16",
     batch: Annotated[int, typer.Option(help="Rows that decode at a time.")] = 64,
-    memory: Annotated[float | None, typer.Option(help="The device's memory in GiB: how many slots fit.")] = None,
+    memory: Annotated[
+        float | None, typer.Option(help="The device's memory in GiB, to compute how many slots fit.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Plan the memory and bandwidth that serving many adapters of one model takes. Worked out, not measured."""
+    """Plan the memory and bandwidth of serving many adapters of one model. Computed, not measured."""
     with _errors_in_one_line():
         from .serving import plan as planning
 

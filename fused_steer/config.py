@@ -1,4 +1,4 @@
-"""SteerConfig: everything that says what an adapter computes."""
+"""SteerConfig: the configuration of an adapter."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 def _names_its_fields(init: Callable[P, None]) -> Callable[P, None]:
-    """A misspelt field is answered with the fields that there are."""
+    """Make an unknown field an error that lists the known ones."""
 
     @functools.wraps(init)
     def checked(*args: P.args, **fields: P.kwargs) -> None:
@@ -41,7 +41,7 @@ def _check_fields(given: Mapping[str, Any]) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """A number of NumPy's or PyTorch's as Python's own; any other value as it is."""
+    """Return a NumPy or PyTorch number as Python's own number, and any other value unchanged."""
     if not isinstance(value, (int, float)) and getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
         return value.item()
     return value
@@ -53,31 +53,30 @@ def _is_int(value: Any) -> bool:
 
 @dataclasses.dataclass(frozen=True, init=False)
 class SteerConfig:
-    """How a model is steered: h -> h + scale · (W2 φ(W1 h + b1) + b2) after each of `layers` (arXiv 2603.00425, §3).
+    """The configuration of an adapter, which steers h -> h + scale · (W2 φ(W1 h + b1) + b2) after each of `layers`.
 
-    What is left out has its default, so that every field has a value.
+    The formula is that of arXiv 2603.00425, §3. After construction every field has a value, defaults included.
 
     Args:
-        form: "lowrank"; "vector": the paper's 1-vec, h -> h + scale · b2; or "loreft" (arXiv 2404.03592),
-            h -> h + scale · Rᵀ(W h + b − R h), R of orthonormal rows: W1 = W − R, b1 = b, W2 = Rᵀ, φ the identity.
-        rank: r, the rows of W1, 1 to 256; default 8. A vector has none (0).
-        activation: φ: identity, silu, gelu, gelu_tanh, relu or tanh; default silu. Vectors and LoReFT have none
-            (identity). The paper's Tables 1 and 2 use the identity; which one is best depends on the task: try both on
-            held-out data.
-        layers: indices of the steered layers, from 0; None is every layer.
-        scale: s, the strength.
-        down_bias: whether there is a b1, (r,), initially 0; LoReFT has one.
-        up_bias: whether there is a b2, (d,), initially 0; a vector is one, LoReFT has none.
-        init_scale: factor on W1's initial values, kaiming-uniform with a = √5 (the paper's released code has 1e-3).
-            W2 is initially 0, so that a fresh adapter changes nothing. Of LoReFT R is random, W = R and b = 0.
-        dtype: of the parameters: "float32" (master weights), "bfloat16" or "float16".
-        orthogonal_to: "lora": Joint-Orth (arXiv 2603.00425, §5.2). W2 and b2 are kept orthogonal to what the LoRA
-            adapters on the model write into the residual stream, W2 = (I − V Vᵀ) W2, V an orthonormal basis of the
-            column space of their B. None: they are not.
-        orthogonal_modules: which modules' LoRA: "mlp", the MLP's output projection, as in the paper; "all", every
-            module that writes into the stream in that layer, at or before the site (the attention's output projection
-            too).
-        positions: which tokens are steered, in training and by default in inference: "all", "prompt", "generated",
+        form: "lowrank"; "vector", the paper's 1-vec, h -> h + scale · b2; or "loreft" (arXiv 2404.03592),
+            h -> h + scale · Rᵀ(W h + b − R h) with orthonormal rows of R: W1 = W − R, b1 = b, W2 = Rᵀ.
+        rank: r, the rows of W1, 1 to 256. The default is 8. A vector has none (0).
+        activation: φ, one of identity, silu, gelu, gelu_tanh, relu, tanh. The default is silu. Vectors and
+            LoReFT have none (identity). The paper's Tables 1 and 2 use the identity. The better one depends on the
+            task: try both on held-out data.
+        layers: indices of the steered layers, from 0. None means every layer.
+        scale: the strength s.
+        down_bias: whether there is a b1 (r,), initially 0. LoReFT always has one.
+        up_bias: whether there is a b2 (d,), initially 0. A vector always has one, LoReFT never.
+        init_scale: factor on W1's initial values, kaiming-uniform with a = √5 (the paper's released code uses 1e-3).
+            W2 is initially 0, so that a fresh adapter changes nothing. For LoReFT W = R and b = 0.
+        dtype: the dtype of the parameters: "float32" (master weights), "bfloat16" or "float16".
+        orthogonal_to: "lora" for Joint-Orth (arXiv 2603.00425, §5.2), else None. W2 = (I − V Vᵀ) W2 and b2 are kept
+            orthogonal to the LoRA's updates of the residual stream, with V an orthonormal basis of its B's columns.
+        orthogonal_modules: the modules with the LoRA. "mlp" is the MLP's output projection, as in the paper. "all"
+            adds every other module of the layer that writes into the stream before the site, such as the attention's
+            output projection.
+        positions: the steered tokens, in training and by default in inference: "all", "prompt", "generated",
             "last_prompt", "first_7", "last_7" (any number), or several of them joined by "+".
 
     Raises:
@@ -167,12 +166,12 @@ class SteerConfig:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> SteerConfig:
-        """The config of these fields; an unknown one is a TypeError."""
+        """Return the config with these fields. An unknown field is a TypeError."""
         _check_fields(fields)
         return cls(**fields)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON has them; those of orthogonality, and the positions, only where they are asked for."""
+        """Return the fields as JSON data. Those of orthogonality and positions are left out if they are not used."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         if self.positions == ALL:
             del fields["positions"]
@@ -182,7 +181,7 @@ class SteerConfig:
 
 
 def _given(name: str, value: Any, default: Any, form: str | None) -> Any:
-    """The value of a field, or its default. form: the one with which it can be nothing else."""
+    """Return the value of a field, or its default. With `form` (not None) only the default is allowed."""
     if value is None:
         return default
     if form is not None and value != default:
@@ -191,13 +190,13 @@ def _given(name: str, value: Any, default: Any, form: str | None) -> Any:
 
 
 def checked_number(name: str, value: Any) -> float:
-    """The value as a float that is finite in float32, in which the kernels compute, or an error that names it."""
+    """Return the value as a float that is finite in float32, the kernels' dtype. An error names the field."""
     value = _plain(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} is {value!r}; expected a number")
     try:
         number = float(value)
-    except OverflowError:  # an integer; Python refuses to print one of many digits
+    except OverflowError:  # an integer with too many digits for Python to print
         raise ValueError(f"{name} is an integer of {int(value).bit_length()} bits; expected a float32 number") from None
     if not math.isfinite(number):
         raise ValueError(f"{name} is {number}; expected a finite number")

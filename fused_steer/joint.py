@@ -1,7 +1,6 @@
-"""Joint adaptation: LoRA on the weights and steering of the activations, trained together (arXiv 2603.00425, §5).
+"""Joint training of LoRA and steering (arXiv 2603.00425, §5): parameter groups, and saving and loading both together.
 
-Who trains what, and both parts in files: together in one directory, or each apart by its own library's means
-(`model.steering.save`; PEFT's `save_pretrained`).
+Each part can also be saved alone: by `model.steering.save`, and by PEFT's `save_pretrained`.
 """
 
 from __future__ import annotations
@@ -26,19 +25,19 @@ from .model.decoder import find_decoder, inside_peft
 from .patch import patch_model
 from .steering import Steering
 
-#: Where each part lies in a directory that holds both.
+#: The folders of both parts in a joint directory.
 STEERING_FOLDER, LORA_FOLDER = "steering", "lora"
-#: Its record, which says that the parts belong together.
+#: The file that records which parts were saved together.
 JOINT_NAME = "joint.json"
-#: How often a save looks again at what others have moved meanwhile.
+#: How often a save retries after another process has moved files.
 _ATTEMPTS = 20
 
 
 def steering_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters of the steering adapter in use, for an optimizer's group of their own.
+    """Return the parameters of the active steering adapter, for an optimizer's parameter group.
 
     Raises:
-        ValueError: the model is not patched, or no adapter of it is in use.
+        ValueError: the model is not patched, or no adapter is in use.
     """
     found = list(steering_of(model).parameters())
     if not found:
@@ -47,10 +46,10 @@ def steering_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters of the model's LoRA, and of heads beside it, that train, for an optimizer's group of their own.
+    """Return the trainable parameters of the model's LoRA and of heads beside it, for an optimizer's parameter group.
 
     Raises:
-        ValueError: the model carries no LoRA that trains.
+        ValueError: the model carries no trainable LoRA.
     """
     layers: list[Any] = [*lora_layers(model).values(), *saved_modules(model)]
     parts = (getattr(layer, name) for layer in layers for name in sorted(layer.adapter_layer_names))
@@ -61,7 +60,7 @@ def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def steering_of(model: nn.Module) -> Steering:
-    """`model.steering`.
+    """Return `model.steering`, or raise if the model is not patched.
 
     Raises:
         ValueError: the model is not patched.
@@ -76,17 +75,17 @@ def steering_of(model: nn.Module) -> Steering:
 
 
 def save_joint(model: nn.Module, directory: str | os.PathLike[str]) -> None:
-    """Write the steering adapter in use and the active LoRA adapters: `steering/`, `lora/<name>/` for each, and
-    `joint.json`, which says that they belong together.
+    """Save the active steering adapter and the active LoRA adapters into one directory.
 
-    Each folder is what its own library reads: `patch_model(model, "DIR/steering")`, and PEFT's
-    `PeftModel.from_pretrained(model, "DIR/lora/default")` or `model.load_adapter`. What was there stays if this fails.
-    If the process is killed, `load_joint` finds either all parts of this save or all of the earlier one. Of the
-    processes in a process group the first writes.
+    The directory holds `steering/`, `lora/<name>/` for each LoRA, and `joint.json`, which records that they belong
+    together. Each folder can be read by its own library: `patch_model(model, "DIR/steering")`, and PEFT's
+    `PeftModel.from_pretrained(model, "DIR/lora/default")` or `model.load_adapter`. If saving fails, the earlier files
+    stay. If the process is killed, `load_joint` finds either all parts of this save or all of the earlier one. In a
+    process group only the first process writes.
 
     Raises:
         ValueError: the model is not steered or carries no LoRA, FSDP or ZeRO has sharded it, a part cannot be written,
-            or a LoRA has a name that no folder may have.
+            or the name of a LoRA is not valid for a folder.
         NotADirectoryError: `directory` is a file.
     """
     steering = steering_of(model)
@@ -96,7 +95,7 @@ def save_joint(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         check_name(name)
     by = sharder(model)
     if by is not None:
-        raise ValueError(f"the model is sharded by {by}; expected one that every process has whole (DDP)")
+        raise ValueError(f"the model is sharded by {by}; expected every process to hold it whole (DDP)")
     if not is_first():
         return
     target = Path(directory)
@@ -120,7 +119,7 @@ def _write_lora(folder: Path, inner: nn.Module, name: str, config: Any) -> None:
     from safetensors.torch import save
 
     folder.mkdir()
-    # Named as PEFT names them where it has wrapped the model; others it would pass over when loading.
+    # Named as in a model wrapped by PEFT, because PEFT ignores other names when loading.
     tensors = get_peft_model_state_dict(inner, adapter_name=name)
     named = {PEFT_PREFIX + unwrapped(key): tensor.contiguous() for key, tensor in tensors.items()}
     write_new(folder / WEIGHTS_NAME, save(named))
@@ -128,7 +127,7 @@ def _write_lora(folder: Path, inner: nn.Module, name: str, config: Any) -> None:
 
 
 def _lora_configs(model: nn.Module) -> dict[str, Any]:
-    """PEFT's configs of the active LoRA adapters, by name."""
+    """Return PEFT's configs of the active LoRA adapters, by name."""
     layers = lora_layers(model).values()
     names = list(dict.fromkeys(name for layer in layers for name in layer.active_adapters))
     configs = getattr(model, "peft_config", {})
@@ -139,19 +138,19 @@ def _lora_configs(model: nn.Module) -> dict[str, Any]:
 
 
 def load_joint(model: nn.Module, directory: str | os.PathLike[str], *, trainable: bool = False) -> Any:
-    """Give a bare model what `save_joint` wrote, LoRA and steering, both in use.
+    """Load the LoRA and steering adapters that `save_joint` wrote into a bare model. All of them are active.
 
     Args:
-        model: a model without adapters and unpatched, of the kind that the files were made for.
-        directory: that was given to `save_joint`.
-        trainable: whether LoRA goes on training (steering does).
+        model: an unpatched model without adapters, of the same kind as the saved one.
+        directory: the directory that was given to `save_joint`.
+        trainable: whether the LoRA is trainable. Steering always is.
 
     Returns:
-        The PeftModel around `model`, patched.
+        The patched PeftModel around `model`.
 
     Raises:
         FileNotFoundError: a part is missing.
-        ValueError: the parts are not those of one save, or one does not fit the model.
+        ValueError: the parts were not saved together, or a part does not fit the model.
     """
     from peft import PeftModel
 
@@ -172,28 +171,28 @@ def load_joint(model: nn.Module, directory: str | os.PathLike[str], *, trainable
 
 # ------------------------------------------------------------------------------------------- parts that belong together
 #
-# joint.json has a digest of each part. It is renamed into place before the parts are, and from then on the parts are
-# those of this save, wherever in the directory they lie: in their places, or still in the folder of who saves them.
+# joint.json holds a digest of each part. A save puts it in place before it moves the parts. From then on the
+# directory's parts are those with these digests, in their places or still in the saving process's folder.
 
 
 def find_joint(directory: str | os.PathLike[str]) -> tuple[Path, dict[str, Path]]:
-    """Where the parts of a joint directory are: the steering's folder, and each LoRA's by name.
+    """Return the folder of the steering, and the folder of each LoRA by name, in a directory of `save_joint`.
 
     Raises:
-        FileNotFoundError: there is no such directory, or `save_joint` wrote none there.
-        ValueError: a part is not the one that was saved with the others.
+        FileNotFoundError: there is no such directory, or `save_joint` did not write it.
+        ValueError: a part was not saved together with the others.
     """
     source = Path(directory)
     if not (source / JOINT_NAME).exists():
         raise FileNotFoundError(f"{source} has no {JOINT_NAME}; expected a directory that save_joint wrote")
     found: dict[str, Path | None] = {"": None}
-    for _ in range(3):  # a part may be moved into its place while it is looked for
+    for _ in range(3):  # a part may be moved into its place during the search
         if None in found.values():
             found = {place: _locate(source, place, digest) for place, digest in _record(source).items()}
     for place, folder in found.items():
         if folder is None:
             raise ValueError(
-                f"{source / place} is not what was saved together with the other parts; expected that of {JOINT_NAME}"
+                f"{source / place} was not saved together with the other parts; expected the part in {JOINT_NAME}"
             )
     folders = {place: folder for place, folder in found.items() if folder is not None}
     steering = folders.pop(STEERING_FOLDER)
@@ -201,10 +200,10 @@ def find_joint(directory: str | os.PathLike[str]) -> tuple[Path, dict[str, Path]
 
 
 def _record(directory: Path) -> dict[str, str]:
-    """The digest of each part, by its place.
+    """Return the digest of each part from joint.json, by the part's place.
 
     Raises:
-        OSError, ValueError: there is none, or it is broken.
+        OSError, ValueError: the file is missing or broken.
     """
     file = directory / JOINT_NAME
     try:
@@ -225,7 +224,7 @@ def _record(directory: Path) -> dict[str, str]:
 
 
 def _digest(folder: Path) -> str | None:
-    """Of an adapter's two files; None where they are not there."""
+    """Return the digest of an adapter's two files, or None if one is missing."""
     digest = hashlib.sha256()
     try:
         for name in (CONFIG_NAME, WEIGHTS_NAME):
@@ -243,7 +242,7 @@ def _locate(directory: Path, place: str, digest: str | None) -> Path | None:
 
 
 def _needed(directory: Path, folder: Path) -> bool:
-    """Whether a saver's folder has a part that the directory needs."""
+    """Return whether a saving process's folder holds a part that the directory needs."""
     try:
         record = _record(directory)
     except (OSError, ValueError):
@@ -253,7 +252,7 @@ def _needed(directory: Path, folder: Path) -> bool:
 
 
 def _commit(directory: Path, new: Path, digests: dict[str, str | None]) -> None:
-    """Make the parts in `new` those of the directory; if that fails, the earlier ones come back."""
+    """Replace the directory's parts by those in `new`. If that fails, restore the earlier ones."""
     record = directory / JOINT_NAME
     write_new(new / JOINT_NAME, (json.dumps(digests, indent=2) + "\n").encode())
     if record.exists():
@@ -264,7 +263,7 @@ def _commit(directory: Path, new: Path, digests: dict[str, str | None]) -> None:
         os.replace(new / JOINT_NAME, record)
         _settle(directory, new, moved)
     except BaseException:
-        if record.exists() and os.path.samestat(os.stat(record), ours):  # not where another has saved since
+        if record.exists() and os.path.samestat(os.stat(record), ours):  # unless another process has saved since
             if (new / "earlier.json").exists():
                 os.replace(new / "earlier.json", record)
             else:
@@ -276,9 +275,9 @@ def _commit(directory: Path, new: Path, digests: dict[str, str | None]) -> None:
 
 
 def _settle(directory: Path, new: Path, moved: list[tuple[Path, Path]]) -> None:
-    """Move the parts that the record names into their places, and all else there out of the way, into `new`.
+    """Move the parts named by joint.json into their places, and other folders there into `new`.
 
-    Another process may do the same at any time, and commit other parts. What it finds out of place it moves too.
+    Another process may do the same at any time and commit other parts. It also moves misplaced parts.
     """
     for attempt in range(_ATTEMPTS):
         digests = _record(directory)
@@ -301,7 +300,7 @@ def _settle(directory: Path, new: Path, moved: list[tuple[Path, Path]]) -> None:
             continue  # another process has moved it
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise  # and put another in its place
+                raise  # and put another part in its place
     raise OSError(f"{directory} is being saved to by too many processes; expected one at a time")
 
 

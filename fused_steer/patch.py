@@ -1,4 +1,4 @@
-"""patch_model: model in, steered model out. The front door."""
+"""patch_model: makes a model steerable, in place."""
 
 from __future__ import annotations
 
@@ -22,26 +22,27 @@ def patch_model(
     check_base: bool = True,
     freeze_head: bool = False,
 ) -> Any:
-    """Steer `model` after its decoder blocks, in place (arXiv 2603.00425, §3). Its own parameters are frozen; adapters
-    that PEFT added, such as LoRA, are left as they are: those that train go on training beside the steering (§5.2).
+    """Add steering after the decoder blocks of `model`, in place (arXiv 2603.00425, §3).
 
-    Afterwards `model.steering` (a `Steering`) names, switches, saves and loads adapters, and takes all of it back.
+    The model's own parameters are frozen. Adapters that PEFT added, such as LoRA, are not changed: trainable ones go on
+    training beside the steering (§5.2). Afterwards `model.steering` (a `Steering`) names, switches, saves and loads
+    adapters, and undoes the patch.
 
     Args:
-        model: a decoder-only language model, such as one from transformers, or one that PEFT has wrapped or adapted.
-        config: a SteerConfig for a fresh adapter, which changes nothing until it is trained; None is SteerConfig();
-            or a saved adapter: its directory, or its id on the hub.
-        adapter_name: what the adapter is called.
-        check_base: refuse a saved adapter whose base model has another name. Its sizes must fit in any case.
-        freeze_head: take a classifier's or reward model's head as it is where it was not loaded from a checkpoint.
+        model: a decoder-only language model, such as one from transformers, bare, wrapped or adapted by PEFT.
+        config: a SteerConfig for a fresh adapter (None means SteerConfig()), which changes nothing until it is trained;
+            or a saved adapter's directory or hub id.
+        adapter_name: the adapter's name.
+        check_base: refuse a saved adapter if its base model has another name. Sizes must fit in any case.
+        freeze_head: accept the head of a classifier or reward model that was not loaded from a checkpoint, frozen.
 
     Returns:
         The same object.
 
     Raises:
-        ValueError: the model is patched already, has no decoder layers, or a head that was not loaded from a
-            checkpoint (it would be frozen at random values); or the config or adapter does not fit it.
-        TypeError: `model` or `config` is of a wrong type.
+        ValueError: the model is patched already, has no decoder layers, or has a head that was not loaded from a
+            checkpoint (it would be frozen at random values); or the config or adapter does not fit.
+        TypeError: `model` or `config` has a wrong type.
         FileNotFoundError: there is no such adapter.
     """
     if isinstance(getattr(model, "steering", None), Steering):

@@ -1,4 +1,4 @@
-"""model.steering: the named adapters of a patched model, their strength, batches, files and report."""
+"""`model.steering`: adds, switches, scales, batches, saves and loads the adapters of a patched model."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ from .whole import saving_of
 
 
 class Steering:
-    """The adapters of one patched model, reached as `model.steering`.
+    """The adapters of one patched model, available as `model.steering`.
 
-    One adapter at a time is in use: it alone steers, and it alone trains. Inside `batch`, each row has its own.
+    One adapter is active at a time: only it steers, and only it trains. `batch` (inference only) allows one per row.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        """Find the decoder; the model is not touched before an adapter is added."""
+        """Find the model's decoder. The model is not changed until an adapter is added."""
         self._given = model
         self._model = model = inside_peft(model)
         self._patched = PatchedModel(model, adapter_parameters, self._before_training)
@@ -58,25 +58,25 @@ class Steering:
 
     @property
     def names(self) -> list[str]:
-        """The adapters, in the order in which they came."""
+        """The names of the adapters, in order of addition."""
         return list(self._configs)
 
     @property
     def active(self) -> str | None:
-        """The adapter in use."""
+        """The name of the active adapter, or None."""
         return self._active
 
     def config(self, name: str | None = None) -> SteerConfig:
-        """The config of an adapter (default: the one in use), with its present strength."""
+        """Return the config of an adapter (default: the active one) with its present strength."""
         return self._configs[self._known(name)]
 
-    @torch.inference_mode(False)  # whose tensors never train
+    @torch.inference_mode(False)  # inference tensors never train
     def add(self, name: str, config: SteerConfig | None = None) -> None:
-        """Add a fresh adapter; `use` it to train it.
+        """Add a fresh adapter. Call `use` to train it.
 
         Raises:
-            ValueError: the name is taken or cannot be one, the config does not fit the model, or its LoRA, or FSDP or
-                ZeRO has sharded the model.
+            ValueError: the name is taken or invalid, the config does not fit the model or its LoRA, or FSDP or ZeRO
+                has sharded the model.
         """
         config = SteerConfig() if config is None else config
         if not isinstance(config, SteerConfig):
@@ -88,14 +88,14 @@ class Steering:
         self._constraints.check(config)
         self._insert(name, config, {i: Adapter.fresh(config, hidden, execution_device(layers[i])) for i in indices})
 
-    @torch.inference_mode(False)  # whose tensors never train
+    @torch.inference_mode(False)  # inference tensors never train
     def load(self, source: str | os.PathLike[str], name: str = "default", *, check_base: bool = True) -> None:
-        """Load a saved adapter from a directory or the hub under `name`; `use` it to steer by it.
+        """Load a saved adapter from a directory or the hub under `name`. Call `use` to steer by it.
 
         Raises:
             FileNotFoundError: there is no such adapter.
-            ValueError: its files are broken, it does not fit the model, (unless `check_base` is False) it was made
-                for a model of another name, or FSDP or ZeRO has sharded the model.
+            ValueError: the files are broken, the adapter does not fit the model or (if `check_base`) names another
+                base model, or FSDP or ZeRO has sharded the model.
         """
         self._check_new_name(name)
         check_unsharded(self._decoder.layers, "adapters to be loaded")
@@ -107,14 +107,14 @@ class Steering:
         self._insert(name, file.config, adapters)
 
     def restore(self, source: str | os.PathLike[str], name: str | None = None) -> None:
-        """Take the values and the strength of an adapter (default: the one in use) from where it was saved.
+        """Copy the saved values and strength of an adapter (default: the active one) into the present one.
 
-        The parameters stay the same objects, so that an optimizer goes on with them. With several processes each reads
-        the files and takes what is its own.
+        The parameters stay the same objects, so an optimizer can go on with them. With several processes, each reads
+        the files and takes its own part.
 
         Raises:
-            KeyError, FileNotFoundError: there is no such adapter here, or none there.
-            ValueError: what was saved is broken, or of another config; or FSDP1 or ZeRO has sharded the adapter.
+            KeyError, FileNotFoundError: there is no such adapter in the model, or no saved one.
+            ValueError: the saved adapter is broken or has another config, or FSDP1 or ZeRO has sharded the adapter.
         """
         name = self._known(name)
         file = read_adapter(source, self._decoder.layout)
@@ -125,7 +125,7 @@ class Steering:
             self._use(self._active)
 
     def use(self, name: str | None) -> None:
-        """Steer by the adapter `name`, and make it the one that trains. None: by none.
+        """Make `name` the active adapter, which steers and trains. None deactivates steering.
 
         Raises:
             KeyError: there is no such adapter.
@@ -149,12 +149,12 @@ class Steering:
         self._constraints.use(name)
 
     def remove(self, name: str) -> None:
-        """Forget an adapter. If it was in use, none is.
+        """Remove an adapter. If it was active, none is.
 
         Raises:
             KeyError: there is no such adapter.
             ValueError: a running batch uses it.
-            RuntimeError: as `use`.
+            RuntimeError: see `use`.
         """
         self._known(name)
         with self._changing("steering.remove is called"):
@@ -169,45 +169,46 @@ class Steering:
             self._constraints.remove(name)
 
     def save(self, directory: str | os.PathLike[str], name: str | None = None) -> None:
-        """Write an adapter (default: the one in use) to `directory`: its config, present strength and weights.
+        """Save an adapter (default: the active one) to `directory`: its config, present strength and weights.
 
-        Whole or not at all: what was there before stays if this fails. What is written of an adapter that is kept
-        orthogonal to LoRA satisfies the constraint.
+        If this fails, the earlier files stay. A saved adapter that is kept orthogonal to a LoRA satisfies the
+        constraint.
 
-        Of the processes in a process group the first writes. Where FSDP has sharded the adapter all have to call this,
-        and they go on when it is done; where each has it whole (DDP, tensor parallelism), the others need not.
+        In a process group only the first process writes. If FSDP has sharded the adapter, all processes have to call
+        this, and wait until it is done. With DDP or tensor parallelism the others need not call it.
 
         Raises:
-            ValueError: the parameters are of several dtypes, or parts that make no whole adapter.
+            ValueError: the parameters have several dtypes, or the shards do not form a whole adapter.
             NotADirectoryError, OSError: see `write_adapter`.
         """
         file, together = self._file(self._known(name))
         first_writes(lambda: write_adapter(directory, file), together=together)
 
     def push_to_hub(self, repo_id: str, name: str | None = None, **options: Any) -> str:
-        """Upload an adapter (default: the one in use) to the hub: what `save` writes, and a model card.
+        """Upload an adapter (default: the active one) to the hub: the files of `save`, and a model card.
 
-        The repository is made if need be; a README.md that it has stays as it is. Later `patch_model(model, repo_id)`.
-        Of several processes the first uploads; which of them have to call this, `save` says.
+        The repository is created if needed. An existing README.md is kept. `patch_model(model, repo_id)` loads the
+        adapter. In a process group only the first process uploads; see `save` for which have to call this.
 
         Args:
-            repo_id: "user/name" of the repository.
-            options: private, token, revision and commit_message, as `huggingface_hub.HfApi` has them.
+            repo_id: the repository, "user/name".
+            name: the adapter.
+            options: private, token, revision and commit_message of `huggingface_hub.HfApi`.
 
         Returns:
-            The URL of the commit; "" in a process that is not the first.
+            The URL of the commit, or "" in a process that is not the first.
         """
         file, _ = self._file(self._known(name))
         return push_adapter(repo_id, file, **options) if is_first() else ""
 
     def files(self, state: Mapping[str, Tensor] | None) -> dict[str, AdapterFile]:
-        """All adapters as files have them, by name; or, given the model's state dict, those in it, with its values."""
+        """Return all adapters as file contents, by name. With a state dict, return its adapters and values."""
         if state is None:
             return {name: self._file(name)[0] for name in self.names}
         return files_of_state(self._configs, self._decoder.layout, state)
 
     def _file(self, name: str) -> tuple[AdapterFile, bool]:
-        """An adapter as a file has it, and whether all processes put it together."""
+        """Return an adapter as file contents, and whether all processes gathered it together."""
         constrained = self._constraints.values(name)
         return adapter_file(name, self._configs[name], self._decoder.layout, self._patched.sites, constrained)
 
@@ -215,7 +216,7 @@ class Steering:
 
     @property
     def scale(self) -> float:
-        """s, the strength of the adapter in use."""
+        """The strength s of the active adapter."""
         return self.config().scale
 
     @scale.setter
@@ -229,7 +230,7 @@ class Steering:
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
-        """Inside, the model is exactly the base model, for the thread or task that entered; for others it is refused.
+        """Run exactly the base model inside this context, for the thread or task that entered it. Others are refused.
 
         Raises:
             RuntimeError: the model runs in another thread, or `disabled` or a batch is open in one.
@@ -239,9 +240,9 @@ class Steering:
 
     @contextlib.contextmanager
     def mode(self, mode: str) -> Iterator[None]:
-        """Inside, a model with LoRA and steering computes by "both", by its "lora" alone, or by "steering" alone.
+        """Let a model with LoRA and steering compute by "both", only by its "lora", or only by "steering".
 
-        Afterwards, also after an exception, all is as it was. What a mode leaves out gets no gradient.
+        The model is restored on exit, also after an exception. A part that is left out gets no gradient.
 
         Raises:
             ValueError: an unknown mode, or one that needs a LoRA on a model that carries none.
@@ -257,26 +258,26 @@ class Steering:
         scale: float | Sequence[float | None] | None = None,
         positions: str | tuple[str, int] | list[Any] | None = None,
     ) -> Iterator[None]:
-        """Inside, each row of a batch is steered by its own adapter, as it would be alone; for inference.
+        """Steer each row of a batch by its own adapter, as if it ran alone. For inference.
 
-        Rows are those of `model.generate(...)`, beams and returned sequences included, or of `model(...)`. A second
-        thread's batch waits for this one; any other pass of the model in another thread or task is refused meanwhile.
-        A thread that is started inside, as for a streamer, takes part if it has a copy of the context:
+        Rows are the rows of `model.generate(...)` or `model(...)`. Beams and returned sequences belong to their row.
+        Another thread's batch waits for this one. Other passes in another thread or task are refused meanwhile. A
+        thread started inside, as for a streamer, takes part if it has a copy of the context:
         `Thread(target=contextvars.copy_context().run, args=(model.generate,), kwargs=...)`.
 
         Args:
-            names: for each row the adapter, of the model or its pool, or None: the base model to the bit.
-            scale: the strength in place of the adapters' own, for all rows or for each; None is an adapter's own.
-            positions: which tokens are steered, in place of the adapters' own, in all rows or (a list) in each; None is
-                an adapter's own. "all", "prompt", "generated", "last_prompt", "first_7" or "last_7" of the prompt (any
-                number; ("last", 7) is the same), or several of them joined by "+". What is padding by the attention
-                mask does not count. In `generate` the prompt is what it is given, with what is cached of it;
-                outside, a pass without cached tokens is a prompt, and later passes are generated tokens.
+            names: each row's adapter, of the model or its pool. None gives the base model's bits.
+            scale: the strength, for all rows or for each. None means the adapter's own.
+            positions: the steered tokens, for all rows or (as a list) for each: "all", "prompt", "generated",
+                "last_prompt", "first_7" or "last_7" of the prompt (any number; ("last", 7) is the same), or several of
+                them joined by "+". None means the adapter's own. Padding by the attention mask does not count. In
+                `generate` the prompt is its input with the cached tokens. Outside it, a pass without cached tokens is a
+                prompt, and later passes are generated tokens.
 
         Raises:
-            TypeError, ValueError: what is no list of names, strengths or positions, or of another length.
-            KeyError: there is no such adapter, in the model or its pool.
-            FileNotFoundError, ValueError, TimeoutError: the pool cannot load one: see `AdapterPool.hold`.
+            TypeError, ValueError: names, strengths or positions of a wrong form or length.
+            KeyError: neither the model nor its pool has such an adapter.
+            FileNotFoundError, ValueError, TimeoutError: the pool cannot load an adapter: see `AdapterPool.hold`.
             RuntimeError: a batch is running in this thread already, or the model runs in another.
         """
         requests = checked_requests(names, scale, positions, self._servable)
@@ -326,10 +327,10 @@ class Steering:
 
     @property
     def pool(self) -> AdapterPool | None:
-        """The adapters that are loaded when a batch asks for them; None before `make_pool`."""
+        """The pool of adapters that are loaded when a batch uses them. None before `make_pool`."""
         return self._pool
 
-    @torch.inference_mode(False)  # whose tensors cannot be written to outside it
+    @torch.inference_mode(False)  # inference tensors cannot be written to outside inference mode
     def make_pool(
         self,
         *,
@@ -339,19 +340,19 @@ class Steering:
         dtype: str = "float32",
         check_base: bool = True,
     ) -> AdapterPool:
-        """Make room for adapters that come and go, and return the pool, which is `pool` from then on.
+        """Make a pool for adapters that are loaded on demand. It is `steering.pool` from then on.
 
-        Each layer gets its site, if it has none, and slots, on its device: 2 r d + r + d values a slot.
+        Each layer gets a site, if it has none, and slots on its device. A slot takes 2 r d + r + d values.
 
         Args:
-            slots: how many adapters are on the device at a time: at least as many as a batch has distinct ones.
-            rank: the highest that an adapter may have; 0 for steering vectors alone.
-            layers: those that adapters may steer; None is all.
-            dtype: of the values in the slots: "float32", "bfloat16" or "float16".
-            check_base: refuse an adapter whose base model has another name.
+            slots: the number of adapters on the device at a time, at least the number of different ones in a batch.
+            rank: the highest rank of an adapter. 0 for steering vectors only.
+            layers: the layers that adapters may steer. None means all.
+            dtype: the slots' dtype: "float32", "bfloat16" or "float16".
+            check_base: refuse an adapter if its base model has another name.
 
         Raises:
-            TypeError, ValueError: a size, layer or dtype out of range, there is a pool already, or FSDP or ZeRO has
+            TypeError, ValueError: a size, layer or dtype is out of range, there is a pool already, or FSDP or ZeRO has
                 sharded the model.
         """
         kept = checked_size(slots, rank, dtype)
@@ -368,7 +369,7 @@ class Steering:
         return pool
 
     def close_pool(self) -> None:
-        """Give the pool's slots back. The names that it had are gone.
+        """Delete the pool with its slots and names.
 
         Raises:
             RuntimeError: a batch is running.
@@ -378,28 +379,28 @@ class Steering:
         self._pool = None
 
     def report(self) -> Report:
-        """How each layer is steered, by what, and how often it was since `reset_calls`."""
+        """Return how each layer is steered, by which backend, and how often since `reset_calls`."""
         return self._patched.report()
 
     def reset_calls(self) -> None:
-        """Set the report's counts to 0."""
+        """Set the report's call counts to 0."""
         self._patched.reset_calls()
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters of the adapter in use."""
+        """Return the parameters of the active adapter."""
         return (p for site in self._patched.sites.values() for p in site.parameters() if p.requires_grad)
 
     def count_parameters(self, name: str | None = None) -> int:
-        """How many numbers an adapter has (default: the one in use), in all layers."""
+        """Return the number of parameters of an adapter (default: the active one), over all layers."""
         return self._decoder.layout.count(self.config(name))
 
     def __repr__(self) -> str:
         return describe(self._configs, self._active, self.count_parameters, self._decoder, self._model)
 
-    # ---------------------------------------------------------------------------------------- patching and the way back
+    # ------------------------------------------------------------------------------------------ patching and unpatching
 
     def attach(self, name: str) -> None:
-        """Freeze the base (not what PEFT added), watch the decoder, become `model.steering`, and use an adapter."""
+        """Freeze the base (not PEFT's adapters), watch the decoder, set `model.steering` and activate an adapter."""
         self._patched.freeze()
         model: Any = self._model
         model.steering = self
@@ -408,13 +409,13 @@ class Steering:
         self.use(name)
 
     def unpatch(self) -> Any:
-        """Take every site out of the model, which is then exactly as it came; return it. The adapters are gone.
+        """Remove all steering from the model, which is then exactly as before `patch_model`. Return the model.
 
-        Called again, it does nothing more, or goes on after an exception.
+        The adapters are lost. A second call does nothing, or continues after an exception.
 
         Raises:
             RuntimeError: another library has since changed a layer's class, a batch is running, or the model runs in
-                another thread; nothing is undone then.
+                another thread. Nothing is undone.
             ValueError: FSDP or ZeRO has sharded the model.
         """
         check_unsharded(self._decoder.layers, "the model to be unpatched")
@@ -433,7 +434,7 @@ class Steering:
 
     @contextlib.contextmanager
     def _changing(self, what: str) -> Iterator[None]:
-        """Inside, adapters may change: no other thread runs the model, and an exception takes all of it back."""
+        """Let adapters change inside this context. No other thread may run the model. An exception undoes changes."""
         with self._patched.changing(what):
             configs, active, pool, positions = dict(self._configs), self._active, self._pool, self._gains.positions
             give_back = self._constraints.remember()
@@ -448,19 +449,19 @@ class Steering:
                 raise
 
     def _insert(self, name: str, config: SteerConfig, adapters: dict[int, Adapter]) -> None:
-        """Give the layers their parameters, patching those that are not yet; all of them or none."""
+        """Put an adapter's parameters into the layers, and patch layers that are not yet patched; all or none."""
         with self._changing("an adapter is added"):
-            self._check_new_name(name)  # another thread may have taken it since
+            self._check_new_name(name)  # another thread may have taken the name since
             self._patched.patch(adapters)
             sites = {i: site for i, site in self._patched.sites.items() if i in adapters}
             for i, adapter in adapters.items():
                 sites[i].attach(name, adapter)
             self._constraints.add(name, config, sites)
             self._configs[name] = config
-            self._use(self._active)  # what is not in use does not train
+            self._use(self._active)  # an adapter that is not active does not train
 
     def _before_training(self, training: bool) -> None:
-        """Before a forward pass with gradients. `training`: whether the decoder is in training mode."""
+        """Prepare a forward pass with gradients: enforce constraints. `training` is the decoder's training mode."""
         if self._active is None or self._patched.disabled or self._constraints.tracing:
             return
         if training and not any(True for _ in self.parameters()):

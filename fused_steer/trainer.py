@@ -1,10 +1,9 @@
-"""Steering in the checkpoints of transformers' Trainer.
+"""Save and restore steering adapters in the checkpoints of transformers' Trainer.
 
-`SteeringTrainer` writes adapters and not the frozen base: one folder of two small files that `patch_model` reads.
-`SteeringCallback` is for a Trainer that cannot be subclassed, of a model that PEFT has wrapped: there the Trainer
-itself writes PEFT's adapters alone, and the callback puts the steering beside them. A callback alone cannot keep the
-base out of an unwrapped model's checkpoints: the Trainer has written it when callbacks hear of it, and resumes from no
-less.
+`SteeringTrainer` saves adapters without the frozen base: one folder with two small files that `patch_model` reads.
+`SteeringCallback` is for a Trainer that cannot be subclassed, with a model wrapped by PEFT. There the Trainer itself
+writes only PEFT's adapters, and the callback adds the steering. A callback cannot keep the base out of an unwrapped
+model's checkpoints, because the Trainer has written it before callbacks run, and needs it to resume.
 """
 
 from __future__ import annotations
@@ -26,16 +25,16 @@ from .model.decoder import inside_peft
 
 
 class SteeringCallback(TrainerCallback):
-    """Saves the steering adapter in use with every checkpoint, and takes it back when training is resumed.
+    """Saves the active steering adapter with every checkpoint, and restores it when training resumes.
 
-    `Trainer(model, ..., callbacks=[SteeringCallback()])`. With `load_best_model_at_end` the best checkpoint's steering
-    is loaded at the end, as its LoRA is.
+    Use: `Trainer(model, ..., callbacks=[SteeringCallback()])`. With `load_best_model_at_end` the best checkpoint's
+    steering is loaded at the end, like its LoRA.
 
     Args:
-        resume_from: the checkpoint that training is resumed from, where it is not in the arguments' `output_dir`.
+        resume_from: the checkpoint to resume from, if it is not in the arguments' `output_dir`.
     """
 
-    keeps_steering = True  # elsewhere a checkpoint without the steering is warned of
+    keeps_steering = True  # without this mark, a checkpoint that lacks the steering causes a warning
 
     def __init__(self, resume_from: str | os.PathLike[str] | None = None) -> None:
         self.resume_from = resume_from
@@ -43,14 +42,14 @@ class SteeringCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Raises ValueError if the model is not steered, FileNotFoundError if the checkpoint lacks the steering."""
+        """Raise ValueError if the model is not steered, FileNotFoundError if the checkpoint lacks the steering."""
         steering = steering_of(kwargs["model"])
         if state.global_step:
             steering.restore(_folder(self.resume_from or _checkpoint(args, state), steering.active))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         steering = steering_of(kwargs["model"])
-        steering.save(_folder(_checkpoint(args, state), steering.active))  # in each process, for it may be sharded
+        steering.save(_folder(_checkpoint(args, state), steering.active))  # in every process: it may be sharded
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -69,40 +68,40 @@ def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
 
 
 class SteeringTrainer(Trainer):
-    """A Trainer of a patched model whose checkpoints, and `save_model`, hold the steering adapter in use, not the base.
+    """A Trainer for patched models. Its checkpoints and `save_model` hold the active steering adapter, not the base.
 
-    A checkpoint is itself an adapter: `patch_model(model, "out/checkpoint-500")`. Resuming and `load_best_model_at_end`
-    take the steering back from it. If PEFT has wrapped the model, its adapters are saved as usual, and the steering in
-    `fused_steer/<adapter>/` beside them.
+    A checkpoint is an adapter: `patch_model(model, "out/checkpoint-500")`. Resuming and `load_best_model_at_end`
+    restore the steering from it. If PEFT has wrapped the model, PEFT's adapters are saved as usual, with the steering
+    in `fused_steer/<adapter>/` beside them.
 
-    Other Trainers get the same by inheriting from both, this one first: `class Mine(SteeringTrainer, SFTTrainer)`.
+    Other Trainers can be combined with it, this class first: `class Mine(SteeringTrainer, SFTTrainer)`.
     """
 
     keeps_steering = True
 
-    # What a checkpoint's weights are is decided in three methods of Trainer that begin with an underscore; there is no
-    # public way in. They are the same in transformers 5.17 to 5.24, and the tests fail where one is no longer called.
+    # Three private methods of Trainer decide which weights a checkpoint holds; there is no public way. They are the
+    # same in transformers 5.17 to 5.24. A test fails if one is no longer called.
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer's.
+        """Train as Trainer does, after checking that checkpoints can hold all trained parameters.
 
         Raises:
-            ValueError: the model is not steered or its steering does not train; something else trains, which no
-                checkpoint would hold; or FSDP or DeepSpeed has the parameters in parts.
+            ValueError: the model is not steered, its steering does not train, other parameters train that a checkpoint
+                would not hold, or FSDP or DeepSpeed has sharded the parameters.
         """
         steering_parameters(self._patched())
         self._check_whole()
         return super().train(*args, **kwargs)
 
     def _patched(self) -> nn.Module:
-        """The patched model, out of what other libraries have wrapped around it."""
+        """Return the patched model, without the wrappers of other libraries."""
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     def _wrapped_by_peft(self) -> bool:
         return inside_peft(self._patched()) is not self._patched()
 
     def _check_whole(self) -> None:
-        """That an adapter holds all that training changes."""
+        """Check that the adapter holds everything that training changes."""
         model = self._patched()
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             how = "FSDP" if self.is_fsdp_enabled else "DeepSpeed"
@@ -110,13 +109,13 @@ class SteeringTrainer(Trainer):
                 f"{type(self).__name__} runs under {how}; expected one process or DDP (or a plain Trainer)"
             )
         if self._wrapped_by_peft():
-            return  # PEFT answers for what trains beside
+            return  # PEFT saves the other trained parameters
         steered = {id(parameter) for parameter in steering_of(model).parameters()}
         others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in steered]
         if others:
             raise ValueError(
-                f"{others[0]} trains ({len(others)} parameters that are not the steering's); expected the steering in "
-                "use alone, which is all that a checkpoint holds (or LoRA by get_peft_model)"
+                f"{others[0]} trains ({len(others)} parameters that are not the steering's); expected only the "
+                "steering in use, which is all that a checkpoint holds (or LoRA by get_peft_model)"
             )
 
     def _adapter_in(self, checkpoint: str | os.PathLike[str]) -> Path:
@@ -152,12 +151,12 @@ class SteeringTrainer(Trainer):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         beside = Path(checkpoint_folder, CHECKPOINT_FOLDER)
-        if beside.is_dir():  # the Trainer copies only the files that it knows
+        if beside.is_dir():  # the Trainer copies only files that it knows
             shutil.copytree(beside, Path(str(self.args.output_dir), CHECKPOINT_FOLDER), dirs_exist_ok=True)
         super()._push_from_checkpoint(checkpoint_folder)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """As Trainer's, saying that the files are a steering adapter and how it is loaded."""
+        """Write Trainer's model card, with a section on the steering adapter and how to load it."""
         super().create_model_card(*args, **kwargs)
         if not self.is_world_process_zero() or self._wrapped_by_peft():
             return

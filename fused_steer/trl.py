@@ -1,8 +1,7 @@
-"""TRL's trainers of a patched model: checkpoints that hold adapters, and the base model as the reference.
+"""TRL's trainers for patched models: checkpoints hold adapters, and the reference is the base model.
 
-TRL takes the reference of a model that is not PEFT's from where the model came from, and loads it a second time; of
-PEFT's models it switches PEFT's adapters off and would leave the steering on. Here the reference is the model itself
-without steering and LoRA: no copy.
+For a plain model TRL loads a second copy as the reference. For a PEFT model it disables PEFT's adapters, but would
+leave the steering on. Here the reference is the same model without steering and LoRA, so there is no copy.
 """
 
 from __future__ import annotations
@@ -28,17 +27,17 @@ if TYPE_CHECKING:
 
 
 class Reference(nn.Module):
-    """The base model within a patched one, as a model of its own: the same parameters, steering and LoRA off."""
+    """The base model inside a patched model: it shares the parameters and runs without steering and LoRA."""
 
     def __init__(self, model: nn.Module) -> None:
-        """Raises ValueError if `model` is not patched."""
+        """Raise ValueError if `model` is not patched."""
         super().__init__()
         steering_of(model)
         self.model: Any = model
         self.config = model.config
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # Instead of forward, which TRL replaces on each model by its own; that of the patched model is the one to run.
+        # TRL replaces `forward` of each model by its own. The patched model's forward has to run instead.
         with contextlib.ExitStack() as stack:
             stack.enter_context(steering_of(self.model).disabled())
             if inside_peft(self.model) is not self.model:
@@ -54,7 +53,7 @@ class SteeringSFTTrainer(SteeringTrainer, SFTTrainer):
 
 
 class SteeringDPOTrainer(SteeringTrainer, DPOTrainer):
-    """TRL's DPOTrainer: the checkpoints of `SteeringTrainer`, and the base model as the reference if none is given."""
+    """TRL's DPOTrainer with the checkpoints of `SteeringTrainer`. The default reference is the base model."""
 
     def __init__(
         self,
@@ -64,18 +63,18 @@ class SteeringDPOTrainer(SteeringTrainer, DPOTrainer):
         *rest: Any,
         **kw: Any,
     ) -> None:
-        """Raises ValueError if `model` is not patched, or the reference is to follow the model."""
+        """Raise ValueError if `model` is not patched, or if the reference would follow the model."""
         steering_of(model)
         if ref_model is None:
             _check_reference_stays(args)
-            reference: Any = Reference(model)  # a module like any other to TRL
+            reference: Any = Reference(model)  # TRL treats it like any other module
         else:
             reference = ref_model
         super().__init__(model, reference, args, *rest, **kw)
 
 
 class SteeringGRPOTrainer(SteeringTrainer, GRPOTrainer):
-    """TRL's GRPOTrainer: the checkpoints of `SteeringTrainer`, and for `beta` > 0 the base model as the reference."""
+    """TRL's GRPOTrainer with the checkpoints of `SteeringTrainer`. With `beta` > 0 the reference is the base model."""
 
     def __init__(
         self,
@@ -85,15 +84,17 @@ class SteeringGRPOTrainer(SteeringTrainer, GRPOTrainer):
         *rest: Any,
         **kw: Any,
     ) -> None:
-        """Raises ValueError if `model` is not patched, the reference is to follow the model, or vLLM, which does not
-        know of the steering, is to generate."""
+        """Raise ValueError if `model` is not patched, the reference would follow the model, or vLLM would generate.
+
+        vLLM would generate without the steering.
+        """
         steering_of(model)
         _check_reference_stays(args)
         if args is not None and args.use_vllm:
             raise ValueError("use_vllm is True; expected False: vLLM would generate without the steering")
         beta = 0.0 if args is None else args.beta
         if args is not None:
-            args.beta = 0.0  # for any other TRL loads a reference of its own
+            args.beta = 0.0  # for any other value TRL loads its own reference
         try:
             super().__init__(model, reward_funcs, args, *rest, **kw)
         finally:
@@ -108,4 +109,6 @@ class SteeringGRPOTrainer(SteeringTrainer, GRPOTrainer):
 
 def _check_reference_stays(args: Any) -> None:
     if args is not None and args.sync_ref_model:
-        raise ValueError("sync_ref_model is True; expected False: the reference is the base model, which stays")
+        raise ValueError(
+            "sync_ref_model is True; expected False: the reference is the base model, which does not change"
+        )

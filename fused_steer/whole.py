@@ -1,11 +1,11 @@
-"""save_pretrained of a patched model: the whole model as transformers writes it, and the steering adapters beside it.
+"""`save_pretrained` of a patched model: writes the model as transformers does, with the steering adapters beside it.
 
-What transformers writes has the steering's parameters among the weights, from which its Trainer resumes, but not what
-they compute: `from_pretrained` passes them over and gives the base model. So the adapter in use is written beside, as
-`steering.save` writes one. `patch_model(model, directory)` reads it there, and `from_pretrained(directory)` itself does
-once `fused_steer.peft` is imported, through PEFT.
+transformers writes the steering's parameters among the weights, and its Trainer resumes from them. But
+`from_pretrained` ignores them and returns the base model. So the adapter in use is also written as `steering.save`
+writes it. `patch_model(model, directory)` reads it there. `from_pretrained(directory)` reads it too, through PEFT, once
+`fused_steer.peft` is imported.
 
-A model that PEFT has wrapped is saved by PEFT, without the steering; where that loses it, there is a warning.
+A model wrapped by PEFT is saved by PEFT, without the steering. If that loses the steering, there is a warning.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from .adapters.distributed import is_first
 from .adapters.files import CHECKPOINT_FOLDER, AdapterFile, refuse_foreign, write_adapter
 
 _NAME = "save_pretrained"
-#: Of a model in one file. In a folder without it, transformers' Trainer takes adapter files for all that there is.
+#: The file of an unsharded model. Without it, transformers' Trainer takes adapter files for the whole checkpoint.
 _ONE_FILE = "model.safetensors"
 
 
 class Adapters(Protocol):
-    """The part of `Steering` that is needed here."""
+    """The part of `Steering` that this file needs."""
 
     @property
     def active(self) -> str | None: ...
@@ -39,11 +39,11 @@ class Adapters(Protocol):
 
 
 class SavePretrained:
-    """`model.save_pretrained` while the model is patched; the signature is that of transformers'."""
+    """The `save_pretrained` of a patched model, with transformers' signature."""
 
     def __init__(self, model: Any, steering: Adapters) -> None:
         self.model, self.steering = model, steering
-        self.earlier = vars(model).get(_NAME)  # another library may have put one on the instance
+        self.earlier = vars(model).get(_NAME)  # another library may have set one on the instance
 
     @property
     def __wrapped__(self) -> Any:
@@ -53,7 +53,7 @@ class SavePretrained:
         setattr(self.model, _NAME, self)
 
     def remove(self) -> None:
-        """Leave `model.save_pretrained` as it was; one that was put in its place since stays."""
+        """Restore `model.save_pretrained`, unless another library has replaced it since."""
         if vars(self.model).get(_NAME) is self:
             delattr(self.model, _NAME)
             if self.earlier is not None:
@@ -62,12 +62,12 @@ class SavePretrained:
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         """Write the whole model as transformers does, then the adapters.
 
-        The adapter in use lies in the directory itself, if the weights are one file there and no LoRA lies there
-        instead. If not, or if there are several adapters, each lies in `fused_steer/<name>/`.
+        The adapter in use is written to the directory itself if the weights are one file and no LoRA is there.
+        Otherwise, or if there are several adapters, each is written to `fused_steer/<name>/`.
 
         Raises:
-            ValueError: an adapter cannot be saved (see `Steering.save`), or another method's lies in the directory;
-                nothing is written then.
+            ValueError: an adapter cannot be saved (see `Steering.save`), or the directory holds another method's
+                adapter. Nothing is written.
         """
         signature = inspect.signature(getattr(type(self.model), _NAME))
         given = dict(signature.bind(self.model, *args, **kwargs).arguments)
@@ -82,7 +82,7 @@ class SavePretrained:
         self.__wrapped__(**given, **({} if push else options))
         if given.get("is_main_process", is_first()):
             self._write(target, files, not beside_lora and (target / _ONE_FILE).is_file())
-            if push:  # by way of another folder, as transformers uploads nothing that was written after its own files
+            if push:  # from another folder, because transformers uploads nothing written after its own files
                 hub = {name: given[name] for name in ("token", "max_shard_size") if name in given}
                 self.model.push_to_hub(options.pop("repo_id", target.name), **hub, **options)
 
@@ -94,21 +94,21 @@ class SavePretrained:
         if active is not None:
             write_adapter(target, active)
             if importlib.util.find_spec("peft") is not None:
-                with contextlib.suppress(ImportError):  # of a version that our method is not made for
-                    from . import peft  # noqa: F401  (from_pretrained knows the method from then on)
+                with contextlib.suppress(ImportError):  # raised for an untried version of PEFT
+                    from . import peft  # noqa: F401  (registers the method for from_pretrained)
 
 
 def saving_of(given: Any, model: Any, steering: Adapters) -> SavePretrained | PeftCheckpoints | None:
-    """What is put around the saving of a patched model, `model`, which may be inside one of PEFT's, `given`."""
+    """Return the replacement of a patched model's saving methods. `given` is the model, or PEFT's wrapper around it."""
     if not hasattr(given, _NAME):
         return None
     return SavePretrained(model, steering) if given is model else PeftCheckpoints(given, steering)
 
 
 class PeftCheckpoints:
-    """Warnings where a Trainer's checkpoint of a model that PEFT has wrapped lacks the steering, or is loaded without.
+    """Warns if a Trainer saves or loads a PEFT-wrapped model without its steering.
 
-    PEFT saves and loads its own adapters alone. `SteeringTrainer` and `SteeringCallback` answer for the steering.
+    PEFT saves and loads only its own adapters. `SteeringTrainer` and `SteeringCallback` handle the steering.
     """
 
     def __init__(self, model: Any, steering: Adapters) -> None:
@@ -131,7 +131,7 @@ _WARNINGS = {
 
 
 class _Watched:
-    """A method of a PeftModel that warns where a Trainer calls it that does not answer for the steering."""
+    """A method of a PeftModel that warns if a Trainer calls it and nothing handles the steering."""
 
     def __init__(self, model: Any, steering: Adapters, name: str, says: str) -> None:
         self.model, self.steering, self.name, self.says = model, steering, name, says
@@ -152,9 +152,9 @@ class _Watched:
 
 
 def _trainer_forgets_steering() -> bool:
-    """Whether one of transformers' Trainers is at work, and neither it nor a callback of it keeps the steering.
+    """Return whether a Trainer is running, and neither it nor its callbacks save the steering.
 
-    PEFT's methods are not told who calls them. A callback hears of checkpoints, not of `trainer.save_model`.
+    PEFT's methods do not know their caller. A callback is called for checkpoints, but not for `trainer.save_model`.
     """
     transformers = sys.modules.get("transformers.trainer")
     if transformers is None:
@@ -168,5 +168,5 @@ def _trainer_forgets_steering() -> bool:
         frame = frame.f_back
     if trainer is None or getattr(trainer, "keeps_steering", False):
         return False
-    told = "train" in entered  # checkpoints are written, and read, while it trains
+    told = "train" in entered  # checkpoints are written and read only during training
     return not (told and any(getattr(one, "keeps_steering", False) for one in trainer.callback_handler.callbacks))

@@ -1,7 +1,7 @@
-"""The activations φ of the adapter and their derivatives, as device functions.
+"""The activations φ of the adapter and their derivatives, as Triton device functions.
 
 `apply` and `derivative` take fp32 blocks of pre-activations and the activation's name as a compile-time constant.
-φ(0) = 0 for each of them: the kernels pad the rank with zeros in registers and rely on it.
+φ(0) = 0 for each, because the kernels pad the rank with zeros.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-#: Every activation that the op knows, in the order of the documentation.
+#: The activations that the op supports, in the order of the documentation.
 ACTIVATIONS = ("identity", "silu", "gelu", "gelu_tanh", "relu", "tanh")
 
 _SQRT_HALF = tl.constexpr(0.7071067811865476)
@@ -20,8 +20,8 @@ _GELU_CUBIC = tl.constexpr(0.044715)
 
 @triton.jit
 def _tanh(x):
-    # Triton's core language has no tanh. Near zero 1 - exp(-2|x|) cancels, so a Taylor polynomial takes over: its first
-    # dropped term is 62/2835 x^8 < 6e-8 (relative) at the switch.
+    # Triton's core language has no tanh. Near zero 1 - exp(-2|x|) cancels, so a Taylor polynomial is used there. Its
+    # first dropped term is 62/2835 x^8 < 6e-8 (relative) at the switch.
     m = tl.abs(x)
     e = tl.exp(-2.0 * m)
     far = tl.where(x < 0, e - 1.0, 1.0 - e) / (1.0 + e)
@@ -32,7 +32,7 @@ def _tanh(x):
 
 @triton.jit
 def apply(a, ACTIVATION: tl.constexpr):
-    """φ(a), elementwise, fp32."""
+    """Return φ(a), elementwise, in fp32."""
     if ACTIVATION == "identity":
         return a
     elif ACTIVATION == "silu":
@@ -50,7 +50,7 @@ def apply(a, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def derivative(a, ACTIVATION: tl.constexpr):
-    """φ'(a), elementwise, fp32. relu'(0) = 0, as in PyTorch."""
+    """Return φ'(a), elementwise, in fp32. relu'(0) = 0, as in PyTorch."""
     if ACTIVATION == "identity":
         return tl.full(a.shape, 1.0, tl.float32)
     elif ACTIVATION == "silu":

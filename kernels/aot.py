@@ -1,9 +1,9 @@
-"""Ahead-of-time compilation: what a kernel costs on a GPU, seen on a machine that has none.
+"""Compile kernels ahead of time for GPUs that this machine need not have, and read the resources that they use.
 
-The launches that a shape would make on a target are recorded (`launch.recorded`), compiled for it with the argument
-specialisation that Triton's launcher would use, and read: registers, spills, local and shared memory, occupancy, and
-the instructions that decide a memory-bound kernel's speed. What a launch reads and writes of the hidden state gives the
-least time that it can take.
+The launches of a shape on a target are recorded (`launch.recorded`) and compiled with the argument specialisation of
+Triton's launcher. The compiled kernel shows its registers, spills, local and shared memory, occupancy, and the
+instructions that decide a memory-bound kernel's speed. The hidden states that a launch reads and writes give a lower
+bound of its time.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _GPU_TARGETS = {
 SHARED_MEMORY = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 SHARED_MEMORY |= {"sm_75": 64 << 10, "sm_86": 99 << 10, "sm_89": 99 << 10}
 
-#: What the kernels do without on the smaller cards, one line each.
+#: What the kernels lack on the smaller cards, one line each.
 CANNOT = {
     "sm_75": "no tensor cores in Triton since 3.3, no bf16 arithmetic, no tf32, no asynchronous copies, 64 KiB of "
     "shared memory: kernels compile and are slow. Triton supports sm_80 and later.",
@@ -51,8 +51,8 @@ CANNOT = {
     "sm_89": "99 KiB of shared memory a program (H100: 227), 48 warps a multiprocessor (H100: 64).",
 }
 
-#: GPUs by name: the target that their kernels are compiled for, and the bandwidth of their device memory in bytes a
-#: second, as their datasheets give it (A100 SXM with 80 GB and with 40, H100 SXM, H200 SXM). No kernel reaches all.
+#: GPUs by name: the target of their kernels, and the bandwidth of their device memory in bytes a second, from their
+#: datasheets (A100 SXM with 80 GB and with 40, H100 SXM, H200 SXM). No kernel reaches the full bandwidth.
 GPUS: dict[str, tuple[str, float]] = {
     "A100": ("sm_80", 2.039e12),
     "A100-40GB": ("sm_80", 1.555e12),
@@ -60,7 +60,7 @@ GPUS: dict[str, tuple[str, float]] = {
     "H200": ("sm_90", 4.8e12),
 }
 
-#: The arguments of the kernels that are a hidden state's size, N x d.
+#: Kernel arguments with the size of a hidden state, N x d.
 _HIDDEN_STATES = frozenset({"p_residual", "p_branch", "p_out", "p_grad", "p_dx"})
 
 _POINTERS = {torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
@@ -69,10 +69,11 @@ _POINTERS |= {torch.int32: "*i32", torch.int64: "*i64"}
 
 @dataclass(frozen=True)
 class Case:
-    """A call of the op: N tokens, hidden size d, rank r, dtype of the hidden state, and its optional operands.
+    """A call of the op: N tokens, hidden size d, rank r, the hidden state's dtype, and the optional operands.
 
-    packed: whether the kernels get the weights packed once for a pass of the model, or read the parameters.
-    keeps_a: whether the forward keeps a, N x r, for a backward pass; a decoding step does not.
+    Attributes:
+        packed: whether the kernels get packed weights or read the parameters.
+        keeps_a: whether the forward keeps a, N x r, for a backward pass. A decoding step does not.
     """
 
     tokens: int
@@ -91,13 +92,16 @@ class Case:
 
 @dataclass(frozen=True)
 class Resources:
-    """What one compiled kernel uses. Bytes for `shared` and `local` (per program and per thread); a share of the
-    multiprocessor's warps for `occupancy`; counts elsewhere.
+    """The resources of one compiled kernel, and static counts of its instructions.
 
-    `spills` is 0 where the compiler keeps no count of them (NVIDIA's shows them as local memory). The instruction
-    counts are static. An async copy (global to shared memory) is no load: the two are counted apart. Accesses of 128
-    bits include wider ones; those of 16 bits are a hidden state in bf16 or fp16 that moves one element at a time. On
-    AMD a hidden state is stored as the matrix units leave it, in 64 bits.
+    An async copy (global to shared memory) is not counted as a load. Accesses of 128 bits include wider ones. Accesses
+    of 16 bits mean that a bf16 or fp16 hidden state moves one element at a time. On AMD a hidden state is stored in 64
+    bits, as the matrix units produce it.
+
+    Attributes:
+        spills: registers spilled, 0 if the compiler does not count them (NVIDIA's appear as local memory).
+        local, shared: bytes, per thread and per program.
+        occupancy: resident warps as a share of the multiprocessor's.
     """
 
     kernel: str
@@ -132,7 +136,7 @@ def _device(target: str) -> Device:
 
 
 def record_passes(case: Case, target: str) -> dict[str, list[Launch]]:
-    """The launches of one forward and one full backward pass of `case` on `target`, by pass, in order.
+    """Return the launches of one forward and one full backward pass of `case` on `target`, by pass, in order.
 
     Raises:
         ValueError: an unknown target.
@@ -174,15 +178,16 @@ def record_passes(case: Case, target: str) -> dict[str, list[Launch]]:
 
 
 def record(case: Case, target: str) -> list[Launch]:
-    """The launches of `record_passes`, one after the other."""
+    """Return the launches of `record_passes` as one list."""
     return [launch for launches in record_passes(case, target).values() for launch in launches]
 
 
 def record_projection(
     layers: int, hidden: int, rank: int, writers: int, dtype: torch.dtype, target: str
 ) -> list[Launch]:
-    """The launches of `project_out` for up (layers, hidden, rank) in float32 and writers (layers, hidden, writers), or
-    with rank 0 those of `column_space`.
+    """Return the launches of `project_out`, or at rank 0 of `column_space`.
+
+    up is (layers, hidden, rank) in float32, writers (layers, hidden, writers) in `dtype`.
 
     Raises:
         ValueError: an unknown target.
@@ -200,7 +205,7 @@ def record_projection(
 def record_grouped(
     tokens: int, hidden: int, rank: int, slots: int, dtype: torch.dtype, target: str, everything: bool = False
 ) -> list[Launch]:
-    """The launches of `post_block_grouped` with adapters in bfloat16; with every option, if `everything`.
+    """Return the launches of `post_block_grouped` with adapters in bfloat16. `everything` adds every option.
 
     Raises:
         ValueError: an unknown target.
@@ -225,17 +230,19 @@ def record_grouped(
 
 
 def hidden_states(launch: Launch) -> dict[str, torch.Tensor]:
-    """The arguments of a hidden state's size, N x d, that a launch reads or writes, each once, by name. Their number is
-    the units of the launch."""
+    """Return the arguments of a hidden state's size, N x d, that a launch reads or writes, by name.
+
+    Their number is the units of the launch.
+    """
     named = zip(launch.kernel.arg_names, launch.arguments, strict=False)
     return {name: value for name, value in named if name in _HIDDEN_STATES and value is not None}
 
 
 def time_floor(launches: Iterable[Launch], gpu: str) -> float:
-    """Seconds that `launches` take at least on `gpu`, one of `GPUS`: their hidden states' bytes over its bandwidth.
+    """Return the least seconds of `launches` on `gpu`, one of `GPUS`: their hidden states' bytes over its bandwidth.
 
-    What is not N x d (weights, N x r arrays, partial sums) is left out, as are the launches themselves; with few tokens
-    those take longer.
+    Tensors other than N x d (weights, N x r arrays, partial sums) and the starts of launches are left out. With few
+    tokens these take longer.
 
     Raises:
         ValueError: an unknown GPU.
@@ -247,7 +254,7 @@ def time_floor(launches: Iterable[Launch], gpu: str) -> float:
 
 
 def _source(launch: Launch) -> ASTSource:
-    """The launch's kernel with its arguments specialised as Triton's launcher specialises them."""
+    """Return the launch's kernel with its arguments specialised as in Triton's launcher."""
     kernel = launch.kernel
     fixed = {kernel.arg_names.index(name) for name in kernel.do_not_specialize}
     signature: dict[str, str] = {}
@@ -339,9 +346,13 @@ def _read_amd(assembly: str) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class _Multiprocessor:
-    """What the programs resident on one multiprocessor share: at most `warps` and `programs`, on so many `schedulers`;
-    the `registers` of one lane of a scheduler, given out in multiples of `granule`; and `shared` bytes, of which each
-    program takes its own and the `reserved` ones, rounded up to `shared_granule`."""
+    """The resources that resident programs share on one multiprocessor.
+
+    Attributes:
+        schedulers, warps, programs: their largest numbers.
+        registers: for one lane of a scheduler, allocated in multiples of `granule`.
+        shared: bytes. A program takes its own and the `reserved` bytes, rounded up to `shared_granule`.
+    """
 
     schedulers: int
     warps: int
@@ -365,13 +376,15 @@ _MULTIPROCESSORS = {
 
 
 def occupancy(target: str, registers: int, shared: int, num_warps: int) -> float:
-    """Resident warps of a multiprocessor as a share of the most it can hold, for programs of `num_warps` warps that use
-    `registers` a thread and `shared` bytes each. 0 if not one program fits."""
+    """Return the resident warps as a share of a multiprocessor's largest number, 0 if not one program fits.
+
+    Programs have `num_warps` warps, and use `registers` for each thread and `shared` bytes.
+    """
     return _resident(target, registers, shared, num_warps) * num_warps / _MULTIPROCESSORS[target].warps
 
 
 def resident_programs(used: Resources) -> int:
-    """The most programs of a kernel that one multiprocessor holds at a time; 0 if not one fits."""
+    """Return the most programs of a kernel that one multiprocessor holds at a time. 0 if not one fits."""
     return _resident(used.target, used.registers, used.shared, used.num_warps)
 
 
@@ -385,7 +398,7 @@ def _resident(target: str, registers: int, shared: int, num_warps: int) -> int:
 
 @dataclass(frozen=True)
 class Compilation:
-    """A kernel to compile. Equal ones give the same binary: shapes that differ in their grids alone share one."""
+    """A kernel to compile. Equal ones give the same binary: shapes that differ only in their grids share one."""
 
     target: str
     num_warps: int
@@ -395,14 +408,14 @@ class Compilation:
 
 
 def compilation(launch: Launch, target: str) -> Compilation:
-    """What there is to compile for `launch` on `target`."""
+    """Return the compilation of `launch` for `target`."""
     source = _source(launch)
     return Compilation(target, launch.schedule.num_warps, launch.schedule.num_stages, source.hash(), source)
 
 
 @functools.cache
 def _compile(job: Compilation) -> tuple[Resources, str]:
-    """What the kernel uses, and its code as the target's assembly."""
+    """Compile a kernel. Return its resources, and its code in the target's assembly."""
     compiled = triton.compile(
         job.source,
         target=_GPU_TARGETS[job.target],
@@ -433,7 +446,7 @@ def _compiled(launch: Launch, target: str) -> tuple[Resources, str]:
 
 
 def compile_launch(launch: Launch, target: str) -> Resources:
-    """Compile one recorded launch for `target`, without a GPU; once in a process, however often it is asked for.
+    """Compile one recorded launch for `target`, without a GPU. The result is cached in the process.
 
     Raises:
         RuntimeError: kernels are interpreted here (TRITON_INTERPRET), or the compiler's report is unreadable.
@@ -442,9 +455,9 @@ def compile_launch(launch: Launch, target: str) -> Resources:
 
 
 def disassemble(launch: Launch, target: str) -> str:
-    """The code of one recorded launch for `target`, as its assembly: SASS with its encoding, or AMD's.
+    """Return the assembly of one recorded launch for `target`: SASS with its encoding, or AMD's.
 
     Raises:
-        RuntimeError: as `compile_launch`.
+        RuntimeError: see `compile_launch`.
     """
     return _compiled(launch, target)[1]

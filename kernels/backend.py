@@ -1,4 +1,4 @@
-"""Which backend runs: by device, unless the environment variable FUSED_STEER_BACKEND says otherwise."""
+"""Choose the backend by device, or by the environment variable FUSED_STEER_BACKEND."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _TRITON_DEVICES = ("cuda", "xpu")  # PyTorch calls ROCm devices "cuda" too
 
 
 def select_backend(device: torch.device) -> str:
-    """The backend for tensors on `device`: "triton" or "torch". On the meta device, where nothing runs, it is either.
+    """Return the backend for tensors on `device`: "triton" or "torch". On the meta device either may be returned.
 
     Raises:
-        RuntimeError: FUSED_STEER_BACKEND names no backend, or one that cannot run on `device`.
+        RuntimeError: FUSED_STEER_BACKEND names an unknown backend, or one that cannot run on `device`.
     """
     can_triton = device.type in _TRITON_DEVICES or (INTERPRETED and device.type == "cpu")
     asked = os.environ.get(ENVIRONMENT_VARIABLE)

@@ -9,11 +9,14 @@ from torch import Tensor
 
 
 class Packed(NamedTuple):
-    """W1 and W2' in the form in which the kernels multiply them.
+    """W1 and W2' of an adapter, in the form in which the kernels multiply them.
 
-    down, up: (R, d), contiguous, R = `schedule.padded_rank(r)`; `up` is W2' transposed. Rows from r on are zero. In
-    `numerics.operand_dtype`, rounded as `numerics.operand` rounds: a kernel gives the same bits with them as with the
-    parameters.
+    The dtype is `numerics.operand_dtype` and the rounding that of `numerics.operand`, so a kernel gives the same bits
+    with them as with the parameters.
+
+    Attributes:
+        down, up: (R, d), contiguous, with R = `schedule.padded_rank(r)`. `up` is W2' transposed. Rows from r on are
+            zero.
     """
 
     down: Tensor
@@ -21,10 +24,10 @@ class Packed(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """What steers a hidden state in one call of `post_block`: the adapter, its strength, φ. See `post_block`.
+    """The adapter of one call of `post_block`, its strength and φ. See `post_block`.
 
-    up: W2; a backend gets W2', already projected, and no basis. packed, of `down` and `up`, is read in their place by
-    the Triton backend; the result has the same bits.
+    A backend gets `up` already projected (W2') and no basis. The Triton backend reads `packed` in place of `down` and
+    `up`. The result has the same bits.
     """
 
     down: Tensor | None = None
@@ -39,12 +42,12 @@ class Operands(NamedTuple):
 
     @property
     def rank(self) -> int:
-        """r; 0 for a steering vector."""
+        """The rank r, 0 for a steering vector."""
         return 0 if self.down is None else self.down.shape[0]
 
 
 class Needs(NamedTuple):
-    """Which gradients a backward pass has to compute. `row_dot` serves those of `scale` and `gain`."""
+    """The gradients that a backward pass has to compute. `row_dot` is needed for those of `scale` and `gain`."""
 
     x: bool
     down: bool
@@ -56,11 +59,13 @@ class Needs(NamedTuple):
 
 @dataclass
 class Gradients:
-    """What a backward pass computed; None where `Needs` did not ask.
+    """The gradients of a backward pass. One that is not needed is None.
 
-    x: (..., d) in the dtype of the incoming gradient, that of residual and branch alike; down: (r, d); up: (d, r), of
-    the projected up matrix; down_bias: (r,); up_bias: (d,); row_dot: (N,), Σ_d G·u. row_dot is in the accumulating
-    dtype; the others are in that or in the dtype of their parameter.
+    Attributes:
+        x: (..., d), in the dtype of the incoming gradient. It is the gradient of both residual and branch.
+        down, up: (r, d) and (d, r), of W1 and the projected W2'.
+        down_bias, up_bias: (r,) and (d,).
+        row_dot: Σ_d G·u, (N,), in the accumulation dtype. The others have that dtype or their parameter's.
     """
 
     x: Tensor | None = None
@@ -73,9 +78,12 @@ class Gradients:
 
 @dataclass
 class GroupedCall:
-    """One call of `post_block_grouped`, checked: hidden states as (N, d) of any row stride. See `post_block_grouped`.
+    """One checked call of `post_block_grouped`, with hidden states as (N, d) of any row stride.
 
-    activation: by name, or of each slot by its place in `ACTIVATIONS`; ids: (N,); gain: (N,); out: (N, d), written.
+    Attributes:
+        activation: a name, or each slot's index in `ACTIVATIONS`.
+        ids, gain: (N,).
+        out: (N, d), written by the call.
     """
 
     residual: Tensor
@@ -92,7 +100,7 @@ class GroupedCall:
 
     @property
     def rank(self) -> int:
-        """r; 0 for steering vectors."""
+        """The rank r, 0 for steering vectors."""
         return 0 if self.downs is None else self.downs.shape[1]
 
     @property

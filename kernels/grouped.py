@@ -1,18 +1,18 @@
-"""Post-block steering of a batch in which every token may have an adapter of its own: for serving, forward only.
+"""Post-block steering with its own adapter for each token of a batch. For serving, forward only.
 
     x   = residual + branch                              (N, d)
     a   = x W1[i]ᵀ + b1[i]                               (N, r)   i = adapter_ids (N,): the token's slot; below 0, none
     out = x + g ⊙ (φ[i](a) W2[i]ᵀ + b2[i])               (N, d)   W1 = downs (A, r, d), W2 = ups (A, d, r)
 
-or, `into_branch`, branch + g ⊙ (…) in branch's own memory, the residual left un-added: what a runtime wants that hands
-the pair on to a fused add and norm. A token without adapter is `residual + branch` to the bit; its branch not touched.
+With `into_branch` the op writes branch + g ⊙ (…) into branch's memory and does not add the residual, for a runtime that
+passes both to a fused add and norm. A token without an adapter gets `residual + branch` bit for bit, and its branch is
+not touched.
 
-Two launches: what reduces over d, and what writes. Two schedules, chosen by the number of tokens alone, as the ids are
-on the device. *Few* (decode): a program has one token, and a part of d. *Many* (prefill): a program has a tile of
-tokens, and a part of d; for each adapter that occurs among them, one after the other, it computes the tile's products
-with tensor cores and keeps the rows that are the adapter's, so that long runs of one adapter cost as much as one
-adapter. Neither copies an adapter, waits for the host, or allocates what grows with A. The file reads from the kernels
-to what a caller uses.
+There are two launches: one reduces over d, one writes. There are two schedules, chosen by the number of tokens, because
+the ids are on the device. *Few* (decode): a program has one token and a part of d. *Many* (prefill): a program has a
+tile of tokens and a part of d. For each adapter in the tile it computes the tile's products with tensor cores, and
+keeps the adapter's rows. So a long run of one adapter costs as much as one adapter. Adapter weights are not copied, the
+CPU never waits for the GPU, and no allocation grows with A. The file goes from the kernels to the public functions.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from .plan import OpPlan, run_planned
 from .registered import is_described, register
 from .schedule import MAX_RANK, Blocks, Device, ceil_div, next_power_of_2, padded_rank
 
-FEW_TOKENS = 256  # up to so many, each token is a program's: a batch that decodes
+FEW_TOKENS = 256  # up to this many, each token has its own program, as in decoding
 
 # ----------------------------------------------------------------------------------------------------------- kernels
 
 
 @triton.jit
 def _activate(a, code, ACTIVATION: tl.constexpr):
-    """φ(a) by name, or, where ACTIVATION is "", by its place in ACTIVATIONS."""
+    """Return φ(a) by name, or, if ACTIVATION is "", by its index in ACTIVATIONS."""
     if ACTIVATION != "":
         return apply(a, ACTIVATION)
     out = a
@@ -60,7 +60,7 @@ def post_block_grouped_token_down_kernel(
     SLOTS, D, part, residual_stride, branch_stride,
     RANK: tl.constexpr, HAS_BRANCH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """One token's a, as far as a part of d goes. Grid (N, splits)."""
+    """Compute partial sums of x W1ᵀ for one token, over one split of d. Grid (N, splits)."""
     token = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     slot = tl.load(p_ids + token).to(tl.int64)
@@ -89,7 +89,7 @@ def post_block_grouped_token_up_kernel(
     HAS_UP_BIAS: tl.constexpr, HAS_GAIN: tl.constexpr, INTO_BRANCH: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """One token's columns. Grid (N, splits)."""
+    """Write one split of a token's columns. Grid (N, splits)."""
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(p_ids + token).to(tl.int64)
     lost = slot >= SLOTS
@@ -129,14 +129,15 @@ def post_block_grouped_token_up_kernel(
                     u += tl.load(p_up_biases + slot * D + columns, mask=m_columns, other=0.0).to(tl.float32)
                 if HAS_GAIN:
                     u *= gain
-            # −0 + 0 would be +0: a shift of zero leaves the very bits. A slot that is not there is not read, but seen.
+            # −0 + 0 would be +0, so a zero shift keeps x bit for bit. An out-of-range slot id reads nothing. The
+            # token's output is NaN, so that the error shows.
             out = tl.where(u == 0, x, x + u)
             store(p_out + token * out_stride + columns, tl.where(lost, float("nan"), out), m_columns)
 
 
 @triton.jit
 def _tile_x(p_residual, p_branch, residual_rows, branch_rows, columns, mask, HAS_BRANCH: tl.constexpr):
-    """residual + branch. [BLOCK_N, BLOCK_D]"""
+    """Return residual + branch. [BLOCK_N, BLOCK_D]"""
     x = tl.load(p_residual + residual_rows[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
     if HAS_BRANCH:
         x += tl.load(p_branch + branch_rows[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -150,7 +151,7 @@ def post_block_grouped_tile_down_kernel(
     RANK: tl.constexpr, DOT: tl.constexpr, HAS_BRANCH: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """The a of a tile of tokens, as far as a part of d goes. Grid (tiles, splits)."""
+    """Compute partial sums of x W1ᵀ for a tile of tokens, over one split of d. Grid (tiles, splits)."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_rows = rows < N
     slots = tl.load(p_ids + rows, mask=m_rows, other=-1).to(tl.int32)
@@ -189,7 +190,7 @@ def post_block_grouped_tile_up_kernel(
     HAS_DOWN_BIAS: tl.constexpr, HAS_UP_BIAS: tl.constexpr, HAS_GAIN: tl.constexpr, INTO_BRANCH: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """A part of the columns of a tile of tokens. Grid (tiles, splits)."""
+    """Write one split of the columns of a tile of tokens. Grid (tiles, splits)."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_rows = rows < N
     slots = tl.load(p_ids + rows, mask=m_rows, other=-1).to(tl.int32)
@@ -217,7 +218,7 @@ def post_block_grouped_tile_up_kernel(
         codes = tl.load(p_codes + slots, mask=there_rows, other=0)[:, None] if ACTIVATION == "" else 0
         h = operand(_activate(h, codes, ACTIVATION), DOT)
 
-    # From the highest slot down to "none", each writes its own rows.
+    # From the highest slot down to "none", write the rows of each slot.
     todo = slots
     slot = tl.max(todo, 0)
     while slot >= (0 if INTO_BRANCH else -1):
@@ -239,7 +240,7 @@ def post_block_grouped_tile_up_kernel(
                 u += b2.to(tl.float32)[None, :]
             if HAS_GAIN:
                 u *= gain[:, None]
-            u = tl.where(there, u, 0.0)  # whatever a is of a token without gain
+            u = tl.where(there, u, 0.0)  # also for a token without gain, whatever its a
             if INTO_BRANCH:
                 x = tl.load(p_branch + branch_rows[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
             else:
@@ -254,9 +255,12 @@ def post_block_grouped_tile_up_kernel(
 
 
 class Routing:
-    """Which adapter each token of a pass has, and how much of it: the same in all layers, and worked out once for them.
+    """The slot and gain of each token of a pass. All layers share it.
 
-    places: the leading dimensions of the hidden states; ids: (N,) int32 or int64, contiguous; gain: (N,) or None.
+    Attributes:
+        places: the leading dimensions of the hidden states.
+        ids: (N,) int32 or int64, contiguous.
+        gain: (N,), or None.
     """
 
     def __init__(self, adapter_ids: Tensor, gain: Tensor | None = None) -> None:
@@ -267,7 +271,7 @@ class Routing:
         self._plan: TokenPlan | None = None
 
     def plan(self) -> TokenPlan:
-        """For the torch backend, which asks the tensors for their values."""
+        """Return the token plan of the torch backend. It reads the tensors on the host."""
         if self._plan is None:
             self._plan = plan_tokens(self.ids, self.gain)
         return self._plan
@@ -283,7 +287,7 @@ def _token_schedule(block_r: int, hidden: int) -> Blocks:
 
 
 def _splits(tokens: int, hidden: int, block_d: int, device: Device) -> tuple[int, int]:
-    """How many parts d is cut into, so that a few programs a multiprocessor run; and the size of one."""
+    """Return the number of parts of d, so that each multiprocessor runs a few programs, and the size of a part."""
     blocks = ceil_div(hidden, block_d)
     splits = max(1, min(blocks, ceil_div(4 * device.multiprocessors, tokens)))
     part = ceil_div(blocks, splits) * block_d
@@ -297,7 +301,7 @@ def _tile_schedule(block_r: int, hidden: int, itemsize: int) -> Blocks:
 
 
 def triton_grouped(call: GroupedCall) -> None:
-    """Two launches, one without W1: the second kernel must not write into a branch that the first still reads."""
+    """Launch two kernels, or one without W1. The second may write into the branch, which the first still reads."""
     tokens, hidden = call.residual.shape
     device, place = device_of(call.residual), call.residual.device
     rank, few = call.rank, tokens <= FEW_TOKENS
@@ -311,7 +315,7 @@ def triton_grouped(call: GroupedCall) -> None:
         schedule = _tile_schedule(padded_rank(rank), hidden, call.residual.element_size())
         down, up = post_block_grouped_tile_down_kernel, post_block_grouped_tile_up_kernel
         rows = ceil_div(tokens, schedule.constants["BLOCK_N"])
-    # The kernels of tiles take two arguments more.
+    # The tile kernels take two more arguments.
     size: tuple[int, ...] = () if few else (tokens,)
     flags: dict[str, Any] = {} if few else {"DOT": dot_precision(call.residual.dtype, device.gpu, rank)}
     flags |= {"RANK": rank, "HAS_BRANCH": call.branch is not None}
@@ -336,7 +340,7 @@ def triton_grouped(call: GroupedCall) -> None:
 
 # ---------------------------------------------------------------------------------------------- one call, and compiled
 
-#: downs, ups, down_biases, up_biases, and φ by name or, of each slot, by its place in ACTIVATIONS.
+#: downs, ups, down_biases, up_biases, and φ by name or by each slot's index in ACTIVATIONS.
 _Weights = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, str | Tensor]
 
 
@@ -349,7 +353,7 @@ def _run(
     into_branch: bool,
     backend: str | None,
 ) -> None:
-    """residual, branch and out as (N, d)."""
+    """Run a call on a backend. residual, branch and out are (N, d)."""
     if not out.numel():
         return
     downs, ups, down_biases, up_biases = (None if t is None else t.contiguous() for t in weights[:4])
@@ -387,14 +391,14 @@ _Operands = tuple[Tensor | None, Tensor | None, Tensor, Tensor | None, Tensor | 
 
 
 def _joined(weights: _Weights, ids: Tensor, gain: Tensor | None) -> _Operands:
-    """`weights` and routing as the registered ops take them."""
+    """Return `weights` and routing as operands of the registered ops."""
     downs, ups, down_biases, up_biases, activation = weights
     named, codes = (activation, None) if isinstance(activation, str) else ("", activation)
     return downs, ups, ids, down_biases, up_biases, codes, gain, named
 
 
 def _split(operands: _Operands) -> tuple[_Weights, Routing]:
-    """What the registered ops take, which are tensors and strings, as what is run."""
+    """Return weights and routing from operands of the registered ops."""
     downs, ups, ids, down_biases, up_biases, codes, gain, activation = operands
     return (downs, ups, down_biases, up_biases, activation if codes is None else codes), Routing(ids, gain)
 
@@ -403,7 +407,7 @@ _plans: dict[Any, OpPlan] = {}
 
 
 def _kind(residual: Tensor, branch: Tensor | None, operands: _Operands) -> tuple[Any, ...]:
-    """What the plan of a call is for."""
+    """Return the key of a call's plan."""
     downs, _, ids, down_biases, up_biases, codes, gain, activation = operands
     sized = up_biases if downs is None else downs
     return (
@@ -470,7 +474,7 @@ def _check(name: str, tensor: Tensor, shape: Sequence[int], device: torch.device
 
 
 def _rows(name: str, tensor: Tensor, in_place: bool = False) -> Tensor:
-    """(..., d) as (N, d) whose rows are contiguous; a copy only where its strides leave no other way."""
+    """Return (..., d) as (N, d) with contiguous rows. It is a copy only if the strides allow no view."""
     hidden = tensor.shape[-1]
     if tensor.stride(-1) == 1 or hidden == 1:
         if tensor.dim() == 2:
@@ -487,12 +491,13 @@ def _rows(name: str, tensor: Tensor, in_place: bool = False) -> Tensor:
 def post_block_routed(
     residual: Tensor, branch: Tensor | None, weights: _Weights, routing: Routing, backend: str | None = None
 ) -> Tensor:
-    """`post_block_grouped` without its checks and outside of compiled graphs: for whoever keeps weights that are as it
-    wants them, and routes the tokens of all layers alike.
+    """Run `post_block_grouped` without its checks, outside of compiled graphs, with a routing that layers share.
 
     Args:
-        weights: downs, ups, down_biases, up_biases, and the activation, of which `post_block_grouped` takes each.
-        backend: as `select_backend` gives it for the residual's device; None asks.
+        residual, branch, weights: arguments of `post_block_grouped`. weights: downs, ups, down_biases, up_biases and
+            the activation.
+        routing: the tokens' slots and gains.
+        backend: the backend of the residual's device. None calls `select_backend`.
     """
     if not is_recording() and is_described(residual):
         with torch.no_grad():
@@ -519,29 +524,29 @@ def post_block_grouped(
 ) -> Tensor:
     """Post-block steering with an adapter for each token: x + g ⊙ (φ(x W1[i]ᵀ + b1[i]) W2[i]ᵀ + b2[i]).
 
-    x = residual + branch, i = adapter_ids. Forward only. An adapter of a lower rank than the slots' has zeros there. No
-    host synchronisation on a GPU, nothing allocated that grows with A · N, so that a CUDA graph can capture it.
+    x = residual + branch, i = adapter_ids. Forward only. An adapter of lower rank is padded with zeros. On a GPU the
+    host does not wait, and no allocation grows with A · N, so that a CUDA graph can capture the op.
 
     Args:
         residual: (..., d), float32, bfloat16 or float16.
-        branch: (..., d), what the block adds to the residual; None steers a finished hidden state.
-        downs: W1 of every slot, (A, r, d), r at most 256; any of the dtypes. None, with `ups`, for vectors.
+        branch: (..., d), the sublayer's output, which is added to the residual. None steers a finished hidden state.
+        downs: W1 of every slot, (A, r, d), r at most 256, of any of these dtypes. None, with `ups`, for vectors.
         ups: W2 of every slot, (A, d, r).
-        adapter_ids: (...), int32 or int64; a negative one is no adapter. One of A or more is an error: a ValueError on
-            the torch backend, and NaN in that token's output on a GPU, which nobody waits for.
+        adapter_ids: (...), int32 or int64. A negative id means no adapter. An id of A or more is an error: ValueError
+            on the torch backend, NaN in the token's output on a GPU, because the host does not wait.
         down_biases: b1 (A, r).
-        up_biases: b2 (A, d); alone, the slots are steering vectors.
-        activation: φ of all slots by name, or of each, (A,) int32: its place in `ACTIVATIONS`.
-        gain: g (...), a factor for each token, strength included; None is 1. 0 leaves the token as it is.
-        into_branch: write branch + shift into `branch`, and leave the residual un-added.
+        up_biases: b2 (A, d). Without W1 and W2 the slots are steering vectors.
+        activation: φ of all slots by name, or (A,) int32, each slot's index in `ACTIVATIONS`.
+        gain: g (...), each token's gain times strength. None means 1. A token with 0 is not changed.
+        into_branch: write branch + shift into `branch`, and do not add the residual.
 
     Returns:
         (..., d), contiguous, in the dtype of `residual + branch`; with `into_branch`, `branch` itself.
 
     Raises:
-        ValueError: a shape, device, rank, activation or stride that the op does not take.
-        TypeError: a dtype that it does not take.
-        RuntimeError: a gradient is asked for.
+        ValueError: a shape, device, rank, activation or stride is not supported.
+        TypeError: a dtype is not supported.
+        RuntimeError: a gradient is required.
     """
     in_graph = torch.compiler.is_compiling() or (not is_recording() and is_described(residual))
     shape, device = residual.shape, residual.device

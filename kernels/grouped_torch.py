@@ -1,6 +1,6 @@
 """The `torch` backend of `post_block_grouped`: an adapter for each token, in plain PyTorch.
 
-The host plans how the tokens are taken (`plan_tokens`), once for all layers of a pass; no adapter is copied.
+The host plans the order and grouping of the tokens (`plan_tokens`) once for all layers of a pass. No adapter is copied.
 """
 
 from __future__ import annotations
@@ -19,13 +19,20 @@ from .torch_backend import accumulation_dtype
 
 @dataclass
 class TokenPlan:
-    """How the steered tokens are taken.
+    """The order and grouping in which steered tokens are multiplied by their adapters.
 
-    highest: slot, of all tokens; ids: (N,), theirs; rows: which are steered, and in which order, (M,) int64; None: all,
-    as they lie, and nothing is gathered or scattered. gain: (M, 1) float32 in that order, or None. spans: tokens next
-    to each other in that order of one adapter: its slot, the first one's place, and the place behind the last. single:
-    those that are multiplied token by token; several: those that are by one product; batched: first slot, how many
-    slots next to each other, first place, and how many tokens each, where one batched product is of them all.
+    A span is a run of tokens with one adapter: its slot, the index of its first token, and the index after its last.
+
+    Attributes:
+        highest: the highest slot of all tokens.
+        ids: (N,), the tokens' slots.
+        rows: (M,) int64, the steered tokens in order, or None for all tokens in their own order without a gather.
+        gain: (M, 1) float32 in that order, or None.
+        spans: all spans.
+        single: spans that are multiplied token by token.
+        several: spans that are multiplied by one product each.
+        batched: blocks of consecutive slots for one batched product: first slot, number of slots, index of the first
+            token, tokens for each slot.
     """
 
     highest: int
@@ -38,16 +45,16 @@ class TokenPlan:
     batched: list[tuple[int, int, int, int]]
 
     def taken(self, tensor: Tensor) -> Tensor:
-        """(N, …) as (M, …)"""
+        """Return the steered tokens' rows of a tensor, (N, …) -> (M, …)."""
         return tensor if self.rows is None else tensor.index_select(0, self.rows)
 
     def slots(self) -> Tensor:
-        """(M,)"""
+        """Return the steered tokens' slots, (M,)."""
         return self.taken(self.ids)
 
 
 def plan_tokens(ids: Tensor, gain: Tensor | None) -> TokenPlan:
-    """The plan of tokens with these slots and gains, (N,) each. It waits for the device of the two."""
+    """Return the plan of tokens with these slots and gains, (N,) each. Waits for the device."""
     slots: list[int] = ids.tolist()
     if gain is None:
         rows = [row for row, slot in enumerate(slots) if slot >= 0]
@@ -57,8 +64,7 @@ def plan_tokens(ids: Tensor, gain: Tensor | None) -> TokenPlan:
     plan = TokenPlan(max(slots, default=-1), ids, None, None, [], [], [], [])
     as_they_lie = len(rows) == len(slots)
     each_slot_once = False
-    # To bring tokens of an adapter together, or into the order of their slots, and back costs more than it saves where
-    # they are few.
+    # Grouping few tokens by adapter, or sorting them by slot, costs more than it saves.
     if len(rows) > 3:
         found = {slots[row] for row in rows}
         first, room = min(found), max(found) - min(found) + 1
@@ -90,7 +96,7 @@ def plan_tokens(ids: Tensor, gain: Tensor | None) -> TokenPlan:
         start = stop
     for block in blocks:
         slot, count, begin, tokens = block
-        if count * tokens >= 4 and count > 1:  # fewer are over before a batched product has begun
+        if count * tokens >= 4 and count > 1:  # a batched product costs more for fewer
             plan.batched.append(block)
         else:
             alone = plan.single if tokens <= 2 else plan.several
@@ -99,7 +105,7 @@ def plan_tokens(ids: Tensor, gain: Tensor | None) -> TokenPlan:
 
 
 def grouped_forward(call: GroupedCall, plan: TokenPlan) -> None:
-    """Write `call.out`: two products for each adapter that occurs, of all its tokens where there are many."""
+    """Write `call.out`, by two products for each adapter that occurs."""
     acc = accumulation_dtype(call.residual.dtype)
     if plan.highest >= call.slots:
         raise ValueError(f"adapter_ids has {plan.highest}; expected below {call.slots}, the number of slots")
@@ -129,19 +135,19 @@ def grouped_forward(call: GroupedCall, plan: TokenPlan) -> None:
             a = a + _of_tokens(call.down_biases, slots, spans).to(acc)
         h = _activate(a, call.activation, slots, spans)
         if gain is not None and call.up_biases is None:
-            h, gain = h * gain, None  # there it is r values a token, and not d
+            h, gain = h * gain, None  # scales r values for each token instead of d
         u = _products(h, call.ups, plan, acc)
         if call.up_biases is not None:
             u += _of_tokens(call.up_biases, slots, spans).to(acc)
     else:
         assert call.up_biases is not None
-        u = _of_tokens(call.up_biases, slots, spans).to(acc).expand(x.shape).clone()  # to be written into
+        u = _of_tokens(call.up_biases, slots, spans).to(acc).expand(x.shape).clone()  # it is written to below
     if gain is not None:
         u = u * gain
     if call.into_branch:
         assert call.branch is not None
         x = of_plan(call.branch).to(acc)
-    # x − (0 − u): −0 + 0 would be +0, but −0 − 0 is −0. A shift of zero leaves the very bits.
+    # −0 + 0 would be +0, but −0 − 0 is −0. So x − (0 − u) keeps x bit for bit if the shift u is zero.
     torch.sub(u.new_zeros(()), u, out=u)
     if plan.rows is None and call.out.dtype == acc:
         torch.sub(x, u, out=call.out)
@@ -151,7 +157,7 @@ def grouped_forward(call: GroupedCall, plan: TokenPlan) -> None:
 
 
 def _products(x: Tensor, weights: Tensor, plan: TokenPlan, acc: torch.dtype) -> Tensor:
-    """x Wᵀ, each token by its own slot's W. (N, columns of x) by (A, n, columns of x): (N, n)"""
+    """Return x Wᵀ, (N, n), each token multiplied by its slot's W. x: (N, m). weights: (A, n, m)."""
     convert = weights.dtype != acc
     if len(plan.spans) == 1:
         weight = weights.select(0, plan.spans[0][0])
@@ -163,7 +169,7 @@ def _products(x: Tensor, weights: Tensor, plan: TokenPlan, acc: torch.dtype) -> 
     out = x.new_empty(len(x), weights.shape[1])
     if plan.single:
         tokens_in, tokens_out = x.unbind(0), out.unbind(0)
-        # A product of one token is hardly longer than the making of a view: many are made at once where it can be.
+        # A product of one token takes little longer than making a view, so views are made all at once if possible.
         at_once = len(weights) <= 2 * len(plan.single)
         weight_of = weights.unbind(0).__getitem__ if at_once else partial(weights.select, 0)
         for slot, start, stop in plan.single:
@@ -182,7 +188,7 @@ def _products(x: Tensor, weights: Tensor, plan: TokenPlan, acc: torch.dtype) -> 
 
 
 def _of_tokens(biases: Tensor, slots: Tensor | None, spans: list[tuple[int, int, int]]) -> Tensor:
-    """Each token's bias; of one adapter alone, that one for all."""
+    """Return each token's bias, or one bias if there is one adapter."""
     return biases[spans[0][0]] if slots is None else biases[slots]
 
 

@@ -1,8 +1,8 @@
-"""Launches kernels. Inside `recorded()` launches are collected in a list instead of run; inside `noted()` they run too.
+"""Launch kernels. `recorded()` collects launches in a list instead of running them; `noted()` collects and runs them.
 
-Every launch of this package goes through `launch`, and every tensor that a launcher allocates through `empty`. What is
-recorded has the arguments that it would have had, for a device that need not be there: so what is compiled ahead of
-time is what the launchers would launch, by construction. What is noted becomes a plan (see plan.py).
+Every launch of this package goes through `launch`, and every allocation of a launcher through `empty`. A recorded
+launch has its real arguments, for a device that need not exist. So ahead-of-time compilation sees exactly the
+launchers' kernels. Noted launches become a plan (see plan.py).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .schedule import Device, Layout, describe_device
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch as it would be made: the kernel, its grid, its arguments in order, constants by name, layout."""
+    """A recorded launch: the kernel, its grid, its arguments in order, its constants by name, and its layout."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -38,7 +38,7 @@ class _Recording:
 
 @dataclass(frozen=True)
 class Started:
-    """One launch that was made: `Launch`, and what Triton compiled it to (None in the interpreter)."""
+    """A launch that was run, with the compiled kernel (None in the interpreter)."""
 
     kernel: Any
     compiled: Any
@@ -48,26 +48,26 @@ class Started:
     options: dict[str, Any]
 
     def ordered(self) -> list[Any]:
-        """All arguments, constants among them, in the kernel's order."""
+        """Return all arguments and constants in the kernel's order."""
         named = self.kernel.arg_names[len(self.arguments) :]
         return [*self.arguments, *(self.constants[name] for name in named)]
 
 
 @dataclass
 class Notes:
-    """The launches of a call, and the tensors that it allocated, in order."""
+    """The launches of a call and the tensors that it allocated, in order."""
 
     launches: list[Started] = field(default_factory=list)
     made: list[torch.Tensor] = field(default_factory=list)
 
 
-#: What watches launches in this context: a recording, notes, or nothing.
+#: The recording or notes that collect launches in this context.
 watcher: ContextVar[_Recording | Notes | None] = ContextVar("fused_steer_watcher", default=None)
 
 
 @contextlib.contextmanager
 def recorded(device: Device) -> Iterator[list[Launch]]:
-    """Launches made inside are appended to the yielded list instead of run; tensors may be on the meta device."""
+    """Append launches to the yielded list instead of running them. Tensors may be on the meta device."""
     recording = _Recording(device, [])
     token = watcher.set(recording)
     try:
@@ -78,7 +78,7 @@ def recorded(device: Device) -> Iterator[list[Launch]]:
 
 @contextlib.contextmanager
 def noted() -> Iterator[Notes]:
-    """Launches made inside, and tensors allocated by `empty`, are noted in what is yielded."""
+    """Record launches, and tensors allocated by `empty`, while running them."""
     notes = Notes()
     token = watcher.set(notes)
     try:
@@ -88,7 +88,7 @@ def noted() -> Iterator[Notes]:
 
 
 def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """`torch.empty`, for what a launcher allocates."""
+    """Allocate like `torch.empty`, for launchers."""
     tensor = torch.empty(shape, dtype=dtype, device=device)
     notes = watcher.get()
     if isinstance(notes, Notes):
@@ -97,18 +97,18 @@ def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor
 
 
 def is_recording() -> bool:
-    """Whether launches are written down instead of made: of tensors that may be on no device that has a backend."""
+    """Return whether launches are recorded instead of run. Tensors may then be on a device without a backend."""
     return isinstance(watcher.get(), _Recording)
 
 
 def device_of(tensor: torch.Tensor) -> Device:
-    """The device that a launch on `tensor` is laid out for."""
+    """Return the device for which a launch on `tensor` is laid out."""
     recording = watcher.get()
     return recording.device if isinstance(recording, _Recording) else describe_device(tensor.device)
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Make `device` current, at no cost where it is already."""
+    """Make `device` current, at no cost if it is already."""
     if device.type == "cpu" or torch.accelerator.current_device_index() == device.index:
         return contextlib.nullcontext()
     return torch.get_device_module(device).device(device)
@@ -117,7 +117,7 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 def launch(
     kernel: Any, grid: tuple[int, ...], *arguments: Any, device: torch.device, schedule: Layout, **constants: Any
 ) -> None:
-    """Start `kernel` on `device`, which need not be the current one, with the blocks and warps of `schedule`."""
+    """Launch `kernel` on `device` with the blocks and warps of `schedule`. The device need not be the current one."""
     constants.update(schedule.constants)
     watching = watcher.get()
     if isinstance(watching, _Recording):

@@ -1,17 +1,17 @@
-"""How numbers are rounded: operands of `tl.dot`, and values on their way to memory. One policy for every kernel.
+"""Rounding of matrix product operands and of stored values: one policy for every kernel.
 
-All adapter arithmetic and all sums are fp32. Only the operands of a matrix product are narrower, by the hidden state's
-dtype, because that is what tensor cores take:
+All adapter arithmetic and all sums are fp32. Only the operands of a matrix product are narrower, because tensor cores
+need that. Their type depends on the hidden state's dtype:
 
 | hidden state | operands | why |
 |---|---|---|
 | bf16 | bf16 | the model's own precision |
-| fp16 | tf32 | holds every fp16 value with fp32's exponents: no gradient vanishes, no pre-activation overflows |
+| fp16 | tf32 | holds every fp16 value with fp32's exponents, so gradients do not vanish and sums do not overflow |
 | fp32 | tf32x3 (ieee where there is no tf32, and at ranks over 128) | three tf32 products, error near 1e-6 |
 
-Kernels round every narrower operand to nearest. Left to themselves, tensor cores cut off the low 13 bits of a tf32
-operand: an error twice as large, and always towards zero. Triton's interpreter multiplies in fp32, so there the same
-rounding is done on the bits, and its results are those of the hardware up to the order of the sums.
+Kernels round every narrower operand to nearest. Tensor cores alone would cut off the low 13 bits of a tf32 operand,
+which is an error twice as large and always towards zero. Triton's interpreter multiplies in fp32, so there the same
+rounding is done on the bits. Its results equal the hardware's up to the order of the sums.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ import triton
 import triton.language as tl
 from triton import knobs
 
-#: True when kernels run in Triton's interpreter. Fixed at import, as Triton itself fixes it when a kernel is decorated.
+#: True when kernels run in Triton's interpreter. Fixed at import, when Triton decorates the kernels.
 INTERPRETED: bool = bool(knobs.runtime.interpret)
 
 _EMULATE = tl.constexpr(INTERPRETED)
 
-#: Passed to every compilation. Whether a product and a sum are fused decides last bits: neither
-#: TRITON_DEFAULT_FP_FUSION nor Triton's default, which changes in 3.10, may change them.
+#: Passed to every compilation. Fusing a product and a sum changes the last bits, so neither TRITON_DEFAULT_FP_FUSION
+#: nor Triton's default, which changes in 3.10, may decide it.
 COMPILER_OPTIONS = {"enable_fp_fusion": True}
 
 
 def dot_precision(dtype: torch.dtype, gpu: str, rank: int) -> str:
-    """Name of the operand policy ("bf16", "tf32", "tf32x3" or "ieee") for a hidden state of `dtype`.
+    """Return the operand policy ("bf16", "tf32", "tf32x3" or "ieee") for a hidden state of `dtype`.
 
-    `gpu` is Triton's name of the vendor ("cuda", "hip", "xpu"). Only CUDA has tf32 everywhere; elsewhere fp32 operands
-    stay fp32, which AMD's matrix units take as they are. Three tf32 parts of 256 ranks do not fit in registers.
+    `gpu` is Triton's name of the vendor ("cuda", "hip", "xpu"). Only CUDA has tf32 everywhere. Elsewhere fp32 operands
+    stay fp32, which AMD's matrix units support. At rank 256 three tf32 parts do not fit in registers.
     """
     if dtype == torch.bfloat16:
         return "bf16"
@@ -45,17 +45,17 @@ def dot_precision(dtype: torch.dtype, gpu: str, rank: int) -> str:
 
 
 def operand_dtype(dtype: torch.dtype, gpu: str, rank: int) -> torch.dtype:
-    """The dtype in which packed weights (`contract.Packed`) are kept for a hidden state of `dtype`.
+    """Return the dtype of packed weights (`contract.Packed`) for a hidden state of `dtype`.
 
-    bfloat16 where operands are bf16; float32 elsewhere, already rounded to tf32 where the policy is "tf32".
+    It is bfloat16 for the policy "bf16", else float32. For the policy "tf32" the values are already rounded to tf32.
     """
     return torch.bfloat16 if dot_precision(dtype, gpu, rank) == "bf16" else torch.float32
 
 
 @triton.jit
 def _bf16_bits(x):
-    # Round to nearest even by hand. Triton's interpreter truncates, and keeps bf16 as raw 16-bit integers on which
-    # arithmetic is meaningless, so interpreted kernels never hold a bf16 value, only its bits on the way to memory.
+    # Rounds to nearest even. Triton's interpreter truncates, and keeps bf16 as raw 16-bit integers without meaningful
+    # arithmetic. So interpreted kernels never hold a bf16 value, only its bits on the way to memory.
     bits = x.to(tl.uint32, bitcast=True)
     rounded = bits + 0x7FFF + ((bits >> 16) & 1)
     return tl.where(x == x, rounded, bits | 0x400000) >> 16
@@ -63,8 +63,8 @@ def _bf16_bits(x):
 
 @triton.jit
 def _round_tf32(x):
-    # To nearest, ties away from zero. Where the result enters a product, which ignores the low bits, ptxas leaves their
-    # mask out; written with integers it would stay.
+    # Rounds to nearest, ties away from zero. If the result enters a product, which ignores the low bits, ptxas drops
+    # their mask. With integer operations the mask would stay.
     if _EMULATE:
         bits = x.to(tl.uint32, bitcast=True)
         return tl.where(x == x, ((bits + 0x1000) & 0xFFFFE000).to(tl.float32, bitcast=True), x)
@@ -76,7 +76,7 @@ def _round_tf32(x):
 
 @triton.jit
 def operand(x, DOT: tl.constexpr):
-    """A block, as loaded or computed -> the dtype in which it enters a matrix product, rounded to nearest."""
+    """Convert a loaded or computed block to the dtype in which it enters a matrix product, rounded to nearest."""
     if DOT == "bf16":
         if _EMULATE:
             return (_bf16_bits(x.to(tl.float32)) << 16).to(tl.float32, bitcast=True)
@@ -90,7 +90,7 @@ def operand(x, DOT: tl.constexpr):
 
 @triton.jit
 def packed_operand(x, DOT: tl.constexpr):
-    """A block of packed weights, as loaded -> an operand of a matrix product. It was rounded when it was packed."""
+    """Convert a block of packed weights to an operand of a matrix product. It was rounded when it was packed."""
     if _EMULATE and DOT == "bf16":
         return x.to(tl.float32)
     else:
@@ -99,10 +99,10 @@ def packed_operand(x, DOT: tl.constexpr):
 
 @triton.jit
 def held(x):
-    """A copy that NVIDIA's compilers do not move: what comes after it stays after it.
+    """Copy a block so that NVIDIA's compilers do not move later code before it.
 
-    A block on its way to a product is staged through shared memory. Triton does that right behind its load, so that the
-    loads of several blocks wait for one another. Held behind all loads and a barrier, they are in flight together.
+    An operand of a product is staged through shared memory. Triton does that right after its load, so the loads of
+    several blocks wait for one another. If the blocks are held after all loads and a barrier, the loads overlap.
     """
     if _EMULATE:
         return x
@@ -114,10 +114,10 @@ def held(x):
 
 @triton.jit
 def met():
-    """A barrier of the program's warps that gives 0.0: a sum that begins with it begins behind the barrier.
+    """Return 0.0 after a barrier of the program's warps. A sum that starts from it stays behind the barrier.
 
-    A load stays on its side of a barrier. A sum of what was loaded does not: to need fewer registers, ptxas moves its
-    additions up between the loads, which then wait for one another.
+    A load does not cross a barrier, but a sum of loaded values may. To save registers, ptxas would move the additions
+    up between the loads, which would then wait for one another.
     """
     if _EMULATE:
         return 0.0
@@ -137,13 +137,13 @@ def _split_tf32(x):
 
 @triton.jit
 def dot(left, right, acc, DOT: tl.constexpr):
-    """acc + left @ right, summed in fp32. Operands come from `operand` or `packed_operand`."""
+    """Return acc + left @ right, summed in fp32. Operands come from `operand` or `packed_operand`."""
     if DOT == "bf16":
         return tl.dot(left, right, acc)
     elif DOT == "tf32x3":
-        # By hand: Triton's own "tf32x3" leaves the rests to be cut off. The rests' own product is below fp32's
-        # precision. Summed from zero, because tensor cores cut off each sum's last bits: across all of d that would be
-        # more than fp32's own error. An infinite operand gives NaN.
+        # Triton's own "tf32x3" truncates the rests, so it is not used. The product of the two rests is below fp32's
+        # precision. The sum starts from zero, because tensor cores truncate each sum's last bits, and over all of d
+        # that would exceed fp32's own error. An infinite operand gives NaN.
         left, left_rest = _split_tf32(left)
         right, right_rest = _split_tf32(right)
         product = tl.dot(left_rest, right, input_precision="tf32")

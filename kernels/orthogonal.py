@@ -1,15 +1,15 @@
-"""Joint-Orth: what a steering adapter may write once a LoRA writes into the same stream, for all layers at once.
+"""Joint-Orth: project steering adapters onto the complement of a LoRA's column space, for all layers at once.
 
     W2' = (I − V Vᵀ) W2        V: an orthonormal basis of the column space of B        (arXiv 2603.00425, §5.2)
 
-for L layers, W2 = up (d, r), B = writers (d, k), k <= 64. No singular value decomposition: with G = BᵀB and C = BᵀW2,
-both small and summed in float64, V = B T for a k × k matrix T, and W2' = W2 − B T Tᵀ C. T comes from Gram–Schmidt with
-pivoting, carried out on the coefficients: a residual column B c has the squared norm cᵀ G c. The same three kernels
-give V itself, where its coefficients T are asked for in the place of T Tᵀ C.
+for L layers, with W2 = up (d, r), B = writers (d, k), k <= 64. No singular value decomposition is needed. With G = BᵀB
+and C = BᵀW2, both small and summed in float64, V = B T for a k × k matrix T, and W2' = W2 − B T Tᵀ C. T comes from
+Gram–Schmidt with pivoting on the coefficients, since a residual column B c has the squared norm cᵀ G c. The same three
+kernels compute V itself from the coefficients T.
 
-What is a direction and what is noise: a column is nothing beside one 1/eps times as long, and a column is a combination
-of others if what they leave of it is below √k · eps of its length, eps that of float32. B = 0, LoRA's initial state,
-has no directions, and then W2' is W2 to the bit. The file reads from the kernels to what a caller uses.
+Two thresholds separate directions from noise, with float32's eps. A column counts as zero if another is 1/eps times as
+long. It counts as a combination of others if its residual is below √k · eps of its length. B = 0, LoRA's initial state,
+has no directions, and then W2' is W2 bit for bit. The file goes from the kernels to the public functions.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from .launch import device_of, launch
 from .numerics import store
 from .schedule import ceil_div, next_power_of_2
 
-MAX_WRITERS = 64  # k, all writers of a layer together
+MAX_WRITERS = 64  # the highest k, over all writers of a layer
 _EPS = torch.finfo(torch.float32).eps
-_ROUNDS = 2  # of orthonormalising: the second restores the digits that an ill-conditioned Gram matrix has lost
-_FEW_ELEMENTS = 1 << 18  # that plain PyTorch holds in float64 at a time: 2 MiB
+_ROUNDS = 2  # rounds of orthonormalisation; the second restores digits lost to an ill-conditioned Gram matrix
+_FEW_ELEMENTS = 1 << 18  # the most elements that plain PyTorch holds in float64 at a time: 2 MiB
 
 # ----------------------------------------------------------------------------------------------------------- kernels
 
@@ -41,7 +41,7 @@ def orthogonal_gram_kernel(
     D, part, K: tl.constexpr, R: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums of G = BᵀB and, with R > 0, C = BᵀW2 over a part of the rows. Grid (layers, parts). No atomics."""
+    """Compute partial sums of G = BᵀB and, if R > 0, C = BᵀW2 over some rows. Grid (layers, parts). No atomics."""
     layer = tl.program_id(0).to(tl.int64)
     ks = tl.arange(0, BLOCK_K)
     rs = tl.arange(0, BLOCK_R)
@@ -74,7 +74,7 @@ def orthogonal_solve_kernel(
     p_partial, p_solution, parts, eps,
     K: tl.constexpr, R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """S = T Tᵀ C (k, r), what W2' = W2 − B S takes off; with R = 0, T (k, k). Grid (layers, blocks of its columns)."""
+    """Compute S = T Tᵀ C (k, r), with W2' = W2 − B S, or if R = 0, T (k, k). Grid (layers, blocks of S's columns)."""
     layer = tl.program_id(0).to(tl.int64)
     COLUMNS: tl.constexpr = R if R > 0 else K
     ks = tl.arange(0, BLOCK_K)
@@ -92,7 +92,7 @@ def orthogonal_solve_kernel(
     diagonal = ks[:, None] == ks[None, :]
     squares = tl.sum(tl.where(diagonal, gram, 0.0), 0)
     kept = squares > tl.max(squares, 0) * (eps * eps)
-    unit = tl.where(kept, 1.0 / tl.sqrt(tl.where(kept, squares, 1.0)), 0.0)  # columns of length 1, or 0
+    unit = tl.where(kept, 1.0 / tl.sqrt(tl.where(kept, squares, 1.0)), 0.0)  # scales columns to length 1, or to 0
     rest = gram * unit[:, None] * unit[None, :]
     along *= unit[:, None]
     coefficients = tl.where(diagonal & kept[None, :], 1.0, 0.0).to(tl.float64)
@@ -103,7 +103,7 @@ def orthogonal_solve_kernel(
         if left > least:
             lengths = tl.sum(tl.where(diagonal, rest, 0.0), 0)
             pivot = tl.min(tl.where(lengths == left, ks, BLOCK_K), 0)
-            # A direction B q of length 1, and what of every residual lies along it.
+            # q: the coefficients of a direction of length 1. w: the component of every residual along it.
             q = tl.sum(tl.where(ks[None, :] == pivot, coefficients, 0.0), 1) / tl.sqrt(left)
             w = tl.sum(tl.where(ks[:, None] == pivot, rest, 0.0), 0) / tl.sqrt(left)
             if R > 0:
@@ -113,7 +113,7 @@ def orthogonal_solve_kernel(
             spent = (ks == pivot)[None, :]
             coefficients = tl.where(spent, 0.0, coefficients - q[:, None] * w[None, :])
             rest = tl.where(spent | (ks == pivot)[:, None], 0.0, rest - w[:, None] * w[None, :])
-    # A writer that is not finite must not pass for one that writes nothing.
+    # A writer that is not finite must not count as zero.
     solution = solution * unit[:, None] + tl.sum(squares, 0) * 0.0
     tl.store(p_solution + (layer * K + ks[:, None]) * COLUMNS + rs[None, :], solution, mask=m_solution)
 
@@ -123,7 +123,7 @@ def orthogonal_apply_kernel(
     p_writers, p_up, p_solution, p_out,
     D, K: tl.constexpr, R: tl.constexpr, HAS_UP: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """W2' = W2 − B S; without W2, B S. Grid (layers, blocks of d, blocks of r)."""
+    """Compute W2' = W2 − B S, or without W2, B S. Grid (layers, blocks of d, blocks of r)."""
     layer = tl.program_id(0).to(tl.int64)
     rows = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     rs = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -137,7 +137,7 @@ def orthogonal_apply_kernel(
         taken += b[:, None] * s[None, :]
     if HAS_UP:
         up = tl.load(p_up + offsets[:, None] * R + rs[None, :], mask=mask, other=0.0).to(tl.float32)
-        # Nothing taken leaves the very bits.
+        # If nothing is subtracted, keep the input bit for bit.
         out = tl.where(taken == 0.0, up, (up.to(tl.float64) - taken).to(tl.float32))
     else:
         out = taken.to(tl.float32)
@@ -149,7 +149,7 @@ def orthogonal_apply_kernel(
 
 @dataclass(frozen=True)
 class OrthogonalSchedule:
-    """A launch's layout: a `schedule.Layout`."""
+    """The layout of a launch, a `schedule.Layout`."""
 
     constants: dict[str, int]
     num_warps: int = 4
@@ -157,13 +157,13 @@ class OrthogonalSchedule:
 
 
 def _triton_solve(writers: Tensor, up: Tensor | None) -> Tensor:
-    """S (L, k, r), or without `up` T (L, k, k), float64, in two launches."""
+    """Return S (L, k, r), or without `up` T (L, k, k), in float64, by two launches."""
     layers, hidden, k = writers.shape
     rank = 0 if up is None else up.shape[2]
     columns = rank or k
     block_k, block_r = max(2, next_power_of_2(k)), max(2, next_power_of_2(rank))
     device = device_of(writers)
-    # Some parts a layer, so that few layers fill the device too; each at least a few tiles.
+    # Several parts for each layer, so that a few layers fill the device too. Each part has at least a few tiles.
     rows = max(1, 4096 // (block_k * max(block_k, block_r)))
     parts = max(1, min(ceil_div(2 * device.multiprocessors, layers), ceil_div(hidden, 8 * rows)))
     part = ceil_div(ceil_div(hidden, parts), rows) * rows
@@ -188,7 +188,7 @@ def _narrow(columns: int) -> int:
 
 
 def _triton_apply(writers: Tensor, up: Tensor | None, solution: Tensor) -> Tensor:
-    """W2 − B S in the dtype of W2, or without `up` B S in float32; one launch."""
+    """Return W2 − B S in W2's dtype, or without `up` B S in float32, by one launch."""
     layers, hidden, k = writers.shape
     columns = solution.shape[2]
     dtype = torch.float32 if up is None else up.dtype
@@ -216,7 +216,7 @@ def triton_basis(writers: Tensor) -> Tensor:
 
 
 def _directions(gram: Tensor) -> Tensor:
-    """T (L, k, k), float64, for which the columns of B T are orthonormal or zero, from G = BᵀB (L, k, k)."""
+    """Return T (L, k, k) in float64, so that the columns of B T are orthonormal or zero, from G = BᵀB (L, k, k)."""
     k = gram.shape[-1]
     squares = gram.diagonal(dim1=1, dim2=2)
     kept = squares > squares.amax(1, keepdim=True) * _EPS**2
@@ -242,7 +242,7 @@ def _directions(gram: Tensor) -> Tensor:
 def _torch_project(up: Tensor, writers: Tensor) -> Tensor:
     layers, hidden, rank = up.shape
     k = writers.shape[2]
-    # A few layers at a time: float64 copies of all of them are memory that has to be mapped anew in every call.
+    # A few layers at a time. Float64 copies of all layers would be new memory in every call.
     few = max(1, _FEW_ELEMENTS // (hidden * (k + rank)))
     parts = [slice(start, start + few) for start in range(0, layers, few)]
     small = []
@@ -273,7 +273,7 @@ _BASIS = {"triton": triton_basis, "torch": _torch_basis}
 
 
 class _ProjectOut(torch.autograd.Function):
-    """A projection is its own adjoint: the gradient of W2 is that of W2', projected. V is a constant of the step."""
+    """Projects W2, and its gradient by the same projection, which is its own adjoint. V is a constant."""
 
     @staticmethod
     def forward(ctx: Any, up: Tensor, writers: Tensor) -> Tensor:
@@ -306,35 +306,35 @@ def _check(up: Tensor, writers: Tensor) -> None:
 
 
 def project_out(up: Tensor, writers: Tensor) -> Tensor:
-    """W2' = (I − V Vᵀ) W2 for every layer, V an orthonormal basis of the writers' columns (arXiv 2603.00425, §5.2).
+    """Return W2' = (I − V Vᵀ) W2 for every layer, with V a basis of the writers' columns (arXiv 2603.00425, §5.2).
 
-    Differentiable in `up`, whose gradient is projected alike; the writers are constants. ‖BᵀW2'‖ is at most
-    1e-5 ‖B‖ ‖W2‖ (Frobenius) in float32 for every B, up to rounding of W2' itself in a narrower dtype.
+    Differentiable in `up`, with the gradient projected in the same way. The writers are constants. In float32,
+    ‖BᵀW2'‖ is at most 1e-5 ‖B‖ ‖W2‖ (Frobenius) for every B. A narrower dtype adds the rounding of W2' itself.
 
     Args:
         up: W2 of every layer, (L, d, r), r at most 256; float32, bfloat16 or float16.
-        writers: B of every layer, (L, d, k), k at most 64, several LoRAs side by side; a layer with fewer columns is
-            filled up with zeros. Finite: a NaN or infinity makes its layer's result one.
+        writers: B of every layer, (L, d, k), k at most 64, with several LoRAs side by side. A layer with fewer columns
+            is padded with zeros. A NaN or infinity makes its layer's result NaN.
 
     Returns:
-        (L, d, r), contiguous, in the dtype of `up`; layers with B = 0 to the bit as they were.
+        (L, d, r), contiguous, in the dtype of `up`. Layers with B = 0 are unchanged bit for bit.
 
     Raises:
-        ValueError: a shape or device that does not fit.
-        TypeError: a dtype that it does not take.
+        ValueError: a shape or device does not fit.
+        TypeError: a dtype is not supported.
     """
     _check(up, writers)
     return _ProjectOut.apply(up.contiguous(), writers.detach().contiguous())
 
 
 def column_space(writers: Tensor) -> Tensor:
-    """V (L, d, k), float32: an orthonormal basis of each layer's column space, as columns; zeros beyond its rank.
+    """Return V (L, d, k), float32: an orthonormal basis of each layer's column space. Columns beyond its rank are zero.
 
     Args:
-        writers: B (L, d, k), as `project_out` takes it.
+        writers: B (L, d, k), as for `project_out`.
 
     Raises:
-        ValueError, TypeError: as `project_out`.
+        ValueError, TypeError: see `project_out`.
     """
     _check(writers[..., :1], writers)
     return _BASIS[select_backend(writers.device)](writers.detach().contiguous())
@@ -356,13 +356,13 @@ class _ProjectGradient(torch.autograd.Function):
 
 
 def project_gradient(matrix: Tensor, basis: Tensor) -> Tensor:
-    """`matrix` as it is; its gradient becomes (I − V Vᵀ) times what arrives. One layer.
+    """Return `matrix` unchanged, and multiply its gradient by (I − V Vᵀ) in backward. For one layer.
 
-    For a W2 that satisfies VᵀW2 = 0 already: there W2' = (I − V Vᵀ) W2 is W2, and this is that map with its derivative
-    (V a constant of the step, arXiv 2603.00425, §5.2) at no cost forward and two small products backward.
+    For a W2 that satisfies VᵀW2 = 0 already, W2' = (I − V Vᵀ) W2 is W2. Then this is the projection with its derivative
+    (V is a constant of the step, arXiv 2603.00425, §5.2), at no cost forward and two small products backward.
 
     Args:
         matrix: W2 (d, r), or b2 (d,).
-        basis: V (d, k), float32, orthonormal or zero columns, as `column_space` gives it.
+        basis: V (d, k), float32, with orthonormal or zero columns, from `column_space`.
     """
     return _ProjectGradient.apply(matrix, basis)

@@ -1,11 +1,11 @@
-"""Weights of an adapter in the form in which products take them, for all layers by one launch.
+"""Pack the adapter weights of all layers by one launch, in the form that the kernels multiply.
 
-A tile of rows reads all of W1 and W2. Read in float32 and converted, they cost as much traffic through L2 as the tile
-itself at rank 8, and eight times as much at rank 64. Packed (`contract.Packed`) they are in the operands' dtype, padded
-to the rank's extent in registers, W2 transposed.
+A tile of rows reads all of W1 and W2. In float32 they cost as much L2 traffic as the tile itself at rank 8, and eight
+times as much at rank 64. Packed weights (`contract.Packed`) have the operands' dtype, are padded to the rank's extent
+in registers, and hold W2 transposed.
 
-A pack has no key that would show a change of the weights: fused optimizers raise no version of what they write, FSDP2
-gathers other values into the same memory. So whoever makes one uses it for one forward pass and no longer.
+A pack is valid for one forward pass only, because a change of the weights cannot be detected. Fused optimizers do not
+raise versions, and FSDP2 gathers other values into the same memory.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .launch import device_of, launch
 from .numerics import dot_precision, operand, operand_dtype, store
 from .schedule import Blocks, ceil_div, padded_rank
 
-#: Up to so many tokens a pass reads each weight once or twice: packing them would cost more than it saves.
+#: Up to this many tokens, a pass reads each weight once or twice, and packing would cost more than it saves.
 FEW_TOKENS = 64
 _BLOCK_D = 128
 _ELEMENTS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -34,7 +34,7 @@ def pack_weights_kernel(
     RANK: tl.constexpr, DOT: tl.constexpr, DOWN: tl.constexpr, UP: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Packs W1 (r, d) and W2 (d, r) of each layer; the table has their addresses. Grid (layers, column blocks).
+    """Pack W1 (r, d) and W2 (d, r) of each layer. The table holds their addresses. Grid (layers, column blocks).
 
     DOWN, UP: the dtypes of W1 and W2. p_packed: (layers, 2, BLOCK_R, d).
     """
@@ -58,7 +58,7 @@ def pack_weights_kernel(
 
 
 def address_table(weights: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """The addresses of W1 and W2 of each layer, (layers, 2) int64, on their device. Waits for the device."""
+    """Return the addresses of W1 and W2 of each layer, (layers, 2) int64, on their device. Waits for the device."""
     addresses = [[down.data_ptr(), up.data_ptr()] for down, up in weights]
     return torch.tensor(addresses, dtype=torch.int64, device=weights[0][0].device)
 
@@ -68,11 +68,11 @@ def pack_weights(table: Tensor, down: Tensor, up: Tensor, dtype: torch.dtype) ->
 
     Args:
         table: the layers' addresses: see `address_table`.
-        down, up: W1 (r, d) and W2 (d, r) of one layer; those of all are contiguous, of these shapes and dtypes.
-        dtype: of the hidden state.
+        down, up: W1 (r, d) and W2 (d, r) of one layer. All layers' are contiguous and have these shapes and dtypes.
+        dtype: the dtype of the hidden state.
 
     Returns:
-        One `Packed` for each layer; views of one buffer.
+        One `Packed` for each layer. They are views of one buffer.
     """
     rank, hidden = down.shape
     device = device_of(down)

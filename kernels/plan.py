@@ -1,15 +1,14 @@
-"""Launch plans: the launches of a call, worked out once for its operands' shapes and started directly from then on.
+"""Launch plans: the launches of a call, recorded once for its operands' shapes and started directly afterwards.
 
-Triton's `kernel[grid](...)` binds, specialises and looks up thirty arguments in each call, which takes the host longer
-than PyTorch takes for the five operations of a hook. `Plan.make` runs a call in the ordinary way and keeps what it
-launched: the compiled kernels, their grids and constants, and the sizes of the tensors that the call made. Later calls
-check their operands in one go (`admit`), allocate, and start the kernels with the operands' addresses of that moment
-(`go`).
+Triton's `kernel[grid](...)` binds, specialises and looks up thirty arguments in each call. That takes more host time
+than the five PyTorch operations of a hook. `Plan.make` runs a call normally and keeps its compiled kernels, their grids
+and constants, and the sizes of the allocated tensors. Later calls check their operands at once (`admit`), allocate, and
+start the kernels with the operands' present addresses (`go`).
 
-A plan is passed over, never stretched: where an operand's type, dtype, device, sizes, strides, requires_grad or
-alignment differ, launches are being recorded or hooked, a dispatch mode is active (make_fx), or FUSED_STEER_BACKEND has
-changed, `admit` returns None and the caller goes the ordinary way, errors included. A plan keeps no operand and no
-address.
+A plan applies only to exactly the same kind of call. If an operand's type, dtype, device, sizes, strides, requires_grad
+or alignment differ, launches are being recorded or hooked, a dispatch mode is active (make_fx), or FUSED_STEER_BACKEND
+has changed, `admit` returns None. The caller then makes a normal call, which raises any error. A plan keeps no operand
+and no address.
 """
 
 from __future__ import annotations
@@ -32,14 +31,14 @@ from .launch import Started, noted, on_device, watcher
 from .numerics import INTERPRETED
 
 _RUNTIME = knobs.runtime
-_LINE = 128  # bytes of a line of the caches, where each allocated tensor begins
+_LINE = 128  # bytes of a cache line; each allocated tensor begins at one
 
 
-# ----------------------------------------------------------------------------------------------- what a call depends on
+# ---------------------------------------------------------------------------------------- conditions of a planned call
 
 
 def _environment() -> tuple[Callable[[Any], Any], Any]:
-    """A function and its argument that read FUSED_STEER_BACKEND; `os.environ.get` takes thirty times as long."""
+    """Return a function and its argument that read FUSED_STEER_BACKEND. `os.environ.get` takes thirty times as long."""
     values, encode = getattr(os.environ, "_data", None), getattr(os.environ, "encodekey", None)
     if isinstance(values, dict) and encode is not None:
         return values.get, encode(ENVIRONMENT_VARIABLE)
@@ -49,14 +48,14 @@ def _environment() -> tuple[Callable[[Any], Any], Any]:
 _read_environment, _BACKEND = _environment()
 
 
-#: Hooks of launches, where profilers sit: Triton keeps two chains of them, mostly empty.
+#: Triton's two chains of launch hooks, which profilers use. They are mostly empty.
 _ENTER, _LEAVE = _RUNTIME.launch_enter_hook, _RUNTIME.launch_exit_hook
 _watching = watcher.get
 _modes = torch._C._len_torch_dispatch_stack
 
 
 def _guard(tensors: Sequence[Tensor]) -> Callable[..., bool]:
-    """Whether tensors are of the same type, dtype, device, sizes, strides and requires_grad as these."""
+    """Return a check that tensors have the type, dtype, device, sizes, strides and requires_grad of these."""
     try:
         from torch._C._dynamo.guards import TensorGuards  # one call in C++
     except ImportError:
@@ -75,8 +74,8 @@ def _python_guard(tensors: Sequence[Tensor]) -> Callable[..., bool]:
 
 
 def _strided(device: torch.device) -> Callable[..., Tensor]:
-    """Allocates a tensor of a size, a stride and a dtype, on the current device of its kind."""
-    strided = getattr(torch._C._dynamo.guards, f"_empty_strided_{device.type}", None)  # past the dispatcher
+    """Return a function that allocates a tensor of a given size, stride and dtype on the current device."""
+    strided = getattr(torch._C._dynamo.guards, f"_empty_strided_{device.type}", None)  # bypasses the dispatcher
     if strided is not None:
         return strided
     return lambda size, stride, dtype: torch.empty_strided(size, stride, dtype=dtype, device=device)
@@ -86,19 +85,19 @@ def _strided(device: torch.device) -> Callable[..., Tensor]:
 
 
 def _start(number: int, launch: Started, pointers: Sequence[str], names: dict[str, Any]) -> str:
-    """The source of a call that starts a kernel; what it names goes to `names`.
+    """Return the source of a call that starts a kernel. The objects it uses are added to `names`.
 
     Args:
-        pointers: the source of the kernel's first arguments: names of addresses, or None.
+        pointers: the source of the kernel's first arguments, names of addresses or None.
     """
     compiled, rest = launch.compiled, launch.ordered()[len(pointers) :]
-    if compiled is None:  # in the interpreter, with tensors in place of addresses
+    if compiled is None:  # in the interpreter, with tensors instead of addresses
         kernel, grid, count = launch.kernel, launch.grid, len(launch.arguments)
         constants = {**launch.constants, **launch.options}
         names[f"rest{number}"] = tuple(rest)
         names[f"start{number}"] = lambda arguments: kernel[grid](*arguments[:count], **constants)
         return f"start{number}(({', '.join(pointers)}, *rest{number}))"
-    # Numbers by name: plans that differ in them alone share their code.
+    # Numbers are passed by name, so that plans with different numbers share their code.
     numbers = [f"n{number}_{i}" for i in range(len(rest))]
     names |= dict(zip(numbers, rest, strict=True))
     arguments = [*pointers, *numbers]
@@ -107,8 +106,8 @@ def _start(number: int, launch: Started, pointers: Sequence[str], names: dict[st
     names[f"function{number}"], names[f"metadata{number}"] = compiled.function, compiled.packed_metadata
     if triton.__version__.startswith("3.7.") and type(run).__name__ == "CudaLauncher":
         if not (run.global_scratch_size or run.profile_scratch_size):
-            # What `run` does, without its two closures. The five are launch metadata, two hooks, two scratch memories.
-            # Constants, which the C function would pass over one by one, are left out.
+            # The same as `run` without its two closures. The five Nones are launch metadata, two hooks and two scratch
+            # memories. Constants are left out, because the C function would skip them one by one.
             kinds = dict(zip(launch.kernel.arg_names, compiled.src.signature.values(), strict=True))
             taken = [kind != "constexpr" for kind in kinds.values()]
             names[f"start{number}"], names[f"signature{number}"] = run.launch, run.kernel_signature
@@ -122,9 +121,9 @@ def _start(number: int, launch: Started, pointers: Sequence[str], names: dict[st
 
 
 def _allocations(made: Sequence[Tensor], results: Sequence[int], names: dict[str, Any]) -> list[str]:
-    """The source that allocates a call's tensors, m0, m1, …, and takes their addresses, q0, q1, …; as `_start`.
+    """Return the source that allocates a call's tensors, m0, m1, …, and takes their addresses, q0, q1, ….
 
-    Those that are no results are parts of one allocation.
+    Tensors that are not results share one allocation.
     """
     lines: list[str] = []
     scratch: list[str] = []
@@ -153,13 +152,13 @@ _address: Callable[[Tensor], Any] = _itself if INTERPRETED else Tensor.data_ptr
 
 
 class Plan:
-    """The launches of one kind of call. See the module.
+    """The launches of one kind of call. See the module's docstring.
 
-    Its functions are written for the plan, without loops, which would cost as much as a launch:
+    Its functions are generated for the plan without loops, because a loop would cost as much as a launch:
 
-    admit(operands)            the operands' addresses, for `go`; None where the plan is not for these, or not now
+    admit(operands)            returns the operands' addresses for `go`, or None if the plan does not apply
     go(addresses)              starts the launches on admitted operands; returns the call's results, a tuple
-    run(first, second, rest)   both in one, of operands of which two come by themselves: the first result, or None
+    run(first, second, rest)   does both; returns the first result, or None if the plan does not apply
     """
 
     __slots__ = ("admit", "go", "run")
@@ -174,11 +173,11 @@ class Plan:
     ) -> None:
         """
         Args:
-            operands: the tensors that the call was given.
-            launches: what it launched, in order.
+            operands: the call's tensor arguments.
+            launches: its launches, in order.
             made: the tensors that it allocated.
-            results: places in `made` of those that it returned.
-            order: what `go` returns: for each place one of the results, or None.
+            results: the indices in `made` of the returned tensors.
+            order: the tuple that `go` returns, as indices of results or None.
         """
         device = operands[0].device
         now, stream_of, index = _device_functions(device)
@@ -194,7 +193,7 @@ class Plan:
         starts = []
         for number, launch in enumerate(launches):
             arguments = launch.ordered()
-            # The pointers come first, some of them None.
+            # Pointers come first, and some are None.
             last = max(i for i, value in enumerate(arguments) if isinstance(value, Tensor)) + 1
             pointers = ["None" if t is None else places[t.data_ptr()] for t in arguments[:last]]
             starts.append(_start(number, launch, pointers, names))
@@ -209,19 +208,20 @@ class Plan:
         call: Callable[[], Sequence[Tensor]],
         order: Sequence[int | None] | None = None,
     ) -> tuple[Sequence[Tensor], Plan | None]:
-        """Run `call`, which works on `operands` alone, and plan the next such calls.
+        """Run `call`, which uses only `operands`, and plan later calls of its kind.
 
         Args:
-            operands: at least two.
-            order: what the plan's `go` returns: for each place one of the results of `call`, or None. Without it, the
-                results.
+            operands: at least two tensors.
+            call: makes the launches and returns its results.
+            order: the tuple that the plan's `go` returns, as indices of the results of `call` or None. The default is
+                the results in order.
 
         Returns:
-            What `call` returned; and the plan, or None where a call cannot be planned: it launched nothing or did more
-            than launch, or an operand is not aligned, is empty, or shares memory with another.
+            The results of `call`, and the plan. The plan is None if the call launched nothing, did more than launch,
+            or has an operand that is not aligned, is empty, or shares memory with another.
         """
         if _watching() is not None:
-            return call(), None  # launches are recorded instead of made
+            return call(), None  # launches are recorded instead of run
         with noted() as notes:
             results = call()
         if not notes.launches or any(not _plannable(t) for t in operands):
@@ -234,16 +234,16 @@ class Plan:
         known = {t.data_ptr() for t in (*operands, *notes.made)}
         arguments = (value for launch in notes.launches for value in launch.arguments)
         if any(isinstance(value, Tensor) and value.data_ptr() not in known for value in arguments):
-            return results, None  # a copy, or the result of an operation between the launches
+            return results, None  # a copy, or the result of an operation between launches
         order = range(len(results)) if order is None else order
         return results, cls(operands, notes.launches, notes.made, [made[id(result)] for result in results], order)
 
 
 @functools.cache
 def _code(operands: int, allocate: tuple[str, ...], starts: tuple[str, ...], returned: tuple[str, ...]) -> CodeType:
-    """The functions of plans with so many operands, these allocations, calls that start kernels, and results."""
+    """Compile the functions of plans with so many operands, these allocations, kernel starts and results."""
     given, addresses = (", ".join(f"{letter}{i}" for i in range(operands)) for letter in "tp")
-    # Tuples are handed on as they are: to take one apart in a call costs as much as a kernel's arguments.
+    # Tuples are passed on whole, because unpacking one in a call costs as much as a kernel's arguments.
     rest = "".join(f"t{i}, " for i in range(2, operands))
     admit = [
         f"if not (check({given}) and read(backend) == asked and watching() is None",
@@ -258,7 +258,7 @@ def _code(operands: int, allocate: tuple[str, ...], starts: tuple[str, ...], ret
     all_results = f"({''.join(f'{name}, ' for name in returned)})"
     first = returned[0] if returned else "()"
     elsewhere = ["if now() != index:", "    with on_device(device):"]
-    # A call of fewer operands, or of more, is another kind of call.
+    # A call with fewer or more operands is another kind of call.
     functions = {
         "admit(operands)": [
             f"if len(operands) != {operands}:", "    return None", f"{given}, = operands",
@@ -283,7 +283,7 @@ def _plannable(tensor: Tensor) -> bool:
 
 
 def _device_functions(device: torch.device) -> tuple[Callable[[], int], Callable[[int], int], int]:
-    """The current device's index, a device's current stream, and the index of this device."""
+    """Return functions for the current device's index and a device's current stream, and the index of this device."""
     if INTERPRETED:
         return (lambda: 0), (lambda index: 0), 0
     driver = triton.runtime.driver.active
@@ -292,22 +292,24 @@ def _device_functions(device: torch.device) -> tuple[Callable[[], int], Callable
 
 
 def no_plan(first: Tensor, second: Tensor, rest: Sequence[Tensor]) -> None:
-    """In place of a plan's `run`, where there is none."""
+    """Stand in for a plan's `run` if there is no plan."""
     return None
 
 
-#: A plan of an op: which inputs are its operands, as a function that picks them; its `admit`; its `go`.
+#: A plan of an op: a function that picks the operands from the inputs, its `admit` and its `go`.
 OpPlan = tuple[Callable[[Any], Any], Callable[..., Any], Callable[..., Sequence[Tensor]]]
 
 
 def run_planned(
     plans: dict[Any, OpPlan], key: Any, inputs: Sequence[Any], call: Callable[[], Sequence[Tensor]]
 ) -> Sequence[Tensor]:
-    """The results of an op that is called with `inputs`, by the plan of its kind of call; by `call` where none is.
+    """Return the results of an op called with `inputs`, by a plan if one applies, else by `call`.
 
     Args:
-        plans: the op's; one that `call` makes is added.
-        key: the kind of call: all of the inputs that are no tensors, and which of them are None.
+        plans: the op's plans. A new plan of `call` is added.
+        key: the kind of call: the inputs that are not tensors, and which inputs are None.
+        inputs: the op's inputs.
+        call: makes the call without a plan.
     """
     planned = plans.get(key)
     if planned is not None:
@@ -323,7 +325,7 @@ def run_planned(
 
 
 def keep(plans: dict[Any, Any], shape: Any, plan: Any) -> None:
-    """Keep a plan for a shape, among those of the last 32 that came; a plan is a few kilobytes."""
+    """Keep a plan for a shape, up to the latest 32. A plan takes a few kilobytes."""
     while len(plans) >= 32:
         plans.pop(next(iter(plans)), None)
     plans[shape] = plan

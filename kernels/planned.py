@@ -1,8 +1,8 @@
-"""`post_block` by launch plans: for a caller that steers by the same adapter again and again, as a layer's site does.
+"""`post_block` with launch plans, for a caller that steers by the same adapter repeatedly, as a layer's site does.
 
-`PlannedPostBlock` gives what `post_block` gives, with and without gradients. It keeps a plan for each shape that it has
-seen (see plan.py), so that a repeated call costs the host a check, an allocation and a launch. Calls that no plan is
-for go through `post_block`'s own functions.
+`PlannedPostBlock` gives the same results as `post_block`, with and without gradients. It keeps a plan for each shape
+(see plan.py), so that a repeated call costs the host a check, an allocation and a launch. Calls without a plan go
+through `post_block`'s own functions.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from .plan import Plan, keep, no_plan
 from .post_block import backward, check_operands, first_order, forward, post_block, saved_tensors
 from .registered import is_described
 
-#: What `forward` takes of a call: residual, branch, operands.
+#: Arguments of `forward`: residual, branch, operands.
 _Call = tuple[Tensor, Tensor | None, Operands]
 
 
 class PlannedPostBlock:
-    """`post_block` with one activation, one scale, and an adapter with or without each of its parts.
+    """`post_block` for one activation, one scale, and an adapter with a fixed set of tensors.
 
-    Not for compiled graphs (torch.compile), which call `post_block`.
+    Compiled graphs (torch.compile) call `post_block` instead.
     """
 
     __slots__ = ("_activation", "_inference", "_scale", "_training", "_where", "backend", "last", "last_trained")
@@ -36,33 +36,33 @@ class PlannedPostBlock:
         Args:
             activation: φ by name.
             scale: s.
-            weights: W1 (r, d), W2 (d, r), b1 (r,) and b2 (d,), None where the adapter has none. Only which of them are
-                None is kept: each call brings its own.
+            weights: W1 (r, d), W2 (d, r), b1 (r,) and b2 (d,), or None for a missing one. Only which of them are None
+                is stored; each call passes its own weights.
         """
         self._activation, self._scale = activation, scale
         self._where = tuple(weight is not None for weight in weights)
         self._inference: dict[Any, Callable[..., Tensor | None]] = {}
-        #: The last plan of a call with a branch: a function of residual, branch and a tuple of the weights, which gives
-        #: None where it is not for them.
+        #: The last plan of a call with a branch: a function of residual, branch and a tuple of the weights. It returns
+        #: None if the plan does not apply.
         self.last: Callable[..., Tensor | None] = no_plan
         self._training: dict[Any, _Training] = {}
-        #: The same of a call with gradients, of which residual and branch both need one.
+        #: The last plan of a call with gradients for both residual and branch.
         self.last_trained: Callable[..., Tensor | None] = no_plan
-        self.backend: str | None = None  # that of the last call
+        self.backend: str | None = None  # the backend of the last call
 
     def infer(self, residual: Tensor, branch: Tensor | None, *weights: Tensor, packed: Packed | None = None) -> Tensor:
-        """residual + branch, steered, without a gradient: see `post_block`.
+        """Return residual + branch, steered, without gradients: see `post_block`.
 
         Args:
-            weights: those that are not None, in their order.
-            packed: W1 and W2 in the kernels' form, read in their place.
+            weights: the weights that are not None, in their order.
+            packed: W1 and W2 in the kernels' form, read instead of the weights.
         """
         states = (residual,) if branch is None else (residual, branch)
         operands = (*states, *weights) if packed is None else (*states, *weights, *packed)
         key = (len(states), packed is None, residual.shape)
         try:
             run = self._inference.get(key)
-        except TypeError:  # symbolic sizes have no hash; no kernel runs for them
+        except TypeError:  # symbolic sizes have no hash, and no kernel runs for them
             return self._ordinary(self._call(states, weights, None))
         out = None if run is None else run(*operands[:2], operands[2:])
         if out is not None:
@@ -80,7 +80,7 @@ class PlannedPostBlock:
         return out
 
     def train(self, residual: Tensor, branch: Tensor | None, *weights: Tensor, packed: Packed | None = None) -> Tensor:
-        """The same where gradients are enabled, for the operands that require one."""
+        """Return residual + branch, steered, with gradients for the operands that require them."""
         states = (residual,) if branch is None else (residual, branch)
         for operand in (*states, *weights):
             if operand.requires_grad:
@@ -105,7 +105,7 @@ class PlannedPostBlock:
         if not self._may_plan(call):
             return self._ordinary(call)
 
-        # Planned beneath autograd: a checkpoint counts the tensors that are saved, now and when the call is repeated.
+        # Planned below autograd, because checkpointing compares the saved tensors of a call and of its repetition.
         with torch.no_grad():
             results, plan = Plan.make(operands, lambda: [t for t in forward(*call, keep_a=True) if t is not None])
         if plan is None or any(state.dtype != results[0].dtype for state in states):
@@ -119,7 +119,7 @@ class PlannedPostBlock:
         return states[0], states[1] if len(states) == 2 else None, operands
 
     def _may_plan(self, call: _Call) -> bool:
-        """Whether a kernel runs this call. The others are `post_block`'s, and so are those that it refuses."""
+        """Return whether a kernel runs this call. `post_block` handles all others, errors included."""
         residual, branch, operands = call
         self.backend = select_backend(residual.device)
         if is_described(residual) or self.backend != "triton" or torch._C._are_functorch_transforms_active():
@@ -138,7 +138,7 @@ class PlannedPostBlock:
 def _operands(
     where: tuple[bool, ...], weights: Iterable[Tensor], scale: float, activation: str, packed: Packed | None
 ) -> Operands:
-    """The operands of a call. `where`: which of W1, W2, b1 and b2 the weights are."""
+    """Return the operands of a call. `where` tells which of W1, W2, b1 and b2 the weights are."""
     given = iter(weights)
     down, up, down_bias, up_bias = (next(given) if there else None for there in where)
     return Operands(down, up, down_bias, up_bias, scale=scale, activation=activation, packed=packed)
@@ -148,7 +148,7 @@ def _operands(
 
 
 class _Training:
-    """The plans of a call and of its backward pass, and which operands need a gradient: the guard has seen that."""
+    """The plans of a call and of its backward pass, and which operands need gradients. The guard checks the latter."""
 
     __slots__ = (
         "backward", "constants", "forward", "kept", "last", "needs", "order", "places", "saves", "states", "where",
@@ -165,30 +165,30 @@ class _Training:
     ) -> None:
         self.forward = forward
         self.backward: dict[Any, Plan] = {}
-        #: The last of them without packed weights, where it returns what autograd takes: see `order`.
+        #: The last backward plan without packed weights, if `order` lets it return the tuple that autograd expects.
         self.last: Plan | None = None
         self.states, self.where, self.constants = len(states), where, constants
         of_states = [state.requires_grad for state in states]
-        self.whole = len(states) == 2 and all(of_states)  # no gradient of the block's input is lost
+        self.whole = len(states) == 2 and all(of_states)  # the gradient of the block's input is complete
         given = iter(weights)
         down, up, down_bias, up_bias = (there and next(given).requires_grad for there in where)
         adapter = where[0]
-        #: Of x, down, up, down_bias, up_bias, gain, scale: what `backward` takes.
+        #: For x, down, up, down_bias, up_bias, gain, scale, as `backward` expects.
         self.needs = [any(of_states) and adapter, down, up, down_bias, up_bias, False, False]
-        # What post_block saves of such a call, in its order: `out`, `a`, weights.
+        # The saved tensors of post_block in its order: `out`, `a`, weights.
         self.saves = (down, adapter and any(self.needs[:4]), any(self.needs))
-        self.kept = slice(0 if down else 1, 2 if self.saves[1] else 1)  # of the forward's results
-        #: For each operand, the place of its gradient among the results; -1: the incoming one; None: it needs none.
+        self.kept = slice(0 if down else 1, 2 if self.saves[1] else 1)  # slice of the forward's results to save
+        #: For each operand the index of its gradient among the results, -1 for the incoming gradient, or None.
         order = [place for place, need in enumerate(self.needs) if need]
         of_x = order.index(0) if self.needs[0] else -1
         self.places = [of_x if want else None for want in of_states]
         present = [place + 1 for place, there in enumerate(where) if there]
         self.places += [order.index(place) if self.needs[place] else None for place in present]
-        #: The same for the backward pass's plans, with the function's first argument; None where -1 is among them.
+        #: The same for the backward plans, with None for the function's first argument. None if it would contain -1.
         self.order = None if -1 in self.places else (None, *self.places)
 
     def run(self, residual: Tensor, branch: Tensor, weights: tuple[Tensor, ...]) -> Tensor | None:
-        """The call by its plan; None where that is not for it."""
+        """Run the call by its plan. Return None if the plan does not apply."""
         operands = (residual, branch, *weights)
         addresses = self.forward.admit(operands)
         if addresses is None or torch._C._are_functorch_transforms_active():
@@ -197,19 +197,22 @@ class _Training:
 
 
 class _PlannedPostBlock(torch.autograd.Function):
-    """The op in eager mode, by plans. It saves what `post_block`'s own function saves."""
+    """The autograd function of planned calls. It saves the same tensors as `post_block`'s own function."""
 
     @staticmethod
     def forward(ctx: Any, call: tuple[_Training, Any, Any, Packed | None], *operands: Tensor) -> Tensor:
-        """The call's plans, the admitted addresses or the results that there are already, and the packed weights come
-        as one argument: autograd takes its time for each."""
+        """Run the planned launches, unless their results are given.
+
+        call: the plans, the admitted addresses or the results, and the packed weights. They are one argument, because
+        autograd spends time on each argument.
+        """
         training, addresses, results, packed = call
         if results is None:
             results = training.forward.go(addresses)
         if training.saves[2]:
             ctx.save_for_backward(*results[training.kept], *operands[training.states :])
-        # Not saved as the others: a checkpoint's repetition comes without packed weights. They are as the weights were
-        # in the forward pass.
+        # Not saved with the others, because the repetition of a checkpoint has no packed weights. They hold the weights
+        # of the forward pass.
         ctx.training, ctx.packed = training, packed
         ctx.set_materialize_grads(False)
         return results[0]
@@ -261,5 +264,5 @@ def _careful_backward(training: _Training, operands: tuple[Tensor, ...], packed:
     return found
 
 
-#: Past what `Function.apply` does for torch.func's transforms, under which no plan is used.
+#: Bypasses the torch.func support in `Function.apply`. No plan is used under torch.func.
 _apply = super(torch.autograd.Function, _PlannedPostBlock).apply

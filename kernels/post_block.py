@@ -11,12 +11,12 @@ and backward, with G = ∂L/∂out:
     dx  = G + da W1            dW1 = daᵀ x           dW2' = tᵀ φ(a)       dW2 = (I − V Vᵀ) dW2'
     db1 = Σ da   db2 = Σ t     ds = Σ g ⊙ rowsum(G ⊙ u)                   dg = s · rowsum(G ⊙ u)
 
-`out` and `a` alone are kept. x = out − s·g·u is not rebuilt: with h = s · g ⊙ φ(a),
+Only `out` and `a` are kept for backward. x = out − s·g·u is not recomputed: with h = s · g ⊙ φ(a),
 
     dW1 = daᵀ out − (daᵀ h) W2'ᵀ − (daᵀ (s · g)) b2ᵀ        rowsum(G ⊙ u) = φ(a)·(G W2') + G·b2
 
-The file reads from the kernels to what a user calls: kernels, launchers, forward and backward on any backend,
-registered ops, autograd, `post_block`. It is one file, though long, so that the op can be read from top to bottom.
+The file goes from the kernels to the public function: kernels, launchers, forward and backward on any backend,
+registered ops, autograd, `post_block`. It is one file so that the op can be read from top to bottom.
 """
 
 from __future__ import annotations
@@ -55,13 +55,14 @@ from .schedule import (
 
 # ----------------------------------------------------------------------------------------------------------- kernels
 #
-# The forward's loops name their stages: only then does Triton copy to shared memory ahead of time what is no operand of
-# a product, as x is in the second pass.
+# The forward's loops set their stages. Only then does Triton prefetch into shared memory a block that is not an operand
+# of a product, such as x in the second pass.
 
 
 @triton.jit
 def _row_offsets(rows, inner, stride_outer, stride_inner, NESTED: tl.constexpr):
-    # 64-bit: N·d passes 2^31 with long sequences. NESTED: (batch, sequence, d) whose leading strides do not collapse.
+    # 64-bit, as N·d exceeds 2^31 with long sequences. NESTED: (batch, sequence, d) with leading strides that do not
+    # collapse.
     rows = rows.to(tl.int64)
     if NESTED:
         return (rows // inner) * stride_outer + (rows % inner) * stride_inner
@@ -71,7 +72,7 @@ def _row_offsets(rows, inner, stride_outer, stride_inner, NESTED: tl.constexpr):
 
 @triton.jit
 def _strength(p_gain, p_scale, scale, rows, m_rows, HAS_GAIN: tl.constexpr, SCALE_ON_DEVICE: tl.constexpr):
-    """s · g of a tile's rows. [BLOCK_N]"""
+    """Return each row's strength times gain, s · g, in a tile. [BLOCK_N]"""
     s = tl.load(p_scale).to(tl.float32) if SCALE_ON_DEVICE else scale
     strength = tl.zeros(rows.shape, tl.float32) + s
     if HAS_GAIN:
@@ -81,19 +82,19 @@ def _strength(p_gain, p_scale, scale, rows, m_rows, HAS_GAIN: tl.constexpr, SCAL
 
 @triton.jit
 def _scaled(values, strength):
-    # Zero strength is exactly nothing, whatever the values overflowed to.
+    # Zero strength gives exactly zero, even if the values overflowed.
     return tl.where(strength == 0, 0.0, values * strength)
 
 
 @triton.jit
 def _down_tile(p_down, ranks, columns, m_columns, D, RANK: tl.constexpr):
-    """A tile of W1, zero beyond the rank. The shape is that of `ranks` and `columns` together."""
+    """Load a tile of W1 as fp32, zero beyond the rank. Its shape is that of `ranks` and `columns` broadcast."""
     return tl.load(p_down + ranks.to(tl.int64) * D + columns, mask=(ranks < RANK) & m_columns, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _up_tile(p_up, ranks, columns, m_columns, RANK: tl.constexpr):
-    """A tile of W2', zero beyond the rank. [BLOCK_D, BLOCK_R]"""
+    """Load a tile of W2' as fp32, zero beyond the rank. [BLOCK_D, BLOCK_R]"""
     pointers = p_up + columns[:, None].to(tl.int64) * RANK + ranks[None, :]
     return tl.load(pointers, mask=(ranks[None, :] < RANK) & m_columns[:, None], other=0.0).to(tl.float32)
 
@@ -102,7 +103,7 @@ def _up_tile(p_up, ranks, columns, m_columns, RANK: tl.constexpr):
 def _down_weights(
     p_down, ranks, columns, m_columns, D, RANK: tl.constexpr, PACKED: tl.constexpr
 ):  # fmt: skip
-    """A tile of W1 as it is in memory, zero beyond the rank. The shape is that of `ranks` and `columns` together."""
+    """Load a tile of W1 in the dtype in memory, zero beyond the rank. Its shape is `ranks` and `columns` broadcast."""
     if PACKED:
         return _packed_tile(p_down, ranks, columns, m_columns, D, RANK)
     else:
@@ -119,7 +120,7 @@ def _down_operand(w1, DOT: tl.constexpr, PACKED: tl.constexpr):
 
 @triton.jit
 def _up_weights(p_up, ranks, columns, m_columns, D, RANK: tl.constexpr, PACKED: tl.constexpr):
-    """A tile of W2' as it is in memory, zero beyond the rank. [BLOCK_R, BLOCK_D] if packed, else [BLOCK_D, BLOCK_R]"""
+    """Load a tile of W2', zero beyond the rank. [BLOCK_R, BLOCK_D] if packed, else [BLOCK_D, BLOCK_R]."""
     if PACKED:
         return _packed_tile(p_up, ranks[:, None], columns[None, :], m_columns[None, :], D, RANK)
     else:
@@ -128,7 +129,7 @@ def _up_weights(p_up, ranks, columns, m_columns, D, RANK: tl.constexpr, PACKED: 
 
 @triton.jit
 def _up_operand(w2, DOT: tl.constexpr, PACKED: tl.constexpr):
-    """[BLOCK_R, BLOCK_D]"""
+    """Return a tile of W2' as an operand. [BLOCK_R, BLOCK_D]"""
     if PACKED:
         return packed_operand(w2, DOT)
     else:
@@ -137,15 +138,17 @@ def _up_operand(w2, DOT: tl.constexpr, PACKED: tl.constexpr):
 
 @triton.jit
 def _finite(values):
-    """The values, and 0 for those that are not finite: a factor of exactly 0 then leaves nothing of them. Where the
-    other factor is not 0, the output has shown them already."""
+    """Replace values that are not finite by 0, for a product with a factor that may be exactly 0.
+
+    Where the factor is not 0, the output is not finite already, so nothing is hidden.
+    """
     wide = values.to(tl.float32)
     return tl.where(wide - wide == 0, values, tl.zeros_like(values))
 
 
 @triton.jit
 def _packed_tile(p_packed, ranks, columns, m_columns, D, RANK: tl.constexpr):
-    # The rows beyond the rank are zero in memory too. Where they are half of all, they are not worth their bytes.
+    # Rows beyond the rank are zero in memory too. If they are half of the rows, they are masked to save their bytes.
     pointers = p_packed + ranks * D + columns
     if 2 * RANK <= ranks.numel:
         return tl.load(pointers, mask=(ranks < RANK) & m_columns, other=0.0)
@@ -155,7 +158,7 @@ def _packed_tile(p_packed, ranks, columns, m_columns, D, RANK: tl.constexpr):
 
 @triton.jit
 def _load_states(p_residual, p_branch, residual_rows, branch_rows, columns, mask, HAS_BRANCH: tl.constexpr):
-    """residual and branch, or residual twice. The shape is that of the rows' offsets and the columns together."""
+    """Load residual and branch, or residual twice. The shape is that of row offsets and columns broadcast."""
     residual = tl.load(p_residual + residual_rows + columns, mask=mask, other=0.0)
     if HAS_BRANCH:
         return residual, tl.load(p_branch + branch_rows + columns, mask=mask, other=0.0)
@@ -165,7 +168,7 @@ def _load_states(p_residual, p_branch, residual_rows, branch_rows, columns, mask
 
 @triton.jit
 def _added(states, HAS_BRANCH: tl.constexpr):
-    """residual + branch"""
+    """Return residual + branch in fp32."""
     if HAS_BRANCH:
         return states[0].to(tl.float32) + states[1].to(tl.float32)
     else:
@@ -174,7 +177,7 @@ def _added(states, HAS_BRANCH: tl.constexpr):
 
 @triton.jit
 def _held(states, weights, HAS_BRANCH: tl.constexpr):
-    """What was loaded, all of it on its way before one waits: see `numerics.held`."""
+    """Hold the loaded blocks so that all loads are in flight before one is waited for: see `numerics.held`."""
     residual = held(states[0])
     if HAS_BRANCH:
         return (residual, held(states[1])), held(weights)
@@ -186,7 +189,7 @@ def _held(states, weights, HAS_BRANCH: tl.constexpr):
 def _summed(
     states, w1, a, DOT: tl.constexpr, HAS_BRANCH: tl.constexpr, PACKED: tl.constexpr, GROUPS: tl.constexpr
 ):  # fmt: skip
-    """a + x W1ᵀ over a block of columns."""
+    """Return a + x W1ᵀ over a block of columns."""
     x, w1 = operand(_added(states, HAS_BRANCH), DOT), _down_operand(w1, DOT, PACKED)
     if GROUPS == 1:
         return dot(x, tl.trans(w1), a, DOT)
@@ -201,10 +204,11 @@ def _reduced(
     AT_ONCE: tl.constexpr, GROUPS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """x W1ᵀ over the columns from `first` to `end`. [BLOCK_N, BLOCK_R]
+    """Return x W1ᵀ over the columns from `first` to `end`. [BLOCK_N, BLOCK_R]
 
-    GROUPS: the columns of a block are summed in so many groups, one for each warp. A product of few rows and ranks has
-    no other work for the warps to share, and each would read all of x. AT_ONCE: there is one block.
+    GROUPS: the columns of a block are summed in this many groups, one for each warp. A product of few rows and ranks
+    has no other work to share between warps, and without groups each warp would read all of x. AT_ONCE: there is only
+    one block.
     """
     if GROUPS == 1:
         within = tl.arange(0, BLOCK_D)[None, :]
@@ -244,7 +248,7 @@ def _reduced(
 @triton.jit
 def _pre_activation(a, p_down_bias, p_a, rows, m_rows, ranks, store_a, RANK: tl.constexpr, HAS_DOWN_BIAS: tl.constexpr,
                     KEEP_A: tl.constexpr):  # fmt: skip
-    """a = x W1ᵀ + b1, kept for the backward where `store_a`. [BLOCK_N, BLOCK_R]"""
+    """Return a = x W1ᵀ + b1, and store it for the backward if `store_a`. [BLOCK_N, BLOCK_R]"""
     m_ranks = ranks < RANK
     if HAS_DOWN_BIAS:
         a += tl.load(p_down_bias + ranks, mask=m_ranks, other=0.0).to(tl.float32)[None, :]
@@ -260,13 +264,13 @@ def _shifted(
     x, h, w2, p_up_bias, strength, columns, m_columns,
     DOT: tl.constexpr, HAS_UP_BIAS: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """x + h W2'ᵀ + s·g·b2, with the strength already in h. [BLOCK_N, BLOCK_D]"""
+    """Return x + h W2'ᵀ + s·g·b2, with the strength already in h. [BLOCK_N, BLOCK_D]"""
     base = x
     if HAS_UP_BIAS:
         b2 = tl.load(p_up_bias + columns, mask=m_columns, other=0.0).to(tl.float32)
         base += b2[None, :] * strength[:, None]
     out = dot(h, _up_operand(w2, DOT, PACKED), base, DOT)
-    # −0 + 0 would be +0: a shift of zero leaves the very bits. So does zero strength, whatever W2' and b2 hold.
+    # −0 + 0 would be +0, so a zero shift keeps x bit for bit. So does zero strength, whatever W2' and b2 hold.
     return tl.where((out == x) | (strength == 0)[:, None], x, out)
 
 
@@ -277,7 +281,7 @@ def _write_block(
     RANK: tl.constexpr, DOT: tl.constexpr, HAS_BRANCH: tl.constexpr, HAS_UP_BIAS: tl.constexpr, EVEN_D: tl.constexpr,
     PACKED: tl.constexpr,
 ):  # fmt: skip
-    """Read a tile's block of columns, and write it shifted."""
+    """Read a block of a tile's columns, and write it with the shift added."""
     m_columns = (columns < D) | EVEN_D
     mask = m_rows[:, None] & m_columns[None, :]
     states = _load_states(
@@ -301,7 +305,7 @@ def post_block_fwd_kernel(
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_D2: tl.constexpr, BLOCK_R: tl.constexpr, GROUPS: tl.constexpr,
     STAGES: tl.constexpr, STAGES2: tl.constexpr,
 ):  # fmt: skip
-    """Many tokens. Grid (programs,): each walks tiles of `height` ≤ BLOCK_N rows, and reads a tile twice."""
+    """Compute the forward for many tokens. Grid (programs,). Programs loop over tiles of `height` ≤ BLOCK_N rows."""
     ranks = tl.arange(0, BLOCK_R)
     local = tl.arange(0, BLOCK_N)
     for tile in range(tl.program_id(0), tl.cdiv(N, height), tl.num_programs(0)):
@@ -318,7 +322,7 @@ def post_block_fwd_kernel(
         strength = _strength(p_gain, p_scale, scale, rows, m_rows, HAS_GAIN, SCALE_ON_DEVICE)
         h = operand(_scaled(apply(a, ACTIVATION), strength[:, None]), DOT)
 
-        # Backwards over the columns: what was read last is the surest to be in L2 still.
+        # Backwards over the columns, because the columns read last are the likeliest to be in L2.
         blocks = tl.cdiv(D, BLOCK_D2)
         for block in tl.range(0, blocks, num_stages=STAGES2):
             columns = (blocks - 1 - block) * BLOCK_D2 + tl.arange(0, BLOCK_D2)
@@ -336,7 +340,7 @@ def post_block_fwd_down_kernel(
     PACKED: tl.constexpr, AT_ONCE: tl.constexpr, SUMS_R: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, GROUPS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums of x W1ᵀ over a part of d, (N, splits, SUMS_R). Grid (tiles, splits)."""
+    """Compute partial sums of x W1ᵀ over one split of d, (N, splits, SUMS_R). Grid (tiles, splits)."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_rows = rows < N
     residual_rows = _row_offsets(rows, inner, residual_outer, residual_inner, NESTED)
@@ -363,7 +367,7 @@ def post_block_fwd_up_kernel(
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """out, from the partial sums, which it adds in the order of the splits. Grid (tiles, parts of the columns)."""
+    """Write `out` from the partial sums, added in the order of the splits. Grid (tiles, parts of the columns)."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_rows = rows < N
     residual_rows = _row_offsets(rows, inner, residual_outer, residual_inner, NESTED)
@@ -387,7 +391,7 @@ def post_block_fwd_up_kernel(
         zero = met()
         states, w2 = _held(states, w2, HAS_BRANCH)
         a = tl.sum(parts + zero, 0)
-        if SUMS_R < BLOCK_R:  # zeros up to the extent that a product takes
+        if SUMS_R < BLOCK_R:  # zeros up to the extent that tl.dot requires
             a = tl.reshape(tl.permute(tl.join(a, tl.zeros_like(a)), (0, 2, 1)), [BLOCK_N, BLOCK_R])
     else:
         a = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
@@ -426,7 +430,7 @@ def post_block_fwd_vector_kernel(
     HAS_BRANCH: tl.constexpr, HAS_GAIN: tl.constexpr, SCALE_ON_DEVICE: tl.constexpr, NESTED: tl.constexpr,
     EVEN_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """x + s·g·b2, a steering vector. Grid (tiles, column blocks)."""
+    """Write x + s·g·b2, for a steering vector. Grid (tiles, column blocks)."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_rows = rows < N
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -441,7 +445,7 @@ def post_block_fwd_vector_kernel(
     b2 = tl.load(p_up_bias + columns, mask=m_columns, other=0.0).to(tl.float32)
     strength = _strength(p_gain, p_scale, scale, rows, m_rows, HAS_GAIN, SCALE_ON_DEVICE)
     delta = _scaled(b2[None, :], strength[:, None])
-    # −0 + 0 would be +0: a shift of zero leaves the very bits.
+    # −0 + 0 would be +0, so a zero shift keeps x bit for bit.
     store(
         p_out + rows[:, None].to(tl.int64) * D + columns[None, :], tl.where(delta == 0, x, x + delta), mask
     )  # fmt: skip
@@ -457,10 +461,12 @@ def post_block_bwd_rows_kernel(
     NESTED: tl.constexpr, EVEN_D: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """What is one vector or number a token: da, h = s · g φ(a), rowsum(G ⊙ u). Grid (tiles of `height` rows,).
+    """Compute the backward's values for each token: da, h = s · g φ(a) and rowsum(G ⊙ u). Grid (tiles,).
 
-    da and h are left in p_narrow (2, N, BLOCK_R), as operands of the columns kernel's products; the sums over a tile of
-    da in p_da_sums (tiles, BLOCK_R). φ and φ' are computed here only, once a token.
+    A tile has `height` rows.
+
+    da and h are stored in p_narrow (2, N, BLOCK_R) as operands of the columns kernel's products. The sums of da over
+    each tile are stored in p_da_sums (tiles, BLOCK_R). φ and φ' are computed only here, once for each token.
     """
     NEED_GZ: tl.constexpr = NEED_DA or NEED_DA_SUM or NEED_ROW_DOT
     local = tl.arange(0, BLOCK_N)
@@ -513,7 +519,7 @@ def _da_times_h(
     DOT: tl.constexpr, HAS_UP_BIAS: tl.constexpr, HAS_GAIN: tl.constexpr, SCALE_ON_DEVICE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, CROSS_R: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A part's sum of daᵀ h, one tile (CROSS_R, CROSS_R) of it; and of daᵀ (s · g) behind it, where there is a b2."""
+    """Sum one tile (CROSS_R, CROSS_R) of daᵀ h over a part of the rows, and behind it daᵀ (s · g) if there is a b2."""
     across: tl.constexpr = BLOCK_R // CROSS_R
     left = (tile // across) * CROSS_R + tl.arange(0, CROSS_R)
     right = (tile % across) * CROSS_R + tl.arange(0, CROSS_R)
@@ -545,7 +551,7 @@ def _columns(
     NESTED: tl.constexpr, EVEN_D: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_D columns of a part's rows: dx, and sums of daᵀ out, hᵀ G and s · g ⊙ G."""
+    """Compute dx, and the sums of daᵀ out, hᵀ G and s · g ⊙ G, for BLOCK_D columns of a part's rows."""
     columns = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     m_columns = (columns < D) | EVEN_D
     if RANK > 0:
@@ -559,8 +565,8 @@ def _columns(
     if NEED_UP_BIAS:
         d_up_bias = tl.zeros([BLOCK_D], tl.float32)
 
-    # Parts are interleaved and walked from the last row to the first: all programs are near the same rows at the same
-    # time, and begin with those of G that the rows kernel read last, which L2 may still hold.
+    # Parts are interleaved and looped over from the last row to the first. So all programs are near the same rows at
+    # the same time. They begin with the rows of G that the rows kernel read last, which L2 may still hold.
     tiles = tl.cdiv(N, BLOCK_N)
     within = tl.arange(0, BLOCK_N)
     for step in tl.range(tl.program_id(1), tiles, tl.num_programs(1), num_stages=STAGES):
@@ -568,7 +574,7 @@ def _columns(
         rows = first + within
         m_rows = rows < N
         mask = m_rows[:, None] & m_columns[None, :]
-        # A tile's place in 64 bits, what lies within a tile in 32: registers are what this kernel is short of.
+        # Tile offsets have 64 bits, offsets inside a tile 32, because this kernel is short of registers.
         place = tl.cast(first, tl.int64)
         offsets = within[:, None] * D + columns[None, :]
         if NEED_X or NEED_UP or NEED_UP_BIAS:
@@ -588,7 +594,7 @@ def _columns(
                 h_t = packed_operand(tl.load(p_da + h_behind + across, mask=m_rows[None, :], other=0.0), DOT)
                 d_up = dot(h_t, operand(g, DOT), d_up, DOT)
             if NEED_X:
-                # Loaded once more, not transposed: a load with two layouts would not be asynchronous.
+                # Loaded again without transposing, because a load with two layouts would not be asynchronous.
                 da = tl.load(p_da + within[:, None] * BLOCK_R + ranks[None, :], mask=m_rows[:, None], other=0.0)
                 da = packed_operand(da, DOT)
                 store(p_dx + place * D + offsets, dot(da, w1, g.to(tl.float32), DOT), mask)
@@ -618,11 +624,11 @@ def post_block_bwd_columns_kernel(
     NESTED: tl.constexpr, EVEN_D: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, CROSS_R: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """What is a sum over tokens, and dx on the way. Grid (column blocks + tiles of daᵀ h, parts of the rows).
+    """Compute dx and the backward's sums over tokens. Grid (column blocks + tiles of daᵀ h, parts of the rows).
 
-    Each part's partial sums go to a slab of its own in p_slab (parts, slab_size), fp32: daᵀ out (r, d), hᵀ G (r, d),
-    daᵀ h (BLOCK_R, BLOCK_R), daᵀ (s · g) (BLOCK_R), Σ s · g ⊙ G (d). Only what is needed is written. No atomics: two
-    runs give the same bits.
+    Each part writes its partial sums to its own slab in p_slab (parts, slab_size), fp32: daᵀ out (r, d), hᵀ G (r, d),
+    daᵀ h (BLOCK_R, BLOCK_R), daᵀ (s · g) (BLOCK_R), Σ s · g ⊙ G (d). Sums that are not needed are not written. There
+    are no atomics, so two runs give the same bits.
     """
     offset = tl.program_id(1).to(tl.int64) * slab_size
     blocks = tl.cdiv(D, BLOCK_D)
@@ -645,7 +651,7 @@ def post_block_bwd_columns_kernel(
 def _finish_down_bias(
     p_da_sums, p_d_down_bias, ranks, tiles, RANK, PADDED_R, BLOCK_N: tl.constexpr, STAGES: tl.constexpr
 ):
-    """db1 = Σ da, from the sums over tiles of rows. `ranks`: [BLOCK_R]"""
+    """Compute db1 = Σ da from the sums over tiles of rows. `ranks`: [BLOCK_R]"""
     sums = tl.zeros([BLOCK_N, ranks.shape[0]], tl.float32)
     for start in tl.range(0, tiles, BLOCK_N, num_stages=STAGES):
         rows = start + tl.arange(0, BLOCK_N)
@@ -661,7 +667,7 @@ def _finish_weights(
     HAS_UP_BIAS: tl.constexpr, NEED_DOWN: tl.constexpr, NEED_UP: tl.constexpr, NEED_UP_BIAS: tl.constexpr,
     EVEN_D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A tile of dW1 and of dW2', and the columns of db2. `columns`: [BLOCK_D]; `ranks`: [BLOCK_R]"""
+    """Compute a tile of dW1 and dW2', and the columns of db2. `columns`: [BLOCK_D]. `ranks`: [BLOCK_R]."""
     m_columns = (columns < D) | EVEN_D
     at_cross = 2 * RANK * D
     at_along_bias = at_cross + PADDED_R * PADDED_R
@@ -679,8 +685,8 @@ def _finish_weights(
             p_d_up += columns[:, None].to(tl.int64) * RANK + ranks[None, :]
             store(p_d_up, tl.trans(d_up), m_columns[:, None] & (ranks < RANK)[None, :])
         if NEED_DOWN:
-            # out = x + h W2'ᵀ + (s · g) b2ᵀ, with h and W2' as the forward pass had them: as operands.
-            # At once as far as registers go: each loop over the parts waits for its loads.
+            # out = x + h W2'ᵀ + (s · g) b2ᵀ, with h and W2' rounded as in the forward. As many ranks at once as
+            # registers allow, because each loop over the parts waits for its loads.
             SHARE: tl.constexpr = PADDED_R if PADDED_R <= 64 and EVEN_D else 16
             for start in tl.static_range(0, PADDED_R, SHARE):
                 others = start + tl.arange(0, SHARE)
@@ -717,10 +723,10 @@ def post_block_bwd_finish_kernel(
     NEED_DOWN_BIAS: tl.constexpr, NEED_UP_BIAS: tl.constexpr, EVEN_D: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of the parameters, in their own dtype, from partial sums added in a fixed order:
-    dW1 = daᵀ out − (daᵀ h) W2'ᵀ − (daᵀ (s · g)) b2ᵀ, dW2' = Gᵀ h, db1, db2.
+    """Compute the parameters' gradients, in their dtypes, from partial sums added in a fixed order.
 
-    Grid (column blocks, tiles of BLOCK_R ranks); db1 has one more program a tile of ranks, before the column blocks.
+    dW1 = daᵀ out − (daᵀ h) W2'ᵀ − (daᵀ (s · g)) b2ᵀ, dW2' = Gᵀ h, db1, db2. Grid (column blocks, tiles of BLOCK_R
+    ranks). db1 has one more program for each tile of ranks, before the column blocks.
     """
     ranks = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     block = tl.program_id(0)
@@ -742,7 +748,7 @@ def post_block_bwd_finish_kernel(
 
 
 def _collapsed_stride(sizes: tuple[int, ...], strides: tuple[int, ...]) -> int | None:
-    """The one stride of these dimensions taken as one, or None where there is none."""
+    """Return the stride of these dimensions taken as one, or None if they do not collapse."""
     stride, size = None, 1
     for n, s in zip(reversed(sizes), reversed(strides), strict=True):
         if n == 1:
@@ -757,12 +763,10 @@ def _collapsed_stride(sizes: tuple[int, ...], strides: tuple[int, ...]) -> int |
 
 
 def _row_layout(*tensors: Tensor | None) -> tuple[list[Any], int, list[tuple[int, int]]]:
-    """Tensors of one shape (..., d) seen as rows: the tensors, the inner extent, (outer, inner) strides of each.
+    """Return tensors of one shape (..., d) as rows: the tensors, the inner extent, and (outer, inner) strides of each.
 
-    None stays None.
-
-    The inner extent is 0 where one stride does for all rows of all tensors. A tensor is copied only if its last
-    stride is not 1 or if no split of the leading dimensions in two serves all of them.
+    None stays None. The inner extent is 0 if each tensor's rows have a single stride. A tensor is copied only if its
+    last stride is not 1, or if no split of the leading dimensions into two fits all tensors.
     """
     present = [t for t in tensors if t is not None]
     if all(t.is_contiguous() for t in present):
@@ -790,7 +794,7 @@ def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
 def triton_forward(
     residual: Tensor, branch: Tensor | None, operands: Operands, keep_a: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """The forward pass in one launch, with few tokens in two. Returns `out` and `a` (N, r), None unless kept."""
+    """Run the forward in one launch, or two for few tokens. Return `out` and `a` (N, r), which is None unless kept."""
     down, up, down_bias, up_bias, gain, _, scale, activation, packed = operands
     dtype = residual.dtype if branch is None else torch.promote_types(residual.dtype, branch.dtype)
     hidden = residual.shape[-1]
@@ -835,10 +839,10 @@ def triton_forward(
         )  # fmt: skip
         return out, a
     reducing, writing = schedules
-    at_once = device.gpu == "cuda"  # `numerics.held` is written for it
+    at_once = device.gpu == "cuda"  # `numerics.held` is written for CUDA
     slots = next_power_of_2(reducing.splits)
-    sums_r = max(8, next_power_of_2(rank))  # not of the ranks that are padding where they are half of all
-    held_sums = slots * writing.block_n * sums_r  # at once, a thread has registers for 64 of them
+    sums_r = max(8, next_power_of_2(rank))  # without the padding ranks, if they are half of all
+    held_sums = slots * writing.block_n * sums_r  # at most 64 for each thread, for lack of registers
     partial = empty(tokens, reducing.splits, sums_r, dtype=torch.float32, device=residual.device)
     launch(
         post_block_fwd_down_kernel, (reducing.programs, reducing.splits),
@@ -858,9 +862,9 @@ def triton_forward(
 
 
 def triton_backward(grad: Tensor, out: Tensor | None, a: Tensor | None, operands: Operands, needs: Needs) -> Gradients:
-    """The backward pass in at most three launches, four at ranks for which the columns kernel takes two passes.
+    """Run the backward in at most three launches, or four at ranks where the columns kernel takes two passes.
 
-    The parameters' gradients come in the parameters' dtypes, each in a storage of its own.
+    The parameters' gradients have the parameters' dtypes, each in its own storage.
     """
     down, up, down_bias, up_bias, gain, _, scale, activation, packed = operands
     hidden = grad.shape[-1]
@@ -880,7 +884,7 @@ def triton_backward(grad: Tensor, out: Tensor | None, a: Tensor | None, operands
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return empty(*shape, dtype=dtype, device=grad.device)
 
-    # What the kernels share.
+    # Constants that the kernels share.
     constants: dict[str, Any] = {
         "device": grad.device,
         "RANK": rank, "DOT": policy, "PACKED": packed is not None, "HAS_UP_BIAS": up_bias is not None,
@@ -948,7 +952,7 @@ def triton_backward(grad: Tensor, out: Tensor | None, a: Tensor | None, operands
 
 
 def _empty_gradients(grad: Tensor, hidden: int, rank: int, needs: Needs) -> Gradients:
-    """The gradients of no tokens."""
+    """Return the gradients of a call without tokens."""
 
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.float32, device=grad.device)
@@ -970,23 +974,23 @@ _BACKWARD = {"triton": triton_backward, "torch": torch_backend.backward}
 
 
 def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Autocast does not reach inside the op: its arithmetic is fp32 by definition."""
+    """Disable autocast inside the op, because its arithmetic is fp32 by definition."""
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
 
 
 def project(matrix: Tensor, basis: Tensor) -> Tensor:
-    """(I − V Vᵀ) M for M (d, r) and an orthonormal V = basis (d, k), in M's accumulation dtype (paper §5.2)."""
+    """Return (I − V Vᵀ) M for M (d, r) and an orthonormal V = basis (d, k), in M's accumulation dtype (paper §5.2)."""
     acc = torch_backend.accumulation_dtype(matrix.dtype)
     matrix, basis = matrix.to(acc), basis.to(acc)
     return torch.addmm(matrix, basis, basis.t() @ matrix, alpha=-1)
 
 
 def forward(residual: Tensor, branch: Tensor | None, operands: Operands, keep_a: bool) -> tuple[Tensor, Tensor | None]:
-    """The forward pass on the backend of the residual's device. Returns `out` and `a` (N, r), None unless kept.
+    """Run the forward on the backend of the residual's device. Return `out` and `a` (N, r), which is None unless kept.
 
-    Packed operands are for the Triton backend, without a basis.
+    Packed operands require the Triton backend and no basis.
     """
     with _no_autocast(residual.device):
         backend = select_backend(residual.device)
@@ -995,8 +999,10 @@ def forward(residual: Tensor, branch: Tensor | None, operands: Operands, keep_a:
 
 
 def backward(grad: Tensor, out: Tensor | None, a: Tensor | None, operands: Operands, needs: list[bool]) -> list[Tensor]:
-    """The gradients that `needs` asks for (of x, down, up, down_bias, up_bias, gain, scale), in that order, each in the
-    dtype of its own tensor; that of x in the dtype of `grad`."""
+    """Return the gradients of x, down, up, down_bias, up_bias, gain and scale that `needs` selects, in that order.
+
+    Each has the dtype of its own tensor. The gradient of x has the dtype of `grad`.
+    """
     need_x, need_down, need_up, need_down_bias, need_up_bias, need_gain, need_scale = needs
     wanted = Needs(need_x, need_down, need_up, need_down_bias, need_up_bias, need_gain or need_scale)
     gain, basis, scale = operands.gain, operands.basis, operands.scale
@@ -1041,7 +1047,7 @@ def _of_op(
     scale: float,
     activation: str,
 ) -> Operands:
-    """The operands of a registered op, which takes the scale as a number or as a tensor."""
+    """Return the operands of a registered op, which takes the scale as a number or as a tensor."""
     s = scale if scale_tensor is None else scale_tensor
     return Operands(down, up, down_bias, up_bias, gain, basis, s, activation)
 
@@ -1056,8 +1062,8 @@ def _eager_backward(grad: Tensor, out: Tensor | None, a: Tensor | None, *inputs:
 
 # ------------------------------------------------------------------------------------------------------ registered ops
 #
-# What torch.compile and torch.export see. Eager calls go past them: a dispatch through torch.library costs tens of
-# microseconds, more than the kernel itself at decode sizes.
+# The ops in graphs of torch.compile and torch.export. Eager calls bypass them, because a dispatch through torch.library
+# takes tens of microseconds, more than the kernel itself at decode sizes.
 
 _OPERANDS = (
     "Tensor? down, Tensor? up, Tensor? down_bias, Tensor? up_bias, Tensor? gain, Tensor? scale_tensor, Tensor? basis, "
@@ -1065,7 +1071,7 @@ _OPERANDS = (
 )
 
 
-#: Plans by what a graph's call is of: all layers and adapters of the same shapes share one.
+#: Plans by the kind of a graph's call. All layers and adapters of the same shapes share one.
 _forward_plans: dict[Any, OpPlan] = {}
 _backward_plans: dict[Any, OpPlan] = {}
 
@@ -1086,7 +1092,7 @@ def _post_block_op(*inputs: Any) -> Sequence[Tensor]:
     return run_planned(_forward_plans, key, inputs, call)
 
 
-#: The same of `post_block_inference`; and for each activation the plan of the last call.
+#: Plans of `post_block_inference`, and for each activation the plan of the last call.
 _inference_plans: dict[Any, Callable[..., Tensor | None]] = {}
 _last_inference: dict[str, Callable[..., Tensor | None]] = {}
 
@@ -1154,11 +1160,11 @@ def _refuse_second_derivative(ctx: Any, *grad_outputs: Any) -> Any:
 
 
 class _FirstOrder(torch.autograd.Function):
-    """Passes gradients on, and refuses to be differentiated: without it a second derivative would be a silent zero."""
+    """Passes gradients on and raises if it is differentiated. Otherwise a second derivative would silently be zero."""
 
     @staticmethod
     def forward(of: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """The gradients, which come after the `of` tensors that they depend on."""
+        """Return the gradients unchanged. They follow the first `of` tensors, on which they depend."""
         return tuple(g.view_as(g) for g in tensors[of:])
 
     @staticmethod
@@ -1195,10 +1201,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def saved_tensors(ctx: Any) -> tuple[Tensor, ...]:
-    """The tensors that the forward pass saved.
+    """Return the tensors that the forward saved.
 
     Raises:
-        RuntimeError: one was changed in place since. Our own line says so of the output.
+        RuntimeError: one was changed in place. For the output the message explains why.
     """
     try:
         return ctx.saved_tensors
@@ -1207,27 +1213,27 @@ def saved_tensors(ctx: Any) -> tuple[Tensor, ...]:
             raise
         raise RuntimeError(
             "the output of post_block was changed in place, but the gradient of W1 is computed from it; expected a "
-            "change of a copy (output.clone())"
+            "changed copy (output.clone())"
         ) from None
 
 
 def _differentiate(ctx: Any, grad: Tensor | None, run: Any) -> tuple[Tensor | None, ...]:
-    """The gradients of all inputs, computed by `run`: `_eager_backward`, or the registered op."""
+    """Return the gradients of all inputs, computed by `run`: `_eager_backward`, or the registered op."""
     if grad is None:
         return (None,) * 12
     found = iter(run(grad, *saved_tensors(ctx), *ctx.constants, ctx.needs) if any(ctx.needs) else ())
     dx, *others = [next(found) if need else None for need in ctx.needs]
     if dx is None:
-        dx = grad  # a vector moves the hidden state by a constant
+        dx = grad  # a vector shifts the hidden state by a constant
     d_residual, d_branch = (None if dtype is None else dx.to(dtype) for dtype in ctx.dtypes)
     return (d_residual, d_branch, *others, None, None, None, None)
 
 
 class _PostBlock(torch.autograd.Function):
-    """The op in eager mode."""
+    """The autograd function of the op in eager mode."""
 
-    # With a `setup_context` of its own, PyTorch would bind the arguments to a signature in every call, which takes the
-    # host longer than the rest of it.
+    # Without a separate `setup_context`, because PyTorch would then bind the arguments to a signature in every call.
+    # That takes the host longer than the rest of the call.
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor | None]:
         output = _eager_forward(*inputs)
@@ -1246,8 +1252,10 @@ class _PostBlock(torch.autograd.Function):
 
 
 class _TransformedPostBlock(torch.autograd.Function):
-    """The op under torch.func's transforms, which take an autograd function in this form only, and may hand it tensors
-    that no kernel can read: the registered ops reach those beneath."""
+    """The autograd function of the op under torch.func's transforms.
+
+    They accept only this form, and may pass tensors that no kernel can read. The registered ops unwrap these.
+    """
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
@@ -1267,7 +1275,7 @@ class _TransformedPostBlock(torch.autograd.Function):
 
 
 def first_order(of: tuple[Tensor, ...], gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    """The gradients, which depend on `of` and refuse to be differentiated."""
+    """Return the gradients, which depend on `of` and raise if they are differentiated."""
     passed = iter(_FirstOrder.apply(len(of), *of, *(g for g in gradients if g is not None)))
     return tuple(None if g is None else next(passed) for g in gradients)
 
@@ -1277,7 +1285,7 @@ def _op_backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tenso
 
 
 class _RegisteredPostBlock(torch.autograd.Function):
-    """The op in a graph."""
+    """The autograd function of the op in a graph."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
@@ -1297,7 +1305,8 @@ _op = register(
     f"post_block(Tensor residual, Tensor? branch, {_OPERANDS}, bool keep_a) -> (Tensor, Tensor)",
     _post_block_op, _post_block_fake, _RegisteredPostBlock.apply,
 )  # fmt: skip
-# What a layer usually is in a graph that asks for no gradient: each argument and each result costs a conversion.
+# The usual call of a layer in a graph without gradients. It is separate because each argument and result costs a
+# conversion.
 register(
     "post_block_inference(Tensor residual, Tensor branch, Tensor down, Tensor up, Tensor scale, str activation)"
     " -> Tensor",
@@ -1324,7 +1333,7 @@ def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], device: tor
 
 
 def check_operands(residual: Tensor, branch: Tensor | None, operands: Operands) -> None:
-    """Refuse what the op does not define, in one line that says what came and what was expected."""
+    """Check the operands of the op. Raise a one-line error with the value and the expected one."""
     down, up, down_bias, up_bias, gain, basis, scale, activation, _ = operands
     if residual.dim() < 1 or residual.shape[-1] == 0:
         raise ValueError(f"residual has shape {tuple(residual.shape)}; expected (..., d) with d > 0")
@@ -1387,31 +1396,31 @@ def post_block(
 ) -> Tensor:
     """Post-block steering, x + s · g ⊙ (φ(x W1ᵀ + b1) W2'ᵀ + b2) with x = residual + branch (arXiv 2603.00425, §3).
 
-    One pass over the hidden state, forward; the backward is written by hand and keeps the output and a (N, r) only.
-    Where the shift is exactly zero (a fresh adapter, gain or scale 0) the result is `residual + branch` bit for bit.
-    Autocast changes nothing: sums and adapter arithmetic are float32 (float64 for float64 inputs), the result has the
-    dtype of `residual + branch`.
+    The forward is one pass over the hidden state. The backward is written by hand and keeps only the output and a
+    (N, r). If the shift is exactly zero (a fresh adapter, or zero gain or scale), the result is `residual + branch` bit
+    for bit. Autocast has no effect: sums and adapter arithmetic are float32, or float64 for float64 inputs.
 
     Args:
-        residual: (..., d), float32, bfloat16, float16, or, on the torch backend, float64. Any strides; only a last
-            stride other than 1 or leading dimensions that do not collapse into two cost a copy.
-        branch: (..., d), what the block adds to the residual; None steers a finished hidden state.
-        down: W1 (r, d), r at most 256, any of the dtypes; None, with `up`, for a steering vector.
+        residual: (..., d), float32, bfloat16, float16, or, on the torch backend, float64. Any strides are allowed. Only
+            a last stride other than 1, or leading dimensions that do not collapse into two, cause a copy.
+        branch: (..., d), the sublayer's output, which is added to the residual. None steers a finished hidden state.
+        down: W1 (r, d), r at most 256, of any of these dtypes. None, with `up`, for a steering vector.
         up: W2 (d, r).
         down_bias: b1 (r,).
-        up_bias: b2 (d,); alone, it is a steering vector.
+        up_bias: b2 (d,). Without W1 and W2 it is a steering vector.
         activation: φ, one of identity, silu, gelu (erf), gelu_tanh, relu, tanh.
-        scale: s, a number or a 0-dim tensor on the same device.
-        gain: g, (...), one factor a token; None is 1.
-        basis: V (d, k), orthonormal columns, a constant: W2' = (I − V Vᵀ) W2, and W2's gradient is projected alike.
+        scale: the strength s, a number or a 0-dim tensor on the same device.
+        gain: g, (...), one factor for each token. None means 1.
+        basis: V (d, k) with orthonormal columns, a constant. Then W2' = (I − V Vᵀ) W2, and W2's gradient is projected
+            in the same way.
 
     Returns:
-        (..., d), contiguous, in the dtype that `residual + branch` has.
+        (..., d), contiguous, in the dtype of `residual + branch`.
 
     Raises:
-        ValueError: a shape, device, rank or activation that the op does not take.
-        TypeError: a dtype that it does not take, or a scale that is neither number nor tensor.
-        RuntimeError: FUSED_STEER_BACKEND asks for what cannot run; a second derivative is asked for.
+        ValueError: a shape, device, rank or activation is not supported.
+        TypeError: a dtype is not supported, or the scale is neither a number nor a tensor.
+        RuntimeError: the backend of FUSED_STEER_BACKEND cannot run here, or a second derivative is required.
     """
     in_graph = torch.compiler.is_compiling() or is_described(residual)
     check_operands(

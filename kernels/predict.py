@@ -1,23 +1,23 @@
-"""Predicts how long a pass takes on a GPU that is not there, and says which limit decides: a model, uncalibrated.
+"""Predict the time of a pass on a GPU that this machine need not have, and its limit. The model is not calibrated.
 
-Nothing here is measured. Times may be 40 % off; ratios between two kernels on one GPU are better. A launch takes the
-longest of three times, and a pass the sum of its launches' times and of their starts:
+Nothing here is measured. Times may be 40 % off. Ratios between two kernels on one GPU are better. A launch takes the
+longest of the first three times. A pass takes the sum of its launches' times and of their starts.
 
-* **memory**: every tensor of the launch once through device memory, at `MEMORY_SHARE` of the datasheet's bandwidth. A
-  second read within the launch is free for as much of the tiles in flight as fits in L2, and a read of what an earlier
-  launch of the pass touched as long as everything touched since fits in half of L2.
-* **L2**: the bytes that L2 sends to the multiprocessors: each tensor as many times as the programs read it between
-  them. Writes go the other way and are not counted.
-* **issue**: cycles of the compiled programs. One multiprocessor runs as many programs as fit; every warp goes through
-  its real instructions in order and waits as ptxas's stall counts and scoreboards say; a scheduler issues one
-  instruction a cycle; pipes, shared memory's and L2's ports take one warp after the other; barriers join the warps of
-  a program; a load takes the latency of device memory, or of L2 where the data was just there. Loops run a few trips,
-  then go on at their steady pace. Bank conflicts, caches of instructions, L1 hits and DRAM pages are left out.
+* **memory**: every tensor of the launch moves once through device memory, at `MEMORY_SHARE` of the datasheet's
+  bandwidth. A second read in the launch is free for the tiles in flight that fit in L2. A read of a tensor from an
+  earlier launch is free if everything touched since fits in half of L2.
+* **L2**: the bytes that L2 sends to the multiprocessors: each tensor times the number of reads by all programs. Writes
+  go the other way and are not counted.
+* **issue**: cycles of the compiled programs. A multiprocessor runs as many programs as fit. Every warp executes its
+  real instructions in order, and waits according to ptxas's stall counts and scoreboards. A scheduler issues one
+  instruction a cycle. Pipes and the ports of shared memory and L2 serve one warp at a time. Barriers join the warps of
+  a program. A load takes the latency of device memory, or of L2 for recently read data. Loops run a few trips, and
+  then continue at their steady pace. Bank conflicts, instruction caches, L1 hits and DRAM pages are left out.
 * **host**: `LAUNCH_SECONDS` for each launch, between the end of one kernel and the start of the next in a captured
-  graph. A call outside of a graph costs more time of the host than that.
+  graph. A call outside of a graph costs more host time.
 
-What one program of a kernel does, how often its loops run and how often each tensor is read, is described by `work`,
-for each kernel by its name. A kernel that nobody described is an error.
+`work` describes the programs of each kernel, by the kernel's name: the trips of their loops and their reads of each
+tensor. A kernel without a description is an error.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ from .schedule import ceil_div
 
 #: The share of the datasheet's bandwidth that a plain copy reaches. BabelStream reports 88 to 92 % on A100 and H100.
 MEMORY_SHARE = 0.9
-#: Seconds from the end of a kernel to the start of the next in a captured CUDA graph: assumed.
+#: Seconds from the end of a kernel to the start of the next in a captured CUDA graph. Assumed, not measured.
 LAUNCH_SECONDS = 0.8e-6
-#: The share of L2 that what one launch leaves there may take for the next to find it.
+#: The share of L2 in which the tensors of one launch are still found by the next.
 _KEPT_IN_L2 = 0.5
-#: Bytes of hidden states that a launch finds in any GPU's L2 if the one before has read them: half of A100's.
+#: Bytes of hidden states that a launch finds in the L2 of any GPU if the launch before read them: half of A100's L2.
 _FOUND_IN_L2 = 20 << 20
 _SCHEDULERS = 4
 _LANES = 32
@@ -53,9 +53,14 @@ _LANES = 32
 
 @dataclass(frozen=True)
 class Loop:
-    """A loop of a program: its number of trips (the most that any program makes), the bytes of hidden states and of
-    other arrays that a trip loads from memory, whether the launch, or the one before, has just read the same (`again`),
-    and the loops in it."""
+    """A loop of a program, as `work` describes it.
+
+    Attributes:
+        trips: the most trips that any program makes.
+        states, others: bytes of hidden states and of other arrays that a trip loads from memory.
+        again: whether this launch or the one before has just read them.
+        inner: the inner loops.
+    """
 
     trips: int
     states: int = 0
@@ -69,19 +74,23 @@ class Loop:
 
     @property
     def series(self) -> int:
-        """Trips that follow one another, of this loop if it is the innermost one, else of those in it."""
+        """The trips that a program makes in sequence: of this loop if it has no inner ones, else of those."""
         return self.trips * (sum(loop.series for loop in self.inner) if self.inner else 1)
 
 
 @dataclass(frozen=True)
 class LaunchWork:
-    """What the programs of a launch do between them.
+    """The work of all programs of a launch.
 
-    loops: those of a program, in the order of the code. share: the mean work of a program, as a share of the work of
-    the one that has the most. reads: how many times the programs read each tensor between them, by the argument's name;
-    1 for those that are not named. writes: the tensors that are written and not read. again: whether what the code
-    outside of loops reads is in L2. in_flight: bytes that programs read, leave to L2 and read once more, all programs
-    that run at a time together. aside: programs among them that do something short instead of the loops.
+    Attributes:
+        programs: their number.
+        loops: a program's loops, in the order of the code.
+        share: a program's mean work, as a share of the largest.
+        reads: the number of reads of each tensor by all programs, by argument name. Others are read once.
+        writes: the tensors that are written and not read.
+        again: whether reads outside of loops hit L2.
+        in_flight: bytes that all running programs together read, leave to L2 and read again.
+        aside: programs among them with short other work instead of the loops.
     """
 
     programs: int
@@ -95,12 +104,12 @@ class LaunchWork:
 
     @property
     def series(self) -> int:
-        """The longest walk: trips of innermost loops that one program makes, one after the other; 1 without a loop."""
+        """The most trips of innermost loops that one program makes in sequence, 1 without a loop."""
         return sum(loop.series for loop in self.loops) if self.loops else 1
 
 
 class _Arguments:
-    """Arguments and constants of a launch by name."""
+    """The arguments and constants of a launch, by name."""
 
     def __init__(self, launch: Launch):
         self._values = {**dict(zip(launch.kernel.arg_names, launch.arguments, strict=False)), **launch.constants}
@@ -116,24 +125,24 @@ class _Arguments:
         return value if isinstance(value, torch.Tensor) else None
 
     def row_bytes(self, *names: str) -> int:
-        """Bytes of one row of each of these tensors that is there, together."""
+        """Return the bytes of one row of all of these tensors that are present."""
         found = (self.tensor(name) for name in names)
         return sum(t.shape[-1] * t.element_size() for t in found if t is not None)
 
     def tile_bytes(self, rows: int, columns: int, *names: str) -> int:
-        """Bytes of a tile of each of these tensors that is there, together."""
+        """Return the bytes of a tile of all of these tensors that are present."""
         found = (self.tensor(name) for name in names)
         return sum(rows * columns * t.element_size() for t in found if t is not None)
 
 
 def _weights_read(at: _Arguments) -> float:
-    """The share of a packed weight that a tile reads: rows beyond the rank are left out where they are half of all."""
+    """Return the share of a packed weight that a tile reads. Rows beyond the rank are skipped if half are."""
     half_empty = at["PACKED"] and 2 * at["RANK"] <= at["BLOCK_R"]
     return at["RANK"] / at["BLOCK_R"] if half_empty else 1.0
 
 
 def _forward_whole(launch: Launch) -> LaunchWork:
-    """A program reduces its tiles of rows over all of d, then reads them once more and writes."""
+    """Describe the forward in one kernel: a program reduces its tiles over d, then reads them again and writes."""
     at = _Arguments(launch)
     rows, height, ranks = at["BLOCK_N"], at["height"], at["BLOCK_R"]
     (programs,) = launch.grid
@@ -157,7 +166,7 @@ def _forward_whole(launch: Launch) -> LaunchWork:
 def _forward_half(
     launch: Launch, weights: str, reads: Mapping[str, float], writes: set[str], again: bool
 ) -> LaunchWork:
-    """Half of a forward whose d is split between programs: one loop over a part of it, or one block at once."""
+    """Describe one kernel of the split forward: a loop over a part of d, or one block."""
     at = _Arguments(launch)
     rows, columns, ranks = at["BLOCK_N"], at["BLOCK_D"], at["BLOCK_R"]
     tiles, splits = launch.grid
@@ -213,7 +222,7 @@ def _backward_columns(launch: Launch) -> LaunchWork:
     each = ceil_div(tiles, parts)
     narrow = 2 * at.tile_bytes(rows, ranks, "p_narrow")
     loops = [Loop(each, at.tile_bytes(rows, columns, "p_grad", "p_out"), narrow)]
-    if at["NEED_DOWN"]:  # other programs, which sum da^T h over a part's rows
+    if at["NEED_DOWN"]:  # other programs sum da^T h over a part's rows
         loops.append(Loop(0, others=narrow))
     return LaunchWork(
         programs * parts,
@@ -239,7 +248,7 @@ def _backward_finish(launch: Launch) -> LaunchWork:
         loops += [Loop(parts, others=at["BLOCK_R"] * share * fp32, again=True)] * (padded // share)
         loops += [Loop(parts, again=True)] * at["HAS_UP_BIAS"]
     loops += [Loop(parts, again=True)] * at["NEED_UP_BIAS"]
-    loops += [Loop(0)] * at["NEED_DOWN_BIAS"]  # other programs
+    loops += [Loop(0)] * at["NEED_DOWN_BIAS"]  # other programs run it
     slab_read = 2 * at["RANK"] * at["D"] + padded * padded * blocks
     outputs = frozenset({"p_d_down", "p_d_up", "p_d_down_bias", "p_d_up_bias"})
     return LaunchWork(
@@ -252,7 +261,7 @@ def _backward_finish(launch: Launch) -> LaunchWork:
     )
 
 
-#: What the programs of each kernel do, by the kernel's name.
+#: Functions that describe the work of each kernel, by the kernel's name.
 _WORK: dict[str, Callable[[Launch], LaunchWork]] = {
     "post_block_fwd_kernel": _forward_whole,
     "post_block_fwd_down_kernel": _forward_down,
@@ -265,10 +274,10 @@ _WORK: dict[str, Callable[[Launch], LaunchWork]] = {
 
 
 def work(launch: Launch) -> LaunchWork:
-    """What the programs of `launch` do between them.
+    """Return the work of all programs of `launch`.
 
     Raises:
-        ValueError: a kernel that is not described here, or arguments other than the described ones.
+        ValueError: the kernel is not described here, or has other arguments.
     """
     name = launch.kernel.__name__
     if name not in _WORK:
@@ -282,17 +291,17 @@ def _tensors(launch: Launch) -> dict[str, torch.Tensor]:
 
 
 def l2_bytes(launch: Launch) -> float:
-    """Bytes that L2 sends to the multiprocessors."""
+    """Return the bytes that L2 sends to the multiprocessors."""
     done = work(launch)
     read = (item for item in _tensors(launch).items() if item[0] not in done.writes)
     return sum(tensor.nbytes * done.reads.get(name, 1) for name, tensor in read)
 
 
 def memory_bytes(launches: Sequence[Launch], target: str) -> list[float]:
-    """Bytes that each of the launches of a pass reads from device memory or writes to it, in order."""
+    """Return the bytes that each launch of a pass reads from or writes to device memory, in order."""
     l2 = ALL_TARGETS[target].l2
     found, touched = [], 0.0
-    seen: dict[int, float] = {}  # a tensor: bytes touched until it was last touched
+    seen: dict[int, float] = {}  # for each tensor the bytes touched until its last use
     for launch in launches:
         done = work(launch)
         total = 0.0
@@ -300,7 +309,7 @@ def memory_bytes(launches: Sequence[Launch], target: str) -> list[float]:
         for tensor in tensors.values():
             kept = id(tensor) in seen and touched - seen[id(tensor)] + tensor.nbytes <= _KEPT_IN_L2 * l2
             total += 0 if kept else tensor.nbytes
-        if done.in_flight > l2:  # walked back, a tile finds what was read last
+        if done.in_flight > l2:  # reading backwards finds the data read last
             lost = 1 - l2 / done.in_flight
             total += lost * sum(t.nbytes for name, t in hidden_states(launch).items() if name not in done.writes)
         touched += sum(tensor.nbytes for tensor in tensors.values())
@@ -310,8 +319,10 @@ def memory_bytes(launches: Sequence[Launch], target: str) -> list[float]:
 
 
 def wave_fill(programs: int, resident: int, multiprocessors: int) -> float:
-    """How full the waves of a grid are: its programs, over those that the waves which it takes could have held.
-    `resident`: the most programs that a multiprocessor holds at a time; fewer, if there are fewer, are a wave too."""
+    """Return how full the waves of a grid are: its programs over the most that its waves could hold.
+
+    `resident` is the most programs that a multiprocessor holds. A grid with fewer counts as one wave.
+    """
     most = multiprocessors * min(resident, ceil_div(programs, multiprocessors))
     return programs / (ceil_div(programs, most) * most)
 
@@ -321,14 +332,20 @@ def wave_fill(programs: int, resident: int, multiprocessors: int) -> float:
 
 @dataclass(frozen=True)
 class Clock:
-    """How fast a multiprocessor is. `hertz`: the boost clock. Latencies in cycles, from the issue of a load to its
-    result: `shared_latency` and `matrix_latency` (LDSM) of shared memory, `l2_latency`, `memory_latency` (under load),
-    `product_latency` of a tensor core's product. `fp32`, `integer`, `special`: cycles for which an instruction of one
-    warp occupies its pipe. `product`: the same of a 16 x 8 x 16 product in bf16. `barrier`: cycles that a barrier
-    costs. `l2_bandwidth`: bytes a second from L2 to all multiprocessors.
+    """The speed of a multiprocessor: clock, latencies, pipe widths and L2 bandwidth.
 
-    The latencies, widths and L2 bandwidths are those of published microbenchmarks (Citadel's of Volta and Turing and
-    their successors for A100 and H100; Chips and Cheese for L2), taken down from memory.
+    The latencies, widths and L2 bandwidths follow published microbenchmarks (Citadel's of Volta and Turing, their
+    successors for A100 and H100; Chips and Cheese for L2). They were written down from memory.
+
+    Attributes:
+        hertz: the boost clock.
+        shared_latency, matrix_latency: cycles from a load of shared memory (LDS, LDSM) to its result.
+        l2_latency, memory_latency: the same for L2, and for device memory under load.
+        product_latency: the same for a tensor core's product.
+        fp32, integer, special: cycles that a warp's instruction occupies its pipe.
+        product: the same for a 16 x 8 x 16 product in bf16.
+        barrier: cycles of a barrier.
+        l2_bandwidth: bytes a second from L2 to all multiprocessors.
     """
 
     hertz: float
@@ -352,7 +369,7 @@ CLOCKS = {
 _SHARED_PORT = 128  # bytes a cycle between a multiprocessor's pipes and its shared memory or L1
 _L2_PORT = 64  # bytes a cycle from L2 to one multiprocessor
 _SPECIAL_LATENCY = 20
-_OTHER_LATENCY = 12  # results that set a scoreboard and are none of the above
+_OTHER_LATENCY = 12  # for other results that set a scoreboard
 _OPERANDS_READ = 14  # cycles until a memory instruction has read its operands
 _WARPGROUP_TAIL = 28  # cycles of a warp group's product beyond those of its columns
 
@@ -367,10 +384,10 @@ _FREE = frozenset(
 
 
 def _occupies(instruction: Instruction, clock: Clock) -> tuple[str | None, int]:
-    """The pipe of a scheduler that an instruction occupies, and for how many cycles."""
+    """Return the scheduler's pipe that an instruction occupies, and for how many cycles."""
     name = instruction.name
     if name == "HMMA":
-        # Half the depth, half the time; tf32 has half the speed of bf16.
+        # Half the depth takes half the time. tf32 has half the speed of bf16.
         depth = re.search(r"HMMA\.168(\d+)", instruction.opcode)
         full = depth is None or int(depth.group(1)) >= (8 if "TF32" in instruction.opcode else 16)
         return "tensor", clock.product if full else clock.product // 2
@@ -389,8 +406,12 @@ def _occupies(instruction: Instruction, clock: Clock) -> tuple[str | None, int]:
 
 
 def issue_cycles(code: Sequence[Instruction], clock: Clock) -> int:
-    """The least cycles for which one warp's instructions occupy a scheduler: their number, or those of the busiest
-    pipe. Waiting is not counted."""
+    """Return the least cycles that one warp's instructions occupy a scheduler.
+
+    These are the number of instructions or the busiest pipe's cycles, whichever is larger.
+
+    Waiting is not counted.
+    """
     busy: collections.Counter[str | None] = collections.Counter({None: len(code)})
     for instruction in code:
         pipe, cycles = _occupies(instruction, clock)
@@ -403,17 +424,19 @@ def issue_cycles(code: Sequence[Instruction], clock: Clock) -> int:
 class _Warp:
     program: int
     scheduler: int
-    path: Sequence[tuple[int, bool, int]]  # instruction, whether its loads hit L2, the trip that it begins or -1
+    path: Sequence[
+        tuple[int, bool, int]
+    ]  # instruction, whether its loads hit L2, the number of the trip that begins here or -1
     step: int = 0
     ready: float = 0.0
     boards: list[float] = field(default_factory=lambda: [0.0] * 6)
-    groups: list[float] = field(default_factory=list)  # when each group of asynchronous copies is there
-    copying: float = 0.0  # when the copies since the last group are there
-    products: float = 0.0  # when the warp group's products are there
+    groups: list[float] = field(default_factory=list)  # when each group of asynchronous copies is complete
+    copying: float = 0.0  # when the copies since the last group are complete
+    products: float = 0.0  # when the warp group's products are complete
 
 
 class _Multiprocessor:
-    """Runs warps, one event at a time: each instruction is issued at the earliest time that everything allows."""
+    """Simulates warps on one multiprocessor. Each instruction is issued at the earliest possible time."""
 
     def __init__(self, code: Sequence[Instruction], clock: Clock, warps_per_program: int):
         self.code, self.clock, self.warps_per_program = code, clock, warps_per_program
@@ -443,7 +466,7 @@ class _Multiprocessor:
         return when
 
     def issue(self, warp: _Warp, now: float) -> list[_Warp]:
-        """Issue the warp's next instruction. Returns the warps that can go on: none, it, or those of a barrier."""
+        """Issue the warp's next instruction. Return the warps that can continue: none, this one, or a barrier's."""
         index, hits_l2, _ = warp.path[warp.step]
         instruction, clock = self.code[index], self.clock
         pipe, cycles = self._occupied[index]
@@ -503,20 +526,20 @@ class _Multiprocessor:
 
 
 def _allowed(instruction: Instruction) -> int | None:
-    """How many groups may be on their way still when a wait for groups is over, or None for other instructions."""
+    """Return how many groups may still be pending after a wait for groups, or None for other instructions."""
     waits = instruction.name == "DEPBAR" or instruction.opcode.startswith("WARPGROUP.DEPBAR")
     found = re.search(r"(?:SB0|gsb0), (0x[0-9a-f]+)", instruction.operands) if waits else None
     return int(found.group(1), 16) if found else None
 
 
-#: Trips of a loop that are timed; those beyond go on at the pace of the last two thirds of them.
+#: Trips of a loop that are simulated. The others continue at the pace of the last two thirds of these.
 _TIMED_TRIPS = 9
 _TIMED_OUTER_TRIPS = 3
 
 
 @dataclass(frozen=True)
 class MatchedLoop:
-    """A loop of the code, what `work` says of it, and the loops in it."""
+    """A loop of the code with its description from `work`, and its inner loops."""
 
     code: LoopCode
     described: Loop
@@ -529,7 +552,7 @@ class MatchedLoop:
 
 @dataclass(frozen=True)
 class Program:
-    """A compiled program: its instructions, its loops, and its warps."""
+    """A compiled program: its instructions, its loops and its number of warps."""
 
     code: tuple[Instruction, ...]
     loops: tuple[MatchedLoop, ...]
@@ -537,7 +560,7 @@ class Program:
 
     @property
     def innermost(self) -> Iterator[tuple[MatchedLoop, int]]:
-        """Innermost loops, each with the number of times that those around it, if there are any, run it."""
+        """Yield the innermost loops, each with the number of times that its outer loops run it."""
 
         def visit(loops: Sequence[MatchedLoop], times: int) -> Iterator[tuple[MatchedLoop, int]]:
             for loop in loops:
@@ -552,7 +575,7 @@ class Program:
         return self.code[loop.code.first : loop.code.last + 1]
 
     def loaded(self, loop: MatchedLoop) -> int:
-        """Bytes that a program's accesses of 128 bits read in a trip."""
+        """Return the bytes that a program's 128-bit accesses read in one trip."""
         loads = [i for i in self.body(loop) if i.name in ("LDG", "LDGSTS") and i.access_bytes == 16]
         return sum(i.access_bytes for i in loads) * _LANES * self.num_warps
 
@@ -560,10 +583,10 @@ class Program:
 def _match(
     code: Sequence[Instruction], found: Sequence[LoopCode], described: Sequence[Loop]
 ) -> tuple[MatchedLoop, ...]:
-    """The loops of the code with their descriptions, in order.
+    """Match the loops of the code with their descriptions, in order.
 
-    ptxas unrolls short loops: where the code has more loops than are described, one whose body has several times the
-    loads of the next is that loop unrolled, and the next takes the trips that are left over.
+    ptxas unrolls short loops. If the code has more loops than descriptions, a loop with several times the loads of the
+    next one is taken for its unrolled form, and the next loop runs the remaining trips.
 
     Raises:
         ValueError: the loops do not match.
@@ -595,10 +618,10 @@ _parse = functools.lru_cache(maxsize=256)(parse)
 
 
 def read_program(listing: str, name: str, loops: tuple[Loop, ...], num_warps: int) -> Program:
-    """The program in a listing of SASS, its loops matched with their description.
+    """Return the program in a SASS listing, with its loops matched to their descriptions.
 
     Raises:
-        ValueError: the code has other loops than the description, or one loads twice what is described or more.
+        ValueError: the code has other loops than described, or one loads at least twice the described bytes.
     """
     code = _parse(listing)
     found = find_loops(code)
@@ -618,7 +641,7 @@ def read_program(listing: str, name: str, loops: tuple[Loop, ...], num_warps: in
 
 
 def program_cycles(program: Program, programs: int, clock: Clock, again: bool = False) -> float:
-    """Cycles from the start of `programs` programs on one multiprocessor until the last of them is done."""
+    """Return the cycles until `programs` programs that start together on one multiprocessor are all done."""
     timed: dict[LoopCode, int] = {}
     matched: dict[LoopCode, MatchedLoop] = {}
 
@@ -630,7 +653,7 @@ def program_cycles(program: Program, programs: int, clock: Clock, again: bool = 
 
     limit(program.loops)
     path: list[tuple[int, bool, int]] = []
-    begins: list[LoopCode] = []  # the loop of each trip
+    begins: list[LoopCode] = []  # the loop that each trip belongs to
     first_of = {loop.first: loop for loop in timed}
     for index, loop in Walk(program.code, timed):
         hits = matched[loop].described.again if loop is not None and not loop.inner else again
@@ -671,10 +694,10 @@ def program_cycles(program: Program, programs: int, clock: Clock, again: bool = 
 def _rest(
     program: Program, begins: Sequence[LoopCode], marks: Sequence[Sequence[float]], timed: Mapping[LoopCode, int]
 ) -> float:
-    """Cycles of the trips that were not timed, at the pace of those that were."""
+    """Return the cycles of the loop trips that were not simulated, at the pace of the simulated ones."""
 
     def pace(loop: LoopCode) -> float:
-        """Mean cycles of a trip, the first third of each run of the loop left out."""
+        """Return the mean cycles of a trip, without the first third of each run of the loop."""
         starts = [trip for trip, begun in enumerate(begins) if begun == loop]
         spans = []
         for run in range(0, len(starts), timed[loop]):
@@ -686,7 +709,7 @@ def _rest(
         return sum(spans) / len(spans) if spans else 0.0
 
     def beyond(loops: Sequence[MatchedLoop]) -> float:
-        """What one run of these loops takes beyond what was timed."""
+        """Return the cycles of one run of these loops beyond the simulated trips."""
         total = 0.0
         for loop in loops:
             within = beyond(loop.inner)
@@ -700,13 +723,13 @@ def _rest(
 
 # ------------------------------------------------------------------------------------------------------- predictions
 
-#: The limits of a launch, in the order in which they are shown.
+#: The limits of a launch, in display order.
 LIMITS = ("memory", "l2", "issue", "host")
 
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds that each limit alone would take; of a launch, or of a pass."""
+    """The seconds that each limit alone would take, of a launch or a pass."""
 
     memory: float
     l2: float
@@ -715,14 +738,18 @@ class Times:
 
     @property
     def kernel(self) -> float:
-        """Seconds of a launch that has started."""
+        """The seconds of a launch after its start: the largest of the memory, L2 and issue times."""
         return max(self.memory, self.l2, self.issue)
 
 
 @dataclass(frozen=True)
 class LaunchPrediction:
-    """A launch on a GPU. `busy`: seconds that the instructions of its innermost loops take at least, with all
-    multiprocessors at work and nothing waited for. `fill`: how full its waves are, unequal programs counted."""
+    """The predicted times of a launch on a GPU.
+
+    Attributes:
+        busy: the least seconds of its innermost loops' instructions, with all multiprocessors busy and no waiting.
+        fill: how full its waves are, with unequal programs taken into account.
+    """
 
     kernel: str
     times: Times
@@ -731,14 +758,18 @@ class LaunchPrediction:
 
     @property
     def binds(self) -> str:
-        """The limit of the launch once it has started."""
+        """The name of the limit that decides the launch's time after its start: memory, l2 or issue."""
         return max(LIMITS[:3], key=lambda name: getattr(self.times, name))
 
 
 @dataclass(frozen=True)
 class PassPrediction:
-    """A pass on a GPU: its launches, its floor (each of its hidden states once through device memory), and what
-    follows. All in seconds."""
+    """The predicted times of a pass on a GPU, in seconds.
+
+    Attributes:
+        launches: its launches.
+        floor: the time to move each of its hidden states once through device memory.
+    """
 
     gpu: str
     launches: tuple[LaunchPrediction, ...]
@@ -746,7 +777,7 @@ class PassPrediction:
 
     @property
     def times(self) -> Times:
-        """Each limit's seconds, all launches together."""
+        """Each limit's seconds, summed over the launches."""
         found = [launch.times for launch in self.launches]
         return Times(*(sum(getattr(times, name) for times in found) for name in LIMITS))
 
@@ -756,12 +787,12 @@ class PassPrediction:
 
     @property
     def floors(self) -> float:
-        """How many times its floor the pass takes, starts of kernels left out: the floor has none either."""
+        """The ratio of the pass's time to its floor. Both are without the starts of kernels."""
         return sum(launch.times.kernel for launch in self.launches) / self.floor
 
     @property
     def binds(self) -> str:
-        """The limit that takes the longest: for how long each launch is bound by one, and the host."""
+        """The name of the limit that decides its launches' times for the longest time, the host included."""
         bound: dict[str, float] = dict.fromkeys(LIMITS, 0.0)
         for launch in self.launches:
             bound[launch.binds] += launch.times.kernel
@@ -777,19 +808,21 @@ def _cycles(
 
 
 def compiled_program(launch: Launch, target: str) -> Program:
-    """The program of a launch as it is compiled for `target`.
+    """Return the program of a launch, compiled for `target`.
 
     Raises:
-        ValueError: `work` does not describe it, or describes other loops.
-        RuntimeError: as `compile_launch`.
+        ValueError: `work` does not describe the kernel, or describes other loops.
+        RuntimeError: see `compile_launch`.
     """
     done = work(launch)
     return read_program(disassemble(launch, target), launch.kernel.__name__, done.loops, launch.schedule.num_warps)
 
 
 def busy_seconds(launch: Launch, target: str) -> float:
-    """Seconds for which the instructions of a launch's innermost loops, or all of them where it has none, occupy the
-    schedulers of all multiprocessors."""
+    """Return the seconds that the instructions of a launch's innermost loops occupy all schedulers.
+
+    Without a loop, all instructions count.
+    """
     done, program = work(launch), compiled_program(launch, target)
     clock = CLOCKS[target]
     if program.loops:
@@ -801,8 +834,7 @@ def busy_seconds(launch: Launch, target: str) -> float:
 
 
 def async_loads(launch: Launch, target: str) -> list[tuple[int, int]]:
-    """Accesses of 128 bits that read memory, in each innermost loop of a launch: asynchronous copies to shared memory,
-    and loads that a warp waits for."""
+    """Count the 128-bit accesses that read memory in each innermost loop: (asynchronous copies, plain loads)."""
     program = compiled_program(launch, target)
     found = []
     for loop, _ in program.innermost:
@@ -812,14 +844,14 @@ def async_loads(launch: Launch, target: str) -> list[tuple[int, int]]:
 
 
 def fill(launch: Launch, target: str) -> float:
-    """How full a launch's waves are, times the mean work of a program as a share of the longest's."""
+    """Return how full a launch's waves are, times a program's mean work as a share of the largest."""
     done = work(launch)
     resident = resident_programs(compile_launch(launch, target))
     return wave_fill(done.programs, resident, ALL_TARGETS[target].multiprocessors) * done.share
 
 
 def _issue_seconds(launch: Launch, target: str) -> float:
-    """Seconds of all waves of a launch's programs, by the cycle model."""
+    """Return the seconds of all waves of a launch's programs, by the cycle model."""
     done, clock, multiprocessors = work(launch), CLOCKS[target], ALL_TARGETS[target].multiprocessors
     resident = min(resident_programs(compile_launch(launch, target)), ceil_div(done.programs, multiprocessors))
     waves, rest = divmod(done.programs, resident * multiprocessors)
@@ -832,11 +864,11 @@ def _issue_seconds(launch: Launch, target: str) -> float:
 
 
 def predict(launches: Sequence[Launch], gpu: str) -> PassPrediction:
-    """What the launches of a pass take on `gpu`, one of `GPUS`.
+    """Predict the times of a pass's launches on `gpu`, one of `GPUS`.
 
     Raises:
         ValueError: an unknown GPU, or a kernel that `work` does not describe.
-        RuntimeError: as `compile_launch`.
+        RuntimeError: see `compile_launch`.
     """
     if gpu not in GPUS:
         raise ValueError(f"gpu is {gpu!r}; expected one of {', '.join(GPUS)}")

@@ -1,7 +1,7 @@
-"""Ops that torch.compile and torch.export keep as one node of a graph: `register` adds one to `torch.ops.fused_steer`.
+"""Register ops in `torch.ops.fused_steer` that torch.compile and torch.export keep as one node of a graph.
 
-torch.library.custom_op does the same, but wraps the function in layers that take the host longer than a layer's kernels
-take the GPU. Here the dispatcher calls the function itself, where nothing but a device's kernel comes after autograd.
+torch.library.custom_op does the same, but its wrappers take more host time than a layer's kernels take GPU time. Here
+the dispatcher calls the function directly if only a device's kernel comes after autograd.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 _LIBRARY = torch.library.Library("fused_steer", "FRAGMENT")
 _BELOW_AUTOGRAD = torch._C._after_autograd_keyset
-#: The keys of a plain tensor on a device: no mode, no tracing and no subclass wants to see the call.
+#: The dispatch keys of a plain tensor on a device, without modes, tracing or subclasses.
 _OF_A_DEVICE = {DispatchKeySet(getattr(DispatchKey, name)).raw_repr() for name in ("CPU", "CUDA", "XPU")}
 
 _DESCRIBING = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
 
 
 def is_described(tensor: Tensor) -> bool:
-    """Whether an eager call on `tensor` is described instead of run, so that it has to go through its registered op:
-    fake and meta tensors have no values, and make_fx writes the call down.
+    """Return whether an eager call on `tensor` has to go through its registered op.
+
+    This holds for fake and meta tensors, which have no values, and under make_fx, which records the call.
 
     Raises:
         RuntimeError: torch.jit.trace is recording.
@@ -39,17 +40,18 @@ def is_described(tensor: Tensor) -> bool:
 def register(
     schema: str, run: Callable[..., Any], fake: Callable[..., Any], differentiate: Callable[..., Any] | None
 ) -> Callable[..., Any]:
-    """Define `torch.ops.fused_steer.<name>`.
+    """Define the op `torch.ops.fused_steer.<name>`.
 
     Args:
-        schema: the name, and in PyTorch's notation what it takes and returns; all of it positional.
-        run: the op, on any device. What it returns shares no memory with what it was given.
-        fake: what the results are like, from tensors that have no values.
-        differentiate: called in place of `run` where a gradient is asked for: a result with a gradient, or an error.
-            None for an op that is called where none is: the dispatcher then passes autograd by without a Python call.
+        schema: the op's name, arguments and results in PyTorch's notation, all positional.
+        run: the implementation for any device. Its results share no memory with its arguments.
+        fake: returns results of the right shape and dtype, from tensors without values.
+        differentiate: called in place of `run` if a gradient is required. It returns a result with a gradient, or
+            raises. None for an op that is never differentiated; the dispatcher then skips autograd without a Python
+            call.
 
     Returns:
-        The op without autograd: what `differentiate` may call.
+        The op without autograd, which `differentiate` may call.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -67,7 +69,7 @@ def register(
                 return differentiate(*inputs)
             below = keys & _BELOW_AUTOGRAD
             if below.raw_repr() in _OF_A_DEVICE:
-                return run(*inputs)  # what the dispatcher would call next
+                return run(*inputs)  # the dispatcher would call it next
             with torch._C._AutoDispatchBelowAutograd():
                 return op.redispatch(below, *inputs)
 

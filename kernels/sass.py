@@ -1,8 +1,8 @@
-"""Reads NVIDIA machine code (SASS): instructions with their scheduling hints, loops, a program's path.
+"""Read NVIDIA machine code (SASS): instructions with their scheduling hints, loops, and a warp's path.
 
-Every instruction of sm_70 and later carries what ptxas decided about its timing: how many cycles the warp waits before
-its next instruction, which of six scoreboards the instruction sets when its result is there (write) or its operands are
-free (read), and which of them it waits for. `kernels/predict.py` times programs with these.
+Every instruction of sm_70 and later encodes its timing as ptxas chose it: the cycles until the warp's next instruction,
+which of six scoreboards it sets when its result is ready (write) or its operands are free (read), and which it waits
+for. `kernels/predict.py` times programs with these.
 """
 
 from __future__ import annotations
@@ -23,8 +23,13 @@ _NO_SCOREBOARD = 7
 
 @dataclass(frozen=True)
 class Instruction:
-    """One instruction. `stall`: cycles until the warp's next one; `sets` and `frees`: the scoreboard of its result and
-    of its operands, or None; `waits`: the scoreboards that it waits for."""
+    """One machine instruction with its scheduling hints.
+
+    Attributes:
+        stall: cycles until the warp's next instruction.
+        sets, frees: the scoreboards of its result and of its operands, or None.
+        waits: the scoreboards that it waits for.
+    """
 
     address: int
     predicate: str
@@ -46,7 +51,7 @@ class Instruction:
 
     @cached_property
     def target(self) -> int | None:
-        """The address that a branch goes to. A call that does not return counts as one: ptxas leaves loops by it."""
+        """The address that a branch goes to, or None. A call without return counts: ptxas leaves loops by it."""
         if self.name != "BRA" and not self.opcode.startswith("CALL.REL.NOINC"):
             return None
         found = _ADDRESS.search(self.operands)
@@ -54,7 +59,7 @@ class Instruction:
 
     @property
     def access_bytes(self) -> int:
-        """Bytes that a memory instruction moves for each thread."""
+        """The bytes that a memory instruction moves for each thread."""
         for bits in (256, 128, 64):
             if f".{bits}" in self.opcode:
                 return bits // 8
@@ -65,7 +70,7 @@ class Instruction:
 
 @dataclass(frozen=True)
 class LoopCode:
-    """A loop: the positions of its first and last instruction, the last being the branch back, and the loops in it."""
+    """A loop in the code: the positions of its first and last instruction (the branch back), and its inner loops."""
 
     first: int
     last: int
@@ -73,15 +78,15 @@ class LoopCode:
 
     @property
     def shape(self) -> str:
-        """The nesting in brackets: a loop with two loops in it is [[][]]."""
+        """The nesting in brackets. A loop with two inner loops is [[][]]."""
         return f"[{''.join(loop.shape for loop in self.inner)}]"
 
 
 def parse(text: str) -> tuple[Instruction, ...]:
-    """The instructions in a listing of `cuobjdump -sass`.
+    """Return the instructions in a listing of `cuobjdump -sass`.
 
     Raises:
-        ValueError: there are none, or one has no second half.
+        ValueError: there is no instruction, or one has no second half.
     """
     found: list[Instruction] = []
     first = None
@@ -115,11 +120,11 @@ def parse(text: str) -> tuple[Instruction, ...]:
 
 
 def find_loops(code: Sequence[Instruction]) -> tuple[LoopCode, ...]:
-    """The loops of a program, outermost ones in order of their addresses: what branches back to an earlier address."""
+    """Return the loops of a program, outermost ones in order of address. A loop is a branch to an earlier address."""
     position = {instruction.address: index for index, instruction in enumerate(code)}
     last_of: dict[int, int] = {}
     for index, instruction in enumerate(code):
-        # The branch to itself behind a program's end is padding.
+        # A branch to itself after a program's end is padding.
         if instruction.target is not None and instruction.target < instruction.address:
             last_of[position[instruction.target]] = index
     spans = sorted(last_of.items(), key=lambda span: (span[0], -span[1]))
@@ -137,11 +142,11 @@ def find_loops(code: Sequence[Instruction]) -> tuple[LoopCode, ...]:
 
 
 class Walk:
-    """The instructions that a warp executes, for a number of trips of each loop.
+    """The instructions that a warp executes, for a given number of trips of each loop.
 
-    Which way a conditional branch goes cannot be read from the code. It goes on (it guards a rare case, or a loop
-    without a trip) unless only its target leads to the next loop that has trips; a loop is left when its trips are
-    done. A conditional EXIT ends the program only as a loop's way out.
+    The code does not tell which way a conditional branch goes. The walk falls through (the branch guards a rare case,
+    or a loop without trips) unless only the branch's target leads to the next loop with trips. A loop ends after its
+    trips. A conditional EXIT ends the program only if it is a loop's exit.
     """
 
     def __init__(self, code: Sequence[Instruction], trips: dict[LoopCode, int]):
@@ -153,7 +158,7 @@ class Walk:
             raise ValueError(f"trips are given for {len(trips)} loops; expected one for each loop of the code")
 
     def __iter__(self) -> Iterator[tuple[int, LoopCode | None]]:
-        """Positions of instructions in the order of their execution, each with the innermost loop around it."""
+        """Yield positions of instructions in the order of execution, each with its innermost loop."""
         yield from self._run(0, len(self._code), self._loops, None)
 
     def _all(self, loops: Sequence[LoopCode]) -> Iterator[LoopCode]:
@@ -162,7 +167,7 @@ class Walk:
             yield from self._all(loop.inner)
 
     def _next(self, index: int) -> tuple[int, ...]:
-        """Where a program may go on after the instruction at `index`, first choice first."""
+        """Return the positions that may follow the instruction at `index`, the first choice first."""
         instruction = self._code[index]
         if instruction.target is not None:
             target = self._position[instruction.target]
@@ -172,7 +177,7 @@ class Walk:
         return (index + 1,)
 
     def _leads_to(self, start: int, goal: int, end: int, avoided: set[int]) -> bool:
-        """Whether a way forward leads from `start` to `goal`, which lies before `end`."""
+        """Return whether a path forward leads from `start` to `goal` before `end`."""
         pending, seen = [start], set()
         while pending:
             index = pending.pop()
@@ -187,7 +192,7 @@ class Walk:
     def _run(
         self, index: int, end: int, loops: Sequence[LoopCode], around: LoopCode | None
     ) -> Iterator[tuple[int, LoopCode | None]]:
-        """From `index` to before `end`, or to the program's end; `loops` are those on the way."""
+        """Walk from `index` to before `end`, or to the program's end. `loops` are the loops on the way."""
         wanted = [loop for loop in loops if self._trips[loop]]
         avoided = {loop.first for loop in loops if not self._trips[loop]}
         while index < end:
@@ -222,8 +227,7 @@ class Walk:
                     break
 
     def _way_out(self, loop: LoopCode) -> int:
-        """The instruction that leaves a loop after its last trip: the branch back not taken, or the last one before it
-        that can go elsewhere."""
+        """Return the instruction that leaves a loop after its last trip: the branch back, or the last earlier exit."""
         if self._code[loop.last].conditional:
             return loop.last
         for index in range(loop.last - 1, loop.first - 1, -1):
@@ -231,12 +235,10 @@ class Walk:
             leaves = instruction.target is not None and self._position[instruction.target] > loop.last
             if instruction.conditional and (leaves or instruction.name == "EXIT"):
                 return index
-        raise ValueError(
-            f"the loop at {self._code[loop.first].address:#x} has no way out; expected a branch or an EXIT"
-        )
+        raise ValueError(f"the loop at {self._code[loop.first].address:#x} has no exit; expected a branch or an EXIT")
 
     def _after(self, loop: LoopCode) -> int:
-        """Where a program goes on after a loop."""
+        """Return the position after a loop."""
         way_out = self._way_out(loop)
         instruction = self._code[way_out]
         if way_out == loop.last:

@@ -1,11 +1,13 @@
-"""How a launch is laid out: block sizes, programs and warps, chosen from shape and device. The one place for it.
+"""Choose the layout of each launch: block sizes, programs and warps, from shape and device.
 
-The forward has two forms. *One kernel*: a program owns a tile of rows and all of d; it reads the tile to reduce
-a = x W1ᵀ, then reads it again, from L2, to write x + δ. Programs walk the tiles. The rows of a tile are counted out
-(`forward_schedule`): few enough that the tiles in flight fit in L2, enough that the weights, which each tile reads, do
-not bind, and as many as make the waves whole. *Two kernels*, where too few tiles would fill the device, as in decoding,
-and at ranks whose weights do not fit in registers: the first reduces, the second writes, and both split d between
-programs.
+The forward has two forms.
+
+*One kernel*: a program owns a tile of rows and all of d. It reads the tile to reduce a = x W1ᵀ, then reads it again
+from L2 to write x + δ. Programs loop over the tiles. `forward_schedule` chooses the rows of a tile: few enough that the
+tiles in flight fit in L2, enough that reading the weights for each tile is not the limit, and so that waves are full.
+
+*Two kernels*, if there are too few tiles to fill the device, as in decoding, or if a high rank's weights do not fit in
+registers. The first reduces, the second writes, and both split d between programs.
 """
 
 from __future__ import annotations
@@ -17,8 +19,8 @@ from typing import Protocol
 import torch
 
 MAX_RANK = 256
-MAX_SPLITS = 32  # of the reduction over d: each program that writes adds up the partial sums of all of them
-FEW_TOKENS = 64  # up to so many, d is always split
+MAX_SPLITS = 32  # of the reduction over d; each writing program adds up all partial sums
+FEW_TOKENS = 64  # up to this many, d is always split
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -31,49 +33,54 @@ def next_power_of_2(n: int) -> int:
 
 @dataclass(frozen=True)
 class Device:
-    """What a schedule has to know of a device. `gpu` is Triton's name of the vendor, or "cuda7" for NVIDIA's GPUs
-    before sm_80, which have no tf32; `l2` is in bytes."""
+    """The properties of a device that schedules depend on.
+
+    Attributes:
+        gpu: Triton's name of the vendor, or "cuda7" for NVIDIA GPUs before sm_80, which have no tf32.
+        multiprocessors: their number.
+        l2: the size of L2 in bytes.
+    """
 
     gpu: str
     multiprocessors: int
     l2: int
 
 
-#: The targets that every kernel is compiled for ahead of time, by their common name.
+#: The targets that every kernel is compiled for ahead of time, by common name.
 TARGETS: dict[str, Device] = {
     "sm_80": Device("cuda", 108, 40 << 20),  # A100
     "sm_90": Device("cuda", 132, 50 << 20),  # H100
     "sm_100": Device("cuda", 148, 126 << 20),  # B200
-    "gfx942": Device("hip", 304, 256 << 20),  # MI300X; its memory-side Infinity Cache plays L2's part here
+    "gfx942": Device("hip", 304, 256 << 20),  # MI300X; its memory-side Infinity Cache serves as L2 here
 }
 
-#: Smaller cards that kernels are compiled for too, without a promise of speed: `aot.CANNOT` says what they lack.
+#: Smaller cards that kernels are also compiled for, without a promise of speed. `aot.CANNOT` lists what they lack.
 SMALLER_TARGETS: dict[str, Device] = {
     "sm_75": Device("cuda7", 40, 4 << 20),  # T4
     "sm_86": Device("cuda", 82, 6 << 20),  # RTX 3090
     "sm_89": Device("cuda", 128, 72 << 20),  # RTX 4090
 }
 
-#: For the interpreter: small, so that tiles are walked and columns are split at test sizes too.
+#: The interpreter's device. It is small, so that tests at small sizes also loop over tiles and split columns.
 _INTERPRETED_DEVICE = Device("cuda", 4, 1 << 20)
 
 
-#: How many times faster than device memory L2 is; and the time of a forward's instructions, by the rows of a tile, in
-#: that of N·d through device memory. They put layouts in order, and are rough. By `predict.CLOCKS` and datasheets L2 is
-#: 1.3 times (H200), 1.8 times (H100) and 2.5 times (A100 with 80 GB) as fast. `predict`'s issue times at rank 8, N =
-#: d = 4096, are 2.5 and 2.0 for tiles of 16 and 32 rows on that A100, 2.8 and 2.4 on H100; of 64 rows, a tile of rank
-#: 64, 2.9 and 2.7, where L2 takes longer.
+#: Rough constants that rank layouts. _L2_SPEED: how many times faster L2 is than device memory. _ISSUE: the time of a
+#: forward's instructions by the rows of a tile, in units of N·d through device memory. By `predict.CLOCKS` and
+#: datasheets L2 is 1.3 (H200), 1.8 (H100) and 2.5 (A100 with 80 GB) times as fast. `predict`'s issue times at rank 8
+#: and N = d = 4096 are 2.5 and 2.0 for tiles of 16 and 32 rows on that A100, 2.8 and 2.4 on H100. For 64 rows at rank
+#: 64 they are 2.9 and 2.7, where L2 takes longer.
 _L2_SPEED = 1.65
 _ISSUE = {16: 2.5, 32: 2.0, 64: 2.0}
 
 
 @functools.cache
 def describe_device(device: torch.device) -> Device:
-    """The description of a PyTorch device."""
+    """Return the description of a PyTorch device."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         gpu = "hip" if torch.version.hip else "cuda" if properties.major >= 8 else "cuda7"
-        # ROCm reports one die's L2, of 4 MiB; see TARGETS.
+        # ROCm reports the L2 of one die, 4 MiB; see TARGETS.
         l2 = TARGETS["gfx942"].l2 if gpu == "hip" else properties.L2_cache_size
         return Device(gpu, properties.multi_processor_count, l2)
     if device.type == "xpu":
@@ -83,7 +90,7 @@ def describe_device(device: torch.device) -> Device:
 
 
 class Layout(Protocol):
-    """What a launch has to know of its layout: the kernel's block sizes by name, warps, stages."""
+    """The properties of a layout that a launch needs: block sizes by name, warps and stages."""
 
     @property
     def constants(self) -> dict[str, int]: ...
@@ -95,7 +102,7 @@ class Layout(Protocol):
 
 @dataclass(frozen=True)
 class Blocks:
-    """A `Layout` of block sizes alone."""
+    """A `Layout` with fixed block sizes."""
 
     constants: dict[str, int]
     num_warps: int
@@ -104,9 +111,16 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Schedule:
-    """A launch's layout. `programs` own or walk tiles of `block_n` rows; `splits` divide the other axis (columns in the
-    forward, rows in `columns`, ranks in `finish`) into parts of at most `part` elements. `groups`: see `_groups`.
-    `height`: rows of a tile in the backward's rows kernel, at most `block_n`."""
+    """The layout of a launch: the size of a tile, and the number of programs, parts, warps and stages.
+
+    Attributes:
+        block_n, block_d, block_r: the tile's rows, columns and ranks.
+        programs: the number of programs along the tiles.
+        splits: the number of parts of the other axis: columns in the forward, rows in `columns`, ranks in `finish`.
+        part: the most elements of such a part.
+        groups: see `_groups`.
+        height: rows of a tile in the backward's rows kernel, at most `block_n`.
+    """
 
     block_n: int
     block_d: int
@@ -127,7 +141,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class VectorSchedule(Schedule):
-    """The same of the forward at rank 0, whose kernel knows no ranks."""
+    """The layout of the forward at rank 0. Its kernel has no BLOCK_R."""
 
     @property
     def constants(self) -> dict[str, int]:
@@ -137,8 +151,13 @@ class VectorSchedule(Schedule):
 
 @dataclass(frozen=True)
 class ForwardSchedule:
-    """Layout of the forward in one kernel. `programs` walk tiles of `height` <= `block_n` rows, in blocks of `block_d`
-    columns in `groups` and `num_stages` when reducing, of `block_d2` and `num_stages2` when writing."""
+    """The layout of the forward in one kernel.
+
+    Attributes:
+        height: rows of a tile, at most `block_n`. `programs` loop over the tiles.
+        block_d, groups, num_stages: columns, their groups and stages when reducing.
+        block_d2, num_stages2: columns and stages when writing.
+    """
 
     block_n: int
     height: int
@@ -161,7 +180,7 @@ class ForwardSchedule:
 
 
 def padded_rank(rank: int) -> int:
-    """The rank's extent in registers: a power of two and at least 16, which is what `tl.dot` takes; 0 stays 0."""
+    """Return the rank's extent in registers: a power of two of at least 16, as `tl.dot` requires. 0 stays 0."""
     return max(16, next_power_of_2(rank)) if rank else 0
 
 
@@ -170,16 +189,16 @@ _RANKS = (0, 16, 32, 64, 128, 256)
 
 
 def _wide(rows: int, columns: int, warps: int, itemsize: int, gpu: str) -> bool:
-    """Whether a tile has 16 bytes for each thread: with fewer, its accesses are narrower than 128 bits."""
+    """Return whether a tile has 16 bytes for each thread. With fewer, accesses are narrower than 128 bits."""
     lanes = 64 if gpu == "hip" else 32
     return rows * columns * itemsize >= 16 * lanes * warps
 
 
-#: Rows, columns reduced and written at a time, warps, stages of both loops, programs on a multiprocessor.
+#: Rows, columns when reducing, columns when writing, warps, stages of both loops, programs on a multiprocessor.
 _ForwardTile = tuple[int, int, int, int, int, int, int]
 
 # fmt: off
-#: The forward's tiles in one kernel, by vendor, bytes of an element, and padded rank: those to choose from.
+#: Candidate tiles of the forward in one kernel, by vendor, bytes of an element, and padded rank.
 _FORWARD_TILES: dict[tuple[str, int], dict[int, tuple[_ForwardTile, ...]]] = {
     ("cuda", 2): {
         16: ((16, 256, 128, 4, 3, 3, 1), (16, 512, 256, 8, 3, 3, 1), (32, 256, 256, 8, 3, 3, 1)),
@@ -196,12 +215,12 @@ _FORWARD_TILES: dict[tuple[str, int], dict[int, tuple[_ForwardTile, ...]]] = {
         16: ((16, 128, 128, 4, 2, 2, 2),), 32: ((16, 128, 128, 4, 2, 2, 2),), 64: ((16, 128, 128, 4, 2, 2, 2),),
     },
 }
-#: The same where the kernel reads the parameters and converts them, which costs registers: the columns written at a
-#: time, warps and stages in place of the tile's. The rest stays, so that the sums are those of packed weights.
+#: Replacements for a kernel that reads and converts the parameters, which takes registers: columns when writing, warps
+#: and stages. The rest is unchanged, so that sums equal those of packed weights.
 _CONVERTING: dict[tuple[str, int], dict[int, tuple[int, int, int]]] = {
     ("cuda", 2): {16: (256, 8, 3), 32: (128, 8, 3), 64: (64, 8, 2)},
 }
-#: The forward's tiles in two kernels, for few tokens, by vendor, kernel and bytes of an element.
+#: Tiles of the forward in two kernels, for few tokens, by vendor, kernel and bytes of an element.
 _SPLIT_TILES: dict[tuple[str, str, int], dict[int, _Tile]] = {
     ("cuda", "down", 2): {
         16: (16, 128, 4, 3), 32: (16, 128, 4, 3), 64: (16, 256, 8, 2), 128: (16, 128, 8, 2), 256: (16, 64, 4, 2),
@@ -228,25 +247,28 @@ _SPLIT_TILES: dict[tuple[str, str, int], dict[int, _Tile]] = {
         16: (16, 128, 4, 2), 32: (16, 128, 4, 2), 64: (16, 128, 4, 2), 128: (16, 64, 4, 2), 256: (16, 16, 8, 2),
     },
 }
-#: The same for many tokens, where the rank is too wide for one kernel.
+#: The same for many tokens, if the rank is too high for one kernel.
 _WIDE_TILES: dict[tuple[str, str, int], dict[int, _Tile]] = {
     ("cuda", "down", 2): {128: (64, 64, 8, 3), 256: (64, 32, 8, 2)},
     ("cuda", "up", 2): {128: (64, 64, 8, 3), 256: (32, 64, 8, 2)},
 }
-#: For a d that no power of two from 64 up divides: masks and scalar accesses cost registers.
+#: For a d that no power of two from 64 up divides. Masks and scalar accesses take registers.
 _RAGGED_FORWARD: dict[str, dict[int, _Tile]] = {
     "cuda": {16: (16, 32, 8, 2), 32: (16, 32, 8, 2), 64: (16, 32, 8, 2), 128: (16, 32, 8, 2), 256: (16, 16, 8, 1)},
     "hip": {16: (16, 32, 4, 1), 32: (16, 32, 8, 2), 64: (16, 16, 4, 2), 128: (16, 16, 8, 2), 256: (16, 16, 8, 2)},
 }
-#: A steering vector's tile by vendor, and the same for a ragged d.
+#: A steering vector's tile by vendor, and one for a ragged d.
 _VECTOR_TILES: dict[str, _Tile] = {"cuda": (16, 256, 8, 1), "hip": (16, 256, 4, 1)}
 _RAGGED_VECTOR_TILE: _Tile = (16, 32, 4, 1)
 # fmt: on
 
 
 def _groups(rows: int, columns: int, block_r: int, warps: int, itemsize: int, device: Device) -> int:
-    """In how many groups the forward sums a block's columns: one for each warp where rows and ranks are too few to give
-    each warp work of its own, and 1 elsewhere. A group has 16 columns at least, which is what `tl.dot` takes."""
+    """Return the number of groups in which the forward sums a block's columns.
+
+    It is one for each warp if rows and ranks are too few to give each warp its own work, else 1. A group has at least
+    16 columns, as `tl.dot` requires.
+    """
     if device.gpu != "cuda" or itemsize > 2 or rows * block_r > 32 * 64:
         return 1
     return max(1, min(warps, columns // 16))
@@ -257,7 +279,10 @@ def _vendor(device: Device) -> str:
 
 
 def _narrowed(tile: _Tile, ragged: _Tile, hidden: int, itemsize: int, gpu: str) -> _Tile:
-    """`tile`, its columns halved until they divide d, with twice the rows where it is then not `_wide`; or `ragged`."""
+    """Return `tile` with its columns halved until they divide d, or `ragged` if they do not.
+
+    The rows double if the narrower tile is not `_wide`.
+    """
     rows, columns, warps, stages = tile
     narrow = columns
     while narrow > 64 and hidden % narrow:
@@ -272,7 +297,7 @@ def _narrowed(tile: _Tile, ragged: _Tile, hidden: int, itemsize: int, gpu: str) 
 
 @functools.lru_cache(maxsize=4096)
 def vector_schedule(tokens: int, hidden: int, itemsize: int, device: Device) -> VectorSchedule:
-    """Layout of the forward at rank 0: elementwise, every block is a program's."""
+    """Return the layout of the forward at rank 0. It is elementwise, with one block for each program."""
     block_n, block_d, warps, stages = _narrowed(
         _VECTOR_TILES[_vendor(device)], _RAGGED_VECTOR_TILE, hidden, itemsize, device.gpu
     )  # fmt: skip
@@ -281,10 +306,10 @@ def vector_schedule(tokens: int, hidden: int, itemsize: int, device: Device) -> 
 
 
 def _parts(tiles: int, blocks: int, slots: int, most: int) -> int:
-    """Blocks in a part, of `blocks` in all, with which programs on `slots` places have the shortest walk."""
+    """Return the number of blocks in a part that gives programs on `slots` places the shortest time."""
 
     def walked(part: int) -> int:
-        # Two blocks' time is what a program takes to start and to end.
+        # A program's start and end take the time of about two blocks.
         return ceil_div(tiles * ceil_div(blocks, part), slots) * (part + 2)
 
     return min({ceil_div(blocks, splits) for splits in range(1, min(blocks, most) + 1)}, key=lambda p: (walked(p), -p))
@@ -294,7 +319,7 @@ def _parts(tiles: int, blocks: int, slots: int, most: int) -> int:
 def forward_splits(
     tokens: int, hidden: int, rank: int, itemsize: int, device: Device
 ) -> tuple[Schedule, Schedule] | None:
-    """Layouts of the forward's two kernels, the reducing and the writing one; None where one kernel does both."""
+    """Return the layouts of the forward's reducing and writing kernels, or None if one kernel does both."""
     block_r, vendor = padded_rank(rank), _vendor(device)
     few = tokens <= FEW_TOKENS or 2 * ceil_div(tokens, 16) <= device.multiprocessors
     if not few and block_r in _FORWARD_TILES[vendor, itemsize]:
@@ -318,19 +343,23 @@ def forward_splits(
 def forward_schedule(
     tokens: int, hidden: int, rank: int, itemsize: int, device: Device, packed: bool = True, widened: bool = False
 ) -> ForwardSchedule:
-    """Layout of the forward's one kernel for N = `tokens`, d = `hidden`, elements of `itemsize` bytes, with `packed`
-    weights or parameters, and operands that are `widened` to fp32's size or not.
+    """Return the layout of the forward in one kernel, the fastest by a count of its traffic and arithmetic.
 
-    Of the tiles, programs and rows that are possible, those with the least time by count, in units of N·d: what moves
-    through device memory (three, and two more as far as the second read misses L2), what moves through L2 (the tile's
-    four reads, and the weights' for each tile), and what is computed on rows that are padding; over the share of the
-    device that the waves fill.
+    The count, in units of N·d, is the largest of three numbers, divided by the share of the device that the waves fill.
+    Device memory: three, and two more for the part of the second read that misses L2. L2: the tile's four reads, and
+    the weights for each tile. Arithmetic: all rows, padding included.
+
+    Args:
+        tokens, hidden: N and d.
+        itemsize: bytes of an element.
+        packed: whether weights are packed.
+        widened: whether operands are widened to fp32's size.
     """
     block_r, vendor = padded_rank(rank), _vendor(device)
     best = None
     first, *others = _FORWARD_TILES[vendor, itemsize][block_r]
-    # The first fits every d and dtype; the registers of the others suffice for whole blocks and narrow operands. Of
-    # tiles that count the same, those are faster.
+    # The first tile fits every d and dtype. The others have enough registers only for whole blocks and narrow operands.
+    # Of tiles with equal counts, they are faster.
     fitting = [tile for tile in others if hidden % tile[1] == 0 and not widened]
     for rows, columns, columns2, warps, stages, stages2, resident in (*fitting, first):
         ragged = _RAGGED_FORWARD[vendor][block_r]
@@ -338,7 +367,7 @@ def forward_schedule(
             (rows, columns, warps, stages), ragged, hidden, itemsize, device.gpu
         )
         groups = 1 if hidden % block_d else _groups(block_n, block_d, block_r, warps, itemsize, device)
-        # Widened operands take as many registers as converted ones, which at rank 64 are too many.
+        # Widened operands take as many registers as converted ones, which is too many at rank 64.
         converting = _CONVERTING.get((vendor, itemsize), {}).get(block_r)
         if hidden % block_d:
             stages2 = stages
@@ -376,8 +405,8 @@ def forward_schedule(
 CROSS_RANK = 64  # the side of a tile of daᵀ h, which one program sums in registers
 
 # fmt: off
-#: The backward's tiles by vendor, kernel and form of the operands, one for each padded rank of `_RANKS`: "bf16", "tf32"
-#: (of fp16), and "fp32" (three parts of tf32, or plain fp32).
+#: The backward's tiles by vendor, kernel and operand form, one for each padded rank of `_RANKS`. The forms are "bf16",
+#: "tf32" (for fp16) and "fp32" (three parts of tf32, or plain fp32).
 _BACKWARD_TILES: dict[tuple[str, str, str], tuple[_Tile, ...]] = {
     ("cuda", "rows", "bf16"): (
         (16, 256, 4, 2), (32, 256, 4, 3), (32, 256, 4, 3), (64, 128, 8, 4), (64, 64, 8, 3), (32, 64, 8, 3),
@@ -429,7 +458,7 @@ _RAGGED_BACKWARD_TILES: dict[tuple[str, str], tuple[_Tile, ...]] = {
 
 
 def _backward_tile(kernel: str, hidden: int, block_r: int, policy: str, device: Device) -> _Tile:
-    """The tile of `kernel` with operands of the form that `dot_precision` calls `policy`; see `_narrowed`."""
+    """Return the tile of `kernel` for operands of `policy`, a name of `dot_precision`. See `_narrowed`."""
     vendor, rank = _vendor(device), _RANKS.index(block_r)
     form = policy if (vendor, kernel, policy) in _BACKWARD_TILES else "fp32"
     ragged = _RAGGED_BACKWARD_TILES[vendor, kernel][rank]
@@ -439,11 +468,13 @@ def _backward_tile(kernel: str, hidden: int, block_r: int, policy: str, device: 
 
 @functools.lru_cache(maxsize=4096)
 def rows_schedule(tokens: int, hidden: int, rank: int, policy: str, device: Device) -> Schedule:
-    """Layout of the backward's first kernel, which reduces over d: a program reads its `block_n` rows once, and all of
-    W2'. `policy`: the form of the operands, as `dot_precision` names it."""
+    """Return the layout of the backward's rows kernel, which reduces over d.
+
+    A program reads its `block_n` rows once, and all of W2'. `policy` is the operand form, a name of `dot_precision`.
+    """
     block_r = padded_rank(rank)
     block_n, block_d, warps, stages = _backward_tile("rows", hidden, block_r, policy, device)
-    # As many rows of a tile as make the waves whole. Of programs with eight warps a multiprocessor may hold two only.
+    # The rows of a tile make the waves whole. A multiprocessor may hold only two programs of eight warps.
     waves = ceil_div(tokens, device.multiprocessors * block_n)
     waves += waves % 2 if waves > 1 else 0
     height = max(min(16, block_n), ceil_div(tokens, waves * device.multiprocessors))
@@ -456,34 +487,39 @@ def rows_schedule(tokens: int, hidden: int, rank: int, policy: str, device: Devi
 
 @functools.lru_cache(maxsize=4096)
 def columns_schedule(tokens: int, hidden: int, rank: int, policy: str, device: Device) -> Schedule:
-    """Layout of the backward's second kernel, which reduces over tokens: a program owns `block_d` columns of a part of
-    the rows (every `splits`-th tile), keeps its weights and its sums in registers, and writes the sums to a slab.
-    The parts are chosen so that the programs, those of daᵀ h among them, fill the multiprocessors in whole waves."""
+    """Return the layout of the backward's columns kernel, which reduces over tokens.
+
+    A program owns `block_d` columns of a part of the rows (every `splits`-th tile). It keeps its weights and sums in
+    registers, and writes the sums to a slab. The parts are chosen so that all programs, those of daᵀ h included, fill
+    the multiprocessors in whole waves.
+    """
     block_r = padded_rank(rank)
     block_n, block_d, warps, stages = _backward_tile("columns", hidden, block_r, policy, device)
     blocks, tiles = ceil_div(hidden, block_d), ceil_div(tokens, block_n)
     a_part = blocks + (ceil_div(block_r, CROSS_RANK) ** 2 if rank else 0)
-    at_once = 8 // warps * device.multiprocessors  # what the registers of a multiprocessor hold: eight warps
+    at_once = 8 // warps * device.multiprocessors  # a multiprocessor's registers hold eight warps
 
     def time(parts: int) -> int:
-        # In tiles: what one program walks, and what its start, its slab and the adding of it cost.
+        # In tiles: the loop of one program, its start, its slab and the adding of the slab.
         return ceil_div(a_part * parts, at_once) * (ceil_div(tiles, parts) + 3)
 
-    # Of programs with four warps there may be room for a third on a multiprocessor: a second wave would not be whole.
+    # A multiprocessor may have room for a third program of four warps, so a second wave would not be whole.
     waves = 2 if warps > 4 else 1
     parts = min(range(1, max(1, min(tiles, waves * at_once // a_part)) + 1), key=time)
     return Schedule(block_n, block_d, block_r, blocks, parts, ceil_div(tiles, parts) * block_n, warps, stages)
 
 
 def column_passes(schedule: Schedule, hidden: int) -> tuple[tuple[bool, bool], ...]:
-    """(dx and dW2', dW1) of each launch of the columns kernel: one, as long as both gradients fit in registers."""
+    """Return (dx and dW2', dW1) for each launch of the columns kernel: one launch if both fit in registers."""
     most = 32 if hidden % schedule.block_d else 64  # masks cost registers
     return ((True, True),) if schedule.block_r <= most else ((True, False), (False, True))
 
 
 @functools.lru_cache(maxsize=4096)
 def finish_schedule(hidden: int, rank: int) -> Schedule:
-    """Layout of the backward's last kernel, which adds the slabs: `programs` blocks of columns, `splits` tiles of
-    `block_r` ranks. `block_n`: the sums of da that are added at a time."""
+    """Return the layout of the backward's last kernel, which adds the slabs.
+
+    `programs` are blocks of columns, `splits` tiles of `block_r` ranks. `block_n` sums of da are added at a time.
+    """
     block_d = 64 if rank > 16 else 32
     return Schedule(64, block_d, 16, ceil_div(hidden, block_d), max(1, ceil_div(rank, 16)), 16, 4, 3)

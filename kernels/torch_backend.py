@@ -1,8 +1,7 @@
-"""The `torch` backend of `post_block`: the op in plain PyTorch, as fast and as thrifty as that can be.
+"""The `torch` backend of `post_block`: the op in plain PyTorch, for any device and dtype.
 
-Same maths, same hand-written backward and same saved tensors as the Triton kernels; runs on any device and dtype,
-float64 included (all arithmetic is then float64, else float32). It is tested like the kernels, against the definition
-in `tests/support/ops.py`, the oracle of every test.
+It has the maths, the hand-written backward and the saved tensors of the Triton kernels. Arithmetic is float64 for
+float64 inputs, else float32. It is tested like the kernels, against the definition in `tests/ops.py`.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from .contract import Gradients, Needs, Operands
 
 _aten = torch.ops.aten
 
-#: name -> (φ, (∂L/∂φ(a), a) -> ∂L/∂a), on tensors of any floating dtype.
+#: name -> (φ, (∂L/∂φ(a), a) -> ∂L/∂a), for tensors of any floating dtype.
 ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
     "identity": (lambda a: a, lambda dz, a: dz),
     "silu": (F.silu, _aten.silu_backward),
@@ -30,21 +29,22 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tenso
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of all arithmetic for a hidden state of `dtype`: float64 for float64, else float32."""
+    """Return the dtype of all arithmetic for a hidden state of `dtype`: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _strength(scale: float | Tensor, gain: Tensor | None, acc: torch.dtype) -> float | Tensor:
-    """s · g: a float, a 0-dim tensor, or (N, 1)."""
+    """Return the strength times gain, s · g, as a float, a 0-dim tensor, or (N, 1)."""
     if isinstance(scale, Tensor):
         scale = scale.to(acc)
     return scale if gain is None else scale * gain.reshape(-1, 1).to(acc)
 
 
 def _scaled(values: Tensor, strength: float | Tensor) -> Tensor:
-    """strength · values, with 0 · anything = 0: a token of zero gain stays as it is though its adapter overflow.
+    """Return strength · values, with 0 · anything = 0: a token of zero gain is unchanged if its adapter overflows.
 
-    The values themselves, not a copy, where the strength is 1."""
+    If the strength is 1, it returns the values themselves, not a copy.
+    """
     if isinstance(strength, float):
         if strength == 1.0:
             return values
@@ -53,22 +53,25 @@ def _scaled(values: Tensor, strength: float | Tensor) -> Tensor:
 
 
 def _unless_zero(weights: Tensor, strength: float | Tensor) -> Tensor:
-    """The weights, or zeros where the strength of every token is 0: a product of zeros with an infinity is NaN."""
+    """Return the weights, or zeros if every token's strength is 0. Zero times infinity would be NaN."""
     if isinstance(strength, float):
         return weights if strength else torch.zeros_like(weights)
     return torch.where((strength != 0).any(), weights, weights.new_zeros(()))
 
 
 def _finite(weights: Tensor, strength: float | Tensor) -> Tensor:
-    """The weights for a product with factors that are 0 where the strength is: 0 for those that are not finite. Where
-    the factor is not 0, the output has shown them already."""
+    """Return the weights with 0 for values that are not finite.
+
+    They are multiplied by factors that are 0 where the strength is 0. Where a factor is not 0, the output is not finite
+    already, so nothing is hidden.
+    """
     if isinstance(strength, float):
         return weights if strength else torch.zeros_like(weights)
     return torch.nan_to_num(weights, 0.0, 0.0, 0.0)
 
 
 def forward(residual: Tensor, branch: Tensor | None, operands: Operands, keep_a: bool) -> tuple[Tensor, Tensor | None]:
-    """The forward pass of `post_block`. Returns `out` and `a` (N, r), None unless kept."""
+    """Compute the forward pass of `post_block`. Return `out` and `a` (N, r), which is None unless kept."""
     down, up, down_bias, up_bias, gain, _, scale, activation, _ = operands
     dtype = residual.dtype if branch is None else torch.promote_types(residual.dtype, branch.dtype)
     acc = accumulation_dtype(dtype)
@@ -77,14 +80,14 @@ def forward(residual: Tensor, branch: Tensor | None, operands: Operands, keep_a:
 
     x = residual.to(acc) if branch is None else residual.to(acc) + branch.to(acc)
     x = x.contiguous()
-    # Without branch, cast and copy x is the caller's tensor, and `out` one of its own. No result is a view: autograd
-    # refuses to have one changed in place.
+    # Without branch, cast or copy x is the caller's tensor, so `out` needs its own memory. No result is a view, because
+    # autograd refuses in-place changes of views.
     own = branch is not None or residual.dtype != acc or not residual.is_contiguous()
     out = x if own else torch.empty_like(x, memory_format=torch.contiguous_format)
-    x, rows = x.view(-1, hidden), out.view(-1, hidden)  # rows: of `out`
+    x, rows = x.view(-1, hidden), out.view(-1, hidden)  # rows: a view of `out`
     a = None
-    # −δ as one matrix product. It is subtracted, because x − (+0) is x bit for bit even where x is −0; the column of
-    # ones against zeros makes a zero of it a +0. `factors` (N, r + 2), `weights` (d, r + 2).
+    # −δ is one matrix product. It is subtracted, because x − (+0) is x bit for bit even if x is −0. The column of ones
+    # times zeros turns a −0 product into +0. `factors`: (N, r + 2). `weights`: (d, r + 2).
     factors, weights = [x.new_ones(x.shape[0], 1)], [x.new_zeros(hidden, 1)]
     if down is not None and up is not None:
         a = torch.mm(x, down.to(acc).t())
@@ -99,15 +102,15 @@ def forward(residual: Tensor, branch: Tensor | None, operands: Operands, keep_a:
     left, right = torch.cat(factors, 1), torch.cat(weights, 1).t()
     minus_delta = torch.mm(left, right) if own else torch.mm(left, right, out=rows)
     if gain is not None and isinstance(strength, Tensor):
-        minus_delta.masked_fill_(strength == 0, 0.0)  # whatever the adapter overflowed to
+        minus_delta.masked_fill_(strength == 0, 0.0)  # even if the adapter overflowed
     torch.sub(x, minus_delta, out=rows)
     return out.to(dtype), a if keep_a else None
 
 
 def backward(grad: Tensor, out: Tensor | None, a: Tensor | None, operands: Operands, needs: Needs) -> Gradients:
-    """The backward pass of `post_block`, by hand. The gradient of `up` is that of W2', the projected one.
+    """Compute the backward pass of `post_block` by hand. The gradient of `up` is that of the projected W2'.
 
-    Instead of recomputing x = out − s·g·u over N × d, its share of dW1 = daᵀx is taken off in r × r products.
+    dW1 = daᵀx is computed from `out`. The share of s·g·u is subtracted in r × r products, without recomputing x.
     """
     down, up, _, up_bias, gain, _, scale, activation, _ = operands
     acc = accumulation_dtype(grad.dtype)
@@ -122,10 +125,10 @@ def backward(grad: Tensor, out: Tensor | None, a: Tensor | None, operands: Opera
         up = up.to(acc)
         phi_a = phi(a)
         if needs.up:
-            # As an r x d product: BLAS is several times slower at the d x r one.
+            # an r x d product, because BLAS is several times slower for d x r
             result.up = torch.mm(_scaled(phi_a, strength).t(), g).t().contiguous()
         if needs.x or needs.down or needs.down_bias or needs.row_dot:
-            gz = torch.mm(g, up.t().contiguous().t())  # BLAS is quicker so, and up is small
+            gz = torch.mm(g, up.t().contiguous().t())  # faster in BLAS, and up is small
             if needs.row_dot:
                 row_dot = (phi_a * gz).sum(1)
             if needs.x or needs.down or needs.down_bias:

@@ -1,8 +1,8 @@
-"""Compiles launches for GPUs in a process of its own, where kernels are not interpreted. Prints a JSON line for each.
+"""Compiles launches for GPUs in a subprocess, where kernels are not interpreted. Prints a JSON line for each.
 
-Reads cases from standard input: a JSON list of [target, dtype, hidden, rank, tokens, flags]; those whose
-flags have writers are of `project_out` (with rank 0, of `column_space`), those that have slots of `post_block_grouped`,
-the others of `post_block`. Cases that share a kernel have it compiled once.
+Reads cases from standard input: a JSON list of [target, dtype, hidden, rank, tokens, flags]. The flags select the op:
+with writers `project_out` (`column_space` at rank 0), with slots `post_block_grouped`, otherwise `post_block`. A kernel
+that several cases share is compiled once.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
-"""Counts what the budgets of the kernels are about, in a process of its own, where kernels are not interpreted.
+"""Counts the kernels' instructions and bytes for test_budgets.py in a subprocess, where kernels are not interpreted.
 
-Reads a JSON list of [target, hidden, rank, tokens] from standard input, in bfloat16 with packed weights. Prints a JSON
-line for each launch. Cases of one target and rank, which share kernels, are one job.
+Reads a JSON list of [target, hidden, rank, tokens] from standard input; all are bfloat16 with packed weights. Prints a
+JSON line for each launch. Cases with the same target and rank share kernels, so they form one job.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Running the command inside a test, and what a refusal of it looks like."""
+"""Helpers that run the command `fused-steer` in a test and check its refusals."""
 
 import pytest
 from typer.testing import CliRunner
@@ -8,7 +8,7 @@ from fused_steer.cli import app
 
 @pytest.fixture(autouse=True)
 def plain_output(monkeypatch):
-    """As in a pipe of 200 columns: typer would colour its help on CI, and the environment may ask for it."""
+    """Make the command print as to a pipe of 200 columns, without colours, which typer uses on CI."""
     for name in ("FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NO_COLOR", "1")
@@ -20,7 +20,7 @@ def invoke(*arguments):
 
 
 def assert_refused(result, *parts):
-    """One line on stderr, exit code 1, and nothing that looks like a traceback."""
+    """Check that the command was refused: one line on stderr with all of `parts`, exit code 1, no traceback."""
     assert result.exit_code == 1, result.output
     assert result.stderr.count("\n") == 1 and result.stderr.startswith("fused-steer: "), result.stderr
     assert "Traceback" not in result.output

@@ -1,4 +1,4 @@
-"""Compiles kernels for GPUs that need not be there, in a process where Triton does not interpret them."""
+"""Compiles kernels for GPUs ahead of time, in a subprocess where Triton does not interpret them."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def run_compiling(worker: str, cases: list[list]) -> list[dict]:
-    """The lines that a worker, a file beside this one, prints for these cases; it uses all cores."""
+    """Run a worker script of this folder on the cases, on all cores; return its output, an entry per line."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, str(Path(__file__).with_name(worker)), str(os.cpu_count())]
     done = subprocess.run(command, input=json.dumps(cases), env=environment, capture_output=True, text=True)

@@ -1,13 +1,14 @@
-"""Where the tests run: with a GPU, on it; without one, in Triton's interpreter, and models on the torch backend.
+"""Selects the hardware and the backend of the tests; defines fixtures for all of them.
 
-Both are fixed before the package is imported, as Triton decides at import whether kernels are interpreted.
+With a GPU the tests run on it. Without one, kernels run in Triton's interpreter and models on the torch backend. This
+is decided before the package is imported, because Triton decides at import whether kernels are interpreted.
 """
 
 import importlib.util
 import os
 from collections.abc import Iterator
 
-# Tests are small; a second thread for a small matrix costs more than it does, and on a busy machine far more.
+# The tests' matrices are small: a second thread costs more time than it saves, especially on a busy machine.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -22,7 +23,7 @@ if not HAS_GPU:
 
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
 if HAS_VLLM:
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; its default is a large part of the memory
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; the default is a large part of the memory
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -32,9 +33,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and not HAS_GPU:
-            item.add_marker(pytest.mark.skip(reason="needs a GPU; its kernels are interpreted and compiled instead"))
+            item.add_marker(pytest.mark.skip(reason="needs a GPU; other tests interpret and compile the kernels"))
         if item.get_closest_marker("vllm") and not HAS_VLLM:
-            item.add_marker(pytest.mark.skip(reason="needs vLLM, in an environment of its own: see docs/serving.md"))
+            item.add_marker(pytest.mark.skip(reason="needs vLLM, in a separate environment: see docs/serving.md"))
 
 
 @pytest.fixture(
@@ -45,7 +46,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     ]
 )
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
-    """Each backend of the op in turn, as the device to run it on."""
+    """Select each backend of the op in turn; return the device to run it on."""
     if request.param == "interpreter" and HAS_GPU:
         pytest.skip("kernels are compiled here, not interpreted")
     monkeypatch.setenv("FUSED_STEER_BACKEND", "torch" if request.param == "torch" else "triton")
@@ -54,7 +55,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(request: pytest.FixtureRequest) -> Iterator[None]:
-    """In every test that runs kernels `torch.empty` gives NaN, so that an element that no kernel writes is seen."""
+    """Fill `torch.empty` with NaN in every test that runs kernels, so that an element that no kernel writes shows."""
     runs_kernels = "device" in request.fixturenames
     if runs_kernels:
         torch.use_deterministic_algorithms(True)

@@ -1,4 +1,4 @@
-"""An exception at a chosen line of the package, as a user's Ctrl-C or a full disk may raise one."""
+"""Raises an exception at a chosen line of the package, as Ctrl-C or a full disk can."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Line = tuple[str, int]
 
 
 class Injected(KeyboardInterrupt):
-    """The exception: no `except Exception` catches it."""
+    """The injected exception. `except Exception` does not catch it."""
 
 
 def _trace(run: Callable[[], Any], visit: Callable[[Line], None]) -> Any:
@@ -39,14 +39,14 @@ def _trace(run: Callable[[], Any], visit: Callable[[Line], None]) -> Any:
 
 
 def lines_of(run: Callable[[], Any]) -> list[Line]:
-    """The lines of the package that `run` executes, each once, in the order in which it comes to them."""
+    """Return the lines of the package that `run` executes, each once, in order of their first execution."""
     found: dict[Line, None] = {}
     _trace(run, lambda line: found.setdefault(line))
     return list(found)
 
 
 def raise_at(line: Line, run: Callable[[], Any]) -> bool:
-    """Run, and raise `Injected` when a line is come to for the first time. Returns whether it was."""
+    """Run, and raise `Injected` when `line` is reached for the first time. Return whether it was reached."""
     hit = False
 
     def visit(here: Line) -> None:
@@ -64,7 +64,7 @@ def raise_at(line: Line, run: Callable[[], Any]) -> bool:
 
 @contextlib.contextmanager
 def within(seconds: float) -> Iterator[None]:
-    """An error in place of a wait without end, such as for a lock that nobody gives back. For the main thread."""
+    """Raise an error if the `with` block takes longer than `seconds`, for instance in a deadlock. Main thread only."""
 
     def ring(*_: Any) -> None:
         raise TimeoutError(f"still waiting after {seconds} s")

@@ -1,4 +1,4 @@
-"""Adapters of other codes, as the tests of several importers need them."""
+"""Helpers for the tests of the importers, which read adapters of other codes."""
 
 import os
 from pathlib import Path
@@ -25,7 +25,7 @@ def files(directory: Path) -> dict[str, bytes]:
 
 
 class Hostile:
-    """Its unpickling would make a directory."""
+    """A malicious object: unpickling it would make a directory."""
 
     def __init__(self, made: Path) -> None:
         self.made = made
@@ -35,7 +35,7 @@ class Hostile:
 
 
 def shown(result: Any) -> dict[str, str]:
-    """The table's rows."""
+    """Return the rows of the table that the command printed: label -> value."""
     assert result.exit_code == 0, result.output
     rows = (line.strip(" │|").split("│") for line in result.stdout.splitlines() if "│" in line)
     return {cells[0].strip(): cells[1].strip() for cells in rows}

@@ -1,4 +1,4 @@
-"""Which hardware the tests run on."""
+"""Detects the hardware that the tests run on."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Tiny random models, and the reference that steered ones are held against: plain forward hooks and autograd."""
+"""Tiny random models, and the reference for steered models: plain forward hooks with autograd."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-# Handing these models to a second thread costs more than they do: on a busy machine, a hundredfold.
+# For these tiny models a second thread costs more time than it saves: on a busy machine, a hundredfold.
 torch.set_num_threads(1)
 
 VOCABULARY, HIDDEN, LAYERS = 64, 32, 3
@@ -36,7 +36,7 @@ _SIZES = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
-    "initializer_range": 0.2,  # large enough for logits that differ
+    "initializer_range": 0.2,  # large enough that logits differ clearly
     "pad_token_id": 0,
     "bos_token_id": None,
     "eos_token_id": None,
@@ -44,7 +44,7 @@ _SIZES = {
 _EIGHT_WIDE_HEADS = {"head_dim": 8}
 _WITHOUT_GROUPED_HEADS = {"num_key_value_heads": None}
 
-#: name -> model type and what its config has beyond the common sizes (None: what it has not).
+#: name -> model type, and its config's fields beside the common sizes (None removes a common size).
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "mistral": ("mistral", {}),
@@ -68,7 +68,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def build(family: str = "llama", seed: int = 0, **overrides: Any) -> PreTrainedModel:
-    """A model of the family with random weights, the same for each seed; fp32, in eval mode."""
+    """Build a model of the family with random weights from `seed`, in float32 and eval mode."""
     model_type, own = FAMILIES[family]
     fields = {name: value for name, value in {**_SIZES, **own}.items() if value is not None or name.endswith("_id")}
     torch.manual_seed(seed)
@@ -76,7 +76,7 @@ def build(family: str = "llama", seed: int = 0, **overrides: Any) -> PreTrainedM
 
 
 def classifier(family: str = "llama", seed: int = 0, cls: Any = AutoModelForSequenceClassification) -> PreTrainedModel:
-    """A model of the family with a head of random weights, by default one of three classes; in eval mode."""
+    """Build a model of the family with a random head, by default a classifier of three classes, in eval mode."""
     config = build(family).config
     config.num_labels = 2 if cls is AutoModelForQuestionAnswering else 3
     torch.manual_seed(seed)
@@ -88,7 +88,7 @@ def tokens(seed: int = 0, batch: int = 2, length: int = 9) -> Tensor:
 
 
 def build_frozen(family: str = "llama", **overrides: Any) -> PreTrainedModel:
-    """As patching leaves its base: PyTorch may multiply by a matrix that needs a gradient in another order."""
+    """Build a frozen model, as patching leaves it. PyTorch may multiply frozen matrices in another order."""
     return build(family, **overrides).requires_grad_(False)
 
 
@@ -98,7 +98,7 @@ def logits(model: nn.Module) -> Tensor:
 
 
 def generate(model: PreTrainedModel, **options: Any) -> tuple[Tensor, Tensor]:
-    """Six greedy tokens: the whole sequences, and the logits of each step."""
+    """Generate six greedy tokens; return the whole sequences and the logits of each step."""
     options |= {"return_dict_in_generate": True, "output_logits": True}
     output = model.generate(tokens(), max_new_tokens=6, do_sample=False, **options)
     return output.sequences, torch.stack(output.logits)
@@ -107,12 +107,12 @@ def generate(model: PreTrainedModel, **options: Any) -> tuple[Tensor, Tensor]:
 def gradients(
     model: nn.Module, parameters: Mapping[str, Tensor], draws: int = DRAWS, **options: Any
 ) -> dict[str, Tensor]:
-    """The parameters' gradients of the language-modelling loss, for several draws of tokens: (draws, ...) each."""
+    """Compute the gradients of the language-modelling loss for several draws of tokens: (draws, ...) per parameter."""
     found: dict[str, list[Tensor]] = {name: [] for name in parameters}
     for seed in range(draws):
         for parameter in parameters.values():
             parameter.grad = None
-        torch.manual_seed(seed)  # of dropout
+        torch.manual_seed(seed)  # the same dropout each time
         model(tokens(seed), labels=tokens(seed), **options).loss.backward()
         for name, parameter in parameters.items():
             found[name].append(parameter.grad)
@@ -120,24 +120,24 @@ def gradients(
 
 
 def input_gradient(model: PreTrainedModel, **options: Any) -> Tensor:
-    """The gradient of the embedded tokens: what a frozen model without adapters has to show of a backward pass."""
+    """Compute the gradient of the embedded tokens: the only gradient of a frozen model without adapters."""
     found = []
     for seed in range(DRAWS):
         embedded = model.get_input_embeddings()(tokens(seed)).detach().requires_grad_()
-        torch.manual_seed(seed)  # of dropout
+        torch.manual_seed(seed)  # the same dropout each time
         model(inputs_embeds=embedded, labels=tokens(seed), **options).loss.backward()
         found.append(embedded.grad)
     return torch.stack(found)
 
 
 def steering_parameters(model: nn.Module, adapter: str = "default") -> dict[str, nn.Parameter]:
-    """An adapter's parameters by path, without the adapter's name: `model.layers.0.post_block.steer_up.weight`."""
+    """Return an adapter's parameters by path, without its name: `model.layers.0.post_block.steer_up.weight`."""
     named = ((name.split(f".{adapter}."), p) for name, p in model.named_parameters() if ".post_block." in name)
     return {".".join(parts): p for parts, p in named if len(parts) == 2}
 
 
 def randomize(model: nn.Module, adapter: str = "default", seed: int = 1) -> dict[str, nn.Parameter]:
-    """Give all parameters of an adapter random values, so that it does something."""
+    """Give all parameters of an adapter random values, so that it changes the model's output."""
     generator = torch.Generator().manual_seed(seed)
     parameters = steering_parameters(model, adapter)
     assert parameters
@@ -148,9 +148,11 @@ def randomize(model: nn.Module, adapter: str = "default", seed: int = 1) -> dict
 
 
 class Hooked:
-    """The reference: a copy of an unpatched model whose blocks are steered by forward hooks, all else left to autograd.
+    """The reference: a copy of an unpatched model, steered by forward hooks and differentiated by autograd.
 
-    leaves: copies of the given adapter parameters, by the same names; states: by layer's path, what its hook made last.
+    Attributes:
+        leaves: copies of the adapter's parameters, by the same names.
+        states: the last output of each layer's hook, by the layer's path.
     """
 
     def __init__(
@@ -170,10 +172,10 @@ class Hooked:
             self.model.get_submodule(path).register_forward_hook(self._hook(path))
 
     def double(self) -> Hooked:
-        """The same in float64, as far as the model's own code stays in it: the truth."""
+        """Return this model in float64, as the truth. Parts of a model's own code may still use less."""
         base = copy.deepcopy(self.base).double()
         if hasattr(base, "set_experts_implementation"):
-            base.set_experts_implementation("eager")  # grouped products have no float64
+            base.set_experts_implementation("eager")  # the grouped products do not support float64
         leaves = {name: leaf.double() for name, leaf in self.leaves.items()}
         return Hooked(base, leaves, scale=self.scale, activation=self.activation)
 
@@ -198,12 +200,12 @@ class Hooked:
 
 Result = Tensor | Mapping[str, Tensor]
 
-#: The relative difference that rounding in float32 may make of the same sums in another order.
+#: The relative difference allowed to float32 sums in another order.
 ROUNDING = 1e-6
 
 
 def _kinds(result: Result) -> dict[str, Tensor]:
-    """One vector for a parameter of all layers: a bias of 4 numbers may nearly cancel in one layer, and not in all."""
+    """Concatenate each kind of parameter over all layers. A short bias may nearly cancel in one layer, not in all."""
     if isinstance(result, Tensor):
         return {"": result.detach().double().flatten()}
     kinds: dict[str, list[Tensor]] = {}
@@ -213,7 +215,7 @@ def _kinds(result: Result) -> dict[str, Tensor]:
 
 
 def difference(actual: Result, expected: Result) -> dict[str, float]:
-    """‖actual − expected‖ / ‖expected‖ by kind of parameter; of one tensor, under the name ""."""
+    """Compute ‖actual − expected‖ / ‖expected‖ by kind of parameter; a single tensor has the name ""."""
     of, to = _kinds(actual), _kinds(expected)
     assert of.keys() == to.keys() and of
     assert all(truth.isfinite().all() and truth.norm() > 0 for truth in to.values())
@@ -221,10 +223,10 @@ def difference(actual: Result, expected: Result) -> dict[str, float]:
 
 
 def assert_close(actual: Result, expected: Result, *, unsteered: Sequence[Result] | None = None) -> None:
-    """Equal but for rounding.
+    """Assert that two results are equal up to rounding.
 
-    unsteered: where PyTorch or transformers may compute a model in two ways, the unsteered model's results in the same
-    two ways; twice the difference between them is allowed.
+    unsteered: the unsteered model's results in two ways, if PyTorch or transformers may compute the model in either.
+    Twice the difference between them is allowed.
     """
     _assert_same_form(actual, expected)
     bound = ROUNDING + (2 * max(difference(*unsteered).values()) if unsteered else 0.0)
@@ -233,7 +235,7 @@ def assert_close(actual: Result, expected: Result, *, unsteered: Sequence[Result
 
 
 def assert_no_worse(actual: Result, hooked: Result, truth: Result) -> None:
-    """The error is at most twice that of plain hooks in the same dtype, plus that of rounding."""
+    """Assert that the error is at most twice that of plain hooks in the same dtype, plus rounding."""
     _assert_same_form(actual, hooked)
     errors, bounds = difference(actual, truth), difference(hooked, truth)
     for kind, error in errors.items():
@@ -252,7 +254,10 @@ def _assert_same_form(actual: Result, expected: Result) -> None:
 def assert_as_exact_as_hooks(
     model: nn.Module, parameters: Mapping[str, Tensor], hooked: Hooked, truth: Hooked | None = None
 ) -> None:
-    """Logits and gradients of a steered model. The truth, unless given, is the hooked model in float64."""
+    """Assert that logits and gradients of a steered model are as exact as with hooks.
+
+    The truth, unless given, is the hooked model in float64.
+    """
     truth = truth or hooked.double()
     assert_no_worse(*map(logits, (model, hooked.model, truth.model)))
     pairs = (model, parameters), (hooked.model, hooked.leaves), (truth.model, truth.leaves)
@@ -260,18 +265,18 @@ def assert_as_exact_as_hooks(
 
 
 def skip_without_add_adapter() -> None:
-    """Skip a test of `model.add_adapter` or `load_adapter` where transformers wants a newer PEFT than is installed.
+    """Skip a test of `model.add_adapter` or `load_adapter` if transformers needs a newer PEFT than is installed.
 
-    Nothing of ours is in between: transformers 5.24 wants PEFT 0.22.
+    transformers 5.24, for instance, needs PEFT 0.22 for these methods.
     """
     from transformers.integrations.peft import MIN_PEFT_VERSION
 
     if Version(metadata.version("peft")) < Version(MIN_PEFT_VERSION):
-        pytest.skip(f"this transformers adds adapters by PEFT {MIN_PEFT_VERSION} or later alone")
+        pytest.skip(f"this transformers needs PEFT {MIN_PEFT_VERSION} or later to add adapters")
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:
-    """All of a model that patching may touch: what must be the same after unpatching, or after a refusal."""
+    """Record everything of a model that patching may change. It must be the same after unpatching or a refusal."""
     modules = {
         path: (type(module), sorted(vars(module)), _hooks(module._forward_hooks), _hooks(module._forward_pre_hooks))
         for path, module in model.named_modules()
@@ -286,11 +291,11 @@ def _hooks(hooks: Mapping[int, Any]) -> list[Any]:
 
 @contextlib.contextmanager
 def refused(error: type[BaseException], *parts: str, model: nn.Module | None = None) -> Iterator[None]:
-    """What is done inside is refused by one line that says all of `parts`, and leaves `model` as it was."""
+    """Assert that the `with` block raises a one-line error with all of `parts` and leaves `model` unchanged."""
     before = snapshot(model) if model is not None else None
     with pytest.raises(error) as caught:
         yield
-    message = caught.value.args[0]  # not str(): that of a KeyError is quoted
+    message = caught.value.args[0]  # not str(), because str() of a KeyError has quotes
     assert "\n" not in message
     missing = [part for part in parts if part not in message]
     assert not missing, f"{missing} not in {message!r}"

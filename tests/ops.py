@@ -1,7 +1,7 @@
-"""The op written down twice more for the tests: its definition, with autograd; and inputs for it.
+"""The op's definition in plain PyTorch with autograd, and random inputs for it.
 
-`definition` in float64 is the truth; in the model's dtype it is the unfused PyTorch hook that the fused op must not be
-worse than.
+`definition` in float64 is the truth. In the model's dtype it is the unfused PyTorch hook, and the fused op's error is
+measured against its error.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -26,7 +26,7 @@ PHI = {
 
 @dataclass(frozen=True)
 class Inputs:
-    """Operands of one call. `basis` is a constant of it; the rest may require gradients."""
+    """The operands of one call. All but `basis` may require gradients."""
 
     residual: Tensor
     branch: Tensor | None = None
@@ -46,7 +46,7 @@ class Inputs:
         return replace(self, **{name: function(value) for name, value in self.tensors().items()})
 
     def leaves(self, dtype: torch.dtype | None = None) -> "Inputs":
-        """Detached copies that require gradients, with their strides; all cast to `dtype` where one is given."""
+        """Copy the operands as leaves that require gradients, with the same strides; cast them to `dtype` if given."""
 
         def leaf(t: Tensor) -> Tensor:
             copy = t.detach().to(dtype) if dtype else t.detach().as_strided(t.size(), t.stride(), t.storage_offset())
@@ -68,7 +68,7 @@ def make_inputs(
     basis: int = 3,
     seed: int = 0,
 ) -> Inputs:
-    """Fresh random operands for a hidden state of `shape`, (..., d): the shift about as large as the state."""
+    """Draw random operands for a hidden state of `shape`, (..., d). The shift is about as large as the state."""
     generator = torch.Generator().manual_seed(seed)
     hidden = shape[-1]
 
@@ -90,12 +90,12 @@ def make_inputs(
 
 
 def make_draws(count: int, *shape: int, **options: Any) -> list[Inputs]:
-    """Several calls, to be judged together: a gradient of few numbers may nearly cancel in any one of them."""
+    """Draw the operands of several calls, to pool their errors: a small gradient may nearly cancel in a single call."""
     return [make_inputs(*shape, **options, seed=seed) for seed in range(count)]
 
 
 def definition(inputs: Inputs, activation: str) -> Tensor:
-    """The formula of the op, in the dtype of its operands, differentiated by autograd."""
+    """Compute the op by its formula, in the dtype of its operands."""
     x = inputs.residual if inputs.branch is None else inputs.residual + inputs.branch
     u: Tensor | float = 0.0
     if inputs.down is not None:
@@ -113,13 +113,13 @@ def definition(inputs: Inputs, activation: str) -> Tensor:
 
 
 def round_tf32(x: Tensor) -> Tensor:
-    """float32 rounded to tf32's 10 bits of fraction, to nearest, ties away from zero, as `cvt.rna.tf32` rounds."""
+    """Round float32 to tf32, a fraction of 10 bits: to nearest, ties away from zero, as `cvt.rna.tf32` does."""
     bits = x.contiguous().view(torch.int32)
     return torch.where(x.isnan(), x, (bits.add(0x1000) & ~0x1FFF).view(torch.float32))
 
 
 def pack_reference(down: Tensor, up: Tensor, dtype: torch.dtype, gpu: str) -> Packed:
-    """The weights down (r, d) and up (d, r) as the kernels multiply them for a hidden state of `dtype`."""
+    """Return down (r, d) and up (d, r) in the precision in which the kernels multiply a hidden state of `dtype`."""
     rank, hidden = down.shape
 
     def pack(weight: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Running the code of a page of the docs."""
+"""Runs the code of a documentation page."""
 
 import re
 from pathlib import Path
@@ -8,7 +8,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 
 
 def run_page(page: str, names: dict[str, Any]) -> None:
-    """Run all Python of a page; `names` is what it finds, and afterwards what it made."""
+    """Run all Python blocks of a page in the namespace `names`."""
     blocks = re.findall(r"^```python\n(.*?)^```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
     assert blocks
     for number, block in enumerate(blocks):

@@ -1,6 +1,6 @@
-"""What test_plan.py runs over the stub driver, in one process of its own: launches by plans, as the driver gets them.
+"""Subprocess of test_plan.py over the stub driver: records the launches that plans make, as the driver receives them.
 
-Prints one line of JSON: for each case, what it found.
+Prints one line of JSON with the findings of each case.
 """
 
 import json
@@ -59,7 +59,7 @@ def hidden(tokens: int = 8, gradient: bool = False) -> Tensor:
 
 
 def called(call) -> tuple[list, list[bool]]:
-    """Launches of a call without what another call may differ in; and for each plan tried, whether it was made."""
+    """Run a call; return its launches, reduced to the parts that calls share, and whether each tried plan was made."""
     before = len(made)
     with stub.launched() as found:
         call()
@@ -82,7 +82,7 @@ def case(function):
 
 @case
 def same_launches():
-    """The second call, by a plan, launches what the first launched."""
+    """Check that the second call, which uses a plan, makes the same launches as the first."""
     site, x, b = new_site(), hidden(), hidden()
     with torch.no_grad():
         first, second, third = (called(lambda: site(x, b)) for _ in range(3))
@@ -91,7 +91,7 @@ def same_launches():
 
 @case
 def fp_fusion_of_the_environment():
-    """What a launch compiles to, and what is compiled ahead of time, with TRITON_DEFAULT_FP_FUSION unset and 0."""
+    """Compare the code of launches with code compiled ahead of time, with TRITON_DEFAULT_FP_FUSION unset and 0."""
     from fused_steer.kernels import aot, launch, post_block
 
     x, b, down, up = hidden(), hidden(), torch.randn(R, D), torch.randn(D, R)
@@ -107,7 +107,7 @@ def fp_fusion_of_the_environment():
         binaries = [hash(started.compiled.asm["cubin"]) for started in notes.launches]
         found.append([options, binaries, hash(aot._compile.__wrapped__(job)[1])])
         for started in notes.launches:
-            started.kernel.device_caches.clear()  # compiled again, or read from files, by the options of then
+            started.kernel.device_caches.clear()  # so that the next launch compiles with the current options
     os.environ.pop("TRITON_DEFAULT_FP_FUSION")
     return {"found": found}
 
@@ -121,7 +121,7 @@ def same_launches_in_training():
 
 @case
 def same_arguments():
-    """A launch by a plan hands the driver the numbers and the operands' addresses that Triton's own way hands it."""
+    """Check that a plan's launch passes the driver the same numbers and addresses as Triton's own launch."""
     site, x, b, grad = new_site(), hidden(8, True), hidden(8, True), hidden()
     operands = {t.data_ptr() for t in (x, b, grad, *site.parameters())}
     given, watched, start = [], {}, plans._start
@@ -133,7 +133,7 @@ def same_arguments():
 
             def noted(*arguments):
                 values = arguments[-1] if isinstance(arguments[-1], tuple) else arguments[-len(kinds) :]
-                if len(values) == len(kinds):  # as Triton hands them on, constants among them
+                if len(values) == len(kinds):  # Triton passes constants too
                     values = [value for value, kind in zip(values, kinds, strict=True) if kind != "constexpr"]
                 addresses = (v.data_ptr() if isinstance(v, Tensor) else v for v in values)
                 others = ["other" if v not in operands and v > 1 << 32 else v for v in addresses]
@@ -153,7 +153,7 @@ def same_arguments():
             site(x, b)
 
     def hook(metadata) -> None:
-        """What a profiler leaves in Triton: plans are passed over."""
+        """Stand in for a profiler's hook in Triton. With such a hook plans are not used."""
 
     found = {}
     plans._start = watch
@@ -177,7 +177,7 @@ def same_arguments():
 
 @case
 def addresses_of_the_moment():
-    """The first launch's first argument is the residual that came, each time."""
+    """Check that the first launch's first argument is each call's own residual."""
     site, b = new_site(), hidden()
     states = [hidden() for _ in range(3)]
     with torch.no_grad():
@@ -187,7 +187,7 @@ def addresses_of_the_moment():
 
 @case
 def a_freed_tensors_address():
-    """Where a weight's memory was is another tensor by now: the weight's own address is read."""
+    """Check that a plan uses a weight's current address after another tensor has taken the weight's old memory."""
     site, x, b = new_site(), hidden(), hidden()
     with torch.no_grad():
         site(x, b)
@@ -198,7 +198,7 @@ def a_freed_tensors_address():
         kept = run.__globals__["pointer"]
         run.__globals__["pointer"] = lambda t: seen.append(kept(t)) or kept(t)
         weight.data = torch.randn(D, R)
-        other = [torch.randn(D, R) for _ in range(8)]  # one of them may lie where the old weight lay
+        other = [torch.randn(D, R) for _ in range(8)]  # one of them may reuse the old weight's memory
         before = len(made)
         site(x, b)
     return {"moved": weight.data_ptr() != old, "read": weight.data_ptr() in seen, "stale": old in seen,
@@ -207,7 +207,7 @@ def a_freed_tensors_address():
 
 @case
 def misaligned():
-    """Where an address is no multiple of 16 bytes, a kernel that does not assume it is launched: no plan."""
+    """Check that a misaligned address uses no plan, but a kernel that does not assume multiples of 16 bytes."""
     site, x, b = new_site(), hidden(), hidden()
     shifted = torch.randn(8 * D + 1, dtype=torch.bfloat16)[1:].view(8, D)
     with torch.no_grad():
@@ -230,7 +230,7 @@ def stream_of_the_moment():
 
 @case
 def another_device_is_current():
-    """The operands' device is made current around the launch, and not where it is."""
+    """Check that the operands' device is made current around the launch, unless it already is."""
     global current
     site, x, b = new_site(), hidden(), hidden()
     entered.clear()
@@ -279,7 +279,7 @@ def another_device_is_current():
 
 @case
 def hooks_of_launches():
-    """Profilers' hooks see every launch, set before a plan or after it, and none once they are taken away."""
+    """Check that profilers' hooks, set before or after a plan is made, see every launch until they are removed."""
     site, x, b = new_site(), hidden(), hidden()
     seen = []
 
@@ -302,7 +302,7 @@ def hooks_of_launches():
             counts.append({"plain": plain, "hooked": hooked, "after": len(after[0]), "seen": len(seen),
                            "made": called(lambda: site(x, b))[1]})  # fmt: skip
         kept = knobs.runtime.launch_enter_hook
-        knobs.runtime.launch_enter_hook = replaced = type(kept)()  # another object in its place
+        knobs.runtime.launch_enter_hook = replaced = type(kept)()  # replace the whole chain of hooks
         replaced.add(hook)
         seen.clear()
         launched = len(last_launches(lambda: site(x, b)))
@@ -385,13 +385,13 @@ class Chain(torch.nn.Module):
 
 @case
 def compiled():
-    """One plan for all layers of a graph, and the eager model's launches."""
+    """Check that a compiled graph makes one plan for all layers and launches the same as the eager model."""
     model = patch_model(Chain(), SteerConfig(rank=R))
     x, b = (torch.randn(8, 1, D, dtype=torch.bfloat16) for _ in "xb")
     with torch.no_grad():
         eager = called(lambda: model(x, b))
         graph = torch.compile(model, fullgraph=True, dynamic=False)
-        calls = [called(lambda: graph(x, b)) for _ in range(4)]  # the first is made within the compiler's own state
+        calls = [called(lambda: graph(x, b)) for _ in range(4)]  # the first runs inside the compiler's own state
     return {"same": all(call[0] == eager[0] for call in calls), "made": [call[1] for call in calls],
             "count": len(eager[0])}  # fmt: skip
 

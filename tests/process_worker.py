@@ -1,7 +1,7 @@
-"""One of the processes that `torchrun` starts for test_distributed.py: trains a model and writes what became of it.
+"""One of the processes that `torchrun` starts for test_distributed.py: trains a model and writes the results.
 
-Usage: process_worker.py DIRECTORY SCENARIO... In a scenario's folder each process writes `<run>-<rank>.json` and
-`<run>-<rank>.safetensors`, and adapters are saved. The code that wraps a model is that of docs/many-processes.md.
+Usage: process_worker.py DIRECTORY SCENARIO... Each process writes `<run>-<rank>.json` and `<run>-<rank>.safetensors` to
+a scenario's folder, and saves adapters there. The code that wraps a model comes from docs/many-processes.md.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from fused_steer import SteerConfig, SteeringCallback, patch_model, save_joint
 PAGE = Path(__file__).parents[1] / "docs" / "many-processes.md"
 CONFIG = SteerConfig(rank=4, down_bias=True, up_bias=True)
 JOINT = SteerConfig(rank=4, up_bias=True, orthogonal_to="lora")
-WIDE = SteerConfig(rank=200)  # more parameters than the layer: FSDP1's flat parameter is cut within a tensor of it
+WIDE = SteerConfig(rank=200)  # more parameters than the layer, so that FSDP1 cuts its flat parameter inside one of them
 STEPS, BATCH = 3, 4
 
 Wrap = Callable[[nn.Module], nn.Module]
 
 
 def page_code(marker: str) -> str:
-    """The code under a marker of the page."""
+    """Return the code block under a marker of the page."""
     after = PAGE.read_text(encoding="utf-8").partition(f"<!-- {marker} -->\n\n```python\n")[2]
     assert after, f"{PAGE.name} has no block under {marker}"
     return after.partition("```")[0]
@@ -54,7 +54,7 @@ def run_page(marker: str, **names: Any) -> dict[str, Any]:
 
 
 def steered(base: nn.Module, checkpointing: bool = False, config: SteerConfig = CONFIG) -> nn.Module:
-    """The model with the same steering in every process."""
+    """Patch the model; the adapter's values are the same in every process."""
     randomize(patch_model(base, config))
     return checkpointed(base) if checkpointing else base
 
@@ -65,7 +65,7 @@ def checkpointed(model: nn.Module) -> nn.Module:
 
 
 def with_lora(checkpointing: bool = False) -> nn.Module:
-    """LoRA with a B that is not zero, and steering that is kept orthogonal to it."""
+    """Build a model with LoRA, B not zero, and steering that is kept orthogonal to it."""
     model = build()
     if checkpointing:
         checkpointed(model)
@@ -101,7 +101,7 @@ def gradients(model: nn.Module, wrapped: nn.Module) -> dict[str, Tensor]:
 
 
 def batch(step: int, rank: int = 0, processes: int = 1) -> Tensor:
-    """A process's share of a step's batch: all of it for one process, or where each works on all of it."""
+    """Return a process's share of a step's batch; with `processes` = 1, the whole batch."""
     return tokens(step, BATCH).chunk(processes)[rank]
 
 
@@ -112,7 +112,7 @@ def train(
     processes: int = 1,
     after_step: Callable[[], Any] = lambda: None,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What a few steps of AdamW gave: losses (of this process's share) and calls a step, and the first gradients."""
+    """Train a few steps of AdamW; return losses (of this process's share), calls per step, and the first gradients."""
     optimizer = torch.optim.AdamW(trained_parameters(model).values(), lr=1e-2)
     wrapped.train()
     result: dict[str, Any] = {"losses": [], "after_step": []}
@@ -138,7 +138,7 @@ def evaluate(wrapped: nn.Module) -> float:
 
 
 def attempt(action: Callable[[], Any]) -> str:
-    """Nothing, or in one line why it was refused."""
+    """Run the action; return "" or the one line of its refusal."""
     try:
         action()
     except (ValueError, RuntimeError, OSError) as error:
@@ -147,7 +147,7 @@ def attempt(action: Callable[[], Any]) -> str:
 
 
 def overlap(model: nn.Module) -> float:
-    """The largest ‖BᵀW2‖ / (‖B‖ ‖W2‖) of any layer."""
+    """Compute the largest ‖BᵀW2‖ / (‖B‖ ‖W2‖) of any layer."""
     found = []
     for layer in model.get_base_model().model.layers:
         b, w = layer.mlp.down_proj.lora_B["default"].weight, layer.post_block.steer_up["default"].weight
@@ -167,7 +167,7 @@ def write(directory: Path, run: str, result: dict[str, Any], tensors: dict[str, 
 def parallel(directory: Path, wrap: Wrap, *, share: bool = True, bare: Callable[[], nn.Module] = build) -> None:
     """Train, save, load and restore with the model wrapped.
 
-    share: each process works on its share of a batch; otherwise all on all of it.
+    share: each process works on its share of a batch; otherwise each works on the whole batch.
     """
     rank, processes = (dist.get_rank(), dist.get_world_size()) if share else (0, 1)
     for run in ("plain", "checkpointing"):
@@ -179,7 +179,7 @@ def parallel(directory: Path, wrap: Wrap, *, share: bool = True, bare: Callable[
         dist.barrier()
         result["evaluated"] = evaluate(wrapped)
         model.steering.save(directory / f"{run}-evaluated")
-        # As the Trainer calls it in each process.
+        # The Trainer calls this in each process.
         arguments, state = SimpleNamespace(output_dir=directory / f"{run}-trainer"), TrainerState(global_step=STEPS)
         state.is_world_process_zero = dist.get_rank() == 0
         SteeringCallback().on_save(arguments, state, TrainerControl(), model=model)
@@ -208,7 +208,7 @@ def fsdp2(directory: Path) -> None:
 def fsdp1(directory: Path) -> None:
     parallel(directory, lambda model: run_page("fsdp1", model=model)["wrapped"])
 
-    # As accelerate does it: by the name of a layer's class. And with nothing but the root wrapped.
+    # accelerate wraps by the name of a layer's class. The other run wraps only the root.
     model = steered(build())
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=1, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["LlamaDecoderLayer"]
@@ -247,7 +247,7 @@ def zero(directory: Path) -> None:
     import deepspeed
 
     def wrap(model: nn.Module, stage: int) -> Any:
-        # Partitioned although small; ZeRO's own threshold would leave it whole.
+        # Partition small parameters too; ZeRO's default threshold would leave these whole.
         code = page_code("zero").replace('"stage": 3', f'"stage": {stage}, "stage3_param_persistence_threshold": 0')
         names = {"torch": torch, "model": model}
         exec(compile(code, PAGE.name, "exec"), names)
@@ -321,6 +321,6 @@ if __name__ == "__main__":
         folder = Path(sys.argv[1], scenario)
         folder.mkdir(parents=True, exist_ok=True)
         scenarios[scenario](folder)
-    # All is written. Left to end by itself, a process was at times aborted at its end, by a thread still running.
+    # All results are written. A normal exit sometimes aborts, because a thread is still running.
     dist.barrier()
     os._exit(0)

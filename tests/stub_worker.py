@@ -1,4 +1,4 @@
-"""What test_stub.py runs over the stub driver, in one process of its own. Prints one line of JSON."""
+"""Subprocess of test_stub.py over the stub driver. Prints one line of JSON."""
 
 import dataclasses
 import json
@@ -45,13 +45,16 @@ def refused(call) -> str:
 
 
 def rehearsed() -> dict:
-    """Last, as it changes the process: one cheap step of each level; then one whose code has a wrong name in it."""
+    """Rehearse a cheap step of each level, then a step with a wrong name in its code.
+
+    This runs last, because it changes the process.
+    """
     rehearsal.prepare()
     steps = [s for s in rehearsal.one_of_each(gpu.all_steps()) if (s.level, s.what) in REHEARSED]
     said: list[str] = []
     found = {"steps": len(steps), "problems": rehearsal.rehearse_steps(steps, said.append)}
     found["cuda"] = torch.cuda.is_available() and torch.zeros(1, device="cuda").device.type
-    del torch.profiler.profile  # the first step counts launches by it
+    del torch.profiler.profile  # the first step uses it to count launches
     rehearsal.Rehearsed.ran.clear()
     forward = [s for s in steps if (s.level, s.what) == ("op", "forward")]
     return found | {"said": said, "misspelt": rehearsal.rehearse_steps(forward, said.append)}

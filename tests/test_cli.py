@@ -1,4 +1,4 @@
-"""The command: help, doctor and inspect, with their exit codes and one-line errors."""
+"""Tests of the command `fused-steer`: help, doctor and inspect, with their exit codes and one-line errors."""
 
 import json
 import os
@@ -50,7 +50,7 @@ def test_cli_usage_errors_are_2(arguments):
 
 
 def test_cli_the_command_starts_without_torch():
-    """Help in a fresh process; what it imported tells."""
+    """`--help` in a fresh process does not import torch."""
     code = (
         "import sys; from fused_steer.cli import app; app(['--help'], standalone_mode=False)\n"
         "print(sorted({'torch', 'triton', 'transformers', 'matplotlib'} & set(sys.modules)))"
@@ -64,14 +64,14 @@ def test_cli_the_command_starts_without_torch():
 
 
 def findings(result) -> dict[str, str]:
-    """The doctor's lines by what they are about."""
+    """Return the doctor's lines by subject."""
     lines = re.findall(r"^(ok|unused|untried|absent|NOT WELL) +(\S+?):? (.*)$", result.stdout, re.MULTILINE)
     return {subject: f"{mark}: {text}" for mark, subject, text in lines}
 
 
 @pytest.fixture
 def installed(monkeypatch):
-    """A package whose requirements are all met; the test may spoil its entries."""
+    """Pretend that fused-steer is installed and all its requirements are met; a test may change the entries."""
     requires = ["torch>=2.11,<2.99", "safetensors", "nothing-such; sys_platform == 'none'", "gguf>=99; extra == 'demo'"]
     versions = {"fused-steer": __version__, "torch": "2.13.0+cpu", "safetensors": "0.8.0"}
     state = {"requires": requires, "versions": versions, "python": ">=3.10"}
@@ -94,11 +94,11 @@ def test_cli_doctor_finds_all_well(installed):
     assert found["torch"] == f"ok: 2.13.0+cpu (tried: {TRIED['torch']})"
     assert found["safetensors"] == "ok: 0.8.0 (supported: any version)"
     assert {"fused-steer", "python", "cpu"} <= found.keys()
-    assert "nothing-such" not in found  # another platform's
+    assert "nothing-such" not in found  # a requirement of another platform
     assert "NOT WELL" not in result.stdout
 
 
-@pytest.mark.skipif(torch.accelerator.is_available(), reason="a GPU is here, whose kernels alone are shown")
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="with a GPU, only its kernels are shown")
 def test_cli_doctor_lists_the_kernels_of_every_target(installed):
     rows = re.findall(r"(sm_\d+|gfx\w+)\W+(\w+_kernel)", invoke("doctor").stdout)
     assert {target for target, _ in rows} == {"sm_80", "sm_90", "sm_100", "gfx942"}
@@ -151,7 +151,7 @@ def test_cli_doctor_says_which_version_is_expected(installed, spoil, subject, li
 
 @pytest.mark.parametrize("state", ["absent", "tried", "newer", "older"])
 def test_cli_doctor_shows_optional_libraries(installed, state):
-    """Each with its version, whether that was tried, and the command that mends it. None is a reason to fail."""
+    """The doctor shows optional libraries: version, whether it was tried, how to install it. None is a failure."""
     expected = {}
     for library, tried in OPTIONAL.items():
         command = f"pip install '{library}>={tried.first},<{tried.below}'"
@@ -214,7 +214,7 @@ def test_cli_a_ruled_out_device_is_unused_where_another_will_do():
 
 
 def test_cli_doctor_compiles_for_a_target():
-    """In a process of its own, as this one may interpret its kernels."""
+    """The doctor compiles for a target. It runs in a subprocess, because this process may interpret its kernels."""
     code = (
         "from fused_steer.cli import _console; from fused_steer.tools.doctor import _launches\n"
         "table, amiss = _launches(['sm_90'], True)\n"
@@ -244,7 +244,7 @@ def test_cli_doctor_cannot_compile_what_is_interpreted(installed, monkeypatch):
 
 @pytest.fixture
 def saved(tmp_path):
-    """A saved adapter with every part, on two layers of three, and its model."""
+    """Save an adapter with all its optional parts, on two of three layers; return it with its model."""
     config = SteerConfig(rank=4, activation="tanh", layers=[0, 2], down_bias=True, up_bias=True, scale=0.5)
     model = patch_model(build(), config)
     torch.manual_seed(1)
@@ -271,7 +271,7 @@ def test_cli_inspect_as_json(saved):
         expected = {
             "down": down.weight.norm(),
             "up": up.weight.norm(),
-            "product": torch.linalg.matrix_norm(up.weight @ down.weight, 2),  # over d x d, the long way
+            "product": torch.linalg.matrix_norm(up.weight @ down.weight, 2),  # from the whole d x d product
             "down_bias": down.bias.norm(),
             "up_bias": up.bias.norm(),
         }
@@ -319,8 +319,8 @@ def test_cli_inspect_refuses_weights_that_the_config_does_not_describe(saved):
     directory, _ = saved
     config = json.loads((directory / CONFIG_NAME).read_text())
     (directory / CONFIG_NAME).write_text(json.dumps({**config, "rank": 5}))
-    assert_refused(invoke("inspect", directory), "its fields are not those that were saved; expected config_sha256")
-    del config["config_sha256"]  # of a config that was edited on purpose
+    assert_refused(invoke("inspect", directory), "its fields were changed after saving; expected config_sha256")
+    del config["config_sha256"]  # as a person does who edits the config on purpose
     (directory / CONFIG_NAME).write_text(json.dumps({**config, "rank": 5}))
     assert_refused(invoke("inspect", directory), "layers.0", "(4, 32)", "expected", "(5, 32)")
     (directory / CONFIG_NAME).write_text(json.dumps({**config, "layers": None}))

@@ -1,4 +1,4 @@
-"""SteerConfig: what it says by default, what it refuses; and the values that a fresh adapter gets from it."""
+"""Tests of SteerConfig: its defaults, its refusals, and the initial values of an adapter."""
 
 from __future__ import annotations
 
@@ -144,14 +144,14 @@ def test_config_fields_are_plain_once_made(form):
 
 @pytest.mark.parametrize("init_scale", [1.0, 1e-3])
 def test_config_initial_values(init_scale):
-    """W1 as LoRA's A: kaiming-uniform with a = √5, that is uniform within ± 1/√d; all else 0."""
+    """W1 is initialised as LoRA's A: kaiming-uniform with a = √5, i.e. uniform within ± 1/√d. The rest is 0."""
     config = SteerConfig(rank=256, down_bias=True, up_bias=True, init_scale=init_scale)
     parameters = steering_parameters(patch_model(build(), config))
     assert len(parameters) == 4 * LAYERS
     bound = init_scale / math.sqrt(HIDDEN)
     for name, parameter in parameters.items():
         if name.endswith("steer_down.weight"):
-            # 8192 values of a uniform distribution: each margin is many standard errors, and far from a normal one's.
+            # For 8192 uniform values each margin is many standard errors wide. A normal distribution would fail.
             assert 0.99 * bound < parameter.abs().max() <= bound
             assert parameter.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
             assert abs(parameter.mean().item()) < 0.05 * bound

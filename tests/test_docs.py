@@ -1,4 +1,4 @@
-"""The pages of docs/: their Python runs, block after block, on tiny models."""
+"""Tests of the pages in docs/: their Python runs, block after block, on tiny models."""
 
 import importlib
 import re
@@ -15,7 +15,8 @@ from transformers import TrainingArguments
 import fused_steer
 from fused_steer import SteerConfig, patch_model
 
-PAGES = ["migrating.md", "modes.md", "peft.md", "positions.md"]  # trainer.md and trl.md: test_trainer.py, test_trl.py
+PAGES = ["migrating.md", "modes.md", "peft.md", "positions.md"]
+# test_trainer.py and test_trl.py run trainer.md and trl.md
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -46,7 +47,7 @@ _COMMAND = re.compile(r"`pytest (tests/[\w/]+\.py)( -k (?:\"([^\"]+)\"|(\w+)))?`
 
 
 def commands() -> list[tuple[str, str, str]]:
-    """Each `pytest FILE` of README and docs/: the page, the file, and what follows -k."""
+    """Return each `pytest FILE` in README and docs/ as (page, file, expression after -k)."""
     found = []
     for page in [*DOCS.glob("*.md"), DOCS.parent / "README.md"]:
         for file, _, quoted, word in _COMMAND.findall(page.read_text(encoding="utf-8").replace("\n", " ")):
@@ -55,7 +56,7 @@ def commands() -> list[tuple[str, str, str]]:
 
 
 def test_docs_tests_that_pages_name_are_there():
-    """So that a promise has the command that checks it: the file exists, and -k finds a test in it."""
+    """Every test command on a page works: the file exists, and -k selects a test in it."""
     assert len(commands()) > 30
     for page, file, expression in commands():
         tests = re.findall(r"^def (test_\w+)", (DOCS.parent / file).read_text(encoding="utf-8"), re.MULTILINE)
@@ -65,14 +66,14 @@ def test_docs_tests_that_pages_name_are_there():
 
 def test_docs_every_guarantee_has_a_command():
     lines = [line for line in (DOCS / "guarantees.md").read_text(encoding="utf-8").splitlines() if line[:2] == "| "]
-    promises = [line for line in lines if not line.startswith("| promise |")]
+    promises = [line for line in lines if not line.startswith("| guarantee |")]
     assert len(promises) > 30
     for line in promises:
         assert re.search(r"\| `(pytest|fused-steer) [^`]+` \|$", line), line
 
 
 def test_docs_the_code_of_the_first_pages_runs(tmp_path, monkeypatch):
-    """The page's block on SmolLM2 is README's, which tests/test_readme.py runs."""
+    """The code of the first pages runs. Their block on SmolLM2 equals README's, which tests/test_readme.py runs."""
     monkeypatch.chdir(tmp_path)
     run_page("index.md", {"model": build()})
     patch_model(build(), SteerConfig(rank=8)).steering.save("pirate")
@@ -86,14 +87,14 @@ def test_docs_the_code_of_the_first_pages_runs(tmp_path, monkeypatch):
 
 
 def test_docs_messages_of_troubleshooting_are_those_of_the_code():
-    """What stands between the … of a message stands in a message of the sources."""
+    """Each message in docs/troubleshooting.md occurs in the sources. Its … stand for any text."""
     root = DOCS.parent
     sources = [
         file.read_text(encoding="utf-8")
         for folder in ("fused_steer", "kernels")
         for file in (root / folder).rglob("*.py")
     ]
-    code = re.sub(r"\"\s*\n\s*f?\"", "", "\n".join(sources))  # a message in several strings is one
+    code = re.sub(r"\"\s*\n\s*f?\"", "", "\n".join(sources))  # join messages that are split over lines
     cells = re.findall(r"^\| (.*?) \|", (DOCS / "troubleshooting.md").read_text(encoding="utf-8"), re.MULTILINE)
     messages = [message for cell in cells for message in re.findall(r"`([^`]*[ …][^`]*)`", cell)]
     assert len(messages) > 20
@@ -119,7 +120,7 @@ def test_docs_a_link_out_of_docs_leads_to_the_repository(caplog):
     assert text == "[a](https://example.org/here/blob/main/examples/train_trainer.py) [b](peft.md#files)"
     assert not caplog.records
     hook("[a](../examples/none.py)", page=page, config=config)
-    assert [record.levelname for record in caplog.records] == ["WARNING"]  # with --strict, an error
+    assert [record.levelname for record in caplog.records] == ["WARNING"]  # an error with --strict
 
 
 def test_docs_no_page_names_a_page_that_is_not_there():

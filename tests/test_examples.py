@@ -1,7 +1,8 @@
-"""Each example trains: run as it stands on a tiny model, what it saves is held against the base model."""
+"""Tests of examples/: each script trains a tiny model unchanged, and its saved adapter improves on the base model."""
 
 from __future__ import annotations
 
+import json
 import os
 import runpy
 import subprocess
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import typer
 from huggingface_hub import HfApi
 from models import logits
 from text import save_tiny
@@ -35,10 +37,10 @@ def tiny(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def example(tiny, tmp_path, monkeypatch) -> Callable[..., str]:
-    """Runs an example with the tiny model; gives what it printed."""
+    """Return a function that runs an example with the tiny model and returns its output."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    monkeypatch.setenv("CI", "1")  # TRL then sends no telemetry
+    monkeypatch.setenv("CI", "1")  # keeps TRL from sending telemetry
 
     def run(name: str, *options: str) -> str:
         torch.manual_seed(0)
@@ -58,7 +60,7 @@ def base(tiny: Path) -> nn.Module:
 
 
 def log_probabilities(model: nn.Module, tiny: Path, which: int) -> float:
-    """Mean log-probability of the toy's completions: 1 the terse ones, 2 the chatty."""
+    """Compute the mean log-probability of the toy data's completions: 1 is the terse ones, 2 the chatty ones."""
     tokenizer, total = AutoTokenizer.from_pretrained(tiny), 0.0
     for row in SUMS:
         prompt, ids = tokenizer(row[0])["input_ids"], tokenizer(row[0] + row[which], return_tensors="pt")["input_ids"]
@@ -72,7 +74,7 @@ def test_examples_every_example_is_tested():
     names = {path.stem for path in EXAMPLES.glob("*.py")}
     text = Path(__file__).read_text(encoding="utf-8")
     assert names and all(f'"{name}"' in text or f'"{name}.py"' in text for name in names)
-    assert all(len(path.read_text(encoding="utf-8").splitlines()) < 80 for path in EXAMPLES.glob("*.py"))
+    assert all(len(path.read_text(encoding="utf-8").splitlines()) < 90 for path in EXAMPLES.glob("*.py"))
 
 
 def test_examples_trainer(example, tiny, tmp_path):
@@ -120,7 +122,7 @@ def test_examples_joint(example, tiny, tmp_path):
 
 
 LAUNCH = "accelerate.commands.launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no"
-TORCHRUN = "torch.distributed.run --standalone --nproc_per_node 2"  # accelerate starts many CPU processes by MPI alone
+TORCHRUN = "torch.distributed.run --standalone --nproc_per_node 2"  # accelerate needs MPI for CPU processes
 
 
 @pytest.mark.parametrize(("launcher", "processes"), [(LAUNCH, 1), (TORCHRUN, 2)], ids=["accelerate launch", "torchrun"])
@@ -168,3 +170,68 @@ def test_examples_trl_grpo(example, tiny, tmp_path):
     example("train_trl_grpo", "--steps", "2", "--beta", "0.1")
     steered = patch_model(base(tiny), tmp_path)
     assert not torch.equal(logits(steered), logits(base(tiny)))
+
+
+@needs_trl
+def test_examples_alpaca(example, tiny, tmp_path, monkeypatch):
+    """Training covers only the responses, and the judge's file has the steered model's answers."""
+    data = tmp_path / "alpaca.json"
+    rows = [{"instruction": f"{a}+{b}=", "input": "", "output": str(a + b)} for a in range(10) for b in range(10)]
+    data.write_text(json.dumps(rows), encoding="utf-8")
+    example("train_alpaca", "--data", str(data), "--epochs", "2")
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    app, answers = Typer(), tmp_path / "answers.json"
+    app.command()(runpy.run_path(str(EXAMPLES / "generate_alpaca_eval.py"))["main"])
+    asked = [{"instruction": "1+1=", "dataset": "sums"}, {"instruction": "long " * 9, "dataset": "sums"}]
+    data.write_text(json.dumps(asked), encoding="utf-8")
+    options = ["--model", str(tiny), "--data", str(data), "--out", str(answers), "--tokens", "5", "--adapter"]
+    for adapter in (str(tmp_path), ""):
+        assert CliRunner().invoke(app, [*options, adapter], catch_exceptions=False).exit_code == 0
+        found = json.loads(answers.read_text(encoding="utf-8"))
+        name = Path(adapter or tiny).name
+        assert [(row["instruction"], row["dataset"], row["generator"]) for row in found] == [
+            (row["instruction"], "sums", name) for row in asked
+        ]
+        model, tokenizer = base(tiny), AutoTokenizer.from_pretrained(tiny)
+        model = patch_model(model, adapter) if adapter else model
+        prompt = runpy.run_path(str(EXAMPLES / "train_alpaca.py"))["example"]({**asked[0], "output": ""})["prompt"]
+        inputs = tokenizer(prompt, return_tensors="pt")
+        answer = model.generate(**inputs, max_new_tokens=5, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        assert found[0]["output"] == tokenizer.decode(answer, skip_special_tokens=True).strip()
+
+
+@needs_trl
+def test_examples_alpaca_refuses_rows_without_columns(tiny, tmp_path):
+    data = tmp_path / "alpaca.jsonl"
+    data.write_text('{"instruction": "a", "output": "b"}\n{"instruction": "a", "response": "b"}', encoding="utf-8")
+    app = Typer()
+    app.command()(runpy.run_path(str(EXAMPLES / "train_alpaca.py"))["main"])
+    refused = CliRunner().invoke(app, ["--model", str(tiny), "--data", str(data), "--out", str(tmp_path / "out")])
+    assert refused.exit_code == 2 and "expected instruction and output" in " ".join(refused.output.split())
+    assert not (tmp_path / "out").exists()
+
+
+@needs_trl
+@pytest.mark.parametrize("data", ["gsm8k", "reasoning_gym"])
+def test_examples_grpo_math(example, tiny, tmp_path, data):
+    options = ["--steps", "2", "--length", "24", "--size", "8"]
+    if data == "gsm8k":
+        file = tmp_path / "gsm8k.jsonl"
+        file.write_text('{"question": "1+1?", "answer": "one and one. #### 1,002"}\n' * 8, encoding="utf-8")
+        options += ["--data", str(file)]
+    else:
+        pytest.importorskip("reasoning_gym", reason="needs reasoning-gym (the extra rl)")
+    example("train_grpo_math", *options)
+    assert not torch.equal(logits(patch_model(base(tiny), tmp_path)), logits(base(tiny)))
+
+
+@needs_trl
+def test_examples_grpo_math_rewards(tmp_path):
+    of = runpy.run_path(str(EXAMPLES / "train_grpo_math.py"))
+    good = "<think>1000 + 2</think><answer> 1,002 </answer>"
+    assert of["accuracy"]([good, "1002", good + "<answer>7</answer>"], ["1002", "1002", "1,002"]) == [1.0, 0.0, 0.0]
+    assert of["form"]([good, "<think>", good + "<answer>"]) == [1.0, 0.25, 0.75]
+    file = tmp_path / "gsm8k.jsonl"
+    file.write_text('{"question": "q", "answer": "42"}', encoding="utf-8")
+    with pytest.raises(typer.BadParameter, match="row 1 of .* lacks"):
+        of["read"](str(file), 1)

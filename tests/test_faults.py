@@ -1,7 +1,7 @@
-"""An exception at any line leaves the model, the files and the pool as they were, or `unpatch()` gives the base back.
+"""Tests that an exception at any line leaves model, files and pool unchanged, or that `unpatch()` restores the base.
 
-Each operation is run once to see which lines of the package it executes. It is then run again, from the same state, for
-each of these lines, with an exception raised there. A sample of the lines is tried; `pytest tests/test_faults.py
+Each operation runs once to record the package's lines that it executes. It then runs again from the same state with an
+exception raised at one of these lines. By default a sample of the lines is tried; `pytest tests/test_faults.py
 --every-line` tries all.
 """
 
@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from fused_steer import SteerConfig, patch_model
 from fused_steer.adapters.files import read_adapter
 
-SAMPLED = 8  # lines of an operation, spread over it
+SAMPLED = 8  # number of lines to try per operation, spread evenly
 CONFIG = SteerConfig(rank=2)
 
 
 @dataclass
 class State:
-    """A model before an operation, and where its files are."""
+    """A model before an operation, and the paths of its files."""
 
     model: Any
     folder: Path
@@ -35,10 +35,13 @@ class State:
 
 @dataclass(frozen=True)
 class Operation:
-    """What is interrupted.
+    """An operation to interrupt.
 
-    prepare: puts a model into the state before it; run: the operation. whole: what the model may compute afterwards,
-    each by a function that brings a prepared model there; `check` looks at what else has to hold.
+    Attributes:
+        prepare: brings a model into the state before the operation.
+        run: the operation.
+        whole: functions that each bring a prepared model into a state that it may be in afterwards.
+        check: checks other conditions afterwards.
     """
 
     prepare: Callable[[State], None]
@@ -48,7 +51,7 @@ class Operation:
 
 
 def signature(model: nn.Module) -> list[Any]:
-    """All that patching may change of a base model."""
+    """Record everything of a base model that patching may change."""
     return [
         (
             path,
@@ -79,7 +82,7 @@ def saved(state: State, name: str = "polite", config: SteerConfig = CONFIG, seed
 
 
 def whole(folder: Path) -> Tensor:
-    """The values of the adapter in a folder; an error if it is no whole one."""
+    """Return the values of the adapter in a folder; raise if the adapter is not whole."""
     layers = read_adapter(folder).tensors
     return torch.cat([layers[i][name].flatten() for i in sorted(layers) for name in sorted(layers[i])])
 
@@ -114,7 +117,7 @@ def prepare_pool(state: State) -> None:
 
 
 def check_pool(state: State) -> None:
-    """Every slot can be had again, by every adapter."""
+    """Check that every adapter can still get a slot, and that every slot is free again."""
     pool = state.model.steering.pool
     for _ in range(2):
         for name in ("polite", "terse"):
@@ -208,7 +211,7 @@ def prepared(operation: Operation, folder: Path) -> State:
 
 
 def check_after(operation: Operation, state: State, before: list[Tensor], base: Tensor, marks: list[Any]) -> None:
-    """The model computes what it did before the operation or what it would after it, and unpatching mends all."""
+    """Check that the model is in the state before or after the operation, and that unpatching restores the base."""
     model = state.model
     steering = getattr(model, "steering", None)
     if steering is not None:
@@ -217,7 +220,7 @@ def check_after(operation: Operation, state: State, before: list[Tensor], base: 
         steering.unpatch()
     assert torch.equal(logits(model), base), "not the base model"
     assert signature(model) == marks, "the base model is changed"
-    patch_model(model, CONFIG)  # and it can be steered again
+    patch_model(model, CONFIG)  # the model can be steered again
     model.steering.unpatch()
 
 
@@ -245,7 +248,7 @@ def test_faults_leave_nothing_half_done(name: str, tmp_path: Path, request: pyte
     for number, line in enumerate(chosen):
         state = prepared(operation, tmp_path / str(number))
         if not raise_at(line, lambda: operation.run(state)):  # noqa: B023
-            continue  # of what a process does once: an import, a class of steered layers
+            continue  # a line that a process executes once: an import, or making a class of steered layers
         tried += 1
         try:
             with within(20):

@@ -1,4 +1,4 @@
-"""The layout of the package: its map names every file, and imports go one way."""
+"""Tests of the package's layout: its map names every file, and imports go one way."""
 
 import ast
 import re
@@ -12,7 +12,7 @@ _LINE = re.compile(r"^( +)([\w./]+) +\S")
 
 
 def mapped(package: Path) -> list[str]:
-    """The files that the map in the package's docstring names, in its order, as paths from the package."""
+    """Return the files that the map in the package's docstring names, in order, as paths from the package."""
     found: list[str] = []
     folder, depth = "", 4
     for line in (ast.get_docstring(ast.parse((package / "__init__.py").read_text()), clean=False) or "").splitlines():
@@ -30,13 +30,13 @@ def mapped(package: Path) -> list[str]:
 
 
 def files(package: Path) -> set[str]:
-    """The package's files, but for those of pytest's and bench/stub/, which is a program of its own."""
+    """Return the package's files, without pytest's and without bench/stub/, which is a separate program."""
     paths = (path.relative_to(package).as_posix() for path in package.rglob("*.py"))
     return {path for path in paths if not re.search(r"__init__\.py$|^stub/|^test_|^conftest\.py$", path)}
 
 
 def imports(file: Path, package: Path) -> set[str]:
-    """The files of the package that `file` imports: anywhere in it, for types alone too. kernels is one of them."""
+    """Return the package's files that `file` imports, at any depth and also only for types. kernels counts as one."""
     here = file.relative_to(package).parent.parts
     found = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
@@ -65,7 +65,7 @@ def test_house_map_names_every_file_once(package):
 
 @pytest.mark.parametrize("package", ["fused_steer", "kernels"])
 def test_house_imports_go_up_the_map(package):
-    """So there is no circle of files, nor of folders: a folder's files stand together."""
+    """A file imports only files above it in the map. So no files or folders import each other in a circle."""
     folder = PACKAGES[package]
     order = mapped(folder)
     places = {path: place for place, path in enumerate(order)}
@@ -88,7 +88,8 @@ def test_house_imports_go_up_the_map(package):
 def test_house_tests_mirror_the_folders():
     rooms = {path.name for path in (ROOT / "fused_steer").iterdir() if (path / "__init__.py").is_file()}
     tested = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and path.name != "__pycache__"}
-    assert tested == rooms | {"kernels", "bench"}
+    # A folder "vllm" on the path would pass for vLLM where that is not installed: its tests are tests/test_vllm*.py.
+    assert tested == rooms - {"vllm"} | {"kernels", "bench"}
 
 
 def test_house_no_file_is_long_without_a_reason():

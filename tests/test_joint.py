@@ -1,4 +1,4 @@
-"""Training LoRA and steering together: who has which parameters, both parts in files, and transformers' Trainer."""
+"""Tests of training LoRA and steering together: parameter groups, files with both parts, transformers' Trainer."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ DATASET = [{"input_ids": ids, "labels": torch.full_like(ids, 7)} for ids in toke
 
 
 def joint(seed: int = 0, add: bool = False, config: SteerConfig = ORTHOGONAL) -> nn.Module:
-    """Bases are equal, their fresh adapters are not."""
+    """Build a model with LoRA and steering. The base is the same for every seed; the fresh adapters differ."""
     model = build()
     torch.manual_seed(seed)
     lora = LoraConfig(r=3, target_modules=["q_proj", "down_proj"], lora_dropout=0.0)
@@ -160,7 +160,7 @@ def test_joint_saved_apart_and_loaded_bit_equal(tmp_path):
 
 
 def values(model: nn.Module) -> tuple[float, float]:
-    """What the parts were filled with: the steering's, the LoRA's."""
+    """Return the two values that fill the steering and the LoRA."""
     found = state(model)
     return tuple(
         {float(value) for name, tensor in found.items() if part in name for value in tensor.unique()}.pop()
@@ -178,12 +178,12 @@ def filled(model: nn.Module, value: float) -> nn.Module:
 
 @pytest.fixture(scope="module")
 def two() -> tuple[nn.Module, nn.Module]:
-    """Models of other values and ranks."""
+    """Build two models that differ in their values and ranks."""
     return filled(joint(), 1.0), filled(joint(seed=1, config=SteerConfig(rank=3, orthogonal_to="lora")), 2.0)
 
 
 def replacing(number: int, do: Any, before: bool) -> Any:
-    """An os.replace that does something, once, before or after the rename of this number."""
+    """Return an os.replace that calls `do` once, before or after rename `number`."""
     real, calls = os.replace, [0]
 
     def replace(*args: Any) -> None:
@@ -197,7 +197,7 @@ def replacing(number: int, do: Any, before: bool) -> Any:
     return replace
 
 
-#: Of a save over an earlier one: two of the steering's own files, the record, and each of two parts out and in.
+#: The renames of a save over an earlier one: the steering's two files, the record, and two parts out and in.
 RENAMES = 7
 
 
@@ -216,7 +216,7 @@ def test_joint_failed_save_of_both_leaves_what_was_there(two, earlier, number, t
     if earlier:
         save_joint(two[0], tmp_path)
     elif number > RENAMES - 2:
-        pytest.skip("there is nothing to move out of the way")
+        pytest.skip("this save has nothing to move away")
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
 
     def full() -> None:
@@ -253,7 +253,7 @@ def test_joint_killed_save_of_both_leaves_parts_of_one_time(two, number, before,
 @pytest.mark.parametrize("before", [True, False])
 @pytest.mark.parametrize("fails", [True, False], ids=["which then fails", "which goes on"])
 def test_joint_saves_of_both_that_interleave_leave_parts_of_one_time(two, number, before, fails, tmp_path, monkeypatch):
-    """A whole save takes place within another one."""
+    """If a whole save runs inside another save, both parts on disk come from the same save."""
     save_joint(two[0], tmp_path)
     three = filled(joint(seed=2), 3.0)
 
@@ -274,13 +274,13 @@ def test_joint_saves_of_both_that_interleave_leave_parts_of_one_time(two, number
 
 @pytest.mark.parametrize("killed", [True, False])
 def test_joint_part_that_an_ending_save_has_moved_aside_is_not_lost(two, killed, tmp_path, monkeypatch):
-    """A save ends with the part of another in its folder, which is looked for there until the next save."""
+    """A part in the temporary folder of a finished save is still found there until the next save."""
     save_joint(two[0], tmp_path)
     three, real, calls = filled(joint(seed=2), 3.0), os.replace, [0]
 
     def replace(*args: Any) -> None:
         calls[0] += 1
-        if calls[0] == 4:  # before the first part is moved out of the way
+        if calls[0] == 4:  # just before the first part is moved away
             calls[0] += 100
             save_joint(three, tmp_path)
             calls[0] -= 100 + RENAMES
@@ -334,7 +334,7 @@ def test_joint_names_of_adapters_never_leave_the_directory(name, two, tmp_path):
     with refused(ValueError, "joint.json", "adapter name is", "expected"):
         load_joint(build(), tmp_path / "saved")
     if name in ("../escaped", "a/b"):
-        return  # of which PEFT makes no module
+        return  # PEFT makes no module for it
     model = build()
     try:
         model = get_peft_model(model, LoraConfig(r=2, target_modules=["down_proj"]), adapter_name=name)
@@ -374,9 +374,9 @@ def test_joint_refusals_of_both_parts(tmp_path):
     steering = tmp_path / "out" / "steering"
     fields = json.loads((steering / "adapter_config.json").read_text())
     (steering / "adapter_config.json").write_text("{}")
-    with refused(ValueError, str(steering), "is not what was saved", "expected", model=model):
+    with refused(ValueError, str(steering), "was not saved together", "expected", model=model):
         load_joint(model, tmp_path / "out")
-    # What PEFT has loaded when the steering turns out not to fit is taken out again.
+    # If the steering does not fit, the LoRA that PEFT has already loaded is removed again.
     with pytest.MonkeyPatch.context() as patched, refused(ValueError, "steering", "expected"):
         del fields["config_sha256"]
         (steering / "adapter_config.json").write_text(json.dumps(fields))
@@ -384,7 +384,7 @@ def test_joint_refusals_of_both_parts(tmp_path):
         (tmp_path / "out" / "joint.json").write_text(json.dumps({"steering": "0", "lora/default": "0"}))
         patched.setattr("fused_steer.joint.patch_model", lambda *args: patch_model(*args, adapter_name="a steering"))
         load_joint(model, tmp_path / "out")
-    assert not any(hasattr(module, "lora_A") for module in model.modules())  # the LoRA is off again
+    assert not any(hasattr(module, "lora_A") for module in model.modules())  # the LoRA is removed again
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -392,7 +392,7 @@ def test_joint_refusals_of_both_parts(tmp_path):
 
 
 class TwoRates(Trainer):
-    """Each part at a learning rate of its own."""
+    """A Trainer with one learning rate for the steering and another for the LoRA."""
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         groups = [
@@ -432,7 +432,7 @@ def test_joint_trainer_trains_both_at_rates_of_their_own_and_resumes(tmp_path):
     before = state(model)
     run = trainer(model, tmp_path)
     run.train()
-    # By the schedule both have fallen alike.
+    # The schedule has lowered both rates by the same factor.
     assert [group["initial_lr"] for group in run.optimizer.param_groups] == [2e-2, 5e-3]
     after = state(model)
     assert not any(torch.equal(after[name], before[name]) for name in after)
@@ -458,7 +458,7 @@ def test_joint_trainer_loads_the_best_of_both_at_the_end(tmp_path):
         eval_steps=3,
         metric_for_best_model="eval_x",
     )
-    scores = iter([2.0, 1.0])  # of step 3, the best, and of step 6
+    scores = iter([2.0, 1.0])  # at step 3, the best, and at step 6
     run.compute_metrics = lambda _: {"x": next(scores)}
     run.train()
     assert run.state.best_model_checkpoint == str(tmp_path / "checkpoint-3")
@@ -514,10 +514,10 @@ def test_joint_nobody_is_told_where_the_steering_is_kept(tmp_path):
         steering = SteeringTrainer(model, arguments, train_dataset=DATASET)
         steering.train()
         steering.save_model(str(tmp_path / "last"))
-        model.save_pretrained(str(tmp_path / "alone"))  # by the user, who has model.steering.save
+        model.save_pretrained(str(tmp_path / "alone"))  # a call by the user
         model.load_adapter(str(tmp_path / "alone"), "second")
     assert said(caught) == []
-    with warnings.catch_warnings(record=True) as caught:  # which no callback hears of
+    with warnings.catch_warnings(record=True) as caught:  # no callback is told of this save
         warnings.simplefilter("always")
         run.save_model(str(tmp_path / "last"))
     assert len(said(caught)) == 1

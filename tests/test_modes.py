@@ -1,4 +1,4 @@
-"""The ways in which a steered model is run: each against plain forward hooks, or against itself run plainly."""
+"""Tests of the ways to run a steered model, each against plain forward hooks or against a plain run of itself."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ CONFIG = SteerConfig(rank=4, down_bias=True, up_bias=True)
 
 
 def steered(base: nn.Module, config: SteerConfig = CONFIG, adapter: str = "default") -> nn.Module:
-    """The model, patched, with a random adapter, which is seen to do something."""
+    """Patch the model with a random adapter, and check that it changes the output."""
     unsteered = logits(base)
     model = patch_model(base, config, adapter_name=adapter)
     randomize(model, adapter)
@@ -69,7 +69,7 @@ def apart(actual: Tensor, expected: Tensor) -> float:
 
 
 class InFull(Hooked):
-    """Plain hooks whose shift is computed in float64, whatever the model is in, then rounded: the truth."""
+    """The truth: plain hooks that compute the shift in float64 and round it to the model's dtype."""
 
     def _shift(self, path: str, hidden: Tensor) -> Tensor:
         leaves = self.leaves
@@ -82,7 +82,7 @@ class InFull(Hooked):
 
 
 class InDtype(Hooked):
-    """Plain hooks as they are written for a model of low precision: the factors cast to the hidden state's dtype."""
+    """Plain hooks for a model of low precision: they cast the factors to the hidden state's dtype."""
 
     def _shift(self, path: str, hidden: Tensor) -> Tensor:
         leaves = self.leaves
@@ -96,7 +96,7 @@ class InDtype(Hooked):
 # ---------------------------------------------------------------------------------------------------------------------
 # Compiled
 
-#: Batch and length: eight counts of tokens, one of them a single token.
+#: (batch, length): eight different numbers of tokens, including a single token.
 SHAPES = [(1, 5), (2, 9), (3, 7), (2, 16), (4, 11), (1, 1), (5, 3), (2, 20)]
 
 
@@ -106,7 +106,7 @@ def compiled(model: nn.Module, backend: str = "eager") -> tuple[Any, CompileCoun
     return torch.compile(model, fullgraph=True, backend=counter), counter
 
 
-#: A result for each of SHAPES, compiled and eager.
+#: The results for each of SHAPES, compiled and eager.
 Ways = tuple[list[Any], list[Any]]
 
 
@@ -170,7 +170,7 @@ def test_modes_strength_compiles_nothing_and_each_adapter_one_graph():
         seen.append(expected)
         assert_close(run(tokens()).logits, expected, unsteered=unsteered)
 
-    for strength in (1.0, -2, 0.5, 0.25, 0, 3.0, 0.7, 1.5, 2.5, 4.0):  # more than PyTorch's limit of 8 graphs
+    for strength in (1.0, -2, 0.5, 0.25, 0, 3.0, 0.7, 1.5, 2.5, 4.0):  # more values than PyTorch's limit of 8 graphs
         model.steering.scale = strength
         assert_equal_to_eager()
     assert counter.frame_count == 1
@@ -210,7 +210,7 @@ def test_modes_compiled_decoding_with_a_static_cache():
         return torch.cat([run(part, past_key_values=cache).logits for part in (ids[:, :6], *ids[:, 6:].split(1, 1))], 1)
 
     found = decoded(run)
-    assert counter.frame_count == 2  # prompt, and each token after it
+    assert counter.frame_count == 2  # one for the prompt, one for all later tokens
     base = build_frozen(num_hidden_layers=2)
     unsteered = decoded(compiled(base)[0]), base(ids).logits
     assert_close(found, model(ids).logits, unsteered=unsteered)
@@ -232,8 +232,8 @@ def test_modes_autocast(family, dtype):
         assert_as_exact_as_hooks(model, parameters, Hooked(base, parameters), InFull(base, parameters))
         assert logits(model).dtype == torch.bfloat16
     (residual, branch), out = seen[-1]
-    assert out.dtype == (residual + branch).dtype == dtype  # not that of autocast
-    if dtype == torch.float32:  # autocast reaches the base, and not what steers: it is exact
+    assert out.dtype == (residual + branch).dtype == dtype  # not autocast's dtype
+    if dtype == torch.float32:  # autocast affects the base but not the steering, which stays exact
         with torch.autocast("cpu", torch.bfloat16):
             exact = logits(InFull(base, parameters).model)
             assert_close(logits(model), exact)
@@ -243,7 +243,7 @@ def test_modes_autocast(family, dtype):
 def test_modes_inference_mode():
     base = build()
     with torch.inference_mode():
-        model = patch_model(base, CONFIG)  # its parameters are ordinary ones, which train
+        model = patch_model(base, CONFIG)  # made outside inference mode, so its parameters can train
         parameters = randomize(model)
         expected = model(tokens()).logits
         assert expected.is_inference()
@@ -321,7 +321,7 @@ REQUESTS = [tokens(seed, 1, length)[0] for seed, length in enumerate((9, 4, 1))]
 
 
 def padded(side: str) -> dict[str, Tensor]:
-    """The requests as one batch."""
+    """Return the requests as one padded batch."""
     ids = torch.zeros(len(REQUESTS), max(map(len, REQUESTS)), dtype=torch.long)
     mask = torch.zeros_like(ids)
     for row, request in enumerate(REQUESTS):
@@ -398,7 +398,7 @@ OFFLOADS: dict[str, Callable[[nn.Module, Path], nn.Module]] = {
 
 
 def hooked_in_place(model: nn.Module) -> nn.Module:
-    """As on several devices: hooks that move what a layer is given to where it is, and offload nothing."""
+    """Add accelerate's hooks as for several devices: they move a layer's inputs to its device and offload nothing."""
     return dispatch_model(model, dict.fromkeys(MAP, "cpu"), main_device="cpu", force_hooks=True)
 
 
@@ -415,7 +415,7 @@ def test_modes_offloaded_and_then_patched(name, tmp_path):
     model.model.norm.requires_grad_(False)
     OFFLOADS[name](model, tmp_path)
     before, bare = snapshot(model)["modules"], logits(model)
-    # The weights of an offloaded model may lie otherwise in memory, and be multiplied in another order.
+    # An offloaded model's weights may have another memory layout and be multiplied in another order.
     bases = OFFLOADS[name](build_frozen(), tmp_path / "unsteered"), build_frozen()
     unsteered = [logits(base) for base in bases], [input_gradient(base) for base in bases]
     patch_model(model, CONFIG)
@@ -442,7 +442,9 @@ def test_modes_offloaded_and_then_patched(name, tmp_path):
 def test_modes_patched_and_then_offloaded_is_refused(name, tmp_path):
     model = steered(build())
     OFFLOADS[name](model, tmp_path)
-    with refused(ValueError, "adapter 'default' is on meta", "expected it on cpu", "offload the model before"):
+    with refused(
+        ValueError, "adapter 'default' is on meta", "expected it on cpu", "call accelerate's offloading first"
+    ):
         logits(model)
     model.steering.unpatch()
     assert torch.equal(logits(model), logits(OFFLOADS[name](build(), tmp_path / "unpatched")))
@@ -460,7 +462,7 @@ def test_modes_hooks_of_a_device_map(patched_first):
     assert torch.equal(logits(model), logits(build()))
     steered(model)
     assert torch.equal(logits(model), expected)
-    remove_hook_from_submodules(model)  # which leaves the forward on the instance
+    remove_hook_from_submodules(model)  # this leaves the forward on the instance
     assert torch.equal(logits(model), expected)
     model.steering.unpatch()
     assert torch.equal(logits(model), logits(build()))
@@ -502,7 +504,7 @@ def test_modes_joint_adaptation_of_an_offloaded_layer_is_refused(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # Quantised bases
 
-WIDE = {"hidden_size": 64, "intermediate_size": 128}  # a block of bitsandbytes is 64 wide
+WIDE = {"hidden_size": 64, "intermediate_size": 128}  # bitsandbytes quantises in blocks of 64
 
 
 def _bits(dtype: torch.dtype, **fields: Any) -> Callable[[Path], PreTrainedModel]:
@@ -540,7 +542,7 @@ QUANTISED = {
     "torchao float8": _torchao("Float8WeightOnlyConfig"),
 }
 
-#: Quantises what its layers are given too, and passes no gradient.
+#: Quantises the layers' inputs too, and passes no gradient.
 DYNAMIC = "torchao int8 dynamic"
 DYNAMIC_BASE = _torchao("Int8DynamicActivationInt8WeightConfig")
 
@@ -554,7 +556,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", QUANTISED)
 def test_modes_training_on_a_quantised_base(name, wide, tmp_path):
-    base, other = (QUANTISED[name](wide).train() for _ in range(2))  # some are packed for inference once they infer
+    base, other = (QUANTISED[name](wide).train() for _ in range(2))  # some repack weights at the first inference
     structure = snapshot(base)
     model = patch_model(base, CONFIG)
     parameters = randomize(model)
@@ -582,7 +584,7 @@ def test_modes_training_on_a_quantised_base(name, wide, tmp_path):
 def test_modes_inference_on_a_quantised_base(name, wide):
     base, other = (QUANTISED.get(name, DYNAMIC_BASE)(wide).eval().requires_grad_(False) for _ in range(2))
     before = logits(base)
-    assert apart(before, logits(build(**WIDE).to(base.dtype))) > 1e-3  # it is quantised
+    assert apart(before, logits(build(**WIDE).to(base.dtype))) > 1e-3  # the base really is quantised
     model = patch_model(base, CONFIG)
     assert {row.kind for row in model.steering.report()} == {"fused"}
     assert torch.equal(logits(model), before)
@@ -596,7 +598,7 @@ def test_modes_inference_on_a_quantised_base(name, wide):
 
 @pytest.mark.parametrize("name", QUANTISED)
 def test_modes_gradients_pass_through_a_quantised_base(name, wide):
-    """Hooks would miss what does not: dL/dx of y = x W is dL/dy Wᵀ, with W as the module itself shows it."""
+    """For y = x W, dL/dx is dL/dy Wᵀ with the module's own W. Plain hooks are no reference, as they share the base."""
     model = QUANTISED[name](wide).train()
     for path in ("self_attn.q_proj", "mlp.down_proj"):
         module = model.model.layers[0].get_submodule(path)
@@ -605,7 +607,7 @@ def test_modes_gradients_pass_through_a_quantised_base(name, wide):
         x = torch.randn(5, module.in_features, dtype=model.dtype, requires_grad=True)
         y = module(x)
         dy = torch.randn_like(y)
-        # bitsandbytes multiplies 8 bits by float16.
+        # bitsandbytes computes 8-bit products in float16.
         precision = torch.finfo(torch.float16 if "int8" in name else model.dtype).eps
         assert apart(torch.autograd.grad(y, x, dy)[0], dy @ w.T) <= 4 * max(precision, ROUNDING)
 
@@ -619,7 +621,7 @@ def test_modes_a_base_that_passes_no_gradient_is_run_and_not_trained_through(wid
 
 
 def test_modes_quantised_base_with_the_trainer(wide, tmp_path):
-    """Which wants a PEFT model on a quantised base: steering is one."""
+    """The Trainer requires a PEFT model on a quantised base, and accepts a steered model as one."""
     from fused_steer.peft import PostBlockConfig
 
     model = get_peft_model(QUANTISED["bitsandbytes nf4"](wide), PostBlockConfig(r=4))
@@ -654,12 +656,12 @@ _TEXT = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
-# As many layers as the decoder has: it is told apart otherwise.
+# As many layers as the decoder, so that the number does not distinguish them.
 _VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
 _IMAGE = {"image_size": 16, "patch_size": 8}
 IMAGE_TOKEN = 5
 
-#: model type -> its config, and its vision tower.
+#: model type -> its config, and the path of its vision tower.
 VISION_LANGUAGE: dict[str, tuple[dict[str, Any], str]] = {
     "llava": (
         {
@@ -719,13 +721,13 @@ def vision_language(model_type: str) -> PreTrainedModel:
     fields, _ = VISION_LANGUAGE[model_type]
     model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(model_type, **fields)).eval()
     for name, parameter in model.named_parameters():
-        if "projector" in name:  # Gemma's starts at zero, and then sees nothing
+        if "projector" in name:  # Gemma's projector starts at zero and would hide the image
             nn.init.normal_(parameter, std=0.2)
     return model
 
 
 def image_and_text(model_type: str, seed: int = 0) -> dict[str, Tensor]:
-    """One image of 16 x 16, which is four tokens, and text on both sides of it."""
+    """Make inputs of one 16 x 16 image (four tokens) with text on both sides."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.tensor([[11, 12, *[IMAGE_TOKEN] * 4, 13, 14, 15]])
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -750,7 +752,7 @@ def test_modes_the_text_decoder_of_a_vision_language_model_is_steered(model_type
             run(base).logits,
             run(base, pixel_values=image_and_text(model_type, 1)["pixel_values"]).logits,
         )
-    assert apart(blind, unsteered) > 1e-3  # it looks
+    assert apart(blind, unsteered) > 1e-3  # the image has an effect
     before, seen = snapshot(base), tower_output(base, tower, inputs)
 
     model = patch_model(copy.deepcopy(base), CONFIG)

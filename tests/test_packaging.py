@@ -1,6 +1,6 @@
-"""What is built, installed and importable, and that CI runs the command that the README gives.
+"""Tests of the built, installed and importable package, and of CI, which runs README's command.
 
-Nothing here builds inside the checkout, where leftovers of an earlier build would end up in the wheel.
+The tests build outside of the checkout, because leftovers of an earlier build would end up in the wheel.
 """
 
 import os
@@ -19,7 +19,7 @@ from packaging.utils import canonicalize_name
 from fused_steer._requirements import CORE, TRIED
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = {"fused_steer": "fused_steer", "kernels": "fused_steer/kernels"}  # folder in the checkout: in the wheel
+PACKAGES = {"fused_steer": "fused_steer", "kernels": "fused_steer/kernels"}  # checkout's folder: wheel's folder
 
 
 def run(*command, cwd, **env) -> subprocess.CompletedProcess:
@@ -40,7 +40,7 @@ def contents(wheel: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
-    """A copy of the checkout, as far as a build could see it."""
+    """Copy every file of the checkout that a build could read."""
     source = tmp_path_factory.mktemp("source")
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
@@ -51,7 +51,7 @@ def source(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(source) -> Path:
-    """Built from an sdist, as an index would have it."""
+    """Build the wheel from the sdist, as a package index does."""
     run_ok(sys.executable, "-m", "build", "--no-isolation", "--outdir", "from-sdist", cwd=source)
     (wheel,) = (source / "from-sdist").glob("*.whl")
     return wheel
@@ -59,7 +59,7 @@ def wheel(source) -> Path:
 
 @pytest.fixture(scope="module")
 def site(wheel, tmp_path_factory) -> Path:
-    """The wheel alone, installed in a folder that goes first on PYTHONPATH: dependencies come from this environment."""
+    """Install the wheel without dependencies into a folder, to put first on PYTHONPATH."""
     site = tmp_path_factory.mktemp("site")
     run_ok(sys.executable, "-m", "pip", "install", "--no-index", "--no-deps", "--target", site, wheel, cwd=site)
     return site
@@ -102,12 +102,12 @@ def test_packaging_installed_kernels_are_a_subpackage(site, tmp_path):
         cwd=tmp_path,
         PYTHONPATH=str(site),
     )
-    # Not those of an editable install, which this environment may well have.
+    # Not the files of an editable install, which this environment may also have.
     assert out.split("\n")[:2] == [str(site / place / "__init__.py") for place in PACKAGES.values()]
 
 
 def test_packaging_nothing_is_installed_as_top_level_kernels(site, tmp_path):
-    # -S: the Hub package of that name may be in this environment, and is none of our business.
+    # -S leaves out this environment's packages, which may include the Hub's package `kernels`.
     result = run(sys.executable, "-S", "-c", "import kernels", cwd=tmp_path, PYTHONPATH=str(site))
     assert result.stderr.strip().endswith("ModuleNotFoundError: No module named 'kernels'")
 
@@ -130,7 +130,7 @@ def test_packaging_constraints_pin_every_requirement(distribution):
 
 
 def test_packaging_requirements_are_what_was_tried(distribution):
-    """setup.py lets in what was tried: the core nothing else, the extras what may well work too."""
+    """setup.py accepts every version that was tried. For the core libraries it accepts no other versions."""
     requirements = [Requirement(line) for line in distribution.requires]
     assert CORE.keys() <= {r.name for r in requirements if "extra" not in str(r.marker)}
     for requirement in requirements:
@@ -163,7 +163,7 @@ def test_packaging_checkout_refuses_the_bare_name():
 
 
 def test_packaging_transformers_imports_from_the_checkout():
-    """transformers probes for the Hub's `kernels` by importing it, and from the checkout's root it meets ours."""
+    """transformers can be imported in the checkout's root, where its probe for the Hub's `kernels` finds our folder."""
     run_ok(sys.executable, "-c", "from transformers import LlamaForCausalLM", cwd=ROOT)
 
 
@@ -195,7 +195,7 @@ def test_packaging_ci_fails_without_the_readme_test_command(tmp_path, readme):
 
 
 def test_packaging_the_core_needs_none_of_the_extras():
-    """Patching, steering, saving and loading, in a process in which no optional library can be imported."""
+    """Patching, steering, saving and loading work in a process that cannot import any optional library."""
     code = """
 import sys
 

@@ -1,4 +1,4 @@
-"""patch_model over many families of models: against the model as it came, and against plain forward hooks."""
+"""Tests of patch_model on many families of models, against the unpatched model and against plain forward hooks."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def kinds(model: nn.Module) -> list[str]:
 
 
 def steered_pair(base: nn.Module, config: SteerConfig = EVERYTHING) -> tuple[nn.Module, Hooked]:
-    """The model, patched, with a random adapter; and its hooked copy, which differs from the model as it came."""
+    """Patch the model with a random adapter; return it and its hooked copy. The adapter changes the output."""
     unsteered = logits(base)
     original = copy.deepcopy(base)
     model = patch_model(base, config)
@@ -66,7 +66,7 @@ def assert_equal_to_hooked(model: nn.Module, hooked: Hooked) -> None:
 
 def assert_hidden_states_steered(make: Callable[[], nn.Module], recorded_before: bool) -> None:
     base = make()
-    if recorded_before:  # transformers then leaves hooks of its own in the layers
+    if recorded_before:  # transformers then leaves its own hooks in the layers
         base(tokens(), output_hidden_states=True)
     model = patch_model(base, EVERYTHING)
     hooked = Hooked(make(), randomize(model), scale=EVERYTHING.scale)
@@ -178,7 +178,7 @@ def test_patch_vector():
 
 
 class ScalingBlock(nn.Module):
-    """What it returns is no sum."""
+    """A block that does not return a sum."""
 
     def __init__(self, as_tuple: bool) -> None:
         super().__init__()
@@ -190,7 +190,7 @@ class ScalingBlock(nn.Module):
 
 
 class ScalingModel(nn.Module):
-    """A decoder that transformers knows nothing of."""
+    """A decoder that is unknown to transformers."""
 
     def __init__(self, as_tuple: bool) -> None:
         super().__init__()
@@ -216,7 +216,7 @@ class ListingBlock(ScalingBlock):
 
 
 class ClampingLayer(LlamaDecoderLayer):
-    """What it does after the add is its own."""
+    """A layer that changes the hidden state after the residual add."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         return super().forward(*args, **kwargs).clamp(-3, 3)
@@ -310,9 +310,9 @@ def test_patch_other_instances_of_the_class_are_untouched():
 @pytest.mark.parametrize(
     ("make", "calls"),
     [
-        (build, {2}),  # the second is the recomputation
+        (build, {2}),  # the second call is the recomputation
         (lambda: build("gemma2"), {2}),
-        # Hooks run after what is checkpointed, the forward; up to transformers 5.17, inside it: there it was the call.
+        # Hooks run after the checkpointed forward, so they are not recomputed. Up to transformers 5.17 they are.
         (llama_of_clamping_layers, {1, 2}),
     ],
     ids=["llama", "gemma2", "hook"],
@@ -326,7 +326,7 @@ def test_patch_gradient_checkpointing_changes_no_gradient(make, calls, use_reent
     unsteered = input_gradient(base, use_cache=False)
     for network in (model, base):
         network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
-    if use_reentrant:  # which passes on gradients of inputs only
+    if use_reentrant:  # it needs an input that requires a gradient
         model.enable_input_require_grads()
     model.steering.reset_calls()
     actual = gradients(model, parameters, use_cache=False)
@@ -404,15 +404,15 @@ def test_patch_steering_follows_the_model_to_another_dtype():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Which list is that of the decoder layers
+# Finding the list of decoder layers
 
 
 class TowerConfig(types.SimpleNamespace):
-    """Of a part that is not the decoder."""
+    """The config of a part that is not the decoder."""
 
 
 def with_tower(layers: int, **config: Any) -> nn.Module:
-    """A decoder beside a tower with as many blocks as `layers`, under a config of its own."""
+    """Build a decoder beside a tower of `layers` blocks that has its own config."""
     model = scaling_model(as_tuple=False)
     model.tower = nn.Module()
     model.tower.config = TowerConfig(hidden_size=HIDDEN, num_hidden_layers=layers)

@@ -1,4 +1,4 @@
-"""What README shows runs, and what it counts is so."""
+"""Tests of README: its code runs, and its counts are correct."""
 
 import functools
 import os
@@ -22,7 +22,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def block(marker: str, page: str = README) -> str:
-    """The code under a marker of README, or of another page."""
+    """Return the code block under a marker of README or another page."""
     after = page.partition(f"<!-- {marker} -->\n\n```python\n")[2]
     assert after, f"there is no block under {marker}"
     return after.partition("```")[0]
@@ -34,7 +34,7 @@ def run_block(code: str, names: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_readme_try_it(tmp_path, monkeypatch, capsys):
-    """The block as it stands, with a tiny model and a tokenizer of characters in the place of SmolLM2."""
+    """The block runs unchanged, with a tiny model and a character tokenizer in place of SmolLM2."""
     monkeypatch.chdir(tmp_path)
     model = build()
     monkeypatch.setattr(demo, "load_smollm2", lambda: (model, tokenizer()))
@@ -65,12 +65,12 @@ def test_readme_training(tmp_path, monkeypatch):
     assert not torch.equal(trained, logits(build()))
     for adapter in ("polite", "out/checkpoint-3"):
         assert torch.equal(logits(patch_model(build(), adapter)), trained)
-    assert not list(tmp_path.rglob("model*.safetensors"))  # the base is in no checkpoint
+    assert not list(tmp_path.rglob("model*.safetensors"))  # no checkpoint has the base
 
 
 @pytest.mark.skipif(shutil.which("git") is None or not (ROOT / ".git").exists(), reason="needs git and a checkout")
 def test_readme_two_commands_begin_in_an_empty_directory(tmp_path):
-    """The first is a clone, which leads to all files that the two commands name. It is made of this checkout."""
+    """The two commands work in an empty directory. The first clones, here from this checkout."""
     clone, demo, tests = re.findall(r"```bash\n(.*?)\n```", README, re.DOTALL)[:3]
     url = re.fullmatch(r"git clone (https://\S+) && cd \S+", clone)[1]
     config = {f"url.{ROOT}.insteadOf": url, "safe.directory": "*"}
@@ -118,7 +118,7 @@ def test_readme_trl(tmp_path, monkeypatch):
     from datasets import Dataset
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("CI", "1")  # TRL then sends no telemetry
+    monkeypatch.setenv("CI", "1")  # keeps TRL from sending telemetry
     few = {"max_steps": 2, "bf16": False, "use_cpu": True, "report_to": "none", "disable_tqdm": True}
     names = {
         "patch_model": patch_model,
@@ -155,7 +155,7 @@ def test_readme_each_use_is_at_most_five_lines():
 
 
 def test_readme_parameters_of_lora_and_of_steering_are_counted():
-    """README's table, against the modules of Llama-3.2-1B."""
+    """README's table of parameters agrees with the modules of Llama-3.2-1B."""
     sizes = {"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=32, num_key_value_heads=8))

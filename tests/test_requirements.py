@@ -1,4 +1,4 @@
-"""Versions of other libraries: a warning outside of the tried range, once in a process, and no refusal."""
+"""Tests of the version check: a warning outside of the tried range, once per process, and no refusal."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ from fused_steer._requirements import TRIED, UntriedVersionWarning, installed, w
 
 @pytest.fixture
 def versions(monkeypatch):
-    """Versions that the test makes up, in a process that has checked none yet."""
+    """Replace the installed versions by made-up ones, in a process that has not checked any yet."""
     made_up = {}
     real = metadata.version
     monkeypatch.setattr(metadata, "version", lambda name: made_up.get(name) or real(name))

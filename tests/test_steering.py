@@ -1,4 +1,4 @@
-"""model.steering: adapters by name, their strength, switching them off, and the report."""
+"""Tests of model.steering: named adapters, the scale, switching off, and the report."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from fused_steer import SteerConfig, patch_model
 
-#: Adapters that differ in all that a config can say, and φ of each.
+#: Adapters that differ in every field of the config, and φ of each.
 ADAPTERS = {
     "default": (SteerConfig(rank=4, down_bias=True, up_bias=True), F.silu),
     "polite": (SteerConfig(rank=2, activation="tanh", layers=[1], scale=-0.5), torch.tanh),
@@ -33,7 +33,7 @@ ADAPTERS = {
 
 
 def patched(*names: str) -> nn.Module:
-    """A model with these random adapters, the first in use."""
+    """Build a model with these random adapters and use the first."""
     first, *others = names
     model = patch_model(build(), ADAPTERS[first][0], adapter_name=first)
     for name in others:
@@ -110,7 +110,7 @@ def test_steering_added_adapter_is_not_in_use():
     assert trained(model) == of_adapter(model, "default")
     assert torch.equal(logits(model), before)
     model.steering.use("polite")
-    assert torch.equal(logits(model), bare_logits())  # fresh
+    assert torch.equal(logits(model), bare_logits())  # a fresh adapter changes nothing
     model.steering.add("another")
     assert model.steering.config("another") == SteerConfig()
 
@@ -197,7 +197,7 @@ def test_steering_disabled_is_the_base_model_whatever_is_done_inside():
     model = patched("polite")
     with model.steering.disabled():
         model.steering.scale = 3.0
-        model.steering.add("vec-1", ADAPTERS["vec-1"][0])  # for layers that had none
+        model.steering.add("vec-1", ADAPTERS["vec-1"][0])  # for layers without adapter so far
         model.steering.use("vec-1")
         randomize(model, "vec-1")
         assert torch.equal(logits(model), bare_logits())

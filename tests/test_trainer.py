@@ -1,4 +1,4 @@
-"""SteeringTrainer: checkpoints that hold the adapter and not the base, resumed to the bit; and the way to the hub."""
+"""Tests of SteeringTrainer: checkpoints with only the adapter, resumption bit for bit, and uploads to the hub."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ ADAPTER = {"adapter_config.json", "adapter_model.safetensors"}
 
 
 def patched(seed: int = 0, lora: bool = False) -> nn.Module:
-    """Models are equal, their fresh adapters are not."""
-    model = build(attention_dropout=0.1)  # so that the state of the random numbers matters too
+    """Build a patched model. The base is the same for every seed; the fresh adapters differ."""
+    model = build(attention_dropout=0.1)  # so that the random state matters too
     torch.manual_seed(seed)
     if lora:
         model = get_peft_model(model, LoraConfig(r=3, target_modules=["q_proj", "down_proj"], lora_dropout=0.1))
@@ -93,14 +93,14 @@ def test_trainer_a_plain_trainers_checkpoint_is_an_adapter_too(tmp_path):
     assert not torch.equal(learnt, logits(build()))
     assert torch.equal(logits(patch_model(build(), checkpoint)), learnt)
     resumed = patched(seed=1)
-    trainer(resumed, tmp_path / "other").train(resume_from_checkpoint=str(checkpoint))  # by a SteeringTrainer
+    trainer(resumed, tmp_path / "other").train(resume_from_checkpoint=str(checkpoint))  # with a SteeringTrainer
     assert torch.equal(logits(resumed.eval()), learnt)
 
 
 @RUNS
 def test_trainer_the_best_is_loaded_at_the_end(tmp_path, lora, cls):
     class Notes(cls):
-        """Keeps what was saved at each step."""
+        """A trainer that records the parameters saved at each step."""
 
         def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
             super().save_model(output_dir, _internal_call)
@@ -114,7 +114,7 @@ def test_trainer_the_best_is_loaded_at_the_end(tmp_path, lora, cls):
     run.compute_metrics = lambda _: {"x": next(scores)}
     run.train()
     assert run.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{STEPS // 2}")
-    now = {name: p.detach() for name, p in model.named_parameters()}  # PEFT loads what then does not train
+    now = {name: p.detach() for name, p in model.named_parameters()}  # PEFT freezes what it loads
     assert saved.keys() == {STEPS // 2, STEPS}
     assert_same({name: now[name] for name in saved[STEPS]}, saved[STEPS // 2])
     assert not all(torch.equal(now[name], value) for name, value in saved[STEPS].items())
@@ -145,7 +145,7 @@ def test_trainer_what_a_checkpoint_would_lose_is_refused(tmp_path):
     model = patched()
     model.lm_head.weight.requires_grad_(True)
     run = trainer(model, tmp_path)
-    with refused(ValueError, "lm_head.weight trains", "expected the steering", model=model):
+    with refused(ValueError, "lm_head.weight trains", "expected only the steering", model=model):
         run.train()
     with refused(ValueError, "lm_head.weight trains"):
         run.save_model(str(tmp_path / "out"))
@@ -182,7 +182,7 @@ def test_trainer_checkpoints_of_another_kind_are_not_resumed(tmp_path):
 
 @pytest.fixture
 def hub(monkeypatch) -> SimpleNamespace:
-    """The hub up to the network call: what it would have been sent, by repository and path."""
+    """Replace the hub's network calls; record the uploads by repository and path."""
     uploads: dict[str, dict[str, bytes]] = {}
     hub = SimpleNamespace(uploads=uploads, created=[], messages=[], tokens=[], revisions=[])
 
@@ -212,7 +212,7 @@ def hub(monkeypatch) -> SimpleNamespace:
 
 
 def stored(hub: SimpleNamespace, repo: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`repo` is from now on what is downloaded of the hub."""
+    """Make downloads of `repo` return its recorded uploads."""
     for name, data in hub.uploads[repo].items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
@@ -267,7 +267,7 @@ def test_trainer_pushes_adapters(hub, tmp_path, monkeypatch, lora):
     run = trainer(model, tmp_path / "out", push_to_hub=True, hub_model_id="me/run", hub_always_push=True)
     run.train()
     beside = {f"fused_steer/default/{name}" for name in ADAPTER}
-    assert hub.uploads["me/run"].keys() >= (ADAPTER | beside if lora else ADAPTER)  # by the checkpoints
+    assert hub.uploads["me/run"].keys() >= (ADAPTER | beside if lora else ADAPTER)  # uploaded by the checkpoints
     hub.uploads["me/run"].clear()
     run.push_to_hub()
     files = hub.uploads["me/run"]

@@ -1,4 +1,4 @@
-"""Training a patched model: with transformers' Trainer, and step by step beside one steered by forward hooks."""
+"""Tests of training a patched model, with transformers' Trainer and step by step beside a model with forward hooks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fused_steer import SteerConfig, patch_model
 STEPS = 8
 CONFIG = SteerConfig(rank=4, down_bias=True, up_bias=True)
 
-#: Whatever the text, one and the same token comes next, which is soon learnt.
+#: The next token is the same for every text, so it is learnt quickly.
 DATASET = [{"input_ids": ids, "labels": torch.full_like(ids, 7)} for ids in tokens(batch=32)]
 
 
@@ -36,7 +36,7 @@ def trainer(model: nn.Module, directory: Path) -> Trainer:
 
 
 def patched(seed: int) -> nn.Module:
-    """Models are equal, their fresh adapters are not."""
+    """Build a patched model. The base is the same for every seed; the fresh adapters differ."""
     model = build()
     torch.manual_seed(seed)
     return patch_model(model, CONFIG)
@@ -78,7 +78,7 @@ def test_training_trainer_learns_freezes_and_resumes(tmp_path):
 
 
 def twenty_steps(network: nn.Module, parameters: dict[str, Tensor]) -> Tensor:
-    """The loss of each."""
+    """Train twenty steps; return the loss of each."""
     optimizer = torch.optim.AdamW(list(parameters.values()), lr=1e-2)
     losses = []
     for step in range(20):

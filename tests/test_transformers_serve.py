@@ -1,4 +1,4 @@
-"""Steering behind `transformers serve`, over HTTP on loopback. vLLM's environment has what it needs."""
+"""Tests of steering behind `transformers serve`, over HTTP on loopback. They run in vLLM's environment."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "serving.md"
 
 
 def commands() -> tuple[str, str]:
-    """The page's two: that makes a directory of base and adapter, and that serves it."""
+    """Return the page's two commands: one makes a directory of base and adapter, one serves it."""
     section = PAGE.read_text(encoding="utf-8").partition("## transformers serve")[2].partition("\n## ")[0]
     join, serve = re.findall(r"```bash\n(.*?)\n```", section, re.DOTALL)
     return join, serve
@@ -32,7 +32,7 @@ def commands() -> tuple[str, str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """BASE, ADAPTER, and served/, made by the page's command."""
+    """Make a folder with BASE and ADAPTER, and served/ by the page's command."""
     root = tmp_path_factory.mktemp("served")
     save_model(root / "BASE")
     save_adapter(root / "BASE", root / "ADAPTER", SteerConfig(rank=4), 3)
@@ -60,7 +60,7 @@ def test_transformers_serve_an_adapter_with_its_base_is_served_as_a_model(folder
         port = free.getsockname()[1]
     words = shlex.split(commands()[1])
     assert words[0] == "python"
-    command = [sys.executable, *words[1:-1], "--host", "127.0.0.1", "--port", str(port)]  # the models by their requests
+    command = [sys.executable, *words[1:-1], "--host", "127.0.0.1", "--port", str(port)]  # requests name their models
     log = tmp_path / "server.log"
     with open(log, "w") as file:
         server = subprocess.Popen(command, cwd=folder, env=os.environ, stdout=file, stderr=subprocess.STDOUT)

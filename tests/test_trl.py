@@ -1,4 +1,4 @@
-"""TRL's trainers of a patched model: the base model is the reference, without a copy; runs are resumed to the bit."""
+"""Tests of TRL's trainers on a patched model: the base is the reference, without a copy; runs resume bit for bit."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ PREFERENCES = Dataset.from_list([{"prompt": p, "chosen": c, "rejected": f"{c}, i
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch):
-    monkeypatch.setenv("CI", "1")  # TRL then sends no telemetry
+    monkeypatch.setenv("CI", "1")  # keeps TRL from sending telemetry
 
 
 def steered(seed: int = 0, lora: bool = False) -> nn.Module:
-    """A model whose steering (and LoRA) does something before training, so that it is not its own reference."""
+    """Build a model with steering (and LoRA) that already changes the output, so that it differs from its reference."""
     model = build()
     torch.manual_seed(seed)
     if lora:
@@ -122,7 +122,7 @@ def test_trl_dpo_equals_a_run_beside_a_second_model(tmp_path, monkeypatch, lora,
     model = steered(lora=lora)
     assert_same(values(model), values(steered(lora=lora)))
     with monkeypatch.context() as patched:
-        patched.setattr("trl.trainer.dpo_trainer.create_model_from_path", None)  # no second model is loaded
+        patched.setattr("trl.trainer.dpo_trainer.create_model_from_path", None)  # loading a second model would fail
         run = dpo(model, tmp_path / "one", **options)
     run.train()
     assert_same(values(model), values(expected))
@@ -136,10 +136,10 @@ def test_trl_grpo_equals_a_run_beside_a_second_model(tmp_path, monkeypatch, beta
     base = save_tiny(tmp_path / "base")
     expected, model = steered(), steered()
     for each in (expected, model):
-        each.config._name_or_path = str(base)  # from where TRL loads its second model
+        each.config._name_or_path = str(base)  # the path from which TRL loads its second model
     beside = grpo(expected, tmp_path / "two", trl.GRPOTrainer, beta=beta)
     if beside.ref_model is not None:
-        beside.ref_model.requires_grad_(False)  # as the steered model's base is
+        beside.ref_model.requires_grad_(False)  # like the steered model's base
     beside.train()
     monkeypatch.setattr("trl.trainer.grpo_trainer.create_model_from_path", None)
     run = grpo(model, tmp_path / "one", beta=beta)
@@ -154,7 +154,7 @@ def test_trl_grpo_with_lora_refers_to_the_base(tmp_path):
     model = steered(lora=True)
     run = grpo(model, tmp_path, beta=0.5)
     run.train()
-    assert set(model.peft_config) == {"default"}  # TRL would add a frozen copy of the LoRA
+    assert set(model.peft_config) == {"default"}  # otherwise TRL has added a frozen copy of the LoRA
     assert torch.equal(logits(run.ref_model), logits(build_frozen()))
     assert all(value > 0 for value in logged(run, "kl"))
 

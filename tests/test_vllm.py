@@ -1,7 +1,8 @@
-"""Steering adapters in vLLM's engine: the plug-in as vLLM loads it, with tiny models, against HF's patched ones."""
+"""Tests of steering adapters in vLLM's engine, with tiny models, against patched models in transformers (HF)."""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import vllm_compiled_on_cpu
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
@@ -33,7 +35,7 @@ from fused_steer import SteerConfig, patch_model, save_joint
 
 pytestmark = pytest.mark.vllm
 
-#: Of a config that was edited by hand.
+#: Removes the digests, as a person does who edits a config on purpose.
 NO_DIGESTS = dict.fromkeys(("config_sha256", "weights_sha256", "tensors_sha256"))
 
 WORKER = Path(__file__).with_name("vllm_worker.py")
@@ -41,7 +43,7 @@ WORKER = Path(__file__).with_name("vllm_worker.py")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """model/, and an adapter of each of CONFIGS under its name; "lora"; and "joint": the first with that LoRA."""
+    """Make a folder with model/, an adapter per entry of CONFIGS, a LoRA, and "joint", the first adapter with it."""
     root = tmp_path_factory.mktemp("served")
     save_model(root / "model")
     for seed, (name, config) in enumerate(CONFIGS.items(), 1):
@@ -52,7 +54,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def joint(root: Path, out: Path, *loras: str) -> None:
-    """Save the first adapter together with the LoRA, under each of these names."""
+    """Save the first adapter together with the LoRA under each of these names."""
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(root / "model"), root / "lora", loras[0])
     for name in loras[1:]:
         model.load_adapter(root / "lora", name)
@@ -75,7 +77,7 @@ def expected(folder: Path, name: str | None) -> list[list[int]]:
 
 
 def assert_answered(engine: Any, folder: Path, names: list[str | None]) -> None:
-    """Every prompt by every adapter, all in one batch."""
+    """Check the answers to every prompt with every adapter, all in one batch."""
     requests = [(name, name and str(folder / name), prompt) for prompt in PROMPTS for name in names]
     tokens = ask(engine, requests, NEW_TOKENS)
     right = [expected(folder, name)[index] for index in range(len(PROMPTS)) for name in names]
@@ -97,15 +99,15 @@ def test_vllm_one_adapter_alone_or_none(engine, folder, name):
 
 
 def test_vllm_beside_lora_and_together_with_it(engine, folder):
-    # vLLM's own LoRA layers on a CPU take the slot of a request without adapter, -1, for the last of the slots.
-    # Emptied, they are filled from the first, and the last of the four stays without LoRA.
+    # On a CPU vLLM's own LoRA layers use the last slot for a request without adapter, because its slot is -1. After
+    # the slots are emptied they fill from the first, so that the last of the four has no LoRA.
     for number in engine.llm_engine.list_loras():
         engine.llm_engine.remove_lora(number)
     assert_answered(engine, folder, ["lora", None, "silu", "joint"])
 
 
 def test_vllm_more_adapters_than_slots(engine, folder, tmp_path):
-    """Twelve over four slots and eight places in memory, each answering as it alone would."""
+    """Twelve adapters share four slots and eight places in memory. Each answers as it does alone."""
     paths = {
         f"many-{seed}": save_adapter(folder / "model", tmp_path / str(seed), SteerConfig(rank=1 + seed % 8), seed + 20)
         for seed in range(12)
@@ -123,14 +125,14 @@ def test_vllm_loaded_pinned_and_unloaded_by_vllms_own_calls(engine, folder):
     assert core.add_lora(LoRARequest("one", 300, str(folder / "silu")))
     assert core.pin_lora(300) and 300 in core.list_loras()
     assert core.remove_lora(300) and 300 not in core.list_loras()
-    # The number now stands for another adapter.
+    # The number now belongs to another adapter.
     assert core.add_lora(LoRARequest("two", 300, str(folder / "biases"))) and 300 in core.list_loras()
     core.remove_lora(300)
     assert_answered(engine, folder, ["silu", None, "biases"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What cannot be served is refused alone
+# A bad adapter fails without affecting others
 
 
 def _another_size(folder: Path, out: Path) -> None:
@@ -186,7 +188,7 @@ def _strength_beyond_float32(folder: Path, out: Path) -> None:
 
 
 def _other_tensors(folder: Path, out: Path) -> None:
-    """Of another rank than the config says."""
+    """Write an adapter that has another rank than its config says."""
     shutil.copytree(folder / "silu", out / "adapter")
     file = out / "adapter" / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **NO_DIGESTS, "rank": 5}))
@@ -204,7 +206,7 @@ BROKEN = {
     _another_size: "is for a model of hidden size 96; expected 64",
     _another_depth: "is for a model of number of layers 2; expected 3",
     _rank_above: "is of rank 9; expected at most 8 (--max-lora-rank)",
-    _corrupt: "its contents are not those that adapter_config.json was saved with",
+    _corrupt: "its contents do not match adapter_config.json",
     _truncated: "its header is of",
     _without_weights: "has no adapter_model.safetensors; expected a saved steering adapter",
     _unknown_field: "no field 'temperature'",
@@ -226,7 +228,7 @@ def test_vllm_refused_before_the_engine_and_by_it(engine, folder, tmp_path, make
         ask(engine, [("broken", str(tmp_path / "adapter"), PROMPTS[0])], NEW_TOKENS)
     message = str(caught.value).split(" (parameter=")[0]
     assert BROKEN[make] in message and "'broken'" in message and "\n" not in message
-    # The server loads adapters so, and not by a request.
+    # The server loads adapters this way, without a request.
     with pytest.raises(Exception, match="" if make is _nothing else re_escape(BROKEN[make])):
         engine.llm_engine.add_lora(LoRARequest("broken", 777, str(tmp_path / "adapter")))
     assert 777 not in engine.llm_engine.list_loras()
@@ -240,20 +242,200 @@ def re_escape(text: str) -> str:
 
 
 def test_vllm_files_that_are_gone_or_changed_since(engine, folder, tmp_path):
-    from vllm.exceptions import VLLMValidationError
-
+    """A number stands for what was loaded, whatever becomes of its files, also when vLLM has to read them again."""
     path = tmp_path / "adapter"
     shutil.copytree(folder / "vector", path)
     request = ("passing", str(path), PROMPTS[0])
-    assert ask(engine, [request], NEW_TOKENS) == expected(folder, "vector")[:1]
+    right = expected(folder, "vector")[:1]
+    assert ask(engine, [request], NEW_TOKENS) == right
     weights = path / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
-    with pytest.raises(VLLMValidationError, match="its contents are not those"):
-        ask(engine, [request], NEW_TOKENS)
+    assert ask(engine, [request], NEW_TOKENS) == right
     shutil.rmtree(path)
-    with pytest.raises(VLLMValidationError, match="no directory"):
-        ask(engine, [request], NEW_TOKENS)
+    assert ask(engine, [request], NEW_TOKENS) == right
+    others = [save_adapter(folder / "model", tmp_path / f"{n}", SteerConfig(rank=1), n) for n in range(30, 38)]
+    ask(engine, [(str(other), str(other), PROMPTS[0]) for other in others], 1)  # as many as vLLM keeps in memory
+    assert ask(engine, [request], NEW_TOKENS) == right
     assert_answered(engine, folder, ["silu", None])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A strength and positions for each request, and what the cache holds
+
+LONG = [list(range(3, 43)), list(range(10, 50)), [9, 3, 22, 41, 11]]
+STEERINGS = [
+    {"scale": scale, "positions": positions}
+    for scale in (1.0, 0.5, 0.0, -2.0)
+    for positions in ("all", "generated", "prompt", "last", ["last", 3], ["first", 7])
+]
+
+
+@pytest.fixture(scope="module")
+def in_chunks(folder):
+    """An engine that feeds long prompts in chunks, and caches them by blocks of 32 tokens."""
+    from vllm import LLM
+
+    options = {"block_size": 32, "enable_prefix_caching": True, "max_num_batched_tokens": 24, "max_num_seqs": 16}
+    engine = LLM(**engine_options(folder / "model", lora_target_modules=["post_block"], **options))
+    yield engine
+    engine.llm_engine.engine_core.shutdown()
+
+
+@functools.cache
+def by_hugging_face(folder: Path, name: str, prompt: tuple[int, ...], steering: str, new_tokens: int) -> list[int]:
+    """What `steering.batch` answers, greedily, with a request's options (JSON)."""
+    given = json.loads(steering)
+    positions = given.get("positions", "all")
+    model = patched(folder, name)
+    with model.steering.batch(
+        [name], scale=given.get("scale"), positions=tuple(positions) if isinstance(positions, list) else positions
+    ):
+        out = model.generate(torch.tensor([prompt]), max_new_tokens=new_tokens, do_sample=False, eos_token_id=None)
+    return out[0, len(prompt) :].tolist()
+
+
+@functools.cache
+def patched(folder: Path, name: str) -> Any:
+    return patch_model(AutoModelForCausalLM.from_pretrained(folder / "model"), folder / name, adapter_name=name)
+
+
+def outputs_of(engine: Any, rows: list[tuple[str | None, list[int], Any]], folder: Path, new_tokens: int) -> list[Any]:
+    """A batch of requests: the adapter's name, the prompt, and the steering options, if any."""
+    from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    number = {name: index for index, name in enumerate(CONFIGS, 1)}
+    parameters = [
+        SamplingParams(
+            temperature=0,
+            max_tokens=new_tokens,
+            ignore_eos=True,
+            extra_args=None if options is None else {"steering": options},
+        )
+        for _, _, options in rows
+    ]
+    loras = [name and LoRARequest(name, number[name], str(folder / name)) for name, _, _ in rows]
+    prompts = [{"prompt_token_ids": prompt} for _, prompt, _ in rows]
+    return engine.generate(prompts, parameters, lora_request=loras, use_tqdm=False)
+
+
+def test_vllm_a_strength_and_positions_for_each_request(in_chunks, folder):
+    """All in one batch, with a cold and with a warm cache: each answers as Hugging Face's batch does."""
+    rows = [(name, prompt, options) for name in ("silu", "linear") for options in STEERINGS for prompt in LONG]
+    rows += [("silu", prompt, None) for prompt in LONG] + [(None, prompt, None) for prompt in LONG]
+    right = [
+        by_hugging_face(folder, name or "silu", tuple(prompt), json.dumps(options or ({} if name else {"scale": 0})), 6)
+        for name, prompt, options in rows
+    ]
+    assert len({tuple(answer) for answer in right}) > len(STEERINGS)
+    for _ in range(2):
+        found = outputs_of(in_chunks, rows, folder, 6)
+        assert [list(output.outputs[0].token_ids) for output in found] == right
+    assert sum(output.num_cached_tokens for output in found) == 32 * sum(len(prompt) > 32 for _, prompt, _ in rows)
+
+
+def test_vllm_requests_that_leave_the_prompt_alone_share_the_cached_prompt_of_the_base(in_chunks, folder):
+    """A block of 32 tokens is the base's as long as the first steered token lies behind it."""
+    prompt = [7 + i % 30 for i in range(50)]
+    in_chunks.reset_prefix_cache()
+    outputs_of(in_chunks, [(None, [*prompt], None)], folder, 1)
+    for name, options, cached in [
+        ("silu", {"positions": "generated", "scale": 3}, 32),
+        ("biases", {"positions": "generated"}, 32),
+        ("silu", {"positions": ["last", 18]}, 32),
+        ("silu", {"positions": ["last", 19]}, 0),
+        ("silu", {"positions": "all"}, 0),
+        ("silu", None, 0),
+    ]:
+        (found,) = outputs_of(in_chunks, [(name, prompt, options)], folder, 1)
+        assert found.num_cached_tokens == cached, options
+        right = by_hugging_face(folder, name, tuple(prompt), json.dumps(options or {}), 1)
+        assert list(found.outputs[0].token_ids) == right
+
+
+def test_vllm_retrained_under_the_same_name_it_answers_by_its_new_weights(in_chunks, folder, tmp_path):
+    """Unloaded and loaded again, and loaded in place, from one path: no block of the old adapter is taken."""
+    from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    core, path = in_chunks.llm_engine, tmp_path / "adapter"
+    parameters = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+
+    def answer() -> list[int]:
+        request = LoRARequest("retrained", 400, str(path))
+        (found,) = in_chunks.generate({"prompt_token_ids": LONG[0]}, parameters, lora_request=request, use_tqdm=False)
+        return list(found.outputs[0].token_ids)
+
+    for version, seed in enumerate((61, 62, 63, 61)):
+        shutil.rmtree(path, ignore_errors=True)
+        save_adapter(folder / "model", path, SteerConfig(rank=4), seed)
+        if version == 2:
+            assert core.add_lora(LoRARequest("retrained", 400, str(path), load_inplace=True))
+        elif version:
+            assert core.remove_lora(400) and 400 not in core.list_loras()
+        model = patch_model(AutoModelForCausalLM.from_pretrained(folder / "model"), path)
+        right = model.generate(torch.tensor([LONG[0]]), max_new_tokens=4, do_sample=False, eos_token_id=None)
+        assert answer() == answer() == right[0, len(LONG[0]) :].tolist()
+        assert 400 in core.list_loras() and all(number < 2**30 for number in core.list_loras())
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("silu", {"strength": 1}, "steering has strength; expected scale and positions alone"),
+        ("silu", {"scale": "strong"}, "scale is 'strong'"),
+        ("silu", {"positions": "everywhere"}, "positions has 'everywhere'"),
+        (None, {"scale": 1}, "steering is given with no adapter; expected a steering adapter"),
+        ("lora", {"scale": 1}, "steering is given with adapter 'lora', which does not steer; expected a steering"),
+    ],
+    ids=["field", "strength", "positions", "without an adapter", "with a LoRA"],
+)
+def test_vllm_options_that_are_refused(engine, folder, name, options, message):
+    from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
+    from vllm.lora.request import LoRARequest
+
+    parameters = SamplingParams(max_tokens=1, extra_args={"steering": options})
+    request = name and LoRARequest(name, 500, str(folder / name))
+    with pytest.raises(VLLMValidationError, match=message):
+        engine.generate({"prompt_token_ids": [5]}, parameters, lora_request=request, use_tqdm=False)
+    assert_answered(engine, folder, [None, "silu"])
+
+
+def test_vllm_the_second_model_runner(folder, tmp_path):
+    """vLLM's other runner, in Triton's interpreter: a strength and positions for each request, chunks and cache."""
+    (tmp_path / "sitecustomize.py").write_text(STAND_IN, encoding="utf-8")
+    options = {"block_size": 32, "enable_prefix_caching": True, "max_num_batched_tokens": 24, "max_num_seqs": 16}
+    rows = [
+        ("silu", LONG[0], {"scale": s, "positions": p}) for s in (0.5, -2.0) for p in ("generated", "prompt", "last")
+    ]
+    rows += [("silu", LONG[0], None), (None, LONG[0], None)]
+    requests = [(name, name and str(folder / name), prompt, options) for name, prompt, options in rows]
+    tokens, log = run(
+        tmp_path / "out.json",
+        engine_options(folder / "model", lora_target_modules=["post_block"], **options),
+        requests,
+        PYTHONPATH=str(tmp_path),
+        TRITON_INTERPRET="1",
+        VLLM_USE_V2_MODEL_RUNNER="1",
+    )
+    right = [
+        by_hugging_face(folder, "silu", tuple(prompt), json.dumps(given or ({} if name else {"scale": 0})), NEW_TOKENS)
+        for name, prompt, given in rows
+    ]
+    assert tokens == right
+    assert "gpu/model_runner" in log or "V2" in log
+
+
+#: Lets vLLM take Triton's interpreter for a backend of the CPU, without which its second model runner is refused there.
+STAND_IN = """
+from types import SimpleNamespace
+
+import triton.backends
+
+driver = type("Driver", (), {"is_active": staticmethod(lambda: True)})
+triton.backends.backends["cpu"] = SimpleNamespace(driver=driver, compiler=None)
+"""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -261,7 +443,7 @@ def test_vllm_files_that_are_gone_or_changed_since(engine, folder, tmp_path):
 
 
 def run(out: Path, engine: dict[str, Any], requests: list[Any], **environment: str) -> tuple[list[list[int]], str]:
-    """The tokens of a batch, and the log, of an engine in a process of its own."""
+    """Run an engine in a subprocess; return the tokens of a batch, and the log."""
     job = {"engine": engine, "requests": requests, "new_tokens": NEW_TOKENS, "out": str(out)}
     done = subprocess.run(
         [sys.executable, str(WORKER)],
@@ -276,7 +458,8 @@ def run(out: Path, engine: dict[str, Any], requests: list[Any], **environment: s
     return json.loads(out.read_text())["tokens"], log
 
 
-#: Un-added pairs with norms behind the MLP; finished states beside a residual that is dead; tensors; HF's own layers.
+#: Families by the return value of their layers: a pair still to be added, with norms after the MLP; a finished state
+#: beside an unused residual; a tensor; HF's own layers.
 FAMILIES = {
     "gemma3": ("gemma3", {}),
     "cohere": ("cohere", {}),
@@ -301,7 +484,7 @@ def test_vllm_compiled_and_again_from_the_cache(folder, tmp_path):
     environment = {
         "PYTHONPATH": str(vllm_compiled_on_cpu.install(tmp_path / "plugin")),
         "VLLM_CACHE_ROOT": str(tmp_path / "cache"),
-        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # to ask the process that compiles for its key
+        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # lets the test ask the compiling process for its cache key
     }
     names = [None, "silu", "linear", "vector", "biases"]
     requests = [(name, name and str(folder / name), prompt) for prompt in PROMPTS for name in names]
@@ -310,18 +493,31 @@ def test_vllm_compiled_and_again_from_the_cache(folder, tmp_path):
         tokens, log = run(tmp_path / f"{number}.json", options, requests, **environment)
         assert tokens == right
         assert done in log
-    # The graph's key is not that of the same config without the plug-in.
+    # The graph's key differs from the key of the same config without the plug-in.
     marked, plain = json.loads((tmp_path / "1.json").read_text())["keys"]
     (factors,) = (tmp_path / "cache").rglob("cache_key_factors.json")
     assert json.loads(factors.read_text())["config_hash"] == marked != plain
 
 
 def test_vllm_target_modules_that_leave_steering_out(folder, tmp_path):
-    """Said at once, when the adapter is loaded."""
-    options = engine_options(folder / "model", lora_target_modules=["q_proj"])
-    request = ("silu", str(folder / "silu"), PROMPTS[0])
-    with pytest.raises(AssertionError, match="steers, and --lora-target-modules leaves steering out; expected"):
-        run(tmp_path / "out.json", options, [request])
+    """Said at once, when the adapter is loaded; the engine goes on."""
+    from vllm import LLM
+    from vllm.exceptions import VLLMValidationError
+
+    cases = {
+        "silu": (["q_proj"], "it steers, and --lora-target-modules is q_proj; expected 'post_block' among them"),
+        "joint": (
+            ["post_block", "q_proj"],
+            "its LoRA adapts down_proj, and --lora-target-modules is post_block, q_proj",
+        ),
+        "biases": (["model.layers.1.post_block"], "it steers in the layers 0, 2, and --lora-target-modules is model"),
+    }
+    for name, (modules, message) in cases.items():
+        engine = LLM(**engine_options(folder / "model", lora_target_modules=modules))
+        with pytest.raises(VLLMValidationError, match=re_escape(message)):
+            ask(engine, [(name, str(folder / name), PROMPTS[0])], NEW_TOKENS)
+        assert ask(engine, [(None, None, PROMPTS[0])], NEW_TOKENS) == expected(folder, None)[:1]
+        engine.llm_engine.engine_core.shutdown()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -331,14 +527,14 @@ def test_vllm_target_modules_that_leave_steering_out(folder, tmp_path):
 def test_vllm_what_layers_return():
     from vllm.model_executor.models import commandr, exaone4, gemma3, llama, longcat_flash, phimoe, qwen3_next
 
-    from fused_steer.vllm import FINISHED, UNADDED, Unreachable, returned_state
+    from fused_steer.vllm.layers import FINISHED, UNADDED, Unreachable, returned_state
 
     for cls in (llama.LlamaDecoderLayer, gemma3.Gemma3DecoderLayer, qwen3_next.Qwen3NextDecoderLayer):
         assert returned_state(cls) == UNADDED
-    # Whose second value is a residual that was added already.
+    # These layers' second return value is a residual that was already added.
     for cls in (commandr.CohereDecoderLayer, exaone4.Exaone4DecoderLayer, phimoe.PhiMoEDecoderLayer):
         assert returned_state(cls) == FINISHED
-    # A sum of two branches beside its residual: it may be either.
+    # A sum of two branches beside its residual is ambiguous.
     with pytest.raises(Unreachable, match="not known to be"):
         returned_state(longcat_flash.FlashDecoderLayer)
 
@@ -350,7 +546,8 @@ def test_vllm_the_cache_key_has_all_that_a_graph_depends_on(folder):
     from torch import nn
     from vllm.engine.arg_utils import EngineArgs
 
-    from fused_steer.vllm import SteeringPoint, SteeringWithLoRA, put_into_cache_key
+    from fused_steer.vllm.cache import put_into_cache_key
+    from fused_steer.vllm.layers import SteeringPoint, SteeringWithLoRA
 
     def key(state: str, slots: int, layers: int, additional: Any) -> str:
         config = EngineArgs(**engine_options(folder / "model")).create_engine_config()
@@ -414,9 +611,13 @@ def test_vllm_an_adapter_in_its_slot_is_noted_as_used_and_not_looked_for(monkeyp
 
 def test_vllm_registering_again_changes_nothing():
     from vllm.lora import model_manager, utils, worker_manager
-    from vllm.v1.engine import input_processor
+    from vllm.v1.core import kv_cache_utils
+    from vllm.v1.engine import async_llm, input_processor, llm_engine
+    from vllm.v1.worker.gpu import model_runner
+    from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
-    from fused_steer.vllm import SteeringWithLoRA, register
+    from fused_steer.vllm import register
+    from fused_steer.vllm.layers import SteeringWithLoRA
 
     def state() -> list[Any]:
         return [
@@ -424,7 +625,12 @@ def test_vllm_registering_again_changes_nothing():
             model_manager.LoRAModelManager.__init__,
             worker_manager.WorkerLoRAManager._load_adapter,
             worker_manager.LRUCacheWorkerLoRAManager.add_adapter,
-            input_processor.InputProcessor._validate_lora,
+            input_processor.InputProcessor.process_inputs,
+            llm_engine.LLMEngine.add_request,
+            async_llm.AsyncLLM.add_lora,
+            kv_cache_utils.generate_block_hash_extra_keys,
+            LoRAModelRunnerMixin.set_active_loras,
+            model_runner.init_model_state,
         ]
 
     register()

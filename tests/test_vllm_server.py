@@ -1,4 +1,4 @@
-"""Steering adapters behind `vllm serve`, over HTTP on loopback: named as models, loaded and unloaded, under load."""
+"""Tests of steering adapters behind `vllm serve`, over HTTP on loopback: model names, loading, unloading, load."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def name_of(number: int) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """model/, and sixteen adapters."""
+    """Make a folder with model/ and sixteen adapters."""
     root = tmp_path_factory.mktemp("served")
     save_model(root / "model")
     for number in range(RESIDENTS + GUESTS):
@@ -51,7 +51,7 @@ class Server:
     def __init__(self, folder: Path, port: int, log: Path) -> None:
         self.folder, self.url, self.log = folder, f"http://127.0.0.1:{port}", log
         residents = [f"{name_of(n)}={folder / name_of(n)}" for n in range(RESIDENTS)]
-        # What `vllm serve` starts; that command asks for the package "vllm", which its CPU build is not called.
+        # The module behind `vllm serve`. That command needs a package named "vllm"; the CPU build has another name.
         command = [
             sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder / "model"),
             "--served-model-name", "base",
@@ -77,7 +77,7 @@ class Server:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=300)
 
     def tokens(self, client: Any, model: str, prompt: int) -> list[int]:
-        """The greedy continuation of PROMPTS[prompt] by the adapter of that name, or "base"."""
+        """Request the greedy continuation of PROMPTS[prompt] from an adapter or from "base"."""
         answer = client.completions.create(
             model=model,
             prompt=PROMPTS[prompt],
@@ -136,7 +136,7 @@ def test_vllm_server_a_client_names_the_adapter_as_the_model(server):
 
 
 def test_vllm_server_loaded_and_unloaded_while_a_request_runs(server):
-    """What streams goes on by the adapter that it began with, though that is unloaded meanwhile."""
+    """A stream continues with the adapter that it began with, even if the adapter is unloaded meanwhile."""
     import openai
 
     client = server.client()
@@ -169,21 +169,21 @@ def test_vllm_server_what_cannot_be_served_fails_alone(server, tmp_path):
     with pytest.raises(openai.NotFoundError, match="nobody"):
         server.tokens(client, "nobody", 0)
     assert server.unload("nobody")[0] == 404
-    # An adapter that is broken, of another size, not there, or there already.
+    # An adapter that is broken, has another size, is missing, or is already loaded.
     shutil.copytree(server.folder / "resident-0", tmp_path / "broken")
     weights = tmp_path / "broken" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
     save_model(tmp_path / "other", hidden_size=96, num_attention_heads=3, num_key_value_heads=1, head_dim=32)
     save_adapter(tmp_path / "other", tmp_path / "wide", SteerConfig(rank=2), 1)
     for path, part in (
-        (tmp_path / "broken", "its contents are not those that adapter_config.json was saved with"),
+        (tmp_path / "broken", "its contents do not match adapter_config.json"),
         (tmp_path / "wide", "is for a model of hidden size 96; expected 64"),
         (tmp_path / "nothing", "No adapter found"),
     ):
         status, text = server.load("bad", path)
         assert status >= 400 and part in text
     assert server.load("resident-0", server.folder / "resident-0")[0] == 400
-    # One whose files are changed once it is loaded, and evicted.
+    # An adapter that is loaded and evicted, and then has its files changed.
     shutil.copytree(server.folder / "resident-0", tmp_path / "later")
     assert server.load("later", tmp_path / "later")[0] == 200
     (tmp_path / "later" / "adapter_model.safetensors").write_bytes(b"")
@@ -197,7 +197,7 @@ def test_vllm_server_what_cannot_be_served_fails_alone(server, tmp_path):
 
 
 def test_vllm_server_five_hundred_requests_with_adapters_coming_and_going(server):
-    """Over four slots and six places in memory: none lost, none answered by another adapter."""
+    """With four slots and six places in memory, no request is lost and none is answered by another adapter."""
     client = server.client()
     wrong: list[Any] = []
     done: list[str] = []
@@ -225,7 +225,7 @@ def test_vllm_server_five_hundred_requests_with_adapters_coming_and_going(server
                 wrong.append((name, status, text))
 
     for name in ("base", *(name_of(number) for number in range(RESIDENTS + GUESTS))):
-        server.expected(name)  # worked out before, so that the requests come close on each other
+        server.expected(name)  # computed beforehand, so that the requests come in quick succession
     coming = [threading.Thread(target=guests, args=[RESIDENTS + number]) for number in range(GUESTS)]
     for thread in coming:
         thread.start()
@@ -240,7 +240,7 @@ def test_vllm_server_five_hundred_requests_with_adapters_coming_and_going(server
 
 
 def answers_by_content(server: Server) -> set[tuple[int, ...]]:
-    """One prompt's answers by all adapters: if two were alike, content would not tell whose it is."""
+    """Return all adapters' answers to one prompt, to check that answers identify their adapter."""
     names = ["base", *(name_of(number) for number in range(RESIDENTS + GUESTS))]
     found = {tuple(server.expected(name)[0]) for name in names}
     assert len(found) == len(names)

@@ -1,4 +1,4 @@
-"""A real model, SmolLM2-135M-Instruct, steered in vLLM as in HF."""
+"""Tests that a real model, SmolLM2-135M-Instruct, is steered in vLLM as in transformers (HF)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NEW_TOKENS = 16
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory) -> tuple[Path, list[list[int]], dict[str | None, list[list[int]]]]:
-    """A folder with model/ and the adapters; the prompts' ids; and HF's greedy tokens by adapter."""
+    """Make a folder with model/ and adapters; return it with the prompts' ids and HF's greedy tokens by adapter."""
     from fused_steer.tools.demo import load_smollm2
 
     root = tmp_path_factory.mktemp("smollm2")
@@ -32,7 +32,7 @@ def served(tmp_path_factory) -> tuple[Path, list[list[int]], dict[str | None, li
     for seed, (name, config) in enumerate(CONFIGS.items(), 1):
         patch_model(model, config, adapter_name=name) if seed == 1 else model.steering.add(name, config)
         for parameter in randomize(model, name, seed).values():
-            parameter.data *= 0.15  # strong enough for other words, and not for noise
+            parameter.data *= 0.15  # strong enough to change words, weak enough to avoid noise
         model.steering.save(root / name, name)
     answers = {}
     for name in (None, *CONFIGS):

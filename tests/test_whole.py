@@ -1,4 +1,4 @@
-"""save_pretrained of a patched model: the whole model, and beside it the adapters, from which it comes back steered."""
+"""Tests of save_pretrained on a patched model: it saves the whole model with its adapters, and both load again."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def steered(**overrides: Any) -> nn.Module:
 
 
 def adapters(directory: Path) -> list[str]:
-    """Where adapters lie, from the directory."""
+    """Return the paths of the adapters in a directory."""
     return sorted(str(path.parent.relative_to(directory)) for path in directory.rglob(FILES[0]))
 
 
@@ -165,7 +165,7 @@ def test_whole_beside_lora(tmp_path):
     added.add_adapter(LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
     model = patch_model(added, CONFIG)
     randomize(model)
-    model.save_pretrained(tmp_path / "added")  # transformers writes the LoRA, and not the base
+    model.save_pretrained(tmp_path / "added")  # transformers writes only the LoRA, not the base
     assert adapters(tmp_path / "added") == [".", "fused_steer/default"]
     again = build()
     again.load_adapter(str(tmp_path / "added"))
@@ -173,7 +173,7 @@ def test_whole_beside_lora(tmp_path):
     assert torch.equal(logits(again), logits(model))
 
     wrapped = patch_model(get_peft_model(build(), LoraConfig(r=2, target_modules=["q_proj"])), CONFIG)
-    wrapped.save_pretrained(tmp_path / "wrapped")  # as PEFT does: the LoRA alone
+    wrapped.save_pretrained(tmp_path / "wrapped")  # PEFT writes only the LoRA
     assert adapters(tmp_path / "wrapped") == ["."]
     assert wrapped.steering.unpatch() is wrapped
     assert "save_pretrained" not in {**vars(wrapped), **vars(wrapped.get_base_model())}
@@ -182,9 +182,7 @@ def test_whole_beside_lora(tmp_path):
 def test_whole_the_adapter_goes_to_the_hub_too(tmp_path, monkeypatch):
     def push(model: nn.Module, repo_id: str, **options: Any) -> None:
         pushed.append((repo_id, options))
-        model.save_pretrained(
-            tmp_path / "pushed", max_shard_size="1GB"
-        )  # as transformers does, into a folder of its own
+        model.save_pretrained(tmp_path / "pushed", max_shard_size="1GB")  # into a separate folder, as transformers does
 
     pushed: list[Any] = []
     monkeypatch.setattr(PreTrainedModel, "push_to_hub", push)

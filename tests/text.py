@@ -1,4 +1,4 @@
-"""A tokenizer of single characters, to train tiny models on text without a download."""
+"""A character tokenizer, to train tiny models on text without a download."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def save_tiny(folder: Path) -> Path:
-    """A tiny model and its tokenizer, as `from_pretrained` reads them."""
+    """Save a tiny model and its tokenizer for `from_pretrained`."""
     build().save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder

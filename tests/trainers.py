@@ -1,4 +1,4 @@
-"""A trainer of a tiny model, as several tests run it."""
+"""A trainer of a tiny model, shared by several tests."""
 
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,7 @@
-"""A plug-in of vLLM, for tests: LoRA and torch.compile together on a CPU, in the mode that a GPU has.
+"""A vLLM plug-in for tests: makes vLLM compile with LoRA on a CPU, in the same mode as on a GPU.
 
-vLLM compiles nothing on a CPU as soon as LoRA is enabled, since its LoRA layers there keep numbers of a batch in the
-graph. A steering point does not, and with `lora_target_modules=["post_block"]` it is the only one that LoRA wraps.
+On a CPU vLLM compiles nothing once LoRA is enabled, because its LoRA layers there store a batch's numbers in the graph.
+A steering layer does not. With `lora_target_modules=["post_block"]` LoRA wraps only steering layers.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def register() -> None:
 
     CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
     CpuPlatform.compiles_anyway = True
-    # A pass of its compiler names GPU ops that its CPU build has not.
-    CpuPlatform.import_kernels()  # those that it has
+    # A pass of vLLM's compiler names GPU ops that its CPU build lacks.
+    CpuPlatform.import_kernels()  # registers the CPU ops
     source = Path(vllm.__file__).parent / "compilation/passes/utility/fix_functionalization.py"
     for name in sorted(set(re.findall(r"torch\.ops\._C\.(\w+)", source.read_text()))):
         if not hasattr(torch.ops._C, name):
@@ -38,7 +38,7 @@ def register() -> None:
 
 
 def install(folder: Path) -> Path:
-    """Make a folder that, on PYTHONPATH, has this plug-in."""
+    """Write a folder that provides this plug-in when it is on PYTHONPATH."""
     information = folder / "vllm_compiled_on_cpu-1.0.dist-info"
     information.mkdir(parents=True)
     (information / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm-compiled-on-cpu\nVersion: 1.0\n")

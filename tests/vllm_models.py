@@ -1,4 +1,4 @@
-"""What the tests of serving with vLLM serve: tiny models and adapters in files, and what HF says they answer."""
+"""Files and expected answers for the vLLM tests: tiny models, adapters, and their answers in transformers (HF)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from fused_steer import SteerConfig, patch_model
 
-#: vLLM's attention on a CPU wants heads of at least 32.
+#: vLLM's attention on a CPU needs heads of at least 32.
 SIZES = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
 PROMPTS = [[5, 6, 7, 8], [9, 3, 22, 41, 11], [30, 31], [12, 12, 13, 40, 50, 60, 7]]
 NEW_TOKENS = 12
@@ -38,7 +38,7 @@ def save_model(folder: Path, family: str = "llama", **sizes: Any) -> Path:
 
 
 def save_adapter(model: Path, folder: Path, config: SteerConfig, seed: int) -> Path:
-    """A random steering adapter of the model."""
+    """Save a random steering adapter for the model."""
     patched = patch_model(AutoModelForCausalLM.from_pretrained(model), config)
     randomize(patched, seed=seed)
     patched.steering.save(folder)
@@ -57,7 +57,7 @@ def lora_tensors(seed: int, rank: int = 4, layers: int = 3) -> dict[str, Tensor]
 
 
 def save_lora(folder: Path, seed: int) -> Path:
-    """A LoRA as PEFT writes it, of scaling 1."""
+    """Save a random LoRA in PEFT's format, with scaling 1."""
     folder.mkdir(parents=True)
     save_file(lora_tensors(seed), folder / "adapter_model.safetensors")
     config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "bias": "none"}
@@ -68,7 +68,7 @@ def save_lora(folder: Path, seed: int) -> Path:
 
 @functools.cache
 def answers(model: Path, steering: Path | None = None, lora_seed: int | None = None) -> list[list[int]]:
-    """Greedy continuations of PROMPTS by the model in HF, alone each, LoRA merged into its weights."""
+    """Generate greedy continuations of PROMPTS one by one in HF, with the LoRA merged into the weights."""
     loaded = AutoModelForCausalLM.from_pretrained(model)
     if lora_seed is not None:
         tensors = lora_tensors(lora_seed)

@@ -1,4 +1,4 @@
-"""One engine of vLLM in a process of its own, where the environment is set for it: a job in, tokens out, as JSON."""
+"""Runs one vLLM engine in a subprocess with its own environment variables: reads a job, writes tokens, as JSON."""
 
 from __future__ import annotations
 
@@ -11,24 +11,31 @@ _numbers: dict[tuple[str, str | None], int] = {}
 
 
 def _number(name: str, path: str | None) -> int:
-    """vLLM's number of an adapter, which must be its own as long as the engine lives."""
+    """Return an adapter's number in vLLM. It must stay unique for the engine's lifetime."""
     return _numbers.setdefault((name, path), len(_numbers) + 1)
 
 
-def ask(engine: Any, requests: list[tuple[str | None, str | None, list[int]]], new_tokens: int) -> list[list[int]]:
-    """Greedy continuations of one batch. A request: the adapter's name and directory, or None twice, and its prompt."""
+def ask(engine: Any, requests: list[Any], new_tokens: int) -> list[list[int]]:
+    """Generate greedy continuations of one batch.
+
+    Args:
+        requests: (adapter's name, its directory, prompt), and perhaps steering options. Name and directory may be None.
+    """
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
 
-    loras = [name and LoRARequest(name, _number(name, path), path) for name, path, _ in requests]
-    prompts = [{"prompt_token_ids": prompt} for _, _, prompt in requests]
-    parameters = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)
+    loras = [name and LoRARequest(name, _number(name, path), path) for name, path, *_ in requests]
+    prompts = [{"prompt_token_ids": prompt} for _, _, prompt, *_ in requests]
+    given = [{"steering": options[0]} if options and options[0] else None for _, _, _, *options in requests]
+    parameters = [
+        SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, extra_args=extra) for extra in given
+    ]
     outputs = engine.generate(prompts, parameters, lora_request=loras, use_tqdm=False)
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
 def keys(worker: Any) -> tuple[str, str]:
-    """The hash of the config in the process that compiles, as it is, and without what was added to it."""
+    """Return the hash of the config in the compiling process, with and without the plug-in's additions."""
     config = worker.vllm_config
     marked, added = config.compute_hash(), config.additional_config
     config.additional_config = {}

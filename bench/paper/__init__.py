@@ -1,1 +1,1 @@
-"""`python -m bench.paper`: the experiments of arXiv 2603.00425, with its rivals. docs/paper.md says how."""
+"""`python -m bench.paper`: the experiments of arXiv 2603.00425, with its rivals. docs/paper.md explains them."""

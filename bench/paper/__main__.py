@@ -1,4 +1,4 @@
-"""`python -m bench.paper run`, `report`, `cost`: the paper's experiments, their tables, and what a run costs."""
+"""`python -m bench.paper run`, `report`, `cost`: runs the paper's experiments, writes tables, estimates the cost."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 
 
 def chosen(text: str | None, known: Mapping[str, object], what: str) -> list[str]:
-    """Names from a comma-separated list, all of `known` without one."""
+    """Return the names in a comma-separated list; without a list, all of `known`."""
     names = text.split(",") if text else list(known)
     for name in names:
         if name not in known:
@@ -26,7 +26,7 @@ def chosen(text: str | None, known: Mapping[str, object], what: str) -> list[str
 
 
 def parse_rates(given: list[str]) -> dict[str, tuple[float, ...]]:
-    """The rates of each method, with those that `METHOD=RATE,RATE` replaces."""
+    """Return the rates of each method: the defaults, overridden by each `METHOD=RATE,RATE`."""
     rates = dict(RATES)
     for text in given:
         method, _, numbers = text.partition("=")
@@ -56,28 +56,28 @@ def fail(error: BaseException) -> typer.Exit:
 @app.command()
 def run(
     model: Annotated[str | None, typer.Option(help="Directory or hub id; a hub id is downloaded.")] = None,
-    tasks: Annotated[str | None, typer.Option(help=f"Of {', '.join(TASKS)}; default: all.")] = None,
-    methods: Annotated[str | None, typer.Option(help=f"Of {', '.join(RATES)}; default: all.")] = None,
-    rates: Annotated[list[str], typer.Option(help="METHOD=RATE,RATE in place of ours; once a method.")] = [],  # noqa: B006
-    seeds: Annotated[int, typer.Option(help="Runs at the rate that validates best, with seeds 0, 1, ...")] = 5,
-    data: Annotated[Path | None, typer.Option(help="Folder of <task>/train.jsonl and so on; default: the hub.")] = None,
+    tasks: Annotated[str | None, typer.Option(help=f"Some of {', '.join(TASKS)}. Default: all.")] = None,
+    methods: Annotated[str | None, typer.Option(help=f"Some of {', '.join(RATES)}. Default: all.")] = None,
+    rates: Annotated[list[str], typer.Option(help="METHOD=RATE,RATE: learning rates to try. Repeatable.")] = [],  # noqa: B006
+    seeds: Annotated[int, typer.Option(help="Number of seeds at the rate that validates best.")] = 5,
+    data: Annotated[Path | None, typer.Option(help="Folder with <task>/train.jsonl. Default: the hub.")] = None,
     out: Annotated[Path, typer.Option(help="Folder of results.")] = OUT,
-    rank: Annotated[int, typer.Option(help="Of the steering.")] = Settings.rank,
-    activation: Annotated[str, typer.Option(help="Of the steering.")] = Settings.activation,
-    positions: Annotated[str, typer.Option(help="That ReFT edits: f7+l7 of the prompt, or all.")] = "f7+l7",
-    projection: Annotated[str, typer.Option(help="Of joint-released: step, epoch, init, or every N steps.")] = "100",
-    epochs: Annotated[int | None, typer.Option(help="Default: the paper's, 1, and 3 of GSM8K.")] = None,
-    train_limit: Annotated[int | None, typer.Option(help="Training rows of a task; default: all.")] = None,
-    evaluated_limit: Annotated[int | None, typer.Option(help="Validation and test rows; default: all.")] = None,
-    listops_lengths: Annotated[str, typer.Option(help="Of generated ListOps; Long Range Arena has 500:2000.")] = "4:64",
-    end: Annotated[bool, typer.Option("--end", help="Train an end-of-sequence token behind each answer.")] = False,
-    chat: Annotated[bool, typer.Option("--chat", help="Through the chat template, as the paper has Gemma.")] = False,
-    dtype: Annotated[str, typer.Option(help="Of the model: float32, bfloat16, float16.")] = Settings.dtype,
+    rank: Annotated[int, typer.Option(help="Rank of the steering.")] = Settings.rank,
+    activation: Annotated[str, typer.Option(help="Activation of the steering.")] = Settings.activation,
+    positions: Annotated[str, typer.Option(help="Positions that ReFT edits: f7+l7 of the prompt, or all.")] = "f7+l7",
+    projection: Annotated[str, typer.Option(help="joint-released projects at: step, epoch, init or N steps.")] = "100",
+    epochs: Annotated[int | None, typer.Option(help="Epochs. Default: as in the paper, 1; 3 for GSM8K.")] = None,
+    train_limit: Annotated[int | None, typer.Option(help="Training rows per task. Default: all.")] = None,
+    evaluated_limit: Annotated[int | None, typer.Option(help="Rows of validation and of test. Default: all.")] = None,
+    listops_lengths: Annotated[str, typer.Option(help="Lengths of generated ListOps, shortest:longest.")] = "4:64",
+    end: Annotated[bool, typer.Option("--end", help="Train an end-of-sequence token after each answer.")] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="Use the chat template, as the paper does for Gemma.")] = False,
+    dtype: Annotated[str, typer.Option(help="The model's dtype: float32, bfloat16, float16.")] = Settings.dtype,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
-    batch: Annotated[int, typer.Option(help="Prompts that are generated for at once.")] = 16,
-    smoke: Annotated[bool, typer.Option("--smoke", help="All methods and tasks, tiny: minutes on two cores.")] = False,
+    batch: Annotated[int, typer.Option(help="Prompts per batch of generation.")] = 16,
+    smoke: Annotated[bool, typer.Option("--smoke", help="A quick check: all methods and tasks, tiny sizes.")] = False,
 ) -> None:
-    """Train and test. A run that has its results file is not done again, so the same command goes on."""
+    """Train and test. A run with a results file is not repeated, so the same command resumes."""
     import torch
 
     from fused_steer.tools.demo import choose_device
@@ -93,7 +93,7 @@ def run(
             if not data.is_dir():
                 tiny.write_model(Path(model))
                 tiny.write_data(data)
-            torch.set_num_threads(1)  # for so small a model as fast as more, and on a machine in use faster
+            torch.set_num_threads(1)  # more threads are no faster for a tiny model, and slower on a busy machine
             rates = [f"{name}=1e-3" for name in RATES if name != "untrained"]
         if model is None:
             raise ValueError("no model is named; expected --model or --smoke")
@@ -116,16 +116,16 @@ def run(
         )
         names = chosen(tasks, TASKS, "tasks"), chosen(methods, RATES, "methods")
         done = run_all(settings, out, *names, parse_rates(rates), seeds, choose_device(device), batch)
-        typer.echo(f"{done} runs were done now; the results are in {out}")
+        typer.echo(f"{done} new runs; the results are in {out}")
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         raise fail(error) from None
 
 
 @app.command()
 def report(
-    out: Annotated[Path, typer.Option(help="Folder of results; report.md and its pictures go there too.")] = OUT,
+    out: Annotated[Path, typer.Option(help="Folder of results, and of report.md with its pictures.")] = OUT,
 ) -> None:
-    """Write the tables and pictures, beside the paper's own figures where those are at hand."""
+    """Write the tables and pictures, beside the paper's own figures where we have them."""
     from .report import write
 
     try:
@@ -138,15 +138,15 @@ def report(
 def cost(
     geometry: Annotated[str, typer.Option(help="A size in bench/geometries.py, or a model's directory or hub id.")],
     tokenizer: Annotated[
-        str | None, typer.Option(help="That counts; default: the model's, SmolLM2's of a size.")
+        str | None, typer.Option(help="Tokenizer. Default: the model's; SmolLM2's for a size.")
     ] = None,
-    tasks: Annotated[str | None, typer.Option(help=f"Of {', '.join(TASKS)}; default: all.")] = None,
-    data: Annotated[Path | None, typer.Option(help="As of `run`.")] = None,
-    listops_lengths: Annotated[str, typer.Option(help="As of `run`.")] = "4:64",
-    batch: Annotated[int, typer.Option(help="As of `run`.")] = 16,
-    counted: Annotated[int, typer.Option(help="How many examples of a split have their tokens counted.")] = 500,
+    tasks: Annotated[str | None, typer.Option(help=f"Some of {', '.join(TASKS)}. Default: all.")] = None,
+    data: Annotated[Path | None, typer.Option(help="See `run`.")] = None,
+    listops_lengths: Annotated[str, typer.Option(help="See `run`.")] = "4:64",
+    batch: Annotated[int, typer.Option(help="See `run`.")] = 16,
+    counted: Annotated[int, typer.Option(help="Number of training examples to count tokens of.")] = 500,
 ) -> None:
-    """Estimate the minutes of one run on an A100, from counted operations and bytes. Nothing is measured."""
+    """Estimate the minutes of one run on an A100 from counted operations and bytes. Nothing is measured."""
     from .cost import table
 
     try:

@@ -1,6 +1,6 @@
-"""What a run costs on an A100, estimated from counted operations and bytes; docs/paper.md has the formula.
+"""Estimates the time of a run on an A100 from counted operations and bytes; docs/paper.md has the formula.
 
-Nothing here was measured: the peak rates are NVIDIA's, and the shares of them that are reached are assumed.
+Nothing here is measured. The peak rates are NVIDIA's; the utilisation is an assumption.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from .data import Limits, load
 from .tasks import TASKS
 from .training import Text
 
-PEAK, BANDWIDTH = 312e12, 2.039e12  # A100 80GB SXM: dense bfloat16 operations, and bytes, a second
-USED, STREAMED = 0.4, 0.6  # shares that are assumed to be reached
-BYTES = 2  # of a weight, in bfloat16
+PEAK, BANDWIDTH = 312e12, 2.039e12  # A100 80GB SXM: dense bfloat16 operations per second, and bytes per second
+USED, STREAMED = 0.4, 0.6  # assumed utilisation of each
+BYTES = 2  # bytes of a weight in bfloat16
 
 
 @dataclass(frozen=True)
 class Size:
-    """weights: entries of matrices that each token is multiplied by, the head included."""
+    """The size of a model. `weights` counts the matrix entries that each token is multiplied by, the head included."""
 
     weights: int
     layers: int
@@ -31,7 +31,7 @@ class Size:
 
     @classmethod
     def of(cls, config: Any) -> Size:
-        """Counted on a model without memory."""
+        """Count the size of a model, built without memory on the meta device."""
         import torch
         from transformers import AutoModelForCausalLM
 
@@ -46,7 +46,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Mean tokens of an example's prompt and of its prompt with completion."""
+    """The mean number of tokens of a prompt, and of a prompt with its completion (`whole`)."""
 
     prompt: float
     whole: float
@@ -59,12 +59,18 @@ class Tokens:
 
 
 def forward(size: Size, tokens: float, length: float) -> float:
-    """Operations of so many tokens in sequences of this length: 2 a weight, and causal attention's two products."""
+    """Count the operations of a forward pass over `tokens` tokens in sequences of `length`.
+
+    They are 2 per weight, and the two products of causal attention.
+    """
     return tokens * (2 * size.weights + 2 * size.layers * size.hidden * length)
 
 
 def training(size: Size, tokens: Tokens, examples: int, full: bool) -> float:
-    """Seconds: forward once, and backward by activations once; full fine-tuning also by weights."""
+    """Estimate the seconds of training.
+
+    A step is one forward and one backward for the activations. Full fine-tuning adds a backward for the weights.
+    """
     count = examples * tokens.whole
     attention = forward(size, count, tokens.whole) - forward(size, count, 0)
     passes = 3 if full else 2
@@ -72,7 +78,7 @@ def training(size: Size, tokens: Tokens, examples: int, full: bool) -> float:
 
 
 def testing(size: Size, tokens: Tokens, examples: int, new_tokens: int, batch: int) -> float:
-    """Seconds: the prompts' operations, and for each generated token of a batch all weights read once."""
+    """Estimate the seconds of testing: the prompts' operations, and one read of all weights per generated token."""
     prompts = forward(size, examples * tokens.prompt, tokens.prompt) / (PEAK * USED)
     return prompts + examples / batch * new_tokens * size.weights * BYTES / (BANDWIDTH * STREAMED)
 
@@ -86,7 +92,7 @@ def table(
     batch: int,
     counted: int,
 ) -> str:
-    """Minutes of one run of each task, as a table in Markdown."""
+    """Return a Markdown table of the estimated minutes of one run of each task."""
     from transformers import AutoConfig, AutoTokenizer
 
     from fused_steer.tools.demo import load_smollm2

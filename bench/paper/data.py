@@ -1,7 +1,7 @@
-"""The examples of a task: from the hub, from local files, or generated; split, checked, and turned into text.
+"""Loads the examples of a task from the hub, from local files, or from a generator; splits, checks and formats them.
 
-Local files are `<folder>/<task>/train.jsonl` (or `.json`, a list; or `.parquet`), and `validation` and `test` where
-there are any. A split that is missing is cut from the training rows, 80:20 with seed 42, as the paper's Table 6 says.
+Local files are `<folder>/<task>/train.jsonl` (or `.json`, a list; or `.parquet`), with optional `validation` and `test`
+files beside it. A missing split is cut from the training rows, 80:20 with seed 42, as the paper's Table 6 says.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SHARE, SEED = 0.2, 42
 
 @dataclass(frozen=True)
 class Example:
-    """One row of a task as text. answer: what the reader of the task has to find."""
+    """One row of a task as text, and the correct answer."""
 
     prompt: str
     completion: str
@@ -31,7 +31,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Limits:
-    """How much of each split is used (None: all): the first rows."""
+    """The maximum number of rows per split, taken from its start (None: all rows)."""
 
     train: int | None = None
     evaluated: int | None = None
@@ -43,10 +43,10 @@ class Limits:
 def load(
     name: str, folder: Path | None, limits: Limits, lengths: tuple[int, int] = (4, 64)
 ) -> dict[str, list[Example]]:
-    """The examples of a task by split. ListOps is generated where `folder` has none.
+    """Load the examples of a task, by split. ListOps is generated unless `folder` has it.
 
     Raises:
-        ValueError: a column is missing, or a row has no answer that the task knows.
+        ValueError: a column is missing, or a row's answer is not valid for the task.
         FileNotFoundError: `folder` has no training file of the task.
     """
     task = TASKS[name]
@@ -92,7 +92,7 @@ def _rows(file: Path) -> list[Row]:
 
 
 def complete(found: dict[str, list[Row]]) -> dict[str, list[Row]]:
-    """All three splits: a missing one is cut from the training rows, the test split first."""
+    """Return all three splits; cut a missing one from the training rows, the test split first."""
     found = dict(found)
     for split in ("test", "validation"):
         if split not in found:
@@ -101,7 +101,7 @@ def complete(found: dict[str, list[Row]]) -> dict[str, list[Row]]:
 
 
 def cut(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
-    """80 % and 20 % of the rows, as `Dataset.train_test_split(test_size=0.2, seed=42)` draws them."""
+    """Split the rows 80:20, as `Dataset.train_test_split(test_size=0.2, seed=42)` does."""
     from datasets import Dataset
 
     if len(rows) < 2:
@@ -112,10 +112,10 @@ def cut(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
 
 
 def examples(task: Task, rows: Sequence[Row], source: str) -> list[Example]:
-    """The rows as text.
+    """Turn the rows into examples.
 
     Raises:
-        ValueError: there is no row, a column is missing, or a row is not of the task's form.
+        ValueError: there is no row, a column is missing, or a row does not have the task's form.
     """
     if not rows:
         raise ValueError(f"{source} has no rows; expected some")

@@ -1,7 +1,7 @@
 """Rivals that edit the outputs of attention heads: LoFiT (arXiv 2406.01563) and JoLA (arXiv 2502.01179).
 
-A head's output is what its slice of the attention's output projection reads: z, (…, heads, width). The formulas and
-initial values are those of the authors' released codes (fc2869/lo-fit, wenlai-lavine/jola).
+z, (…, heads, width), is the input of the attention's output projection, split by head. The formulas and initial values
+follow the authors' released codes (fc2869/lo-fit, wenlai-lavine/jola).
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from torch import Tensor, nn
 
 from fused_steer.model.decoder import find_decoder
 
-STD = 1e-3  # of the initial values, in both
+STD = 1e-3  # standard deviation of the initial values, in both methods
 _ATTENTION = ("self_attn", "attention", "attn", "self_attention")
 _PROJECTION = ("o_proj", "out_proj", "dense", "c_proj")
 
 
 def attach(model: nn.Module, make: type[nn.Module], name: str) -> list[nn.Module]:
-    """Freeze the model and put an edit `make(heads, width)` before each layer's attention output projection.
+    """Freeze the model and insert an edit `make(heads, width)` before each layer's attention output projection.
 
     Raises:
-        ValueError: a layer has no such projection under a known name, or its width is not that of whole heads.
+        ValueError: a layer has no such projection under a known name, or its width is no multiple of the heads.
     """
     model.requires_grad_(False)
     heads = model.config.get_text_config().num_attention_heads
@@ -51,8 +51,8 @@ def attach(model: nn.Module, make: type[nn.Module], name: str) -> list[nn.Module
 class Lofit(nn.Module):
     """z ↦ (1 + A) z + v, with a scale A and an offset v, (heads, width) each.
 
-    First A is trained, alone and with an L1 penalty. Then A is set to 0, and v is trained for the heads that had the
-    largest ‖A‖.
+    Training has two stages. First only A is trained, with an L1 penalty. Then A is set to 0, and v is trained for the
+    heads that had the largest ‖A‖.
     """
 
     def __init__(self, heads: int, width: int) -> None:
@@ -67,7 +67,7 @@ class Lofit(nn.Module):
 
 
 def select_heads(edits: Sequence[Lofit], share: float) -> list[tuple[int, int]]:
-    """Choose this share of the heads by ‖A‖, and let their offsets train instead: (layer, head) of each."""
+    """Choose a share of the heads by ‖A‖ and train their offsets instead; return (layer, head) of each."""
     norms = torch.stack([edit.scale.detach().float().norm(dim=1) for edit in edits])
     count = max(1, round(share * norms.numel()))
     chosen = [divmod(int(at), norms.shape[1]) for at in norms.flatten().topk(count).indices]
@@ -84,7 +84,7 @@ def select_heads(edits: Sequence[Lofit], share: float) -> list[tuple[int, int]]:
 
 
 class Jola(nn.Module):
-    """z ↦ (1 + g2 A) z + g1 v, with hard-concrete gates g1 and g2 of each head, learnt with A and v."""
+    """z ↦ (1 + g2 A) z + g1 v, with hard-concrete gates g1 and g2 for each head. Gates, A and v are trained."""
 
     TEMPERATURE, LOW, HIGH, EPS = 0.33, -0.1, 1.1, 1e-6
 
@@ -96,7 +96,7 @@ class Jola(nn.Module):
         self.log_g2 = nn.Parameter(nn.init.xavier_uniform_(torch.empty(heads, 1)))
 
     def gate(self, log_gate: Tensor) -> Tensor:
-        """Sampled in training; without noise, and at temperature 1, otherwise."""
+        """Compute a gate: sampled in training; without noise and at temperature 1 in evaluation."""
         if self.training:
             noise = (1 - 2 * self.EPS) * torch.rand_like(log_gate) + self.EPS
             concrete = torch.sigmoid((noise.log() - (1 - noise).log() + log_gate) / self.TEMPERATURE)
@@ -109,13 +109,16 @@ class Jola(nn.Module):
         return ((1 + self.gate(self.log_g2) * self.scale) * heads + self.gate(self.log_g1) * self.offset).flatten(-2)
 
     def open(self, log_gate: Tensor) -> Tensor:
-        """The mean probability that a gate is not 0."""
+        """Compute the mean probability that a gate is not 0."""
         shifted = log_gate - self.TEMPERATURE * math.log(-self.LOW / self.HIGH)
         return torch.sigmoid(shifted).clamp(self.EPS, 1 - self.EPS).mean()
 
 
 class JolaPenalty:
-    """λ · open(g1) + (1 − λ) · open(g2), summed over layers, by layers × heads; λ = 0.1 e^(−0.01 t) at step t."""
+    """JoLA's gate penalty: λ · open(g1) + (1 − λ) · open(g2), summed over layers and divided by layers × heads.
+
+    λ = 0.1 e^(−0.01 t) at step t.
+    """
 
     START, DECAY = 0.1, 0.01
 

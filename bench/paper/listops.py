@@ -1,7 +1,7 @@
-"""ListOps in Long Range Arena's form (Tay et al. 2020): as deep as 10, up to 10 arguments a list, of a wanted length.
+"""Generates ListOps in Long Range Arena's form (Tay et al. 2020): depth up to 10, up to 10 arguments per list.
 
-The generator draws as theirs does: an argument is a list with probability 0.25, and has 2 to 10 arguments. Length is
-counted in their tokens: a digit, an operator with its bracket, a closing bracket.
+As in Long Range Arena, an argument is a list with probability 0.25, and a list has 2 to 10 arguments. The length counts
+Long Range Arena's tokens: a digit, an operator with its bracket, a closing bracket.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from fused_steer.tools.listops import OPERATORS, Expression, Operation, evaluate
 
 DEPTH, ARGUMENTS, NESTED = 10, 10, 0.25
-#: Long Range Arena's own.
+#: Long Range Arena's range of lengths.
 LONG = (500, 2000)
 SIZES = {"train": 96_000, "validation": 2_000, "test": 2_000}
 
@@ -24,7 +24,7 @@ def length(expression: Expression) -> int:
 
 
 def _draw(rng: random.Random, depth: int, longest: int) -> Expression | None:
-    """A random expression; None as soon as it is longer than `longest`."""
+    """Draw a random expression; return None if it exceeds `longest`."""
     if depth == DEPTH or rng.random() > NESTED:
         return rng.randrange(10)
     operator, count = rng.choice(list(OPERATORS)), rng.randint(2, ARGUMENTS)
@@ -38,7 +38,7 @@ def _draw(rng: random.Random, depth: int, longest: int) -> Expression | None:
 
 
 def expressions(lengths: tuple[int, int], seed: int) -> Iterator[Operation]:
-    """Distinct random expressions with a length in `lengths`, both ends included."""
+    """Draw distinct random expressions with a length in `lengths`, both ends included."""
     rng, seen = random.Random(seed), set()
     while True:
         expression = _draw(rng, 1, lengths[1])
@@ -48,10 +48,10 @@ def expressions(lengths: tuple[int, int], seed: int) -> Iterator[Operation]:
 
 
 def rows(sizes: dict[str, int], lengths: tuple[int, int], seed: int = 42) -> dict[str, list[dict[str, object]]]:
-    """So many rows for each split, no expression twice.
+    """Draw `sizes[split]` rows for each split; no expression occurs twice.
 
     Raises:
-        ValueError: no list is that long, or the range is none.
+        ValueError: the range of lengths is empty, or begins below the shortest list.
     """
     shortest, longest = lengths
     if not 4 <= shortest <= longest:

@@ -1,7 +1,7 @@
-"""The methods: what each adds to a model, what of it trains, at which rate, under which schedule.
+"""The methods: the parameters that each adds to a model and trains, and their learning-rate schedules.
 
-`attach` gives a model its method's parameters and returns stages, which are trained one after the other; LoFiT has two,
-all others one. Steering is this project's; LoRA is PEFT's; full fine-tuning is transformers'.
+`attach` adds a method's parameters to a model and returns training stages, which run one after the other. LoFiT has two
+stages, the other methods have one. Steering is this project's, LoRA is PEFT's, full fine-tuning is transformers'.
 """
 
 from __future__ import annotations
@@ -24,9 +24,12 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 @dataclass
 class Stage:
-    """One training. penalty: added to each step's loss. after: done when it has ended.
+    """One stage of training.
 
-    used: how many of the parameters have an effect, where that is not all.
+    Attributes:
+        penalty: returns a term to add to each step's loss.
+        after: called when the stage has ended.
+        used: returns the number of parameters that have an effect, if not all have one.
     """
 
     parameters: Sequence[nn.Parameter]
@@ -43,7 +46,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Method:
-    """schedule and warmup: of the learning rate (F.5), the warm-up as a share of the steps."""
+    """A method: how it is attached, and its learning-rate schedule (F.5). `warmup` is a share of the steps."""
 
     title: str
     attach: Callable[[Any, Settings, float], tuple[Any, list[Stage]]]
@@ -131,7 +134,7 @@ METHODS: dict[str, Method] = {
     "lowrank": Method("post-block", _steering),
     "rank1": Method("post-block, rank 1", functools.partial(_steering, rank=1)),
     "vector": Method("post-block, vector", functools.partial(_steering, form="vector", rank=None, activation=None)),
-    # As the released code has it for joint training: LoRA's schedule for both.
+    # As in the released code, joint training uses LoRA's schedule for both.
     "joint": Method("naive joint", _joint, "cosine", 0.06),
     "joint-orth": Method("Joint-Orth", functools.partial(_joint, orthogonal_to="lora"), "cosine", 0.06),
     "joint-released": Method("joint as released", _joint_released, "cosine", 0.06),

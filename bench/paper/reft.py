@@ -1,7 +1,6 @@
-"""LoReFT (arXiv 2404.03592) in plain PyTorch: h ↦ h + Rᵀ (W h + b − R h), the rows of R orthonormal.
+"""LoReFT (arXiv 2404.03592) in plain PyTorch: h ↦ h + Rᵀ (W h + b − R h), with orthonormal rows of R.
 
-The baseline of the harness. A fused form of it takes its place by another `attach` in methods.py; nothing else knows
-this module.
+Only methods.py uses this module.
 """
 
 from __future__ import annotations
@@ -17,14 +16,14 @@ from fused_steer.model.decoder import find_decoder
 
 
 class Positions:
-    """Which tokens of the pass in progress are edited: the first and the last few of each row's prompt, or all.
+    """The tokens of the current pass to edit: the first and last few of each row's prompt, or all.
 
-    A prompt is what the attention mask keeps and the labels, where there are any, leave out. Tokens that are generated
-    with a cache are none of it, as in pyreft.
+    The prompt is every token that the attention mask keeps and that has no label. As in pyreft, tokens generated with a
+    cache do not belong to it.
     """
 
     def __init__(self, text: str) -> None:
-        """`all`, or `f7+l7`: the first 7 and the last 7."""
+        """Parse `all`, or `f7+l7`: the first 7 and the last 7."""
         self.mask: Tensor | None = None
         self.first = self.last = None
         if text != "all":
@@ -55,18 +54,18 @@ class Positions:
 
 
 class LoReFT(nn.Module):
-    """The edit of one layer; R and W, b initially as pyreft has them: orthogonal, and nn.Linear's."""
+    """LoReFT's edit of one layer. The initial values are pyreft's: R is orthogonal, W and b are nn.Linear's."""
 
     def __init__(self, hidden: int, rank: int) -> None:
         super().__init__()
         rotate = nn.Linear(hidden, rank, bias=False)
         nn.init.orthogonal_(rotate.weight)
-        # The field's parametrisation. It keeps signs on the diagonal of what trains: a weight decay makes 0 of 0.99.
+        # pyreft's parametrisation. Its trained tensor has signs on the diagonal, which weight decay would destroy.
         self.rotate = parametrizations.orthogonal(rotate)
         self.source = nn.Linear(hidden, rank)
 
     def forward(self, h: Tensor, mask: Tensor | None) -> Tensor:
-        """h: (B, T, d); mask: (B, T), or None for every token."""
+        """Edit h, (B, T, d), at the tokens of mask, (B, T); None edits every token."""
         rotation = self.rotate.weight
         x = h.to(rotation.dtype)
         edited = (h + (self.source(x) - x @ rotation.T) @ rotation).to(h.dtype)

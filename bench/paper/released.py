@@ -1,10 +1,10 @@
-"""Joint training as the paper's released code has it, to the bit (SprocketLab/steerling, joint/).
+"""Joint training as in the paper's released code, bit for bit (SprocketLab/steerling, joint/).
 
-Its projection differs from the paper's Joint-Orth, which is ours, in three ways. It projects W1 and not W2:
-W1 ← W1 (I − V Vᵀ). It takes V from a singular value decomposition of Bᵀ without a look at the singular values, so that
-B = 0, as before the first step, wipes coordinates 0 to r − 1 of W1. And it leaves gradients and the optimizer's moments
-as they are. B is nearly singular in the first steps, where that V hangs on the last bit of B: losses are the same to
-the bit only if the adapter computes as theirs, hence `Adapter`, a plain forward hook.
+The released projection differs from the paper's Joint-Orth, which fused-steer implements, in three ways. It projects W1
+instead of W2: W1 ← W1 (I − V Vᵀ). It takes V from an SVD of Bᵀ and ignores the singular values: B = 0, as before the
+first step, sets coordinates 0 to r − 1 of W1 to 0. It does not project gradients and the optimizer's moments. In the
+first steps B is nearly singular and V depends on its last bit. To get the same losses bit for bit, `Adapter` must run
+the released code's operations, so it is a plain forward hook.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from fused_steer.adapters.parameters import SITE
 from fused_steer.model.decoder import find_decoder, inside_peft
 
 NAME = "released"
-_SMALL = 1e-3  # on W1's initial values
+_SMALL = 1e-3  # factor on W1's initial values
 
 
 class Adapter(nn.Module):
-    """h ↦ h + W2 φ(W1 h), with the same operations and the same draws of random numbers as theirs."""
+    """h ↦ h + W2 φ(W1 h), with the operations and the random draws of the released code."""
 
     def __init__(self, hidden: int, rank: int, activation: nn.Module) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ _ACTIVATIONS = {"identity": nn.Identity, "silu": nn.SiLU, "gelu": nn.GELU, "relu
 
 
 def attach(model: nn.Module, rank: int, activation: str) -> list[Adapter]:
-    """An adapter after every layer of a model that carries a LoRA.
+    """Add an adapter after every layer of a model with LoRA.
 
     Raises:
         ValueError: the released code has no such activation.
@@ -62,20 +62,20 @@ def attach(model: nn.Module, rank: int, activation: str) -> list[Adapter]:
 
         layer.register_forward_hook(hook)
         adapters.append(adapter)
-    # Behind all other parameters, as theirs are: the norm that gradients are clipped to is summed in this order.
+    # After all other parameters, as in the released code: the gradient norm is summed in this order.
     model.add_module(NAME, nn.ModuleList(adapters))
     return adapters
 
 
 def project(down: Tensor, b: Tensor) -> Tensor:
-    """W1 (I − V Vᵀ), V the right singular vectors of Bᵀ. down: (r, d); b: (d, k), k at most d."""
+    """Compute W1 (I − V Vᵀ), where V are the right singular vectors of Bᵀ. down: (r, d); b: (d, k), k at most d."""
     _, _, vh = torch.linalg.svd(b.transpose(0, 1), full_matrices=False)
     v = vh.transpose(-2, -1)
     return down @ (torch.eye(len(v), device=v.device, dtype=v.dtype) - v @ v.T)
 
 
 def _down(model: nn.Module, index: int, layer: nn.Module) -> nn.Parameter | None:
-    """W1 of the layer's adapter here, or else of its steering."""
+    """Return W1 of the layer's `Adapter`, or else of its steering by fused-steer."""
     if hasattr(model, NAME):
         return getattr(model, NAME)[index].down.weight
     steering = getattr(getattr(layer, SITE, None), "steer_down", {})
@@ -101,7 +101,7 @@ def project_model(model: nn.Module) -> None:
 
 
 class ReleasedProjection(TrainerCallback):
-    """Projects before every n-th step (step 0 too), before each epoch, or once before the first step.
+    """Trainer callback: projects before every n-th step (step 0 included), before each epoch, or once at the start.
 
     Args:
         every: "step", "epoch", "init", or a number of optimizer steps.

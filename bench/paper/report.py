@@ -1,4 +1,4 @@
-"""The tables and pictures of all results, beside the paper's own figures where those are at hand."""
+"""Writes the tables and pictures of all results, beside the paper's own figures where we have them."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from .tasks import TASKS
 
 PUBLISHED = Path(__file__).with_name("published.json")
 PAGE = "report.md"
-#: Title, methods, what of the paper it stands beside.
+#: Each section's title, methods, and the matching table of the paper.
 SECTIONS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("Methods", ("untrained", "full", "lora", "reft", "lofit", "jola", "lowrank"), "the paper's Table 1"),
-    ("Forms of steering", ("lowrank", "rank1", "vector"), "a table of the paper, which one is not at hand"),
+    ("Forms of steering", ("lowrank", "rank1", "vector"), "the paper has such a table; we do not have it"),
     (
         "Joint adaptation",
         ("lora", "lowrank", "joint", "joint-orth", "joint-released"),
-        "a table of the paper, which one is not at hand",
+        "the paper has such a table; we do not have it",
     ),
 )
-#: Of a diagnosis, and the figure of the paper that each picture is after.
+#: Pictures of a diagnosis, and the number of the paper's figure that each one follows.
 PICTURES = {"mlp_share.png": 2, "alignment.png": 3, "cosine.png": 5, "spectral_norm.png": 6}
 
 Results = dict[str, dict[tuple[str, str], list[dict[str, Any]]]]
 
 
 def collect(out: Path) -> Results:
-    """All results by model, then by task and method.
+    """Read all results, by model, then by task and method.
 
     Raises:
-        ValueError: a file is none of results, or there is none.
+        ValueError: a file is no results file, or there is no file.
     """
     found: Results = {}
     for file in sorted(out.glob("*/*/*/rate-*-seed-*.json")):
@@ -47,13 +47,13 @@ def collect(out: Path) -> Results:
 
 
 def chosen(results: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The runs at the rate that validated best with seed 0, by seed."""
+    """Return the runs at the rate that validated best with seed 0, ordered by seed."""
     rate = best([result for result in results if result["key"]["seed"] == 0] or results)
     return sorted((r for r in results if r["key"]["rate"] == rate), key=lambda r: r["key"]["seed"])
 
 
 def percent(results: Sequence[Mapping[str, Any]], name: str = "accuracy", split: str = "test") -> str:
-    """Mean and standard deviation over the seeds, in points of a hundred."""
+    """Format the mean and standard deviation over the seeds, in per cent."""
     values = [100 * result[split][name] for result in results]
     spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):.1f}{spread}"
@@ -64,7 +64,7 @@ def published() -> dict[str, Any]:
 
 
 def of_paper(paper: Mapping[str, Any], model: str, task: str, method: str) -> str:
-    """The paper's figure; a figure at second hand has a †; nothing where none is at hand."""
+    """Return the paper's figure, with a † if it is second-hand; "" if we do not have it."""
     for entry in paper["accuracy"]:
         if (entry["model"], entry["task"]) == (model, task) and method in entry:
             return f"{entry[method]:.1f}" + ("†" if entry["source"] == "note" else "")
@@ -85,7 +85,7 @@ def cell(results: Sequence[Mapping[str, Any]] | None) -> str:
 
 
 def section(model: str, results: Mapping[tuple[str, str], Any], methods: Sequence[str], paper: Any) -> str:
-    """A row a method: ours and the paper's for each task that any of them has run."""
+    """Return a table with a row per method: our figure and the paper's for each task with results."""
     tasks = [task for task in TASKS if any((task, method) in results for method in methods)]
     header = ["method", "trained", *(name for task in tasks for name in (TASKS[task].title, "paper"))]
     rows = []
@@ -102,7 +102,7 @@ def section(model: str, results: Mapping[tuple[str, str], Any], methods: Sequenc
 
 
 def details(results: Mapping[tuple[str, str], Any]) -> str:
-    """The chosen rate of each task and method, both splits, each seed of the test, and what could not be read."""
+    """Return a table with a row per task and method: chosen rate, validation, test by seed, unreadable answers."""
     rows = []
     for (task, method), every in sorted(results.items()):
         runs = chosen(every)
@@ -121,7 +121,7 @@ def details(results: Mapping[tuple[str, str], Any]) -> str:
 
 
 def unread(results: Mapping[tuple[str, str], Any]) -> str:
-    """Some answers that could not be read, and so count as wrong."""
+    """Return examples of answers that could not be read. They count as wrong."""
     shown = [
         f"- {TASKS[task].title}, {METHODS[method].title}: {json.dumps(said, ensure_ascii=False)}"
         for (task, method), every in sorted(results.items())
@@ -131,7 +131,7 @@ def unread(results: Mapping[tuple[str, str], Any]) -> str:
 
 
 def pictures(results: Mapping[tuple[str, str], Any], out: Path) -> str:
-    """The lines that show the pictures of the joint runs at the chosen rate."""
+    """Return Markdown for the pictures of the joint runs at the chosen rate."""
     lines = []
     for (task, method), every in sorted(results.items()):
         first = chosen(every)[0]
@@ -141,11 +141,11 @@ def pictures(results: Mapping[tuple[str, str], Any], out: Path) -> str:
                 lines.append(
                     f"After Figure {figure}, {TASKS[task].title}, {METHODS[method].title}:\n\n![]({path}/{name})"
                 )
-    return "\n\n".join([*lines, "Figure 4 of the paper is not at hand."])
+    return "\n\n".join([*lines, "We do not have the paper's Figure 4."])
 
 
 def write(out: Path) -> Path:
-    """The page, in the folder of the results.
+    """Write the report to the folder of the results; return its path.
 
     Raises:
         ValueError: there are no results.
@@ -153,12 +153,13 @@ def write(out: Path) -> Path:
     found, paper = collect(out), published()
     parts = [
         "<!-- Written by `python -m bench.paper report`. Do not edit. -->",
-        "# The paper's experiments, as they came out here",
-        "Exact match on the test split in points of a hundred: mean ± standard deviation over the seeds, at the rate "
-        "that validated best. Columns headed *paper* are the paper's own figures; empty means not at hand. "
-        "†: at second hand. *As released*: by the released code's reader, which misreads some correct answers.",
+        "# The paper's experiments, reproduced",
+        "Exact match on the test split in per cent: mean ± standard deviation over the seeds, at the learning rate "
+        "that validated best. Columns headed *paper* have the paper's own figures; an empty cell means that we do not "
+        "have the figure. †: second-hand. *As released*: with the released code's reader of answers, which misreads "
+        "some correct answers.",
         "\n".join(f"- The paper: {line['text']} ({paper['sources'][line['source']]})." for line in paper["headline"]),
-        "Not at hand: " + "; ".join(paper["not_at_hand"]) + ".",
+        "We do not have: " + "; ".join(paper["not_at_hand"]) + ".",
         "† " + paper["sources"]["note"] + ".",
     ]
     for model, results in found.items():

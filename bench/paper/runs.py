@@ -1,7 +1,7 @@
-"""The runs: which are to be done, doing one, and its results file. What is in a file is not done again.
+"""Selects the runs, does each, and saves its results file. A run with a results file is not repeated.
 
-A rate is chosen by the accuracy on the validation split, with the first seed; the other seeds are run at that rate. The
-test split decides nothing.
+The learning rate is chosen by validation accuracy with the first seed. The other seeds run at that rate. The test split
+decides nothing.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from .tasks import TASKS
 from .training import Text, test, train
 
 SCHEMA = 1
-_DIAGNOSED = 32  # prompts for the pictures of a joint run
+_DIAGNOSED = 32  # number of prompts for the pictures of a joint run
 
 
 @dataclass(frozen=True, order=True)
 class Key:
-    """One run."""
+    """The identity of one run."""
 
     task: str
     method: str
@@ -46,7 +46,7 @@ class Key:
 
 
 def folder_of(out: Path, model: str) -> Path:
-    """The folder of a model's results: `meta-llama/Llama-3.2-1B` -> `out/llama-3.2-1b`."""
+    """Return the folder of a model's results: `meta-llama/Llama-3.2-1B` -> `out/llama-3.2-1b`."""
     return out / re.sub(r"[^a-z0-9.]+", "-", Path(model).name.lower()).strip("-")
 
 
@@ -62,10 +62,10 @@ def save(content: Mapping[str, Any], file: Path) -> None:
 
 
 def read(file: Path) -> dict[str, Any]:
-    """A results file.
+    """Read a results file.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the file is no results file.
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -78,10 +78,10 @@ def read(file: Path) -> dict[str, Any]:
 
 
 def found(folder: Path, key: Key, settings: Settings) -> dict[str, Any] | None:
-    """The results of a run, None if it was not done.
+    """Return the results of a run, or None if it was not done.
 
     Raises:
-        ValueError: it was done with other settings.
+        ValueError: the run was done with other settings.
     """
     file = key.file(folder)
     if not file.exists():
@@ -100,11 +100,11 @@ def found(folder: Path, key: Key, settings: Settings) -> dict[str, Any] | None:
 
 
 def load_model(settings: Settings) -> tuple[Any, Text]:
-    """The model, on the CPU, and its text.
+    """Load the model, on the CPU, and its tokenizer.
 
     Raises:
-        OSError: there is none.
-        ValueError: its tokenizer has no end of a sequence.
+        OSError: there is no such model.
+        ValueError: the tokenizer has no end-of-sequence token.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -120,7 +120,7 @@ def load_model(settings: Settings) -> tuple[Any, Text]:
 
 @dataclass(frozen=True)
 class Bench:
-    """What runs share. batch: prompts that are generated for at once."""
+    """The model, settings and device that all runs share. `batch` is the number of prompts per batch of generation."""
 
     model: Any
     text: Text
@@ -129,7 +129,7 @@ class Bench:
     batch: int
 
     def run(self, key: Key, data: Mapping[str, Sequence[Example]], pictures: Path) -> dict[str, Any]:
-        """Train a copy of the model, and test it on the validation and the test split."""
+        """Train a copy of the model and test it on the validation and the test split."""
         task, method, settings = TASKS[key.task], METHODS[key.method], self.settings
         torch.manual_seed(key.seed)
         model, stages = method.attach(copy.deepcopy(self.model).to(self.device), settings, key.rate)
@@ -156,7 +156,7 @@ class Bench:
         }
 
     def _draw(self, key: Key, model: Any, examples: Sequence[Example], folder: Path) -> list[str]:
-        """The pictures of a joint run with the first seed, after the paper's Figures 2, 3, 5 and 6: their names."""
+        """Draw the pictures of a joint run with the first seed, after the paper's figures; return the files' names."""
         if "joint" not in key.method or key.seed or not hasattr(model, "steering"):
             return []
         from fused_steer.diagnostics import diagnose
@@ -170,14 +170,14 @@ class Bench:
 
 
 def best(results: Sequence[Mapping[str, Any]]) -> float:
-    """The rate with the best validation accuracy; of equal ones the smallest."""
+    """Return the rate with the best validation accuracy; on a tie, the smallest."""
     return min(results, key=lambda result: (-result["validation"]["accuracy"], result["key"]["rate"]))["key"]["rate"]
 
 
 def search(
     task: str, method: str, rates: Sequence[float], seeds: int, do: Callable[[Key], Mapping[str, Any]]
 ) -> Iterator[Mapping[str, Any]]:
-    """Every rate with seed 0, then the other seeds at the best rate. `do` gives the results of a run."""
+    """Run every rate with seed 0, then the other seeds at the best rate; yield the results. `do` does one run."""
     tried = []
     for rate in rates:
         tried.append(do(Key(task, method, rate, 0)))
@@ -196,10 +196,10 @@ def run_all(
     device: torch.device,
     batch: int,
 ) -> int:
-    """Every task with every method; a results file a run. The number of runs that were done now.
+    """Run every task with every method, with a results file for each run; return the number of new runs.
 
     Raises:
-        ValueError, OSError, RuntimeError: as what it calls; the runs before are in their files.
+        ValueError, OSError, RuntimeError: a run failed; the results of earlier runs are saved.
     """
     folder, done = folder_of(out, settings.model), 0
     bench: Bench | None = None
@@ -230,7 +230,7 @@ def run_all(
         save(result, file)
         done += 1
         shown = ", ".join(f"{split} {100 * result[split]['accuracy']:.1f} %" for split in ("validation", "test"))
-        typer.echo(f"{key}: {shown}, {result['test']['unreadable']} answers of the test could not be read")
+        typer.echo(f"{key}: {shown}, {result['test']['unreadable']} test answers could not be read")
         return result
 
     for task in tasks:

@@ -1,4 +1,4 @@
-"""What a run depends on, beside task, method, rate and seed; and the learning rates that are tried."""
+"""The settings that all runs share, and the learning rates to try for each method."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-#: The rates that are tried for each method. The paper's own grids (F.2) and choices (Tables 8 to 10) are not at hand:
-#: these are ours, about the default of each method's released code, and `--rates` replaces them.
+#: The learning rates to try for each method. We do not have the paper's grids (F.2) and choices (Tables 8 to 10). These
+#: are our own, around the default of each method's released code. `--rates` overrides them.
 RATES: dict[str, tuple[float, ...]] = {
     "untrained": (0.0,),
     "full": (5e-6, 1e-5, 2e-5, 5e-5),
@@ -26,13 +26,17 @@ RATES: dict[str, tuple[float, ...]] = {
 
 @dataclass(frozen=True)
 class Settings:
-    """The paper's F.5 where a default is not said to be another's.
+    """The settings that all runs share. Defaults follow the paper's F.5 unless noted.
 
-    batch_size: of AdamW, which decays no weights. rank, activation: of the steering, the identity as in the paper's
-    Tables 1 and 2. lora_rank, lora_alpha: of LoRA on all linear projections, PEFT's defaults as in the released code.
-    reft_rank, reft_positions: pyreft's for reasoning tasks. end: whether an end-of-sequence token closes each
-    completion (the released code has none). chat: whether prompts go through the chat template (the released code: for
-    Gemma). projection: of `joint-released`. lofit_*: the authors'.
+    Attributes:
+        batch_size: examples per AdamW step; there is no weight decay.
+        rank, activation: of the steering. The identity is the activation of the paper's Tables 1 and 2.
+        lora_rank, lora_alpha: of LoRA on all linear projections; PEFT's defaults, as in the released code.
+        reft_rank, reft_positions: pyreft's defaults for reasoning tasks.
+        lofit_share, lofit_rate, lofit_l1: the LoFiT authors' defaults.
+        projection: when `joint-released` projects.
+        end: whether an end-of-sequence token closes each completion (the released code has none).
+        chat: whether prompts use the chat template (the released code does so for Gemma).
     """
 
     model: str

@@ -1,4 +1,4 @@
-"""A tiny random model, and a few made-up rows in each task's form: all methods on all tasks, without a download."""
+"""A tiny random model and made-up rows for each task, to try all methods on all tasks without a download."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ROWS = {"train": 16, "validation": 4, "test": 4}
 
 
 def rows(task: str, count: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Made-up rows of the form that the task's own have."""
+    """Make up rows in the task's form."""
     rng = random.Random(f"{task} {seed}")
 
     def one() -> dict[str, Any]:
@@ -44,7 +44,7 @@ def rows(task: str, count: int, seed: int = 0) -> list[dict[str, Any]]:
 
 
 def write_data(folder: Path) -> None:
-    """Files of every task, in the form that `--data` takes."""
+    """Write made-up files of every task, in the form that `--data` takes."""
     for task in TASKS:
         (folder / task).mkdir(parents=True, exist_ok=True)
         for number, (split, count) in enumerate(ROWS.items()):
@@ -53,7 +53,7 @@ def write_data(folder: Path) -> None:
 
 
 def write_model(folder: Path) -> None:
-    """A Llama of two layers with random weights, and a tokenizer of bytes."""
+    """Write a Llama of two layers with random weights, and a byte-level tokenizer."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast

@@ -1,9 +1,9 @@
-"""The six tasks: what is asked, what is answered, and how an answer is read.
+"""The six tasks: prompts, completions, and readers that find the answer in a model's text.
 
-Prompts and readers are those of the paper's released code (SprocketLab/steerling). Two of its readers misread correct
-answers: a number of four digits or more without a comma is cut to three (1200 is read as 120), and the letter after
-"answer" may be the first of a word ("Answer choice B" is read as C). Ours read those right; the released ones are kept
-as `read_as_released`, for the comparison with the paper's figures.
+Prompts and readers follow the paper's released code (SprocketLab/steerling). Two released readers misread correct
+answers. One cuts a number of four digits or more without a comma to three digits: 1200 is read as 120. The other takes
+the first letter of the word after "answer": "Answer choice B" is read as C. Our readers fix this. `read_as_released`
+keeps the released ones, for comparison with the paper's figures.
 """
 
 from __future__ import annotations
@@ -23,9 +23,14 @@ _NUMBERS_DIFFER = 1e-4
 class Task:
     """One task.
 
-    hub: path and configuration of the data set. columns: what a row has to have. test: the split that is tested on,
-    where the hub has answers for it. read: the answer in what a model said, None if there is none. max_length: tokens
-    of prompt and completion in training. new_tokens: generated at most. read_as_released: where it differs.
+    Attributes:
+        hub: path and configuration of the data set.
+        columns: the columns that every row needs.
+        read: finds the answer in a model's text; None if there is none.
+        read_as_released: the released code's reader, if it differs.
+        new_tokens: the most tokens to generate.
+        max_length: the most tokens of prompt and completion in training.
+        test: the hub's split to test on, one that has answers.
     """
 
     title: str
@@ -42,7 +47,7 @@ class Task:
     read_as_released: Callable[[str], Any] | None = None
 
     def is_exact(self, said: str, answer: Any, *, as_released: bool = False) -> bool:
-        """Whether what was said holds the answer; what cannot be read does not."""
+        """Return whether a model's text has the correct answer. An unreadable text is wrong."""
         found = (self.read_as_released if as_released and self.read_as_released else self.read)(said)
         if isinstance(answer, float):
             return found is not None and abs(found - answer) < _NUMBERS_DIFFER
@@ -80,7 +85,7 @@ def _winogrande_answer(row: Row) -> int:
 
 
 def _read_winogrande(said: str) -> int | None:
-    """The first option that is named after "Answer:"."""
+    """Read the first option named after "Answer:"."""
     found = _first(r"answer\s*[:\-].*?\boption\s*([12])\b", said)
     return int(found) if found else None
 
@@ -108,7 +113,7 @@ def _gsm8k_parts(row: Row) -> tuple[str, str]:
 
 
 def _read_gsm8k(said: str, number: re.Pattern[str] = _NUMBER) -> float | None:
-    """The number after the last "Answer:", else the last number."""
+    """Read the number after the last "Answer:", or else the last number."""
     for line in re.findall(r"answer\s*:\s*(.+)", said, re.IGNORECASE)[-1:]:
         if found := number.search(line):
             return _number(found[0])
@@ -129,7 +134,7 @@ def _arc_answer(row: Row) -> str:
 
 
 def _read_arc(said: str, end: str = r"\b") -> str | None:
-    """The letter or digit after "Answer", else the only one that stands by itself."""
+    """Read the letter or digit after "Answer", or else the only letter or digit that stands alone."""
     if found := _first(rf"answer\s*[:\-]?\s*\(?([A-E1-5]){end}", said):
         return found.upper()
     letters = re.findall(r"\b([A-E1-5])\b", said.upper())
@@ -137,7 +142,7 @@ def _read_arc(said: str, end: str = r"\b") -> str | None:
 
 
 def _read_aqua(said: str, end: str = r"\b") -> str | None:
-    """The letter after "Answer", else the last one that stands by itself."""
+    """Read the letter after "Answer", or else the last letter that stands alone."""
     if found := _first(rf"answer\s*[:\-]?\s*\(?([A-E]){end}", said):
         return found.upper()
     letters = re.findall(r"\b([A-E])\b", said.upper())

@@ -1,4 +1,4 @@
-"""Training by transformers' Trainer, and testing by greedy generation."""
+"""Training with transformers' Trainer, and testing by greedy generation."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from .settings import Settings
 from .tasks import Task
 
 IGNORED = -100
-_SYSTEM = "You are a helpful assistant."  # of the chat template, as in the released code
+_SYSTEM = "You are a helpful assistant."  # the system message, as in the released code
 
 
 @dataclass(frozen=True)
 class Text:
-    """Turns examples into tokens, of one model."""
+    """Turns examples into one model's tokens."""
 
     tokenizer: Any
     end: bool
@@ -40,7 +40,7 @@ class Text:
         return self.tokenizer(text, add_special_tokens=not self.chat)["input_ids"]
 
     def features(self, example: Example, longest: int) -> dict[str, list[int]] | None:
-        """Token ids with the completion's as labels; None where no token of the completion is within `longest`."""
+        """Tokenize an example with labels on its completion; None if `longest` cuts off the whole completion."""
         prompt = self.prompt(example)
         ids = self.ids(prompt + example.completion)
         if self.end:
@@ -52,7 +52,7 @@ class Text:
         return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [IGNORED] * cut + ids[cut:]}
 
     def batch(self, examples: Sequence[Example]) -> Any:
-        """Prompts, padded on the left."""
+        """Tokenize prompts into a batch, padded on the left."""
         prompts = [self.prompt(example) for example in examples]
         return self.tokenizer(
             prompts, padding=True, padding_side="left", add_special_tokens=not self.chat, return_tensors="pt"
@@ -60,7 +60,7 @@ class Text:
 
 
 class _PenalisedTrainer(Trainer):
-    """A Trainer that adds a stage's penalty to the loss, and keeps every step's loss."""
+    """A Trainer that adds a stage's penalty to the loss and records every step's loss."""
 
     def __init__(self, stage: Stage, **options: Any) -> None:
         super().__init__(**options)
@@ -85,7 +85,7 @@ def train(
     epochs: int,
     seed: int,
 ) -> dict[str, Any]:
-    """Train one stage; each step's loss, and the seconds.
+    """Train one stage; return each step's loss, and the seconds.
 
     Raises:
         RuntimeError: the loss is no longer finite.
@@ -107,7 +107,7 @@ def train(
         )
         optimizer = torch.optim.AdamW(
             stage.parameters, lr=stage.rate, weight_decay=0.0
-        )  # a decay would undo LoReFT's R
+        )  # weight decay would destroy LoReFT's R
         trainer = _PenalisedTrainer(
             stage,
             model=model,
@@ -131,7 +131,7 @@ def train(
 
 @torch.no_grad()
 def test(model: Any, text: Text, task: Task, examples: Sequence[Example], batch: int, label: str) -> dict[str, Any]:
-    """Exact matches by what the model says greedily. Answers that cannot be read are wrong, and the first are shown."""
+    """Test the model by greedy generation and exact match. Unreadable answers are wrong; the first few are recorded."""
     model.eval()
     device = next(model.parameters()).device
     exact, as_released, unreadable, shown = "", 0, 0, []

@@ -1,5 +1,4 @@
-"""`python -m bench.report`: results as Markdown tables and SVG plots in `docs/`, and as the table in README.
+"""`python -m bench.report`: turns results into Markdown tables and SVG plots in `docs/`, and into README's tables.
 
-No figure is typed by hand, none stands without its device, and what a CPU took is never shown as the speed of the
-kernels.
+No figure is typed by hand. Every figure names its device. A CPU's time is never shown as the speed of the kernels.
 """

@@ -17,16 +17,16 @@ app = typer.Typer(add_completion=False)
 def main(
     results: Annotated[Path, typer.Option(help="Folder of results files.")] = FOLDER,
     docs: Annotated[Path, typer.Option(help="Folder for benchmarks.md and its plots.")] = ROOT / "docs",
-    readme: Annotated[Path, typer.Option(help="README with the markers.")] = ROOT / "README.md",
+    readme: Annotated[Path, typer.Option(help="README to update between its markers.")] = ROOT / "README.md",
     check: Annotated[bool, typer.Option("--check", help="Write nothing; exit code 1 if a file differs.")] = False,
 ) -> None:
-    """Turn results into tables and plots."""
+    """Write tables and plots from results."""
     try:
         files = render(results, docs, readme)
         changed = differing(files)
         names = ", ".join(map(str, changed))
         if check and changed:
-            raise ValueError(f"not what the results give: {names}; expected `python -m bench.report` to be run")
+            raise ValueError(f"out of date: {names}; expected `python -m bench.report` to be run")
         for file in changed:
             content = files[file]
             if content is None:

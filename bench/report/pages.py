@@ -1,6 +1,6 @@
-"""The pages: docs/benchmarks.md with its plots, and the block in README; what of them is not as it should be.
+"""Renders docs/benchmarks.md with its plots, and README's blocks; finds the files that are out of date.
 
-Everything is read and checked before anything is written; the same results give the same bytes.
+Everything is read and checked before anything is written. The same results give the same bytes.
 """
 
 from __future__ import annotations
@@ -48,23 +48,27 @@ from .tables import (
 
 ROOT = FOLDER.parents[1]
 COUNTED_NAME = "counted.svg"
-NOT_MEASURED = "Speed on a GPU has not been measured yet, and nothing here claims it."
+NOT_MEASURED = "Speed on a GPU has not been measured yet."
 
 
 LEGEND = """\
-Times and bytes are medians, with the 20 % and 80 % quantiles in parentheses. One unit is one tensor of N tokens × d in
-the model's dtype. The floor is the bytes that must be moved at least, 3 units forward and 3 backward, at the bandwidth
-of a large copy on the same device, read plus written. *× floor* is fused's time as a multiple of it; *share of copy
-bandwidth* is the floor's bytes a second as a share of that bandwidth. A multiple after another contender's time is that
-time over fused's: above 1× fused is faster. `fused-again` is the same version timed twice, and shows the noise. `add`
-is the plain residual add, which steers nothing; `copy` copies one tensor, 2 units. *Added units a layer* is the time
-above the unsteered model, a layer, in passes of the hidden state at the copy's bandwidth. In serving, `fused` gives
-each row its own of so many adapters, `fused-bf16` the same with adapters in bfloat16, `one-adapter` all rows the same
-one, `no-adapter` none where there could be one, and `gather-bmm` copies an adapter's weights for each token; *makes* is
-the bytes of all tensors that a call makes beside its result. On a CPU, where vLLM compiles nothing once LoRA is
-enabled, its unsteered engine does not compile either. *Host time* is CPU time of one call of a block that does nothing
-but its residual add, steered by `patch_model` or by a hook of four PyTorch operations, in turns in one process. A
-contender that did not run on a case has there the reason instead of a figure, and – where it was not measured."""
+Times and bytes are medians, with the 20 % and 80 % quantiles in parentheses. A *contender* is one of the
+implementations that are compared. A contender that did not run on a case shows the reason; – means not measured.
+
+- **Unit**: one tensor of N tokens × d in the model's dtype.
+- **Floor**: the least time that the memory traffic takes, 3 units forward and 3 backward, at the bandwidth of a large
+  copy on the same device (read plus written). *× floor* is the time of `fused` over the floor; *share of copy
+  bandwidth* is its inverse.
+- A multiple after a contender's time is that time over the time of `fused`. Above 1×, `fused` is faster.
+- `fused-again` is `fused` timed a second time; it shows the noise. `add` is the plain residual add, without steering.
+  `copy` copies one tensor, 2 units.
+- **Added units per layer**: the time beyond the unsteered model, per layer, in units at the copy's bandwidth.
+- **Serving**: `fused` gives each row its own adapter, `fused-bf16` does so with adapters in bfloat16, `one-adapter`
+  gives all rows the same one. `no-adapter` is a steered engine whose requests name no adapter. `gather-bmm` copies the
+  adapter's weights for each token. *Allocates* is the bytes of all tensors that a call allocates, its result excluded.
+  On a CPU vLLM compiles nothing once LoRA is enabled, so its unsteered engine does not compile either.
+- **Host time**: the CPU time of one call of a block that only does its residual add. It is steered by `patch_model`, or
+  by a hook of four PyTorch operations. Both run in turns in one process."""
 
 HOW_TO_RUN = """\
 ## How to run it
@@ -73,51 +77,57 @@ On a machine with a GPU, from the checkout's root:
 
 ```bash
 pip install -c constraints.txt -e ".[test]"
-python -m bench.gpu --out bench/results  # bench/results/<device>.json, most telling first; again: it goes on
-python -m bench.report                   # writes this file, its plots, and the table in README.md
+python -m bench.gpu --out bench/results  # writes bench/results/<device>.json; run it again to resume
+python -m bench.report                   # writes this page, its plots, and the table in README.md
 ```
 
-`--part tests` and `--part measure` do one of its halves, each in a time of its own. `--rehearse` runs all of it without
-a GPU, on small sizes, and writes nothing.
+`--part tests` and `--part measure` do one half, each with its own time limit. `--rehearse` runs every step without a
+GPU, on small sizes, and writes no results.
 
-A sample of a kernel is the replay of a CUDA graph of many calls. Each call reads inputs of its own and writes an output
-of its own; together they are twice the L2 cache, so that neither reads nor writes stay there.
+A sample of a kernel is the replay of a CUDA graph of many calls. Each call reads and writes separate memory. Together
+they use twice the L2 cache, so that neither reads nor writes stay there.
 
-`python -m bench.stub -m bench.host` prints the host time of a block's call as ratios to the hooked block, and whether
-its goals are met, on a machine without a GPU: Triton compiles and launches for real, over a driver library that does
+Without a GPU, `python -m bench.stub -m bench.host` measures the host time of a block's call, as a ratio to the hooked
+block's, and judges the goals of host time. Triton compiles and launches for real, over a driver library that does
 nothing. `pytest bench -k host` does the same.
 
-`python -m bench.vllm --out bench/results` measures vLLM, in an environment that has it
-([docs/serving.md](serving.md#vllm)), on a GPU or a CPU. On a machine without a GPU `python -m bench.serving --out
-bench/results` measures serving as far as it can be there, and `pytest bench -m "not gpu"` checks what must hold
-anywhere.
+`python -m bench.vllm --out bench/results` measures vLLM on a GPU or a CPU, in an environment that
+[has vLLM](serving.md#vllm). Without a GPU, `python -m bench.serving --out bench/results` compares PyTorch
+implementations of serving, and `pytest bench -m "not gpu"` checks properties that hold on any machine.
 
-`python -m bench.report --check` writes nothing and fails if a file is not what the results give."""
+`python -m bench.report --check` writes nothing and fails if a file is out of date."""
 
+
+INTRO = """\
+This page shows how fast fused-steer is: the performance goals, the counted memory traffic, and every measurement in
+`bench/results`. Steering adds a small computation to the end of each decoder layer. *Fused* is fused-steer, which does
+it inside the layer's residual add. The *hook* is the usual PyTorch forward hook."""
 
 GOALS_INTRO = """\
-The goals are for an H100 in bf16 where nothing else is said. Of several cases the worst counts. *Counted* are the units
-(passes of the hidden state through memory) that bear on a goal. What the host pays, executed over a driver that does
-nothing, and the times that a model predicts, are in [What a call costs](speed.md)."""
+The goals are for an H100 in bf16 unless they say otherwise. The worst case of each counts. *Counted* shows the memory
+traffic behind a goal, in units: passes of the hidden state through memory. Host times, measured over a driver that does
+nothing, and times predicted by a model are in [What a call costs](speed.md)."""
 
 COUNTED = f"""\
 ![Units and launches of one layer: unsteered, hook, fused](benchmarks/{COUNTED_NAME})
 
-**Counted**, not timed: what the end of one decoder layer moves and launches. A unit is one tensor of N tokens × d
-that a kernel reads or writes. The hook's operations are counted as PyTorch dispatches them, ours as the launcher starts
-them (`bench/counted.py`). The fused forward reads each tile twice; the second read is meant to come from L2 and is no
-unit. One launch a forward pass, for all layers, packs the weights; it is not counted here. Up to 64 tokens the fused
-forward is two launches, and reads the hidden state twice."""
+These figures are **counted**, not timed: the memory traffic and the kernel launches at the end of one decoder layer. A
+unit is one tensor of N tokens × d that a kernel reads or writes. The hook's operations are counted as PyTorch
+dispatches them, the fused kernels as the launcher starts them (`bench/counted.py`). The fused forward reads each tile
+twice; the second read should come from L2 and is not counted. One more launch per forward pass packs the weights of all
+layers; it is not counted either. Up to 64 tokens the fused forward takes two launches and reads the hidden state
+twice."""
 
 
 def benchmarks_text(runs: list[Run], counts: dict[str, dict[str, Count]]) -> str:
-    """`docs/benchmarks.md`: what is known of each goal, the pictures, and then every table, folded."""
+    """Return the text of `docs/benchmarks.md`: the goals, the pictures, and every table, folded."""
     gpus, cpus = [run for run in runs if run.on_gpu], [run for run in runs if not run.on_gpu]
     parts = [
         "<!-- Written by `python -m bench.report` from bench/results. Do not edit. -->",
         "# Benchmarks",
+        INTRO,
         *([] if gpus else [f"No run on a GPU has been committed. {NOT_MEASURED}"]),
-        "## What is known of each goal",
+        "## Goals",
         _goals_text(gpus, counts),
         "## Pictures",
         COUNTED,
@@ -142,11 +152,11 @@ def _run_parts(run: Run) -> Iterator[str]:
     if run.on_gpu:
         yield f"## {device_name(run)}"
     else:
-        # Several runs of one machine: each heading has to be another, as it is a link's target.
+        # Headings are link targets, so several runs on one machine need different headings.
         yield f"## {device_name(run)}: {run.name}"
         yield (
-            "**This says nothing of the kernels**: a CPU runs the torch backend, or Triton's interpreter. It shows "
-            "that the benchmarks run, and no speed of fused-steer."
+            "**These figures say nothing about the kernels**: a CPU runs the torch backend or Triton's interpreter. "
+            "They show that the benchmarks run."
         )
     yield _machine_text(run)
     for title, tables in (
@@ -209,7 +219,7 @@ def _version_names(versions: dict[str, Any]) -> list[str]:
 
 
 def _goals_text(gpus: list[Run], counts: dict[str, dict[str, Count]]) -> str:
-    """Each goal with what was counted, and with what every GPU run measured of it."""
+    """Return the table of goals, with the counted traffic and the measurement of every GPU run."""
     words = {True: "met", False: "**missed**", None: "not measured"}
     known = _counted_of_goals(counts)
     judged = [goals.evaluate(run.results) for run in gpus]
@@ -232,7 +242,7 @@ def _goals_text(gpus: list[Run], counts: dict[str, dict[str, Count]]) -> str:
 
 
 def _counted_of_goals(counts: dict[str, dict[str, Count]]) -> dict[str, str]:
-    """By goal, the units that bear on it: a limit of device memory alone would give these ratios."""
+    """Return the counted units behind each goal. If only memory bandwidth mattered, times would have these ratios."""
     fused, hook, add = (counts[name] for name in ("fused", "hook", "unsteered"))
     texts = {"forward": f"{fused['forward'].units} units, the add {add['forward'].units}"}
     texts["backward"] = f"{fused['backward'].units} units, the floor {FLOOR_UNITS['backward']}"
@@ -250,7 +260,7 @@ def _absent_text(run: Run) -> str:
 
 @dataclass(frozen=True)
 class Line:
-    """A line of README's table. base: the contender that steers nothing, if there is one."""
+    """A line of README's table. `base` names the unsteered contender, or is ""."""
 
     device: str
     what: str
@@ -272,18 +282,18 @@ def _readme_lines(run: Run) -> Iterator[Line]:
         yield Line(device_name(run), "decode step by rows, CUDA graph", serve_text(case), ("–", "–"), "unsteered", rows)
     for level, what in (("model", "train"), ("model", "decode"), ("model", "decode-graph"), ("memory", "peak")):
         for case, rows in _largest(run.cases(level, what), model_size):
-            base = "unsteered" if level == "model" else ""  # the unsteered model is its own base: nothing beyond it
+            base = "unsteered" if level == "model" else ""  # memory is already counted beyond the unsteered model
             yield Line(device_name(run), WORDS[what], model_text(case, what), ("–", "–"), base, rows)
 
 
 def _largest(cases: Cases, size: Callable[[Any], Any]) -> list[tuple[Any, ByContender]]:
-    """The largest case on which fused ran, or none."""
+    """Return a list of the largest case on which fused ran; empty if there is none."""
     ran = [case for case, rows in cases.items() if "fused" in rows and rows["fused"].samples]
     return [(case, cases[case]) for case in sorted(ran, key=size)[-1:]]
 
 
 def readme_text(runs: list[Run]) -> str:
-    """What stands between README's markers: one table of what GPUs took, or that none has been measured."""
+    """Return README's block of results: one table of GPU measurements, or a sentence that there are none."""
     lines = [line for run in runs if run.on_gpu for line in _readme_lines(run)]
     if not lines:
         return f"{NOT_MEASURED} How to measure it: [docs/benchmarks.md](docs/benchmarks.md)."
@@ -311,14 +321,14 @@ def readme_text(runs: list[Run]) -> str:
     return f"""\
 {table}
 
-The largest case of each that ran; medians, with the 20 % and 80 % quantiles in parentheses. Right of them, the others'
-time or bytes as a multiple of fused's: above 1× fused is better. *Again* is fused timed twice: the noise. The floor is
-the bytes that must be moved, at the bandwidth of a copy on the same device. All cases, goals met and missed, versions,
-and how to run it: [docs/benchmarks.md](docs/benchmarks.md)."""
+Each line is the largest case that ran. Figures are medians, with the 20 % and 80 % quantiles in parentheses. Columns to
+the right show another contender's time or bytes over fused's: above 1×, fused is better. *Again* is a second timing of
+fused; it shows the noise. The floor is the least time that the memory traffic takes at the bandwidth of a copy on the
+same device. [docs/benchmarks.md](docs/benchmarks.md) has all cases, the goals, the versions, and the commands."""
 
 
 def demo_text(figures: Figures) -> str:
-    """What stands between README's markers of the demo: its figures, as the demo wrote them."""
+    """Return README's block of the demo: a table of the figures that the demo wrote."""
     where = f"{figures.cores} CPU cores" if figures.device == "cpu" else figures.device
     row = [
         f"{figures.exact_before} of {figures.held_out}",
@@ -336,10 +346,10 @@ fused-steer {figures.versions["fused_steer"]}, torch {figures.versions["torch"]}
 
 
 def with_block(text: str, name: str, block: str, readme: Path) -> str:
-    """README's text with `block` between its markers `<!-- name -->` and `<!-- /name -->`.
+    """Return README's text with `block` between the markers `<!-- name -->` and `<!-- /name -->`.
 
     Raises:
-        ValueError: it has not one pair of markers.
+        ValueError: README does not have exactly one pair of markers.
     """
     begin, end = markers(name)
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
@@ -349,7 +359,7 @@ def with_block(text: str, name: str, block: str, readme: Path) -> str:
 
 
 def markers(name: str) -> tuple[str, str]:
-    """The comments that a block of README stands between."""
+    """Return the two comments that enclose a block of README."""
     return f"<!-- {name} -->", f"<!-- /{name} -->"
 
 
@@ -357,15 +367,15 @@ def markers(name: str) -> tuple[str, str]:
 
 
 def render(results: Path, docs: Path, readme: Path) -> dict[Path, bytes | None]:
-    """Every file that the results give, with its content; None: a plot that they no longer give.
+    """Render every file from the results; return path -> content, or None for a plot to delete.
 
     Raises:
-        ValueError: a results file or the demo's figures are none, or README lacks a pair of markers.
+        ValueError: a results file or the demo's figures are malformed, or README lacks a pair of markers.
         OSError: a file cannot be read.
     """
     runs = read_runs(results)
     folder = docs / "benchmarks"
-    # Plots of an earlier run, known by their stamp.
+    # Plots of an earlier run, recognised by their stamp.
     files: dict[Path, bytes | None] = dict.fromkeys(f for f in folder.glob("*.svg") if STAMP in f.read_bytes())
     text = with_block(readme.read_bytes().decode("utf-8"), "results", readme_text(runs), readme)
     figures = read_demo(results)
@@ -382,7 +392,7 @@ def render(results: Path, docs: Path, readme: Path) -> dict[Path, bytes | None]:
 
 
 def differing(files: dict[Path, bytes | None]) -> list[Path]:
-    """Those that are not yet as they should be."""
+    """Return the files that are out of date."""
     return [file for file, content in files.items() if not _is_same(file, content)]
 
 
@@ -392,6 +402,6 @@ def _is_same(file: Path, content: bytes | None) -> bool:
     old = file.read_bytes()
     if old == content or file.suffix != ".svg":
         return old == content
-    # Another matplotlib draws the same in other bytes, and which one there is depends on the Python.
+    # Different versions of matplotlib write different bytes for the same drawing.
     drawn_by, drawn_from = (re.compile(p) for p in (rb"Matplotlib v[\w.+]+", rb"drawn from \w+"))
     return drawn_by.findall(old) != drawn_by.findall(content) and drawn_from.findall(old) == drawn_from.findall(content)

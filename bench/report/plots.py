@@ -1,4 +1,4 @@
-"""Plots of a run, as SVG."""
+"""Draws the plots of a run as SVG."""
 
 from __future__ import annotations
 
@@ -32,12 +32,17 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-STAMP = b"drawn from "  # in every plot, and after it a digest of what is drawn
+STAMP = b"drawn from "  # in every plot; a digest of its data follows
 
 
 @dataclass(frozen=True)
 class Series:
-    """Points (x, y) with whiskers from low to high. colour and style: places in the palette, None for black."""
+    """A series of points with whiskers from low to high.
+
+    Attributes:
+        colour: the index in the palette; None for black.
+        style: matplotlib's format string.
+    """
 
     label: str
     points: tuple[tuple[float, float, float, float], ...]  # x, y, low, high
@@ -47,7 +52,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Panel:
-    """One pair of axes. ticks: the names of x = 0, 1, … of a bar chart; without them it is a line chart."""
+    """One pair of axes. With `ticks`, the names of x = 0, 1, …, it is a bar chart, otherwise a line chart."""
 
     title: str
     x: str
@@ -67,7 +72,7 @@ class Plot:
 
 
 def plots(run: Run) -> list[Plot]:
-    """The plots for which there are rows; of a CPU none, so that nobody takes one for the kernels'."""
+    """Return the plots that have data. A run on a CPU has none, as its times are not those of the kernels."""
     if not run.on_gpu:
         return []
     makers: tuple[tuple[str, str, Callable[[Run], Iterator[Panel]]], ...] = (
@@ -81,7 +86,7 @@ def plots(run: Run) -> list[Plot]:
 
 
 def _plotted(run: Run, what: str) -> tuple[str, Cases]:
-    """The cases of the variant that is plotted, VARIANT if it was measured, and its name."""
+    """Return the name and the cases of the plotted variant: VARIANT if it was measured, else another."""
     cases = run.cases("op", what)
     variants = sorted({tuple(variant_of(case).items()) for case in cases}, key=first_the_plotted)
     if not variants:
@@ -181,7 +186,7 @@ def _stamp(drawn: object) -> str:
 
 @contextlib.contextmanager
 def _own_settings(name: str) -> Iterator[None]:
-    """matplotlib with our settings alone, whatever the user's matplotlibrc."""
+    """Give matplotlib our settings inside the `with` block; ignore the user's matplotlibrc."""
     import matplotlib
 
     with matplotlib.rc_context():
@@ -197,13 +202,13 @@ def _svg(figure: Figure, drawn: object) -> bytes:
 
 
 def draw(plot: Plot) -> bytes:
-    """The plot as SVG; the same plot gives the same bytes, whatever the user's matplotlibrc."""
+    """Draw a plot as SVG. The same plot gives the same bytes, independent of the user's matplotlibrc."""
     from matplotlib.figure import Figure
 
     with _own_settings(plot.name):
         height = 3.6 * len(plot.panels)
         figure = Figure(figsize=(8.5, height))
-        # Fixed margins: layout by the extent of text would hang on the fonts.
+        # Fixed margins: automatic layout would depend on the installed fonts.
         figure.subplots_adjust(left=0.1, right=0.62, bottom=0.6 / height, top=1 - 0.8 / height, hspace=0.45)
         figure.suptitle(plot.title, y=1 - 0.1 / height, fontsize=11)
         for place, panel in enumerate(plot.panels):
@@ -216,7 +221,7 @@ _COLOURS = ("#b0b0b0", "#d9822b", "#2a6fbb")
 
 
 def draw_counts(counts: dict[str, dict[str, Count]]) -> bytes:
-    """Units and launches of one layer, forward and backward, as bars: the picture of README."""
+    """Draw README's picture: bars of the units and launches of one layer, forward and backward."""
     from matplotlib.figure import Figure
 
     titles = {"units": "passes of the hidden state through memory", "launches": "kernel launches"}
@@ -235,7 +240,7 @@ def draw_counts(counts: dict[str, dict[str, Count]]) -> bytes:
             axes.tick_params(axis="y", length=0, labelsize=9)
             axes.set_xlim(0, 1.3 * max(getattr(c, what) for name in COUNTED for c in counts[name].values()))
             axes.set_xticks([])
-            axes.set_title(f"{title}, a layer", fontsize=9)
+            axes.set_title(f"{title}, per layer", fontsize=9)
             for side in ("top", "right", "bottom"):
                 axes.spines[side].set_visible(False)
         return _svg(figure, {name: counts[name] for name in COUNTED})
@@ -246,7 +251,7 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
         colour = "black" if series.colour is None else f"C{series.colour % 10}"
         label = textwrap.fill(series.label, 36)
         xs, ys, lows, highs = zip(*series.points, strict=True)
-        # A whisker has no negative length; the median lies between its quantiles but for rounding.
+        # Rounding can put the median slightly outside its quantiles, but a whisker cannot have a negative length.
         whiskers = [
             [max(0.0, y - low) for y, low in zip(ys, lows, strict=True)],
             [max(0.0, high - y) for y, high in zip(ys, highs, strict=True)],
@@ -266,7 +271,7 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
     if panel.log_y:
         axes.set_yscale("log")
     else:
-        if not panel.ticks:  # tokens or layers: few, and whole numbers
+        if not panel.ticks:  # x is tokens or layers: a few whole numbers
             measured = sorted({point[0] for series in panel.series for point in series.points})
             axes.set_xticks(measured, [f"{x:.0f}" for x in measured])
             axes.minorticks_off()

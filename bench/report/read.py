@@ -1,4 +1,4 @@
-"""Results files, read and checked: the rows of each case, by contender."""
+"""Reads and checks results files; sorts their rows by case and contender."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..geometries import DTYPES, GroupedCase, HostCase, ModelCase, OpCase, Proje
 from ..host import HOST_CONTENDERS
 from ..results import FOLDER, Results, Row, load
 
-#: What there is to measure on each level, and what a case of it is.
+#: Level -> the class of its cases, and the values of `what`.
 LEVELS: dict[str, tuple[type, tuple[str, ...]]] = {
     "op": (OpCase, ("forward", "backward", "both")),
     "host": (HostCase, tuple(HOST_CONTENDERS)),
@@ -35,9 +35,9 @@ Cases = dict[Any, ByContender]
 
 @dataclass
 class Run:
-    """A results file, read: rows by (level, what), then by case, then by contender."""
+    """A results file with its rows sorted by (level, what), then by case, then by contender."""
 
-    name: str  # of the file, without its suffix
+    name: str  # the file's name without its suffix
     results: Results
     tables: dict[tuple[str, str], Cases]
 
@@ -54,10 +54,10 @@ class Run:
 
 
 def read_runs(folder: Path) -> list[Run]:
-    """Every results file of a folder, by name; none if it is the default one and nothing was ever put there.
+    """Read every results file of a folder, in order of names. The default folder may be missing.
 
     Raises:
-        ValueError: a file is no results file, of another schema, or has a machine or a row that means nothing here.
+        ValueError: a file is no results file, has another schema, or has a malformed machine or row.
         FileNotFoundError: there is no such folder.
     """
     if not folder.is_dir() and folder != FOLDER:
@@ -66,10 +66,10 @@ def read_runs(folder: Path) -> list[Run]:
 
 
 def read_demo(folder: Path) -> Figures | None:
-    """What `fused-steer demo --record` wrote to demo/figures.json in a folder of results; None if it is not there.
+    """Read demo/figures.json, written by `fused-steer demo --record`; None if it is missing.
 
     Raises:
-        ValueError: the file has other figures than the demo writes.
+        ValueError: the file does not have the demo's figures.
     """
     file = folder / "demo" / "figures.json"
     return Figures.load(file) if file.is_file() else None
@@ -81,9 +81,9 @@ def _read_run(file: Path) -> Run:
     if not isinstance(machine, dict) or machine.get("kind") not in ("gpu", "cpu") or not machine.get("device"):
         raise ValueError(f"{file} has the machine {machine!r}; expected a device, and as kind gpu or cpu")
     if not isinstance(results.bandwidth, (int, float, type(None))) or not 0 < (results.bandwidth or 1) < math.inf:
-        raise ValueError(f"{file} has the bandwidth {results.bandwidth!r}; expected bytes a second, or null")
+        raise ValueError(f"{file} has the bandwidth {results.bandwidth!r}; expected bytes per second, or null")
     if not isinstance(results.absent, dict):
-        raise ValueError(f"{file} has as absent {results.absent!r}; expected contenders, and why each is")
+        raise ValueError(f"{file} has as absent {results.absent!r}; expected contenders and reasons")
     tables: dict[tuple[str, str], Cases] = {}
     for number, row in enumerate(results.rows):
         try:
@@ -92,7 +92,7 @@ def _read_run(file: Path) -> Run:
             raise ValueError(f"{file}, row {number}: {error}") from None
         contenders = tables.setdefault((row.level, row.what), {}).setdefault(case, {})
         if row.contender in contenders:
-            raise ValueError(f"{file}, row {number}: {row.contender} on this case is there before; expected it once")
+            raise ValueError(f"{file}, row {number}: {row.contender} on this case is repeated; expected it once")
         contenders[row.contender] = row
     return Run(file.stem, results, tables)
 
@@ -109,7 +109,7 @@ def _checked_case(row: Row) -> OpCase | HostCase | ModelCase | ProjectionCase | 
             raise ValueError(f"{entry.name} is {value!r}; expected {entry.type}")
     if case.dtype not in DTYPES:
         raise ValueError(f"dtype is {case.dtype!r}; expected one of {', '.join(DTYPES)}")
-    # A peak may lie below that of the unsteered run, and a rate of hits may be 0.
+    # Extra memory may be negative, and a hit rate may be 0.
     positive = (row.level, row.what) not in BYTES and row.level != "counters"
     if not all(math.isfinite(sample) and (sample > 0 or not positive) for sample in row.samples):
         raise ValueError(f"samples are {row.samples}; expected finite {'seconds above 0' if positive else 'bytes'}")

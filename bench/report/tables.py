@@ -1,4 +1,4 @@
-"""Tables of a run, in Markdown: a cell's text, then a table for each level of measurement."""
+"""Formats the results of a run as Markdown tables: first the text of cells, then the tables of each level."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ WORDS = {
     "prefill": "prefill",
     "decode": "decode, eager",
     "decode-graph": "decode, CUDA graph",
-    "kept": "memory kept for the backward beyond the unsteered model, a layer",
+    "kept": "memory kept for the backward beyond the unsteered model, per layer",
     "peak": "peak memory beyond the unsteered model",
     "peak-total": "peak memory",
 }
-#: The order of columns and rows. Ours, the same again, what steers nothing, the rivals.
+#: The order of columns and rows: the fused contenders, the unsteered ones, the rivals.
 CONTENDERS = (
     "fused",
     "fused-again",
@@ -49,7 +49,7 @@ CONTENDERS = (
     "svd-loop-default",
 )
 RIVALS = CONTENDERS[CONTENDERS.index("hook") :]
-#: The variant of the op that is shown first and plotted.
+#: The variant of the op that is shown first and is plotted.
 VARIANT = {"rank": 8, "activation": "silu", "basis": 0, "dtype": "bfloat16"}
 
 
@@ -57,13 +57,13 @@ VARIANT = {"rank": 8, "activation": "silu", "basis": 0, "dtype": "bfloat16"}
 
 
 def number_text(value: float) -> str:
-    """Three significant digits, never an exponent."""
+    """Format a number with three significant digits and no exponent."""
     decimals = 0 if not value else max(0, 2 - math.floor(math.log10(abs(value))))
     return f"{value:,.{decimals}f}"
 
 
 def _scaled(row: Row, units: Iterable[tuple[float, str]]) -> str:
-    """`12.3 µs (12.1–12.6)`: median and 20 % to 80 % quantiles in the greatest unit that the median reaches."""
+    """Format `12.3 µs (12.1–12.6)`: median and 20 % to 80 % quantiles in a unit that suits the median."""
     median, low, high = row.median, row.quantile(0.2), row.quantile(0.8)
     assert median is not None and low is not None and high is not None
     units = list(units)
@@ -72,11 +72,11 @@ def _scaled(row: Row, units: Iterable[tuple[float, str]]) -> str:
 
 
 def amount(row: Row | None) -> str:
-    """Time or bytes of a row, or its status in words."""
+    """Format the time or the bytes of a row, or its status if it has no samples."""
     if row is None:
         return "–"
     if not row.samples:
-        # Why a contender was not run at all is said once a device, and not in every cell.
+        # The reason why a contender was not run is listed once per device, not in every cell.
         status = row.status.partition(":")[0] if row.status.startswith("not run:") else row.status
         return escaped(status if status != "ok" else "no samples")
     if (row.level, row.what) in BYTES:
@@ -85,12 +85,12 @@ def amount(row: Row | None) -> str:
 
 
 def escaped(text: Any) -> str:
-    """Text of a results file as one Markdown cell."""
+    """Escape a text for a Markdown cell."""
     return re.sub(r"([|\\]|<(?=[A-Za-z/!]))", r"\\\1", " ".join(str(text).split()))
 
 
 def ratio_text(row: Row | None, to: Row | None) -> str:
-    """`2.31×`: a row as a multiple of another; its status where it has no samples."""
+    """Format `2.31×`, a row's median over another's, or the row's status if it has no samples."""
     if row is None or not row.samples:
         return amount(row)
     share = ratio(row, to)
@@ -98,20 +98,20 @@ def ratio_text(row: Row | None, to: Row | None) -> str:
 
 
 def ratio(row: Row | None, to: Row | None) -> float | None:
-    """The median of a row as a multiple of another's; None where either has none, or where bytes are not above 0."""
+    """Return the ratio of two rows' medians; None if a median is missing or is not above 0."""
     over, under = row.median if row else None, to.median if to else None
     return over / under if over is not None and under is not None and over >= 0 and under > 0 else None
 
 
 def floor_seconds(results: Results, what: str, case: OpCase) -> float | None:
-    """The seconds that the bytes of the floor take at the measured bandwidth of a copy."""
+    """Return the seconds that the least memory traffic takes at the measured bandwidth of a copy."""
     if results.bandwidth is None or what not in FLOOR_UNITS:
         return None
     return FLOOR_UNITS[what] * case.unit_bytes / results.bandwidth
 
 
 def against_floor(results: Results, what: str, case: OpCase, row: Row | None) -> tuple[str, str]:
-    """Time as a multiple of the floor, and the floor's bytes a second as a share of the copy's bandwidth."""
+    """Format a row's time as a multiple of the floor, and the inverse: its share of the copy's bandwidth."""
     floor = floor_seconds(results, what, case)
     if floor is None or row is None or row.median is None:
         return "–", "–"
@@ -127,7 +127,7 @@ def hidden_size(case: ModelCase) -> int:
 
 
 def unit_bytes(case: ModelCase) -> int:
-    """Bytes of the hidden state of batch × length tokens."""
+    """Return the bytes of the hidden state of batch × length tokens."""
     return OpCase(case.batch * case.length, hidden_size(case), dtype=case.dtype).unit_bytes
 
 
@@ -158,7 +158,7 @@ def by_order(names: Iterable[str]) -> list[str]:
 
 
 def as_table(head: list[str], rows: Iterable[list[str]], texts: int = 1) -> str:
-    """A Markdown table; the first `texts` columns are text, the others numbers."""
+    """Return a Markdown table. The first `texts` columns are text, the others are right-aligned numbers."""
     rule = ["---"] * texts + ["--:"] * (len(head) - texts)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, rule, *rows))
 
@@ -210,7 +210,7 @@ def _op_cells(results: Results, what: str, case: OpCase, rows: ByContender, othe
 
 
 def _beside(row: Row | None, fused: Row | None) -> str:
-    """`41.2 µs (41.0–41.5), 2.31×`: another contender, and it as a multiple of ours."""
+    """Format `41.2 µs (41.0–41.5), 2.31×`: a contender's time, and its multiple of fused's."""
     share = ratio(row, fused)
     return amount(row) + ("" if share is None else f", {number_text(share)}×")
 
@@ -282,9 +282,10 @@ def model_size(case: ModelCase) -> tuple[Any, ...]:
 def model_tables(run: Run) -> Iterator[str]:
     for what in LEVELS["model"][1]:
         cases = run.cases("model", what)
-        # In decoding the hidden state is a few kilobytes: nothing of what steering costs there is its traffic.
+        # In decoding the hidden state is only kilobytes, so its traffic does not explain steering's cost.
         with_units = what in ("train", "prefill") and run.results.bandwidth is not None
-        head = ["case", "contender", "time", "× unsteered", "× fused", *(["added units a layer"] if with_units else [])]
+        head = ["case", "contender", "time", "× unsteered", "× fused"]
+        head += ["added units per layer"] if with_units else []
         lines = []
         for case in sorted(cases, key=model_size):
             rows = cases[case]
@@ -299,7 +300,7 @@ def model_tables(run: Run) -> Iterator[str]:
 
 
 def _added_units(results: Results, case: ModelCase, row: Row, unsteered: Row | None) -> str:
-    """What steering adds to a layer, in units: one is one pass of its hidden state through memory at copy speed."""
+    """Format the time that steering adds to a layer, in units: passes of the hidden state at copy bandwidth."""
     before = unsteered.median if unsteered else None
     if row.median is None or before is None or row is unsteered or results.bandwidth is None:
         return "–"
@@ -335,7 +336,7 @@ def projection_tables(run: Run) -> Iterator[str]:
         lines.append([case.dtype, *size, amount(rows.get("fused")), *others])
     if lines:
         head = ["dtype of B", "layers", "d", "k", "r", "fused", *(name for name in names if name != "fused")]
-        yield f"#### {device_name(run)}: W2' of all layers, once an optimizer step\n\n{as_table(head, lines)}"
+        yield f"#### {device_name(run)}: W2' of all layers, once per optimizer step\n\n{as_table(head, lines)}"
 
 
 def grouped_tables(run: Run) -> Iterator[str]:
@@ -351,7 +352,7 @@ def grouped_tables(run: Run) -> Iterator[str]:
             both = (amount(sizes.get(name)) for name in ("fused", "gather-bmm"))
             lines.append([f"{case.activation}, {case.dtype}", *size, amount(rows.get("fused")), *times, *both])
         if lines:
-            head = ["", "N", "d", "r", "adapters", "fused", *others, "fused makes", "gather-bmm makes"]
+            head = ["", "N", "d", "r", "adapters", "fused", *others, "fused allocates", "gather-bmm allocates"]
             kind = "tokens of an adapter together, as in prefill" if prefill else "adapters mixed, as in decoding"
             yield f"#### {device_name(run)}: an adapter for each token, {kind}\n\n{as_table(head, lines)}"
 
@@ -364,9 +365,9 @@ def serve_text(case: ServeCase) -> str:
 
 def serve_tables(run: Run) -> Iterator[str]:
     titles = {
-        ("serve", "generate"): "transformers' generate, a token of every row",
+        ("serve", "generate"): "transformers' generate, per token of every row",
         ("serve", "decode-graph"): "transformers, a decode step, CUDA graph",
-        ("vllm", "generate"): "vLLM, a token of every row",
+        ("vllm", "generate"): "vLLM, per token of every row",
     }
     for (level, what), title in titles.items():
         cases = run.cases(level, what)
@@ -379,5 +380,5 @@ def serve_tables(run: Run) -> Iterator[str]:
                 against = (ratio_text(row, rows.get(other)) for other in ("unsteered", "one-adapter", "fused"))
                 lines.append([serve_text(case), name, amount(row), speed, *against])
         if lines:
-            head = ["case", "contender", "time", "tokens a second", "× unsteered", "× one adapter", "× fused"]
+            head = ["case", "contender", "time", "tokens per second", "× unsteered", "× one adapter", "× fused"]
             yield f"#### {device_name(run)}: {title}\n\n{as_table(head, lines, texts=2)}"

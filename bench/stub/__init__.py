@@ -1,11 +1,12 @@
-"""The kernels' host side without a GPU: Triton's whole launch path over a driver library that does nothing.
+"""Runs the kernels' host code without a GPU: Triton's whole launch path over a driver library that does nothing.
 
-    driver.py     the driver, made active by `arm`; what was launched is counted and kept
+    driver.py     the driver, activated by `arm`; it counts and records launches
     libcuda.c     the library below it
     pretence.py   a CUDA that PyTorch pretends to have, for rehearsals
-    __main__.py   `python -m bench.stub FILE` or `-m MODULE`: a program in a process of its own, with the driver active
+    __main__.py   `python -m bench.stub FILE` or `-m MODULE`: runs a program with the driver active
 
-For host time, which it leaves as it is on a card but for the driver's own share, and for rehearsals. No kernel runs.
+It serves to measure host time, which equals that on a GPU except for the driver's own share, and to rehearse GPU runs.
+No kernel runs.
 """
 
 from .driver import Launched, Stub, active, arm

@@ -8,7 +8,7 @@ import sys
 
 
 def clean_environment() -> dict[str, str]:
-    """This process's environment without what would choose another backend, and without a real GPU."""
+    """Return this process's environment without variables that choose a backend, and without a GPU."""
     chosen = ("TRITON_INTERPRET", "FUSED_STEER_BACKEND")
     return {name: value for name, value in os.environ.items() if name not in chosen} | {"CUDA_VISIBLE_DEVICES": ""}
 
@@ -19,7 +19,7 @@ def main(arguments: list[str]) -> None:
         raise SystemExit(2)
     environment = clean_environment()
     if environment != dict(os.environ):
-        # Triton looks at the environment when kernels are imported, which may have been already.
+        # Triton reads the environment when kernels are imported, and that may already have happened.
         os.execve(sys.executable, [sys.executable, "-m", "bench.stub", *arguments], environment)
     from .driver import arm
 

@@ -1,8 +1,8 @@
-"""A CUDA device that does nothing: Triton compiles and launches for real, CPU tensors play the device's.
+"""A CUDA device that does nothing: Triton compiles and launches for real; CPU tensors stand in for GPU tensors.
 
-What is real: Triton's JIT, its binder, ptxas, and the launcher in C. What is not: the driver library below them, built
-from libcuda.c at first use. So a launch costs the host what it costs on a card, less the driver's own time, and no
-kernel runs: results are whatever memory held.
+Triton's JIT, its binder, ptxas and the launcher in C are real. The driver library below them is a stub, built from
+libcuda.c at first use. So a launch costs the host the same time as on a GPU, minus the driver's own time. No kernel
+runs: outputs are uninitialised memory.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 SOURCE = Path(__file__).with_name("libcuda.c")
-SHARED_MEMORY = {"sm_80": 166912, "sm_90": 232448}  # bytes that a block may have
-KEPT = 4096  # launches that the library keeps, as libcuda.c has it
+SHARED_MEMORY = {"sm_80": 166912, "sm_90": 232448}  # the most bytes of a block
+KEPT = 4096  # the most launches that the library records, as in libcuda.c
 
 
 class _Kept(ctypes.Structure):
@@ -42,8 +42,14 @@ class _Kept(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Launched:
-    """One launch as the driver got it: kernel's name, grid, threads of a block, bytes of dynamic shared memory, stream,
-    and the first of the arguments: an address."""
+    """One launch as the driver received it.
+
+    Attributes:
+        name: the kernel's name.
+        block: threads per block.
+        shared: bytes of dynamic shared memory.
+        first: the first argument, an address.
+    """
 
     name: str
     grid: tuple[int, int, int]
@@ -54,7 +60,7 @@ class Launched:
 
 
 class Stub:
-    """The driver that is active in this process; see `arm`."""
+    """The active stub driver of this process; see `arm`."""
 
     def __init__(self, library: ctypes.CDLL, device: str) -> None:
         self._library, self.device = library, device
@@ -64,14 +70,14 @@ class Stub:
 
     @property
     def launches(self) -> int:
-        """How many kernels were launched since the process began."""
+        """The number of kernels launched since the process began."""
         return self._library.stub_launches()
 
     def last(self, number: int = 1) -> list[Launched]:
-        """The last `number` launches, the first of them first."""
+        """Return the last `number` launches, oldest first."""
         end = self.launches
         if not 0 <= number <= min(end, KEPT):
-            raise ValueError(f"number is {number}; expected 0 to {min(end, KEPT)}, of the launches that are kept")
+            raise ValueError(f"number is {number}; expected 0 to {min(end, KEPT)}, the number of recorded launches")
         found = []
         for place in range(end - number, end):
             kept = self._library.stub_launch(place).contents
@@ -82,7 +88,7 @@ class Stub:
 
     @contextmanager
     def launched(self) -> Iterator[list[Launched]]:
-        """The yielded list holds, after the block, the launches made inside it."""
+        """Yield a list that, after the `with` block, holds the launches made inside it."""
         found: list[Launched] = []
         begin = self.launches
         yield found
@@ -90,7 +96,7 @@ class Stub:
 
 
 def _folder() -> Path:
-    """A folder of this user's for the library and Triton's cache: another one for other sources or another triton."""
+    """Return this user's folder for the library and Triton's cache. Its name depends on the sources and on triton."""
     from triton import __version__
 
     digest = hashlib.sha256(SOURCE.read_bytes() + __version__.encode()).hexdigest()[:12]
@@ -102,7 +108,7 @@ def _folder() -> Path:
 
 
 def _build(folder: Path) -> Path:
-    """libcuda.so.1 in `folder`, compiled where it is not there yet."""
+    """Return `folder`/libcuda.so.1; compile it if it is missing."""
     library = folder / "libcuda.so.1"
     if library.exists():
         return library
@@ -122,10 +128,10 @@ def _build(folder: Path) -> Path:
 
 
 def _replace(module: str, name: str, value: Any) -> Any:
-    """Set a name of a module of the kernels; the value before."""
+    """Set a name in a module of fused_steer.kernels; return the earlier value."""
     of = importlib.import_module(f"fused_steer.kernels.{module}")
     if not hasattr(of, name):
-        raise RuntimeError(f"fused_steer.kernels.{module} has no {name}; bench/stub/driver.py has to follow it")
+        raise RuntimeError(f"fused_steer.kernels.{module} has no {name}; bench/stub/driver.py must be adapted")
     before = getattr(of, name)
     setattr(of, name, value)
     return before
@@ -136,16 +142,16 @@ _active: Stub | None = None
 
 @functools.cache
 def arm(device: str = "sm_90") -> Stub:
-    """Make Triton compile and launch for a device that does nothing, and `fused_steer` take CPU tensors for its own.
+    """Make Triton compile and launch for a device that does nothing, and make `fused_steer` launch on CPU tensors.
 
-    For the rest of the process, which nothing else should use. Before Triton's first use.
+    This lasts for the rest of the process, which should do nothing else. Call it before Triton's first use.
 
     Args:
-        device: sm_80 (A100) or sm_90 (H100): its multiprocessors, cache and shared memory.
+        device: sm_80 (A100) or sm_90 (H100). Sets the multiprocessors, cache and shared memory.
 
     Raises:
-        ValueError: another device.
-        RuntimeError: no Linux on x86-64, no gcc, or a process whose kernels are interpreted.
+        ValueError: `device` is another one.
+        RuntimeError: the system is not Linux on x86-64, gcc is missing, or kernels are interpreted in this process.
     """
     if device not in SHARED_MEMORY:
         raise ValueError(f"device is {device!r}; expected one of {', '.join(SHARED_MEMORY)}")
@@ -155,9 +161,9 @@ def arm(device: str = "sm_90") -> Stub:
         raise RuntimeError("TRITON_INTERPRET is set; expected a process without it: `python -m bench.stub FILE`")
     folder = _folder()
     os.environ["TRITON_LIBCUDA_PATH"] = str(_build(folder).parent)
-    # A cache of its own: Triton's driver module is linked against the library that it finds when it is compiled.
+    # A separate cache, because Triton's driver module is linked against the library that it finds when it is compiled.
     os.environ["TRITON_CACHE_DIR"] = str(folder / "cache")
-    # The first to be loaded under its name is the one that everything of this process gets.
+    # The first library loaded under this name serves the whole process.
     library = ctypes.CDLL(str(folder / "libcuda.so.1"), mode=ctypes.RTLD_GLOBAL)
 
     import torch
@@ -191,7 +197,7 @@ def arm(device: str = "sm_90") -> Stub:
     described = TARGETS[device]
     library.stub_describe(described.multiprocessors, SHARED_MEMORY[device])
     triton.runtime.driver.set_active(Driver())
-    # What a build of PyTorch without CUDA lacks: to ask these costs what the real ones cost, a call into C apart.
+    # PyTorch built without CUDA lacks these. The substitutes cost as much host time as the originals, minus a C call.
     for name, answer in (("_cuda_getDevice", lambda: 0), ("_cuda_getCurrentRawStream", lambda index: 0)):
         if not hasattr(torch._C, name):
             setattr(torch._C, name, answer)
@@ -204,5 +210,5 @@ def arm(device: str = "sm_90") -> Stub:
 
 
 def active() -> Stub | None:
-    """The driver of this process, where it is the stub."""
+    """Return this process's stub driver, or None if it is not active."""
     return _active

@@ -1,11 +1,10 @@
-"""A CUDA that PyTorch only pretends to have, over the stub driver: for rehearsals, never for a figure.
+"""Makes PyTorch pretend to have CUDA over the stub driver, to rehearse GPU runs. It yields no figures.
 
-`cuda` means CPU, streams and events do nothing, a graph runs its calls once, when they are captured. Everything else is
-the real code: what a run on a GPU calls is called, with the names and arguments that it has there. No kernel runs, so
-numbers are whatever memory held.
+`cuda` means CPU. Streams and events do nothing. A CUDA graph runs its calls once, when they are captured. Other code is
+real, so a wrong name or argument fails as on a GPU. No kernel runs, so numbers are meaningless.
 
-As a plug-in of pytest (`-p bench.stub.pretence`) it takes a failed assertion for expected, as the tests compare
-numbers, and lets any other exception fail: a misspelt name, a wrong argument, an import, a fixture.
+As a pytest plug-in (`-p bench.stub.pretence`) it counts a failed assertion as expected, because tests compare numbers.
+Any other exception is a failure: a misspelt name, a wrong argument, an import, a fixture.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ NAME = "rehearsal"
 
 
 class _Anything:
-    """A stream, an event or a graph: takes every call that those have."""
+    """Base of the pretended stream, event and graph."""
 
     cuda_stream = 0
 
@@ -37,7 +36,7 @@ class _Anything:
 
 
 def _nothing() -> Callable[..., None]:
-    """A function that does nothing: another one each time, as Dynamo keeps a rule for each."""
+    """Return a new function that does nothing. Dynamo keeps a rule for each function, so each use needs a new one."""
     return lambda *_, **__: None
 
 
@@ -57,7 +56,7 @@ class CUDAGraph(_Anything):
 
 
 class Profile(_Anything):
-    """A profiler that saw one kernel."""
+    """A pretended profiler that reports one kernel."""
 
     def events(self) -> list[Any]:
         import torch
@@ -66,7 +65,7 @@ class Profile(_Anything):
 
 
 def _on_cpu(device: Any) -> Any:
-    """The CPU for a CUDA device; whatever else it is, as it is."""
+    """Return the CPU in place of a CUDA device, and anything else unchanged."""
     import torch
 
     if isinstance(device, int) and not isinstance(device, bool):
@@ -88,17 +87,17 @@ def _takes_device(function: Any) -> Any:
 
 @functools.cache
 def pretend() -> None:
-    """Make PyTorch pretend, for the rest of the process."""
+    """Make PyTorch pretend to have CUDA for the rest of the process."""
     from .driver import arm
 
     arm()
     import torch
-    import torch._dynamo  # its rules go by the functions that PyTorch has, which are replaced below
+    import torch._dynamo  # first: Dynamo makes rules for PyTorch's functions, some of which are replaced below
     from torch.utils import _device
 
     properties = SimpleNamespace(
         name=NAME, major=9, minor=0, multi_processor_count=132, total_memory=1 << 30, gcnArchName="",
-        L2_cache_size=1 << 12,  # so that few sets of inputs are made
+        L2_cache_size=1 << 12,  # small, so that few sets of inputs are made
         regs_per_multiprocessor=65536, max_threads_per_multi_processor=2048, warp_size=32,
     )  # fmt: skip
     pretended = {
@@ -153,7 +152,7 @@ def pretend() -> None:
         entered(self, _on_cpu(device))
 
     _device.DeviceContext.__init__ = init  # type: ignore[method-assign]
-    # Compiling code for a CPU would take most of a rehearsal, and is not what runs on a GPU.
+    # Inductor's CPU code would take most of a rehearsal and differs from the GPU's anyway.
     compiled = torch.compile
 
     def compile(*args: Any, **kwargs: Any) -> Any:

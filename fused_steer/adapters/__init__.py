@@ -1,1 +1,1 @@
-"""What an adapter is and how it is kept: its parameters, its two files, its page on the hub."""
+"""Adapters and how they are stored: parameters, files, and the Hugging Face hub."""

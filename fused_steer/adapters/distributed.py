@@ -1,9 +1,8 @@
-"""A model shared by several processes: which of them writes an adapter, and how its sharded tensors are gathered.
+"""Adapters in a model that several processes share: which process writes files, and gathering sharded tensors.
 
-DDP and tensor parallelism leave the steering whole in every process. FSDP does not: FSDP2 (`fully_shard`) makes its
-parameters DTensors, FSDP1 (`FullyShardedDataParallel`) whatever stretch of a flat parameter this process has. ZeRO, of
-DeepSpeed, trains flat copies of its own and writes them over the parameters, of which stage 3 leaves nothing between
-passes.
+With DDP and tensor parallelism every process has the whole steering. With FSDP2 (`fully_shard`) the parameters are
+DTensors. With FSDP1 (`FullyShardedDataParallel`) each process has a slice of a flat parameter. DeepSpeed's ZeRO trains
+its own flat copies and overwrites the parameters. Its stage 3 keeps no parameter between passes.
 """
 
 from __future__ import annotations
@@ -21,19 +20,19 @@ if TYPE_CHECKING:
 
 
 def in_group() -> bool:
-    """Whether this process is one of several that know each other."""
+    """Return whether this process belongs to a process group of several."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes files."""
+    """Return whether this process is the one that writes files."""
     return not in_group() or dist.get_rank() == 0
 
 
 def sharder(module: nn.Module) -> str | None:
-    """What has sharded the parameters of `module`: "FSDP", 1 or 2, or "ZeRO", of any stage; None where nothing has."""
-    # Sharded parameters look differently in and out of a forward pass. These marks stay, of FSDP on modules, of ZeRO 1
-    # and 2, and of ZeRO 3 on parameters.
+    """Return "FSDP" (1 or 2) or "ZeRO" (any stage) if it has sharded the parameters of `module`, else None."""
+    # Sharded parameters look different inside and outside of a forward pass. These marks stay: of FSDP on modules, of
+    # ZeRO 1 and 2 and of ZeRO 3 on parameters.
     if any(getattr(part, "_is_fsdp_managed_module", False) for part in module.modules()):
         return "FSDP"
     zero = any(hasattr(p, "_hp_mapping") or hasattr(p, "ds_id") for p in module.parameters())
@@ -41,11 +40,10 @@ def sharder(module: nn.Module) -> str | None:
 
 
 def check_unsharded(layers: Iterable[nn.Module], what: str) -> None:
-    """Refuse decoder layers that FSDP or ZeRO has sharded. Both keep their own account of a layer's parameters: others
-    that come later, or values, are lost.
+    """Check that FSDP or ZeRO has not sharded the decoder layers. Both would lose parameters or values that come later.
 
     Raises:
-        ValueError: it says that `what` is expected before.
+        ValueError: a layer is sharded. The message expects `what` before that.
     """
     for index, layer in enumerate(layers):
         by = sharder(layer)
@@ -54,20 +52,20 @@ def check_unsharded(layers: Iterable[nn.Module], what: str) -> None:
 
 
 def is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
-    """Whether it is one of PyTorch's distributed tensors."""
-    module = sys.modules.get("torch.distributed.tensor")  # a DTensor has imported it
+    """Return whether a tensor is a distributed tensor of PyTorch."""
+    module = sys.modules.get("torch.distributed.tensor")  # a DTensor's existence means that the module was imported
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def gather(parts: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """The whole tensors, from every process's part of each. All processes have to call this.
+    """Return the whole tensors, gathered from every process's part. All processes have to call this.
 
     Args:
-        parts: this process's, by name.
-        shapes: of the whole tensors.
+        parts: this process's parts, by name.
+        shapes: the shapes of the whole tensors.
 
     Raises:
-        ValueError: the parts make no whole.
+        ValueError: the parts do not form a whole tensor.
     """
     whole = {name: part.full_tensor() for name, part in parts.items() if is_dtensor(part)}
     flat = {name: part.reshape(-1).cpu() for name, part in parts.items() if name not in whole}
@@ -82,7 +80,7 @@ def gather(parts: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -
 
 
 def _join(name: str, parts: list[Tensor], shape: tuple[int, ...]) -> Tensor:
-    """FSDP1's parts are stretches of the flattened tensor in the order of the ranks, or for the moment all of it."""
+    """Join the parts of FSDP1: slices of the flattened tensor in the order of the ranks, or each the whole tensor."""
     size = torch.Size(shape)
     whole = parts[0] if parts[0].numel() == size.numel() else torch.cat(parts)
     if whole.numel() != size.numel():
@@ -94,20 +92,20 @@ def _join(name: str, parts: list[Tensor], shape: tuple[int, ...]) -> Tensor:
 
 
 def part_of(whole: Tensor, like: Tensor) -> Tensor:
-    """What this process has of a tensor that all processes have whole, laid out as `like`."""
+    """Return this process's part of a tensor, laid out as `like`. All processes have the whole tensor."""
     if not is_dtensor(like):
         return whole
-    # Each process has all of it: nothing is sent.
+    # Each process has the whole tensor, so nothing is sent.
     return sys.modules["torch.distributed.tensor"].distribute_tensor(
         whole, like.device_mesh, like.placements, src_data_rank=None
     )
 
 
 def first_writes(write: Callable[[], None], *, together: bool) -> None:
-    """Let the first process write.
+    """Let only the first process of a process group write.
 
-    together: all processes have called this. They then return when it is done, and what it raised is raised in each:
-    none waits for one that failed.
+    With `together`, all processes have to call this. They return when it is done, and each raises what the first one
+    raised, so that none waits for a failed one.
     """
     if not together or not in_group():
         if is_first():

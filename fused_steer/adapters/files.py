@@ -1,8 +1,8 @@
-"""Adapters in files: PEFT's layout, safetensors and JSON, written whole or not at all.
+"""Read and write the files of an adapter, in PEFT's layout with safetensors and JSON.
 
-A directory holds `adapter_config.json` and `adapter_model.safetensors`. The names of the tensors are in parameters.py.
-Three digests are in the config: `config_sha256` of its fields, `weights_sha256` of the weights file, `tensors_sha256`
-of the tensors in any file. The weights file carries the config too, and is a whole adapter by itself.
+A directory holds `adapter_config.json` and `adapter_model.safetensors`. parameters.py names the tensors. The config has
+three digests: `config_sha256` of its fields, `weights_sha256` of the weights file, and `tensors_sha256` of the tensors
+in any file. The weights file also holds the config, so it is a complete adapter. Files are written whole or not at all.
 """
 
 from __future__ import annotations
@@ -48,24 +48,24 @@ from .weights import MOST_JSON, Header, header_of, read_header, tensors_digest, 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PEFT_TYPE = "POST_BLOCK"
-#: Where adapters lie beside other files, each in a folder of its name: one level deeper than where transformers'
-#: Trainer looks for further adapters of PEFT's.
+#: The folder for adapters beside other files, each in a folder of its name. It is one level deeper than the place where
+#: transformers' Trainer looks for further PEFT adapters.
 CHECKPOINT_FOLDER = "fused_steer"
-#: What PEFT writes into every adapter's config, and what says nothing of what it computes.
+#: Fields that PEFT writes into every adapter's config, which do not change what the adapter computes.
 _PEFT_FIELDS = ("auto_mapping", "inference_mode", "peft_version", "revision", "task_type")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """What a saved adapter is: its config, the layout of the model that it was made for, and its tensors by layer.
+    """A saved adapter: its config, the layout of the model that it was made for, and its tensors by layer.
 
-    Every adapter that is read or written is one of these, so that none with values that spoil a hidden state exists:
-    served beside others, it would spoil theirs too, through cache blocks that are used again.
+    Every adapter that is read or written is checked as an AdapterFile. One with values that are not finite would spoil
+    the hidden states of adapters served beside it, through cache blocks that are used again.
 
     Raises:
-        ValueError: the tensors are not those of the config, or one has values that are not finite, or that overflow
-            float32 when the strength multiplies them.
+        ValueError: the tensors are not those of the config, or have values that are not finite or that overflow float32
+            when multiplied by the strength.
     """
 
     config: SteerConfig
@@ -81,16 +81,16 @@ class AdapterFile:
 
 
 def check_values(path: str, tensor: Tensor, scale: float) -> None:
-    """Refuse a tensor with values that are not finite, and a W2 or b2 that overflows float32 times the strength.
+    """Check that a tensor has finite values, and for W2 or b2 that they do not overflow float32 times the strength.
 
     Raises:
-        ValueError: in one line, which names the tensor by `path`.
+        ValueError: one line that names the tensor by `path`.
     """
     if not tensor.is_floating_point() or not tensor.numel():
-        return  # of a dtype or shape that no adapter has: refused as such
-    if tensor.element_size() == 1:  # no arithmetic is defined on float8
+        return  # another check refuses a wrong dtype or shape
+    if tensor.element_size() == 1:  # float8 has no arithmetic
         tensor = tensor.float()
-    least, most = torch.stack(tensor.detach().aminmax()).tolist()  # NaN if one value is
+    least, most = torch.stack(tensor.detach().aminmax()).tolist()  # NaN if any value is NaN
     largest = max(-least, most)
     if not math.isfinite(largest):
         raise ValueError(f"tensor {path} has values that are NaN or infinite; expected finite ones")
@@ -112,13 +112,13 @@ def _check_rotation(path: str, matrix: Tensor) -> None:
 
 
 def write_adapter(directory: str | os.PathLike[str], adapter: AdapterFile) -> None:
-    """Write the adapter's two files into `directory`, which is made if need be. What was there stays if this fails.
+    """Write the adapter's two files into `directory`, which is created if needed. If this fails, earlier files stay.
 
-    Where the process is killed, or others save there at the same time, the directory holds one of these adapters.
+    If the process is killed, or others save there at the same time, the directory holds one of these adapters whole.
 
     Raises:
         NotADirectoryError: `directory` is a file.
-        ValueError: it holds an adapter of another method. Those have files of the same names.
+        ValueError: the directory holds an adapter of another method, with files of the same names.
         OSError: the files could not be written.
     """
     target = Path(directory)
@@ -136,7 +136,7 @@ def write_adapter(directory: str | os.PathLike[str], adapter: AdapterFile) -> No
 
 
 def _contents(adapter: AdapterFile) -> tuple[bytes, bytes]:
-    """The two files of an adapter: config and weights."""
+    """Return the contents of an adapter's two files: config and weights."""
     layout = replace(adapter.layout, layers_path=unwrapped(adapter.layout.layers_path))
     fields = _fields(adapter.config, layout, tensors_digest(adapter.tensors))
     named = sorted(layout.paths(adapter.tensors).items())
@@ -148,7 +148,7 @@ def _contents(adapter: AdapterFile) -> tuple[bytes, bytes]:
 
 
 def _fields(config: SteerConfig, layout: Layout, digest: str) -> dict[str, Any]:
-    """The config as files have it, but for the digests of files."""
+    """Return the config's fields for files, without the digests of files."""
     return {
         "peft_type": PEFT_TYPE,
         "base_model_name_or_path": base_name(layout.base) or None,
@@ -161,7 +161,7 @@ def _fields(config: SteerConfig, layout: Layout, digest: str) -> dict[str, Any]:
 
 
 def weights_size(config: SteerConfig, layout: Layout) -> int:
-    """Bytes of the weights file of such an adapter."""
+    """Return the size in bytes of the weights file of such an adapter."""
     shapes = layout.paths(layout.shapes(config))
     data = sum(map(math.prod, shapes.values())) * DTYPES[config.dtype].itemsize
     text = json.dumps(sealed(_fields(config, layout, "0" * 64)))
@@ -169,32 +169,32 @@ def weights_size(config: SteerConfig, layout: Layout) -> int:
 
 
 def sealed(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a config, with their digest."""
+    """Return the fields of a config with their digest."""
     return {**fields, "config_sha256": fields_digest(fields)}
 
 
 def fields_digest(fields: Mapping[str, Any]) -> str:
-    """Of a config's fields, apart from the digest itself and what is PEFT's."""
+    """Return the digest of a config's fields, without the digest itself and PEFT's fields."""
     own = {name: value for name, value in fields.items() if name not in (*_PEFT_FIELDS, "config_sha256")}
     return hashlib.sha256(json.dumps(own, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def refuse_foreign(directory: Path) -> None:
-    """Refuse to write over another method's adapter, such as the LoRA beside which this one was trained.
+    """Check that a directory holds no other method's adapter, such as the LoRA that this one was trained with.
 
     Raises:
-        ValueError: `directory` holds one, or has something else than a file under an adapter's file's name.
+        ValueError: `directory` holds one, or an adapter file's name there is not a regular file.
     """
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         if (directory / name).exists() and not (directory / name).is_file():
-            raise ValueError(f"{directory / name} is no regular file; expected one, or none")
+            raise ValueError(f"{directory / name} is not a regular file; expected one, or none")
     method = method_in(directory)
     if method not in (None, PEFT_TYPE):
         raise ValueError(f"{directory} holds an adapter of {method}; expected another directory, to leave it alone")
 
 
 def method_in(directory: Path) -> Any:
-    """The `peft_type` of the adapter in a directory; None without an adapter or a readable config."""
+    """Return the `peft_type` of the adapter in a directory. None without an adapter or a readable config."""
     try:
         fields = read_json(directory / CONFIG_NAME)
     except (OSError, ValueError):
@@ -203,10 +203,10 @@ def method_in(directory: Path) -> Any:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The fields of a small JSON file.
+    """Return the fields of a small JSON file.
 
     Raises:
-        OSError, ValueError: it cannot be read, is too large, or holds something else than an object.
+        OSError, ValueError: the file cannot be read, is too large, or does not hold an object.
     """
     try:
         fields = json.loads(read_regular(file, MOST_JSON).decode("utf-8"))
@@ -218,16 +218,16 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def _replace_both(new: Path, directory: Path) -> None:
-    """Rename the weights, then the config. If that fails, the earlier weights come back."""
+    """Rename the weights, then the config. If that fails, restore the earlier weights."""
     weights, earlier = directory / WEIGHTS_NAME, new / "earlier"
     if weights.exists():
-        shutil.copy2(weights, earlier)  # not os.link: some file systems have none
+        shutil.copy2(weights, earlier)  # os.link is missing on some file systems
     ours = os.stat(new / WEIGHTS_NAME)
     try:
         os.replace(new / WEIGHTS_NAME, weights)
         os.replace(new / CONFIG_NAME, directory / CONFIG_NAME)
     except BaseException:
-        # Not where the config is in place, or where another process has since saved its own weights.
+        # Not if the config is in place already, or if another process has since saved its own weights.
         if (new / CONFIG_NAME).exists() and weights.exists() and os.path.samestat(os.stat(weights), ours):
             if earlier.exists():
                 os.replace(earlier, weights)
@@ -237,10 +237,10 @@ def _replace_both(new: Path, directory: Path) -> None:
 
 
 def locate_adapter(source: str | os.PathLike[str]) -> Path:
-    """The local directory of `source`, which is a path or a hub id. The files of a hub id are downloaded.
+    """Return the local directory of `source`, a path or a hub id. The files of a hub id are downloaded.
 
     Raises:
-        FileNotFoundError: no such directory, and no such hub id or no network to ask it.
+        FileNotFoundError: there is no such directory, and the hub has no such id or cannot be reached.
     """
     path = Path(source)
     if path.is_dir():
@@ -261,10 +261,10 @@ def locate_adapter(source: str | os.PathLike[str]) -> Path:
 
 
 def _beside_a_model(directory: Path) -> Path:
-    """The directory, or the one adapter in its `fused_steer/`, where a whole model is that has none at the top.
+    """Return the folder of the adapter: `directory` itself, or else the only one in its `fused_steer/`.
 
     Raises:
-        ValueError: there are several.
+        ValueError: there are several adapters.
     """
     if (directory / CONFIG_NAME).exists():
         return directory
@@ -277,8 +277,15 @@ def _beside_a_model(directory: Path) -> Path:
 
 @dataclass(frozen=True)
 class _Head:
-    """What a config says: what the adapter computes, its layout (without the path of the layers, which the tensors
-    tell), and digests. sealed: whether it has its own; saved_modules: names of what PEFT saved beside it."""
+    """The contents of an adapter's config file.
+
+    Attributes:
+        config: the adapter's config.
+        layout: its layout, without the path of the layers, which the tensors tell.
+        weights_sha256, tensors_sha256: digests, or None.
+        sealed: whether the config has its own digest.
+        saved_modules: the names of modules that PEFT saved beside it.
+    """
 
     config: SteerConfig
     layout: Layout
@@ -312,17 +319,17 @@ def _head(given: Mapping[str, Any]) -> _Head:
     layout.indices(config)
     if config_digest is not None and config_digest != fields_digest(given):
         raise ValueError(
-            f"its fields are not those that were saved; expected config_sha256 {config_digest} (of a config that was "
-            "edited on purpose, remove that line)"
+            f"its fields were changed after saving; expected config_sha256 {config_digest} (remove that line if you "
+            "edited the config on purpose)"
         )
     return _Head(config, layout, weights, tensors, config_digest is not None, tuple(modules))
 
 
 def check_config(directory: Path) -> None:
-    """Read and check an adapter's config alone.
+    """Read and check an adapter's config, without its weights.
 
     Raises:
-        OSError, ValueError: it cannot be read, is of another method, has unknown keys or is not what was saved.
+        OSError, ValueError: the config cannot be read, is of another method, has unknown keys or was changed.
     """
     with _blaming(directory / CONFIG_NAME):
         _head(read_json(directory / CONFIG_NAME))
@@ -335,23 +342,22 @@ def read_adapter(
     check_base: bool = False,
     without_heads: bool = False,
 ) -> AdapterFile:
-    """Read and check an adapter's files. Nothing but JSON and safetensors is ever opened.
+    """Read and check an adapter's files. Only JSON and safetensors are ever opened.
 
-    The tensors are copies of the bytes that were checked. A config of another save than the weights' own, which a
-    killed save or one of several at a time may leave, gives way to the one that the weights carry, with a warning.
-    Digests that a config lacks are not checked: files may be written by hand. A bit that flips cannot remove one,
-    because an unknown key is refused.
+    The tensors are copies of the checked bytes. A killed save, or several at a time, may leave a config file of another
+    save than the weights. Then the config inside the weights file is used, with a warning. Files may be written by
+    hand, so missing digests are not checked. A flipped bit cannot remove a digest, because unknown keys are refused.
 
     Args:
         source: the directory, or an id on the hub.
-        model: what the adapter has to fit; None leaves that open.
-        check_base: whether the base model's name has to fit, too.
-        without_heads: leave out the heads that PEFT trained and saved beside the adapter, instead of refusing them.
+        model: the layout that the adapter has to fit, or None.
+        check_base: check the base model's name, too.
+        without_heads: leave out heads that PEFT trained and saved beside the adapter, instead of refusing them.
 
     Raises:
         FileNotFoundError: the directory or one of its files is missing.
-        ValueError: a file is truncated or corrupt, is of another method, has unknown keys, or does not fit the other;
-            or the adapter does not fit `model`.
+        ValueError: a file is truncated or corrupt, is of another method, has unknown keys, or does not match the other
+            file; or the adapter does not fit `model`.
     """
     directory = locate_adapter(source)
     for name in (CONFIG_NAME, WEIGHTS_NAME):
@@ -366,14 +372,14 @@ def read_adapter(
         own, others = _split(header.specs, head.saved_modules)
         if others and not without_heads:
             raise ValueError(
-                f"it has a trained head beside the steering, {next(iter(others))}; expected steering alone (PEFT loads "
+                f"it has a trained head beside the steering, {next(iter(others))}; expected only steering (PEFT loads "
                 "both: import fused_steer.peft, then PeftModel.from_pretrained)"
             )
         layers_path, specs = by_layer(own)
     heads = [head] if embedded is None else [head, embedded]
 
     def refusal(head: _Head) -> ValueError | None:
-        """Why these tensors are not what it says, or it is not for this model."""
+        """Return why the tensors do not match this config, or the config does not fit the model. None if they do."""
         try:
             if model is not None:
                 model.check_fits(source, head.layout, check_base)
@@ -384,7 +390,7 @@ def read_adapter(
         return None
 
     refusals = [refusal(one) for one in heads]
-    if all(refusals):  # before anything is read that is as large as the file claims
+    if all(refusals):  # before reading as many bytes as the file claims
         raise refusals[0]  # type: ignore[misc]
     with _blaming(file):
         content = _read_whole(file, header, head)
@@ -394,8 +400,8 @@ def read_adapter(
         chosen = _matching(head, embedded, header.plain, content, partial(tensors_digest, tensors, beside))
     if chosen is not head:
         warnings.warn(
-            f"{directory / CONFIG_NAME} is of another save than {WEIGHTS_NAME}, which is read by the config that it "
-            "carries: the adapter that was saved with it",
+            f"{directory / CONFIG_NAME} is of another save than {WEIGHTS_NAME}; the config inside {WEIGHTS_NAME} is "
+            "used instead",
             stacklevel=2,
         )
     refused = refusals[0 if chosen is head else 1]
@@ -417,7 +423,7 @@ def _read_whole(file: Path, header: Header, head: _Head) -> bytes:
 
 
 def _split(named: Mapping[str, T], modules: Sequence[str]) -> tuple[dict[str, T], dict[str, T]]:
-    """What is an adapter's by its path, and what is of the modules of these names."""
+    """Split tensors by path into those of the adapter and those of the named modules."""
 
     def is_beside(path: str) -> bool:
         return f".{SITE}." not in path and any(f".{name}." in f".{path}" for name in modules)
@@ -427,18 +433,18 @@ def _split(named: Mapping[str, T], modules: Sequence[str]) -> tuple[dict[str, T]
 
 
 def _matching(head: _Head, embedded: _Head | None, plain: bool, content: bytes, digest_of: Callable[[], str]) -> _Head:
-    """The config that these weights were saved with: that of the config's file, or the one that they carry.
+    """Return the config that these weights were saved with: the config file's, or the one inside the weights.
 
     Args:
-        digest_of: gives the digest of the tensors; it takes long, and may not be needed.
+        digest_of: returns the digest of the tensors. It is slow, so it is called only if needed.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: neither config matches.
     """
     if head.weights_sha256 is not None and hashlib.sha256(content).hexdigest() == head.weights_sha256:
         return head
     digest = digest_of()
-    if head.weights_sha256 is None:  # PEFT's have the digest of the tensors, and what a person wrote perhaps none
+    if head.weights_sha256 is None:  # PEFT's configs have the tensors' digest, hand-written ones may have none
         expected = head.tensors_sha256 or (embedded and embedded.tensors_sha256)
         if expected is None or (digest == expected and (plain or not head.sealed)):
             return head
@@ -449,7 +455,7 @@ def _matching(head: _Head, embedded: _Head | None, plain: bool, content: bytes, 
 
 def _other_contents(head: _Head) -> ValueError:
     expected = head.weights_sha256 or f"{head.tensors_sha256} of its tensors"
-    return ValueError(f"its contents are not those that {CONFIG_NAME} was saved with; expected sha256 {expected}")
+    return ValueError(f"its contents do not match {CONFIG_NAME}; expected sha256 {expected}")
 
 
 def _positive(fields: dict[str, Any], key: str) -> int:
@@ -461,7 +467,7 @@ def _positive(fields: dict[str, Any], key: str) -> int:
 
 @contextlib.contextmanager
 def _blaming(file: Path) -> Iterator[None]:
-    """Whatever is wrong inside is one line that names the file."""
+    """Re-raise errors as a one-line ValueError that names the file."""
     try:
         yield
     except MemoryError:

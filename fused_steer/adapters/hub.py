@@ -1,4 +1,4 @@
-"""Adapters on the Hugging Face hub: the upload, and the model card that it comes with."""
+"""Upload adapters to the Hugging Face hub, with a model card."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ LIBRARY, CARD_TAGS = "fused-steer", ("fused-steer", "post-block-steering", "arxi
 
 
 def model_card(adapter: AdapterFile, repo_id: str) -> str:
-    """README.md of an adapter on the hub: the metadata that it is found by, and how it is used."""
+    """Return the README.md of an adapter on the hub: searchable metadata, and instructions."""
     from huggingface_hub import ModelCardData
 
-    # The hub takes no path for the name of a base model.
+    # The hub refuses a path as the name of a base model.
     name = adapter.layout.base
     base = name if HUB_ID.fullmatch(name) and not os.path.exists(name) else None
     relation: dict[str, Any] = {"base_model_relation": "adapter"} if base else {}
@@ -41,7 +41,7 @@ def model_card(adapter: AdapterFile, repo_id: str) -> str:
 
 
 def card_usage(repo_id: str, base: str | None) -> str:
-    """The part of a model card that says what the adapter is and how it is loaded."""
+    """Return the part of a model card that tells what the adapter is and how to load it."""
     return (
         "A post-block steering adapter ([arXiv 2603.00425](https://arxiv.org/abs/2603.00425)) of "
         f"{f'[{base}](https://huggingface.co/{base})' if base else 'a language model'}, made with fused-steer "
@@ -66,7 +66,7 @@ def push_adapter(
     revision: str | None = None,
     commit_message: str = "Upload adapter",
 ) -> str:
-    """Upload an adapter's two files, and a model card where the repository has none; return the commit's URL."""
+    """Upload an adapter's two files, and a model card if the repository has none. Return the commit's URL."""
     from huggingface_hub import HfApi
 
     api = HfApi(token=token, library_name=LIBRARY, library_version=__version__)

@@ -1,11 +1,11 @@
-"""The format of an adapter: the names, paths and shapes of its tensors, which model it fits, and its module in a layer.
+"""The format of an adapter: names, paths and shapes of its tensors, the model that it fits, and its module in a layer.
 
-An adapter at one layer has W1 and b1 (`steer_down`), W2 and b2 (`steer_up`); either of each pair may be absent. Of
-LoReFT (`form="loreft"`) `steer_down` is W and b, and `steer_up.weight` is P (d, r), of which QR makes Rᵀ
-(kernels/rotation.py): what steers is W1 = W − R and W2 = Rᵀ, as `steered` gives them.
+An adapter at one layer has W1 and b1 (`steer_down`), W2 and b2 (`steer_up`). Either of each pair may be missing. For
+LoReFT (`form="loreft"`) `steer_down` is W and b, and `steer_up.weight` is a matrix P (d, r) with the QR factor Rᵀ
+(kernels/rotation.py). `steered` turns them into W1 = W − R and W2 = Rᵀ.
 
-    <layers path>.<i>.post_block.steer_down.weight            a tensor's path, as files have it (behind PEFT_PREFIX)
-    <layers path>.<i>.post_block.steer_down.<adapter>.weight  the same tensor in a patched model, which may have several
+    <layers path>.<i>.post_block.steer_down.weight            a tensor's path in files (after PEFT_PREFIX)
+    <layers path>.<i>.post_block.steer_down.<adapter>.weight  its name in a patched model
 """
 
 from __future__ import annotations
@@ -25,30 +25,30 @@ from ..kernels.rotation import orthonormal, rotate
 
 T = TypeVar("T")
 
-#: The site's name in its layer, and so part of every parameter's path.
+#: The site's name in its layer, a part of every parameter's path.
 SITE = "post_block"
 #: The names of an adapter's tensors below the site: W1 (r, d), b1 (r,), W2 (d, r), b2 (d,).
 DOWN, DOWN_BIAS, UP, UP_BIAS = NAMES = ("steer_down.weight", "steer_down.bias", "steer_up.weight", "steer_up.bias")
-#: Before each path in a file: where PEFT has the model that it wraps.
+#: The prefix of each path in a file, where PEFT's wrapper holds the model.
 PEFT_PREFIX = "base_model.model."
 
-#: The tensors of an adapter: by layer, then by name below the site.
+#: The tensors of an adapter, by layer and by name below the site.
 ByLayer = dict[int, dict[str, Tensor]]
-#: A tensor's dtype and shape: all that is known of it before it is read.
+#: A tensor's dtype and shape, known before it is read.
 Spec = tuple[torch.dtype, tuple[int, ...]]
 
 _ADAPTER = re.compile(r"[A-Za-z0-9_-]+")
-#: Names that stand in a tensor's path beside the adapter's.
+#: Names in a tensor's path other than the adapter's.
 _IN_PATHS = frozenset({SITE, *(part for name in NAMES for part in name.split("."))})
-#: What torch.compile, DDP, FSDP and activation checkpointing put into the path of a module that they wrap.
+#: Names that torch.compile, DDP, FSDP and activation checkpointing put into the path of a module that they wrap.
 _WRAPPERS = frozenset({"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 
 
 def check_name(name: Any) -> None:
-    """Refuse a name that no adapter may have, because it has to do as a part of a path of files and of modules.
+    """Check an adapter's name, which is a part of file paths and module paths.
 
     Raises:
-        ValueError: it has other characters than letters, digits, _ and -, or means something else in a module's path.
+        ValueError: the name has other characters than letters, digits, _ and -, or has a meaning in module paths.
     """
     if not isinstance(name, str) or not _ADAPTER.fullmatch(name):
         raise ValueError(f"adapter name is {name!r}; expected letters, digits, '_' and '-'")
@@ -59,7 +59,7 @@ def check_name(name: Any) -> None:
 
 
 def unwrapped(path: str) -> str:
-    """The path that a module or tensor has in the model itself, out of what other libraries have wrapped around it."""
+    """Return the path of a module or tensor in the bare model, without the wrappers of other libraries."""
     path = without_wrappers(path)
     while path.startswith(PEFT_PREFIX):
         path = path.removeprefix(PEFT_PREFIX)
@@ -67,7 +67,7 @@ def unwrapped(path: str) -> str:
 
 
 def without_wrappers(path: str) -> str:
-    """The path as if neither torch.compile, DDP, FSDP nor activation checkpointing had wrapped a module on it."""
+    """Return a path without the parts added by torch.compile, DDP, FSDP and activation checkpointing."""
     return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
 
 
@@ -76,10 +76,10 @@ _PATH = re.compile(rf"(?:(.+)\.)?(\d+)\.{SITE}\.({_FACTOR}\.(?:weight|bias))")
 
 
 def split_path(path: str) -> tuple[str, int, str]:
-    """A tensor's path in three: the path of the list of layers, the layer's index, the name below the site.
+    """Split a tensor's path into the path of the list of layers, the layer's index, and the name below the site.
 
     Raises:
-        ValueError: it is no such path.
+        ValueError: the path has another form.
     """
     found = _PATH.fullmatch(path)
     if found is None:
@@ -88,10 +88,12 @@ def split_path(path: str) -> tuple[str, int, str]:
 
 
 def by_layer(tensors: Mapping[str, T]) -> tuple[str, dict[int, dict[str, T]]]:
-    """The path of the list of layers ("" if there are no tensors), and the tensors by layer, in order, and by name.
+    """Return the path of the list of layers, and the tensors by layer, in order, and by name.
+
+    Without tensors the path is "".
 
     Raises:
-        ValueError: a path is none of an adapter's, or they belong to several lists of layers.
+        ValueError: a path is not that of an adapter's tensor, or the paths belong to several lists of layers.
     """
     found: dict[int, dict[str, T]] = {}
     lists: dict[str, str] = {}
@@ -101,50 +103,53 @@ def by_layer(tensors: Mapping[str, T]) -> tuple[str, dict[int, dict[str, T]]]:
         lists.setdefault(layers_path, path)
     if len(lists) > 1:
         first, second, *_ = lists.values()
-        raise ValueError(f"it has tensors {first} and {second}; expected those of one list of layers")
+        raise ValueError(f"it has tensors {first} and {second}; expected tensors of one list of layers")
     return next(iter(lists), ""), dict(sorted(found.items()))
 
 
 def of_adapter(named: Iterable[tuple[str, T]], adapter: str) -> dict[str, T]:
-    """An adapter's tensors, by path, among those of a patched model (its parameters, or its state dict)."""
+    """Return an adapter's tensors by path, from a patched model's named parameters or state dict."""
     paths = ((out_of_model(name, adapter), value) for name, value in named)
     return {path: value for path, value in paths if path is not None}
 
 
 def out_of_model(name: str, adapter: str) -> str | None:
-    """The path of an adapter's tensor that a patched model has under `name`; None: it is none of this adapter's."""
+    """Return the path of an adapter's tensor from its `name` in a patched model. None if it is not this adapter's."""
     found = re.fullmatch(rf"(.*\.{SITE}\.{_FACTOR})\.{re.escape(adapter)}\.(weight|bias)", name)
     return None if found is None else f"{found[1]}.{found[2]}"
 
 
 def in_model(path: str, adapter: str) -> str:
-    """The name that a patched model has for a tensor of an adapter."""
+    """Return a patched model's name of an adapter's tensor."""
     factor, _, kind = path.rpartition(".")
     return f"{factor}.{adapter}.{kind}"
 
 
 def shapes_of(rank: int, hidden: int) -> dict[str, tuple[int, ...]]:
-    """Shape of each tensor that an adapter of this rank may have, by name."""
+    """Return the shape of each tensor that an adapter of this rank may have, by name."""
     return dict(zip(NAMES, ((rank, hidden), (rank,), (hidden, rank), (hidden,)), strict=True))
 
 
 def steered(form: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """W1, b1, W2 and b2 of an adapter's tensors at a layer, by name: what the op takes."""
+    """Return W1, b1, W2 and b2, by name, of an adapter's tensors at a layer. The op takes these."""
     if form != "loreft":
         return dict(tensors)
     down, up = rotate(tensors[DOWN], tensors[UP])
     return {**tensors, DOWN: down, UP: up}
 
 
-# ------------------------------------------------------------------------------------------------------- what it fits
+# ------------------------------------------------------------------------------------------- the model that it fits
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What an adapter has to fit: a model's decoder layers.
+    """The decoder layers of a model, which an adapter has to fit.
 
-    layers_path: of the list of layers, "" where only their indices matter; num_layers: how many there are; hidden: d, 0
-    where it is not known yet; base: the model's name, "" where it has none.
+    Attributes:
+        layers_path: the path of the list of layers, "" if only their indices matter.
+        num_layers: their number.
+        hidden: d, or 0 if it is not known yet.
+        base: the model's name, or "".
     """
 
     layers_path: str
@@ -153,18 +158,20 @@ class Layout:
     base: str = ""
 
     def path(self, index: int, name: str = "") -> str:
-        """Of a layer, or of the tensor `name` of an adapter there."""
+        """Return the path of a layer, or of the tensor `name` of an adapter there."""
         return ".".join(part for part in (self.layers_path, str(index), *([SITE, name] if name else [])) if part)
 
     def paths(self, layers: Mapping[int, Mapping[str, T]]) -> dict[str, T]:
-        """What is by layer and name, by path."""
+        """Return values that are given by layer and name, by path."""
         return {self.path(index, name): value for index, named in layers.items() for name, value in named.items()}
 
     def indices(self, config: SteerConfig) -> Sequence[int]:
-        """The layers that an adapter of `config` steers; never listed, as a file may claim any number of them.
+        """Return the layers that an adapter of `config` steers.
+
+        All layers are returned as a range, because a file may claim any number of them.
 
         Raises:
-            ValueError: there is no such layer.
+            ValueError: the model lacks a layer.
         """
         if config.layers is None:
             return range(self.num_layers)
@@ -175,10 +182,10 @@ class Layout:
         return list(config.layers)
 
     def config_layers(self, indices: Iterable[int]) -> list[int] | None:
-        """The config's `layers` for these indices: None for all.
+        """Return the config's `layers` for these indices. None means all.
 
         Raises:
-            ValueError: there is no such layer.
+            ValueError: the model lacks a layer.
         """
         found = sorted(indices)
         if found[-1] >= self.num_layers:
@@ -186,26 +193,26 @@ class Layout:
         return None if len(found) == self.num_layers else found
 
     def count(self, config: SteerConfig) -> int:
-        """How many numbers an adapter of `config` has, in all layers."""
+        """Return the number of parameters of an adapter of `config`, over all layers."""
         return sum(math.prod(shape) for shape in self.paths(self.shapes(config)).values())
 
     def shapes(self, config: SteerConfig) -> dict[int, dict[str, tuple[int, ...]]]:
-        """Shape of each tensor of an adapter of `config`, by layer and name."""
+        """Return the shape of each tensor of an adapter of `config`, by layer and name."""
         return dict.fromkeys(self.indices(config), self._shapes(config))
 
     def _shapes(self, config: SteerConfig) -> dict[str, tuple[int, ...]]:
-        """Shape of each tensor that an adapter of `config` has at a layer."""
+        """Return the shape of each tensor that an adapter of `config` has at one layer."""
         there = {DOWN: config.rank > 0, DOWN_BIAS: config.down_bias, UP: config.rank > 0, UP_BIAS: config.up_bias}
         return {name: shape for name, shape in shapes_of(config.rank, self.hidden).items() if there[name]}
 
     def check_tensors(self, config: SteerConfig, specs: Mapping[int, Mapping[str, Spec]]) -> None:
-        """Refuse tensors that are not those of `config`: one missing or too many, another shape or dtype.
+        """Check that tensors are exactly those of `config`: none missing, none more, with the right shapes and dtypes.
 
         Raises:
-            ValueError: in one line, about the first of them.
+            ValueError: one line about the first wrong tensor.
         """
         dtype, shapes, indices = DTYPES[config.dtype], self._shapes(config), self.indices(config)
-        for index in indices:  # perhaps 10**9 of them, by what a file says: the first that is missing ends this
+        for index in indices:  # a file may claim 10**9 layers; the first missing tensor ends the loop
             for name, shape in shapes.items():
                 found = specs.get(index, {}).get(name)
                 if found is None:
@@ -217,13 +224,15 @@ class Layout:
         for index, named in specs.items():
             for name in named:
                 if index not in indices or name not in shapes:
-                    raise ValueError(f"it has a tensor {self.path(index, name)}; expected none but those of its config")
+                    raise ValueError(
+                        f"it has a tensor {self.path(index, name)}; expected only the tensors of its config"
+                    )
 
     def check_sizes(self, source: Any, hidden: int | None, num_layers: int | None) -> None:
-        """Refuse an adapter for a model of another hidden size or number of layers; None is not known.
+        """Check that an adapter is for a model of the same hidden size and number of layers. None is not checked.
 
         Raises:
-            ValueError: it names `source`.
+            ValueError: a size differs. The message names `source`.
         """
         for what, theirs, ours in (
             ("hidden size", hidden, self.hidden),
@@ -233,25 +242,25 @@ class Layout:
                 raise ValueError(f"{source} is for a model of {what} {theirs}; expected {ours}")
 
     def check_fits(self, source: Any, adapter: Layout, check_base: bool) -> None:
-        """Refuse an adapter for a model of other sizes, or (`check_base`) of another name.
+        """Check that an adapter is for a model of the same sizes, and with `check_base` of the same name.
 
         Args:
-            source: where the adapter was read, for the error.
-            adapter: what it was made for.
+            source: the adapter's source, named in the error.
+            adapter: the layout that the adapter was made for.
 
         Raises:
-            ValueError: it does not fit.
+            ValueError: the adapter does not fit.
         """
         self.check_sizes(source, adapter.hidden, adapter.num_layers)
         if check_base and not same_base(adapter.base, self.base):
             raise ValueError(
                 f"{source} is for the base model {adapter.base!r}; expected {self.base!r} "
-                "(check_base=False loads it all the same)"
+                "(check_base=False loads it anyway)"
             )
 
 
 def specs_of(tensors: Mapping[int, Mapping[str, Tensor]]) -> dict[int, dict[str, Spec]]:
-    """Dtype and shape of each tensor."""
+    """Return the dtype and shape of each tensor."""
     return {
         index: {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in named.items()}
         for index, named in tensors.items()
@@ -264,15 +273,15 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def base_name(base: str) -> str:
-    """A base model's name as files record it: the hub id where `base` is a path in the hub's cache."""
+    """Return a base model's name for files: the hub id if `base` is a path in the hub's cache."""
     cached = _CACHED.search(base)
     return f"{cached[1]}/{cached[2]}" if cached else base
 
 
 def same_base(one: str, other: str) -> bool:
-    """Whether two names may be of the same base model: hub ids that are equal, or else equal last parts of paths.
+    """Return whether two names may mean the same base model: equal hub ids, or else equal last parts of paths.
 
-    A name that says nothing ("", or a commit's hash) may be of any.
+    An empty name or a commit's hash may mean any model.
     """
     names = [base_name(base).rstrip("/\\") for base in (one, other)]
     lasts = [re.split(r"[/\\]", name)[-1] for name in names]
@@ -287,9 +296,9 @@ def same_base(one: str, other: str) -> bool:
 
 
 class Factor(nn.Module):
-    """One matrix of an adapter with its bias; either may be absent.
+    """One matrix of an adapter with its bias. Either may be missing.
 
-    Not an nn.Linear: what looks for those to quantise, to adapt or to initialise must pass by.
+    It is not an nn.Linear, so that code which quantises, adapts or initialises these leaves it alone.
     """
 
     weight: nn.Parameter | None
@@ -308,7 +317,7 @@ class Rotation(Factor):
 if TYPE_CHECKING:
 
     class Factors(nn.ModuleDict):
-        """W1 with b1, or W2 with b2, of each adapter at a site, by the adapter's name."""
+        """W1 with b1, or W2 with b2, of each adapter at a site, by adapter name."""
 
         def __getitem__(self, key: str) -> Factor: ...
 else:
@@ -324,9 +333,9 @@ class Adapter:
 
     @classmethod
     def fresh(cls, config: SteerConfig, hidden: int, device: torch.device) -> Adapter:
-        """A new adapter that changes nothing: W1 kaiming-uniform (a = √5) times `init_scale`, all else 0.
+        """Return a new adapter that changes nothing. W1 is kaiming-uniform (a = √5) times `init_scale`, all else 0.
 
-        Of LoReFT R is random, W = R and b = 0.
+        For LoReFT R is random, W = R and b = 0.
 
         Raises:
             ValueError: LoReFT's rank is more than d.
@@ -353,18 +362,18 @@ class Adapter:
     def of_tensors(
         cls, tensors: Mapping[str, Tensor], device: torch.device | None = None, form: str = "lowrank"
     ) -> Adapter:
-        """From tensors by name, moved to `device`; None leaves them where they are."""
+        """Return an adapter of tensors given by name, moved to `device` if it is not None."""
         moved = {name: tensor if device is None else tensor.to(device) for name, tensor in tensors.items()}
         up = _up_factor(form)(moved.get(UP), moved.get(UP_BIAS))
         return cls(Factor(moved.get(DOWN), moved.get(DOWN_BIAS)), up)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters by name."""
+        """Return the parameters by name."""
         sides = (("steer_down", self.down), ("steer_up", self.up))
         return {f"{side}.{name}": p for side, factor in sides for name, p in factor.named_parameters()}
 
     def named_tensors(self) -> dict[str, Tensor]:
-        """The values by name, without gradients."""
+        """Return the values by name, without gradients."""
         return {name: parameter.detach() for name, parameter in self.named_parameters().items()}
 
     def steered(self) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
-"""Files that are replaced whole, by any number of processes that save into one directory, killed or not.
+"""Replace files whole, while any number of processes save into one directory and may be killed.
 
-New files are written into a folder of their own beside the old ones and then renamed, which is atomic for each. The
-folder's name says who saves, so that what a killed process left is known from what a running one still needs.
+New files are written into a new folder beside the old ones and then renamed, which is atomic for each file. The
+folder's name identifies the saving process, so that folders of killed processes can be removed.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 _NAME = re.compile(r"\.(?:saving|joint)-([0-9a-f]{12})-(\d+)-[0-9a-f]{8}")
-#: Seconds after which the folder of another machine's process, of which nothing else is known, is a leftover.
+#: Seconds after which the folder of another machine's process counts as a leftover, as nothing else is known of it.
 _OLD = 24 * 3600
 _live: set[str] = set()  # the folders of this process
 
 
 @functools.cache
 def _machine() -> str:
-    """Names the machine since it was booted, and the container on it, where a process id means one process."""
+    """Return an id of the machine since its boot, and of the container: the scope in which process ids are unique."""
     parts = [platform.node()]
     try:
         parts += [Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink("/proc/self/ns/pid")]
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         parts.append(str(uuid.getnode()))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
@@ -41,8 +41,10 @@ def _machine() -> str:
 def saving_folder(
     directory: Path, kind: str = "saving", keep: Callable[[Path], bool] = lambda folder: False
 ) -> Iterator[Path]:
-    """A new folder in `directory` for files that are being saved, removed afterwards unless `keep` says that it has
-    something that is needed."""
+    """Create a folder in `directory` for files that are being saved, and remove it on exit.
+
+    It is kept if `keep` returns that it holds a needed file.
+    """
     folder = directory / f".{kind}-{_machine()}-{os.getpid()}-{secrets.token_hex(4)}"
     _live.add(str(folder.absolute()))
     try:
@@ -57,7 +59,7 @@ def saving_folder(
 
 
 def leftovers(directory: Path, kind: str = "saving") -> list[Path]:
-    """The folders that killed processes left in `directory`; none of a process that still runs."""
+    """Return the folders in `directory` that killed processes left. Folders of running processes are not returned."""
     return [folder for folder in sorted(directory.glob(f".{kind}-*")) if _is_leftover(folder)]
 
 
@@ -81,12 +83,12 @@ def _runs(pid: int) -> bool:
     except ProcessLookupError:
         return False
     except (OSError, OverflowError):
-        pass  # another user's
+        pass  # the process belongs to another user
     return True
 
 
 def write_new(file: Path, content: bytes) -> None:
-    """Write a file, and wait until the disk has it."""
+    """Write a file and wait until it is on the disk."""
     with open(file, "wb") as opened:
         opened.write(content)
         opened.flush()
@@ -94,11 +96,11 @@ def write_new(file: Path, content: bytes) -> None:
 
 
 def open_regular(file: Path) -> int:
-    """A descriptor to read a file by; an error, and no wait, where something else is in its place.
+    """Open a regular file for reading and return its descriptor. Anything else is an error, without waiting.
 
     Raises:
-        ValueError: it is a directory, a pipe, a device or a socket.
-        OSError: it cannot be opened.
+        ValueError: the path is a directory, a pipe, a device or a socket.
+        OSError: the file cannot be opened.
     """
     kind = os.stat(file).st_mode
     if stat.S_ISREG(kind):
@@ -108,15 +110,15 @@ def open_regular(file: Path) -> int:
         if stat.S_ISREG(kind):
             return descriptor
         os.close(descriptor)
-    raise ValueError(f"it is no regular file (its mode is {stat.filemode(kind)}); expected one")
+    raise ValueError(f"it is not a regular file (its mode is {stat.filemode(kind)}); expected one")
 
 
 def read_regular(file: Path, most: int) -> bytes:
-    """The contents of a file of at most so many bytes.
+    """Return the contents of a file of at most `most` bytes.
 
     Raises:
-        ValueError: it is larger, or no regular file.
-        OSError: it cannot be read.
+        ValueError: the file is larger, or not a regular file.
+        OSError: the file cannot be read.
     """
     with open(open_regular(file), "rb") as opened:
         content = opened.read(most + 1)
@@ -126,10 +128,10 @@ def read_regular(file: Path, most: int) -> bytes:
 
 
 def digest_of(file: Path) -> bytes:
-    """The SHA-256 of a file of any size.
+    """Return the SHA-256 of a file of any size.
 
     Raises:
-        OSError, ValueError: as `open_regular`.
+        OSError, ValueError: see `open_regular`.
     """
     digest = hashlib.sha256()
     with open(open_regular(file), "rb") as opened:

@@ -1,6 +1,6 @@
 """The weights file of an adapter: safetensors with the adapter's config in the header.
 
-So the weights are a whole adapter by themselves, also beside the config of another save.
+So the weights file is a complete adapter, even beside the config of another save.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from torch import Tensor
 from ..config import DTYPES
 from .parameters import PEFT_PREFIX, ByLayer, Spec
 
-#: Where a weights file carries its config, among the metadata.
+#: The metadata key of the config inside a weights file.
 _EMBEDDED = "fused_steer_config"
-#: Bytes of a config, and of a weights file's header.
+#: The most bytes of a config, and of a weights file's header.
 MOST_JSON = 2**24
 _SAFETENSORS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 def header_of(shapes: Mapping[str, tuple[int, ...]], dtype: str, config: str) -> bytes:
-    """All of a weights file before its data: the header's length, the header, to 8 bytes.
+    """Return the bytes of a weights file before its data: the header's length and the header, padded to 8 bytes.
 
     Args:
-        shapes: of the tensors, by path, in the order in which they lie there.
-        dtype: of all tensors, as configs name it.
-        config: the text of the config that the file carries.
+        shapes: the tensors' shapes by path, in the order of the data.
+        dtype: the name of all tensors' dtype.
+        config: the text of the config inside the file.
     """
     names = {name: short for short, name in _SAFETENSORS.items()}
     end = 0
@@ -48,7 +48,7 @@ def header_of(shapes: Mapping[str, tuple[int, ...]], dtype: str, config: str) ->
 
 
 def tensors_digest(tensors: ByLayer, heads: Mapping[str, Tensor] = MappingProxyType({})) -> str:
-    """Of an adapter's tensors, wherever in a model or file they lie, and of the heads beside it, by path."""
+    """Return the digest of an adapter's tensors by layer and name, and of the heads beside it by path."""
     digest = hashlib.sha256()
     layers = [(f"{i} {name}", named[name]) for i, named in sorted(tensors.items()) for name in sorted(named)]
     for name, tensor in (*layers, *sorted(heads.items())):
@@ -58,14 +58,20 @@ def tensors_digest(tensors: ByLayer, heads: Mapping[str, Tensor] = MappingProxyT
 
 
 def values_of(tensor: Tensor) -> Any:
-    """A tensor's bytes."""
+    """Return a tensor's bytes."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a weights file says before its tensors: its size, their dtypes and shapes by path, and the config that it
-    carries. plain: whether it says nothing else."""
+    """The contents of a weights file before its data.
+
+    Attributes:
+        size: the size of the whole file.
+        specs: the tensors' dtypes and shapes, by path.
+        config: the config inside the file, or None.
+        plain: whether the metadata has no other entry.
+    """
 
     size: int
     specs: dict[str, Spec]
@@ -74,10 +80,10 @@ class Header:
 
 
 def read_header(opened: BinaryIO) -> Header:
-    """Read and check what a weights file says before its tensors; no more of it.
+    """Read and check a weights file up to its data.
 
     Raises:
-        ValueError: it is no weights file of an adapter.
+        ValueError: the file is not the weights file of an adapter.
     """
     length = os.fstat(opened.fileno()).st_size
     if length < 8:
@@ -88,10 +94,12 @@ def read_header(opened: BinaryIO) -> Header:
     try:
         fields = json.loads(opened.read(size))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"its header cannot be read ({type(error).__name__}); expected that of safetensors") from error
+        raise ValueError(
+            f"its header cannot be read ({type(error).__name__}); expected a safetensors header"
+        ) from error
     metadata = fields.pop("__metadata__", {}) if isinstance(fields, dict) else None
     if not isinstance(metadata, dict):
-        raise ValueError("its header is no object; expected that of safetensors")
+        raise ValueError("its header is not an object; expected a safetensors header")
     specs, data = {}, 0
     for name, entry in fields.items():
         path, (dtype, shape), end = unprefixed(name), *_entry(name, entry)
@@ -102,7 +110,7 @@ def read_header(opened: BinaryIO) -> Header:
 
 
 def _entry(name: str, entry: Any) -> tuple[Spec, int]:
-    """A tensor's dtype and shape, and where in the data it ends."""
+    """Return a tensor's dtype and shape, and the end of its data."""
     try:
         dtype, (start, end) = DTYPES[_SAFETENSORS[entry["dtype"]]], entry["data_offsets"]
         shape = tuple(map(operator.index, entry["shape"]))

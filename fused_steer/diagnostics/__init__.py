@@ -1,15 +1,16 @@
-"""What steering does to a model, in five figures that people can look at (after arXiv 2603.00425, Figs. 2, 3, 5 and 6).
+"""Measure what steering does to a model, as JSON and five figures (after arXiv 2603.00425, Figs. 2, 3, 5 and 6).
 
-Per steered layer, over the tokens of some prompts:
+Each quantity is measured at every steered layer, over the tokens of some prompts:
 
 - the MLP's share of the block's output, ‖y‖ / ‖h‖ (Fig. 2);
-- how the leading left singular vectors of LoRA's update s·B·A and of steering's W2 W1 align (Fig. 3);
+- the alignment of the leading left singular vectors of LoRA's update s·B·A with those of steering's W2 W1 (Fig. 3);
 - the cosine between the steering's shift δ and the LoRA's shift ℓ of the same token (Fig. 5);
 - the spectral norm of W2' (Fig. 6);
 - the size of the shift, ‖δ‖ / ‖h‖.
 
-h is the block's output before steering, and δ = s (W2 φ(W1 h + b1) + b2) what the site adds to it. δ and ℓ are computed
-in float32 from what the model computed: the difference of two bfloat16 hidden states would be mostly rounding.
+h is the block's output before steering. The site adds δ = s (W2 φ(W1 h + b1) + b2) to it. δ and ℓ are computed in
+float32 from the inputs of the site and of the LoRA. The difference of two bfloat16 hidden states would be mostly
+rounding.
 """
 
 from .command import DiagnoseOptions, encode, read_prompts, run

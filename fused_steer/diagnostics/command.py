@@ -1,4 +1,4 @@
-"""What `fused-steer diagnose` runs: prompts in, a table, JSON and pictures out."""
+"""`fused-steer diagnose`: reads prompts, prints a table, writes JSON and pictures."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .measure import diagnose
 
 @dataclass(frozen=True)
 class DiagnoseOptions:
-    """What `run` does. The command's options document each and hold the defaults.
+    """The options of `fused-steer diagnose`. The command documents each and holds the defaults.
 
     Raises:
         ValueError: a value out of range, options that do not go together, or `out` is a file.
@@ -61,11 +61,11 @@ class DiagnoseOptions:
 
 
 def read_prompts(file: Path, field: str) -> list[str]:
-    """The prompts of a .txt, one a line, or of a .jsonl, the field `field` of each line; empty lines are passed over.
+    """Read the prompts of a .txt (one a line) or a .jsonl (the field `field` of each line). Empty lines are skipped.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is of another kind, a line is no JSON object with that field, or there is no prompt.
+        ValueError: the file is of another kind, a line is no JSON object with that field, or there is no prompt.
     """
     if not file.is_file():
         raise FileNotFoundError(f"no file {file}; expected prompts, a .txt or .jsonl")
@@ -94,7 +94,7 @@ def read_prompts(file: Path, field: str) -> list[str]:
 
 
 def encode(tokenizer: Any, prompts: Sequence[str], max_length: int, batch_size: int) -> list[dict[str, Tensor]]:
-    """Batches of token ids and masks, cut to `max_length`. Padded on the right, where no token attends to it."""
+    """Return batches of token ids and masks, cut to `max_length` and padded on the right."""
     rows = [tokenizer(prompt)["input_ids"][:max_length] for prompt in prompts]
     batches = []
     for some in (rows[i : i + batch_size] for i in range(0, len(rows), batch_size)):
@@ -107,7 +107,7 @@ def encode(tokenizer: Any, prompts: Sequence[str], max_length: int, batch_size: 
 
 
 def _load(options: DiagnoseOptions, device: torch.device) -> tuple[Any, Any]:
-    """The adapted model and its tokenizer. What can be refused before the model is loaded is."""
+    """Load the adapted model and its tokenizer. Adapter files are checked before the model is loaded."""
     from ..tools.demo import load_model
 
     if options.joint is not None:
@@ -144,15 +144,15 @@ def _table(diagnosis: Diagnosis) -> Table:
             layer.alignment and layer.alignment.principal[0],
         )
         table.add_row(str(layer.layer), layer.kind, *("-" if n is None else f"{n:.3g}" for n in numbers))
-    table.caption = "over tokens: medians; of principal cosines the largest"
+    table.caption = "medians over tokens; the largest principal cosine"
     return table
 
 
 def run(options: DiagnoseOptions, console: Console) -> None:
-    """Load, measure, save to `options.out`, and print a row for each layer.
+    """Load the model, measure it, save the diagnosis to `options.out` and print a row for each layer.
 
     Raises:
-        ValueError, FileNotFoundError: an input is missing or does not fit; nothing has been written then.
+        ValueError, FileNotFoundError: an input is missing or does not fit. Nothing is written.
         ImportError: a library of the extra `demo` is missing.
     """
     from ..tools.demo import SMOLLM2, choose_device

@@ -1,4 +1,4 @@
-"""A whole diagnosis, and how it is saved: JSON and a picture for each quantity."""
+"""The result of `diagnose`, saved as JSON and one picture for each quantity."""
 
 from __future__ import annotations
 
@@ -23,7 +23,16 @@ JSON_NAME = "diagnostics.json"
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What `diagnose` found. tokens: looked at, padding excluded; lora: the active LoRA adapters."""
+    """The result of `diagnose`: the measured quantities of each steered layer.
+
+    Attributes:
+        model: the model's name or path, or else its class.
+        adapter: the name of the steering adapter.
+        config: the adapter's `SteerConfig` as a dict.
+        lora: the names of the active LoRA adapters.
+        tokens: the number of measured tokens, padding excluded.
+        layers: the steered layers.
+    """
 
     model: str
     adapter: str
@@ -33,17 +42,17 @@ class Diagnosis:
     layers: tuple[LayerDiagnosis, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """All of it as JSON has it; every number is finite."""
+        """Return the diagnosis as JSON data. Every number is finite."""
         fields = json.loads(json.dumps(asdict(self), allow_nan=False))
         return {"fused_steer_version": __version__, "cosine_bin_edges": np.linspace(-1, 1, BINS + 1).tolist(), **fields}
 
     def save(self, directory: str | os.PathLike[str]) -> list[Path]:
-        """Write `diagnostics.json`, and a PNG for each quantity that any layer has; return the files.
+        """Write `diagnostics.json` and a PNG for each quantity that some layer has. Return the written files.
 
-        The PNG of an earlier diagnosis in `directory` is removed where this one has none.
+        If a quantity is absent from every layer, its PNG of an earlier diagnosis in `directory` is removed.
 
         Raises:
-            ImportError: matplotlib is missing; nothing is written then.
+            ImportError: matplotlib is missing. Nothing is written.
             NotADirectoryError: `directory` is a file.
         """
         check_matplotlib()

@@ -1,4 +1,4 @@
-"""The figures of a diagnosis, drawn by matplotlib without a screen."""
+"""Draw the figures of a diagnosis with matplotlib. No display is needed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _figure(size: tuple[float, float]) -> Any:
 
 
 def _layer_axes(layers: Sequence[LayerDiagnosis], **labels: str) -> tuple[Any, Axes]:
-    """A figure whose x axis is the layers."""
+    """Return a figure and its axes, with the layers along x."""
     from matplotlib.ticker import MaxNLocator
 
     figure = _figure((min(4.5 + 0.12 * len(layers), 12), 4))
@@ -44,7 +44,7 @@ def _layer_axes(layers: Sequence[LayerDiagnosis], **labels: str) -> tuple[Any, A
 
 
 def _draw_spreads(axes: Axes, layers: Sequence[LayerDiagnosis], spreads: Sequence[Spread]) -> None:
-    """A bar from the 5 % to the 95 % quantile, a wider one from 25 % to 75 %, the median and the mean."""
+    """Draw each layer's 5 to 95 % quantiles as a thin bar, 25 to 75 % as a wide one, its median and its mean."""
     at = [layer.layer for layer in layers]
     q = {level: [spread.quantiles[str(level)] for spread in spreads] for level in LEVELS}
     inner = np.subtract(q[0.75], q[0.25])
@@ -74,21 +74,21 @@ def _plot_shift(layers: Sequence[LayerDiagnosis], file: Path) -> None:
 
 def _plot_spectral_norm(layers: Sequence[LayerDiagnosis], file: Path) -> None:
     figure, axes = _layer_axes(layers, ylabel="‖W2'‖₂", title="Spectral norm of the steering's up projection")
-    norms = np.array([layer.spectral_norm for layer in layers], dtype=float)  # a layer without is a gap
+    norms = np.array([layer.spectral_norm for layer in layers], dtype=float)  # a layer without a norm leaves a gap
     axes.plot([layer.layer for layer in layers], norms, marker="o", markersize=4)
     axes.set_ylim(bottom=0)
     figure.savefig(file, dpi=150)
 
 
 def _plot_cosine(layers: Sequence[LayerDiagnosis], file: Path) -> None:
-    """Each layer's histogram as a column of colours, with its median."""
+    """Draw each layer's histogram of cosines as a column of colours, with its median."""
     from matplotlib.colors import PowerNorm
 
     figure, axes = _layer_axes(layers, ylabel="cosine of δ and ℓ", title="Steering's shift δ against the LoRA's ℓ")
     axes.grid(visible=False)
     cosines = [layer.cosine for layer in layers if layer.cosine]
     first, last = layers[0].layer, layers[-1].layer
-    shares = np.full((BINS, last - first + 1), np.nan)  # a layer without is a gap
+    shares = np.full((BINS, last - first + 1), np.nan)  # a layer without cosines leaves a gap
     for layer, cosine in zip(layers, cosines, strict=True):
         shares[:, layer.layer - first] = np.array(cosine.counts) / cosine.tokens
     edges = np.linspace(-1, 1, BINS + 1)
@@ -114,7 +114,7 @@ def _plot_cosine(layers: Sequence[LayerDiagnosis], file: Path) -> None:
 
 
 def _plot_alignment(layers: Sequence[LayerDiagnosis], file: Path) -> None:
-    """A small square of |u_iᵀ u'_j| for each layer, headed by its largest principal cosine."""
+    """Draw a square of |u_iᵀ u'_j| for each layer, headed by the layer's largest principal cosine."""
     columns = min(len(layers), max(3, math.ceil(math.sqrt(1.5 * len(layers)))))
     rows = math.ceil(len(layers) / columns)
     figure = _figure((max(1.5 * columns + 1.2, 5), 1.75 * rows + 1.2))

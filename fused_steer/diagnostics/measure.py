@@ -1,4 +1,4 @@
-"""Measuring what steering does to a model: one pass over the prompts, watched by hooks."""
+"""`diagnose`: runs the prompts through the model once and measures each steered layer by hooks."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ if TYPE_CHECKING:
 
 
 class _Absent(Exception):
-    """Why a layer has no such quantity."""
+    """Raised with the reason why a quantity is not defined at a layer."""
 
 
 # ------------------------------------------------------------------------------------------------------------ diagnose
 
 
 def diagnose(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Diagnosis:
-    """Measure what the steering adapter in use does to `model` on `batches`.
+    """Measure the effect of the active steering adapter on `model` over `batches`.
 
-    The model runs in eval mode and without gradients; afterwards its modes, hooks and call counts are as they were,
-    also after an exception.
+    The model runs in eval mode and without gradients. Its modes, hooks and call counts are restored afterwards, also
+    after an exception.
 
     Args:
-        model: one that `patch_model` patched, with or without LoRA from PEFT.
-        batches: inputs of its decoder: `input_ids` (B, T), and what else its forward takes. Tokens that
-            `attention_mask` (B, T) masks are not looked at; `labels` are not needed and left out.
+        model: a model patched by `patch_model`, with or without LoRA from PEFT.
+        batches: keyword arguments of the decoder's forward, with `input_ids` (B, T). Tokens masked by
+            `attention_mask` (B, T) are not measured. `labels` are ignored.
 
     Raises:
-        ValueError: the model is not patched, no adapter is in use, steering is disabled, the modules that write into
-            the residual stream are not found, the batches hold no token, or a mask is of another shape.
-        TypeError: a batch is no mapping with `input_ids`.
+        ValueError: the model is not patched, no adapter is active, steering is disabled, the modules that write into
+            the residual stream are not found, the batches hold no token, or a mask has another shape.
+        TypeError: a batch is not a mapping with `input_ids`.
     """
     steering = steering_of(model)
     if steering.active is None:
@@ -59,7 +59,7 @@ def diagnose(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Diagnosi
     layers = {index: layer for index, layer in patched.items() if _site(layer).active is not None}
     if not all(_site(layer).enabled for layer in layers.values()):
         raise ValueError("steering is disabled; expected it enabled (outside of model.steering.disabled())")
-    # Compiled layers would be recompiled for the hooks, and once more without them.
+    # The hooks would recompile compiled layers, and removing the hooks would recompile them again.
     eager = torch.compiler.set_stance("force_eager")
     with _left_as_it_was(decoder.module, [_site(layer) for layer in patched.values()]), eager:
         flow = _Flow(layers, decoder.hidden)
@@ -83,7 +83,7 @@ def _site(layer: nn.Module) -> SteeringSite:
 
 @contextlib.contextmanager
 def _left_as_it_was(decoder: nn.Module, sites: Sequence[SteeringSite]) -> Iterator[None]:
-    """Inside, the model is in eval mode; afterwards modes and the report's counts are as they were."""
+    """Put the decoder in eval mode, and restore its modes and the report's counts on exit."""
     modes = [(module, module.training) for module in decoder.modules()]
     counts = [(site, site.calls, site.backend) for site in sites]
     try:
@@ -97,7 +97,7 @@ def _left_as_it_was(decoder: nn.Module, sites: Sequence[SteeringSite]) -> Iterat
 
 
 def _run(decoder: nn.Module, observed: Sequence[_Observed], batches: Iterable[Mapping[str, Any]]) -> int:
-    """Run the batches while each layer is observed; the number of tokens that were looked at."""
+    """Run the batches while the layers are observed. Return the number of measured tokens."""
     device = next((p.device for p in decoder.parameters()), torch.device("cpu"))
     tokens = 0
     with contextlib.ExitStack() as stack, torch.no_grad():
@@ -132,17 +132,17 @@ def _run(decoder: nn.Module, observed: Sequence[_Observed], batches: Iterable[Ma
 
 
 class _Flow:
-    """Which tensor is all that a layer's MLP adds to the residual stream: read off the graph of one traced pass.
+    """Finds, in one pass's autograd graph, the tensor that holds the MLP's whole contribution to the residual stream.
 
-    Names do not tell: a layer may normalise or scale what its MLP returns, add it left or right, or together with the
-    attention's output.
+    Module names do not suffice. A layer may normalise or scale the MLP's output, add it on either side, or add it
+    together with the attention's output.
     """
 
     def __init__(self, layers: Mapping[int, nn.Module], hidden: int) -> None:
         self.layers, self.hidden = layers, hidden
         self.inputs: dict[int, Tensor] = {}
         self.operands: dict[int, tuple[Tensor, ...]] = {}
-        self.outputs: dict[int, list[tuple[str, Tensor]]] = {index: [] for index in layers}  # in the order of ending
+        self.outputs: dict[int, list[tuple[str, Tensor]]] = {index: [] for index in layers}  # in order of completion
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -185,8 +185,12 @@ class _Flow:
         return hook
 
     def mlp_source(self, index: int, writers: list[Writer]) -> int | str | None:
-        """The operand of the last add (0 or 1), or else the path of the module, that is the MLP's output and nothing
-        else; None if there is none. Of modules the last, which is after a norm of the MLP's output."""
+        """Find the tensor that is the MLP's output and nothing else.
+
+        Returns:
+            The operand of the last residual add (0 or 1), else the path of a module, else None. Of several modules the
+            last is taken: it stands after a norm of the MLP's output.
+        """
         mlp = {writer.path for writer in choose_writers(writers, "mlp")}
         others = {writer.path for writer in writers} - mlp
         ends = {tensor.grad_fn: path in mlp for path, tensor in self.outputs[index] if path in mlp | others}
@@ -206,8 +210,11 @@ class _Flow:
 
 
 def _only_from_mlp(tensor: Tensor, ends: Mapping[Any, bool], start: Tensor) -> bool:
-    """Whether, back through sums, scalings and norms, a tensor comes from writers of the MLP, and from neither other
-    writers nor the layer's input."""
+    """Return whether a tensor comes from the MLP's writers alone.
+
+    The graph is followed back through sums, scalings and norms. Other writers and the layer's input disqualify the
+    tensor.
+    """
     found = False
     seen: set[Any] = {None}
     todo: list[Any] = [tensor.grad_fn]
@@ -235,16 +242,16 @@ def _first(output: Any) -> Any:
 
 
 class _Observed:
-    """A steered layer in the run: the norms of each token's h, y, δ and ℓ, and the product δ·ℓ."""
+    """Collects, at one steered layer, the norms of each token's h, y, δ and ℓ, and the product δ·ℓ."""
 
     def __init__(self, index: int, layer: nn.Module, writers: list[Writer], mlp_source: int | str | None) -> None:
         self.index, self.layer, self.site, self.mlp_source = index, layer, _site(layer), mlp_source
         self.mlp = choose_writers(writers, "mlp")
         self.adapted = [writer for writer in self.mlp if _active_lora(writer.module)]
         self.no_lora_shift = self._why_no_lora_shift()
-        self.keep: Tensor  # indices of the batch's tokens that are looked at
+        self.keep: Tensor  # indices of the batch's unmasked tokens
         self._y: Tensor | None = None
-        self._lora: list[Tensor] = []  # of this pass: (B·T, d)
+        self._lora: list[Tensor] = []  # LoRA shifts of this pass, each (B·T, d)
         self._rows: dict[str, list[Tensor]] = {}
 
     def _why_no_lora_shift(self) -> str:
@@ -338,14 +345,14 @@ class _Observed:
         values = _ratio(self._all("dot"), self._all("shift") * self._all("lora"))
         if not len(values):
             raise _Absent("the steering's shift or the LoRA's is zero on every token")
-        values = np.clip(values, -1, 1)  # rounding may lead a little beyond
+        values = np.clip(values, -1, 1)  # rounding may lead slightly beyond ±1
         spread = _spread(values)
         counts = np.histogram(values, BINS, (-1, 1))[0]
         return Cosine(spread.tokens, spread.mean, spread.quantiles, tuple(counts.tolist()))
 
 
 def _ratio(values: np.ndarray, by: np.ndarray) -> np.ndarray:
-    """values / by, of the tokens where `by` is not zero."""
+    """Return the ratio values / by over the tokens where `by` is not zero."""
     defined = by != 0
     return values[defined] / by[defined]
 
@@ -364,7 +371,7 @@ def _spread(values: np.ndarray) -> Spread:
 
 
 def _steering_shift(site: SteeringSite, h: Tensor) -> Tensor:
-    """δ = s (W2 φ(W1 h + b1) + b2), (N, d), of h (N, d) in h's dtype: not rounded into a hidden state."""
+    """Return the shift δ = s (W2 φ(W1 h + b1) + b2), (N, d), for h (N, d), in h's dtype."""
     adapter = site.adapter(site.active or "")
     assert adapter is not None
     w1, w2, b1, b2 = adapter.weights()
@@ -376,16 +383,17 @@ def _steering_shift(site: SteeringSite, h: Tensor) -> Tensor:
 
 
 def _active_lora(module: nn.Module) -> list[str]:
-    """The LoRA adapters that a module computes with."""
+    """Return the names of the LoRA adapters that are active in a module."""
     if not is_lora(module) or module.disable_adapters:
         return []
     return [name for name in module.active_adapters if name in module.lora_B]
 
 
 def _lora_shift(module: LoraLayer, x: Tensor, output: Tensor) -> Tensor:
-    """ℓ, what the LoRA at `module` adds to its output for the input x: (..., d).
+    """Return ℓ, the LoRA's contribution to the output of `module` for the input x: (..., d).
 
-    Σ s·B·A·x in float32; of variants such as DoRA and AdaLoRA the difference of the outputs with and without.
+    ℓ is Σ s·B·A·x in float32. For variants such as DoRA and AdaLoRA it is the output with the LoRA minus the output
+    without it.
     """
     names = _active_lora(module)
     if any(name in module.lora_variant or isinstance(module.lora_A[name], Tensor) for name in names):
@@ -406,7 +414,7 @@ def _lora_shift(module: LoraLayer, x: Tensor, output: Tensor) -> Tensor:
 
 
 def _spectral_norm(site: SteeringSite) -> float:
-    """‖W2'‖₂ of W2 as it steers: an adapter that is kept orthogonal to LoRA holds (I − V Vᵀ) W2."""
+    """Return ‖W2'‖₂ of the W2 that steers. An adapter kept orthogonal to the LoRA already holds (I − V Vᵀ) W2."""
     adapter = site.adapter(site.active or "")
     assert adapter is not None
     up = adapter.weights()[1]
@@ -418,7 +426,10 @@ def _spectral_norm(site: SteeringSite) -> float:
 
 
 def _alignment(site: SteeringSite, adapted: list[Writer], mlp: list[Writer]) -> Alignment:
-    """|u_iᵀ u'_j| and principal cosines of LoRA's s·B·A, of all that the MLP writes by side by side, and of W2 W1."""
+    """Compare the column spaces of LoRA's update and of W2 W1 by singular vectors and principal cosines.
+
+    LoRA's update is s·B·A, with the updates of all of the MLP's writers side by side.
+    """
     if not adapted:
         raise _Absent(f"no active LoRA on {' or '.join(writer.path for writer in mlp[:2])}")
     adapter = site.adapter(site.active or "")
@@ -434,7 +445,7 @@ def _alignment(site: SteeringSite, adapted: list[Writer], mlp: list[Writer]) -> 
             raise _Absent("its LoRA is on the parameters of experts")
         b, a = zip(*(_lora_factors(module, name) for name in _active_lora(module)), strict=True)
         columns += b
-        # Σ s·B·A of one module is [B B ..] [A; A; ..]; of that, R alone of (A)ᵀ = Q R has a say in what lies left.
+        # Σ s·B·A of one module is [B B ..] [A; A; ..]. Only R of [A; A; ..]ᵀ = Q R changes the left singular vectors.
         small.append(torch.linalg.qr(_exact(torch.cat(a)).t(), mode="r").R)
     lora = _left_singular_vectors("LoRA's update", torch.cat(columns, 1), torch.block_diag(*small).t())
     down = torch.linalg.qr(_exact(w1).t(), mode="r").R.t()
@@ -447,18 +458,23 @@ def _alignment(site: SteeringSite, adapted: list[Writer], mlp: list[Writer]) -> 
 
 
 def _lora_factors(module: LoraLayer, name: str) -> tuple[Tensor, Tensor]:
-    """B (d, r) and s·A (r, k). DoRA's magnitudes are left out, as in `Writer.columns`."""
+    """Return LoRA's factors B (d, r) and s·A (r, k). DoRA's magnitudes are left out, as in `Writer.columns`."""
     a, b = module.lora_A[name], module.lora_B[name]
-    if isinstance(a, Tensor):  # AdaLoRA keeps its singular values apart
+    if isinstance(a, Tensor):  # AdaLoRA keeps its singular values in a separate tensor
         return b, module.scaling[name] * a * module.lora_E[name]
     return b.weight, module.scaling[name] * a.weight
 
 
 def _left_singular_vectors(what: str, left: Tensor, right: Tensor) -> Tensor:
-    """Those of left · right, (d, rank), leading first, without forming the product: of left = Q R, Q times R right's.
+    """Return the left singular vectors of left · right, (d, rank), leading first, without forming the product.
 
-    left: (d, r). right: (r, m), m at most r or so. Singular values below the largest times the eps of left's dtype are
-    taken for the rounding of a zero.
+    With left = Q R they are Q times the left singular vectors of R · right. A singular value below the largest times
+    the eps of left's dtype counts as a rounded zero.
+
+    Args:
+        what: the product's name in error messages.
+        left: (d, r).
+        right: (r, m), with m no larger than about r.
     """
     left_exact = _exact(left)
     if not (left_exact.isfinite().all() and right.isfinite().all()):
@@ -472,5 +488,5 @@ def _left_singular_vectors(what: str, left: Tensor, right: Tensor) -> Tensor:
 
 
 def _exact(tensor: Tensor) -> Tensor:
-    """In float64 on the CPU, which every machine has."""
+    """Return a copy in float64 on the CPU. Some devices have no float64."""
     return tensor.detach().cpu().double()

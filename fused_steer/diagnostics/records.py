@@ -1,4 +1,4 @@
-"""What a diagnosis records of a layer: plain numbers, as JSON has them."""
+"""The measured quantities of one layer, as plain numbers that JSON can hold."""
 
 from __future__ import annotations
 
@@ -10,13 +10,19 @@ if TYPE_CHECKING:
 
 
 LEVELS = (0.05, 0.25, 0.5, 0.75, 0.95)
-BINS = 101  # of the cosine, over [-1, 1]; odd, so that 0 is inside one
-LEADING = 8  # singular vectors compared
+BINS = 101  # bins of the cosine over [-1, 1]; an odd number, so that 0 is inside a bin
+LEADING = 8  # number of singular vectors compared
 
 
 @dataclass(frozen=True)
 class Spread:
-    """A quantity over the tokens for which it is defined: how many, their mean, and their quantiles at LEVELS."""
+    """The distribution of a quantity over tokens.
+
+    Attributes:
+        tokens: the number of tokens for which the quantity is defined.
+        mean: the mean over these tokens.
+        quantiles: the quantiles at LEVELS, by level.
+    """
 
     tokens: int
     mean: float
@@ -25,17 +31,22 @@ class Spread:
 
 @dataclass(frozen=True)
 class Cosine(Spread):
-    """counts: tokens in each of BINS equal bins of [-1, 1]."""
+    """The distribution of the cosine between the steering's shift and the LoRA's.
+
+    Attributes:
+        counts: the number of tokens in each of BINS equal bins of [-1, 1].
+    """
 
     counts: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Alignment:
-    """Of LoRA's update and steering's.
+    """The angles between the column spaces of LoRA's update and of steering's.
 
-    singular: |u_iᵀ u'_j|, a row for each leading left singular vector u_i of LoRA's, a column for each of steering's.
-    principal: the cosines of the principal angles between the two column spaces, largest first.
+    Attributes:
+        singular: |u_iᵀ u'_j|. Row i is LoRA's left singular vector u_i, column j is steering's u'_j, leading first.
+        principal: the cosines of the principal angles between the two column spaces, largest first.
     """
 
     singular: tuple[tuple[float, ...], ...]
@@ -44,10 +55,14 @@ class Alignment:
 
 @dataclass(frozen=True)
 class LayerDiagnosis:
-    """One steered layer. What it has not is None, and `absent` says why, by name.
+    """The quantities of one steered layer. A quantity that is not defined there is None.
 
-    mlp_source: what y was: "residual add", the operand of the block's last add; or the path of the module whose output
-    it was.
+    Attributes:
+        layer: the layer's index.
+        kind: how the layer is steered, as in `Steering.report`.
+        mlp_source: where the MLP's output y was read: "residual add" for an operand of the block's last add, or the
+            path of a module.
+        absent: why each missing quantity is missing, by its name.
     """
 
     layer: int

@@ -1,1 +1,1 @@
-"""Adapters of other codes, read into fused-steer's own form."""
+"""Import adapters of other libraries into fused-steer's format."""

@@ -1,13 +1,13 @@
-"""Adapters that pyreft saved (github.com/stanfordnlp/pyreft; its file layout is pyvene's), and LoReFT as it saves it.
+"""Import adapters that pyreft saved (github.com/stanfordnlp/pyreft, in pyvene's file layout), and export LoReFT.
 
-At a block's output h, with R (r, d) of orthonormal rows, what pyreft's interventions make of h is, in its own words,
+With a block's output h and R (r, d) of orthonormal rows, pyreft's interventions compute, in its own notation,
 
     LoReFT    h + Rᵀ(φ(W h + b) − R h)        DiReFT    h + Rᵀ φ(W h + b)       ConsReFT  h + Rᵀ(b − R h)
     NoReFT    h + W2ᵀ(φ(W1 h + b) − W2 h − c)  NoDiReFT  h + W2ᵀ φ(W1 h + b)     LobiReFT  h + Rᵀ b
 
-(`pyreft.interventions`, version 0.1.0; dropout, which follows, is nothing at inference). All are h + W2 φ(W1 h + b1),
-or a vector, but LoReFT and NoReFT are so with φ = identity alone. LoReFT is `form="loreft"`, bit for bit, where R is
-orthonormal; pyreft's is not where weight decay has shrunk it, and then it is imported as W1 = W − R and W2 = Rᵀ.
+(`pyreft.interventions`, version 0.1.0; its dropout has no effect at inference). Each is h + W2 φ(W1 h + b1) or a
+vector. For LoReFT and NoReFT this holds only if φ is the identity. LoReFT becomes `form="loreft"`, bit for bit, if R is
+orthonormal. Weight decay shrinks pyreft's R. Such a file becomes `form="lowrank"` with W1 = W − R and W2 = Rᵀ.
 """
 
 from __future__ import annotations
@@ -55,28 +55,28 @@ _FIELDS = (
     "latent_dim",
 )
 _REQUIRED = {"component": "block_output", "unit": "pos", "max_number_of_units": 1}
-#: Those that would make it another function. Groups and links order and tie interventions, whose values are all saved.
+#: Fields that change the function. Groups and links only order and tie interventions, and every value is saved.
 _ABSENT = ("subspace_partition", "moe_key", "source_representation", "hidden_source_representation", "latent_dim")
 
-#: Entries of a state dict and their shapes: r is the rank, d the hidden size.
+#: Entries of a state dict with their shapes: r is the rank, d the hidden size.
 _SOURCE = {"learned_source.weight": "rd", "learned_source.bias": "r"}
 _ORIGINAL, _TRIVIAL = "rotate_layer.parametrizations.weight.original", "rotate_layer.parametrizations.weight.0.base"
 _ROTATION = {_ORIGINAL: "dr", _TRIVIAL: "dd"}
-#: Buffers that take no part.
+#: Buffers that do not affect the result.
 _IGNORED = ("embed_dim", "interchange_dim")
 
 
 def _difference(minuend: Tensor, subtrahend: Tensor) -> Tensor:
-    """Rounded once."""
+    """Return the difference, rounded to float32 only once."""
     return (minuend.double() - subtrahend.double()).float()
 
 
 def _loreft(t: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return _lowrank(t["weight"], t["bias"], t["rotate_layer"])  # Rᵀ, stored as it is
+    return _lowrank(t["weight"], t["bias"], t["rotate_layer"])  # Rᵀ, stored as it is used
 
 
 def _with_difference(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """LoReFT as a low rank: W1 = W − R."""
+    """Return LoReFT's tensors as those of a low rank: W1 = W − R."""
     return {**tensors, DOWN: _difference(tensors[DOWN], tensors[UP].t())}
 
 
@@ -97,7 +97,7 @@ def _direft(t: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _nodireft(t: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    # Of proj_layer its forward uses the weight alone: a bias stays what it was made.
+    # The forward uses only proj_layer's weight, so its bias has no effect.
     return _lowrank(t["learned_source.weight"], t["learned_source.bias"], t["proj_layer.weight"].t())
 
 
@@ -110,17 +110,22 @@ def _lowrank(down: Tensor, down_bias: Tensor, up: Tensor) -> dict[str, Tensor]:
 
 
 def _rotation(t: Mapping[str, Tensor]) -> Tensor:
-    """Rᵀ (d, r) as `torch.nn.utils.parametrizations.orthogonal` makes it: Householder's map of one, times the other."""
+    """Return Rᵀ (d, r), computed as `torch.nn.utils.parametrizations.orthogonal` does from Householder reflectors."""
     reflectors = t[_ORIGINAL].tril(-1)
-    signs = t[_ORIGINAL].diagonal().int()  # truncated there, too
+    signs = t[_ORIGINAL].diagonal().int()  # torch truncates them too
     return t[_TRIVIAL] @ (torch.linalg.householder_product(reflectors, 2 / (1 + reflectors.square().sum(0))) * signs)
 
 
 @dataclass(frozen=True)
 class _Kind:
-    """A class of pyreft's: the entries of its state dict and their shapes, and our parameters from them.
+    """A class of pyreft's interventions, and its conversion to our parameters.
 
-    phi: whether it has an act_fn, which its file does not record; linear: whether it is ours with none alone.
+    Attributes:
+        entries: the state dict's entries with their shapes.
+        convert: computes our parameters from the entries.
+        phi: whether the class has an act_fn, which its file does not record.
+        linear: whether it can only be converted without an act_fn.
+        optional: entries that may be missing.
     """
 
     entries: Mapping[str, str]
@@ -150,32 +155,32 @@ def import_pyreft(
     num_layers: int | None = None,
     layers_path: str | None = None,
 ) -> AdapterFile:
-    """Read what `reft_model.save(directory)` of pyreft wrote: `config.json`, and `intkey_….bin` of each intervention.
+    """Import the output of pyreft's `reft_model.save(directory)`: `config.json` and the `intkey_….bin` files.
 
-    Taken are interventions of one of the six classes above on `block_output`, one a layer, all of one class and rank.
-    The parameters are float32: bfloat16 values are the same numbers in it, and the difference W1 − W2 of NoReFT, as the
-    vector Rᵀb of LobiReFT, and W − R of a LoReFT that is not orthonormal, is rounded to it once. Pickles are opened by
-    `torch.load(weights_only=True)`, which executes nothing in them; pyreft itself is not needed.
+    The interventions must be of one of the six classes above, on `block_output`, one for each layer, and all of one
+    class and rank. The parameters become float32. bfloat16 values keep their numbers. The difference of NoReFT, the
+    vector Rᵀb of LobiReFT, and W − R of a LoReFT that is not orthonormal are rounded once. Pickles are opened by
+    `torch.load(weights_only=True)`, which executes nothing in them. pyreft itself is not needed.
 
     Args:
-        directory: a local one.
-        positions: where pyreft intervened, as SteerConfig has it, or in pyreft's words: "f7+l7" is "first_7+last_7".
-            pyreft is told at each call, and its files do not record it. Of a prompt shorter than all of these, pyreft
-            leaves out a token in the middle where their number is odd; fused-steer does not.
+        directory: a local directory.
+        positions: the tokens where pyreft intervened, as SteerConfig names them, or in pyreft's words: "f7+l7" is
+            "first_7+last_7". pyreft takes them at each call, and its files do not record them. If a prompt is shorter
+            than all of these and has an odd number of tokens, pyreft leaves out the middle one, fused-steer does not.
         activation: the act_fn, for the classes that have one: identity (its None and "linear"), silu, gelu, gelu_tanh
             ("gelu_pytorch_tanh"), relu or tanh.
-        base: the base model's name, as `import_steerling` takes it, with the next two.
-        num_layers: the base model's decoder layers, steered or not.
-        layers_path: where they are in the model.
+        base: the base model's name, as in `import_steerling`.
+        num_layers: the number of the base model's decoder layers, steered or not.
+        layers_path: the path of the decoder layers in the model.
 
     Returns:
-        The adapter for `write_adapter`, of `scale=1` and of `layers=None` if every layer is in the directory.
+        The adapter for `write_adapter`, with `scale=1`, and `layers=None` if every layer is in the directory.
 
     Raises:
         FileNotFoundError: the directory or one of its files is missing.
         TypeError: an argument of the wrong type.
         ValueError: an argument is missing or out of range, the base's config cannot be read or does not fit, or the
-            directory has what is not exactly an adapter of ours, or files that do not fit each other.
+            directory cannot be expressed exactly as an adapter, or its files do not fit each other.
     """
     if positions is None:
         raise ValueError(
@@ -278,7 +283,7 @@ def export_pyreft(source: str | os.PathLike[str], directory: str | os.PathLike[s
 
 
 def _read_config(file: Path) -> tuple[str, dict[int, int | None]]:
-    """The class of all interventions, and the layers with the rank that is recorded, if it is."""
+    """Return the class of all interventions, and each layer's recorded rank or None."""
     try:
         fields = read_json(file)
     except (OSError, ValueError) as error:
@@ -336,7 +341,7 @@ def _check_activation(name: str, activation: str | None) -> None:
         raise ValueError(f"activation is {activation!r} (--activation), and {name} has none; expected none given")
     if kind.linear and activation != "identity":
         raise ValueError(
-            f"activation is {activation!r} (--activation), and what {name} subtracts passes by it, which is not of the "
+            f"activation is {activation!r} (--activation), and {name} subtracts a term outside it, which is not of the "
             "form W2 φ(W1 h + b1); expected identity"
         )
 
@@ -354,7 +359,7 @@ def _check_files(folder: Path, layers: Mapping[int, Any]) -> None:
     for name in sorted(expected - found):
         raise FileNotFoundError(f"no file {folder / name}; expected one for each intervention of {CONFIG_NAME}")
     for name in sorted(found - expected):
-        raise ValueError(f"it has a file {name}, of which {CONFIG_NAME} knows nothing; expected no other")
+        raise ValueError(f"it has a file {name}, which {CONFIG_NAME} does not list; expected no other")
     if (folder / _BASE_NAME).exists():
         trained = read_pickle(folder / _BASE_NAME)
         if not isinstance(trained, dict) or trained:
@@ -362,7 +367,7 @@ def _check_files(folder: Path, layers: Mapping[int, Any]) -> None:
 
 
 def _checked_state(kind: _Kind, state: Any, sizes: dict[str, int]) -> dict[str, Tensor]:
-    """The entries of an intervention that compute. Rank r and hidden size d are those in `sizes`, once known."""
+    """Return the entries of an intervention that affect the result. `sizes` holds r and d once they are known."""
     if not isinstance(state, Mapping):
         raise ValueError(f"it holds a {type(state).__name__}; expected a state dict")
     state = {key: value for key, value in state.items() if key not in _IGNORED}

@@ -1,4 +1,4 @@
-"""What reading any foreign adapter takes: opening its file, checking its tensors, asking the base model's sizes."""
+"""Shared steps of all importers: open a file, check its tensors, find the base model's sizes, assemble the adapter."""
 
 from __future__ import annotations
 
@@ -29,11 +29,13 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def layout(base: str, num_layers: int | None, layers_path: str | None) -> Layout:
-    """What the adapter is for. Unless both are given, the base's config is read; otherwise the hidden size is open (0).
+    """Return the layout that the adapter is for, from the arguments or from the base model's config.
+
+    If `num_layers` and `layers_path` are both given, the config is not read and the hidden size is left open (0).
 
     Raises:
-        TypeError: `num_layers` is no integer.
-        ValueError: one of them is missing or out of range, or the base's config cannot be read or says otherwise.
+        TypeError: `num_layers` is not an integer.
+        ValueError: an argument is missing or out of range, or the base's config cannot be read or contradicts it.
     """
     if num_layers is not None and (not isinstance(num_layers, int) or isinstance(num_layers, bool)):
         raise TypeError(f"num_layers is {num_layers!r}; expected an integer")
@@ -72,13 +74,14 @@ def assemble(
     layers: Mapping[int, Mapping[str, Tensor]],
     **fields: Any,
 ) -> AdapterFile:
-    """The adapter of these tensors, by layer and by name below the site, of which it has copies.
+    """Return the adapter of these tensors, given by layer and by name below the site. The tensors are copied.
 
     Args:
-        file: that is imported, for the errors.
-        layout: what the adapter is for, as `layout` gives it.
-        hidden: that of the tensors.
-        fields: of its config, but for `layers`.
+        file: the imported file, named in errors.
+        layout: the layout from the function `layout`.
+        hidden: the tensors' hidden size.
+        layers: the tensors.
+        fields: the config's fields except `layers`.
 
     Raises:
         ValueError: the tensors do not fit the layout or each other, or the config refuses a field.
@@ -87,7 +90,7 @@ def assemble(
         if layout.hidden not in (0, hidden):
             raise ValueError(f"its hidden size is {hidden}; expected {layout.hidden}, that of {layout.base}")
         config = SteerConfig(layers=layout.config_layers(layers), **fields)
-        # Copied: the file may be mapped into memory, and safetensors writes no two tensors that share theirs.
+        # Copied, because the file may be mapped into memory and safetensors refuses tensors that share memory.
         tensors = {
             index: {
                 name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in named.items()
@@ -98,44 +101,44 @@ def assemble(
 
 
 def read_safetensors(file: Path, without: str | None = None) -> dict[str, Tensor | None]:
-    """The file's tensors. None stands for those that begin with `without` and are not read, perhaps gigabytes of them.
+    """Read a safetensors file. Keys that begin with `without` are given None, as their tensors may be gigabytes.
 
     Raises:
-        ValueError: it cannot be read.
+        ValueError: the file cannot be read.
     """
     try:
         with safetensors.safe_open(file, framework="pt", device="cpu") as weights:
             unread = {key for key in weights.keys() if without is not None and key.startswith(without)}
             return {key: None if key in unread else weights.get_tensor(key) for key in weights.keys()}
-    except Exception as error:  # SafetensorError, or whatever a damaged header leads to
+    except Exception as error:  # SafetensorError, or any error that a damaged header causes
         raise ValueError(f"{file} cannot be read: {first_line(error)}; expected a safetensors file") from error
 
 
 def read_pickle(file: Path) -> Any:
-    """What `torch.save` wrote, if that is tensors in plain containers: nothing in the file is executed.
+    """Read a file of `torch.save` that holds only tensors in plain containers. Nothing in it is executed.
 
     Raises:
-        ValueError: it cannot be read, or holds anything else.
+        ValueError: the file cannot be read, or holds other objects.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of files that are refused next
-            # Mapped into memory, where the format allows it: what is not used is not read from the disk.
+            warnings.simplefilter("ignore")  # warnings about files that are refused below
+            # Mapped into memory if the format allows it, so that unused tensors are not read from the disk.
             return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:  # a damaged or hostile pickle may raise anything
-        # torch's own message advises to load the pickle unsafely, which is not repeated.
+        # torch's own message advises loading the pickle unsafely, so it is not repeated.
         named = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it asks for {named[1]}" if named else type(error).__name__
         raise ValueError(
-            f"{file} cannot be read: {reason}; expected tensors alone, as torch.load(weights_only=True) has them"
+            f"{file} cannot be read: {reason}; expected only tensors, as torch.load(weights_only=True) reads them"
         ) from error
 
 
 def checked_tensor(key: str, value: Any, dimensions: int) -> Tensor:
-    """The value, if it is a tensor that an adapter may have: dense, of one or two dimensions, of finite numbers.
+    """Return the value if it is a dense tensor of `dimensions` dimensions with finite numbers.
 
     Raises:
-        ValueError: it is not.
+        ValueError: the value is anything else.
     """
     if not isinstance(value, Tensor):
         raise ValueError(f"{key} is a {type(value).__name__}; expected a tensor")
@@ -159,7 +162,7 @@ def first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def naming(file: str | os.PathLike[str]) -> Iterator[None]:
-    """Whatever is wrong inside is one line that begins with the file."""
+    """Re-raise errors as a ValueError that begins with the file's name."""
     try:
         yield
     except (ValueError, TypeError) as error:

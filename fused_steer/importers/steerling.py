@@ -1,4 +1,4 @@
-"""Adapters of the code that was released with arXiv 2603.00425 (github.com/SprocketLab/steerling)."""
+"""Import adapters of the code released with arXiv 2603.00425 (github.com/SprocketLab/steerling)."""
 
 from __future__ import annotations
 
@@ -24,15 +24,18 @@ _MATRIX = re.compile(rf"(?:adapters\.)?{_INDEX}_block\.(down|up)\.weight")
 _VECTOR = re.compile(rf"(?:deltas\.)?{_INDEX}_block")
 _OTHER_SITE = re.compile(rf"(?:adapters\.|deltas\.)?{_INDEX}_(attn|mlp)(?:\..*)?")
 
-#: Their part of a layer -> our parameter below the site.
+#: The released code's part of a layer -> our parameter below the site.
 _PARAMETERS = {"down": DOWN, "up": UP, "vector": UP_BIAS}
 
 
 @dataclass(frozen=True)
 class Imported:
-    """An adapter, ready to be written, and what was in its file besides.
+    """An imported adapter, and counts of the entries that were left out.
 
-    ignored: `base_model.*` entries, the frozen base; lora: those of them that LoRA trained, and the adapter lacks.
+    Attributes:
+        adapter: the adapter, ready to be written.
+        ignored: the number of `base_model.*` entries, which are the frozen base.
+        lora: the number of these that belong to a LoRA, which the adapter lacks.
     """
 
     adapter: AdapterFile
@@ -50,42 +53,41 @@ def import_steerling(
     num_layers: int | None = None,
     layers_path: str | None = None,
 ) -> Imported:
-    """Read a state dict of the paper's released code: h -> h + scale · up(φ(down(h))), or h + scale · vector (§3).
+    """Import a state dict of the paper's released code: h -> h + scale · up(φ(down(h))), or h + scale · vector (§3).
 
-    It may be a whole Trainer checkpoint (`pytorch_model.bin`, `model.safetensors`) or what was saved of the steering
-    alone (`adapter_steerer.pt`). Of layer i it has `adapters.layer{i}_block.down.weight` (r, d) and `….up.weight`
-    (d, r), or `deltas.layer{i}_block` (d,), with or without the first word; the values and their dtype are kept.
-    `base_model.*` is left out. A pickle is opened by `torch.load(weights_only=True)`, which executes nothing in it.
+    The file is a whole Trainer checkpoint (`pytorch_model.bin`, `model.safetensors`) or only the steering
+    (`adapter_steerer.pt`). For layer i it holds `adapters.layer{i}_block.down.weight` (r, d) and `….up.weight` (d, r),
+    or `deltas.layer{i}_block` (d,), with or without the first word. Values and dtype are kept. `base_model.*` is left
+    out. A pickle is opened by `torch.load(weights_only=True)`, which executes nothing in it.
 
-    The file does not record which tokens were steered, either: all of them, unless it was trained with
+    The file does not record the steered tokens. The released code steers every token, unless trained with
     `--intervene-last`, which is `positions="last_prompt+generated"`.
 
     Args:
-        file: `.safetensors`, or else a file that `torch.save` wrote.
-        scale: the released code's alpha; it has none for vectors, which is 1.0.
-        activation: φ, for a low-rank adapter: identity (the released code's None and --linear), silu, gelu, gelu_tanh,
+        file: a `.safetensors`, or a file of `torch.save`.
+        scale: the released code's alpha. Its vectors have none: give 1.0.
+        activation: φ of a low-rank adapter: identity (the released code's None and --linear), silu, gelu, gelu_tanh,
             relu or tanh. Vectors have none.
-        positions: which tokens are steered, as SteerConfig has them.
-        base: the base model's name, recorded in the adapter; "" for none. Unless both of the next two are given, it is
-            a directory or hub id whose config is read for them (no weights, no code), and the file must fit it.
-        num_layers: the base model's decoder layers. The file has the steered ones alone, which may be fewer.
-        layers_path: where they are in the model: "model.layers" in a LlamaForCausalLM, "transformer.h" in a GPT-2.
+        positions: the steered tokens, as SteerConfig has them.
+        base: the base model's name, recorded in the adapter; "" for none. If `num_layers` or `layers_path` is not
+            given, it must be a directory or hub id. Its config (no weights, no code) is read, and the file must fit.
+        num_layers: the number of the base model's decoder layers. The file only holds the steered ones.
+        layers_path: the path of the decoder layers: "model.layers" in a LlamaForCausalLM, "transformer.h" in a GPT-2.
 
     Returns:
-        The adapter for `write_adapter`, of `layers=None` if every layer is in the file.
+        The adapter for `write_adapter`, with `layers=None` if every layer is in the file.
 
     Raises:
         FileNotFoundError: there is no such file.
         TypeError: an argument of the wrong type.
         ValueError: an argument is missing or out of range, the base's config cannot be read or does not fit, or the
-            file cannot be read safely, has other entries (those of the sites `attn` and `mlp` among them), none,
-            entries that do not fit each other, or values that are not finite.
+            file cannot be read safely, has no entry or other entries (such as the sites `attn` and `mlp`), entries
+            that do not fit each other, or values that are not finite.
     """
     if scale is None:
         raise ValueError("scale is not given; expected a number (--scale): the file does not record it")
-    SteerConfig(
-        scale=scale, activation=activation, positions=positions
-    )  # what is wrong with these is not the file's fault
+    # checked first, so that an error does not name the file
+    SteerConfig(scale=scale, activation=activation, positions=positions)
     target = layout(base, num_layers, layers_path)
     entries, ignored = _read(Path(file))
     with naming(file):
@@ -117,7 +119,7 @@ def import_steerling(
 
 
 def _read(file: Path) -> tuple[dict[str, Any], list[str]]:
-    """The entries of a state dict without those of the base model, and the keys of these."""
+    """Return the state dict without the base model's entries, and the keys of these entries."""
     if not file.is_file():
         raise FileNotFoundError(f"no file {file}; expected a state dict of the paper's released code")
     state = read_safetensors(file, without=_BASE) if file.suffix == ".safetensors" else read_pickle(file)
@@ -131,12 +133,12 @@ def _read(file: Path) -> tuple[dict[str, Any], list[str]]:
 
 
 def _by_layer(entries: Mapping[str, Any], ignored: int) -> dict[int, dict[str, Tensor]]:
-    """The tensors by layer, in order, and by part: down and up, or vector."""
+    """Return the tensors by layer, in order, and by part: down and up, or vector."""
     layers: dict[int, dict[str, Tensor]] = {}
     for key, value in entries.items():
         other, matrix, vector = (form.fullmatch(key) for form in (_OTHER_SITE, _MATRIX, _VECTOR))
         if other:
-            raise ValueError(f"it steers at another site, {key!r} ({other[2]}); expected layer<i>_block alone")
+            raise ValueError(f"it steers at another site, {key!r} ({other[2]}); expected only layer<i>_block")
         if matrix:
             index, part = int(matrix[1]), matrix[2]
         elif vector:
@@ -159,7 +161,7 @@ def _by_layer(entries: Mapping[str, Any], ignored: int) -> dict[int, dict[str, T
 
 
 def _sizes(layers: Mapping[int, Mapping[str, Tensor]]) -> tuple[int, int, torch.dtype]:
-    """Hidden size, rank (0: vectors) and dtype, which all layers share."""
+    """Return the hidden size, rank (0 for vectors) and dtype that all layers share."""
     vectors = [i for i, parts in layers.items() if "vector" in parts]
     matrices = [i for i, parts in layers.items() if parts.keys() != {"vector"}]
     if vectors and matrices:

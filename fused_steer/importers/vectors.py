@@ -1,8 +1,8 @@
-"""Control vectors of other codes as adapters of `form="vector"`: repeng's and llama.cpp's GGUF, and plain tensors.
+"""Import control vectors as adapters of `form="vector"`: GGUF files of repeng and llama.cpp, and plain tensors.
 
-Layer N is the decoder layer of index N, from 0, and its vector is added to that layer's output: repeng wraps
-`model.layers[N]`, llama.cpp adds `direction.N` to its `l_out` of layer N (and takes N from 1), steering-vectors hooks
-its decoder block N, EasySteer has the same layers in the same GGUF. The output of layer N is `hidden_states[N + 1]`.
+Layer N is the decoder layer of index N, from 0. Its vector is added to that layer's output. repeng wraps
+`model.layers[N]`. llama.cpp adds `direction.N` to its `l_out` of layer N, with N from 1. steering-vectors hooks its
+decoder block N. EasySteer has the same layers in the same GGUF. The output of layer N is `hidden_states[N + 1]`.
 """
 
 from __future__ import annotations
@@ -44,32 +44,32 @@ def import_vector(
     num_layers: int | None = None,
     layers_path: str | None = None,
 ) -> AdapterFile:
-    """Read one vector a layer: h -> h + scale · vector, at every token.
+    """Import one vector for each layer: h -> h + scale · vector, at every token.
 
-    What repeng does besides is not in its file and not a vector: `normalize=True`, which takes the sum back to the
-    norm of h, and an `operator` other than the sum. Its padding is left alone there, and steered here, to no effect.
+    repeng's `normalize=True`, which scales the sum back to the norm of h, and `operator`s other than the sum are not
+    vectors. Its files do not record them. repeng skips padding; here padding is steered too, which has no effect.
 
     Args:
-        file: `.gguf`: a control vector as repeng, llama.cpp and EasySteer write it, `direction.N` of layer N (takes the
-            package gguf). `.safetensors`, or else a file that `torch.save` wrote: a dict of tensors (d,) whose keys are
-            `N` (also an integer), `layer.N`, `layers.N` or `direction.N`; or a tensor (L, d) or (d,), bare or the
-            only one in a dict. float32, bfloat16 or float16, and kept so.
+        file: a `.gguf` of repeng, llama.cpp or EasySteer, with `direction.N` for layer N (needs the package gguf); a
+            `.safetensors`; or a file of `torch.save`. The latter two hold a dict of tensors (d,) with keys `N` (or the
+            integer), `layer.N`, `layers.N` or `direction.N`, or one tensor (L, d) or (d,), bare or in a dict. The
+            dtype (float32, bfloat16 or float16) is kept.
         scale: repeng's coefficient, llama.cpp's `--control-vector-scaled`, steering-vectors' multiplier.
-        layers: of a dict, those to take, repeng's `layer_ids` (default: all in the file); of a tensor (L, d), the layer
-            of each row, which only a tensor of as many rows as the model has layers may leave out.
-        base: the base model's name, as `import_steerling` takes it, with the next two.
-        num_layers: the base model's decoder layers, steered or not.
-        layers_path: where they are in the model.
+        layers: for a dict, the layers to import, repeng's `layer_ids` (default: all in the file). For a tensor (L, d),
+            the layer of each row; needed unless the tensor has a row for each layer of the model.
+        base: the base model's name, as in `import_steerling`.
+        num_layers: the number of the base model's decoder layers, steered or not.
+        layers_path: the path of the decoder layers in the model.
 
     Returns:
-        The adapter for `write_adapter`, of `layers=None` if it has a vector for every layer.
+        The adapter for `write_adapter`, with `layers=None` if it has a vector for every layer.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ImportError: a `.gguf`, and the package gguf is not installed.
+        ImportError: the file is a `.gguf`, and the package gguf is not installed.
         TypeError: an argument of the wrong type.
         ValueError: an argument is missing or out of range, the base's config cannot be read or does not fit, or the
-            file cannot be read safely, has anything else, or tensors that do not fit each other.
+            file cannot be read safely, has other content, or tensors that do not fit each other.
     """
     if scale is None:
         raise ValueError("scale is not given; expected a number (--scale): the file does not record it")
@@ -96,13 +96,13 @@ def _read_gguf(file: Path) -> dict[str, Tensor]:
         import gguf
     except ImportError as error:
         raise ImportError(
-            f"{file} takes the package gguf, which is not installed; expected it (pip install gguf)"
+            f"{file} needs the package gguf, which is not installed; expected it (pip install gguf)"
         ) from error
     try:
         reader = gguf.GGUFReader(file)
         field = reader.get_field("general.architecture")
         architecture = field.contents() if field is not None else None
-    except Exception as error:  # whatever a damaged header leads to
+    except Exception as error:  # any error that a damaged header causes
         raise ValueError(f"{file} cannot be read: {first_line(error)}; expected a GGUF file") from error
     with naming(file):
         if architecture != _ARCHITECTURE:
@@ -110,7 +110,7 @@ def _read_gguf(file: Path) -> dict[str, Tensor]:
         tensors = {}
         for tensor in reader.tensors:
             if not tensor.name.startswith(_DIRECTION):
-                raise ValueError(f"it has a tensor {tensor.name!r}; expected direction.<layer> alone")
+                raise ValueError(f"it has a tensor {tensor.name!r}; expected only direction.<layer>")
             if tensor.tensor_type.name not in ("F32", "F16"):
                 raise ValueError(f"{tensor.name} is {tensor.tensor_type.name}; expected F32 or F16")
             tensors[tensor.name] = torch.from_numpy(tensor.data.copy())
@@ -118,7 +118,7 @@ def _read_gguf(file: Path) -> dict[str, Tensor]:
 
 
 def _by_layer(state: Any, layers: Sequence[int] | None, count: int) -> dict[int, Tensor]:
-    """The vectors by layer, in order."""
+    """Return the vectors by layer, in order."""
     if isinstance(state, Mapping) and len(state) == 1:
         [(key, value)] = state.items()
         if _layer_of(key) is None:
@@ -160,7 +160,7 @@ def _rows(name: str, tensor: Any, layers: Sequence[int] | None, count: int) -> d
 
 
 def _sizes(vectors: Mapping[int, Tensor]) -> tuple[int, torch.dtype]:
-    """Hidden size and dtype, which all layers share."""
+    """Return the hidden size and dtype that all layers share."""
     first, expected = next(iter(vectors.items()))
     for i, vector in vectors.items():
         for name, found, its in (

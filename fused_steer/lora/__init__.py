@@ -1,1 +1,1 @@
-"""Steering beside a LoRA: which modules carry one, what it writes into the stream, and staying orthogonal to it."""
+"""Steering beside a LoRA: finding its modules, tracing what they write, and keeping steering orthogonal to it."""

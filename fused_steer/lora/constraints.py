@@ -1,4 +1,4 @@
-"""The adapters of a model that are kept orthogonal to its LoRA: those that ask for it, by name."""
+"""Keeps track of a model's adapters that are constrained to be orthogonal to its LoRA."""
 
 from __future__ import annotations
 
@@ -16,20 +16,19 @@ from .writers import Writer, trace_writers
 
 
 class Constraints:
-    """Which adapters are constrained, and what that takes as they come, are used, train, and go."""
+    """The orthogonality constraints of a model's adapters, by adapter name."""
 
     def __init__(self, model: nn.Module, decoder: Decoder) -> None:
-        """
-        Args:
-            model: that may carry a LoRA.
-            decoder: of the model.
+        """Args:
+        model: the model, with or without a LoRA.
+        decoder: its decoder.
         """
         self._model, self._decoder = model, decoder
         self._kept: dict[str, Orthogonality] = {}
-        self.tracing = False  # whether a pass runs that only shows which modules write into the stream
+        self.tracing = False  # whether `trace_writers` is running a forward pass
 
     def check(self, config: SteerConfig) -> None:
-        """Refuse a config that the model's LoRA does not allow; one that asks for no constraint is fine.
+        """Check that the model's LoRA allows the config's constraint. A config without a constraint passes.
 
         Raises:
             ValueError: see `check_carries_lora` and `check_lora`.
@@ -42,12 +41,12 @@ class Constraints:
         check_lora(config, self._trace(list(layers)), devices)
 
     def add(self, name: str, config: SteerConfig, sites: Mapping[int, SteeringSite]) -> None:
-        """Keep an adapter orthogonal if its config asks for that. `sites`: those that it is attached to, by layer."""
+        """Keep an adapter orthogonal if its config says so. `sites` are the adapter's sites, by layer."""
         if config.orthogonal_to is not None:
             self._kept[name] = Orthogonality(name, config, self._model, sites, self._trace)
 
     def use(self, name: str | None) -> None:
-        """Release what is kept for adapters that are not in use."""
+        """Release the bases of all adapters but `name`."""
         for other, orthogonality in self._kept.items():
             if other != name:
                 orthogonality.release()
@@ -62,7 +61,7 @@ class Constraints:
             self.remove(name)
 
     def remember(self) -> Callable[[], None]:
-        """A function that brings back the constrained adapters as they are now, and no other."""
+        """Return a function that restores the present set of constrained adapters."""
         kept = dict(self._kept)
 
         def give_back() -> None:
@@ -73,18 +72,18 @@ class Constraints:
         return give_back
 
     def values(self, name: str) -> ByLayer:
-        """Values that satisfy the constraint, to be written in place of an adapter's parameters; none without one."""
+        """Return values that satisfy the constraint, to replace an adapter's parameters. Empty without a constraint."""
         return self._kept[name].constrained() if name in self._kept and lora_layers(self._model) else {}
 
     def before_training(self, name: str, training: bool) -> None:
-        """Before a forward pass with gradients. `training`: whether the decoder is in training mode."""
+        """Enforce the constraint before a forward pass with gradients. `training` is the decoder's training mode."""
         orthogonality = self._kept.get(name)
-        # Without no_grad a prompt looks like training; an adapter may answer it without the LoRA it was trained beside.
+        # A prompt run without no_grad looks like training, and may run without the LoRA of the adapter's training.
         if orthogonality is not None and orthogonality.trains and (training or lora_layers(self._model)):
             orthogonality.before_forward()
 
     def _trace(self, indices: Sequence[int]) -> dict[int, list[Writer]]:
-        """All modules that write into the stream of these layers."""
+        """Return all modules that write into the residual stream in these layers."""
         self.tracing = True
         try:
             layers = {index: self._decoder.layers[index] for index in indices}

@@ -1,4 +1,4 @@
-"""The LoRA modules and parameters that PEFT put into a model."""
+"""Find the LoRA modules and parameters that PEFT put into a model, and switch between LoRA and steering."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from ..model.scopes import Scopes
 if TYPE_CHECKING:
 
     class LoraLayer(nn.Module):
-        """What is used here of PEFT's class of that name, which need not be installed."""
+        """The attributes of PEFT's LoraLayer that are used here. PEFT need not be installed."""
 
         active_adapters: list[str]
         adapter_layer_names: tuple[str, ...]
         base_layer: nn.Module
         disable_adapters: bool
-        lora_A: dict[str, Any]  # a module by adapter; in AdaLoRA the parameter itself
+        lora_A: dict[str, Any]  # a module for each adapter; AdaLoRA has a parameter instead
         lora_B: dict[str, Any]
         lora_E: dict[str, Tensor]  # AdaLoRA's singular values
         lora_variant: dict[str, Any]
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
 
 
 def is_lora(module: nn.Module) -> TypeGuard[LoraLayer]:
-    """Whether PEFT put a LoRA here."""
-    peft = sys.modules.get("peft.tuners.lora")  # a model that carries a LoRA has imported it
+    """Return whether a module carries a LoRA from PEFT."""
+    peft = sys.modules.get("peft.tuners.lora")  # a model with a LoRA has imported peft.tuners.lora
     return peft is not None and isinstance(module, peft.LoraLayer)
 
 
 def columns_of(lora: LoraLayer) -> list[Tensor]:
-    """B (d, k) and, where there is one, the bias (d, 1) of each active adapter of a LoRA layer."""
+    """Return LoRA's B (d, k) of each active adapter in a LoRA layer, and its bias (d, 1) if it has one."""
     found = []
     for name in lora.active_adapters:
         if name in lora.lora_B:
@@ -48,19 +48,18 @@ def columns_of(lora: LoraLayer) -> list[Tensor]:
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
-    """The modules of `model` that carry a LoRA, by path."""
+    """Return the modules of `model` that carry a LoRA, by path."""
     return {path: module for path, module in model.named_modules() if is_lora(module)}
 
 
 def saved_modules(model: nn.Module) -> list[nn.Module]:
-    """The modules that PEFT trains and saves beside its adapters (`modules_to_save`), such as a classifier's head."""
+    """Return the modules that PEFT trains beside its adapters (`modules_to_save`), such as a classifier's head."""
     peft = sys.modules.get("peft.tuners.tuners_utils")
     return [] if peft is None else [m for m in model.modules() if isinstance(m, peft.AuxiliaryTrainingWrapper)]
 
 
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters of all of PEFT's adapters in `model`, of any method, active or not, and of the heads beside them
-    (`modules_to_save`)."""
+    """Return the parameters of all PEFT adapters in `model`, active or not, and of their `modules_to_save`."""
     peft = sys.modules.get("peft.tuners.tuners_utils")
     if peft is None:
         return []
@@ -73,7 +72,7 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
     return list(found.values())
 
 
-#: What a model with LoRA and steering computes by: both, or one of the two.
+#: The modes of a model with LoRA and steering: both compute, or one of them.
 MODES = ("both", "lora", "steering")
 
 
@@ -84,11 +83,11 @@ def computing_by(
     scopes: Scopes,
     disable_steering: Callable[[str], contextlib.AbstractContextManager[None]],
 ) -> Iterator[None]:
-    """Inside, a steered model with LoRA computes by `mode`. Afterwards, also after an exception, all is as it was.
+    """Let LoRA, steering or both compute, according to `mode`. The model is restored on exit, also after an exception.
 
     Args:
-        scopes: of the model.
-        disable_steering: a context without steering; it is told what disables it.
+        scopes: the model's scopes.
+        disable_steering: returns a context without steering. Its argument names the caller for error messages.
 
     Raises:
         ValueError: an unknown mode, or the model carries no LoRA.
@@ -104,7 +103,7 @@ def computing_by(
     with disable_steering(name) if mode == "lora" else scopes.open(name, undo.close):
         if mode == "steering":
             enabled = [layer for layer in layers if not layer.disable_adapters]
-            # PEFT switches requires_grad along with a layer.
+            # PEFT changes requires_grad when it disables a layer.
             for parameter in (parameter for layer in enabled for parameter in layer.parameters()):
                 undo.callback(parameter.requires_grad_, parameter.requires_grad)
             for layer in enabled:

@@ -1,15 +1,15 @@
-"""Joint-Orth at run time: steering that stays out of the subspace that LoRA writes into (arXiv 2603.00425, §5.2).
+"""Joint-Orth: keeps steering orthogonal to the subspace that LoRA writes into (arXiv 2603.00425, §5.2).
 
-The parameters themselves satisfy the constraint, W2 = (I − V Vᵀ) W2, with V a basis of what the LoRA writes now. So the
-forward pass costs nothing, and whatever reads the parameters (a checkpoint, an adapter file) has constrained ones. Two
-things keep it so:
+The parameters themselves satisfy the constraint W2 = (I − V Vᵀ) W2, where V is a basis of the LoRA's present column
+space. So the forward pass costs nothing, and checkpoints and adapter files hold constrained parameters. Two steps
+maintain the constraint:
 
-- the gradient of W2 is projected where it arises, in the site (`kernels.orthogonal.project_gradient`);
-- after an optimizer step, which moves B and, as Adam rescales each element, moves W2 out of the subspace, V is found
-  again and W2 projected, for all layers at once. Micro-batches and recomputation between steps see the same V.
+- The site projects the gradient of W2 in the backward pass (`kernels.orthogonal.project_gradient`).
+- After an optimizer step, V is computed again and W2 is projected, for all layers at once. The step moves B, and Adam's
+  rescaling of each element moves W2 out of the subspace. Micro-batches and recomputation between steps see the same V.
 
-A value that changed otherwise (a loaded checkpoint) is found by its version at the next forward pass that trains. It is
-then projected only if it violates the constraint: weights that were saved constrained are loaded bit for bit.
+Parameters that changed in another way (a loaded checkpoint) are noticed by their version at the next training forward
+pass. They are projected only if they violate the constraint. Weights saved with the constraint are loaded bit for bit.
 """
 
 from __future__ import annotations
@@ -31,14 +31,17 @@ from ..model.site import SteeringSite
 from .layers import columns_of, lora_layers
 from .writers import Writer, choose_writers
 
-#: ‖BᵀW2‖ beyond this share of ‖B‖ ‖W2‖ (Frobenius) violates the constraint: the bound that the kernels are held to.
+#: The constraint is violated if ‖BᵀW2‖ exceeds this share of ‖B‖ ‖W2‖ (Frobenius). The kernels are held to this bound.
 TOLERANCE = 1e-5
 
 Columns = dict[int, list[Tensor]]  # B (d, k) of each LoRA that writes into a layer's stream, by layer
 
 
 def lora_columns(writers: Mapping[int, list[Writer]], config: SteerConfig) -> Columns:
-    """B of each layer that an active LoRA writes in, of the writers that `config` chooses."""
+    """Return LoRA's B of the active adapters on the writers that `config` selects, by layer.
+
+    Layers without one are left out.
+    """
     found = {
         i: [b for w in choose_writers(ws, config.orthogonal_modules) for b in w.columns()] for i, ws in writers.items()
     }
@@ -46,11 +49,11 @@ def lora_columns(writers: Mapping[int, list[Writer]], config: SteerConfig) -> Co
 
 
 def check_carries_lora(model: nn.Module, layers: Mapping[int, nn.Module]) -> None:
-    """Refuse what no writers can be traced for, before they are.
+    """Check, before writers are traced, that the model carries a LoRA on the layers' devices.
 
     Args:
-        model: with or without LoRA.
-        layers: the steered ones, by index.
+        model: the model, with or without LoRA.
+        layers: the steered layers, by index.
 
     Raises:
         ValueError: the model carries no LoRA, or a layer's is on another device than the layer.
@@ -71,15 +74,15 @@ def check_carries_lora(model: nn.Module, layers: Mapping[int, nn.Module]) -> Non
 
 
 def check_lora(config: SteerConfig, writers: Mapping[int, list[Writer]], devices: Mapping[int, torch.device]) -> None:
-    """Refuse LoRA that steering cannot be kept orthogonal to.
+    """Check that steering can be kept orthogonal to the LoRA.
 
     Args:
-        config: what is asked for.
+        config: the adapter's config.
         writers: all writers of the steered layers, by layer.
-        devices: where those layers are steered.
+        devices: the devices where those layers are steered.
 
     Raises:
-        ValueError: none writes into the stream; too many columns, on another device, or not finite.
+        ValueError: no LoRA writes into the stream, or B has too many columns, is on another device or is not finite.
     """
     columns = lora_columns(writers, config)
     if not columns:
@@ -98,7 +101,7 @@ def check_lora(config: SteerConfig, writers: Mapping[int, list[Writer]], devices
             )
         for b in found:
             if b.device != devices[index]:
-                raise ValueError(f"LoRA's B in layer {index} is on {b.device}; expected {devices[index]}, its layer's")
+                raise ValueError(f"LoRA's B in layer {index} is on {b.device}; expected {devices[index]}, as its layer")
             if not b.isfinite().all():
                 raise ValueError(f"LoRA's B in layer {index} is not finite; expected finite values")
 
@@ -114,23 +117,25 @@ class Orthogonality:
         sites: Mapping[int, SteeringSite],
         trace: Callable[[list[int]], dict[int, list[Writer]]],
     ) -> None:
-        """Args:
-        name: the adapter's, which is attached to `sites`, by layer.
-        config: its config.
-        model: that carries the LoRA, now or when the adapter is trained.
-        trace: gives all writers of layers; asked when the adapter is first trained.
+        """
+        Args:
+            name: the adapter's name.
+            config: the adapter's config.
+            model: the model. It carries the LoRA now, or later when the adapter is trained.
+            sites: the adapter's sites, by layer.
+            trace: returns all writers of some layers. It is called when the adapter is first trained.
         """
         self.name, self.config, self.model = name, config, model
         self.sites = dict(sites)
         self._trace = trace
         self._writers: dict[int, list[Writer]] | None = None
-        self._seen: tuple[Any, ...] | None = None  # the values as they were when the constraint was last seen to
+        self._seen: tuple[Any, ...] | None = None  # `_state` when the constraint was last enforced
         self._watch()
 
     def _watch(self) -> None:
         """Register a global optimizer post-step hook through a weak reference.
 
-        It is removed by `close()`, or when this object is collected.
+        The hook is removed by `close()`, or when this object is collected.
         """
         reference = weakref.ref(self)
 
@@ -148,7 +153,7 @@ class Orthogonality:
         vars(self).update(state)
         self._watch()
 
-    # ------------------------------------------------------------------------------------------------------ the values
+    # -------------------------------------------------------------------------------------------- parameters and state
 
     @property
     def writers(self) -> dict[int, list[Writer]]:
@@ -158,14 +163,14 @@ class Orthogonality:
         return self._writers
 
     def _steered(self, index: int) -> dict[str, nn.Parameter]:
-        """W2 and b2 of a layer, those that there are, by name below the site."""
+        """Return W2 and b2 of a layer, by name below the site. A tensor that the adapter lacks is left out."""
         adapter = self.sites[index].adapter(self.name)
         assert adapter is not None
         found = {UP: adapter.up.weight, UP_BIAS: adapter.up.bias}
         return {name: parameter for name, parameter in found.items() if parameter is not None}
 
     def _state(self, columns: Columns) -> tuple[Any, ...]:
-        """Changes whenever a value may have changed."""
+        """Return a value that changes whenever a parameter or B may have changed."""
         tensors = [t for index, bs in columns.items() for t in (*bs, *self._steered(index).values())]
         return tuple((t.data_ptr(), t._version, t.dtype) for t in tensors)
 
@@ -175,16 +180,16 @@ class Orthogonality:
 
     @property
     def trains(self) -> bool:
-        """Whether a gradient is asked of what is constrained."""
+        """Whether W2 or b2 is trainable."""
         return any(p.requires_grad for index in self.sites for p in self._steered(index).values())
 
-    # ----------------------------------------------------------------------------------------------------- the moments
+    # ------------------------------------------------------------------------------------- enforcement during training
 
     def after_step(self, optimizer: Optimizer) -> None:
-        """After a step of any optimizer: if it moved anything here, find V again and project.
+        """Enforce the constraint after an optimizer's step, if the step moved W2, b2 or B.
 
         Raises:
-            RuntimeError: there is no LoRA to be orthogonal to.
+            RuntimeError: the model carries no LoRA.
         """
         if not self.in_use or not self.trains or not self._moved_by(optimizer):
             return
@@ -195,7 +200,7 @@ class Orthogonality:
         self._seen = self._state(columns)
 
     def _moved_by(self, optimizer: Optimizer) -> bool:
-        """Whether the optimizer has what is constrained, or B."""
+        """Return whether the optimizer updates W2, b2 or LoRA's B."""
         theirs = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         if any(id(p) in theirs for index in self.sites for p in self._steered(index).values()):
             return True
@@ -205,14 +210,14 @@ class Orthogonality:
         return any(id(b if b._base is None else b._base) in theirs for found in columns.values() for b in found)
 
     def before_forward(self) -> None:
-        """Before a forward pass that trains: see to what changed otherwise than by an optimizer's step.
+        """Enforce the constraint before a training forward pass, if parameters changed without an optimizer's step.
 
         Raises:
-            RuntimeError: there is no LoRA to be orthogonal to.
-            ValueError: there is one that it cannot be orthogonal to, or FSDP or ZeRO has sharded the adapter.
+            RuntimeError: the model carries no LoRA.
+            ValueError: steering cannot be orthogonal to the LoRA, or FSDP or ZeRO has sharded the adapter.
         """
         if self._writers is None:
-            self._check_unsharded()  # before they are traced, by a forward pass
+            self._check_unsharded()  # before tracing, which runs a forward pass
         columns = self._columns_to_train()
         if self._state(columns) == self._seen:
             return
@@ -223,7 +228,7 @@ class Orthogonality:
         self._seen = self._state(columns)
 
     def _check_unsharded(self) -> None:
-        # A projection needs all of B and of W2, which no process has; ZeRO writes its copies over what was projected.
+        # A projection needs all of B and W2, and no process has them. ZeRO would overwrite the projected values.
         for index, site in self.sites.items():
             by = sharder(site)
             if by is not None:
@@ -236,26 +241,26 @@ class Orthogonality:
         columns = lora_columns(self.writers, self.config)
         if not columns and not lora_layers(self.model):
             raise RuntimeError(
-                f"adapter {self.name!r} is to train orthogonal to LoRA, and the model carries none; expected a LoRA "
-                "from PEFT (freeze the adapter to train without)"
+                f"adapter {self.name!r} trains orthogonal to a LoRA, and the model carries none; expected a LoRA from "
+                "PEFT (or freeze the adapter)"
             )
         return columns
 
     def release(self) -> None:
-        """The adapter is not in use any more: the sites keep no basis of its own."""
+        """Drop the sites' bases when the adapter is no longer active."""
         self._seen = None
         for site in self.sites.values():
             site.basis = None
 
     def close(self) -> None:
-        """The adapter is gone."""
+        """Remove the optimizer hook when the adapter is removed."""
         self._close()
 
     # -------------------------------------------------------------------------------------------------- the projection
 
     @torch.no_grad()
     def _batches(self, columns: Columns) -> Iterator[tuple[list[int], Tensor]]:
-        """Layers with their B side by side, (L, d, k), for each device; a layer with fewer columns has zeros."""
+        """Yield the layers of each device, with LoRA's B of these layers as one tensor (L, d, k), padded with zeros."""
         for device in dict.fromkeys(found[0].device for found in columns.values()):
             indices = [index for index, found in columns.items() if found[0].device == device]
             counts = [sum(b.shape[1] for b in columns[index]) for index in indices]
@@ -265,12 +270,12 @@ class Orthogonality:
                 flat += columns[index]
                 if count < most:
                     flat.append(flat[-1].new_zeros(flat[-1].shape[0], most - count))
-            # One copy of all, however many they are, and one that puts each layer's together.
+            # Two copies whatever the number of tensors: one gathers all, one puts each layer's columns together.
             yield indices, torch.cat(flat, 1).unflatten(1, (len(indices), most)).transpose(0, 1).contiguous()
 
     @torch.no_grad()
     def _project(self, columns: Columns, *, everything: bool) -> None:
-        """Project the parameters in place, all of them or those that violate the constraint, and set V in the sites."""
+        """Project all parameters in place, or only those that violate the constraint, and set V in the sites."""
         for indices, writers in self._batches(columns):
             for name in self._steered(indices[0]):
                 parameters: list[Tensor] = [self._steered(index)[name] for index in indices]
@@ -289,16 +294,16 @@ class Orthogonality:
         bases = list(column_space(writers).unbind(0))
         old = [site.basis for site in (self.sites[index] for index in indices) if site.basis is not None]
         if [(b.shape, b.dtype, b.device) for b in old] == [(b.shape, b.dtype, b.device) for b in bases]:
-            torch._foreach_copy_(old, bases)  # in place, for graphs that were compiled or captured with them
+            torch._foreach_copy_(old, bases)  # in place, for compiled or captured graphs that hold these tensors
         else:
             for index, basis in zip(indices, bases, strict=True):
                 self.sites[index].basis = basis
 
     @torch.no_grad()
     def constrained(self) -> ByLayer:
-        """What is constrained, projected where it violates the constraint, by layer and by name below the site.
+        """Return W2 and b2, projected where they violate the constraint, by layer and by name below the site.
 
-        The parameters stay as they are. Values that did not come by training, as from a state dict, may violate it.
+        The parameters are not changed. Parameters from a state dict may violate the constraint.
 
         Raises:
             ValueError: LoRA's B is not finite, or FSDP or ZeRO has sharded the adapter.
@@ -308,7 +313,7 @@ class Orthogonality:
         for indices, writers in self._batches(lora_columns(self.writers, self.config)):
             if not writers.isfinite().all():
                 raise ValueError(
-                    f"LoRA's B, which adapter {self.name!r} is orthogonal to, is not finite; expected it so"
+                    f"LoRA's B, which adapter {self.name!r} is orthogonal to, is not finite; expected finite values"
                 )
             for name in self._steered(indices[0]):
                 values = torch.stack([_as_columns(name, self._steered(index)[name]) for index in indices])
@@ -319,13 +324,13 @@ class Orthogonality:
 
 
 def _moves_unseen(optimizer: Optimizer) -> bool:
-    """Whether the step was of PyTorch's fused kernels: what has a gradient has moved, and its version tells nothing."""
+    """Return whether the step used PyTorch's fused kernels. These move parameters without changing their version."""
     groups = (group for group in optimizer.param_groups if group.get("fused"))
     return any(p.grad is not None for group in groups for p in group["params"])
 
 
 def _as_columns(name: str, parameter: Tensor) -> Tensor:
-    """(d, r): W2 as it is, b2 as one column."""
+    """Return W2 (d, r) unchanged, or b2 as one column (d, 1)."""
     return parameter.unsqueeze(1) if name == UP_BIAS else parameter
 
 
@@ -334,7 +339,7 @@ def _from_columns(name: str, columns: Tensor) -> Tensor:
 
 
 def _violates(values: Tensor, writers: Tensor) -> Tensor:
-    """Whether ‖BᵀW‖ > 1e-5 ‖B‖ ‖W‖ in each layer, (L, 1, 1); what is stored in less than float32 is allowed its eps."""
+    """Return whether ‖BᵀW‖ > 1e-5 ‖B‖ ‖W‖ in each layer, (L, 1, 1). A larger eps of the dtype replaces 1e-5."""
     tolerance = max(TOLERANCE, torch.finfo(values.dtype).eps)
     b, w = writers.double(), values.double()
     overlap = torch.bmm(b.transpose(1, 2), w).flatten(1).norm(dim=1)

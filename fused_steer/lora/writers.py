@@ -1,9 +1,8 @@
-"""What a PEFT LoRA writes into the residual stream: found by what a layer computes, not by what its modules are called.
+"""Find the modules that write into the residual stream, from a layer's computation rather than its modules' names.
 
-One forward pass of two tokens is recorded by autograd. From a layer's output its graph is walked back through sums,
-scalings and norms; the modules at which that ends are the layer's writers: the attention's and the MLP's output
-projections, whatever their names. What a module writes is then read off it whenever it is needed, so that a LoRA may
-come, go and change later.
+Autograd records one forward pass of two tokens. From a layer's output its graph is followed back through sums, scalings
+and norms. The modules where that ends are the layer's writers: the output projections of attention and MLP, whatever
+their names. A writer's LoRA is looked up each time it is needed, so a LoRA may be added, removed or changed later.
 """
 
 from __future__ import annotations
@@ -22,15 +21,19 @@ from ..model.decoder import execution_device
 from ..model.site import Site
 from .layers import columns_of, is_lora
 
-#: Parts of the names of autograd's nodes that mix features: what comes before one does not itself enter the stream.
+#: Parts of the names of autograd nodes that mix features. The input of such a node does not itself enter the stream.
 MIXING = re.compile(r"mm|linear|matmul|dot|attention|softmax|convolution|embedding", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Writer:
-    """A place in a decoder layer whose module writes into the residual stream. `path` is from the layer.
+    """A place in a decoder layer where a module writes into the residual stream.
 
-    The place and not the module: PEFT puts a LoRA there by replacing the module.
+    It holds the place and not the module, because PEFT adds a LoRA by replacing the module.
+
+    Attributes:
+        layer: the decoder layer.
+        path: the module's path inside the layer.
     """
 
     layer: nn.Module
@@ -43,27 +46,28 @@ class Writer:
 
     @property
     def module(self) -> nn.Module:
-        parent, name = self._place  # asked for before every forward pass that trains
+        parent, name = self._place  # read before every training forward pass, so it has to be fast
         return parent._modules[name]  # type: ignore[return-value]
 
     @property
     def part(self) -> str:
-        """The layer's child that it belongs to, such as `mlp`."""
+        """The name of the layer's child that contains the module, such as `mlp`."""
         return self.path.partition(".")[0]
 
     def columns(self) -> list[Tensor]:
-        """B (d, k) of every active LoRA here, and its bias (d, 1) where it has one; none without a LoRA.
+        """Return LoRA's B (d, k) of every active adapter here, and its bias (d, 1) if it has one. Empty without a LoRA.
 
-        Scaling (α/r, rsLoRA's α/√r, DoRA's magnitudes) is left out: V is of B itself (arXiv 2603.00425, §5.2).
+        Scaling (α/r, rsLoRA's α/√r, DoRA's magnitudes) is left out, because V is the basis of B itself (arXiv
+        2603.00425, §5.2).
 
         Raises:
-            ValueError: a LoRA on expert parameters, whose B is not one matrix.
+            ValueError: a LoRA on expert parameters, where B is not one matrix.
         """
         module = self.module
         if is_lora(module) and hasattr(module, "parameter_name"):
             raise ValueError(
                 f"{self.path} carries a LoRA on the parameters of its experts ({type(module).__name__}); expected LoRA "
-                "on linear modules (an expert's update has no one column space)"
+                "on linear modules (an expert's update has no single column space)"
             )
         return columns_of(module) if is_lora(module) else []
 
@@ -72,13 +76,13 @@ class Writer:
 
 
 class _Trace:
-    """What one forward pass shows of the layers: where each began and ended, and which module made which node."""
+    """Records, in one forward pass, where each layer begins and ends, and which module made which autograd node."""
 
     def __init__(self, layers: Mapping[int, nn.Module], hidden: int) -> None:
         self.layers, self.hidden = layers, hidden
         self.starts: dict[int, Any] = {}
         self.ends: dict[int, Any] = {}
-        self.made: dict[Any, tuple[int, str, int]] = {}  # node -> layer, path in it, number of the call
+        self.made: dict[Any, tuple[int, str, int]] = {}  # node -> (layer, path in the layer, number of the call)
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -100,7 +104,7 @@ class _Trace:
             hidden = next((t for t in tensors if t.shape[-1] == self.hidden), None)
             if hidden is not None:
                 if not hidden.requires_grad:
-                    hidden.requires_grad_(True)  # the base is frozen: without it nothing is recorded
+                    hidden.requires_grad_(True)  # without it autograd records nothing, as the base is frozen
                 self.starts[index] = hidden.grad_fn
 
         return hook
@@ -115,13 +119,13 @@ class _Trace:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             tensor = _first(output)
             if isinstance(tensor, Tensor) and tensor.grad_fn is not None and tensor.shape[-1] == self.hidden:
-                # A module that returns what one inside it made, made nothing itself: the first to have it is kept.
+                # An outer module may return an inner module's tensor. The inner one finishes first and is kept.
                 self.made.setdefault(tensor.grad_fn, (index, path, len(self.made)))
 
         return hook
 
     def writers(self, index: int) -> list[str]:
-        """The paths of the layer's writers, in the order of their calls."""
+        """Return the paths of the layer's writers, in the order of their calls."""
         found: dict[str, int] = {}
         seen: set[Any] = {None, self.starts.get(index)}
         todo: list[Any] = [self.ends.get(index)]
@@ -143,8 +147,8 @@ def _first(output: Any) -> Any:
 
 
 def _makers(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules of a layer that mix features, so that a LoRA may sit there or does, each with its path."""
-    inside: list[str] = []  # what a LoRA or a steering site consists of is no module of the layer's
+    """Yield each module of a layer that mixes features, with its path. A LoRA can only be on such a module."""
+    inside: list[str] = []  # paths of LoRA layers and sites, whose submodules are skipped
     for path, module in layer.named_modules():
         if any(path.startswith(outer) for outer in inside):
             continue
@@ -159,13 +163,13 @@ def _makers(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def trace_writers(module: nn.Module, layers: Mapping[int, nn.Module], hidden: int) -> dict[int, list[Writer]]:
-    """The writers of each of `layers`, in the order of their calls, by one forward pass of two tokens.
+    """Find the writers of each of `layers`, in the order of their calls, by one forward pass of two tokens.
 
-    Dropout is off meanwhile. Training modes and the sites' counts are afterwards as they were.
+    Dropout is off during the pass. Training modes and the sites' counts are restored afterwards.
 
     Args:
-        module: the decoder, whose forward runs the layers.
-        layers: those asked for, by index.
+        module: the decoder. Its forward runs the layers.
+        layers: the layers to trace, by index.
         hidden: d.
 
     Raises:
@@ -204,7 +208,7 @@ def trace_writers(module: nn.Module, layers: Mapping[int, nn.Module], hidden: in
 
 
 def _with_all_experts(layer: nn.Module, paths: Iterable[str]) -> list[str]:
-    """The paths, with an expert's followed by those of all its fellows: two tokens visit only some of them."""
+    """Add the other experts after each expert's path, because two tokens reach only some experts."""
     modules = {path for path, _ in _makers(layer)}
     found: dict[str, None] = {}
     for path in paths:
@@ -219,5 +223,5 @@ def _with_all_experts(layer: nn.Module, paths: Iterable[str]) -> list[str]:
 
 
 def choose_writers(writers: list[Writer], which: str) -> list[Writer]:
-    """Of a layer's writers, "all", or for "mlp" those of its MLP: of the child that wrote last."""
+    """Choose from a layer's writers: "all" of them, or the MLP's with "mlp". The MLP is the child that writes last."""
     return writers if which == "all" else [writer for writer in writers if writer.part == writers[-1].part]

@@ -1,1 +1,1 @@
-"""How a decoder layer is reached: finding it, rewriting its forward, and the module that steers it."""
+"""Reach a decoder layer: find it, rewrite its forward, and insert the module that steers it."""

@@ -1,4 +1,4 @@
-"""Where the decoder layers of a model are, on which device each runs, and what PEFT wrapped around them."""
+"""Find the decoder layers of a model, the device of each, and the model inside PEFT's wrapper."""
 
 from __future__ import annotations
 
@@ -16,34 +16,42 @@ from ..adapters.parameters import Layout
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-#: More than any model has, and few enough to be built for a look.
+#: More than any model has, and few enough to build for a check.
 _MOST_LAYERS = 10_000
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """A model's stack of decoder layers."""
+    """A model's stack of decoder layers.
 
-    module: nn.Module  # its forward runs the layers
-    path: str  # of the list of layers, from the model
+    Attributes:
+        module: the module with the forward that runs the layers.
+        path: the path of the list of layers in the model.
+        layers: the list of layers.
+        hidden: the hidden size d.
+        config: the model's config.
+    """
+
+    module: nn.Module
+    path: str
     layers: nn.ModuleList
     hidden: int
-    config: Any  # the model's
+    config: Any
 
     @property
     def layout(self) -> Layout:
-        """What an adapter has to fit; the model's name is the one that its config has now."""
+        """The layout that adapters have to fit, with the present name in the model's config."""
         base = getattr(self.config, "_name_or_path", "") or ""
         return Layout(self.path, len(self.layers), self.hidden, base)
 
 
 def find_decoder(model: nn.Module) -> Decoder:
-    """The decoder layers of `model`, found by structure: the outermost list of `num_hidden_layers` modules.
+    """Find the decoder layers of `model` by structure: the outermost list of `num_hidden_layers` modules.
 
-    The modules have parts of their own, and no config of another class than the model's stands above them.
+    The modules must have children, and the nearest config above them must be of the model's class.
 
     Raises:
-        TypeError: `model` is no module.
+        TypeError: `model` is not a module.
         ValueError: the model has no config, no such list, more than one, or also an encoder.
     """
     if not isinstance(model, nn.Module):
@@ -61,7 +69,7 @@ def find_decoder(model: nn.Module) -> Decoder:
     for path, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and not any(path.startswith(f"{outer}.") for outer, _ in found):
             found.append((path, module))
-    # Other towers (of images, of sound) have lists of layers too, below a config of their own.
+    # Other towers (for images, for sound) also have lists of layers, below their own config.
     own = {id(layers) for path, layers in found if _config_above(model, path) in (type(model.config), type(config))}
     # Exclude ModuleLists of bare norms or projections that happen to have one entry per layer: layers have children.
     fitting = [
@@ -88,10 +96,10 @@ def find_decoder(model: nn.Module) -> Decoder:
 
 
 def meta_model(base: str) -> PreTrainedModel:
-    """A language model without weights, by the config in a directory or of a hub id.
+    """Return a language model without weights, built from the config of a directory or hub id.
 
     Raises:
-        ValueError: the config is broken, or says that there are more layers than any model has.
+        ValueError: the config is broken, or has an impossible number of layers.
         OSError: there is no such model.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -99,7 +107,7 @@ def meta_model(base: str) -> PreTrainedModel:
     try:
         file = Path(base, "config.json")
         if file.exists():
-            read_json(file)  # before transformers reads it, which waits for a pipe and lets a deep nesting through
+            read_json(file)  # transformers would wait for a pipe and accept deep nesting
         config = AutoConfig.from_pretrained(base, trust_remote_code=False)
         count = getattr(config.get_text_config(), "num_hidden_layers", 0)
         if not isinstance(count, int) or count > _MOST_LAYERS:
@@ -108,17 +116,17 @@ def meta_model(base: str) -> PreTrainedModel:
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (AttributeError, TypeError, OverflowError, RecursionError, MemoryError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"its config makes no model ({type(error).__name__}: {reason}); expected a config") from error
+        raise ValueError(f"its config builds no model ({type(error).__name__}: {reason}); expected a config") from error
 
 
 def execution_device(module: nn.Module) -> torch.device:
-    """Where a module runs, and a layer's steering parameters belong: what accelerate offloads is on meta in between."""
+    """Return the device on which a module runs. The parameters of an offloaded module are on meta between its calls."""
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     if device.type != "meta":
         return device
     for part in module.modules():
         hook = getattr(part, "_hf_hook", None)
-        for one in getattr(hook, "hooks", (hook,)):  # several of them in a row are one
+        for one in getattr(hook, "hooks", (hook,)):  # several hooks in a row are one
             found = getattr(one, "execution_device", None)
             if found is not None:
                 return torch.device(found)
@@ -126,13 +134,13 @@ def execution_device(module: nn.Module) -> torch.device:
 
 
 def inside_peft(model: nn.Module) -> nn.Module:
-    """The model inside PEFT's wrapper, so that paths do not depend on the wrapper; `model` itself without one."""
-    peft = sys.modules.get("peft")  # a model that it wrapped has imported it
+    """Return the model inside PEFT's wrapper, so that paths do not depend on it. Without a wrapper return `model`."""
+    peft = sys.modules.get("peft")  # a wrapped model has imported peft
     return model.get_base_model() if peft is not None and isinstance(model, peft.PeftModel) else model
 
 
 def _config_above(model: nn.Module, path: str) -> type:
-    """The class of the config that the innermost module above `path` has: of the tower to which `path` belongs."""
+    """Return the class of the nearest config above `path`, which is that of the tower with `path`."""
     while path:
         path = path.rpartition(".")[0]
         config = getattr(model.get_submodule(path), "config", None)

@@ -1,4 +1,4 @@
-"""What is done before and after each eager forward pass of a steered model's decoder."""
+"""Hooks that run before and after each eager forward pass of a steered model's decoder."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from .watch import LayerList
 class DecoderHooks:
     """Hooks of the module that runs the decoder layers.
 
-    Before a pass they see to it that it may run in this thread, that no steered layer was replaced, that forwards which
-    others have put on layers are watched, that what trains is ready for it, and that weights are packed. After it they
-    end the packing.
+    Before a pass they check that it may run in this thread and that no steered layer was replaced. They watch forwards
+    that other libraries set on layers, enforce constraints on trained adapters, and pack weights. After the pass they
+    drop the packed weights.
     """
 
     def __init__(
@@ -34,10 +34,10 @@ class DecoderHooks:
     ) -> None:
         """
         Args:
-            decoder: of the model.
-            patched: the steered layers, by index, as they are at the time of a pass.
-            scopes: of the model; they are told of each pass.
-            before_training: called before a pass with gradients, and told whether the decoder is in training mode.
+            decoder: the model's decoder.
+            patched: the steered layers by index. The mapping is read at each pass.
+            scopes: the model's scopes, which count passes.
+            before_training: called before a pass with gradients, with the decoder's training mode.
         """
         self._module, self._patched, self._before_training = decoder.module, patched, before_training
         self._scopes = scopes
@@ -46,7 +46,7 @@ class DecoderHooks:
         self._handles: list[RemovableHandle] = []
 
     def attach(self) -> None:
-        # A line each: what an exception interrupts is removed by `remove`.
+        # One statement each, so that `remove` removes the first if an exception interrupts.
         self._handles.append(self._module.register_forward_pre_hook(self._before, with_kwargs=True))
         self._handles.append(self._module.register_forward_hook(self._after, always_call=True))
 
@@ -57,14 +57,14 @@ class DecoderHooks:
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if torch.compiler.is_compiling():
             return
-        # DataParallel runs replicas in threads of its own, for a pass of the thread that waits for them.
+        # DataParallel runs replicas in its own threads while the calling thread waits.
         self._scopes.begin_pass(checked=not getattr(module, "_is_replica", False))
         self._layer_list.check(self._patched)
         for patched in self._patched.values():
             patched.watch()
         if torch.is_grad_enabled():
             self._before_training(module.training)
-        self._pack(module, args, kwargs)  # the last that may raise: its end belongs to it
+        self._pack(module, args, kwargs)  # the last call that may raise, so that `end` always follows
 
     def _pack(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         tokens = tokens_of(args, kwargs)

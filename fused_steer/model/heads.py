@@ -1,4 +1,4 @@
-"""Heads: the parts of a model that turn its decoder's output into classes, spans or rewards."""
+"""Find the heads of a model: the parts that turn the decoder's output into classes, spans or rewards."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from .decoder import find_decoder, inside_peft
 
 
 def fresh_heads(model: nn.Module) -> dict[str, nn.Module]:
-    """The model's heads that were not loaded from a checkpoint, by name: their weights are random until they train.
+    """Return the heads that were not loaded from a checkpoint, by name. Their weights are random until they train.
 
-    A head is a child of the model, with parameters, beside the one that holds the decoder; a model that predicts tokens
-    has none. transformers marks each parameter that it has loaded. Where it has loaded none, all heads are fresh.
+    A head is a child of the model, with parameters, beside the child that holds the decoder. A model that predicts
+    tokens has none. transformers marks each loaded parameter. If none is marked, all heads are fresh.
     """
     whole: Any = inside_peft(model)
-    whole = getattr(whole, "_orig_mod", whole)  # compiled
+    whole = getattr(whole, "_orig_mod", whole)  # inside torch.compile's wrapper
     decoder = find_decoder(whole)
     output = whole.get_output_embeddings() if hasattr(whole, "get_output_embeddings") else None
     if decoder.module is whole or getattr(whole, "base_model", None) is whole or output is not None:
@@ -37,14 +37,14 @@ def _is_loaded(parameter: nn.Parameter) -> bool:
 
 
 def check_heads(model: nn.Module) -> None:
-    """Refuse a head that would be frozen at random values, and not saved.
+    """Check that no head would be frozen at random values and not saved.
 
     Raises:
-        ValueError: the model has such a head.
+        ValueError: a head was not loaded from a checkpoint.
     """
     whole = inside_peft(model)
     for name, head in fresh_heads(whole).items():
-        if whole.get_submodule(name) is head:  # not one that PEFT trains and saves
+        if whole.get_submodule(name) is head:  # PEFT does not train and save it
             raise ValueError(
                 f"{type(whole).__name__}.{name} was not loaded from a checkpoint, and patch_model would freeze it and "
                 "not save it; expected a trained head (fused_steer.peft.PostBlockConfig trains and saves a fresh one "

@@ -1,8 +1,8 @@
-"""A decoder layer with its site: how it is reached, and the way back.
+"""Patch a decoder layer so that its site steers it, and undo the patch.
 
-A layer's class is replaced, for that one instance, by a subclass whose forward hands the last residual add to the
-layer's steering site (see residual.py). Where no such add is found, a forward hook steers the finished hidden state:
-the same numbers, one pass more, and the report says so.
+The class of the layer instance is replaced by a subclass. The subclass's forward passes the operands of the last
+residual add to the layer's steering site (see residual.py). If no such add is found, a forward hook steers the finished
+hidden state. That gives the same numbers with one more pass, and the report says so.
 """
 
 from __future__ import annotations
@@ -27,30 +27,30 @@ from .site import Site, SteeringSite
 from .watch import call_watched, thread
 
 _F = TypeVar("_F", bound=Callable[..., Any])
-_cached: Callable[[_F], _F] = functools.cache  # type: ignore[assignment]  # mypy takes no class for hashable
+_cached: Callable[[_F], _F] = functools.cache  # type: ignore[assignment]  # mypy does not treat a class as hashable
 
-#: The name under which a rewritten forward calls the layer's site.
+#: The attribute by which a rewritten forward calls the layer's site.
 _CALL = "call_post_block"
-#: The name under which a patched layer's class keeps the rewritten forward, whatever becomes of `forward`.
+#: The attribute of a patched layer's class that keeps the rewritten forward if `forward` is replaced.
 _FORWARD = "forward_of_patch"
 
 
 def _call_site(layer: nn.Module, left: Tensor, right: Tensor, entering: Any) -> Tensor:
-    """`layer.post_block(left, right, entering)`, past nn.Module's `__call__` where nobody hooked the site."""
+    """Call `layer.post_block(left, right, entering)`, without nn.Module's `__call__` if the site has no hooks."""
     site: Any = layer._modules[SITE]
     if is_dynamo_compiling():
         return site(left, right, entering=entering)
-    noted = site.__dict__  # past nn.Module's attributes, which take long to look up
+    noted = site.__dict__  # nn.Module's attributes take long to look up
     if noted["_forward_hooks"] or noted["_forward_pre_hooks"]:
         return site(left, right, entering=entering)
     if noted["_backward_hooks"] or noted["_backward_pre_hooks"]:
         return site(left, right, entering=entering)
     if any_forward_hook or any_forward_pre_hook or any_backward_hook or any_backward_pre_hook:
         return site(left, right, entering=entering)
-    planned = noted.get("_planned")  # PEFT's site plans none
+    planned = noted.get("_planned")  # PEFT's site has no plans
     if planned is not None and thread.quiet:
-        # What `steer` comes to where a plan is for this call (never for tensors without values, as torch.export has),
-        # without its function calls.
+        # The same as `steer` for a planned call, without its function calls. Tensors without values, as in
+        # torch.export, have no plan.
         op, parameters = planned
         run = op.last_trained if is_grad_enabled() else op.last
         out = None if run is no_plan else run(left, right, parameters())
@@ -64,7 +64,7 @@ def _call_site(layer: nn.Module, left: Tensor, right: Tensor, entering: Any) -> 
 
 
 def _watched(layer: nn.Module, forward: Any) -> Any:
-    """A forward that is put on a patched layer, such that each call of it that does not steer is an error."""
+    """Wrap a forward that is set on a patched layer, so that a call that does not steer is an error."""
     if isinstance(forward, MethodType) and forward.__func__ is type(layer).forward or _is_watched(forward):
         return forward
     watched = functools.partial(_run_watched, layer, forward)
@@ -76,14 +76,14 @@ def _is_watched(forward: Any) -> TypeGuard[functools.partial[Any]]:
 
 
 def _is_class_forward(watched: functools.partial[Any]) -> bool:
-    """Whether it stands for the forward that the layer's class has at the time of the call."""
+    """Return whether the wrapper calls the forward that the layer's class has at the time of the call."""
     return watched.args[1] is None
 
 
 def _run_watched(layer: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
     run = functools.partial(type(layer).forward, layer) if forward is None else forward
     site: Any = layer._modules.get(SITE)
-    if is_compiling() or site is None:  # None: somebody kept this function beyond the patch
+    if is_compiling() or site is None:  # None: this function outlived the patch
         return run(*args, **kwargs)
     return call_watched(layer, site, f"layer {site.patched.index}", run, *args, **kwargs)
 
@@ -95,16 +95,16 @@ def _rebuild(base: type[nn.Module], rewritten: bool) -> nn.Module:
 
 @_cached
 def steered_class(base: type[nn.Module], rewritten: bool) -> type[nn.Module]:
-    """The subclass of a layer class that a patched layer gets; `rewritten` says whether its forward calls the site.
+    """Return the subclass of a layer class for patched layers. With `rewritten`, its forward calls the site.
 
-    It keeps the class's name, which FSDP's wrap policies and `_no_split_modules` go by.
+    It keeps the class's name, because FSDP's wrap policies and `_no_split_modules` use it.
 
     Raises:
         ResidualNotFound: the forward cannot be rewritten.
     """
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
-        # A class made at run time cannot be found by name: copies and worker processes make it again.
+        # A class made at run time cannot be found by name, so copies and worker processes make it again.
         return _rebuild, (base, rewritten), self.__dict__
 
     namespace: dict[str, Any] = {
@@ -126,23 +126,23 @@ def steered_class(base: type[nn.Module], rewritten: bool) -> type[nn.Module]:
         return call_watched(self, site, f"layer {site.patched.index}", base.__call__, self, *args, **kwargs)
 
     def post_block(self: nn.Module) -> Any:
-        # Past nn.Module's __getattr__, which takes longer than a launch.
+        # Bypasses nn.Module's __getattr__, which takes longer than a launch.
         try:
             return self._modules[SITE]
         except KeyError:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {SITE!r}") from None
 
     namespace |= {SITE: property(post_block), _CALL: _call_site}
-    # Where the forward calls the site, what is put in its place is watched. A hook's layer is watched in each call.
+    # If the forward calls the site, only a replacement of the forward is watched. With a hook every call is watched.
     namespace |= {"__setattr__": __setattr__} if rewritten else {"__call__": __call__}
     metaclass: Any = type(base)
     cls = metaclass(base.__name__, (base,), namespace)
-    setattr(cls, _FORWARD, cls.forward)  # transformers wraps the forward of a new class of layers
+    setattr(cls, _FORWARD, cls.forward)  # transformers wraps the forward of a new layer class
     return cls
 
 
 def _steer_output(layer: nn.Module, args: Any, output: Any) -> Any:
-    """Forward hook: steer the hidden state that a layer returns, by itself or first in a tuple or list."""
+    """A forward hook that steers a layer's output: a tensor, or the first element of a tuple or list."""
     site = layer.get_submodule(SITE)
     if isinstance(output, Tensor):
         return site(output)
@@ -155,13 +155,13 @@ def _steer_output(layer: nn.Module, args: Any, output: Any) -> Any:
 
 
 def _own_forward_kept(layer: nn.Module) -> bool:
-    """Whether a forward on the instance is that of accelerate's hooks, around the class's own, which they keep."""
+    """Return whether the instance's forward comes from accelerate's hooks and wraps the class's own forward."""
     kept = vars(layer).get("_old_forward")
     return hasattr(layer, "_hf_hook") and isinstance(kept, MethodType) and kept.__func__ is type(layer).forward
 
 
 def _change_class(layer: nn.Module, old: type[nn.Module], new: type[nn.Module]) -> None:
-    """Also for the forward that accelerate keeps on the instance, where there is one. It can be done twice."""
+    """Change the class of a layer, also for a forward that accelerate keeps on the instance. May be repeated."""
     layer.__class__ = new
     for name in ("forward", "_old_forward"):
         kept = vars(layer).get(name)
@@ -170,10 +170,10 @@ def _change_class(layer: nn.Module, old: type[nn.Module], new: type[nn.Module]) 
 
 
 class PatchedLayer:
-    """One decoder layer with its steering site: how it was reached, and the way back."""
+    """One decoder layer with its steering site, and the state needed to undo the patch."""
 
     def __init__(self, layer: nn.Module, index: int, path: str, make_site: Callable[[], Site] = SteeringSite) -> None:
-        """Patch `layer`. On an error it is left as it was."""
+        """Patch `layer`. After an error it is as before."""
         if hasattr(layer, SITE):
             raise ValueError(f"layer {index} ({type(layer).__name__}) has a {SITE!r} of its own; expected none")
         self.layer, self.index, self.path = layer, index, path
@@ -193,7 +193,7 @@ class PatchedLayer:
             _change_class(layer, self.base, cls)
             layer.add_module(SITE, site)
             if self.reason:
-                # First of the hooks, so that those which record hidden states record the steered one.
+                # The first hook, so that hooks which record hidden states record the steered one.
                 self._hook = layer.register_forward_hook(_steer_output, prepend=True)
         except BaseException:
             self.remove()
@@ -209,12 +209,12 @@ class PatchedLayer:
 
     @property
     def site(self) -> Any:
-        """The site, of the class that `make_site` makes."""
+        """The site, of the class that `make_site` returns."""
         return self.layer.get_submodule(SITE)
 
     def watch(self) -> None:
-        """Have another forward watched that came past the layer's `__setattr__`: on its class, or in its `__dict__`."""
-        if self.reason or type(self.layer) is self.base:  # steered by a hook, or being taken out
+        """Watch a replaced forward that bypassed the layer's `__setattr__`: one on its class, or in its `__dict__`."""
+        if self.reason or type(self.layer) is self.base:  # steered by a hook, or being unpatched
             return
         own, forward = vars(self.layer), type(self.layer).forward
         replaced = forward is not getattr(type(self.layer), _FORWARD)
@@ -227,7 +227,7 @@ class PatchedLayer:
             del own["forward"]
 
     def check_removable(self) -> None:
-        """Raises RuntimeError where another library has since changed the layer's class."""
+        """Raise RuntimeError if another library has since changed the layer's class."""
         if type(self.layer) not in (self.base, steered_class(self.base, not self.reason)):
             raise RuntimeError(
                 f"layer {self.index} is now a {type(self.layer).__qualname__} that another library made; expected it "
@@ -235,7 +235,7 @@ class PatchedLayer:
             )
 
     def remove(self) -> None:
-        """Take the site out again; the layer is what it was. After an exception it can be called once more."""
+        """Remove the site and restore the layer. After an exception it can be called again."""
         if self._hook is not None:
             self._hook.remove()
         own = vars(self.layer)
@@ -245,7 +245,7 @@ class PatchedLayer:
             if put is None:
                 del own["forward"]
             else:
-                own["forward"] = put  # what was put there is left there
+                own["forward"] = put  # another library's forward stays
         _change_class(self.layer, steered_class(self.base, not self.reason), self.base)
         self.layer._modules.pop(SITE, None)
 
@@ -253,7 +253,7 @@ class PatchedLayer:
 def patch_layers(
     layers: Mapping[int, nn.Module], layout: Layout, make_site: Callable[[], Site] = SteeringSite
 ) -> dict[int, PatchedLayer]:
-    """Give decoder layers, by index, a site each; all of them or none.
+    """Add a site to each of these decoder layers, by index; all or none.
 
     Raises:
         ValueError: a layer has a site already.
@@ -270,7 +270,7 @@ def patch_layers(
 
 
 def unpatch_layers(patched: Iterable[PatchedLayer]) -> None:
-    """Take the sites out of layers; of all of them or of none.
+    """Remove the sites from layers; all or none.
 
     Raises:
         RuntimeError: another library has since changed a layer's class.

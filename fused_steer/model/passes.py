@@ -1,8 +1,8 @@
-"""What belongs to one forward pass of a decoder, in one thread: the packed weights of its layers.
+"""Packed weights for one forward pass of a decoder in one thread.
 
-A pack is made before the pass and ends with it, also after an exception; each thread has its own. A layer uses it only
-for the weights that it was made of, where they lay then, and on the stream on which it was made: what was moved,
-replaced or gathered since is read as it is. Passes over a few tokens have none: see `kernels.packing`.
+A pack is made before the pass and dropped after it, also after an exception. Each thread has its own. A layer uses it
+only if its weights are still at the packed addresses, on the same stream. Weights that were moved, replaced or gathered
+since are read directly. Passes over a few tokens have no pack: see `kernels.packing`.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from .watch import thread
 
 
 class Pack:
-    """The packed weights of a pass, by site."""
+    """The packed weights of one pass, by site."""
 
     def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype  # of the hidden state that they are for
+        self.dtype = dtype  # the hidden state's dtype
         self._layers: dict[int, tuple[int, int, Packed]] = {}
         self._streams: dict[torch.device, Any] = {}
 
@@ -34,7 +34,7 @@ class Pack:
             self._layers[site] = (down.data_ptr(), up.data_ptr(), one)
 
     def of(self, site: nn.Module, residual: Tensor, down: Tensor, up: Tensor) -> Packed | None:
-        """Those of a site, if they are of these weights, and for this hidden state; None otherwise."""
+        """Return the packed weights of a site if they match these weights and this hidden state, else None."""
         found = self._layers.get(id(site))
         if found is None or residual.dtype != self.dtype:
             return None
@@ -49,33 +49,33 @@ def _stream(device: torch.device) -> Any:
 
 
 class Packing:
-    """Makes the packs of a model's passes, and keeps the tables of addresses that they are made by."""
+    """Makes the packs of a model's passes, and keeps the address tables for them."""
 
     def __init__(self) -> None:
         self._tables: dict[torch.device, tuple[list[int], Tensor]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_tables": {}}  # addresses are of this process's own model
+        return {"_tables": {}}  # addresses are valid in this process only
 
     def begin(self, dtype: torch.dtype | None, tokens: int, weights: Mapping[nn.Module, tuple[Tensor, Tensor]]) -> None:
-        """Begin a pass in this thread. `end` has to be called after it, whatever happens.
+        """Begin a pass in this thread. `end` has to be called after it in any case.
 
         Args:
-            dtype: of the hidden state; None where it is not known: nothing is packed.
-            tokens: of the pass.
-            weights: W1 and W2 of each site that is steered by a low rank.
+            dtype: the hidden state's dtype. If it is None (unknown), nothing is packed.
+            tokens: the number of tokens in the pass.
+            weights: W1 and W2 of each site with an active low-rank adapter.
         """
         pack = None
         if dtype is not None and tokens > FEW_TOKENS and weights:
             with torch.no_grad():
                 pack = self._make(dtype, weights)
-        self.end()  # of a pass that Ctrl-C cut off: PyTorch calls no hook at its end
+        self.end()  # ends a pass that Ctrl-C interrupted, as PyTorch calls no hook for it
         thread.begun[self] = len(thread.packs)
         thread.packs.append(pack)
         thread.settle()
 
     def end(self) -> None:
-        """End this model's pass in this thread, if one has begun: not where something was raised before `begin`."""
+        """End this model's pass in this thread, if `begin` was reached."""
         before = thread.begun.pop(self, None)
         if before is not None:
             del thread.packs[before:]
@@ -97,14 +97,14 @@ class Packing:
             kept = self._tables.get(device)
             if kept is None or kept[0] != addresses:
                 if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-                    continue  # a graph cannot take a table up to the device; the layers read their parameters
+                    continue  # a captured graph cannot upload a table, so the layers read their parameters
                 kept = self._tables[device] = (addresses, address_table(pairs))
             pack.add(device, [site for site, _, _ in layers], kept[1], pairs)
         return pack if pack._layers else None
 
 
 def _has_its_values(down: Tensor, up: Tensor) -> bool:
-    """Whether W1 and W2 lie whole in memory now: not so what is sharded, or gathered for its layer's call alone."""
+    """Return whether W1 and W2 are whole in memory now, neither sharded nor gathered only for their layer's call."""
     if down.dim() != 2 or up.shape != down.shape[::-1] or down.device != up.device:
         return False
     return all(
@@ -118,7 +118,7 @@ def _has_its_values(down: Tensor, up: Tensor) -> bool:
 
 
 def tokens_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-    """How many tokens a decoder is given; 0 where that cannot be told."""
+    """Return the number of tokens in a decoder's input, or 0 if it is unknown."""
     embeddings = kwargs.get("inputs_embeds")
     if isinstance(embeddings, Tensor):
         return embeddings.shape[:-1].numel()

@@ -1,4 +1,4 @@
-"""A patched model: its decoder layers with their sites, its frozen base, and the way back."""
+"""A patched model: its decoder layers with their sites, its frozen base, and undoing both."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .watch import LayerReport, Report
 
 
 class PatchedModel:
-    """The steered layers of one model, and what is done to the rest of it."""
+    """The steered layers of one model, and the frozen state of its other parameters."""
 
     def __init__(
         self,
@@ -27,23 +27,23 @@ class PatchedModel:
         kept: Callable[[nn.Module], Iterable[nn.Parameter]],
         before_training: Callable[[bool], None],
     ) -> None:
-        """Find the decoder; the model is not touched.
+        """Find the decoder. The model is not changed.
 
         Args:
-            model: with decoder layers.
-            kept: gives those of the model's parameters that are not frozen.
+            model: a model with decoder layers.
+            kept: returns the model's parameters that are not frozen.
             before_training: see `DecoderHooks`.
 
         Raises:
             TypeError, ValueError: see `find_decoder`.
         """
         self.decoder = find_decoder(model)
-        self.layers: dict[int, PatchedLayer] = {}  # in order
-        self.disabled = 0  # how many `disable` are open
+        self.layers: dict[int, PatchedLayer] = {}  # in the order of the layers
+        self.disabled = 0  # the number of open `disable` contexts
         self.scopes = Scopes()
         self._hooks = DecoderHooks(self.decoder, self.layers, self.scopes, before_training)
         others = {id(parameter) for parameter in kept(model)}
-        # By place: offloading puts another object there.
+        # By module and name, because offloading replaces the parameter object.
         self._requires_grad = [
             (module, name, p.requires_grad)
             for module in model.modules()
@@ -56,11 +56,11 @@ class PatchedModel:
 
     @property
     def sites(self) -> dict[int, SteeringSite]:
-        """By layer; without those that are being taken out."""
+        """The sites by layer, without those that are being removed."""
         return {index: p.site for index, p in self.layers.items() if p.has_site}
 
     def patch(self, indices: Iterable[int]) -> None:
-        """Give those of these layers a site that have none; all of them or none."""
+        """Add a site to those of these layers that have none; all or none."""
         layers = {index: self.decoder.layers[index] for index in indices if index not in self.layers}
         self.layers |= patch_layers(layers, self.decoder.layout)
         for index in sorted(self.layers):
@@ -68,20 +68,20 @@ class PatchedModel:
         self._enable()
 
     def freeze(self) -> None:
-        """Freeze the base, and watch the decoder's passes."""
+        """Freeze the base, and hook the decoder's passes."""
         for module, name, _ in self._requires_grad:
             module.get_parameter(name).requires_grad_(False)
         self._hooks.attach()
 
     def undo(self) -> None:
-        """Take all sites out, and let train what trained before. After an exception it can be called once more.
+        """Remove all sites, and restore which parameters train. After an exception it can be called again.
 
         Raises:
-            RuntimeError: another library has since changed a layer's class; nothing is undone then.
+            RuntimeError: another library has since changed a layer's class. Nothing is undone.
         """
         with self.changing("the model is unpatched"):
             for site in self.sites.values():
-                site.enabled = False  # so that a model that is unpatched in part computes what its base does
+                site.enabled = False  # so that a partly unpatched model computes like its base
         unpatch_layers(self.layers.values())
         for module, name, required in self._requires_grad:
             parameter = module._parameters.get(name)
@@ -92,7 +92,7 @@ class PatchedModel:
 
     @contextlib.contextmanager
     def changing(self, what: str) -> Iterator[None]:
-        """Inside, what steers may change: no other thread runs the model, and an exception takes all of it back.
+        """Let sites change inside this context. No other thread may run the model. An exception undoes all changes.
 
         Raises:
             RuntimeError: see `Scopes.change`.
@@ -111,10 +111,10 @@ class PatchedModel:
 
     @contextlib.contextmanager
     def disable(self, what: str) -> Iterator[None]:
-        """Inside, no site steers.
+        """Disable all sites inside this context.
 
         Args:
-            what: disables them, for the errors.
+            what: the caller's name for error messages.
 
         Raises:
             RuntimeError: see `Scopes.open`.
@@ -135,14 +135,14 @@ class PatchedModel:
             patched.site.enabled = self.disabled == 0
 
     def report(self) -> Report:
-        """How each layer is steered."""
+        """Return how each layer is steered."""
         return Report(
             LayerReport(index, p.path, p.base.__name__, p.kind, p.site.backend, p.site.calls, p.reason)
             for index, p in self.layers.items()
         )
 
     def reset_calls(self) -> None:
-        """Set the report's counts to 0."""
+        """Set the report's call counts to 0."""
         for patched in self.layers.values():
             patched.site.calls, patched.site.backend = 0, None
 
@@ -154,12 +154,12 @@ def describe(
     decoder: Decoder,
     model: nn.Module,
 ) -> str:
-    """A line for each adapter of a model: what it computes, where, and its share of the model's parameters.
+    """Return a line for each adapter of a model: its form, its layers, and its share of the model's parameters.
 
     Args:
         configs: the adapters, by name.
-        active: the one in use.
-        count: gives an adapter's number of parameters.
+        active: the name of the active adapter.
+        count: returns an adapter's number of parameters.
     """
     own = sum(p.numel() for path, p in model.named_parameters() if f".{SITE}." not in path)
     lines = []

@@ -1,11 +1,11 @@
-"""Finds a layer's final residual add and hands it to the site.
+"""Find the final residual add in a layer's forward, and rewrite it as a call of the site.
 
 A decoder layer's forward ends in `hidden_states = residual + hidden_states`. `rewrite_forward` finds, in the forward's
-syntax tree, every sum that may become the hidden state which the layer returns, and compiles the forward again with
-`self.<site>(left, right)` in their place.
+syntax tree, every sum that may become the returned hidden state. It compiles the forward again with `self.<site>(left,
+right)` in place of these sums.
 
-Nothing is guessed. The tree is read by a small reaching-definitions analysis; wherever it does not understand how the
-returned value came about, or where the value is changed after the add, `ResidualNotFound` says so in one line.
+Nothing is guessed. A small reaching-definitions analysis follows the values. If it does not understand where the
+returned value comes from, or if the value changes after the add, `ResidualNotFound` says so in one line.
 
 It is one file because the analysis is one recursion over one syntax tree.
 """
@@ -30,30 +30,31 @@ _Definition: TypeAlias = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
 class ResidualNotFound(LookupError):
-    """A class's forward cannot be rewritten; the message is one line that says why."""
+    """A class's forward cannot be rewritten. The message says why in one line."""
 
 
 def rewrite_forward(cls: type, site: str, *, with_input: bool = False) -> Callable[..., Any]:
-    """Return `cls.forward` with each final residual add `left + right` made `self.<site>(left, right)`.
+    """Return `cls.forward` with each final residual add `left + right` replaced by `self.<site>(left, right)`.
 
-    with_input: call `self.<site>(left, right, input)` instead, where `input` is the forward's first argument after
-    `self`, as it came; None for a forward without a named first argument.
+    With `with_input` the call is `self.<site>(left, right, input)`. `input` is the unchanged first argument of the
+    forward after `self`, or None if it has no named one.
 
-    One call of the new function calls the site exactly once. What the site returns is the hidden state that the layer
-    returns: as a tensor or first in a tuple, and before a cast to another dtype where the layer ends in one. Operands
-    and their order are kept: a site that returns `left + right` leaves every bit as it was, but for `h += x`, which no
-    longer writes into h's memory. The class is not touched; the new function is meant for a subclass of it. It reads
-    the globals and closure cells of the original, keeps its line numbers, and is wrapped in copies of its decorators,
-    which are assumed not to change the result.
+    One call of the new function calls the site exactly once. The site's result is the hidden state that the layer
+    returns, as a tensor or first in a tuple, before a final cast to another dtype. Operands keep their order, so a
+    site that returns `left + right` changes no bit. Only `h += x` no longer writes into h's memory. The class is not
+    changed; the new function is for a subclass. It reads the original's globals and closure cells, keeps its line
+    numbers, and is wrapped in copies of its decorators, which are assumed not to change the result.
 
-    Raises ResidualNotFound if the forward is not understood completely, ValueError if `site` cannot name an attribute.
+    Raises:
+        ResidualNotFound: the forward is not completely understood.
+        ValueError: `site` is not a valid attribute name.
     """
     # Inside a class body, two leading underscores would be mangled with the class's name.
     if not site.isidentifier() or keyword.iskeyword(site) or site.startswith("__"):
-        raise ValueError(f"site must be an attribute name without two leading underscores, got {site!r}")
+        raise ValueError(f"site is {site!r}; expected an attribute name without two leading underscores")
     try:
         wrappers, function = _unwrap(getattr(cls, "forward", None))
-        with warnings.catch_warnings():  # of the source's syntax: they came when it was imported
+        with warnings.catch_warnings():  # the source's syntax warnings were shown when it was imported
             warnings.simplefilter("ignore", SyntaxWarning)
             code = _rewritten_code(function, site, with_input)
         return _rewrap(wrappers, function, _copy_function(function, code, {}))
@@ -62,9 +63,10 @@ def rewrite_forward(cls: type, site: str, *, with_input: bool = False) -> Callab
 
 
 def names_in_final_adds(cls: type) -> list[frozenset[str]]:
-    """For each sum that may become the hidden state which `cls.forward` returns, the local names in it.
+    """Return the local names in each sum that may become the hidden state which `cls.forward` returns.
 
-    Raises ResidualNotFound if what it returns is not such a sum on every way through it.
+    Raises:
+        ResidualNotFound: on some path the forward does not return such a sum.
     """
     try:
         _, function = _unwrap(getattr(cls, "forward", None))
@@ -78,7 +80,7 @@ def names_in_final_adds(cls: type) -> list[frozenset[str]]:
 
 
 class _Refusal(Exception):
-    """Why a forward cannot be rewritten: the end of a sentence that begins with the forward's name."""
+    """The reason why a forward cannot be rewritten, as the end of a sentence that begins with the forward's name."""
 
 
 #: The local name under which a rewritten forward keeps its first argument, which it may assign to later.
@@ -100,11 +102,11 @@ def _rewritten_code(function: FunctionType, site: str, with_input: bool) -> Code
 
 @dataclass(frozen=True)
 class _Source:
-    """The file of a function, parsed whole: only there do names, `super()` and `self.__name` compile as they did."""
+    """The parsed file of a function. Names, `super()` and `self.__name` compile the same only in the whole file."""
 
     lines: list[str]
     module: ast.Module
-    tree: ast.FunctionDef  # in module
+    tree: ast.FunctionDef  # a node of `module`
 
     @classmethod
     def of(cls, function: FunctionType) -> _Source:
@@ -114,22 +116,22 @@ class _Source:
             module = ast.parse("".join(lines))
         except (OSError, TypeError, SyntaxError):
             raise _Refusal("has no source to read") from None
-        # Other functions and classes of the file have no say; leaving them out saves the time to compile them.
+        # Other functions and classes of the file do not matter. Without them compiling is faster.
         module.body = [node for node in module.body if not isinstance(node, _Definition) or _spans(node, code)]
         functions = (node for node in ast.walk(module) if isinstance(node, ast.FunctionDef))
         tree = next((node for node in functions if (node.name, _first_line(node)) == _position(code)), None)
-        # Not so for a file edited since its import, nor for a forward rewritten before, whose rewriting would be lost.
+        # It differs for a file edited since its import, and for a forward rewritten before. That would be lost.
         if tree is None or (source := cls(lines, module, tree)).compile(function) != code:
             raise _Refusal(f"is not the function of its source ({code.co_filename}, line {code.co_firstlineno})")
         return source
 
     def compile(self, function: FunctionType) -> CodeType:
-        """The code of the function's place in the tree."""
+        """Compile the file and return the code at the function's place."""
         old = function.__code__
         flags = old.co_flags & __future__.annotations.compiler_flag
         module = compile(self.module, old.co_filename, "exec", flags, dont_inherit=True)
         found = (code for code in _nested_code(module) if _position(code) == _position(old))
-        return next(found, module)  # the module's own code equals no function's
+        return next(found, module)  # the module's own code never equals a function's
 
     def refuse(self, why: str, node: _Node) -> NoReturn:
         raise _Refusal(f"{why} (line {node.lineno}: {self.lines[node.lineno - 1].strip()})")
@@ -143,7 +145,7 @@ class _Source:
         return arguments[0].arg
 
     def keep_input(self, name: str) -> None:
-        """Begin the function by assigning its first argument after `self` to `name`; None if it has none by name."""
+        """Assign the first argument after `self` to `name` at the function's start, or None without a named one."""
         named = [*self.tree.args.posonlyargs, *self.tree.args.args][1:]
         value: ast.expr = ast.Name(named[0].arg, ast.Load()) if named else ast.Constant(None)
         first = self.tree.body[0]
@@ -172,7 +174,7 @@ def _nested_code(code: CodeType) -> Iterator[CodeType]:
 
 
 class _Replace(ast.NodeTransformer):
-    """Puts `self.<site>(left, right)` in the place of the given adds, or `self.<site>(left, right, input)`."""
+    """Replaces the given adds by `self.<site>(left, right)` or `self.<site>(left, right, input)`."""
 
     def __init__(self, adds: Set[ast.AST], self_name: str, site: str, with_input: bool) -> None:
         self.adds, self.self_name, self.site, self.with_input = adds, self_name, site, with_input
@@ -198,50 +200,50 @@ class _Replace(ast.NodeTransformer):
 
 @dataclass(frozen=True)
 class _Add:
-    """What `left + right` or `left += right` gave."""
+    """The result of `left + right` or `left += right`."""
 
     node: ast.BinOp | ast.AugAssign
 
 
 @dataclass(frozen=True)
 class _Tuple:
-    """A tuple; only its first element matters. An empty `first` means the empty tuple."""
+    """A tuple, of which only the first element matters. An empty `first` means the empty tuple."""
 
     first: _Values
 
 
 @dataclass(frozen=True)
 class _Other:
-    """Anything else, made at `node`; `what` ends the sentence "forward returns ..."."""
+    """Any other value, made at `node`. `what` ends the sentence "forward returns ..."."""
 
     node: _Node
     what: str = "a value that is not a sum"
 
 
-_Node: TypeAlias = ast.stmt | ast.expr | ast.arg  # what has a line
-_Values: TypeAlias = "frozenset[_Add | _Tuple | _Other]"  # one entry for each way in which a value may have come about
+_Node: TypeAlias = ast.stmt | ast.expr | ast.arg  # the syntax nodes that have a line number
+_Values: TypeAlias = "frozenset[_Add | _Tuple | _Other]"  # one entry for each possible origin of a value
 _NONE: _Values = frozenset()
 
 
 @dataclass
 class _State:
-    """What holds at one point of the function, on any path to it."""
+    """The analysis's knowledge at one point of the function, over all paths to it."""
 
-    names: dict[str, _Values]  # what each local name may hold
-    read: _Values  # values that may have been read, so that others may hold them too
+    names: dict[str, _Values]  # the possible values of each local name
+    read: _Values  # values that may have been read, so other objects may hold them
     ran: frozenset[_Add] = frozenset()  # adds that may have run
 
     def copy(self) -> _State:
         return _State(dict(self.names), self.read, self.ran)
 
     def join(self, other: _State) -> _State:
-        # Where one side lacks a name, reading it raises, so the other side says all about its value.
+        # If one side lacks a name, reading it raises there, so only the other side's values count.
         names = {name: self.names.get(name, _NONE) | other.names.get(name, _NONE) for name in self.names | other.names}
         return _State(names, self.read | other.read, self.ran | other.ran)
 
 
 def _final_adds(source: _Source) -> frozenset[_Add]:
-    """The adds that may make the returned hidden state: in each call that returns, exactly one of them runs, once."""
+    """Return the adds that may make the returned hidden state. In each call exactly one of them runs, once."""
     for node in ast.walk(source.tree):
         if isinstance(node, (ast.Global, ast.Nonlocal, ast.Yield, ast.YieldFrom)):
             source.refuse("has a statement that is not followed", node)
@@ -266,13 +268,13 @@ def _line(value: _Add | _Other) -> int:
 class _Reader:
     """Follows the values of local names through a function, statement by statement.
 
-    Sequences, `if` and `with` are followed (a context manager is taken to let exceptions through). Other compound
-    statements are opaque: what they assign is unknown afterwards, and they must not return. That covers loops too,
-    whose adds could run more than once.
+    Sequences, `if` and `with` are followed, with the assumption that context managers do not swallow exceptions. Other
+    compound statements are opaque: the names that they assign become unknown, and they must not return. These include
+    loops, because an add in a loop may run more than once.
     """
 
     def __init__(self, source: _Source) -> None:
-        self.returned: _Values = _NONE  # for a tuple, its first element
+        self.returned: _Values = _NONE  # the first element of a returned tuple
         self.ran_before: dict[_Add, frozenset[_Add]] = {}
         self.self_name = source.self_name()
         parameters = [node for node in ast.walk(source.tree.args) if isinstance(node, ast.arg)]
@@ -282,7 +284,7 @@ class _Reader:
             self.returned |= {_Other(source.tree, "nothing where its end is reached")}
 
     def _block(self, statements: list[ast.stmt], state: _State | None) -> _State | None:
-        """The state after the statements; None if their end is never reached."""
+        """Return the state after the statements, or None if their end is never reached."""
         for statement in statements:
             state = state and self._statement(statement, state)
         return state
@@ -333,7 +335,7 @@ class _Reader:
         if in_place:
             _written_in_place(statement, state)
         if in_place and old & state.read:
-            # `h += x` writes into h's memory, which the rewritten add does not: nobody else may look there.
+            # `h += x` writes into h's memory, but the rewritten add does not. So no other object may hold that memory.
             if isinstance(statement.op, ast.Add):
                 new = frozenset({_Other(statement, "a sum written into memory that others may hold")})
             state.read |= new
@@ -352,7 +354,7 @@ class _Reader:
         state.names |= dict.fromkeys(_stored_names(node), frozenset({other}))
 
     def _side_effects(self, node: ast.AST, state: _State) -> None:
-        """Reads, assignments inside expressions, and writes into the memory of tensors."""
+        """Record reads, assignments inside expressions, and writes into the memory of tensors."""
         for part in ast.walk(node):
             match part:
                 case ast.Name(name, ast.Load()):
@@ -364,7 +366,7 @@ class _Reader:
                 case ast.AugAssign() | ast.Attribute(ctx=ast.Store()) | ast.Subscript(ctx=ast.Store()):
                     _written_in_place(part, state)
                 case ast.Call(ast.Attribute(attr=name) | ast.Name(name), keywords=keywords):
-                    # PyTorch's naming: `add_` and the like write into their argument.
+                    # In PyTorch's naming, `add_` and similar methods write into their argument.
                     in_place = name.endswith("_") and not name.endswith("__")
                     if in_place or any(keyword.arg in ("out", "inplace") for keyword in keywords):
                         _written_in_place(part, state)
@@ -403,14 +405,14 @@ class _Reader:
         return frozenset({add})
 
 
-#: Methods of a tensor that change its dtype or its device, and nothing else of it.
+#: Tensor methods that change only the dtype or the device.
 _CASTS = ("to", "type", "type_as", "float", "half", "bfloat16", "double")
 
 _DISPLAYS = (ast.List, ast.ListComp, ast.Set, ast.SetComp, ast.Dict, ast.DictComp, ast.GeneratorExp, ast.JoinedStr)
 
 
 def _stored_names(node: ast.AST) -> set[str]:
-    """All names that the node may assign or delete (and perhaps some of scopes inside it)."""
+    """Return all names that the node may assign or delete, perhaps with names of inner scopes."""
     names = set()
     for part in ast.walk(node):
         if isinstance(part, ast.Name) and not isinstance(part.ctx, ast.Load):
@@ -422,7 +424,7 @@ def _stored_names(node: ast.AST) -> set[str]:
 
 
 def _written_in_place(node: _Node, state: _State) -> None:
-    # Which tensors share memory is unknown: no add that was made before can be relied on.
+    # It is unknown which tensors share memory, so no earlier add can be relied on.
     other = frozenset({_Other(node, "a sum after which a tensor may be written in place")})
     state.names |= {name: other for name, values in state.names.items() if _holds_add(values)}
 
@@ -432,7 +434,7 @@ def _holds_add(values: _Values) -> bool:
 
 
 def _hidden(values: _Values, node: _Node) -> _Values:
-    """The hidden state in a returned value: the value itself, or a tuple's first element."""
+    """Return the hidden state in a returned value: the value itself, or a tuple's first element."""
     hidden: _Values = _NONE
     for value in values:
         hidden |= (value.first or {_Other(node, "an empty tuple")}) if isinstance(value, _Tuple) else {value}
@@ -449,7 +451,7 @@ def _concatenation(node: _Node, left: _Values, right: _Values) -> _Values:
 
 
 def _is_no_tensor(value: _Add | _Tuple | _Other) -> bool:
-    """Whether the value plainly is a number, a string or a collection: a literal, or an expression without names."""
+    """Return whether the value is plainly a number, string or collection: a literal, or an expression without names."""
     if not isinstance(value, _Other) or not isinstance(value.node, ast.expr):
         return False
     return isinstance(value.node, _DISPLAYS) or not any(isinstance(part, ast.Name) for part in ast.walk(value.node))
@@ -460,7 +462,7 @@ def _is_no_tensor(value: _Add | _Tuple | _Other) -> bool:
 
 
 def _unwrap(function: object) -> tuple[list[FunctionType], FunctionType]:
-    """The wrappers that decorators put around a function, outermost first, and the function itself."""
+    """Return the wrappers that decorators put around a function, outermost first, and the function itself."""
     wrappers: list[FunctionType] = []
     while isinstance(function, FunctionType):
         if not hasattr(function, "__wrapped__"):
@@ -479,9 +481,9 @@ def _rewrap(wrappers: list[FunctionType], old: FunctionType, new: FunctionType) 
 
 
 def _copy_function(function: FunctionType, code: CodeType, replace: Mapping[int, object]) -> FunctionType:
-    """A copy that runs `code`, in whose closure and attributes other objects stand for those with the given ids."""
+    """Copy a function to run `code`, with objects of the given ids replaced in its closure and attributes."""
     cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
-    # A wrapper may know itself by its own cell (as the checkpointing wrapper of transformers does): the copy must too.
+    # A wrapper may refer to itself through its own cell, as transformers' checkpointing does. So must the copy.
     own = CellType()
     for name, cell in cells.items():
         content = _content(cell)
@@ -494,7 +496,7 @@ def _copy_function(function: FunctionType, code: CodeType, replace: Mapping[int,
     own.cell_contents = copy
     copy.__kwdefaults__ = function.__kwdefaults__ and dict(function.__kwdefaults__)
     functools.update_wrapper(copy, function, updated=())
-    copy.__dict__.clear()  # of __wrapped__, which update_wrapper adds
+    copy.__dict__.clear()  # removes __wrapped__, which update_wrapper adds
     copy.__dict__.update((key, replace.get(id(value), value)) for key, value in function.__dict__.items())
     return copy
 

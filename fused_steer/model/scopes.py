@@ -1,11 +1,11 @@
-"""Who may change how a model is steered: not another thread while the model runs, nor another inside an open scope.
+"""Guard how a model is steered against changes by other threads, and against use inside another thread's scope.
 
-A scope is a block such as `with steering.disabled():`. It belongs to the thread or task that opened it: elsewhere the
-model is refused as long as the scope is open, because it would compute by something that its caller does not know of. A
-thread that is started inside a scope runs the model in it if it is started with a copy of the context:
+A scope is a block such as `with steering.disabled():`. It belongs to the thread or task that opened it. Others may not
+run the model while the scope is open, because it would compute something that they do not expect. A thread started
+inside a scope takes part in it if it is started with a copy of the context:
 `Thread(target=contextvars.copy_context().run, args=(model.generate,), kwargs=...)`.
 
-A change, such as `steering.use`, happens at once for all layers: passes in other threads come before it or after it.
+A change, such as `steering.use`, takes effect in all layers at once. Passes in other threads run before or after it.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from typing import Any
 
 from torch import nn
 
-#: The numbers of the scopes that were opened in this thread or task, outermost first.
+#: The numbers of the scopes opened in this thread or task, outermost first.
 _carried: ContextVar[tuple[int, ...]] = ContextVar("fused_steer_scopes", default=())
 _numbers = itertools.count()
 
 
-#: What holds locks: objects with a method `after_fork`, which is called in a forked process.
+#: Objects that hold locks. Their method `after_fork` is called in a forked process.
 renewed_after_fork: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 class Scope:
-    """An open scope. It is kept alive by the block that it belongs to alone, so that it cannot outlive that."""
+    """An open scope. Only its block keeps it alive, so it cannot outlive the block."""
 
     __slots__ = ("__weakref__", "number", "what")
 
@@ -42,20 +42,21 @@ class Scope:
 
 
 class Scopes:
-    """The open scopes of one model, and the passes that run in each thread.
+    """The open scopes of one model, and the number of its passes in each thread.
 
-    turn: a lock for what only one thread may do at a time, and others wait for.
+    Attributes:
+        turn: a lock for actions that wait for each other, such as batches.
     """
 
     def __init__(self, runs: Callable[[int], bool] | None = None) -> None:
         """
         Args:
-            runs: whether a thread, by its number, is running modules; None looks at what the thread executes.
+            runs: returns whether a thread, by its number, is running modules. None inspects the thread's stack.
         """
         self._runs = runs or _runs_modules
-        self._passes: dict[int, int] = {}  # by thread
+        self._passes: dict[int, int] = {}  # number of passes, by thread
         self._open: weakref.WeakSet[Scope] = weakref.WeakSet()
-        self._ends: dict[int, Callable[[], None]] = {}  # by number of a scope
+        self._ends: dict[int, Callable[[], None]] = {}  # by scope number
         self._renew_locks()
         renewed_after_fork.add(self)
 
@@ -64,13 +65,13 @@ class Scopes:
         self.turn = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {}  # of a copied model: nothing runs, and no scope is open
+        return {}  # for a copied model, in which nothing runs and no scope is open
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__()  # type: ignore[misc]
 
     def after_fork(self) -> None:
-        """In a forked process only the thread that forked goes on, with the scopes that it is in."""
+        """Keep only the forking thread's passes and scopes. No other thread goes on in a forked process."""
         me, carried = threading.get_ident(), _carried.get()
         self._renew_locks()
         self._passes = {thread: count for thread, count in self._passes.items() if thread == me}
@@ -79,13 +80,13 @@ class Scopes:
                 self._open.discard(scope)
 
     def begin_pass(self, checked: bool = True) -> None:
-        """Say that the model runs in this thread, until `end_pass`.
+        """Note that the model runs in this thread, until `end_pass`.
 
         Args:
             checked: whether a scope of another thread or task is an error.
 
         Raises:
-            RuntimeError: a scope is open that is not this thread's or task's.
+            RuntimeError: a scope of another thread or task is open.
         """
         with self._lock:
             self.heal()
@@ -104,13 +105,13 @@ class Scopes:
 
     @contextlib.contextmanager
     def change(self, what: str) -> Iterator[None]:
-        """Inside, no pass begins in another thread.
+        """Allow a change inside this context. No pass begins in another thread meanwhile.
 
         Args:
-            what: is done, for the error: "steering.use is called".
+            what: the action, for the error message: "steering.use is called".
 
         Raises:
-            RuntimeError: the model runs in another thread, or a scope is open that is not this thread's or task's.
+            RuntimeError: the model runs in another thread, or a scope of another thread or task is open.
         """
         with self._lock:
             self.heal()
@@ -120,14 +121,14 @@ class Scopes:
 
     @contextlib.contextmanager
     def open(self, what: str, end: Callable[[], None]) -> Iterator[None]:
-        """A scope, which the model's passes in other threads and tasks may not enter.
+        """Open a scope: a block in which other threads and tasks may not run the model.
 
         Args:
-            what: opens it, for the error: "steering.disabled()".
-            end: takes back what the scope did; called when it ends, and again where an exception cut that off.
+            what: the scope's name in error messages: "steering.disabled()".
+            end: undoes the scope's effect. It is called at the end, and again if an exception interrupted it.
 
         Raises:
-            RuntimeError: as `change`.
+            RuntimeError: see `change`.
         """
         with self._lock:
             self.heal()
@@ -149,7 +150,7 @@ class Scopes:
                 self._ends.pop(scope.number)
 
     def heal(self) -> None:
-        """End the scopes that are not open any more, though an exception or a fork kept their end from running."""
+        """End scopes that are no longer open, if an exception or a fork kept their end from running."""
         if not self._ends:
             return
         with self._lock:
@@ -159,22 +160,22 @@ class Scopes:
                 del self._ends[number]
 
     def foreign(self) -> Scope | None:
-        """A scope that is open and not this thread's or task's; None: there is none."""
+        """Return an open scope of another thread or task, or None."""
         carried = _carried.get()
         return next((scope for scope in self._open if scope.number not in carried), None)
 
     def check(self, what: str) -> None:
-        """Raises RuntimeError inside a scope that is not this thread's or task's."""
+        """Raise RuntimeError if a scope of another thread or task is open."""
         scope = self.foreign() if self._open else None
         if scope is not None:
             raise RuntimeError(
-                f"{what} inside {scope.what} of another thread or task; expected it in the one that opened that, or "
-                "after it (a thread started inside takes part with contextvars.copy_context().run)"
+                f"{what} inside {scope.what} of another thread or task; expected it in that thread or task, or "
+                "afterwards (a thread started inside takes part with contextvars.copy_context().run)"
             )
 
     def _check_no_other_pass(self, what: str) -> None:
         me = threading.get_ident()
-        # PyTorch calls no hook at the end of a pass that Ctrl-C cuts off: such a pass is not over by its count.
+        # PyTorch calls no hook at the end of a pass that Ctrl-C interrupts, so the count alone does not suffice.
         if any(thread != me and self._runs(thread) for thread in list(self._passes)):
             raise RuntimeError(
                 f"{what} while the model runs in another thread; expected it before that pass or after it"
@@ -182,7 +183,7 @@ class Scopes:
 
 
 def _runs_modules(thread: int) -> bool:
-    """Whether a thread is inside the call of a module now."""
+    """Return whether a thread is inside the call of a module now."""
     frame = sys._current_frames().get(thread)
     while frame is not None:
         if frame.f_code is nn.Module._call_impl.__code__:

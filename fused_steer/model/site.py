@@ -1,4 +1,4 @@
-"""The site: the module that sits in a steered decoder layer."""
+"""The site: the module in a decoder layer that adds the sublayer's output (`branch`) and steers the sum."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _Parameter = TypeVar("_Parameter", Tensor, Tensor | None)
 
 
 class _LostGradient(torch.autograd.Function):
-    """A block's branch that a gradient cannot pass: an error once the gradient is asked for, no silent 0."""
+    """The branch of a block that loses its input's gradient. Backward raises instead of returning a silent 0."""
 
     @staticmethod
     def forward(ctx: Any, branch: Tensor, entering: Tensor) -> Tensor:
@@ -29,25 +29,25 @@ class _LostGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         raise RuntimeError(
-            "a steered block passes no gradient from its output to its input, as modules quantised for inference do "
-            "not; expected a base that can be trained through"
+            "a steered block passes no gradient from its output to its input (modules quantised for inference do not); "
+            "expected a base that can be trained through"
         )
 
 
 class Site(nn.Module):
-    """What sits in a decoder layer: it adds the block's output to the residual stream, and steers the sum.
+    """The module in a decoder layer that adds the block's output to the residual stream and steers the sum.
 
-    Parameters live under `steer_down.<adapter>` and `steer_up.<adapter>`, as PEFT's layers have theirs. Which adapters
-    steer, a class of sites says by `steer` and `in_graph`.
+    Parameters are named `steer_down.<adapter>` and `steer_up.<adapter>`, as in PEFT's layers. Subclasses choose the
+    adapters that steer, in `steer` and `in_graph`.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.steer_down = Factors()
         self.steer_up = Factors()
-        self.patched: Any = None  # the PatchedLayer that it sits in
-        self.calls = 0  # eager ones since reset
-        self.backend: str | None = None  # that of the last eager call
+        self.patched: Any = None  # the PatchedLayer that holds this site
+        self.calls = 0  # eager calls since the last reset
+        self.backend: str | None = None  # the backend of the last eager call
 
     def attach(self, name: str, adapter: Adapter) -> None:
         self.steer_down[name] = adapter.down.train(self.training)
@@ -57,46 +57,44 @@ class Site(nn.Module):
         del self.steer_down[name], self.steer_up[name]
 
     def adapter(self, name: str) -> Adapter | None:
-        """The adapter's parameters here; None if it skips this layer."""
+        """Return the adapter's parameters here, or None if it skips this layer."""
         return Adapter(self.steer_down[name], self.steer_up[name]) if name in self.steer_down else None
 
     def forward(self, residual: Tensor, branch: Tensor | None = None, entering: Tensor | None = None) -> Tensor:
-        """residual + branch, steered. (..., d)
+        """Return residual + branch, steered. (..., d)
 
         Args:
-            residual, branch: what the block adds up at its end. Without branch, `residual` is the finished sum.
-            entering: what the block was given, its first argument; it tells whether a gradient has to pass the block.
+            residual, branch: the operands of the block's last add. Without branch, `residual` is the finished sum.
+            entering: the block's first argument, which tells whether a gradient has to pass through the block.
         """
         return self.in_graph(residual, branch) if is_compiling() else self.steer(residual, branch, entering)
 
     def steer(self, residual: Tensor, branch: Tensor | None = None, entering: Tensor | None = None) -> Tensor:
-        """`forward` outside of compiled graphs. A layer calls it directly where nobody hooked the site.
+        """Compute `forward` outside of compiled graphs. A layer without hooks on its site calls this directly.
 
-        It has to call `called`, and to count the call and note its backend.
+        Implementations have to call `called`, count the call and note its backend.
         """
         raise NotImplementedError
 
     def in_graph(self, residual: Tensor, branch: Tensor | None) -> Tensor:
-        """`forward` as torch.compile reads it."""
+        """Compute `forward` in a form that torch.compile can trace."""
         raise NotImplementedError
 
     def called(self, residual: Tensor, branch: Tensor | None, entering: Tensor | None) -> Tensor | None:
-        """Say that the site runs. Returns the branch, wrapped so that backward raises where the block has lost the
-        gradient of its input."""
+        """Note that the site runs. Return the branch, which raises in backward if the block would drop the gradient."""
         note_run(self)
         if branch is not None and is_grad_enabled() and not (residual.requires_grad and branch.requires_grad):
-            # What trains outside the layer may enter by one of the two: only a gradient that the layer's input asks for
-            # can be lost.
+            # Only a gradient that the layer's input requires can be lost. Outside parameters may enter by one operand.
             if isinstance(entering, Tensor) and entering.requires_grad:
                 return _LostGradient.apply(branch, entering)
         return branch
 
 
 class _PlannedComputed(PlannedPostBlock):
-    """The op with an adapter of LoReFT, or one that is kept orthogonal to a LoRA.
+    """The op for an adapter of LoReFT, or one that is kept orthogonal to a LoRA.
 
-    Its operands go through autograd, which saves a basis or a rotation: in a checkpoint they may be made only once a
-    call. So no call with gradients is tried by its last plan first.
+    Autograd saves the basis or the rotation for its operands, so under checkpointing they may be made only once in a
+    call. Therefore a call with gradients does not try the last plan first.
     """
 
     __slots__ = ()
@@ -111,25 +109,25 @@ class _PlannedComputed(PlannedPostBlock):
 
 
 class SteeringSite(Site):
-    """A site of `patch_model`, which steers by the adapter in use, or in a batch each row by its own."""
+    """A site of `patch_model`. The active adapter steers every token, or in a batch each row's own adapter."""
 
-    #: The op with its launch plans, and a function that returns the op's operands behind residual and branch as they
-    #: are now: the adapter's parameters; in a batch, what `rows` says. Any assignment on the site drops it.
+    #: The op with its launch plans, and a function that returns the op's present operands after residual and branch:
+    #: the adapter's parameters, or those of `rows`. Any assignment on the site resets it.
     _planned: tuple[Any, Callable[[], tuple[Tensor, ...]]] | None
 
     def __init__(self) -> None:
         super().__init__()
-        self.active: str | None = None  # the adapter in use; None, or one that skips this layer: a plain add
+        self.active: str | None = None  # the active adapter; None, or one that skips this layer, is a plain add
         self.enabled = True
-        self.activation = "identity"  # of the active adapter, as is scale
+        self.activation = "identity"  # of the active adapter
         self.scale = 1.0
-        self.strength: Tensor  # scale as an input of compiled graphs: as a number it would be a constant of each
+        self.strength: Tensor  # a tensor, because a number would be a constant of compiled graphs
         self.register_buffer("strength", None, persistent=False)
         self._set_strength(torch.device("cpu"))
-        self.gains: Any = None  # which tokens of a pass are steered; None: all
-        self.basis: Tensor | None  # V (d, k) float32, where W2 and b2 are kept orthogonal to it while they train
+        self.gains: Any = None  # gives the gain of each token of a pass; None: every token is steered
+        self.basis: Tensor | None  # V (d, k) float32, which W2 and b2 are kept orthogonal to in training
         self.register_buffer("basis", None, persistent=False)
-        #: While each row of a batch has its own adapter: a module that steers by rows, with a `plan` for `_planned`.
+        #: The module that steers by rows while each row of a batch has its own adapter. Its `plan` fills `_planned`.
         self.rows: Any
         self.register_module("rows", None)
 
@@ -138,7 +136,7 @@ class SteeringSite(Site):
         super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Copies and pickles plan for themselves, and are in no batch and in no `disabled`.
+        # A copy makes its own plans, and is in no batch and in no `disabled`.
         return self.__dict__ | {"_planned": None, "enabled": True, "_modules": {**self._modules, "rows": None}}
 
     def _replicate_for_data_parallel(self) -> SteeringSite:
@@ -155,8 +153,10 @@ class SteeringSite(Site):
         self.__dict__["_planned"] = None
 
     def low_rank(self) -> tuple[Tensor, Tensor] | None:
-        """W1 and W2 of the adapter that steers every token; None where there is none, it is a vector, or they are made
-        in each call."""
+        """Return W1 and W2 of the adapter that steers every token, or None.
+
+        None: there is no adapter, or it is a vector, or its W1 and W2 are made in each call.
+        """
         if self.active is None or not self.enabled or self.rows is not None:
             return None
         factor = self.steer_up[self.active]
@@ -164,9 +164,10 @@ class SteeringSite(Site):
         return None if down is None or up is None or isinstance(factor, Rotation) else (down, up)
 
     def use(self, name: str | None, activation: str, scale: float, gains: Any = None) -> None:
-        """Let the adapter `name` steer and train, and no other. None, or one that skips this layer, is a plain add.
+        """Make `name` the only adapter that steers and trains. None, or one that skips this layer, is a plain add.
 
-        gains: gives the gain of each token, by `of`; None: every token is steered.
+        Args:
+            gains: gives the gain of each token, by its method `of`. None: every token is steered.
         """
         self.active = name if name is not None and name in self.steer_down else None
         self.activation, self.scale, self.gains = activation, scale, gains
@@ -176,12 +177,12 @@ class SteeringSite(Site):
         self._set_strength(next((p.device for p in self.parameters()), self.strength.device))
 
     def set_scale(self, scale: float) -> None:
-        """Change the strength, and nothing else."""
+        """Change only the strength."""
         self.scale = scale
         self._set_strength(self.strength.device)
 
     def remember(self) -> Callable[[], None]:
-        """A function that gives the site back its adapters, the one in use, and what trains, as they are now."""
+        """Return a function that restores the site's adapters, the active one, and which parameters train."""
         choice = {name: getattr(self, name) for name in ("active", "enabled", "activation", "scale", "gains")}
         buffers = dict(self._buffers)
         factors = [(modules, dict(modules._modules)) for modules in (self.steer_down, self.steer_up)]
@@ -199,17 +200,17 @@ class SteeringSite(Site):
 
         return give_back
 
-    @torch.inference_mode(False)  # whose tensors no compiled graph that trains may keep
+    @torch.inference_mode(False)  # an inference tensor cannot be part of a compiled training graph
     def _set_strength(self, device: torch.device) -> None:
         self.strength = torch.full((), self.scale, dtype=torch.float32, device=device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SteeringSite:
         super()._apply(fn, recurse)
-        self._set_strength(self.strength.device)  # not rounded to another dtype
+        self._set_strength(self.strength.device)  # not rounded to the new dtype
         return self
 
     def steer(self, residual: Tensor, branch: Tensor | None = None, entering: Tensor | None = None) -> Tensor:
-        noted = self.__dict__  # past nn.Module's __setattr__, which takes longer than all the rest here
+        noted = self.__dict__  # bypasses nn.Module's __setattr__, which takes longer than the rest of this function
         planned = noted["_planned"]
         if planned is None:
             planned = self._plan(residual)
@@ -248,12 +249,12 @@ class SteeringSite(Site):
             up_bias=self._constrained(up_bias),
             activation=self.activation,
             gain=None if self.gains is None else self.gains.of(residual, entering),
-            # float64 is multiplied by what the config says, not by its rounded value.
+            # For float64 the config's exact value is used, not the float32 one.
             scale=self.scale if residual.dtype == torch.float64 else self.strength,
         )
 
     def _plan(self, residual: Tensor) -> tuple[Any, Callable[[], tuple[Tensor, ...]]] | None:
-        """Make `_planned`; None where nothing steers."""
+        """Make and return `_planned`, or None if nothing steers."""
         if self.rows is not None and self.enabled:
             planned = self.__dict__["_planned"] = self.rows.plan(residual.device)
             return planned
@@ -264,8 +265,8 @@ class SteeringSite(Site):
         for parameter in (w1, w2, b1, b2):
             if parameter is not None and parameter.is_meta and not residual.is_meta:
                 raise ValueError(
-                    f"adapter {self.active!r} is on meta, as what is offloaded; expected it on {residual.device} "
-                    "(offload the model before it is patched)"
+                    f"adapter {self.active!r} is on meta, as offloaded modules are; expected it on {residual.device} "
+                    "(call accelerate's offloading first, then patch_model)"
                 )
         names = [
             (factor, name, factor is factors[1])
@@ -281,7 +282,7 @@ class SteeringSite(Site):
         of_up: dict[str, Any] = up._parameters
 
         def usual() -> tuple[Tensor, ...]:
-            # Looked up in each call: a parameter or factor that was replaced since shows.
+            # Looked up in each call, so that a replaced parameter or factor is used.
             if downs[active] is down and ups[active] is up:
                 return of_down["weight"], of_up["weight"]
             return downs[active].weight, ups[active].weight
@@ -304,7 +305,7 @@ class SteeringSite(Site):
         return planned
 
     def _constrained(self, parameter: _Parameter) -> _Parameter:
-        """W2 or b2, which is orthogonal to the basis already: what has to be projected is its gradient."""
+        """Return W2 or b2, with its gradient projected if there is a basis. Its value is orthogonal already."""
         if self.basis is None or parameter is None or not (torch.is_grad_enabled() and parameter.requires_grad):
             return parameter
         return project_gradient(parameter, self.basis)

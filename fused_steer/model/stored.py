@@ -1,4 +1,4 @@
-"""An adapter of a patched model as files have it, and its values taken back from a file."""
+"""Convert an adapter of a patched model to file contents, and restore its values from a file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Sites = Mapping[int, SteeringSite]  # by layer
 
 
 def adapter_tensors(sites: Sites, name: str) -> ByLayer:
-    """An adapter's tensors as this process has them."""
+    """Return an adapter's tensors by layer, as this process holds them."""
     adapters = {index: site.adapter(name) for index, site in sites.items()}
     return {index: adapter.named_tensors() for index, adapter in adapters.items() if adapter is not None}
 
@@ -27,17 +27,17 @@ def adapter_tensors(sites: Sites, name: str) -> ByLayer:
 def adapter_file(
     name: str, config: SteerConfig, layout: Layout, sites: Sites, constrained: ByLayer
 ) -> tuple[AdapterFile, bool]:
-    """The adapter as a file has it, and whether all processes put it together.
+    """Return an adapter as file contents, and whether all processes gathered it together.
 
     Args:
-        name: the adapter's.
-        config: the adapter's; the dtype that is written is the parameters' own.
-        layout: of the model.
-        sites: the model's.
-        constrained: values that are written in place of the parameters'.
+        name: the adapter's name.
+        config: the adapter's config. The written dtype is the parameters' own.
+        layout: the model's layout.
+        sites: the model's sites.
+        constrained: values that replace the parameters' values.
 
     Raises:
-        ValueError: the parameters are of several dtypes, not finite, or parts that make no whole adapter.
+        ValueError: the parameters have several dtypes, are not finite, or the shards do not form a whole adapter.
     """
     tensors = layout.paths(adapter_tensors(sites, name)) | layout.paths(constrained)
     together = any(map(is_dtensor, tensors.values())) or any(sharder(site) == "FSDP" for site in sites.values())
@@ -47,10 +47,10 @@ def adapter_file(
 def files_of_state(
     configs: Mapping[str, SteerConfig], layout: Layout, state: Mapping[str, Tensor]
 ) -> dict[str, AdapterFile]:
-    """Adapters with the values of the model's state dict, by name; without those that it leaves out.
+    """Return the adapters in a model's state dict as file contents, by name, with the state dict's values.
 
     Raises:
-        ValueError: as `adapter_file`, or the state dict has a part of an adapter.
+        ValueError: see `adapter_file`; or the state dict has only a part of an adapter.
     """
     files = {}
     for name, config in configs.items():
@@ -88,10 +88,10 @@ def _file(name: str, config: SteerConfig, layout: Layout, tensors: dict[str, Ten
 
 
 def check_same_config(source: Any, saved: SteerConfig, name: str, here: SteerConfig) -> None:
-    """Refuse values that were saved with another config than the adapter has here. Their strengths may differ.
+    """Check that saved values have the same config as the adapter, apart from the strength.
 
     Raises:
-        ValueError: it names `source` and the first field that differs.
+        ValueError: a field differs. The message names `source` and the field.
     """
     theirs, ours = (replace(config, scale=1.0).to_dict() for config in (saved, here))
     for field in dict.fromkeys((*ours, *theirs)):
@@ -104,12 +104,12 @@ def check_same_config(source: Any, saved: SteerConfig, name: str, here: SteerCon
 
 @torch.no_grad()
 def restore_values(file: AdapterFile, name: str, sites: Sites, layers: Iterable[nn.Module]) -> None:
-    """Write a file's values into an adapter's parameters, all or none. With several processes each takes its own part.
+    """Write a file's values into an adapter's parameters; all or none. With several processes each takes its own part.
 
     Args:
-        file: of the adapter's config.
-        name: the adapter's.
-        sites: the model's.
+        file: the saved adapter, with the same config.
+        name: the adapter's name.
+        sites: the model's sites.
         layers: all of the model's decoder layers.
 
     Raises:

@@ -1,8 +1,8 @@
-"""Sees to it that a patched layer that ran was steered: in that layer, in that thread, for that call.
+"""Check that a patched layer which ran was also steered, for each call and thread.
 
-A layer whose forward is the one that `patch_model` gave it calls its site; nothing has to be looked at. Where another
-forward is put on the layer (accelerate's offloading, a wrapper, a replacement), that forward is watched: the site must
-have run before it returns. So is each call of a layer that a hook steers. Calls in other threads have no say.
+A forward rewritten by `patch_model` always calls its site and needs no check. Another forward set on the layer
+(accelerate's offloading, a wrapper, a replacement) is watched: the site must have run before it returns. So is each
+call of a layer that a hook steers. Calls in other threads do not count.
 """
 
 from __future__ import annotations
@@ -20,8 +20,12 @@ from torch import nn
 class LayerReport:
     """How one layer is steered.
 
-    kind: "fused", or "hook" with its `reason`; backend: of the last eager call, None before one; calls: eager ones
-    since reset (a compiled graph does not count its own).
+    Attributes:
+        index, path, layer: the layer's index, its path in the model, and its class.
+        kind: "fused", or "hook" for the given `reason`.
+        backend: the backend of the last eager call, or None.
+        calls: eager calls since the last reset. A compiled graph does not count its calls.
+        reason: why the layer is steered by a hook.
     """
 
     index: int
@@ -34,7 +38,7 @@ class LayerReport:
 
 
 class Report(list[LayerReport]):
-    """A LayerReport for each steered layer; prints as a table."""
+    """A LayerReport for each steered layer. It prints as a table."""
 
     def __str__(self) -> str:
         head = f"{'layer':>5}  {'class':<28} {'kind':<6} {'backend':<8} {'calls':>7}"
@@ -47,15 +51,16 @@ class Report(list[LayerReport]):
 
 
 class _Thread(threading.local):
-    """What runs in this thread, innermost last: calls of layers that are watched, and packed weights of passes.
+    """The watched calls and packed weights of this thread, innermost last.
 
-    quiet: whether there is neither, so that a site needs to look at none.
+    Attributes:
+        quiet: whether there is neither, so that a site need not look.
     """
 
     def __init__(self) -> None:
         self.calls: list[_Call] = []
-        self.packs: list[Any] = []  # `passes.Pack`; None for a pass without one
-        #: How many packs there were when a model's pass began, by its `passes.Packing`.
+        self.packs: list[Any] = []  # `passes.Pack`, or None for a pass without one
+        #: The number of packs when a model's pass began, by the model's `passes.Packing`.
         self.begun: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self.quiet = True
 
@@ -75,7 +80,7 @@ thread = _Thread()
 
 
 def note_run(site: nn.Module) -> None:
-    """Say that `site` runs, for the watched calls of its layer in this thread. Needless where there are none."""
+    """Mark the watched calls of this site's layer in this thread as steered."""
     for call in thread.calls:
         if call.site is site:
             call.ran = True
@@ -84,14 +89,15 @@ def note_run(site: nn.Module) -> None:
 def call_watched(
     layer: nn.Module, site: nn.Module, name: str, run: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
-    """What `run(*args, **kwargs)` returns.
+    """Return `run(*args, **kwargs)`, and check that the layer's site ran meanwhile.
 
     Args:
-        layer, site: the patched layer that `run` is a call of, and its site.
-        name: the layer's, in the error.
+        layer, site: the patched layer that `run` calls, and its site.
+        name: the layer's name in the error message.
+        run: the function to call.
 
     Raises:
-        RuntimeError: the site did not run meanwhile in this thread.
+        RuntimeError: the site did not run in this thread.
     """
     call = _Call(site)
     thread.calls.append(call)
@@ -110,7 +116,7 @@ def call_watched(
 
 
 def _is_compiled(layer: nn.Module, function: Any) -> bool:
-    """Whether torch.compile may run the layer, or a function: a compiled graph steers without calling the site."""
+    """Return whether torch.compile may run the layer or function. A compiled graph steers without calling the site."""
     if getattr(layer, "_compiled_call_impl", None) is not None:
         return True
     while function is not None:
@@ -120,33 +126,33 @@ def _is_compiled(layer: nn.Module, function: Any) -> bool:
     return False
 
 
-#: Where a wrapper keeps the function that it wraps: functools.wraps, functools.partial, a bound method.
+#: The attributes in which functools.wraps, functools.partial and bound methods keep the inner function.
 _INNER = ("__wrapped__", "func", "__func__")
 
 
 class LayerList:
-    """Sees a steered layer that another module has taken the place of in the model."""
+    """Detects that another module has replaced a steered layer in the model."""
 
     def __init__(self, decoder: nn.Module, name: str) -> None:
         """
         Args:
             decoder: the module that runs the layers.
-            name: of its list of layers.
+            name: the name of its list of layers.
         """
         self._decoder, self._name = decoder, name
         self._originals: tuple[Any, ...] = tuple(decoder.get_submodule(name).children())
         self._seen = self._originals
 
     def check(self, patched: Mapping[int, Any]) -> None:
-        """Check the list as it is now. Cheap, unless it changed since the last time.
+        """Check the present list of layers. It is cheap unless the list changed since the last check.
 
-        A layer may be wrapped, moved or dropped (early exit, pruning); it may not be replaced.
+        A layer may be wrapped, moved or dropped (early exit, pruning), but not replaced.
 
         Args:
             patched: the `PatchedLayer`s by index.
 
         Raises:
-            RuntimeError: in the place of a steered layer stands a module that does not hold it.
+            RuntimeError: a module that does not hold the steered layer has replaced it.
         """
         layers = self._decoder._modules.get(self._name)
         here: tuple[Any, ...] = () if layers is None else tuple(layers._modules.values())

@@ -1,11 +1,11 @@
-"""Post-block steering as a method of PEFT: importing this package registers it.
+"""Post-block steering as a PEFT method. Importing this package registers it.
 
     import fused_steer.peft
     model = get_peft_model(model, PostBlockConfig(r=8, activation="silu"))
 
-PEFT then saves, loads, switches, disables and deletes steering as it does any other adapter; `model.steering` is not
-there, and its files are the same (`patch_model(model, "DIR")` reads what `save_pretrained` wrote, and the other way
-round). The steered layers are reached as `patch_model` reaches them.
+PEFT then saves, loads, switches, disables and deletes steering like any other adapter. There is no `model.steering`.
+The files are the same as `patch_model`'s: `patch_model(model, "DIR")` reads the output of `save_pretrained`, and PEFT
+reads the output of `steering.save`. The steered layers are the same, too.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from .config import POST_BLOCK, PostBlockConfig  # warns of an untried PEFT, before anything imports it
+from .config import POST_BLOCK, PostBlockConfig  # warns about an untried PEFT before anything imports it
 from .site import PeftSite
 from .tuner import PostBlockModel, take_out
 
@@ -22,12 +22,12 @@ __all__ = ["POST_BLOCK", "PeftSite", "PostBlockConfig", "PostBlockModel", "is_st
 
 
 def unload(model: nn.Module) -> nn.Module:
-    """Take out the steering that transformers put in by `from_pretrained`, `load_adapter` or `add_adapter`; the model.
+    """Remove the steering that transformers added by `from_pretrained`, `load_adapter` or `add_adapter`.
 
-    What `get_peft_model` or `PeftModel` has wrapped has an `unload` of its own.
+    Returns the model. A model wrapped by `get_peft_model` or `PeftModel` has its own `unload`.
 
     Raises:
-        RuntimeError: another library has since changed a layer's class; nothing is undone then.
+        RuntimeError: another library has since changed a layer's class. Nothing is undone.
     """
     configs = getattr(model, "peft_config", {})
     names = {name for name, config in configs.items() if config.peft_type == POST_BLOCK}
@@ -42,5 +42,5 @@ def unload(model: nn.Module) -> nn.Module:
 
 
 def is_steered(model: nn.Module) -> bool:
-    """Whether PEFT's steering is in the model."""
+    """Return whether the model carries PEFT's steering."""
     return any(isinstance(module, PeftSite) for module in model.modules())

@@ -1,4 +1,4 @@
-"""PostBlockConfig: a steering adapter as PEFT's configs have it."""
+"""PostBlockConfig: the PEFT config of a steering adapter."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from peft.utils import PeftType  # noqa: E402
 
 
 def _add_peft_type() -> PeftType:
-    """PeftType.POST_BLOCK. PEFT finds a method by its member of this enumeration, and has no call that adds one."""
+    """Add and return PeftType.POST_BLOCK. PEFT finds a method by this enumeration and has no function to extend it."""
     member = str.__new__(PeftType, PEFT_TYPE)
     member._name_, member._value_ = PEFT_TYPE, PEFT_TYPE
     PeftType._member_names_.append(PEFT_TYPE)
@@ -44,14 +44,14 @@ POST_BLOCK: PeftType = getattr(PeftType, PEFT_TYPE, None) or _add_peft_type()
 
 @dataclass
 class PostBlockConfig(PeftConfig):
-    """A `SteerConfig` as PEFT has its configs. Fields of the same name mean the same.
+    """A steering adapter's PEFT config. Fields named as in `SteerConfig` mean the same.
 
-    Fields that say how a loaded adapter was kept orthogonal to a LoRA are read; to train so, use `patch_model`.
-    `hidden_size` and `num_layers` are of the model that an adapter is for; they are filled in when it is added to one.
+    The fields about orthogonality to a LoRA are read from files only. To train with that constraint, use `patch_model`.
+    `hidden_size` and `num_layers` are the sizes of the adapter's model, set when it is added to one.
 
     Args:
-        r: the rank; `rank` is the same, as adapter files have it.
-        modules_to_save: names of modules that train and are saved beside the adapter, as PEFT has it. None: the heads
+        r: the rank. `rank`, its name in adapter files, is the same.
+        modules_to_save: names of modules that train and are saved beside the adapter, as in PEFT. None means the heads
             that were not loaded from a checkpoint (of a classifier, a reward model, a question answerer).
 
     Raises:
@@ -80,7 +80,7 @@ class PostBlockConfig(PeftConfig):
     tensors_sha256: Optional[str] = None  # noqa: UP045
     config_sha256: Optional[str] = None  # noqa: UP045
 
-    #: What PEFT matches modules by: the steering sites, which are put into the layers before it looks.
+    #: PEFT matches modules by this name. The sites are put into the layers before it looks.
     target_modules: ClassVar[str] = SITE
 
     def __post_init__(self) -> None:
@@ -93,9 +93,9 @@ class PostBlockConfig(PeftConfig):
         if isinstance(self.modules_to_save, str):
             raise TypeError(f"modules_to_save is {self.modules_to_save!r}; expected a list of names")
         if self.modules_to_save is not None:
-            self.modules_to_save = list(self.modules_to_save)  # PEFT adds the names of heads to it
+            self.modules_to_save = list(self.modules_to_save)  # a copy, because PEFT adds the names of heads to it
         elif self.fused_steer_version is not None:
-            self.modules_to_save = []  # a file says what was saved
+            self.modules_to_save = []  # a file names every saved module
         self._check_digest()
 
     def _take(self, steer: SteerConfig) -> None:
@@ -105,19 +105,21 @@ class PostBlockConfig(PeftConfig):
         self.layers = None if steer.layers is None else list(steer.layers)
 
     def _check_digest(self) -> None:
-        """Check that a file's fields are those that were saved. Its digests are then forgotten: fields may change."""
+        """Check that a file's fields are unchanged since saving. Then drop the digests, because fields may change."""
         digests = {name: getattr(self, name) for name in ("tensors_sha256", "weights_sha256") if getattr(self, name)}
         fields = {**self.to_dict(), "fused_steer_version": self.fused_steer_version, **digests}
         if self.config_sha256 is not None and self.config_sha256 != fields_digest(fields):
             raise ValueError(
-                f"the config's fields are not those that were saved; expected config_sha256 {self.config_sha256} (of a "
-                "config that was edited on purpose, remove that line)"
+                f"the config's fields were changed after saving; expected config_sha256 {self.config_sha256} (remove "
+                "that line if you edited the config on purpose)"
             )
         self.tensors_sha256 = self.weights_sha256 = self.config_sha256 = None
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
-        """As PEFT's. Weights that lie beside are checked, because PEFT reads them after it has changed the model.
+        """Load a config as PEFT does, and check the weights beside it.
+
+        PEFT reads the weights only after it has changed the model.
 
         Raises:
             ValueError: a file is broken, or the weights have values that are not finite or overflow float32.
@@ -128,26 +130,26 @@ class PostBlockConfig(PeftConfig):
         file = None
         if (folder / CONFIG_NAME).exists():
             if (folder / WEIGHTS_NAME).exists():
-                file = read_adapter(folder, without_heads=True)  # PEFT reads those
+                file = read_adapter(folder, without_heads=True)  # PEFT reads the heads
             else:
                 check_config(folder)
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
-        if file is not None:  # of several saves at a time the weights' own config holds
+        if file is not None:  # the config inside the weights file is valid even if several processes save at once
             config._take(file.config)
             config.hidden_size, config.num_layers = file.layout.hidden, file.layout.num_layers
         return config
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """As PEFT's. The digest of the tensors, which PEFT asks for before, is of this save alone."""
+        """Save the config as PEFT does, and drop the digest of the tensors, which is valid for this save only."""
         super().save_pretrained(save_directory, **kwargs)
         self.tensors_sha256 = None
 
     def steer_config(self) -> SteerConfig:
-        """The same as a SteerConfig."""
+        """Return the same settings as a SteerConfig."""
         return SteerConfig(**{field.name: getattr(self, field.name) for field in dataclasses.fields(SteerConfig)})
 
     def to_dict(self) -> dict[str, Any]:
-        """As both libraries' files have it; with digests where the tensors are being saved."""
+        """Return the fields as both libraries' files hold them. While tensors are being saved, digests are added."""
         peft = {field.name: getattr(self, field.name) for field in dataclasses.fields(PeftConfig)}
         sizes = {"hidden_size": self.hidden_size, "num_layers": self.num_layers}
         fields = {**peft, **sizes, **self.steer_config().to_dict(), "fused_steer_version": __version__}
@@ -157,8 +159,7 @@ class PostBlockConfig(PeftConfig):
 
 
 def _from_hub(repo_id: str, subfolder: str | None, options: dict[str, Any]) -> Path:
-    """The local folder of an adapter on the hub, whose files PEFT reads next; a folder that does not exist where there
-    is none. PEFT says what is wrong then."""
+    """Return the local folder of an adapter on the hub. If there is none, return a missing folder, and PEFT raises."""
     from huggingface_hub import hf_hub_download
 
     folder = Path(repo_id, subfolder or "")
@@ -169,7 +170,7 @@ def _from_hub(repo_id: str, subfolder: str | None, options: dict[str, Any]) -> P
 
 
 def _named_fields(config: type[PostBlockConfig]) -> type[PostBlockConfig]:
-    """An unknown field is refused: PEFT would leave it out, and load an adapter that computes something else."""
+    """Make the config refuse unknown fields. PEFT would drop them and load an adapter that computes something else."""
     init = config.__init__
 
     def __init__(self: PostBlockConfig, *args: Any, **fields: Any) -> None:

@@ -1,4 +1,4 @@
-"""The site of PEFT's steering in a decoder layer."""
+"""The module that steers one decoder layer with PEFT's adapters."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from ..serving.mixed import MixedRows
 
 
 class PeftSite(Site, BaseTunerLayer):
-    """A site with adapters that PEFT manages: all active ones steer, or in a mixed batch each row its own."""
+    """A steering site with adapters managed by PEFT. All active adapters steer, or in a mixed batch each row's own."""
 
     adapter_layer_names = ("steer_down", "steer_up")
 
     def __init__(self) -> None:
         super().__init__()
         self.configs: dict[str, SteerConfig] = {}
-        self.mixed: MixedRows | None = None  # while each row of a batch has its own adapter
+        self.mixed: MixedRows | None = None  # set while each row of a batch has its own adapter
         self.merged_adapters = []
         self._active_adapter = []
 
@@ -35,17 +35,17 @@ class PeftSite(Site, BaseTunerLayer):
         self.configs.pop(adapter_name, None)
 
     def get_base_layer(self) -> nn.Module:
-        """The decoder layer. A site wraps no module, as PEFT's other layers do."""
+        """Return the decoder layer. A site wraps no module, unlike PEFT's other layers."""
         return self.patched.layer
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """PEFT asks for it after it has put loaded tensors in the place of those on meta. They keep their dtype."""
+        """Move an adapter to the layer's device, keeping its dtype. PEFT calls this after replacing tensors on meta."""
         adapter = self.adapter(adapter_name)
         for factor in () if adapter is None else (adapter.down, adapter.up):
             factor.to(execution_device(self.patched.layer) if device is None else device)
 
     def cast(self, name: str, dtype: torch.dtype) -> None:
-        """Give an adapter's parameters another dtype."""
+        """Convert an adapter's parameters to another dtype."""
         adapter = self.adapter(name)
         for factor in () if adapter is None else (adapter.down, adapter.up):
             factor.to(dtype)
@@ -55,7 +55,7 @@ class PeftSite(Site, BaseTunerLayer):
 
     def steer(self, residual: Tensor, branch: Tensor | None = None, entering: Tensor | None = None) -> Tensor:
         branch = self.called(residual, branch, entering)
-        self.__dict__["calls"] += 1  # past nn.Module's __setattr__, which takes long
+        self.__dict__["calls"] += 1  # bypasses nn.Module's slow __setattr__
         self.__dict__["backend"] = select_backend(residual.device)
         if self.mixed is not None and not self.disable_adapters:
             return self.mixed.steer(self.patched.index, residual, branch)
@@ -71,7 +71,7 @@ class PeftSite(Site, BaseTunerLayer):
         return residual if branch is None else residual + branch
 
     def _sum(self, residual: Tensor, branch: Tensor | None, names: list[str]) -> Tensor:
-        """The shifts of several adapters are those of the same hidden state, and are added up."""
+        """Add the shifts of several adapters. All are computed from the same hidden state."""
         if len(names) == 1:
             return self._steer(residual, branch, names[0])
         x = residual if branch is None else residual + branch
@@ -101,5 +101,5 @@ class PeftSite(Site, BaseTunerLayer):
 def cannot_merge() -> ValueError:
     return ValueError(
         "a steering adapter cannot be merged into weights: its shift is added to the stream after the block, where "
-        "there is no weight to take it up; expected it to be kept (save_pretrained), or taken out (unload)"
+        "there is no weight; expected it to be kept (save_pretrained), or taken out (unload)"
     )

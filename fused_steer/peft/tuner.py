@@ -1,4 +1,4 @@
-"""PEFT's tuner of steering: it puts sites into a model's layers, and adapters into the sites."""
+"""The PEFT tuner for steering: puts sites into a model's layers, and adapters into the sites."""
 
 from __future__ import annotations
 
@@ -38,27 +38,27 @@ from .config import POST_BLOCK, PostBlockConfig
 from .site import PeftSite, cannot_merge
 
 PREFIX = "steer_"
-#: The names of heads that PEFT adds to a config's `modules_to_save` for its task, whichever of them there are.
+#: Names of heads that PEFT adds to a config's `modules_to_save` for its task, whether the model has them or not.
 _PEFTS_HEADS = {"classifier", "score", "qa_outputs"}
-_BASE = "__base__"  # PEFT's word for no adapter, among a batch's adapter names
+_BASE = "__base__"  # PEFT's name for no adapter in a batch
 
 
 class PostBlockModel(BaseTuner):
-    """Puts a site into each steered decoder layer, and adapters into the sites."""
+    """A model whose decoder layers PEFT steers: the sites in the layers hold the adapters."""
 
     prefix = PREFIX
     tuner_layer_cls = PeftSite
     target_module_mapping: dict[str, list[str]] = {}
-    #: The slots of the batch before that had an adapter for each row; used again where they fit.
+    #: The slots of the latest batch with an adapter for each row, reused if they fit.
     _loaded: LoadedSlots | None = None
 
-    # ----------------------------------------------------------------------------------------------------- in and out
+    # --------------------------------------------------------------------------------------- injection and removal
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Add an adapter: PEFT's own injection, after the layers have been given their sites.
+        """Put sites into the layers, then add an adapter by PEFT's own injection.
 
         Raises:
-            ValueError: the model has no decoder layers, is patched otherwise, or the adapter is for another.
+            ValueError: the model has no decoder layers or is patched otherwise, or the adapter is for another model.
         """
         config: Any = self.peft_config[adapter_name]  # a PostBlockConfig
         first = not any(isinstance(module, BaseTunerLayer) for module in model.modules())
@@ -86,7 +86,7 @@ class PostBlockModel(BaseTuner):
             new = patch_layers(bare, layout, PeftSite)
             config.hidden_size, config.num_layers = layout.hidden, layout.num_layers
             self._targets = {f"{layout.path(index)}.{SITE}" for index in indices}
-            if first:  # PEFT takes the sites for an earlier adapter's, beside which it freezes nothing more
+            if first:  # PEFT takes the new sites for an earlier adapter's, and then freezes nothing
                 model.requires_grad_(False)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except BaseException:
@@ -117,7 +117,7 @@ class PostBlockModel(BaseTuner):
         target.add(adapter_name, peft_config.steer_config(), peft_config.hidden_size, execution_device(parent))
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """The config says of what dtype the parameters are; without autocast, their layer does."""
+        """Keep the config's dtype. Without autocast, use the layer's dtype."""
         for site in () if autocast_adapter_dtype else self._sites():
             others = (p for name, p in site.patched.layer.named_parameters() if not name.startswith(f"{SITE}."))
             dtype = next((p.dtype for p in others if p.is_floating_point()), None)
@@ -125,7 +125,7 @@ class PostBlockModel(BaseTuner):
                 site.cast(adapter_name, dtype)
 
     def unload(self) -> nn.Module:
-        """The model as it was: its layers' own classes, its own heads, no sites."""
+        """Return the model without steering, with its own layer classes and heads."""
         take_out(self.model, set(self.peft_config))
         if hasattr(self.model, "peft_config"):
             del self.model.peft_config
@@ -144,7 +144,7 @@ class PostBlockModel(BaseTuner):
     def _get_adapter_state_dict(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor], *args: Any, **kwargs: Any
     ) -> dict[str, Tensor]:
-        """Refuse values that no adapter file may have. PEFT asks for the tensors before it writes them."""
+        """Return an adapter's tensors for saving, checked before PEFT writes them."""
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, *args, **kwargs)
         tensors = of_adapter(found.items(), adapter_name)
         for path, tensor in tensors.items():
@@ -162,15 +162,18 @@ class PostBlockModel(BaseTuner):
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        """A file's path of a tensor, without what is wrapped around the model now."""
+        """Return the path of a tensor in a file, without the wrappers that are around the model now."""
         return without_wrappers(super()._remove_adapter_name_from_key(key, adapter_name))
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Tensors by the model's names, matched by layer. What does not fit is refused before any of it is loaded: PEFT
-        would load the part that does, and warn. They are copies: PEFT may put them in the place of those on meta."""
+        """Return copies of a file's tensors under the model's names, matched by layer.
+
+        Tensors that do not fit are refused before any is loaded. PEFT would load the others and warn. They are copies,
+        because PEFT may put them in place of tensors on meta.
+        """
         heads = {
             f"{path}.{name}"
             for path, wrapper in _wrappers(model)
@@ -199,7 +202,7 @@ class PostBlockModel(BaseTuner):
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """`adapter_names`: each row of a batch by its own adapter, or by none ("__base__"), in inference."""
+        """Let each row of a batch use the adapter of `adapter_names`, or none ("__base__"), for inference."""
         names = kwargs.pop("adapter_names", None)
         if names is None:
             yield
@@ -233,16 +236,16 @@ class PostBlockModel(BaseTuner):
     def add_weighted_adapter(
         self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str = "linear"
     ) -> None:
-        """Add an adapter whose shift is the weighted sum of others': Σ wᵢ sᵢ (W2ᵢ φ(W1ᵢ h + b1ᵢ) + b2ᵢ).
+        """Add an adapter with the weighted sum of other adapters' shifts: Σ wᵢ sᵢ (W2ᵢ φ(W1ᵢ h + b1ᵢ) + b2ᵢ).
 
         Args:
-            adapters, weights: those that are added up, and by how much.
-            adapter_name: the new one's. Its rank is the sum of theirs.
-            combination_type: "linear", of vectors and linear forms; "cat", also of adapters that share a nonlinear φ.
+            adapters, weights: the names of the adapters, and their weights.
+            adapter_name: the new adapter's name. Its rank is the sum of the adapters' ranks.
+            combination_type: "linear", for vectors and φ = identity, or "cat", also for adapters with the same φ.
 
         Raises:
-            ValueError: an unknown or taken name, weights that do not fit, forms whose sum is no such adapter, or
-                adapters with heads.
+            ValueError: an unknown or taken name, weights that do not fit, adapters with a sum that is not an adapter,
+                or adapters with heads.
         """
         configs = [self._known(name) for name in adapters]
         if adapter_name in self.peft_config:
@@ -252,7 +255,7 @@ class PostBlockModel(BaseTuner):
         for name in adapters:
             if any(name in wrapper.modules_to_save for _, wrapper in _wrappers(self.model)):
                 raise ValueError(
-                    f"adapter {name!r} has a trained head; expected adapters without, whose sum is defined"
+                    f"adapter {name!r} has a trained head; expected adapters without one, as heads have no sum"
                 )
         if combination_type not in ("linear", "cat"):
             raise ValueError(f"combination_type is {combination_type!r}; expected 'linear' or 'cat'")
@@ -303,18 +306,18 @@ class PostBlockModel(BaseTuner):
 
 
 def _pass_names(names: list[str], wrapper: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-    """Forward pre-hook: tell a head that PEFT wrapped which row is whose."""
+    """A forward pre-hook that passes each row's adapter name to a head wrapped by PEFT."""
     return args, {**kwargs, "adapter_names": names}
 
 
 def _complete_heads(config: PostBlockConfig, model: nn.Module) -> None:
-    """Let the heads that were not loaded train and be saved, unless the config says what does.
+    """Let heads that were not loaded from a checkpoint train and be saved, unless the config names the modules to save.
 
     Raises:
-        ValueError: the config names a module that is not there, which PEFT would pass over.
+        ValueError: the config names a module that the model lacks. PEFT would ignore it.
     """
     if config.inference_mode or config.fused_steer_version is not None:
-        return  # of a file, which says what was saved
+        return  # a file names every saved module
     named = set(config.modules_to_save or ())
     modules = [path for path, _ in model.named_modules()]
     for name in sorted(named - _PEFTS_HEADS):
@@ -327,14 +330,14 @@ def _complete_heads(config: PostBlockConfig, model: nn.Module) -> None:
 
 
 def _wrappers(model: nn.Module) -> Iterator[tuple[str, ModulesToSaveWrapper]]:
-    """PEFT's wrappers of modules that are trained and saved beside adapters, by path."""
+    """Yield PEFT's wrappers of modules that are trained and saved beside adapters, with their paths."""
     for name, module in model.named_modules():
         if isinstance(module, ModulesToSaveWrapper):
             yield name.removeprefix("_fsdp_wrapped_module."), module
 
 
 def take_out(model: nn.Module, names: set[str]) -> None:
-    """Take out the sites, and the heads of the adapters of these names."""
+    """Remove the sites, and the heads of the named adapters."""
     unpatch_layers(m.patched for m in model.modules() if isinstance(m, PeftSite) and m.patched is not None)
     _take_out_heads(model, names)
 
@@ -343,14 +346,17 @@ def _take_out_heads(model: nn.Module, names: set[str]) -> None:
     for path, wrapper in list(_wrappers(model)):
         if set(wrapper.modules_to_save) <= names:
             model.set_submodule(path, wrapper.original_module)
-        else:  # beside another method's
+        else:  # another method's adapter uses the head too
             for name in names & set(wrapper.modules_to_save):
                 wrapper.delete_adapter(name, None)
 
 
 def _fill(site: PeftSite, name: str, parts: list[tuple[str, float, SteerConfig]]) -> None:
-    """Put the parts side by side: rows of W1, columns of W2 by weight and strength; an absent one is zeros."""
-    target: Any = site.adapter(name)  # has each part that one of the others has
+    """Fill an adapter with the others side by side: rows of W1, and columns of W2 times weight and strength.
+
+    The parts of an adapter without a tensor are zeros.
+    """
+    target: Any = site.adapter(name)  # has every tensor that one of the others has
     for parameter in (target.down.weight, target.down.bias, target.up.weight, target.up.bias):
         if parameter is not None:
             parameter.zero_()

@@ -1,1 +1,1 @@
-"""Many adapters at a time: slots that hold them, batches of rows that use them, a pool that loads them."""
+"""Many adapters at a time: slots on the device, batches with an adapter for each row, and a pool of adapter files."""

@@ -1,4 +1,4 @@
-"""Steers each row of a batch by its own adapter, with its own strength and at its own token positions."""
+"""Steer each row of a batch by its own adapter, with its own strength and at its own token positions."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ from .requests import Request
 from .rows import Rows
 from .slots import Held
 
-# ------------------------------------------------------------------------------------------------------- while it runs
+# --------------------------------------------------------------------------------------------------- the running batch
 
 
 @dataclass
 class Batch:
-    """A batch that runs: what its layers read in each forward pass, and what that is worked out from."""
+    """A running batch: its requests, and the slots and strengths of each token in the present forward pass."""
 
     requests: list[Request]
     held: Held
-    scopes: Scopes  # of the model
-    opener: int = field(default_factory=threading.get_ident)  # the thread
-    thread: int | None = None  # that runs the model now
-    ids: Tensor | None = None  # (rows, tokens) int32, of the pass that runs or comes next
-    gain: Tensor | None = None  # (rows, tokens) float32
+    scopes: Scopes  # the model's scopes
+    opener: int = field(default_factory=threading.get_ident)  # the thread that opened the batch
+    thread: int | None = None  # the thread that runs the model now
+    ids: Tensor | None = None  # (rows, tokens) int32, each token's slot in the present or next pass
+    gain: Tensor | None = None  # (rows, tokens) float32, each token's strength
     prompt: int | None = None  # columns of the prompt, padding included
-    padding: Tensor | None = None  # (requests, prompt) of that prompt's mask, where `generate` was given one
+    padding: Tensor | None = None  # (requests, prompt) mask that was given to `generate`
     generating: int = 0
-    counted: int | None = None  # columns after the passes of the `generate` that runs; None: there was none yet
-    feeding: Seen | None = None  # the cache of the pass outside `generate` that runs
-    seen: Seen | None = None  # and of the one before, once it was through
-    passing: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)  # of the pass outside `generate`
+    counted: int | None = None  # columns after the latest pass of the running `generate`, None before the first
+    feeding: Seen | None = None  # the cache of the running pass outside `generate`
+    seen: Seen | None = None  # the cache of the latest finished pass outside `generate`
+    passing: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)  # during a pass outside `generate`
     _decode: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _routings: dict[torch.device, tuple[Tensor, Routing]] = field(default_factory=dict)
 
@@ -58,10 +58,10 @@ class Batch:
 
     @contextlib.contextmanager
     def in_this_thread(self) -> Iterator[None]:
-        """Inside, this thread runs the model.
+        """Let this thread run the model.
 
         Raises:
-            RuntimeError: the batch is another thread's or task's, or another thread runs the model in it.
+            RuntimeError: the batch belongs to another thread or task, or another thread runs the model in it.
         """
         self.scopes.check("the model runs")
         earlier, me = self.thread, threading.get_ident()
@@ -74,8 +74,7 @@ class Batch:
             self.thread = earlier
 
     def routing(self, device: torch.device) -> Routing:
-        """Of the pass that runs, on a layer's device: worked out once for all layers there, and for all steps that have
-        the same ids."""
+        """Return the running pass's routing on a layer's device. Layers there and steps with the same ids share it."""
         self.check_place()
         ids: Any = self.ids
         gain: Any = self.gain
@@ -85,28 +84,29 @@ class Batch:
         return found[1]
 
     def check_place(self) -> None:
-        """Raises RuntimeError where a compiled model runs outside of `generate`: nothing said where in the batch."""
+        """Raise RuntimeError if the position of the pass is unknown: a compiled model outside of `generate`."""
         if self.ids is None or self.gain is None:
             raise RuntimeError(
-                "a compiled model does not say where in a batch it is outside of generate; expected model.generate, or "
-                "the model uncompiled"
+                "the position of a compiled model in a batch is unknown outside of generate; expected model.generate, "
+                "or the model uncompiled"
             )
 
     def check_capture(self) -> None:
-        """A CUDA graph cannot ask where it is, and holds on to what it reads: the tensors of the pass before, which
-        have to stay. Those of generated tokens do, as long as the batch runs.
+        """Check that a CUDA graph is captured from a pass over generated tokens.
+
+        A graph keeps the tensors that it read. Those of generated tokens live as long as the batch.
 
         Raises:
             RuntimeError: there was no pass before, or it was over a prompt.
         """
         if not any(ids is self.ids for ids, _ in self._decode.values()):
             raise RuntimeError(
-                "a CUDA graph is captured of a pass that does not follow one over generated tokens; expected such a "
-                "pass of the same shape first, to warm up"
+                "a CUDA graph is captured without an earlier pass over generated tokens; expected a warm-up pass of "
+                "the same shape first"
             )
 
     def expansion(self, rows: int) -> int:
-        """How many rows of a pass belong to each row asked for, one after the other: beams, or sequences returned."""
+        """Return the number of consecutive rows of a pass for each request: beams, or returned sequences."""
         times, rest = divmod(rows, len(self.requests))
         if rest or not times or (times > 1 and not self.generating):
             raise ValueError(
@@ -115,9 +115,9 @@ class Batch:
         return times
 
     def prepare(self, rows: int, past: int, tokens: int, mask: Tensor | None, device: torch.device) -> None:
-        """Work out ids and gain of a pass over `tokens` columns after `past` cached ones.
+        """Compute ids and gain of a pass over `tokens` columns after `past` cached ones.
 
-        mask: (rows, at least past + tokens), 0 for padding; None: there is none.
+        mask: (rows, at least past + tokens), 0 for padding, or None.
         """
         times = self.expansion(rows)
         assert self.prompt is not None
@@ -134,10 +134,10 @@ class Batch:
             )
         real = mask.to(device) != 0
         whole = real[:, : self.prompt]
-        if whole.shape[1] < self.prompt:  # a prompt that is fed in parts
+        if whole.shape[1] < self.prompt:  # a prompt fed in parts
             whole = self._whole(whole, times)
         total = whole.sum(1, keepdim=True)
-        order = real.cumsum(1)[:, past : past + tokens]  # 1 for a row's first token that is no padding
+        order = real.cumsum(1)[:, past : past + tokens]  # 1 for a row's first token that is not padding
         real = real[:, past : past + tokens]
         first, last = (
             torch.tensor([getattr(where, end) for where in self.where], device=device).repeat_interleave(times)[:, None]
@@ -149,7 +149,7 @@ class Batch:
         self.gain = strengths.unsqueeze(1) * chosen
 
     def _whole(self, seen: Tensor, times: int) -> Tensor:
-        """The mask of a whole prompt, of which a pass has seen a part."""
+        """Return the mask of a whole prompt when a pass has only part of it."""
         assert self.prompt is not None
         if self.padding is not None:
             return self.padding.to(seen.device).repeat_interleave(times, 0) != 0
@@ -160,7 +160,7 @@ class Batch:
         return seen.new_ones(seen.shape[0], self.prompt)
 
     def _of_generated(self, times: int, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The same tensors in each step, which a compiled graph or a CUDA graph may hold on to."""
+        """Return ids and gain of generated tokens. Each step gets the same tensors, because graphs may hold them."""
         key = (times, tokens, device)
         if key not in self._decode:
             slots, strengths, generated = self._rows(times, device)
@@ -172,7 +172,7 @@ class Batch:
         return self._decode[key]
 
     def _rows(self, times: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Each row's slot, strength, and whether its generated tokens are steered."""
+        """Return each row's slot, strength, and whether its generated tokens are steered."""
         slots, strengths = [], []
         for request in self.requests:
             slots.append(-1 if request.name is None else self.held.numbers[request.name])
@@ -192,13 +192,13 @@ def run_batch(
     batch: Batch,
     undo: contextlib.ExitStack,
 ) -> None:
-    """Let `model` steer by rows, until `undo` is closed.
+    """Let `model` steer each row by its own adapter, until `undo` is closed.
 
-    Its `generate` and `prepare_inputs_for_generation` are wrapped, on this instance: there the prompt's length and
-    each pass's place in it are known. Other passes are seen by a hook of the decoder.
+    The model's `generate` and `prepare_inputs_for_generation` are wrapped on this instance. They know the prompt's
+    length and the position of each pass. A hook of the decoder handles other passes.
     """
     names = tuple(inspect.signature(decoder.forward).parameters)
-    # Whatever an exception interrupts, each change has been given to `undo` before, or in the same line.
+    # Each change is given to `undo` first, or on the same line, because an exception may interrupt at any point.
     for index, site in sites.items():
         undo.callback(setattr, site, "rows", None)
         site.rows = Rows(batch, batch.held.slots.get(index))
@@ -216,7 +216,7 @@ def run_batch(
 
 
 class _Hook:
-    """A hook of the decoder that belongs to a batch. A copied model is in no batch, and its hook does nothing."""
+    """A decoder hook of a batch. The hook of a copied model does nothing, because a copy is in no batch."""
 
     def __init__(self, function: Callable[..., None], *first: Any) -> None:
         self._function, self._first = function, first
@@ -225,7 +225,7 @@ class _Hook:
         self._function(*self._first, *args)
 
     def stop(self) -> None:
-        """Do nothing from now on: PyTorch also calls a hook that is removed while it calls those before."""
+        """Do nothing from now on. PyTorch may still call a hook that is removed while hooks run."""
         self._function = _nothing
 
     def __reduce__(self) -> Any:
@@ -237,7 +237,7 @@ def _nothing(*_: Any) -> None:
 
 
 class _Wrapped:
-    """A method of a model in a batch. A copied model has its class's own method there."""
+    """A wrapped method of a model in a batch. A copied model gets its class's method back."""
 
     def __init__(self, model: nn.Module, name: str, function: Callable[..., Any]) -> None:
         self._model, self._name, self._function = model, name, function
@@ -258,7 +258,7 @@ def _generate(batch: Batch, original: Any) -> Any:
                 return run(*args, **kwargs)
         except BaseException:
             if hasattr(kwargs.get("streamer"), "end"):
-                kwargs["streamer"].end()  # whoever reads it in another thread would wait for ever
+                kwargs["streamer"].end()  # a reader of the streamer in another thread would wait for ever
             raise
 
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -275,11 +275,11 @@ def _generate(batch: Batch, original: Any) -> Any:
                 )
             columns = prompt.shape[1]
         else:
-            columns = 1  # a beginning that generate makes up
+            columns = 1  # generate makes up a first token
         before = (batch.prompt, batch.padding, batch.counted)
         batch.counted = batch.feeding = batch.seen = None
         batch.padding = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-        # The mask spans the cached columns also where the new tokens alone are given.
+        # The mask spans the cached columns too, even if only the new tokens are given.
         batch.prompt = columns if batch.padding is None else batch.padding.shape[1]
         batch.generating += 1
         try:
@@ -295,8 +295,7 @@ def _generate(batch: Batch, original: Any) -> Any:
 def _refuse(batch: Batch, original: Any) -> Any:
     def generate_batch(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError(
-            "generate_batch puts requests together by itself, in a thread of its own; expected model.generate inside "
-            "steering.batch"
+            "generate_batch forms its own batches in another thread; expected model.generate inside steering.batch"
         )
 
     return generate_batch
@@ -332,9 +331,9 @@ _WRAPPERS: dict[str, Callable[[Batch, Any], Any]] = {
 def _before_forward(
     batch: Batch, names: Sequence[str], decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
-    """Before each eager pass: outside generate, work out where it is; inside, that is known.
+    """Before an eager pass outside `generate`, find its position in the batch.
 
-    names: of the decoder's arguments, in order.
+    names: the names of the decoder's arguments, in order.
     """
     if torch.compiler.is_compiling():
         return
@@ -365,14 +364,14 @@ def _before_forward(
 
 
 def _after_forward(batch: Batch, decoder: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    """After each eager pass outside generate: note what its cache holds, so that the next need not ask the device."""
+    """After an eager pass outside `generate`, note its cache's length, to spare the next pass reading the device."""
     if torch.compiler.is_compiling() or batch.thread != threading.get_ident() or batch.generating:
         return
     batch.passing.close()
     if batch.feeding is None:
         return
     seen, batch.feeding = batch.feeding, None
-    if seen.cache is None and isinstance(output, Mapping):  # one that the model has made
+    if seen.cache is None and isinstance(output, Mapping):  # the model made the cache
         seen.cache = find_cache(output)
     if not isinstance(seen.cache, Cache):
         return
@@ -391,10 +390,10 @@ def _first(given: Mapping[str, Any], *names: str) -> Any:
 
 
 def _past_in_generate(batch: Batch, given: Mapping[str, Any], mask: Tensor | None, tokens: int) -> int:
-    """The columns before a pass of `generate`, without reading the device.
+    """Return the number of columns before a pass of `generate`, without reading the device.
 
     Raises:
-        ValueError: the pass goes on with what is in no cache that can be found, or in one that does not tell.
+        ValueError: the pass continues a sequence, but its cache is not found or does not tell its length.
     """
     cache = find_cache(given)
     whole = given.get("input_ids")
@@ -411,22 +410,22 @@ def _past_in_generate(batch: Batch, given: Mapping[str, Any], mask: Tensor | Non
     length = cache_length(cache) if is_cache(cache) else None
     if isinstance(length, int):
         return length
-    if batch.counted is not None:  # generate alone feeds the model meanwhile
+    if batch.counted is not None:  # only generate feeds the model meanwhile
         return batch.counted
-    if mask is not None:  # which spans the cached columns too
+    if mask is not None:  # the mask spans the cached columns too
         return max(mask.shape[1] - tokens, 0)
     if isinstance(length, Tensor):
-        return int(length)  # once, with the prompt
+        return int(length)  # read once, with the prompt
     if is_empty(cache):
         return 0
     raise ValueError(does_not_tell(cache))
 
 
 def _past_of_a_pass(batch: Batch, given: Mapping[str, Any], tokens: int) -> tuple[int, Any]:
-    """The columns before a pass outside `generate`, and its cache.
+    """Return the number of columns before a pass outside `generate`, and its cache.
 
     Raises:
-        ValueError: as above.
+        ValueError: see `_past_in_generate`.
     """
     cache, seen = find_cache(given), batch.seen
     if cache is None:

@@ -1,4 +1,4 @@
-"""How far a pass has come: the cache among its arguments, and how many tokens that cache holds."""
+"""Find the key-value cache among the arguments of a forward pass, and the number of tokens that it holds."""
 
 from __future__ import annotations
 
@@ -10,19 +10,22 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-# ------------------------------------------------------------------------------------------- how far a pass has come
-
-#: Arguments that belong to a cache and are none.
+#: Names of arguments that belong to a cache but are not one.
 _NOT_A_CACHE = re.compile(r"^use_|_(position|positions|implementation|config|kwargs)$")
 _NAMED_AS_A_CACHE = re.compile(r"(^|_)(cache|caches|past|mems)(_|$)|^states?$")
 
 
 @dataclass
 class Seen:
-    """A cache after a pass: how many columns it holds, and by what a change from elsewhere shows.
+    """A cache after a pass, with its length.
 
-    counter: the tensor in which the cache keeps its length, if on the device, and its version after the pass: PyTorch
-    counts the writes to a tensor on the host.
+    PyTorch counts the writes to a tensor on the host, so a change by someone else shows without reading the device.
+
+    Attributes:
+        cache: the cache.
+        length: the columns that it holds.
+        counter: the device tensor in which the cache keeps its length, if it has one.
+        version: the version of `counter` after the pass.
     """
 
     cache: Any
@@ -35,18 +38,18 @@ class Seen:
 
 
 def cache_length(cache: Any) -> int | Tensor | None:
-    """The columns in a cache: an int, or a tensor that nobody has read yet. None: the cache does not say."""
+    """Return the columns in a cache, as an int or as a device tensor. None if the cache does not tell."""
     if isinstance(cache, (tuple, list)):
         return int(cache[0][0].shape[-2])
     try:
         length = cache.get_seq_length()
-    except (ValueError, NotImplementedError):  # of layers that keep a state of fixed size, and no columns
+    except (ValueError, NotImplementedError):  # raised by layers with a state of fixed size, which have no columns
         return None
     return length if isinstance(length, Tensor) else int(length)
 
 
 def is_cache(value: Any) -> bool:
-    """Whether it is one of transformers' caches, or of the tuples (key, value) by layer that came before them."""
+    """Return whether a value is a cache of transformers, or a tuple of (key, value) by layer as older versions had."""
     if isinstance(value, (tuple, list)):
         first = value[0] if value else None
         return isinstance(first, (tuple, list)) and all(
@@ -64,10 +67,10 @@ def _looks_like_a_cache(name: str, value: Any) -> bool:
 
 
 def find_cache(given: Mapping[str, Any]) -> Any:
-    """The cache among a pass's arguments, by its type; else an argument that looks like one; None: there is neither.
+    """Find the cache among a pass's arguments: by its type, else by its name. None if there is none.
 
     Raises:
-        ValueError: there are several, and none has a name that transformers gives to a decoder's own.
+        ValueError: there are several caches, and none has transformers' name for a decoder's own cache.
     """
     found = {name: value for name, value in given.items() if is_cache(value)}
     own = {name: value for name, value in found.items() if name in ("cache", "past_key_values", "cache_params")}
@@ -80,7 +83,7 @@ def find_cache(given: Mapping[str, Any]) -> Any:
 
 
 def is_empty(cache: Any) -> bool:
-    """Whether a cache that tells no length has seen no token either; False where it does not tell that."""
+    """Return whether a cache without a length has seen no token. False if the cache does not tell."""
     try:
         return isinstance(cache, Cache) and not cache.has_previous_state()
     except ValueError:
@@ -95,7 +98,7 @@ def does_not_tell(cache: Any) -> str:
 
 
 def check_begins(given: Mapping[str, Any], tokens: int) -> None:
-    """That a pass without a cache begins a prompt, as far as its other arguments tell."""
+    """Check that a pass without a cache begins a prompt, as far as its other arguments tell."""
     mask = given.get("attention_mask")
     for part in mask.values() if isinstance(mask, dict) else (mask,):
         if isinstance(part, Tensor) and part.dim() in (2, 4) and part.shape[-1] > tokens:

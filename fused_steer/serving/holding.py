@@ -1,4 +1,4 @@
-"""The adapters of a batch in slots: a pool's, or slots of their own."""
+"""Put the adapters of a batch into slots: into a pool's slots, or into new ones."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .slots import Held, LoadedSlots, Slots, adapters_at
 def hold_loaded(
     sites: Mapping[int, SteeringSite], configs: Mapping[str, SteerConfig], names: Sequence[str]
 ) -> Iterator[Held]:
-    """Adapters that the model has loaded, copied into slots of their own."""
+    """Copy adapters that the model has loaded into new slots."""
     loaded = LoadedSlots(adapters_at(sites, names), {name: configs[name].activation for name in names})
     scales = {name: configs[name].scale for name in names}
     positions = {name: read_positions(configs[name].positions) for name in names}
@@ -32,12 +32,13 @@ def hold_loaded(
 def hold_adapters(
     pool: AdapterPool | None, sites: Mapping[int, SteeringSite], configs: Mapping[str, SteerConfig], names: list[str]
 ) -> Iterator[Held]:
-    """The adapters of a batch in slots: the pool's, or slots of their own where there is no pool.
+    """Put the adapters of a batch into the pool's slots, or into new ones without a pool.
 
     Args:
-        sites: the model's, by layer.
-        configs: of the adapters that the model has loaded; others are the pool's.
-        names: each once.
+        pool: the model's pool, or None.
+        sites: the model's sites, by layer.
+        configs: the configs of the adapters that the model has loaded. Other names belong to the pool.
+        names: the batch's adapters, each once.
     """
     own = [name for name in names if name in configs]
     with contextlib.ExitStack() as stack:
@@ -54,7 +55,7 @@ def hold_adapters(
 
 
 def make_slots(decoder: Decoder, indices: Sequence[int], count: int, rank: int, dtype: torch.dtype) -> dict[int, Slots]:
-    """A pool's empty slots, for each of these layers on its device."""
+    """Make a pool's empty slots for each of these layers, on the layer's device."""
     return {
         index: Slots(
             count,
@@ -70,7 +71,7 @@ def make_slots(decoder: Decoder, indices: Sequence[int], count: int, rank: int, 
 
 
 def checked_size(slots: Any, rank: Any, dtype: Any) -> torch.dtype:
-    """The dtype by name; an error if a pool cannot have such slots."""
+    """Check the size of a pool's slots. Return the dtype of this name."""
     for name, value, least in (("slots", slots, 1), ("rank", rank, 0)):
         if not isinstance(value, int) or isinstance(value, bool):
             raise TypeError(f"{name} is {value!r}; expected an integer")

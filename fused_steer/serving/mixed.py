@@ -17,12 +17,14 @@ from .slots import LoadedSlots, adapters_at
 def load_again(
     loaded: LoadedSlots | None, sites: Mapping[int, Site], configs: Mapping[str, SteerConfig]
 ) -> LoadedSlots:
-    """The adapters in slots, with the values that they have now: nothing shows every change of a parameter.
+    """Return the adapters in slots, with their present values.
+
+    Values are copied each time, because not every change of a parameter can be detected.
 
     Args:
-        loaded: slots of a batch before, which are used again where they fit.
-        sites: the model's, by layer.
-        configs: of the batch's adapters, by name.
+        loaded: the slots of the batch before, reused if they fit.
+        sites: the model's sites, by layer.
+        configs: the configs of the batch's adapters, by name.
     """
     tensors = adapters_at(sites, configs)
     activations = {name: config.activation for name, config in configs.items()}
@@ -33,7 +35,7 @@ def load_again(
 
 
 class _RefusesGradient(torch.autograd.Function):
-    """The hidden state of a batch that has an adapter for each row: an error once its gradient is asked for."""
+    """Raises an error in backward, on the hidden state of a batch with an adapter for each row."""
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, trained: Tensor) -> Tensor:
@@ -45,17 +47,16 @@ class _RefusesGradient(torch.autograd.Function):
 
 
 class MixedRows:
-    """A batch that has an adapter for each row, while PEFT runs it. Each layer steers all rows by one op."""
+    """A running PEFT batch with an adapter for each row. One op a layer steers all rows."""
 
     def __init__(
         self, rows: Sequence[str], configs: Mapping[str, SteerConfig], loaded: LoadedSlots, sites: Mapping[int, Site]
     ) -> None:
-        """
-        Args:
-            rows: each row's adapter; one that is not among `configs` is none.
-            configs: of the batch's adapters, by name.
-            loaded: those adapters in slots.
-            sites: the model's, by layer.
+        """Args:
+        rows: each row's adapter. A name that is not in `configs` means no adapter.
+        configs: the configs of the batch's adapters, by name.
+        loaded: these adapters in slots.
+        sites: the model's sites, by layer.
         """
         slots = [loaded.numbers.get(name, -1) for name in rows]
         strengths = [configs[name].scale if name in configs else 0.0 for name in rows]
@@ -68,7 +69,7 @@ class MixedRows:
         self._routings: dict[Any, Routing] = {}
 
     def steer(self, index: int, residual: Tensor, branch: Tensor | None) -> Tensor:
-        """residual + branch of layer `index`, each row steered by its adapter. (rows, ..., d)"""
+        """Return residual + branch of layer `index`, (rows, ..., d), each row steered by its adapter."""
         slots, routing = self._layers.get(index), self._routing(residual)
         if slots is None:
             return residual if branch is None else residual + branch
@@ -80,21 +81,21 @@ class MixedRows:
         return out
 
     def in_graph(self, index: int, residual: Tensor, branch: Tensor | None) -> Tensor:
-        """`steer` as torch.compile reads it."""
+        """Do the same as `steer`, in a form that torch.compile can trace."""
         slots, (ids, gain) = self._layers.get(index), self._of_tokens(residual)
         if slots is None:
             return residual if branch is None else residual + branch
         return slots(residual, branch, ids, gain)
 
     def _routing(self, hidden: Tensor) -> Routing:
-        """The same in all layers of a pass, and in all passes over as many tokens."""
+        """Return the tokens' routing. It is shared by all layers, and by all passes with equally many tokens."""
         key = (hidden.device, hidden.shape[:-1])
         if key not in self._routings:
             self._routings[key] = Routing(*self._of_tokens(hidden))
         return self._routings[key]
 
     def _of_tokens(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Each token's slot and strength."""
+        """Return each token's slot and strength."""
         count, places = len(self._ids), hidden.shape[:-1]
         if places[0] != count:
             raise ValueError(f"adapter_names has {count} names; expected {places[0]}, one for each row of the batch")

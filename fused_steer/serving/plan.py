@@ -1,11 +1,10 @@
-"""What serving many adapters takes, worked out beforehand from a model's config: memory and bandwidth. Nothing is run.
+"""`fused-steer serve-plan`: computes the memory and bandwidth of serving many adapters, from a model's config alone.
 
-L layers are steered, of width d, at rank r; A adapters, S slots. In values:
+L layers of width d are steered at rank r, with A adapters and S slots. Sizes in values:
 
-    adapter    L · 2 r d             a low-rank one (no biases); L · d, a vector
-    slot       L · (2 r d + r + d)   as `AdapterPool` has it, with room for b1 and b2; L · d where all are vectors
-    token      an adapter's slot, read once for each token of a batch that decodes; the base model's weights, once for
-               the batch
+    adapter    L · 2 r d             of low rank, without biases; L · d for a vector
+    slot       L · (2 r d + r + d)   of an `AdapterPool`, with room for b1 and b2; L · d if all adapters are vectors
+    token      one slot, read for each token of a decoding batch; the base model's weights, once for the batch
 """
 
 from __future__ import annotations
@@ -23,18 +22,22 @@ from ..config import DTYPES, SteerConfig, checked_number
 from ..model.decoder import find_decoder, meta_model
 from .holding import checked_size
 
-#: What vLLM takes for `--max-lora-rank`, as far as the kernels go.
+#: The values of vLLM's `--max-lora-rank`, up to the kernels' highest rank.
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256)
 
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """What is to be served.
+    """The serving set-up to plan for.
 
-    model: a directory or hub id, whose config is read; adapters: A; slots: S; memory: of the device, in GiB, or None.
+    Attributes:
+        model: a directory or hub id with a config.
+        adapters: A, the number of adapters.
+        slots: S, the number of slots.
+        memory: the device's memory in GiB, or None.
 
     Raises:
-        ValueError, TypeError: a number out of range, or what `SteerConfig` refuses.
+        ValueError, TypeError: a number is out of range, or `SteerConfig` refuses a value.
     """
 
     model: str
@@ -66,12 +69,17 @@ class PlanRequest:
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes, but for what is named otherwise.
+    """The sizes of a serving set-up, in bytes unless stated otherwise.
 
-    file: of one adapter, its config left out; slot: of one, over all layers; page_cache: all files, once they were
-    read; read_by_steering and read_by_base: per step of a batch that decodes, every row its own adapter; share: of the
-    first in both; fitting: the slots that fit beside the base model's weights (no cache counted), or None; vllm: the
-    options that serve the same.
+    Attributes:
+        file: one adapter's weights file.
+        page_cache: all adapters' files, once they have been read.
+        slot: one slot, over all layers.
+        read_by_steering: bytes read in a decoding step of a batch where each row has another adapter.
+        read_by_base: bytes of the base model read in such a step.
+        share: the steering's share of both, a ratio.
+        fitting: the number of slots that fit beside the base model's weights, without a key-value cache, or None.
+        vllm: vLLM's options for the same set-up.
     """
 
     layers: int
@@ -89,10 +97,10 @@ class Plan:
 
 
 def plan(request: PlanRequest) -> Plan:
-    """Work the plan out. The model is built on the meta device: no weights are read.
+    """Compute the plan. The model is built on the meta device, so no weights are read.
 
     Raises:
-        ValueError: the model has no decoder layers, or not those that are to be steered.
+        ValueError: the model has no decoder layers, or lacks a layer to steer.
         OSError: there is no such model.
     """
     config = request.config()
@@ -102,13 +110,13 @@ def plan(request: PlanRequest) -> Plan:
     indices = layout.indices(config)
     item, rank, hidden = DTYPES[request.dtype].itemsize, config.rank, decoder.hidden
     base = sum(p.numel() for p in model.parameters()) * DTYPES[request.model_dtype].itemsize
-    # An embedding gives a row a token; one that is the output's weights too is read as that.
+    # A step reads one row of the embedding for each token. A table that is also the output's weights is read in full.
     tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
     table: Any = model.get_input_embeddings()
     embedding = 0 if tied else table.weight.numel() * DTYPES[request.model_dtype].itemsize
     file = weights_size(config, layout)
     slot = len(indices) * ((2 * rank * hidden + rank + hidden if rank else hidden) * item)
-    slots = slot * request.slots + 4 * request.slots * len(indices)  # each layer's codes of φ
+    slots = slot * request.slots + 4 * request.slots * len(indices)  # with each layer's activation codes
     reading, weights = slot * request.batch, base - embedding
     fitting = None
     if request.memory is not None:

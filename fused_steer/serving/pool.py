@@ -1,4 +1,4 @@
-"""AdapterPool: thousands of adapters in files, a few of them at a time in slots on the device."""
+"""AdapterPool: serves thousands of adapters from files, with a few at a time in slots on the device."""
 
 from __future__ import annotations
 
@@ -27,10 +27,14 @@ from .slots import Held, Slots
 
 @dataclass(frozen=True)
 class PoolStatistics:
-    """What a pool has done since it was made.
+    """Counts of a pool's work since it was made.
 
-    hits: times that an adapter asked for was in a slot already; loads: into a slot; evictions: out of one, for another;
-    failures: loads that failed; loaded_bytes: of the tensors read from files.
+    Attributes:
+        hits: requests for an adapter that was in a slot already.
+        loads: adapters loaded into a slot.
+        evictions: adapters removed from a slot to make room for another.
+        failures: loads that failed.
+        loaded_bytes: bytes of the tensors read from files.
     """
 
     hits: int = 0
@@ -41,14 +45,14 @@ class PoolStatistics:
 
 
 class AdapterPool:
-    """The adapters that a model can serve in batches, registered by name and loaded when they are asked for.
+    """Adapters that a model can serve in batches, registered by name and loaded on first use.
 
-    Made by `model.steering.make_pool`. Names of the pool are names for `model.steering.batch`. Any thread may call any
-    method. An adapter that cannot be loaded raises where it was asked for, and changes nothing for the others. One
-    that is loaded goes on as it is when its file changes; `reload` takes the new one.
+    `model.steering.make_pool` makes a pool, and `model.steering.batch` takes its names. Any thread may call any method.
+    One bad adapter raises for its own request; others are unaffected. A loaded adapter does not change when its file
+    changes; `reload` reads the new file.
 
-    On an accelerator a slot is written on the stream that is current in the loading thread, after what was launched
-    there before; a model that runs on another stream has to be waited for by the caller.
+    On an accelerator a slot is written on the loading thread's current stream. If the model runs on another stream, the
+    caller has to synchronise the two.
     """
 
     def __init__(
@@ -58,28 +62,32 @@ class AdapterPool:
         is_taken: Callable[[str], bool],
         check_base: bool,
     ) -> None:
-        """Internal: `Steering.make_pool` makes one.
+        """Internal: use `Steering.make_pool`.
 
-        slots: of each layer; decoder: the model's; is_taken: whether the model has an adapter of a name.
+        Args:
+            slots: the slots of each layer.
+            decoder: the model's decoder.
+            is_taken: returns whether the model has an adapter of this name.
+            check_base: refuse an adapter of another base model.
         """
         self.slots = slots
         self.count = next(iter(slots.values())).count
         self.rank = next(iter(slots.values())).rank
         self._decoder, self._is_taken, self._check_base = decoder, is_taken, check_base
-        self._changed = threading.Condition(threading.RLock())  # over all that follows
+        self._changed = threading.Condition(threading.RLock())  # guards all fields below
         self._sources: dict[str, str] = {}
-        self._versions: Counter[str] = Counter()  # how often an adapter was reloaded or removed
-        self._configs: dict[str, SteerConfig] = {}  # of the loaded ones
-        self._slot_of: OrderedDict[str, int] = OrderedDict()  # of the loaded ones, the least recently used first
-        # Holds and readings live as long as the calls that they belong to: none is left behind by an exception.
+        self._versions: Counter[str] = Counter()  # number of reloads and removals of an adapter
+        self._configs: dict[str, SteerConfig] = {}  # configs of the loaded adapters
+        self._slot_of: OrderedDict[str, int] = OrderedDict()  # slots of the loaded adapters, least recently used first
+        # A hold or reading lives as long as its call, so that an exception leaves none behind.
         self._holds: weakref.WeakSet[_Hold] = weakref.WeakSet()
-        self._waiting: list[weakref.ref[_Hold]] = []  # the first come first
+        self._waiting: list[weakref.ref[_Hold]] = []  # in order of arrival
         self._reading: weakref.WeakValueDictionary[str, Future[_Read]] = weakref.WeakValueDictionary()
         self._statistics = PoolStatistics()
         renewed_after_fork.add(self)
 
     def after_fork(self) -> None:
-        """In a forked process only the thread that forked goes on."""
+        """Drop the holds of other threads. In a forked process only the forking thread goes on."""
         self._changed = threading.Condition(threading.RLock())
         me = threading.get_ident()
         self._holds = weakref.WeakSet(hold for hold in self._holds if hold.thread == me)
@@ -87,19 +95,19 @@ class AdapterPool:
         self._reading.clear()
 
     def __reduce__(self) -> Any:
-        return type(None), ()  # a copied model has none: the slots are this one's
+        return type(None), ()  # a copied model has no pool, as the slots belong to this one
 
-    # ---------------------------------------------------------------------------------------------------- what there is
+    # ----------------------------------------------------------------------------------------------- names and counts
 
     @property
     def names(self) -> list[str]:
-        """All that are registered, in the order in which they were."""
+        """All registered names, in order of registration."""
         with self._changed:
             return list(self._sources)
 
     @property
     def loaded(self) -> list[str]:
-        """Those that are in slots, the least recently used first."""
+        """The names of adapters in slots, least recently used first."""
         with self._changed:
             return list(self._slot_of)
 
@@ -110,7 +118,7 @@ class AdapterPool:
 
     @property
     def nbytes(self) -> int:
-        """Of all slots, on all devices."""
+        """The bytes of all slots, on all devices."""
         return sum(slots.nbytes for slots in self.slots.values())
 
     def __contains__(self, name: object) -> bool:
@@ -130,27 +138,27 @@ class AdapterPool:
                 f"{done.evictions} evictions, {done.failures} failures)"
             )
 
-    # --------------------------------------------------------------------------------------------------------- names
+    # -------------------------------------------------------------------------------------------------- registration
 
     def register(self, name: str, source: str | os.PathLike[str]) -> None:
-        """Let `name` be the adapter saved in a directory, or on the hub. It is not opened before it is asked for.
+        """Register an adapter saved in a directory or on the hub. It is not opened until it is used.
 
         Raises:
-            ValueError: the name cannot be one, or is taken.
+            ValueError: the name is invalid or taken.
         """
         with self._changed:
             self._check_new([name])
             self._sources[name] = os.fspath(source)
 
     def register_directory(self, directory: str | os.PathLike[str]) -> list[str]:
-        """Register each subdirectory that has an adapter_config.json, by its own name; all or none.
+        """Register each subdirectory that has an adapter_config.json, under its own name; all or none.
 
         Returns:
             The names, sorted.
 
         Raises:
             FileNotFoundError, NotADirectoryError: there is no such directory.
-            ValueError: one of the names cannot be one, or is taken.
+            ValueError: a name is invalid or taken.
         """
         root = Path(directory)
         if not root.exists():
@@ -175,7 +183,7 @@ class AdapterPool:
                 raise ValueError(f"there is an adapter {name!r} in the model already; expected a new name")
 
     def remove(self, name: str) -> None:
-        """Forget an adapter.
+        """Remove an adapter from the pool.
 
         Raises:
             KeyError: there is no such adapter.
@@ -188,10 +196,10 @@ class AdapterPool:
             self._changed.notify_all()
 
     def reload(self, name: str) -> None:
-        """Take an adapter from its file again when it is next asked for.
+        """Read an adapter from its file again on its next use.
 
         Raises:
-            KeyError, ValueError: as `remove`.
+            KeyError, ValueError: see `remove`.
         """
         with self._changed:
             self._check_idle(name, "reloaded")
@@ -204,7 +212,7 @@ class AdapterPool:
             raise ValueError(f"adapter {name!r} is in use by a running batch; expected it to be {done} afterwards")
 
     def _forget(self, name: str) -> None:
-        self._versions[name] += 1  # what is being read of it is not taken any more
+        self._versions[name] += 1  # makes a reading in progress out of date
         self._configs.pop(name, None)
         self._slot_of.pop(name, None)
 
@@ -215,17 +223,19 @@ class AdapterPool:
         if name not in self._sources:
             raise KeyError(f"no adapter {name!r} in the pool; expected one of its {len(self._sources)}")
 
-    # --------------------------------------------------------------------------------------------------------- in use
+    # ------------------------------------------------------------------------------------------- loading and holding
 
     def load(self, name: str, *, timeout: float = 0.0) -> int:
-        """Have an adapter in a slot, and return the slot's number. It may be evicted again once it is not used.
+        """Load an adapter into a slot and return the slot's number. It may be evicted once no batch uses it.
 
-        timeout: seconds to wait for a slot where running batches use them all. Reading the files is not counted.
+        Args:
+            name: the adapter.
+            timeout: seconds to wait for a slot if running batches use them all. Time to read the files does not count.
 
         Raises:
             KeyError: there is no such adapter.
-            FileNotFoundError, ValueError: it is not there, is broken or does not fit the model or the slots. The others
-                are as they were.
+            FileNotFoundError, ValueError: the adapter is missing, broken, or does not fit the model or the slots. Other
+                adapters are unaffected.
             TimeoutError: all slots are in use.
         """
         with self.hold([name], timeout=timeout) as held:
@@ -239,32 +249,32 @@ class AdapterPool:
         timeout: float = 0.0,
         own: Mapping[str, tuple[SteerConfig, ByLayer]] | None = None,
     ) -> Iterator[Held]:
-        """Have adapters in slots, all or none, and keep them there while inside.
+        """Hold adapters in slots, all or none, inside this context.
 
-        All slots are taken at once, and whoever came first is served first: holders do not wait for each other.
+        All slots are taken at once, in order of arrival, so that holders never wait for each other.
 
         Args:
-            names: of the pool.
-            timeout: as `load` has it.
-            own: further adapters, by name: config, and W1, b1, W2 and b2 by layer. They have slots of their own while
-                inside.
+            names: names of the pool.
+            timeout: see `load`.
+            own: further adapters by name, with config and with W1, b1, W2 and b2 by layer. They get slots inside the
+                context.
 
         Raises:
-            ValueError: there are more names than slots, or one of `own` does not fit the slots.
-            KeyError, FileNotFoundError, ValueError, TimeoutError: as `load`; the message names the adapter.
+            ValueError: there are more names than slots, or an adapter of `own` does not fit the slots.
+            KeyError, FileNotFoundError, ValueError, TimeoutError: see `load`. The message names the adapter.
         """
         distinct, own = list(dict.fromkeys(names)), dict(own or {})
         if len(distinct) + len(own) > self.count:
             raise ValueError(
-                f"{len(distinct) + len(own)} adapters are asked for at once; expected at most {self.count}, the slots"
+                f"{len(distinct) + len(own)} adapters are needed at once; expected at most {self.count}, the slots"
             )
         for name, (config, tensors) in own.items():
             self._check_room(f"adapter {name!r}", config, tensors)
         deadline = time.monotonic() + timeout
         hold = _Hold()
-        futures: dict[str, Future[_Read]] = {}  # kept until the slots are taken: others that ask meanwhile use them
+        futures: dict[str, Future[_Read]] = {}  # kept until the slots are taken, so that other callers can share them
         while True:
-            # Read and checked before a slot is taken, and without the lock: others go on.
+            # Files are read and checked before a slot is taken, and without the lock, so that other callers can go on.
             for name in self._unread(distinct, futures):
                 futures[name] = self._read_once(name)
             held = self._take(hold, distinct, own, futures, deadline)
@@ -278,7 +288,7 @@ class AdapterPool:
                 self._changed.notify_all()
 
     def _unread(self, names: Sequence[str], futures: Mapping[str, Future[_Read]]) -> list[str]:
-        """The adapters that are neither in slots nor read as they are now."""
+        """Return the adapters that are neither in slots nor read in their present version."""
         with self._changed:
             for name in names:
                 self._known(name)
@@ -290,7 +300,7 @@ class AdapterPool:
             ]
 
     def _read_once(self, name: str) -> Future[_Read]:
-        """An adapter, read by this thread or by another that is at it."""
+        """Return an adapter, read by this thread or by another thread that already began."""
         while True:
             with self._changed:
                 self._known(name)
@@ -329,11 +339,11 @@ class AdapterPool:
         futures: Mapping[str, Future[_Read]],
         deadline: float,
     ) -> Held | None:
-        """Wait for room and take all slots; None: an adapter has to be read that was in a slot before.
+        """Wait for room and take all slots. Return None if an adapter was evicted meanwhile and has to be read.
 
         Raises:
             KeyError: an adapter was removed meanwhile.
-            TimeoutError: there is no room in time.
+            TimeoutError: there was no room in time.
         """
         with self._changed:
             me = weakref.ref(hold)
@@ -357,7 +367,7 @@ class AdapterPool:
                 self._changed.notify_all()
 
     def _may_take(self, hold: _Hold, names: Sequence[str], own: Collection[str]) -> bool:
-        """Whether there is room, and no one is waiting for it who came before."""
+        """Return whether there is room, and no earlier caller waits for it."""
         missing = [name for name in names if name not in self._slot_of]
         idle = [name for name in self._slot_of if name not in names and not self._is_held(name)]
         if len(missing) + len(own) > len(self._free()) + len(idle):
@@ -367,7 +377,7 @@ class AdapterPool:
         return takes_none or self._waiting[0]() is hold
 
     def _free(self) -> list[int]:
-        """The slots that hold nothing."""
+        """Return the empty slots."""
         used = {*self._slot_of.values(), *(slot for hold in self._holds for slot in hold.own)}
         return [slot for slot in range(self.count) if slot not in used]
 
@@ -410,7 +420,7 @@ class AdapterPool:
             raise
 
     def _free_one(self) -> int:
-        """A slot that holds nothing, or else that of the least recently used adapter which nobody holds."""
+        """Return an empty slot, or evict the least recently used adapter that is not held."""
         free = self._free()
         if free:
             return free[0]
@@ -420,7 +430,7 @@ class AdapterPool:
         return self._slot_of.pop(victim)
 
     def _check_room(self, what: Any, config: SteerConfig, layers: Collection[int]) -> None:
-        """Raises ValueError where an adapter does not fit the slots."""
+        """Raise ValueError if an adapter does not fit the slots."""
         if config.rank > self.rank:
             raise ValueError(
                 f"{what} is of rank {config.rank}; expected at most {self.rank}, the rank of the pool's slots"
@@ -430,7 +440,7 @@ class AdapterPool:
             raise ValueError(f"{what} steers layer {outside[0]}; expected those of the pool, {list(self.slots)}")
 
     def _read(self, source: str) -> tuple[SteerConfig, ByLayer, int]:
-        """An adapter's config, its W1, b1, W2 and b2 by layer, and the bytes of its tensors; all checked."""
+        """Read and check an adapter. Return its config, W1, b1, W2 and b2 by layer, and the bytes of its tensors."""
         file = read_adapter(source, self._decoder.layout, check_base=self._check_base)
         self._check_room(source, file.config, file.tensors)
         nbytes = sum(t.nbytes for named in file.tensors.values() for t in named.values())
@@ -449,7 +459,7 @@ class AdapterPool:
 
 
 class _Hold:
-    """A hold of adapters: their names, and the slots of those that are not the pool's."""
+    """The adapters that one caller holds: names of the pool, and slots of the caller's own adapters."""
 
     def __init__(self) -> None:
         self.names: frozenset[str] = frozenset()
@@ -459,7 +469,7 @@ class _Hold:
 
 @dataclass(frozen=True)
 class _Read:
-    """An adapter that was read: its version, config, tensors, and their bytes."""
+    """An adapter as it was read: its version, config, tensors and their bytes."""
 
     version: int
     config: SteerConfig
@@ -471,5 +481,5 @@ class _Abandoned(Exception):
     """The thread that was reading an adapter was interrupted."""
 
 
-#: Seconds after which a wait looks again: a hold that ended with an exception may have told nobody.
+#: Seconds between checks while waiting. A hold that ended with an exception may not have notified the others.
 _LOOK_AGAIN = 0.25

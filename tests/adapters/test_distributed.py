@@ -1,6 +1,7 @@
-"""Two processes on CPU with gloo train as one does: DDP, FSDP2, FSDP1, tensor parallelism; and what they save and load.
+"""Tests that two processes train, save and load as one process does: DDP, FSDP2, FSDP1, tensor parallelism.
 
-What the processes do is in process_worker.py, in as few launches as can be: to import costs more than to train.
+They run on a CPU with gloo. process_worker.py has the code of the processes. There are few launches, because importing
+takes longer than training.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ RUNS += [("fsdp1", "by-name"), ("fsdp1", "root")]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Where the processes have left what came of a scenario. They are started when it is first asked for."""
+    """Return a function that gives a scenario's folder of results; its first call runs the processes."""
     directory = tmp_path_factory.mktemp("processes")
 
     @functools.cache
@@ -65,13 +66,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 def read(folder: Path, run: str) -> tuple[list[dict[str, Any]], list[dict[str, Tensor]]]:
-    """What each process wrote."""
+    """Read the results of each process."""
     results = [json.loads((folder / f"{run}-{rank}.json").read_text()) for rank in range(PROCESSES)]
     return results, [load_file(folder / f"{run}-{rank}.safetensors") for rank in range(PROCESSES)]
 
 
 def adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A saved adapter's config, without what differs with the weights and the base's place, and its weights."""
+    """Read a saved adapter: its config without digests and paths, and its weights."""
     assert sorted(path.name for path in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     config = json.loads((folder / "adapter_config.json").read_text())
     for field in ("weights_sha256", "tensors_sha256", "config_sha256", "base_model_name_or_path"):
@@ -81,7 +82,7 @@ def adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 @pytest.fixture(scope="module")
 def single(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What one process makes of the same batches."""
+    """Train on the same batches in one process."""
     saved = tmp_path_factory.mktemp("single")
     model = worker.steered(build())
     start = {name: p.detach().clone() for name, p in steering_parameters(model).items()}
@@ -92,7 +93,7 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def truth() -> dict[str, Any]:
-    """What it makes of them in float64."""
+    """Train on the same batches in one process in float64."""
     model = worker.steered(build()).double()
     result, gradients = worker.train(model, model)
     weights = {f"base_model.model.{name}": p.detach() for name, p in steering_parameters(model).items()}
@@ -101,7 +102,7 @@ def truth() -> dict[str, Any]:
 
 
 def assert_losses_no_worse(losses: list[list[float]], single: dict[str, Any], truth: dict[str, Any]) -> None:
-    """losses: of each process, by step."""
+    """Assert that the losses, by process and step, are as exact as those of one process."""
     found = torch.tensor(losses, dtype=torch.float64).mean(0)
     assert_no_worse(found, *(torch.tensor(of["losses"], dtype=torch.float64) for of in (single, truth)))
 
@@ -122,7 +123,7 @@ def test_distributed_trains_as_one_process_does(folder, single, truth, scenario,
     for of_rank in gradients:
         assert_no_worse(of_rank, single["gradients"], truth["gradients"])
     assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
-    # With checkpointing a layer steers once more, in the backward pass.
+    # With checkpointing a layer steers a second time, in the backward pass.
     assert [result["calls"] for result in results] == [[2 if run == "checkpointing" else 1] * 3] * PROCESSES
 
 
@@ -225,7 +226,7 @@ def single_joint() -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]
 
 @pytest.fixture(scope="module")
 def lora_in_parts() -> list[tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]]:
-    """The unsteered model with its LoRA: losses, first gradients and weights by half and by whole batches."""
+    """Train the unsteered model with its LoRA on half and on whole batches: losses, first gradients, weights."""
     ways = []
     for parts in (PROCESSES, 1):
         model = worker.with_lora()
@@ -285,7 +286,7 @@ def test_distributed_joint_orth_is_refused_where_fsdp_shards(folder):
                 "to be whole in every process (DDP)"
             )
         assert result["save_joint"] == (
-            "ValueError: the model is sharded by FSDP; expected one that every process has whole (DDP)"
+            "ValueError: the model is sharded by FSDP; expected every process to hold it whole (DDP)"
         )
     assert not (folder("joint") / "sharded").exists()
 
@@ -295,7 +296,7 @@ def test_distributed_joint_orth_is_refused_where_fsdp_shards(folder):
 
 
 zero = pytest.mark.skipif(
-    importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed, no dependency of ours"
+    importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed, which is not a dependency"
 )
 
 

@@ -1,4 +1,4 @@
-"""Saved adapters: what is in the files, that they come back bit for bit, whole or not at all, and what is refused."""
+"""Tests of saved adapters: the files' content, loading bit for bit, whole saves, and refusals."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ def named(name: str = NAME, **overrides: Any) -> nn.Module:
 
 
 def patched(config: SteerConfig = CONFIGS["lowrank"], seed: int = 1, **overrides: Any) -> nn.Module:
-    """A model with a random adapter."""
+    """Build a model with a random adapter."""
     model = patch_model(named(**overrides), config)
     randomize(model, seed=seed)
     return model
 
 
 def files(directory: Path) -> dict[str, bytes]:
-    """All that there is, hidden files and the contents of subdirectories included."""
+    """Read all files below the directory, hidden ones included: path -> content."""
     return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
@@ -64,7 +64,7 @@ def saved(tmp_path) -> Path:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is written
+# The files' content
 
 
 def test_files_two_files_in_the_documented_layout(saved):
@@ -259,7 +259,7 @@ def remove(name: str) -> Callable[[Path], None]:
 
 
 def cut(n: int) -> Callable[[Path], None]:
-    """Keep the first n bytes of the weights; for n < 0, all but the last."""
+    """Cut the weights file to its first n bytes; for n < 0, cut off the last -n bytes."""
     return lambda directory: (directory / WEIGHTS).write_bytes((directory / WEIGHTS).read_bytes()[:n])
 
 
@@ -278,7 +278,7 @@ def write_config(text: str | bytes) -> Callable[[Path], None]:
 
 
 def edit_config(directory: Path, **changes: Any) -> None:
-    """Change fields, as a person does who removes the config's digest; None takes one away."""
+    """Change fields of the config and remove its digest; None removes a field."""
     fields = json.loads((directory / CONFIG).read_text()) | {"config_sha256": None} | changes
     (directory / CONFIG).write_text(json.dumps({name: value for name, value in fields.items() if value is not None}))
 
@@ -288,7 +288,7 @@ def edited(**changes: Any) -> Callable[[Path], None]:
 
 
 def unguarded(damage: Callable[[Path], None]) -> Callable[[Path], None]:
-    """The damage, to files without a digest to find it out by."""
+    """Return the damage, done to files without digests, so that no digest can detect it."""
 
     def apply(directory: Path) -> None:
         damage(directory)
@@ -307,7 +307,7 @@ def retensored(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], N
 
 
 def spoiled(name: str, value: float) -> Callable[[Path], None]:
-    """One value of the tensor `name` is `value`."""
+    """Return a damage that sets one number of the tensor `name` to `value`."""
 
     def change(tensors: dict[str, Tensor]) -> None:
         tensors[name].view(-1)[3] = value
@@ -323,7 +323,7 @@ def weights_of_another_save(directory: Path) -> None:
 SITE = "model.layers.1.post_block"
 UP, DOWN = f"base_model.model.{SITE}.steer_up.weight", f"base_model.model.{SITE}.steer_down.weight"
 
-#: what is done to the files, the error, and what it says besides the directory's name.
+#: name -> the damage to the files, the error, and parts of its message besides the directory.
 DAMAGES: dict[str, tuple[Callable[[Path], Any], type[Exception], tuple[str, ...]]] = {
     "no config": (remove(CONFIG), FileNotFoundError, (CONFIG, "expected a saved steering adapter")),
     "no weights": (remove(WEIGHTS), FileNotFoundError, (WEIGHTS, "expected a saved steering adapter")),
@@ -342,7 +342,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], type[Exception], tuple[str, ...]
     "config edited": (
         lambda directory: edit_config(directory, scale=9.0, config_sha256="0" * 64),
         ValueError,
-        (CONFIG, "its fields are not those that were saved", "expected config_sha256 0000"),
+        (CONFIG, "its fields were changed after saving", "expected config_sha256 0000"),
     ),
     "config not JSON": (write_config("rank: 8\n"), ValueError, (CONFIG, "Expecting value")),
     "config not text": (write_config(b"\xff\xfe"), ValueError, (CONFIG, "utf-8")),
@@ -447,7 +447,7 @@ def test_files_save_refuses_values_that_would_spread(value, saved):
 
     before = files(saved)
     model = patched()
-    model.steering.scale = -2.0  # 3e38 is finite, its product is not
+    model.steering.scale = -2.0  # 3e38 is finite, -2 times it is not
     with torch.no_grad():
         model.model.layers[1].post_block.steer_up["default"].weight[5, 2] = value
     parts = (f"{SITE}.steer_up.weight", "expected")

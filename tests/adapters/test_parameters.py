@@ -1,4 +1,4 @@
-"""The format of an adapter: paths taken apart and put together, tensors by layer, and which model it fits."""
+"""Tests of an adapter's format: parsing and building paths, tensors by layer, and the check that it fits a model."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_parameters_by_layer_is_in_order_and_of_one_list():
     assert layers_path == "model.layers" and list(layers) == [2, 10]
     assert LAYOUT.paths(layers) == tensors
     assert by_layer({}) == ("", {})
-    with refused(ValueError, "model.layers.10", "tower.layers.0", "expected those of one list of layers"):
+    with refused(ValueError, "model.layers.10", "tower.layers.0", "expected tensors of one list of layers"):
         by_layer({**tensors, "tower.layers.0.post_block.steer_up.weight": None})
 
 
@@ -81,7 +81,10 @@ def test_parameters_check_tensors_names_the_first_that_is_wrong():
     whole = {0: fresh, 2: fresh}
     for tensors, parts in (
         ({0: fresh}, ("no tensor model.layers.2.post_block.steer_down.weight", "of shape (2, 8)")),
-        (whole | {1: fresh}, ("a tensor model.layers.1.post_block.steer_down.weight", "none but those of its config")),
+        (
+            whole | {1: fresh},
+            ("a tensor model.layers.1.post_block.steer_down.weight", "only the tensors of its config"),
+        ),
         (whole | {2: fresh | {"steer_up.weight": torch.zeros(8, 3)}}, ("layers.2", "(8, 3)", "torch.float32 (8, 2)")),
         (whole | {0: {n: t.half() for n, t in fresh.items()}}, ("layers.0", "torch.float16", "torch.float32 (2, 8)")),
     ):
@@ -212,7 +215,7 @@ def test_parameters_files_of_wrapped_models_have_the_paths_of_plain_ones(by_peft
     patch_model(build(), SteerConfig(rank=2)).steering.save(tmp_path / "plain")
     wrapped = wrap(build())
     if by_peft and wrapped_by == "module":
-        pytest.skip("PEFT wants a model with a forward of its own")
+        pytest.skip("PEFT needs a model with its own forward")
     if by_peft:
         model = get_peft_model(wrapped, fused_steer.peft.PostBlockConfig(r=2))
         model.save_pretrained(str(tmp_path / "wrapped"))
@@ -241,7 +244,7 @@ def test_parameters_of_adapter_takes_one_adapter_of_a_model():
 
 @pytest.mark.parametrize("by_peft", [False, True], ids=["patch_model", "peft"])
 def test_parameters_files_are_matched_by_layer(by_peft, tmp_path):
-    """A file that was made with the decoder alone, whose layers lie under another path than the language model's."""
+    """A file made with the bare decoder, which has other layer paths than the language model, loads by layer."""
     import fused_steer.peft  # noqa: F401
 
     decoder = patch_model(build().model, SteerConfig(rank=2, layers=[0, 2]))

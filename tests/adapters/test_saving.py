@@ -1,4 +1,4 @@
-"""Saves that are killed at any rename, or that interleave: the directory holds one whole adapter, and no leftovers."""
+"""Tests of saves that are killed at a rename or interleave: the directory holds one whole adapter, no leftovers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def adapter(value: float, rank: int = 2) -> AdapterFile:
-    """An adapter that is known by its values, its rank and its strength."""
+    """Make an adapter that its values, rank and scale identify."""
     tensors = {
         index: {DOWN: torch.full((rank, HIDDEN), value), UP: torch.full((HIDDEN, rank), -value)}
         for index in range(LAYERS)
@@ -35,7 +35,7 @@ def adapter(value: float, rank: int = 2) -> AdapterFile:
 
 
 def held(directory: Path) -> float:
-    """The value of the whole adapter that a directory holds."""
+    """Return the value of the adapter in a directory; check that the adapter is whole."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         file = read_adapter(directory)
@@ -45,7 +45,7 @@ def held(directory: Path) -> float:
 
 
 def in_child(run: Callable[[], Any]) -> int:
-    """Run in a forked process, and return how it ended."""
+    """Run in a forked process; return its exit status."""
     child = os.fork()
     if not child:
         try:
@@ -58,7 +58,7 @@ def in_child(run: Callable[[], Any]) -> int:
 
 @contextlib.contextmanager
 def at_replace(number: int, do: Callable[[], Any], before: bool) -> Iterator[None]:
-    """`do` runs once, before or after the rename of this number."""
+    """Inside the `with` block, run `do` once, before or after rename `number`."""
     real, calls = os.replace, [0]
 
     def replace(*args: Any) -> None:
@@ -105,7 +105,7 @@ def test_saving_killed_save_leaves_one_whole_adapter(number, before, earlier, tm
 @pytest.mark.parametrize("earlier", [True, False])
 @pytest.mark.parametrize("fails", [True, False], ids=["which then fails", "which goes on"])
 def test_saving_saves_that_interleave_leave_one_whole_adapter(number, before, earlier, fails, tmp_path):
-    """A whole save takes place within another one."""
+    """If a whole save runs inside another save, the directory holds one whole adapter."""
     if earlier:
         write_adapter(tmp_path, adapter(1.0))
 
@@ -143,7 +143,7 @@ def test_saving_every_flipped_bit_is_found(name, tmp_path):
 
 
 def check_flips(file: Path) -> None:
-    """Each bit of the text, and some of the data's."""
+    """Check that a flipped bit is found: each bit of the header, and some of the data."""
     content = file.read_bytes()
     text = len(content) if file.name == CONFIG else 8 + int.from_bytes(content[:8], "little")
     places = [(byte, bit) for byte in range(0, text, 3) for bit in (byte % 8, (byte + 3) % 8)]
@@ -222,7 +222,7 @@ def _refused_at_once(run: Callable[[], Any]) -> None:
     import signal
 
     signal.alarm(5)  # ends this process
-    with pytest.raises(ValueError, match="no regular file"):
+    with pytest.raises(ValueError, match="not a regular file"):
         run()
 
 
@@ -253,7 +253,7 @@ def bomb(directory: Path, **fields: Any) -> None:
 
 
 def header(directory: Path, entry: dict[str, Any], size: int | None = None) -> None:
-    """A weights file of one tensor by its header, with so much of it there."""
+    """Write a weights file with a header for one tensor and `size` bytes of data."""
     import json
 
     name = "base_model.model.model.layers.0.post_block.steer_down.weight"

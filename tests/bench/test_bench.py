@@ -1,4 +1,4 @@
-"""The benchmarks themselves: they measure what they say, judge rightly, go on after a failure, and lose nothing."""
+"""Tests of the benchmarks: they measure the right calls, judge correctly, survive failures, and lose no results."""
 
 import dataclasses
 import importlib.util
@@ -84,7 +84,7 @@ def test_bench_every_contender_of_the_op_is_timed_in_turn(what):
 
 
 def test_bench_the_run_itself_runs_on_the_kernels(monkeypatch):
-    """In the interpreter, where there is no GPU: its step of the op, checked against float64 before it is timed."""
+    """A step of the GPU run checks the op against float64 and times it, here in the interpreter."""
     monkeypatch.setenv("FUSED_STEER_BACKEND", "triton")
     where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for what in levels.OP_PASSES:
@@ -102,14 +102,14 @@ def test_bench_models_are_steered_run_and_counted(what):
     assert all(row.status == "ok" and len(row.samples) == 2 for row in timed.values())
     kept = {row.contender: row.samples[0] for row in rows if row.what == "kept"}
     if what == "train":
-        # a, (N, r) in float32; the output is the next layer's input, which is kept anyway.
+        # Kept is a, (N, r) in float32. The output is kept anyway, as the next layer's input.
         assert kept["unsteered"] == 0 and kept["fused"] == 8 * MODEL.rank * 4 < kept["hook"]
     else:
         assert not kept
 
 
 def test_bench_backward_and_forward_of_the_fused_op_are_its_gradients():
-    """What is timed as a backward pass computes the gradients, for each set of operands its own."""
+    """The timed backward pass computes the gradients of each set of operands."""
     sets = [contenders.make_operands(OP, CPU, seed) for seed in range(2)]
     alone, both = (levels.op_calls(OP, what, OP_CONTENDERS["fused"], sets) for what in ("backward", "both"))
     hooked = levels.op_calls(OP, "both", OP_CONTENDERS["hook"], sets)
@@ -121,7 +121,7 @@ def test_bench_backward_and_forward_of_the_fused_op_are_its_gradients():
 
 
 def test_bench_counts_of_unsteered_hook_and_fused():
-    """Operations that PyTorch dispatches, and launches that our launcher records."""
+    """The counts of units and launches: PyTorch's dispatched operations, and the launcher's records."""
     found = {name: tuple((c.units, c.launches) for c in passes.values()) for name, passes in counted().items()}
     assert found == {
         "unsteered": ((3, 1), (0, 0)),
@@ -249,7 +249,7 @@ def test_bench_goals_are_judged_by_their_worst_case():
     assert _outcome(results, "forward bandwidth").met is False
     results.put(_op_row("forward", "fused", 1.3, hidden=4096))
     assert _outcome(results, "forward").value == pytest.approx(1.3) and _outcome(results, "forward").met is False
-    # Few tokens and high ranks are other goals' business.
+    # Few tokens and high ranks belong to other goals.
     results.put(_op_row("forward", "fused", 9.0, tokens=8))
     results.put(_op_row("forward", "fused", 1.4, rank=64))
     results.put(_op_row("forward", "add", 1.0, rank=64))
@@ -292,7 +292,7 @@ def test_bench_an_adapter_for_each_token_is_timed_against_its_rivals_and_what_th
     nbytes = {row.contender: row.samples[0] for row in made}
     copies = 2 * case.tokens * case.rank * case.hidden * 4
     assert nbytes["gather-bmm"] > copies and nbytes["add"] == 0
-    if where.type == "cuda" or backend == "torch":  # the interpreter of kernels makes tensors of its own
+    if where.type == "cuda" or backend == "torch":  # Triton's interpreter allocates more tensors
         assert nbytes["fused"] < copies
 
 
@@ -488,7 +488,7 @@ def test_bench_contenders_take_turns_and_every_call_has_its_own_inputs():
 
 
 def addresses(outputs):
-    """Where the tensors lie that a call returned, in whatever it returned them."""
+    """Return the addresses of all tensors in a call's result."""
     if isinstance(outputs, torch.Tensor):
         return [outputs.data_ptr()]
     return [address for output in outputs for address in addresses(output)]
@@ -496,7 +496,7 @@ def addresses(outputs):
 
 @pytest.mark.parametrize("what", levels.OP_PASSES)
 def test_bench_outputs_of_the_calls_of_a_sample_lie_apart(what):
-    """Were an output freed before the next call, that one would be given its memory, and write to the cache."""
+    """The outputs of a sample's calls do not share memory. Reused memory would still be in the cache."""
     case = OpCase(256, 64, 4, dtype="float32")
     sets = [contenders.make_operands(case, CPU, seed) for seed in range(6)]
     for name in OP_CONTENDERS.keys() - {"hook-compiled"}:
@@ -514,7 +514,7 @@ def test_bench_outputs_of_the_calls_of_a_sample_lie_apart(what):
         timed.sample(CPU)
         of_call = {"forward": 1, "backward": 3, "both": 3}[what]
         if not OP_CONTENDERS[name].steers:
-            of_call = 2 if what == "both" else 1  # what a floor moves
+            of_call = 2 if what == "both" else 1  # outputs of the floor
         assert len(written) == of_call * len(sets) == len(set(written)), name
 
 
@@ -572,7 +572,7 @@ def test_bench_a_save_that_fails_leaves_the_file_as_it_was(tmp_path):
         ("[]", "has schema None; expected 1"),
         ('{"schema": 0}', "has schema 0; expected 1"),
         ('{"schema": 1, "rows": []}', "has the keys ['rows']; expected"),
-        (json.dumps({"schema": 1, **dataclasses.asdict(Results(MACHINE)), "rows": [{}]}), "a row that is none"),
+        (json.dumps({"schema": 1, **dataclasses.asdict(Results(MACHINE)), "rows": [{}]}), "a malformed row"),
     ],
 )
 def test_bench_a_file_that_is_no_results_file_is_refused(content, expected, tmp_path):
@@ -772,7 +772,7 @@ def test_bench_an_unknown_run_or_contender_is_refused():
 
 
 def test_bench_a_checkout_runs_without_being_installed():
-    """The root's packages alone: what an installation has put on the path of imports is taken off."""
+    """`bench.checkout` runs from the checkout alone, without the paths that an installation adds to sys.path."""
     program = (
         "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]; "
         "import bench; from fused_steer.kernels import post_block; from fused_steer import patch_model, post_block; "

@@ -1,4 +1,4 @@
-"""`python -m bench.joint` on a tiny random model: what is run, measured and reported, and that nothing is run twice."""
+"""Tests of `python -m bench.joint` on a tiny random model: runs, measurements, report, and resuming."""
 
 import dataclasses
 import importlib
@@ -59,7 +59,7 @@ def run(saved_model):
 
 @pytest.fixture(scope="module")
 def finished(run, tmp_path_factory) -> Path:
-    """The results of one seed."""
+    """Return the path of the results of one seed."""
     out = tmp_path_factory.mktemp("finished")
     result = run(out, 1)
     assert result.exit_code == 0, result.output
@@ -75,7 +75,7 @@ def copied(finished, tmp_path) -> Path:
 
 
 def without_times(results: dict) -> dict:
-    """The runs by method and seed, less what differs from time to time."""
+    """Return the runs by method and seed, without fields that change from run to run."""
     times = {"seconds", "commit", "dirty", "date"}
     return {
         (run["method"], run["seed"]): {key: value for key, value in run.items() if key not in times}
@@ -97,7 +97,7 @@ def test_joint_bench_every_method_is_run_and_measured(finished):
     for method, run in runs.items():
         assert len(run["losses"]) == len(run["seconds"]) == STEPS
         assert len(run["exact"]) == HELD_OUT
-        # Fresh adapters change nothing: the first batch, the same for all, has the loss of the untrained model.
+        # Fresh adapters change nothing, so the first batch has the untrained model's loss in every method.
         assert run["losses"][0] == runs["lora"]["losses"][0]
         assert ("overlap" in run) == (method in joint.JOINT)
     assert len({run["losses"][1] for run in runs.values()}) == 4, "two methods took the same step"
@@ -189,7 +189,7 @@ def test_joint_bench_adapters_of_a_seed_start_from_the_same_values():
 
 
 def test_joint_bench_the_shifts_are_those_that_the_model_computes(tokenizer):
-    """Against what each site adds to its input, and what LoRA adds to its base layer's output."""
+    """The shifts equal what each steered layer adds to its input and what LoRA adds to its base layer's output."""
     model, groups = joint.adapt(build(), "joint", SETTINGS, 0)
     shifts = joint.Shifts(model.eval(), SETTINGS)
     generator = torch.Generator().manual_seed(0)
@@ -251,7 +251,7 @@ def test_joint_bench_sizes_are_at_least_one(name):
 
 
 def of_exact(**by_method: list[str]) -> dict:
-    """Results of a few methods: the exact matches of each seed."""
+    """Make results of a few methods from the exact matches of each seed."""
     return {
         "runs": [
             {"method": method.replace("_", "-"), "seed": seed, "exact": exact}
@@ -265,7 +265,7 @@ def test_joint_bench_a_difference_is_that_of_the_same_expressions():
     diff = joint.difference(of_exact(joint_orth=["1110", "1100"], joint=["1000", "1000"]), "joint-orth", "joint")
     assert diff.seeds == [50.0, 25.0]
     assert diff.mean == 37.5
-    # By expression 0, 100, 50 and 0: their standard deviation is 47.87.
+    # The differences by expression are 0, 100, 50 and 0; their standard deviation is 47.87.
     assert diff.error == pytest.approx(47.87 / 2, abs=0.01)
     assert not diff.shown
     assert joint.difference(of_exact(joint_orth=["1"]), "joint-orth", "joint") is None

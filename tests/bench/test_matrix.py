@@ -1,4 +1,4 @@
-"""The matrix of versions: its sets, its constraints, and the page that it writes. No environment is made here."""
+"""Tests of the matrix of versions: its sets, its constraints, and its page. They make no environment."""
 
 import importlib
 import sys

@@ -1,4 +1,4 @@
-"""`python -m bench.paper`: what it asks and reads, its data, its runs, and its report."""
+"""Tests of `python -m bench.paper`: prompts and readers, data, runs, and report."""
 
 import importlib
 import itertools
@@ -183,7 +183,7 @@ def depth(source):
 
 
 def value(source):
-    """The value, by a stack: Long Range Arena's operators."""
+    """Evaluate a ListOps expression by a stack, with Long Range Arena's operators."""
     stack = []
     for word in source.split():
         if word == "]":
@@ -212,7 +212,7 @@ def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
     result = invoke("run", "--smoke", "--out", out, "--tasks", "listops", "--methods", "lowrank,joint")
     assert result.exit_code == 0, result.output
-    assert "2 runs were done now" in result.output
+    assert "2 new runs" in result.output
     return out
 
 
@@ -225,7 +225,7 @@ def test_paper_run_writes_a_file_with_versions_and_commit(finished):
     assert len(content["stages"][0]["losses"]) == 2
     for split in ("validation", "test"):
         assert len(content[split]["exact"]) == 4
-        assert content[split]["unreadable"] == len(content[split]["unreadable_shown"]) == 4  # a random model's
+        assert content[split]["unreadable"] == len(content[split]["unreadable_shown"]) == 4  # of a random model
         assert content[split]["accuracy"] == 0
     joint = json.loads((finished / "smoke/tiny/listops/joint/rate-0.001-seed-0.json").read_text())
     assert set(report.PICTURES) <= set(joint["pictures"]) and content["pictures"] == []
@@ -235,7 +235,7 @@ def test_paper_run_goes_on_where_it_stopped(finished, monkeypatch):
     before = {file: file.read_bytes() for file in finished.rglob("*.json")}
     monkeypatch.setattr(runs.Bench, "run", lambda *arguments: pytest.fail("a run was done again"))
     result = invoke("run", "--smoke", "--out", finished, "--tasks", "listops", "--methods", "lowrank,joint")
-    assert result.exit_code == 0 and "0 runs were done now" in result.output
+    assert result.exit_code == 0 and "0 new runs" in result.output
     assert before == {file: file.read_bytes() for file in finished.rglob("*.json")}
     result = invoke("run", "--smoke", "--out", finished, "--tasks", "listops", "--methods", "lowrank", "--rank", 4)
     refused(result, "rank is 4 but 8 in", "expected the same (or another --out)")

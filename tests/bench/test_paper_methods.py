@@ -1,4 +1,4 @@
-"""The rivals in bench/paper/, each against its formula; joint training as released against its own steps."""
+"""Tests of the rivals in bench/paper/ against their formulas, and of joint training as released step by step."""
 
 import importlib
 import sys
@@ -60,7 +60,7 @@ def train(features, tokenizer):
 
 
 def assert_as_exact(found, formula, *arguments):
-    """The error against the formula in float64 is at most twice that of the formula in float32."""
+    """Assert that the error from the formula in float64 is at most twice that of the formula in float32."""
     truth = formula(*(a.double() for a in arguments))
     error, plain = (
         float((x.double() - truth).norm() / truth.norm()) for x in (found, formula(*(a.float() for a in arguments)))
@@ -88,7 +88,7 @@ def test_paper_methods_lofit_is_its_formula():
 
 @pytest.mark.parametrize("make", [heads.Lofit, heads.Jola])
 def test_paper_methods_heads_are_edited_before_the_output_projection(make):
-    """A model with the edit computes what one computes whose projections read the edited heads."""
+    """A model with the edit gives the same output as a model with the edit written before its projections."""
     model, other = build(), build()
     torch.manual_seed(0)
     edits = heads.attach(model, make, "edit")
@@ -200,8 +200,8 @@ def test_paper_methods_loreft_rows_stay_orthonormal_in_training(train):
     [
         ("f2+l1", "111111", "......", "110001"),
         ("f1+l1", "001111", "......", "001001"),  # padded on the left
-        ("f1+l2", "111100", "...aaa", "111000"),  # the prompt is what has no label
-        ("f9+l9", "011111", "...aaa", "011000"),  # a short prompt, once each
+        ("f1+l2", "111100", "...aaa", "111000"),  # the prompt is the tokens without labels
+        ("f9+l9", "011111", "...aaa", "011000"),  # a short prompt: each token is edited once
     ],
 )
 def test_paper_methods_loreft_positions(text, kept, labels, expected):
@@ -231,7 +231,7 @@ def test_paper_methods_loreft_positions_that_are_none_are_refused(text):
 
 
 def joint_as_told(every, settings):
-    """The released joint training by its own steps: plain hooks, adapters behind all else, W1 replaced in between."""
+    """Repeat the released joint training by hand: plain hooks, adapters as last parameters, W1 projected in between."""
     torch.manual_seed(0)
     model = methods._with_lora(build(), settings)
     layers = model.base_model.model.model.layers
@@ -346,7 +346,7 @@ def test_paper_methods_method_trains_what_it_says_under_its_schedule(name, train
         old = [p.detach().clone() for p in stage.parameters]
         rates.clear()
         train(model, stage, name)
-        # W1 has no gradient before W2 has moved; over four steps all that trains has moved.
+        # W1 has no gradient until W2 has moved. After four steps all trained parameters have moved.
         assert any(not torch.equal(p, q) for p, q in zip(stage.parameters, old, strict=True))
         if METHODS[name].schedule == "constant":
             assert set(rates) == {stage.rate}

@@ -1,6 +1,6 @@
-"""`python -m bench.report`: what it makes of results, what it refuses, and that README and docs are what it makes.
+"""Tests of `python -m bench.report`: its tables and plots, its refusals, and that README and docs are up to date.
 
-The figures here are made up, and go nowhere but into temporary folders.
+The figures here are made up; they are written only to temporary folders.
 """
 
 import dataclasses
@@ -21,7 +21,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def import_bench(name: str):
-    """A module of bench/, which is not installed. The checkout's root does not stay on sys.path: it has a `kernels`."""
+    """Import a module of bench/, which is not installed.
+
+    The checkout's root does not stay on sys.path, because it has a folder `kernels`.
+    """
     sys.path.append(str(ROOT))
     try:
         return importlib.import_module(f"bench.{name}")
@@ -33,7 +36,7 @@ geometries, results_module = map(import_bench, ("geometries", "results"))
 command, pages, plots, read = (import_bench(f"report.{name}") for name in ("__main__", "pages", "plots", "read"))
 demo = importlib.import_module("fused_steer.tools.demo")
 draw = plots.draw
-pages.draw = functools.cache(draw)  # the same few plots again and again; that they are the same bytes is a test
+pages.draw = functools.cache(draw)  # the tests draw the same few plots; one test checks that drawing is deterministic
 OpCase, ModelCase = geometries.OpCase, geometries.ModelCase
 GroupedCase, HostCase, ServeCase = geometries.GroupedCase, geometries.HostCase, geometries.ServeCase
 Results, Row = results_module.Results, results_module.Row
@@ -58,7 +61,7 @@ def machine(kind: str, device: str) -> dict:
 
 
 def rows(level: str, what: str, case, scale: float, **factors: float) -> list:
-    """A row of each contender: 11 samples around scale × factor, of which the median is exactly that."""
+    """Make a row per contender: 11 samples with the median scale × factor."""
     samples = [scale * (1 + 0.002 * step) for step in range(-5, 6)]
     return [
         Row(level, what, name.replace("_", "-"), asdict(case), [factor * sample for sample in samples], launches=1)
@@ -113,7 +116,7 @@ def cpu_results() -> Results:
 
 
 class Place:
-    """A folder with results, docs and README, and the command on it."""
+    """A folder with results, docs and README, and a method that runs the command on it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.results, self.docs = folder, folder / "results", folder / "docs"
@@ -136,7 +139,7 @@ class Place:
         return result.stdout
 
     def fail(self, *extra: str) -> str:
-        """The one line of a refusal, after which nothing has changed."""
+        """Run the command, check that it is refused and changes nothing, and return the line of the refusal."""
         before = self.files()
         result = self.run(*extra)
         assert result.exit_code == 1 and isinstance(result.exception, SystemExit)
@@ -160,7 +163,7 @@ def place(tmp_path) -> Place:
 
 @pytest.fixture(scope="module")
 def reported(tmp_path_factory) -> Place:
-    """Results of a GPU and of a CPU, reported. Not to be changed."""
+    """Report results of a GPU and of a CPU. Tests share it and must not change it."""
     place = Place(tmp_path_factory.mktemp("reported"))
     place.put(gpu_results())
     place.put(cpu_results())
@@ -184,7 +187,7 @@ def test_report_readme_and_docs_are_what_the_committed_results_give():
     assert not differing, "run `python -m bench.report`"
 
 
-@pytest.mark.skipif(any(run.on_gpu for run in read.read_runs(read.FOLDER)), reason="there are results of a GPU")
+@pytest.mark.skipif(any(run.on_gpu for run in read.read_runs(read.FOLDER)), reason="bench/results has results of a GPU")
 def test_report_without_results_of_a_gpu_nothing_is_claimed():
     for file in (ROOT / "README.md", ROOT / "docs" / "benchmarks.md"):
         assert pages.NOT_MEASURED in file.read_text(encoding="utf-8")
@@ -194,7 +197,7 @@ def test_report_without_results_of_a_gpu_nothing_is_claimed():
 
 
 def cells(text: str, *starts: str) -> list[str]:
-    """The cells of the one table row that begins with these."""
+    """Return the cells of the only table row that begins with `starts`."""
     found = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
     (row,) = [row for row in found if tuple(row[: len(starts)]) == starts]
     return row
@@ -238,7 +241,7 @@ def test_report_docs_open_with_what_is_known_and_fold_every_measured_table(repor
 
 
 def test_report_counts_are_shown_as_they_are_counted(reported, monkeypatch, tmp_path):
-    """A table and a picture of what is counted now: another count gives other ones."""
+    """The table and the picture show the current counts: other counts change both."""
     text = reported.markdown.read_text(encoding="utf-8")
     counts = pages.counted()
     for name, passes in counts.items():
@@ -293,7 +296,7 @@ def test_report_accuracy_and_counters_are_shown(reported):
 def test_report_added_units_and_kept_units(reported):
     text = reported.markdown.read_text(encoding="utf-8")
     case = "Llama-3.2-1B, 16 layers (all), 2 × 1024 tokens, r = 8, bfloat16"
-    # 2 ms in 16 layers is 125 µs a layer, in which 4 TB/s pass 59.6 tensors of 2048 tokens × 2048 × 2 bytes.
+    # 2 ms in 16 layers is 125 µs per layer. In that time 4 TB/s move 59.6 tensors of 2048 tokens × 2048 × 2 bytes.
     assert cells(text, case, "fused") == [case, "fused", "102 ms (101–103)", "1.02×", "1.00×", "59.6"]
     kept = text[text.index("memory kept for the backward") :].partition("####")[0]
     case = "Llama-3.2-1B, 4 layers, 2 × 1024 tokens, r = 8, bfloat16"
@@ -308,7 +311,7 @@ def test_report_serving_by_rows_and_what_an_adapter_for_each_token_makes(reporte
         "64", "1152", "8", "16", "10.0 µs (9.94–10.1)", "5.00 µs (4.97–5.03), 0.500×", "9.00 µs (8.95–9.05), 0.900×",
         "30.0 µs (29.8–30.2), 3.00×", "1.00 MiB (0.994–1.01)", "9.00 MiB (8.95–9.05)",
     ]  # fmt: skip
-    for title in ("transformers' generate", "transformers, a decode step, CUDA graph", "vLLM, a token of every row"):
+    for title in ("transformers' generate", "transformers, a decode step, CUDA graph", "vLLM, per token of every row"):
         table = text[text.index(f": {title}") :].partition("####")[0]
         case = "Llama-3.2-1B, 16 layers (all), 256 × 256 tokens, 256 adapters, r = 8, bfloat16"
         row = cells(table, case, "fused")
@@ -357,7 +360,7 @@ def test_report_cpu_is_never_shown_as_speed_of_the_kernels(reported):
     assert CPU not in reported.readme.read_text(encoding="utf-8")
     text = reported.markdown.read_text(encoding="utf-8")
     section = text[text.index(f"## {CPU}") :]
-    assert section.startswith(f"## {CPU} (CPU): imaginary-cpu\n\n**This says nothing of the kernels**")
+    assert section.startswith(f"## {CPU} (CPU): imaginary-cpu\n\n**These figures say nothing about the kernels**")
     assert "777 µs" in section and "777 µs" not in text[: text.index(f"## {CPU}")]
     assert "Goals" not in section and ".svg" not in section
     assert not any("imaginary-cpu" in path.name for path in (reported.docs / "benchmarks").iterdir())
@@ -512,7 +515,7 @@ def test_report_plots_of_results_that_are_gone_go_too_and_no_other_file(reported
 
 
 def with_changes(place: Place, **changes) -> None:
-    """A good results file beside one of which some keys are changed."""
+    """Write a good results file, and one with some keys changed."""
     place.put(cpu_results())
     file = place.put(gpu_results())
     file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | changes), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The stub driver: Triton's real launch path, in a process of its own, over a driver library that does nothing."""
+"""Tests of the stub driver: Triton's real launch path over a driver library that does nothing, in a subprocess."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def worked() -> dict:
-    """What the worker found."""
+    """Run the worker; return its findings."""
     done = run("tests/stub_worker.py", TRITON_INTERPRET="1", FUSED_STEER_BACKEND="torch")
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -51,9 +51,9 @@ def test_stub_host_contenders_launch_what_they_should(worked):
     launches = {what: {name: row["launches"] for name, row in of.items()} for what, of in rows.items()}
     call, whole = launches["call"].pop("fused"), launches["train"].pop("fused")
     assert call >= 1 and launches["grouped"].pop("fused") >= 1
-    assert whole >= 3 * layers and whole % layers == 0  # forward, and two of backward, at least
+    assert whole >= 3 * layers and whole % layers == 0  # at least one of forward and two of backward
     assert launches["compiled"].pop("fused") == launches["compiled"].pop("eager") == call * layers
-    assert {count for of in launches.values() for count in of.values()} == {0}  # none of the rivals' is Triton's
+    assert {count for of in launches.values() for count in of.values()} == {0}  # the rivals launch no Triton kernels
 
 
 def test_stub_host_samples_are_one_a_round(worked):

@@ -1,4 +1,4 @@
-"""`python -m bench.vllm`: both engines answer, in turn, and what they took is in the results file."""
+"""Tests of `python -m bench.vllm`: both engines answer in turn, and their times are in the results file."""
 
 import subprocess
 import sys

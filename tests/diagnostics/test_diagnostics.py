@@ -1,4 +1,4 @@
-"""The diagnostics: every number against plain hooks and full matrices, the command end to end, and what it refuses."""
+"""Tests of the diagnostics: every number against plain hooks and full matrices, the command, and its refusals."""
 
 import copy
 import json
@@ -24,7 +24,7 @@ DOWN = {"gpt2": "c_proj", "gpt_neox-parallel": "dense_4h_to_h", "gpt_neox-sequen
 
 
 def with_lora(model, **options):
-    """LoRA that does something, on the MLP's output projection."""
+    """Add a LoRA that is not zero to the MLP's output projection."""
     target = [name for name, _ in model.named_modules() if name.endswith("mlp.down_proj")]
     torch.manual_seed(5)
     options = {"r": 4, "target_modules": target, "init_lora_weights": False, "lora_alpha": 6} | options
@@ -32,7 +32,7 @@ def with_lora(model, **options):
 
 
 def masked_batches():
-    """Two batches; the second is padded on the right."""
+    """Make two batches; the second is padded on the right."""
     mask = torch.ones(3, 7, dtype=torch.long)
     mask[0, 4:] = mask[2, 1:] = 0
     return [{"input_ids": tokens(0)}, {"input_ids": tokens(1, batch=3, length=7), "attention_mask": mask}]
@@ -43,7 +43,7 @@ def layers_of(model):
 
 
 class Seen:
-    """By plain hooks, over all tokens that count: what a module or a site got and gave."""
+    """Records a module's inputs and outputs by plain hooks, without padding."""
 
     def __init__(self, modules, model, batches):
         self.got = [[] for _ in modules]
@@ -75,7 +75,7 @@ class Seen:
 
 
 def assert_spread(spread, values):
-    """values: (N,), made otherwise."""
+    """Assert that a spread agrees with independently computed values, (N,)."""
     values = values.numpy()
     assert spread.tokens == len(values)
     assert spread.mean == pytest.approx(values.mean(), rel=1e-4, abs=1e-6)
@@ -88,7 +88,7 @@ def assert_spread(spread, values):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_diagnostics_the_shift_and_the_mlps_share_of_each_family(family):
-    """y is what the stream lacks without the MLP: from a second run, whose MLP gives zeros."""
+    """The expected y, the MLP's share of the stream, is the difference from a second run with a zero MLP."""
     model = patch_model(build(family), SteerConfig(activation="gelu", scale=0.7, up_bias=True, down_bias=True))
     randomize(model)
     batches = masked_batches()
@@ -114,7 +114,7 @@ def test_diagnostics_the_shift_and_the_mlps_share_of_each_family(family):
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "cohere"])
 def test_diagnostics_layers_that_a_hook_steers(family):
-    """The MLP's output is then that of a module: of the norm after it where there is one."""
+    """In such layers the MLP's output is a module's output: that of the norm after the MLP, if there is one."""
     fused = patch_model(build(family))
     hooked = build(family)
     for layer in hooked.model.layers:
@@ -131,7 +131,7 @@ def test_diagnostics_layers_that_a_hook_steers(family):
 
 
 def with_another_lora(model):
-    """Of another scaling, active beside the first."""
+    """Add a second active LoRA with another scaling."""
     torch.manual_seed(7)
     target = [name for name, _ in inside_peft(model).named_modules() if name.endswith("mlp.down_proj")]
     model.add_adapter("other", LoraConfig(r=2, lora_alpha=16, target_modules=target, init_lora_weights=False))
@@ -144,7 +144,7 @@ def test_diagnostics_the_cosine_of_the_two_shifts(options):
     two = options.get("two", False)
     model = with_another_lora(with_lora(build())) if two else with_lora(build(), **options)
     for name, parameter in model.named_parameters():
-        if "magnitude" in name:  # as it is at first, DoRA adds what LoRA does
+        if "magnitude" in name:  # DoRA's initial magnitudes would make it equal to LoRA
             parameter.data.mul_(torch.linspace(0.5, 2, len(parameter)))
     model = patch_model(model)
     randomize(inside_peft(model))
@@ -162,13 +162,13 @@ def test_diagnostics_the_cosine_of_the_two_shifts(options):
         cosines = F.cosine_similarity(delta, adapted.outputs(i) - bases.outputs(i))
         assert_spread(layer.cosine, cosines)
         counts = np.histogram(cosines.numpy(), BINS, (-1, 1))[0]
-        assert np.abs(np.array(layer.cosine.counts) - counts).sum() <= 2  # one on an edge may fall on either side
+        assert np.abs(np.array(layer.cosine.counts) - counts).sum() <= 2  # one on an edge may count on either side
         assert sum(layer.cosine.counts) == found.tokens
 
 
 @pytest.mark.parametrize("two", [False, True], ids=["one adapter", "two adapters"])
 def test_diagnostics_the_alignment_of_the_two_updates(two):
-    """Against the singular value decompositions of the d × k and d × d products."""
+    """The alignment agrees with the SVDs of the full d × k and d × d products."""
     model = with_lora(build(), use_rslora=True)
     if two:
         with_another_lora(model)
@@ -201,7 +201,7 @@ def trained(orthogonal_to):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_diagnostics_orthogonal_updates_are_seen_to_be_orthogonal(dtype):
-    """Also where the base is bfloat16, in which the difference of two outputs is not orthogonal to anything."""
+    """Orthogonality shows also with a base in bfloat16, where rounding spoils the difference of two outputs."""
     orthogonal, naive = trained("lora"), trained(None)
     for model in (orthogonal, naive):
         for name, parameter in model.named_parameters():
@@ -218,7 +218,7 @@ def test_diagnostics_orthogonal_updates_are_seen_to_be_orthogonal(dtype):
         assert max(max(row) for row in layer.alignment.singular) <= 1e-5
         assert max(map(abs, layer.cosine.quantiles.values())) <= 1e-5
         assert layer.cosine.counts[BINS // 2] == layer.cosine.tokens
-        assert layer.shift.mean > 1e-3  # it does something
+        assert layer.shift.mean > 1e-3  # the steering has an effect
     for layer in diagnose(naive, masked_batches()).layers:
         assert max(layer.alignment.principal) > 0.1
         assert layer.cosine.quantiles["0.95"] - layer.cosine.quantiles["0.05"] > 0.05
@@ -297,7 +297,7 @@ def test_diagnostics_a_lora_on_the_parameters_of_experts():
 
 
 class Routed(torch.nn.Module):
-    """An MLP of two experts that are modules, each of which sees some of the tokens."""
+    """An MLP with two expert modules. Each sees some of the tokens."""
 
     def __init__(self):
         super().__init__()
@@ -314,7 +314,7 @@ class Routed(torch.nn.Module):
 
 
 def test_diagnostics_a_lora_on_experts_that_are_modules():
-    """They are aligned together, side by side; what their LoRA adds is not of the same tokens."""
+    """LoRAs on expert modules are aligned together. Their shifts have no cosine, as they see different tokens."""
     model = build()
     for layer in model.model.layers:
         layer.mlp = Routed()
@@ -350,7 +350,7 @@ def test_diagnostics_what_is_not_finite_is_absent_and_never_in_json():
 
 
 def test_diagnostics_bf16_shifts_are_not_lost_in_rounding():
-    """A shift of a thousandth of h: out − h in bf16 would be nothing but rounding."""
+    """A shift of a thousandth of h is measured exactly, although out − h in bf16 would be only rounding."""
     model = patch_model(with_lora(build()))
     randomize(inside_peft(model))
     for layer in layers_of(model):
@@ -388,7 +388,7 @@ def test_diagnostics_padding_and_batching_change_nothing():
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 def test_diagnostics_the_model_is_left_as_it_was(training):
     model = patch_model(with_lora(build(attention_dropout=0.5), lora_dropout=0.5), SteerConfig(orthogonal_to="lora"))
-    randomize(inside_peft(model))  # violates the constraint, which is not to be seen to here
+    randomize(inside_peft(model))  # violates the constraint; diagnose must not restore it
     model.train(training)
     layers_of(model)[1].mlp.eval()
     model.steering.reset_calls()
@@ -424,7 +424,7 @@ def test_diagnostics_a_compiled_model_is_observed_too():
         model(**masked_batches()[0])
     count = len(graphs)
     assert diagnose(compiled, masked_batches()).layers == diagnose(model, masked_batches()).layers == expected.layers
-    assert len(graphs) == count > 0  # nothing was compiled anew for the hooks
+    assert len(graphs) == count > 0  # the hooks caused no recompilation
 
 
 def test_diagnostics_refusals_of_diagnose():
@@ -454,7 +454,7 @@ def assert_png(file):
     from matplotlib.image import imread
 
     pixels = imread(file)
-    assert min(pixels.shape[:2]) > 300 and pixels[..., :3].std() > 0.02  # something is drawn
+    assert min(pixels.shape[:2]) > 300 and pixels[..., :3].std() > 0.02  # the picture is not blank
 
 
 def test_diagnostics_saving_both_and_then_without_lora(tmp_path):
@@ -497,7 +497,7 @@ WORDS = ["<eos>", "<unk>", *"a b c d e f g h".split()]
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A saved model with its tokenizer, a steering adapter and a LoRA apart and together, and prompts."""
+    """Save a model with tokenizer, a steering adapter and a LoRA (separately and together), and prompts."""
     folder = tmp_path_factory.mktemp("diagnose")
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -519,7 +519,7 @@ def place(tmp_path_factory):
 
 
 def test_diagnostics_the_command_with_both_parts(place, tmp_path):
-    """Apart or in one directory: the same numbers, which are those of `diagnose`."""
+    """Separate parts and one joint directory give the same numbers as `diagnose`."""
     common = ["diagnose", place / "model", "--prompts", place / "prompts.txt", "--device", "cpu", "--batch-size", 2]
     apart = invoke(*common, "--adapter", place / "adapter", "--lora", place / "lora", "--out", tmp_path / "apart")
     assert apart.exit_code == 0, apart.output

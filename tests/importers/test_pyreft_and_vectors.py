@@ -1,4 +1,4 @@
-"""Adapters of pyreft and control vectors compute, imported, what they did there; what does not fit is refused whole."""
+"""Tests that imported adapters of pyreft and control vectors compute what the originals do, and of refusals."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Shift = Callable[[Tensor], Tensor]
 
 
 def hooked(shifts: dict[int, Shift], family: str = "llama") -> nn.Module:
-    """h + shift(h) at the output of these layers."""
+    """Build a model with hooks that return h + shift(h) at these layers."""
     model = build(family)
     decoder = model.get_submodule("transformer.h" if family == "gpt2" else "model.layers")
     for i, shift in shifts.items():
@@ -41,7 +41,7 @@ def assert_same_function(found: AdapterFile, shifts: dict[int, Shift], out: Path
     expected = logits(hooked(shifts))
     assert_close(logits(model), expected)
     with model.steering.disabled():
-        assert difference(logits(model), expected)[""] > 0.01  # so it does something
+        assert difference(logits(model), expected)[""] > 0.01  # the shifts have an effect
     return model.steering.config()
 
 
@@ -49,7 +49,7 @@ def assert_same_function(found: AdapterFile, shifts: dict[int, Shift], out: Path
 
 
 class Rotation(nn.Module):
-    """pyreft's rotate_layer: weight is Rᵀ (d, r), which torch keeps orthonormal; moved away from where it started."""
+    """pyreft's rotate_layer, away from its initial value. Its weight is Rᵀ (d, r), kept orthonormal by torch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class Rotation(nn.Module):
 
 
 class Intervention(nn.Module):
-    """One of pyreft's classes: its state dict, and what it adds to h, by the formula of its docstring."""
+    """An intervention like one of pyreft's classes: the state dict, and the shift of h by its docstring's formula."""
 
     def __init__(self, name: str, phi: str = "identity", bias: bool = True, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ class Intervention(nn.Module):
         }[self.name]()
 
 
-LINEAR = ("Loreft", "Noreft")  # ours without φ alone
+LINEAR = ("Loreft", "Noreft")  # we import these only without an activation
 ENTRY = [0, "block_output", "pos", 1, RANK, *[None] * 9]
 
 
@@ -113,7 +113,7 @@ def file_name(layer: int) -> str:
 
 
 def save_pyreft(directory: Path, interventions: dict[int, Intervention], **config: Any) -> dict[int, Shift]:
-    """As pyvene's `save` does; the shifts that it stands for."""
+    """Save interventions in the format of pyvene's `save`; return the shifts that they represent."""
     torch.manual_seed(2)
     directory.mkdir()
     fields = {
@@ -162,7 +162,7 @@ def test_pyreft_and_vectors_every_class_of_pyreft(name, options, tmp_path):
 
 @pytest.mark.parametrize("name", [*LINEAR, "Nodireft"])
 def test_pyreft_and_vectors_bfloat16_is_exact_in_float32(name, tmp_path):
-    """pyreft's default dtype. One rounding is left, that of a difference."""
+    """bfloat16, pyreft's default dtype, is imported exactly, except that a difference is rounded once."""
     interventions = of_class(name, dtype=torch.bfloat16)
     shifts = save_pyreft(tmp_path / "reft", interventions)
     found = import_pyreft(tmp_path / "reft", positions="all", activation="identity", **LLAMA)
@@ -173,7 +173,7 @@ def test_pyreft_and_vectors_bfloat16_is_exact_in_float32(name, tmp_path):
 
 
 def test_pyreft_and_vectors_the_rotation_is_that_of_torch(tmp_path):
-    """To the bit, from the parametrisation that the file has of it."""
+    """The rotation, computed from the file's parametrisation, equals torch's bit for bit."""
     interventions = of_class("Direft")
     save_pyreft(tmp_path / "reft", interventions)
     found = import_pyreft(tmp_path / "reft", positions="all", activation="silu", **LLAMA)
@@ -186,7 +186,7 @@ def test_pyreft_and_vectors_the_rotation_is_that_of_torch(tmp_path):
 @pytest.mark.parametrize("as_dicts", [False, True])
 def test_pyreft_and_vectors_some_layers_in_any_order(as_dicts, tmp_path):
     interventions = of_class("Loreft", layers=[2, 0])
-    # Links tie interventions, groups order them: the values are all there, and nothing else depends on them.
+    # Link keys tie interventions and group keys order them. All values are in the files, so both can be ignored.
     entries = [{"layer": i, "low_rank_dimension": RANK, "group_key": 0, "intervention_link_key": 0} for i in [2, 0]]
     shifts = save_pyreft(tmp_path / "reft", interventions, **({"representations": entries} if as_dicts else {}))
     build("gpt2").config.save_pretrained(tmp_path / "gpt2")
@@ -198,14 +198,14 @@ def test_pyreft_and_vectors_some_layers_in_any_order(as_dicts, tmp_path):
 
 
 def test_pyreft_and_vectors_an_empty_file_of_the_base_is_passed_by(tmp_path):
-    """pyvene writes one if asked for the base model's trained parameters, and there are none."""
+    """An empty file of the base model is ignored. pyvene writes one if no parameter of the base was trained."""
     shifts = save_pyreft(tmp_path / "reft", of_class("Lobireft"))
     torch.save({}, tmp_path / "reft" / "pytorch_model.bin")
     assert_same_function(import_pyreft(tmp_path / "reft", positions="all", **LLAMA), shifts, tmp_path / "out")
 
 
 def entry(**changes: Any) -> list[Any]:
-    """A representation of layer 0 with other fields."""
+    """Return the config's entry of layer 0 with some fields changed."""
     names = {
         **{"layer": 0, "component": 1, "unit": 2, "max_number_of_units": 3, "low_rank_dimension": 4},
         **{"subspace_partition": 7, "moe_key": 10, "source_representation": 11, "latent_dim": 13},
@@ -220,7 +220,7 @@ LORE = "<class 'pyreft.interventions.LoreftIntervention'>"
 ONE = {"intervention_types": [LORE]}
 PYREFT_ARGUMENTS = ("--positions", "all", "--activation", "identity", *LAYOUT)
 
-#: What is changed in config.json, and what is said about it.
+#: name -> a change to config.json, and parts of the refusal.
 CONFIGS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "a list": ([1], ("holds a list", "expected an object")),
     "no representations": ({"representations": []}, ("not as many", "expected a pair")),
@@ -274,7 +274,7 @@ CONFIGS: dict[str, tuple[Any, tuple[str, ...]]] = {
     ),
     "unknown file": (
         ONE | {"representations": [ENTRY]},
-        (f"has a file {file_name(1)}", "knows nothing"),
+        (f"has a file {file_name(1)}", "does not list"),
     ),
     "missing file": (
         {"representations": [ENTRY, entry(layer=1), entry(layer=7)]},
@@ -284,7 +284,7 @@ CONFIGS: dict[str, tuple[Any, tuple[str, ...]]] = {
 
 
 def with_entry(**changes: Any) -> Callable[[Path], None]:
-    """Change the entries of layer 1: by a value, by a function of the old one; None takes it away."""
+    """Return a damage that changes tensors of layer 1, by a new value or a function of the old; None removes one."""
 
     def change(directory: Path) -> None:
         state = torch.load(directory / file_name(1), weights_only=True)
@@ -297,7 +297,7 @@ def with_entry(**changes: Any) -> Callable[[Path], None]:
     return change
 
 
-#: What is changed in the directory of a LoReFT, and what is said about it.
+#: name -> a change to a LoReFT's directory, and parts of the refusal.
 WEIGHTS: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "no rotation": (with_entry(rotate_layer=None), ("it has weight, bias; expected weight, bias, rotate_layer",)),
     "more": (with_entry(more=torch.ones(2)), ("it has weight, bias, rotate_layer, more; expected",)),
@@ -328,7 +328,7 @@ WEIGHTS: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
 
 
 def test_pyreft_and_vectors_pyreft_refusals_write_nothing(tmp_path):
-    """Every misfit, through the command: one line, exit code 1, and no file more."""
+    """The command refuses every bad file with one line and exit code 1, and writes nothing."""
     cases = {f"config {name}": case for name, case in CONFIGS.items()} | WEIGHTS
     for name, (change, parts) in cases.items():
         reft = tmp_path / name
@@ -378,7 +378,7 @@ def test_pyreft_and_vectors_a_rotation_of_another_dtype(tmp_path):
 
 
 def test_pyreft_and_vectors_a_rotation_as_wide_as_the_model(tmp_path):
-    """torch then makes it by another map."""
+    """A rotation as wide as the model, which torch parametrises differently, is imported too."""
     square, source = torch.eye(HIDDEN), torch.ones(HIDDEN)
     names = ("parametrizations.weight.original", "parametrizations.weight.0.base")
     save_pyreft(tmp_path / "reft", of_class("Lobireft", layers=[0]))
@@ -411,12 +411,12 @@ def directions(layers: Any = range(LAYERS), dtype: torch.dtype = torch.float32) 
 
 
 def additions(vectors: dict[int, Tensor]) -> dict[int, Shift]:
-    """What repeng's ControlModule, steering-vectors' hook and llama.cpp's l_out add at layer i."""
+    """Return the shifts that repeng's ControlModule, steering-vectors' hook and llama.cpp's l_out add at each layer."""
     return {i: lambda h, v=v: SCALE * v.float() for i, v in vectors.items()}
 
 
 def write_gguf(tensors: dict[str, Any], file: Path, architecture: str = "controlvector") -> None:
-    """As repeng's export_gguf does."""
+    """Write a GGUF file in the format of repeng's export_gguf."""
     writer = gguf.GGUFWriter(file, architecture)
     writer.add_string(f"{architecture}.model_hint", "llama")
     writer.add_uint32(f"{architecture}.layer_count", len(tensors))
@@ -432,7 +432,7 @@ def named(prefix: str) -> Callable[[dict[int, Tensor]], dict[str, Tensor]]:
     return lambda vectors: {f"{prefix}{i}": v for i, v in vectors.items()}
 
 
-#: name of the file -> what of the vectors is in it, how it is written.
+#: name of the file -> a function from vectors to its content, and a function that writes it.
 KINDS: dict[str, tuple[Callable[[dict[int, Tensor]], Any], Callable[..., Any]]] = {
     "repeng.gguf": (named("direction."), write_gguf),
     "by_layer.safetensors": (named("layers."), save_file),
@@ -445,7 +445,7 @@ KINDS: dict[str, tuple[Callable[[dict[int, Tensor]], Any], Callable[..., Any]]] 
 @pytest.mark.parametrize("layers", [[2, 1, 0], [2, 1]], ids=["all", "some"])
 @pytest.mark.parametrize("name", KINDS)
 def test_pyreft_and_vectors_vectors_by_layer(name, layers, tmp_path):
-    """repeng trains from the last layer down, and by default none for layer 0."""
+    """Vectors are imported by layer, in any order and without layer 0, as repeng trains them."""
     state, save = KINDS[name]
     vectors = directions(layers)
     save(state(vectors), tmp_path / name)
@@ -457,7 +457,7 @@ def test_pyreft_and_vectors_vectors_by_layer(name, layers, tmp_path):
 
 @pytest.mark.parametrize("name", ["repeng.gguf", "by_integer.pt"])
 def test_pyreft_and_vectors_layers_of_the_file_to_take(name, tmp_path):
-    """As repeng's ControlModel is given its layer_ids."""
+    """`layers` selects layers of the file, like layer_ids of repeng's ControlModel."""
     state, save = KINDS[name]
     vectors = directions()
     save(state(vectors), tmp_path / name)
@@ -479,7 +479,7 @@ def test_pyreft_and_vectors_rows_of_a_tensor(kind, layers, tmp_path):
 
 
 def test_pyreft_and_vectors_one_vector_for_several_layers(tmp_path):
-    """One tensor in memory, which safetensors would not write twice."""
+    """One vector can serve several layers, although safetensors does not write a shared tensor twice."""
     vectors = dict.fromkeys(range(LAYERS), directions()[0])
     torch.save(vectors, tmp_path / "v.pt")
     assert_same_function(import_vector(tmp_path / "v.pt", scale=SCALE, **LLAMA), additions(vectors), tmp_path / "out")
@@ -516,7 +516,7 @@ def cut(tensors: dict[str, Any], file: Path) -> None:
 
 ROWS = torch.ones(LAYERS + 1, HIDDEN)
 
-#: name of the file -> what is in it, how it is written, and what is said about it.
+#: name of the file -> its content, a function that writes it, and parts of the refusal.
 MISFITS: dict[str, tuple[Any, Callable[..., Any], tuple[str, ...]]] = {
     "hidden_states.pt": (ROWS, torch.save, ("shape (4, 32), and layers is not given", "--layers", "3 rows")),
     "one.pt": (ROWS[0], torch.save, ("shape (32,), and layers is not given", "expected the layer of each row")),
@@ -539,7 +539,7 @@ MISFITS: dict[str, tuple[Any, Callable[..., Any], tuple[str, ...]]] = {
     ),
     "dtypes.pt": ({0: ROWS[0], 1: ROWS[0].half()}, torch.save, ("layer 1 has dtype torch.float16; expected",)),
     "range.pt": ({3: ROWS[0]}, torch.save, ("it has a layer 3", "expected indices below 3")),
-    "object.pt": (nn.Linear(2, 2), torch.save, ("it asks for torch.nn", "expected tensors alone")),
+    "object.pt": (nn.Linear(2, 2), torch.save, ("it asks for torch.nn", "expected only tensors")),
     "lora.gguf": (
         {"direction.1": ROWS[0]},
         lambda tensors, file: write_gguf(tensors, file, "llama"),
@@ -558,7 +558,7 @@ MISFITS: dict[str, tuple[Any, Callable[..., Any], tuple[str, ...]]] = {
 
 
 def test_pyreft_and_vectors_vector_refusals_write_nothing(tmp_path, recwarn):
-    """Every misfit, through the command: one line that names the file, exit code 1, and no file more."""
+    """The command refuses every bad file with one line that names it and exit code 1, and writes nothing."""
     for name, (content, save, parts) in MISFITS.items():
         file = tmp_path / name
         save(content, file)
@@ -566,7 +566,7 @@ def test_pyreft_and_vectors_vector_refusals_write_nothing(tmp_path, recwarn):
         result = invoke("import", "vector", file, "--scale", 1, *LAYOUT, "--out", tmp_path / "out")
         assert_refused(result, file, *parts)
         assert result.stdout == "" and files(tmp_path) == before and not (tmp_path / "out").exists(), name
-    assert not recwarn.list  # a warning is a second line
+    assert not recwarn.list  # a warning would be a second line
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Foreign files that would hang, fill the memory or lead to values that they do not have: refused in one line."""
+"""Tests that malicious foreign files are refused in one line: files that hang, fill the memory or forge values."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MODEL: dict[str, Any] = {"num_layers": 2, "layers_path": "model.layers"}
 
 
 class Lying:
-    """Pickled as a tensor of so many values, of a storage that has four."""
+    """An object that pickles as a large tensor over a storage of four values."""
 
     def __init__(self, size: int, stride: int) -> None:
         self.size, self.stride = size, stride
@@ -37,7 +37,7 @@ class Lying:
 
 
 def in_little_memory(run: Callable[[], Any]) -> None:
-    """In a forked process, which may take 128 MiB more, and 20 seconds."""
+    """Run in a forked process that may use 128 MiB more memory and 20 seconds."""
     child = os.fork()
     if not child:
         try:

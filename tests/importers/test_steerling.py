@@ -1,4 +1,4 @@
-"""Imported adapters compute what the hooks of the paper's released code do, and what does not fit is refused whole."""
+"""Tests that imported adapters of the paper's released code compute what its hooks do, and of refusals."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ VECTOR = {"scale": SCALE, **LLAMA}
 
 
 class Released(nn.Module):
-    """h + scale · up(φ(down(h))), or h + scale · vector, by hooks on a frozen base; its state dict is named as theirs.
+    """The released code's model: hooks on a frozen base that return h + scale · up(φ(down(h))) or h + scale · vector.
 
-    The values are rounded to `dtype`; the sums are in float32, as the op's are.
+    Its state dict has the released code's names. Values are rounded to `dtype`; sums are in float32, as in the op.
     """
 
     def __init__(self, form: str, *, family: str = "llama", layers=range(LAYERS), phi="silu", dtype=torch.float32):
@@ -56,7 +56,7 @@ class Released(nn.Module):
         return self.base_model(*args, **kwargs)
 
     def own(self) -> dict[str, Tensor]:
-        """What is saved of the steering alone, with the first word of its names."""
+        """Return the steering's part of the state dict."""
         return {key: value for key, value in self.state_dict().items() if not key.startswith("base_model.")}
 
     def bare(self) -> dict[str, Tensor]:
@@ -64,7 +64,7 @@ class Released(nn.Module):
 
 
 def imported(file: Path, out: Path, **options: Any) -> nn.Module:
-    """A fresh Llama, patched with what was imported from `file`."""
+    """Import `file` and patch a fresh Llama with the adapter."""
     write_adapter(out, import_steerling(file, **options).adapter)
     return patch_model(build(), out)
 
@@ -72,12 +72,12 @@ def imported(file: Path, out: Path, **options: Any) -> nn.Module:
 def assert_same_function(model: nn.Module, released: Released) -> None:
     assert_close(logits(model), logits(released))
     with model.steering.disabled():
-        assert difference(logits(model), logits(released))[""] > 0.01  # so it does something
+        assert difference(logits(model), logits(released))[""] > 0.01  # the steering has an effect
 
 
 # ------------------------------------------------------------------------------------------------------------- numbers
 
-#: How a file comes about: its name, what of the model is in it, how it is written.
+#: name -> the file's name, a function from the model to its content, and a function that writes it.
 FILES: dict[str, tuple[str, Callable[[Released], dict[str, Tensor]], Callable[..., Any]]] = {
     "alone": ("adapter_steerer.pt", Released.bare, torch.save),
     "alone, whole names": ("adapters.pt", Released.own, torch.save),
@@ -135,7 +135,7 @@ def test_steerling_dtype_and_values_are_kept(dtype, form, tmp_path):
 @pytest.mark.parametrize("layers", [[0, 2], [0, 1]], ids=["gap", "no gap"])
 @pytest.mark.parametrize("form", ["lowrank", "vector"])
 def test_steerling_some_layers(form, layers, tmp_path):
-    """Layers 0 and 1 are not every layer of a model of three."""
+    """An import keeps the file's layers: layers 0 and 1 are not taken for all layers of a model."""
     released = Released(form, layers=layers)
     torch.save(released.bare(), tmp_path / "a.pt")
     model = imported(tmp_path / "a.pt", tmp_path / "out", **(LOWRANK if form == "lowrank" else VECTOR))
@@ -157,7 +157,7 @@ def test_steerling_tensors_that_share_memory(tmp_path):
 
 @pytest.fixture
 def gpt2(tmp_path) -> Path:
-    """A directory with a config and nothing else."""
+    """Make a directory with only the config of a GPT-2."""
     build("gpt2").config.save_pretrained(tmp_path / "tiny-gpt2")
     return tmp_path / "tiny-gpt2"
 
@@ -216,7 +216,7 @@ DOWN, UP, DELTA = "adapters.layer1_block.down.weight", "adapters.layer1_block.up
 
 
 def changed(form: str, **changes: Any) -> Callable[[], dict[str, Any]]:
-    """A good state dict with these entries changed (by a function of the old value) or added; None takes one away."""
+    """Return a maker of a good state dict with entries changed (by a function of the old value), added or removed."""
 
     def state() -> dict[str, Any]:
         entries: dict[str, Any] = Released(form).own()
@@ -242,7 +242,7 @@ def with_nan(tensor: Tensor) -> Tensor:
 
 WIDE = {"down": (257, HIDDEN), "up": (HIDDEN, 257)}
 
-#: what the file holds, and what is said about it.
+#: name -> a function that makes the file's content, and parts of the refusal.
 MISFITS: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
     "empty": (dict, ("no adapter", "expected keys such as")),
     "base only": (lambda: {"base_model.lm_head.weight": torch.ones(2)}, ("no adapter", "only 1 base_model.*")),
@@ -258,9 +258,9 @@ MISFITS: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
     "leading zero": (changed("vector", **{"deltas.layer01_block": torch.ones(HIDDEN)}), ("unknown key",)),
     "attention": (
         changed("lowrank", **{"adapters.layer0_attn.down.weight": torch.ones(RANK, HIDDEN)}),
-        ("another site, 'adapters.layer0_attn.down.weight'", "expected layer<i>_block"),
+        ("another site, 'adapters.layer0_attn.down.weight'", "expected only layer<i>_block"),
     ),
-    "mlp": (lambda: {"layer0_mlp": torch.ones(HIDDEN)}, ("another site, 'layer0_mlp'", "expected layer<i>_block")),
+    "mlp": (lambda: {"layer0_mlp": torch.ones(HIDDEN)}, ("another site, 'layer0_mlp'", "expected only layer<i>_block")),
     "twice": (changed("vector", layer1_block=torch.ones(HIDDEN)), ("'layer1_block' with and without", "once")),
     "number": (changed("lowrank", **{UP: 3.0}), (f"{UP} is a float", "expected a tensor")),
     "sparse": (changed("lowrank", **{UP: torch.Tensor.to_sparse}), (UP, "sparse", "expected a dense one")),
@@ -311,7 +311,7 @@ MISFITS: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
 
 @pytest.mark.parametrize("earlier", [False, True], ids=["new directory", "earlier adapter"])
 def test_steerling_refusals_write_nothing(earlier, tmp_path):
-    """Every misfit, through the command: one line that names the file, exit code 1, and the directory as it was."""
+    """The command refuses every bad file with one line that names it and exit code 1, and changes nothing."""
     out = tmp_path / "out"
     if earlier:
         patch_model(build(), SteerConfig(rank=2)).steering.save(out)
@@ -331,25 +331,25 @@ def write_hostile(file: Path) -> None:
     torch.save({DELTA: torch.ones(HIDDEN), "x": Hostile(file.parent / "made")}, file)
 
 
-#: name -> how the file is written, and what is said.
+#: name -> a function that writes the file, and parts of the refusal.
 UNREADABLE: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "hostile.pt": (write_hostile, ("it asks for", "mkdir", "weights_only=True")),
     "hostile_old.pt": (
         lambda file: file.write_bytes(pickle.dumps(Hostile(file.parent / "made"), 2)),
-        ("expected tensors alone", "weights_only=True"),
+        ("expected only tensors", "weights_only=True"),
     ),
-    "hostile_new.pt": (  # of which torch also warns
+    "hostile_new.pt": (  # torch warns about it too
         lambda file: file.write_bytes(pickle.dumps(Hostile(file.parent / "made"), 4)),
-        ("expected tensors alone", "weights_only=True"),
+        ("expected only tensors", "weights_only=True"),
     ),
-    "module.pt": (lambda file: torch.save(nn.Linear(2, 2), file), ("it asks for torch.nn", "expected tensors alone")),
-    "text.pt": (lambda file: file.write_text("hello world"), ("expected tensors alone",)),
-    "nothing.bin": (lambda file: file.touch(), ("EOFError", "expected tensors alone")),
+    "module.pt": (lambda file: torch.save(nn.Linear(2, 2), file), ("it asks for torch.nn", "expected only tensors")),
+    "text.pt": (lambda file: file.write_text("hello world"), ("expected only tensors",)),
+    "nothing.bin": (lambda file: file.touch(), ("EOFError", "expected only tensors")),
     "nothing.safetensors": (lambda file: file.touch(), ("header", "expected a safetensors file")),
     "pickle.safetensors": (write_hostile, ("header", "expected a safetensors file")),
     "cut.pt": (
         lambda file: (torch.save({DELTA: torch.ones(9999)}, file), file.write_bytes(file.read_bytes()[:9999])),
-        ("expected tensors alone",),
+        ("expected only tensors",),
     ),
     "cut.safetensors": (
         lambda file: (save_file({DELTA: torch.ones(999)}, file), file.write_bytes(file.read_bytes()[:-1])),
@@ -367,8 +367,8 @@ def test_steerling_unreadable_files_are_not_executed(name, tmp_path, recwarn):
     write(file)
     result = command(file, "--scale", 1, *LAYOUT, "--out", tmp_path / "out")
     assert_refused(result, file, *parts)
-    assert not recwarn.list  # a warning is a second line
-    assert "False" not in result.stderr  # no advice to load it unsafely
+    assert not recwarn.list  # a warning would be a second line
+    assert "False" not in result.stderr  # torch's advice to pass weights_only=False is not shown
     assert not (tmp_path / "made").exists() and not (tmp_path / "out").exists()
 
 
@@ -444,7 +444,7 @@ def test_steerling_command_replaces_an_earlier_adapter(adapters, tmp_path):
 
 
 def test_steerling_command_leaves_a_lora_adapter_alone(adapters, tmp_path):
-    """The released code saves LoRA's adapter beside the steering, under the names that ours would have."""
+    """The import leaves a LoRA adapter alone, which the released code saves in the same folder under the same names."""
     from peft import LoraConfig, get_peft_model
 
     file, _ = adapters

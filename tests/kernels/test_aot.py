@@ -1,4 +1,4 @@
-"""The kernels' budget: every configuration compiles ahead of time for each target, within what the hardware has."""
+"""Tests that every configuration of the kernels compiles ahead of time for each target, within hardware limits."""
 
 import json
 
@@ -18,11 +18,11 @@ from fused_steer.kernels.aot import (
 )
 from fused_steer.kernels.schedule import TARGETS
 
-#: Hidden sizes that lay tiles out differently: blocks of 64, of 128, of 512 columns divide them, and of all sizes.
+#: Hidden sizes with different tilings: divisible by blocks of 64, 128, 512 columns, and of all sizes.
 HIDDEN = (576, 1152, 2560, 4096, 8192)
 RANKS = (0, 1, 8, 12, 16, 32, 64, 128, 256)
-PADDED_RANKS = (0, 8, 32, 64, 128, 256)  # one for each padded rank
-#: Targets without a promise of speed take the same tiles as those with one, or tiles of fewer kinds.
+PADDED_RANKS = (0, 8, 32, 64, 128, 256)  # one per padded rank
+#: Targets with a promise of speed. The other targets use the same kinds of tiles, or fewer.
 PROMISED = ("sm_80", "sm_90")
 EVERYTHING = {"biases": True, "gain": True, "scale_on_device": True, "nested": True, "activation": "gelu_tanh"}
 PACKED = {"packed": True}
@@ -34,11 +34,11 @@ def cases() -> list[list]:
     found = []
     for target in TARGETS:
         promised = target in PROMISED
-        # With every option, which costs the most registers. Many tokens and few: their tiles may differ.
+        # Every option at once costs the most registers. Many and few tokens may use different tiles.
         for hidden in HIDDEN if promised else (576, 4096):
             ranks = RANKS if promised else (*PADDED_RANKS, 12)
             found += [[target, "bfloat16", hidden, rank, n, EVERYTHING] for rank in ranks for n in (8192, 8)]
-        # What a patched model launches for many tokens: the weights packed.
+        # A patched model launches packed weights for many tokens.
         found += [[target, "bfloat16", 4096, rank, 8192, PACKED] for rank in (RANKS if promised else PADDED_RANKS)]
         for rank in PADDED_RANKS if promised else (0, 8, 64, 256):
             for dtype in ("float32", "float16"):
@@ -64,13 +64,13 @@ def assert_none(bad: list[dict]) -> None:
     assert not bad, "\n".join(map(str, bad))
 
 
-#: What stands in local memory (bytes a thread) or is spilled (registers, on AMD) in kernels with every option, by
-#: target, dtype, kernel and rank; it may not grow. A few bytes on NVIDIA; on AMD at ranks over 64.
+#: Accepted local memory (bytes per thread) or spills (registers, on AMD) of kernels with every option, by (target,
+#: dtype, kernel, rank). They may not grow. On NVIDIA they are a few bytes; on AMD they occur at ranks over 64.
 LOCAL = {
     ("sm_80", "float16", "bwd_rows", 8): 8,
     ("sm_90", "bfloat16", "fwd_up", 128): 8,  # d = 576
     ("sm_90", "bfloat16", "bwd_rows", 12): 8,
-    ("sm_90", "bfloat16", "fwd", 32): 8,  # d = 4099, as are those of the finishing kernel
+    ("sm_90", "bfloat16", "fwd", 32): 8,  # d = 4099, also for the finishing kernel
     ("sm_90", "bfloat16", "bwd_finish", 128): 8,
     ("sm_100", "bfloat16", "bwd_finish", 128): 8,
     ("sm_100", "bfloat16", "bwd_finish", 256): 16,
@@ -99,7 +99,7 @@ def test_aot_a_program_fits_on_a_multiprocessor(compiled):
 
 
 def aligned(compiled: list[dict]) -> list[dict]:
-    """The rows in bf16 whose hidden states can move in 128 bits: d is a multiple of eight elements."""
+    """Return the bf16 rows with d a multiple of 8, so that hidden states can move in 128 bits."""
     return [row for row in compiled if row["case"][1] == "bfloat16" and row["case"][2] % 8 == 0]
 
 
@@ -111,21 +111,21 @@ def test_aot_the_hidden_state_moves_in_128_bit_accesses(compiled):
     writes = [row for row in writes if row["kernel"] != BACKWARD[1] or "p_dx" in row["hidden_states"]]
     amd = [row for row in writes if row["target"].startswith("gfx")]
     nvidia = [row for row in writes if not row["target"].startswith("gfx")]
-    # AMD's compiler stores the result of a matrix product as the matrix units leave it: 64 bits a lane.
+    # AMD's compiler stores a matrix product in the matrix units' layout: 64 bits per lane.
     assert_none([row for row in amd if not row["stores_64"] + row["stores_128"]])
     assert_none([row for row in nvidia if not row["stores_128"]])
-    # Beside the hidden state a kernel stores fp32: `a` and sums, of which some (in the columns kernel daᵀ h, and one
-    # number a rank and a column) are too small for 128 bits, or rows of a rank that is no multiple of four.
+    # Beside the hidden state a kernel stores `a` and sums in fp32. Some sums are too small for 128 bits: in the columns
+    # kernel daᵀ h, and one number per rank and per column. So are rows of a rank that is no multiple of 4.
     small = {row["kernel"]: 3 if row["kernel"] == BACKWARD[1] else 1 for row in nvidia}
     assert_none(
         [r for r in nvidia if r["case"][3] % 4 == 0 and r["global_stores"] > r["stores_128"] + small[r["kernel"]]]
     )
-    # Parameters and sums are fp32, and theirs may be the 128 bits counted. Beside a hidden state da and h are bf16,
-    # N x r: on AMD they are stored as the matrix units leave them.
+    # Parameters and sums are fp32, and the 128-bit accesses counted may be theirs. Beside the hidden state, da and h,
+    # (N, r), are bf16. On AMD they are stored in the matrix units' layout.
     assert_none([row for row in rows if row["loads_16"]])
     narrow = [row for row in rows if row["stores_16"]]
     assert_none([r for r in narrow if not (r["target"].startswith("gfx") and r["kernel"] == BACKWARD[0])])
-    # A tile of fewer than 16 bytes a thread would move in narrower accesses.
+    # A tile with fewer than 16 bytes per thread would need narrower accesses.
     lanes = {target: 64 if device.gpu == "hip" else 32 for target, device in TARGETS.items()}
     for row in rows:
         tile = row["tile"]
@@ -140,9 +140,9 @@ def test_aot_forward_copies_asynchronously_and_stores_nothing_narrow(compiled):
     for row in forward:
         assert row["async_copies"] == row["async_copies_128"], row
         assert row["global_stores"] - row["stores_128"] <= 1, row
-        if row["kernel"] == "post_block_fwd_kernel":  # both passes copy the hidden state and the weights
+        if row["kernel"] == "post_block_fwd_kernel":  # both passes over d copy the hidden state and the weights
             assert row["async_copies"] > 0 and row["global_loads"] == 0, row
-        else:  # few tokens: one block, loaded at once
+        else:  # few tokens: a single block
             assert row["loads_128"] > 0, row
 
 
@@ -157,13 +157,15 @@ def test_aot_matrix_products_run_on_tensor_cores(compiled):
 
 
 def test_aot_what_is_recorded_is_what_runs():
-    """The launches of a case: one forward, three backward; with few tokens d is split, and the forward has two."""
+    """A case records one forward and three backward launches. Few tokens split d, which takes two forward launches."""
     many, few = (record(Case(tokens, 4096, 8), "sm_90") for tokens in (8192, 8))
     assert [launch.kernel.__name__ for launch in many] == ["post_block_fwd_kernel", *BACKWARD]
     split = ["post_block_fwd_down_kernel", "post_block_fwd_up_kernel"]
     assert [launch.kernel.__name__ for launch in few] == [*split, *BACKWARD] and few[0].grid[1] > 8
     wide = [launch.kernel.__name__ for launch in record(Case(8192, 4096, 256), "sm_90")]
-    assert wide == [*split, BACKWARD[0], BACKWARD[1], *BACKWARD[1:]], "two passes over the columns, not to spill"
+    assert wide == [*split, BACKWARD[0], BACKWARD[1], *BACKWARD[1:]], (
+        "one launch of the columns kernel would spill, so there are two"
+    )
 
 
 SPLIT = ["p_residual p_branch", "p_residual p_branch p_out"]  # a forward of two kernels
@@ -201,17 +203,17 @@ def test_aot_the_time_floor_is_bytes_over_bandwidth():
 @pytest.mark.parametrize(
     ("target", "registers", "shared", "warps", "expected"),
     [
-        ("sm_80", 128, 48 << 10, 4, 12 / 64),  # three times 49 KiB of 164
+        ("sm_80", 128, 48 << 10, 4, 12 / 64),  # 3 x 49 KiB of 164
         ("sm_80", 32, 0, 4, 64 / 64),
         ("sm_80", 32, 0, 1, 32 / 64),  # 32 programs at most
         ("sm_80", 33, 0, 4, 48 / 64),  # 40 registers are taken
         ("sm_90", 255, 0, 8, 8 / 64),
-        ("sm_90", 40, 113 << 10, 8, 16 / 64),  # twice 114 KiB of 228
+        ("sm_90", 40, 113 << 10, 8, 16 / 64),  # 2 x 114 KiB of 228
         ("sm_90", 40, (113 << 10) + 1, 8, 8 / 64),
         ("sm_90", 40, 228 << 10, 8, 0),
         ("sm_75", 128, 48 << 10, 4, 4 / 32),  # one of 64 KiB
         ("sm_89", 64, 0, 4, 32 / 48),
-        ("sm_86", 40, 49 << 10, 4, 8 / 48),  # twice 50 KiB of 100
+        ("sm_86", 40, 49 << 10, 4, 8 / 48),  # 2 x 50 KiB of 100
         ("gfx942", 142, 16 << 10, 4, 12 / 32),
         ("gfx942", 64, 0, 4, 32 / 32),
         ("gfx942", 64, 33 << 10, 4, 4 / 32),

@@ -1,4 +1,4 @@
-"""Which backend runs, and that a request that cannot be met is an error."""
+"""Tests of the choice of a backend. A request that cannot be met is an error."""
 
 import ast
 from pathlib import Path
@@ -38,7 +38,7 @@ def test_backend_what_cannot_be_met_is_an_error(monkeypatch):
 
 
 def test_backend_the_kernels_know_nothing_of_models():
-    """No file of kernels/ imports transformers, or the package above it."""
+    """No file of kernels/ imports transformers or fused_steer outside of kernels/."""
     import fused_steer.kernels
 
     for file in Path(fused_steer.kernels.__file__).parent.glob("*.py"):

@@ -1,7 +1,7 @@
-"""What decides the kernels' speed, counted ahead of time on the code compiled for A100 and H100, and held to a budget.
+"""Tests of the kernels' budgets: bytes and instructions, counted on code compiled ahead of time for A100 and H100.
 
-The counts come from `kernels.predict`: bytes from the launches as they are recorded, instructions from the compiled
-loops. `fused-steer kernels` prints them for every target.
+The counts come from `kernels.predict`: bytes from recorded launches, instructions from compiled loops. `fused-steer
+kernels` prints them for every target.
 """
 
 import pytest
@@ -12,23 +12,23 @@ from fused_steer.kernels.predict import MEMORY_SHARE
 HIDDEN = (2048, 2560, 4096, 8192)
 RANKS = (1, 8, 16, 64)
 MANY, FEW = (4096, 16384), (1, 8, 64)
-#: The GPU that stands for each target.
+#: target -> its GPU.
 NAMES = {"sm_80": "A100", "sm_90": "H100"}
 
-L2_OVER_MEMORY = {1: 1.7, 8: 1.7, 16: 1.7, 64: 3.0}  # bytes that L2 sends, over bytes of device memory
-#: What is over that budget, by target, d, r, N and pass, and may not grow. A tile reads all of W1 and W2, so fewer
-#: bytes would take taller tiles. For 4096 tokens A100 has three waves of 13 rows at rank 8 and two of 19 at rank 16. At
-#: rank 8 a tile of 19 rows and 256 columns would do, in more shared memory than a program has on sm_86 and sm_89, which
-#: take the same tiles. At rank 16 half of a tile's bytes are weights' already.
+L2_OVER_MEMORY = {1: 1.7, 8: 1.7, 16: 1.7, 64: 3.0}  # by rank: bytes read from L2 over bytes of device memory
+#: The exceptions to that budget, by (target, d, r, N, pass). They may not grow. Every tile reads all of W1 and W2, so
+#: only taller tiles need fewer bytes. For 4096 tokens A100 has three waves of 13 rows at rank 8, and two waves of 19
+#: rows at rank 16. At rank 8 a tile of 19 rows and 256 columns would meet the budget. It needs more shared memory than
+#: sm_86 and sm_89 have, and they use the same tiles. At rank 16 half of a tile's bytes are weights already.
 L2_EXCEPTIONS = {
     **{("sm_80", d, 8, 4096, "forward"): 1.74 for d in (2048, 2560, 4096)},
     **{("sm_80", d, 16, 4096, "forward"): 1.89 for d in (2048, 2560, 4096)},
     ("sm_90", 4096, 16, 16384, "forward"): 1.73,
     ("sm_90", 8192, 16, 4096, "forward"): 1.72,
 }
-BUSY_OVER_MEMORY = 0.5  # time of the loops' instructions, over that of device memory
-#: What is over that, by target, d, r, N and pass, and may not grow: A100 at rank 64, where 38 rows are a whole wave of
-#: 4096 tokens and take a tile of 64, so that two fifths of the products are of rows that pad.
+BUSY_OVER_MEMORY = 0.5  # time of the loops' instructions over time of device memory
+#: The exceptions to that budget, by (target, d, r, N, pass). They may not grow. They are A100 at rank 64: 38 rows per
+#: program make one whole wave of 4096 tokens, but need a tile of 64, so two fifths of the products are padding.
 BUSY_EXCEPTIONS = {
     ("sm_80", 2048, 64, 4096, "forward"): 0.54,
     ("sm_80", 2560, 64, 4096, "forward"): 0.55,
@@ -36,16 +36,16 @@ BUSY_EXCEPTIONS = {
     ("sm_80", 2560, 64, 4096, "backward"): 0.52,
 }
 FILL = 0.9
-#: What is below that, by target, d, r and N: the columns kernel, where no number of parts of 32-row tiles times d / 128
-#: blocks comes nearer to the places for programs. It may not fall. Tiles of 16 rows come to 91 % at d = 4096 (no more
-#: at 8192) for a quarter more instructions, and the model sees no gain, as device memory binds; at rank 64 (89 %) they
-#: are slower in the model.
+#: The exceptions to that share of busy places for programs, by (target, d, r, N). They may not fall. They are the
+#: columns kernel: no number of splits of 32-row tiles times d / 128 blocks fills the places better. Tiles of 16 rows
+#: would fill 91 % at d = 4096 (not more at 8192) with a quarter more instructions. The model predicts no gain, because
+#: device memory is the limit. At rank 64 (89 %) it predicts a loss.
 FILL_EXCEPTIONS = {
     **{("sm_80", 4096, r, 4096): 0.88 for r in (1, 8, 16)},
     **{("sm_80", 8192, r, 4096): 0.89 for r in (1, 8, 16, 64)},
     ("sm_90", 2048, 64, 4096): 0.86,
 }
-SERIES = 8  # loop trips of a program, one after the other, where there are few tokens
+SERIES = 8  # the most sequential loop trips of a program with few tokens
 
 
 def cases() -> list[list]:
@@ -61,7 +61,7 @@ def launches() -> list[dict]:
 
 
 def passes(launches: list[dict], tokens: tuple[int, ...]) -> dict[tuple, list[dict]]:
-    """The launches with one of these numbers of tokens, by target, hidden size, rank, tokens and pass."""
+    """Return the launches with these numbers of tokens, by (target, hidden size, rank, tokens, pass)."""
     found: dict[tuple, list[dict]] = {}
     for row in launches:
         if row["tokens"] in tokens:
@@ -116,7 +116,7 @@ def test_budgets_waves_are_full(launches):
         for key, rows in passes(launches, MANY).items()
         for row in rows
         if row["kernel"] != "post_block_bwd_finish_kernel"
-        and row["fill"] < least(key, row)  # adds slabs: no hidden state
+        and row["fill"] < least(key, row)  # a kernel that adds slabs touches no hidden state
     }
     assert_none(over)
 
@@ -132,8 +132,10 @@ def test_budgets_few_tokens_are_no_long_walk(launches):
 
 
 def test_budgets_the_description_of_the_loops_is_what_the_code_loads(launches):
-    """`predict.work` says how many bytes a trip loads. The compiled loop reads the hidden states' in 128 bits, each
-    once; what else it reads may be narrower, or be read twice, for two products."""
+    """The bytes per loop trip of `predict.work` equal the loads of the compiled loop.
+
+    The loop loads hidden states once, in 128 bits. Other loads may be narrower, or be repeated for a second product.
+    """
     checked = 0
     for row in launches:
         for (states, others), loaded in zip(row["loads"], row["loaded"], strict=True):

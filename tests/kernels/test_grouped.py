@@ -1,4 +1,4 @@
-"""The op for a batch in which every token may have an adapter of its own."""
+"""Tests of the grouped op, in which each token may have a different adapter."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fused_steer.kernels.schedule import TARGETS
 from ops import PHI, relative_error
 from torch import Tensor
 
-FEW, MANY = 7, 41  # a token each program's; tiles of tokens
+FEW, MANY = 7, 41  # one program per token; one program per tile of tokens
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +45,7 @@ class Batch:
         return self.activation if isinstance(self.activation, str) else ACTIVATIONS[int(self.activation[slot])]
 
     def definition(self, dtype: torch.dtype) -> Tensor:
-        """Token by token, as the formula has it."""
+        """Compute the op token by token by its formula."""
         rows = self.residual.reshape(-1, self.residual.shape[-1])
         branch = None if self.branch is None else self.branch.reshape(rows.shape)
         gain = None if self.gain is None else self.gain.reshape(-1).cpu().to(dtype)
@@ -78,7 +78,7 @@ def make(
     runs: bool = False,
     seed: int = 0,
 ) -> Batch:
-    """runs: adapters in long runs, as in prefill; else every token draws its own, or none."""
+    """Draw a batch. runs: adapters in long runs, as in prefill; otherwise each token draws an adapter, or none."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -101,7 +101,7 @@ def make(
 
 
 def assert_right(batch: Batch, out: Tensor) -> None:
-    """At most twice as far from float64 as the formula in the batch's own dtype, plus 1e-6."""
+    """Assert that the error from float64 is at most twice that of the formula in the batch's dtype, plus 1e-6."""
     truth = batch.definition(torch.float64)
     plain = batch.definition(batch.residual.dtype)
     assert out.dtype == batch.residual.dtype
@@ -151,7 +151,7 @@ def test_grouped_what_may_be_absent(device, options, tokens):
     assert_right(batch, batch.call())
 
 
-#: Ids of 24 tokens over 40 slots, of which a backend may make other products.
+#: Slot ids of 24 tokens over 40 slots. A backend may choose different products for each.
 PATTERNS = {
     "one": [7] * 24,
     "in order": list(range(3, 27)),
@@ -191,7 +191,7 @@ def test_grouped_however_the_tokens_lie(device, pattern, weights, options, into_
 def test_grouped_tokens_without_adapter_or_gain_keep_every_bit(device, tokens, dtype):
     batch = make(tokens, dtype=dtype, device=device)
     for weights in (batch.downs, batch.ups, batch.down_biases, batch.up_biases):
-        weights.fill_(torch.inf)  # nothing of an adapter may reach them
+        weights.fill_(torch.inf)  # so that any use of an adapter shows
     gain = batch.gain.clone()
     gain[::2] = 0
     batch = replace(batch, gain=gain)
@@ -216,7 +216,7 @@ def bits(t: Tensor) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("tokens", [1, FEW, MANY])
 def test_grouped_zero_shift_keeps_a_negative_zero(device, tokens, dtype, rank, into_branch):
-    """Adapters of zeros and negative zeros: the shift is 0 or −0, and −0 + 0 would be +0."""
+    """A hidden state of −0 stays −0 with adapters of zeros, although −0 + 0 is +0."""
     batch = make(tokens, rank=rank, dtype=dtype, device=device)
     batch = replace(batch, ids=batch.ids.clamp(min=0))
     for weights in (batch.ups, batch.up_biases):
@@ -287,7 +287,7 @@ def test_grouped_rows_do_not_depend_on_the_others(device):
 @pytest.mark.parametrize("into_branch", [False, True], ids=["out of place", "into branch"])
 @pytest.mark.parametrize("few", [3, 0], ids=["a token a program", "tiles"])
 def test_grouped_addresses_past_two_to_the_31(device, monkeypatch, few, into_branch):
-    """Three rows, 2³⁰ elements apart; all between is never touched."""
+    """Three rows lie 2³⁰ elements apart. The memory between them is never touched."""
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
     monkeypatch.setattr(grouped, "FEW_TOKENS", few)
     stride = 2**20 if grouped.select_backend(device) == "torch" else 2**30
@@ -341,7 +341,7 @@ def test_grouped_ids_out_of_range_are_an_error_or_nan(device, gain):
             out, right = wrong.call(), batch.call()
             assert out[2].isnan().all()
             others = torch.arange(tokens, device=device) != 2
-            assert torch.equal(out[others], right[others])  # the other requests are unharmed
+            assert torch.equal(out[others], right[others])  # the other tokens are unaffected
 
 
 @pytest.mark.parametrize("into_branch", [False, True])
@@ -350,7 +350,7 @@ def test_grouped_registered_and_compiled(device, into_branch):
     operands = (batch.downs, batch.ups, batch.ids, batch.down_biases, batch.up_biases, batch.activation, batch.gain, "")
     ops = torch.ops.fused_steer
     op = ops.post_block_grouped_ if into_branch else ops.post_block_grouped
-    # No gradient is one of them: the op refuses it before it is called.
+    # No test of gradients: the op refuses operands that require a gradient.
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(op, (batch.residual, batch.branch, *operands), test_utils=checks)
 

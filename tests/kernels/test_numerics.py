@@ -1,4 +1,4 @@
-"""Operands of matrix products: how they are rounded, and the precision of the products."""
+"""Tests of the rounding of matrix products' operands, and of the products' precision."""
 
 import pytest
 import torch
@@ -32,14 +32,14 @@ def product_kernel(p_left, p_right, p_out, DOT: tl.constexpr, BLOCK: tl.constexp
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def place(request) -> torch.device:
-    """Where kernels run here: in the interpreter, or on the GPU."""
+    """Return the device on which kernels run: the GPU, or the CPU in the interpreter."""
     if request.param == "cpu" and torch.cuda.is_available():
         pytest.skip("kernels are compiled here, not interpreted")
     return torch.device(request.param)
 
 
 def some_floats(place: torch.device) -> torch.Tensor:
-    """Numbers of every size; halfway cases, zeros, infinities and NaN in several bit patterns among them."""
+    """Draw numbers of every magnitude, with halfway cases, zeros, infinities and several NaN bit patterns."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1024, generator=generator) * 10.0 ** torch.randint(-30, 30, (1024,), generator=generator)
     x[:4] = torch.tensor([1 + 2.0**-11, 1 + 3 * 2.0**-11, -1 - 2.0**-11, 1 + 2.0**-11 - 2.0**-20])
@@ -60,7 +60,7 @@ def test_numerics_operand_tf32_is_the_nearest_number_of_11_bits(place):
     fraction, exponent = torch.frexp(x.double())
     nearest = torch.ldexp(torch.copysign((fraction.abs() * 2**11 + 0.5).floor(), fraction) / 2**11, exponent)
     finite = x.isfinite()
-    # The kernel leaves the low bits to the product, which ignores them; on a GPU they may be anything.
+    # The low bits are arbitrary on a GPU, because the product ignores them.
     shown = (found.view(torch.int32) & ~0x1FFF).view(torch.float32)
     assert torch.equal(shown.double()[finite], nearest[finite])
     assert torch.equal(found.isnan(), x.isnan()) and torch.equal(shown[x.isinf()], x[x.isinf()])
@@ -85,7 +85,7 @@ def test_numerics_packed_weights_are_the_operands_that_a_kernel_would_make(place
 
 
 def errors(place: torch.device, policy: str) -> tuple[float, float]:
-    """A product of positive numbers by `policy`: its relative error, and the mean of the signed relative errors."""
+    """Multiply positive matrices by `policy`; return the relative error and the mean signed relative error."""
     generator = torch.Generator().manual_seed(2)
     left, right = (torch.rand(BLOCK, BLOCK, generator=generator).to(place) + 0.5 for _ in range(2))
     out = torch.full_like(left, float("nan"))
@@ -95,7 +95,7 @@ def errors(place: torch.device, policy: str) -> tuple[float, float]:
 
 
 def test_numerics_products_lose_what_their_operands_lose_and_no_more(place):
-    # A sum of 32 products whose operands have a relative error of at most 2^-11 each; cutting off would be biased.
+    # Each of the 32 products has operands with a relative error of at most 2^-11. Truncation would be biased.
     error, bias = errors(place, "tf32")
     assert 0 < error < 2.0**-11 and abs(bias) < 2.0**-14
     exact, _ = errors(place, "ieee")

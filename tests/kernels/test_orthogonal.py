@@ -1,4 +1,4 @@
-"""Joint-Orth's projection: what a LoRA writes is taken out of the steering, for all layers at once."""
+"""Tests of the orthogonal projection, which removes the LoRA's column space from W2 for all layers at once."""
 
 import json
 import os
@@ -21,7 +21,7 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
 
 
 def conditioned(hidden: int, k: int, condition: float) -> Tensor:
-    """B of every layer with singular values from 1 down to 1/condition, mixed into all of its columns."""
+    """Draw B of every layer with singular values from 1 to 1/condition, mixed into all columns."""
     left = torch.linalg.qr(normal(LAYERS, hidden, k).double())[0]
     right = torch.linalg.qr(normal(LAYERS, k, k, seed=1).double())[0]
     values = torch.logspace(0, -torch.log10(torch.tensor(condition)).item(), k, dtype=torch.float64)
@@ -29,7 +29,7 @@ def conditioned(hidden: int, k: int, condition: float) -> Tensor:
 
 
 def truth(up: Tensor, writers: Tensor) -> Tensor:
-    """By singular values, in float64."""
+    """Compute the projection by an SVD in float64."""
     wide = writers.double().cpu()
     u, s, _ = torch.linalg.svd(wide, full_matrices=False)
     v = u * (s > 3e-7 * s[:, :1]).unsqueeze(1)
@@ -38,7 +38,7 @@ def truth(up: Tensor, writers: Tensor) -> Tensor:
 
 
 def overlap(up: Tensor, writers: Tensor) -> float:
-    """‖BᵀW2'‖ / (‖B‖ ‖W2'‖), the worst layer's."""
+    """Compute the worst layer's ‖BᵀW2'‖ / (‖B‖ ‖W2'‖)."""
     up, writers = up.double().cpu(), writers.double().cpu()
     product = (writers.transpose(1, 2) @ up).flatten(1).norm(dim=1)
     return float((product / (writers.flatten(1).norm(dim=1) * up.flatten(1).norm(dim=1))).max())
@@ -63,7 +63,7 @@ def test_orthogonal_ill_conditioned_writers(device, condition):
     projected = project_out(up, writers)
     bound = 1e-5 * writers.norm() * up.norm()
     assert (writers.double().transpose(1, 2) @ projected.double()).norm() <= bound
-    # Every direction is taken, the weakest too: of it, float64's Gram matrix leaves eps · condition².
+    # Every direction is removed. Of the weakest one the float64 Gram matrix leaves eps · condition².
     atol = 1e-6 + torch.finfo(torch.float64).eps * condition**2
     torch.testing.assert_close(projected.cpu().double(), truth(up, writers), rtol=0, atol=4 * atol)
 
@@ -76,7 +76,7 @@ def test_orthogonal_columns_of_very_different_length_are_all_directions(device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_orthogonal_no_writer_no_projection(device, dtype):
-    """B = 0, LoRA's initial state, leaves W2 to the bit, −0 too; so does a layer of zeros among others."""
+    """B = 0, LoRA's initial state, leaves W2 unchanged bit for bit, −0 included. Each layer counts separately."""
     up = normal(LAYERS, 64, 4, seed=2).to(dtype)
     up[:, 0] = -0.0
     writers = normal(LAYERS, 64, 8)
@@ -93,7 +93,7 @@ def test_orthogonal_rank_deficient_writers_have_the_space_of_their_independent_c
     mixed = torch.cat([independent, independent @ normal(LAYERS, 3, 4, seed=5), independent[:, :, :1]], 2)
     up = normal(LAYERS, 64, 4, seed=2).to(device)
     expected = project_out(up, independent.to(device))
-    # What rounding left of the combinations is not a direction: it would be an arbitrary one.
+    # Rounding errors of linear combinations must not count as a direction.
     torch.testing.assert_close(project_out(up, mixed.to(device)), expected, rtol=0, atol=1e-5)
     assert column_space(mixed.to(device)).norm(dim=1).round().sum(1).tolist() == [3.0] * LAYERS
 
@@ -174,7 +174,7 @@ def test_orthogonal_the_basis_of_narrow_writers_is_in_float32(device, dtype):
 
 @pytest.mark.parametrize("shape", [(48, 4), (48,)], ids=["W2", "b2"])
 def test_orthogonal_a_gradient_is_projected_where_the_value_satisfies_the_constraint(device, shape):
-    """As float64's autograd has it through W2 -> (I − V Vᵀ) W2, at a W2 for which that is W2 itself."""
+    """The gradient equals float64 autograd's through W2 -> (I − V Vᵀ) W2, at a W2 that satisfies the constraint."""
     writers, grad = normal(1, 48, 6).to(device), normal(*shape, seed=3).to(device)
     columns = normal(1, 48, 4, seed=2).to(device) if len(shape) == 2 else normal(1, 48, 1, seed=2).to(device)
     up = project_out(columns, writers)[0].view(shape).requires_grad_()

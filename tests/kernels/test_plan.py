@@ -1,8 +1,7 @@
-"""Launch plans: a call by a plan has the bits of the ordinary call, and where a plan is not for a call, it is not used.
+"""Tests of launch plans: a planned call gives the ordinary call's bits, and a plan is used only for calls that it fits.
 
-Numbers come of Triton's interpreter, where plans take tensors in place of addresses. What only a real launch has
-(addresses, streams, devices, hooks of launches) is seen over the stub
-driver, by plan_worker.py in a process of its own.
+Numbers come from Triton's interpreter, where plans take tensors in place of addresses. Addresses, streams, devices and
+launch hooks exist only in real launches; plan_worker.py tests them over the stub driver in a subprocess.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ PARTS = ("steer_down.weight", "steer_up.weight", "steer_down.bias", "steer_up.bi
 
 @pytest.fixture(params=[pytest.param("cpu", id="interpreter"), pytest.param("cuda", id="gpu", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
-    """Where kernels run: no plan is of the torch backend."""
+    """Return the device on which kernels run. The torch backend has no plans."""
     if request.param == "cpu" and HAS_GPU:
         pytest.skip("kernels are compiled here, not interpreted")
     monkeypatch.setenv("FUSED_STEER_BACKEND", "triton")
@@ -56,17 +55,17 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
 
 
 class Made(list):
-    """A plan, or None, for each call that went the ordinary way."""
+    """A list with an entry per ordinary call: the plan that it made, or None."""
 
     def none(self, call: Callable[[], Any]) -> Any:
-        """The result of a call that has to go by a plan."""
+        """Return the result of a call, and assert that it used a plan."""
         before = len(self)
         result = call()
-        assert len(self) == before, "a plan was made where one was there"
+        assert len(self) == before, "a plan was made although one existed"
         return result
 
     def new(self, call: Callable[[], Any]) -> Any:
-        """The result of a call that no plan so far is for."""
+        """Return the result of a call, and assert that no earlier plan fitted it."""
         before = len(self)
         result = call()
         assert len(self) > before and None not in self[before:], "no plan was made"
@@ -88,7 +87,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Made:
 
 @pytest.fixture
 def one_kernel_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton's interpreter changes the whole process while it runs a kernel: between threads it needs a lock."""
+    """Lock Triton's interpreter. It changes the whole process while it runs a kernel, so threads need a lock."""
     run, lock = GridExecutor.__call__, threading.Lock()
 
     def locked(*arguments: Any, **constants: Any) -> Any:
@@ -129,7 +128,7 @@ def parts(site: SteeringSite) -> list[Tensor | None]:
 
 
 def ordinary(site: SteeringSite, residual: Tensor, branch: Tensor | None) -> Tensor:
-    """The site's sum without a plan."""
+    """Compute the site's output without a plan."""
     w1, w2, b1, b2 = parts(site)
     options = {"down_bias": b1, "up_bias": b2, "activation": site.activation, "scale": site.scale}
     return post_block(residual, branch, w1, w2, **options)
@@ -167,7 +166,7 @@ def test_plan_second_call_goes_by_the_plan_of_the_first(device, made, adapter, f
         (made.new if seed == 1 else made.none)(lambda operands=operands: assert_steers(site, *operands))
     assert site.backend == "triton" and site.calls == 2
     found = [made.none(lambda: site(*operands)) for _ in range(2)]
-    assert found[0].data_ptr() != found[1].data_ptr()  # each call has a result of its own
+    assert found[0].data_ptr() != found[1].data_ptr()  # each call has its own result
 
 
 @torch.no_grad()
@@ -184,7 +183,7 @@ def test_plan_several_shapes_are_planned_at_once_and_the_oldest_leaves(device, m
         made.new(lambda tokens=tokens: call(tokens))
     for tokens in (3, 1, 5, 1):
         made.none(lambda tokens=tokens: call(tokens))
-    for number in range(29):  # 32 are kept
+    for number in range(29):  # at most 32 plans are kept
         plans.keep(op._inference, number, plans.no_plan)
     made.none(lambda: call(5))
     plans.keep(op._inference, 29, plans.no_plan)
@@ -197,7 +196,7 @@ def inference_states(residual: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
         return residual.clone(), branch.clone()
 
 
-#: What a call of the same shape may be of instead.
+#: Other operands of the same shape.
 OTHERS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]] = {
     "another shape": lambda x, b: (x[:, :2], b[:, :2]),
     "as rows": lambda x, b: (x.flatten(0, 1), b.flatten(0, 1)),
@@ -272,7 +271,7 @@ def replace_parameter(site: SteeringSite) -> None:
 
 
 def swap_data(site: SteeringSite) -> None:
-    """The new memory is where the old was, as soon as that is free."""
+    """Replace a parameter's data; the new memory may later reuse the old address."""
     for parameter in parts(site)[:2]:
         values = parameter.detach().cpu() * 3
         parameter.data = torch.empty(0, device=parameter.device)
@@ -371,7 +370,7 @@ def test_plan_copies_plan_for_themselves(device, made, through):
 
 
 class Block(nn.Module):
-    """A decoder layer, all but its last residual add left out."""
+    """A decoder layer that only does the last residual add."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -523,7 +522,7 @@ def test_plan_a_finished_state_trains_by_plans(device, made, dtype):
 def test_plan_frozen_parts_get_no_gradient(device, made, frozen):
     site, operands = make_site(device, down_bias=True, up_bias=True), leaves(states(5, device))
     grad = normal(2, 5, D, device=device)
-    assert_trains(site, operands, grad)  # a plan in which all train
+    assert_trains(site, operands, grad)  # a plan with all parameters training
     for place in frozen:
         parts(site)[place].requires_grad_(False)
     made.new(lambda: assert_trains(site, operands, grad))
@@ -533,7 +532,7 @@ def test_plan_frozen_parts_get_no_gradient(device, made, frozen):
     assert_trains(site, operands, grad)
 
 
-#: Gradients as autograd may hand them.
+#: Kinds of gradients that autograd may pass.
 GRADIENTS: dict[str, Callable[[Tensor], Tensor]] = {
     "expanded": lambda g: g[:1, :1].expand_as(g),
     "a number": lambda g: g.new_ones(()).expand_as(g),
@@ -644,11 +643,11 @@ def test_plan_transforms_of_torch_func_go_past_a_plan(device, made):
         expected = site(residual, branch)
     (of_residual,) = torch.autograd.grad(ordinary(site, operands[0], branch).sum(), operands[0])
     assert_same(torch.func.grad(lambda x: site(x, branch).sum())(residual), of_residual)
-    with torch.no_grad(), pytest.raises(RuntimeError, match="vmap"):  # no kernel is given one row as all
+    with torch.no_grad(), pytest.raises(RuntimeError, match="vmap"):  # a kernel must not take one row for all rows
         torch.func.vmap(site)(residual, branch)
 
     def beside(factor: Tensor) -> Tensor:
-        """What the transform is of is not what the site is given."""
+        """Transform another tensor than the site's input."""
         return factor * site(*operands).detach().sum()
 
     assert_same(torch.func.grad(beside)(torch.ones((), device=device)), expected.sum())
@@ -674,7 +673,7 @@ def test_plan_threads_train_at_once(device, one_kernel_at_a_time):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Rows by adapters of their own
+# One adapter per row
 
 
 def batched(device: torch.device) -> tuple[nn.Module, Any]:
@@ -705,7 +704,7 @@ def test_plan_rows_go_by_plans_across_layers_and_passes(device, made):
         several = made.new(lambda: model(*many))
         assert_same(made.none(lambda: model(residual, branch)), first)
         assert_same(made.none(lambda: model(*many)), several)
-    assert not torch.equal(model(residual, branch), first)  # all rows by the one in use
+    assert not torch.equal(model(residual, branch), first)  # all rows use the active adapter
 
 
 @torch.no_grad()
@@ -758,7 +757,7 @@ def run_op(inputs: list[Any]) -> Tensor:
 
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No plans of ops that ran before."""
+    """Forget the plans of earlier ops."""
     import importlib
 
     of_op = importlib.import_module("fused_steer.kernels.post_block")
@@ -773,7 +772,7 @@ def test_plan_op_goes_by_the_plan_of_another_layer(device, made, fresh):
     for number, site in enumerate((first, second)):
         found = (made.none if number else made.new)(lambda site=site: run_op(op_inputs(site, *operands)))
         assert_same(found, ordinary(site, *operands))
-    for strength in (0.1, -2.0):  # of the graph's input
+    for strength in (0.1, -2.0):  # an input of the graph
         scale = torch.tensor(strength, device=device)
         found = made.none(lambda scale=scale: run_op(op_inputs(first, *operands, scale_tensor=scale)))
         first.scale = scale
@@ -859,7 +858,7 @@ def test_plan_inference_op_goes_by_the_plan_of_another_layer(device, made, fresh
     for site in (sites[1], sites[0]) * 2:
         found = run_inference(site, *operands)
         assert_same(found, torch.ops.fused_steer.post_block(*op_inputs(site, *operands, activation=site.activation))[0])
-    sites[0].requires_grad_(False)  # another plan, and both are kept
+    sites[0].requires_grad_(False)  # needs another plan; both are kept
     made.new(lambda: run_inference(sites[0], *operands))
     sites[1].activation = "silu"
     for site in (sites[1], sites[0]) * 2:
@@ -901,7 +900,7 @@ def test_plan_inference_op_is_an_op(device):
     site = make_site(device).requires_grad_(False)
     w1, w2 = parts(site)[:2]
     arguments = (*states(5, device), w1, w2, torch.tensor(SCALE, device=device), "silu")
-    # Without the test of autograd: there is no gradient.
+    # No test of autograd, because this op has no gradient.
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(torch.ops.fused_steer.post_block_inference.default, arguments, test_utils=tests)
 
@@ -921,7 +920,7 @@ def test_plan_what_a_call_leaves_behind_is_one_allocation(monkeypatch):
     assert result.shape == (4, 9) and result.data_ptr() == names["q2"] and names["m2"] is result
     spans = [(names[f"q{i}"], names[f"q{i}"] + made[i].nbytes) for i in (0, 1, 3)]
     assert spans[0][0] == scratch.data_ptr() and spans[-1][1] == scratch.data_ptr() + scratch.nbytes
-    assert all(first[1] <= second[0] for first, second in itertools.pairwise(spans)), "no part overlaps the next"
+    assert all(first[1] <= second[0] for first, second in itertools.pairwise(spans)), "the parts overlap"
     assert all((span[0] - scratch.data_ptr()) % 128 == 0 for span in spans)
 
 
@@ -931,7 +930,7 @@ def test_plan_compiled_site_trains_by_plans(device, made, fresh):
     compiled = torch.compile(site, fullgraph=True, backend="aot_eager")
     operands = leaves(states(5, device))
     expected = differentiate(lambda *given: ordinary(site, *given), site, operands, grad)
-    for turn in range(3):  # the first runs below what the others run below: the guard sees that
+    for turn in range(3):  # the first runs inside the compiler's own state, so the second makes a new plan
         found = (made.none if turn == 2 else made.new)(lambda: differentiate(compiled, site, operands, grad))
         for one, other in zip(found, expected, strict=True):
             assert_same(one, other)
@@ -958,7 +957,7 @@ def test_plan_grouped_op_goes_by_a_plan(device, made, monkeypatch):
         version = into._version
         (made.none if turn else made.new)(lambda into=into: in_place(residual, into, *operands))
         assert_same(into, expected_into)
-        assert into._version == version + 1  # what autograd saved of it is known to have changed
+        assert into._version == version + 1  # autograd knows that its saved tensor changed
 
 
 def test_plan_grouped_op_refuses_a_gradient():
@@ -974,7 +973,7 @@ def test_plan_grouped_op_refuses_a_gradient():
 
 @pytest.fixture(scope="module")
 def worked() -> dict[str, Any]:
-    """What plan_worker.py found."""
+    """Run plan_worker.py; return its findings."""
     if (sys.platform, platform.machine()) != ("linux", "x86_64") or shutil.which("gcc") is None:
         pytest.skip("the stub driver needs gcc, Linux and x86-64")
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""The op on each backend: outputs and gradients against the truth in float64, and what it promises beyond numbers."""
+"""Tests of the op on each backend: outputs and gradients against the truth in float64, and its other guarantees."""
 
 import itertools
 import os
@@ -37,7 +37,7 @@ def fused(inputs: Inputs, activation: str = "silu") -> Tensor:
 
 
 def run(function, inputs: Inputs, activation: str, grad: Tensor, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Output and all gradients of `function`."""
+    """Compute the output and all gradients of `function`."""
     leaves = inputs.leaves(dtype)
     differentiable = replace(leaves, basis=None).tensors()
     out = function(leaves, activation)
@@ -46,7 +46,7 @@ def run(function, inputs: Inputs, activation: str, grad: Tensor, dtype: torch.dt
 
 
 def assert_as_good_as_the_hook(cases: list[Inputs], activation: str = "silu", of_down: float = 1.0) -> None:
-    """Each result's error, over all cases, is at most twice that of the unfused op in the same dtype, plus 1e-6.
+    """Assert that each result's error over all cases is at most twice the unfused op's in the same dtype, plus 1e-6.
 
     For W1's gradient the bound is `of_down` times as large.
     """
@@ -67,7 +67,7 @@ def assert_as_good_as_the_hook(cases: list[Inputs], activation: str = "silu", of
         assert error <= bound, f"{name}: error {error:.2e}, bound {bound:.2e}"
 
 
-# Awkward shapes first: one token, odd counts, d that is no multiple of a block, ranks that are no power of two.
+# Awkward shapes first: one token, odd counts, d not divisible by a block, ranks that are no power of 2.
 SHAPES = [
     (1, 576, 8),
     (17, 2560, 4),
@@ -86,7 +86,7 @@ SHAPES = [
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
 @pytest.mark.parametrize(("tokens", "hidden", "rank"), SHAPES)
 def test_post_block_is_as_exact_as_the_hook(device, tokens, hidden, rank, dtype):
-    fewest = min(tokens, rank or tokens)  # dL/dg is one number a token, dL/db1 one a rank
+    fewest = min(tokens, rank or tokens)  # dL/dg has one number per token, dL/db1 one per rank
     options = {"rank": rank, "dtype": dtype, "device": device, "scale": False}
     assert_as_good_as_the_hook(make_draws(-(-8 // fewest), tokens, hidden, **options))
 
@@ -109,14 +109,16 @@ def test_post_block_few_tokens_and_many(device, tokens):
 
 @pytest.mark.parametrize("tokens", [64, 65])
 def test_post_block_few_tokens_and_many_with_relu(device, tokens):
-    """relu's derivative jumps at 0. Both we and the hook round x and W1 to bf16 before the product, so that some
-    activations fall on the other side than the truth's, about as many of ours as of the hook's: so many activations
-    that the two counts cannot differ by much."""
+    """With relu the op is as exact as the hook, although relu's derivative jumps at 0.
+
+    The fused op and the hook both round x and W1 to bf16, so that some activations change sign. The test has so many
+    activations that the numbers of such errors hardly differ.
+    """
     assert_as_good_as_the_hook(make_draws(8, tokens, 96, rank=60, dtype=BF16, device=device, scale=False), "relu")
 
 
 def operands_of(inputs: Inputs, packed: bool) -> Operands:
-    """The operands of a backend: without a basis."""
+    """Return the operands that a backend gets: without a basis."""
     gpu = describe_device(inputs.residual.device).gpu
     weights = pack_reference(inputs.down, inputs.up, inputs.residual.dtype, gpu) if packed else None
     return Operands(
@@ -130,9 +132,9 @@ def operands_of(inputs: Inputs, packed: bool) -> Operands:
 )
 def test_post_block_packed_weights_give_the_same_bits(device, tokens, hidden, rank, dtype):
     if os.environ["FUSED_STEER_BACKEND"] == "torch":
-        pytest.skip("packed weights are the kernels' own")
+        pytest.skip("only the kernels use packed weights")
     if device.type == "cpu" and rank > 16:
-        pytest.skip("NumPy sums long products in another order where an operand is transposed")
+        pytest.skip("NumPy sums long products in another order if an operand is transposed")
     inputs = make_inputs(tokens, hidden, rank=rank, dtype=dtype, device=device, basis=0)
     for case in (inputs, replace(inputs, branch=None, down_bias=None, up_bias=None, gain=None, scale=0.7)):
         found = (triton_forward(case.residual, case.branch, operands_of(case, p), True) for p in (False, True))
@@ -141,9 +143,9 @@ def test_post_block_packed_weights_give_the_same_bits(device, tokens, hidden, ra
 
 
 def test_post_block_fp16_is_at_least_as_exact_as_the_hook(device):
-    """Its products are in tf32, which has fp16's precision as long as operands are rounded, not cut off."""
+    """fp16 is as exact as the hook. Products are in tf32, which has fp16's precision if operands are rounded."""
     inputs = make_inputs(64, 512, rank=8, dtype=F16, device=device, biases=False, gain=False, scale=False, basis=0)
-    # Nothing of the hidden state in the shift, which would hide it: the state is small, the shift is large.
+    # The state is small and the shift large, so that the state does not hide errors of the shift.
     inputs = replace(inputs, residual=inputs.residual / 64, branch=inputs.branch / 64, up=inputs.up * 64)
     truth = definition(inputs.map(Tensor.double), "silu")
     hook = definition(inputs.map(Tensor.half), "silu")
@@ -169,8 +171,8 @@ def test_post_block_zero_gain_leaves_every_bit_of_an_adapter_that_is_not_finite(
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_post_block_every_activation(device, activation, dtype):
-    cases = make_draws(16, 17, 32, rank=5, dtype=dtype, device=device)  # dL/ds is one number
-    if activation == "relu":  # its derivative jumps at 0, where a rounding decides; so stay away from there
+    cases = make_draws(16, 17, 32, rank=5, dtype=dtype, device=device)  # dL/ds is a single number
+    if activation == "relu":  # keep away from 0, where the derivative jumps and rounding would decide
         far = torch.tensor([9.0, -9.0, 9.0, -9.0, 9.0], device=device)
         cases = [replace(case, down_bias=far) for case in cases]
     assert_as_good_as_the_hook(cases, activation)
@@ -213,8 +215,10 @@ def test_post_block_half_precision_parameters(device, basis):
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
 @pytest.mark.parametrize("size", [1.0, 2.0, 4.0, 16.0])
 def test_post_block_a_shift_as_large_as_the_state_and_larger(device, dtype, size):
-    """dW1 comes from out, corrected for the shift in it: a large one has to cancel. Up to four times the state the
-    error is within the bound; from there on it grows as the shift does."""
+    """Shifts up to four times the state stay within the bound; beyond, the error of dW1 grows with the shift.
+
+    dW1 is computed from `out` and corrected for the shift in it, so a large shift has to cancel.
+    """
     cases = []
     for seed in range(3):
         inputs = make_inputs(70, 64, rank=8, dtype=dtype, device=device, scale=False, seed=seed)
@@ -255,7 +259,7 @@ def test_post_block_a_fresh_adapter_leaves_every_bit(device, dtype, rank):
     inputs.residual[0, :2], inputs.branch[0, :2] = -0.0, -0.0
     inputs.residual[1, 0] = float("inf")
     inputs = replace(inputs, up=torch.zeros_like(inputs.up))
-    rows = torch.arange(21, device=device) != 1  # an infinite state has an undefined shift, as in the hook
+    rows = torch.arange(21, device=device) != 1  # the shift of an infinite state is NaN, as in the hook
     out = fused(inputs)
     assert torch.equal(bits(out[rows]), bits((inputs.residual + inputs.branch)[rows]))
 
@@ -326,7 +330,7 @@ def test_post_block_zero_strength_leaves_every_bit_of_a_state_that_overflows(dev
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
 def test_post_block_gradients_of_zero_strength_are_exactly_zero(device, dtype):
-    """Tokens of gain 0 add nothing to a parameter's gradient, though their pre-activations overflow."""
+    """Tokens of gain 0 add nothing to a parameter's gradient, even if their pre-activations overflow."""
     inputs = make_inputs(12, 40, rank=4, dtype=dtype, device=device, scale=False)
     inputs.gain[3:9] = 0
     inputs.residual[3:9] = 0
@@ -350,8 +354,8 @@ def test_post_block_gradients_of_zero_strength_are_exactly_zero(device, dtype):
 def test_post_block_packed_weights_give_the_same_gradients(dtype, rank):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     inputs = make_inputs(37, 96, rank=rank, dtype=dtype, device=device, scale=False, basis=0)
-    # NumPy, which multiplies in the interpreter, may add in another order where a matrix lies transposed in memory. So
-    # the sums of W2's products are exact here: of small integers with 12 bits, or of one term.
+    # In the interpreter NumPy multiplies, and it may sum in another order if a matrix is transposed in memory. So the
+    # sums of W2's products are exact here: small integers with 12 bits, or a single term.
     columns = torch.arange(96, device=device)
     up = torch.zeros_like(inputs.up)
     up[columns, columns % rank] = torch.randint(-4095, 4096, (96,), device=device) / 4096
@@ -372,7 +376,7 @@ def test_post_block_gradients_have_storages_of_their_own(device, basis, op):
     function = torch.compile(fused, backend="aot_eager") if op else fused
     grad = torch.randn(50, 64, device=device)
     found = run(function, inputs, "silu", grad)
-    names = ("residual", "down", "up", "down_bias", "up_bias", "gain", "scale")  # branch has residual's
+    names = ("residual", "down", "up", "down_bias", "up_bias", "gain", "scale")  # branch's gradient is residual's
     storages = {name: found[name].untyped_storage() for name in names}
     assert len({storage.data_ptr() for storage in (*storages.values(), grad.untyped_storage())}) == len(names) + 1
     for name, storage in storages.items():
@@ -404,7 +408,7 @@ def test_post_block_inputs_are_not_written(device):
 
 
 def transposed(t: Tensor) -> Tensor:
-    """The same values, (batch, sequence, d) over (sequence, batch, d) in memory."""
+    """Return the same (batch, sequence, d) values, laid out as (sequence, batch, d) in memory."""
     return t.transpose(0, 1).contiguous().transpose(0, 1)
 
 
@@ -465,7 +469,7 @@ OUTPUTS = {
 @pytest.mark.parametrize("options", OUTPUTS.values(), ids=OUTPUTS)
 @pytest.mark.parametrize("shape", [(6, 32), (2, 3, 32)], ids=str)
 def test_post_block_output_can_be_changed_in_place(device, options, shape):
-    """As a plain module's can: what is kept of it for W1's gradient is not needed where W1 is frozen."""
+    """The output may be changed in place if W1 is frozen, because only W1's gradient needs it."""
     leaves = make_inputs(*shape, **{"rank": 4, "device": device, **options}).leaves()
     assert not fused(leaves)._is_view()
     if leaves.down is not None:
@@ -497,7 +501,7 @@ def test_post_block_output_changed_in_place_before_the_gradient_of_w1_is_refused
     weight = leaves.up.detach().clone().requires_grad_()
     out = fused(replace(leaves, up=weight))
     weight.detach().mul_(2)
-    with pytest.raises(RuntimeError, match="is at version"):  # PyTorch's own words for any other tensor
+    with pytest.raises(RuntimeError, match="is at version"):  # PyTorch's own message
         out.sum().backward()
 
 
@@ -515,12 +519,14 @@ def test_post_block_no_tokens(device, rank):
 @pytest.mark.parametrize("rank", [0, 4])
 @pytest.mark.parametrize("stride", [2**30, 2**31])
 def test_post_block_addresses_past_two_to_the_31(device, monkeypatch, stride, rank, inner):
-    """Rows so many elements apart that the last begins at 2³¹; all between is never touched. A stride of 2³⁰ is itself
-    a 32-bit number, and so would be its product with a row's number."""
+    """The last row begins 2³¹ elements after the first. The memory between rows is never touched.
+
+    A stride of 2³⁰ fits into 32 bits, so its product with a row's number would be computed in 32 bits and overflow.
+    """
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
     rows = 2**31 // stride + 1
     if os.environ["FUSED_STEER_BACKEND"] == "torch":
-        stride = 2**20  # PyTorch's own indexing is not at stake
+        stride = 2**20  # PyTorch's indexing needs no test
     shape = (rows, 32) if inner is None else (rows, inner * 3 // rows + 1, 32)
     strides = (stride, 1) if inner is None else (stride, 32, 1)
 
@@ -594,7 +600,7 @@ ROWS, COLUMNS, FINISH = (f"post_block_bwd_{name}_kernel" for name in ("rows", "c
 
 
 def launches(needs: Needs, rank: int = 8) -> dict[str, dict]:
-    """Constants and tensors of each kernel that a backward pass of these needs would launch, by its name."""
+    """Return the constants and tensors of each kernel that a backward pass with these needs launches, by kernel."""
 
     def meta(*shape, dtype=F32):
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -648,7 +654,7 @@ def test_post_block_the_torch_backend_computes_only_what_is_needed():
 
 
 def saved_bytes(function) -> int:
-    """Bytes that autograd keeps of `function`, leaves (the parameters themselves) not counted."""
+    """Count the bytes that autograd keeps for `function`, leaves excluded."""
     kept = {}
 
     def pack(t: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The model behind predictions: machine code, the clock of a multiprocessor, and what a launch is said to do."""
+"""Tests of the model that predicts times: reading machine code, the clock of a multiprocessor, the work of a launch."""
 
 from dataclasses import replace
 
@@ -26,7 +26,7 @@ A100, H100 = CLOCKS["sm_80"], CLOCKS["sm_90"]
 
 
 def listing(*lines: str) -> str:
-    """A listing of `cuobjdump -sass`. Before `|` the instruction, after it its timing: `stall 4 sets 0 waits 0,1`."""
+    """Make a listing like `cuobjdump -sass`. A line is instruction | timing, such as `stall 4 sets 0 waits 0,1`."""
     text = ["\tcode for sm_90a", "\t\tFunction : some_kernel"]
     for index, line in enumerate(lines):
         instruction, _, hints = line.partition("|")
@@ -63,7 +63,7 @@ def test_predict_parse_reads_instructions_and_their_hints():
 
 
 def walked(*lines: str, trips: list[int]) -> list[int]:
-    """The walk, with these trips of the loops in order of their addresses, outer ones first."""
+    """Walk a listing with these trip counts of its loops, in order of addresses, outer loops first."""
     code = parse(listing(*lines))
     found, queue = [], list(find_loops(code))
     while queue:
@@ -87,7 +87,7 @@ def test_predict_walk_of_nested_loops():
 
 @pytest.mark.parametrize("way_out", ["@P0 EXIT", "@P0 BRA 0x40", "@P0 CALL.REL.NOINC 0x40"])
 def test_predict_walk_leaves_a_loop_by_its_way_out(way_out):
-    """ptxas ends some loops by an unconditional branch back, behind the way out."""
+    """The walk leaves a loop by its exit, also if ptxas puts an unconditional branch back after the exit."""
     after = [] if "EXIT" in way_out else [4]
     assert walked("MOV", "FADD", way_out, "BRA 0x10", "EXIT", trips=[2]) == [0, 1, 2, 3, 1, 2, *after]
 
@@ -220,8 +220,10 @@ def test_predict_work_describes_every_launch(target):
 @pytest.mark.parametrize("rank", [1, 8, 64])
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_predict_work_reads_in_loops_what_l2_sends(target, rank):
-    """Trips times the bytes of a trip (which test_budgets holds against the code) are the hidden states' bytes, and
-    those of the rows that pad a tile."""
+    """Trips times bytes per trip equal the hidden states' bytes, padding rows of tiles included.
+
+    test_budgets checks the bytes per trip against the compiled code.
+    """
     for tokens in (64, 4096, 16384):
         for launch in record(Case(tokens, 4096, rank), target):
             done = work(launch)

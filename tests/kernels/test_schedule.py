@@ -1,4 +1,4 @@
-"""The schedule covers every row and column exactly once, and chooses by shape."""
+"""Tests that a schedule covers every row and column exactly once, and of its choices by shape."""
 
 import pytest
 from fused_steer.kernels.schedule import (
@@ -60,7 +60,7 @@ def test_schedule_parts_of_the_rows_fill_the_multiprocessors(device, hidden):
     for rank in (1, 8, 64):
         for tokens in (4096, 16384):
             columns = columns_schedule(tokens, hidden, rank, "bf16", device)
-            programs = (columns.programs + 1) * columns.splits  # one of each part sums daᵀ h
+            programs = (columns.programs + 1) * columns.splits  # one program of each split sums daᵀ h
             most = min(2, -(-programs // device.multiprocessors)) * device.multiprocessors
             waves = -(-programs // most)
             assert programs >= 0.9 * waves * most, (rank, tokens, programs)
@@ -72,7 +72,7 @@ def test_schedule_forward_splits_d_for_few_tokens_and_wide_ranks():
         device = TARGETS[name]
         for tokens in (1, 16, 17, FEW_TOKENS, FEW_TOKENS + 1, 800):
             down, up = forward_splits(tokens, 4096, 8, 2, device)
-            # One after the other a program walks a block or two, unless there are programs for every multiprocessor.
+            # A program walks one or two blocks, unless every multiprocessor already has programs.
             for found in (down, up):
                 busy = found.programs * found.splits
                 assert found.part <= 2 * found.block_d or 2 * busy >= device.multiprocessors, (name, tokens, found)
@@ -98,8 +98,10 @@ def test_schedule_forward_waves_are_whole(name, tokens, hidden):
 @pytest.mark.parametrize("name", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("hidden", [2048, 2560, 4096])
 def test_schedule_forward_tiles_in_flight_are_read_again_from_l2(name, hidden):
-    """Where device memory binds: what L2 does not hold of the tiles in flight, and the second pass reads from memory
-    again, is at most a third of what separates the goal of 1.1 floors from the floor of three units."""
+    """With many tokens almost all tiles in flight fit in L2, so that their second read comes from there.
+
+    The rest, read from memory again, is at most a third of the goal's margin: 1.1 times the floor of three units.
+    """
     device = TARGETS[name]
     for tokens in (4096, 16384):
         found = forward_schedule(tokens, hidden, 8, 2, device)
@@ -110,7 +112,7 @@ def test_schedule_forward_tiles_in_flight_are_read_again_from_l2(name, hidden):
 
 
 def test_schedule_forward_sums_in_one_order_packed_or_not():
-    """Packed weights change neither the blocks of the reduction nor the split of d: the results have the same bits."""
+    """Packed weights change neither the reduction's blocks nor the split of d, so results are the same bit for bit."""
     for device in TARGETS.values():
         for hidden in HIDDEN:
             for rank in (8, 32, 64):

@@ -1,6 +1,6 @@
-"""Calls that are described instead of run: fake and meta tensors, make_fx. torch.jit.trace is refused.
+"""Tests of calls that are traced instead of run: fake tensors, meta tensors, make_fx. torch.jit.trace is refused.
 
-torch.compile and torch.export are in the tests of each op.
+The tests of each op cover torch.compile and torch.export.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def planned(residual: Tensor, branch: Tensor, *weights: Tensor) -> Tensor:
 
 
 def slots(residual: Tensor, down: Tensor, up: Tensor) -> Operands:
-    """W1 and W2 of three slots, the tokens' slots, and their gains."""
+    """Make W1 and W2 of three slots, the tokens' slots, and their gains."""
     downs, ups = torch.stack([down, down * 2, -down]), torch.stack([up, -up, up])
     return downs, ups, (residual[:, 0] > 0).int() * 3 - 1, residual[:, 1].clone()
 
@@ -63,7 +63,7 @@ def inference(function: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, ..
 
 
 def training(function: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, ...]]:
-    """The output, and the gradient of each operand."""
+    """Return a function that computes the output and the gradient of each operand."""
 
     def call(*operands: Tensor) -> tuple[Tensor, ...]:
         leaves = [t.detach().requires_grad_() for t in operands]
@@ -80,7 +80,7 @@ each_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 
 @pytest.fixture
 def forbid_runs(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """A function from which on every launch, and every pass of the torch backend, is an error."""
+    """Return a function; after its call every launch and every pass of the torch backend is an error."""
 
     def refuse(*_: Any, **__: Any) -> Any:
         raise AssertionError("a call without values was run")
@@ -109,7 +109,7 @@ def test_tracing_fake_tensors_run_nothing(device, call, forbid_runs):
     with FakeTensorMode() as mode:
         fake = [mode.from_tensor(t) for t in operands]
         inside = call(*fake)
-    for found in (inside, call(*fake)):  # in their mode, and outside
+    for found in (inside, call(*fake)):  # inside and outside of the fake tensors' mode
         assert_like(found, expected)
         assert all(isinstance(t, FakeTensor) and t.device.type == device.type for t in found)
 
@@ -137,7 +137,7 @@ def test_tracing_make_fx_records_the_op(device, call, mode):
 
 @pytest.mark.parametrize("trained", [False, True], ids=["inference", "training"])
 def test_tracing_make_fx_passes_a_plan_by(device, trained):
-    """make_fx traces with real tensors, as a plan knows them; but what a plan launches, it would not see."""
+    """make_fx traces with real tensors, for which plans exist. It cannot see a plan's launches, so no plan is used."""
     operands = draw(device)
     op = PlannedPostBlock("silu", 0.5, (*operands[2:], None, None))
 

@@ -1,4 +1,4 @@
-"""Joint-Orth on a model: steering stays out of what LoRA writes into the stream, at every step."""
+"""Tests of Joint-Orth on a model: steering stays orthogonal to the LoRA's column space at every step."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ ORTHOGONAL = SteerConfig(rank=4, orthogonal_to="lora")
 
 
 def with_lora(family: str = "llama", add: bool = False, **options: Any) -> nn.Module:
-    """A model with LoRA on all of its linear modules, by one of PEFT's two ways."""
+    """Build a model with LoRA on all linear modules, by get_peft_model or model.add_adapter."""
     model = build(family)
     config = LoraConfig(**{"r": 3, "target_modules": "all-linear", **options})
     if add:
@@ -52,7 +52,7 @@ def joint(family: str = "llama", config: SteerConfig = ORTHOGONAL, add: bool = F
 
 
 def written(model: nn.Module, places: tuple[str, ...], adapters: tuple[str, ...] = ("default",)) -> list[Tensor]:
-    """B of each layer by the names that its modules have, the adapters' side by side."""
+    """Return B of each layer, found by the modules' names, the columns of all adapters side by side."""
     found: dict[int, list[Tensor]] = {}
     for path, module in model.named_modules():
         if path.endswith(places) and hasattr(module, "lora_B"):
@@ -63,13 +63,13 @@ def written(model: nn.Module, places: tuple[str, ...], adapters: tuple[str, ...]
 
 
 def constrained(model: nn.Module, name: str = "steer_up.weight", adapter: str = "default") -> list[Tensor]:
-    """W2 of each layer, or another of the adapter's parameters; as columns."""
+    """Return W2 of each layer, or another parameter of the adapter, as columns."""
     found = [p.detach() for path, p in steering_parameters(model, adapter).items() if path.endswith(name)]
     return [p.unsqueeze(1) if p.dim() == 1 else p for p in found]
 
 
 def overlap(ups: list[Tensor], writers: list[Tensor]) -> float:
-    """‖BᵀW2‖ / (‖B‖ ‖W2‖), the worst layer's. Neither may be nothing."""
+    """Compute the worst layer's ‖BᵀW2‖ / (‖B‖ ‖W2‖). Assert that neither B nor W2 is zero."""
     assert len(ups) == len(writers) > 0
     pairs = [(b.double(), w.double()) for b, w in zip(writers, ups, strict=True)]
     assert all(b.norm() > 0 and w.norm() > 0 for b, w in pairs)
@@ -85,7 +85,7 @@ def backward(model: nn.Module, seed: int = 0) -> None:
 
 
 def steps(model: nn.Module, count: int, optimizer: torch.optim.Optimizer | None = None) -> Iterator[int]:
-    """Train; after each step, its number from 1."""
+    """Train; yield each step's number, from 1, after the step."""
     optimizer = optimizer or optimizer_of(model)
     for step in range(count):
         backward(model, step)
@@ -96,7 +96,7 @@ def steps(model: nn.Module, count: int, optimizer: torch.optim.Optimizer | None 
 
 @pytest.fixture
 def projections(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """One entry for each projection that is made."""
+    """Record each projection: a list with one entry for each."""
     made: list[bool] = []
     project = Orthogonality._project
 
@@ -122,12 +122,12 @@ def test_orthogonality_after_every_step(family, add, modules):
     for _ in steps(model, 4):
         assert overlap(constrained(model), written(model, places)) <= 1e-6
         assert overlap(constrained(model, "steer_up.bias"), written(model, places)) <= 1e-6
-    if modules == "mlp":  # nothing is taken that was not asked for
+    if modules == "mlp":  # the other writers' columns are not removed
         assert overlap(constrained(model), written(model, ATTENTION)) > 1e-3
 
 
 def test_orthogonality_after_every_step_of_a_fused_optimizer():
-    # The Trainer's default. Its kernels leave no trace in the versions of the tensors that they move.
+    # The Trainer's default. Its fused kernels do not raise the versions of the tensors that they change.
     model = joint()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, fused=True)
     for _ in steps(model, 4, optimizer):
@@ -195,7 +195,7 @@ def test_orthogonality_layers_without_lora_are_free_and_layers_without_steering_
     list(steps(model, 3))
     ups, writers = constrained(model), written(model, MLP)
     assert len(ups) == len(writers) == 2
-    assert overlap([ups[1]], [writers[0]]) <= 1e-6  # layer 1 is the one that has both
+    assert overlap([ups[1]], [writers[0]]) <= 1e-6  # only layer 1 has both
     sites = [model.get_base_model().model.layers[i].post_block for i in range(2)]
     assert sites[0].basis is None and sites[1].basis is not None
 
@@ -232,7 +232,7 @@ def test_orthogonality_compiled(backend):
 
 
 def hook_gradients(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Autograd's through W2 -> (I − V Vᵀ) W2, V by singular values in float64, on an unpatched copy that has hooks."""
+    """Compute autograd's gradients through W2 -> (I − V Vᵀ) W2 on an unpatched copy with hooks; V by a float64 SVD."""
     parameters = steering_parameters(model)
     leaves = {name: p.detach().to(dtype).requires_grad_() for name, p in parameters.items()}
     bases = [torch.linalg.svd(b.double(), full_matrices=False)[0].to(dtype) for b in written(model, MLP)]
@@ -263,7 +263,7 @@ def test_orthogonality_gradients_are_those_of_float64_autograd_through_the_proje
     backward(model.eval(), 9)
     trained = {**steering_parameters(model), **{n: p for n, p in model.named_parameters() if "lora_B" in n}}
     assert_no_worse({name: parameter.grad for name, parameter in trained.items()}, expected, truth)
-    plain = joint(config=SteerConfig(rank=4))  # the same values without the projection have another gradient
+    plain = joint(config=SteerConfig(rank=4))  # without the constraint, the same values have other gradients
     plain.load_state_dict(model.state_dict())
     backward(plain.eval(), 9)
     for ours, theirs in zip(constrained_gradients(model), constrained_gradients(plain), strict=True):
@@ -275,7 +275,7 @@ def constrained_gradients(model: nn.Module) -> list[Tensor]:
 
 
 def test_orthogonality_no_projection_while_b_is_zero():
-    """LoRA's initial state: the first gradient is the naive joint's to the bit."""
+    """In LoRA's initial state, B = 0, the first gradient equals that of naive joint training bit for bit."""
     torch.manual_seed(0)
     model = joint()
     torch.manual_seed(0)
@@ -290,7 +290,7 @@ def test_orthogonality_no_projection_while_b_is_zero():
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_orthogonality_accumulation_and_checkpointing(projections, reentrant):
-    """V is found once a step: neither micro-batches nor recomputation ask for it."""
+    """V is computed once per step: micro-batches and recomputation do not repeat it."""
     start = joint()
     list(steps(start, 2))  # so that B is not zero
     networks = joint(), joint()
@@ -310,9 +310,9 @@ def test_orthogonality_accumulation_and_checkpointing(projections, reentrant):
             for micro in range(3):
                 backward(network, 3 * step + micro)
             optimizer.step()
-        # One after each optimizer's step; before the first step, one that saw to the initial values.
+        # One projection after each optimizer's step; before the first step, one for the initial values.
         assert projections == ([False, True] * 2 if step == 0 else [True] * 2)
-        if step == 0:  # after it the optimizers have made two models of them
+        if step == 0:  # later the two optimizers lead to different models
             found = [{name: p.grad for name, p in steering_parameters(m).items()} for m in networks]
             assert_close(*found, unsteered=[input_gradient(m) for m in lora])
         for optimizer in optimizers:
@@ -352,7 +352,7 @@ def test_orthogonality_other_models_steps_are_none_of_its_business(projections, 
     model = joint()
     list(steps(model, 1))
     model.steering.save(tmp_path)
-    patch_model(build(), tmp_path)  # in use, without the LoRA that it would need to train
+    patch_model(build(), tmp_path)  # usable without the LoRA, which only training needs
     randomize(model)
     del projections[:]
     other = nn.Linear(2, 2)
@@ -363,7 +363,7 @@ def test_orthogonality_other_models_steps_are_none_of_its_business(projections, 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Values that change otherwise
+# Values that change without an optimizer's step
 
 
 def test_orthogonality_saved_weights_satisfy_it_where_the_parameters_do_not(tmp_path):
@@ -389,11 +389,11 @@ def test_orthogonality_what_satisfies_it_is_left_to_the_bit_and_what_does_not_is
     backward(resumed)
     assert projections == [False]
     assert all(map(torch.equal, constrained(resumed), constrained(model)))
-    randomize(resumed)  # nobody's constraint
+    randomize(resumed)  # violates the constraint
     before = [up.clone() for up in constrained(resumed)]
     with torch.no_grad():
         resumed(tokens())
-    assert all(map(torch.equal, constrained(resumed), before))  # who only runs it changes nothing
+    assert all(map(torch.equal, constrained(resumed), before))  # inference changes nothing
     backward(resumed)
     assert overlap(constrained(resumed), written(resumed, MLP)) <= 1e-6
     backward(resumed)
@@ -422,21 +422,21 @@ def test_orthogonality_switching_adapters_switches_the_constraint():
     assert overlap(gradients, written(model, MLP)) > 1e-3
     list(steps(model, 2))
     assert overlap(constrained(model, adapter="free"), written(model, MLP)) > 1e-3
-    assert all(map(torch.equal, constrained(model), before))  # not in use, not touched
+    assert all(map(torch.equal, constrained(model), before))  # not in use, so not changed
     model.steering.use("default")
     for _ in steps(model, 2):
         assert overlap(constrained(model), written(model, MLP)) <= 1e-6
 
 
 def test_orthogonality_nobody_is_told_of_steps_any_more():
-    gc.collect()  # other tests' models end to be told when they are collected
+    gc.collect()  # removes the optimizer hooks of other tests' models
     hooks = torch_optimizer._global_optimizer_post_hooks
     before = len(hooks)
     model = joint()
     assert len(hooks) == before + 1
     model.steering.add("more", ORTHOGONAL)
     assert len(hooks) == before + 2
-    kept = list(model.steering._constraints._kept.values())  # that they are not yet garbage must not matter
+    kept = list(model.steering._constraints._kept.values())  # keeps them alive, which must not matter
     model.steering.remove("more")
     assert len(hooks) == before + 1
     assert model.steering.unpatch() is model and len(kept) == 2
@@ -508,7 +508,7 @@ def test_orthogonality_an_adapter_answers_without_the_lora_it_was_trained_beside
     with model.steering.mode("steering"):
         expected = logits(model.eval())
     assert_close(logits(alone), expected)
-    alone(tokens())  # a prompt without no_grad is no training
+    alone(tokens())  # a forward pass without no_grad is not training yet
     with refused(RuntimeError, "'default'", "orthogonal to LoRA", "expected"):
         alone.train()(tokens())
 

@@ -1,4 +1,4 @@
-"""Which modules of a layer write into the residual stream, found by what the layer computes."""
+"""Tests of finding the modules of a layer that write into the residual stream, by tracing the layer's computation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fused_steer import SteerConfig, patch_model
 from fused_steer.lora.writers import Writer, choose_writers, trace_writers
 from fused_steer.model.decoder import find_decoder
 
-#: What writes into the stream: the attention's part, then the MLP's; of the families that call them something else.
+#: The modules that write into the stream, attention's and then the MLP's, for families with other names than Llama's.
 NAMES = {
     "gpt_neox-parallel": ["attention.dense", "mlp.dense_4h_to_h"],
     "gpt_neox-sequential": ["attention.dense", "mlp.dense_4h_to_h"],
@@ -39,7 +39,7 @@ def paths(writers: list[Writer]) -> list[str]:
 def test_writers_of_every_family(family, lora):
     model = build(family)
     if lora:
-        # Patched, frozen, in training: the trace asks for none of it.
+        # The trace works also on a patched, frozen model in training mode.
         patch_model(model).train()
         get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
     found = trace(model)
@@ -70,7 +70,7 @@ def test_writers_a_pass_that_fails_is_refused_and_leaves_nothing(monkeypatch):
 
 
 class Layer(nn.Module):
-    """Flat, as OPT's: no attention or MLP module of its own. Its gate has the hidden size, and writes nothing."""
+    """A flat layer like OPT's, without attention or MLP modules. Its gate has the hidden size but does not write."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class Layer(nn.Module):
 
 
 class Functional(nn.Module):
-    """Its last projection is no module."""
+    """An MLP with a last projection that is no module."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ class Functional(nn.Module):
 
 
 class Experts(nn.Module):
-    """The first expert alone is visited."""
+    """A mixture of experts that runs only its first expert."""
 
     def __init__(self) -> None:
         super().__init__()

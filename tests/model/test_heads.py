@@ -1,4 +1,4 @@
-"""Heads of classifiers and reward models: which are fresh, and what patch_model does about them."""
+"""Tests of the heads of classifiers and reward models: which heads are fresh, and how patch_model treats them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fused_steer.model.heads import fresh_heads
 
 
 class Reward(nn.Module):
-    """A head of a user's own around a language model's decoder."""
+    """A user-defined model: a reward head on a language model's decoder."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Packed weights of a forward pass: right for that pass, and never used for longer or for other weights."""
+"""Tests of the packed weights of a forward pass: correct for that pass, and never used longer or for other weights."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def seen(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
-    """What each layer's question for its packed weights was answered with. At the end no pass is left open."""
+    """Record the packed weights that each layer gets, or None. Assert that no pass is open at the end."""
     answers: list[Any] = []
     of = passes.Pack.of
 
@@ -81,7 +81,7 @@ def hooked_logits(model: nn.Module) -> Tensor:
 
 def test_passes_every_layer_of_a_long_pass_uses_its_packed_weights(seen):
     model = steered()
-    for number in (1, 2):  # the second by plans
+    for number in (1, 2):  # the second pass uses plans
         assert_close(logits(model), hooked_logits(model))
         assert len(seen) == 3 * number and None not in seen
     assert len({packed.down.data_ptr() for packed in seen[-3:]}) == 3
@@ -165,7 +165,7 @@ def test_passes_a_write_between_passes_that_no_version_shows(seen, write):
 
 @pytest.mark.parametrize("change", ["data", "parameter", "load"])
 def test_passes_weights_that_move_within_a_pass_are_read_where_they_are(seen, change):
-    """A hook of the first layer gives the last one other weights."""
+    """If a hook of the first layer changes the last layer's weights, the last layer uses the new ones."""
     model = steered()
     site = model.model.layers[2].post_block
     other = torch.randn(32, 4)
@@ -204,7 +204,7 @@ def test_passes_a_pass_cut_short_leaves_nothing_behind(seen):
 
 
 def test_passes_pack_of_an_interrupted_pass_ends_with_the_next(seen):
-    """Ctrl-C in a layer: PyTorch then calls no hook at the end of the pass."""
+    """After Ctrl-C in a layer the next pass drops the pack. PyTorch calls no hook at the end of an interrupted pass."""
 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -232,7 +232,7 @@ def test_passes_an_early_exit_and_layers_called_by_themselves(seen):
 
 
 def test_passes_threads_have_packs_of_their_own(seen):
-    """Of one packing, as two threads that run one model have it. (Triton's interpreter runs in one thread alone.)"""
+    """Two threads that run one model have separate packs. (Triton's interpreter itself runs in one thread only.)"""
     weights = {nn.Module(): (torch.randn(4, 32), torch.randn(32, 4))}
     packing, other = passes.Packing(), []
     packing.begin(torch.float32, 100, weights)

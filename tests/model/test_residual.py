@@ -1,4 +1,4 @@
-"""Rewritten forwards against the originals: the same bits from one call of the site; refusal where that is unsure."""
+"""Tests of rewritten forwards: the original's bits from one call of the site, and refusal of unclear forwards."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from fused_steer.model.residual import ResidualNotFound, rewrite_forward
 
 
 class Layer(nn.Module):
-    """What the layers of this file are made of."""
+    """Base class of this file's layers."""
 
     def __init__(self, flag: bool = False) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ def hidden(output: Any) -> Tensor:
 
 
 def assert_rewritten(cls: type, *flags: bool, **kwargs: Any) -> None:
-    """The rewritten forward gives the same bits, from one call of the site, for each value of the layer's flag."""
+    """Assert that the rewritten forward gives the same bits with one call of the site, for each value of the flag."""
     new_cls = with_site(cls)
     for flag in flags or (False, True):
         torch.manual_seed(0)
@@ -349,7 +349,7 @@ def test_residual_cast_follows_the_site() -> None:
     layer.site = lambda left, right: left + right + 2.0**-30
     x = torch.randn(4, 8)
     out = layer(x)
-    # The site sees the sum as it is, and the layer returns the dtype that it did.
+    # The site gets the sum in its own dtype, and the layer still returns its original dtype.
     assert out.dtype == torch.float32
     assert torch.equal(out, (x.double() + layer.mlp(x) + 2.0**-30).float())
 
@@ -825,12 +825,12 @@ def test_residual_file_edited_since_its_import_is_refused(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("name", ["", "a b", "class", "__steer", "x.y"])
 def test_residual_site_must_name_an_attribute(name: str) -> None:
-    with pytest.raises(ValueError, match="site must be an attribute name"):
+    with pytest.raises(ValueError, match="expected an attribute name"):
         rewrite_forward(PreNorm, name)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What a function is beside its body: globals, closure, metadata, lines, decorators
+# Properties of a function beside its body: globals, closure, metadata, lines, decorators
 
 
 def helper(x: Tensor) -> Tensor:
@@ -838,7 +838,7 @@ def helper(x: Tensor) -> Tensor:
 
 
 class CallsHelper(Layer):
-    """forward's docstring and defaults must live on."""
+    """A layer with forward's docstring and defaults, which the rewrite must keep."""
 
     def forward(self, x: Tensor, scale: float = 0.5, *, offset: float = 0.25) -> Tensor:
         """The layer, scaled."""
@@ -961,7 +961,7 @@ def test_residual_decorators_are_rebuilt_around_the_new_function() -> None:
     x = torch.randn(3, 8)
     output = layer(hidden=x)
     assert output is layer.results[0] and not output.requires_grad
-    assert (new.calls, old.calls) == (1, 0)  # a wrapper that knows itself knows its copy
+    assert (new.calls, old.calls) == (1, 0)  # a wrapper that refers to itself refers to its copy
     assert new.__code__ is old.__code__ and new.__wrapped__.__code__ is old.__wrapped__.__code__
     chain = [new]
     while hasattr(chain[-1], "__wrapped__"):
@@ -1035,7 +1035,7 @@ class Checkpointed(GradientCheckpointingLayer, Layer):
 @pytest.mark.parametrize("set_late", [False, True])
 def test_residual_gradient_checkpointing_recomputes_the_site(set_late: bool) -> None:
     new_cls = with_site(Checkpointed)
-    if set_late:  # so that only the copied checkpointing wrapper is there, none of the subclass's own
+    if set_late:  # so that only the copied checkpointing wrapper exists, not the subclass's own
         new_cls.forward = rewrite_forward(Checkpointed, "site")
     layer, x = Checkpointed(), torch.randn(3, 8, requires_grad=True)
     layer(x).sum().backward()
@@ -1070,7 +1070,7 @@ FAMILIES = {
 
 
 def operations(function: Callable[..., Any]) -> Counter[str]:
-    """How often the function, without its decorators, adds and calls the site."""
+    """Count the adds and the site's calls in the function without its decorators."""
     instructions = list(dis.get_instructions(inspect.unwrap(function)))
     adds = [i for i in instructions if i.opname == "BINARY_ADD" or (i.opname == "BINARY_OP" and i.argrepr == "+")]
     return Counter(add=len(adds), site=sum(i.argval == "steering_site" for i in instructions))
@@ -1087,7 +1087,7 @@ def test_residual_transformers_layers_are_rewritten(family: str, name: str) -> N
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Random forwards: what is accepted must behave
+# Random forwards: an accepted one must be correct
 
 
 def import_source(path: Path, source: str) -> ModuleType:
@@ -1099,7 +1099,7 @@ def import_source(path: Path, source: str) -> ModuleType:
 
 
 class Program:
-    """A random forward over the names a, b, c (tensors) and t (a tuple), steered by the flags p, q, r."""
+    """A random forward over the variables a, b, c (tensors) and t (a tuple), with branches on the flags p, q, r."""
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
@@ -1165,7 +1165,7 @@ class Program:
 
 
 class Runner:
-    """Runs a forward and keeps what the site was called for."""
+    """Runs a forward and records the site's calls."""
 
     def __init__(self) -> None:
         self.results: list[Tensor] = []
@@ -1174,7 +1174,7 @@ class Runner:
     site = site
 
     def run(self, forward: Callable[..., Any], flags: tuple[bool, ...]) -> tuple[Any, Tensor]:
-        """The output, and the argument as the call left it."""
+        """Return the output, and the argument after the call."""
         x = torch.arange(1.0, 5.0, dtype=torch.float64)
         return forward(self, x, *flags, lambda y: (y * 3 - 1) / 7), x
 

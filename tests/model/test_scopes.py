@@ -1,4 +1,4 @@
-"""Scopes: passes of other threads and tasks, changes while a pass runs, ends that an exception cut off, forks."""
+"""Tests of scopes: passes of other threads and tasks, changes during a pass, exceptions at a scope's end, forks."""
 
 import asyncio
 import contextvars
@@ -14,7 +14,7 @@ from fused_steer.model.scopes import Scopes
 
 
 def elsewhere(call: Callable[[], Any], carry: bool = False) -> Any:
-    """What a call gives in another thread, or the error that it raises there."""
+    """Run a call in another thread; return its result or its error."""
     found: list[Any] = []
 
     def run() -> None:
@@ -34,7 +34,7 @@ def elsewhere(call: Callable[[], Any], carry: bool = False) -> Any:
 
 
 def ended() -> None:
-    """What ends a scope that did nothing."""
+    """End a scope without doing anything."""
 
 
 def one_pass(scopes: Scopes) -> str:
@@ -69,7 +69,7 @@ def test_scopes_change_waits_for_no_pass_but_is_refused():
     for attempt in (scopes.change("steering.use is called"), scopes.open("steering.disabled()", ended)):
         error = elsewhere(lambda: attempt.__enter__())  # noqa: B023
         assert isinstance(error, RuntimeError) and "while the model runs in another thread; expected" in str(error)
-    with scopes.change("steering.use is called"):  # the thread's own pass has no say
+    with scopes.change("steering.use is called"):  # the thread's own pass does not count
         pass
     scopes.end_pass()
     assert elsewhere(lambda: scopes.change("x").__enter__()) is None
@@ -139,7 +139,7 @@ def test_scopes_of_a_copy_are_none():
         pass
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system cannot fork")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_scopes_locks_are_free_after_a_fork():
     scopes = Scopes()
@@ -158,7 +158,7 @@ def test_scopes_locks_are_free_after_a_fork():
     child = os.fork()
     if child == 0:
         free = scopes.turn.acquire(timeout=1)
-        with scopes.change("x"):  # the other thread's pass is not in this process
+        with scopes.change("x"):  # the forked process has no pass of the other thread
             os._exit(0 if free else 1)
     leave.set()
     thread.join()

@@ -1,4 +1,4 @@
-"""A patched layer that ran was steered: seen in that layer, in that thread, for that call. Gradients that are lost."""
+"""Tests that every call of a patched layer is steered, checked per layer, thread and call; and of lost gradients."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def of_clamping_layers() -> nn.Module:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What runs fewer layers, or several passes at a time
+# Runs with fewer layers, or several passes at a time
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_watch_threads_that_share_a_steered_model(make, frequent_switches):
 
 
 def test_watch_replicas_of_data_parallel_steer():
-    """As torch.nn.parallel.replicate makes them: shallow copies with the parameters as plain attributes."""
+    """Replicas of torch.nn.parallel.replicate steer. They are shallow copies with parameters as plain attributes."""
     model = steered()
     expected = logits(model)
     parts = list(model.named_modules(remove_duplicate=False))
@@ -125,7 +125,7 @@ def test_watch_layers_may_be_dropped_from_the_list():
     model.model.layers = nn.ModuleList([layers[0], layers[2]])
     model.config.num_hidden_layers = 2
     model.steering.reset_calls()
-    model(tokens(), use_cache=False)  # a cache has a place for each layer by its own index
+    model(tokens(), use_cache=False)  # a cache has one entry per layer index
     assert [row.calls for row in model.steering.report()] == [1, 0, 1]
 
 
@@ -134,7 +134,7 @@ def test_watch_layers_may_be_dropped_from_the_list():
 
 
 def own_forward(layer: nn.Module) -> Callable[..., Any]:
-    """The forward of the layer's class before it was patched."""
+    """Return the unpatched forward of the layer's class."""
     return functools.partial(type(layer).__bases__[0].forward, layer)
 
 
@@ -152,7 +152,7 @@ def test_watch_a_layer_that_did_not_steer_is_an_error_of_that_layer(make):
     expected = (RuntimeError, f"layer 1 ({type(layer).__name__})", "did not steer")
     with refused(*expected):
         logits(model)
-    with refused(*expected):  # also by itself
+    with refused(*expected):  # also when the layer is called alone
         x = torch.randn(1, 3, 32)
         layer(x, position_embeddings=model.model.rotary_emb(x, torch.arange(3)[None]))
     mend()
@@ -173,7 +173,7 @@ def test_watch_a_forward_replaced_on_the_patched_class_is_an_error():
 
 
 def test_watch_a_layer_is_watched_whatever_other_threads_run(frequent_switches):
-    """One thread runs the layers that steer, all the time; in the other one the replaced layer is still an error."""
+    """A replaced layer is an error in one thread even while another thread keeps running steered layers."""
     model = steered()
     layer = model.model.layers[1]
     x = torch.randn(1, 3, 32)
@@ -210,7 +210,7 @@ def test_watch_a_wrapped_forward_that_calls_the_patched_one_steers():
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox-parallel"])
 def test_watch_a_layer_as_it_was_patched_is_not_watched(family, monkeypatch):
-    """Watching takes time in each call."""
+    """A layer with its patched forward is not watched, because watching takes time in each call."""
     model = steered(build(family))
     monkeypatch.setattr(patch, "call_watched", lambda *_, **__: pytest.fail("a layer is watched"))
     logits(model)
@@ -258,7 +258,7 @@ def test_watch_a_layer_that_is_not_steered_may_be_replaced():
 
 
 def test_watch_a_vector_on_the_output_of_an_mlp_trains_beside_steering():
-    """What trains outside of the layer enters by the branch, where the layer's input needs no gradient."""
+    """A vector that trains on the output of an MLP gets its gradient, also if the layer's input needs none."""
 
     def with_vector(model: nn.Module, layer: nn.Module) -> Tensor:
         vector = nn.Parameter(torch.zeros(32))
@@ -291,7 +291,7 @@ def test_watch_prefix_tuning_with_a_parallel_residual():
 
 
 class Lossy(nn.Module):
-    """Computes what its linear layer does, and passes no gradient, as kernels for inference."""
+    """A linear layer that passes no gradient, like kernels for inference."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -313,7 +313,7 @@ def test_watch_a_gradient_that_the_input_asks_for_and_the_block_loses_is_an_erro
         layer.self_attn.o_proj = Lossy(layer.self_attn.o_proj)
         norm = layer.input_layernorm.forward
         layer.input_layernorm.forward = lambda x: norm(x.detach())
-    one = loss(model)  # which is computed
+    one = loss(model)  # the forward pass still works
     with refused(*LOST):
         one.backward()
 
@@ -327,7 +327,7 @@ def test_watch_the_first_layer_has_no_gradient_to_lose():
 
 
 def test_watch_a_lost_gradient_is_an_error_beside_lora_in_the_layer():
-    """LoRA on the attention trains in the layer; the MLP loses the gradient of the layer's input all the same."""
+    """A gradient lost in the MLP is an error, also if a LoRA on the attention of the same layer gets gradients."""
     from peft import LoraConfig
 
     model = get_peft_model(build(), LoraConfig(r=2, target_modules=["q_proj"]))

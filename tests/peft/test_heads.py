@@ -1,4 +1,4 @@
-"""Heads beside the steering, with PEFT's method: they train, are saved and loaded, and each adapter has its own."""
+"""Tests of heads beside steering by PEFT: they train, are saved and loaded, and each adapter has its own head."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ import fused_steer.peft
 from fused_steer import SteerConfig, patch_model
 from fused_steer.peft import PostBlockConfig
 
-#: name -> class of the model, PEFT's task, the name of the head, and the labels of a batch.
+#: name -> the model's class, PEFT's task type, the head's name, and the labels of a batch.
 TASKS: dict[str, tuple[Any, str | None, str, dict[str, Tensor]]] = {
     "classifier": (AutoModelForSequenceClassification, "SEQ_CLS", "score", {"labels": torch.tensor([0, 2])}),
     "no task": (AutoModelForSequenceClassification, None, "score", {"labels": torch.tensor([0, 2])}),

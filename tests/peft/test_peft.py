@@ -1,4 +1,4 @@
-"""Steering as a method of PEFT: a matrix of models and configs over one set of checks, as PEFT's own tests are."""
+"""Tests of steering as a PEFT method: one set of checks over a matrix of models and configs, as in PEFT's own tests."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ from fused_steer import SteerConfig, patch_model
 from fused_steer.model.site import Site, SteeringSite
 from fused_steer.peft import PeftSite, PostBlockConfig
 
-#: name -> model family, and what the adapter's config says.
+#: name -> model family, and fields of the adapter's config.
 MATRIX: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"r": 4, "activation": "silu"}),
     "gemma3, identity": ("gemma3", {"r": 8, "activation": "identity", "scale": 0.5}),
@@ -58,7 +58,7 @@ everywhere = pytest.mark.parametrize(("family", "fields"), MATRIX.values(), ids=
 
 
 def adapted(family: str = "llama", name: str = "default", **fields: Any) -> PeftModel:
-    """A model with one adapter that does something, evaluating."""
+    """Build a model with one random adapter, in eval mode."""
     model = get_peft_model(build(family), PostBlockConfig(**(fields or {"r": 4})), adapter_name=name).eval()
     fill(model, name)
     assert not torch.equal(logits(model), logits(build(family)))
@@ -200,7 +200,7 @@ def test_peft_each_row_by_its_own_adapter(family, fields):
 
 
 def of_three(family: str = "llama") -> PeftModel:
-    """Adapters of several ranks, activations, strengths and layers."""
+    """Build a model with three adapters of different ranks, activations, scales and layers."""
     model = adapted(family, "first", r=4, activation="silu", scale=0.5)
     for seed, (name, fields) in enumerate(
         {
@@ -215,7 +215,7 @@ def of_three(family: str = "llama") -> PeftModel:
 
 
 def of_rows(model: PeftModel, rows: list[str]) -> Tensor:
-    """Logits of one prompt, a row for each name."""
+    """Compute the logits of one prompt, repeated in a row for each adapter name."""
     with torch.no_grad():
         return model(input_ids=tokens()[:1].expand(len(rows), -1), adapter_names=rows).logits
 
@@ -261,7 +261,7 @@ def test_peft_rows_are_one_op_a_layer(monkeypatch):
     of_rows(model, ["third", "first", "__base__", "second"])
     assert ran == ["post_block_routed"] * 3
     del ran[:]
-    of_rows(model, ["second", "__base__"])  # which steers one layer of three
+    of_rows(model, ["second", "__base__"])  # "second" steers one of three layers
     assert ran == ["post_block_routed"]
     del ran[:]
     of_rows(model, ["__base__", "__base__"])
@@ -280,14 +280,14 @@ def test_peft_rows_without_adapter_keep_their_bits():
 
 
 def replace(model: nn.Module, name: str) -> None:
-    """Every parameter of the adapter is another object from now on, with other values."""
+    """Replace every parameter of the adapter by a new object with other values."""
     for path, parameter in of_adapter(model, name).items():
         place, _, kind = path.rpartition(".")
         setattr(model.get_submodule(place), kind, nn.Parameter(0.5 * torch.randn_like(parameter)))
 
 
 def step_unseen(model: nn.Module, name: str) -> None:
-    """A step of an optimizer that raises no version."""
+    """Take an optimizer's step that does not raise the tensors' versions."""
     parameters = list(of_adapter(model, name).values())
     for parameter in parameters:
         parameter.grad = torch.randn_like(parameter)
@@ -621,7 +621,7 @@ def flip(file: Path, position: int, bit: int = 0) -> None:
 
 @pytest.mark.parametrize("by", ["peft", "ours"])
 def test_peft_flipped_bits_are_found_in_both_files(by, tmp_path):
-    """By PEFT's loader and by ours, whoever wrote them."""
+    """PEFT's loader and ours both find flipped bits in either file, whichever library wrote it."""
     model = adapted(r=4)
     model.save_pretrained(str(tmp_path / "peft"))
     patch_model(build(), tmp_path / "peft").steering.save(tmp_path / "ours")
@@ -646,17 +646,17 @@ def test_peft_config_alone_has_a_digest_that_every_way_in_checks(tmp_path):
     file = tmp_path / "adapter_config.json"
     file.write_text(file.read_text().replace('"scale": 1.0', '"scale": 1.5'))
     for load in (PeftConfig.from_pretrained, PostBlockConfig.from_pretrained):
-        with refused(ValueError, "fields are not those that were saved", "expected config_sha256"):
+        with refused(ValueError, "fields were changed after saving", "expected config_sha256"):
             load(str(tmp_path))
     (tmp_path / "adapter_model.safetensors").unlink()
-    with refused(ValueError, "fields are not those that were saved", "expected config_sha256"):
+    with refused(ValueError, "fields were changed after saving", "expected config_sha256"):
         PostBlockConfig.from_pretrained(str(tmp_path))
     edit(tmp_path)
     assert PostBlockConfig.from_pretrained(str(tmp_path)).scale == 1.5
 
 
 def test_peft_digests_are_of_one_save(tmp_path):
-    """A config goes on, and is saved again without tensors, or with others."""
+    """A config object that is saved again, without tensors or with others, does not keep old digests."""
     model = adapted(r=4)
     model.save_pretrained(str(tmp_path / "first"))
     model.peft_config["default"].save_pretrained(str(tmp_path / "config"))
@@ -736,7 +736,7 @@ def test_peft_adapters_load_into_empty_parameters(tmp_path):
     model.save_pretrained(str(tmp_path))
     loaded = PeftModel.from_pretrained(build(), str(tmp_path), low_cpu_mem_usage=True)
     loaded.load_adapter(str(tmp_path), adapter_name="other", low_cpu_mem_usage=True)
-    (tmp_path / "adapter_model.safetensors").write_bytes(b"")  # no parameter is a map of it
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")  # no parameter is memory-mapped from the file
     assert {p.device.type for p in loaded.parameters()} == {"cpu"}
     for name in ("default", "other"):
         loaded.set_adapter(name)

@@ -1,4 +1,4 @@
-"""model.steering.batch: rows of a batch answer as each would alone."""
+"""Tests of model.steering.batch: each row of a batch answers as it would alone."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ PROMPTS = tokens(batch=len(NAMES), length=7)
 
 
 def padded(side: str) -> tuple[Tensor, Tensor]:
-    """PROMPTS with 0, 1, … tokens of padding in their rows, and the mask."""
+    """Return PROMPTS with 0, 1, … tokens of padding in their rows, and the mask."""
     ids, mask = PROMPTS.clone(), torch.ones_like(PROMPTS)
     for row in range(len(ids)):
         place = slice(0, row) if side == "left" else slice(ids.shape[1] - row, None)
@@ -58,7 +58,7 @@ def padded(side: str) -> tuple[Tensor, Tensor]:
 
 
 def alone(model: PreTrainedModel, name: str | None, call: Any) -> Any:
-    """By one adapter in the ordinary way."""
+    """Run a call with one adapter, without a batch."""
     active = model.steering.active
     model.steering.use(name)
     try:
@@ -79,7 +79,7 @@ def logits(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None) -> T
 
 
 def together_and_alone(base: PreTrainedModel) -> tuple[Tensor, Tensor]:
-    """By an unsteered model, whose matrix products of several rows may be summed in another order than those of one."""
+    """Run prompts with an unsteered model, as a batch and alone. Products of several rows may sum in another order."""
     return logits(base, PROMPTS), torch.cat([logits(base, row[None]) for row in PROMPTS])
 
 
@@ -135,7 +135,7 @@ def test_batch_forward_under_padding(model, side):
 
 
 def padded_and_alone(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """By the unsteered model: the rows' own tokens, in one batch and each row without its padding."""
+    """Run the unsteered model on the rows in one padded batch, and on each row alone without padding."""
     base = build_frozen()
     with torch.no_grad():
         together = base(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp_min(0)).logits
@@ -172,7 +172,7 @@ WHERE = ["all", "prompt", "generated", "last", ("first", 1), ("first", 3), ("las
 
 
 def chosen(where: Any, prompt: int, length: int) -> list[bool]:
-    """By token of one row without padding, from the definition."""
+    """Return, for each token of an unpadded row, whether `where` chooses it, by the definition."""
     first, count = where if isinstance(where, tuple) else (where, None)
     of = {
         "all": lambda i: True,
@@ -185,7 +185,7 @@ def chosen(where: Any, prompt: int, length: int) -> list[bool]:
 
 
 def by_hooks(model: PreTrainedModel, name: str, ids: Tensor, gain: Tensor) -> Tensor:
-    """Logits of the steered model by plain hooks that steer the tokens whose gain is 1."""
+    """Compute the logits with plain hooks that steer the tokens of gain 1."""
     base = build()
     for index in range(LAYERS):
         adapter = model.model.layers[index].post_block.adapter(name)
@@ -205,7 +205,7 @@ def by_hooks(model: PreTrainedModel, name: str, ids: Tensor, gain: Tensor) -> Te
 @pytest.mark.parametrize("where", WHERE, ids=str)
 @pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"prefill_chunk_size": 3}], ids=str)
 def test_batch_positions(model, where, options):
-    """Each generated token is the most likely one by hooks that steer those tokens."""
+    """Each generated token is the most likely one of a model with hooks that steer the chosen tokens."""
     ids, mask = padded("left")
     with model.steering.batch(["polite"] * 5, positions=where):
         words = greedy(model, ids, attention_mask=mask, **options)
@@ -266,7 +266,7 @@ def test_batch_samples_of_one_row(model):
 @pytest.mark.parametrize("whole", [True, False], ids=["all ids", "new ids"])
 @pytest.mark.parametrize("where", ["all", "generated", "last", ("first", 2)], ids=str)
 def test_batch_turns_that_go_on(model, where, whole):
-    """A second turn on the cache of the first: its prompt is all before, and what is cached is not steered anew."""
+    """A second turn continues on the first turn's cache. All earlier tokens are its prompt; cached ones stay as is."""
     more = tokens(seed=3, batch=2, length=3)
 
     def turns(name: str, row: int, batch: bool) -> Tensor:
@@ -297,7 +297,7 @@ def test_batch_the_last_token_of_a_second_turn_is_its_own(model, whole):
         options = {"attention_mask": torch.ones_like(ids), "past_key_values": cache, "do_sample": False}
         words = model.generate(given, max_new_tokens=1, **options)[:, given.shape[1] :]
     gain = torch.zeros(1, ids.shape[1])
-    gain[0, [6, -1]] = 1  # of the first turn, as it was cached, and of the second
+    gain[0, [6, -1]] = 1  # of the first turn, when it was cached, and of the second
     assert torch.equal(words[0], by_hooks(model, "polite", ids, gain)[0, -1:].argmax(-1))
 
 
@@ -328,7 +328,7 @@ def test_batch_step_by_step_without_generate(model):
 
 
 def by_hand(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: Any, name: str = "past_key_values") -> Tensor:
-    """Greedy tokens by a decoding loop of one's own, under padding; the cache is handed over as `name`."""
+    """Decode greedily by a hand-written loop with padding; pass the cache as the argument `name`."""
     words = []
     for _ in range(NEW):
         positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
@@ -340,7 +340,7 @@ def by_hand(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: Any, name:
 
 
 class Renamed(torch.nn.Module):
-    """A model whose decoder has another name for its cache than transformers has."""
+    """A model with a decoder that names its cache argument differently from transformers."""
 
     def __init__(self, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__()
@@ -395,7 +395,7 @@ def test_batch_cache_is_found_by_its_type():
 
 
 def test_batch_cache_of_states_of_fixed_size():
-    """A state-space model's cache does not tell its length; it is known from the passes that filled it."""
+    """A state-space model's cache does not have a length. The batch counts the passes that filled it."""
     from transformers import MambaConfig, MambaForCausalLM
 
     torch.manual_seed(0)
@@ -428,7 +428,7 @@ def test_batch_cache_of_states_of_fixed_size():
 
 
 class Memory:
-    """Keeps keys and values in a way of its own."""
+    """A custom cache of keys and values."""
 
 
 @pytest.mark.parametrize(
@@ -450,7 +450,7 @@ def test_batch_cache_that_cannot_be_found(model, given, parts):
 
 
 def test_batch_cache_that_is_not_used(model):
-    """Positions may begin anywhere where the caller says that there is no cache."""
+    """With use_cache=False, positions may begin at any number."""
     given = {"position_ids": torch.arange(3, 10)[None], "use_cache": False}
     expected = alone(model, "polite", lambda: model(PROMPTS[:1], **given).logits)
     with model.steering.batch(["polite"]), torch.no_grad():
@@ -458,7 +458,7 @@ def test_batch_cache_that_is_not_used(model):
 
 
 def test_batch_cache_that_generate_hides(model, monkeypatch):
-    """A model that keeps its cache to itself and feeds the last token alone."""
+    """A model that keeps its cache inside and gets only the last token is refused in generate."""
     monkeypatch.setattr(model, "prepare_inputs_for_generation", lambda input_ids, **_: {"input_ids": input_ids[:, -1:]})
     with model.steering.batch(["polite"]):
         model.steering._batch.generating = 1
@@ -468,7 +468,7 @@ def test_batch_cache_that_generate_hides(model, monkeypatch):
 
 
 class Reads(TorchDispatchMode):
-    """Notes each line of the package that asks a device for a value, and makes the host wait."""
+    """Records each line of the package that reads a value from the device and so makes the host wait."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -496,14 +496,14 @@ def test_batch_static_cache_is_not_read_in_a_decoding_step(model):
         cache.reset()
         by_hand(model, ids, mask, cache)
         cache.reset()
-        with Reads() as reads:  # a prompt of one token would be taken for a generated one if nobody looked
+        with Reads() as reads:  # a prompt of one token: the batch must read the mask, or it would count as generated
             first = model(PROMPTS[:, :1], past_key_values=cache, use_cache=True).logits
         assert reads.found
         assert_close(first, model(PROMPTS[:, :1]).logits)
 
 
 def test_batch_static_cache_in_inference_mode(model):
-    """There PyTorch does not count the writes to a tensor, so that its length is read."""
+    """In inference mode PyTorch does not count writes to a tensor, so the batch reads the cache's length."""
     ids, mask = padded("left")
     with model.steering.batch(NAMES, positions="generated"), torch.inference_mode():
         expected = greedy(model, ids, attention_mask=mask)
@@ -514,7 +514,7 @@ def test_batch_static_cache_in_inference_mode(model):
 
 
 def test_batch_a_captured_step_holds_on_to_what_is_there(model, monkeypatch):
-    """While a CUDA graph is captured nothing is worked out, and what was stays where it is."""
+    """While a CUDA graph is captured the batch computes nothing new, and its tensors keep their addresses."""
     with model.steering.batch(NAMES), torch.no_grad():
         batch = model.steering._batch
         cache = DynamicCache(config=model.config)
@@ -534,7 +534,7 @@ def test_batch_a_captured_step_holds_on_to_what_is_there(model, monkeypatch):
 
 @pytest.mark.parametrize("where", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_batch_a_step_on_a_static_cache_replays(where):
-    """Of a loop of one's own, in which no step asks the host for anything: on a GPU it is a CUDA graph."""
+    """A step of a hand-written loop needs nothing from the host, so that a CUDA graph can replay it on a GPU."""
     model, prompts, length = steered().to(where), PROMPTS.to(where), PROMPTS.shape[1]
     room, rows = length + NEW, len(NAMES)
     position = torch.tensor([length], device=where)
@@ -606,7 +606,7 @@ def test_batch_layers_steered_by_a_hook(model):
     expected = greedy_in_batch(model)
     other = build()
     layer = other.model.layers[1]
-    layer.forward = layer.forward  # on the instance: patch_model leaves it alone and steers by a hook
+    layer.forward = layer.forward  # a forward on the instance makes patch_model steer by a hook
     for seed, (name, config) in enumerate(CONFIGS.items(), 1):
         patch_model(other, config, adapter_name=name) if seed == 1 else other.steering.add(name, config)
         randomize(other, name, seed)
@@ -663,7 +663,7 @@ def test_batch_report_counts_and_copies(model):
 
 
 def test_batch_threads_take_turns(model):
-    """Batches of two threads, each right; a pass of a third is refused while one runs."""
+    """Batches of two threads take turns and both are correct. A third thread's pass is refused while one runs."""
     expected = {name: alone(model, name, lambda: greedy(model, PROMPTS[:1])) for name in ("polite", "vector")}
     wrong: list[Any] = []
 

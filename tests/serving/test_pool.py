@@ -1,4 +1,4 @@
-"""The pool: adapters in files, loaded into slots when a batch asks for them."""
+"""Tests of the pool: adapters in files that are loaded into slots when a batch uses them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CONFIGS = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Eight adapters, 0 to 7."""
+    """Make a folder with eight adapters, 0 to 7."""
     root = tmp_path_factory.mktemp("adapters")
     for number in range(8):
         model = patch_model(build(), CONFIGS[number % 4])
@@ -42,7 +42,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def expected(folder) -> list[Tensor]:
-    """Logits by each adapter alone, in the ordinary way."""
+    """Compute the logits of each adapter, without a pool."""
     found = []
     for number in range(8):
         with torch.no_grad():
@@ -51,7 +51,7 @@ def expected(folder) -> list[Tensor]:
 
 
 def pooled(folder: Path, slots: int = 3, **options: Any) -> PreTrainedModel:
-    """A model with a pool of all eight, and an adapter of its own, "own"."""
+    """Build a model with a pool of all eight adapters, and an attached adapter "own"."""
     model = patch_model(build(), CONFIGS[0], adapter_name="own")
     randomize(model, "own", seed=99)
     pool = model.steering.make_pool(slots=slots, rank=4, **options)
@@ -71,7 +71,7 @@ def assert_serves(model: PreTrainedModel, expected: list[Tensor], numbers: list[
 
 
 def rows_and_all(count: int) -> tuple[Tensor, Tensor]:
-    """The first `count` prompts by the unsteered model: alone, and among all."""
+    """Run the first `count` prompts with the unsteered model, alone and within a batch of all."""
     base = build_frozen()
     with torch.no_grad():
         return base(PROMPTS[:count]).logits, base(PROMPTS).logits[:count]
@@ -118,14 +118,14 @@ def test_pool_beside_adapters_of_the_model_and_none(folder, expected):
     assert model.steering.pool.loaded == ["5"]  # the other slots are free again
     with torch.no_grad():
         for site in (layer.post_block for layer in model.model.layers):
-            site.steer_up["own"].weight.zero_()  # it may train on between two batches
+            site.steer_up["own"].weight.zero_()  # an attached adapter may change between two batches
     with torch.no_grad(), model.steering.disabled():
         base = model(PROMPTS).logits
     assert torch.equal(logits(model, [None, "own", "5"])[:2], base[:2])
 
 
 def test_pool_no_file_is_mapped(folder, monkeypatch):
-    """A file that is cut in place after it was checked, and while its tensors are copied into slots, kills nothing."""
+    """Cutting a file after its check, while its tensors are copied into slots, does not crash the process."""
     model = pooled(folder)
     pool, path = model.steering.pool, folder / "0" / "adapter_model.safetensors"
     content, write = path.read_bytes(), pool._write
@@ -207,7 +207,7 @@ def test_pool_slots_in_bfloat16_take_half_the_memory(folder, expected):
 
 
 def test_pool_many_threads_few_slots(folder, expected):
-    """Batches, loads, failures and removals at once; each batch right by content."""
+    """Batches, loads, failures and removals run at once in many threads, and each batch is correct."""
     model = pooled(folder, slots=3)
     pool = model.steering.pool
     wrong: list[Any] = []
@@ -314,7 +314,7 @@ def _saved(path: Path) -> tuple[Path, Path]:
 
 
 def edit(config: Path, **fields: Any) -> None:
-    """Change fields as a person does, who removes the config's digest."""
+    """Change fields of the config and remove its digest."""
     config.write_text(json.dumps({**json.loads(config.read_text()), "config_sha256": None, **fields}))
 
 
@@ -371,7 +371,7 @@ BROKEN: list[tuple[Any, type[Exception], str]] = [
     (_hidden, ValueError, "is for a model of hidden size 64; expected 32"),
     (_layers, ValueError, "is for a model of number of layers 2; expected 3"),
     (_rank, ValueError, "is of rank 5; expected at most 4, the rank of the pool's slots"),
-    (_corrupt, ValueError, "its contents are not those that adapter_config.json was saved with"),
+    (_corrupt, ValueError, "its contents do not match adapter_config.json"),
     (_truncated, ValueError, "adapter_model.safetensors cannot be loaded: its header is of"),
     (_truncated_without_digest, ValueError, "adapter_model.safetensors cannot be loaded"),
     (_empty, ValueError, "adapter_model.safetensors cannot be loaded: it has no header, at 0 bytes"),
@@ -460,7 +460,7 @@ def test_pool_names_and_sizes(folder, tmp_path):
         model.steering.load(folder / "3", name="3")
     with refused(KeyError, "no adapter 'x' in the pool; expected one of its 8"):
         pool.load("x")
-    with refused(ValueError, "4 adapters are asked for at once; expected at most 3"), pool.hold(["0", "1", "2", "3"]):
+    with refused(ValueError, "4 adapters are needed at once; expected at most 3"), pool.hold(["0", "1", "2", "3"]):
         pass
     with refused(FileNotFoundError, "no directory"):
         pool.register_directory(tmp_path / "none")

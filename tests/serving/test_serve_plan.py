@@ -1,4 +1,4 @@
-"""`fused-steer serve-plan`: its numbers against real files, slots and weights of a tiny model."""
+"""Tests of `fused-steer serve-plan`: its numbers against real files, slots and weights of a tiny model."""
 
 from __future__ import annotations
 

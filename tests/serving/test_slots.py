@@ -1,4 +1,4 @@
-"""Slots: the adapters of one layer side by side; each token is steered by its slot's as by that adapter alone."""
+"""Tests of slots, which hold one layer's adapters side by side: each token is steered as by its adapter alone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NAMES = ("steer_down.weight", "steer_up.weight", "steer_down.bias", "steer_up.bi
 
 
 def adapter(rank: int, *, down_bias: bool = False, up_bias: bool = False, seed: int = 0) -> dict[str, Tensor]:
-    """Random tensors by their names below the site; rank 0 is a vector."""
+    """Draw an adapter's tensors by their names below the site; rank 0 is a vector."""
     shapes = ((rank, HIDDEN), (HIDDEN, rank), (rank,), (HIDDEN,))
     there = (rank > 0, rank > 0, down_bias, up_bias or not rank)
     generator = torch.Generator().manual_seed(seed)
@@ -51,7 +51,7 @@ ADAPTERS = (
 @pytest.mark.parametrize("with_gain", [True, False], ids=["gain", "full"])
 def test_slots_each_token_is_steered_as_by_its_adapter_alone(device, with_branch, with_gain):
     slots = Slots(5, RANK, HIDDEN, device=device, down_bias=True, up_bias=True)
-    for slot in range(5):  # what was there before is gone
+    for slot in range(5):  # nothing of the earlier adapter remains
         slots.put(slot, {name: 9 + 0 * t for name, t in ADAPTERS[0][0].items()}, "gelu")
     for slot, (tensors, activation) in enumerate(ADAPTERS):
         slots.put(slot, tensors, activation)
@@ -72,10 +72,10 @@ def test_slots_each_token_is_steered_as_by_its_adapter_alone(device, with_branch
         into = branch.clone()
         assert slots(x, into, ids, gain, into_branch=True) is into
         assert_close(into, branch + shift)
-    routing = Routing(ids, gain)  # worked out once
+    routing = Routing(ids, gain)  # computed once, for all layers
     for _ in range(2):
         assert torch.equal(slots.routed(x, branch, routing), out)
-    slots.to(torch.bfloat16).to(torch.float32)  # other tensors, rounded
+    slots.to(torch.bfloat16).to(torch.float32)  # replaces the tensors by rounded ones
     assert torch.equal(slots.routed(x, branch, routing), slots(x, branch, ids, gain))
     assert not torch.equal(slots.routed(x, branch, routing), out)
 

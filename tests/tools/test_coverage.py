@@ -1,4 +1,4 @@
-"""The table of covered models: families from all over pass, and what is wrong, refused or broken is found out."""
+"""Tests of the coverage table: families of many kinds pass, and wrong, refused or broken models are found."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from fused_steer.model.site import SteeringSite
 from fused_steer.tools import coverage as coverage_module
 from fused_steer.tools.coverage import MODEL_TYPES, Row, build, check, check_all, markdown, run, summary
 
-#: model type -> outcome: attention of all kinds, mixtures of experts, state spaces, recurrences, post-norm, parallel
-#: branches, shared layers, other towers.
+#: model type -> expected outcome. The types cover all kinds of attention, mixtures of experts, state spaces,
+#: recurrences, post-norm, parallel branches, shared layers, other towers.
 SOME = {
     "bamba": "fused",
     "bert": "hook",
@@ -71,11 +71,11 @@ def test_coverage_every_class_has_its_row() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is not as it should be
+# Errors that the command must find
 
 
 def steered_by(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """patch_model, but with sites whose forward is another one."""
+    """Return a patch_model that gives its sites another forward."""
 
     def patch(model: nn.Module, config: Any) -> nn.Module:
         patch_model(model, config)
@@ -117,7 +117,7 @@ def leaving_a_trace(model: nn.Module, config: Any) -> nn.Module:
 
 
 def before_the_branch(model: nn.Module, config: Any) -> nn.Module:
-    """Steers the layers' other add, as a finder of the wrong one would: the same numbers while the adapter is fresh."""
+    """Steer the layers' first add instead of the last. The numbers are the same while the adapter is fresh."""
     patch_model(model, config)
     for layer in model.model.layers:
         cls = type(layer)
@@ -125,7 +125,7 @@ def before_the_branch(model: nn.Module, config: Any) -> nn.Module:
         def forward(self: Any, x: Any, cls: type = cls, **kwargs: Any) -> Any:
             site = self.post_block
             x = site(x)
-            self.post_block = SteeringSite()  # which adds
+            self.post_block = SteeringSite()  # a site adds its two arguments
             self.post_block.patched = site.patched
             try:
                 return cls.forward(self, x, **kwargs)

@@ -1,4 +1,4 @@
-"""The demo on a tiny random model, its parts, and the loading of the real one where its package is installed."""
+"""Tests of the demo on a tiny random model, of its parts, and of loading the real model if its package is installed."""
 
 import dataclasses
 import importlib.util
@@ -81,7 +81,7 @@ def test_demo_the_whole_demo(saved_model, tmp_path):
     assert f"trained   {3 * 2 * 2 * 32} of " in result.stdout
     assert f"adapter   {out / 'adapter'}, " in result.stdout
 
-    # The two lines that the demo ends with do what it says, and the adapter does something.
+    # The two lines of code that the demo prints at its end work, and the adapter has an effect.
     base, model = (AutoModelForCausalLM.from_pretrained(saved_model) for _ in range(2))
     usage = result.stdout.rstrip().splitlines()[-2:]
     exec("\n".join(usage), scope := {"model": model})
@@ -221,7 +221,7 @@ def test_demo_held_out_expressions_are_not_trained_on():
 
 
 def test_demo_the_loss_is_that_of_the_answers_alone(tokenizer):
-    """A padded batch against one expression at a time, unpadded, over all positions."""
+    """The loss of a padded batch equals the answers' loss computed one unpadded expression at a time."""
     model, encoder = build(), demo.Encoder(tokenizer, torch.device("cpu"))
     inputs, labels = encoder.training_batch(EXPRESSIONS)
     assert tokenizer.decode(inputs["input_ids"][1]) == "[ MIN 3 [ MAX 4 5 ] 6 ] = 3 <eos>"
@@ -256,7 +256,7 @@ def test_demo_a_loss_that_is_not_finite_is_an_error(tokenizer):
     with torch.no_grad():
         next(model.steering.parameters()).fill_(float("nan"))
     batch = demo.Encoder(tokenizer, torch.device("cpu")).training_batch(EXPRESSIONS)
-    with pytest.raises(RuntimeError, match="loss of step 1 is nan; expected it finite"):
+    with pytest.raises(RuntimeError, match="loss of step 1 is nan; expected a finite loss"):
         demo.train(model, [batch], lr=0.01)
 
 
@@ -300,7 +300,7 @@ def test_demo_smollm2_loads():
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert model.name_or_path == demo.SMOLLM2
     assert "quantization_config" not in model.config.to_dict()  # a quantised model cannot be saved as a plain one
-    # As the published tokenizer has it; with GGUF's own rules the two spaces would be two tokens.
+    # As with the published tokenizer. GGUF's own rules would make two tokens of the two spaces.
     assert tokenizer.tokenize("  12 [MAX 3 ]") == ["ĠĠ", "1", "2", "Ġ[", "MAX", "Ġ", "3", "Ġ]"]
     prompt = tokenizer("The capital of France is", return_tensors="pt")
     tokens = model.generate(**prompt, max_new_tokens=1, do_sample=False)

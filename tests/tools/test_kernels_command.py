@@ -1,4 +1,4 @@
-"""The verb `kernels`: its tables, its JSON, and one line for whatever it cannot do."""
+"""Tests of `fused-steer kernels`: its tables, its JSON, and its one-line refusals."""
 
 import json
 import os
@@ -14,7 +14,7 @@ SMALL = ("--hidden", "576", "--rank", "16", "--target", "sm_90")
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    """The command in a process of its own, as this one may interpret its kernels."""
+    """Run the command in a subprocess, because this process may interpret its kernels."""
     code = "import sys; from fused_steer.cli import app; app(sys.argv[1:])"
     env = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "FORCE_COLOR")}
     command = [sys.executable, "-c", code, "kernels", *arguments]

@@ -1,4 +1,4 @@
-"""ListOps: what expressions are worth, and what the generator draws."""
+"""Tests of ListOps: the values of expressions, and the generator's draws."""
 
 import random
 
@@ -20,7 +20,7 @@ def op(name, *arguments) -> Operation:
     return Operation(name, arguments)
 
 
-# Worked out by hand: expression, as it is written, its value, its value without the inner brackets, its depth.
+# Computed by hand: expression, its text, its value, its value without the inner brackets, its depth.
 KNOWN = [
     (7, "7", 7, 7, 0),
     (op("MAX", 2, 9, op("MIN", 4, 7), 0), "[MAX 2 9 [MIN 4 7 ] 0 ]", 9, 9, 2),
@@ -64,7 +64,7 @@ def test_listops_generated_expressions_are_what_was_asked_for(nesting):
 
 
 def test_listops_nested_lists_stand_anywhere():
-    """Not always in the same place, or their position would give them away."""
+    """Nested lists stand at any position, so that the position tells nothing about them."""
     expressions = distinct(200, operators=["MAX", "MIN"], depth=2, seed=0)
     for kind in (Operation, int):
         places = {i for expression in expressions for i, a in enumerate(expression.arguments) if isinstance(a, kind)}
@@ -88,7 +88,7 @@ def test_listops_the_seed_determines_the_expressions():
 
 
 def test_listops_more_of_them_begin_with_the_same():
-    """Held-out expressions, which come first, do not depend on how many are trained on."""
+    """Drawing more expressions keeps the first ones, so held-out ones do not depend on the amount of training data."""
     few, many = (distinct(count, operators=["MAX"], depth=2, seed=0) for count in (20, 60))
     assert many[:20] == few
 
@@ -110,4 +110,4 @@ def test_listops_unknown_tasks_are_refused(operators, nesting, message):
 
 def test_listops_a_task_with_too_few_expressions_is_refused():
     with pytest.raises(ValueError, match="^20000 distinct expressions of MAX and depth 1 .* few more than 1"):
-        distinct(20_000, operators=["MAX"], depth=1, seed=0)  # there are 10² + 10³
+        distinct(20_000, operators=["MAX"], depth=1, seed=0)  # only 10² + 10³ exist

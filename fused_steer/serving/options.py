@@ -1,0 +1,101 @@
+"""The steering options of one served request, and the gain of each token that follows from them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..positions import ALL, read_positions
+from .requests import Request, checked_requests
+
+#: The key of these options in a request, and the fields below it. They mean what they mean in `steering.batch`.
+KEY = "steering"
+FIELDS = ("scale", "positions")
+
+
+def read_options(given: Any) -> Request:
+    """Check the steering options of a request.
+
+    Args:
+        given: an object with "scale" (a number; left out: the adapter's own strength) and "positions" (as
+            `steering.batch` takes them, ("last", k) as a list; left out: "all"), or its JSON text, which HTTP clients
+            send.
+
+    Raises:
+        ValueError, TypeError: it is something else, or a field is unknown or has no such value.
+    """
+    if isinstance(given, str):
+        try:
+            given = json.loads(given)
+        except (ValueError, RecursionError):
+            raise ValueError(f"{KEY} is {given[:80]!r}; expected an object, or its JSON text") from None
+    if not isinstance(given, Mapping):
+        raise TypeError(f"{KEY} is {given!r:.80}; expected an object with {' and '.join(FIELDS)}")
+    if unknown := [str(field) for field in given if field not in FIELDS]:
+        raise ValueError(f"{KEY} has {', '.join(unknown)}; expected {' and '.join(FIELDS)} alone")
+    positions = given.get("positions", ALL)
+    where = read_positions(tuple(positions) if isinstance(positions, list) else positions)
+    (found,) = checked_requests([None], given.get("scale"), where.name, lambda name: None)
+    return found
+
+
+def packed(options: Request) -> list[Any]:
+    """Convert options to plain values, which can be sent to other processes."""
+    return [options.scale, ALL if options.positions is None else options.positions.name]
+
+
+def unpacked(values: Sequence[Any]) -> Request:
+    """Convert the values of `packed` back to options."""
+    scale, positions = values
+    return Request(None, scale, read_positions(positions))
+
+
+def untouched(options: Request, prompt: int) -> int:
+    """Return the number of tokens at the beginning of a sequence that are not steered.
+
+    Args:
+        prompt: the number of tokens of the prompt.
+    """
+    where = options.positions
+    if where is None or where.first:
+        return 0
+    return max(prompt - where.last, 0)
+
+
+def token_gains(
+    scales: Sequence[float],
+    options: Sequence[Request | None],
+    prompts: Sequence[int],
+    computed: Sequence[int],
+    counts: Sequence[int],
+) -> NDArray[np.float32]:
+    """Compute the gain of each token of a batch, in the order of its requests.
+
+    Args:
+        scales: each request's strength.
+        options: where each is steered; None: everywhere.
+        prompts: tokens of its prompt.
+        computed: tokens that were computed in earlier steps.
+        counts: its tokens in this batch.
+
+    Returns:
+        (sum of counts,) float32.
+    """
+    counted = np.asarray(counts, dtype=np.int64)
+    gains = np.repeat(np.asarray(scales, dtype=np.float32), counted)
+    start = 0
+    for row, (asked, count) in enumerate(zip(options, counts, strict=True)):
+        if asked is not None and asked.positions is not None:
+            where = asked.positions
+            end, prompt = start + count, prompts[row]
+            position = np.arange(computed[row], computed[row] + count)
+            steered = ((position < where.first) | (position >= prompt - where.last)) & (position < prompt)
+            if where.generated:
+                steered |= position >= prompt
+            gains[start:end][~steered] = 0
+        start += count
+    return gains
