@@ -16,6 +16,7 @@ Backward, Q = Rᵀ, G = ∂L/∂Q (from W2, and with the sign turned from W1), s
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,40 +24,46 @@ from torch import Tensor
 
 
 def is_orthonormal(matrix: Tensor) -> bool:
-    """Whether the columns are orthonormal to rounding: those that `orthonormal` leaves as they are."""
+    """Return whether the columns are orthonormal to rounding. `orthonormal` leaves such a matrix as it is."""
     wide = matrix.to(_wide(matrix.device))
-    return bool(_defect(wide.t() @ wide) <= _rounding(matrix))
+    return bool(_defect(wide.mT @ wide) <= _rounding(matrix))
 
 
 def _rounding(matrix: Tensor) -> float:
-    """How far QᵀQ may be from I: an entry of Q rounded once moves it by eps at most; a float32 decomposition, such as
-    torch's, by the rounding of sums over d numbers."""
+    """Return how far QᵀQ may be from I.
+
+    Rounding each entry of Q once moves QᵀQ by eps at most. A float32 decomposition, such as torch's, moves it by the
+    rounding of sums over d numbers.
+    """
     computed = torch.float64 if matrix.dtype == torch.float64 else torch.float32
-    return max(2 * torch.finfo(matrix.dtype).eps, math.sqrt(matrix.shape[0]) * torch.finfo(computed).eps)
+    return max(2 * torch.finfo(matrix.dtype).eps, math.sqrt(matrix.shape[-2]) * torch.finfo(computed).eps)
 
 
 def _defect(gram: Tensor) -> Tensor:
-    return (gram - torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)).abs().amax()
+    return (gram - torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)).abs().amax((-2, -1), keepdim=True)
 
 
 def orthonormal(matrix: Tensor) -> Tensor:
-    """Rᵀ (d, r), the orthonormal factor of P (d, r) of full rank. In float32; of a float64 P in float64."""
+    """Return Rᵀ (d, r), the orthonormal factor of P (d, r) of full rank, in float32, or in float64 if P is."""
     return _factor(matrix)[0]
 
 
 def _wide(device: torch.device) -> torch.dtype:
-    """In which PᵀP is formed and factored: its condition number is the square of P's."""
+    """Return the dtype in which PᵀP is formed and factored. Its condition number is the square of P's."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _factor(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Rᵀ (d, r), and Uᵀ (r, r) in the wide dtype. Never waits for the device: a P of lower rank gives NaN."""
+    """Return Rᵀ (..., d, r), and Uᵀ (..., r, r) in the wide dtype, of P (..., d, r).
+
+    It never waits for the device. A P of lower rank gives NaN.
+    """
     result = torch.float64 if matrix.dtype == torch.float64 else torch.float32
     wide = matrix.to(_wide(matrix.device))
-    gram = wide.t() @ wide
+    gram = wide.mT @ wide
     lower, failed = torch.linalg.cholesky_ex(gram)
-    lower = torch.where(failed == 0, lower, torch.nan)
-    made = torch.linalg.solve_triangular(lower.t(), wide, upper=True, left=False)
+    lower = torch.where(failed[..., None, None] == 0, lower, torch.nan)
+    made = torch.linalg.solve_triangular(lower.mT, wide, upper=True, left=False)
     return torch.where(_defect(gram) <= _rounding(matrix), matrix.to(result), made.to(result)), lower
 
 
@@ -90,10 +97,22 @@ class _Rotation(torch.autograd.Function):
 
 
 def rotate(source: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """W1 = W − R (r, d) and W2 = Rᵀ (d, r) of LoReFT's W (r, d) and P (d, r).
+    """Return W1 = W − R (r, d) and W2 = Rᵀ (d, r) of LoReFT's W (r, d) and P (d, r).
 
     In float32, whatever the dtype of W and P; in float64 where P is. Differentiable once, as the op that takes them,
     which refuses a second derivative.
     """
     down, up, _ = _Rotation.apply(source, matrix)
     return down, up
+
+
+@torch.no_grad()
+def rotate_all(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """Return what `rotate` gives for each pair, without gradients, by the same few launches for any number of pairs.
+
+    Args:
+        pairs: W (r, d) and P (d, r), all of one shape, dtype and device.
+    """
+    sources, matrices = (torch.stack(tensors) for tensors in zip(*pairs, strict=True))
+    up, _ = _factor(matrices)
+    return list(zip((sources.to(up.dtype) - up.mT).unbind(), up.unbind(), strict=True))

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad
 
 from fused_steer import SteerConfig, patch_model
+from fused_steer.adapters import parameters
 from fused_steer.adapters.files import read_adapter, write_adapter
 from fused_steer.diagnostics import diagnose
 from fused_steer.importers.pyreft import export_pyreft, import_pyreft
@@ -197,6 +198,23 @@ def test_loreft_in_batches_and_pools(tmp_path):
     pool.register("kept", tmp_path / "a")
     assert_rows(["kept", None])
     assert_rows(["default", None])
+
+
+def test_loreft_rotations_are_made_once_a_pass_for_all_layers(monkeypatch):
+    """Without gradients. A parameter that is changed between passes shows in the next."""
+    model, made = steered(), []
+    rotate = parameters.rotate
+    monkeypatch.setattr(parameters, "rotate", lambda *pair: made.append(1) or rotate(*pair))
+    expected = logits(model)
+    assert made == []
+    assert_close(model(tokens()).logits.detach(), expected)
+    assert len(made) == LAYERS
+    with torch.no_grad():
+        for parameter in steering_parameters(model).values():
+            parameter.data = parameter.data * 1.5 + 0.1
+    changed = logits(model)
+    assert_close(model(tokens()).logits.detach(), changed)
+    assert difference(changed, expected)[""] > 0.01
 
 
 def test_loreft_generates_as_its_formula():

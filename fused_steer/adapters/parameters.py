@@ -311,7 +311,7 @@ class Factor(nn.Module):
 
 
 class Rotation(Factor):
-    """W2 = Rᵀ of LoReFT, made of `weight` in each pass: see kernels/rotation.py. It has no bias."""
+    """W2 = Rᵀ of LoReFT, computed from `weight` in each pass (kernels/rotation.py). It has no bias."""
 
 
 if TYPE_CHECKING:
@@ -377,11 +377,11 @@ class Adapter:
         return {name: parameter.detach() for name, parameter in self.named_parameters().items()}
 
     def steered(self) -> dict[str, Tensor]:
-        """W1, b1, W2 and b2 by name, without gradients."""
+        """Return W1, b1, W2 and b2 by name, without gradients."""
         return steered("loreft" if isinstance(self.up, Rotation) else "lowrank", self.named_tensors())
 
     def weights(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        """W1, W2, b1 and b2 as the op takes them, with gradients; None where the adapter has none."""
+        """Return W1, W2, b1 and b2 as the op takes them, with gradients. None stands for a missing part."""
         down, up = self.down.weight, self.up.weight
         if isinstance(self.up, Rotation) and down is not None and up is not None:
             return *rotate(down, up), self.down.bias, None

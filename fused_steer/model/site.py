@@ -163,6 +163,22 @@ class SteeringSite(Site):
         down, up = self.steer_down[self.active].weight, factor.weight
         return None if down is None or up is None or isinstance(factor, Rotation) else (down, up)
 
+    def rotation(self) -> tuple[Tensor, Tensor] | None:
+        """Return W and P of the adapter that steers, if it is LoReFT, else None."""
+        if self.active is None or not self.enabled or self.rows is not None:
+            return None
+        source, matrix = self.steer_down[self.active].weight, self.steer_up[self.active]
+        return None if not isinstance(matrix, Rotation) else (source, matrix.weight)  # type: ignore[return-value]
+
+    def _weights(self, active: str) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """Return W1, W2, b1 and b2 of an adapter. Those of LoReFT were perhaps made at the beginning of the pass."""
+        adapter = Adapter(self.steer_down[active], self.steer_up[active])
+        if not is_compiling() and isinstance(adapter.up, Rotation) and thread.packs and thread.packs[-1] is not None:
+            found = thread.packs[-1].rotation_of(self, adapter.down.weight, adapter.up.weight)
+            if found is not None:
+                return *found, adapter.down.bias, None
+        return adapter.weights()
+
     def use(self, name: str | None, activation: str, scale: float, gains: Any = None) -> None:
         """Make `name` the only adapter that steers and trains. None, or one that skips this layer, is a plain add.
 
@@ -239,7 +255,7 @@ class SteeringSite(Site):
             return self.rows(residual, branch)
         if self.active is None or not self.enabled:
             return residual if branch is None else residual + branch
-        down, up, down_bias, up_bias = Adapter(self.steer_down[self.active], self.steer_up[self.active]).weights()
+        down, up, down_bias, up_bias = self._weights(self.active)
         return post_block(
             residual,
             branch,
@@ -294,7 +310,7 @@ class SteeringSite(Site):
             return tuple(self._constrained(value) if constrained else value for value, constrained in found)
 
         def rotated() -> tuple[Tensor, ...]:
-            return tuple(t for t in Adapter(downs[active], ups[active]).weights() if t is not None)
+            return tuple(t for t in self._weights(active) if t is not None)
 
         plain = all("weight" in factor._parameters for factor in factors)
         simple = plain and w1 is not None and b1 is None and b2 is None and self.basis is None

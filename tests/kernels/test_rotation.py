@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from fused_steer.kernels.rotation import is_orthonormal, orthonormal, rotate
+from fused_steer.kernels.rotation import is_orthonormal, orthonormal, rotate, rotate_all
 from models import assert_close
 
 SIZES = [(7, 3), (64, 1), (64, 64), (1000, 16)]
@@ -69,6 +69,15 @@ def test_rotation_of_dependent_columns_is_nan_and_not_a_wrong_one():
     p = matrix(64, 4)
     p[:, 3] = 0
     assert orthonormal(p).isnan().any() and not is_orthonormal(orthonormal(p))
+
+
+def test_rotation_of_all_layers_at_once():
+    pairs = [(matrix(8, 64) + i, matrix(64, 8) * (i + 1)) for i in range(3)]
+    pairs[1] = (pairs[1][0], orthonormal(pairs[1][1]))
+    for (source, p), (down, up) in zip(pairs, rotate_all(pairs), strict=True):
+        assert_close(down, rotate(source, p)[0])
+        assert_close(up, rotate(source, p)[1])
+    assert torch.equal(rotate_all(pairs)[1][1], pairs[1][1])
 
 
 def test_rotation_compiled_in_one_graph():
