@@ -1,6 +1,6 @@
-"""Token positions: which tokens of a text are steered, by name, in training and in inference alike.
+"""Token positions: names for the steered tokens of a text, in training and in inference.
 
-A text is a prompt and what is generated after it.
+A text is a prompt followed by generated tokens.
 
     all            every token
     prompt         every token of the prompt
@@ -9,7 +9,7 @@ A text is a prompt and what is generated after it.
     first_7        the prompt's first 7 tokens
     last_7         the prompt's last 7 tokens
 
-Joined by "+", any of them: "first_7+last_7", "last_prompt+generated". Padding counts nowhere.
+Several names can be joined by "+": "first_7+last_7", "last_prompt+generated". Padding does not count.
 """
 
 from __future__ import annotations
@@ -34,7 +34,13 @@ _NAMES = {
 
 @dataclass(frozen=True)
 class Positions:
-    """The steered tokens: the first `first` and the last `last` of the prompt, and the generated ones or not."""
+    """The steered tokens of a text.
+
+    Attributes:
+        first: the number of steered tokens at the prompt's beginning.
+        last: the number of steered tokens at the prompt's end.
+        generated: whether generated tokens are steered.
+    """
 
     first: int
     last: int
@@ -42,7 +48,7 @@ class Positions:
 
     @property
     def name(self) -> str:
-        """Its one name. Of names that mean the same it is the shortest."""
+        """The shortest name of these positions."""
         every = self.first == _EVERY
         if every:
             return "all" if self.generated else "prompt"
@@ -52,20 +58,15 @@ class Positions:
 
     @property
     def counts(self) -> bool:
-        """Whether tokens of the prompt are counted, so that padding has to be known."""
+        """Whether tokens of the prompt are counted. Then the padding has to be known."""
         return self.last > 0 or 0 < self.first < _EVERY
-
-    @property
-    def of_prompt(self) -> bool:
-        """Whether they are steered apart by what is prompt and what is not."""
-        return self.name != ALL
 
 
 def read_positions(given: Any) -> Positions:
-    """The positions of a name; ("first", 7) is "first_7".
+    """Return the positions of a name. ("first", 7) is the same as "first_7".
 
     Raises:
-        ValueError: it is no such name.
+        ValueError: there is no such name.
     """
     text = given
     if isinstance(given, tuple) and len(given) == 2 and given[0] in ("first", "last"):
@@ -97,18 +98,18 @@ def _read_part(part: str) -> tuple[int, int, bool] | None:
 def chosen_tokens(
     positions: Positions, real: Tensor, answer: Tensor, starts: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Which tokens are steered, and which belong to a prompt; both (rows, tokens), bool.
+    """Return two masks (rows, tokens): the steered tokens, and the prompts' tokens.
 
     Args:
-        real: (rows, tokens) bool; False for padding.
-        answer: (rows, tokens) bool, True for a token that is an answer's. A text's prompt ends before the first.
-        starts: (rows, tokens) bool, True where another text of a packed row begins; None: each row is one text.
+        real: (rows, tokens) bool, False for padding.
+        answer: (rows, tokens) bool, True for tokens of an answer. A text's prompt ends before the first of them.
+        starts: (rows, tokens) bool, True for the first token of each text of a packed row. None: a row is one text.
     """
     text = torch.zeros_like(real, dtype=torch.int64) if starts is None else starts.cumsum(1)
     count = real.cumsum(1)
     answered = (answer & real).cumsum(1)
     if starts is not None:
-        # What was counted before a token's own text, at its first token.
+        # Subtract the counts before the token's own text.
         begin = torch.where(starts, torch.arange(real.shape[1], device=real.device), 0).cummax(1).values
         count = count - (count - real.long()).gather(1, begin)
         answered = answered - (answered - (answer & real).long()).gather(1, begin)

@@ -298,16 +298,16 @@ class Steering:
 
     @contextlib.contextmanager
     def prompts(self, given: Any) -> Iterator[None]:
-        """Inside, passes of this thread have prompts of these lengths, for an adapter that steers at some positions.
+        """Set where the prompts end, for this thread's passes inside the context and an adapter with positions.
 
-        For training without labels, as in a loss of one's own: labels tell it otherwise. `generate` needs it not.
+        For training without labels in the model's call, such as a loss of your own. `generate` does not need it.
 
         Args:
-            given: for each row the number of its tokens (padding aside) that are the prompt's, or a mask
-                (rows, tokens), not 0 where a token is a prompt's: that tells it also of packed rows.
+            given: the number of prompt tokens of each row, without padding; or a mask (rows, tokens), not 0 for prompt
+                tokens. Packed rows need a mask.
 
         Raises:
-            ValueError: it is neither; in a pass, it is of another number of rows or tokens.
+            ValueError: it is neither; or, in a pass, its number of rows or tokens is another.
         """
         with self._gains.prompts(given):
             yield

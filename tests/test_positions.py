@@ -365,7 +365,7 @@ def test_positions_where_nothing_tells_them_are_refused(tmp_path):
     model = steered("last_prompt")
     with refused(RuntimeError, "generate_batch", "'last_prompt'", "expected model.generate"):
         model.generate_batch([[1, 2]])
-    with refused(RuntimeError, "outside of a pass", "expected the model to be called"):
+    with refused(RuntimeError, "outside of a pass", "has positions", "expected the model to be called"):
         model.model.layers[0].post_block(torch.zeros(1, 2, 32), torch.zeros(1, 2, 32))
     with refused(ValueError, "positions is 'last_prompt'", "expected 'all'"):
         get_peft_model(build(), PostBlockConfig(r=4, positions="last_prompt"))

@@ -1,11 +1,12 @@
-"""Which tokens of a pass are steered, where the adapter in use has positions: prompt and answer told apart.
+"""Find the steered tokens of a pass, if the active adapter has positions.
 
-In training the labels tell: a text's prompt ends before its first label that is not -100. In a packed row a text begins
-where `position_ids` do not count on. Without labels, outside of training, a pass without cached tokens is a prompt, and
-later passes are generated tokens. `generate` runs in a batch of this one adapter, which knows the place of each pass.
+In training the labels separate prompt and answer: a text's prompt ends before its first label that is not -100. In a
+packed row a text begins where `position_ids` do not increase by one. In inference without labels, a pass without cached
+tokens is a prompt, and later passes are generated tokens. `generate` runs inside a batch of the active adapter, which
+knows the place of each pass.
 
-A checkpoint repeats a layer in the backward pass, perhaps after other passes of the model. It repeats it with the same
-input, by which the layer's gain is found again.
+Checkpointing runs a layer again in the backward pass, perhaps after other passes of the model. The layer's input is the
+same tensor as before, and the layer's gain is found by its address.
 """
 
 from __future__ import annotations
@@ -30,7 +31,14 @@ _SAY = "labels with -100 for the prompt, or steering.prompts(...) around the pas
 
 
 class _Pass:
-    """What is known of the pass that runs. labels: those that the model was given; gain: (rows, tokens) float32."""
+    """The state of the running pass.
+
+    Attributes:
+        labels: the model's argument.
+        gain: (rows, tokens) float32, or None.
+        runs: whether a pass of the decoder runs.
+        prompts: the argument of `Steering.prompts`, or None.
+    """
 
     labels: Any = None
     gain: Tensor | None = None
@@ -43,7 +51,7 @@ class _PassOfThread(_Pass, threading.local):
 
 
 class Gains:
-    """The gain of each token in the passes of one model, for the sites of the adapter in use."""
+    """Computes the gain of each token in the passes of one model, for the sites of the active adapter."""
 
     def __init__(
         self,
@@ -55,10 +63,11 @@ class Gains:
     ) -> None:
         """
         Args:
-            model: the whole; decoder: its module that runs the layers.
-            idle: whether passes are steered otherwise now, or not at all.
-            tracing: whether a pass only shows which modules run: every token is steered then.
-            batch: opens a batch of so many rows, each steered by the adapter in use.
+            model: the whole model.
+            decoder: its module that runs the layers.
+            idle: returns whether a batch steers the passes now, or nothing does.
+            tracing: returns whether the pass only records which modules run. Then every token is steered.
+            batch: opens a batch with this number of rows, all steered by the active adapter.
         """
         self._model, self._decoder, self._batch = model, decoder, batch
         self._idle, self._tracing = idle, tracing
@@ -68,7 +77,7 @@ class Gains:
         self._handles: list[RemovableHandle] = []
         self._methods: list[_Method] = []
         self._here = _PassOfThread()
-        self._traced = _Pass()  # of a compiled graph, which reads no thread's own
+        self._traced = _Pass()  # for compiled graphs, which cannot read thread-local state
         self._kept: dict[int, tuple[StorageWeakRef, Tensor]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -80,7 +89,7 @@ class Gains:
     # ------------------------------------------------------------------------------------------------- while it is used
 
     def use(self, positions: Positions | None) -> None:
-        """Watch the model's passes for the sake of these positions; None: no longer."""
+        """Watch the model's passes for these positions, or (None) stop watching."""
         if (positions is None) == (self.positions is None):
             self.positions = positions
             return
@@ -104,7 +113,7 @@ class Gains:
 
     @contextlib.contextmanager
     def prompts(self, given: Any) -> Iterator[None]:
-        """Inside, this thread's passes have these prompts: see `Steering.prompts`."""
+        """Set the prompts of this thread's passes inside the context. See `Steering.prompts`."""
         prompts = torch.as_tensor(given)
         if prompts.dim() not in (1, 2) or prompts.is_floating_point() or prompts.is_complex():
             raise ValueError(
@@ -119,18 +128,19 @@ class Gains:
             self._here.prompts = self._traced.prompts = earlier
 
     def of(self, residual: Tensor, entering: Tensor | None) -> Tensor:
-        """The gain of each token of a layer's hidden state (rows, tokens, d), in the pass that runs.
+        """Return the gain (rows, tokens) for a layer's hidden state (rows, tokens, d).
 
-        entering: the layer's input.
+        Args:
+            entering: the layer's input.
 
         Raises:
-            RuntimeError: no pass runs, and none has run whose layer had this input.
+            RuntimeError: no pass runs, and no earlier pass gave this input to the layer.
         """
         if is_compiling():
             gain = self._traced.gain
         elif self._here.runs:
             gain = self._here.gain
-            # A checkpoint of the reentrant kind runs the layer without gradients at first.
+            # Reentrant checkpointing first runs the layer without gradients.
             if (
                 gain is not None
                 and isinstance(entering, Tensor)
@@ -142,8 +152,8 @@ class Gains:
             gain = None if found is None or found[0].expired() else found[1]
         if gain is None:
             raise RuntimeError(
-                "a layer runs outside of a pass of the model, and its adapter steers at some positions; expected the "
-                "model to be called"
+                "a layer runs outside of a pass of the model, and its adapter has positions; expected the model to be "
+                "called"
             )
         return gain.to(residual.device)
 
@@ -167,7 +177,7 @@ class Gains:
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
         now.gain = self._gain(self.positions, given)
         if not is_compiling():
-            self._traced.gain = now.gain  # for layers that are compiled one by one
+            self._traced.gain = now.gain  # for layers that are compiled individually
             self._kept = {at: kept for at, kept in self._kept.items() if not kept[0].expired()}
 
     def _after_decoder(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -199,10 +209,10 @@ class Gains:
                     "of two dimensions"
                 )
             return torch.ones(rows, columns, dtype=torch.bool, device=device)
-        return mask[:, -columns:].to(device) != 0  # it spans cached columns too
+        return mask[:, -columns:].to(device) != 0  # the mask includes cached columns
 
     def _answer(self, real: Tensor, starts: Tensor | None, given: Mapping[str, Any]) -> tuple[Tensor, bool]:
-        """Which tokens are an answer's, and whether somebody said so."""
+        """Return a mask of the answers' tokens, and whether labels or prompts gave it."""
         prompts, labels = self._now.prompts, self._now.labels
         if prompts is not None:
             return ~self._told(prompts.to(real.device), real, starts), True
@@ -236,7 +246,7 @@ class Gains:
     # --------------------------------------------------------------------------------------------------------- generate
 
     def run(self, name: str, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A method that generates: in a batch of the adapter in use, unless passes are steered otherwise now."""
+        """Call a generating method inside a batch of the active adapter, unless idle."""
         if self.positions is None or self._idle():
             return original(*args, **kwargs)
         if name != "generate":
@@ -248,12 +258,12 @@ class Gains:
             (v for n in ("inputs_embeds", "inputs", "input_ids") if (v := {**kwargs, **given}.get(n)) is not None), None
         )
         with self._batch(prompt.shape[0] if isinstance(prompt, Tensor) else 1):
-            method: Any = getattr(self._model, name)  # as the batch has it now
+            method: Any = getattr(self._model, name)  # wrapped by the batch
             return method(*args, **kwargs)
 
 
 class _Method:
-    """A method of a model that generates, while its adapter in use has positions."""
+    """A generating method of a model, while the active adapter has positions."""
 
     def __init__(self, model: nn.Module, name: str, gains: Gains) -> None:
         self.model, self.name, self.gains = model, name, gains
@@ -267,7 +277,7 @@ class _Method:
         setattr(self.model, self.name, self)
 
     def remove(self) -> None:
-        """Leave the method as it was; one that was put in its place since stays."""
+        """Restore the method. If another library has replaced it since, that one stays."""
         if vars(self.model).get(self.name) is self:
             delattr(self.model, self.name)
             if self.earlier is not None:
@@ -278,7 +288,7 @@ class _Method:
 
 
 def _starts(positions: Any, rows: int, columns: int) -> Tensor | None:
-    """Where a text of a packed row begins, (rows, tokens) bool; None without position ids of two dimensions."""
+    """Return a mask of the first tokens of a packed row's texts. None: there are no two-dimensional position ids."""
     if not isinstance(positions, Tensor) or positions.dim() != 2 or positions.shape[1] != columns:
         return None
     begins = torch.ones_like(positions, dtype=torch.bool)
@@ -287,10 +297,10 @@ def _starts(positions: Any, rows: int, columns: int) -> Tensor | None:
 
 
 def _cached(given: Mapping[str, Any], tokens: int) -> int:
-    """The columns before a pass.
+    """Return the number of cached columns before a pass.
 
     Raises:
-        ValueError: it goes on with what is in no cache that can be found, or in one that does not tell.
+        ValueError: the pass continues a text, and no cache is found, or the cache does not tell its length.
     """
     cache = find_cache(given)
     if cache is None:
