@@ -217,6 +217,17 @@ def test_loreft_rotations_are_made_once_a_pass_for_all_layers(monkeypatch):
     assert difference(changed, expected)[""] > 0.01
 
 
+def test_loreft_a_matrix_that_is_replaced_during_a_pass_is_read():
+    model = steered()
+    matrix = steering_parameters(model)[f"model.layers.1.post_block.{UP}"]
+    other = torch.randn_like(matrix.data)
+    hook = model.model.layers[1].register_forward_pre_hook(lambda *_: setattr(matrix, "data", other))
+    found = logits(model)
+    hook.remove()
+    assert_close(found, logits(model))
+    assert matrix.data_ptr() == other.data_ptr()
+
+
 def test_loreft_generates_as_its_formula():
     model = steered()
     hooked = Formula(build(), steering_parameters(model))

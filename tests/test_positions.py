@@ -154,7 +154,8 @@ def test_positions_in_training(where):
 
 @pytest.mark.parametrize("where", PLACES)
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_positions_in_training_under_padding(where, side):
+@pytest.mark.parametrize("placed", [False, True], ids=["mask", "mask and position ids"])
+def test_positions_in_training_under_padding(where, side, placed):
     """Rows of 5, 7 and 9 tokens, 2, 3 and 4 of them the prompt's."""
     model, ids = steered(where), tokens(batch=3)
     prompts, lengths = [2, 3, 4], [5, 7, 9]
@@ -166,9 +167,10 @@ def test_positions_in_training_under_padding(where, side):
     inputs = {
         "input_ids": ids,
         "attention_mask": mask,
-        "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
         "labels": labelled(ids, prompts, mask),
     }
+    if placed:
+        inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
     assert_as_masked(model, gain, inputs, kept=mask == 1)
 
 
