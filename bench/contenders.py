@@ -11,7 +11,7 @@ import functools
 import importlib
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ class Operands:
     Attributes:
         residual, branch, grad: (N, d) in the case's dtype. `branch` is the sublayer's output.
         down, up, basis: (r, d), (d, r) and (d, k). float32 for fused-steer; the case's dtype for the rivals.
+        reads: the tensor that W1 is applied to, "sum" or "branch".
     """
 
     residual: Tensor
@@ -41,22 +42,22 @@ class Operands:
     up: Tensor
     basis: Tensor | None
     activation: str
+    reads: str
 
     def weights_in(self, dtype: torch.dtype) -> Operands:
         """Return these operands with the adapter's weights cast to `dtype`."""
         basis = None if self.basis is None else self.basis.to(dtype)
-        return Operands(
-            self.residual, self.branch, self.grad, self.down.to(dtype), self.up.to(dtype), basis, self.activation
-        )
+        return replace(self, down=self.down.to(dtype), up=self.up.to(dtype), basis=basis)
 
     def with_leaves(self) -> tuple[Operands, list[Tensor]]:
-        """Return operands that require gradients, and the list of these leaves: residual, down, up.
+        """Return operands that require gradients, and the list of these leaves: a hidden state, down, up.
 
-        The gradient of branch equals that of residual, so branch is no leaf.
+        The hidden state is residual, because branch has the same gradient. If W1 is applied to branch, it is branch,
+        because residual then has the incoming gradient.
         """
-        leaves = [t.detach().requires_grad_() for t in (self.residual, self.down, self.up)]
-        residual, down, up = leaves
-        return Operands(residual, self.branch, self.grad, down, up, self.basis, self.activation), leaves
+        state = "residual" if self.reads == "sum" else "branch"
+        leaves = {name: getattr(self, name).detach().requires_grad_() for name in (state, "down", "up")}
+        return replace(self, **leaves), list(leaves.values())
 
 
 @functools.lru_cache(maxsize=8)
@@ -76,18 +77,19 @@ def make_operands(case: OpCase, device: torch.device, seed: int = 0) -> Operands
     residual, branch, grad = (normal(n, d, dtype=DTYPES[case.dtype]) for _ in range(3))
     # Rotating the rows of an orthonormal basis gives another orthonormal basis, without a decomposition.
     basis = _orthonormal(d, case.basis, device).roll(seed, 0) if case.basis else None
-    return Operands(residual, branch, grad, normal(r, d) / d**0.5, normal(d, r) / r**0.5, basis, case.activation)
+    down, up = normal(r, d) / d**0.5, normal(d, r) / r**0.5
+    return Operands(residual, branch, grad, down, up, basis, case.activation, case.reads)
 
 
 def fused(x: Operands) -> Tensor:
     from fused_steer import post_block
 
-    return post_block(x.residual, x.branch, x.down, x.up, activation=x.activation, basis=x.basis)
+    return post_block(x.residual, x.branch, x.down, x.up, activation=x.activation, basis=x.basis, reads=x.reads)
 
 
 def hook(x: Operands) -> Tensor:
-    """Compute the block's residual add, then the paper's forward hook."""
-    return _shifted(x.residual + x.branch, x.down, x.up, x.basis, x.activation)
+    """Compute the block's residual add, then the paper's forward hook; or the hook on branch, then the add."""
+    return _whole_hook(x.residual, x.branch, x.down, x.up, x.basis, x.activation, x.reads)
 
 
 def _shifted(h: Tensor, down: Tensor, up: Tensor, basis: Tensor | None, activation: str) -> Tensor:
@@ -98,12 +100,14 @@ def _shifted(h: Tensor, down: Tensor, up: Tensor, basis: Tensor | None, activati
 
 def _tensors_of(function: Callable[..., Tensor]) -> Callable[[Operands], Tensor]:
     def call(x: Operands) -> Tensor:
-        return function(x.residual, x.branch, x.down, x.up, x.basis, x.activation)
+        return function(x.residual, x.branch, x.down, x.up, x.basis, x.activation, x.reads)
 
     return call
 
 
-def _whole_hook(residual, branch, down, up, basis, activation):
+def _whole_hook(residual, branch, down, up, basis, activation, reads):
+    if reads == "branch":
+        return residual + _shifted(branch, down, up, basis, activation)
     return _shifted(residual + branch, down, up, basis, activation)
 
 
@@ -162,7 +166,7 @@ def op_errors(
 ) -> list[tuple[float, float]]:
     """Return relative errors as pairs: the contender's and the eager hook's. The truth is the hook in float64.
 
-    One pair for the output; with `gradients` also one each for dx, dW1 and dW2.
+    One pair for the output; with `gradients` also one each for the hidden state, W1 and W2.
     """
     x = make_operands(case, device, seed)
     wide = {name: value.double() for name, value in vars(x).items() if isinstance(value, Tensor)}

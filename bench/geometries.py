@@ -51,7 +51,10 @@ BASIS = 8  # columns of V, the rank of the LoRA that it comes from
 
 @dataclass(frozen=True)
 class OpCase:
-    """One size of the op: N tokens, d = hidden, r = rank, φ, and k = columns of the basis V (0: no basis)."""
+    """One size of the op: N tokens, d = hidden, r = rank, φ, k = columns of the basis V (0: no basis).
+
+    `reads` is the tensor that W1 is applied to.
+    """
 
     tokens: int
     hidden: int
@@ -59,6 +62,7 @@ class OpCase:
     activation: str = "silu"
     basis: int = 0
     dtype: str = "bfloat16"
+    reads: str = "sum"
 
     @property
     def unit_bytes(self) -> int:
@@ -157,15 +161,19 @@ class ServeCase:
 
 
 def op_grid() -> list[OpCase]:
-    """Return all sizes of the op. The sizes of the goals come first: many tokens, rank 8, SiLU, no basis."""
+    """Return all sizes of the op. The sizes of the goals come first: many tokens, rank 8, SiLU, no basis.
+
+    The sizes with W1 applied to branch come last, with one hidden size.
+    """
     by_importance = (4096, 16384, 8, 512, 64, 1)
     variants = [(r, a, k) for a, k, r in itertools.product(("silu", "identity"), (0, BASIS), RANKS)]
-    return [
+    of_sum = [
         OpCase(tokens, hidden, rank, activation, basis)
         for rank, activation, basis in variants
         for tokens in by_importance
         for hidden in reversed(WIDTHS)
     ]
+    return of_sum + [OpCase(tokens, WIDTHS[-1], reads="branch") for tokens in by_importance]
 
 
 def grouped_grid() -> list[GroupedCase]:

@@ -88,7 +88,8 @@ class Step:
 
 def _op_step(case: OpCase, what: str, compiled: bool) -> Step:
     names = tuple(name for name in OP_CONTENDERS if compiled or name != "hook-compiled")
-    return Step(f"op {what} N={case.tokens} d={case.hidden} r={case.rank}", "op", what, case, names)
+    read = "" if case.reads == "sum" else " of the branch"
+    return Step(f"op {what} N={case.tokens} d={case.hidden} r={case.rank}{read}", "op", what, case, names)
 
 
 def _model_step(what: str, case: ModelCase) -> Step:
@@ -142,7 +143,7 @@ def all_steps(counted: bool = False) -> list[Step]:
     for case in op_grid():
         deciding = case.tokens in MANY_TOKENS and case.activation == "silu"
         plain = deciding and not case.basis and case.rank in LOW_RANKS
-        usual = case.rank == 8 and case.activation == "silu" and not case.basis
+        usual = case.rank == 8 and case.activation == "silu" and not case.basis and case.reads == "sum"
         for what in levels.OP_PASSES:
             # torch.compile takes seconds for each size, so it is measured only for the goals and for decoding.
             compiled = (plain and case.rank == 8) or (case.tokens == 8 and usual)
@@ -184,9 +185,10 @@ def all_steps(counted: bool = False) -> list[Step]:
 def smoke_steps() -> list[Step]:
     """Return one small step of every kind: a check, on any machine, that the run works."""
     op = OpCase(17, 64, 8, basis=4, dtype="float32")
+    of_branch = OpCase(17, 64, 8, dtype="float32", reads="branch")
     return [
         _accuracy_step(op),
-        *(_op_step(op, what, compiled=False) for what in levels.OP_PASSES),
+        *(_op_step(case, what, compiled=False) for case in (op, of_branch) for what in levels.OP_PASSES),
         *(_host_step(what, HostCase(layers=1)) for what in ("call", "train", "grouped")),
         _projection_step(ProjectionCase(2, 64, 4, 4)),
         _grouped_step(GroupedCase(9, 64, 4, dtype="float32")),

@@ -187,6 +187,7 @@ def _compiled_contenders(case: HostCase, small: HostCase, device: torch.device) 
     x, branch = _hidden(case, device), _hidden(case, device)
     tiny, tiny_branch = _hidden(small, device), _hidden(small, device)
     model, hook = patched(case, device), hooked(small, device)
+    torch.compiler.config.force_disable_caches = True  # type: ignore[attr-defined]  # no code that older sources left
     compiled = torch.compile(patched(case, device), fullgraph=True, dynamic=False)
     off = patched(case, device)
     off.context = off.steering.disabled()

@@ -9,6 +9,7 @@ The map, in reading order. A file imports only files that stand above it.
     schedule.py      chooses the layout of a launch: tiles, programs, warps
     launch.py        launches kernels, or records their launches
     registered.py    registers ops that torch.compile keeps as one node
+    inductor.py      makes the code that Inductor generates start kernels itself
     torch_backend.py post_block in plain PyTorch: the `torch` backend
     packing.py       packs the weights of all layers by one launch
     plan.py          launch plans: launches recorded once and started directly afterwards

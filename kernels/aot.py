@@ -22,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .contract import Needs, Operands, Packed
+from .contract import Needs, Operands, Packed, check_reads
 from .grouped import post_block_grouped
 from .launch import Launch, recorded
 from .numerics import COMPILER_OPTIONS, INTERPRETED, operand_dtype
@@ -74,6 +74,7 @@ class Case:
     Attributes:
         packed: whether the kernels get packed weights or read the parameters.
         keeps_a: whether the forward keeps a, N x r, for a backward pass. A decoding step does not.
+        reads: see `post_block`.
     """
 
     tokens: int
@@ -88,6 +89,7 @@ class Case:
     branch: bool = True
     packed: bool = False
     keeps_a: bool = True
+    reads: str = "sum"
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ def record_passes(case: Case, target: str) -> dict[str, list[Launch]]:
     """Return the launches of one forward and one full backward pass of `case` on `target`, by pass, in order.
 
     Raises:
-        ValueError: an unknown target.
+        ValueError: an unknown target, or `reads` that the op does not take.
     """
     device = _device(target)
 
@@ -159,11 +161,12 @@ def record_passes(case: Case, target: str) -> dict[str, list[Launch]]:
     gain = empty(case.tokens) if case.gain else None
     scale = empty() if case.scale_on_device else 1.0
     branch = hidden_state() if case.branch else None
+    check_reads(case.reads, branch)
     packed = None
     if case.packed and low_rank:
         shape, dtype = (padded_rank(case.rank), case.hidden), operand_dtype(case.dtype, device.gpu, case.rank)
         packed = Packed(empty(*shape, dtype=dtype), empty(*shape, dtype=dtype))
-    operands = Operands(down, up, down_bias, up_bias, gain, None, scale, case.activation, packed)
+    operands = Operands(down, up, down_bias, up_bias, gain, None, scale, case.activation, packed, case.reads)
     needs = Needs(
         True, low_rank, low_rank, down_bias is not None, up_bias is not None, case.gain or case.scale_on_device
     )
@@ -172,8 +175,9 @@ def record_passes(case: Case, target: str) -> dict[str, list[Launch]]:
         out, a = triton_forward(hidden_state(), branch, operands, keep_a)
     if low_rank and a is None:
         a = empty(case.tokens, case.rank)
+    kept = branch if case.reads == "branch" else out
     with recorded(device) as backward:
-        triton_backward(hidden_state(), out, a, operands, needs)
+        triton_backward(hidden_state(), kept, a, operands, needs)
     return {"forward": forward, "backward": backward}
 
 

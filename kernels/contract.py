@@ -7,6 +7,20 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+#: What W1 may be applied to: residual + branch, or branch alone.
+READS = ("sum", "branch")
+
+
+def check_reads(reads: str, branch: Tensor | None) -> None:
+    """
+    Raises:
+        ValueError: `reads` is not one of `READS`, or there is no branch to read.
+    """
+    if reads not in READS:
+        raise ValueError(f"reads is {reads!r}; expected one of {', '.join(READS)}")
+    if reads == "branch" and branch is None:
+        raise ValueError("reads is 'branch' but branch is None; expected a branch, or reads='sum'")
+
 
 class Packed(NamedTuple):
     """W1 and W2' of an adapter, in the form in which the kernels multiply them.
@@ -28,6 +42,8 @@ class Operands(NamedTuple):
 
     A backend gets `up` already projected (W2') and no basis. The Triton backend reads `packed` in place of `down` and
     `up`. The result has the same bits.
+
+    `reads` names the tensor that W1 is applied to: "sum" (residual + branch) or "branch".
     """
 
     down: Tensor | None = None
@@ -39,6 +55,7 @@ class Operands(NamedTuple):
     scale: float | Tensor = 1.0
     activation: str = "silu"
     packed: Packed | None = None
+    reads: str = "sum"
 
     @property
     def rank(self) -> int:
@@ -47,7 +64,10 @@ class Operands(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """The gradients that a backward pass has to compute. `row_dot` is needed for those of `scale` and `gain`."""
+    """The gradients that a backward pass has to compute. `row_dot` is needed for those of `scale` and `gain`.
+
+    `x` is the tensor that W1 is applied to: the sum, or branch.
+    """
 
     x: bool
     down: bool
@@ -62,7 +82,8 @@ class Gradients:
     """The gradients of a backward pass. One that is not needed is None.
 
     Attributes:
-        x: (..., d), in the dtype of the incoming gradient. It is the gradient of both residual and branch.
+        x: (..., d), in the dtype of the incoming gradient. It is the gradient of both residual and
+            branch; if W1 is applied to branch, of branch alone.
         down, up: (r, d) and (d, r), of W1 and the projected W2'.
         down_bias, up_bias: (r,) and (d,).
         row_dot: Σ_d G·u, (N,), in the accumulation dtype. The others have that dtype or their parameter's.
@@ -84,6 +105,7 @@ class GroupedCall:
         activation: a name, or each slot's index in `ACTIVATIONS`.
         ids, gain: (N,).
         out: (N, d), written by the call.
+        reads: the tensor that W1 is applied to, "sum" or "branch".
     """
 
     residual: Tensor
@@ -97,6 +119,7 @@ class GroupedCall:
     gain: Tensor | None
     out: Tensor
     into_branch: bool
+    reads: str = "sum"
 
     @property
     def rank(self) -> int:

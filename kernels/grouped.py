@@ -4,6 +4,8 @@
     a   = x W1[i]ᵀ + b1[i]                               (N, r)   i = adapter_ids (N,): the token's slot; below 0, none
     out = x + g ⊙ (φ[i](a) W2[i]ᵀ + b2[i])               (N, d)   W1 = downs (A, r, d), W2 = ups (A, d, r)
 
+With reads = "branch" W1 is applied to branch instead of x.
+
 With `into_branch` the op writes branch + g ⊙ (…) into branch's memory and does not add the residual, for a runtime that
 passes both to a fused add and norm. A token without an adapter gets `residual + branch` bit for bit, and its branch is
 not touched.
@@ -28,7 +30,7 @@ from torch import Tensor
 
 from .activations import ACTIVATIONS, apply
 from .backend import select_backend
-from .contract import GroupedCall
+from .contract import GroupedCall, check_reads
 from .grouped_torch import TokenPlan, grouped_forward, plan_tokens
 from .launch import device_of, empty, is_recording, launch
 from .numerics import dot, dot_precision, operand, store
@@ -307,6 +309,11 @@ def triton_grouped(call: GroupedCall) -> None:
     rank, few = call.rank, tokens <= FEW_TOKENS
     named = isinstance(call.activation, str)
     branch_stride = 0 if call.branch is None else call.branch.stride(0)
+    # What W1 is applied to is x of the first kernel: a residual and a branch, or one of them alone.
+    read: tuple[Tensor | None, Tensor | None] = (call.residual, call.branch)
+    of_read = (call.residual.stride(0), branch_stride)
+    if call.reads == "branch":
+        read, of_read = (call.branch, None), (branch_stride, 0)
     if few:
         schedule = _token_schedule(max(2, next_power_of_2(rank)), hidden)
         down, up = post_block_grouped_token_down_kernel, post_block_grouped_token_up_kernel
@@ -318,21 +325,22 @@ def triton_grouped(call: GroupedCall) -> None:
     # The tile kernels take two more arguments.
     size: tuple[int, ...] = () if few else (tokens,)
     flags: dict[str, Any] = {} if few else {"DOT": dot_precision(call.residual.dtype, device.gpu, rank)}
-    flags |= {"RANK": rank, "HAS_BRANCH": call.branch is not None}
+    flags["RANK"] = rank
     splits, part = _splits(rows, hidden, schedule.constants["BLOCK_D"], device)
     partial = None
     if rank:
         partial = empty(tokens, splits, schedule.constants["BLOCK_R"], dtype=torch.float32, device=place)
         launch(
-            down, (rows, splits), call.residual, call.branch, call.downs, call.ids, partial,
-            call.slots, *size, hidden, part, call.residual.stride(0), branch_stride,
-            **flags, device=place, schedule=schedule,
+            down, (rows, splits), *read, call.downs, call.ids, partial,
+            call.slots, *size, hidden, part, *of_read,
+            **flags, HAS_BRANCH=read[1] is not None, device=place, schedule=schedule,
         )  # fmt: skip
     launch(
         up, (rows, splits), call.residual, call.branch, call.ups, call.ids, partial,
         call.down_biases, call.up_biases, None if named else call.activation, call.gain, call.out,
         call.slots, *size, hidden, part, splits, call.residual.stride(0), branch_stride, call.out.stride(0),
-        **flags, ACTIVATION=call.activation if named else "", HAS_DOWN_BIAS=call.down_biases is not None,
+        **flags, HAS_BRANCH=call.branch is not None, ACTIVATION=call.activation if named else "",
+        HAS_DOWN_BIAS=call.down_biases is not None,
         HAS_UP_BIAS=call.up_biases is not None, HAS_GAIN=call.gain is not None, INTO_BRANCH=call.into_branch,
         device=place, schedule=schedule,
     )  # fmt: skip
@@ -352,13 +360,15 @@ def _run(
     out: Tensor,
     into_branch: bool,
     backend: str | None,
+    reads: str,
 ) -> None:
     """Run a call on a backend. residual, branch and out are (N, d)."""
     if not out.numel():
         return
     downs, ups, down_biases, up_biases = (None if t is None else t.contiguous() for t in weights[:4])
     call = GroupedCall(
-        residual, branch, downs, ups, down_biases, up_biases, weights[4], routing.ids, routing.gain, out, into_branch
+        residual, branch, downs, ups, down_biases, up_biases, weights[4], routing.ids, routing.gain, out, into_branch,
+        reads,
     )  # fmt: skip
     if (backend or ("triton" if is_recording() else select_backend(residual.device))) == "triton":
         triton_grouped(call)
@@ -373,34 +383,36 @@ def _sum_dtype(residual: Tensor, branch: Tensor | None) -> torch.dtype:
 
 
 def _out_of_place(
-    residual: Tensor, branch: Tensor | None, weights: _Weights, routing: Routing, backend: str | None = None
+    residual: Tensor, branch: Tensor | None, weights: _Weights, routing: Routing, backend: str | None, reads: str
 ) -> Tensor:
     out = empty(*residual.shape, dtype=_sum_dtype(residual, branch), device=residual.device)
     rows = out if out.dim() == 2 else out.view(-1, out.shape[-1])
     branch = None if branch is None else _rows("branch", branch)
-    _run(_rows("residual", residual), branch, weights, routing, rows, False, backend)
+    _run(_rows("residual", residual), branch, weights, routing, rows, False, backend, reads)
     return out
 
 
-def _into_branch(residual: Tensor, branch: Tensor, weights: _Weights, routing: Routing) -> None:
+def _into_branch(residual: Tensor, branch: Tensor, weights: _Weights, routing: Routing, reads: str) -> None:
     rows = _rows("branch", branch, in_place=True)
-    _run(_rows("residual", residual), rows, weights, routing, rows, True, None)
+    _run(_rows("residual", residual), rows, weights, routing, rows, True, None, reads)
 
 
-_Operands = tuple[Tensor | None, Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, str]
+_Operands = tuple[
+    Tensor | None, Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, str, str
+]
 
 
-def _joined(weights: _Weights, ids: Tensor, gain: Tensor | None) -> _Operands:
+def _joined(weights: _Weights, ids: Tensor, gain: Tensor | None, reads: str) -> _Operands:
     """Return `weights` and routing as operands of the registered ops."""
     downs, ups, down_biases, up_biases, activation = weights
     named, codes = (activation, None) if isinstance(activation, str) else ("", activation)
-    return downs, ups, ids, down_biases, up_biases, codes, gain, named
+    return downs, ups, ids, down_biases, up_biases, codes, gain, named, reads
 
 
-def _split(operands: _Operands) -> tuple[_Weights, Routing]:
-    """Return weights and routing from operands of the registered ops."""
-    downs, ups, ids, down_biases, up_biases, codes, gain, activation = operands
-    return (downs, ups, down_biases, up_biases, activation if codes is None else codes), Routing(ids, gain)
+def _split(operands: _Operands) -> tuple[_Weights, Routing, str]:
+    """Return weights, routing and `reads` from operands of the registered ops."""
+    downs, ups, ids, down_biases, up_biases, codes, gain, activation, reads = operands
+    return (downs, ups, down_biases, up_biases, activation if codes is None else codes), Routing(ids, gain), reads
 
 
 _plans: dict[Any, OpPlan] = {}
@@ -408,18 +420,21 @@ _plans: dict[Any, OpPlan] = {}
 
 def _kind(residual: Tensor, branch: Tensor | None, operands: _Operands) -> tuple[Any, ...]:
     """Return the key of a call's plan."""
-    downs, _, ids, down_biases, up_biases, codes, gain, activation = operands
+    downs, _, ids, down_biases, up_biases, codes, gain, activation, reads = operands
     sized = up_biases if downs is None else downs
     return (
         residual.shape, residual.dtype, branch is None, downs is None, None if sized is None else sized.shape,
-        ids.dtype, down_biases is None, up_biases is None, codes is None, gain is None, activation,
+        ids.dtype, down_biases is None, up_biases is None, codes is None, gain is None, activation, reads,
     )  # fmt: skip
 
 
 def _registered_out_of_place(residual: Tensor, branch: Tensor | None, *operands: Any) -> Tensor:
+    def call() -> tuple[Tensor, ...]:
+        weights, routing, reads = _split(operands)
+        return (_out_of_place(residual, branch, weights, routing, None, reads),)
+
     (out,) = run_planned(
-        _plans, (False, *_kind(residual, branch, operands)), (residual, branch, *operands),
-        lambda: (_out_of_place(residual, branch, *_split(operands)),),
+        _plans, (False, *_kind(residual, branch, operands)), (residual, branch, *operands), call
     )  # fmt: skip
     return out
 
@@ -440,7 +455,7 @@ def _fake(residual: Tensor, branch: Tensor | None, *operands: Any) -> Tensor:
 
 _OPERANDS = (
     "Tensor? downs, Tensor? ups, Tensor adapter_ids, Tensor? down_biases, Tensor? up_biases, Tensor? codes, "
-    "Tensor? gain, str activation"
+    "Tensor? gain, str activation, str reads"
 )
 _NO_GRADIENT = "post_block_grouped has no gradient; expected torch.no_grad(), or post_block to train"
 
@@ -489,7 +504,12 @@ def _rows(name: str, tensor: Tensor, in_place: bool = False) -> Tensor:
 
 
 def post_block_routed(
-    residual: Tensor, branch: Tensor | None, weights: _Weights, routing: Routing, backend: str | None = None
+    residual: Tensor,
+    branch: Tensor | None,
+    weights: _Weights,
+    routing: Routing,
+    backend: str | None = None,
+    reads: str = "sum",
 ) -> Tensor:
     """Run `post_block_grouped` without its checks, outside of compiled graphs, with a routing that layers share.
 
@@ -498,15 +518,16 @@ def post_block_routed(
             the activation.
         routing: the tokens' slots and gains.
         backend: the backend of the residual's device. None calls `select_backend`.
+        reads: as in `post_block_grouped`.
     """
     if not is_recording() and is_described(residual):
         with torch.no_grad():
-            operands = _joined(weights, routing.ids, routing.gain)
+            operands = _joined(weights, routing.ids, routing.gain, reads)
             return torch.ops.fused_steer.post_block_grouped(residual, branch, *operands)
     if torch.is_grad_enabled():
         with torch.no_grad():
-            return _out_of_place(residual, branch, weights, routing, backend)
-    return _out_of_place(residual, branch, weights, routing, backend)
+            return _out_of_place(residual, branch, weights, routing, backend, reads)
+    return _out_of_place(residual, branch, weights, routing, backend, reads)
 
 
 def post_block_grouped(
@@ -521,11 +542,13 @@ def post_block_grouped(
     activation: str | Tensor = "silu",
     gain: Tensor | None = None,
     into_branch: bool = False,
+    reads: str = "sum",
 ) -> Tensor:
     """Post-block steering with an adapter for each token: x + g ⊙ (φ(x W1[i]ᵀ + b1[i]) W2[i]ᵀ + b2[i]).
 
-    x = residual + branch, i = adapter_ids. Forward only. An adapter of lower rank is padded with zeros. On a GPU the
-    host does not wait, and no allocation grows with A · N, so that a CUDA graph can capture the op.
+    x = residual + branch, i = adapter_ids. With reads="branch" W1 is applied to branch instead. Forward only. An
+    adapter of lower rank is padded with zeros. On a GPU the host does not wait, and no allocation grows with A · N, so
+    that a CUDA graph can capture the op.
 
     Args:
         residual: (..., d), float32, bfloat16 or float16.
@@ -539,12 +562,13 @@ def post_block_grouped(
         activation: φ of all slots by name, or (A,) int32, each slot's index in `ACTIVATIONS`.
         gain: g (...), each token's gain times strength. None means 1. A token with 0 is not changed.
         into_branch: write branch + shift into `branch`, and do not add the residual.
+        reads: the tensor that W1 is applied to, "sum" (residual + branch) or "branch", which must be given.
 
     Returns:
         (..., d), contiguous, in the dtype of `residual + branch`; with `into_branch`, `branch` itself.
 
     Raises:
-        ValueError: a shape, device, rank, activation or stride is not supported.
+        ValueError: a shape, device, rank, activation, stride or `reads` is not supported.
         TypeError: a dtype is not supported.
         RuntimeError: a gradient is required.
     """
@@ -587,6 +611,7 @@ def post_block_grouped(
             )
     elif activation not in ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
+    check_reads(reads, branch)
     if into_branch and branch is None:
         raise ValueError("into_branch is True without a branch; expected one to write into")
     if torch.is_grad_enabled():
@@ -595,13 +620,13 @@ def post_block_grouped(
             _refuse_gradient()
     weights = (downs, ups, down_biases, up_biases, activation)
     if in_graph:
-        operands = _joined(weights, adapter_ids, gain)
+        operands = _joined(weights, adapter_ids, gain, reads)
         if into_branch and branch is not None:
             torch.ops.fused_steer.post_block_grouped_(residual, branch, *operands)
             return branch
         return torch.ops.fused_steer.post_block_grouped(residual, branch, *operands)
     if into_branch and branch is not None:
         with torch.no_grad() if torch.is_grad_enabled() else contextlib.nullcontext():
-            _into_branch(residual, branch, weights, Routing(adapter_ids, gain))
+            _into_branch(residual, branch, weights, Routing(adapter_ids, gain), reads)
         return branch
-    return post_block_routed(residual, branch, weights, Routing(adapter_ids, gain))
+    return post_block_routed(residual, branch, weights, Routing(adapter_ids, gain), None, reads)

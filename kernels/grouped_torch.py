@@ -130,7 +130,11 @@ def grouped_forward(call: GroupedCall, plan: TokenPlan) -> None:
         slots = plan.slots()
     gain = plan.gain
     if call.downs is not None and call.ups is not None:
-        a = _products(x, call.downs, plan, acc)
+        read = x
+        if call.reads == "branch":
+            assert call.branch is not None
+            read = of_plan(call.branch).to(acc)
+        a = _products(read, call.downs, plan, acc)
         if call.down_biases is not None:
             a = a + _of_tokens(call.down_biases, slots, spans).to(acc)
         h = _activate(a, call.activation, slots, spans)

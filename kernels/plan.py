@@ -159,9 +159,10 @@ class Plan:
     admit(operands)            returns the operands' addresses for `go`, or None if the plan does not apply
     go(addresses)              starts the launches on admitted operands; returns the call's results, a tuple
     run(first, second, rest)   does both; returns the first result, or None if the plan does not apply
+    fill(*operands, out)       does both for a call with one result, written to `out`; returns True, or None
     """
 
-    __slots__ = ("admit", "go", "run")
+    __slots__ = ("admit", "fill", "go", "run")
 
     def __init__(
         self,
@@ -182,7 +183,8 @@ class Plan:
         device = operands[0].device
         now, stream_of, index = _device_functions(device)
         names: dict[str, Any] = {
-            "check": _guard(operands), "read": _read_environment, "backend": _BACKEND, "watching": _watching,
+            "check": _guard(operands), "check_all": _guard((*operands, *(made[place] for place in results))),
+            "read": _read_environment, "backend": _BACKEND, "watching": _watching,
             "modes": _modes, "asked": _read_environment(_BACKEND), "runtime": _RUNTIME, "enter": _ENTER,
             "leave": _LEAVE, "now": now, "index": index, "stream_of": stream_of, "empty": _strided(device),
             "pointer": _address, "on_device": on_device, "device": device,
@@ -199,7 +201,7 @@ class Plan:
             starts.append(_start(number, launch, pointers, names))
         returned = tuple("None" if place is None else f"m{results[place]}" for place in order)
         exec(_code(len(operands), tuple(allocate), tuple(starts), returned), names)
-        self.admit, self.go, self.run = names["admit"], names["go"], names["run"]
+        self.admit, self.go, self.run, self.fill = (names.get(name, no_plan) for name in ("admit", "go", "run", "fill"))
 
     @classmethod
     def make(
@@ -245,15 +247,21 @@ def _code(operands: int, allocate: tuple[str, ...], starts: tuple[str, ...], ret
     given, addresses = (", ".join(f"{letter}{i}" for i in range(operands)) for letter in "tp")
     # Tuples are passed on whole, because unpacking one in a call costs as much as a kernel's arguments.
     rest = "".join(f"t{i}, " for i in range(2, operands))
-    admit = [
-        f"if not (check({given}) and read(backend) == asked and watching() is None",
-        "        and runtime.launch_enter_hook is enter and runtime.launch_exit_hook is leave",
-        "        and not enter.calls and not leave.calls and not modes()):",
-        "    return None",
-        *(f"p{i} = pointer(t{i})" for i in range(operands)),
-    ]
-    if not INTERPRETED:  # kernels are compiled for addresses that are multiples of 16 bytes
-        admit += [f"if ({addresses.replace(', ', ' | ')}) & 15:", "    return None"]
+
+    def admitted(check: str, tensors: dict[str, str]) -> list[str]:
+        lines = [
+            f"if not ({check}({', '.join(tensors)}) and read(backend) == asked and watching() is None",
+            "        and runtime.launch_enter_hook is enter and runtime.launch_exit_hook is leave",
+            "        and not enter.calls and not leave.calls and not modes()):",
+            "    return None",
+            *(f"{address} = pointer({tensor})" for tensor, address in tensors.items()),
+        ]
+        if not INTERPRETED:  # kernels are compiled for addresses that are multiples of 16 bytes
+            lines += [f"if ({' | '.join(tensors.values())}) & 15:", "    return None"]
+        return lines
+
+    taken = {f"t{i}": f"p{i}" for i in range(operands)}
+    admit = admitted("check", taken)
     go = [*allocate, "stream = stream_of(index)", *starts]
     all_results = f"({''.join(f'{name}, ' for name in returned)})"
     first = returned[0] if returned else "()"
@@ -273,6 +281,18 @@ def _code(operands: int, allocate: tuple[str, ...], starts: tuple[str, ...], ret
             *elsewhere, f"        return start({addresses}){'[0]' if returned else ''}", *go, f"return {first}",
         ],
     }  # fmt: skip
+    if len(returned) == 1 and returned[0] != "None":
+        place = returned[0][1:]
+        result = f"q{place}"
+        into = [line for line in allocate if line.partition(" = ")[0] not in (returned[0], result)]
+        into += ["stream = stream_of(index)", *starts, "return True"]
+        functions |= {
+            f"start_into({addresses}, {result})": into,
+            f"fill({given}, out)": [
+                *admitted("check_all", {**taken, "out": result}),
+                *elsewhere, f"        return start_into({addresses}, {result})", *into,
+            ],
+        }  # fmt: skip
     lines = [line for head, body in functions.items() for line in (f"def {head}:", *(f"    {row}" for row in body))]
     return compile("\n".join(lines), "<launch plan>", "exec")
 
@@ -291,8 +311,8 @@ def _device_functions(device: torch.device) -> tuple[Callable[[], int], Callable
     return now, driver.get_current_stream, device.index or 0
 
 
-def no_plan(first: Tensor, second: Tensor, rest: Sequence[Tensor]) -> None:
-    """Stand in for a plan's `run` if there is no plan."""
+def no_plan(*operands: Any) -> None:
+    """Stand in for a plan's `run` or `fill` if there is no plan."""
     return None
 
 

@@ -24,22 +24,25 @@ _Call = tuple[Tensor, Tensor | None, Operands]
 
 
 class PlannedPostBlock:
-    """`post_block` for one activation, one scale, and an adapter with a fixed set of tensors.
+    """`post_block` for one activation, one scale, one `reads`, and an adapter with a fixed set of tensors.
 
     Compiled graphs (torch.compile) call `post_block` instead.
     """
 
-    __slots__ = ("_activation", "_inference", "_scale", "_training", "_where", "backend", "last", "last_trained")
+    __slots__ = (
+        "_activation", "_inference", "_reads", "_scale", "_training", "_where", "backend", "last", "last_trained",
+    )  # fmt: skip
 
-    def __init__(self, activation: str, scale: float, weights: tuple[Tensor | None, ...]) -> None:
+    def __init__(self, activation: str, scale: float, weights: tuple[Tensor | None, ...], reads: str = "sum") -> None:
         """
         Args:
             activation: φ by name.
             scale: s.
             weights: W1 (r, d), W2 (d, r), b1 (r,) and b2 (d,), or None for a missing one. Only which of them are None
                 is stored; each call passes its own weights.
+            reads: the tensor that W1 is applied to, "sum" or "branch".
         """
-        self._activation, self._scale = activation, scale
+        self._activation, self._scale, self._reads = activation, scale, reads
         self._where = tuple(weight is not None for weight in weights)
         self._inference: dict[Any, Callable[..., Tensor | None]] = {}
         #: The last plan of a call with a branch: a function of residual, branch and a tuple of the weights. It returns
@@ -110,12 +113,12 @@ class PlannedPostBlock:
             results, plan = Plan.make(operands, lambda: [t for t in forward(*call, keep_a=True) if t is not None])
         if plan is None or any(state.dtype != results[0].dtype for state in states):
             return self._ordinary(call)
-        training = _Training(plan, states, weights, self._where, (self._scale, self._activation))
+        training = _Training(plan, states, weights, self._where, (self._scale, self._activation, self._reads))
         keep(self._training, key, training)
         return _apply((training, None, results, packed), *states, *weights)
 
     def _call(self, states: tuple[Tensor, ...], weights: tuple[Tensor, ...], packed: Packed | None) -> _Call:
-        operands = _operands(self._where, weights, self._scale, self._activation, packed)
+        operands = _operands(self._where, weights, self._scale, self._activation, self._reads, packed)
         return states[0], states[1] if len(states) == 2 else None, operands
 
     def _may_plan(self, call: _Call) -> bool:
@@ -131,17 +134,24 @@ class PlannedPostBlock:
         residual, branch, operands = call
         return post_block(
             residual, branch, operands.down, operands.up, down_bias=operands.down_bias, up_bias=operands.up_bias,
-            activation=self._activation, scale=self._scale,
+            activation=self._activation, scale=self._scale, reads=self._reads,
         )  # fmt: skip
 
 
 def _operands(
-    where: tuple[bool, ...], weights: Iterable[Tensor], scale: float, activation: str, packed: Packed | None
+    where: tuple[bool, ...],
+    weights: Iterable[Tensor],
+    scale: float,
+    activation: str,
+    reads: str,
+    packed: Packed | None,
 ) -> Operands:
     """Return the operands of a call. `where` tells which of W1, W2, b1 and b2 the weights are."""
     given = iter(weights)
     down, up, down_bias, up_bias = (next(given) if there else None for there in where)
-    return Operands(down, up, down_bias, up_bias, scale=scale, activation=activation, packed=packed)
+    return Operands(
+        down, up, down_bias, up_bias, scale=scale, activation=activation, packed=packed, reads=reads
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------- gradients
@@ -151,8 +161,8 @@ class _Training:
     """The plans of a call and of its backward pass, and which operands need gradients. The guard checks the latter."""
 
     __slots__ = (
-        "backward", "constants", "forward", "kept", "last", "needs", "order", "places", "saves", "states", "where",
-        "whole",
+        "backward", "constants", "forward", "kept", "keeps_branch", "last", "needs", "order", "passed",
+        "places", "saves", "states", "where", "whole",
     )  # fmt: skip
 
     def __init__(
@@ -161,11 +171,11 @@ class _Training:
         states: tuple[Tensor, ...],
         weights: tuple[Tensor, ...],
         where: tuple[bool, ...],
-        constants: tuple[float, str],
+        constants: tuple[float, str, str],
     ) -> None:
         self.forward = forward
         self.backward: dict[Any, Plan] = {}
-        #: The last backward plan without packed weights, if `order` lets it return the tuple that autograd expects.
+        #: The last backward plan without packed weights.
         self.last: Plan | None = None
         self.states, self.where, self.constants = len(states), where, constants
         of_states = [state.requires_grad for state in states]
@@ -173,19 +183,35 @@ class _Training:
         given = iter(weights)
         down, up, down_bias, up_bias = (there and next(given).requires_grad for there in where)
         adapter = where[0]
+        reads_branch = adapter and constants[2] == "branch"
+        of_x = of_states[1] if reads_branch else any(of_states)
         #: For x, down, up, down_bias, up_bias, gain, scale, as `backward` expects.
-        self.needs = [any(of_states) and adapter, down, up, down_bias, up_bias, False, False]
-        # The saved tensors of post_block in its order: `out`, `a`, weights.
+        self.needs = [of_x and adapter, down, up, down_bias, up_bias, False, False]
+        # The saved tensors of post_block in its order: `out` or branch, `a`, weights.
         self.saves = (down, adapter and any(self.needs[:4]), any(self.needs))
-        self.kept = slice(0 if down else 1, 2 if self.saves[1] else 1)  # slice of the forward's results to save
+        self.keeps_branch = reads_branch and down
+        # slice of the forward's results to save
+        self.kept = slice(0 if down and not reads_branch else 1, 2 if self.saves[1] else 1)
         #: For each operand the index of its gradient among the results, -1 for the incoming gradient, or None.
         order = [place for place, need in enumerate(self.needs) if need]
-        of_x = order.index(0) if self.needs[0] else -1
-        self.places = [of_x if want else None for want in of_states]
+        of_read = order.index(0) if self.needs[0] else -1
+        of_each = (-1, of_read) if reads_branch else (of_read,) * len(of_states)
+        self.places: list[int | None] = [x if want else None for x, want in zip(of_each, of_states, strict=True)]
         present = [place + 1 for place, there in enumerate(where) if there]
         self.places += [order.index(place) if self.needs[place] else None for place in present]
-        #: The same for the backward plans, with None for the function's first argument. None if it would contain -1.
-        self.order = None if -1 in self.places else (None, *self.places)
+        #: The same for the backward plans, with None for the function's first argument and for the incoming gradient.
+        self.order = (None, *(None if place == -1 else place for place in self.places))
+        #: The function's arguments that get the incoming gradient.
+        self.passed = tuple(1 + argument for argument, place in enumerate(self.places) if place == -1)
+
+    def complete(self, gradients: Any, grad: Tensor) -> Any:
+        """Return the gradients of a backward plan with the incoming gradient in the places of `passed`."""
+        if not self.passed:
+            return gradients
+        completed = list(gradients)
+        for argument in self.passed:
+            completed[argument] = grad
+        return tuple(completed)
 
     def run(self, residual: Tensor, branch: Tensor, weights: tuple[Tensor, ...]) -> Tensor | None:
         """Run the call by its plan. Return None if the plan does not apply."""
@@ -209,7 +235,9 @@ class _PlannedPostBlock(torch.autograd.Function):
         training, addresses, results, packed = call
         if results is None:
             results = training.forward.go(addresses)
-        if training.saves[2]:
+        if training.keeps_branch:
+            ctx.save_for_backward(operands[1], *results[training.kept], *operands[training.states :])
+        elif training.saves[2]:
             ctx.save_for_backward(*results[training.kept], *operands[training.states :])
         # Not saved with the others, because the repetition of a checkpoint has no packed weights. They hold the weights
         # of the forward pass.
@@ -223,24 +251,22 @@ class _PlannedPostBlock(torch.autograd.Function):
         places = training.places
         if grad is None:
             return None, *[None for _ in places]
-        operands = (grad, *saved_tensors(ctx)) if packed is None else (grad, *saved_tensors(ctx), *packed)
+        saved = saved_tensors(ctx, training.constants[2])
+        operands = (grad, *saved) if packed is None else (grad, *saved, *packed)
         create_graph = torch.is_grad_enabled()
         if training.last is not None and packed is None and not create_graph:
             addresses = training.last.admit(operands)
             if addresses is not None:
-                return training.last.go(addresses)
+                return training.complete(training.last.go(addresses), grad)
         found: Any = ()
         if training.saves[2]:
             plan = training.backward.get((packed is None, grad.shape))
             addresses = plan.admit(operands) if plan is not None and not create_graph else None
             if addresses is not None:
-                found = plan.go(addresses)
-                if training.order is not None:
-                    training.last = plan if packed is None else training.last
-                    return found
-            else:
-                with torch.no_grad():
-                    found = _careful_backward(training, operands, packed)
+                training.last = plan if packed is None else training.last
+                return training.complete(plan.go(addresses), grad)
+            with torch.no_grad():
+                found = _careful_backward(training, operands, packed)
         gradients = [None if place is None else grad if place < 0 else found[place] for place in places]
         if create_graph:
             marker = torch.empty(0, device=grad.device, requires_grad=True)
@@ -250,13 +276,13 @@ class _PlannedPostBlock(torch.autograd.Function):
 
 def _careful_backward(training: _Training, operands: tuple[Tensor, ...], packed: Packed | None) -> Any:
     given = iter(operands)
-    save_out, save_a, _ = training.saves
+    save_kept, save_a, _ = training.saves
     grad = next(given)
-    out, a = next(given) if save_out else None, next(given) if save_a else None
+    kept, a = next(given) if save_kept else None, next(given) if save_a else None
     steering = _operands(training.where, given, *training.constants, packed)
 
     def call() -> Any:
-        return backward(grad, out, a, steering, training.needs)
+        return backward(grad, kept, a, steering, training.needs)
 
     found, plan = Plan.make(operands, call, training.order)
     if plan is not None:

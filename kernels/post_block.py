@@ -15,6 +15,9 @@ Only `out` and `a` are kept for backward. x = out − s·g·u is not recomputed:
 
     dW1 = daᵀ out − (daᵀ h) W2'ᵀ − (daᵀ (s · g)) b2ᵀ        rowsum(G ⊙ u) = φ(a)·(G W2') + G·b2
 
+With reads = "branch" W1 is applied to branch instead of x: a = branch W1ᵀ + b1. Then residual has the gradient G,
+branch has G + da W1, and dW1 = daᵀ branch. branch is kept instead of `out`, and dW1 needs no correction.
+
 The file goes from the kernels to the public function: kernels, launchers, forward and backward on any backend,
 registered ops, autograd, `post_block`. It is one file so that the op can be read from top to bottom.
 """
@@ -33,7 +36,8 @@ from torch import Tensor
 from . import torch_backend
 from .activations import ACTIVATIONS, apply, derivative
 from .backend import select_backend
-from .contract import Gradients, Needs, Operands
+from .contract import Gradients, Needs, Operands, check_reads
+from .inductor import start_directly
 from .launch import device_of, empty, launch
 from .numerics import dot, dot_precision, held, met, operand, operand_dtype, packed_operand, store
 from .plan import OpPlan, Plan, keep, no_plan, run_planned
@@ -301,11 +305,14 @@ def post_block_fwd_kernel(
     RANK: tl.constexpr, ACTIVATION: tl.constexpr, DOT: tl.constexpr,
     HAS_BRANCH: tl.constexpr, HAS_DOWN_BIAS: tl.constexpr, HAS_UP_BIAS: tl.constexpr, HAS_GAIN: tl.constexpr,
     SCALE_ON_DEVICE: tl.constexpr, KEEP_A: tl.constexpr, NESTED: tl.constexpr, EVEN_D: tl.constexpr,
-    PACKED: tl.constexpr,
+    PACKED: tl.constexpr, READS_BRANCH: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_D2: tl.constexpr, BLOCK_R: tl.constexpr, GROUPS: tl.constexpr,
     STAGES: tl.constexpr, STAGES2: tl.constexpr,
 ):  # fmt: skip
-    """Compute the forward for many tokens. Grid (programs,). Programs loop over tiles of `height` ≤ BLOCK_N rows."""
+    """Compute the forward for many tokens. Grid (programs,). Programs loop over tiles of `height` ≤ BLOCK_N rows.
+
+    A tile is read twice. If W1 is applied to branch, residual is read once.
+    """
     ranks = tl.arange(0, BLOCK_R)
     local = tl.arange(0, BLOCK_N)
     for tile in range(tl.program_id(0), tl.cdiv(N, height), tl.num_programs(0)):
@@ -314,10 +321,16 @@ def post_block_fwd_kernel(
         residual_rows = _row_offsets(rows, inner, residual_outer, residual_inner, NESTED)
         branch_rows = _row_offsets(rows, inner, branch_outer, branch_inner, NESTED)
 
-        a = _reduced(
-            p_residual, p_branch, p_down, residual_rows, branch_rows, m_rows, ranks, 0, D, D,
-            RANK, DOT, HAS_BRANCH, EVEN_D, PACKED, False, GROUPS, BLOCK_N, BLOCK_D, BLOCK_R, STAGES,
-        )  # fmt: skip
+        if READS_BRANCH:
+            a = _reduced(
+                p_branch, p_branch, p_down, branch_rows, branch_rows, m_rows, ranks, 0, D, D,
+                RANK, DOT, False, EVEN_D, PACKED, False, GROUPS, BLOCK_N, BLOCK_D, BLOCK_R, STAGES,
+            )  # fmt: skip
+        else:
+            a = _reduced(
+                p_residual, p_branch, p_down, residual_rows, branch_rows, m_rows, ranks, 0, D, D,
+                RANK, DOT, HAS_BRANCH, EVEN_D, PACKED, False, GROUPS, BLOCK_N, BLOCK_D, BLOCK_R, STAGES,
+            )  # fmt: skip
         a = _pre_activation(a, p_down_bias, p_a, rows, m_rows, ranks, True, RANK, HAS_DOWN_BIAS, KEEP_A)
         strength = _strength(p_gain, p_scale, scale, rows, m_rows, HAS_GAIN, SCALE_ON_DEVICE)
         h = operand(_scaled(apply(a, ACTIVATION), strength[:, None]), DOT)
@@ -340,7 +353,10 @@ def post_block_fwd_down_kernel(
     PACKED: tl.constexpr, AT_ONCE: tl.constexpr, SUMS_R: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, GROUPS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Compute partial sums of x W1ᵀ over one split of d, (N, splits, SUMS_R). Grid (tiles, splits)."""
+    """Compute partial sums of x W1ᵀ over one split of d, (N, splits, SUMS_R). Grid (tiles, splits).
+
+    If W1 is applied to branch, p_residual is branch, and p_branch is None.
+    """
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_rows = rows < N
     residual_rows = _row_offsets(rows, inner, residual_outer, residual_inner, NESTED)
@@ -543,15 +559,15 @@ def _da_times_h(
 
 @triton.jit
 def _columns(
-    p_grad, p_out, p_narrow, p_down, p_gain, p_scale, p_dx, p_slab,
-    scale, N, D, offset, inner, grad_outer, grad_inner,
-    RANK: tl.constexpr, DOT: tl.constexpr, PACKED: tl.constexpr,
+    p_grad, p_out, p_branch, p_narrow, p_down, p_gain, p_scale, p_dx, p_slab,
+    scale, N, D, offset, inner, grad_outer, grad_inner, branch_outer, branch_inner,
+    RANK: tl.constexpr, DOT: tl.constexpr, PACKED: tl.constexpr, READS_BRANCH: tl.constexpr,
     HAS_GAIN: tl.constexpr, SCALE_ON_DEVICE: tl.constexpr,
     NEED_X: tl.constexpr, NEED_DOWN: tl.constexpr, NEED_UP: tl.constexpr, NEED_UP_BIAS: tl.constexpr,
     NESTED: tl.constexpr, EVEN_D: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Compute dx, and the sums of daᵀ out, hᵀ G and s · g ⊙ G, for BLOCK_D columns of a part's rows."""
+    """Compute dx, and the sums of daᵀ out (or daᵀ branch), hᵀ G and s · g ⊙ G, for BLOCK_D columns of a part's rows."""
     columns = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     m_columns = (columns < D) | EVEN_D
     if RANK > 0:
@@ -587,9 +603,13 @@ def _columns(
             p_da = p_narrow + place * BLOCK_R
             across = within[None, :] * BLOCK_R + ranks[:, None]
             if NEED_DOWN:
-                out = tl.load(p_out + place * D + offsets, mask=mask, other=0.0)
+                if READS_BRANCH:
+                    branch_rows = _row_offsets(rows, inner, branch_outer, branch_inner, NESTED)
+                    kept = tl.load(p_branch + branch_rows[:, None] + columns[None, :], mask=mask, other=0.0)
+                else:
+                    kept = tl.load(p_out + place * D + offsets, mask=mask, other=0.0)
                 da_t = packed_operand(tl.load(p_da + across, mask=m_rows[None, :], other=0.0), DOT)
-                d_down = dot(da_t, operand(out, DOT), d_down, DOT)
+                d_down = dot(da_t, operand(kept, DOT), d_down, DOT)
             if NEED_UP:
                 h_t = packed_operand(tl.load(p_da + h_behind + across, mask=m_rows[None, :], other=0.0), DOT)
                 d_up = dot(h_t, operand(g, DOT), d_up, DOT)
@@ -616,9 +636,9 @@ def _columns(
 
 @triton.jit(do_not_specialize=["N", "inner"])
 def post_block_bwd_columns_kernel(
-    p_grad, p_out, p_narrow, p_down, p_gain, p_scale, p_dx, p_slab,
-    scale, N, D, slab_size, inner, grad_outer, grad_inner,
-    RANK: tl.constexpr, DOT: tl.constexpr, PACKED: tl.constexpr,
+    p_grad, p_out, p_branch, p_narrow, p_down, p_gain, p_scale, p_dx, p_slab,
+    scale, N, D, slab_size, inner, grad_outer, grad_inner, branch_outer, branch_inner,
+    RANK: tl.constexpr, DOT: tl.constexpr, PACKED: tl.constexpr, READS_BRANCH: tl.constexpr,
     HAS_UP_BIAS: tl.constexpr, HAS_GAIN: tl.constexpr, SCALE_ON_DEVICE: tl.constexpr,
     NEED_X: tl.constexpr, NEED_DOWN: tl.constexpr, NEED_UP: tl.constexpr, NEED_UP_BIAS: tl.constexpr,
     NESTED: tl.constexpr, EVEN_D: tl.constexpr,
@@ -628,19 +648,20 @@ def post_block_bwd_columns_kernel(
 
     Each part writes its partial sums to its own slab in p_slab (parts, slab_size), fp32: daᵀ out (r, d), hᵀ G (r, d),
     daᵀ h (BLOCK_R, BLOCK_R), daᵀ (s · g) (BLOCK_R), Σ s · g ⊙ G (d). Sums that are not needed are not written. There
-    are no atomics, so two runs give the same bits.
+    are no atomics, so two runs give the same bits. If W1 is applied to branch, dW1 is the sum of
+    daᵀ branch, and there are no tiles of daᵀ h.
     """
     offset = tl.program_id(1).to(tl.int64) * slab_size
     blocks = tl.cdiv(D, BLOCK_D)
     if tl.program_id(0) < blocks:
         _columns(
-            p_grad, p_out, p_narrow, p_down, p_gain, p_scale, p_dx, p_slab,
-            scale, N, D, offset, inner, grad_outer, grad_inner,
-            RANK, DOT, PACKED, HAS_GAIN, SCALE_ON_DEVICE, NEED_X, NEED_DOWN, NEED_UP, NEED_UP_BIAS,
+            p_grad, p_out, p_branch, p_narrow, p_down, p_gain, p_scale, p_dx, p_slab,
+            scale, N, D, offset, inner, grad_outer, grad_inner, branch_outer, branch_inner,
+            RANK, DOT, PACKED, READS_BRANCH, HAS_GAIN, SCALE_ON_DEVICE, NEED_X, NEED_DOWN, NEED_UP, NEED_UP_BIAS,
             NESTED, EVEN_D, BLOCK_N, BLOCK_D, BLOCK_R, STAGES,
         )  # fmt: skip
     else:
-        if NEED_DOWN:
+        if NEED_DOWN and not READS_BRANCH:
             _da_times_h(
                 p_narrow, p_gain, p_scale, p_slab, scale, N, offset + 2 * RANK * D, tl.program_id(0) - blocks,
                 DOT, HAS_UP_BIAS, HAS_GAIN, SCALE_ON_DEVICE, BLOCK_N, BLOCK_R, CROSS_R, STAGES,
@@ -664,6 +685,7 @@ def _finish_down_bias(
 def _finish_weights(
     p_slab, p_up, p_up_bias, p_d_down, p_d_up, p_d_up_bias, columns, ranks, D, slab_size, parts,
     RANK: tl.constexpr, PADDED_R: tl.constexpr, DOT: tl.constexpr, CORRECTION: tl.constexpr, PACKED: tl.constexpr,
+    READS_BRANCH: tl.constexpr,
     HAS_UP_BIAS: tl.constexpr, NEED_DOWN: tl.constexpr, NEED_UP: tl.constexpr, NEED_UP_BIAS: tl.constexpr,
     EVEN_D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -685,25 +707,26 @@ def _finish_weights(
             p_d_up += columns[:, None].to(tl.int64) * RANK + ranks[None, :]
             store(p_d_up, tl.trans(d_up), m_columns[:, None] & (ranks < RANK)[None, :])
         if NEED_DOWN:
-            # out = x + h W2'ᵀ + (s · g) b2ᵀ, with h and W2' rounded as in the forward. As many ranks at once as
-            # registers allow, because each loop over the parts waits for its loads.
-            SHARE: tl.constexpr = PADDED_R if PADDED_R <= 64 and EVEN_D else 16
-            for start in tl.static_range(0, PADDED_R, SHARE):
-                others = start + tl.arange(0, SHARE)
-                cross = tl.zeros([BLOCK_R, SHARE], tl.float32)
-                for part in tl.range(0, parts, num_stages=STAGES):
-                    p_cross = p_slab + part * slab_size + at_cross
-                    cross += tl.load(p_cross + ranks[:, None] * PADDED_R + others[None, :])
-                w2 = _up_operand(_up_weights(p_up, others, columns, m_columns, D, RANK, PACKED), DOT, PACKED)
-                w2 = _finite(w2)
-                w2 = operand(w2, CORRECTION)
-                d_down = dot(-cross, w2, d_down, CORRECTION)
-            if HAS_UP_BIAS:
-                along_bias = tl.zeros([BLOCK_R], tl.float32)
-                for part in tl.range(0, parts):
-                    along_bias += tl.load(p_slab + part * slab_size + at_along_bias + ranks)
-                b2 = _finite(tl.load(p_up_bias + columns, mask=m_columns, other=0.0).to(tl.float32))
-                d_down -= along_bias[:, None] * b2[None, :]
+            if not READS_BRANCH:
+                # out = x + h W2'ᵀ + (s · g) b2ᵀ, with h and W2' rounded as in the forward. As many ranks at once as
+                # registers allow, because each loop over the parts waits for its loads.
+                SHARE: tl.constexpr = PADDED_R if PADDED_R <= 64 and EVEN_D else 16
+                for start in tl.static_range(0, PADDED_R, SHARE):
+                    others = start + tl.arange(0, SHARE)
+                    cross = tl.zeros([BLOCK_R, SHARE], tl.float32)
+                    for part in tl.range(0, parts, num_stages=STAGES):
+                        p_cross = p_slab + part * slab_size + at_cross
+                        cross += tl.load(p_cross + ranks[:, None] * PADDED_R + others[None, :])
+                    w2 = _up_operand(_up_weights(p_up, others, columns, m_columns, D, RANK, PACKED), DOT, PACKED)
+                    w2 = _finite(w2)
+                    w2 = operand(w2, CORRECTION)
+                    d_down = dot(-cross, w2, d_down, CORRECTION)
+                if HAS_UP_BIAS:
+                    along_bias = tl.zeros([BLOCK_R], tl.float32)
+                    for part in tl.range(0, parts):
+                        along_bias += tl.load(p_slab + part * slab_size + at_along_bias + ranks)
+                    b2 = _finite(tl.load(p_up_bias + columns, mask=m_columns, other=0.0).to(tl.float32))
+                    d_down -= along_bias[:, None] * b2[None, :]
             store(p_d_down + offsets, d_down, mask)
     if NEED_UP_BIAS:
         if tl.program_id(1) == 0:
@@ -719,6 +742,7 @@ def post_block_bwd_finish_kernel(
     p_slab, p_da_sums, p_up, p_up_bias, p_d_down, p_d_up, p_d_down_bias, p_d_up_bias,
     D, slab_size, parts, tiles,
     RANK: tl.constexpr, PADDED_R: tl.constexpr, DOT: tl.constexpr, CORRECTION: tl.constexpr, PACKED: tl.constexpr,
+    READS_BRANCH: tl.constexpr,
     HAS_UP_BIAS: tl.constexpr, NEED_DOWN: tl.constexpr, NEED_UP: tl.constexpr,
     NEED_DOWN_BIAS: tl.constexpr, NEED_UP_BIAS: tl.constexpr, EVEN_D: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, STAGES: tl.constexpr,
@@ -736,7 +760,7 @@ def post_block_bwd_finish_kernel(
         _finish_weights(
             p_slab, p_up, p_up_bias, p_d_down, p_d_up, p_d_up_bias,
             block * BLOCK_D + tl.arange(0, BLOCK_D), ranks, D, slab_size, parts,
-            RANK, PADDED_R, DOT, CORRECTION, PACKED, HAS_UP_BIAS, NEED_DOWN, NEED_UP, NEED_UP_BIAS,
+            RANK, PADDED_R, DOT, CORRECTION, PACKED, READS_BRANCH, HAS_UP_BIAS, NEED_DOWN, NEED_UP, NEED_UP_BIAS,
             EVEN_D, BLOCK_D, BLOCK_R, STAGES,
         )  # fmt: skip
     else:
@@ -795,7 +819,7 @@ def triton_forward(
     residual: Tensor, branch: Tensor | None, operands: Operands, keep_a: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Run the forward in one launch, or two for few tokens. Return `out` and `a` (N, r), which is None unless kept."""
-    down, up, down_bias, up_bias, gain, _, scale, activation, packed = operands
+    down, up, down_bias, up_bias, gain, _, scale, activation, packed, reads = operands
     dtype = residual.dtype if branch is None else torch.promote_types(residual.dtype, branch.dtype)
     hidden = residual.shape[-1]
     tokens = residual.numel() // hidden
@@ -834,7 +858,7 @@ def triton_forward(
             post_block_fwd_kernel, (schedule.programs,),
             residual, branch, down, up, down_bias, up_bias, gain, p_scale, out, a,
             scale, tokens, hidden, schedule.height, *strides,
-            schedule=schedule, **states, **shift,
+            schedule=schedule, **states, **shift, READS_BRANCH=reads == "branch",
             EVEN_D=hidden % schedule.block_d == 0 and hidden % schedule.block_d2 == 0,
         )  # fmt: skip
         return out, a
@@ -844,11 +868,15 @@ def triton_forward(
     sums_r = max(8, next_power_of_2(rank))  # without the padding ranks, if they are half of all
     held_sums = slots * writing.block_n * sums_r  # at most 64 for each thread, for lack of registers
     partial = empty(tokens, reducing.splits, sums_r, dtype=torch.float32, device=residual.device)
+    read, of_read = (residual, branch), strides
+    if reads == "branch":
+        read, of_read = (branch, None), (inner, *of_branch, 0, 0)
     launch(
         post_block_fwd_down_kernel, (reducing.programs, reducing.splits),
-        residual, branch, down, partial, tokens, hidden, reducing.part, *strides,
-        schedule=reducing, **states, EVEN_D=hidden % reducing.block_d == 0, GROUPS=reducing.groups,
-        STAGES=reducing.num_stages, AT_ONCE=at_once and reducing.part == reducing.block_d, SUMS_R=sums_r,
+        *read, down, partial, tokens, hidden, reducing.part, *of_read,
+        schedule=reducing, **states | {"HAS_BRANCH": read[1] is not None}, EVEN_D=hidden % reducing.block_d == 0,
+        GROUPS=reducing.groups, STAGES=reducing.num_stages, SUMS_R=sums_r,
+        AT_ONCE=at_once and reducing.part == reducing.block_d,
     )  # fmt: skip
     launch(
         post_block_fwd_up_kernel, (writing.programs, writing.splits),
@@ -861,19 +889,26 @@ def triton_forward(
     return out, a
 
 
-def triton_backward(grad: Tensor, out: Tensor | None, a: Tensor | None, operands: Operands, needs: Needs) -> Gradients:
+def triton_backward(grad: Tensor, kept: Tensor | None, a: Tensor | None, operands: Operands, needs: Needs) -> Gradients:
     """Run the backward in at most three launches, or four at ranks where the columns kernel takes two passes.
 
-    The parameters' gradients have the parameters' dtypes, each in its own storage.
+    kept: `out`, or branch if W1 is applied to branch. The parameters' gradients have the parameters' dtypes, each in
+    its own storage.
     """
-    down, up, down_bias, up_bias, gain, _, scale, activation, packed = operands
+    down, up, down_bias, up_bias, gain, _, scale, activation, packed, reads = operands
     hidden = grad.shape[-1]
     tokens = grad.numel() // hidden
     rank = 0 if a is None else a.shape[1]
     if tokens == 0:
         return _empty_gradients(grad, hidden, rank, needs)
     result = Gradients(x=grad if needs.x and rank == 0 else None)
-    (grad,), inner, (grad_strides,) = _row_layout(grad)
+    reads_branch = reads == "branch" and rank > 0
+    branch: Tensor | None = None
+    branch_strides: tuple[int | None, int | None] = (None, None)
+    if reads_branch and needs.down:
+        (grad, branch), inner, (grad_strides, branch_strides) = _row_layout(grad, kept)
+    else:
+        (grad,), inner, (grad_strides,) = _row_layout(grad)
     up_bias, gain = _contiguous(up_bias, gain)
     p_down, p_up = _contiguous(down, up) if packed is None else packed
     device = device_of(grad)
@@ -912,7 +947,7 @@ def triton_backward(grad: Tensor, out: Tensor | None, a: Tensor | None, operands
     sums = needs.down or needs.up or needs.up_bias
     slab, slab_size, parts = None, 2 * rank * hidden + block_r * block_r + block_r + hidden, 0
     if need_x or sums:
-        schedule = columns_schedule(tokens, hidden, rank, policy, device)
+        schedule = columns_schedule(tokens, hidden, rank, policy, device, not reads_branch)
         parts = schedule.splits
         slab = new(parts, slab_size) if sums else None
         result.x = new(*grad.shape, dtype=grad.dtype) if need_x else result.x
@@ -921,13 +956,14 @@ def triton_backward(grad: Tensor, out: Tensor | None, a: Tensor | None, operands
             pass_down = needs.down and down_too
             if not (pass_x or pass_down or pass_up or pass_up_bias):
                 continue
-            cross = ceil_div(block_r, CROSS_RANK) ** 2 if pass_down else 0
+            cross = ceil_div(block_r, CROSS_RANK) ** 2 if pass_down and not reads_branch else 0
             launch(
                 post_block_bwd_columns_kernel, (schedule.programs + cross, parts),
-                grad if pass_x or pass_up or pass_up_bias else None, out if pass_down else None,
+                grad if pass_x or pass_up or pass_up_bias else None,
+                kept if pass_down and not reads_branch else None, branch if pass_down else None,
                 narrow, p_down if pass_x else None, gain, p_scale, result.x if pass_x else None, slab,
-                scale, tokens, hidden, slab_size, inner, *grad_strides,
-                schedule=schedule, **constants, **strength,
+                scale, tokens, hidden, slab_size, inner, *grad_strides, *branch_strides,
+                schedule=schedule, **constants, **strength, READS_BRANCH=reads_branch,
                 NEED_X=pass_x, NEED_DOWN=pass_down, NEED_UP=pass_up, NEED_UP_BIAS=pass_up_bias,
                 NESTED=inner > 0, EVEN_D=hidden % schedule.block_d == 0,
                 CROSS_R=min(block_r, CROSS_RANK), STAGES=schedule.num_stages,
@@ -941,10 +977,11 @@ def triton_backward(grad: Tensor, out: Tensor | None, a: Tensor | None, operands
         result.up_bias = new(hidden, dtype=up_bias.dtype) if needs.up_bias and up_bias is not None else None
         launch(
             post_block_bwd_finish_kernel, (schedule.programs + needs.down_bias, schedule.splits),
-            slab, da_sums, p_up if needs.down else None, up_bias if needs.down else None,
+            slab, da_sums, *((p_up, up_bias) if needs.down and not reads_branch else (None, None)),
             result.down, result.up, result.down_bias, result.up_bias,
             hidden, slab_size, parts, 0 if da_sums is None else da_sums.shape[0],
-            schedule=schedule, **constants, PADDED_R=block_r, CORRECTION=dot_precision(torch.float32, device.gpu, 0),
+            schedule=schedule, **constants, READS_BRANCH=reads_branch, PADDED_R=block_r,
+            CORRECTION=dot_precision(torch.float32, device.gpu, 0),
             NEED_DOWN=needs.down, NEED_UP=needs.up, NEED_DOWN_BIAS=needs.down_bias, NEED_UP_BIAS=needs.up_bias,
             EVEN_D=hidden % schedule.block_d == 0, STAGES=schedule.num_stages,
         )  # fmt: skip
@@ -998,16 +1035,19 @@ def forward(residual: Tensor, branch: Tensor | None, operands: Operands, keep_a:
         return _FORWARD[backend](residual, branch, _projected(operands), keep_a)
 
 
-def backward(grad: Tensor, out: Tensor | None, a: Tensor | None, operands: Operands, needs: list[bool]) -> list[Tensor]:
+def backward(
+    grad: Tensor, kept: Tensor | None, a: Tensor | None, operands: Operands, needs: list[bool]
+) -> list[Tensor]:
     """Return the gradients of x, down, up, down_bias, up_bias, gain and scale that `needs` selects, in that order.
 
-    Each has the dtype of its own tensor. The gradient of x has the dtype of `grad`.
+    Each has the dtype of its own tensor. The gradient of x has the dtype of `grad`. kept: `out`, or branch if W1 is
+    applied to branch. It is only needed for the gradient of W1.
     """
     need_x, need_down, need_up, need_down_bias, need_up_bias, need_gain, need_scale = needs
     wanted = Needs(need_x, need_down, need_up, need_down_bias, need_up_bias, need_gain or need_scale)
     gain, basis, scale = operands.gain, operands.basis, operands.scale
     with _no_autocast(grad.device):
-        found = _BACKWARD[select_backend(grad.device)](grad, out, a, _projected(operands), wanted)
+        found = _BACKWARD[select_backend(grad.device)](grad, kept, a, _projected(operands), wanted)
         if basis is not None and found.up is not None:
             found.up = project(found.up, basis)
         result: list[Tensor] = []
@@ -1046,18 +1086,19 @@ def _of_op(
     basis: Tensor | None,
     scale: float,
     activation: str,
+    reads: str,
 ) -> Operands:
     """Return the operands of a registered op, which takes the scale as a number or as a tensor."""
     s = scale if scale_tensor is None else scale_tensor
-    return Operands(down, up, down_bias, up_bias, gain, basis, s, activation)
+    return Operands(down, up, down_bias, up_bias, gain, basis, s, activation, reads=reads)
 
 
 def _eager_forward(residual: Tensor, branch: Tensor | None, *inputs: Any) -> tuple[Tensor, Tensor | None]:
     return forward(residual, branch, _of_op(*inputs[:-1]), inputs[-1])
 
 
-def _eager_backward(grad: Tensor, out: Tensor | None, a: Tensor | None, *inputs: Any) -> list[Tensor]:
-    return backward(grad, out, a, _of_op(*inputs[:-1]), inputs[-1])
+def _eager_backward(grad: Tensor, kept: Tensor | None, a: Tensor | None, *inputs: Any) -> list[Tensor]:
+    return backward(grad, kept, a, _of_op(*inputs[:-1]), inputs[-1])
 
 
 # ------------------------------------------------------------------------------------------------------ registered ops
@@ -1067,7 +1108,7 @@ def _eager_backward(grad: Tensor, out: Tensor | None, a: Tensor | None, *inputs:
 
 _OPERANDS = (
     "Tensor? down, Tensor? up, Tensor? down_bias, Tensor? up_bias, Tensor? gain, Tensor? scale_tensor, Tensor? basis, "
-    "float scale, str activation"
+    "float scale, str activation, str reads"
 )
 
 
@@ -1077,10 +1118,10 @@ _backward_plans: dict[Any, OpPlan] = {}
 
 
 def _post_block_op(*inputs: Any) -> Sequence[Tensor]:
-    residual, branch, down, _, down_bias, up_bias, gain, scale_tensor, basis, scale, activation, keep_a = inputs
+    residual, branch, down, _, down_bias, up_bias, gain, scale_tensor, basis, scale, activation, reads, keep_a = inputs
     key = (
         residual.shape, residual.dtype, branch is None, None if down is None else (down.shape, down.dtype),
-        down_bias is None, up_bias is None, gain is None, scale_tensor is None, scale, activation, keep_a,
+        down_bias is None, up_bias is None, gain is None, scale_tensor is None, scale, activation, reads, keep_a,
     )  # fmt: skip
 
     def call() -> Sequence[Tensor]:
@@ -1092,40 +1133,71 @@ def _post_block_op(*inputs: Any) -> Sequence[Tensor]:
     return run_planned(_forward_plans, key, inputs, call)
 
 
-#: Plans of `post_block_inference`, and for each activation the plan of the last call.
-_inference_plans: dict[Any, Callable[..., Tensor | None]] = {}
-_last_inference: dict[str, Callable[..., Tensor | None]] = {}
+#: Plans of `post_block_inference`, and for each activation and `reads` the `run` of the last call's plan.
+_inference_plans: dict[Any, Plan] = {}
+_last_inference: dict[tuple[str, str], Callable[..., Tensor | None]] = {}
+
+
+def _inference_key(
+    residual: Tensor, branch: Tensor, down: Tensor, up: Tensor, scale: Tensor, activation: str, reads: str
+) -> Any:
+    return residual.shape, residual.dtype, branch.dtype, down.shape, down.dtype, down.requires_grad, activation, reads
+
+
+def _plan_inference(operands: tuple[Tensor, ...], activation: str, reads: str) -> tuple[Tensor, Plan | None]:
+    """Run a call the ordinary way. Returns its result, and the plan for the next such calls."""
+    *four, scale = operands
+    none = (None,) * 3  # b1, b2, gain
+    inputs = (*four, *none, scale, None, 1.0, activation, reads, False)
+    (out,), plan = Plan.make(operands, lambda: _eager_forward(*inputs)[:1])
+    if plan is not None:
+        keep(_inference_plans, _inference_key(*operands, activation, reads), plan)
+    return out, plan
 
 
 def _post_block_inference_op(
-    residual: Tensor, branch: Tensor, down: Tensor, up: Tensor, scale: Tensor, activation: str
+    residual: Tensor, branch: Tensor, down: Tensor, up: Tensor, scale: Tensor, activation: str, reads: str = "sum"
 ) -> Tensor:
     weights = (down, up, scale)
-    last = _last_inference.get(activation, no_plan)
-    out = last(residual, branch, weights)
+    out = _last_inference.get((activation, reads), no_plan)(residual, branch, weights)
     if out is not None:
         return out
-    key = (residual.shape, residual.dtype, branch.dtype, down.shape, down.dtype, down.requires_grad, activation)
-    run = _inference_plans.get(key, no_plan)
-    out = None if run is last else run(residual, branch, weights)
+    plan = _inference_plans.get(_inference_key(residual, branch, *weights, activation, reads))
+    out = None if plan is None else plan.run(residual, branch, weights)
     if out is None:
-        none = (None,) * 3  # b1, b2, gain
-        call = (residual, branch, down, up, *none, scale, None, 1.0, activation, False)
-        (out,), plan = Plan.make((residual, branch, *weights), lambda: _eager_forward(*call)[:1])
-        if plan is None:
-            return out
-        run = plan.run
-        keep(_inference_plans, key, run)
-    _last_inference[activation] = run
+        out, plan = _plan_inference((residual, branch, *weights), activation, reads)
+    if plan is not None:
+        _last_inference[activation, reads] = plan.run
     return out
 
 
-def _post_block_inference_fake(residual, branch, down, up, scale, activation):
+def start_inference(activation: str, reads: str = "sum") -> Callable[..., None]:
+    """Make the function that a graph generated by Inductor calls instead of `post_block_inference`: see
+    `inductor.start_directly`."""
+
+    def start(residual: Tensor, branch: Tensor, down: Tensor, up: Tensor, scale: Tensor, out: Tensor) -> None:
+        nonlocal last
+        if last(residual, branch, down, up, scale, out):
+            return
+        operands = (residual, branch, down, up, scale)
+        plan = _inference_plans.get(_inference_key(*operands, activation, reads))
+        if plan is None or not plan.fill(*operands, out):
+            result, plan = _plan_inference(operands, activation, reads)
+            out.copy_(result)
+        if plan is not None:
+            last = plan.fill
+
+    last: Callable[..., bool | None] = no_plan
+    return start
+
+
+def _post_block_inference_fake(residual, branch, down, up, scale, activation, reads="sum"):
+    start_directly(torch.ops.fused_steer.post_block_inference.default, start_inference)
     return residual.new_empty(residual.shape, dtype=torch.promote_types(residual.dtype, branch.dtype))
 
 
 def _post_block_fake(
-    residual, branch, down, up, down_bias, up_bias, gain, scale_tensor, basis, scale, activation, keep_a
+    residual, branch, down, up, down_bias, up_bias, gain, scale_tensor, basis, scale, activation, reads, keep_a
 ):  # fmt: skip
     dtype = residual.dtype if branch is None else torch.promote_types(residual.dtype, branch.dtype)
     out = residual.new_empty(residual.shape, dtype=dtype)
@@ -1135,16 +1207,16 @@ def _post_block_fake(
 
 
 def _post_block_backward_op(*inputs: Any) -> Sequence[Tensor]:
-    grad, out, a, down, _, down_bias, up_bias, gain, scale_tensor, basis, scale, activation, needs = inputs
+    grad, kept, a, down, _, down_bias, up_bias, gain, scale_tensor, basis, scale, activation, reads, needs = inputs
     key = (
-        grad.shape, grad.dtype, out is None, a is None, None if down is None else (down.shape, down.dtype),
-        down_bias is None, up_bias is None, gain is None, scale_tensor is None, scale, activation, *needs,
+        grad.shape, grad.dtype, kept is None, a is None, None if down is None else (down.shape, down.dtype),
+        down_bias is None, up_bias is None, gain is None, scale_tensor is None, scale, activation, reads, *needs,
     )  # fmt: skip
     return run_planned(_backward_plans, key, inputs, lambda: _eager_backward(*inputs))
 
 
 def _post_block_backward_fake(
-    grad, out, a, down, up, down_bias, up_bias, gain, scale_tensor, basis, scale, activation, needs
+    grad, kept, a, down, up, down_bias, up_bias, gain, scale_tensor, basis, scale, activation, reads, needs
 ):  # fmt: skip
     likes = (grad, down, up, down_bias, up_bias, gain, scale_tensor)
     return [like.new_empty(like.shape) for like, need in zip(likes, needs, strict=True) if need]
@@ -1175,17 +1247,19 @@ class _FirstOrder(torch.autograd.Function):
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None]) -> None:
-    residual, branch, down, up, down_bias, up_bias, gain, scale_tensor, basis, scale, activation, _ = inputs
+    residual, branch, down, up, down_bias, up_bias, gain, scale_tensor, basis, scale, activation, reads, _ = inputs
     out, a = output
-    x, branch_needs, d_down, d_up, d_down_bias, d_up_bias, d_gain, d_scale = ctx.needs_input_grad[:8]
+    residual_needs, branch_needs, d_down, d_up, d_down_bias, d_up_bias, d_gain, d_scale = ctx.needs_input_grad[:8]
     adapter = down is not None
-    ctx.needs = [(x or branch_needs) and adapter, d_down, d_up, d_down_bias, d_up_bias, d_gain, d_scale]
-    ctx.dtypes = (residual.dtype if x else None, branch.dtype if branch_needs else None)
-    ctx.constants = (scale, activation)
+    of_sum = reads == "sum"
+    x = branch_needs or (residual_needs and of_sum)
+    ctx.needs = [x and adapter, d_down, d_up, d_down_bias, d_up_bias, d_gain, d_scale]
+    ctx.dtypes = (residual.dtype if residual_needs else None, branch.dtype if branch_needs else None)
+    ctx.constants = (scale, activation, reads)
     reduces = any((*ctx.needs[:4], d_gain, d_scale))
     if any(ctx.needs):
         ctx.save_for_backward(
-            out if d_down else None,
+            (out if of_sum else branch) if d_down else None,
             a if adapter and reduces else None,
             down,
             up,
@@ -1200,8 +1274,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.set_materialize_grads(False)
 
 
-def saved_tensors(ctx: Any) -> tuple[Tensor, ...]:
-    """Return the tensors that the forward saved.
+def saved_tensors(ctx: Any, reads: str) -> tuple[Tensor, ...]:
+    """Return the tensors that the forward saved. `reads` is the tensor that W1 was applied to.
 
     Raises:
         RuntimeError: one was changed in place. For the output the message explains why.
@@ -1209,7 +1283,7 @@ def saved_tensors(ctx: Any) -> tuple[Tensor, ...]:
     try:
         return ctx.saved_tensors
     except RuntimeError as error:
-        if "inplace" not in str(error) or "PostBlock" not in str(error):
+        if "inplace" not in str(error) or "PostBlock" not in str(error) or reads != "sum":
             raise
         raise RuntimeError(
             "the output of post_block was changed in place, but the gradient of W1 is computed from it; expected a "
@@ -1220,13 +1294,15 @@ def saved_tensors(ctx: Any) -> tuple[Tensor, ...]:
 def _differentiate(ctx: Any, grad: Tensor | None, run: Any) -> tuple[Tensor | None, ...]:
     """Return the gradients of all inputs, computed by `run`: `_eager_backward`, or the registered op."""
     if grad is None:
-        return (None,) * 12
-    found = iter(run(grad, *saved_tensors(ctx), *ctx.constants, ctx.needs) if any(ctx.needs) else ())
+        return (None,) * 13
+    reads = ctx.constants[-1]
+    found = iter(run(grad, *saved_tensors(ctx, reads), *ctx.constants, ctx.needs) if any(ctx.needs) else ())
     dx, *others = [next(found) if need else None for need in ctx.needs]
     if dx is None:
         dx = grad  # a vector shifts the hidden state by a constant
-    d_residual, d_branch = (None if dtype is None else dx.to(dtype) for dtype in ctx.dtypes)
-    return (d_residual, d_branch, *others, None, None, None, None)
+    both = (dx if reads == "sum" else grad, dx)
+    d_residual, d_branch = (None if dtype is None else d.to(dtype) for d, dtype in zip(both, ctx.dtypes, strict=True))
+    return (d_residual, d_branch, *others, None, None, None, None, None)
 
 
 class _PostBlock(torch.autograd.Function):
@@ -1308,12 +1384,12 @@ _op = register(
 # The usual call of a layer in a graph without gradients. It is separate because each argument and result costs a
 # conversion.
 register(
-    "post_block_inference(Tensor residual, Tensor branch, Tensor down, Tensor up, Tensor scale, str activation)"
-    " -> Tensor",
+    "post_block_inference(Tensor residual, Tensor branch, Tensor down, Tensor up, Tensor scale, str activation, "
+    'str reads="sum") -> Tensor',
     _post_block_inference_op, _post_block_inference_fake, None,
 )  # fmt: skip
 _backward_op = register(
-    f"post_block_backward(Tensor grad, Tensor? out, Tensor? a, {_OPERANDS}, bool[] needs) -> Tensor[]",
+    f"post_block_backward(Tensor grad, Tensor? kept, Tensor? a, {_OPERANDS}, bool[] needs) -> Tensor[]",
     _post_block_backward_op, _post_block_backward_fake, _differentiable_backward_op,
 )  # fmt: skip
 
@@ -1334,7 +1410,7 @@ def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], device: tor
 
 def check_operands(residual: Tensor, branch: Tensor | None, operands: Operands) -> None:
     """Check the operands of the op. Raise a one-line error with the value and the expected one."""
-    down, up, down_bias, up_bias, gain, basis, scale, activation, _ = operands
+    down, up, down_bias, up_bias, gain, basis, scale, activation, _, reads = operands
     if residual.dim() < 1 or residual.shape[-1] == 0:
         raise ValueError(f"residual has shape {tuple(residual.shape)}; expected (..., d) with d > 0")
     device, hidden = residual.device, residual.shape[-1]
@@ -1343,6 +1419,7 @@ def check_operands(residual: Tensor, branch: Tensor | None, operands: Operands) 
         _check_tensor("branch", branch, residual.shape, device)
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
+    check_reads(reads, branch)
     if (down is None) != (up is None):
         missing, given = ("down", "up") if down is None else ("up", "down")
         raise ValueError(f"{missing} is None but {given} is given; expected both, or neither for a steering vector")
@@ -1393,12 +1470,17 @@ def post_block(
     scale: float | Tensor = 1.0,
     gain: Tensor | None = None,
     basis: Tensor | None = None,
+    reads: str = "sum",
 ) -> Tensor:
     """Post-block steering, x + s · g ⊙ (φ(x W1ᵀ + b1) W2'ᵀ + b2) with x = residual + branch (arXiv 2603.00425, §3).
 
+    With reads="branch" W1 is applied to branch instead of x: x + s · g ⊙ (φ(branch W1ᵀ + b1) W2'ᵀ + b2). This is the
+    paper's post-MLP site, where branch is the MLP's output.
+
     The forward is one pass over the hidden state. The backward is written by hand and keeps only the output and a
-    (N, r). If the shift is exactly zero (a fresh adapter, or zero gain or scale), the result is `residual + branch` bit
-    for bit. Autocast has no effect: sums and adapter arithmetic are float32, or float64 for float64 inputs.
+    (N, r); with reads="branch" it keeps branch instead of the output. If the shift is exactly zero (a fresh adapter, or
+    zero gain or scale), the result is `residual + branch` bit for bit. Autocast has no effect: sums and adapter
+    arithmetic are float32, or float64 for float64 inputs.
 
     Args:
         residual: (..., d), float32, bfloat16, float16, or, on the torch backend, float64. Any strides are allowed. Only
@@ -1413,32 +1495,39 @@ def post_block(
         gain: g, (...), one factor for each token. None means 1.
         basis: V (d, k) with orthonormal columns, a constant. Then W2' = (I − V Vᵀ) W2, and W2's gradient is projected
             in the same way.
+        reads: the tensor that W1 is applied to, "sum" (residual + branch) or "branch", which must be given. A steering
+            vector is the same in both.
 
     Returns:
         (..., d), contiguous, in the dtype of `residual + branch`.
 
     Raises:
-        ValueError: a shape, device, rank or activation is not supported.
+        ValueError: a shape, device, rank, activation or `reads` is not supported.
         TypeError: a dtype is not supported, or the scale is neither a number nor a tensor.
         RuntimeError: the backend of FUSED_STEER_BACKEND cannot run here, or a second derivative is required.
     """
     in_graph = torch.compiler.is_compiling() or is_described(residual)
     check_operands(
-        residual, branch, Operands(down, up, down_bias, up_bias, gain, basis, scale, activation)
+        residual, branch, Operands(down, up, down_bias, up_bias, gain, basis, scale, activation, reads=reads)
     )  # fmt: skip
     if down is not None and down.shape[0] == 0:
         if up_bias is None:
             raise ValueError("down and up have rank 0 and up_bias is None; expected a rank of at least 1, or up_bias")
         down = up = down_bias = basis = None
+    if down is None:
+        reads = "sum"
     scale_tensor, s = (scale, 1.0) if isinstance(scale, Tensor) else (None, float(scale))
     rank = 0 if down is None else down.shape[0]
     differentiated = (residual, branch, down, up, down_bias, up_bias, gain, scale_tensor)
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiated)
-    inputs = (*differentiated, basis, s, activation, wanted and rank > 0)
+    inputs = (*differentiated, basis, s, activation, reads, wanted and rank > 0)
     if in_graph:
         if not wanted and branch is not None and down is not None and up is not None and scale_tensor is not None:
             if down_bias is None and up_bias is None and gain is None and basis is None:
-                return torch.ops.fused_steer.post_block_inference(residual, branch, down, up, scale_tensor, activation)
+                # The default is left out: each argument costs a conversion.
+                read = () if reads == "sum" else (reads,)
+                op = torch.ops.fused_steer.post_block_inference
+                return op(residual, branch, down, up, scale_tensor, activation, *read)
         return torch.ops.fused_steer.post_block(*inputs)[0]
     if torch._C._are_functorch_transforms_active():
         return _TransformedPostBlock.apply(*inputs)[0]

@@ -142,24 +142,32 @@ def _weights_read(at: _Arguments) -> float:
 
 
 def _forward_whole(launch: Launch) -> LaunchWork:
-    """Describe the forward in one kernel: a program reduces its tiles over d, then reads them again and writes."""
+    """Describe the forward in one kernel: a program reduces its tiles over d, then reads them again and writes.
+
+    If W1 is applied to branch, residual is read only for writing.
+    """
     at = _Arguments(launch)
     rows, height, ranks = at["BLOCK_N"], at["height"], at["BLOCK_R"]
     (programs,) = launch.grid
     tiles = ceil_div(at["N"], height)
     each = ceil_div(tiles, programs)
+    both = ("p_residual", "p_branch")
+    twice = ("p_branch",) if at["READS_BRANCH"] else both
     passes = []
-    for columns, weights, again in ((at["BLOCK_D"], "p_down", False), (at["BLOCK_D2"], "p_up", True)):
-        states = at.tile_bytes(rows, columns, "p_residual", "p_branch")
-        passes.append(Loop(ceil_div(at["D"], columns), states, at.tile_bytes(ranks, columns, weights), again))
+    for columns, weights, states, again in (
+        (at["BLOCK_D"], "p_down", twice, False),
+        (at["BLOCK_D2"], "p_up", both, twice == both),
+    ):
+        read, others = at.tile_bytes(rows, columns, *states), at.tile_bytes(ranks, columns, weights)
+        passes.append(Loop(ceil_div(at["D"], columns), read, others, again))
     weights_read = tiles * _weights_read(at)
     return LaunchWork(
         programs,
         (Loop(each, inner=tuple(passes)),),
         tiles / (programs * each),
-        {"p_residual": 2, "p_branch": 2, "p_down": weights_read, "p_up": weights_read, "p_up_bias": tiles},
+        {**dict.fromkeys(twice, 2), "p_down": weights_read, "p_up": weights_read, "p_up_bias": tiles},
         frozenset({"p_out", "p_a"}),
-        in_flight=programs * height * at.row_bytes("p_residual", "p_branch"),
+        in_flight=programs * height * at.row_bytes(*twice),
     )
 
 
@@ -221,8 +229,8 @@ def _backward_columns(launch: Launch) -> LaunchWork:
     tiles = ceil_div(at["N"], rows)
     each = ceil_div(tiles, parts)
     narrow = 2 * at.tile_bytes(rows, ranks, "p_narrow")
-    loops = [Loop(each, at.tile_bytes(rows, columns, "p_grad", "p_out"), narrow)]
-    if at["NEED_DOWN"]:  # other programs sum da^T h over a part's rows
+    loops = [Loop(each, at.tile_bytes(rows, columns, "p_grad", "p_out", "p_branch"), narrow)]
+    if at["NEED_DOWN"] and not at["READS_BRANCH"]:  # other programs sum da^T h over a part's rows
         loops.append(Loop(0, others=narrow))
     return LaunchWork(
         programs * parts,
@@ -243,13 +251,14 @@ def _backward_finish(launch: Launch) -> LaunchWork:
     if at["NEED_DOWN"] or at["NEED_UP"]:
         weights = at["NEED_DOWN"] + at["NEED_UP"]
         loops.append(Loop(parts, others=weights * at["BLOCK_R"] * at["BLOCK_D"] * fp32, again=True))
-    if at["NEED_DOWN"]:
+    corrected = at["NEED_DOWN"] and not at["READS_BRANCH"]
+    if corrected:
         share = padded if padded <= 64 and at["EVEN_D"] else 16
         loops += [Loop(parts, others=at["BLOCK_R"] * share * fp32, again=True)] * (padded // share)
         loops += [Loop(parts, again=True)] * at["HAS_UP_BIAS"]
     loops += [Loop(parts, again=True)] * at["NEED_UP_BIAS"]
     loops += [Loop(0)] * at["NEED_DOWN_BIAS"]  # other programs run it
-    slab_read = 2 * at["RANK"] * at["D"] + padded * padded * blocks
+    slab_read = 2 * at["RANK"] * at["D"] + padded * padded * blocks * corrected
     outputs = frozenset({"p_d_down", "p_d_up", "p_d_down_bias", "p_d_up_bias"})
     return LaunchWork(
         programs * rank_tiles,
@@ -311,7 +320,7 @@ def memory_bytes(launches: Sequence[Launch], target: str) -> list[float]:
             total += 0 if kept else tensor.nbytes
         if done.in_flight > l2:  # reading backwards finds the data read last
             lost = 1 - l2 / done.in_flight
-            total += lost * sum(t.nbytes for name, t in hidden_states(launch).items() if name not in done.writes)
+            total += lost * sum(t.nbytes for name, t in hidden_states(launch).items() if done.reads.get(name, 1) > 1)
         touched += sum(tensor.nbytes for tensor in tensors.values())
         seen |= {id(tensor): touched for tensor in tensors.values()}
         found.append(total)

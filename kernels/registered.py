@@ -54,7 +54,7 @@ def register(
         The op without autograd, which `differentiate` may call.
     """
     name = schema.partition("(")[0]
-    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
     op = getattr(torch.ops.fused_steer, name).default
 
     def without_autograd(*inputs: Tensor | Any) -> Any:

@@ -486,17 +486,19 @@ def rows_schedule(tokens: int, hidden: int, rank: int, policy: str, device: Devi
 
 
 @functools.lru_cache(maxsize=4096)
-def columns_schedule(tokens: int, hidden: int, rank: int, policy: str, device: Device) -> Schedule:
+def columns_schedule(
+    tokens: int, hidden: int, rank: int, policy: str, device: Device, corrected: bool = True
+) -> Schedule:
     """Return the layout of the backward's columns kernel, which reduces over tokens.
 
     A program owns `block_d` columns of a part of the rows (every `splits`-th tile). It keeps its weights and sums in
-    registers, and writes the sums to a slab. The parts are chosen so that all programs, those of daᵀ h included, fill
-    the multiprocessors in whole waves.
+    registers, and writes the sums to a slab. The parts are chosen so that all programs, with `corrected` those of
+    daᵀ h included, fill the multiprocessors in whole waves.
     """
     block_r = padded_rank(rank)
     block_n, block_d, warps, stages = _backward_tile("columns", hidden, block_r, policy, device)
     blocks, tiles = ceil_div(hidden, block_d), ceil_div(tokens, block_n)
-    a_part = blocks + (ceil_div(block_r, CROSS_RANK) ** 2 if rank else 0)
+    a_part = blocks + (ceil_div(block_r, CROSS_RANK) ** 2 if rank and corrected else 0)
     at_once = 8 // warps * device.multiprocessors  # a multiprocessor's registers hold eight warps
 
     def time(parts: int) -> int:

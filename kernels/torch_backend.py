@@ -72,7 +72,7 @@ def _finite(weights: Tensor, strength: float | Tensor) -> Tensor:
 
 def forward(residual: Tensor, branch: Tensor | None, operands: Operands, keep_a: bool) -> tuple[Tensor, Tensor | None]:
     """Compute the forward pass of `post_block`. Return `out` and `a` (N, r), which is None unless kept."""
-    down, up, down_bias, up_bias, gain, _, scale, activation, _ = operands
+    down, up, down_bias, up_bias, gain, _, scale, activation, _, reads = operands
     dtype = residual.dtype if branch is None else torch.promote_types(residual.dtype, branch.dtype)
     acc = accumulation_dtype(dtype)
     hidden = residual.shape[-1]
@@ -90,7 +90,8 @@ def forward(residual: Tensor, branch: Tensor | None, operands: Operands, keep_a:
     # times zeros turns a −0 product into +0. `factors`: (N, r + 2). `weights`: (d, r + 2).
     factors, weights = [x.new_ones(x.shape[0], 1)], [x.new_zeros(hidden, 1)]
     if down is not None and up is not None:
-        a = torch.mm(x, down.to(acc).t())
+        read = branch.to(acc).reshape(-1, hidden) if reads == "branch" and branch is not None else x
+        a = torch.mm(read, down.to(acc).t())
         if down_bias is not None:
             a += down_bias.to(acc)
         factors.append(-_scaled(ACTIVATIONS[activation][0](a), strength))
@@ -107,12 +108,13 @@ def forward(residual: Tensor, branch: Tensor | None, operands: Operands, keep_a:
     return out.to(dtype), a if keep_a else None
 
 
-def backward(grad: Tensor, out: Tensor | None, a: Tensor | None, operands: Operands, needs: Needs) -> Gradients:
+def backward(grad: Tensor, kept: Tensor | None, a: Tensor | None, operands: Operands, needs: Needs) -> Gradients:
     """Compute the backward pass of `post_block` by hand. The gradient of `up` is that of the projected W2'.
 
-    dW1 = daᵀx is computed from `out`. The share of s·g·u is subtracted in r × r products, without recomputing x.
+    kept: `out`, or branch if W1 is applied to branch. dW1 = daᵀx is computed from it. In `out` the share of s·g·u is
+    subtracted in r × r products, without recomputing x.
     """
-    down, up, _, up_bias, gain, _, scale, activation, _ = operands
+    down, up, _, up_bias, gain, _, scale, activation, _, reads = operands
     acc = accumulation_dtype(grad.dtype)
     hidden = grad.shape[-1]
     strength = _strength(scale, gain, acc)
@@ -137,13 +139,14 @@ def backward(grad: Tensor, out: Tensor | None, a: Tensor | None, operands: Opera
                     w1 = _finite(down.to(acc), strength)
                     result.x = torch.addmm(g, da, w1).to(grad.dtype).view(grad.shape)
                 if needs.down:
-                    assert out is not None
-                    result.down = torch.mm(da.t(), out.to(acc).reshape(-1, hidden))
-                    w2 = _finite(up, strength)
-                    result.down -= torch.mm(torch.mm(da.t(), _scaled(phi_a, strength)), w2.t())
-                    if up_bias is not None:
-                        moved = torch.mm(da.t(), _scaled(da.new_ones(da.shape[0], 1), strength))
-                        result.down -= moved * _finite(up_bias.to(acc), strength)
+                    assert kept is not None
+                    result.down = torch.mm(da.t(), kept.to(acc).reshape(-1, hidden))
+                    if reads == "sum":
+                        w2 = _finite(up, strength)
+                        result.down -= torch.mm(torch.mm(da.t(), _scaled(phi_a, strength)), w2.t())
+                        if up_bias is not None:
+                            moved = torch.mm(da.t(), _scaled(da.new_ones(da.shape[0], 1), strength))
+                            result.down -= moved * _finite(up_bias.to(acc), strength)
                 if needs.down_bias:
                     result.down_bias = da.sum(0)
     elif needs.x:

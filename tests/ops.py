@@ -37,6 +37,7 @@ class Inputs:
     gain: Tensor | None = None
     scale: Tensor | float = 1.0
     basis: Tensor | None = None
+    reads: str = "sum"
 
     def tensors(self) -> dict[str, Tensor]:
         found = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -66,6 +67,7 @@ def make_inputs(
     gain: bool = True,
     scale: bool = True,
     basis: int = 3,
+    reads: str = "sum",
     seed: int = 0,
 ) -> Inputs:
     """Draw random operands for a hidden state of `shape`, (..., d). The shift is about as large as the state."""
@@ -85,6 +87,7 @@ def make_inputs(
         gain=torch.rand(shape[:-1], generator=generator) + 0.25 if gain else None,
         scale=torch.tensor(0.7) if scale else 0.7,
         basis=torch.linalg.qr(normal(hidden, basis))[0] if basis and rank else None,
+        reads=reads,
     )
     return inputs.map(lambda t: t.to(device))
 
@@ -102,7 +105,7 @@ def definition(inputs: Inputs, activation: str) -> Tensor:
         up = inputs.up
         if inputs.basis is not None:
             up = up - inputs.basis @ (inputs.basis.T @ up)
-        a = x @ inputs.down.T
+        a = (inputs.branch if inputs.reads == "branch" else x) @ inputs.down.T
         if inputs.down_bias is not None:
             a = a + inputs.down_bias
         u = PHI[activation](a) @ up.T

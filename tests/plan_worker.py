@@ -6,6 +6,7 @@ Prints one line of JSON with the findings of each case.
 import json
 import os
 import sys
+import tempfile
 import threading
 import traceback
 from pathlib import Path
@@ -391,9 +392,61 @@ def compiled():
     with torch.no_grad():
         eager = called(lambda: model(x, b))
         graph = torch.compile(model, fullgraph=True, dynamic=False)
-        calls = [called(lambda: graph(x, b)) for _ in range(4)]  # the first runs inside the compiler's own state
+        calls = [called(lambda: graph(x, b)) for _ in range(4)]
     return {"same": all(call[0] == eager[0] for call in calls), "made": [call[1] for call in calls],
             "count": len(eager[0])}  # fmt: skip
+
+
+@case
+def generated_code():
+    """Launches of the code that Inductor generated, which starts the layers itself."""
+    global stream, current
+    from torch._inductor.utils import run_and_get_code
+
+    model = patch_model(Chain(), SteerConfig(rank=R))
+    x, b, x2 = (torch.randn(8, 1, D, dtype=torch.bfloat16) for _ in "xbx")
+    seen, around = [], []
+
+    def hook(metadata):
+        seen.append(metadata.get()["name"])
+
+    class Current:
+        def __init__(self, device):
+            pass
+
+        def __enter__(self):
+            around.append("begin")
+
+        def __exit__(self, *_):
+            around.append("end")
+
+    on_device = plans.on_device
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder  # no code of another run
+        graph = torch.compile(model, fullgraph=True, dynamic=False)
+        plans.on_device = Current
+        try:
+            _, code = run_and_get_code(graph, x, b)
+            graph(x, b)
+        finally:
+            plans.on_device = on_device
+        planned = called(lambda: graph(x, b))
+        streams = []
+        for number in (48, 0):
+            stream = number
+            streams.append(sorted({launch.stream for launch in last_launches(lambda: graph(x, b))}))
+        first = last_launches(lambda: graph(x2, b))[0].first == x2.data_ptr()
+        around.clear()
+        current = 1
+        elsewhere, current = called(lambda: graph(x, b)), 0
+        knobs.runtime.launch_enter_hook.add(hook)
+        try:
+            hooked = called(lambda: graph(x, b))
+        finally:
+            knobs.runtime.launch_enter_hook.remove(hook)
+    return {"started": "\n".join(code).count(" start_post_block_inference_silu_sum("), "made": planned[1],
+            "streams": streams, "first": first, "elsewhere": elsewhere == planned, "around": around,
+            "hooked": hooked[0] == planned[0], "seen": len(seen), "count": len(planned[0])}  # fmt: skip
 
 
 @case

@@ -98,6 +98,18 @@ def test_cli_doctor_finds_all_well(installed):
     assert "NOT WELL" not in result.stdout
 
 
+@pytest.mark.parametrize("reason", [None, "it has no FixedLayout"])
+def test_cli_doctor_says_how_compiled_layers_are_started(installed, monkeypatch, reason):
+    from fused_steer.kernels import inductor
+
+    monkeypatch.setattr(inductor, "missing", lambda: reason)
+    result = invoke("doctor")
+    assert result.exit_code == 0, result.output
+    mark = "ok: generated code" if reason is None else "untried: a layer's kernels are started through PyTorch's disp"
+    line = findings(result)["torch.compile"]
+    assert line.startswith(mark) and (reason or "") in line
+
+
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="with a GPU, only its kernels are shown")
 def test_cli_doctor_lists_the_kernels_of_every_target(installed):
     rows = re.findall(r"(sm_\d+|gfx\w+)\W+(\w+_kernel)", invoke("doctor").stdout)

@@ -214,7 +214,7 @@ BROKEN = {
     _strength_beyond_float32: "scale is 1e+39; expected at most 3.402823e+38 in magnitude",
     _other_tensors: "; expected torch.float32 (5, 64)",
     _two_loras: "holds 2 LoRA adapters; expected one, beside steering/",
-    _nothing: "; expected a saved adapter",
+    _nothing: "No adapter found for",
 }
 
 
@@ -332,6 +332,21 @@ def test_vllm_a_strength_and_positions_for_each_request(in_chunks, folder):
         found = outputs_of(in_chunks, rows, folder, 6)
         assert [list(output.outputs[0].token_ids) for output in found] == right
     assert sum(output.num_cached_tokens for output in found) == 32 * sum(len(prompt) > 32 for _, prompt, _ in rows)
+
+
+def test_vllm_preempted_requests(folder):
+    """Each request needs a second block soon, for half of them: the others are computed again, prompt and answer."""
+    from vllm import LLM
+
+    options = {"block_size": 32, "num_gpu_blocks_override": 12, "disable_log_stats": False}
+    engine = LLM(**engine_options(folder / "model", lora_target_modules=["post_block"], **options))
+    rows = [("silu", [3 + n, *LONG[0][1:30]], STEERINGS[6 + n]) for n in range(12)]
+    found = outputs_of(engine, rows, folder, 20)
+    right = [by_hugging_face(folder, name, tuple(prompt), json.dumps(given), 20) for name, prompt, given in rows]
+    assert [list(output.outputs[0].token_ids) for output in found] == right
+    (count,) = (metric.value for metric in engine.get_metrics() if metric.name == "vllm:num_preemptions")
+    engine.llm_engine.engine_core.shutdown()
+    assert count > 3
 
 
 def test_vllm_requests_that_leave_the_prompt_alone_share_the_cached_prompt_of_the_base(in_chunks, folder):
@@ -637,3 +652,40 @@ def test_vllm_registering_again_changes_nothing():
     before = state()
     register()
     assert state() == before and utils._all_lora_classes.count(SteeringWithLoRA) == 1
+
+
+def test_vllm_a_batch_without_adapters_launches_nothing():
+    """Not the op, and no copy of the hidden state; the next batch with an adapter is steered."""
+    from torch import nn
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from vllm.lora.layers import LoRAMapping
+    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+    from fused_steer.vllm.layers import FINISHED, UNADDED, SteeringPoint, SteeringWithLoRA
+
+    class Count(TorchDispatchMode):
+        operations = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.operations += 1
+            return function(*args, **(kwargs or {}))
+
+    for state in (FINISHED, UNADDED):
+        point = SteeringWithLoRA(SteeringPoint(nn.Linear(64, 64), 0, "layers.0", 64, state))
+        point.create_lora_weights(4, SimpleNamespace(max_lora_rank=8))
+        punica = PunicaWrapperCPU(16, 4, "cpu")
+        point.set_mapping(punica)
+        point.slots.put(1, {"steer_up.bias": torch.ones(64)}, "identity")
+        for number in (0, 7, 0):
+            punica.update_metadata(LoRAMapping((number,) * 3, (number,), is_prefill=True), [None, 7, None, None], 5, 48)
+            hidden, residual = torch.randn(3, 64), torch.randn(3, 64)
+            before = hidden.clone()
+            given = (hidden, residual) if state == UNADDED else hidden
+            with Count() as count:
+                out = point(given)
+            steered = out[0] if state == UNADDED else out
+            if number:
+                torch.testing.assert_close(steered, before + 1)
+            else:
+                assert out is given and torch.equal(steered, before)
+            assert bool(count.operations) == bool(number)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import socket
@@ -18,9 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 from vllm_models import NEW_TOKENS, PROMPTS, answers, save_adapter, save_model
 
-from fused_steer import SteerConfig
+from fused_steer import SteerConfig, patch_model
 
 pytestmark = pytest.mark.vllm
 
@@ -76,21 +79,20 @@ class Server:
 
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=300)
 
-    def tokens(self, client: Any, model: str, prompt: int) -> list[int]:
-        """Request the greedy continuation of PROMPTS[prompt] from an adapter or from "base"."""
+    def tokens(self, client: Any, model: str, prompt: int, steering: str | None = None) -> list[int]:
+        """Request the greedy continuation of PROMPTS[prompt] from an adapter, with steering options, or from "base"."""
         answer = client.completions.create(
             model=model,
             prompt=PROMPTS[prompt],
             temperature=0,
             max_tokens=NEW_TOKENS,
-            extra_body={"ignore_eos": True, "return_token_ids": True},
+            extra_body={"ignore_eos": True, "return_token_ids": True}
+            | ({} if steering is None else {"vllm_xargs": {"steering": steering}}),
         )
         assert answer.model == model
         return answer.choices[0].token_ids
 
     def post(self, what: str, **fields: Any) -> tuple[int, str]:
-        import json
-
         request = urllib.request.Request(
             f"{self.url}/v1/{what}", json.dumps(fields).encode(), {"Content-Type": "application/json"}
         )
@@ -133,6 +135,24 @@ def test_vllm_server_a_client_names_the_adapter_as_the_model(server):
     assert names == ["base", *(name_of(number) for number in range(RESIDENTS))]
     for name in ("base", "resident-0", "resident-2"):
         assert [server.tokens(client, name, prompt) for prompt in range(len(PROMPTS))] == server.expected(name)
+
+
+def test_vllm_server_a_strength_and_positions_for_a_request(server):
+    client = server.client()
+    model = patch_model(
+        AutoModelForCausalLM.from_pretrained(server.folder / "model"), server.folder / "resident-0", adapter_name="one"
+    )
+    found = []
+    for given in ({"scale": 0.5}, {"scale": -3, "positions": "generated"}, {"scale": 4, "positions": ["last", 2]}):
+        positions = given.get("positions", "all")
+        with model.steering.batch(
+            ["one"], scale=given["scale"], positions=tuple(positions) if isinstance(positions, list) else positions
+        ):
+            ids = torch.tensor([PROMPTS[0]])
+            right = model.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None)
+        found.append(server.tokens(client, "resident-0", 0, json.dumps(given)))
+        assert found[-1] == right[0, ids.shape[1] :].tolist()
+    assert len({tuple(tokens) for tokens in found}) == 3
 
 
 def test_vllm_server_loaded_and_unloaded_while_a_request_runs(server):
@@ -183,43 +203,59 @@ def test_vllm_server_what_cannot_be_served_fails_alone(server, tmp_path):
         status, text = server.load("bad", path)
         assert status >= 400 and part in text
     assert server.load("resident-0", server.folder / "resident-0")[0] == 400
-    # An adapter that is loaded and evicted, and then has its files changed.
+    # An adapter that is loaded and evicted, and then has its files changed, answers as it was loaded.
     shutil.copytree(server.folder / "resident-0", tmp_path / "later")
     assert server.load("later", tmp_path / "later")[0] == 200
     (tmp_path / "later" / "adapter_model.safetensors").write_bytes(b"")
     for number in range(8):
         server.tokens(client, name_of(number), 0)
-    with pytest.raises(openai.BadRequestError, match="it has no header"):
-        server.tokens(client, "later", 0)
+    assert server.tokens(client, "later", 0) == server.expected("resident-0")[0]
     assert server.unload("later")[0] == 200
+    # Steering options that are unknown, or given to the base model.
+    for model, options, part in (
+        ("resident-0", '{"strength": 1}', "steering has strength; expected scale and positions alone"),
+        ("resident-0", "{", "expected an object, or its JSON text"),
+        ("base", '{"scale": 1}', "steering is given with no adapter"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=part):
+            server.tokens(client, model, 0, options)
     assert server.tokens(client, "resident-0", 0) == server.expected("resident-0")[0]
     assert server.tokens(client, "base", 0) == server.expected("base")[0]
 
 
-def test_vllm_server_five_hundred_requests_with_adapters_coming_and_going(server):
-    """With four slots and six places in memory, no request is lost and none is answered by another adapter."""
+def test_vllm_server_a_thousand_requests_with_adapters_coming_and_going(server, tmp_path):
+    """With four slots and six places in memory, no request is lost and none is answered by another adapter.
+
+    Meanwhile adapters of other contents are loaded under a name and path that were in use before, their files are
+    overwritten or deleted while they are served, and they are unloaded.
+    """
     client = server.client()
     wrong: list[Any] = []
     done: list[str] = []
 
-    def ask(name: str, prompt: int) -> None:
+    def ask(name: str, prompt: int, content: str) -> None:
         try:
             tokens = server.tokens(client, name, prompt)
         except Exception as error:
             wrong.append((name, prompt, error))
             return
-        if tokens != server.expected(name)[prompt]:
-            wrong.append((name, prompt, tokens))
+        if tokens != server.expected(content)[prompt]:
+            wrong.append((name, content, prompt, tokens))
         done.append(name)
 
     def guests(number: int) -> None:
-        name = name_of(number)
-        for _ in range(5):
-            status, text = server.load(name, server.folder / name)
+        name, path = name_of(number), tmp_path / str(number)
+        for turn in range(5):
+            content = name_of(RESIDENTS + (number + turn) % GUESTS)
+            shutil.copytree(server.folder / content, path)
+            status, text = server.load(name, path)
             if status != 200:
                 wrong.append((name, status, text))
+            if turn % 2:
+                (path / "adapter_model.safetensors").write_bytes(b"overwritten")
+            shutil.rmtree(path)
             with ThreadPoolExecutor(5) as few:
-                list(few.map(lambda prompt: ask(name, prompt % len(PROMPTS)), range(5)))
+                list(few.map(lambda prompt, content=content: ask(name, prompt % len(PROMPTS), content), range(10)))
             status, text = server.unload(name)
             if status != 200:
                 wrong.append((name, status, text))
@@ -231,11 +267,11 @@ def test_vllm_server_five_hundred_requests_with_adapters_coming_and_going(server
         thread.start()
     names = [*(name_of(number) for number in range(RESIDENTS)), "base"]
     with ThreadPoolExecutor(16) as pool:
-        list(pool.map(lambda i: ask(names[i % len(names)], i % len(PROMPTS)), range(400)))
+        list(pool.map(lambda i: ask(names[i % len(names)], i % len(PROMPTS), names[i % len(names)]), range(800)))
     for thread in coming:
         thread.join()
     assert not wrong, wrong[:5]
-    assert len(done) == 500 and set(done) == {*names, *(name_of(RESIDENTS + n) for n in range(GUESTS))}
+    assert len(done) == 1000 and set(done) == {*names, *(name_of(RESIDENTS + n) for n in range(GUESTS))}
     assert {*answers_by_content(server)} and server.process.poll() is None
 
 

@@ -206,6 +206,18 @@ def _worst_error(device: torch.device) -> float:
     return float(torch.stack(shares).max())
 
 
+def _check_compiler() -> Iterator[Finding]:
+    """How a layer's kernels are started in a graph of torch.compile."""
+    from ..kernels.inductor import missing
+
+    reason = missing()
+    if reason is None:
+        yield Finding("torch.compile", "generated code starts a layer's kernels itself")
+    else:
+        found = f"a layer's kernels are started through PyTorch's dispatcher, which takes the host longer ({reason})"
+        yield Finding("torch.compile", found, "an Inductor that fused-steer knows", "untried")
+
+
 def _targets(devices: list[torch.device]) -> list[str]:
     """Return the compilation targets of this machine's GPUs, or all targets if it has none."""
     import torch
@@ -279,6 +291,7 @@ def examine(console: Console, compiled: bool) -> bool:
     report(_check_optional())
     devices = _devices()
     report(_check_devices(devices))
+    report(_check_compiler())
     table, amiss = _launches(_targets(devices), compiled)
     console.print(
         f"\nKernels of a training step: N = {_STEP_TOKENS} tokens, d = {_STEP_HIDDEN}, r = {_STEP_RANK}, bfloat16"

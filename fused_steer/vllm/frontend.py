@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgspec
-from vllm.exceptions import VLLMValidationError
+from vllm.exceptions import LoRAAdapterNotFoundError, VLLMValidationError
 from vllm.lora.request import LoRARequest
 
 from ..serving.options import KEY, packed, read_options
@@ -61,6 +61,10 @@ class Registry:
                 return (request if served_before is None else before), served_before
             try:
                 served = self._copies.take(request.lora_path)
+            except FileNotFoundError as error:
+                # In vLLM's words, which its server answers with status 404.
+                missing = LoRAAdapterNotFoundError(request.lora_name, request.lora_path)
+                raise VLLMValidationError(f"adapter {request.lora_name!r}: {missing}; expected a saved one") from error
             except (ValueError, OSError) as error:
                 raise VLLMValidationError(f"adapter {request.lora_name!r}: {error}") from error
             found = request

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from vllm.lora.layers import BaseLayerWithLoRA
 from vllm.model_executor.layers.linear import LinearBase
 
@@ -141,6 +142,9 @@ class SteeringWithLoRA(BaseLayerWithLoRA):
         self.gains = gains_of(punica_wrapper)
 
     def forward(self, output: Any) -> Any:
+        # A compiled graph is for all batches.
+        if not is_compiling() and self.punica_wrapper.steering_idle:
+            return output
         if isinstance(output, Tensor):
             return self._steer(output)
         hidden, *rest = output
@@ -164,12 +168,20 @@ class SteeringWithLoRA(BaseLayerWithLoRA):
 def gains_of(punica_wrapper: Any) -> Tensor:
     """Return the buffer of gains, one for each token of a batch: (maximal tokens,) float32, beside vLLM's LoRA ids.
 
-    Its address never changes, because CUDA graphs read it.
+    Its address never changes, because CUDA graphs read it. From then on `punica_wrapper.steering_idle` says whether the
+    batch has no adapter.
     """
     gains: Tensor | None = getattr(punica_wrapper, "steering_gains", None)
     if gains is None:
         ids = punica_wrapper._token_lora_indices
         gains = punica_wrapper.steering_gains = torch.ones(len(ids), dtype=torch.float32, device=ids.device)
+        update = punica_wrapper.update_metadata
+
+        def update_metadata(mapping: Any, *args: Any, **kwargs: Any) -> Any:
+            punica_wrapper.steering_idle = not any(mapping.index_mapping)
+            return update(mapping, *args, **kwargs)
+
+        punica_wrapper.steering_idle, punica_wrapper.update_metadata = True, update_metadata
     return gains
 
 

@@ -41,7 +41,8 @@ MACHINE = {
 
 def test_bench_the_grid_is_that_of_real_models_and_whole():
     cases = geometries.op_grid()
-    assert len(cases) == len(set(cases)) == 6 * 4 * 3 * 2 * 2
+    assert len(cases) == len(set(cases)) == 6 * 4 * 3 * 2 * 2 + 6
+    assert {case.tokens for case in cases if case.reads == "branch"} == {1, 8, 64, 512, 4096, 16384}
     assert {case.tokens for case in cases} == {1, 8, 64, 512, 4096, 16384}
     assert {case.hidden for case in cases} == {1152, 2048, 2560, 4096}
     assert {case.rank for case in cases} == {1, 8, 64} and {case.basis for case in cases} == {0, 8}
@@ -108,11 +109,13 @@ def test_bench_models_are_steered_run_and_counted(what):
         assert not kept
 
 
-def test_bench_backward_and_forward_of_the_fused_op_are_its_gradients():
+@pytest.mark.parametrize("reads", ["sum", "branch"])
+def test_bench_backward_and_forward_of_the_fused_op_are_its_gradients(reads):
     """The timed backward pass computes the gradients of each set of operands."""
-    sets = [contenders.make_operands(OP, CPU, seed) for seed in range(2)]
-    alone, both = (levels.op_calls(OP, what, OP_CONTENDERS["fused"], sets) for what in ("backward", "both"))
-    hooked = levels.op_calls(OP, "both", OP_CONTENDERS["hook"], sets)
+    case = dataclasses.replace(OP, reads=reads)
+    sets = [contenders.make_operands(case, CPU, seed) for seed in range(2)]
+    alone, both = (levels.op_calls(case, what, OP_CONTENDERS["fused"], sets) for what in ("backward", "both"))
+    hooked = levels.op_calls(case, "both", OP_CONTENDERS["hook"], sets)
     for a, b, h in zip(alone, both, hooked, strict=True):
         for x, y, z in zip(a(), b(), h(), strict=True):
             assert torch.equal(x, y)

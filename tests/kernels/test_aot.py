@@ -26,6 +26,7 @@ PADDED_RANKS = (0, 8, 32, 64, 128, 256)  # one per padded rank
 PROMISED = ("sm_80", "sm_90")
 EVERYTHING = {"biases": True, "gain": True, "scale_on_device": True, "nested": True, "activation": "gelu_tanh"}
 PACKED = {"packed": True}
+BRANCH = {"reads": "branch"}
 
 BACKWARD = ["post_block_bwd_rows_kernel", "post_block_bwd_columns_kernel", "post_block_bwd_finish_kernel"]
 
@@ -45,6 +46,12 @@ def cases() -> list[list]:
                 found += [[target, dtype, 4096, rank, 8192, flags] for flags in (EVERYTHING, PACKED)[: 1 + promised]]
             found.append([target, "bfloat16", 4099, rank, 8192, EVERYTHING])  # masked tiles, rows not aligned
         found += [[target, "bfloat16", 4096, 8, n, {}] for n in (8192, 8)]
+        # Where W1 reads the branch, the kernels of few tokens and of the backward's rows are those of above.
+        for rank in (8, 64, 256) if promised else (8,):
+            found.append([target, "bfloat16", 4096, rank, 8192, EVERYTHING | BRANCH])
+        if promised:
+            found.append([target, "float32", 4096, 8, 8192, EVERYTHING | BRANCH])
+            found.append([target, "bfloat16", 4099, 8, 8192, EVERYTHING | BRANCH])
     return found
 
 
@@ -109,6 +116,7 @@ def test_aot_the_hidden_state_moves_in_128_bit_accesses(compiled):
     assert_none([row for row in rows if row["hidden_states"] and not row["loads_128"] + row["async_copies_128"]])
     writes = [row for row in rows if {"p_dx", "p_out"} & set(row["hidden_states"])]
     writes = [row for row in writes if row["kernel"] != BACKWARD[1] or "p_dx" in row["hidden_states"]]
+    assert any(row["case"][5].get("reads") == "branch" for row in writes)
     amd = [row for row in writes if row["target"].startswith("gfx")]
     nvidia = [row for row in writes if not row["target"].startswith("gfx")]
     # AMD's compiler stores a matrix product in the matrix units' layout: 64 bits per lane.
@@ -148,8 +156,10 @@ def test_aot_forward_copies_asynchronously_and_stores_nothing_narrow(compiled):
 
 def test_aot_matrix_products_run_on_tensor_cores(compiled):
     for row in compiled:
-        _, dtype, _, rank, *_ = row["case"]
-        if rank and not (dtype == "float32" and rank > 128 and row["target"].startswith("sm_")):
+        _, dtype, _, rank, _, options = row["case"]
+        if options.get("reads") == "branch" and row["kernel"] == BACKWARD[2]:
+            assert not row["tensor_core"], "it adds, and corrects nothing"
+        elif rank and not (dtype == "float32" and rank > 128 and row["target"].startswith("sm_")):
             assert row["tensor_core"], row
 
 
@@ -169,6 +179,7 @@ def test_aot_what_is_recorded_is_what_runs():
 
 
 SPLIT = ["p_residual p_branch", "p_residual p_branch p_out"]  # a forward of two kernels
+BRANCH_SPLIT = ["p_residual", "p_residual p_branch p_out"]  # to the first branch is given in place of residual
 
 
 @pytest.mark.parametrize(
@@ -180,8 +191,15 @@ SPLIT = ["p_residual p_branch", "p_residual p_branch p_out"]  # a forward of two
         (Case(64, 128, 8), SPLIT, ["p_grad", "p_grad p_out p_dx", ""]),
         (Case(64, 128, 0), ["p_residual p_branch p_out"], ["p_grad", ""]),  # a vector passes the gradient on
         (Case(8, 8, 8), SPLIT, ["p_grad", "p_grad p_out p_dx", ""]),  # shapes that coincide
+        (Case(8192, 128, 8, **BRANCH), ["p_residual p_branch p_out"], ["p_grad", "p_grad p_branch p_dx", ""]),
+        (Case(8192, 128, 256, **BRANCH), BRANCH_SPLIT, ["p_grad", "p_grad p_dx", "p_branch", ""]),
+        (Case(64, 128, 8, **BRANCH), BRANCH_SPLIT, ["p_grad", "p_grad p_branch p_dx", ""]),
+        (Case(64, 128, 0, **BRANCH), ["p_residual p_branch p_out"], ["p_grad", ""]),
     ],
-    ids=["lowrank", "no branch", "two passes", "few tokens", "vector", "N = d = r"],
+    ids=[
+        *["lowrank", "no branch", "two passes", "few tokens", "vector", "N = d = r"],
+        *["branch read", "branch read, two passes", "branch read, few tokens", "branch read, vector"],
+    ],
 )
 def test_aot_the_hidden_states_that_a_launch_touches(case, forward, backward):
     found = {
@@ -189,6 +207,22 @@ def test_aot_the_hidden_states_that_a_launch_touches(case, forward, backward):
         for name, launches in record_passes(case, "sm_90").items()
     }
     assert found == {"forward": forward, "backward": backward}
+
+
+def test_aot_a_vector_that_reads_the_branch_is_the_same_launches():
+    """And with few tokens the first kernel is that of a finished state, whatever it is given."""
+
+    def jobs(case: Case) -> list:
+        """All that the compiler is told of each launch."""
+        found = record(case, "sm_90")
+        given = [[None if value is None else type(value) for value in launch.arguments] for launch in found]
+        return [(f.kernel.__name__, f.constants, f.schedule, kinds) for f, kinds in zip(found, given, strict=True)]
+
+    assert jobs(Case(8192, 128, 0, **BRANCH)) == jobs(Case(8192, 128, 0))
+    assert jobs(Case(8, 128, 8, **BRANCH))[0] == jobs(Case(8, 128, 8, branch=False))[0]
+    assert jobs(Case(8, 128, 8, **BRANCH))[1:3] == jobs(Case(8, 128, 8))[1:3], "the second, and the backward's rows"
+    with pytest.raises(ValueError, match="reads is 'branch' but branch is None"):
+        record(Case(8, 64, 8, branch=False, **BRANCH), "sm_90")
 
 
 def test_aot_the_time_floor_is_bytes_over_bandwidth():

@@ -10,6 +10,7 @@ import torch
 from compiling import run_compiling
 from fused_steer.kernels import ACTIVATIONS, grouped
 from fused_steer.kernels.aot import SHARED_MEMORY, record_grouped
+from fused_steer.kernels.contract import READS
 from fused_steer.kernels.grouped import post_block_grouped
 from fused_steer.kernels.schedule import TARGETS
 from ops import PHI, relative_error
@@ -34,11 +35,12 @@ class Batch:
     up_biases: Tensor | None
     gain: Tensor | None
     activation: Any = "silu"
+    reads: str = "sum"
 
     def call(self, **options: Any) -> Tensor:
         return post_block_grouped(
             self.residual, self.branch, self.downs, self.ups, self.ids, down_biases=self.down_biases,
-            up_biases=self.up_biases, activation=self.activation, gain=self.gain, **options,
+            up_biases=self.up_biases, activation=self.activation, gain=self.gain, reads=self.reads, **options,
         )  # fmt: skip
 
     def name(self, slot: int) -> str:
@@ -52,10 +54,12 @@ class Batch:
         out = []
         for token, slot in enumerate(self.ids.reshape(-1).tolist()):
             x = rows[token].cpu().to(dtype)
-            x = x if branch is None else x + branch[token].cpu().to(dtype)
+            read = x = x if branch is None else x + branch[token].cpu().to(dtype)
+            if self.reads == "branch":
+                read = branch[token].cpu().to(dtype)
             u = torch.zeros_like(x)
             if slot >= 0 and self.downs is not None:
-                a = self.downs[slot].cpu().to(dtype) @ x
+                a = self.downs[slot].cpu().to(dtype) @ read
                 a = a if self.down_biases is None else a + self.down_biases[slot].cpu().to(dtype)
                 u = self.ups[slot].cpu().to(dtype) @ PHI[self.name(slot)](a)
             if slot >= 0 and self.up_biases is not None:
@@ -76,6 +80,7 @@ def make(
     gain: bool = True,
     activation: Any = "silu",
     runs: bool = False,
+    reads: str = "sum",
     seed: int = 0,
 ) -> Batch:
     """Draw a batch. runs: adapters in long runs, as in prefill; otherwise each token draws an adapter, or none."""
@@ -97,6 +102,7 @@ def make(
         normal(slots, hidden) if biases or not rank else None,
         (torch.rand(tokens, generator=generator) + 0.25).to(device) if gain else None,
         activation,
+        reads,
     )
 
 
@@ -108,11 +114,12 @@ def assert_right(batch: Batch, out: Tensor) -> None:
     assert relative_error(out.cpu(), truth) <= 2 * relative_error(plain, truth) + 1e-6
 
 
+@pytest.mark.parametrize("reads", READS)
 @pytest.mark.parametrize("tokens", [1, FEW, MANY])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("hidden", [64, 100])
-def test_grouped_equals_the_formula(device, tokens, dtype, hidden):
-    batch = make(tokens, hidden, dtype=dtype, device=device)
+def test_grouped_equals_the_formula(device, tokens, dtype, hidden, reads):
+    batch = make(tokens, hidden, dtype=dtype, device=device, reads=reads)
     assert_right(batch, batch.call())
 
 
@@ -143,7 +150,15 @@ def test_grouped_each_slot_its_own_activation(device, tokens):
 @pytest.mark.parametrize("tokens", [FEW, MANY])
 @pytest.mark.parametrize(
     "options",
-    [{"branch": False}, {"biases": False}, {"gain": False}, {"runs": True}, {"biases": False, "gain": False}],
+    [
+        {"branch": False},
+        {"biases": False},
+        {"gain": False},
+        {"runs": True},
+        {"biases": False, "gain": False},
+        {"biases": False, "gain": False, "reads": "branch"},
+        {"rank": 0, "reads": "branch"},
+    ],
     ids=str,
 )
 def test_grouped_what_may_be_absent(device, options, tokens):
@@ -167,7 +182,7 @@ PATTERNS = {
 
 
 @pytest.mark.parametrize("into_branch", [False, True], ids=["out of place", "into branch"])
-@pytest.mark.parametrize("options", [{}, {"biases": False}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"biases": False}, {"reads": "branch"}], ids=str)
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_grouped_however_the_tokens_lie(device, pattern, weights, options, into_branch):
@@ -230,8 +245,9 @@ def test_grouped_zero_shift_keeps_a_negative_zero(device, tokens, dtype, rank, i
 
 @pytest.mark.parametrize("tokens", [FEW, MANY])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_grouped_into_the_branch_of_an_unadded_pair(device, tokens, dtype):
-    batch = make(tokens, dtype=dtype, device=device)
+@pytest.mark.parametrize("reads", READS)
+def test_grouped_into_the_branch_of_an_unadded_pair(device, tokens, dtype, reads):
+    batch = make(tokens, dtype=dtype, device=device, reads=reads)
     truth = batch.definition(torch.float64) - batch.residual.double().cpu()
     plain = batch.definition(dtype).double() - batch.residual.double().cpu()
     moved = replace(batch, branch=batch.branch.clone()).call(into_branch=True)
@@ -251,15 +267,16 @@ def test_grouped_what_is_read_stays_as_it_is(device, tokens, rank, gain, into_br
         assert torch.equal(getattr(batch, name), value) != (into_branch and name == "branch"), name
 
 
-def test_grouped_one_adapter_for_all_is_the_op_of_one_adapter(device):
+@pytest.mark.parametrize("reads", READS)
+def test_grouped_one_adapter_for_all_is_the_op_of_one_adapter(device, reads):
     from fused_steer.kernels import post_block
 
     for tokens in (7, MANY):
-        batch = make(tokens, device=device)
+        batch = make(tokens, device=device, reads=reads)
         batch = replace(batch, ids=torch.full_like(batch.ids, 3))
         one = post_block(
             batch.residual, batch.branch, batch.downs[3], batch.ups[3], down_bias=batch.down_biases[3],
-            up_bias=batch.up_biases[3], gain=batch.gain,
+            up_bias=batch.up_biases[3], gain=batch.gain, reads=reads,
         )  # fmt: skip
         assert relative_error(batch.call(), one.double()) <= 1e-6
 
@@ -344,10 +361,12 @@ def test_grouped_ids_out_of_range_are_an_error_or_nan(device, gain):
             assert torch.equal(out[others], right[others])  # the other tokens are unaffected
 
 
+@pytest.mark.parametrize("reads", READS)
 @pytest.mark.parametrize("into_branch", [False, True])
-def test_grouped_registered_and_compiled(device, into_branch):
-    batch = make(6, device=device, activation=torch.arange(5, dtype=torch.int32, device=device))
-    operands = (batch.downs, batch.ups, batch.ids, batch.down_biases, batch.up_biases, batch.activation, batch.gain, "")
+def test_grouped_registered_and_compiled(device, into_branch, reads):
+    batch = make(6, device=device, reads=reads, activation=torch.arange(5, dtype=torch.int32, device=device))
+    biases = (batch.down_biases, batch.up_biases)
+    operands = (batch.downs, batch.ups, batch.ids, *biases, batch.activation, batch.gain, "", reads)
     ops = torch.ops.fused_steer
     op = ops.post_block_grouped_ if into_branch else ops.post_block_grouped
     # No test of gradients: the op refuses operands that require a gradient.
@@ -383,6 +402,8 @@ def test_grouped_registered_and_compiled(device, into_branch):
         ({"downs": None, "ups": None, "up_biases": None}, ValueError, "are all None"),
         ({"activation": "swish"}, ValueError, "activation is 'swish'"),
         ({"activation": torch.zeros(4, dtype=torch.int32)}, ValueError, r"activation is torch.int32 \(4,\)"),
+        ({"reads": "residual"}, ValueError, "reads is 'residual'; expected one of sum, branch"),
+        ({"reads": "branch", "branch": None}, ValueError, "reads is 'branch' but branch is None; expected a branch"),
         ({"gain": torch.zeros(5)}, ValueError, r"gain has shape \(5,\); expected \(6,\)"),
         ({"residual": torch.zeros(6, 96, dtype=torch.float64)}, TypeError, "residual has dtype torch.float64"),
         ({"up_biases": torch.zeros(5, 96, device="meta")}, ValueError, "up_biases is on meta; expected cpu"),

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from fused_steer.kernels import ACTIVATIONS
-from fused_steer.kernels.contract import Needs, Operands
+from fused_steer.kernels.contract import READS, Needs, Operands
 from fused_steer.kernels.launch import recorded
 from fused_steer.kernels.post_block import triton_backward, triton_forward
 from fused_steer.kernels.schedule import TARGETS, describe_device, forward_schedule, forward_splits
@@ -33,6 +33,7 @@ def fused(inputs: Inputs, activation: str = "silu") -> Tensor:
         scale=inputs.scale,
         gain=inputs.gain,
         basis=inputs.basis,
+        reads=inputs.reads,
     )
 
 
@@ -91,6 +92,18 @@ def test_post_block_is_as_exact_as_the_hook(device, tokens, hidden, rank, dtype)
     assert_as_good_as_the_hook(make_draws(-(-8 // fewest), tokens, hidden, **options))
 
 
+#: What differs where W1 is applied to branch: the first pass of the forward in one kernel, the first kernel of the
+#: forward in two, and W1's gradient, in one pass over the columns or in two.
+BRANCH_SHAPES = [(1, 576, 8), (33, 99, 128), (130, 128, 5), (66, 64, 64)]
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize(("tokens", "hidden", "rank"), BRANCH_SHAPES)
+def test_post_block_reading_the_branch_is_as_exact_as_the_hook(device, tokens, hidden, rank, dtype):
+    options = {"rank": rank, "dtype": dtype, "device": device, "scale": False, "reads": "branch"}
+    assert_as_good_as_the_hook(make_draws(-(-8 // min(tokens, rank)), tokens, hidden, **options))
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_post_block_the_shapes_reach_every_form_of_the_forward(dtype):
     cpu = describe_device(torch.device("cpu"))
@@ -117,12 +130,23 @@ def test_post_block_few_tokens_and_many_with_relu(device, tokens):
     assert_as_good_as_the_hook(make_draws(8, tokens, 96, rank=60, dtype=BF16, device=device, scale=False), "relu")
 
 
+@pytest.mark.parametrize("tokens", [5, 130])
+def test_post_block_a_branch_of_zeros_is_moved_by_the_biases_alone(device, tokens):
+    """Whatever the residual is: W1 does not see it."""
+    inputs = make_inputs(tokens, 256, rank=2, device=device, basis=0, reads="branch")
+    inputs = replace(inputs, branch=torch.zeros_like(inputs.branch))
+    out = fused(inputs) - inputs.residual
+    moved = fused(replace(inputs, residual=torch.zeros_like(inputs.residual)))
+    assert relative_error(out, moved.double()) < 1e-5 and moved.abs().min() > 0
+
+
 def operands_of(inputs: Inputs, packed: bool) -> Operands:
     """Return the operands that a backend gets: without a basis."""
     gpu = describe_device(inputs.residual.device).gpu
     weights = pack_reference(inputs.down, inputs.up, inputs.residual.dtype, gpu) if packed else None
     return Operands(
-        inputs.down, inputs.up, inputs.down_bias, inputs.up_bias, inputs.gain, None, inputs.scale, "silu", weights
+        inputs.down, inputs.up, inputs.down_bias, inputs.up_bias, inputs.gain, None, inputs.scale, "silu", weights,
+        inputs.reads,
     )  # fmt: skip
 
 
@@ -136,7 +160,8 @@ def test_post_block_packed_weights_give_the_same_bits(device, tokens, hidden, ra
     if device.type == "cpu" and rank > 16:
         pytest.skip("NumPy sums long products in another order if an operand is transposed")
     inputs = make_inputs(tokens, hidden, rank=rank, dtype=dtype, device=device, basis=0)
-    for case in (inputs, replace(inputs, branch=None, down_bias=None, up_bias=None, gain=None, scale=0.7)):
+    without = replace(inputs, branch=None, down_bias=None, up_bias=None, gain=None, scale=0.7)
+    for case in (inputs, without, replace(inputs, reads="branch")):
         found = (triton_forward(case.residual, case.branch, operands_of(case, p), True) for p in (False, True))
         for plain, packed in zip(*found, strict=True):
             assert not plain.isnan().any() and torch.equal(bits(plain), bits(packed))
@@ -152,10 +177,11 @@ def test_post_block_fp16_is_at_least_as_exact_as_the_hook(device):
     assert relative_error(fused(inputs), truth) <= relative_error(hook, truth)
 
 
+@pytest.mark.parametrize("reads", READS)
 @pytest.mark.parametrize("tokens", [9, 70])
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-def test_post_block_zero_gain_leaves_every_bit_of_an_adapter_that_is_not_finite(device, dtype, tokens):
-    inputs = make_inputs(tokens, 64, rank=4, dtype=dtype, device=device, basis=0)
+def test_post_block_zero_gain_leaves_every_bit_of_an_adapter_that_is_not_finite(device, dtype, tokens, reads):
+    inputs = make_inputs(tokens, 64, rank=4, dtype=dtype, device=device, basis=0, reads=reads)
     inputs.gain[2:] = 0
     inputs.residual[3, :2], inputs.branch[3, :2] = -0.0, -0.0
     inputs.up[5], inputs.down[1, 3], inputs.up_bias[7] = float("nan"), float("inf"), -float("inf")
@@ -165,6 +191,7 @@ def test_post_block_zero_gain_leaves_every_bit_of_an_adapter_that_is_not_finite(
     leaves = inputs.leaves()
     grad = torch.randn(out.shape).to(device, dtype)
     fused(leaves).backward(grad)
+    assert torch.equal(bits(leaves.branch.grad[2:]), bits(grad[2:]))
     assert torch.equal(bits(leaves.residual.grad[2:]), bits(grad[2:]))
 
 
@@ -178,20 +205,24 @@ def test_post_block_every_activation(device, activation, dtype):
     assert_as_good_as_the_hook(cases, activation)
 
 
-@pytest.mark.parametrize("option", ["branch", "biases", "gain", "basis"])
+@pytest.mark.parametrize(
+    ("option", "reads"), [("branch", "sum"), *itertools.product(["biases", "gain", "basis"], READS)]
+)
 @pytest.mark.parametrize("rank", [0, 6])
-def test_post_block_each_operand_may_be_absent(device, option, rank):
+def test_post_block_each_operand_may_be_absent(device, option, rank, reads):
     without = {option: 0 if option == "basis" else False}
-    assert_as_good_as_the_hook(make_draws(4, 19, 80, rank=rank, device=device, scale=False, **without))
+    assert_as_good_as_the_hook(make_draws(4, 19, 80, rank=rank, device=device, scale=False, reads=reads, **without))
 
 
-def test_post_block_batch_and_sequence_dimensions(device):
-    assert_as_good_as_the_hook(make_draws(4, 2, 3, 5, 32, rank=4, device=device, scale=False))
+@pytest.mark.parametrize("reads", READS)
+def test_post_block_batch_and_sequence_dimensions(device, reads):
+    assert_as_good_as_the_hook(make_draws(4, 2, 3, 5, 32, rank=4, device=device, scale=False, reads=reads))
 
 
+@pytest.mark.parametrize("reads", READS)
 @pytest.mark.parametrize("dtypes", [(F32, BF16), (BF16, F32), (BF16, F16)], ids=str)
-def test_post_block_mixed_dtypes_promote_as_the_add_does(device, dtypes):
-    inputs = make_inputs(9, 32, rank=4, device=device)
+def test_post_block_mixed_dtypes_promote_as_the_add_does(device, dtypes, reads):
+    inputs = make_inputs(9, 32, rank=4, device=device, reads=reads)
     inputs = replace(inputs, residual=inputs.residual.to(dtypes[0]), branch=inputs.branch.to(dtypes[1]))
     leaves = inputs.leaves()
     out = fused(leaves)
@@ -199,6 +230,9 @@ def test_post_block_mixed_dtypes_promote_as_the_add_does(device, dtypes):
     assert relative_error(out, definition(inputs.map(Tensor.double), "silu")) < 1e-6
     out.sum().backward()
     assert (leaves.residual.grad.dtype, leaves.branch.grad.dtype) == dtypes
+    truth = inputs.leaves(F64)
+    definition(truth, "silu").sum().backward()
+    assert relative_error(leaves.down.grad, truth.down.grad) < 1e-5
 
 
 @pytest.mark.parametrize("basis", [0, 3])
@@ -237,10 +271,10 @@ def test_post_block_float64_on_the_torch_backend_passes_gradcheck(monkeypatch):
     monkeypatch.setenv("FUSED_STEER_BACKEND", "torch")
     inputs = make_inputs(5, 7, rank=3).leaves(F64)
     names, tensors = zip(*replace(inputs, basis=None).tensors().items(), strict=True)
-    for activation in ACTIVATIONS:
+    for activation, reads in itertools.product(ACTIVATIONS, READS):
 
-        def call(*values, activation=activation):
-            return fused(replace(inputs, **dict(zip(names, values, strict=True))), activation)
+        def call(*values, activation=activation, reads=reads):
+            return fused(replace(inputs, **dict(zip(names, values, strict=True)), reads=reads), activation)
 
         assert torch.autograd.gradcheck(call, tensors)
 
@@ -252,10 +286,11 @@ def bits(t: Tensor) -> Tensor:
     return t.view({2: torch.int16, 4: torch.int32}[t.itemsize])
 
 
+@pytest.mark.parametrize("reads", READS)
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
 @pytest.mark.parametrize("rank", [1, 8])
-def test_post_block_a_fresh_adapter_leaves_every_bit(device, dtype, rank):
-    inputs = make_inputs(21, 70, rank=rank, dtype=dtype, device=device, biases=False, gain=False, basis=0)
+def test_post_block_a_fresh_adapter_leaves_every_bit(device, dtype, rank, reads):
+    inputs = make_inputs(21, 70, rank=rank, dtype=dtype, device=device, biases=False, gain=False, basis=0, reads=reads)
     inputs.residual[0, :2], inputs.branch[0, :2] = -0.0, -0.0
     inputs.residual[1, 0] = float("inf")
     inputs = replace(inputs, up=torch.zeros_like(inputs.up))
@@ -276,9 +311,10 @@ def test_post_block_zero_gain_leaves_every_bit_whatever_the_adapter(device, dtyp
     assert not torch.equal(out[:3], (inputs.residual + inputs.branch)[:3])
 
 
+@pytest.mark.parametrize("reads", READS)
 @pytest.mark.parametrize("scale", [0, 0.0, "tensor"])
-def test_post_block_zero_scale_leaves_every_bit(device, scale):
-    inputs = make_inputs(12, 40, rank=4, device=device)
+def test_post_block_zero_scale_leaves_every_bit(device, scale, reads):
+    inputs = make_inputs(12, 40, rank=4, device=device, reads=reads)
     inputs = replace(inputs, scale=torch.zeros((), device=device) if scale == "tensor" else scale)
     assert torch.equal(bits(fused(inputs)), bits(inputs.residual + inputs.branch))
 
@@ -312,10 +348,13 @@ def test_post_block_zero_strength_leaves_every_bit_whatever_the_weights(device, 
     assert all(weight.grad.count_nonzero() == 0 for weight in weights if weight is not None)
 
 
-@pytest.mark.parametrize("branch", [True, False], ids=["branch", "no branch"])
+@pytest.mark.parametrize(
+    ("branch", "reads"), [(True, "sum"), (True, "branch"), (False, "sum")], ids=["branch", "branch read", "no branch"]
+)
 @pytest.mark.parametrize("zero", ["number", "tensor", "gain"])
-def test_post_block_zero_strength_leaves_every_bit_of_a_state_that_overflows(device, zero, branch):
-    inputs = make_inputs(12, 40, rank=4, device=device, basis=0, gain=False, scale=False, branch=branch)
+def test_post_block_zero_strength_leaves_every_bit_of_a_state_that_overflows(device, zero, branch, reads):
+    options = {"basis": 0, "gain": False, "scale": False, "branch": branch, "reads": reads}
+    inputs = make_inputs(12, 40, rank=4, device=device, **options)
     inputs.residual[3, :3] = torch.tensor([3e38, -3e38, torch.inf], device=device)
     inputs.residual[4, :2] = torch.tensor([torch.nan, -0.0], device=device)
     if branch:
@@ -349,11 +388,12 @@ def test_post_block_gradients_of_zero_strength_are_exactly_zero(device, dtype):
         assert found[name].isfinite().all() and torch.equal(found[name], expected[name]), name
 
 
+@pytest.mark.parametrize("reads", READS)
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
 @pytest.mark.parametrize("rank", [5, 40])
-def test_post_block_packed_weights_give_the_same_gradients(dtype, rank):
+def test_post_block_packed_weights_give_the_same_gradients(dtype, rank, reads):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    inputs = make_inputs(37, 96, rank=rank, dtype=dtype, device=device, scale=False, basis=0)
+    inputs = make_inputs(37, 96, rank=rank, dtype=dtype, device=device, scale=False, basis=0, reads=reads)
     # In the interpreter NumPy multiplies, and it may sum in another order if a matrix is transposed in memory. So the
     # sums of W2's products are exact here: small integers with 12 bits, or a single term.
     columns = torch.arange(96, device=device)
@@ -362,30 +402,55 @@ def test_post_block_packed_weights_give_the_same_gradients(dtype, rank):
     inputs = replace(inputs, up=up)
     out, a = triton_forward(inputs.residual, inputs.branch, operands_of(inputs, False), True)
     grad = torch.randint(-3, 4, (37, 96), device=device).to(dtype)
+    kept = inputs.branch if reads == "branch" else out
     plain, other = (
-        vars(triton_backward(grad, out, a, operands_of(inputs, packed), Needs(*[True] * 6))) for packed in (False, True)
+        vars(triton_backward(grad, kept, a, operands_of(inputs, packed), Needs(*[True] * 6)))
+        for packed in (False, True)
     )
     for name, value in plain.items():
         assert torch.equal(bits(value), bits(other[name])), name
 
 
-@pytest.mark.parametrize("basis", [0, 3])
+@pytest.mark.parametrize(("basis", "reads"), [(0, "sum"), (3, "sum"), (3, "branch")])
 @pytest.mark.parametrize("op", [False, True], ids=["eager", "op"])
-def test_post_block_gradients_have_storages_of_their_own(device, basis, op):
-    inputs = make_inputs(50, 64, rank=4, device=device, basis=basis)
+def test_post_block_gradients_have_storages_of_their_own(device, basis, op, reads):
+    inputs = make_inputs(50, 64, rank=4, device=device, basis=basis, reads=reads)
+    torch.compiler.reset()
     function = torch.compile(fused, backend="aot_eager") if op else fused
     grad = torch.randn(50, 64, device=device)
     found = run(function, inputs, "silu", grad)
-    names = ("residual", "down", "up", "down_bias", "up_bias", "gain", "scale")  # branch's gradient is residual's
+    if reads == "sum":  # branch's gradient is residual's
+        names = ("residual", "down", "up", "down_bias", "up_bias", "gain", "scale")
+    else:  # residual has the incoming gradient, as in a plain add
+        names = ("branch", "down", "up", "down_bias", "up_bias", "gain", "scale")
+        assert torch.equal(found["residual"], grad) and (op or found["residual"].data_ptr() == grad.data_ptr())
     storages = {name: found[name].untyped_storage() for name in names}
     assert len({storage.data_ptr() for storage in (*storages.values(), grad.untyped_storage())}) == len(names) + 1
     for name, storage in storages.items():
         assert storage.nbytes() == found[name].nbytes, name
 
 
+@pytest.mark.parametrize("reads", READS)
+def test_post_block_gradients_add_up_in_memory_of_their_own(device, reads):
+    """The residual's gradient may be the incoming one itself: to add to it changes nothing else."""
+    leaves = make_inputs(9, 32, rank=4, device=device, basis=0, reads=reads).leaves()
+    grad = torch.randn(9, 32, device=device)
+    before = grad.clone()
+    out = fused(leaves)
+    twice = out * 1.0
+    for _ in range(2):
+        twice.backward(grad, retain_graph=True)
+    once = dict(zip(leaves.tensors(), torch.autograd.grad(twice, list(leaves.tensors().values()), grad), strict=True))
+    assert torch.equal(grad, before)
+    for name, value in leaves.tensors().items():
+        assert torch.equal(value.grad, once[name] + once[name]), name
+    assert leaves.residual.grad.data_ptr() != leaves.branch.grad.data_ptr()
+
+
+@pytest.mark.parametrize("reads", READS)
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-def test_post_block_two_runs_give_the_same_bits(device, dtype):
-    inputs = make_inputs(100, 64, rank=8, dtype=dtype, device=device)
+def test_post_block_two_runs_give_the_same_bits(device, dtype, reads):
+    inputs = make_inputs(100, 64, rank=8, dtype=dtype, device=device, reads=reads)
     grad = torch.randn(100, 64).to(device, dtype)
     first, second = (run(fused, inputs, "silu", grad) for _ in range(2))
     for name in first:
@@ -395,8 +460,8 @@ def test_post_block_two_runs_give_the_same_bits(device, dtype):
 def test_post_block_inputs_are_not_written(device):
     inputs = make_inputs(12, 40, rank=4, device=device)
     before = inputs.map(Tensor.clone).tensors()
-    for branch in (inputs.branch, None):
-        case = replace(inputs, branch=branch)
+    for branch, reads in ((inputs.branch, "sum"), (inputs.branch, "branch"), (None, "sum")):
+        case = replace(inputs, branch=branch, reads=reads)
         grad = torch.ones(12, 40, device=device)
         run(fused, case, "identity", grad)
         assert torch.equal(grad, torch.ones_like(grad))
@@ -436,12 +501,13 @@ def transposed(t: Tensor) -> Tensor:
 def test_post_block_strided_and_expanded_inputs(device, change):
     draws = make_draws(4, 4, 6, 64, rank=4, device=device, scale=False, basis=0)
     assert_as_good_as_the_hook([replace(inputs, residual=change(inputs.residual)) for inputs in draws])
-    assert_as_good_as_the_hook([replace(inputs, branch=change(inputs.branch)) for inputs in draws])
+    for reads in READS:
+        assert_as_good_as_the_hook([replace(inputs, branch=change(inputs.branch), reads=reads) for inputs in draws])
     inputs = draws[0]
-    leaves = inputs.leaves()
-    plain = torch.autograd.grad(fused(leaves), leaves.down, change(inputs.branch).contiguous())[0]
-    strided = torch.autograd.grad(fused(leaves), leaves.down, change(inputs.branch))[0]
-    assert relative_error(strided, plain.double()) < 1e-6
+    for leaves in (inputs.leaves(), replace(inputs, branch=change(inputs.branch), reads="branch").leaves()):
+        plain = torch.autograd.grad(fused(leaves), leaves.down, change(inputs.branch).contiguous())[0]
+        strided = torch.autograd.grad(fused(leaves), leaves.down, change(inputs.branch))[0]
+        assert relative_error(strided, plain.double()) < 1e-6
 
 
 def test_post_block_strided_inputs_are_not_copied():
@@ -463,6 +529,7 @@ OUTPUTS = {
     "gain": {"basis": 0},
     "bf16": {"dtype": BF16},
     "vector": {"rank": 0},
+    "branch read": {"reads": "branch"},
 }
 
 
@@ -472,7 +539,7 @@ def test_post_block_output_can_be_changed_in_place(device, options, shape):
     """The output may be changed in place if W1 is frozen, because only W1's gradient needs it."""
     leaves = make_inputs(*shape, **{"rank": 4, "device": device, **options}).leaves()
     assert not fused(leaves)._is_view()
-    if leaves.down is not None:
+    if leaves.down is not None and leaves.reads == "sum":
         leaves = replace(leaves, down=leaves.down.detach())
     wanted = [value for value in replace(leaves, basis=None).tensors().values() if value.requires_grad]
     grad = torch.randn(shape).to(device, leaves.residual.dtype)
@@ -491,7 +558,7 @@ def test_post_block_output_changed_in_place_before_the_gradient_of_w1_is_refused
     leaves = make_inputs(6, 32, rank=4, device=device, branch=branch, basis=0).leaves()
     if op:
         operands = (leaves.down, leaves.up, leaves.down_bias, leaves.up_bias, leaves.gain, leaves.scale, None)
-        out, _ = torch.ops.fused_steer.post_block(leaves.residual, leaves.branch, *operands, 1.0, "silu", True)
+        out, _ = torch.ops.fused_steer.post_block(leaves.residual, leaves.branch, *operands, 1.0, "silu", "sum", True)
     else:
         out = fused(leaves)
     out += 1
@@ -505,9 +572,24 @@ def test_post_block_output_changed_in_place_before_the_gradient_of_w1_is_refused
         out.sum().backward()
 
 
-@pytest.mark.parametrize("rank", [0, 4])
-def test_post_block_no_tokens(device, rank):
-    inputs = make_inputs(2, 0, 32, rank=rank, device=device).leaves()
+def test_post_block_a_branch_changed_in_place_before_the_gradient_of_w1_is_refused(device):
+    leaves = make_inputs(6, 32, rank=4, device=device, basis=0, reads="branch").leaves()
+    branch = leaves.branch * 1
+    out = fused(replace(leaves, branch=branch))
+    branch.add_(1)
+    with pytest.raises(RuntimeError, match="is at version"):  # PyTorch's own words
+        out.sum().backward()
+    with torch.no_grad():
+        frozen = replace(leaves, down=leaves.down.detach())
+    branch = leaves.branch * 1
+    out = fused(replace(frozen, branch=branch))
+    branch.add_(1)
+    out.sum().backward()  # without dW1 there is no use for branch
+
+
+@pytest.mark.parametrize(("rank", "reads"), [(0, "sum"), (4, "sum"), (4, "branch")])
+def test_post_block_no_tokens(device, rank, reads):
+    inputs = make_inputs(2, 0, 32, rank=rank, device=device, reads=reads).leaves()
     out = fused(inputs)
     assert out.shape == (2, 0, 32)
     out.sum().backward()
@@ -516,9 +598,9 @@ def test_post_block_no_tokens(device, rank):
 
 
 @pytest.mark.parametrize("inner", [None, 22], ids=["few tokens", "many, nested"])
-@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize(("rank", "reads"), [(0, "sum"), (4, "sum"), (4, "branch")])
 @pytest.mark.parametrize("stride", [2**30, 2**31])
-def test_post_block_addresses_past_two_to_the_31(device, monkeypatch, stride, rank, inner):
+def test_post_block_addresses_past_two_to_the_31(device, monkeypatch, stride, rank, reads, inner):
     """The last row begins 2³¹ elements after the first. The memory between rows is never touched.
 
     A stride of 2³⁰ fits into 32 bits, so its product with a row's number would be computed in 32 bits and overflow.
@@ -534,7 +616,8 @@ def test_post_block_addresses_past_two_to_the_31(device, monkeypatch, stride, ra
         storage = torch.empty((rows - 1) * stride + t[0].numel(), dtype=t.dtype, device=device)
         return storage.as_strided(shape, strides).copy_(t)
 
-    inputs = make_inputs(*shape, rank=rank, dtype=BF16, device=device, gain=False, scale=False, basis=0)
+    options = {"gain": False, "scale": False, "basis": 0, "reads": reads}
+    inputs = make_inputs(*shape, rank=rank, dtype=BF16, device=device, **options)
     grad = torch.randn(shape).to(device, BF16)
     expected = run(fused, inputs, "silu", grad)
     apart = run(fused, replace(inputs, residual=spread(inputs.residual)), "silu", grad)
@@ -586,9 +669,10 @@ def test_post_block_a_launch_makes_its_device_current(monkeypatch):
 ALL_NEEDS = ("residual", "branch", "down", "up", "down_bias", "up_bias", "gain", "scale")
 
 
+@pytest.mark.parametrize("reads", READS)
 @pytest.mark.parametrize("name", ALL_NEEDS)
-def test_post_block_each_gradient_alone(device, name):
-    inputs = make_inputs(19, 48, rank=6, device=device)
+def test_post_block_each_gradient_alone(device, name, reads):
+    inputs = make_inputs(19, 48, rank=6, device=device, reads=reads)
     grad = torch.randn(19, 48, device=device)
     everything = run(fused, inputs, "silu", grad)[name]
     alone = getattr(inputs, name).clone().requires_grad_()
@@ -599,7 +683,7 @@ def test_post_block_each_gradient_alone(device, name):
 ROWS, COLUMNS, FINISH = (f"post_block_bwd_{name}_kernel" for name in ("rows", "columns", "finish"))
 
 
-def launches(needs: Needs, rank: int = 8) -> dict[str, dict]:
+def launches(needs: Needs, rank: int = 8, reads: str = "sum") -> dict[str, dict]:
     """Return the constants and tensors of each kernel that a backward pass with these needs launches, by kernel."""
 
     def meta(*shape, dtype=F32):
@@ -608,7 +692,7 @@ def launches(needs: Needs, rank: int = 8) -> dict[str, dict]:
     state, a = meta(64, 128, dtype=BF16), meta(64, rank) if rank else None
     down, up, down_bias = (meta(rank, 128), meta(128, rank), meta(rank)) if rank else (None, None, None)
     with recorded(TARGETS["sm_90"]) as found:
-        triton_backward(state, state, a, Operands(down, up, down_bias, meta(128)), needs)
+        triton_backward(state, state, a, Operands(down, up, down_bias, meta(128), reads=reads), needs)
     described = {}
     for launch in found:
         named = zip(launch.kernel.arg_names, launch.arguments, strict=False)
@@ -618,9 +702,10 @@ def launches(needs: Needs, rank: int = 8) -> dict[str, dict]:
     return described
 
 
+@pytest.mark.parametrize("reads", READS)
 @pytest.mark.parametrize("needs", [Needs(*needs) for needs in itertools.product([False, True], repeat=6)], ids=str)
-def test_post_block_launches_of_each_combination_of_gradients(needs):
-    found = launches(needs)
+def test_post_block_launches_of_each_combination_of_gradients(needs, reads):
+    found = launches(needs, reads=reads)
     narrow = needs.x or needs.down or needs.up
     sums = needs.down or needs.up or needs.up_bias
     assert (ROWS in found) == (narrow or needs.down_bias or needs.row_dot)
@@ -631,7 +716,10 @@ def test_post_block_launches_of_each_combination_of_gradients(needs):
         "G only where it is reduced"
     )
     assert ("p_grad" in columns) == (needs.x or needs.up or needs.up_bias)
-    assert ("p_out" in columns) == needs.down
+    kept, absent = ("p_out", "p_branch") if reads == "sum" else ("p_branch", "p_out")
+    assert (kept in columns) == needs.down and absent not in columns
+    corrected = needs.down and reads == "sum"
+    assert ("p_up" in found.get(FINISH, {})) == corrected, "W2 only where W1's gradient is corrected"
     assert ("p_dx" in columns) == needs.x
     assert ("p_slab" in columns) == sums
 
@@ -641,13 +729,15 @@ def test_post_block_launches_of_a_vector():
     assert launches(none._replace(x=True), rank=0) == {}, "a vector passes the gradient on"
     assert set(launches(none._replace(up_bias=True), rank=0)) == {COLUMNS, FINISH}
     assert set(launches(none._replace(row_dot=True), rank=0)) == {ROWS}
+    for needs in (Needs(*[True] * 6)._replace(down=False, up=False, down_bias=False), none._replace(up_bias=True)):
+        assert launches(needs, rank=0) == launches(needs, rank=0, reads="branch"), "the forms coincide"
 
 
 def test_post_block_the_torch_backend_computes_only_what_is_needed():
     inputs = make_inputs(6, 16, rank=4, gain=False, basis=0)
-    operands = Operands(inputs.down, inputs.up)
-    out, a = forward(inputs.residual, None, operands, True)
-    for name in Needs._fields:
+    for name, reads in itertools.product(Needs._fields, READS):
+        operands = Operands(inputs.down, inputs.up, reads=reads)
+        out, a = forward(inputs.residual, inputs.branch, operands, True)
         needs = Needs(*[False] * 6)._replace(**{name: True})
         found = backward(out, out, a, operands._replace(up_bias=inputs.up_bias), needs)
         assert {key for key, value in vars(found).items() if value is not None} == {name}
@@ -670,6 +760,7 @@ def saved_bytes(function) -> int:
 def test_post_block_out_and_a_are_all_that_is_kept(device):
     inputs = make_inputs(50, 64, rank=4, dtype=BF16, device=device, gain=False, scale=False, basis=0).leaves()
     assert saved_bytes(lambda: fused(inputs)) == 50 * 64 * 2 + 50 * 4 * 4
+    assert saved_bytes(lambda: fused(replace(inputs, reads="branch"))) == 50 * 4 * 4, "branch is the caller's own"
     frozen_down = replace(inputs, down=inputs.down.detach())
     weights = inputs.down.nbytes
     assert saved_bytes(lambda: fused(frozen_down)) == 50 * 4 * 4 + weights, "without dW1 there is no use for out"
@@ -682,23 +773,26 @@ def test_post_block_out_and_a_are_all_that_is_kept(device):
 # ------------------------------------------------------------------------------------ op, compile, autocast, backward
 
 
-@pytest.mark.parametrize("rank", [0, 4])
-def test_post_block_opcheck(device, rank):
+@pytest.mark.parametrize(("rank", "reads"), [(0, "sum"), (4, "sum"), (4, "branch")])
+def test_post_block_opcheck(device, rank, reads):
     inputs = make_inputs(6, 5, 16, rank=rank, device=device).leaves()
     operands = (inputs.residual, inputs.branch, inputs.down, inputs.up, inputs.down_bias, inputs.up_bias, inputs.gain)
-    arguments = (*operands, inputs.scale, inputs.basis, 1.0, "silu", True)
+    arguments = (*operands, inputs.scale, inputs.basis, 1.0, "silu", reads, True)
     torch.library.opcheck(torch.ops.fused_steer.post_block.default, arguments)
     out, a = (t.detach() for t in torch.ops.fused_steer.post_block(*arguments))
     detached = [None if t is None else t.detach() for t in operands[2:]]
     needs = [rank > 0, rank > 0, rank > 0, rank > 0, True, True, True]
-    saved = (out, a if rank else None, *detached, inputs.scale.detach(), inputs.basis)
-    arguments = (torch.randn_like(out), *saved, 1.0, "silu", needs)
+    kept = inputs.branch.detach() if reads == "branch" else out
+    saved = (kept, a if rank else None, *detached, inputs.scale.detach(), inputs.basis)
+    arguments = (torch.randn_like(out), *saved, 1.0, "silu", reads, needs)
     torch.library.opcheck(torch.ops.fused_steer.post_block_backward.default, arguments)
 
 
-def test_post_block_compiled_equals_eager(device):
-    inputs = make_inputs(6, 32, rank=4, device=device)
+@pytest.mark.parametrize("reads", READS)
+def test_post_block_compiled_equals_eager(device, reads):
+    inputs = make_inputs(6, 32, rank=4, device=device, reads=reads)
     grad = torch.randn(6, 32, device=device)
+    torch.compiler.reset()
     compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
     eager, traced = (run(function, inputs, "gelu", grad) for function in (fused, compiled))
     for name in eager:
@@ -726,6 +820,7 @@ def test_post_block_autocast_changes_nothing(device, dtype):
     inputs = make_inputs(9, 32, rank=4, dtype=dtype, device=device)
     grad = torch.randn(9, 32, device=device).to(dtype)
     plain = run(fused, inputs, "silu", grad)
+    torch.compiler.reset()
     compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
     with torch.autocast(device.type, dtype=BF16):
         for function in (fused, compiled):
@@ -792,6 +887,17 @@ BAD = {
     "basis shape": (dict(basis=torch.ones(15, 2)), ValueError, r"basis has shape \(15, 2\); expected \(16, k\)"),
     "scale shape": (dict(scale=torch.ones(2)), ValueError, r"scale has shape \(2,\); expected \(\)"),
     "scale type": (dict(scale="1"), TypeError, "scale is a str; expected a float or a 0-dim tensor"),
+    "reads": (dict(reads="residual"), ValueError, "reads is 'residual'; expected one of sum, branch"),
+    "no branch to read": (
+        dict(reads="branch", branch=None),
+        ValueError,
+        "reads is 'branch' but branch is None; expected a branch, or reads='sum'",
+    ),
+    "no branch to read, a vector": (
+        dict(reads="branch", branch=None, down=None, up=None, down_bias=None, basis=None),
+        ValueError,
+        "reads is 'branch' but branch is None",
+    ),
 }
 
 

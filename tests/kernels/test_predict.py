@@ -6,6 +6,7 @@ import pytest
 import torch
 from fused_steer.kernels import predict
 from fused_steer.kernels.aot import Case, hidden_states, record, record_passes
+from fused_steer.kernels.contract import READS
 from fused_steer.kernels.predict import (
     CLOCKS,
     LaunchPrediction,
@@ -202,6 +203,7 @@ CASES = [
         (torch.bfloat16, {}),
         (torch.float32, {"biases": True, "gain": True, "scale_on_device": True}),
         (torch.float16, {"branch": False, "nested": n % 2 == 0}),
+        (torch.bfloat16, {"biases": True, "reads": "branch"}),
     )
 ]
 
@@ -217,15 +219,16 @@ def test_predict_work_describes_every_launch(target):
             assert named <= set(launch.kernel.arg_names), "names of arguments"
 
 
+@pytest.mark.parametrize("reads", READS)
 @pytest.mark.parametrize("rank", [1, 8, 64])
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
-def test_predict_work_reads_in_loops_what_l2_sends(target, rank):
+def test_predict_work_reads_in_loops_what_l2_sends(target, rank, reads):
     """Trips times bytes per trip equal the hidden states' bytes, padding rows of tiles included.
 
     test_budgets checks the bytes per trip against the compiled code.
     """
     for tokens in (64, 4096, 16384):
-        for launch in record(Case(tokens, 4096, rank), target):
+        for launch in record(Case(tokens, 4096, rank, reads=reads), target):
             done = work(launch)
             states = {name: t for name, t in hidden_states(launch).items() if name not in done.writes}
             sent = sum(t.nbytes * done.reads.get(name, 1) for name, t in states.items())
@@ -249,6 +252,14 @@ def test_predict_memory_is_read_once_and_again_where_l2_has_lost_it():
     passes = record_passes(Case(4096, 4096, 8), "sm_90")
     assert sum(memory_bytes(passes["forward"], "sm_90")) == pytest.approx(3 * unit, rel=0.02)
     assert sum(memory_bytes(passes["backward"], "sm_90")) == pytest.approx(4 * unit, rel=0.15)
+    passes = record_passes(Case(4096, 4096, 8, reads="branch"), "sm_90")
+    assert sum(memory_bytes(passes["forward"], "sm_90")) == pytest.approx(3 * unit, rel=0.02)
+    assert sum(memory_bytes(passes["backward"], "sm_90")) == pytest.approx(4 * unit, rel=0.15)
+    huge = Case(16384, 65536, 8, torch.float32)  # tiles of 16 rows of which L2 holds a part
+    both, one = (
+        sum(memory_bytes(record_passes(replace(huge, reads=reads), "sm_80")["forward"], "sm_80")) for reads in READS
+    )
+    assert one < both, "of residual nothing is read twice"
     few = record_passes(Case(64, 4096, 8), "sm_90")["backward"]
     first, *rest = memory_bytes(few, "sm_90")
     assert first >= few[0].arguments[0].nbytes

@@ -28,6 +28,10 @@ def draw(device: torch.device, tokens: int = 6) -> Operands:
     return inputs.residual, inputs.branch, inputs.down, inputs.up
 
 
+def reading(residual: Tensor, branch: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    return post_block(residual, branch, down, up, reads="branch")
+
+
 def planned(residual: Tensor, branch: Tensor, *weights: Tensor) -> Tensor:
     op = PlannedPostBlock("silu", 0.5, (*weights, None, None))
     return (op.train if torch.is_grad_enabled() else op.infer)(residual, branch, *weights)
@@ -73,8 +77,8 @@ def training(function: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, ...
     return call
 
 
-CALLS = {f.__name__: inference(f) for f in (post_block, planned, by_tokens, into_branch, routed)}
-CALLS |= {f"{f.__name__}, training": training(f) for f in (post_block, planned)}
+CALLS = {f.__name__: inference(f) for f in (post_block, reading, planned, by_tokens, into_branch, routed)}
+CALLS |= {f"{f.__name__}, training": training(f) for f in (post_block, reading, planned)}
 each_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 
 
