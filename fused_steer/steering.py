@@ -313,7 +313,7 @@ class Steering:
             yield
 
     def _is_idle(self) -> bool:
-        return self._batch is not None or self._patched.disabled > 0
+        return self._batch is not None or self._patched.disabled > 0 or not self._patched.layers
 
     def _is_tracing(self) -> bool:
         return self._constraints.tracing
@@ -422,8 +422,8 @@ class Steering:
         with self._scopes.change("steering.unpatch is called"):
             if self._batch is not None:
                 raise RuntimeError("a batch is running; expected the model to be unpatched afterwards")
-            self._gains.use(None)
             self._patched.undo()
+            self._gains.use(None)
             self._constraints.close()
             if self._save_pretrained is not None:
                 self._save_pretrained.remove()

@@ -361,6 +361,19 @@ def test_positions_come_and_go_with_the_adapter_in_use():
     assert torch.equal(logits(model), logits(build()))
 
 
+def test_positions_survive_an_unpatching_that_is_refused():
+    model = steered("last_prompt")
+    expected, layer = logits(model), model.model.layers[0]
+    ours = type(layer)
+    layer.__class__ = type("Other", (ours,), {})
+    with refused(RuntimeError, "layer 0 is now a"):
+        model.steering.unpatch()
+    layer.__class__ = ours
+    assert torch.equal(logits(model), expected)
+    model.steering.unpatch()
+    assert torch.equal(model(tokens()).logits, build()(tokens()).logits)
+
+
 def test_positions_where_nothing_tells_them_are_refused(tmp_path):
     from fused_steer.peft import PostBlockConfig
 
