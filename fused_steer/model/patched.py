@@ -79,6 +79,8 @@ class PatchedModel:
         Raises:
             RuntimeError: another library has since changed a layer's class. Nothing is undone.
         """
+        for patched in self.layers.values():
+            patched.check_removable()
         with self.changing("the model is unpatched"):
             for site in self.sites.values():
                 site.enabled = False  # so that a partly unpatched model computes like its base
