@@ -25,6 +25,7 @@
     stub/           a CUDA driver that does nothing: runs the kernels' host code without a GPU
     matrix.py       `python -m bench.matrix`: the core tests with sets of library versions
     joint.py        `python -m bench.joint`: LoRA, steering and both, trained on ListOps on a CPU
+    fit.py          `python -m bench.fit`: adapters fitted to a LoRA in closed form, tested on ListOps on a CPU
     paper/          `python -m bench.paper`: the experiments of arXiv 2603.00425, with its rivals
         tasks.py    the six tasks: prompts, answers, readers
         listops.py  ListOps as Long Range Arena generates it

@@ -58,6 +58,7 @@ The map, in reading order. A file imports only files that stand above it.
     joint.py             LoRA and steering: parameter groups, save_joint, load_joint
     tools/               the command's verbs
         listops.py       the demo's task
+        prompts.py       read prompts from files, and batches of their tokens
         demo.py          fused-steer demo
         coverage.py      fused-steer coverage
         kernel_table.py  fused-steer kernels
@@ -70,6 +71,12 @@ The map, in reading order. A file imports only files that stand above it.
         diagnosis.py     the result, as JSON and pictures
         measure.py       diagnose
         command.py       fused-steer diagnose
+    theory/              weight updates as shifts of activations, and the best adapter in closed form
+        regression.py    reduced-rank regression: the best linear map of a rank
+        statements.py    the paper's theorem and propositions as functions
+        lockstep.py      run models one layer at a time
+        fitting.py       `fit`
+        command.py       `fused-steer fit`
     vllm/                the vLLM plug-in
         sources.py       finds, checks and copies the adapters of requests
         layers.py        adds a steering point to decoder layers; the module that steers

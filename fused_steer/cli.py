@@ -1,4 +1,4 @@
-"""The command `fused-steer`: demo, doctor, inspect, kernels, import, export, coverage, diagnose, serve-plan.
+"""The command `fused-steer`: demo, doctor, inspect, kernels, import, export, coverage, diagnose, fit, serve-plan.
 
 Nothing heavy is imported before a verb runs, so that `--help` and usage errors come at once. It is one file because a
 verb here is a list of options and one call.
@@ -463,6 +463,68 @@ def diagnose(
         run(
             DiagnoseOptions(
                 model, adapter, lora, joint, prompts, field, out, max_prompts, max_length, batch_size, device
+            ),
+            _console(),
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------- fit
+
+
+@app.command()
+def fit(
+    base: Annotated[str, typer.Argument(help="Directory or hub id of the base model, a causal language model.")],
+    tuned: Annotated[
+        str, typer.Argument(help="The same model fine-tuned, or a LoRA of it that PEFT saved, or a steering adapter.")
+    ],
+    prompts: Annotated[Path, typer.Option(help="A .txt, one prompt a line, or a .jsonl (see --field).")],
+    rank: Annotated[int, typer.Option(help="Rank of the adapter; 0 is one vector for all tokens.")] = 8,
+    site: Annotated[
+        str, typer.Option(help="Where in a block; post_block is the one that can be fitted.")
+    ] = "post_block",
+    layers: Annotated[str | None, typer.Option(help="Steered layers, such as 3,9,18; all if not given.")] = None,
+    bias: Annotated[bool, typer.Option(help="Give the adapter a bias b2.")] = True,
+    ridge: Annotated[
+        float, typer.Option(help="Of the regression: a share of the hidden state's mean variance.")
+    ] = 1e-6,
+    sequence: Annotated[
+        bool,
+        typer.Option(help="Fit each layer on the stream that the adapters before it give, or all on the base's own."),
+    ] = True,
+    held_out: Annotated[float, typer.Option(help="Share of the prompts, the last ones, to measure on only.")] = 0.1,
+    out: Annotated[Path, typer.Option(help="Directory for the adapter.")] = Path("fused-steer-fit"),
+    field: Annotated[
+        str | None, typer.Option(help="Field of a .jsonl's lines; if not given, prompt, text or messages.")
+    ] = None,
+    max_prompts: Annotated[int | None, typer.Option(help="Only the first so many; all if not given.")] = None,
+    max_length: Annotated[int, typer.Option(help="Tokens of a prompt; what is longer is cut.")] = 512,
+    batch_size: Annotated[int, typer.Option(help="Prompts at a time.")] = 8,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, xpu …; auto is a GPU if there is one.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Turn a fine-tuned model or a LoRA into a steering adapter, in closed form: nothing is trained."""
+    with _errors_in_one_line():
+        from .theory.command import FitOptions, run
+
+        run(
+            FitOptions(
+                base=base,
+                tuned=tuned,
+                prompts=prompts,
+                field=field,
+                rank=rank,
+                site=site,
+                layers=_indices(layers),
+                bias=bias,
+                ridge=ridge,
+                sequence=sequence,
+                held_out=held_out,
+                out=out,
+                max_prompts=max_prompts,
+                max_length=max_length,
+                batch_size=batch_size,
+                device=device,
+                as_json=as_json,
             ),
             _console(),
         )

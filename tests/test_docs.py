@@ -43,6 +43,13 @@ def test_docs_the_code_of_the_page_on_serving_runs(tmp_path, monkeypatch, capsys
     assert "2 adapters, 2 in 2 slots of rank 8" in capsys.readouterr().out
 
 
+def test_docs_the_code_of_the_page_on_theory_runs(capsys):
+    ids = tokens(batch=4)
+    names = {"base": build(), "tuned": build(seed=1), "ids": ids, "mask": torch.ones_like(ids)}
+    run_page("theory.md", names)
+    assert f"{names['found'].share:.1%} of the oracle" in capsys.readouterr().out
+
+
 _COMMAND = re.compile(r"`pytest (tests/[\w/]+\.py)( -k (?:\"([^\"]+)\"|(\w+)))?`")
 
 

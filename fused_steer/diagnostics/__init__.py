@@ -13,7 +13,7 @@ float32 from the inputs of the site and of the LoRA. The difference of two bfloa
 rounding.
 """
 
-from .command import DiagnoseOptions, encode, read_prompts, run
+from .command import DiagnoseOptions, run
 from .diagnosis import JSON_NAME, QUANTITIES, Diagnosis
 from .measure import diagnose
 from .records import BINS, LEVELS, Alignment, Cosine, LayerDiagnosis, Spread
@@ -30,7 +30,5 @@ __all__ = [
     "LayerDiagnosis",
     "Spread",
     "diagnose",
-    "encode",
-    "read_prompts",
     "run",
 ]

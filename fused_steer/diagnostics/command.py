@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from ..adapters.files import read_adapter
 from ..joint import find_joint, load_joint
 from ..patch import patch_model
+from ..tools.prompts import encode, read_prompts
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -58,52 +56,6 @@ class DiagnoseOptions:
         for path in (self.out, *self.out.parents):
             if path.exists() and not path.is_dir():
                 raise ValueError(f"out is {str(self.out)!r} but {path} is a file; expected a directory")
-
-
-def read_prompts(file: Path, field: str) -> list[str]:
-    """Read the prompts of a .txt (one a line) or a .jsonl (the field `field` of each line). Empty lines are skipped.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is of another kind, a line is no JSON object with that field, or there is no prompt.
-    """
-    if not file.is_file():
-        raise FileNotFoundError(f"no file {file}; expected prompts, a .txt or .jsonl")
-    if file.suffix not in (".txt", ".jsonl"):
-        raise ValueError(f"prompts are in {file}; expected a .txt, one a line, or a .jsonl")
-    found = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
-        if file.suffix == ".txt":
-            found.append(line.rstrip("\r"))
-            continue
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{file}, line {number} is no JSON ({error}); expected an object a line") from error
-        if not isinstance(entry, dict) or field not in entry:
-            held = f"the fields {', '.join(sorted(entry))}" if isinstance(entry, dict) else f"a {type(entry).__name__}"
-            raise ValueError(f"{file}, line {number} has {held}; expected a field {field!r}")
-        if not isinstance(entry[field], str):
-            raise ValueError(f"{file}, line {number}: {field!r} is {entry[field]!r}; expected a string")
-        found.append(entry[field])
-    if not any(prompt.strip() for prompt in found):
-        raise ValueError(f"{file} holds no prompt; expected at least one")
-    return found
-
-
-def encode(tokenizer: Any, prompts: Sequence[str], max_length: int, batch_size: int) -> list[dict[str, Tensor]]:
-    """Return batches of token ids and masks, cut to `max_length` and padded on the right."""
-    rows = [tokenizer(prompt)["input_ids"][:max_length] for prompt in prompts]
-    batches = []
-    for some in (rows[i : i + batch_size] for i in range(0, len(rows), batch_size)):
-        longest = max(map(len, some))
-        ids = [row + [0] * (longest - len(row)) for row in some]
-        mask = [[1] * len(row) + [0] * (longest - len(row)) for row in some]
-        if longest:
-            batches.append({"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)})
-    return batches
 
 
 def _load(options: DiagnoseOptions, device: torch.device) -> tuple[Any, Any]:

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fused_steer import SteerConfig, patch_model, save_joint
 from fused_steer.adapters.parameters import SITE
-from fused_steer.diagnostics import BINS, LEVELS, QUANTITIES, diagnose, encode, read_prompts
+from fused_steer.diagnostics import BINS, LEVELS, QUANTITIES, diagnose
 from fused_steer.model.decoder import find_decoder, inside_peft
 
 DOWN = {"gpt2": "c_proj", "gpt_neox-parallel": "dense_4h_to_h", "gpt_neox-sequential": "dense_4h_to_h"}
@@ -599,14 +599,3 @@ def test_diagnostics_the_prompts_are_checked_before_the_model_is_loaded(place, t
     assert_refused(invoke("diagnose", place / "model", *bad), "no file")
     bad = ("--adapter", place / "lora", "--prompts", place / "prompts.txt")
     assert_refused(invoke("diagnose", place / "model", *bad), "adapter_config.json cannot be loaded")
-
-
-def test_diagnostics_prompts_are_cut_and_padded_on_the_right():
-    batches = encode(lambda prompt: {"input_ids": list(map(ord, prompt))}, ["abcdef", "", "g"], 4, 2)
-    assert [batch["input_ids"].tolist() for batch in batches] == [[[97, 98, 99, 100], [0] * 4], [[103]]]
-    assert [batch["attention_mask"].tolist() for batch in batches] == [[[1] * 4, [0] * 4], [[1]]]
-
-
-def test_diagnostics_prompts_keep_their_blanks(tmp_path):
-    (tmp_path / "p.txt").write_bytes("  a b \r\n\u2028c\n".encode())
-    assert read_prompts(tmp_path / "p.txt", "prompt") == ["  a b ", "\u2028c"]

@@ -1,0 +1,171 @@
+"""What `fused-steer fit` runs: two models and prompts in, an adapter and a table out."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..adapters.files import CONFIG_NAME, HUB_ID, PEFT_TYPE, read_json, write_adapter
+from ..adapters.parameters import SITE
+from ..config import SteerConfig
+from ..model.decoder import find_decoder, meta_model
+from ..patch import patch_model
+from ..tools.prompts import encode, read_prompts
+from .fitting import Fit, check_config, check_decoders, fit
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """What `run` does. The command's options document each and hold the defaults.
+
+    Raises:
+        ValueError: a value out of range, or `out` is a file.
+    """
+
+    base: str
+    tuned: str
+    prompts: Path
+    field: str | None
+    rank: int
+    site: str
+    layers: list[int] | None
+    bias: bool
+    ridge: float
+    sequence: bool
+    held_out: float
+    out: Path
+    max_prompts: int | None
+    max_length: int
+    batch_size: int
+    device: str
+    as_json: bool
+
+    def __post_init__(self) -> None:
+        if self.site != SITE:
+            raise ValueError(f"site is {self.site!r}; expected {SITE!r}")
+        for name in ("max_prompts", "max_length", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name.replace('_', ' ')} is {value}; expected at least 1")
+        if not 0 <= self.held_out < 1:
+            raise ValueError(f"held out is {self.held_out}; expected a share of the prompts, 0 or more and below 1")
+        for path in (self.out, *self.out.parents):
+            if path.exists() and not path.is_dir():
+                raise ValueError(f"out is {str(self.out)!r} but {path} is a file; expected a directory")
+
+    @property
+    def config(self) -> SteerConfig:
+        if not self.rank:
+            return SteerConfig(form="vector", layers=self.layers)
+        return SteerConfig(rank=self.rank, activation="identity", layers=self.layers, up_bias=self.bias)
+
+
+def adapter_type(source: str) -> str | None:
+    """The `peft_type` of the adapter in a directory or of a hub id; None: it is a whole model.
+
+    Raises:
+        FileNotFoundError: there is neither.
+    """
+    directory = Path(source)
+    if directory.is_dir():
+        if not (directory / CONFIG_NAME).exists():
+            return None
+        return str(read_json(directory / CONFIG_NAME).get("peft_type"))
+    if not HUB_ID.fullmatch(source):
+        raise FileNotFoundError(f"no directory {source}; expected a fine-tuned model, a LoRA or a steering adapter")
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    found = find_adapter_config_file(source)
+    return None if found is None else str(read_json(Path(found)).get("peft_type"))
+
+
+def load_tuned(options: FitOptions, kind: str | None, device: torch.device) -> Any:
+    """The tuned model: of its own weights, or the base with a LoRA or a steering adapter, as `adapter_type` says."""
+    from ..tools.demo import load_model
+
+    if kind is None:
+        return load_model(options.tuned, device)[0]
+    model, _ = load_model(options.base, device)
+    if kind == PEFT_TYPE:
+        return patch_model(model, options.tuned)
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, options.tuned).eval()
+
+
+def table_of(found: Fit) -> Table:
+    """A row for each layer."""
+    from rich.table import Table
+
+    table = Table("layer", "‖δh‖/‖h‖", "share", "held out", "median token", "of the rest")
+    for column in table.columns:
+        column.justify = "right"
+    for layer in found.layers:
+        shares = (layer.share, layer.held_out, layer.token, layer.rest)
+        table.add_row(str(layer.layer), f"{layer.oracle:.3g}", *("-" if s is None else f"{s:.1%}" for s in shares))
+    table.caption = (
+        "share: of δh = h_tuned − h_base, what the steered stream has after the layer; of the rest: of what the "
+        "adapters before it had left"
+    )
+    return table
+
+
+def run(options: FitOptions, console: Console) -> None:
+    """Load, fit, write the adapter to `options.out`, and print a row for each layer.
+
+    Raises:
+        ValueError, FileNotFoundError: an input is missing or does not fit; nothing has been written then.
+        ImportError: PEFT is missing for a LoRA.
+    """
+    from ..tools.demo import choose_device, load_model
+
+    device = choose_device(options.device)
+    config = options.config
+    prompts = read_prompts(options.prompts, options.field)[: options.max_prompts]
+    last = len(prompts) - int(options.held_out * len(prompts))
+    kind = adapter_type(options.tuned)
+    plan = find_decoder(meta_model(options.base))  # all that can be refused before weights are read is
+    check_config(config, plan)
+    if kind is None:
+        check_decoders(plan, find_decoder(meta_model(options.tuned)))
+    base, tokenizer = load_model(options.base, device)
+    parts = [
+        encode(tokenizer, some, options.max_length, options.batch_size) for some in (prompts[:last], prompts[last:])
+    ]
+    tuned = load_tuned(options, kind, device)
+    check_vocabulary(base, tuned)
+    found = fit(base, tuned, parts[0], config, held_out=parts[1], ridge=options.ridge, sequence=options.sequence)
+    write_adapter(options.out, found.adapter)
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    if options.as_json:
+        say(json.dumps({"adapter": str(options.out), **found.as_dict()}, indent=2))
+        return
+    say(f"base      {options.base}, {base.dtype} on {device}")
+    say(f"tuned     {options.tuned}")
+    say(f"prompts   {last} of {options.prompts}, {found.tokens[0]} tokens; held out {len(prompts) - last}")
+    console.print(table_of(found))
+    if options.sequence:
+        held_out = "" if found.held_out is None else f", {found.held_out:.1%} on held-out prompts"
+        say(
+            f"share     {found.share:.1%} of the oracle after the last layer{held_out}; of a median token's "
+            f"{found.token:.1%}"
+        )
+    say(f"adapter   {options.out}, rank {config.rank}, {found.adapter.layout.count(config):,} parameters")
+
+
+def check_vocabulary(base: Any, tuned: Any) -> None:
+    """Refuse a tuned model that lacks tokens of the base's."""
+    sizes = [model.get_input_embeddings().num_embeddings for model in (base, tuned)]
+    if sizes[1] < sizes[0]:
+        raise ValueError(f"the tuned model has {sizes[1]} tokens; expected {sizes[0]}, as the base has")

@@ -1,0 +1,318 @@
+"""fit: the adapter that brings a base model's hidden states closest to a tuned model's, in closed form.
+
+The oracle of a layer is δh = h_tuned − h_base (arXiv 2603.00425, §3.3): adding it to each token would give the tuned
+model's hidden state exactly. An adapter is a function of the hidden state, and an identity adapter a linear one of rank
+r, so it expresses a share of the oracle only: 1 − Σ‖h_tuned − h_steered‖² / Σ‖δh‖², over tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters.files import AdapterFile
+from ..adapters.parameters import DOWN, UP, UP_BIAS, ByLayer
+from ..config import DTYPES, SteerConfig
+from ..kernels import post_block
+from ..model.decoder import Decoder
+from .lockstep import Batch, Stream, evaluating
+from .regression import Affine, Moments, best_affine, check_tokens
+
+#: λ of the ridge, if none is given: enough that directions without variance do no harm, too little to be seen.
+RIDGE = 1e-6
+
+
+@dataclass(frozen=True)
+class LayerFit:
+    """One layer.
+
+    oracle: the median over tokens of ‖δh‖ / ‖h_base‖, the size of the oracle. share: of the oracle that the steered
+    stream expresses after this layer, with what the adapters before it do; NaN where there is no oracle. held_out: the
+    same over prompts that were not fitted on, None without them. token: the median over tokens of a token's own share,
+    1 − ‖h_tuned − h_steered‖² / ‖δh‖², of those held out if there are any: sums may be those of a few tokens whose
+    hidden states are far larger than all others, such as the first of a prompt. rest: of what was left to do at this
+    layer, h_tuned − h before the adapter, the share that it expresses; None at a layer without an adapter.
+    """
+
+    layer: int
+    oracle: float
+    share: float
+    held_out: float | None
+    token: float
+    rest: float | None
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A fitted adapter, as files have it, and how well it fits. tokens: those fitted on, and those held out."""
+
+    adapter: AdapterFile
+    layers: tuple[LayerFit, ...]
+    tokens: tuple[int, int]
+
+    @property
+    def share(self) -> float:
+        """Of the oracle after the last layer, which is all that the head of the model reads."""
+        return self.layers[-1].share
+
+    @property
+    def held_out(self) -> float | None:
+        return self.layers[-1].held_out
+
+    @property
+    def token(self) -> float:
+        return self.layers[-1].token
+
+    def as_dict(self) -> dict[str, Any]:
+        """The figures as JSON has them."""
+        layers = [{name: _plain(value) for name, value in asdict(layer).items()} for layer in self.layers]
+        return {"tokens": self.tokens[0], "tokens_held_out": self.tokens[1], "layers": layers}
+
+
+def _plain(value: Any) -> Any:
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def fit(
+    base: nn.Module,
+    tuned: nn.Module,
+    batches: Iterable[Batch],
+    config: SteerConfig | None = None,
+    *,
+    held_out: Iterable[Batch] = (),
+    ridge: float = RIDGE,
+    sequence: bool = True,
+) -> Fit:
+    """Fit an identity adapter after the blocks of `base` to the hidden states of `tuned`. Nothing is trained.
+
+    Both models run in eval mode, a layer at a time; afterwards they are as they were. All sums are in float64.
+
+    Args:
+        base: a decoder-only language model, unpatched.
+        tuned: one of the same sizes: fine-tuned, with a LoRA of PEFT's, or patched with another adapter.
+        batches: inputs of both, `input_ids` (B, T) and what else their forward takes. Tokens that `attention_mask`
+            (B, T) masks do not count.
+        config: rank, layers, bias and dtype of the adapter; None is rank 8 with a bias at every layer. Of form "vector"
+            it is the mean of what is left to do.
+        held_out: batches that are measured and not fitted on.
+        ridge: λ, a share of the mean variance of the hidden state (see regression.py).
+        sequence: fit each layer on the stream as the adapters before it have left it, to what is left of the way to the
+            tuned state. False: each on the base's own stream, to the oracle of that layer, as §3.3 states it. This
+            tells how well a layer's oracle can be expressed. Adapters so fitted are not for use together, because each
+            makes up for all layers before it once more.
+
+    Raises:
+        ValueError: the models have other sizes, or layers that cannot be run one by one; the config has another
+            activation than identity, a b1 or a strength; the rank is beyond the hidden size; there are too few tokens;
+            or a hidden state is not finite.
+        TypeError: a batch is no mapping with `input_ids`.
+    """
+    config = SteerConfig(activation="identity", up_bias=True) if config is None else config
+    return fit_each(base, tuned, batches, [config], held_out=held_out, ridge=ridge, sequence=sequence)[0]
+
+
+def fit_each(
+    base: nn.Module,
+    tuned: nn.Module,
+    batches: Iterable[Batch],
+    configs: Sequence[SteerConfig],
+    *,
+    held_out: Iterable[Batch] = (),
+    ridge: float = RIDGE,
+    sequence: bool = True,
+) -> list[Fit]:
+    """`fit` for each config, such as of several ranks, with the passes in common done once. See `fit`."""
+    if hasattr(base, "steering"):
+        raise ValueError("the base model is steered; expected one that is not (model.steering.unpatch)")
+    own, target = Stream(base, "base"), Stream(tuned, "tuned")
+    check_decoders(own.decoder, target.decoder)
+    for config in configs:
+        check_config(config, own.decoder)
+    if not (math.isfinite(ridge) and ridge >= 0):
+        raise ValueError(f"ridge is {ridge}; expected a finite number, 0 or more")
+    device = own.device if own.device.type == "cuda" else torch.device("cpu")  # others may have no float64
+    parts = [_Part(some, len(own), device) for some in (batches, held_out)]
+    check_tokens(parts[0].tokens, max(config.rank for config in configs))
+    fits = [_Growing(config, own.decoder) for config in configs]
+    with evaluating([base, tuned]):
+        for part in parts:
+            part.enter(own, target)
+        # On the base's own stream all read the same; in sequence each has a stream that it steers.
+        groups = [(own.branch(), [one]) for one in fits] if sequence else [(own, fits)]
+        for index in range(len(own)):
+            target.advance(index)
+            for stream, growing in groups:
+                stream.advance(index)
+                moments = Moments()
+                for x, d in parts[0].pairs(index, stream, target):
+                    moments.add(x, d)
+                for one in growing:
+                    affine = one.adapt(index, moments, ridge)
+                    left = [part.left(index, stream, target, affine) for part in parts]
+                    one.layers.append(_measured(index, parts, left, affine is not None))
+                    if sequence and affine is not None:
+                        stream.change(partial(_steered, tensors=one.tensors[index]))
+    return [one.fit(parts) for one in fits]
+
+
+class _Growing:
+    """A fit, layer after layer."""
+
+    def __init__(self, config: SteerConfig, decoder: Decoder) -> None:
+        self.config, self.layout = config, decoder.layout
+        self.indices = set(check_config(config, decoder))
+        self.tensors: ByLayer = {}
+        self.layers: list[LayerFit] = []
+
+    def adapt(self, index: int, moments: Moments, ridge: float) -> Affine | None:
+        """Fit the adapter of the layer `index`, and return what it computes; None where it has none."""
+        if index not in self.indices:
+            return None
+        best = best_affine(moments, self.config.rank, ridge, self.config.up_bias)
+        self.tensors[index] = _tensors(best, self.config)
+        return _rounded(self.tensors[index], moments.xx.device)
+
+    def fit(self, parts: Sequence[_Part]) -> Fit:
+        file = AdapterFile(self.config, self.layout, self.tensors)
+        return Fit(file, tuple(self.layers), (parts[0].tokens, parts[1].tokens))
+
+
+class _Part:
+    """Some batches: their tokens that count, and for each layer and token ‖δh‖² (`oracle`) and ‖h_base‖² (`size`)."""
+
+    def __init__(self, batches: Iterable[Batch], layers: int, device: torch.device) -> None:
+        """device: of the sums, which are in float64."""
+        self.batches, self.device = list(batches), device
+        self.kept = [_kept(batch) for batch in self.batches]
+        self.tokens = sum(int(kept.sum()) for kept in self.kept)
+        self.oracle: list[list[Tensor]] = [[] for _ in range(layers)]
+        self.size: list[list[Tensor]] = [[] for _ in range(layers)]
+        self._first = 0  # the place of its first batch in a stream
+
+    def enter(self, own: Stream, target: Stream) -> None:
+        self._first = len(own.states)
+        for batch, kept in zip(self.batches, self.kept, strict=True):
+            for index, pair in enumerate(zip(own.enter(batch), target.enter(batch), strict=True)):
+                h, wanted = (_tokens(states, kept, self.device) for states in pair)
+                self.oracle[index].append((wanted - h).square().sum(1).cpu())
+                self.size[index].append(h.square().sum(1).cpu())
+
+    def pairs(self, index: int, own: Stream, target: Stream) -> Iterator[tuple[Tensor, Tensor]]:
+        """After the layer `index`, for each batch: the hidden states x before the adapter, and h_tuned − x."""
+        for number, kept in enumerate(self.kept, self._first):
+            x, wanted = (_tokens(stream.states[number], kept, self.device) for stream in (own, target))
+            for stream, states in ((own, x), (target, wanted)):
+                if not states.isfinite().all():
+                    raise ValueError(
+                        f"the {stream.name} model's hidden states after layer {index} are NaN or infinite; expected "
+                        "finite ones"
+                    )
+            yield x, wanted - x
+
+    def left(self, index: int, own: Stream, target: Stream, affine: Affine | None) -> tuple[Tensor, Tensor]:
+        """Of each token, ‖h_tuned − h‖² with h before the adapter, and after it."""
+        before, after = [], []
+        for x, d in self.pairs(index, own, target):
+            before.append(d.square().sum(1))
+            after.append(before[-1] if affine is None else (d - affine(x)).square().sum(1))
+        return _joined(before), _joined(after)
+
+
+def _joined(rows: Sequence[Tensor]) -> Tensor:
+    return torch.cat([row.cpu() for row in rows]) if rows else torch.empty(0)
+
+
+def _measured(index: int, parts: Sequence[_Part], left: Sequence[tuple[Tensor, Tensor]], adapted: bool) -> LayerFit:
+    """The figures of one layer. left: of each part, see `_Part.left`."""
+    oracles = [_joined(part.oracle[index]) for part in parts]
+    sizes = _joined(parts[0].size[index])
+    shares = [_share(oracle, after) for oracle, (_, after) in zip(oracles, left, strict=True)]
+    shown = 1 if len(oracles[1]) else 0
+    return LayerFit(
+        index,
+        float((oracles[0] / sizes).sqrt().median()),
+        shares[0],
+        shares[1] if shown else None,
+        float((1 - left[shown][1] / oracles[shown]).median()),
+        _share(*left[0]) if adapted else None,
+    )
+
+
+def _share(whole: Tensor, rest: Tensor) -> float:
+    """1 − Σ rest / Σ whole; NaN where there is nothing."""
+    total = float(whole.sum())
+    return 1 - float(rest.sum()) / total if total else math.nan
+
+
+def _kept(batch: Batch) -> Tensor:
+    """Which tokens of a batch count, (B · T,)."""
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"a batch is a {type(batch).__name__}; expected a mapping with a tensor input_ids")
+    mask = batch.get("attention_mask", torch.ones_like(ids))
+    if mask.shape != ids.shape:
+        raise ValueError(f"attention_mask is {tuple(mask.shape)}; expected {tuple(ids.shape)}, as input_ids")
+    return mask.bool().flatten()
+
+
+def _tokens(states: Tensor, kept: Tensor, device: torch.device) -> Tensor:
+    """(B, T, d) -> (N, d) in float64, without what the mask leaves out."""
+    return states.flatten(0, 1)[kept.to(states.device)].to(device).double()
+
+
+def _tensors(affine: Affine, config: SteerConfig) -> dict[str, Tensor]:
+    """An adapter's tensors at one layer, in the dtype of its parameters."""
+    named = {DOWN: affine.down, UP: affine.up, UP_BIAS: affine.bias}
+    there = {name: tensor for name, tensor in named.items() if tensor is not None and tensor.numel()}
+    return {name: tensor.to("cpu", DTYPES[config.dtype]) for name, tensor in there.items()}
+
+
+def _rounded(tensors: dict[str, Tensor], device: torch.device) -> Affine:
+    """What the adapter computes: its shares are those of the parameters as they are saved."""
+    there = {name: tensor.to(device).double() for name, tensor in tensors.items()}
+    nothing = torch.empty(0, 0, dtype=torch.float64, device=device)  # of a vector
+    return Affine(there.get(DOWN, nothing), there.get(UP, nothing), there.get(UP_BIAS))
+
+
+def _steered(states: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+    there = {name: tensor.to(states.device) for name, tensor in tensors.items()}
+    return post_block(states, None, there.get(DOWN), there.get(UP), up_bias=there.get(UP_BIAS), activation="identity")
+
+
+def check_decoders(base: Decoder, tuned: Decoder) -> None:
+    """Refuse a tuned model of other sizes than the base's.
+
+    Raises:
+        ValueError: it has another number of layers, or another hidden size.
+    """
+    sizes = [(len(decoder.layers), decoder.hidden) for decoder in (base, tuned)]
+    if sizes[0] != sizes[1]:
+        layers, hidden = sizes[1]
+        raise ValueError(
+            f"the tuned model has {layers} layers of hidden size {hidden}; expected {sizes[0][0]} of {sizes[0][1]}, as "
+            "the base has"
+        )
+
+
+def check_config(config: SteerConfig, decoder: Decoder) -> Sequence[int]:
+    """The layers that get an adapter.
+
+    Raises:
+        ValueError: the config has another activation than identity, a b1 or a strength, or does not fit the decoder.
+    """
+    for name, wanted in (("activation", "identity"), ("down_bias", False), ("scale", 1.0)):
+        if getattr(config, name) != wanted:
+            raise ValueError(f"{name} is {getattr(config, name)!r}; expected {wanted!r}, of what is fitted")
+    if config.orthogonal_to is not None:
+        raise ValueError(
+            f"orthogonal_to is {config.orthogonal_to!r}; expected None, as there is no LoRA to be kept from"
+        )
+    if config.rank > decoder.hidden:
+        raise ValueError(f"rank is {config.rank}; expected at most {decoder.hidden}, the hidden size")
+    return decoder.layout.indices(config)

@@ -1,0 +1,90 @@
+"""Prompts from files, and as batches of token ids."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: A prompt: text, or the messages of a chat, each with a role and content.
+Prompt = str | list[dict[str, Any]]
+#: Which fields of a .jsonl's lines are looked for, where none is named.
+FIELDS = ("prompt", "text", "messages")
+
+
+def read_prompts(file: Path, field: str | None = None) -> list[Prompt]:
+    """The prompts of a .txt, one a line, or of a .jsonl, a field of each line; empty lines are passed over.
+
+    Args:
+        field: of a .jsonl's lines: text, or the messages of a chat. None: the first of FIELDS that a line has.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is of another kind, a line is no JSON object with that field, or there is no prompt.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"no file {file}; expected prompts, a .txt or .jsonl")
+    if file.suffix not in (".txt", ".jsonl"):
+        raise ValueError(f"prompts are in {file}; expected a .txt, one a line, or a .jsonl")
+    try:
+        content = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no UTF-8 text ({error}); expected prompts") from error
+    lines = [(number, line) for number, line in enumerate(content.split("\n"), 1) if line.strip()]
+    if file.suffix == ".txt":
+        found: list[Prompt] = [line.rstrip("\r") for _, line in lines]
+    else:
+        found = [_of_json(line, field, f"{file}, line {number}") for number, line in lines]
+    if not any(prompt if isinstance(prompt, list) else prompt.strip() for prompt in found):
+        raise ValueError(f"{file} holds no prompt; expected at least one")
+    return found
+
+
+def _of_json(line: str, field: str | None, where: str) -> Prompt:
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is no JSON ({error}); expected an object a line") from error
+    fields = FIELDS if field is None else (field,)
+    name = next((name for name in fields if isinstance(entry, dict) and name in entry), None)
+    if name is None:
+        held = f"the fields {', '.join(sorted(entry))}" if isinstance(entry, dict) else f"a {type(entry).__name__}"
+        raise ValueError(f"{where} has {held}; expected a field {' or '.join(map(repr, fields))}")
+    value = entry[name]
+    if isinstance(value, str) or (isinstance(value, list) and value and all(map(_is_message, value))):
+        return value
+    raise ValueError(f"{where}: {name!r} is {value!r:.80}; expected a string, or a list of messages")
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, Mapping) and isinstance(value.get("role"), str) and "content" in value
+
+
+def encode(tokenizer: Any, prompts: Sequence[Prompt], max_length: int, batch_size: int) -> list[dict[str, Tensor]]:
+    """Batches of token ids and masks, cut to `max_length`. Padded on the right, where no token attends to it.
+
+    Messages go through the tokenizer's chat template, and end where the assistant is to answer, unless the last of them
+    is the assistant's.
+    """
+    rows = [_ids(tokenizer, prompt)[:max_length] for prompt in prompts]
+    batches = []
+    for some in (rows[i : i + batch_size] for i in range(0, len(rows), batch_size)):
+        longest = max(map(len, some))
+        ids = [row + [0] * (longest - len(row)) for row in some]
+        mask = [[1] * len(row) + [0] * (longest - len(row)) for row in some]
+        if longest:
+            batches.append({"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)})
+    return batches
+
+
+def _ids(tokenizer: Any, prompt: Prompt) -> list[int]:
+    if isinstance(prompt, str):
+        return tokenizer(prompt)["input_ids"]
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError("a prompt is a list of messages, but the tokenizer has no chat template; expected text")
+    answered = prompt[-1]["role"] == "assistant"
+    return tokenizer.apply_chat_template(prompt, add_generation_prompt=not answered, return_dict=True)["input_ids"]

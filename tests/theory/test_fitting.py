@@ -1,0 +1,236 @@
+"""fit: the streams are those of the patched model, shares are those of its hidden states, and what is refused."""
+
+import copy
+
+import pytest
+import torch
+from models import FAMILIES, HIDDEN, LAYERS, build, randomize, snapshot, tokens
+from peft import LoraConfig, get_peft_model
+
+from fused_steer import SteerConfig, patch_model
+from fused_steer.adapters.files import write_adapter
+from fused_steer.model.decoder import find_decoder, inside_peft
+from fused_steer.theory import fit, fit_each
+
+
+def batches(count=3, seed=0, length=9):
+    """The last one is padded on the right."""
+    made = []
+    for number in range(count):
+        mask = torch.ones(4, length, dtype=torch.long)
+        if number == count - 1:
+            mask[1, 5:] = mask[3, 1:] = 0
+        made.append({"input_ids": tokens(seed + number, batch=4, length=length), "attention_mask": mask})
+    return made
+
+
+def tuned_of(model, size=0.05):
+    """A copy with other weights."""
+    tuned = copy.deepcopy(model)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            parameter += size * parameter.std() * torch.randn_like(parameter)
+    return tuned
+
+
+def config(rank=4, **fields):
+    return SteerConfig(rank=rank, **{"activation": "identity", "up_bias": True} | fields)
+
+
+def states(model, given):
+    """The hidden state after each layer, (N, d) of all tokens that count, by plain hooks."""
+    found = []
+    handles = [
+        layer.register_forward_hook(lambda m, a, out: found.append(out[0] if isinstance(out, tuple) else out))
+        for layer in find_decoder(inside_peft(model)).layers
+    ]
+    with torch.no_grad():
+        for batch in given:
+            model(**batch)
+    for handle in handles:
+        handle.remove()
+    keep = [batch["attention_mask"].bool() for batch in given]
+    layers = len(handles)
+    return [torch.cat([found[b * layers + i][keep[b]] for b in range(len(given))]).double() for i in range(layers)]
+
+
+def shares(base, steered, tuned, given):
+    """After each layer 1 − Σ‖h_tuned − h_steered‖² / Σ‖h_tuned − h_base‖², and the median of it over tokens."""
+    rows = zip(states(base, given), states(steered, given), states(tuned, given), strict=True)
+    squares = [((t - s).square().sum(1), (t - b).square().sum(1)) for b, s, t in rows]
+    return [(1 - float(left.sum() / oracle.sum()), float((1 - left / oracle).median())) for left, oracle in squares]
+
+
+def patched(model, fitted, tmp_path):
+    write_adapter(tmp_path / "adapter", fitted.adapter)
+    return patch_model(copy.deepcopy(model), tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fit_shares_are_those_of_the_patched_model(family, tmp_path):
+    model = build(family).double()
+    if "moe" in family or family == "mixtral":
+        model.set_experts_implementation("eager")  # the other has no float64
+    tuned, given, others = tuned_of(model), batches(), batches(2, seed=9)
+    found = fit(model, tuned, given, config(), held_out=others)
+    steered = patched(model, found, tmp_path)
+    assert steered.steering.report()[0].kind  # loads and steers
+    for layer, (fitted, _), (held_out, token) in zip(
+        found.layers, shares(model, steered, tuned, given), shares(model, steered, tuned, others), strict=True
+    ):
+        assert layer.share == pytest.approx(fitted, abs=1e-9)
+        assert layer.held_out == pytest.approx(held_out, abs=1e-9)
+        assert layer.token == pytest.approx(token, abs=1e-9)
+    assert found.share == found.layers[-1].share > 0.2
+    assert found.tokens == (3 * 4 * 9 - 12, 2 * 4 * 9 - 12)
+
+
+def test_fit_in_sequence_is_better_than_on_the_base_stream(tmp_path):
+    model = build()
+    tuned, given = tuned_of(model, 0.3), batches(8)
+    in_sequence = fit(model, tuned, given, config())
+    alone = fit(model, tuned, given, config(), sequence=False)
+    assert alone.layers[0] == in_sequence.layers[0]
+    ends = [
+        shares(model, patched(model, one, tmp_path / str(i)), tuned, given)[-1]
+        for i, one in enumerate((in_sequence, alone))
+    ]
+    assert ends[0] > ends[1]
+
+
+@pytest.mark.parametrize("sequence", [True, False])
+def test_fit_each_is_fit_of_each(sequence):
+    model = build()
+    tuned, given = tuned_of(model, 0.3), batches()
+    configs = [config(rank=2), config(rank=5, layers=[1]), config(rank=5, up_bias=False)]
+    together = fit_each(model, tuned, given, configs, sequence=sequence)
+    for one, own in zip(together, configs, strict=True):
+        alone = fit(model, tuned, given, own, sequence=sequence)
+        assert one.layers == alone.layers
+        for index, named in one.adapter.tensors.items():
+            assert all(torch.equal(tensor, alone.adapter.tensors[index][name]) for name, tensor in named.items())
+
+
+def test_fit_without_sequence_is_the_regression_of_each_oracle():
+    model = build().double()
+    tuned, given = tuned_of(model), batches()
+    found = fit(model, tuned, given, config(rank=HIDDEN), ridge=0.0, sequence=False)
+    for layer, h, wanted in zip(found.layers, states(model, given), states(tuned, given), strict=True):
+        ones = torch.cat([h, torch.ones(len(h), 1, dtype=h.dtype)], 1)
+        rest = wanted - h - ones @ torch.linalg.lstsq(ones, wanted - h).solution
+        assert layer.share == pytest.approx(1 - float(rest.square().sum() / (wanted - h).square().sum()), abs=1e-6)
+        assert layer.share == pytest.approx(layer.rest, abs=1e-9)
+        assert layer.oracle == pytest.approx(float(((wanted - h).norm(dim=1) / h.norm(dim=1)).median()), rel=1e-9)
+
+
+def test_fit_recovers_an_adapter_of_its_rank(tmp_path):
+    model = build()
+    truth = patch_model(copy.deepcopy(model), config(rank=3))
+    randomize(truth)
+    found = fit(model, truth, batches(6), config(rank=3), ridge=0.0)
+    steered = patched(model, found, tmp_path)
+    given = batches(2, seed=50)
+    for ours, theirs in zip(states(steered, given), states(truth, given), strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3 * float(theirs.abs().max()))
+    assert min(layer.share for layer in found.layers) > 1 - 1e-6
+
+
+def test_fit_to_a_lora_and_of_some_layers(tmp_path):
+    model = build().double()
+    torch.manual_seed(5)
+    lora = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, lora_alpha=1)
+    tuned = get_peft_model(copy.deepcopy(model), lora)
+    found = fit(model, tuned, batches(), config(layers=[0, 2]))
+    assert sorted(found.adapter.tensors) == [0, 2] and found.layers[1].rest is None
+    steered = patched(model, found, tmp_path)
+    for layer, truth in zip(found.layers, shares(model, steered, tuned, batches()), strict=True):
+        assert (layer.share, layer.token) == pytest.approx(truth, abs=1e-9)
+
+
+def test_fit_of_a_vector_is_the_mean_shift(tmp_path):
+    model = build().double()
+    tuned, given = tuned_of(model), batches()
+    found = fit(model, tuned, given, SteerConfig(form="vector"), sequence=False)
+    for index, (h, wanted) in enumerate(zip(states(model, given), states(tuned, given), strict=True)):
+        vector = found.adapter.tensors[index]["steer_up.bias"]
+        assert torch.allclose(vector.double(), (wanted - h).mean(0), rtol=1e-6, atol=1e-7)
+    found = fit(model, tuned, given, SteerConfig(form="vector"))
+    for layer, truth in zip(found.layers, shares(model, patched(model, found, tmp_path), tuned, given), strict=True):
+        assert (layer.share, layer.token) == pytest.approx(truth, abs=1e-9)
+
+
+def test_fit_leaves_both_models_as_they_were():
+    model = build()
+    tuned = tuned_of(model).train()
+    before = snapshot(model), snapshot(tuned)
+    fit(model, tuned, batches(), config())
+    assert (snapshot(model), snapshot(tuned)) == before
+    assert tuned.training and not model.training
+    assert not any(m._forward_hooks or m._forward_pre_hooks for one in (model, tuned) for m in one.modules())
+
+
+def test_fit_of_a_model_with_no_shift_is_an_adapter_that_does_nothing():
+    model = build()
+    found = fit(model, copy.deepcopy(model), batches(), config())
+    assert all(not named["steer_down.weight"].any() for named in found.adapter.tensors.values())
+    assert all(layer["share"] is None for layer in found.as_dict()["layers"])
+
+
+def test_fit_in_bfloat16_of_the_model():
+    model = build().to(torch.bfloat16)
+    found = fit(model, tuned_of(model, 0.3), batches(), config(dtype="bfloat16"))
+    assert found.adapter.tensors[0]["steer_up.weight"].dtype == torch.bfloat16 and found.share > 0.2
+
+
+def nan_model():
+    model = build()
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
+    return model
+
+
+@pytest.mark.parametrize(
+    ("tuned", "options", "message"),
+    [
+        (lambda: build(num_hidden_layers=2), {}, f"2 layers of hidden size {HIDDEN}; expected {LAYERS} of {HIDDEN}"),
+        (lambda: build(hidden_size=64), {}, f"{LAYERS} layers of hidden size 64; expected {LAYERS} of {HIDDEN}"),
+        (build, {"config": config(rank=HIDDEN + 1)}, f"rank is {HIDDEN + 1}; expected at most {HIDDEN}"),
+        (build, {"config": config(layers=[LAYERS])}, f"layers has {LAYERS}"),
+        (build, {"config": SteerConfig()}, "activation is 'silu'; expected 'identity'"),
+        (build, {"config": config(down_bias=True)}, "down_bias is True; expected False"),
+        (build, {"config": config(scale=2.0)}, "scale is 2.0; expected 1.0"),
+        (build, {"ridge": -1.0}, "ridge is -1.0"),
+        (build, {"batches": batches(1, length=9)[:1], "config": config(rank=24)}, "24 tokens to fit on; expected more"),
+        (nan_model, {}, "the tuned model's hidden states after layer 1 are NaN or infinite"),
+    ],
+)
+def test_fit_refusals(tuned, options, message):
+    options = {"config": config(), "batches": batches()} | options
+    with pytest.raises(ValueError, match=message):
+        fit(build(), tuned(), options.pop("batches"), options.pop("config"), **options)
+
+
+def test_fit_without_a_mask_all_tokens_count():
+    model = build()
+    tuned = tuned_of(model)
+    given = [{"input_ids": tokens(batch=4)}]
+    masked = [{**given[0], "attention_mask": torch.ones(4, 9, dtype=torch.long)}]
+    assert fit(model, tuned, given, config()).layers == fit(model, tuned, masked, config()).layers
+
+
+def test_fit_refuses_what_is_no_batch_and_a_steered_base():
+    model = build()
+    with pytest.raises(TypeError, match="a batch is a Tensor; expected a mapping"):
+        fit(model, model, [tokens()], config())
+    with pytest.raises(ValueError, match=r"attention_mask is \(2, 8\); expected \(2, 9\)"):
+        fit(model, model, [{"input_ids": tokens(), "attention_mask": torch.ones(2, 8)}], config())
+    with pytest.raises(ValueError, match="the base model is steered"):
+        fit(patch_model(model), build(), batches(), config())
+
+
+def test_fit_refuses_layers_that_are_not_a_chain():
+    model = build()
+    model.model.layers[1].register_forward_pre_hook(lambda m, args, kwargs: ((args[0] * 2,), kwargs), with_kwargs=True)
+    with pytest.raises(ValueError, match="layer 1 of the base model .* is not given what the layer before it returned"):
+        fit(model, build(), batches(), config())
