@@ -58,8 +58,9 @@ def test_config_extreme_ranks(rank):
         SteerConfig(form="vector", layers=[1, 2], scale=-0.25),
         SteerConfig(rank=3, activation="gelu", down_bias=True, up_bias=True, init_scale=1e-3, dtype="bfloat16"),
         SteerConfig(orthogonal_to="lora", orthogonal_modules="all"),
+        SteerConfig(form="loreft", rank=3, positions="first_7+last_7"),
     ],
-    ids=["default", "vector", "lowrank", "orthogonal"],
+    ids=["default", "vector", "lowrank", "orthogonal", "loreft"],
 )
 def test_config_round_trip(config):
     assert SteerConfig.from_dict(config.to_dict()) == config
@@ -98,6 +99,10 @@ def test_config_round_trip(config):
         ({"orthogonal_modules": "attention", "orthogonal_to": "lora"}, ValueError, "'attention'"),
         ({"orthogonal_modules": "all"}, ValueError, "orthogonal_to='lora'"),
         ({"init_scale": math.inf}, ValueError, "inf"),
+        ({"positions": "middle"}, ValueError, "'middle'"),
+        ({"positions": "first_0"}, ValueError, "'first_0'"),
+        ({"positions": "all+"}, ValueError, "'all+'"),
+        ({"positions": None}, ValueError, "None"),
         ({"init_scale": None}, TypeError, "None"),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
@@ -132,6 +137,7 @@ def test_config_fields_are_plain_once_made(form):
         "init_scale": float,
         "dtype": str,
         "orthogonal_modules": str,
+        "positions": str,
     }
     assert dataclasses.replace(config, scale=2) == SteerConfig(form=form, layers=[0], scale=2.0)
 

@@ -29,13 +29,16 @@ from .._version import __version__
 from ..config import DTYPES, SteerConfig
 from .parameters import (
     SITE,
+    UP,
     ByLayer,
     Layout,
     T,
     base_name,
     by_layer,
+    check_rotation,
     check_values,
     specs_of,
+    split_path,
     unwrapped,
 )
 from .saving import digest_of, leftovers, open_regular, read_regular, saving_folder, write_new
@@ -74,6 +77,8 @@ class AdapterFile:
         self.layout.check_tensors(self.config, specs_of(self.tensors))
         for path, tensor in self.layout.paths(self.tensors).items():
             check_values(path, tensor, self.config.scale)
+            if self.config.form == "loreft" and split_path(path)[2] == UP:
+                check_rotation(path, tensor)
 
 
 def write_adapter(directory: str | os.PathLike[str], adapter: AdapterFile) -> None:

@@ -1,6 +1,8 @@
 """The format of an adapter: names, paths and shapes of its tensors, the model that it fits, and its module in a layer.
 
-An adapter at one layer has W1 and b1 (`steer_down`), W2 and b2 (`steer_up`). Either of each pair may be missing.
+An adapter at one layer has W1 and b1 (`steer_down`), W2 and b2 (`steer_up`). Either of each pair may be missing. For
+LoReFT (`form="loreft"`) `steer_down` is W and b, and `steer_up.weight` is a matrix P (d, r) with the QR factor Rᵀ
+(kernels/rotation.py). `steered` turns them into W1 = W − R and W2 = Rᵀ.
 
     <layers path>.<i>.post_block.steer_down.weight            a tensor's path in files (after PEFT_PREFIX)
     <layers path>.<i>.post_block.steer_down.<adapter>.weight  its name in a patched model
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import DTYPES, FLOAT32_MAX, SteerConfig
+from ..kernels.rotation import is_orthonormal, orthonormal, rotate
 
 T = TypeVar("T")
 
@@ -152,6 +155,14 @@ def in_model(path: str, adapter: str) -> str:
 def shapes_of(rank: int, hidden: int) -> dict[str, tuple[int, ...]]:
     """Return the shape of each tensor that an adapter of this rank may have, by name."""
     return dict(zip(NAMES, ((rank, hidden), (rank,), (hidden, rank), (hidden,)), strict=True))
+
+
+def steered(form: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return W1, b1, W2 and b2, by name, of an adapter's tensors at a layer. The op takes these."""
+    if form != "loreft":
+        return dict(tensors)
+    down, up = rotate(tensors[DOWN], tensors[UP])
+    return {**tensors, DOWN: down, UP: up}
 
 
 # ------------------------------------------------------------------------------------------- the model that it fits
@@ -304,6 +315,16 @@ def check_values(path: str, tensor: Tensor, scale: float) -> None:
         )
 
 
+def check_rotation(path: str, matrix: Tensor) -> None:
+    """Refuse a matrix that makes no rotation of LoReFT's.
+
+    Raises:
+        ValueError: its columns depend on each other, to float32's rounding.
+    """
+    if not is_orthonormal(orthonormal(matrix.detach().float())):
+        raise ValueError(f"tensor {path} has columns that depend on each other; expected independent ones, for LoReFT")
+
+
 _CACHED = re.compile(r"(?:^|[/\\])models--([^/\\]+?)--([^/\\]+)(?:[/\\]snapshots)?(?:[/\\]|$)")
 _HASH = re.compile(r"[0-9a-f]{40,64}")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -347,6 +368,10 @@ class Factor(nn.Module):
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
 
 
+class Rotation(Factor):
+    """W2 = Rᵀ of LoReFT, computed from `weight` in each pass (kernels/rotation.py). It has no bias."""
+
+
 if TYPE_CHECKING:
 
     class Factors(nn.ModuleDict):
@@ -366,23 +391,39 @@ class Adapter:
 
     @classmethod
     def fresh(cls, config: SteerConfig, hidden: int, device: torch.device) -> Adapter:
-        """Return a new adapter that changes nothing. W1 is kaiming-uniform (a = √5) times `init_scale`, all else 0."""
+        """Return a new adapter that changes nothing. W1 is kaiming-uniform (a = √5) times `init_scale`, all else 0.
+
+        For LoReFT R is random, W = R and b = 0.
+
+        Raises:
+            ValueError: LoReFT's rank is more than d.
+        """
         options: dict[str, Any] = {"device": device, "dtype": DTYPES[config.dtype]}
         down = up = None
-        if config.rank:
+        if config.form == "loreft":
+            if config.rank > hidden:
+                raise ValueError(
+                    f"rank is {config.rank} with form='loreft'; expected at most {hidden}, the hidden size"
+                )
+            up = orthonormal(torch.randn(hidden, config.rank, device=device)).to(options["dtype"])
+            down = up.t().contiguous()
+        elif config.rank:
             down = torch.empty(config.rank, hidden, **options)
             nn.init.kaiming_uniform_(down, a=math.sqrt(5))
             down *= config.init_scale
             up = torch.zeros(hidden, config.rank, **options)
         down_bias = torch.zeros(config.rank, **options) if config.down_bias else None
         up_bias = torch.zeros(hidden, **options) if config.up_bias else None
-        return cls(Factor(down, down_bias), Factor(up, up_bias))
+        return cls(Factor(down, down_bias), _up_factor(config.form)(up, up_bias))
 
     @classmethod
-    def of_tensors(cls, tensors: Mapping[str, Tensor], device: torch.device | None = None) -> Adapter:
+    def of_tensors(
+        cls, tensors: Mapping[str, Tensor], device: torch.device | None = None, form: str = "lowrank"
+    ) -> Adapter:
         """Return an adapter of tensors given by name, moved to `device` if it is not None."""
         moved = {name: tensor if device is None else tensor.to(device) for name, tensor in tensors.items()}
-        return cls(Factor(moved.get(DOWN), moved.get(DOWN_BIAS)), Factor(moved.get(UP), moved.get(UP_BIAS)))
+        up = _up_factor(form)(moved.get(UP), moved.get(UP_BIAS))
+        return cls(Factor(moved.get(DOWN), moved.get(DOWN_BIAS)), up)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """Return the parameters by name."""
@@ -392,3 +433,18 @@ class Adapter:
     def named_tensors(self) -> dict[str, Tensor]:
         """Return the values by name, without gradients."""
         return {name: parameter.detach() for name, parameter in self.named_parameters().items()}
+
+    def steered(self) -> dict[str, Tensor]:
+        """Return W1, b1, W2 and b2 by name, without gradients."""
+        return steered("loreft" if isinstance(self.up, Rotation) else "lowrank", self.named_tensors())
+
+    def weights(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """Return W1, W2, b1 and b2 as the op takes them, with gradients. None stands for a missing part."""
+        down, up = self.down.weight, self.up.weight
+        if isinstance(self.up, Rotation) and down is not None and up is not None:
+            return *rotate(down, up), self.down.bias, None
+        return down, up, self.down.bias, self.up.bias
+
+
+def _up_factor(form: str) -> type[Factor]:
+    return Rotation if form == "loreft" else Factor

@@ -65,12 +65,13 @@ class PostBlockConfig(PeftConfig):
     activation: Optional[str] = None  # noqa: UP045
     layers: Optional[list[int]] = None  # noqa: UP045
     scale: float = 1.0
-    down_bias: bool = False
+    down_bias: Optional[bool] = None  # noqa: UP045
     up_bias: Optional[bool] = None  # noqa: UP045
     init_scale: float = 1.0
     dtype: str = "float32"
     orthogonal_to: Optional[str] = None  # noqa: UP045
     orthogonal_modules: str = "mlp"
+    positions: str = "all"
     hidden_size: Optional[int] = None  # noqa: UP045
     num_layers: Optional[int] = None  # noqa: UP045
     rank: Optional[int] = None  # noqa: UP045

@@ -34,6 +34,7 @@ from ..kernels import MAX_RANK
 from ..model.decoder import execution_device, find_decoder
 from ..model.heads import fresh_heads, warn_of_random
 from ..model.layer import PatchedLayer, patch_layers, unpatch_layers
+from ..positions import ALL
 from ..serving.mixed import MixedRows, load_again
 from ..serving.slots import LoadedSlots
 from .config import POST_BLOCK, PostBlockConfig
@@ -94,6 +95,11 @@ class PostBlockModel(BaseTuner):
                 raise ValueError(
                     f"orthogonal_to is {config.orthogonal_to!r} in an adapter that trains; expected patch_model, which "
                     "keeps the constraint, or inference_mode=True"
+                )
+            if config.positions != ALL:
+                raise ValueError(
+                    f"positions is {config.positions!r}, and PEFT's steering is at every token; expected 'all', or "
+                    "patch_model"
                 )
             _complete_heads(config, model, adapter_name)
             layers = {index: decoder.layers[index] for index in indices}
@@ -453,13 +459,14 @@ def _fill(site: PeftSite, name: str, parts: list[tuple[str, float, SteerConfig]]
         if source is None:
             continue
         factor = weight * config.scale
-        if source.down.weight is not None and source.up.weight is not None:
-            target.down.weight[rows] = source.down.weight.to(target.down.weight)
-            target.up.weight[:, rows] = factor * source.up.weight.to(target.up.weight)
-        if source.down.bias is not None:
-            target.down.bias[rows] = source.down.bias.to(target.down.bias)
-        if source.up.bias is not None:
-            target.up.bias += factor * source.up.bias.to(target.up.bias)
+        down, up, down_bias, up_bias = source.weights()
+        if down is not None and up is not None:
+            target.down.weight[rows] = down.to(target.down.weight)
+            target.up.weight[:, rows] = factor * up.to(target.up.weight)
+        if down_bias is not None:
+            target.down.bias[rows] = down_bias.to(target.down.bias)
+        if up_bias is not None:
+            target.up.bias += factor * up_bias.to(target.up.bias)
 
 
 register_peft_method(name=POST_BLOCK.lower(), config_cls=PostBlockConfig, model_cls=PostBlockModel, prefix=PREFIX)

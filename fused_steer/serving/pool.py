@@ -17,10 +17,11 @@ from typing import Any
 from torch import Tensor
 
 from ..adapters.files import CONFIG_NAME, read_adapter
-from ..adapters.parameters import ByLayer, by_lower, check_name, refuse_clash
+from ..adapters.parameters import ByLayer, by_lower, check_name, refuse_clash, steered
 from ..config import SteerConfig
 from ..model.decoder import Decoder
 from ..model.scopes import renewed_after_fork
+from ..positions import read_positions
 from .slots import Held, Slots
 
 
@@ -265,7 +266,8 @@ class AdapterPool:
         Args:
             names: names of the pool.
             timeout: see `load`.
-            own: further adapters by name, with config and tensors. They get slots inside the context.
+            own: further adapters by name, with config and with W1, b1, W2 and b2 by layer. They get slots inside the
+                context.
 
         Raises:
             ValueError: there are more names than slots, or an adapter of `own` does not fit the slots.
@@ -417,7 +419,9 @@ class AdapterPool:
                 hold.own.append(slot)
                 self._write(slot, config, tensors)
                 numbers[name], scales[name] = slot, config.scale
-            return Held(numbers, self.slots, scales)
+            positions = {name: read_positions(self._configs[name].positions) for name in names}
+            positions |= {name: read_positions(config.positions) for name, (config, _) in own.items()}
+            return Held(numbers, self.slots, scales, positions)
         except BaseException:
             self._holds.discard(hold)
             for name in added:
@@ -446,10 +450,11 @@ class AdapterPool:
             raise ValueError(f"{what} steers layer {outside[0]}; expected those of the pool, {list(self.slots)}")
 
     def _read(self, source: str) -> tuple[SteerConfig, ByLayer, int]:
-        """Read and check an adapter. Return its config, its tensors by layer, and their bytes."""
+        """Read and check an adapter. Return its config, W1, b1, W2 and b2 by layer, and the bytes of its tensors."""
         file = read_adapter(source, self._decoder.layout, check_base=self._check_base)
         self._check_room(source, file.config, file.tensors)
-        return file.config, file.tensors, sum(t.nbytes for named in file.tensors.values() for t in named.values())
+        nbytes = sum(t.nbytes for named in file.tensors.values() for t in named.values())
+        return file.config, {i: steered(file.config.form, named) for i, named in file.tensors.items()}, nbytes
 
     def _write(self, slot: int, config: SteerConfig, tensors: Mapping[int, Mapping[str, Tensor]]) -> None:
         for index, slots in self.slots.items():

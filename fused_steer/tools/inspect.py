@@ -12,7 +12,7 @@ from rich.text import Text
 from torch import Tensor
 
 from ..adapters.files import WEIGHTS_NAME, locate_adapter, read_with_heads
-from ..adapters.parameters import DOWN, DOWN_BIAS, UP, UP_BIAS
+from ..adapters.parameters import DOWN, DOWN_BIAS, UP, UP_BIAS, steered
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,9 @@ def describe(source: str) -> dict[str, Any]:
     """Return the output of `fused-steer inspect` as JSON data."""
     directory = locate_adapter(source)
     adapter = read_with_heads(directory)[0]
-    layers = [asdict(_norms(index, tensors)) for index, tensors in adapter.tensors.items()]
+    layers = [
+        asdict(_norms(index, steered(adapter.config.form, tensors))) for index, tensors in adapter.tensors.items()
+    ]
     return {
         "adapter": str(directory),
         "base_model": adapter.layout.base or None,

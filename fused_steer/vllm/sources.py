@@ -24,11 +24,12 @@ from torch import Tensor
 from vllm.lora import lora_weights, utils
 
 from ..adapters.files import CONFIG_NAME, JOINT_NAME, PEFT_TYPE, WEIGHTS_NAME, AdapterFile, method_in, read_adapter
-from ..adapters.parameters import NAMES, PEFT_PREFIX, SITE, ByLayer, Layout
+from ..adapters.parameters import NAMES, PEFT_PREFIX, SITE, ByLayer, Layout, steered
 from ..adapters.saving import open_regular, saving_folder
 from ..adapters.weights import MOST_JSON
 from ..joint import LORA_FOLDER, STEERING_FOLDER, find_joint
 from ..kernels import ACTIVATIONS, MAX_RANK
+from ..positions import ALL
 
 #: The environment variable that says where copies are kept: a folder that all processes of the engine can read.
 FOLDER_VARIABLE = "FUSED_STEER_COPIES"
@@ -82,6 +83,8 @@ def read_fitting(source: Source, layout: Layout, max_rank: int) -> AdapterFile:
     rank, most = file.config.rank, min(max_rank, MAX_RANK)
     if rank > most:
         raise ValueError(f"{source.steering} is of rank {rank}; expected at most {most} (--max-lora-rank)")
+    if file.config.positions != ALL:
+        raise ValueError(f"{source.steering} has positions {file.config.positions!r}; expected 'all' in vLLM")
     return file
 
 
@@ -222,8 +225,11 @@ def layout_of(config: Any) -> Layout:
 
 
 def in_float32(file: AdapterFile) -> ByLayer:
-    """Return an adapter's tensors in float32. The strength is not in them, because it is a gain of each token."""
-    return {index: {name: t.float() for name, t in tensors.items()} for index, tensors in file.tensors.items()}
+    """Return W1, b1, W2 and b2 in float32. The strength is not in them, because it is a gain of each token."""
+    return {
+        index: {name: t.float() for name, t in steered(file.config.form, tensors).items()}
+        for index, tensors in file.tensors.items()
+    }
 
 
 def layer_weights(path: str, rank: int, tensors: dict[str, Tensor], activation: str) -> lora_weights.LoRALayerWeights:

@@ -152,7 +152,7 @@ def test_pyreft_and_vectors_every_class_of_pyreft(name, options, tmp_path):
     shifts = save_pyreft(tmp_path / "reft", of_class(name, **options))
     phi = None if name in ("Consreft", "Lobireft") else options.get("phi", "identity")
     found = import_pyreft(tmp_path / "reft", positions="all", activation=phi, **LLAMA)
-    expected = SteerConfig("lowrank", RANK, phi or "identity", down_bias=True)
+    expected = SteerConfig("loreft" if name == "Loreft" else "lowrank", RANK, phi or "identity", down_bias=True)
     assert assert_same_function(found, shifts, tmp_path / "out") == (
         SteerConfig("vector") if name == "Lobireft" else expected
     )
@@ -345,8 +345,8 @@ def test_pyreft_and_vectors_pyreft_refusals_write_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("name", "options", "parts"),
     [
-        ("Direft", {"positions": None}, ("positions is not given", "--positions all", "every token")),
-        ("Direft", {"positions": "f7+l7"}, ("positions is 'f7+l7'", "expected 'all'")),
+        ("Direft", {"positions": None}, ("positions is not given", "(--positions)", "do not record it")),
+        ("Direft", {"positions": "f7+x7"}, ("positions has 'first_7+x7'", "expected 'all'")),
         ("Direft", {"activation": None}, ("activation is not given", "expected identity or silu", "--activation")),
         ("Loreft", {"activation": None}, ("activation is not given", "expected identity (")),
         ("Loreft", {}, ("activation is 'silu'", "not of the form W2 φ(W1 h + b1)", "expected identity")),
@@ -361,6 +361,12 @@ def test_pyreft_and_vectors_what_pyreft_does_not_record_is_asked_for(name, optio
     save_pyreft(tmp_path / "reft", of_class(name))
     with refused(ValueError, *parts):
         import_pyreft(tmp_path / "reft", **{"positions": "all", "activation": "silu", **LLAMA} | options)
+
+
+def test_pyreft_and_vectors_positions_in_pyrefts_words(tmp_path):
+    save_pyreft(tmp_path / "reft", of_class("Loreft"))
+    found = import_pyreft(tmp_path / "reft", positions="f7+l1", activation="identity", **LLAMA)
+    assert found.config == SteerConfig("loreft", RANK, positions="first_7+last_prompt")
 
 
 def test_pyreft_and_vectors_a_rotation_of_another_dtype(tmp_path):
@@ -387,7 +393,7 @@ def test_pyreft_and_vectors_pyreft_command(tmp_path):
     shifts = save_pyreft(tmp_path / "reft", of_class("Loreft", layers=[0, 2]))
     result = invoke("import", "pyreft", tmp_path / "reft", *PYREFT_ARGUMENTS, "--out", tmp_path / "out")
     table = shown(result)
-    expected = {"form": "lowrank", "rank": str(RANK), "activation": "identity", "scale": "1.0", "layers": "0, 2 of 3"}
+    expected = {"form": "loreft", "rank": str(RANK), "activation": "identity", "scale": "1.0", "layers": "0, 2 of 3"}
     assert {name: table.get(name) for name in expected} == expected
     names = {"model": build()}
     exec("\n".join(result.stdout.splitlines()[-2:]), names)

@@ -1298,8 +1298,8 @@ def test_plan_planned_launches_have_the_arguments_of_the_ordinary_ones(worked):
 def test_plan_compiled_launches_are_the_eager_ones(worked):
     compiled = worked["compiled"]
     assert compiled["same"] and compiled["count"] >= 2
-    # PyTorch watches a graph's first call by a dispatch mode, under which no plan is used.
-    assert compiled["made"] == [[True, True], [], [], []]
+    # PyTorch may watch a graph's first call by a dispatch mode, under which no plan is used.
+    assert compiled["made"][2:] == [[], []] and sum(compiled["made"][:2], []) == [True, True]
 
 
 def test_plan_generated_code_launches_by_plans(worked):
