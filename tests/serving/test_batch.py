@@ -521,7 +521,7 @@ def test_batch_a_captured_step_holds_on_to_what_is_there(model, monkeypatch):
         model(PROMPTS, past_key_values=cache)
         with monkeypatch.context() as capturing:
             capturing.setattr(batch_module, "_is_capturing", lambda device: True)
-            with pytest.raises(RuntimeError, match="does not follow one over generated tokens"):
+            with pytest.raises(RuntimeError, match="captured without an earlier pass over generated tokens"):
                 model(PROMPTS[:, :1], past_key_values=cache)
         model(PROMPTS[:, :1], past_key_values=cache)
         held = (batch.ids, batch.gain)
