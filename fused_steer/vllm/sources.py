@@ -102,8 +102,8 @@ def check_modules(source: Source, file: AdapterFile, modules: Any) -> None:
     named = ", ".join(modules)
     if SITE not in modules:
         found = {int(layer[1]) for module in modules if (layer := re.search(rf"\.(\d+)\.{SITE}$", module))}
-        if left_out := sorted(set(file.tensors) - found):
-            layers = "" if not found else f" in the layers {', '.join(map(str, left_out))}"
+        if layers_left_out := sorted(set(file.tensors) - found):
+            layers = "" if not found else f" in the layers {', '.join(map(str, layers_left_out))}"
             raise ValueError(f"it steers{layers}, and --lora-target-modules is {named}; expected {SITE!r} among them")
     if source.lora is None:
         return
