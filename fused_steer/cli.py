@@ -1,4 +1,4 @@
-"""The command `fused-steer`: demo, doctor, inspect, kernels, import, coverage, diagnose, fit, serve-plan.
+"""The command `fused-steer`: demo, doctor, inspect, kernels, import, export, coverage, diagnose, fit, serve-plan.
 
 Nothing heavy is imported before a verb runs, so that `--help` and usage errors come at once. It is one file because a
 verb here is a list of options and one call.
@@ -246,6 +246,10 @@ def steerling(
             "low-rank adapter, whose file does not record it; vectors have none."
         ),
     ] = None,
+    positions: Annotated[
+        str,
+        typer.Option(help="last_prompt+generated for what was trained with --intervene-last: the file does not say."),
+    ] = "all",
     base_model: _BaseModel = "",
     num_layers: _NumLayers = None,
     layers_path: _LayersPath = None,
@@ -253,7 +257,7 @@ def steerling(
     """Import an adapter of the paper's released code (github.com/SprocketLab/steerling): low-rank adapters or vectors.
 
     Pickles are opened with torch.load(weights_only=True), which executes nothing in them. Adapters after attention or
-    the MLP are refused. Every token is steered, even if the adapter was trained on the last token only.
+    the MLP are refused.
     """
     with _errors_in_one_line():
         from .importers.steerling import import_steerling
@@ -262,11 +266,12 @@ def steerling(
             file,
             scale=scale,
             activation=activation,
+            positions=positions,
             base=base_model,
             num_layers=num_layers,
             layers_path=layers_path,
         )
-        tokens = "all (the file does not say; one trained with --intervene-last steered the last alone)"
+        tokens = f"{positions} (the file does not say; last_prompt+generated is --intervene-last)"
         ignored = f"{imported.ignored} base_model.* entries"
         console = _write_imported(file, imported.adapter, out, tokens, ignored=ignored)
         if imported.lora:
@@ -286,8 +291,7 @@ def pyreft(
     positions: Annotated[
         str | None,
         typer.Option(
-            help="Must be all: pyreft intervened at every token, as fused-steer does. Required: the files do not "
-            "record the positions."
+            help="Where pyreft intervened: all, or such as f7+l7 (first_7+last_7). Required: its files do not say."
         ),
     ] = None,
     activation: Annotated[
@@ -317,7 +321,7 @@ def pyreft(
             num_layers=num_layers,
             layers_path=layers_path,
         )
-        _print_usage(_write_imported(directory, adapter, out, "all, of prompt and answer"), out)
+        _print_usage(_write_imported(directory, adapter, out, adapter.config.positions), out)
 
 
 def _indices(layers: str | None) -> list[int] | None:
@@ -374,6 +378,32 @@ def vector(
             layers_path=layers_path,
         )
         _print_usage(_write_imported(file, adapter, out, "all, of prompt and answer"), out)
+
+
+# ------------------------------------------------------------------------------------------------------------- export
+
+export_app = typer.Typer(help="Write adapters as other codes have them.", no_args_is_help=True)
+app.add_typer(export_app, name="export")
+
+
+@export_app.command("pyreft")
+def export_to_pyreft(
+    adapter: Annotated[str, typer.Argument(help="A saved adapter: its directory, or its id on the hub.")],
+    out: Annotated[Path, typer.Option("--out", help="A new directory for pyreft's files.", show_default=False)],
+) -> None:
+    """Write an adapter of form loreft as reft_model.save of pyreft does: pyreft.ReftModel.load reads it.
+
+    pyreft intervenes where each call says; its files do not record the adapter's positions.
+    """
+    with _errors_in_one_line():
+        from .importers.pyreft import export_pyreft
+
+        config = export_pyreft(adapter, out).config
+        console = _console()
+        told = f"LoReFT of rank {config.rank}, positions {config.positions}, written to {out}"
+        console.print(told, markup=False, soft_wrap=True)
+        usage = f"import pyreft\nreft_model = pyreft.ReftModel.load({str(out)!r}, model)"
+        console.print(usage, markup=False, soft_wrap=True)
 
 
 # ----------------------------------------------------------------------------------------------------------- coverage
@@ -513,7 +543,7 @@ def serve_plan(
     adapters: Annotated[int, typer.Option(help="Number of adapters.")],
     rank: Annotated[int, typer.Option(help="Rank of each adapter; ignored for vectors.")] = 8,
     slots: Annotated[int, typer.Option(help="Number of adapters on the device at a time.")] = 64,
-    form: Annotated[str, typer.Option(help="lowrank or vector.")] = "lowrank",
+    form: Annotated[str, typer.Option(help="lowrank, vector or loreft.")] = "lowrank",
     layers: Annotated[str | None, typer.Option(help="Steered layers, such as 3,9,18; all if not given.")] = None,
     dtype: Annotated[str, typer.Option(help="Dtype of the adapters: float32, bfloat16 or float16.")] = "float32",
     model_dtype: Annotated[str, typer.Option(help="Dtype of the base model's weights.")] = "bfloat16",

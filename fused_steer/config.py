@@ -11,10 +11,11 @@ from typing import Any, ParamSpec
 import torch
 
 from .kernels import ACTIVATIONS, MAX_RANK
+from .positions import ALL, read_positions
 
 P = ParamSpec("P")
 
-FORMS = ("lowrank", "vector")
+FORMS = ("lowrank", "vector", "loreft")
 #: Where in a decoder block, in the order in which a block computes.
 SITES = ("post_attention", "pre_mlp", "post_mlp", "post_block")
 ORTHOGONAL_TO = ("lora",)
@@ -59,26 +60,29 @@ class SteerConfig:
     The formula is that of arXiv 2603.00425, §3. After construction every field has a value, defaults included.
 
     Args:
-        form: "lowrank", or "vector": the paper's 1-vec, h -> h + scale · b2.
+        form: "lowrank"; "vector", the paper's 1-vec, h -> h + scale · b2; or "loreft" (arXiv 2404.03592),
+            h -> h + scale · Rᵀ(W h + b − R h) with orthonormal rows of R: W1 = W − R, b1 = b, W2 = Rᵀ.
         rank: r, the rows of W1, 1 to 256. The default is 8. A vector has none (0).
-        activation: φ, one of identity, silu, gelu, gelu_tanh, relu, tanh. The default is silu. A vector has none
-            (identity). The paper's Tables 1 and 2 use the identity. The better one depends on the task: try both on
-            held-out data.
+        activation: φ, one of identity, silu, gelu, gelu_tanh, relu, tanh. The default is silu. Vectors and
+            LoReFT have none (identity). The paper's Tables 1 and 2 use the identity. The better one depends on the
+            task: try both on held-out data.
         layers: indices of the steered layers, from 0. None means every layer.
         site: the h that is steered in a layer, or a list of several. "post_block" (the default) is the layer's output.
             "post_mlp" is the MLP's output before it is added to the stream, "pre_mlp" the MLP's input.
             "post_attention" is the output of the attention, or of the module in its place, before it is added.
         scale: the strength s.
-        down_bias: whether there is a b1 (r,), initially 0.
-        up_bias: whether there is a b2 (d,), initially 0. A vector always has one.
+        down_bias: whether there is a b1 (r,), initially 0. LoReFT always has one.
+        up_bias: whether there is a b2 (d,), initially 0. A vector always has one, LoReFT never.
         init_scale: factor on W1's initial values, kaiming-uniform with a = √5 (the paper's released code uses 1e-3).
-            W2 is initially 0, so that a fresh adapter changes nothing.
+            W2 is initially 0, so that a fresh adapter changes nothing. For LoReFT W = R and b = 0.
         dtype: the dtype of the parameters: "float32" (master weights), "bfloat16" or "float16".
         orthogonal_to: "lora" for Joint-Orth (arXiv 2603.00425, §5.2), else None. W2 = (I − V Vᵀ) W2 and b2 are kept
             orthogonal to the LoRA's updates of the residual stream, with V an orthonormal basis of its B's columns.
         orthogonal_modules: the modules with the LoRA. "mlp" is the MLP's output projection, as in the paper. "all"
             adds every other module of the layer that writes into the stream before the site, such as the attention's
             output projection.
+        positions: the steered tokens, in training and by default in inference: "all", "prompt", "generated",
+            "last_prompt", "first_7", "last_7" (any number), or several of them joined by "+".
 
     Raises:
         TypeError: an unknown field, or a value of the wrong type.
@@ -97,6 +101,7 @@ class SteerConfig:
     dtype: str
     orthogonal_to: str | None
     orthogonal_modules: str
+    positions: str
 
     @_names_its_fields
     def __init__(
@@ -107,29 +112,32 @@ class SteerConfig:
         layers: Sequence[int] | None = None,
         site: str | Sequence[str] = "post_block",
         scale: float = 1.0,
-        down_bias: bool = False,
+        down_bias: bool | None = None,
         up_bias: bool | None = None,
         init_scale: float = 1.0,
         dtype: str = "float32",
         orthogonal_to: str | None = None,
         orthogonal_modules: str = "mlp",
+        positions: str = ALL,
     ) -> None:
         if form not in FORMS:
             raise ValueError(f"form is {form!r}; expected one of {', '.join(FORMS)}")
-        vector = form == "vector"
+        vector, loreft = form == "vector", form == "loreft"
+        fixed = form if vector or loreft else None
         fields: dict[str, Any] = {
             "form": form,
-            "rank": _given("rank", _plain(rank), 0 if vector else 8, vector),
-            "activation": _given("activation", activation, "identity" if vector else "silu", vector),
+            "rank": _given("rank", _plain(rank), 0 if vector else 8, form if vector else None),
+            "activation": _given("activation", activation, "identity" if vector or loreft else "silu", fixed),
             "layers": None if layers is None else _checked_layers(layers),
             "site": _checked_site(site),
             "scale": checked_number("scale", scale),
-            "down_bias": down_bias,
-            "up_bias": _given("up_bias", up_bias, vector, vector),
+            "down_bias": _given("down_bias", down_bias, loreft, fixed),
+            "up_bias": _given("up_bias", up_bias, vector, fixed),
             "init_scale": checked_number("init_scale", init_scale),
             "dtype": dtype,
             "orthogonal_to": orthogonal_to,
             "orthogonal_modules": orthogonal_modules,
+            "positions": read_positions(positions).name,
         }
         for name, value in fields.items():
             object.__setattr__(self, name, value)
@@ -145,8 +153,6 @@ class SteerConfig:
         for name in ("down_bias", "up_bias"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} is {getattr(self, name)!r}; expected True or False")
-        if self.form == "vector" and self.down_bias:
-            raise ValueError("down_bias is True with form='vector'; expected False or nothing")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype is {self.dtype!r}; expected one of {', '.join(DTYPES)}")
         if self.orthogonal_to not in (None, *ORTHOGONAL_TO):
@@ -154,6 +160,12 @@ class SteerConfig:
         if self.orthogonal_modules not in ORTHOGONAL_MODULES:
             choices = " or ".join(map(repr, ORTHOGONAL_MODULES))
             raise ValueError(f"orthogonal_modules is {self.orthogonal_modules!r}; expected {choices}")
+        if self.form == "loreft" and self.init_scale != 1:
+            raise ValueError(f"init_scale is {self.init_scale} with form='loreft'; expected 1 or nothing")
+        if self.form == "loreft" and self.orthogonal_to is not None:
+            raise ValueError(
+                "orthogonal_to is 'lora' with form='loreft', whose W2 is orthonormal itself; expected None"
+            )
         if self.orthogonal_to is None and self.orthogonal_modules != "mlp":
             raise ValueError(
                 f"orthogonal_modules is {self.orthogonal_modules!r} without orthogonal_to; expected "
@@ -177,24 +189,26 @@ class SteerConfig:
         return cls(**fields)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON data. The fields of orthogonality are left out if they are not used, and so is
-        the site post_block."""
+        """Return the fields as JSON data. Those of orthogonality, positions and the site are left out at their
+        defaults."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         if self.site == "post_block":
             del fields["site"]
         elif not isinstance(self.site, str):
             fields["site"] = list(self.site)
+        if self.positions == ALL:
+            del fields["positions"]
         if self.orthogonal_to is None:
             del fields["orthogonal_to"], fields["orthogonal_modules"]
         return {**fields, "layers": None if self.layers is None else list(self.layers)}
 
 
-def _given(name: str, value: Any, default: Any, vector: bool) -> Any:
-    """Return the value of a field, or its default. For a vector only the default is allowed."""
+def _given(name: str, value: Any, default: Any, form: str | None) -> Any:
+    """Return the value of a field, or its default. With `form` (not None) only the default is allowed."""
     if value is None:
         return default
-    if vector and value != default:
-        raise ValueError(f"{name} is {value!r} with form='vector'; expected {default!r} or nothing")
+    if form is not None and value != default:
+        raise ValueError(f"{name} is {value!r} with form={form!r}; expected {default!r} or nothing")
     return value
 
 

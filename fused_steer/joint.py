@@ -7,19 +7,27 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
 import shutil
+import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from .adapters.distributed import is_first, sharder
-from .adapters.files import CONFIG_NAME, WEIGHTS_NAME, read_adapter, read_json
-from .adapters.parameters import PEFT_PREFIX, check_name, unwrapped
-from .adapters.saving import digest_of, leftovers, saving_folder, write_new
+from .adapters.files import (
+    CONFIG_NAME,
+    JOINT_NAME,
+    WEIGHTS_NAME,
+    files_digest,
+    read_adapter,
+    read_json,
+)
+from .adapters.parameters import PEFT_PREFIX, by_lower, check_name, refuse_clash, unwrapped
+from .adapters.saving import copy_regular, leftovers, saving_folder, write_new
 from .lora.layers import lora_layers, saved_modules
 from .model.decoder import find_decoder, inside_peft
 from .patch import patch_model
@@ -27,8 +35,6 @@ from .steering import Steering
 
 #: The folders of both parts in a joint directory.
 STEERING_FOLDER, LORA_FOLDER = "steering", "lora"
-#: The file that records which parts were saved together.
-JOINT_NAME = "joint.json"
 #: How often a save retries after another process has moved files.
 _ATTEMPTS = 20
 
@@ -91,8 +97,7 @@ def save_joint(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     steering = steering_of(model)
     inner = inside_peft(model)
     configs = _lora_configs(model)
-    for name in configs:
-        check_name(name)
+    _check_names(configs)
     by = sharder(model)
     if by is not None:
         raise ValueError(f"the model is sharded by {by}; expected every process to hold it whole (DDP)")
@@ -108,7 +113,7 @@ def save_joint(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         for name, config in configs.items():
             place = places[f"{LORA_FOLDER}/{name}"] = new / f"{LORA_FOLDER}-{name}"
             _write_lora(place, inner, name, config)
-        _commit(target, new, {place: _digest(folder) for place, folder in places.items()})
+        _commit(target, new, {place: files_digest(folder) for place, folder in places.items()})
         for folder in leftovers(target, "joint"):
             if not _needed(target, folder):
                 shutil.rmtree(folder, ignore_errors=True)
@@ -152,9 +157,17 @@ def load_joint(model: nn.Module, directory: str | os.PathLike[str], *, trainable
         FileNotFoundError: a part is missing.
         ValueError: the parts were not saved together, or a part does not fit the model.
     """
+    with tempfile.TemporaryDirectory() as copies:
+        try:
+            steering, lora = _copy_parts(Path(directory), Path(copies))
+            return _load_parts(model, steering, lora, trainable)
+        except ValueError as error:
+            raise ValueError(str(error).replace(copies, os.fspath(directory))) from error
+
+
+def _load_parts(model: nn.Module, steering: Path, lora: dict[str, Path], trainable: bool) -> Any:
     from peft import PeftModel
 
-    steering, lora = find_joint(directory)
     read_adapter(steering, find_decoder(model).layout, check_base=True)  # before PEFT changes the model
     (first, path), *others = lora.items()
     wrapped = PeftModel.from_pretrained(model, path, adapter_name=first, is_trainable=trainable)
@@ -194,9 +207,33 @@ def find_joint(directory: str | os.PathLike[str]) -> tuple[Path, dict[str, Path]
             raise ValueError(
                 f"{source / place} was not saved together with the other parts; expected the part in {JOINT_NAME}"
             )
-    folders = {place: folder for place, folder in found.items() if folder is not None}
+    return _by_name({place: folder for place, folder in found.items() if folder is not None})
+
+
+def _by_name(folders: dict[str, Path]) -> tuple[Path, dict[str, Path]]:
     steering = folders.pop(STEERING_FOLDER)
     return steering, {place.removeprefix(f"{LORA_FOLDER}/"): folder for place, folder in folders.items()}
+
+
+def _copy_parts(source: Path, copies: Path) -> tuple[Path, dict[str, Path]]:
+    """Copy the parts into the folder `copies`, and return them as `find_joint` does.
+
+    PEFT opens a file several times and maps it into memory, so it must read files that nobody else writes to.
+    """
+    for _ in range(_ATTEMPTS):
+        steering, lora = find_joint(source)
+        found = {STEERING_FOLDER: steering, **{f"{LORA_FOLDER}/{name}": folder for name, folder in lora.items()}}
+        record = _record(source)
+        try:
+            for place, folder in found.items():
+                (copies / place).mkdir(parents=True, exist_ok=True)
+                for name in (CONFIG_NAME, WEIGHTS_NAME):
+                    copy_regular(folder / name, copies / place / name)
+        except FileNotFoundError:
+            continue  # another process has moved it
+        if {place: files_digest(copies / place) for place in found} == record:
+            return _by_name({place: copies / place for place in found})
+    raise OSError(f"{source} is written to again and again while it is read; expected a directory at rest")
 
 
 def _record(directory: Path) -> dict[str, str]:
@@ -207,36 +244,35 @@ def _record(directory: Path) -> dict[str, str]:
     """
     file = directory / JOINT_NAME
     try:
-        fields = read_json(file)
+        fields, names = read_json(file), []
         for place, digest in fields.items():
             if place != STEERING_FOLDER:
                 part, _, name = place.partition("/")
                 if part != LORA_FOLDER:
                     raise ValueError(f"it has a part {place!r}; expected {STEERING_FOLDER} and {LORA_FOLDER}/<name>")
-                check_name(name)
+                names.append(name)
             if not isinstance(digest, str):
                 raise ValueError(f"{place} is {digest!r}; expected a digest")
         if STEERING_FOLDER not in fields or len(fields) < 2:
             raise ValueError(f"it has {', '.join(fields) or 'nothing'}; expected {STEERING_FOLDER} and a LoRA")
+        _check_names(names)
     except ValueError as error:
         raise ValueError(f"{file} cannot be loaded: {error}") from None
     return fields
 
 
-def _digest(folder: Path) -> str | None:
-    """Return the digest of an adapter's two files, or None if one is missing."""
-    digest = hashlib.sha256()
-    try:
-        for name in (CONFIG_NAME, WEIGHTS_NAME):
-            digest.update(digest_of(folder / name))
-    except (OSError, ValueError):
-        return None
-    return digest.hexdigest()
+def _check_names(names: Iterable[str]) -> None:
+    """Raise ValueError for names of LoRA adapters that cannot be folders beside each other."""
+    seen: dict[str, str] = {}
+    for name in names:
+        check_name(name)
+        refuse_clash(name, seen)
+        seen |= by_lower([name])
 
 
 def _locate(directory: Path, place: str, digest: str | None) -> Path | None:
     for folder in (directory / place, *sorted(directory.glob(".joint-*/*/"))):
-        if _digest(folder) == digest:
+        if files_digest(folder) == digest:
             return folder
     return None
 
@@ -247,8 +283,8 @@ def _needed(directory: Path, folder: Path) -> bool:
         record = _record(directory)
     except (OSError, ValueError):
         return False
-    missing = {digest for place, digest in record.items() if _digest(directory / place) != digest}
-    return any(_digest(part) in missing for part in folder.glob("*/"))
+    missing = {digest for place, digest in record.items() if files_digest(directory / place) != digest}
+    return any(files_digest(part) in missing for part in folder.glob("*/"))
 
 
 def _commit(directory: Path, new: Path, digests: dict[str, str | None]) -> None:
@@ -305,4 +341,4 @@ def _settle(directory: Path, new: Path, moved: list[tuple[Path, Path]]) -> None:
 
 
 def _is_settled(directory: Path, place: str, digests: dict[str, str]) -> bool:
-    return place in digests and _digest(directory / place) == digests[place]
+    return place in digests and files_digest(directory / place) == digests[place]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .adapters.distributed import check_unsharded, first_writes, is_first
 from .adapters.files import AdapterFile, read_adapter, write_adapter
 from .adapters.hub import push_adapter
-from .adapters.parameters import SITE, Adapter, Place, check_name
+from .adapters.parameters import SITE, Adapter, Place, by_lower, check_name, refuse_clash
 from .config import SteerConfig, checked_number
 from .lora.constraints import Constraints
 from .lora.layers import adapter_parameters, computing_by
@@ -24,7 +24,9 @@ from .model.decoder_hooks import warn_of_frozen
 from .model.patched import PatchedModel, describe
 from .model.stored import adapter_file, check_same_config, files_of_state, restore_values
 from .model.watch import Report
+from .positions import ALL, read_positions
 from .serving.batch import Batch, run_batch
+from .serving.gains import Gains
 from .serving.holding import checked_size, hold_adapters, make_slots
 from .serving.pool import AdapterPool
 from .serving.requests import checked_requests
@@ -49,6 +51,7 @@ class Steering:
         self._scopes = self._patched.scopes
         self._pool: AdapterPool | None = None
         self._batch: Batch | None = None
+        self._gains = Gains(model, self._decoder.module, self._is_idle, self._is_tracing, self._batch_of_active)
         self._save_pretrained = saving_of(self._given, model, self)
 
     # ------------------------------------------------------------------------------------------------------- adapters
@@ -100,7 +103,10 @@ class Steering:
         check_unsharded(self._decoder.layers, "adapters to be loaded")
         file = read_adapter(source, self._decoder.layout, check_base=check_base)
         layers = self._decoder.layers
-        adapters = {p: Adapter.of_tensors(t, execution_device(layers[p.layer])) for p, t in file.tensors.items()}
+        adapters = {
+            p: Adapter.of_tensors(t, execution_device(layers[p.layer]), file.config.form)
+            for p, t in file.tensors.items()
+        }
         self._insert(name, file.config, adapters)
 
     def restore(self, source: str | os.PathLike[str], name: str | None = None) -> None:
@@ -136,11 +142,13 @@ class Steering:
     def _use(self, name: str | None) -> None:
         self._active = name
         config = None if name is None else self._configs[name]
+        positions = None if config is None or config.positions == ALL else read_positions(config.positions)
+        self._gains.use(positions)
         for site in self._patched.sites.values():
             if config is None:
                 site.use(None, "identity", 1.0)
             else:
-                site.use(name, config.activation, config.scale)
+                site.use(name, config.activation, config.scale, None if positions is None else self._gains)
         self._constraints.use(name)
 
     def remove(self, name: str) -> None:
@@ -251,7 +259,7 @@ class Steering:
         names: Sequence[str | None],
         *,
         scale: float | Sequence[float | None] | None = None,
-        positions: str | tuple[str, int] | list[Any] = "all",
+        positions: str | tuple[str, int] | list[Any] | None = None,
     ) -> Iterator[None]:
         """Steer each row of a batch by its own adapter, as if it ran alone. For inference.
 
@@ -263,10 +271,11 @@ class Steering:
         Args:
             names: each row's adapter, of the model or its pool. None gives the base model's bits.
             scale: the strength, for all rows or for each. None means the adapter's own.
-            positions: the steered tokens, for all rows or (as a list) for each: "all", "prompt", "generated", "last"
-                (the prompt's last), or ("first", k) or ("last", k) of the prompt. Padding by the attention mask does
-                not count. In `generate` the prompt is its input with the cached tokens. Outside it, a pass without
-                cached tokens is a prompt, and later passes are generated tokens.
+            positions: the steered tokens, for all rows or (as a list) for each: "all", "prompt", "generated",
+                "last_prompt", "first_7" or "last_7" of the prompt (any number; ("last", 7) is the same), or several of
+                them joined by "+". None means the adapter's own. Padding by the attention mask does not count. In
+                `generate` the prompt is its input with the cached tokens. Outside it, a pass without cached tokens is a
+                prompt, and later passes are generated tokens.
 
         Raises:
             TypeError, ValueError: names, strengths or positions of a wrong form or length.
@@ -289,6 +298,31 @@ class Steering:
             self._batch = Batch(requests, held, self._scopes)
             run_batch(self._model, self._decoder.module, sites, self._batch, undo)
             yield
+
+    @contextlib.contextmanager
+    def prompts(self, given: Any) -> Iterator[None]:
+        """Set where the prompts end, for this thread's passes inside the context and an adapter with positions.
+
+        For training without labels in the model's call, such as a loss of your own. `generate` does not need it.
+
+        Args:
+            given: the number of prompt tokens of each row, without padding; or a mask (rows, tokens), not 0 for prompt
+                tokens. Packed rows need a mask.
+
+        Raises:
+            ValueError: it is neither; or, in a pass, its number of rows or tokens is another.
+        """
+        with self._gains.prompts(given):
+            yield
+
+    def _is_idle(self) -> bool:
+        return self._batch is not None or self._patched.disabled > 0 or not self._patched.layers
+
+    def _is_tracing(self) -> bool:
+        return self._constraints.tracing
+
+    def _batch_of_active(self, rows: int) -> contextlib.AbstractContextManager[None]:
+        return self.batch([self._active] * rows)
 
     def _servable(self, name: str) -> None:
         if self._pool is None or name not in self._pool:
@@ -337,7 +371,7 @@ class Steering:
         room = make_slots(self._decoder, places, slots, rank, kept)
         with self._changing("steering.make_pool is called"):
             self._patched.patch(places)
-            pool = self._pool = AdapterPool(room, self._decoder, self._configs.__contains__, check_base)
+            pool = self._pool = AdapterPool(room, self._decoder, lambda: self._configs, check_base)
         return pool
 
     def close_pool(self) -> None:
@@ -395,6 +429,7 @@ class Steering:
             if self._batch is not None:
                 raise RuntimeError("a batch is running; expected the model to be unpatched afterwards")
             self._patched.undo()
+            self._gains.use(None)
             self._constraints.close()
             if self._save_pretrained is not None:
                 self._save_pretrained.remove()
@@ -407,7 +442,7 @@ class Steering:
     def _changing(self, what: str) -> Iterator[None]:
         """Let adapters change inside this context. No other thread may run the model. An exception undoes changes."""
         with self._patched.changing(what):
-            configs, active, pool = dict(self._configs), self._active, self._pool
+            configs, active, pool, positions = dict(self._configs), self._active, self._pool, self._gains.positions
             give_back = self._constraints.remember()
             try:
                 yield
@@ -416,6 +451,7 @@ class Steering:
                 self._configs.clear()
                 self._configs |= configs
                 self._active, self._pool = active, pool
+                self._gains.use(positions)
                 raise
 
     def _insert(self, name: str, config: SteerConfig, adapters: dict[Place, Adapter]) -> None:
@@ -449,7 +485,6 @@ class Steering:
 
     def _check_new_name(self, name: str) -> None:
         check_name(name)
-        if name in self._configs:
-            raise ValueError(f"there is an adapter {name!r} already; expected a new name (have {self.names})")
-        if self._pool is not None and name in self._pool:
-            raise ValueError(f"there is an adapter {name!r} in the pool already; expected a new name")
+        refuse_clash(name, by_lower(self._configs))
+        if self._pool is not None:
+            self._pool.refuse_clash(name)

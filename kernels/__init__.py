@@ -18,6 +18,7 @@ The map, in reading order. A file imports only files that stand above it.
     grouped_torch.py post_block_grouped in plain PyTorch
     grouped.py       the op with an adapter for each token, forward only
     orthogonal.py    Joint-Orth's projections, for all layers at once
+    rotation.py      LoReFT's rotation, orthonormal under any optimizer
     aot.py           compiles kernels ahead of time and reads their resources
     sass.py          reads NVIDIA machine code
     predict.py       predicts the time of a pass

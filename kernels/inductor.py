@@ -83,9 +83,10 @@ def start_directly(op: Any, maker: Callable[..., Callable[..., None]]) -> None:
         )
         return
     names = _names()
+    kernel: Any = names.kernel
     fallback = names.fallback(op, add_to_fallback_set=False)
 
-    class Start(names.kernel):
+    class Start(kernel):
         """The call in generated code."""
 
         def codegen(self, wrapper: Any) -> None:

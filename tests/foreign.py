@@ -4,8 +4,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+import gguf
 from models import LAYERS
-from torch import nn
+from torch import Tensor, nn
 
 RANK, SCALE = 4, 0.7
 LLAMA = {"num_layers": LAYERS, "layers_path": "model.layers"}
@@ -39,3 +40,16 @@ def shown(result: Any) -> dict[str, str]:
     assert result.exit_code == 0, result.output
     rows = (line.strip(" │|").split("│") for line in result.stdout.splitlines() if "│" in line)
     return {cells[0].strip(): cells[1].strip() for cells in rows}
+
+
+def write_gguf(tensors: dict[str, Any], file: Path, architecture: str = "controlvector") -> None:
+    """As repeng's export_gguf does."""
+    writer = gguf.GGUFWriter(file, architecture)
+    writer.add_string(f"{architecture}.model_hint", "llama")
+    writer.add_uint32(f"{architecture}.layer_count", len(tensors))
+    for name, tensor in tensors.items():
+        writer.add_tensor(name, tensor.numpy() if isinstance(tensor, Tensor) else tensor)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

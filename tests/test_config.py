@@ -67,8 +67,9 @@ def test_config_extreme_ranks(rank):
         SteerConfig(orthogonal_to="lora", orthogonal_modules="all"),
         SteerConfig(site="post_mlp"),
         SteerConfig(site=["post_block", "pre_mlp"]),
+        SteerConfig(form="loreft", rank=3, positions="first_7+last_7"),
     ],
-    ids=["default", "vector", "lowrank", "orthogonal", "site", "sites"],
+    ids=["default", "vector", "lowrank", "orthogonal", "site", "sites", "loreft"],
 )
 def test_config_round_trip(config):
     assert SteerConfig.from_dict(config.to_dict()) == config
@@ -113,6 +114,10 @@ def test_config_round_trip(config):
         ({"site": ["pre_mlp", 1]}, TypeError, "1"),
         ({"orthogonal_to": "lora", "site": ["pre_mlp", "post_mlp"]}, ValueError, "pre_mlp"),
         ({"init_scale": math.inf}, ValueError, "inf"),
+        ({"positions": "middle"}, ValueError, "'middle'"),
+        ({"positions": "first_0"}, ValueError, "'first_0'"),
+        ({"positions": "all+"}, ValueError, "'all+'"),
+        ({"positions": None}, ValueError, "None"),
         ({"init_scale": None}, TypeError, "None"),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
@@ -148,6 +153,7 @@ def test_config_fields_are_plain_once_made(form):
         "init_scale": float,
         "dtype": str,
         "orthogonal_modules": str,
+        "positions": str,
     }
     assert dataclasses.replace(config, scale=2) == SteerConfig(form=form, layers=[0], scale=2.0)
 

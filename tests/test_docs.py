@@ -15,7 +15,8 @@ from transformers import TrainingArguments
 import fused_steer
 from fused_steer import SteerConfig, patch_model
 
-PAGES = ["migrating.md", "modes.md", "peft.md"]  # test_trainer.py and test_trl.py run trainer.md and trl.md
+PAGES = ["migrating.md", "modes.md", "peft.md", "positions.md"]
+# test_trainer.py and test_trl.py run trainer.md and trl.md
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -25,6 +26,7 @@ def test_docs_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
         "AutoModelForCausalLM": SimpleNamespace(from_pretrained=lambda name: build()),
         "AutoModelForSequenceClassification": SimpleNamespace(from_pretrained=lambda name, **_: classifier()),
         "ids": tokens(),
+        "model": build(),
         "torch": torch,
     }
     run_page(page, names)

@@ -16,9 +16,10 @@ import pytest
 import torch
 from faults import Line, lines_of, raise_at, within
 from models import build, logits, randomize
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from fused_steer import SteerConfig, patch_model
+from fused_steer import SteerConfig, load_joint, lora_parameters, patch_model, save_joint
 from fused_steer.adapters.files import read_adapter
 
 SAMPLED = 8  # number of lines to try per operation, spread evenly
@@ -41,14 +42,16 @@ class Operation:
     Attributes:
         prepare: brings a model into the state before the operation.
         run: the operation.
-        whole: functions that each bring a prepared model into a state that it may be in afterwards.
+        after: brings a prepared model into the other state that it may be in afterwards.
         check: checks other conditions afterwards.
+        bare: makes the model before anything steers it.
     """
 
     prepare: Callable[[State], None]
     run: Callable[[State], Any]
     after: Callable[[State], Any] | None = None
     check: Callable[[State], None] = lambda state: None
+    bare: Callable[[], nn.Module] = build
 
 
 def signature(model: nn.Module) -> list[Any]:
@@ -107,6 +110,47 @@ def prepare_save(state: State) -> None:
     state.model.steering.save(state.folder / "out")
     randomize(state.model, "a", seed=9)
     state.model.steering.save(state.folder / "new")
+
+
+def with_lora() -> nn.Module:
+    torch.manual_seed(0)
+    return get_peft_model(build(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)).eval()
+
+
+def fill_both(state: State, value: float) -> None:
+    with torch.no_grad():
+        for parameter in (*lora_parameters(state.model), *state.model.steering.parameters()):
+            parameter.fill_(value)
+
+
+def prepare_save_joint(state: State) -> None:
+    before = [parameter.detach().clone() for parameter in lora_parameters(state.model)]
+    steered(state, "a")
+    fill_both(state, 1.0)
+    save_joint(state.model, state.folder / "out")
+    fill_both(state, 2.0)
+    with torch.no_grad():  # what the model computes is compared with the model before it was steered
+        for parameter, values in zip(lora_parameters(state.model), before, strict=True):
+            parameter.copy_(values)
+
+
+def save_both(state: State) -> None:
+    lora = lora_parameters(state.model)
+    before = [parameter.detach().clone() for parameter in lora]
+    try:
+        fill_both(state, 2.0)
+        save_joint(state.model, state.folder / "out")
+    finally:
+        with torch.no_grad():
+            for parameter, values in zip(lora, before, strict=True):
+                parameter.copy_(values)
+
+
+def check_both(state: State) -> None:
+    """Both parts are of one save, which is found."""
+    loaded = load_joint(build(), state.folder / "out", trainable=True)
+    found = {p.unique().tolist()[0] for p in (*lora_parameters(loaded), *loaded.steering.parameters())}
+    assert found in ({1.0}, {2.0})
 
 
 def prepare_pool(state: State) -> None:
@@ -197,6 +241,7 @@ OPERATIONS: dict[str, Operation] = {
     "save": Operation(
         prepare_save, lambda state: state.model.steering.save(state.folder / "out"), check=one_of_two("out")
     ),
+    "save-joint": Operation(prepare_save_joint, save_both, check=check_both, bare=with_lora),
     "save-pretrained": Operation(
         lambda state: steered(state, "a"), lambda state: state.model.save_pretrained(state.folder / "whole")
     ),
@@ -213,7 +258,7 @@ def hold(state: State) -> None:
 
 def prepared(operation: Operation, folder: Path) -> State:
     folder.mkdir()
-    state = State(build(), folder)
+    state = State(operation.bare(), folder)
     operation.prepare(state)
     return state
 
@@ -235,7 +280,7 @@ def check_after(operation: Operation, state: State, before: list[Tensor], base: 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_faults_leave_nothing_half_done(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     operation = OPERATIONS[name]
-    plain = build()
+    plain = operation.bare()
     base, marks = logits(plain), signature(plain)
 
     state = prepared(operation, tmp_path / "first")

@@ -17,6 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
+import fused_steer.joint
 from fused_steer import (
     SteerConfig,
     SteeringCallback,
@@ -29,6 +30,7 @@ from fused_steer import (
 from fused_steer import (
     steering_parameters as parameters_of_steering,
 )
+from fused_steer.peft import PostBlockConfig
 
 STEPS = 6
 ORTHOGONAL = SteerConfig(rank=4, orthogonal_to="lora")
@@ -325,6 +327,61 @@ def test_joint_parts_of_several_saves_are_refused(two, tmp_path):
         load_joint(build(), tmp_path / "0")
 
 
+@pytest.mark.parametrize("change", ["swapped", "flipped", "cut"])
+def test_joint_loads_what_was_checked_whatever_happens_to_the_directory(change, two, tmp_path, monkeypatch):
+    """After the digests were compared, before PEFT opens the LoRA."""
+    for number, model in enumerate(two):
+        save_joint(model, tmp_path / str(number))
+    there = tmp_path / "0"
+    load = PeftModel.from_pretrained
+
+    def loading(*args: Any, **kwargs: Any) -> Any:
+        for part in ("steering", "lora/default"):
+            if change == "swapped":
+                shutil.rmtree(there / part)
+                shutil.copytree(tmp_path / "1" / part, there / part)
+            else:
+                file = there / part / "adapter_model.safetensors"
+                content = file.read_bytes()
+                os.truncate(file, 0) if change == "cut" else file.write_bytes(content[:-1] + b"@")
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(PeftModel, "from_pretrained", loading)
+    assert values(load_joint(build(), there)) == (1.0, 1.0)
+    monkeypatch.undo()
+    with refused(ValueError, str(there), "saved together", "expected"):
+        load_joint(build(), there)
+
+
+def test_joint_loading_waits_for_a_save_that_moves_the_parts(two, tmp_path, monkeypatch):
+    save_joint(two[0], tmp_path)
+    copied, copy = [], fused_steer.joint.copy_regular
+
+    def copying(file: Path, to: Path) -> None:
+        copied.append(file)
+        if len(copied) == 2:
+            save_joint(two[1], tmp_path)
+        copy(file, to)
+
+    monkeypatch.setattr(fused_steer.joint, "copy_regular", copying)
+    assert values(load_joint(build(), tmp_path)) == (2.0, 2.0)
+
+
+def test_joint_steering_alone_that_is_of_another_time_than_the_lora(two, tmp_path):
+    for number, model in enumerate(two):
+        save_joint(model, tmp_path / str(number))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        patch_model(build(), tmp_path / "0" / "steering")
+        patch_model(build(), shutil.copytree(tmp_path / "0" / "steering", tmp_path / "alone"))
+    shutil.copy(tmp_path / "1" / "joint.json", tmp_path / "0")  # as a kill between two renames leaves it
+    with pytest.warns(UserWarning, match="was not saved together with the LoRA beside it; expected load_joint"):
+        model = patch_model(build(), tmp_path / "0" / "steering")
+    with pytest.warns(UserWarning, match="was not saved together"):
+        PostBlockConfig.from_pretrained(str(tmp_path / "0" / "steering"))
+    assert model.steering.active == "default"
+
+
 @pytest.mark.parametrize("name", ["../escaped", "/escaped", "a/b", "a b", "x\n", "post_block", "weight", "keys"])
 def test_joint_names_of_adapters_never_leave_the_directory(name, two, tmp_path):
     save_joint(two[0], tmp_path / "saved")
@@ -380,7 +437,7 @@ def test_joint_refusals_of_both_parts(tmp_path):
     with pytest.MonkeyPatch.context() as patched, refused(ValueError, "steering", "expected"):
         del fields["config_sha256"]
         (steering / "adapter_config.json").write_text(json.dumps(fields))
-        patched.setattr("fused_steer.joint._digest", lambda folder: "0")
+        patched.setattr("fused_steer.joint.files_digest", lambda folder: "0")
         (tmp_path / "out" / "joint.json").write_text(json.dumps({"steering": "0", "lora/default": "0"}))
         patched.setattr("fused_steer.joint.patch_model", lambda *args: patch_model(*args, adapter_name="a steering"))
         load_joint(model, tmp_path / "out")

@@ -233,6 +233,25 @@ def test_steering_report(monkeypatch):
     assert {(row.backend, row.calls) for row in model.steering.report()} == {(None, 0)}
 
 
+def test_steering_prints_a_line_for_each_adapter_and_its_share_of_the_model():
+    model = build()
+    own = sum(parameter.numel() for parameter in model.parameters())
+    patch_model(model, SteerConfig(rank=4, scale=0.5), adapter_name="polite")
+    model.steering.add("short", SteerConfig(form="vector", layers=[1]))
+    sizes = {name: sum(p.numel() for p in steering_parameters(model, name).values()) for name in ("polite", "short")}
+    assert {name: model.steering.count_parameters(name) for name in sizes} == sizes
+    assert model.steering.count_parameters() == sizes["polite"]
+    lines = str(model.steering).splitlines()
+    assert lines[0] == "Steering of a LlamaForCausalLM:"
+    assert lines[1] == (
+        f"  polite (in use): rank 4, silu, scale 0.5, 3 of 3 layers, {sizes['polite']:,} parameters, "
+        f"{sizes['polite'] / own:.2%} of the model's"
+    )
+    assert lines[2].startswith("  short: vector, scale 1, 1 of 3 layers, 32 parameters, ") and len(lines) == 3
+    model.steering.remove("polite"), model.steering.remove("short")
+    assert str(model.steering).endswith("no adapters")
+
+
 def test_steering_report_prints_a_line_for_each_layer():
     model = patched("default")
     logits(model)

@@ -232,6 +232,7 @@ def test_trainer_push_to_hub(hub, tmp_path, monkeypatch):
     assert (card.data.base_model, card.data.library_name) == ("org/base", "fused-steer")
     assert card.data.base_model_relation == "adapter" and "post-block-steering" in card.data.tags
     assert "patch_model(model, 'me/polite')" in card.text and "| `rank` | `4` |" in card.text
+    assert "import fused_steer.peft\nfrom peft import PeftModel" in card.text
 
     hub.uploads["me/polite"]["README.md"] = b"by hand"
     model.steering.push_to_hub("me/polite")

@@ -93,7 +93,7 @@ def test_vllm_each_request_of_a_batch_by_its_own_adapter(engine, folder):
     assert_answered(engine, folder, [None, "silu", "linear", "vector", "biases"])
 
 
-@pytest.mark.parametrize("name", [None, "silu", "linear"], ids=str)
+@pytest.mark.parametrize("name", [None, "silu", "linear", "loreft"], ids=str)
 def test_vllm_one_adapter_alone_or_none(engine, folder, name):
     assert_answered(engine, folder, [name])
 

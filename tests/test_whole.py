@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import build, logits, randomize, refused, snapshot, steering_parameters
+from models import build, logits, randomize, refused, skip_without_add_adapter, snapshot, steering_parameters
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from trainers import CONFIG, trainer
@@ -170,7 +170,8 @@ def test_whole_copies_save_their_own(tmp_path):
         assert not torch.equal(logits(copied), logits(model))
 
 
-def test_whole_beside_lora(tmp_path):
+def test_whole_beside_a_lora_of_transformers(tmp_path):
+    skip_without_add_adapter()
     added = build()
     added.add_adapter(LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
     model = patch_model(added, CONFIG)
@@ -182,6 +183,8 @@ def test_whole_beside_lora(tmp_path):
     again = patch_model(again.eval(), tmp_path / "added" / "fused_steer" / "default")
     assert torch.equal(logits(again), logits(model))
 
+
+def test_whole_beside_a_lora_of_peft(tmp_path):
     wrapped = patch_model(get_peft_model(build(), LoraConfig(r=2, target_modules=["q_proj"])), CONFIG)
     wrapped.save_pretrained(tmp_path / "wrapped")  # PEFT writes only the LoRA
     assert adapters(tmp_path / "wrapped") == ["."]

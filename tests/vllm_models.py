@@ -27,6 +27,7 @@ CONFIGS = {
     "linear": SteerConfig(rank=8, activation="identity", layers=[0, 2], scale=0.5),
     "vector": SteerConfig(form="vector"),
     "biases": SteerConfig(rank=3, activation="gelu", down_bias=True, up_bias=True),
+    "loreft": SteerConfig(form="loreft", rank=4),
 }
 
 

@@ -23,25 +23,25 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
-import torch
 from torch import Tensor
 
 from .._version import __version__
-from ..config import DTYPES, FLOAT32_MAX, SteerConfig
+from ..config import DTYPES, SteerConfig
 from .parameters import (
     UP,
-    UP_BIAS,
     ByPlace,
     Layout,
     T,
     base_name,
     by_place,
+    check_rotation,
+    check_values,
     is_of_site,
     specs_of,
     split_path,
     unwrapped,
 )
-from .saving import leftovers, open_regular, read_regular, saving_folder, write_new
+from .saving import digest_of, leftovers, open_regular, read_regular, saving_folder, write_new
 from .weights import MOST_JSON, Header, header_of, read_header, tensors_digest, unprefixed, values_of
 
 CONFIG_NAME = "adapter_config.json"
@@ -50,6 +50,8 @@ PEFT_TYPE = "POST_BLOCK"
 #: The folder for adapters beside other files, each in a folder of its name. It is one level deeper than the place where
 #: transformers' Trainer looks for further PEFT adapters.
 CHECKPOINT_FOLDER = "fused_steer"
+#: The file in which `save_joint` records `files_digest` of each part, by the part's place.
+JOINT_NAME = "joint.json"
 #: Fields that PEFT writes into every adapter's config, which do not change what the adapter computes.
 _PEFT_FIELDS = ("auto_mapping", "inference_mode", "peft_version", "revision", "task_type")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -75,27 +77,8 @@ class AdapterFile:
         self.layout.check_tensors(self.config, specs_of(self.tensors))
         for path, tensor in self.layout.paths(self.tensors).items():
             check_values(path, tensor, self.config.scale)
-
-
-def check_values(path: str, tensor: Tensor, scale: float) -> None:
-    """Check that a tensor has finite values, and for W2 or b2 that they do not overflow float32 times the strength.
-
-    Raises:
-        ValueError: one line that names the tensor by `path`.
-    """
-    if not tensor.is_floating_point() or not tensor.numel():
-        return  # another check refuses a wrong dtype or shape
-    if tensor.element_size() == 1:  # float8 has no arithmetic
-        tensor = tensor.float()
-    least, most = torch.stack(tensor.detach().aminmax()).tolist()  # NaN if any value is NaN
-    largest = max(-least, most)
-    if not math.isfinite(largest):
-        raise ValueError(f"tensor {path} has values that are NaN or infinite; expected finite ones")
-    if split_path(path)[2] in (UP, UP_BIAS) and abs(scale) * largest > FLOAT32_MAX:
-        raise ValueError(
-            f"tensor {path} has values up to {largest:.3g}, and scale is {scale:.3g}; expected a product of at most "
-            f"{FLOAT32_MAX:.3g}, float32's largest"
-        )
+            if self.config.form == "loreft" and split_path(path)[2] == UP:
+                check_rotation(path, tensor)
 
 
 def write_adapter(directory: str | os.PathLike[str], adapter: AdapterFile) -> None:
@@ -323,11 +306,7 @@ def check_config(directory: Path) -> None:
 
 
 def read_adapter(
-    source: str | os.PathLike[str],
-    model: Layout | None = None,
-    *,
-    check_base: bool = False,
-    without_heads: bool = False,
+    source: str | os.PathLike[str], model: Layout | None = None, *, check_base: bool = False
 ) -> AdapterFile:
     """Read and check an adapter's files. Only JSON and safetensors are ever opened.
 
@@ -339,13 +318,23 @@ def read_adapter(
         source: the directory, or an id on the hub.
         model: the layout that the adapter has to fit, or None.
         check_base: check the base model's name, too.
-        without_heads: leave out heads that PEFT trained and saved beside the adapter, instead of refusing them.
 
     Raises:
         FileNotFoundError: the directory or one of its files is missing.
-        ValueError: a file is truncated or corrupt, is of another method, has unknown keys, or does not match the other
-            file; or the adapter does not fit `model`.
+        ValueError: a file is truncated or corrupt, is of another method, has unknown keys or weights that PEFT saved
+            beside the steering, or does not match the other file; or the adapter does not fit `model`.
     """
+    return _read(source, model, check_base, with_heads=False)[0]
+
+
+def read_with_heads(source: str | os.PathLike[str]) -> tuple[AdapterFile, dict[str, Tensor]]:
+    """Read an adapter as `read_adapter` does, and the weights of the model that PEFT saved beside it, such as heads."""
+    return _read(source, None, False, with_heads=True)
+
+
+def _read(
+    source: str | os.PathLike[str], model: Layout | None, check_base: bool, with_heads: bool
+) -> tuple[AdapterFile, dict[str, Tensor]]:
     directory = locate_adapter(source)
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         if not (directory / name).exists():
@@ -356,13 +345,15 @@ def read_adapter(
     with _blaming(file), open(open_regular(file), "rb") as opened:
         header = read_header(opened)
         embedded = None if header.config is None else _head(json.loads(header.config))
-        own, others = _split(header.specs, head.saved_modules)
-        if others and not without_heads:
+        by_peft = embedded is None and head.weights_sha256 is not None
+        own, others = _split(header.specs, head.saved_modules, by_peft)
+        if others and not with_heads:
             raise ValueError(
-                f"it has a trained head beside the steering, {next(iter(others))}; expected only steering (PEFT loads "
-                "both: import fused_steer.peft, then PeftModel.from_pretrained)"
+                f"it has weights of the model beside the steering, {next(iter(others))}; expected only steering (PEFT "
+                "loads both: import fused_steer.peft, then PeftModel.from_pretrained)"
             )
         layers_path, specs = by_place(own)
+    _warn_of_other_part(directory)
     heads = [head] if embedded is None else [head, embedded]
 
     def refusal(head: _Head) -> ValueError | None:
@@ -382,20 +373,46 @@ def read_adapter(
     with _blaming(file):
         content = _read_whole(file, header, head)
         named = {unprefixed(name): tensor for name, tensor in safetensors.torch.load(content).items()}
-        steering, beside = _split(named, head.saved_modules)
+        steering, beside = _split(named, head.saved_modules, by_peft)
         _, tensors = by_place(steering)
         chosen = _matching(head, embedded, header.plain, content, partial(tensors_digest, tensors, beside))
     if chosen is not head:
         warnings.warn(
             f"{directory / CONFIG_NAME} is of another save than {WEIGHTS_NAME}; the config inside {WEIGHTS_NAME} is "
             "used instead",
-            stacklevel=2,
+            stacklevel=3,
         )
     refused = refusals[0 if chosen is head else 1]
     if refused is not None:
         raise refused
     with _blaming(file):
-        return AdapterFile(chosen.config, replace(chosen.layout, layers_path=unwrapped(layers_path)), tensors)
+        layout = replace(chosen.layout, layers_path=unwrapped(layers_path))
+        return AdapterFile(chosen.config, layout, tensors), beside
+
+
+def files_digest(folder: Path) -> str | None:
+    """Return the digest of an adapter's two files, or None if one is missing."""
+    digest = hashlib.sha256()
+    try:
+        for name in (CONFIG_NAME, WEIGHTS_NAME):
+            digest.update(digest_of(folder / name))
+    except (OSError, ValueError):
+        return None
+    return digest.hexdigest()
+
+
+def _warn_of_other_part(directory: Path) -> None:
+    """Warn if the folder belongs to a joint save but was not saved together with its other parts."""
+    try:
+        recorded = read_json(directory.parent / JOINT_NAME).get(directory.name)
+    except (OSError, ValueError):
+        return  # no joint save
+    if recorded is not None and recorded != files_digest(directory):
+        warnings.warn(
+            f"{directory} was not saved together with the LoRA beside it; expected "
+            f"load_joint(model, {os.fspath(directory.parent)!r}), which finds the parts of one save",
+            stacklevel=4,
+        )
 
 
 def _read_whole(file: Path, header: Header, head: _Head) -> bytes:
@@ -409,14 +426,31 @@ def _read_whole(file: Path, header: Header, head: _Head) -> bytes:
     return content
 
 
-def _split(named: Mapping[str, T], modules: Sequence[str]) -> tuple[dict[str, T], dict[str, T]]:
-    """Split tensors by path into those of the adapter and those of the named modules."""
+def _split(named: Mapping[str, T], modules: Sequence[str], by_peft: bool) -> tuple[dict[str, T], dict[str, T]]:
+    """Split tensors by path into those of the adapter and those of the model beside it.
+
+    Args:
+        modules: names of modules that PEFT saved.
+        by_peft: PEFT wrote the file, and may have saved embeddings too (`save_embedding_layers`).
+    """
 
     def is_beside(path: str) -> bool:
-        return not is_of_site(path) and any(f".{name}." in f".{path}" for name in modules)
+        return not is_of_site(path) and (by_peft or any(f".{name}." in f".{path}" for name in modules))
 
     beside = {path: value for path, value in named.items() if is_beside(path)}
     return {path: value for path, value in named.items() if path not in beside}, beside
+
+
+def peft_weights_digest(folder: Path, tensors_sha256: str, modules: Sequence[str]) -> str | None:
+    """Return the digest of a weights file that PEFT has just written, or None if it does not hold these tensors."""
+    try:
+        content = (folder / WEIGHTS_NAME).read_bytes()
+        named = {unprefixed(name): tensor for name, tensor in safetensors.torch.load(content).items()}
+        steering, beside = _split(named, modules, by_peft=False)
+        places = by_place({path: tensor for path, tensor in steering.items() if is_of_site(path)})[1]
+    except (OSError, ValueError, safetensors.SafetensorError):
+        return None
+    return hashlib.sha256(content).hexdigest() if tensors_digest(places, beside) == tensors_sha256 else None
 
 
 def _matching(head: _Head, embedded: _Head | None, plain: bool, content: bytes, digest_of: Callable[[], str]) -> _Head:
@@ -437,11 +471,11 @@ def _matching(head: _Head, embedded: _Head | None, plain: bool, content: bytes, 
             return head
     if embedded is not None and embedded.sealed and head.sealed and plain and embedded.tensors_sha256 == digest:
         return embedded
-    raise _other_contents(head)
+    raise _other_contents(head, embedded)
 
 
-def _other_contents(head: _Head) -> ValueError:
-    expected = head.weights_sha256 or f"{head.tensors_sha256} of its tensors"
+def _other_contents(head: _Head, embedded: _Head | None = None) -> ValueError:
+    expected = head.weights_sha256 or f"{head.tensors_sha256 or (embedded and embedded.tensors_sha256)} of its tensors"
     return ValueError(f"its contents do not match {CONFIG_NAME}; expected sha256 {expected}")
 
 

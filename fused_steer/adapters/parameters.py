@@ -1,7 +1,9 @@
 """The format of an adapter: names, paths and shapes of its tensors, the model that it fits, and its module in a layer.
 
 An adapter steers at places: a site in a layer, such as `post_block` in layer 3. At one place it has W1 and b1
-(`steer_down`), W2 and b2 (`steer_up`). Either of each pair may be missing.
+(`steer_down`), W2 and b2 (`steer_up`). Either of each pair may be missing. For LoReFT (`form="loreft"`) `steer_down` is
+W and b, and `steer_up.weight` is a matrix P (d, r) with the QR factor Rᵀ (kernels/rotation.py). `steered` turns them
+into W1 = W − R and W2 = Rᵀ.
 
     <layers path>.<i>.<site>.steer_down.weight            a tensor's path in files (after PEFT_PREFIX)
     <layers path>.<i>.<site>.steer_down.<adapter>.weight  its name in a patched model
@@ -19,7 +21,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..config import DTYPES, SITES, SteerConfig
+from ..config import DTYPES, FLOAT32_MAX, SITES, SteerConfig
+from ..kernels.rotation import is_orthonormal, orthonormal, rotate
 
 T = TypeVar("T")
 
@@ -65,6 +68,33 @@ def check_name(name: Any) -> None:
         raise ValueError(f"adapter name is {name!r}, a word that PyTorch's modules use; expected another")
     if name in _IN_PATHS:
         raise ValueError(f"adapter name is {name!r}, a part of every tensor's path; expected another")
+
+
+def by_lower(names: Iterable[str]) -> dict[str, str]:
+    """Return names by their lower-case form."""
+    return {name.lower(): name for name in names}
+
+
+def refuse_clash(name: str, taken: Mapping[str, str], where: str = "") -> None:
+    """Refuse a name that is taken, or that differs from a taken name only in letter case.
+
+    Adapters are saved in folders of their names, and some file systems ignore case.
+
+    Args:
+        taken: the taken names, from `by_lower`.
+        where: the place of the names in the error, such as " in the pool".
+
+    Raises:
+        ValueError: the name clashes with another one.
+    """
+    other = taken.get(name.lower())
+    if other == name:
+        raise ValueError(f"there is an adapter {name!r}{where} already; expected a new name")
+    if other is not None:
+        raise ValueError(
+            f"there is an adapter {other!r}{where} already, and {name!r} differs only in letter case; expected a new "
+            "name"
+        )
 
 
 def unwrapped(path: str) -> str:
@@ -141,6 +171,14 @@ def in_model(path: str, adapter: str) -> str:
 def shapes_of(rank: int, hidden: int) -> dict[str, tuple[int, ...]]:
     """Return the shape of each tensor that an adapter of this rank may have, by name."""
     return dict(zip(NAMES, ((rank, hidden), (rank,), (hidden, rank), (hidden,)), strict=True))
+
+
+def steered(form: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return W1, b1, W2 and b2, by name, of an adapter's tensors at a layer. The op takes these."""
+    if form != "loreft":
+        return dict(tensors)
+    down, up = rotate(tensors[DOWN], tensors[UP])
+    return {**tensors, DOWN: down, UP: up}
 
 
 # ------------------------------------------------------------------------------------------- the model that it fits
@@ -284,6 +322,37 @@ def specs_of(tensors: Mapping[Place, Mapping[str, Tensor]]) -> dict[Place, dict[
     }
 
 
+def check_values(path: str, tensor: Tensor, scale: float) -> None:
+    """Check that a tensor has finite values, and for W2 or b2 that they do not overflow float32 times the strength.
+
+    Raises:
+        ValueError: one line that names the tensor by `path`.
+    """
+    if not tensor.is_floating_point() or not tensor.numel():
+        return  # another check refuses a wrong dtype or shape
+    if tensor.element_size() == 1:  # float8 has no arithmetic
+        tensor = tensor.float()
+    least, most = torch.stack(tensor.detach().aminmax()).tolist()  # NaN if any value is NaN
+    largest = max(-least, most)
+    if not math.isfinite(largest):
+        raise ValueError(f"tensor {path} has values that are NaN or infinite; expected finite ones")
+    if split_path(path)[2] in (UP, UP_BIAS) and abs(scale) * largest > FLOAT32_MAX:
+        raise ValueError(
+            f"tensor {path} has values up to {largest:.3g}, and scale is {scale:.3g}; expected a product of at most "
+            f"{FLOAT32_MAX:.3g}, float32's largest"
+        )
+
+
+def check_rotation(path: str, matrix: Tensor) -> None:
+    """Refuse a matrix that makes no rotation of LoReFT's.
+
+    Raises:
+        ValueError: its columns depend on each other, to float32's rounding.
+    """
+    if not is_orthonormal(orthonormal(matrix.detach().float())):
+        raise ValueError(f"tensor {path} has columns that depend on each other; expected independent ones, for LoReFT")
+
+
 _CACHED = re.compile(r"(?:^|[/\\])models--([^/\\]+?)--([^/\\]+)(?:[/\\]snapshots)?(?:[/\\]|$)")
 _HASH = re.compile(r"[0-9a-f]{40,64}")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -327,6 +396,10 @@ class Factor(nn.Module):
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
 
 
+class Rotation(Factor):
+    """W2 = Rᵀ of LoReFT, computed from `weight` in each pass (kernels/rotation.py). It has no bias."""
+
+
 if TYPE_CHECKING:
 
     class Factors(nn.ModuleDict):
@@ -346,23 +419,39 @@ class Adapter:
 
     @classmethod
     def fresh(cls, config: SteerConfig, hidden: int, device: torch.device) -> Adapter:
-        """Return a new adapter that changes nothing. W1 is kaiming-uniform (a = √5) times `init_scale`, all else 0."""
+        """Return a new adapter that changes nothing. W1 is kaiming-uniform (a = √5) times `init_scale`, all else 0.
+
+        For LoReFT R is random, W = R and b = 0.
+
+        Raises:
+            ValueError: LoReFT's rank is more than d.
+        """
         options: dict[str, Any] = {"device": device, "dtype": DTYPES[config.dtype]}
         down = up = None
-        if config.rank:
+        if config.form == "loreft":
+            if config.rank > hidden:
+                raise ValueError(
+                    f"rank is {config.rank} with form='loreft'; expected at most {hidden}, the hidden size"
+                )
+            up = orthonormal(torch.randn(hidden, config.rank, device=device)).to(options["dtype"])
+            down = up.t().contiguous()
+        elif config.rank:
             down = torch.empty(config.rank, hidden, **options)
             nn.init.kaiming_uniform_(down, a=math.sqrt(5))
             down *= config.init_scale
             up = torch.zeros(hidden, config.rank, **options)
         down_bias = torch.zeros(config.rank, **options) if config.down_bias else None
         up_bias = torch.zeros(hidden, **options) if config.up_bias else None
-        return cls(Factor(down, down_bias), Factor(up, up_bias))
+        return cls(Factor(down, down_bias), _up_factor(config.form)(up, up_bias))
 
     @classmethod
-    def of_tensors(cls, tensors: Mapping[str, Tensor], device: torch.device | None = None) -> Adapter:
+    def of_tensors(
+        cls, tensors: Mapping[str, Tensor], device: torch.device | None = None, form: str = "lowrank"
+    ) -> Adapter:
         """Return an adapter of tensors given by name, moved to `device` if it is not None."""
         moved = {name: tensor if device is None else tensor.to(device) for name, tensor in tensors.items()}
-        return cls(Factor(moved.get(DOWN), moved.get(DOWN_BIAS)), Factor(moved.get(UP), moved.get(UP_BIAS)))
+        up = _up_factor(form)(moved.get(UP), moved.get(UP_BIAS))
+        return cls(Factor(moved.get(DOWN), moved.get(DOWN_BIAS)), up)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """Return the parameters by name."""
@@ -372,3 +461,18 @@ class Adapter:
     def named_tensors(self) -> dict[str, Tensor]:
         """Return the values by name, without gradients."""
         return {name: parameter.detach() for name, parameter in self.named_parameters().items()}
+
+    def steered(self) -> dict[str, Tensor]:
+        """Return W1, b1, W2 and b2 by name, without gradients."""
+        return steered("loreft" if isinstance(self.up, Rotation) else "lowrank", self.named_tensors())
+
+    def weights(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """Return W1, W2, b1 and b2 as the op takes them, with gradients. None stands for a missing part."""
+        down, up = self.down.weight, self.up.weight
+        if isinstance(self.up, Rotation) and down is not None and up is not None:
+            return *rotate(down, up), self.down.bias, None
+        return down, up, self.down.bias, self.up.bias
+
+
+def _up_factor(form: str) -> type[Factor]:
+    return Rotation if form == "loreft" else Factor

@@ -127,6 +127,16 @@ def read_regular(file: Path, most: int) -> bytes:
     return content
 
 
+def copy_regular(file: Path, copy: Path) -> None:
+    """Copy a file of any size.
+
+    Raises:
+        OSError, ValueError: see `open_regular`, or the copy cannot be written.
+    """
+    with open(open_regular(file), "rb") as opened, open(copy, "wb") as written:
+        shutil.copyfileobj(opened, written)
+
+
 def digest_of(file: Path) -> bytes:
     """Return the SHA-256 of a file of any size.
 

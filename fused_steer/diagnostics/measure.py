@@ -288,10 +288,8 @@ def _steering_shift(site: SteeringSite, h: Tensor) -> Tensor:
     """Return the shift δ = s (W2 φ(W1 h + b1) + b2), (N, d), for h (N, d), in h's dtype."""
     adapter = site.adapter(site.active or "")
     assert adapter is not None
-    w1, b1, w2, b2 = (
-        None if t is None else t.to(h.dtype)
-        for t in (adapter.down.weight, adapter.down.bias, adapter.up.weight, adapter.up.bias)
-    )
+    w1, w2, b1, b2 = adapter.weights()
+    w1, b1, w2, b2 = (None if t is None else t.to(h.dtype) for t in (w1, b1, w2, b2))
     if w1 is None or w2 is None:
         assert b2 is not None
         return (site.scale * b2).expand_as(h)
@@ -333,7 +331,7 @@ def _spectral_norm(site: SteeringSite) -> float:
     """Return ‖W2'‖₂ of the W2 that steers. An adapter kept orthogonal to the LoRA already holds (I − V Vᵀ) W2."""
     adapter = site.adapter(site.active or "")
     assert adapter is not None
-    up = adapter.up.weight
+    up = adapter.weights()[1]
     if up is None:
         raise _Absent("a vector has no W2")
     if not up.isfinite().all():
@@ -350,7 +348,8 @@ def _alignment(site: SteeringSite, adapted: list[Writer], mlp: list[Writer]) -> 
         raise _Absent(f"no active LoRA on {' or '.join(writer.path for writer in mlp[:2])}")
     adapter = site.adapter(site.active or "")
     assert adapter is not None
-    if adapter.up.weight is None or adapter.down.weight is None:
+    w1, w2, *_ = adapter.weights()
+    if w1 is None or w2 is None:
         raise _Absent("a vector has no W2 W1")
     columns: list[Tensor] = []
     small = []
@@ -363,8 +362,8 @@ def _alignment(site: SteeringSite, adapted: list[Writer], mlp: list[Writer]) -> 
         # Σ s·B·A of one module is [B B ..] [A; A; ..]. Only R of [A; A; ..]ᵀ = Q R changes the left singular vectors.
         small.append(torch.linalg.qr(_exact(torch.cat(a)).t(), mode="r").R)
     lora = _left_singular_vectors("LoRA's update", torch.cat(columns, 1), torch.block_diag(*small).t())
-    down = torch.linalg.qr(_exact(adapter.down.weight).t(), mode="r").R.t()
-    steering = _left_singular_vectors("W2 W1", adapter.up.weight, down)
+    down = torch.linalg.qr(_exact(w1).t(), mode="r").R.t()
+    steering = _left_singular_vectors("W2 W1", w2, down)
     overlap = lora.t() @ steering
     cosines = torch.linalg.svdvals(overlap).clamp(max=1)
     return Alignment(

@@ -1,4 +1,4 @@
-"""Import adapters that pyreft saved (github.com/stanfordnlp/pyreft, in pyvene's file layout).
+"""Import adapters that pyreft saved (github.com/stanfordnlp/pyreft, in pyvene's file layout), and export LoReFT.
 
 With a block's output h and R (r, d) of orthonormal rows, pyreft's interventions compute, in its own notation,
 
@@ -6,13 +6,17 @@ With a block's output h and R (r, d) of orthonormal rows, pyreft's interventions
     NoReFT    h + W2ᵀ(φ(W1 h + b) − W2 h − c)  NoDiReFT  h + W2ᵀ φ(W1 h + b)     LobiReFT  h + Rᵀ b
 
 (`pyreft.interventions`, version 0.1.0; its dropout has no effect at inference). Each is h + W2 φ(W1 h + b1) or a
-vector. For LoReFT and NoReFT this holds only if φ is the identity.
+vector. For LoReFT and NoReFT this holds only if φ is the identity. LoReFT becomes `form="loreft"`, bit for bit, if R is
+orthonormal. Weight decay shrinks pyreft's R. Such a file becomes `form="lowrank"` with W1 = W − R and W2 = Rᵀ.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import tempfile
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +25,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapters.files import AdapterFile, read_json
-from ..adapters.parameters import DOWN, DOWN_BIAS, UP, UP_BIAS, Place
+from ..adapters.files import AdapterFile, read_adapter, read_json
+from ..adapters.parameters import DOWN, DOWN_BIAS, SITE, UP, UP_BIAS, Place
 from ..config import SteerConfig
 from ..kernels import ACTIVATIONS
+from ..kernels.rotation import is_orthonormal, orthonormal
 from .reading import assemble, checked_tensor, first_line, layout, naming, read_pickle
 
 CONFIG_NAME = "config.json"
+_SHORT, _ENDS = re.compile(r"\b([fl])(\d+)\b"), {"f": "first", "l": "last"}
 _BASE_NAME = "pytorch_model.bin"
 _TYPE = re.compile(r"<class 'pyreft\.interventions\.(\w+)'>")
 
@@ -66,8 +72,12 @@ def _difference(minuend: Tensor, subtrahend: Tensor) -> Tensor:
 
 
 def _loreft(t: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    rotation = t["rotate_layer"]  # Rᵀ, stored as it is used
-    return _lowrank(_difference(t["weight"], rotation.t()), t["bias"], rotation)
+    return _lowrank(t["weight"], t["bias"], t["rotate_layer"])  # Rᵀ, stored as it is used
+
+
+def _with_difference(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return LoReFT's tensors as those of a low rank: W1 = W − R."""
+    return {**tensors, DOWN: _difference(tensors[DOWN], tensors[UP].t())}
 
 
 def _noreft(t: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -148,15 +158,15 @@ def import_pyreft(
     """Import the output of pyreft's `reft_model.save(directory)`: `config.json` and the `intkey_….bin` files.
 
     The interventions must be of one of the six classes above, on `block_output`, one for each layer, and all of one
-    class and rank. The parameters become float32. bfloat16 values keep their numbers. The difference W − R of LoReFT,
-    the difference of NoReFT and the vector Rᵀb of LobiReFT are rounded once. Pickles are opened by
+    class and rank. The parameters become float32. bfloat16 values keep their numbers. The difference of NoReFT, the
+    vector Rᵀb of LobiReFT, and W − R of a LoReFT that is not orthonormal are rounded once. Pickles are opened by
     `torch.load(weights_only=True)`, which executes nothing in them. pyreft itself is not needed.
 
     Args:
         directory: a local directory.
-        positions: must be "all". pyreft takes the token positions at each call, and its files do not record them.
-            fused-steer steers every token of prompt and answer. An adapter trained at other positions is another
-            function and cannot be imported.
+        positions: the tokens where pyreft intervened, as SteerConfig names them, or in pyreft's words: "f7+l7" is
+            "first_7+last_7". pyreft takes them at each call, and its files do not record them. If a prompt is shorter
+            than all of these and has an odd number of tokens, pyreft leaves out the middle one, fused-steer does not.
         activation: the act_fn, for the classes that have one: identity (its None and "linear"), silu, gelu, gelu_tanh
             ("gelu_pytorch_tanh"), relu or tanh.
         base: the base model's name, as in `import_steerling`.
@@ -172,12 +182,13 @@ def import_pyreft(
         ValueError: an argument is missing or out of range, the base's config cannot be read or does not fit, or the
             directory cannot be expressed exactly as an adapter, or its files do not fit each other.
     """
-    if positions != "all":
+    if positions is None:
         raise ValueError(
-            f"positions is {'not given' if positions is None else repr(positions)}; expected 'all' (--positions all), "
-            "if that is where pyreft intervened: its files do not record it, and fused-steer steers every token"
+            "positions is not given; expected 'all' or such as 'f7+l7' (--positions), where pyreft intervened: its "
+            "files do not record it"
         )
-    SteerConfig(activation=activation)
+    where = _SHORT.sub(lambda found: f"{_ENDS[found[1]]}_{found[2]}", str(positions))
+    SteerConfig(activation=activation, positions=where)
     target = layout(base, num_layers, layers_path)
     folder = Path(directory)
     if not (folder / CONFIG_NAME).is_file():
@@ -198,17 +209,76 @@ def import_pyreft(
             if rank not in (None, sizes["r"]):
                 raise ValueError(f"its rank is {sizes['r']}; expected {rank}, the low_rank_dimension of {CONFIG_NAME}")
         layers[index] = {name: tensor.float() for name, tensor in kind.convert(tensors).items()}
-    vector = kind.convert is _lobireft
+    vector, form = kind.convert is _lobireft, "lowrank"
+    if kind.convert is _loreft:
+        if all(is_orthonormal(named[UP]) for named in layers.values()):
+            form = "loreft"
+        else:
+            layers = {index: _with_difference(named) for index, named in layers.items()}
     return assemble(
         folder,
         target,
         sizes["d"],
         {Place(index): tensors for index, tensors in layers.items()},
-        form="vector" if vector else "lowrank",
+        form="vector" if vector else form,
         rank=0 if vector else sizes["r"],
         activation=activation or "identity",
         down_bias=not vector,
+        positions=where,
     )
+
+
+def export_pyreft(source: str | os.PathLike[str], directory: str | os.PathLike[str]) -> AdapterFile:
+    """Write an adapter of `form="loreft"` as `reft_model.save` of pyreft does, for `pyreft.ReftModel.load`.
+
+    R, W and b are written as they compute, so that importing them again gives the same bits. The weights are pickles of
+    tensors, as pyreft has them. pyreft takes W and b as bfloat16 when it loads them, and rounds float32 ones.
+
+    Args:
+        source: a saved adapter: its directory, or its id on the hub.
+        directory: a new or an empty one.
+
+    Returns:
+        The adapter.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such adapter, its files are broken, pyreft has no such form or
+            strength, or the directory holds something. Nothing is written then.
+    """
+    adapter, target = read_adapter(source), Path(directory)
+    config = adapter.config
+    if config.form != "loreft":
+        raise ValueError(
+            f"{source} is of form {config.form!r}; expected 'loreft', which pyreft computes as fused-steer"
+        )
+    if config.sites != (SITE,):
+        raise ValueError(f"{source} steers at {', '.join(config.sites)}; expected {SITE}, of pyreft's block_output")
+    if config.scale != 1:
+        raise ValueError(f"{source} has scale {config.scale}; expected 1: pyreft's LoReFT has no strength")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{target} exists and is not an empty directory; expected a new one")
+    indices = [place.layer for place in adapter.tensors]
+    fields = {
+        "intervention_constant_sources": [True for _ in indices],
+        "intervention_dimensions": [adapter.layout.hidden for _ in indices],
+        "intervention_types": ["<class 'pyreft.interventions.LoreftIntervention'>" for _ in indices],
+        "mode": "parallel",
+        "representations": [
+            [{"layer": i, **_REQUIRED, "low_rank_dimension": config.rank}.get(field) for field in _FIELDS]
+            for i in indices
+        ],
+        "sorted_keys": [_file_name(i).removeprefix("intkey_").removesuffix(".bin") for i in indices],
+    }
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as parent:
+        folder = Path(parent, target.name)
+        folder.mkdir()
+        (folder / CONFIG_NAME).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+        for (index, _), tensors in adapter.tensors.items():
+            state = {"weight": tensors[DOWN], "bias": tensors[DOWN_BIAS], "rotate_layer": orthonormal(tensors[UP])}
+            torch.save(OrderedDict(state), folder / _file_name(index))
+        os.replace(folder, target)
+    return adapter
 
 
 # ---------------------------------------------------------------------------------------------------------- config.json

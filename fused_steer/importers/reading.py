@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import warnings
@@ -10,14 +11,16 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-import safetensors
+import safetensors.torch
 import torch
 from torch import Tensor
 
 from ..adapters.files import AdapterFile
 from ..adapters.parameters import Layout, Place
+from ..adapters.saving import open_regular
+from ..adapters.weights import MOST_JSON
 from ..config import DTYPES, SteerConfig
 from ..model.decoder import Decoder, find_decoder, meta_model
 
@@ -100,7 +103,7 @@ def assemble(
             raise ValueError(f"its hidden size is {hidden}; expected {layout.hidden}, that of {layout.base}")
         sites = list({place.site for place in places})
         config = SteerConfig(layers=layout.config_layers({place.layer for place in places}), site=sites, **fields)
-        # Copied, because the file may be mapped into memory and safetensors refuses tensors that share memory.
+        # Copied, because safetensors refuses tensors that share memory.
         tensors = {
             place: {
                 name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in named.items()
@@ -110,6 +113,22 @@ def assemble(
         return AdapterFile(config, replace(layout, hidden=hidden), tensors)
 
 
+@contextlib.contextmanager
+def foreign_file(file: Path) -> Iterator[BinaryIO]:
+    """Open a file to copy its bytes. If it were mapped into memory, overwriting it would kill the process.
+
+    Raises:
+        ValueError: it is not a regular file, or it was written to before the end of the block.
+        OSError: it cannot be opened.
+    """
+    with open(open_regular(file), "rb") as opened:
+        before = os.fstat(opened.fileno())
+        yield opened
+        after = os.fstat(opened.fileno())
+    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+        raise ValueError("it was written to while it was read")
+
+
 def read_safetensors(file: Path, without: str | None = None) -> dict[str, Tensor | None]:
     """Read a safetensors file. Keys that begin with `without` are given None, as their tensors may be gigabytes.
 
@@ -117,11 +136,33 @@ def read_safetensors(file: Path, without: str | None = None) -> dict[str, Tensor
         ValueError: the file cannot be read.
     """
     try:
-        with safetensors.safe_open(file, framework="pt", device="cpu") as weights:
-            unread = {key for key in weights.keys() if without is not None and key.startswith(without)}
-            return {key: None if key in unread else weights.get_tensor(key) for key in weights.keys()}
+        with foreign_file(file) as opened:
+            return _read_safetensors(opened, without)
     except Exception as error:  # SafetensorError, or any error that a damaged header causes
         raise ValueError(f"{file} cannot be read: {first_line(error)}; expected a safetensors file") from error
+
+
+def _read_safetensors(opened: BinaryIO, without: str | None) -> dict[str, Tensor | None]:
+    length = os.fstat(opened.fileno()).st_size
+    size = int.from_bytes(opened.read(8), "little")
+    if size > min(length - 8, MOST_JSON):
+        raise ValueError(f"its header is of {size} bytes, in a file of {length}")
+    header = json.loads(opened.read(size))
+    header.pop("__metadata__", None)
+    end, content = 0, bytearray()
+    wanted: dict[str, dict[str, Any]] = {}
+    for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        (start, stop), begin = entry["data_offsets"], len(content)
+        if start != end or not start <= stop <= length - 8 - size:
+            raise ValueError(f"its header has {key} at {start} to {stop}, of {length - 8 - size} bytes")
+        end = stop
+        if without is None or not key.startswith(without):
+            opened.seek(8 + size + start)
+            content += opened.read(stop - start)
+            wanted[key] = {**entry, "data_offsets": [begin, len(content)]}
+    text = json.dumps(wanted).encode()
+    tensors = safetensors.torch.load(len(text).to_bytes(8, "little") + text + content)
+    return {key: tensors.get(key) for key in header}
 
 
 def read_pickle(file: Path) -> Any:
@@ -131,10 +172,12 @@ def read_pickle(file: Path) -> Any:
         ValueError: the file cannot be read, or holds other objects.
     """
     try:
-        with warnings.catch_warnings():
+        with foreign_file(file) as opened, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # warnings about files that are refused below
-            # Mapped into memory if the format allows it, so that unused tensors are not read from the disk.
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+            if zipfile.is_zipfile(opened):
+                _refuse_compressed(opened)
+            opened.seek(0)
+            return torch.load(opened, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or hostile pickle may raise anything
         # torch's own message advises loading the pickle unsafely, so it is not repeated.
         named = re.search(r"GLOBAL (\S+)", str(error))
@@ -142,6 +185,14 @@ def read_pickle(file: Path) -> Any:
         raise ValueError(
             f"{file} cannot be read: {reason}; expected only tensors, as torch.load(weights_only=True) reads them"
         ) from error
+
+
+def _refuse_compressed(opened: BinaryIO) -> None:
+    """Refuse a compressed archive. torch.save compresses nothing, and a small file could fill the memory."""
+    with zipfile.ZipFile(opened) as archive:
+        size, length = sum(info.file_size for info in archive.infolist()), os.fstat(opened.fileno()).st_size
+    if size > length:
+        raise ValueError(f"it holds {size} bytes in {length}")
 
 
 def checked_tensor(key: str, value: Any, dimensions: int) -> Tensor:

@@ -52,6 +52,7 @@ def import_steerling(
     *,
     scale: float | None,
     activation: str | None = None,
+    positions: str = "all",
     base: str = "",
     num_layers: int | None = None,
     layers_path: str | None = None,
@@ -64,14 +65,15 @@ def import_steerling(
     sites pre_mlp and post_mlp in a model with a `post_attention_layernorm` before its `mlp`. Values and dtype are kept.
     `base_model.*` is left out. A pickle is opened by `torch.load(weights_only=True)`, which executes nothing in it.
 
-    The file does not record the steered tokens. fused-steer steers every token, as the released code does unless
-    trained with `--intervene-last`. Such a file can be imported, but the adapter is then another function.
+    The file does not record the steered tokens. The released code steers every token, unless trained with
+    `--intervene-last`, which is `positions="last_prompt+generated"`.
 
     Args:
         file: a `.safetensors`, or a file of `torch.save`.
         scale: the released code's alpha. Its vectors have none: give 1.0.
         activation: φ of a low-rank adapter: identity (the released code's None and --linear), silu, gelu, gelu_tanh,
             relu or tanh. Vectors have none.
+        positions: the steered tokens, as SteerConfig has them.
         base: the base model's name, recorded in the adapter; "" for none. If `num_layers` or `layers_path` is not
             given, or the file has `attn` or `mlp`, it must be a directory or hub id. Its config (no weights, no code)
             is read, and the file must fit.
@@ -90,7 +92,8 @@ def import_steerling(
     """
     if scale is None:
         raise ValueError("scale is not given; expected a number (--scale): the file does not record it")
-    SteerConfig(scale=scale, activation=activation)  # checked first, so that an error does not name the file
+    # checked first, so that an error does not name the file
+    SteerConfig(scale=scale, activation=activation, positions=positions)
     target = layout(base, num_layers, layers_path)
     entries, ignored = _read(Path(file))
     with naming(file):
@@ -114,6 +117,7 @@ def import_steerling(
         activation=activation,
         scale=scale,
         dtype=DTYPE_NAMES[dtype],
+        positions=positions,
     )
     return Imported(adapter, len(ignored), sum("lora_" in key for key in ignored))
 

@@ -19,11 +19,11 @@ from torch import Tensor
 from ..adapters.files import AdapterFile
 from ..adapters.parameters import UP_BIAS, Place
 from ..config import SteerConfig
+from .gguf import read_gguf
 from .reading import (
     DTYPE_NAMES,
     assemble,
     checked_tensor,
-    first_line,
     layout,
     naming,
     read_pickle,
@@ -50,10 +50,10 @@ def import_vector(
     vectors. Its files do not record them. repeng skips padding; here padding is steered too, which has no effect.
 
     Args:
-        file: a `.gguf` of repeng, llama.cpp or EasySteer, with `direction.N` for layer N (needs the package gguf); a
-            `.safetensors`; or a file of `torch.save`. The latter two hold a dict of tensors (d,) with keys `N` (or the
-            integer), `layer.N`, `layers.N` or `direction.N`, or one tensor (L, d) or (d,), bare or in a dict. The
-            dtype (float32, bfloat16 or float16) is kept.
+        file: a `.gguf` of repeng, llama.cpp or EasySteer, with `direction.N` for layer N; a `.safetensors`; or a file
+            of `torch.save`. The latter two hold a dict of tensors (d,) with keys `N` (or the integer), `layer.N`,
+            `layers.N` or `direction.N`, or one tensor (L, d) or (d,), bare or in a dict. The dtype (float32, bfloat16
+            or float16) is kept.
         scale: repeng's coefficient, llama.cpp's `--control-vector-scaled`, steering-vectors' multiplier.
         layers: for a dict, the layers to import, repeng's `layer_ids` (default: all in the file). For a tensor (L, d),
             the layer of each row; needed unless the tensor has a row for each layer of the model.
@@ -66,7 +66,6 @@ def import_vector(
 
     Raises:
         FileNotFoundError: there is no such file.
-        ImportError: the file is a `.gguf`, and the package gguf is not installed.
         TypeError: an argument of the wrong type.
         ValueError: an argument is missing or out of range, the base's config cannot be read or does not fit, or the
             file cannot be read safely, has other content, or tensors that do not fit each other.
@@ -87,34 +86,8 @@ def _read(file: Path) -> Any:
     if not file.is_file():
         raise FileNotFoundError(f"no file {file}; expected a control vector: .gguf, .safetensors or torch.save's")
     if file.suffix == ".gguf":
-        return _read_gguf(file)
+        return read_gguf(file, _ARCHITECTURE, _DIRECTION)
     return read_safetensors(file) if file.suffix == ".safetensors" else read_pickle(file)
-
-
-def _read_gguf(file: Path) -> dict[str, Tensor]:
-    try:
-        import gguf
-    except ImportError as error:
-        raise ImportError(
-            f"{file} needs the package gguf, which is not installed; expected it (pip install gguf)"
-        ) from error
-    try:
-        reader = gguf.GGUFReader(file)
-        field = reader.get_field("general.architecture")
-        architecture = field.contents() if field is not None else None
-    except Exception as error:  # any error that a damaged header causes
-        raise ValueError(f"{file} cannot be read: {first_line(error)}; expected a GGUF file") from error
-    with naming(file):
-        if architecture != _ARCHITECTURE:
-            raise ValueError(f"its architecture is {architecture!r}; expected {_ARCHITECTURE!r}")
-        tensors = {}
-        for tensor in reader.tensors:
-            if not tensor.name.startswith(_DIRECTION):
-                raise ValueError(f"it has a tensor {tensor.name!r}; expected only direction.<layer>")
-            if tensor.tensor_type.name not in ("F32", "F16"):
-                raise ValueError(f"{tensor.name} is {tensor.tensor_type.name}; expected F32 or F16")
-            tensors[tensor.name] = torch.from_numpy(tensor.data.copy())
-    return tensors
 
 
 def _by_layer(state: Any, layers: Sequence[int] | None, count: int) -> dict[int, Tensor]:

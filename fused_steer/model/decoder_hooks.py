@@ -68,12 +68,14 @@ class DecoderHooks:
 
     def _pack(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         tokens = tokens_of(args, kwargs)
-        weights = {}
+        weights, rotations = {}, {}
+        sites = [site for patched in self._patched.values() for site in patched.sites.values()]
+        if not torch.is_grad_enabled():
+            rotations = {site: pair for site in sites if (pair := site.rotation()) is not None}
         if tokens > FEW_TOKENS:
-            sites = (site for patched in self._patched.values() for site in patched.sites.values())
             weights = {site: pair for site in sites if (pair := site.low_rank()) is not None}
         dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), None) if weights else None
-        self._packing.begin(dtype, tokens, weights)
+        self._packing.begin(dtype, tokens, weights, rotations)
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
         if not torch.compiler.is_compiling():

@@ -69,23 +69,23 @@ def _in_add(name: str) -> Callable[..., Tensor]:
 
 
 def _beside(name: str, copied: bool = False) -> Callable[..., Any]:
-    def steer_value(layer: nn.Module, value: Any) -> Any:
+    def steer_value(layer: nn.Module, value: Any, entering: Any) -> Any:
         """The tensor, alone or first in a tuple or list, steered."""
-        return _steer_first(layer._modules[name], value, layer, copied)
+        return _steer_first(layer._modules[name], value, layer, entering, copied)
 
     return steer_value
 
 
-def _steer_first(site: Any, value: Any, source: nn.Module, copied: bool = False) -> Any:
+def _steer_first(site: Any, value: Any, source: nn.Module, entering: Any = None, copied: bool = False) -> Any:
     """A tensor, alone or first in a tuple or list, steered.
 
     copied: what it becomes may be written to in place, which no tensor may that autograd has saved.
     """
     if isinstance(value, Tensor):
-        out = site(value)
+        out = site(value, entering=entering)
         return out.clone() if copied and out is not value and is_grad_enabled() else out
     if type(value) in (tuple, list) and value and isinstance(value[0], Tensor):
-        return type(value)((_steer_first(site, value[0], source, copied), *value[1:]))
+        return type(value)((_steer_first(site, value[0], source, entering, copied), *value[1:]))
     raise TypeError(
         f"{type(source).__name__} has a {type(value).__name__} to steer at {site.name}; "
         "expected a tensor, alone or first in a tuple or list"

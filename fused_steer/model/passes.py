@@ -1,4 +1,4 @@
-"""Packed weights for one forward pass of a decoder in one thread.
+"""Packed weights for one forward pass of a decoder in one thread, and LoReFT's rotations for one without gradients.
 
 A pack is made before the pass and dropped after it, also after an exception. Each thread has its own. A layer uses it
 only if its weights are still at the packed addresses, on the same stream. Weights that were moved, replaced or gathered
@@ -8,6 +8,7 @@ since are read directly. Passes over a few tokens have no pack: see `kernels.pac
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,22 +17,47 @@ from torch import Tensor, nn
 from ..kernels import select_backend
 from ..kernels.contract import Packed
 from ..kernels.packing import FEW_TOKENS, address_table, pack_weights
+from ..kernels.rotation import rotate_all
 from .watch import thread
 
 
 class Pack:
     """The packed weights of one pass, by site."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype  # the hidden state's dtype
+    def __init__(self, dtype: torch.dtype | None) -> None:
+        self.dtype = dtype  # the hidden state's dtype, None if nothing is packed
         self._layers: dict[int, tuple[int, int, Packed]] = {}
+        self._rotated: dict[int, tuple[int, int, tuple[Tensor, Tensor]]] = {}
         self._streams: dict[torch.device, Any] = {}
 
     def add(self, device: torch.device, sites: list[int], table: Tensor, weights: list[tuple[Tensor, Tensor]]) -> None:
+        assert self.dtype is not None
         packed = pack_weights(table, *weights[0], self.dtype)
         self._streams[device] = _stream(device)
         for site, (down, up), one in zip(sites, weights, packed, strict=True):
             self._layers[site] = (down.data_ptr(), up.data_ptr(), one)
+
+    def rotate(self, weights: Mapping[nn.Module, tuple[Tensor, Tensor]]) -> None:
+        """Turn W and P of sites with LoReFT into W1 and W2."""
+        kinds: dict[Any, list[tuple[int, tuple[Tensor, Tensor]]]] = {}
+        for site, pair in weights.items():
+            if _has_its_values(*pair):
+                kinds.setdefault(tuple((t.shape, t.dtype, t.device) for t in pair), []).append((id(site), pair))
+        for sites in kinds.values():
+            found = rotate_all([pair for _, pair in sites])
+            self._streams[found[0][0].device] = _stream(found[0][0].device)
+            for (number, (source, matrix)), made in zip(sites, found, strict=True):
+                self._rotated[number] = (source.data_ptr(), matrix.data_ptr(), made)
+
+    def rotation_of(self, site: nn.Module, source: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return W1 and W2 of a site with LoReFT if they were made of this W and P, else None."""
+        found = self._rotated.get(id(site))
+        if found is None or torch.is_grad_enabled():
+            return None
+        at_source, at_matrix, made = found
+        if source.data_ptr() != at_source or matrix.data_ptr() != at_matrix or source.device != made[0].device:
+            return None
+        return made if self._streams[source.device] == _stream(source.device) else None
 
     def of(self, site: nn.Module, residual: Tensor, down: Tensor, up: Tensor) -> Packed | None:
         """Return the packed weights of a site if they match these weights and this hidden state, else None."""
@@ -57,18 +83,28 @@ class Packing:
     def __getstate__(self) -> dict[str, Any]:
         return {"_tables": {}}  # addresses are valid in this process only
 
-    def begin(self, dtype: torch.dtype | None, tokens: int, weights: Mapping[nn.Module, tuple[Tensor, Tensor]]) -> None:
+    def begin(
+        self,
+        dtype: torch.dtype | None,
+        tokens: int,
+        weights: Mapping[nn.Module, tuple[Tensor, Tensor]],
+        rotations: Mapping[nn.Module, tuple[Tensor, Tensor]] = MappingProxyType({}),
+    ) -> None:
         """Begin a pass in this thread. `end` has to be called after it in any case.
 
         Args:
             dtype: the hidden state's dtype. If it is None (unknown), nothing is packed.
             tokens: the number of tokens in the pass.
             weights: W1 and W2 of each site with an active low-rank adapter.
+            rotations: W and P of each site with an active LoReFT; none in a pass with gradients.
         """
         pack = None
         if dtype is not None and tokens > FEW_TOKENS and weights:
             with torch.no_grad():
                 pack = self._make(dtype, weights)
+        if rotations:
+            pack = pack or Pack(None)
+            pack.rotate(rotations)
         self.end()  # ends a pass that Ctrl-C interrupted, as PyTorch calls no hook for it
         thread.begun[self] = len(thread.packs)
         thread.packs.append(pack)

@@ -103,6 +103,8 @@ class PatchedModel:
         Raises:
             RuntimeError: another library has since changed a layer's class. Nothing is undone.
         """
+        for patched in self.layers.values():
+            patched.check_removable()
         with self.changing("the model is unpatched"):
             for site in self.sites.values():
                 site.enabled = False  # so that a partly unpatched model computes like its base
@@ -194,7 +196,8 @@ def describe(
     own = sum(p.numel() for path, p in model.named_parameters() if not is_of_site(path))
     lines = []
     for name, config in configs.items():
-        form = "vector" if config.form == "vector" else f"rank {config.rank}, {config.activation}"
+        by_form = {"vector": "vector", "loreft": f"LoReFT of rank {config.rank}"}
+        form = by_form.get(config.form, f"rank {config.rank}, {config.activation}")
         layers = len(decoder.layout.indices(config))
         share = f", {count(name) / own:.2%} of the model's" if own else ""
         used = " (in use)" if name == active else ""

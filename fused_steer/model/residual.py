@@ -83,7 +83,7 @@ def rewrite(cls: type, edits: Callable[[Source], Sequence[Edit]], with_input: bo
 
     Args:
         edits: returns the edits for the forward's source. Of several edits at one node the first is the innermost.
-        with_input: whether a method that replaces an add also gets the forward's first argument.
+        with_input: whether each method also gets the forward's first argument.
 
     Raises:
         ResidualNotFound: the forward cannot be rewritten.
@@ -261,17 +261,17 @@ class _Replace(ast.NodeTransformer):
         result: ast.expr = node
         for edit in self.edits.get(node, ()):
             if edit.where == "output":
-                result = self._call(edit.method, node, [result])
+                result = self._call(edit.method, node, [result, *self._entering()])
             elif node.args:
-                node.args[0] = self._call(edit.method, node, [node.args[0]])
+                node.args[0] = self._call(edit.method, node, [node.args[0], *self._entering()])
             else:
-                node.keywords[0].value = self._call(edit.method, node, [node.keywords[0].value])
+                node.keywords[0].value = self._call(edit.method, node, [node.keywords[0].value, *self._entering()])
         return result
 
     def _add(self, node: ast.expr | ast.stmt, left: ast.expr, right: ast.expr) -> ast.expr:
         """The add's two operands go to the first edit, the sum that it gives to those that follow."""
         first, *others = self.edits[node]
-        entering = [ast.Name(_INPUT, ast.Load())] if self.with_input else []
+        entering = self._entering()
         if first.branch is None:
             result = self._call(first.method, node, [left, right, *entering])
         else:  # by name, in the order in which they are computed
@@ -279,8 +279,11 @@ class _Replace(ast.NodeTransformer):
             operands = zip((*names, "entering"), (left, right, *entering), strict=False)
             result = self._call(first.method, node, [], [ast.keyword(name, value) for name, value in operands])
         for edit in others:
-            result = self._call(edit.method, node, [result])
+            result = self._call(edit.method, node, [result, *self._entering()])
         return result
+
+    def _entering(self) -> list[ast.expr]:
+        return [ast.Name(_INPUT, ast.Load())] if self.with_input else []
 
     def _call(
         self, method: str, at: ast.AST, arguments: list[ast.expr], keywords: Sequence[ast.keyword] = ()

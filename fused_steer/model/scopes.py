@@ -53,7 +53,7 @@ class Scopes:
         Args:
             runs: returns whether a thread, by its number, is running modules. None inspects the thread's stack.
         """
-        self._runs = runs or _runs_modules
+        self.runs = runs or _runs_modules
         self._passes: dict[int, int] = {}  # number of passes, by thread
         self._open: weakref.WeakSet[Scope] = weakref.WeakSet()
         self._ends: dict[int, Callable[[], None]] = {}  # by scope number
@@ -176,7 +176,7 @@ class Scopes:
     def _check_no_other_pass(self, what: str) -> None:
         me = threading.get_ident()
         # PyTorch calls no hook at the end of a pass that Ctrl-C interrupts, so the count alone does not suffice.
-        if any(thread != me and self._runs(thread) for thread in list(self._passes)):
+        if any(thread != me and self.runs(thread) for thread in list(self._passes)):
             raise RuntimeError(
                 f"{what} while the model runs in another thread; expected it before that pass or after it"
             )

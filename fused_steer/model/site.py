@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, is_grad_enabled, nn
 from torch.compiler import is_compiling
 
-from ..adapters.parameters import SITE, Adapter, Factors, Place
+from ..adapters.parameters import SITE, Adapter, Factors, Place, Rotation
 from ..kernels import post_block, select_backend
 from ..kernels.orthogonal import project_gradient
 from ..kernels.plan import no_plan
@@ -99,11 +99,11 @@ class Site(nn.Module):
         return branch
 
 
-class _PlannedConstrained(PlannedPostBlock):
-    """The op for an adapter that is kept orthogonal to a LoRA.
+class _PlannedComputed(PlannedPostBlock):
+    """The op for an adapter of LoReFT, or one that is kept orthogonal to a LoRA.
 
-    Autograd saves the basis for its operands, so under checkpointing they may be made only once in a call. Therefore a
-    call with gradients does not try the last plan first.
+    Autograd saves the basis or the rotation for its operands, so under checkpointing they may be made only once in a
+    call. Therefore a call with gradients does not try the last plan first.
     """
 
     __slots__ = ()
@@ -133,6 +133,7 @@ class SteeringSite(Site):
         self.strength: Tensor  # a tensor, because a number would be a constant of compiled graphs
         self.register_buffer("strength", None, persistent=False)
         self._set_strength(torch.device("cpu"))
+        self.gains: Any = None  # gives the gain of each token of a pass; None: every token is steered
         self.basis: Tensor | None  # V (d, k) float32, which W2 and b2 are kept orthogonal to in training
         self.register_buffer("basis", None, persistent=False)
         #: The module that steers by rows while each row of a batch has its own adapter. Its `plan` fills `_planned`.
@@ -161,16 +162,40 @@ class SteeringSite(Site):
         self.__dict__["_planned"] = None
 
     def low_rank(self) -> tuple[Tensor, Tensor] | None:
-        """Return W1 and W2 of the adapter that steers every token, or None if there is none or it is a vector."""
+        """Return W1 and W2 of the adapter that steers every token, or None.
+
+        None: there is no adapter, or it is a vector, or its W1 and W2 are made in each call.
+        """
         if self.active is None or not self.enabled or self.rows is not None:
             return None
-        down, up = self.steer_down[self.active].weight, self.steer_up[self.active].weight
-        return None if down is None or up is None else (down, up)
+        factor = self.steer_up[self.active]
+        down, up = self.steer_down[self.active].weight, factor.weight
+        return None if down is None or up is None or isinstance(factor, Rotation) else (down, up)
 
-    def use(self, name: str | None, activation: str, scale: float) -> None:
-        """Make `name` the only adapter that steers and trains. None, or one that skips this layer, is a plain add."""
+    def rotation(self) -> tuple[Tensor, Tensor] | None:
+        """Return W and P of the adapter that steers, if it is LoReFT, else None."""
+        if self.active is None or not self.enabled or self.rows is not None:
+            return None
+        source, matrix = self.steer_down[self.active].weight, self.steer_up[self.active]
+        return None if not isinstance(matrix, Rotation) else (source, matrix.weight)  # type: ignore[return-value]
+
+    def _weights(self, active: str) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """Return W1, W2, b1 and b2 of an adapter. Those of LoReFT were perhaps made at the beginning of the pass."""
+        adapter = Adapter(self.steer_down[active], self.steer_up[active])
+        if not is_compiling() and isinstance(adapter.up, Rotation) and thread.packs and thread.packs[-1] is not None:
+            found = thread.packs[-1].rotation_of(self, adapter.down.weight, adapter.up.weight)
+            if found is not None:
+                return *found, adapter.down.bias, None
+        return adapter.weights()
+
+    def use(self, name: str | None, activation: str, scale: float, gains: Any = None) -> None:
+        """Make `name` the only adapter that steers and trains. None, or one that skips this layer, is a plain add.
+
+        Args:
+            gains: gives the gain of each token, by its method `of`. None: every token is steered.
+        """
         self.active = name if name is not None and name in self.steer_down else None
-        self.activation, self.scale = activation, scale
+        self.activation, self.scale, self.gains = activation, scale, gains
         for factors in (self.steer_down, self.steer_up):
             for other, factor in factors.items():
                 factor.requires_grad_(other == self.active)
@@ -183,7 +208,7 @@ class SteeringSite(Site):
 
     def remember(self) -> Callable[[], None]:
         """Return a function that restores the site's adapters, the active one, and which parameters train."""
-        choice = {name: getattr(self, name) for name in ("active", "enabled", "activation", "scale")}
+        choice = {name: getattr(self, name) for name in ("active", "enabled", "activation", "scale", "gains")}
         buffers = dict(self._buffers)
         factors = [(modules, dict(modules._modules)) for modules in (self.steer_down, self.steer_up)]
         trained = [(parameter, parameter.requires_grad) for parameter in self.parameters()]
@@ -230,22 +255,25 @@ class SteeringSite(Site):
             noted["backend"] = op.backend
             return out
         noted["backend"] = select_backend(residual.device)
+        if self.gains is not None and self.rows is None:
+            return self.in_graph(residual, branch, entering)
         return residual if branch is None else residual + branch
 
-    def in_graph(self, residual: Tensor, branch: Tensor | None) -> Tensor:
+    def in_graph(self, residual: Tensor, branch: Tensor | None, entering: Tensor | None = None) -> Tensor:
         if self.rows is not None and self.enabled:
             return self.rows(residual, branch)
         if self.active is None or not self.enabled:
             return residual if branch is None else residual + branch
-        down, up = self.steer_down[self.active], self.steer_up[self.active]
+        down, up, down_bias, up_bias = self._weights(self.active)
         return post_block(
             residual,
             branch,
-            down.weight,
-            self._constrained(up.weight),
-            down_bias=down.bias,
-            up_bias=self._constrained(up.bias),
+            down,
+            self._constrained(up),
+            down_bias=down_bias,
+            up_bias=self._constrained(up_bias),
             activation=self.activation,
+            gain=None if self.gains is None else self.gains.of(residual, entering),
             # For float64 the config's exact value is used, not the float32 one.
             scale=self.scale if residual.dtype == torch.float64 else self.strength,
             reads=self.reads,
@@ -256,7 +284,7 @@ class SteeringSite(Site):
         if self.rows is not None and self.enabled:
             planned = self.__dict__["_planned"] = self.rows.plan(residual.device)
             return planned
-        if self.active is None or not self.enabled:
+        if self.active is None or not self.enabled or self.gains is not None:
             return None
         factors = self.steer_down[self.active], self.steer_up[self.active]
         (w1, b1), (w2, b2) = ((factor.weight, factor.bias) for factor in factors)
@@ -291,11 +319,15 @@ class SteeringSite(Site):
             )
             return tuple(self._constrained(value) if constrained else value for value, constrained in found)
 
+        def rotated() -> tuple[Tensor, ...]:
+            return tuple(t for t in self._weights(active) if t is not None)
+
         plain = all("weight" in factor._parameters for factor in factors)
         simple = plain and w1 is not None and b1 is None and b2 is None and self.basis is None
-        planned_op = PlannedPostBlock if self.basis is None else _PlannedConstrained
+        turns = isinstance(up, Rotation)
+        planned_op = PlannedPostBlock if self.basis is None and not turns else _PlannedComputed
         steer = planned_op(self.activation, self.scale, (w1, w2, b1, b2), self.reads)
-        planned = self.__dict__["_planned"] = (steer, usual if simple else general)
+        planned = self.__dict__["_planned"] = (steer, rotated if turns else usual if simple else general)
         return planned
 
     def _constrained(self, parameter: _Parameter) -> _Parameter:

@@ -10,13 +10,11 @@ reads the output of `steering.save`. The steered layers are the same, too.
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
 from .config import POST_BLOCK, PostBlockConfig  # warns about an untried PEFT before anything imports it
 from .site import PeftSite
-from .tuner import PostBlockModel, take_out
+from .tuner import PostBlockModel, forget_adapters, take_out
 
 __all__ = ["POST_BLOCK", "PeftSite", "PostBlockConfig", "PostBlockModel", "is_steered", "unload"]
 
@@ -35,9 +33,7 @@ def unload(model: nn.Module) -> nn.Module:
     for name in names:
         del configs[name]
     if not configs and hasattr(model, "peft_config"):
-        carrier: Any = model
-        del carrier.peft_config
-        carrier._hf_peft_config_loaded = False  # transformers' own mark
+        forget_adapters(model)
     return model
 
 

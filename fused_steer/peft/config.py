@@ -16,7 +16,8 @@ from ..adapters.files import (
     WEIGHTS_NAME,
     check_config,
     fields_digest,
-    read_adapter,
+    peft_weights_digest,
+    read_with_heads,
     sealed,
 )
 from ..adapters.parameters import SITE
@@ -65,12 +66,13 @@ class PostBlockConfig(PeftConfig):
     layers: Optional[list[int]] = None  # noqa: UP045
     site: str = SITE
     scale: float = 1.0
-    down_bias: bool = False
+    down_bias: Optional[bool] = None  # noqa: UP045
     up_bias: Optional[bool] = None  # noqa: UP045
     init_scale: float = 1.0
     dtype: str = "float32"
     orthogonal_to: Optional[str] = None  # noqa: UP045
     orthogonal_modules: str = "mlp"
+    positions: str = "all"
     hidden_size: Optional[int] = None  # noqa: UP045
     num_layers: Optional[int] = None  # noqa: UP045
     rank: Optional[int] = None  # noqa: UP045
@@ -119,20 +121,16 @@ class PostBlockConfig(PeftConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
-        """Load a config as PEFT does, and check the weights beside it.
-
-        PEFT reads the weights only after it has changed the model.
+        """Load a config as PEFT does, and check the weights beside it before PEFT changes a model.
 
         Raises:
             ValueError: a file is broken, or the weights have values that are not finite or overflow float32.
         """
-        folder = Path(pretrained_model_name_or_path, subfolder or "")
-        if not folder.is_dir():
-            folder = _from_hub(pretrained_model_name_or_path, subfolder, cls._split_kwargs(kwargs)[0])
+        folder = folder_of(pretrained_model_name_or_path, subfolder, cls._split_kwargs(kwargs)[0])
         file = None
         if (folder / CONFIG_NAME).exists():
             if (folder / WEIGHTS_NAME).exists():
-                file = read_adapter(folder, without_heads=True)  # PEFT reads the heads
+                file, _ = read_with_heads(folder)
             else:
                 check_config(folder)
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
@@ -142,9 +140,14 @@ class PostBlockConfig(PeftConfig):
         return config
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Save the config as PEFT does, and drop the digest of the tensors, which is valid for this save only."""
-        super().save_pretrained(save_directory, **kwargs)
-        self.tensors_sha256 = None
+        """Save the config as PEFT does. The digests of the tensors and the weights are valid for this save only."""
+        if self.tensors_sha256 is not None:  # PEFT has written the weights before
+            modules = self.modules_to_save or ()
+            self.weights_sha256 = peft_weights_digest(Path(save_directory), self.tensors_sha256, modules)
+        try:
+            super().save_pretrained(save_directory, **kwargs)
+        finally:
+            self.tensors_sha256 = self.weights_sha256 = None
 
     def steer_config(self) -> SteerConfig:
         """Return the same settings as a SteerConfig."""
@@ -157,14 +160,24 @@ class PostBlockConfig(PeftConfig):
         fields = {**peft, **sizes, **self.steer_config().to_dict(), "fused_steer_version": __version__}
         if self.modules_to_save:
             fields["modules_to_save"] = sorted(set(self.modules_to_save))
-        return fields if self.tensors_sha256 is None else sealed({**fields, "tensors_sha256": self.tensors_sha256})
+        if self.tensors_sha256 is None:
+            return fields
+        weights = {} if self.weights_sha256 is None else {"weights_sha256": self.weights_sha256}
+        return sealed({**fields, "tensors_sha256": self.tensors_sha256, **weights})
 
 
-def _from_hub(repo_id: str, subfolder: str | None, options: dict[str, Any]) -> Path:
-    """Return the local folder of an adapter on the hub. If there is none, return a missing folder, and PEFT raises."""
+def folder_of(repo_id: str, subfolder: str | None, options: dict[str, Any]) -> Path:
+    """Return the local folder of an adapter, by its path or hub id. If there is none, return a missing folder, and PEFT
+    raises.
+
+    Args:
+        options: arguments of `huggingface_hub.hf_hub_download`.
+    """
+    folder = Path(repo_id, subfolder or "")
+    if folder.is_dir():
+        return folder
     from huggingface_hub import hf_hub_download
 
-    folder = Path(repo_id, subfolder or "")
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         with contextlib.suppress(Exception):
             folder = Path(hf_hub_download(repo_id, name, subfolder=subfolder, **options)).parent

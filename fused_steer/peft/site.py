@@ -81,14 +81,15 @@ class PeftSite(Site, BaseTunerLayer):
         return out
 
     def _steer(self, residual: Tensor, branch: Tensor | None, name: str) -> Tensor:
-        config, down, up = self.configs[name], self.steer_down[name], self.steer_up[name]
+        config = self.configs[name]
+        down, up, down_bias, up_bias = Adapter(self.steer_down[name], self.steer_up[name]).weights()
         return post_block(
             residual,
             branch,
-            down.weight,
-            up.weight,
-            down_bias=down.bias,
-            up_bias=up.bias,
+            down,
+            up,
+            down_bias=down_bias,
+            up_bias=up_bias,
             activation=config.activation,
             scale=config.scale,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,29 +12,34 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper, register_peft_method
 from torch import Tensor, nn
 
-from ..adapters.files import check_values
 from ..adapters.parameters import (
     PEFT_PREFIX,
     SITE,
     Layout,
     Place,
+    by_lower,
     by_place,
     check_name,
+    check_values,
     in_model,
     of_adapter,
     out_of_model,
+    refuse_clash,
     specs_of,
+    unwrapped,
     without_wrappers,
 )
 from ..adapters.weights import tensors_digest
 from ..config import DTYPES, SteerConfig
 from ..kernels import MAX_RANK
 from ..model.decoder import execution_device, find_decoder
-from ..model.heads import fresh_heads
+from ..model.heads import fresh_heads, warn_of_random
 from ..model.layer import PatchedLayer, give_sites, unpatch_layers
+from ..positions import ALL
 from ..serving.mixed import MixedRows, load_again
 from ..serving.slots import LoadedSlots
 from .config import POST_BLOCK, PostBlockConfig
+from .loading import CheckedLoading, folder_that_peft_loads, peft_loads, read_for, transformers_loads
 from .site import PeftSite, cannot_merge
 
 PREFIX = "steer_"
@@ -51,6 +56,8 @@ class PostBlockModel(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}
     #: The slots of the latest batch with an adapter for each row, reused if they fit.
     _loaded: LoadedSlots | None = None
+    #: Removes the adapter whose weights PEFT loads next.
+    _undo_load: Callable[[], None] | None = None
 
     # --------------------------------------------------------------------------------------- injection and removal
 
@@ -64,8 +71,23 @@ class PostBlockModel(BaseTuner):
         first = not any(isinstance(module, BaseTunerLayer) for module in model.modules())
         trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         new: list[PatchedLayer] = []
+
+        def undo() -> None:
+            for patched in new:
+                patched.remove()
+            for site in self._sites():
+                if adapter_name in site.configs:
+                    site.delete_adapter(adapter_name)
+            self.peft_config.pop(adapter_name, None)
+            _take_out_heads(model, {adapter_name})
+            for parameter, required in trained:
+                parameter.requires_grad_(required)
+            if getattr(model, "peft_config", None) == {}:
+                forget_adapters(model)
+
         try:
             check_name(adapter_name)
+            refuse_clash(adapter_name, by_lower(name for name in self.peft_config if name != adapter_name))
             decoder = find_decoder(model)
             layout = decoder.layout
             layout.check_sizes("the adapter", config.hidden_size, config.num_layers)
@@ -75,7 +97,12 @@ class PostBlockModel(BaseTuner):
                     f"orthogonal_to is {config.orthogonal_to!r} in an adapter that trains; expected patch_model, which "
                     "keeps the constraint, or inference_mode=True"
                 )
-            _complete_heads(config, model)
+            if config.positions != ALL:
+                raise ValueError(
+                    f"positions is {config.positions!r}, and PEFT's steering is at every token; expected 'all', or "
+                    "patch_model"
+                )
+            _complete_heads(config, model, adapter_name)
             layers = {index: decoder.layers[index] for index in indices}
             bare = {i: layer for i, layer in layers.items() if not isinstance(getattr(layer, SITE, None), PeftSite)}
             new = [PatchedLayer(layer, i, layout.layer_path(i)) for i, layer in bare.items()]
@@ -86,13 +113,34 @@ class PostBlockModel(BaseTuner):
                 model.requires_grad_(False)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except BaseException:
-            for patched in new:
-                patched.remove()
-            self.peft_config.pop(adapter_name, None)
-            _take_out_heads(model, {adapter_name})
-            for parameter, required in trained:
-                parameter.requires_grad_(required)
+            undo()
             raise
+        if peft_loads() or transformers_loads():
+            self._load_next(config, adapter_name, layout, undo)
+
+    def _load_next(self, config: PostBlockConfig, adapter_name: str, layout: Layout, undo: Callable[[], None]) -> None:
+        """Prepare to load the weights of an adapter that was just added.
+
+        Args:
+            undo: removes the adapter.
+
+        Raises:
+            ValueError: the adapter has a head inside a compiled module, where PEFT does not find the head's tensors.
+        """
+        saved = set()
+        for path, wrapper in _wrappers(self.model):
+            for name, inside in wrapper.adapter_state_dict_load_map(adapter_name).items():
+                saved.add(f"{path}.{name}")
+                if without_wrappers(f"{path}.{inside}") != f"{path}.{inside}":
+                    undo()
+                    raise ValueError(
+                        f"the adapter to load as {adapter_name!r} has a head, and {path}.{inside} is compiled; "
+                        "expected the plain model (torch.compile afterwards)"
+                    )
+        if peft_loads():
+            self._undo_load = undo
+        else:
+            CheckedLoading(self.model, adapter_name, config.steer_config(), layout, saved, undo)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
         return peft_config
@@ -124,7 +172,7 @@ class PostBlockModel(BaseTuner):
         """Return the model without steering, with its own layer classes and heads."""
         take_out(self.model, set(self.peft_config))
         if hasattr(self.model, "peft_config"):
-            del self.model.peft_config
+            forget_adapters(self.model)
         return self.model
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
@@ -165,34 +213,22 @@ class PostBlockModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Return copies of a file's tensors under the model's names, matched by layer.
+        """Return the tensors to load, under the model's names and matched by layer: the tensors of the file that PEFT
+        loads, or else those of `state_dict`.
 
-        Tensors that do not fit are refused before any is loaded. PEFT would load the others and warn. They are copies,
-        because PEFT may put them in place of tensors on meta.
+        Tensors that do not fit are refused before any is loaded. PEFT would load the others and warn. An adapter that
+        was added for this load is then removed. The tensors are copies, because PEFT may put them in place of tensors
+        on meta.
         """
-        heads = {
-            f"{path}.{name}"
-            for path, wrapper in _wrappers(model)
-            for name in wrapper.adapter_state_dict_load_map(adapter_name).values()
-        }
-        beside = {name: tensor.clone() for name, tensor in state_dict.items() if name in heads}
-        state_dict = {name: tensor for name, tensor in state_dict.items() if name not in heads}
-        found = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        layers_path, _ = by_place(of_adapter(model.named_parameters(), adapter_name))
-        layout = Layout(layers_path, config.num_layers, config.hidden_size)
+        undo, tuner = None, getattr(model, "base_model", None)
+        if isinstance(tuner, cls):
+            undo, tuner._undo_load = tuner._undo_load, None
         try:
-            _, layers = by_place({out_of_model(name, adapter_name) or name: t for name, t in found.items()})
-            layout.check_tensors(config.steer_config(), specs_of(layers))
-            for path, tensor in layout.paths(layers).items():
-                check_values(path, tensor, config.scale)
-            expected = model.state_dict()
-            for name, tensor in beside.items():
-                if tensor.shape != expected[name].shape:
-                    raise ValueError(f"{name} is {tuple(tensor.shape)}; expected {tuple(expected[name].shape)}")
-        except ValueError as error:
-            raise ValueError(f"the adapter to load as {adapter_name!r} does not fit: {error}") from error
-        paths = layout.paths(layers)
-        return {in_model(path, adapter_name): tensor.clone() for path, tensor in paths.items()} | beside
+            return _fitting(model, config, adapter_name, state_dict, super()._remap_adapter_state_dict_for_load)
+        except BaseException:
+            if undo is not None:
+                undo()
+            raise
 
     # ----------------------------------------------------------------------------------------------- several adapters
 
@@ -301,19 +337,74 @@ class PostBlockModel(BaseTuner):
         return config.steer_config()
 
 
+def _fitting(
+    model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor], remap: Callable[..., Any]
+) -> dict[str, Tensor]:
+    """Return the tensors to load into an adapter and its heads, under the model's names.
+
+    Args:
+        state_dict: the tensors under their names in a file; those of heads already have the model's names.
+        remap: PEFT's function from names in a file to the model's names.
+
+    Raises:
+        ValueError: tensors are missing, unknown, or of another shape or dtype.
+    """
+    steer = config.steer_config()
+    layers_path, _ = by_place(of_adapter(model.named_parameters(), adapter_name))
+    layout = Layout(layers_path, config.num_layers, config.hidden_size)
+    # The names of the heads' tensors in the model, by their names in files.
+    names = {
+        f"{path}.{name}": f"{path}.{inside}"
+        for path, wrapper in _wrappers(model)
+        for name, inside in wrapper.adapter_state_dict_load_map(adapter_name).items()
+    }
+    prefix = PEFT_PREFIX if layers_path.startswith(PEFT_PREFIX) else ""
+    folder = folder_that_peft_loads()
+    if folder is None:
+        beside = {name: state_dict[name].clone() for name in names.values() if name in state_dict}
+        found = remap(model, config, adapter_name, {n: t for n, t in state_dict.items() if n not in beside})
+    else:
+        file, heads = read_for(folder, adapter_name, steer)
+    try:
+        if folder is None:
+            _, layers = by_place({out_of_model(name, adapter_name) or name: t for name, t in found.items()})
+            layers = {i: {name: tensor.clone() for name, tensor in named.items()} for i, named in layers.items()}
+        else:
+            layers, in_file = file.tensors, {unwrapped(name): inside for name, inside in names.items()}
+            for path in in_file.keys() - heads.keys():
+                raise ValueError(f"it has no {path}; expected the head that the adapter trained")
+            beside = {in_file.get(path, prefix + path): tensor for path, tensor in heads.items()}
+        layout.check_tensors(steer, specs_of(layers))
+        for path, tensor in layout.paths(layers).items():
+            check_values(path, tensor, config.scale)
+        expected = model.state_dict()
+        for name, tensor in beside.items():
+            if name not in expected:
+                raise ValueError(f"it has a {name}; expected weights that the model has")
+            if tensor.shape != expected[name].shape:
+                raise ValueError(f"{name} is {tuple(tensor.shape)}; expected {tuple(expected[name].shape)}")
+    except ValueError as error:
+        raise ValueError(f"the adapter to load as {adapter_name!r} does not fit: {error}") from error
+    return {in_model(path, adapter_name): tensor for path, tensor in layout.paths(layers).items()} | beside
+
+
 def _pass_names(names: list[str], wrapper: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
     """A forward pre-hook that passes each row's adapter name to a head wrapped by PEFT."""
     return args, {**kwargs, "adapter_names": names}
 
 
-def _complete_heads(config: PostBlockConfig, model: nn.Module) -> None:
+def _complete_heads(config: PostBlockConfig, model: nn.Module, adapter_name: str) -> None:
     """Let heads that were not loaded from a checkpoint train and be saved, unless the config names the modules to save.
+
+    If the config is of a file without these heads, they stay random, with a warning.
 
     Raises:
         ValueError: the config names a module that the model lacks. PEFT would ignore it.
     """
+    if config.fused_steer_version is not None:  # of a file, which says what was saved
+        warn_of_random(model, config.modules_to_save or (), adapter_name)
     if config.inference_mode or config.fused_steer_version is not None:
-        return  # a file names every saved module
+        return
     named = set(config.modules_to_save or ())
     modules = [path for path, _ in model.named_modules()]
     for name in sorted(named - _PEFTS_HEADS):
@@ -336,6 +427,12 @@ def take_out(model: nn.Module, names: set[str]) -> None:
     """Remove the sites, and the heads of the named adapters."""
     unpatch_layers(m.patched for m in model.modules() if isinstance(m, PeftSite) and m.patched is not None)
     _take_out_heads(model, names)
+
+
+def forget_adapters(model: Any) -> None:
+    """Remove the marks of PEFT and transformers on a model with adapters."""
+    del model.peft_config
+    vars(model).pop("_hf_peft_config_loaded", None)  # transformers' mark; the class has False
 
 
 def _take_out_heads(model: nn.Module, names: set[str]) -> None:
@@ -364,13 +461,14 @@ def _fill(site: PeftSite, name: str, parts: list[tuple[str, float, SteerConfig]]
         if source is None:
             continue
         factor = weight * config.scale
-        if source.down.weight is not None and source.up.weight is not None:
-            target.down.weight[rows] = source.down.weight.to(target.down.weight)
-            target.up.weight[:, rows] = factor * source.up.weight.to(target.up.weight)
-        if source.down.bias is not None:
-            target.down.bias[rows] = source.down.bias.to(target.down.bias)
-        if source.up.bias is not None:
-            target.up.bias += factor * source.up.bias.to(target.up.bias)
+        down, up, down_bias, up_bias = source.weights()
+        if down is not None and up is not None:
+            target.down.weight[rows] = down.to(target.down.weight)
+            target.up.weight[:, rows] = factor * up.to(target.up.weight)
+        if down_bias is not None:
+            target.down.bias[rows] = down_bias.to(target.down.bias)
+        if up_bias is not None:
+            target.up.bias += factor * up_bias.to(target.up.bias)
 
 
 register_peft_method(name=POST_BLOCK.lower(), config_cls=PostBlockConfig, model_cls=PostBlockModel, prefix=PREFIX)

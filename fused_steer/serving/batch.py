@@ -18,8 +18,9 @@ from ..adapters.parameters import Place
 from ..kernels.grouped import Routing
 from ..model.scopes import Scopes
 from ..model.site import SteeringSite
+from ..positions import ALL, Positions, read_positions
 from .caches import Seen, cache_length, check_begins, does_not_tell, find_cache, is_cache, is_empty
-from .requests import EVERY_TOKEN, Request
+from .requests import Request
 from .rows import Rows
 from .slots import Held
 
@@ -50,6 +51,12 @@ class Batch:
     def __reduce__(self) -> Any:
         return type(None), ()  # a copied model is in no batch
 
+    @property
+    def where(self) -> list[Positions]:
+        """Which tokens of each request are steered; without an adapter none is, wherever it may be."""
+        everywhere = read_positions(ALL)
+        return [one.positions or self.held.positions.get(one.name or "", everywhere) for one in self.requests]
+
     @contextlib.contextmanager
     def in_this_thread(self) -> Iterator[None]:
         """Let this thread run the model.
@@ -58,7 +65,10 @@ class Batch:
             RuntimeError: the batch belongs to another thread or task, or another thread runs the model in it.
         """
         self.scopes.check("the model runs")
-        earlier, me = self.thread, threading.get_ident()
+        me = threading.get_ident()
+        if self.thread not in (None, me) and not self.generating and not self.scopes.runs(self.thread):
+            self.passing.close()  # a pass that Ctrl-C cut off: PyTorch calls no hook at its end
+        earlier = self.thread
         if earlier not in (None, me):
             raise RuntimeError("another thread runs the model in this steering.batch; expected one thread at a time")
         self.thread = me
@@ -133,14 +143,12 @@ class Batch:
         total = whole.sum(1, keepdim=True)
         order = real.cumsum(1)[:, past : past + tokens]  # 1 for a row's first token that is not padding
         real = real[:, past : past + tokens]
-        after, until = (
-            torch.tensor([getattr(r, name) for r in self.requests], device=device).repeat_interleave(times).unsqueeze(1)
-            for name in ("after", "until")
+        first, last = (
+            torch.tensor([getattr(where, end) for where in self.where], device=device).repeat_interleave(times)[:, None]
+            for end in ("first", "last")
         )
-        from_end = torch.tensor([r.from_end for r in self.requests], device=device).repeat_interleave(times)
-        place = torch.where(from_end.unsqueeze(1), total + 1 - order, order)
         in_prompt = torch.arange(past, past + tokens, device=device) < self.prompt
-        chosen = torch.where(in_prompt, (place > after) & (place <= until), generated.unsqueeze(1)) & real
+        chosen = torch.where(in_prompt, (order <= first) | (order > total - last), generated.unsqueeze(1)) & real
         self.ids = slots.unsqueeze(1).expand(rows, tokens).contiguous()
         self.gain = strengths.unsqueeze(1) * chosen
 
@@ -169,16 +177,15 @@ class Batch:
 
     def _rows(self, times: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Return each row's slot, strength, and whether its generated tokens are steered."""
-        slots, strengths, generated = [], [], []
+        slots, strengths = [], []
         for request in self.requests:
             slots.append(-1 if request.name is None else self.held.numbers[request.name])
             own = 0.0 if request.name is None else self.held.scales[request.name]
             strengths.append(own if request.scale is None else request.scale)
-            generated.append(request.generated)
         return (
             torch.tensor(slots, dtype=torch.int32, device=device).repeat_interleave(times),
             torch.tensor(strengths, dtype=torch.float32, device=device).repeat_interleave(times),
-            torch.tensor(generated, device=device).repeat_interleave(times),
+            torch.tensor([where.generated for where in self.where], device=device).repeat_interleave(times),
         )
 
 
@@ -350,7 +357,7 @@ def _before_forward(
     elif batch.prompt is None:
         batch.prompt = past
     if isinstance(mask, Tensor) and mask.dim() != 2 or isinstance(mask, dict):
-        if any(request.until < EVERY_TOKEN and request.until > 0 for request in batch.requests):
+        if any(where.counts for where in batch.where):
             raise ValueError(
                 "attention_mask does not say which tokens are padding, and positions counts tokens; expected one of "
                 "two dimensions"

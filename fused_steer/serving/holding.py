@@ -13,7 +13,7 @@ from ..config import DTYPES, SteerConfig
 from ..kernels import MAX_RANK
 from ..model.decoder import Decoder, execution_device
 from ..model.site import SteeringSite
-from ..model.stored import adapter_tensors
+from ..positions import read_positions
 from .pool import AdapterPool
 from .slots import Held, LoadedSlots, Slots, adapters_at
 
@@ -24,7 +24,9 @@ def hold_loaded(
 ) -> Iterator[Held]:
     """Copy adapters that the model has loaded into new slots."""
     loaded = LoadedSlots(adapters_at(sites, names), {name: configs[name].activation for name in names})
-    yield Held(loaded.numbers, loaded.slots, {name: configs[name].scale for name in names})
+    scales = {name: configs[name].scale for name in names}
+    positions = {name: read_positions(configs[name].positions) for name in names}
+    yield Held(loaded.numbers, loaded.slots, scales, positions)
 
 
 @contextlib.contextmanager
@@ -45,7 +47,11 @@ def hold_adapters(
             yield stack.enter_context(hold_loaded(sites, configs, own))
             return
         others = [name for name in names if name not in configs]
-        loaded = {name: (configs[name], adapter_tensors(sites, name)) for name in own}
+        at = adapters_at(sites, own)
+        loaded = {
+            name: (configs[name], {place: dict(named[name]) for place, named in at.items() if name in named})
+            for name in own
+        }
         yield stack.enter_context(pool.hold(others, own=loaded))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..positions import ALL, read_positions
 from .requests import Request, checked_requests
 
 #: The key of these options in a request, and the fields below it. They mean what they mean in `steering.batch`.
@@ -21,7 +22,8 @@ def read_options(given: Any) -> Request:
 
     Args:
         given: an object with "scale" (a number; left out: the adapter's own strength) and "positions" (as
-            `steering.batch` takes them, ("last", k) as a list), or its JSON text, which HTTP clients send.
+            `steering.batch` takes them, ("last", k) as a list; left out: "all"), or its JSON text, which HTTP clients
+            send.
 
     Raises:
         ValueError, TypeError: it is something else, or a field is unknown or has no such value.
@@ -35,21 +37,21 @@ def read_options(given: Any) -> Request:
         raise TypeError(f"{KEY} is {given!r:.80}; expected an object with {' and '.join(FIELDS)}")
     if unknown := [str(field) for field in given if field not in FIELDS]:
         raise ValueError(f"{KEY} has {', '.join(unknown)}; expected {' and '.join(FIELDS)} alone")
-    positions = given.get("positions", "all")
-    if isinstance(positions, list):
-        positions = tuple(positions)
-    (found,) = checked_requests([None], given.get("scale"), [positions], lambda name: None)
+    positions = given.get("positions", ALL)
+    where = read_positions(tuple(positions) if isinstance(positions, list) else positions)
+    (found,) = checked_requests([None], given.get("scale"), where.name, lambda name: None)
     return found
 
 
 def packed(options: Request) -> list[Any]:
     """Convert options to plain values, which can be sent to other processes."""
-    return [options.scale, options.after, options.until, options.from_end, options.generated]
+    return [options.scale, ALL if options.positions is None else options.positions.name]
 
 
 def unpacked(values: Sequence[Any]) -> Request:
     """Convert the values of `packed` back to options."""
-    return Request(None, *values)
+    scale, positions = values
+    return Request(None, scale, read_positions(positions))
 
 
 def untouched(options: Request, prompt: int) -> int:
@@ -58,10 +60,10 @@ def untouched(options: Request, prompt: int) -> int:
     Args:
         prompt: the number of tokens of the prompt.
     """
-    if options.until <= options.after:  # none of the prompt
-        return prompt
-    first = max(prompt - options.until, 0) if options.from_end else options.after
-    return min(first, prompt)
+    where = options.positions
+    if where is None or where.first:
+        return 0
+    return max(prompt - where.last, 0)
 
 
 def token_gains(
@@ -87,15 +89,12 @@ def token_gains(
     gains = np.repeat(np.asarray(scales, dtype=np.float32), counted)
     start = 0
     for row, (asked, count) in enumerate(zip(options, counts, strict=True)):
-        if asked is not None:
+        if asked is not None and asked.positions is not None:
+            where = asked.positions
             end, prompt = start + count, prompts[row]
             position = np.arange(computed[row], computed[row] + count)
-            if asked.from_end:
-                low, high = prompt - asked.until, prompt - asked.after
-            else:
-                low, high = asked.after, asked.until
-            steered = (position >= low) & (position < high) & (position < prompt)
-            if asked.generated:
+            steered = ((position < where.first) | (position >= prompt - where.last)) & (position < prompt)
+            if where.generated:
                 steered |= position >= prompt
             gains[start:end][~steered] = 0
         start += count

@@ -8,7 +8,7 @@ import threading
 import time
 import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,10 +17,11 @@ from typing import Any
 from torch import Tensor
 
 from ..adapters.files import CONFIG_NAME, read_adapter
-from ..adapters.parameters import SITE, ByPlace, Place, check_name
+from ..adapters.parameters import SITE, ByPlace, Place, by_lower, check_name, refuse_clash, steered
 from ..config import SteerConfig
 from ..model.decoder import Decoder
 from ..model.scopes import renewed_after_fork
+from ..positions import read_positions
 from .slots import Held, Slots
 
 
@@ -58,7 +59,7 @@ class AdapterPool:
         self,
         slots: Mapping[Place, Slots],
         decoder: Decoder,
-        is_taken: Callable[[str], bool],
+        own_names: Callable[[], Iterable[str]],
         check_base: bool,
     ) -> None:
         """Internal: use `Steering.make_pool`.
@@ -66,15 +67,16 @@ class AdapterPool:
         Args:
             slots: the slots of each place.
             decoder: the model's decoder.
-            is_taken: returns whether the model has an adapter of this name.
+            own_names: returns the names of the model's adapters.
             check_base: refuse an adapter of another base model.
         """
         self.slots = slots
         self.count = next(iter(slots.values())).count
         self.rank = next(iter(slots.values())).rank
-        self._decoder, self._is_taken, self._check_base = decoder, is_taken, check_base
+        self._decoder, self._own_names, self._check_base = decoder, own_names, check_base
         self._changed = threading.Condition(threading.RLock())  # guards all fields below
         self._sources: dict[str, str] = {}
+        self._by_lower: dict[str, str] = {}  # the registered names, by their lower-case form
         self._versions: Counter[str] = Counter()  # number of reloads and removals of an adapter
         self._configs: dict[str, SteerConfig] = {}  # configs of the loaded adapters
         self._slot_of: OrderedDict[str, int] = OrderedDict()  # slots of the loaded adapters, least recently used first
@@ -146,8 +148,7 @@ class AdapterPool:
             ValueError: the name is invalid or taken.
         """
         with self._changed:
-            self._check_new([name])
-            self._sources[name] = os.fspath(source)
+            self._add({name: os.fspath(source)})
 
     def register_directory(self, directory: str | os.PathLike[str]) -> list[str]:
         """Register each subdirectory that has an adapter_config.json, under its own name; all or none.
@@ -167,19 +168,29 @@ class AdapterPool:
         with os.scandir(root) as entries:
             found = sorted(entry.name for entry in entries if (root / entry.name / CONFIG_NAME).is_file())
         with self._changed:
-            self._check_new(found)
-            self._sources.update({name: str(root / name) for name in found})
+            self._add({name: str(root / name) for name in found})
         return found
 
-    def _check_new(self, names: Sequence[str]) -> None:
-        for name in names:
+    def _add(self, sources: Mapping[str, str]) -> None:
+        """Register adapters, all or none. An invalid or taken name raises ValueError."""
+        own, new = by_lower(self._own_names()), dict[str, str]()
+        for name in sources:
             check_name(name)
             if name in self._sources:
                 raise ValueError(
                     f"adapter {name!r} is registered already, for {self._sources[name]}; expected a new name"
                 )
-            if self._is_taken(name):
-                raise ValueError(f"there is an adapter {name!r} in the model already; expected a new name")
+            refuse_clash(name, self._by_lower, " in the pool")
+            refuse_clash(name, new, " to be registered")
+            refuse_clash(name, own, " in the model")
+            new[name.lower()] = name
+        self._sources |= sources
+        self._by_lower |= new
+
+    def refuse_clash(self, name: str) -> None:
+        """Raise ValueError for a new name of an adapter of the model that the pool has already."""
+        with self._changed:
+            refuse_clash(name, self._by_lower, " in the pool")
 
     def remove(self, name: str) -> None:
         """Remove an adapter from the pool.
@@ -191,7 +202,7 @@ class AdapterPool:
         with self._changed:
             self._check_idle(name, "removed")
             self._forget(name)
-            del self._sources[name]
+            del self._sources[name], self._by_lower[name.lower()]
             self._changed.notify_all()
 
     def reload(self, name: str) -> None:
@@ -255,7 +266,8 @@ class AdapterPool:
         Args:
             names: names of the pool.
             timeout: see `load`.
-            own: further adapters by name, with config and tensors. They get slots inside the context.
+            own: further adapters by name, with config and with W1, b1, W2 and b2 by layer. They get slots inside the
+                context.
 
         Raises:
             ValueError: there are more names than slots, or an adapter of `own` does not fit the slots.
@@ -407,7 +419,9 @@ class AdapterPool:
                 hold.own.append(slot)
                 self._write(slot, config, tensors)
                 numbers[name], scales[name] = slot, config.scale
-            return Held(numbers, self.slots, scales)
+            positions = {name: read_positions(self._configs[name].positions) for name in names}
+            positions |= {name: read_positions(config.positions) for name, (config, _) in own.items()}
+            return Held(numbers, self.slots, scales, positions)
         except BaseException:
             self._holds.discard(hold)
             for name in added:
@@ -439,10 +453,11 @@ class AdapterPool:
             raise ValueError(f"{what} steers {outside[0]}; expected those of the pool, {layers}{at}")
 
     def _read(self, source: str) -> tuple[SteerConfig, ByPlace, int]:
-        """Read and check an adapter. Return its config, its tensors by place, and their bytes."""
+        """Read and check an adapter. Return its config, W1, b1, W2 and b2 by place, and the bytes of its tensors."""
         file = read_adapter(source, self._decoder.layout, check_base=self._check_base)
         self._check_room(source, file.config, file.tensors)
-        return file.config, file.tensors, sum(t.nbytes for named in file.tensors.values() for t in named.values())
+        nbytes = sum(t.nbytes for named in file.tensors.values() for t in named.values())
+        return file.config, {i: steered(file.config.form, named) for i, named in file.tensors.items()}, nbytes
 
     def _write(self, slot: int, config: SteerConfig, tensors: Mapping[Place, Mapping[str, Tensor]]) -> None:
         for place, slots in self.slots.items():

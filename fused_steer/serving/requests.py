@@ -7,11 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..config import checked_number
-
-#: Names of token positions. A caller may also give ("first", k) or ("last", k), tokens of the prompt.
-POSITIONS = ("all", "prompt", "generated", "last")
-EVERY_TOKEN = 2**31 - 1  # more than any number of tokens
-
+from ..positions import Positions, read_positions
 
 # -------------------------------------------------------------------------------------------------- requested rows
 
@@ -23,18 +19,12 @@ class Request:
     Attributes:
         name: the adapter, or None.
         scale: the strength, or None for the adapter's own.
-        after: the number of prompt tokens before the first steered one.
-        until: the number of the last steered prompt token.
-        from_end: whether `after` and `until` count from the prompt's end.
-        generated: whether generated tokens are steered.
+        positions: the steered tokens, or None for the adapter's own.
     """
 
     name: str | None
     scale: float | None
-    after: int
-    until: int
-    from_end: bool
-    generated: bool
+    positions: Positions | None
 
 
 def checked_requests(names: Any, scale: Any, positions: Any, known: Callable[[str], Any]) -> list[Request]:
@@ -59,27 +49,6 @@ def checked_requests(names: Any, scale: Any, positions: Any, known: Callable[[st
             raise ValueError(f"{what} has {len(values)} entries; expected {len(names)}, one for each row")
     strengths = [None if value is None else checked_number("scale", value) for value in scales]
     return [
-        Request(name, strength, **_checked_position(place))
+        Request(name, strength, None if place is None else read_positions(place))
         for name, strength, place in zip(names, strengths, places, strict=True)
     ]
-
-
-def _checked_position(position: Any) -> dict[str, Any]:
-    whole = {"after": 0, "until": EVERY_TOKEN, "from_end": False, "generated": True}
-    if position == "all":
-        return whole
-    if position == "prompt":
-        return {**whole, "generated": False}
-    if position == "generated":
-        return {**whole, "until": 0}
-    if position == "last":
-        position = ("last", 1)
-    if isinstance(position, tuple) and len(position) == 2 and position[0] in ("first", "last"):
-        count = position[1]
-        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-            raise ValueError(f"positions has {position!r}; expected a number of tokens of at least 1")
-        return {"after": 0, "until": count, "from_end": position[0] == "last", "generated": False}
-    raise ValueError(
-        f"positions has {position!r}; expected {', '.join(map(repr, POSITIONS))}, ('first', k) or ('last', k), or a "
-        "list with one for each row"
-    )

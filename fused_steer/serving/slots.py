@@ -14,6 +14,7 @@ from ..kernels import ACTIVATIONS, MAX_RANK, select_backend
 from ..kernels.grouped import Routing, post_block_grouped, post_block_routed
 from ..kernels.plan import Plan, keep, no_plan
 from ..model.site import Site
+from ..positions import Positions
 
 #: Tensors by place, by adapter and by name below the site.
 LoadedAdapters = Mapping[Place, Mapping[str, Mapping[str, Tensor]]]
@@ -27,18 +28,20 @@ class Held:
         numbers: each adapter's slot.
         slots: the slots of each place.
         scales: each adapter's own strength.
+        positions: each adapter's own positions.
     """
 
     numbers: Mapping[str, int]
     slots: Mapping[Place, Slots]
     scales: Mapping[str, float]
+    positions: Mapping[str, Positions]
 
 
 def adapters_at(sites: Mapping[Place, Site], names: Iterable[str]) -> LoadedAdapters:
-    """Return the tensors of adapters that a model has loaded. A place that an adapter skips does not list it."""
+    """Return W1, b1, W2 and b2 of adapters that a model has loaded. A place that an adapter skips does not list it."""
     names = list(names)
     return {
-        place: {name: adapter.named_tensors() for name in names if (adapter := site.adapter(name)) is not None}
+        place: {name: adapter.steered() for name in names if (adapter := site.adapter(name)) is not None}
         for place, site in sites.items()
     }
 

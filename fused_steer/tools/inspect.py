@@ -11,8 +11,8 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from ..adapters.files import WEIGHTS_NAME, locate_adapter, read_adapter
-from ..adapters.parameters import DOWN, DOWN_BIAS, UP, UP_BIAS, Place
+from ..adapters.files import WEIGHTS_NAME, locate_adapter, read_with_heads
+from ..adapters.parameters import DOWN, DOWN_BIAS, UP, UP_BIAS, Place, steered
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,10 @@ def _norms(place: Place, tensors: Mapping[str, Tensor]) -> LayerNorms:
 def describe(source: str) -> dict[str, Any]:
     """Return the output of `fused-steer inspect` as JSON data."""
     directory = locate_adapter(source)
-    adapter = read_adapter(directory, without_heads=True)
-    layers = [asdict(_norms(place, tensors)) for place, tensors in adapter.tensors.items()]
+    adapter = read_with_heads(directory)[0]
+    layers = [
+        asdict(_norms(place, steered(adapter.config.form, tensors))) for place, tensors in adapter.tensors.items()
+    ]
     return {
         "adapter": str(directory),
         "base_model": adapter.layout.base or None,

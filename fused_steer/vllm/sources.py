@@ -23,12 +23,13 @@ import torch
 from torch import Tensor
 from vllm.lora import lora_weights, utils
 
-from ..adapters.files import CONFIG_NAME, PEFT_TYPE, WEIGHTS_NAME, AdapterFile, method_in, read_adapter
-from ..adapters.parameters import NAMES, PEFT_PREFIX, SITE, ByPlace, Layout
+from ..adapters.files import CONFIG_NAME, JOINT_NAME, PEFT_TYPE, WEIGHTS_NAME, AdapterFile, method_in, read_adapter
+from ..adapters.parameters import NAMES, PEFT_PREFIX, SITE, ByPlace, Layout, steered
 from ..adapters.saving import open_regular, saving_folder
 from ..adapters.weights import MOST_JSON
-from ..joint import JOINT_NAME, LORA_FOLDER, STEERING_FOLDER, find_joint
+from ..joint import LORA_FOLDER, STEERING_FOLDER, find_joint
 from ..kernels import ACTIVATIONS, MAX_RANK
+from ..positions import ALL
 
 #: The environment variable that says where copies are kept: a folder that all processes of the engine can read.
 FOLDER_VARIABLE = "FUSED_STEER_COPIES"
@@ -85,6 +86,8 @@ def read_fitting(source: Source, layout: Layout, max_rank: int) -> AdapterFile:
     rank, most = file.config.rank, min(max_rank, MAX_RANK)
     if rank > most:
         raise ValueError(f"{source.steering} is of rank {rank}; expected at most {most} (--max-lora-rank)")
+    if file.config.positions != ALL:
+        raise ValueError(f"{source.steering} has positions {file.config.positions!r}; expected 'all' in vLLM")
     return file
 
 
@@ -102,8 +105,8 @@ def check_modules(source: Source, file: AdapterFile, modules: Any) -> None:
     named = ", ".join(modules)
     if SITE not in modules:
         found = {int(layer[1]) for module in modules if (layer := re.search(rf"\.(\d+)\.{SITE}$", module))}
-        if unsteered := sorted({place.layer for place in file.tensors} - found):
-            layers = "" if not found else f" in the layers {', '.join(map(str, unsteered))}"
+        if layers_left_out := sorted({place.layer for place in file.tensors} - found):
+            layers = "" if not found else f" in the layers {', '.join(map(str, layers_left_out))}"
             raise ValueError(f"it steers{layers}, and --lora-target-modules is {named}; expected {SITE!r} among them")
     if source.lora is None:
         return
@@ -225,8 +228,11 @@ def layout_of(config: Any) -> Layout:
 
 
 def in_float32(file: AdapterFile) -> ByPlace:
-    """Return an adapter's tensors in float32. The strength is not in them, because it is a gain of each token."""
-    return {place: {name: t.float() for name, t in tensors.items()} for place, tensors in file.tensors.items()}
+    """Return W1, b1, W2 and b2 in float32. The strength is not in them, because it is a gain of each token."""
+    return {
+        place: {name: t.float() for name, t in steered(file.config.form, tensors).items()}
+        for place, tensors in file.tensors.items()
+    }
 
 
 def layer_weights(path: str, rank: int, tensors: dict[str, Tensor], activation: str) -> lora_weights.LoRALayerWeights:

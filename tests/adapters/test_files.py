@@ -35,6 +35,7 @@ CONFIGS = {
     "biases": SteerConfig(rank=RANK, down_bias=True, up_bias=True, activation="gelu_tanh", scale=-0.3),
     "bf16": SteerConfig(rank=RANK, dtype="bfloat16"),
     "some layers": SteerConfig(rank=RANK, layers=[0, 2], init_scale=1e-3),
+    "loreft": SteerConfig(form="loreft", rank=RANK),
 }
 
 

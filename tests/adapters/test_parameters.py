@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from models import build, logits, randomize, refused, tokens
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 
-from fused_steer import SteerConfig, patch_model
+from fused_steer import SteerConfig, load_joint, patch_model, save_joint
 from fused_steer.adapters.parameters import (
     NAMES,
     Adapter,
@@ -205,6 +205,59 @@ def test_parameters_names_that_no_adapter_may_have_are_refused_on_every_way_in(n
     if isinstance(name, str):
         with refused(ValueError, "adapter name is", "expected", model=bare):
             get_peft_model(bare, fused_steer.peft.PostBlockConfig(r=2), adapter_name=name)
+
+
+@pytest.mark.parametrize(("there", "new"), [("polite", "Polite"), ("A-b_C", "a-B_c")])
+def test_parameters_names_that_differ_in_case_alone_are_refused_on_every_way_in(there, new, tmp_path):
+    """A folder each is made of them, and on some file systems that is one."""
+    import fused_steer.peft
+
+    parts = (repr(there), repr(new), "only in letter case", "expected a new name")
+    for name in (there, new):
+        patch_model(build(), SteerConfig(rank=2)).steering.save(tmp_path / "both" / name)
+    files = tmp_path / "both" / there
+    model = patch_model(build(), SteerConfig(rank=2), adapter_name=there)
+    for call in (lambda: model.steering.add(new), lambda: model.steering.load(files, new)):
+        with refused(ValueError, *parts, model=model):
+            call()
+    pool = model.steering.make_pool(slots=1, rank=2)
+    with refused(ValueError, *parts, "in the model", model=model):
+        pool.register(new, files)
+    model.steering.remove(there)
+    with refused(ValueError, "only in letter case", "to be registered"):
+        pool.register_directory(tmp_path / "both")
+    assert pool.names == []
+    pool.register(there, files)
+    for call in (lambda: model.steering.add(new), lambda: pool.register(new, files)):
+        with refused(ValueError, *parts, "in the pool", model=model):
+            call()
+    pool.remove(there)
+    pool.register(new, files)
+
+    wrapped = get_peft_model(build(), fused_steer.peft.PostBlockConfig(r=2), adapter_name=there)
+    for call in (
+        lambda: wrapped.add_adapter(new, fused_steer.peft.PostBlockConfig(r=2)),
+        lambda: wrapped.load_adapter(str(files), new),
+    ):
+        with refused(ValueError, *parts, model=wrapped):
+            call()
+    joint = build()
+    for name in (there, new):
+        lora = LoraConfig(r=2, target_modules=["q_proj"])
+        joint = joint if hasattr(joint, "peft_config") else get_peft_model(joint, lora, adapter_name=there)
+        if name not in joint.peft_config:
+            joint.add_adapter(name, lora)
+    joint.base_model.set_adapter([there, new])
+    patch_model(joint, SteerConfig(rank=2))
+    with refused(ValueError, *parts, model=joint):
+        save_joint(joint, tmp_path / "joint")
+    assert not (tmp_path / "joint").exists()
+    (tmp_path / "joint").mkdir()
+    record = {"steering": "0", f"lora/{there}": "0", f"lora/{new}": "0"}
+    (tmp_path / "joint" / "joint.json").write_text(json.dumps(record))
+    bare = build()
+    with refused(ValueError, "joint.json", *parts, model=bare):
+        load_joint(bare, tmp_path / "joint")
 
 
 @pytest.mark.parametrize(

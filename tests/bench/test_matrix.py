@@ -1,5 +1,6 @@
 """Tests of the matrix of versions: its sets, its constraints, and its page. They make no environment."""
 
+import ast
 import importlib
 import sys
 from pathlib import Path
@@ -30,8 +31,26 @@ def test_matrix_sets_fit_the_constraints_and_name_tests_that_exist(matrix):
     text = (ROOT / "constraints.txt").read_text(encoding="utf-8")
     for changed in matrix.SETS.values():
         matrix.constraints(text, changed)
-    for file in [*matrix.CORE, *(file for files in matrix.OF_LIBRARY.values() for file in files)]:
-        assert (ROOT / file).exists(), file
+    for changed in matrix.SETS.values():
+        for file in matrix.files_of(changed):
+            assert (ROOT / file).exists(), file
+
+
+def imported(*files: Path) -> set[str]:
+    """The packages that these files import, at the top or anywhere inside."""
+    nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))]
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
+    return {name.partition(".")[0] for name in names}
+
+
+def test_matrix_leaves_out_the_tests_of_what_does_not_import_a_library(matrix):
+    assert set(matrix.KERNELS) <= set(matrix.files_of({})) & set(matrix.files_of({"triton": "3.9.*"}))
+    assert not set(matrix.KERNELS) & set(matrix.files_of({"transformers": "5.24.*"}))
+    assert not imported(*(ROOT / "kernels").rglob("*.py")) & {"transformers", "peft", "trl"}
+    assert matrix.files_of({"trl": "1.14.*"}) == list(matrix.OF_LIBRARY["trl"])
+    sources = (ROOT / "fused_steer").rglob("*.py")
+    assert [file.name for file in sources if "trl" in imported(file)] == ["trl.py"]
 
 
 def test_matrix_page_shows_what_passed_failed_and_never_ran(matrix):
@@ -47,9 +66,25 @@ def test_matrix_page_shows_what_passed_failed_and_never_ran(matrix):
     assert "| 1.2.3 | 1.2.3 |" in rows["pinned"] and "7 passed (abcdef0)" in rows["pinned"]
     assert "6 passed, **1 failed**: `a.py::test_b[c]`" in rows["triton-3.6"]
     assert "cannot be installed together: so" in rows["trl-1.14"]
-    assert "| not run |" in rows["torch-2.15"]
+    assert "| not run |" in rows["triton-3.8"]
+    assert "| not run: this torch is a CUDA build, several gigabytes |" in rows["torch-2.15"]
     assert set(matrix.SETS) <= set(rows)
 
 
 def test_matrix_page_is_that_of_the_kept_results(matrix):
     assert matrix.PAGE.read_text(encoding="utf-8") == matrix.page(matrix.load())
+
+
+def test_matrix_says_which_requirements_exclude_each_other(matrix):
+    printed = """ERROR: Cannot install a and b because these package versions have conflicting dependencies.
+
+The conflict is caused by:
+    a 1 depends on c<2
+    b 2 depends on c>=2
+    b 2 depends on c>=2
+
+To fix this you could try to: loosen the range
+"""
+    assert matrix.conflict(printed) == "a 1 depends on c<2; b 2 depends on c>=2"
+    assert matrix.conflict("ERROR: no such thing\nERROR: more") == "no such thing"
+    assert matrix.conflict("") == "pip failed"

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import pytest
 import torch
 from command import assert_refused, invoke, plain_output  # noqa: F401 - an autouse fixture
-from foreign import LAYOUT, LLAMA, PHI, RANK, SCALE, Hostile, files, shown
+from foreign import LAYOUT, LLAMA, PHI, RANK, SCALE, Hostile, files, shown, write_gguf
 from models import HIDDEN, LAYERS, assert_close, build, difference, logits, refused
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -155,7 +153,7 @@ def test_pyreft_and_vectors_every_class_of_pyreft(name, options, tmp_path):
     shifts = save_pyreft(tmp_path / "reft", of_class(name, **options))
     phi = None if name in ("Consreft", "Lobireft") else options.get("phi", "identity")
     found = import_pyreft(tmp_path / "reft", positions="all", activation=phi, **LLAMA)
-    expected = SteerConfig("lowrank", RANK, phi or "identity", down_bias=True)
+    expected = SteerConfig("loreft" if name == "Loreft" else "lowrank", RANK, phi or "identity", down_bias=True)
     assert assert_same_function(found, shifts, tmp_path / "out") == (
         SteerConfig("vector") if name == "Lobireft" else expected
     )
@@ -348,8 +346,8 @@ def test_pyreft_and_vectors_pyreft_refusals_write_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("name", "options", "parts"),
     [
-        ("Direft", {"positions": None}, ("positions is not given", "--positions all", "every token")),
-        ("Direft", {"positions": "f7+l7"}, ("positions is 'f7+l7'", "expected 'all'")),
+        ("Direft", {"positions": None}, ("positions is not given", "(--positions)", "do not record it")),
+        ("Direft", {"positions": "f7+x7"}, ("positions has 'first_7+x7'", "expected 'all'")),
         ("Direft", {"activation": None}, ("activation is not given", "expected identity or silu", "--activation")),
         ("Loreft", {"activation": None}, ("activation is not given", "expected identity (")),
         ("Loreft", {}, ("activation is 'silu'", "not of the form W2 φ(W1 h + b1)", "expected identity")),
@@ -364,6 +362,12 @@ def test_pyreft_and_vectors_what_pyreft_does_not_record_is_asked_for(name, optio
     save_pyreft(tmp_path / "reft", of_class(name))
     with refused(ValueError, *parts):
         import_pyreft(tmp_path / "reft", **{"positions": "all", "activation": "silu", **LLAMA} | options)
+
+
+def test_pyreft_and_vectors_positions_in_pyrefts_words(tmp_path):
+    save_pyreft(tmp_path / "reft", of_class("Loreft"))
+    found = import_pyreft(tmp_path / "reft", positions="f7+l1", activation="identity", **LLAMA)
+    assert found.config == SteerConfig("loreft", RANK, positions="first_7+last_prompt")
 
 
 def test_pyreft_and_vectors_a_rotation_of_another_dtype(tmp_path):
@@ -390,7 +394,7 @@ def test_pyreft_and_vectors_pyreft_command(tmp_path):
     shifts = save_pyreft(tmp_path / "reft", of_class("Loreft", layers=[0, 2]))
     result = invoke("import", "pyreft", tmp_path / "reft", *PYREFT_ARGUMENTS, "--out", tmp_path / "out")
     table = shown(result)
-    expected = {"form": "lowrank", "rank": str(RANK), "activation": "identity", "scale": "1.0", "layers": "0, 2 of 3"}
+    expected = {"form": "loreft", "rank": str(RANK), "activation": "identity", "scale": "1.0", "layers": "0, 2 of 3"}
     assert {name: table.get(name) for name in expected} == expected
     names = {"model": build()}
     exec("\n".join(result.stdout.splitlines()[-2:]), names)
@@ -408,19 +412,6 @@ def directions(layers: Any = range(LAYERS), dtype: torch.dtype = torch.float32) 
 def additions(vectors: dict[int, Tensor]) -> dict[int, Shift]:
     """Return the shifts that repeng's ControlModule, steering-vectors' hook and llama.cpp's l_out add at each layer."""
     return {i: lambda h, v=v: SCALE * v.float() for i, v in vectors.items()}
-
-
-def write_gguf(tensors: dict[str, Any], file: Path, architecture: str = "controlvector") -> None:
-    """Write a GGUF file in the format of repeng's export_gguf."""
-    writer = gguf.GGUFWriter(file, architecture)
-    writer.add_string(f"{architecture}.model_hint", "llama")
-    writer.add_uint32(f"{architecture}.layer_count", len(tensors))
-    for name, tensor in tensors.items():
-        writer.add_tensor(name, tensor.numpy() if isinstance(tensor, Tensor) else tensor)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def named(prefix: str) -> Callable[[dict[int, Tensor]], dict[str, Tensor]]:
@@ -495,13 +486,6 @@ def test_pyreft_and_vectors_the_base_models_config_must_fit(tmp_path):
     torch.save(directions(), tmp_path / "v.pt")
     with refused(ValueError, "v.pt", "hidden size is 32", "expected 64", "wide"):
         import_vector(tmp_path / "v.pt", scale=1.0, base=str(tmp_path / "wide"))
-
-
-def test_pyreft_and_vectors_gguf_is_asked_for(tmp_path, monkeypatch):
-    write_gguf(named("direction.")(directions()), tmp_path / "v.gguf")
-    monkeypatch.setitem(sys.modules, "gguf", None)
-    with refused(ImportError, "v.gguf", "package gguf", "pip install gguf"):
-        import_vector(tmp_path / "v.gguf", scale=1.0, **LLAMA)
 
 
 def cut(tensors: dict[str, Any], file: Path) -> None:

@@ -450,7 +450,7 @@ def test_steerling_command_shows_what_was_imported_and_how_to_use_it(adapters, t
         "written to": str(out),
     }
     assert {name: table.get(name) for name in expected} == expected
-    assert "--intervene-last" in table["tokens"]
+    assert table["tokens"].startswith("all") and "--intervene-last" in table["tokens"]
     assert "LoRA" not in result.stdout
     names = {"model": build()}
     exec("\n".join(result.stdout.splitlines()[-2:]), names)

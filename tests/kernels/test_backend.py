@@ -13,11 +13,8 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 def test_backend_the_device_decides(monkeypatch):
     monkeypatch.delenv("FUSED_STEER_BACKEND")
     monkeypatch.setattr("fused_steer.kernels.backend.INTERPRETED", False)
-    assert (select_backend(CPU), select_backend(CUDA), select_backend(torch.device("mps"))) == (
-        "torch",
-        "triton",
-        "torch",
-    )
+    found = {name: select_backend(torch.device(name)) for name in ("cpu", "cuda", "xpu", "mps")}
+    assert found == {"cpu": "torch", "cuda": "triton", "xpu": "triton", "mps": "torch"}
     monkeypatch.setattr("fused_steer.kernels.backend.INTERPRETED", True)
     assert select_backend(CPU) == "triton"
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from models import build, classifier, logits, refused, snapshot, tokens
@@ -52,14 +54,30 @@ def test_heads_fresh_heads_are_those_that_no_checkpoint_had(tmp_path):
     assert fresh_heads(AutoModel.from_pretrained(tmp_path / "base")) == {}
 
 
-def test_heads_patch_model_refuses_a_fresh_head():
+@pytest.mark.parametrize("marked", [True, False], ids=["of a checkpoint", "of a config"])
+def test_heads_patch_model_refuses_a_fresh_head(marked, tmp_path):
     model = classifier()
-    parts = ("ForSequenceClassification.score", "PostBlockConfig", "freeze_head", "expected")
+    if marked:
+        build().save_pretrained(tmp_path)
+        model = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=3)
+    why = "was not loaded from a checkpoint" if marked else "may be random"
+    parts = ("ForSequenceClassification.score", why, "PostBlockConfig", "freeze_head", "expected")
     with refused(ValueError, *parts, model=model):
         patch_model(model)
     before = snapshot(model)
     patch_model(model, SteerConfig(rank=4), freeze_head=True).steering.unpatch()
     assert snapshot(model) == before
+
+
+def test_heads_in_a_copy_of_a_model_may_be_fresh(tmp_path):
+    """A copied parameter has lost transformers' mark, of a head that was loaded as of one that was not."""
+    classifier().save_pretrained(tmp_path)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    copied = copy.deepcopy(loaded)
+    with refused(ValueError, "score may be random (a copy", "expected", model=copied):
+        patch_model(copied)
+    assert torch.equal(logits(patch_model(copied, freeze_head=True)), logits(loaded))
+    assert torch.equal(logits(copy.deepcopy(patch_model(loaded))), logits(loaded))
 
 
 def test_heads_a_head_that_peft_trains_beside_lora_goes_on_training():

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from models import build, classifier, refused, tokens
+from models import build, classifier, refused, skip_without_add_adapter, tokens
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.other import set_additional_trainable_modules
 from safetensors import safe_open
@@ -198,3 +200,140 @@ def test_heads_patch_model_reads_what_a_frozen_head_left(tmp_path):
     loaded = PeftModel.from_pretrained(classifier(), str(tmp_path), is_trainable=True)
     assert all(".post_block." in name for name, p in loaded.named_parameters() if p.requires_grad)
     assert torch.equal(outputs(loaded), outputs(patched))
+
+
+def test_heads_an_adapter_without_a_head_leaves_a_fresh_one_random_with_a_warning(tmp_path):
+    patch_model(classifier(), SteerConfig(rank=4), freeze_head=True).steering.save(tmp_path / "adapter")
+    says = (
+        r"ForSequenceClassification.score was not loaded from a checkpoint, and adapter 'default' has none: .*expected"
+    )
+    with pytest.warns(UserWarning, match=says):
+        PeftModel.from_pretrained(classifier(), str(tmp_path / "adapter"))
+    skip_without_add_adapter()
+    with pytest.warns(UserWarning, match=says):
+        classifier().load_adapter(str(tmp_path / "adapter"))
+    classifier().save_pretrained(tmp_path / "base")
+    trained_classifier().save_pretrained(str(tmp_path / "head"))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*was not loaded from a checkpoint")
+        loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+        PeftModel.from_pretrained(loaded, str(tmp_path / "adapter"))
+        PeftModel.from_pretrained(classifier(), str(tmp_path / "head"))
+        PeftModel.from_pretrained(build(), str(tmp_path / "adapter"))
+        trained_classifier()
+
+
+def test_heads_in_a_copy_of_a_model_train_and_are_saved(tmp_path):
+    """No mark says that they were loaded."""
+    classifier().save_pretrained(tmp_path / "base")
+    copied = copy.deepcopy(AutoModelForSequenceClassification.from_pretrained(tmp_path / "base"))
+    model = get_peft_model(copied, PostBlockConfig(r=4))
+    train(model, {"labels": torch.tensor([0, 2])})
+    model.save_pretrained(str(tmp_path / "adapter"))
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    assert not torch.equal(outputs(loaded), outputs(model))
+    loaded = PeftModel.from_pretrained(loaded, str(tmp_path / "adapter"))
+    assert torch.equal(outputs(loaded), outputs(model))
+
+
+# -------------------------------------------------------------------------------------- embeddings, and compiled models
+
+
+def resized(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    model = build()
+    model.resize_token_embeddings(80)
+    return model
+
+
+def test_heads_embeddings_that_peft_saves_beside_are_loaded(tmp_path):
+    model = get_peft_model(resized(), PostBlockConfig(r=4)).eval()
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            if ".post_block." in path or "embed_tokens" in path or "lm_head" in path:
+                parameter.copy_(torch.randn_like(parameter))
+    model.save_pretrained(str(tmp_path / "with"), save_embedding_layers=True)
+    model.save_pretrained(str(tmp_path / "without"), save_embedding_layers=False)
+    names = [
+        {name for name in load_file(tmp_path / kind / "adapter_model.safetensors") if ".post_block." not in name}
+        for kind in ("with", "without")
+    ]
+    assert names == [{"base_model.model.lm_head.weight", "base_model.model.model.embed_tokens.weight"}, set()]
+    loaded = PeftModel.from_pretrained(resized(1), str(tmp_path / "with"))
+    assert torch.equal(outputs(loaded), outputs(model))
+    bare = resized()
+    assert torch.equal(
+        outputs(PeftModel.from_pretrained(resized(), str(tmp_path / "without"))),
+        outputs(patch_model(bare, tmp_path / "without")),
+    )
+    for wrong in (build(), build(hidden_size=64)):
+        with refused(ValueError, "expected", model=wrong):
+            PeftModel.from_pretrained(wrong, str(tmp_path / "with"))
+    other = resized()
+    with refused(ValueError, "weights of the model beside the steering", "PeftModel", "expected", model=other):
+        patch_model(other, tmp_path / "with")
+    skip_without_add_adapter()
+    with refused(ValueError, "PeftModel.from_pretrained also loads embeddings", "expected", model=other):
+        other.load_adapter(str(tmp_path / "with"))
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "lm_head.weight", "model.layers.1.post_block.steer_up"])
+def test_heads_a_flipped_bit_in_embeddings_is_found(name, tmp_path):
+    get_peft_model(resized(), PostBlockConfig(r=4)).save_pretrained(str(tmp_path), save_embedding_layers=True)
+    file = tmp_path / "adapter_model.safetensors"
+    content = bytearray(file.read_bytes())
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    start = next(entry["data_offsets"][0] for key, entry in header.items() if name in key)
+    content[8 + size + start] ^= 1
+    file.write_bytes(content)
+    model = resized()
+    with refused(ValueError, str(file), "expected sha256", model=model):
+        PeftModel.from_pretrained(model, str(tmp_path))
+
+
+def test_heads_weights_of_an_earlier_save_are_not_taken_for_those_of_a_pickle(tmp_path):
+    """PEFT leaves the earlier file where it writes a pickle beside it, which nobody reads."""
+    first = trained_classifier()
+    first.save_pretrained(str(tmp_path))
+    trained_classifier(activation="tanh").save_pretrained(str(tmp_path), safe_serialization=False)
+    assert (tmp_path / "adapter_model.bin").exists()
+    with refused(ValueError, "expected sha256"):
+        PeftModel.from_pretrained(classifier(), str(tmp_path))
+
+
+def test_heads_embeddings_train_by_name_alone(tmp_path):
+    with refused(TypeError, "'trainable_token_indices'", "expected"):
+        PostBlockConfig(r=4, trainable_token_indices=[1, 2])
+    for overrides in ({}, {"tie_word_embeddings": True}):
+        names = ["embed_tokens"] if overrides else ["embed_tokens", "lm_head"]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT's, of tied weights
+            model = get_peft_model(build(**overrides), PostBlockConfig(r=4, modules_to_save=names)).eval()
+            with torch.no_grad():
+                for parameter in filter(lambda p: p.requires_grad, model.parameters()):
+                    parameter.copy_(torch.randn_like(parameter))
+            model.save_pretrained(str(tmp_path))
+            loaded = PeftModel.from_pretrained(build(**overrides), str(tmp_path))
+        assert torch.equal(outputs(loaded), outputs(model))
+
+
+@pytest.mark.parametrize("part", ["model", "head"])
+def test_heads_of_compiled_models_train_and_are_saved_and_load_into_plain_ones(part, tmp_path):
+    def compiled() -> Any:
+        model = classifier()
+        if part == "model":
+            return torch.compile(model, backend="eager")
+        model.score = torch.compile(model.score, backend="eager")
+        return model
+
+    model = get_peft_model(compiled(), PostBlockConfig(r=4))
+    train(model, {"labels": torch.tensor([0, 2])})
+    model.save_pretrained(str(tmp_path))
+    names = load_file(tmp_path / "adapter_model.safetensors")
+    assert "base_model.model.score.weight" in names and not any("_orig_mod" in name for name in names)
+    loaded = PeftModel.from_pretrained(classifier(), str(tmp_path))
+    assert torch.equal(outputs(loaded), outputs(model))
+    other = compiled()
+    with refused(ValueError, "score", "is compiled", "expected the plain model", model=other):
+        PeftModel.from_pretrained(other, str(tmp_path))

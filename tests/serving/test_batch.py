@@ -108,6 +108,8 @@ def test_batch_rows_are_what_they_are_alone(family):
         {"num_beams": 3},
         {"num_beams": 3, "num_return_sequences": 2},
         {"num_beams": 2, "cache_implementation": "static"},
+        {"prefill_chunk_size": 3},
+        {"num_beams": 3, "prefill_chunk_size": 3},
     ],
     ids=str,
 )
@@ -243,6 +245,18 @@ def test_batch_rows_of_different_positions(model):
     for row, where in enumerate(places):
         with model.steering.batch(["polite"], positions=where):
             assert torch.equal(together[row : row + 1], greedy(model, PROMPTS[row : row + 1]))
+
+
+@pytest.mark.parametrize("where", ["last", ("first", 3), "generated"], ids=str)
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_beams": 3, "prefill_chunk_size": 3}], ids=str)
+def test_batch_positions_of_beams_under_padding(model, where, options):
+    """Each row of beams answers as its prompt does alone, without padding and in one piece."""
+    ids, mask = padded("left")
+    with model.steering.batch(["polite"] * 5, positions=where):
+        together = greedy(model, ids, attention_mask=mask, **options)
+    for row in range(5):
+        with model.steering.batch(["polite"], positions=where):
+            assert torch.equal(together[row], greedy(model, ids[row : row + 1, row:], num_beams=3)[0])
 
 
 def test_batch_chunks_of_a_padded_prompt_need_its_mask(model):
@@ -521,7 +535,7 @@ def test_batch_a_captured_step_holds_on_to_what_is_there(model, monkeypatch):
         model(PROMPTS, past_key_values=cache)
         with monkeypatch.context() as capturing:
             capturing.setattr(batch_module, "_is_capturing", lambda device: True)
-            with pytest.raises(RuntimeError, match="does not follow one over generated tokens"):
+            with pytest.raises(RuntimeError, match="without an earlier pass over generated tokens"):
                 model(PROMPTS[:, :1], past_key_values=cache)
         model(PROMPTS[:, :1], past_key_values=cache)
         held = (batch.ids, batch.gain)
@@ -632,6 +646,26 @@ def test_batch_all_is_as_it_was_afterwards(model):
     assert snapshot(model) == before and model.steering.active == active
     assert all(layer.post_block.rows is None for layer in model.model.layers)
     assert torch.equal(logits(model, PROMPTS), expected)
+
+
+def test_batch_a_users_own_generate_is_called_and_comes_back(model):
+    words = {name: alone(model, name, lambda: greedy(model, PROMPTS[:1])) for name in ("polite", None)}
+    called: list[int] = []
+
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        called.append(len(args))
+        return type(model).generate(model, *args, **kwargs)
+
+    model.generate = generate
+    with model.steering.batch(["polite", None]):
+        out = greedy(model, PROMPTS[:1].expand(2, -1))
+        assert model.generate is not generate
+    assert called == [1] and vars(model)["generate"] is generate
+    assert torch.equal(out, torch.cat([words["polite"], words[None]]))
+    with pytest.raises(ZeroDivisionError), model.steering.batch(["polite"]):
+        raise ZeroDivisionError
+    assert vars(model)["generate"] is generate
+    del model.generate
 
 
 def test_batch_disabled_used_and_loaded_within(model, tmp_path):

@@ -10,10 +10,18 @@ import pytest
 from fused_steer.serving.options import packed, read_options, token_gains, unpacked, untouched
 
 POSITIONS = ["all", "prompt", "generated", "last", ["first", 3], ["last", 2], ["last", 99]]
+POSITIONS += ["last_prompt", "first_3", "last_2", "first_1+last_2", "last_prompt+generated"]
 
 
 def steered(positions, prompt: int, position: int) -> bool:
     """Whether a token is steered, by the words of the documentation."""
+    if isinstance(positions, str) and "+" in positions:
+        return any(steered(part, prompt, position) for part in positions.split("+"))
+    if positions == "last_prompt":
+        positions = "last"
+    if isinstance(positions, str) and "_" in positions:
+        side, count = positions.split("_")
+        positions = [side, int(count)]
     if positions == "all":
         return True
     if positions in ("prompt", "generated"):
@@ -46,6 +54,7 @@ def test_options_read_and_passed_on(as_text):
         ({"positions": ["last", 0]}, "at least 1"),
         ({"positions": ["all", "prompt"]}, "positions has"),
         ({"positions": {"last": 1}}, "positions has"),
+        ({"positions": None}, "positions has None"),
     ],
 )
 def test_options_refused(given, message):

@@ -141,6 +141,42 @@ def test_threads_pass_that_was_interrupted_is_over(model):
     assert torch.equal(logits(model), expected)
 
 
+@pytest.mark.parametrize("first", ["opener", "carrier"])
+def test_threads_pass_of_a_batch_that_was_interrupted_is_over(model, first):
+    """Then any thread that takes part may run the model, as before."""
+
+    def interrupt(module: Any, args: Any) -> None:
+        raise KeyboardInterrupt
+
+    def interrupted() -> None:
+        handle = model.model.layers[1].register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            logits(model)
+        handle.remove()
+
+    done = threading.Event()
+    with model.steering.batch(["polite"]):
+        expected = logits(model)
+        if first == "opener":
+            interrupted()
+            assert torch.equal(in_thread(lambda: logits(model), carry=True), expected)
+        else:
+            waiting = threading.Event()
+            run = contextvars.copy_context().run
+            thread = threading.Thread(target=run, args=(lambda: (interrupted(), waiting.set(), done.wait(60)),))
+            thread.start()
+            assert waiting.wait(60)  # the interrupted thread lives on
+            assert torch.equal(logits(model), expected)
+            done.set()
+            thread.join()
+        assert torch.equal(greedy(model), alone_in_a_copy(model))
+        assert torch.equal(in_thread(lambda: greedy(model), carry=True), alone_in_a_copy(model))
+
+
+def alone_in_a_copy(model: PreTrainedModel) -> Tensor:
+    return alone(copy.deepcopy(model), "polite")
+
+
 def test_threads_belongs_to_a_task(model):
     async def serve(opened: asyncio.Event, done: asyncio.Event) -> Any:
         with model.steering.batch(["polite"]):

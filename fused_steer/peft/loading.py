@@ -1,0 +1,120 @@
+"""Read the files that PEFT and transformers load, so that the loaded bytes are the checked bytes.
+
+Both libraries open the weights again after they have read the config, and map them into memory. Their tensors are not
+used; the tensors of `read_with_heads` are loaded instead.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from torch import Tensor
+from transformers.integrations.peft import PeftAdapterMixin
+
+from ..adapters.files import AdapterFile, read_with_heads
+from ..adapters.parameters import PEFT_PREFIX, Layout
+from ..config import SteerConfig
+from ..model.stored import check_same_config
+from .config import folder_of
+
+
+def read_for(source: Path, name: str, config: SteerConfig) -> tuple[AdapterFile, dict[str, Tensor]]:
+    """Return an adapter and its heads, to be loaded into the adapter `name` of a model.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_with_heads`, or the file has another config than `config`.
+    """
+    file, heads = read_with_heads(source)
+    check_same_config(source, file.config, name, config)
+    return file, heads
+
+
+def folder_that_peft_loads() -> Path | None:
+    """Return the folder that `PeftModel.load_adapter` is loading in this thread, or None if it is not running.
+
+    PEFT passes only the tensors of a file to a method, so the folder is read from the running function.
+    """
+    found = _running(PeftModel.load_adapter)
+    if found is None:
+        return None
+    options = dict(found["hf_hub_download_kwargs"])
+    return folder_of(found["model_id"], options.pop("subfolder", None), options)
+
+
+def peft_loads() -> bool:
+    """Return whether PEFT is loading a file in this thread. It adds the adapter first and loads the weights next."""
+    return _running(PeftModel.load_adapter) is not None or _running(PeftModel.from_pretrained) is not None
+
+
+def transformers_loads() -> bool:
+    """Return whether transformers is loading an adapter's file in this thread."""
+    return _running(PeftAdapterMixin.load_adapter) is not None
+
+
+def _running(function: Any) -> dict[str, Any] | None:
+    """Return the local variables of `function` if this thread is inside it, else None."""
+    code = inspect.unwrap(function).__code__
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    return None if frame is None else frame.f_locals
+
+
+class CheckedLoading:
+    """Replaces `model._load_pretrained_model` for one call, in which transformers loads an adapter."""
+
+    def __init__(
+        self,
+        model: Any,
+        name: str,
+        config: SteerConfig,
+        layout: Layout,
+        heads: Collection[str],
+        undo: Callable[[], None],
+    ) -> None:
+        """
+        Args:
+            model: the model, which already has the adapter.
+            name: the adapter's name.
+            config: the adapter's config.
+            layout: the model's layout.
+            heads: the paths of the tensors of the adapter's heads.
+            undo: removes the adapter from the model.
+        """
+        self.model, self.name, self.config, self.layout, self.heads, self.undo = (
+            model,
+            name,
+            config,
+            layout,
+            heads,
+            undo,
+        )
+        model._load_pretrained_model = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call transformers' method with the checked tensors.
+
+        Raises:
+            FileNotFoundError, ValueError: see `read_for`. The adapter is then removed from the model.
+        """
+        del self.model._load_pretrained_model
+        try:
+            if files := kwargs["checkpoint_files"]:
+                folder = Path(files[0]).parent
+                file, heads = read_for(folder, self.name, self.config)
+                for path in heads.keys() ^ self.heads:
+                    raise ValueError(
+                        f"{path} is only in one of {folder} and adapter {self.name!r}; expected the same heads in both "
+                        "(PeftModel.from_pretrained also loads embeddings)"
+                    )
+                tensors = {**self.layout.paths(file.tensors), **heads}
+                named = {PEFT_PREFIX + path: tensor for path, tensor in tensors.items()}
+                kwargs |= {"checkpoint_files": [], "state_dict": named}
+            return self.model._load_pretrained_model(*args, **kwargs)
+        except BaseException:
+            self.undo()
+            raise

@@ -1,0 +1,314 @@
+"""Find the steered tokens of a pass, if the active adapter has positions.
+
+In training the labels separate prompt and answer: a text's prompt ends before its first label that is not -100. In a
+packed row a text begins where `position_ids` do not increase by one. In inference without labels, a pass without cached
+tokens is a prompt, and later passes are generated tokens. `generate` runs inside a batch of the active adapter, which
+knows the place of each pass.
+
+Checkpointing runs a layer again in the backward pass, perhaps after other passes of the model. The layer's input is the
+same tensor as before, and the layer's gain is found by its address.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.hooks import RemovableHandle
+
+from ..positions import Positions, chosen_tokens
+from .caches import cache_length, check_begins, does_not_tell, find_cache, is_cache, is_empty
+
+_NO_LABEL = -100
+_SAY = "labels with -100 for the prompt, or steering.prompts(...) around the pass"
+
+
+class _Pass:
+    """The state of the running pass.
+
+    Attributes:
+        labels: the model's argument.
+        gain: (rows, tokens) float32, or None.
+        runs: whether a pass of the decoder runs.
+        prompts: the argument of `Steering.prompts`, or None.
+    """
+
+    labels: Any = None
+    gain: Tensor | None = None
+    runs = False
+    prompts: Tensor | None = None
+
+
+class _PassOfThread(_Pass, threading.local):
+    pass
+
+
+class Gains:
+    """Computes the gain of each token in the passes of one model, for the sites of the active adapter."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        decoder: nn.Module,
+        idle: Callable[[], bool],
+        tracing: Callable[[], bool],
+        batch: Callable[[int], contextlib.AbstractContextManager[None]],
+    ) -> None:
+        """
+        Args:
+            model: the whole model.
+            decoder: its module that runs the layers.
+            idle: returns whether a batch steers the passes now, or nothing does.
+            tracing: returns whether the pass only records which modules run. Then every token is steered.
+            batch: opens a batch with this number of rows, all steered by the active adapter.
+        """
+        self._model, self._decoder, self._batch = model, decoder, batch
+        self._idle, self._tracing = idle, tracing
+        self._names = tuple(inspect.signature(decoder.forward).parameters)
+        self._model_names = tuple(inspect.signature(model.forward).parameters)
+        self.positions: Positions | None = None
+        self._handles: list[RemovableHandle] = []
+        self._methods: list[_Method] = []
+        self._here = _PassOfThread()
+        self._traced = _Pass()  # for compiled graphs, which cannot read thread-local state
+        self._kept: dict[int, tuple[StorageWeakRef, Tensor]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_here": None, "_traced": None, "_kept": {}, "_handles": []}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _here=_PassOfThread(), _traced=_Pass())
+
+    # ------------------------------------------------------------------------------------------------- while it is used
+
+    def use(self, positions: Positions | None) -> None:
+        """Watch the model's passes for these positions, or (None) stop watching."""
+        if (positions is None) == (self.positions is None):
+            self.positions = positions
+            return
+        if positions is None:
+            for handle in self._handles:
+                handle.remove()
+            for method in self._methods:
+                method.remove()
+            self._handles, self._methods, self.positions = [], [], None
+            return
+        self.positions = positions
+        if self._model is not self._decoder:
+            self._handles.append(self._model.register_forward_pre_hook(self._before_model, with_kwargs=True))
+            self._handles.append(self._model.register_forward_hook(self._after_model, always_call=True))
+        self._handles.append(self._decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True))
+        self._handles.append(self._decoder.register_forward_hook(self._after_decoder, always_call=True))
+        for name in ("generate", "generate_batch", "init_continuous_batching"):
+            if hasattr(self._model, name):
+                self._methods.append(_Method(self._model, name, self))
+                self._methods[-1].install()
+
+    @contextlib.contextmanager
+    def prompts(self, given: Any) -> Iterator[None]:
+        """Set the prompts of this thread's passes inside the context. See `Steering.prompts`."""
+        prompts = torch.as_tensor(given)
+        if prompts.dim() not in (1, 2) or prompts.is_floating_point() or prompts.is_complex():
+            raise ValueError(
+                f"prompts has shape {tuple(prompts.shape)} and dtype {prompts.dtype}; expected the number of prompt "
+                "tokens of each row, or a mask (rows, tokens)"
+            )
+        earlier = self._here.prompts
+        self._here.prompts = self._traced.prompts = prompts
+        try:
+            yield
+        finally:
+            self._here.prompts = self._traced.prompts = earlier
+
+    def of(self, residual: Tensor, entering: Tensor | None) -> Tensor:
+        """Return the gain (rows, tokens) for a layer's hidden state (rows, tokens, d).
+
+        Args:
+            entering: the layer's input.
+
+        Raises:
+            RuntimeError: no pass runs, and no earlier pass gave this input to the layer.
+        """
+        if is_compiling():
+            gain = self._traced.gain
+        elif self._here.runs:
+            gain = self._here.gain
+            # Reentrant checkpointing first runs the layer without gradients.
+            if (
+                gain is not None
+                and isinstance(entering, Tensor)
+                and (torch.is_grad_enabled() or entering.requires_grad)
+            ):
+                self._kept[entering.data_ptr()] = (StorageWeakRef(entering.untyped_storage()), gain)
+        else:
+            found = self._kept.get(entering.data_ptr()) if isinstance(entering, Tensor) else None
+            gain = None if found is None or found[0].expired() else found[1]
+        if gain is None:
+            raise RuntimeError(
+                "a layer runs outside of a pass of the model, and its adapter has positions; expected the model to be "
+                "called"
+            )
+        return gain.to(residual.device)
+
+    # ---------------------------------------------------------------------------------------------------- around a pass
+
+    @property
+    def _now(self) -> _Pass:
+        return self._traced if is_compiling() else self._here
+
+    def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._now.labels = {**dict(zip(self._model_names, args, strict=False)), **kwargs}.get("labels")
+
+    def _after_model(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._now.labels = None
+
+    def _before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        now = self._now
+        now.gain, now.runs = None, True
+        if self.positions is None or self._idle():
+            return
+        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        now.gain = self._gain(self.positions, given)
+        if not is_compiling():
+            self._traced.gain = now.gain  # for layers that are compiled individually
+            self._kept = {at: kept for at, kept in self._kept.items() if not kept[0].expired()}
+
+    def _after_decoder(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._now.gain, self._now.runs = None, False
+
+    def _gain(self, positions: Positions, given: Mapping[str, Any]) -> Tensor:
+        fed = given.get("inputs_embeds")
+        fed = given.get("input_ids") if fed is None else fed
+        if not isinstance(fed, Tensor):
+            raise TypeError(f"the pass has input_ids {fed!r:.50}; expected a tensor, or inputs_embeds")
+        rows, columns = fed.shape[:2]
+        if self._tracing():
+            return torch.ones(rows, columns, device=fed.device)
+        real = self._real(positions, given.get("attention_mask"), rows, columns, fed.device)
+        starts = _starts(given.get("position_ids"), rows, columns)
+        answer, told = self._answer(real, starts, given)
+        chosen, prompt = chosen_tokens(positions, real, answer, starts)
+        if told and (positions.first or positions.last) and not is_compiling() and not prompt.any():
+            raise ValueError(
+                f"no token of the pass is a prompt's, and positions is {positions.name!r}; expected {_SAY}"
+            )
+        return chosen.to(torch.float32)
+
+    def _real(self, positions: Positions, mask: Any, rows: int, columns: int, device: torch.device) -> Tensor:
+        if mask is None or not isinstance(mask, Tensor) or mask.dim() != 2:
+            if mask is not None and positions.counts:
+                raise ValueError(
+                    "attention_mask does not say which tokens are padding, and positions counts tokens; expected one "
+                    "of two dimensions"
+                )
+            return torch.ones(rows, columns, dtype=torch.bool, device=device)
+        return mask[:, -columns:].to(device) != 0  # the mask includes cached columns
+
+    def _answer(self, real: Tensor, starts: Tensor | None, given: Mapping[str, Any]) -> tuple[Tensor, bool]:
+        """Return a mask of the answers' tokens, and whether labels or prompts gave it."""
+        prompts, labels = self._now.prompts, self._now.labels
+        if prompts is not None:
+            return ~self._told(prompts.to(real.device), real, starts), True
+        if isinstance(labels, Tensor) and labels.shape == real.shape:
+            return labels.to(real.device) != _NO_LABEL, True
+        if not getattr(self._model, "can_generate", lambda: True)():
+            return torch.zeros_like(real), False  # a classifier's text is all prompt
+        if torch.is_grad_enabled():
+            raise ValueError(
+                f"the pass does not say where its prompts end, and positions is {self._name!r}; expected {_SAY}, or "
+                "torch.no_grad() for inference"
+            )
+        return torch.full_like(real, _cached(given, real.shape[1]) > 0), False
+
+    @property
+    def _name(self) -> str:
+        return "" if self.positions is None else self.positions.name
+
+    @staticmethod
+    def _told(prompts: Tensor, real: Tensor, starts: Tensor | None) -> Tensor:
+        if prompts.dim() == 2:
+            if prompts.shape != real.shape:
+                raise ValueError(f"prompts has shape {tuple(prompts.shape)}; expected {tuple(real.shape)}, the pass's")
+            return prompts != 0
+        if len(prompts) != len(real):
+            raise ValueError(f"prompts has {len(prompts)} lengths; expected {len(real)}, one for each row of the pass")
+        if starts is not None and bool((starts & real).sum() > (real.any(1)).sum()):
+            raise ValueError("prompts has a length for each row, and rows are packed; expected a mask (rows, tokens)")
+        return real.cumsum(1) <= prompts[:, None]
+
+    # --------------------------------------------------------------------------------------------------------- generate
+
+    def run(self, name: str, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a generating method inside a batch of the active adapter, unless idle."""
+        if self.positions is None or self._idle():
+            return original(*args, **kwargs)
+        if name != "generate":
+            raise RuntimeError(
+                f"{name} puts requests together by itself, and positions is {self._name!r}; expected model.generate"
+            )
+        given = {"inputs": args[0]} if args else {}
+        prompt = next(
+            (v for n in ("inputs_embeds", "inputs", "input_ids") if (v := {**kwargs, **given}.get(n)) is not None), None
+        )
+        with self._batch(prompt.shape[0] if isinstance(prompt, Tensor) else 1):
+            method: Any = getattr(self._model, name)  # wrapped by the batch
+            return method(*args, **kwargs)
+
+
+class _Method:
+    """A generating method of a model, while the active adapter has positions."""
+
+    def __init__(self, model: nn.Module, name: str, gains: Gains) -> None:
+        self.model, self.name, self.gains = model, name, gains
+        self.earlier = vars(model).get(name)  # another library may have put one on the instance
+
+    @property
+    def __wrapped__(self) -> Any:
+        return self.earlier or getattr(type(self.model), self.name).__get__(self.model)
+
+    def install(self) -> None:
+        setattr(self.model, self.name, self)
+
+    def remove(self) -> None:
+        """Restore the method. If another library has replaced it since, that one stays."""
+        if vars(self.model).get(self.name) is self:
+            delattr(self.model, self.name)
+            if self.earlier is not None:
+                setattr(self.model, self.name, self.earlier)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.gains.run(self.name, self.__wrapped__, args, kwargs)
+
+
+def _starts(positions: Any, rows: int, columns: int) -> Tensor | None:
+    """Return a mask of the first tokens of a packed row's texts. None: there are no two-dimensional position ids."""
+    if not isinstance(positions, Tensor) or positions.dim() != 2 or positions.shape[1] != columns:
+        return None
+    begins = torch.ones_like(positions, dtype=torch.bool)
+    begins[:, 1:] = positions[:, 1:] != positions[:, :-1] + 1
+    return begins.expand(rows, columns)
+
+
+def _cached(given: Mapping[str, Any], tokens: int) -> int:
+    """Return the number of cached columns before a pass.
+
+    Raises:
+        ValueError: the pass continues a text, and no cache is found, or the cache does not tell its length.
+    """
+    cache = find_cache(given)
+    if cache is None:
+        check_begins(given, tokens)
+        return 0
+    length = cache_length(cache) if is_cache(cache) else None
+    if length is not None:
+        return int(length)
+    if is_empty(cache):
+        return 0
+    raise ValueError(does_not_tell(cache))

@@ -1,0 +1,118 @@
+"""LoReFT's rotation: R of orthonormal rows, made from a matrix that any optimizer may change as it likes.
+
+LoReFT (arXiv 2404.03592) is h + Rᵀ(W h + b − R h), R (r, d) with R Rᵀ = I. As the op has it: W1 = W − R, W2 = Rᵀ,
+φ the identity, b1 = b. What trains in R's place is a matrix P (d, r), and
+
+    P = Rᵀ U      U (r, r) upper triangular with a positive diagonal (the QR decomposition, which is unique so)
+
+Weight decay multiplies P by a number, and so U alone: R stays what it was. A P of orthonormal columns (to rounding) is
+Rᵀ bit for bit, so that an R that was read from a file is the R that computes.
+
+Backward, Q = Rᵀ, G = ∂L/∂Q (from W2, and with the sign turned from W1), sym taking a matrix's lower triangle to both:
+
+    dP = (G − Q sym(Gᵀ Q)) U⁻ᵀ
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def is_orthonormal(matrix: Tensor) -> bool:
+    """Return whether the columns are orthonormal to rounding. `orthonormal` leaves such a matrix as it is."""
+    wide = matrix.to(_wide(matrix.device))
+    return bool(_defect(wide.mT @ wide) <= _rounding(matrix))
+
+
+def _rounding(matrix: Tensor) -> float:
+    """Return how far QᵀQ may be from I.
+
+    Rounding each entry of Q once moves QᵀQ by eps at most. A float32 decomposition, such as torch's, moves it by the
+    rounding of sums over d numbers.
+    """
+    computed = torch.float64 if matrix.dtype == torch.float64 else torch.float32
+    return max(2 * torch.finfo(matrix.dtype).eps, math.sqrt(matrix.shape[-2]) * torch.finfo(computed).eps)
+
+
+def _defect(gram: Tensor) -> Tensor:
+    return (gram - torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)).abs().amax((-2, -1), keepdim=True)
+
+
+def orthonormal(matrix: Tensor) -> Tensor:
+    """Return Rᵀ (d, r), the orthonormal factor of P (d, r) of full rank, in float32, or in float64 if P is."""
+    return _factor(matrix)[0]
+
+
+def _wide(device: torch.device) -> torch.dtype:
+    """Return the dtype in which PᵀP is formed and factored. Its condition number is the square of P's."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _factor(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return Rᵀ (..., d, r), and Uᵀ (..., r, r) in the wide dtype, of P (..., d, r).
+
+    It never waits for the device. A P of lower rank gives NaN.
+    """
+    result = torch.float64 if matrix.dtype == torch.float64 else torch.float32
+    wide = matrix.to(_wide(matrix.device))
+    gram = wide.mT @ wide
+    lower, failed = torch.linalg.cholesky_ex(gram)
+    lower = torch.where(failed[..., None, None] == 0, lower, torch.nan)
+    made = torch.linalg.solve_triangular(lower.mT, wide, upper=True, left=False)
+    return torch.where(_defect(gram) <= _rounding(matrix), matrix.to(result), made.to(result)), lower
+
+
+class _Rotation(torch.autograd.Function):
+    """W1 = W − R and W2 = Rᵀ of W and P."""
+
+    @staticmethod
+    def forward(source: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        up, lower = _factor(matrix)
+        return source.to(up.dtype) - up.t(), up, lower
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        source, matrix = inputs
+        _, up, lower = output
+        ctx.mark_non_differentiable(lower)
+        ctx.save_for_backward(up, lower)
+        ctx.dtypes = source.dtype, matrix.dtype
+
+    @staticmethod
+    def backward(ctx: Any, grad_down: Tensor, grad_up: Tensor, _: Any) -> tuple[Tensor | None, Tensor | None]:
+        up, lower = ctx.saved_tensors
+        of_source, of_matrix = ctx.dtypes
+        found = None
+        if ctx.needs_input_grad[1]:
+            q, grad = up.to(lower.dtype), grad_up.to(lower.dtype) - grad_down.t().to(lower.dtype)
+            across = (grad.t() @ q).tril()
+            across = across + across.tril(-1).t()
+            found = torch.linalg.solve_triangular(lower, grad - q @ across, upper=False, left=False).to(of_matrix)
+        return grad_down.to(of_source) if ctx.needs_input_grad[0] else None, found
+
+
+def rotate(source: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return W1 = W − R (r, d) and W2 = Rᵀ (d, r) of LoReFT's W (r, d) and P (d, r).
+
+    In float32, whatever the dtype of W and P; in float64 where P is. Differentiable once, as the op that takes them,
+    which refuses a second derivative.
+    """
+    down, up, _ = _Rotation.apply(source, matrix)
+    return down, up
+
+
+@torch.no_grad()
+def rotate_all(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """Return what `rotate` gives for each pair, without gradients, by the same few launches for any number of pairs.
+
+    Args:
+        pairs: W (r, d) and P (d, r), all of one shape, dtype and device.
+    """
+    sources, matrices = (torch.stack(tensors) for tensors in zip(*pairs, strict=True))
+    up, _ = _factor(matrices)
+    return list(zip((sources.to(up.dtype) - up.mT).unbind(), up.unbind(), strict=True))

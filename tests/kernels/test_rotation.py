@@ -1,0 +1,93 @@
+"""LoReFT's rotation is orthonormal whatever matrix it is made from, and its gradient is right."""
+
+import pytest
+import torch
+from fused_steer.kernels.rotation import is_orthonormal, orthonormal, rotate, rotate_all
+from models import assert_close
+
+SIZES = [(7, 3), (64, 1), (64, 64), (1000, 16)]
+
+
+def matrix(d: int, r: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(d, r, generator=torch.Generator().manual_seed(d + r), dtype=torch.float64).to(dtype)
+
+
+def defect(q: torch.Tensor) -> float:
+    q = q.double()
+    return float((q.t() @ q - torch.eye(q.shape[1])).abs().max())
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_rotation_is_the_qr_factor_of_positive_diagonal(size):
+    p = matrix(*size, dtype=torch.float64)
+    q, u = torch.linalg.qr(p)
+    expected = q * u.diagonal().sign()
+    found = orthonormal(p)
+    assert_close(found, expected)
+    assert defect(orthonormal(p.float())) <= torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize("factor", [1e-6, 0.99, 3.0, 1e6])
+def test_rotation_scaling_changes_nothing(factor):
+    """Weight decay multiplies the matrix; in pyreft it turns R into 0."""
+    p = matrix(64, 8, torch.float64)
+    assert_close(orthonormal(p * factor), orthonormal(p))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_rotation_an_orthonormal_matrix_stays_to_the_bit(dtype):
+    p = orthonormal(matrix(64, 8)).to(dtype) if dtype != torch.float64 else orthonormal(matrix(64, 8, dtype))
+    assert is_orthonormal(p)
+    assert torch.equal(orthonormal(p), p.double() if dtype == torch.float64 else p.float())
+    householder = torch.linalg.qr(matrix(64, 8))[0]  # as others orthogonalise
+    assert torch.equal(orthonormal(householder), householder)
+    assert not is_orthonormal(householder * 1.001)
+
+
+@pytest.mark.parametrize("size", SIZES[:3], ids=str)
+def test_rotation_gradient(size):
+    d, r = size
+    source, p = matrix(r, d, torch.float64).requires_grad_(), matrix(d, r, torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(rotate, (source, p), fast_mode=True)
+    p = orthonormal(p.detach()).requires_grad_()  # used as it is; the gradient is that of the factor all the same
+    grads = torch.randn(d, r, dtype=torch.float64)
+    (found,) = torch.autograd.grad(rotate(source, p)[1], p, grads)
+    q, u = torch.linalg.qr(p)
+    (expected,) = torch.autograd.grad(q * u.diagonal().sign(), p, grads)
+    assert_close(found, expected)
+
+
+def test_rotation_the_gradient_leaves_scaling_alone():
+    p = matrix(64, 8).requires_grad_()
+    down, up = rotate(matrix(8, 64), p)
+    (down * matrix(8, 64) + (up * matrix(64, 8)).t()).sum().backward()
+    along = (p.grad.double() * p.detach().double()).sum() / (p.grad.double().norm() * p.detach().double().norm())
+    assert abs(along) <= torch.finfo(torch.float32).eps
+
+
+def test_rotation_of_dependent_columns_is_nan_and_not_a_wrong_one():
+    p = matrix(64, 4)
+    p[:, 3] = 0
+    assert orthonormal(p).isnan().any() and not is_orthonormal(orthonormal(p))
+
+
+def test_rotation_of_all_layers_at_once():
+    pairs = [(matrix(8, 64) + i, matrix(64, 8) * (i + 1)) for i in range(3)]
+    pairs[1] = (pairs[1][0], orthonormal(pairs[1][1]))
+    for (source, p), (down, up) in zip(pairs, rotate_all(pairs), strict=True):
+        assert_close(down, rotate(source, p)[0])
+        assert_close(up, rotate(source, p)[1])
+    assert torch.equal(rotate_all(pairs)[1][1], pairs[1][1])
+
+
+def test_rotation_compiled_in_one_graph():
+    p, source, weights = matrix(64, 8).requires_grad_(), matrix(8, 64).requires_grad_(), matrix(64, 8).cos()
+
+    def loss(source: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+        down, up = rotate(source, p)
+        return (down * up.detach().t()).sum() + (up * weights).sum()
+
+    expected = torch.autograd.grad(loss(source, p), (source, p))
+    found = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(source, p), (source, p))
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)

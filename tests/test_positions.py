@@ -1,0 +1,489 @@
+"""Token positions: in training those of a plain hook with an explicit mask, and in inference those of training."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import trl
+from datasets import Dataset
+from models import (
+    Hooked,
+    assert_close,
+    build,
+    build_frozen,
+    classifier,
+    generate,
+    gradients,
+    logits,
+    randomize,
+    refused,
+    snapshot,
+    steering_parameters,
+    tokens,
+)
+from peft import LoraConfig, get_peft_model
+from text import tokenizer
+from torch import Tensor, nn
+from trainers import trainer
+from transformers import DataCollatorWithFlattening, Trainer
+
+from fused_steer import SteerConfig, SteeringTrainer, patch_model
+from fused_steer.positions import read_positions
+
+PLACES = (
+    "all",
+    "prompt",
+    "generated",
+    "last_prompt",
+    "first_2",
+    "last_2",
+    "first_2+last_1",
+    "last_prompt+generated",
+    "first_7+last_7",
+)
+PROMPT, LENGTH = 4, 9
+
+
+def defined(where: str, prompt: int, length: int) -> list[float]:
+    """By token of one text without padding, from the definition."""
+    found = set()
+    for part in where.split("+"):
+        name, _, count = part.partition("_")
+        found |= {
+            "all": set(range(length)),
+            "prompt": set(range(prompt)),
+            "generated": set(range(prompt, length)),
+            "first": set(range(min(int(count), prompt))) if name == "first" else set(),
+            "last": set(range(max(prompt - (1 if count == "prompt" else int(count)), 0), prompt))
+            if name == "last"
+            else set(),
+        }[name]
+    return [float(i in found) for i in range(length)]
+
+
+class Masked(Hooked):
+    """A plain hook that steers the tokens of a mask (rows, tokens)."""
+
+    def __init__(self, base: nn.Module, parameters: Mapping[str, Tensor], mask: Tensor, **options: Any) -> None:
+        super().__init__(base, parameters, **options)
+        self.mask = mask
+
+    def _shift(self, path: str, hidden: Tensor) -> Tensor:
+        return self.mask.to(hidden.dtype)[:, :, None] * super()._shift(path, hidden)
+
+
+def steered(where: str, **fields: Any) -> nn.Module:
+    model = patch_model(build_frozen(), SteerConfig(rank=4, positions=where, **fields))
+    randomize(model)
+    return model
+
+
+def labelled(ids: Tensor, prompts: list[int] | int, mask: Tensor | None = None) -> Tensor:
+    """-100 for the prompts, and for padding."""
+    real = torch.ones_like(ids) if mask is None else mask
+    lengths = torch.tensor(prompts).expand(len(ids))[:, None]
+    return ids.masked_fill((real.cumsum(1) <= lengths) | (real == 0), -100)
+
+
+def assert_as_masked(model: nn.Module, gain: Tensor, inputs: dict[str, Tensor], kept: Tensor | None = None) -> None:
+    """Logits of the tokens `kept`, and gradients, are those of the plain hook."""
+    parameters = steering_parameters(model)
+    hooked = Masked(build_frozen(), parameters, gain)
+    results = []
+    for network, leaves in ((model, parameters), (hooked.model, hooked.leaves)):
+        for leaf in leaves.values():
+            leaf.grad = None
+        out = network(**inputs)
+        out.loss.backward()
+        found = out.logits if kept is None else out.logits[kept]
+        results.append((found.detach(), {name: leaf.grad.clone() for name, leaf in leaves.items()}))
+    assert_close(results[0][0], results[1][0])
+    assert_close(results[0][1], results[1][1])
+
+
+# -------------------------------------------------------------------------------------------------------------- names
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        *((name, name) for name in ("all", "prompt", "generated", "last_prompt", "first_3", "last_3")),
+        ("last", "last_prompt"),
+        ("last_1", "last_prompt"),
+        (("first", 3), "first_3"),
+        (("last", 3), "last_3"),
+        ("last_7+first_7", "first_7+last_7"),
+        ("generated+last_prompt", "last_prompt+generated"),
+        ("prompt+generated", "all"),
+        ("first_2+first_5+prompt", "prompt"),
+    ],
+    ids=str,
+)
+def test_positions_have_one_name_each(given, name):
+    assert read_positions(given).name == name
+    assert SteerConfig(positions=given).positions == name
+    assert read_positions(read_positions(given).name) == read_positions(given)
+
+
+def test_positions_are_recorded_in_files(tmp_path):
+    model = steered("first_7+last_7")
+    model.steering.save(tmp_path)
+    loaded = patch_model(build(), tmp_path)
+    assert loaded.steering.config().positions == "first_7+last_7"
+    assert torch.equal(logits(loaded), logits(model))
+    other = steered("all")
+    with refused(ValueError, "positions 'first_7+last_7'", "expected"):
+        other.steering.restore(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+@pytest.mark.parametrize("where", PLACES)
+def test_positions_in_training(where):
+    model = steered(where)
+    gain = torch.tensor([defined(where, PROMPT, LENGTH)]).expand(2, -1)
+    assert_as_masked(model, gain, {"input_ids": tokens(), "labels": labelled(tokens(), PROMPT)})
+
+
+@pytest.mark.parametrize("where", PLACES)
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("placed", [False, True], ids=["mask", "mask and position ids"])
+def test_positions_in_training_under_padding(where, side, placed):
+    """Rows of 5, 7 and 9 tokens, 2, 3 and 4 of them the prompt's."""
+    model, ids = steered(where), tokens(batch=3)
+    prompts, lengths = [2, 3, 4], [5, 7, 9]
+    mask, gain = torch.zeros(3, LENGTH, dtype=torch.int64), torch.zeros(3, LENGTH)
+    for row, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
+        kept = slice(LENGTH - length, None) if side == "left" else slice(length)
+        mask[row, kept] = 1
+        gain[row, kept] = torch.tensor(defined(where, prompt, length))
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "labels": labelled(ids, prompts, mask),
+    }
+    if placed:
+        inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    assert_as_masked(model, gain, inputs, kept=mask == 1)
+
+
+@pytest.mark.parametrize("where", PLACES)
+def test_positions_in_training_of_packed_texts(where):
+    """As transformers flattens them: each text has a prompt of its own."""
+    model = steered(where)
+    texts, prompts = [tokens(seed, 1, length)[0] for seed, length in enumerate((5, 9, 3))], (2, 4, 1)
+    rows = [{"input_ids": ids, "labels": labelled(ids[None], p)[0]} for ids, p in zip(texts, prompts, strict=True)]
+    packed = DataCollatorWithFlattening(return_tensors="pt")(
+        [{name: value.tolist() for name, value in row.items()} for row in rows]
+    )
+    packed = {name: value for name, value in packed.items() if isinstance(value, Tensor)}
+    assert packed["position_ids"].tolist() == [[*range(5), *range(9), *range(3)]]
+    gain = torch.tensor([[v for ids, p in zip(texts, prompts, strict=True) for v in defined(where, p, len(ids))]])
+    assert_as_masked(model, gain, {**packed, "use_cache": False})
+
+
+def test_positions_of_a_conversation_end_the_prompt_at_the_first_answer():
+    model, ids = steered("last_prompt+generated"), tokens()
+    labels = labelled(ids, PROMPT)
+    labels[:, 6:8] = -100  # a second turn
+    gain = torch.tensor([defined("last_prompt+generated", PROMPT, LENGTH)]).expand(2, -1)
+    assert_as_masked(model, gain, {"input_ids": ids, "labels": labels})
+
+
+def test_positions_without_an_end_of_the_prompt_are_refused():
+    model = steered("last_prompt")
+    with refused(ValueError, "does not say where its prompts end", "'last_prompt'", "labels with -100", "prompts(...)"):
+        model(tokens())
+    with refused(ValueError, "no token of the pass is a prompt's", "'last_prompt'", "labels with -100"):
+        model(tokens(), labels=tokens())
+    with refused(ValueError, "attention_mask does not say", "positions counts tokens"):
+        model(tokens(), attention_mask=torch.zeros(2, 1, LENGTH, LENGTH), labels=labelled(tokens(), PROMPT))
+    assert_as_masked(
+        model,
+        torch.tensor([defined("last_prompt", PROMPT, LENGTH)]).expand(2, -1),
+        {"input_ids": tokens(), "labels": labelled(tokens(), PROMPT)},
+    )
+
+
+def test_positions_with_prompts_that_are_told():
+    model, ids = steered("last_2+generated"), tokens()
+    expected = model(ids, labels=labelled(ids, [3, 5])).logits
+    mask = torch.arange(LENGTH)[None] < torch.tensor([[3], [5]])
+    for told in ([3, 5], torch.tensor([3, 5]), mask, mask.long()):
+        with model.steering.prompts(told):
+            assert torch.equal(model(ids).logits, expected)
+    for told, parts in (
+        ([3], ("1 lengths", "expected 2")),
+        (mask[:, 1:], ("(2, 8)", "(2, 9)")),
+        (mask[None], ("(1, 2, 9)", "number of prompt tokens")),
+        ([0.5, 1.0], ("float32", "number of prompt tokens")),
+    ):
+        with refused(ValueError, *parts), model.steering.prompts(told):
+            model(ids)
+    packed = {"position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]]).expand(2, -1)}
+    with refused(ValueError, "rows are packed", "expected a mask"), model.steering.prompts([3, 5]):
+        model(ids, **packed)
+    with refused(ValueError, "does not say where"):
+        model(ids)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_positions_under_checkpointing_with_several_passes_before_the_backward(reentrant):
+    model, ids = steered("last_prompt").train(), tokens()
+    labels = [labelled(ids, 2), labelled(ids, 6)]
+
+    def both() -> dict[str, Tensor]:
+        parameters = steering_parameters(model)
+        for parameter in parameters.values():
+            parameter.grad = None
+        losses = [model(ids, labels=each, use_cache=False).loss for each in labels]
+        with torch.no_grad():
+            model(ids[:, :3])
+        losses[0].backward()
+        losses[1].backward()
+        return {name: parameter.grad.clone() for name, parameter in parameters.items()}
+
+    expected = both()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    assert_close(both(), expected)
+
+
+def test_positions_compiled_in_one_graph():
+    model, ids = steered("first_1+last_2"), tokens()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for prompt in (3, 6):
+        labels = labelled(ids, prompt)
+        assert_close(compiled(ids, labels=labels).logits, model(ids, labels=labels).logits)
+    expected = {n: g.clone() for n, g in _grads(model, ids).items()}
+    assert_close(_grads(model, ids, compiled), expected)
+    for layer in model.model.layers:
+        layer.compile(fullgraph=True, backend="aot_eager")
+    assert_close(_grads(model, ids), expected)
+
+
+def _grads(model: nn.Module, ids: Tensor, run: Callable[..., Any] | None = None) -> dict[str, Tensor]:
+    parameters = steering_parameters(model)
+    for parameter in parameters.values():
+        parameter.grad = None
+    (model if run is None else run)(ids, labels=labelled(ids, PROMPT)).loss.backward()
+    return {name: parameter.grad for name, parameter in parameters.items()}
+
+
+def test_positions_of_a_classifier_are_of_its_text():
+    model = patch_model(classifier(), SteerConfig(rank=4, positions="last_prompt"), freeze_head=True)
+    parameters = randomize(model)
+    gain = torch.tensor([defined("last_prompt", LENGTH, LENGTH)]).expand(2, -1)
+    assert_close(logits(model), logits(Masked(classifier(), parameters, gain).model))
+    model(tokens(), labels=torch.tensor([1, 2])).loss.backward()
+
+
+def test_positions_beside_a_lora_that_is_kept_orthogonal():
+    model = get_peft_model(build(), LoraConfig(r=2, target_modules=["down_proj"], init_lora_weights=False))
+    model = patch_model(model, SteerConfig(rank=4, positions="last_prompt", orthogonal_to="lora"))
+    expected = logits(model)
+    parameters = steering_parameters(model)
+    loss = model.train()(input_ids=tokens(), labels=labelled(tokens(), PROMPT)).loss
+    loss.backward()
+    assert all(p.grad is not None for p in parameters.values())
+    assert torch.equal(logits(model.eval()), expected)
+
+
+# ----------------------------------------------------------------------------------------------------------- inference
+
+
+@pytest.mark.parametrize("where", PLACES)
+@pytest.mark.parametrize("options", [{}, {"use_cache": False}], ids=str)
+def test_positions_generate_is_the_pass_of_training(where, options):
+    model = steered(where)
+    words, scores = generate(model, **options)
+    labels = labelled(words, LENGTH)
+    out = model(words, labels=labels).logits[:, LENGTH - 1 : -1]
+    assert_close(scores.transpose(0, 1), out.detach(), unsteered=_both_ways(options))
+    with torch.no_grad():  # step by step, outside of generate
+        cache = model(words[:, :LENGTH], use_cache=True)
+        following = model(words[:, LENGTH:], past_key_values=cache.past_key_values).logits
+    assert_close(torch.cat([cache.logits[:, -1:], following[:, :-1]], 1), out.detach(), unsteered=_both_ways(options))
+
+
+def _both_ways(options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    words, scores = generate(build_frozen(), **options)
+    with torch.no_grad():
+        return scores.transpose(0, 1), build_frozen()(words).logits[:, LENGTH - 1 : -1]
+
+
+def test_positions_are_an_adapters_own_in_batches_and_pools(tmp_path):
+    model = steered("last_prompt+generated")
+    alone, _ = generate(model)
+    with model.steering.batch(["default", "default"]):
+        assert torch.equal(generate(model)[0], alone)
+    model.steering.save(tmp_path / "a")
+    pool = model.steering.make_pool(slots=2, rank=4)
+    pool.register("kept", tmp_path / "a")
+    with model.steering.batch(["kept", "default"]):
+        together, scores = generate(model)
+    assert torch.equal(together, alone)
+    with model.steering.batch(["kept", "default"], positions="all"):
+        assert not torch.equal(generate(model)[1], scores)
+    with model.steering.batch(["kept", "default"], positions=[None, "last"]):
+        assert torch.equal(generate(model)[1][:, 0], scores[:, 0])
+
+
+def test_positions_come_and_go_with_the_adapter_in_use():
+    base = build_frozen()
+    before = snapshot(base)["modules"]
+    model = patch_model(base, SteerConfig(rank=4, positions="last_prompt"))
+    randomize(model)
+    expected = logits(model)
+    model.steering.add("other", SteerConfig(rank=2))
+    model.steering.use("other")
+    assert "generate" not in vars(model)
+    assert torch.equal(logits(model), logits(build()))
+    model(tokens())  # with gradients, and nothing said of prompts
+    model.steering.use("default")
+    assert torch.equal(logits(model), expected)
+    model.steering.scale = 0.0
+    assert torch.equal(logits(model), logits(build()))
+    model.steering.scale = 1.0
+    with model.steering.disabled():
+        assert torch.equal(model(tokens()).logits, build()(tokens()).logits)
+        assert torch.equal(generate(model)[0], generate(build())[0])
+    twin = copy.deepcopy(model)
+    model.steering.unpatch()
+    assert torch.equal(logits(twin), expected) and twin.generate.model is twin
+    assert snapshot(model)["modules"] == before
+    assert torch.equal(logits(model), logits(build()))
+
+
+def test_positions_survive_an_unpatching_that_is_refused():
+    model = steered("last_prompt")
+    expected, layer = logits(model), model.model.layers[0]
+    ours = type(layer)
+    layer.__class__ = type("Other", (ours,), {})
+    with refused(RuntimeError, "layer 0 is now a"):
+        model.steering.unpatch()
+    layer.__class__ = ours
+    assert torch.equal(logits(model), expected)
+    model.steering.unpatch()
+    assert torch.equal(model(tokens()).logits, build()(tokens()).logits)
+
+
+def test_positions_where_nothing_tells_them_are_refused(tmp_path):
+    from fused_steer.peft import PostBlockConfig
+
+    model = steered("last_prompt")
+    with refused(RuntimeError, "generate_batch", "'last_prompt'", "expected model.generate"):
+        model.generate_batch([[1, 2]])
+    with refused(RuntimeError, "outside of a pass", "has positions", "expected the model to be called"):
+        model.model.layers[0].post_block(torch.zeros(1, 2, 32), torch.zeros(1, 2, 32))
+    with refused(ValueError, "positions is 'last_prompt'", "expected 'all'"):
+        get_peft_model(build(), PostBlockConfig(r=4, positions="last_prompt"))
+
+
+# ------------------------------------------------------------------------------------------------------------ trainers
+
+
+class Told:
+    """Notes the gain of each pass with gradients."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.seen: list[tuple[dict[str, Tensor], Tensor]] = []
+        self.model, self.gains = model, model.steering._gains
+        model.register_forward_hook(self._see, with_kwargs=True)
+        model.model.layers[0].register_forward_hook(self._note)
+
+    def _note(self, *_: Any) -> None:
+        if torch.is_grad_enabled():
+            self.gain = self.gains._here.gain
+
+    def _see(self, _: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+        if torch.is_grad_enabled():
+            self.seen.append((kwargs, self.gain))
+
+
+def test_positions_with_the_trainer(tmp_path):
+    model = steered("last_prompt+generated")
+    told = Told(model)
+    rows = [{"input_ids": ids, "labels": labelled(ids[None], 2 + i % 5)[0]} for i, ids in enumerate(tokens(batch=32))]
+    run: Trainer = trainer(model, tmp_path, SteeringTrainer)
+    run.train_dataset = rows
+    run.train()
+    assert len(told.seen) == 12
+    for given, gain in told.seen:
+        expected = [defined("last_prompt+generated", int((row == -100).sum()), LENGTH) for row in given["labels"]]
+        assert torch.equal(gain, torch.tensor(expected))
+    loaded = patch_model(build(), tmp_path / "checkpoint-6")
+    assert loaded.steering.config().positions == "last_prompt+generated"
+    assert torch.equal(generate(loaded)[0], generate(model.eval())[0])
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"padding_free": True, "max_length": None}, {"packing": True, "max_length": 24}], ids=str
+)
+def test_positions_with_trls_completions(tmp_path, options):
+    """Loss of completions alone, in padded rows, flattened ones and packs."""
+    model = steered("first_2+last_1")
+    told = Told(model)
+    sums = [("1+1=", "2"), ("12+30=", "42"), ("7+8=", "15"), ("100+200=", "300")] * 4
+    arguments = trl.SFTConfig(
+        str(tmp_path), max_steps=2, per_device_train_batch_size=4, use_cpu=True, report_to="none", disable_tqdm=True,
+        completion_only_loss=True, **options,
+    )  # fmt: skip
+    data = Dataset.from_list([{"prompt": p, "completion": c} for p, c in sums])
+    trl.SFTTrainer(model, arguments, train_dataset=data, processing_class=tokenizer()).train()
+    prompts = {tuple(tokenizer()(p)["input_ids"]) for p, _ in sums}
+    assert len(told.seen) == 2
+    for given, gain in told.seen:
+        texts = 0
+        for ids, labels, steered_here, where in zip(*_rows(given, gain), strict=True):
+            starts = [i for i, p in enumerate(where) if p == 0 and (labels[i] == -100)]
+            for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
+                prompt = next((i for i in range(start, end) if labels[i] != -100), end) - start
+                if tuple(ids[start : start + prompt]) in prompts:
+                    texts += 1
+                    assert steered_here[start : start + prompt] == defined("first_2+last_1", prompt, prompt)
+                    assert not any(steered_here[start + prompt : end])
+        assert texts >= 4
+
+
+def _rows(given: dict[str, Tensor], gain: Tensor) -> tuple[list[Any], ...]:
+    """Ids, labels, gains and places of the tokens of each row, without padding."""
+    mask = given.get("attention_mask")
+    mask = torch.ones_like(given["input_ids"]) if mask is None else mask
+    places = given.get("position_ids")
+    places = mask.cumsum(1) - 1 if places is None else places
+    kept = [row == 1 for row in mask]
+    return tuple(
+        [row[k].tolist() for row, k in zip(t, kept, strict=True)]
+        for t in (given["input_ids"], given["labels"], gain, places)
+    )
+
+
+def test_positions_of_passes_by_the_decoder_alone():
+    """As losses that never make all logits call it."""
+    model, ids = steered("last_prompt"), tokens()
+    expected = model(ids, labels=labelled(ids, PROMPT), output_hidden_states=True).hidden_states[-1]
+    with model.steering.prompts([PROMPT, PROMPT]):
+        assert torch.equal(model.model(ids).last_hidden_state, expected)
+    with refused(ValueError, "does not say where"):
+        model.model(ids)
+
+
+def test_positions_with_activation_and_scale_of_their_own():
+    model = steered("last_2", activation="tanh", scale=0.4)
+    gain = torch.tensor([defined("last_2", LENGTH, LENGTH)]).expand(2, -1)
+    hooked = Masked(build(), steering_parameters(model), gain, scale=0.4, activation=F.tanh)
+    assert_close(logits(model), logits(hooked.model))
+
+
+def test_positions_leave_gradients_without_them_alone(tmp_path: Path):
+    with_all, without = steered("all"), patch_model(build_frozen(), SteerConfig(rank=4))
+    randomize(without)
+    found, expected = (gradients(m, steering_parameters(m)) for m in (with_all, without))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
