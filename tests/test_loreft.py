@@ -44,7 +44,7 @@ class Formula(Hooked):
     """h + s · Rᵀ(W h + b − R h), R by torch's QR, all by autograd."""
 
     def _shift(self, path: str, hidden: Tensor) -> Tensor:
-        w, b, p = (self.leaves[f"{path}.post_block.{name}"] for name in ("steer_down.weight", "steer_down.bias", UP))
+        w, b, p = (self.leaves[f"{path}.{name}"] for name in ("steer_down.weight", "steer_down.bias", UP))
         q, u = torch.linalg.qr(p)
         r_t = (q * u.diagonal().sign()).to(hidden.dtype)
         return (F.linear(hidden, w.to(hidden.dtype), b.to(hidden.dtype)) - hidden @ r_t) @ r_t.t()

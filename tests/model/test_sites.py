@@ -273,6 +273,28 @@ def test_sites_dropout_between_the_mlp_and_the_add_is_as_under_hooks() -> None:
     assert_as_exact_as_hooks(model, parameters, Hooked(base, parameters, modules=modules_of("self_attn", "fc1 fc2")))
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_sites_loreft_and_positions(name: str) -> None:
+    """The prompt keeps its bits, and a layer that is run again for its gradients steers the same tokens."""
+    base = CASES[name][0]()
+    model = patch_model(CASES[name][0](), SteerConfig("loreft", rank=3, site=INNER, positions="generated"))
+    parameters, ids = randomize(model), tokens()
+    labels = ids.clone()
+    labels[:, :4] = -100  # the prompt
+
+    def run() -> tuple[Tensor, dict[str, Tensor]]:
+        out = model(ids, labels=labels, use_cache=False)
+        return out.logits, dict(zip(parameters, torch.autograd.grad(out.loss, list(parameters.values())), strict=True))
+
+    found, expected = run()
+    plain = base(ids).logits
+    assert torch.equal(found[:, :4], plain[:, :4]) and not torch.equal(found[:, 4], plain[:, 4])
+    unsteered = input_gradient(base, use_cache=False)
+    for one in (model, base):
+        one.train().gradient_checkpointing_enable({"use_reentrant": False})
+    assert_close(run()[1], expected, unsteered=(unsteered, input_gradient(base, use_cache=False)))
+
+
 def test_sites_generation_with_a_cache_equals_generation_without() -> None:
     model = patch_model(build_frozen(), SteerConfig(rank=3, site=INNER))
     randomize(model)
