@@ -416,10 +416,26 @@ def test_vllm_options_that_are_refused(engine, folder, name, options, message):
     from vllm.lora.request import LoRARequest
 
     parameters = SamplingParams(max_tokens=1, extra_args={"steering": options})
-    request = name and LoRARequest(name, 500, str(folder / name))
+    request = name and LoRARequest(name, 500 + len(name), str(folder / name))
     with pytest.raises(VLLMValidationError, match=message):
         engine.generate({"prompt_token_ids": [5]}, parameters, lora_request=request, use_tqdm=False)
     assert_answered(engine, folder, [None, "silu"])
+
+
+def test_vllm_a_number_stands_for_one_adapter(engine, folder):
+    """Another path under a number in use is refused: vLLM itself would answer by the first adapter."""
+    from vllm.exceptions import VLLMValidationError
+    from vllm.lora.request import LoRARequest
+
+    core = engine.llm_engine
+    assert core.add_lora(LoRARequest("silu", 600, str(folder / "silu")))
+    for name in ("vector", "lora"):
+        with pytest.raises(VLLMValidationError, match=f"adapter '{name}' has the number 600, which stands for .*silu"):
+            engine.generate(
+                {"prompt_token_ids": [5]}, lora_request=LoRARequest(name, 600, str(folder / name)), use_tqdm=False
+            )
+    assert core.remove_lora(600) and core.add_lora(LoRARequest("vector", 600, str(folder / "vector")))
+    assert core.remove_lora(600)
 
 
 def test_vllm_the_second_model_runner(folder, tmp_path):

@@ -13,6 +13,7 @@ import inspect
 import itertools
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -27,6 +28,21 @@ from .sources import Copies, Served
 _FIRST_OWN = 2**30
 
 
+@dataclass(frozen=True)
+class Known:
+    """An adapter that a number stands for.
+
+    Attributes:
+        path: the client's path.
+        found: the request for the engine.
+        served: the copy; None: it is not a steering adapter.
+    """
+
+    path: str
+    found: LoRARequest
+    served: Served | None
+
+
 class Registry:
     """The adapters of one engine, by the numbers that clients give them."""
 
@@ -36,7 +52,7 @@ class Registry:
             config: the engine's config.
         """
         self._copies = Copies(config)
-        self._known: dict[int, tuple[LoRARequest, Served | None]] = {}
+        self._known: dict[int, Known] = {}
         self._loaded: set[int] = set()  # those that the engine has loaded
         self._numbers = itertools.count(_FIRST_OWN)
         self._lock = threading.Lock()
@@ -47,7 +63,7 @@ class Registry:
     def is_ready(self, request: LoRARequest) -> bool:
         """Return whether the engine has loaded the adapter, or loads it by itself because it is not a steering one."""
         given = request.lora_int_id
-        return self.knows(request) and (given in self._loaded or self._known[given][1] is None)
+        return self.knows(request) and (given in self._loaded or self._known[given].served is None)
 
     def take(self, request: LoRARequest) -> tuple[LoRARequest, Served | None]:
         """Return the adapter request for the engine, and the copy it names, or None if it is not a steering adapter.
@@ -56,9 +72,16 @@ class Registry:
             VLLMValidationError: the adapter is broken, cannot be served here, or is not there.
         """
         with self._lock:
-            before, served_before = self._known.get(request.lora_int_id, (request, None))
-            if self.knows(request):
-                return (request if served_before is None else before), served_before
+            given = request.lora_int_id
+            known = self._known.get(given)
+            steers = known is not None and known.served is not None
+            if known is not None and not request.load_inplace and (steers or request.lora_path == known.path):
+                if request.lora_path != known.path:
+                    raise VLLMValidationError(
+                        f"adapter {request.lora_name!r} has the number {given}, which stands for {known.path}; expected "
+                        "a number of its own, or that one to be unloaded first"
+                    )
+                return known.found, known.served
             try:
                 served = self._copies.take(request.lora_path)
             except FileNotFoundError as error:
@@ -70,19 +93,19 @@ class Registry:
             found = request
             if served is not None:
                 found = msgspec.structs.replace(request, lora_path=served.path, load_inplace=False)
-            if served is not None and served_before is not None:
-                if served_before == served:
-                    return before, served
-                number = next(self._numbers)
-                name = f"{request.lora_name}#{number - _FIRST_OWN + 2}"
-                found = msgspec.structs.replace(found, lora_name=name, lora_int_id=number)
-            self._known[request.lora_int_id] = found, served
+                if known is not None and known.served == served:
+                    found = known.found
+                elif known is not None:
+                    number = next(self._numbers)
+                    name = f"{request.lora_name}#{number - _FIRST_OWN + 2}"
+                    found = msgspec.structs.replace(found, lora_name=name, lora_int_id=number)
+            self._known[given] = Known(request.lora_path, found, served)
             return found, served
 
     def number(self, given: int) -> int:
         """Return the engine's number of an adapter."""
         known = self._known.get(given)
-        return given if known is None else known[0].lora_int_id
+        return given if known is None else known.found.lora_int_id
 
     def forget(self, given: int) -> None:
         self._known.pop(given, None)
@@ -103,7 +126,7 @@ class Registry:
 
     def given(self, numbers: set[int]) -> set[int]:
         """Return the clients' numbers of the engine's adapters."""
-        of = {found.lora_int_id: given for given, (found, _) in self._known.items()}
+        of = {known.found.lora_int_id: given for given, known in self._known.items()}
         return {of.get(number, number) for number in numbers}
 
 
