@@ -339,6 +339,28 @@ def test_vllm_a_strength_and_positions_for_each_request(in_chunks, folder):
     assert sum(output.num_cached_tokens for output in found) == 32 * sum(len(prompt) > 32 for _, prompt, _ in rows)
 
 
+def test_vllm_an_adapter_has_its_own_positions(in_chunks, folder, tmp_path):
+    """Requests without positions are steered at those of the adapter's config; a request's own go first."""
+    from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    config = SteerConfig(rank=4, positions="last_prompt+generated", scale=3.0)
+    path = save_adapter(folder / "model", tmp_path / "placed", config, 9)
+    model = patch_model(AutoModelForCausalLM.from_pretrained(folder / "model"), path, adapter_name="placed")
+    found = []
+    for options in ({}, {"scale": 2.0}, {"positions": "all"}):
+        with model.steering.batch(["placed"], **options):
+            ids = torch.tensor([LONG[0]])
+            right = model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None)[0, ids.shape[1] :]
+        extra = {"steering": options} if options else None
+        parameters = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, extra_args=extra)
+        request = LoRARequest("placed", 410, str(path))
+        (output,) = in_chunks.generate({"prompt_token_ids": LONG[0]}, parameters, lora_request=request, use_tqdm=False)
+        found.append(list(output.outputs[0].token_ids))
+        assert found[-1] == right.tolist()
+    assert len({tuple(tokens) for tokens in found}) == 3
+
+
 def test_vllm_preempted_requests(folder):
     """Each request needs a second block soon, for half of them: the others are computed again, prompt and answer."""
     from vllm import LLM

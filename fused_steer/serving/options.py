@@ -17,13 +17,14 @@ KEY = "steering"
 FIELDS = ("scale", "positions")
 
 
-def read_options(given: Any) -> Request:
+def read_options(given: Any, own: str = ALL) -> Request:
     """Check the steering options of a request.
 
     Args:
         given: an object with "scale" (a number; left out: the adapter's own strength) and "positions" (as
-            `steering.batch` takes them, ("last", k) as a list; left out: "all"), or its JSON text, which HTTP clients
-            send.
+            `steering.batch` takes them, ("last", k) as a list; left out: the adapter's own), or its JSON text, which
+            HTTP clients send.
+        own: the adapter's own positions.
 
     Raises:
         ValueError, TypeError: it is something else, or a field is unknown or has no such value.
@@ -37,7 +38,7 @@ def read_options(given: Any) -> Request:
         raise TypeError(f"{KEY} is {given!r:.80}; expected an object with {' and '.join(FIELDS)}")
     if unknown := [str(field) for field in given if field not in FIELDS]:
         raise ValueError(f"{KEY} has {', '.join(unknown)}; expected {' and '.join(FIELDS)} alone")
-    positions = given.get("positions", ALL)
+    positions = given.get("positions", own)
     where = read_positions(tuple(positions) if isinstance(positions, list) else positions)
     (found,) = checked_requests([None], given.get("scale"), where.name, lambda name: None)
     return found

@@ -20,6 +20,7 @@ import msgspec
 from vllm.exceptions import LoRAAdapterNotFoundError, VLLMValidationError
 from vllm.lora.request import LoRARequest
 
+from ..positions import ALL
 from ..serving.options import KEY, packed, read_options
 from .cache import salt
 from .sources import Copies, Served
@@ -78,8 +79,8 @@ class Registry:
             if known is not None and not request.load_inplace and (steers or request.lora_path == known.path):
                 if request.lora_path != known.path:
                     raise VLLMValidationError(
-                        f"adapter {request.lora_name!r} has the number {given}, which stands for {known.path}; expected "
-                        "a number of its own, or that one to be unloaded first"
+                        f"adapter {request.lora_name!r} has the number {given}, which stands for {known.path}; "
+                        "expected a number of its own, or that one to be unloaded first"
                     )
                 return known.found, known.served
             try:
@@ -153,10 +154,15 @@ def process_inputs(original: Any) -> Callable[..., Any]:
         served = None
         if request is not None and registry is not None:
             given["lora_request"], served = registry.take(request)
-        if KEY not in extra:
+        own = ALL if served is None else served.positions
+        if KEY not in extra and own == ALL:
             return original(*bound.args, **bound.kwargs)
+        if not hasattr(given["params"], "extra_args"):
+            raise VLLMValidationError(
+                f"adapter {request.lora_name!r} has positions {own!r}; expected 'all' for pooling"
+            )
         try:
-            options = read_options(extra[KEY])
+            options = read_options(extra.get(KEY, {}), own)
         except (TypeError, ValueError) as error:
             raise VLLMValidationError(str(error)) from error
         if served is None:

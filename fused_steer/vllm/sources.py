@@ -29,7 +29,6 @@ from ..adapters.saving import open_regular, saving_folder
 from ..adapters.weights import MOST_JSON
 from ..joint import LORA_FOLDER, STEERING_FOLDER, find_joint
 from ..kernels import ACTIVATIONS, MAX_RANK
-from ..positions import ALL
 
 #: The environment variable that says where copies are kept: a folder that all processes of the engine can read.
 FOLDER_VARIABLE = "FUSED_STEER_COPIES"
@@ -50,10 +49,12 @@ class Served:
     Attributes:
         path: the copy's directory.
         shares_prompt: whether tokens that are not steered are the base model's: false beside a LoRA.
+        positions: those of its config, which requests without positions have.
     """
 
     path: str
     shares_prompt: bool
+    positions: str
 
 
 def find_source(path: str) -> Source | None:
@@ -86,8 +87,6 @@ def read_fitting(source: Source, layout: Layout, max_rank: int) -> AdapterFile:
     rank, most = file.config.rank, min(max_rank, MAX_RANK)
     if rank > most:
         raise ValueError(f"{source.steering} is of rank {rank}; expected at most {most} (--max-lora-rank)")
-    if file.config.positions != ALL:
-        raise ValueError(f"{source.steering} has positions {file.config.positions!r}; expected 'all' in vLLM")
     return file
 
 
@@ -175,7 +174,7 @@ class Copies:
             except OSError:  # it is there already
                 if not kept.is_dir():
                     raise
-        return Served(str(kept), inside.lora is None)
+        return Served(str(kept), inside.lora is None, file.config.positions)
 
 
 def copies_folder() -> Path:
