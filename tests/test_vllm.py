@@ -348,7 +348,7 @@ def test_vllm_an_adapter_has_its_own_positions(in_chunks, folder, tmp_path):
     path = save_adapter(folder / "model", tmp_path / "placed", config, 9)
     model = patch_model(AutoModelForCausalLM.from_pretrained(folder / "model"), path, adapter_name="placed")
     found = []
-    for options in ({}, {"scale": 2.0}, {"positions": "all"}):
+    for options in ({}, {"scale": -2.0}, {"positions": "all"}):
         with model.steering.batch(["placed"], **options):
             ids = torch.tensor([LONG[0]])
             right = model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None)[0, ids.shape[1] :]
@@ -438,7 +438,7 @@ def test_vllm_options_that_are_refused(engine, folder, name, options, message):
     from vllm.lora.request import LoRARequest
 
     parameters = SamplingParams(max_tokens=1, extra_args={"steering": options})
-    request = name and LoRARequest(name, 500 + len(name), str(folder / name))
+    request = name and LoRARequest(name, {"silu": 501, "lora": 502}[name], str(folder / name))
     with pytest.raises(VLLMValidationError, match=message):
         engine.generate({"prompt_token_ids": [5]}, parameters, lora_request=request, use_tqdm=False)
     assert_answered(engine, folder, [None, "silu"])

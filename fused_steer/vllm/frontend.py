@@ -158,9 +158,9 @@ def process_inputs(original: Any) -> Callable[..., Any]:
         if KEY not in extra and own == ALL:
             return original(*bound.args, **bound.kwargs)
         if not hasattr(given["params"], "extra_args"):
-            raise VLLMValidationError(
-                f"adapter {request.lora_name!r} has positions {own!r}; expected 'all' for pooling"
-            )
+            assert request is not None  # as its adapter has positions
+            name = request.lora_name
+            raise VLLMValidationError(f"adapter {name!r} has positions {own!r}; expected 'all' for pooling")
         try:
             options = read_options(extra.get(KEY, {}), own)
         except (TypeError, ValueError) as error:
