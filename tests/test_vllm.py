@@ -344,7 +344,7 @@ def test_vllm_an_adapter_has_its_own_positions(in_chunks, folder, tmp_path):
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
 
-    config = SteerConfig(rank=4, positions="last_prompt+generated", scale=3.0)
+    config = SteerConfig(rank=4, positions="generated", scale=3.0)
     path = save_adapter(folder / "model", tmp_path / "placed", config, 9)
     model = patch_model(AutoModelForCausalLM.from_pretrained(folder / "model"), path, adapter_name="placed")
     found = []
