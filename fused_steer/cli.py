@@ -484,7 +484,7 @@ def fit(
     prompts: Annotated[Path, typer.Option(help="A .txt, one prompt a line, or a .jsonl (see --field).")],
     rank: Annotated[int, typer.Option(help="Rank of the adapter; 0 is one vector for all tokens.")] = 8,
     site: Annotated[
-        str, typer.Option(help="Where in a block; post_block is the one that can be fitted.")
+        str, typer.Option(help="Where in a block: post_block, post_mlp, pre_mlp or post_attention.")
     ] = "post_block",
     layers: Annotated[str | None, typer.Option(help="Steered layers, such as 3,9,18; all if not given.")] = None,
     bias: Annotated[bool, typer.Option(help="Give the adapter a bias b2.")] = True,

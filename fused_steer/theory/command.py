@@ -49,8 +49,6 @@ class FitOptions:
     as_json: bool
 
     def __post_init__(self) -> None:
-        if self.site != SITE:
-            raise ValueError(f"site is {self.site!r}; expected {SITE!r}")
         for name in ("max_prompts", "max_length", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -64,8 +62,8 @@ class FitOptions:
     @property
     def config(self) -> SteerConfig:
         if not self.rank:
-            return SteerConfig(form="vector", layers=self.layers)
-        return SteerConfig(rank=self.rank, activation="identity", layers=self.layers, up_bias=self.bias)
+            return SteerConfig(form="vector", site=self.site, layers=self.layers)
+        return SteerConfig(rank=self.rank, activation="identity", site=self.site, layers=self.layers, up_bias=self.bias)
 
 
 def adapter_type(source: str) -> str | None:
@@ -156,9 +154,10 @@ def run(options: FitOptions, console: Console) -> None:
     say(f"prompts   {last} of {options.prompts}, {found.tokens[0]} tokens; held out {len(prompts) - last}")
     console.print(table_of(found))
     if options.sequence:
+        where = "after" if config.site == SITE else f"at {config.site} of"
         held_out = "" if found.held_out is None else f", {found.held_out:.1%} on held-out prompts"
         say(
-            f"share     {found.share:.1%} of the oracle after the last layer{held_out}; of a median token's "
+            f"share     {found.share:.1%} of the oracle {where} the last layer{held_out}; of a median token's "
             f"{found.token:.1%}"
         )
     say(f"adapter   {options.out}, rank {config.rank}, {found.adapter.layout.count(config):,} parameters")

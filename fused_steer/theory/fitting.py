@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.files import AdapterFile
-from ..adapters.parameters import DOWN, SITE, UP, UP_BIAS, ByPlace, Place
+from ..adapters.parameters import DOWN, UP, UP_BIAS, ByPlace, Place
 from ..config import DTYPES, SteerConfig
 from ..kernels import post_block
 from ..model.decoder import Decoder
-from .lockstep import Batch, Stream, evaluating
+from .lockstep import Batch, Stream, evaluating, with_site
 from .regression import Affine, Moments, best_affine, check_tokens
 
 #: λ of the ridge, if none is given: enough that directions without variance do no harm, too little to be seen.
@@ -130,17 +130,20 @@ def fit_each(
     """`fit` for each config, such as of several ranks, with the passes in common done once. See `fit`."""
     if hasattr(base, "steering"):
         raise ValueError("the base model is steered; expected one that is not (model.steering.unpatch)")
-    own, target = Stream(base, "base"), Stream(tuned, "tuned")
+    site = configs[0].sites[0]
+    own, target = Stream(base, "base", site), Stream(tuned, "tuned", site)
     check_decoders(own.decoder, target.decoder)
     for config in configs:
         check_config(config, own.decoder)
+        if config.site != site:
+            raise ValueError(f"the configs have the sites {site} and {config.site}; expected the same")
     if not (math.isfinite(ridge) and ridge >= 0):
         raise ValueError(f"ridge is {ridge}; expected a finite number, 0 or more")
     device = own.device if own.device.type == "cuda" else torch.device("cpu")  # others may have no float64
     parts = [_Part(some, len(own), device) for some in (batches, held_out)]
     check_tokens(parts[0].tokens, max(config.rank for config in configs))
     fits = [_Growing(config, own.decoder) for config in configs]
-    with evaluating([base, tuned]):
+    with evaluating([base, tuned]), with_site([base, tuned], site):
         for part in parts:
             part.enter(own, target)
         # On the base's own stream all read the same; in sequence each has a stream that it steers.
@@ -157,7 +160,7 @@ def fit_each(
                     left = [part.left(index, stream, target, affine) for part in parts]
                     one.layers.append(_measured(index, parts, left, affine is not None))
                     if sequence and affine is not None:
-                        stream.change(partial(_steered, tensors=one.tensors[Place(index)]))
+                        stream.steer(index, partial(_steered, tensors=one.tensors[Place(index, site)]))
     return [one.fit(parts) for one in fits]
 
 
@@ -175,7 +178,7 @@ class _Growing:
         if index not in self.indices:
             return None
         best = best_affine(moments, self.config.rank, ridge, self.config.up_bias)
-        tensors = self.tensors[Place(index)] = _tensors(best, self.config)
+        tensors = self.tensors[Place(index, self.config.sites[0])] = _tensors(best, self.config)
         return _rounded(tensors, moments.xx.device)
 
     def fit(self, parts: Sequence[_Part]) -> Fit:
@@ -206,7 +209,7 @@ class _Part:
     def pairs(self, index: int, own: Stream, target: Stream) -> Iterator[tuple[Tensor, Tensor]]:
         """After the layer `index`, for each batch: the hidden states x before the adapter, and h_tuned − x."""
         for number, kept in enumerate(self.kept, self._first):
-            x, wanted = (_tokens(stream.states[number], kept, self.device) for stream in (own, target))
+            x, wanted = (_tokens(stream.read[number], kept, self.device) for stream in (own, target))
             for stream, states in ((own, x), (target, wanted)):
                 if not states.isfinite().all():
                     raise ValueError(
@@ -304,12 +307,14 @@ def check_config(config: SteerConfig, decoder: Decoder) -> Sequence[int]:
     """The layers that get an adapter.
 
     Raises:
-        ValueError: the config has another site than post_block, another activation than identity, a b1 or a strength,
-            or does not fit the decoder.
+        ValueError: the config has several sites, another activation than identity, a b1 or a strength, or does not fit
+            the decoder.
     """
-    for name, wanted in (("site", SITE), ("activation", "identity"), ("down_bias", False), ("scale", 1.0)):
+    for name, wanted in (("activation", "identity"), ("down_bias", False), ("scale", 1.0)):
         if getattr(config, name) != wanted:
             raise ValueError(f"{name} is {getattr(config, name)!r}; expected {wanted!r}, of what is fitted")
+    if len(config.sites) > 1:
+        raise ValueError(f"site is {', '.join(config.sites)}; expected one")
     if config.orthogonal_to is not None:
         raise ValueError(
             f"orthogonal_to is {config.orthogonal_to!r}; expected None, as there is no LoRA to be kept from"

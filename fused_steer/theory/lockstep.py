@@ -2,7 +2,7 @@
 
 `Stream` runs a model once as it is, and keeps what each layer was given beside the hidden states: masks, position
 embeddings, whatever the model has. After that `advance` calls one layer after the other on the hidden states of all
-batches. Only one hidden state a token is kept, on the CPU, in the model's dtype.
+batches. One hidden state per token is kept on the CPU in the model's dtype, or three at sites other than post_block.
 """
 
 from __future__ import annotations
@@ -15,37 +15,47 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adapters.parameters import SITE
+from ..config import SteerConfig
 from ..model.decoder import Decoder, execution_device, find_decoder, inside_peft
+from ..patch import patch_model
 
 Batch = Mapping[str, Any]
 
 
 class Stream:
-    """The hidden states of one model between two layers, for each batch (B, T, d)."""
+    """The hidden states of one model between two layers, for each batch (B, T, d).
 
-    def __init__(self, model: nn.Module, name: str) -> None:
+    states: after the layer that ran last. read: what an adapter at the site reads in that layer.
+    """
+
+    def __init__(self, model: nn.Module, name: str, site: str = SITE) -> None:
         """Find the decoder; the model is not run.
 
         Args:
             name: of the model, for errors.
+            site: the site that is looked at; but for post_block the model's layers need it when they run.
         """
-        self.name = name
+        self.name, self.site = name, site
         self.decoder: Decoder = find_decoder(inside_peft(model))
         self.device = execution_device(self.decoder.module)
         self.states: list[Tensor] = []
+        self.read: list[Tensor] = []
         self._calls: list[list[_Call]] = []
+        self._before: list[Tensor] = []
 
     def __len__(self) -> int:
         return len(self.decoder.layers)
 
     def enter(self, batch: Batch) -> list[Tensor]:
-        """Run the model on a batch, which is the stream's next. Returns the hidden state after each layer.
+        """Run the model on a batch, which is the stream's next. Returns what is at the site in each layer.
 
         Raises:
             ValueError: a layer is given something else than what the layer before it returned, so that layers cannot
                 be run one by one.
         """
         outputs: list[Tensor] = []
+        read: list[Tensor] = []
         calls: list[_Call] = []
 
         def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -66,6 +76,7 @@ class Stream:
             for layer in self.decoder.layers:
                 stack.callback(layer.register_forward_pre_hook(before, with_kwargs=True).remove)
                 stack.callback(layer.register_forward_hook(after).remove)
+                stack.enter_context(self._reading(layer, read))
             self.decoder.module(**self._inputs(batch), use_cache=False)
         if len(outputs) != len(self):
             raise ValueError(
@@ -74,7 +85,7 @@ class Stream:
         for call in calls:
             call.forget()
         self._calls.append(calls)
-        return outputs
+        return outputs if self.site == SITE else read
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         """A batch on the model's device, without labels, which a decoder does not take."""
@@ -92,14 +103,59 @@ class Stream:
 
     def advance(self, index: int) -> None:
         """Put the hidden states of all batches through the layer `index`."""
-        layer = self.decoder.layers[index]
-        for number, calls in enumerate(self._calls):
-            self.states[number] = calls[index](layer, self.states[number]).cpu()
+        self._before, self.read = self.states, []
+        self.states = self._run(index, self.read, None)
+        if self.site == SITE:
+            self._before, self.read = [], self.states
 
-    def change(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Put the hidden states of all batches through `function`, on the model's device."""
-        for number, states in enumerate(self.states):
-            self.states[number] = function(states.to(self.device)).cpu()
+    def steer(self, index: int, function: Callable[[Tensor], Tensor]) -> None:
+        """Put `function` of what is at the site in its place, in the layer `index`, which ran last."""
+        if self.site == SITE:
+            self.states = [function(states.to(self.device)).cpu() for states in self.states]
+        else:
+            self.states = self._run(index, [], function)
+
+    def _run(self, index: int, read: list[Tensor], function: Callable[[Tensor], Tensor] | None) -> list[Tensor]:
+        """The hidden states after the layer; what is at its site goes to `read`, and `function` of it in its place."""
+        layer = self.decoder.layers[index]
+        before = self.states if function is None else self._before
+        with self._reading(layer, read, function):
+            return [calls[index](layer, states).cpu() for calls, states in zip(self._calls, before, strict=True)]
+
+    @contextlib.contextmanager
+    def _reading(
+        self, layer: nn.Module, read: list[Tensor], function: Callable[[Tensor], Tensor] | None = None
+    ) -> Iterator[None]:
+        """Inside, what is at a layer's site is put into `read`; at post_block it is what the layer returns."""
+        if self.site == SITE:
+            yield
+            return
+
+        def at_site(site: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            place = len(args) - 1 if site.reads == "branch" else 0
+            read.append(args[place].cpu())
+            return None if function is None else (*args[:place], function(args[place]), *args[place + 1 :])
+
+        handle = layer.get_submodule(self.site).register_forward_pre_hook(at_site)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def with_site(models: Sequence[nn.Module], site: str) -> Iterator[None]:
+    """Inside, the models have the site in each layer, at which nothing steers; not needed for post_block.
+
+    Raises:
+        ValueError: a model lacks it, or is steered already.
+    """
+    with contextlib.ExitStack() as stack:
+        for model in models if site != SITE else ():
+            steering = patch_model(model, SteerConfig(form="vector", site=site)).steering
+            stack.callback(steering.unpatch)
+            steering.use(None)
+        yield
 
 
 class _Call:

@@ -147,6 +147,6 @@ def test_fit_command_refusals(place, tmp_path, monkeypatch):
     refuses(f"layers has {LAYERS}", more=("--layers", LAYERS))
     refuses("ridge is -1.0", more=("--ridge", -1))
     refuses("held out is 1.0", more=("--held-out", 1))
-    refuses("site is 'post_mlp'; expected 'post_block'", more=("--site", "post_mlp"))
+    refuses("site is 'mlp'; expected one of", more=("--site", "mlp"))
     refuses("batch size is 0", more=("--batch-size", 0))
     refuses("is a file", more=("--out", folder / "few.txt"))

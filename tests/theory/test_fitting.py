@@ -56,6 +56,28 @@ def states(model, given):
     return [torch.cat([found[b * layers + i][keep[b]] for b in range(len(given))]).double() for i in range(layers)]
 
 
+def at_site(model, site, given):
+    """What an adapter at the site reads, in each layer, (N, d) of all tokens that count."""
+    own = hasattr(model, "steering")
+    if not own:
+        patch_model(model, SteerConfig(form="vector", site=site))
+    found = []
+
+    def hook(module, args):
+        found.append(args[-1])
+
+    handles = [layer.get_submodule(site).register_forward_pre_hook(hook) for layer in find_decoder(model).layers]
+    with torch.no_grad():
+        for batch in given:
+            model(**batch)
+    for handle in handles:
+        handle.remove()
+    if not own:
+        model.steering.unpatch()
+    keep = [batch["attention_mask"].bool() for batch in given]
+    return [torch.cat([found[b * LAYERS + i][keep[b]] for b in range(len(given))]).double() for i in range(LAYERS)]
+
+
 def shares(base, steered, tuned, given):
     """After each layer 1 − Σ‖h_tuned − h_steered‖² / Σ‖h_tuned − h_base‖², and the median of it over tokens."""
     rows = zip(states(base, given), states(steered, given), states(tuned, given), strict=True)
@@ -85,6 +107,28 @@ def test_fit_shares_are_those_of_the_patched_model(family, tmp_path):
         assert layer.token == pytest.approx(token, abs=1e-9)
     assert found.share == found.layers[-1].share > 0.2
     assert found.tokens == (3 * 4 * 9 - 12, 2 * 4 * 9 - 12)
+
+
+@pytest.mark.parametrize("site", ["post_mlp", "pre_mlp", "post_attention"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_neox-parallel"])
+def test_fit_at_other_sites_shares_are_those_of_the_patched_model(family, site, tmp_path):
+    model = build(family).double()
+    tuned, given = tuned_of(model), batches()
+    found = fit(model, tuned, given, config(site=site))
+    steered = patched(model, found, tmp_path)
+    rows = [at_site(one, site, given) for one in (model, steered, tuned)]
+    down, up, bias = (
+        [named[name] for named in found.adapter.tensors.values()]
+        for name in ("steer_down.weight", "steer_up.weight", "steer_up.bias")
+    )
+    for layer, (b, s, t) in enumerate(zip(*rows, strict=True)):
+        after = s + s @ down[layer].T.double() @ up[layer].T.double() + bias[layer].double()
+        assert found.layers[layer].share == pytest.approx(
+            1 - float((t - after).square().sum() / (t - b).square().sum()), abs=1e-9
+        )
+        assert found.layers[layer].rest > 0
+    ends = [states(one, given)[-1] for one in (model, steered, tuned)]
+    assert (ends[2] - ends[1]).norm() < (ends[2] - ends[0]).norm()
 
 
 def test_fit_in_sequence_is_better_than_on_the_base_stream(tmp_path):
@@ -143,7 +187,7 @@ def test_fit_to_a_lora_and_of_some_layers(tmp_path):
     lora = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, lora_alpha=1)
     tuned = get_peft_model(copy.deepcopy(model), lora)
     found = fit(model, tuned, batches(), config(layers=[0, 2]))
-    assert sorted(found.adapter.tensors) == [Place(0), Place(2)] and found.layers[1].rest is None
+    assert [place.layer for place in found.adapter.tensors] == [0, 2] and found.layers[1].rest is None
     steered = patched(model, found, tmp_path)
     for layer, truth in zip(found.layers, shares(model, steered, tuned, batches()), strict=True):
         assert (layer.share, layer.token) == pytest.approx(truth, abs=1e-9)
@@ -199,7 +243,7 @@ def nan_model():
         (build, {"config": config(rank=HIDDEN + 1)}, f"rank is {HIDDEN + 1}; expected at most {HIDDEN}"),
         (build, {"config": config(layers=[LAYERS])}, f"layers has {LAYERS}"),
         (build, {"config": SteerConfig()}, "activation is 'silu'; expected 'identity'"),
-        (build, {"config": config(site="post_mlp")}, "site is 'post_mlp'; expected 'post_block'"),
+        (build, {"config": config(site=("pre_mlp", "post_mlp"))}, "site is pre_mlp, post_mlp; expected one"),
         (build, {"config": config(down_bias=True)}, "down_bias is True; expected False"),
         (build, {"config": config(scale=2.0)}, "scale is 2.0; expected 1.0"),
         (build, {"ridge": -1.0}, "ridge is -1.0"),
