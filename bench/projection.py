@@ -51,7 +51,7 @@ class _Writer:
 def fused(matrices: Matrices) -> Callable[[], None]:
     """Return the projection that the runtime does after an optimizer step."""
     from fused_steer import SteerConfig
-    from fused_steer.adapters.parameters import Adapter
+    from fused_steer.adapters.parameters import Adapter, Place
     from fused_steer.lora.orthogonality import Orthogonality, lora_columns
     from fused_steer.model.site import SteeringSite
 
@@ -59,7 +59,7 @@ def fused(matrices: Matrices) -> Callable[[], None]:
     sites = {}
     for index, up in enumerate(matrices.ups):
         down = up.new_zeros(rank, hidden)
-        site = sites[index] = SteeringSite()
+        site = sites[Place(index)] = SteeringSite()
         site.attach("a", Adapter.of_tensors({"steer_down.weight": down, "steer_up.weight": up}))
         site.use("a", "silu", 1.0)
     writers = {index: [_Writer(b)] for index, b in enumerate(matrices.writers)}

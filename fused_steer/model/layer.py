@@ -414,7 +414,8 @@ class PatchedLayer:
             self._give_forward_back()
         self._change(left)
         for name in names:
-            if isinstance(self.layer._modules.get(name), Site):
+            site = self.layer._modules.get(name)
+            if isinstance(site, Site) and site.patched is self:  # not the site of another patch
                 del self.layer._modules[name]
 
     def remove(self) -> None:

@@ -18,7 +18,7 @@ from models import HIDDEN, LAYERS
 from fused_steer import SteerConfig
 from fused_steer.adapters import saving
 from fused_steer.adapters.files import AdapterFile, read_adapter, write_adapter
-from fused_steer.adapters.parameters import DOWN, UP, Layout
+from fused_steer.adapters.parameters import DOWN, UP, Layout, Place
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -26,7 +26,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 def adapter(value: float, rank: int = 2) -> AdapterFile:
     """Make an adapter that its values, rank and scale identify."""
     tensors = {
-        index: {DOWN: torch.full((rank, HIDDEN), value), UP: torch.full((HIDDEN, rank), -value)}
+        Place(index): {DOWN: torch.full((rank, HIDDEN), value), UP: torch.full((HIDDEN, rank), -value)}
         for index in range(LAYERS)
     }
     return AdapterFile(

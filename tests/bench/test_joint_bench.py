@@ -305,7 +305,7 @@ def test_joint_bench_the_report_has_the_figures_of_the_results(finished, tmp_pat
         content = (tmp_path / name).read_bytes()
         assert content.startswith(b"\x89PNG\r\n") and len(content) < 200_000
     results = joint.load(finished)
-    assert f"{STEPS} steps, 1 seed," in text
+    assert f"{STEPS} steps, 1 seed and no tuning" in " ".join(text.split())
     assert f"torch {torch.__version__}" in text
     for run in results["runs"]:
         start = f"| {joint.METHODS[run['method']]} | {run['trained']:,} "

@@ -520,7 +520,7 @@ def test_orthogonality_an_adapter_answers_without_the_lora_it_was_trained_beside
         expected = logits(model.eval())
     assert_close(logits(alone), expected)
     alone(tokens())  # a forward pass without no_grad is not training yet
-    with refused(RuntimeError, "'default'", "orthogonal to LoRA", "expected"):
+    with refused(RuntimeError, "'default'", "orthogonal to a LoRA", "expected"):
         alone.train()(tokens())
 
 

@@ -591,6 +591,7 @@ def test_batch_a_step_on_a_static_cache_replays(where):
 
 
 def test_batch_compiled_within_generate(model):
+    torch._dynamo.reset()  # beyond a number of compilations PyTorch runs a model uncompiled
     compiled = copy.deepcopy(model)
     compiled.forward = torch.compile(compiled.forward, backend="aot_eager")
     with model.steering.batch(NAMES, positions=[("first", 3), *["all"] * 4]):
