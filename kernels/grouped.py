@@ -227,18 +227,22 @@ def post_block_grouped_tile_up_kernel(
         own = (slots == slot) & m_rows
         wide = slot.to(tl.int64)
         there = (slot >= 0) & (slot < SLOTS)
+        # `there` for each column. triton 3.9 interprets a mask of a scalar and a block as int32, and refuses it.
+        of_columns = tl.zeros([BLOCK_D], tl.int32) + slot
+        there_columns = (of_columns >= 0) & (of_columns < SLOTS)
         for start in range(first, last, BLOCK_D):
             columns = start + tl.arange(0, BLOCK_D)
             m_columns = columns < D
+            m_readable = m_columns & there_columns
             mask = own[:, None] & m_columns[None, :]
             u = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
             if RANK > 0:
                 # [BLOCK_D, BLOCK_R]
                 pointers = p_ups + (wide * D + columns[:, None]) * RANK + ranks[None, :]
-                w2 = tl.load(pointers, mask=m_columns[:, None] & m_ranks[None, :] & there, other=0.0)
+                w2 = tl.load(pointers, mask=m_readable[:, None] & m_ranks[None, :], other=0.0)
                 u = dot(h, tl.trans(operand(w2, DOT)), u, DOT)
             if HAS_UP_BIAS:
-                b2 = tl.load(p_up_biases + wide * D + columns, mask=m_columns & there, other=0.0)
+                b2 = tl.load(p_up_biases + wide * D + columns, mask=m_readable, other=0.0)
                 u += b2.to(tl.float32)[None, :]
             if HAS_GAIN:
                 u *= gain[:, None]
