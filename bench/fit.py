@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
-import os
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -27,7 +25,7 @@ from . import joint
 from .report.pages import ROOT, with_block
 from .report.plots import Panel, Plot, Series, draw
 from .report.tables import as_table
-from .results import FOLDER, describe_machine
+from .results import FOLDER, describe_machine, read_run, write_json
 
 SCHEMA = 1
 OPERATORS, DEPTH = ("MAX", "MIN"), 2  # the demo's task
@@ -177,33 +175,18 @@ def run_all(file: Path, settings: Settings, ranks: Sequence[int], work: Path) ->
             run = {"sequence": sequence, **try_fit(base, encoder, found, settings, work / name)}
             run |= {"seconds": seconds, "together": len(missing)}
             results["runs"].append(run | {key: machine[key] for key in ("commit", "dirty", "date")})
-            save(results, file)
+            write_json(results, file)
             typer.echo(f"{name}: {run['exact'].count('1')} of {len(tested)} exact")
-
-
-def save(results: dict[str, Any], file: Path) -> None:
-    """Write the file whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.new")
-    temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, file)
 
 
 def load(file: Path) -> dict[str, Any]:
     """Read a results file.
 
     Raises:
-        ValueError: it is none, or of another schema.
+        ValueError: the file is no results file, or has another schema.
         FileNotFoundError: there is no such file.
     """
-    try:
-        results = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is no JSON ({error}); expected a results file of bench.fit") from None
-    schema = results.get("schema") if isinstance(results, dict) else None
-    if schema != SCHEMA or not {"machine", "settings", "model", "runs"} <= results.keys():
-        raise ValueError(f"{file} has schema {schema!r}; expected one of bench.fit, {SCHEMA}")
-    return results
+    return read_run(file, "bench.fit", SCHEMA, {"machine", "settings", "model", "runs"})
 
 
 # ---------------------------------------------------------------------------------------------------------- the report

@@ -14,9 +14,7 @@ import collections
 import copy
 import dataclasses
 import itertools
-import json
 import math
-import os
 import statistics
 import sys
 import textwrap
@@ -28,7 +26,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .results import FOLDER, describe_machine
+from .results import FOLDER, describe_machine, read_run, write_json
 
 SCHEMA = 1
 METHODS = {"lora": "LoRA", "steering": "steering", "joint": "naive joint", "joint-orth": "joint-orth"}
@@ -345,16 +343,8 @@ def run_all(file: Path, settings: Settings, seeds: Sequence[int]) -> None:
         label = f"[{number}/{len(todo)}] {METHODS[method]}, seed {seed}"
         run = run_one(base, encoder, method, seed, settings, label)
         results["runs"].append(run | {key: machine[key] for key in ("commit", "dirty", "date")})
-        save(results, file)
+        write_json(results, file)
         typer.echo(f"{label}: {run['exact'].count('1')} of {len(run['exact'])} exact")
-
-
-def save(results: dict[str, Any], file: Path) -> None:
-    """Write the file whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.new")
-    temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, file)
 
 
 def load(file: Path) -> dict[str, Any]:
@@ -364,14 +354,7 @@ def load(file: Path) -> dict[str, Any]:
         ValueError: the file is no results file, or has another schema.
         FileNotFoundError: there is no such file.
     """
-    try:
-        results = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is no JSON ({error}); expected a results file of bench.joint") from None
-    schema = results.get("schema") if isinstance(results, dict) else None
-    if schema != SCHEMA or not {"machine", "settings", "task", "runs"} <= results.keys():
-        raise ValueError(f"{file} has schema {schema!r}; expected one of bench.joint, {SCHEMA}")
-    return results
+    return read_run(file, "bench.joint", SCHEMA, {"machine", "settings", "task", "runs"})
 
 
 # ---------------------------------------------------------------------------------------------------------- the report

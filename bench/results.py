@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -106,18 +106,57 @@ class Results:
 
     def save(self, file: Path) -> None:
         """Write the file whole or not at all."""
-        file.parent.mkdir(parents=True, exist_ok=True)
-        content = {"schema": SCHEMA, **dataclasses.asdict(self)}
-        descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-                json.dump(content, stream, indent=1)
-                stream.write("\n")
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, file)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        write_json({"schema": SCHEMA, **dataclasses.asdict(self)}, file)
+
+
+def write_json(content: Mapping[str, Any], file: Path) -> None:
+    """Write a JSON file whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+            json.dump(content, stream, indent=1)
+            stream.write("\n")
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, file)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def read_json(file: Path, of: str) -> Any:
+    """Read a JSON file.
+
+    Args:
+        of: what the file is expected to be, for the error.
+
+    Raises:
+        ValueError: the file is no JSON.
+        FileNotFoundError: there is no such file.
+    """
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is no JSON ({error}); expected {of}") from None
+
+
+def read_run(file: Path, command: str, schema: int, keys: Set[str]) -> dict[str, Any]:
+    """Read the results file of a command that has a format of its own.
+
+    Args:
+        command: the module, such as "bench.joint".
+        schema: the version of its format.
+        keys: keys that the file must have.
+
+    Raises:
+        ValueError: the file is no results file of the command, or has another schema.
+        FileNotFoundError: there is no such file.
+    """
+    content = read_json(file, f"a results file of {command}")
+    found = content.get("schema") if isinstance(content, dict) else None
+    if found != schema or not keys <= content.keys():
+        raise ValueError(f"{file} has schema {found!r}; expected one of {command}, {schema}")
+    return content
 
 
 def load(file: Path) -> Results:
@@ -127,10 +166,7 @@ def load(file: Path) -> Results:
         ValueError: the file is no results file, or has another schema.
         FileNotFoundError: there is no such file.
     """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is no JSON ({error}); expected a results file") from None
+    content = read_json(file, "a results file")
     schema = content.pop("schema", None) if isinstance(content, dict) else None
     if schema != SCHEMA:
         raise ValueError(f"{file} has schema {schema!r}; expected {SCHEMA} (run `python -m bench.gpu` again)")

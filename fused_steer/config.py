@@ -164,7 +164,7 @@ class SteerConfig:
             raise ValueError(f"init_scale is {self.init_scale} with form='loreft'; expected 1 or nothing")
         if self.form == "loreft" and self.orthogonal_to is not None:
             raise ValueError(
-                "orthogonal_to is 'lora' with form='loreft', whose W2 is orthonormal itself; expected None"
+                "orthogonal_to is 'lora' with form='loreft'; expected None, because LoReFT's W2 is orthonormal already"
             )
         if self.orthogonal_to is None and self.orthogonal_modules != "mlp":
             raise ValueError(

@@ -7,8 +7,6 @@ decides nothing.
 from __future__ import annotations
 
 import copy
-import json
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +16,7 @@ from typing import Any
 import torch
 import typer
 
-from ..results import describe_machine
+from ..results import describe_machine, read_run, write_json
 from .data import Example, Limits, load
 from .methods import METHODS
 from .settings import Settings
@@ -53,28 +51,13 @@ def folder_of(out: Path, model: str) -> Path:
 # ---------------------------------------------------------------------------------------------------------------- files
 
 
-def save(content: Mapping[str, Any], file: Path) -> None:
-    """Write the file whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.new")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, file)
-
-
 def read(file: Path) -> dict[str, Any]:
     """Read a results file.
 
     Raises:
         ValueError: the file is no results file.
     """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is no JSON ({error}); expected a results file of bench.paper") from None
-    schema = content.get("schema") if isinstance(content, dict) else None
-    if schema != SCHEMA or not {"key", "machine", "settings", "validation", "test"} <= content.keys():
-        raise ValueError(f"{file} has schema {schema!r}; expected one of bench.paper, {SCHEMA}")
-    return content
+    return read_run(file, "bench.paper", SCHEMA, {"key", "machine", "settings", "validation", "test"})
 
 
 def found(folder: Path, key: Key, settings: Settings) -> dict[str, Any] | None:
@@ -227,7 +210,7 @@ def run_all(
             "machine": describe_machine(device, "bench.paper"),
             **bench.run(key, data[key.task], file.with_suffix("")),
         }
-        save(result, file)
+        write_json(result, file)
         done += 1
         shown = ", ".join(f"{split} {100 * result[split]['accuracy']:.1f} %" for split in ("validation", "test"))
         typer.echo(f"{key}: {shown}, {result['test']['unreadable']} test answers could not be read")

@@ -64,9 +64,9 @@ implementations that are compared. A contender that did not run on a case shows 
   `copy` copies one tensor, 2 units.
 - **Added units per layer**: the time beyond the unsteered model, per layer, in units at the copy's bandwidth.
 - **Serving**: `fused` gives each row its own adapter, `fused-bf16` does so with adapters in bfloat16, `one-adapter`
-  gives all rows the same one. `no-adapter` is a steered engine whose requests name no adapter. `gather-bmm` copies the
-  adapter's weights for each token. *Allocates* is the bytes of all tensors that a call allocates, its result excluded.
-  On a CPU vLLM compiles nothing once LoRA is enabled, so its unsteered engine does not compile either.
+  gives all rows the same one. `no-adapter` is a steered engine that gets requests without adapters. `gather-bmm`
+  copies the adapter's weights for each token. *Allocates* is the bytes of all tensors that a call allocates, its result
+  excluded. On a CPU vLLM compiles nothing once LoRA is enabled, so its unsteered engine does not compile either.
 - **Host time**: the CPU time of one call of a block that only does its residual add. It is steered by `patch_model`, or
   by a hook of four PyTorch operations. Both run in turns in one process."""
 

@@ -92,7 +92,7 @@ def pretend() -> None:
 
     arm()
     import torch
-    import torch._dynamo  # first: Dynamo makes rules for PyTorch's functions, some of which are replaced below
+    import torch._dynamo  # first: Dynamo makes rules for functions of PyTorch that are replaced below
     from torch.utils import _device
 
     properties = SimpleNamespace(

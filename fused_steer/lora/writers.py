@@ -148,7 +148,7 @@ def _first(output: Any) -> Any:
 
 def _makers(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield each module of a layer that mixes features, with its path. A LoRA can only be on such a module."""
-    inside: list[str] = []  # paths of LoRA layers and sites, whose submodules are skipped
+    inside: list[str] = []  # paths of LoRA layers and sites; their submodules are skipped
     for path, module in layer.named_modules():
         if any(path.startswith(outer) for outer in inside):
             continue

@@ -305,7 +305,7 @@ class Add:
 
 @dataclass(frozen=True)
 class Tuple:
-    """A tuple, of which only the first element matters. An empty `first` means the empty tuple."""
+    """A tuple. Only its first element matters. An empty `first` means the empty tuple."""
 
     first: Values
 

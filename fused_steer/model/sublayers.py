@@ -124,7 +124,7 @@ class _Join:
 
 @dataclass(frozen=True)
 class _Sublayer:
-    """One join, and the calls of which each, on its way through the forward, made the branch."""
+    """One join, and the module calls that made its branch. Each way through the forward has one of the calls."""
 
     join: _Join
     calls: frozenset[Call]

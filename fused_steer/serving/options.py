@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -51,7 +52,11 @@ def packed(options: Request) -> list[Any]:
 
 def unpacked(values: Sequence[Any]) -> Request:
     """Convert the values of `packed` back to options."""
-    scale, positions = values
+    return _unpacked(*values)
+
+
+@functools.lru_cache(maxsize=4096)  # read in every step of a server
+def _unpacked(scale: float | None, positions: str) -> Request:
     return Request(None, scale, read_positions(positions))
 
 

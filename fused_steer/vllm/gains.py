@@ -42,9 +42,9 @@ class Filler:
             rows: of each request in the order of the batch: the number of its adapter (0: none), its options, the
                 tokens of its prompt, those that are computed already, and those in this batch.
         """
-        listed = list(rows)
-        if self._gains is None or not any(number for number, *_ in listed):
+        if self._gains is None:
             return
+        listed = list(rows)
         own = {number: strength_of(self._adapters, number) for number in {row[0] for row in listed}}
         scales = []
         for number, asked, *_ in listed:
@@ -62,6 +62,8 @@ def set_active_loras(original: Any) -> Callable[..., Any]:
 
     def set_active_loras(self: Any, input_batch: Any, num_scheduled_tokens: Any, *args: Any, **kwargs: Any) -> Any:
         done = original(self, input_batch, num_scheduled_tokens, *args, **kwargs)
+        if not input_batch.request_lora_mapping[: len(input_batch.req_ids)].any():
+            return done
         filler: Filler | None = getattr(self, "steering_filler", None)
         if filler is None:
             filler = self.steering_filler = Filler(self.get_model())
@@ -109,7 +111,7 @@ def _follow(state: Any, model: Any) -> None:
 
     def prepare_inputs(batch: Any, *args: Any, **kwargs: Any) -> Any:
         nonlocal filler
-        if batch.req_ids and all(request in known for request in batch.req_ids):  # else a batch of a warm-up
+        if any(known.get(request, (0,))[0] for request in batch.req_ids):  # a warm-up's requests are not known
             if filler is None:
                 filler = Filler(model)
             filler.fill(

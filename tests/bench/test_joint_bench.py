@@ -133,7 +133,7 @@ def test_joint_bench_it_goes_on_where_it_stopped_with_the_same_numbers(run, copi
     complete = without_times(results)
     first = results["runs"][0]
     results["runs"] = [first]
-    joint.save(results, copied)
+    joint.write_json(results, copied)
     result = run(copied.parents[1], 1)
     assert result.exit_code == 0, result.output
     again = joint.load(copied)
@@ -320,7 +320,7 @@ def test_joint_bench_the_report_has_the_figures_of_the_results(finished, tmp_pat
 def test_joint_bench_a_report_needs_a_seed_of_all_methods(copied, tmp_path):
     results = joint.load(copied)
     results["runs"] = results["runs"][:2]
-    joint.save(results, copied)
+    joint.write_json(results, copied)
     result = invoke("--report", "--out", tmp_path, "--docs", tmp_path / "docs")
     assert result.exit_code == 1
     expected = "expected a seed with all of LoRA, steering, naive joint, joint-orth"

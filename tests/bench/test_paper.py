@@ -323,10 +323,10 @@ def test_paper_report_stands_beside_the_papers_figures(tmp_path):
     folder = tmp_path / "llama-3.2-1b"
     for seed, test in enumerate((0.5, 0.6)):
         key = runs.Key("listops", "lowrank", 0.1, seed)
-        runs.save(result_of(key, 0.5, test), key.file(folder))
+        runs.write_json(result_of(key, 0.5, test), key.file(folder))
     for task, rate, validation, test in (("gsm8k", 0.1, 0.5, 0.25), ("gsm8k", 0.2, 0.4, 0.9), ("boolq", 0.1, 0.5, 0.5)):
         key = runs.Key(task, "lowrank", rate, 0)
-        runs.save(result_of(key, validation, test), key.file(folder))
+        runs.write_json(result_of(key, validation, test), key.file(folder))
     assert invoke("report", "--out", tmp_path).exit_code == 0
     text = (tmp_path / report.PAGE).read_text(encoding="utf-8")
     assert "| method | trained | BoolQ | paper | ListOps | paper | GSM8K | paper |" in text
