@@ -90,7 +90,12 @@ The map, in reading order. A file imports only files that stand above it.
         frontend.py      checks requests before the engine gets them
         gains.py         fills in the gain of each token of a batch
     trl.py               TRL's trainers
-    cli.py               the command fused-steer
+    cli/                 the command fused-steer
+        shared.py        the app, its one-line errors, shared options
+        making.py        demo, fit
+        serving.py       serve-plan
+        examining.py     doctor, inspect, kernels, coverage, diagnose
+        converting.py    import, export
 """
 
 from importlib import import_module
