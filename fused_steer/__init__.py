@@ -12,6 +12,7 @@ The map, in reading order. A file imports only files that stand above it.
         saving.py        replaces files whole, with any number of saving processes
         weights.py       the weights file: safetensors with the config in the header
         files.py         reads and writes an adapter's two files, with checks
+        combining.py     adds up linear adapters
         hub.py           uploads an adapter with a model card
         distributed.py   models that several processes share: who writes, gathering shards
     model/               reaching and patching decoder layers
