@@ -83,6 +83,14 @@ The map, in reading order. A file imports only files that stand above it.
         lockstep.py      run models one layer at a time
         fitting.py       `fit`
         command.py       `fused-steer fit`
+    vectors/             steering vectors from contrasting texts
+        pairs.py         reads pairs, or two sets of texts
+        hidden.py        hidden states of texts after each layer
+        directions.py    mean difference, PCA, and separation
+        extraction.py    `extract`
+        sweeping.py      `sweep`: perplexity and preference at several strengths
+        figures.py       draws an extraction
+        command.py       `fused-steer extract`
     vllm/                the vLLM plug-in
         sources.py       finds, checks and copies the adapters of requests
         layers.py        adds a steering point to decoder layers; the module that steers
@@ -93,7 +101,7 @@ The map, in reading order. A file imports only files that stand above it.
     trl.py               TRL's trainers
     cli/                 the command fused-steer
         shared.py        the app, its one-line errors, shared options
-        making.py        demo, fit
+        making.py        demo, fit, extract
         serving.py       serve-plan
         examining.py     doctor, inspect, kernels, coverage, diagnose
         converting.py    import, export
