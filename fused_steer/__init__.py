@@ -45,12 +45,12 @@ The map, in reading order. A file imports only files that stand above it.
         holding.py       puts the adapters of a batch into slots
         gains.py         finds the steered tokens of a pass, for an adapter with positions
         plan.py          computes the memory and bandwidth of many adapters
-    importers/           imports adapters of other libraries
+    importers/           adapters of other libraries, in and out
         reading.py       opens and checks a foreign file
         steerling.py     the paper's released code
         pyreft.py        pyreft, both ways
-        gguf.py          reads GGUF files
-        vectors.py       control vectors: GGUF and plain tensors
+        gguf.py          reads and writes GGUF files
+        vectors.py       control vectors, both ways: GGUF and plain tensors
     peft/                steering as a PEFT method
         config.py        PostBlockConfig
         loading.py       reads the files that PEFT and transformers load
@@ -69,6 +69,7 @@ The map, in reading order. A file imports only files that stand above it.
         kernel_table.py  fused-steer kernels
         doctor.py        fused-steer doctor
         inspect.py       fused-steer inspect
+        compare.py       fused-steer compare
     trainer.py           SteeringTrainer: adapters in the checkpoints of transformers' Trainer
     diagnostics/         measures steering's effect on a model, in five figures
         records.py       the measured quantities of a layer
@@ -103,7 +104,7 @@ The map, in reading order. A file imports only files that stand above it.
         shared.py        the app, its one-line errors, shared options
         making.py        demo, fit, extract
         serving.py       serve-plan
-        examining.py     doctor, inspect, kernels, coverage, diagnose
+        examining.py     doctor, inspect, compare, kernels, coverage, diagnose
         converting.py    import, export
 """
 

@@ -136,8 +136,8 @@ class Steering:
                     f"the vector of layer {place.layer} has shape {tuple(vector.shape)}; expected ({layout.hidden},)"
                 )
             tensors[place] = {UP_BIAS: vector}
-        config = replace(config, layers=layout.config_layers(vectors))
-        self._insert_file(name, AdapterFile(config, layout, tensors))
+        everywhere = layout.config_layers(vectors) is None
+        self._insert_file(name, AdapterFile(replace(config, layers=None) if everywhere else config, layout, tensors))
 
     @torch.inference_mode(False)  # inference tensors never train
     def combine(self, weights: Mapping[str, float], name: str = "combined") -> None:

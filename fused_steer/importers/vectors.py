@@ -133,7 +133,11 @@ def export_vector(
             written.write_bytes(safetensors.torch.save({f"layer.{i}": vector for i, vector in vectors.items()}))
         else:
             hint, count = f"{_ARCHITECTURE}.model_hint", f"{_ARCHITECTURE}.layer_count"
-            metadata = {"general.architecture": _ARCHITECTURE, hint: model_type, count: len(vectors)}
+            metadata: dict[str, str | int] = {
+                "general.architecture": _ARCHITECTURE,
+                hint: model_type,
+                count: len(vectors),
+            }
             named = {f"{_DIRECTION}{i}": vector for i, vector in vectors.items()}
             written.write_bytes(gguf_bytes(metadata, named))
         os.replace(written, target)

@@ -112,15 +112,16 @@ def extract(
         used = [side[index, :end] for side, end in zip(states, ends, strict=True)]
         rest = [side[index, end:] for side, end in zip(states, ends, strict=True)]
         vector = direction(used[0], used[1], method)
-        measured = separation(*(rest if all(map(len, rest)) else used), vector)
+        tested = rest if all(map(len, rest)) else used
+        measured = separation(tested[0], tested[1], vector)
         length, typical = float(vector.norm()), float(states[0][index].norm(dim=1).median())
         rows.append(LayerVector(index, length, length / typical, measured.d, measured.auc))
         if config.layers is None or index in config.layers:
             kept = vector / length if normalise else vector
             tensors[Place(index)] = {UP_BIAS: kept.float()}
     outside = [count - end for count, end in zip(counts, ends, strict=True)]
-    tested = (outside[0], outside[1]) if all(outside) else (0, 0)
-    return Extraction(AdapterFile(config, layout, tensors), tuple(rows), (ends[0], ends[1]), tested)
+    kept_out = (outside[0], outside[1]) if all(outside) else (0, 0)
+    return Extraction(AdapterFile(config, layout, tensors), tuple(rows), (ends[0], ends[1]), kept_out)
 
 
 def check_extraction(
