@@ -100,12 +100,19 @@ The map, in reading order. A file imports only files that stand above it.
         frontend.py      checks requests before the engine gets them
         gains.py         fills in the gain of each token of a batch
     trl.py               TRL's trainers
+    recipes/             training by a recipe
+        recipe.py        the recipe, read from YAML and checked
+        rows.py          the rows, brought into TRL's form
+        figures.py       draws losses and shifts
+        running.py       `train`
+        command.py       `fused-steer train`
     cli/                 the command fused-steer
         shared.py        the app, its one-line errors, shared options
-        making.py        demo, fit, extract
+        making.py        demo, fit, extract, train
         serving.py       serve-plan
         examining.py     doctor, inspect, compare, kernels, coverage, diagnose
         converting.py    import, export
+    __main__.py          python -m fused_steer
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""Verbs that make an adapter: demo, fit, extract."""
+"""Verbs that make an adapter: demo, fit, extract, train."""
 
 from __future__ import annotations
 
@@ -189,3 +189,38 @@ def extract(
             ),
             new_console(),
         )
+
+
+# -------------------------------------------------------------------------------------------------------------- train
+
+
+@app.command(rich_help_panel=MAKE)
+def train(
+    recipe: Annotated[
+        str | None,
+        typer.Argument(
+            help="A recipe, a YAML file with the keys model, out, data, method and training; or the name of a recipe "
+            "that comes with the package (see --list).",
+            show_default=False,
+        ),
+    ] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Set a key of the recipe: --set training.max_steps=20. Can be repeated."),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint in the recipe's out.")] = (
+        False
+    ),
+    check: Annotated[bool, typer.Option("--check", help="Only check the recipe and its data.")] = False,
+    listed: Annotated[bool, typer.Option("--list", help="List the recipes that come with the package.")] = False,
+) -> None:
+    """Train steering, a LoRA, or both, by a recipe. On several GPUs: accelerate launch -m fused_steer train RECIPE."""
+    with errors_in_one_line():
+        from ..recipes.command import list_shipped, run
+
+        if listed:
+            list_shipped(new_console())
+            return
+        if recipe is None:
+            raise ValueError("RECIPE is not given; expected a YAML file, or a name of `fused-steer train --list`")
+        run(recipe, changes or [], resume, check, new_console())

@@ -74,7 +74,8 @@ _STEERED = {
 }
 
 
-def _plot_shift(layers: Sequence[LayerDiagnosis], file: Path) -> None:
+def draw_shift(layers: Sequence[LayerDiagnosis], file: Path) -> None:
+    """Save ‖δ‖/‖h‖ of layers at one site as a PNG."""
     figure, axes = _layer_axes(
         layers, ylabel="‖δ‖ / ‖h‖", title=f"Size of the steering's shift δ against h, {_STEERED[layers[0].site]}"
     )
@@ -152,5 +153,5 @@ _FIGURES: dict[str, Callable[[Sequence[LayerDiagnosis], Path], None]] = {
     "alignment": _plot_alignment,
     "cosine": _plot_cosine,
     "spectral_norm": _plot_spectral_norm,
-    "shift": _plot_shift,
+    "shift": draw_shift,
 }
