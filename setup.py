@@ -25,9 +25,9 @@ ROOMS = [
 ]
 
 DEMO = ["accelerate", "gguf>=0.19", "matplotlib"]  # transformers reads GGUF files through accelerate
-# fused_steer/_requirements.py lists the versions that were tried.
-PEFT = ["peft>=0.21,<1"]
-TRL = ["datasets", *PEFT, 'trl>=1.14,<2; python_version >= "3.11"']  # TRL for Python 3.10 needs another transformers
+# The ranges are those of bench/matrix.py; fused_steer/_requirements.py lists the versions that were tried.
+PEFT = ["peft>=0.21,<0.22"]
+TRL = ["datasets", *PEFT, 'trl>=1.14,<1.17; python_version >= "3.11"']  # TRL for Python 3.10 needs another transformers
 RL = [*TRL, "reasoning-gym"]
 QUANT = ["bitsandbytes", "torchao"]
 TEST = [
@@ -67,7 +67,7 @@ setup(
     package_dir={"fused_steer.kernels": "kernels"},
     package_data={"fused_steer": ["py.typed", "recipes/shipped/*.yaml"]},
     install_requires=[
-        "torch>=2.11,<2.15",
+        "torch>=2.11,<2.16",
         "triton>=3.6,<3.10; sys_platform == 'linux'",
         "transformers>=5.17,<5.25",
         "pyyaml",

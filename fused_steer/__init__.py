@@ -3,6 +3,7 @@
 The map, in reading order. A file imports only files that stand above it.
 
     _version.py          the version
+    _tried.py            the series of libraries that passed the core tests, written by `python -m bench.matrix`
     _requirements.py     the tested versions of other libraries
     kernels/             the Triton kernels; its docstring has its own map
     positions.py         names of token positions, and the tokens that they mean
