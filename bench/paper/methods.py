@@ -105,7 +105,7 @@ def _jola(model: Any, settings: Settings, rate: float) -> tuple[Any, list[Stage]
     return model, [Stage(_trained(model), rate, penalty=heads.JolaPenalty(edits))]
 
 
-def _steering(model: Any, settings: Settings, rate: float, **fields: Any) -> tuple[Any, list[Stage]]:
+def steering(model: Any, settings: Settings, rate: float, **fields: Any) -> tuple[Any, list[Stage]]:
     fields = {"rank": settings.rank, "activation": settings.activation} | fields
     model = patch_model(model, SteerConfig(**{k: v for k, v in fields.items() if v is not None}))
     return model, [Stage(steering_parameters(model), rate)]
@@ -113,7 +113,7 @@ def _steering(model: Any, settings: Settings, rate: float, **fields: Any) -> tup
 
 def _joint(model: Any, settings: Settings, rate: float, **fields: Any) -> tuple[Any, list[Stage]]:
     model = _with_lora(model, settings)
-    model, (stage,) = _steering(model, settings, rate, **fields)
+    model, (stage,) = steering(model, settings, rate, **fields)
     stage.parameters = [*lora_parameters(model), *stage.parameters]
     return model, [stage]
 
@@ -131,9 +131,9 @@ METHODS: dict[str, Method] = {
     "reft": Method("ReFT", _reft),
     "lofit": Method("LoFiT", _lofit),
     "jola": Method("JoLA", _jola),
-    "lowrank": Method("post-block", _steering),
-    "rank1": Method("post-block, rank 1", functools.partial(_steering, rank=1)),
-    "vector": Method("post-block, vector", functools.partial(_steering, form="vector", rank=None, activation=None)),
+    "lowrank": Method("post-block", steering),
+    "rank1": Method("post-block, rank 1", functools.partial(steering, rank=1)),
+    "vector": Method("post-block, vector", functools.partial(steering, form="vector", rank=None, activation=None)),
     # As in the released code, joint training uses LoRA's schedule for both.
     "joint": Method("naive joint", _joint, "cosine", 0.06),
     "joint-orth": Method("Joint-Orth", functools.partial(_joint, orthogonal_to="lora"), "cosine", 0.06),
