@@ -38,9 +38,9 @@ class Settings:
     """
 
     model: str | None = None
-    steps: int = 100
+    steps: int = 80
     batch_size: int = 8
-    digits: int = 4
+    digits: int = 3
     validated: int = 60
     tested: int = 150
     seeds: int = 3
