@@ -11,7 +11,7 @@ import copy
 import dataclasses
 import functools
 import math
-import statistics
+import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +26,7 @@ SCHEMA = 1
 OPERATORS, DEPTH = ("MAX", "MIN"), 2  # the demo's task
 DATA_SEED = 0  # of the expressions; a run's own seed selects its part of them and its initial values
 ASLEEP = 1e-3  # a layer does nothing if its median ‖δ‖/‖h‖ is below
+_DRAWS = 100  # the most draws for each expression that is wanted
 _MEASURED = 32  # number of prompts for the size of the shifts, and of the stream
 
 
@@ -115,14 +116,20 @@ def draw(settings: Settings) -> tuple[list[Any], list[Any], list[list[Any]]]:
     Raises:
         ValueError: the task has too few expressions.
     """
-    from fused_steer.tools.listops import count_digits, distinct
+    from fused_steer.tools.listops import count_digits, generate
 
     size = settings.steps * settings.batch_size
     count = settings.validated + settings.tested + settings.seeds * size
-    drawn = distinct(3 * count, operators=OPERATORS, depth=DEPTH, seed=DATA_SEED)
-    short = [expression for expression in drawn if count_digits(expression) <= settings.digits]
-    if len(short) < count:
-        raise ValueError(f"{len(short)} expressions have at most {settings.digits} digits; expected {count}")
+    rng, found = random.Random(DATA_SEED), {}
+    for _ in range(_DRAWS * count):
+        expression = generate(rng, OPERATORS, DEPTH)
+        if count_digits(expression) <= settings.digits:
+            found[expression] = None
+        if len(found) == count:
+            break
+    else:
+        raise ValueError(f"{count} expressions of {settings.digits} digits were requested; expected a smaller number")
+    short = list(found)
     held_out = settings.validated + settings.tested
     starts = [held_out + seed * size for seed in range(settings.seeds)]
     parts = [short[start : start + size] for start in starts]
@@ -161,9 +168,8 @@ def attach(form: Form, model: Any, rate: float, inputs: Mapping[str, Any]) -> tu
 def normalised_read(hidden: int, rank: int, activation: str) -> Any:
     """A module that maps h to h + W2 φ(W1 h / rms(h)), in plain PyTorch, with `patch_model`'s initial values."""
     import torch
-    from torch import nn
-
     from fused_steer.kernels.torch_backend import ACTIVATIONS
+    from torch import nn
 
     class NormalisedRead(nn.Module):
         reads = "sum"
