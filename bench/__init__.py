@@ -41,6 +41,7 @@
         cost.py     the estimated cost of a run
         report.py   the tables and pictures
         __main__.py the command
+    study.py        `python -m bench.study`: sites, activations and rivals of steering on ListOps on a CPU
 
 `pytest bench` runs the measurements of `levels.py` through pytest-benchmark. Nothing imports this package.
 """

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import math
 import random
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .checkout import ROOT
 from .results import FOLDER, describe_machine, read_run, write_json
 
 SCHEMA = 1
@@ -427,6 +429,123 @@ def percent(exact: str) -> float:
     return 100 * exact.count("1") / len(exact)
 
 
+# ---------------------------------------------------------------------------------------------------------- the report
+
+#: Of each group: its heading, the form that the others are compared with, and a sentence.
+PARTS: dict[str, tuple[str, str, str]] = {
+    "activations": (
+        "Activations",
+        "silu",
+        """Steering of rank 8 at `post_block`. A *normalised read* is a = W1 h / rms(h), in plain PyTorch: the kernels
+        do not have it.""",
+    ),
+    "sites": (
+        "Sites",
+        "identity",
+        "The identity, rank 8, with the same number of parameters at every [site](sites.md).",
+    ),
+    "rivals": (
+        "Rivals",
+        "identity",
+        """Post-block steering, of rank 8 with the identity and with SiLU, of rank 1 (identity), and as a vector, beside
+        LoRA, ReFT, JoLA and LoFiT. LoFiT trains twice as long: it first selects its heads.""",
+    ),
+    "starts": (
+        "Initial values of W1",
+        "silu",
+        """SiLU, rank 8, at `post_block`. *By the stream* divides each layer's initial W1 by the median over tokens of
+        rms(h), so that its pre-activations begin at the same size in every layer.""",
+    ),
+}
+
+
+def chosen_runs(results: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
+    """Return a form's runs at the rate that validates best, by seed; empty if it has none."""
+    runs = runs_of(results, name)
+    return [run for run in runs if run["rate"] == best_rate(runs)] if runs else []
+
+
+def against(results: Mapping[str, Any], name: str, other: str) -> str:
+    """Return the difference in exact answers of one form to another, in points, by the seeds that both have."""
+    from .joint import Difference
+
+    ours, theirs = ({run["seed"]: run["test"]["exact"] for run in chosen_runs(results, one)} for one in (name, other))
+    seeds = sorted(ours.keys() & theirs.keys())
+    if name == other or not seeds:
+        return "–"
+    rows = [[100 * (int(a) - int(b)) for a, b in zip(ours[seed], theirs[seed], strict=True)] for seed in seeds]
+    means = [statistics.fmean(column) for column in zip(*rows, strict=True)]
+    found = Difference([statistics.fmean(row) for row in rows], statistics.stdev(means) / math.sqrt(len(means)))
+    verdict = ("better" if found.mean > 0 else "worse") if found.shown and len(seeds) > 1 else "not told apart"
+    return f"{found.mean:+.1f} ± {found.error:.1f}, {verdict}"
+
+
+def row_of(results: Mapping[str, Any], name: str, other: str) -> list[str]:
+    """Return a form's row in the table of a group that is compared with `other`."""
+    from .joint import spread
+
+    runs, form = chosen_runs(results, name), FORMS[name]
+    if not runs:
+        return [form.title, "not run", *["–"] * 7]
+    rates = sorted({run["rate"] for run in runs_of(results, name)})
+    asleep = [sum(shift < ASLEEP for shift in run["shifts"]) for run in runs if run["shifts"]]
+    return [
+        form.title,
+        f"{runs[0]['trained']:,}",
+        f"{runs[0]['rate']:g} of {', '.join(f'{rate:g}' for rate in rates)}",
+        f"**{spread([percent(run['test']['exact']) for run in runs], 1)}**",
+        ", ".join(f"{percent(run['test']['exact']):.1f}" for run in runs),
+        spread([run["test"]["loss"] for run in runs], 3),
+        against(results, name, other),
+        ", ".join(map(str, asleep)) or "–",
+        f"{statistics.median(run['seconds'] for run in runs):.0f}",
+    ]
+
+
+def report_text(results: Mapping[str, Any]) -> str:
+    """Return the text of docs/study-listops.md."""
+    from .joint import paragraph, table
+
+    settings, base, machine = (results[name] for name in ("settings", "base", "machine"))
+    versions = ", ".join(f"{name} {machine['versions'][name]}" for name in ("torch", "transformers", "peft"))
+    commits = ", ".join(sorted({str(run["commit"])[:12] for run in results["runs"]}))
+    parts = [
+        "<!-- Written by `python -m bench.study --report` from bench/results/study/listops-cpu.json. Do not edit. -->",
+        "# Sites, activations and rivals on ListOps",
+        paragraph(f"""This page compares forms of steering with each other and with other methods. It is one small model
+        ({settings["model"] or "SmolLM2-135M-Instruct"}, {base["parameters"]:,} parameters), one easy task, and a short
+        training: {settings["steps"]} steps of {settings["batch_size"]} expressions. It says little about larger models,
+        harder tasks or longer training. Try the candidates on your own validation set
+        ([choosing](choosing.md))."""),
+        paragraph(f"""The task is the demo's, ListOps of {" and ".join(OPERATORS)} with depth {DEPTH}, here with at most
+        {settings["digits"]} digits: `[MAX 3 [MIN 4 7 ] ] = 4`. The untrained model is exact on
+        {percent(base["exact"]):.1f} % of the {settings["tested"]} test expressions; who ignores the inner brackets, on
+        {100 * base["ignoring_brackets"] / settings["tested"]:.1f} %."""),
+        paragraph(f"""Each form trains at each rate of its grid with seed 0. The other seeds train at the rate with the
+        most exact answers on {settings["validated"]} validation expressions, on a tie the smallest loss. A seed
+        chooses the training expressions and the initial values. Training follows the paper's F.5: AdamW without weight
+        decay, a constant rate for all but LoRA, which has a cosine with a warm-up of 0.06; gradients are clipped to a
+        norm of 1. ReFT edits all tokens, as steering does."""),
+        paragraph("""*Exact* is the mean over the seeds, with the least and the greatest. *Loss* is that of the answers'
+        tokens. The *difference* is in points of exact answers, over the seeds that both forms have, ± its standard
+        error over the test expressions; a form is *better* or *worse* if it has several seeds, all agree on the sign,
+        and the mean exceeds two standard errors. *Asleep* counts, for each seed, the layers with a median ‖δ‖/‖h‖
+        below 0.001 ([diagnostics](diagnostics.md)). *Seconds* are those of training, on a busy CPU: they compare
+        nothing but the cost of trying it."""),
+    ]
+    for group, (title, other, text) in PARTS.items():
+        if any(runs_of(results, name) for name in GROUPS[group] if name != other):
+            head = ["", "trained", "rate", "exact, %", "by seed", "loss", f"against {FORMS[other].title}"]
+            rows = [row_of(results, name, other) for name in GROUPS[group]]
+            parts += [f"## {title}", paragraph(text), table([*head, "asleep", "seconds"], rows)]
+    parts.append(
+        paragraph(f"""Made by `python -m bench.study`: {machine["cores"]} CPU cores ({machine["device"]}),
+        {settings["threads"]} thread, Python {machine["python"]}, fused-steer {machine["fused_steer"]}, {versions},
+        commit {commits}, {machine["date"][:10]}. The same command does the runs that are missing.""")
+    )
+    return "\n\n".join(parts) + "\n"
+
+
 # ------------------------------------------------------------------------------------------------------------- command
 
 app = typer.Typer(add_completion=False)
@@ -452,11 +571,18 @@ def main(
     tested: Annotated[int, typer.Option(help="Expressions to test with.")] = Settings.tested,
     seeds: Annotated[int, typer.Option(help="Seeds of each form.")] = Settings.seeds,
     threads: Annotated[int, typer.Option(help="PyTorch's; another number may give other bits.")] = Settings.threads,
+    report: Annotated[bool, typer.Option("--report", help="Train nothing; write the report of the results.")] = False,
+    docs: Annotated[Path, typer.Option(help="Folder of study-listops.md.")] = ROOT / "docs",
 ) -> None:
-    """Train and test every form; or write the report."""
+    """Train and test every form; or write the report of that."""
     from .paper.__main__ import chosen
 
     try:
+        if report:
+            page = docs / "study-listops.md"
+            page.write_text(report_text(load(results_file(out))), encoding="utf-8")
+            typer.echo(f"written: {page}")
+            return
         settings = Settings(model, steps, validated=validated, tested=tested, seeds=seeds, threads=threads)
         names = chosen(groups, GROUPS, "groups")
         done = run_all(results_file(out), settings, names, functools.partial(load_smollm2, settings))

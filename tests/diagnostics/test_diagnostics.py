@@ -3,6 +3,7 @@
 import copy
 import json
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -19,6 +20,8 @@ from fused_steer import SteerConfig, patch_model, save_joint
 from fused_steer.adapters.parameters import SITE
 from fused_steer.diagnostics import BINS, LEVELS, QUANTITIES, diagnose
 from fused_steer.model.decoder import find_decoder, inside_peft
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*layers do nothing")  # fresh adapters
 
 DOWN = {"gpt2": "c_proj", "gpt_neox-parallel": "dense_4h_to_h", "gpt_neox-sequential": "dense_4h_to_h"}
 
@@ -313,7 +316,9 @@ def test_diagnostics_no_token_at_the_adapters_positions():
 def test_diagnostics_layers_that_do_nothing_are_named():
     model = patch_model(build())
     randomize(model)
-    assert not diagnose(model, masked_batches()).asleep  # a warning would be an error
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not diagnose(model, masked_batches()).asleep
     sites = [layer.get_submodule(SITE) for layer in layers_of(model)]
     seen = Seen(sites, model, masked_batches())
     for i, size in ((0, 1.01e-3), (2, 0.99e-3)):  # shifts that are just large enough, and just too small
@@ -336,7 +341,6 @@ def test_diagnostics_layers_of_several_sites_that_do_nothing_are_named():
         diagnose(model, masked_batches())
 
 
-@pytest.mark.filterwarnings("ignore:.*layers do nothing")
 def test_diagnostics_a_fresh_adapter_beside_a_fresh_lora():
     model = patch_model(with_lora(build(), init_lora_weights=True))
     for layer in diagnose(model, masked_batches()).layers:
@@ -635,6 +639,18 @@ def test_diagnostics_the_command_with_both_parts(place, tmp_path):
         assert [str(layer["layer"]), "fused", *(f"{number:.3g}" for number in numbers)] in rows
     assert {file.suffix for file in (tmp_path / "apart").iterdir()} == {".png", ".json"}
     assert "absent" not in apart.stdout
+
+
+def test_diagnostics_the_command_names_layers_that_do_nothing(place, tmp_path):
+    model = patch_model(type(build()).from_pretrained(place / "model"), place / "adapter")
+    with torch.no_grad():
+        layers_of(model)[1].get_submodule(SITE).steer_up["default"].weight.zero_()
+    model.steering.save(tmp_path / "asleep")
+    arguments = ("--prompts", place / "prompts.txt", "--out", tmp_path / "out", "--device", "cpu")
+    result = invoke("diagnose", place / "model", "--adapter", tmp_path / "asleep", *arguments)
+    assert result.exit_code == 0, result.output
+    said = "warning   1 of 3 steered layers do nothing, with a median ‖δ‖/‖h‖ below 0.001: 1"
+    assert said in result.output.replace("\n", " ") and result.output.count("do nothing") == 1
 
 
 def test_diagnostics_the_command_without_lora(place, tmp_path):
