@@ -1,7 +1,8 @@
 """The methods: the parameters that each adds to a model and trains, and their learning-rate schedules.
 
 `attach` adds a method's parameters to a model and returns training stages, which run one after the other. LoFiT has two
-stages, the other methods have one. Steering is this project's, LoRA is PEFT's, full fine-tuning is transformers'.
+stages, the other methods have one. Steering and LoReFT are this project's, LoRA is PEFT's, full fine-tuning is
+transformers'.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from transformers import TrainerCallback
 
 from fused_steer import SteerConfig, lora_parameters, patch_model, steering_parameters
 
-from . import heads, reft, released
+from . import heads, released
 from .settings import Settings
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -81,8 +82,8 @@ def _lora(model: Any, settings: Settings, rate: float) -> tuple[Any, list[Stage]
 
 
 def _reft(model: Any, settings: Settings, rate: float) -> tuple[Any, list[Stage]]:
-    reft.attach(model, settings.reft_rank, settings.reft_positions)
-    return model, [Stage(_trained(model), rate)]
+    fields = {"form": "loreft", "rank": settings.reft_rank, "positions": settings.reft_positions}
+    return steering(model, settings, rate, activation=None, **fields)
 
 
 def _lofit(model: Any, settings: Settings, rate: float) -> tuple[Any, list[Stage]]:
