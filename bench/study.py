@@ -79,21 +79,21 @@ def _lowrank(activation: str, **fields: Any) -> dict[str, Any]:
     return {"rank": 8, "activation": activation, **fields}
 
 
-_RATES = (7e-4, 2e-3)
+_RATES = (2.5e-4, 7e-4, 2e-3)
 FORMS: dict[str, Form] = {
     "identity": Form("identity", _RATES, _lowrank("identity")),
     "silu": Form("SiLU", _RATES, _lowrank("silu")),
-    "silu-normalised": Form("SiLU, normalised read", (2e-3, 6e-3), normalised="silu"),
-    "identity-normalised": Form("identity, normalised read", (2e-3, 6e-3), normalised="identity"),
-    "silu-stream": Form("SiLU, W1 by the stream", (2e-3, 6e-3), _lowrank("silu"), by_stream=True),
-    "silu-tenth": Form("SiLU, `init_scale` 0.1", _RATES, _lowrank("silu", init_scale=0.1)),
-    "post_mlp": Form("`post_mlp`", (2e-3, 6e-3), _lowrank("identity", site="post_mlp")),
-    "pre_mlp": Form("`pre_mlp`", (2e-3, 6e-3), _lowrank("identity", site="pre_mlp")),
-    "post_attention": Form("`post_attention`", (2e-3, 6e-3), _lowrank("identity", site="post_attention")),
-    "rank1": Form("post-block, rank 1", (2e-3, 6e-3), _lowrank("identity") | {"rank": 1}),
-    "vector": Form("post-block, vector", (6e-3, 2e-2), {"form": "vector"}),
+    "silu-normalised": Form("SiLU, normalised read", (7e-4, 2e-3, 6e-3), normalised="silu"),
+    "identity-normalised": Form("identity, normalised read", (7e-4, 2e-3, 6e-3), normalised="identity"),
+    "silu-stream": Form("SiLU, W1 by the stream", (7e-4, 2e-3), _lowrank("silu"), by_stream=True),
+    "silu-tenth": Form("SiLU, `init_scale` 0.1", (7e-4, 2e-3), _lowrank("silu", init_scale=0.1)),
+    "post_mlp": Form("`post_mlp`", (7e-4, 2e-3), _lowrank("identity", site="post_mlp")),
+    "pre_mlp": Form("`pre_mlp`", (7e-4, 2e-3), _lowrank("identity", site="pre_mlp")),
+    "post_attention": Form("`post_attention`", (7e-4, 2e-3), _lowrank("identity", site="post_attention")),
+    "rank1": Form("post-block, rank 1", (7e-4, 2e-3), _lowrank("identity") | {"rank": 1}),
+    "vector": Form("post-block, vector", (2e-3, 6e-3), {"form": "vector"}),
     "lora": Form("LoRA, rank 8, all linear layers", (1e-3, 3e-3), method="lora"),
-    "loreft": Form("ReFT, rank 8, all tokens", (1e-3, 4e-3), {"form": "loreft", "rank": 8}),
+    "loreft": Form("ReFT, rank 8, all tokens", (3e-4, 1e-3), {"form": "loreft", "rank": 8}),
     "jola": Form("JoLA", (5e-3, 2e-2), method="jola"),
     "lofit": Form("LoFiT", (5e-3, 2e-2), method="lofit"),
 }
