@@ -34,7 +34,6 @@ from .backend import select_backend
 from .contract import Operands
 from .launch import device_of, empty, launch
 from .norm import (
-    MAX_WIDTH,
     check_norm,
     inverse_rms,
     norm_backward,
@@ -399,23 +398,25 @@ def post_block_norm(
             "post_block_norm was called inside torch.compile, torch.export or torch.func; expected an eager call"
         )
     operands = Operands(down, up, down_bias, up_bias, gain, basis, scale, activation, packed, reads)
+    return steer_and_normalise(residual, branch, operands, Norm(norm_weight, eps, plus_one, rounds_first))
+
+
+def steer_and_normalise(
+    residual: Tensor, branch: Tensor | None, operands: Operands, norm: Norm
+) -> tuple[Tensor, Tensor]:
+    """Compute `post_block_norm` of an eager call by its records."""
     check_operands(residual, branch, operands)
-    norm = Norm(norm_weight, eps, plus_one, rounds_first)
     check_norm(residual, norm)
-    if down is not None and down.shape[0] == 0:
-        if up_bias is None:
+    if operands.down is not None and operands.down.shape[0] == 0:
+        if operands.up_bias is None:
             raise ValueError("down and up have rank 0 and up_bias is None; expected a rank of at least 1, or up_bias")
         operands = operands._replace(down=None, up=None, down_bias=None, basis=None)
     if operands.down is None:
         operands = operands._replace(reads="sum", packed=None)
-    if isinstance(scale, int):
-        operands = operands._replace(scale=float(scale))
-    weights = (residual, branch, *operands[:5], scale if isinstance(scale, Tensor) else None, norm_weight)
+    scale = operands.scale
+    weights = (residual, branch, *operands[:5], scale if isinstance(scale, Tensor) else None, norm.weight)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in weights):
-        number = 1.0 if isinstance(operands.scale, Tensor) else operands.scale
+        number = 1.0 if isinstance(scale, Tensor) else float(scale)
         rest = (operands.basis, number, operands.activation, operands.packed, operands.reads, *norm[1:])
         return _PostBlockNorm.apply(*weights, *rest)
     return forward_norm(residual, branch, operands, norm, False)[:2]
-
-
-__all__ = ["MAX_WIDTH", "forward_norm", "post_block_norm", "triton_forward_norm"]

@@ -274,7 +274,7 @@ def test_post_block_norm_each_gradient_alone(device, name, reads):
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
 @pytest.mark.parametrize("reads", READS)
 @pytest.mark.parametrize("tokens", [9, 70])
-def test_post_block_norm_packed_weights_give_the_same_bits(device, tokens, reads, dtype):
+def test_post_block_norm_packed_weights_give_the_same_bits_of_out(device, tokens, reads, dtype):
     if os.environ["FUSED_STEER_BACKEND"] == "torch":
         pytest.skip("only the kernels use packed weights")
     inputs = make_inputs(tokens, 256, rank=5, dtype=dtype, device=device, basis=0, gain=False, reads=reads).leaves()
@@ -293,7 +293,13 @@ def test_post_block_norm_packed_weights_give_the_same_bits(device, tokens, reads
         )
         weights = (inputs.residual, inputs.down, inputs.up)
         found.append((out, normed, *torch.autograd.grad((out, normed), weights, (normed.detach(), out.detach()))))
-    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    (out, *rest), (other_out, *others) = found
+    assert torch.equal(out, other_out)
+    # Columns are in other blocks, so that the squares are summed in another order.
+    assert all(
+        relative_error(one, other.double()) < 2 * torch.finfo(dtype).eps
+        for one, other in zip(rest, others, strict=True)
+    )
 
 
 def test_post_block_norm_no_tokens(device):
