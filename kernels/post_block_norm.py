@@ -148,13 +148,11 @@ def post_block_norm_fwd_kernel(
 
 # ---------------------------------------------------------------------------------------------------------- launcher
 
-_LANES = {"hip": 64}
 
-
-def _third_block(schedule: ForwardSchedule, hidden: int, gpu: str) -> int:
+def _third_block(schedule: ForwardSchedule, hidden: int) -> int:
     """Return the columns of a block of the third pass: at most 32 numbers for each lane, and a divisor of d."""
     columns = schedule.block_d2
-    most = 32 * _LANES.get(gpu, 32) * schedule.num_warps // schedule.block_n
+    most = 32 * 32 * schedule.num_warps // schedule.block_n  # AMD's 64 lanes have registers for half as many numbers
     while columns < most and hidden % (2 * columns) == 0:
         columns *= 2
     return columns
@@ -198,7 +196,7 @@ def triton_forward_norm(
         SCALE_ON_DEVICE=p_scale is not None, KEEP_A=keep, NESTED=inner > 0,
         EVEN_D=hidden % schedule.block_d == 0 and hidden % schedule.block_d2 == 0, PACKED=packed is not None,
         READS_BRANCH=reads == "branch", **norm_constants(norm), KEEP_INVERSE=keep,
-        BLOCK_D3=_third_block(schedule, hidden, device.gpu),
+        BLOCK_D3=_third_block(schedule, hidden),
     )  # fmt: skip
     return out, normed, a, inverse
 
