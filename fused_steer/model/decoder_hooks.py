@@ -14,7 +14,7 @@ from .decoder import Decoder
 from .layer import PatchedLayer
 from .passes import FEW_TOKENS, Packing, tokens_of
 from .scopes import Scopes
-from .watch import LayerList
+from .watch import LayerList, thread
 
 
 class DecoderHooks:
@@ -82,6 +82,7 @@ class DecoderHooks:
         if not torch.compiler.is_compiling():
             self._scopes.end_pass()
             self._packing.end()
+            thread.handed = None  # of a pass that ended early
 
 
 def warn_of_frozen(name: str) -> None:
