@@ -92,6 +92,7 @@ setup(
     entry_points={
         "console_scripts": ["fused-steer = fused_steer.cli:app"],
         "vllm.general_plugins": ["fused_steer = fused_steer.vllm:register"],
+        "vllm.endpoint_plugins": ["fused_steer = fused_steer.vllm.endpoint:SteeringEndpoint"],
     },
     classifiers=[
         "Operating System :: POSIX :: Linux",

@@ -95,12 +95,17 @@ The map, in reading order. A file imports only files that stand above it.
         figures.py       draws an extraction
         command.py       `fused-steer extract`
     vllm/                the vLLM plug-in
+        options.py       the options of a server
+        dose.py          bounds the relative dose of requests, and measures it in each token
+        room.py          the room of a server's slots for adapters
         sources.py       finds, checks and copies the adapters of requests
-        layers.py        adds a steering point to decoder layers; the module that steers
-        adapters.py      loads an adapter into the slots of a worker
+        batch.py         the slot and the gain of each token of a batch
+        layers.py        adds a steering point to decoder layers, which steers
+        adapters.py      loads adapters into the slots of a worker
         cache.py         keys of cached blocks and of compiled graphs
         frontend.py      checks requests before the engine gets them
-        gains.py         fills in the gain of each token of a batch
+        gains.py         follows the batches of vLLM's model runners
+        endpoint.py      routes of the server: list, load, unload, the default adapter
     trl.py               TRL's trainers
     recipes/             training by a recipe
         recipe.py        the recipe, read from YAML and checked
