@@ -27,7 +27,7 @@ import vllm
 from packaging.version import Version
 
 #: The tested versions of vLLM.
-FIRST, BELOW = "0.32", "0.33"
+FIRST, BELOW = "0.31", "0.33"
 #: What the plug-in replaces or calls, beside the names that it imports.
 NAMES = {
     "vllm.entrypoints.openai.models.serving": (
