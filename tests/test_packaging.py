@@ -148,7 +148,7 @@ def test_packaging_requirements_are_those_of_the_matrix(distribution, matrix):
 
 @pytest.mark.parametrize("page", ["constraints.txt", "constraints-vllm.txt"])
 def test_packaging_constraints_pin_what_was_tried(page):
-    """The libraries of bench/matrix.py count as tried if the core tests passed; vLLM's environment does not run them."""
+    """The libraries of bench/matrix.py count as tried if the core tests passed, which vLLM's pins do not run."""
     lines = (ROOT / page).read_text(encoding="utf-8").splitlines()
     pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
     known = TRIED if page == "constraints.txt" else {name: TRIED[name] for name in TRIED.keys() - MATRIX.keys()}
