@@ -3,6 +3,7 @@
 The map, in reading order. A file imports only files that stand above it.
 
     _version.py          the version
+    _tried.py            the series of libraries that passed the core tests, written by `python -m bench.matrix`
     _requirements.py     the tested versions of other libraries
     kernels/             the Triton kernels; its docstring has its own map
     positions.py         names of token positions, and the tokens that they mean
@@ -25,6 +26,7 @@ The map, in reading order. A file imports only files that stand above it.
         passes.py        packed weights for one forward pass
         site.py          the site: the module in a layer that steers it
         layer.py         patches and unpatches one layer
+        norms.py         fuses the norms that follow steered layers into the steering
         decoder_hooks.py hooks before and after each pass of the decoder
         patched.py       a patched model: its steered layers and its frozen base
         stored.py        converts an adapter of a patched model to file contents and back
@@ -96,12 +98,17 @@ The map, in reading order. A file imports only files that stand above it.
         figures.py       draws an extraction
         command.py       `fused-steer extract`
     vllm/                the vLLM plug-in
+        options.py       the options of a server
+        dose.py          bounds the relative dose of requests, and measures it in each token
+        room.py          the room of a server's slots for adapters
         sources.py       finds, checks and copies the adapters of requests
-        layers.py        adds a steering point to decoder layers; the module that steers
-        adapters.py      loads an adapter into the slots of a worker
+        batch.py         the slot and the gain of each token of a batch
+        layers.py        adds a steering point to decoder layers, which steers
+        adapters.py      loads adapters into the slots of a worker
         cache.py         keys of cached blocks and of compiled graphs
         frontend.py      checks requests before the engine gets them
-        gains.py         fills in the gain of each token of a batch
+        gains.py         follows the batches of vLLM's model runners
+        endpoint.py      routes of the server: list, load, unload, the default adapter
     trl.py               TRL's trainers
     evaluation/          evaluation by lm-evaluation-harness
         harness.py       its model `fused-steer`
