@@ -71,6 +71,7 @@ The map, in reading order. A file imports only files that stand above it.
         coverage.py      fused-steer coverage
         kernel_table.py  fused-steer kernels
         doctor.py        fused-steer doctor
+        quick_bench.py   fused-steer bench
         inspect.py       fused-steer inspect
         compare.py       fused-steer compare
         chat.py          a chat with a steered model
@@ -125,7 +126,7 @@ The map, in reading order. A file imports only files that stand above it.
         shared.py        the app, its one-line errors, shared options
         making.py        demo, fit, extract, train
         serving.py       serve-plan, eval, chat
-        examining.py     doctor, inspect, compare, kernels, coverage, diagnose
+        examining.py     doctor, inspect, compare, kernels, coverage, diagnose, bench
         converting.py    import, export
     __main__.py          python -m fused_steer
 """

@@ -18,7 +18,7 @@ from fused_steer.adapters.files import CONFIG_NAME, WEIGHTS_NAME
 from fused_steer.tools.doctor import Finding
 
 VERBS = ("demo", "fit", "extract", "train", "serve-plan", "eval", "chat", "doctor", "inspect", "compare", "kernels")
-VERBS += ("coverage", "diagnose", "import", "export")
+VERBS += ("bench", "coverage", "diagnose", "import", "export")
 
 
 # --------------------------------------------------------------------------------------------------------------- help
