@@ -202,15 +202,23 @@ def test_packaging_the_core_needs_none_of_the_extras():
     code = """
 import sys
 
-OPTIONAL = {"accelerate", "bitsandbytes", "datasets", "gguf", "liger_kernel", "matplotlib", "peft", "torchao", "trl"}
+OPTIONAL = {"accelerate", "bitsandbytes", "datasets", "gguf", "liger_kernel", "lm_eval", "matplotlib", "peft"}
+OPTIONAL |= {"prompt_toolkit", "torchao", "trl"}
 sys.modules |= dict.fromkeys(OPTIONAL)  # None: as if it were not installed
 import tempfile, torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from fused_steer import SteerConfig, patch_model
+from fused_steer.recipes.recipe import read_recipe
+from fused_steer.tools.chat import Chat
+from fused_steer.vectors import extract
 
+read_recipe("smollm2")
 config = LlamaConfig(vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
 model = patch_model(LlamaForCausalLM(config), SteerConfig(rank=2))
 model(torch.ones(1, 3, dtype=torch.long), labels=torch.ones(1, 3, dtype=torch.long)).loss.backward()
+batch = [dict(input_ids=torch.tensor([[1, 2], [3, 1]]), attention_mask=torch.ones(2, 2))]
+other = [dict(input_ids=torch.tensor([[4, 5], [6, 4]]), attention_mask=torch.ones(2, 2))]
+model.steering.add_vector("v", extract(model, batch, other).vectors)
 with tempfile.TemporaryDirectory() as folder:
     model.steering.save(folder)
     patch_model(LlamaForCausalLM(config), folder)
