@@ -2,9 +2,8 @@
 
 An op that Inductor knows by name only is called through PyTorch's dispatcher, which hands a Python function's arguments
 to C++ and back. The result's sizes are checked, its memory is not reused, and the next kernel may not take it for
-aligned. With a lowering Inductor allocates the result among its other buffers and calls the function directly. Sizes and
-strides of the weights are checked by the function, together with all else that a plan depends on, and not by generated
-code too.
+aligned. With a lowering Inductor allocates the result among its other buffers and calls the function directly. The
+function checks the weights' sizes and strides, with everything else that a plan depends on; generated code does not.
 
 What is used of Inductor here is no public interface of PyTorch. Where a name is missing, the op is called through the
 dispatcher: the numbers are the same, and a warning says so.

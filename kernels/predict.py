@@ -297,8 +297,8 @@ def work(launch: Launch) -> LaunchWork:
 def works(launches: Sequence[Launch]) -> list[LaunchWork]:
     """Return the work of a pass's launches, in order.
 
-    A launch finds hidden states in L2 only if an earlier one has read all that it reads. If W1 is applied to branch, the
-    first kernel for few tokens does not read residual, so the second one waits for device memory.
+    A launch finds hidden states in L2 only if an earlier one has read all that it reads. If W1 is applied to branch,
+    the first kernel for few tokens does not read residual, so the second one waits for device memory.
     """
     found, seen = [], set()
     for launch in launches:

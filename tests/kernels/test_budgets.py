@@ -21,7 +21,7 @@ L2_OVER_MEMORY = {1: 1.7, 8: 1.7, 16: 1.7, 64: 3.0}  # by rank: bytes read from 
 #: units, and up to 2 more if the tiles in flight do not fit in L2. So at rank 16 and 3 units h must be at least 29:
 #: * A100, d = 4096: 1.89 at 19 rows, two waves. 29 to 37 rows are less than two waves and leave a third of the
 #:   multiprocessors idle. 38 rows are one wave with 3.8 units of device memory.
-#: * H100, d = 4096, N = 16384: 1.73 at 25 rows, five waves, with 3.06 units. 26 rows meet the budget (1.67) only by 3.13.
+#: * H100, d = 4096, N = 16384: 1.73 at 25 rows, five waves, with 3.06 units. 26 rows meet it (1.67) only by 3.13.
 #: * H100, d = 8192: 1.72 at 16 rows, two waves, with 3.48 units. 17 rows meet it (1.65) only by 3.57.
 L2_EXCEPTIONS = {
     ("sm_80", 4096, 16, 4096, "forward"): 1.89,
@@ -29,8 +29,8 @@ L2_EXCEPTIONS = {
     ("sm_90", 8192, 16, 4096, "forward"): 1.73,
 }
 BUSY_OVER_MEMORY = 0.5  # time of the loops' instructions over time of device memory
-#: The exceptions to that budget, by (target, d, r, N, pass). They may not grow. They are A100's backward at rank 64. The
-#: tensor cores' cycles alone are 0.488 at d = 2048: 0.312 for the three products of the columns kernel, which are not
+#: The exceptions to that budget, by (target, d, r, N, pass). They may not grow. They are A100's backward at rank 64.
+#: The tensor cores' cycles alone are 0.488 at d = 2048: 0.312 for the three products of the columns kernel, which are not
 #: padded, and 0.176 for dz, where 38 rows of one whole wave take a tile of 64. Adding the slabs takes 0.017 more. Three
 #: waves of 13 rows in tiles of 16 would take 0.128 for dz. Then the rows kernel reads W2' three times as often, and L2
 #: binds it for 1.4 times as long.
