@@ -269,8 +269,8 @@ def _shifted(
     DOT: tl.constexpr, HAS_UP_BIAS: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Return x + h W2'ᵀ + s·g·b2, with the strength already in h. [BLOCK_N, BLOCK_D]"""
-    # minus: −(h W2'ᵀ + s·g·b2). A zero shift is +0 here, because sums start from +0. x − (+0) is x bit for bit, even for
-    # x = −0, which x + (+0) would change. This takes one instruction, comparing and selecting two.
+    # minus: −(h W2'ᵀ + s·g·b2). A zero shift is +0 here, because sums start from +0. x − (+0) is x bit for bit, even
+    # for x = −0, which x + (+0) would change. This takes one instruction; comparing and selecting takes two.
     minus = tl.zeros(x.shape, tl.float32)
     if HAS_UP_BIAS:
         b2 = tl.load(p_up_bias + columns, mask=m_columns, other=0.0).to(tl.float32)

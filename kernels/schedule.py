@@ -224,8 +224,9 @@ _FORWARD_TILES: dict[tuple[str, int], dict[int, tuple[_ForwardTile, ...]]] = {
         64: ((16, 128, 128, 4, 2, 2, 2, 2.5),),
     },
 }
-#: Replacements for a kernel that reads and converts the parameters, which takes registers: columns when writing, warps
-#: and stages. The rest is unchanged, so that sums equal those of packed weights.
+#: Replacements for a kernel that reads and converts the parameters, which takes registers and shared memory: columns
+#: when writing, warps and the most stages. The rest is unchanged, so that sums equal those of packed weights. The
+#: widest tiles write half as many columns at a time, in two stages.
 _CONVERTING: dict[tuple[str, int], dict[int, tuple[int, int, int]]] = {
     ("cuda", 2): {16: (256, 8, 3), 32: (128, 8, 3), 64: (64, 8, 2)},
 }

@@ -30,10 +30,10 @@ L2_EXCEPTIONS = {
 }
 BUSY_OVER_MEMORY = 0.5  # time of the loops' instructions over time of device memory
 #: The exceptions to that budget, by (target, d, r, N, pass). They may not grow. They are A100's backward at rank 64.
-#: The tensor cores' cycles alone are 0.488 at d = 2048: 0.312 for the three products of the columns kernel, which are not
-#: padded, and 0.176 for dz, where 38 rows of one whole wave take a tile of 64. Adding the slabs takes 0.017 more. Three
-#: waves of 13 rows in tiles of 16 would take 0.128 for dz. Then the rows kernel reads W2' three times as often, and L2
-#: binds it for 1.4 times as long.
+#: The tensor cores' cycles alone are 0.488 at d = 2048: 0.312 for the three products of the columns kernel, which are
+#: not padded, and 0.176 for dz, where 38 rows of one whole wave take a tile of 64. Adding the slabs takes 0.017 more.
+#: Three waves of 13 rows in tiles of 16 would take 0.128 for dz. Then the rows kernel reads W2' three times as often,
+#: and L2 binds it for 1.4 times as long.
 BUSY_EXCEPTIONS = {
     ("sm_80", 2048, 64, 4096, "backward"): 0.51,
     ("sm_80", 2560, 64, 4096, "backward"): 0.52,
