@@ -297,8 +297,8 @@ def backward_norm(
 ) -> list[Tensor]:
     """Return the gradients that `needs` selects, each in the dtype of its own tensor.
 
-    They are, in order: that of `out` with the norm's share, then those of `post_block.backward`, then the norm weight's.
-    At least one of the gradients of `out` and `normed` is given.
+    They are, in order: that of `out` with the norm's share, those of `post_block.backward`, and the norm weight's. At
+    least one of the gradients of `out` and `normed` is given.
     """
     whole, d_weight = grad, None
     if grad_normed is not None:
@@ -340,8 +340,8 @@ def _op_backward(*inputs: Any) -> list[Tensor]:
 
 
 def _op_backward_fake(*inputs: Any) -> list[Tensor]:
-    out, branch, (down, up, down_bias, up_bias, gain, scale_tensor) = inputs[2], inputs[3], inputs[6:12]
-    likes = (out, out, down, up, down_bias, up_bias, gain, scale_tensor, inputs[16])
+    out, weights, weight = inputs[2], inputs[6:12], inputs[16]
+    likes = (out, out, *weights, weight)
     return [like.new_empty(like.shape) for like, need in zip(likes, inputs[20], strict=True) if need]
 
 

@@ -1,7 +1,7 @@
 """Compiles the norm's kernels for GPUs in a subprocess, where kernels are not interpreted, and counts their work.
 
-Reads a JSON list of [target, dtype, hidden, rank, tokens, flags] from standard input. Prints a JSON line for each launch
-of `post_block_norm` and `rms_norm`, without those of post_block alone.
+Reads a JSON list of [target, dtype, hidden, rank, tokens, flags] from standard input. Prints a JSON line for each
+launch of `post_block_norm` and `rms_norm`, without those of post_block alone.
 """
 
 import dataclasses

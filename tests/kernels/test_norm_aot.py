@@ -18,6 +18,7 @@ def cases() -> list[list]:
     for target in PROMISED:
         found += [[target, "bfloat16", 2048, 16, 8192, PACKED], [target, "bfloat16", 4096, 32, 8192, PACKED]]
         found += [[target, "bfloat16", 4096, 64, 8192, EVERYTHING], [target, "bfloat16", 16384, 0, 8192, EVERYTHING]]
+        found.append([target, "bfloat16", 16384, 0, 8192, {}])
         found += [[target, dtype, 4096, 8, 4096, PACKED] for dtype in ("float16", "float32")]
         found += [[target, "bfloat16", 4099, 8, 4096, {}], [target, "bfloat16", 576, 8, 8192, PACKED]]
         found += [[target, "bfloat16", 4096, 8, 4096, {**PACKED, "reads": "branch"}]]
@@ -40,14 +41,15 @@ def test_norm_aot_every_kernel_was_compiled(compiled):
     }  # fmt: skip
 
 
-#: Accepted spills (registers) on AMD, with every option at once. They may not grow.
-SPILLS = {("gfx942", "bfloat16", 8): 9}
+#: Accepted spills (registers, on AMD) and local memory (bytes a thread, for the gradient of a wide norm's weight), with
+#: every option at once, by target, hidden size and rank. They may not grow.
+LOCAL = {("gfx942", 4096, 8): 9, ("sm_80", 16384, 0): 80, ("sm_90", 16384, 0): 96}
 
 
 def test_norm_aot_no_spill_and_no_local_memory(compiled):
     def most(row: dict) -> int:
-        target, dtype, _, rank, _, flags = row["case"]
-        return SPILLS.get((target, dtype, rank), 0) if flags == EVERYTHING else 0
+        target, _, hidden, rank, _, flags = row["case"]
+        return LOCAL.get((target, hidden, rank), 0) if flags == EVERYTHING else 0
 
     assert_none([row for row in compiled if row["spills"] + row["local"] > most(row)])
 
@@ -83,10 +85,10 @@ def of_many_tokens(compiled: list[dict], kernel: str) -> list[dict]:
 
 
 def test_norm_aot_the_forward_moves_four_units_through_device_memory(compiled):
-    """At rank 64 a tile is too high for its second and third reading to hit L2 in full."""
+    """From rank 32 on, the tiles are too high for their second and third reading to hit L2 in full."""
     rows = of_many_tokens(compiled, "post_block_norm_fwd_kernel")
     assert len(rows) == 2 * len(PROMISED) + 6
-    assert_none([row for row in rows if units(row, "memory") > (5.3 if row["case"][3] == 64 else 4.1)])
+    assert_none([row for row in rows if units(row, "memory") > (5.3 if row["case"][3] >= 32 else 4.1)])
 
 
 def test_norm_aot_the_forward_is_bound_by_device_memory(compiled):
