@@ -75,8 +75,9 @@ class DecoderHooks:
     def _pack(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         tokens = tokens_of(args, kwargs)
         weights, rotations = {}, {}
+        transformed = torch._C._functorch.peek_interpreter_stack() is not None  # by torch.func
         sites = [site for patched in self._patched.values() for site in patched.sites.values()]
-        if not torch.is_grad_enabled():
+        if not transformed:
             rotations = {site: pair for site in sites if (pair := site.rotation()) is not None}
         if tokens > FEW_TOKENS:
             weights = {site: pair for site in sites if (pair := site.low_rank()) is not None}

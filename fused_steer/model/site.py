@@ -166,9 +166,12 @@ class SteeringSite(Site):
     #: The op with its launch plans, and a function that returns the op's present operands after residual and branch:
     #: the adapter's parameters, or those of `rows`. Any assignment on the site resets it.
     _planned: tuple[Any, Callable[[], tuple[Tensor, ...]]] | None
+    #: W and P of LoReFT in the last pass with gradients, and the W1 and W2 that were made of them.
+    _rotated: tuple[Tensor, Tensor, tuple[Tensor, Tensor]] | None
 
     def __init__(self, name: str = SITE) -> None:
         super().__init__(name)
+        self.__dict__["_rotated"] = None
         self.active: str | None = None  # the active adapter; None, or one that skips this layer, is a plain add
         self.enabled = True
         self.activation = "identity"  # of the active adapter
@@ -190,7 +193,12 @@ class SteeringSite(Site):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy makes its own plans, and is in no batch and in no `disabled`.
-        return self.__dict__ | {"_planned": None, "enabled": True, "_modules": {**self._modules, "rows": None}}
+        return self.__dict__ | {
+            "_planned": None,
+            "_rotated": None,
+            "enabled": True,
+            "_modules": {**self._modules, "rows": None},
+        }
 
     def _replicate_for_data_parallel(self) -> SteeringSite:
         replica = super()._replicate_for_data_parallel()
@@ -226,11 +234,27 @@ class SteeringSite(Site):
     def _weights(self, active: str) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         """Return W1, W2, b1 and b2 of an adapter. Those of LoReFT were perhaps made at the beginning of the pass."""
         adapter = Adapter(self.steer_down[active], self.steer_up[active])
-        if not is_compiling() and isinstance(adapter.up, Rotation) and thread.packs and thread.packs[-1] is not None:
-            found = thread.packs[-1].rotation_of(self, adapter.down.weight, adapter.up.weight)
+        if not is_compiling() and isinstance(adapter.up, Rotation):
+            found = self._made_rotation(adapter.down.weight, adapter.up.weight)
             if found is not None:
                 return *found, adapter.down.bias, None
         return adapter.weights()
+
+    def _made_rotation(self, source: Tensor | None, matrix: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """Return LoReFT's W1 and W2 if the pass has made them for all layers, else None.
+
+        Checkpointing runs a layer again in the backward pass, when there is no pass of the decoder. Autograd then
+        expects the tensors that the first run saved, so the site keeps them. Reentrant checkpointing first runs the
+        layer without gradients; then nothing is kept, and the layer makes its own.
+        """
+        pack = thread.packs[-1] if thread.packs else None
+        if pack is not None:
+            found = pack.rotation_of(self, source, matrix)
+            self.__dict__["_rotated"] = (source, matrix, found) if found is not None and is_grad_enabled() else None
+            return found
+        kept = self._rotated
+        in_backward = torch._C._current_graph_task_id() != -1
+        return kept[2] if in_backward and kept is not None and kept[0] is source and kept[1] is matrix else None
 
     def use(self, name: str | None, activation: str, scale: float, gains: Any = None) -> None:
         """Make `name` the only adapter that steers and trains. None, or one that skips this layer, is a plain add.
