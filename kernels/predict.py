@@ -270,6 +270,51 @@ def _backward_finish(launch: Launch) -> LaunchWork:
     )
 
 
+def _forward_norm(launch: Launch) -> LaunchWork:
+    """Describe the forward with the norm: as without, and then `out` is read again from L2."""
+    at = _Arguments(launch)
+    rows, columns = at["BLOCK_N"], at["BLOCK_D3"]
+    whole = _forward_whole(launch)
+    (tiles,) = whole.loops
+    third = Loop(ceil_div(at["D"], columns), at.tile_bytes(rows, columns, "p_out"), at.row_bytes("p_weight"), True)
+    return replace(
+        whole,
+        loops=(replace(tiles, inner=(*tiles.inner, third)),),
+        reads={**whole.reads, "p_weight": tiles.trips * whole.programs * whole.share},
+        writes=frozenset({"p_normed", "p_a", "p_inverse"}),
+        in_flight=whole.in_flight + whole.programs * at["height"] * at.row_bytes("p_out"),
+    )
+
+
+def _norm_forward(launch: Launch) -> LaunchWork:
+    (tiles,) = launch.grid
+    return LaunchWork(
+        tiles, (), 1.0, {"p_weight": tiles, "p_up_bias": tiles}, frozenset({"p_out", "p_normed", "p_inverse"})
+    )
+
+
+def _norm_backward(launch: Launch) -> LaunchWork:
+    at = _Arguments(launch)
+    (programs,) = launch.grid
+    tiles = ceil_div(at["N"], at["BLOCK_N"])
+    each = ceil_div(tiles, programs)
+    states = at.tile_bytes(at["BLOCK_N"], at["D"], "p_grad", "p_grad_normed", "p_kept")
+    return LaunchWork(
+        programs,
+        (Loop(each, states),),
+        tiles / (programs * each),
+        {"p_weight": programs},
+        frozenset({"p_dx", "p_sums"}),
+    )
+
+
+def _norm_finish(launch: Launch) -> LaunchWork:
+    at = _Arguments(launch)
+    (blocks,) = launch.grid
+    loop = Loop(ceil_div(at["programs"], at["BLOCK_N"]), others=at["BLOCK_N"] * at["BLOCK_D"] * 4, again=True)
+    return LaunchWork(blocks, (loop,), 1.0, {}, frozenset({"p_d_weight"}), again=True)
+
+
 #: Functions that describe the work of each kernel, by the kernel's name.
 _WORK: dict[str, Callable[[Launch], LaunchWork]] = {
     "post_block_fwd_kernel": _forward_whole,
@@ -279,6 +324,10 @@ _WORK: dict[str, Callable[[Launch], LaunchWork]] = {
     "post_block_bwd_rows_kernel": _backward_rows,
     "post_block_bwd_columns_kernel": _backward_columns,
     "post_block_bwd_finish_kernel": _backward_finish,
+    "post_block_norm_fwd_kernel": _forward_norm,
+    "rms_norm_fwd_kernel": _norm_forward,
+    "rms_norm_bwd_kernel": _norm_backward,
+    "rms_norm_bwd_finish_kernel": _norm_finish,
 }
 
 
