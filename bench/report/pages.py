@@ -91,8 +91,8 @@ Without a GPU, `python -m bench.stub -m bench.host` measures the host time of a 
 block's, and judges the goals of host time. Triton compiles and launches for real, over a driver library that does
 nothing. `pytest bench -k host` does the same.
 
-`python -m bench.vllm_host` prints the host time of a vLLM step on a CPU: idle against vanilla, and many strengths against
-one.
+`python -m bench.vllm_host` prints the host time of a vLLM step on a CPU: idle against vanilla, and many
+strengths against one.
 
 `python -m bench.vllm --out bench/results` measures vLLM on a GPU or a CPU, in an environment that
 [has vLLM](serving.md#vllm). Without a GPU, `python -m bench.serving --out bench/results` compares PyTorch
