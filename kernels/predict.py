@@ -343,6 +343,23 @@ def work(launch: Launch) -> LaunchWork:
     return _WORK[name](launch)
 
 
+def works(launches: Sequence[Launch]) -> list[LaunchWork]:
+    """Return the work of a pass's launches, in order.
+
+    A launch finds hidden states in L2 only if an earlier one has read all that it reads. If W1 is applied to branch,
+    the first kernel for few tokens does not read residual, so the second one waits for device memory.
+    """
+    found, seen = [], set()
+    for launch in launches:
+        done = work(launch)
+        states = hidden_states(launch)
+        if done.again and any(id(t) not in seen for name, t in states.items() if name not in done.writes):
+            done = replace(done, again=False, loops=tuple(replace(loop, again=False) for loop in done.loops))
+        seen |= {id(t) for t in states.values()}
+        found.append(done)
+    return found
+
+
 def _tensors(launch: Launch) -> dict[str, torch.Tensor]:
     named = zip(launch.kernel.arg_names, launch.arguments, strict=False)
     return {name: value for name, value in named if isinstance(value, torch.Tensor)}
@@ -908,9 +925,9 @@ def fill(launch: Launch, target: str) -> float:
     return wave_fill(done.programs, resident, ALL_TARGETS[target].multiprocessors) * done.share
 
 
-def _issue_seconds(launch: Launch, target: str) -> float:
+def _issue_seconds(launch: Launch, done: LaunchWork, target: str) -> float:
     """Return the seconds of all waves of a launch's programs, by the cycle model."""
-    done, clock, multiprocessors = work(launch), CLOCKS[target], ALL_TARGETS[target].multiprocessors
+    clock, multiprocessors = CLOCKS[target], ALL_TARGETS[target].multiprocessors
     resident = min(resident_programs(compile_launch(launch, target)), ceil_div(done.programs, multiprocessors))
     waves, rest = divmod(done.programs, resident * multiprocessors)
     listing, name, warps = disassemble(launch, target), launch.kernel.__name__, launch.schedule.num_warps
@@ -933,11 +950,11 @@ def predict(launches: Sequence[Launch], gpu: str) -> PassPrediction:
     target, datasheet = GPUS[gpu]
     bandwidth = MEMORY_SHARE * datasheet
     found = []
-    for launch, moved in zip(launches, memory_bytes(launches, target), strict=True):
+    for launch, done, moved in zip(launches, works(launches), memory_bytes(launches, target), strict=True):
         times = Times(
             moved / bandwidth,
             l2_bytes(launch) / CLOCKS[target].l2_bandwidth,
-            _issue_seconds(launch, target),
+            _issue_seconds(launch, done, target),
             LAUNCH_SECONDS,
         )
         found.append(

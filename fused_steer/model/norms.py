@@ -380,7 +380,7 @@ def fused_class(base: type[nn.Module]) -> type[nn.Module]:
         return link.run_in_graph(self, args[0]) if is_compiling() else link.run(self, args[0])
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
-        return _rebuild, (base,), self.__dict__  # a class made at run time cannot be found by name
+        return _rebuild, (base,), self.__getstate__()  # a class made at run time cannot be found by name
 
     namespace = {
         "__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__,
