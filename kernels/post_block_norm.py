@@ -411,9 +411,9 @@ def _differentiate(ctx: Any, grad: Tensor | None, grad_normed: Tensor | None) ->
         run = torch.ops.fused_steer.post_block_norm_backward
         found = iter(run(grad, grad_normed, out, branch, a, inverse, *operands, weight, *kind, ctx.needs))
     else:
-        *factors, scale_tensor = weights
+        down, up, down_bias, up_bias, gain, scale_tensor = weights
         strength = scale if scale_tensor is None else scale_tensor
-        adapter = Operands(*factors, basis, strength, activation, ctx.packed, reads)
+        adapter = Operands(down, up, down_bias, up_bias, gain, basis, strength, activation, ctx.packed, reads)
         saved = _Saved(out, branch, a, inverse)
         found = iter(backward_norm(grad, grad_normed, saved, adapter, Norm(weight, *kind), ctx.needs))
     whole, dx, *others = [next(found) if need else None for need in ctx.needs]
