@@ -148,7 +148,8 @@ def _model(device: torch.device, dtype: torch.dtype, size: Size) -> list[Row]:
 
     def build() -> Any:
         torch.manual_seed(0)
-        return LlamaForCausalLM(config).to(device, dtype).requires_grad_(False)
+        model: Any = LlamaForCausalLM(config)
+        return model.to(device, dtype).requires_grad_(False)
 
     base, hooked, patched = build(), build(), patch_model(build(), SteerConfig(rank=size.rank))
     for layer in hooked.model.layers:
