@@ -539,17 +539,32 @@ def fit(
 
 @app.command("serve-plan")
 def serve_plan(
-    model: Annotated[str, typer.Argument(help="Directory or hub id of the base model. Only its config is read.")],
-    adapters: Annotated[int, typer.Option(help="Number of adapters.")],
+    model: Annotated[
+        str | None,
+        typer.Argument(help="The base model: a directory or hub id. Only its config is read. Or --hidden, --layers."),
+    ] = None,
+    adapters: Annotated[int, typer.Option(help="Number of adapters.")] = 1000,
     rank: Annotated[int, typer.Option(help="Rank of each adapter; ignored for vectors.")] = 8,
     slots: Annotated[int, typer.Option(help="Number of adapters on the device at a time.")] = 64,
     form: Annotated[str, typer.Option(help="lowrank, vector or loreft.")] = "lowrank",
-    layers: Annotated[str | None, typer.Option(help="Steered layers, such as 3,9,18; all if not given.")] = None,
+    hidden: Annotated[int | None, typer.Option(help="d, the hidden state's size, without MODEL.")] = None,
+    layers: Annotated[int | None, typer.Option(help="Number of decoder layers, without MODEL.")] = None,
+    parameters: Annotated[
+        float | None, typer.Option(help="The base model's parameters, such as 8.03e9, without MODEL.")
+    ] = None,
+    steered: Annotated[str | None, typer.Option(help="Steered layers, such as 3,9,18; all if not given.")] = None,
     dtype: Annotated[str, typer.Option(help="Dtype of the adapters: float32, bfloat16 or float16.")] = "float32",
     model_dtype: Annotated[str, typer.Option(help="Dtype of the base model's weights.")] = "bfloat16",
     batch: Annotated[int, typer.Option(help="Rows that decode at a time.")] = 64,
     memory: Annotated[
         float | None, typer.Option(help="The device's memory in GiB, to compute how many slots fit.")
+    ] = None,
+    bandwidth: Annotated[
+        float | None,
+        typer.Option(help="The device's memory bandwidth in GB/s, to compute the time of reading adapters."),
+    ] = None,
+    network: Annotated[
+        float | None, typer.Option(help="Gbit/s to the store of the adapters, to compute the time of loading one.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -557,7 +572,7 @@ def serve_plan(
     with _errors_in_one_line():
         from .serving import plan as planning
 
-        chosen = _indices(layers)
+        chosen = _indices(steered)
         request = planning.PlanRequest(
             model=model,
             adapters=adapters,
@@ -569,6 +584,11 @@ def serve_plan(
             model_dtype=model_dtype,
             batch=batch,
             memory=memory,
+            hidden=hidden,
+            num_layers=layers,
+            parameters=parameters,
+            bandwidth=bandwidth,
+            network=network,
         )
         found = planning.plan(request)
         if as_json:
