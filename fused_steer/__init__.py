@@ -69,6 +69,9 @@ The map, in reading order. A file imports only files that stand above it.
         kernel_table.py  fused-steer kernels
         doctor.py        fused-steer doctor
         inspect.py       fused-steer inspect
+        throwaway.py     random adapters for a trial, and Hugging Face's verdict on steered answers
+        engines.py       vLLM engines in processes of their own
+        verify_vllm.py   fused-steer verify-vllm
     trainer.py           SteeringTrainer: adapters in the checkpoints of transformers' Trainer
     diagnostics/         measures steering's effect on a model, in five figures
         records.py       the measured quantities of a layer

@@ -1,4 +1,5 @@
-"""The command `fused-steer`: demo, doctor, inspect, kernels, import, export, coverage, diagnose, fit, serve-plan.
+"""The command `fused-steer`: demo, doctor, inspect, kernels, import, export, coverage, diagnose, fit, serve-plan,
+verify-vllm.
 
 Nothing heavy is imported before a verb runs, so that `--help` and usage errors come at once. It is one file because a
 verb here is a list of options and one call.
@@ -595,3 +596,29 @@ def serve_plan(
             typer.echo(planning.as_json(request, found))
         else:
             planning.show(request, found, _console())
+
+
+# -------------------------------------------------------------------------------------------------------- verify-vllm
+
+
+@app.command("verify-vllm")
+def verify_vllm(
+    model: Annotated[str, typer.Option(help="Directory or hub id of a causal language model.", show_default=False)],
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
+    rows: Annotated[int, typer.Option(help="Requests of a batch.")] = 8,
+    adapters: Annotated[int, typer.Option(help="Different adapters of a batch.")] = 4,
+    length: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 48,
+    new_tokens: Annotated[int, typer.Option(help="Tokens of an answer.")] = 32,
+    rounds: Annotated[int, typer.Option(help="Samples of each time.")] = 7,
+    rank: Annotated[int, typer.Option(help="Rank of the adapters.")] = 8,
+    memory: Annotated[float, typer.Option(help="Share of the GPU's memory for all engines together.")] = 0.85,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Check steering in vLLM on this machine, and measure its cost against vLLM without it. Exit code 1 if not well."""
+    with _errors_in_one_line():
+        from .tools.verify_vllm import VerifyOptions, run
+
+        options = VerifyOptions(model, dtype, rows, adapters, length, new_tokens, rounds, rank, memory)
+        well = run(options, _console(), as_json)
+    if not well:
+        raise typer.Exit(1)
