@@ -178,8 +178,13 @@ def _version(name: str) -> str | None:
 
 
 @contextmanager
-def start_engines(options: VerifyOptions, dtype: str, folder: Path, hotwire: bool) -> Iterator[dict[str, Engine]]:
-    """Start the engines "vanilla", "steered" and perhaps "hotwire", one after the other. They end with the context."""
+def start_engines(
+    options: VerifyOptions, dtype: str, folder: Path, hotwire: bool, notes: list[str]
+) -> Iterator[dict[str, Engine]]:
+    """Start the engines "vanilla", "steered" and perhaps "hotwire", one after the other. They end with the context.
+
+    If hotwire's does not start, a note says why, and it is left out.
+    """
     gpu = torch.cuda.is_available()
     plain: dict[str, Any] = {
         "model": options.model,
@@ -211,9 +216,16 @@ def start_engines(options: VerifyOptions, dtype: str, folder: Path, hotwire: boo
     with ExitStack() as stack:
         made = {}
         for name, (arguments, environment) in planned.items():
-            made[name] = Engine(arguments, {**common, **environment})
-            stack.callback(made[name].close)
-            made[name].wait()  # each measures the free memory when it starts
+            engine = Engine(arguments, {**common, **environment})
+            stack.callback(engine.close)
+            try:
+                engine.wait()  # each measures the free memory when it starts
+            except RuntimeError as error:
+                if name != "hotwire":
+                    raise
+                notes.append(f"hotwire: not run, {error}")
+            else:
+                made[name] = engine
         yield made
 
 
@@ -442,7 +454,7 @@ def verify(options: VerifyOptions, say: Callable[[str], None], timed: bool = Tru
             (folder / "hotwire").mkdir()
             torch.save(torch.randn(layers, hidden) / hidden**0.5, folder / "hotwire" / f"{VECTOR}.pt")
         say(f"starting {3 if runs else 2} engines of vLLM")
-        with start_engines(options, dtype, folder, runs) as made:
+        with start_engines(options, dtype, folder, runs, report.notes) as made:
             say("asking")
             neighbours, answers, base = check_neighbours(made["steered"], trial, options.new_tokens)
             reloaded = check_reload(made["steered"], trial, options.new_tokens)

@@ -206,3 +206,37 @@ def test_hotwire_is_named_if_it_cannot_run(monkeypatch):
     monkeypatch.setattr(verify_vllm, "_version", lambda name: "0.1.2")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert verify_vllm.hotwire_state() == (False, "hotwire-vllm 0.1.2: not run, it needs a GPU")
+
+
+def test_start_engines_without_a_rival_that_does_not_start(folder, monkeypatch):
+    """Each engine gets its own plug-ins, and all end. Only hotwire's may fail."""
+    started: list[Any] = []
+
+    class Started:
+        fails = ("hotwire",)
+
+        def __init__(self, options: dict[str, Any], environment: dict[str, str]) -> None:
+            self.options, self.environment, self.closed = options, environment, False
+            started.append(self)
+
+        def wait(self) -> None:
+            if self.environment["VLLM_PLUGINS"] in self.fails:
+                raise RuntimeError("vLLM did not start: no nvcc")
+
+        def close(self) -> None:
+            self.closed = True
+
+    monkeypatch.setattr(verify_vllm, "Engine", Started)
+    options, notes = VerifyOptions("m", rows=4, adapters=2, rank=9), []
+    with verify_vllm.start_engines(options, "float32", folder, True, notes) as made:
+        assert list(made) == ["vanilla", "steered"] and not any(one.closed for one in started)
+    assert notes == ["hotwire: not run, vLLM did not start: no nvcc"]
+    assert all(one.closed for one in started)
+    assert [one.environment["VLLM_PLUGINS"] for one in started] == ["", "fused_steer", "hotwire"]
+    assert ["enable_lora" in one.options for one in started] == [False, True, False]
+    assert started[1].options["max_lora_rank"] == 16 and started[1].options["max_loras"] == 4
+    Started.fails = ("fused_steer",)
+    with pytest.raises(RuntimeError, match="no nvcc"):
+        with verify_vllm.start_engines(options, "float32", folder, False, notes):
+            pytest.fail("entered")
+    assert all(one.closed for one in started)
