@@ -12,6 +12,7 @@ ROOMS = [
     "adapters",
     "cli",
     "diagnostics",
+    "evaluation",
     "importers",
     "lora",
     "model",
@@ -28,10 +29,14 @@ DEMO = ["accelerate", "gguf>=0.19", "matplotlib"]  # transformers reads GGUF fil
 # The ranges are those of bench/matrix.py; fused_steer/_requirements.py lists the versions that were tried.
 PEFT = ["peft>=0.21,<0.22"]
 TRL = ["datasets", *PEFT, 'trl>=1.14,<1.17; python_version >= "3.11"']  # TRL for Python 3.10 needs another transformers
+CHAT = ["prompt_toolkit"]
+EVAL = ["lm-eval>=0.4.9"]
 RL = [*TRL, "reasoning-gym"]
 QUANT = ["bitsandbytes", "torchao"]
 TEST = [
+    *CHAT,
     *DEMO,
+    *EVAL,
     *QUANT,
     *TRL,
     "build",
@@ -80,6 +85,8 @@ setup(
     ],
     extras_require={
         "demo": DEMO,
+        "chat": CHAT,
+        "eval": EVAL,
         "peft": PEFT,
         "quant": QUANT,
         "rl": RL,

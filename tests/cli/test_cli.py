@@ -17,10 +17,8 @@ from fused_steer._requirements import OPTIONAL, TRIED
 from fused_steer.adapters.files import CONFIG_NAME, WEIGHTS_NAME
 from fused_steer.tools.doctor import Finding
 
-VERBS = (
-    "demo", "doctor", "inspect", "kernels", "import", "coverage", "diagnose", "fit", "extract", "compare", "train",
-    "serve-plan", "verify-vllm",
-)  # fmt: skip
+VERBS = ("demo", "fit", "extract", "train", "serve-plan", "verify-vllm", "eval", "chat", "doctor", "inspect")
+VERBS += ("compare", "kernels", "bench", "coverage", "diagnose", "import", "export")
 
 
 # --------------------------------------------------------------------------------------------------------------- help
