@@ -8,6 +8,7 @@
     projection.py   the orthogonal projection of joint training, against a loop of SVDs
     grouped.py      the op with an adapter for each token, against a gather of weights
     serving.py      batches served by transformers with one adapter per row
+    adapters.py     `python -m bench.adapters`: a batch of transformers with 1 to 256 adapters, as ratios to one
     vllm.py         `python -m bench.vllm`: batches served by vLLM, steered and unsteered
     vllm_host.py    `python -m bench.vllm_host`: host time of a vLLM step, idle and with many strengths
     levels.py       measurements of the op, of a model and of memory: from a case to rows of results

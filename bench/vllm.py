@@ -8,19 +8,17 @@ second run with other batches or another geometry adds to the results file.
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
+
+from fused_steer.tools.engines import Ask, Engine
 
 from . import timing
 from .contenders import adapter_weights, set_adapter
@@ -37,82 +35,6 @@ VLLM_CONTENDERS: dict[str, tuple[str, Any]] = {
     "fused": ("steered", lambda row, adapters: row % adapters),
     "fused-again": ("steered", lambda row, adapters: row % adapters),
 }
-
-
-# ----------------------------------------------------------------------------------------------- in an engine's process
-
-
-def _serve(pipe: Connection, options: dict[str, Any], environment: dict[str, str]) -> None:
-    """Start vLLM; answer messages (prompts, adapters) by (tokens, seconds) until None comes.
-
-    The first message sent is "" if vLLM has started, or else the error.
-    """
-    os.environ.update(environment)
-    try:
-        from vllm import LLM, SamplingParams
-        from vllm.lora.request import LoRARequest
-
-        engine = LLM(**options)
-    except Exception as error:  # the main process must hear of any error
-        pipe.send(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
-        return
-    pipe.send("")
-    parameters = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False)
-    while (asked := pipe.recv()) is not None:
-        prompts, adapters = asked
-        requests = [path and LoRARequest(Path(path).name, int(Path(path).name) + 1, path) for path in adapters]
-        inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
-        begin = time.perf_counter()
-        # An engine without LoRA takes no list of None.
-        outputs = engine.generate(inputs, parameters, lora_request=requests if any(requests) else None, use_tqdm=False)
-        seconds = time.perf_counter() - begin
-        pipe.send(([list(output.outputs[0].token_ids) for output in outputs], seconds))
-    engine.llm_engine.engine_core.shutdown()
-
-
-# ------------------------------------------------------------------------------------------------------ in the main one
-
-
-class Engine:
-    """A vLLM engine in a separate process."""
-
-    def __init__(self, options: dict[str, Any], environment: dict[str, str]) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, options, environment))
-        self._process.start()
-        theirs.close()
-
-    def wait(self) -> None:
-        """Wait until the engine is ready.
-
-        Raises:
-            RuntimeError: the engine could not be started.
-        """
-        if problem := self._receive():
-            raise RuntimeError(f"vLLM did not start: {problem}")
-
-    def answer(self, prompts: list[list[int]], adapters: list[str | None]) -> tuple[list[list[int]], float]:
-        """Generate greedy continuations of one batch; return the tokens and the seconds."""
-        self._pipe.send((prompts, adapters))
-        return self._receive()
-
-    def _receive(self) -> Any:
-        try:
-            return self._pipe.recv()
-        except EOFError:
-            raise RuntimeError("vLLM's process is gone; expected an answer (its own output says why)") from None
-
-    def close(self) -> None:
-        if self._process.is_alive():
-            try:
-                self._pipe.send(None)
-            except OSError:
-                pass
-            self._process.join(60)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
 
 
 def save_all(case: ServeCase, folder: Path, count: int) -> None:
@@ -180,7 +102,9 @@ def measure_vllm(case: ServeCase, made: dict[str, Engine], folder: Path, rounds:
     def answer(name: str) -> tuple[list[list[int]], float]:
         engine, adapter = VLLM_CONTENDERS[name]
         numbers = [adapter(row, case.adapters) for row in range(case.batch)]
-        return made[engine].answer(prompts, [None if n is None else str(folder / str(n)) for n in numbers])
+        names = [None if number is None else str(number) for number in numbers]
+        asked = [Ask(prompt, name, name and str(folder / name)) for prompt, name in zip(prompts, names, strict=True)]
+        return made[engine].answer(asked, NEW_TOKENS)
 
     tokens = {name: [answer(name), answer(name)][1][0] for name in VLLM_CONTENDERS}  # twice: they warm up, too
     for name, problem in wrong(case, tokens).items():

@@ -41,6 +41,7 @@ The map, in reading order. A file imports only files that stand above it.
         options.py       the scale and the positions of one served request
         caches.py        finds key-value caches and their lengths
         rows.py          steers one place while each row has its own adapter
+        continuous.py    the tokens of each request in transformers' continuous batching
         batch.py         steers each row of a batch by its own adapter
         mixed.py         PEFT's batches with an adapter for each row
         pool.py          AdapterPool: thousands of adapters in files, a few in slots
@@ -73,6 +74,9 @@ The map, in reading order. A file imports only files that stand above it.
         doctor.py        fused-steer doctor
         quick_bench.py   fused-steer bench
         inspect.py       fused-steer inspect
+        throwaway.py     random adapters for a trial, and Hugging Face's verdict on steered answers
+        engines.py       vLLM engines in processes of their own
+        verify_vllm.py   fused-steer verify-vllm
         compare.py       fused-steer compare
         chat.py          a chat with a steered model
         chat_terminal.py fused-steer chat

@@ -378,8 +378,8 @@ def test_positions_where_nothing_tells_them_are_refused(tmp_path):
     from fused_steer.peft import PostBlockConfig
 
     model = steered("last_prompt")
-    with refused(RuntimeError, "generate_batch", "'last_prompt'", "expected model.generate"):
-        model.generate_batch([[1, 2]])
+    with refused(RuntimeError, "init_continuous_batching", "'last_prompt'", "expected generate_batch"):
+        model.init_continuous_batching()
     with refused(RuntimeError, "outside of a pass", "has positions", "expected the model to be called"):
         model.model.layers[0].post_block(torch.zeros(1, 2, 32), torch.zeros(1, 2, 32))
     with refused(ValueError, "positions is 'last_prompt'", "expected 'all'"):

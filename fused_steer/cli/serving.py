@@ -1,4 +1,4 @@
-"""Verbs that use adapters: serve-plan, eval, chat."""
+"""Verbs that use adapters: serve-plan, verify-vllm, eval, chat."""
 
 from __future__ import annotations
 
@@ -14,17 +14,32 @@ from .shared import USE, app, errors_in_one_line, indices, new_console
 
 @app.command("serve-plan", rich_help_panel=USE)
 def serve_plan(
-    model: Annotated[str, typer.Argument(help="Directory or hub id of the base model. Only its config is read.")],
-    adapters: Annotated[int, typer.Option(help="Number of adapters.")],
+    model: Annotated[
+        str | None,
+        typer.Argument(help="The base model: a directory or hub id. Only its config is read. Or --hidden, --layers."),
+    ] = None,
+    adapters: Annotated[int, typer.Option(help="Number of adapters.")] = 1000,
     rank: Annotated[int, typer.Option(help="Rank of each adapter; ignored for vectors.")] = 8,
     slots: Annotated[int, typer.Option(help="Number of adapters on the device at a time.")] = 64,
     form: Annotated[str, typer.Option(help="lowrank, vector or loreft.")] = "lowrank",
-    layers: Annotated[str | None, typer.Option(help="Steered layers, such as 3,9,18; all if not given.")] = None,
+    hidden: Annotated[int | None, typer.Option(help="d, the hidden state's size, without MODEL.")] = None,
+    layers: Annotated[int | None, typer.Option(help="Number of decoder layers, without MODEL.")] = None,
+    parameters: Annotated[
+        float | None, typer.Option(help="The base model's parameters, such as 8.03e9, without MODEL.")
+    ] = None,
+    steered: Annotated[str | None, typer.Option(help="Steered layers, such as 3,9,18; all if not given.")] = None,
     dtype: Annotated[str, typer.Option(help="Dtype of the adapters: float32, bfloat16 or float16.")] = "float32",
     model_dtype: Annotated[str, typer.Option(help="Dtype of the base model's weights.")] = "bfloat16",
     batch: Annotated[int, typer.Option(help="Rows that decode at a time.")] = 64,
     memory: Annotated[
         float | None, typer.Option(help="The device's memory in GiB, to compute how many slots fit.")
+    ] = None,
+    bandwidth: Annotated[
+        float | None,
+        typer.Option(help="The device's memory bandwidth in GB/s, to compute the time of reading adapters."),
+    ] = None,
+    network: Annotated[
+        float | None, typer.Option(help="Gbit/s to the store of the adapters, to compute the time of loading one.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -32,7 +47,7 @@ def serve_plan(
     with errors_in_one_line():
         from ..serving import plan as planning
 
-        chosen = indices(layers)
+        chosen = indices(steered)
         request = planning.PlanRequest(
             model=model,
             adapters=adapters,
@@ -44,12 +59,43 @@ def serve_plan(
             model_dtype=model_dtype,
             batch=batch,
             memory=memory,
+            hidden=hidden,
+            num_layers=layers,
+            parameters=parameters,
+            bandwidth=bandwidth,
+            network=network,
         )
         found = planning.plan(request)
         if as_json:
             typer.echo(planning.as_json(request, found))
         else:
             planning.show(request, found, new_console())
+
+
+# -------------------------------------------------------------------------------------------------------- verify-vllm
+
+
+@app.command("verify-vllm", rich_help_panel=USE)
+def verify_vllm(
+    model: Annotated[str, typer.Option(help="Directory or hub id of a causal language model.", show_default=False)],
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
+    rows: Annotated[int, typer.Option(help="Requests of a batch.")] = 8,
+    adapters: Annotated[int, typer.Option(help="Different adapters of a batch.")] = 4,
+    length: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 48,
+    new_tokens: Annotated[int, typer.Option(help="Tokens of an answer.")] = 32,
+    rounds: Annotated[int, typer.Option(help="Samples of each time.")] = 7,
+    rank: Annotated[int, typer.Option(help="Rank of the adapters.")] = 8,
+    memory: Annotated[float, typer.Option(help="Share of the GPU's memory for all engines together.")] = 0.85,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Check steering in vLLM on this machine, and measure its cost against vLLM without it. Exit code 1 if not well."""
+    with errors_in_one_line():
+        from ..tools.verify_vllm import VerifyOptions, run
+
+        options = VerifyOptions(model, dtype, rows, adapters, length, new_tokens, rounds, rank, memory)
+        well = run(options, new_console(), as_json)
+    if not well:
+        raise typer.Exit(1)
 
 
 # --------------------------------------------------------------------------------------------------------------- eval

@@ -20,6 +20,7 @@ from ..model.scopes import Scopes
 from ..model.site import SteeringSite
 from ..positions import ALL, Positions, read_positions
 from .caches import Seen, cache_length, check_begins, does_not_tell, find_cache, is_cache, is_empty
+from .continuous import ContinuousRun, checked_arguments
 from .requests import Request
 from .rows import Rows
 from .slots import Held
@@ -44,6 +45,7 @@ class Batch:
     counted: int | None = None  # columns after the latest pass of the running `generate`, None before the first
     feeding: Seen | None = None  # the cache of the running pass outside `generate`
     seen: Seen | None = None  # the cache of the latest finished pass outside `generate`
+    continuous: ContinuousRun | None = None  # the running `generate_batch`
     passing: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)  # during a pass outside `generate`
     _decode: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _routings: dict[torch.device, tuple[Tensor, Routing]] = field(default_factory=dict)
@@ -51,7 +53,7 @@ class Batch:
     def __reduce__(self) -> Any:
         return type(None), ()  # a copied model is in no batch
 
-    @property
+    @functools.cached_property
     def where(self) -> list[Positions]:
         """Which tokens of each request are steered; without an adapter none is, wherever it may be."""
         everywhere = read_positions(ALL)
@@ -152,6 +154,11 @@ class Batch:
         self.ids = slots.unsqueeze(1).expand(rows, tokens).contiguous()
         self.gain = strengths.unsqueeze(1) * chosen
 
+    def prepare_packed(self, run: ContinuousRun, columns: int, device: torch.device) -> None:
+        """Compute ids and gain of a pass of `generate_batch`: one row, with tokens of several requests."""
+        ids, gain = run.tokens(columns, self._slots, self._strengths, self.where)
+        self.ids, self.gain = ids.to(device), gain.to(device)
+
     def _whole(self, seen: Tensor, times: int) -> Tensor:
         """Return the mask of a whole prompt when a pass has only part of it."""
         assert self.prompt is not None
@@ -177,16 +184,21 @@ class Batch:
 
     def _rows(self, times: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Return each row's slot, strength, and whether its generated tokens are steered."""
-        slots, strengths = [], []
-        for request in self.requests:
-            slots.append(-1 if request.name is None else self.held.numbers[request.name])
-            own = 0.0 if request.name is None else self.held.scales[request.name]
-            strengths.append(own if request.scale is None else request.scale)
         return (
-            torch.tensor(slots, dtype=torch.int32, device=device).repeat_interleave(times),
-            torch.tensor(strengths, dtype=torch.float32, device=device).repeat_interleave(times),
+            torch.tensor(self._slots, dtype=torch.int32, device=device).repeat_interleave(times),
+            torch.tensor(self._strengths, dtype=torch.float32, device=device).repeat_interleave(times),
             torch.tensor([where.generated for where in self.where], device=device).repeat_interleave(times),
         )
+
+    @functools.cached_property
+    def _slots(self) -> list[int]:
+        """The slot of each request; -1 without an adapter."""
+        return [-1 if one.name is None else self.held.numbers[one.name] for one in self.requests]
+
+    @functools.cached_property
+    def _strengths(self) -> list[float]:
+        own = [0.0 if one.name is None else self.held.scales[one.name] for one in self.requests]
+        return [mine if one.scale is None else one.scale for one, mine in zip(self.requests, own, strict=True)]
 
 
 def run_batch(
@@ -216,7 +228,7 @@ def run_batch(
             if name in vars(model):
                 undo.callback(setattr, model, name, vars(model)[name])
             undo.callback(vars(model).pop, name, None)
-            setattr(model, name, _Wrapped(model, name, make(batch, getattr(model, name))))
+            setattr(model, name, _Wrapped(model, name, make(batch, model, getattr(model, name))))
 
 
 class _Hook:
@@ -255,7 +267,7 @@ class _Wrapped:
         return getattr(type(twin), self._name).__get__(twin)
 
 
-def _generate(batch: Batch, original: Any) -> Any:
+def _generate(batch: Batch, model: nn.Module, original: Any) -> Any:
     def generate(*args: Any, **kwargs: Any) -> Any:
         try:
             with batch.in_this_thread():
@@ -296,16 +308,42 @@ def _generate(batch: Batch, original: Any) -> Any:
     return generate
 
 
-def _refuse(batch: Batch, original: Any) -> Any:
+def _generate_batch(batch: Batch, model: nn.Module, original: Any) -> Any:
+    parameters = inspect.signature(original)
+
     def generate_batch(*args: Any, **kwargs: Any) -> Any:
-        raise RuntimeError(
-            "generate_batch forms its own batches in another thread; expected model.generate inside steering.batch"
-        )
+        bound = parameters.bind_partial(*args, **kwargs).arguments
+        given = checked_arguments(model, len(batch.requests), {**bound, **bound.pop("kwargs", {})})
+        with batch.in_this_thread():  # no other thread runs the model now
+            pass
+        run = batch.continuous = ContinuousRun([len(ids) for ids in given["inputs"]], batch.in_this_thread)
+        batch.generating += 1
+        try:
+            results = original(**given)
+        finally:
+            run.close()
+            batch.generating -= 1
+            batch.continuous = batch.ids = batch.gain = None
+        run.check()
+        return results
 
     return generate_batch
 
 
-def _prepare_inputs(batch: Batch, original: Any) -> Any:
+def _init_continuous_batching(batch: Batch, model: nn.Module, original: Any) -> Any:
+    def init_continuous_batching(*args: Any, **kwargs: Any) -> Any:
+        run = batch.continuous
+        if run is None or run.manager is not None:
+            raise RuntimeError(
+                "init_continuous_batching takes requests without adapters; expected generate_batch inside "
+                "steering.batch"
+            )
+        return run.take(original(*args, **kwargs))
+
+    return init_continuous_batching
+
+
+def _prepare_inputs(batch: Batch, model: nn.Module, original: Any) -> Any:
     parameters = inspect.signature(original)
 
     def prepare_inputs_for_generation(*args: Any, **kwargs: Any) -> Any:
@@ -324,11 +362,11 @@ def _prepare_inputs(batch: Batch, original: Any) -> Any:
     return prepare_inputs_for_generation
 
 
-_WRAPPERS: dict[str, Callable[[Batch, Any], Any]] = {
+_WRAPPERS: dict[str, Callable[[Batch, nn.Module, Any], Any]] = {
     "generate": _generate,
     "prepare_inputs_for_generation": _prepare_inputs,
-    "generate_batch": _refuse,
-    "init_continuous_batching": _refuse,
+    "generate_batch": _generate_batch,
+    "init_continuous_batching": _init_continuous_batching,
 }
 
 
@@ -340,6 +378,15 @@ def _before_forward(
     names: the names of the decoder's arguments, in order.
     """
     if torch.compiler.is_compiling():
+        return
+    run = batch.continuous
+    if run is not None and run.is_here:
+        fed = _first({**dict(zip(names, args, strict=False)), **kwargs}, "inputs_embeds", "input_ids")
+        try:
+            batch.prepare_packed(run, fed.shape[1], fed.device)
+        except Exception as error:
+            run.note(error)
+            raise
         return
     if batch.generating and batch.thread == threading.get_ident():
         return

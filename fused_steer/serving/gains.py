@@ -249,15 +249,17 @@ class Gains:
         """Call a generating method inside a batch of the active adapter, unless idle."""
         if self.positions is None or self._idle():
             return original(*args, **kwargs)
-        if name != "generate":
+        if name == "init_continuous_batching":
             raise RuntimeError(
-                f"{name} puts requests together by itself, and positions is {self._name!r}; expected model.generate"
+                f"{name} puts requests together by itself, and positions is {self._name!r}; expected generate_batch"
             )
         given = {"inputs": args[0]} if args else {}
         prompt = next(
             (v for n in ("inputs_embeds", "inputs", "input_ids") if (v := {**kwargs, **given}.get(n)) is not None), None
         )
-        with self._batch(prompt.shape[0] if isinstance(prompt, Tensor) else 1):
+        if name == "generate_batch" and isinstance(prompt, (list, tuple)) and not prompt:
+            return original(*args, **kwargs)  # no prompts, no answers
+        with self._batch(len(prompt) if isinstance(prompt, (Tensor, list, tuple)) else 1):
             method: Any = getattr(self._model, name)  # wrapped by the batch
             return method(*args, **kwargs)
 

@@ -17,8 +17,8 @@ from fused_steer._requirements import OPTIONAL, TRIED
 from fused_steer.adapters.files import CONFIG_NAME, WEIGHTS_NAME
 from fused_steer.tools.doctor import Finding
 
-VERBS = ("demo", "fit", "extract", "train", "serve-plan", "eval", "chat", "doctor", "inspect", "compare", "kernels")
-VERBS += ("bench", "coverage", "diagnose", "import", "export")
+VERBS = ("demo", "fit", "extract", "train", "serve-plan", "verify-vllm", "eval", "chat", "doctor", "inspect")
+VERBS += ("compare", "kernels", "bench", "coverage", "diagnose", "import", "export")
 
 
 # --------------------------------------------------------------------------------------------------------------- help

@@ -226,11 +226,6 @@ def test_threads_streams_from_a_thread(model):
             assert isinstance(found, RuntimeError) and not streamer.tokens
 
 
-def test_threads_refuses_generate_batch(model):
-    with model.steering.batch(["polite"]), refused(RuntimeError, "generate_batch forms its own batches"):
-        model.generate_batch([[1, 2]])
-
-
 def test_threads_copy_made_inside_is_a_whole_model(model):
     model.steering.use("polite")
     expected = greedy(model)

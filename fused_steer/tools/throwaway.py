@@ -1,0 +1,166 @@
+"""Adapters for a trial: random ones that change a model's answers, and Hugging Face's verdict on steered answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..adapters.files import AdapterFile, write_adapter
+from ..adapters.parameters import DOWN, UP, UP_BIAS, Place
+from ..config import SteerConfig
+from ..model.decoder import find_decoder
+from ..patch import patch_model
+
+#: The size of a layer's shift, as a share of its hidden state's norm.
+DOSE = 0.25
+VECTOR = "vector"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A request and its greedy answer.
+
+    Attributes:
+        prompt, answer: token ids.
+        adapter: its directory, or None.
+        scale, positions: as `steering.batch` takes them; None: the adapter's own.
+    """
+
+    prompt: Sequence[int]
+    answer: Sequence[int]
+    adapter: str | None = None
+    scale: float | None = None
+    positions: str | None = None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Hugging Face's verdict on answers of another engine.
+
+    At each token, the *gap* is how far the logit of the answer's token lies below the highest one, as a share of the
+    largest logit. It is 0 if Hugging Face would take the same token.
+
+    Attributes:
+        worst: each answer's largest gap.
+        same: each answer's number of tokens that Hugging Face would take.
+        bound: the largest gap between two right implementations. Each may be wrong by the model's own rounding error,
+            at either token: four times that error. The error is measured on the unsteered model, against the same
+            model in the next wider dtype.
+    """
+
+    worst: list[float]
+    same: list[int]
+    bound: float
+
+    def right(self, index: int) -> bool:
+        return self.worst[index] <= self.bound
+
+
+def load(model: str, dtype: str, device: str) -> Any:
+    """Load a causal language model."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).to(device).eval()
+
+
+def dtype_of(model: str, dtype: str) -> str:
+    """Return the dtype that "auto" stands for: the one that the model's config names."""
+    if dtype != "auto":
+        return dtype
+    from transformers import AutoConfig
+
+    found = getattr(AutoConfig.from_pretrained(model).get_text_config(), "dtype", None) or torch.float32
+    return str(found).removeprefix("torch.")
+
+
+@torch.no_grad()
+def make_adapters(
+    model: str, dtype: str, device: str, prompts: Sequence[Sequence[int]], rank: int, out: Path, count: int
+) -> tuple[int, int]:
+    """Save `count` low-rank adapters in out/0, out/1, … and a steering vector in out/vector.
+
+    Every layer's shift is DOSE of the hidden state's median norm over the tokens of these prompts.
+
+    Returns:
+        The number of layers, and d.
+    """
+    loaded = load(model, dtype, device)
+    layout = find_decoder(loaded).layout
+    ids = torch.tensor([list(prompt) for prompt in prompts], device=device)
+    hidden = loaded(ids, output_hidden_states=True, use_cache=False).hidden_states
+    # The state after the last layer is normed already; the one before it is nearly as large.
+    states = [each.flatten(0, 1).float().cpu() for each in (*hidden[1:-1], hidden[-2])]
+    for number in range(count):
+        generator = torch.Generator().manual_seed(number + 1)
+        made = {Place(index): _low_rank(state, rank, generator) for index, state in enumerate(states)}
+        write_adapter(out / str(number), AdapterFile(SteerConfig(rank=rank), layout, made))
+    generator = torch.Generator().manual_seed(0)
+    vectors = {Place(index): {UP_BIAS: _vector(state, generator)} for index, state in enumerate(states)}
+    write_adapter(out / VECTOR, AdapterFile(SteerConfig(form="vector"), layout, vectors))
+    return len(states), layout.hidden
+
+
+def _low_rank(state: Tensor, rank: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Return W1 and W2 of one layer, with W1 h of size 1 for the hidden states (tokens, d)."""
+    down = torch.randn(rank, state.shape[1], generator=generator) / _median_norm(state)
+    up = torch.randn(state.shape[1], rank, generator=generator)
+    return {DOWN: down, UP: up * DOSE * _median_norm(state) / _median_norm(F.silu(state @ down.T) @ up.T)}
+
+
+def _vector(state: Tensor, generator: torch.Generator) -> Tensor:
+    vector = torch.randn(state.shape[1], generator=generator)
+    return vector * DOSE * _median_norm(state) / vector.norm()
+
+
+def _median_norm(rows: Tensor) -> Tensor:
+    return rows.norm(dim=1).median()
+
+
+@torch.no_grad()
+def judge(model: str, dtype: str, device: str, answers: Sequence[Answer]) -> Verdict:
+    """Return Hugging Face's verdict on answers to prompts of equal length, with answers of equal length."""
+    loaded = load(model, dtype, device)
+    base = _logits(loaded, answers)
+    wide = {"bfloat16": "float32", "float16": "float32", "float32": "float64"}[dtype]
+    exact = _logits(loaded.to(getattr(torch, wide)), answers)
+    bound = 4 * float(((base - exact).abs().amax(-1) / exact.abs().amax(-1)).max())
+    del loaded, base, exact
+    loaded, names = load(model, dtype, device), {}
+    for answer in answers:
+        if answer.adapter is not None and answer.adapter not in names:
+            name = names[answer.adapter] = str(len(names))
+            if len(names) == 1:
+                patch_model(loaded, answer.adapter, adapter_name=name, check_base=False)
+            else:
+                loaded.steering.load(answer.adapter, name, check_base=False)
+    rows = [None if one.adapter is None else names[one.adapter] for one in answers]
+    if names:
+        scales, places = [one.scale for one in answers], [one.positions for one in answers]
+        with loaded.steering.batch(rows, scale=scales, positions=places):
+            logits = _logits(loaded, answers)
+    else:
+        logits = _logits(loaded, answers)
+    taken = torch.tensor([list(one.answer) for one in answers])
+    highest = logits.amax(-1)
+    gaps = (highest - logits.gather(2, taken[:, :, None])[:, :, 0]) / logits.abs().amax(-1)
+    return Verdict(gaps.amax(1).tolist(), (gaps == 0).sum(1).tolist(), bound)
+
+
+def _logits(model: Any, answers: Sequence[Answer]) -> Tensor:
+    """Return the logits for each token of the answers: (answers, tokens, vocabulary) float64, on the CPU."""
+    device = next(model.parameters()).device
+    prompts, tokens = (
+        torch.tensor([list(row) for row in rows], device=device)
+        for rows in ([one.prompt for one in answers], [one.answer for one in answers])
+    )
+    first = model(prompts, use_cache=True)
+    found = [first.logits[:, -1:]]
+    if tokens.shape[1] > 1:  # the answer's tokens come after cached ones, so that they count as generated
+        found.append(model(tokens[:, :-1], past_key_values=first.past_key_values, use_cache=True).logits)
+    return torch.cat(found, 1).double().cpu()
