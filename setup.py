@@ -8,7 +8,7 @@ from setuptools import setup
 ROOT = Path(__file__).parent
 
 #: The subpackages of fused_steer.
-ROOMS = ["adapters", "diagnostics", "importers", "lora", "model", "peft", "serving", "theory", "tools", "vllm"]
+ROOMS = ["adapters", "cli", "diagnostics", "importers", "lora", "model", "peft", "serving", "theory", "tools", "vllm"]
 
 DEMO = ["accelerate", "gguf>=0.19", "matplotlib"]  # transformers reads GGUF files through accelerate
 # fused_steer/_requirements.py lists the versions that were tried.

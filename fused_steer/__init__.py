@@ -12,6 +12,7 @@ The map, in reading order. A file imports only files that stand above it.
         saving.py        replaces files whole, with any number of saving processes
         weights.py       the weights file: safetensors with the config in the header
         files.py         reads and writes an adapter's two files, with checks
+        combining.py     adds up linear adapters
         hub.py           uploads an adapter with a model card
         distributed.py   models that several processes share: who writes, gathering shards
     model/               reaching and patching decoder layers
@@ -90,7 +91,12 @@ The map, in reading order. A file imports only files that stand above it.
         frontend.py      checks requests before the engine gets them
         gains.py         fills in the gain of each token of a batch
     trl.py               TRL's trainers
-    cli.py               the command fused-steer
+    cli/                 the command fused-steer
+        shared.py        the app, its one-line errors, shared options
+        making.py        demo, fit
+        serving.py       serve-plan
+        examining.py     doctor, inspect, kernels, coverage, diagnose
+        converting.py    import, export
 """
 
 from importlib import import_module

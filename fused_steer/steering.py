@@ -1,4 +1,7 @@
-"""`model.steering`: adds, switches, scales, batches, saves and loads the adapters of a patched model."""
+"""`model.steering`: adds, switches, scales, combines, batches, saves and loads the adapters of a patched model.
+
+It is one file because it is one class: the methods that users call, each with its documentation and one call.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .adapters.combining import combine_adapters
 from .adapters.distributed import check_unsharded, first_writes, is_first
 from .adapters.files import AdapterFile, read_adapter, write_adapter
 from .adapters.hub import push_adapter
-from .adapters.parameters import SITE, Adapter, Place, by_lower, check_name, refuse_clash
+from .adapters.parameters import SITE, UP_BIAS, Adapter, Place, by_lower, check_name, refuse_clash
 from .config import SteerConfig, checked_number
 from .lora.constraints import Constraints
 from .lora.layers import adapter_parameters, computing_by
@@ -101,13 +105,60 @@ class Steering:
         """
         self._check_new_name(name)
         check_unsharded(self._decoder.layers, "adapters to be loaded")
-        file = read_adapter(source, self._decoder.layout, check_base=check_base)
-        layers = self._decoder.layers
-        adapters = {
-            p: Adapter.of_tensors(t, execution_device(layers[p.layer]), file.config.form)
-            for p, t in file.tensors.items()
-        }
-        self._insert(name, file.config, adapters)
+        self._insert_file(name, read_adapter(source, self._decoder.layout, check_base=check_base))
+
+    @torch.inference_mode(False)  # inference tensors never train
+    def add_vector(
+        self, name: str, vectors: Mapping[int, Any], *, scale: float = 1.0, site: str = SITE, positions: str = ALL
+    ) -> None:
+        """Add an adapter of `form="vector"`: h -> h + scale · vector. Call `use` to steer by it.
+
+        Args:
+            name: the adapter's name.
+            vectors: a tensor or array (d,) for each layer, by its index from 0. It is copied to float32.
+            scale, site, positions: as in `SteerConfig`.
+
+        Raises:
+            TypeError, ValueError: a vector is not of d finite numbers, the model lacks a layer, the name is taken or
+                invalid, or FSDP or ZeRO has sharded the model.
+        """
+        if not isinstance(vectors, Mapping):
+            raise TypeError(f"vectors is a {type(vectors).__name__}; expected a tensor for each layer, by its index")
+        self._check_new_name(name)
+        check_unsharded(self._decoder.layers, "adapters to be added")
+        config = SteerConfig("vector", layers=list(vectors), site=site, scale=scale, positions=positions)
+        layout = self._decoder.layout
+        tensors = {}
+        for place in layout.places(config):
+            vector = torch.as_tensor(vectors[place.layer]).detach().to("cpu", torch.float32, copy=True).contiguous()
+            if tuple(vector.shape) != (layout.hidden,):
+                raise ValueError(
+                    f"the vector of layer {place.layer} has shape {tuple(vector.shape)}; expected ({layout.hidden},)"
+                )
+            tensors[place] = {UP_BIAS: vector}
+        config = replace(config, layers=layout.config_layers(vectors))
+        self._insert_file(name, AdapterFile(config, layout, tensors))
+
+    @torch.inference_mode(False)  # inference tensors never train
+    def combine(self, weights: Mapping[str, float], name: str = "combined") -> None:
+        """Add an adapter that shifts by Σ weight · scale · shift of several adapters. Call `use` to steer by it.
+
+        It computes the sum for every h: vectors are added up, and the ranks of linear adapters (`activation="identity"`
+        or `form="loreft"`) are stacked. It has strength 1; later changes of the parts do not change it.
+
+        Args:
+            weights: the weight of each adapter, on top of its own strength: {"polite": 0.7, "terse": 0.3}.
+            name: the new adapter's name.
+
+        Raises:
+            KeyError: there is no such adapter.
+            TypeError, ValueError: an adapter is nonlinear, the adapters have different positions, the ranks add up to
+                more than 256, a weight is not finite, or the name is taken or invalid.
+        """
+        self._check_new_name(name)
+        check_unsharded(self._decoder.layers, "adapters to be combined")
+        files = {part: (weight, self._file(self._known(part))[0]) for part, weight in weights.items()}
+        self._insert_file(name, combine_adapters(files))
 
     def restore(self, source: str | os.PathLike[str], name: str | None = None) -> None:
         """Copy the saved values and strength of an adapter (default: the active one) into the present one.
@@ -465,6 +516,14 @@ class Steering:
             self._constraints.add(name, config, sites)
             self._configs[name] = config
             self._use(self._active)  # an adapter that is not active does not train
+
+    def _insert_file(self, name: str, file: AdapterFile) -> None:
+        layers = self._decoder.layers
+        adapters = {
+            p: Adapter.of_tensors(t, execution_device(layers[p.layer]), file.config.form)
+            for p, t in file.tensors.items()
+        }
+        self._insert(name, file.config, adapters)
 
     def _before_training(self, training: bool) -> None:
         """Prepare a forward pass with gradients: enforce constraints. `training` is the decoder's training mode."""

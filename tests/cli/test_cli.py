@@ -228,9 +228,9 @@ def test_cli_a_ruled_out_device_is_unused_where_another_will_do():
 def test_cli_doctor_compiles_for_a_target():
     """The doctor compiles for a target. It runs in a subprocess, because this process may interpret its kernels."""
     code = (
-        "from fused_steer.cli import _console; from fused_steer.tools.doctor import _launches\n"
+        "from fused_steer.cli.shared import new_console; from fused_steer.tools.doctor import _launches\n"
         "table, amiss = _launches(['sm_90'], True)\n"
-        "_console().print(table); print([str(finding) for finding in amiss])"
+        "new_console().print(table); print([str(finding) for finding in amiss])"
     )
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)

@@ -1,0 +1,242 @@
+"""Verbs that convert adapters of other libraries: import, export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from .shared import CONVERT, app, errors_in_one_line, indices, new_console
+
+if TYPE_CHECKING:
+    from ..adapters.files import AdapterFile
+
+
+# --------------------------------------------------------------------------------------------------------------- import
+
+import_app = typer.Typer(help="Import adapters of other libraries into fused-steer's format.", no_args_is_help=True)
+app.add_typer(import_app, name="import", rich_help_panel=CONVERT)
+
+_Out = Annotated[Path, typer.Option("--out", help="Directory for the adapter.", show_default=False)]
+_BaseModel = Annotated[
+    str,
+    typer.Option(
+        "--base-model",
+        help="The base model's name, which the adapter records. Unless both --num-layers and --layers-path are given, "
+        "it must be a directory or hub id. Only its config is read.",
+        show_default=False,
+    ),
+]
+_NumLayers = Annotated[
+    int | None, typer.Option("--num-layers", help="Decoder layers of the base model, steered or not.")
+]
+_LayersPath = Annotated[
+    str | None,
+    typer.Option("--layers-path", help="Path of the decoder layers: model.layers in Llama, transformer.h in GPT-2."),
+]
+
+
+def _write_imported(file: Path, adapter: AdapterFile, out: Path, tokens: str, **more: str) -> Console:
+    """Write the adapter and print its settings. Return the console."""
+    from ..adapters.files import write_adapter
+
+    write_adapter(out, adapter)
+    config, layout, steered = adapter.config, adapter.layout, adapter.config.layers
+    layers = f"all {layout.num_layers}" if steered is None else f"{', '.join(map(str, steered))} of {layout.num_layers}"
+    table = Table("setting", "value")
+    for name, value in {
+        "file": file,
+        "form": config.form,
+        "rank": config.rank,
+        "activation": config.activation,
+        "scale": config.scale,
+        "hidden_size": layout.hidden,
+        "layers": layers,
+        **({} if config.site == "post_block" else {"site": ", ".join(config.sites)}),
+        "tokens": tokens,
+        "dtype": config.dtype,
+        "base_model": layout.base or None,
+        **more,
+        "written to": out,
+    }.items():
+        table.add_row(name, Text(str(value)))
+    console = new_console()
+    console.print(table)
+    return console
+
+
+def _print_usage(console: Console, out: Path) -> None:
+    usage = f"from fused_steer import patch_model\nmodel = patch_model(model, {str(out)!r})"
+    console.print(usage, markup=False, soft_wrap=True)
+
+
+@import_app.command()
+def steerling(
+    file: Annotated[
+        Path, typer.Argument(help="adapter_steerer.pt, pytorch_model.bin or model.safetensors.", show_default=False)
+    ],
+    out: _Out,
+    scale: Annotated[
+        float | None,
+        typer.Option(help="The released code's alpha, or 1 for vectors. Required: the file does not record it."),
+    ] = None,
+    activation: Annotated[
+        str | None,
+        typer.Option(
+            help="φ: identity (the released code's --linear), silu, gelu, gelu_tanh, relu or tanh. Required for a "
+            "low-rank adapter, whose file does not record it; vectors have none."
+        ),
+    ] = None,
+    positions: Annotated[
+        str,
+        typer.Option(help="last_prompt+generated for what was trained with --intervene-last: the file does not say."),
+    ] = "all",
+    base_model: _BaseModel = "",
+    num_layers: _NumLayers = None,
+    layers_path: _LayersPath = None,
+) -> None:
+    """Import an adapter of the paper's released code (github.com/SprocketLab/steerling): low-rank adapters or vectors.
+
+    Pickles are opened with torch.load(weights_only=True), which executes nothing in them. Adapters after attention or
+    the MLP are refused.
+    """
+    with errors_in_one_line():
+        from ..importers.steerling import import_steerling
+
+        imported = import_steerling(
+            file,
+            scale=scale,
+            activation=activation,
+            positions=positions,
+            base=base_model,
+            num_layers=num_layers,
+            layers_path=layers_path,
+        )
+        tokens = f"{positions} (the file does not say; last_prompt+generated is --intervene-last)"
+        ignored = f"{imported.ignored} base_model.* entries"
+        console = _write_imported(file, imported.adapter, out, tokens, ignored=ignored)
+        if imported.lora:
+            console.print(
+                f"{imported.lora} of the ignored entries are LoRA weights, which are not imported: alone, the adapter "
+                "is not the model that was trained.",
+                style="bold red",
+                soft_wrap=True,
+            )
+        _print_usage(console, out)
+
+
+@import_app.command()
+def pyreft(
+    directory: Annotated[Path, typer.Argument(help="The directory of reft_model.save.", show_default=False)],
+    out: _Out,
+    positions: Annotated[
+        str | None,
+        typer.Option(
+            help="Where pyreft intervened: all, or such as f7+l7 (first_7+last_7). Required: its files do not say."
+        ),
+    ] = None,
+    activation: Annotated[
+        str | None,
+        typer.Option(
+            help="The act_fn: identity (none), silu, gelu, gelu_tanh, relu or tanh. Required, as the files do not "
+            "record it, except for ConsReFT and LobiReFT, which have none. LoReFT and NoReFT need identity."
+        ),
+    ] = None,
+    base_model: _BaseModel = "",
+    num_layers: _NumLayers = None,
+    layers_path: _LayersPath = None,
+) -> None:
+    """Import a pyreft adapter: LoReFT, NoReFT, ConsReFT, DiReFT, NoDiReFT or LobiReFT on the output of blocks.
+
+    Pickles are opened with torch.load(weights_only=True), which executes nothing in them; pyreft is not needed. Other
+    components, several interventions a layer, subspaces and layers of different rank are refused.
+    """
+    with errors_in_one_line():
+        from ..importers.pyreft import import_pyreft
+
+        adapter = import_pyreft(
+            directory,
+            positions=positions,
+            activation=activation,
+            base=base_model,
+            num_layers=num_layers,
+            layers_path=layers_path,
+        )
+        _print_usage(_write_imported(directory, adapter, out, adapter.config.positions), out)
+
+
+@import_app.command()
+def vector(
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help="repeng's or llama.cpp's .gguf, or tensors in .safetensors or in a file of torch.save.",
+            show_default=False,
+        ),
+    ],
+    out: _Out,
+    scale: Annotated[
+        float | None,
+        typer.Option(
+            help="The strength: repeng's coefficient, llama.cpp's --control-vector-scaled. Required: the file does not "
+            "record it."
+        ),
+    ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            help="Indices from 0, such as 7,8,9. For a file that names its layers, the layers to import (default: "
+            "all). For a tensor, the layer of each row; required unless it has a row for each layer."
+        ),
+    ] = None,
+    base_model: _BaseModel = "",
+    num_layers: _NumLayers = None,
+    layers_path: _LayersPath = None,
+) -> None:
+    """Import control vectors, one for each layer: GGUF of repeng, llama.cpp or EasySteer, or plain tensors.
+
+    The vector of layer N is added to that layer's output, N from 0. repeng's normalize=True and operators other than
+    the sum are not supported. Pickles are opened with torch.load(weights_only=True).
+    """
+    with errors_in_one_line():
+        from ..importers.vectors import import_vector
+
+        adapter = import_vector(
+            file,
+            scale=scale,
+            layers=indices(layers),
+            base=base_model,
+            num_layers=num_layers,
+            layers_path=layers_path,
+        )
+        _print_usage(_write_imported(file, adapter, out, "all, of prompt and answer"), out)
+
+
+# --------------------------------------------------------------------------------------------------------------- export
+
+export_app = typer.Typer(help="Write adapters as other codes have them.", no_args_is_help=True)
+app.add_typer(export_app, name="export", rich_help_panel=CONVERT)
+
+
+@export_app.command("pyreft")
+def export_to_pyreft(
+    adapter: Annotated[str, typer.Argument(help="A saved adapter: its directory, or its id on the hub.")],
+    out: Annotated[Path, typer.Option("--out", help="A new directory for pyreft's files.", show_default=False)],
+) -> None:
+    """Write an adapter of form loreft as reft_model.save of pyreft does: pyreft.ReftModel.load reads it.
+
+    pyreft intervenes where each call says; its files do not record the adapter's positions.
+    """
+    with errors_in_one_line():
+        from ..importers.pyreft import export_pyreft
+
+        config = export_pyreft(adapter, out).config
+        console = new_console()
+        told = f"LoReFT of rank {config.rank}, positions {config.positions}, written to {out}"
+        console.print(told, markup=False, soft_wrap=True)
+        usage = f"import pyreft\nreft_model = pyreft.ReftModel.load({str(out)!r}, model)"
+        console.print(usage, markup=False, soft_wrap=True)
