@@ -8,7 +8,20 @@ from setuptools import setup
 ROOT = Path(__file__).parent
 
 #: The subpackages of fused_steer.
-ROOMS = ["adapters", "cli", "diagnostics", "importers", "lora", "model", "peft", "serving", "theory", "tools", "vllm"]
+ROOMS = [
+    "adapters",
+    "cli",
+    "diagnostics",
+    "importers",
+    "lora",
+    "model",
+    "peft",
+    "playground",
+    "serving",
+    "theory",
+    "tools",
+    "vllm",
+]
 
 DEMO = ["accelerate", "gguf>=0.19", "matplotlib"]  # transformers reads GGUF files through accelerate
 # fused_steer/_requirements.py lists the versions that were tried.
@@ -16,6 +29,7 @@ PEFT = ["peft>=0.21,<1"]
 TRL = ["datasets", *PEFT, 'trl>=1.14,<2; python_version >= "3.11"']  # TRL for Python 3.10 needs another transformers
 RL = [*TRL, "reasoning-gym"]
 QUANT = ["bitsandbytes", "torchao"]
+PLAYGROUND = ["gradio>=6,<7"]
 TEST = [
     *DEMO,
     *QUANT,
@@ -66,6 +80,7 @@ setup(
     extras_require={
         "demo": DEMO,
         "peft": PEFT,
+        "playground": PLAYGROUND,
         "quant": QUANT,
         "rl": RL,
         "trl": TRL,

@@ -13,6 +13,7 @@ The map, in reading order. A file imports only files that stand above it.
         weights.py       the weights file: safetensors with the config in the header
         files.py         reads and writes an adapter's two files, with checks
         combining.py     adds up linear adapters
+        card.py          model cards
         hub.py           uploads an adapter with a model card
         distributed.py   models that several processes share: who writes, gathering shards
     model/               reaching and patching decoder layers
@@ -77,6 +78,11 @@ The map, in reading order. A file imports only files that stand above it.
         flow.py          finds the MLP's output in a layer
         measure.py       diagnose
         command.py       fused-steer diagnose
+    playground/          compares adapters in the browser
+        exporting.py     a variant of a model: as an adapter, and as a request to vLLM
+        answers.py       answers of several variants in one batch, token by token
+        page.py          the page, built with Gradio
+        command.py       fused-steer playground
     theory/              weight updates as shifts of activations, and the best adapter in closed form
         regression.py    reduced-rank regression: the best linear map of a rank
         statements.py    the paper's theorem and propositions as functions
@@ -94,6 +100,7 @@ The map, in reading order. A file imports only files that stand above it.
     cli/                 the command fused-steer
         shared.py        the app, its one-line errors, shared options
         making.py        demo, fit
+        playground.py    playground
         serving.py       serve-plan
         examining.py     doctor, inspect, kernels, coverage, diagnose
         converting.py    import, export

@@ -199,7 +199,9 @@ def test_packaging_the_core_needs_none_of_the_extras():
     code = """
 import sys
 
-OPTIONAL = {"accelerate", "bitsandbytes", "datasets", "gguf", "liger_kernel", "matplotlib", "peft", "torchao", "trl"}
+OPTIONAL = {
+    "accelerate", "bitsandbytes", "datasets", "gguf", "gradio", "liger_kernel", "matplotlib", "peft", "torchao", "trl"
+}
 sys.modules |= dict.fromkeys(OPTIONAL)  # None: as if it were not installed
 import tempfile, torch
 from transformers import LlamaConfig, LlamaForCausalLM

@@ -17,7 +17,7 @@ from fused_steer._requirements import OPTIONAL, TRIED
 from fused_steer.adapters.files import CONFIG_NAME, WEIGHTS_NAME
 from fused_steer.tools.doctor import Finding
 
-VERBS = ("demo", "doctor", "inspect", "kernels", "import", "coverage", "diagnose", "fit")
+VERBS = ("demo", "doctor", "inspect", "kernels", "import", "coverage", "diagnose", "fit", "playground")
 
 
 # --------------------------------------------------------------------------------------------------------------- help
