@@ -97,6 +97,7 @@ The map, in reading order. A file imports only files that stand above it.
         frontend.py      checks requests before the engine gets them
         gains.py         fills in the gain of each token of a batch
     trl.py               TRL's trainers
+    axolotl.py           the plug-in for axolotl
     cli/                 the command fused-steer
         shared.py        the app, its one-line errors, shared options
         making.py        demo, fit
