@@ -18,16 +18,18 @@ ROOMS = [
     "model",
     "peft",
     "playground",
+    "recipes",
     "serving",
     "theory",
     "tools",
+    "vectors",
     "vllm",
 ]
 
 DEMO = ["accelerate", "gguf>=0.19", "matplotlib"]  # transformers reads GGUF files through accelerate
-# fused_steer/_requirements.py lists the versions that were tried.
-PEFT = ["peft>=0.21,<1"]
-TRL = ["datasets", *PEFT, 'trl>=1.14,<2; python_version >= "3.11"']  # TRL for Python 3.10 needs another transformers
+# The ranges are those of bench/matrix.py; fused_steer/_requirements.py lists the versions that were tried.
+PEFT = ["peft>=0.21,<0.22"]
+TRL = ["datasets", *PEFT, 'trl>=1.14,<1.17; python_version >= "3.11"']  # TRL for Python 3.10 needs another transformers
 RL = [*TRL, "reasoning-gym"]
 QUANT = ["bitsandbytes", "torchao"]
 PLAYGROUND = ["gradio>=6,<7"]
@@ -83,11 +85,12 @@ setup(
         "fused_steer.kernels",
     ],
     package_dir={"fused_steer.kernels": "kernels"},
-    package_data={"fused_steer": ["py.typed"]},
+    package_data={"fused_steer": ["py.typed", "recipes/shipped/*.yaml"]},
     install_requires=[
-        "torch>=2.11,<2.15",
+        "torch>=2.11,<2.16",
         "triton>=3.6,<3.10; sys_platform == 'linux'",
         "transformers>=5.17,<5.25",
+        "pyyaml",
         "safetensors",
         "huggingface_hub",
         "packaging",
@@ -111,6 +114,7 @@ setup(
     entry_points={
         "console_scripts": ["fused-steer = fused_steer.cli:app"],
         "vllm.general_plugins": ["fused_steer = fused_steer.vllm:register"],
+        "vllm.endpoint_plugins": ["fused_steer = fused_steer.vllm.endpoint:SteeringEndpoint"],
     },
     classifiers=[
         "Development Status :: 4 - Beta",

@@ -31,7 +31,6 @@
         listops.py  ListOps as Long Range Arena generates it
         data.py     examples from the hub, from files, or generated; the splits
         heads.py    LoFiT and JoLA
-        reft.py     LoReFT in plain PyTorch
         released.py the projection of the paper's released code
         settings.py the settings of a run; the learning rates
         methods.py  the parameters that each method adds and trains
@@ -41,6 +40,7 @@
         cost.py     the estimated cost of a run
         report.py   the tables and pictures
         __main__.py the command
+    study.py        `python -m bench.study`: sites, activations and rivals of steering on ListOps on a CPU
 
 `pytest bench` runs the measurements of `levels.py` through pytest-benchmark. Nothing imports this package.
 """

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,6 +30,8 @@ from .results import FOLDER, describe_machine, read_run, write_json
 SCHEMA = 1
 OPERATORS, DEPTH = ("MAX", "MIN"), 2  # the demo's task
 RANKS = (0, 1, 2, 4, 8, 16, 64)
+POST_BLOCK = "post_block"
+OTHER_SITES, OTHER_RANKS = ("post_mlp", "pre_mlp", "post_attention"), (1, 8, 64)
 _AT_ONCE = 50
 _SIZES = tuple(10 ** (-place / 2) for place in range(7))  # of weight updates, in the picture of the theorem
 
@@ -89,9 +91,9 @@ def exact(model: Any, encoder: Any, expressions: Sequence[Any]) -> str:
 
 
 def fit_ranks(
-    base: Any, tuned: Any, tokenizer: Any, ranks: Sequence[int], sequence: bool, settings: Settings
+    base: Any, tuned: Any, tokenizer: Any, site: str, ranks: Sequence[int], sequence: bool, settings: Settings
 ) -> tuple[list[Any], float]:
-    """A fit of each rank, and the seconds that they took together."""
+    """A fit of each rank at a site, and the seconds that they took together."""
     from fused_steer import SteerConfig
     from fused_steer.theory import fit_each
     from fused_steer.tools.prompts import encode
@@ -99,7 +101,9 @@ def fit_ranks(
     tested, _, fitted = draw_expressions(settings)
     parts = [encode(tokenizer, [f"{one} =" for one in some], 512, _AT_ONCE) for some in (fitted, tested)]
     configs = [
-        SteerConfig(rank=rank, activation="identity", up_bias=True) if rank else SteerConfig(form="vector")
+        SteerConfig(rank=rank, activation="identity", up_bias=True, site=site)
+        if rank
+        else SteerConfig(form="vector", site=site)
         for rank in ranks
     ]
     start = time.perf_counter()
@@ -116,6 +120,7 @@ def try_fit(base: Any, encoder: Any, found: Any, settings: Settings, folder: Pat
     steered = patch_model(copy.deepcopy(base), folder)
     config = found.adapter.config
     return {
+        "site": config.site,
         "rank": config.rank,
         "exact": exact(steered, encoder, draw_expressions(settings)[0]),
         "parameters": found.adapter.layout.count(config),
@@ -123,8 +128,11 @@ def try_fit(base: Any, encoder: Any, found: Any, settings: Settings, folder: Pat
     }
 
 
-def run_all(file: Path, settings: Settings, ranks: Sequence[int], work: Path) -> None:
+def run_all(file: Path, settings: Settings, ranks: Mapping[str, Sequence[int]], work: Path) -> None:
     """Every fit that is not in the file yet, saved when tested; the LoRA is trained if `work` has none.
+
+    Args:
+        ranks: of each site. At post_block each rank is also fitted layer by layer on the base's own stream.
 
     Raises:
         ValueError: the file is of other settings, or is no results file.
@@ -138,8 +146,9 @@ def run_all(file: Path, settings: Settings, ranks: Sequence[int], work: Path) ->
     results = load(file) if file.exists() else None
     if results is not None and results["settings"] != dataclasses.asdict(settings):
         raise ValueError(f"the settings are {dataclasses.asdict(settings)}; expected those of {file}")
-    done = [(run["rank"], run["sequence"]) for run in results["runs"]] if results else []
-    todo = {sequence: [rank for rank in ranks if (rank, sequence) not in done] for sequence in (True, False)}
+    done = {(run["site"], run["sequence"], run["rank"]) for run in results["runs"]} if results else set()
+    wanted = [(site, sequence) for site in ranks for sequence in ((True, False) if site == POST_BLOCK else (True,))]
+    todo = {key: [rank for rank in ranks[key[0]] if (*key, rank) not in done] for key in wanted}
     if not any(todo.values()):
         typer.echo(f"all {len(done)} fits are in {file}")
         return
@@ -151,7 +160,7 @@ def run_all(file: Path, settings: Settings, ranks: Sequence[int], work: Path) ->
         train_lora(copy.deepcopy(base), encoder, settings, work / "lora")
     tuned = PeftModel.from_pretrained(copy.deepcopy(base), work / "lora").eval()
     tested, _, _ = draw_expressions(settings)
-    machine = describe_machine(device) | {"command": f"python -m bench.fit --ranks {','.join(map(str, ranks))}"}
+    machine = describe_machine(device, "bench.fit")
     if results is None:
         results = {
             "schema": SCHEMA,
@@ -166,12 +175,12 @@ def run_all(file: Path, settings: Settings, ranks: Sequence[int], work: Path) ->
             "runs": [],
         }
         typer.echo(" and ".join(f"{name}: {results['model'][name].count('1')} exact" for name in ("base", "tuned")))
-    for sequence, missing in todo.items():
+    for (site, sequence), missing in todo.items():
         if not missing:
             continue
-        fits, seconds = fit_ranks(base, tuned, tokenizer, missing, sequence, settings)
+        fits, seconds = fit_ranks(base, tuned, tokenizer, site, missing, sequence, settings)
         for found in fits:
-            name = f"rank-{found.adapter.config.rank}{'' if sequence else '-alone'}"
+            name = f"{site}-rank-{found.adapter.config.rank}{'' if sequence else '-alone'}"
             run = {"sequence": sequence, **try_fit(base, encoder, found, settings, work / name)}
             run |= {"seconds": seconds, "together": len(missing)}
             results["runs"].append(run | {key: machine[key] for key in ("commit", "dirty", "date")})
@@ -192,9 +201,27 @@ def load(file: Path) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------------- the report
 
 
-def runs_of(results: dict[str, Any], sequence: bool) -> list[dict[str, Any]]:
+def runs_of(results: dict[str, Any], sequence: bool, site: str = POST_BLOCK) -> list[dict[str, Any]]:
     """By rank."""
-    return sorted((run for run in results["runs"] if run["sequence"] == sequence), key=lambda run: run["rank"])
+    found = (run for run in results["runs"] if (run["site"], run["sequence"]) == (site, sequence))
+    return sorted(found, key=lambda run: run["rank"])
+
+
+def site_table(results: dict[str, Any]) -> str:
+    """Return a table with a row for each site and a column for each rank that another site than post_block has."""
+    exact = {(run["site"], run["rank"]): run["exact"] for run in results["runs"] if run["sequence"]}
+    ranks = sorted({rank for site, rank in exact if site != POST_BLOCK})
+    if not ranks:
+        return ""
+    head = ["exact of " + str(results["settings"]["tested"]), *(f"rank {rank}" for rank in ranks)]
+    rows = [
+        [f"`{site}`", *(str(exact[site, rank].count("1")) if (site, rank) in exact else "–" for rank in ranks)]
+        for site in (POST_BLOCK, *OTHER_SITES)
+    ]
+    note = """The same at the other [sites](sites.md), by exact answers. Each adapter is fitted, in sequence, to what
+        the LoRA makes of the tensor at its site, and has as many parameters as above. Only at `post_block` it sees and
+        moves the whole stream: elsewhere, what the LoRA changes in the rest of a block is out of its reach."""
+    return f"\n\n{joint.paragraph(note)}\n\n{as_table(head, rows, texts=1)}"
 
 
 def report_text(results: dict[str, Any]) -> str:
@@ -228,7 +255,7 @@ def report_text(results: dict[str, Any]) -> str:
         "each layer by itself",
     ]
     tokens = results["runs"][0]["fit"]["tokens"]
-    slowest = max(results["runs"], key=lambda run: run["seconds"])
+    slowest = max(runs_of(results, True), key=lambda run: run["seconds"])
     versions = ", ".join(f"{name} {machine['versions'][name]}" for name in ("torch", "transformers", "peft"))
     commits = ", ".join(sorted({run["commit"] or "unknown" for run in results["runs"]}))
     note = f"""{settings["model"] or "SmolLM2-135M-Instruct"} ({model["parameters"]:,} parameters), ListOps of
@@ -243,13 +270,13 @@ def report_text(results: dict[str, Any]) -> str:
         CPU ({machine["device"]}, {settings["threads"]} thread). One LoRA, one seed; the standard error of such a count
         is about {100 * (0.2 / count) ** 0.5:.0f} in a hundred. fused-steer {machine["fused_steer"]}, {versions}, commit
         {commits}, {machine["date"][:10]}."""
-    return f"{as_table(head, rows, texts=1)}\n\n{joint.paragraph(note)}"
+    return f"{as_table(head, rows, texts=1)}\n\n{joint.paragraph(note)}{site_table(results)}"
 
 
 def plots(results: dict[str, Any]) -> list[Plot]:
     """The pictures of the results."""
     runs = {sequence: runs_of(results, sequence) for sequence in (True, False)}
-    ranks = sorted({run["rank"] for run in results["runs"]})
+    ranks = sorted({run["rank"] for sequence in runs.values() for run in sequence})
     ticks = ["base", *(f"rank {rank}" if rank else "vector" for rank in ranks), "LoRA"]
     ends = [(0, _percent(results["model"]["base"])), (len(ticks) - 1, _percent(results["model"]["tuned"]))]
     bars = [Series("not fitted", _points(ends), None)]
@@ -282,8 +309,23 @@ def plots(results: dict[str, Any]) -> list[Plot]:
     )
     return [
         Plot("accuracy-by-rank", "ListOps: adapters fitted to a LoRA", (accuracy,)),
+        *_site_plot(results),
         Plot("missed-by-layer", "The oracle, and what is missed of it, layer by layer", layers),
     ]
+
+
+def _site_plot(results: dict[str, Any]) -> list[Plot]:
+    """The picture of exact answers by site; none if no other site than post_block was run."""
+    runs = {site: runs_of(results, True, site) for site in (POST_BLOCK, *OTHER_SITES)}
+    ranks = sorted({run["rank"] for site in OTHER_SITES for run in runs[site]})
+    if not ranks:
+        return []
+    bars = []
+    for place, (site, found) in enumerate(runs.items()):
+        exact = [(ranks.index(run["rank"]), _percent(run["exact"])) for run in found if run["rank"] in ranks]
+        bars.append(Series(site, _points(exact), place))
+    panel = Panel("", "", "exact answers, %", tuple(bars), tuple(f"rank {rank}" for rank in ranks))
+    return [Plot("accuracy-by-site", "ListOps: adapters fitted to a LoRA, by site", (panel,))]
 
 
 def _percent(exact: str) -> float:
@@ -345,12 +387,24 @@ def render(file: Path, docs: Path) -> dict[Path, bytes]:
 app = typer.Typer(add_completion=False)
 
 
+def _listed(ranks: Sequence[int]) -> str:
+    return ",".join(map(str, ranks))
+
+
+def _read_ranks(text: str) -> list[int]:
+    try:
+        return [int(rank) for rank in text.split(",") if rank]
+    except ValueError:
+        raise ValueError(f"ranks are {text!r}; expected such as 1,8,64") from None
+
+
 @app.command()
 def main(
     out: Annotated[Path, typer.Option(help="Folder of results; the file is fit/listops-cpu.json in it.")] = FOLDER,
     work: Annotated[Path, typer.Option(help="Folder for the LoRA and the adapters.")] = Path("fused-steer-fit"),
     model: Annotated[str | None, typer.Option(help="Directory or hub id; default: SmolLM2-135M-Instruct.")] = None,
-    ranks: Annotated[str, typer.Option(help="With commas between; 0 is a vector.")] = ",".join(map(str, RANKS)),
+    ranks: Annotated[str, typer.Option(help="At post_block, with commas between; 0 is a vector.")] = _listed(RANKS),
+    other_ranks: Annotated[str, typer.Option(help=f"At {', '.join(OTHER_SITES)}.")] = _listed(OTHER_RANKS),
     steps: Annotated[int, typer.Option(help="Of the LoRA's training.")] = Settings.steps,
     tested: Annotated[int, typer.Option(help="Expressions to test with.")] = Settings.tested,
     fitted: Annotated[int, typer.Option(help="Expressions to fit on.")] = Settings.fitted,
@@ -367,7 +421,8 @@ def main(
                 typer.echo(f"written: {path}")
         else:
             settings = Settings(model, steps, tested=tested, fitted=fitted, threads=threads)
-            run_all(results_file(out), settings, [int(rank) for rank in ranks.split(",")], work)
+            by_site = {POST_BLOCK: _read_ranks(ranks)} | dict.fromkeys(OTHER_SITES, _read_ranks(other_ranks))
+            run_all(results_file(out), settings, by_site, work)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         typer.echo(f"bench.fit: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(1) from None

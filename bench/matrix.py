@@ -2,7 +2,8 @@
 
 A set is `constraints.txt` with some versions changed. For each set the command makes a virtual environment, installs
 the package with its test extra, and runs the core tests. The outcome is saved in `bench/results/matrix/<set>.json`.
-`docs/versions.md` is written from these files; it lists the other sets as not run.
+`docs/versions.md` and `fused_steer/_tried.py` are written from these files; the page lists the other sets as not run.
+`--requirements` asks pip what the releases of all sets require of each other, without downloading them.
 """
 
 from __future__ import annotations
@@ -24,15 +25,19 @@ from .results import FOLDER, commit
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = FOLDER / "matrix"
+REQUIREMENTS = FOLDER / "releases" / "requirements.json"
 PAGE = ROOT / "docs" / "versions.md"
+TRIED = ROOT / "fused_steer" / "_tried.py"
 
 #: The versions of each set that differ from `constraints.txt`. Another torch downloads its CUDA build, gigabytes.
-#: transformers 5.17 needs a huggingface_hub below 2.
+#: transformers 5.17 needs a huggingface_hub below 2. A CUDA build of torch requires the triton named here.
 SETS: dict[str, dict[str, str]] = {
     "pinned": {},
     "transformers-5.17": {"transformers": "5.17.*", "huggingface_hub": "1.*"},
     "transformers-5.18": {"transformers": "5.18.*"},
+    "transformers-5.19": {"transformers": "5.19.*"},
     "transformers-5.20": {"transformers": "5.20.*"},
+    "transformers-5.21": {"transformers": "5.21.*"},
     "transformers-5.22": {"transformers": "5.22.*"},
     "transformers-5.24": {"transformers": "5.24.*"},
     "triton-3.6": {"triton": "3.6.*"},
@@ -41,7 +46,7 @@ SETS: dict[str, dict[str, str]] = {
     "trl-1.14": {"trl": "1.14.*"},
     "trl-1.15": {"trl": "1.15.*"},
     "torch-2.11": {"torch": "2.11.*", "triton": "3.6.*"},
-    "torch-2.12": {"torch": "2.12.*", "triton": "3.6.*"},
+    "torch-2.12": {"torch": "2.12.*", "triton": "3.7.*"},
     "torch-2.14": {"torch": "2.14.*", "triton": "3.8.*"},
     "torch-2.15": {"torch": "2.15.*", "triton": "3.9.*"},
 }
@@ -186,8 +191,86 @@ def load(folder: Path = RESULTS) -> dict[str, Outcome]:
     return found
 
 
-def page(outcomes: dict[str, Outcome]) -> str:
-    """Return the text of `docs/versions.md`, with a row for each set."""
+def passed(outcome: Outcome) -> bool:
+    """Return whether a set's tests ran and all passed."""
+    return outcome.counts.get("passed", 0) > 0 and outcome.counts.keys() <= {"passed", "skipped"}
+
+
+def tried(outcomes: dict[str, Outcome], pins: str) -> dict[str, list[str]]:
+    """Return the series of each library that passed: those of `constraints.txt`, which every change is tested with, and
+    those that a set changed.
+
+    Args:
+        pins: the text of `constraints.txt`.
+    """
+    found = {library: re.findall(rf"^{library}==(\d+\.\d+)", pins, re.MULTILINE) for library in SHOWN}
+    for outcome in filter(passed, outcomes.values()):
+        for library in outcome.wanted.keys() & set(SHOWN):
+            found[library].append(".".join(outcome.versions[library].split(".")[:2]))
+    return {library: sorted(set(series), key=_number) for library, series in found.items()}
+
+
+def _number(version: str) -> list[int]:
+    return [int(part) for part in re.findall(r"\d+", version)]
+
+
+def tried_module(series: dict[str, list[str]]) -> str:
+    """Return the text of `fused_steer/_tried.py`."""
+    lines = [
+        f'    "{library}": ({", ".join(map(_quoted, found))}{"," * (len(found) == 1)}),'
+        for library, found in series.items()
+    ]
+    return f'''"""The series of other libraries that passed the core tests. Written by `python -m bench.matrix`."""
+
+MATRIX: dict[str, tuple[str, ...]] = {{
+{chr(10).join(lines)}
+}}
+'''
+
+
+def _quoted(text: str) -> str:
+    return f'"{text}"'
+
+
+def wanted_releases() -> dict[str, list[str]]:
+    """Return the series of each library in all sets, as pip's specifiers."""
+    pins = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    found = {library: [f"{pin}.*" for pin in series] for library, series in tried({}, pins).items()}
+    for changed in SETS.values():
+        for library in changed.keys() & set(SHOWN):
+            found[library].append(changed[library])
+    return {library: sorted(set(series), key=_number) for library, series in found.items()}
+
+
+def ask_requirements() -> dict[str, dict[str, list[str]]]:
+    """Ask pip what each release requires of Python and of the others, by library and version."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for library, series in wanted_releases().items():
+        for specifier in series:
+            options = ["--dry-run", "--ignore-installed", "--no-deps", "--report", "-", "-q"]
+            command = [sys.executable, "-m", "pip", "install", *options, f"{library}=={specifier}"]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                typer.echo(f"{library} {specifier}: {conflict(done.stdout + done.stderr)}")
+                continue
+            metadata = json.loads(done.stdout)["install"][0]["metadata"]
+            own = [f"Python {metadata['requires_python']}"] if "requires_python" in metadata else []
+            own += [line.partition(";")[0].strip() for line in metadata.get("requires_dist", []) if _is_of_set(line)]
+            found.setdefault(library, {})[metadata["version"]] = own
+    return found
+
+
+def _is_of_set(line: str) -> bool:
+    name = re.match(r"[A-Za-z0-9._-]+", line)
+    return name is not None and name[0] in (*SHOWN, "huggingface-hub", "huggingface_hub") and "extra ==" not in line
+
+
+def page(outcomes: dict[str, Outcome], requirements: dict[str, dict[str, list[str]]]) -> str:
+    """Return the text of `docs/versions.md`, with a row for each set.
+
+    Args:
+        requirements: see `ask_requirements`.
+    """
     rows = []
     for name, changed in SETS.items():
         done = outcomes.get(name)
@@ -212,9 +295,33 @@ torch downloads the CUDA build, several gigabytes, and runs only if you name it.
 
 {table}
 
-With an untried version, `patch_model` warns once and continues. `fused-steer doctor` shows the installed versions, and
-whether they were tried.
+A release that is in no set that passed counts as untried. With an untried version, `patch_model` warns once and
+continues. `fused-steer doctor` shows the installed versions, and whether they were tried.
+
+## What cannot be installed together
+
+pip refuses a release together with others than it requires. `python -m bench.matrix --requirements` asked for them. A
+CPU build of torch requires no triton, so the other pairs of torch and triton were run with CPU builds.
+
+{_table_of(requirements)}
 """
+
+
+def _table_of(requirements: dict[str, dict[str, list[str]]]) -> str:
+    rows = []
+    for library, releases in requirements.items():
+        by_text: dict[str, list[str]] = {}
+        for version, lines in releases.items():
+            by_text.setdefault(", ".join(lines) or "–", []).append(version)
+        rows += [f"| {library} {', '.join(versions)} | {text} |" for text, versions in by_text.items()]
+    return "\n".join(["| release | requires |", "| --- | --- |", *rows])
+
+
+def write(outcomes: dict[str, Outcome]) -> None:
+    """Write the files made of the saved results."""
+    pins = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    PAGE.write_text(page(outcomes, json.loads(REQUIREMENTS.read_text(encoding="utf-8"))), encoding="utf-8")
+    TRIED.write_text(tried_module(tried(outcomes, pins)), encoding="utf-8")
 
 
 def _not_run(changed: dict[str, str]) -> str:
@@ -232,14 +339,18 @@ def main(
     folder: Annotated[Path, typer.Option(help="Folder of the environments, which are kept.")] = Path(".matrix"),
     timeout: Annotated[float, typer.Option(help="Time limit for the tests of a set, in seconds.")] = 3600.0,
     workers: Annotated[int, typer.Option("-n", min=1, help="Number of processes that run the tests of a set.")] = 2,
-    page_only: Annotated[bool, typer.Option("--page", help="Only write docs/versions.md from saved results.")] = False,
+    page_only: Annotated[bool, typer.Option("--page", help="Only write the files made of saved results.")] = False,
+    ask: Annotated[bool, typer.Option("--requirements", help="Only ask pip for the releases' requirements.")] = False,
 ) -> None:
-    """Run the core tests with sets of library versions, and write docs/versions.md."""
+    """Run the core tests with sets of library versions; write docs/versions.md and fused_steer/_tried.py."""
     for name in sets or ():
         if name not in SETS:
             raise typer.BadParameter(f"set is {name!r}; expected one of {', '.join(SETS)}")
     chosen = list(sets or (name for name, changed in SETS.items() if "torch" not in changed))
-    for name in () if page_only else chosen:
+    if ask:
+        REQUIREMENTS.parent.mkdir(parents=True, exist_ok=True)
+        REQUIREMENTS.write_text(json.dumps(ask_requirements(), indent=2) + "\n", encoding="utf-8")
+    for name in () if page_only or ask else chosen:
         typer.echo(f"{name}: {', '.join(f'{k} {v}' for k, v in SETS[name].items()) or 'as pinned'}")
         done = run_set(name, folder.resolve(), timeout, workers)
         RESULTS.mkdir(parents=True, exist_ok=True)
@@ -247,7 +358,7 @@ def main(
         typer.echo(f"  {done.note or done.counts} in {done.seconds:.0f} s")
         for test in done.failed:
             typer.echo(f"  FAILED {test}")
-    PAGE.write_text(page(load()), encoding="utf-8")
+    write(load())
 
 
 if __name__ == "__main__":

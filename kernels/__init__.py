@@ -15,6 +15,9 @@ The map, in reading order. A file imports only files that stand above it.
     plan.py          launch plans: launches recorded once and started directly afterwards
     post_block.py    the op: forward and backward kernels, launchers, autograd
     planned.py       the op with launch plans, for a layer's site
+    norm_torch.py    RMSNorm in plain PyTorch
+    norm.py          RMSNorm: forward and backward kernels, launchers, autograd
+    post_block_norm.py post_block and the RMSNorm that follows, forward by one kernel
     grouped_torch.py post_block_grouped in plain PyTorch
     grouped.py       the op with an adapter for each token, forward only
     orthogonal.py    Joint-Orth's projections, for all layers at once

@@ -25,9 +25,13 @@ from triton.compiler import ASTSource
 from .contract import Needs, Operands, Packed, check_reads
 from .grouped import post_block_grouped
 from .launch import Launch, recorded
+from .norm import triton_backward as triton_norm_backward
+from .norm import triton_forward as triton_norm_forward
+from .norm_torch import Norm
 from .numerics import COMPILER_OPTIONS, INTERPRETED, operand_dtype
 from .orthogonal import triton_basis, triton_project
 from .post_block import triton_backward, triton_forward
+from .post_block_norm import triton_forward_norm
 from .schedule import SMALLER_TARGETS, TARGETS, Device, ceil_div, padded_rank
 
 _GPU_TARGETS = {
@@ -61,7 +65,7 @@ GPUS: dict[str, tuple[str, float]] = {
 }
 
 #: Kernel arguments with the size of a hidden state, N x d.
-_HIDDEN_STATES = frozenset({"p_residual", "p_branch", "p_out", "p_grad", "p_dx"})
+_HIDDEN_STATES = frozenset({"p_residual", "p_branch", "p_out", "p_grad", "p_dx", "p_normed", "p_grad_normed", "p_kept"})
 
 _POINTERS = {torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 _POINTERS |= {torch.int32: "*i32", torch.int64: "*i64"}
@@ -137,13 +141,17 @@ def _device(target: str) -> Device:
     return ALL_TARGETS[target]
 
 
-def record_passes(case: Case, target: str) -> dict[str, list[Launch]]:
-    """Return the launches of one forward and one full backward pass of `case` on `target`, by pass, in order.
+@dataclass(frozen=True)
+class _Call:
+    """The operands of a case, without values."""
 
-    Raises:
-        ValueError: an unknown target, or `reads` that the op does not take.
-    """
-    device = _device(target)
+    residual: torch.Tensor
+    branch: torch.Tensor | None
+    operands: Operands
+    needs: Needs
+
+
+def _call_of(case: Case, device: Device) -> _Call:
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -170,15 +178,61 @@ def record_passes(case: Case, target: str) -> dict[str, list[Launch]]:
     needs = Needs(
         True, low_rank, low_rank, down_bias is not None, up_bias is not None, case.gain or case.scale_on_device
     )
-    keep_a = low_rank and case.keeps_a
+    return _Call(hidden_state(), branch, operands, needs)
+
+
+def record_passes(case: Case, target: str) -> dict[str, list[Launch]]:
+    """Return the launches of one forward and one full backward pass of `case` on `target`, by pass, in order.
+
+    Raises:
+        ValueError: an unknown target, or `reads` that the op does not take.
+    """
+    device = _device(target)
+    call = _call_of(case, device)
     with recorded(device) as forward:
-        out, a = triton_forward(hidden_state(), branch, operands, keep_a)
-    if low_rank and a is None:
-        a = empty(case.tokens, case.rank)
-    kept = branch if case.reads == "branch" else out
+        out, a = triton_forward(call.residual, call.branch, call.operands, case.rank > 0 and case.keeps_a)
+    return {"forward": forward, "backward": _record_backward(case, device, call, out, a)}
+
+
+def _record_backward(
+    case: Case, device: Device, call: _Call, out: torch.Tensor, a: torch.Tensor | None
+) -> list[Launch]:
+    if case.rank > 0 and a is None:
+        a = torch.empty(case.tokens, case.rank, device="meta")
+    grad = torch.empty_like(call.residual)
+    with recorded(device) as launches:
+        triton_backward(grad, call.branch if case.reads == "branch" else out, a, call.operands, call.needs)
+    return launches
+
+
+def record_norm_passes(
+    case: Case, target: str, plus_one: bool = False, weight_gradient: bool = False
+) -> dict[str, list[Launch]]:
+    """Return the launches of `post_block_norm` like `record_passes`, and those of `rms_norm`, by pass.
+
+    The passes are "forward", "backward", "norm_forward" and "norm_backward". The norm's weight has the hidden state's
+    dtype.
+
+    Raises:
+        ValueError: an unknown target, or `reads` that the op does not take.
+    """
+    device = _device(target)
+    call = _call_of(case, device)
+    weight = torch.empty(case.hidden, dtype=case.dtype, device="meta")
+    norm, needs = Norm(weight, 1e-6, plus_one, not plus_one), (True, weight_gradient)
+    with recorded(device) as forward:
+        out, _, a, inverse = triton_forward_norm(call.residual, call.branch, call.operands, norm, case.keeps_a)
+    if inverse is None:
+        inverse = torch.empty(case.tokens, device="meta")
+    grad, grad_normed = torch.empty_like(out), torch.empty_like(out)
     with recorded(device) as backward:
-        triton_backward(hidden_state(), kept, a, operands, needs)
-    return {"forward": forward, "backward": backward}
+        triton_norm_backward(grad, grad_normed, out, inverse, norm, needs)
+    backward += _record_backward(case, device, call, out, a)
+    with recorded(device) as alone:
+        triton_norm_forward(out, None, norm, case.keeps_a)
+    with recorded(device) as alone_backward:
+        triton_norm_backward(None, grad_normed, out, inverse, norm, needs)
+    return {"forward": forward, "backward": backward, "norm_forward": alone, "norm_backward": alone_backward}
 
 
 def record(case: Case, target: str) -> list[Launch]:

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def is_orthonormal(matrix: Tensor) -> bool:
@@ -87,13 +88,16 @@ class _Rotation(torch.autograd.Function):
     def backward(ctx: Any, grad_down: Tensor, grad_up: Tensor, _: Any) -> tuple[Tensor | None, Tensor | None]:
         up, lower = ctx.saved_tensors
         of_source, of_matrix = ctx.dtypes
-        found = None
-        if ctx.needs_input_grad[1]:
-            q, grad = up.to(lower.dtype), grad_up.to(lower.dtype) - grad_down.t().to(lower.dtype)
-            across = (grad.t() @ q).tril()
-            across = across + across.tril(-1).t()
-            found = torch.linalg.solve_triangular(lower, grad - q @ across, upper=False, left=False).to(of_matrix)
+        found = _of_matrix(up, lower, grad_down, grad_up).to(of_matrix) if ctx.needs_input_grad[1] else None
         return grad_down.to(of_source) if ctx.needs_input_grad[0] else None, found
+
+
+def _of_matrix(up: Tensor, lower: Tensor, grad_down: Tensor, grad_up: Tensor) -> Tensor:
+    """Return dP (..., d, r) in the wide dtype, of the gradients of W1 and W2."""
+    q, grad = up.to(lower.dtype), grad_up.to(lower.dtype) - grad_down.mT.to(lower.dtype)
+    across = (grad.mT @ q).tril()
+    across = across + across.tril(-1).mT
+    return torch.linalg.solve_triangular(lower, grad - q @ across, upper=False, left=False)
 
 
 def rotate(source: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,13 +110,51 @@ def rotate(source: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
     return down, up
 
 
-@torch.no_grad()
+class _Rotations(torch.autograd.Function):
+    """W1 and W2 of all layers, of their W and P. Both passes take the same launches for any number of layers."""
+
+    @staticmethod
+    def forward(ctx: Any, *parameters: Tensor) -> tuple[Tensor, ...]:
+        count = len(parameters) // 2
+        sources, matrices = torch.stack(parameters[:count]), torch.stack(parameters[count:])
+        up, lower = _factor(matrices)
+        ctx.save_for_backward(up, lower)
+        ctx.dtypes = sources.dtype, matrices.dtype
+        ctx.set_materialize_grads(False)
+        return *(sources.to(up.dtype) - up.mT).unbind(), *up.unbind()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        up, lower = ctx.saved_tensors
+        of_source, of_matrix = ctx.dtypes
+        count = len(grads) // 2
+        # A layer that did not run has no gradient, as if it had been rotated by itself.
+        ran = [at for at in range(count) if grads[at] is not None or grads[count + at] is not None]
+        found: list[Tensor | None] = [None] * (2 * count)
+        if not ran:
+            return tuple(found)
+        if len(ran) < count:
+            up, lower = up[ran], lower[ran]
+        downs, ups = ([grads[first + at] for at in ran] for first in (0, count))
+        of_down = torch.stack([up.new_zeros(up.shape[:0:-1]) if grad is None else grad for grad in downs])
+        of_up = torch.stack([up.new_zeros(up.shape[1:]) if grad is None else grad for grad in ups])
+        of_p = _of_matrix(up, lower, of_down, of_up).to(of_matrix).contiguous().unbind()
+        of_w = of_down.to(of_source).unbind()
+        for number, at in enumerate(ran):
+            found[at] = of_w[number] if ctx.needs_input_grad[at] else None
+            found[count + at] = of_p[number] if ctx.needs_input_grad[count + at] else None
+        return tuple(found)
+
+
 def rotate_all(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
-    """Return what `rotate` gives for each pair, without gradients, by the same few launches for any number of pairs.
+    """Return what `rotate` gives for each pair, by the same few launches for any number of pairs.
+
+    Differentiable once, but not under the transforms of torch.func.
 
     Args:
         pairs: W (r, d) and P (d, r), all of one shape, dtype and device.
     """
-    sources, matrices = (torch.stack(tensors) for tensors in zip(*pairs, strict=True))
-    up, _ = _factor(matrices)
-    return list(zip((sources.to(up.dtype) - up.mT).unbind(), up.unbind(), strict=True))
+    sources, matrices = zip(*pairs, strict=True)
+    made = _Rotations.apply(*sources, *matrices)
+    return list(zip(made[: len(pairs)], made[len(pairs) :], strict=True))

@@ -4,9 +4,13 @@ With a GPU the tests run on it. Without one, kernels run in Triton's interpreter
 is decided before the package is imported, because Triton decides at import whether kernels are interpreted.
 """
 
+import importlib
 import importlib.util
 import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
 
 # The tests' matrices are small: a second thread costs more time than it saves, especially on a busy machine.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -63,3 +67,14 @@ def poisoned_memory(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     if runs_kernels:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def matrix() -> ModuleType:
+    """`bench.matrix`, which is not installed with the package."""
+    root = str(Path(__file__).resolve().parents[1])
+    sys.path.append(root)
+    try:
+        return importlib.import_module("bench.matrix")
+    finally:
+        sys.path.remove(root)

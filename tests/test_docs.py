@@ -16,7 +16,7 @@ from transformers import TrainingArguments
 import fused_steer
 from fused_steer import SteerConfig, patch_model
 
-PAGES = ["migrating.md", "modes.md", "peft.md", "positions.md"]
+PAGES = ["migrating.md", "modes.md", "peft.md", "positions.md", "vectors.md"]
 # test_trainer.py and test_trl.py run trainer.md and trl.md
 
 
@@ -28,6 +28,7 @@ def test_docs_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
         "AutoModelForSequenceClassification": SimpleNamespace(from_pretrained=lambda name, **_: classifier()),
         "ids": tokens(),
         "model": build(),
+        "tokenizer": tokenizer(),
         "torch": torch,
     }
     run_page(page, names)

@@ -201,6 +201,34 @@ def test_examples_alpaca(example, tiny, tmp_path, monkeypatch):
 
 
 @needs_trl
+def test_examples_alpaca_trains_on_responses_with_the_papers_settings(tiny, tmp_path, monkeypatch):
+    """The labels of a batch are its responses and the end of the sequence; the defaults are the paper's."""
+    from fused_steer.trl import SteeringSFTTrainer
+
+    trainers = []
+    monkeypatch.setattr(SteeringSFTTrainer, "train", lambda self, **options: trainers.append(self))
+    data = tmp_path / "alpaca.json"
+    rows = [{"instruction": f"say {a}", "input": "" if a % 2 else "now", "output": str(a) * 3} for a in range(10)]
+    data.write_text(json.dumps(rows), encoding="utf-8")
+    app = Typer()
+    app.command()(runpy.run_path(str(EXAMPLES / "train_alpaca.py"))["main"])
+    options = ["--model", str(tiny), "--data", str(data), "--out", str(tmp_path / "out")]
+    assert CliRunner().invoke(app, options, catch_exceptions=False).exit_code == 0
+    (trainer,) = trainers
+    arguments = trainer.args
+    assert arguments.num_train_epochs == 3 and arguments.learning_rate == 2e-3
+    assert arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps == 16
+    assert (arguments.lr_scheduler_type, arguments.warmup_steps, arguments.weight_decay) == ("constant", 0, 0)
+    assert trainer.model.steering.config().rank == 16
+    said = []
+    for batch in trainer.get_train_dataloader():
+        for labels in batch["labels"]:
+            text = trainer.processing_class.decode(labels[labels != -100], skip_special_tokens=True)
+            said.append(text.replace(" ", ""))
+    assert sorted(said) == sorted(row["output"] for row in rows)
+
+
+@needs_trl
 def test_examples_alpaca_refuses_rows_without_columns(tiny, tmp_path):
     data = tmp_path / "alpaca.jsonl"
     data.write_text('{"instruction": "a", "output": "b"}\n{"instruction": "a", "response": "b"}', encoding="utf-8")

@@ -25,6 +25,7 @@ from fused_steer.adapters.files import read_adapter
 SAMPLED = 8  # number of lines to try per operation, spread evenly
 CONFIG = SteerConfig(rank=2)
 INNER = SteerConfig(rank=2, site=["post_attention", "pre_mlp", "post_mlp"])
+LOREFT = SteerConfig(rank=2, form="loreft", site=["post_block", "post_mlp"], positions="prompt")
 
 
 @dataclass
@@ -182,6 +183,19 @@ def pooled_batch(state: State) -> Any:
         return logits(state.model)
 
 
+def several_places(state: State) -> None:
+    steered(state, "a")
+    for name, config in (("b", INNER), ("c", LOREFT)):
+        state.model.steering.add(name, config)
+        randomize(state.model, name, seed=ord(name))
+    state.model.steering.use("b")
+
+
+def batch_of_places(state: State) -> Any:
+    with state.model.steering.batch(["a", "b"], scale=[0.5, 2.0]):
+        return logits(state.model)
+
+
 def disabled(state: State) -> Any:
     with state.model.steering.disabled():
         return logits(state.model)
@@ -206,6 +220,7 @@ OPERATIONS: dict[str, Operation] = {
         lambda state: state.model.steering.unpatch(),
         lambda state: state.model.steering.unpatch(),
     ),
+    "patch-loreft": Operation(lambda state: None, lambda state: patch_model(state.model, LOREFT)),
     "load": Operation(
         lambda state: (saved(state), steered(state, "a")),
         lambda state: state.model.steering.load(state.folder / "polite", name="b"),
@@ -238,6 +253,22 @@ OPERATIONS: dict[str, Operation] = {
         lambda state: steered(state, "a"), lambda state: state.model.steering.make_pool(slots=2, rank=2)
     ),
     "hold": Operation(prepare_pool, lambda state: hold(state), check=check_pool),
+    "load-sites": Operation(
+        lambda state: (saved(state, config=LOREFT), steered(state, "a"), state.model.steering.add("b", INNER)),
+        lambda state: state.model.steering.load(state.folder / "polite", name="c"),
+    ),
+    "use-sites": Operation(
+        several_places,
+        lambda state: state.model.steering.use("c"),
+        lambda state: state.model.steering.use("c"),
+    ),
+    "scale-sites": Operation(several_places, set_scale, set_scale),
+    "remove-sites": Operation(
+        several_places,
+        lambda state: state.model.steering.remove("b"),
+        lambda state: state.model.steering.remove("b"),
+    ),
+    "batch-sites": Operation(several_places, batch_of_places),
     "save": Operation(
         prepare_save, lambda state: state.model.steering.save(state.folder / "out"), check=one_of_two("out")
     ),

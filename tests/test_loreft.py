@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,14 @@ from models import (
 )
 from torch import Tensor, nn
 from torch.func import functional_call, grad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_steer import SteerConfig, patch_model
 from fused_steer.adapters import parameters
 from fused_steer.adapters.files import read_adapter, write_adapter
 from fused_steer.diagnostics import diagnose
 from fused_steer.importers.pyreft import export_pyreft, import_pyreft
+from fused_steer.model.passes import Packing
 
 CONFIG = SteerConfig(form="loreft", rank=4)
 
@@ -201,20 +204,106 @@ def test_loreft_in_batches_and_pools(tmp_path):
 
 
 def test_loreft_rotations_are_made_once_a_pass_for_all_layers(monkeypatch):
-    """Without gradients. A parameter that is changed between passes shows in the next."""
+    """With and without gradients. A parameter that is changed between passes shows in the next."""
     model, made = steered(), []
     rotate = parameters.rotate
     monkeypatch.setattr(parameters, "rotate", lambda *pair: made.append(1) or rotate(*pair))
     expected = logits(model)
-    assert made == []
     assert_close(model(tokens()).logits.detach(), expected)
-    assert len(made) == LAYERS
     with torch.no_grad():
         for parameter in steering_parameters(model).values():
             parameter.data = parameter.data * 1.5 + 0.1
     changed = logits(model)
     assert_close(model(tokens()).logits.detach(), changed)
     assert difference(changed, expected)[""] > 0.01
+    assert made == []
+
+
+class Factorings(TorchDispatchMode):
+    """Counts the operations that only the rotations need."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func).split(".")[1]
+        if name in ("linalg_cholesky_ex", "linalg_solve_triangular", "tril"):
+            self.counts[name] = self.counts.get(name, 0) + 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("reentrant", [None, False])
+def test_loreft_a_training_step_factors_once_for_all_layers(reentrant):
+    """Also under checkpointing, which runs every layer twice."""
+    model = steered().train()
+    if reentrant is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    with Factorings() as mode:
+        model(tokens(), labels=tokens()).loss.backward()
+    assert mode.counts == {"linalg_cholesky_ex": 1, "linalg_solve_triangular": 2, "tril": 2}
+
+
+def test_loreft_gradients_are_those_of_each_layer_by_itself(monkeypatch):
+    """The same model with every layer's rotation made in the layer: no pass makes them for all."""
+    model = steered().train()
+    found = gradients(model, steering_parameters(model))
+    begin = Packing.begin
+    monkeypatch.setattr(Packing, "begin", lambda self, *rest: begin(self, *rest[:3]))
+    apart = gradients(model, steering_parameters(model))
+    assert_close(found, apart)
+    monkeypatch.undo()
+    layers = model.model.layers
+    outputs = layers[1].register_forward_hook(lambda module, args, output: args[0])  # as if layer 1 had not run
+    for parameter in steering_parameters(model).values():
+        parameter.grad = None
+    model(tokens(), labels=tokens()).loss.backward()
+    outputs.remove()
+    for name, parameter in steering_parameters(model).items():
+        assert (parameter.grad is None) == (".layers.1." in name), name
+
+
+def test_loreft_two_passes_before_one_backward():
+    """Each pass has its own rotations; with and without checkpointing."""
+    model = steered().train()
+    trained = steering_parameters(model)
+
+    def found() -> dict[str, Tensor]:
+        model.zero_grad()
+        first, second = (model(tokens(seed), labels=tokens(seed)).loss for seed in (0, 1))
+        (first + 2 * second).backward()
+        return {name: parameter.grad.clone() for name, parameter in trained.items()}
+
+    apart = []
+    for seed in (0, 1):
+        model.zero_grad()
+        model(tokens(seed), labels=tokens(seed)).loss.backward()
+        apart.append({name: parameter.grad.clone() for name, parameter in trained.items()})
+    expected = {name: apart[0][name] + 2 * apart[1][name] for name in trained}
+    assert_close(found(), expected)
+    for reentrant in (False, True):
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        assert_close(found(), expected)
+
+
+def test_loreft_a_layer_called_outside_of_a_pass_has_its_gradient():
+    """After a training pass, whose rotations the site has kept for checkpointing."""
+    model = steered().train()
+    model(tokens(), labels=tokens()).loss.backward()
+    site = model.model.layers[0].post_block
+    up = site.steer_up["default"].weight
+    for _ in range(2):
+        up.grad = None
+        h = torch.randn(1, 3, HIDDEN, requires_grad=True)
+        site(h).sum().backward()
+        assert up.grad is not None and float(up.grad.norm()) > 0
+
+
+def test_loreft_a_model_is_copied_after_a_training_pass():
+    model = steered().train()
+    model(tokens(), labels=tokens()).loss.backward()
+    other = copy.deepcopy(model)
+    assert_close(logits(other.eval()), logits(model.eval()))
 
 
 def test_loreft_a_matrix_that_is_replaced_during_a_pass_is_read():

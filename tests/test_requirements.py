@@ -9,7 +9,7 @@ import pytest
 from models import build
 
 from fused_steer import SteerConfig, _requirements, patch_model
-from fused_steer._requirements import TRIED, UntriedVersionWarning, installed, warn_untried
+from fused_steer._requirements import TRIED, Tried, UntriedVersionWarning, installed, warn_untried
 
 
 @pytest.fixture
@@ -23,19 +23,27 @@ def versions(monkeypatch):
 
 
 def newer(library: str) -> str:
-    return f"{TRIED[library].below}.0"
+    major, minor = TRIED[library].series[-1].split(".")
+    return f"{major}.{int(minor) + 1}.0"
 
 
 @pytest.mark.parametrize("library", TRIED)
-def test_requirements_range_includes_its_ends_and_their_fixes(library):
+def test_requirements_series_include_their_fixes(library):
     tried = TRIED[library]
-    for version in (tried.first, f"{tried.first}.0", f"{tried.last}.7", f"{tried.last}.1+cu130", f"{tried.last}.0rc1"):
-        assert tried.includes(version) and not tried.precedes(version)
-    major, minor = map(int, tried.first.split("."))
+    for series in tried.series:
+        for version in (series, f"{series}.0", f"{series}.7", f"{series}.1+cu130", f"{series}.0rc1"):
+            assert tried.includes(version) and not tried.precedes(version)
+    major, minor = map(int, tried.series[0].split("."))
     older = f"{major}.{minor - 1}.9" if minor else f"{major - 1}.9"
     assert not tried.includes(older) and not tried.precedes(older)
-    for version in (newer(library), f"{tried.below}.0.dev0", f"{int(tried.last.split('.')[0]) + 1}.0"):
+    for version in (newer(library), f"{newer(library)}.dev0", f"{major + 1}.0"):
         assert not tried.includes(version) and tried.precedes(version)
+
+
+def test_requirements_series_between_tried_ones_are_untried():
+    tried = Tried(("2.9", "2.10", "2.12"), ("torch",))
+    assert not tried.includes("2.11.1") and not tried.precedes("2.11.1")
+    assert str(tried) == "2.9 to 2.10, 2.12" and tried.command == "pip install 'torch==2.12.*'"
 
 
 def test_requirements_warning_comes_once_for_each_library(versions):
@@ -50,11 +58,11 @@ def test_requirements_warning_comes_once_for_each_library(versions):
         "trl is 99.0, with which fused-steer was not tried",
     ]
     assert all(warning.category is UntriedVersionWarning for warning in caught)
-    assert f"expected {TRIED['trl']} (`pip install 'trl>=" in str(caught[1].message)
+    assert f"expected {TRIED['trl']} (`pip install 'trl==" in str(caught[1].message)
 
 
 def test_requirements_warning_stays_away_where_all_was_tried_or_is_absent(versions, monkeypatch):
-    versions.update({library: f"{tried.last}.1" for library, tried in TRIED.items()})
+    versions.update({library: f"{tried.series[-1]}.1" for library, tried in TRIED.items()})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warn_untried(*TRIED)

@@ -604,18 +604,20 @@ def test_vllm_the_cache_key_has_all_that_a_graph_depends_on(folder):
     from torch import nn
     from vllm.engine.arg_utils import EngineArgs
 
+    from fused_steer.vllm.batch import Batch
     from fused_steer.vllm.cache import put_into_cache_key
-    from fused_steer.vllm.layers import SteeringPoint, SteeringWithLoRA
+    from fused_steer.vllm.layers import SteeringPoint
+    from fused_steer.vllm.room import Room
 
-    def key(state: str, slots: int, layers: int, additional: Any) -> str:
+    def key(state: str, slots: int, layers: int, additional: Any, rank: int = 8) -> str:
         config = EngineArgs(**engine_options(folder / "model")).create_engine_config()
         config.additional_config = additional
         before = config.compute_hash()
         inner = types.SimpleNamespace(additional_config=additional, compute_hash=None)
         model = nn.ModuleList()
         for index in range(layers):
-            point = SteeringWithLoRA(SteeringPoint(nn.Linear(64, 64), index, f"layers.{index}", 64, state))
-            point.create_lora_weights(slots, types.SimpleNamespace(max_lora_rank=8))
+            point = SteeringPoint(nn.Linear(64, 64), index, f"layers.{index}", 64, state, Batch(16, "cpu"), Room(rank))
+            point.make_slots(slots)
             model.append(point)
         model.vllm_config = inner
         put_into_cache_key(model, config)
@@ -632,7 +634,12 @@ def test_vllm_the_cache_key_has_all_that_a_graph_depends_on(folder):
             return self.text
 
     cases = [("unadded", 4, 2, {}), ("finished", 4, 2, {}), ("unadded", 5, 2, {}), ("unadded", 4, 3, {})]
-    cases += [("unadded", 4, 2, {"mine": 1}), ("unadded", 4, 2, Given("x")), ("unadded", 4, 2, Given("y"))]
+    cases += [
+        ("unadded", 4, 2, {}, 4),
+        ("unadded", 4, 2, {"mine": 1}),
+        ("unadded", 4, 2, Given("x")),
+        ("unadded", 4, 2, Given("y")),
+    ]
     keys = [key(*case) for case in cases]
     assert len(set(keys)) == len(cases)
     assert key(*cases[0]) == keys[0] and key(*cases[-1]) == keys[-1]
@@ -698,37 +705,69 @@ def test_vllm_registering_again_changes_nothing():
 
 
 def test_vllm_a_batch_without_adapters_launches_nothing():
-    """Not the op, and no copy of the hidden state; the next batch with an adapter is steered."""
+    """Not the op, and no copy of the hidden state, eager or compiled; the next batch with an adapter is steered."""
     from torch import nn
     from torch.utils._python_dispatch import TorchDispatchMode
-    from vllm.lora.layers import LoRAMapping
-    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
-    from fused_steer.vllm.layers import FINISHED, UNADDED, SteeringPoint, SteeringWithLoRA
+    from fused_steer.vllm import layers
+    from fused_steer.vllm.batch import Batch
+    from fused_steer.vllm.layers import FINISHED, UNADDED, SteeringPoint
+    from fused_steer.vllm.room import Room
+
+    done = []
 
     class Count(TorchDispatchMode):
-        operations = 0
-
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            self.operations += 1
+            if function.name() == "fused_steer::steer_in_vllm":
+                # A graph's op, which looks whether the batch is idle. Torch does not count inside of an op.
+                return counted(layers.steer_in_place)(*args)
+            if function.name() not in ("aten::item", "aten::_local_scalar_dense"):  # reads a point's number on the host
+                done.append(function)
             return function(*args, **(kwargs or {}))
 
+    def counted(function: Any) -> Any:
+        def call(*inputs: Any) -> Any:
+            with Count():
+                return function(*inputs)
+
+        return call
+
     for state in (FINISHED, UNADDED):
-        point = SteeringWithLoRA(SteeringPoint(nn.Linear(64, 64), 0, "layers.0", 64, state))
-        point.create_lora_weights(4, SimpleNamespace(max_lora_rank=8))
-        punica = PunicaWrapperCPU(16, 4, "cpu")
-        point.set_mapping(punica)
-        point.slots.put(1, {"steer_up.bias": torch.ones(64)}, "identity")
-        for number in (0, 7, 0):
-            punica.update_metadata(LoRAMapping((number,) * 3, (number,), is_prefill=True), [None, 7, None, None], 5, 48)
-            hidden, residual = torch.randn(3, 64), torch.randn(3, 64)
-            before = hidden.clone()
-            given = (hidden, residual) if state == UNADDED else hidden
-            with Count() as count:
-                out = point(given)
-            steered = out[0] if state == UNADDED else out
-            if number:
-                torch.testing.assert_close(steered, before + 1)
-            else:
-                assert out is given and torch.equal(steered, before)
-            assert bool(count.operations) == bool(number)
+        batch = Batch(16, "cpu")
+        points = [
+            SteeringPoint(nn.Linear(64, 64), index, "layers.0", 64, state, batch, Room(0, down_bias=False))
+            for index in range(2)
+        ]
+        for number, point in enumerate(points):
+            point.make_slots(4)
+            point.put(1, {"steer_up.bias": torch.full((64,), number + 1.0)}, "identity")
+
+        def both(output: Any, points: Any = points) -> Any:
+            return points[1](points[0](output))
+
+        graphs = []
+
+        def backend(graph: Any, inputs: Any, graphs: Any = graphs) -> Any:
+            graphs.append(graph)
+            return counted(graph)
+
+        for run in (counted(both), torch.compile(both, backend=backend, fullgraph=True)):
+            for steered in (False, True, False):
+                if steered:
+                    batch.fill([1], [1.0], [None], [3], [0], [3])
+                else:
+                    batch.rest()
+                hidden, residual = torch.randn(3, 64), torch.randn(3, 64)
+                before = hidden.clone()
+                done.clear()
+                with torch.inference_mode():
+                    out = run((hidden, residual) if state == UNADDED else hidden)
+                found = out[0] if state == UNADDED else out
+                if steered:
+                    torch.testing.assert_close(found, before + 3)
+                else:
+                    assert torch.equal(found, before)
+                assert bool(done) == steered
+        assert len(graphs) == 1  # all batches and both points have one graph
+        names = [node.target for node in graphs[0].graph.nodes if node.op == "call_function"]
+        assert sum("steer_in_vllm" in str(name) for name in names) == 2

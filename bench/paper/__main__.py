@@ -64,7 +64,7 @@ def run(
     out: Annotated[Path, typer.Option(help="Folder of results.")] = OUT,
     rank: Annotated[int, typer.Option(help="Rank of the steering.")] = Settings.rank,
     activation: Annotated[str, typer.Option(help="Activation of the steering.")] = Settings.activation,
-    positions: Annotated[str, typer.Option(help="Positions that ReFT edits: f7+l7 of the prompt, or all.")] = "f7+l7",
+    positions: Annotated[str, typer.Option(help="Positions that ReFT edits (docs/positions.md).")] = "first_7+last_7",
     projection: Annotated[str, typer.Option(help="joint-released projects at: step, epoch, init or N steps.")] = "100",
     epochs: Annotated[int | None, typer.Option(help="Epochs. Default: as in the paper, 1; 3 for GSM8K.")] = None,
     train_limit: Annotated[int | None, typer.Option(help="Training rows per task. Default: all.")] = None,

@@ -1,7 +1,8 @@
 """The methods: the parameters that each adds to a model and trains, and their learning-rate schedules.
 
 `attach` adds a method's parameters to a model and returns training stages, which run one after the other. LoFiT has two
-stages, the other methods have one. Steering is this project's, LoRA is PEFT's, full fine-tuning is transformers'.
+stages, the other methods have one. Steering and LoReFT are this project's, LoRA is PEFT's, full fine-tuning is
+transformers'.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from transformers import TrainerCallback
 
 from fused_steer import SteerConfig, lora_parameters, patch_model, steering_parameters
 
-from . import heads, reft, released
+from . import heads, released
 from .settings import Settings
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -81,8 +82,8 @@ def _lora(model: Any, settings: Settings, rate: float) -> tuple[Any, list[Stage]
 
 
 def _reft(model: Any, settings: Settings, rate: float) -> tuple[Any, list[Stage]]:
-    reft.attach(model, settings.reft_rank, settings.reft_positions)
-    return model, [Stage(_trained(model), rate)]
+    fields = {"form": "loreft", "rank": settings.reft_rank, "positions": settings.reft_positions}
+    return steering(model, settings, rate, activation=None, **fields)
 
 
 def _lofit(model: Any, settings: Settings, rate: float) -> tuple[Any, list[Stage]]:
@@ -105,7 +106,7 @@ def _jola(model: Any, settings: Settings, rate: float) -> tuple[Any, list[Stage]
     return model, [Stage(_trained(model), rate, penalty=heads.JolaPenalty(edits))]
 
 
-def _steering(model: Any, settings: Settings, rate: float, **fields: Any) -> tuple[Any, list[Stage]]:
+def steering(model: Any, settings: Settings, rate: float, **fields: Any) -> tuple[Any, list[Stage]]:
     fields = {"rank": settings.rank, "activation": settings.activation} | fields
     model = patch_model(model, SteerConfig(**{k: v for k, v in fields.items() if v is not None}))
     return model, [Stage(steering_parameters(model), rate)]
@@ -113,7 +114,7 @@ def _steering(model: Any, settings: Settings, rate: float, **fields: Any) -> tup
 
 def _joint(model: Any, settings: Settings, rate: float, **fields: Any) -> tuple[Any, list[Stage]]:
     model = _with_lora(model, settings)
-    model, (stage,) = _steering(model, settings, rate, **fields)
+    model, (stage,) = steering(model, settings, rate, **fields)
     stage.parameters = [*lora_parameters(model), *stage.parameters]
     return model, [stage]
 
@@ -131,9 +132,9 @@ METHODS: dict[str, Method] = {
     "reft": Method("ReFT", _reft),
     "lofit": Method("LoFiT", _lofit),
     "jola": Method("JoLA", _jola),
-    "lowrank": Method("post-block", _steering),
-    "rank1": Method("post-block, rank 1", functools.partial(_steering, rank=1)),
-    "vector": Method("post-block, vector", functools.partial(_steering, form="vector", rank=None, activation=None)),
+    "lowrank": Method("post-block", steering),
+    "rank1": Method("post-block, rank 1", functools.partial(steering, rank=1)),
+    "vector": Method("post-block, vector", functools.partial(steering, form="vector", rank=None, activation=None)),
     # As in the released code, joint training uses LoRA's schedule for both.
     "joint": Method("naive joint", _joint, "cosine", 0.06),
     "joint-orth": Method("Joint-Orth", functools.partial(_joint, orthogonal_to="lora"), "cosine", 0.06),

@@ -48,7 +48,7 @@ class Settings:
     lora_rank: int = 8
     lora_alpha: int = 8
     reft_rank: int = 8
-    reft_positions: str = "f7+l7"
+    reft_positions: str = "first_7+last_7"
     lofit_share: float = 0.03
     lofit_rate: float = 5e-4
     lofit_l1: float = 5e-3

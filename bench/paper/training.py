@@ -105,9 +105,7 @@ def train(
             report_to=[],
             remove_unused_columns=False,
         )
-        optimizer = torch.optim.AdamW(
-            stage.parameters, lr=stage.rate, weight_decay=0.0
-        )  # weight decay would destroy LoReFT's R
+        optimizer = torch.optim.AdamW(stage.parameters, lr=stage.rate, weight_decay=0.0)
         trainer = _PenalisedTrainer(
             stage,
             model=model,

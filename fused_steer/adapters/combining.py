@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,7 +52,9 @@ def combine_adapters(parts: Mapping[str, tuple[float, AdapterFile]]) -> AdapterF
     biases = [
         any(key in named for file in files.values() for named in file.tensors.values()) for key in (DOWN_BIAS, UP_BIAS)
     ]
-    fields = {"rank": rank, "activation": "identity", "down_bias": biases[0], "up_bias": biases[1]} if rank else {}
+    fields: dict[str, Any] = {}
+    if rank:
+        fields = {"rank": rank, "activation": "identity", "down_bias": biases[0], "up_bias": biases[1]}
     combined = SteerConfig(
         form="lowrank" if rank else "vector",
         layers=layout.config_layers(layers),

@@ -240,3 +240,33 @@ def export_to_pyreft(
         console.print(told, markup=False, soft_wrap=True)
         usage = f"import pyreft\nreft_model = pyreft.ReftModel.load({str(out)!r}, model)"
         console.print(usage, markup=False, soft_wrap=True)
+
+
+@export_app.command("vector")
+def export_to_vector(
+    adapter: Annotated[str, typer.Argument(help="A saved adapter: its directory, or its id on the hub.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out",
+            help="A new file: .gguf (llama.cpp, repeng), .safetensors, or .pt (torch).",
+            show_default=False,
+        ),
+    ],
+    model_type: Annotated[
+        str, typer.Option(help="The model's architecture for a .gguf to record, such as llama; not needed.")
+    ] = "",
+) -> None:
+    """Write an adapter of form vector as control vectors, one for each layer, for use at strength 1.
+
+    The adapter's strength is multiplied in. llama.cpp has no vector for layer 0.
+    """
+    with errors_in_one_line():
+        from ..importers.vectors import export_vector
+
+        written, layers = export_vector(adapter, out, model_type=model_type)
+        screen = new_console()
+        told = f"vectors of layers {', '.join(map(str, layers))}, times {written.config.scale:g}, written to {out}"
+        screen.print(told, markup=False, soft_wrap=True)
+        if out.suffix == ".gguf":
+            screen.print(f"llama-cli -m MODEL.gguf --control-vector {out}", markup=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""Verbs that examine an adapter, a model or the machine: doctor, inspect, kernels, coverage, diagnose."""
+"""Verbs that examine an adapter, a model or the machine: doctor, inspect, compare, kernels, coverage, diagnose."""
 
 from __future__ import annotations
 
@@ -47,6 +47,33 @@ def inspect(
         else:
             new_console().print(config_table(description))
             new_console().print(norms_table(description["layers"]))
+
+
+# ------------------------------------------------------------------------------------------------------------ compare
+
+
+@app.command(rich_help_panel=EXAMINE)
+def compare(
+    first: Annotated[str, typer.Argument(metavar="A", help="A saved adapter: its directory, or its id on the hub.")],
+    second: Annotated[str, typer.Argument(metavar="B", help="Another adapter, for a model of the same sizes.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show how two saved adapters differ: their settings, and the sizes and angles of their shifts in each layer."""
+    with errors_in_one_line():
+        from ..tools.compare import compare as compare_adapters
+        from ..tools.compare import differences_table, places_table
+
+        found = compare_adapters(first, second)
+        if as_json:
+            typer.echo(json.dumps(found.as_dict(), indent=2))
+            return
+        screen = new_console()
+        if found.differences:
+            screen.print(differences_table(found, f"A: {first}", f"B: {second}"))
+        told = "the same adapter, bit for bit" if found.same else "the same settings"
+        if found.same or not found.differences:
+            screen.print(told, markup=False)
+        screen.print(places_table(found))
 
 
 # -------------------------------------------------------------------------------------------------------------- kernels

@@ -1,4 +1,4 @@
-"""Verbs that make an adapter: demo, fit."""
+"""Verbs that make an adapter: demo, fit, extract, train."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .shared import MAKE, app, errors_in_one_line, indices, new_console
+from .shared import MAKE, app, errors_in_one_line, indices, new_console, numbers
 
 # ----------------------------------------------------------------------------------------------------------------- demo
 
@@ -100,3 +100,127 @@ def fit(
             ),
             new_console(),
         )
+
+
+# ------------------------------------------------------------------------------------------------------------ extract
+
+
+@app.command(rich_help_panel=MAKE)
+def extract(
+    pairs: Annotated[
+        Path | None,
+        typer.Argument(
+            help='A .jsonl, a line such as {"positive": "I am glad", "negative": "I am sad"}. Each side is a text or '
+            'the messages of a chat. With a field "prompt", each side is an answer to it.',
+            show_default=False,
+        ),
+    ] = None,
+    positive: Annotated[
+        Path | None, typer.Option(help="In place of PAIRS: texts of one side, a .txt (one a line) or a .jsonl.")
+    ] = None,
+    negative: Annotated[Path | None, typer.Option(help="Texts of the other side, not necessarily as many.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Directory or hub id of a causal language model; SmolLM2-135M-Instruct if not given."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Directory for the adapter and the picture.")] = Path("fused-steer-vector"),
+    method: Annotated[
+        str,
+        typer.Option(
+            help="mean: difference of the means. pca: first component of the pairs' differences, as repeng's pca_diff. "
+            "pca-center: as repeng's pca_center."
+        ),
+    ] = "mean",
+    token: Annotated[str, typer.Option(help="The hidden state of a text: of its last token, or the mean.")] = "last",
+    layers: Annotated[
+        str | None,
+        typer.Option(help="Layers of the adapter, such as 10,11,12; all if not given. One or a few do best."),
+    ] = None,
+    normalise: Annotated[bool, typer.Option("--normalise", help="Divide each vector by its length.")] = False,
+    scale: Annotated[float, typer.Option(help="The adapter's strength, which can be changed at any time.")] = 1.0,
+    held_out: Annotated[
+        float, typer.Option(help="Share of the texts, the last ones, to measure the separation on only.")
+    ] = 0.2,
+    doses: Annotated[
+        str, typer.Option(help="Strengths to try, such as 0,1,2; '' for none. 0 is the base model.")
+    ] = "0,0.5,1,2,4",
+    each_layer: Annotated[
+        bool, typer.Option("--each-layer", help="Try the strengths in one layer at a time, to choose a layer.")
+    ] = False,
+    texts: Annotated[
+        Path | None,
+        typer.Option(help="Texts for the perplexity, a .txt or .jsonl; those of both sides if not given."),
+    ] = None,
+    say: Annotated[
+        str | None, typer.Option(help="The beginning of a text, to be continued at each strength.", show_default=False)
+    ] = None,
+    new_tokens: Annotated[int, typer.Option(help="Tokens of such a continuation.")] = 20,
+    max_length: Annotated[int, typer.Option(help="A text of more tokens is refused.")] = 512,
+    batch_size: Annotated[int, typer.Option(help="Texts at a time.")] = 8,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, xpu …; auto is a GPU if there is one.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Make a steering vector from pairs of contrasting texts, without training, and try it at several strengths."""
+    with errors_in_one_line():
+        from ..vectors.command import ExtractOptions, run
+
+        run(
+            ExtractOptions(
+                pairs=pairs,
+                positive=positive,
+                negative=negative,
+                model=model,
+                out=out,
+                method=method,
+                token=token,
+                layers=indices(layers),
+                normalise=normalise,
+                scale=scale,
+                held_out=held_out,
+                doses=numbers(doses),
+                each_layer=each_layer,
+                texts=texts,
+                say=say,
+                new_tokens=new_tokens,
+                max_length=max_length,
+                batch_size=batch_size,
+                device=device,
+                as_json=as_json,
+            ),
+            new_console(),
+        )
+
+
+# -------------------------------------------------------------------------------------------------------------- train
+
+
+@app.command(rich_help_panel=MAKE)
+def train(
+    recipe: Annotated[
+        str | None,
+        typer.Argument(
+            help="A recipe, a YAML file with the keys model, out, data, method and training; or the name of a recipe "
+            "that comes with the package (see --list).",
+            show_default=False,
+        ),
+    ] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Set a key of the recipe: --set training.max_steps=20. Can be repeated."),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint in the recipe's out.")] = (
+        False
+    ),
+    check: Annotated[bool, typer.Option("--check", help="Only check the recipe and its data.")] = False,
+    listed: Annotated[bool, typer.Option("--list", help="List the recipes that come with the package.")] = False,
+) -> None:
+    """Train steering, a LoRA, or both, by a recipe. On several GPUs: accelerate launch -m fused_steer train RECIPE."""
+    with errors_in_one_line():
+        from ..recipes.command import list_shipped, run
+
+        if listed:
+            list_shipped(new_console())
+            return
+        if recipe is None:
+            raise ValueError("RECIPE is not given; expected a YAML file, or a name of `fused-steer train --list`")
+        run(recipe, changes or [], resume, check, new_console())

@@ -51,3 +51,11 @@ def indices(layers: str | None) -> list[int] | None:
         return [int(index) for index in layers.split(",")]
     except ValueError:
         raise ValueError(f"layers is {layers!r} (--layers); expected indices such as 7,8,9") from None
+
+
+def numbers(given: str, option: str = "--doses") -> list[float]:
+    """Return the numbers of an option such as `0,0.5,1`."""
+    try:
+        return [float(number) for number in given.split(",")] if given.strip() else []
+    except ValueError:
+        raise ValueError(f"{option} is {given!r}; expected numbers such as 0,0.5,1") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -124,7 +125,9 @@ def run(options: DiagnoseOptions, console: Console) -> None:
     device = choose_device(options.device)
     prompts = read_prompts(options.prompts, options.field)[: options.max_prompts]
     model, tokenizer = _load(options, device)
-    diagnosis = diagnose(model, encode(tokenizer, prompts, options.max_length, options.batch_size))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r".*layers do nothing", category=UserWarning)  # said below
+        diagnosis = diagnose(model, encode(tokenizer, prompts, options.max_length, options.batch_size))
     files = diagnosis.save(options.out)
 
     def say(text: str) -> None:
@@ -141,5 +144,7 @@ def run(options: DiagnoseOptions, console: Console) -> None:
             layers[str(layer.layer)] = None
     for reason, where in reasons.items():
         say(f"absent    {reason} (layers {', '.join(where)})")
+    if (warning := diagnosis.warning()) is not None:
+        say(f"warning   {warning}")
     for file in files:
         say(f"wrote     {file}")

@@ -16,7 +16,7 @@ from .._version import __version__
 if TYPE_CHECKING:
     pass
 from .figures import _FIGURES, check_matplotlib
-from .records import BINS, LayerDiagnosis
+from .records import ASLEEP, BINS, LayerDiagnosis
 
 QUANTITIES = ("mlp_share", "alignment", "cosine", "spectral_norm", "shift")
 JSON_NAME = "diagnostics.json"
@@ -31,7 +31,7 @@ class Diagnosis:
         adapter: the name of the steering adapter.
         config: the adapter's `SteerConfig` as a dict.
         lora: the names of the active LoRA adapters.
-        tokens: the number of measured tokens, padding excluded.
+        tokens: the number of measured tokens: those at the adapter's positions, padding excluded.
         layers: the steered layers.
     """
 
@@ -42,10 +42,32 @@ class Diagnosis:
     tokens: int
     layers: tuple[LayerDiagnosis, ...]
 
+    @property
+    def asleep(self) -> tuple[LayerDiagnosis, ...]:
+        """The layers that do nothing: the median ‖δ‖/‖h‖ is below 0.001."""
+        return tuple(layer for layer in self.layers if layer.shift and layer.shift.quantiles["0.5"] < ASLEEP)
+
+    def warning(self) -> str | None:
+        """Return a sentence on the layers that do nothing, or None if there are none."""
+        if not self.asleep:
+            return None
+        several = len({layer.site for layer in self.layers}) > 1
+        names = ", ".join(f"{layer.layer} ({layer.site})" if several else str(layer.layer) for layer in self.asleep)
+        return (
+            f"{len(self.asleep)} of {len(self.layers)} steered layers do nothing, with a median ‖δ‖/‖h‖ below "
+            f"{ASLEEP:g}: {names}"
+        )
+
     def to_json(self) -> dict[str, Any]:
         """Return the diagnosis as JSON data. Every number is finite."""
         fields = json.loads(json.dumps(asdict(self), allow_nan=False))
-        return {"fused_steer_version": __version__, "cosine_bin_edges": np.linspace(-1, 1, BINS + 1).tolist(), **fields}
+        edges = np.linspace(-1, 1, BINS + 1).tolist()
+        return {
+            "fused_steer_version": __version__,
+            "cosine_bin_edges": edges,
+            "asleep": [{"layer": layer.layer, "site": layer.site} for layer in self.asleep],
+            **fields,
+        }
 
     def save(self, directory: str | os.PathLike[str]) -> list[Path]:
         """Write `diagnostics.json` and, for each site, a PNG of each quantity. Return the written files.

@@ -22,7 +22,8 @@ def check_matplotlib() -> None:
         raise ImportError("the figures need matplotlib; `pip install 'fused-steer[demo]'`")
 
 
-def _figure(size: tuple[float, float]) -> Any:
+def empty_figure(size: tuple[float, float]) -> Any:
+    """Return a matplotlib figure of this size in inches, for files only."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -35,7 +36,7 @@ def _layer_axes(layers: Sequence[LayerDiagnosis], **labels: str) -> tuple[Any, A
     """Return a figure and its axes, with the layers along x."""
     from matplotlib.ticker import MaxNLocator
 
-    figure = _figure((min(4.5 + 0.12 * len(layers), 12), 4))
+    figure = empty_figure((min(4.5 + 0.12 * len(layers), 12), 4))
     axes = figure.add_subplot(xlabel="layer", **labels)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set_xlim(layers[0].layer - 0.6, layers[-1].layer + 0.6)
@@ -73,7 +74,8 @@ _STEERED = {
 }
 
 
-def _plot_shift(layers: Sequence[LayerDiagnosis], file: Path) -> None:
+def draw_shift(layers: Sequence[LayerDiagnosis], file: Path) -> None:
+    """Save ‖δ‖/‖h‖ of layers at one site as a PNG."""
     figure, axes = _layer_axes(
         layers, ylabel="‖δ‖ / ‖h‖", title=f"Size of the steering's shift δ against h, {_STEERED[layers[0].site]}"
     )
@@ -126,7 +128,7 @@ def _plot_alignment(layers: Sequence[LayerDiagnosis], file: Path) -> None:
     """Draw a square of |u_iᵀ u'_j| for each layer, headed by the layer's largest principal cosine."""
     columns = min(len(layers), max(3, math.ceil(math.sqrt(1.5 * len(layers)))))
     rows = math.ceil(len(layers) / columns)
-    figure = _figure((max(1.5 * columns + 1.2, 5), 1.75 * rows + 1.2))
+    figure = empty_figure((max(1.5 * columns + 1.2, 5), 1.75 * rows + 1.2))
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     image = None
     for axes, layer in zip(grid.flat, layers, strict=False):
@@ -151,5 +153,5 @@ _FIGURES: dict[str, Callable[[Sequence[LayerDiagnosis], Path], None]] = {
     "alignment": _plot_alignment,
     "cosine": _plot_cosine,
     "spectral_norm": _plot_spectral_norm,
-    "shift": _plot_shift,
+    "shift": draw_shift,
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,9 @@ from .records import BINS, LEADING, LEVELS, Alignment, Cosine, LayerDiagnosis, S
 
 if TYPE_CHECKING:
     from ..lora.layers import LoraLayer
+    from ..steering import Steering
+
+IGNORED = -100  # the label of a prompt's token
 
 
 class _Absent(Exception):
@@ -43,11 +47,15 @@ def diagnose(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Diagnosi
     Args:
         model: a model patched by `patch_model`, with or without LoRA from PEFT.
         batches: keyword arguments of the decoder's forward, with `input_ids` (B, T). Tokens masked by
-            `attention_mask` (B, T) are not measured. `labels` are ignored.
+            `attention_mask` (B, T) are not measured, nor those outside of the adapter's positions. `labels` (B, T) say
+            which tokens are the prompt's (-100); without them all are.
+
+    Warns:
+        UserWarning: layers do nothing. They are `Diagnosis.asleep`.
 
     Raises:
         ValueError: the model is not patched, no adapter is active, steering is disabled, the modules that write into
-            the residual stream are not found, the batches hold no token, or a mask has another shape.
+            the residual stream are not found, the batches hold no token to measure, or a mask has another shape.
         TypeError: a batch is not a mapping with `input_ids`.
     """
     steering = steering_of(model)
@@ -71,8 +79,8 @@ def diagnose(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Diagnosi
             _Observed(place, layers[place.layer], site, writers[place.layer], flow.mlp_source(place, writers))
             for place, site in sites.items()
         ]
-        tokens = _run(decoder.module, observed, batches)
-    return Diagnosis(
+        tokens = _run(decoder.module, observed, batches, steering)
+    diagnosis = Diagnosis(
         model=getattr(inner.config, "_name_or_path", "") or type(inner).__name__,
         adapter=steering.active,
         config=steering.config().to_dict(),
@@ -80,6 +88,9 @@ def diagnose(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Diagnosi
         tokens=tokens,
         layers=tuple(one.diagnosis(kinds[one.place]) for one in observed),
     )
+    if (warning := diagnosis.warning()) is not None:
+        warnings.warn(warning, stacklevel=2)
+    return diagnosis
 
 
 def _site(layer: nn.Module, name: str) -> SteeringSite:
@@ -101,10 +112,12 @@ def _left_as_it_was(decoder: nn.Module, sites: Sequence[SteeringSite]) -> Iterat
             site.calls, site.backend = calls, backend
 
 
-def _run(decoder: nn.Module, observed: Sequence[_Observed], batches: Iterable[Mapping[str, Any]]) -> int:
+def _run(
+    decoder: nn.Module, observed: Sequence[_Observed], batches: Iterable[Mapping[str, Any]], steering: Steering
+) -> int:
     """Run the batches while the layers are observed. Return the number of measured tokens."""
     device = next((p.device for p in decoder.parameters()), torch.device("cpu"))
-    tokens = 0
+    tokens = measured = 0
     with contextlib.ExitStack() as stack, torch.no_grad():
         for one in observed:
             stack.enter_context(one.watching())
@@ -126,11 +139,21 @@ def _run(decoder: nn.Module, observed: Sequence[_Observed], batches: Iterable[Ma
                 continue
             for one in observed:
                 one.keep = keep
-            decoder(**inputs, use_cache=False)
+            labels = batch.get("labels")
+            tells = isinstance(labels, Tensor) and observed[0].site.gains is not None
+            told = steering.prompts(labels == IGNORED) if tells else contextlib.nullcontext()
+            with told:
+                decoder(**inputs, use_cache=False)
             tokens += len(keep)
+            measured += observed[0].measured
     if not tokens:
         raise ValueError("the batches hold no token; expected at least one that the attention mask keeps")
-    return tokens
+    if not measured:
+        raise ValueError(
+            f"the batches hold no token at the adapter's positions, {steering.config().positions}; expected at least "
+            "one (labels tell which tokens are generated)"
+        )
+    return measured
 
 
 # ---------------------------------------------------------------------------------------------------------- one layer
@@ -152,6 +175,7 @@ class _Observed:
         self.adapted = [writer for writer in self.mlp if _active_lora(writer.module)]
         self.no_lora_shift = self._why_no_lora_shift()
         self.keep: Tensor  # indices of the batch's unmasked tokens
+        self.measured = 0  # the number of these that the pass steered
         self._y: Tensor | None = None
         self._lora: list[Tensor] = []  # LoRA shifts of this pass, each (B·T, d)
         self._rows: dict[str, list[Tensor]] = {}
@@ -190,8 +214,13 @@ class _Observed:
         self._lora.append(_lora_shift(module, args[0], output).flatten(0, -2))
 
     def _on_site(self, site: SteeringSite, args: Any, output: Tensor) -> None:
+        keep = self.keep
+        if site.gains is not None:
+            keep = keep[site.gains.of(output, None).flatten()[keep] != 0]
+        self.measured = len(keep)
+
         def rows(tensor: Tensor) -> Tensor:
-            return tensor.flatten(0, -2)[self.keep]
+            return tensor.flatten(0, -2)[keep]
 
         with torch.autocast(output.device.type, enabled=False):
             h = steered_state(site, tuple(map(rows, args)))

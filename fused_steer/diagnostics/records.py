@@ -8,6 +8,7 @@ from ..adapters.parameters import SITE
 
 LEVELS = (0.05, 0.25, 0.5, 0.75, 0.95)
 BINS = 101  # bins of the cosine over [-1, 1]; an odd number, so that 0 is inside a bin
+ASLEEP = 1e-3  # a layer does nothing if its median ‖δ‖/‖h‖ is smaller
 LEADING = 8  # number of singular vectors compared
 
 

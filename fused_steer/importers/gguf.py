@@ -1,7 +1,7 @@
-"""Read control vectors from GGUF files: the architecture, and tensors of float32 or float16.
+"""Read and write control vectors in GGUF files: the architecture, and tensors of float32 or float16.
 
-The layout is described in ggml's docs/gguf.md; versions 2 and 3 are read, little-endian. The package gguf maps a file
-into memory, and the process dies if another one overwrites the file. Here every byte is copied.
+The layout is described in ggml's docs/gguf.md; versions 2 and 3 are read, 3 is written, little-endian. The package gguf
+maps a file into memory, and the process dies if another one overwrites the file. Here every byte is copied.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,7 +21,8 @@ from .reading import first_line, foreign_file
 _VERSIONS = (2, 3)
 #: The types of metadata that struct knows, by their codes; besides, a string is 8 and an array 9.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_STRING, _ARRAY = 8, 9
+_UINT32, _STRING, _ARRAY = 4, 8, 9
+_ALIGNMENT = 32  # where a file names no other
 _DTYPES = {0: torch.float32, 1: torch.float16}
 _NAMES = {0: "F32", 1: "F16", 28: "F64", 30: "BF16"}
 
@@ -106,7 +108,7 @@ def _read(reader: _Reader, architecture: str, prefix: str) -> dict[str, Tensor]:
     if found != architecture:
         raise ValueError(f"its architecture is {found!r}; expected {architecture!r}")
     places = [_place(reader, prefix) for _ in range(tensors)]
-    alignment = metadata.get("general.alignment", 32)
+    alignment = metadata.get("general.alignment", _ALIGNMENT)
     if not isinstance(alignment, int) or alignment < 1:
         raise ValueError(f"its alignment is {alignment!r}")
     data = math.ceil(reader.opened.tell() / alignment) * alignment
@@ -131,3 +133,33 @@ def _tensor(reader: _Reader, start: int, dtype: torch.dtype, shape: tuple[int, .
     reader.opened.seek(start)
     content = bytearray(reader.take(math.prod(shape) * dtype.itemsize))
     return torch.frombuffer(content, dtype=dtype).reshape(shape) if content else torch.empty(shape, dtype=dtype)
+
+
+def gguf_bytes(metadata: Mapping[str, str | int], tensors: Mapping[str, Tensor]) -> bytes:
+    """Return the content of a GGUF file.
+
+    Args:
+        metadata: strings and unsigned 32-bit integers, by name.
+        tensors: float32 tensors, by name.
+    """
+
+    def text(value: str) -> bytes:
+        encoded = value.encode("utf-8")
+        return struct.pack("<Q", len(encoded)) + encoded
+
+    head = b"GGUF" + struct.pack("<IQQ", _VERSIONS[-1], len(tensors), len(metadata))
+    for name, value in metadata.items():
+        if isinstance(value, str):
+            head += text(name) + struct.pack("<I", _STRING) + text(value)
+        else:
+            head += text(name) + struct.pack("<II", _UINT32, value)
+    data = b""
+    for name, tensor in tensors.items():
+        shape = tensor.shape[::-1]
+        head += text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, 0, len(data))
+        data += _padded(tensor.detach().cpu().contiguous().numpy().astype("<f4").tobytes())
+    return _padded(head) + data
+
+
+def _padded(content: bytes) -> bytes:
+    return content + bytes(-len(content) % _ALIGNMENT)

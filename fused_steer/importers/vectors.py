@@ -1,4 +1,4 @@
-"""Import control vectors as adapters of `form="vector"`: GGUF files of repeng and llama.cpp, and plain tensors.
+"""Control vectors as adapters of `form="vector"`, and back: GGUF files of repeng and llama.cpp, and plain tensors.
 
 Layer N is the decoder layer of index N, from 0. Its vector is added to that layer's output. repeng wraps
 `model.layers[N]`. llama.cpp adds `direction.N` to its `l_out` of layer N, with N from 1. steering-vectors hooks its
@@ -13,13 +13,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor
 
-from ..adapters.files import AdapterFile
-from ..adapters.parameters import UP_BIAS, Place
+from ..adapters.files import AdapterFile, read_adapter
+from ..adapters.parameters import SITE, UP_BIAS, Place
+from ..adapters.saving import saving_folder
 from ..config import SteerConfig
-from .gguf import read_gguf
+from ..positions import ALL
+from .gguf import gguf_bytes, read_gguf
 from .reading import (
     DTYPE_NAMES,
     assemble,
@@ -32,6 +35,7 @@ from .reading import (
 
 _ARCHITECTURE = "controlvector"
 _DIRECTION = "direction."
+_SUFFIXES = (".gguf", ".safetensors", ".pt")
 _KEY = re.compile(r"(?:(?:direction|layers?)\.)?(0|[1-9][0-9]*)")
 
 
@@ -80,6 +84,64 @@ def import_vector(
         hidden, dtype = _sizes(vectors)
     named = {Place(index): {UP_BIAS: vector} for index, vector in vectors.items()}
     return assemble(file, target, hidden, named, form="vector", scale=scale, dtype=DTYPE_NAMES[dtype])
+
+
+def export_vector(
+    source: str | os.PathLike[str], file: str | os.PathLike[str], *, model_type: str = ""
+) -> tuple[AdapterFile, list[int]]:
+    """Write an adapter of `form="vector"` as control vectors, one for each layer, for use at strength 1.
+
+    The adapter's strength is multiplied in, and the product rounded to float32 once. `import_vector(file, scale=1)`
+    computes the same.
+
+    Args:
+        source: a saved adapter: its directory, or its id on the hub.
+        file: a new file: `.gguf` for llama.cpp and repeng, with `direction.N` for layer N; `.safetensors` with tensors
+            `layer.N`; or `.pt`, a dict of tensors by layer, as steering-vectors' `layer_activations`.
+        model_type: recorded in a `.gguf` as its model_hint, such as "llama".
+
+    Returns:
+        The adapter, and the layers with a vector.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such adapter, its files are broken, the format has no such form, site
+            or positions, or the file exists. Nothing is written then.
+    """
+    adapter, target = read_adapter(source), Path(file)
+    config = adapter.config
+    if target.suffix not in _SUFFIXES:
+        raise ValueError(f"the file is {target}; expected its name to end in {', '.join(_SUFFIXES)}")
+    if config.form != "vector":
+        raise ValueError(f"{source} is of form {config.form!r}; expected 'vector': a control vector is nothing else")
+    if config.sites != (SITE,):
+        raise ValueError(f"{source} steers at {', '.join(config.sites)}; expected {SITE}, the place of control vectors")
+    if config.positions != ALL:
+        raise ValueError(f"{source} has positions {config.positions!r}; expected {ALL!r}: files record no others")
+    if target.suffix == ".gguf" and Place(0) in adapter.tensors:
+        raise ValueError(f"{source} steers layer 0; expected layers from 1: llama.cpp refuses a direction.0")
+    if target.exists():
+        raise ValueError(f"{target} exists; expected a new file")
+    vectors = {
+        place.layer: (config.scale * tensors[UP_BIAS].double()).float() for place, tensors in adapter.tensors.items()
+    }
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with saving_folder(target.parent) as folder:
+        written = folder / target.name
+        if target.suffix == ".pt":
+            torch.save(vectors, written)
+        elif target.suffix == ".safetensors":
+            written.write_bytes(safetensors.torch.save({f"layer.{i}": vector for i, vector in vectors.items()}))
+        else:
+            hint, count = f"{_ARCHITECTURE}.model_hint", f"{_ARCHITECTURE}.layer_count"
+            metadata: dict[str, str | int] = {
+                "general.architecture": _ARCHITECTURE,
+                hint: model_type,
+                count: len(vectors),
+            }
+            named = {f"{_DIRECTION}{i}": vector for i, vector in vectors.items()}
+            written.write_bytes(gguf_bytes(metadata, named))
+        os.replace(written, target)
+    return adapter, list(vectors)
 
 
 def _read(file: Path) -> Any:

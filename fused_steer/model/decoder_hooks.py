@@ -14,7 +14,7 @@ from .decoder import Decoder
 from .layer import PatchedLayer
 from .passes import FEW_TOKENS, Packing, tokens_of
 from .scopes import Scopes
-from .watch import LayerList
+from .watch import LayerList, thread
 
 
 class DecoderHooks:
@@ -69,8 +69,9 @@ class DecoderHooks:
     def _pack(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         tokens = tokens_of(args, kwargs)
         weights, rotations = {}, {}
+        transformed = torch._C._functorch.peek_interpreter_stack() is not None  # by torch.func
         sites = [site for patched in self._patched.values() for site in patched.sites.values()]
-        if not torch.is_grad_enabled():
+        if not transformed:
             rotations = {site: pair for site in sites if (pair := site.rotation()) is not None}
         if tokens > FEW_TOKENS:
             weights = {site: pair for site in sites if (pair := site.low_rank()) is not None}
@@ -81,6 +82,7 @@ class DecoderHooks:
         if not torch.compiler.is_compiling():
             self._scopes.end_pass()
             self._packing.end()
+            thread.handed = None  # of a pass that ended early
 
 
 def warn_of_frozen(name: str) -> None:

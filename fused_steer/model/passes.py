@@ -1,4 +1,4 @@
-"""Packed weights for one forward pass of a decoder in one thread, and LoReFT's rotations for one without gradients.
+"""Packed weights and LoReFT's rotations for one forward pass of a decoder in one thread.
 
 A pack is made before the pass and dropped after it, also after an exception. Each thread has its own. A layer uses it
 only if its weights are still at the packed addresses, on the same stream. Weights that were moved, replaced or gathered
@@ -27,7 +27,8 @@ class Pack:
     def __init__(self, dtype: torch.dtype | None) -> None:
         self.dtype = dtype  # the hidden state's dtype, None if nothing is packed
         self._layers: dict[int, tuple[int, int, Packed]] = {}
-        self._rotated: dict[int, tuple[int, int, tuple[Tensor, Tensor]]] = {}
+        self._rotated: dict[int, tuple[tuple[Tensor, Tensor], tuple[int, int], tuple[Tensor, Tensor]]] = {}
+        self._graded = torch.is_grad_enabled()
         self._streams: dict[torch.device, Any] = {}
 
     def add(self, device: torch.device, sites: list[int], table: Tensor, weights: list[tuple[Tensor, Tensor]]) -> None:
@@ -46,16 +47,18 @@ class Pack:
         for sites in kinds.values():
             found = rotate_all([pair for _, pair in sites])
             self._streams[found[0][0].device] = _stream(found[0][0].device)
-            for (number, (source, matrix)), made in zip(sites, found, strict=True):
-                self._rotated[number] = (source.data_ptr(), matrix.data_ptr(), made)
+            for (number, pair), made in zip(sites, found, strict=True):
+                self._rotated[number] = (pair, (pair[0].data_ptr(), pair[1].data_ptr()), made)
 
     def rotation_of(self, site: nn.Module, source: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor] | None:
         """Return W1 and W2 of a site with LoReFT if they were made of this W and P, else None."""
         found = self._rotated.get(id(site))
-        if found is None or torch.is_grad_enabled():
+        if found is None or (torch.is_grad_enabled() and not self._graded):
             return None
-        at_source, at_matrix, made = found
-        if source.data_ptr() != at_source or matrix.data_ptr() != at_matrix or source.device != made[0].device:
+        pair, addresses, made = found
+        if source is not pair[0] or matrix is not pair[1]:  # a gradient belongs to the tensor itself
+            return None
+        if (source.data_ptr(), matrix.data_ptr()) != addresses or source.device != made[0].device:
             return None
         return made if self._streams[source.device] == _stream(source.device) else None
 
@@ -96,7 +99,7 @@ class Packing:
             dtype: the hidden state's dtype. If it is None (unknown), nothing is packed.
             tokens: the number of tokens in the pass.
             weights: W1 and W2 of each site with an active low-rank adapter.
-            rotations: W and P of each site with an active LoReFT; none in a pass with gradients.
+            rotations: W and P of each site with an active LoReFT.
         """
         pack = None
         if dtype is not None and tokens > FEW_TOKENS and weights:

@@ -13,6 +13,7 @@ from ..config import SITES, SteerConfig
 from .decoder import Decoder, find_decoder
 from .decoder_hooks import DecoderHooks
 from .layer import PatchedLayer, give_sites, unpatch_layers
+from .norms import Norms
 from .scopes import Scopes
 from .site import SteeringSite
 from .watch import LayerReport, Report
@@ -26,6 +27,7 @@ class PatchedModel:
         model: nn.Module,
         kept: Callable[[nn.Module], Iterable[nn.Parameter]],
         before_training: Callable[[bool], None],
+        fuse_norm: bool = False,
     ) -> None:
         """Find the decoder. The model is not changed.
 
@@ -33,6 +35,7 @@ class PatchedModel:
             model: a model with decoder layers.
             kept: returns the model's parameters that are not frozen.
             before_training: see `DecoderHooks`.
+            fuse_norm: whether to fuse the norms that follow steered layers.
 
         Raises:
             TypeError, ValueError: see `find_decoder`.
@@ -41,6 +44,7 @@ class PatchedModel:
         self.layers: dict[int, PatchedLayer] = {}  # in the order of the layers
         self.disabled = 0  # the number of open `disable` contexts
         self.scopes = Scopes()
+        self._norms = Norms(self.decoder, self.layers) if fuse_norm else None
         self._hooks = DecoderHooks(self.decoder, self.layers, self.scopes, before_training)
         others = {id(parameter) for parameter in kept(model)}
         # By module and name, because offloading replaces the parameter object.
@@ -78,6 +82,8 @@ class PatchedModel:
         for index in sorted(self.layers):
             self.layers[index] = self.layers.pop(index)
         self._enable()
+        if self._norms is not None:
+            self._norms.link()
 
     def _lacking(self, places: Iterable[Place]) -> dict[PatchedLayer, list[str]]:
         """The sites that are to come, by layer."""
@@ -108,6 +114,8 @@ class PatchedModel:
         with self.changing("the model is unpatched"):
             for site in self.sites.values():
                 site.enabled = False  # so that a partly unpatched model computes like its base
+        if self._norms is not None:
+            self._norms.unlink()
         unpatch_layers(self.layers.values())
         for module, name, required in self._requires_grad:
             parameter = module._parameters.get(name)
@@ -125,15 +133,17 @@ class PatchedModel:
         """
         with self.scopes.change(what):
             earlier = {index: set(patched.sites) for index, patched in self.layers.items()}
-            memories = [site.remember() for site in self.sites.values()]
+            memories = {site: site.remember() for site in self.sites.values()}
             try:
                 yield
             except BaseException:
+                if self._norms is not None:
+                    self._norms.unlink(without=set(memories))
                 for index, patched in list(self.layers.items()):
                     patched.take(set(SITES) - earlier.get(index, set()))
                     if index not in earlier:
                         del self.layers[index]
-                for give_back in memories:
+                for give_back in memories.values():
                     give_back()
                 raise
 
@@ -168,8 +178,9 @@ class PatchedModel:
         for (index, name), site in self.sites.items():
             patched = self.layers[index]
             reach, layer = patched.reached[name], patched.base.__name__
+            norm = ("", 0) if self._norms is None else (self._norms.state(index, site), self._norms.taken(site))
             report.append(
-                LayerReport(index, patched.path, layer, reach.kind, site.backend, site.calls, reach.reason, name)
+                LayerReport(index, patched.path, layer, reach.kind, site.backend, site.calls, reach.reason, name, *norm)
             )
         return report
 
@@ -177,6 +188,8 @@ class PatchedModel:
         """Set the report's call counts to 0."""
         for site in self.sites.values():
             site.calls, site.backend = 0, None
+        if self._norms is not None:
+            self._norms.reset()
 
 
 def describe(

@@ -11,9 +11,11 @@ from torch.compiler import is_compiling
 
 from ..adapters.parameters import SITE, Adapter, Factors, Place, Rotation
 from ..kernels import post_block, select_backend
+from ..kernels.contract import Operands, Packed
 from ..kernels.orthogonal import project_gradient
 from ..kernels.plan import no_plan
 from ..kernels.planned import PlannedPostBlock
+from ..kernels.post_block_norm import steer_and_normalise
 from .watch import note_run, thread
 
 _Parameter = TypeVar("_Parameter", Tensor, Tensor | None)
@@ -117,15 +119,59 @@ class _PlannedComputed(PlannedPostBlock):
         pass
 
 
+class _PlannedWithNorm(_PlannedComputed):
+    """The op with the norm behind the layer: `post_block_norm` where the norm can be computed here, else the op."""
+
+    __slots__ = ("_link",)
+
+    def __init__(self, link: Any, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._link = link
+
+    @property
+    def last(self) -> Any:
+        return no_plan  # a plan of the op alone would compute no norm
+
+    @last.setter
+    def last(self, run: Any) -> None:
+        pass
+
+    def infer(self, residual: Tensor, branch: Tensor | None, *weights: Tensor, packed: Packed | None = None) -> Tensor:
+        return self._with_norm(super().infer, residual, branch, weights, packed)
+
+    def train(self, residual: Tensor, branch: Tensor | None, *weights: Tensor, packed: Packed | None = None) -> Tensor:
+        return self._with_norm(super().train, residual, branch, weights, packed)
+
+    def _with_norm(
+        self,
+        ordinary: Callable[..., Tensor],
+        residual: Tensor,
+        branch: Tensor | None,
+        weights: tuple[Tensor, ...],
+        packed: Packed | None,
+    ) -> Tensor:
+        norm = self._link.norm_of_site(residual, branch)
+        if norm is None:
+            return ordinary(residual, branch, *weights, packed=packed)
+        self.backend = select_backend(residual.device)
+        states = (residual,) if branch is None else (residual, branch)
+        out, normed = steer_and_normalise(*self._call(states, weights, packed), norm)
+        self._link.hand_over(out, normed, norm.weight)
+        return out
+
+
 class SteeringSite(Site):
     """A site of `patch_model`. The active adapter steers every token, or in a batch each row's own adapter."""
 
     #: The op with its launch plans, and a function that returns the op's present operands after residual and branch:
     #: the adapter's parameters, or those of `rows`. Any assignment on the site resets it.
     _planned: tuple[Any, Callable[[], tuple[Tensor, ...]]] | None
+    #: W and P of LoReFT in the last pass with gradients, and the W1 and W2 that were made of them.
+    _rotated: tuple[Tensor, Tensor, tuple[Tensor, Tensor]] | None
 
     def __init__(self, name: str = SITE) -> None:
         super().__init__(name)
+        self.__dict__["_rotated"] = None
         self.active: str | None = None  # the active adapter; None, or one that skips this layer, is a plain add
         self.enabled = True
         self.activation = "identity"  # of the active adapter
@@ -136,6 +182,7 @@ class SteeringSite(Site):
         self.gains: Any = None  # gives the gain of each token of a pass; None: every token is steered
         self.basis: Tensor | None  # V (d, k) float32, which W2 and b2 are kept orthogonal to in training
         self.register_buffer("basis", None, persistent=False)
+        self.link: Any = None  # the norm behind the layer, if it is fused: see `norms.Link`
         #: The module that steers by rows while each row of a batch has its own adapter. Its `plan` fills `_planned`.
         self.rows: Any
         self.register_module("rows", None)
@@ -146,7 +193,12 @@ class SteeringSite(Site):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy makes its own plans, and is in no batch and in no `disabled`.
-        return self.__dict__ | {"_planned": None, "enabled": True, "_modules": {**self._modules, "rows": None}}
+        return self.__dict__ | {
+            "_planned": None,
+            "_rotated": None,
+            "enabled": True,
+            "_modules": {**self._modules, "rows": None},
+        }
 
     def _replicate_for_data_parallel(self) -> SteeringSite:
         replica = super()._replicate_for_data_parallel()
@@ -182,11 +234,27 @@ class SteeringSite(Site):
     def _weights(self, active: str) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         """Return W1, W2, b1 and b2 of an adapter. Those of LoReFT were perhaps made at the beginning of the pass."""
         adapter = Adapter(self.steer_down[active], self.steer_up[active])
-        if not is_compiling() and isinstance(adapter.up, Rotation) and thread.packs and thread.packs[-1] is not None:
-            found = thread.packs[-1].rotation_of(self, adapter.down.weight, adapter.up.weight)
+        if not is_compiling() and isinstance(adapter.up, Rotation):
+            found = self._made_rotation(adapter.down.weight, adapter.up.weight)
             if found is not None:
                 return *found, adapter.down.bias, None
         return adapter.weights()
+
+    def _made_rotation(self, source: Tensor | None, matrix: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """Return LoReFT's W1 and W2 if the pass has made them for all layers, else None.
+
+        Checkpointing runs a layer again in the backward pass, when there is no pass of the decoder. Autograd then
+        expects the tensors that the first run saved, so the site keeps them. Reentrant checkpointing first runs the
+        layer without gradients; then nothing is kept, and the layer makes its own.
+        """
+        pack = thread.packs[-1] if thread.packs else None
+        if pack is not None:
+            found = pack.rotation_of(self, source, matrix)
+            self.__dict__["_rotated"] = (source, matrix, found) if found is not None and is_grad_enabled() else None
+            return found
+        kept = self._rotated
+        in_backward = torch._C._current_graph_task_id() != -1
+        return kept[2] if in_backward and kept is not None and kept[0] is source and kept[1] is matrix else None
 
     def use(self, name: str | None, activation: str, scale: float, gains: Any = None) -> None:
         """Make `name` the only adapter that steers and trains. None, or one that skips this layer, is a plain add.
@@ -256,6 +324,8 @@ class SteeringSite(Site):
             return out
         noted["backend"] = select_backend(residual.device)
         if self.gains is not None and self.rows is None:
+            if self.link is not None and self.active is not None and self.enabled:
+                return self._with_gains(residual, branch, entering)
             return self.in_graph(residual, branch, entering)
         return residual if branch is None else residual + branch
 
@@ -264,20 +334,36 @@ class SteeringSite(Site):
             return self.rows(residual, branch)
         if self.active is None or not self.enabled:
             return residual if branch is None else residual + branch
-        down, up, down_bias, up_bias = self._weights(self.active)
+        down, up, down_bias, up_bias, gain, _, scale, activation, _, reads = self._operands(residual, entering)
         return post_block(
-            residual,
-            branch,
+            residual, branch, down, up, down_bias=down_bias, up_bias=up_bias, activation=activation, gain=gain,
+            scale=scale, reads=reads,
+        )  # fmt: skip
+
+    def _operands(self, residual: Tensor, entering: Tensor | None) -> Operands:
+        """Return the operands of a call that is not planned."""
+        assert self.active is not None
+        down, up, down_bias, up_bias = self._weights(self.active)
+        return Operands(
             down,
             self._constrained(up),
-            down_bias=down_bias,
-            up_bias=self._constrained(up_bias),
+            down_bias,
+            self._constrained(up_bias),
             activation=self.activation,
             gain=None if self.gains is None else self.gains.of(residual, entering),
             # For float64 the config's exact value is used, not the float32 one.
             scale=self.scale if residual.dtype == torch.float64 else self.strength,
             reads=self.reads,
         )
+
+    def _with_gains(self, residual: Tensor, branch: Tensor | None, entering: Tensor | None) -> Tensor:
+        """Compute a call with token positions and the norm behind the layer."""
+        norm = self.link.norm_of_site(residual, branch)
+        if norm is None:
+            return self.in_graph(residual, branch, entering)
+        out, normed = steer_and_normalise(residual, branch, self._operands(residual, entering), norm)
+        self.link.hand_over(out, normed, norm.weight)
+        return out
 
     def _plan(self, residual: Tensor) -> tuple[Any, Callable[[], tuple[Tensor, ...]]] | None:
         """Make and return `_planned`, or None if nothing steers."""
@@ -325,8 +411,11 @@ class SteeringSite(Site):
         plain = all("weight" in factor._parameters for factor in factors)
         simple = plain and w1 is not None and b1 is None and b2 is None and self.basis is None
         turns = isinstance(up, Rotation)
-        planned_op = PlannedPostBlock if self.basis is None and not turns else _PlannedComputed
-        steer = planned_op(self.activation, self.scale, (w1, w2, b1, b2), self.reads)
+        call = self.activation, self.scale, (w1, w2, b1, b2), self.reads
+        if self.link is not None:
+            steer: PlannedPostBlock = _PlannedWithNorm(self.link, *call)
+        else:
+            steer = (PlannedPostBlock if self.basis is None and not turns else _PlannedComputed)(*call)
         planned = self.__dict__["_planned"] = (steer, rotated if turns else usual if simple else general)
         return planned
 

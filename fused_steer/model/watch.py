@@ -29,6 +29,9 @@ class LayerReport:
         calls: eager calls since the last reset. A compiled graph does not count its calls.
         reason: why the site is not fused.
         site: the site's name.
+        norm: with `fuse_norm`, "fused" if the norm behind the layer is computed beside its output, else the reason why
+            it is not. "" without it, and at a site that does not end the layer.
+        norm_calls: calls of the norm that took such a result over, since the last reset.
     """
 
     index: int
@@ -39,6 +42,8 @@ class LayerReport:
     calls: int
     reason: str
     site: str = SITE
+    norm: str = ""
+    norm_calls: int = 0
 
 
 class Report(list[LayerReport]):
@@ -49,6 +54,7 @@ class Report(list[LayerReport]):
         rows = [
             f"{r.index:>5}  {r.layer:<28} {r.site:<14} {r.kind:<6} {r.backend or '-':<8} {r.calls:>7}"
             + (f"  ({r.reason})" if r.reason else "")
+            + (f"  norm: {r.norm}" if r.norm else "")
             for r in self
         ]
         return "\n".join([head, *rows])
@@ -67,6 +73,8 @@ class _Thread(threading.local):
         #: The number of packs when a model's pass began, by the model's `passes.Packing`.
         self.begun: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self.quiet = True
+        #: The latest result that a site computed for the norm behind it: see `norms.Link`.
+        self.handed: Any = None
 
     def settle(self) -> None:
         self.quiet = not self.calls and (not self.packs or self.packs[-1] is None)

@@ -1,21 +1,26 @@
 """Read the files that PEFT and transformers load, so that the loaded bytes are the checked bytes.
 
-Both libraries open the weights again after they have read the config, and map them into memory. Their tensors are not
-used; the tensors of `read_with_heads` are loaded instead.
+Both libraries open the weights again after they have read the config, and map them into memory. A process that touches
+such a map is killed if the file was shortened meanwhile. So PEFT's function that maps a file is replaced by one that
+copies the files of steering adapters and passes all others on, and transformers gets the tensors of `read_with_heads`.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
+import os
+import warnings
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
+import peft.utils.save_and_load
 from peft import PeftModel
 from torch import Tensor
 from transformers.integrations.peft import PeftAdapterMixin
 
-from ..adapters.files import AdapterFile, read_with_heads
+from ..adapters.files import PEFT_TYPE, AdapterFile, method_in, read_with_heads
 from ..adapters.parameters import PEFT_PREFIX, Layout
 from ..config import SteerConfig
 from ..model.stored import check_same_config
@@ -62,6 +67,50 @@ def _running(function: Any) -> dict[str, Any] | None:
     while frame is not None and frame.f_code is not code:
         frame = frame.f_back
     return None if frame is None else frame.f_locals
+
+
+def named(file: AdapterFile, heads: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
+    """Return the tensors of an adapter and its heads under PEFT's names in files."""
+    return {PEFT_PREFIX + path: tensor for path, tensor in {**layout.paths(file.tensors), **heads}.items()}
+
+
+def copy_instead_of_mapping() -> None:
+    """Let PEFT read steering adapters by `read_with_heads`.
+
+    PEFT has no hook for a method that reads its own files, so its module's name for safetensors' function is replaced.
+    If PEFT has no such name, a warning says so.
+    """
+    module, name = peft.utils.save_and_load, "safe_load_file"
+    mapping = getattr(module, name, None)
+    if mapping is None:
+        warnings.warn(
+            "this PEFT reads weights by another function than the known one; do not change files while PEFT loads them",
+            stacklevel=2,
+        )
+    elif not hasattr(mapping, "of_steering"):
+        setattr(module, name, _copying(mapping))
+
+
+def _copying(mapping: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, Tensor]]:
+    """Return PEFT's function `mapping` from a weights file to its tensors, changed to copy steering adapters."""
+
+    @functools.wraps(mapping)
+    def load_file(filename: str | os.PathLike[str], device: Any = "cpu", **options: Any) -> dict[str, Tensor]:
+        folder = Path(filename).parent
+        if method_in(folder) != PEFT_TYPE:
+            return mapping(filename, device=device, **options)
+        try:
+            file, heads = read_with_heads(folder)
+        except BaseException:
+            running = _running(PeftModel.load_adapter) or {}
+            take_undo = getattr(getattr(running.get("self"), "base_model", None), "take_undo", None)
+            if take_undo is not None and (undo := take_undo()) is not None:
+                undo()
+            raise
+        return {path: tensor.to(device) for path, tensor in named(file, heads, file.layout).items()}
+
+    load_file.of_steering = True  # type: ignore[attr-defined]
+    return load_file
 
 
 class CheckedLoading:
@@ -111,10 +160,11 @@ class CheckedLoading:
                         f"{path} is only in one of {folder} and adapter {self.name!r}; expected the same heads in both "
                         "(PeftModel.from_pretrained also loads embeddings)"
                     )
-                tensors = {**self.layout.paths(file.tensors), **heads}
-                named = {PEFT_PREFIX + path: tensor for path, tensor in tensors.items()}
-                kwargs |= {"checkpoint_files": [], "state_dict": named}
+                kwargs |= {"checkpoint_files": [], "state_dict": named(file, heads, self.layout)}
             return self.model._load_pretrained_model(*args, **kwargs)
         except BaseException:
             self.undo()
             raise
+
+
+copy_instead_of_mapping()

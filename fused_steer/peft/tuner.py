@@ -142,6 +142,11 @@ class PostBlockModel(BaseTuner):
         else:
             CheckedLoading(self.model, adapter_name, config.steer_config(), layout, saved, undo)
 
+    def take_undo(self) -> Callable[[], None] | None:
+        """Return the function that removes the adapter being loaded, once; None if no adapter was added for a load."""
+        undo, self._undo_load = self._undo_load, None
+        return undo
+
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
         return peft_config
 
@@ -220,9 +225,8 @@ class PostBlockModel(BaseTuner):
         was added for this load is then removed. The tensors are copies, because PEFT may put them in place of tensors
         on meta.
         """
-        undo, tuner = None, getattr(model, "base_model", None)
-        if isinstance(tuner, cls):
-            undo, tuner._undo_load = tuner._undo_load, None
+        tuner = getattr(model, "base_model", None)
+        undo = tuner.take_undo() if isinstance(tuner, cls) else None
         try:
             return _fitting(model, config, adapter_name, state_dict, super()._remap_adapter_state_dict_for_load)
         except BaseException:

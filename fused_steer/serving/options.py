@@ -30,6 +30,21 @@ def read_options(given: Any, own: str = ALL) -> Request:
     Raises:
         ValueError, TypeError: it is something else, or a field is unknown or has no such value.
     """
+    given = parse_options(given)
+    if unknown := [str(field) for field in given if field not in FIELDS]:
+        raise ValueError(f"{KEY} has {', '.join(unknown)}; expected {' and '.join(FIELDS)} alone")
+    positions = given.get("positions", own)
+    where = read_positions(tuple(positions) if isinstance(positions, list) else positions)
+    (found,) = checked_requests([None], given.get("scale"), where.name, lambda name: None)
+    return found
+
+
+def parse_options(given: Any) -> Mapping[str, Any]:
+    """Return the fields of steering options, an object or its JSON text.
+
+    Raises:
+        ValueError, TypeError: it is something else.
+    """
     if isinstance(given, str):
         try:
             given = json.loads(given)
@@ -37,12 +52,7 @@ def read_options(given: Any, own: str = ALL) -> Request:
             raise ValueError(f"{KEY} is {given[:80]!r}; expected an object, or its JSON text") from None
     if not isinstance(given, Mapping):
         raise TypeError(f"{KEY} is {given!r:.80}; expected an object with {' and '.join(FIELDS)}")
-    if unknown := [str(field) for field in given if field not in FIELDS]:
-        raise ValueError(f"{KEY} has {', '.join(unknown)}; expected {' and '.join(FIELDS)} alone")
-    positions = given.get("positions", own)
-    where = read_positions(tuple(positions) if isinstance(positions, list) else positions)
-    (found,) = checked_requests([None], given.get("scale"), where.name, lambda name: None)
-    return found
+    return given
 
 
 def packed(options: Request) -> list[Any]:

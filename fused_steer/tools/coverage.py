@@ -206,6 +206,35 @@ def check(
     return replace(row, outcome="mixed" if len(kinds) > 1 else kinds.pop(), error=worst)
 
 
+def check_norms(model: PreTrainedModel, row: Row, patch: Callable[..., Any] = patch_model) -> Row:
+    """Patch `model` with fused norms, and compare it with the same model without them, within TOLERANCE by norm.
+
+    A norm counts as fused if it took over the result of the steering in each pass. Unpatching must restore the model.
+    """
+    try:
+        structure, plain = _structure(model), copy.deepcopy(model)
+        found = []
+        for one, options in ((plain, {}), (model, {"fuse_norm": True})):
+            patch(one, _CONFIG, **options)
+            generator = torch.Generator().manual_seed(1)
+            for parameter in of_adapter(one.named_parameters(), "default").values():
+                parameter.data.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+            found.append(_outputs(one)[0])
+        for name in found[0].keys() & {"logits", "generation"}:
+            _expect_close(found[1][name], found[0][name], f"{name} with fused norms")
+        steering: Any = model.steering
+        report = steering.report()
+        fused = [layer for layer in report if layer.norm == "fused" and layer.norm_calls == layer.calls]
+        missed = [layer.norm for layer in report if layer.norm != "fused"]
+        missed += ["its norm reads another tensor" for layer in report if layer.norm == "fused" and layer not in fused]
+        steering.unpatch()
+        if _structure(model) != structure:
+            raise Wrong("unpatch left something of the fused norms behind")
+    except Exception as error:
+        return replace(row, outcome="wrong", reason=f"with fused norms: {_one_line(error)}")
+    return replace(row, norms=len(fused), norm_reason="; ".join(dict.fromkeys(missed)))
+
+
 def _outputs(model: PreTrainedModel) -> tuple[dict[str, Tensor], str]:
     """Return logits, and tokens and logits of greedy generation. The note tells if the model does not generate."""
     ids = _tokens()
@@ -380,6 +409,8 @@ def run(model_type: str) -> Row:
         if row.outcome != "unbuilt":
             post_mlp = check(build(model_type), model_type, config=_POST_MLP)
             row = replace(row, post_mlp=replace(post_mlp, model_class=row.model_class))
+        if row.passes:
+            row = check_norms(build(model_type), row)
     return replace(row, seconds=time.perf_counter() - start)
 
 

@@ -35,6 +35,8 @@ class Row:
 
     reason: why the outcome is not "fused". error: the largest relative error against plain hooks.
     post_mlp: the result at that site, in the row of post_block.
+    norms: the layers with `fuse_norm=True` behind which the norm is computed in the steering's pass. norm_reason: why
+    not behind the others.
     """
 
     model_type: str
@@ -47,6 +49,8 @@ class Row:
     error: float = 0.0
     seconds: float = 0.0
     post_mlp: Row | None = None
+    norms: int = 0
+    norm_reason: str = ""
 
     @property
     def passes(self) -> bool:
@@ -57,6 +61,16 @@ def counts(rows: Sequence[Row]) -> dict[str, int]:
     """Count the model types of each outcome."""
     counter = Counter(row.outcome for row in rows)
     return {outcome: counter[outcome] for outcome in OUTCOMES}
+
+
+def fused_norms(rows: Sequence[Row]) -> tuple[int, int]:
+    """Return the number of classes that fuse the norm behind every layer, and of those that do behind some."""
+    of_class: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.passes:
+            of_class.setdefault(row.model_class, []).append(row)
+    every = sum(all(row.norms == row.layers for row in group) for group in of_class.values())
+    return every, sum(any(row.norms for row in group) for group in of_class.values()) - every
 
 
 def at_post_mlp(rows: Sequence[Row]) -> list[Row]:
@@ -71,6 +85,8 @@ def summary(rows: Sequence[Row]) -> str:
         if these:
             found = ", ".join(f"{n} {outcome}" for outcome, n in counts(these).items())
             lines.append(f"{site}: {sum(row.passes for row in these)} of {len(these)} pass: {found}")
+    every, some = fused_norms(rows)
+    lines.append(f"fuse_norm: {every} classes fuse the norm behind every layer, {some} behind some layers")
     return "\n".join(lines)
 
 
@@ -98,6 +114,10 @@ def markdown(rows: Sequence[Row]) -> str:
         f"the largest relative error is {max((row.error for row in rows), default=0.0):.1e}.",
         f"At `post_mlp` {sum(row.passes for row in inner)} of {len(inner)} pass; the largest relative error is "
         f"{max((row.error for row in inner), default=0.0):.1e}.",
+        "With `fuse_norm=True` {} classes fuse the norm behind every layer, and {} behind some layers;".format(
+            *fused_norms(rows)
+        ),
+        f"logits and generation equal those without it (relative error by norm at most {TOLERANCE:.0e}).",
         "",
         "| outcome | model types | at `post_mlp` | meaning |",
         "|---|---|---|---|",
@@ -106,14 +126,15 @@ def markdown(rows: Sequence[Row]) -> str:
             for (outcome, n), there in zip(counts(rows).items(), counts(inner).values(), strict=True)
         ),
         "",
-        "| class | model type | outcome | why | at `post_mlp` | why |",
-        "|---|---|---|---|---|---|",
+        "| class | model type | outcome | why | at `post_mlp` | why | norms fused | why not all |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in sorted(rows, key=lambda row: row.model_type):
         there = row.post_mlp or Row(row.model_type, row.model_class, "-")
         lines.append(
             f"| {row.model_class} | {row.model_type} | {row.outcome} | {_why(row.reason, row.note)} "
-            f"| {there.outcome} | {_why(there.reason)} |"
+            f"| {there.outcome} | {_why(there.reason)} "
+            f"| {f'{row.norms} of {row.layers}' if row.passes else '-'} | {_why(row.norm_reason)} |"
         )
     return "\n".join(lines) + "\n"
 

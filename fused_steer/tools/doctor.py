@@ -108,7 +108,10 @@ def _check_versions() -> Iterator[Finding]:
     for requirement in map(Requirement, metadata.requires(PACKAGE) or ()):
         if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
             name, found = requirement.name, _installed(requirement.name)
-            if found is not None and name in CORE and (CORE[name].includes(found) or CORE[name].precedes(found)):
+            may_work = found is not None and (
+                requirement.specifier.contains(found, prereleases=True) or name in CORE and CORE[name].precedes(found)
+            )
+            if name in CORE and may_work:
                 yield _library_finding(name, found)
             else:
                 yield _version_finding(name, found, requirement.specifier)

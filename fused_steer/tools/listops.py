@@ -59,6 +59,11 @@ def ignoring_brackets(expression: Expression) -> int:
     return OPERATORS[expression.operator](_digits(expression))
 
 
+def count_digits(expression: Expression) -> int:
+    """Return the number of digits in the expression."""
+    return len(_digits(expression))
+
+
 def _digits(expression: Expression) -> list[int]:
     if isinstance(expression, int):
         return [expression]

@@ -55,22 +55,41 @@ def _of_json(line: str, field: str | None, where: str) -> Prompt:
         held = f"the fields {', '.join(sorted(entry))}" if isinstance(entry, dict) else f"a {type(entry).__name__}"
         raise ValueError(f"{where} has {held}; expected a field {' or '.join(map(repr, fields))}")
     value = entry[name]
-    if isinstance(value, str) or (isinstance(value, list) and value and all(map(_is_message, value))):
+    if isinstance(value, str) or is_text(value):
         return value
     raise ValueError(f"{where}: {name!r} is {value!r:.80}; expected a string, or a list of messages")
+
+
+def is_text(value: Any) -> bool:
+    """Return whether a value is a text that is not empty, or a list of messages."""
+    if isinstance(value, str):
+        return bool(value)
+    return isinstance(value, list) and bool(value) and all(map(_is_message, value))
 
 
 def _is_message(value: Any) -> bool:
     return isinstance(value, Mapping) and isinstance(value.get("role"), str) and "content" in value
 
 
-def encode(tokenizer: Any, prompts: Sequence[Prompt], max_length: int, batch_size: int) -> list[dict[str, Tensor]]:
+def encode(
+    tokenizer: Any, prompts: Sequence[Prompt], max_length: int, batch_size: int, *, whole: bool = False
+) -> list[dict[str, Tensor]]:
     """Batches of token ids and masks, cut to `max_length`. Padded on the right, where no token attends to it.
 
     Messages go through the tokenizer's chat template, and end where the assistant is to answer, unless the last of them
-    is the assistant's.
+    is the assistant's. With `whole`, that message ends with its own last token, without the template's closing ones.
+
+    Args:
+        whole: refuse a prompt without tokens, or with more than `max_length`, instead of cutting it.
+
+    Raises:
+        ValueError: a prompt is refused, or is of messages and the tokenizer has no chat template.
     """
-    rows = [_ids(tokenizer, prompt)[:max_length] for prompt in prompts]
+    rows = [_ids(tokenizer, prompt, whole) for prompt in prompts]
+    for prompt, row in zip(prompts, rows, strict=True) if whole else ():
+        if not 1 <= len(row) <= max_length:
+            raise ValueError(f"a text has {len(row)} tokens, {prompt!r:.60}; expected 1 to {max_length} (max length)")
+    rows = [row[:max_length] for row in rows]
     batches = []
     for some in (rows[i : i + batch_size] for i in range(0, len(rows), batch_size)):
         longest = max(map(len, some))
@@ -81,10 +100,11 @@ def encode(tokenizer: Any, prompts: Sequence[Prompt], max_length: int, batch_siz
     return batches
 
 
-def _ids(tokenizer: Any, prompt: Prompt) -> list[int]:
+def _ids(tokenizer: Any, prompt: Prompt, whole: bool = False) -> list[int]:
     if isinstance(prompt, str):
         return tokenizer(prompt)["input_ids"]
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError("a prompt is a list of messages, but the tokenizer has no chat template; expected text")
     answered = prompt[-1]["role"] == "assistant"
-    return tokenizer.apply_chat_template(prompt, add_generation_prompt=not answered, return_dict=True)["input_ids"]
+    ends = {"continue_final_message": True} if whole and answered else {"add_generation_prompt": not answered}
+    return tokenizer.apply_chat_template(prompt, return_dict=True, **ends)["input_ids"]

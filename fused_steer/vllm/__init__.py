@@ -14,6 +14,7 @@ layer, which holds the adapters' slots and reads each token's slot and gain.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -25,22 +26,22 @@ FIRST, BELOW = "0.32", "0.33"
 if not Version(FIRST) <= Version(vllm.__version__.partition("+")[0]) < Version(BELOW):
     raise ImportError(f"vllm is {vllm.__version__}; expected >={FIRST},<{BELOW} here: it serves no steering adapters")
 
-from torch import nn  # noqa: E402
-from vllm.logger import init_logger  # noqa: E402
+from vllm.entrypoints.openai.models.serving import OpenAIServingModels  # noqa: E402
 from vllm.lora import model_manager, utils, worker_manager  # noqa: E402
 from vllm.lora.request import LoRARequest  # noqa: E402
 from vllm.v1.core import kv_cache_utils  # noqa: E402
+from vllm.v1.core.sched import scheduler  # noqa: E402
 from vllm.v1.engine import async_llm, input_processor, llm_engine  # noqa: E402
+from vllm.v1.worker import gpu_model_runner  # noqa: E402
 from vllm.v1.worker.gpu import model_runner  # noqa: E402
 from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin  # noqa: E402
 
-from . import frontend, gains  # noqa: E402
-from .adapters import load  # noqa: E402
+from . import endpoint, frontend, gains  # noqa: E402
+from .adapters import load, steering_of_manager  # noqa: E402
 from .cache import block_keys, put_into_cache_key  # noqa: E402
 from .layers import SteeringWithLoRA, reach  # noqa: E402
-from .sources import find_source  # noqa: E402
-
-logger = init_logger(f"vllm.{__name__}")
+from .options import server_options  # noqa: E402
+from .sources import find_source, room_of  # noqa: E402
 
 
 def _wrap(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
@@ -54,11 +55,13 @@ def _wrap(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
 
 
 def _init_manager(original: Any) -> Any:
-    def __init__(self: Any, model: nn.Module, *args: Any, vllm_config: Any, **kwargs: Any) -> None:
-        self.steering = reach(model, vllm_config.model_config)
-        if self.steering.reason:
-            logger.warning("Steering adapters will be refused: %s", self.steering.reason)
+    def __init__(self: Any, model: Any, *args: Any, vllm_config: Any, **kwargs: Any) -> None:
+        device = (
+            inspect.signature(original).bind(self, model, *args, vllm_config=vllm_config, **kwargs).arguments["device"]
+        )
+        self.reached = reach(model, vllm_config, room_of(vllm_config), device)
         original(self, model, *args, vllm_config=vllm_config, **kwargs)
+        model.steering = steering_of_manager(self, server_options(vllm_config))
         put_into_cache_key(model, vllm_config)
 
     return __init__
@@ -102,6 +105,13 @@ def register() -> None:
     for engine in (llm_engine.LLMEngine, async_llm.AsyncLLM):
         for name in ("add_request", "add_lora", "remove_lora", "pin_lora", "list_loras"):
             _wrap(engine, name, getattr(frontend, name))
+    _wrap(OpenAIServingModels, "__init__", endpoint.make_models)
+    _wrap(OpenAIServingModels, "unload_lora_adapter", endpoint.unload_adapter)
     _wrap(kv_cache_utils, "generate_block_hash_extra_keys", block_keys)
     _wrap(LoRAModelRunnerMixin, "set_active_loras", gains.set_active_loras)
+    _wrap(LoRAModelRunnerMixin, "_set_active_loras", gains.set_active_mapping)
+    _wrap(LoRAModelRunnerMixin, "load_lora_model", gains.load_model)
+    for runner in (gpu_model_runner.GPUModelRunner, model_runner.GPUModelRunner):
+        _wrap(runner, "__init__", gains.make_runner)
+    _wrap(scheduler.Scheduler, "__init__", gains.make_scheduler)
     _wrap(model_runner, "init_model_state", gains.init_model_state)

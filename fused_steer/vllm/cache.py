@@ -15,7 +15,7 @@ from ..kernels import grouped
 from ..serving.options import packed, unpacked, untouched
 from ..serving.requests import Request
 from ..serving.slots import Slots
-from .layers import SteeringWithLoRA
+from .layers import SteeringPoint
 
 # -------------------------------------------------------------------------------------------------------------- blocks
 
@@ -81,9 +81,8 @@ def fingerprint(model: nn.Module) -> str:
         digest.update(file.read_bytes())
     digest.update(inspect.getsource(Slots).encode())
     for path, module in model.named_modules():
-        if isinstance(module, SteeringWithLoRA):
-            downs: Any = module.slots.downs
-            digest.update(f"{path} {module.base_layer.state} {tuple(downs.shape)}".encode())
+        if isinstance(module, SteeringPoint) and module.slots is not None:
+            digest.update(f"{path} {module.state} {module.slots.count} {module.room}".encode())
     return digest.hexdigest()
 
 

@@ -12,8 +12,9 @@ import contextlib
 import inspect
 import itertools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -21,12 +22,19 @@ from vllm.exceptions import LoRAAdapterNotFoundError, VLLMValidationError
 from vllm.lora.request import LoRARequest
 
 from ..positions import ALL
-from ..serving.options import KEY, packed, read_options
+from ..serving.options import KEY, packed, parse_options, read_options
+from ..serving.requests import Request
 from .cache import salt
-from .sources import Copies, Served
+from .dose import refusal
+from .options import lora_of, server_options
+from .sources import Copies, Served, registered
 
 #: Numbers of adapters that were loaded in place begin here, far above those that clients and servers give.
 _FIRST_OWN = 2**30
+#: Numbers of adapters that clients name without a number begin here.
+_FIRST_NAMED = 2**29
+#: The field of a request's steering options that names its adapter.
+ADAPTER = "adapter"
 
 
 @dataclass(frozen=True)
@@ -45,7 +53,13 @@ class Known:
 
 
 class Registry:
-    """The adapters of one engine, by the numbers that clients give them."""
+    """The adapters of one engine, by the numbers that clients give them.
+
+    Attributes:
+        alone: whether the engine serves steering without `--enable-lora`.
+        named: the adapters that a request's options can name.
+        default: the name of the adapter for requests without one, or None.
+    """
 
     def __init__(self, config: Any) -> None:
         """
@@ -53,6 +67,15 @@ class Registry:
             config: the engine's config.
         """
         self._copies = Copies(config)
+        self.alone = lora_of(config) is None
+        options = server_options(config)
+        self._dose = None if options is None else options.dose
+        self.named: dict[str, LoRARequest] = {}
+        self.default: str | None = None
+        if options is not None and options.adapters is not None:
+            folder = Path(options.adapters).expanduser().absolute()
+            for number, name in enumerate(registered(options.adapters), _FIRST_NAMED):
+                self.named[name] = LoRARequest(name, number, str(folder / name))
         self._known: dict[int, Known] = {}
         self._loaded: set[int] = set()  # those that the engine has loaded
         self._numbers = itertools.count(_FIRST_OWN)
@@ -65,6 +88,46 @@ class Registry:
         """Return whether the engine has loaded the adapter, or loads it by itself because it is not a steering one."""
         given = request.lora_int_id
         return self.knows(request) and (given in self._loaded or self._known[given].served is None)
+
+    def chosen(self, request: LoRARequest | None, parameters: Any) -> LoRARequest | None:
+        """Return the adapter that a request asks for: as vLLM names it, by its options, or the default one.
+
+        Args:
+            request: the adapter as vLLM names it, or None.
+            parameters: the request's sampling parameters.
+
+        Raises:
+            VLLMValidationError: the options name an adapter that is unknown, or another than `request`.
+        """
+        fields = fields_of(parameters)
+        if fields is None or ADAPTER not in fields:
+            return self.named.get(self.default) if request is None and self.default is not None else request
+        name = fields[ADAPTER]
+        if request is not None and request.lora_name != name:
+            raise VLLMValidationError(
+                f"{KEY}.{ADAPTER} is {name!r} beside the adapter {request.lora_name!r}; expected one of them"
+            )
+        if name is None or request is not None:
+            return request
+        if not isinstance(name, str) or name not in self.named:
+            known = ", ".join(sorted(self.named)[:20]) or "none"
+            raise VLLMValidationError(f"{KEY}.{ADAPTER} is {name!r}; expected a loaded adapter: {known}")
+        return self.named[name]
+
+    def check_dose(self, name: str, served: Served, scale: float | None) -> None:
+        """Check that a request cannot exceed the highest dose.
+
+        Args:
+            scale: the request's; None: the adapter's own.
+
+        Raises:
+            VLLMValidationError: it can.
+        """
+        if self._dose is None:
+            return
+        reason = refusal(served.dose, served.scale if scale is None else scale, self._dose)
+        if reason is not None:
+            raise VLLMValidationError(f"adapter {name!r}: {reason}")
 
     def take(self, request: LoRARequest) -> tuple[LoRARequest, Served | None]:
         """Return the adapter request for the engine, and the copy it names, or None if it is not a steering adapter.
@@ -91,6 +154,10 @@ class Registry:
                 raise VLLMValidationError(f"adapter {request.lora_name!r}: {missing}; expected a saved one") from error
             except (ValueError, OSError) as error:
                 raise VLLMValidationError(f"adapter {request.lora_name!r}: {error}") from error
+            if served is None and self.alone:
+                raise VLLMValidationError(
+                    f"adapter {request.lora_name!r} does not steer; expected a steering adapter without --enable-lora"
+                )
             found = request
             if served is not None:
                 found = msgspec.structs.replace(request, lora_path=served.path, load_inplace=False)
@@ -103,6 +170,18 @@ class Registry:
             self._known[given] = Known(request.lora_path, found, served)
             return found, served
 
+    def name(self, request: LoRARequest) -> None:
+        """Let options name an adapter that was loaded."""
+        self.named[request.lora_name] = request
+
+    def unname(self, request: LoRARequest) -> None:
+        """Take a name away from options, if it still names this adapter."""
+        name = request.lora_name
+        if name in self.named and self.named[name].lora_int_id == request.lora_int_id:
+            del self.named[name]
+            if self.default == name:
+                self.default = None
+
     def number(self, given: int) -> int:
         """Return the engine's number of an adapter."""
         known = self._known.get(given)
@@ -111,6 +190,8 @@ class Registry:
     def forget(self, given: int) -> None:
         self._known.pop(given, None)
         self._loaded.discard(given)
+        for request in [request for request in self.named.values() if request.lora_int_id == given]:
+            self.unname(request)
 
     @contextlib.contextmanager
     def loading(self, given: int) -> Iterator[None]:
@@ -131,12 +212,27 @@ class Registry:
         return {of.get(number, number) for number in numbers}
 
 
+def fields_of(parameters: Any) -> Mapping[str, Any] | None:
+    """Return the fields of a request's steering options, or None if it has none.
+
+    Raises:
+        VLLMValidationError: it has something else.
+    """
+    extra = getattr(parameters, "extra_args", None)
+    if not extra or KEY not in extra:
+        return None
+    try:
+        return parse_options(extra[KEY])
+    except (TypeError, ValueError) as error:
+        raise VLLMValidationError(str(error)) from error
+
+
 def registry_of(processor: Any) -> Registry | None:
     """Return the registry of an engine, or None if the engine serves no adapters."""
-    if processor.vllm_config.lora_config is None:
-        return None
     registry: Registry | None = getattr(processor, "steering_registry", None)
     if registry is None:
+        if lora_of(processor.vllm_config) is None and server_options(processor.vllm_config) is None:
+            return None
         registry = processor.steering_registry = Registry(processor.vllm_config)
     return registry
 
@@ -148,28 +244,48 @@ def process_inputs(original: Any) -> Callable[..., Any]:
     def process_inputs(*args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(*args, **kwargs)
         given = bound.arguments
-        request = given.get("lora_request")
-        extra = getattr(given["params"], "extra_args", None) or {}
+        request, fields = given.get("lora_request"), fields_of(given["params"])
         registry = registry_of(given["self"])
-        served = None
-        if request is not None and registry is not None:
-            given["lora_request"], served = registry.take(request)
+        found = served = None
+        if registry is not None and (request := registry.chosen(request, given["params"])) is not None:
+            found, served = registry.take(request)
+            # Without --enable-lora vLLM refuses an adapter here, and passes it on later.
+            given["lora_request"] = None if registry.alone else found
+
+        def make(options: Request | None) -> Any:
+            made = original(*bound.args, **bound.kwargs)
+            if found is not None:
+                made.lora_request = found
+            if fields is not None:  # vLLM copied them for this request
+                others = {key: value for key, value in made.sampling_params.extra_args.items() if key != KEY}
+                made.sampling_params.extra_args = others or None
+            if options is not None:
+                made.sampling_params.extra_args = {**(made.sampling_params.extra_args or {}), KEY: packed(options)}
+            return made
+
         own = ALL if served is None else served.positions
-        if KEY not in extra and own == ALL:
-            return original(*bound.args, **bound.kwargs)
+        by_name = fields is not None and ADAPTER in fields
+        if by_name and registry is None:
+            raise VLLMValidationError(f"{KEY} names an adapter; expected --enable-lora or options under {KEY!r}")
+        rest = {name: value for name, value in (fields or {}).items() if name != ADAPTER}
+        if own == ALL and not rest and (fields is None or by_name):
+            if request is not None and served is not None and registry is not None:
+                registry.check_dose(request.lora_name, served, None)
+            return make(None)
         if not hasattr(given["params"], "extra_args"):
             assert request is not None  # as its adapter has positions
             name = request.lora_name
             raise VLLMValidationError(f"adapter {name!r} has positions {own!r}; expected 'all' for pooling")
         try:
-            options = read_options(extra.get(KEY, {}), own)
+            options = read_options(rest, own)
         except (TypeError, ValueError) as error:
             raise VLLMValidationError(str(error)) from error
         if served is None:
             what = "no adapter" if request is None else f"adapter {request.lora_name!r}, which does not steer"
             raise VLLMValidationError(f"{KEY} is given with {what}; expected a steering adapter")
-        made = original(*bound.args, **bound.kwargs)
-        made.sampling_params.extra_args = {**extra, KEY: packed(options)}  # vLLM copied them for this request
+        assert request is not None and registry is not None  # as the adapter was taken
+        registry.check_dose(request.lora_name, served, options.scale)
+        made = make(options)
         made.cache_salt = salt(made.cache_salt, options, served.shares_prompt)
         return made
 
@@ -190,6 +306,7 @@ def add_lora(original: Any) -> Callable[..., Any]:
         with registry.loading(lora_request.lora_int_id):
             found, served = registry.take(lora_request)
             loaded = original(self, found)
+        registry.name(lora_request)
         if served is not None and found.lora_int_id != before:
             self.engine_core.remove_lora(before)
         return loaded
@@ -203,6 +320,7 @@ def add_lora(original: Any) -> Callable[..., Any]:
             # In a thread: reading and copying files would hold up the answers of all other requests.
             found, served = await asyncio.to_thread(registry.take, lora_request)
             loaded = await original(self, found)
+        registry.name(lora_request)
         if served is not None and found.lora_int_id != before:
             await self.engine_core.remove_lora_async(before)
         return loaded
@@ -216,9 +334,12 @@ def add_request(original: Any) -> Callable[..., Any]:
 
     def unknown(args: Any, kwargs: Any) -> tuple[Any, Registry, LoRARequest] | None:
         given = signature.bind(*args, **kwargs).arguments
-        engine, request = given["self"], given.get("lora_request")
-        registry = None if request is None else registry_of(engine.input_processor)
-        return None if registry is None or registry.is_ready(request) else (engine, registry, request)
+        engine = given["self"]
+        registry = registry_of(engine.input_processor)
+        request = None if registry is None else registry.chosen(given.get("lora_request"), given.get("params"))
+        return (
+            None if registry is None or request is None or registry.is_ready(request) else (engine, registry, request)
+        )
 
     def refused(request: LoRARequest, error: Exception) -> Exception:
         if isinstance(error, VLLMValidationError):

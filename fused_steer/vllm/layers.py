@@ -9,22 +9,31 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import itertools
 import re
 import textwrap
-from dataclasses import dataclass
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
+from vllm.logger import init_logger
 from vllm.lora.layers import BaseLayerWithLoRA
 from vllm.model_executor.layers.linear import LinearBase
 
-from ..adapters.parameters import DOWN, NAMES, SITE, UP, Layout
-from ..kernels import ACTIVATIONS, MAX_RANK
+from ..adapters.parameters import NAMES, SITE, Layout
+from ..kernels import ACTIVATIONS
+from ..kernels.registered import register
 from ..model.residual import ResidualNotFound, names_in_final_adds
 from ..serving.slots import Slots
+from .batch import Batch
+from .room import Room
 from .sources import layout_of
+
+logger = init_logger(f"vllm.{__name__}")
 
 FINISHED, UNADDED = "finished", "unadded"
 
@@ -78,23 +87,114 @@ def _scales_in_float16(cls: type[nn.Module]) -> bool:
 
 
 class SteeringPoint(LinearBase):
-    """The module that a decoder layer's output passes through. Without adapters it changes nothing.
+    """The module that a decoder layer's output passes through. Without slots it changes nothing.
 
     It is a LinearBase without weights, because vLLM looks for LoRA's places among those.
+
+    Attributes:
+        slots: the adapters' slots at this layer, or None.
+        number: 0-dimensional, the number of this point in the process. A compiled graph reads it, so that one graph is
+            for all layers.
     """
 
-    def __init__(self, layer: nn.Module, index: int, path: str, hidden: int, state: str) -> None:
+    slots: Slots | None
+
+    def __init__(
+        self, layer: nn.Module, index: int, path: str, hidden: int, state: str, batch: Batch, room: Room
+    ) -> None:
         super().__init__(hidden, hidden, prefix=f"{path}.{SITE}", disable_tp=True)
         self.quant_method = None  # there are no weights to process when a model is reloaded
-        self.index, self.hidden, self.state = index, hidden, state
+        self.index, self.hidden, self.state, self.batch, self.room = index, hidden, state, batch, room
         self.device = next((p.device for p in layer.parameters()), torch.device("cpu"))
+        self.slots = None
+        number = next(_numbers)
+        self.number = torch.tensor(number)
+        _points[number] = self
+
+    def make_slots(self, count: int) -> None:
+        """Make empty slots for `count` adapters."""
+        room = self.room
+        self.slots = Slots(
+            count,
+            room.rank,
+            self.hidden,
+            dtype=room.dtype,
+            device=self.device,
+            down_bias=room.down_bias,
+            up_bias=room.up_bias,
+        )
+
+    def put(self, slot: int, tensors: Mapping[str, Tensor], activation: str) -> None:
+        """Write an adapter into a slot: see `Slots.put`."""
+        assert self.slots is not None
+        self.slots.put(slot, tensors, activation)
+        self._forget(slot)
+
+    def clear(self, slot: int) -> None:
+        """Empty a slot."""
+        assert self.slots is not None
+        self.slots.clear(slot)
+        self._forget(slot)
+
+    def _forget(self, slot: int) -> None:
+        if self.batch.meter is not None:
+            self.batch.meter.forget(slot)
 
     def forward(self, output: Any) -> Any:
-        return output
+        slots = self.slots
+        if slots is None or not is_compiling() and self.batch.idle:
+            return output
+        hidden, *rest = (output,) if isinstance(output, Tensor) else output
+        residual = rest[0] if self.state == UNADDED else None
+        if is_compiling():
+            # A compiled graph is for all batches: the op looks whether this one is idle.
+            torch.ops.fused_steer.steer_in_vllm(hidden, residual, self.number)
+            return output
+        steered = self.steer(slots, hidden, residual)
+        return output if residual is not None else steered if isinstance(output, Tensor) else (steered, *rest)
+
+    def steer(self, slots: Slots, hidden: Tensor, residual: Tensor | None) -> Tensor:
+        """Steer a batch's tokens. With a residual `hidden` gets the shift, without one a new tensor.
+
+        Args:
+            hidden, residual: (..., d); the layer's output is hidden + residual.
+        """
+        rows = hidden.view(-1, self.hidden)
+        batch = self.batch
+        ids, gains = batch.ids[: len(rows)], batch.gains[: len(rows)]
+        residual_rows = None if residual is None else residual.view(-1, self.hidden)
+        if batch.meter is not None:
+            gains = batch.meter.gains(slots, rows, residual_rows, ids, gains)
+        if residual_rows is None:
+            return slots(rows, None, ids, gains).view(hidden.shape)
+        slots(residual_rows, rows, ids, gains, into_branch=True)
+        return hidden
+
+
+_numbers = itertools.count()
+_points: weakref.WeakValueDictionary[int, SteeringPoint] = weakref.WeakValueDictionary()
+
+
+def steer_in_place(hidden: Tensor, residual: Tensor | None, number: Tensor) -> None:
+    """Steer in place in a compiled graph: nothing is launched for an idle batch."""
+    point = _points[int(number)]
+    if point.batch.idle or point.slots is None:
+        return
+    steered = point.steer(point.slots, hidden, residual)
+    if residual is None:
+        hidden.copy_(steered)
+
+
+register(
+    "steer_in_vllm(Tensor(a!) hidden, Tensor? residual, Tensor number) -> ()",
+    steer_in_place,
+    lambda *inputs: None,
+    None,
+)
 
 
 class SteeringWithLoRA(BaseLayerWithLoRA):
-    """Steers the layer's output by the adapter of each token's request."""
+    """A steering point among vLLM's LoRA layers: vLLM's manager writes adapters into its slots."""
 
     def __init__(self, base_layer: SteeringPoint) -> None:
         super().__init__()
@@ -105,84 +205,31 @@ class SteeringWithLoRA(BaseLayerWithLoRA):
         return isinstance(source_layer, SteeringPoint)
 
     def create_lora_weights(self, max_loras: int, lora_config: Any, model_config: Any = None) -> None:
-        rank = min(lora_config.max_lora_rank, MAX_RANK)
-        point = self.base_layer
-        self.slots = Slots(
-            max_loras, rank, point.hidden, dtype=torch.float32, device=point.device, down_bias=True, up_bias=True
-        )
+        self.base_layer.make_slots(max_loras)
 
     @property
-    def lora_a_stacked(self) -> tuple[Tensor | None, ...]:
+    def lora_a_stacked(self) -> tuple[Tensor, ...]:
         """vLLM reads the sizes of its empty warm-up adapters here."""
-        return (self.slots.downs,)
+        return (torch.empty(1, 1, self.base_layer.hidden, device="meta"),)
 
     @property
-    def lora_b_stacked(self) -> tuple[Tensor | None, ...]:
-        return (self.slots.ups,)
+    def lora_b_stacked(self) -> tuple[Tensor, ...]:
+        return (torch.empty(1, self.base_layer.hidden, 1, device="meta"),)
 
     def reset_lora(self, index: int) -> None:
-        self.slots.clear(index)
+        self.base_layer.clear(index)
 
     def set_lora(self, index: int, lora_a: Any, lora_b: Any) -> None:
-        """Write an adapter into a slot.
-
-        lora_a: the list packed by `_weights`, or W1 of an empty adapter with its W2 as lora_b.
-        """
+        """Write an adapter into a slot: the list packed by `layer_weights`, or nothing of an empty adapter."""
         if isinstance(lora_a, Tensor):
-            self.slots.put(index, {DOWN: lora_a, UP: lora_b}, "identity")
+            self.base_layer.clear(index)
             return
         *tensors, code = lora_a
         named = {name: tensor for name, tensor in zip(NAMES, tensors, strict=True) if tensor.numel()}
-        self.slots.put(index, named, ACTIVATIONS[int(code)])
-
-    def set_mapping(self, punica_wrapper: Any) -> None:
-        super().set_mapping(punica_wrapper)
-        # Before the first batch is mapped, it holds arbitrary numbers.
-        punica_wrapper._token_lora_indices.fill_(-1)
-        self.gains = gains_of(punica_wrapper)
+        self.base_layer.put(index, named, ACTIVATIONS[int(code)])
 
     def forward(self, output: Any) -> Any:
-        # A compiled graph is for all batches.
-        if not is_compiling() and self.punica_wrapper.steering_idle:
-            return output
-        if isinstance(output, Tensor):
-            return self._steer(output)
-        hidden, *rest = output
-        if self.base_layer.state == UNADDED:
-            self._call(rest[0], hidden, into_branch=True)
-            return output
-        return (self._steer(hidden), *rest)
-
-    def _steer(self, hidden: Tensor) -> Tensor:
-        return self._call(hidden, None).view(hidden.shape)
-
-    def _call(self, residual: Tensor, branch: Tensor | None, into_branch: bool = False) -> Tensor:
-        width = self.base_layer.hidden
-        tokens = residual.numel() // width
-        # vLLM's public property has a Python int as its length, which a compiled graph would keep.
-        ids, gains = self.punica_wrapper._token_lora_indices[:tokens], self.gains[:tokens]
-        rows = None if branch is None else branch.view(-1, width)
-        return self.slots(residual.view(-1, width), rows, ids, gains, into_branch=into_branch)
-
-
-def gains_of(punica_wrapper: Any) -> Tensor:
-    """Return the buffer of gains, one for each token of a batch: (maximal tokens,) float32, beside vLLM's LoRA ids.
-
-    Its address never changes, because CUDA graphs read it. From then on `punica_wrapper.steering_idle` says whether the
-    batch has no adapter.
-    """
-    gains: Tensor | None = getattr(punica_wrapper, "steering_gains", None)
-    if gains is None:
-        ids = punica_wrapper._token_lora_indices
-        gains = punica_wrapper.steering_gains = torch.ones(len(ids), dtype=torch.float32, device=ids.device)
-        update = punica_wrapper.update_metadata
-
-        def update_metadata(mapping: Any, *args: Any, **kwargs: Any) -> Any:
-            punica_wrapper.steering_idle = not any(mapping.index_mapping)
-            return update(mapping, *args, **kwargs)
-
-        punica_wrapper.steering_idle, punica_wrapper.update_metadata = True, update_metadata
-    return gains
+        return self.base_layer(output)
 
 
 @functools.cache
@@ -202,10 +249,20 @@ def steered_class(base: type[nn.Module]) -> type[nn.Module]:
 
 @dataclass(frozen=True)
 class Reached:
-    """The layout that adapters must fit, the layers with a steering point, and the reason if there are none."""
+    """The steering points of a model.
+
+    Attributes:
+        layout: what adapters must fit.
+        batch: the buffers of its batches.
+        room: that of the slots.
+        points: the points, by layer.
+        reason: why there are none, or "".
+    """
 
     layout: Layout
-    here: frozenset[int] = frozenset()
+    batch: Batch
+    room: Room
+    points: Mapping[int, SteeringPoint] = field(default_factory=dict)
     reason: str = ""
 
 
@@ -237,13 +294,19 @@ def _is_missing(layer: nn.Module) -> bool:
     return type(layer).__name__ == "PPMissingLayer"
 
 
-def reach(model: nn.Module, config: Any) -> Reached:
-    """Add a steering point to each decoder layer of a loaded model, or to none with a reason.
+def reach(model: nn.Module, config: Any, room: Room, device: Any) -> Reached:
+    """Add a steering point to the decoder layers of a loaded model, or to none with a reason.
 
-    config: vLLM's config of the model.
+    Args:
+        config: vLLM's config.
+        room: that of the slots, which says the layers.
+        device: that of the batches.
     """
-    layout = layout_of(config)
+    layout, scheduler = layout_of(config.model_config), config.scheduler_config
+    captured = config.compilation_config.max_cudagraph_capture_size or 0
+    batch = Batch(max(scheduler.max_num_batched_tokens, captured) + 7, device)
     try:
+        _refuse_other_tokens(config.parallel_config)
         path, layers = find_layers(model, layout.num_layers)
         here = {index: layer for index, layer in enumerate(layers) if not _is_missing(layer)}
         classes: dict[int, Any] = {index: type(layer) for index, layer in here.items()}
@@ -251,12 +314,28 @@ def reach(model: nn.Module, config: Any) -> Reached:
         for layer in here.values():
             if hasattr(layer, SITE):
                 raise Unreachable(f"{type(layer).__name__} has a {SITE!r} of its own")
-            if config.dtype == torch.float16 and _scales_in_float16(type(layer)):
+            if config.model_config.dtype == torch.float16 and _scales_in_float16(type(layer)):
                 raise Unreachable(f"{type(layer).__name__} computes otherwise in float16; expected bfloat16 or float32")
     except Unreachable as reason:
-        return Reached(layout, reason=str(reason))
+        logger.warning("Steering adapters will be refused: %s", reason)
+        return Reached(layout, batch, room, reason=str(reason))
+    points = {}
     for index, layer in here.items():
-        point = SteeringPoint(layer, index, f"{path}.{index}", layout.hidden, states[index])
-        layer.add_module(SITE, point)
+        if room.layers is not None and index not in room.layers:
+            continue
+        points[index] = SteeringPoint(layer, index, f"{path}.{index}", layout.hidden, states[index], batch, room)
+        layer.add_module(SITE, points[index])
         layer.__class__ = steered_class(classes[index])
-    return Reached(layout, frozenset(here))
+    return Reached(layout, batch, room, points)
+
+
+def _refuse_other_tokens(parallel: Any) -> None:
+    """Raise if a layer gets a part of the batch's tokens, or gets them in another order.
+
+    Raises:
+        Unreachable: it does.
+    """
+    if getattr(parallel, "use_ubatching", False):
+        raise Unreachable("batches are split in two (--enable-dbo, --ubatch-size); expected whole ones")
+    if (size := getattr(parallel, "prefill_context_parallel_size", 1)) > 1:
+        raise Unreachable(f"--prefill-context-parallel-size is {size}; expected 1, as a layer then gets all tokens")

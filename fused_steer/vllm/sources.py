@@ -28,7 +28,10 @@ from ..adapters.parameters import NAMES, PEFT_PREFIX, SITE, ByPlace, Layout, ste
 from ..adapters.saving import open_regular, saving_folder
 from ..adapters.weights import MOST_JSON
 from ..joint import LORA_FOLDER, STEERING_FOLDER, find_joint
-from ..kernels import ACTIVATIONS, MAX_RANK
+from ..kernels import ACTIVATIONS
+from .dose import highest_dose
+from .options import KEY, REFUSE, lora_of, server_options
+from .room import Room, make_room
 
 #: The environment variable that says where copies are kept: a folder that all processes of the engine can read.
 FOLDER_VARIABLE = "FUSED_STEER_COPIES"
@@ -49,12 +52,15 @@ class Served:
     Attributes:
         path: the copy's directory.
         shares_prompt: whether tokens that are not steered are the base model's: false beside a LoRA.
-        positions: those of its config, which requests without positions have.
+        positions, scale: those of its config, which requests without positions or a scale have.
+        dose: the bound of its relative dose at strength 1. 0 if the server does not ask for it.
     """
 
     path: str
     shares_prompt: bool
     positions: str
+    scale: float
+    dose: float
 
 
 def find_source(path: str) -> Source | None:
@@ -74,20 +80,53 @@ def find_source(path: str) -> Source | None:
     return Source(steering, *loras.values())
 
 
-def read_fitting(source: Source, layout: Layout, max_rank: int) -> AdapterFile:
+def read_fitting(source: Source, layout: Layout, room: Room) -> AdapterFile:
     """Read and check an adapter.
 
     Raises:
-        ValueError, FileNotFoundError: it is broken, or does not fit the model or --max-lora-rank.
+        ValueError, FileNotFoundError: it is broken, does not fit the model, or the slots have no room for it.
     """
     file = read_adapter(source.steering, layout)
     if file.config.sites != (SITE,):
         sites = ", ".join(file.config.sites)
         raise ValueError(f"{source.steering} steers at {sites}; expected {SITE}, the only site in vLLM")
-    rank, most = file.config.rank, min(max_rank, MAX_RANK)
-    if rank > most:
-        raise ValueError(f"{source.steering} is of rank {rank}; expected at most {most} (--max-lora-rank)")
+    room.check(str(source.steering), file)
     return file
+
+
+def room_of(config: Any) -> Room:
+    """Return the room of a server's slots, from its options and the directory that they name.
+
+    Args:
+        config: vLLM's config.
+
+    Raises:
+        ValueError, OSError: the options do not say it, or the directory has no adapters.
+    """
+    options, lora = server_options(config), lora_of(config)
+    files = []
+    if options is not None and options.adapters is not None:
+        layout = layout_of(config.model_config)
+        files = [read_adapter(source.steering, layout) for source in registered(options.adapters).values()]
+    return make_room(options, None if lora is None else lora.max_lora_rank, files)
+
+
+def registered(directory: str) -> dict[str, Source]:
+    """Return the steering adapters of a directory, by the names of their subdirectories.
+
+    Raises:
+        ValueError: there are none. NotADirectoryError: it is not a directory.
+    """
+    folder = Path(directory).expanduser()
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{KEY}.adapters is {directory}; expected a directory with adapters")
+    found = {each.name: find_source(str(each)) for each in sorted(folder.iterdir()) if each.is_dir()}
+    sources = {name: source for name, source in found.items() if source is not None}
+    if not sources:
+        raise ValueError(
+            f"{KEY}.adapters is {directory}, which has no steering adapters; expected one in a subdirectory"
+        )
+    return sources
 
 
 def check_modules(source: Source, file: AdapterFile, modules: Any) -> None:
@@ -137,9 +176,10 @@ class Copies:
         Args:
             config: the engine's config.
         """
-        self._layout = layout_of(config.model_config)
-        lora: Any = config.lora_config
-        self._max_rank, self._modules = lora.max_lora_rank, getattr(lora, "target_modules", None)
+        self._layout, self._room, self._lora = layout_of(config.model_config), room_of(config), lora_of(config)
+        options = server_options(config)
+        dose = None if options is None else options.dose
+        self._dose = dose if dose is not None and dose.action == REFUSE else None
 
     def take(self, path: str) -> Served | None:
         """Copy an adapter and check the copy. Return None if it is not a steering adapter.
@@ -164,8 +204,10 @@ class Copies:
             try:
                 inside = find_source(str(copied))
                 assert inside is not None  # it is a copy
-                file = read_fitting(inside, self._layout, self._max_rank)
-                check_modules(inside, file, self._modules)
+                file = read_fitting(inside, self._layout, self._room)
+                if self._lora is None and inside.lora is not None:
+                    raise ValueError(f"{copied} has a LoRA beside its steering; expected none without --enable-lora")
+                check_modules(inside, file, getattr(self._lora, "target_modules", None))
             except (ValueError, OSError) as error:
                 raise ValueError(str(error).replace(str(copied), str(folder))) from error
             kept = copies_folder() / _digest(copied)
@@ -174,7 +216,9 @@ class Copies:
             except OSError:  # it is there already
                 if not kept.is_dir():
                     raise
-        return Served(str(kept), inside.lora is None, file.config.positions)
+        config = file.config
+        dose = 0.0 if self._dose is None else highest_dose(in_float32(file), config.activation, self._dose.norm)
+        return Served(str(kept), inside.lora is None, config.positions, config.scale, dose)
 
 
 def copies_folder() -> Path:

@@ -47,34 +47,40 @@ def invoke(tmp_path_factory):
 
 def test_fit_bench_runs_once_and_reports(invoke, monkeypatch):
     run, folder = invoke
-    result = run("--ranks", "1,2")
+    result = run("--ranks", "1,2", "--other-ranks", "2")
     assert result.exit_code == 0, result.output
     results = fit.load(fit.results_file(folder))
-    assert [(one["rank"], one["sequence"]) for one in results["runs"]] == [
-        (1, True),
-        (2, True),
-        (1, False),
-        (2, False),
+    assert [(one["site"], one["rank"], one["sequence"]) for one in results["runs"]] == [
+        ("post_block", 1, True),
+        ("post_block", 2, True),
+        ("post_block", 1, False),
+        ("post_block", 2, False),
+        ("post_mlp", 2, True),
+        ("pre_mlp", 2, True),
+        ("post_attention", 2, True),
     ]
     assert results["machine"]["commit"] and len(results["model"]["tuned"]) == 6
     for one in results["runs"]:
         assert len(one["exact"]) == 6 and len(one["fit"]["layers"]) == LAYERS
         assert one["fit"]["tokens_held_out"] and one["parameters"] == LAYERS * (2 * 32 * one["rank"] + 32)
-    saved = read_adapter(folder / "work" / "rank-2")
-    assert (saved.config.rank, saved.config.up_bias) == (2, True)
+    for site in ("post_block", "post_attention"):
+        saved = read_adapter(folder / "work" / f"{site}-rank-2")
+        assert (saved.config.rank, saved.config.up_bias, saved.config.site) == (2, True, site)
 
     docs = folder / "docs"
     docs.mkdir()
     (docs / "theory.md").write_text("before\n<!-- fit -->\nold\n<!-- /fit -->\nafter\n")
     assert run("--report", "--docs", docs).exit_code == 0
     text = (docs / "theory.md").read_text()
-    assert "| fitted, rank 2 |" in text and "old" not in text and text.startswith("before") and "after" in text
+    for part in ("| fitted, rank 2 |", "| `post_attention` |", "after"):
+        assert part in text
+    assert "old" not in text and text.startswith("before")
     pictures = sorted(file.name for file in (docs / "theory").iterdir())
-    assert pictures == ["accuracy-by-rank.svg", "first-order.svg", "missed-by-layer.svg"]
+    assert pictures == ["accuracy-by-rank.svg", "accuracy-by-site.svg", "first-order.svg", "missed-by-layer.svg"]
 
     before = fit.results_file(folder).read_bytes()
     monkeypatch.setattr(fit, "fit_ranks", lambda *arguments: pytest.fail("a fit was repeated"))
-    assert "all 4 fits are in" in run("--ranks", "1,2").stdout
+    assert "all 7 fits are in" in run("--ranks", "1,2", "--other-ranks", "2").stdout
     assert fit.results_file(folder).read_bytes() == before
     refused = run("--ranks", "3", "--fitted", "4")
     assert refused.exit_code == 1 and refused.stderr.startswith("bench.fit: the settings are ")

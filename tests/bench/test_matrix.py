@@ -1,22 +1,15 @@
 """Tests of the matrix of versions: its sets, its constraints, and its page. They make no environment."""
 
 import ast
-import importlib
-import sys
+import json
+import re
 from pathlib import Path
 
 import pytest
 
+from fused_steer import _tried
+
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def matrix():
-    sys.path.append(str(ROOT))
-    try:
-        return importlib.import_module("bench.matrix")
-    finally:
-        sys.path.remove(str(ROOT))
 
 
 def test_matrix_constraints_change_the_named_libraries_alone(matrix):
@@ -61,7 +54,9 @@ def test_matrix_page_shows_what_passed_failed_and_never_ran(matrix):
         "trl-1.14": matrix.Outcome("trl-1.14", {}, note="cannot be installed together: so"),
     }
     rows = {
-        line.split(" | ")[0].strip("| "): line for line in matrix.page(outcomes).splitlines() if line.startswith("|")
+        line.split(" | ")[0].strip("| "): line
+        for line in matrix.page(outcomes, {}).splitlines()
+        if line.startswith("|")
     }
     assert "| 1.2.3 | 1.2.3 |" in rows["pinned"] and "7 passed (abcdef0)" in rows["pinned"]
     assert "6 passed, **1 failed**: `a.py::test_b[c]`" in rows["triton-3.6"]
@@ -71,8 +66,46 @@ def test_matrix_page_shows_what_passed_failed_and_never_ran(matrix):
     assert set(matrix.SETS) <= set(rows)
 
 
-def test_matrix_page_is_that_of_the_kept_results(matrix):
-    assert matrix.PAGE.read_text(encoding="utf-8") == matrix.page(matrix.load())
+def test_matrix_files_are_those_of_the_kept_results(matrix, tmp_path, monkeypatch):
+    """The page, and the series that are tried without a warning."""
+    kept = {name: getattr(matrix, name) for name in ("PAGE", "TRIED")}
+    for name, file in kept.items():
+        monkeypatch.setattr(matrix, name, tmp_path / file.name)
+    matrix.write(matrix.load())
+    for file in kept.values():
+        assert (tmp_path / file.name).read_text(encoding="utf-8") == file.read_text(encoding="utf-8"), file
+    assert set(_tried.MATRIX) == set(matrix.SHOWN)
+
+
+def test_matrix_series_are_tried_if_every_test_of_their_set_passed(matrix):
+    versions = {"torch": "2.20.1", "triton": "3.10.0", "transformers": "5.9.0", "peft": "0.30.0", "trl": "1.2.0"}
+    changed = {"torch": "2.20.*", "triton": "3.10.*"}
+
+    def series(**counts: int) -> dict[str, list[str]]:
+        outcome = matrix.Outcome("new", changed, versions, counts)
+        return matrix.tried({"new": outcome}, "torch==2.3.0\ntriton==3.9.0\ntrl==1.4.0\n")
+
+    pinned = {"torch": ["2.3"], "triton": ["3.9"], "transformers": [], "peft": [], "trl": ["1.4"]}
+    assert series(passed=9, skipped=1) == pinned | {"torch": ["2.3", "2.20"], "triton": ["3.9", "3.10"]}
+    for counts in (
+        {},
+        {"skipped": 4},
+        {"passed": 9, "failed": 1},
+        {"passed": 9, "error": 1},
+        {"passed": 9, "errors": 2},
+    ):
+        assert series(**counts) == pinned
+
+
+def test_matrix_page_shows_what_releases_require(matrix):
+    asked = {"torch": {"2.1.0": ["triton==3.0.0"], "2.2.0": ["triton==3.0.0"], "2.3.0": []}}
+    rows = [line for line in matrix.page({}, asked).splitlines() if line.startswith("| torch 2.")]
+    assert rows == ["| torch 2.1.0, 2.2.0 | triton==3.0.0 |", "| torch 2.3.0 | – |"]
+    kept = json.loads(matrix.REQUIREMENTS.read_text(encoding="utf-8"))
+    for library, series in matrix.wanted_releases().items():
+        assert {f"{number}.*" for version in kept[library] for number in re.findall(r"^\d+\.\d+", version)} == set(
+            series
+        )
 
 
 def test_matrix_says_which_requirements_exclude_each_other(matrix):

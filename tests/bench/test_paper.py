@@ -1,6 +1,7 @@
 """Tests of `python -m bench.paper`: prompts and readers, data, runs, and report."""
 
 import importlib
+import inspect
 import itertools
 import json
 import re
@@ -14,9 +15,9 @@ from typer.testing import CliRunner
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT))
 try:
-    command, cost, data, listops, report, runs, smoke, tasks = (
+    command, cost, data, listops, methods, report, runs, smoke, tasks = (
         importlib.import_module(f"bench.paper.{name}")
-        for name in ("__main__", "cost", "data", "listops", "report", "runs", "smoke", "tasks")
+        for name in ("__main__", "cost", "data", "listops", "methods", "report", "runs", "smoke", "tasks")
     )
     from bench.paper.settings import RATES, Settings
 finally:
@@ -379,3 +380,20 @@ def replace_tied(config):
 def test_paper_settings_of_no_size_are_refused():
     with pytest.raises(ValueError, match="batch size is 0; expected at least 1"):
         replace(Settings("tiny"), batch_size=0)
+
+
+def test_paper_settings_are_the_papers():
+    """F.5: batches of 8, one epoch, three for GSM8K, five seeds; every method has rates to try."""
+    settings = Settings("tiny")
+    assert (settings.batch_size, settings.epochs, settings.activation) == (8, None, "identity")
+    assert {name: task.epochs for name, task in TASKS.items()} == {
+        name: 3 if name == "gsm8k" else 1 for name in ("boolq", "winogrande", "listops", "gsm8k", "arc", "aqua")
+    }
+    assert inspect.signature(command.run).parameters["seeds"].default == 5
+    assert RATES.keys() == methods.METHODS.keys()
+
+
+def test_paper_smoke_has_rows_of_every_task(tmp_path):
+    smoke.write_data(tmp_path)
+    for name in TASKS:
+        assert {split: len(rows) for split, rows in data.load(name, tmp_path, WHOLE).items()} == smoke.ROWS

@@ -10,15 +10,13 @@ import torch
 import torch.nn.functional as F
 from models import HIDDEN, LAYERS, build, logits, tokens
 from torch import nn
-from torch.nn.utils import parametrize
 from transformers import TrainerCallback
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT))
 try:
-    heads, methods, reft, released, smoke, training = (
-        importlib.import_module(f"bench.paper.{name}")
-        for name in ("heads", "methods", "reft", "released", "smoke", "training")
+    heads, methods, released, smoke, training = (
+        importlib.import_module(f"bench.paper.{name}") for name in ("heads", "methods", "released", "smoke", "training")
     )
     from bench.paper.settings import RATES, Settings
 finally:
@@ -169,62 +167,84 @@ def test_paper_methods_heads_of_a_layer_without_a_known_projection_are_refused()
 # ----------------------------------------------------------------------------------------------------------- LoReFT
 
 
+def loreft_by_hooks(model, chosen):
+    """Edit each layer's output by h + Rᵀ (W h + b − R h) at the chosen tokens, (B, T): plain hooks, R by torch's QR."""
+    base = build().to(next(model.parameters()).dtype)
+    for edited, layer in zip(model.model.layers, base.model.layers, strict=True):
+        adapter = edited.post_block.adapter("default")
+        source, bias, matrix = adapter.down.weight, adapter.down.bias, adapter.up.weight
+        q, u = torch.linalg.qr(matrix.detach())
+        rotation = (q * u.diagonal().sign()).T
+
+        def hook(_, __, output, source=source, bias=bias, rotation=rotation):
+            h = output[0] if isinstance(output, tuple) else output
+            new = h + (F.linear(h, source, bias) - h @ rotation.T) @ rotation
+            new = torch.where(chosen[..., None], new, h)
+            return (new, *output[1:]) if isinstance(output, tuple) else new
+
+        layer.register_forward_hook(hook)
+    return base
+
+
 @torch.no_grad()
-def test_paper_methods_loreft_is_its_formula_and_leaves_other_positions():
-    torch.manual_seed(0)
-    edit = reft.LoReFT(HIDDEN, 4)
-    h, mask = torch.randn(2, 5, HIDDEN), torch.rand(2, 5) < 0.5
+@pytest.mark.parametrize("positions", ["first_2+last_1", "all"])
+def test_paper_methods_loreft_is_its_formula_and_leaves_other_positions(positions):
+    """A batch as in training: two prompts of 4 and 5 tokens, then answers; the first row is padded on the right."""
+    model, _ = attached("reft", replace(SETTINGS, reft_positions=positions))
+    for layer in model.model.layers:
+        adapter = layer.post_block.adapter("default")
+        for parameter in (adapter.down.weight, adapter.down.bias):
+            parameter.normal_(std=0.2)
+    mask = torch.ones(2, 9, dtype=torch.long)
+    mask[0, 7:] = 0
+    labels = tokens().clone()
+    labels[0, :4] = labels[0, 7:] = labels[1, :5] = -100
+    edited = {"first_2+last_1": ["110100000", "110010000"], "all": ["1" * 9] * 2}[positions]
+    chosen = torch.tensor([[mark == "1" for mark in row] for row in edited])
+    given = {"input_ids": tokens(), "attention_mask": mask}
+    found = model(**given, labels=labels).logits
+    formula = loreft_by_hooks(model, chosen)
+    plain = formula(**given).logits
+    kept = mask.bool()
+    assert float((build()(**given).logits - plain)[kept].norm() / plain[kept].norm()) > 0.01
+    truth = loreft_by_hooks(model.double(), chosen)(**given).logits
+    error, allowed = (float((x - truth)[kept].norm() / truth[kept].norm()) for x in (found, plain))
+    assert error <= 2 * allowed + 1e-6
 
-    def formula(h, w, b, r):
-        return h + (h @ w.T + b - h @ r.T) @ r
 
-    assert_as_exact(edit(h, None), formula, h, edit.source.weight, edit.source.bias, edit.rotate.weight)
-    some = edit(h, mask)
-    assert torch.equal(some[~mask], h[~mask])
-    assert torch.equal(some[mask], edit(h, None)[mask])
-
-
-def test_paper_methods_loreft_rows_stay_orthonormal_in_training(train):
+def test_paper_methods_loreft_is_the_fused_form_and_stays_orthonormal_in_training(train):
     model, (stage,) = attached("reft")
     before = [p.detach().clone() for p in stage.parameters]
     train(model, stage, "reft", epochs=2)
+    assert {entry.kind for entry in model.steering.report()} == {"fused"}
+    config = model.steering.config()
+    assert (config.form, config.rank, config.positions) == ("loreft", 8, "first_7+last_7")
     assert all(not torch.equal(p, old) for p, old in zip(stage.parameters, before, strict=True))
     for layer in model.model.layers:
-        assert parametrize.is_parametrized(layer.loreft.rotate)
-        rotation = layer.loreft.rotate.weight.double()
-        assert float((rotation @ rotation.T - torch.eye(8).double()).norm()) < 1e-5
-
-
-@pytest.mark.parametrize(
-    ("text", "kept", "labels", "expected"),
-    [
-        ("f2+l1", "111111", "......", "110001"),
-        ("f1+l1", "001111", "......", "001001"),  # padded on the left
-        ("f1+l2", "111100", "...aaa", "111000"),  # the prompt is the tokens without labels
-        ("f9+l9", "011111", "...aaa", "011000"),  # a short prompt: each token is edited once
-    ],
-)
-def test_paper_methods_loreft_positions(text, kept, labels, expected):
-    where = reft.Positions(text)
-    mask = torch.tensor([[int(k) for k in kept]])
-    marks = torch.tensor([[-100 if mark == "." else 5 for mark in labels]])
-    where._see(None, (), {"input_ids": mask, "attention_mask": mask, "labels": marks if "a" in labels else None})
-    assert "".join(str(int(m)) for m in where.mask[0]) == expected
+        up = layer.post_block.adapter("default").weights()[1].detach().double()
+        assert float((up.T @ up - torch.eye(8).double()).norm()) < 1e-5
 
 
 def test_paper_methods_loreft_leaves_tokens_that_are_generated():
-    model, _ = attached("reft", replace(SETTINGS, reft_positions="f1+l1"))
-    seen = []
-    model.model.layers[0].loreft.register_forward_hook(lambda _, args, __: seen.append(args[1].clone()))
-    model.generate(tokens(), max_new_tokens=3, do_sample=False)
-    assert [mask.shape[1] for mask in seen] == [9, 1, 1]
-    assert seen[0].sum() == 4 and not seen[1].any() and not seen[2].any()
+    """Generation goes on as that of the base with the prompt's cache edited: by hand, token after token."""
+    model, _ = attached("reft", replace(SETTINGS, reft_positions="first_1+last_1"))
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.post_block.adapter("default").down.bias.normal_(std=3)
+    said = model.generate(tokens(), max_new_tokens=3, do_sample=False)
+    ids = tokens()
+    for _ in range(3):
+        chosen = torch.zeros(ids.shape, dtype=torch.bool)
+        chosen[:, 0] = chosen[:, 8] = True
+        with torch.no_grad():
+            ids = torch.cat([ids, loreft_by_hooks(model, chosen)(ids).logits[:, -1:].argmax(-1)], 1)
+    assert torch.equal(said, ids)
+    assert not torch.equal(said, build().generate(tokens(), max_new_tokens=3, do_sample=False))
 
 
-@pytest.mark.parametrize("text", ["", "7", "f7", "l7+f7", "fx+l7"])
-def test_paper_methods_loreft_positions_that_are_none_are_refused(text):
-    with pytest.raises(ValueError, match="expected 'all' or such as 'f7\\+l7'"):
-        reft.Positions(text)
+def test_paper_methods_loreft_positions_that_are_none_are_refused():
+    with pytest.raises(ValueError, match="positions has 'f7'; expected 'all'"):
+        attached("reft", replace(SETTINGS, reft_positions="f7"))
 
 
 # ----------------------------------------------------------------------------------------- joint training as released

@@ -17,7 +17,8 @@ from fused_steer._requirements import OPTIONAL, TRIED
 from fused_steer.adapters.files import CONFIG_NAME, WEIGHTS_NAME
 from fused_steer.tools.doctor import Finding
 
-VERBS = ("demo", "doctor", "inspect", "kernels", "import", "coverage", "diagnose", "fit", "playground")
+VERBS = ("demo", "doctor", "inspect", "kernels", "import", "coverage", "diagnose", "fit", "extract", "compare", "train")
+VERBS += ("playground",)
 
 
 # --------------------------------------------------------------------------------------------------------------- help
@@ -166,8 +167,8 @@ def test_cli_doctor_shows_optional_libraries(installed, state):
     """The doctor shows optional libraries: version, whether it was tried, how to install it. None is a failure."""
     expected = {}
     for library, tried in OPTIONAL.items():
-        command = f"pip install '{library}>={tried.first},<{tried.below}'"
-        version = {"absent": None, "tried": f"{tried.last}.3", "newer": f"{tried.below}.0", "older": "0.0.1"}[state]
+        command = f"pip install '{library}=={tried.series[-1]}.*'"
+        version = {"absent": None, "tried": f"{tried.series[-1]}.3", "newer": "99.0", "older": "0.0.1"}[state]
         installed["versions"].update({library: version} if version else {})
         expected[library] = {
             "absent": f"absent: not installed (for {tried.use}); {command}",
@@ -180,14 +181,15 @@ def test_cli_doctor_shows_optional_libraries(installed, state):
 
 
 @pytest.mark.parametrize("library", ["torch", "transformers"])
-def test_cli_doctor_shows_a_newer_core_library_as_untried(installed, library):
+@pytest.mark.parametrize("version", ["99.0", "1.1.0"], ids=["newer than setup.py's range", "in the range"])
+def test_cli_doctor_shows_an_untried_core_library(installed, library, version):
     tried = TRIED[library]
-    installed["requires"] = [f"{library}>={tried.first},<{tried.below}"]
-    installed["versions"][library] = f"{tried.below}.0"
+    installed["requires"] = [f"{library}>=1.0,<{tried.series[-1]}"]
+    installed["versions"][library] = version
     result = invoke("doctor")
     assert result.exit_code == 0, result.output
-    command = f"pip install '{library}>={tried.first},<{tried.below}'"
-    assert findings(result)[library] == f"untried: {tried.below}.0; expected one that was tried: {tried}; {command}"
+    command = f"pip install '{library}=={tried.series[-1]}.*'"
+    assert findings(result)[library] == f"untried: {version}; expected one that was tried: {tried}; {command}"
 
 
 def test_cli_doctor_reports_an_unknown_backend(installed, monkeypatch):

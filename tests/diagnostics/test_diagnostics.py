@@ -3,6 +3,7 @@
 import copy
 import json
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -19,6 +20,8 @@ from fused_steer import SteerConfig, patch_model, save_joint
 from fused_steer.adapters.parameters import SITE
 from fused_steer.diagnostics import BINS, LEVELS, QUANTITIES, diagnose
 from fused_steer.model.decoder import find_decoder, inside_peft
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*layers do nothing")  # fresh adapters
 
 DOWN = {"gpt2": "c_proj", "gpt_neox-parallel": "dense_4h_to_h", "gpt_neox-sequential": "dense_4h_to_h"}
 
@@ -266,6 +269,76 @@ def test_diagnostics_a_vector_has_shifts_and_no_matrices():
         assert_spread(layer.shift, (2 * b2).norm() / sum(sites.inputs(i)).norm(dim=1))
         assert layer.cosine.tokens == 30
         assert layer.absent == {"alignment": "a vector has no W2 W1", "spectral_norm": "a vector has no W2"}
+
+
+@pytest.mark.parametrize("positions", ["last_prompt", "first_2+last_1", "generated", "prompt"])
+def test_diagnostics_only_tokens_at_the_adapters_positions_are_measured(positions):
+    """The second batch has answers of one and two tokens; without labels its tokens are all the prompt's."""
+    model = patch_model(build(), SteerConfig(positions=positions))
+    randomize(model)
+    batches = masked_batches()
+    labels = torch.full((3, 7), -100)
+    labels[0, 3], labels[1, 5:] = 5, 6
+    sites = [layer.get_submodule(SITE) for layer in layers_of(model)]
+    counts = {"last_prompt": (2, 3), "first_2+last_1": (6, 7), "generated": (0, 3), "prompt": (18, 9)}[positions]
+    told = [batches[0], {**batches[1], "labels": labels}]
+    if positions == "generated":
+        told = told[1:]
+    found = diagnose(model, told)
+    assert found.tokens == sum(counts)
+    norms = [[] for _ in sites]
+    for batch in told:
+        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+        prompt = mask & (batch["labels"] == -100) if "labels" in batch else mask
+        at, last = prompt.cumsum(1), prompt.sum(1, keepdim=True)
+        steered = {
+            "last_prompt": prompt & (at == last),
+            "first_2+last_1": prompt & ((at <= 2) | (at == last)),
+            "generated": mask & ~prompt,
+            "prompt": prompt,
+        }[positions]
+        with model.steering.prompts(prompt):
+            seen = Seen(sites, model, [{name: value for name, value in batch.items() if name != "labels"}])
+        for i in range(len(sites)):
+            h = sum(seen.inputs(i))
+            norms[i].append(((seen.outputs(i) - h).norm(dim=1) / h.norm(dim=1))[steered[mask]])
+    for layer, expected in zip(found.layers, norms, strict=True):
+        expected = torch.cat(expected)
+        assert expected.min() > 0
+        assert_spread(layer.shift, expected)
+
+
+def test_diagnostics_no_token_at_the_adapters_positions():
+    model = patch_model(build(), SteerConfig(positions="generated"))
+    refused(ValueError, "no token at the adapter's positions, generated", diagnose, model, masked_batches())
+
+
+def test_diagnostics_layers_that_do_nothing_are_named():
+    model = patch_model(build())
+    randomize(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not diagnose(model, masked_batches()).asleep
+    sites = [layer.get_submodule(SITE) for layer in layers_of(model)]
+    seen = Seen(sites, model, masked_batches())
+    for i, size in ((0, 1.01e-3), (2, 0.99e-3)):  # shifts that are just large enough, and just too small
+        h, out = sum(seen.inputs(i)), seen.outputs(i)
+        with torch.no_grad():
+            sites[i].steer_up["default"].weight *= size / np.quantile((out - h).norm(dim=1) / h.norm(dim=1), 0.5)
+        seen = Seen(sites, model, masked_batches())
+    with pytest.warns(UserWarning, match=r"^1 of 3 steered layers do nothing, with a median .* below 0.001: 2$"):
+        found = diagnose(model, masked_batches())
+    assert [layer.layer for layer in found.asleep] == [2]
+    assert found.to_json()["asleep"] == [{"layer": 2, "site": "post_block"}]
+
+
+def test_diagnostics_layers_of_several_sites_that_do_nothing_are_named():
+    model = patch_model(build(), SteerConfig(site=["pre_mlp", "post_mlp"]))
+    randomize(model)
+    with torch.no_grad():
+        layers_of(model)[1].get_submodule("post_mlp").steer_up["default"].weight.zero_()
+    with pytest.warns(UserWarning, match=r"^1 of 6 steered layers do nothing.*: 1 \(post_mlp\)$"):
+        diagnose(model, masked_batches())
 
 
 def test_diagnostics_a_fresh_adapter_beside_a_fresh_lora():
@@ -566,6 +639,18 @@ def test_diagnostics_the_command_with_both_parts(place, tmp_path):
         assert [str(layer["layer"]), "fused", *(f"{number:.3g}" for number in numbers)] in rows
     assert {file.suffix for file in (tmp_path / "apart").iterdir()} == {".png", ".json"}
     assert "absent" not in apart.stdout
+
+
+def test_diagnostics_the_command_names_layers_that_do_nothing(place, tmp_path):
+    model = patch_model(type(build()).from_pretrained(place / "model"), place / "adapter")
+    with torch.no_grad():
+        layers_of(model)[1].get_submodule(SITE).steer_up["default"].weight.zero_()
+    model.steering.save(tmp_path / "asleep")
+    arguments = ("--prompts", place / "prompts.txt", "--out", tmp_path / "out", "--device", "cpu")
+    result = invoke("diagnose", place / "model", "--adapter", tmp_path / "asleep", *arguments)
+    assert result.exit_code == 0, result.output
+    said = "warning   1 of 3 steered layers do nothing, with a median ‖δ‖/‖h‖ below 0.001: 1"
+    assert said in result.output.replace("\n", " ") and result.output.count("do nothing") == 1
 
 
 def test_diagnostics_the_command_without_lora(place, tmp_path):

@@ -10,6 +10,7 @@ from typing import Any
 
 import peft.peft_model
 import pytest
+import safetensors.torch
 import torch
 import transformers.modeling_utils
 from models import build, classifier, logits, randomize, refused, skip_without_add_adapter, tokens
@@ -21,6 +22,7 @@ from transformers import AutoModelForCausalLM
 import fused_steer.peft
 from fused_steer import SteerConfig, patch_model
 from fused_steer.peft import PostBlockConfig
+from fused_steer.peft.loading import copy_instead_of_mapping
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -44,7 +46,7 @@ def cut(file: Path) -> None:
 
 
 def overwriting(monkeypatch: pytest.MonkeyPatch, change: Callable[[], Any], before: bool) -> None:
-    """PEFT opens the weights just after they changed, or they change just after it has mapped them into memory."""
+    """PEFT opens the weights just after they changed, or they change just after it has read them."""
     load = peft.peft_model.load_peft_weights
 
     def loading(*args: Any, **kwargs: Any) -> Any:
@@ -58,7 +60,7 @@ def overwriting(monkeypatch: pytest.MonkeyPatch, change: Callable[[], Any], befo
     monkeypatch.setattr(peft.peft_model, "load_peft_weights", loading)
 
 
-@pytest.mark.parametrize("before", [True, False], ids=["before PEFT opens it", "after PEFT has mapped it"])
+@pytest.mark.parametrize("before", [True, False], ids=["before PEFT opens it", "after PEFT has read it"])
 def test_loading_a_bit_that_flips_after_the_check(before, tmp_path, monkeypatch):
     write(tmp_path)
     overwriting(monkeypatch, lambda: flip(tmp_path / WEIGHTS), before)
@@ -68,10 +70,11 @@ def test_loading_a_bit_that_flips_after_the_check(before, tmp_path, monkeypatch)
     assert torch.equal(logits(model), logits(build()))
 
 
-def test_loading_a_file_that_is_cut_after_peft_has_mapped_it(tmp_path, monkeypatch):
-    """Whoever looks at the map then is killed."""
+@pytest.mark.parametrize("before", [True, False], ids=["before PEFT opens it", "after PEFT has read it"])
+def test_loading_a_file_that_is_cut(before, tmp_path, monkeypatch):
+    """Whoever looks at a map of it then is killed."""
     write(tmp_path)
-    overwriting(monkeypatch, lambda: cut(tmp_path / WEIGHTS), before=False)
+    overwriting(monkeypatch, lambda: cut(tmp_path / WEIGHTS), before)
     child = os.fork()
     if not child:
         try:
@@ -85,7 +88,56 @@ def test_loading_a_file_that_is_cut_after_peft_has_mapped_it(tmp_path, monkeypat
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
-@pytest.mark.parametrize("before", [True, False], ids=["before PEFT opens it", "after PEFT has mapped it"])
+@pytest.fixture
+def mapped(monkeypatch) -> list[Path]:
+    """The files that safetensors maps into memory; they may be cut while it reads their maps."""
+    found: list[Path] = []
+    safe_open = safetensors.torch.safe_open
+
+    def noted(file: Any, *args: Any, **kwargs: Any) -> Any:
+        found.append(Path(file))
+        return safe_open(file, *args, **kwargs)
+
+    monkeypatch.setattr(safetensors.torch, "safe_open", noted)
+    return found
+
+
+def test_loading_maps_no_file_of_steering(tmp_path, mapped):
+    expected = logits(write(tmp_path / "a"))
+    model = PeftModel.from_pretrained(build(), str(tmp_path / "a"))
+    model.load_adapter(str(tmp_path / "a"), "second", low_cpu_mem_usage=True)
+    model.load_adapter(str(tmp_path), "third", subfolder="a")
+    model.load_adapter(str(tmp_path / "a"), "default")
+    for name in ("default", "second", "third"):
+        model.set_adapter(name)
+        assert torch.equal(logits(model.eval()), expected)
+    (tmp_path / "linked").symlink_to(tmp_path / "a")
+    found = peft.load_peft_weights(str(tmp_path / "linked"), device="cpu")
+    assert mapped == []
+    stored = load_file(tmp_path / "a" / WEIGHTS)
+    assert found.keys() == stored.keys() and all(torch.equal(found[name], stored[name]) for name in stored)
+    flip(tmp_path / "a" / WEIGHTS)
+    with refused(ValueError, "expected sha256"):
+        peft.load_peft_weights(str(tmp_path / "a"), device="cpu")
+
+
+def test_loading_of_other_methods_is_pefts_own(tmp_path, mapped):
+    lora = get_peft_model(build(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)).eval()
+    lora.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(build(), str(tmp_path))), logits(lora))
+    assert mapped == [tmp_path / WEIGHTS]
+    cut(tmp_path / WEIGHTS)
+    with pytest.raises(safetensors.SafetensorError):
+        PeftModel.from_pretrained(build(), str(tmp_path))
+
+
+def test_loading_warns_where_peft_reads_by_a_function_of_another_name(monkeypatch):
+    monkeypatch.delattr(peft.utils.save_and_load, "safe_load_file")
+    with pytest.warns(UserWarning, match="do not change files while PEFT loads them"):
+        copy_instead_of_mapping()
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before PEFT opens it", "after PEFT has read it"])
 def test_loading_another_whole_adapter_that_takes_the_place(before, tmp_path, monkeypatch):
     """Of the same config it is loaded, as if it had been there; of another it is refused."""
     write(tmp_path / "a")

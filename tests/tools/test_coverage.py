@@ -208,6 +208,7 @@ ROWS = [
         layers=3,
         error=2e-7,
         post_mlp=Row("llama", "LlamaForCausalLM", "inline", "a norm"),
+        norms=3,
     ),
     Row("internlm3", "LlamaForCausalLM", "wrong", "a | b", layers=3),
     Row("bert", "BertLMHeadModel", "hook", "no sum", layers=3, hooked=3, error=1e-6),
@@ -218,9 +219,17 @@ def test_coverage_table() -> None:
     text = markdown(ROWS)
     assert "**2 of 3 model types pass**, 1 of 2 classes;" in text
     assert "error is 1.0e-06" in text and torch.__version__ in text
-    assert "| LlamaForCausalLM | internlm3 | wrong | a \\| b |" in text and "| hook | 1 |" in text
-    assert "| LlamaForCausalLM | llama | fused |  | inline | a norm |" in text and "At `post_mlp` 1 of 1 pass" in text
-    first, second = summary(ROWS).splitlines()
+    assert (
+        "| LlamaForCausalLM | internlm3 | wrong | a \\| b |" in text
+        and "With `fuse_norm=True` 1 classes" in text
+        and "| hook | 1 |" in text
+    )
+    assert (
+        "| LlamaForCausalLM | llama | fused |  | inline | a norm | 3 of 3 |  |" in text
+        and "At `post_mlp` 1 of 1 pass" in text
+    )
+    first, second, third = summary(ROWS).splitlines()
+    assert third == "fuse_norm: 1 classes fuse the norm behind every layer, 0 behind some layers"
     assert first.startswith("post_block: 2 of 3 pass: 1 fused, 0 inline, 0 mixed, 1 hook") and first.endswith("1 wrong")
     assert second.startswith("post_mlp: 1 of 1 pass: 0 fused, 1 inline,") and second.endswith("0 wrong")
 

@@ -1,0 +1,395 @@
+"""Fuses the RMSNorm that reads a steered layer's output into the steering: `patch_model(..., fuse_norm=True)`.
+
+The norm that follows a layer is the first module that the next layer gives its input to, or after the last layer the
+norm that the decoder calls. What kind of norm it is, is measured by numbers (`measure`), not told by names.
+
+A linked site computes the norm beside its own output, and hands both over in its thread. The norm takes what was
+handed over only if its input is that very tensor, unchanged. For any other input it computes by the fused norm kernel.
+Thus a wrong guess about the structure, a dropped layer or an early exit costs time and changes no number. Where the
+steering is disabled, the norm is the model's own.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import weakref
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+
+from ..kernels.norm import MAX_WIDTH, rms_norm
+from ..kernels.norm_torch import Norm
+from ..kernels.norm_torch import forward as formula
+from ..kernels.registered import is_described
+from .decoder import Decoder
+from .layer import PatchedLayer
+from .residual import ResidualNotFound, Source, analyse
+from .site import SteeringSite
+from .sublayers import cached
+from .watch import thread
+
+#: The attribute of a norm that keeps its `Link`.
+_LINK = "link_of_patch"
+
+# ---------------------------------------------------------------------------------------------------- kinds of norms
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of RMSNorm, as `kernels.norm_torch.Norm` describes it. `weight`: the path of w below the module."""
+
+    weight: str | None
+    eps: float
+    plus_one: bool = False
+    rounds_first: bool = True
+
+    def norm(self, weight: Tensor | None) -> Norm:
+        return Norm(weight, self.eps, self.plus_one, self.rounds_first)
+
+
+class NotFused(Exception):
+    """A norm cannot be fused. The message says why in one line."""
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def measure(norm: nn.Module, hidden: int) -> Kind:
+    """Find the kind of a norm by what its forward computes, on a copy with random weights.
+
+    Raises:
+        NotFused: it is no RMSNorm over the last dimension, or its numbers cannot be had here.
+    """
+    name = type(norm).__name__
+    if "forward" in vars(norm):
+        raise NotFused(f"the forward of its {name} was replaced on the instance")
+    tensors = [*norm.named_parameters(), *norm.named_buffers()]
+    if hidden > MAX_WIDTH:
+        raise NotFused(f"the hidden size is {hidden}, and the kernel's largest is {MAX_WIDTH}")
+    if len(tensors) > 1 or any(tensor.shape != (hidden,) for _, tensor in tensors):
+        raise NotFused(f"{name} is no RMSNorm: it has other tensors than one weight of the hidden size")
+    path, weight = tensors[0] if tensors else (None, None)
+    if weight is not None and (weight.is_meta or not weight.dtype.is_floating_point or weight.dtype.itemsize == 1):
+        raise NotFused(f"the weight of its {name} is {'on meta' if weight.is_meta else weight.dtype}")
+    device = torch.device("cpu") if weight is None else weight.device
+    generator = torch.Generator().manual_seed(0)
+    factor = torch.randn(hidden, generator=generator) / 4 + 0.75
+    x = torch.randn(2, 3, hidden, generator=generator) + 0.5  # with a mean, which LayerNorm takes away
+
+    def run(dtype: torch.dtype, size: float) -> tuple[Tensor, Tensor, Tensor | None]:
+        own = copy.deepcopy(norm).to(dtype)
+        given = None if path is None else factor.to(device, dtype)
+        if path is not None and given is not None:
+            own.get_submodule(path.rpartition(".")[0]).get_parameter(path.rpartition(".")[2]).copy_(given)
+        scaled = (x * size).to(device, dtype)
+        return scaled, type(norm).forward(own, scaled), given
+
+    def same(kind: Kind, dtype: torch.dtype, size: float) -> bool:
+        scaled, found, given = run(dtype, size)
+        if not isinstance(found, Tensor) or found.shape != scaled.shape or found.dtype != dtype:
+            return False
+        expected = formula(scaled.double(), kind.norm(None if given is None else given.double()))[0]
+        close = 4 * torch.finfo(dtype).eps
+        return bool((found.double() - expected).norm() <= close * expected.norm())
+
+    try:
+        kinds = [Kind(path, 0.0, plus_one) for plus_one in ((False, True) if path else (False,))]
+        fitting = [kind for kind in kinds if same(kind, torch.float32, 1e3)]
+        if not fitting:
+            raise NotFused(f"{name} computes no RMSNorm")
+        (kind,) = fitting
+        # Its eps is among its numbers, whatever their names, or PyTorch's default.
+        numbers = {value for value in vars(norm).values() if type(value) is float and 0 <= value < 1}
+        for eps in (*sorted(numbers), torch.finfo(torch.float32).eps, 0.0):
+            kind = Kind(path, eps, kind.plus_one)
+            if all(same(kind, torch.float32, size * max(eps, 1e-10) ** 0.5) for size in (0.3, 1.0, 3.0)):
+                break
+        else:
+            raise NotFused(f"the eps of its {name} is not under the root, or not among its numbers")
+        if path is None:
+            return kind
+        scaled, found, given = run(torch.bfloat16, 1.0)
+        if found.dtype != torch.bfloat16 or not same(kind, torch.bfloat16, max(eps, 1e-10) ** 0.5):
+            raise NotFused(f"{name} computes no RMSNorm in bfloat16")
+        orders = [Kind(path, eps, kind.plus_one, first) for first in (True, False)]
+        equal = [int((formula(scaled, order.norm(given))[0] == found).sum()) for order in orders]
+        return orders[0] if equal[0] >= equal[1] else orders[1]
+    except NotFused:
+        raise
+    except Exception as error:
+        raise NotFused(f"its {name} cannot be tried here ({type(error).__name__})") from error
+
+
+# --------------------------------------------------------------------------------------------------- following norms
+
+
+@cached
+def _first_module(cls: type) -> str:
+    """Return the path of the first module that `cls.forward` calls with its first argument.
+
+    Raises:
+        ResidualNotFound: there is none, or no source to read.
+    """
+
+    def read(source: Source) -> str:
+        own, first, *_ = (argument.arg for argument in [*source.tree.args.posonlyargs, *source.tree.args.args])
+        names = {first}
+        for node in ast.walk(source.tree):
+            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Name) and node.value.id == first:
+                names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+        for path, call in _module_calls(source.tree, own):
+            arguments = [*call.args, *(keyword.value for keyword in call.keywords)]
+            if arguments and isinstance(arguments[0], ast.Name) and arguments[0].id in names:
+                return path
+        source.refuse("gives its input to no module", source.tree)
+
+    return analyse(cls, read)
+
+
+@cached
+def _modules_after_loop(cls: type) -> tuple[str, ...]:
+    """Return the paths of the modules that `cls.forward` calls after its last loop, in order.
+
+    Raises:
+        ResidualNotFound: there is no source to read.
+    """
+
+    def read(source: Source) -> tuple[str, ...]:
+        loops = [node for node in ast.walk(source.tree) if isinstance(node, ast.For)]
+        last = max((loop.end_lineno or 0 for loop in loops), default=0)
+        calls = _module_calls(source.tree, source.self_name())
+        return tuple(path for path, call in calls if call.lineno > last)
+
+    return analyse(cls, read)
+
+
+def _module_calls(tree: ast.AST, own: str) -> list[tuple[str, ast.Call]]:
+    """Return the calls `<own>.<path>(...)` with their paths, in the order of the source."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            parts, inner = [], node.func
+            while isinstance(inner, ast.Attribute):
+                parts.append(inner.attr)
+                inner = inner.value
+            if parts and isinstance(inner, ast.Name) and inner.id == own:
+                found.append((".".join(reversed(parts)), node))
+    return sorted(found, key=lambda one: (one[1].lineno, one[1].col_offset))
+
+
+def following_norm(decoder: Decoder, patched: Mapping[int, PatchedLayer], index: int) -> nn.Module:
+    """Return the module that reads the output of layer `index` first.
+
+    Raises:
+        NotFused: there is none that can be told.
+    """
+    try:
+        if index + 1 < len(decoder.layers):
+            layer = decoder.layers[index + 1]
+            base = patched[index + 1].base if index + 1 in patched else type(layer)
+            return layer.get_submodule(_first_module(base))
+        for path in _modules_after_loop(type(decoder.module)):
+            module = _submodule(decoder.module, path)
+            if module is not None:
+                return module
+    except (ResidualNotFound, AttributeError, ValueError) as error:
+        raise NotFused(f"the module that reads its output is not known: {error}") from None
+    raise NotFused("the decoder gives its last layer's output to no module of its own")
+
+
+def _submodule(module: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return module.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+# -------------------------------------------------------------------------------------------------------------- links
+
+
+class Link:
+    """One norm and the sites that compute it.
+
+    Attributes:
+        sites: the sites before the norm.
+        taken: how many results it took over since the last reset.
+        reason: why the last call of a site did not compute the norm, or "".
+    """
+
+    def __init__(self, norm: nn.Module, kind: Kind) -> None:
+        self.norm, self.kind = norm, kind
+        self.base = type(norm)
+        self.sites: list[SteeringSite] = []
+        self.taken = 0
+        self.reason = ""
+
+    def attach(self) -> None:
+        self.norm.__dict__[_LINK] = self
+        self.norm.__class__ = fused_class(self.base)
+
+    def detach(self) -> None:
+        """Make the norm what it was. It can be called again."""
+        if type(self.norm) is fused_class(self.base):
+            self.norm.__class__ = self.base
+        self.norm.__dict__.pop(_LINK, None)
+
+    @property
+    def steers(self) -> bool:
+        """Whether steering is on before the norm. Where it is off, the norm is the model's own."""
+        return any(site.enabled and (site.active is not None or site.rows is not None) for site in self.sites)
+
+    def norm_for(self, x: Tensor, norm: nn.Module) -> Norm | None:
+        """Return the norm to be computed for x, or None with `reason` set."""
+        weight = None
+        if self.kind.weight is not None:
+            weight = norm.get_parameter(self.kind.weight)
+            if not _has_values(weight) or weight.device != x.device:
+                self.reason = f"the norm's weight is not whole on {x.device} when the layer ends (offloaded or sharded)"
+                return None
+            if weight.dtype != x.dtype and self.kind.rounds_first or weight.dtype == torch.float64 != x.dtype:
+                self.reason = f"the norm's weight is {weight.dtype}, and the hidden state {x.dtype}"
+                return None
+        return self.kind.norm(weight)
+
+    def norm_of_site(self, residual: Tensor, branch: Tensor | None) -> Norm | None:
+        """Return the norm that a site is to compute, or None with `reason` set."""
+        if "forward" in vars(self.norm) or type(self.norm) is not fused_class(self.base):
+            self.reason = f"the {self.base.__name__} was replaced since"
+        elif torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+            self.reason = "saved tensors are hooked, as gradient checkpointing does"
+        elif torch.is_inference_mode_enabled():
+            self.reason = "changes in place of inference tensors cannot be seen; torch.no_grad() fuses"
+        elif is_described(residual) or torch._C._are_functorch_transforms_active():
+            self.reason = "the call is recorded or transformed"
+        elif branch is not None and branch.dtype != residual.dtype:
+            self.reason = "residual and branch have two dtypes"
+        else:
+            norm = self.norm_for(residual, self.norm)
+            if norm is not None:
+                self.reason = ""
+            return norm
+        return None
+
+    def hand_over(self, out: Tensor, normed: Tensor, weight: Tensor | None) -> None:
+        """Keep `normed` in this thread for the norm's next call. Only the latest is kept."""
+        thread.handed = (self, weakref.ref(out), out._version, normed, weight)
+
+    def take(self, norm: nn.Module, x: Tensor) -> Tensor | None:
+        """Return what was handed over for x, or None."""
+        handed, thread.handed = thread.handed, None
+        if handed is None:
+            return None
+        link, of, version, normed, weight = handed
+        if link is not self or of() is not x or x._version != version:
+            return None
+        if normed.requires_grad != (torch.is_grad_enabled() and x.requires_grad) and torch.is_grad_enabled():
+            return None  # a checkpoint made x without gradients, which it has got since
+        if weight is not None and self.kind.weight is not None:
+            if norm.get_parameter(self.kind.weight) is not weight:
+                return None
+        self.taken += 1
+        return normed
+
+    def run(self, norm: nn.Module, x: Tensor) -> Tensor:
+        found = self.take(norm, x)
+        if found is not None:
+            return found
+        kind = self.norm_for(x, norm) if self.steers and x.shape[-1:] and not is_described(x) else None
+        if kind is None or torch._C._are_functorch_transforms_active():
+            return self.base.forward(norm, x)
+        return rms_norm(x, kind.weight, eps=kind.eps, plus_one=kind.plus_one, rounds_first=kind.rounds_first)
+
+
+def _has_values(weight: Tensor) -> bool:
+    whole = weight.untyped_storage().nbytes() if type(weight) in (Tensor, nn.Parameter) and not weight.is_meta else 0
+    return whole >= (weight.storage_offset() + weight.numel()) * weight.itemsize > 0
+
+
+@cached
+def fused_class(base: type[nn.Module]) -> type[nn.Module]:
+    """Return the subclass of a norm's class for linked norms. It keeps the class's name."""
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        link = self.__dict__.get(_LINK)
+        if link is None or len(args) != 1 or kwargs or not isinstance(args[0], Tensor) or is_compiling():
+            return base.forward(self, *args, **kwargs)
+        return link.run(self, args[0])
+
+    def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
+        return _rebuild, (base,), self.__dict__  # a class made at run time cannot be found by name
+
+    namespace = {
+        "__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__,
+        "forward": forward, "__reduce_ex__": __reduce_ex__,
+    }  # fmt: skip
+    metaclass: Any = type(base)
+    return metaclass(base.__name__, (base,), namespace)
+
+
+def _rebuild(base: type[nn.Module]) -> nn.Module:
+    cls = fused_class(base)
+    return cls.__new__(cls)
+
+
+class Norms:
+    """The linked norms of one model."""
+
+    def __init__(self, decoder: Decoder, patched: Mapping[int, PatchedLayer]) -> None:
+        self._decoder, self._patched = decoder, patched
+        self._links: dict[int, Link] = {}  # by the norm's id
+        self._reasons: dict[int, str] = {}  # by layer, why its norm is not linked
+
+    def link(self) -> None:
+        """Link the norms behind the sites that the layers have now. It can be called again."""
+        for index, patched in self._patched.items():
+            site = _last_site(patched)
+            if site is None or site.link is not None:
+                continue
+            try:
+                if site.name not in ("post_mlp", "post_block"):
+                    raise NotFused(f"the layer does not end at its site {site.name}")
+                norm = following_norm(self._decoder, self._patched, index)
+                link = self._links.get(id(norm))
+                if link is None:
+                    if isinstance(vars(norm).get(_LINK), Link):
+                        raise NotFused("another patch has fused its norm")
+                    link = Link(norm, measure(norm, self._decoder.hidden))
+                    self._links[id(norm)] = link
+                    link.attach()
+                link.sites.append(site)
+                site.link = link
+                self._reasons.pop(index, None)
+            except NotFused as reason:
+                self._reasons[index] = str(reason)
+
+    def unlink(self, without: Collection[SteeringSite] = ()) -> None:
+        """Make all norms what they were, but those behind the sites `without`. It can be called again."""
+        for number, link in list(self._links.items()):
+            for site in [site for site in link.sites if site not in without]:
+                site.link = None
+                link.sites.remove(site)
+            if not link.sites:
+                link.detach()
+                del self._links[number]
+
+    def state(self, index: int, site: Any) -> str:
+        """Return how the norm behind a site is computed: "fused", "" if the site is not the last, or the reason."""
+        if site is not _last_site(self._patched[index]):
+            return ""
+        return self._reasons.get(index, "") if site.link is None else site.link.reason or "fused"
+
+    def taken(self, site: Any) -> int:
+        return 0 if site.link is None else site.link.taken
+
+    def reset(self) -> None:
+        for link in self._links.values():
+            link.taken, link.reason = 0, ""
+
+
+def _last_site(patched: PatchedLayer) -> Any:
+    """Return the last site of a layer, or None."""
+    return next(reversed(list(patched.sites.values())), None)

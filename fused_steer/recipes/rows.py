@@ -1,0 +1,167 @@
+"""The rows of a recipe: read, checked for their columns, and brought into the form that TRL trains on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..tools.prompts import Prompt, is_text
+from .recipe import Data
+
+Row = dict[str, Any]
+
+#: The columns of each kind of data.
+COLUMNS = {
+    "preference": ("prompt", "chosen", "rejected"),
+    "completion": ("prompt", "completion"),
+    "alpaca": ("instruction", "output"),
+    "messages": ("messages",),
+    "text": ("text",),
+}
+_OPTIONAL = {"alpaca": ("input",)}
+
+# Stanford Alpaca's prompts, for instructions with and without an input.
+_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+    "response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+_WITHOUT_INPUT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+
+
+def read_rows(data: Data) -> tuple[str, list[Row], list[Row]]:
+    """Return the kind of the data, the rows to train on, and those to evaluate on.
+
+    Rows have TRL's columns: prompt and completion (texts, or messages), prompt, chosen and rejected, or text.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a file is no JSON, a row lacks a column, or there are no rows.
+        ImportError: a data set of the hub without the library datasets.
+    """
+    if data.kind is not None and data.kind not in COLUMNS:
+        raise ValueError(f"data.kind is {data.kind!r}; expected one of {', '.join(COLUMNS)}")
+    rows = _load(data.train, data.config, data.split)[: data.max_rows]
+    kind = _kind_of(rows[0], data, data.train)
+    unknown = set(data.columns) - {*COLUMNS[kind], *_OPTIONAL.get(kind, ())}
+    if unknown:
+        raise ValueError(f"data.columns names {min(unknown)!r}; expected {', '.join(COLUMNS[kind])}, of kind {kind}")
+    train = [_row(row, kind, data, f"row {i} of {data.train}") for i, row in enumerate(rows, 1)]
+    if data.eval is not None:
+        others = _load(data.eval, data.config, data.eval_split)[: data.max_rows]
+        return kind, train, [_row(row, kind, data, f"row {i} of {data.eval}") for i, row in enumerate(others, 1)]
+    end = len(train) - int(data.held_out * len(train))
+    return kind, train[:end], train[end:]
+
+
+def text_of(row: Row) -> Prompt:
+    """Return a row as one text, or as the messages of a chat."""
+    if "text" in row:
+        return row["text"]
+    answer = row["chosen"] if "chosen" in row else row["completion"]
+    return row["prompt"] + answer if isinstance(answer, str) else [*row["prompt"], *answer]
+
+
+def _load(source: str, config: str | None, split: str) -> list[Row]:
+    file = Path(source)
+    if not file.is_file():
+        if file.suffix in (".json", ".jsonl") or file.exists():
+            raise FileNotFoundError(f"no file {source}; expected rows, a .jsonl or .json, or a data set of the hub")
+        try:
+            from datasets import load_dataset
+        except ImportError as error:
+            raise ImportError("data of the hub needs the library datasets; `pip install 'fused-steer[trl]'`") from error
+        try:
+            found: Any = load_dataset(source, config, split=split)
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"{source} is no file, and the hub gave no split {split!r} of it ({reason:.200})"
+            ) from error
+        return _some(list(found), source)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{source} is no UTF-8 text ({error}); expected rows") from error
+    if file.suffix == ".jsonl":
+        return _some([_json(line, f"row {i} of {source}") for i, line in _lines(text)], source)
+    whole = _json(text, source)
+    return _some(whole if isinstance(whole, list) else [whole], source)
+
+
+def _lines(text: str) -> list[tuple[int, str]]:
+    return [(i, line) for i, line in enumerate((line for line in text.split("\n") if line.strip()), 1)]
+
+
+def _json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is no JSON ({error}); expected an object a row") from error
+
+
+def _some(rows: list[Any], source: str) -> list[Row]:
+    for i, row in enumerate(rows, 1):
+        if not isinstance(row, Mapping):
+            raise ValueError(f"row {i} of {source} is a {type(row).__name__}; expected an object with columns")
+    if not rows:
+        raise ValueError(f"{source} has no rows; expected at least one")
+    return [dict(row) for row in rows]
+
+
+def _kind_of(row: Row, data: Data, source: str) -> str:
+    """Return the kind that the recipe names, or the first whose columns a row has."""
+    if data.kind is not None:
+        return data.kind
+    for kind, columns in COLUMNS.items():
+        if all(data.columns.get(name, name) in row for name in columns):
+            return kind
+    kinds = "; ".join(f"{', '.join(columns)} ({kind})" for kind, columns in COLUMNS.items())
+    raise ValueError(
+        f"{source} has the columns {', '.join(row) or 'none'}; expected those of a kind: {kinds}; or data.columns, "
+        "such as {prompt: question, completion: answer}"
+    )
+
+
+def _row(row: Row, kind: str, data: Data, where: str) -> Row:
+    wanted = [*COLUMNS[kind], *(name for name in _OPTIONAL.get(kind, ()) if data.columns.get(name, name) in row)]
+    own = {name: data.columns.get(name, name) for name in wanted}
+    missing = [name for name in own.values() if name not in row]
+    if missing:
+        raise ValueError(
+            f"{where} has the columns {', '.join(row) or 'none'}; expected {', '.join(own.values())}, of kind {kind} "
+            "(data.columns renames them)"
+        )
+    found = {name: row[column] for name, column in own.items()}
+    for name, value in found.items():
+        if name == "input":
+            found[name] = value or ""
+        elif not is_text(value) or (kind in ("alpaca", "text") and not isinstance(value, str)):
+            expected = "a text" if kind in ("alpaca", "text") else "a text, or a list of messages"
+            raise ValueError(f"{where}: {own[name]} is {value!r:.60}; expected {expected}")
+    if kind == "alpaca":
+        template = _WITH_INPUT if found.get("input", "").strip() else _WITHOUT_INPUT
+        return {"prompt": template.format(**found), "completion": found["output"]}
+    if kind == "messages":
+        return _answered(found["messages"], where)
+    forms = {isinstance(value, str) for value in found.values()}
+    if len(forms) > 1:
+        return {name: _as_messages(name, value) for name, value in found.items()}
+    return found
+
+
+def _answered(messages: Any, where: str) -> Row:
+    """Return the chat as a prompt and its last answer, which is trained on."""
+    if isinstance(messages, str) or len(messages) < 2 or messages[-1]["role"] != "assistant":
+        raise ValueError(f"{where}: messages is {messages!r:.60}; expected a list that ends with the assistant's")
+    return {"prompt": messages[:-1], "completion": messages[-1:]}
+
+
+def _as_messages(name: str, value: str | Sequence[Mapping[str, Any]]) -> list[Any]:
+    role = "user" if name == "prompt" else "assistant"
+    return [{"role": role, "content": value}] if isinstance(value, str) else list(value)

@@ -1,0 +1,312 @@
+"""`train`: a recipe's run, by TRL's and transformers' trainers with the checkpoints of `SteeringTrainer`."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .._version import __version__
+from ..adapters.hub import CARD_NAME, model_card
+from ..diagnostics import diagnose
+from ..diagnostics.diagnosis import Diagnosis
+from ..diagnostics.figures import check_matplotlib
+from ..joint import lora_parameters, save_joint, steering_parameters
+from ..model.decoder import find_decoder, meta_model
+from ..patch import patch_model
+from ..tools.prompts import encode
+from .figures import draw_losses, draw_shifts
+from .recipe import Recipe
+from .rows import Row, read_rows, text_of
+
+JSON_NAME, LOSSES_NAME, SHIFTS_NAME = "training.json", "losses.png", "shifts.png"
+#: The rows that the shifts are measured on.
+_MEASURED = 32
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The result of `train`.
+
+    Attributes:
+        recipe: the recipe.
+        rows: the number of rows trained on and evaluated on.
+        trained, total: the numbers of trained parameters and of all.
+        loss_before, loss_after: the mean loss of the evaluated rows; None without such rows.
+        history: the Trainer's log.
+        diagnosis: the shifts of each layer; None with a LoRA alone.
+        files: the written files.
+    """
+
+    recipe: Recipe
+    rows: tuple[int, int]
+    trained: int
+    total: int
+    loss_before: float | None
+    loss_after: float | None
+    history: list[dict[str, Any]]
+    diagnosis: Diagnosis | None
+    files: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked recipe: its rows, and the arguments of the trainer."""
+
+    recipe: Recipe
+    kind: str
+    train: list[Row]
+    held_out: list[Row]
+    arguments: Any
+
+
+def check(recipe: Recipe) -> Plan:
+    """Check everything of a recipe that needs no weights.
+
+    Raises:
+        ValueError, TypeError, FileNotFoundError: data without the columns, layers that the model lacks, arguments that
+            TRL has not.
+        ImportError: TRL, datasets, PEFT or matplotlib is missing.
+    """
+    check_matplotlib()
+    _check_installed()
+    kind, rows, held_out = read_rows(recipe.data)
+    config = recipe.steer_config()
+    if recipe.model is not None and config is not None:
+        layout = find_decoder(meta_model(recipe.model)).layout
+        layout.indices(config)
+    return Plan(recipe, kind, rows, held_out, _arguments(recipe, kind, bool(held_out)))
+
+
+def train(recipe: Recipe, *, resume: bool = False, say: Callable[[str], None] = lambda line: None) -> Trained:
+    """Train by a recipe. Write the adapter, a model card, pictures and figures to `recipe.out`, checkpoints below it.
+
+    Under `accelerate launch` or torchrun each process calls this; the first one writes.
+
+    Args:
+        recipe: the recipe.
+        resume: continue from the last checkpoint in `recipe.out`/run.
+        say: is given lines about the run, by the first process.
+
+    Raises:
+        ValueError, TypeError, FileNotFoundError, ImportError: see `check`; or there is no checkpoint to resume from.
+        RuntimeError: the loss is not finite.
+    """
+    plan = check(recipe)
+    trainer, tokenizer = _trainer(plan)
+    first = trainer.is_world_process_zero()
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    if first:
+        say(f"model     {recipe.model or 'SmolLM2-135M-Instruct'}, {model.dtype} on {trainer.args.device}")
+        say(f"method    {_told(recipe)}; {trained:,} of {total:,} parameters train ({trained / total:.3%})")
+        say(f"data      {len(plan.train)} rows ({plan.kind}) to train on, {len(plan.held_out)} to evaluate on")
+    before = trainer.evaluate()["eval_loss"] if plan.held_out else None
+    trainer.train(resume_from_checkpoint=resume or None)
+    after = trainer.evaluate()["eval_loss"] if plan.held_out else None
+    for loss in (after, *(row["loss"] for row in trainer.state.log_history if "loss" in row)):
+        if loss is not None and not math.isfinite(loss):
+            raise RuntimeError(f"the loss is {loss}; expected a finite one (try a smaller training.learning_rate)")
+    _save(recipe, model, first)
+    diagnosis = None
+    history = [dict(row) for row in trainer.state.log_history]
+    found = Trained(recipe, (len(plan.train), len(plan.held_out)), trained, total, before, after, history, None, ())
+    if not first:
+        return found
+    if recipe.method.kind != "lora":
+        texts = [text_of(row) for row in (plan.held_out or plan.train)[:_MEASURED]]
+        diagnosis = diagnose(model, encode(tokenizer, texts, recipe.data.max_length, recipe.training.batch_size))
+    found = dataclasses.replace(found, diagnosis=diagnosis)
+    return dataclasses.replace(found, files=_write(found, model))
+
+
+def _check_installed() -> None:
+    from importlib.util import find_spec
+
+    missing = [name for name in ("trl", "datasets", "peft") if find_spec(name) is None]
+    if missing:
+        raise ImportError(f"training by a recipe needs {' and '.join(missing)}; `pip install 'fused-steer[trl]'`")
+
+
+def _told(recipe: Recipe) -> str:
+    config, lora = recipe.steer_config(), recipe.method.lora
+    parts = []
+    if config is not None:
+        parts.append(
+            "vectors" if config.form == "vector" else f"{config.form} of rank {config.rank}, {config.activation}"
+        )
+    if recipe.method.kind != "steering":
+        parts.append(f"LoRA of rank {lora.rank}")
+    schedule, warmup = recipe.schedule
+    warm = f", warm-up {warmup:g}" if warmup else ""
+    return f"{recipe.method.kind} ({' and '.join(parts)}), learning rate {recipe.rates[0]:g}, {schedule}{warm}"
+
+
+def _arguments(recipe: Recipe, kind: str, evaluates: bool) -> Any:
+    """Return TRL's arguments for the recipe."""
+    from trl import DPOConfig, SFTConfig
+
+    t, gpu = recipe.training, torch.accelerator.is_available()
+    schedule, warmup = recipe.schedule
+    fields: dict[str, Any] = {
+        "output_dir": str(Path(recipe.out, "run")),
+        "learning_rate": recipe.rates[0],
+        "lr_scheduler_type": schedule,
+        "warmup_steps": warmup,  # a share of the steps, below 1
+        "num_train_epochs": t.epochs,
+        "max_steps": -1 if t.max_steps is None else t.max_steps,
+        "per_device_train_batch_size": t.batch_size,
+        "per_device_eval_batch_size": t.batch_size,
+        "gradient_accumulation_steps": t.accumulate,
+        "weight_decay": t.weight_decay,
+        "max_grad_norm": t.max_grad_norm,
+        "seed": t.seed,
+        "eval_strategy": "no" if not evaluates else "epoch" if t.eval_steps is None else "steps",
+        "eval_steps": t.eval_steps,
+        "save_strategy": "epoch" if t.save_steps is None else "steps",
+        "save_steps": 500 if t.save_steps is None else t.save_steps,
+        "logging_steps": t.logging_steps,
+        "report_to": t.report_to,
+        "gradient_checkpointing": t.gradient_checkpointing,
+        "max_length": recipe.data.max_length,
+        "bf16": gpu,  # TRL's default is True, but TRL refuses that on a CPU
+        **({"beta": t.beta} if kind == "preference" else {}),
+    }
+    cls = DPOConfig if kind == "preference" else SFTConfig
+    known = [one.name for one in dataclasses.fields(cls)]
+    for name in t.arguments:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, 1, 0.5)
+            raise ValueError(
+                f"the recipe has an unknown key training.arguments.{name}; expected "
+                f"{nearest[0] if nearest else f'a field of {cls.__name__}'}"
+            )
+    return cls(**fields | t.arguments)
+
+
+def _trainer(plan: Plan) -> tuple[Any, Any]:
+    """Load and prepare the model. Return its trainer and its tokenizer."""
+    from datasets import Dataset
+
+    recipe = plan.recipe
+    model, tokenizer = _load(recipe)
+    torch.manual_seed(recipe.training.seed)
+    config, method = recipe.steer_config(), recipe.method
+    if method.kind != "steering":
+        from peft import LoraConfig, get_peft_model
+
+        lora = method.lora
+        model = get_peft_model(
+            model,
+            LoraConfig(
+                r=lora.rank,
+                lora_alpha=lora.alpha,  # type: ignore[arg-type] # PEFT accepts any number
+                lora_dropout=lora.dropout,
+                target_modules=lora.target_modules,
+                task_type="CAUSAL_LM",
+            ),
+        )
+    if config is not None:
+        model = patch_model(model, config)
+    options: dict[str, Any] = {
+        "args": plan.arguments,
+        "train_dataset": Dataset.from_list(plan.train),
+        "eval_dataset": Dataset.from_list(plan.held_out) if plan.held_out else None,
+        "processing_class": tokenizer,
+    }
+    if "joint" in method.kind:
+        groups = [
+            {"params": part, "lr": rate}
+            for part, rate in zip((steering_parameters(model), lora_parameters(model)), recipe.rates, strict=True)
+        ]
+        options["optimizers"] = (torch.optim.AdamW(groups, weight_decay=recipe.training.weight_decay), None)
+    return _trainer_class(method.kind, plan.kind)(model, **options), tokenizer
+
+
+def _trainer_class(method: str, kind: str) -> Any:
+    from trl import DPOTrainer, SFTTrainer
+
+    from ..trl import SteeringDPOTrainer, SteeringSFTTrainer
+
+    if method == "lora":
+        return DPOTrainer if kind == "preference" else SFTTrainer
+    return SteeringDPOTrainer if kind == "preference" else SteeringSFTTrainer
+
+
+def _load(recipe: Recipe) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if recipe.model is None:
+        from ..tools.demo import load_smollm2
+
+        return load_smollm2()
+    gpu = torch.accelerator.is_available()
+    tokenizer = AutoTokenizer.from_pretrained(recipe.model)
+    dtype = torch.bfloat16 if gpu else torch.float32
+    return AutoModelForCausalLM.from_pretrained(recipe.model, dtype=dtype), tokenizer
+
+
+def _save(recipe: Recipe, model: Any, first: bool) -> None:
+    """Save what was trained: the adapter, the LoRA, or both as `save_joint` does."""
+    kind = recipe.method.kind
+    if kind == "steering":
+        model.steering.save(recipe.out)
+    elif kind == "lora":
+        if first:
+            model.save_pretrained(recipe.out)
+    else:
+        save_joint(model, recipe.out)
+
+
+def _write(found: Trained, model: Any) -> tuple[Path, ...]:
+    """Write the model card, the pictures and the figures."""
+    out = Path(found.recipe.out)
+    files = []
+    with contextlib.suppress(ValueError):  # nothing was logged: fewer steps than logging_steps
+        draw_losses(found.history, out / LOSSES_NAME)
+        files.append(out / LOSSES_NAME)
+    if found.diagnosis is not None:
+        files += draw_shifts(found.diagnosis, out, SHIFTS_NAME)
+    fields = {
+        "fused_steer_version": __version__,
+        "recipe": found.recipe.to_dict(),
+        "rows": list(found.rows),
+        "trained_parameters": found.trained,
+        "parameters": found.total,
+        "eval_loss_before": found.loss_before,
+        "eval_loss_after": found.loss_after,
+        "shifts": None if found.diagnosis is None else found.diagnosis.to_json()["layers"],
+        "history": found.history,
+    }
+    (out / JSON_NAME).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+    files.append(out / JSON_NAME)
+    if found.recipe.method.kind == "steering":
+        (out / CARD_NAME).write_text(_card(found, model), encoding="utf-8")
+        files.append(out / CARD_NAME)
+    return tuple(files)
+
+
+def _card(found: Trained, model: Any) -> str:
+    """Return the adapter's model card, with the recipe and the evaluation."""
+    import yaml
+
+    file = model.steering.files(None)[model.steering.active]
+    recipe = yaml.safe_dump(found.recipe.to_dict(), sort_keys=False, allow_unicode=True)
+    card = model_card(file, Path(found.recipe.out).name)
+    text = f"{card}\n## Training\n\nTrained on {found.rows[0]} rows of `{found.recipe.data.train}`, by this recipe of "
+    text += f"`fused-steer train`:\n\n```yaml\n{recipe}```\n"
+    if found.loss_before is not None and found.loss_after is not None:
+        text += (
+            f"\n## Evaluation\n\nMean loss of {found.rows[1]} rows that were not trained on: {found.loss_before:.4f} "
+            f"before training, {found.loss_after:.4f} after it.\n"
+        )
+    return text

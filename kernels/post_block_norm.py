@@ -1,0 +1,420 @@
+"""Post-block steering and the RMSNorm that follows it, by one kernel.
+
+    out    = x + s · g ⊙ (φ(x W1ᵀ + b1) W2'ᵀ + b2)      x = residual + branch, as in post_block.py
+    normed = out · inv ⊙ w                              inv = 1 / sqrt(mean(out²) + eps), as in norm.py
+
+Forward, in units of N·d through device memory: 4, which are two reads and two writes. A tile of rows is read twice, and
+its `out` is read once more from L2, where the same program has just put it. Σ out² is summed while `out` is written,
+from the numbers as they are rounded in memory. It could be had without the third pass, as a quadratic form in sums of
+the first one: |x|² + 2 h·(W2ᵀx) + hᵀ(W2ᵀW2)h. L2 would then send 4 units to the multiprocessors instead of 5. Device
+memory is the limit in both. But where the shift nearly cancels the state, the form is a small difference of large
+numbers, and it knows nothing of the rounding of `out`.
+
+Few tokens, and ranks with weights too large for registers, take post_block's two kernels and the norm's. Rank 0 takes
+the norm's kernel alone.
+
+Backward, with the gradients of `out` and `normed`: the norm's kernel adds both to one gradient of `out` (4 units: read
+both and `out`; write one), and post_block's backward follows. Kept are `out`, a and inv.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import norm_torch, torch_backend
+from .activations import apply
+from .backend import select_backend
+from .contract import Operands
+from .launch import device_of, empty, launch
+from .norm import (
+    check_norm,
+    inverse_rms,
+    norm_backward,
+    norm_constants,
+    norm_factor,
+    normalised,
+    rounded,
+)
+from .norm import triton_forward as triton_norm
+from .norm_torch import Norm
+from .numerics import dot_precision, operand, store
+from .plan import OpPlan, run_planned
+from .post_block import (
+    _added,
+    _check_backend,
+    _contiguous,
+    _load_states,
+    _no_autocast,
+    _pre_activation,
+    _projected,
+    _reduced,
+    _row_layout,
+    _row_offsets,
+    _scaled,
+    _shifted,
+    _strength,
+    _up_weights,
+    backward,
+    check_operands,
+    first_order,
+    saved_tensors,
+    triton_forward,
+)
+from .registered import is_described
+from .schedule import ForwardSchedule, forward_schedule, forward_splits
+
+# ------------------------------------------------------------------------------------------------------------ kernel
+
+
+@triton.jit(do_not_specialize=["N", "height", "inner"])
+def post_block_norm_fwd_kernel(
+    p_residual, p_branch, p_down, p_up, p_down_bias, p_up_bias, p_gain, p_scale, p_weight,
+    p_out, p_normed, p_a, p_inverse,
+    scale, eps, N, D, height, inner, residual_outer, residual_inner, branch_outer, branch_inner,
+    RANK: tl.constexpr, ACTIVATION: tl.constexpr, DOT: tl.constexpr,
+    HAS_BRANCH: tl.constexpr, HAS_DOWN_BIAS: tl.constexpr, HAS_UP_BIAS: tl.constexpr, HAS_GAIN: tl.constexpr,
+    SCALE_ON_DEVICE: tl.constexpr, KEEP_A: tl.constexpr, NESTED: tl.constexpr, EVEN_D: tl.constexpr,
+    PACKED: tl.constexpr, READS_BRANCH: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, PLUS_ONE: tl.constexpr, ROUNDS_FIRST: tl.constexpr, KEEP_INVERSE: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_D2: tl.constexpr, BLOCK_D3: tl.constexpr,
+    BLOCK_R: tl.constexpr, GROUPS: tl.constexpr, STAGES: tl.constexpr, STAGES2: tl.constexpr,
+):  # fmt: skip
+    """Compute `out` and `normed` for many tokens. Grid (programs,). Programs loop over tiles of `height` rows."""
+    ranks = tl.arange(0, BLOCK_R)
+    local = tl.arange(0, BLOCK_N)
+    for tile in range(tl.program_id(0), tl.cdiv(N, height), tl.num_programs(0)):
+        rows = tile * height + local
+        m_rows = (rows < N) & (local < height)
+        residual_rows = _row_offsets(rows, inner, residual_outer, residual_inner, NESTED)
+        branch_rows = _row_offsets(rows, inner, branch_outer, branch_inner, NESTED)
+
+        if READS_BRANCH:
+            a = _reduced(
+                p_branch, p_branch, p_down, branch_rows, branch_rows, m_rows, ranks, 0, D, D,
+                RANK, DOT, False, EVEN_D, PACKED, False, GROUPS, BLOCK_N, BLOCK_D, BLOCK_R, STAGES,
+            )  # fmt: skip
+        else:
+            a = _reduced(
+                p_residual, p_branch, p_down, residual_rows, branch_rows, m_rows, ranks, 0, D, D,
+                RANK, DOT, HAS_BRANCH, EVEN_D, PACKED, False, GROUPS, BLOCK_N, BLOCK_D, BLOCK_R, STAGES,
+            )  # fmt: skip
+        a = _pre_activation(a, p_down_bias, p_a, rows, m_rows, ranks, True, RANK, HAS_DOWN_BIAS, KEEP_A)
+        strength = _strength(p_gain, p_scale, scale, rows, m_rows, HAS_GAIN, SCALE_ON_DEVICE)
+        h = operand(_scaled(apply(a, ACTIVATION), strength[:, None]), DOT)
+
+        # Summed over blocks before it is summed over columns, which takes shuffles between threads. [BLOCK_N, BLOCK_D2]
+        squares = tl.zeros([BLOCK_N, BLOCK_D2], tl.float32)
+        offsets = rows[:, None].to(tl.int64) * D
+        blocks = tl.cdiv(D, BLOCK_D2)
+        for block in tl.range(0, blocks, num_stages=STAGES2):
+            columns = (blocks - 1 - block) * BLOCK_D2 + tl.arange(0, BLOCK_D2)
+            m_columns = (columns < D) | EVEN_D
+            mask = m_rows[:, None] & m_columns[None, :]
+            states = _load_states(
+                p_residual, p_branch, residual_rows[:, None], branch_rows[:, None], columns[None, :], mask, HAS_BRANCH
+            )  # fmt: skip
+            w2 = _up_weights(p_up, ranks, columns, m_columns, D, RANK, PACKED)
+            out = _shifted(
+                _added(states, HAS_BRANCH), h, w2, p_up_bias, strength, columns, m_columns, DOT, HAS_UP_BIAS, PACKED
+            )  # fmt: skip
+            store(p_out + offsets + columns[None, :], out, mask)
+            out = rounded(out, p_out)
+            squares += out * out
+        inverse = inverse_rms(tl.sum(squares, 1), m_rows, D, eps)
+        if KEEP_INVERSE:
+            tl.store(p_inverse + rows, inverse, mask=m_rows)
+
+        # A thread may read what another one wrote. The blocks are wide, so that many loads are in flight: they are not
+        # asynchronous, because an asynchronous copy is not ordered behind the program's own writes.
+        tl.debug_barrier()
+        for first in tl.range(0, D, BLOCK_D3, num_stages=1):
+            columns = first + tl.arange(0, BLOCK_D3)
+            m_columns = (columns < D) | EVEN_D
+            mask = m_rows[:, None] & m_columns[None, :]
+            out = tl.load(p_out + offsets + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+            weight = 1.0
+            if HAS_WEIGHT:
+                weight = norm_factor(p_weight, columns, m_columns, PLUS_ONE)[None, :]
+            out = normalised(out, inverse[:, None], weight, p_normed, HAS_WEIGHT, ROUNDS_FIRST)
+            store(p_normed + offsets + columns[None, :], out, mask)
+
+
+# ---------------------------------------------------------------------------------------------------------- launcher
+
+
+def _third_block(schedule: ForwardSchedule, hidden: int) -> int:
+    """Return the columns of a block of the third pass: at most 32 numbers for each lane, and a divisor of d."""
+    columns = schedule.block_d2
+    most = 32 * 32 * schedule.num_warps // schedule.block_n  # AMD's 64 lanes have registers for half as many numbers
+    while columns < most and hidden % (2 * columns) == 0:
+        columns *= 2
+    return columns
+
+
+def triton_forward_norm(
+    residual: Tensor, branch: Tensor | None, operands: Operands, norm: Norm, keep: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Run the forward. Return `out`, `normed`, and if kept a (N, r) and 1 / rms (N,)."""
+    down, up, down_bias, up_bias, gain, _, scale, activation, packed, reads = operands
+    dtype = residual.dtype if branch is None else torch.promote_types(residual.dtype, branch.dtype)
+    hidden = residual.shape[-1]
+    tokens = residual.numel() // hidden
+    rank, device = operands.rank, device_of(residual)
+    if rank == 0 and up_bias is not None:
+        out, normed, inverse = triton_norm(residual, branch, norm, keep, (up_bias, gain, scale))
+        return out, normed, None, inverse
+    if tokens == 0 or forward_splits(tokens, hidden, rank, dtype.itemsize, device) is not None:
+        out, a = triton_forward(residual, branch, operands, keep)
+        _, normed, inverse = triton_norm(out, None, norm, keep)
+        return out, normed, a, inverse
+    out, normed = (empty(*residual.shape, dtype=dtype, device=residual.device) for _ in range(2))
+    a = empty(tokens, rank, dtype=torch.float32, device=residual.device) if keep else None
+    inverse = empty(tokens, dtype=torch.float32, device=residual.device) if keep else None
+    (residual, branch), inner, (of_residual, of_branch) = _row_layout(residual, branch)
+    down_bias, up_bias, gain, weight = _contiguous(down_bias, up_bias, gain, norm.weight)
+    down, up = _contiguous(down, up) if packed is None else packed
+    p_scale, scale = (scale, 0.0) if isinstance(scale, Tensor) else (None, scale)
+    # Three tensors of a tile have to stay in L2, where post_block's forward has two.
+    room = replace(device, l2=2 * device.l2 // 3)
+    schedule = forward_schedule(
+        tokens, hidden, rank, dtype.itemsize, room, packed is not None, dtype == torch.float16
+    )  # fmt: skip
+    launch(
+        post_block_norm_fwd_kernel, (schedule.programs,),
+        residual, branch, down, up, down_bias, up_bias, gain, p_scale, weight, out, normed, a, inverse,
+        scale, norm.eps, tokens, hidden, schedule.height, inner, *of_residual, *of_branch,
+        device=residual.device, schedule=schedule, RANK=rank, ACTIVATION=activation,
+        DOT=dot_precision(dtype, device.gpu, rank), HAS_BRANCH=branch is not None,
+        HAS_DOWN_BIAS=down_bias is not None, HAS_UP_BIAS=up_bias is not None, HAS_GAIN=gain is not None,
+        SCALE_ON_DEVICE=p_scale is not None, KEEP_A=keep, NESTED=inner > 0,
+        EVEN_D=hidden % schedule.block_d == 0 and hidden % schedule.block_d2 == 0, PACKED=packed is not None,
+        READS_BRANCH=reads == "branch", **norm_constants(norm), KEEP_INVERSE=keep,
+        BLOCK_D3=_third_block(schedule, hidden),
+    )  # fmt: skip
+    return out, normed, a, inverse
+
+
+# --------------------------------------------------------------------------------- forward and backward, any backend
+
+#: out, normed, a, 1 / rms
+_Result = tuple[Tensor, Tensor, "Tensor | None", "Tensor | None"]
+
+_forward_plans: dict[Any, OpPlan] = {}
+_backward_plans: dict[Any, OpPlan] = {}
+
+
+def forward_norm(residual: Tensor, branch: Tensor | None, operands: Operands, norm: Norm, keep: bool) -> _Result:
+    """Run the forward on the backend of the residual's device. See `triton_forward_norm`."""
+    with _no_autocast(residual.device):
+        backend = select_backend(residual.device)
+        _check_backend(backend, residual, branch, *operands, norm.weight)
+        projected = _projected(operands)
+        if backend == "torch":
+            out, a = torch_backend.forward(residual, branch, projected, keep)
+            normed, inverse = norm_torch.forward(out, norm)
+            return out, normed, a, inverse if keep else None
+        if operands.basis is not None:
+            return triton_forward_norm(residual, branch, projected, norm, keep)
+        tensors, kind = _split(
+            (residual, branch, *operands[:6], operands.scale, *(operands.packed or (None, None)), norm.weight)
+        )
+        key = (residual.shape, residual.dtype, kind, operands.activation, operands.reads, *norm[1:], keep)
+        has_a, present = keep and operands.rank > 0, [*tensors]
+
+        def call() -> Sequence[Tensor]:
+            return [t for t in triton_forward_norm(residual, branch, projected, norm, keep) if t is not None]
+
+        found = iter(run_planned(_forward_plans, key, present, call))
+        out, normed = next(found), next(found)
+        return out, normed, next(found) if has_a else None, next(found) if keep else None
+
+
+def _split(values: Sequence[Any]) -> tuple[list[Tensor], tuple[Any, ...]]:
+    """Return the tensors among operands, and what else tells two calls apart: the numbers, and which are tensors."""
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    return tensors, tuple(True if isinstance(value, Tensor) else value for value in values)
+
+
+def _backward_norm(
+    grad: Tensor | None, grad_normed: Tensor, saved: Sequence[Tensor | None], norm: Norm, need_weight: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Return the whole gradient of `out`, and the gradient of the norm's weight if it is needed."""
+    out, inverse = saved
+    assert out is not None and inverse is not None
+    needs = (True, need_weight)
+
+    def call() -> Sequence[Tensor]:
+        return [t for t in norm_backward(grad, grad_normed, out, inverse, norm, needs) if t is not None]
+
+    with _no_autocast(out.device):
+        if select_backend(out.device) == "torch":
+            found = call()
+        else:
+            tensors, kind = _split((grad, grad_normed, out, inverse, norm.weight))
+            found = run_planned(_backward_plans, (out.shape, out.dtype, kind, *norm[1:], need_weight), tensors, call)
+    return found[0], found[1] if need_weight else None
+
+
+# ---------------------------------------------------------------------------------------------------------- autograd
+
+
+class _PostBlockNorm(torch.autograd.Function):
+    """The autograd function of the op.
+
+    Inputs: residual, branch, down, up, down_bias, up_bias, gain, the scale as a tensor, the norm's weight; basis,
+    scale, activation, packed weights, reads; eps, plus_one, rounds_first.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        residual, branch, down, up, down_bias, up_bias, gain, scale_tensor, weight, basis = inputs[:10]
+        scale, activation, packed, reads = inputs[10:14]
+        strength = scale if scale_tensor is None else scale_tensor
+        operands = Operands(down, up, down_bias, up_bias, gain, basis, strength, activation, packed, reads)
+        out, normed, a, inverse = forward_norm(residual, branch, operands, Norm(weight, *inputs[14:]), True)
+        of_residual, of_branch, d_down, d_up, d_down_bias, d_up_bias, d_gain, d_scale, ctx.d_weight = (
+            ctx.needs_input_grad[:9]
+        )
+        adapter, of_sum = down is not None, reads == "sum"
+        of_x = of_branch or (of_residual and of_sum)
+        ctx.needs = [of_x and adapter, d_down, d_up, d_down_bias, d_up_bias, d_gain, d_scale]
+        ctx.dtypes = (residual.dtype if of_residual else None, None if not of_branch else branch.dtype)
+        ctx.constants, ctx.packed, ctx.norm = (scale, activation, reads), packed, inputs[14:]
+        reduces = adapter and any((*ctx.needs[:4], d_gain, d_scale))
+        ctx.save_for_backward(
+            out, inverse, weight, branch if d_down and not of_sum else None, a if reduces else None,
+            *(inputs[2:8] if any(ctx.needs) else (None,) * 6), basis if any(ctx.needs) else None,
+        )  # fmt: skip
+        ctx.set_materialize_grads(False)
+        return out, normed
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, grad_normed: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None and grad_normed is None:
+            return (None,) * 17
+        create_graph = torch.is_grad_enabled()
+        with torch.no_grad():
+            gradients = _differentiate(ctx, grad, grad_normed)
+        if create_graph:
+            given = grad if grad is not None else grad_normed
+            assert given is not None
+            gradients = first_order((torch.empty(0, device=given.device, requires_grad=True),), gradients)
+        return *gradients, *(None,) * 8
+
+
+def _differentiate(ctx: Any, grad: Tensor | None, grad_normed: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Return the gradients of the nine inputs that may require one."""
+    scale, activation, reads = ctx.constants
+    out, inverse, weight, branch, a, *weights, basis = saved_tensors(ctx, reads)
+    d_weight = None
+    if grad_normed is not None:
+        norm = Norm(weight, *ctx.norm)
+        grad, d_weight = _backward_norm(grad, grad_normed, (out, inverse), norm, ctx.d_weight)
+    assert grad is not None
+    down, up, down_bias, up_bias, gain, scale_tensor = weights
+    strength = scale if scale_tensor is None else scale_tensor
+    operands = Operands(down, up, down_bias, up_bias, gain, basis, strength, activation, ctx.packed, reads)
+    kept = (out if reads == "sum" else branch) if ctx.needs[1] else None
+    found = iter(_steering_backward(grad, kept, a, operands, ctx.needs) if any(ctx.needs) else ())
+    dx, *others = [next(found) if need else None for need in ctx.needs]
+    if dx is None:
+        dx = grad
+    both = (dx if reads == "sum" else grad, dx)
+    of_states = (None if dtype is None else d.to(dtype) for d, dtype in zip(both, ctx.dtypes, strict=True))
+    return (*of_states, *others, d_weight)
+
+
+_steering_plans: dict[Any, OpPlan] = {}
+
+
+def _steering_backward(
+    grad: Tensor, kept: Tensor | None, a: Tensor | None, operands: Operands, needs: list[bool]
+) -> Sequence[Tensor]:
+    """Run post_block's backward, planned."""
+
+    def call() -> Sequence[Tensor]:
+        return backward(grad, kept, a, operands, needs)
+
+    if select_backend(grad.device) == "torch" or operands.basis is not None:
+        return call()
+    tensors, kind = _split((grad, kept, a, *operands[:6], operands.scale, *(operands.packed or (None, None))))
+    key = (grad.shape, grad.dtype, kind, operands.activation, operands.reads, *needs)
+    return run_planned(_steering_plans, key, tensors, call)
+
+
+# -------------------------------------------------------------------------------------------------------- user's call
+
+
+def post_block_norm(
+    residual: Tensor,
+    branch: Tensor | None,
+    down: Tensor | None,
+    up: Tensor | None,
+    *,
+    norm_weight: Tensor | None,
+    eps: float,
+    plus_one: bool = False,
+    rounds_first: bool = True,
+    down_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    activation: str = "silu",
+    scale: float | Tensor = 1.0,
+    gain: Tensor | None = None,
+    basis: Tensor | None = None,
+    reads: str = "sum",
+    packed: Any = None,
+) -> tuple[Tensor, Tensor]:
+    """Steer as `post_block` does, and normalise the result as `rms_norm` does, in one pass over the hidden state.
+
+    If the shift is exactly zero, `out` is `residual + branch` bit for bit. The norm sums over d in another order than
+    PyTorch, so `normed` does not have the bits of a model's own norm.
+
+    Args:
+        residual, branch, down, up, down_bias, up_bias, activation, scale, gain, basis, reads: see `post_block`. d is at
+            most 32768.
+        norm_weight, eps, plus_one, rounds_first: see `rms_norm`.
+        packed: W1 and W2 in the kernels' form (`contract.Packed`), read instead of `down` and `up`.
+
+    Returns:
+        `out` and `normed`, (..., d) each, contiguous, in the dtype of `residual + branch`.
+
+    Raises:
+        ValueError: a shape, device, rank, activation, `reads` or eps is not supported.
+        TypeError: a dtype is not supported, or the scale is neither a number nor a tensor.
+        RuntimeError: the backend of FUSED_STEER_BACKEND cannot run here, a second derivative is required, or the call
+            is inside a graph or a transform of torch.func.
+    """
+    if torch.compiler.is_compiling() or is_described(residual) or torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "post_block_norm was called inside torch.compile, torch.export or torch.func; expected an eager call"
+        )
+    operands = Operands(down, up, down_bias, up_bias, gain, basis, scale, activation, packed, reads)
+    return steer_and_normalise(residual, branch, operands, Norm(norm_weight, eps, plus_one, rounds_first))
+
+
+def steer_and_normalise(
+    residual: Tensor, branch: Tensor | None, operands: Operands, norm: Norm
+) -> tuple[Tensor, Tensor]:
+    """Compute `post_block_norm` of an eager call by its records."""
+    check_operands(residual, branch, operands)
+    check_norm(residual, norm)
+    if operands.down is not None and operands.down.shape[0] == 0:
+        if operands.up_bias is None:
+            raise ValueError("down and up have rank 0 and up_bias is None; expected a rank of at least 1, or up_bias")
+        operands = operands._replace(down=None, up=None, down_bias=None, basis=None)
+    if operands.down is None:
+        operands = operands._replace(reads="sum", packed=None)
+    scale = operands.scale
+    weights = (residual, branch, *operands[:5], scale if isinstance(scale, Tensor) else None, norm.weight)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in weights):
+        number = 1.0 if isinstance(scale, Tensor) else float(scale)
+        rest = (operands.basis, number, operands.activation, operands.packed, operands.reads, *norm[1:])
+        return _PostBlockNorm.apply(*weights, *rest)
+    return forward_norm(residual, branch, operands, norm, False)[:2]

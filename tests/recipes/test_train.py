@@ -1,0 +1,222 @@
+"""Tests of `fused-steer train` on a tiny model: each method and kind of data, resuming, and a launcher."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from command import assert_refused, invoke, plain_output  # noqa: F401 - an autouse fixture
+from models import LAYERS, logits
+from text import save_tiny, tokenizer
+from transformers import AutoModelForCausalLM
+
+pytest.importorskip("trl", reason="needs TRL (the extra trl)")
+
+from fused_steer import SteerConfig, load_joint, patch_model  # noqa: E402
+from fused_steer.recipes import read_recipe, train  # noqa: E402
+
+SUMS = [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in range(8) for b in range(8)]
+CHAT = "{% for m in messages %}{{ m['role'][0] + ':' + m['content'] + '!' }}{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    folder = save_tiny(tmp_path_factory.mktemp("tiny"))
+    encoder = tokenizer()
+    encoder.chat_template = CHAT + "{% if add_generation_prompt %}a:{% endif %}"
+    encoder.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def recipe(tiny, tmp_path, monkeypatch):
+    """Write a recipe with these sections and its rows; return its path."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv("CI", "1")  # keeps TRL from sending telemetry
+
+    def write(rows=SUMS, data=None, method=None, training=None) -> Path:
+        (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        fields = {
+            "model": str(tiny),
+            "out": str(tmp_path / "out"),
+            "data": {"train": str(tmp_path / "rows.jsonl"), "held_out": 0.25, **(data or {})},
+            "method": {"steering": {"rank": 4}, **(method or {})},
+            "training": {"learning_rate": 2e-2, "logging_steps": 2, "max_steps": 6, **(training or {})},
+        }
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(fields))
+        return tmp_path / "recipe.yaml"
+
+    return write
+
+
+def base(tiny: Path):
+    return AutoModelForCausalLM.from_pretrained(tiny).eval()
+
+
+def test_train_by_a_recipe(recipe, tiny, tmp_path):
+    result = invoke("train", recipe(training={"max_steps": 24}))
+    assert result.exit_code == 0, result.output
+    out = tmp_path / "out"
+    figures = json.loads((out / "training.json").read_text())
+    assert figures["eval_loss_after"] < figures["eval_loss_before"] - 0.5 and figures["rows"] == [48, 16]
+    model = patch_model(base(tiny), out)
+    assert model.steering.config() == SteerConfig(rank=4, activation="identity")
+    assert not torch.equal(logits(model), logits(base(tiny)))
+    assert figures["trained_parameters"] == model.steering.count_parameters()
+    assert [layer["layer"] for layer in figures["shifts"]] == list(range(LAYERS))
+    assert all(layer["shift"]["mean"] > 0 for layer in figures["shifts"])
+    for name in ("losses.png", "shifts.png"):
+        assert (out / name).read_bytes()[:4] == b"\x89PNG"
+    card = (out / "README.md").read_text()
+    for part in ("PeftModel.from_pretrained", "patch_model(model,", "learning_rate: 0.02", "before training,"):
+        assert part in card
+    assert f"{figures['eval_loss_after']:.4f} after it" in card
+    assert {p.name for p in (out / "run").glob("checkpoint-*")} == {
+        "checkpoint-6",
+        "checkpoint-12",
+        "checkpoint-18",
+        "checkpoint-24",
+    }
+    assert not list(out.rglob("model*.safetensors"))
+    for part in ("48 rows (completion)", "steering (lowrank of rank 4, identity)", "before, ", "‖δ‖/‖h‖"):
+        assert part in result.stdout
+
+
+def test_train_keeps_the_recipes_settings(recipe, monkeypatch):
+    """The trainer gets each setting, and a constant rate by default."""
+    from trl import SFTTrainer
+
+    seen = {}
+
+    def stop(trainer, *args, **kwargs):
+        seen["args"], seen["trainer"] = trainer.args, trainer
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(SFTTrainer, "train", stop)
+    training = {"batch_size": 2, "accumulate": 3, "weight_decay": 0.1, "seed": 7, "arguments": {"packing": False}}
+    with pytest.raises(KeyboardInterrupt):
+        train(read_recipe(recipe(training=training, data={"max_length": 33})))
+    args = seen["args"]
+    assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (2, 3)
+    assert (args.weight_decay, args.seed, args.max_length, args.learning_rate) == (0.1, 7, 33, 2e-2)
+    assert (args.lr_scheduler_type, args.get_warmup_steps(100), args.report_to) == ("constant", 0, [])
+
+
+@pytest.mark.parametrize("kind", ["joint", "joint-orth"])
+def test_train_joint_with_a_rate_for_each(recipe, tiny, tmp_path, kind, monkeypatch):
+    from trl import SFTTrainer
+
+    rates, step = [], SFTTrainer.training_step
+
+    def watched(trainer, *args, **kwargs):
+        rates.append([group["lr"] for group in trainer.optimizer.param_groups])
+        return step(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(SFTTrainer, "training_step", watched)
+    path = recipe(method={"kind": kind}, training={"lora_learning_rate": 1e-2, "schedule": "constant", "warmup": 0})
+    found = train(read_recipe(path))
+    assert rates[0] == [2e-2, 1e-2] and found.loss_after < found.loss_before
+    both = load_joint(base(tiny), tmp_path / "out").eval()
+    with both.steering.mode("lora"):
+        lora = logits(both)
+    assert not torch.equal(lora, logits(both)) and not torch.equal(lora, logits(base(tiny)))
+    assert both.steering.config().orthogonal_to == ("lora" if kind == "joint-orth" else None)
+
+
+def test_train_a_lora_alone(recipe, tiny, tmp_path):
+    from peft import PeftModel
+
+    path = recipe(method={"kind": "lora", "steering": {}, "lora": {"rank": 2, "target_modules": ["q_proj"]}})
+    found = train(read_recipe(path))
+    assert found.diagnosis is None and found.loss_after < found.loss_before
+    model = PeftModel.from_pretrained(base(tiny), tmp_path / "out")
+    assert model.peft_config["default"].r == 2 and model.peft_config["default"].target_modules == {"q_proj"}
+    assert not torch.equal(logits(model), logits(base(tiny)))
+
+
+def test_train_on_preferences(recipe, tiny, tmp_path):
+    rows = [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": "no idea"} for row in SUMS]
+    found = train(read_recipe(recipe(rows)))
+    assert found.loss_after < found.loss_before
+    assert patch_model(base(tiny), tmp_path / "out").steering.count_parameters() == found.trained
+
+
+def test_train_on_chats_learns_the_answer_alone(recipe):
+    rows = [
+        {"messages": [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]}
+        for row in SUMS
+    ]
+    found = train(read_recipe(recipe(rows, training={"max_steps": 12}, method={"steering": {"form": "vector"}})))
+    assert found.loss_after < found.loss_before and found.rows == (48, 16)
+
+
+def test_train_resumes_to_the_same_adapter(recipe, tmp_path):
+    path = recipe(training={"save_steps": 3, "schedule": "constant"})
+    train(read_recipe(path))
+    whole = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
+    other = str(tmp_path / "other")
+    train(read_recipe(path, [f"out={other}", "training.max_steps=3"]))
+    assert Path(other, "adapter_model.safetensors").read_bytes() != whole
+    train(read_recipe(path, [f"out={other}"]), resume=True)
+    files = [patch_file(folder) for folder in (tmp_path / "out", other)]
+    assert all(torch.equal(files[0][key], files[1][key]) for key in files[0])
+
+
+def patch_file(folder):
+    from safetensors.torch import load_file
+
+    return load_file(Path(folder, "adapter_model.safetensors"))
+
+
+def test_train_under_a_launcher_of_two_processes(recipe, tiny, tmp_path):
+    path = recipe(training={"max_steps": 4})
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    result = subprocess.run(
+        [*launcher, "-m", "fused_steer", "train", str(path)],
+        env=dict(os.environ),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    assert sum(line.startswith("adapter ") for line in result.stdout.splitlines()) == 1
+    assert patch_model(base(tiny), tmp_path / "out").steering.count_parameters() > 0
+
+
+def test_train_checks_before_a_model_is_loaded(recipe, tmp_path, monkeypatch):
+    """Whatever a recipe has wrong is refused without loading weights, in one line, and nothing is written."""
+
+    def loaded(*_, **__):
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", loaded)
+
+    def refuses(*parts, more=(), **sections):
+        assert_refused(invoke("train", recipe(**sections), *more), *parts)
+        assert not (tmp_path / "out").exists()
+
+    refuses("unknown key training.max_step; expected training.max_steps", more=("--set", "training.max_step=3"))
+    refuses("has the columns question; expected those of a kind", rows=[{"question": "a"}])
+    refuses(f"layers has {LAYERS}", method={"steering": {"layers": [LAYERS]}})
+    refuses("unknown key training.arguments.packng; expected packing", training={"arguments": {"packng": True}})
+    refuses("no file", "none.jsonl", data={"train": "none.jsonl"})
+    refuses("method.steering: activation is 'swish'", method={"steering": {"activation": "swish"}})
+    assert_refused(invoke("train"), "RECIPE is not given")
+    result = invoke("train", recipe(), "--check")
+    assert result.exit_code == 0 and "is well: 48 rows (completion), 16 to evaluate on" in result.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_train_lists_the_recipes_that_come_along():
+    result = invoke("train", "--list")
+    assert result.exit_code == 0
+    assert [line.split()[0] for line in result.stdout.splitlines()] == [
+        "gemma-3-1b", "llama-3.1-8b", "llama-3.2-1b", "qwen3-4b", "smollm2",
+    ]  # fmt: skip
