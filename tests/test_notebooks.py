@@ -44,7 +44,7 @@ def test_notebooks_code_runs(notebook, tmp_path, monkeypatch, capsys):
     names = {}
     for number, code in enumerate(cells(notebook, "code")):
         exec(compile(code, f"{notebook.name}, cell {number}", "exec"), names)
-    assert capsys.readouterr().out.count("\n") > 5
+    assert capsys.readouterr().out.count("\n") >= 5
     saved = {"train": "pirate", "joint": "both/steering", "serve": "adapters/pirate"}[notebook.stem]
     assert (tmp_path / saved / "adapter_config.json").is_file()
 
