@@ -13,6 +13,7 @@ ROOMS = [
     "adapters",
     "cli",
     "diagnostics",
+    "evaluation",
     "importers",
     "lora",
     "model",
@@ -30,12 +31,16 @@ DEMO = ["accelerate", "gguf>=0.19", "matplotlib"]  # transformers reads GGUF fil
 # The ranges are those of bench/matrix.py; fused_steer/_requirements.py lists the versions that were tried.
 PEFT = ["peft>=0.21,<0.22"]
 TRL = ["datasets", *PEFT, 'trl>=1.14,<1.17; python_version >= "3.11"']  # TRL for Python 3.10 needs another transformers
+CHAT = ["prompt_toolkit"]
+EVAL = ["lm-eval>=0.4.9"]
 RL = [*TRL, "reasoning-gym"]
 QUANT = ["bitsandbytes", "torchao"]
 PLAYGROUND = ["gradio>=6,<7"]
 NOTEBOOKS = ["ipykernel", "nbclient", "nbformat"]
 TEST = [
+    *CHAT,
     *DEMO,
+    *EVAL,
     *QUANT,
     *TRL,
     "build",
@@ -100,6 +105,8 @@ setup(
     ],
     extras_require={
         "demo": DEMO,
+        "chat": CHAT,
+        "eval": EVAL,
         "notebooks": NOTEBOOKS,
         "peft": PEFT,
         "playground": PLAYGROUND,

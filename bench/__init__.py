@@ -9,7 +9,9 @@
     grouped.py      the op with an adapter for each token, against a gather of weights
     serving.py      batches served by transformers with one adapter per row
     vllm.py         `python -m bench.vllm`: batches served by vLLM, steered and unsteered
+    vllm_host.py    `python -m bench.vllm_host`: host time of a vLLM step, idle and with many strengths
     levels.py       measurements of the op, of a model and of memory: from a case to rows of results
+    norm.py         the op with the norm behind it, against the hook and a norm
     results.py      the results file
     host.py         `python -m bench.host`: host time of a steered block's call, against a hooked block's
     counters.py     L2 hit rate and stall reasons of the fused kernels, counted by ncu

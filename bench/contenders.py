@@ -225,10 +225,10 @@ def adapter_weights(model: nn.Module, rank: int, seed: int = 2) -> list[tuple[Te
     ]
 
 
-def steer_fused(model: Any, rank: int) -> Any:
+def steer_fused(model: Any, rank: int, fuse_norm: bool = False) -> Any:
     from fused_steer import SteerConfig, patch_model
 
-    patch_model(model, SteerConfig(rank=rank))
+    patch_model(model, SteerConfig(rank=rank), fuse_norm=fuse_norm)
     set_adapter(model, "default", adapter_weights(model, rank))
     return model
 
@@ -362,6 +362,7 @@ MODEL_CONTENDERS: dict[str, ModelContender] = {
         ModelContender("unsteered", lambda model, rank: model),
         ModelContender("fused", steer_fused, same=True),
         ModelContender("fused-again", steer_fused, same=True),
+        ModelContender("fused-norm", functools.partial(steer_fused, fuse_norm=True), same=True),
         ModelContender("hook", steer_hook, same=True),
         ModelContender("hook-compiled", lambda model, rank: steer_hook(model, rank, compiled=True), same=True),
         ModelContender("hook-liger", steer_hook_liger, ("liger_kernel",), same=True),

@@ -323,7 +323,8 @@ def _site_plot(results: dict[str, Any]) -> list[Plot]:
     bars = []
     for place, (site, found) in enumerate(runs.items()):
         exact = [(ranks.index(run["rank"]), _percent(run["exact"])) for run in found if run["rank"] in ranks]
-        bars.append(Series(site, _points(exact), place))
+        if exact:
+            bars.append(Series(site, _points(exact), place))
     panel = Panel("", "", "exact answers, %", tuple(bars), tuple(f"rank {rank}" for rank in ranks))
     return [Plot("accuracy-by-site", "ListOps: adapters fitted to a LoRA, by site", (panel,))]
 

@@ -181,6 +181,12 @@ def _projection_over(rival: str) -> Callable[[Results], float | None]:
     )
 
 
+def _norm(rival: str) -> Callable[[Results], float | None]:
+    return lambda results: _worst(
+        (_ratio(a, b) for a, b in _pairs(results, "norm", "forward", rival, "fused") if _many(a)), False
+    )
+
+
 def _served(results: Results) -> float | None:
     """Return the time of a replayed decode step over the unsteered step: one adapter per row, or one for all rows."""
     ratios = [
@@ -244,6 +250,12 @@ GOALS = (
     Goal("train", "training step, Llama-3.2-1B: time over unsteered, frozen", 1.03, True,
          _train("fused", "unsteered", True)),
     Goal("train / hook", "training step: speed-up over the hooks", 1.15, False, _train("hook", "fused", False)),
+    Goal("norm / hook", "op and norm, >= 4096 tokens: speed-up over add, hook and Hugging Face's norm", 4.0, False,
+         _norm("hook")),
+    Goal("norm / liger", "op and norm, >= 4096 tokens: speed-up over add, hook and Liger's norm", 1.8, False,
+         _norm("hook-liger")),
+    Goal("train, norms fused", "training step with fused norms: time over unsteered, eager, frozen", 1.0, True,
+         _train("fused-norm", "unsteered", True)),
     Goal("joint", "training step, joint-orth: time over LoRA's step plus steering's part", 1.02, True, _joint),
     Goal("projection", "projection of 32 layers, d = 4096, k = r = 8: microseconds", 100, True, _projection),
     Goal("projection / svd", "projection: speed-up over a loop of thin SVDs", 100, False,

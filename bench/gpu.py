@@ -41,6 +41,7 @@ from .geometries import (
 from .goals import LOW_RANKS, MANY_TOKENS, evaluate
 from .grouped import GROUPED_CONTENDERS, measure_grouped
 from .host import HOST_CONTENDERS, measure_host
+from .norm import NORM_CONTENDERS, measure_norm
 from .projection import PROJECTION_CONTENDERS, measure_projection
 from .results import Results, Row, describe_machine, file_name, source_fingerprint, start
 from .serving import SERVE_CONTENDERS, SERVE_RUNS, measure_serving
@@ -78,6 +79,8 @@ class Step:
             return measure_serving(self.case, self.what, device, self.names, rounds or 10)
         if isinstance(self.case, HostCase):
             return measure_host(self.case, self.what, device, rounds or 60)
+        if self.level == "norm":
+            return measure_norm(self.case, device, self.names, rounds or 20, self.case.tokens in (4096, 8))
         if self.level == "accuracy":
             return levels.measure_accuracy(self.case, device)
         if self.level == "counters":
@@ -108,6 +111,11 @@ def _grouped_step(case: GroupedCase) -> Step:
     kind = "prefill" if case.prefill else "decode"
     title = f"grouped op, {kind} N={case.tokens} d={case.hidden} adapters={case.adapters}"
     return Step(title, "grouped", "forward", case, tuple(GROUPED_CONTENDERS))
+
+
+def _norm_step(case: OpCase) -> Step:
+    title = f"op and norm N={case.tokens} d={case.hidden} r={case.rank}"
+    return Step(title, "norm", "forward", case, tuple(NORM_CONTENDERS))
 
 
 def _host_step(what: str, case: HostCase) -> Step:
@@ -157,6 +165,7 @@ def all_steps(counted: bool = False) -> list[Step]:
     telling += [_host_step(what, HostCase()) for what in HOST_CONTENDERS]
     if counted:
         telling += [_counters_step(OpCase(n, 4096), what) for n in (4096, 8) for what in ("forward", "backward")]
+    goals += [_norm_step(OpCase(n, d, 8)) for n in (*MANY_TOKENS, 8) for d in (2048, 4096)]
     goals.append(_projection_step(ProjectionCase()))
     rest += [_projection_step(ProjectionCase(writers=64)), _projection_step(ProjectionCase(dtype="bfloat16"))]
     whole = [

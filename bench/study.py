@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import gc
 import math
 import random
 import statistics
@@ -397,6 +398,7 @@ def run_all(file: Path, settings: Settings, groups: Sequence[str], load_base: Ca
             run = run_one(base, encoder, FORMS[name], rate, seed, settings)
             results["runs"].append({"form": name, **run, **started})
             write_json(results, file)
+            gc.collect()  # a steered model is in cycles, which would hold its memory for some more runs
             done += 1
             shown = f"{percent(run['test']['exact']):.1f} % exact, {run['seconds']:.0f} s"
             typer.echo(f"{name}, rate {rate:g}, seed {seed}: {shown}")
@@ -502,6 +504,22 @@ def row_of(results: Mapping[str, Any], name: str, other: str) -> list[str]:
     ]
 
 
+def rows_of_rates(results: Mapping[str, Any], name: str) -> list[list[str]]:
+    """Return a row for each rate that a form was tried at with seed 0."""
+    return [
+        [
+            FORMS[name].title,
+            f"{run['rate']:g}",
+            f"{percent(run['validation']['exact']):.1f}",
+            f"{run['validation']['loss']:.3f}",
+            f"{percent(run['test']['exact']):.1f}",
+            str(sum(shift < ASLEEP for shift in run["shifts"])) if run["shifts"] else "–",
+        ]
+        for run in runs_of(results, name)
+        if run["seed"] == 0
+    ]
+
+
 def report_text(results: Mapping[str, Any]) -> str:
     """Return the text of docs/study-listops.md."""
     from .joint import paragraph, table
@@ -538,6 +556,8 @@ def report_text(results: Mapping[str, Any]) -> str:
             head = ["", "trained", "rate", "exact, %", "by seed", "loss", f"against {FORMS[other].title}"]
             rows = [row_of(results, name, other) for name in GROUPS[group]]
             parts += [f"## {title}", paragraph(text), table([*head, "asleep", "seconds"], rows)]
+    head = ["", "rate", "validation, %", "validation loss", "test, %", "asleep"]
+    parts += ["## Every rate, seed 0", table(head, [row for name in FORMS for row in rows_of_rates(results, name)])]
     parts.append(
         paragraph(f"""Made by `python -m bench.study`: {machine["cores"]} CPU cores ({machine["device"]}),
         {settings["threads"]} thread, Python {machine["python"]}, fused-steer {machine["fused_steer"]}, {versions},

@@ -65,14 +65,18 @@ The map, in reading order. A file imports only files that stand above it.
     joint.py             LoRA and steering: parameter groups, save_joint, load_joint
     tools/               the command's verbs
         listops.py       the demo's task
+        sources.py       adapters that a command is given
         prompts.py       read prompts from files, and batches of their tokens
         demo.py          fused-steer demo
         coverage_table.py the table of fused-steer coverage
         coverage.py      fused-steer coverage
         kernel_table.py  fused-steer kernels
         doctor.py        fused-steer doctor
+        quick_bench.py   fused-steer bench
         inspect.py       fused-steer inspect
         compare.py       fused-steer compare
+        chat.py          a chat with a steered model
+        chat_terminal.py fused-steer chat
     trainer.py           SteeringTrainer: adapters in the checkpoints of transformers' Trainer
     diagnostics/         measures steering's effect on a model, in five figures
         records.py       the measured quantities of a layer
@@ -114,6 +118,11 @@ The map, in reading order. A file imports only files that stand above it.
         endpoint.py      routes of the server: list, load, unload, the default adapter
     trl.py               TRL's trainers
     axolotl.py           the plug-in for axolotl
+    evaluation/          evaluation by lm-evaluation-harness
+        harness.py       its model `fused-steer`
+        comparing.py     scores of several adapters, with intervals
+        command.py       `fused-steer eval`
+        __main__.py      python -m fused_steer.evaluation, the harness's own command
     recipes/             training by a recipe
         recipe.py        the recipe, read from YAML and checked
         rows.py          the rows, brought into TRL's form
@@ -124,8 +133,8 @@ The map, in reading order. A file imports only files that stand above it.
         shared.py        the app, its one-line errors, shared options
         making.py        demo, fit, extract, train
         playground.py    playground
-        serving.py       serve-plan
-        examining.py     doctor, inspect, compare, kernels, coverage, diagnose
+        serving.py       serve-plan, eval, chat
+        examining.py     doctor, inspect, compare, kernels, coverage, diagnose, bench
         converting.py    import, export
     __main__.py          python -m fused_steer
 """

@@ -64,8 +64,8 @@ class SteerConfig:
             h -> h + scale · Rᵀ(W h + b − R h) with orthonormal rows of R: W1 = W − R, b1 = b, W2 = Rᵀ.
         rank: r, the rows of W1, 1 to 256. The default is 8. A vector has none (0).
         activation: φ, one of identity, silu, gelu, gelu_tanh, relu, tanh. The default is silu. Vectors and
-            LoReFT have none (identity). The paper's Tables 1 and 2 use the identity. The better one depends on the
-            task: try both on held-out data.
+            LoReFT have none (identity). The paper's Tables 1 and 2 use the identity. SiLU was better in the study of
+            docs/study-listops.md. Which is better depends on the task: try both on held-out data.
         layers: indices of the steered layers, from 0. None means every layer.
         site: the h that is steered in a layer, or a list of several. "post_block" (the default) is the layer's output.
             "post_mlp" is the MLP's output before it is added to the stream, "pre_mlp" the MLP's input.

@@ -44,8 +44,7 @@ _GPU_TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 #: The largest shared memory of one program, in bytes.
-SHARED_MEMORY = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
-SHARED_MEMORY |= {"sm_75": 64 << 10, "sm_86": 99 << 10, "sm_89": 99 << 10}
+SHARED_MEMORY = {target: device.shared for target, device in (TARGETS | SMALLER_TARGETS).items()}
 
 #: What the kernels lack on the smaller cards, one line each.
 CANNOT = {

@@ -2,7 +2,8 @@
 
 An op that Inductor knows by name only is called through PyTorch's dispatcher, which hands a Python function's arguments
 to C++ and back. The result's sizes are checked, its memory is not reused, and the next kernel may not take it for
-aligned. With a lowering Inductor allocates the result among its other buffers and calls the function directly.
+aligned. With a lowering Inductor allocates the result among its other buffers and calls the function directly. The
+function checks the weights' sizes and strides, with everything else that a plan depends on; generated code does not.
 
 What is used of Inductor here is no public interface of PyTorch. Where a name is missing, the op is called through the
 dispatcher: the numbers are the same, and a warning says so.
@@ -46,7 +47,7 @@ def _names() -> SimpleNamespace:
     return SimpleNamespace(
         kernel=ir.ExternKernelOut, layout=ir.FixedLayout, strides=ir.FlexibleLayout.contiguous_strides,
         realize=ir.ExternKernel.realize_input, box=ir.TensorBox.create, register=lowering.register_lowering,
-        fallback=lowering.fallback_handler, graph=virtualized.V,
+        fallback=lowering.fallback_handler, graph=virtualized.V, argument=ir.InputBuffer,
     )  # fmt: skip
 
 
@@ -70,7 +71,8 @@ def start_directly(op: Any, maker: Callable[..., Callable[..., None]]) -> None:
     Args:
         op: takes two or more tensors and then constants; returns a contiguous tensor of the first tensor's sizes, in
             the dtype of the sum of the first two.
-        maker: gives, for the constants, a function that takes the tensors and `out`, and writes the result there.
+        maker: gives, for the constants, a function that takes the tensors and `out`, and writes the result there. It
+            raises if the sizes of the tensors do not fit each other.
     """
     if op in _lowered or f"{_INDUCTOR}.lowering" not in sys.modules:
         return
@@ -95,6 +97,7 @@ def start_directly(op: Any, maker: Callable[..., Callable[..., None]]) -> None:
             name, constants = self.python_kernel_name, ", ".join(map(repr, self.made_of))
             root.add_import_once(f"from {maker.__module__} import {maker.__name__}")
             root.add_import_once(f"{name} = {maker.__name__}({constants})")
+            _leave_checks(wrapper, {w.get_name() for w in self.inputs[2:] if isinstance(w, names.argument)})
             super().codegen(wrapper)
 
     def lower(*inputs: Any, **named: Any) -> Any:
@@ -119,6 +122,24 @@ def start_directly(op: Any, maker: Callable[..., Callable[..., None]]) -> None:
         return names.box(kernel)
 
     names.register(op, type_promotion_kind=None)(lower)
+
+
+def _leave_checks(wrapper: Any, weights: set[str]) -> None:
+    """Remove the checks of these arguments' sizes from the code that comes before the present call.
+
+    Inductor checks an argument before its first use. The next use by another kernel will check it instead. A version of
+    Inductor that checks all arguments at the start keeps its checks.
+    """
+    pending = getattr(wrapper, "_pending_input_asserts", None)
+    if pending is None:
+        return
+    kept = []
+    for line in wrapper.lines:
+        if type(line).__name__ == "AssertSizeStrideLine" and line.name in weights:
+            pending[line.name] = (line.size, line.stride)
+        else:
+            kept.append(line)
+    wrapper.lines[:] = kept
 
 
 def _has_kernels(device: torch.device) -> bool:

@@ -269,13 +269,15 @@ def _shifted(
     DOT: tl.constexpr, HAS_UP_BIAS: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Return x + h W2'ᵀ + s·g·b2, with the strength already in h. [BLOCK_N, BLOCK_D]"""
-    base = x
+    # minus: −(h W2'ᵀ + s·g·b2). A zero shift is +0 here, because sums start from +0. x − (+0) is x bit for bit, even
+    # for x = −0, which x + (+0) would change. This takes one instruction; comparing and selecting takes two.
+    minus = tl.zeros(x.shape, tl.float32)
     if HAS_UP_BIAS:
         b2 = tl.load(p_up_bias + columns, mask=m_columns, other=0.0).to(tl.float32)
-        base += b2[None, :] * strength[:, None]
-    out = dot(h, _up_operand(w2, DOT, PACKED), base, DOT)
-    # −0 + 0 would be +0, so a zero shift keeps x bit for bit. So does zero strength, whatever W2' and b2 hold.
-    return tl.where((out == x) | (strength == 0)[:, None], x, out)
+        minus -= b2[None, :] * strength[:, None]
+    minus = dot(-h, _up_operand(w2, DOT, PACKED), minus, DOT)
+    # Zero strength keeps x too, whatever W2' and b2 hold.
+    return tl.where((strength == 0)[:, None], x, x - minus)
 
 
 @triton.jit
@@ -1188,6 +1190,9 @@ def start_inference(activation: str, reads: str = "sum") -> Callable[..., None]:
         operands = (residual, branch, down, up, scale)
         plan = _inference_plans.get(_inference_key(*operands, activation, reads))
         if plan is None or not plan.fill(*operands, out):
+            # Generated code does not check the weights.
+            given = Operands(down, up, None, None, None, None, scale, activation, reads=reads)
+            check_operands(residual, branch, given)
             result, plan = _plan_inference(operands, activation, reads)
             out.copy_(result)
         if plan is not None:

@@ -19,9 +19,10 @@ both and `out`; write one), and post_block's backward follows. Kept are `out`, a
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -47,11 +48,13 @@ from .norm_torch import Norm
 from .numerics import dot_precision, operand, store
 from .plan import OpPlan, run_planned
 from .post_block import (
+    _OPERANDS,
     _added,
     _check_backend,
     _contiguous,
     _load_states,
     _no_autocast,
+    _of_op,
     _pre_activation,
     _projected,
     _reduced,
@@ -67,7 +70,7 @@ from .post_block import (
     saved_tensors,
     triton_forward,
 )
-from .registered import is_described
+from .registered import is_described, register
 from .schedule import ForwardSchedule, forward_schedule, forward_splits
 
 # ------------------------------------------------------------------------------------------------------------ kernel
@@ -262,75 +265,6 @@ def _backward_norm(
     return found[0], found[1] if need_weight else None
 
 
-# ---------------------------------------------------------------------------------------------------------- autograd
-
-
-class _PostBlockNorm(torch.autograd.Function):
-    """The autograd function of the op.
-
-    Inputs: residual, branch, down, up, down_bias, up_bias, gain, the scale as a tensor, the norm's weight; basis,
-    scale, activation, packed weights, reads; eps, plus_one, rounds_first.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        residual, branch, down, up, down_bias, up_bias, gain, scale_tensor, weight, basis = inputs[:10]
-        scale, activation, packed, reads = inputs[10:14]
-        strength = scale if scale_tensor is None else scale_tensor
-        operands = Operands(down, up, down_bias, up_bias, gain, basis, strength, activation, packed, reads)
-        out, normed, a, inverse = forward_norm(residual, branch, operands, Norm(weight, *inputs[14:]), True)
-        of_residual, of_branch, d_down, d_up, d_down_bias, d_up_bias, d_gain, d_scale, ctx.d_weight = (
-            ctx.needs_input_grad[:9]
-        )
-        adapter, of_sum = down is not None, reads == "sum"
-        of_x = of_branch or (of_residual and of_sum)
-        ctx.needs = [of_x and adapter, d_down, d_up, d_down_bias, d_up_bias, d_gain, d_scale]
-        ctx.dtypes = (residual.dtype if of_residual else None, None if not of_branch else branch.dtype)
-        ctx.constants, ctx.packed, ctx.norm = (scale, activation, reads), packed, inputs[14:]
-        reduces = adapter and any((*ctx.needs[:4], d_gain, d_scale))
-        ctx.save_for_backward(
-            out, inverse, weight, branch if d_down and not of_sum else None, a if reduces else None,
-            *(inputs[2:8] if any(ctx.needs) else (None,) * 6), basis if any(ctx.needs) else None,
-        )  # fmt: skip
-        ctx.set_materialize_grads(False)
-        return out, normed
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, grad_normed: Tensor | None) -> tuple[Tensor | None, ...]:
-        if grad is None and grad_normed is None:
-            return (None,) * 17
-        create_graph = torch.is_grad_enabled()
-        with torch.no_grad():
-            gradients = _differentiate(ctx, grad, grad_normed)
-        if create_graph:
-            given = grad if grad is not None else grad_normed
-            assert given is not None
-            gradients = first_order((torch.empty(0, device=given.device, requires_grad=True),), gradients)
-        return *gradients, *(None,) * 8
-
-
-def _differentiate(ctx: Any, grad: Tensor | None, grad_normed: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Return the gradients of the nine inputs that may require one."""
-    scale, activation, reads = ctx.constants
-    out, inverse, weight, branch, a, *weights, basis = saved_tensors(ctx, reads)
-    d_weight = None
-    if grad_normed is not None:
-        norm = Norm(weight, *ctx.norm)
-        grad, d_weight = _backward_norm(grad, grad_normed, (out, inverse), norm, ctx.d_weight)
-    assert grad is not None
-    down, up, down_bias, up_bias, gain, scale_tensor = weights
-    strength = scale if scale_tensor is None else scale_tensor
-    operands = Operands(down, up, down_bias, up_bias, gain, basis, strength, activation, ctx.packed, reads)
-    kept = (out if reads == "sum" else branch) if ctx.needs[1] else None
-    found = iter(_steering_backward(grad, kept, a, operands, ctx.needs) if any(ctx.needs) else ())
-    dx, *others = [next(found) if need else None for need in ctx.needs]
-    if dx is None:
-        dx = grad
-    both = (dx if reads == "sum" else grad, dx)
-    of_states = (None if dtype is None else d.to(dtype) for d, dtype in zip(both, ctx.dtypes, strict=True))
-    return (*of_states, *others, d_weight)
-
-
 _steering_plans: dict[Any, OpPlan] = {}
 
 
@@ -347,6 +281,169 @@ def _steering_backward(
     tensors, kind = _split((grad, kept, a, *operands[:6], operands.scale, *(operands.packed or (None, None))))
     key = (grad.shape, grad.dtype, kind, operands.activation, operands.reads, *needs)
     return run_planned(_steering_plans, key, tensors, call)
+
+
+class _Saved(NamedTuple):
+    """The tensors that the forward keeps. `branch` is kept only if W1 was applied to it."""
+
+    out: Tensor
+    branch: Tensor | None
+    a: Tensor | None
+    inverse: Tensor
+
+
+def backward_norm(
+    grad: Tensor | None, grad_normed: Tensor | None, saved: _Saved, operands: Operands, norm: Norm, needs: list[bool]
+) -> list[Tensor]:
+    """Return the gradients that `needs` selects, each in the dtype of its own tensor.
+
+    They are, in order: that of `out` with the norm's share, those of `post_block.backward`, and the norm weight's. At
+    least one of the gradients of `out` and `normed` is given.
+    """
+    whole, d_weight = grad, None
+    if grad_normed is not None:
+        whole, d_weight = _backward_norm(grad, grad_normed, (saved.out, saved.inverse), norm, needs[-1])
+    elif needs[-1] and norm.weight is not None:
+        d_weight = torch.zeros_like(norm.weight)
+    assert whole is not None
+    kept = None if not needs[2] else saved.out if operands.reads == "sum" else saved.branch
+    found = _steering_backward(whole, kept, saved.a, operands, needs[1:-1]) if any(needs[1:-1]) else ()
+    return [*([whole] if needs[0] else ()), *found, *(() if d_weight is None else (d_weight,))]
+
+
+# ------------------------------------------------------------------------------------------------------ registered ops
+
+
+def _op_forward(*inputs: Any) -> tuple[Tensor, ...]:
+    residual, branch, *operands = inputs[:12]
+    found = forward_norm(residual, branch, _of_op(*operands), Norm(*inputs[12:16]), inputs[16])
+    kind = torch_backend.accumulation_dtype(found[0].dtype)
+    return tuple(empty(0, dtype=kind, device=residual.device) if t is None else t for t in found)
+
+
+def _op_forward_fake(*inputs: Any) -> tuple[Tensor, ...]:
+    residual, branch, down = inputs[:3]
+    dtype = residual.dtype if branch is None else torch.promote_types(residual.dtype, branch.dtype)
+    kind, keep = torch_backend.accumulation_dtype(dtype), inputs[16]
+    out = residual.new_empty(residual.shape, dtype=dtype)
+    tokens = residual.numel() // residual.shape[-1]
+    a = residual.new_empty((tokens, down.shape[0]) if keep and down is not None else (0,), dtype=kind)
+    return out, torch.empty_like(out), a, residual.new_empty((tokens,) if keep else (0,), dtype=kind)
+
+
+def _op_backward(*inputs: Any) -> list[Tensor]:
+    grad, grad_normed, *saved = inputs[:6]
+    found = backward_norm(
+        grad, grad_normed, _Saved(*saved), _of_op(*inputs[6:16]), Norm(*inputs[16:20]), inputs[20]
+    )  # fmt: skip
+    return [t.clone() if t is grad else t for t in found]  # no result of an op shares its arguments' memory
+
+
+def _op_backward_fake(*inputs: Any) -> list[Tensor]:
+    out, weights, weight = inputs[2], inputs[6:12], inputs[16]
+    likes = (out, out, *weights, weight)
+    return [like.new_empty(like.shape) for like, need in zip(likes, inputs[20], strict=True) if need]
+
+
+def _differentiable_backward_op(*inputs: Any) -> list[Tensor]:
+    of = tuple(t for t in inputs if isinstance(t, Tensor) and t.requires_grad)
+    return list(first_order(of, tuple(_backward_op(*inputs))))  # type: ignore[arg-type]
+
+
+_NORM = "Tensor? norm_weight, float eps, bool plus_one, bool rounds_first"
+
+# ---------------------------------------------------------------------------------------------------------- autograd
+
+
+class _PostBlockNorm(torch.autograd.Function):
+    """The autograd function of the op, eager and in a graph.
+
+    Inputs: residual, branch, down, up, down_bias, up_bias, gain, the scale as a tensor, the norm's weight; basis,
+    scale, activation, reads; eps, plus_one, rounds_first; packed weights; whether the call is in a graph.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        residual, branch, down, up, down_bias, up_bias, gain, scale_tensor, weight, basis = inputs[:10]
+        scale, activation, reads, *kind, packed, in_graph = inputs[10:]
+        if in_graph:
+            operands = (*inputs[2:8], basis, scale, activation, reads)
+            out, normed, a, inverse = _op(residual, branch, *operands, weight, *kind, True)
+        else:
+            strength = scale if scale_tensor is None else scale_tensor
+            adapter = Operands(down, up, down_bias, up_bias, gain, basis, strength, activation, packed, reads)
+            out, normed, a, inverse = forward_norm(residual, branch, adapter, Norm(weight, *kind), True)
+        ctx.packed, ctx.in_graph = packed, in_graph
+        of_residual, of_branch, *of_weights, d_weight = ctx.needs_input_grad[:9]
+        low_rank, of_sum = down is not None, reads == "sum"
+        of_x = of_branch or (of_residual and of_sum)
+        ctx.needs = [of_residual and not of_sum or (of_x and not low_rank), of_x and low_rank, *of_weights, d_weight]
+        ctx.dtypes = (residual.dtype if of_residual else None, branch.dtype if of_branch else None)
+        ctx.constants = (scale, activation, reads, *kind)
+        reduces = low_rank and any(ctx.needs[1:-1])
+        ctx.save_for_backward(
+            out, branch if of_weights[0] and not of_sum else None, a if reduces else None, inverse,
+            *(inputs[2:8] if any(ctx.needs[1:-1]) else (None,) * 6), basis if any(ctx.needs[1:-1]) else None, weight,
+        )  # fmt: skip
+        ctx.set_materialize_grads(False)
+        return out, normed
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, grad_normed: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None and grad_normed is None:
+            return (None,) * 18
+        create_graph = torch.is_grad_enabled() and not ctx.in_graph
+        with contextlib.nullcontext() if ctx.in_graph else torch.no_grad():
+            gradients = _differentiate(ctx, grad, grad_normed)
+        if create_graph:
+            given = grad if grad is not None else grad_normed
+            assert given is not None
+            gradients = first_order((torch.empty(0, device=given.device, requires_grad=True),), gradients)
+        return *gradients, *(None,) * 9
+
+
+def _differentiate(ctx: Any, grad: Tensor | None, grad_normed: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Return the gradients of the nine inputs that may require one."""
+    scale, activation, reads, *kind = ctx.constants
+    out, branch, a, inverse, *weights, basis, weight = saved_tensors(ctx, reads)
+    if ctx.in_graph:
+        operands = (*weights, basis, scale, activation, reads)
+        run = torch.ops.fused_steer.post_block_norm_backward
+        found = iter(run(grad, grad_normed, out, branch, a, inverse, *operands, weight, *kind, ctx.needs))
+    else:
+        *factors, scale_tensor = weights
+        strength = scale if scale_tensor is None else scale_tensor
+        adapter = Operands(*factors, basis, strength, activation, ctx.packed, reads)
+        saved = _Saved(out, branch, a, inverse)
+        found = iter(backward_norm(grad, grad_normed, saved, adapter, Norm(weight, *kind), ctx.needs))
+    whole, dx, *others = [next(found) if need else None for need in ctx.needs]
+    both = (whole if dx is None or reads == "branch" else dx, whole if dx is None else dx)
+    states = (None if dtype is None or d is None else d.to(dtype) for d, dtype in zip(both, ctx.dtypes, strict=True))
+    return (*states, *others)
+
+
+def _in_graph(*inputs: Any) -> tuple[Tensor, ...]:
+    """Differentiate the registered op. It returns two empty tensors in place of a and 1 / rms."""
+    residual, branch, *operands = inputs[:12]
+    weights, (basis, scale, activation, reads) = operands[:6], operands[6:]
+    weight, *kind = inputs[12:16]
+    found = _PostBlockNorm.apply(
+        residual, branch, *weights, weight, basis, scale, activation, reads, *kind, None, True
+    )  # fmt: skip
+    out, normed = found
+    return out, normed, *(out.new_empty(0, dtype=torch_backend.accumulation_dtype(out.dtype)) for _ in range(2))
+
+
+_op = register(
+    f"post_block_norm(Tensor residual, Tensor? branch, {_OPERANDS}, {_NORM}, bool keep) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _op_forward, _op_forward_fake, _in_graph,
+)  # fmt: skip
+_backward_op = register(
+    "post_block_norm_backward(Tensor? grad, Tensor? grad_normed, Tensor kept, Tensor? branch, Tensor? a, "
+    f"Tensor inverse, {_OPERANDS}, {_NORM}, bool[] needs) -> Tensor[]",
+    _op_backward, _op_backward_fake, _differentiable_backward_op,
+)  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------------------------- user's call
@@ -389,12 +486,8 @@ def post_block_norm(
         ValueError: a shape, device, rank, activation, `reads` or eps is not supported.
         TypeError: a dtype is not supported, or the scale is neither a number nor a tensor.
         RuntimeError: the backend of FUSED_STEER_BACKEND cannot run here, a second derivative is required, or the call
-            is inside a graph or a transform of torch.func.
+            is inside a transform of torch.func.
     """
-    if torch.compiler.is_compiling() or is_described(residual) or torch._C._are_functorch_transforms_active():
-        raise RuntimeError(
-            "post_block_norm was called inside torch.compile, torch.export or torch.func; expected an eager call"
-        )
     operands = Operands(down, up, down_bias, up_bias, gain, basis, scale, activation, packed, reads)
     return steer_and_normalise(residual, branch, operands, Norm(norm_weight, eps, plus_one, rounds_first))
 
@@ -402,7 +495,12 @@ def post_block_norm(
 def steer_and_normalise(
     residual: Tensor, branch: Tensor | None, operands: Operands, norm: Norm
 ) -> tuple[Tensor, Tensor]:
-    """Compute `post_block_norm` of an eager call by its records."""
+    """Compute `post_block_norm` of records."""
+    in_graph = torch.compiler.is_compiling() or is_described(residual)
+    if not in_graph and torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "post_block_norm was called inside a transform of torch.func; expected post_block and a norm"
+        )
     check_operands(residual, branch, operands)
     check_norm(residual, norm)
     if operands.down is not None and operands.down.shape[0] == 0:
@@ -412,9 +510,14 @@ def steer_and_normalise(
     if operands.down is None:
         operands = operands._replace(reads="sum", packed=None)
     scale = operands.scale
-    weights = (residual, branch, *operands[:5], scale if isinstance(scale, Tensor) else None, norm.weight)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in weights):
-        number = 1.0 if isinstance(scale, Tensor) else float(scale)
-        rest = (operands.basis, number, operands.activation, operands.packed, operands.reads, *norm[1:])
-        return _PostBlockNorm.apply(*weights, *rest)
+    number, scale_tensor = (1.0, scale) if isinstance(scale, Tensor) else (float(scale), None)
+    states, weights = (residual, branch), (*operands[:5], scale_tensor)
+    rest = (operands.basis, number, operands.activation, operands.reads)
+    wanted = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (*states, *weights, norm.weight)
+    )
+    if in_graph:
+        return torch.ops.fused_steer.post_block_norm(*states, *weights, *rest, *norm, wanted)[:2]
+    if wanted:
+        return _PostBlockNorm.apply(*states, *weights, norm.weight, *rest, *norm[1:], operands.packed, False)
     return forward_norm(residual, branch, operands, norm, False)[:2]

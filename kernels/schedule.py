@@ -39,24 +39,26 @@ class Device:
         gpu: Triton's name of the vendor, or "cuda7" for NVIDIA GPUs before sm_80, which have no tf32.
         multiprocessors: their number.
         l2: the size of L2 in bytes.
+        shared: the largest shared memory of a program in bytes. The default is that of the smaller CUDA cards.
     """
 
     gpu: str
     multiprocessors: int
     l2: int
+    shared: int = 99 << 10
 
 
 #: The targets that every kernel is compiled for ahead of time, by common name.
 TARGETS: dict[str, Device] = {
-    "sm_80": Device("cuda", 108, 40 << 20),  # A100
-    "sm_90": Device("cuda", 132, 50 << 20),  # H100
-    "sm_100": Device("cuda", 148, 126 << 20),  # B200
-    "gfx942": Device("hip", 304, 256 << 20),  # MI300X; its memory-side Infinity Cache serves as L2 here
+    "sm_80": Device("cuda", 108, 40 << 20, 163 << 10),  # A100
+    "sm_90": Device("cuda", 132, 50 << 20, 227 << 10),  # H100
+    "sm_100": Device("cuda", 148, 126 << 20, 227 << 10),  # B200
+    "gfx942": Device("hip", 304, 256 << 20, 64 << 10),  # MI300X; its memory-side Infinity Cache serves as L2 here
 }
 
 #: Smaller cards that kernels are also compiled for, without a promise of speed. `aot.CANNOT` lists what they lack.
 SMALLER_TARGETS: dict[str, Device] = {
-    "sm_75": Device("cuda7", 40, 4 << 20),  # T4
+    "sm_75": Device("cuda7", 40, 4 << 20, 64 << 10),  # T4
     "sm_86": Device("cuda", 82, 6 << 20),  # RTX 3090
     "sm_89": Device("cuda", 128, 72 << 20),  # RTX 4090
 }
@@ -65,13 +67,9 @@ SMALLER_TARGETS: dict[str, Device] = {
 _INTERPRETED_DEVICE = Device("cuda", 4, 1 << 20)
 
 
-#: Rough constants that rank layouts. _L2_SPEED: how many times faster L2 is than device memory. _ISSUE: the time of a
-#: forward's instructions by the rows of a tile, in units of N·d through device memory. By `predict.CLOCKS` and
-#: datasheets L2 is 1.3 (H200), 1.8 (H100) and 2.5 (A100 with 80 GB) times as fast. `predict`'s issue times at rank 8
-#: and N = d = 4096 are 2.5 and 2.0 for tiles of 16 and 32 rows on that A100, 2.8 and 2.4 on H100. For 64 rows at rank
-#: 64 they are 2.9 and 2.7, where L2 takes longer.
+#: How many times faster L2 is than device memory. It only ranks layouts. By `predict.CLOCKS` and datasheets it is 1.3
+#: (H200), 1.8 (H100) and 2.5 (A100 with 80 GB).
 _L2_SPEED = 1.65
-_ISSUE = {16: 2.5, 32: 2.0, 64: 2.0}
 
 
 @functools.cache
@@ -81,8 +79,11 @@ def describe_device(device: torch.device) -> Device:
         properties = torch.cuda.get_device_properties(device)
         gpu = "hip" if torch.version.hip else "cuda" if properties.major >= 8 else "cuda7"
         # ROCm reports the L2 of one die, 4 MiB; see TARGETS.
-        l2 = TARGETS["gfx942"].l2 if gpu == "hip" else properties.L2_cache_size
-        return Device(gpu, properties.multi_processor_count, l2)
+        known = TARGETS["gfx942"]
+        l2, shared = known.l2, known.shared
+        if gpu != "hip":
+            l2, shared = properties.L2_cache_size, properties.shared_memory_per_block_optin
+        return Device(gpu, properties.multi_processor_count, l2, shared)
     if device.type == "xpu":
         xpu = torch.xpu.get_device_properties(device)
         return Device("xpu", xpu.gpu_subslice_count, getattr(xpu, "L2_cache_size", 0) or 64 << 20)
@@ -194,29 +195,38 @@ def _wide(rows: int, columns: int, warps: int, itemsize: int, gpu: str) -> bool:
     return rows * columns * itemsize >= 16 * lanes * warps
 
 
-#: Rows, columns when reducing, columns when writing, warps, stages of both loops, programs on a multiprocessor.
-_ForwardTile = tuple[int, int, int, int, int, int, int]
+#: Rows, columns when reducing, columns when writing, warps, stages of both loops, programs on a multiprocessor, and the
+#: time of the tile's instructions in units of N·d through device memory. The time only ranks the candidates of a rank.
+#: It is the mean of `predict`'s for A100 with 80 GB and H100, at d = 4096, two waves and ranks 8 and 64.
+_ForwardTile = tuple[int, int, int, int, int, int, int, float]
 
 # fmt: off
 #: Candidate tiles of the forward in one kernel, by vendor, bytes of an element, and padded rank.
 _FORWARD_TILES: dict[tuple[str, int], dict[int, tuple[_ForwardTile, ...]]] = {
     ("cuda", 2): {
-        16: ((16, 256, 128, 4, 3, 3, 1), (16, 512, 256, 8, 3, 3, 1), (32, 256, 256, 8, 3, 3, 1)),
-        32: ((32, 128, 128, 8, 3, 3, 1),),
-        64: ((32, 128, 128, 8, 3, 3, 1), (64, 128, 64, 8, 3, 3, 1)),
+        16: (
+            (16, 256, 128, 4, 3, 3, 1, 3.0), (16, 512, 256, 8, 3, 3, 1, 2.5), (32, 256, 256, 8, 3, 3, 1, 2.0),
+            (32, 512, 256, 8, 3, 4, 1, 1.9), (64, 256, 128, 8, 3, 3, 1, 1.7),
+        ),
+        32: ((32, 128, 128, 8, 3, 3, 1, 2.0),),
+        64: ((32, 128, 128, 8, 3, 3, 1, 3.6), (64, 64, 64, 4, 4, 4, 1, 2.4)),
     },
     ("cuda", 4): {
-        16: ((16, 64, 64, 8, 3, 3, 2),), 32: ((16, 64, 64, 8, 3, 3, 2),), 64: ((16, 64, 64, 8, 3, 3, 1),),
+        16: ((16, 64, 64, 8, 3, 3, 2, 2.5),), 32: ((16, 64, 64, 8, 3, 3, 2, 2.5),),
+        64: ((16, 64, 64, 8, 3, 3, 1, 2.5),),
     },
     ("hip", 2): {
-        16: ((16, 128, 128, 4, 2, 2, 2),), 32: ((16, 128, 128, 4, 2, 2, 2),), 64: ((16, 128, 128, 4, 2, 2, 2),),
+        16: ((16, 128, 128, 4, 2, 2, 2, 2.5),), 32: ((16, 128, 128, 4, 2, 2, 2, 2.5),),
+        64: ((16, 128, 128, 4, 2, 2, 2, 2.5),),
     },
     ("hip", 4): {
-        16: ((16, 128, 128, 4, 2, 2, 2),), 32: ((16, 128, 128, 4, 2, 2, 2),), 64: ((16, 128, 128, 4, 2, 2, 2),),
+        16: ((16, 128, 128, 4, 2, 2, 2, 2.5),), 32: ((16, 128, 128, 4, 2, 2, 2, 2.5),),
+        64: ((16, 128, 128, 4, 2, 2, 2, 2.5),),
     },
 }
-#: Replacements for a kernel that reads and converts the parameters, which takes registers: columns when writing, warps
-#: and stages. The rest is unchanged, so that sums equal those of packed weights.
+#: Replacements for a kernel that reads and converts the parameters, which takes registers and shared memory: columns
+#: when writing, warps and the most stages. The rest is unchanged, so that sums equal those of packed weights. The
+#: widest tiles write half as many columns at a time, in two stages.
 _CONVERTING: dict[tuple[str, int], dict[int, tuple[int, int, int]]] = {
     ("cuda", 2): {16: (256, 8, 3), 32: (128, 8, 3), 64: (64, 8, 2)},
 }
@@ -272,6 +282,19 @@ def _groups(rows: int, columns: int, block_r: int, warps: int, itemsize: int, de
     if device.gpu != "cuda" or itemsize > 2 or rows * block_r > 32 * 64:
         return 1
     return max(1, min(warps, columns // 16))
+
+
+def _forward_shared(
+    rows: int, columns: int, columns2: int, stages: int, stages2: int, block_r: int, itemsize: int, of_weight: int
+) -> int:
+    """Return the bytes of shared memory of the forward in one kernel. of_weight: the bytes of a weight.
+
+    The stages but one are prefetched: residual, branch and weights. The second pass also prefetches b2 and stages its
+    output.
+    """
+    column = 2 * rows * itemsize + block_r * of_weight
+    writing = (stages2 - 1) * (column + 4) + rows * itemsize
+    return max((stages - 1) * column * columns, writing * columns2)
 
 
 def _vendor(device: Device) -> str:
@@ -360,8 +383,14 @@ def forward_schedule(
     first, *others = _FORWARD_TILES[vendor, itemsize][block_r]
     # The first tile fits every d and dtype. The others have enough registers only for whole blocks and narrow operands.
     # Of tiles with equal counts, they are faster.
-    fitting = [tile for tile in others if hidden % tile[1] == 0 and not widened]
-    for rows, columns, columns2, warps, stages, stages2, resident in (*fitting, first):
+    fitting = [
+        tile
+        for tile in others
+        if hidden % tile[1] == 0
+        and not widened
+        and _forward_shared(*tile[:3], *tile[4:6], block_r, itemsize, itemsize) <= device.shared
+    ]
+    for rows, columns, columns2, warps, stages, stages2, resident, instructions in (*fitting, first):
         ragged = _RAGGED_FORWARD[vendor][block_r]
         block_n, block_d, warps, stages = _narrowed(
             (rows, columns, warps, stages), ragged, hidden, itemsize, device.gpu
@@ -377,6 +406,10 @@ def forward_schedule(
             and _wide(block_n, block_d, converting[1], itemsize, device.gpu)
         ):
             columns2, warps, stages = converting
+            if block_n * block_d > 32 * 256:
+                columns2, stages = columns2 // 2, 2
+            while _forward_shared(block_n, block_d, columns2, stages, stages, block_r, itemsize, 4) > device.shared:
+                stages -= 1
             stages2 = stages
         block_d2 = min(columns2, block_d)
         for share in range(1, resident + 1):
@@ -388,7 +421,7 @@ def forward_schedule(
                 in_flight = 2 * min(tokens, slots * height) * hidden * itemsize
                 memory = 3 + 2 * max(0.0, 1 - device.l2 / in_flight)
                 through_l2 = (4 + 2 * tiles * rank / tokens) / _L2_SPEED
-                issue = _ISSUE[rows] * tiles * block_n / tokens
+                issue = instructions * tiles * block_n / tokens
                 time = max(memory, through_l2, issue) * ceil_div(tiles, slots) * slots / tiles, issue
                 if best is None or time < best[0]:
                     programs = min(tiles, slots)
@@ -439,6 +472,8 @@ _BACKWARD_TILES: dict[tuple[str, str, str], tuple[_Tile, ...]] = {
         (32, 128, 4, 2), (32, 64, 4, 2), (32, 64, 4, 2), (16, 64, 4, 2), (16, 64, 4, 2), (16, 16, 4, 1),
     ),
 }
+#: Other tiles of the columns kernel on CUDA for operands in bf16, by padded rank, where they fill the waves better.
+_OTHER_COLUMNS_TILES: dict[int, _Tile] = {16: (32, 256, 8, 3), 64: (32, 64, 4, 3)}
 #: The same for a d that no power of two from 64 up divides.
 _RAGGED_BACKWARD_TILES: dict[tuple[str, str], tuple[_Tile, ...]] = {
     ("cuda", "rows"): (
@@ -496,19 +531,28 @@ def columns_schedule(
     daᵀ h included, fill the multiprocessors in whole waves.
     """
     block_r = padded_rank(rank)
-    block_n, block_d, warps, stages = _backward_tile("columns", hidden, block_r, policy, device)
-    blocks, tiles = ceil_div(hidden, block_d), ceil_div(tokens, block_n)
-    a_part = blocks + (ceil_div(block_r, CROSS_RANK) ** 2 if rank and corrected else 0)
-    at_once = 8 // warps * device.multiprocessors  # a multiprocessor's registers hold eight warps
-
-    def time(parts: int) -> int:
-        # In tiles: the loop of one program, its start, its slab and the adding of the slab.
-        return ceil_div(a_part * parts, at_once) * (ceil_div(tiles, parts) + 3)
-
-    # A multiprocessor may have room for a third program of four warps, so a second wave would not be whole.
-    waves = 2 if warps > 4 else 1
-    parts = min(range(1, max(1, min(tiles, waves * at_once // a_part)) + 1), key=time)
-    return Schedule(block_n, block_d, block_r, blocks, parts, ceil_div(tiles, parts) * block_n, warps, stages)
+    tiles_of = [_backward_tile("columns", hidden, block_r, policy, device)]
+    other = _OTHER_COLUMNS_TILES.get(block_r)
+    if policy == "bf16" and _vendor(device) == "cuda" and other is not None:
+        rows, columns, _, stages = other
+        # The stages but one are prefetched: G, `out`, and da and h in three layouts. W1 and dx are there once.
+        shared = 2 * ((stages - 1) * rows * (2 * columns + 3 * block_r) + (rows + block_r) * columns)
+        if hidden % columns == 0 and shared <= device.shared:
+            tiles_of.append(other)
+    found = []
+    for block_n, block_d, warps, stages in tiles_of:
+        blocks, tiles = ceil_div(hidden, block_d), ceil_div(tokens, block_n)
+        a_part = blocks + (ceil_div(block_r, CROSS_RANK) ** 2 if rank and corrected else 0)
+        at_once = 8 // warps * device.multiprocessors  # a multiprocessor's registers hold eight warps
+        # A multiprocessor may have room for a third program of four warps, so a second wave would not be whole.
+        waves = 2 if warps > 4 else 1
+        for parts in range(1, max(1, min(tiles, waves * at_once // a_part)) + 1):
+            # In tiles: the loop of one program, its start, its slab and the adding of the slab.
+            time = ceil_div(a_part * parts, at_once) * (ceil_div(tiles, parts) + 3)
+            empty = -(a_part * parts) % at_once / at_once
+            part = ceil_div(tiles, parts) * block_n
+            found.append((time, empty, Schedule(block_n, block_d, block_r, blocks, parts, part, warps, stages)))
+    return min(found, key=lambda choice: choice[:2])[2]
 
 
 def column_passes(schedule: Schedule, hidden: int) -> tuple[tuple[bool, bool], ...]:

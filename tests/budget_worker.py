@@ -1,6 +1,7 @@
 """Counts the kernels' instructions and bytes for test_budgets.py in a subprocess, where kernels are not interpreted.
 
-Reads a JSON list of [target, hidden, rank, tokens, reads] from standard input; all are bfloat16 with packed weights.
+Reads a JSON list of [target, hidden, rank, tokens, reads, packed] from standard input; all are bfloat16. Weights are
+packed unless the last says no.
 Prints a JSON line for each launch. Cases with the same target and rank share kernels, so they form one job.
 """
 
@@ -23,13 +24,13 @@ from fused_steer.kernels.predict import (
 
 
 def describe(case: list) -> list[dict]:
-    target, hidden, rank, tokens, reads = case
+    target, hidden, rank, tokens, reads, packed = (*case, True)[:6]
     rows = []
-    for name, launches in record_passes(Case(tokens, hidden, rank, packed=True, reads=reads), target).items():
+    for name, launches in record_passes(Case(tokens, hidden, rank, packed=packed, reads=reads), target).items():
         for launch, moved in zip(launches, memory_bytes(launches, target), strict=True):
             used = compile_launch(launch, target)
             row = {"target": target, "hidden": hidden, "rank": rank, "tokens": tokens}
-            row |= {"reads": reads, "pass": name}
+            row |= {"reads": reads, "pass": name, "packed": packed, "shared": used.shared}
             row |= {"kernel": used.kernel, "grid": launch.grid, "fits": used.shared <= SHARED_MEMORY[target]}
             row |= {"l2": l2_bytes(launch), "memory": moved, "fill": fill(launch, target)}
             row["series"] = work(launch).series

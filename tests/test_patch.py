@@ -384,6 +384,25 @@ def test_patch_copies_are_equal_and_independent(make, duplicate):
     assert torch.equal(logits(model), logits(original))
 
 
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"]
+)
+def test_patch_copies_of_compiled_layers_run_themselves(duplicate):
+    """As copies of an unsteered layer do, they are not compiled: the compiled call would run the copied layer."""
+    original = patch_model(build())
+    randomize(original)
+    steered = logits(original)
+    for layer in original.model.layers:
+        layer.compile(backend="eager")
+    model = duplicate(original)
+    assert torch.equal(logits(model), steered)
+    randomize(model, seed=2)
+    assert not torch.equal(logits(model), steered)
+    model.steering.unpatch()
+    assert torch.equal(logits(model), logits(build()))
+    assert all(layer._compiled_call_impl is not None for layer in original.model.layers)
+
+
 def test_patch_state_dict_round_trip():
     source, target = (patch_model(build(seed=seed), EVERYTHING) for seed in (0, 1))
     randomize(source)

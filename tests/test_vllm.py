@@ -460,7 +460,15 @@ def test_vllm_a_number_stands_for_one_adapter(engine, folder):
     assert core.remove_lora(600)
 
 
-def test_vllm_the_second_model_runner(folder, tmp_path):
+@pytest.mark.parametrize(
+    "way",
+    [
+        {"lora_target_modules": ["post_block"]},
+        {"enable_lora": False, "additional_config": {"steering": {"rank": 4, "slots": 2}}},
+    ],
+    ids=["with LoRA", "without LoRA"],
+)
+def test_vllm_the_second_model_runner(folder, tmp_path, way):
     """vLLM's other runner, in Triton's interpreter: a strength and positions for each request, chunks and cache."""
     (tmp_path / "sitecustomize.py").write_text(STAND_IN, encoding="utf-8")
     options = {"block_size": 32, "enable_prefix_caching": True, "max_num_batched_tokens": 24, "max_num_seqs": 16}
@@ -471,7 +479,7 @@ def test_vllm_the_second_model_runner(folder, tmp_path):
     requests = [(name, name and str(folder / name), prompt, options) for name, prompt, options in rows]
     tokens, log = run(
         tmp_path / "out.json",
-        engine_options(folder / "model", lora_target_modules=["post_block"], **options),
+        engine_options(folder / "model", **way, **options),
         requests,
         PYTHONPATH=str(tmp_path),
         TRITON_INTERPRET="1",
@@ -672,6 +680,16 @@ def test_vllm_an_adapter_in_its_slot_is_noted_as_used_and_not_looked_for(monkeyp
     for other in (LoRARequest("three", 3, "somewhere"), LoRARequest("one", 1, "somewhere", load_inplace=True)):
         with pytest.raises(LookupError):
             manager.add_adapter(other)
+
+
+def test_vllm_a_release_without_a_name_that_is_used(monkeypatch):
+    """Names are probed, not versions: this release has all of them, and a missing one is named."""
+    import fused_steer.vllm as plugin
+
+    assert plugin.missing_names() == []
+    monkeypatch.setitem(plugin.NAMES, "vllm.lora.utils", ("_all_lora_classes", "gone"))
+    monkeypatch.setitem(plugin.NAMES, "vllm.gone", ("anything",))
+    assert plugin.missing_names() == ["vllm.lora.utils.gone", "vllm.gone"]
 
 
 def test_vllm_registering_again_changes_nothing():

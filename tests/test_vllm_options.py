@@ -15,11 +15,13 @@ from transformers import AutoModelForCausalLM
 from vllm_models import CONFIGS, NEW_TOKENS, PROMPTS, answers, engine_options, save_adapter, save_lora, save_model
 from vllm_worker import ask
 
-from fused_steer import SteerConfig
+from fused_steer import SteerConfig, patch_model
 
 pytestmark = pytest.mark.vllm
 
 LIMIT = 0.25
+#: A prompt with a block that vLLM caches.
+LONG = list(range(3, 43))
 
 
 @pytest.fixture(scope="module")
@@ -378,15 +380,17 @@ def test_vllm_alone_adapters_named_by_vllms_requests(alone, folder, tmp_path):
     from vllm.lora.request import LoRARequest
 
     core = alone.llm_engine
-    scale = 1e-3
+    scale = 1e-2
     path = tmp_path / "adapter"
     for seed in (31, 32):
         save_adapter(folder / "model", path, SteerConfig(rank=4, scale=scale), seed)
         assert core.add_lora(LoRARequest("mine", 5, str(path), load_inplace=seed == 32))
         assert core.pin_lora(5) and 5 in core.list_loras()
-        assert ask(alone, [("mine", str(path), PROMPTS[0])], NEW_TOKENS) == answers(folder / "model", path)[:1]
-        answers.cache_clear()
-        assert outputs_of(alone, [(PROMPTS[0], {"adapter": "mine"})]) == answers(folder / "model", path)[:1]
+        model = patch_model(AutoModelForCausalLM.from_pretrained(folder / "model"), path)
+        right = model.generate(torch.tensor([LONG]), max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None)
+        for _ in range(2):  # cold, and from the cache
+            assert ask(alone, [("mine", str(path), LONG)], NEW_TOKENS) == right[:, len(LONG) :].tolist()
+            assert outputs_of(alone, [(LONG, {"adapter": "mine"})]) == right[:, len(LONG) :].tolist()
     assert core.remove_lora(5) and 5 not in core.list_loras()
 
 
@@ -444,3 +448,86 @@ def test_vllm_refuses_what_could_exceed_the_dose_and_rounds_to_the_slots(folder)
     assert ask(engine, [("linear", str(path), PROMPTS[0], {"scale": 1e-12})], NEW_TOKENS) == right
     assert ask(engine, [("linear", str(path), PROMPTS[0], {"scale": 0})], NEW_TOKENS) == right
     engine.llm_engine.engine_core.shutdown()
+
+
+# ------------------------------------------------------------------------------------------------- in a worker's step
+
+
+def test_vllm_step_maps_tokens_by_itself_where_lora_has_no_layers():
+    """vLLM's mapping of tokens is not called, with steering or without. Padding and idle batches have no slots."""
+    import numpy as np
+
+    from fused_steer.vllm import gains
+    from fused_steer.vllm.adapters import Loaded, Steering
+    from fused_steer.vllm.batch import Batch
+
+    def original(*_: Any) -> Any:
+        raise AssertionError("vLLM's mapping was called")
+
+    batch = Batch(16, "cpu")
+    given = []
+    adapters = {7: Loaded(2, 0.5, "seven"), 9: Loaded(0, -1.0, "nine")}
+    runner = SimpleNamespace(
+        model_steering=Steering(batch, True, adapters.get),
+        lora_manager=SimpleNamespace(set_active_adapters=lambda requests, mapping: given.append((requests, mapping))),
+        requests={
+            "a": SimpleNamespace(sampling_params=SimpleNamespace(extra_args=None)),
+            "b": SimpleNamespace(sampling_params=SimpleNamespace(extra_args={"steering": [3.0, "generated"]})),
+            "c": SimpleNamespace(sampling_params=None),
+        },
+    )
+
+    def step(numbers: list[int], counts: list[int]) -> None:
+        rows = SimpleNamespace(
+            req_ids=["a", "b", "c"],
+            request_lora_mapping=np.array(numbers),
+            lora_id_to_lora_request={7: "request 7", 9: "request 9"},
+            num_prompt_tokens=np.array([4, 2, 1]),
+            num_computed_tokens_cpu=np.array([0, 1, 5]),
+        )
+        gains.set_active_loras(original)(runner, rows, np.array(counts))
+        gains.set_active_mapping(original)(runner, tuple(numbers), (), set())
+
+    step([7, 9, 0], [4, 2, 1])
+    assert given[0] == ({"request 7", "request 9"}, None)
+    assert batch.ids.tolist() == [2] * 4 + [0] * 2 + [-1] * 10 and not batch.idle
+    assert batch.gains[:6].tolist() == [0.5] * 4 + [0.0, 3.0]
+    step([7, 0, 0], [1, 1, 1])
+    assert batch.ids.tolist() == [2] + [-1] * 15 and not batch.idle
+    given.clear()
+    step([0, 0, 0], [1, 1, 1])
+    assert batch.ids.tolist() == [-1] * 16 and batch.idle
+    assert given == [(set(), None)]  # of the second runner's method alone
+
+
+def test_vllm_step_of_many_strengths_is_that_of_one():
+    """A strength is a number in a buffer: no slot, no tensor and no operation more."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from fused_steer.serving.options import read_options
+    from fused_steer.vllm.adapters import Loaded, Steering
+    from fused_steer.vllm.batch import Batch
+    from fused_steer.vllm.gains import fill
+    from fused_steer.vllm.layers import UNADDED, SteeringPoint
+    from fused_steer.vllm.room import Room
+
+    names: list[str] = []
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            names.append(function.name())
+            return function(*args, **(kwargs or {}))
+
+    batch = Batch(256, "cpu")
+    point = SteeringPoint(torch.nn.Linear(64, 64), 0, "layers.0", 64, UNADDED, batch, Room(4))
+    point.make_slots(2)
+    point.put(1, {"steer_down.weight": torch.randn(4, 64), "steer_up.weight": torch.randn(64, 4)}, "silu")
+    steering = Steering(batch, True, {7: Loaded(1, 1.0, "seven")}.get)
+    done = []
+    for scales in ([0.5] * 256, [(n + 1) / 256 for n in range(256)]):
+        names.clear()
+        with torch.inference_mode(), Names():
+            fill(steering, [(7, read_options({"scale": scale}), 4, 4, 1) for scale in scales])
+            point((torch.randn(256, 64), torch.randn(256, 64)))
+        done.append(list(names))
+    assert done[0] == done[1] and "aten::mm" in "".join(done[0])

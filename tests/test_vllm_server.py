@@ -50,19 +50,38 @@ def folder(tmp_path_factory) -> Path:
     return root
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def with_lora(folder: Path) -> list[str]:
+    """Return the options of a server with --enable-lora."""
+    residents = [f"{name_of(n)}={folder / name_of(n)}" for n in range(RESIDENTS)]
+    sizes = ["--max-loras", "4", "--max-cpu-loras", "6", "--max-lora-rank", "8"]
+    return ["--enable-lora", *sizes, "--lora-modules", *residents]
+
+
 class Server:
-    def __init__(self, folder: Path, port: int, log: Path) -> None:
+    """A server in a process of its own.
+
+    Args:
+        options: those beside the model and its sizes.
+        variables: those of the environment.
+    """
+
+    def __init__(self, folder: Path, log: Path, options: list[str], **variables: str) -> None:
+        port = free_port()
         self.folder, self.url, self.log = folder, f"http://127.0.0.1:{port}", log
-        residents = [f"{name_of(n)}={folder / name_of(n)}" for n in range(RESIDENTS)]
         # The module behind `vllm serve`. That command needs a package named "vllm"; the CPU build has another name.
         command = [
             sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder / "model"),
             "--served-model-name", "base",
-            "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager", "--enable-lora",
-            "--max-loras", "4", "--max-cpu-loras", "6", "--max-lora-rank", "8", "--max-model-len", "64",
-            "--max-num-seqs", "16", "--max-num-batched-tokens", "64", "--seed", "0", "--lora-modules", *residents,
+            "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager", "--seed", "0",
+            "--max-num-seqs", "16", "--max-num-batched-tokens", "64", "--max-model-len", "64", *options,
         ]  # fmt: skip
-        environment = {**os.environ, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+        environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", **variables}
         with open(log, "w") as file:
             self.process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
 
@@ -73,6 +92,13 @@ class Server:
                 return
             time.sleep(0.25)
         pytest.fail(self.log.read_text()[-8000:])
+
+    def end(self) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(60)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
 
     def client(self) -> Any:
         import openai
@@ -114,19 +140,13 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(folder, tmp_path_factory) -> Iterator[Server]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = Server(folder, port, tmp_path_factory.mktemp("log") / "server.log")
+    log = tmp_path_factory.mktemp("log") / "server.log"
+    server = Server(folder, log, with_lora(folder), VLLM_ALLOW_RUNTIME_LORA_UPDATING="1")
     try:
         server.wait()
         yield server
     finally:
-        server.process.terminate()
-        try:
-            server.process.wait(60)
-        except subprocess.TimeoutExpired:
-            server.process.kill()
+        server.end()
 
 
 def test_vllm_server_a_client_names_the_adapter_as_the_model(server):
@@ -281,3 +301,83 @@ def answers_by_content(server: Server) -> set[tuple[int, ...]]:
     found = {tuple(server.expected(name)[0]) for name in names}
     assert len(found) == len(names)
     return found
+
+
+# ------------------------------------------------------------------------------------------------ without --enable-lora
+
+
+@pytest.fixture(scope="module")
+def alone(folder, tmp_path_factory) -> Iterator[Server]:
+    """A server without LoRA, with routes for steering, two slots, and a low limit of the dose that it warns of."""
+    adapters = tmp_path_factory.mktemp("registered")
+    for number in range(4):
+        (adapters / name_of(number)).symlink_to(folder / name_of(number))
+    steering = {"adapters": str(adapters), "slots": 2, "dose": {"limit": 1e-4, "action": "warn"}}
+    log = tmp_path_factory.mktemp("log") / "server.log"
+    options = ["--additional-config", json.dumps({"steering": steering})]
+    server = Server(folder, log, options, VLLM_PLUGINS="fused_steer")
+    try:
+        server.wait()
+        yield server
+    finally:
+        server.end()
+
+
+def shown(answer: tuple[int, str]) -> tuple[list[str], str | None]:
+    """Return the names and the default in an answer of /v1/steering."""
+    assert answer[0] == 200, answer
+    found = json.loads(answer[1])
+    return [adapter["name"] for adapter in found["adapters"]], found["default"]
+
+
+def test_vllm_server_without_lora_adapters_are_models_and_options(alone):
+    """More adapters than slots, each named as a model, and by the options of a request to the base model."""
+    client = alone.client()
+    names = [name_of(number) for number in range(4)]
+    assert [model.id for model in client.models.list()] == ["base", *names]
+    for name in ("base", *names):
+        assert [alone.tokens(client, name, prompt) for prompt in (0, 1)] == alone.expected(name)[:2]
+    for name in names:
+        assert alone.tokens(client, "base", 2, json.dumps({"adapter": name})) == alone.expected(name)[2]
+    assert alone.tokens(client, "base", 2) == alone.expected("base")[2]
+    assert "reached a relative dose of" in alone.log.read_text() and "'resident-0'" in alone.log.read_text()
+
+
+def test_vllm_server_without_lora_routes_load_unload_and_choose_the_default(alone, tmp_path):
+    import openai
+
+    client = alone.client()
+    residents = [name_of(number) for number in range(4)]
+    path = tmp_path / "guest"
+    shutil.copytree(alone.folder / "guest-12", path)
+    assert shown(alone.post("steering/load", name="guest", path=str(path))) == (["guest", *residents], None)
+    shutil.rmtree(path)
+    for steering in (None, '{"adapter": "guest"}'):
+        assert alone.tokens(client, "guest", 1, steering) == alone.expected("guest-12")[1]
+    assert shown(alone.post("steering/default", name="guest"))[1] == "guest"
+    assert alone.tokens(client, "base", 1) == alone.expected("guest-12")[1]
+    assert alone.tokens(client, "base", 1, '{"adapter": null}') == alone.expected("base")[1]
+    assert alone.tokens(client, "resident-1", 1) == alone.expected("resident-1")[1]
+    # Replaced in place under its name, and the default with it.
+    assert alone.post("steering/load", name="guest", path=str(alone.folder / "guest-13"))[0] == 400
+    loaded = alone.post("steering/load", name="guest", path=str(alone.folder / "guest-13"), in_place=True)
+    assert shown(loaded) == (["guest", *residents], "guest")
+    assert alone.tokens(client, "base", 1) == alone.expected("guest-13")[1]
+    assert shown(alone.post("steering/unload", name="guest")) == (residents, None)
+    assert alone.tokens(client, "base", 1) == alone.expected("base")[1]
+    with pytest.raises(openai.NotFoundError, match="guest"):
+        alone.tokens(client, "guest", 1)
+    with pytest.raises(openai.BadRequestError, match="steering.adapter is 'guest'; expected a loaded adapter"):
+        alone.tokens(client, "base", 1, '{"adapter": "guest"}')
+    # Requests that are refused change nothing.
+    for what, fields, status, part in (
+        ("load", {"name": "bad", "path": str(tmp_path)}, 500, "does not steer"),
+        ("load", {"name": "bad", "path": str(tmp_path / "nothing")}, 404, "No adapter found"),
+        ("load", {"name": "bad"}, 400, "path"),
+        ("unload", {"name": "nobody"}, 404, "nobody"),
+        ("default", {"name": "nobody"}, 404, "name is 'nobody'; expected a loaded adapter: resident-0, resident-1"),
+        ("default", {"names": "nobody"}, 400, "names"),
+    ):
+        found, text = alone.post(f"steering/{what}", **fields)
+        assert found == status and part in text, (what, fields, found, text)
+    assert shown(alone.post("steering/default", name=None)) == (residents, None)

@@ -1,4 +1,4 @@
-"""Verbs that examine an adapter, a model or the machine: doctor, inspect, compare, kernels, coverage, diagnose."""
+"""Verbs that examine an adapter, a model or the machine, from doctor to bench."""
 
 from __future__ import annotations
 
@@ -175,3 +175,24 @@ def diagnose(
             ),
             new_console(),
         )
+
+
+# -------------------------------------------------------------------------------------------------------------- bench
+
+
+@app.command(rich_help_panel=EXAMINE)
+def bench(
+    quick: Annotated[
+        bool,
+        typer.Option("--quick", help="A short run of the op and one model; there is no longer one."),
+    ] = True,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, xpu …; auto is a GPU if there is one.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Time the op and a small model on this machine against plain PyTorch. Prints a block to paste."""
+    with errors_in_one_line():
+        from ..tools.demo import choose_device
+        from ..tools.quick_bench import measure
+
+        found = measure(choose_device(device))
+        typer.echo(json.dumps(found.as_dict(), indent=2) if as_json else found.block())

@@ -1,7 +1,8 @@
-"""Verbs about serving adapters: serve-plan."""
+"""Verbs that use adapters: serve-plan, eval, chat."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -49,3 +50,88 @@ def serve_plan(
             typer.echo(planning.as_json(request, found))
         else:
             planning.show(request, found, new_console())
+
+
+# --------------------------------------------------------------------------------------------------------------- eval
+
+
+@app.command("eval", rich_help_panel=USE)
+def evaluate(
+    tasks: Annotated[
+        list[str],
+        typer.Argument(help="Tasks of lm-evaluation-harness: names, or YAML files, which may name local data."),
+    ],
+    model: Annotated[
+        str | None,
+        typer.Option(help="Directory or hub id of a causal language model; SmolLM2-135M-Instruct if not given."),
+    ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(help="A saved adapter, as PATH or NAME=PATH. Can be repeated, to compare several."),
+    ] = None,
+    base: Annotated[bool, typer.Option(help="Evaluate the base model too, and compare the adapters with it.")] = True,
+    limit: Annotated[int | None, typer.Option(help="Only the first so many documents of each task.")] = None,
+    shots: Annotated[int | None, typer.Option(help="Examples before each document; the task's own if not given.")] = (
+        None
+    ),
+    batch_size: Annotated[int, typer.Option(help="Documents at a time.")] = 8,
+    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="A JSON file for the scores.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, xpu …; auto is a GPU if there is one.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Evaluate a model and adapters of it by lm-evaluation-harness, and compare them with intervals."""
+    with errors_in_one_line():
+        from ..evaluation.command import EvalOptions, run
+
+        run(
+            EvalOptions(
+                model=model,
+                adapters=adapter or [],
+                tasks=tasks,
+                base=base,
+                limit=limit,
+                shots=shots,
+                batch_size=batch_size,
+                seed=seed,
+                out=out,
+                device=device,
+                as_json=as_json,
+            ),
+            new_console(),
+        )
+
+
+# --------------------------------------------------------------------------------------------------------------- chat
+
+
+@app.command(rich_help_panel=USE)
+def chat(
+    adapters: Annotated[
+        list[str], typer.Argument(help="Saved adapters, each as PATH or NAME=PATH. The first one steers at first.")
+    ],
+    model: Annotated[
+        str | None,
+        typer.Option(help="Directory or hub id of a causal language model; SmolLM2-135M-Instruct if not given."),
+    ] = None,
+    scale: Annotated[float | None, typer.Option(help="The strength; the adapter's own if not given.")] = None,
+    both: Annotated[
+        bool, typer.Option("--both", help="Answer by the base model too, side by side, from one batch.")
+    ] = False,
+    new_tokens: Annotated[int, typer.Option(help="The most tokens of an answer.")] = 200,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.")] = 0.0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, xpu …; auto is a GPU if there is one.")] = "auto",
+) -> None:
+    """Chat with a steered model in the terminal. Commands such as /scale 2 and /off change the steering: see /help.
+
+    If stdin is no terminal, its lines are answered one after the other.
+    """
+    with errors_in_one_line():
+        from ..tools.chat_terminal import run, start
+
+        if new_tokens < 1:
+            raise ValueError(f"new tokens is {new_tokens}; expected at least 1")
+        if temperature < 0:
+            raise ValueError(f"temperature is {temperature}; expected 0 or more")
+        options = {"scale": scale, "both": both, "new_tokens": new_tokens, "temperature": temperature}
+        run(lambda: start(model, adapters, device, **options), new_console())

@@ -31,6 +31,7 @@ class DecoderHooks:
         patched: Mapping[int, PatchedLayer],
         scopes: Scopes,
         before_training: Callable[[bool], None],
+        graph: Any = None,
     ) -> None:
         """
         Args:
@@ -38,9 +39,10 @@ class DecoderHooks:
             patched: the steered layers by index. The mapping is read at each pass.
             scopes: the model's scopes, which count passes.
             before_training: called before a pass with gradients, with the decoder's training mode.
+            graph: told when the whole decoder is traced: see `norms.Graph`. None if no norms are fused.
         """
         self._module, self._patched, self._before_training = decoder.module, patched, before_training
-        self._scopes = scopes
+        self._scopes, self._graph = scopes, graph
         self._layer_list = LayerList(decoder.module, decoder.path.rpartition(".")[2])
         self._packing = Packing()
         self._handles: list[RemovableHandle] = []
@@ -56,7 +58,11 @@ class DecoderHooks:
 
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if torch.compiler.is_compiling():
+            if self._graph is not None:
+                self._graph.begin()
             return
+        if self._graph is not None:
+            self._graph.end()  # a layer that is compiled alone is in no graph of the decoder
         # DataParallel runs replicas in its own threads while the calling thread waits.
         self._scopes.begin_pass(checked=not getattr(module, "_is_replica", False))
         self._layer_list.check(self._patched)
@@ -79,7 +85,10 @@ class DecoderHooks:
         self._packing.begin(dtype, tokens, weights, rotations)
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            if self._graph is not None:
+                self._graph.end()
+        else:
             self._scopes.end_pass()
             self._packing.end()
             thread.handed = None  # of a pass that ended early

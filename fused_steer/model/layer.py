@@ -176,7 +176,8 @@ def steered_class(base: type[nn.Module], form: Form) -> type[nn.Module]:
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
         # A class made at run time cannot be found by name, so copies and worker processes make it again.
-        return _rebuild, (base, tuple(form)), self.__dict__
+        # `__getstate__` leaves out the compiled call, which runs the layer that was copied.
+        return _rebuild, (base, tuple(form)), self.__getstate__()
 
     namespace: dict[str, Any] = {
         "__module__": base.__module__,

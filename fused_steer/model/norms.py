@@ -211,6 +211,43 @@ def _submodule(module: nn.Module, path: str) -> nn.Module | None:
 # -------------------------------------------------------------------------------------------------------------- links
 
 
+class Graph:
+    """The state of a compilation of the whole decoder, which torch.compile traces like any Python object.
+
+    Attributes:
+        open: whether the decoder is being traced. A layer that is compiled alone hands nothing over.
+        handed: the link, `out` and `normed` of the latest site.
+    """
+
+    def __init__(self) -> None:
+        self.open = False
+        self.handed: tuple[Link, Tensor, Tensor] | None = None
+
+    def begin(self) -> None:
+        self.open, self.handed = True, None
+
+    def end(self) -> None:
+        self.open, self.handed = False, None
+
+
+@torch._dynamo.allow_in_graph
+def _taken(
+    x: Tensor, out: Tensor, normed: Tensor, weight: Tensor | None, eps: float, plus_one: bool, rounds_first: bool
+) -> Tensor:
+    """Return `normed` if x is `out`, unchanged, else the norm of x.
+
+    It is decided when the graph is traced: an `out` that was changed in place has another version.
+    """
+    if x is out and x._version == 0:
+        return normed.view_as(normed)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    unit = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    if weight is not None:
+        factor = weight.to(wide.dtype) + 1 if plus_one else weight.to(wide.dtype)
+        unit = (unit.to(x.dtype).to(wide.dtype) if rounds_first else unit) * factor
+    return unit.to(x.dtype)
+
+
 class Link:
     """One norm and the sites that compute it.
 
@@ -226,6 +263,7 @@ class Link:
         self.sites: list[SteeringSite] = []
         self.taken = 0
         self.reason = ""
+        self.graph = Graph()
 
     def attach(self) -> None:
         self.norm.__dict__[_LINK] = self
@@ -274,6 +312,28 @@ class Link:
             return norm
         return None
 
+    def norm_in_graph(self, residual: Tensor, branch: Tensor | None) -> Norm | None:
+        """Return the norm that a site computes in a graph of the whole decoder, or None."""
+        if not self.graph.open or "forward" in self.norm.__dict__:
+            return None
+        if branch is not None and branch.dtype != residual.dtype:
+            return None
+        weight = None if self.kind.weight is None else self.norm.get_parameter(self.kind.weight)
+        if weight is not None:
+            if weight.device != residual.device or weight.dtype != residual.dtype and self.kind.rounds_first:
+                return None
+        return self.kind.norm(weight)
+
+    def hand_over_in_graph(self, out: Tensor, normed: Tensor) -> None:
+        self.graph.handed = (self, out, normed)
+
+    def run_in_graph(self, norm: nn.Module, x: Tensor) -> Tensor:
+        handed, self.graph.handed = self.graph.handed, None
+        if handed is None or handed[0] is not self:
+            return self.base.forward(norm, x)
+        weight = None if self.kind.weight is None else norm.get_parameter(self.kind.weight)
+        return _taken(x, handed[1], handed[2], weight, self.kind.eps, self.kind.plus_one, self.kind.rounds_first)
+
     def hand_over(self, out: Tensor, normed: Tensor, weight: Tensor | None) -> None:
         """Keep `normed` in this thread for the norm's next call. Only the latest is kept."""
         thread.handed = (self, weakref.ref(out), out._version, normed, weight)
@@ -315,12 +375,12 @@ def fused_class(base: type[nn.Module]) -> type[nn.Module]:
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         link = self.__dict__.get(_LINK)
-        if link is None or len(args) != 1 or kwargs or not isinstance(args[0], Tensor) or is_compiling():
+        if link is None or len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
             return base.forward(self, *args, **kwargs)
-        return link.run(self, args[0])
+        return link.run_in_graph(self, args[0]) if is_compiling() else link.run(self, args[0])
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
-        return _rebuild, (base,), self.__dict__  # a class made at run time cannot be found by name
+        return _rebuild, (base,), self.__getstate__()  # a class made at run time cannot be found by name
 
     namespace = {
         "__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__,
@@ -342,6 +402,7 @@ class Norms:
         self._decoder, self._patched = decoder, patched
         self._links: dict[int, Link] = {}  # by the norm's id
         self._reasons: dict[int, str] = {}  # by layer, why its norm is not linked
+        self.graph = Graph()
 
     def link(self) -> None:
         """Link the norms behind the sites that the layers have now. It can be called again."""
@@ -358,6 +419,7 @@ class Norms:
                     if isinstance(vars(norm).get(_LINK), Link):
                         raise NotFused("another patch has fused its norm")
                     link = Link(norm, measure(norm, self._decoder.hidden))
+                    link.graph = self.graph
                     self._links[id(norm)] = link
                     link.attach()
                 link.sites.append(site)

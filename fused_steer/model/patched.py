@@ -45,7 +45,9 @@ class PatchedModel:
         self.disabled = 0  # the number of open `disable` contexts
         self.scopes = Scopes()
         self._norms = Norms(self.decoder, self.layers) if fuse_norm else None
-        self._hooks = DecoderHooks(self.decoder, self.layers, self.scopes, before_training)
+        self._hooks = DecoderHooks(
+            self.decoder, self.layers, self.scopes, before_training, self._norms.graph if self._norms else None
+        )
         others = {id(parameter) for parameter in kept(model)}
         # By module and name, because offloading replaces the parameter object.
         self._requires_grad = [

@@ -334,7 +334,13 @@ class SteeringSite(Site):
             return self.rows(residual, branch)
         if self.active is None or not self.enabled:
             return residual if branch is None else residual + branch
-        down, up, down_bias, up_bias, gain, _, scale, activation, _, reads = self._operands(residual, entering)
+        operands = self._operands(residual, entering)
+        norm = None if self.link is None or not is_compiling() else self.link.norm_in_graph(residual, branch)
+        if norm is not None:
+            out, normed = steer_and_normalise(residual, branch, operands, norm)
+            self.link.hand_over_in_graph(out, normed)
+            return out
+        down, up, down_bias, up_bias, gain, _, scale, activation, _, reads = operands
         return post_block(
             residual, branch, down, up, down_bias=down_bias, up_bias=up_bias, activation=activation, gain=gain,
             scale=scale, reads=reads,

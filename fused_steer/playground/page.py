@@ -23,7 +23,7 @@ _MOST = 4.0  # the sliders' largest strength; an adapter may start with more
 _GRADIO = "pip install 'fused-steer[playground]'"
 
 CSS = """
-.fs-columns {display: grid; grid-auto-flow: column; grid-auto-columns: minmax(14rem, 1fr); gap: 1rem; overflow-x: auto}
+.fs-columns {display: grid; grid-auto-flow: column; grid-auto-columns: minmax(11rem, 1fr); gap: 1rem; overflow-x: auto}
 .fs-column {border: 1px solid #8886; border-radius: 8px; padding: .6rem .8rem}
 .fs-column h4 {margin: 0} .fs-column small {opacity: .7}
 .fs-text {white-space: pre-wrap; overflow-wrap: anywhere; margin-top: .5rem; line-height: 1.6}

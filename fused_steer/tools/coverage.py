@@ -212,8 +212,9 @@ def check_norms(model: PreTrainedModel, row: Row, patch: Callable[..., Any] = pa
     A norm counts as fused if it took over the result of the steering in each pass. Unpatching must restore the model.
     """
     try:
-        structure, plain = _structure(model), copy.deepcopy(model)
-        found = []
+        plain = copy.deepcopy(model)
+        _outputs(model)  # some models change themselves in their first run
+        structure, found = _structure(model), []
         for one, options in ((plain, {}), (model, {"fuse_norm": True})):
             patch(one, _CONFIG, **options)
             generator = torch.Generator().manual_seed(1)
@@ -232,7 +233,7 @@ def check_norms(model: PreTrainedModel, row: Row, patch: Callable[..., Any] = pa
             raise Wrong("unpatch left something of the fused norms behind")
     except Exception as error:
         return replace(row, outcome="wrong", reason=f"with fused norms: {_one_line(error)}")
-    return replace(row, norms=len(fused), norm_reason="; ".join(dict.fromkeys(missed)))
+    return replace(row, layers=len(report), norms=len(fused), norm_reason="; ".join(dict.fromkeys(missed)))
 
 
 def _outputs(model: PreTrainedModel) -> tuple[dict[str, Tensor], str]:

@@ -2,19 +2,24 @@
 
     vllm serve BASE --enable-lora --lora-modules polite=DIR terse=DIR2
     LLM(BASE, enable_lora=True).generate(prompts, lora_request=LoRARequest("polite", 1, DIR))
+    vllm serve BASE --additional-config '{"steering": {"adapters": DIR_OF_DIRS}}'
 
-DIR is a directory of `model.steering.save`, or of `save_joint`, with LoRA and steering for one request. vLLM names,
-loads, unloads, evicts and batches these adapters as it does LoRA adapters.
+DIR is a directory of `model.steering.save`, or of `save_joint`, with LoRA and steering for one request. With
+`--enable-lora` vLLM names, loads, unloads, evicts and batches these adapters as it does LoRA adapters. Without it the
+model keeps its own layers, and `Store` takes the place of vLLM's manager.
 
-How it works: before vLLM looks for modules that LoRA can adapt, each decoder layer gets a child module without weights
-that looks like one, and its forward passes the layer's output through the child. vLLM replaces the child by our LoRA
-layer, which holds the adapters' slots and reads each token's slot and gain.
+How it works: each decoder layer of a loaded model gets a child module without weights, and its forward passes the
+layer's output through the child. The child holds the adapters' slots, and reads the slot and the gain of each token
+from buffers that are filled in before each step. With `--enable-lora` the child looks like a module that LoRA can
+adapt, so that vLLM's manager writes adapters into its slots.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -23,8 +28,59 @@ from packaging.version import Version
 
 #: The tested versions of vLLM.
 FIRST, BELOW = "0.32", "0.33"
+#: What the plug-in replaces or calls, beside the names that it imports.
+NAMES = {
+    "vllm.entrypoints.openai.models.serving": (
+        "OpenAIServingModels.load_lora_adapter",
+        "OpenAIServingModels.unload_lora_adapter",
+    ),
+    "vllm.lora.model_manager": ("LoRAModelManager.activate_adapter", "LRUCacheLoRAModelManager"),
+    "vllm.lora.utils": ("_all_lora_classes", "get_adapter_absolute_path"),
+    "vllm.lora.worker_manager": (
+        "WorkerLoRAManager._load_adapter",
+        "WorkerLoRAManager.set_active_adapters",
+        "LRUCacheWorkerLoRAManager.add_adapter",
+    ),
+    "vllm.v1.core.kv_cache_utils": ("generate_block_hash_extra_keys",),
+    "vllm.v1.core.sched.scheduler": ("Scheduler",),
+    "vllm.v1.engine.async_llm": ("AsyncLLM.add_request", "AsyncLLM.add_lora", "AsyncLLM.remove_lora"),
+    "vllm.v1.engine.input_processor": ("InputProcessor.process_inputs",),
+    "vllm.v1.engine.llm_engine": ("LLMEngine.add_request", "LLMEngine.add_lora", "LLMEngine.remove_lora"),
+    "vllm.v1.worker.gpu.lora_utils": ("get_lora_capture_cases",),
+    "vllm.v1.worker.gpu.model_runner": ("GPUModelRunner", "init_model_state"),
+    "vllm.v1.worker.gpu_model_runner": ("GPUModelRunner",),
+    "vllm.v1.worker.lora_model_runner_mixin": (
+        "LoRAModelRunnerMixin.load_lora_model",
+        "LoRAModelRunnerMixin.set_active_loras",
+        "LoRAModelRunnerMixin._set_active_loras",
+    ),
+}
+
+
+def missing_names() -> list[str]:
+    """Return the names of `NAMES` that this vLLM lacks."""
+    missing = []
+    for module, names in NAMES.items():
+        try:
+            found = importlib.import_module(module)
+        except ImportError:
+            missing.append(module)
+            continue
+        for name in names:
+            try:
+                functools.reduce(getattr, name.split("."), found)
+            except AttributeError:
+                missing.append(f"{module}.{name}")
+    return missing
+
+
+if _missing := missing_names():
+    raise ImportError(f"vllm {vllm.__version__} lacks {', '.join(_missing)}: it serves no steering adapters")
 if not Version(FIRST) <= Version(vllm.__version__.partition("+")[0]) < Version(BELOW):
-    raise ImportError(f"vllm is {vllm.__version__}; expected >={FIRST},<{BELOW} here: it serves no steering adapters")
+    warnings.warn(
+        f"vllm is {vllm.__version__}; steering was tested with >={FIRST},<{BELOW}. All names that it uses are there",
+        stacklevel=2,
+    )
 
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels  # noqa: E402
 from vllm.lora import model_manager, utils, worker_manager  # noqa: E402
@@ -56,10 +112,8 @@ def _wrap(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
 
 def _init_manager(original: Any) -> Any:
     def __init__(self: Any, model: Any, *args: Any, vllm_config: Any, **kwargs: Any) -> None:
-        device = (
-            inspect.signature(original).bind(self, model, *args, vllm_config=vllm_config, **kwargs).arguments["device"]
-        )
-        self.reached = reach(model, vllm_config, room_of(vllm_config), device)
+        given = inspect.signature(original).bind(self, model, *args, vllm_config=vllm_config, **kwargs).arguments
+        self.reached = reach(model, vllm_config, room_of(vllm_config), given["device"])
         original(self, model, *args, vllm_config=vllm_config, **kwargs)
         model.steering = steering_of_manager(self, server_options(vllm_config))
         put_into_cache_key(model, vllm_config)

@@ -78,6 +78,10 @@ def test_fit_bench_runs_once_and_reports(invoke, monkeypatch):
     pictures = sorted(file.name for file in (docs / "theory").iterdir())
     assert pictures == ["accuracy-by-rank.svg", "accuracy-by-site.svg", "first-order.svg", "missed-by-layer.svg"]
 
+    some = {**results, "runs": results["runs"][:5]}  # stopped after the first of the other sites
+    assert "| `pre_mlp` | – |" in fit.report_text(some)
+    assert [series.label for series in fit.plots(some)[1].panels[0].series] == ["post_block", "post_mlp"]
+
     before = fit.results_file(folder).read_bytes()
     monkeypatch.setattr(fit, "fit_ranks", lambda *arguments: pytest.fail("a fit was repeated"))
     assert "all 7 fits are in" in run("--ranks", "1,2", "--other-ranks", "2").stdout

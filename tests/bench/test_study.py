@@ -190,10 +190,11 @@ def test_study_runs_resume_and_the_report(few, encoder, tmp_path, monkeypatch):
     partial = study.report_text(study.load(file))
     assert "| SiLU | not run |" in partial and "## Activations" in partial and "## Rivals" not in partial
 
-    assert study.run_all(file, SETTINGS, ["activations", "rivals"], load) == 7
+    total = sum(len(study.FORMS[name].rates) + 1 for name in ("identity", "silu", "vector"))
+    assert study.run_all(file, SETTINGS, ["activations", "rivals"], load) == total - 2
     results = study.load(file)
     keys = [(run["form"], run["rate"], run["seed"]) for run in results["runs"]]
-    assert len(set(keys)) == len(keys) == 9
+    assert len(set(keys)) == len(keys) == total
     for name in ("identity", "silu", "vector"):
         rates = study.FORMS[name].rates
         ran = [(rate, seed) for form, rate, seed in keys if form == name]
@@ -246,6 +247,7 @@ def test_study_a_row_and_its_verdict():
     assert row[1:5] == ["10", "0.001 of 0.001", "**77.5 (75.0–80.0)**", "75.0, 80.0"] and row[7] == "1, 1"
     assert row[6].startswith("+57.5 ± ") and row[6].endswith(", better")
     assert study.row_of(results, "silu", "identity")[6].endswith(", worse")
+    assert study.rows_of_rates(results, "identity") == [["identity", "0.001", "100.0", "1.000", "75.0", "1"]]
     one = {"runs": [ours[0], theirs[0]]}
     assert study.row_of(one, "identity", "silu")[6].endswith(", not told apart")  # one seed decides nothing
 

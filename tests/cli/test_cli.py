@@ -17,8 +17,8 @@ from fused_steer._requirements import OPTIONAL, TRIED
 from fused_steer.adapters.files import CONFIG_NAME, WEIGHTS_NAME
 from fused_steer.tools.doctor import Finding
 
-VERBS = ("demo", "doctor", "inspect", "kernels", "import", "coverage", "diagnose", "fit", "extract", "compare", "train")
-VERBS += ("playground",)
+VERBS = ("demo", "fit", "extract", "train", "serve-plan", "eval", "chat", "doctor", "inspect", "compare", "kernels")
+VERBS += ("bench", "coverage", "diagnose", "import", "export", "playground")
 
 
 # --------------------------------------------------------------------------------------------------------------- help

@@ -1123,6 +1123,58 @@ def test_plan_generated_code_starts_the_layers_itself(device, fresh, generated):
     assert_same(compiled(others[0].mT.contiguous().mT, others[1]), model.ordinary(*others))
 
 
+class OfBranch(nn.Module):
+    """A call that reads the branch, and another use of W1."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        w1, w2 = parts(make_site(device))[:2]
+        self.w1, self.w2 = (nn.Parameter(w.detach().clone(), requires_grad=False) for w in (w1, w2))
+        self.scale = nn.Buffer(torch.tensor(SCALE, device=device))
+
+    def forward(self, residual: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
+        return post_block(residual, branch, self.w1, self.w2, scale=self.scale, reads="branch"), self.w1 + 1
+
+
+@torch.no_grad()
+def test_plan_generated_code_that_reads_the_branch(device, fresh, generated):
+    model = OfBranch(device)
+    for seed in (3, 70):
+        operands = states(5, device, seed=seed)
+        expected = model(*operands)[0]
+        if seed == 3:
+            compiled, (out, _), lines = generated(model, *operands)
+        else:
+            out, _ = compiled(*operands)
+        assert_same(out, expected)
+    residual, branch = operands
+    other = post_block(residual, branch, model.w1, model.w2, scale=model.scale)
+    assert not torch.equal(out, other), "not the sum"
+    assert sum(line.startswith("start_post_block_inference_silu_branch(") for line in lines) == 1
+
+
+@torch.no_grad()
+def test_plan_generated_code_leaves_the_weights_to_the_plan(device, fresh, generated):
+    """Generated code checks residual and branch, and W1 before another kernel uses it. The plan checks the weights."""
+    operands = states(5, device)
+    weight = f"({R}, {D}), ({D}, 1)"
+    for model, checks in ((Layers(device), 0), (OfBranch(device), 1)):
+        _, _, lines = generated(model, *operands)
+        found = [line for line in lines if line.startswith("assert_size_stride(")]
+        assert sum(weight in line for line in found) == checks
+        assert len(found) == 2 + checks
+    start, scale = start_inference("silu"), torch.tensor(SCALE, device=device)
+    w1, w2 = parts(make_site(device))[:2]
+    for _ in range(2):  # without and with a plan
+        out = torch.full_like(operands[0], torch.nan)
+        with pytest.raises(ValueError, match=rf"down has shape \({R}, {D - 1}\); expected \(r, {D}\)"):
+            start(*operands, w1[:, 1:], w2, scale, out)
+        with pytest.raises(ValueError, match=rf"up has shape \({D}, {R - 1}\); expected \({D}, {R}\)"):
+            start(*operands, w1, w2[:, 1:], scale, out)
+        assert out.isnan().all(), "nothing was written"
+        start(*operands, w1, w2, scale, out)
+
+
 @torch.no_grad()
 def test_plan_generated_code_of_every_number_of_tokens(device, fresh, generated):
     model = Layers(device)

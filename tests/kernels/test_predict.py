@@ -20,6 +20,7 @@ from fused_steer.kernels.predict import (
     read_program,
     wave_fill,
     work,
+    works,
 )
 from fused_steer.kernels.sass import Walk, find_loops, parse
 
@@ -245,6 +246,18 @@ def test_predict_work_reads_in_loops_what_l2_sends(target, rank, reads):
             total = read(done.loops) * (done.programs - done.aside) * done.share
             assert total == pytest.approx(sent * padded), launch.kernel.__name__
             assert l2_bytes(launch) >= sent
+
+
+def test_predict_work_finds_in_l2_what_an_earlier_launch_has_read():
+    """With few tokens the second kernel reads again what the first read: of branch alone, if W1 is applied to it."""
+    for tokens in (8, 64):
+        for rank in (8, 256):  # one block, and a loop
+            both, of_branch = (
+                works(record_passes(Case(tokens, 4096, rank, reads=reads), "sm_90")["forward"]) for reads in READS
+            )
+            assert [done.again for done in both] == [False, True]
+            assert [done.again for done in of_branch] == [False, False]
+            assert all(loop.again for loop in both[1].loops) and not any(loop.again for loop in of_branch[1].loops)
 
 
 def test_predict_memory_is_read_once_and_again_where_l2_has_lost_it():

@@ -4,6 +4,7 @@ import pytest
 import torch
 from fused_steer.kernels.rotation import is_orthonormal, orthonormal, rotate, rotate_all
 from models import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 SIZES = [(7, 3), (64, 1), (64, 64), (1000, 16)]
 
@@ -78,6 +79,64 @@ def test_rotation_of_all_layers_at_once():
         assert_close(down, rotate(source, p)[0])
         assert_close(up, rotate(source, p)[1])
     assert torch.equal(rotate_all(pairs)[1][1], pairs[1][1])
+
+
+def weighted(made: list[tuple[torch.Tensor, torch.Tensor]], used: list[tuple[bool, bool]]) -> torch.Tensor:
+    """A loss of the W1 and W2 that are used, with other weights for each."""
+    tensors = [t for pair, uses in zip(made, used, strict=True) for t, use in zip(pair, uses, strict=True) if use]
+    return sum((t * torch.full_like(t, 1.0).cumsum(1).add(number).cos()).sum() for number, t in enumerate(tensors))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("used", [[(True, True)] * 3, [(True, False), (False, False), (False, True)]], ids=str)
+def test_rotation_gradients_of_all_layers_at_once(dtype, used):
+    """They are those of each layer by itself, also where a layer's W1 or W2 is not used; then there is none."""
+    pairs = [
+        ((matrix(8, 64, dtype) + i).requires_grad_(), (matrix(64, 8, dtype) * (i + 1)).requires_grad_())
+        for i in range(3)
+    ]
+    pairs[0][0].requires_grad_(False)
+    leaves = [tensor for pair in pairs for tensor in pair if tensor.requires_grad]
+    expected = torch.autograd.grad(weighted([rotate(*pair) for pair in pairs], used), leaves, allow_unused=True)
+    found = torch.autograd.grad(weighted(rotate_all(pairs), used), leaves, allow_unused=True)
+    for one, other in zip(found, expected, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            assert one.dtype == other.dtype == dtype and one.is_contiguous()
+            if other.any():
+                assert_close(one, other)
+            else:
+                assert not one.any()  # W's, where W1 is not used
+    with pytest.raises(RuntimeError):  # twice is refused
+        made = weighted(rotate_all(pairs), used)
+        first = torch.autograd.grad(made, leaves, create_graph=True, allow_unused=True)
+        sum(g.square().sum() for g in first if g is not None).backward()
+
+
+class Counted(TorchDispatchMode):
+    """Counts operations, views among them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        views = ("detach", "unbind", "transpose", "aten.t.", "view", "alias", "expand", "unsqueeze")
+        self.count += not any(view in str(func) for view in views)
+        return func(*args, **(kwargs or {}))
+
+
+def test_rotation_of_all_layers_takes_as_many_operations_as_of_two():
+    counts = []
+    for layers in (2, 7):
+        pairs = [(matrix(8, 64).requires_grad_(), matrix(64, 8).requires_grad_()) for _ in range(layers)]
+        with Counted() as counted:
+            made = [tensor for pair in rotate_all(pairs) for tensor in pair]
+        grads = [torch.ones_like(tensor) for tensor in made]
+        with counted:
+            torch.autograd.backward(made, grads)
+        counts.append(counted.count)
+    assert counts[0] == counts[1] < 40
 
 
 def test_rotation_compiled_in_one_graph():

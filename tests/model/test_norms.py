@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_submodules
+from functorch.compile import make_boxed_func
 from models import (
     FAMILIES,
     LAYERS,
@@ -26,6 +27,7 @@ from models import (
     tokens,
 )
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
@@ -519,3 +521,87 @@ def test_norms_the_following_norm_is_found_in_every_family(family):
     found = [type(following_norm(decoder, {}, index)).__name__ for index in range(LAYERS)]
     assert "Norm" in found[-1], "the final norm"
     assert all("Attention" in name if family == "olmo2" else "Norm" in name for name in found[:-1])
+
+
+# ----------------------------------------------------------------------------------------------------- compiled graphs
+
+
+def traced(model: nn.Module, *, gradients: bool = False) -> tuple[Tensor, list[str]]:
+    """Return a compiled model's logits, and the operations of its graphs after functionalisation. No graph breaks."""
+    graphs = []
+
+    def keep(graph, example):
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep)
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    with torch.set_grad_enabled(gradients):
+        found = compiled(tokens(), use_cache=False).logits
+    return found, [str(node.target) for graph in graphs for node in graph.graph.nodes]
+
+
+def count(operations: list[str], name: str) -> int:
+    return sum(name in operation for operation in operations)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_norms_compiled_are_one_op_with_the_steering(family):
+    """The graph has an op for each layer, and the norms behind the layers are gone from it."""
+    model, base, _ = fused(family)
+    expected = logits(model)
+    _, unsteered = traced(base.requires_grad_(False))
+    found, operations = traced(model)
+    assert_close(found, expected)
+    assert count(operations, "post_block_norm") == count(operations, "post_block") == LAYERS
+    assert count(operations, "rsqrt") == count(unsteered, "rsqrt") - LAYERS
+
+
+def test_norms_compiled_gradients():
+    model, base, parameters = fused()
+    hooked = Hooked(base, parameters)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    truth = hooked.double()
+    found = [
+        gradients(network, leaves, draws=2, use_cache=False)
+        for network, leaves in ((compiled, parameters), (hooked.model, hooked.leaves), (truth.model, truth.leaves))
+    ]
+    assert_no_worse(*found)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("change", ["another tensor", "in place"])
+def test_norms_compiled_take_over_only_for_the_very_tensor_unchanged(change, backend):
+    model, base, _ = fused()
+    networks = model, unfused(model, base)
+
+    def hook(module, args, output):
+        return output.add_(1) if change == "in place" else output + 1
+
+    for network in networks:
+        network.model.layers[1].register_forward_hook(hook)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=backend)
+    with torch.no_grad():
+        assert_close(compiled(tokens(), use_cache=False).logits, logits(networks[1]))
+
+
+def test_norms_of_layers_compiled_one_by_one_are_right():
+    model, base, _ = fused()
+    expected = logits(unfused(model, base))
+    torch._dynamo.reset()
+    for layer in model.model.layers:
+        layer.compile(backend="aot_eager")
+    for _ in range(2):
+        assert_close(logits(model), expected)
+
+
+def test_norms_eager_after_compiled_and_back():
+    model, _, _ = fused()
+    expected = logits(model)
+    traced(model)
+    model.steering.reset_calls()
+    assert torch.equal(logits(model), expected)
+    assert taken(model) == [1] * LAYERS

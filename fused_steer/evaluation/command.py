@@ -1,0 +1,120 @@
+"""`fused-steer eval`: evaluates a model and several adapters of it, and prints their scores."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..adapters.files import read_adapter
+from ..model.decoder import find_decoder, meta_model
+from ..patch import patch_model
+from ..tools.sources import sources
+from .comparing import Score, check_tasks, compare_adapters
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """What `run` does. The command's options document each and hold the defaults.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    model: str | None
+    adapters: list[str]
+    tasks: list[str]
+    base: bool
+    limit: int | None
+    shots: int | None
+    batch_size: int
+    seed: int
+    out: Path | None
+    device: str
+    as_json: bool
+
+    def __post_init__(self) -> None:
+        for name in ("limit", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name.replace('_', ' ')} is {value}; expected at least 1")
+        if not self.base and not self.adapters:
+            raise ValueError("neither --base nor an --adapter is given; expected one")
+        if self.out is not None and not self.out.parent.is_dir():
+            raise ValueError(f"out is {self.out}, and there is no directory {self.out.parent}; expected one")
+        sources(self.adapters)
+
+
+def scores_table(found: Sequence[Score]) -> Table:
+    """A row for each adapter of each task's metric."""
+    from rich.table import Table
+
+    table = Table("task", "metric", "adapter", "documents", "mean", "95 %", f"less {found[0].adapter}", "95 % ")
+    for column in table.columns[3:]:
+        column.justify = "right"
+    for score in found:
+        metric = score.metric if score.filter == "none" else f"{score.metric} ({score.filter})"
+        row = [score.task, metric, score.adapter, str(score.documents), f"{score.mean:.3f}", _range(score.interval)]
+        if score.difference is None or score.difference_interval is None:
+            table.add_row(*row, "", "")
+        else:
+            table.add_row(*row, f"{score.difference:+.3f}", _range(score.difference_interval, "+"))
+    table.caption = "95 %: bootstrap over documents; of the difference, pair by pair"
+    return table
+
+
+def _range(interval: tuple[float, float], sign: str = "") -> str:
+    return " to ".join(f"{end:{sign}.3f}" for end in interval)
+
+
+def run(options: EvalOptions, console: Console) -> None:
+    """Load the model and its adapters, evaluate, and print the scores.
+
+    Raises:
+        ValueError, FileNotFoundError, KeyError: an adapter or a task is missing or does not fit.
+        ImportError: lm-evaluation-harness is missing.
+    """
+    if find_spec("lm_eval") is None:
+        raise ImportError("eval needs lm-evaluation-harness; `pip install 'fused-steer[eval]'`")
+    from ..tools.demo import SMOLLM2, choose_device, load_model
+
+    device = choose_device(options.device)
+    check_tasks(options.tasks)
+    layout = None if options.model is None else find_decoder(meta_model(options.model)).layout
+    for source in sources(options.adapters).values():  # before the model is loaded
+        read_adapter(source, layout, check_base=layout is not None)
+    model, tokenizer = load_model(options.model, device)
+    names: list[str | None] = [None] if options.base else []
+    steering = None
+    for name, source in sources(options.adapters).items():
+        if steering is None:
+            steering = patch_model(model, source, adapter_name=name).steering
+        else:
+            steering.load(source, name)
+        names.append(name)
+    if steering is None:
+        patch_model(model)  # the base model is compared with nothing
+    found = compare_adapters(
+        model,
+        tokenizer,
+        names,
+        options.tasks,
+        limit=options.limit,
+        shots=options.shots,
+        batch_size=options.batch_size,
+        seed=options.seed,
+    )
+    fields = {"model": options.model or SMOLLM2, "scores": [score.as_dict() for score in found]}
+    if options.out is not None:
+        options.out.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+    if options.as_json:
+        console.print(json.dumps(fields, indent=2), markup=False, highlight=False, soft_wrap=True)
+    else:
+        console.print(scores_table(found))

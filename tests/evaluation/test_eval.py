@@ -1,0 +1,183 @@
+"""Tests of evaluation by lm-evaluation-harness on a local task, where it is installed; intervals by hand anywhere."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+import torch
+from command import assert_refused, invoke, plain_output  # noqa: F401 - an autouse fixture
+from models import randomize, refused
+from text import save_tiny, tokenizer
+from transformers import AutoModelForCausalLM
+
+from fused_steer import SteerConfig, patch_model
+from fused_steer.evaluation.comparing import scores
+
+needs_harness = pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs lm-evaluation-harness (the extra eval)")
+QUESTIONS = [(f"{a}+{b}=", [str((a + b + k) % 10) for k in range(3)], (a * b) % 3) for a in range(4) for b in range(3)]
+TASK = """
+task: sums
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{answer}}}}"
+target_delimiter: ""
+metric_list: [{{metric: acc}}]
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A tiny model, two adapters of it, and a task on a local file."""
+    folder = tmp_path_factory.mktemp("eval")
+    save_tiny(folder / "base")
+    for seed, (name, config) in enumerate({"one": SteerConfig(rank=3), "two": SteerConfig("vector")}.items()):
+        model = patch_model(AutoModelForCausalLM.from_pretrained(folder / "base"), config)
+        randomize(model, seed=seed)
+        model.steering.save(folder / name)
+    rows = [{"question": q, "choices": choices, "answer": answer} for q, choices, answer in QUESTIONS]
+    (folder / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "sums.yaml").write_text(TASK.format(data=folder / "sums.jsonl"))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+
+
+def right(place, adapter=None, scale=None) -> list[float]:
+    """Return for each question whether the model finds the right choice the likeliest, by its logits."""
+    model = AutoModelForCausalLM.from_pretrained(place / "base").eval()
+    if adapter is not None:
+        model = patch_model(model, place / adapter)
+        model.steering.scale = model.steering.scale if scale is None else scale
+    found = []
+    for question, choices, answer in QUESTIONS:
+        ids = torch.tensor([tokenizer()(question)["input_ids"]])
+        with torch.no_grad():
+            logits = model(ids).logits[0, -1]
+        tokens = [tokenizer()(choice)["input_ids"][0] for choice in choices]
+        found.append(float(int(logits[tokens].argmax()) == answer))
+    return found
+
+
+@needs_harness
+def test_eval_compares_adapters_with_the_base(place, tmp_path):
+    arguments = ("--model", place / "base", "--adapter", place / "one", "--adapter", f"second={place / 'two'}")
+    out = tmp_path / "scores.json"
+    result = invoke("eval", place / "sums.yaml", *arguments, "--device", "cpu", "--batch-size", 5, "--out", out)
+    assert result.exit_code == 0, result.output
+    found = json.loads(out.read_text())["scores"]
+    truth = {"base": right(place), "one": right(place, "one"), "second": right(place, "two")}
+    assert len({tuple(values) for values in truth.values()}) == 3
+    assert [row["adapter"] for row in found] == list(truth)
+    for row, values in zip(found, truth.values(), strict=True):
+        assert (row["task"], row["metric"], row["documents"]) == ("sums", "acc", len(QUESTIONS))
+        assert row["mean"] == pytest.approx(np.mean(values))
+        assert row["interval"][0] <= row["mean"] <= row["interval"][1]
+    expected = np.mean(truth["one"]) - np.mean(truth["base"])
+    assert found[1]["difference"] == pytest.approx(expected) and found[0]["difference"] is None
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in result.stdout.splitlines() if "│" in line]
+    assert cells[1][2:5] == ["one", str(len(QUESTIONS)), f"{np.mean(truth['one']):.3f}"]
+
+
+@needs_harness
+def test_eval_a_limit_and_no_base(place):
+    arguments = ("--model", place / "base", "--adapter", place / "one", "--no-base", "--limit", 5, "--json")
+    result = invoke("eval", place / "sums.yaml", *arguments, "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    [row] = json.loads(result.stdout[result.stdout.index('{\n  "model"') :])["scores"]
+    assert (row["adapter"], row["documents"]) == ("one", 5)
+    assert row["mean"] == pytest.approx(np.mean(right(place, "one")[:5]))
+
+
+@needs_harness
+@pytest.mark.parametrize(("arguments", "adapter"), [("", None), ("adapter={one},scale=-3", "one")])
+def test_eval_the_harnesss_own_model(place, arguments, adapter):
+    """`--model fused-steer --model_args pretrained=…,adapter=…,scale=…`."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    import fused_steer.evaluation.harness  # noqa: F401 (it makes the name known)
+
+    given = f"pretrained={place / 'base'},{arguments.format(one=place / 'one')}".rstrip(",")
+    manager = TaskManager(include_defaults=False)
+    result = simple_evaluate(
+        "fused-steer", given, [str(place / "sums.yaml")], device="cpu", task_manager=manager, bootstrap_iters=0
+    )
+    assert result["results"]["sums"]["acc,none"] == pytest.approx(np.mean(right(place, adapter, -3.0)))
+
+
+@needs_harness
+def test_eval_the_harnesss_model_refuses_before_it_loads(place, monkeypatch):
+    from fused_steer.evaluation.harness import SteeredLM
+
+    def loaded(*_, **__):
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", loaded)
+    with refused(FileNotFoundError, "no adapter directory"):
+        SteeredLM(str(place / "base"), adapter=str(place / "none"))
+    with refused(ValueError, "scale is 2.0 without an adapter"):
+        SteeredLM(str(place / "base"), scale="2")
+
+
+@needs_harness
+def test_eval_refusals(place, tmp_path, monkeypatch):
+    def loaded(*_, **__):
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", loaded)
+    task = place / "sums.yaml"
+    for arguments, parts in (
+        ((tmp_path / "none.yaml",), ("no file", "none.yaml; expected a task")),
+        ((task, "--adapter", tmp_path / "none"), ("no adapter directory",)),
+        ((task, "--adapter", f"a b={place / 'one'}"), ("adapter name is 'a b'",)),
+        ((task, "--adapter", place / "one", "--adapter", place / "one"), ("there are two adapters 'one'",)),
+        ((task, "--adapter", f"base={place / 'one'}"), ("there are two adapters 'base'",)),
+        ((task, "--no-base"), ("neither --base nor an --adapter",)),
+        ((task, "--limit", 0), ("limit is 0",)),
+        ((task, "--out", tmp_path / "none" / "x.json"), ("there is no directory",)),
+    ):
+        assert_refused(invoke("eval", *arguments, "--model", place / "base", "--device", "cpu"), *parts)
+
+
+def test_eval_without_the_harness_says_how_to_install_it(place, monkeypatch):
+    monkeypatch.setattr("fused_steer.evaluation.command.find_spec", lambda name: None)
+    assert_refused(invoke("eval", "x"), "pip install 'fused-steer[eval]'")
+
+
+# ---------------------------------------------------------------------------------------------------------- intervals
+
+KEY = ("task", "acc", "none")
+
+
+def test_eval_intervals_are_those_of_a_bootstrap():
+    generator = np.random.default_rng(3)
+    base, other = generator.random(40), generator.random(40)
+    first, second = scores({"base": {KEY: dict(enumerate(base))}, "b": {KEY: dict(enumerate(other))}})
+    assert (first.mean, second.mean) == pytest.approx((base.mean(), other.mean()))
+    assert second.difference == pytest.approx(other.mean() - base.mean()) and first.difference is None
+    # For means of 40 numbers the bootstrap's ends are about 1.96 standard errors away; a wrong one is off by far more.
+    for low, high, values in ((*first.interval, base), (*second.difference_interval, other - base)):
+        error = values.std() / np.sqrt(40)
+        assert abs(low - (values.mean() - 1.96 * error)) < error / 3 > abs(high - (values.mean() + 1.96 * error))
+
+
+def test_eval_differences_are_paired():
+    """Two adapters that err on the same documents differ for sure, however much the documents differ."""
+    base = {KEY: {i: float(i % 2) for i in range(50)}}
+    better = {KEY: {i: value + 0.01 for i, value in base[KEY].items()}}
+    second = scores({"base": base, "b": better})[1]
+    assert second.difference_interval == pytest.approx((0.01, 0.01))
+    assert second.interval[1] - second.interval[0] > 0.2
+    with refused(ValueError, "b and base have other documents of task"):
+        scores({"base": base, "b": {KEY: {0: 1.0}}})

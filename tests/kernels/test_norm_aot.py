@@ -1,0 +1,120 @@
+"""Tests of the norm's kernels as they compile for each target: resources, accesses, and bytes moved."""
+
+import pytest
+from compiling import run_compiling
+from fused_steer.kernels.aot import GPUS, SHARED_MEMORY
+from fused_steer.kernels.predict import MEMORY_SHARE
+from fused_steer.kernels.schedule import TARGETS
+
+PROMISED = {"sm_80": "A100", "sm_90": "H100"}
+PACKED = {"packed": True}
+EVERYTHING = {"biases": True, "gain": True, "scale_on_device": True, "nested": True, "activation": "gelu_tanh"}
+EVERYTHING |= {"plus_one": True, "weight_gradient": True}
+
+
+def cases() -> list[list]:
+    found = [[target, "bfloat16", 4096, rank, 4096, PACKED] for target in TARGETS for rank in (8, 64)]
+    found += [[target, "bfloat16", 4096, 8, 4096, EVERYTHING] for target in TARGETS]
+    for target in PROMISED:
+        found += [[target, "bfloat16", 2048, 16, 8192, PACKED], [target, "bfloat16", 4096, 32, 8192, PACKED]]
+        found += [[target, "bfloat16", 4096, 64, 8192, EVERYTHING], [target, "bfloat16", 16384, 0, 8192, EVERYTHING]]
+        found.append([target, "bfloat16", 16384, 0, 8192, {}])
+        found += [[target, dtype, 4096, 8, 4096, PACKED] for dtype in ("float16", "float32")]
+        found += [[target, "bfloat16", 4099, 8, 4096, {}], [target, "bfloat16", 576, 8, 8192, PACKED]]
+        found += [[target, "bfloat16", 4096, 8, 4096, {**PACKED, "reads": "branch"}]]
+    return found
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[dict]:
+    return run_compiling("norm_worker.py", cases())
+
+
+def assert_none(bad: list[dict]) -> None:
+    assert not bad, "\n".join(map(str, bad))
+
+
+def test_norm_aot_every_kernel_was_compiled(compiled):
+    assert {str(row["case"]) for row in compiled} == {str(case) for case in cases()}
+    assert {row["kernel"] for row in compiled} == {
+        "post_block_norm_fwd_kernel", "rms_norm_fwd_kernel", "rms_norm_bwd_kernel", "rms_norm_bwd_finish_kernel",
+    }  # fmt: skip
+
+
+#: Accepted spills (registers, on AMD) and local memory (bytes a thread, for the gradient of a wide norm's weight), with
+#: every option at once, by target, hidden size and rank. They may not grow.
+LOCAL = {("gfx942", 4096, 8): 9, ("sm_80", 16384, 0): 80, ("sm_90", 16384, 0): 96}
+
+
+def test_norm_aot_no_spill_and_no_local_memory(compiled):
+    def most(row: dict) -> int:
+        target, _, hidden, rank, _, flags = row["case"]
+        return LOCAL.get((target, hidden, rank), 0) if flags == EVERYTHING else 0
+
+    assert_none([row for row in compiled if row["spills"] + row["local"] > most(row)])
+
+
+def test_norm_aot_programs_fit_on_a_multiprocessor(compiled):
+    assert_none([row for row in compiled if row["shared"] > SHARED_MEMORY[row["target"]]])
+    assert_none([row for row in compiled if not 0 < row["occupancy"] <= 1])
+
+
+def test_norm_aot_the_hidden_state_moves_in_128_bit_accesses(compiled):
+    rows = [row for row in compiled if row["case"][2] % 8 == 0 and row["hidden_states"]]
+    assert {row["target"] for row in rows} == TARGETS.keys()
+    assert_none([row for row in rows if not row["loads_128"] + row["async_copies_128"]])
+    # On AMD the matrix units produce `out` in 64 bits.
+    amd = [row for row in rows if row["target"].startswith("gfx")]
+    assert_none([row for row in amd if not row["stores_128"] + row["stores_64"]])
+    assert_none([row for row in rows if row not in amd and not row["stores_128"]])
+    assert_none([row for row in rows if row["loads_16"] + row["stores_16"] > 1])
+
+
+def test_norm_aot_the_forward_multiplies_on_tensor_cores(compiled):
+    assert_none([row for row in compiled if row["kernel"] == "post_block_norm_fwd_kernel" and not row["tensor_core"]])
+
+
+def units(row: dict, name: str) -> float:
+    _, dtype, hidden, _, tokens, _ = row["case"]
+    return row[name] / (hidden * tokens * {"bfloat16": 2, "float16": 2, "float32": 4}[dtype])
+
+
+def of_many_tokens(compiled: list[dict], kernel: str) -> list[dict]:
+    rows = [row for row in compiled if row["kernel"] == kernel and row["case"][5] == PACKED]
+    return [row for row in rows if row["target"] in PROMISED and row["case"][1] == "bfloat16"]
+
+
+def test_norm_aot_the_forward_moves_four_units_through_device_memory(compiled):
+    """From rank 32 on, the tiles are too high for their second and third reading to hit L2 in full."""
+    rows = of_many_tokens(compiled, "post_block_norm_fwd_kernel")
+    assert len(rows) == 2 * len(PROMISED) + 6
+    assert_none([row for row in rows if units(row, "memory") > (5.3 if row["case"][3] >= 32 else 4.1)])
+
+
+def test_norm_aot_the_forward_is_bound_by_device_memory(compiled):
+    """L2 sends less than its speed's multiple of the bytes of device memory, and the instructions take half the time.
+
+    The budgets are those of post_block in test_budgets.py.
+    """
+    for row in of_many_tokens(compiled, "post_block_norm_fwd_kernel"):
+        assert row["l2"] <= (3.0 if row["case"][3] == 64 else 1.7) * row["memory"], row
+        memory = row["memory"] / (MEMORY_SHARE * GPUS[PROMISED[row["target"]]][1])
+        assert 0 < row["busy"] <= (0.56 if row["case"][3] == 64 else 0.5) * memory, row
+
+
+def test_norm_aot_both_passes_over_the_states_load_asynchronously(compiled):
+    """The third pass does not, because it reads what its own program has just written."""
+    for row in of_many_tokens(compiled, "post_block_norm_fwd_kernel"):
+        (first, _), (second, _), (third, waits) = row["loops"]
+        assert first and second and not third and waits, row
+
+
+def test_norm_aot_the_norm_alone_moves_each_tensor_once(compiled):
+    expected = {"norm_forward": 2, "norm_backward": 3, "backward": 4}
+    rows = [row for row in compiled if row["pass"] in expected and row["kernel"] != "rms_norm_bwd_finish_kernel"]
+    rows = [row for row in rows if row["case"][5] == PACKED]
+    assert rows
+    for row in rows:
+        # beside the hidden states only the weight and 1 / rms
+        assert expected[row["pass"]] <= units(row, "memory") <= expected[row["pass"]] + 0.01, row
+        assert len(row["hidden_states"]) == expected[row["pass"]]

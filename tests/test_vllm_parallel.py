@@ -1,0 +1,76 @@
+"""Tests of steering in vLLM over several processes and with speculation, with tiny models, against transformers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm_models import CONFIGS, NEW_TOKENS, PROMPTS, SIZES, answers, engine_options, save_adapter, save_model
+
+pytestmark = pytest.mark.vllm
+
+WORKER = Path(__file__).with_name("vllm_worker.py")
+NAMES = ("silu", "vector")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Make a folder with model/, draft/ and two adapters. Two processes share each pair of key and value heads."""
+    root = tmp_path_factory.mktemp("served")
+    sizes = {**SIZES, "num_key_value_heads": 2, "num_hidden_layers": 4}
+    save_model(root / "model", **sizes)
+    save_model(root / "draft", **{**sizes, "num_hidden_layers": 1})
+    for seed, name in enumerate(NAMES, 1):
+        save_adapter(root / "model", root / name, CONFIGS[name], seed)
+    return root
+
+
+def run(folder: Path, out: Path, **options: Any) -> list[list[int]]:
+    """Answer all prompts by the base and by each adapter, in one batch of an engine in a process of its own."""
+    requests = [(name, name and str(folder / name), prompt) for prompt in PROMPTS for name in (None, *NAMES)]
+    job = {
+        "engine": engine_options(folder / "model", **options),
+        "requests": requests,
+        "new_tokens": NEW_TOKENS,
+        "out": str(out),
+    }
+    done = subprocess.run(
+        [sys.executable, str(WORKER)],
+        input=json.dumps(job),
+        env={**os.environ, "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert out.exists(), (done.stdout + done.stderr)[-20000:]
+    return json.loads(out.read_text())["tokens"]
+
+
+WAYS = {
+    "with LoRA": {"lora_target_modules": ["post_block"]},
+    "without LoRA": {"enable_lora": False, "max_loras": 1, "additional_config": {"steering": {"rank": 4, "slots": 2}}},
+}
+ENGINES: dict[str, dict[str, Any]] = {
+    "tensor parallel": {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"},
+    "pipeline parallel": {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"},
+    "draft model": {"speculative_config": {"method": "draft_model", "num_speculative_tokens": 3}},
+    "n-grams": {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_vllm_parallel_and_speculative_answers(folder, tmp_path, engine, way):
+    options = {**ENGINES[engine], **WAYS[way]}
+    if engine == "draft model":
+        draft = {**options["speculative_config"], "model": str(folder / "draft")}
+        options["speculative_config"] = draft
+    of = [answers(folder / "model", name and folder / name) for name in (None, *NAMES)]
+    assert of[0] != of[1] != of[2]
+    right = [each[index] for index in range(len(PROMPTS)) for each in of]
+    assert run(folder, tmp_path / "out.json", **options) == right
