@@ -1,5 +1,6 @@
 """The package's metadata: its folders, dependencies and entry points."""
 
+import re
 from pathlib import Path
 from runpy import run_path
 
@@ -17,6 +18,7 @@ ROOMS = [
     "lora",
     "model",
     "peft",
+    "playground",
     "recipes",
     "serving",
     "theory",
@@ -33,6 +35,8 @@ CHAT = ["prompt_toolkit"]
 EVAL = ["lm-eval>=0.4.9"]
 RL = [*TRL, "reasoning-gym"]
 QUANT = ["bitsandbytes", "torchao"]
+PLAYGROUND = ["gradio>=6,<7"]
+NOTEBOOKS = ["ipykernel", "nbclient", "nbformat"]
 TEST = [
     *CHAT,
     *DEMO,
@@ -52,15 +56,31 @@ BENCH = ["evaluate", "liger-kernel", "matplotlib", "peft", "pytest>=8", "pytest-
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material", "mkdocstrings[python]", "ruff"]
 DEV = [*TEST, "mypy", "pre-commit", "ruff"]
 
+REPOSITORY = "https://github.com/fused-steer/fused-steer"
+# README's links are relative to the repository; PyPI shows it elsewhere. Pictures need their raw files.
+README = re.sub(
+    r"\]\(((?!https?:|#)[^)\s]+)\)",
+    lambda link: f"]({REPOSITORY}/{'raw' if link[1].endswith(('.png', '.svg')) else 'blob'}/main/{link[1]})",
+    (ROOT / "README.md").read_text(encoding="utf-8"),
+)
+
 setup(
     name="fused-steer",
     # Read by running the file alone: importing the package would need torch at build time.
     version=run_path(str(ROOT / "fused_steer" / "_version.py"))["__version__"],
     description="Post-block activation steering of language models, fused into the residual add by Triton kernels",
-    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description=README,
     long_description_content_type="text/markdown",
     license_expression="Apache-2.0",
     license_files=["LICENSE"],
+    author="The fused-steer contributors",
+    url=REPOSITORY,
+    project_urls={
+        "Changelog": f"{REPOSITORY}/blob/main/CHANGELOG.md",
+        "Issues": f"{REPOSITORY}/issues",
+        "Paper": "https://arxiv.org/abs/2603.00425",
+    },
+    keywords=["activation steering", "PEFT", "Triton", "language models", "vLLM"],
     python_requires=">=3.10",
     # Listed explicitly: find_packages would also install bench/ and tests/, and kernels/ under its bare name, which
     # transformers takes for the Hub's package `kernels`.
@@ -87,7 +107,9 @@ setup(
         "demo": DEMO,
         "chat": CHAT,
         "eval": EVAL,
+        "notebooks": NOTEBOOKS,
         "peft": PEFT,
+        "playground": PLAYGROUND,
         "quant": QUANT,
         "rl": RL,
         "trl": TRL,
@@ -102,6 +124,8 @@ setup(
         "vllm.endpoint_plugins": ["fused_steer = fused_steer.vllm.endpoint:SteeringEndpoint"],
     },
     classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
         "Operating System :: POSIX :: Linux",
         "Programming Language :: Python :: 3",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",

@@ -14,6 +14,7 @@ The map, in reading order. A file imports only files that stand above it.
         weights.py       the weights file: safetensors with the config in the header
         files.py         reads and writes an adapter's two files, with checks
         combining.py     adds up linear adapters
+        card.py          model cards
         hub.py           uploads an adapter with a model card
         distributed.py   models that several processes share: who writes, gathering shards
     model/               reaching and patching decoder layers
@@ -88,6 +89,11 @@ The map, in reading order. A file imports only files that stand above it.
         flow.py          finds the MLP's output in a layer
         measure.py       diagnose
         command.py       fused-steer diagnose
+    playground/          compares adapters in the browser
+        exporting.py     a variant of a model: as an adapter, and as a request to vLLM
+        answers.py       answers of several variants in one batch, token by token
+        page.py          the page, built with Gradio
+        command.py       fused-steer playground
     theory/              weight updates as shifts of activations, and the best adapter in closed form
         regression.py    reduced-rank regression: the best linear map of a rank
         statements.py    the paper's theorem and propositions as functions
@@ -115,6 +121,7 @@ The map, in reading order. A file imports only files that stand above it.
         gains.py         follows the batches of vLLM's model runners
         endpoint.py      routes of the server: list, load, unload, the default adapter
     trl.py               TRL's trainers
+    axolotl.py           the plug-in for axolotl
     evaluation/          evaluation by lm-evaluation-harness
         harness.py       its model `fused-steer`
         comparing.py     scores of several adapters, with intervals
@@ -129,6 +136,7 @@ The map, in reading order. A file imports only files that stand above it.
     cli/                 the command fused-steer
         shared.py        the app, its one-line errors, shared options
         making.py        demo, fit, extract, train
+        playground.py    playground
         serving.py       serve-plan, eval, chat
         examining.py     doctor, inspect, compare, kernels, coverage, diagnose, bench
         converting.py    import, export

@@ -247,7 +247,8 @@ class Steering:
         Args:
             repo_id: the repository, "user/name".
             name: the adapter.
-            options: private, token, revision and commit_message of `huggingface_hub.HfApi`.
+            options: private, token, revision and commit_message of `huggingface_hub.HfApi`; training, a record of
+                `fused_steer.trainer.training_of` for the card.
 
         Returns:
             The URL of the commit, or "" in a process that is not the first.

@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.modelcard import extract_hyperparameters_from_trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 
+from ._version import __version__
+from .adapters.card import CARD_NAME, CARD_TAGS, LIBRARY, Training, card_config, card_training, card_usage
 from .adapters.files import CHECKPOINT_FOLDER
-from .adapters.hub import CARD_NAME, CARD_TAGS, LIBRARY, card_usage
 from .joint import steering_of, steering_parameters
 from .model.decoder import inside_peft
 
@@ -65,6 +68,50 @@ def _folder(checkpoint: str | os.PathLike[str], name: str | None) -> Path:
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(str(args.output_dir), f"checkpoint-{state.global_step}")
+
+
+def training_of(trainer: Trainer) -> Training:
+    """Return how a Trainer has trained: hyper-parameters, data, evaluations and versions, for a model card.
+
+    Any Trainer of transformers or TRL will do:
+    `model.steering.push_to_hub("me/polite", training=training_of(trainer))`.
+    """
+    hyperparameters = extract_hyperparameters_from_trainer(trainer)
+    hyperparameters |= {"weight_decay": trainer.args.weight_decay, "max_grad_norm": trainer.args.max_grad_norm}
+    hyperparameters["steps_done"] = trainer.state.global_step
+    sets = {"training": trainer.train_dataset}
+    evaluated = trainer.eval_dataset
+    sets |= (
+        {f"evaluation ({name})": one for name, one in evaluated.items()}
+        if isinstance(evaluated, dict)
+        else {"evaluation": evaluated}
+    )
+    timings = ("_runtime", "_per_second")
+    evaluations = [
+        {name: value for name, value in entry.items() if not name.endswith(timings)}
+        for entry in trainer.state.log_history
+        if any(name.startswith("eval_") for name in entry)
+    ]
+    parameters = steering_parameters(trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False))
+    return Training(
+        hyperparameters=hyperparameters,
+        data={use: _told(one) for use, one in sets.items() if one is not None},
+        evaluation=evaluations,
+        trained=sum(parameter.numel() for parameter in parameters),
+        versions={"fused-steer": __version__, "transformers": transformers.__version__, "torch": torch.__version__},
+    )
+
+
+def _told(dataset: Any) -> str:
+    """Describe a data set: its rows, its name and split if it has them, and its columns."""
+    name, split = (getattr(dataset, field, None) for field in ("builder_name", "split"))
+    rows = f"{len(dataset):,} rows" if hasattr(dataset, "__len__") else "a stream of rows"
+    parts = [f"{rows} of {name}" if name else rows]
+    if split:
+        parts.append(f"split {split}")
+    if columns := getattr(dataset, "column_names", None):
+        parts.append(f"columns {', '.join(columns)}")
+    return ", ".join(parts)
 
 
 class SteeringTrainer(Trainer):
@@ -156,7 +203,7 @@ class SteeringTrainer(Trainer):
         super()._push_from_checkpoint(checkpoint_folder)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write Trainer's model card, with a section on the steering adapter and how to load it."""
+        """Write Trainer's model card, with sections on the adapter, how to load it, its data and its evaluation."""
         super().create_model_card(*args, **kwargs)
         if not self.is_world_process_zero() or self._wrapped_by_peft():
             return
@@ -169,5 +216,7 @@ class SteeringTrainer(Trainer):
         base = card.data.base_model
         repo_id, config = self.hub_model_id or path.parent.absolute().name, steering_of(self._patched()).config()
         usage = card_usage(repo_id, base if isinstance(base, str) else None, config)
-        card.text = f"{card.text.rstrip()}\n\n## The adapter\n\n{usage}"
+        training = card_training(training_of(self), hyperparameters="hyperparameters" not in card.text)
+        own = f"## The adapter\n\n{usage}\n{card_config(config)}\n{training}"
+        card.text = f"{card.text.rstrip()}\n\n{own}"
         card.save(path)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from models import build, classifier, tokens
+from models import build, classifier, randomize, tokens
 from pages import DOCS, run_page
 from text import tokenizer
 from transformers import TrainingArguments
@@ -43,6 +43,13 @@ def test_docs_the_code_of_the_page_on_serving_runs(tmp_path, monkeypatch, capsys
     run_page("serving.md", names)
     assert names["output"].shape == (3, ids.shape[1] + 4)
     assert "2 adapters, 2 in 2 slots of rank 8" in capsys.readouterr().out
+
+
+def test_docs_the_code_of_the_page_on_the_playground_runs(capsys):
+    model = patch_model(build(), SteerConfig(rank=4), adapter_name="pirate")
+    randomize(model, "pirate")
+    run_page("playground.md", {"model": model, "tokenizer": tokenizer()})
+    assert [line.split(" ")[0] for line in capsys.readouterr().out.splitlines()] == ["base", "weak", "strong"]
 
 
 def test_docs_the_code_of_the_page_on_theory_runs(capsys):

@@ -4,9 +4,11 @@ The tests build outside of the checkout, because leftovers of an earlier build w
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from importlib.metadata import Distribution, PathDistribution
 from pathlib import Path
 from runpy import run_path
@@ -20,6 +22,7 @@ from fused_steer._requirements import CORE, TRIED
 from fused_steer._tried import MATRIX
 
 ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = (".ci", "bench", "docs", "examples", "fused_steer", "integrations", "kernels", "notebooks", "tests")
 PACKAGES = {"fused_steer": "fused_steer", "kernels": "fused_steer/kernels"}  # checkout's folder: wheel's folder
 
 
@@ -43,10 +46,11 @@ def contents(wheel: Path) -> dict[str, bytes]:
 def source(tmp_path_factory) -> Path:
     """Copy every file of the checkout that a build could read."""
     source = tmp_path_factory.mktemp("source")
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    for name in ("fused_steer", "kernels", "bench", "tests"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in ROOT.iterdir():
+        if path.is_file() and path.name != ".gitignore" and not path.name.startswith(".git"):
+            shutil.copy(path, source)
+    for name in FOLDERS:
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "smoke"))
     return source
 
 
@@ -87,6 +91,65 @@ def test_packaging_wheel_holds_both_packages_and_nothing_else(source, wheel):
 def test_packaging_wheel_from_sdist_equals_wheel_from_checkout(source, wheel):
     run_ok(sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", "from-checkout", cwd=source)
     assert contents(wheel) == contents(source / "from-checkout" / wheel.name)
+
+
+def test_packaging_sdist_holds_what_the_tests_need(source, wheel):
+    """The sdist has every file of the checkout but git's and the linters' own."""
+    (sdist,) = wheel.parent.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        files = {name.partition("/")[2] for name in archive.getnames() if archive.getmember(name).isfile()}
+    needed = {
+        path.relative_to(source).as_posix() for name in FOLDERS for path in (source / name).rglob("*") if path.is_file()
+    }
+    needed |= {path.name for path in source.iterdir() if path.is_file()} - {".pre-commit-config.yaml"}
+    built = {name for name in needed if ".egg-info/" in name}
+    assert len(needed) > 300 and needed - built - files == set()
+    assert not [name for name in files if name.endswith((".pyc", ".so"))]
+
+
+def test_packaging_description_has_no_relative_link(distribution):
+    """PyPI shows README outside of the repository. Its links lead to files that are there."""
+    text = distribution.metadata["Description"] or distribution.metadata.get_payload()
+    links = re.findall(r"\]\(([^)\s]+)\)", text)
+    assert len(links) > 10 and not [link for link in links if not link.startswith(("https://", "#"))]
+    for path in re.findall(r"/(?:blob|raw)/main/([^)#\s]+)", text):
+        assert (ROOT / path).exists(), path
+
+
+RELEASED = ("## [0.1.0] - Unreleased", "## [0.1.0] - 2027-01-31")
+
+
+@pytest.mark.parametrize(
+    "tag, changes, message",
+    [
+        ("v0.1.0", [("CHANGELOG.md", *RELEASED)], None),
+        ("v0.1.0", [], "CHANGELOG.md begins with '## [0.1.0] - Unreleased'"),
+        ("v0.2.0", [("CHANGELOG.md", *RELEASED)], "the tag is v0.2.0 and fused_steer/_version.py has 0.1.0"),
+        ("0.1.0", [("CHANGELOG.md", *RELEASED)], "expected a tag such as v0.1.0"),
+        (
+            "v0.1.0",
+            [("CHANGELOG.md", *RELEASED), ("CITATION.cff", "version: 0.1.0", "version: 0.0.9")],
+            "CITATION.cff has another version; expected 0.1.0",
+        ),
+    ],
+)
+def test_packaging_a_release_needs_a_date_and_one_version(tmp_path, tag, changes, message):
+    for name in (".ci/release", "CHANGELOG.md", "CITATION.cff", "fused_steer/_version.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    for name, old, new in changes:
+        text = (tmp_path / name).read_text(encoding="utf-8")
+        assert text.count(old) == 1
+        (tmp_path / name).write_text(text.replace(old, new), encoding="utf-8")
+    result = run("bash", ".ci/release", "--check", tag, cwd=tmp_path)
+    assert result.returncode == (0 if message is None else 1), result.stderr
+    if message is not None:
+        assert result.stderr.count("\n") == 1 and message in result.stderr
+
+
+def test_packaging_the_release_workflow_publishes_without_a_token():
+    text = (ROOT / ".github" / "workflows" / "release.yml").read_text(encoding="utf-8")
+    assert "id-token: write" in text and '.ci/release "$GITHUB_REF_NAME"' in text and "secrets." not in text
 
 
 def test_packaging_metadata(distribution):
@@ -202,8 +265,8 @@ def test_packaging_the_core_needs_none_of_the_extras():
     code = """
 import sys
 
-OPTIONAL = {"accelerate", "bitsandbytes", "datasets", "gguf", "liger_kernel", "lm_eval", "matplotlib", "peft"}
-OPTIONAL |= {"prompt_toolkit", "torchao", "trl"}
+OPTIONAL = {"accelerate", "bitsandbytes", "datasets", "gguf", "gradio", "liger_kernel", "lm_eval", "matplotlib"}
+OPTIONAL |= {"peft", "prompt_toolkit", "torchao", "trl"}
 sys.modules |= dict.fromkeys(OPTIONAL)  # None: as if it were not installed
 import tempfile, torch
 from transformers import LlamaConfig, LlamaForCausalLM

@@ -19,6 +19,7 @@ from trainers import CONFIG, DATASET, STEPS, trainer
 from transformers import AutoModelForCausalLM, Trainer
 
 from fused_steer import SteeringTrainer, patch_model
+from fused_steer.trainer import training_of
 
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors"}
 
@@ -243,6 +244,30 @@ def test_trainer_push_to_hub(hub, tmp_path, monkeypatch):
     assert torch.equal(logits(patch_model(again, "me/polite")), logits(model))
 
 
+def test_trainer_card_tells_how_the_adapter_was_trained(hub, tmp_path):
+    """A card of `push_to_hub` has the run's hyper-parameters, data and evaluations, and both ways of loading."""
+    model = patched()
+    run = trainer(model, tmp_path, eval_strategy="steps", eval_steps=STEPS // 2, weight_decay=0.25)
+    run.train()
+    model.steering.push_to_hub("me/polite", training=training_of(run))
+    text = ModelCard(hub.uploads["me/polite"]["README.md"].decode()).text
+    for told in ("| `learning_rate` | `0.01` |", "| `weight_decay` | `0.25` |", f"| `steps_done` | `{STEPS}` |"):
+        assert told in text
+    assert f"- training: {len(DATASET)} rows\n" in text and "- evaluation: 4 rows\n" in text
+    losses = [entry["eval_loss"] for entry in run.state.log_history if "eval_loss" in entry]
+    assert len(losses) == 2 and all(f"| {loss:.6g} |" in text for loss in losses)
+    assert f"{sum(p.numel() for p in model.steering.parameters()):,} steering parameters" in text
+    assert "patch_model(model, 'me/polite')" in text and "PeftModel.from_pretrained(model, 'me/polite')" in text
+    assert "| `rank` | `4` |" in text
+
+
+def test_trainer_card_names_a_data_set_of_the_hub(tmp_path):
+    data = SimpleNamespace(builder_name="org/name", split="train", column_names=["input_ids", "labels"])
+    run = trainer(patched(), tmp_path)
+    run.train_dataset = data
+    assert training_of(run).data["training"] == ("a stream of rows of org/name, split train, columns input_ids, labels")
+
+
 def test_trainer_push_to_a_branch(hub, monkeypatch):
     branches = []
     monkeypatch.setattr(HfApi, "create_branch", lambda api, repo, *, branch, exist_ok: branches.append((repo, branch)))
@@ -283,6 +308,8 @@ def test_trainer_pushes_adapters(hub, tmp_path, monkeypatch, lora):
         card = ModelCard(files["README.md"].decode())
         assert card.data.library_name == "fused-steer" and "fused-steer" in card.data.tags
         assert "Training hyperparameters" in card.text and "patch_model(model, 'me/run')" in card.text
+        assert "## Hyper-parameters" not in card.text and "| `rank` | `4` |" in card.text
+        assert f"- training: {len(DATASET)} rows" in card.text
 
 
 def values_of(model: nn.Module) -> dict[str, Tensor]:

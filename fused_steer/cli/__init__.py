@@ -10,7 +10,7 @@ from .._version import __version__
 from .shared import PACKAGE, app
 
 # These add their verbs to the app, in the order of `--help`.
-from . import making, serving, examining, converting  # noqa: E402, F401, I001 # isort: skip
+from . import making, playground, serving, examining, converting  # noqa: E402, F401, I001 # isort: skip
 
 __all__ = ["app"]
 

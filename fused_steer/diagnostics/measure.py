@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapters.parameters import SITE, Place
+from ..adapters.parameters import SITE, Adapter, Place
 from ..joint import steering_of
 from ..kernels.torch_backend import ACTIVATIONS, accumulation_dtype
 from ..lora.layers import is_lora
 from ..lora.writers import Writer, choose_writers, trace_writers
 from ..model.decoder import find_decoder, inside_peft
-from ..model.site import SteeringSite
+from ..model.site import Site, SteeringSite
 from .diagnosis import Diagnosis
 from .flow import Flow, first
 from .records import BINS, LEADING, LEVELS, Alignment, Cosine, LayerDiagnosis, Spread
@@ -214,28 +214,29 @@ class _Observed:
         self._lora.append(_lora_shift(module, args[0], output).flatten(0, -2))
 
     def _on_site(self, site: SteeringSite, args: Any, output: Tensor) -> None:
-        acc = accumulation_dtype(output.dtype)
         keep = self.keep
         if site.gains is not None:
             keep = keep[site.gains.of(output, None).flatten()[keep] != 0]
         self.measured = len(keep)
 
         def rows(tensor: Tensor) -> Tensor:
-            return tensor.flatten(0, -2)[keep].to(acc)
+            return tensor.flatten(0, -2)[keep]
 
         with torch.autocast(output.device.type, enabled=False):
-            h = rows(args[1]) if site.reads == "branch" else sum(map(rows, args[1:]), rows(args[0]))
-            shift = _steering_shift(self.site, h)
+            h = steered_state(site, tuple(map(rows, args)))
+            adapter = site.adapter(site.active or "")
+            assert adapter is not None
+            shift = site.scale * unscaled_shift(adapter, site.activation, h)
             y = args[self.mlp_source] if isinstance(self.mlp_source, int) else self._y
             self._record("h", h.norm(dim=1))
             self._record("shift", shift.norm(dim=1))
             if y is not None:
-                self._record("mlp", rows(y).norm(dim=1))
+                self._record("mlp", rows(y).to(h.dtype).norm(dim=1))
             tokens = output.numel() // output.shape[-1]
             if any(part.shape[0] != tokens for part in self._lora):
                 self.no_lora_shift = "its LoRA does not see every token"
             if not self.no_lora_shift:
-                lora = sum(map(rows, self._lora[1:]), rows(self._lora[0]))
+                lora = sum((rows(part).to(h.dtype) for part in self._lora), h.new_zeros(()))
                 self._record("lora", lora.norm(dim=1))
                 self._record("dot", (shift * lora).sum(1))
         self._y, self._lora = None, []
@@ -312,16 +313,23 @@ def _spread(values: np.ndarray) -> Spread:
 # ---------------------------------------------------------------------------------------------------------- the shifts
 
 
-def _steering_shift(site: SteeringSite, h: Tensor) -> Tensor:
-    """Return the shift δ = s (W2 φ(W1 h + b1) + b2), (N, d), for h (N, d), in h's dtype."""
-    adapter = site.adapter(site.active or "")
-    assert adapter is not None
-    w1, w2, b1, b2 = adapter.weights()
-    w1, b1, w2, b2 = (None if t is None else t.to(h.dtype) for t in (w1, b1, w2, b2))
+def steered_state(site: Site, args: tuple[Tensor, ...]) -> Tensor:
+    """Return the hidden state h (..., d) that a site steers, in the dtype of its arithmetic.
+
+    Args:
+        args: the site's positional arguments: residual and branch, or the finished sum. Each is (..., d).
+    """
+    wide = [tensor.to(accumulation_dtype(tensor.dtype)) for tensor in args]
+    return wide[1] if site.reads == "branch" else sum(wide[1:], wide[0])
+
+
+def unscaled_shift(adapter: Adapter, activation: str, h: Tensor) -> Tensor:
+    """Return W2 φ(W1 h + b1) + b2 for h (..., d), in h's dtype: an adapter's shift at strength 1."""
+    w1, w2, b1, b2 = (None if t is None else t.to(h.dtype) for t in adapter.weights())
     if w1 is None or w2 is None:
         assert b2 is not None
-        return (site.scale * b2).expand_as(h)
-    return site.scale * F.linear(ACTIVATIONS[site.activation][0](F.linear(h, w1, b1)), w2, b2)
+        return b2.expand_as(h)
+    return F.linear(ACTIVATIONS[activation][0](F.linear(h, w1, b1)), w2, b2)
 
 
 def _active_lora(module: nn.Module) -> list[str]:

@@ -18,7 +18,7 @@ from fused_steer.adapters.files import CONFIG_NAME, WEIGHTS_NAME
 from fused_steer.tools.doctor import Finding
 
 VERBS = ("demo", "fit", "extract", "train", "serve-plan", "verify-vllm", "eval", "chat", "doctor", "inspect")
-VERBS += ("compare", "kernels", "bench", "coverage", "diagnose", "import", "export")
+VERBS += ("compare", "kernels", "bench", "coverage", "diagnose", "import", "export", "playground")
 
 
 # --------------------------------------------------------------------------------------------------------------- help

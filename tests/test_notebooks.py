@@ -1,0 +1,70 @@
+"""Tests of the notebooks: their code runs on a tiny model, in order, and as Jupyter runs it where that is installed."""
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import pytest
+from models import build
+from text import tokenizer
+
+from fused_steer.tools import demo
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+JUPYTER = all(importlib.util.find_spec(name) for name in ("nbclient", "nbformat", "ipykernel"))
+#: Runs before the first cell, in place of the download. The tests' helpers are on the path.
+TINY = """
+import os, sys
+os.environ |= {{"TRITON_INTERPRET": "1", "FUSED_STEER_BACKEND": "torch"}}
+sys.path.insert(0, {tests!r})
+from models import build
+from text import tokenizer
+from fused_steer.tools import demo
+demo.load_smollm2 = lambda: (build(), tokenizer())
+"""
+
+
+def cells(notebook: Path, kind: str) -> list[str]:
+    """Return the cells of a kind, without those that install."""
+    book = json.loads(notebook.read_text(encoding="utf-8"))
+    found = ["".join(cell["source"]) for cell in book["cells"] if cell["cell_type"] == kind]
+    return [text for text in found if not text.startswith("%pip")]
+
+
+def test_notebooks_are_train_joint_and_serve():
+    assert [path.stem for path in NOTEBOOKS] == ["joint", "serve", "train"]
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_code_runs(notebook, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, "load_smollm2", lambda: (build(), tokenizer()))
+    names = {}
+    for number, code in enumerate(cells(notebook, "code")):
+        exec(compile(code, f"{notebook.name}, cell {number}", "exec"), names)
+    assert capsys.readouterr().out.count("\n") >= 5
+    saved = {"train": "pirate", "joint": "both/steering", "serve": "adapters/pirate"}[notebook.stem]
+    assert (tmp_path / saved / "adapter_config.json").is_file()
+
+
+@pytest.mark.skipif(not JUPYTER, reason="nbclient, nbformat and ipykernel are not installed: the extra notebooks")
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_run_in_jupyter(notebook, tmp_path):
+    import nbformat
+    from nbclient import NotebookClient
+
+    book = nbformat.read(notebook, as_version=4)
+    nbformat.validate(book)
+    book.cells = [cell for cell in book.cells if not cell.source.startswith("%pip")]
+    book.cells.insert(0, nbformat.v4.new_code_cell(TINY.format(tests=str(ROOT / "tests"))))
+    NotebookClient(book, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_are_kept_without_outputs_and_with_their_link(notebook):
+    book = json.loads(notebook.read_text(encoding="utf-8"))
+    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in book["cells"])
+    (link,) = re.findall(r"\(https://colab\.research\.google\.com/github/(\S+)\)", cells(notebook, "markdown")[0])
+    assert link == f"fused-steer/fused-steer/blob/main/notebooks/{notebook.name}"
