@@ -40,7 +40,6 @@ NOTEBOOKS = ["ipykernel", "nbclient", "nbformat"]
 TEST = [
     *CHAT,
     *DEMO,
-    *EVAL,
     *QUANT,
     *TRL,
     "build",
