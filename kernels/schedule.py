@@ -82,7 +82,8 @@ def describe_device(device: torch.device) -> Device:
         known = TARGETS["gfx942"]
         l2, shared = known.l2, known.shared
         if gpu != "hip":
-            l2, shared = properties.L2_cache_size, properties.shared_memory_per_block_optin
+            # PyTorch has this property; its type stubs lack it.
+            l2, shared = properties.L2_cache_size, properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
         return Device(gpu, properties.multi_processor_count, l2, shared)
     if device.type == "xpu":
         xpu = torch.xpu.get_device_properties(device)
@@ -304,7 +305,8 @@ def _vendor(device: Device) -> str:
 def _narrowed(tile: _Tile, ragged: _Tile, hidden: int, itemsize: int, gpu: str) -> _Tile:
     """Return `tile` with its columns halved until they divide d, or `ragged` if they do not.
 
-    The rows double if the narrower tile is not `_wide`.
+    If the narrower tile is not `_wide`, its rows double. On AMD, where they would take too many registers, its warps
+    halve.
     """
     rows, columns, warps, stages = tile
     narrow = columns
@@ -314,7 +316,10 @@ def _narrowed(tile: _Tile, ragged: _Tile, hidden: int, itemsize: int, gpu: str) 
         rows, columns, warps, stages = ragged
         return rows, max(16, min(columns, next_power_of_2(hidden))), warps, stages
     if narrow < columns and not _wide(rows, narrow, warps, itemsize, gpu):
-        rows *= 2
+        if gpu == "hip":
+            warps //= 2
+        else:
+            rows *= 2
     return rows, narrow, warps, stages
 
 
@@ -358,6 +363,12 @@ def forward_splits(
         tiles, blocks = ceil_div(tokens, block_n), ceil_div(hidden, block_d)
         part = _parts(tiles, blocks, device.multiprocessors * max(1, 8 // warps), most) * block_d
         groups = 1 if hidden % block_d else _groups(block_n, block_d, block_r, warps, itemsize, device)
+        # The stages but one are prefetched: residual, branch, and the weights, unpacked in float32. The second kernel
+        # also holds h and stages its output.
+        held = block_n * (block_r + block_d) * itemsize
+        prefetched = block_d * (2 * block_n * itemsize + 4 * block_r)
+        while stages > 2 and (stages - 1) * prefetched + held > device.shared and device.gpu == "cuda":
+            stages -= 1
         found.append(Schedule(block_n, block_d, block_r, tiles, ceil_div(hidden, part), part, warps, stages, groups))
     return found[0], found[1]
 
@@ -516,6 +527,13 @@ def rows_schedule(tokens: int, hidden: int, rank: int, policy: str, device: Devi
     itemsize = 2 if policy == "bf16" else 4
     while block_n >= 2 * max(16, height) and _wide(block_n // 2, block_d, warps, itemsize, device.gpu):
         block_n //= 2
+    # The stages but one are prefetched: G, `out`, and W2, which takes most shared memory unpacked, in float32.
+    while (
+        device.gpu == "cuda"
+        and stages > 2
+        and (stages - 1) * block_d * (2 * block_n * itemsize + 4 * block_r) > device.shared
+    ):
+        stages -= 1
     tiles = ceil_div(tokens, height)
     return Schedule(block_n, block_d, block_r, tiles, 1, hidden, warps, stages, height=height)
 

@@ -101,8 +101,8 @@ def card_training(training: Training, hyperparameters: bool = True) -> str:
         parts.append(f"## Data\n\n{lines}\n")
     if training.evaluation:
         names = list(dict.fromkeys(name for metrics in training.evaluation for name in metrics))
-        rows = [tuple(_number(metrics.get(name)) for name in names) for metrics in training.evaluation]
-        parts.append("## Evaluation\n\n" + _table(names, rows))
+        scores = [[_number(metrics.get(name)) for name in names] for metrics in training.evaluation]
+        parts.append("## Evaluation\n\n" + _table(names, scores))
     if training.versions:
         told = ", ".join(f"{name} {version}" for name, version in training.versions.items())
         parts.append(f"Trained with {told}.\n")

@@ -66,7 +66,8 @@ def load(model: str, dtype: str, device: str) -> Any:
     """Load a causal language model."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).to(device).eval()
+    loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
+    return loaded.to(device).eval()
 
 
 def dtype_of(model: str, dtype: str) -> str:
@@ -131,7 +132,8 @@ def judge(model: str, dtype: str, device: str, answers: Sequence[Answer]) -> Ver
     exact = _logits(loaded.to(getattr(torch, wide)), answers)
     bound = 4 * float(((base - exact).abs().amax(-1) / exact.abs().amax(-1)).max())
     del loaded, base, exact
-    loaded, names = load(model, dtype, device), {}
+    loaded = load(model, dtype, device)
+    names: dict[Any, str] = {}
     for answer in answers:
         if answer.adapter is not None and answer.adapter not in names:
             name = names[answer.adapter] = str(len(names))

@@ -142,7 +142,7 @@ def test_budgets_waves_are_full(launches):
 def test_budgets_tiles_fit_the_shared_memory_of_each_card(launches):
     """Cards with less shared memory get smaller tiles. Packed weights or not, sums are in one order."""
     assert all(row["fits"] for row in launches)
-    cases = [["sm_86", 4096, r, 4096, "sum", packed] for r in (8, 64) for packed in (True, False)]
+    cases = [["sm_86", 4096, r, 4096, "sum", packed] for r in (8, 64, 128, 256) for packed in (True, False)]
     smaller = [row for row in run_compiling("budget_worker.py", cases) if not row["fits"]]
     assert_none({(row["target"], row["rank"], row["packed"], row["kernel"]): row["shared"] for row in smaller})
 
