@@ -72,7 +72,7 @@ CORE = (
 #: Additional tests, by the library that a set changes.
 OF_LIBRARY = {
     "peft": ("tests/peft/test_peft.py", "tests/test_joint.py"),
-    "trl": ("tests/test_trl.py",),
+    "trl": ("tests/test_trl.py", "tests/recipes/test_train.py"),
     "transformers": (
         "tests/test_trainer.py",
         "tests/test_whole.py",
