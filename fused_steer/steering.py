@@ -116,7 +116,9 @@ class Steering:
         Args:
             name: the adapter's name.
             vectors: a tensor or array (d,) for each layer, by its index from 0. It is copied to float32.
-            scale, site, positions: as in `SteerConfig`.
+            scale: as in `SteerConfig`.
+            site: as in `SteerConfig`.
+            positions: as in `SteerConfig`.
 
         Raises:
             TypeError, ValueError: a vector is not of d finite numbers, the model lacks a layer, the name is taken or

@@ -88,7 +88,8 @@ def extract(
 
     Args:
         model: a language model.
-        positive, negative: batches of `input_ids` and `attention_mask`, as `tools.prompts.encode` makes them.
+        positive: batches of `input_ids` and `attention_mask`, as `tools.prompts.encode` makes them.
+        negative: the same for the other side.
         method: "mean", "pca" or "pca-center": see `direction`.
         token: "last" or "mean": see `hidden_states`.
         layers: the layers of the adapter. None means all. The separation is measured in every layer.

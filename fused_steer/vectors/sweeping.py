@@ -53,7 +53,8 @@ def sweep(
     Args:
         model: a language model, steered or not.
         vectors: (d,) by layer, as `Extraction.vectors` or `model.steering.add_vector` have them.
-        positive, negative: batches of both sides' texts, for the margin.
+        positive: batches of one side's texts, for the margin.
+        negative: batches of the other side's texts.
         texts: batches of texts for the perplexity.
         doses: strengths. 0 is the base model.
         each_layer: steer one layer at a time instead of all together.
@@ -84,7 +85,9 @@ def continuations(
     """Return the model's greedy continuation of a prompt at each dose, all in one batch.
 
     Args:
-        model, vectors, doses: as in `sweep`.
+        model: as in `sweep`.
+        vectors: as in `sweep`.
+        doses: as in `sweep`.
         tokenizer: the model's tokenizer.
         prompt: a text.
         new_tokens: the most tokens of a continuation.

@@ -44,7 +44,7 @@ def test_norm_aot_every_kernel_was_compiled(compiled):
 #: Accepted spills (registers, on AMD) and local memory (bytes a thread, of a wide norm's backward), by target, hidden
 #: size and rank, with every option at once and without. They may not grow.
 LOCAL = {("gfx942", 4096, 8, True): 9, ("sm_80", 16384, 0, True): 80, ("sm_90", 16384, 0, True): 96}
-LOCAL |= {("sm_90", 16384, 0, False): 8}
+LOCAL |= {("sm_90", 16384, 0, False): 8, ("sm_100", 4096, 64, False): 8}
 
 
 def test_norm_aot_no_spill_and_no_local_memory(compiled):
