@@ -601,7 +601,7 @@ def _columns(
             else:
                 p_g = p_grad + place * grad_inner + within[:, None].to(tl.int64) * grad_inner
             g = tl.load(p_g + columns[None, :], mask=mask, other=0.0)
-        if RANK > 0:
+        if NEED_X or NEED_DOWN or NEED_UP:
             p_da = p_narrow + place * BLOCK_R
             across = within[None, :] * BLOCK_R + ranks[:, None]
             if NEED_DOWN:
