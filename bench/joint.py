@@ -16,7 +16,6 @@ import dataclasses
 import itertools
 import math
 import statistics
-import sys
 import textwrap
 import time
 from collections.abc import Iterator, Sequence
@@ -26,7 +25,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .results import FOLDER, describe_machine, read_run, write_json
+from .results import FOLDER, command_line, describe_machine, read_run, write_json
 
 SCHEMA = 1
 METHODS = {"lora": "LoRA", "steering": "steering", "joint": "naive joint", "joint-orth": "joint-orth"}
@@ -322,7 +321,7 @@ def run_all(file: Path, settings: Settings, seeds: Sequence[int]) -> None:
     device = torch.device("cpu")
     base, tokenizer = load_model(settings.model, device)
     encoder = Encoder(tokenizer, device)
-    machine = describe_machine(device) | {"command": " ".join(["python", "-m", "bench.joint", *sys.argv[1:]])}
+    machine = describe_machine(device) | {"command": command_line("bench.joint")}
     if results is None:
         held_out, _ = draw(settings, 0)
         values = [evaluate(expression) for expression in held_out]

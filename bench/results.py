@@ -233,6 +233,12 @@ def source_fingerprint(root: Path = ROOT, folders: Sequence[str] = ("kernels", "
     return digest.hexdigest()[:16]
 
 
+def command_line(module: str) -> str:
+    """Return the command that runs, with the last part of each absolute path: results name no folders of a machine."""
+    given = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
+    return " ".join(["python", "-m", module, *given])
+
+
 def describe_machine(device: Any, module: str = "bench.gpu") -> dict[str, Any]:
     """Describe this run of `module`: device, driver, versions, commit, date and command."""
     import torch
@@ -252,7 +258,7 @@ def describe_machine(device: Any, module: str = "bench.gpu") -> dict[str, Any]:
         "commit": _output("git", "rev-parse", "HEAD") or os.environ.get("FUSED_STEER_COMMIT"),
         "dirty": bool(_output("git", "status", "--porcelain", "--untracked-files=no")),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join(["python", "-m", module, *sys.argv[1:]]),
+        "command": command_line(module),
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)

@@ -1,4 +1,4 @@
-"""RMSNorm by one kernel forward and one backward, for a norm whose input no steering kernel has just written.
+"""RMSNorm alone, by one kernel forward and one backward. `post_block_norm` is RMSNorm behind steering.
 
     inv    = 1 / sqrt(mean(x²) + eps)           (N,)    kept for backward, beside x
     normed = x · inv ⊙ w                        (N, d)  w = weight, 1 + weight, or 1

@@ -88,7 +88,7 @@ def steerling(
         str | None,
         typer.Option(
             help="φ: identity (the released code's --linear), silu, gelu, gelu_tanh, relu or tanh. Required for a "
-            "low-rank adapter, whose file does not record it; vectors have none."
+            "low-rank adapter: its file does not record φ. Vectors have none."
         ),
     ] = None,
     positions: Annotated[

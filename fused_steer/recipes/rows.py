@@ -115,7 +115,7 @@ def _some(rows: list[Any], source: str) -> list[Row]:
 
 
 def _kind_of(row: Row, data: Data, source: str) -> str:
-    """Return the kind that the recipe names, or the first whose columns a row has."""
+    """Return the recipe's kind of data. Without one, return the first kind that has all its columns in the row."""
     if data.kind is not None:
         return data.kind
     for kind, columns in COLUMNS.items():

@@ -22,7 +22,7 @@ try:
     from bench.geometries import GroupedCase, ModelCase, OpCase, ProjectionCase, ServeCase
     from bench.grouped import GROUPED_CONTENDERS, measure_grouped
     from bench.projection import PROJECTION_CONTENDERS, check, measure_projection
-    from bench.results import Results, Row, file_name, load, source_fingerprint
+    from bench.results import Results, Row, command_line, file_name, load, source_fingerprint
     from bench.serving import SERVE_CONTENDERS, SERVE_RUNS, measure_serving
 finally:
     sys.path.remove(str(ROOT))
@@ -804,3 +804,8 @@ def test_bench_every_geometry_is_one_that_patch_model_takes():
 
         patch_model(model)
         assert {row.kind for row in model.steering.report()} == {"fused"}
+
+
+def test_bench_the_recorded_command_names_no_folder_of_a_machine(monkeypatch, tmp_path):
+    monkeypatch.setattr("sys.argv", ["bench.study", "--out", str(tmp_path / "out"), "--groups", "sites"])
+    assert command_line("bench.study") == "python -m bench.study --out out --groups sites"

@@ -158,7 +158,7 @@ def test_post_block_norm_each_operand_may_be_absent(device, option, tokens, rank
 
 
 def cancelling(dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
-    """Draw rows whose shift cancels the state to a hundredth: x = Q c, out = x − 0.99 Q (Qᵀ x)."""
+    """Draw rows where the shift cancels all but a hundredth of the state: x = Q c, out = x − 0.99 Q (Qᵀ x)."""
     inputs = make_inputs(
         70, 128, rank=4, device=device, biases=False, gain=False, scale=False, basis=0, seed=seed
     )  # fmt: skip

@@ -37,7 +37,7 @@ from fused_steer.model.decoder import find_decoder
 from fused_steer.model.norms import Kind, NotFused, following_norm, measure
 from fused_steer.model.watch import thread
 
-#: The families whose norms all fuse.
+#: The model families in which every norm fuses.
 RMS_NORMS = ["llama", "qwen3", "gemma3", "mixtral", "gemma2", "granite"]
 #: By family, why the norm behind each layer is not fused; None if it is.
 OTHERS = {
