@@ -448,7 +448,7 @@ class Steering:
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Return the parameters of the active adapter."""
-        return (p for site in self._patched.sites.values() for p in site.parameters() if p.requires_grad)
+        return (p for p in self._patched.parameters() if p.requires_grad)
 
     def count_parameters(self, name: str | None = None) -> int:
         """Return the number of parameters of an adapter (default: the active one), over all layers."""

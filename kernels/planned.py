@@ -206,8 +206,6 @@ class _Training:
 
     def complete(self, gradients: Any, grad: Tensor) -> Any:
         """Return the gradients of a backward plan with the incoming gradient in the places of `passed`."""
-        if not self.passed:
-            return gradients
         completed = list(gradients)
         for argument in self.passed:
             completed[argument] = grad
@@ -257,14 +255,16 @@ class _PlannedPostBlock(torch.autograd.Function):
         if training.last is not None and packed is None and not create_graph:
             addresses = training.last.admit(operands)
             if addresses is not None:
-                return training.complete(training.last.go(addresses), grad)
+                gradients = training.last.go(addresses)
+                return training.complete(gradients, grad) if training.passed else gradients
         found: Any = ()
         if training.saves[2]:
             plan = training.backward.get((packed is None, grad.shape))
             addresses = plan.admit(operands) if plan is not None and not create_graph else None
             if addresses is not None:
                 training.last = plan if packed is None else training.last
-                return training.complete(plan.go(addresses), grad)
+                gradients = plan.go(addresses)
+                return training.complete(gradients, grad) if training.passed else gradients
             with torch.no_grad():
                 found = _careful_backward(training, operands, packed)
         gradients = [None if place is None else grad if place < 0 else found[place] for place in places]

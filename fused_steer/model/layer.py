@@ -115,7 +115,12 @@ class Form(NamedTuple):
 
     @property
     def sites(self) -> tuple[str, ...]:
-        return tuple(name for name in SITES if name in self.rewritten or name in self.hooked)
+        return _in_order(self.rewritten, self.hooked)
+
+
+@functools.cache  # read for every layer in every pass
+def _in_order(rewritten: tuple[str, ...], hooked: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(name for name in SITES if name in rewritten or name in hooked)
 
 
 def _watched(layer: nn.Module, forward: Any) -> Any:
@@ -283,8 +288,8 @@ class PatchedLayer:
     @property
     def sites(self) -> dict[str, Any]:
         """The sites that are in the layer, in the order of its computation, of the class that `make_site` returns."""
-        found = ((name, self.layer._modules.get(name)) for name in self.form.sites)
-        return {name: site for name, site in found if site is not None}
+        modules = self.layer._modules
+        return {name: modules[name] for name in self.form.sites if modules.get(name) is not None}
 
     # ------------------------------------------------------------------------------------------------------------- in
 

@@ -67,6 +67,10 @@ class PatchedModel:
             Place(index, name): site for index, patched in self.layers.items() for name, site in patched.sites.items()
         }
 
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Return the parameters of the sites, as `sites` has them."""
+        return (p for layer in self.layers.values() for site in layer.sites.values() for p in site.parameters())
+
     def check(self, places: Iterable[Place]) -> None:
         """Refuse places that the model has not.
 

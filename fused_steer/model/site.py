@@ -226,10 +226,14 @@ class SteeringSite(Site):
 
     def rotation(self) -> tuple[Tensor, Tensor] | None:
         """Return W and P of the adapter that steers, if it is LoReFT, else None."""
-        if self.active is None or not self.enabled or self.rows is not None:
+        active = self.active
+        if active is None:
             return None
-        source, matrix = self.steer_down[self.active].weight, self.steer_up[self.active]
-        return None if not isinstance(matrix, Rotation) else (source, matrix.weight)  # type: ignore[return-value]
+        # Past nn.Module's attributes, because every pass asks this of every site.
+        matrix = self._modules["steer_up"]._modules[active]  # type: ignore[union-attr]
+        if not isinstance(matrix, Rotation) or not self.enabled or self.rows is not None:
+            return None
+        return self.steer_down[active].weight, matrix.weight  # type: ignore[return-value]
 
     def _weights(self, active: str) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         """Return W1, W2, b1 and b2 of an adapter. Those of LoReFT were perhaps made at the beginning of the pass."""
