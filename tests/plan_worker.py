@@ -128,6 +128,42 @@ def same_launches_in_training():
 
 
 @case
+def python_calls():
+    """Count the calls of Python functions that each further layer adds to a step, in inference and in training."""
+    from bench import host
+
+    def count(layers: int, train: bool) -> int:
+        case = host.HostCase(layers=layers)
+        model, device, number = host.patched(case, torch.device("cpu")), torch.device("cpu"), 0
+
+        def note(frame, event, argument):
+            nonlocal number
+            number += event == "call" and "<lambda>" not in frame.f_code.co_name  # the stub driver has lambdas
+
+        if train:
+            call = host._train_call(model, case, device)
+        else:
+            x, branch = host._hidden(case, device), host._hidden(case, device)
+
+            def call():
+                return model(x, branch)
+
+        with torch.set_grad_enabled(train), torch.autograd.set_multithreading_enabled(False):
+            for _ in range(3):
+                call()
+            sys.setprofile(note)
+            try:
+                call()
+            finally:
+                sys.setprofile(None)
+        return number
+
+    return {
+        name: (count(12, train) - count(4, train)) / 8 for name, train in (("inference", False), ("training", True))
+    }
+
+
+@case
 def same_arguments():
     """Check that a plan's launch passes the driver the same numbers and addresses as Triton's own launch."""
     site, x, b, grad = new_site(), hidden(8, True), hidden(8, True), hidden()

@@ -1330,6 +1330,12 @@ def test_plan_fp_fusion_is_not_the_environments(worked):
     assert unset == off and len(unset[0]) >= 1 and all(unset[0])
 
 
+def test_plan_a_layer_costs_few_python_calls(worked):
+    """The host's time of a planned call is that of these calls: 12 and 31, and few more with other versions of torch."""
+    assert 0 < worked["python_calls"]["inference"] <= 14
+    assert 0 < worked["python_calls"]["training"] <= 34
+
+
 def test_plan_planned_launches_are_those_of_the_first_call(worked):
     inference, training, rows = (
         worked[name] for name in ("same_launches", "same_launches_in_training", "rows_of_their_own")
