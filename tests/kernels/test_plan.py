@@ -1331,7 +1331,7 @@ def test_plan_fp_fusion_is_not_the_environments(worked):
 
 
 def test_plan_a_layer_costs_few_python_calls(worked):
-    """The host's time of a planned call is that of these calls: 12 and 31, and few more with other versions of torch."""
+    """The host's time of a planned call is that of these calls: 12 and 31, a few more with other torch."""
     assert 0 < worked["python_calls"]["inference"] <= 14
     assert 0 < worked["python_calls"]["training"] <= 34
 
