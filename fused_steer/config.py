@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from typing import Any, ParamSpec
 
 import torch
@@ -153,7 +154,7 @@ class SteerConfig:
         for name in ("down_bias", "up_bias"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} is {getattr(self, name)!r}; expected True or False")
-        if self.dtype not in DTYPES:
+        if not isinstance(self.dtype, str) or self.dtype not in DTYPES:
             raise ValueError(f"dtype is {self.dtype!r}; expected one of {', '.join(DTYPES)}")
         if self.orthogonal_to not in (None, *ORTHOGONAL_TO):
             raise ValueError(f"orthogonal_to is {self.orthogonal_to!r}; expected 'lora' or None")
@@ -215,7 +216,7 @@ def _given(name: str, value: Any, default: Any, form: str | None) -> Any:
 def checked_number(name: str, value: Any) -> float:
     """Return the value as a float that is finite in float32, the kernels' dtype. An error names the field."""
     value = _plain(value)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} is {value!r}; expected a number")
     try:
         number = float(value)

@@ -112,7 +112,8 @@ def without_wrappers(path: str) -> str:
 
 _FACTOR = r"steer_(?:down|up)"
 _SITE = "|".join(SITES)
-_PATH = re.compile(rf"(?:(.+)\.)?(\d+)\.({_SITE})\.({_FACTOR}\.(?:weight|bias))")
+_INDEX = "0|[1-9][0-9]*"  # one spelling for each layer, so that two paths are two tensors
+_PATH = re.compile(rf"(?:(.+)\.)?({_INDEX})\.({_SITE})\.({_FACTOR}\.(?:weight|bias))")
 
 
 def split_path(path: str) -> tuple[str, Place, str]:

@@ -96,7 +96,7 @@ def read_header(opened: BinaryIO) -> Header:
     if size > most:
         raise ValueError(f"its header is of {size} bytes; expected at most {most}")
     try:
-        fields = json.loads(opened.read(size))
+        fields = json.loads(opened.read(size), object_pairs_hook=without_repeats)
     except (ValueError, RecursionError) as error:
         raise ValueError(
             f"its header cannot be read ({type(error).__name__}); expected a safetensors header"
@@ -124,6 +124,20 @@ def _entry(name: str, entry: Any) -> tuple[Spec, int]:
     if not fits:
         raise ValueError(f"its header has {name} of shape {shape} in {end - start} bytes; expected as many as it takes")
     return (dtype, shape), end
+
+
+def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object of its pairs. JSON libraries differ in which of two equal names they take, so none may be.
+
+    Raises:
+        ValueError: a name is there twice.
+    """
+    fields: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in fields:
+            raise ValueError(f"it has {name!r:.200} twice; expected each name once")
+        fields[name] = value
+    return fields
 
 
 def unprefixed(name: str) -> str:
