@@ -27,6 +27,7 @@ from torch import Tensor
 
 from .._version import __version__
 from ..config import DTYPES, SteerConfig
+from .fields import fields_of, read_json
 from .parameters import (
     UP,
     ByPlace,
@@ -41,8 +42,8 @@ from .parameters import (
     split_path,
     unwrapped,
 )
-from .saving import digest_of, leftovers, open_regular, read_regular, saving_folder, write_new
-from .weights import MOST_JSON, Header, header_of, read_header, tensors_digest, unprefixed, values_of, without_repeats
+from .saving import digest_of, leftovers, open_regular, saving_folder, target_folder, write_new
+from .weights import Header, header_of, read_header, tensors_digest, unprefixed, values_of
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -89,12 +90,11 @@ def write_adapter(directory: str | os.PathLike[str], adapter: AdapterFile) -> No
 
     Raises:
         NotADirectoryError: `directory` is a file.
-        ValueError: the directory holds an adapter of another method, with files of the same names.
+        ValueError: the path is empty, or the directory holds an adapter of another method, with files of the same
+            names.
         OSError: the files could not be written.
     """
-    target = Path(directory)
-    if target.exists() and not target.is_dir():
-        raise NotADirectoryError(f"{target} is a file; expected a directory to save the adapter in")
+    target = target_folder(directory, "the adapter")
     refuse_foreign(target)
     config, weights = _contents(adapter)
     target.mkdir(parents=True, exist_ok=True)
@@ -171,25 +171,6 @@ def method_in(directory: Path) -> Any:
     except (OSError, ValueError):
         return None
     return fields.get("peft_type")
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Return the fields of a small JSON file.
-
-    Raises:
-        OSError, ValueError: the file cannot be read, is too large, has a field twice, or does not hold an object.
-    """
-    return _fields_of(read_regular(file, MOST_JSON).decode("utf-8"))
-
-
-def _fields_of(text: str) -> dict[str, Any]:
-    try:
-        fields = json.loads(text, object_pairs_hook=without_repeats)
-    except RecursionError:
-        raise ValueError("it is nested too deeply; expected an object of fields") from None
-    if not isinstance(fields, dict):
-        raise ValueError(f"it holds a {type(fields).__name__}; expected an object")
-    return fields
 
 
 def _replace_both(new: Path, directory: Path) -> None:
@@ -356,7 +337,7 @@ def _read(
         with _blaming(file):
             opened = stack.enter_context(open(open_regular(file), "rb"))
             header = read_header(opened)
-            embedded = None if header.config is None else _head(_fields_of(header.config))
+            embedded = None if header.config is None else _head(fields_of(header.config))
             by_peft = embedded is None and head.weights_sha256 is not None
             own, others = _split(header.specs, head.saved_modules, by_peft)
             if others and not with_heads:

@@ -114,12 +114,7 @@ class Gains:
     @contextlib.contextmanager
     def prompts(self, given: Any) -> Iterator[None]:
         """Set the prompts of this thread's passes inside the context. See `Steering.prompts`."""
-        prompts = torch.as_tensor(given)
-        if prompts.dim() not in (1, 2) or prompts.is_floating_point() or prompts.is_complex():
-            raise ValueError(
-                f"prompts has shape {tuple(prompts.shape)} and dtype {prompts.dtype}; expected the number of prompt "
-                "tokens of each row, or a mask (rows, tokens)"
-            )
+        prompts = _prompts(given)
         earlier = self._here.prompts
         self._here.prompts = self._traced.prompts = prompts
         try:
@@ -287,6 +282,19 @@ class _Method:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.gains.run(self.name, self.__wrapped__, args, kwargs)
+
+
+def _prompts(given: Any) -> Tensor:
+    expected = "expected the number of prompt tokens of each row, or a mask (rows, tokens)"
+    try:
+        prompts = torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # PyTorch's errors do not say what was expected
+        raise ValueError(f"prompts is {given!r:.80}; {expected}") from None
+    if prompts.dim() not in (1, 2) or prompts.is_floating_point() or prompts.is_complex():
+        raise ValueError(f"prompts has shape {tuple(prompts.shape)} and dtype {prompts.dtype}; {expected}")
+    if prompts.dim() == 1 and prompts.device.type == "cpu" and bool((prompts < 0).any()):
+        raise ValueError(f"prompts has {int(prompts.min())}; {expected}")
+    return prompts
 
 
 def _starts(positions: Any, rows: int, columns: int) -> Tensor | None:

@@ -22,6 +22,7 @@ from ..config import SteerConfig
 from ..model.decoder import Decoder
 from ..model.scopes import renewed_after_fork
 from ..positions import read_positions
+from .requests import checked_timeout, distinct_names
 from .slots import Held, Slots
 
 
@@ -230,8 +231,8 @@ class AdapterPool:
         return any(name in hold.names for hold in self._holds)
 
     def _known(self, name: str) -> None:
-        if name not in self._sources:
-            raise KeyError(f"no adapter {name!r} in the pool; expected one of its {len(self._sources)}")
+        if not isinstance(name, str) or name not in self._sources:
+            raise KeyError(f"no adapter {name!r:.200} in the pool; expected one of its {len(self._sources)}")
 
     # ------------------------------------------------------------------------------------------- loading and holding
 
@@ -270,10 +271,11 @@ class AdapterPool:
                 context.
 
         Raises:
+            TypeError, ValueError: `names` is no list, or the timeout no number.
             ValueError: there are more names than slots, or an adapter of `own` does not fit the slots.
             KeyError, FileNotFoundError, ValueError, TimeoutError: see `load`. The message names the adapter.
         """
-        distinct, own = list(dict.fromkeys(names)), dict(own or {})
+        distinct, own, timeout = distinct_names(names), dict(own or {}), checked_timeout(timeout)
         if len(distinct) + len(own) > self.count:
             raise ValueError(
                 f"{len(distinct) + len(own)} adapters are needed at once; expected at most {self.count}, the slots"

@@ -248,6 +248,8 @@ def test_files_save_refuses_a_file(saved):
     model = patched()
     with refused(NotADirectoryError, str(saved / CONFIG), "expected a directory", model=model):
         model.steering.save(saved / CONFIG)
+    with refused(ValueError, "directory is ''; expected a directory", model=model):
+        model.steering.save("")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
