@@ -30,6 +30,7 @@ from .model.stored import adapter_file, check_same_config, files_of_state, resto
 from .model.watch import Report
 from .positions import ALL, read_positions
 from .serving.batch import Batch, run_batch
+from .serving.continuous import generate_inside
 from .serving.gains import Gains
 from .serving.holding import checked_size, hold_adapters, make_slots
 from .serving.pool import AdapterPool
@@ -283,7 +284,14 @@ class Steering:
         Raises:
             RuntimeError: the model runs in another thread, or `disabled` or a batch is open in one.
         """
-        with self._patched.disable("steering.disabled()"):
+        with self._disable("steering.disabled()"):
+            yield
+
+    @contextlib.contextmanager
+    def _disable(self, what: str) -> Iterator[None]:
+        undo = contextlib.ExitStack()
+        with self._patched.disable(what, undo.close):
+            generate_inside(self._model, what, undo)
             yield
 
     @contextlib.contextmanager
@@ -295,7 +303,13 @@ class Steering:
         Raises:
             ValueError: an unknown mode, or one that needs a LoRA on a model that carries none.
         """
-        with computing_by(mode, self._model, self._scopes, self._patched.disable):
+        with computing_by(mode, self._model, self._open, self._disable):
+            yield
+
+    @contextlib.contextmanager
+    def _open(self, what: str, undo: contextlib.ExitStack) -> Iterator[None]:
+        with self._scopes.open(what, undo.close):
+            generate_inside(self._model, what, undo)
             yield
 
     @contextlib.contextmanager

@@ -159,11 +159,12 @@ class PatchedModel:
                 raise
 
     @contextlib.contextmanager
-    def disable(self, what: str) -> Iterator[None]:
+    def disable(self, what: str, undo: Callable[[], None] = lambda: None) -> Iterator[None]:
         """Disable all sites inside this context.
 
         Args:
             what: the caller's name for error messages.
+            undo: called at the end, perhaps twice: see `Scopes.open`.
 
         Raises:
             RuntimeError: see `Scopes.open`.
@@ -173,6 +174,7 @@ class PatchedModel:
         def end() -> None:
             self._disabling.discard(this)
             self._enable()
+            undo()
 
         with self.scopes.open(what, end):
             self._disabling.add(this)

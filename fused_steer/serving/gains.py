@@ -23,6 +23,7 @@ from torch.compiler import is_compiling
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.hooks import RemovableHandle
 
+from ..kernels.registered import refuse_jit_trace
 from ..positions import Positions, chosen_tokens
 from .caches import cache_length, check_begins, does_not_tell, find_cache, is_cache, is_empty
 
@@ -169,6 +170,8 @@ class Gains:
         now.gain, now.runs = None, True
         if self.positions is None or self._idle():
             return
+        if not is_compiling():
+            refuse_jit_trace()
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
         now.gain = self._gain(self.positions, given)
         if not is_compiling():
