@@ -19,6 +19,7 @@ from models import (
     randomize,
     refused,
     steering_parameters,
+    tokens,
 )
 from torch import Tensor, nn
 
@@ -206,15 +207,19 @@ def test_steering_disabled_is_the_base_model_whatever_is_done_inside():
     assert_no_worse(*map(logits, (model, hooked.model, hooked.double().model)))
 
 
-def test_steering_disabled_contexts_end_in_any_order():
+@pytest.mark.parametrize("inner", ["disabled", "batch"])
+def test_steering_disabled_contexts_end_in_any_order(inner):
     model = patched("default")
-    steered, bare = logits(model), bare_logits()
-    first, second = model.steering.disabled(), model.steering.disabled()
+    steered, bare, attributes = logits(model), bare_logits(), set(vars(model))
+    first = model.steering.disabled()
+    second = model.steering.disabled() if inner == "disabled" else model.steering.batch([None] * len(steered))
     first.__enter__(), second.__enter__()
     first.__exit__(None, None, None)
     assert torch.equal(logits(model), bare)
+    assert torch.equal(model.generate(tokens(), max_new_tokens=1), build().generate(tokens(), max_new_tokens=1))
     second.__exit__(None, None, None)
     assert torch.equal(logits(model), steered)
+    assert set(vars(model)) == attributes
 
 
 def test_steering_disabled_ends_with_an_exception():

@@ -288,8 +288,7 @@ class PostBlockModel(BaseTuner):
 
         Raises:
             TypeError: no list of adapters or weights, or a weight that is no number.
-            ValueError: an unknown or taken name, weights that do not fit or are not finite, adapters with a sum that is
-                not an adapter or not finite, or adapters with heads. The model is then as before.
+            ValueError: an unknown or taken name, adapters with heads, or with a sum that is no adapter or not finite.
         """
         for what, given in (("adapters", adapters), ("weights", weights)):
             if isinstance(given, str) or not isinstance(given, Sequence):

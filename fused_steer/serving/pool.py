@@ -224,8 +224,8 @@ class AdapterPool:
 
     def _forget(self, name: str) -> None:
         self._versions[name] += 1  # makes a reading in progress out of date
+        self._slot_of.pop(name, None)  # first, because an exception may interrupt: each adapter in a slot has a config
         self._configs.pop(name, None)
-        self._slot_of.pop(name, None)
 
     def _is_held(self, name: str) -> bool:
         return any(name in hold.names for hold in self._holds)
@@ -427,8 +427,8 @@ class AdapterPool:
         except BaseException:
             self._holds.discard(hold)
             for name in added:
-                self._configs.pop(name, None)
                 self._slot_of.pop(name, None)
+                self._configs.pop(name, None)
             raise
 
     def _free_one(self) -> int:
@@ -438,8 +438,8 @@ class AdapterPool:
             return free[0]
         victim = next(name for name in self._slot_of if not self._is_held(name))
         self._count(evictions=1)
-        self._configs.pop(victim, None)
-        return self._slot_of.pop(victim)
+        slot, _ = self._slot_of.pop(victim), self._configs.pop(victim, None)
+        return slot
 
     def _check_room(self, what: Any, config: SteerConfig, places: Collection[Place]) -> None:
         """Raise ValueError if an adapter does not fit the slots."""

@@ -11,11 +11,14 @@ from torch import nn
 
 
 def replace_method(model: nn.Module, name: str, function: Callable[..., Any], undo: contextlib.ExitStack) -> None:
-    """Replace a method of this model by a function, until `undo` is closed."""
-    if name in vars(model):
-        undo.callback(setattr, model, name, vars(model)[name])
-    undo.callback(vars(model).pop, name, None)
-    setattr(model, name, _Replaced(model, name, function))
+    """Replace a method of this model by a function that calls it, until `undo` is closed.
+
+    Replacements may end in another order than they began.
+    """
+    replaced = _Replaced(model, name, function)
+    undo.callback(replaced.end)
+    undo.callback(replaced.end)  # once more, because an exception may interrupt the first
+    setattr(model, name, replaced)
 
 
 class _Replaced:
@@ -23,10 +26,23 @@ class _Replaced:
 
     def __init__(self, model: nn.Module, name: str, function: Callable[..., Any]) -> None:
         self._model, self._name, self._function = model, name, function
-        functools.update_wrapper(self, getattr(model, name))
+        self._earlier, self._original = vars(model).get(name), getattr(model, name)
+        self._ended = False
+        functools.update_wrapper(self, self._original)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._function(*args, **kwargs)
+        return (self._original if self._ended else self._function)(*args, **kwargs)
+
+    def end(self) -> None:
+        """Restore the method that was there, unless another replacement is on top of this one. It restores it then."""
+        self._ended = True
+        found = vars(self._model).get(self._name)
+        while isinstance(found, _Replaced) and found._ended:
+            found = found._earlier
+        if found is None:
+            vars(self._model).pop(self._name, None)
+        else:
+            setattr(self._model, self._name, found)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         twin = memo[id(self._model)]
