@@ -165,8 +165,10 @@ def run_set(name: str, folder: Path, timeout: float, workers: int) -> Outcome:
     )
     found.versions = json.loads(subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout)
     options = ["-q", "-n", str(workers), "--dist", "loadfile", "-p", "no:cacheprovider"]
-    # not `python -m pytest`, which makes the checkout's folder `kernels` importable
-    command = [place / "bin" / "pytest", *options, *files_of(changed)]
+    # By the environment's own Python: bin/pytest names the Python of the environment that a copy was made of. Not by
+    # `python -m pytest`, which makes the checkout's folder `kernels` importable.
+    code = "import sys; sys.path.pop(0); import pytest; sys.exit(pytest.console_main())"
+    command = [python, "-c", code, *options, *files_of(changed)]
     start = time.monotonic()
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
