@@ -45,7 +45,7 @@ SETS: dict[str, dict[str, str]] = {
     "triton-3.9": {"triton": "3.9.*"},
     "trl-1.14": {"trl": "1.14.*"},
     "trl-1.15": {"trl": "1.15.*"},
-    "torch-2.11": {"torch": "2.11.*", "triton": "3.6.*"},
+    "torch-2.11": {"torch": "2.11.*", "triton": "3.6.*", "setuptools": "81.*"},  # it requires setuptools < 82
     "torch-2.12": {"torch": "2.12.*", "triton": "3.7.*"},
     "torch-2.14": {"torch": "2.14.*", "triton": "3.8.*"},
     "torch-2.15": {"torch": "2.15.*", "triton": "3.9.*"},
