@@ -413,20 +413,20 @@ def test_post_block_norm_the_weight_gradient_is_computed_only_if_asked_for():
 
 @pytest.mark.parametrize("tokens", [9, 70])
 def test_post_block_norm_repeated_calls_are_planned(device, tokens, monkeypatch):
-    """A repeated call starts the forward and the norm's backward by plans, which give the same bits."""
+    """A repeated call starts forward and backward by plans, which give the same bits."""
     if os.environ["FUSED_STEER_BACKEND"] == "torch":
         pytest.skip("only kernels are planned")
-    inputs = make_inputs(tokens, 48, rank=3, dtype=BF16, device=device, basis=0)
+    inputs = make_inputs(tokens, 48, rank=3, dtype=BF16, device=device, basis=0, gain=False, scale=False)
     first = run(fused, inputs, LLAMA, "silu", 0)
 
     def refuse(*args, **kwargs):
         raise AssertionError("a launcher was called")
 
-    for module in ("post_block_norm", "norm"):  # the package has functions of these names
+    for module in ("post_block", "post_block_norm", "norm"):  # the package has functions of these names
         monkeypatch.setattr(import_module(f"fused_steer.kernels.{module}"), "launch", refuse)
     second = run(fused, inputs, LLAMA, "silu", 0)
     assert all(torch.equal(first[name], second[name]) for name in first)
-    other = make_inputs(tokens, 40, rank=3, dtype=BF16, device=device, basis=0)
+    other = make_inputs(tokens, 40, rank=3, dtype=BF16, device=device, basis=0, gain=False, scale=False)
     with pytest.raises(AssertionError, match="a launcher was called"):
         run(fused, other, LLAMA, "silu", 0)
 
