@@ -8,12 +8,13 @@ from importlib import import_module
 import pytest
 import torch
 from fused_steer.kernels import ACTIVATIONS
-from fused_steer.kernels.aot import Case, hidden_states, record_norm_passes
+from fused_steer.kernels.aot import SHARED_MEMORY, Case, hidden_states, record_norm_passes
 from fused_steer.kernels.contract import READS
 from fused_steer.kernels.launch import noted
 from fused_steer.kernels.norm import MAX_WIDTH, rms_norm
 from fused_steer.kernels.post_block_norm import post_block_norm
-from fused_steer.kernels.schedule import describe_device, forward_splits
+from fused_steer.kernels.predict import memory_bytes
+from fused_steer.kernels.schedule import TARGETS, describe_device, forward_splits
 from ops import Inputs, definition, make_draws, make_inputs, pack_reference, relative_error
 from torch import Tensor
 
@@ -393,6 +394,31 @@ def test_post_block_norm_units_and_launches_of_many_tokens(rank, target):
     assert units(passes["backward"][1:]) == (4 if rank else 1)  # rows: G; columns: G and `out`, dx
     assert (len(passes["norm_forward"]), units(passes["norm_forward"])) == (1, 2)
     assert (len(passes["norm_backward"]), units(passes["norm_backward"])) == (1, 3)
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize(("tokens", "hidden", "least", "most"), [
+    (1024, 4096, 5, 5.5), (2048, 2048, 5, 5.5), (2048, 4096, 6, 6.5), (4096, 2048, 6, 6.5), (8192, 2048, 8, 8.2),
+    (16384, 4096, 8, 8.2),
+])  # fmt: skip
+def test_post_block_norm_backward_units_of_device_memory(tokens, hidden, least, most, target):
+    """The gradient that the norm's kernel writes is read twice, from L2 if it fits there: 5 to 6 units, else 8."""
+    backward = record_norm_passes(Case(tokens, hidden, 8, packed=True), target)["backward"]
+    moved = sum(memory_bytes(backward, target)) / (tokens * hidden * 2)
+    assert least <= moved <= most
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_post_block_norm_one_pass_cannot_hold_the_sums_of_the_weights_gradients(target):
+    """In one pass a program would own whole rows, and with them sums over all of d for W1 and W2, in float32.
+
+    At rank 16 and d = 4096 the sums of one program exceed its shared memory and its registers together, and at rank 8
+    those of all multiprocessors take more of L2 than the tiles of 16 rows leave.
+    """
+    device, registers = TARGETS[target], 65536 * 4
+    assert 2 * 16 * 4096 * 4 > SHARED_MEMORY[target] + registers
+    sums, tile = (device.multiprocessors * size for size in (2 * 8 * 4096 * 4, 4 * 16 * 4096 * 2))
+    assert sums + tile > device.l2
 
 
 def test_post_block_norm_units_and_launches_of_few_tokens_and_high_ranks():
