@@ -118,7 +118,7 @@ class PlannedPostBlock:
         return _apply((training, None, results, packed), *states, *weights)
 
     def _call(self, states: tuple[Tensor, ...], weights: tuple[Tensor, ...], packed: Packed | None) -> _Call:
-        operands = _operands(self._where, weights, self._scale, self._activation, self._reads, packed)
+        operands = planned_operands(self._where, weights, self._scale, self._activation, self._reads, packed)
         return states[0], states[1] if len(states) == 2 else None, operands
 
     def _may_plan(self, call: _Call) -> bool:
@@ -138,7 +138,7 @@ class PlannedPostBlock:
         )  # fmt: skip
 
 
-def _operands(
+def planned_operands(
     where: tuple[bool, ...],
     weights: Iterable[Tensor],
     scale: float,
@@ -146,7 +146,7 @@ def _operands(
     reads: str,
     packed: Packed | None,
 ) -> Operands:
-    """Return the operands of a call. `where` tells which of W1, W2, b1 and b2 the weights are."""
+    """Return the operands of a planned call. `where` tells which of W1, W2, b1 and b2 the weights are."""
     given = iter(weights)
     down, up, down_bias, up_bias = (next(given) if there else None for there in where)
     return Operands(
@@ -279,7 +279,7 @@ def _careful_backward(training: _Training, operands: tuple[Tensor, ...], packed:
     save_kept, save_a, _ = training.saves
     grad = next(given)
     kept, a = next(given) if save_kept else None, next(given) if save_a else None
-    steering = _operands(training.where, given, *training.constants, packed)
+    steering = planned_operands(training.where, given, *training.constants, packed)
 
     def call() -> Any:
         return backward(grad, kept, a, steering, training.needs)

@@ -15,6 +15,7 @@ from ..kernels.contract import Operands, Packed
 from ..kernels.orthogonal import project_gradient
 from ..kernels.plan import no_plan
 from ..kernels.planned import PlannedPostBlock
+from ..kernels.planned_norm import PlannedPostBlockNorm
 from ..kernels.post_block_norm import steer_and_normalise
 from .watch import note_run, thread
 
@@ -122,11 +123,11 @@ class _PlannedComputed(PlannedPostBlock):
 class _PlannedWithNorm(_PlannedComputed):
     """The op with the norm behind the layer: `post_block_norm` where the norm can be computed here, else the op."""
 
-    __slots__ = ("_link",)
+    __slots__ = ("_link", "_with_norm")
 
     def __init__(self, link: Any, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self._link = link
+        self._link, self._with_norm = link, PlannedPostBlockNorm(*arguments)
 
     @property
     def last(self) -> Any:
@@ -137,25 +138,20 @@ class _PlannedWithNorm(_PlannedComputed):
         pass
 
     def infer(self, residual: Tensor, branch: Tensor | None, *weights: Tensor, packed: Packed | None = None) -> Tensor:
-        return self._with_norm(super().infer, residual, branch, weights, packed)
-
-    def train(self, residual: Tensor, branch: Tensor | None, *weights: Tensor, packed: Packed | None = None) -> Tensor:
-        return self._with_norm(super().train, residual, branch, weights, packed)
-
-    def _with_norm(
-        self,
-        ordinary: Callable[..., Tensor],
-        residual: Tensor,
-        branch: Tensor | None,
-        weights: tuple[Tensor, ...],
-        packed: Packed | None,
-    ) -> Tensor:
         norm = self._link.norm_of_site(residual, branch)
         if norm is None:
-            return ordinary(residual, branch, *weights, packed=packed)
-        self.backend = select_backend(residual.device)
-        states = (residual,) if branch is None else (residual, branch)
-        out, normed = steer_and_normalise(*self._call(states, weights, packed), norm)
+            return super().infer(residual, branch, *weights, packed=packed)
+        out, normed = self._with_norm.infer(residual, branch, weights, norm, packed)
+        self.backend = self._with_norm.backend
+        self._link.hand_over(out, normed, norm.weight)
+        return out
+
+    def train(self, residual: Tensor, branch: Tensor | None, *weights: Tensor, packed: Packed | None = None) -> Tensor:
+        norm = self._link.norm_of_site(residual, branch)
+        if norm is None:
+            return super().train(residual, branch, *weights, packed=packed)
+        out, normed = self._with_norm.train(residual, branch, weights, norm, packed)
+        self.backend = self._with_norm.backend
         self._link.hand_over(out, normed, norm.weight)
         return out
 
