@@ -174,6 +174,53 @@ def test_plan_second_call_goes_by_the_plan_of_the_first(device, made, adapter, f
     assert found[0].data_ptr() != found[1].data_ptr()  # each call has its own result
 
 
+class OfTokens:
+    """The gain of each token in place of `serving.gains.Gains`: other tokens are steered in each pass."""
+
+    def __init__(self) -> None:
+        self.passes = 0
+
+    def gain(self, shape: torch.Size, device: torch.device) -> Tensor:
+        return (torch.arange(shape[:2].numel(), device=device).view(shape[:2]) + self.passes) % 3 / 2
+
+    def of(self, residual: Tensor, entering: Tensor | None) -> Tensor:
+        self.passes += 1
+        return self.gain(residual.shape, residual.device)
+
+
+@pytest.mark.parametrize("graded", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_plan_takes_the_gain_of_each_token(device, made, adapter, graded):
+    """The gain of each pass is read, by the forward and by its backward, with and without gradients."""
+    site = make_site(device, **ADAPTERS[adapter])
+    site.use(site.active, "silu", SCALE, OfTokens())
+    grad = normal(2, 5, D, device=device, seed=9)
+    with torch.set_grad_enabled(graded):
+        for seed in (1, 2):
+            found, expected = ([x.requires_grad_(graded) for x in states(5, device, seed=seed)] for _ in range(2))
+
+            def call(found=found) -> Tensor:
+                out = site(*found)
+                if graded:
+                    out.backward(grad)
+                return out
+
+            out = (made.new if seed == 1 else made.none)(call)
+            taken = [None if p.grad is None else p.grad.clone() for p in site.parameters()]
+            site.zero_grad()
+            w1, w2, b1, b2 = parts(site)
+            other = post_block(
+                *expected, w1, w2, down_bias=b1, up_bias=b2, activation="silu", scale=SCALE,
+                gain=site.gains.gain(out.shape, device),
+            )  # fmt: skip
+            assert_same(out, other)
+            if graded:
+                other.backward(grad)
+                assert all(torch.equal(x.grad, y.grad) for x, y in zip(found, expected, strict=True))
+                assert all(torch.equal(p.grad, g) for p, g in zip(site.parameters(), taken, strict=True))
+                site.zero_grad()
+
+
 @torch.no_grad()
 def test_plan_several_shapes_are_planned_at_once_and_the_oldest_leaves(device, made):
     op = PlannedPostBlock("silu", SCALE, (torch.empty(0), torch.empty(0), None, None))
