@@ -221,7 +221,8 @@ def checked_number(name: str, value: Any) -> float:
     try:
         number = float(value)
     except OverflowError:  # an integer with too many digits for Python to print
-        raise ValueError(f"{name} is an integer of {int(value).bit_length()} bits; expected a float32 number") from None
+        whole: Any = value
+        raise ValueError(f"{name} is an integer of {int(whole).bit_length()} bits; expected a float32 number") from None
     if not math.isfinite(number):
         raise ValueError(f"{name} is {number}; expected a finite number")
     if abs(number) > FLOAT32_MAX:

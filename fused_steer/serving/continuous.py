@@ -152,11 +152,12 @@ def generate_inside(model: Any, what: str, undo: contextlib.ExitStack) -> None:
     Args:
         what: the scope's name in error messages.
     """
-    for name, make in {
+    inside: dict[str, Callable[[Any], Any]] = {
         "generate": ending_streamer,
         "generate_batch": functools.partial(_batch_inside, model, what),
         "init_continuous_batching": functools.partial(_manager_inside, model, what),
-    }.items():
+    }
+    for name, make in inside.items():
         if hasattr(model, name):
             replace_method(model, name, make(getattr(model, name)), undo)
 

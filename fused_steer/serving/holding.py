@@ -17,6 +17,8 @@ from ..positions import read_positions
 from .pool import AdapterPool
 from .slots import Held, LoadedSlots, Slots, adapters_at
 
+_MOST_SLOTS = 2**31 - 1  # a token's slot is an int32
+
 
 @contextlib.contextmanager
 def hold_loaded(
@@ -81,6 +83,8 @@ def checked_size(slots: Any, rank: Any, dtype: Any) -> tuple[int, int, torch.dty
             raise TypeError(f"{name} is {value!r}; expected an integer")
         if value < least:
             raise ValueError(f"{name} is {value}; expected at least {least}")
+    if slots > _MOST_SLOTS:
+        raise ValueError(f"slots has {slots.bit_length()} bits; expected at most {_MOST_SLOTS}")
     if rank > MAX_RANK:
         raise ValueError(f"rank is {rank}; expected at most {MAX_RANK}")
     if not isinstance(dtype, str) or dtype not in DTYPES:

@@ -74,7 +74,7 @@ class PlanRequest:
         for name in ("adapters", "batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
-        for name in ("adapters", "batch", "slots", "hidden"):
+        for name in ("adapters", "batch", "hidden"):
             if (getattr(self, name) or 0) > _MOST:
                 raise ValueError(f"{name} has {getattr(self, name).bit_length()} bits; expected at most {_MOST}")
         checked_size(self.slots, self.rank, self.dtype)

@@ -76,7 +76,8 @@ def checked_timeout(timeout: Any) -> float:
     Raises:
         ValueError: it is no number.
     """
-    seconds = plain(timeout)
+    seconds: Any = plain(timeout)
     if isinstance(seconds, bool) or not isinstance(seconds, Real) or seconds != seconds:
         raise ValueError(f"timeout is {timeout!r:.200}; expected a number of seconds")
-    return float(min(seconds, threading.TIMEOUT_MAX))
+    longest: Any = threading.TIMEOUT_MAX
+    return float(longest if seconds > longest else seconds)

@@ -517,6 +517,7 @@ def test_pool_names_and_sizes(folder, tmp_path):
     [
         ({"slots": 0}, ValueError, "slots is 0; expected at least 1"),
         ({"slots": 1.5}, TypeError, "slots is 1.5; expected an integer"),
+        ({"slots": 10**30}, ValueError, "slots has 100 bits; expected at most 2147483647"),
         ({"rank": 257}, ValueError, "rank is 257; expected at most 256"),
         ({"rank": -1}, ValueError, "rank is -1; expected at least 0"),
         ({"dtype": []}, ValueError, "dtype is []; expected one of float32"),

@@ -140,7 +140,7 @@ def test_serve_plan_sizes_reach_no_network(monkeypatch):
         (["--hidden", 64, "--layers", 1000000000], "num_layers is 1000000000; expected at least 1, at most 10000"),
         (["--hidden", 10**30, "--layers", 2], "hidden has 100 bits; expected at most 1000000000000"),
         (["--hidden", 64, "--layers", 2, "--adapters", 10**400], "adapters has 1329 bits; expected at most 1000000"),
-        (["--hidden", 64, "--layers", 2, "--slots", 10**400], "slots has 1329 bits; expected at most 1000000"),
+        (["--hidden", 64, "--layers", 2, "--slots", 10**400], "slots has 1329 bits; expected at most 2147483647"),
         (["--hidden", 64, "--layers", 2, "--steered", "2"], "layers has 2; expected indices below 2"),
         (["--hidden", 64, "--layers", 2, "--memory", 80], "the base model's size is unknown; expected parameters too"),
         (["--hidden", 64, "--layers", 2, "--parameters", -1], "parameters is -1.0; expected a number above 0"),
