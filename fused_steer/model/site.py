@@ -120,7 +120,21 @@ class _PlannedComputed(PlannedPostBlock):
         pass
 
 
-class _PlannedWithNorm(_PlannedComputed):
+class _PlannedWithOthers(_PlannedComputed):
+    """The op with other operands than the adapter's, such as the gain of each token. No call tries the last plan."""
+
+    __slots__ = ()
+
+    @property
+    def last(self) -> Any:
+        return no_plan
+
+    @last.setter
+    def last(self, run: Any) -> None:
+        pass
+
+
+class _PlannedWithNorm(_PlannedWithOthers):
     """The op with the norm behind the layer: `post_block_norm` where the norm can be computed here, else the op."""
 
     __slots__ = ("_link", "_with_norm")
@@ -128,14 +142,6 @@ class _PlannedWithNorm(_PlannedComputed):
     def __init__(self, link: Any, *arguments: Any) -> None:
         super().__init__(*arguments)
         self._link, self._with_norm = link, PlannedPostBlockNorm(*arguments)
-
-    @property
-    def last(self) -> Any:
-        return no_plan  # a plan of the op alone would compute no norm
-
-    @last.setter
-    def last(self, run: Any) -> None:
-        pass
 
     def infer(self, residual: Tensor, branch: Tensor | None, *weights: Tensor, packed: Packed | None = None) -> Tensor:
         norm = self._link.norm_of_site(residual, branch)
@@ -317,16 +323,14 @@ class SteeringSite(Site):
                 weights = parameters()
                 pack = thread.packs[-1] if thread.packs else None
                 packed = None if pack is None else pack.of(self, residual, *weights[:2])
+                if self.gains is not None:
+                    weights = (*weights, self.gains.of(residual, entering))
                 out = (op.train if graded else op.infer)(residual, branch, *weights, packed=packed)
             else:
                 out = self.rows(residual, branch)
             noted["backend"] = op.backend
             return out
         noted["backend"] = select_backend(residual.device)
-        if self.gains is not None and self.rows is None:
-            if self.link is not None and self.active is not None and self.enabled:
-                return self._with_gains(residual, branch, entering)
-            return self.in_graph(residual, branch, entering)
         return residual if branch is None else residual + branch
 
     def in_graph(self, residual: Tensor, branch: Tensor | None, entering: Tensor | None = None) -> Tensor:
@@ -362,21 +366,12 @@ class SteeringSite(Site):
             reads=self.reads,
         )
 
-    def _with_gains(self, residual: Tensor, branch: Tensor | None, entering: Tensor | None) -> Tensor:
-        """Compute a call with token positions and the norm behind the layer."""
-        norm = self.link.norm_of_site(residual, branch)
-        if norm is None:
-            return self.in_graph(residual, branch, entering)
-        out, normed = steer_and_normalise(residual, branch, self._operands(residual, entering), norm)
-        self.link.hand_over(out, normed, norm.weight)
-        return out
-
     def _plan(self, residual: Tensor) -> tuple[Any, Callable[[], tuple[Tensor, ...]]] | None:
         """Make and return `_planned`, or None if nothing steers."""
         if self.rows is not None and self.enabled:
             planned = self.__dict__["_planned"] = self.rows.plan(residual.device)
             return planned
-        if self.active is None or not self.enabled or self.gains is not None:
+        if self.active is None or not self.enabled:
             return None
         factors = self.steer_down[self.active], self.steer_up[self.active]
         (w1, b1), (w2, b2) = ((factor.weight, factor.bias) for factor in factors)
@@ -417,11 +412,15 @@ class SteeringSite(Site):
         plain = all("weight" in factor._parameters for factor in factors)
         simple = plain and w1 is not None and b1 is None and b2 is None and self.basis is None
         turns = isinstance(up, Rotation)
-        call = self.activation, self.scale, (w1, w2, b1, b2), self.reads
+        # Each call adds the gain of its tokens.
+        gain = () if self.gains is None else (self.strength,)
+        call = self.activation, self.scale, (w1, w2, b1, b2, *gain), self.reads
         if self.link is not None:
             steer: PlannedPostBlock = _PlannedWithNorm(self.link, *call)
         else:
-            steer = (PlannedPostBlock if self.basis is None and not turns else _PlannedComputed)(*call)
+            computed = self.basis is not None or turns
+            kind = _PlannedWithOthers if gain else _PlannedComputed if computed else PlannedPostBlock
+            steer = kind(*call)
         planned = self.__dict__["_planned"] = (steer, rotated if turns else usual if simple else general)
         return planned
 
