@@ -313,6 +313,54 @@ def test_norms_inference_mode_is_not_fused_and_right():
     assert norms(model) == ["fused"] * LAYERS, "the reason is that of the last call"
 
 
+def test_norms_inference_mode_sees_changes_in_place():
+    """An inference tensor has no version that would tell of a change, so nothing is handed over for one."""
+    model, base, _ = fused()
+    networks = model, unfused(model, base)
+    for network in networks:
+        network.model.layers[1].register_forward_hook(lambda module, args, output: output.mul_(2))
+    with torch.inference_mode():
+        found = [network(tokens()).logits for network in networks]
+    assert_close(found[0].clone(), found[1].clone())
+    assert taken(model) == [0] * LAYERS and thread.handed is None
+
+
+def test_norms_inference_tensors_outside_of_inference_mode_are_fused():
+    """The states that a layer gets may be inference tensors; what it returns is none."""
+    model, base, _ = fused()
+    with torch.inference_mode():
+        embedded = model.get_input_embeddings()(tokens())
+    with torch.no_grad():
+        found = [network(inputs_embeds=embedded).logits for network in (model, unfused(model, base))]
+    assert embedded.is_inference()
+    assert_close(*found)
+    assert taken(model) == [1] * LAYERS
+
+
+def test_norms_a_reentrant_checkpoint_hands_over_nothing_without_a_gradient():
+    """Such a checkpoint runs a layer without gradients, and its output gets one afterwards. What was computed beside it
+    has none. The norms inside of checkpoints may take it, because they run again; the final norm may not, or it would
+    cut off all gradients.
+    """
+    model, base, parameters = fused()
+    plain = unfused(model, base)
+    others = {name: value for name, value in plain.named_parameters() if value.requires_grad}
+    for network in (model, plain):
+        network.gradient_checkpointing_enable({"use_reentrant": True})
+        network.enable_input_require_grads()
+        network.train()
+        network(tokens(), labels=tokens()).loss.backward()
+    assert norms(model) == ["fused"] * LAYERS, "each site computed its norm"
+    assert taken(model) == [1] * (LAYERS - 1) + [0], "the final norm computed itself"
+    for parameter, other in zip(parameters.values(), others.values(), strict=True):
+        assert (parameter.grad - other.grad).norm() <= 1e-5 * other.grad.norm()
+    for network in (model, plain):
+        network.gradient_checkpointing_disable()
+    model.steering.reset_calls()
+    model(tokens(), labels=tokens()).loss.backward()
+    assert taken(model) == [1] * LAYERS, "without checkpoints they are handed over again"
+
+
 # ------------------------------------------------------------------------------------------------- steering's own verbs
 
 
