@@ -149,8 +149,8 @@ def planned_operands(
 ) -> Operands:
     """Return the operands of a planned call. `where` tells which of W1, W2, b1, b2 and the gain the weights are."""
     given = iter(weights)
-    present = [next(given) if there else None for there in where]
-    down, up, down_bias, up_bias, gain = (*present, None)[:5]
+    down, up, down_bias, up_bias, *others = [next(given) if there else None for there in where]
+    gain = others[0] if others else None
     return Operands(
         down, up, down_bias, up_bias, gain, scale=scale, activation=activation, packed=packed, reads=reads
     )  # fmt: skip

@@ -130,7 +130,7 @@ class _Training:
         self.states, self.where, self.constants, self.kind = len(states), where, constants, norm[1:]
         of_states = [state.requires_grad for state in states]
         given = iter(weights)
-        down, up, down_bias, up_bias = (there and next(given).requires_grad for there in where)
+        down, up, down_bias, up_bias, *_ = (there and next(given).requires_grad for there in where)
         of_weight = norm.weight is not None and norm.weight.requires_grad
         adapter = where[0]
         reads_branch = adapter and constants[2] == "branch"

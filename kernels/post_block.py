@@ -288,7 +288,7 @@ def _write_block(
     RANK: tl.constexpr, DOT: tl.constexpr, HAS_BRANCH: tl.constexpr, HAS_UP_BIAS: tl.constexpr, EVEN_D: tl.constexpr,
     PACKED: tl.constexpr,
 ):  # fmt: skip
-    """Read a block of a tile's columns, and write it with the shift added."""
+    """Read a block of a tile's columns, and write it with the shift added. Return it in fp32, not rounded."""
     m_columns = (columns < D) | EVEN_D
     mask = m_rows[:, None] & m_columns[None, :]
     states = _load_states(
@@ -299,6 +299,42 @@ def _write_block(
         _added(states, HAS_BRANCH), h, w2, p_up_bias, strength, columns, m_columns, DOT, HAS_UP_BIAS, PACKED
     )  # fmt: skip
     store(p_out + rows[:, None].to(tl.int64) * D + columns[None, :], out, mask)
+    return out
+
+
+@triton.jit
+def _first_pass(
+    p_residual, p_branch, p_down, p_down_bias, p_gain, p_scale, p_a, tile, local, ranks,
+    scale, N, D, height, inner, residual_outer, residual_inner, branch_outer, branch_inner,
+    RANK: tl.constexpr, ACTIVATION: tl.constexpr, DOT: tl.constexpr,
+    HAS_BRANCH: tl.constexpr, HAS_DOWN_BIAS: tl.constexpr, HAS_GAIN: tl.constexpr,
+    SCALE_ON_DEVICE: tl.constexpr, KEEP_A: tl.constexpr, NESTED: tl.constexpr, EVEN_D: tl.constexpr,
+    PACKED: tl.constexpr, READS_BRANCH: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, GROUPS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Read a tile once: compute a, and store it if it is kept.
+
+    Returns the tile's rows, their mask, the offsets of residual's and branch's rows, s · g, and the operand
+    h = s · g φ(a).
+    """
+    rows = tile * height + local
+    m_rows = (rows < N) & (local < height)
+    residual_rows = _row_offsets(rows, inner, residual_outer, residual_inner, NESTED)
+    branch_rows = _row_offsets(rows, inner, branch_outer, branch_inner, NESTED)
+    if READS_BRANCH:
+        a = _reduced(
+            p_branch, p_branch, p_down, branch_rows, branch_rows, m_rows, ranks, 0, D, D,
+            RANK, DOT, False, EVEN_D, PACKED, False, GROUPS, BLOCK_N, BLOCK_D, BLOCK_R, STAGES,
+        )  # fmt: skip
+    else:
+        a = _reduced(
+            p_residual, p_branch, p_down, residual_rows, branch_rows, m_rows, ranks, 0, D, D,
+            RANK, DOT, HAS_BRANCH, EVEN_D, PACKED, False, GROUPS, BLOCK_N, BLOCK_D, BLOCK_R, STAGES,
+        )  # fmt: skip
+    a = _pre_activation(a, p_down_bias, p_a, rows, m_rows, ranks, True, RANK, HAS_DOWN_BIAS, KEEP_A)
+    strength = _strength(p_gain, p_scale, scale, rows, m_rows, HAS_GAIN, SCALE_ON_DEVICE)
+    h = operand(_scaled(apply(a, ACTIVATION), strength[:, None]), DOT)
+    return rows, m_rows, residual_rows, branch_rows, strength, h
 
 
 @triton.jit(do_not_specialize=["N", "height", "inner"])
@@ -319,24 +355,12 @@ def post_block_fwd_kernel(
     ranks = tl.arange(0, BLOCK_R)
     local = tl.arange(0, BLOCK_N)
     for tile in range(tl.program_id(0), tl.cdiv(N, height), tl.num_programs(0)):
-        rows = tile * height + local
-        m_rows = (rows < N) & (local < height)
-        residual_rows = _row_offsets(rows, inner, residual_outer, residual_inner, NESTED)
-        branch_rows = _row_offsets(rows, inner, branch_outer, branch_inner, NESTED)
-
-        if READS_BRANCH:
-            a = _reduced(
-                p_branch, p_branch, p_down, branch_rows, branch_rows, m_rows, ranks, 0, D, D,
-                RANK, DOT, False, EVEN_D, PACKED, False, GROUPS, BLOCK_N, BLOCK_D, BLOCK_R, STAGES,
-            )  # fmt: skip
-        else:
-            a = _reduced(
-                p_residual, p_branch, p_down, residual_rows, branch_rows, m_rows, ranks, 0, D, D,
-                RANK, DOT, HAS_BRANCH, EVEN_D, PACKED, False, GROUPS, BLOCK_N, BLOCK_D, BLOCK_R, STAGES,
-            )  # fmt: skip
-        a = _pre_activation(a, p_down_bias, p_a, rows, m_rows, ranks, True, RANK, HAS_DOWN_BIAS, KEEP_A)
-        strength = _strength(p_gain, p_scale, scale, rows, m_rows, HAS_GAIN, SCALE_ON_DEVICE)
-        h = operand(_scaled(apply(a, ACTIVATION), strength[:, None]), DOT)
+        rows, m_rows, residual_rows, branch_rows, strength, h = _first_pass(
+            p_residual, p_branch, p_down, p_down_bias, p_gain, p_scale, p_a, tile, local, ranks,
+            scale, N, D, height, inner, residual_outer, residual_inner, branch_outer, branch_inner,
+            RANK, ACTIVATION, DOT, HAS_BRANCH, HAS_DOWN_BIAS, HAS_GAIN, SCALE_ON_DEVICE, KEEP_A, NESTED, EVEN_D, PACKED,
+            READS_BRANCH, BLOCK_N, BLOCK_D, BLOCK_R, GROUPS, STAGES,
+        )  # fmt: skip
 
         # Backwards over the columns, because the columns read last are the likeliest to be in L2.
         blocks = tl.cdiv(D, BLOCK_D2)

@@ -30,7 +30,6 @@ import triton.language as tl
 from torch import Tensor
 
 from . import norm_torch, torch_backend
-from .activations import apply
 from .backend import select_backend
 from .contract import Operands
 from .launch import device_of, empty, launch
@@ -45,25 +44,18 @@ from .norm import (
 )
 from .norm import triton_forward as triton_norm
 from .norm_torch import Norm
-from .numerics import dot_precision, operand, store
+from .numerics import dot_precision, store
 from .plan import OpPlan, run_planned
 from .post_block import (
     _OPERANDS,
-    _added,
     _check_backend,
     _contiguous,
-    _load_states,
+    _first_pass,
     _no_autocast,
     _of_op,
-    _pre_activation,
     _projected,
-    _reduced,
     _row_layout,
-    _row_offsets,
-    _scaled,
-    _shifted,
-    _strength,
-    _up_weights,
+    _write_block,
     backward,
     check_operands,
     first_order,
@@ -93,24 +85,12 @@ def post_block_norm_fwd_kernel(
     ranks = tl.arange(0, BLOCK_R)
     local = tl.arange(0, BLOCK_N)
     for tile in range(tl.program_id(0), tl.cdiv(N, height), tl.num_programs(0)):
-        rows = tile * height + local
-        m_rows = (rows < N) & (local < height)
-        residual_rows = _row_offsets(rows, inner, residual_outer, residual_inner, NESTED)
-        branch_rows = _row_offsets(rows, inner, branch_outer, branch_inner, NESTED)
-
-        if READS_BRANCH:
-            a = _reduced(
-                p_branch, p_branch, p_down, branch_rows, branch_rows, m_rows, ranks, 0, D, D,
-                RANK, DOT, False, EVEN_D, PACKED, False, GROUPS, BLOCK_N, BLOCK_D, BLOCK_R, STAGES,
-            )  # fmt: skip
-        else:
-            a = _reduced(
-                p_residual, p_branch, p_down, residual_rows, branch_rows, m_rows, ranks, 0, D, D,
-                RANK, DOT, HAS_BRANCH, EVEN_D, PACKED, False, GROUPS, BLOCK_N, BLOCK_D, BLOCK_R, STAGES,
-            )  # fmt: skip
-        a = _pre_activation(a, p_down_bias, p_a, rows, m_rows, ranks, True, RANK, HAS_DOWN_BIAS, KEEP_A)
-        strength = _strength(p_gain, p_scale, scale, rows, m_rows, HAS_GAIN, SCALE_ON_DEVICE)
-        h = operand(_scaled(apply(a, ACTIVATION), strength[:, None]), DOT)
+        rows, m_rows, residual_rows, branch_rows, strength, h = _first_pass(
+            p_residual, p_branch, p_down, p_down_bias, p_gain, p_scale, p_a, tile, local, ranks,
+            scale, N, D, height, inner, residual_outer, residual_inner, branch_outer, branch_inner,
+            RANK, ACTIVATION, DOT, HAS_BRANCH, HAS_DOWN_BIAS, HAS_GAIN, SCALE_ON_DEVICE, KEEP_A, NESTED, EVEN_D, PACKED,
+            READS_BRANCH, BLOCK_N, BLOCK_D, BLOCK_R, GROUPS, STAGES,
+        )  # fmt: skip
 
         # Summed over blocks before it is summed over columns, which takes shuffles between threads. [BLOCK_N, BLOCK_D2]
         squares = tl.zeros([BLOCK_N, BLOCK_D2], tl.float32)
@@ -118,16 +98,10 @@ def post_block_norm_fwd_kernel(
         blocks = tl.cdiv(D, BLOCK_D2)
         for block in tl.range(0, blocks, num_stages=STAGES2):
             columns = (blocks - 1 - block) * BLOCK_D2 + tl.arange(0, BLOCK_D2)
-            m_columns = (columns < D) | EVEN_D
-            mask = m_rows[:, None] & m_columns[None, :]
-            states = _load_states(
-                p_residual, p_branch, residual_rows[:, None], branch_rows[:, None], columns[None, :], mask, HAS_BRANCH
+            out = _write_block(
+                p_residual, p_branch, p_up, p_up_bias, p_out, residual_rows, branch_rows, rows, m_rows, h, strength,
+                ranks, columns, D, RANK, DOT, HAS_BRANCH, HAS_UP_BIAS, EVEN_D, PACKED,
             )  # fmt: skip
-            w2 = _up_weights(p_up, ranks, columns, m_columns, D, RANK, PACKED)
-            out = _shifted(
-                _added(states, HAS_BRANCH), h, w2, p_up_bias, strength, columns, m_columns, DOT, HAS_UP_BIAS, PACKED
-            )  # fmt: skip
-            store(p_out + offsets + columns[None, :], out, mask)
             out = rounded(out, p_out)
             squares += out * out
         inverse = inverse_rms(tl.sum(squares, 1), m_rows, D, eps)

@@ -596,6 +596,20 @@ def test_modes_inference_on_a_quantised_base(name, wide):
     assert torch.equal(logits(model), before)
 
 
+@pytest.mark.parametrize("name", [*QUANTISED, DYNAMIC])
+def test_modes_norms_of_a_quantised_base_are_fused(name, wide):
+    """Norms are not quantised, so each is fused. The results are as exact as those of hooks."""
+    base, other = (QUANTISED.get(name, DYNAMIC_BASE)(wide).train().requires_grad_(False) for _ in range(2))
+    model = patch_model(base, CONFIG, fuse_norm=True)
+    parameters = randomize(model)
+    truth, hooked = InFull(other, parameters), InDtype(other, parameters)
+    assert_no_worse(*map(logits, (model, hooked.model, truth.model)))
+    assert [(row.norm, row.norm_calls) for row in model.steering.report()] == [("fused", 1)] * LAYERS
+    if name != DYNAMIC:  # which passes no gradient
+        networks = ((model, parameters), (hooked.model, hooked.leaves), (truth.model, truth.leaves))
+        assert_no_worse(*(gradients(network, leaves) for network, leaves in networks))
+
+
 @pytest.mark.parametrize("name", QUANTISED)
 def test_modes_gradients_pass_through_a_quantised_base(name, wide):
     """For y = x W, dL/dx is dL/dy Wᵀ with the module's own W. Plain hooks are no reference, as they share the base."""

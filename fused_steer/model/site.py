@@ -331,10 +331,6 @@ class SteeringSite(Site):
             noted["backend"] = op.backend
             return out
         noted["backend"] = select_backend(residual.device)
-        if self.gains is not None and self.rows is None:
-            if self.link is not None and self.active is not None and self.enabled:
-                return self._with_gains(residual, branch, entering)
-            return self.in_graph(residual, branch, entering)
         return residual if branch is None else residual + branch
 
     def in_graph(self, residual: Tensor, branch: Tensor | None, entering: Tensor | None = None) -> Tensor:
@@ -370,21 +366,12 @@ class SteeringSite(Site):
             reads=self.reads,
         )
 
-    def _with_gains(self, residual: Tensor, branch: Tensor | None, entering: Tensor | None) -> Tensor:
-        """Compute a call with token positions and the norm behind the layer."""
-        norm = self.link.norm_of_site(residual, branch)
-        if norm is None:
-            return self.in_graph(residual, branch, entering)
-        out, normed = steer_and_normalise(residual, branch, self._operands(residual, entering), norm)
-        self.link.hand_over(out, normed, norm.weight)
-        return out
-
     def _plan(self, residual: Tensor) -> tuple[Any, Callable[[], tuple[Tensor, ...]]] | None:
         """Make and return `_planned`, or None if nothing steers."""
         if self.rows is not None and self.enabled:
             planned = self.__dict__["_planned"] = self.rows.plan(residual.device)
             return planned
-        if self.active is None or not self.enabled or (self.gains is not None and self.link is not None):
+        if self.active is None or not self.enabled:
             return None
         factors = self.steer_down[self.active], self.steer_up[self.active]
         (w1, b1), (w2, b2) = ((factor.weight, factor.bias) for factor in factors)

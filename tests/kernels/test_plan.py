@@ -848,13 +848,16 @@ def test_plan_threads_train_at_once(device, one_kernel_at_a_time):
 class Normed:
     """`post_block_norm` by plans, as a site with a fused norm calls it."""
 
-    def __init__(self, device: torch.device, reads: str = "sum", weight: bool = True, **options: Any) -> None:
+    def __init__(
+        self, device: torch.device, reads: str = "sum", weight: bool = True, gain: bool = False, **options: Any
+    ) -> None:
         given = tensors(**options)
         self.reads = reads
+        self.gain = normal(2, 5, device=device, seed=4) if gain else None
         self.weights = [None if name not in given else given[name].to(device).requires_grad_() for name in PARTS]
         scales = 1 + normal(D, device=device, seed=3) / 4 if weight else None
         self.norm = Norm(None if scales is None else scales.requires_grad_(), 1e-6, False, True)
-        self.op = PlannedPostBlockNorm("silu", SCALE, self.weights, reads)
+        self.op = PlannedPostBlockNorm("silu", SCALE, [*self.weights, self.gain], reads)
 
     @property
     def parts(self) -> list[Tensor]:
@@ -862,13 +865,14 @@ class Normed:
 
     def __call__(self, residual: Tensor, branch: Tensor | None = None, packed: Any = None) -> tuple[Tensor, Tensor]:
         run = self.op.train if torch.is_grad_enabled() else self.op.infer
-        return run(residual, branch, tuple(t for t in self.weights if t is not None), self.norm, packed)
+        given = tuple(t for t in (*self.weights, self.gain) if t is not None)
+        return run(residual, branch, given, self.norm, packed)
 
     def ordinary(self, residual: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:
         down, up, down_bias, up_bias = self.weights
         return post_block_norm(
             residual, branch, down, up, down_bias=down_bias, up_bias=up_bias, norm_weight=self.norm.weight,
-            eps=self.norm.eps, activation="silu", scale=SCALE, reads=self.reads,
+            eps=self.norm.eps, activation="silu", scale=SCALE, reads=self.reads, gain=self.gain,
         )  # fmt: skip
 
     def assert_infers(self, operands: tuple[Tensor, ...]) -> None:
@@ -923,6 +927,15 @@ def test_plan_with_a_norm_gradients_of_each_state(device, made, unplanned, adapt
     for seed in (1, 2):
         operands, grads = leaves(states(5, device, seed=seed), wants), both_grads(device, seed=seed)
         (made.new if seed == 1 else made.none)(lambda a=operands, g=grads: steer.assert_trains(a, g))
+
+
+@pytest.mark.parametrize("adapter", ["biases", "vector"])
+def test_plan_with_a_norm_and_a_gain(device, made, unplanned, adapter):
+    steer = Normed(device, gain=True, **ADAPTERS[adapter])
+    operands, grads = states(5, device), both_grads(device)
+    for check in (made.new, made.none):
+        check(lambda: steer.assert_infers(operands))
+        check(lambda: steer.assert_trains(leaves(operands), grads))
 
 
 @pytest.mark.parametrize("reads", ["sum", "branch"])
