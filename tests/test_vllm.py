@@ -28,6 +28,7 @@ from vllm_models import (
     save_adapter,
     save_lora,
     save_model,
+    second_runner,
 )
 from vllm_worker import ask
 
@@ -470,7 +471,6 @@ def test_vllm_a_number_stands_for_one_adapter(engine, folder):
 )
 def test_vllm_the_second_model_runner(folder, tmp_path, way):
     """vLLM's other runner, in Triton's interpreter: a strength and positions for each request, chunks and cache."""
-    (tmp_path / "sitecustomize.py").write_text(STAND_IN, encoding="utf-8")
     options = {"block_size": 32, "enable_prefix_caching": True, "max_num_batched_tokens": 24, "max_num_seqs": 16}
     rows = [
         ("silu", LONG[0], {"scale": s, "positions": p}) for s in (0.5, -2.0) for p in ("generated", "prompt", "last")
@@ -481,9 +481,7 @@ def test_vllm_the_second_model_runner(folder, tmp_path, way):
         tmp_path / "out.json",
         engine_options(folder / "model", **way, **options),
         requests,
-        PYTHONPATH=str(tmp_path),
-        TRITON_INTERPRET="1",
-        VLLM_USE_V2_MODEL_RUNNER="1",
+        **second_runner(tmp_path),
     )
     right = [
         by_hugging_face(folder, "silu", tuple(prompt), json.dumps(given or ({} if name else {"scale": 0})), NEW_TOKENS)
@@ -491,17 +489,6 @@ def test_vllm_the_second_model_runner(folder, tmp_path, way):
     ]
     assert tokens == right
     assert "gpu/model_runner" in log or "V2" in log
-
-
-#: Lets vLLM take Triton's interpreter for a backend of the CPU, without which its second model runner is refused there.
-STAND_IN = """
-from types import SimpleNamespace
-
-import triton.backends
-
-driver = type("Driver", (), {"is_active": staticmethod(lambda: True)})
-triton.backends.backends["cpu"] = SimpleNamespace(driver=driver, compiler=None)
-"""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
