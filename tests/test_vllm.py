@@ -663,6 +663,35 @@ def test_vllm_a_model_with_images_is_steered_in_its_text_decoder():
     assert reason == "WithImages has no one list of 3 decoder layers; found tower.layers, text.layers"
 
 
+def test_vllm_weights_in_fp8_change_nothing_about_the_slots():
+    """A layer of a quantized model: its weights are float8, its hidden state bfloat16, and the slots stay float32."""
+
+    class Quantized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(64, 64).to(torch.float8_e4m3fn), requires_grad=False)
+            self.mlp = nn.Identity()
+
+        def forward(self, hidden: Any, residual: Any) -> Any:
+            hidden = self.mlp(hidden @ self.weight.to(hidden.dtype))
+            return hidden, residual
+
+    model = Model()
+    model.layers = nn.ModuleList(Quantized() for _ in range(3))
+    reached = reached_in(model)
+    hidden, residual = torch.randn(2, 5, 64).bfloat16()
+    layer = model.layers[1]
+    before = Quantized.forward(layer, hidden, residual)[0]
+    point = reached.points[1]
+    point.make_slots(2)
+    point.put(1, {"steer_up.bias": torch.full((64,), 0.3)}, "identity")
+    assert point.slots.ups.dtype == point.slots.up_biases.dtype == torch.float32
+    reached.batch.fill([1, -1], [2.0, 0.0], [None, None], [3, 2], [0, 0], [3, 2])
+    after, same = layer(hidden, residual)
+    assert same is residual and after.dtype == torch.bfloat16
+    assert torch.equal(after[:3], (before[:3].float() + 0.6).bfloat16()) and torch.equal(after[3:], before[3:])
+
+
 def test_vllm_the_cache_key_has_all_that_a_graph_depends_on(folder):
     """vLLM's own hash changes with the steered layers, their kind and slots, and with a user's additional_config."""
     import types
