@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from ..adapters.parameters import DOWN, UP, UP_BIAS, Place
 from ..config import SteerConfig
 from ..model.decoder import find_decoder
 from ..patch import patch_model
+from ..positions import ALL
 
 #: The size of a layer's shift, as a share of its hidden state's norm.
 DOSE = 0.25
@@ -129,6 +130,39 @@ def write_displaced(adapter: Path, out: Path) -> None:
     places = list(file.tensors)
     moved = dict(zip(places, [file.tensors[place] for place in (places[-1], *places[:-1])], strict=True))
     write_adapter(out, replace(file, tensors=moved))
+
+
+def faulty_readings(answers: Sequence[Answer], layers: int) -> dict[str, list[Answer]]:
+    """Return the answers with what a faulty plug-in would have done in place of what was asked: fault -> answers.
+
+    Adapters with the parameters of other layers are written beside those of the answers.
+
+    Args:
+        layers: of the model. One layer cannot be taken for another.
+    """
+    made = ["0", "1", VECTOR]
+
+    def sibling(adapter: str, name: str) -> str:
+        return str(Path(adapter).with_name(name))
+
+    faults: dict[str, Callable[[Answer, str], Answer]] = {
+        "no steering": lambda one, adapter: replace(one, adapter=None, scale=None, positions=None),
+        "half the strength": lambda one, adapter: replace(one, scale=(1.0 if one.scale is None else one.scale) / 2),
+        "other positions": lambda one, adapter: replace(one, positions="generated" if one.positions is None else ALL),
+        "another adapter": lambda one, adapter: replace(
+            one, adapter=sibling(adapter, made[made.index(Path(adapter).name) - 1])
+        ),
+    }
+    if layers > 1:
+        displaced = {}
+        for adapter in {one.adapter for one in answers if one.adapter is not None}:
+            displaced[adapter] = sibling(adapter, f"displaced-{Path(adapter).name}")
+            write_displaced(Path(adapter), Path(displaced[adapter]))
+        faults["other layers"] = lambda one, adapter: replace(one, adapter=displaced[adapter])
+    return {
+        name: [one if one.adapter is None else fault(one, one.adapter) for one in answers]
+        for name, fault in faults.items()
+    }
 
 
 @torch.no_grad()

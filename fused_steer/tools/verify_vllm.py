@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from multiprocessing import get_context
 from pathlib import Path
@@ -29,16 +29,13 @@ from rich.console import Console
 from .._version import __version__
 from ..config import DTYPES, checked_number
 from ..kernels import MAX_RANK
-from ..positions import ALL
 from .engines import Ask, Engine
-from .throwaway import VECTOR, Answer, Verdict, dtype_of, judge, make_adapters, write_displaced
+from .throwaway import VECTOR, Answer, Verdict, dtype_of, faulty_readings, judge, make_adapters
 
 _STEERING = "steering"  # the key of a request's options
 _PACKAGES = ("vllm", "torch", "triton", "transformers")
 #: The scale and positions of some requests of the trial.
 _SCALE, _POSITIONS = 2.0, "generated"
-#: Begins the name of an adapter's copy with the parameters in other layers.
-_DISPLACED = "displaced-"
 #: The reading of the answers as they were asked for.
 _ASKED = "as asked"
 
@@ -286,35 +283,6 @@ def check_neighbours(engine: Engine, trial: Trial, new_tokens: int) -> tuple[Che
     return Check("neighbours untouched", same == len(plain), seen), answers_of(mixed, tokens)
 
 
-def faulty_readings(answers: Sequence[Answer], layers: int) -> dict[str, list[Answer]]:
-    """Return the answers with what a faulty plug-in would have done in place of what was asked: fault -> answers.
-
-    Args:
-        layers: of the model. One layer cannot be taken for another.
-    """
-    made = ["0", "1", VECTOR]
-
-    def sibling(adapter: str, name: str) -> str:
-        return str(Path(adapter).with_name(name))
-
-    faults: dict[str, Callable[[Answer, str], Answer]] = {
-        "no steering": lambda one, adapter: replace(one, adapter=None, scale=None, positions=None),
-        "half the strength": lambda one, adapter: replace(one, scale=(1.0 if one.scale is None else one.scale) / 2),
-        "other positions": lambda one, adapter: replace(one, positions=_POSITIONS if one.positions is None else ALL),
-        "another adapter": lambda one, adapter: replace(
-            one, adapter=sibling(adapter, made[made.index(Path(adapter).name) - 1])
-        ),
-    }
-    if layers > 1:
-        faults["other layers"] = lambda one, adapter: replace(
-            one, adapter=sibling(adapter, _DISPLACED + Path(adapter).name)
-        )
-    return {
-        name: [one if one.adapter is None else fault(one, one.adapter) for one in answers]
-        for name, fault in faults.items()
-    }
-
-
 def check_acts(answers: Sequence[Answer], verdict: Verdict, faulty: Mapping[str, Verdict]) -> list[Check]:
     """Judge a mixed batch.
 
@@ -506,10 +474,7 @@ def verify(options: VerifyOptions, say: Callable[[str], None], timed: bool = Tru
                 batches = contenders(trial, made, layers)
                 report.samples = measure(batches, made, options.new_tokens, options.rounds)
         say("asking Hugging Face")
-        for adapter in {Path(one.adapter) for one in answers if one.adapter is not None}:
-            write_displaced(adapter, adapter.with_name(_DISPLACED + adapter.name))
-        faulty = faulty_readings(answers, layers)
-        verdicts = apart(judge, *loading, {_ASKED: answers, **faulty})
+        verdicts = apart(judge, *loading, {_ASKED: answers, **faulty_readings(answers, layers)})
         report.checks = [*check_acts(answers, verdicts.pop(_ASKED), verdicts), neighbours, reloaded, graphs]
         say(f"done in {time.perf_counter() - begin:.0f} s")
     return report

@@ -78,9 +78,7 @@ REQUESTS: list[tuple[str | None, dict[str, Any]]] = [
 
 def readings(folder: Path, answers: list[Answer]) -> tuple[throwaway.Verdict, dict[str, throwaway.Verdict]]:
     """Return the verdicts on answers as they were asked for, and on those of faulty plug-ins."""
-    for name in ("0", "1", VECTOR):
-        throwaway.write_displaced(folder / name, folder / f"displaced-{name}")
-    faulty = verify_vllm.faulty_readings(answers, LAYERS)
+    faulty = throwaway.faulty_readings(answers, LAYERS)
     found = judge(str(folder / "model"), "float32", "cpu", {"asked": answers, **faulty})
     return found.pop("asked"), found
 
@@ -101,7 +99,7 @@ def test_verify_vllm_a_faulty_plug_in_is_seen(folder, fault):
     """Hugging Face takes the plug-in's place, with a fault."""
     asked = [Answer(PROMPTS[row], [], name and str(folder / name), **o) for row, (name, o) in enumerate(REQUESTS)]
     given = []
-    for row, one in enumerate(verify_vllm.faulty_readings(asked, LAYERS)[fault]):
+    for row, one in enumerate(throwaway.faulty_readings(asked, LAYERS)[fault]):
         options = {"scale": one.scale, "positions": one.positions} if one.adapter else {}
         tokens = answer(folder, row, one.adapter and Path(one.adapter).name, **options).answer
         given.append(replace(asked[row], answer=tokens))
