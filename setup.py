@@ -40,6 +40,7 @@ NOTEBOOKS = ["ipykernel", "nbclient", "nbformat"]
 TEST = [
     *CHAT,
     *DEMO,
+    *NOTEBOOKS,
     *QUANT,
     *TRL,
     "build",

@@ -45,7 +45,7 @@ SETS: dict[str, dict[str, str]] = {
     "triton-3.9": {"triton": "3.9.*"},
     "trl-1.14": {"trl": "1.14.*"},
     "trl-1.15": {"trl": "1.15.*"},
-    "torch-2.11": {"torch": "2.11.*", "triton": "3.6.*"},
+    "torch-2.11": {"torch": "2.11.*", "triton": "3.6.*", "setuptools": "81.*"},  # it requires setuptools < 82
     "torch-2.12": {"torch": "2.12.*", "triton": "3.7.*"},
     "torch-2.14": {"torch": "2.14.*", "triton": "3.8.*"},
     "torch-2.15": {"torch": "2.15.*", "triton": "3.9.*"},
@@ -165,8 +165,10 @@ def run_set(name: str, folder: Path, timeout: float, workers: int) -> Outcome:
     )
     found.versions = json.loads(subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout)
     options = ["-q", "-n", str(workers), "--dist", "loadfile", "-p", "no:cacheprovider"]
-    # not `python -m pytest`, which makes the checkout's folder `kernels` importable
-    command = [place / "bin" / "pytest", *options, *files_of(changed)]
+    # By the environment's own Python: bin/pytest names the Python of the environment that a copy was made of. Not by
+    # `python -m pytest`, which makes the checkout's folder `kernels` importable.
+    code = "import sys; sys.path.pop(0); import pytest; sys.exit(pytest.console_main())"
+    command = [python, "-c", code, *options, *files_of(changed)]
     start = time.monotonic()
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)

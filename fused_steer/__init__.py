@@ -11,6 +11,7 @@ The map, in reading order. A file imports only files that stand above it.
     adapters/            adapters and how they are stored
         parameters.py    the format: names, paths and shapes of the tensors; the module in a layer
         saving.py        replaces files whole, with any number of saving processes
+        fields.py        reads JSON objects with each name once
         weights.py       the weights file: safetensors with the config in the header
         files.py         reads and writes an adapter's two files, with checks
         combining.py     adds up linear adapters
@@ -42,6 +43,7 @@ The map, in reading order. A file imports only files that stand above it.
         options.py       the scale and the positions of one served request
         caches.py        finds key-value caches and their lengths
         rows.py          steers one place while each row has its own adapter
+        replaced.py      replaces methods of a model, such as generate
         continuous.py    the tokens of each request in transformers' continuous batching
         batch.py         steers each row of a batch by its own adapter
         mixed.py         PEFT's batches with an adapter for each row

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from typing import Any, ParamSpec
 
 import torch
@@ -42,7 +43,7 @@ def _check_fields(given: Mapping[str, Any]) -> None:
         raise TypeError(f"SteerConfig has no field {', '.join(map(repr, unknown))}; expected {', '.join(known)}")
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Return a NumPy or PyTorch number as Python's own number, and any other value unchanged."""
     if not isinstance(value, (int, float)) and getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
         return value.item()
@@ -126,7 +127,7 @@ class SteerConfig:
         fixed = form if vector or loreft else None
         fields: dict[str, Any] = {
             "form": form,
-            "rank": _given("rank", _plain(rank), 0 if vector else 8, form if vector else None),
+            "rank": _given("rank", plain(rank), 0 if vector else 8, form if vector else None),
             "activation": _given("activation", activation, "identity" if vector or loreft else "silu", fixed),
             "layers": None if layers is None else _checked_layers(layers),
             "site": _checked_site(site),
@@ -153,7 +154,7 @@ class SteerConfig:
         for name in ("down_bias", "up_bias"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} is {getattr(self, name)!r}; expected True or False")
-        if self.dtype not in DTYPES:
+        if not isinstance(self.dtype, str) or self.dtype not in DTYPES:
             raise ValueError(f"dtype is {self.dtype!r}; expected one of {', '.join(DTYPES)}")
         if self.orthogonal_to not in (None, *ORTHOGONAL_TO):
             raise ValueError(f"orthogonal_to is {self.orthogonal_to!r}; expected 'lora' or None")
@@ -214,13 +215,14 @@ def _given(name: str, value: Any, default: Any, form: str | None) -> Any:
 
 def checked_number(name: str, value: Any) -> float:
     """Return the value as a float that is finite in float32, the kernels' dtype. An error names the field."""
-    value = _plain(value)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    value = plain(value)
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} is {value!r}; expected a number")
     try:
         number = float(value)
     except OverflowError:  # an integer with too many digits for Python to print
-        raise ValueError(f"{name} is an integer of {int(value).bit_length()} bits; expected a float32 number") from None
+        whole: Any = value
+        raise ValueError(f"{name} is an integer of {int(whole).bit_length()} bits; expected a float32 number") from None
     if not math.isfinite(number):
         raise ValueError(f"{name} is {number}; expected a finite number")
     if abs(number) > FLOAT32_MAX:
@@ -247,7 +249,7 @@ def _checked_layers(layers: Any) -> tuple[int, ...]:
     if getattr(layers, "ndim", None) == 1 and hasattr(layers, "tolist"):
         layers = layers.tolist()
     if isinstance(layers, Sequence) and not isinstance(layers, (str, bytes)):
-        layers = [_plain(index) for index in layers]
+        layers = [plain(index) for index in layers]
     if isinstance(layers, (str, bytes)) or not isinstance(layers, Sequence) or not all(map(_is_int, layers)):
         raise TypeError(f"layers is {layers!r}; expected a list of integers, or None for every layer")
     if not layers:

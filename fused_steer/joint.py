@@ -18,16 +18,16 @@ from typing import Any
 from torch import nn
 
 from .adapters.distributed import is_first, sharder
+from .adapters.fields import read_json
 from .adapters.files import (
     CONFIG_NAME,
     JOINT_NAME,
     WEIGHTS_NAME,
     files_digest,
     read_adapter,
-    read_json,
 )
 from .adapters.parameters import PEFT_PREFIX, by_lower, check_name, refuse_clash, unwrapped
-from .adapters.saving import copy_regular, leftovers, saving_folder, write_new
+from .adapters.saving import copy_regular, leftovers, saving_folder, target_folder, write_new
 from .lora.layers import lora_layers, saved_modules
 from .model.decoder import find_decoder, inside_peft
 from .patch import patch_model
@@ -91,7 +91,7 @@ def save_joint(model: nn.Module, directory: str | os.PathLike[str]) -> None:
 
     Raises:
         ValueError: the model is not steered or carries no LoRA, FSDP or ZeRO has sharded it, a part cannot be written,
-            or the name of a LoRA is not valid for a folder.
+            the path is empty, or the name of a LoRA is not valid for a folder.
         NotADirectoryError: `directory` is a file.
     """
     steering = steering_of(model)
@@ -103,9 +103,7 @@ def save_joint(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         raise ValueError(f"the model is sharded by {by}; expected every process to hold it whole (DDP)")
     if not is_first():
         return
-    target = Path(directory)
-    if target.exists() and not target.is_dir():
-        raise NotADirectoryError(f"{target} is a file; expected a directory to save both adapters in")
+    target = target_folder(directory, "both adapters")
     target.mkdir(parents=True, exist_ok=True)
     with saving_folder(target, "joint", keep=lambda folder: _needed(target, folder)) as new:
         steering.save(new / STEERING_FOLDER)

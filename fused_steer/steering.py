@@ -19,17 +19,18 @@ from .adapters.combining import combine_adapters
 from .adapters.distributed import check_unsharded, first_writes, is_first
 from .adapters.files import AdapterFile, read_adapter, write_adapter
 from .adapters.hub import push_adapter
-from .adapters.parameters import SITE, UP_BIAS, Adapter, Place, by_lower, check_name, refuse_clash
+from .adapters.parameters import SITE, Adapter, Place, by_lower, check_name, refuse_clash
 from .config import SteerConfig, checked_number
 from .lora.constraints import Constraints
 from .lora.layers import adapter_parameters, computing_by
 from .model.decoder import execution_device, inside_peft
 from .model.decoder_hooks import warn_of_frozen
 from .model.patched import PatchedModel, describe
-from .model.stored import adapter_file, check_same_config, files_of_state, restore_values
+from .model.stored import adapter_file, check_same_config, files_of_state, restore_values, vectors_file
 from .model.watch import Report
 from .positions import ALL, read_positions
 from .serving.batch import Batch, run_batch
+from .serving.continuous import generate_inside
 from .serving.gains import Gains
 from .serving.holding import checked_size, hold_adapters, make_slots
 from .serving.pool import AdapterPool
@@ -54,6 +55,7 @@ class Steering:
         self._constraints = Constraints(model, self._decoder)
         self._scopes = self._patched.scopes
         self._pool: AdapterPool | None = None
+        self._unpatched = False
         self._batch: Batch | None = None
         self._gains = Gains(model, self._decoder.module, self._is_idle, self._is_tracing, self._batch_of_active)
         self._save_pretrained = saving_of(self._given, model, self)
@@ -124,22 +126,10 @@ class Steering:
             TypeError, ValueError: a vector is not of d finite numbers, the model lacks a layer, the name is taken or
                 invalid, or FSDP or ZeRO has sharded the model.
         """
-        if not isinstance(vectors, Mapping):
-            raise TypeError(f"vectors is a {type(vectors).__name__}; expected a tensor for each layer, by its index")
         self._check_new_name(name)
         check_unsharded(self._decoder.layers, "adapters to be added")
-        config = SteerConfig("vector", layers=list(vectors), site=site, scale=scale, positions=positions)
-        layout = self._decoder.layout
-        tensors = {}
-        for place in layout.places(config):
-            vector = torch.as_tensor(vectors[place.layer]).detach().to("cpu", torch.float32, copy=True).contiguous()
-            if tuple(vector.shape) != (layout.hidden,):
-                raise ValueError(
-                    f"the vector of layer {place.layer} has shape {tuple(vector.shape)}; expected ({layout.hidden},)"
-                )
-            tensors[place] = {UP_BIAS: vector}
-        everywhere = layout.config_layers(vectors) is None
-        self._insert_file(name, AdapterFile(replace(config, layers=None) if everywhere else config, layout, tensors))
+        options: dict[str, Any] = {"scale": scale, "site": site, "positions": positions}
+        self._insert_file(name, vectors_file(vectors, self._decoder.layout, **options))
 
     @torch.inference_mode(False)  # inference tensors never train
     def combine(self, weights: Mapping[str, float], name: str = "combined") -> None:
@@ -159,7 +149,9 @@ class Steering:
         """
         self._check_new_name(name)
         check_unsharded(self._decoder.layers, "adapters to be combined")
-        files = {part: (weight, self._file(self._known(part))[0]) for part, weight in weights.items()}
+        if not isinstance(weights, Mapping):
+            raise TypeError(f"weights is a {type(weights).__name__}; expected a weight for each adapter, by its name")
+        files = {part: (weight, self._file(self._named(part))[0]) for part, weight in weights.items()}
         self._insert_file(name, combine_adapters(files))
 
     def restore(self, source: str | os.PathLike[str], name: str | None = None) -> None:
@@ -212,7 +204,7 @@ class Steering:
             ValueError: a running batch uses it.
             RuntimeError: see `use`.
         """
-        self._known(name)
+        self._named(name)
         with self._changing("steering.remove is called"):
             if self._batch is not None and name in self._batch.held.numbers:
                 raise ValueError(f"adapter {name!r} is in use by a running batch; expected it to be removed afterwards")
@@ -292,7 +284,14 @@ class Steering:
         Raises:
             RuntimeError: the model runs in another thread, or `disabled` or a batch is open in one.
         """
-        with self._patched.disable("steering.disabled()"):
+        with self._disable("steering.disabled()"):
+            yield
+
+    @contextlib.contextmanager
+    def _disable(self, what: str) -> Iterator[None]:
+        undo = contextlib.ExitStack()
+        with self._patched.disable(what, undo.close):
+            generate_inside(self._model, what, undo)
             yield
 
     @contextlib.contextmanager
@@ -304,7 +303,13 @@ class Steering:
         Raises:
             ValueError: an unknown mode, or one that needs a LoRA on a model that carries none.
         """
-        with computing_by(mode, self._model, self._scopes, self._patched.disable):
+        with computing_by(mode, self._model, self._open, self._disable):
+            yield
+
+    @contextlib.contextmanager
+    def _open(self, what: str, undo: contextlib.ExitStack) -> Iterator[None]:
+        with self._scopes.open(what, undo.close):
+            generate_inside(self._model, what, undo)
             yield
 
     @contextlib.contextmanager
@@ -370,7 +375,7 @@ class Steering:
             yield
 
     def _is_idle(self) -> bool:
-        return self._batch is not None or self._patched.disabled > 0 or not self._patched.layers
+        return self._batch is not None or self._patched.disabled or not self._patched.layers
 
     def _is_tracing(self) -> bool:
         return self._constraints.tracing
@@ -414,7 +419,7 @@ class Steering:
             TypeError, ValueError: a size, layer or dtype is out of range, there is a pool already, or FSDP or ZeRO has
                 sharded the model.
         """
-        kept = checked_size(slots, rank, dtype)
+        slots, rank, kept = checked_size(slots, rank, dtype)
         if self._pool is not None:
             raise ValueError("there is a pool already; expected close_pool() first")
         if self._batch is not None:
@@ -490,11 +495,18 @@ class Steering:
             self._configs.clear()
             self._pool = self._active = None
             vars(self._model).pop("steering", None)
+            self._unpatched = True
         return self._given
 
     @contextlib.contextmanager
     def _changing(self, what: str) -> Iterator[None]:
-        """Let adapters change inside this context. No other thread may run the model. An exception undoes changes."""
+        """Let adapters change inside this context. No other thread may run the model. An exception undoes changes.
+
+        Raises:
+            RuntimeError: the model is unpatched; or see `Scopes.change`.
+        """
+        if self._unpatched:
+            raise RuntimeError(f"{what} after steering.unpatch(); expected patch_model to be called again")
         with self._patched.changing(what):
             configs, active, pool, positions = dict(self._configs), self._active, self._pool, self._gains.positions
             give_back = self._constraints.remember()
@@ -541,8 +553,11 @@ class Steering:
             if self._active is None:
                 raise KeyError(f"no adapter is in use; expected one of {self.names} to be named, or used")
             return self._active
-        if name not in self._configs:
-            raise KeyError(f"no adapter {name!r}; expected one of {self.names}")
+        return self._named(name)
+
+    def _named(self, name: Any) -> str:
+        if not isinstance(name, str) or name not in self._configs:
+            raise KeyError(f"no adapter {name!r:.200}; expected one of {self.names}")
         return name
 
     def _check_new_name(self, name: str) -> None:

@@ -18,6 +18,7 @@ The map, in reading order. A file imports only files that stand above it.
     norm_torch.py    RMSNorm in plain PyTorch
     norm.py          RMSNorm: forward and backward kernels, launchers, autograd
     post_block_norm.py post_block and the RMSNorm that follows, forward by one kernel
+    planned_norm.py  post_block_norm with launch plans, for a layer's site
     grouped_torch.py post_block_grouped in plain PyTorch
     grouped.py       the op with an adapter for each token, forward only
     orthogonal.py    Joint-Orth's projections, for all layers at once

@@ -194,11 +194,16 @@ def record_passes(case: Case, target: str) -> dict[str, list[Launch]]:
 
 
 def _record_backward(
-    case: Case, device: Device, call: _Call, out: torch.Tensor, a: torch.Tensor | None
+    case: Case,
+    device: Device,
+    call: _Call,
+    out: torch.Tensor,
+    a: torch.Tensor | None,
+    grad: torch.Tensor | None = None,
 ) -> list[Launch]:
     if case.rank > 0 and a is None:
         a = torch.empty(case.tokens, case.rank, device="meta")
-    grad = torch.empty_like(call.residual)
+    grad = torch.empty_like(call.residual) if grad is None else grad
     with recorded(device) as launches:
         triton_backward(grad, call.branch if case.reads == "branch" else out, a, call.operands, call.needs)
     return launches
@@ -225,8 +230,8 @@ def record_norm_passes(
         inverse = torch.empty(case.tokens, device="meta")
     grad, grad_normed = torch.empty_like(out), torch.empty_like(out)
     with recorded(device) as backward:
-        triton_norm_backward(grad, grad_normed, out, inverse, norm, needs)
-    backward += _record_backward(case, device, call, out, a)
+        whole, _ = triton_norm_backward(grad, grad_normed, out, inverse, norm, needs)
+    backward += _record_backward(case, device, call, out, a, whole)
     with recorded(device) as alone:
         triton_norm_forward(out, None, norm, case.keeps_a)
     with recorded(device) as alone_backward:

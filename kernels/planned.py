@@ -38,8 +38,9 @@ class PlannedPostBlock:
         Args:
             activation: φ by name.
             scale: s.
-            weights: W1 (r, d), W2 (d, r), b1 (r,) and b2 (d,), or None for a missing one. Only which of them are None
-                is stored; each call passes its own weights.
+            weights: W1 (r, d), W2 (d, r), b1 (r,) and b2 (d,), or None for a missing one, and perhaps the gain of each
+                token, g (...), as a fifth. Only which of them are None is stored; each call passes its own. The gain
+                gets no gradient.
             reads: the tensor that W1 is applied to, "sum" or "branch".
         """
         self._activation, self._scale, self._reads = activation, scale, reads
@@ -118,7 +119,7 @@ class PlannedPostBlock:
         return _apply((training, None, results, packed), *states, *weights)
 
     def _call(self, states: tuple[Tensor, ...], weights: tuple[Tensor, ...], packed: Packed | None) -> _Call:
-        operands = _operands(self._where, weights, self._scale, self._activation, self._reads, packed)
+        operands = planned_operands(self._where, weights, self._scale, self._activation, self._reads, packed)
         return states[0], states[1] if len(states) == 2 else None, operands
 
     def _may_plan(self, call: _Call) -> bool:
@@ -134,11 +135,11 @@ class PlannedPostBlock:
         residual, branch, operands = call
         return post_block(
             residual, branch, operands.down, operands.up, down_bias=operands.down_bias, up_bias=operands.up_bias,
-            activation=self._activation, scale=self._scale, reads=self._reads,
+            activation=self._activation, gain=operands.gain, scale=self._scale, reads=self._reads,
         )  # fmt: skip
 
 
-def _operands(
+def planned_operands(
     where: tuple[bool, ...],
     weights: Iterable[Tensor],
     scale: float,
@@ -146,11 +147,12 @@ def _operands(
     reads: str,
     packed: Packed | None,
 ) -> Operands:
-    """Return the operands of a call. `where` tells which of W1, W2, b1 and b2 the weights are."""
+    """Return the operands of a planned call. `where` tells which of W1, W2, b1, b2 and the gain the weights are."""
     given = iter(weights)
-    down, up, down_bias, up_bias = (next(given) if there else None for there in where)
+    present = [next(given) if there else None for there in where]
+    down, up, down_bias, up_bias, gain = (*present, None)[:5]
     return Operands(
-        down, up, down_bias, up_bias, scale=scale, activation=activation, packed=packed, reads=reads
+        down, up, down_bias, up_bias, gain, scale=scale, activation=activation, packed=packed, reads=reads
     )  # fmt: skip
 
 
@@ -181,7 +183,7 @@ class _Training:
         of_states = [state.requires_grad for state in states]
         self.whole = len(states) == 2 and all(of_states)  # the gradient of the block's input is complete
         given = iter(weights)
-        down, up, down_bias, up_bias = (there and next(given).requires_grad for there in where)
+        down, up, down_bias, up_bias, *_ = (there and next(given).requires_grad for there in where)
         adapter = where[0]
         reads_branch = adapter and constants[2] == "branch"
         of_x = of_states[1] if reads_branch else any(of_states)
@@ -279,7 +281,7 @@ def _careful_backward(training: _Training, operands: tuple[Tensor, ...], packed:
     save_kept, save_a, _ = training.saves
     grad = next(given)
     kept, a = next(given) if save_kept else None, next(given) if save_a else None
-    steering = _operands(training.where, given, *training.constants, packed)
+    steering = planned_operands(training.where, given, *training.constants, packed)
 
     def call() -> Any:
         return backward(grad, kept, a, steering, training.needs)

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -1406,6 +1407,8 @@ _backward_op = register(
 
 # -------------------------------------------------------------------------------------------------------- user's call
 
+_TENSORS = ("residual", "branch", "down", "up", "down_bias", "up_bias", "gain", "basis")
+_FLOAT32_MAX = torch.finfo(torch.float32).max
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -1421,6 +1424,9 @@ def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], device: tor
 def check_operands(residual: Tensor, branch: Tensor | None, operands: Operands) -> None:
     """Check the operands of the op. Raise a one-line error with the value and the expected one."""
     down, up, down_bias, up_bias, gain, basis, scale, activation, _, reads = operands
+    for name, tensor in zip(_TENSORS, (residual, branch, down, up, down_bias, up_bias, gain, basis), strict=True):
+        if not isinstance(tensor, Tensor) and (tensor is not None or name == "residual"):
+            raise TypeError(f"{name} is a {type(tensor).__name__}; expected a tensor")
     if residual.dim() < 1 or residual.shape[-1] == 0:
         raise ValueError(f"residual has shape {tuple(residual.shape)}; expected (..., d) with d > 0")
     device, hidden = residual.device, residual.shape[-1]
@@ -1459,8 +1465,11 @@ def check_operands(residual: Tensor, branch: Tensor | None, operands: Operands) 
         _check_tensor("basis", basis, basis.shape, device)
     if isinstance(scale, Tensor):
         _check_tensor("scale", scale, (), device)
-    elif isinstance(scale, bool) or not isinstance(scale, (float, int)):
+    elif isinstance(scale, bool) or not isinstance(scale, (float, int, Real)):
         raise TypeError(f"scale is a {type(scale).__name__}; expected a float or a 0-dim tensor")
+    elif not torch.compiler.is_compiling() and residual.dtype != torch.float64 and not abs(scale) <= _FLOAT32_MAX:
+        shown = scale if isinstance(scale, float) else "too large"
+        raise ValueError(f"scale is {shown}; expected at most {_FLOAT32_MAX:.7g} in magnitude, float32's largest")
 
 
 def _check_backend(backend: str, *operands: Any) -> None:
@@ -1512,11 +1521,11 @@ def post_block(
         (..., d), contiguous, in the dtype of `residual + branch`.
 
     Raises:
-        ValueError: a shape, device, rank, activation or `reads` is not supported.
-        TypeError: a dtype is not supported, or the scale is neither a number nor a tensor.
+        ValueError: a shape, device, rank, activation or `reads` is not supported, or the scale is beyond float32.
+        TypeError: a dtype is not supported, or an argument is no tensor, or the scale neither a number nor a tensor.
         RuntimeError: the backend of FUSED_STEER_BACKEND cannot run here, or a second derivative is required.
     """
-    in_graph = torch.compiler.is_compiling() or is_described(residual)
+    in_graph = torch.compiler.is_compiling() or (isinstance(residual, Tensor) and is_described(residual))
     check_operands(
         residual, branch, Operands(down, up, down_bias, up_bias, gain, basis, scale, activation, reads=reads)
     )  # fmt: skip

@@ -209,81 +209,8 @@ def triton_forward_norm(
 #: out, normed, a, 1 / rms
 _Result = tuple[Tensor, Tensor, "Tensor | None", "Tensor | None"]
 
-_forward_plans: dict[Any, OpPlan] = {}
-_backward_plans: dict[Any, OpPlan] = {}
 
-
-def forward_norm(residual: Tensor, branch: Tensor | None, operands: Operands, norm: Norm, keep: bool) -> _Result:
-    """Run the forward on the backend of the residual's device. See `triton_forward_norm`."""
-    with _no_autocast(residual.device):
-        backend = select_backend(residual.device)
-        _check_backend(backend, residual, branch, *operands, norm.weight)
-        projected = _projected(operands)
-        if backend == "torch":
-            out, a = torch_backend.forward(residual, branch, projected, keep)
-            normed, inverse = norm_torch.forward(out, norm)
-            return out, normed, a, inverse if keep else None
-        if operands.basis is not None:
-            return triton_forward_norm(residual, branch, projected, norm, keep)
-        tensors, kind = _split(
-            (residual, branch, *operands[:6], operands.scale, *(operands.packed or (None, None)), norm.weight)
-        )
-        key = (residual.shape, residual.dtype, kind, operands.activation, operands.reads, *norm[1:], keep)
-        has_a, present = keep and operands.rank > 0, [*tensors]
-
-        def call() -> Sequence[Tensor]:
-            return [t for t in triton_forward_norm(residual, branch, projected, norm, keep) if t is not None]
-
-        found = iter(run_planned(_forward_plans, key, present, call))
-        out, normed = next(found), next(found)
-        return out, normed, next(found) if has_a else None, next(found) if keep else None
-
-
-def _split(values: Sequence[Any]) -> tuple[list[Tensor], tuple[Any, ...]]:
-    """Return the tensors among operands, and what else tells two calls apart: the numbers, and which are tensors."""
-    tensors = [value for value in values if isinstance(value, Tensor)]
-    return tensors, tuple(True if isinstance(value, Tensor) else value for value in values)
-
-
-def _backward_norm(
-    grad: Tensor | None, grad_normed: Tensor, saved: Sequence[Tensor | None], norm: Norm, need_weight: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Return the whole gradient of `out`, and the gradient of the norm's weight if it is needed."""
-    out, inverse = saved
-    assert out is not None and inverse is not None
-    needs = (True, need_weight)
-
-    def call() -> Sequence[Tensor]:
-        return [t for t in norm_backward(grad, grad_normed, out, inverse, norm, needs) if t is not None]
-
-    with _no_autocast(out.device):
-        if select_backend(out.device) == "torch":
-            found = call()
-        else:
-            tensors, kind = _split((grad, grad_normed, out, inverse, norm.weight))
-            found = run_planned(_backward_plans, (out.shape, out.dtype, kind, *norm[1:], need_weight), tensors, call)
-    return found[0], found[1] if need_weight else None
-
-
-_steering_plans: dict[Any, OpPlan] = {}
-
-
-def _steering_backward(
-    grad: Tensor, kept: Tensor | None, a: Tensor | None, operands: Operands, needs: list[bool]
-) -> Sequence[Tensor]:
-    """Run post_block's backward, planned."""
-
-    def call() -> Sequence[Tensor]:
-        return backward(grad, kept, a, operands, needs)
-
-    if select_backend(grad.device) == "torch" or operands.basis is not None:
-        return call()
-    tensors, kind = _split((grad, kept, a, *operands[:6], operands.scale, *(operands.packed or (None, None))))
-    key = (grad.shape, grad.dtype, kind, operands.activation, operands.reads, *needs)
-    return run_planned(_steering_plans, key, tensors, call)
-
-
-class _Saved(NamedTuple):
+class Saved(NamedTuple):
     """The tensors that the forward keeps. `branch` is kept only if W1 was applied to it."""
 
     out: Tensor
@@ -292,23 +219,93 @@ class _Saved(NamedTuple):
     inverse: Tensor
 
 
+def forward_norm(residual: Tensor, branch: Tensor | None, operands: Operands, norm: Norm, keep: bool) -> _Result:
+    """Run the forward on the backend of the residual's device. See `triton_forward_norm`."""
+    with _no_autocast(residual.device):
+        backend = select_backend(residual.device)
+        _check_backend(backend, residual, branch, *operands, norm.weight)
+        projected = _projected(operands)
+        if backend == "triton":
+            return triton_forward_norm(residual, branch, projected, norm, keep)
+        out, a = torch_backend.forward(residual, branch, projected, keep)
+        normed, inverse = norm_torch.forward(out, norm)
+        return out, normed, a, inverse if keep else None
+
+
 def backward_norm(
-    grad: Tensor | None, grad_normed: Tensor | None, saved: _Saved, operands: Operands, norm: Norm, needs: list[bool]
+    grad: Tensor | None,
+    grad_normed: Tensor | None,
+    saved: Saved,
+    operands: Operands,
+    norm: Norm,
+    needs: Sequence[bool],
 ) -> list[Tensor]:
     """Return the gradients that `needs` selects, each in the dtype of its own tensor.
 
     They are, in order: that of `out` with the norm's share, those of `post_block.backward`, and the norm weight's. At
     least one of the gradients of `out` and `normed` is given.
     """
+    of_out, *of_steering, of_weight = needs
     whole, d_weight = grad, None
     if grad_normed is not None:
-        whole, d_weight = _backward_norm(grad, grad_normed, (saved.out, saved.inverse), norm, needs[-1])
-    elif needs[-1] and norm.weight is not None:
+        both = (of_out or any(of_steering), of_weight)
+        with _no_autocast(saved.out.device):
+            whole, d_weight = norm_backward(grad, grad_normed, saved.out, saved.inverse, norm, both)
+    elif of_weight and norm.weight is not None:
         d_weight = torch.zeros_like(norm.weight)
-    assert whole is not None
-    kept = None if not needs[2] else saved.out if operands.reads == "sum" else saved.branch
-    found = _steering_backward(whole, kept, saved.a, operands, needs[1:-1]) if any(needs[1:-1]) else ()
-    return [*([whole] if needs[0] else ()), *found, *(() if d_weight is None else (d_weight,))]
+    found: list[Tensor] = []
+    if any(of_steering):
+        assert whole is not None
+        kept = None if not needs[2] else saved.out if operands.reads == "sum" else saved.branch
+        found = backward(whole, kept, saved.a, operands, of_steering)
+    return [t for t in (whole if of_out else None, *found, d_weight) if t is not None]
+
+
+_forward_plans: dict[Any, OpPlan] = {}
+_backward_plans: dict[Any, OpPlan] = {}
+
+
+def _run_forward(residual: Tensor, branch: Tensor | None, operands: Operands, norm: Norm, keep: bool) -> _Result:
+    """Run `forward_norm`, by a plan if one applies."""
+
+    def call() -> _Result:
+        return forward_norm(residual, branch, operands, norm, keep)
+
+    if operands.basis is not None or select_backend(residual.device) == "torch":
+        return call()
+    tensors, kind = _split((residual, branch, *operands[:7], *(operands.packed or (None, None)), norm.weight))
+    key = (residual.shape, residual.dtype, kind, operands.activation, operands.reads, *norm[1:], keep)
+    found = iter(run_planned(_forward_plans, key, tensors, lambda: [t for t in call() if t is not None]))
+    out, normed = next(found), next(found)
+    return out, normed, next(found) if keep and operands.rank else None, next(found) if keep else None
+
+
+def _run_backward(
+    grad: Tensor | None,
+    grad_normed: Tensor | None,
+    saved: Saved,
+    operands: Operands,
+    norm: Norm,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """Run `backward_norm`, by a plan if one applies. A call without the gradient of `normed` is not planned."""
+
+    def call() -> list[Tensor]:
+        return backward_norm(grad, grad_normed, saved, operands, norm, needs)
+
+    if grad_normed is None or operands.basis is not None or select_backend(grad_normed.device) == "torch":
+        return call()
+    tensors, kind = _split(
+        (grad, grad_normed, *saved, *operands[:7], *(operands.packed or (None, None)), norm.weight)
+    )  # fmt: skip
+    key = (saved.out.shape, saved.out.dtype, kind, operands.activation, operands.reads, *norm[1:], *needs)
+    return list(run_planned(_backward_plans, key, tensors, call))
+
+
+def _split(values: Sequence[Any]) -> tuple[list[Tensor], tuple[Any, ...]]:
+    """Return the tensors among operands, and what else tells two calls apart: the numbers, and which are tensors."""
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    return tensors, tuple(True if isinstance(value, Tensor) else value for value in values)
 
 
 # ------------------------------------------------------------------------------------------------------ registered ops
@@ -316,7 +313,7 @@ def backward_norm(
 
 def _op_forward(*inputs: Any) -> tuple[Tensor, ...]:
     residual, branch, *operands = inputs[:12]
-    found = forward_norm(residual, branch, _of_op(*operands), Norm(*inputs[12:16]), inputs[16])
+    found = _run_forward(residual, branch, _of_op(*operands), Norm(*inputs[12:16]), inputs[16])
     kind = torch_backend.accumulation_dtype(found[0].dtype)
     return tuple(empty(0, dtype=kind, device=residual.device) if t is None else t for t in found)
 
@@ -333,8 +330,8 @@ def _op_forward_fake(*inputs: Any) -> tuple[Tensor, ...]:
 
 def _op_backward(*inputs: Any) -> list[Tensor]:
     grad, grad_normed, *saved = inputs[:6]
-    found = backward_norm(
-        grad, grad_normed, _Saved(*saved), _of_op(*inputs[6:16]), Norm(*inputs[16:20]), inputs[20]
+    found = _run_backward(
+        grad, grad_normed, Saved(*saved), _of_op(*inputs[6:16]), Norm(*inputs[16:20]), inputs[20]
     )  # fmt: skip
     return [t.clone() if t is grad else t for t in found]  # no result of an op shares its arguments' memory
 
@@ -372,7 +369,7 @@ class _PostBlockNorm(torch.autograd.Function):
         else:
             strength = scale if scale_tensor is None else scale_tensor
             adapter = Operands(down, up, down_bias, up_bias, gain, basis, strength, activation, packed, reads)
-            out, normed, a, inverse = forward_norm(residual, branch, adapter, Norm(weight, *kind), True)
+            out, normed, a, inverse = _run_forward(residual, branch, adapter, Norm(weight, *kind), True)
         ctx.packed, ctx.in_graph = packed, in_graph
         of_residual, of_branch, *of_weights, d_weight = ctx.needs_input_grad[:9]
         low_rank, of_sum = down is not None, reads == "sum"
@@ -414,8 +411,8 @@ def _differentiate(ctx: Any, grad: Tensor | None, grad_normed: Tensor | None) ->
         down, up, down_bias, up_bias, gain, scale_tensor = weights
         strength = scale if scale_tensor is None else scale_tensor
         adapter = Operands(down, up, down_bias, up_bias, gain, basis, strength, activation, ctx.packed, reads)
-        saved = _Saved(out, branch, a, inverse)
-        found = iter(backward_norm(grad, grad_normed, saved, adapter, Norm(weight, *kind), ctx.needs))
+        saved = Saved(out, branch, a, inverse)
+        found = iter(_run_backward(grad, grad_normed, saved, adapter, Norm(weight, *kind), ctx.needs))
     whole, dx, *others = [next(found) if need else None for need in ctx.needs]
     both = (whole if dx is None or reads == "branch" else dx, whole if dx is None else dx)
     states = (None if dtype is None or d is None else d.to(dtype) for d, dtype in zip(both, ctx.dtypes, strict=True))
@@ -492,6 +489,16 @@ def post_block_norm(
     return steer_and_normalise(residual, branch, operands, Norm(norm_weight, eps, plus_one, rounds_first))
 
 
+def may_plan(residual: Tensor, branch: Tensor | None, operands: Operands, norm: Norm) -> tuple[str, bool]:
+    """Return the backend of an eager call, and whether a kernel runs it, after its operands were checked."""
+    backend = select_backend(residual.device)
+    if is_described(residual) or backend != "triton" or torch._C._are_functorch_transforms_active():
+        return backend, False
+    check_operands(residual, branch, operands)
+    check_norm(residual, norm)
+    return backend, operands.down is None or operands.rank > 0
+
+
 def steer_and_normalise(
     residual: Tensor, branch: Tensor | None, operands: Operands, norm: Norm
 ) -> tuple[Tensor, Tensor]:
@@ -520,4 +527,4 @@ def steer_and_normalise(
         return torch.ops.fused_steer.post_block_norm(*states, *weights, *rest, *norm, wanted)[:2]
     if wanted:
         return _PostBlockNorm.apply(*states, *weights, norm.weight, *rest, *norm[1:], operands.packed, False)
-    return forward_norm(residual, branch, operands, norm, False)[:2]
+    return _run_forward(residual, branch, operands, norm, False)[:2]

@@ -30,11 +30,16 @@ def is_described(tensor: Tensor) -> bool:
     Raises:
         RuntimeError: torch.jit.trace is recording.
     """
-    if torch._C._get_tracing_state() is not None:
-        raise RuntimeError("torch.jit.trace cannot record fused-steer's ops; expected torch.export or torch.compile")
+    refuse_jit_trace()
     if isinstance(tensor, FakeTensor) or tensor.is_meta:
         return True
     return torch._C._len_torch_dispatch_stack() > 0 and any(map(torch._C._get_dispatch_mode, _DESCRIBING))
+
+
+def refuse_jit_trace() -> None:
+    """Raise RuntimeError if torch.jit.trace is recording."""
+    if torch._C._get_tracing_state() is not None:
+        raise RuntimeError("torch.jit.trace cannot record fused-steer's ops; expected torch.export or torch.compile")
 
 
 def register(

@@ -298,6 +298,20 @@ def _forward_shared(
     return max((stages - 1) * column * columns, writing * columns2)
 
 
+def _fitting(columns: int, of_column: int, others: int, device: Device) -> int:
+    """Return the columns of a tile, halved until its operands fit in the shared memory of GPUs before sm_80.
+
+    These copy nothing asynchronously. A product's operands are held twice in two bytes, as loaded and as multiplied, or
+    once in four.
+
+    Args:
+        of_column, others: the elements of the operands for each column, and those for all columns together.
+    """
+    while device.gpu == "cuda7" and columns > 16 and 4 * (columns * of_column + others) > device.shared:
+        columns //= 2
+    return columns
+
+
 def _vendor(device: Device) -> str:
     return "hip" if device.gpu == "hip" else "cuda"
 
@@ -360,15 +374,22 @@ def forward_splits(
         block_n, block_d, warps, stages = _narrowed(
             tile, _RAGGED_FORWARD[vendor][block_r], hidden, itemsize, device.gpu
         )  # fmt: skip
+        block_d = _fitting(block_d, block_n + block_r, block_n * block_r, device)
+        # The stages but one are prefetched: residual, branch, and the weights, unpacked in float32. The second kernel
+        # also holds h, in float32 for fp16, and stages its output.
+        of_h = 4 if kernel == "up" else itemsize
+        while device.gpu == "cuda" and (
+            (stages - 1) * block_d * (2 * block_n * itemsize + 4 * block_r)
+            + block_n * (block_r * of_h + block_d * itemsize)
+            > device.shared
+        ):
+            if stages > 2:
+                stages -= 1
+            else:
+                block_d //= 2
         tiles, blocks = ceil_div(tokens, block_n), ceil_div(hidden, block_d)
         part = _parts(tiles, blocks, device.multiprocessors * max(1, 8 // warps), most) * block_d
         groups = 1 if hidden % block_d else _groups(block_n, block_d, block_r, warps, itemsize, device)
-        # The stages but one are prefetched: residual, branch, and the weights, unpacked in float32. The second kernel
-        # also holds h and stages its output.
-        held = block_n * (block_r + block_d) * itemsize
-        prefetched = block_d * (2 * block_n * itemsize + 4 * block_r)
-        while stages > 2 and (stages - 1) * prefetched + held > device.shared and device.gpu == "cuda":
-            stages -= 1
         found.append(Schedule(block_n, block_d, block_r, tiles, ceil_div(hidden, part), part, warps, stages, groups))
     return found[0], found[1]
 
@@ -520,6 +541,7 @@ def rows_schedule(tokens: int, hidden: int, rank: int, policy: str, device: Devi
     """
     block_r = padded_rank(rank)
     block_n, block_d, warps, stages = _backward_tile("rows", hidden, block_r, policy, device)
+    block_d = _fitting(block_d, block_n + block_r, 0, device)
     # The rows of a tile make the waves whole. A multiprocessor may hold only two programs of eight warps.
     waves = ceil_div(tokens, device.multiprocessors * block_n)
     waves += waves % 2 if waves > 1 else 0
@@ -552,13 +574,16 @@ def columns_schedule(
     tiles_of = [_backward_tile("columns", hidden, block_r, policy, device)]
     other = _OTHER_COLUMNS_TILES.get(block_r)
     if policy == "bf16" and _vendor(device) == "cuda" and other is not None:
-        rows, columns, _, stages = other
+        rows, width, _, stages = other
         # The stages but one are prefetched: G, `out`, and da and h in three layouts. W1 and dx are there once.
-        shared = 2 * ((stages - 1) * rows * (2 * columns + 3 * block_r) + (rows + block_r) * columns)
-        if hidden % columns == 0 and shared <= device.shared:
+        shared = 2 * ((stages - 1) * rows * (2 * width + 3 * block_r) + (rows + block_r) * width)
+        if hidden % width == 0 and shared <= device.shared:
             tiles_of.append(other)
     found = []
-    for block_n, block_d, warps, stages in tiles_of:
+    for block_n, columns, warps, stages in tiles_of:
+        block_d = _fitting(columns, block_r, block_n * block_r, device)
+        if policy == "tf32" and 4 * (block_r * (block_d + 2 * block_n) + block_n * block_d) > device.shared:
+            block_n //= 2  # W1, da, h and dx have four bytes each
         blocks, tiles = ceil_div(hidden, block_d), ceil_div(tokens, block_n)
         a_part = blocks + (ceil_div(block_r, CROSS_RANK) ** 2 if rank and corrected else 0)
         at_once = 8 // warps * device.multiprocessors  # a multiprocessor's registers hold eight warps

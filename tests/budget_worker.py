@@ -1,7 +1,7 @@
 """Counts the kernels' instructions and bytes for test_budgets.py in a subprocess, where kernels are not interpreted.
 
-Reads a JSON list of [target, hidden, rank, tokens, reads, packed] from standard input; all are bfloat16. Weights are
-packed unless the last says no.
+Reads a JSON list of [target, hidden, rank, tokens, reads, packed, dtype] from standard input. Without the last two,
+weights are packed and hidden states are bfloat16.
 Prints a JSON line for each launch. Cases with the same target and rank share kernels, so they form one job.
 """
 
@@ -10,6 +10,7 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 from itertools import groupby
 
+import torch
 from fused_steer.kernels.aot import SHARED_MEMORY, Case, compile_launch, record_passes
 from fused_steer.kernels.predict import (
     CLOCKS,
@@ -24,13 +25,13 @@ from fused_steer.kernels.predict import (
 
 
 def describe(case: list) -> list[dict]:
-    target, hidden, rank, tokens, reads, packed = (*case, True)[:6]
-    rows = []
-    for name, launches in record_passes(Case(tokens, hidden, rank, packed=packed, reads=reads), target).items():
+    target, hidden, rank, tokens, reads, packed, dtype = (*case, *(True, "bfloat16")[len(case) - 5 :])
+    rows, of = [], Case(tokens, hidden, rank, getattr(torch, dtype), packed=packed, reads=reads)
+    for name, launches in record_passes(of, target).items():
         for launch, moved in zip(launches, memory_bytes(launches, target), strict=True):
             used = compile_launch(launch, target)
             row = {"target": target, "hidden": hidden, "rank": rank, "tokens": tokens}
-            row |= {"reads": reads, "pass": name, "packed": packed, "shared": used.shared}
+            row |= {"reads": reads, "pass": name, "packed": packed, "dtype": dtype, "shared": used.shared}
             row |= {"kernel": used.kernel, "grid": launch.grid, "fits": used.shared <= SHARED_MEMORY[target]}
             row |= {"l2": l2_bytes(launch), "memory": moved, "fill": fill(launch, target)}
             row["series"] = work(launch).series

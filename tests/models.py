@@ -315,7 +315,9 @@ def _hooks(hooks: Mapping[int, Any]) -> list[Any]:
 
 
 @contextlib.contextmanager
-def refused(error: type[BaseException], *parts: str, model: nn.Module | None = None) -> Iterator[None]:
+def refused(
+    error: type[BaseException] | tuple[type[BaseException], ...], *parts: str, model: nn.Module | None = None
+) -> Iterator[None]:
     """Assert that the `with` block raises a one-line error with all of `parts` and leaves `model` unchanged."""
     before = snapshot(model) if model is not None else None
     with pytest.raises(error) as caught:

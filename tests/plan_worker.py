@@ -127,6 +127,32 @@ def same_launches_in_training():
     return {"made": [first[1], second[1]], "same": first[0] == second[0], "count": len(first[0])}
 
 
+def count_calls(call, train: bool) -> int:
+    """Count the calls of Python functions in a step whose plans exist."""
+    number = 0
+
+    def note(frame, event, argument):
+        nonlocal number
+        number += event == "call" and "<lambda>" not in frame.f_code.co_name  # the stub driver has lambdas
+
+    with torch.set_grad_enabled(train), torch.autograd.set_multithreading_enabled(False):
+        for _ in range(3):
+            call()
+        sys.setprofile(note)
+        try:
+            call()
+        finally:
+            sys.setprofile(None)
+    return number
+
+
+def calls_of_a_layer(count) -> dict[str, float]:
+    """Return the calls that each further layer adds to a step, by a function of the layers and of whether to train."""
+    return {
+        name: (count(12, train) - count(4, train)) / 8 for name, train in (("inference", False), ("training", True))
+    }
+
+
 @case
 def python_calls():
     """Count the calls of Python functions that each further layer adds to a step, in inference and in training."""
@@ -134,33 +160,80 @@ def python_calls():
 
     def count(layers: int, train: bool) -> int:
         case = host.HostCase(layers=layers)
-        model, device, number = host.patched(case, torch.device("cpu")), torch.device("cpu"), 0
-
-        def note(frame, event, argument):
-            nonlocal number
-            number += event == "call" and "<lambda>" not in frame.f_code.co_name  # the stub driver has lambdas
-
+        model, device = host.patched(case, torch.device("cpu")), torch.device("cpu")
         if train:
-            call = host._train_call(model, case, device)
-        else:
-            x, branch = host._hidden(case, device), host._hidden(case, device)
+            return count_calls(host._train_call(model, case, device), True)
+        x, branch = host._hidden(case, device), host._hidden(case, device)
+        return count_calls(lambda: model(x, branch), False)
 
-            def call():
-                return model(x, branch)
+    return calls_of_a_layer(count)
 
-        with torch.set_grad_enabled(train), torch.autograd.set_multithreading_enabled(False):
-            for _ in range(3):
-                call()
-            sys.setprofile(note)
-            try:
-                call()
-            finally:
-                sys.setprofile(None)
-        return number
 
+class NormedBlock(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = torch.nn.RMSNorm(D, eps=1e-6, dtype=torch.bfloat16)
+
+    def forward(self, residual, branch):
+        branch = branch + 2 * self.norm(residual)
+        hidden_states = residual + branch
+        return hidden_states
+
+
+class NormedChain(torch.nn.Module):
+    def __init__(self, layers):
+        super().__init__()
+        from types import SimpleNamespace
+
+        self.config = SimpleNamespace(hidden_size=D, num_hidden_layers=layers)
+        self.layers = torch.nn.ModuleList(NormedBlock() for _ in range(layers))
+        self.norm = torch.nn.RMSNorm(D, eps=1e-6, dtype=torch.bfloat16)
+
+    def forward(self, inputs_embeds, branch):
+        for layer in self.layers:
+            inputs_embeds = layer(inputs_embeds, branch)
+        return self.norm(inputs_embeds)
+
+
+def normed_step(layers: int, train: bool, fuse_norm: bool = True):
+    """Return a step of a model with norms, and the model."""
+    model = patch_model(NormedChain(layers), SteerConfig(rank=R), fuse_norm=fuse_norm)
+    x, branch, grad = (torch.randn(64, 1, D, dtype=torch.bfloat16) for _ in range(3))
+    leaves = [x, branch, *(p for p in model.parameters() if p.requires_grad)]
+    if not train:
+        return (lambda: model(x, branch)), model
+    x.requires_grad_()
+    branch.requires_grad_()
+    return (lambda: torch.autograd.grad(model(x, branch), leaves, grad)), model
+
+
+@case
+def python_calls_with_norms():
+    """The same for a model with an RMSNorm in each layer, fused and unfused."""
     return {
-        name: (count(12, train) - count(4, train)) / 8 for name, train in (("inference", False), ("training", True))
+        name: calls_of_a_layer(lambda layers, train, fuse=fuse: count_calls(normed_step(layers, train, fuse)[0], train))
+        for name, fuse in (("fused", True), ("unfused", False))
     }
+
+
+@case
+def same_launches_with_norms():
+    """Check that a model with fused norms launches by plans: the same kernels as in the first step."""
+    found = {}
+    for name, train in (("inference", False), ("training", True)):
+        step, model = normed_step(3, train)
+        with torch.set_grad_enabled(train):
+            first, second, third = (called(step) for _ in range(3))
+        knobs.runtime.launch_enter_hook.add(_see := lambda metadata: None)
+        try:
+            with torch.set_grad_enabled(train):
+                ordinary = called(step)
+        finally:
+            knobs.runtime.launch_enter_hook.remove(_see)
+        found[name] = {"made": [first[1], second[1], third[1]], "same": first[0] == second[0] == third[0],
+                       "ordinary": ordinary[0] == second[0], "kernels": [row[0] for row in second[0]],
+                       "norms": [entry.norm for entry in model.steering.report()]}  # fmt: skip
+    return found
 
 
 @case

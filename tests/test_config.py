@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from models import HIDDEN, LAYERS, build, refused, steering_parameters
@@ -39,6 +41,11 @@ def test_config_numbers_and_layers_are_normalised():
     config = SteerConfig(layers=[2, 0], scale=2, init_scale=0)
     assert config.layers == (0, 2)
     assert type(config.scale) is type(config.init_scale) is float
+
+
+@pytest.mark.parametrize("half", [Fraction(1, 2), np.float16(0.5), np.longdouble(0.5), torch.tensor(0.5)], ids=repr)
+def test_config_numbers_of_any_type_are_strengths(half):
+    assert SteerConfig(scale=half) == SteerConfig(scale=0.5)
 
 
 def test_config_sites_are_plain_and_in_the_order_of_a_block():
@@ -110,6 +117,7 @@ def test_config_round_trip(config):
         ({"site": "post_moe"}, ValueError, "'post_moe'"),
         ({"site": ["pre_mlp", "pre_mlp"]}, ValueError, "pre_mlp"),
         ({"site": []}, ValueError, "empty"),
+        ({"dtype": []}, ValueError, "[]"),
         ({"site": None}, TypeError, "None"),
         ({"site": ["pre_mlp", 1]}, TypeError, "1"),
         ({"orthogonal_to": "lora", "site": ["pre_mlp", "post_mlp"]}, ValueError, "pre_mlp"),

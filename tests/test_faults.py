@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from faults import Line, lines_of, raise_at, within
-from models import build, logits, randomize
+from models import HIDDEN, build, logits, randomize
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
@@ -201,6 +201,33 @@ def disabled(state: State) -> Any:
         return logits(state.model)
 
 
+def disabled_in_batch(state: State) -> Any:
+    with state.model.steering.batch(["a", None]):
+        disabled(state)
+        return logits(state.model)
+
+
+def vectors(state: State) -> None:
+    steered(state, "a")
+    for name, layer in (("v", 0), ("w", 2)):
+        state.model.steering.add_vector(name, {layer: torch.ones(HIDDEN)})
+
+
+def prepare_evict(state: State) -> None:
+    prepare_pool(state)
+    pool = state.model.steering.pool
+    pool.register("third", saved(state, "third", seed=7))
+    for name in ("polite", "terse"):
+        pool.load(name)
+
+
+def evict(state: State) -> None:
+    pool = state.model.steering.pool
+    pool.reload("polite")
+    pool.load("polite")
+    pool.load("third")
+
+
 def set_scale(state: State) -> None:
     state.model.steering.scale = 0.5
 
@@ -247,11 +274,14 @@ OPERATIONS: dict[str, Operation] = {
         lambda state: state.model.steering.unpatch(),
     ),
     "disabled": Operation(lambda state: steered(state, "a"), disabled),
+    "disabled-in-batch": Operation(lambda state: steered(state, "a"), disabled_in_batch),
+    "combine": Operation(vectors, lambda state: state.model.steering.combine({"v": 0.5, "w": 2.0}, "c")),
     "batch": Operation(lambda state: steered(state, "a"), batch),
     "batch-pool": Operation(prepare_pool, pooled_batch, check=check_pool),
     "make-pool": Operation(
         lambda state: steered(state, "a"), lambda state: state.model.steering.make_pool(slots=2, rank=2)
     ),
+    "evict": Operation(prepare_evict, evict, check=check_pool),
     "hold": Operation(prepare_pool, lambda state: hold(state), check=check_pool),
     "load-sites": Operation(
         lambda state: (saved(state, config=LOREFT), steered(state, "a"), state.model.steering.add("b", INNER)),

@@ -14,15 +14,17 @@ from fused_steer.tools import demo
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 JUPYTER = all(importlib.util.find_spec(name) for name in ("nbclient", "nbformat", "ipykernel"))
-#: Runs before the first cell, in place of the download. The tests' helpers are on the path.
+#: Runs before the first cell, in place of the download. The tests' helpers are on the path. It leaves no names that a
+#: notebook could overwrite.
 TINY = """
 import os, sys
 os.environ |= {{"TRITON_INTERPRET": "1", "FUSED_STEER_BACKEND": "torch"}}
 sys.path.insert(0, {tests!r})
-from models import build
-from text import tokenizer
 from fused_steer.tools import demo
-demo.load_smollm2 = lambda: (build(), tokenizer())
+def load_tiny():
+    import models, text
+    return models.build(), text.tokenizer()
+demo.load_smollm2 = load_tiny
 """
 
 

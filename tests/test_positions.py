@@ -224,6 +224,9 @@ def test_positions_with_prompts_that_are_told():
         (mask[:, 1:], ("(2, 8)", "(2, 9)")),
         (mask[None], ("(1, 2, 9)", "number of prompt tokens")),
         ([0.5, 1.0], ("float32", "number of prompt tokens")),
+        ([3, -5], ("prompts has -5", "number of prompt tokens")),
+        (None, ("prompts is None", "number of prompt tokens")),
+        ([3, "5"], ("prompts is [3, '5']", "number of prompt tokens")),
     ):
         with refused(ValueError, *parts), model.steering.prompts(told):
             model(ids)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import (
+    HIDDEN,
     LAYERS,
     Hooked,
     assert_as_exact_as_hooks,
@@ -18,6 +19,7 @@ from models import (
     randomize,
     refused,
     steering_parameters,
+    tokens,
 )
 from torch import Tensor, nn
 
@@ -205,6 +207,21 @@ def test_steering_disabled_is_the_base_model_whatever_is_done_inside():
     assert_no_worse(*map(logits, (model, hooked.model, hooked.double().model)))
 
 
+@pytest.mark.parametrize("inner", ["disabled", "batch"])
+def test_steering_disabled_contexts_end_in_any_order(inner):
+    model = patched("default")
+    steered, bare, attributes = logits(model), bare_logits(), set(vars(model))
+    first = model.steering.disabled()
+    second = model.steering.disabled() if inner == "disabled" else model.steering.batch([None] * len(steered))
+    first.__enter__(), second.__enter__()
+    first.__exit__(None, None, None)
+    assert torch.equal(logits(model), bare)
+    assert torch.equal(model.generate(tokens(), max_new_tokens=1), build().generate(tokens(), max_new_tokens=1))
+    second.__exit__(None, None, None)
+    assert torch.equal(logits(model), steered)
+    assert set(vars(model)) == attributes
+
+
 def test_steering_disabled_ends_with_an_exception():
     model = patched("default")
     steered = logits(model)
@@ -272,6 +289,11 @@ def test_steering_refuses_unknown_adapters(call):
     model = patched("default", "polite")
     with refused(KeyError, "'rude'", "['default', 'polite']", model=model):
         getattr(model.steering, call)("rude")
+    with refused(KeyError, "['rude']", model=model):
+        getattr(model.steering, call)(["rude"])
+    if call == "remove":
+        with refused(KeyError, "no adapter None; expected one of ['default', 'polite']", model=model):
+            model.steering.remove(None)
     assert model.steering.active == "default"
 
 
@@ -319,6 +341,24 @@ def test_steering_refuses_a_config_of_another_type():
     model = patched("default")
     with refused(TypeError, "config is a dict", "expected a SteerConfig", model=model):
         model.steering.add("another", {"rank": 4})
+
+
+def test_steering_refuses_changes_after_unpatch(tmp_path):
+    model = patched("default")
+    steering = model.steering
+    steering.save(tmp_path)
+    steering.unpatch()
+    for call in (
+        lambda: steering.add("another"),
+        lambda: steering.load(tmp_path, "another"),
+        lambda: steering.add_vector("another", {0: torch.ones(HIDDEN)}),
+        lambda: steering.make_pool(slots=1, rank=2),
+    ):
+        with refused(RuntimeError, "after steering.unpatch(); expected patch_model", model=model):
+            call()
+    assert steering.names == []
+    assert steering.unpatch() is model  # a second time, nothing happens
+    assert torch.equal(logits(patch_model(model, tmp_path)), logits(patch_model(build(), tmp_path)))
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import safetensors
 import safetensors.torch
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from .._version import __version__
 from ..config import DTYPES, SteerConfig
+from .fields import fields_of, read_json
 from .parameters import (
     UP,
     ByPlace,
@@ -41,8 +42,8 @@ from .parameters import (
     split_path,
     unwrapped,
 )
-from .saving import digest_of, leftovers, open_regular, read_regular, saving_folder, write_new
-from .weights import MOST_JSON, Header, header_of, read_header, tensors_digest, unprefixed, values_of
+from .saving import digest_of, leftovers, open_regular, saving_folder, target_folder, write_new
+from .weights import Header, header_of, read_header, tensors_digest, unprefixed, values_of
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -54,6 +55,7 @@ CHECKPOINT_FOLDER = "fused_steer"
 JOINT_NAME = "joint.json"
 #: Fields that PEFT writes into every adapter's config, which do not change what the adapter computes.
 _PEFT_FIELDS = ("auto_mapping", "inference_mode", "peft_version", "revision", "task_type")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
@@ -88,12 +90,11 @@ def write_adapter(directory: str | os.PathLike[str], adapter: AdapterFile) -> No
 
     Raises:
         NotADirectoryError: `directory` is a file.
-        ValueError: the directory holds an adapter of another method, with files of the same names.
+        ValueError: the path is empty, or the directory holds an adapter of another method, with files of the same
+            names.
         OSError: the files could not be written.
     """
-    target = Path(directory)
-    if target.exists() and not target.is_dir():
-        raise NotADirectoryError(f"{target} is a file; expected a directory to save the adapter in")
+    target = target_folder(directory, "the adapter")
     refuse_foreign(target)
     config, weights = _contents(adapter)
     target.mkdir(parents=True, exist_ok=True)
@@ -170,21 +171,6 @@ def method_in(directory: Path) -> Any:
     except (OSError, ValueError):
         return None
     return fields.get("peft_type")
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Return the fields of a small JSON file.
-
-    Raises:
-        OSError, ValueError: the file cannot be read, is too large, or does not hold an object.
-    """
-    try:
-        fields = json.loads(read_regular(file, MOST_JSON).decode("utf-8"))
-    except RecursionError:
-        raise ValueError("it is nested too deeply; expected an object of fields") from None
-    if not isinstance(fields, dict):
-        raise ValueError(f"it holds a {type(fields).__name__}; expected an object")
-    return fields
 
 
 def _replace_both(new: Path, directory: Path) -> None:
@@ -273,13 +259,17 @@ def _head(given: Mapping[str, Any]) -> _Head:
     if peft_type != PEFT_TYPE:
         raise ValueError(f"peft_type is {peft_type!r}; expected {PEFT_TYPE!r}")
     version = fields.pop("fused_steer_version", None)
-    weights, tensors, config_digest = (fields.pop(f"{part}_sha256", None) for part in ("weights", "tensors", "config"))
-    modules = fields.pop("modules_to_save", None) or []
+    weights, tensors, config_digest = (
+        _digest_field(fields, f"{part}_sha256") for part in ("weights", "tensors", "config")
+    )
+    modules = fields.pop("modules_to_save", None)
+    modules = [] if modules is None else modules
     if not isinstance(modules, list) or not all(isinstance(name, str) and name for name in modules):
         raise ValueError(f"modules_to_save is {modules!r:.200}; expected a list of names, or null")
-    base = fields.pop("base_model_name_or_path", None) or ""
+    base = fields.pop("base_model_name_or_path", None)
+    base = "" if base is None else base
     if not isinstance(base, str):
-        raise ValueError(f"base_model_name_or_path is {base!r}; expected a name, or null")
+        raise ValueError(f"base_model_name_or_path is {base!r:.200}; expected a name, or null")
     hidden, num_layers = (_positive(fields, key) for key in ("hidden_size", "num_layers"))
     try:
         config = SteerConfig.from_dict(fields)
@@ -342,40 +332,43 @@ def _read(
     with _blaming(directory / CONFIG_NAME):
         head = _head(read_json(directory / CONFIG_NAME))
     file = directory / WEIGHTS_NAME
-    with _blaming(file), open(open_regular(file), "rb") as opened:
-        header = read_header(opened)
-        embedded = None if header.config is None else _head(json.loads(header.config))
-        by_peft = embedded is None and head.weights_sha256 is not None
-        own, others = _split(header.specs, head.saved_modules, by_peft)
-        if others and not with_heads:
-            raise ValueError(
-                f"it has weights of the model beside the steering, {next(iter(others))}; expected only steering (PEFT "
-                "loads both: import fused_steer.peft, then PeftModel.from_pretrained)"
-            )
-        layers_path, specs = by_place(own)
-    _warn_of_other_part(directory)
-    heads = [head] if embedded is None else [head, embedded]
+    # One descriptor for the header and the data, because another process may replace the file meanwhile.
+    with contextlib.ExitStack() as stack:
+        with _blaming(file):
+            opened = stack.enter_context(open(open_regular(file), "rb"))
+            header = read_header(opened)
+            embedded = None if header.config is None else _head(fields_of(header.config))
+            by_peft = embedded is None and head.weights_sha256 is not None
+            own, others = _split(header.specs, head.saved_modules, by_peft)
+            if others and not with_heads:
+                raise ValueError(
+                    f"it has weights of the model beside the steering, {next(iter(others))}; expected only steering "
+                    "(PEFT loads both: import fused_steer.peft, then PeftModel.from_pretrained)"
+                )
+            layers_path, specs = by_place(own)
+        _warn_of_other_part(directory)
+        heads = [head] if embedded is None else [head, embedded]
 
-    def refusal(head: _Head) -> ValueError | None:
-        """Return why the tensors do not match this config, or the config does not fit the model. None if they do."""
-        try:
-            if model is not None:
-                model.check_fits(source, head.layout, check_base)
-            with _blaming(file):
-                replace(head.layout, layers_path=layers_path).check_tensors(head.config, specs)
-        except ValueError as error:
-            return error
-        return None
+        def refusal(head: _Head) -> ValueError | None:
+            """Return why the tensors do not match this config, or the config does not fit the model, or None."""
+            try:
+                if model is not None:
+                    model.check_fits(source, head.layout, check_base)
+                with _blaming(file):
+                    replace(head.layout, layers_path=layers_path).check_tensors(head.config, specs)
+            except ValueError as error:
+                return error
+            return None
 
-    refusals = [refusal(one) for one in heads]
-    if all(refusals):  # before reading as many bytes as the file claims
-        raise refusals[0]  # type: ignore[misc]
-    with _blaming(file):
-        content = _read_whole(file, header, head)
-        named = {unprefixed(name): tensor for name, tensor in safetensors.torch.load(content).items()}
-        steering, beside = _split(named, head.saved_modules, by_peft)
-        _, tensors = by_place(steering)
-        chosen = _matching(head, embedded, header.plain, content, partial(tensors_digest, tensors, beside))
+        refusals = [refusal(one) for one in heads]
+        if all(refusals):  # before reading as many bytes as the file claims
+            raise refusals[0]  # type: ignore[misc]
+        with _blaming(file):
+            content = _read_whole(opened, header, head)
+            named = {unprefixed(name): tensor for name, tensor in safetensors.torch.load(content).items()}
+            steering, beside = _split(named, head.saved_modules, by_peft)
+            _, tensors = by_place(steering)
+            chosen = _matching(head, embedded, header.plain, content, partial(tensors_digest, tensors, beside))
     if chosen is not head:
         warnings.warn(
             f"{directory / CONFIG_NAME} is of another save than {WEIGHTS_NAME}; the config inside {WEIGHTS_NAME} is "
@@ -415,10 +408,10 @@ def _warn_of_other_part(directory: Path) -> None:
         )
 
 
-def _read_whole(file: Path, header: Header, head: _Head) -> bytes:
-    with open(open_regular(file), "rb") as opened:
-        length = os.fstat(opened.fileno()).st_size
-        content = opened.read(header.size + 1) if length == header.size else b""
+def _read_whole(opened: BinaryIO, header: Header, head: _Head) -> bytes:
+    length = os.fstat(opened.fileno()).st_size
+    opened.seek(0)
+    content = opened.read(header.size + 1) if length == header.size else b""
     if len(content) != header.size:
         if head.weights_sha256 is not None:
             raise _other_contents(head)
@@ -477,6 +470,13 @@ def _matching(head: _Head, embedded: _Head | None, plain: bool, content: bytes, 
 def _other_contents(head: _Head, embedded: _Head | None = None) -> ValueError:
     expected = head.weights_sha256 or f"{head.tensors_sha256 or (embedded and embedded.tensors_sha256)} of its tensors"
     return ValueError(f"its contents do not match {CONFIG_NAME}; expected sha256 {expected}")
+
+
+def _digest_field(fields: dict[str, Any], key: str) -> str | None:
+    value = fields.pop(key, None)
+    if value is not None and not (isinstance(value, str) and _DIGEST.fullmatch(value)):
+        raise ValueError(f"{key} is {value!r:.200}; expected 64 hexadecimal digits, or null")
+    return value
 
 
 def _positive(fields: dict[str, Any], key: str) -> int:

@@ -50,6 +50,7 @@ ByPlace = dict[Place, dict[str, Tensor]]
 Spec = tuple[torch.dtype, tuple[int, ...]]
 
 _ADAPTER = re.compile(r"[A-Za-z0-9_-]+")
+_LONGEST_NAME = 200  # a folder's name may have 255 bytes, and a save adds to it
 #: Names in a tensor's path other than the adapter's.
 _IN_PATHS = frozenset({*SITES, *(part for name in NAMES for part in name.split("."))})
 #: Names that torch.compile, DDP, FSDP and activation checkpointing put into the path of a module that they wrap.
@@ -60,10 +61,13 @@ def check_name(name: Any) -> None:
     """Check an adapter's name, which is a part of file paths and module paths.
 
     Raises:
-        ValueError: the name has other characters than letters, digits, _ and -, or has a meaning in module paths.
+        ValueError: the name has other characters than letters, digits, _ and -, has more than 200 of them, or has a
+            meaning in module paths.
     """
     if not isinstance(name, str) or not _ADAPTER.fullmatch(name):
-        raise ValueError(f"adapter name is {name!r}; expected letters, digits, '_' and '-'")
+        raise ValueError(f"adapter name is {name!r:.200}; expected letters, digits, '_' and '-'")
+    if len(name) > _LONGEST_NAME:
+        raise ValueError(f"adapter name has {len(name)} characters, {name:.20}…; expected at most {_LONGEST_NAME}")
     if hasattr(nn.ModuleDict(), name):
         raise ValueError(f"adapter name is {name!r}, a word that PyTorch's modules use; expected another")
     if name in _IN_PATHS:
@@ -112,7 +116,8 @@ def without_wrappers(path: str) -> str:
 
 _FACTOR = r"steer_(?:down|up)"
 _SITE = "|".join(SITES)
-_PATH = re.compile(rf"(?:(.+)\.)?(\d+)\.({_SITE})\.({_FACTOR}\.(?:weight|bias))")
+_INDEX = "0|[1-9][0-9]*"  # one spelling for each layer, so that two paths are two tensors
+_PATH = re.compile(rf"(?:(.+)\.)?({_INDEX})\.({_SITE})\.({_FACTOR}\.(?:weight|bias))")
 
 
 def split_path(path: str) -> tuple[str, Place, str]:

@@ -87,6 +87,24 @@ def _runs(pid: int) -> bool:
     return True
 
 
+def target_folder(directory: str | os.PathLike[str], content: str) -> Path:
+    """Return the path of a directory to save into, which may be missing.
+
+    Args:
+        content: what is saved, for the error message.
+
+    Raises:
+        ValueError: the path is empty; it would mean the current directory.
+        NotADirectoryError: it is a file.
+    """
+    target = Path(directory)
+    if not os.fspath(directory):
+        raise ValueError(f"directory is ''; expected a directory to save {content} in")
+    if target.exists() and not target.is_dir():
+        raise NotADirectoryError(f"{target} is a file; expected a directory to save {content} in")
+    return target
+
+
 def write_new(file: Path, content: bytes) -> None:
     """Write a file and wait until it is on the disk."""
     with open(file, "wb") as opened:

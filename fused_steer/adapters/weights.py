@@ -19,12 +19,11 @@ import torch
 from torch import Tensor
 
 from ..config import DTYPES
+from .fields import MOST_JSON, fields_of
 from .parameters import PEFT_PREFIX, SITE, ByPlace, Place, Spec
 
 #: The metadata key of the config inside a weights file.
 _EMBEDDED = "fused_steer_config"
-#: The most bytes of a config, and of a weights file's header.
-MOST_JSON = 2**24
 _SAFETENSORS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
@@ -96,14 +95,12 @@ def read_header(opened: BinaryIO) -> Header:
     if size > most:
         raise ValueError(f"its header is of {size} bytes; expected at most {most}")
     try:
-        fields = json.loads(opened.read(size))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"its header cannot be read ({type(error).__name__}); expected a safetensors header"
-        ) from error
-    metadata = fields.pop("__metadata__", {}) if isinstance(fields, dict) else None
+        fields = fields_of(opened.read(size).decode("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"its header cannot be read ({error}); expected a safetensors header") from error
+    metadata = fields.pop("__metadata__", {})
     if not isinstance(metadata, dict):
-        raise ValueError("its header is not an object; expected a safetensors header")
+        raise ValueError(f"its header has __metadata__ as {metadata!r:.200}; expected an object")
     specs, data = {}, 0
     for name, entry in fields.items():
         path, (dtype, shape), end = unprefixed(name), *_entry(name, entry)

@@ -25,7 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapters.files import AdapterFile, read_adapter, read_json
+from ..adapters.fields import read_json
+from ..adapters.files import AdapterFile, read_adapter
 from ..adapters.parameters import DOWN, DOWN_BIAS, SITE, UP, UP_BIAS, Place
 from ..config import SteerConfig
 from ..kernels import ACTIVATIONS

@@ -17,10 +17,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from ..adapters.fields import MOST_JSON
 from ..adapters.files import AdapterFile
 from ..adapters.parameters import Layout, Place
 from ..adapters.saving import open_regular
-from ..adapters.weights import MOST_JSON
 from ..config import DTYPES, SteerConfig
 from ..model.decoder import Decoder, find_decoder, meta_model
 

@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 from torch import Tensor, nn
 
-from ..model.scopes import Scopes
-
 if TYPE_CHECKING:
 
     class LoraLayer(nn.Module):
@@ -80,13 +78,13 @@ MODES = ("both", "lora", "steering")
 def computing_by(
     mode: str,
     model: nn.Module,
-    scopes: Scopes,
+    open_scope: Callable[[str, contextlib.ExitStack], contextlib.AbstractContextManager[None]],
     disable_steering: Callable[[str], contextlib.AbstractContextManager[None]],
 ) -> Iterator[None]:
     """Let LoRA, steering or both compute, according to `mode`. The model is restored on exit, also after an exception.
 
     Args:
-        scopes: the model's scopes.
+        open_scope: opens a scope of this name, and closes the stack at its end.
         disable_steering: returns a context without steering. Its argument names the caller for error messages.
 
     Raises:
@@ -100,7 +98,7 @@ def computing_by(
         raise ValueError(f"mode is {mode!r} but {type(model).__name__} carries no LoRA; expected one from PEFT")
     name = f"steering.mode({mode!r})"
     undo = contextlib.ExitStack()
-    with disable_steering(name) if mode == "lora" else scopes.open(name, undo.close):
+    with disable_steering(name) if mode == "lora" else open_scope(name, undo):
         if mode == "steering":
             enabled = [layer for layer in layers if not layer.disable_adapters]
             # PEFT changes requires_grad when it disables a layer.

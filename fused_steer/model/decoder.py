@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..adapters.files import read_json
+from ..adapters.fields import read_json
 from ..adapters.parameters import Layout
 
 if TYPE_CHECKING:

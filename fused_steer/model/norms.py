@@ -264,6 +264,8 @@ class Link:
         self.taken = 0
         self.reason = ""
         self.graph = Graph()
+        self._owner, _, self._leaf = (kind.weight or "").rpartition(".")
+        self._latest = kind.norm(None)  # the norm of the last call, made again only for another weight
 
     def attach(self) -> None:
         self.norm.__dict__[_LINK] = self
@@ -280,22 +282,31 @@ class Link:
         """Whether steering is on before the norm. Where it is off, the norm is the model's own."""
         return any(site.enabled and (site.active is not None or site.rows is not None) for site in self.sites)
 
+    def weight_of(self, norm: nn.Module) -> Tensor | None:
+        """Return the weight of the norm, or None if its kind has none."""
+        if not self._leaf:
+            return None
+        owner = norm.get_submodule(self._owner) if self._owner else norm
+        # Past nn.Module's attributes, because every layer asks for it twice in a pass.
+        return owner.__dict__["_parameters"][self._leaf]
+
     def norm_for(self, x: Tensor, norm: nn.Module) -> Norm | None:
         """Return the norm to be computed for x, or None with `reason` set."""
-        weight = None
-        if self.kind.weight is not None:
-            weight = norm.get_parameter(self.kind.weight)
+        weight = self.weight_of(norm)
+        if weight is not None:
             if not _has_values(weight) or weight.device != x.device:
                 self.reason = f"the norm's weight is not whole on {x.device} when the layer ends (offloaded or sharded)"
                 return None
             if weight.dtype != x.dtype and self.kind.rounds_first or weight.dtype == torch.float64 != x.dtype:
                 self.reason = f"the norm's weight is {weight.dtype}, and the hidden state {x.dtype}"
                 return None
-        return self.kind.norm(weight)
+        if self._latest.weight is not weight:
+            self._latest = self.kind.norm(weight)
+        return self._latest
 
     def norm_of_site(self, residual: Tensor, branch: Tensor | None) -> Norm | None:
         """Return the norm that a site is to compute, or None with `reason` set."""
-        if "forward" in vars(self.norm) or type(self.norm) is not fused_class(self.base):
+        if "forward" in self.norm.__dict__ or type(self.norm) is not fused_class(self.base):
             self.reason = f"the {self.base.__name__} was replaced since"
         elif torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
             self.reason = "saved tensors are hooked, as gradient checkpointing does"
@@ -318,7 +329,7 @@ class Link:
             return None
         if branch is not None and branch.dtype != residual.dtype:
             return None
-        weight = None if self.kind.weight is None else self.norm.get_parameter(self.kind.weight)
+        weight = self.weight_of(self.norm)
         if weight is not None:
             if weight.device != residual.device or weight.dtype != residual.dtype and self.kind.rounds_first:
                 return None
@@ -331,7 +342,7 @@ class Link:
         handed, self.graph.handed = self.graph.handed, None
         if handed is None or handed[0] is not self:
             return self.base.forward(norm, x)
-        weight = None if self.kind.weight is None else norm.get_parameter(self.kind.weight)
+        weight = self.weight_of(norm)
         return _taken(x, handed[1], handed[2], weight, self.kind.eps, self.kind.plus_one, self.kind.rounds_first)
 
     def hand_over(self, out: Tensor, normed: Tensor, weight: Tensor | None) -> None:
@@ -346,11 +357,10 @@ class Link:
         link, of, version, normed, weight = handed
         if link is not self or of() is not x or x._version != version:
             return None
-        if normed.requires_grad != (torch.is_grad_enabled() and x.requires_grad) and torch.is_grad_enabled():
+        if torch.is_grad_enabled() and normed.requires_grad != x.requires_grad:
             return None  # a checkpoint made x without gradients, which it has got since
-        if weight is not None and self.kind.weight is not None:
-            if norm.get_parameter(self.kind.weight) is not weight:
-                return None
+        if self.weight_of(norm) is not weight:
+            return None
         self.taken += 1
         return normed
 

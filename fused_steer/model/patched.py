@@ -42,7 +42,7 @@ class PatchedModel:
         """
         self.decoder = find_decoder(model)
         self.layers: dict[int, PatchedLayer] = {}  # in the order of the layers
-        self.disabled = 0  # the number of open `disable` contexts
+        self._disabling: set[object] = set()  # the open `disable` contexts, which may end in any order
         self.scopes = Scopes()
         self._norms = Norms(self.decoder, self.layers) if fuse_norm else None
         self._hooks = DecoderHooks(
@@ -58,7 +58,12 @@ class PatchedModel:
         ]
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"disabled": 0}  # a copy is in no `disable`
+        return self.__dict__ | {"_disabling": set()}  # a copy is in no `disable`
+
+    @property
+    def disabled(self) -> bool:
+        """Whether a `disable` context is open."""
+        return bool(self._disabling)
 
     @property
     def sites(self) -> dict[Place, SteeringSite]:
@@ -154,29 +159,31 @@ class PatchedModel:
                 raise
 
     @contextlib.contextmanager
-    def disable(self, what: str) -> Iterator[None]:
+    def disable(self, what: str, undo: Callable[[], None] = lambda: None) -> Iterator[None]:
         """Disable all sites inside this context.
 
         Args:
             what: the caller's name for error messages.
+            undo: called at the end, perhaps twice: see `Scopes.open`.
 
         Raises:
             RuntimeError: see `Scopes.open`.
         """
-        earlier = self.disabled
+        this = object()
 
         def end() -> None:
-            self.disabled = earlier
+            self._disabling.discard(this)
             self._enable()
+            undo()
 
         with self.scopes.open(what, end):
-            self.disabled += 1
+            self._disabling.add(this)
             self._enable()
             yield
 
     def _enable(self) -> None:
         for site in self.sites.values():
-            site.enabled = self.disabled == 0
+            site.enabled = not self.disabled
 
     def report(self) -> Report:
         """Return how each layer is steered, at each of its sites."""

@@ -15,6 +15,7 @@ from ..kernels.contract import Operands, Packed
 from ..kernels.orthogonal import project_gradient
 from ..kernels.plan import no_plan
 from ..kernels.planned import PlannedPostBlock
+from ..kernels.planned_norm import PlannedPostBlockNorm
 from ..kernels.post_block_norm import steer_and_normalise
 from .watch import note_run, thread
 
@@ -119,43 +120,44 @@ class _PlannedComputed(PlannedPostBlock):
         pass
 
 
-class _PlannedWithNorm(_PlannedComputed):
-    """The op with the norm behind the layer: `post_block_norm` where the norm can be computed here, else the op."""
+class _PlannedWithOthers(_PlannedComputed):
+    """The op with other operands than the adapter's, such as the gain of each token. No call tries the last plan."""
 
-    __slots__ = ("_link",)
-
-    def __init__(self, link: Any, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self._link = link
+    __slots__ = ()
 
     @property
     def last(self) -> Any:
-        return no_plan  # a plan of the op alone would compute no norm
+        return no_plan
 
     @last.setter
     def last(self, run: Any) -> None:
         pass
 
+
+class _PlannedWithNorm(_PlannedWithOthers):
+    """The op with the norm behind the layer: `post_block_norm` where the norm can be computed here, else the op."""
+
+    __slots__ = ("_link", "_with_norm")
+
+    def __init__(self, link: Any, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._link, self._with_norm = link, PlannedPostBlockNorm(*arguments)
+
     def infer(self, residual: Tensor, branch: Tensor | None, *weights: Tensor, packed: Packed | None = None) -> Tensor:
-        return self._with_norm(super().infer, residual, branch, weights, packed)
-
-    def train(self, residual: Tensor, branch: Tensor | None, *weights: Tensor, packed: Packed | None = None) -> Tensor:
-        return self._with_norm(super().train, residual, branch, weights, packed)
-
-    def _with_norm(
-        self,
-        ordinary: Callable[..., Tensor],
-        residual: Tensor,
-        branch: Tensor | None,
-        weights: tuple[Tensor, ...],
-        packed: Packed | None,
-    ) -> Tensor:
         norm = self._link.norm_of_site(residual, branch)
         if norm is None:
-            return ordinary(residual, branch, *weights, packed=packed)
-        self.backend = select_backend(residual.device)
-        states = (residual,) if branch is None else (residual, branch)
-        out, normed = steer_and_normalise(*self._call(states, weights, packed), norm)
+            return super().infer(residual, branch, *weights, packed=packed)
+        out, normed = self._with_norm.infer(residual, branch, weights, norm, packed)
+        self.backend = self._with_norm.backend
+        self._link.hand_over(out, normed, norm.weight)
+        return out
+
+    def train(self, residual: Tensor, branch: Tensor | None, *weights: Tensor, packed: Packed | None = None) -> Tensor:
+        norm = self._link.norm_of_site(residual, branch)
+        if norm is None:
+            return super().train(residual, branch, *weights, packed=packed)
+        out, normed = self._with_norm.train(residual, branch, weights, norm, packed)
+        self.backend = self._with_norm.backend
         self._link.hand_over(out, normed, norm.weight)
         return out
 
@@ -321,6 +323,8 @@ class SteeringSite(Site):
                 weights = parameters()
                 pack = thread.packs[-1] if thread.packs else None
                 packed = None if pack is None else pack.of(self, residual, *weights[:2])
+                if self.gains is not None:
+                    weights = (*weights, self.gains.of(residual, entering))
                 out = (op.train if graded else op.infer)(residual, branch, *weights, packed=packed)
             else:
                 out = self.rows(residual, branch)
@@ -380,7 +384,7 @@ class SteeringSite(Site):
         if self.rows is not None and self.enabled:
             planned = self.__dict__["_planned"] = self.rows.plan(residual.device)
             return planned
-        if self.active is None or not self.enabled or self.gains is not None:
+        if self.active is None or not self.enabled or (self.gains is not None and self.link is not None):
             return None
         factors = self.steer_down[self.active], self.steer_up[self.active]
         (w1, b1), (w2, b2) = ((factor.weight, factor.bias) for factor in factors)
@@ -421,11 +425,15 @@ class SteeringSite(Site):
         plain = all("weight" in factor._parameters for factor in factors)
         simple = plain and w1 is not None and b1 is None and b2 is None and self.basis is None
         turns = isinstance(up, Rotation)
-        call = self.activation, self.scale, (w1, w2, b1, b2), self.reads
+        # Each call adds the gain of its tokens.
+        gain = () if self.gains is None else (self.strength,)
+        call = self.activation, self.scale, (w1, w2, b1, b2, *gain), self.reads
         if self.link is not None:
             steer: PlannedPostBlock = _PlannedWithNorm(self.link, *call)
         else:
-            steer = (PlannedPostBlock if self.basis is None and not turns else _PlannedComputed)(*call)
+            computed = self.basis is not None or turns
+            kind = _PlannedWithOthers if gain else _PlannedComputed if computed else PlannedPostBlock
+            steer = kind(*call)
         planned = self.__dict__["_planned"] = (steer, rotated if turns else usual if simple else general)
         return planned
 

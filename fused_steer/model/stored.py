@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..adapters.distributed import check_unsharded, gather, is_dtensor, part_of, sharder
 from ..adapters.files import AdapterFile
-from ..adapters.parameters import ByPlace, Layout, Place, by_place, in_model, of_adapter
+from ..adapters.parameters import UP_BIAS, ByPlace, Layout, Place, by_place, in_model, of_adapter
 from ..config import DTYPES, SteerConfig
 from .site import SteeringSite
 
@@ -85,6 +85,45 @@ def _file(name: str, config: SteerConfig, layout: Layout, tensors: dict[str, Ten
         return AdapterFile(config, layout, by_place(tensors)[1])
     except ValueError as error:
         raise ValueError(f"adapter {name!r} cannot be saved: {error}") from error
+
+
+def vectors_file(vectors: Mapping[int, Any], layout: Layout, *, scale: float, site: str, positions: str) -> AdapterFile:
+    """Return steering vectors as file contents.
+
+    Args:
+        vectors: a tensor or array (d,) for each layer, by its index. It is copied to float32.
+        layout: the model's layout.
+        scale, site, positions: as in `SteerConfig`.
+
+    Raises:
+        TypeError, ValueError: see `Steering.add_vector`.
+    """
+    if not isinstance(vectors, Mapping):
+        raise TypeError(f"vectors is a {type(vectors).__name__}; expected a tensor for each layer, by its index")
+    config = SteerConfig("vector", layers=list(vectors), site=site, scale=scale, positions=positions)
+    indices = layout.indices(config)
+    given = {int(index): _vector(index, values, layout.hidden) for index, values in vectors.items()}
+    if layout.config_layers(indices) is None:
+        config = replace(config, layers=None)
+    return AdapterFile(
+        config, layout, {place: {UP_BIAS: given[place.layer].clone()} for place in layout.places(config)}
+    )
+
+
+def _vector(layer: int, values: Any, hidden: int) -> Tensor:
+    try:
+        vector = torch.as_tensor(values).detach()
+        if vector.is_complex():
+            raise TypeError
+        vector = vector.to("cpu", torch.float32, copy=True).contiguous()
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # PyTorch's errors do not name the layer
+        kind = f"tensor of {values.dtype}" if isinstance(values, Tensor) else type(values).__name__
+        raise TypeError(
+            f"the vector of layer {layer} is a {kind}; expected a tensor or array ({hidden},) of real numbers"
+        ) from None
+    if tuple(vector.shape) != (hidden,):
+        raise ValueError(f"the vector of layer {layer} has shape {tuple(vector.shape)}; expected ({hidden},)")
+    return vector
 
 
 def check_same_config(source: Any, saved: SteerConfig, name: str, here: SteerConfig) -> None:

@@ -94,12 +94,15 @@ class PostBlockConfig(PeftConfig):
         if self.steer_config().sites != (SITE,):
             raise ValueError(f"site is {self.site!r}; expected {SITE!r}, PEFT's only site (patch_model has others)")
         self._take(self.steer_config())
-        if isinstance(self.modules_to_save, str):
-            raise TypeError(f"modules_to_save is {self.modules_to_save!r}; expected a list of names")
-        if self.modules_to_save is not None:
-            self.modules_to_save = list(self.modules_to_save)  # a copy, because PEFT adds the names of heads to it
-        elif self.fused_steer_version is not None:
-            self.modules_to_save = []  # a file names every saved module
+        modules = self.modules_to_save
+        if modules is None and self.fused_steer_version is not None:
+            modules = []  # a file names every saved module
+        if modules is not None:
+            if not isinstance(modules, (list, tuple, set)) or not all(isinstance(n, str) and n for n in modules):
+                raise TypeError(f"modules_to_save is {modules!r:.200}; expected a list of names")
+            self.modules_to_save = list(modules)  # a copy, because PEFT adds the names of heads to it
+        #: The modules beside the adapter in its file, without the heads that PEFT adds to `modules_to_save`.
+        self.modules_in_file = list(modules or ())
         self._check_digest()
 
     def _take(self, steer: SteerConfig) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import peft.utils.save_and_load
 from peft import PeftModel
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor
 from transformers.integrations.peft import PeftAdapterMixin
 
@@ -53,6 +54,11 @@ def folder_that_peft_loads() -> Path | None:
 def peft_loads() -> bool:
     """Return whether PEFT is loading a file in this thread. It adds the adapter first and loads the weights next."""
     return _running(PeftModel.load_adapter) is not None or _running(PeftModel.from_pretrained) is not None
+
+
+def peft_loads_a_further_adapter() -> bool:
+    """Return whether PEFT is adding an adapter to a PeftModel in this thread, to load its file next."""
+    return _running(PeftModel.load_adapter) is not None
 
 
 def transformers_loads() -> bool:
@@ -99,10 +105,12 @@ def _copying(mapping: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[st
         folder = Path(filename).parent
         if method_in(folder) != PEFT_TYPE:
             return mapping(filename, device=device, **options)
+        running = _running(PeftModel.load_adapter) or {}
         try:
             file, heads = read_with_heads(folder)
+            if running:
+                _check_heads(folder, running["self"], running["adapter_name"], heads)
         except BaseException:
-            running = _running(PeftModel.load_adapter) or {}
             take_undo = getattr(getattr(running.get("self"), "base_model", None), "take_undo", None)
             if take_undo is not None and (undo := take_undo()) is not None:
                 undo()
@@ -111,6 +119,22 @@ def _copying(mapping: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[st
 
     load_file.of_steering = True  # type: ignore[attr-defined]
     return load_file
+
+
+def _check_heads(folder: Path, model: Any, adapter: str, heads: Collection[str]) -> None:
+    """Check that a file has the heads of the adapter to be loaded, which PEFT would look up without asking.
+
+    Raises:
+        ValueError: a head is missing.
+    """
+    for path, module in model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            for name in module.adapter_state_dict_load_map(adapter):
+                key = f"{path}.{name}".removeprefix(PEFT_PREFIX)
+                if key not in heads:
+                    raise ValueError(
+                        f"{folder} has no {key}; expected the head of adapter {adapter!r}, as its task_type asks for"
+                    )
 
 
 class CheckedLoading:

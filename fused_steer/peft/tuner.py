@@ -30,7 +30,7 @@ from ..adapters.parameters import (
     without_wrappers,
 )
 from ..adapters.weights import tensors_digest
-from ..config import DTYPES, SteerConfig
+from ..config import DTYPES, SteerConfig, checked_number
 from ..kernels import MAX_RANK
 from ..model.decoder import execution_device, find_decoder
 from ..model.heads import fresh_heads, warn_of_random
@@ -39,7 +39,14 @@ from ..positions import ALL
 from ..serving.mixed import MixedRows, load_again
 from ..serving.slots import LoadedSlots
 from .config import POST_BLOCK, PostBlockConfig
-from .loading import CheckedLoading, folder_that_peft_loads, peft_loads, read_for, transformers_loads
+from .loading import (
+    CheckedLoading,
+    folder_that_peft_loads,
+    peft_loads,
+    peft_loads_a_further_adapter,
+    read_for,
+    transformers_loads,
+)
 from .site import PeftSite, cannot_merge
 
 PREFIX = "steer_"
@@ -280,14 +287,20 @@ class PostBlockModel(BaseTuner):
             combination_type: "linear", for vectors and φ = identity, or "cat", also for adapters with the same φ.
 
         Raises:
-            ValueError: an unknown or taken name, weights that do not fit, adapters with a sum that is not an adapter,
-                or adapters with heads.
+            TypeError: no list of adapters or weights, or a weight that is no number.
+            ValueError: an unknown or taken name, adapters with heads, or with a sum that is no adapter or not finite.
         """
+        for what, given in (("adapters", adapters), ("weights", weights)):
+            if isinstance(given, str) or not isinstance(given, Sequence):
+                raise TypeError(f"{what} is {given!r:.200}; expected a list")
         configs = [self._known(name) for name in adapters]
         if adapter_name in self.peft_config:
             raise ValueError(f"there is an adapter {adapter_name!r} already; expected a new name")
         if not adapters or len(adapters) != len(weights):
             raise ValueError(f"there are {len(adapters)} adapters and {len(weights)} weights; expected one for each")
+        factors = [
+            checked_number(f"the weight of {name!r}", weight) for name, weight in zip(adapters, weights, strict=True)
+        ]
         for name in adapters:
             if any(name in wrapper.modules_to_save for _, wrapper in _wrappers(self.model)):
                 raise ValueError(
@@ -328,15 +341,22 @@ class PostBlockModel(BaseTuner):
         active = self.active_adapters
         self.peft_config[adapter_name] = combined
         self.inject_adapter(self.model, adapter_name)
-        with torch.no_grad():
-            for site in self._sites():
-                if adapter_name in site.configs:
-                    _fill(site, adapter_name, list(zip(adapters, weights, configs, strict=True)))
-        self.set_adapter(active)
+        try:
+            with torch.no_grad():
+                for site in self._sites():
+                    if adapter_name in site.configs:
+                        _fill(site, adapter_name, list(zip(adapters, factors, configs, strict=True)))
+            for path, tensor in of_adapter(self.model.named_parameters(), adapter_name).items():
+                check_values(path, tensor, 1.0)
+        except BaseException:
+            self.delete_adapter(adapter_name)
+            raise
+        finally:
+            self.set_adapter(active)
 
     def _known(self, name: str) -> SteerConfig:
-        if name not in self.peft_config:
-            raise ValueError(f"no adapter {name!r}; expected one of {list(self.peft_config)}")
+        if not isinstance(name, str) or name not in self.peft_config:
+            raise ValueError(f"no adapter {name!r:.200}; expected one of {list(self.peft_config)}")
         config: Any = self.peft_config[name]
         return config.steer_config()
 
@@ -406,7 +426,9 @@ def _complete_heads(config: PostBlockConfig, model: nn.Module, adapter_name: str
         ValueError: the config names a module that the model lacks. PEFT would ignore it.
     """
     if config.fused_steer_version is not None:  # of a file, which says what was saved
-        warn_of_random(model, config.modules_to_save or (), adapter_name)
+        if peft_loads_a_further_adapter():  # and has added the heads of the PeftModel's task
+            config.modules_to_save = list(config.modules_in_file)
+        warn_of_random(model, config.modules_in_file, adapter_name)
     if config.inference_mode or config.fused_steer_version is not None:
         return
     named = set(config.modules_to_save or ())

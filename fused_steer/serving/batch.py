@@ -16,11 +16,13 @@ from transformers.cache_utils import Cache
 
 from ..adapters.parameters import Place
 from ..kernels.grouped import Routing
+from ..kernels.registered import refuse_jit_trace
 from ..model.scopes import Scopes
 from ..model.site import SteeringSite
 from ..positions import ALL, Positions, read_positions
 from .caches import Seen, cache_length, check_begins, does_not_tell, find_cache, is_cache, is_empty
 from .continuous import ContinuousRun, checked_arguments
+from .replaced import ending_streamer, replace_method
 from .requests import Request
 from .rows import Rows
 from .slots import Held
@@ -225,10 +227,7 @@ def run_batch(
     undo.callback(decoder.register_forward_hook(after, always_call=True).remove)
     for name, make in _WRAPPERS.items():
         if hasattr(model, name):
-            if name in vars(model):
-                undo.callback(setattr, model, name, vars(model)[name])
-            undo.callback(vars(model).pop, name, None)
-            setattr(model, name, _Wrapped(model, name, make(batch, model, getattr(model, name))))
+            replace_method(model, name, make(batch, model, getattr(model, name)), undo)
 
 
 class _Hook:
@@ -252,30 +251,10 @@ def _nothing(*_: Any) -> None:
     pass
 
 
-class _Wrapped:
-    """A wrapped method of a model in a batch. A copied model gets its class's method back."""
-
-    def __init__(self, model: nn.Module, name: str, function: Callable[..., Any]) -> None:
-        self._model, self._name, self._function = model, name, function
-        functools.update_wrapper(self, getattr(model, name))
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._function(*args, **kwargs)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        twin = memo[id(self._model)]
-        return getattr(type(twin), self._name).__get__(twin)
-
-
 def _generate(batch: Batch, model: nn.Module, original: Any) -> Any:
     def generate(*args: Any, **kwargs: Any) -> Any:
-        try:
-            with batch.in_this_thread():
-                return run(*args, **kwargs)
-        except BaseException:
-            if hasattr(kwargs.get("streamer"), "end"):
-                kwargs["streamer"].end()  # a reader of the streamer in another thread would wait for ever
-            raise
+        with batch.in_this_thread():
+            return run(*args, **kwargs)
 
     def run(*args: Any, **kwargs: Any) -> Any:
         given = dict(kwargs)
@@ -305,7 +284,7 @@ def _generate(batch: Batch, model: nn.Module, original: Any) -> Any:
             batch.prompt, batch.padding, batch.counted = before
             batch.ids = batch.gain = None
 
-    return generate
+    return ending_streamer(generate)
 
 
 def _generate_batch(batch: Batch, model: nn.Module, original: Any) -> Any:
@@ -379,6 +358,7 @@ def _before_forward(
     """
     if torch.compiler.is_compiling():
         return
+    refuse_jit_trace()
     run = batch.continuous
     if run is not None and run.is_here:
         fed = _first({**dict(zip(names, args, strict=False)), **kwargs}, "inputs_embeds", "input_ids")

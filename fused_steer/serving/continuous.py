@@ -7,8 +7,11 @@ each token belongs to, and the token's place in it.
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import copy
+import functools
+import inspect
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -20,6 +23,7 @@ from transformers import ContinuousBatchingConfig
 
 from ..positions import Positions
 from .options import token_gains
+from .replaced import ending_streamer, replace_method
 from .requests import Request
 
 _CHILD = "__child#"  # stands in the ids of further returned sequences, after their request's id
@@ -51,11 +55,11 @@ class ContinuousRun:
 
         Its thread takes part in the scopes of the present thread, and its requests have their rows' numbers as ids.
         """
-        context, loop = contextvars.copy_context(), manager._run_generation_loop
+        loop = manager._run_generation_loop
 
         def run(*args: Any, **kwargs: Any) -> None:
             try:
-                context.run(self._loop, loop, *args, **kwargs)
+                self._loop(loop, *args, **kwargs)
             finally:
                 self._ended.set()
 
@@ -63,6 +67,7 @@ class ContinuousRun:
             return [manager.add_request(ids, request_id=f"req_{row}", **options) for row, ids in enumerate(inputs)]
 
         manager._run_generation_loop, manager.add_requests = run, add_requests
+        take_part(manager)
         self._ended.clear()
         self.manager = manager
         return manager
@@ -132,6 +137,60 @@ class ContinuousRun:
         return ids.repeat_interleave(torch.tensor(counts))[None], torch.from_numpy(gains)[None]
 
 
+def take_part(manager: Any) -> None:
+    """Let the thread of a manager that has not been started take part in the scopes of the present thread."""
+    context, loop = contextvars.copy_context(), manager._run_generation_loop
+    manager._run_generation_loop = functools.partial(context.run, loop)
+
+
+def generate_inside(model: Any, what: str, undo: contextlib.ExitStack) -> None:
+    """Let the generating methods of a model work inside a scope of the present thread, until `undo` is closed.
+
+    The thread of transformers' continuous batching takes part in the scope. A call of `generate` that is refused in
+    another thread ends its streamer.
+
+    Args:
+        what: the scope's name in error messages.
+    """
+    inside: dict[str, Callable[[Any], Any]] = {
+        "generate": ending_streamer,
+        "generate_batch": functools.partial(_batch_inside, model, what),
+        "init_continuous_batching": functools.partial(_manager_inside, model, what),
+    }
+    for name, make in inside.items():
+        if hasattr(model, name):
+            replace_method(model, name, make(getattr(model, name)), undo)
+
+
+def _batch_inside(model: Any, what: str, original: Any) -> Any:
+    parameters = inspect.signature(original)
+
+    def generate_batch(*args: Any, **kwargs: Any) -> Any:
+        given = parameters.bind_partial(*args, **kwargs).arguments
+        _refuse_persistent(model, given.get("persistent_manager"), what)
+        return original(*args, **kwargs)
+
+    return generate_batch
+
+
+def _manager_inside(model: Any, what: str, original: Any) -> Any:
+    def init_continuous_batching(*args: Any, **kwargs: Any) -> Any:
+        _refuse_persistent(model, False, what)
+        manager = original(*args, **kwargs)
+        take_part(manager)
+        return manager
+
+    return init_continuous_batching
+
+
+def _refuse_persistent(model: Any, asked: Any, what: str) -> None:
+    if asked or getattr(model, "_cached_continuous_batching_manager", None) is not None:
+        raise ValueError(
+            f"generate_batch has a persistent manager; expected none inside {what}: its cached blocks would be used "
+            "outside too (destroy_cached_continuous_batching_manager removes it)"
+        )
+
+
 def _row(request: str) -> int:
     return int(request.partition(_CHILD)[0].removeprefix("req_"))
 
@@ -155,11 +214,7 @@ def checked_arguments(model: Any, requests: int, given: Mapping[str, Any]) -> di
         )
     if [] in map(list, inputs):
         raise ValueError(f"inputs has no tokens in row {list(map(list, inputs)).index([])}; expected at least one")
-    if given.get("persistent_manager") or getattr(model, "_cached_continuous_batching_manager", None) is not None:
-        raise ValueError(
-            "generate_batch has a persistent manager; expected none inside steering.batch: its cached blocks would "
-            "outlive the steering (destroy_cached_continuous_batching_manager removes it)"
-        )
+    _refuse_persistent(model, given.get("persistent_manager"), "steering.batch")
     config = given.get("continuous_batching_config")
     if config is None:
         generation = given.get("generation_config") or model.generation_config

@@ -23,6 +23,7 @@ from torch.compiler import is_compiling
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.hooks import RemovableHandle
 
+from ..kernels.registered import refuse_jit_trace
 from ..positions import Positions, chosen_tokens
 from .caches import cache_length, check_begins, does_not_tell, find_cache, is_cache, is_empty
 
@@ -114,12 +115,7 @@ class Gains:
     @contextlib.contextmanager
     def prompts(self, given: Any) -> Iterator[None]:
         """Set the prompts of this thread's passes inside the context. See `Steering.prompts`."""
-        prompts = torch.as_tensor(given)
-        if prompts.dim() not in (1, 2) or prompts.is_floating_point() or prompts.is_complex():
-            raise ValueError(
-                f"prompts has shape {tuple(prompts.shape)} and dtype {prompts.dtype}; expected the number of prompt "
-                "tokens of each row, or a mask (rows, tokens)"
-            )
+        prompts = _prompts(given)
         earlier = self._here.prompts
         self._here.prompts = self._traced.prompts = prompts
         try:
@@ -174,6 +170,8 @@ class Gains:
         now.gain, now.runs = None, True
         if self.positions is None or self._idle():
             return
+        if not is_compiling():
+            refuse_jit_trace()
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
         now.gain = self._gain(self.positions, given)
         if not is_compiling():
@@ -287,6 +285,19 @@ class _Method:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.gains.run(self.name, self.__wrapped__, args, kwargs)
+
+
+def _prompts(given: Any) -> Tensor:
+    expected = "expected the number of prompt tokens of each row, or a mask (rows, tokens)"
+    try:
+        prompts = torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # PyTorch's errors do not say what was expected
+        raise ValueError(f"prompts is {given!r:.80}; {expected}") from None
+    if prompts.dim() not in (1, 2) or prompts.is_floating_point() or prompts.is_complex():
+        raise ValueError(f"prompts has shape {tuple(prompts.shape)} and dtype {prompts.dtype}; {expected}")
+    if prompts.dim() == 1 and prompts.device.type == "cpu" and bool((prompts < 0).any()):
+        raise ValueError(f"prompts has {int(prompts.min())}; {expected}")
+    return prompts
 
 
 def _starts(positions: Any, rows: int, columns: int) -> Tensor | None:

@@ -9,13 +9,15 @@ from typing import Any
 import torch
 
 from ..adapters.parameters import Place
-from ..config import DTYPES, SteerConfig
+from ..config import DTYPES, SteerConfig, plain
 from ..kernels import MAX_RANK
 from ..model.decoder import Decoder, execution_device
 from ..model.site import SteeringSite
 from ..positions import read_positions
 from .pool import AdapterPool
 from .slots import Held, LoadedSlots, Slots, adapters_at
+
+_MOST_SLOTS = 2**31 - 1  # a token's slot is an int32
 
 
 @contextlib.contextmanager
@@ -73,15 +75,18 @@ def make_slots(
     }
 
 
-def checked_size(slots: Any, rank: Any, dtype: Any) -> torch.dtype:
-    """Check the size of a pool's slots. Return the dtype of this name."""
+def checked_size(slots: Any, rank: Any, dtype: Any) -> tuple[int, int, torch.dtype]:
+    """Check the size of a pool's slots. Return their number and rank, and the dtype of this name."""
+    slots, rank = plain(slots), plain(rank)
     for name, value, least in (("slots", slots, 1), ("rank", rank, 0)):
         if not isinstance(value, int) or isinstance(value, bool):
             raise TypeError(f"{name} is {value!r}; expected an integer")
         if value < least:
             raise ValueError(f"{name} is {value}; expected at least {least}")
+    if slots > _MOST_SLOTS:
+        raise ValueError(f"slots has {slots.bit_length()} bits; expected at most {_MOST_SLOTS}")
     if rank > MAX_RANK:
         raise ValueError(f"rank is {rank}; expected at most {MAX_RANK}")
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
-    return DTYPES[dtype]
+    return slots, rank, DTYPES[dtype]

@@ -29,6 +29,8 @@ _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256)
 
 #: The most layers of a model that is given by its sizes.
 _MOST_LAYERS = 10_000
+#: The largest of the other whole numbers. Beyond it a quotient may be too large for a float.
+_MOST = 10**12
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,9 @@ class PlanRequest:
         for name in ("adapters", "batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+        for name in ("adapters", "batch", "hidden"):
+            if (getattr(self, name) or 0) > _MOST:
+                raise ValueError(f"{name} has {getattr(self, name).bit_length()} bits; expected at most {_MOST}")
         checked_size(self.slots, self.rank, self.dtype)
         if self.model_dtype not in DTYPES:
             raise ValueError(f"model_dtype is {self.model_dtype!r}; expected one of {', '.join(DTYPES)}")

@@ -22,6 +22,7 @@ from ..config import SteerConfig
 from ..model.decoder import Decoder
 from ..model.scopes import renewed_after_fork
 from ..positions import read_positions
+from .requests import checked_timeout, distinct_names
 from .slots import Held, Slots
 
 
@@ -223,15 +224,15 @@ class AdapterPool:
 
     def _forget(self, name: str) -> None:
         self._versions[name] += 1  # makes a reading in progress out of date
+        self._slot_of.pop(name, None)  # first, because an exception may interrupt: each adapter in a slot has a config
         self._configs.pop(name, None)
-        self._slot_of.pop(name, None)
 
     def _is_held(self, name: str) -> bool:
         return any(name in hold.names for hold in self._holds)
 
     def _known(self, name: str) -> None:
-        if name not in self._sources:
-            raise KeyError(f"no adapter {name!r} in the pool; expected one of its {len(self._sources)}")
+        if not isinstance(name, str) or name not in self._sources:
+            raise KeyError(f"no adapter {name!r:.200} in the pool; expected one of its {len(self._sources)}")
 
     # ------------------------------------------------------------------------------------------- loading and holding
 
@@ -270,10 +271,11 @@ class AdapterPool:
                 context.
 
         Raises:
+            TypeError, ValueError: `names` is no list, or the timeout no number.
             ValueError: there are more names than slots, or an adapter of `own` does not fit the slots.
             KeyError, FileNotFoundError, ValueError, TimeoutError: see `load`. The message names the adapter.
         """
-        distinct, own = list(dict.fromkeys(names)), dict(own or {})
+        distinct, own, timeout = distinct_names(names), dict(own or {}), checked_timeout(timeout)
         if len(distinct) + len(own) > self.count:
             raise ValueError(
                 f"{len(distinct) + len(own)} adapters are needed at once; expected at most {self.count}, the slots"
@@ -425,8 +427,8 @@ class AdapterPool:
         except BaseException:
             self._holds.discard(hold)
             for name in added:
-                self._configs.pop(name, None)
                 self._slot_of.pop(name, None)
+                self._configs.pop(name, None)
             raise
 
     def _free_one(self) -> int:
@@ -436,8 +438,8 @@ class AdapterPool:
             return free[0]
         victim = next(name for name in self._slot_of if not self._is_held(name))
         self._count(evictions=1)
-        self._configs.pop(victim, None)
-        return self._slot_of.pop(victim)
+        slot, _ = self._slot_of.pop(victim), self._configs.pop(victim, None)
+        return slot
 
     def _check_room(self, what: Any, config: SteerConfig, places: Collection[Place]) -> None:
         """Raise ValueError if an adapter does not fit the slots."""

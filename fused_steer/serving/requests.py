@@ -1,12 +1,14 @@
-"""Check the arguments of `Steering.batch`: for each row an adapter, a strength and token positions."""
+"""Check the arguments of batches: for each row an adapter, a strength and token positions; and the time to wait."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
-from ..config import checked_number
+from ..config import checked_number, plain
 from ..positions import Positions, read_positions
 
 # -------------------------------------------------------------------------------------------------- requested rows
@@ -34,7 +36,7 @@ def checked_requests(names: Any, scale: Any, positions: Any, known: Callable[[st
         TypeError, ValueError, KeyError: names, strengths or positions of a wrong form, or of different numbers.
     """
     if isinstance(names, (str, bytes)) or not isinstance(names, Sequence):
-        raise TypeError(f"names is {names!r}; expected a list with an adapter's name, or None, for each row")
+        raise TypeError(f"names is {names!r:.200}; expected a list with an adapter's name, or None, for each row")
     if not names:
         raise ValueError("names is empty; expected one for each row of the batch")
     for name in names:
@@ -52,3 +54,30 @@ def checked_requests(names: Any, scale: Any, positions: Any, known: Callable[[st
         Request(name, strength, None if place is None else read_positions(place))
         for name, strength, place in zip(names, strengths, places, strict=True)
     ]
+
+
+def distinct_names(names: Any) -> list[str]:
+    """Return names of adapters, each once.
+
+    Raises:
+        TypeError: it is no list of names.
+    """
+    if isinstance(names, (str, bytes)) or not isinstance(names, Sequence):
+        raise TypeError(f"names is {names!r:.200}; expected a list of names")
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f"names has {name!r:.200}; expected names of adapters")
+    return list(dict.fromkeys(names))
+
+
+def checked_timeout(timeout: Any) -> float:
+    """Return a number of seconds that a thread can wait for.
+
+    Raises:
+        ValueError: it is no number.
+    """
+    seconds: Any = plain(timeout)
+    if isinstance(seconds, bool) or not isinstance(seconds, Real) or seconds != seconds:
+        raise ValueError(f"timeout is {timeout!r:.200}; expected a number of seconds")
+    longest: Any = threading.TIMEOUT_MAX
+    return float(longest if seconds > longest else seconds)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..adapters.files import CONFIG_NAME, HUB_ID, PEFT_TYPE, read_json, write_adapter
+from ..adapters.fields import read_json
+from ..adapters.files import CONFIG_NAME, HUB_ID, PEFT_TYPE, write_adapter
 from ..adapters.parameters import SITE
 from ..config import SteerConfig
 from ..model.decoder import find_decoder, meta_model

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 from vllm.lora import lora_weights, utils
 
+from ..adapters.fields import MOST_JSON
 from ..adapters.files import CONFIG_NAME, JOINT_NAME, PEFT_TYPE, WEIGHTS_NAME, AdapterFile, method_in, read_adapter
 from ..adapters.parameters import NAMES, PEFT_PREFIX, SITE, ByPlace, Layout, steered
 from ..adapters.saving import open_regular, saving_folder
-from ..adapters.weights import MOST_JSON
 from ..joint import LORA_FOLDER, STEERING_FOLDER, find_joint
 from ..kernels import ACTIVATIONS
 from .dose import highest_dose

@@ -114,6 +114,9 @@ def test_combining_refusals():
         (ValueError, ("the weight of 'low' is nan",), {"low": float("nan")}),
         (TypeError, ("the weight of 'low' is 'much'",), {"low": "much"}),
         (KeyError, ("no adapter 'none'",), {"none": 1.0}),
+        (KeyError, ("no adapter None",), {None: 1.0}),
+        (TypeError, ("weights is a list", "expected a weight for each adapter"), ["low"]),
+        (TypeError, ("weights is a NoneType",), None),
     ):
         with refused(error, *parts, model=model):
             steering.combine(weights)
@@ -151,6 +154,17 @@ def test_combining_add_vector_at_every_layer_of_a_site():
     assert model.steering.config("v") == SteerConfig(form="vector", site="post_mlp", positions="last_1")
 
 
+def test_combining_add_vector_takes_indices_of_any_integer_type():
+    model = patch_model(build())
+    model.steering.add_vector("v", {torch.tensor(1): torch.ones(HIDDEN), np.int64(0): torch.zeros(HIDDEN)})
+    assert model.steering.config("v").layers == (0, 1)
+    assert [bool(site.adapter("v").up.bias.all()) for site in sites_of(model)] == [False, True]
+
+
+def sites_of(model: torch.nn.Module) -> list:
+    return [layer.post_block for layer in model.model.layers if "v" in layer.post_block.steer_up]
+
+
 def test_combining_add_vector_refusals():
     model = patch_model(build())
     good = torch.ones(HIDDEN)
@@ -161,6 +175,10 @@ def test_combining_add_vector_refusals():
         (ValueError, ("layers is empty",), {}),
         (TypeError, ("layers is ['a']",), {"a": good}),
         (TypeError, ("vectors is a list",), [good]),
+        (TypeError, ("the vector of layer 0 is a NoneType; expected a tensor or array",), {0: None}),
+        (TypeError, ("the vector of layer 1 is a list",), {0: good, 1: [1, "x"]}),
+        (TypeError, ("the vector of layer 0 is a tensor of torch.complex64", "real numbers"), {0: good + 1j}),
+        (TypeError, ("the vector of layer 0 is a tensor of torch.float32",), {0: good.to("meta")}),
     ):
         with refused(error, *parts, model=model):
             model.steering.add_vector("v", vectors)

@@ -248,6 +248,8 @@ def test_files_save_refuses_a_file(saved):
     model = patched()
     with refused(NotADirectoryError, str(saved / CONFIG), "expected a directory", model=model):
         model.steering.save(saved / CONFIG)
+    with refused(ValueError, "directory is ''; expected a directory", model=model):
+        model.steering.save("")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -304,6 +306,22 @@ def retensored(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], N
         save_file(tensors, directory / WEIGHTS)
 
     return unguarded(damage)
+
+
+def repeated(name: str, field: bytes) -> Callable[[Path], None]:
+    """Return a damage that writes a field of a JSON object a second time. Digests of parsed fields do not see it."""
+
+    def damage(directory: Path) -> None:
+        if name == WEIGHTS:
+            save_file(load_file(directory / WEIGHTS), directory / WEIGHTS, metadata={"format": "pt"})
+            edit_config(directory, weights_sha256=None, tensors_sha256=None)
+        content = (directory / name).read_bytes()
+        size = int.from_bytes(content[:8], "little") + len(field) + 1
+        assert content.count(field) == 1
+        content = content.replace(field, field + b"," + field)
+        (directory / name).write_bytes(size.to_bytes(8, "little") + content[8:] if name == WEIGHTS else content)
+
+    return damage
 
 
 def spoiled(name: str, value: float) -> Callable[[Path], None]:
@@ -402,6 +420,21 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], type[Exception], tuple[str, ...]
         edited(base_model_name_or_path=["x"]),
         ValueError,
         (CONFIG, "base_model_name_or_path is ['x']", "expected a name"),
+    ),
+    "base an empty list": (edited(base_model_name_or_path=[]), ValueError, (CONFIG, "is []", "expected a name")),
+    "modules an empty object": (edited(modules_to_save={}), ValueError, (CONFIG, "is {}", "expected a list of names")),
+    "dtype a list": (edited(dtype=[]), ValueError, (CONFIG, "dtype is []", "expected one of float32")),
+    "digest of nothing": (edited(tensors_sha256="0"), ValueError, (CONFIG, "tensors_sha256 is '0'", "64 hexadecimal")),
+    "field twice": (
+        repeated(CONFIG, b'"scale": 1.0'),
+        ValueError,
+        (CONFIG, "'scale' twice", "expected each name once"),
+    ),
+    "tensor twice": (repeated(WEIGHTS, b'"__metadata__":{"format":"pt"}'), ValueError, (WEIGHTS, "header", "expected")),
+    "layer 00": (
+        retensored(lambda tensors: tensors.update({UP.replace(".1.", ".01."): tensors[UP].clone()})),
+        ValueError,
+        (WEIGHTS, "'model.layers.01.", "expected names such as"),
     ),
     "config nested deeply": (write_config("[" * 100_000), ValueError, (CONFIG, "nested too deeply", "expected")),
     "tensor without prefix": (

@@ -179,9 +179,14 @@ def test_parameters_names_of_adapters(name):
     check_name(name)
 
 
+def test_parameters_names_that_no_folder_can_have_are_refused():
+    with refused(ValueError, "adapter name has 201 characters", "expected at most 200"):
+        check_name("x" * 201)
+
+
 @pytest.mark.parametrize(
     "name",
-    ["", "a.b", "a b", "../a", "/a", "a\\b", "ä", "a\n", None, 7, "..", "keys", "training", "to"]
+    ["", "a.b", "a b", "../a", "/a", "a\\b", "ä", "a\n", "a\0", None, 7, "..", "keys", "training", "to"]
     + ["post_block", "steer_down", "steer_up", "weight", "bias"],
 )
 def test_parameters_names_that_no_adapter_may_have_are_refused_on_every_way_in(name, tmp_path):

@@ -9,14 +9,14 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 import torch
 from models import HIDDEN, LAYERS
 
 from fused_steer import SteerConfig
-from fused_steer.adapters import saving
+from fused_steer.adapters import files, saving
 from fused_steer.adapters.files import AdapterFile, read_adapter, write_adapter
 from fused_steer.adapters.parameters import DOWN, UP, Layout, Place
 
@@ -241,6 +241,22 @@ def test_saving_file_that_is_cut_while_it_is_read_is_refused(tmp_path, monkeypat
     monkeypatch.setattr(os, "fstat", cut)
     with pytest.raises(ValueError, match="cannot be loaded"):
         read_adapter(tmp_path)
+
+
+def test_saving_adapter_that_is_replaced_while_it_is_read_is_read_whole(tmp_path, monkeypatch):
+    """Between the header and the data another process saves twice. The data are those of the header."""
+    write_adapter(tmp_path, adapter(1.0))
+    real = files.read_header
+
+    def replaced(opened: BinaryIO) -> Any:
+        header = real(opened)
+        write_adapter(tmp_path, adapter(2.0)), write_adapter(tmp_path, adapter(3.0))
+        return header
+
+    monkeypatch.setattr(files, "read_header", replaced)
+    assert held(tmp_path) == 1.0
+    monkeypatch.undo()
+    assert held(tmp_path) == 3.0
 
 
 def bomb(directory: Path, **fields: Any) -> None:

@@ -28,8 +28,11 @@ from fused_steer.kernels import inductor, post_block
 from fused_steer.kernels import plan as plans
 from fused_steer.kernels.grouped import Routing
 from fused_steer.kernels.launch import recorded
+from fused_steer.kernels.norm_torch import Norm
 from fused_steer.kernels.planned import PlannedPostBlock
+from fused_steer.kernels.planned_norm import PlannedPostBlockNorm
 from fused_steer.kernels.post_block import start_inference
+from fused_steer.kernels.post_block_norm import post_block_norm
 from fused_steer.kernels.schedule import TARGETS, describe_device
 from hardware import HAS_GPU
 from ops import pack_reference
@@ -169,6 +172,53 @@ def test_plan_second_call_goes_by_the_plan_of_the_first(device, made, adapter, f
     assert site.backend == "triton" and site.calls == 2
     found = [made.none(lambda: site(*operands)) for _ in range(2)]
     assert found[0].data_ptr() != found[1].data_ptr()  # each call has its own result
+
+
+class OfTokens:
+    """The gain of each token in place of `serving.gains.Gains`: other tokens are steered in each pass."""
+
+    def __init__(self) -> None:
+        self.passes = 0
+
+    def gain(self, shape: torch.Size, device: torch.device) -> Tensor:
+        return (torch.arange(shape[:2].numel(), device=device).view(shape[:2]) + self.passes) % 3 / 2
+
+    def of(self, residual: Tensor, entering: Tensor | None) -> Tensor:
+        self.passes += 1
+        return self.gain(residual.shape, residual.device)
+
+
+@pytest.mark.parametrize("graded", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_plan_takes_the_gain_of_each_token(device, made, adapter, graded):
+    """The gain of each pass is read, by the forward and by its backward, with and without gradients."""
+    site = make_site(device, **ADAPTERS[adapter])
+    site.use(site.active, "silu", SCALE, OfTokens())
+    grad = normal(2, 5, D, device=device, seed=9)
+    with torch.set_grad_enabled(graded):
+        for seed in (1, 2):
+            found, expected = ([x.requires_grad_(graded) for x in states(5, device, seed=seed)] for _ in range(2))
+
+            def call(found=found) -> Tensor:
+                out = site(*found)
+                if graded:
+                    out.backward(grad)
+                return out
+
+            out = (made.new if seed == 1 else made.none)(call)
+            taken = [None if p.grad is None else p.grad.clone() for p in site.parameters()]
+            site.zero_grad()
+            w1, w2, b1, b2 = parts(site)
+            other = post_block(
+                *expected, w1, w2, down_bias=b1, up_bias=b2, activation="silu", scale=SCALE,
+                gain=site.gains.gain(out.shape, device),
+            )  # fmt: skip
+            assert_same(out, other)
+            if graded:
+                other.backward(grad)
+                assert all(torch.equal(x.grad, y.grad) for x, y in zip(found, expected, strict=True))
+                assert all(torch.equal(p.grad, g) for p, g in zip(site.parameters(), taken, strict=True))
+                site.zero_grad()
 
 
 @torch.no_grad()
@@ -792,6 +842,244 @@ def test_plan_threads_train_at_once(device, one_kernel_at_a_time):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# With the norm behind the layer
+
+
+class Normed:
+    """`post_block_norm` by plans, as a site with a fused norm calls it."""
+
+    def __init__(self, device: torch.device, reads: str = "sum", weight: bool = True, **options: Any) -> None:
+        given = tensors(**options)
+        self.reads = reads
+        self.weights = [None if name not in given else given[name].to(device).requires_grad_() for name in PARTS]
+        scales = 1 + normal(D, device=device, seed=3) / 4 if weight else None
+        self.norm = Norm(None if scales is None else scales.requires_grad_(), 1e-6, False, True)
+        self.op = PlannedPostBlockNorm("silu", SCALE, self.weights, reads)
+
+    @property
+    def parts(self) -> list[Tensor]:
+        return [t for t in (*self.weights, self.norm.weight) if t is not None]
+
+    def __call__(self, residual: Tensor, branch: Tensor | None = None, packed: Any = None) -> tuple[Tensor, Tensor]:
+        run = self.op.train if torch.is_grad_enabled() else self.op.infer
+        return run(residual, branch, tuple(t for t in self.weights if t is not None), self.norm, packed)
+
+    def ordinary(self, residual: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        down, up, down_bias, up_bias = self.weights
+        return post_block_norm(
+            residual, branch, down, up, down_bias=down_bias, up_bias=up_bias, norm_weight=self.norm.weight,
+            eps=self.norm.eps, activation="silu", scale=SCALE, reads=self.reads,
+        )  # fmt: skip
+
+    def assert_infers(self, operands: tuple[Tensor, ...]) -> None:
+        with torch.no_grad():
+            for one, other in zip(self(*operands), self.ordinary(*operands), strict=True):
+                assert_same(one, other)
+
+    def assert_trains(self, operands: tuple[Tensor, ...], grads: tuple[Tensor | None, Tensor | None]) -> None:
+        wanted = [t for t in (*operands, *self.parts) if t.requires_grad]
+        found = []
+        for call in (self, self.ordinary):
+            used = [(output, grad) for output, grad in zip(call(*operands), grads, strict=True) if grad is not None]
+            outputs, given = zip(*used, strict=True)
+            found.append(torch.autograd.grad(outputs, wanted, given, allow_unused=True))
+        for one, other in zip(*found, strict=True):
+            assert (one is None) == (other is None)
+            if one is not None:
+                assert_same(one, other)
+
+
+@pytest.fixture
+def unplanned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `post_block_norm` itself make no plans, so that `made` counts those of `PlannedPostBlockNorm` alone."""
+
+    def run(kept: Any, key: Any, inputs: Any, call: Callable[[], Any]) -> Any:
+        return call()
+
+    monkeypatch.setattr("fused_steer.kernels.post_block_norm.run_planned", run)
+
+
+def both_grads(device: torch.device, tokens: int = 5, seed: int = 7) -> tuple[Tensor, Tensor]:
+    return tuple(normal(2, tokens, D, device=device, seed=seed + place) for place in (0, 1))
+
+
+@pytest.mark.parametrize("finished", [False, True], ids=["branch", "finished"])
+@pytest.mark.parametrize("adapter", [name for name in ADAPTERS if "name" not in ADAPTERS[name]])
+def test_plan_with_a_norm_the_second_call_goes_by_the_plan_of_the_first(device, made, unplanned, adapter, finished):
+    steer = Normed(device, **ADAPTERS[adapter])
+    for seed in (1, 2):
+        operands, grads = states(5, device, seed=seed)[: 1 if finished else 2], both_grads(device, seed=seed)
+        check = made.new if seed == 1 else made.none
+        check(lambda a=operands: steer.assert_infers(a))
+        check(lambda a=operands, g=grads: steer.assert_trains(leaves(a), g))
+    assert steer.op.backend == "triton"
+
+
+@pytest.mark.parametrize("wants", ["xb", "x", "b", ""], ids=["both", "residual", "branch", "neither"])
+@pytest.mark.parametrize("reads", ["sum", "branch"])
+@pytest.mark.parametrize("adapter", ["biases", "vector"])
+def test_plan_with_a_norm_gradients_of_each_state(device, made, unplanned, adapter, reads, wants):
+    steer = Normed(device, reads, **ADAPTERS[adapter])
+    for seed in (1, 2):
+        operands, grads = leaves(states(5, device, seed=seed), wants), both_grads(device, seed=seed)
+        (made.new if seed == 1 else made.none)(lambda a=operands, g=grads: steer.assert_trains(a, g))
+
+
+@pytest.mark.parametrize("reads", ["sum", "branch"])
+@pytest.mark.parametrize("frozen", [(0,), (4,), (1, 4), (2, 3), (0, 1, 2, 3), (0, 1, 2, 3, 4)], ids=str)
+def test_plan_with_a_norm_frozen_parts_get_no_gradient(device, made, unplanned, reads, frozen):
+    steer, operands = Normed(device, reads, down_bias=True, up_bias=True), leaves(states(5, device))
+    steer.assert_trains(operands, both_grads(device))  # a plan with all parameters training
+    for place in frozen:
+        steer.parts[place].requires_grad_(False)
+    made.new(lambda: steer.assert_trains(operands, both_grads(device)))
+    made.none(lambda: steer.assert_trains(operands, both_grads(device)))
+    for part in steer.parts:
+        part.requires_grad_()
+    steer.assert_trains(operands, both_grads(device))
+
+
+@pytest.mark.parametrize("use", ["out", "normed"])
+def test_plan_with_a_norm_either_output_alone(device, made, unplanned, use):
+    steer, operands = Normed(device), leaves(states(5, device))
+    out, normed = both_grads(device)
+    for grads in ((out, normed), (out, None) if use == "out" else (None, normed), (out, normed)) * 2:
+        steer.assert_trains(operands, grads)
+    last = len(made)
+    if use == "normed":
+        steer.assert_trains(operands, (None, normed))
+        assert len(made) == last
+
+
+@pytest.mark.parametrize("kind", GRADIENTS)
+def test_plan_with_a_norm_of_any_strides(device, unplanned, kind):
+    steer, (residual, branch) = Normed(device, "branch"), leaves(states(5, device))
+    out, normed = both_grads(device)
+    for operands in ((residual, branch), (residual, GRADIENTS[kind](branch.detach()).requires_grad_())):
+        for given in ((out, normed), (GRADIENTS[kind](out), normed), (out, GRADIENTS[kind](normed))) * 2:
+            steer.assert_trains(operands, given)
+
+
+#: Changes after which no earlier plan fits.
+UNFIT: dict[str, Callable[[Normed, tuple[Tensor, ...]], tuple[Tensor, ...]]] = {
+    "another shape": lambda steer, given: tuple(t[:, :3] for t in given),
+    "another dtype": lambda steer, given: tuple(t.to(BF16) for t in given),
+    "another norm": lambda steer, given: setattr(steer, "norm", steer.norm._replace(plus_one=True)) or given,
+    "another eps": lambda steer, given: setattr(steer, "norm", steer.norm._replace(eps=0.5)) or given,
+    "no weight of the norm": lambda steer, given: setattr(steer, "norm", steer.norm._replace(weight=None)) or given,
+}
+
+
+@pytest.mark.parametrize("change", UNFIT)
+def test_plan_with_a_norm_no_plan_for_another_call(device, made, unplanned, change):
+    steer, operands = Normed(device), states(5, device)
+    steer.assert_infers(operands)
+    changed = UNFIT[change](steer, operands)
+
+    def ordinary(residual: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
+        kind = dict(zip(("norm_weight", "eps", "plus_one", "rounds_first"), steer.norm, strict=True))
+        return post_block_norm(residual, branch, *steer.weights[:2], activation="silu", scale=SCALE, **kind)
+
+    with torch.no_grad():
+        found = made.new(lambda: steer(*changed))
+        for one, other in zip(found, ordinary(*changed), strict=True):
+            assert_same(one, other)
+
+
+def test_plan_with_a_norm_backend_asked_for_between_calls(device, made, unplanned, monkeypatch):
+    steer, operands = Normed(device), states(5, device)
+    steer.assert_infers(operands)
+    monkeypatch.setenv("FUSED_STEER_BACKEND", "torch")
+    steer.assert_infers(operands)
+    assert steer.op.backend == "torch"
+    monkeypatch.setenv("FUSED_STEER_BACKEND", "nonsense")
+    with pytest.raises(RuntimeError, match="FUSED_STEER_BACKEND is 'nonsense'"), torch.no_grad():
+        steer(*operands)
+    monkeypatch.setenv("FUSED_STEER_BACKEND", "triton")
+    made.none(lambda: steer.assert_infers(operands))
+
+
+def test_plan_with_a_norm_recorded_launches_are_not_made(device, made, unplanned):
+    steer, operands = Normed(device), states(5, device)
+    steer.assert_infers(operands)
+    with recorded(TARGETS["sm_90"]) as launches, torch.no_grad():
+        steer(*operands)
+    assert launches
+
+
+def test_plan_with_a_norm_what_kernels_refuse_is_refused_beside_a_plan(device, made):
+    steer, (residual, branch) = Normed(device), states(5, device)
+    with torch.no_grad():
+        steer(residual, branch)
+        with pytest.raises(ValueError, match="branch has shape"):
+            steer(residual, branch[:, :3])
+        with pytest.raises(TypeError, match="float64"):
+            steer(residual.double(), branch.double())
+
+        def call(x: Tensor) -> Tensor:
+            return steer(x, branch)[1].sum()
+
+    with pytest.raises(RuntimeError, match="inside a transform of torch.func"):
+        torch.func.grad(call)(residual)
+
+
+def test_plan_with_a_norm_packed_weights(device, made, unplanned):
+    steer, operands = Normed(device, weight=False), leaves(states(5, device))
+    down, up = steer.weights[:2]
+    packed = pack_reference(down.detach(), up.detach(), F32, describe_device(device).gpu)
+    wanted, grads = [*operands, down, up], both_grads(device)
+    expected = torch.autograd.grad(steer.ordinary(*operands), wanted, grads)
+    for call in (made.new, made.none, made.none):
+        found = call(lambda: torch.autograd.grad(steer(*operands, packed=packed), wanted, grads))
+        for one, other in zip(found, expected, strict=True):
+            assert (one - other).norm() <= 1e-6 * other.norm()
+
+
+def test_plan_with_a_norm_a_graph_that_is_kept_is_walked_twice(device, made):
+    steer, operands = Normed(device), leaves(states(5, device))
+    for _ in range(2):
+        outputs = steer(*operands)
+        first, second = (
+            torch.autograd.grad(outputs, operands, both_grads(device), retain_graph=keep) for keep in (True, False)
+        )
+        for one, other in zip(first, second, strict=True):
+            assert torch.equal(one, other) and one.data_ptr() != other.data_ptr()
+
+
+def test_plan_with_a_norm_second_derivatives_and_changes_in_place_are_refused(device, made):
+    steer, operands = Normed(device), leaves(states(5, device))
+    for _ in range(2):
+        _, normed = steer(*operands)
+        (found,) = torch.autograd.grad(normed.square().sum(), operands[0], create_graph=True)
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            found.sum().backward()
+        out, normed = steer(*operands)
+        with torch.no_grad():
+            out += 1
+        with pytest.raises(RuntimeError, match="the output of post_block was changed in place"):
+            normed.sum().backward()
+
+
+def test_plan_with_a_norm_threads_train_at_once(device, one_kernel_at_a_time):
+    steer, wrong = Normed(device), []
+
+    def work(tokens: int) -> None:
+        try:
+            operands, grads = leaves(states(tokens, device, seed=tokens)), both_grads(device, tokens)
+            for _ in range(4):
+                steer.assert_trains(operands, grads)
+        except BaseException as error:
+            wrong.append(repr(error))
+
+    threads = [threading.Thread(target=work, args=(tokens,)) for tokens in (2, 3, 5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # One adapter per row
 
 
@@ -1334,6 +1622,24 @@ def test_plan_a_layer_costs_few_python_calls(worked):
     """The host's time of a planned call is that of these calls: 12 and 31, a few more with other torch."""
     assert 0 < worked["python_calls"]["inference"] <= 14
     assert 0 < worked["python_calls"]["training"] <= 34
+
+
+def test_plan_a_layer_with_a_fused_norm_costs_few_python_calls(worked):
+    """36 and 52. The same layer with its norm unfused: 18 and 35, and PyTorch's own norm."""
+    fused, unfused = (worked["python_calls_with_norms"][name] for name in ("fused", "unfused"))
+    assert unfused["inference"] < fused["inference"] <= 40
+    assert unfused["training"] < fused["training"] <= 58
+
+
+def test_plan_with_a_norm_planned_launches_are_those_of_the_first_call(worked):
+    """Forward and backward, of three layers: one plan each way, for the steering and the norm."""
+    inference, training = (worked["same_launches_with_norms"][name] for name in ("inference", "training"))
+    assert inference["made"] == [[True] * 3, [], []] and training["made"] == [[True] * 6, [], []]
+    for found in (inference, training):
+        assert found["same"] and found["ordinary"] and found["norms"] == ["fused"] * 3
+    backward = ["rms_norm_bwd_kernel"] + [f"post_block_bwd_{name}_kernel" for name in ("rows", "columns", "finish")]
+    assert training["kernels"] == inference["kernels"] + backward * 3
+    assert inference["kernels"] == ["post_block_fwd_down_kernel", "post_block_fwd_up_kernel", "rms_norm_fwd_kernel"] * 3
 
 
 def test_plan_planned_launches_are_those_of_the_first_call(worked):

@@ -1,10 +1,13 @@
 """Tests of the op on each backend: outputs and gradients against the truth in float64, and its other guarantees."""
 
 import itertools
+import math
 import os
 import sys
 from dataclasses import replace
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from fused_steer.kernels import ACTIVATIONS
@@ -886,6 +889,14 @@ BAD = {
     ),
     "basis shape": (dict(basis=torch.ones(15, 2)), ValueError, r"basis has shape \(15, 2\); expected \(16, k\)"),
     "scale shape": (dict(scale=torch.ones(2)), ValueError, r"scale has shape \(2,\); expected \(\)"),
+    "residual type": (dict(residual=None), TypeError, "residual is a NoneType; expected a tensor"),
+    "branch type": (dict(branch=[1.0]), TypeError, "branch is a list; expected a tensor"),
+    "down type": (dict(down="W1"), TypeError, "down is a str; expected a tensor"),
+    "gain type": (dict(gain=0.5), TypeError, "gain is a float; expected a tensor"),
+    "basis type": (dict(basis=np.ones((16, 2))), TypeError, "basis is a ndarray; expected a tensor"),
+    "scale NaN": (dict(scale=math.nan), ValueError, "scale is nan; expected at most 3.402823e"),
+    "scale beyond float32": (dict(scale=-1e39), ValueError, "scale is -1e\\+39; expected at most 3.402823e"),
+    "scale of 401 digits": (dict(scale=10**400), ValueError, "scale is too large; expected at most 3.402823e"),
     "scale type": (dict(scale="1"), TypeError, "scale is a str; expected a float or a 0-dim tensor"),
     "reads": (dict(reads="residual"), ValueError, "reads is 'residual'; expected one of sum, branch"),
     "no branch to read": (
@@ -906,6 +917,11 @@ def test_post_block_bad_input_is_one_clear_line(changes, kind, message):
     with pytest.raises(kind, match=message) as error:
         fused(replace(GOOD, **changes))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("half", [np.float32(0.5), np.float16(0.5), Fraction(1, 2)], ids=repr)
+def test_post_block_numbers_of_any_type_are_strengths(half):
+    assert torch.equal(fused(replace(GOOD, scale=half)), fused(replace(GOOD, scale=0.5)))
 
 
 def test_post_block_an_unknown_activation_is_refused():

@@ -223,6 +223,39 @@ def test_heads_an_adapter_without_a_head_leaves_a_fresh_one_random_with_a_warnin
         trained_classifier()
 
 
+@pytest.mark.parametrize("low_cpu", [False, True])
+@pytest.mark.parametrize("by", ["patch_model", "peft"])
+@each_task
+def test_heads_an_adapter_without_a_head_joins_one_with_a_head(cls, task, head, labels, by, low_cpu, tmp_path):
+    """It uses the model's own head. PEFT lets each adapter of a task have a head, and looks for it in the file."""
+    if by == "peft":
+        get_peft_model(build(), PostBlockConfig(r=2)).save_pretrained(str(tmp_path))
+    else:
+        patch_model(build(), SteerConfig(rank=2)).steering.save(tmp_path)
+    model = get_peft_model(classifier(cls=cls), PostBlockConfig(r=4, task_type=task))
+    base = outputs(classifier(cls=cls))
+    train(model, labels)
+    trained = outputs(model)
+    model.load_adapter(str(tmp_path), adapter_name="headless", low_cpu_mem_usage=low_cpu)
+    assert torch.equal(outputs(model), trained)
+    model.set_adapter("headless")
+    assert torch.equal(outputs(model), base)  # a fresh adapter before the model's own head
+    assert not any(p.is_meta for p in model.parameters())
+    model.set_adapter("default")
+    assert torch.equal(outputs(model), trained)
+
+
+@pytest.mark.parametrize("task", ["SEQ_CLS", "QUESTION_ANS"])
+def test_heads_a_file_that_claims_a_task_without_its_head_is_refused(task, tmp_path):
+    cls, _, head, _ = next(one for one in TASKS.values() if one[1] == task)
+    patch_model(build(), SteerConfig(rank=2)).steering.save(tmp_path)
+    fields = json.loads((tmp_path / "adapter_config.json").read_text()) | {"task_type": task}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(fields))
+    model = classifier(cls=cls)
+    with refused(ValueError, f"has no {head}.weight; expected the head of adapter 'default'", model=model):
+        PeftModel.from_pretrained(model, str(tmp_path))
+
+
 def test_heads_in_a_copy_of_a_model_train_and_are_saved(tmp_path):
     """No mark says that they were loaded."""
     classifier().save_pretrained(tmp_path / "base")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -508,6 +509,11 @@ def test_peft_weighted_sums(first, second, kind, tmp_path):
         (SILU, {"r": 2, "activation": "tanh"}, (["a", "b"], [1, 1], "c", "cat"), ("silu, tanh",)),
         (VECTOR, VECTOR, (["a", "z"], [1, 1], "c"), ("'z'",)),
         (VECTOR, VECTOR, (["a", "b"], [1], "c"), ("2 adapters", "1 weights")),
+        (VECTOR, VECTOR, (["a", "b"], [1, "x"], "c"), ("the weight of 'b' is 'x'", "expected a number")),
+        (VECTOR, VECTOR, (["a", "b"], [1, math.nan], "c"), ("the weight of 'b' is nan", "expected a finite number")),
+        (IDENTITY, IDENTITY, (["a", "b"], [1, 3e38], "c"), ("values that are NaN or infinite",)),
+        (VECTOR, VECTOR, ("a", [1], "c"), ("adapters is 'a'", "expected a list")),
+        (VECTOR, VECTOR, ([["a"]], [1], "c"), ("no adapter ['a']",)),
         (VECTOR, VECTOR, (["a", "b"], [1, 1], "b"), ("'b' already",)),
         (VECTOR, VECTOR, (["a", "b"], [1, 1], "c", "ties"), ("'ties'",)),
         (
@@ -517,13 +523,14 @@ def test_peft_weighted_sums(first, second, kind, tmp_path):
             ("257",),
         ),
     ],
-    ids=["nonlinear", "activations", "unknown", "weights", "taken", "kind", "rank"],
+    ids=["nonlinear", "activations", "unknown", "weights", "text", "nan", "overflow", "name", "list", "taken", "kind"]
+    + ["rank"],
 )
 def test_peft_sums_that_are_not_defined(first, second, arguments, parts):
     model = with_two(first, second)
-    with refused(ValueError, *parts, "expected", model=model):
+    with refused((ValueError, TypeError), *parts, "expected", model=model):
         model.add_weighted_adapter(*arguments)
-    assert set(model.peft_config) == {"a", "b"}
+    assert set(model.peft_config) == {"a", "b"} and model.active_adapters == ["a"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -540,8 +547,12 @@ def test_peft_sums_that_are_not_defined(first, second, arguments, parts):
         ({"activation": "swish"}, ValueError, ("'swish'",)),
         ({"form": "vector", "r": 4}, ValueError, ("4", "'vector'")),
         ({"site": "post_mlp"}, ValueError, ("site is 'post_mlp'", "'post_block'", "patch_model")),
+        ({"dtype": []}, ValueError, ("dtype is []",)),
+        ({"modules_to_save": [None]}, TypeError, ("modules_to_save is [None]", "a list of names")),
+        ({"modules_to_save": {}}, TypeError, ("modules_to_save is {}", "a list of names")),
+        ({"modules_to_save": 5}, TypeError, ("modules_to_save is 5", "a list of names")),
     ],
-    ids=["unknown", "newer", "both ranks", "rank", "activation", "vector", "site"],
+    ids=["unknown", "newer", "both ranks", "rank", "activation", "vector", "site", "dtype", "module", "modules", "5"],
 )
 def test_peft_configs_that_say_nothing_sensible(fields, error, parts):
     with refused(error, *parts, "expected"):

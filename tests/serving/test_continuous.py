@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from models import build, randomize, refused, snapshot
+from peft import LoraConfig, get_peft_model
 from transformers import CompileConfig, ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 from transformers.generation.continuous_batching.requests import RequestState
 
@@ -223,3 +224,22 @@ def test_continuous_another_threads_batch_is_refused(model):
         thread.start()
         thread.join()
     assert "of another thread or task" in found[0]
+
+
+@pytest.mark.parametrize("scope", ["disabled", "mode"])
+def test_continuous_inside_a_scope_computes_what_generate_does(scope):
+    """transformers' thread takes part in the scope in which `generate_batch` is called."""
+    model = patch_model(get_peft_model(build(), LoraConfig(target_modules=["q_proj"], init_lora_weights=False)).eval())
+    randomize(model.base_model.model, "default", seed=1)
+    inner, steering = model.base_model.model, model.base_model.model.steering
+    inputs = prompts(4, 9)
+    steered = answers(inner, inputs)
+    with steering.disabled() if scope == "disabled" else steering.mode("lora"):
+        ids = [torch.tensor([one]) for one in inputs]
+        right = [inner.generate(one, max_new_tokens=NEW, do_sample=False, eos_token_id=None)[0] for one in ids]
+        found = answers(inner, inputs)
+        with refused(ValueError, "persistent manager; expected none inside steering."):
+            inner.generate_batch(inputs, persistent_manager=True)
+    assert found == [one[-NEW:].tolist() for one in right] != steered
+    assert answers(inner, inputs) == steered
+    assert not {"generate", "generate_batch", "init_continuous_batching"} & vars(inner).keys()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import shutil
 import threading
@@ -11,8 +12,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from faults import within
 from models import assert_close, build, build_frozen, randomize, refused, snapshot, tokens
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -292,6 +295,32 @@ def test_pool_waiting_for_a_slot(folder):
     thread.join()
 
 
+@pytest.mark.parametrize("timeout", [None, "1", True, math.nan, np.array([1.0])], ids=str)
+def test_pool_timeout_that_is_no_number_is_refused(folder, timeout):
+    pool = pooled(folder).steering.pool
+    with pool.hold(["0", "1", "2"]), within(20), refused(ValueError, "timeout is", "expected a number of seconds"):
+        pool.load("3", timeout=timeout)
+
+
+@pytest.mark.parametrize("timeout", [math.inf, 10**400, np.float32(30)], ids=["inf", "huge", "np"])
+def test_pool_timeout_of_any_size_and_type(folder, timeout):
+    pool = pooled(folder).steering.pool
+    holding, release = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with pool.hold(["0", "1", "2"]):
+            holding.set()
+            release.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    holding.wait()
+    threading.Timer(0.05, release.set).start()
+    with within(20):
+        assert pool.load("3", timeout=timeout) in range(3)
+    thread.join()
+
+
 # ---------------------------------------------------------------------------------------------------------- bad input
 
 
@@ -460,6 +489,14 @@ def test_pool_names_and_sizes(folder, tmp_path):
         model.steering.load(folder / "3", name="3")
     with refused(KeyError, "no adapter 'x' in the pool; expected one of its 8"):
         pool.load("x")
+    for name in (None, ["0"]):
+        with refused(TypeError, f"names has {name!r}; expected names of adapters"):
+            pool.load(name)
+        for call in (pool.remove, pool.reload):
+            with refused(KeyError, f"no adapter {name!r} in the pool"):
+                call(name)
+    with refused(TypeError, "names is '01'; expected a list of names"), pool.hold("01"):
+        pass
     with refused(ValueError, "4 adapters are needed at once; expected at most 3"), pool.hold(["0", "1", "2", "3"]):
         pass
     with refused(FileNotFoundError, "no directory"):
@@ -480,8 +517,10 @@ def test_pool_names_and_sizes(folder, tmp_path):
     [
         ({"slots": 0}, ValueError, "slots is 0; expected at least 1"),
         ({"slots": 1.5}, TypeError, "slots is 1.5; expected an integer"),
+        ({"slots": 10**30}, ValueError, "slots has 100 bits; expected at most 2147483647"),
         ({"rank": 257}, ValueError, "rank is 257; expected at most 256"),
         ({"rank": -1}, ValueError, "rank is -1; expected at least 0"),
+        ({"dtype": []}, ValueError, "dtype is []; expected one of float32"),
         ({"dtype": "int8"}, ValueError, "dtype is 'int8'; expected one of float32"),
         ({"layers": [3]}, ValueError, "layers has 3; expected indices below 3"),
     ],

@@ -7,6 +7,7 @@ import contextlib
 import contextvars
 import copy
 import os
+import pickle
 import signal
 import threading
 import time
@@ -215,24 +216,41 @@ class Streamer:
 def test_threads_streams_from_a_thread(model):
     expected = alone(model, "polite")[0].tolist()
     options = {"inputs": PROMPTS, "max_new_tokens": 3, "do_sample": False}
-    for carry in (True, False):
-        streamer = Streamer()
-        with model.steering.batch(["polite"]):
-            found = in_thread(lambda: model.generate(**options, streamer=streamer), carry)  # noqa: B023
-        assert streamer.ended.is_set()  # so no reader waits for ever
-        if carry:
-            assert streamer.tokens == PROMPTS[0].tolist() + expected[:3]
-        else:
-            assert isinstance(found, RuntimeError) and not streamer.tokens
+    base = build().generate(PROMPTS, max_new_tokens=3, do_sample=False)[0].tolist()
+    scopes = {
+        lambda: model.steering.batch(["polite"]): PROMPTS[0].tolist() + expected[:3],
+        model.steering.disabled: base,
+    }
+    for scope, answer in scopes.items():
+        for carry in (True, False):
+            streamer = Streamer()
+            with scope():
+                found = in_thread(lambda: model.generate(**options, streamer=streamer), carry)  # noqa: B023
+            assert streamer.ended.is_set()  # so no reader waits for ever
+            if carry:
+                assert streamer.tokens == answer
+            else:
+                assert isinstance(found, RuntimeError)
+                assert streamer.tokens in ([], PROMPTS[0].tolist())  # generate puts the prompt in before the first pass
+    assert "generate" not in vars(model)
 
 
-def test_threads_copy_made_inside_is_a_whole_model(model):
+@pytest.mark.parametrize("positions", ["all", "prompt"])
+def test_threads_jit_trace_of_a_model_in_a_batch_is_refused_by_name(positions):
+    model = patch_model(build(), SteerConfig(rank=2, positions=positions))
+    scope = model.steering.batch(["default"]) if positions == "all" else contextlib.nullcontext()
+    with scope, refused(RuntimeError, "torch.jit.trace cannot record", "expected torch.export"):
+        torch.jit.trace(model, (PROMPTS,), strict=False)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
+def test_threads_copy_made_inside_is_a_whole_model(model, duplicate):
     model.steering.use("polite")
     expected = greedy(model)
     with model.steering.batch(["vector"]):
-        in_batch = copy.deepcopy(model)
+        in_batch = duplicate(model)
     with model.steering.disabled():
-        disabled = copy.deepcopy(model)
+        disabled = duplicate(model)
     for twin in (in_batch, disabled):
         assert torch.equal(greedy(twin), expected)
         with twin.steering.batch(["vector"]):

@@ -1,0 +1,225 @@
+"""`post_block_norm` with launch plans, for a layer's site with a fused norm behind it. See planned.py.
+
+A repeated call starts one kernel forward, and all kernels of its backward pass, without a launcher. Calls without a
+plan go through `post_block_norm`'s own functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .contract import Operands, Packed
+from .norm_torch import Norm
+from .plan import Plan, keep
+from .planned import planned_operands
+from .post_block import first_order, saved_tensors
+from .post_block_norm import Saved, backward_norm, forward_norm, may_plan, steer_and_normalise
+
+#: `out` and `normed`
+_Results = tuple[Tensor, Tensor]
+
+
+class PlannedPostBlockNorm:
+    """`post_block_norm` for one activation, one scale, one `reads`, one kind of norm, and an adapter with a fixed set
+    of tensors.
+    """
+
+    __slots__ = ("_activation", "_inference", "_reads", "_scale", "_training", "_where", "backend")
+
+    def __init__(self, activation: str, scale: float, weights: Sequence[Tensor | None], reads: str = "sum") -> None:
+        """
+        Args:
+            activation, scale, weights, reads: see `PlannedPostBlock`.
+        """
+        self._activation, self._scale, self._reads = activation, scale, reads
+        self._where = tuple(weight is not None for weight in weights)
+        self._inference: dict[Any, Plan] = {}
+        self._training: dict[Any, _Training] = {}
+        self.backend: str | None = None  # the backend of the last call
+
+    def infer(
+        self, residual: Tensor, branch: Tensor | None, weights: tuple[Tensor, ...], norm: Norm, packed: Packed | None
+    ) -> _Results:
+        """Return `out` and `normed` without gradients.
+
+        Args:
+            weights: the adapter's weights that are not None, in their order.
+            packed: W1 and W2 in the kernels' form, read instead of the weights.
+        """
+        states = (residual,) if branch is None else (residual, branch)
+        operands = (*states, *weights, *_given(norm.weight), *(packed or ()))
+        key = (branch is None, packed is None, norm[1:], residual.shape)
+        plan = self._inference.get(key)
+        addresses = None if plan is None else plan.admit(operands)
+        if plan is not None and addresses is not None:
+            self.backend = "triton"
+            return plan.go(addresses)
+        steering = planned_operands(self._where, weights, self._scale, self._activation, self._reads, packed)
+        self.backend, plannable = may_plan(residual, branch, steering, norm)
+        if not plannable:
+            return steer_and_normalise(residual, branch, steering, norm)
+        results, plan = Plan.make(operands, lambda: forward_norm(residual, branch, steering, norm, False)[:2])
+        if plan is not None:
+            keep(self._inference, key, plan)
+        return results[0], results[1]
+
+    def train(
+        self, residual: Tensor, branch: Tensor | None, weights: tuple[Tensor, ...], norm: Norm, packed: Packed | None
+    ) -> _Results:
+        """Return `out` and `normed`, with gradients for the operands that require them. See `infer`."""
+        states = (residual,) if branch is None else (residual, branch)
+        differentiable = (*states, *weights, *_given(norm.weight))
+        for operand in differentiable:
+            if operand.requires_grad:
+                break
+        else:
+            return self.infer(residual, branch, weights, norm, packed)
+        operands = (*differentiable, *(packed or ()))
+        key = (branch is None, packed is None, norm[1:], residual.shape)
+        training = self._training.get(key)
+        addresses = None if training is None else training.forward.admit(operands)
+        if addresses is not None and not torch._C._are_functorch_transforms_active():
+            self.backend = "triton"
+            return _apply((training, addresses, None, packed), *differentiable)
+        steering = planned_operands(self._where, weights, self._scale, self._activation, self._reads, packed)
+        self.backend, plannable = may_plan(residual, branch, steering, norm)
+        if not plannable:
+            return steer_and_normalise(residual, branch, steering, norm)
+
+        def call() -> list[Tensor]:
+            return [t for t in forward_norm(residual, branch, steering, norm, True) if t is not None]
+
+        with torch.no_grad():
+            results, plan = Plan.make(operands, call)
+        if plan is None or any(state.dtype != results[0].dtype for state in states):
+            return steer_and_normalise(residual, branch, steering, norm)
+        constants = self._scale, self._activation, self._reads
+        training = _Training(plan, states, weights, norm, self._where, constants)
+        keep(self._training, key, training)
+        return _apply((training, None, results, packed), *differentiable)
+
+
+def _given(weight: Tensor | None) -> tuple[Tensor, ...]:
+    return () if weight is None else (weight,)
+
+
+# ---------------------------------------------------------------------------------------------------------- gradients
+
+
+class _Training:
+    """The plans of a call and of its backward pass, and which operands need gradients. The guard checks the latter."""
+
+    __slots__ = ("backward", "constants", "forward", "kind", "keeps", "needs", "order", "places", "states", "where")
+
+    def __init__(
+        self,
+        forward: Plan,
+        states: tuple[Tensor, ...],
+        weights: tuple[Tensor, ...],
+        norm: Norm,
+        where: tuple[bool, ...],
+        constants: tuple[float, str, str],
+    ) -> None:
+        self.forward = forward
+        #: By whether `out` has a gradient of its own.
+        self.backward: dict[bool, Plan] = {}
+        self.states, self.where, self.constants, self.kind = len(states), where, constants, norm[1:]
+        of_states = [state.requires_grad for state in states]
+        given = iter(weights)
+        down, up, down_bias, up_bias = (there and next(given).requires_grad for there in where)
+        of_weight = norm.weight is not None and norm.weight.requires_grad
+        adapter = where[0]
+        reads_branch = adapter and constants[2] == "branch"
+        of_read = of_states[1] if reads_branch else any(of_states)
+        of_out = of_states[0] if reads_branch else of_read and not adapter
+        #: As `backward_norm` expects.
+        self.needs = [of_out, of_read and adapter, down, up, down_bias, up_bias, False, False, of_weight]
+        # The saved tensors: `out`, branch or none, a or none, 1 / rms; then the weights and the norm's.
+        self.keeps = (reads_branch and down, adapter)
+        order = {need: place for place, need in enumerate(i for i, needed in enumerate(self.needs) if needed)}
+        of_residual, of_branch = (0, 1) if reads_branch else (1, 1) if adapter else (0, 0)
+        #: For each operand the index of its gradient among the results, or None.
+        self.places = [
+            order[need] if wanted else None
+            for need, wanted in zip((of_residual, of_branch), of_states, strict=False)
+        ]  # fmt: skip
+        self.places += [order.get(place + 2) for place, there in enumerate(where) if there]
+        self.places += [order.get(8)] if norm.weight is not None else []
+        #: The same for the backward plans, with None for the function's first argument.
+        self.order = (None, *self.places)
+
+
+class _PlannedPostBlockNorm(torch.autograd.Function):
+    """The autograd function of planned calls. It saves the same tensors as `post_block_norm`'s own function."""
+
+    @staticmethod
+    def forward(ctx: Any, call: tuple[_Training, Any, Any, Packed | None], *operands: Tensor) -> tuple[Tensor, Tensor]:
+        """Run the planned launches, unless their results are given.
+
+        call: the plans, the admitted addresses or the results, and the packed weights.
+        """
+        training, addresses, results, packed = call
+        if results is None:
+            results = training.forward.go(addresses)
+        out, normed, *kept = results
+        branch = operands[1:2] if training.keeps[0] else ()
+        ctx.save_for_backward(out, *branch, *kept, *operands[training.states :])
+        ctx.training, ctx.packed = training, packed
+        ctx.set_materialize_grads(False)
+        return out, normed
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, grad_normed: Tensor | None) -> tuple[Tensor | None, ...]:
+        training, packed = ctx.training, ctx.packed
+        if grad is None and grad_normed is None:
+            return training.order
+        saved = saved_tensors(ctx, training.constants[2])
+        create_graph = torch.is_grad_enabled()
+        if grad_normed is not None:
+            grads = (grad_normed,) if grad is None else (grad_normed, grad)
+            operands = (*grads, *saved, *(packed or ()))
+            plan = training.backward.get(grad is None)
+            addresses = None if plan is None or create_graph else plan.admit(operands)
+            if plan is not None and addresses is not None:
+                return plan.go(addresses)
+        with torch.no_grad():
+            found = _careful_backward(training, grad, grad_normed, saved, packed)
+        gradients = tuple(None if place is None else found[place] for place in training.places)
+        if create_graph:
+            given = grad if grad is not None else grad_normed
+            assert given is not None
+            gradients = first_order((torch.empty(0, device=given.device, requires_grad=True),), gradients)
+        return None, *gradients
+
+
+def _careful_backward(
+    training: _Training,
+    grad: Tensor | None,
+    grad_normed: Tensor | None,
+    saved: Sequence[Tensor],
+    packed: Packed | None,
+) -> Sequence[Tensor]:
+    given = iter(saved)
+    keeps_branch, keeps_a = training.keeps
+    kept = Saved(next(given), next(given) if keeps_branch else None, next(given) if keeps_a else None, next(given))
+    steering: Operands = planned_operands(training.where, given, *training.constants, packed)
+    norm = Norm(next(given, None), *training.kind)
+
+    def call() -> list[Tensor]:
+        return backward_norm(grad, grad_normed, kept, steering, norm, training.needs)
+
+    if grad_normed is None:
+        return call()
+    grads = (grad_normed,) if grad is None else (grad_normed, grad)
+    found, plan = Plan.make((*grads, *saved, *(packed or ())), call, training.order)
+    if plan is not None:
+        training.backward[grad is None] = plan
+    return found
+
+
+#: Bypasses the torch.func support in `Function.apply`. No plan is used under torch.func.
+_apply = super(torch.autograd.Function, _PlannedPostBlockNorm).apply
