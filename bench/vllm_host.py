@@ -1,8 +1,9 @@
 """`python -m bench.vllm_host`: host time of a vLLM step on a CPU, idle against vanilla and many strengths against one.
 
 Engines run in turn, each in a process: vLLM without the plug-in, and steering without `--enable-lora`. A step
-decodes a token of each request of a tiny model, so that nearly all of its time is the host's. The figure is the CPU
-time of the process, which other processes on the machine disturb less than the clock.
+decodes a token of each request of a tiny model, so that nearly all of its time is the host's. The figures are the CPU
+time of the process, which other processes on the machine disturb less than the clock, and the number of calls of
+Python and C functions, which they do not disturb.
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ RATIOS = (("idle", "vanilla"), ("a strength a request", "one strength"))
 
 
 def _serve(folder: Path, with_steering: bool, compiled: bool) -> None:
-    """Start an engine in this process; answer lines (contender, rows, tokens) by its CPU seconds for each step."""
+    """Start an engine in this process; answer lines (contender, rows, tokens, counted) by figures of a step.
+
+    The figure is the CPU seconds, or the calls if `counted` is true.
+    """
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     os.environ["VLLM_PLUGINS"] = "fused_steer" if with_steering else ""
     from vllm import LLM, SamplingParams
@@ -52,7 +56,7 @@ def _serve(folder: Path, with_steering: bool, compiled: bool) -> None:
     )
     print("ready", flush=True)
     for line in sys.stdin:
-        name, rows, tokens = json.loads(line)
+        name, rows, tokens, counted = json.loads(line)
         options = [CONTENDERS[name][1](row, rows) for row in range(rows)]
         parameters = [
             SamplingParams(
@@ -67,11 +71,19 @@ def _serve(folder: Path, with_steering: bool, compiled: bool) -> None:
         for row, each in enumerate(parameters):
             engine.llm_engine.add_request(str(row), {"prompt_token_ids": [5 + row % 50] * 4}, each)
         engine.llm_engine.step()  # the prompts
-        begin, steps = time.process_time(), 0
+        calls, steps = 0, 0
+
+        def count(frame: Any, event: str, argument: Any) -> None:
+            nonlocal calls
+            calls += event in ("call", "c_call")
+
+        begin = time.process_time()
+        sys.setprofile(count if counted else None)
         while engine.llm_engine.has_unfinished_requests():
             engine.llm_engine.step()
             steps += 1
-        print(json.dumps((time.process_time() - begin) / steps), flush=True)
+        sys.setprofile(None)
+        print(json.dumps((calls if counted else time.process_time() - begin) / steps), flush=True)
 
 
 class _Engine:
@@ -92,9 +104,9 @@ class _Engine:
             raise RuntimeError("vLLM's process is gone; expected an answer (its own output says why)")
         return line.strip()
 
-    def ask(self, name: str, rows: int, tokens: int) -> float:
+    def ask(self, name: str, rows: int, tokens: int, counted: bool = False) -> float:
         assert self._process.stdin is not None
-        print(json.dumps([name, rows, tokens]), file=self._process.stdin, flush=True)
+        print(json.dumps([name, rows, tokens, counted]), file=self._process.stdin, flush=True)
         return float(self._line())
 
     def close(self) -> None:
@@ -134,7 +146,7 @@ def main(
     steering: Annotated[bool, typer.Option(hidden=True)] = False,
     serve: Annotated[Path | None, typer.Option(hidden=True)] = None,
 ) -> None:
-    """Print the CPU time of a step of each contender, and the ratios."""
+    """Print the CPU time and the calls of a step of each contender, and the ratios."""
     if serve is not None:
         _serve(serve, steering, compiled)
         return
@@ -149,15 +161,22 @@ def main(
                     seconds = engines[plugged].ask(name, rows, tokens)
                     if number:  # the first round warms up
                         times[name].append(seconds)
+            calls = {name: engines[plugged].ask(name, rows, tokens, True) for name, (plugged, _) in CONTENDERS.items()}
         finally:
             for engine in engines.values():
                 engine.close()
     for name, samples in times.items():
-        print(f"{name:22} {min(samples) * 1e3:.3f} ms least, {statistics.median(samples) * 1e3:.3f} ms median, a step")
+        print(
+            f"{name:22} {min(samples) * 1e3:.3f} ms least, {statistics.median(samples) * 1e3:.3f} ms median, a step;"
+            f" {calls[name]:.0f} calls"
+        )
     for first, second in RATIOS:
         of_rounds = statistics.median(a / b for a, b in zip(times[first], times[second], strict=True))
         least = min(times[first]) / min(times[second])
-        print(f"{first} / {second}: {of_rounds:.3f} (median of rounds), {least:.3f} (least of each)")
+        print(
+            f"{first} / {second}: {of_rounds:.3f} (median of rounds), {least:.3f} (least of each), "
+            f"{calls[first] / calls[second]:.4f} (calls)"
+        )
 
 
 if __name__ == "__main__":

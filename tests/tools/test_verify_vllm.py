@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,24 +70,42 @@ def test_throwaway_adapters_shift_by_the_dose(folder):
     assert not torch.equal(first, second)
 
 
-def test_judge_takes_right_answers_and_no_others(folder):
-    kinds: list[tuple[str | None, dict[str, Any]]] = [
-        (None, {}), ("0", {}), ("1", {"scale": 2.0, "positions": "generated"}), (VECTOR, {}),
-    ]  # fmt: skip
-    right = [answer(folder, row, name, **options) for row, (name, options) in enumerate(kinds)]
-    verdict = judge(str(folder / "model"), "float32", "cpu", right)
+#: A batch's requests in the order of its rows: adapter and options.
+REQUESTS: list[tuple[str | None, dict[str, Any]]] = [
+    (None, {}), ("0", {}), ("1", {"scale": 2.0, "positions": "generated"}), (VECTOR, {}),
+]  # fmt: skip
+
+
+def readings(folder: Path, answers: list[Answer]) -> tuple[throwaway.Verdict, dict[str, throwaway.Verdict]]:
+    """Return the verdicts on answers as they were asked for, and on those of faulty plug-ins."""
+    faulty = throwaway.faulty_readings(answers, LAYERS)
+    found = judge(str(folder / "model"), "float32", "cpu", {"asked": answers, **faulty})
+    return found.pop("asked"), found
+
+
+def test_judge_takes_right_answers_and_refuses_those_of_a_faulty_plug_in(folder):
+    right = [answer(folder, row, name, **options) for row, (name, options) in enumerate(REQUESTS)]
+    verdict, faulty = readings(folder, right)
     assert all(verdict.right(row) for row in range(4)) and verdict.same == [NEW] * 4
     assert 0 < verdict.bound < 1e-4
-    base = [answer(folder, row, None).answer for row in range(4)]
-    others = [
-        Answer(one.prompt, other, one.adapter, one.scale, one.positions) for one, other in zip(right, base, strict=True)
-    ]
-    verdict = judge(str(folder / "model"), "float32", "cpu", others)
-    assert [verdict.right(row) for row in range(4)] == [True, False, False, False]
-    another = [Answer(right[1].prompt, right[1].answer, right[1].adapter, scale=0.1)]
-    assert not judge(str(folder / "model"), "float32", "cpu", another).right(0)
-    elsewhere = [Answer(right[2].prompt, right[2].answer, right[2].adapter, 2.0, "prompt")]
-    assert not judge(str(folder / "model"), "float32", "cpu", elsewhere).right(0)
+    assert list(faulty) == ["no steering", "half the strength", "other positions", "another adapter", "other layers"]
+    for fault, each in faulty.items():
+        assert [each.right(row) for row in range(4)] == [True, False, False, False], fault
+    assert all(check.kept for check in verify_vllm.check_acts(right, verdict, faulty))
+
+
+@pytest.mark.parametrize("fault", ["no steering", "half the strength", "other positions", "another adapter"])
+def test_verify_vllm_a_faulty_plug_in_is_seen(folder, fault):
+    """Hugging Face takes the plug-in's place, with a fault."""
+    asked = [Answer(PROMPTS[row], [], name and str(folder / name), **o) for row, (name, o) in enumerate(REQUESTS)]
+    given = []
+    for row, one in enumerate(throwaway.faulty_readings(asked, LAYERS)[fault]):
+        options = {"scale": one.scale, "positions": one.positions} if one.adapter else {}
+        tokens = answer(folder, row, one.adapter and Path(one.adapter).name, **options).answer
+        given.append(replace(asked[row], answer=tokens))
+    verdict, faulty = readings(folder, given)
+    acts, _, unsteered, *_ = verify_vllm.check_acts(given, verdict, faulty)
+    assert (acts.kept, unsteered.kept) == (False, True) and acts.seen.startswith("0 of 3 requests")
 
 
 class FakeEngine:
@@ -122,11 +141,11 @@ class FakeEngine:
 
 def test_check_neighbours_sees_a_leak(folder):
     trial = Trial(PROMPTS, folder, 2)
-    check, answers, base = verify_vllm.check_neighbours(FakeEngine(folder), trial, NEW)
+    check, answers = verify_vllm.check_neighbours(FakeEngine(folder), trial, NEW)
     assert check.kept and check.seen.startswith("2 of 2 unsteered requests")
     assert [one.adapter and Path(one.adapter).name for one in answers] == [None, "0", None, "1"]
-    assert (answers[3].scale, answers[3].positions) == (2.0, "generated") and len(base) == 4
-    check, _, _ = verify_vllm.check_neighbours(FakeEngine(folder, leaks=True), trial, NEW)
+    assert (answers[3].scale, answers[3].positions) == (2.0, "generated")
+    check, _ = verify_vllm.check_neighbours(FakeEngine(folder, leaks=True), trial, NEW)
     assert check.kept is False and check.seen.startswith("0 of 2")
 
 
@@ -137,17 +156,21 @@ def test_check_reload_sees_old_contents(folder):
     assert check.kept is False and check.seen.startswith("0 of 4 answers after a reload")
 
 
-def test_check_acts_sees_wrong_and_unmoved_answers():
-    answers = [Answer([1], [2]), Answer([1], [3], "a")]
-    right = throwaway.Verdict([0.0, 0.0], [1, 1], 1e-6)
-    told = throwaway.Verdict([0.0, 0.1], [1, 0], 1e-6)
-    assert all(check.kept for check in verify_vllm.check_acts(right, answers, [[2], [2]], told))
-    acts, differs, base = verify_vllm.check_acts(told, answers, [[2], [2]], told)
-    assert (acts.kept, differs.kept, base.kept) == (False, True, True)
-    assert verify_vllm.check_acts(right, answers, [[2], [3]], told)[1].kept is False  # the base's tokens
-    assert verify_vllm.check_acts(right, answers, [[2], [2]], right)[1].kept is False  # the check could not fail
-    assert (
-        verify_vllm.check_acts(throwaway.Verdict([0.1, 0.0], [0, 1], 1e-6), answers, [[2], [2]], told)[2].kept is False
+def test_check_acts_sees_wrong_answers_and_its_own_blindness():
+    answers = [Answer([1], [2]), Answer([1], [3], "a"), Answer([1], [3], "a"), Answer([1], [3], "b")]
+
+    def verdict(*wrong: int) -> throwaway.Verdict:
+        return throwaway.Verdict([0.1 if row in wrong else 0.0 for row in range(4)], [1] * 4, 1e-6)
+
+    told = {"no steering": verdict(2, 3)}
+    assert [check.kept for check in verify_vllm.check_acts(answers, verdict(), told)] == [True] * 3
+    assert [check.kept for check in verify_vllm.check_acts(answers, verdict(1), told)] == [False, True, True]
+    assert [check.kept for check in verify_vllm.check_acts(answers, verdict(0), told)] == [True, True, False]
+    # The answers of b would be right without steering, too.
+    blind = verify_vllm.check_acts(answers, verdict(), told | {"other layers": verdict(1, 2)})[1]
+    assert blind.kept is False and blind.seen == (
+        "Hugging Face refuses the same answers after no steering in 2 of 3 requests, other layers in 2 of 3 requests; "
+        "not told apart: b with other layers (give more --new-tokens)"
     )
 
 
