@@ -31,6 +31,7 @@ if HAS_VLLM:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--every-engine", action="store_true", help="start all of vLLM's engines, not a sample")
     parser.addoption("--every-line", action="store_true", help="raise at every line in test_faults.py, not at a sample")
 
 

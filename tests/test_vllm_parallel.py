@@ -86,9 +86,15 @@ ENGINES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+#: Started without --every-engine.
+SAMPLE = {"tensor parallel": ["without LoRA"], "pipeline parallel": ["with LoRA"], "EAGLE": ["with LoRA"]}
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("engine", ENGINES)
-def test_vllm_parallel_and_speculative_answers(folder, tmp_path, engine, way):
+def test_vllm_parallel_and_speculative_answers(folder, tmp_path, request, engine, way):
+    if way not in SAMPLE.get(engine, ()) and not request.config.getoption("--every-engine"):
+        pytest.skip("a sample of the engines is started without --every-engine")
     options = {**ENGINES[engine], **WAYS[way], "max_num_batched_tokens": 256}  # vLLM wants more with drafts
     if engine in ("draft model", "EAGLE"):
         draft = folder / ("draft" if engine == "draft model" else "eagle")

@@ -3,7 +3,8 @@
 Each request has a random adapter, strength, positions and prompt. Four requests in a row differ only in the prompt's
 end, so that cached blocks are used again. Prompts are fed in chunks. There are too few blocks, so that requests are
 preempted, and fewer slots than adapters. Between the waves adapters get other contents under their name, number and
-path. Each answer is compared with that of Hugging Face.
+path. Each answer is compared with that of Hugging Face. Without --every-engine only the first runner is started, without
+LoRA.
 """
 
 from __future__ import annotations
@@ -105,7 +106,9 @@ def right(folder, waves) -> list[list[int]]:
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("runner", ["first runner", "second runner"])
-def test_vllm_a_thousand_random_requests(folder, waves, right, tmp_path, runner, way):
+def test_vllm_a_thousand_random_requests(folder, waves, right, tmp_path, request, runner, way):
+    if (runner, way) != ("first runner", "without LoRA") and not request.config.getoption("--every-engine"):
+        pytest.skip("a sample of the engines is started without --every-engine")
     served = {name: str(tmp_path / name) for name in NAMES}
     options = {
         "block_size": 32, "enable_prefix_caching": True, "num_gpu_blocks_override": 10, "max_num_seqs": 16,
