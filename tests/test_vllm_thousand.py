@@ -3,7 +3,7 @@
 Each request has a random adapter, strength, positions and prompt. Four requests in a row differ only in the prompt's
 end, so that cached blocks are used again. Prompts are fed in chunks. There are too few blocks, so that requests are
 preempted, and fewer slots than adapters. Between the waves adapters get other contents under their name, number and
-path. Each answer is compared with that of Hugging Face. Without --every-engine only the first runner is started, without
+path. Each answer is compared with that of Hugging Face. Without --every-engine only the first runner is started, and no
 LoRA.
 """
 
