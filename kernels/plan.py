@@ -14,6 +14,7 @@ and no address.
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 import operator
 import os
@@ -84,6 +85,23 @@ def _strided(device: torch.device) -> Callable[..., Tensor]:
 # ----------------------------------------------------------------------------------------------------------- one launch
 
 
+#: The end of the launcher's `__call__` in Triton 3.7 to 3.9, up to the kernel's arguments.
+_LAUNCH = (
+    "self.launch(gridX, gridY, gridZ, stream, function, self.launch_cooperative_grid, self.launch_pdl, "
+    "kernel_metadata, launch_metadata, launch_enter_hook, launch_exit_hook, global_scratch, profile_scratch, "
+    "self.arg_annotations, self.kernel_signature, "
+)
+
+
+@functools.cache
+def starts_directly(launcher: type) -> bool:
+    """Return whether a plan can call the C function of Triton's launcher, instead of the launcher."""
+    try:
+        return _LAUNCH in " ".join(inspect.getsource(launcher.__call__).split())
+    except (OSError, TypeError):  # without its source, or not in Python
+        return False
+
+
 def _start(number: int, launch: Started, pointers: Sequence[str], names: dict[str, Any]) -> str:
     """Return the source of a call that starts a kernel. The objects it uses are added to `names`.
 
@@ -104,8 +122,8 @@ def _start(number: int, launch: Started, pointers: Sequence[str], names: dict[st
     run, place = compiled.run, f"x{number}, y{number}, z{number}, stream, function{number}"
     names |= {f"{axis}{number}": extent for axis, extent in zip("xyz", (*launch.grid, 1, 1), strict=False)}
     names[f"function{number}"], names[f"metadata{number}"] = compiled.function, compiled.packed_metadata
-    if triton.__version__.startswith("3.7.") and type(run).__name__ == "CudaLauncher":
-        if not (run.global_scratch_size or run.profile_scratch_size):
+    if starts_directly(type(run)):
+        if not (run.global_scratch_size or run.profile_scratch_size or getattr(run, "gsan_enabled", False)):
             # The same as `run` without its two closures. The five Nones are launch metadata, two hooks and two scratch
             # memories. Constants are left out, because the C function would skip them one by one.
             kinds = dict(zip(launch.kernel.arg_names, compiled.src.signature.values(), strict=True))

@@ -121,6 +121,11 @@ def fp_fusion_of_the_environment():
 
 
 @case
+def launcher():
+    return {"direct": plans.starts_directly(driver.launcher_cls)}
+
+
+@case
 def same_launches_in_training():
     site, x, b, grad = new_site(), hidden(64, True), hidden(64, True), hidden(64)
     first, second = (called(lambda: site(x, b).backward(grad)) for _ in range(2))
