@@ -167,7 +167,7 @@ def run_set(name: str, folder: Path, timeout: float, workers: int) -> Outcome:
     options = ["-q", "-n", str(workers), "--dist", "loadfile", "-p", "no:cacheprovider"]
     # By the environment's own Python: bin/pytest names the Python of the environment that a copy was made of. Not by
     # `python -m pytest`, which makes the checkout's folder `kernels` importable.
-    code = "import sys; sys.path.pop(0); import pytest; sys.exit(pytest.console_main())"
+    code = "import sys; sys.path.pop(0); import pytest; sys.exit(pytest.main())"
     command = [python, "-c", code, *options, *files_of(changed)]
     start = time.monotonic()
     try:
