@@ -102,6 +102,7 @@ class Outcome:
     Attributes:
         wanted: the versions that the set changes.
         counts: the numbers of tests passed, failed and skipped.
+        one_in: N, if only one test in N was run.
         failed: the names of the failed tests.
         note: why the tests did not run, or "".
     """
@@ -112,6 +113,7 @@ class Outcome:
     counts: dict[str, int] = field(default_factory=dict)
     failed: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    one_in: int = 1
     note: str = ""
     commit: str = ""
     machine: str = ""
@@ -145,10 +147,12 @@ def conflict(text: str) -> str:
     return "; ".join(dict.fromkeys(found)) or next(iter(errors), "pip failed")
 
 
-def run_set(name: str, folder: Path, timeout: float, workers: int) -> Outcome:
-    """Make the set's environment in `folder` and run the tests in it with `workers` processes."""
+def run_set(name: str, folder: Path, timeout: float, workers: int, one_in: int = 1) -> Outcome:
+    """Make the set's environment in `folder` and run the tests, or one in `one_in`, with `workers` processes."""
     changed = SETS[name]
-    found = Outcome(name, changed, commit=commit(), machine=f"{platform.machine()}, {os.cpu_count()} cores, no GPU")
+    found = Outcome(
+        name, changed, one_in=one_in, commit=commit(), machine=f"{platform.machine()}, {os.cpu_count()} cores, no GPU"
+    )
     place = folder / name
     python = place / "bin" / "python"
     limits = place / "constraints.txt"
@@ -164,7 +168,7 @@ def run_set(name: str, folder: Path, timeout: float, workers: int) -> Outcome:
         f"import json\nfrom importlib import metadata\nprint(json.dumps({{n: metadata.version(n) for n in {SHOWN!r}}}))"
     )
     found.versions = json.loads(subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout)
-    options = ["-q", "-n", str(workers), "--dist", "loadfile", "-p", "no:cacheprovider"]
+    options = ["-q", "-n", str(workers), "--dist", "loadfile", "-p", "no:cacheprovider", "--one-in", str(one_in)]
     # By the environment's own Python: bin/pytest names the Python of the environment that a copy was made of. Not by
     # `python -m pytest`, which makes the checkout's folder `kernels` importable.
     code = "import sys; sys.path.pop(0); import pytest; sys.exit(pytest.main())"
@@ -281,7 +285,8 @@ def page(outcomes: dict[str, Outcome], requirements: dict[str, dict[str, list[st
             rows.append([name, wanted, *["–"] * len(SHOWN), done.note if done else _not_run(changed)])
             continue
         passed, failed = done.counts.get("passed", 0), len(done.failed)
-        result = f"{passed} passed" + (
+        sample = "" if done.one_in == 1 else f" of one test in {done.one_in}"
+        result = f"{passed} passed{sample}" + (
             f", **{failed} failed**: {', '.join(map(_short, done.failed))}" if failed else ""
         )
         rows.append([name, wanted, *(done.versions[library] for library in SHOWN), f"{result} ({done.commit[:7]})"])
@@ -293,7 +298,8 @@ This page lists the library versions that the core tests were run with. Each *se
 versions changed, in its own environment. `python -m bench.matrix` runs the tests and writes this page. The kernels'
 tests run if torch or triton changes, because kernels import neither transformers nor TRL. If only TRL changes, the
 tests of TRL's trainers run. On a machine without a GPU the kernels run in Triton's interpreter. A set with another
-torch downloads the CUDA build, several gigabytes, and runs only if you name it.
+torch downloads the CUDA build, several gigabytes, and runs only if you name it. Where the table says so, `--one-in` ran a
+sample of the tests, the same in each set.
 
 {table}
 
@@ -341,6 +347,7 @@ def main(
     folder: Annotated[Path, typer.Option(help="Folder of the environments, which are kept.")] = Path(".matrix"),
     timeout: Annotated[float, typer.Option(help="Time limit for the tests of a set, in seconds.")] = 3600.0,
     workers: Annotated[int, typer.Option("-n", min=1, help="Number of processes that run the tests of a set.")] = 2,
+    one_in: Annotated[int, typer.Option(min=1, help="Run a sample, one test in this number.")] = 1,
     page_only: Annotated[bool, typer.Option("--page", help="Only write the files made of saved results.")] = False,
     ask: Annotated[bool, typer.Option("--requirements", help="Only ask pip for the releases' requirements.")] = False,
 ) -> None:
@@ -354,7 +361,7 @@ def main(
         REQUIREMENTS.write_text(json.dumps(ask_requirements(), indent=2) + "\n", encoding="utf-8")
     for name in () if page_only or ask else chosen:
         typer.echo(f"{name}: {', '.join(f'{k} {v}' for k, v in SETS[name].items()) or 'as pinned'}")
-        done = run_set(name, folder.resolve(), timeout, workers)
+        done = run_set(name, folder.resolve(), timeout, workers, one_in)
         RESULTS.mkdir(parents=True, exist_ok=True)
         (RESULTS / f"{name}.json").write_text(json.dumps(asdict(done), indent=2) + "\n", encoding="utf-8")
         typer.echo(f"  {done.note or done.counts} in {done.seconds:.0f} s")

@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import os
 import sys
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -31,11 +32,17 @@ if HAS_VLLM:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--one-in", type=int, default=1, metavar="N", help="run a sample, one test in N")
     parser.addoption("--every-engine", action="store_true", help="start all of vLLM's engines, not a sample")
     parser.addoption("--every-line", action="store_true", help="raise at every line in test_faults.py, not at a sample")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    number = config.getoption("--one-in")
+    if number > 1:  # by the test's name, so that each process and each version runs the same ones
+        kept = [item for item in items if zlib.crc32(item.nodeid.encode()) % number == 0]
+        config.hook.pytest_deselected(items=list(set(items) - set(kept)))
+        items[:] = kept
     for item in items:
         if item.get_closest_marker("gpu") and not HAS_GPU:
             item.add_marker(pytest.mark.skip(reason="needs a GPU; other tests interpret and compile the kernels"))

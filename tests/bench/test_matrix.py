@@ -51,6 +51,7 @@ def test_matrix_page_shows_what_passed_failed_and_never_ran(matrix):
     outcomes = {
         "pinned": matrix.Outcome("pinned", {}, versions, {"passed": 7}, commit="abcdef0123"),
         "triton-3.6": matrix.Outcome("triton-3.6", {}, versions, {"passed": 6, "failed": 1}, ["tests/a.py::test_b[c]"]),
+        "triton-3.9": matrix.Outcome("triton-3.9", {}, versions, {"passed": 5}, commit="abcdef0123", one_in=4),
         "trl-1.14": matrix.Outcome("trl-1.14", {}, note="cannot be installed together: so"),
     }
     rows = {
@@ -60,6 +61,7 @@ def test_matrix_page_shows_what_passed_failed_and_never_ran(matrix):
     }
     assert "| 1.2.3 | 1.2.3 |" in rows["pinned"] and "7 passed (abcdef0)" in rows["pinned"]
     assert "6 passed, **1 failed**: `a.py::test_b[c]`" in rows["triton-3.6"]
+    assert "| 5 passed of one test in 4 (abcdef0) |" in rows["triton-3.9"]
     assert "cannot be installed together: so" in rows["trl-1.14"]
     assert "| not run |" in rows["triton-3.8"]
     assert "| not run: this torch is a CUDA build, several gigabytes |" in rows["torch-2.15"]
