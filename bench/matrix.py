@@ -298,8 +298,8 @@ This page lists the library versions that the core tests were run with. Each *se
 versions changed, in its own environment. `python -m bench.matrix` runs the tests and writes this page. The kernels'
 tests run if torch or triton changes, because kernels import neither transformers nor TRL. If only TRL changes, the
 tests of TRL's trainers run. On a machine without a GPU the kernels run in Triton's interpreter. A set with another
-torch downloads the CUDA build, several gigabytes, and runs only if you name it. Where the table says so, `--one-in` ran a
-sample of the tests, the same in each set.
+torch downloads the CUDA build, several gigabytes, and runs only if you name it. Where the table says so, `--one-in`
+ran a sample of the tests, the same in each set.
 
 {table}
 
