@@ -87,7 +87,7 @@ ENGINES: dict[str, dict[str, Any]] = {
 
 
 #: Started without --every-engine.
-SAMPLE = {"tensor parallel": ["without LoRA"], "pipeline parallel": ["with LoRA"], "EAGLE": ["with LoRA"]}
+SAMPLE = {"tensor parallel": ["without LoRA"], "EAGLE": ["with LoRA"]}
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -140,7 +140,9 @@ class Server:
 
 @pytest.fixture(scope="module", params=["first runner", "second runner"])
 def server(request, folder, tmp_path_factory) -> Iterator[Server]:
-    """A server with --enable-lora, by each of vLLM's model runners."""
+    """A server with --enable-lora, by vLLM's first model runner. The second is started with --every-engine."""
+    if request.param == "second runner" and not request.config.getoption("--every-engine"):
+        pytest.skip("a sample of the engines is started without --every-engine")
     log = tmp_path_factory.mktemp("log") / "server.log"
     variables = second_runner(log.parent) if request.param == "second runner" else {}
     server = Server(folder, log, with_lora(folder), VLLM_ALLOW_RUNTIME_LORA_UPDATING="1", **variables)
