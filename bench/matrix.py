@@ -122,12 +122,16 @@ class Outcome:
 def constraints(text: str, changed: dict[str, str]) -> str:
     """Return a constraints file's text with the versions of some libraries changed.
 
+    With another torch the lines of CUDA's libraries are left out, because each torch requires its own.
+
     Raises:
         ValueError: a library is not in the file.
     """
     lines = []
     missing = dict(changed)
     for line in text.splitlines():
+        if "torch" in changed and re.match(r"(nvidia|cuda)-", line):
+            continue
         name = re.match(r"[A-Za-z0-9._-]+", line)
         wanted = changed.get(name[0]) if name else None
         if wanted is None:

@@ -16,6 +16,9 @@ def test_matrix_constraints_change_the_named_libraries_alone(matrix):
     text = "# why\ntorch==2.13.0\ntransformers==5.23.0; python_version >= '3.11'\ntransformers==5.20.2\npeft==0.21.2\n"
     changed = matrix.constraints(text, {"transformers": "5.24.*"})
     assert changed.splitlines() == ["# why", "torch==2.13.0", "transformers==5.24.*", "peft==0.21.2"]
+    cuda = "nvidia-nvjitlink==13.5.37\ncuda-toolkit==13.0.2\nnumpy==2.0\ntorch==2.13.0\n"
+    assert matrix.constraints(cuda, {"torch": "2.11.*"}).splitlines() == ["numpy==2.0", "torch==2.11.*"]
+    assert len(matrix.constraints(cuda, {}).splitlines()) == 4
     with pytest.raises(ValueError, match="does not name triton; expected a library of it"):
         matrix.constraints(text, {"triton": "3.9.*"})
 
