@@ -122,7 +122,8 @@ def _start(number: int, launch: Started, pointers: Sequence[str], names: dict[st
     run, place = compiled.run, f"x{number}, y{number}, z{number}, stream, function{number}"
     names |= {f"{axis}{number}": extent for axis, extent in zip("xyz", (*launch.grid, 1, 1), strict=False)}
     names[f"function{number}"], names[f"metadata{number}"] = compiled.function, compiled.packed_metadata
-    if starts_directly(type(run)):
+    launcher: Any = type(run)
+    if starts_directly(launcher):
         if not (run.global_scratch_size or run.profile_scratch_size or getattr(run, "gsan_enabled", False)):
             # The same as `run` without its two closures. The five Nones are launch metadata, two hooks and two scratch
             # memories. Constants are left out, because the C function would skip them one by one.
