@@ -133,7 +133,7 @@ def same_launches_in_training():
 
 
 def count_calls(call, train: bool) -> int:
-    """Count the calls of Python functions in a step whose plans exist."""
+    """Run a step until its launch plans exist. Then count the calls of Python functions in one more step."""
     number = 0
 
     def note(frame, event, argument):

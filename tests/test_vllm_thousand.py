@@ -49,7 +49,9 @@ def folder(tmp_path_factory) -> Path:
 
 def make_waves(folder: Path) -> list[tuple[dict[str, Any], list[Any]]]:
     """Return the waves: (contents, requests). The contents of a name are another adapter's directory."""
-    chance = random.Random(5)
+    # With this seed the likeliest token leads by at least 6e-5 of the largest logit in all answers, so that no rounding
+    # decides them, on any processor.
+    chance = random.Random(11)
     contents = sorted(path.name for path in folder.iterdir() if path.name != "model")
     beginnings = [[chance.randrange(3, 60) for _ in range(44)] for _ in range(5)]
     waves = []

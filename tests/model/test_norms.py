@@ -1,5 +1,6 @@
 """Tests of `patch_model(..., fuse_norm=True)`: the norm behind each steered layer, fused into its steering."""
 
+import ast
 import copy
 import math
 import pickle
@@ -620,7 +621,7 @@ def states_moved(code: str, numel: int) -> int:
     takes = {name: [p.strip().rpartition("*")[2].split()[-1] for p in body.split(",")] for name, body in kernels}
     shaped = (
         r"(\w+) = empty_strided_cpu\(\((.*?)\)", r"(\w+) = reinterpret_tensor\(\w+, \((.*?)\)",
-        r"assert_size_stride\((\w+), \((.*?)\)",
+        r"assert_(?:size_stride|tensor_metadata)\((\w+), \((.*?)\)",
     )  # fmt: skip
     sizes: dict[str, int] = {}
     moved = 0
@@ -628,6 +629,9 @@ def states_moved(code: str, numel: int) -> int:
         for pattern in shaped:
             for name, shape in re.findall(pattern, line):
                 sizes[name] = math.prod(int(extent) for extent in shape.split(",") if extent.strip())
+        if grouped := re.match(r"assert_size_stride_grouped\(\((.*?)\), (\(\(.*?\)\)), \(", line):  # torch 2.14
+            names = (name.strip() for name in grouped[1].split(",") if name.strip())
+            sizes |= zip(names, map(math.prod, ast.literal_eval(grouped[2])), strict=True)
         for name, other in re.findall(r"^(\w+) = (\w+)(?:;.*)?$", line):
             sizes[name] = sizes.get(other, 0)
         if call := re.match(r"(cpp_\w+)\((.*)\)$", line):

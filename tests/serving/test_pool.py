@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import math
@@ -271,15 +272,9 @@ def test_pool_two_threads_load_an_adapter_once(folder, monkeypatch):
     assert len(reads) == 1 and pool.statistics.hits == 3
 
 
-def test_pool_waiting_for_a_slot(folder):
-    pool = pooled(folder).steering.pool
-    with pool.hold(["0", "1", "2"]):
-        with refused(TimeoutError, "adapter '3' finds no slot: all 3 are in use by running batches"):
-            pool.load("3")
-        ended = threading.Timer(0.1, lambda: None)
-        ended.start()
-        with refused(TimeoutError, "finds no slot"):
-            pool.load("3", timeout=0.05)
+@contextlib.contextmanager
+def held_for_a_moment(pool):
+    """Hold all three slots in another thread, until 0.05 s after the context was entered."""
     holding, release = threading.Event(), threading.Event()
 
     def hold() -> None:
@@ -291,8 +286,19 @@ def test_pool_waiting_for_a_slot(folder):
     thread.start()
     holding.wait()
     threading.Timer(0.05, release.set).start()
-    assert pool.load("3", timeout=30) in range(3)
+    yield
     thread.join()
+
+
+def test_pool_waiting_for_a_slot(folder):
+    pool = pooled(folder).steering.pool
+    with pool.hold(["0", "1", "2"]):
+        with refused(TimeoutError, "adapter '3' finds no slot: all 3 are in use by running batches"):
+            pool.load("3")
+        with refused(TimeoutError, "finds no slot"):
+            pool.load("3", timeout=0.05)
+    with held_for_a_moment(pool):
+        assert pool.load("3", timeout=30) in range(3)
 
 
 @pytest.mark.parametrize("timeout", [None, "1", True, math.nan, np.array([1.0])], ids=str)
@@ -305,20 +311,8 @@ def test_pool_timeout_that_is_no_number_is_refused(folder, timeout):
 @pytest.mark.parametrize("timeout", [math.inf, 10**400, np.float32(30)], ids=["inf", "huge", "np"])
 def test_pool_timeout_of_any_size_and_type(folder, timeout):
     pool = pooled(folder).steering.pool
-    holding, release = threading.Event(), threading.Event()
-
-    def hold() -> None:
-        with pool.hold(["0", "1", "2"]):
-            holding.set()
-            release.wait()
-
-    thread = threading.Thread(target=hold)
-    thread.start()
-    holding.wait()
-    threading.Timer(0.05, release.set).start()
-    with within(20):
+    with held_for_a_moment(pool), within(20):
         assert pool.load("3", timeout=timeout) in range(3)
-    thread.join()
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input
