@@ -128,7 +128,7 @@ def _leave_checks(wrapper: Any, weights: set[str]) -> None:
     """Remove the checks of these arguments' sizes from the code that comes before the present call.
 
     Inductor checks an argument before its first use. The next use by another kernel will check it instead. A version of
-    Inductor that checks all arguments at the start keeps its checks.
+    Inductor that checks several arguments in one call keeps its checks.
     """
     pending = getattr(wrapper, "_pending_input_asserts", None)
     if pending is None:
