@@ -35,7 +35,8 @@ def is_here() -> bool:
 def command(case: OpCase, what: str) -> list[str]:
     counted = ["--metrics", f"{L2_HIT_RATE},dram__bytes_read.sum,dram__bytes_write.sum", "--section", "WarpStateStats"]
     # Count only between cudaProfilerStart and cudaProfilerStop: no launches of the compilation or of making inputs.
-    options = ["--csv", "--page", "raw", "--profile-from-start", "off", *counted]
+    # The clocks stay as they are: others may use the machine.
+    options = ["--csv", "--page", "raw", "--clock-control", "none", "--profile-from-start", "off", *counted]
     return ["ncu", *options, sys.executable, "-m", "bench.counters", json.dumps(asdict(case)), what]
 
 
