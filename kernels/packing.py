@@ -18,14 +18,44 @@ import triton.language as tl
 from torch import Tensor
 
 from .contract import Packed
-from .launch import device_of, launch
+from .launch import device_of, empty, launch
 from .numerics import dot_precision, operand, operand_dtype, store
-from .schedule import Blocks, ceil_div, padded_rank
+from .schedule import RESIDENT_RANK, Blocks, ceil_div, next_power_of_2, padded_rank
 
-#: Up to this many tokens, a pass reads each weight once or twice, and packing would cost more than it saves.
+#: Up to this many tokens, a pass reads each weight once or twice.
 FEW_TOKENS = 64
+
+
+def packing_pays(tokens: int, rank: int) -> bool:
+    """Return whether packing costs less than it saves, in a pass of `tokens`.
+
+    It saves reading float32 for each tile of rows. Few tokens are one tile. But the kernel for low ranks reads rows of
+    W2', which only packed weights have, or those of rank 1.
+    """
+    return tokens > FEW_TOKENS or 1 < rank <= RESIDENT_RANK
+
+
 _BLOCK_D = 128
 _ELEMENTS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@triton.jit
+def _pack(p_down, p_up, p_downs, p_ups, columns, D, RANK: tl.constexpr, DOT: tl.constexpr, ROWS: tl.constexpr,
+          BLOCK_R: tl.constexpr):  # fmt: skip
+    """Pack a block of columns of W1 (r, d) and W2 (d, r) into ROWS rows of each. `columns`: [BLOCK_D]"""
+    ranks = tl.arange(0, BLOCK_R)
+    m_columns = columns < D
+    mask = (ranks < RANK)[:, None] & m_columns[None, :]
+    # [BLOCK_R, BLOCK_D]
+    w1 = tl.load(p_down + ranks[:, None] * D + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    # [BLOCK_D, BLOCK_R]
+    p_w2 = p_up + columns[:, None] * RANK + ranks[None, :]
+    w2 = tl.load(p_w2, mask=m_columns[:, None] & (ranks < RANK)[None, :], other=0.0).to(tl.float32)
+    if DOT == "tf32":
+        w1, w2 = operand(w1, DOT), operand(w2, DOT)
+    written = (ranks < ROWS)[:, None] & m_columns[None, :]
+    store(p_downs + ranks[:, None] * D + columns[None, :], w1, written)
+    store(p_ups + ranks[:, None] * D + columns[None, :], tl.trans(w2), written)
 
 
 @triton.jit
@@ -40,21 +70,35 @@ def pack_weights_kernel(
     """
     layer = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    ranks = tl.arange(0, BLOCK_R)
-    m_columns = columns < D
-    mask = (ranks < RANK)[:, None] & m_columns[None, :]
     p_down = tl.load(p_table + 2 * layer).to(tl.pointer_type(DOWN))
     p_up = tl.load(p_table + 2 * layer + 1).to(tl.pointer_type(UP))
-    # [BLOCK_R, BLOCK_D]
-    w1 = tl.load(p_down + ranks[:, None] * D + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-    # [BLOCK_D, BLOCK_R]
-    p_w2 = p_up + columns[:, None] * RANK + ranks[None, :]
-    w2 = tl.load(p_w2, mask=m_columns[:, None] & (ranks < RANK)[None, :], other=0.0).to(tl.float32)
-    p_rows = p_packed + (layer.to(tl.int64) * 2 * BLOCK_R + ranks[:, None]) * D + columns[None, :]
-    if DOT == "tf32":
-        w1, w2 = operand(w1, DOT), operand(w2, DOT)
-    store(p_rows, w1, m_columns[None, :])
-    store(p_rows + BLOCK_R * D, tl.trans(w2), m_columns[None, :])
+    p_downs = p_packed + layer.to(tl.int64) * 2 * BLOCK_R * D
+    _pack(p_down, p_up, p_downs, p_downs + BLOCK_R * D, columns, D, RANK, DOT, BLOCK_R, BLOCK_R)
+
+
+@triton.jit
+def pack_adapter_kernel(
+    p_down, p_up, p_downs, p_ups, D,
+    RANK: tl.constexpr, DOT: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Pack W1 (r, d) and W2 (d, r) of one layer into r rows each. Grid (column blocks,)."""
+    columns = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    _pack(p_down, p_up, p_downs, p_ups, columns, D, RANK, DOT, RANK, BLOCK_R)
+
+
+def pack_adapter(down: Tensor, up: Tensor, dtype: torch.dtype) -> Packed:
+    """Pack W1 (r, d) and W2 (d, r), both contiguous, without padding, for a hidden state of `dtype`."""
+    rank, hidden = down.shape
+    device = device_of(down)
+    packed = Packed(
+        *(empty(rank, hidden, dtype=operand_dtype(dtype, device.gpu, rank), device=down.device) for _ in range(2))
+    )
+    launch(
+        pack_adapter_kernel, (ceil_div(hidden, _BLOCK_D),), down, up, *packed, hidden,
+        RANK=rank, DOT=dot_precision(dtype, device.gpu, rank), device=down.device,
+        schedule=Blocks({"BLOCK_D": _BLOCK_D, "BLOCK_R": next_power_of_2(rank)}, 4, 1),
+    )  # fmt: skip
+    return packed
 
 
 def address_table(weights: Sequence[tuple[Tensor, Tensor]]) -> Tensor:

@@ -37,16 +37,20 @@ from torch import Tensor
 from . import torch_backend
 from .activations import ACTIVATIONS, apply, derivative
 from .backend import select_backend
-from .contract import Gradients, Needs, Operands, check_reads
+from .contract import Gradients, Needs, Operands, Packed, check_reads
 from .inductor import start_directly
 from .launch import device_of, empty, launch
 from .numerics import dot, dot_precision, held, met, operand, operand_dtype, packed_operand, store
+from .packing import pack_adapter
 from .plan import OpPlan, Plan, keep, no_plan, run_planned
 from .registered import is_described, register
+from .resident import NO_NORM, post_block_fwd_resident_kernel
 from .rows import added, load_states, row_offsets, row_strength, scaled
 from .schedule import (
     CROSS_RANK,
     MAX_RANK,
+    Device,
+    ResidentSchedule,
     ceil_div,
     column_passes,
     columns_schedule,
@@ -55,6 +59,7 @@ from .schedule import (
     forward_splits,
     next_power_of_2,
     padded_rank,
+    resident_schedule,
     rows_schedule,
     vector_schedule,
 )
@@ -797,6 +802,28 @@ def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if t is None else t.contiguous() for t in tensors]
 
 
+def resident_layout(
+    tokens: int, hidden: int, rank: int, dtype: torch.dtype, device: Device, norm: bool = False
+) -> ResidentSchedule | None:
+    """Return `resident_schedule` for a hidden state of `dtype`."""
+    of_weight = operand_dtype(dtype, device.gpu, rank).itemsize
+    return resident_schedule(tokens, hidden, rank, dtype.itemsize, of_weight, device, norm)
+
+
+def weight_rows(
+    down: Tensor | None, up: Tensor | None, packed: Packed | None, dtype: torch.dtype, resident: ResidentSchedule | None
+) -> Packed | None:
+    """Return `packed`, or weights packed now if the kernel for low ranks runs: it reads rows of W2'.
+
+    At rank 1 W2' is a row in memory.
+    """
+    if resident is None or packed is not None or down is None or up is None or down.shape[0] == 1:
+        return packed
+    contiguous_down, contiguous_up = _contiguous(down, up)
+    assert contiguous_down is not None and contiguous_up is not None
+    return pack_adapter(contiguous_down, contiguous_up, dtype)
+
+
 def triton_forward(
     residual: Tensor, branch: Tensor | None, operands: Operands, keep_a: bool
 ) -> tuple[Tensor, Tensor | None]:
@@ -813,8 +840,10 @@ def triton_forward(
     (residual, branch), inner, (of_residual, of_branch) = _row_layout(residual, branch)
     strides = (inner, *of_residual, *of_branch)
     down_bias, up_bias, gain = _contiguous(down_bias, up_bias, gain)
-    down, up = _contiguous(down, up) if packed is None else packed
     device = device_of(residual)
+    resident = resident_layout(tokens, hidden, rank, dtype, device)
+    packed = weight_rows(down, up, packed, dtype, resident)
+    down, up = _contiguous(down, up) if packed is None else packed
     p_scale, scale = (scale, 0.0) if isinstance(scale, Tensor) else (None, scale)
     states: dict[str, Any] = {"device": residual.device, "HAS_BRANCH": branch is not None, "NESTED": inner > 0}
     shift: dict[str, Any] = {"HAS_GAIN": gain is not None, "SCALE_ON_DEVICE": p_scale is not None}
@@ -831,6 +860,15 @@ def triton_forward(
         "ACTIVATION": activation, "HAS_DOWN_BIAS": down_bias is not None, "HAS_UP_BIAS": up_bias is not None,
         "KEEP_A": a is not None,
     }  # fmt: skip
+    if resident is not None:
+        launch(
+            post_block_fwd_resident_kernel, (resident.programs,),
+            residual, branch, down, up, down_bias, up_bias, gain, p_scale, None, out, None, a, None,
+            scale, 0.0, tokens, hidden, *strides,
+            schedule=resident, **states, **shift, READS_BRANCH=reads == "branch", **NO_NORM,
+            EVEN_D=hidden % resident.block_d == 0,
+        )  # fmt: skip
+        return out, a
     schedules = forward_splits(tokens, hidden, rank, dtype.itemsize, device)
     if schedules is None:
         schedule = forward_schedule(

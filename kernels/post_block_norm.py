@@ -51,10 +51,13 @@ from .post_block import (
     backward,
     check_operands,
     first_order,
+    resident_layout,
     saved_tensors,
     triton_forward,
+    weight_rows,
 )
 from .registered import is_described, register
+from .resident import post_block_fwd_resident_kernel
 from .rows import inverse_rms, norm_factor, normalised, rounded
 from .schedule import ForwardSchedule, forward_schedule, forward_splits
 
@@ -140,7 +143,8 @@ def triton_forward_norm(
     if rank == 0 and up_bias is not None:
         out, normed, inverse = triton_norm(residual, branch, norm, keep, (up_bias, gain, scale))
         return out, normed, None, inverse
-    if tokens == 0 or forward_splits(tokens, hidden, rank, dtype.itemsize, device) is not None:
+    resident = resident_layout(tokens, hidden, rank, dtype, device, norm=True)
+    if tokens == 0 or (resident is None and forward_splits(tokens, hidden, rank, dtype.itemsize, device) is not None):
         out, a = triton_forward(residual, branch, operands, keep)
         _, normed, inverse = triton_norm(out, None, norm, keep)
         return out, normed, a, inverse
@@ -149,23 +153,33 @@ def triton_forward_norm(
     inverse = empty(tokens, dtype=torch.float32, device=residual.device) if keep else None
     (residual, branch), inner, (of_residual, of_branch) = _row_layout(residual, branch)
     down_bias, up_bias, gain, weight = _contiguous(down_bias, up_bias, gain, norm.weight)
+    packed = weight_rows(down, up, packed, dtype, resident)
     down, up = _contiguous(down, up) if packed is None else packed
     p_scale, scale = (scale, 0.0) if isinstance(scale, Tensor) else (None, scale)
+    constants: dict[str, Any] = {
+        "device": residual.device, "RANK": rank, "ACTIVATION": activation,
+        "DOT": dot_precision(dtype, device.gpu, rank), "HAS_BRANCH": branch is not None,
+        "HAS_DOWN_BIAS": down_bias is not None, "HAS_UP_BIAS": up_bias is not None, "HAS_GAIN": gain is not None,
+        "SCALE_ON_DEVICE": p_scale is not None, "KEEP_A": keep, "NESTED": inner > 0, "PACKED": packed is not None,
+        "READS_BRANCH": reads == "branch", "KEEP_INVERSE": keep, **norm_constants(norm),
+    }  # fmt: skip
+    tensors = (residual, branch, down, up, down_bias, up_bias, gain, p_scale, weight, out, normed, a, inverse)
+    strides = (inner, *of_residual, *of_branch)
+    if resident is not None:
+        launch(
+            post_block_fwd_resident_kernel, (resident.programs,), *tensors, scale, norm.eps, tokens, hidden, *strides,
+            schedule=resident, **constants, NORM=True, EVEN_D=hidden % resident.block_d == 0,
+        )  # fmt: skip
+        return out, normed, a, inverse
     # Three tensors of a tile have to stay in L2, where post_block's forward has two.
     room = replace(device, l2=2 * device.l2 // 3)
     schedule = forward_schedule(
         tokens, hidden, rank, dtype.itemsize, room, packed is not None, dtype == torch.float16
     )  # fmt: skip
     launch(
-        post_block_norm_fwd_kernel, (schedule.programs,),
-        residual, branch, down, up, down_bias, up_bias, gain, p_scale, weight, out, normed, a, inverse,
-        scale, norm.eps, tokens, hidden, schedule.height, inner, *of_residual, *of_branch,
-        device=residual.device, schedule=schedule, RANK=rank, ACTIVATION=activation,
-        DOT=dot_precision(dtype, device.gpu, rank), HAS_BRANCH=branch is not None,
-        HAS_DOWN_BIAS=down_bias is not None, HAS_UP_BIAS=up_bias is not None, HAS_GAIN=gain is not None,
-        SCALE_ON_DEVICE=p_scale is not None, KEEP_A=keep, NESTED=inner > 0,
-        EVEN_D=hidden % schedule.block_d == 0 and hidden % schedule.block_d2 == 0, PACKED=packed is not None,
-        READS_BRANCH=reads == "branch", **norm_constants(norm), KEEP_INVERSE=keep,
+        post_block_norm_fwd_kernel, (schedule.programs,), *tensors,
+        scale, norm.eps, tokens, hidden, schedule.height, *strides, schedule=schedule, **constants,
+        EVEN_D=hidden % schedule.block_d == 0 and hidden % schedule.block_d2 == 0,
         BLOCK_D3=_third_block(schedule, hidden),
     )  # fmt: skip
     return out, normed, a, inverse

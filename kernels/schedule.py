@@ -152,6 +152,30 @@ class VectorSchedule(Schedule):
 
 
 @dataclass(frozen=True)
+class ResidentSchedule:
+    """The layout of the forward that holds whole rows in registers.
+
+    Attributes:
+        block_n: rows of a program. `programs` are as many as the rows need.
+        block_d, chunks: `chunks` blocks of `block_d` columns cover a row. A thread holds 16 bytes of each block.
+        ahead: whether the weights are loaded before they are used.
+    """
+
+    block_n: int
+    block_d: int
+    chunks: int
+    programs: int
+    num_warps: int
+    ahead: bool
+    num_stages: int = 1
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """The kernel's block sizes by name."""
+        return {"BLOCK_N": self.block_n, "BLOCK_D": self.block_d, "CHUNKS": self.chunks, "AHEAD": self.ahead}
+
+
+@dataclass(frozen=True)
 class ForwardSchedule:
     """The layout of the forward in one kernel.
 
@@ -196,40 +220,36 @@ def _wide(rows: int, columns: int, warps: int, itemsize: int, gpu: str) -> bool:
     return rows * columns * itemsize >= 16 * lanes * warps
 
 
-#: Rows, columns when reducing, columns when writing, warps, stages of both loops, programs on a multiprocessor, and the
-#: time of the tile's instructions in units of N·d through device memory. The time only ranks the candidates of a rank.
-#: It is the mean of `predict`'s for A100 with 80 GB and H100, at d = 4096, two waves and ranks 8 and 64.
-_ForwardTile = tuple[int, int, int, int, int, int, int, float]
+#: Rows, columns when reducing, columns when writing, warps, stages of both loops, programs on a multiprocessor, the
+#: time of the tile's instructions in units of N·d through device memory, and replacements for a kernel that reads and
+#: converts the parameters, which takes registers and shared memory: columns when writing, warps and the most stages.
+#: The rest is unchanged then, so that sums equal those of packed weights. The times rank the candidates of a rank. They
+#: were measured on an H100, where a plain add takes 3.
+_ForwardTile = tuple[int, int, int, int, int, int, int, float, "tuple[int, int, int] | None"]
 
 # fmt: off
 #: Candidate tiles of the forward in one kernel, by vendor, bytes of an element, and padded rank.
 _FORWARD_TILES: dict[tuple[str, int], dict[int, tuple[_ForwardTile, ...]]] = {
     ("cuda", 2): {
-        16: (
-            (16, 256, 128, 4, 3, 3, 1, 3.0), (16, 512, 256, 8, 3, 3, 1, 2.5), (32, 256, 256, 8, 3, 3, 1, 2.0),
-            (32, 512, 256, 8, 3, 4, 1, 1.9), (64, 256, 128, 8, 3, 3, 1, 1.7),
+        16: ((16, 256, 128, 4, 3, 3, 2, 4.6, (256, 8, 3)), (16, 256, 256, 4, 3, 3, 2, 4.5, None)),
+        32: ((32, 128, 128, 8, 3, 3, 1, 6.0, (128, 8, 3)), (16, 256, 256, 4, 3, 3, 2, 4.8, (128, 4, 3))),
+        64: (
+            (32, 128, 128, 8, 3, 3, 1, 9.0, (64, 8, 2)), (64, 64, 64, 4, 4, 4, 2, 5.5, None),
+            (16, 128, 128, 4, 3, 3, 2, 6.1, None),
         ),
-        32: ((32, 128, 128, 8, 3, 3, 1, 2.0),),
-        64: ((32, 128, 128, 8, 3, 3, 1, 3.6), (64, 64, 64, 4, 4, 4, 1, 2.4)),
     },
     ("cuda", 4): {
-        16: ((16, 64, 64, 8, 3, 3, 2, 2.5),), 32: ((16, 64, 64, 8, 3, 3, 2, 2.5),),
-        64: ((16, 64, 64, 8, 3, 3, 1, 2.5),),
+        16: ((16, 64, 64, 8, 3, 3, 2, 2.5, None),), 32: ((16, 64, 64, 8, 3, 3, 2, 2.5, None),),
+        64: ((16, 64, 64, 8, 3, 3, 1, 2.5, None),),
     },
     ("hip", 2): {
-        16: ((16, 128, 128, 4, 2, 2, 2, 2.5),), 32: ((16, 128, 128, 4, 2, 2, 2, 2.5),),
-        64: ((16, 128, 128, 4, 2, 2, 2, 2.5),),
+        16: ((16, 128, 128, 4, 2, 2, 2, 2.5, None),), 32: ((16, 128, 128, 4, 2, 2, 2, 2.5, None),),
+        64: ((16, 128, 128, 4, 2, 2, 2, 2.5, None),),
     },
     ("hip", 4): {
-        16: ((16, 128, 128, 4, 2, 2, 2, 2.5),), 32: ((16, 128, 128, 4, 2, 2, 2, 2.5),),
-        64: ((16, 128, 128, 4, 2, 2, 2, 2.5),),
+        16: ((16, 128, 128, 4, 2, 2, 2, 2.5, None),), 32: ((16, 128, 128, 4, 2, 2, 2, 2.5, None),),
+        64: ((16, 128, 128, 4, 2, 2, 2, 2.5, None),),
     },
-}
-#: Replacements for a kernel that reads and converts the parameters, which takes registers and shared memory: columns
-#: when writing, warps and the most stages. The rest is unchanged, so that sums equal those of packed weights. The
-#: widest tiles write half as many columns at a time, in two stages.
-_CONVERTING: dict[tuple[str, int], dict[int, tuple[int, int, int]]] = {
-    ("cuda", 2): {16: (256, 8, 3), 32: (128, 8, 3), 64: (64, 8, 2)},
 }
 #: Tiles of the forward in two kernels, for few tokens, by vendor, kernel and bytes of an element.
 _SPLIT_TILES: dict[tuple[str, str, int], dict[int, _Tile]] = {
@@ -422,14 +442,13 @@ def forward_schedule(
         and not widened
         and _forward_shared(*tile[:3], *tile[4:6], block_r, itemsize, itemsize) <= device.shared
     ]
-    for rows, columns, columns2, warps, stages, stages2, resident, instructions in (*fitting, first):
+    for rows, columns, columns2, warps, stages, stages2, resident, instructions, converting in (*fitting, first):
         ragged = _RAGGED_FORWARD[vendor][block_r]
         block_n, block_d, warps, stages = _narrowed(
             (rows, columns, warps, stages), ragged, hidden, itemsize, device.gpu
         )
         groups = 1 if hidden % block_d else _groups(block_n, block_d, block_r, warps, itemsize, device)
         # Widened operands take as many registers as converted ones, which is too many at rank 64.
-        converting = _CONVERTING.get((vendor, itemsize), {}).get(block_r)
         if hidden % block_d:
             stages2 = stages
         elif (
@@ -438,8 +457,6 @@ def forward_schedule(
             and _wide(block_n, block_d, converting[1], itemsize, device.gpu)
         ):
             columns2, warps, stages = converting
-            if block_n * block_d > 32 * 256:
-                columns2, stages = columns2 // 2, 2
             while _forward_shared(block_n, block_d, columns2, stages, stages, block_r, itemsize, 4) > device.shared:
                 stages -= 1
             stages2 = stages
@@ -467,6 +484,42 @@ def forward_schedule(
     return best[1]
 
 
+RESIDENT_RANK = 8  # the highest rank of the forward that holds rows in registers
+_RESIDENT_WIDTH = 8192
+
+
+@functools.lru_cache(maxsize=4096)
+def resident_schedule(
+    tokens: int, hidden: int, rank: int, itemsize: int, of_weight: int, device: Device, norm: bool = False
+) -> ResidentSchedule | None:
+    """Return the layout of the forward that holds whole rows in registers, or None if another form is faster.
+
+    Its limit is the time of the sums: at ranks over 4, tensor cores are faster, except for few rows, where the launch
+    counts, for very many, where the weights stay in L1, and where the norm would read `out` again. The numbers were
+    measured on an H100.
+
+    Args:
+        itemsize, of_weight: bytes of an element of the hidden state and of the packed weights.
+    """
+    if device.gpu != "cuda" or not 0 < rank <= RESIDENT_RANK or hidden > _RESIDENT_WIDTH:
+        return None
+    if rank > 4 and not norm and 2048 <= tokens <= 8192:
+        return None
+    vector, few = 16 // itemsize, tokens <= 1024
+    most = 16 if few else 24 if rank <= 4 or norm else 40  # columns of a thread
+    warps = 1
+    while warps < 8 and ceil_div(hidden, 32 * vector * warps) * vector > most:
+        if not few and ceil_div(hidden, 64 * vector * warps) * 64 * vector * warps > 1.15 * hidden:
+            break  # many columns of the last block would be beyond d
+        warps *= 2
+    block_d = 32 * vector * warps
+    chunks = ceil_div(hidden, block_d)
+    # Both weights of all ranks take at most 128 registers.
+    ahead = few and 2 * rank * chunks * vector * of_weight <= 4 * 128
+    block_n = 1 if few else 2
+    return ResidentSchedule(block_n, block_d, chunks, ceil_div(tokens, block_n), warps, ahead)
+
+
 CROSS_RANK = 64  # the side of a tile of daᵀ h, which one program sums in registers
 
 # fmt: off
@@ -483,7 +536,7 @@ _BACKWARD_TILES: dict[tuple[str, str, str], tuple[_Tile, ...]] = {
         (16, 256, 4, 2), (32, 128, 8, 3), (32, 64, 4, 3), (32, 128, 8, 3), (32, 64, 8, 3), (16, 64, 8, 3),
     ),
     ("cuda", "columns", "bf16"): (
-        (32, 128, 4, 3), (32, 128, 4, 3), (32, 128, 8, 3), (32, 128, 8, 3), (32, 64, 8, 3), (32, 64, 8, 2),
+        (32, 128, 4, 3), (32, 64, 4, 3), (32, 128, 8, 3), (32, 128, 8, 3), (32, 64, 8, 3), (32, 64, 8, 2),
     ),
     ("cuda", "columns", "tf32"): (
         (32, 128, 4, 3), (32, 128, 4, 3), (32, 64, 4, 3), (32, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 2),
@@ -505,7 +558,7 @@ _BACKWARD_TILES: dict[tuple[str, str, str], tuple[_Tile, ...]] = {
     ),
 }
 #: Other tiles of the columns kernel on CUDA for operands in bf16, by padded rank, where they fill the waves better.
-_OTHER_COLUMNS_TILES: dict[int, _Tile] = {16: (32, 256, 8, 3), 64: (32, 64, 4, 3)}
+_OTHER_COLUMNS_TILES: dict[int, _Tile] = {64: (32, 64, 4, 3)}
 #: The same for a d that no power of two from 64 up divides.
 _RAGGED_BACKWARD_TILES: dict[tuple[str, str], tuple[_Tile, ...]] = {
     ("cuda", "rows"): (

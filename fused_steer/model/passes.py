@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..kernels import select_backend
 from ..kernels.contract import Packed
-from ..kernels.packing import FEW_TOKENS, address_table, pack_weights
+from ..kernels.packing import address_table, pack_weights
 from ..kernels.rotation import rotate_all
 from .watch import thread
 
@@ -89,7 +89,6 @@ class Packing:
     def begin(
         self,
         dtype: torch.dtype | None,
-        tokens: int,
         weights: Mapping[nn.Module, tuple[Tensor, Tensor]],
         rotations: Mapping[nn.Module, tuple[Tensor, Tensor]] = MappingProxyType({}),
     ) -> None:
@@ -97,12 +96,11 @@ class Packing:
 
         Args:
             dtype: the hidden state's dtype. If it is None (unknown), nothing is packed.
-            tokens: the number of tokens in the pass.
-            weights: W1 and W2 of each site with an active low-rank adapter.
+            weights: W1 and W2 of each site with an active low-rank adapter, if packing them pays.
             rotations: W and P of each site with an active LoReFT.
         """
         pack = None
-        if dtype is not None and tokens > FEW_TOKENS and weights:
+        if dtype is not None and weights:
             with torch.no_grad():
                 pack = self._make(dtype, weights)
         if rotations:

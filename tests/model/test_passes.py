@@ -235,12 +235,12 @@ def test_passes_threads_have_packs_of_their_own(seen):
     """Two threads that run one model have separate packs. (Triton's interpreter itself runs in one thread only.)"""
     weights = {nn.Module(): (torch.randn(4, 32), torch.randn(32, 4))}
     packing, other = passes.Packing(), []
-    packing.begin(torch.float32, 100, weights)
+    packing.begin(torch.float32, weights)
     mine = thread.packs[-1]
 
     def run() -> None:
         other.append(list(thread.packs))
-        packing.begin(torch.float32, 100, weights)
+        packing.begin(torch.float32, weights)
         other.append(thread.packs[-1])
         packing.end()
         other.append(list(thread.packs))
@@ -266,7 +266,7 @@ def test_passes_a_hidden_state_of_another_dtype_or_stream_reads_the_parameters(i
     down, up = torch.randn(4, 32), torch.randn(32, 4)
     site = nn.Module()
     packing = passes.Packing()
-    packing.begin(torch.float32, 100, {site: (down, up)})
+    packing.begin(torch.float32, {site: (down, up)})
     pack = thread.packs[-1]
     try:
         x = torch.randn(2, 32)
@@ -289,13 +289,13 @@ def test_passes_weights_that_are_sharded_or_freed_are_not_packed(interpreted):
     others.append((whole[0].to("meta"), whole[1].to("meta")))
     sites = [nn.Module() for _ in range(len(others) + 1)]
     packing = passes.Packing()
-    packing.begin(torch.float32, 100, dict(zip(sites, [whole, *others], strict=True)))
+    packing.begin(torch.float32, dict(zip(sites, [whole, *others], strict=True)))
     pack = thread.packs[-1]
     packing.end()
     x = torch.randn(2, 32)
     assert pack.of(sites[0], x, *whole) is not None
     assert all(pack.of(site, x, *weights) is None for site, weights in zip(sites[1:], others, strict=True))
-    packing.begin(torch.float32, 100, dict(zip(sites[1:], others, strict=True)))
+    packing.begin(torch.float32, dict(zip(sites[1:], others, strict=True)))
     assert thread.packs == [None]
     packing.end()
 
