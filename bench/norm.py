@@ -12,7 +12,7 @@ from . import timing
 from .contenders import Operands, hook, make_operands
 from .geometries import DTYPES, OpCase
 from .grouped import made_bytes
-from .levels import in_words, l2_bytes, take_samples
+from .levels import forgotten, l2_bytes, take_samples
 from .results import Row
 from .timing import Timed
 
@@ -101,7 +101,7 @@ def measure_norm(
         sets = [make_operands(case, device, seed) for seed in range(sets_of)]
     except torch.OutOfMemoryError as error:
         for row in rows.values():
-            row.status = in_words(error)
+            row.status = forgotten(error)
         return list(rows.values())
     weight = torch.ones(case.hidden, dtype=DTYPES[case.dtype], device=device)
     ready = []
@@ -117,7 +117,7 @@ def measure_norm(
             row.launches = timing.count_launches(calls[0], device) if count else None
             sizes.append(Row("norm", "bytes", name, asdict(case), [made_bytes(lambda call=calls[0]: call()[0])]))
         except Exception as error:  # a rival may fail in any way, and the run goes on
-            row.status = in_words(error)
+            row.status = forgotten(error)
             continue
         ready.append(timed)
     take_samples(ready, rows, device, rounds)

@@ -4,10 +4,13 @@ With a GPU the tests run on it. Without one, kernels run in Triton's interpreter
 is decided before the package is imported, because Triton decides at import whether kernels are interpreted.
 """
 
+import contextlib
+import gc
 import importlib
 import importlib.util
 import os
 import sys
+import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -75,6 +78,42 @@ def poisoned_memory(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     if runs_kernels:
         torch.use_deterministic_algorithms(False)
+
+
+LITTLE = 256 << 20  # bytes that a test process may keep in PyTorch's cache between tests
+
+
+@pytest.fixture(autouse=True)
+def little_cache() -> Iterator[None]:
+    """Give the GPU's memory back after a test that took much, because several test processes share the GPU."""
+    yield
+    if HAS_GPU and torch.cuda.is_initialized() and torch.cuda.memory_reserved() > LITTLE:
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def alone(file: Path) -> Iterator[None]:
+    """Hold a lock among all processes that name this file. The system frees it when the process ends."""
+    import fcntl  # not on Windows
+
+    with open(file, "w") as opened:
+        fcntl.flock(opened, fcntl.LOCK_EX)
+        yield
+
+
+@pytest.fixture
+def whole_gpu() -> Iterator[None]:
+    """Let only one test at a time take gigabytes of the GPU, and free them at its end."""
+    if not HAS_GPU:
+        yield
+        return
+    with alone(Path(tempfile.gettempdir()) / f"fused-steer-gpu-{os.getuid()}.lock"):
+        gc.collect()
+        torch.cuda.empty_cache()
+        yield
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture(scope="session")

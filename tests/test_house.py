@@ -2,6 +2,7 @@
 
 import ast
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,32 @@ def test_house_tests_mirror_the_folders():
     tested = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and path.name != "__pycache__"}
     # A folder "vllm" on the path would pass for vLLM where that is not installed: its tests are tests/test_vllm*.py.
     assert tested == rooms - {"vllm"} | {"kernels", "bench"}
+
+
+#: Packages that every environment of the tests has. Others may be missing, where only the GPU tests are run.
+INSTALLED = {
+    *("fused_steer", "bench", "torch", "functorch", "transformers", "tokenizers", "safetensors", "huggingface_hub"),
+    *("numpy", "peft", "accelerate", "yaml", "typer", "click", "pytest", "_pytest", "packaging", "triton"),
+}
+
+
+def test_house_tests_are_collected_without_optional_packages():
+    """A module of tests imports an optional package inside a test, or after `pytest.importorskip`."""
+    files = sorted((ROOT / "tests").rglob("*.py"))
+    own = {file.stem for file in files}
+    wrong = []
+    for file in files:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        skips = any("importorskip" in ast.unparse(node) for node in tree.body if not isinstance(node, ast.FunctionDef))
+        for node in tree.body:
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            else:
+                names = [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            for name in {name.partition(".")[0] for name in names} - INSTALLED - own - sys.stdlib_module_names:
+                if not skips and file.name != "vllm_compiled_on_cpu.py":
+                    wrong.append(f"{file.name}: {name}")
+    assert wrong == []
 
 
 def test_house_no_file_is_long_without_a_reason():

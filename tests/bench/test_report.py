@@ -83,7 +83,8 @@ def gpu_results() -> Results:
         found.rows += rows("op", "forward", OpCase(tokens, 1152, 64), 1e-5, fused=1, hook=3)
     found.rows.append(Row("accuracy", "error", "fused", asdict(OpCase(8, 4096, dtype="float16")), [0.7, 0.8, 0.9, 1.5]))
     found.rows.append(Row("counters", "forward", "fused", asdict(OpCase(8, 4096)), [0.0]))
-    found.rows.append(Row("counters", "forward", "k: stall wait", asdict(OpCase(8, 4096)), [3.25]))
+    for name, value in (("stall wait", 3.25), ("dram__bytes_read.sum", 3 << 20), ("lts__t_sector_hit_rate.pct", 54.87)):
+        found.rows.append(Row("counters", "forward", f"k: {name}", asdict(OpCase(8, 4096)), [value]))
     found.rows += rows("host", "call", HostCase(), 1e-5, fused=0.4, hook=1, unsteered=0.2)
     for prefill in (False, True):
         case = GroupedCase(64, 1152, 16, prefill)
@@ -290,7 +291,13 @@ def test_report_accuracy_and_counters_are_shown(reported):
     text = reported.markdown.read_text(encoding="utf-8")
     case = "N = 8, d = 4096, r = 8, silu, no basis, "
     assert cells(text, case + "float16")[1:] == ["0.700×", "0.800×", "0.900×", "1.50×"]
-    assert cells(text, "forward", case + "bfloat16") == ["forward", case + "bfloat16", "k: stall wait", "3.25"]
+    for name, value in (
+        ("stall wait", "3.25"),
+        ("dram__bytes_read.sum", "3.00 MiB"),
+        ("lts__t_sector_hit_rate.pct", "54.9 %"),
+    ):
+        counted = ["forward", case + "bfloat16", f"k: {name}"]
+        assert cells(text, *counted) == [*counted, value]
 
 
 def test_report_added_units_and_kept_units(reported):
