@@ -5,6 +5,7 @@ The map, in reading order. A file imports only files that stand above it.
     contract.py      types shared by the op and its backends
     activations.py   φ and φ' as device functions
     numerics.py      rounding of operands and results
+    rows.py          device functions for rows of hidden states: addresses, sums, strengths, RMSNorm
     backend.py       chooses the backend for a device
     schedule.py      chooses the layout of a launch: tiles, programs, warps
     launch.py        launches kernels, or records their launches

@@ -29,19 +29,19 @@ from . import norm_torch
 from .backend import select_backend
 from .launch import device_of, empty, launch
 from .norm_torch import Norm
-from .numerics import operand, store
+from .numerics import store
 from .plan import OpPlan, run_planned
-from .post_block import (
-    _DTYPES,
-    _added,
-    _contiguous,
-    _load_states,
-    _no_autocast,
-    _row_layout,
-    _row_offsets,
-    _scaled,
-    _strength,
-    first_order,
+from .post_block import _DTYPES, _contiguous, _no_autocast, _row_layout, first_order
+from .rows import (
+    added,
+    inverse_rms,
+    load_states,
+    norm_factor,
+    normalised,
+    rounded,
+    row_offsets,
+    row_strength,
+    scaled,
 )
 from .schedule import Device, ceil_div, next_power_of_2
 
@@ -49,42 +49,6 @@ from .schedule import Device, ceil_div, next_power_of_2
 MAX_WIDTH = 32768
 
 # ----------------------------------------------------------------------------------------------------------- kernels
-
-
-@triton.jit
-def rounded(x, p_out):
-    """Round an fp32 block to the dtype that `p_out` points to, and return it in fp32."""
-    dtype: tl.constexpr = p_out.dtype.element_ty
-    if dtype == tl.bfloat16:
-        return operand(x, "bf16").to(tl.float32)  # in the interpreter bf16 is only bits
-    elif dtype == tl.float16:
-        return x.to(tl.float16).to(tl.float32)
-    else:
-        return x
-
-
-@triton.jit
-def inverse_rms(squares, m_rows, D, eps):
-    """Return 1 / rms of rows by their sums of squares. Rows that are not there must not divide by zero."""
-    return 1.0 / tl.sqrt(tl.where(m_rows, squares / D + eps, 1.0))
-
-
-@triton.jit
-def norm_factor(p_weight, columns, m_columns, PLUS_ONE: tl.constexpr):
-    """Load the factor of the norm in fp32, of the shape of `columns`."""
-    weight = tl.load(p_weight + columns, mask=m_columns, other=0.0).to(tl.float32)
-    return weight + 1.0 if PLUS_ONE else weight
-
-
-@triton.jit
-def normalised(x, inverse, weight, p_normed, HAS_WEIGHT: tl.constexpr, ROUNDS_FIRST: tl.constexpr):
-    """Return x · inverse ⊙ weight in fp32. The three shapes broadcast."""
-    unit = x * inverse
-    if HAS_WEIGHT:
-        if ROUNDS_FIRST:
-            unit = rounded(unit, p_normed)
-        unit *= weight
-    return unit
 
 
 @triton.jit(do_not_specialize=["N", "inner"])
@@ -105,16 +69,16 @@ def rms_norm_fwd_kernel(
     columns = tl.arange(0, BLOCK_D)
     m_columns = (columns < D) | EVEN_D
     mask = m_rows[:, None] & m_columns[None, :]
-    residual_rows = _row_offsets(rows, inner, residual_outer, residual_inner, NESTED)
-    branch_rows = _row_offsets(rows, inner, branch_outer, branch_inner, NESTED)
-    states = _load_states(
+    residual_rows = row_offsets(rows, inner, residual_outer, residual_inner, NESTED)
+    branch_rows = row_offsets(rows, inner, branch_outer, branch_inner, NESTED)
+    states = load_states(
         p_residual, p_branch, residual_rows[:, None], branch_rows[:, None], columns[None, :], mask, HAS_BRANCH
     )  # fmt: skip
-    x = _added(states, HAS_BRANCH)
+    x = added(states, HAS_BRANCH)
     if HAS_SHIFT:
         b2 = tl.load(p_up_bias + columns, mask=m_columns, other=0.0).to(tl.float32)
-        strength = _strength(p_gain, p_scale, scale, rows, m_rows, HAS_GAIN, SCALE_ON_DEVICE)
-        delta = _scaled(b2[None, :], strength[:, None])
+        strength = row_strength(p_gain, p_scale, scale, rows, m_rows, HAS_GAIN, SCALE_ON_DEVICE)
+        delta = scaled(b2[None, :], strength[:, None])
         x = tl.where(delta == 0, x, x + delta)  # −0 + 0 would be +0
     offsets = rows[:, None].to(tl.int64) * D + columns[None, :]
     if WRITE_OUT:
@@ -148,12 +112,12 @@ def rms_norm_bwd_kernel(
         rows = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         m_rows = rows < N
         mask = m_rows[:, None] & m_columns[None, :]
-        p_above = p_grad_normed + _row_offsets(rows, inner, normed_outer, normed_inner, NESTED)[:, None]
+        p_above = p_grad_normed + row_offsets(rows, inner, normed_outer, normed_inner, NESTED)[:, None]
         above = tl.load(p_above + columns[None, :], mask=mask, other=0.0)
-        p_x = p_kept + _row_offsets(rows, inner, kept_outer, kept_inner, NESTED)[:, None]
+        p_x = p_kept + row_offsets(rows, inner, kept_outer, kept_inner, NESTED)[:, None]
         x = tl.load(p_x + columns[None, :], mask=mask, other=0.0)
         if HAS_GRAD and NEED_X:
-            p_g = p_grad + _row_offsets(rows, inner, grad_outer, grad_inner, NESTED)[:, None]
+            p_g = p_grad + row_offsets(rows, inner, grad_outer, grad_inner, NESTED)[:, None]
             grad = tl.load(p_g + columns[None, :], mask=mask, other=0.0)
         inverse = tl.load(p_inverse + rows, mask=m_rows, other=0.0)[:, None]
         unit = x.to(tl.float32) * inverse

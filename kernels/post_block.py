@@ -43,6 +43,7 @@ from .launch import device_of, empty, launch
 from .numerics import dot, dot_precision, held, met, operand, operand_dtype, packed_operand, store
 from .plan import OpPlan, Plan, keep, no_plan, run_planned
 from .registered import is_described, register
+from .rows import added, load_states, row_offsets, row_strength, scaled
 from .schedule import (
     CROSS_RANK,
     MAX_RANK,
@@ -62,33 +63,6 @@ from .schedule import (
 #
 # The forward's loops set their stages. Only then does Triton prefetch into shared memory a block that is not an operand
 # of a product, such as x in the second pass.
-
-
-@triton.jit
-def _row_offsets(rows, inner, stride_outer, stride_inner, NESTED: tl.constexpr):
-    # 64-bit, as N·d exceeds 2^31 with long sequences. NESTED: (batch, sequence, d) with leading strides that do not
-    # collapse.
-    rows = rows.to(tl.int64)
-    if NESTED:
-        return (rows // inner) * stride_outer + (rows % inner) * stride_inner
-    else:
-        return rows * stride_inner
-
-
-@triton.jit
-def _strength(p_gain, p_scale, scale, rows, m_rows, HAS_GAIN: tl.constexpr, SCALE_ON_DEVICE: tl.constexpr):
-    """Return each row's strength times gain, s · g, in a tile. [BLOCK_N]"""
-    s = tl.load(p_scale).to(tl.float32) if SCALE_ON_DEVICE else scale
-    strength = tl.zeros(rows.shape, tl.float32) + s
-    if HAS_GAIN:
-        strength *= tl.load(p_gain + rows, mask=m_rows, other=0.0).to(tl.float32)
-    return strength
-
-
-@triton.jit
-def _scaled(values, strength):
-    # Zero strength gives exactly zero, even if the values overflowed.
-    return tl.where(strength == 0, 0.0, values * strength)
 
 
 @triton.jit
@@ -162,25 +136,6 @@ def _packed_tile(p_packed, ranks, columns, m_columns, D, RANK: tl.constexpr):
 
 
 @triton.jit
-def _load_states(p_residual, p_branch, residual_rows, branch_rows, columns, mask, HAS_BRANCH: tl.constexpr):
-    """Load residual and branch, or residual twice. The shape is that of row offsets and columns broadcast."""
-    residual = tl.load(p_residual + residual_rows + columns, mask=mask, other=0.0)
-    if HAS_BRANCH:
-        return residual, tl.load(p_branch + branch_rows + columns, mask=mask, other=0.0)
-    else:
-        return residual, residual
-
-
-@triton.jit
-def _added(states, HAS_BRANCH: tl.constexpr):
-    """Return residual + branch in fp32."""
-    if HAS_BRANCH:
-        return states[0].to(tl.float32) + states[1].to(tl.float32)
-    else:
-        return states[0].to(tl.float32)
-
-
-@triton.jit
 def _held(states, weights, HAS_BRANCH: tl.constexpr):
     """Hold the loaded blocks so that all loads are in flight before one is waited for: see `numerics.held`."""
     residual = held(states[0])
@@ -195,7 +150,7 @@ def _summed(
     states, w1, a, DOT: tl.constexpr, HAS_BRANCH: tl.constexpr, PACKED: tl.constexpr, GROUPS: tl.constexpr
 ):  # fmt: skip
     """Return a + x W1ᵀ over a block of columns."""
-    x, w1 = operand(_added(states, HAS_BRANCH), DOT), _down_operand(w1, DOT, PACKED)
+    x, w1 = operand(added(states, HAS_BRANCH), DOT), _down_operand(w1, DOT, PACKED)
     if GROUPS == 1:
         return dot(x, tl.trans(w1), a, DOT)
     else:
@@ -229,7 +184,7 @@ def _reduced(
     if AT_ONCE:
         columns = first + within
         m_columns = (columns < D) | EVEN_D
-        states = _load_states(
+        states = load_states(
             p_residual, p_branch, residual_rows, branch_rows, columns, m_rows & m_columns, HAS_BRANCH
         )  # fmt: skip
         w1 = _down_weights(p_down, ranks, columns, m_columns, D, RANK, PACKED)
@@ -240,7 +195,7 @@ def _reduced(
         for start in tl.range(first, end, BLOCK_D, num_stages=STAGES):
             columns = start + within
             m_columns = (columns < D) | EVEN_D
-            states = _load_states(
+            states = load_states(
             p_residual, p_branch, residual_rows, branch_rows, columns, m_rows & m_columns, HAS_BRANCH
         )  # fmt: skip
             w1 = _down_weights(p_down, ranks, columns, m_columns, D, RANK, PACKED)
@@ -291,12 +246,12 @@ def _write_block(
     """Read a block of a tile's columns, and write it with the shift added. Return it in fp32, not rounded."""
     m_columns = (columns < D) | EVEN_D
     mask = m_rows[:, None] & m_columns[None, :]
-    states = _load_states(
+    states = load_states(
         p_residual, p_branch, residual_rows[:, None], branch_rows[:, None], columns[None, :], mask, HAS_BRANCH
     )  # fmt: skip
     w2 = _up_weights(p_up, ranks, columns, m_columns, D, RANK, PACKED)
     out = _shifted(
-        _added(states, HAS_BRANCH), h, w2, p_up_bias, strength, columns, m_columns, DOT, HAS_UP_BIAS, PACKED
+        added(states, HAS_BRANCH), h, w2, p_up_bias, strength, columns, m_columns, DOT, HAS_UP_BIAS, PACKED
     )  # fmt: skip
     store(p_out + rows[:, None].to(tl.int64) * D + columns[None, :], out, mask)
     return out
@@ -319,8 +274,8 @@ def _first_pass(
     """
     rows = tile * height + local
     m_rows = (rows < N) & (local < height)
-    residual_rows = _row_offsets(rows, inner, residual_outer, residual_inner, NESTED)
-    branch_rows = _row_offsets(rows, inner, branch_outer, branch_inner, NESTED)
+    residual_rows = row_offsets(rows, inner, residual_outer, residual_inner, NESTED)
+    branch_rows = row_offsets(rows, inner, branch_outer, branch_inner, NESTED)
     if READS_BRANCH:
         a = _reduced(
             p_branch, p_branch, p_down, branch_rows, branch_rows, m_rows, ranks, 0, D, D,
@@ -332,8 +287,8 @@ def _first_pass(
             RANK, DOT, HAS_BRANCH, EVEN_D, PACKED, False, GROUPS, BLOCK_N, BLOCK_D, BLOCK_R, STAGES,
         )  # fmt: skip
     a = _pre_activation(a, p_down_bias, p_a, rows, m_rows, ranks, True, RANK, HAS_DOWN_BIAS, KEEP_A)
-    strength = _strength(p_gain, p_scale, scale, rows, m_rows, HAS_GAIN, SCALE_ON_DEVICE)
-    h = operand(_scaled(apply(a, ACTIVATION), strength[:, None]), DOT)
+    strength = row_strength(p_gain, p_scale, scale, rows, m_rows, HAS_GAIN, SCALE_ON_DEVICE)
+    h = operand(scaled(apply(a, ACTIVATION), strength[:, None]), DOT)
     return rows, m_rows, residual_rows, branch_rows, strength, h
 
 
@@ -386,8 +341,8 @@ def post_block_fwd_down_kernel(
     """
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_rows = rows < N
-    residual_rows = _row_offsets(rows, inner, residual_outer, residual_inner, NESTED)
-    branch_rows = _row_offsets(rows, inner, branch_outer, branch_inner, NESTED)
+    residual_rows = row_offsets(rows, inner, residual_outer, residual_inner, NESTED)
+    branch_rows = row_offsets(rows, inner, branch_outer, branch_inner, NESTED)
     ranks = tl.arange(0, BLOCK_R)
     first = tl.program_id(1) * part
     a = _reduced(
@@ -413,8 +368,8 @@ def post_block_fwd_up_kernel(
     """Write `out` from the partial sums, added in the order of the splits. Grid (tiles, parts of the columns)."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_rows = rows < N
-    residual_rows = _row_offsets(rows, inner, residual_outer, residual_inner, NESTED)
-    branch_rows = _row_offsets(rows, inner, branch_outer, branch_inner, NESTED)
+    residual_rows = row_offsets(rows, inner, residual_outer, residual_inner, NESTED)
+    branch_rows = row_offsets(rows, inner, branch_outer, branch_inner, NESTED)
     ranks = tl.arange(0, BLOCK_R)
     # From the last column down, as in `post_block_fwd_kernel`.
     last = tl.cdiv(D, part) - 1 - tl.program_id(1)
@@ -422,7 +377,7 @@ def post_block_fwd_up_kernel(
         columns = last * BLOCK_D + tl.arange(0, BLOCK_D)
         m_columns = (columns < D) | EVEN_D
         mask = m_rows[:, None] & m_columns[None, :]
-        states = _load_states(
+        states = load_states(
             p_residual, p_branch, residual_rows[:, None], branch_rows[:, None], columns[None, :], mask, HAS_BRANCH
         )  # fmt: skip
         w2 = _up_weights(p_up, ranks, columns, m_columns, D, RANK, PACKED)
@@ -449,11 +404,11 @@ def post_block_fwd_up_kernel(
     a = _pre_activation(
         a, p_down_bias, p_a, rows, m_rows, ranks, tl.program_id(1) == 0, RANK, HAS_DOWN_BIAS, KEEP_A
     )  # fmt: skip
-    strength = _strength(p_gain, p_scale, scale, rows, m_rows, HAS_GAIN, SCALE_ON_DEVICE)
-    h = operand(_scaled(apply(a, ACTIVATION), strength[:, None]), DOT)
+    strength = row_strength(p_gain, p_scale, scale, rows, m_rows, HAS_GAIN, SCALE_ON_DEVICE)
+    h = operand(scaled(apply(a, ACTIVATION), strength[:, None]), DOT)
     if AT_ONCE:
         out = _shifted(
-            _added(states, HAS_BRANCH), h, w2, p_up_bias, strength, columns, m_columns, DOT, HAS_UP_BIAS, PACKED
+            added(states, HAS_BRANCH), h, w2, p_up_bias, strength, columns, m_columns, DOT, HAS_UP_BIAS, PACKED
         )  # fmt: skip
         store(p_out + rows[:, None].to(tl.int64) * D + columns[None, :], out, mask)
     else:
@@ -479,15 +434,15 @@ def post_block_fwd_vector_kernel(
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     m_columns = (columns < D) | EVEN_D
     mask = m_rows[:, None] & m_columns[None, :]
-    residual_rows = _row_offsets(rows, inner, residual_outer, residual_inner, NESTED)
-    branch_rows = _row_offsets(rows, inner, branch_outer, branch_inner, NESTED)
-    states = _load_states(
+    residual_rows = row_offsets(rows, inner, residual_outer, residual_inner, NESTED)
+    branch_rows = row_offsets(rows, inner, branch_outer, branch_inner, NESTED)
+    states = load_states(
         p_residual, p_branch, residual_rows[:, None], branch_rows[:, None], columns[None, :], mask, HAS_BRANCH
     )  # fmt: skip
-    x = _added(states, HAS_BRANCH)
+    x = added(states, HAS_BRANCH)
     b2 = tl.load(p_up_bias + columns, mask=m_columns, other=0.0).to(tl.float32)
-    strength = _strength(p_gain, p_scale, scale, rows, m_rows, HAS_GAIN, SCALE_ON_DEVICE)
-    delta = _scaled(b2[None, :], strength[:, None])
+    strength = row_strength(p_gain, p_scale, scale, rows, m_rows, HAS_GAIN, SCALE_ON_DEVICE)
+    delta = scaled(b2[None, :], strength[:, None])
     # −0 + 0 would be +0, so a zero shift keeps x bit for bit.
     store(
         p_out + rows[:, None].to(tl.int64) * D + columns[None, :], tl.where(delta == 0, x, x + delta), mask
@@ -521,7 +476,7 @@ def post_block_bwd_rows_kernel(
         ranks = tl.arange(0, BLOCK_R)
         gz = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
     if NEED_GZ:
-        grad_rows = _row_offsets(rows, inner, grad_outer, grad_inner, NESTED)
+        grad_rows = row_offsets(rows, inner, grad_outer, grad_inner, NESTED)
         for start in tl.range(0, D, BLOCK_D, num_stages=STAGES):
             columns = start + tl.arange(0, BLOCK_D)
             m_columns = (columns < D) | EVEN_D
@@ -536,10 +491,10 @@ def post_block_bwd_rows_kernel(
     if RANK > 0:
         p_a += rows[:, None].to(tl.int64) * RANK + ranks[None, :]
         a = tl.load(p_a, mask=m_rows[:, None] & (ranks < RANK)[None, :], other=0.0)
-        strength = _strength(p_gain, p_scale, scale, rows, m_rows, HAS_GAIN, SCALE_ON_DEVICE)[:, None]
+        strength = row_strength(p_gain, p_scale, scale, rows, m_rows, HAS_GAIN, SCALE_ON_DEVICE)[:, None]
         narrow = rows[:, None].to(tl.int64) * BLOCK_R + ranks[None, :]
         if NEED_DA or NEED_DA_SUM:
-            da = _scaled(gz * derivative(a, ACTIVATION), strength)
+            da = scaled(gz * derivative(a, ACTIVATION), strength)
             if NEED_DA:
                 store(p_narrow + narrow, operand(da, DOT), m_rows[:, None])
             if NEED_DA_SUM:
@@ -548,7 +503,7 @@ def post_block_bwd_rows_kernel(
         if NEED_H or NEED_ROW_DOT:
             phi = apply(a, ACTIVATION)
             if NEED_H:
-                h = operand(_scaled(phi, strength), DOT)
+                h = operand(scaled(phi, strength), DOT)
                 store(p_narrow + tl.cast(N, tl.int64) * BLOCK_R + narrow, h, m_rows[:, None])
             if NEED_ROW_DOT:
                 row_dot += tl.sum(phi * gz, 1)
@@ -576,8 +531,8 @@ def _da_times_h(
         h = tl.load(p_rows + tl.cast(N, tl.int64) * BLOCK_R + right[None, :], mask=m_rows[:, None], other=0.0)
         cross = dot(tl.trans(packed_operand(da, DOT)), packed_operand(h, DOT), cross, DOT)
         if HAS_UP_BIAS:
-            strength = _strength(p_gain, p_scale, scale, rows, m_rows, HAS_GAIN, SCALE_ON_DEVICE)
-            along_bias += tl.sum(_scaled(da.to(tl.float32), strength[:, None]), 0)
+            strength = row_strength(p_gain, p_scale, scale, rows, m_rows, HAS_GAIN, SCALE_ON_DEVICE)
+            along_bias += tl.sum(scaled(da.to(tl.float32), strength[:, None]), 0)
     tl.store(p_slab + offset + left[:, None] * BLOCK_R + right[None, :], cross)
     if HAS_UP_BIAS:
         if tile % across == 0:
@@ -622,7 +577,7 @@ def _columns(
         offsets = within[:, None] * D + columns[None, :]
         if NEED_X or NEED_UP or NEED_UP_BIAS:
             if NESTED:
-                p_g = p_grad + _row_offsets(rows, inner, grad_outer, grad_inner, NESTED)[:, None]
+                p_g = p_grad + row_offsets(rows, inner, grad_outer, grad_inner, NESTED)[:, None]
             else:
                 p_g = p_grad + place * grad_inner + within[:, None].to(tl.int64) * grad_inner
             g = tl.load(p_g + columns[None, :], mask=mask, other=0.0)
@@ -631,7 +586,7 @@ def _columns(
             across = within[None, :] * BLOCK_R + ranks[:, None]
             if NEED_DOWN:
                 if READS_BRANCH:
-                    branch_rows = _row_offsets(rows, inner, branch_outer, branch_inner, NESTED)
+                    branch_rows = row_offsets(rows, inner, branch_outer, branch_inner, NESTED)
                     kept = tl.load(p_branch + branch_rows[:, None] + columns[None, :], mask=mask, other=0.0)
                 else:
                     kept = tl.load(p_out + place * D + offsets, mask=mask, other=0.0)
@@ -646,8 +601,8 @@ def _columns(
                 da = packed_operand(da, DOT)
                 store(p_dx + place * D + offsets, dot(da, w1, g.to(tl.float32), DOT), mask)
         if NEED_UP_BIAS:
-            strength = _strength(p_gain, p_scale, scale, rows, m_rows, HAS_GAIN, SCALE_ON_DEVICE)
-            d_up_bias += tl.sum(_scaled(g.to(tl.float32), strength[:, None]), 0)
+            strength = row_strength(p_gain, p_scale, scale, rows, m_rows, HAS_GAIN, SCALE_ON_DEVICE)
+            d_up_bias += tl.sum(scaled(g.to(tl.float32), strength[:, None]), 0)
 
     if NEED_DOWN or NEED_UP:
         sums = offset + ranks[:, None].to(tl.int64) * D + columns[None, :]

@@ -33,15 +33,7 @@ from . import norm_torch, torch_backend
 from .backend import select_backend
 from .contract import Operands
 from .launch import device_of, empty, launch
-from .norm import (
-    check_norm,
-    inverse_rms,
-    norm_backward,
-    norm_constants,
-    norm_factor,
-    normalised,
-    rounded,
-)
+from .norm import check_norm, norm_backward, norm_constants
 from .norm import triton_forward as triton_norm
 from .norm_torch import Norm
 from .numerics import dot_precision, store
@@ -63,6 +55,7 @@ from .post_block import (
     triton_forward,
 )
 from .registered import is_described, register
+from .rows import inverse_rms, norm_factor, normalised, rounded
 from .schedule import ForwardSchedule, forward_schedule, forward_splits
 
 # ------------------------------------------------------------------------------------------------------------ kernel
