@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import timing
-from .contenders import Operands, hook, make_operands
+from .contenders import Operands, absent, hook, make_operands
 from .geometries import DTYPES, OpCase
 from .grouped import made_bytes
 from .levels import forgotten, l2_bytes, take_samples
@@ -95,6 +95,8 @@ def measure_norm(
 ) -> list[Row]:
     """Time the forward of each contender, interleaved, and count the bytes it allocates beside its first result."""
     rows = {name: Row("norm", "forward", name, asdict(case)) for name in names}
+    if "hook-liger" in rows and "hook-liger" in (missing := absent()):
+        rows["hook-liger"].status = f"not run: {missing['hook-liger']}"
     sizes = []
     try:
         sets_of = timing.input_sets(2 * case.unit_bytes, l2_bytes(device))
@@ -106,6 +108,8 @@ def measure_norm(
     weight = torch.ones(case.hidden, dtype=DTYPES[case.dtype], device=device)
     ready = []
     for name, row in rows.items():
+        if row.status != "ok":
+            continue
         try:
             if NORM_CONTENDERS[name][1]:
                 row.status = check(case, name, device) or "ok"

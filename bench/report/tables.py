@@ -31,6 +31,7 @@ WORDS = {
 CONTENDERS = (
     "fused",
     "fused-again",
+    "fused-norm",
     "fused-bf16",
     "unsteered",
     "add",
@@ -84,8 +85,9 @@ def amount(row: Row | None) -> str:
     if row is None:
         return "–"
     if not row.samples:
-        # The reason why a contender was not run is listed once per device, not in every cell.
-        status = row.status.partition(":")[0] if row.status.startswith("not run:") else row.status
+        # Why a contender was not run is listed once per device, and who had the memory is in the results file.
+        brief = row.status.startswith(("not run:", "out of memory:"))
+        status = row.status.partition(":")[0] if brief else row.status
         return escaped(status if status != "ok" else "no samples")
     if (row.level, row.what) in BYTES:
         return _scaled(row, BYTE_UNITS)
@@ -355,6 +357,22 @@ def projection_tables(run: Run) -> Iterator[str]:
     if lines:
         head = ["dtype of B", "layers", "d", "k", "r", "fused", *(name for name in names if name != "fused")]
         yield f"#### {device_name(run)}: W2' of all layers, once per optimizer step\n\n{as_table(head, lines)}"
+
+
+def norm_tables(run: Run) -> Iterator[str]:
+    made = run.cases("norm", "bytes")
+    cases = run.cases("norm", "forward")
+    others = [name for name in by_order(name for rows in cases.values() for name in rows) if name != "fused"]
+    lines = []
+    for case in by_size(cases):
+        rows = cases[case]
+        times = (_beside(rows.get(name), rows.get("fused")) for name in others)
+        sizes = (amount(made.get(case, {}).get(name)) for name in ("fused", "hook"))
+        size = map(str, (case.tokens, case.hidden, case.rank))
+        lines.append([*size, amount(rows.get("fused")), *times, *sizes])
+    if lines:
+        head = ["N", "d", "r", "fused", *others, "fused allocates", "hook allocates"]
+        yield f"#### {device_name(run)}: the op and the RMSNorm behind it, forward\n\n{as_table(head, lines, texts=0)}"
 
 
 def grouped_tables(run: Run) -> Iterator[str]:
