@@ -4,7 +4,6 @@ With a GPU the tests run on it. Without one, kernels run in Triton's interpreter
 is decided before the package is imported, because Triton decides at import whether kernels are interpreted.
 """
 
-import contextlib
 import gc
 import importlib
 import importlib.util
@@ -22,7 +21,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from hardware import HAS_GPU  # noqa: E402
+from hardware import HAS_GPU, alone  # noqa: E402
 
 if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -90,16 +89,6 @@ def little_cache() -> Iterator[None]:
     if HAS_GPU and torch.cuda.is_initialized() and torch.cuda.memory_reserved() > LITTLE:
         gc.collect()
         torch.cuda.empty_cache()
-
-
-@contextlib.contextmanager
-def alone(file: Path) -> Iterator[None]:
-    """Hold a lock among all processes that name this file. The system frees it when the process ends."""
-    import fcntl  # not on Windows
-
-    with open(file, "w") as opened:
-        fcntl.flock(opened, fcntl.LOCK_EX)
-        yield
 
 
 @pytest.fixture

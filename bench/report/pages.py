@@ -84,8 +84,9 @@ python -m bench.gpu --out bench/results  # writes bench/results/<device>.json; r
 python -m bench.report                   # writes this page, its plots, and the table in README.md
 ```
 
-`--part tests` and `--part measure` do one half, each with its own time limit. `--rehearse` runs every step without a
-GPU, on small sizes, and writes no results.
+`--part tests` and `--part measure` do one half, each with its own time limit. The tests' whole output is written to
+`<device>-tests.txt` beside the results. `--rehearse` runs every step without a GPU, on small sizes, and writes no
+results.
 
 A sample of a kernel is the replay of a CUDA graph of many calls. Each call reads and writes separate memory. Together
 they use twice the L2 cache, so that neither reads nor writes stay there.
