@@ -379,7 +379,7 @@ def measure(
         save()
         bad = sorted({row.status for row in rows if row.status != "ok"})
         bad += levels.left_in_words(device)
-        say(f"{time.monotonic() - begin:6.1f} s  {step.title}" + "".join(f"; {status[:120]}" for status in bad))
+        say(f"{time.monotonic() - begin:6.1f} s  {step.title}" + "".join(f"; {status[:240]}" for status in bad))
     return 0
 
 

@@ -57,7 +57,17 @@ def memory_in_words() -> str:
     reserved = torch.cuda.memory_reserved()
     parts = (total, torch.cuda.memory_allocated(), reserved, total - free - reserved)
     has, live, ours, others = (f"{nbytes / 2**30:.1f}" for nbytes in parts)
-    return f"of {has} GiB PyTorch has {ours} ({live} in tensors), others in and beside this process {others}"
+    words = f"of {has} GiB PyTorch has {ours} ({live} in tensors), others in and beside this process {others}"
+    return words + "".join(f"; {line}" for line in _processes())
+
+
+def _processes() -> list[str]:
+    """Return a line for each process on the GPU, such as "process 123 uses 512.000 MB"; none without NVML."""
+    try:
+        listed = torch.cuda.list_gpu_processes()
+    except Exception:  # NVML may fail in any way, and this only explains another failure
+        return []
+    return [" ".join(line.split()) for line in listed.splitlines() if line.startswith("process")][:4]
 
 
 def left_in_words(device: torch.device) -> list[str]:

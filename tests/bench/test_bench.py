@@ -293,7 +293,10 @@ def test_bench_out_of_memory_says_who_has_the_memory(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 30, 80 << 30))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 15 << 30)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 14 << 30)
+    listed = "GPU:0\nprocess         12 uses    61000.000 MB GPU memory"
+    monkeypatch.setattr(torch.cuda, "list_gpu_processes", lambda: listed)
     told = "of 80.0 GiB PyTorch has 15.0 (14.0 in tensors), others in and beside this process 64.0"
+    told += "; process 12 uses 61000.000 MB GPU memory"
     assert levels.forgotten(torch.OutOfMemoryError("no")) == f"out of memory: {told}"
     assert levels.left_in_words(torch.device("cuda")) == [f"left: {told}"]
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (79 << 30, 80 << 30))
