@@ -672,6 +672,19 @@ def test_bench_kept_bytes_are_counted_once_and_without_parameters():
         assert kept() == 3 * 4 * 4
 
 
+def test_bench_kept_bytes_are_freed_after_they_are_counted():
+    """A node that kept its own output by a hook would never be freed, nor would the whole graph before it."""
+    model = levels.train_call(MODEL, levels.build_base(MODEL, CPU), CPU).model
+
+    def living() -> int:
+        gc.collect()
+        return sum(issubclass(type(one), torch.Tensor) for one in gc.get_objects())
+
+    before = living()
+    assert levels.kept_bytes(MODEL, model, CPU) > 0
+    assert living() == before
+
+
 # ----------------------------------------------------------------------------------------------------- files, resuming
 
 
