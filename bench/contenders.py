@@ -7,6 +7,7 @@ measured.
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib
 import importlib.util
@@ -208,6 +209,11 @@ def build(geometry: str, layers: int, dtype: str, device: torch.device, vocabula
     return model.requires_grad_(False)
 
 
+def copy_of(base: Any) -> Any:
+    """Copy a frozen model for a contender. The copy shares the parameters and buffers, as no contender writes them."""
+    return copy.deepcopy(base, {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())})
+
+
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     return model.get_submodule("model.layers")
 
@@ -370,6 +376,11 @@ MODEL_CONTENDERS: dict[str, ModelContender] = {
         ModelContender("joint-orth", steer_joint, ("peft",)),
         ModelContender("loreft", steer_loreft, ("pyreft", "pyvene")),
     )
+}
+#: The contenders that are measured together, in turns. Each group is a step of its own, the more important one first.
+MODEL_GROUPS: dict[str, tuple[str, ...]] = {
+    "usual": ("unsteered", "fused", "hook", "fused-norm", "lora", "joint-orth"),
+    "others": ("unsteered", "fused", "fused-again", "hook-compiled", "hook-liger", "loreft"),
 }
 _EXTRA = "pip install 'fused-steer[bench]'"
 _INSTALL = {

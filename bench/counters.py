@@ -24,6 +24,7 @@ from .geometries import OpCase
 from .results import Row
 
 L2_HIT_RATE = "lts__t_sector_hit_rate.pct"
+DRAM_BYTES = ("dram__bytes_read.sum", "dram__bytes_write.sum")
 STALLS = "smsp__average_warps_issue_stalled_(.+)_per_issue_active.ratio"
 NOT_HERE = "ncu is not here: no L2 hit rate and no stall reasons (it comes with the CUDA toolkit)"
 
@@ -33,11 +34,11 @@ def is_here() -> bool:
 
 
 def command(case: OpCase, what: str) -> list[str]:
-    counted = ["--metrics", f"{L2_HIT_RATE},dram__bytes_read.sum,dram__bytes_write.sum", "--section", "WarpStateStats"]
+    counted = ["--metrics", ",".join((L2_HIT_RATE, *DRAM_BYTES)), "--section", "WarpStateStats"]
     # Count only between cudaProfilerStart and cudaProfilerStop: no launches of the compilation or of making inputs.
     # The clocks stay as they are: others may use the machine.
-    options = ["--csv", "--page", "raw", "--clock-control", "none", "--profile-from-start", "off", *counted]
-    return ["ncu", *options, sys.executable, "-m", "bench.counters", json.dumps(asdict(case)), what]
+    options = "--csv --page raw --print-units base --clock-control none --profile-from-start off".split()
+    return ["ncu", *options, *counted, sys.executable, "-m", "bench.counters", json.dumps(asdict(case)), what]
 
 
 def read(text: str) -> list[tuple[str, dict[str, float]]]:
@@ -58,7 +59,8 @@ def read(text: str) -> list[tuple[str, dict[str, float]]]:
         figures = {}
         for name, value in row.items():
             stall = re.fullmatch(STALLS, name or "")
-            wanted = name if (name or "").startswith(("lts__", "dram__")) else stall and f"stall {stall.group(1)}"
+            # ncu adds the least, mean and greatest of the memory channels to each sum.
+            wanted = name if name in (L2_HIT_RATE, *DRAM_BYTES) else stall and f"stall {stall.group(1)}"
             if wanted and value not in (None, "", "n/a"):
                 figures[wanted] = float(value.replace(",", ""))
         found.append((row["Kernel Name"].partition("(")[0], figures))

@@ -72,7 +72,11 @@ class OpCase:
 
 @dataclass(frozen=True)
 class ModelCase:
-    """One size of a model: a geometry, its layers (0: all, with the whole vocabulary), batch × length tokens."""
+    """One size of a model: a geometry, its layers (0: all, with the whole vocabulary), batch × length tokens.
+
+    `group` names the contenders that are measured together (`contenders.MODEL_GROUPS`). Each group has its own
+    measurement of the unsteered and the fused model, so ratios are never taken across groups.
+    """
 
     geometry: str
     layers: int
@@ -81,6 +85,7 @@ class ModelCase:
     checkpointing: bool = False
     dtype: str = "bfloat16"
     rank: int = 8
+    group: str = "usual"
 
     def __post_init__(self) -> None:
         if self.geometry not in GEOMETRIES:

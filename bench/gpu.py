@@ -2,8 +2,9 @@
 
 A run has three parts: the GPU tests of fp16, the measurements (up to nine minutes), and the other GPU tests (up to nine
 minutes more). The measurements begin with the accuracy in fp16, the op at 4096 and at 8 tokens, and whole models.
-`--part tests` or `--part measure` limits the run. The results file is saved after every step. The same command resumes
-an interrupted run, which loses at most one step. It runs from a checkout, without a network.
+`--part tests` or `--part measure` limits the run. The results file is saved after every step, and the tests' whole
+output beside it. The same command resumes an interrupted run, which loses at most one step. It runs from a checkout,
+without a network.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import typer
 
 from . import counters, levels, timing
 from .checkout import ROOT
-from .contenders import MODEL_CONTENDERS, OP_CONTENDERS, absent
+from .contenders import MODEL_GROUPS, OP_CONTENDERS, absent
 from .geometries import (
     FEW_LAYERS,
     REAL,
@@ -48,6 +49,8 @@ from .serving import SERVE_CONTENDERS, SERVE_RUNS, measure_serving
 
 PARTS = ("tests", "measure")
 COUNTS = ("passed", "failed", "error", "skipped", "xfailed")
+MESSAGE = 300  # characters of a failed test's error in the results file
+TRANSCRIPT = 1 << 20  # bytes of the tests' output that are kept beside the results file
 COUNTED = (4096, 4096)  # tokens and width at which launches are counted; the other sizes launch the same kernels
 LONGEST_STEP = 45.0  # a step begins only if this many seconds are left
 
@@ -96,9 +99,9 @@ def _op_step(case: OpCase, what: str, compiled: bool) -> Step:
 
 
 def _model_step(what: str, case: ModelCase) -> Step:
-    size = f"{case.geometry}, {case.layers or 'all'} layers, {case.batch} x {case.length}"
+    size = f"{case.geometry}, {case.layers or 'all'} layers, {case.batch} x {case.length}, {case.group}"
     # joint-orth differs from LoRA plus steering only in training.
-    names = tuple(name for name in MODEL_CONTENDERS if what == "train" or name != "joint-orth")
+    names = tuple(name for name in MODEL_GROUPS[case.group] if what == "train" or name != "joint-orth")
     return Step(f"model {what} of {size}", "model", what, case, names)
 
 
@@ -169,17 +172,22 @@ def all_steps(counted: bool = False) -> list[Step]:
     goals.append(_projection_step(ProjectionCase()))
     rest += [_projection_step(ProjectionCase(writers=64)), _projection_step(ProjectionCase(dtype="bfloat16"))]
     whole = [
-        _model_step("train", ModelCase("Llama-3.2-1B", 0, 8, 512)),
-        *(_model_step("decode-graph", ModelCase("Llama-3.2-1B", 0, batch, 512)) for batch in (1, 8, 64)),
-        _model_step("train", ModelCase("Llama-3.2-1B", 0, 8, 512, checkpointing=True)),
-        _model_step("prefill", ModelCase("Llama-3.2-1B", 0, 1, 4096)),
-        _model_step("decode", ModelCase("Llama-3.2-1B", 0, 8, 512)),
+        _model_step(what, ModelCase("Llama-3.2-1B", 0, batch, length, checkpointing, group=group))
+        for group in MODEL_GROUPS
+        for what, batch, length, checkpointing in (
+            ("train", 8, 512, False),
+            *(("decode-graph", batch, 512, False) for batch in (1, 8, 64)),
+            ("train", 8, 512, True),
+            ("prefill", 1, 4096, False),
+            ("decode", 8, 512, False),
+        )
     ]
     served = [_serve_step("decode-graph", case) for case in serve_grid()]
     served += [_serve_step("generate", case) for case in serve_grid()]
     grouped = [_grouped_step(case) for case in grouped_grid()]
     cut = [
-        _model_step(what, ModelCase(geometry, FEW_LAYERS, batch, length))
+        _model_step(what, ModelCase(geometry, FEW_LAYERS, batch, length, group=group))
+        for group in MODEL_GROUPS
         for geometry in reversed(REAL)
         for what, batch, length in (
             ("train", 8, 512),
@@ -226,16 +234,19 @@ TEST_GROUPS = {
 
 
 def run_gpu_tests(which: str, seconds: float, over: Sequence[str] = ("bench.checkout",)) -> dict[str, Any]:
-    """Run the GPU tests that match `which` in a subprocess; return counts, failures and the end of the output.
+    """Run the GPU tests that match `which` in a subprocess; return counts, failures and the output.
+
+    A failure is the test's name and the last line of its error.
 
     over: the module that runs pytest, and its options.
     """
-    options = ["-m", "gpu", "-k", which, "-q", "--maxfail=20", "-p", "no:cacheprovider"]
+    options = ["-m", "gpu", "-k", which, "-q", "-rfE", "--maxfail=200", "-p", "no:cacheprovider"]
     command = [sys.executable, "-m", *over, *options]
     if importlib.util.find_spec("xdist") is not None:
         command += ["-n", str(min(8, os.cpu_count() or 1))]  # compiling takes most of the time
     begin = time.monotonic()
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["COLUMNS"] = "400"  # pytest cuts the lines of its summary
     try:
         done = subprocess.run(
             command,
@@ -250,16 +261,34 @@ def run_gpu_tests(which: str, seconds: float, over: Sequence[str] = ("bench.chec
     except subprocess.TimeoutExpired as expired:
         output, code = expired.stdout or b"", None
         output = output.decode(errors="replace") if isinstance(output, bytes) else output
-    failed = re.findall(r"^(?:FAILED|ERROR) (.*)$", output, re.MULTILINE)
     found = re.findall(rf"(\d+) ({'|'.join(COUNTS)})", output[-400:])
     counts = {name: int(number) for number, name in found}
     return {
         "exit": code,  # None: timed out
         **counts,
-        "failures": failed[:20],
+        "failures": failures_in(output),
         "tail": output[-3000:] if code else "",
         "seconds": round(time.monotonic() - begin, 1),
+        "output": output,
     }
+
+
+def failures_in(output: str) -> list[str]:
+    """Return each failed test or file in pytest's output, with the last line of its error."""
+    errors: dict[str, str] = {}
+    heading = ""
+    for line in output.splitlines():
+        title = re.fullmatch(r"_{2,} (?:ERROR collecting |ERROR at \w+ of )?(.+?) _{2,}", line)
+        if title:
+            heading = title.group(1)
+        elif re.match(r"E {2,}\S", line):
+            errors[heading] = line[1:].strip()
+    failures = []
+    for failed in re.findall(r"^(?:FAILED|ERROR) (.*)$", output, re.MULTILINE):
+        name, _, summary = failed.partition(" - ")
+        error = errors.get(name.partition("::")[2].replace("::", ".") or name, summary)
+        failures.append(f"{name} - {error[:MESSAGE]}" if error else name)
+    return failures
 
 
 def test_groups(
@@ -268,10 +297,13 @@ def test_groups(
     save: Callable[[], None],
     time_left: Callable[[], float],
     say: Callable[[str], None] = print,
+    transcript: Path | None = None,
 ) -> int:
     """Run the groups of GPU tests that `results` lacks, saving after each; return the number of groups that remain.
 
     A group runs again if it was stopped, or if the test files have changed since.
+
+    transcript: the file to which the tests' output is added.
     """
     digest = source_fingerprint(folders=("tests",))
     groups = dict((results.tests or {}).get("groups", {}))
@@ -283,13 +315,24 @@ def test_groups(
         if time_left() < LONGEST_STEP:
             remaining += 1
             continue
-        groups[name] = {**run_gpu_tests(TEST_GROUPS[name], time_left()), "tests": digest}
+        ran = run_gpu_tests(TEST_GROUPS[name], time_left())
+        output = ran.pop("output")
+        if transcript is not None:
+            _add_to(transcript, f"==== gpu tests, {name}\n{output}\n")
+        groups[name] = {**ran, "tests": digest}
         results.tests = _tests_together(groups)
         save()
         counts = ", ".join(f"{groups[name][key]} {key}" for key in COUNTS if key in groups[name])
         say(f"{groups[name]['seconds']:6.1f} s  gpu tests, {name}: {counts or 'no counts'}")
         remaining += groups[name]["exit"] is None
     return remaining
+
+
+def _add_to(file: Path, text: str) -> None:
+    """Add a text to a file, of which only the last `TRANSCRIPT` bytes are kept."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    before = file.read_bytes() if file.exists() else b""
+    file.write_bytes((before + text.encode(errors="replace"))[-TRANSCRIPT:])
 
 
 def _tests_together(groups: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -327,7 +370,7 @@ def measure(
         try:
             rows = step.run(device, rounds)
         except Exception as error:  # GPU time is expensive: measure the other steps
-            status = levels.in_words(error)
+            status = levels.forgotten(error)
             rows = [Row(step.level, step.what, name, asdict(step.case), status=status) for name in step.names]
         levels.release(device)
         _check_alive(device, step)
@@ -335,7 +378,8 @@ def measure(
             results.put(row)
         save()
         bad = sorted({row.status for row in rows if row.status != "ok"})
-        say(f"{time.monotonic() - begin:6.1f} s  {step.title}" + "".join(f"; {status[:120]}" for status in bad))
+        bad += levels.left_in_words(device)
+        say(f"{time.monotonic() - begin:6.1f} s  {step.title}" + "".join(f"; {status[:240]}" for status in bad))
     return 0
 
 
@@ -365,7 +409,7 @@ def goal_lines(results: Results) -> Iterator[str]:
         how = "not all were run" if tests["exit"] is None else f"exit {tests['exit']}"
         counts = ", ".join(f"{tests[name]} {name}" for name in COUNTS if name in tests)
         yield f"gpu tests: {how}; {counts or 'no counts'}; {tests['seconds']} s"
-        yield from (f"  {failure[:110]}" for failure in tests["failures"][:8])
+        yield from (f"  {failure[:240]}" for failure in tests["failures"][:20])
     yield f"{'goal':<20} {'limit':>8} {'measured':>9}  met"
     for outcome in evaluate(results):
         value = "-" if outcome.value is None else f"{outcome.value:.3f}"
@@ -395,6 +439,8 @@ def main(
     ] = False,
 ) -> None:
     """Test and measure everything on this machine's GPU, most important first, and judge the goals."""
+    # A package that imports JAX would take three quarters of the GPU's memory for the rest of the process.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     parts = part or list(PARTS)
     if rehearse and not set(parts) - set(PARTS) and out is None:
         from .rehearsal import rehearse as run_rehearsal
@@ -421,7 +467,14 @@ def main(
         raise typer.Exit(1) from None
     results.absent = absent()
     interrupted, remaining = run_parts(
-        results, parts, device, lambda: results.save(file), 60 * minutes, 60 * test_minutes, smoke
+        results,
+        parts,
+        device,
+        lambda: results.save(file),
+        60 * minutes,
+        60 * test_minutes,
+        smoke,
+        file.with_name(f"{file.stem}-tests.txt"),
     )
     for line in goal_lines(results):
         typer.echo(line)
@@ -440,6 +493,7 @@ def run_parts(
     seconds: float,
     test_seconds: float,
     smoke: bool = False,
+    transcript: Path | None = None,
 ) -> tuple[str, int]:
     """Run the parts that `results` lacks: the tests of fp16, the measurements, the other tests.
 
@@ -453,7 +507,7 @@ def run_parts(
     try:
         if tested:
             with testing as left:
-                remaining += test_groups(results, [first], save, left)
+                remaining += test_groups(results, [first], save, left, transcript=transcript)
         if "measure" in parts:
             with measuring as left:
                 if results.bandwidth is None:
@@ -466,7 +520,7 @@ def run_parts(
                 remaining += measure(results, steps, device, save, left, rounds=2 if smoke else None)
         if tested:
             with testing as left:
-                remaining += test_groups(results, others, save, left)
+                remaining += test_groups(results, others, save, left, transcript=transcript)
     except KeyboardInterrupt:
         return "interrupted; ", remaining
     except RuntimeError as error:

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from . import timing
 from .contenders import PHI
 from .geometries import DTYPES, GroupedCase
-from .levels import in_words, l2_bytes, take_samples
+from .levels import forgotten, l2_bytes, take_samples
 from .results import Row
 from .timing import Timed
 
@@ -175,7 +175,7 @@ def measure_grouped(
         sets = [make_tables(case, device, seed) for seed in range(sets_of)]
     except torch.OutOfMemoryError as error:
         for row in rows.values():
-            row.status = in_words(error)
+            row.status = forgotten(error)
         return list(rows.values())
     ready = []
     for name, row in rows.items():
@@ -192,7 +192,7 @@ def measure_grouped(
             row.launches = timing.count_launches(calls[0], device) if count else None
             sizes.append(Row("grouped", "bytes", name, asdict(case), [made_bytes(calls[0])]))
         except Exception as error:  # a rival may fail in any way, and the run goes on
-            row.status = in_words(error)
+            row.status = forgotten(error)
             continue
         ready.append(timed)
     take_samples(ready, rows, device, rounds)

@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import gc
 import math
+import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -24,6 +25,7 @@ from .contenders import (
     Operands,
     absent,
     build,
+    copy_of,
     make_operands,
     op_errors,
     plain,
@@ -34,6 +36,7 @@ from .timing import Timed
 
 OP_PASSES = ("forward", "backward", "both")
 MODEL_RUNS = ("train", "prefill", "decode", "decode-graph")
+LITTLE = 6 << 30  # bytes: CUDA's context, workspaces and inputs of the op are within it
 FLOOR_UNITS = {"forward": 3, "backward": 3, "both": 6}  # of N × d tensors through device memory
 
 
@@ -43,9 +46,47 @@ def l2_bytes(device: torch.device) -> int:
 
 
 def in_words(error: BaseException) -> str:
+    """Return an error as a row's status. Where memory ran out, it says who has the GPU's memory."""
     if isinstance(error, torch.OutOfMemoryError):
-        return "out of memory"
+        return f"out of memory{': ' + memory_in_words() if torch.cuda.is_available() else ''}"
     return f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def memory_in_words() -> str:
+    free, total = torch.cuda.mem_get_info()
+    reserved = torch.cuda.memory_reserved()
+    parts = (total, torch.cuda.memory_allocated(), reserved, total - free - reserved)
+    has, live, ours, others = (f"{nbytes / 2**30:.1f}" for nbytes in parts)
+    words = f"of {has} GiB PyTorch has {ours} ({live} in tensors), others in and beside this process {others}"
+    return words + "".join(f"; {line}" for line in _processes())
+
+
+def _processes() -> list[str]:
+    """Return a line for each process on the GPU, such as "process 123 uses 512.000 MB"; none without NVML."""
+    try:
+        listed = torch.cuda.list_gpu_processes()
+    except Exception:  # NVML may fail in any way, and this only explains another failure
+        return []
+    return [" ".join(line.split()) for line in listed.splitlines() if line.startswith("process")][:4]
+
+
+def left_in_words(device: torch.device) -> list[str]:
+    """Say who has memory of the GPU between steps, when a step has freed its own; nothing if it is little."""
+    if device.type != "cuda":
+        return []
+    free, total = torch.cuda.mem_get_info()
+    return [f"left: {memory_in_words()}"] if total - free > LITTLE else []
+
+
+def forgotten(error: BaseException) -> str:
+    """Return an error as a row's status, and free what its traceback's frames hold, such as a model."""
+    words = in_words(error)
+    seen: BaseException | None = error
+    while seen is not None:
+        traceback.clear_frames(seen.__traceback__)
+        seen.__traceback__ = None
+        seen = seen.__cause__ or seen.__context__
+    return words
 
 
 def release(device: torch.device) -> None:
@@ -81,7 +122,7 @@ def check_op(case: OpCase, what: str, names: Sequence[str], device: torch.device
         try:
             errors = op_errors(case, contender, device, gradients=what != "forward")
         except Exception as error:  # a rival may fail in any way, and the run goes on
-            wrong[name] = in_words(error)
+            wrong[name] = forgotten(error)
         else:
             too_far = [(ours, hook) for ours, hook in errors if not ours <= 2 * hook + 1e-6]  # NaN too
             if too_far:
@@ -143,7 +184,7 @@ def measure_op(
         sets = [make_operands(case, device, seed) for seed in range(sets_of)]
     except torch.OutOfMemoryError as error:
         for row in rows.values():
-            row.status = in_words(error)
+            row.status = forgotten(error)
         return list(rows.values())
     on_gpu = device.type == "cuda"
     # Autograd runs a backward pass on the stream of its forward, so the forward must run on the captured stream.
@@ -158,7 +199,7 @@ def measure_op(
             timed.prepare(device, graph=True, stream=stream)
             row.launches = timing.count_launches(timed.calls[0], device) if count else None
         except Exception as error:  # as above
-            row.status = in_words(error)
+            row.status = forgotten(error)
             continue
         ready.append(timed)
     take_samples(ready, rows, device, rounds)
@@ -171,7 +212,7 @@ def measure_accuracy(case: OpCase, device: torch.device, draws: int = 4) -> list
     try:
         errors = [op_errors(case, OP_CONTENDERS["fused"], device, True, seed) for seed in range(draws)]
     except Exception as error:  # the run goes on
-        row.status = in_words(error)
+        row.status = forgotten(error)
         return [row]
     for of_draws in zip(*errors, strict=True):
         ours, hook = (sum(error**2 for error in side) ** 0.5 for side in zip(*of_draws, strict=True))
@@ -282,13 +323,15 @@ _CALLS = {"train": train_call, "prefill": prefill_call, "decode": decode_call, "
 def prepare_model(case: ModelCase, what: str, name: str, base: Any, device: torch.device) -> Prepared:
     """Copy `base`, steer the copy by the contender `name`, and prepare the call to measure.
 
+    The copy shares the weights of `base`.
+
     Raises:
         ValueError: there is no such run or contender.
     """
     for kind, value, known in (("run", what, _CALLS), ("contender", name, MODEL_CONTENDERS)):
         if value not in known:
             raise ValueError(f"{kind} is {value!r}; expected one of {', '.join(known)}")
-    model = MODEL_CONTENDERS[name].steer(copy.deepcopy(base), case.rank)
+    model = MODEL_CONTENDERS[name].steer(copy_of(base), case.rank)
     return _CALLS[what](case, model, device)
 
 
@@ -302,7 +345,7 @@ def check_models(case: ModelCase, names: Sequence[str], device: torch.device) ->
     base = build_base(small, device)
 
     def logits(name: str) -> Tensor:
-        return prefill_call(small, MODEL_CONTENDERS[name].steer(copy.deepcopy(base), case.rank), device).call()
+        return prefill_call(small, MODEL_CONTENDERS[name].steer(copy_of(base), case.rank), device).call()
 
     truth, unsteered = logits("hook"), logits("unsteered")
     wrong = {}
@@ -314,7 +357,7 @@ def check_models(case: ModelCase, names: Sequence[str], device: torch.device) ->
         try:
             error = float((logits(name) - truth).norm() / truth.norm())
         except Exception as failure:  # as above
-            wrong[name] = in_words(failure)
+            wrong[name] = forgotten(failure)
         else:
             if not error <= 1e-3:
                 wrong[name] = f"wrong: it differs from the hook by {error:.2e}; expected at most 1e-3"
@@ -326,51 +369,80 @@ def measure_model(
 ) -> list[Row]:
     """Time one run of a model for all contenders, interleaved; for `train` also measure the memory.
 
-    A contender that cannot run, or computes a wrong result, gets a row that says so.
+    A contender that cannot run, or computes a wrong result, gets a row that says so. The contenders share the weights
+    of one model, and nothing of them is left afterwards, compiled code included.
     """
     rows = {name: Row("model", what, name, asdict(case)) for name in names}
     missing = absent()
-    present = [name for name in names if name not in missing]
     for name in names:
         if name in missing:
             rows[name].status = f"not run: {missing[name]}"
+    present = [name for name in names if name not in missing]
+    memory: list[Row] = []
     try:
         for name, problem in (check_models(case, present, device) if check else {}).items():
             rows[name].status = problem
-        base = build_base(case, device)
+        release(device)
+        memory = _measure_present(case, what, device, [n for n in present if rows[n].status == "ok"], rows, rounds)
     except torch.OutOfMemoryError as error:
+        status = forgotten(error)
         for name in present:
-            rows[name].status = in_words(error)
-        return list(rows.values())
-    ready: list[Timed] = []
-    prepared: dict[str, Prepared] = {}
-    kept: dict[str, int] = {}
-    peak: dict[str, int | None] = {}
-    for name in present:
-        if rows[name].status != "ok":
-            continue
-        try:
-            one = prepare_model(case, what, name, base, device)
-            timed = Timed(name, [one.call])
-            timed.prepare(device, graph=what == "decode-graph")
-            if what == "train":
-                kept[name] = kept_bytes(case, one.model, device)
-                peak[name] = timing.peak_bytes(one.call, device)
-        except Exception as error:  # as above
-            rows[name].status = in_words(error)
-            release(device)
-            continue
-        prepared[name] = one
-        ready.append(timed)
+            if rows[name].status == "ok" and not rows[name].samples:
+                rows[name].status = status
+    finally:
+        if "torch._dynamo" in sys.modules:
+            torch._dynamo.reset()  # compiled code may hold a model
+        release(device)
+    return [*rows.values(), *memory]
 
-    resets = [one.reset for one in prepared.values() if one.reset is not None]
+
+@dataclass
+class _Ready:
+    """A contender of a model that is ready to be timed, and its memory in training."""
+
+    timed: Timed
+    prepared: Prepared
+    kept: int | None = None
+    peak: int | None = None
+
+
+def _get_ready(case: ModelCase, what: str, name: str, base: Any, device: torch.device) -> _Ready:
+    prepared = prepare_model(case, what, name, base, device)
+    one = _Ready(Timed(name, [prepared.call]), prepared)
+    one.timed.prepare(device, graph=what == "decode-graph")
+    if what == "train":
+        one.kept = kept_bytes(case, prepared.model, device)
+        one.peak = timing.peak_bytes(prepared.call, device)
+    return one
+
+
+def _measure_present(
+    case: ModelCase, what: str, device: torch.device, names: Sequence[str], rows: dict[str, Row], rounds: int
+) -> list[Row]:
+    """Time the contenders and put the samples into their rows; return the memory rows. All models end with this call.
+
+    Raises:
+        torch.OutOfMemoryError: the model itself does not fit, or the contenders together.
+    """
+    base = build_base(case, device)
+    ready: list[_Ready] = []
+    for name in names:
+        try:
+            ready.append(_get_ready(case, what, name, base, device))
+        except Exception as error:  # a rival may fail in any way, and the run goes on
+            rows[name].status = forgotten(error)
+        if rows[name].status != "ok":
+            release(device)  # after the error, which held the contender
 
     def reset() -> None:
-        for each in resets:
-            each()
+        for one in ready:
+            if one.prepared.reset is not None:
+                one.prepared.reset()
 
-    take_samples(ready, rows, device, rounds, before=reset)
-    return [*rows.values(), *_memory_rows(case, base.config.num_hidden_layers, kept, peak)]
+    take_samples([one.timed for one in ready], rows, device, rounds, before=reset)
+    kept = {one.timed.name: one.kept for one in ready if one.kept is not None}
+    peak = {one.timed.name: one.peak for one in ready}
+    return _memory_rows(case, base.config.num_hidden_layers, kept, peak)
 
 
 def kept_bytes(case: ModelCase, model: Any, device: torch.device) -> int:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from . import timing
-from .contenders import Operands, hook, make_operands
+from .contenders import Operands, absent, hook, make_operands
 from .geometries import DTYPES, OpCase
 from .grouped import made_bytes
-from .levels import in_words, l2_bytes, take_samples
+from .levels import forgotten, l2_bytes, take_samples
 from .results import Row
 from .timing import Timed
 
@@ -95,17 +95,21 @@ def measure_norm(
 ) -> list[Row]:
     """Time the forward of each contender, interleaved, and count the bytes it allocates beside its first result."""
     rows = {name: Row("norm", "forward", name, asdict(case)) for name in names}
+    if "hook-liger" in rows and "hook-liger" in (missing := absent()):
+        rows["hook-liger"].status = f"not run: {missing['hook-liger']}"
     sizes = []
     try:
         sets_of = timing.input_sets(2 * case.unit_bytes, l2_bytes(device))
         sets = [make_operands(case, device, seed) for seed in range(sets_of)]
     except torch.OutOfMemoryError as error:
         for row in rows.values():
-            row.status = in_words(error)
+            row.status = forgotten(error)
         return list(rows.values())
     weight = torch.ones(case.hidden, dtype=DTYPES[case.dtype], device=device)
     ready = []
     for name, row in rows.items():
+        if row.status != "ok":
+            continue
         try:
             if NORM_CONTENDERS[name][1]:
                 row.status = check(case, name, device) or "ok"
@@ -117,7 +121,7 @@ def measure_norm(
             row.launches = timing.count_launches(calls[0], device) if count else None
             sizes.append(Row("norm", "bytes", name, asdict(case), [made_bytes(lambda call=calls[0]: call()[0])]))
         except Exception as error:  # a rival may fail in any way, and the run goes on
-            row.status = in_words(error)
+            row.status = forgotten(error)
             continue
         ready.append(timed)
     take_samples(ready, rows, device, rounds)

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from . import counters, gpu, grouped, levels, projection, serving
+from . import counters, gpu, grouped, levels, norm, projection, serving
 from .geometries import GEOMETRIES, GroupedCase, HostCase, ModelCase, OpCase, ProjectionCase, ServeCase
 from .goals import GOALS
 from .results import Results, Row, describe_machine
@@ -77,7 +77,8 @@ def let_numbers_pass() -> None:
 
     levels.check_op, levels.check_models = by_name(levels.check_op), by_name(levels.check_models)
     serving.check = by_name(serving.check)
-    grouped.check, projection.check = of_one(grouped.check), of_one(projection.check)
+    for module in (grouped, norm, projection):
+        module.check = of_one(module.check)
 
 
 def one_of_each(steps: Sequence[gpu.Step]) -> list[gpu.Step]:

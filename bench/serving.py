@@ -6,7 +6,6 @@ implementations and says nothing about the kernels. On a GPU, `python -m bench.g
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,10 +16,10 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor, nn
 
-from .contenders import adapter_weights, decoder_layers, set_adapter, steer_fused
+from .contenders import adapter_weights, copy_of, decoder_layers, set_adapter, steer_fused
 from .geometries import GroupedCase, ServeCase
 from .grouped import GROUPED_CONTENDERS, measure_grouped
-from .levels import Prepared, build_base, decode_call, in_words, make_tokens, prefill_call, release, take_samples
+from .levels import Prepared, build_base, decode_call, forgotten, make_tokens, prefill_call, release, take_samples
 from .results import Row, describe_machine, file_name, start
 from .timing import Timed
 
@@ -119,7 +118,7 @@ def check(case: ServeCase, names: Sequence[str], device: torch.device) -> dict[s
     base = build_base(small.model, device)
 
     def logits(name: str) -> Tensor:
-        return prefill_call(small.model, SERVE_CONTENDERS[name](small, copy.deepcopy(base)), device).call()
+        return prefill_call(small.model, SERVE_CONTENDERS[name](small, copy_of(base)), device).call()
 
     truth, unsteered = logits("gather-bmm"), logits("unsteered")
     wrong = {}
@@ -131,7 +130,7 @@ def check(case: ServeCase, names: Sequence[str], device: torch.device) -> dict[s
         try:
             error = float((logits(name) - truth).norm() / truth.norm())
         except Exception as failure:  # the run goes on
-            wrong[name] = in_words(failure)
+            wrong[name] = forgotten(failure)
         else:
             most = 1e-2 if name == "fused-bf16" else 1e-4
             if not error <= most:
@@ -143,6 +142,15 @@ _CALLS: dict[str, Callable[[ServeCase, Any, torch.device], Prepared]] = {
     "generate": generate_call,
     "decode-graph": lambda case, model, device: decode_call(case.model, model, device),
 }
+
+
+def _get_ready(
+    case: ServeCase, what: str, name: str, base: Any, device: torch.device
+) -> tuple[Timed, Callable[[], Any] | None]:
+    prepared = _CALLS[what](case, SERVE_CONTENDERS[name](case, copy_of(base)), device)
+    timed = Timed(name, [prepared.call])
+    timed.prepare(device, graph=what == "decode-graph")
+    return timed, prepared.reset
 
 
 def measure_serving(
@@ -162,22 +170,20 @@ def measure_serving(
         base = build_base(case.model, device)
     except torch.OutOfMemoryError as error:
         for row in rows.values():
-            row.status = in_words(error)
+            row.status = forgotten(error)
         return list(rows.values())
     for name in names:
         if rows[name].status != "ok":
             continue
         try:
-            prepared = _CALLS[what](case, SERVE_CONTENDERS[name](case, copy.deepcopy(base)), device)
-            timed = Timed(name, [prepared.call])
-            timed.prepare(device, graph=what == "decode-graph")
+            timed, reset_one = _get_ready(case, what, name, base, device)
         except Exception as error:  # a rival may fail in any way, and the run goes on
-            rows[name].status = in_words(error)
-            release(device)
-            continue
-        ready.append(timed)
-        if prepared.reset is not None:
-            resets.append(prepared.reset)
+            rows[name].status = forgotten(error)
+        else:
+            ready.append(timed)
+            resets += [] if reset_one is None else [reset_one]
+        if rows[name].status != "ok":
+            release(device)  # after the error, which held the contender
 
     def reset() -> None:
         for each in resets:

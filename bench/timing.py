@@ -169,7 +169,7 @@ def counting_kept(model: nn.Module, *inputs: Tensor) -> Iterator[Callable[[], in
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage  # held, so that its address is not reused
-        return tensor
+        return tensor.detach()  # a node that keeps its own output would keep itself, and the graph, for ever
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield lambda: sum(storage.nbytes() for storage in kept.values())

@@ -4,10 +4,12 @@ With a GPU the tests run on it. Without one, kernels run in Triton's interpreter
 is decided before the package is imported, because Triton decides at import whether kernels are interpreted.
 """
 
+import gc
 import importlib
 import importlib.util
 import os
 import sys
+import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +21,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from hardware import HAS_GPU  # noqa: E402
+from hardware import HAS_GPU, alone  # noqa: E402
 
 if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -75,6 +77,32 @@ def poisoned_memory(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     if runs_kernels:
         torch.use_deterministic_algorithms(False)
+
+
+LITTLE = 256 << 20  # bytes that a test process may keep in PyTorch's cache between tests
+
+
+@pytest.fixture(autouse=True)
+def little_cache() -> Iterator[None]:
+    """Give the GPU's memory back after a test that took much, because several test processes share the GPU."""
+    yield
+    if HAS_GPU and torch.cuda.is_initialized() and torch.cuda.memory_reserved() > LITTLE:
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+@pytest.fixture
+def whole_gpu() -> Iterator[None]:
+    """Let only one test at a time take gigabytes of the GPU, and free them at its end."""
+    if not HAS_GPU:
+        yield
+        return
+    with alone(Path(tempfile.gettempdir()) / f"fused-steer-gpu-{os.getuid()}.lock"):
+        gc.collect()
+        torch.cuda.empty_cache()
+        yield
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-import gguf
+import pytest
 from models import LAYERS
 from torch import Tensor, nn
 
@@ -44,6 +44,7 @@ def shown(result: Any) -> dict[str, str]:
 
 def write_gguf(tensors: dict[str, Any], file: Path, architecture: str = "controlvector") -> None:
     """As repeng's export_gguf does."""
+    gguf = pytest.importorskip("gguf", reason="needs `pip install gguf`")
     writer = gguf.GGUFWriter(file, architecture)
     writer.add_string(f"{architecture}.model_hint", "llama")
     writer.add_uint32(f"{architecture}.layer_count", len(tensors))

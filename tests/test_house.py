@@ -2,9 +2,12 @@
 
 import ast
 import re
+import sys
+import threading
 from pathlib import Path
 
 import pytest
+from hardware import alone
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"fused_steer": ROOT / "fused_steer", "kernels": ROOT / "kernels", "bench": ROOT / "bench"}
@@ -90,6 +93,61 @@ def test_house_tests_mirror_the_folders():
     tested = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and path.name != "__pycache__"}
     # A folder "vllm" on the path would pass for vLLM where that is not installed: its tests are tests/test_vllm*.py.
     assert tested == rooms - {"vllm"} | {"kernels", "bench"}
+
+
+#: Packages that every environment of the tests has. Others may be missing, where only the GPU tests are run.
+INSTALLED = {
+    *("fused_steer", "bench", "torch", "functorch", "transformers", "tokenizers", "safetensors", "huggingface_hub"),
+    *("numpy", "peft", "accelerate", "yaml", "typer", "click", "pytest", "_pytest", "packaging", "triton"),
+}
+
+
+def test_house_tests_are_collected_without_optional_packages():
+    """A module of tests imports an optional package inside a test, or after `pytest.importorskip`."""
+    files = sorted((ROOT / "tests").rglob("*.py"))
+    own = {file.stem for file in files}
+    wrong = []
+    for file in files:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        skips = any("importorskip" in ast.unparse(node) for node in tree.body if not isinstance(node, ast.FunctionDef))
+        for node in tree.body:
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            else:
+                names = [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            for name in {name.partition(".")[0] for name in names} - INSTALLED - own - sys.stdlib_module_names:
+                if not skips and file.name != "vllm_compiled_on_cpu.py":
+                    wrong.append(f"{file.name}: {name}")
+    assert wrong == []
+
+
+def test_house_tests_that_take_gigabytes_of_a_gpu_run_one_at_a_time():
+    """The test processes share a GPU, and each of these tests takes a large part of its memory."""
+    found = {}
+    for file in sorted((ROOT / "tests").rglob("test_*.py")):
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef) and "past_two_to_the" in node.name:
+                marks = " ".join(map(ast.unparse, node.decorator_list))
+                found[node.name] = "usefixtures('whole_gpu')" in marks
+    assert len(found) == 4 and all(found.values()), found
+
+
+def test_house_a_lock_lets_one_at_a_time(tmp_path):
+    begun, order = threading.Event(), []
+
+    def second() -> None:
+        begun.set()
+        with alone(tmp_path / "lock"):
+            order.append("second")
+
+    other = threading.Thread(target=second)
+    with alone(tmp_path / "lock"):
+        other.start()
+        assert begun.wait(10)
+        other.join(0.3)
+        order.append("first")
+    other.join(10)
+    assert order == ["first", "second"]
 
 
 def test_house_no_file_is_long_without_a_reason():

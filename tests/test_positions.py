@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-import trl
-from datasets import Dataset
 from models import (
     Hooked,
     assert_close,
@@ -434,11 +433,12 @@ def test_positions_with_trls_completions(tmp_path, options):
     model = steered("first_2+last_1")
     told = Told(model)
     sums = [("1+1=", "2"), ("12+30=", "42"), ("7+8=", "15"), ("100+200=", "300")] * 4
+    trl = pytest.importorskip("trl", reason="needs TRL (the extra trl)")
     arguments = trl.SFTConfig(
         str(tmp_path), max_steps=2, per_device_train_batch_size=4, use_cpu=True, report_to="none", disable_tqdm=True,
         completion_only_loss=True, **options,
     )  # fmt: skip
-    data = Dataset.from_list([{"prompt": p, "completion": c} for p, c in sums])
+    data = importlib.import_module("datasets").Dataset.from_list([{"prompt": p, "completion": c} for p, c in sums])
     trl.SFTTrainer(model, arguments, train_dataset=data, processing_class=tokenizer()).train()
     prompts = {tuple(tokenizer()(p)["input_ids"]) for p, _ in sums}
     assert len(told.seen) == 2

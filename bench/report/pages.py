@@ -36,6 +36,7 @@ from .tables import (
     model_size,
     model_tables,
     model_text,
+    norm_tables,
     number_text,
     op_tables,
     op_text,
@@ -62,6 +63,8 @@ implementations that are compared. A contender that did not run on a case shows 
 - A multiple after a contender's time is that time over the time of `fused`. Above 1×, `fused` is faster.
 - `fused-again` is `fused` timed a second time; it shows the noise. `add` is the plain residual add, without steering.
   `copy` copies one tensor, 2 units.
+- **Models**: the contenders of a table run in turns in one process and share the model's weights. Rows *measured apart*
+  were timed in another run, with an unsteered and a fused model of their own. Multiples never cross runs.
 - **Added units per layer**: the time beyond the unsteered model, per layer, in units at the copy's bandwidth.
 - **Serving**: `fused` gives each row its own adapter, `fused-bf16` does so with adapters in bfloat16, `one-adapter`
   gives all rows the same one. `no-adapter` is a steered engine that gets requests without adapters. `gather-bmm`
@@ -81,8 +84,9 @@ python -m bench.gpu --out bench/results  # writes bench/results/<device>.json; r
 python -m bench.report                   # writes this page, its plots, and the table in README.md
 ```
 
-`--part tests` and `--part measure` do one half, each with its own time limit. `--rehearse` runs every step without a
-GPU, on small sizes, and writes no results.
+`--part tests` and `--part measure` do one half, each with its own time limit. The tests' whole output is written to
+`<device>-tests.txt` beside the results. `--rehearse` runs every step without a GPU, on small sizes, and writes no
+results.
 
 A sample of a kernel is the replay of a CUDA graph of many calls. Each call reads and writes separate memory. Together
 they use twice the L2 cache, so that neither reads nor writes stay there.
@@ -167,6 +171,7 @@ def _run_parts(run: Run) -> Iterator[str]:
         ("Accuracy", accuracy_tables),
         ("Counters", counters_tables),
         ("Host time", host_tables),
+        ("The op and the norm behind it", norm_tables),
         ("Models", model_tables),
         ("Memory", memory_tables),
         ("Joint-Orth's projection", projection_tables),

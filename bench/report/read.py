@@ -23,11 +23,12 @@ LEVELS: dict[str, tuple[type, tuple[str, ...]]] = {
     "model": (ModelCase, ("train", "prefill", "decode", "decode-graph")),
     "memory": (ModelCase, ("kept", "peak", "peak-total")),
     "projection": (ProjectionCase, ("step",)),
+    "norm": (OpCase, ("forward", "bytes")),
     "grouped": (GroupedCase, ("forward", "bytes")),
     "serve": (ServeCase, ("generate", "decode-graph")),
     "vllm": (ServeCase, ("generate",)),
 }
-BYTES = (("memory", "kept"), ("memory", "peak"), ("memory", "peak-total"), ("grouped", "bytes"))
+BYTES = (("memory", "kept"), ("memory", "peak"), ("memory", "peak-total"), ("norm", "bytes"), ("grouped", "bytes"))
 
 ByContender = dict[str, Row]
 Cases = dict[Any, ByContender]

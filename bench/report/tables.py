@@ -31,6 +31,7 @@ WORDS = {
 CONTENDERS = (
     "fused",
     "fused-again",
+    "fused-norm",
     "fused-bf16",
     "unsteered",
     "add",
@@ -62,6 +63,14 @@ def number_text(value: float) -> str:
     return f"{value:,.{decimals}f}"
 
 
+BYTE_UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B"))
+
+
+def scaled_bytes(value: float) -> str:
+    size, unit = next(((size, unit) for size, unit in BYTE_UNITS if value >= size), BYTE_UNITS[-1])
+    return f"{number_text(value / size)} {unit}"
+
+
 def _scaled(row: Row, units: Iterable[tuple[float, str]]) -> str:
     """Format `12.3 µs (12.1–12.6)`: median and 20 % to 80 % quantiles in a unit that suits the median."""
     median, low, high = row.median, row.quantile(0.2), row.quantile(0.8)
@@ -76,11 +85,12 @@ def amount(row: Row | None) -> str:
     if row is None:
         return "–"
     if not row.samples:
-        # The reason why a contender was not run is listed once per device, not in every cell.
-        status = row.status.partition(":")[0] if row.status.startswith("not run:") else row.status
+        # Why a contender was not run is listed once per device, and who had the memory is in the results file.
+        brief = row.status.startswith(("not run:", "out of memory:"))
+        status = row.status.partition(":")[0] if brief else row.status
         return escaped(status if status != "ok" else "no samples")
     if (row.level, row.what) in BYTES:
-        return _scaled(row, [(2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B")])
+        return _scaled(row, BYTE_UNITS)
     return _scaled(row, [(1, "s"), (1e-3, "ms"), (1e-6, "µs")])
 
 
@@ -150,6 +160,7 @@ def model_text(case: ModelCase, what: str, layers: bool = True) -> str:
     decoding = what.startswith("decode")
     tokens = f"batch {case.batch} after {case.length} tokens" if decoding else f"{case.batch} × {case.length} tokens"
     extra = ["checkpointing"] if case.checkpointing else []
+    extra += ["measured apart"] if case.group != "usual" else []
     return ", ".join([case.geometry, *count, tokens, f"r = {case.rank}", case.dtype, *extra])
 
 
@@ -229,13 +240,20 @@ def accuracy_tables(run: Run) -> Iterator[str]:
         yield f"#### {device_name(run)}: fused's error from float64 over the eager hook's\n\n{as_table(head, lines)}"
 
 
+def counter_text(name: str, value: float) -> str:
+    """Format a counter in its unit: bytes of device memory, a hit rate in per cent, or stalled warps per issue."""
+    if "dram__bytes" in name:
+        return scaled_bytes(value)
+    return f"{number_text(value)} %" if name.endswith(".pct") else number_text(value)
+
+
 def counters_tables(run: Run) -> Iterator[str]:
     lines = [
         [
             WORDS[what],
             op_text(case),
             escaped(name),
-            escaped(row.status) if row.median is None else number_text(row.median),
+            escaped(row.status) if row.median is None else counter_text(name, row.median),
         ]
         for what in LEVELS["counters"][1]
         for case, rows in run.cases("counters", what).items()
@@ -276,6 +294,7 @@ def model_size(case: ModelCase) -> tuple[Any, ...]:
         case.batch * case.length,
         case.batch,
         not case.checkpointing,
+        case.group == "usual",
         dataclasses.astuple(case),
     )
 
@@ -338,6 +357,22 @@ def projection_tables(run: Run) -> Iterator[str]:
     if lines:
         head = ["dtype of B", "layers", "d", "k", "r", "fused", *(name for name in names if name != "fused")]
         yield f"#### {device_name(run)}: W2' of all layers, once per optimizer step\n\n{as_table(head, lines)}"
+
+
+def norm_tables(run: Run) -> Iterator[str]:
+    made = run.cases("norm", "bytes")
+    cases = run.cases("norm", "forward")
+    others = [name for name in by_order(name for rows in cases.values() for name in rows) if name != "fused"]
+    lines = []
+    for case in by_size(cases):
+        rows = cases[case]
+        times = (_beside(rows.get(name), rows.get("fused")) for name in others)
+        sizes = (amount(made.get(case, {}).get(name)) for name in ("fused", "hook"))
+        size = map(str, (case.tokens, case.hidden, case.rank))
+        lines.append([*size, amount(rows.get("fused")), *times, *sizes])
+    if lines:
+        head = ["N", "d", "r", "fused", *others, "fused allocates", "hook allocates"]
+        yield f"#### {device_name(run)}: the op and the RMSNorm behind it, forward\n\n{as_table(head, lines, texts=0)}"
 
 
 def grouped_tables(run: Run) -> Iterator[str]:

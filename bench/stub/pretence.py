@@ -113,6 +113,8 @@ def pretend() -> None:
         "device": lambda device: contextlib.nullcontext(),
         "is_current_stream_capturing": lambda: False,
         "memory_allocated": lambda device=None: 0,
+        "memory_reserved": lambda device=None: 0,
+        "mem_get_info": lambda device=None: (1 << 30, 1 << 30),
         "max_memory_allocated": lambda device=None: 1 << 20,
         "get_rng_state": lambda device=None: torch.get_rng_state(),
         "set_rng_state": lambda state, device=None: torch.set_rng_state(state),

@@ -82,6 +82,7 @@ class _Trace:
         self.layers, self.hidden = layers, hidden
         self.starts: dict[int, Any] = {}
         self.ends: dict[int, Any] = {}
+        self.outputs: list[Any] = []  # kept, as a Function's node does not keep its graph alive before PyTorch 2.13
         self.made: dict[Any, tuple[int, str, int]] = {}  # node -> (layer, path in the layer, number of the call)
 
     @contextlib.contextmanager
@@ -112,6 +113,7 @@ class _Trace:
     def _end(self, index: int) -> Any:
         def hook(layer: nn.Module, args: Any, output: Any) -> None:
             self.ends[index] = _first(output).grad_fn
+            self.outputs.append(output)
 
         return hook
 

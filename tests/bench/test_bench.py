@@ -1,11 +1,13 @@
 """Tests of the benchmarks: they measure the right calls, judge correctly, survive failures, and lose no results."""
 
 import dataclasses
+import gc
 import importlib.util
 import json
 import runpy
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -200,6 +202,128 @@ def test_bench_a_model_that_is_wrong_has_no_time(monkeypatch):
     rows = {r.contender: r for r in levels.measure_model(MODEL, "prefill", CPU, ["fused", "hook"], rounds=1)}
     assert "differs from the hook" in rows["fused"].status and not rows["fused"].samples
     assert rows["hook"].status == "ok"
+
+
+def _watch_models(monkeypatch) -> tuple[list, list[int]]:
+    """Return weak references to every model that a contender steers and every call that is timed, and how many models
+    of the measured size are alive each time that another is steered."""
+    seen, alive = [], []
+
+    def watched(steer):
+        def call(model, rank):
+            steered = steer(model, rank)
+            seen.append(weakref.ref(steered))
+            gc.collect()
+            alive.append(sum(one() is not None for one in seen))
+            return steered
+
+        return call
+
+    for name, contender in contenders.MODEL_CONTENDERS.items():
+        replaced = dataclasses.replace(contender, steer=watched(contender.steer))
+        monkeypatch.setitem(contenders.MODEL_CONTENDERS, name, replaced)
+    real = levels.Timed
+
+    def timed(*arguments):
+        made = real(*arguments)
+        seen.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr(levels, "Timed", timed)
+    return seen, alive
+
+
+@pytest.mark.parametrize("group", contenders.MODEL_GROUPS)
+@pytest.mark.parametrize("what", ["train", "decode"])
+def test_bench_nothing_of_a_models_step_stays_alive(what, group, monkeypatch):
+    names = contenders.MODEL_GROUPS[group]
+    seen, alive = _watch_models(monkeypatch)
+    rows = levels.measure_model(MODEL, what, CPU, names, rounds=1, check=what == "train")
+    assert not [row.status for row in rows if row.status != "ok" and not row.status.startswith(("not run", "failed"))]
+    assert len(seen) > len(names) and not [one for one in seen if one() is not None]
+    assert max(alive) <= 2 * len(names)  # a model and its Timed for each contender
+
+
+def test_bench_contenders_share_the_weights_of_one_model_and_leave_them_as_they_are():
+    base = levels.build_base(MODEL, CPU)
+    weights = {name: parameter.clone() for name, parameter in base.named_parameters()}
+    shared = {parameter.data_ptr() for parameter in base.parameters()}
+    for name in contenders.MODEL_CONTENDERS.keys() - contenders.absent().keys() - {"hook-liger"}:
+        prepared = levels.prepare_model(MODEL, "train", name, base, CPU)
+        prepared.call()
+        own = sum(p.numel() for p in prepared.model.parameters() if p.data_ptr() not in shared)
+        assert own < sum(weight.numel() for weight in weights.values()) / 4, name
+        assert (own > 0) == (name != "unsteered")
+    for name, parameter in base.named_parameters():
+        assert torch.equal(parameter, weights[name]) and parameter.grad is None and not parameter.requires_grad
+
+
+def test_bench_a_model_that_runs_out_of_memory_is_freed_and_the_others_go_on(monkeypatch):
+    models = []
+
+    def too_large(model, rank):
+        steered = contenders.steer_hook(model, rank)
+        models.append(weakref.ref(steered))
+        try:
+            raise RuntimeError("the first of two errors")
+        except RuntimeError:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7 EiB")  # noqa: B904
+
+    monkeypatch.setitem(
+        contenders.MODEL_CONTENDERS, "lora", dataclasses.replace(contenders.MODEL_CONTENDERS["lora"], steer=too_large)
+    )
+    prepare, freed = levels.prepare_model, []
+
+    def prepare_model(case, what, name, base, device):
+        freed.extend(model() is None for model in models)
+        return prepare(case, what, name, base, device)
+
+    monkeypatch.setattr(levels, "prepare_model", prepare_model)
+    rows = levels.measure_model(MODEL, "prefill", CPU, ["unsteered", "lora", "hook"], rounds=2, check=False)
+    assert [(row.contender, row.status, len(row.samples)) for row in rows] == [
+        ("unsteered", "ok", 2),
+        ("lora", "out of memory", 0),
+        ("hook", "ok", 2),
+    ]
+    assert freed == [True]
+
+
+def test_bench_out_of_memory_says_who_has_the_memory(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 30, 80 << 30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 15 << 30)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 14 << 30)
+    listed = "GPU:0\nprocess         12 uses    61000.000 MB GPU memory"
+    monkeypatch.setattr(torch.cuda, "list_gpu_processes", lambda: listed)
+    told = "of 80.0 GiB PyTorch has 15.0 (14.0 in tensors), others in and beside this process 64.0"
+    told += "; process 12 uses 61000.000 MB GPU memory"
+    assert levels.forgotten(torch.OutOfMemoryError("no")) == f"out of memory: {told}"
+    assert levels.left_in_words(torch.device("cuda")) == [f"left: {told}"]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (79 << 30, 80 << 30))
+    assert levels.left_in_words(torch.device("cuda")) == [] == levels.left_in_words(CPU)
+
+
+def test_bench_a_goal_compares_contenders_of_one_group():
+    def row(group: str, name: str, seconds: float) -> Row:
+        case = dataclasses.asdict(ModelCase("Llama-3.2-1B", 0, 8, 512, group=group))
+        return Row("model", "train", name, case, [seconds])
+
+    def judged(*rows: Row) -> dict[str, float | None]:
+        return {o.name: o.value for o in goals.evaluate(Results({**MACHINE, "kind": "gpu"}, rows=list(rows)))}
+
+    usual, others = row("usual", "unsteered", 1.0), row("others", "unsteered", 2.0)
+    assert judged(usual, others, row("usual", "fused", 1.01), row("others", "fused", 2.04))["train"] == 1.02
+    assert judged(usual, row("others", "fused", 1.01))["train"] is None
+    assert judged(usual, row("usual", "hook", 1.2), row("others", "fused", 1.0))["train / hook"] is None
+
+
+def test_bench_every_contender_of_models_is_in_a_group_with_what_it_is_compared_with():
+    groups = contenders.MODEL_GROUPS
+    assert set().union(*groups.values()) == contenders.MODEL_CONTENDERS.keys()
+    assert all(names[:2] == ("unsteered", "fused") and len(names) <= 6 for names in groups.values())
+    steps = [s for s in gpu.all_steps() if s.level == "model" and not s.case.layers]
+    assert [s.case.group for s in steps] == ["usual"] * 7 + ["others"] * 7
+    assert steps[0].names == ("unsteered", "fused", "hook", "fused-norm", "lora", "joint-orth")
 
 
 def test_bench_what_does_not_fit_is_out_of_memory_and_the_run_goes_on(monkeypatch, tmp_path):
@@ -548,6 +672,19 @@ def test_bench_kept_bytes_are_counted_once_and_without_parameters():
         assert kept() == 3 * 4 * 4
 
 
+def test_bench_kept_bytes_are_freed_after_they_are_counted():
+    """A node that kept its own output by a hook would never be freed, nor would the whole graph before it."""
+    model = levels.train_call(MODEL, levels.build_base(MODEL, CPU), CPU).model
+
+    def living() -> int:
+        gc.collect()
+        return sum(issubclass(type(one), torch.Tensor) for one in gc.get_objects())
+
+    before = living()
+    assert levels.kept_bytes(MODEL, model, CPU) > 0
+    assert living() == before
+
+
 # ----------------------------------------------------------------------------------------------------- files, resuming
 
 
@@ -611,12 +748,56 @@ def test_bench_gpu_run_goes_on_after_a_step_that_fails(monkeypatch):
     assert [row.status for row in results.rows] == ["failed: TypeError: a wrong argument"] * 2 + ["ok"] * 2
 
 
+FAILED = """\
+==================================== ERRORS ====================================
+___________________ ERROR collecting tests/test_positions.py ___________________
+ImportError while importing test module 'tests/test_positions.py'.
+E   ModuleNotFoundError: No module named 'trl'
+=================================== FAILURES ===================================
+____________________________ test_a[gpu-few tokens] ____________________________
+[gw1] linux -- Python 3.12.3 python
+E       assert False
+E        +  where False = equal(1, 2)
+_________________________________ Some.test_b __________________________________
+E   torch.OutOfMemoryError: CUDA out of memory.
+=========================== short test summary info ============================
+FAILED tests/test_a.py::test_a[gpu-few tokens] - assert False
+FAILED tests/test_a.py::Some::test_b - torch.OutOfMemoryError: CUDA out...
+FAILED tests/test_a.py::test_c - worker 'gw0' crashed
+ERROR tests/test_positions.py
+2 failed, 1 error in 3.00s
+"""
+
+
+def test_bench_gpu_tests_that_fail_are_listed_with_the_last_line_of_their_error(monkeypatch, tmp_path):
+    asked = {}
+
+    def run(command, **options):
+        asked.update(options, command=command)
+        return subprocess.CompletedProcess(command, 1, stdout=FAILED)
+
+    monkeypatch.setattr(gpu.subprocess, "run", run)
+    monkeypatch.setattr(gpu, "TRANSCRIPT", 2000)
+    results, file = Results(MACHINE), tmp_path / "out" / "gpu-tests.txt"
+    assert gpu.test_groups(results, ["fp16"], lambda: None, lambda: 1e9, lambda _: None, file) == 0
+    assert results.tests["failures"] == [
+        "tests/test_a.py::test_a[gpu-few tokens] - +  where False = equal(1, 2)",
+        "tests/test_a.py::Some::test_b - torch.OutOfMemoryError: CUDA out of memory.",
+        "tests/test_a.py::test_c - worker 'gw0' crashed",
+        "tests/test_positions.py - ModuleNotFoundError: No module named 'trl'",
+    ]
+    assert asked["env"]["COLUMNS"] == "400" and "-rfE" in asked["command"]
+    assert file.read_text() == f"==== gpu tests, fp16\n{FAILED}\n" and "output" not in results.tests["groups"]["fp16"]
+    assert gpu.test_groups(results, ["post_block"], lambda: None, lambda: 1e9, lambda _: None, file) == 0
+    assert file.stat().st_size == 2000 and file.read_text().endswith(f"==== gpu tests, post_block\n{FAILED}\n")
+
+
 def test_bench_gpu_tests_go_on_with_the_group_where_they_were_stopped(monkeypatch):
     ran, saved, exits = [], [], iter([0, None, 1, 0])
 
     def group(which, seconds):
         ran.append(which)
-        return {"exit": next(exits), "passed": 3, "failures": [], "tail": "", "seconds": 1.0}
+        return {"exit": next(exits), "passed": 3, "failures": [], "tail": "", "seconds": 1.0, "output": ""}
 
     monkeypatch.setattr(gpu, "run_gpu_tests", group)
     results, names = Results(MACHINE), list(gpu.TEST_GROUPS)
@@ -652,16 +833,16 @@ def test_bench_gpu_test_groups_take_each_test_once(file, test, group):
 
 NCU = """\
 ==PROF== Connected to process 1
-"ID","Kernel Name","lts__t_sector_hit_rate.pct","dram__bytes_read.sum",\
+"ID","Kernel Name","lts__t_sector_hit_rate.pct","dram__bytes_read.avg","dram__bytes_read.sum",\
 "smsp__average_warps_issue_stalled_wait_per_issue_active.ratio"
-"","","%","Mbyte","inst"
-"0","forward_kernel(int, int)","48.5","1,024.5","0.75"
+"","","%","byte","byte","inst"
+"0","forward_kernel(int, int)","48.5","12.5","1,024","0.75"
 """
 
 
 def test_bench_counters_are_read_by_kernel():
     assert counters.read(NCU) == [
-        ("forward_kernel", {counters.L2_HIT_RATE: 48.5, "dram__bytes_read.sum": 1024.5, "stall wait": 0.75})
+        ("forward_kernel", {counters.L2_HIT_RATE: 48.5, "dram__bytes_read.sum": 1024.0, "stall wait": 0.75})
     ]
     for text, said in (
         ("==ERROR== ERR_NVGPUCTRPERM\n", "gave no table: ==ERROR== ERR_NVGPUCTRPERM"),

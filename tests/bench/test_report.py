@@ -33,7 +33,9 @@ def import_bench(name: str):
 
 
 geometries, results_module = map(import_bench, ("geometries", "results"))
-command, pages, plots, read = (import_bench(f"report.{name}") for name in ("__main__", "pages", "plots", "read"))
+command, pages, plots, read, tables = (
+    import_bench(f"report.{name}") for name in ("__main__", "pages", "plots", "read", "tables")
+)
 demo = importlib.import_module("fused_steer.tools.demo")
 draw = plots.draw
 pages.draw = functools.cache(draw)  # the tests draw the same few plots; one test checks that drawing is deterministic
@@ -83,7 +85,10 @@ def gpu_results() -> Results:
         found.rows += rows("op", "forward", OpCase(tokens, 1152, 64), 1e-5, fused=1, hook=3)
     found.rows.append(Row("accuracy", "error", "fused", asdict(OpCase(8, 4096, dtype="float16")), [0.7, 0.8, 0.9, 1.5]))
     found.rows.append(Row("counters", "forward", "fused", asdict(OpCase(8, 4096)), [0.0]))
-    found.rows.append(Row("counters", "forward", "k: stall wait", asdict(OpCase(8, 4096)), [3.25]))
+    for name, value in (("stall wait", 3.25), ("dram__bytes_read.sum", 3 << 20), ("lts__t_sector_hit_rate.pct", 54.87)):
+        found.rows.append(Row("counters", "forward", f"k: {name}", asdict(OpCase(8, 4096)), [value]))
+    found.rows += rows("norm", "forward", OpCase(4096, 2048), 1e-5, fused=1, hook=4, hook_liger=2)
+    found.rows += rows("norm", "bytes", OpCase(4096, 2048), 2.0**20, fused=1, hook=9)
     found.rows += rows("host", "call", HostCase(), 1e-5, fused=0.4, hook=1, unsteered=0.2)
     for prefill in (False, True):
         case = GroupedCase(64, 1152, 16, prefill)
@@ -96,7 +101,7 @@ def gpu_results() -> Results:
             found.rows += rows(level, what, case, 8e-3, **times)
     whole = ModelCase("Llama-3.2-1B", 0, 2, 1024)
     found.rows += rows("model", "train", whole, 0.1, unsteered=1, fused=1.02, hook_compiled=1.1)
-    found.rows.append(Row("model", "train", "hook", asdict(whole), status="out of memory"))
+    found.rows.append(Row("model", "train", "hook", asdict(whole), status="out of memory: of 80 GiB"))
     found.rows.append(Row("model", "train", "loreft", asdict(whole), status="not run: pyreft not installed"))
     for what in ("decode", "decode-graph"):
         found.rows += rows("model", what, ModelCase("Llama-3.2-1B", 0, 8, 512), 4e-3, unsteered=1, fused=1.01, hook=1.2)
@@ -290,7 +295,31 @@ def test_report_accuracy_and_counters_are_shown(reported):
     text = reported.markdown.read_text(encoding="utf-8")
     case = "N = 8, d = 4096, r = 8, silu, no basis, "
     assert cells(text, case + "float16")[1:] == ["0.700×", "0.800×", "0.900×", "1.50×"]
-    assert cells(text, "forward", case + "bfloat16") == ["forward", case + "bfloat16", "k: stall wait", "3.25"]
+    for name, value in (
+        ("stall wait", "3.25"),
+        ("dram__bytes_read.sum", "3.00 MiB"),
+        ("lts__t_sector_hit_rate.pct", "54.9 %"),
+    ):
+        counted = ["forward", case + "bfloat16", f"k: {name}"]
+        assert cells(text, *counted) == [*counted, value]
+
+
+def test_report_the_op_and_its_norm(reported):
+    row = cells(reported.markdown.read_text(encoding="utf-8"), "4096", "2048", "8")
+    assert row[3:5] == ["10.0 µs (9.94–10.1)", "40.0 µs (39.8–40.2), 4.00×"] and row[5].endswith(", 2.00×")
+    assert row[6].startswith("1.00 MiB") and row[7].startswith("9.00 MiB")
+
+
+def test_report_a_group_of_models_has_its_own_rows_and_multiples(tmp_path):
+    found = gpu_results()
+    for group, unsteered in (("usual", 1.0), ("others", 2.0)):
+        case = ModelCase("Qwen3-4B", 4, 8, 512, group=group)
+        found.rows += rows("model", "prefill", case, 0.1, unsteered=unsteered, fused=2.0)
+    place = Place(tmp_path)
+    place.put(found)
+    text = "\n".join(tables.model_tables(read.read_runs(place.results)[0]))
+    case = "Qwen3-4B, 4 layers, 8 × 512 tokens, r = 8, bfloat16"
+    assert cells(text, case, "fused")[3] == "2.00×" and cells(text, f"{case}, measured apart", "fused")[3] == "1.00×"
 
 
 def test_report_added_units_and_kept_units(reported):

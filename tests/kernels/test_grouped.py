@@ -301,6 +301,7 @@ def test_grouped_rows_do_not_depend_on_the_others(device):
         assert relative_error(alone.call(), out[row].double()) <= 1e-6
 
 
+@pytest.mark.usefixtures("whole_gpu")
 @pytest.mark.parametrize("into_branch", [False, True], ids=["out of place", "into branch"])
 @pytest.mark.parametrize("few", [3, 0], ids=["a token a program", "tiles"])
 def test_grouped_addresses_past_two_to_the_31(device, monkeypatch, few, into_branch):

@@ -600,6 +600,7 @@ def test_post_block_no_tokens(device, rank, reads):
         assert value.grad.shape == value.shape and not value.grad.any(), name
 
 
+@pytest.mark.usefixtures("whole_gpu")
 @pytest.mark.parametrize("inner", [None, 22], ids=["few tokens", "many, nested"])
 @pytest.mark.parametrize(("rank", "reads"), [(0, "sum"), (4, "sum"), (4, "branch")])
 @pytest.mark.parametrize("stride", [2**30, 2**31])
@@ -629,6 +630,7 @@ def test_post_block_addresses_past_two_to_the_31(device, monkeypatch, stride, ra
     assert all(torch.equal(apart[name], expected[name]) for name in expected)
 
 
+@pytest.mark.usefixtures("whole_gpu")
 @pytest.mark.gpu
 def test_post_block_a_hidden_state_past_two_to_the_31():
     tokens, hidden = 2**19 + 7, 4096

@@ -490,6 +490,7 @@ def test_rms_norm_strided_rows_are_not_copied():
         assert notes.launches[0].arguments[0].data_ptr() == x.data_ptr()
 
 
+@pytest.mark.usefixtures("whole_gpu")
 @pytest.mark.parametrize("stride", [2**30, 2**31])
 def test_rms_norm_addresses_past_two_to_the_31(device, monkeypatch, stride):
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)

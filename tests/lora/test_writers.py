@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from fused_steer import SteerConfig, patch_model
-from fused_steer.lora.writers import Writer, choose_writers, trace_writers
+from fused_steer.lora.writers import Writer, _Trace, choose_writers, trace_writers
 from fused_steer.model.decoder import find_decoder
 
 #: The modules that write into the stream, attention's and then the MLP's, for families with other names than Llama's.
@@ -132,6 +133,35 @@ def test_writers_a_flat_layer():
     found = traced(Layer(), Layer())
     assert paths(found) == ["attention_out", "out"]
     assert paths(choose_writers(found, "mlp")) == ["out"]
+
+
+class _Twice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return 2 * grad
+
+
+class EndingInAFunction(Layer):
+    def forward(self, hidden: Tensor) -> Tensor:
+        return _Twice.apply(super().forward(hidden))
+
+
+def test_writers_of_a_last_layer_that_ends_in_an_autograd_function(monkeypatch):
+    """The output is alive while its graph is read. Without it PyTorch before 2.13 frees the node of the function."""
+    layer, outputs, read = EndingInAFunction(), [], _Trace.writers
+    layer.register_forward_hook(lambda _, __, output: outputs.append(weakref.ref(output)))
+
+    def writers(self: _Trace, index: int) -> list[str]:
+        assert [output() is not None for output in outputs] == [True]
+        return read(self, index)
+
+    monkeypatch.setattr(_Trace, "writers", writers)
+    assert paths(traced(layer)) == ["attention_out", "out"]
+    assert outputs[0]() is None
 
 
 def test_writers_what_comes_before_a_product_does_not_write():
