@@ -144,7 +144,9 @@ def test_grouped_each_slot_its_own_activation(device, tokens):
     assert_right(batch, batch.call())
     silu = replace(batch, activation="silu").call()
     of_silu = batch.ids == ACTIVATIONS.index("silu")
-    assert torch.equal(batch.call()[of_silu], silu[of_silu]) and not torch.equal(batch.call(), silu)
+    # Not to the bit: a compiler may fuse other operations in a kernel that knows the activation.
+    torch.testing.assert_close(batch.call()[of_silu], silu[of_silu])
+    assert not torch.equal(batch.call()[~of_silu], silu[~of_silu])
 
 
 @pytest.mark.parametrize("tokens", [FEW, MANY])

@@ -37,6 +37,7 @@ from fused_steer.kernels.post_block_norm import post_block_norm
 from fused_steer.kernels.schedule import TARGETS, describe_device
 from hardware import HAS_GPU
 from ops import pack_reference
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from triton.runtime.interpreter import GridExecutor
@@ -1464,6 +1465,8 @@ def test_plan_generated_code_leaves_the_weights_to_the_plan(device, fresh, gener
         _, _, lines = generated(model, *operands)
         found = [line for line in lines if line.startswith("assert_size_stride(")]
         if any(line.startswith("assert_size_stride_grouped(") for line in lines):  # torch 2.14: one call checks many
+            continue
+        if Version(torch.__version__).release < (2, 13):  # checks each input when the code is entered
             continue
         assert sum(weight in line for line in found) == checks
         assert len(found) == 2 + checks

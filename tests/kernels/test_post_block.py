@@ -682,7 +682,10 @@ def test_post_block_each_gradient_alone(device, name, reads):
     everything = run(fused, inputs, "silu", grad)[name]
     alone = getattr(inputs, name).clone().requires_grad_()
     (gradient,) = torch.autograd.grad(fused(replace(inputs, **{name: alone})), alone, grad)
-    assert torch.equal(gradient, everything)
+    # A compiler may add numbers in another order in a kernel that computes less, at most in the last bits.
+    truth = run(definition, inputs, "silu", grad, torch.float64)[name]
+    assert gradient.shape == everything.shape and gradient.dtype == everything.dtype
+    assert relative_error(gradient, truth) <= 2 * relative_error(everything, truth) + 1e-6
 
 
 ROWS, COLUMNS, FINISH = (f"post_block_bwd_{name}_kernel" for name in ("rows", "columns", "finish"))
