@@ -20,29 +20,19 @@ from torch import Tensor
 from .contract import Packed
 from .launch import device_of, empty, launch
 from .numerics import dot_precision, operand, operand_dtype, store
-from .schedule import RESIDENT_RANK, Blocks, ceil_div, next_power_of_2, padded_rank
+from .schedule import Blocks, ceil_div, padded_rank
 
-#: Up to this many tokens, a pass reads each weight once or twice.
-FEW_TOKENS = 64
-
-
-def packing_pays(tokens: int, rank: int) -> bool:
-    """Return whether packing costs less than it saves, in a pass of `tokens`.
-
-    It saves reading float32 for each tile of rows. Few tokens are one tile. But the kernel for low ranks reads rows of
-    W2', which only packed weights have, or those of rank 1.
-    """
-    return tokens > FEW_TOKENS or 1 < rank <= RESIDENT_RANK
-
-
+#: From this many tokens a kernel that converts the parameters for each tile takes longer than a launch to pack them.
+MANY_TOKENS = 4096
 _BLOCK_D = 128
 _ELEMENTS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 @triton.jit
-def _pack(p_down, p_up, p_downs, p_ups, columns, D, RANK: tl.constexpr, DOT: tl.constexpr, ROWS: tl.constexpr,
-          BLOCK_R: tl.constexpr):  # fmt: skip
-    """Pack a block of columns of W1 (r, d) and W2 (d, r) into ROWS rows of each. `columns`: [BLOCK_D]"""
+def _pack(
+    p_down, p_up, p_downs, p_ups, columns, D, RANK: tl.constexpr, DOT: tl.constexpr, BLOCK_R: tl.constexpr
+):  # fmt: skip
+    """Pack a block of columns of W1 (r, d) and W2 (d, r). `columns`: [BLOCK_D]"""
     ranks = tl.arange(0, BLOCK_R)
     m_columns = columns < D
     mask = (ranks < RANK)[:, None] & m_columns[None, :]
@@ -53,9 +43,8 @@ def _pack(p_down, p_up, p_downs, p_ups, columns, D, RANK: tl.constexpr, DOT: tl.
     w2 = tl.load(p_w2, mask=m_columns[:, None] & (ranks < RANK)[None, :], other=0.0).to(tl.float32)
     if DOT == "tf32":
         w1, w2 = operand(w1, DOT), operand(w2, DOT)
-    written = (ranks < ROWS)[:, None] & m_columns[None, :]
-    store(p_downs + ranks[:, None] * D + columns[None, :], w1, written)
-    store(p_ups + ranks[:, None] * D + columns[None, :], tl.trans(w2), written)
+    store(p_downs + ranks[:, None] * D + columns[None, :], w1, m_columns[None, :])
+    store(p_ups + ranks[:, None] * D + columns[None, :], tl.trans(w2), m_columns[None, :])
 
 
 @triton.jit
@@ -73,7 +62,7 @@ def pack_weights_kernel(
     p_down = tl.load(p_table + 2 * layer).to(tl.pointer_type(DOWN))
     p_up = tl.load(p_table + 2 * layer + 1).to(tl.pointer_type(UP))
     p_downs = p_packed + layer.to(tl.int64) * 2 * BLOCK_R * D
-    _pack(p_down, p_up, p_downs, p_downs + BLOCK_R * D, columns, D, RANK, DOT, BLOCK_R, BLOCK_R)
+    _pack(p_down, p_up, p_downs, p_downs + BLOCK_R * D, columns, D, RANK, DOT, BLOCK_R)
 
 
 @triton.jit
@@ -81,22 +70,21 @@ def pack_adapter_kernel(
     p_down, p_up, p_downs, p_ups, D,
     RANK: tl.constexpr, DOT: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Pack W1 (r, d) and W2 (d, r) of one layer into r rows each. Grid (column blocks,)."""
+    """Pack W1 (r, d) and W2 (d, r) of one layer, (BLOCK_R, d) each. Grid (column blocks,)."""
     columns = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    _pack(p_down, p_up, p_downs, p_ups, columns, D, RANK, DOT, RANK, BLOCK_R)
+    _pack(p_down, p_up, p_downs, p_ups, columns, D, RANK, DOT, BLOCK_R)
 
 
 def pack_adapter(down: Tensor, up: Tensor, dtype: torch.dtype) -> Packed:
-    """Pack W1 (r, d) and W2 (d, r), both contiguous, without padding, for a hidden state of `dtype`."""
+    """Pack W1 (r, d) and W2 (d, r), both contiguous, for a hidden state of `dtype`."""
     rank, hidden = down.shape
-    device = device_of(down)
-    packed = Packed(
-        *(empty(rank, hidden, dtype=operand_dtype(dtype, device.gpu, rank), device=down.device) for _ in range(2))
-    )
+    device, block_r = device_of(down), padded_rank(rank)
+    kept = operand_dtype(dtype, device.gpu, rank)
+    packed = Packed(*(empty(block_r, hidden, dtype=kept, device=down.device) for _ in range(2)))
     launch(
         pack_adapter_kernel, (ceil_div(hidden, _BLOCK_D),), down, up, *packed, hidden,
         RANK=rank, DOT=dot_precision(dtype, device.gpu, rank), device=down.device,
-        schedule=Blocks({"BLOCK_D": _BLOCK_D, "BLOCK_R": next_power_of_2(rank)}, 4, 1),
+        schedule=Blocks({"BLOCK_D": _BLOCK_D, "BLOCK_R": block_r}, 4, 1),
     )  # fmt: skip
     return packed
 

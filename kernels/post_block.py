@@ -41,7 +41,7 @@ from .contract import Gradients, Needs, Operands, Packed, check_reads
 from .inductor import start_directly
 from .launch import device_of, empty, launch
 from .numerics import dot, dot_precision, held, met, operand, operand_dtype, packed_operand, store
-from .packing import pack_adapter
+from .packing import MANY_TOKENS, pack_adapter
 from .plan import OpPlan, Plan, keep, no_plan, run_planned
 from .registered import is_described, register
 from .resident import NO_NORM, post_block_fwd_resident_kernel
@@ -810,18 +810,20 @@ def resident_layout(
     return resident_schedule(tokens, hidden, rank, dtype.itemsize, of_weight, device, norm)
 
 
-def weight_rows(
-    down: Tensor | None, up: Tensor | None, packed: Packed | None, dtype: torch.dtype, resident: ResidentSchedule | None
+def packed_weights(
+    operands: Operands, tokens: int, dtype: torch.dtype, resident: ResidentSchedule | None
 ) -> Packed | None:
-    """Return `packed`, or weights packed now if the kernel for low ranks runs: it reads rows of W2'.
+    """Return the packed weights: those of `operands`, or made now if that pays, or None.
 
-    At rank 1 W2' is a row in memory.
+    It pays for many tokens. The kernel for low ranks needs it, as it reads rows of W2'; at rank 1 W2' is a row.
     """
-    if resident is None or packed is not None or down is None or up is None or down.shape[0] == 1:
-        return packed
-    contiguous_down, contiguous_up = _contiguous(down, up)
-    assert contiguous_down is not None and contiguous_up is not None
-    return pack_adapter(contiguous_down, contiguous_up, dtype)
+    if operands.packed is not None or operands.rank == 0:
+        return operands.packed
+    if tokens < MANY_TOKENS and (resident is None or operands.rank == 1):
+        return None
+    down, up = _contiguous(operands.down, operands.up)
+    assert down is not None and up is not None
+    return pack_adapter(down, up, dtype)
 
 
 def triton_forward(
@@ -842,7 +844,7 @@ def triton_forward(
     down_bias, up_bias, gain = _contiguous(down_bias, up_bias, gain)
     device = device_of(residual)
     resident = resident_layout(tokens, hidden, rank, dtype, device)
-    packed = weight_rows(down, up, packed, dtype, resident)
+    packed = packed_weights(operands, tokens, dtype, resident)
     down, up = _contiguous(down, up) if packed is None else packed
     p_scale, scale = (scale, 0.0) if isinstance(scale, Tensor) else (None, scale)
     states: dict[str, Any] = {"device": residual.device, "HAS_BRANCH": branch is not None, "NESTED": inner > 0}

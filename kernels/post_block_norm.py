@@ -51,10 +51,10 @@ from .post_block import (
     backward,
     check_operands,
     first_order,
+    packed_weights,
     resident_layout,
     saved_tensors,
     triton_forward,
-    weight_rows,
 )
 from .registered import is_described, register
 from .resident import post_block_fwd_resident_kernel
@@ -153,7 +153,7 @@ def triton_forward_norm(
     inverse = empty(tokens, dtype=torch.float32, device=residual.device) if keep else None
     (residual, branch), inner, (of_residual, of_branch) = _row_layout(residual, branch)
     down_bias, up_bias, gain, weight = _contiguous(down_bias, up_bias, gain, norm.weight)
-    packed = weight_rows(down, up, packed, dtype, resident)
+    packed = packed_weights(operands, tokens, dtype, resident)
     down, up = _contiguous(down, up) if packed is None else packed
     p_scale, scale = (scale, 0.0) if isinstance(scale, Tensor) else (None, scale)
     constants: dict[str, Any] = {

@@ -10,10 +10,9 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from ..kernels.packing import packing_pays
 from .decoder import Decoder
 from .layer import PatchedLayer
-from .passes import Packing, tokens_of
+from .passes import Packing
 from .scopes import Scopes
 from .watch import LayerList, thread
 
@@ -74,16 +73,12 @@ class DecoderHooks:
         self._pack(module, args, kwargs)  # the last call that may raise, so that `end` always follows
 
     def _pack(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        tokens = tokens_of(args, kwargs)
         rotations = {}
         transformed = torch._C._functorch.peek_interpreter_stack() is not None  # by torch.func
         sites = [site for patched in self._patched.values() for site in patched.sites.values()]
         if not transformed:
             rotations = {site: pair for site in sites if (pair := site.rotation()) is not None}
-        pairs = ((site, site.low_rank()) for site in sites)
-        weights = {site: pair for site, pair in pairs if pair is not None and packing_pays(tokens, pair[0].shape[0])}
-        dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), None) if weights else None
-        self._packing.begin(dtype, weights, rotations)
+        self._packing.begin(None, {}, rotations)
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
         if torch.compiler.is_compiling():

@@ -89,8 +89,7 @@ def describe_kernels(request: Request) -> dict[str, Any]:
     import torch
 
     from ..kernels.aot import CANNOT, GPUS, Case, record_passes
-    from ..kernels.packing import FEW_TOKENS
-    from ..kernels.schedule import TARGETS
+    from ..kernels.schedule import FEW_TOKENS, TARGETS
 
     targets = request.targets or tuple(TARGETS)
     gpus = tuple(gpu for gpu in GPUS if GPUS[gpu][0] in targets) if request.gpus is None else request.gpus
@@ -241,7 +240,7 @@ def _prediction_table(predictions: list[dict[str, Any]]) -> Table:
 
 def print_kernels(description: dict[str, Any], console: Console) -> None:
     """Print the result of `describe_kernels`: two tables for each number of tokens, the predictions and the floors."""
-    from ..kernels.packing import FEW_TOKENS
+    from ..kernels.schedule import FEW_TOKENS
 
     what = "post_block: d = {hidden}, r = {rank}, {dtype}".format(**description)
     for tokens in dict.fromkeys(row["tokens"] for row in description["kernels"]):
