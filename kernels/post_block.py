@@ -829,7 +829,10 @@ def packed_weights(
 def triton_forward(
     residual: Tensor, branch: Tensor | None, operands: Operands, keep_a: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Run the forward in one launch, or two for few tokens. Return `out` and `a` (N, r), which is None unless kept."""
+    """Run the forward. Return `out` and `a` (N, r), which is None unless kept.
+
+    It is one launch, or two if d is split. Packing the weights is one more.
+    """
     down, up, down_bias, up_bias, gain, _, scale, activation, packed, reads = operands
     dtype = residual.dtype if branch is None else torch.promote_types(residual.dtype, branch.dtype)
     hidden = residual.shape[-1]

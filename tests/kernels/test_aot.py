@@ -28,6 +28,8 @@ EVERYTHING = {"biases": True, "gain": True, "scale_on_device": True, "nested": T
 PACKED = {"packed": True}
 BRANCH = {"reads": "branch"}
 
+#: The kernels that make no product of tiles and load nothing ahead: rows held in registers, and the packing.
+RESIDENT, PACK = "post_block_fwd_resident_kernel", "pack_adapter_kernel"
 BACKWARD = ["post_block_bwd_rows_kernel", "post_block_bwd_columns_kernel", "post_block_bwd_finish_kernel"]
 
 
@@ -39,13 +41,13 @@ def cases() -> list[list]:
         for hidden in HIDDEN if promised else (576, 4096):
             ranks = RANKS if promised else (*PADDED_RANKS, 12)
             found += [[target, "bfloat16", hidden, rank, n, EVERYTHING] for rank in ranks for n in (8192, 8)]
-        # A patched model launches packed weights for many tokens.
+        # With many tokens the op packs the weights.
         found += [[target, "bfloat16", 4096, rank, 8192, PACKED] for rank in (RANKS if promised else PADDED_RANKS)]
         for rank in PADDED_RANKS if promised else (0, 8, 64, 256):
             for dtype in ("float32", "float16"):
                 found += [[target, dtype, 4096, rank, 8192, flags] for flags in (EVERYTHING, PACKED)[: 1 + promised]]
             found.append([target, "bfloat16", 4099, rank, 8192, EVERYTHING])  # masked tiles, rows not aligned
-        found += [[target, "bfloat16", 4096, 8, n, {}] for n in (8192, 8)]
+        found += [[target, "bfloat16", 4096, rank, n, {}] for rank in (8, 16) for n in (8192, 8)]
         # Where W1 reads the branch, the kernels of few tokens and of the backward's rows are those of above.
         for rank in (8, 64, 256) if promised else (8,):
             found.append([target, "bfloat16", 4096, rank, 8192, EVERYTHING | BRANCH])
@@ -63,8 +65,8 @@ def compiled() -> list[dict]:
 def test_aot_every_configuration_was_compiled(compiled):
     assert {json.dumps(row["case"]) for row in compiled} == {json.dumps(case) for case in cases()}
     kernels = {row["kernel"] for row in compiled}
-    forward = {f"post_block_fwd_{name}kernel" for name in ("", "down_", "up_", "vector_")}
-    assert kernels == {*forward, *BACKWARD}
+    forward = {f"post_block_fwd_{name}kernel" for name in ("", "down_", "up_", "vector_", "resident_")}
+    assert kernels == {*forward, *BACKWARD, PACK}
 
 
 def assert_none(bad: list[dict]) -> None:
@@ -106,8 +108,9 @@ def test_aot_a_program_fits_on_a_multiprocessor(compiled):
 
 
 def aligned(compiled: list[dict]) -> list[dict]:
-    """Return the bf16 rows with d a multiple of 8, so that hidden states can move in 128 bits."""
-    return [row for row in compiled if row["case"][1] == "bfloat16" and row["case"][2] % 8 == 0]
+    """Return the bf16 rows with d a multiple of 8, so that hidden states can move in 128 bits. Packing moves none."""
+    rows = [row for row in compiled if row["case"][1] == "bfloat16" and row["case"][2] % 8 == 0]
+    return [row for row in rows if row["kernel"] != PACK]
 
 
 def test_aot_the_hidden_state_moves_in_128_bit_accesses(compiled):
@@ -123,8 +126,9 @@ def test_aot_the_hidden_state_moves_in_128_bit_accesses(compiled):
     assert_none([row for row in amd if not row["stores_64"] + row["stores_128"]])
     assert_none([row for row in nvidia if not row["stores_128"]])
     # Beside the hidden state a kernel stores `a` and sums in fp32. Some sums are too small for 128 bits: in the columns
-    # kernel daᵀ h, and one number per rank and per column. So are rows of a rank that is no multiple of 4.
-    small = {row["kernel"]: 3 if row["kernel"] == BACKWARD[1] else 1 for row in nvidia}
+    # kernel daᵀ h, and one number per rank and per column. So are rows of a rank that is no multiple of 4. The kernel
+    # that holds rows in registers stores `a` one rank at a time.
+    small = dict.fromkeys((row["kernel"] for row in nvidia), 1) | {BACKWARD[1]: 3, RESIDENT: 8}
     assert_none(
         [r for r in nvidia if r["case"][3] % 4 == 0 and r["global_stores"] > r["stores_128"] + small[r["kernel"]]]
     )
@@ -144,14 +148,16 @@ def test_aot_the_hidden_state_moves_in_128_bit_accesses(compiled):
 def test_aot_forward_copies_asynchronously_and_stores_nothing_narrow(compiled):
     rows = [row for row in compiled if row["case"][5] == {} and row["target"].startswith("sm_")]
     forward = [row for row in rows if row["kernel"].startswith("post_block_fwd")]
-    assert {row["kernel"] for row in forward} == {f"post_block_fwd_{name}kernel" for name in ("", "down_", "up_")}
+    names = {f"post_block_fwd_{name}kernel" for name in ("", "down_", "up_", "resident_")}
+    assert {row["kernel"] for row in forward} == names
     for row in forward:
         assert row["async_copies"] == row["async_copies_128"], row
-        assert row["global_stores"] - row["stores_128"] <= 1, row
+        of_a = row["case"][3] if row["kernel"] == RESIDENT else 1  # stores of `a`, of one rank or of all
+        assert row["global_stores"] - row["stores_128"] <= of_a, row
         if row["kernel"] == "post_block_fwd_kernel":  # both passes over d copy the hidden state and the weights
             assert row["async_copies"] > 0 and row["global_loads"] == 0, row
-        else:  # few tokens: a single block
-            assert row["loads_128"] > 0, row
+        else:  # a single block, or rows that go to registers
+            assert row["loads_128"] > 0 and not (row["async_copies"] and row["kernel"] == RESIDENT), row
 
 
 def test_aot_matrix_products_run_on_tensor_cores(compiled):
@@ -159,6 +165,8 @@ def test_aot_matrix_products_run_on_tensor_cores(compiled):
         _, dtype, _, rank, _, options = row["case"]
         if options.get("reads") == "branch" and row["kernel"] == BACKWARD[2]:
             assert not row["tensor_core"], "it adds, and corrects nothing"
+        elif row["kernel"] in (RESIDENT, PACK):
+            assert not row["tensor_core"], "up to rank 8 its sums take less time than the memory"
         elif rank and not (dtype == "float32" and rank > 128 and row["target"].startswith("sm_")):
             assert row["tensor_core"], row
 
@@ -167,17 +175,24 @@ def test_aot_matrix_products_run_on_tensor_cores(compiled):
 
 
 def test_aot_what_is_recorded_is_what_runs():
-    """A case records one forward and three backward launches. Few tokens split d, which takes two forward launches."""
-    many, few = (record(Case(tokens, 4096, 8), "sm_90") for tokens in (8192, 8))
-    assert [launch.kernel.__name__ for launch in many] == ["post_block_fwd_kernel", *BACKWARD]
+    """A forward is one launch, or two if few tokens or a high rank split d, and one that packs where that pays."""
+
+    def names(tokens: int, rank: int, **options: bool) -> list[str]:
+        return [launch.kernel.__name__ for launch in record(Case(tokens, 4096, rank, **options), "sm_90")]
+
     split = ["post_block_fwd_down_kernel", "post_block_fwd_up_kernel"]
-    assert [launch.kernel.__name__ for launch in few] == [*split, *BACKWARD] and few[0].grid[1] > 8
-    wide = [launch.kernel.__name__ for launch in record(Case(8192, 4096, 256), "sm_90")]
-    assert wide == [*split, BACKWARD[0], BACKWARD[1], *BACKWARD[1:]], (
+    assert names(8192, 8) == names(8192, 64) == [PACK, "post_block_fwd_kernel", *BACKWARD]
+    assert names(8, 8) == names(1000, 2) == names(8192, 4) == names(8193, 8) == [PACK, RESIDENT, *BACKWARD]
+    assert names(8, 8, packed=True) == names(8, 1) == [RESIDENT, *BACKWARD], "W2' of rank 1 is a row"
+    assert names(8192, 1) == [PACK, RESIDENT, *BACKWARD]
+    assert names(2048, 8) == ["post_block_fwd_kernel", *BACKWARD], "too few tokens to pack, too many for few rows"
+    assert names(8, 16) == [*split, *BACKWARD] and record(Case(8, 4096, 16), "sm_90")[0].grid[1] > 8
+    assert names(8192, 256) == [PACK, *split, BACKWARD[0], BACKWARD[1], *BACKWARD[1:]], (
         "one launch of the columns kernel would spill, so there are two"
     )
 
 
+ONE = "p_residual p_branch p_out"
 SPLIT = ["p_residual p_branch", "p_residual p_branch p_out"]  # a forward of two kernels
 BRANCH_SPLIT = ["p_residual", "p_residual p_branch p_out"]  # to the first branch is given in place of residual
 
@@ -185,20 +200,23 @@ BRANCH_SPLIT = ["p_residual", "p_residual p_branch p_out"]  # to the first branc
 @pytest.mark.parametrize(
     ("case", "forward", "backward"),
     [
-        (Case(8192, 128, 8), ["p_residual p_branch p_out"], ["p_grad", "p_grad p_out p_dx", ""]),
-        (Case(8192, 128, 8, branch=False), ["p_residual p_out"], ["p_grad", "p_grad p_out p_dx", ""]),
-        (Case(8192, 128, 256), SPLIT, ["p_grad", "p_grad p_dx", "p_out", ""]),
-        (Case(64, 128, 8), SPLIT, ["p_grad", "p_grad p_out p_dx", ""]),
-        (Case(64, 128, 0), ["p_residual p_branch p_out"], ["p_grad", ""]),  # a vector passes the gradient on
-        (Case(8, 8, 8), SPLIT, ["p_grad", "p_grad p_out p_dx", ""]),  # shapes that coincide
-        (Case(8192, 128, 8, **BRANCH), ["p_residual p_branch p_out"], ["p_grad", "p_grad p_branch p_dx", ""]),
-        (Case(8192, 128, 256, **BRANCH), BRANCH_SPLIT, ["p_grad", "p_grad p_dx", "p_branch", ""]),
-        (Case(64, 128, 8, **BRANCH), BRANCH_SPLIT, ["p_grad", "p_grad p_branch p_dx", ""]),
-        (Case(64, 128, 0, **BRANCH), ["p_residual p_branch p_out"], ["p_grad", ""]),
+        (Case(8192, 128, 16), ["", ONE], ["p_grad", "p_grad p_out p_dx", ""]),  # the first packs the weights
+        (Case(8192, 128, 16, **PACKED), [ONE], ["p_grad", "p_grad p_out p_dx", ""]),
+        (Case(8192, 128, 16, branch=False, **PACKED), ["p_residual p_out"], ["p_grad", "p_grad p_out p_dx", ""]),
+        (Case(8192, 128, 256, **PACKED), SPLIT, ["p_grad", "p_grad p_dx", "p_out", ""]),
+        (Case(64, 128, 16), SPLIT, ["p_grad", "p_grad p_out p_dx", ""]),
+        (Case(64, 128, 1), [ONE], ["p_grad", "p_grad p_out p_dx", ""]),  # rows in registers
+        (Case(64, 128, 0), [ONE], ["p_grad", ""]),  # a vector passes the gradient on
+        (Case(16, 16, 16), SPLIT, ["p_grad", "p_grad p_out p_dx", ""]),  # shapes that coincide
+        (Case(8192, 128, 16, **PACKED, **BRANCH), [ONE], ["p_grad", "p_grad p_branch p_dx", ""]),
+        (Case(8192, 128, 256, **PACKED, **BRANCH), BRANCH_SPLIT, ["p_grad", "p_grad p_dx", "p_branch", ""]),
+        (Case(64, 128, 16, **BRANCH), BRANCH_SPLIT, ["p_grad", "p_grad p_branch p_dx", ""]),
+        (Case(64, 128, 8, **BRANCH), ["", ONE], ["p_grad", "p_grad p_branch p_dx", ""]),
+        (Case(64, 128, 0, **BRANCH), [ONE], ["p_grad", ""]),
     ],
     ids=[
-        *["lowrank", "no branch", "two passes", "few tokens", "vector", "N = d = r"],
-        *["branch read", "branch read, two passes", "branch read, few tokens", "branch read, vector"],
+        *["packs", "lowrank", "no branch", "two passes", "few tokens", "rank 1", "vector", "N = d = r", "branch read"],
+        *[f"branch read, {what}" for what in ("two passes", "few tokens", "rows in registers", "vector")],
     ],
 )
 def test_aot_the_hidden_states_that_a_launch_touches(case, forward, backward):
@@ -219,8 +237,8 @@ def test_aot_a_vector_that_reads_the_branch_is_the_same_launches():
         return [(f.kernel.__name__, f.constants, f.schedule, kinds) for f, kinds in zip(found, given, strict=True)]
 
     assert jobs(Case(8192, 128, 0, **BRANCH)) == jobs(Case(8192, 128, 0))
-    assert jobs(Case(8, 128, 8, **BRANCH))[0] == jobs(Case(8, 128, 8, branch=False))[0]
-    assert jobs(Case(8, 128, 8, **BRANCH))[1:3] == jobs(Case(8, 128, 8))[1:3], "the second, and the backward's rows"
+    assert jobs(Case(8, 128, 16, **BRANCH))[0] == jobs(Case(8, 128, 16, branch=False))[0]
+    assert jobs(Case(8, 128, 16, **BRANCH))[1:3] == jobs(Case(8, 128, 16))[1:3], "the second, and the backward's rows"
     with pytest.raises(ValueError, match="reads is 'branch' but branch is None"):
         record(Case(8, 64, 8, branch=False, **BRANCH), "sm_90")
 

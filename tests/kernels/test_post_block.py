@@ -13,7 +13,7 @@ import torch
 from fused_steer.kernels import ACTIVATIONS
 from fused_steer.kernels.contract import READS, Needs, Operands
 from fused_steer.kernels.launch import recorded
-from fused_steer.kernels.post_block import triton_backward, triton_forward
+from fused_steer.kernels.post_block import resident_layout, triton_backward, triton_forward
 from fused_steer.kernels.schedule import TARGETS, describe_device, forward_schedule, forward_splits
 from fused_steer.kernels.torch_backend import backward, forward
 from ops import Inputs, definition, make_draws, make_inputs, pack_reference, relative_error
@@ -83,7 +83,8 @@ SHAPES = [
     (33, 99, 256),
     (20, 16, 3),
     (40, 576, 128),
-    WALKED_TILES := (130, 2560, 2),
+    WALKED_TILES := (130, 2560, 9),
+    MANY_ROWS := (1025, 24, 2),  # two rows of registers a program, the last one alone
 ]
 
 
@@ -97,7 +98,7 @@ def test_post_block_is_as_exact_as_the_hook(device, tokens, hidden, rank, dtype)
 
 #: What differs where W1 is applied to branch: the first pass of the forward in one kernel, the first kernel of the
 #: forward in two, and W1's gradient, in one pass over the columns or in two.
-BRANCH_SHAPES = [(1, 576, 8), (33, 99, 128), (130, 128, 5), (66, 64, 64)]
+BRANCH_SHAPES = [(1, 576, 8), (33, 99, 128), (130, 128, 9), (66, 64, 64)]
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
@@ -110,8 +111,12 @@ def test_post_block_reading_the_branch_is_as_exact_as_the_hook(device, tokens, h
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_post_block_the_shapes_reach_every_form_of_the_forward(dtype):
     cpu = describe_device(torch.device("cpu"))
-    split = [forward_splits(*shape, dtype.itemsize, cpu) for shape in SHAPES if shape[2]]
+    split = [forward_splits(*shape, dtype.itemsize, cpu) for shape in SHAPES if shape[2] > 8]
     assert None in split and any(found and found[0].splits > 1 and found[1].programs > 1 for found in split)
+    rows = [resident_layout(*shape, dtype, cpu) for shape in SHAPES]
+    assert [found is not None for found in rows] == [0 < rank <= 8 for _, _, rank in SHAPES]
+    assert rows[0].ahead and 1 < rows[0].chunks == -(-576 // rows[0].block_d) != 576 / rows[0].block_d, "a ragged block"
+    assert rows[-1].block_n == 2 and not rows[-1].ahead
     tokens, hidden, rank = WALKED_TILES
     schedule = forward_schedule(tokens, hidden, rank, dtype.itemsize, cpu)
     assert schedule.programs * schedule.height < tokens, "a program walks several tiles"
