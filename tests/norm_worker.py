@@ -11,7 +11,7 @@ from concurrent.futures import ProcessPoolExecutor
 
 import torch
 from fused_steer.kernels.aot import Case, compile_launch, hidden_states, record_norm_passes
-from fused_steer.kernels.predict import CLOCKS, async_loads, busy_seconds, l2_bytes, memory_bytes
+from fused_steer.kernels.predict import CLOCKS, async_loads, l2_bytes, memory_bytes
 
 
 def describe(case: list) -> list[dict]:
@@ -22,13 +22,14 @@ def describe(case: list) -> list[dict]:
     rows = []
     for name, launches in passes.items():
         for launch, moved in zip(launches, memory_bytes(launches, target), strict=True):
-            if "norm" not in launch.kernel.__name__:
+            kernel = launch.kernel.__name__
+            if "norm" not in kernel and kernel != "post_block_fwd_resident_kernel":
                 continue
             row = {"case": case, "pass": name, "hidden_states": list(hidden_states(launch))}
             row |= {"l2": l2_bytes(launch), "memory": moved}
             row |= dataclasses.asdict(compile_launch(launch, target))
-            if target in CLOCKS and launch.kernel.__name__ == "post_block_norm_fwd_kernel":
-                row |= {"busy": busy_seconds(launch, target), "loops": async_loads(launch, target)}
+            if target in CLOCKS and kernel == "post_block_norm_fwd_kernel":
+                row |= {"loops": async_loads(launch, target)}
             rows.append(row)
     return rows
 

@@ -187,9 +187,10 @@ def test_post_block_fp16_is_at_least_as_exact_as_the_hook(device):
 
 @pytest.mark.parametrize("reads", READS)
 @pytest.mark.parametrize("tokens", [9, 70])
+@pytest.mark.parametrize("rank", [4, 9])  # rows in registers, and tiles
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-def test_post_block_zero_gain_leaves_every_bit_of_an_adapter_that_is_not_finite(device, dtype, tokens, reads):
-    inputs = make_inputs(tokens, 64, rank=4, dtype=dtype, device=device, basis=0, reads=reads)
+def test_post_block_zero_gain_leaves_every_bit_of_an_adapter_that_is_not_finite(device, dtype, rank, tokens, reads):
+    inputs = make_inputs(tokens, 64, rank=rank, dtype=dtype, device=device, basis=0, reads=reads)
     inputs.gain[2:] = 0
     inputs.residual[3, :2], inputs.branch[3, :2] = -0.0, -0.0
     inputs.up[5], inputs.down[1, 3], inputs.up_bias[7] = float("nan"), float("inf"), -float("inf")
@@ -216,7 +217,7 @@ def test_post_block_every_activation(device, activation, dtype):
 @pytest.mark.parametrize(
     ("option", "reads"), [("branch", "sum"), *itertools.product(["biases", "gain", "basis"], READS)]
 )
-@pytest.mark.parametrize("rank", [0, 6])
+@pytest.mark.parametrize("rank", [0, 6, 9])
 def test_post_block_each_operand_may_be_absent(device, option, rank, reads):
     without = {option: 0 if option == "basis" else False}
     assert_as_good_as_the_hook(make_draws(4, 19, 80, rank=rank, device=device, scale=False, reads=reads, **without))
@@ -296,7 +297,7 @@ def bits(t: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("reads", READS)
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
-@pytest.mark.parametrize("rank", [1, 8])
+@pytest.mark.parametrize("rank", [1, 8, 9])
 def test_post_block_a_fresh_adapter_leaves_every_bit(device, dtype, rank, reads):
     inputs = make_inputs(21, 70, rank=rank, dtype=dtype, device=device, biases=False, gain=False, basis=0, reads=reads)
     inputs.residual[0, :2], inputs.branch[0, :2] = -0.0, -0.0
@@ -506,8 +507,9 @@ def transposed(t: Tensor) -> Tensor:
         "columns first",
     ],
 )
-def test_post_block_strided_and_expanded_inputs(device, change):
-    draws = make_draws(4, 4, 6, 64, rank=4, device=device, scale=False, basis=0)
+@pytest.mark.parametrize("rank", [4, 9])
+def test_post_block_strided_and_expanded_inputs(device, rank, change):
+    draws = make_draws(4, 4, 6, 64, rank=rank, device=device, scale=False, basis=0)
     assert_as_good_as_the_hook([replace(inputs, residual=change(inputs.residual)) for inputs in draws])
     for reads in READS:
         assert_as_good_as_the_hook([replace(inputs, branch=change(inputs.branch), reads=reads) for inputs in draws])
@@ -607,7 +609,7 @@ def test_post_block_no_tokens(device, rank, reads):
 
 @pytest.mark.usefixtures("whole_gpu")
 @pytest.mark.parametrize("inner", [None, 22], ids=["few tokens", "many, nested"])
-@pytest.mark.parametrize(("rank", "reads"), [(0, "sum"), (4, "sum"), (4, "branch")])
+@pytest.mark.parametrize(("rank", "reads"), [(0, "sum"), (4, "sum"), (4, "branch"), (9, "sum"), (9, "branch")])
 @pytest.mark.parametrize("stride", [2**30, 2**31])
 def test_post_block_addresses_past_two_to_the_31(device, monkeypatch, stride, rank, reads, inner):
     """The last row begins 2³¹ elements after the first. The memory between rows is never touched.

@@ -12,6 +12,7 @@ from fused_steer.kernels.aot import SHARED_MEMORY, Case, hidden_states, record_n
 from fused_steer.kernels.contract import READS
 from fused_steer.kernels.launch import noted
 from fused_steer.kernels.norm import MAX_WIDTH, rms_norm
+from fused_steer.kernels.post_block import resident_layout
 from fused_steer.kernels.post_block_norm import post_block_norm
 from fused_steer.kernels.predict import memory_bytes
 from fused_steer.kernels.schedule import TARGETS, describe_device, forward_splits
@@ -116,6 +117,7 @@ SHAPES = [
     (70, 99, 12),
     (66, 64, 64),
     (66, 192, 33),
+    (1025, 24, 2),
 ]
 
 
@@ -129,12 +131,20 @@ def test_post_block_norm_is_as_exact_as_hook_and_norm(device, tokens, hidden, ra
 
 def test_post_block_norm_the_shapes_reach_every_form_of_the_forward():
     cpu = describe_device(torch.device("cpu"))
-    whole = [forward_splits(*shape, 2, cpu) is None for shape in SHAPES if shape[2]]
+    whole = [forward_splits(*shape, 2, cpu) is None for shape in SHAPES if shape[2] > 8]
     assert any(whole) and not all(whole)
+    for dtype in (F32, BF16):
+        found = [resident_layout(*shape, dtype, cpu, norm=True) for shape in SHAPES]
+        assert [layout is not None for layout in found] == [0 < rank <= 8 for _, _, rank in SHAPES]
+        assert {layout.block_n for layout in found if layout} == {1, 2}
+        ragged = [
+            d % layout.block_d for layout, (_, d, _) in zip(found, SHAPES, strict=True) if layout and layout.ahead
+        ]
+        assert any(ragged)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-@pytest.mark.parametrize("rank", [0, 6])
+@pytest.mark.parametrize("rank", [0, 6, 9])
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_post_block_norm_every_kind_of_norm(device, kind, rank, dtype):
     assert_as_good_as_unfused(make_draws(2, 70, 128, rank=rank, dtype=dtype, device=device, scale=False), kind)
@@ -152,7 +162,7 @@ def test_post_block_norm_every_activation(device, activation):
 @pytest.mark.parametrize(
     ("option", "reads"), [("branch", "sum"), *itertools.product(["biases", "gain", "basis", "scale"], READS)]
 )
-@pytest.mark.parametrize(("tokens", "rank"), [(19, 0), (19, 6), (70, 6)])
+@pytest.mark.parametrize(("tokens", "rank"), [(19, 0), (19, 6), (70, 9)])
 def test_post_block_norm_each_operand_may_be_absent(device, option, tokens, rank, reads):
     options = {"scale": False, option: 0 if option == "basis" else option == "scale"}
     assert_as_good_as_unfused(make_draws(8, tokens, 80, rank=rank, device=device, reads=reads, **options))
@@ -218,16 +228,16 @@ def test_post_block_norm_backward_adds_no_error_on_rows_that_nearly_cancel(devic
 
 def test_post_block_norm_is_the_norm_of_the_rounded_output(device):
     """Where `out` nearly cancels, its rounding is large beside it. The norm is that of the numbers in memory."""
-    for tokens in (8, 70):
-        inputs = make_inputs(tokens, 128, rank=4, dtype=BF16, device=device)
+    for tokens, rank in ((8, 4), (70, 9)):  # rows in registers, and tiles
+        inputs = make_inputs(tokens, 128, rank=rank, dtype=BF16, device=device)
         out, normed = fused(inputs, None, Kind(weight=False))
         assert relative_error(normed, norm_definition(out.double(), None, Kind())) < 2**-8
 
 
-@pytest.mark.parametrize("tokens", [9, 70])
+@pytest.mark.parametrize(("tokens", "rank"), [(9, 4), (70, 9)])
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-def test_post_block_norm_zero_gain_leaves_every_bit_of_out(device, dtype, tokens):
-    inputs = make_inputs(tokens, 64, rank=4, dtype=dtype, device=device, basis=0)
+def test_post_block_norm_zero_gain_leaves_every_bit_of_out(device, dtype, tokens, rank):
+    inputs = make_inputs(tokens, 64, rank=rank, dtype=dtype, device=device, basis=0)
     inputs.gain[2:] = 0
     inputs.residual[3, :2], inputs.branch[3, :2] = -0.0, -0.0
     inputs.up[5], inputs.down[1, 3], inputs.up_bias[7] = float("nan"), float("inf"), -float("inf")
@@ -238,7 +248,7 @@ def test_post_block_norm_zero_gain_leaves_every_bit_of_out(device, dtype, tokens
 
 
 @pytest.mark.parametrize("tokens", [21, 70])
-@pytest.mark.parametrize("rank", [0, 8])
+@pytest.mark.parametrize("rank", [0, 8, 9])
 def test_post_block_norm_a_zero_shift_leaves_every_bit_of_out(device, tokens, rank):
     inputs = make_inputs(tokens, 96, rank=rank, dtype=BF16, device=device, biases=False, gain=False, basis=0)
     inputs.residual[0, :2], inputs.branch[0, :2] = -0.0, -0.0
@@ -247,16 +257,16 @@ def test_post_block_norm_a_zero_shift_leaves_every_bit_of_out(device, tokens, ra
     assert torch.equal(out.view(torch.int16), (inputs.residual + inputs.branch).view(torch.int16))
 
 
-@pytest.mark.parametrize("tokens", [9, 70])
-def test_post_block_norm_two_runs_give_the_same_bits(device, tokens):
-    inputs = make_inputs(tokens, 96, rank=6, dtype=BF16, device=device)
+@pytest.mark.parametrize(("tokens", "rank"), [(9, 4), (70, 9)])
+def test_post_block_norm_two_runs_give_the_same_bits(device, tokens, rank):
+    inputs = make_inputs(tokens, 96, rank=rank, dtype=BF16, device=device)
     first, second = (run(fused, inputs, LLAMA, "silu", 0) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("tokens", [9, 70])
-def test_post_block_norm_strided_and_expanded_inputs(device, tokens):
-    inputs = make_inputs(2, tokens, 32, rank=4, device=device)
+@pytest.mark.parametrize(("tokens", "rank"), [(9, 4), (70, 9)])
+def test_post_block_norm_strided_and_expanded_inputs(device, tokens, rank):
+    inputs = make_inputs(2, tokens, 32, rank=rank, device=device)
     spread = torch.randn(tokens, 2, 64, device=device)[..., ::2].transpose(0, 1)
     strided = replace(inputs, residual=spread, branch=torch.randn(tokens, 32, device=device).expand(2, tokens, 32))
     nested = replace(inputs, residual=torch.randn(tokens, 2, 32, device=device).transpose(0, 1))
@@ -264,10 +274,10 @@ def test_post_block_norm_strided_and_expanded_inputs(device, tokens):
         assert_as_good_as_unfused([case])
 
 
-@pytest.mark.parametrize("tokens", [9, 70])
+@pytest.mark.parametrize(("tokens", "rank"), [(9, 4), (70, 9)])
 @pytest.mark.parametrize("use", ["out", "normed"])
-def test_post_block_norm_either_output_may_be_unused(device, use, tokens):
-    inputs = make_inputs(tokens, 64, rank=4, device=device, scale=False)
+def test_post_block_norm_either_output_may_be_unused(device, use, tokens, rank):
+    inputs = make_inputs(tokens, 64, rank=rank, device=device, scale=False)
 
     def one(function):
         def call(*arguments):
