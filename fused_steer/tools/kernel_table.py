@@ -260,7 +260,7 @@ def print_kernels(description: dict[str, Any], console: Console) -> None:
     for target, line in description["cannot"].items():
         console.print(f"{target}: {line}\n")
     if description["predictions"]:
-        console.print("Predicted, not measured: an uncalibrated model; times within 40 %, ratios better")
+        console.print("Predicted, not measured: an uncalibrated model; an H100 took up to twice as long")
         console.print(_prediction_table(description["predictions"]))
         console.print(
             "memory, L2, issue, host: µs that each limit alone would take; host: the launches'\n"
