@@ -141,6 +141,22 @@ def _weights_read(at: _Arguments) -> float:
     return at["RANK"] / at["BLOCK_R"] if half_empty else 1.0
 
 
+def _pack(launch: Launch) -> LaunchWork:
+    (blocks,) = launch.grid
+    return LaunchWork(blocks, (), 1.0, {}, frozenset({"p_downs", "p_ups"}))
+
+
+def _forward_resident(launch: Launch) -> LaunchWork:
+    """Describe the forward that holds rows in registers: no loops, and each program reads the weights of all ranks."""
+    at = _Arguments(launch)
+    (tiles,) = launch.grid
+    down = at.tensor("p_down")
+    assert down is not None
+    weights_read = tiles * at["RANK"] * at["D"] / down.numel()  # packed weights have rows beyond the rank
+    reads = {"p_down": weights_read, "p_up": weights_read, "p_up_bias": tiles, "p_weight": tiles}
+    return LaunchWork(tiles, (), 1.0, reads, frozenset({"p_out", "p_normed", "p_a", "p_inverse"}))
+
+
 def _forward_whole(launch: Launch) -> LaunchWork:
     """Describe the forward in one kernel: a program reduces its tiles over d, then reads them again and writes.
 
@@ -317,6 +333,8 @@ def _norm_finish(launch: Launch) -> LaunchWork:
 
 #: Functions that describe the work of each kernel, by the kernel's name.
 _WORK: dict[str, Callable[[Launch], LaunchWork]] = {
+    "pack_adapter_kernel": _pack,
+    "post_block_fwd_resident_kernel": _forward_resident,
     "post_block_fwd_kernel": _forward_whole,
     "post_block_fwd_down_kernel": _forward_down,
     "post_block_fwd_up_kernel": _forward_up,

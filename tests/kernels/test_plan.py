@@ -711,7 +711,7 @@ def test_plan_repeats_the_launch_that_packs_the_weights(device, made, monkeypatc
         patch.setattr(op, "MANY_TOKENS", 1)
         patch.setattr(op, "pack_adapter", lambda *weights: packed.append(pack(*weights)) or packed[-1])
         made.new(lambda: site(*operands))
-        for part in parts(site):
+        for part in parts(site)[:2]:
             part.mul_(-2)
         out = made.none(lambda: site(*operands))
         assert len(packed) == 1
@@ -1655,7 +1655,7 @@ def test_plan_with_a_norm_planned_launches_are_those_of_the_first_call(worked):
         assert found["same"] and found["ordinary"] and found["norms"] == ["fused"] * 3
     backward = ["rms_norm_bwd_kernel"] + [f"post_block_bwd_{name}_kernel" for name in ("rows", "columns", "finish")]
     assert training["kernels"] == inference["kernels"] + backward * 3
-    assert inference["kernels"] == ["post_block_fwd_down_kernel", "post_block_fwd_up_kernel", "rms_norm_fwd_kernel"] * 3
+    assert inference["kernels"] == ["pack_adapter_kernel", "post_block_fwd_resident_kernel"] * 3
 
 
 def test_plan_planned_launches_are_those_of_the_first_call(worked):
