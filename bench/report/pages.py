@@ -120,10 +120,9 @@ COUNTED = f"""\
 
 These figures are **counted**, not timed: the memory traffic and the kernel launches at the end of one decoder layer. A
 unit is one tensor of N tokens × d that a kernel reads or writes. The hook's operations are counted as PyTorch
-dispatches them, the fused kernels as the launcher starts them (`bench/counted.py`). The fused forward reads each tile
-twice; the second read should come from L2 and is not counted. One more launch per forward pass packs the weights of all
-layers; it is not counted either. Up to 64 tokens the fused forward takes two launches and reads the hidden state
-twice."""
+dispatches them, the fused kernels as the launcher starts them (`bench/counted.py`). The fused forward's first launch
+packs the adapter's weights. Its second reads each tile of many tokens twice; the second read should come from L2 and is
+not counted. A few tokens are held in registers and read once."""
 
 
 def benchmarks_text(runs: list[Run], counts: dict[str, dict[str, Count]]) -> str:
