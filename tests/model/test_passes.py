@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 import threading
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from fused_steer import SteerConfig, patch_model
 from fused_steer.model import passes
+from fused_steer.model.site import SteeringSite
 from fused_steer.model.watch import thread
 
 CONFIG = SteerConfig(form="loreft", rank=4)
@@ -46,7 +48,7 @@ def steered(config: SteerConfig = CONFIG, seed: int = 1) -> nn.Module:
 
 def logits(model: nn.Module) -> Tensor:
     with torch.no_grad():
-        return model(IDS).logits
+        return model(IDS.to(model.device)).logits
 
 
 def logits_apart(model: nn.Module) -> Tensor:
@@ -60,11 +62,17 @@ def matrix_of(model: nn.Module, layer: int) -> nn.Parameter:
     return steering_parameters(model)[f"model.layers.{layer}.post_block.steer_up.weight"]
 
 
-def test_passes_every_layer_uses_its_rotation(seen):
-    model = steered()
-    for number in (1, 2):
-        assert_close(logits(model), logits_apart(model))
+def test_passes_every_layer_uses_its_rotation(seen, device, monkeypatch):
+    model = steered().to(device)
+    steer, steers = SteeringSite.steer, []
+    monkeypatch.setattr(SteeringSite, "steer", lambda self, *states: steers.append(self) or steer(self, *states))
+    expected = logits_apart(model)
+    for number in (1, 2, 3):
+        steers.clear()
+        assert_close(logits(model), expected)
         assert len(seen) == 3 * number and None not in seen
+    planned = os.environ["FUSED_STEER_BACKEND"] == "triton"
+    assert len(steers) == (0 if planned else 3), "a layer with a plan calls it past the site's own function"
     assert len({down.data_ptr() for down, _ in seen[-3:]}) == 3
 
 
