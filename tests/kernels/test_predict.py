@@ -238,20 +238,26 @@ def test_predict_work_reads_in_loops_what_l2_sends(target, rank, reads):
                 return sum(loop.trips * (read(loop.inner) if loop.inner else loop.states) for loop in loops)
 
             names = {**dict(zip(launch.kernel.arg_names, launch.arguments, strict=False)), **launch.constants}
+            kernel = launch.kernel.__name__
+            if kernel in ("pack_adapter_kernel", "post_block_fwd_resident_kernel"):
+                programs = 1 if kernel == "pack_adapter_kernel" else -(-tokens // names["BLOCK_N"])
+                weights = programs * 2 * rank * 4096 * names["p_down"].element_size()  # without the padding ranks
+                assert not done.loops and l2_bytes(launch) == pytest.approx(sent + weights), kernel
+                continue
             if names.get("AT_ONCE"):
                 assert not done.loops and tokens == 64, "one block, read once"
                 continue
             height = names.get("height", names.get("BLOCK_N"))
             padded = -(-tokens // height) * names["BLOCK_N"] / tokens
             total = read(done.loops) * (done.programs - done.aside) * done.share
-            assert total == pytest.approx(sent * padded), launch.kernel.__name__
+            assert total == pytest.approx(sent * padded), kernel
             assert l2_bytes(launch) >= sent
 
 
 def test_predict_work_finds_in_l2_what_an_earlier_launch_has_read():
     """With few tokens the second kernel reads again what the first read: of branch alone, if W1 is applied to it."""
     for tokens in (8, 64):
-        for rank in (8, 256):  # one block, and a loop
+        for rank in (16, 256):  # one block, and a loop
             both, of_branch = (
                 works(record_passes(Case(tokens, 4096, rank, reads=reads), "sm_90")["forward"]) for reads in READS
             )
@@ -288,7 +294,7 @@ def test_predict_waves_are_full_or_not():
 
 
 def test_predict_an_unknown_kernel_is_one_clear_line():
-    (launch, *_) = record(Case(8, 64, 8), "sm_90")
+    (launch, *_) = record(Case(8, 64, 16), "sm_90")
 
     class Other:
         __name__ = "other_kernel"
