@@ -131,8 +131,8 @@ def test_bench_counts_of_unsteered_hook_and_fused():
     assert found == {
         "unsteered": ((3, 1), (0, 0)),
         "hook": ((8, 5), (7, 6)),
-        "fused": ((3, 1), (4, 3)),
-        "fused, few tokens": ((5, 2), (4, 3)),
+        "fused": ((3, 2), (4, 3)),
+        "fused, few tokens": ((3, 2), (4, 3)),
     }
 
 
