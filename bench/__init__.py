@@ -18,6 +18,7 @@
     counters.py     L2 hit rate and stall reasons of the fused kernels, counted by ncu
     goals.py        the performance goals, judged from results
     gpu.py          `python -m bench.gpu`: every measurement on one GPU, most important first
+    sweep.py        `python -m bench.sweep`: every candidate layout of the forward, timed on a GPU
     rehearsal.py    `python -m bench.gpu --rehearse`: the same run over the stub driver, to find mistakes without a GPU
     report/         `python -m bench.report`: results as tables and plots
         read.py         read and check results files

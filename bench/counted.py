@@ -2,7 +2,8 @@
 
 A unit is one tensor of N tokens × d, read or written by a kernel: one pass of the hidden state through memory.
 PyTorch's operations are counted as they are dispatched, the fused kernels as the launcher starts them. Views launch
-nothing. Where the fused forward reads a tile twice, the second read should hit L2 and is not counted. Nothing is timed.
+nothing. For many tokens the fused forward reads each tile twice; the second read should hit L2 and is not counted.
+Nothing is timed.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from . import contenders
 from .geometries import OpCase
 
 PASSES = ("forward", "backward")
-MANY, FEW = 8192, 8  # tokens: with few, rows are held in registers; with many, programs loop over tiles
+MANY, FEW = 8192, 8  # tokens: with few, the forward holds whole rows in registers
 HIDDEN, RANK, TARGET = 4096, 8, "sm_90"
 
 

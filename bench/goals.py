@@ -160,6 +160,14 @@ def _train(contender: str, other: str, at_most: bool) -> Callable[[Results], flo
     )
 
 
+def _busy(what: str) -> Callable[[Results], float | None]:
+    """Return the worst ratio of the time on the GPU, steered over unsteered, of a whole model."""
+    return lambda results: _worst(
+        (_ratio(a, b) for a, b in _pairs(results, "busy", what, "fused", "unsteered", checkpointing=False, **WHOLE)),
+        True,
+    )
+
+
 def _joint(results: Results) -> float | None:
     """Return the time of a training step with LoRA and orthogonal steering, over LoRA's step plus steering's part."""
     ratios = []
@@ -249,6 +257,8 @@ GOALS = (
     Goal("decode", "decode step, 1-64 tokens, replayed: time over unsteered", 1.02, True, _decode),
     Goal("train", "training step, Llama-3.2-1B: time over unsteered, frozen", 1.03, True,
          _train("fused", "unsteered", True)),
+    Goal("train, GPU", "training step, Llama-3.2-1B: time on the GPU over unsteered", 1.03, True, _busy("train")),
+    Goal("decode, GPU", "eager decode step, Llama-3.2-1B: time on the GPU over unsteered", 1.02, True, _busy("decode")),
     Goal("train / hook", "training step: speed-up over the hooks", 1.15, False, _train("hook", "fused", False)),
     Goal("norm / hook", "op and norm, >= 4096 tokens: speed-up over add, hook and Hugging Face's norm", 4.0, False,
          _norm("hook")),

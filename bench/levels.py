@@ -369,6 +369,8 @@ def measure_model(
 ) -> list[Row]:
     """Time one run of a model for all contenders, interleaved; for `train` also measure the memory.
 
+    Eager runs also get rows `busy`: the time on the GPU without the gaps, which a slow host makes.
+
     A contender that cannot run, or computes a wrong result, gets a row that says so. The contenders share the weights
     of one model, and nothing of them is left afterwards, compiled code included.
     """
@@ -398,10 +400,11 @@ def measure_model(
 
 @dataclass
 class _Ready:
-    """A contender of a model that is ready to be timed, and its memory in training."""
+    """A contender of a model that is ready to be timed, its time on the GPU, and its memory in training."""
 
     timed: Timed
     prepared: Prepared
+    busy: float | None = None
     kept: int | None = None
     peak: int | None = None
 
@@ -410,6 +413,8 @@ def _get_ready(case: ModelCase, what: str, name: str, base: Any, device: torch.d
     prepared = prepare_model(case, what, name, base, device)
     one = _Ready(Timed(name, [prepared.call]), prepared)
     one.timed.prepare(device, graph=what == "decode-graph")
+    if what != "decode-graph":  # a replay has no gaps
+        one.busy = timing.busy_seconds(prepared.call, device)
     if what == "train":
         one.kept = kept_bytes(case, prepared.model, device)
         one.peak = timing.peak_bytes(prepared.call, device)
@@ -419,7 +424,9 @@ def _get_ready(case: ModelCase, what: str, name: str, base: Any, device: torch.d
 def _measure_present(
     case: ModelCase, what: str, device: torch.device, names: Sequence[str], rows: dict[str, Row], rounds: int
 ) -> list[Row]:
-    """Time the contenders and put the samples into their rows; return the memory rows. All models end with this call.
+    """Time the contenders and put the samples into their rows; return the rows of GPU time and memory.
+
+    All models end with this call.
 
     Raises:
         torch.OutOfMemoryError: the model itself does not fit, or the contenders together.
@@ -442,7 +449,10 @@ def _measure_present(
     take_samples([one.timed for one in ready], rows, device, rounds, before=reset)
     kept = {one.timed.name: one.kept for one in ready if one.kept is not None}
     peak = {one.timed.name: one.peak for one in ready}
-    return _memory_rows(case, base.config.num_hidden_layers, kept, peak)
+    busy = [
+        Row("busy", what, one.timed.name, asdict(case), samples=[one.busy]) for one in ready if one.busy is not None
+    ]
+    return [*busy, *_memory_rows(case, base.config.num_hidden_layers, kept, peak)]
 
 
 def kept_bytes(case: ModelCase, model: Any, device: torch.device) -> int:

@@ -139,10 +139,10 @@ def copy_bandwidth(device: torch.device, nbytes: int = 1 << 30, rounds: int = 20
     return 2 * nbytes / sorted(copy.samples)[len(copy.samples) // 2]
 
 
-def count_launches(call: Call, device: torch.device) -> int | None:
-    """Count the kernels and copies that one call launches, by the profiler; None on a CPU, or if it sees none."""
+def _on_device(call: Call, device: torch.device) -> list[Any]:
+    """Return the profiler's events of the kernels and copies that one call runs on the GPU; none on a CPU."""
     if device.type != "cuda":
-        return None
+        return []
     from torch.profiler import ProfilerActivity, profile
 
     call()
@@ -151,9 +151,17 @@ def count_launches(call: Call, device: torch.device) -> int | None:
         call()
         torch.cuda.synchronize(device)
     on_device = torch.autograd.DeviceType.CUDA
-    return (
-        sum(event.device_type == on_device and "sync" not in event.name.lower() for event in profiler.events()) or None
-    )
+    return [e for e in profiler.events() if e.device_type == on_device and "sync" not in e.name.lower()]
+
+
+def count_launches(call: Call, device: torch.device) -> int | None:
+    """Count the kernels and copies that one call launches, by the profiler; None on a CPU, or if it sees none."""
+    return len(_on_device(call, device)) or None
+
+
+def busy_seconds(call: Call, device: torch.device) -> float | None:
+    """Return the time that one call's kernels and copies take on the GPU, without the gaps; None on a CPU."""
+    return sum(event.device_time for event in _on_device(call, device)) / 1e6 or None
 
 
 @contextmanager

@@ -25,7 +25,7 @@ The map, in reading order. A file imports only files that stand above it.
         sublayers.py     finds a layer's attention and MLP
         scopes.py        guards the steering against other threads and tasks
         watch.py         raises for a layer that ran unsteered; the report
-        passes.py        packed weights for one forward pass
+        passes.py        LoReFT's rotations for one forward pass
         site.py          the site: the module in a layer that steers it
         layer.py         patches and unpatches one layer
         norms.py         fuses the norms that follow steered layers into the steering

@@ -12,7 +12,7 @@ The map, in reading order. A file imports only files that stand above it.
     registered.py    registers ops that torch.compile keeps as one node
     inductor.py      makes the code that Inductor generates start kernels itself
     torch_backend.py post_block in plain PyTorch: the `torch` backend
-    packing.py       packs the weights of all layers by one launch
+    packing.py       packs an adapter's weights by one launch
     resident.py      the forward's kernel for low ranks, which holds whole rows in registers
     plan.py          launch plans: launches recorded once and started directly afterwards
     post_block.py    the op: forward and backward kernels, launchers, autograd

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .backend import select_backend
-from .contract import Operands, Packed
+from .contract import Operands
 from .plan import Plan, keep, no_plan
 from .post_block import backward, check_operands, first_order, forward, post_block, saved_tensors
 from .registered import is_described
@@ -54,58 +54,57 @@ class PlannedPostBlock:
         self.last_trained: Callable[..., Tensor | None] = no_plan
         self.backend: str | None = None  # the backend of the last call
 
-    def infer(self, residual: Tensor, branch: Tensor | None, *weights: Tensor, packed: Packed | None = None) -> Tensor:
+    def infer(self, residual: Tensor, branch: Tensor | None, *weights: Tensor) -> Tensor:
         """Return residual + branch, steered, without gradients: see `post_block`.
 
         Args:
             weights: the weights that are not None, in their order.
-            packed: W1 and W2 in the kernels' form, read instead of the weights.
         """
         states = (residual,) if branch is None else (residual, branch)
-        operands = (*states, *weights) if packed is None else (*states, *weights, *packed)
-        key = (len(states), packed is None, residual.shape)
+        operands = (*states, *weights)
+        key = (len(states), residual.shape)
         try:
             run = self._inference.get(key)
         except TypeError:  # symbolic sizes have no hash, and no kernel runs for them
-            return self._ordinary(self._call(states, weights, None))
+            return self._ordinary(self._call(states, weights))
         out = None if run is None else run(*operands[:2], operands[2:])
         if out is not None:
             self.backend = "triton"
         else:
-            call = self._call(states, weights, packed)
+            call = self._call(states, weights)
             if not self._may_plan(call):
                 return self._ordinary(call)
             (out,), plan = Plan.make(operands, lambda: forward(*call, keep_a=False)[:1])
             if plan is not None:
                 run = plan.run
                 keep(self._inference, key, run)
-        if run is not None and len(states) == 2 and packed is None:
+        if run is not None and len(states) == 2:
             self.last = run
         return out
 
-    def train(self, residual: Tensor, branch: Tensor | None, *weights: Tensor, packed: Packed | None = None) -> Tensor:
+    def train(self, residual: Tensor, branch: Tensor | None, *weights: Tensor) -> Tensor:
         """Return residual + branch, steered, with gradients for the operands that require them."""
         states = (residual,) if branch is None else (residual, branch)
         for operand in (*states, *weights):
             if operand.requires_grad:
-                return self._with_gradient(states, weights, packed)
-        return self.infer(residual, branch, *weights, packed=packed)
+                return self._with_gradient(states, weights)
+        return self.infer(residual, branch, *weights)
 
-    def _with_gradient(self, states: tuple[Tensor, ...], weights: tuple[Tensor, ...], packed: Packed | None) -> Tensor:
-        operands = (*states, *weights) if packed is None else (*states, *weights, *packed)
-        key = (len(states), packed is None, states[0].shape)
+    def _with_gradient(self, states: tuple[Tensor, ...], weights: tuple[Tensor, ...]) -> Tensor:
+        operands = (*states, *weights)
+        key = (len(states), states[0].shape)
         try:
             training = self._training.get(key)
         except TypeError:
-            return self._ordinary(self._call(states, weights, None))
+            return self._ordinary(self._call(states, weights))
         if training is not None:
             addresses = training.forward.admit(operands)
             if addresses is not None and not torch._C._are_functorch_transforms_active():
                 self.backend = "triton"
-                if packed is None and training.whole:
+                if training.whole:
                     self.last_trained = training.run
-                return _apply((training, addresses, None, packed), *states, *weights)
-        call = self._call(states, weights, packed)
+                return _apply((training, addresses, None), *operands)
+        call = self._call(states, weights)
         if not self._may_plan(call):
             return self._ordinary(call)
 
@@ -116,10 +115,10 @@ class PlannedPostBlock:
             return self._ordinary(call)
         training = _Training(plan, states, weights, self._where, (self._scale, self._activation, self._reads))
         keep(self._training, key, training)
-        return _apply((training, None, results, packed), *states, *weights)
+        return _apply((training, None, results), *operands)
 
-    def _call(self, states: tuple[Tensor, ...], weights: tuple[Tensor, ...], packed: Packed | None) -> _Call:
-        operands = planned_operands(self._where, weights, self._scale, self._activation, self._reads, packed)
+    def _call(self, states: tuple[Tensor, ...], weights: tuple[Tensor, ...]) -> _Call:
+        operands = planned_operands(self._where, weights, self._scale, self._activation, self._reads)
         return states[0], states[1] if len(states) == 2 else None, operands
 
     def _may_plan(self, call: _Call) -> bool:
@@ -140,20 +139,13 @@ class PlannedPostBlock:
 
 
 def planned_operands(
-    where: tuple[bool, ...],
-    weights: Iterable[Tensor],
-    scale: float,
-    activation: str,
-    reads: str,
-    packed: Packed | None,
+    where: tuple[bool, ...], weights: Iterable[Tensor], scale: float, activation: str, reads: str
 ) -> Operands:
     """Return the operands of a planned call. `where` tells which of W1, W2, b1, b2 and the gain the weights are."""
     given = iter(weights)
     down, up, down_bias, up_bias, *others = [next(given) if there else None for there in where]
     gain = others[0] if others else None
-    return Operands(
-        down, up, down_bias, up_bias, gain, scale=scale, activation=activation, packed=packed, reads=reads
-    )  # fmt: skip
+    return Operands(down, up, down_bias, up_bias, gain, scale=scale, activation=activation, reads=reads)
 
 
 # ---------------------------------------------------------------------------------------------------------- gradients
@@ -177,7 +169,7 @@ class _Training:
     ) -> None:
         self.forward = forward
         self.backward: dict[Any, Plan] = {}
-        #: The last backward plan without packed weights.
+        #: The last backward plan.
         self.last: Plan | None = None
         self.states, self.where, self.constants = len(states), where, constants
         of_states = [state.requires_grad for state in states]
@@ -219,56 +211,54 @@ class _Training:
         addresses = self.forward.admit(operands)
         if addresses is None or torch._C._are_functorch_transforms_active():
             return None
-        return _apply((self, addresses, None, None), *operands)
+        return _apply((self, addresses, None), *operands)
 
 
 class _PlannedPostBlock(torch.autograd.Function):
     """The autograd function of planned calls. It saves the same tensors as `post_block`'s own function."""
 
     @staticmethod
-    def forward(ctx: Any, call: tuple[_Training, Any, Any, Packed | None], *operands: Tensor) -> Tensor:
+    def forward(ctx: Any, call: tuple[_Training, Any, Any], *operands: Tensor) -> Tensor:
         """Run the planned launches, unless their results are given.
 
-        call: the plans, the admitted addresses or the results, and the packed weights. They are one argument, because
-        autograd spends time on each argument.
+        call: the plans, and the admitted addresses or the results. They are one argument, because autograd spends time
+        on each argument.
         """
-        training, addresses, results, packed = call
+        training, addresses, results = call
         if results is None:
             results = training.forward.go(addresses)
         if training.keeps_branch:
             ctx.save_for_backward(operands[1], *results[training.kept], *operands[training.states :])
         elif training.saves[2]:
             ctx.save_for_backward(*results[training.kept], *operands[training.states :])
-        # Not saved with the others, because the repetition of a checkpoint has no packed weights. They hold the weights
-        # of the forward pass.
-        ctx.training, ctx.packed = training, packed
+        ctx.training = training
         ctx.set_materialize_grads(False)
         return results[0]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        training, packed = ctx.training, ctx.packed
+        training = ctx.training
         places = training.places
         if grad is None:
             return None, *[None for _ in places]
         saved = saved_tensors(ctx, training.constants[2])
-        operands = (grad, *saved) if packed is None else (grad, *saved, *packed)
+        operands = (grad, *saved)
         create_graph = torch.is_grad_enabled()
-        if training.last is not None and packed is None and not create_graph:
+        if training.last is not None and not create_graph:
             addresses = training.last.admit(operands)
             if addresses is not None:
                 gradients = training.last.go(addresses)
                 return training.complete(gradients, grad) if training.passed else gradients
         found: Any = ()
         if training.saves[2]:
-            plan = training.backward.get((packed is None, grad.shape))
+            plan = training.backward.get(grad.shape)
             addresses = plan.admit(operands) if plan is not None and not create_graph else None
             if addresses is not None:
-                training.last = plan if packed is None else training.last
+                training.last = plan
                 gradients = plan.go(addresses)
                 return training.complete(gradients, grad) if training.passed else gradients
             with torch.no_grad():
-                found = _careful_backward(training, operands, packed)
+                found = _careful_backward(training, operands)
         gradients = [None if place is None else grad if place < 0 else found[place] for place in places]
         if create_graph:
             marker = torch.empty(0, device=grad.device, requires_grad=True)
@@ -276,19 +266,19 @@ class _PlannedPostBlock(torch.autograd.Function):
         return None, *gradients
 
 
-def _careful_backward(training: _Training, operands: tuple[Tensor, ...], packed: Packed | None) -> Any:
+def _careful_backward(training: _Training, operands: tuple[Tensor, ...]) -> Any:
     given = iter(operands)
     save_kept, save_a, _ = training.saves
     grad = next(given)
     kept, a = next(given) if save_kept else None, next(given) if save_a else None
-    steering = planned_operands(training.where, given, *training.constants, packed)
+    steering = planned_operands(training.where, given, *training.constants)
 
     def call() -> Any:
         return backward(grad, kept, a, steering, training.needs)
 
     found, plan = Plan.make(operands, call, training.order)
     if plan is not None:
-        keep(training.backward, (packed is None, grad.shape), plan)
+        keep(training.backward, grad.shape, plan)
     return found
 
 

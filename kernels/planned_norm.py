@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .contract import Operands, Packed
+from .contract import Operands
 from .norm_torch import Norm
 from .plan import Plan, keep
 from .planned import planned_operands
@@ -41,24 +41,21 @@ class PlannedPostBlockNorm:
         self._training: dict[Any, _Training] = {}
         self.backend: str | None = None  # the backend of the last call
 
-    def infer(
-        self, residual: Tensor, branch: Tensor | None, weights: tuple[Tensor, ...], norm: Norm, packed: Packed | None
-    ) -> _Results:
+    def infer(self, residual: Tensor, branch: Tensor | None, weights: tuple[Tensor, ...], norm: Norm) -> _Results:
         """Return `out` and `normed` without gradients.
 
         Args:
             weights: the adapter's weights that are not None, in their order.
-            packed: W1 and W2 in the kernels' form, read instead of the weights.
         """
         states = (residual,) if branch is None else (residual, branch)
-        operands = (*states, *weights, *_given(norm.weight), *(packed or ()))
-        key = (branch is None, packed is None, norm[1:], residual.shape)
+        operands = (*states, *weights, *_given(norm.weight))
+        key = (branch is None, norm[1:], residual.shape)
         plan = self._inference.get(key)
         addresses = None if plan is None else plan.admit(operands)
         if plan is not None and addresses is not None:
             self.backend = "triton"
             return plan.go(addresses)
-        steering = planned_operands(self._where, weights, self._scale, self._activation, self._reads, packed)
+        steering = planned_operands(self._where, weights, self._scale, self._activation, self._reads)
         self.backend, plannable = may_plan(residual, branch, steering, norm)
         if not plannable:
             return steer_and_normalise(residual, branch, steering, norm)
@@ -67,25 +64,22 @@ class PlannedPostBlockNorm:
             keep(self._inference, key, plan)
         return results[0], results[1]
 
-    def train(
-        self, residual: Tensor, branch: Tensor | None, weights: tuple[Tensor, ...], norm: Norm, packed: Packed | None
-    ) -> _Results:
+    def train(self, residual: Tensor, branch: Tensor | None, weights: tuple[Tensor, ...], norm: Norm) -> _Results:
         """Return `out` and `normed`, with gradients for the operands that require them. See `infer`."""
         states = (residual,) if branch is None else (residual, branch)
-        differentiable = (*states, *weights, *_given(norm.weight))
-        for operand in differentiable:
+        operands = (*states, *weights, *_given(norm.weight))
+        for operand in operands:
             if operand.requires_grad:
                 break
         else:
-            return self.infer(residual, branch, weights, norm, packed)
-        operands = (*differentiable, *(packed or ()))
-        key = (branch is None, packed is None, norm[1:], residual.shape)
+            return self.infer(residual, branch, weights, norm)
+        key = (branch is None, norm[1:], residual.shape)
         training = self._training.get(key)
         addresses = None if training is None else training.forward.admit(operands)
         if addresses is not None and not torch._C._are_functorch_transforms_active():
             self.backend = "triton"
-            return _apply((training, addresses, None, packed), *differentiable)
-        steering = planned_operands(self._where, weights, self._scale, self._activation, self._reads, packed)
+            return _apply((training, addresses, None), *operands)
+        steering = planned_operands(self._where, weights, self._scale, self._activation, self._reads)
         self.backend, plannable = may_plan(residual, branch, steering, norm)
         if not plannable:
             return steer_and_normalise(residual, branch, steering, norm)
@@ -100,7 +94,7 @@ class PlannedPostBlockNorm:
         constants = self._scale, self._activation, self._reads
         training = _Training(plan, states, weights, norm, self._where, constants)
         keep(self._training, key, training)
-        return _apply((training, None, results, packed), *differentiable)
+        return _apply((training, None, results), *operands)
 
 
 def _given(weight: Tensor | None) -> tuple[Tensor, ...]:
@@ -157,37 +151,37 @@ class _PlannedPostBlockNorm(torch.autograd.Function):
     """The autograd function of planned calls. It saves the same tensors as `post_block_norm`'s own function."""
 
     @staticmethod
-    def forward(ctx: Any, call: tuple[_Training, Any, Any, Packed | None], *operands: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, call: tuple[_Training, Any, Any], *operands: Tensor) -> tuple[Tensor, Tensor]:
         """Run the planned launches, unless their results are given.
 
-        call: the plans, the admitted addresses or the results, and the packed weights.
+        call: the plans, and the admitted addresses or the results.
         """
-        training, addresses, results, packed = call
+        training, addresses, results = call
         if results is None:
             results = training.forward.go(addresses)
         out, normed, *kept = results
         branch = operands[1:2] if training.keeps[0] else ()
         ctx.save_for_backward(out, *branch, *kept, *operands[training.states :])
-        ctx.training, ctx.packed = training, packed
+        ctx.training = training
         ctx.set_materialize_grads(False)
         return out, normed
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, grad_normed: Tensor | None) -> tuple[Tensor | None, ...]:
-        training, packed = ctx.training, ctx.packed
+        training = ctx.training
         if grad is None and grad_normed is None:
             return training.order
         saved = saved_tensors(ctx, training.constants[2])
         create_graph = torch.is_grad_enabled()
         if grad_normed is not None:
             grads = (grad_normed,) if grad is None else (grad_normed, grad)
-            operands = (*grads, *saved, *(packed or ()))
+            operands = (*grads, *saved)
             plan = training.backward.get(grad is None)
             addresses = None if plan is None or create_graph else plan.admit(operands)
             if plan is not None and addresses is not None:
                 return plan.go(addresses)
         with torch.no_grad():
-            found = _careful_backward(training, grad, grad_normed, saved, packed)
+            found = _careful_backward(training, grad, grad_normed, saved)
         gradients = tuple(None if place is None else found[place] for place in training.places)
         if create_graph:
             given = grad if grad is not None else grad_normed
@@ -201,12 +195,11 @@ def _careful_backward(
     grad: Tensor | None,
     grad_normed: Tensor | None,
     saved: Sequence[Tensor],
-    packed: Packed | None,
 ) -> Sequence[Tensor]:
     given = iter(saved)
     keeps_branch, keeps_a = training.keeps
     kept = Saved(next(given), next(given) if keeps_branch else None, next(given) if keeps_a else None, next(given))
-    steering: Operands = planned_operands(training.where, given, *training.constants, packed)
+    steering: Operands = planned_operands(training.where, given, *training.constants)
     norm = Norm(next(given, None), *training.kind)
 
     def call() -> list[Tensor]:
@@ -215,7 +208,7 @@ def _careful_backward(
     if grad_normed is None:
         return call()
     grads = (grad_normed,) if grad is None else (grad_normed, grad)
-    found, plan = Plan.make((*grads, *saved, *(packed or ())), call, training.order)
+    found, plan = Plan.make((*grads, *saved), call, training.order)
     if plan is not None:
         training.backward[grad is None] = plan
     return found

@@ -254,7 +254,7 @@ def _run_forward(residual: Tensor, branch: Tensor | None, operands: Operands, no
 
     if operands.basis is not None or select_backend(residual.device) == "torch":
         return call()
-    tensors, kind = _split((residual, branch, *operands[:7], *(operands.packed or (None, None)), norm.weight))
+    tensors, kind = _split((residual, branch, *operands[:7], norm.weight))
     key = (residual.shape, residual.dtype, kind, operands.activation, operands.reads, *norm[1:], keep)
     found = iter(run_planned(_forward_plans, key, tensors, lambda: [t for t in call() if t is not None]))
     out, normed = next(found), next(found)
@@ -276,9 +276,7 @@ def _run_backward(
 
     if grad_normed is None or operands.basis is not None or select_backend(grad_normed.device) == "torch":
         return call()
-    tensors, kind = _split(
-        (grad, grad_normed, *saved, *operands[:7], *(operands.packed or (None, None)), norm.weight)
-    )  # fmt: skip
+    tensors, kind = _split((grad, grad_normed, *saved, *operands[:7], norm.weight))
     key = (saved.out.shape, saved.out.dtype, kind, operands.activation, operands.reads, *norm[1:], *needs)
     return list(run_planned(_backward_plans, key, tensors, call))
 
@@ -337,21 +335,21 @@ class _PostBlockNorm(torch.autograd.Function):
     """The autograd function of the op, eager and in a graph.
 
     Inputs: residual, branch, down, up, down_bias, up_bias, gain, the scale as a tensor, the norm's weight; basis,
-    scale, activation, reads; eps, plus_one, rounds_first; packed weights; whether the call is in a graph.
+    scale, activation, reads; eps, plus_one, rounds_first; whether the call is in a graph.
     """
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
         residual, branch, down, up, down_bias, up_bias, gain, scale_tensor, weight, basis = inputs[:10]
-        scale, activation, reads, *kind, packed, in_graph = inputs[10:]
+        scale, activation, reads, *kind, in_graph = inputs[10:]
         if in_graph:
             operands = (*inputs[2:8], basis, scale, activation, reads)
             out, normed, a, inverse = _op(residual, branch, *operands, weight, *kind, True)
         else:
             strength = scale if scale_tensor is None else scale_tensor
-            adapter = Operands(down, up, down_bias, up_bias, gain, basis, strength, activation, packed, reads)
+            adapter = Operands(down, up, down_bias, up_bias, gain, basis, strength, activation, reads=reads)
             out, normed, a, inverse = _run_forward(residual, branch, adapter, Norm(weight, *kind), True)
-        ctx.packed, ctx.in_graph = packed, in_graph
+        ctx.in_graph = in_graph
         of_residual, of_branch, *of_weights, d_weight = ctx.needs_input_grad[:9]
         low_rank, of_sum = down is not None, reads == "sum"
         of_x = of_branch or (of_residual and of_sum)
@@ -369,7 +367,7 @@ class _PostBlockNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, grad_normed: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None and grad_normed is None:
-            return (None,) * 18
+            return (None,) * 17
         create_graph = torch.is_grad_enabled() and not ctx.in_graph
         with contextlib.nullcontext() if ctx.in_graph else torch.no_grad():
             gradients = _differentiate(ctx, grad, grad_normed)
@@ -377,7 +375,7 @@ class _PostBlockNorm(torch.autograd.Function):
             given = grad if grad is not None else grad_normed
             assert given is not None
             gradients = first_order((torch.empty(0, device=given.device, requires_grad=True),), gradients)
-        return *gradients, *(None,) * 9
+        return *gradients, *(None,) * 8
 
 
 def _differentiate(ctx: Any, grad: Tensor | None, grad_normed: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -391,7 +389,7 @@ def _differentiate(ctx: Any, grad: Tensor | None, grad_normed: Tensor | None) ->
     else:
         down, up, down_bias, up_bias, gain, scale_tensor = weights
         strength = scale if scale_tensor is None else scale_tensor
-        adapter = Operands(down, up, down_bias, up_bias, gain, basis, strength, activation, ctx.packed, reads)
+        adapter = Operands(down, up, down_bias, up_bias, gain, basis, strength, activation, reads=reads)
         saved = Saved(out, branch, a, inverse)
         found = iter(_run_backward(grad, grad_normed, saved, adapter, Norm(weight, *kind), ctx.needs))
     whole, dx, *others = [next(found) if need else None for need in ctx.needs]
@@ -405,9 +403,7 @@ def _in_graph(*inputs: Any) -> tuple[Tensor, ...]:
     residual, branch, *operands = inputs[:12]
     weights, (basis, scale, activation, reads) = operands[:6], operands[6:]
     weight, *kind = inputs[12:16]
-    found = _PostBlockNorm.apply(
-        residual, branch, *weights, weight, basis, scale, activation, reads, *kind, None, True
-    )  # fmt: skip
+    found = _PostBlockNorm.apply(residual, branch, *weights, weight, basis, scale, activation, reads, *kind, True)
     out, normed = found
     return out, normed, *(out.new_empty(0, dtype=torch_backend.accumulation_dtype(out.dtype)) for _ in range(2))
 
@@ -444,7 +440,6 @@ def post_block_norm(
     gain: Tensor | None = None,
     basis: Tensor | None = None,
     reads: str = "sum",
-    packed: Any = None,
 ) -> tuple[Tensor, Tensor]:
     """Steer as `post_block` does, and normalise the result as `rms_norm` does, in one pass over the hidden state.
 
@@ -455,7 +450,6 @@ def post_block_norm(
         residual, branch, down, up, down_bias, up_bias, activation, scale, gain, basis, reads: see `post_block`. d is at
             most 32768.
         norm_weight, eps, plus_one, rounds_first: see `rms_norm`.
-        packed: W1 and W2 in the kernels' form (`contract.Packed`), read instead of `down` and `up`.
 
     Returns:
         `out` and `normed`, (..., d) each, contiguous, in the dtype of `residual + branch`.
@@ -466,7 +460,7 @@ def post_block_norm(
         RuntimeError: the backend of FUSED_STEER_BACKEND cannot run here, a second derivative is required, or the call
             is inside a transform of torch.func.
     """
-    operands = Operands(down, up, down_bias, up_bias, gain, basis, scale, activation, packed, reads)
+    operands = Operands(down, up, down_bias, up_bias, gain, basis, scale, activation, reads=reads)
     return steer_and_normalise(residual, branch, operands, Norm(norm_weight, eps, plus_one, rounds_first))
 
 
@@ -496,7 +490,7 @@ def steer_and_normalise(
             raise ValueError("down and up have rank 0 and up_bias is None; expected a rank of at least 1, or up_bias")
         operands = operands._replace(down=None, up=None, down_bias=None, basis=None)
     if operands.down is None:
-        operands = operands._replace(reads="sum", packed=None)
+        operands = operands._replace(reads="sum")
     scale = operands.scale
     number, scale_tensor = (1.0, scale) if isinstance(scale, Tensor) else (float(scale), None)
     states, weights = (residual, branch), (*operands[:5], scale_tensor)
@@ -507,5 +501,5 @@ def steer_and_normalise(
     if in_graph:
         return torch.ops.fused_steer.post_block_norm(*states, *weights, *rest, *norm, wanted)[:2]
     if wanted:
-        return _PostBlockNorm.apply(*states, *weights, norm.weight, *rest, *norm[1:], operands.packed, False)
+        return _PostBlockNorm.apply(*states, *weights, norm.weight, *rest, *norm[1:], False)
     return _run_forward(residual, branch, operands, norm, False)[:2]

@@ -8,7 +8,8 @@ launches' times and of their starts.
   bandwidth. A second read in the launch is free for the tiles in flight that fit in L2. A read of a tensor from an
   earlier launch is free if everything touched since fits in half of L2.
 * **L2**: the bytes that L2 sends to the multiprocessors: each tensor times the number of reads by all programs. Writes
-  go the other way and are not counted.
+  go the other way and are not counted. Reads that hit L1 are counted, so the forward that holds rows in registers is
+  predicted too slow: its weights stay in L1.
 * **issue**: cycles of the compiled programs. A multiprocessor runs as many programs as fit. Every warp executes its
   real instructions in order, and waits according to ptxas's stall counts and scoreboards. A scheduler issues one
   instruction a cycle. Pipes and the ports of shared memory and L2 serve one warp at a time. Barriers join the warps of

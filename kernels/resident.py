@@ -10,7 +10,12 @@ one launch, too, where tiles would need two.
 The numbers are the same as those of post_block's kernels, except that x is not rounded before it is multiplied by W1.
 """
 
+# Tuples grow in loops that Triton unrolls.
+# mypy: disable-error-code="assignment,var-annotated"
+
 from __future__ import annotations
+
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -20,7 +25,13 @@ from .numerics import operand, store, widened
 from .rows import inverse_rms, norm_factor, normalised, rounded, row_offsets, row_strength, scaled
 
 #: The constants of a launch without the norm.
-NO_NORM = {"NORM": False, "HAS_WEIGHT": False, "PLUS_ONE": False, "ROUNDS_FIRST": False, "KEEP_INVERSE": False}
+NO_NORM: dict[str, Any] = {
+    "NORM": False,
+    "HAS_WEIGHT": False,
+    "PLUS_ONE": False,
+    "ROUNDS_FIRST": False,
+    "KEEP_INVERSE": False,
+}
 
 
 @triton.jit

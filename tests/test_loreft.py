@@ -38,7 +38,7 @@ from fused_steer.adapters import parameters
 from fused_steer.adapters.files import read_adapter, write_adapter
 from fused_steer.diagnostics import diagnose
 from fused_steer.importers.pyreft import export_pyreft, import_pyreft
-from fused_steer.model.passes import Packing
+from fused_steer.model.passes import Passes
 
 CONFIG = SteerConfig(form="loreft", rank=4)
 
@@ -248,8 +248,8 @@ def test_loreft_gradients_are_those_of_each_layer_by_itself(monkeypatch):
     """The same model with every layer's rotation made in the layer: no pass makes them for all."""
     model = steered().train()
     found = gradients(model, steering_parameters(model))
-    begin = Packing.begin
-    monkeypatch.setattr(Packing, "begin", lambda self, *rest: begin(self, *rest[:3]))
+    begin = Passes.begin
+    monkeypatch.setattr(Passes, "begin", lambda self, weights: begin(self, {}))
     apart = gradients(model, steering_parameters(model))
     assert_close(found, apart)
     monkeypatch.undo()

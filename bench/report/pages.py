@@ -27,6 +27,7 @@ from .tables import (
     against_floor,
     amount,
     as_table,
+    busy_tables,
     counters_tables,
     device_name,
     escaped,
@@ -66,6 +67,8 @@ implementations that are compared. A contender that did not run on a case shows 
 - **Models**: the contenders of a table run in turns in one process and share the model's weights. Rows *measured apart*
   were timed in another run, with an unsteered and a fused model of their own. Multiples never cross runs.
 - **Added units per layer**: the time beyond the unsteered model, per layer, in units at the copy's bandwidth.
+- **Time on the GPU**: the sum of a call's kernels and copies, read by PyTorch's profiler, without the gaps in which the
+  GPU waits for the host.
 - **Serving**: `fused` gives each row its own adapter, `fused-bf16` does so with adapters in bfloat16, `one-adapter`
   gives all rows the same one. `no-adapter` is a steered engine that gets requests without adapters. `gather-bmm`
   copies the adapter's weights for each token. *Allocates* is the bytes of all tensors that a call allocates, its result
@@ -120,10 +123,8 @@ COUNTED = f"""\
 
 These figures are **counted**, not timed: the memory traffic and the kernel launches at the end of one decoder layer. A
 unit is one tensor of N tokens × d that a kernel reads or writes. The hook's operations are counted as PyTorch
-dispatches them, the fused kernels as the launcher starts them (`bench/counted.py`). The fused forward reads each tile
-twice; the second read should come from L2 and is not counted. One more launch per forward pass packs the weights of all
-layers; it is not counted either. Up to 64 tokens the fused forward takes two launches and reads the hidden state
-twice."""
+dispatches them, the fused kernels as the launcher starts them (`bench/counted.py`). Where a tile is read twice, the
+second read should come from L2 and is not counted. At ranks 2 to 8 one launch of the forward packs the weights."""
 
 
 def benchmarks_text(runs: list[Run], counts: dict[str, dict[str, Count]]) -> str:
@@ -173,6 +174,7 @@ def _run_parts(run: Run) -> Iterator[str]:
         ("Host time", host_tables),
         ("The op and the norm behind it", norm_tables),
         ("Models", model_tables),
+        ("Models: time on the GPU", busy_tables),
         ("Memory", memory_tables),
         ("Joint-Orth's projection", projection_tables),
         ("An adapter for each token", grouped_tables),

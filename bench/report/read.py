@@ -21,6 +21,7 @@ LEVELS: dict[str, tuple[type, tuple[str, ...]]] = {
     "accuracy": (OpCase, ("error",)),
     "counters": (OpCase, ("forward", "backward")),
     "model": (ModelCase, ("train", "prefill", "decode", "decode-graph")),
+    "busy": (ModelCase, ("train", "prefill", "decode")),
     "memory": (ModelCase, ("kept", "peak", "peak-total")),
     "projection": (ProjectionCase, ("step",)),
     "norm": (OpCase, ("forward", "bytes")),

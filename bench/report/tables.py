@@ -319,6 +319,22 @@ def model_tables(run: Run) -> Iterator[str]:
             yield f"#### {device_name(run)}: {WORDS[what]}\n\n{as_table(head, lines, texts=2)}"
 
 
+def busy_tables(run: Run) -> Iterator[str]:
+    for what in LEVELS["busy"][1]:
+        cases = run.cases("busy", what)
+        lines = [
+            [
+                model_text(case, what), name, amount(row),
+                ratio_text(row, cases[case].get("unsteered")), ratio_text(row, cases[case].get("fused")),
+            ]
+            for case in sorted(cases, key=model_size)
+            for name, row in ((name, cases[case][name]) for name in by_order(cases[case]))
+        ]  # fmt: skip
+        if lines:
+            head = ["case", "contender", "time on the GPU", "× unsteered", "× fused"]
+            yield f"#### {device_name(run)}: {WORDS[what]}, time on the GPU\n\n{as_table(head, lines, texts=2)}"
+
+
 def _added_units(results: Results, case: ModelCase, row: Row, unsteered: Row | None) -> str:
     """Format the time that steering adds to a layer, in units: passes of the hidden state at copy bandwidth."""
     before = unsteered.median if unsteered else None

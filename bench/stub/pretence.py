@@ -61,7 +61,7 @@ class Profile(_Anything):
     def events(self) -> list[Any]:
         import torch
 
-        return [SimpleNamespace(device_type=torch.autograd.DeviceType.CUDA, name="kernel")]
+        return [SimpleNamespace(device_type=torch.autograd.DeviceType.CUDA, name="kernel", device_time=1.0)]
 
 
 def _on_cpu(device: Any) -> Any:

@@ -93,9 +93,6 @@ def kernels(
         list[str] | None,
         typer.Option(help="Predict for A100, A100-40GB, H100 or H200. Default: all GPUs with one of the targets."),
     ] = None,
-    packed: Annotated[
-        bool, typer.Option(help="Weights packed once a pass, as in a patched model; else in fp32, as in a single call.")
-    ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Compile the kernels ahead of time, without a GPU. Show what they use, and predict what limits a pass."""
@@ -103,7 +100,7 @@ def kernels(
         from ..tools.kernel_table import Request, describe_kernels, print_kernels
 
         gpus = tuple(gpu) if gpu else None
-        request = Request(hidden, rank, dtype, tuple(tokens or (4096, 8)), tuple(target or ()), gpus, packed)
+        request = Request(hidden, rank, dtype, tuple(tokens or (4096, 8)), tuple(target or ()), gpus)
         description = describe_kernels(request)
         if as_json:
             typer.echo(json.dumps(description, indent=2))

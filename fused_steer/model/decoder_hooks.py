@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .decoder import Decoder
 from .layer import PatchedLayer
-from .passes import Packing
+from .passes import Passes
 from .scopes import Scopes
 from .watch import LayerList, thread
 
@@ -21,8 +21,8 @@ class DecoderHooks:
     """Hooks of the module that runs the decoder layers.
 
     Before a pass they check that it may run in this thread and that no steered layer was replaced. They watch forwards
-    that other libraries set on layers, enforce constraints on trained adapters, and pack weights. After the pass they
-    drop the packed weights.
+    that other libraries set on layers, enforce constraints on trained adapters, and make LoReFT's rotations for all
+    layers. After the pass they drop the rotations.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class DecoderHooks:
         self._module, self._patched, self._before_training = decoder.module, patched, before_training
         self._scopes, self._graph = scopes, graph
         self._layer_list = LayerList(decoder.module, decoder.path.rpartition(".")[2])
-        self._packing = Packing()
+        self._passes = Passes()
         self._handles: list[RemovableHandle] = []
 
     def attach(self) -> None:
@@ -70,15 +70,14 @@ class DecoderHooks:
             patched.watch()
         if torch.is_grad_enabled():
             self._before_training(module.training)
-        self._pack(module, args, kwargs)  # the last call that may raise, so that `end` always follows
+        self._rotate()  # the last call that may raise, so that `end` always follows
 
-    def _pack(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+    def _rotate(self) -> None:
         rotations = {}
-        transformed = torch._C._functorch.peek_interpreter_stack() is not None  # by torch.func
-        sites = [site for patched in self._patched.values() for site in patched.sites.values()]
-        if not transformed:
+        if torch._C._functorch.peek_interpreter_stack() is None:  # not inside a transform of torch.func
+            sites = (site for patched in self._patched.values() for site in patched.sites.values())
             rotations = {site: pair for site in sites if (pair := site.rotation()) is not None}
-        self._packing.begin(None, {}, rotations)
+        self._passes.begin(rotations)
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
         if torch.compiler.is_compiling():
@@ -86,7 +85,7 @@ class DecoderHooks:
                 self._graph.end()
         else:
             self._scopes.end_pass()
-            self._packing.end()
+            self._passes.end()
             thread.handed = None  # of a pass that ended early
 
 

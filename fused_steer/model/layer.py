@@ -51,7 +51,7 @@ def _in_add(name: str) -> Callable[..., Tensor]:
         if any_forward_hook or any_forward_pre_hook or any_backward_hook or any_backward_pre_hook:
             return site(residual, branch, entering=entering)
         planned = noted.get("_planned")  # PEFT's site plans none
-        if planned is not None and thread.quiet:
+        if planned is not None and not thread.calls:
             # What `steer` comes to where a plan is for this call (never for tensors without values, as torch.export
             # has), without its function calls.
             op, parameters = planned

@@ -11,7 +11,7 @@ from torch.compiler import is_compiling
 
 from ..adapters.parameters import SITE, Adapter, Factors, Place, Rotation
 from ..kernels import post_block, select_backend
-from ..kernels.contract import Operands, Packed
+from ..kernels.contract import Operands
 from ..kernels.orthogonal import project_gradient
 from ..kernels.plan import no_plan
 from ..kernels.planned import PlannedPostBlock
@@ -143,20 +143,20 @@ class _PlannedWithNorm(_PlannedWithOthers):
         super().__init__(*arguments)
         self._link, self._with_norm = link, PlannedPostBlockNorm(*arguments)
 
-    def infer(self, residual: Tensor, branch: Tensor | None, *weights: Tensor, packed: Packed | None = None) -> Tensor:
+    def infer(self, residual: Tensor, branch: Tensor | None, *weights: Tensor) -> Tensor:
         norm = self._link.norm_of_site(residual, branch)
         if norm is None:
-            return super().infer(residual, branch, *weights, packed=packed)
-        out, normed = self._with_norm.infer(residual, branch, weights, norm, packed)
+            return super().infer(residual, branch, *weights)
+        out, normed = self._with_norm.infer(residual, branch, weights, norm)
         self.backend = self._with_norm.backend
         self._link.hand_over(out, normed, norm.weight)
         return out
 
-    def train(self, residual: Tensor, branch: Tensor | None, *weights: Tensor, packed: Packed | None = None) -> Tensor:
+    def train(self, residual: Tensor, branch: Tensor | None, *weights: Tensor) -> Tensor:
         norm = self._link.norm_of_site(residual, branch)
         if norm is None:
-            return super().train(residual, branch, *weights, packed=packed)
-        out, normed = self._with_norm.train(residual, branch, weights, norm, packed)
+            return super().train(residual, branch, *weights)
+        out, normed = self._with_norm.train(residual, branch, weights, norm)
         self.backend = self._with_norm.backend
         self._link.hand_over(out, normed, norm.weight)
         return out
@@ -215,17 +215,6 @@ class SteeringSite(Site):
         super().detach(name)
         self.__dict__["_planned"] = None
 
-    def low_rank(self) -> tuple[Tensor, Tensor] | None:
-        """Return W1 and W2 of the adapter that steers every token, or None.
-
-        None: there is no adapter, or it is a vector, or its W1 and W2 are made in each call.
-        """
-        if self.active is None or not self.enabled or self.rows is not None:
-            return None
-        factor = self.steer_up[self.active]
-        down, up = self.steer_down[self.active].weight, factor.weight
-        return None if down is None or up is None or isinstance(factor, Rotation) else (down, up)
-
     def rotation(self) -> tuple[Tensor, Tensor] | None:
         """Return W and P of the adapter that steers, if it is LoReFT, else None."""
         active = self.active
@@ -253,9 +242,9 @@ class SteeringSite(Site):
         expects the tensors that the first run saved, so the site keeps them. Reentrant checkpointing first runs the
         layer without gradients; then nothing is kept, and the layer makes its own.
         """
-        pack = thread.packs[-1] if thread.packs else None
-        if pack is not None:
-            found = pack.rotation_of(self, source, matrix)
+        rotations = thread.rotations[-1] if thread.rotations else None
+        if rotations is not None:
+            found = rotations.of(self, source, matrix)
             self.__dict__["_rotated"] = (source, matrix, found) if found is not None and is_grad_enabled() else None
             return found
         kept = self._rotated
@@ -315,17 +304,15 @@ class SteeringSite(Site):
             planned = self._plan(residual)
         noted["calls"] += 1
         graded = is_grad_enabled()
-        if graded or not thread.quiet:
+        if graded or thread.calls:
             branch = self.called(residual, branch, entering)
         if planned is not None:
             op, parameters = planned
             if isinstance(op, PlannedPostBlock):
                 weights = parameters()
-                pack = thread.packs[-1] if thread.packs else None
-                packed = None if pack is None else pack.of(self, residual, *weights[:2])
                 if self.gains is not None:
                     weights = (*weights, self.gains.of(residual, entering))
-                out = (op.train if graded else op.infer)(residual, branch, *weights, packed=packed)
+                out = (op.train if graded else op.infer)(residual, branch, *weights)
             else:
                 out = self.rows(residual, branch)
             noted["backend"] = op.backend

@@ -61,23 +61,15 @@ class Report(list[LayerReport]):
 
 
 class _Thread(threading.local):
-    """The watched calls and packed weights of this thread, innermost last.
-
-    Attributes:
-        quiet: whether there is neither, so that a site need not look.
-    """
+    """The watched calls and the passes of this thread, innermost last."""
 
     def __init__(self) -> None:
         self.calls: list[_Call] = []
-        self.packs: list[Any] = []  # `passes.Pack`, or None for a pass without one
-        #: The number of packs when a model's pass began, by the model's `passes.Packing`.
+        self.rotations: list[Any] = []  # of each pass its `passes.Rotations`, or None without LoReFT
+        #: The length of `rotations` when a model's pass began, by the model's `passes.Passes`.
         self.begun: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
-        self.quiet = True
         #: The latest result that a site computed for the norm behind it: see `norms.Link`.
         self.handed: Any = None
-
-    def settle(self) -> None:
-        self.quiet = not self.calls and (not self.packs or self.packs[-1] is None)
 
 
 class _Call:
@@ -111,12 +103,10 @@ def call_watched(
     """
     call = _Call(sites)
     thread.calls.append(call)
-    thread.quiet = False
     try:
         output = run(*args, **kwargs)
     finally:
         thread.calls.remove(call)
-        thread.settle()
     if call.idle and not _is_compiled(layer, run):
         idle = sorted(site.name for site in sites if site in call.idle)
         at = "" if idle == [SITE] else f" at {', '.join(idle)}"

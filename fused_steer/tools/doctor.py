@@ -269,7 +269,7 @@ def _launches(targets: list[str], compiled: bool) -> tuple[Table, list[Finding]]
         for launch in record(Case(_STEP_TOKENS, _STEP_HIDDEN, _STEP_RANK, torch.bfloat16), target):
             plan = launch.schedule
             used, finding = _compile(launch, target) if compiled else ([], None)
-            sides = (plan.constants["BLOCK_N"], plan.constants["BLOCK_D"])
+            sides = [plan.constants[side] for side in ("BLOCK_N", "BLOCK_D") if side in plan.constants]
             grid, tile = ("x".join(map(str, extents)) for extents in (launch.grid, sides))
             table.add_row(target, launch.kernel.__name__, grid, tile, str(plan.num_warps), *used)
             findings += [finding] if finding else []

@@ -33,7 +33,6 @@ class Request:
         tokens: each number of tokens N.
         targets: compilation targets. Empty means `TARGETS`.
         gpus: GPUs of `GPUS` to predict for. None means every GPU with one of the targets.
-        packed: whether the weights are packed once a pass, as in a patched model, or are the parameters.
     """
 
     hidden: int
@@ -42,7 +41,6 @@ class Request:
     tokens: tuple[int, ...]
     targets: tuple[str, ...] = ()
     gpus: tuple[str, ...] | None = None
-    packed: bool = True
 
     def validate(self) -> None:
         """Check that every name is known and every number in range.
@@ -95,9 +93,10 @@ def describe_kernels(request: Request) -> dict[str, Any]:
     gpus = tuple(gpu for gpu in GPUS if GPUS[gpu][0] in targets) if request.gpus is None else request.gpus
     kernels, predictions, floors = [], [], []
     for tokens in request.tokens:
-        many = tokens > FEW_TOKENS  # fewer are a decoding step: no packed weights, no backward
-        dtype, packed = getattr(torch, request.dtype), request.packed and many
-        case = Case(tokens, request.hidden, request.rank, dtype, packed=packed, keeps_a=many)
+        # Fewer tokens are a decoding step, which keeps nothing for a backward.
+        case = Case(
+            tokens, request.hidden, request.rank, getattr(torch, request.dtype), keeps_a=tokens > FEW_TOKENS
+        )  # fmt: skip
         for target in targets:
             for name, launches in record_passes(case, target).items():
                 kernels += [{"tokens": tokens, "pass": name, **row} for row in _kernel_rows(launches, target)]
@@ -107,7 +106,7 @@ def describe_kernels(request: Request) -> dict[str, Any]:
                 if gpu in gpus:
                     predictions.append({**what, **_prediction(launches, gpu)})
                 floors.append({**what, **_floor(launches, gpu)})
-    asked = {name: getattr(request, name) for name in ("hidden", "rank", "dtype", "packed")}
+    asked = {name: getattr(request, name) for name in ("hidden", "rank", "dtype")}
     cannot = {target: CANNOT[target] for target in targets if target in CANNOT}
     return {**asked, "kernels": kernels, "cannot": cannot, "predictions": predictions, "floors": floors}
 
@@ -122,7 +121,7 @@ def _kernel_rows(launches: list[Launch], target: str) -> list[dict[str, Any]]:
         layout = {
             "target": target,
             "grid": list(launch.grid),
-            "block_n": plan.constants["BLOCK_N"],
+            "block_n": plan.constants.get("BLOCK_N", 0),  # the kernel that packs weights has no rows
             "block_d": plan.constants["BLOCK_D"],
             "block_r": plan.constants.get("BLOCK_R", 0),  # at rank 0 the kernel has no such block
             "num_stages": plan.num_stages,
@@ -240,13 +239,10 @@ def _prediction_table(predictions: list[dict[str, Any]]) -> Table:
 
 def print_kernels(description: dict[str, Any], console: Console) -> None:
     """Print the result of `describe_kernels`: two tables for each number of tokens, the predictions and the floors."""
-    from ..kernels.schedule import FEW_TOKENS
-
     what = "post_block: d = {hidden}, r = {rank}, {dtype}".format(**description)
     for tokens in dict.fromkeys(row["tokens"] for row in description["kernels"]):
         rows = [row for row in description["kernels"] if row["tokens"] == tokens]
-        weights = "packed weights" if description["packed"] and tokens > FEW_TOKENS else "weights in fp32"
-        console.print(f"{what}, {weights}, N = {tokens} tokens")
+        console.print(f"{what}, N = {tokens} tokens")
         console.print(_kernel_table(rows))
         console.print(_work_table(rows))
     console.print(

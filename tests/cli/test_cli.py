@@ -116,6 +116,7 @@ def test_cli_doctor_lists_the_kernels_of_every_target(installed):
     rows = re.findall(r"(sm_\d+|gfx\w+)\W+(\w+_kernel)", invoke("doctor").stdout)
     assert {target for target, _ in rows} == {"sm_80", "sm_90", "sm_100", "gfx942"}
     assert {kernel for _, kernel in rows} == {
+        "pack_adapter_kernel",
         "post_block_fwd_kernel",
         "post_block_bwd_rows_kernel",
         "post_block_bwd_columns_kernel",
@@ -240,7 +241,7 @@ def test_cli_doctor_compiles_for_a_target():
     assert result.stdout.splitlines()[-1] == "[]"
     # target, kernel, grid, tile, warps, registers, spills, local, shared
     rows = [line.split()[5:] for line in result.stdout.splitlines() if "_kernel" in line]
-    assert len(rows) == 4, "one kernel forward, three backward"
+    assert len(rows) == 5, "one kernel packs, one is the forward, three the backward"
     assert all(int(registers) > 0 and (spills, local) == ("0", "0") for registers, spills, local, _ in rows)
 
 

@@ -7,6 +7,7 @@ launch hooks exist only in real launches; plan_worker.py tests them over the stu
 from __future__ import annotations
 
 import copy
+import importlib
 import io
 import itertools
 import json
@@ -34,9 +35,8 @@ from fused_steer.kernels.planned import PlannedPostBlock
 from fused_steer.kernels.planned_norm import PlannedPostBlockNorm
 from fused_steer.kernels.post_block import start_inference
 from fused_steer.kernels.post_block_norm import post_block_norm
-from fused_steer.kernels.schedule import TARGETS, describe_device
+from fused_steer.kernels.schedule import RESIDENT_RANK, TARGETS
 from hardware import HAS_GPU
-from ops import pack_reference
 from packaging.version import Version
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -703,20 +703,20 @@ def test_plan_that_reads_the_branch_in_a_checkpoint(device, made, reentrant):
             assert torch.equal(tensor.grad, value)
 
 
-def test_plan_that_reads_the_branch_with_packed_weights(device, made):
-    steer, operands = Reading(device), leaves(states(5, device))
-    down, up = steer.weights[:2]
-    packed = pack_reference(down.detach(), up.detach(), F32, describe_device(device).gpu)
-    wanted, grad = [*operands, down, up], normal(2, 5, D, device=device)
-    expected = torch.autograd.grad(steer.ordinary(*operands), wanted, grad)
-
-    def differentiated() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(steer.op.train(*operands, down, up, packed=packed), wanted, grad)
-
-    first, second = made.new(differentiated), made.none(differentiated)
-    for one, other, right in zip(first, second, expected, strict=True):
-        assert_same(one, other)
-        torch.testing.assert_close(one, right)
+def test_plan_repeats_the_launch_that_packs_the_weights(device, made, monkeypatch):
+    site, operands = make_site(device, rank=RESIDENT_RANK + 4), states(5, device)
+    op = importlib.import_module("fused_steer.kernels.post_block")
+    packed, pack = [], op.pack_adapter
+    with monkeypatch.context() as patch, torch.no_grad():
+        patch.setattr(op, "MANY_TOKENS", 1)
+        patch.setattr(op, "pack_adapter", lambda *weights: packed.append(pack(*weights)) or packed[-1])
+        made.new(lambda: site(*operands))
+        for part in parts(site)[:2]:
+            part.mul_(-2)
+        out = made.none(lambda: site(*operands))
+        assert len(packed) == 1
+    with torch.no_grad():
+        assert_same(out, ordinary(site, *operands))  # reads the parameters
 
 
 def test_plan_no_gradient_at_all_is_none(device, made):
@@ -865,10 +865,10 @@ class Normed:
     def parts(self) -> list[Tensor]:
         return [t for t in (*self.weights, self.norm.weight) if t is not None]
 
-    def __call__(self, residual: Tensor, branch: Tensor | None = None, packed: Any = None) -> tuple[Tensor, Tensor]:
+    def __call__(self, residual: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:
         run = self.op.train if torch.is_grad_enabled() else self.op.infer
         given = tuple(t for t in (*self.weights, self.gain) if t is not None)
-        return run(residual, branch, given, self.norm, packed)
+        return run(residual, branch, given, self.norm)
 
     def ordinary(self, residual: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:
         down, up, down_bias, up_bias = self.weights
@@ -1038,18 +1038,6 @@ def test_plan_with_a_norm_what_kernels_refuse_is_refused_beside_a_plan(device, m
         torch.func.grad(call)(residual)
 
 
-def test_plan_with_a_norm_packed_weights(device, made, unplanned):
-    steer, operands = Normed(device, weight=False), leaves(states(5, device))
-    down, up = steer.weights[:2]
-    packed = pack_reference(down.detach(), up.detach(), F32, describe_device(device).gpu)
-    wanted, grads = [*operands, down, up], both_grads(device)
-    expected = torch.autograd.grad(steer.ordinary(*operands), wanted, grads)
-    for call in (made.new, made.none, made.none):
-        found = call(lambda: torch.autograd.grad(steer(*operands, packed=packed), wanted, grads))
-        for one, other in zip(found, expected, strict=True):
-            assert (one - other).norm() <= 1e-6 * other.norm()
-
-
 def test_plan_with_a_norm_a_graph_that_is_kept_is_walked_twice(device, made):
     steer, operands = Normed(device), leaves(states(5, device))
     for _ in range(2):
@@ -1180,7 +1168,6 @@ def run_op(inputs: list[Any]) -> Tensor:
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forget the plans of earlier ops."""
-    import importlib
 
     of_op = importlib.import_module("fused_steer.kernels.post_block")
     for name in ("_forward_plans", "_backward_plans", "_inference_plans", "_last_inference"):
@@ -1668,7 +1655,7 @@ def test_plan_with_a_norm_planned_launches_are_those_of_the_first_call(worked):
         assert found["same"] and found["ordinary"] and found["norms"] == ["fused"] * 3
     backward = ["rms_norm_bwd_kernel"] + [f"post_block_bwd_{name}_kernel" for name in ("rows", "columns", "finish")]
     assert training["kernels"] == inference["kernels"] + backward * 3
-    assert inference["kernels"] == ["post_block_fwd_down_kernel", "post_block_fwd_up_kernel", "rms_norm_fwd_kernel"] * 3
+    assert inference["kernels"] == ["pack_adapter_kernel", "post_block_fwd_resident_kernel"] * 3
 
 
 def test_plan_planned_launches_are_those_of_the_first_call(worked):

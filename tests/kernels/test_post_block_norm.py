@@ -16,7 +16,7 @@ from fused_steer.kernels.post_block import resident_layout
 from fused_steer.kernels.post_block_norm import post_block_norm
 from fused_steer.kernels.predict import memory_bytes
 from fused_steer.kernels.schedule import TARGETS, describe_device, forward_splits
-from ops import Inputs, definition, make_draws, make_inputs, pack_reference, relative_error
+from ops import Inputs, definition, make_draws, make_inputs, relative_error
 from torch import Tensor
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
@@ -316,13 +316,16 @@ def test_post_block_norm_each_gradient_alone(device, name, reads):
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
 @pytest.mark.parametrize("reads", READS)
 @pytest.mark.parametrize("tokens", [9, 70])
-def test_post_block_norm_packed_weights_give_the_same_bits_of_out(device, tokens, reads, dtype):
+def test_post_block_norm_packed_weights_give_the_same_bits_of_out(device, tokens, reads, dtype, monkeypatch):
     if os.environ["FUSED_STEER_BACKEND"] == "torch":
         pytest.skip("only the kernels use packed weights")
-    inputs = make_inputs(tokens, 256, rank=5, dtype=dtype, device=device, basis=0, gain=False, reads=reads).leaves()
-    packed = pack_reference(inputs.down.detach(), inputs.up.detach(), dtype, describe_device(device).gpu)
-    found = []
-    for given in (None, packed):
+    inputs = make_inputs(tokens, 256, rank=12, dtype=dtype, device=device, basis=0, gain=False, reads=reads).leaves()
+    steer, norm = (import_module(f"fused_steer.kernels.{name}") for name in ("post_block", "post_block_norm"))
+    found, packed, pack = [], [], steer.pack_adapter
+    monkeypatch.setattr(steer, "pack_adapter", lambda *weights: packed.append(pack(*weights)) or packed[-1])
+    for many in (steer.MANY_TOKENS, 1):
+        monkeypatch.setattr(norm, "_forward_plans", {})
+        monkeypatch.setattr(steer, "MANY_TOKENS", many)
         out, normed = post_block_norm(
             inputs.residual,
             inputs.branch,
@@ -330,11 +333,11 @@ def test_post_block_norm_packed_weights_give_the_same_bits_of_out(device, tokens
             inputs.up,
             norm_weight=None,
             eps=1e-6,
-            packed=given,
             reads=reads,
         )
         weights = (inputs.residual, inputs.down, inputs.up)
         found.append((out, normed, *torch.autograd.grad((out, normed), weights, (normed.detach(), out.detach()))))
+        assert len(packed) == (many == 1)
     (out, *rest), (other_out, *others) = found
     assert torch.equal(out, other_out)
     # Columns are in other blocks, so that the squares are summed in another order.
