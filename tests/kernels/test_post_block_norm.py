@@ -117,7 +117,6 @@ SHAPES = [
     (70, 99, 12),
     (66, 64, 64),
     (66, 192, 33),
-    (1025, 24, 2),
 ]
 
 
@@ -136,7 +135,6 @@ def test_post_block_norm_the_shapes_reach_every_form_of_the_forward():
     for dtype in (F32, BF16):
         found = [resident_layout(*shape, dtype, cpu, norm=True) for shape in SHAPES]
         assert [layout is not None for layout in found] == [0 < rank <= 8 for _, _, rank in SHAPES]
-        assert {layout.block_n for layout in found if layout} == {1, 2}
         ragged = [
             d % layout.block_d for layout, (_, d, _) in zip(found, SHAPES, strict=True) if layout and layout.ahead
         ]
