@@ -23,7 +23,7 @@ from .schedule import Blocks, ceil_div, padded_rank
 
 #: From this many tokens a kernel that converts the parameters for each tile takes longer than a launch to pack them.
 MANY_TOKENS = 4096
-_BLOCK_D = 128
+_BLOCK = 4096  # elements of a block, which a program holds in registers
 
 
 @triton.jit
@@ -53,9 +53,10 @@ def pack_adapter(down: Tensor, up: Tensor, dtype: torch.dtype) -> Packed:
     device, block_r = device_of(down), padded_rank(rank)
     kept = operand_dtype(dtype, device.gpu, rank)
     packed = Packed(*(empty(block_r, hidden, dtype=kept, device=down.device) for _ in range(2)))
+    block_d = max(16, min(128, _BLOCK // block_r))
     launch(
-        pack_adapter_kernel, (ceil_div(hidden, _BLOCK_D),), down, up, *packed, hidden,
+        pack_adapter_kernel, (ceil_div(hidden, block_d),), down, up, *packed, hidden,
         RANK=rank, DOT=dot_precision(dtype, device.gpu, rank), device=down.device,
-        schedule=Blocks({"BLOCK_D": _BLOCK_D, "BLOCK_R": block_r}, 4, 1),
+        schedule=Blocks({"BLOCK_D": block_d, "BLOCK_R": block_r}, 4, 1),
     )  # fmt: skip
     return packed

@@ -486,6 +486,7 @@ def forward_schedule(
 
 RESIDENT_RANK = 8  # the highest rank of the forward that holds rows in registers
 _RESIDENT_WIDTH = 8192
+_RESIDENT_COLUMNS = 56  # of a thread, in two rows: more do not fit in its registers
 
 
 @functools.lru_cache(maxsize=4096)
@@ -508,8 +509,9 @@ def resident_schedule(
     vector, few = 16 // itemsize, tokens <= 1024
     most = 16 if few else 24 if rank <= 4 or norm else 40  # columns of a thread
     warps = 1
-    while warps < 8 and ceil_div(hidden, 32 * vector * warps) * vector > most:
-        if not few and ceil_div(hidden, 64 * vector * warps) * 64 * vector * warps > 1.15 * hidden:
+    while warps < 8 and (columns := ceil_div(hidden, 32 * vector * warps) * vector) > most:
+        wider = 64 * vector * warps
+        if not few and columns <= _RESIDENT_COLUMNS and ceil_div(hidden, wider) * wider > 1.15 * hidden:
             break  # many columns of the last block would be beyond d
         warps *= 2
     block_d = 32 * vector * warps
