@@ -434,7 +434,7 @@ def test_post_block_norm_one_pass_cannot_hold_the_sums_of_the_weights_gradients(
 
 def test_post_block_norm_units_and_launches_of_few_tokens_and_high_ranks():
     """They take post_block's two launches and the norm's."""
-    for case in (Case(8, 4096, 8), Case(8192, 4096, 128)):
+    for case in (Case(8, 4096, 16), Case(8192, 4096, 128, packed=True)):
         forward = record_norm_passes(case, "sm_90")["forward"]
         assert [launch.kernel.__name__ for launch in forward] == [
             "post_block_fwd_down_kernel", "post_block_fwd_up_kernel", "rms_norm_fwd_kernel",
