@@ -52,6 +52,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="needs vLLM, in a separate environment: see docs/serving.md"))
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Seed PyTorch before a test and its fixtures: its numbers do not depend on the tests before it in the process."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(
     params=[
         pytest.param("torch", id="torch"),

@@ -264,12 +264,14 @@ def test_post_block_norm_two_runs_give_the_same_bits(device, tokens, rank):
 
 @pytest.mark.parametrize(("tokens", "rank"), [(9, 4), (70, 9)])
 def test_post_block_norm_strided_and_expanded_inputs(device, tokens, rank):
-    inputs = make_inputs(2, tokens, 32, rank=rank, device=device)
-    spread = torch.randn(tokens, 2, 64, device=device)[..., ::2].transpose(0, 1)
-    strided = replace(inputs, residual=spread, branch=torch.randn(tokens, 32, device=device).expand(2, tokens, 32))
-    nested = replace(inputs, residual=torch.randn(tokens, 2, 32, device=device).transpose(0, 1))
-    for case in (strided, nested):
-        assert_as_good_as_unfused([case])
+    strided, nested = [], []
+    for inputs in make_draws(4, 2, tokens, 32, rank=rank, device=device, scale=False):
+        spread = torch.randn(tokens, 2, 64, device=device)[..., ::2].transpose(0, 1)
+        branch = torch.randn(tokens, 32, device=device).expand(2, tokens, 32)
+        strided.append(replace(inputs, residual=spread, branch=branch))
+        nested.append(replace(inputs, residual=torch.randn(tokens, 2, 32, device=device).transpose(0, 1)))
+    for cases in (strided, nested):
+        assert_as_good_as_unfused(cases)
 
 
 @pytest.mark.parametrize(("tokens", "rank"), [(9, 4), (70, 9)])
