@@ -1,9 +1,11 @@
 """`python -m bench.vllm_host`: host time of a vLLM step on a CPU, idle against vanilla and many strengths against one.
 
-Engines run in turn, each in a process: vLLM without the plug-in, and steering without `--enable-lora`. A step
+Engines run in turn, each in a process: vLLM without the plug-in, twice, and steering without `--enable-lora`. A step
 decodes a token of each request of a tiny model, so that nearly all of its time is the host's. The figures are the CPU
 time of the process, which other processes on the machine disturb less than the clock, and the number of calls of
-Python and C functions, which they do not disturb.
+Python and C functions, which they do not disturb. Two processes of the same engine differ by some percent as long as
+they live. So the engines are started anew several times, and the ratio of the two without the plug-in shows what is
+left of that.
 """
 
 from __future__ import annotations
@@ -21,15 +23,18 @@ from typing import Annotated, Any
 import torch
 import typer
 
-#: Contender -> (whether the engine has the plug-in, the steering options of the request in a row).
-CONTENDERS: dict[str, tuple[bool, Any]] = {
-    "vanilla": (False, lambda row, rows: None),
-    "idle": (True, lambda row, rows: None),
-    "one strength": (True, lambda row, rows: {"adapter": "one", "scale": 0.5}),
-    "a strength a request": (True, lambda row, rows: {"adapter": "one", "scale": (row + 1) / rows}),
+#: Engine -> whether it has the plug-in.
+ENGINES = {"vanilla": False, "vanilla again": False, "steering": True}
+#: Contender -> (its engine, the steering options of the request in a row).
+CONTENDERS: dict[str, tuple[str, Any]] = {
+    "vanilla": ("vanilla", lambda row, rows: None),
+    "vanilla again": ("vanilla again", lambda row, rows: None),
+    "idle": ("steering", lambda row, rows: None),
+    "one strength": ("steering", lambda row, rows: {"adapter": "one", "scale": 0.5}),
+    "a strength a request": ("steering", lambda row, rows: {"adapter": "one", "scale": (row + 1) / rows}),
 }
 #: The contenders that are compared.
-RATIOS = (("idle", "vanilla"), ("a strength a request", "one strength"))
+RATIOS = (("vanilla again", "vanilla"), ("idle", "vanilla"), ("a strength a request", "one strength"))
 
 
 def _serve(folder: Path, with_steering: bool, compiled: bool) -> None:
@@ -139,7 +144,8 @@ app = typer.Typer(add_completion=False)
 
 @app.command()
 def main(
-    rounds: Annotated[int, typer.Option(help="Rounds in which every contender takes its turn.")] = 15,
+    starts: Annotated[int, typer.Option(help="Times that the engines are started anew.")] = 5,
+    rounds: Annotated[int, typer.Option(help="Rounds of a start; in each, every contender takes its turn.")] = 16,
     rows: Annotated[int, typer.Option(help="Requests of a batch.")] = 256,
     tokens: Annotated[int, typer.Option(help="Decoded tokens of each request in a round.")] = 16,
     compiled: Annotated[bool, typer.Option(help="Let vLLM compile the model.")] = False,
@@ -150,33 +156,49 @@ def main(
     if serve is not None:
         _serve(serve, steering, compiled)
         return
+    times: dict[str, list[list[float]]] = {name: [] for name in CONTENDERS}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         save_model(folder)
-        engines = {plugged: _Engine(folder, plugged, compiled) for plugged in (False, True)}
-        try:
-            times: dict[str, list[float]] = {name: [] for name in CONTENDERS}
-            for number in range(rounds + 1):
-                for name, (plugged, _) in CONTENDERS.items():
-                    seconds = engines[plugged].ask(name, rows, tokens)
-                    if number:  # the first round warms up
-                        times[name].append(seconds)
-            calls = {name: engines[plugged].ask(name, rows, tokens, True) for name, (plugged, _) in CONTENDERS.items()}
-        finally:
-            for engine in engines.values():
-                engine.close()
-    for name, samples in times.items():
+        for _ in range(starts):
+            found, calls = _measure(folder, rounds, rows, tokens, compiled)
+            for name, samples in found.items():
+                times[name].append(samples)
+    for name, of_starts in times.items():
+        samples = [seconds for samples in of_starts for seconds in samples]
         print(
             f"{name:22} {min(samples) * 1e3:.3f} ms least, {statistics.median(samples) * 1e3:.3f} ms median, a step;"
             f" {calls[name]:.0f} calls"
         )
     for first, second in RATIOS:
-        of_rounds = statistics.median(a / b for a, b in zip(times[first], times[second], strict=True))
-        least = min(times[first]) / min(times[second])
+        pairs = zip(times[first], times[second], strict=True)
+        ratios = [statistics.median(a / b for a, b in zip(*samples, strict=True)) for samples in pairs]
         print(
-            f"{first} / {second}: {of_rounds:.3f} (median of rounds), {least:.3f} (least of each), "
-            f"{calls[first] / calls[second]:.4f} (calls)"
+            f"{first} / {second}: {statistics.median(ratios):.3f} (median of {starts} starts, of medians of "
+            f"{rounds} rounds; {min(ratios):.3f} to {max(ratios):.3f}), {calls[first] / calls[second]:.4f} (calls)"
         )
+
+
+def _measure(
+    folder: Path, rounds: int, rows: int, tokens: int, compiled: bool
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Start the engines; return the CPU seconds of a step in each round, and the calls of a step, by contender."""
+    engines: dict[str, _Engine] = {}
+    try:
+        for name, plugged in ENGINES.items():
+            engines[name] = _Engine(folder, plugged, compiled)
+        times: dict[str, list[float]] = {name: [] for name in CONTENDERS}
+        for number in range(rounds + 1):
+            in_turn = list(CONTENDERS.items())
+            for name, (engine, _) in in_turn[:: 1 if number % 2 else -1]:  # who goes first may be slower
+                seconds = engines[engine].ask(name, rows, tokens)
+                if number:  # the first round warms up
+                    times[name].append(seconds)
+        calls = {name: engines[engine].ask(name, rows, tokens, True) for name, (engine, _) in CONTENDERS.items()}
+    finally:
+        for started in engines.values():
+            started.close()
+    return times, calls
 
 
 if __name__ == "__main__":
