@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from ..adapters.parameters import Rotation
 from .decoder import Decoder
 from .layer import PatchedLayer
 from .passes import Passes
@@ -74,7 +75,8 @@ class DecoderHooks:
 
     def _rotate(self) -> None:
         rotations = {}
-        if torch._C._functorch.peek_interpreter_stack() is None:  # not inside a transform of torch.func
+        # None outside of the transforms of torch.func.
+        if Rotation.exist and torch._C._functorch.peek_interpreter_stack() is None:
             sites = (site for patched in self._patched.values() for site in patched.sites.values())
             rotations = {site: pair for site in sites if (pair := site.rotation()) is not None}
         self._passes.begin(rotations)
