@@ -54,7 +54,8 @@ The map, in reading order. A file imports only files that stand above it.
     importers/           adapters of other libraries, in and out
         reading.py       opens and checks a foreign file
         steerling.py     the paper's released code
-        pyreft.py        pyreft, both ways
+        pyreft.py        imports pyreft's interventions
+        pyreft_export.py exports to pyreft
         gguf.py          reads and writes GGUF files
         vectors.py       control vectors, both ways: GGUF and plain tensors
     peft/                steering as a PEFT method
