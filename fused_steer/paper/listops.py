@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 
-from fused_steer.tools.listops import OPERATORS, Expression, Operation, evaluate
+from ..tools.listops import OPERATORS, Expression, Operation, evaluate
 
 DEPTH, ARGUMENTS, NESTED = 10, 10, 0.25
 #: Long Range Arena's range of lengths.
