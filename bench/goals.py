@@ -232,6 +232,8 @@ def _peak_checkpointed(results: Results) -> float | None:
 HOST_GOALS = (
     Goal("host", "host time of a block's call without gradient, over the hooked block's", HOST_CALL, True,
          _host("call", "hook")),
+    Goal("host, pass", "host time of a layer's call among a model's other work, over the hooked layer's", 0.75, True,
+         _host("pass", "hook")),
     Goal("host, training", "host time of forward and backward in a model, over the hooked model's", 0.75, True,
          _host("train", "hook")),
     Goal("host, rows", "host time with one adapter per row, over a hook with gather and bmm", 0.4, True,

@@ -206,7 +206,7 @@ def smoke_steps() -> list[Step]:
     return [
         _accuracy_step(op),
         *(_op_step(case, what, compiled=False) for case in (op, of_branch) for what in levels.OP_PASSES),
-        *(_host_step(what, HostCase(layers=1)) for what in ("call", "train", "grouped")),
+        *(_host_step(what, HostCase(layers=1)) for what in ("call", "pass", "train", "grouped")),
         _projection_step(ProjectionCase(2, 64, 4, 4)),
         _grouped_step(GroupedCase(9, 64, 4, dtype="float32")),
         _grouped_step(GroupedCase(300, 64, 4, prefill=True, dtype="float32")),

@@ -5,6 +5,8 @@ on a GPU, or over the stub driver, where CPU tensors stand in for GPU tensors an
 nothing but its residual add, in a model patched by `patch_model`. All contenders run in one process, in turns.
 
     call      one layer without gradient, as in decoding
+    pass      all layers without gradient, per layer, with as much work between their adds as a decoder layer's. The
+              work evicts from the processor's caches what steering uses, and its own time is subtracted.
     train     forward and backward of all layers in one graph, per layer
     grouped   one layer in `steering.batch`, with one adapter per row
     compiled  all layers under torch.compile, without gradient, per layer. `off` is the same compiled model with its
@@ -28,7 +30,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from types import SimpleNamespace
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -42,11 +44,12 @@ from .results import Results, Row
 
 HOST_CONTENDERS = {
     "call": ("fused", "hook", "hook-modules", "unsteered"),
+    "pass": ("fused", "hook", "hook-modules", "unsteered"),
     "train": ("fused", "hook", "hook-modules", "unsteered"),
     "grouped": ("fused", "gather-bmm", "unsteered"),
     "compiled": ("fused", "eager", "hook", "off"),
 }
-RIVALS_ON_HOST = {"call": "hook", "train": "hook", "grouped": "gather-bmm", "compiled": "eager"}
+RIVALS_ON_HOST = {"call": "hook", "pass": "hook", "train": "hook", "grouped": "gather-bmm", "compiled": "eager"}
 TINY = HostCase(tokens=2, hidden=8, rank=2, adapters=2, dtype="float32")
 CALLS = 20  # calls of one sample: enough to warm the caches again after another contender's turn
 
@@ -56,22 +59,72 @@ Call = Callable[[], Any]
 class Block(nn.Module):
     """A decoder layer that only does the last residual add."""
 
-    def __init__(self) -> None:
+    def __init__(self, part: type[nn.Module] = nn.Identity) -> None:
         super().__init__()
-        self.part = nn.Identity()  # patch_model takes no list of childless modules for decoder layers
+        self.part = part()  # patch_model takes no list of childless modules for decoder layers
 
     def forward(self, residual: Tensor, branch: Tensor) -> Tensor:
         hidden_states = residual + branch
         return hidden_states
 
 
-class Chain(nn.Module):
-    """A model of `Block` layers. Each layer adds its own branch, or all layers add the same one."""
+class WorkingBlock(Block):
+    """A decoder layer that does the work of one before the last residual add."""
 
-    def __init__(self, case: HostCase) -> None:
+    def __init__(self) -> None:
+        super().__init__(Work)
+
+    def forward(self, residual: Tensor, branch: Tensor) -> Tensor:
+        self.part()
+        hidden_states = residual + branch
+        return hidden_states
+
+
+class Work(nn.Module):
+    """The host's work in a Llama layer, on tiny tensors of its own: norms, projections, attention, MLP.
+
+    Attributes:
+        clock: the clock of the measurement.
+        nanoseconds: the time of all calls so far.
+    """
+
+    clock: ClassVar[Callable[[], int]] = time.thread_time_ns
+    nanoseconds: ClassVar[int] = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.projections = nn.ModuleList(nn.Linear(8, 8, bias=False) for _ in range(7))
+        self.register_buffer("state", torch.randn(2, 1, 8))
+        for parameter in self.parameters():
+            parameter.requires_grad_(False)  # not the adapter's
+
+    @torch.no_grad()
+    def forward(self) -> None:
+        begin = Work.clock()
+        query, key, value, out, gate, up, down = self.projections
+        x = self.state
+        h = self._normalised(x)
+        heads = [projection(h).view(2, 1, 2, 4).transpose(1, 2) for projection in (query, key, value)]
+        heads[:2] = [head * 0.5 + torch.cat((-head[..., 2:], head[..., :2]), -1) * 0.5 for head in heads[:2]]
+        attention = F.scaled_dot_product_attention(*heads)
+        x = x + out(attention.transpose(1, 2).reshape(2, 1, 8))
+        h = self._normalised(x)
+        down(F.silu(gate(h)) * up(h))
+        Work.nanoseconds += Work.clock() - begin
+
+    @staticmethod
+    def _normalised(x: Tensor) -> Tensor:
+        wide = x.float()
+        return wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)
+
+
+class Chain(nn.Module):
+    """A model of blocks. Each layer adds its own branch, or all layers add the same one."""
+
+    def __init__(self, case: HostCase, block: type[Block] = Block) -> None:
         super().__init__()
         self.config = SimpleNamespace(hidden_size=case.hidden, num_hidden_layers=case.layers)
-        self.layers = nn.ModuleList(Block() for _ in range(case.layers))
+        self.layers = nn.ModuleList(block() for _ in range(case.layers))
 
     def forward(self, inputs_embeds: Tensor, *branches: Tensor) -> Tensor:
         for place, layer in enumerate(self.layers):
@@ -88,17 +141,17 @@ def _hidden(case: HostCase, device: torch.device, gradient: bool = False) -> Ten
 # -------------------------------------------------------------------------------------------------------------- models
 
 
-def patched(case: HostCase, device: torch.device) -> Chain:
+def patched(case: HostCase, device: torch.device, block: type[Block] = Block) -> Chain:
     from fused_steer import SteerConfig, patch_model
 
-    model = Chain(case)
+    model = Chain(case, block)
     patch_model(model, SteerConfig(rank=case.rank))
     return model.to(device)
 
 
-def hooked(case: HostCase, device: torch.device, modules: bool = False) -> Chain:
+def hooked(case: HostCase, device: torch.device, modules: bool = False, block: type[Block] = Block) -> Chain:
     """Build a model with the paper's forward hook on every layer. modules: the hook calls nn.Modules, as is common."""
-    model = Chain(case).to(device)
+    model = Chain(case, block).to(device)
     options = {"dtype": DTYPES[case.dtype], "device": device}
     for layer in model.layers:
         down, up = (
@@ -138,14 +191,23 @@ def _train_call(model: Chain, case: HostCase, device: torch.device) -> Call:
     return lambda: torch.autograd.grad(model(x, *branches), leaves, grad)
 
 
+def _pass_call(model: Chain, case: HostCase, device: torch.device) -> Call:
+    x, branch = _hidden(case, device), _hidden(case, device)
+    return lambda: model(x, branch)
+
+
 def _block_contenders(
-    call: Callable[[Chain, HostCase, torch.device], Call], case: HostCase, small: HostCase, device: torch.device
+    call: Callable[[Chain, HostCase, torch.device], Call],
+    case: HostCase,
+    small: HostCase,
+    device: torch.device,
+    block: type[Block] = Block,
 ) -> dict[str, Call]:
     return {
-        "fused": call(patched(case, device), case, device),
-        "hook": call(hooked(small, device), small, device),
-        "hook-modules": call(hooked(small, device, modules=True), small, device),
-        "unsteered": call(Chain(small), small, device),
+        "fused": call(patched(case, device, block), case, device),
+        "hook": call(hooked(small, device, block=block), small, device),
+        "hook-modules": call(hooked(small, device, modules=True, block=block), small, device),
+        "unsteered": call(Chain(small, block).to(device), small, device),
     }
 
 
@@ -203,6 +265,7 @@ def _compiled_contenders(case: HostCase, small: HostCase, device: torch.device) 
 
 _MAKERS: dict[str, Callable[[HostCase, HostCase, torch.device], dict[str, Call]]] = {
     "call": functools.partial(_block_contenders, _layer_call),
+    "pass": functools.partial(_block_contenders, _pass_call, block=WorkingBlock),
     "train": functools.partial(_block_contenders, _train_call),
     "grouped": _grouped_contenders,
     "compiled": _compiled_contenders,
@@ -227,9 +290,10 @@ def count_launches(call: Call, device: torch.device) -> int | None:
 def interleave(calls: dict[str, Call], device: torch.device, rounds: int, number: int) -> dict[str, list[float]]:
     """Measure the CPU seconds of each call, with the calls in turns.
 
-    On a CPU the clock is this thread's. On a GPU it is the process's, because the backward runs in another thread.
+    On a CPU the clock is this thread's. On a GPU it is the process's, because the backward runs in another thread. The
+    time of `Work` does not count.
     """
-    clock = time.process_time_ns if device.type == "cuda" else time.thread_time_ns
+    clock = Work.clock = time.process_time_ns if device.type == "cuda" else time.thread_time_ns
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         for _ in range(3 * number):
@@ -241,10 +305,10 @@ def interleave(calls: dict[str, Call], device: torch.device, rounds: int, number
         for turn in range(rounds):
             for name in timing.in_turn(list(calls), turn):
                 call = calls[name]
-                begin = clock()
+                begin = clock() - Work.nanoseconds
                 for _ in range(number):
                     call()
-                samples[name].append((clock() - begin) / number / 1e9)
+                samples[name].append((clock() - Work.nanoseconds - begin) / number / 1e9)
                 timing.synchronize(device)
     finally:
         gc.enable()
@@ -260,7 +324,7 @@ def measure_host(case: HostCase, what: str, device: torch.device, rounds: int = 
     if what not in _MAKERS:
         raise ValueError(f"what is {what!r}; expected one of {', '.join(_MAKERS)}")
     small = case if device.type == "cuda" else replace(TINY, layers=case.layers)
-    whole = what in ("train", "compiled")  # a call of all layers
+    whole = what in ("pass", "train", "compiled")  # a call of all layers
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

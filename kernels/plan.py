@@ -18,7 +18,7 @@ import inspect
 import itertools
 import operator
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import CodeType
 from typing import Any
 
@@ -363,8 +363,17 @@ def run_planned(
     return results
 
 
-def keep(plans: dict[Any, Any], shape: Any, plan: Any) -> None:
-    """Keep a plan for a shape, up to the latest 32. A plan takes a few kilobytes."""
-    while len(plans) >= 32:
-        plans.pop(next(iter(plans)), None)
-    plans[shape] = plan
+def keep(plans: dict[Any, Any], kind: Any, plan: Any, most: int = 32) -> None:
+    """Keep a plan of a kind of call, and the latest others, up to `most`. A plan takes a few kilobytes."""
+    for oldest in list(plans)[: max(0, len(plans) + 1 - most)]:  # another thread may take it out meanwhile
+        plans.pop(oldest, None)
+    plans[kind] = plan
+
+
+def kind_of(operands: Iterable[Tensor]) -> tuple[Any, ...]:
+    """Return a key with what a plan requires of its operands."""
+    return tuple((type(t), t.dtype, t.device, t.shape, t.stride(), t.requires_grad, t.is_inference()) for t in operands)
+
+
+#: The most plans that an op keeps for all callers.
+SHARED = 1024

@@ -3,6 +3,10 @@
 `PlannedPostBlock` gives the same results as `post_block`, with and without gradients. It keeps a plan for each shape
 (see plan.py), so that a repeated call costs the host a check, an allocation and a launch. Calls without a plan go
 through `post_block`'s own functions.
+
+The layers of a model make the same kinds of call, and all start the same plan of a kind. Between two layers' calls the
+model does so much else that a plan of the layer's own would have left the processor's caches. It would take twice as
+long.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ from torch import Tensor
 
 from .backend import select_backend
 from .contract import Operands
-from .plan import Plan, keep, no_plan
+from .plan import SHARED, Plan, keep, kind_of, no_plan
 from .post_block import backward, check_operands, first_order, forward, post_block, saved_tensors
 from .registered import is_described
 
@@ -74,9 +78,14 @@ class PlannedPostBlock:
             call = self._call(states, weights)
             if not self._may_plan(call):
                 return self._ordinary(call)
-            (out,), plan = Plan.make(operands, lambda: forward(*call, keep_a=False)[:1])
-            if plan is not None:
-                run = plan.run
+            kind = self._kind(operands)
+            run = _inference.get(kind)
+            out = None if run is None else run(*operands[:2], operands[2:])
+            if out is None:
+                (out,), plan = Plan.make(operands, lambda: forward(*call, keep_a=False)[:1])
+                run = None if plan is None else plan.run
+            if run is not None:
+                keep(_inference, kind, run, SHARED)
                 keep(self._inference, key, run)
         if run is not None and len(states) == 2:
             self.last = run
@@ -107,6 +116,12 @@ class PlannedPostBlock:
         call = self._call(states, weights)
         if not self._may_plan(call):
             return self._ordinary(call)
+        kind = self._kind(operands)
+        training = _trained.get(kind)
+        addresses = None if training is None else training.forward.admit(operands)
+        if training is not None and addresses is not None:
+            keep(self._training, key, training)
+            return _apply((training, addresses, None), *operands)
 
         # Planned below autograd, because checkpointing compares the saved tensors of a call and of its repetition.
         with torch.no_grad():
@@ -114,12 +129,16 @@ class PlannedPostBlock:
         if plan is None or any(state.dtype != results[0].dtype for state in states):
             return self._ordinary(call)
         training = _Training(plan, states, weights, self._where, (self._scale, self._activation, self._reads))
+        keep(_trained, kind, training, SHARED)
         keep(self._training, key, training)
         return _apply((training, None, results), *operands)
 
     def _call(self, states: tuple[Tensor, ...], weights: tuple[Tensor, ...]) -> _Call:
         operands = planned_operands(self._where, weights, self._scale, self._activation, self._reads)
         return states[0], states[1] if len(states) == 2 else None, operands
+
+    def _kind(self, operands: tuple[Tensor, ...]) -> Any:
+        return self._activation, self._scale, self._reads, self._where, kind_of(operands)
 
     def _may_plan(self, call: _Call) -> bool:
         """Return whether a kernel runs this call. `post_block` handles all others, errors included."""
@@ -281,6 +300,10 @@ def _careful_backward(training: _Training, operands: tuple[Tensor, ...]) -> Any:
         keep(training.backward, grad.shape, plan)
     return found
 
+
+#: The plans of all callers, by the kind of call: without gradients the plan's function.
+_inference: dict[Any, Callable[..., Tensor | None]] = {}
+_trained: dict[Any, _Training] = {}
 
 #: Bypasses the torch.func support in `Function.apply`. No plan is used under torch.func.
 _apply = super(torch.autograd.Function, _PlannedPostBlock).apply

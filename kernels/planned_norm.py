@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .contract import Operands
 from .norm_torch import Norm
-from .plan import Plan, keep
+from .plan import SHARED, Plan, keep, kind_of
 from .planned import planned_operands
 from .post_block import first_order, saved_tensors
 from .post_block_norm import Saved, backward_norm, forward_norm, may_plan, steer_and_normalise
@@ -59,8 +59,15 @@ class PlannedPostBlockNorm:
         self.backend, plannable = may_plan(residual, branch, steering, norm)
         if not plannable:
             return steer_and_normalise(residual, branch, steering, norm)
-        results, plan = Plan.make(operands, lambda: forward_norm(residual, branch, steering, norm, False)[:2])
+        kind = self._kind(operands, norm)
+        plan = _inference.get(kind)
+        addresses = None if plan is None else plan.admit(operands)
+        if plan is not None and addresses is not None:
+            results = plan.go(addresses)
+        else:
+            results, plan = Plan.make(operands, lambda: forward_norm(residual, branch, steering, norm, False)[:2])
         if plan is not None:
+            keep(_inference, kind, plan, SHARED)
             keep(self._inference, key, plan)
         return results[0], results[1]
 
@@ -83,6 +90,12 @@ class PlannedPostBlockNorm:
         self.backend, plannable = may_plan(residual, branch, steering, norm)
         if not plannable:
             return steer_and_normalise(residual, branch, steering, norm)
+        kind = self._kind(operands, norm)
+        training = _trained.get(kind)
+        addresses = None if training is None else training.forward.admit(operands)
+        if training is not None and addresses is not None:
+            keep(self._training, key, training)
+            return _apply((training, addresses, None), *operands)
 
         def call() -> list[Tensor]:
             return [t for t in forward_norm(residual, branch, steering, norm, True) if t is not None]
@@ -93,8 +106,12 @@ class PlannedPostBlockNorm:
             return steer_and_normalise(residual, branch, steering, norm)
         constants = self._scale, self._activation, self._reads
         training = _Training(plan, states, weights, norm, self._where, constants)
+        keep(_trained, kind, training, SHARED)
         keep(self._training, key, training)
         return _apply((training, None, results), *operands)
+
+    def _kind(self, operands: tuple[Tensor, ...], norm: Norm) -> Any:
+        return self._activation, self._scale, self._reads, self._where, norm[1:], kind_of(operands)
 
 
 def _given(weight: Tensor | None) -> tuple[Tensor, ...]:
@@ -213,6 +230,10 @@ def _careful_backward(
         training.backward[grad is None] = plan
     return found
 
+
+#: The plans of all callers, by the kind of call.
+_inference: dict[Any, Plan] = {}
+_trained: dict[Any, _Training] = {}
 
 #: Bypasses the torch.func support in `Function.apply`. No plan is used under torch.func.
 _apply = super(torch.autograd.Function, _PlannedPostBlockNorm).apply

@@ -27,6 +27,7 @@ driver.get_current_stream = lambda device=None: stream
 driver.get_current_device = lambda: current
 
 from fused_steer.kernels import plan as plans  # noqa: E402
+from fused_steer.kernels import planned_norm  # noqa: E402
 
 from fused_steer import SteerConfig, patch_model  # noqa: E402
 from fused_steer.adapters.parameters import Adapter  # noqa: E402
@@ -225,6 +226,8 @@ def python_calls_with_norms():
 def same_launches_with_norms():
     """Check that a model with fused norms launches by plans: the same kernels as in the first step."""
     found = {}
+    for plans_of_all in (planned_norm._inference, planned_norm._trained):
+        plans_of_all.clear()
     for name, train in (("inference", False), ("training", True)):
         step, model = normed_step(3, train)
         with torch.set_grad_enabled(train):

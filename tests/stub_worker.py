@@ -70,7 +70,7 @@ print(
             "many": launches(4096),
             "training": launches(64, training=True),
             "counted": stub.launches - before,
-            "host": {what: host_rows(what) for what in ("call", "train", "grouped", "compiled")},
+            "host": {what: host_rows(what) for what in ("call", "pass", "train", "grouped", "compiled")},
             "rehearsal": rehearsed(),
             "last": refused(lambda: stub.last(1 << 20)),
             "device": refused(lambda: arm("sm_75")),

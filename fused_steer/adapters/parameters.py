@@ -16,7 +16,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -402,7 +402,17 @@ class Factor(nn.Module):
 
 
 class Rotation(Factor):
-    """W2 = Rᵀ of LoReFT, computed from `weight` in each pass (kernels/rotation.py). It has no bias."""
+    """W2 = Rᵀ of LoReFT, computed from `weight` in each pass (kernels/rotation.py). It has no bias.
+
+    Attributes:
+        exist: whether one was made in this process, also by a copy. Mostly not, and then no pass asks its sites.
+    """
+
+    exist: ClassVar[bool] = False
+
+    def __new__(cls, *arguments: Any, **options: Any) -> Rotation:
+        Rotation.exist = True
+        return super().__new__(cls)
 
 
 if TYPE_CHECKING:

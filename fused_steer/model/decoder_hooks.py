@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.compiler import is_compiling
 from torch.utils.hooks import RemovableHandle
 
+from ..adapters.parameters import Rotation
 from .decoder import Decoder
 from .layer import PatchedLayer
 from .passes import Passes
@@ -49,22 +51,23 @@ class DecoderHooks:
 
     def attach(self) -> None:
         # One statement each, so that `remove` removes the first if an exception interrupts.
-        self._handles.append(self._module.register_forward_pre_hook(self._before, with_kwargs=True))
+        self._handles.append(self._module.register_forward_pre_hook(self._before))
         self._handles.append(self._module.register_forward_hook(self._after, always_call=True))
 
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
 
-    def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if torch.compiler.is_compiling():
+    def _before(self, module: nn.Module, args: Any) -> None:
+        if is_compiling():
             if self._graph is not None:
                 self._graph.begin()
             return
         if self._graph is not None:
             self._graph.end()  # a layer that is compiled alone is in no graph of the decoder
-        # DataParallel runs replicas in its own threads while the calling thread waits.
-        self._scopes.begin_pass(checked=not getattr(module, "_is_replica", False))
+        # DataParallel runs replicas in its own threads while the calling thread waits. A missing attribute is looked up
+        # in the dictionary, because nn.Module takes long to miss it.
+        self._scopes.begin_pass(checked=not module.__dict__.get("_is_replica"))
         self._layer_list.check(self._patched)
         for patched in self._patched.values():
             patched.watch()
@@ -74,13 +77,14 @@ class DecoderHooks:
 
     def _rotate(self) -> None:
         rotations = {}
-        if torch._C._functorch.peek_interpreter_stack() is None:  # not inside a transform of torch.func
+        # None outside of the transforms of torch.func.
+        if Rotation.exist and torch._C._functorch.peek_interpreter_stack() is None:
             sites = (site for patched in self._patched.values() for site in patched.sites.values())
             rotations = {site: pair for site in sites if (pair := site.rotation()) is not None}
         self._passes.begin(rotations)
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
-        if torch.compiler.is_compiling():
+        if is_compiling():
             if self._graph is not None:
                 self._graph.end()
         else:

@@ -66,13 +66,15 @@ class Passes:
             weights: W and P of each site with an active LoReFT.
         """
         rotations = Rotations(weights) if weights else None
+        if rotations is None and not thread.rotations:
+            return  # as nearly always: no pass of this thread has any
         self.end()  # ends a pass that Ctrl-C interrupted, as PyTorch calls no hook for it
         thread.begun[self] = len(thread.rotations)
         thread.rotations.append(rotations)
 
     def end(self) -> None:
         """End this model's pass in this thread, if `begin` was reached."""
-        before = thread.begun.pop(self, None)
+        before = thread.begun.pop(self, None) if thread.rotations else None
         if before is not None:
             del thread.rotations[before:]
 

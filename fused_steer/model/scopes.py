@@ -89,8 +89,9 @@ class Scopes:
             RuntimeError: a scope of another thread or task is open.
         """
         with self._lock:
-            self.heal()
-            if checked:
+            if self._ends:
+                self.heal()
+            if checked and self._open:
                 self.check("the model runs")
             me = threading.get_ident()
             self._passes[me] = self._passes.get(me, 0) + 1

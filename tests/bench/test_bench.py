@@ -65,7 +65,7 @@ def test_bench_gpu_run_covers_the_grid_and_every_geometry_and_begins_with_the_mo
     assert {c.adapters for c in grouped} >= {1, 16, 256}
     served = {(s.what, s.case.batch, s.case.adapters) for s in steps if s.level == "serve"}
     assert served >= {(what, 256, adapters) for what in SERVE_RUNS for adapters in (1, 16, 256)}
-    assert {s.what for s in steps if s.level == "host"} == {"call", "train", "grouped", "compiled"}
+    assert {s.what for s in steps if s.level == "host"} == {"call", "pass", "train", "grouped", "compiled"}
     order = [(s.level, s.case.dtype, s.case.tokens) for s in steps if s.level in ("op", "accuracy")]
     assert order[0] == ("accuracy", "float16", 4096)
     telling = order[: order.index(("op", "bfloat16", 16384))]
@@ -577,11 +577,12 @@ def test_bench_host_goals_go_by_the_lower_decile_and_an_eager_call_counts_for_it
     def rows(what, **lows):
         return [Row("host", what, n.replace("_", "-"), case, [low] * 2 + [9.0] * 9) for n, low in lows.items()]
 
-    found = rows("call", fused=0.6, hook=1.0) + rows("train", fused=0.6, hook=1.0)
+    found = rows("call", fused=0.6, hook=1.0) + rows("train", fused=0.6, hook=1.0) + rows("pass", fused=0.9, hook=1.0)
     found += rows("grouped", fused=0.3, gather_bmm=1.0) + rows("compiled", fused=0.8, eager=3.0, hook=1.0, off=0.1)
     judged = {o.name: (o.value, o.met) for o in goals.judge(goals.HOST_GOALS, Results({"kind": "stub"}, rows=found))}
     assert judged == {
         "host": (pytest.approx(0.6), False),
+        "host, pass": (pytest.approx(0.9), False),
         "host, training": (pytest.approx(0.6), True),
         "host, rows": (pytest.approx(0.3), True),
         "host, compiled": (pytest.approx((0.8 - 0.1) / 0.5), True),
