@@ -73,6 +73,8 @@ def scores_table(found: Sequence[Score]) -> Table:
     from rich.table import Table
 
     table = Table("task", "metric", "adapter", "documents", "mean", "95 %", f"less {found[0].adapter}", "95 % ")
+    for column in table.columns:
+        column.overflow = "fold"  # a narrow screen cuts no name
     for column in table.columns[3:]:
         column.justify = "right"
     for score in found:

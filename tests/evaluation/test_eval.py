@@ -195,6 +195,7 @@ def test_eval_papers_tasks_from_local_files(papers, tmp_path, monkeypatch):
     arguments = ("--model", place / "base", *adapters, "--data", place / "rows", "--device", "cpu", "--batch-size", 4)
     result = invoke("eval", "paper:gsm8k", "paper:boolq", *arguments, "--out", out)
     assert result.exit_code == 0, result.output
+    assert "…" not in result.stdout  # no name is cut, however narrow the screen
     found = {(row["task"], row["metric"], row["adapter"]): row for row in json.loads(out.read_text())["scores"]}
     names, metrics = ("base", "one", "two"), ("exact_match", "as_released", "unreadable")
     expected = {("paper:gsm8k", metric, name) for metric in metrics for name in names}
