@@ -270,7 +270,8 @@ class _PlannedPostBlock(torch.autograd.Function):
                 return training.complete(gradients, grad) if training.passed else gradients
         found: Any = ()
         if training.saves[2]:
-            plan = training.backward.get(grad.shape)
+            # By its kind, not its shape: layers share these plans, and their gradients may have different strides.
+            plan = training.backward.get(kind_of(operands)) if training.backward else None
             addresses = plan.admit(operands) if plan is not None and not create_graph else None
             if addresses is not None:
                 training.last = plan
@@ -297,7 +298,7 @@ def _careful_backward(training: _Training, operands: tuple[Tensor, ...]) -> Any:
 
     found, plan = Plan.make(operands, call, training.order)
     if plan is not None:
-        keep(training.backward, grad.shape, plan)
+        keep(training.backward, kind_of(operands), plan)
     return found
 
 

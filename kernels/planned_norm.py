@@ -124,7 +124,9 @@ def _given(weight: Tensor | None) -> tuple[Tensor, ...]:
 class _Training:
     """The plans of a call and of its backward pass, and which operands need gradients. The guard checks the latter."""
 
-    __slots__ = ("backward", "constants", "forward", "kind", "keeps", "needs", "order", "places", "states", "where")
+    __slots__ = (
+        "backward", "constants", "forward", "kind", "keeps", "last", "needs", "order", "places", "states", "where",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -136,8 +138,9 @@ class _Training:
         constants: tuple[float, str, str],
     ) -> None:
         self.forward = forward
-        #: By whether `out` has a gradient of its own.
-        self.backward: dict[bool, Plan] = {}
+        #: The last plans by whether `out` has a gradient of its own, and all of them by the kind of call.
+        self.last: dict[bool, Plan] = {}
+        self.backward: dict[Any, Plan] = {}
         self.states, self.where, self.constants, self.kind = len(states), where, constants, norm[1:]
         of_states = [state.requires_grad for state in states]
         given = iter(weights)
@@ -190,12 +193,16 @@ class _PlannedPostBlockNorm(torch.autograd.Function):
             return training.order
         saved = saved_tensors(ctx, training.constants[2])
         create_graph = torch.is_grad_enabled()
-        if grad_normed is not None:
-            grads = (grad_normed,) if grad is None else (grad_normed, grad)
-            operands = (*grads, *saved)
-            plan = training.backward.get(grad is None)
-            addresses = None if plan is None or create_graph else plan.admit(operands)
+        if grad_normed is not None and training.backward and not create_graph:
+            operands = (grad_normed, *saved) if grad is None else (grad_normed, grad, *saved)
+            plan = training.last.get(grad is None)
+            addresses = None if plan is None else plan.admit(operands)
+            if addresses is None:
+                # By its kind: layers share these plans, and their gradients may have different strides.
+                plan = training.backward.get(kind_of(operands))
+                addresses = None if plan is None else plan.admit(operands)
             if plan is not None and addresses is not None:
+                training.last[grad is None] = plan
                 return plan.go(addresses)
         with torch.no_grad():
             found = _careful_backward(training, grad, grad_normed, saved)
@@ -224,10 +231,10 @@ def _careful_backward(
 
     if grad_normed is None:
         return call()
-    grads = (grad_normed,) if grad is None else (grad_normed, grad)
-    found, plan = Plan.make((*grads, *saved), call, training.order)
+    operands = (grad_normed, *saved) if grad is None else (grad_normed, grad, *saved)
+    found, plan = Plan.make(operands, call, training.order)
     if plan is not None:
-        training.backward[grad is None] = plan
+        keep(training.backward, kind_of(operands), plan)
     return found
 
 

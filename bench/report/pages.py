@@ -101,13 +101,11 @@ nothing. `pytest bench -k host` does the same.
 `python -m bench.vllm_host` prints the host time of a vLLM step on a CPU: idle against vanilla, and many
 strengths against one. Two processes of the same engine differ for as long as they live, so it starts the engines
 several times. With `--starts 7`, 256 requests and a tiny model of 8 layers (vLLM 0.32 for CPUs, torch 2.13, 2 cores,
-otherwise idle), a step takes, as the median of the starts and their range:
+otherwise idle), the CPU time of a step is, as the median of the starts and their range:
 
-| | ratio of CPU time | range | ratio of calls |
-| --- | ---: | ---: | ---: |
-| vLLM without the plug-in, a second process / the first | 0.994 | 0.960–1.032 | 1.0000 |
-| with the plug-in, idle / without it | 1.000 | 0.931–1.040 | 1.0027 |
-| 256 strengths / one strength | 1.015 | 0.984–1.037 | 1.0000 |
+- idle, over vLLM without the plug-in: 1.000 (0.931–1.040), with 1.0027 times the calls;
+- 256 strengths, over one: 1.015 (0.984–1.037), with 1.0000 times the calls;
+- a second process without the plug-in, over the first: 0.994 (0.960–1.032), which is the noise.
 
 `python -m bench.vllm --out bench/results` measures vLLM on a GPU or a CPU, in an environment that
 [has vLLM](serving.md#vllm). Without a GPU, `python -m bench.serving --out bench/results` compares PyTorch

@@ -52,6 +52,7 @@ def test_stub_host_contenders_launch_what_they_should(worked):
     call, whole = launches["call"].pop("fused"), launches["train"].pop("fused")
     assert call >= 1 and launches["grouped"].pop("fused") >= 1
     assert whole >= 3 * layers and whole % layers == 0  # at least one of forward and two of backward
+    assert launches["pass"].pop("fused") == call * layers
     assert launches["compiled"].pop("fused") == launches["compiled"].pop("eager") == call * layers
     assert {count for of in launches.values() for count in of.values()} == {0}  # the rivals launch no Triton kernels
 

@@ -621,6 +621,40 @@ def test_plan_frozen_parts_get_no_gradient(device, made, frozen):
     assert_trains(site, operands, grad)
 
 
+@pytest.mark.usefixtures("unplanned")
+@pytest.mark.parametrize("norm", [False, True])
+def test_plan_gradients_of_several_layouts_take_turns(device, made, norm):
+    """Layers share their plans. A layer whose gradient has other strides does not take another layer's plan away."""
+    weights = [t.to(device).requires_grad_() for t in tensors().values()]
+    kind, adapter = Norm(torch.ones(D, device=device), 1e-5), (*weights, None, None)
+    options = {"activation": "silu", "scale": SCALE}
+    of_norm = {"norm_weight": kind.weight, "eps": kind.eps, **options}
+
+    def by_plans(*operands: Tensor) -> Tensor:
+        if norm:
+            return PlannedPostBlockNorm("silu", SCALE, adapter).train(*operands, tuple(weights), kind)[1]
+        return PlannedPostBlock("silu", SCALE, adapter).train(*operands, *weights)
+
+    def ordinary(*operands: Tensor) -> Tensor:
+        if norm:
+            return post_block_norm(*operands, *weights, **of_norm)[1]
+        return post_block(*operands, *weights, **options)
+
+    def call(padded: bool) -> None:
+        operands = [t.requires_grad_() for t in states(5, device)]
+        grad = normal(2, 5, 2 * D, device=device)[..., :D] if padded else normal(2, 5, D, device=device)
+        ours, theirs = (
+            torch.autograd.grad(run(*operands), [*operands, *weights], grad) for run in (by_plans, ordinary)
+        )
+        for our, their in zip(ours, theirs, strict=True):
+            assert_same(our, their)
+
+    made.new(lambda: call(False))
+    made.new(lambda: call(True))
+    for padded in (False, True, True, False):
+        made.none(lambda padded=padded: call(padded))
+
+
 #: Kinds of gradients that autograd may pass.
 GRADIENTS: dict[str, Callable[[Tensor], Tensor]] = {
     "expanded": lambda g: g[:1, :1].expand_as(g),
