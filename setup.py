@@ -17,6 +17,7 @@ ROOMS = [
     "importers",
     "lora",
     "model",
+    "paper",
     "peft",
     "playground",
     "recipes",

@@ -31,9 +31,6 @@
     joint.py        `python -m bench.joint`: LoRA, steering and both, trained on ListOps on a CPU
     fit.py          `python -m bench.fit`: adapters fitted to a LoRA in closed form, tested on ListOps on a CPU
     paper/          `python -m bench.paper`: the experiments of arXiv 2603.00425, with its rivals
-        tasks.py    the six tasks: prompts, answers, readers
-        listops.py  ListOps as Long Range Arena generates it
-        data.py     examples from the hub, from files, or generated; the splits
         heads.py    LoFiT and JoLA
         released.py the projection of the paper's released code
         settings.py the settings of a run; the learning rates

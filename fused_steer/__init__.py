@@ -54,7 +54,8 @@ The map, in reading order. A file imports only files that stand above it.
     importers/           adapters of other libraries, in and out
         reading.py       opens and checks a foreign file
         steerling.py     the paper's released code
-        pyreft.py        pyreft, both ways
+        pyreft.py        imports pyreft's interventions
+        pyreft_export.py exports to pyreft
         gguf.py          reads and writes GGUF files
         vectors.py       control vectors, both ways: GGUF and plain tensors
     peft/                steering as a PEFT method
@@ -124,8 +125,14 @@ The map, in reading order. A file imports only files that stand above it.
         endpoint.py      routes of the server: list, load, unload, the default adapter
     trl.py               TRL's trainers
     axolotl.py           the plug-in for axolotl
-    evaluation/          evaluation by lm-evaluation-harness
+    paper/               the paper's six tasks
+        tasks.py         prompts, answers, and readers of answers
+        listops.py       ListOps as Long Range Arena generates it
+        data.py          examples from the hub, from files, or generated; the splits
+        answering.py     answers prompts by greedy generation
+    evaluation/          evaluation by lm-evaluation-harness and on the paper's tasks
         harness.py       its model `fused-steer`
+        on_paper.py      outcomes on the paper's tasks
         comparing.py     scores of several adapters, with intervals
         command.py       `fused-steer eval`
         __main__.py      python -m fused_steer.evaluation, the harness's own command

@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from trainers import STEPS, trainer
 from transformers import Trainer
 
-from fused_steer import patch_model
+from fused_steer import SteerConfig, patch_model
 
 #: The methods of axolotl's BasePlugin that the plug-in overrides, with their parameters (axolotl 0.19).
 INTERFACE = {
@@ -90,3 +90,39 @@ def test_axolotl_a_run_trains_saves_and_resumes(plugin, tmp_path, lora):
 def test_axolotl_bad_fields_are_refused_when_the_plugin_is_registered(plugin, given, error, message):
     with pytest.raises(error, match=message):
         plugin.register({"fused_steer": given})
+
+
+@pytest.mark.skipif(not INSTALLED, reason="needs `pip install --no-deps axolotl==0.19.0 addict`")
+def test_axolotl_itself_validates_and_runs_the_plugin(monkeypatch, tmp_path):
+    """axolotl's own code registers the plug-in, merges its key into the configuration, and calls its hooks."""
+    from axolotl.integrations.base import PluginManager
+    from axolotl.utils.config import prepare_plugins, validate_config
+    from axolotl.utils.dict import DictDefault
+
+    monkeypatch.setattr(PluginManager, "_instance", None)
+    given = {
+        "base_model": "a/b",
+        "plugins": ["fused_steer.axolotl.SteeringPlugin"],
+        "fused_steer": {"rank": 4, "layers": [1]},
+        "output_dir": str(tmp_path),
+        "datasets": [{"path": "rows.jsonl", "type": "alpaca"}],
+        "micro_batch_size": 1,
+        "gradient_accumulation_steps": 1,
+        "num_epochs": 1,
+        "learning_rate": 1e-3,
+    }
+    cfg = DictDefault(given)
+    prepare_plugins(cfg)
+    cfg, manager, model = validate_config(cfg), PluginManager.get_instance(), build()
+    manager.post_model_load(cfg, model)
+    assert model.steering.config() == SteerConfig(rank=4, layers=[1])
+    run = trainer(model, tmp_path, Trainer)
+    for callback in manager.add_callbacks_post_trainer(cfg, run):
+        run.add_callback(callback)
+    run.train()
+    manager.post_train(cfg, model)
+    assert (tmp_path / f"checkpoint-{STEPS}" / "fused_steer" / "default" / "adapter_config.json").is_file()
+    again = patch_model(build(), tmp_path / "fused_steer" / "default")
+    assert torch.equal(logits(again), logits(model.eval())) and not torch.equal(logits(again), logits(build()))
+    with pytest.raises(TypeError, match="ranks"):
+        prepare_plugins(DictDefault(given | {"fused_steer": {"ranks": 4}}))

@@ -5,6 +5,7 @@ import importlib.util
 import runpy
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import fused_steer.kernels
@@ -14,6 +15,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "integrations" / "kernels_hub" / "generate.py"
 hub = runpy.run_path(str(SCRIPT))
+LIBRARY = next((found for found in metadata.distributions(name="kernels")), None)
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +84,40 @@ def test_kernels_hub_build_file_has_what_the_builder_reads(package):
     assert build["general"]["name"].replace("-", "_") == package.name and build["torch-noarch"] == {}
     for name in ("flake.nix", "CARD.md", "LICENSE", "tests/test_post_block.py"):
         assert (package.parents[1] / name).is_file()
+
+
+#: Runs away from the checkout, where a folder kernels/ hides the library `kernels`.
+WITH_THE_LIBRARY = """
+import json, shutil, sys
+from pathlib import Path
+
+import kernels, torch
+from kernels._rust import Build
+
+repository = Path(sys.argv[1])
+print(*sorted(map(str, Build.open(repository).general.backends)))
+variant = repository / "build" / "torch-cpu"
+shutil.copytree(repository / "torch-ext" / "fused_steer_kernels", variant)
+entries = {"id": "_fused_steer_kernels_cpu_0123abc", "name": "fused-steer-kernels", "version": 1}
+entries |= {"license": "Apache-2.0", "python-depends": [], "backend": {"type": "cpu"}}
+(variant / "metadata.json").write_text(json.dumps(entries))
+hub = kernels.get_local_kernel(repository, backend="cpu")
+torch.manual_seed(0)
+x, branch, down, up = torch.randn(3, 48), torch.randn(3, 48), torch.randn(4, 48), torch.randn(48, 4)
+torch.save((x, branch, down, up, hub.post_block(x, branch, down, up, activation="gelu")), repository / "found.pt")
+"""
+
+
+@pytest.mark.skipif(LIBRARY is None, reason="needs `pip install kernels`")
+def test_kernels_hub_the_library_loads_the_repository(tmp_path):
+    """The builder's own parser takes build.toml. `get_local_kernel` loads the modules, laid out as a built variant."""
+    hub["generate"](tmp_path / "repository")
+    command = [sys.executable, "-c", WITH_THE_LIBRARY, tmp_path / "repository"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == ["cpu", "cuda", "rocm", "xpu"]
+    *operands, found = torch.load(tmp_path / "repository" / "found.pt")
+    assert torch.equal(found, fused_steer.kernels.post_block(*operands, activation="gelu"))
 
 
 def test_kernels_hub_a_full_folder_is_refused(tmp_path):

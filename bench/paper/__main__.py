@@ -8,9 +8,10 @@ from typing import Annotated
 
 import typer
 
+from fused_steer.paper.tasks import TASKS
+
 from ..results import FOLDER
 from .settings import RATES, Settings
-from .tasks import TASKS
 
 OUT = FOLDER / "paper"
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fused_steer.paper.answering import Text
+from fused_steer.paper.data import Limits, load
+from fused_steer.paper.tasks import TASKS
+
 from ..geometries import GEOMETRIES
-from .data import Limits, load
-from .tasks import TASKS
-from .training import Text
 
 PEAK, BANDWIDTH = 312e12, 2.039e12  # A100 80GB SXM: dense bfloat16 operations per second, and bytes per second
 USED, STREAMED = 0.4, 0.6  # assumed utilisation of each
@@ -102,7 +103,7 @@ def table(
         config = AutoConfig.for_model(kind, **fields)
     else:
         config, tokenizer = AutoConfig.from_pretrained(geometry), tokenizer or geometry
-    text = Text(AutoTokenizer.from_pretrained(tokenizer) if tokenizer else load_smollm2()[1], end=False, chat=False)
+    text = Text(AutoTokenizer.from_pretrained(tokenizer) if tokenizer else load_smollm2()[1], chat=False)
     size = Size.of(config)
     lines = [
         "| task | rows: train, evaluated | tokens: prompt, whole | adapters, min | full, min | testing, min |",

@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fused_steer.paper.tasks import TASKS
+
 from .methods import METHODS
 from .runs import best, read
-from .tasks import TASKS
 
 PUBLISHED = Path(__file__).with_name("published.json")
 PAGE = "report.md"

@@ -16,12 +16,14 @@ from typing import Any
 import torch
 import typer
 
+from fused_steer.paper.answering import Text
+from fused_steer.paper.data import Example, Limits, load
+from fused_steer.paper.tasks import TASKS
+
 from ..results import describe_machine, read_run, write_json
-from .data import Example, Limits, load
 from .methods import METHODS
 from .settings import Settings
-from .tasks import TASKS
-from .training import Text, test, train
+from .training import features, test, train
 
 SCHEMA = 1
 _DIAGNOSED = 32  # number of prompts for the pictures of a joint run
@@ -98,7 +100,7 @@ def load_model(settings: Settings) -> tuple[Any, Text]:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
     model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=getattr(torch, settings.dtype)).eval()
-    return model, Text(tokenizer, settings.end, settings.chat)
+    return model, Text(tokenizer, settings.chat)
 
 
 @dataclass(frozen=True)
@@ -116,8 +118,9 @@ class Bench:
         task, method, settings = TASKS[key.task], METHODS[key.method], self.settings
         torch.manual_seed(key.seed)
         model, stages = method.attach(copy.deepcopy(self.model).to(self.device), settings, key.rate)
-        features = [self.text.features(example, task.max_length) for example in data["train"]] if stages else []
-        kept = [feature for feature in features if feature is not None]
+        train_on = data["train"] if stages else []
+        rows = [features(self.text, example, task.max_length, settings.end) for example in train_on]
+        kept = [row for row in rows if row is not None]
         if stages and not kept:
             raise ValueError(
                 f"no training row of {key.task} has an answer within {task.max_length} tokens; expected one"
@@ -129,7 +132,7 @@ class Bench:
             "trained": stages[-1].trained if stages else 0,
             "parameters": total,
             "training_rows": len(kept),
-            "too_long": len(features) - len(kept),
+            "too_long": len(rows) - len(kept),
             "stages": done,
             **{
                 split: test(model, self.text, task, data[split], self.batch, f"{key.task}, {split}")

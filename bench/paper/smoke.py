@@ -7,7 +7,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from .tasks import TASKS
+from fused_steer.paper.tasks import TASKS
 
 ROWS = {"train": 16, "validation": 4, "test": 4}
 

@@ -6,57 +6,35 @@ import math
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-from .data import Example
+from fused_steer.paper.answering import Text, answers
+from fused_steer.paper.data import Example
+from fused_steer.paper.tasks import Task
+
 from .methods import Method, Stage
 from .settings import Settings
-from .tasks import Task
 
 IGNORED = -100
-_SYSTEM = "You are a helpful assistant."  # the system message, as in the released code
 
 
-@dataclass(frozen=True)
-class Text:
-    """Turns examples into one model's tokens."""
+def features(text: Text, example: Example, longest: int, end: bool) -> dict[str, list[int]] | None:
+    """Tokenize an example with labels on its completion; None if `longest` cuts off the whole completion.
 
-    tokenizer: Any
-    end: bool
-    chat: bool
-
-    def prompt(self, example: Example) -> str:
-        if not self.chat:
-            return example.prompt
-        messages = [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": example.prompt}]
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-
-    def ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=not self.chat)["input_ids"]
-
-    def features(self, example: Example, longest: int) -> dict[str, list[int]] | None:
-        """Tokenize an example with labels on its completion; None if `longest` cuts off the whole completion."""
-        prompt = self.prompt(example)
-        ids = self.ids(prompt + example.completion)
-        if self.end:
-            ids = [*ids, self.tokenizer.eos_token_id]
-        cut = len(self.ids(prompt))
-        ids = ids[:longest]
-        if cut >= len(ids):
-            return None
-        return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [IGNORED] * cut + ids[cut:]}
-
-    def batch(self, examples: Sequence[Example]) -> Any:
-        """Tokenize prompts into a batch, padded on the left."""
-        prompts = [self.prompt(example) for example in examples]
-        return self.tokenizer(
-            prompts, padding=True, padding_side="left", add_special_tokens=not self.chat, return_tensors="pt"
-        )
+    end: whether an end-of-sequence token follows the completion.
+    """
+    prompt = text.prompt(example)
+    ids = text.ids(prompt + example.completion)
+    if end:
+        ids = [*ids, text.tokenizer.eos_token_id]
+    cut = len(text.ids(prompt))
+    ids = ids[:longest]
+    if cut >= len(ids):
+        return None
+    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [IGNORED] * cut + ids[cut:]}
 
 
 class _PenalisedTrainer(Trainer):
@@ -127,31 +105,21 @@ def train(
     return {"losses": losses, "seconds": seconds}
 
 
-@torch.no_grad()
 def test(model: Any, text: Text, task: Task, examples: Sequence[Example], batch: int, label: str) -> dict[str, Any]:
     """Test the model by greedy generation and exact match. Unreadable answers are wrong; the first few are recorded."""
-    model.eval()
-    device = next(model.parameters()).device
-    exact, as_released, unreadable, shown = "", 0, 0, []
     start = time.perf_counter()
-    for at in tqdm(range(0, len(examples), batch), desc=label, unit="batch", leave=False):
-        part = examples[at : at + batch]
-        inputs = text.batch(part).to(device)
-        tokens = model.generate(
-            **inputs, max_new_tokens=task.new_tokens, do_sample=False, pad_token_id=text.tokenizer.pad_token_id
-        )
-        said = text.tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        for answer, example in zip(said, part, strict=True):
-            exact += str(int(task.is_exact(answer, example.answer)))
-            as_released += task.is_exact(answer, example.answer, as_released=True)
-            if task.read(answer) is None:
-                unreadable += 1
-                shown += [answer] if len(shown) < 5 else []
+    said = answers(model, text, task, examples, batch, label)
+    seconds = time.perf_counter() - start
+    right = [task.is_exact(answer, example.answer) for answer, example in zip(said, examples, strict=True)]
+    released = [
+        task.is_exact(answer, example.answer, as_released=True) for answer, example in zip(said, examples, strict=True)
+    ]
+    unreadable = [answer for answer in said if task.read(answer) is None]
     return {
-        "exact": exact,
-        "accuracy": exact.count("1") / len(exact),
-        "accuracy_as_released": as_released / len(exact),
-        "unreadable": unreadable,
-        "unreadable_shown": shown,
-        "seconds": time.perf_counter() - start,
+        "exact": "".join(str(int(exact)) for exact in right),
+        "accuracy": sum(right) / len(right),
+        "accuracy_as_released": sum(released) / len(released),
+        "unreadable": len(unreadable),
+        "unreadable_shown": unreadable[:5],
+        "seconds": seconds,
     }

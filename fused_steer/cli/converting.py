@@ -227,19 +227,20 @@ def export_to_pyreft(
     adapter: Annotated[str, typer.Argument(help="A saved adapter: its directory, or its id on the hub.")],
     out: Annotated[Path, typer.Option("--out", help="A new directory for pyreft's files.", show_default=False)],
 ) -> None:
-    """Write an adapter of form loreft as reft_model.save of pyreft does: pyreft.ReftModel.load reads it.
+    """Write an adapter as reft_model.save of pyreft does.
 
-    pyreft intervenes where each call says; its files do not record the adapter's positions.
+    LoReFT becomes LoReFT, a vector LobiReFT, and a low rank NoDiReFT (DiReFT or ConsReFT if its W2 is orthonormal).
+    The strength is multiplied in, and a b2 becomes one more rank. Sites other than post_block are refused. pyreft
+    intervenes where each call says; its files do not record the adapter's positions or φ.
     """
     with errors_in_one_line():
-        from ..importers.pyreft import export_pyreft
+        from ..importers.pyreft_export import export_pyreft
 
-        config = export_pyreft(adapter, out).config
+        written = export_pyreft(adapter, out)
         console = new_console()
-        told = f"LoReFT of rank {config.rank}, positions {config.positions}, written to {out}"
+        told = f"{written.name} of rank {written.rank}, positions {written.adapter.config.positions}, written to {out}"
         console.print(told, markup=False, soft_wrap=True)
-        usage = f"import pyreft\nreft_model = pyreft.ReftModel.load({str(out)!r}, model)"
-        console.print(usage, markup=False, soft_wrap=True)
+        console.print(written.usage(out), markup=False, soft_wrap=True)
 
 
 @export_app.command("vector")

@@ -105,7 +105,10 @@ def verify_vllm(
 def evaluate(
     tasks: Annotated[
         list[str],
-        typer.Argument(help="Tasks of lm-evaluation-harness: names, or YAML files, which may name local data."),
+        typer.Argument(
+            help="Tasks of lm-evaluation-harness: names, or YAML files, which may name local data. paper:boolq, "
+            "paper:winogrande, paper:listops, paper:gsm8k, paper:arc, paper:aqua: the paper's tasks; paper: all six."
+        ),
     ],
     model: Annotated[
         str | None,
@@ -124,9 +127,20 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
     out: Annotated[Path | None, typer.Option(help="A JSON file for the scores.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, xpu …; auto is a GPU if there is one.")] = "auto",
+    data: Annotated[
+        Path | None,
+        typer.Option(help="A folder with TASK/test.jsonl of the paper's tasks; the hub's rows if not given."),
+    ] = None,
+    chat_template: Annotated[
+        bool, typer.Option("--chat", help="Put prompts of the paper's tasks into the chat template.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Evaluate a model and adapters of it by lm-evaluation-harness, and compare them with intervals."""
+    """Evaluate a model and adapters of it, and compare them with intervals.
+
+    Tasks are those of lm-evaluation-harness, and the paper's six. Those are answered by greedy generation, and the
+    answers are read as in the paper's released code.
+    """
     with errors_in_one_line():
         from ..evaluation.command import EvalOptions, run
 
@@ -143,6 +157,8 @@ def evaluate(
                 out=out,
                 device=device,
                 as_json=as_json,
+                data=data,
+                chat=chat_template,
             ),
             new_console(),
         )

@@ -14,6 +14,7 @@ from ..model.decoder import find_decoder, meta_model
 from ..patch import patch_model
 from ..tools.sources import sources
 from .comparing import Score, check_tasks, compare_adapters
+from .on_paper import ALL, PREFIX, load_documents, paper_tasks
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -39,6 +40,8 @@ class EvalOptions:
     out: Path | None
     device: str
     as_json: bool
+    data: Path | None
+    chat: bool
 
     def __post_init__(self) -> None:
         for name in ("limit", "batch_size"):
@@ -50,6 +53,19 @@ class EvalOptions:
         if self.out is not None and not self.out.parent.is_dir():
             raise ValueError(f"out is {self.out}, and there is no directory {self.out.parent}; expected one")
         sources(self.adapters)
+        if not self.tasks:
+            raise ValueError("tasks is empty; expected names of tasks, or YAML files of tasks")
+        paper = paper_tasks(self.tasks)
+        if paper and self.shots:
+            raise ValueError(f"shots is {self.shots}, and {PREFIX}{paper[0]} has no examples; expected it not given")
+        for name, given in (("data", self.data is not None), ("chat", self.chat)):
+            if given and not paper:
+                raise ValueError(f"--{name} is given without a task of the paper; expected {ALL}, or {PREFIX}gsm8k")
+
+    @property
+    def harness_tasks(self) -> list[str]:
+        """The tasks of lm-evaluation-harness."""
+        return [task for task in self.tasks if task != ALL and not task.startswith(PREFIX)]
 
 
 def scores_table(found: Sequence[Score]) -> Table:
@@ -57,6 +73,8 @@ def scores_table(found: Sequence[Score]) -> Table:
     from rich.table import Table
 
     table = Table("task", "metric", "adapter", "documents", "mean", "95 %", f"less {found[0].adapter}", "95 % ")
+    for column in table.columns:
+        column.overflow = "fold"  # a narrow screen cuts no name
     for column in table.columns[3:]:
         column.justify = "right"
     for score in found:
@@ -81,12 +99,15 @@ def run(options: EvalOptions, console: Console) -> None:
         ValueError, FileNotFoundError, KeyError: an adapter or a task is missing or does not fit.
         ImportError: lm-evaluation-harness is missing.
     """
-    if find_spec("lm_eval") is None:
+    tasks = options.harness_tasks
+    if tasks and find_spec("lm_eval") is None:
         raise ImportError("eval needs lm-evaluation-harness; `pip install 'fused-steer[eval]'`")
     from ..tools.demo import SMOLLM2, choose_device, load_model
 
     device = choose_device(options.device)
-    check_tasks(options.tasks)
+    if tasks:
+        check_tasks(tasks)
+    documents = load_documents(paper_tasks(options.tasks), options.data, options.limit)
     layout = None if options.model is None else find_decoder(meta_model(options.model)).layout
     for source in sources(options.adapters).values():  # before the model is loaded
         read_adapter(source, layout, check_base=layout is not None)
@@ -105,11 +126,13 @@ def run(options: EvalOptions, console: Console) -> None:
         model,
         tokenizer,
         names,
-        options.tasks,
+        tasks,
         limit=options.limit,
         shots=options.shots,
         batch_size=options.batch_size,
         seed=options.seed,
+        paper=documents,
+        chat=options.chat,
     )
     fields = {"model": options.model or SMOLLM2, "scores": [score.as_dict() for score in found]}
     if options.out is not None:

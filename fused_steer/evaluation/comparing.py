@@ -9,6 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from ..paper.data import Example
+from .on_paper import outcomes
+
 #: Bootstrap resamples of the documents.
 _RESAMPLES = 10_000
 #: The interval's ends: 95 % of the resamples lie between them.
@@ -54,6 +57,8 @@ def compare_adapters(
     shots: int | None = None,
     batch_size: int = 8,
     seed: int = 0,
+    paper: Mapping[str, Sequence[Example]] | None = None,
+    chat: bool = False,
 ) -> list[Score]:
     """Evaluate a model by each of several adapters, on the same documents.
 
@@ -66,6 +71,8 @@ def compare_adapters(
         shots: examples before each document. None: the task's own number.
         batch_size: documents at a time.
         seed: of the bootstrap.
+        paper: documents of the paper's tasks, from `load_documents`, which are evaluated too.
+        chat: whether prompts of the paper's tasks are in the chat template.
 
     Raises:
         KeyError: the model has no such adapter.
@@ -80,7 +87,9 @@ def compare_adapters(
     try:
         for name in adapters:
             steering.use(name)
-            values.append(_values(model, tokenizer, tasks, limit, shots, batch_size))
+            found = _values(model, tokenizer, tasks, limit, shots, batch_size) if tasks else {}
+            found |= outcomes(model, tokenizer, paper or {}, batch_size=batch_size, chat=chat)
+            values.append(found)
     finally:
         steering.use(active)
     return scores(dict(zip(("base" if name is None else name for name in adapters), values, strict=True)), seed)
@@ -169,8 +178,6 @@ def check_tasks(tasks: Sequence[str]) -> None:
         FileNotFoundError: a file of a task is not there.
         ValueError: the harness has no such task.
     """
-    if not tasks:
-        raise ValueError("tasks is empty; expected names of tasks, or YAML files of tasks")
     for task in tasks:
         if Path(task).suffix in (".yaml", ".yml") and not Path(task).is_file():
             raise FileNotFoundError(f"no file {task}; expected a task of lm-evaluation-harness")

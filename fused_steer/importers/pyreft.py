@@ -1,4 +1,4 @@
-"""Import adapters that pyreft saved (github.com/stanfordnlp/pyreft, in pyvene's file layout), and export LoReFT.
+"""Import adapters that pyreft saved (github.com/stanfordnlp/pyreft, in pyvene's file layout).
 
 With a block's output h and R (r, d) of orthonormal rows, pyreft's interventions compute, in its own notation,
 
@@ -12,11 +12,8 @@ orthonormal. Weight decay shrinks pyreft's R. Such a file becomes `form="lowrank
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import tempfile
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,20 +23,22 @@ import torch
 from torch import Tensor
 
 from ..adapters.fields import read_json
-from ..adapters.files import AdapterFile, read_adapter
-from ..adapters.parameters import DOWN, DOWN_BIAS, SITE, UP, UP_BIAS, Place
+from ..adapters.files import AdapterFile
+from ..adapters.parameters import DOWN, DOWN_BIAS, UP, UP_BIAS, Place
 from ..config import SteerConfig
 from ..kernels import ACTIVATIONS
-from ..kernels.rotation import is_orthonormal, orthonormal
+from ..kernels.rotation import is_orthonormal
 from .reading import assemble, checked_tensor, first_line, layout, naming, read_pickle
 
 CONFIG_NAME = "config.json"
+#: The file of an intervention, with {} for its layer.
+FILE_NAME = "intkey_layer_{}_comp_block_output_unit_pos_nunit_1#0.bin"
 _SHORT, _ENDS = re.compile(r"\b([fl])(\d+)\b"), {"f": "first", "l": "last"}
 _BASE_NAME = "pytorch_model.bin"
 _TYPE = re.compile(r"<class 'pyreft\.interventions\.(\w+)'>")
 
 #: The fields of pyvene's RepresentationConfig, in the order in which its JSON lists their values.
-_FIELDS = (
+FIELDS = (
     "layer",
     "component",
     "unit",
@@ -55,14 +54,14 @@ _FIELDS = (
     "hidden_source_representation",
     "latent_dim",
 )
-_REQUIRED = {"component": "block_output", "unit": "pos", "max_number_of_units": 1}
+REQUIRED = {"component": "block_output", "unit": "pos", "max_number_of_units": 1}
 #: Fields that change the function. Groups and links only order and tie interventions, and every value is saved.
 _ABSENT = ("subspace_partition", "moe_key", "source_representation", "hidden_source_representation", "latent_dim")
 
 #: Entries of a state dict with their shapes: r is the rank, d the hidden size.
 _SOURCE = {"learned_source.weight": "rd", "learned_source.bias": "r"}
-_ORIGINAL, _TRIVIAL = "rotate_layer.parametrizations.weight.original", "rotate_layer.parametrizations.weight.0.base"
-_ROTATION = {_ORIGINAL: "dr", _TRIVIAL: "dd"}
+ORIGINAL, TRIVIAL = "rotate_layer.parametrizations.weight.original", "rotate_layer.parametrizations.weight.0.base"
+_ROTATION = {ORIGINAL: "dr", TRIVIAL: "dd"}
 #: Buffers that do not affect the result.
 _IGNORED = ("embed_dim", "interchange_dim")
 
@@ -112,9 +111,9 @@ def _lowrank(down: Tensor, down_bias: Tensor, up: Tensor) -> dict[str, Tensor]:
 
 def _rotation(t: Mapping[str, Tensor]) -> Tensor:
     """Return Rᵀ (d, r), computed as `torch.nn.utils.parametrizations.orthogonal` does from Householder reflectors."""
-    reflectors = t[_ORIGINAL].tril(-1)
-    signs = t[_ORIGINAL].diagonal().int()  # torch truncates them too
-    return t[_TRIVIAL] @ (torch.linalg.householder_product(reflectors, 2 / (1 + reflectors.square().sum(0))) * signs)
+    reflectors = t[ORIGINAL].tril(-1)
+    signs = t[ORIGINAL].diagonal().int()  # torch truncates them too
+    return t[TRIVIAL] @ (torch.linalg.householder_product(reflectors, 2 / (1 + reflectors.square().sum(0))) * signs)
 
 
 @dataclass(frozen=True)
@@ -203,7 +202,7 @@ def import_pyreft(
     layers: dict[int, dict[str, Tensor]] = {}
     sizes: dict[str, int] = {}
     for index, rank in sorted(representations.items()):
-        file = folder / _file_name(index)
+        file = folder / file_name(index)
         state = read_pickle(file)
         with naming(file):
             tensors = _checked_state(kind, state, sizes)
@@ -227,59 +226,6 @@ def import_pyreft(
         down_bias=not vector,
         positions=where,
     )
-
-
-def export_pyreft(source: str | os.PathLike[str], directory: str | os.PathLike[str]) -> AdapterFile:
-    """Write an adapter of `form="loreft"` as `reft_model.save` of pyreft does, for `pyreft.ReftModel.load`.
-
-    R, W and b are written as they compute, so that importing them again gives the same bits. The weights are pickles of
-    tensors, as pyreft has them. pyreft takes W and b as bfloat16 when it loads them, and rounds float32 ones.
-
-    Args:
-        source: a saved adapter: its directory, or its id on the hub.
-        directory: a new or an empty one.
-
-    Returns:
-        The adapter.
-
-    Raises:
-        FileNotFoundError, ValueError: there is no such adapter, its files are broken, pyreft has no such form or
-            strength, or the directory holds something. Nothing is written then.
-    """
-    adapter, target = read_adapter(source), Path(directory)
-    config = adapter.config
-    if config.form != "loreft":
-        raise ValueError(
-            f"{source} is of form {config.form!r}; expected 'loreft', which pyreft computes as fused-steer"
-        )
-    if config.sites != (SITE,):
-        raise ValueError(f"{source} steers at {', '.join(config.sites)}; expected {SITE}, of pyreft's block_output")
-    if config.scale != 1:
-        raise ValueError(f"{source} has scale {config.scale}; expected 1: pyreft's LoReFT has no strength")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{target} exists and is not an empty directory; expected a new one")
-    indices = [place.layer for place in adapter.tensors]
-    fields = {
-        "intervention_constant_sources": [True for _ in indices],
-        "intervention_dimensions": [adapter.layout.hidden for _ in indices],
-        "intervention_types": ["<class 'pyreft.interventions.LoreftIntervention'>" for _ in indices],
-        "mode": "parallel",
-        "representations": [
-            [{"layer": i, **_REQUIRED, "low_rank_dimension": config.rank}.get(field) for field in _FIELDS]
-            for i in indices
-        ],
-        "sorted_keys": [_file_name(i).removeprefix("intkey_").removesuffix(".bin") for i in indices],
-    }
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as parent:
-        folder = Path(parent, target.name)
-        folder.mkdir()
-        (folder / CONFIG_NAME).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-        for (index, _), tensors in adapter.tensors.items():
-            state = {"weight": tensors[DOWN], "bias": tensors[DOWN_BIAS], "rotate_layer": orthonormal(tensors[UP])}
-            torch.save(OrderedDict(state), folder / _file_name(index))
-        os.replace(folder, target)
-    return adapter
 
 
 # ---------------------------------------------------------------------------------------------------------- config.json
@@ -316,15 +262,15 @@ def _type_name(type_: Any) -> str:
 
 
 def _read_representation(entry: Any) -> tuple[int, int | None]:
-    if isinstance(entry, list) and len(entry) <= len(_FIELDS):
-        entry = dict(zip(_FIELDS, entry, strict=False))
-    if not isinstance(entry, dict) or not entry.keys() <= set(_FIELDS):
-        raise ValueError(f"a representation is {entry!r}; expected pyvene's {', '.join(_FIELDS)}")
+    if isinstance(entry, list) and len(entry) <= len(FIELDS):
+        entry = dict(zip(FIELDS, entry, strict=False))
+    if not isinstance(entry, dict) or not entry.keys() <= set(FIELDS):
+        raise ValueError(f"a representation is {entry!r}; expected pyvene's {', '.join(FIELDS)}")
     index, rank = entry.get("layer", 0), entry.get("low_rank_dimension")
     for field, value in (("layer", index), ("low_rank_dimension", 0 if rank is None else rank)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
             raise ValueError(f"{field} is {value!r}; expected an integer from 0")
-    for field, expected in _REQUIRED.items():
+    for field, expected in REQUIRED.items():
         if entry.get(field, expected) != expected:
             raise ValueError(f"layer {index} has {field} {entry[field]!r}; expected {expected!r}")
     for field in _ABSENT:
@@ -352,12 +298,12 @@ def _check_activation(name: str, activation: str | None) -> None:
 # -------------------------------------------------------------------------------------------------------------- weights
 
 
-def _file_name(index: int) -> str:
-    return f"intkey_layer_{index}_comp_block_output_unit_pos_nunit_1#0.bin"
+def file_name(index: int) -> str:
+    return FILE_NAME.format(index)
 
 
 def _check_files(folder: Path, layers: Mapping[int, Any]) -> None:
-    expected = {_file_name(index) for index in layers}
+    expected = {file_name(index) for index in layers}
     found = {file.name for file in folder.glob("intkey_*.bin")}
     for name in sorted(expected - found):
         raise FileNotFoundError(f"no file {folder / name}; expected one for each intervention of {CONFIG_NAME}")

@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from fused_steer import SteerConfig, patch_model
 from fused_steer.evaluation.comparing import scores
+from fused_steer.evaluation.on_paper import paper_tasks
+from fused_steer.paper.tasks import TASKS
 
 needs_harness = pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs lm-evaluation-harness (the extra eval)")
 QUESTIONS = [(f"{a}+{b}=", [str((a + b + k) % 10) for k in range(3)], (a * b) % 3) for a in range(4) for b in range(3)]
@@ -153,6 +155,115 @@ def test_eval_refusals(place, tmp_path, monkeypatch):
 def test_eval_without_the_harness_says_how_to_install_it(place, monkeypatch):
     monkeypatch.setattr("fused_steer.evaluation.command.find_spec", lambda name: None)
     assert_refused(invoke("eval", "x"), "pip install 'fused-steer[eval]'")
+
+
+# --------------------------------------------------------------------------------------------------- the paper's tasks
+
+
+def says(place, adapter, task, rows) -> list[str]:
+    """Return a model's text after the prompt of each row, generated row by row, without padding."""
+    model = AutoModelForCausalLM.from_pretrained(place / "base").eval()
+    if adapter is not None:
+        model = patch_model(model, place / adapter)
+    found = []
+    for row in rows:
+        ids = torch.tensor([tokenizer()(task.prompt(row))["input_ids"]])
+        tokens = model.generate(ids, max_new_tokens=task.new_tokens, do_sample=False, pad_token_id=0)
+        found.append(tokenizer().decode(tokens[0, ids.shape[1] :], skip_special_tokens=True))
+    return found
+
+
+@pytest.fixture(scope="module")
+def papers(place):
+    """Local rows of two tasks: GSM8K, with a right answer of the base model in every other row; and BoolQ."""
+    rows = [{"question": f"{i} and {i * i}?", "answer": "#### 0"} for i in range(6)]
+    for row, said in list(zip(rows, says(place, None, TASKS["gsm8k"], rows), strict=True))[::2]:
+        row["answer"] = f"so #### {TASKS['gsm8k'].read(said):g}"
+    truths = [{"question": f"is {i} odd", "passage": "what?", "answer": i % 2 == 1} for i in range(3)]
+    for name, content in (("gsm8k", rows), ("boolq", truths)):
+        (place / "rows" / name).mkdir(parents=True)
+        (place / "rows" / name / "test.jsonl").write_text("\n".join(map(json.dumps, content)))
+    return place, rows
+
+
+def test_eval_papers_tasks_from_local_files(papers, tmp_path, monkeypatch):
+    """Several adapters on the paper's tasks, offline, without lm-evaluation-harness."""
+    place, rows = papers
+    monkeypatch.setattr("fused_steer.evaluation.command.find_spec", lambda name: None)
+    out = tmp_path / "scores.json"
+    adapters = ("--adapter", place / "one", "--adapter", place / "two")
+    arguments = ("--model", place / "base", *adapters, "--data", place / "rows", "--device", "cpu", "--batch-size", 4)
+    result = invoke("eval", "paper:gsm8k", "paper:boolq", *arguments, "--out", out)
+    assert result.exit_code == 0, result.output
+    assert "…" not in result.stdout  # no name is cut, however narrow the screen
+    found = {(row["task"], row["metric"], row["adapter"]): row for row in json.loads(out.read_text())["scores"]}
+    names, metrics = ("base", "one", "two"), ("exact_match", "as_released", "unreadable")
+    expected = {("paper:gsm8k", metric, name) for metric in metrics for name in names}
+    expected |= {("paper:boolq", metric, name) for metric in ("exact_match", "unreadable") for name in names}
+    assert found.keys() == expected
+    task, means = TASKS["gsm8k"], {}
+    for name in names:
+        said = says(place, None if name == "base" else name, task, rows)
+        means[name] = np.mean([task.is_exact(text, task.answer(row)) for text, row in zip(said, rows, strict=True)])
+        row = found["paper:gsm8k", "exact_match", name]
+        assert row["mean"] == pytest.approx(means[name]) and row["documents"] == len(rows)
+        assert row["interval"][0] <= row["mean"] <= row["interval"][1]
+        assert found["paper:boolq", "unreadable", name]["documents"] == 3
+    assert means["base"] >= 0.5 and len(set(means.values())) > 1
+    difference = found["paper:gsm8k", "exact_match", "two"]["difference"]
+    assert difference == pytest.approx(means["two"] - means["base"])
+
+
+def test_eval_papers_tasks_in_the_chat_template_and_with_a_limit(papers, tmp_path, monkeypatch):
+    place, _ = papers
+    prompts = []
+    monkeypatch.setattr(
+        "fused_steer.paper.answering.Text.batch", lambda self, rows: prompts.extend(map(self.prompt, rows)) or 1 / 0
+    )
+    monkeypatch.setattr(
+        "transformers.PreTrainedTokenizerBase.apply_chat_template",
+        lambda self, messages, **options: f"{[m['role'] for m in messages]} {messages[-1]['content']}",
+    )
+    arguments = ("--model", place / "base", "--data", place / "rows", "--chat", "--limit", 2, "--device", "cpu")
+    assert isinstance(invoke("eval", "paper:gsm8k", *arguments).exception, ZeroDivisionError)
+    assert prompts == [f"['system', 'user'] {i} and {i * i}?\n" for i in range(2)]
+
+
+@needs_harness
+def test_eval_papers_tasks_beside_the_harnesss(papers):
+    place, _ = papers
+    arguments = ("--model", place / "base", "--data", place / "rows", "--device", "cpu", "--json")
+    result = invoke("eval", place / "sums.yaml", "paper:boolq", *arguments)
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout[result.stdout.index('{\n  "model"') :])["scores"]
+    assert [row["task"] for row in found] == ["sums", "paper:boolq", "paper:boolq"]
+    assert found[0]["mean"] == pytest.approx(np.mean(right(place)))
+
+
+def test_eval_papers_tasks_all_six():
+    assert paper_tasks(["hellaswag", "paper:arc", "paper"]) == ["arc", *(name for name in TASKS if name != "arc")]
+
+
+def test_eval_papers_tasks_refusals(papers, tmp_path, monkeypatch):
+    """One line each, before a model is loaded."""
+    place, _ = papers
+
+    def loaded(*_, **__):
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", loaded)
+    data = ("--data", place / "rows")
+    (tmp_path / "boolq").mkdir()
+    (tmp_path / "boolq" / "test.jsonl").write_text('{"question": "is it", "answer": true}')
+    for arguments, parts in (
+        (("paper:boolqs", *data), ("the task is 'paper:boolqs'", "did you mean paper:boolq?")),
+        (("paper:arc", *data), ("arc has no test.jsonl, test.json or test.parquet; expected one of them",)),
+        (("paper:gsm8k", *data, "--shots", 3), ("shots is 3", "expected it not given")),
+        (("paper:boolq", "--data", tmp_path), ("has no column passage in row 1; expected question, passage, answer",)),
+        ((place / "sums.yaml", *data), ("--data is given without a task of the paper",)),
+        (("paper:boolq",), ("google/boolq cannot be loaded", "expected a connection", "boolq/test.jsonl")),
+    ):
+        assert_refused(invoke("eval", *arguments, "--model", place / "base", "--device", "cpu"), *parts)
 
 
 # ---------------------------------------------------------------------------------------------------------- intervals

@@ -11,7 +11,21 @@ import numpy as np
 import pytest
 import torch
 from command import assert_refused, invoke, plain_output  # noqa: F401 - an autouse fixture
-from foreign import LAYOUT, LLAMA, PHI, RANK, SCALE, Hostile, files, shown, write_gguf
+from foreign import (
+    LAYOUT,
+    LLAMA,
+    PHI,
+    RANK,
+    SCALE,
+    Hostile,
+    Intervention,
+    Shift,
+    file_name,
+    files,
+    hooked,
+    shown,
+    write_gguf,
+)
 from models import HIDDEN, LAYERS, assert_close, build, difference, logits, refused
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -21,17 +35,6 @@ from fused_steer.adapters.files import AdapterFile, write_adapter
 from fused_steer.adapters.parameters import Place
 from fused_steer.importers.pyreft import import_pyreft
 from fused_steer.importers.vectors import import_vector
-
-Shift = Callable[[Tensor], Tensor]
-
-
-def hooked(shifts: dict[int, Shift], family: str = "llama") -> nn.Module:
-    """Build a model with hooks that return h + shift(h) at these layers."""
-    model = build(family)
-    decoder = model.get_submodule("transformer.h" if family == "gpt2" else "model.layers")
-    for i, shift in shifts.items():
-        decoder[i].register_forward_hook(lambda module, args, out, shift=shift: out + shift(out))
-    return model
 
 
 def assert_same_function(found: AdapterFile, shifts: dict[int, Shift], out: Path) -> SteerConfig:
@@ -47,68 +50,8 @@ def assert_same_function(found: AdapterFile, shifts: dict[int, Shift], out: Path
 # -------------------------------------------------------------------------------------------------------------- pyreft
 
 
-class Rotation(nn.Module):
-    """pyreft's rotate_layer, away from its initial value. Its weight is Rᵀ (d, r), kept orthonormal by torch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(nn.init.orthogonal_(torch.empty(HIDDEN, RANK)))
-        nn.utils.parametrizations.orthogonal(self)
-        with torch.no_grad():
-            self.parametrizations.weight.original.add_(0.3 * torch.randn(HIDDEN, RANK).tril(-1))
-        self.parametrizations.weight.original.data[2, 2] = 1.0  # one of its signs
-
-    @property
-    def columns(self) -> Tensor:
-        return self.weight.detach()
-
-
-class Intervention(nn.Module):
-    """An intervention like one of pyreft's classes: the state dict, and the shift of h by its docstring's formula."""
-
-    def __init__(self, name: str, phi: str = "identity", bias: bool = True, dtype: torch.dtype = torch.float32) -> None:
-        super().__init__()
-        self.name, self.phi = name, PHI[phi]
-        self.register_buffer("embed_dim", torch.tensor(HIDDEN))
-        self.register_buffer("interchange_dim", torch.tensor(HIDDEN))
-        if name in ("Noreft", "Nodireft"):
-            self.proj_layer = nn.Linear(HIDDEN, RANK, bias=bias).to(dtype)
-        else:
-            self.rotate_layer = Rotation()
-        if name in ("Consreft", "Lobireft"):
-            self.learned_source = nn.Parameter(torch.randn(RANK))
-        else:
-            self.learned_source = nn.Linear(HIDDEN, RANK).to(dtype)
-
-    def saved(self) -> dict[str, Tensor]:
-        if self.name == "Loreft":
-            return {**self.learned_source.state_dict(), "rotate_layer": self.rotate_layer.columns}
-        return self.state_dict()
-
-    @torch.no_grad()
-    def shift(self, h: Tensor) -> Tensor:
-        if isinstance(self.learned_source, nn.Linear):
-            source = self.learned_source
-            learned = self.phi(h @ source.weight.float().t() + source.bias.float())
-        if self.name in ("Noreft", "Nodireft"):
-            w2 = self.proj_layer.weight.float()
-            projected = h @ w2.t() + (0.0 if self.proj_layer.bias is None else self.proj_layer.bias.float())
-            return (learned - projected if self.name == "Noreft" else learned) @ w2
-        r_t = self.rotate_layer.columns
-        return {
-            "Loreft": lambda: (learned - h @ r_t) @ r_t.t(),
-            "Direft": lambda: learned @ r_t.t(),
-            "Consreft": lambda: (self.learned_source - h @ r_t) @ r_t.t(),
-            "Lobireft": lambda: (self.learned_source @ r_t.t()).expand_as(h),
-        }[self.name]()
-
-
 LINEAR = ("Loreft", "Noreft")  # we import these only without an activation
 ENTRY = [0, "block_output", "pos", 1, RANK, *[None] * 9]
-
-
-def file_name(layer: int) -> str:
-    return f"intkey_layer_{layer}_comp_block_output_unit_pos_nunit_1#0.bin"
 
 
 def save_pyreft(directory: Path, interventions: dict[int, Intervention], **config: Any) -> dict[int, Shift]:

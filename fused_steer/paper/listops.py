@@ -9,7 +9,8 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 
-from fused_steer.tools.listops import OPERATORS, Expression, Operation, evaluate
+from ..tools.listops import OPERATORS, Expression, Operation, evaluate
+from .tasks import Row
 
 DEPTH, ARGUMENTS, NESTED = 10, 10, 0.25
 #: Long Range Arena's range of lengths.
@@ -47,7 +48,7 @@ def expressions(lengths: tuple[int, int], seed: int) -> Iterator[Operation]:
             yield expression
 
 
-def rows(sizes: dict[str, int], lengths: tuple[int, int], seed: int = 42) -> dict[str, list[dict[str, object]]]:
+def rows(sizes: dict[str, int], lengths: tuple[int, int], seed: int = 42) -> dict[str, list[Row]]:
     """Draw `sizes[split]` rows for each split; no expression occurs twice.
 
     Raises:

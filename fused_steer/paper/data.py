@@ -41,13 +41,24 @@ class Limits:
 
 
 def load(
-    name: str, folder: Path | None, limits: Limits, lengths: tuple[int, int] = (4, 64)
+    name: str,
+    folder: Path | None,
+    limits: Limits = Limits(),
+    lengths: tuple[int, int] = (4, 64),
+    splits: Sequence[str] = SPLITS,
 ) -> dict[str, list[Example]]:
     """Load the examples of a task, by split. ListOps is generated unless `folder` has it.
 
+    Args:
+        name: the task's, in `TASKS`.
+        folder: holds `<task>/<split>.jsonl`. None: the hub.
+        limits: the most rows per split.
+        lengths: of generated ListOps.
+        splits: the splits to load.
+
     Raises:
-        ValueError: a column is missing, or a row's answer is not valid for the task.
-        FileNotFoundError: `folder` has no training file of the task.
+        ValueError: a column is missing, a row's answer is not valid for the task, or the hub cannot be read.
+        FileNotFoundError: `folder` has no file of a split, and no training file to cut it from.
     """
     task = TASKS[name]
     source = str(folder / name) if folder else task.hub[0]
@@ -55,25 +66,36 @@ def load(
         sizes = {split: min(limits.of(split) or size, size) for split, size in listops.SIZES.items()}
         found, source = listops.rows(sizes, lengths), "generated ListOps"
     else:
-        found = complete(_local(folder / name) if folder else _hub(task))
-    return {split: examples(task, found[split][: limits.of(split)], f"{source}, {split}") for split in SPLITS}
+        found = _local(folder / name, splits) if folder else _hub(task, name)
+        if not found.keys() >= set(splits):
+            found = complete(found)
+    return {split: examples(task, found[split][: limits.of(split)], f"{source}, {split}") for split in splits}
 
 
-def _hub(task: Task) -> dict[str, list[Row]]:
+def _hub(task: Task, name: str) -> dict[str, list[Row]]:
     from datasets import load_dataset
 
-    found = load_dataset(*task.hub)
+    try:
+        found = load_dataset(*task.hub)
+    except Exception as error:  # it raises its own, the hub's and the network's
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{task.hub[0]} cannot be loaded ({type(error).__name__}: {reason}); expected a connection to the hub, or "
+            f"--data FOLDER with {name}/test.jsonl"
+        ) from error
     splits = {"train": "train", "test": task.test}
     if task.test != "validation" and "validation" in found:
         splits["validation"] = "validation"
     return {ours: found[theirs].to_list() for ours, theirs in splits.items()}
 
 
-def _local(folder: Path) -> dict[str, list[Row]]:
+def _local(folder: Path, splits: Sequence[str]) -> dict[str, list[Row]]:
     files = {split: file for split in SPLITS for suffix in SUFFIXES if (file := folder / f"{split}{suffix}").is_file()}
-    if "train" not in files:
-        raise FileNotFoundError(f"{folder} has no train.jsonl, train.json or train.parquet; expected one of them")
-    return {split: _rows(file) for split, file in files.items()}
+    missing = [split for split in splits if split not in files]
+    if missing and "train" not in files:
+        names = [f"{missing[0]}{suffix}" for suffix in SUFFIXES]
+        raise FileNotFoundError(f"{folder} has no {', '.join(names[:-1])} or {names[-1]}; expected one of them")
+    return {split: _rows(file) for split, file in files.items() if missing or split in splits}
 
 
 def _rows(file: Path) -> list[Row]:
