@@ -273,7 +273,7 @@ class _PlannedPostBlock(torch.autograd.Function):
             # By its kind, not its shape: layers share these plans, and their gradients may have different strides.
             plan = training.backward.get(kind_of(operands)) if training.backward else None
             addresses = plan.admit(operands) if plan is not None and not create_graph else None
-            if addresses is not None:
+            if plan is not None and addresses is not None:
                 training.last = plan
                 gradients = plan.go(addresses)
                 return training.complete(gradients, grad) if training.passed else gradients
