@@ -87,8 +87,11 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
-@pytest.mark.parametrize(("tokens", "hidden", "rank"), SHAPES)
+#: All shapes in float32 and bfloat16. In float16 every other one, because the interpreter is slow.
+CASES = [(*shape, dtype) for shape in SHAPES for dtype in (F32, BF16, F16) if dtype != F16 or shape in SHAPES[::2]]
+
+
+@pytest.mark.parametrize(("tokens", "hidden", "rank", "dtype"), CASES, ids=str)
 def test_post_block_is_as_exact_as_the_hook(device, tokens, hidden, rank, dtype):
     fewest = min(tokens, rank or tokens)  # dL/dg has one number per token, dL/db1 one per rank
     options = {"rank": rank, "dtype": dtype, "device": device, "scale": False}
@@ -122,7 +125,7 @@ def test_post_block_the_shapes_reach_every_form_of_the_forward(dtype):
     assert schedule.height < schedule.block_n, "tiles of fewer rows than a block"
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_post_block_two_rows_in_registers_are_as_exact_as_the_hook(device, dtype):
     """The forward of so many tokens that a program takes two rows, the last one alone."""
     inputs = make_inputs(1025, 16, rank=2, dtype=dtype, device=device, scale=False, basis=0)
@@ -169,7 +172,7 @@ def operands_of(inputs: Inputs, packed: bool) -> Operands:
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
 @pytest.mark.parametrize(
-    ("tokens", "hidden", "rank"), [(1, 576, 8), (17, 99, 12), (130, 256, 5), (70, 128, 16), (66, 64, 64), (40, 80, 33)]
+    ("tokens", "hidden", "rank"), [(1, 576, 8), (17, 99, 12), (18, 256, 5), (70, 128, 16), (66, 64, 64), (40, 80, 33)]
 )
 def test_post_block_packed_weights_give_the_same_bits(device, tokens, hidden, rank, dtype):
     if os.environ["FUSED_STEER_BACKEND"] == "torch":
@@ -216,7 +219,7 @@ def test_post_block_zero_gain_leaves_every_bit_of_an_adapter_that_is_not_finite(
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_post_block_every_activation(device, activation, dtype):
-    cases = make_draws(16, 17, 32, rank=5, dtype=dtype, device=device)  # dL/ds is a single number
+    cases = make_draws(16, 7, 32, rank=5, dtype=dtype, device=device)  # dL/ds is a single number
     if activation == "relu":  # keep away from 0, where the derivative jumps and rounding would decide
         far = torch.tensor([9.0, -9.0, 9.0, -9.0, 9.0], device=device)
         cases = [replace(case, down_bias=far) for case in cases]

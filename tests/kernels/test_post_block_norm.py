@@ -15,7 +15,7 @@ from fused_steer.kernels.norm import MAX_WIDTH, rms_norm
 from fused_steer.kernels.post_block import resident_layout
 from fused_steer.kernels.post_block_norm import post_block_norm
 from fused_steer.kernels.predict import memory_bytes
-from fused_steer.kernels.schedule import TARGETS, describe_device, forward_splits
+from fused_steer.kernels.schedule import RESIDENT_RANK, TARGETS, describe_device, forward_splits
 from ops import Inputs, definition, make_draws, make_inputs, relative_error
 from torch import Tensor
 
@@ -108,20 +108,23 @@ SHAPES = [
     (1, 576, 8),
     (17, 320, 4),
     (300, 64, 16),
-    (3, 1088, 1),
+    (3, 600, 1),
     (18, 768, 64),
     (40, 144, 0),
     (33, 99, 256),
     (70, 576, 128),
-    (130, 256, 5),
+    (34, 256, 5),
     (70, 99, 12),
     (66, 64, 64),
     (66, 192, 33),
 ]
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
-@pytest.mark.parametrize(("tokens", "hidden", "rank"), SHAPES)
+#: All shapes in float32 and bfloat16. In float16 every other one, because the interpreter is slow.
+CASES = [(*shape, dtype) for shape in SHAPES for dtype in (F32, BF16, F16) if dtype != F16 or shape in SHAPES[::2]]
+
+
+@pytest.mark.parametrize(("tokens", "hidden", "rank", "dtype"), CASES, ids=str)
 def test_post_block_norm_is_as_exact_as_hook_and_norm(device, tokens, hidden, rank, dtype):
     fewest = min(tokens, rank or tokens)
     options = {"rank": rank, "dtype": dtype, "device": device, "scale": False}
@@ -145,12 +148,13 @@ def test_post_block_norm_the_shapes_reach_every_form_of_the_forward():
 @pytest.mark.parametrize("rank", [0, 6, 9])
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_post_block_norm_every_kind_of_norm(device, kind, rank, dtype):
-    assert_as_good_as_unfused(make_draws(2, 70, 128, rank=rank, dtype=dtype, device=device, scale=False), kind)
+    tokens = 70 if rank > RESIDENT_RANK else 17  # tiles, or rows in registers
+    assert_as_good_as_unfused(make_draws(2, tokens, 128, rank=rank, dtype=dtype, device=device, scale=False), kind)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_post_block_norm_every_activation(device, activation):
-    cases = make_draws(8, 66, 32, rank=5, dtype=BF16, device=device)
+    cases = make_draws(8, 17, 32, rank=5, dtype=BF16, device=device)
     if activation == "relu":  # keep away from 0, where the derivative jumps and rounding would decide
         far = torch.tensor([9.0, -9.0, 9.0, -9.0, 9.0], device=device)
         cases = [replace(case, down_bias=far) for case in cases]
@@ -160,7 +164,7 @@ def test_post_block_norm_every_activation(device, activation):
 @pytest.mark.parametrize(
     ("option", "reads"), [("branch", "sum"), *itertools.product(["biases", "gain", "basis", "scale"], READS)]
 )
-@pytest.mark.parametrize(("tokens", "rank"), [(19, 0), (19, 6), (70, 9)])
+@pytest.mark.parametrize(("tokens", "rank"), [(9, 0), (9, 6), (70, 9)])
 def test_post_block_norm_each_operand_may_be_absent(device, option, tokens, rank, reads):
     options = {"scale": False, option: 0 if option == "basis" else option == "scale"}
     assert_as_good_as_unfused(make_draws(8, tokens, 80, rank=rank, device=device, reads=reads, **options))
@@ -185,14 +189,13 @@ BARE = Kind(weight=False, eps=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
-@pytest.mark.parametrize("tokens", [40, 70])
-def test_post_block_norm_rows_that_nearly_cancel(device, tokens, dtype):
+def test_post_block_norm_rows_that_nearly_cancel(device, dtype):
     """Both outputs and every gradient are as exact as those of hook and norm.
 
     The gradient of W1 has only 16 numbers here, because x has four dimensions, and the rows nearest to zero decide
     them. Two draws are too few to compare it.
     """
-    cases = [cancelling(tokens, dtype, device, seed) for seed in range(560 // tokens)]
+    cases = [cancelling(70, dtype, device, seed) for seed in range(8)]
     out = definition(cases[0].map(Tensor.double), "identity")
     assert out.norm() < 0.05 * (cases[0].residual + cases[0].branch).norm(), "the shift cancels the state"
     assert_as_good_as_unfused(cases, BARE, "identity")
