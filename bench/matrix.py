@@ -30,8 +30,8 @@ PAGE = ROOT / "docs" / "versions.md"
 TRIED = ROOT / "fused_steer" / "_tried.py"
 
 #: The versions of each set that differ from `constraints.txt`. Another torch downloads its CUDA build, gigabytes.
-#: transformers 5.17 needs a huggingface_hub below 2, torch 2.11 a setuptools below 82, and Triton 3.6's interpreter a
-#: NumPy below 2.4, which converts no array of one element to a number. A CUDA build of torch requires the triton named
+#: transformers 5.17 needs a huggingface_hub below 2, torch 2.11 and 2.12 a setuptools below 82, and Triton 3.6 a
+#: NumPy below 2.4, which its interpreter needs. A CUDA build of torch requires the triton named
 #: here.
 SETS: dict[str, dict[str, str]] = {
     "pinned": {},
@@ -48,7 +48,7 @@ SETS: dict[str, dict[str, str]] = {
     "trl-1.14": {"trl": "1.14.*"},
     "trl-1.15": {"trl": "1.15.*"},
     "torch-2.11": {"torch": "2.11.*", "triton": "3.6.*", "numpy": "2.3.*", "setuptools": "81.*"},
-    "torch-2.12": {"torch": "2.12.*", "triton": "3.7.*"},
+    "torch-2.12": {"torch": "2.12.*", "triton": "3.7.*", "setuptools": "81.*"},
     "torch-2.14": {"torch": "2.14.*", "triton": "3.8.*"},
     "torch-2.15": {"torch": "2.15.*", "triton": "3.9.*"},
 }
