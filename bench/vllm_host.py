@@ -4,8 +4,7 @@ Engines run in turn, each in a process: vLLM without the plug-in, twice, and ste
 decodes a token of each request of a tiny model, so that nearly all of its time is the host's. The figures are the CPU
 time of the process, which other processes on the machine disturb less than the clock, and the number of calls of
 Python and C functions, which they do not disturb. Two processes of the same engine differ by some percent as long as
-they live. So the engines are started anew several times, and the ratio of the two without the plug-in shows what is
-left of that.
+they live. So the engines are started several times. The ratio of the two without the plug-in is the noise that is left.
 """
 
 from __future__ import annotations
@@ -144,7 +143,7 @@ app = typer.Typer(add_completion=False)
 
 @app.command()
 def main(
-    starts: Annotated[int, typer.Option(help="Times that the engines are started anew.")] = 5,
+    starts: Annotated[int, typer.Option(help="How many times the engines are started.")] = 5,
     rounds: Annotated[int, typer.Option(help="Rounds of a start; in each, every contender takes its turn.")] = 16,
     rows: Annotated[int, typer.Option(help="Requests of a batch.")] = 256,
     tokens: Annotated[int, typer.Option(help="Decoded tokens of each request in a round.")] = 16,

@@ -77,7 +77,7 @@ class DecoderHooks:
 
     def _rotate(self) -> None:
         rotations = {}
-        # None outside of the transforms of torch.func.
+        # The stack is None outside of the transforms of torch.func, which rotate in each layer.
         if Rotation.exist and torch._C._functorch.peek_interpreter_stack() is None:
             sites = (site for patched in self._patched.values() for site in patched.sites.values())
             rotations = {site: pair for site in sites if (pair := site.rotation()) is not None}

@@ -170,7 +170,7 @@ def test_pyreft_export_refusals_write_nothing(tmp_path):
 @needs_pyreft
 @pytest.mark.parametrize("case", CASES)
 def test_pyreft_export_loads_in_pyreft_itself(case, tmp_path, monkeypatch):
-    """The printed code loads the files into pyreft's own classes, whose model has the steered model's logits."""
+    """The printed code loads the files into pyreft's own classes. The logits are those of the steered model."""
     model, usage = exported(tmp_path, case)
     import pyreft
 

@@ -624,7 +624,7 @@ def test_plan_frozen_parts_get_no_gradient(device, made, frozen):
 @pytest.mark.usefixtures("unplanned")
 @pytest.mark.parametrize("norm", [False, True])
 def test_plan_gradients_of_several_layouts_take_turns(device, made, norm):
-    """Layers share their plans. A layer whose gradient has other strides does not take another layer's plan away."""
+    """Layers share their plans. A gradient with other strides gets its own plan, and the first plan stays."""
     weights = [t.to(device).requires_grad_() for t in tensors().values()]
     kind, adapter = Norm(torch.ones(D, device=device), 1e-5), (*weights, None, None)
     options = {"activation": "silu", "scale": SCALE}
