@@ -61,6 +61,8 @@ def main(
         accelerator.print(f"epoch {epoch + 1}: loss {mean:.3f}, {accelerator.num_processes} processes")
     if accelerator.is_main_process:
         steered.steering.save(out)
+    # The wrapper has to go before its process group: the other way round PyTorch may wait for Gloo's threads forever.
+    prepared, optimizer, loader = accelerator.free_memory(prepared, optimizer, loader)
     accelerator.end_training()
 
 

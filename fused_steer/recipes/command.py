@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,7 @@ def run(source: str, changes: list[str], resume: bool, only_check: bool, console
         say(f"recipe    {source} is well: {len(plan.train)} rows ({plan.kind}), {len(plan.held_out)} to evaluate on")
         return
     found = train(recipe, resume=resume, say=say)
+    _leave_processes()
     if int(os.environ.get("RANK", "0")):
         return
     if found.loss_before is not None and found.loss_after is not None:
@@ -39,6 +41,18 @@ def run(source: str, changes: list[str], resume: bool, only_check: bool, console
     say(f"adapter   {recipe.out}")
     for file in found.files:
         say(f"wrote     {file}")
+
+
+def _leave_processes() -> None:
+    """Destroy the process group of a launcher's processes, so that each can exit.
+
+    PyTorch waits forever or aborts if the group's threads outlive the interpreter, or the group its wrapped model.
+    """
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        gc.collect()  # the trainer, which has the wrapped model
+        dist.destroy_process_group()
 
 
 def list_shipped(console: Console) -> None:
