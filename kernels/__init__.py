@@ -23,6 +23,7 @@ The map, in reading order. A file imports only files that stand above it.
     planned_norm.py  post_block_norm with launch plans, for a layer's site
     grouped_torch.py post_block_grouped in plain PyTorch
     grouped.py       the op with an adapter for each token, forward only
+    grouped_norm.py  the same and the RMSNorm that follows, by one kernel
     orthogonal.py    Joint-Orth's projections, for all layers at once
     rotation.py      LoReFT's rotation, orthonormal under any optimizer
     aot.py           compiles kernels ahead of time and reads their resources

@@ -24,6 +24,7 @@ from triton.compiler import ASTSource
 
 from .contract import Needs, Operands, Packed, check_reads
 from .grouped import post_block_grouped
+from .grouped_norm import post_block_grouped_norm
 from .launch import Launch, recorded
 from .norm import triton_backward as triton_norm_backward
 from .norm import triton_forward as triton_norm_forward
@@ -265,9 +266,18 @@ def record_projection(
 
 
 def record_grouped(
-    tokens: int, hidden: int, rank: int, slots: int, dtype: torch.dtype, target: str, everything: bool = False
+    tokens: int,
+    hidden: int,
+    rank: int,
+    slots: int,
+    dtype: torch.dtype,
+    target: str,
+    everything: bool = False,
+    norm: bool = False,
 ) -> list[Launch]:
     """Return the launches of `post_block_grouped` with adapters in bfloat16. `everything` adds every option.
+
+    With `norm` they are those of `post_block_grouped_norm`, in place, as in a server.
 
     Raises:
         ValueError: an unknown target.
@@ -282,12 +292,18 @@ def record_grouped(
     if everything:
         options["gain"] = empty(tokens, dtype=torch.float32)
         options["activation"] = empty(slots, dtype=torch.int32)
-        options["into_branch"] = True
+        if not norm:
+            options["into_branch"] = True
         if rank:
             options["down_biases"] = empty(slots, rank)
     residual, branch = (empty(tokens, hidden, dtype=dtype) for _ in range(2))
+    adapter = (downs, ups, empty(tokens, dtype=torch.int32))
     with recorded(device) as launches:
-        post_block_grouped(residual, branch, downs, ups, empty(tokens, dtype=torch.int32), **options)
+        if norm:
+            weight = empty(hidden, dtype=dtype)
+            post_block_grouped_norm(residual, branch, *adapter, norm_weight=weight, eps=1e-5, in_place=True, **options)
+        else:
+            post_block_grouped(residual, branch, *adapter, **options)
     return launches
 
 

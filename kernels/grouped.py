@@ -20,7 +20,7 @@ CPU never waits for the GPU, and no allocation grows with A. The file goes from 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -461,20 +461,24 @@ _OPERANDS = (
     "Tensor? downs, Tensor? ups, Tensor adapter_ids, Tensor? down_biases, Tensor? up_biases, Tensor? codes, "
     "Tensor? gain, str activation, str reads"
 )
-_NO_GRADIENT = "post_block_grouped has no gradient; expected torch.no_grad(), or post_block to train"
 
 
-def _refuse_gradient(*_: Any) -> None:
-    raise RuntimeError(_NO_GRADIENT)
+def _refusal(op: str) -> Callable[..., None]:
+    """Return a function that refuses a gradient of an op."""
+
+    def refuse(*_: Any) -> None:
+        raise RuntimeError(f"{op} has no gradient; expected torch.no_grad(), or post_block to train")
+
+    return refuse
 
 
 register(
     f"post_block_grouped(Tensor residual, Tensor? branch, {_OPERANDS}) -> Tensor",
-    _registered_out_of_place, _fake, _refuse_gradient,
+    _registered_out_of_place, _fake, _refusal("post_block_grouped"),
 )  # fmt: skip
 register(
     f"post_block_grouped_(Tensor residual, Tensor(a!) branch, {_OPERANDS}) -> ()",
-    _registered_into_branch, lambda *operands: None, _refuse_gradient,
+    _registered_into_branch, lambda *operands: None, _refusal("post_block_grouped"),
 )  # fmt: skip
 
 
@@ -505,6 +509,66 @@ def _rows(name: str, tensor: Tensor, in_place: bool = False) -> Tensor:
     if in_place:
         raise ValueError(f"{name} has strides {tensor.stride()}; expected rows that can be written in place")
     return tensor.reshape(-1, hidden).contiguous()
+
+
+def check_grouped(
+    op: str,
+    residual: Tensor,
+    branch: Tensor | None,
+    weights: _Weights,
+    adapter_ids: Tensor,
+    gain: Tensor | None,
+    reads: str,
+) -> None:
+    """Check the arguments of a grouped op, which `op` names.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: see `post_block_grouped`.
+    """
+    downs, ups, down_biases, up_biases, activation = weights
+    shape, device = residual.shape, residual.device
+    hidden, places = shape[-1], shape[:-1]
+    _check("residual", residual, shape, device)
+    if branch is not None:
+        _check("branch", branch, shape, device)
+    if (downs is None) != (ups is None):
+        missing, given = ("downs", "ups") if downs is None else ("ups", "downs")
+        raise ValueError(f"{missing} is None but {given} is given; expected both, or neither for steering vectors")
+    sized = downs if downs is not None else up_biases
+    if sized is None:
+        raise ValueError("downs, ups and up_biases are all None; expected downs and ups, or up_biases")
+    slots, rank = sized.shape[0], 0
+    if downs is not None:
+        if downs.dim() != 3 or not 1 <= downs.shape[1] <= MAX_RANK:
+            raise ValueError(f"downs has shape {tuple(downs.shape)}; expected (A, r, {hidden}) with r 1 to {MAX_RANK}")
+        rank = downs.shape[1]
+    elif down_biases is not None:
+        raise ValueError("down_biases is given without downs; expected both or neither")
+    if downs is not None and ups is not None:
+        _check("downs", downs, (slots, rank, hidden), device)
+        _check("ups", ups, (slots, hidden, rank), device)
+    if down_biases is not None:
+        _check("down_biases", down_biases, (slots, rank), device)
+    if up_biases is not None:
+        _check("up_biases", up_biases, (slots, hidden), device)
+    if gain is not None:
+        _check("gain", gain, places, device)
+    if adapter_ids.shape != places or adapter_ids.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"adapter_ids is {adapter_ids.dtype} {tuple(adapter_ids.shape)}; expected int32 or int64 of {tuple(places)}"
+        )
+    if isinstance(activation, Tensor):
+        if activation.shape != (slots,) or activation.dtype != torch.int32:
+            raise ValueError(
+                f"activation is {activation.dtype} {tuple(activation.shape)}; expected a name, or int32 ({slots},)"
+            )
+    elif activation not in ACTIVATIONS:
+        raise ValueError(f"activation is {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
+    check_reads(reads, branch)
+    if torch.is_grad_enabled():
+        tensors = (residual, branch, downs, ups, down_biases, up_biases, gain)
+        if any(t is not None and t.requires_grad for t in tensors):
+            _refusal(op)()
 
 
 def post_block_routed(
@@ -577,52 +641,10 @@ def post_block_grouped(
         RuntimeError: a gradient is required.
     """
     in_graph = torch.compiler.is_compiling() or (not is_recording() and is_described(residual))
-    shape, device = residual.shape, residual.device
-    hidden, places = shape[-1], shape[:-1]
-    _check("residual", residual, shape, device)
-    if branch is not None:
-        _check("branch", branch, shape, device)
-    if (downs is None) != (ups is None):
-        missing, given = ("downs", "ups") if downs is None else ("ups", "downs")
-        raise ValueError(f"{missing} is None but {given} is given; expected both, or neither for steering vectors")
-    sized = downs if downs is not None else up_biases
-    if sized is None:
-        raise ValueError("downs, ups and up_biases are all None; expected downs and ups, or up_biases")
-    slots, rank = sized.shape[0], 0
-    if downs is not None:
-        if downs.dim() != 3 or not 1 <= downs.shape[1] <= MAX_RANK:
-            raise ValueError(f"downs has shape {tuple(downs.shape)}; expected (A, r, {hidden}) with r 1 to {MAX_RANK}")
-        rank = downs.shape[1]
-    elif down_biases is not None:
-        raise ValueError("down_biases is given without downs; expected both or neither")
-    if downs is not None and ups is not None:
-        _check("downs", downs, (slots, rank, hidden), device)
-        _check("ups", ups, (slots, hidden, rank), device)
-    if down_biases is not None:
-        _check("down_biases", down_biases, (slots, rank), device)
-    if up_biases is not None:
-        _check("up_biases", up_biases, (slots, hidden), device)
-    if gain is not None:
-        _check("gain", gain, places, device)
-    if adapter_ids.shape != places or adapter_ids.dtype not in (torch.int32, torch.int64):
-        raise ValueError(
-            f"adapter_ids is {adapter_ids.dtype} {tuple(adapter_ids.shape)}; expected int32 or int64 of {tuple(places)}"
-        )
-    if isinstance(activation, Tensor):
-        if activation.shape != (slots,) or activation.dtype != torch.int32:
-            raise ValueError(
-                f"activation is {activation.dtype} {tuple(activation.shape)}; expected a name, or int32 ({slots},)"
-            )
-    elif activation not in ACTIVATIONS:
-        raise ValueError(f"activation is {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
-    check_reads(reads, branch)
+    weights = (downs, ups, down_biases, up_biases, activation)
+    check_grouped("post_block_grouped", residual, branch, weights, adapter_ids, gain, reads)
     if into_branch and branch is None:
         raise ValueError("into_branch is True without a branch; expected one to write into")
-    if torch.is_grad_enabled():
-        tensors = (residual, branch, downs, ups, down_biases, up_biases, gain)
-        if any(t is not None and t.requires_grad for t in tensors):
-            _refuse_gradient()
-    weights = (downs, ups, down_biases, up_biases, activation)
     if in_graph:
         operands = _joined(weights, adapter_ids, gain, reads)
         if into_branch and branch is not None:

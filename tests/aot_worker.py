@@ -1,7 +1,8 @@
 """Compiles launches for GPUs in a subprocess, where kernels are not interpreted. Prints a JSON line for each.
 
 Reads cases from standard input: a JSON list of [target, dtype, hidden, rank, tokens, flags]. The flags select the op:
-with writers `project_out` (`column_space` at rank 0), with slots `post_block_grouped`, otherwise `post_block`. A kernel
+with writers `project_out` (`column_space` at rank 0), with slots `post_block_grouped` (and the norm that
+follows), otherwise `post_block`. A kernel
 that several cases share is compiled once.
 """
 
@@ -29,7 +30,8 @@ def launches(case: list) -> list[Launch]:
     if "writers" in flags:
         return record_projection(flags["layers"], hidden, rank, flags["writers"], getattr(torch, dtype), target)
     if "slots" in flags:
-        return record_grouped(tokens, hidden, rank, flags["slots"], getattr(torch, dtype), target, flags["everything"])
+        options = (flags["everything"], flags.get("norm", False))
+        return record_grouped(tokens, hidden, rank, flags["slots"], getattr(torch, dtype), target, *options)
     return record(Case(tokens, hidden, rank, getattr(torch, dtype), **flags), target)
 
 
