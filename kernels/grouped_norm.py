@@ -169,7 +169,7 @@ def post_block_grouped_tile_norm_kernel(
         own = (slots == slot) & m_rows
         wide = slot.to(tl.int64)
         there = (slot >= 0) & (slot < SLOTS)
-        # `there` for each column and rank. triton 3.9 interprets a mask of a scalar and a block as int32, and refuses it.
+        # `there` for each column. triton 3.9 interprets a mask of a scalar and a block as int32, and refuses it.
         of_columns = tl.zeros([BLOCK_D], tl.int32) + slot
         there_columns = (of_columns >= 0) & (of_columns < SLOTS)
         h = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
@@ -240,7 +240,7 @@ def post_block_grouped_tile_norm_kernel(
 
 
 def triton_grouped_norm(call: GroupedCall, norm: Norm, normed: Tensor) -> None:
-    """Write `call.out` and `normed`, (N, d) of any row stride, by one launch. They may be the residual and the branch."""
+    """Write `call.out` and `normed`, (N, d) of any row stride, by one launch. They may lie in residual and branch."""
     tokens, hidden = call.residual.shape
     device, rank = device_of(call.residual), call.rank
     few = tokens <= TOKENS_A_MULTIPROCESSOR * device.multiprocessors

@@ -10,7 +10,6 @@ from compiling import run_compiling
 from fused_steer.kernels import ACTIVATIONS, grouped
 from fused_steer.kernels.aot import SHARED_MEMORY, record_grouped
 from fused_steer.kernels.contract import READS
-from fused_steer.kernels.grouped import post_block_grouped
 from fused_steer.kernels.schedule import TARGETS
 from grouped_batches import Batch, make
 from ops import relative_error
