@@ -1,4 +1,7 @@
-"""Benchmark of the op with an adapter for each token, against a gather of weights with bmm, and one adapter for all."""
+"""Benchmark of the op with an adapter for each token, against a gather of weights with bmm, and one adapter for all.
+
+Also with the RMSNorm that follows: by one launch, by two ops, and the norm without steering.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,8 @@ from .levels import forgotten, l2_bytes, take_samples
 from .results import Row
 from .timing import Timed
 
+EPS = 1e-5  # of the norm that follows
+
 
 @dataclass(frozen=True)
 class Tables:
@@ -26,6 +31,7 @@ class Tables:
         downs, ups: (A, r, d) and (A, d, r). float32 for fused-steer; the case's dtype for the rivals.
         ids: (N,) int32, the adapter of each token.
         gain: (N,) float32, the strength of each token.
+        norm_weight: (d,) in the case's dtype, of the RMSNorm that follows.
     """
 
     residual: Tensor
@@ -34,6 +40,7 @@ class Tables:
     ups: Tensor
     ids: Tensor
     gain: Tensor
+    norm_weight: Tensor
     activation: str
 
 
@@ -51,9 +58,9 @@ def make_tables(case: GroupedCase, device: torch.device, seed: int = 0) -> Table
         ids = ids[torch.randperm(n, generator=generator, device=device)]
     residual, branch = (normal(n, d, dtype=DTYPES[case.dtype]) for _ in range(2))
     gain = torch.rand(n, generator=generator, device=device) + 0.5
-    return Tables(
-        residual, branch, normal(a, r, d) / d**0.5, normal(a, d, r) / r**0.5, slots[ids].int(), gain, case.activation
-    )
+    downs, ups = normal(a, r, d) / d**0.5, normal(a, d, r) / r**0.5
+    norm_weight = torch.rand(d, generator=generator, device=device).to(DTYPES[case.dtype]) + 0.5
+    return Tables(residual, branch, downs, ups, slots[ids].int(), gain, norm_weight, case.activation)
 
 
 def fused(x: Tables) -> Tensor:
@@ -83,6 +90,37 @@ def add(x: Tables) -> Tensor:
     return torch.add(x.residual, x.branch)
 
 
+def fused_norm(x: Tables) -> Tensor:
+    """Steer, add and normalise by one launch."""
+    from fused_steer.kernels.grouped_norm import post_block_grouped_norm
+
+    return post_block_grouped_norm(
+        x.residual, x.branch, x.downs, x.ups, x.ids, norm_weight=x.norm_weight, eps=EPS, activation=x.activation,
+        gain=x.gain,
+    )[1]  # fmt: skip
+
+
+def then_norm(x: Tables) -> Tensor:
+    """Steer and add, then normalise by a fused norm."""
+    from fused_steer.kernels.norm import rms_norm
+
+    return rms_norm(fused(x), x.norm_weight, eps=EPS)
+
+
+def add_norm(x: Tables) -> Tensor:
+    """Add and normalise by one launch without adapters, as a server's own kernel does."""
+    from fused_steer.kernels.post_block_norm import post_block_norm
+
+    return post_block_norm(
+        x.residual, x.branch, None, None, up_bias=x.norm_weight, scale=0.0, norm_weight=x.norm_weight, eps=EPS
+    )[1]
+
+
+def _normalised(h: Tensor, weight: Tensor) -> Tensor:
+    wide = h.to(torch.promote_types(h.dtype, torch.float32))
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPS)).to(h.dtype) * weight
+
+
 @dataclass(frozen=True)
 class GroupedContender:
     """An implementation of the op with an adapter for each token, or a floor.
@@ -90,11 +128,13 @@ class GroupedContender:
     Attributes:
         same: whether it computes this op.
         master_weights: whether its adapters are in float32.
+        norm: whether it returns the normalised state.
     """
 
     call: Callable[[Tables], Tensor]
     same: bool = True
     master_weights: bool = True
+    norm: bool = False
 
 
 GROUPED_CONTENDERS: dict[str, GroupedContender] = {
@@ -103,6 +143,9 @@ GROUPED_CONTENDERS: dict[str, GroupedContender] = {
     "one-adapter": GroupedContender(one_adapter, same=False),
     "gather-bmm": GroupedContender(gather_bmm, master_weights=False),
     "add": GroupedContender(add, same=False),
+    "fused-norm": GroupedContender(fused_norm, norm=True),
+    "then-norm": GroupedContender(then_norm, norm=True),
+    "add-norm": GroupedContender(add_norm, same=False, norm=True),
 }
 
 
@@ -125,10 +168,13 @@ def check(case: GroupedCase, name: str, device: torch.device) -> str:
     wide = replace(x, **{n: v.double() for n, v in vars(x).items() if isinstance(v, Tensor) and v.is_floating_point()})
     truth = gather_bmm(wide)
     out, usual = (GROUPED_CONTENDERS[n].call(plain(small, n, x)) for n in (name, "gather-bmm"))
+    is_norm = GROUPED_CONTENDERS[name].norm
+    if is_norm:
+        truth, usual = _normalised(truth, wide.norm_weight), _normalised(usual, x.norm_weight)
     ours, theirs = (float((value.double() - truth).norm() / truth.norm()) for value in (out, usual))
     if not ours <= 2 * theirs + 1e-6:
         return f"wrong: relative error {ours:.2e}; expected at most twice gather-bmm's, {theirs:.2e}"
-    if not torch.equal(out[x.ids < 0], add(x)[x.ids < 0]):
+    if not is_norm and not torch.equal(out[x.ids < 0], add(x)[x.ids < 0]):
         return "wrong: a token without adapter is changed; expected it unchanged bit for bit"
     return ""
 

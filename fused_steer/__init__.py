@@ -117,7 +117,9 @@ The map, in reading order. A file imports only files that stand above it.
         room.py          the room of a server's slots for adapters
         sources.py       finds, checks and copies the adapters of requests
         batch.py         the slot and the gain of each token of a batch
-        layers.py        adds a steering point to decoder layers, which steers
+        layers.py        the steering point of a decoder layer, which steers its output
+        norms.py         fuses it with the norm that reads the output
+        reached.py       finds a model's decoder layers and gives them their points
         adapters.py      loads adapters into the slots of a worker
         cache.py         keys of cached blocks and of compiled graphs
         frontend.py      checks requests before the engine gets them

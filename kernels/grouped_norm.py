@@ -244,15 +244,16 @@ def triton_grouped_norm(call: GroupedCall, norm: Norm, normed: Tensor) -> None:
     tokens, hidden = call.residual.shape
     device, rank = device_of(call.residual), call.rank
     few = tokens <= TOKENS_A_MULTIPROCESSOR * device.multiprocessors
+    size: tuple[int, ...] = () if few else (tokens,)  # the tile kernel takes one more argument
     named = isinstance(call.activation, str)
     weight = None if norm.weight is None else norm.weight.contiguous()
     if few:
         schedule = _token_schedule(max(2, next_power_of_2(rank)), hidden)
-        kernel, grid, size = post_block_grouped_token_norm_kernel, (tokens,), ()
+        kernel, grid = post_block_grouped_token_norm_kernel, (tokens,)
         flags: dict[str, Any] = {}
     else:
         schedule = _tile_schedule(padded_rank(rank), hidden, call.residual.element_size())
-        kernel, size = post_block_grouped_tile_norm_kernel, (tokens,)
+        kernel = post_block_grouped_tile_norm_kernel
         grid = (ceil_div(tokens, schedule.constants["BLOCK_N"]),)
         flags = {
             "DOT": dot_precision(call.residual.dtype, device.gpu, rank),
@@ -311,11 +312,11 @@ def _planned(
     residual: Tensor, branch: Tensor | None, operands: tuple[Any, ...], norm: Norm, in_place: bool
 ) -> tuple[Tensor, ...]:
     def call() -> tuple[Tensor, ...]:
-        weights, routing, reads = _split(operands)  # type: ignore[arg-type]
+        weights, routing, reads = _split(operands)
         found = _run(residual, branch, weights, routing, norm, reads, in_place)
         return () if in_place else found
 
-    key = (in_place, *_kind(residual, branch, operands), norm.weight is None, *norm[1:])  # type: ignore[arg-type]
+    key = (in_place, *_kind(residual, branch, operands), norm.weight is None, *norm[1:])
     return tuple(run_planned(_plans, key, (residual, branch, *operands, norm.weight), call))
 
 

@@ -608,7 +608,7 @@ class Model(nn.Module):
 
 def reached_in(model: nn.Module, **parallel: Any) -> Any:
     """Add steering points to a model as vLLM's worker does."""
-    from fused_steer.vllm.layers import reach
+    from fused_steer.vllm.reached import reach
     from fused_steer.vllm.room import Room
 
     text = SimpleNamespace(num_hidden_layers=3)

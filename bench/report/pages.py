@@ -71,8 +71,10 @@ implementations that are compared. A contender that did not run on a case shows 
   GPU waits for the host.
 - **Serving**: `fused` gives each row its own adapter, `fused-bf16` does so with adapters in bfloat16, `one-adapter`
   gives all rows the same one. `no-adapter` is a steered engine that gets requests without adapters. `gather-bmm`
-  copies the adapter's weights for each token. *Allocates* is the bytes of all tensors that a call allocates, its result
-  excluded. On a CPU vLLM compiles nothing once LoRA is enabled, so its unsteered engine does not compile either.
+  copies the adapter's weights for each token. Among the times of the op, `fused-norm` steers, adds and normalises by
+  one launch, `then-norm` does so by two ops, and `add-norm` adds and normalises without steering. *Allocates* is the
+  bytes of all tensors that a call allocates, its result excluded. On a CPU vLLM compiles nothing once LoRA is enabled,
+  so its unsteered engine does not compile either.
 - **Host time**: the CPU time of one call of a block that only does its residual add. It is steered by `patch_model`, or
   by a hook of four PyTorch operations. Both run in turns in one process."""
 

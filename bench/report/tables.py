@@ -39,6 +39,8 @@ CONTENDERS = (
     "no-adapter",
     "one-adapter",
     "gather-bmm",
+    "then-norm",
+    "add-norm",
     "hook",
     "hook-compiled",
     "hook-liger",

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from ..adapters.parameters import DOWN, DOWN_BIAS, NAMES, UP, UP_BIAS, Place, shapes_of
 from ..kernels import ACTIVATIONS, MAX_RANK, select_backend
 from ..kernels.grouped import Routing, post_block_grouped, post_block_routed
+from ..kernels.grouped_norm import post_block_grouped_norm
+from ..kernels.norm_torch import Norm
 from ..kernels.plan import Plan, keep, no_plan
 from ..model.site import Site
 from ..positions import Positions
@@ -267,6 +269,36 @@ class Slots(nn.Module):
             gain=gain,
             reads=reads,
             into_branch=into_branch,
+        )
+
+    def normalised(
+        self, residual: Tensor, branch: Tensor, ids: Tensor, gain: Tensor | None, norm: Norm
+    ) -> tuple[Tensor, Tensor]:
+        """Steer as `forward` does, and normalise, in place of both: see `post_block_grouped_norm`.
+
+        Args:
+            residual, branch, ids, gain: as in `forward`.
+            norm: the RMSNorm.
+
+        Returns:
+            residual, which is the steered sum now, and branch, which is the normalised one.
+        """
+        weight, eps, plus_one, rounds_first = norm
+        return post_block_grouped_norm(
+            residual,
+            branch,
+            self.downs,
+            self.ups,
+            ids,
+            norm_weight=weight,
+            eps=eps,
+            plus_one=plus_one,
+            rounds_first=rounds_first,
+            down_biases=self.down_biases,
+            up_biases=self.up_biases,
+            activation=self.codes,
+            gain=gain,
+            in_place=True,
         )
 
     def routed(self, residual: Tensor, branch: Tensor | None, routing: Routing, reads: str = "sum") -> Tensor:

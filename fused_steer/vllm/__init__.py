@@ -95,8 +95,9 @@ from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin  # noqa:
 from . import endpoint, frontend, gains  # noqa: E402
 from .adapters import load, steering_of_manager  # noqa: E402
 from .cache import block_keys, put_into_cache_key  # noqa: E402
-from .layers import SteeringWithLoRA, reach  # noqa: E402
+from .layers import SteeringWithLoRA  # noqa: E402
 from .options import server_options  # noqa: E402
+from .reached import reach  # noqa: E402
 from .sources import find_source, room_of  # noqa: E402
 
 

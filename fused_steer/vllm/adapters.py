@@ -18,8 +18,9 @@ from ..adapters.files import AdapterFile
 from ..adapters.parameters import SITE
 from .batch import Batch
 from .dose import Meter
-from .layers import Reached, SteeringWithLoRA
+from .layers import SteeringWithLoRA
 from .options import REFUSE, Options
+from .reached import Reached
 from .sources import Source, find_source, in_float32, layer_weights, read_fitting
 
 

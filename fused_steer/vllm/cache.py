@@ -82,7 +82,8 @@ def fingerprint(model: nn.Module) -> str:
     digest.update(inspect.getsource(Slots).encode())
     for path, module in model.named_modules():
         if isinstance(module, SteeringPoint) and module.slots is not None:
-            digest.update(f"{path} {module.state} {module.slots.count} {module.room}".encode())
+            link = "" if module.link is None else module.link.kind
+            digest.update(f"{path} {module.state} {module.slots.count} {module.room} {link}".encode())
     return digest.hexdigest()
 
 

@@ -12,8 +12,8 @@ from ..serving.options import KEY, unpacked
 from ..serving.requests import Request
 from .adapters import Steering, Store
 from .cache import put_into_cache_key
-from .layers import reach
 from .options import lora_of, server_options, stand_in
+from .reached import reach
 from .sources import room_of
 
 

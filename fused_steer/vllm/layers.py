@@ -14,26 +14,22 @@ import re
 import textwrap
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
-from vllm.logger import init_logger
 from vllm.lora.layers import BaseLayerWithLoRA
 from vllm.model_executor.layers.linear import LinearBase
 
-from ..adapters.parameters import NAMES, SITE, Layout
+from ..adapters.parameters import NAMES, SITE
 from ..kernels import ACTIVATIONS
+from ..kernels.norm_torch import Norm
 from ..kernels.registered import register
 from ..model.residual import ResidualNotFound, names_in_final_adds
 from ..serving.slots import Slots
 from .batch import Batch
 from .room import Room
-from .sources import layout_of
-
-logger = init_logger(f"vllm.{__name__}")
 
 FINISHED, UNADDED = "finished", "unadded"
 
@@ -78,7 +74,7 @@ def returned_state(cls: type[nn.Module]) -> str:
     return UNADDED
 
 
-def _scales_in_float16(cls: type[nn.Module]) -> bool:
+def scales_in_float16(cls: type[nn.Module]) -> bool:
     """Return whether the layer treats float16 specially. DeepSeek's scales its stream down."""
     return "float16" in re.sub(r"bfloat16", "", inspect.getsource(inspect.unwrap(cls.forward)))
 
@@ -95,9 +91,11 @@ class SteeringPoint(LinearBase):
         slots: the adapters' slots at this layer, or None.
         number: 0-dimensional, the number of this point in the process. A compiled graph reads it, so that one graph is
             for all layers.
+        link: the norm that adds this point's steering, or None. Then the layer does not pass its output through here.
     """
 
     slots: Slots | None
+    link: Any
 
     def __init__(
         self, layer: nn.Module, index: int, path: str, hidden: int, state: str, batch: Batch, room: Room
@@ -106,7 +104,7 @@ class SteeringPoint(LinearBase):
         self.quant_method = None  # there are no weights to process when a model is reloaded
         self.index, self.hidden, self.state, self.batch, self.room = index, hidden, state, batch, room
         self.device = next((p.device for p in layer.parameters()), torch.device("cpu"))
-        self.slots = None
+        self.slots, self.link = None, None
         number = next(_numbers)
         self.number = torch.tensor(number)
         _points[number] = self
@@ -160,24 +158,44 @@ class SteeringPoint(LinearBase):
             hidden, residual: (..., d); the layer's output is hidden + residual.
         """
         rows = hidden.view(-1, self.hidden)
-        batch = self.batch
-        ids, gains = batch.ids[: len(rows)], batch.gains[: len(rows)]
         residual_rows = None if residual is None else residual.view(-1, self.hidden)
-        if batch.meter is not None:
-            gains = batch.meter.gains(slots, rows, residual_rows, ids, gains)
+        ids, gains = self._tokens(slots, rows, residual_rows)
         if residual_rows is None:
             return slots(rows, None, ids, gains).view(hidden.shape)
         slots(residual_rows, rows, ids, gains, into_branch=True)
         return hidden
+
+    def steer_and_normalise(self, hidden: Tensor, residual: Tensor, norm: Norm) -> None:
+        """Steer a batch's tokens, add and normalise. `hidden` gets the normalised sum, `residual` the sum.
+
+        Args:
+            hidden, residual: (..., d); the layer's output is hidden + residual.
+        """
+        assert self.slots is not None
+        rows, residual_rows = hidden.view(-1, self.hidden), residual.view(-1, self.hidden)
+        self.slots.normalised(residual_rows, rows, *self._tokens(self.slots, rows, residual_rows), norm)
+
+    def _tokens(self, slots: Slots, rows: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the slots and the gains of a batch's tokens."""
+        batch = self.batch
+        ids, gains = batch.ids[: len(rows)], batch.gains[: len(rows)]
+        if batch.meter is not None:
+            gains = batch.meter.gains(slots, rows, residual, ids, gains)
+        return ids, gains
 
 
 _numbers = itertools.count()
 _points: weakref.WeakValueDictionary[int, SteeringPoint] = weakref.WeakValueDictionary()
 
 
+def point_of(number: Tensor) -> SteeringPoint:
+    """Return the point of a number that a compiled graph read."""
+    return _points[int(number)]
+
+
 def steer_in_place(hidden: Tensor, residual: Tensor | None, number: Tensor) -> None:
     """Steer in place in a compiled graph: nothing is launched for an idle batch."""
-    point = _points[int(number)]
+    point = point_of(number)
     if point.batch.idle or point.slots is None:
         return
     steered = point.steer(point.slots, hidden, residual)
@@ -242,100 +260,3 @@ def steered_class(base: type[nn.Module]) -> type[nn.Module]:
     namespace = {"__module__": base.__module__, "__qualname__": base.__qualname__, "forward": forward}
     metaclass: Any = type(base)
     return metaclass(base.__name__, (base,), namespace)
-
-
-# -------------------------------------------------------------------------------------------------------- in the model
-
-
-@dataclass(frozen=True)
-class Reached:
-    """The steering points of a model.
-
-    Attributes:
-        layout: what adapters must fit.
-        batch: the buffers of its batches.
-        room: that of the slots.
-        points: the points, by layer.
-        reason: why there are none, or "".
-    """
-
-    layout: Layout
-    batch: Batch
-    room: Room
-    points: Mapping[int, SteeringPoint] = field(default_factory=dict)
-    reason: str = ""
-
-
-def find_layers(model: nn.Module, count: int) -> tuple[str, nn.ModuleList]:
-    """Return the path and the list of the model's decoder layers. Layers of other pipeline stages are missing in it.
-
-    Raises:
-        Unreachable: there is no such list, or more than one.
-    """
-    get_language: Any = getattr(model, "get_language_model", None)
-    language = model if get_language is None else get_language()
-    found: list[tuple[str, nn.ModuleList]] = []
-    for path, module in model.named_modules():
-        if (
-            isinstance(module, nn.ModuleList)
-            and len(module) == count
-            and not any(path.startswith(f"{outer}.") for outer, _ in found)
-            and all(any(layer.children()) or _is_missing(layer) for layer in module)
-            and any(module is inside for inside in language.modules())
-        ):
-            found.append((path, module))
-    if len(found) != 1:
-        lists = ", ".join(path for path, _ in found) or "none"
-        raise Unreachable(f"{type(model).__name__} has no one list of {count} decoder layers; found {lists}")
-    return found[0]
-
-
-def _is_missing(layer: nn.Module) -> bool:
-    return type(layer).__name__ == "PPMissingLayer"
-
-
-def reach(model: nn.Module, config: Any, room: Room, device: Any) -> Reached:
-    """Add a steering point to the decoder layers of a loaded model, or to none with a reason.
-
-    Args:
-        config: vLLM's config.
-        room: that of the slots, which says the layers.
-        device: that of the batches.
-    """
-    layout, scheduler = layout_of(config.model_config), config.scheduler_config
-    captured = config.compilation_config.max_cudagraph_capture_size or 0
-    batch = Batch(max(scheduler.max_num_batched_tokens, captured) + 7, device)
-    try:
-        _refuse_other_tokens(config.parallel_config)
-        path, layers = find_layers(model, layout.num_layers)
-        here = {index: layer for index, layer in enumerate(layers) if not _is_missing(layer)}
-        classes: dict[int, Any] = {index: type(layer) for index, layer in here.items()}
-        states = {index: returned_state(cls) for index, cls in classes.items()}
-        for layer in here.values():
-            if hasattr(layer, SITE):
-                raise Unreachable(f"{type(layer).__name__} has a {SITE!r} of its own")
-            if config.model_config.dtype == torch.float16 and _scales_in_float16(type(layer)):
-                raise Unreachable(f"{type(layer).__name__} computes otherwise in float16; expected bfloat16 or float32")
-    except Unreachable as reason:
-        logger.warning("Steering adapters will be refused: %s", reason)
-        return Reached(layout, batch, room, reason=str(reason))
-    points = {}
-    for index, layer in here.items():
-        if room.layers is not None and index not in room.layers:
-            continue
-        points[index] = SteeringPoint(layer, index, f"{path}.{index}", layout.hidden, states[index], batch, room)
-        layer.add_module(SITE, points[index])
-        layer.__class__ = steered_class(classes[index])
-    return Reached(layout, batch, room, points)
-
-
-def _refuse_other_tokens(parallel: Any) -> None:
-    """Raise if a layer gets a part of the batch's tokens or gets them in another order.
-
-    Raises:
-        Unreachable: it does.
-    """
-    if getattr(parallel, "use_ubatching", False):
-        raise Unreachable("batches are split in two (--enable-dbo, --ubatch-size); expected whole ones")
-    if (size := getattr(parallel, "prefill_context_parallel_size", 1)) > 1:
-        raise Unreachable(f"--prefill-context-parallel-size is {size}; expected 1, as a layer then gets all tokens")

@@ -56,6 +56,8 @@ class Options:
         dtype: the dtype of the slots; adapters are rounded to it.
         layers: the layers that adapters may steer. The others get no steering point.
         dose: the bound of the relative dose.
+        fuse_norm: steer, add and normalise by one kernel where the norm behind a layer is known. The hidden states do
+            not have the bits of vLLM's own norm then.
     """
 
     adapters: str | None = None
@@ -64,6 +66,7 @@ class Options:
     dtype: str | None = None
     layers: tuple[int, ...] | None = None
     dose: Dose | None = None
+    fuse_norm: bool = False
 
 
 def server_options(config: Any) -> Options | None:
@@ -123,7 +126,9 @@ def read_server_options(given: Any) -> Options:
         if not isinstance(layers, (list, tuple)) or not layers:
             raise TypeError(f"{KEY}.layers is {layers!r}; expected a list of layers")
         layers = tuple(sorted({_whole("layers", layer, 0, None) for layer in layers}))
-    dose = values.get("dose")
+    dose, fuse_norm = values.get("dose"), values.get("fuse_norm")
+    if not isinstance(fuse_norm, bool | None):
+        raise TypeError(f"{KEY}.fuse_norm is {fuse_norm!r}; expected true or false")
     return Options(
         adapters,
         None if values.get("slots") is None else _whole("slots", values["slots"], 1, None),
@@ -131,6 +136,7 @@ def read_server_options(given: Any) -> Options:
         dtype,
         layers,
         None if dose is None else _read_dose(dose),
+        bool(fuse_norm),
     )
 
 
