@@ -14,7 +14,7 @@ from ..kernels import ACTIVATIONS, MAX_RANK, select_backend
 from ..kernels.grouped import Routing, post_block_grouped, post_block_routed
 from ..kernels.grouped_norm import post_block_grouped_norm
 from ..kernels.norm_torch import Norm
-from ..kernels.plan import Plan, keep, no_plan
+from ..kernels.plan import SHARED, Plan, keep, kind_of, no_plan
 from ..model.site import Site
 from ..positions import Positions
 
@@ -121,6 +121,9 @@ def slots_for(adapters: Mapping[str, Mapping[str, Tensor]], count: int) -> Slots
 
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+#: The plans of all slots by the kind of call. The layers of a model share them, so that they stay in the processor's
+#: caches between two layers.
+_shared: dict[Any, Callable[..., Tensor | None]] = {}
 
 
 class Slots(nn.Module):
@@ -340,13 +343,20 @@ class Slots(nn.Module):
         backend = self.backend = select_backend(residual.device)
         if backend != "triton" or branch is None:
             return post_block_routed(residual, branch, buffers, routing, backend, reads)
-        (out,), plan = Plan.make(
-            (residual, branch, *operands),
-            lambda: (post_block_routed(residual, branch, buffers, routing, backend, reads),),
-        )
-        if plan is not None:
-            keep(self._plans, residual.shape, plan.run)
-            self.last = plan.run
+        there = tuple(buffer is not None for buffer in buffers)
+        kind = (reads, there, routing.gain is None, kind_of((residual, branch, *operands)))
+        run = _shared.get(kind)
+        out = None if run is None else run(residual, branch, operands)
+        if out is None:
+            (out,), plan = Plan.make(
+                (residual, branch, *operands),
+                lambda: (post_block_routed(residual, branch, buffers, routing, backend, reads),),
+            )
+            run = None if plan is None else plan.run
+        if run is not None:
+            keep(_shared, kind, run, SHARED)
+            keep(self._plans, residual.shape, run)
+            self.last = run
         return out
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Slots:

@@ -85,6 +85,7 @@ def no_shared_plans(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("planned", "planned_norm"):
         for plans_of_all in ("_inference", "_trained"):
             monkeypatch.setattr(f"fused_steer.kernels.{module}.{plans_of_all}", {})
+    monkeypatch.setattr("fused_steer.serving.slots._shared", {})
 
 
 @pytest.fixture
@@ -1214,6 +1215,25 @@ def test_plan_slots_that_hold_something_else_or_move(device, made):
     twin = copy.deepcopy(slots)
     assert twin._plans == {}
     made.none(check)
+    assert_same(made.none(lambda: twin.routed(residual, branch, routing)), check())
+
+
+@torch.no_grad()
+def test_plan_slots_of_other_layers_start_the_same_plan(device, made):
+    """Another layer's slots of the same kind make no plan of their own; those of another kind do."""
+    layers = [Slots(2, R, D, device=device) for _ in range(2)]
+    layers.append(Slots(2, R, D, device=device, up_bias=True))
+    routing = Routing(torch.tensor([0, 1, -1], dtype=torch.int32, device=device))
+    residual, branch = (normal(3, D, device=device, seed=seed) for seed in (1, 2))
+    for number, (slots, expect) in enumerate(zip(layers, (made.new, made.none, made.new), strict=True)):
+        slots.put(0, tensors(seed=number), "silu")
+        out = expect(lambda slots=slots: slots.routed(residual, branch, routing))
+        assert_same(out, slots(residual, branch, routing.ids))
+        assert slots.last is not plans.no_plan
+    assert layers[0].last is layers[1].last is not layers[2].last
+    other = Slots(2, R, D, device=device)  # the same but for what it reads
+    out = made.new(lambda: other.routed(residual, branch, routing, "branch"))
+    assert_same(out, other(residual, branch, routing.ids, reads="branch"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
