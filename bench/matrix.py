@@ -59,6 +59,7 @@ SHOWN = ("torch", "triton", "transformers", "peft", "trl")
 KERNELS = (
     "tests/kernels/test_post_block.py",
     "tests/kernels/test_grouped.py",
+    "tests/kernels/test_grouped_norm.py",
     "tests/kernels/test_numerics.py",
 )
 CORE = (

@@ -12,8 +12,10 @@ import sys
 import tempfile
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 # The tests' matrices are small: a second thread costs more time than it saves, especially on a busy machine.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -83,6 +85,29 @@ def poisoned_memory(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     if runs_kernels:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def rows_in_registers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a program that holds whole rows hold eight in the interpreter, where each program takes tens of milliseconds.
+
+    Up to five rows it has one, as on a GPU. With `@pytest.mark.rows(n)` it has n.
+    """
+    if HAS_GPU or "device" not in request.fixturenames:
+        return
+    post_block = importlib.import_module("fused_steer.kernels.post_block")  # the package has a function of this name
+    from fused_steer.kernels.schedule import _INTERPRETED_DEVICE, ceil_div, resident_schedule
+
+    marker = request.node.get_closest_marker("rows")
+
+    def with_rows(tokens: int, hidden: int, rank: int, itemsize: int, of_weight: int, device: Any, norm: bool = False):
+        layout = resident_schedule(tokens, hidden, rank, itemsize, of_weight, device, norm)
+        if layout is None or device is not _INTERPRETED_DEVICE:
+            return layout
+        rows = marker.args[0] if marker is not None else 1 if tokens <= 5 else 8
+        return replace(layout, block_n=rows, programs=ceil_div(tokens, rows))
+
+    monkeypatch.setattr(post_block, "resident_schedule", with_rows)
 
 
 LITTLE = 256 << 20  # bytes that a test process may keep in PyTorch's cache between tests

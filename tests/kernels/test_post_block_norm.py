@@ -105,14 +105,14 @@ def assert_as_good_as_unfused(cases: list[Inputs], kind: Kind = LLAMA, activatio
 
 
 SHAPES = [
-    (1, 576, 8),
+    (1, 272, 8),
     (17, 320, 4),
     (300, 64, 16),
-    (3, 600, 1),
-    (18, 768, 64),
+    (3, 264, 1),
+    (18, 384, 64),
     (40, 144, 0),
     (33, 99, 256),
-    (70, 576, 128),
+    (70, 288, 128),
     (34, 256, 5),
     (70, 99, 12),
     (66, 64, 64),
@@ -167,7 +167,8 @@ def test_post_block_norm_every_activation(device, activation):
 @pytest.mark.parametrize(("tokens", "rank"), [(9, 0), (9, 6), (70, 9)])
 def test_post_block_norm_each_operand_may_be_absent(device, option, tokens, rank, reads):
     options = {"scale": False, option: 0 if option == "basis" else option == "scale"}
-    assert_as_good_as_unfused(make_draws(8, tokens, 80, rank=rank, device=device, reads=reads, **options))
+    draws = 2 if tokens == 70 else 8
+    assert_as_good_as_unfused(make_draws(draws, tokens, 80, rank=rank, device=device, reads=reads, **options))
 
 
 def cancelling(tokens: int, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
@@ -195,7 +196,7 @@ def test_post_block_norm_rows_that_nearly_cancel(device, dtype):
     The gradient of W1 has only 16 numbers here, because x has four dimensions, and the rows nearest to zero decide
     them. Two draws are too few to compare it.
     """
-    cases = [cancelling(70, dtype, device, seed) for seed in range(8)]
+    cases = [cancelling(24, dtype, device, seed) for seed in range(8)]
     out = definition(cases[0].map(Tensor.double), "identity")
     assert out.norm() < 0.05 * (cases[0].residual + cases[0].branch).norm(), "the shift cancels the state"
     assert_as_good_as_unfused(cases, BARE, "identity")
