@@ -26,6 +26,7 @@ KINDS = {
 @pytest.fixture(autouse=True)
 def both_schedules_at_test_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     set_few(monkeypatch, 8)
+    monkeypatch.setattr(grouped_norm, "_plans", {})  # a plan of another test may have another schedule
 
 
 def set_few(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
@@ -158,6 +159,28 @@ def test_grouped_norm_tokens_without_adapter_or_gain_keep_every_bit(device, toke
     assert torch.equal(out[untouched], expected)
     assert torch.equal(normed[untouched], without[1][untouched])
     assert not out[~untouched].isfinite().any()
+
+
+@pytest.mark.parametrize("tokens", [FEW, MANY])
+def test_grouped_norm_zero_shift_keeps_a_negative_zero(device, tokens):
+    batch = make(tokens, dtype=torch.bfloat16, device=device)
+    batch = replace(batch, ids=batch.ids.clamp(min=0))
+    for weights in (batch.ups, batch.up_biases):
+        weights.zero_()
+        weights[:, ::2] *= -1
+    batch.residual[:, :5], batch.branch[:, :5] = -0.0, -0.0
+    out, _ = call(batch, weight_for(batch))
+    assert torch.equal(out.view(torch.int16), (batch.residual + batch.branch).view(torch.int16))
+
+
+@pytest.mark.parametrize("tokens", [FEW, MANY])
+def test_grouped_norm_normalises_out_as_it_is_rounded_in_memory(device, tokens):
+    """256 + 1 is 256 in bfloat16, whose norm is 1. The norm of 257 would be more."""
+    batch = make(tokens, dtype=torch.bfloat16, device=device)
+    batch = replace(batch, ids=torch.full_like(batch.ids, -1))
+    batch.residual[:, :], batch.branch[:, :] = 256, 1
+    out, normed = call(batch, None)
+    assert (out == 256).all() and (normed == 1).all()
 
 
 @pytest.mark.parametrize("tokens", [FEW, MANY])
