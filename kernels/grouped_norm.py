@@ -375,9 +375,20 @@ def post_block_grouped_norm(
     Forward only. A token without an adapter or with a zero gain has `residual + branch` bit for bit as its `out`.
 
     Args:
-        residual, branch, downs, ups, adapter_ids, down_biases, up_biases, activation, gain, reads: see
-            `post_block_grouped`. Hidden states are float32, bfloat16 or float16, and d is at most 32768.
-        norm_weight, eps, plus_one, rounds_first: see `rms_norm`.
+        residual: (..., d), float32, bfloat16 or float16, d at most 32768.
+        branch: (..., d), which is added to the residual, or None.
+        downs: W1 of every slot, (A, r, d), or None, with `ups`, for vectors.
+        ups: W2 of every slot, (A, d, r).
+        adapter_ids: (...), int32 or int64, each token's slot. A negative one means no adapter.
+        norm_weight: w (d,), or None for no weight.
+        eps: added to the mean square.
+        plus_one: multiply by 1 + w, as Gemma does.
+        rounds_first: round out / rms to its dtype before it is multiplied by w, as Llama does.
+        down_biases: b1 (A, r).
+        up_biases: b2 (A, d).
+        activation: φ of all slots by name, or (A,) int32, each slot's index in `ACTIVATIONS`.
+        gain: g (...), each token's gain times strength. None means 1.
+        reads: the tensor that W1 is applied to, "sum" (residual + branch) or "branch".
         in_place: write `out` into residual and `normed` into branch, which have one dtype, as a server's fused add and
             norm does.
 
