@@ -93,7 +93,7 @@ def bounded_answer(folder: Path, name: str, prompt: list[int], scale: float, lim
     ("given", "message"),
     [
         ([], r"steering is \[\]; expected an object with adapters, slots, rank, dtype, layers, dose"),
-        ({"dosis": 1}, "steering has dosis; expected adapters, slots, rank, dtype, layers, dose alone"),
+        ({"dosis": 1}, "steering has dosis; expected adapters, slots, rank, dtype, layers, dose, fuse_norm alone"),
         ({"dose": {"limit": 1, "action": "stop"}}, "dose.action is 'stop'; expected refuse, clamp or warn"),
         ({"dose": {"action": "warn"}}, "dose has no limit; expected a positive number"),
         ({"dose": {"limit": 0}}, "dose.limit is 0; expected a positive number"),
