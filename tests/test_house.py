@@ -129,7 +129,7 @@ def test_house_tests_that_take_gigabytes_of_a_gpu_run_one_at_a_time():
             if isinstance(node, ast.FunctionDef) and "past_two_to_the" in node.name:
                 marks = " ".join(map(ast.unparse, node.decorator_list))
                 found[node.name] = "usefixtures('whole_gpu')" in marks
-    assert len(found) == 4 and all(found.values()), found
+    assert len(found) == 5 and all(found.values()), found
 
 
 def test_house_a_lock_lets_one_at_a_time(tmp_path):

@@ -39,7 +39,7 @@ HIDDEN = 64
 
 FUSED = {"additional_config": {"steering": {"rank": 8, "fuse_norm": True}}}
 #: Started without --every-engine.
-SAMPLE = ("compiled", "gemma3")
+SAMPLE = ("compiled",)
 
 
 @pytest.fixture

@@ -40,6 +40,8 @@ def cases() -> list[list]:
         # Every option at once costs the most registers. Many and few tokens may use different tiles.
         for hidden in HIDDEN if promised else (576, 4096):
             ranks = RANKS if promised else (*PADDED_RANKS, 12)
+            if hidden not in (576, 4096):  # the other sizes change the tiling of columns, not of ranks
+                ranks = (8, 64)
             found += [[target, "bfloat16", hidden, rank, n, EVERYTHING] for rank in ranks for n in (8192, 8)]
         # With many tokens the op packs the weights.
         found += [[target, "bfloat16", 4096, rank, 8192, PACKED] for rank in (RANKS if promised else PADDED_RANKS)]
