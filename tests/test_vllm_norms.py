@@ -122,7 +122,7 @@ def test_vllm_norms_are_found_in_vllms_own_sources():
 
 
 def test_vllm_norms_most_of_vllms_models_are_known(capsys):
-    """Count the layer classes and the loops whose norm is known, and print the numbers."""
+    """Most layer classes and loops of vLLM have a norm that is found. The numbers are printed."""
     import vllm.model_executor.models as models
 
     from fused_steer.vllm.layers import UNADDED, Unreachable, returned_state
@@ -358,19 +358,22 @@ def test_vllm_norms_steer_as_layers_do(config, norm):
         assert not torch.allclose(fused(x.clone())[1], plain(x.clone())[1], rtol=1e-2)
 
 
+@pytest.mark.parametrize("norm", [rms_norm, gemma_norm])
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_vllm_norms_take_one_call_a_layer_and_none_of_vllms(config, compiled):
-    """A steered batch calls the op of one launch once a layer. In an idle one vLLM's own kernel runs."""
-    fused, reached, *_ = both(rms_norm)
+def test_vllm_norms_take_one_call_a_layer_and_none_of_vllms(config, compiled, norm):
+    """A steered batch calls the op of one launch once a layer. In an idle one vLLM's own kernel runs, if it has one."""
+    fused, reached, *_ = both(norm)
     calls: list[str] = []
     for index, point in reached.points.items():
         original = point.steer_and_normalise
         point.steer_and_normalise = lambda *a, f=original, i=index: (calls.append(f"steer {i}"), f(*a))[1]
         native = point.link.native
-        assert native is not None
-        point.link.native = lambda *a, f=native: (calls.append("own"), f(*a))[1]
+        assert (native is None) == (norm is gemma_norm), "vLLM has no kernel for Gemma's norm"
+        if native is not None:
+            point.link.native = lambda *a, f=native: (calls.append("own"), f(*a))[1]
     model = torch.compile(fused, fullgraph=True, backend="aot_eager") if compiled else fused
-    expected = {"steered": [f"steer {i}" for i in range(3)], "idle": ["own"] * 3 if compiled else []}
+    ours = [f"steer {i}" for i in range(3)]
+    expected = {"steered": ours, "idle": [] if not compiled else ours if norm is gemma_norm else ["own"] * 3}
     x = torch.randn(6, HIDDEN)
     with torch.inference_mode():
         for batch in ("steered", "idle", "steered"):
@@ -442,6 +445,15 @@ def test_vllm_norms_one_norm_for_two_layers_is_fused_once(config):
     model.layers[2].norm = model.layers[1].norm
     reached = reached_in(model)
     assert reached.unfused == {1: "its RMSNorm reads another layer's output too"}
+
+
+def test_vllm_norms_a_path_that_is_no_module_is_not_fused(config):
+    """A layer may lack the norm that its class's source names. It is steered at its end."""
+    torch.manual_seed(0)
+    model = Model(rms_norm)
+    del model.layers[2].norm
+    model.layers[2].norm = None
+    assert reached_in(model).unfused == {1: "Layer.norm is no module"}
 
 
 def test_vllm_norms_another_stage_and_layers_without_slots(config):

@@ -45,8 +45,8 @@ def _source(cls: type[nn.Module]) -> ast.FunctionDef:
         tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(cls.forward))))
     except (OSError, TypeError, SyntaxError):
         raise NotFused(f"{cls.__name__} has no source to read") from None
-    (function,) = tree.body
-    if not isinstance(function, ast.FunctionDef):
+    function = tree.body[0] if len(tree.body) == 1 else None
+    if not isinstance(function, ast.FunctionDef) or not function.args.args:
         raise NotFused(f"{cls.__name__}.forward is no plain function")
     return function
 
@@ -84,22 +84,25 @@ def _norm_call(statements: Sequence[ast.stmt], own: str, hidden: str, residual: 
             return None
         branches = {ast.Is: statement.orelse, ast.IsNot: statement.body}
         return _norm_call(branches.get(type(test.ops[0]), []), own, hidden, residual)
-    if not (
-        isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Call) and len(statement.targets) == 1
-    ):
+    parts = _call_to_pair(statement)
+    if parts is None:
+        return None
+    call, (first, second) = parts
+    path = _path(call.func, own)
+    given = [node.id for node in call.args if isinstance(node, ast.Name)]
+    if path is None or call.keywords or len(call.args) != 2 or given != [hidden, residual]:
+        return None
+    return (path, second) if _is_name(first, hidden) else None
+
+
+def _call_to_pair(statement: ast.stmt) -> tuple[ast.Call, list[ast.expr]] | None:
+    """Return the call and the two targets of `a, b = f(…)`, or None for any other statement."""
+    if not isinstance(statement, ast.Assign) or len(statement.targets) != 1:
         return None
     call, target = statement.value, statement.targets[0]
-    if not (isinstance(target, ast.Tuple) and len(target.elts) == 2 and _is_name(target.elts[0], hidden)):
+    if not isinstance(call, ast.Call) or not isinstance(target, ast.Tuple) or len(target.elts) != 2:
         return None
-    if (
-        call.keywords
-        or len(call.args) != 2
-        or not _is_name(call.args[0], hidden)
-        or not _is_name(call.args[1], residual)
-    ):
-        return None
-    path = _path(call.func, own)
-    return None if path is None else (path, target.elts[1])
+    return call, target.elts
 
 
 @functools.cache
@@ -111,10 +114,9 @@ def first_norm(cls: Any) -> str:
     """
     function = _source(cls)
     own, *arguments = (argument.arg for argument in function.args.args)
-    pairs = [
-        n.value.elts[1] for n in ast.walk(function) if isinstance(n, ast.Return) and isinstance(n.value, ast.Tuple)
-    ]
-    residuals = {node.id for node in pairs if isinstance(node, ast.Name)} & set(arguments)
+    returned = [node.value for node in ast.walk(function) if isinstance(node, ast.Return)]
+    seconds = [value.elts[1] for value in returned if isinstance(value, ast.Tuple) and len(value.elts) == 2]
+    residuals = {node.id for node in seconds if isinstance(node, ast.Name)} & set(arguments)
     if len(residuals) == 1:
         (residual,) = residuals
         read: set[str] = set()
@@ -181,16 +183,13 @@ def _layer_names(loop: ast.For) -> set[str]:
 
 def _layer_call(statement: ast.stmt, layers: set[str]) -> tuple[str, str] | None:
     """Return the names of `hidden, residual = layer(…, hidden, residual, …)`, or None for any other statement."""
-    if not (
-        isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Call) and len(statement.targets) == 1
-    ):
+    parts = _call_to_pair(statement)
+    if parts is None or not isinstance(parts[0].func, ast.Name) or parts[0].func.id not in layers:
         return None
-    call, target = statement.value, statement.targets[0]
-    if not (isinstance(call.func, ast.Name) and call.func.id in layers and isinstance(target, ast.Tuple)):
-        return None
-    names = [node.id for node in target.elts if isinstance(node, ast.Name)]
+    call, targets = parts
+    names = [node.id for node in targets if isinstance(node, ast.Name)]
     given = [*call.args, *(keyword.value for keyword in call.keywords)]
-    if len(names) != 2 or len(target.elts) != 2 or any(sum(_is_name(g, name) for g in given) != 1 for name in names):
+    if len(names) != 2 or any(sum(_is_name(node, name) for node in given) != 1 for name in names):
         return None
     return names[0], names[1]
 
@@ -243,19 +242,21 @@ _LINK = "steering_link"
 
 
 class _Link:
-    """A norm, its kind, and the point whose steering it adds.
+    """A norm and the steering point of the layer before it.
 
     Attributes:
+        kind: the kind of the norm.
         native: vLLM's kernel, which adds and normalises in place; None without one for this kind of norm.
     """
 
     def __init__(self, norm: nn.Module, kind: Kind, point: SteeringPoint) -> None:
-        self.norm, self.kind, self.point, self.base = norm, kind, point, type(norm)
+        self.norm, self.kind, self.point = norm, kind, point
         plain = kind.weight is not None and not kind.plus_one and kind.rounds_first
         self.native = getattr(torch.ops._C, "fused_add_rms_norm", None) if plain else None
 
     def described(self) -> Norm:
-        return self.kind.norm(None if self.kind.weight is None else self.norm.get_parameter(self.kind.weight))
+        weight = None if self.kind.weight is None else self.norm.get_parameter(self.kind.weight).data
+        return self.kind.norm(weight)
 
 
 @functools.cache
@@ -365,9 +366,16 @@ def _reader(model: nn.Module, layers: Mapping[int, nn.Module], index: int, count
     behind = last_norm(of_model)
     if index + 1 in layers:
         of_layer: Any = type(layers[index + 1])
-        return layers[index + 1].get_submodule(first_norm(of_layer))
+        return _module(layers[index + 1], first_norm(of_layer))
     if index + 1 < count:
         raise NotFused("the next layer is in another pipeline stage")
     if behind is None:
         raise NotFused(f"{of_model.__name__} does not give its last layer's output to a norm before all else")
-    return model.get_submodule(behind)
+    return _module(model, behind)
+
+
+def _module(parent: nn.Module, path: str) -> nn.Module:
+    try:
+        return parent.get_submodule(path)
+    except AttributeError:
+        raise NotFused(f"{type(parent).__name__}.{path} is no module") from None

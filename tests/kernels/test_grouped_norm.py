@@ -175,7 +175,7 @@ def test_grouped_norm_zero_shift_keeps_a_negative_zero(device, tokens):
 
 @pytest.mark.parametrize("tokens", [FEW, MANY])
 def test_grouped_norm_normalises_out_as_it_is_rounded_in_memory(device, tokens):
-    """256 + 1 is 256 in bfloat16, whose norm is 1. The norm of 257 would be more."""
+    """In bfloat16 256 + 1 is 256. Divided by its root mean square it is 1; divided by that of 257 it would be less."""
     batch = make(tokens, dtype=torch.bfloat16, device=device)
     batch = replace(batch, ids=torch.full_like(batch.ids, -1))
     batch.residual[:, :], batch.branch[:, :] = 256, 1
