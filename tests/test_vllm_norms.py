@@ -386,6 +386,18 @@ def test_vllm_norms_take_one_call_a_layer_and_none_of_vllms(config, compiled, no
                 torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+def test_vllm_norms_a_compiled_graph_has_no_copies_and_no_norm_beside_the_op(config):
+    """Inductor's code has the op once a layer, in place, and no other kernel but the products and the first norm."""
+    from torch._inductor.utils import run_and_get_code
+
+    fused, reached, *_ = both(rms_norm)
+    fill(reached)
+    with torch.inference_mode():
+        _, (code,) = run_and_get_code(torch.compile(fused, fullgraph=True), torch.randn(6, HIDDEN))
+    assert code.count("fused_steer.steer_and_normalise_in_vllm.default(") == 3
+    assert not any(other in code for other in ("fused_add_rms_norm", "cpp_fused_", "copy_(", ".clone("))
+
+
 def test_vllm_norms_what_cannot_be_fused_says_why(config, monkeypatch):
     """Each case is steered at the layers' ends, with the reason."""
 
