@@ -84,6 +84,22 @@ def post_block_grouped_token_down_kernel(
 
 
 @triton.jit
+def _token_shift(
+    p_ups, p_up_biases, slot, h, ranks, columns, m_columns, D, RANK: tl.constexpr, HAS_UP_BIAS: tl.constexpr
+):
+    """Return a token's h W2ᵀ + b2 in a block of columns. [BLOCK_D]"""
+    u = tl.zeros(columns.shape, tl.float32)
+    if RANK > 0:
+        # [BLOCK_D, BLOCK_R]
+        pointers = p_ups + (slot * D + columns[:, None]) * RANK + ranks[None, :]
+        mask = m_columns[:, None] & (ranks[None, :] < RANK)
+        u += tl.sum(tl.load(pointers, mask=mask, other=0.0).to(tl.float32) * h[None, :], 1)
+    if HAS_UP_BIAS:
+        u += tl.load(p_up_biases + slot * D + columns, mask=m_columns, other=0.0).to(tl.float32)
+    return u
+
+
+@triton.jit
 def post_block_grouped_token_up_kernel(
     p_residual, p_branch, p_ups, p_ids, p_partial, p_down_biases, p_up_biases, p_codes, p_gain, p_out,
     SLOTS, D, part, parts, residual_stride, branch_stride, out_stride,
@@ -122,13 +138,7 @@ def post_block_grouped_token_up_kernel(
                     x += tl.load(p_branch + token * branch_stride + columns, mask=m_columns, other=0.0).to(tl.float32)
             u = tl.zeros([BLOCK_D], tl.float32)
             if steered:
-                if RANK > 0:
-                    # [BLOCK_D, BLOCK_R]
-                    pointers = p_ups + (slot * D + columns[:, None]) * RANK + ranks[None, :]
-                    mask = m_columns[:, None] & (ranks[None, :] < RANK)
-                    u += tl.sum(tl.load(pointers, mask=mask, other=0.0).to(tl.float32) * h[None, :], 1)
-                if HAS_UP_BIAS:
-                    u += tl.load(p_up_biases + slot * D + columns, mask=m_columns, other=0.0).to(tl.float32)
+                u += _token_shift(p_ups, p_up_biases, slot, h, ranks, columns, m_columns, D, RANK, HAS_UP_BIAS)
                 if HAS_GAIN:
                     u *= gain
             # −0 + 0 would be +0, so a zero shift keeps x bit for bit. An out-of-range slot id reads nothing. The
@@ -184,6 +194,23 @@ def post_block_grouped_tile_down_kernel(
     tl.store(p_rows + ranks[None, :], a, mask=m_rows[:, None])
 
 
+@triton.jit
+def _tile_shift(
+    p_ups, p_up_biases, slot, h, ranks, columns, m_columns, D,
+    RANK: tl.constexpr, DOT: tl.constexpr, HAS_UP_BIAS: tl.constexpr,
+):  # fmt: skip
+    """Return h W2ᵀ + b2 by one slot's weights, for a tile of tokens and a block of columns. [BLOCK_N, BLOCK_D]"""
+    u = tl.zeros([h.shape[0], columns.shape[0]], tl.float32)
+    if RANK > 0:
+        # [BLOCK_D, BLOCK_R]
+        pointers = p_ups + (slot * D + columns[:, None]) * RANK + ranks[None, :]
+        w2 = tl.load(pointers, mask=m_columns[:, None] & (ranks < RANK)[None, :], other=0.0)
+        u = dot(h, tl.trans(operand(w2, DOT)), u, DOT)
+    if HAS_UP_BIAS:
+        u += tl.load(p_up_biases + slot * D + columns, mask=m_columns, other=0.0).to(tl.float32)[None, :]
+    return u
+
+
 @triton.jit(do_not_specialize=["N"])
 def post_block_grouped_tile_up_kernel(
     p_residual, p_branch, p_ups, p_ids, p_partial, p_down_biases, p_up_biases, p_codes, p_gain, p_out,
@@ -206,11 +233,11 @@ def post_block_grouped_tile_up_kernel(
     first = tl.program_id(1) * part
     last = tl.minimum(first + part, D)
 
+    ranks = tl.arange(0, BLOCK_R)
+    h = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
     if RANK > 0:
-        ranks = tl.arange(0, BLOCK_R)
         m_ranks = ranks < RANK
         there_rows = (slots >= 0) & (slots < SLOTS)
-        h = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
         for number in range(0, parts):
             p_rows = p_partial + (rows[:, None].to(tl.int64) * parts + number) * BLOCK_R + ranks[None, :]
             h += tl.load(p_rows, mask=m_rows[:, None], other=0.0)
@@ -218,7 +245,8 @@ def post_block_grouped_tile_up_kernel(
             p_rows = p_down_biases + slots[:, None].to(tl.int64) * RANK + ranks[None, :]
             h += tl.load(p_rows, mask=there_rows[:, None] & m_ranks[None, :], other=0.0).to(tl.float32)
         codes = tl.load(p_codes + slots, mask=there_rows, other=0)[:, None] if ACTIVATION == "" else 0
-        h = operand(_activate(h, codes, ACTIVATION), DOT)
+        h = _activate(h, codes, ACTIVATION)
+    h = operand(h, DOT)
 
     # From the highest slot down to "none", write the rows of each slot.
     todo = slots
@@ -233,17 +261,10 @@ def post_block_grouped_tile_up_kernel(
         for start in range(first, last, BLOCK_D):
             columns = start + tl.arange(0, BLOCK_D)
             m_columns = columns < D
-            m_readable = m_columns & there_columns
             mask = own[:, None] & m_columns[None, :]
-            u = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-            if RANK > 0:
-                # [BLOCK_D, BLOCK_R]
-                pointers = p_ups + (wide * D + columns[:, None]) * RANK + ranks[None, :]
-                w2 = tl.load(pointers, mask=m_readable[:, None] & m_ranks[None, :], other=0.0)
-                u = dot(h, tl.trans(operand(w2, DOT)), u, DOT)
-            if HAS_UP_BIAS:
-                b2 = tl.load(p_up_biases + wide * D + columns, mask=m_readable, other=0.0)
-                u += b2.to(tl.float32)[None, :]
+            u = _tile_shift(
+                p_ups, p_up_biases, wide, h, ranks, columns, m_columns & there_columns, D, RANK, DOT, HAS_UP_BIAS
+            )  # fmt: skip
             if HAS_GAIN:
                 u *= gain[:, None]
             u = tl.where(there, u, 0.0)  # also for a token without gain, whatever its a

@@ -37,8 +37,10 @@ from .grouped import (
     _split,
     _sum_dtype,
     _tile_schedule,
+    _tile_shift,
     _tile_x,
     _token_schedule,
+    _token_shift,
     _Weights,
     check_grouped,
 )
@@ -105,13 +107,7 @@ def post_block_grouped_token_norm_kernel(
             x += tl.load(p_add + columns, mask=m_columns, other=0.0).to(tl.float32)
         u = tl.zeros([BLOCK_D], tl.float32)
         if steered:
-            if RANK > 0:
-                # [BLOCK_D, BLOCK_R]
-                pointers = p_ups + (slot * D + columns[:, None]) * RANK + ranks[None, :]
-                mask = m_columns[:, None] & (ranks[None, :] < RANK)
-                u += tl.sum(tl.load(pointers, mask=mask, other=0.0).to(tl.float32) * h[None, :], 1)
-            if HAS_UP_BIAS:
-                u += tl.load(p_up_biases + slot * D + columns, mask=m_columns, other=0.0).to(tl.float32)
+            u += _token_shift(p_ups, p_up_biases, slot, h, ranks, columns, m_columns, D, RANK, HAS_UP_BIAS)
             if HAS_GAIN:
                 u *= gain
         # −0 + 0 would be +0, so a zero shift keeps x bit for bit. An out-of-range slot id reads nothing. The token's
@@ -196,17 +192,10 @@ def post_block_grouped_tile_norm_kernel(
         for start in range(0, D, BLOCK_D):
             columns = start + tl.arange(0, BLOCK_D)
             m_columns = columns < D
-            m_readable = m_columns & there_columns
             mask = own[:, None] & m_columns[None, :]
-            u = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-            if RANK > 0:
-                # [BLOCK_D, BLOCK_R]
-                pointers = p_ups + (wide * D + columns[:, None]) * RANK + ranks[None, :]
-                w2 = tl.load(pointers, mask=m_readable[:, None] & m_ranks[None, :], other=0.0)
-                u = dot(a, tl.trans(operand(w2, DOT)), u, DOT)
-            if HAS_UP_BIAS:
-                b2 = tl.load(p_up_biases + wide * D + columns, mask=m_readable, other=0.0)
-                u += b2.to(tl.float32)[None, :]
+            u = _tile_shift(
+                p_ups, p_up_biases, wide, a, ranks, columns, m_columns & there_columns, D, RANK, DOT, HAS_UP_BIAS
+            )  # fmt: skip
             if HAS_GAIN:
                 u *= gain[:, None]
             u = tl.where(there, u, 0.0)  # also for a token without gain, whatever its a
