@@ -38,6 +38,7 @@ if HAS_VLLM:
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--one-in", type=int, default=1, metavar="N", help="run a sample, one test in N")
     parser.addoption("--every-engine", action="store_true", help="start all of vLLM's engines, not a sample")
+    parser.addoption("--every-kernel", action="store_true", help="compile all configurations in test_aot.py")
     parser.addoption("--every-line", action="store_true", help="raise at every line in test_faults.py, not at a sample")
 
 
@@ -52,6 +53,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="needs a GPU; other tests interpret and compile the kernels"))
         if item.get_closest_marker("vllm") and not HAS_VLLM:
             item.add_marker(pytest.mark.skip(reason="needs vLLM, in a separate environment: see docs/serving.md"))
+        if item.get_closest_marker("every_engine") and not config.getoption("--every-engine"):
+            item.add_marker(pytest.mark.skip(reason="a sample of the engines is started without --every-engine"))
 
 
 @pytest.hookimpl(tryfirst=True)

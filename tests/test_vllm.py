@@ -461,7 +461,10 @@ def test_vllm_a_number_stands_for_one_adapter(engine, folder):
     "way",
     [
         {"lora_target_modules": ["post_block"]},
-        {"enable_lora": False, "additional_config": {"steering": {"rank": 4, "slots": 2}}},
+        pytest.param(
+            {"enable_lora": False, "additional_config": {"steering": {"rank": 4, "slots": 2}}},
+            marks=pytest.mark.every_engine,
+        ),
     ],
     ids=["with LoRA", "without LoRA"],
 )
@@ -517,7 +520,13 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("gemma3", "llama-by-transformers") else pytest.param(name, marks=pytest.mark.every_engine)
+        for name in FAMILIES
+    ],
+)
 def test_vllm_other_models(tmp_path, name):
     family, options = FAMILIES[name]
     model = save_model(tmp_path / "model", family, **SIZES)
@@ -548,6 +557,7 @@ def test_vllm_compiled_and_again_from_the_cache(folder, tmp_path):
     assert json.loads(factors.read_text())["config_hash"] == marked != plain
 
 
+@pytest.mark.every_engine
 def test_vllm_target_modules_that_leave_steering_out(folder, tmp_path):
     """Said at once, when the adapter is loaded; the engine goes on."""
     from vllm import LLM

@@ -38,20 +38,15 @@ HIDDEN = 64
 # Engines
 
 FUSED = {"additional_config": {"steering": {"rank": 8, "fuse_norm": True}}}
-#: Started without --every-engine.
-SAMPLE = ("compiled",)
 
 
-@pytest.fixture
-def in_sample(request: pytest.FixtureRequest) -> None:
-    """Skip an engine that is not of the sample."""
-    named = request.node.callspec.params.values()
-    if not set(SAMPLE) & set(named) and not request.config.getoption("--every-engine"):
-        pytest.skip("a sample of the engines is started without --every-engine")
-
-
-@pytest.mark.usefixtures("in_sample")
-@pytest.mark.parametrize("way", ["without LoRA", "with LoRA", "second runner", "compiled"])
+@pytest.mark.parametrize(
+    "way",
+    [
+        *(pytest.param(way, marks=pytest.mark.every_engine) for way in ("without LoRA", "with LoRA", "second runner")),
+        "compiled",
+    ],
+)
 def test_vllm_norms_answers_are_those_of_hugging_face(tmp_path, way):
     model = save_model(tmp_path / "model")
     for seed, (name, config) in enumerate(CONFIGS.items(), 1):
@@ -82,7 +77,7 @@ def test_vllm_norms_answers_are_those_of_hugging_face(tmp_path, way):
 FAMILIES = {"gemma3": 3, "qwen3": 3, "mixtral": 3, "cohere": 0}
 
 
-@pytest.mark.usefixtures("in_sample")
+@pytest.mark.every_engine
 @pytest.mark.parametrize("family", FAMILIES)
 def test_vllm_norms_of_other_models(tmp_path, family):
     model = save_model(tmp_path / "model", family, **SIZES)

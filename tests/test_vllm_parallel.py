@@ -87,14 +87,18 @@ ENGINES: dict[str, dict[str, Any]] = {
 
 
 #: Started without --every-engine.
-SAMPLE = {"tensor parallel": ["without LoRA"], "EAGLE": ["with LoRA"]}
+SAMPLE = [("tensor parallel", "without LoRA")]
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("engine", ENGINES)
-def test_vllm_parallel_and_speculative_answers(folder, tmp_path, request, engine, way):
-    if way not in SAMPLE.get(engine, ()) and not request.config.getoption("--every-engine"):
-        pytest.skip("a sample of the engines is started without --every-engine")
+@pytest.mark.parametrize(
+    ("engine", "way"),
+    [
+        pytest.param(engine, way, marks=() if (engine, way) in SAMPLE else pytest.mark.every_engine)
+        for engine in ENGINES
+        for way in WAYS
+    ],
+)
+def test_vllm_parallel_and_speculative_answers(folder, tmp_path, engine, way):
     options = {**ENGINES[engine], **WAYS[way], "max_num_batched_tokens": 256}  # vLLM wants more with drafts
     if engine in ("draft model", "EAGLE"):
         draft = folder / ("draft" if engine == "draft model" else "eagle")

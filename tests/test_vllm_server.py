@@ -138,11 +138,9 @@ class Server:
         return answers(self.folder / "model", None if name == "base" else self.folder / name)
 
 
-@pytest.fixture(scope="module", params=["first runner", "second runner"])
+@pytest.fixture(scope="module", params=["first runner", pytest.param("second runner", marks=pytest.mark.every_engine)])
 def server(request, folder, tmp_path_factory) -> Iterator[Server]:
     """A server with --enable-lora, by vLLM's first model runner. The second is started with --every-engine."""
-    if request.param == "second runner" and not request.config.getoption("--every-engine"):
-        pytest.skip("a sample of the engines is started without --every-engine")
     log = tmp_path_factory.mktemp("log") / "server.log"
     variables = second_runner(log.parent) if request.param == "second runner" else {}
     server = Server(folder, log, with_lora(folder), VLLM_ALLOW_RUNTIME_LORA_UPDATING="1", **variables)

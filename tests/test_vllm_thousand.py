@@ -106,11 +106,17 @@ def right(folder, waves) -> list[list[int]]:
     return found
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("runner", ["first runner", "second runner"])
-def test_vllm_a_thousand_random_requests(folder, waves, right, tmp_path, request, runner, way):
-    if (runner, way) != ("first runner", "without LoRA") and not request.config.getoption("--every-engine"):
-        pytest.skip("a sample of the engines is started without --every-engine")
+@pytest.mark.parametrize(
+    ("runner", "way"),
+    [
+        pytest.param(
+            runner, way, marks=() if (runner, way) == ("first runner", "without LoRA") else pytest.mark.every_engine
+        )
+        for runner in ("first runner", "second runner")
+        for way in WAYS
+    ],
+)
+def test_vllm_a_thousand_random_requests(folder, waves, right, tmp_path, runner, way):
     served = {name: str(tmp_path / name) for name in NAMES}
     options = {
         "block_size": 32, "enable_prefix_caching": True, "num_gpu_blocks_override": 10, "max_num_seqs": 16,

@@ -11,6 +11,7 @@ pytestmark = pytest.mark.vllm
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.every_engine
 def test_vllm_bench_steered_and_unsteered_are_measured_side_by_side(tmp_path):
     command = "-m bench.vllm --layers 2 --batches 4:4,4:1 --length 16 --rounds 2 --out".split()
     done = subprocess.run([sys.executable, *command, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
