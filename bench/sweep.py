@@ -5,6 +5,9 @@ checked against float64 before it is timed as `bench.gpu` times the op: by a CUD
 memory. Its time is given over that of a plain add of the same size. Compilation takes most of the minutes, in as many
 processes as there are cores. `--rehearse` runs a few candidates over the stub driver, without a GPU and without
 results.
+
+With few rows a call packs the weights itself, if its layout wants them packed, as the op does. With many rows this
+takes little of the time, and the weights are given packed.
 """
 
 from __future__ import annotations
@@ -36,7 +39,8 @@ RANKS = (1, 2, 4, 8, 16, 32, 64)
 SIZES = ((16384, 4096), (16384, 2048), (4096, 4096), (4096, 2560), (4096, 2048), (4096, 1152), (512, 2048), (8, 2048))
 SAMPLES = 5
 WORST = 0.01  # relative error from float64 in bf16; a wrong layout gives about 1
-FORMS = ("rows", "tiles")
+FORMS = ("rows", "direct", "tiles")
+FEW = 1024  # rows
 
 
 @dataclass(frozen=True)
@@ -44,10 +48,10 @@ class Candidate:
     """A layout of the forward.
 
     Attributes:
-        form: "rows", whole rows in registers, or "tiles".
+        form: "rows", whole rows in registers, "direct", the same with W2 as it lies, or "tiles".
         rows, columns, columns_out: of a block, and of a block when writing; a block of the form "rows" has one width.
         warps, stages: see `kernels/schedule.py`.
-        ahead: whether few rows load all weights first.
+        ahead, held: see `schedule.ResidentSchedule`.
         programs: programs on a multiprocessor that loop over the tiles; 0: a program for each tile.
     """
 
@@ -58,6 +62,7 @@ class Candidate:
     warps: int
     stages: int = 1
     ahead: bool = False
+    held: bool = False
     programs: int = 0
 
 
@@ -71,9 +76,19 @@ def candidates(tokens: int, hidden: int, rank: int) -> list[Candidate]:
             for rows in (1, 2, 4):
                 if rows * blocks * 8 <= 160 and blocks * columns <= 1.3 * max(hidden, 256):
                     found += [
-                        Candidate("rows", rows, columns, columns, warps, ahead=ahead)
-                        for ahead in ((False, True) if tokens <= 1024 and rank * blocks * 8 <= 256 else (False,))
+                        Candidate("rows", rows, columns, columns, warps, ahead=ahead, held=held)
+                        for ahead in ((False, True) if tokens <= FEW and rank * blocks * 8 <= 256 else (False,))
+                        for held in ((False, True) if ahead else (False,))
                     ]
+    if rank in (2, 4, 8) and tokens <= FEW:
+        for warps in (1, 2, 4, 8, 16):
+            for vector in (4, 8):
+                columns = 32 * vector * warps
+                blocks = -(-hidden // columns)
+                # Twice as many weights as a thread's registers hold: half of them may wait.
+                if 2 * rank * blocks * vector <= min(256, 4096 // warps) and blocks * columns < 2 * hidden:
+                    held = (False, True) if 2 * rank * blocks * vector <= 128 else (False,)
+                    found += [Candidate("direct", 1, columns, columns, warps, ahead=True, held=one) for one in held]
     if tokens > 64:
         tiles = {
             16: ((16, 256, 256, 4, 3), (16, 512, 256, 4, 3), (16, 256, 128, 4, 3), (16, 512, 256, 8, 3),
@@ -98,9 +113,11 @@ def chosen(candidate: Candidate, tokens: int, hidden: int, rank: int, device: An
     op = importlib.import_module("fused_steer.kernels.post_block")
     schedule = importlib.import_module("fused_steer.kernels.schedule")
     c, tiles = candidate, schedule.ceil_div(tokens, candidate.rows)
-    if c.form == "rows":
+    if c.form != "tiles":
         blocks = schedule.ceil_div(hidden, c.columns)
-        resident = schedule.ResidentSchedule(c.rows, c.columns, blocks, tiles, c.warps, c.ahead)
+        resident = schedule.ResidentSchedule(
+            c.rows, c.columns, blocks, tiles, c.warps, c.ahead, c.form == "direct", c.held
+        )
         replaced: dict[str, Callable[..., Any]] = {"resident_schedule": lambda *_: resident}
     else:
         block_r = schedule.padded_rank(rank)
@@ -115,14 +132,14 @@ def chosen(candidate: Candidate, tokens: int, hidden: int, rank: int, device: An
         yield
 
 
-def _operands(hidden: int, rank: int, device: torch.device) -> tuple[Any, Tensor, Tensor]:
-    """Return the op's operands with packed weights, and W1 and W2 in float64 as they are multiplied."""
+def _operands(hidden: int, rank: int, device: torch.device, packs: bool) -> tuple[Any, Tensor, Tensor]:
+    """Return the op's operands, and W1 and W2 in float64 as they are multiplied. packs: whether they are packed."""
     contract = importlib.import_module("fused_steer.kernels.contract")
     packing = importlib.import_module("fused_steer.kernels.packing")
     generator = torch.Generator(device).manual_seed(0)
     down = torch.randn(rank, hidden, generator=generator, device=device) / hidden**0.5
     up = torch.randn(hidden, rank, generator=generator, device=device) / rank**0.5
-    packed = packing.pack_adapter(down, up, torch.bfloat16)
+    packed = packing.pack_adapter(down, up, torch.bfloat16) if packs else None
     return contract.Operands(down, up, packed=packed), down.bfloat16().double(), up.bfloat16().double()
 
 
@@ -148,13 +165,16 @@ def _run(
     return call
 
 
-def compile_one(job: tuple[Candidate, int, int]) -> str:
-    """Compile a candidate for (hidden, rank) by running it on few rows. Return "" or the reason why it cannot run."""
+def compile_one(job: tuple[Candidate, int, int, bool]) -> str:
+    """Compile a candidate for (hidden, rank, whether weights are packed) by running it on few rows.
+
+    Returns "" or the reason why it cannot run.
+    """
     make_importable()
-    candidate, hidden, rank = job
+    candidate, hidden, rank, packs = job
     device = torch.device("cuda", torch.cuda.current_device())
     try:
-        operands, *_ = _operands(hidden, rank, device)
+        operands, *_ = _operands(hidden, rank, device, packs)
         _run(candidate, 2 * candidate.rows, hidden, rank, operands)(*_states(2 * candidate.rows, hidden, device, 1)[0])
         torch.cuda.synchronize()
     except Exception as error:  # such as too much shared memory: the other candidates go on
@@ -175,7 +195,7 @@ def measure_size(
 ) -> Iterator[dict[str, Any]]:
     """Yield a row for each candidate: its layout, seconds, error, and the seconds of an add of the same size."""
     sets = _states(tokens, hidden, device, input_sets(3 * tokens * hidden * 2, l2_bytes(device)))
-    operands, down, up = _operands(hidden, rank, device)
+    operands, down, up = _operands(hidden, rank, device, tokens > FEW)
     x = sets[0][0][:64].double() + sets[0][1][:64].double()
     a = x @ down.t()
     truth = x + (a * torch.sigmoid(a)) @ up.t()
@@ -201,13 +221,18 @@ def lines(rows: list[dict[str, Any]]) -> Iterator[str]:
                 best = min(of, key=lambda row: row["seconds"])
                 layout = {
                     name: best[name]
-                    for name in ("rows", "columns", "columns_out", "warps", "stages", "ahead", "programs")
+                    for name in ("rows", "columns", "columns_out", "warps", "stages", "ahead", "held", "programs")
                 }
                 time_of = f"{best['seconds'] * 1e6:8.1f} us  {best['seconds'] / best['add']:.2f} adds"
-                yield f"N={key[0]:6} d={key[1]:5} r={key[2]:3}  {form:5} {time_of}  {layout}"
+                yield f"N={key[0]:6} d={key[1]:5} r={key[2]:3}  {form:6} {time_of}  {layout}"
     wrong = sum(1 for row in rows if row.get("error", 0) >= WORST)
     missing = sum(1 for row in rows if "status" in row)
     yield f"{len(rows)} candidates, {missing} cannot run here, {wrong} are wrong"
+
+
+def _some(found: list[Candidate], rehearse: bool) -> list[Candidate]:
+    """Return the candidates, or for a rehearsal one of each form."""
+    return list({c.form: c for c in found}.values()) if rehearse else found
 
 
 def main(
@@ -233,9 +258,9 @@ def main(
     device = torch.device("cuda", torch.cuda.current_device())
     ranks = tuple(rank) if rank else (4, 64) if rehearse else RANKS
     sizes = ((80, 512), (8, 256)) if rehearse else SIZES
-    work = {(n, d, r): candidates(n, d, r)[: 2 if rehearse else None] for n, d in sizes for r in ranks}
+    work = {(n, d, r): _some(candidates(n, d, r), rehearse) for n, d in sizes for r in ranks}
     if not rehearse:
-        jobs = list({(c, d, r): None for (_, d, r), tried in work.items() for c in tried})
+        jobs = list({(c, d, r, n > FEW): None for (n, d, r), tried in work.items() for c in tried})
         spawn = multiprocessing.get_context("spawn")
         with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), spawn) as pool:
             failed = sum(bool(problem) for problem in pool.map(compile_one, jobs, chunksize=8))

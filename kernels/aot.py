@@ -107,6 +107,7 @@ class Resources:
     Attributes:
         spills: registers spilled, 0 if the compiler does not count them (NVIDIA's appear as local memory).
         local, shared: bytes, per thread and per program.
+        barriers, first_loads: barriers of the program's warps, and the global loads in front of the first one.
         occupancy: resident warps as a share of the multiprocessor's.
     """
 
@@ -119,6 +120,8 @@ class Resources:
     num_warps: int
     occupancy: float
     global_loads: int
+    barriers: int
+    first_loads: int
     global_stores: int
     async_copies: int
     loads_128: int
@@ -366,26 +369,33 @@ def _number(pattern: str, text: str) -> int:
     return int(found.group(1))
 
 
-def _cuobjdump(cubin: bytes, flag: str) -> str:
+def _cuobjdump(cubin: bytes) -> str:
+    """Return the resources that a kernel uses, and its code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [_tool("cuobjdump"), flag, file.name]
+        command = [_tool("cuobjdump"), "-res-usage", "-sass", file.name]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def _read_nvidia(usage: str, sass: str) -> dict[str, int]:
+def _before(pattern: str, text: str) -> str:
+    return re.split(pattern, text, maxsplit=1, flags=re.MULTILINE)[0]
+
+
+def _read_nvidia(listing: str) -> dict[str, int]:
     def count(pattern: str) -> int:
-        return len(re.findall(rf"\s{pattern}", sass))
+        return len(re.findall(rf"\s{pattern}", listing))
 
     wide = r"\S*\.(?:128|256)\b"
     return {
-        "registers": _number(r"REG:(\d+)", usage),
-        "local": _number(r"LOCAL:(\d+)", usage) + _number(r"STACK:(\d+)", usage),
+        "registers": _number(r"REG:(\d+)", listing),
+        "local": _number(r"LOCAL:(\d+)", listing) + _number(r"STACK:(\d+)", listing),
         "spills": 0,
         "global_loads": count(r"LDG\."),
         "global_stores": count(r"STG\."),
         "async_copies": count(r"(?:LDGSTS|UBLKCP|UTMALDG)"),
+        "barriers": count(r"BAR\."),
+        "first_loads": len(re.findall(r"\sLDG\.", _before(r"\sBAR\.", listing))),
         "loads_128": count(rf"LDG\.{wide}"),
         "stores_128": count(rf"STG\.{wide}"),
         "stores_64": count(r"STG\.\S*\.64\b"),
@@ -411,6 +421,8 @@ def _read_amd(assembly: str) -> dict[str, int]:
         "global_loads": count(rf"{memory}_load_") - count(to_shared),
         "global_stores": count(rf"{memory}_store_"),
         "async_copies": count(to_shared),
+        "barriers": count(r"s_barrier"),
+        "first_loads": len(re.findall(rf"^\s+{memory}_load_", _before(r"^\s+s_barrier", assembly), re.MULTILINE)),
         "loads_128": count(rf"{memory}_load_dwordx4\b") - count(rf"{memory}_load_dwordx4 .*\blds\b"),
         "stores_128": count(rf"{memory}_store_dwordx4\b"),
         "stores_64": count(rf"{memory}_store_dwordx2\b"),
@@ -503,8 +515,8 @@ def _compile(job: Compilation) -> tuple[Resources, str]:
         assembly = compiled.asm["amdgcn"]
         numbers = _read_amd(assembly)
     else:
-        assembly = _cuobjdump(compiled.asm["cubin"], "-sass")
-        numbers = _read_nvidia(_cuobjdump(compiled.asm["cubin"], "-res-usage"), assembly)
+        assembly = _cuobjdump(compiled.asm["cubin"])
+        numbers = _read_nvidia(assembly)
     shared = compiled.metadata.shared
     resources = Resources(
         job.source.fn.__name__,

@@ -803,11 +803,11 @@ def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
 
 
 def resident_layout(
-    tokens: int, hidden: int, rank: int, dtype: torch.dtype, device: Device, norm: bool = False
+    tokens: int, hidden: int, rank: int, dtype: torch.dtype, device: Device, norm: bool = False, packed: bool = False
 ) -> ResidentSchedule | None:
     """Return `resident_schedule` for a hidden state of `dtype`."""
     of_weight = operand_dtype(dtype, device.gpu, rank).itemsize
-    return resident_schedule(tokens, hidden, rank, dtype.itemsize, of_weight, device, norm)
+    return resident_schedule(tokens, hidden, rank, dtype.itemsize, of_weight, device, norm, packed)
 
 
 def packed_weights(
@@ -815,11 +815,14 @@ def packed_weights(
 ) -> Packed | None:
     """Return the packed weights: those of `operands`, or made now if that pays, or None.
 
-    It pays for many tokens. The kernel for low ranks needs it, as it reads rows of W2'; at rank 1 W2' is a row.
+    It pays for many tokens. The kernel for low ranks needs it, as it reads rows of W2'; at rank 1 W2' is a row, and for
+    few tokens it may read W2' as it lies.
     """
     if operands.packed is not None or operands.rank == 0:
         return operands.packed
     if tokens < MANY_TOKENS and (resident is None or operands.rank == 1):
+        return None
+    if resident is not None and resident.direct:
         return None
     down, up = _contiguous(operands.down, operands.up)
     assert down is not None and up is not None
@@ -846,7 +849,7 @@ def triton_forward(
     strides = (inner, *of_residual, *of_branch)
     down_bias, up_bias, gain = _contiguous(down_bias, up_bias, gain)
     device = device_of(residual)
-    resident = resident_layout(tokens, hidden, rank, dtype, device)
+    resident = resident_layout(tokens, hidden, rank, dtype, device, packed=packed is not None)
     packed = packed_weights(operands, tokens, dtype, resident)
     down, up = _contiguous(down, up) if packed is None else packed
     p_scale, scale = (scale, 0.0) if isinstance(scale, Tensor) else (None, scale)

@@ -143,7 +143,7 @@ def triton_forward_norm(
     if rank == 0 and up_bias is not None:
         out, normed, inverse = triton_norm(residual, branch, norm, keep, (up_bias, gain, scale))
         return out, normed, None, inverse
-    resident = resident_layout(tokens, hidden, rank, dtype, device, norm=True)
+    resident = resident_layout(tokens, hidden, rank, dtype, device, norm=True, packed=packed is not None)
     if tokens == 0 or (resident is None and forward_splits(tokens, hidden, rank, dtype.itemsize, device) is not None):
         out, a = triton_forward(residual, branch, operands, keep)
         _, normed, inverse = triton_norm(out, None, norm, keep)

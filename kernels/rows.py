@@ -1,5 +1,8 @@
 """Device functions for rows of hidden states: their addresses, sums, strengths, and RMSNorm."""
 
+# Tuples grow.
+# mypy: disable-error-code="assignment"
+
 from __future__ import annotations
 
 import triton
@@ -64,6 +67,46 @@ def rounded(x, p_out):
         return x.to(tl.float16).to(tl.float32)
     else:
         return x
+
+
+@triton.jit
+def _two_sums(a, b):
+    return tl.split(tl.sum(tl.join(a, b), 1))
+
+
+@triton.jit
+def _four_sums(a, b, c, d):
+    first, second = tl.split(tl.sum(tl.join(tl.join(a, b), tl.join(c, d)), 1))
+    return tl.split(first) + tl.split(second)
+
+
+@triton.jit
+def _eight_sums(a, b, c, d, e, f, g, h):
+    first, second = tl.join(tl.join(a, b), tl.join(c, d)), tl.join(tl.join(e, f), tl.join(g, h))
+    of_first, of_second = tl.split(tl.sum(tl.join(first, second), 1))
+    ab, cd = tl.split(of_first)
+    ef, gh = tl.split(of_second)
+    return tl.split(ab) + tl.split(cd) + tl.split(ef) + tl.split(gh)
+
+
+@triton.jit
+def row_sums(blocks, COUNT: tl.constexpr):
+    """Sum each of COUNT blocks, at most 8, over columns. A tuple of COUNT [BLOCK_N] from a tuple of [BLOCK_N, BLOCK_D].
+
+    Every sum over the threads of a program is a walk through shared memory between two barriers. Two, four or eight
+    blocks take one such walk together.
+    """
+    sums = ()
+    if COUNT == 8:
+        sums = _eight_sums(blocks[0], blocks[1], blocks[2], blocks[3], blocks[4], blocks[5], blocks[6], blocks[7])
+    else:
+        if COUNT >= 4:
+            sums = _four_sums(blocks[0], blocks[1], blocks[2], blocks[3])
+        if COUNT % 4 >= 2:
+            sums = sums + _two_sums(blocks[COUNT // 4 * 4], blocks[COUNT // 4 * 4 + 1])
+        if COUNT % 2 == 1:
+            sums = sums + (tl.sum(blocks[COUNT - 1], 1),)
+    return sums
 
 
 @triton.jit

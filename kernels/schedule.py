@@ -157,8 +157,11 @@ class ResidentSchedule:
 
     Attributes:
         block_n: rows of a program. `programs` are as many as the rows need.
-        block_d, chunks: `chunks` blocks of `block_d` columns cover a row. A thread holds 16 bytes of each block.
+        block_d, chunks: `chunks` blocks of `block_d` columns cover a row. A thread holds 16 bytes of each block, or if
+            `direct` four numbers.
         ahead: whether the weights are loaded before they are used.
+        direct: whether W2 (d, r) is read as it lies, instead of packed rows.
+        held: whether all loads are in flight before the first sum.
     """
 
     block_n: int
@@ -167,12 +170,15 @@ class ResidentSchedule:
     programs: int
     num_warps: int
     ahead: bool
+    direct: bool = False
+    held: bool = False
     num_stages: int = 1
 
     @property
     def constants(self) -> dict[str, int]:
         """The kernel's block sizes by name."""
-        return {"BLOCK_N": self.block_n, "BLOCK_D": self.block_d, "CHUNKS": self.chunks, "AHEAD": self.ahead}
+        sizes = {"BLOCK_N": self.block_n, "BLOCK_D": self.block_d, "CHUNKS": self.chunks}
+        return sizes | {"AHEAD": self.ahead, "DIRECT": self.direct, "HELD": self.held}
 
 
 @dataclass(frozen=True)
@@ -490,8 +496,35 @@ _RESIDENT_COLUMNS = 56  # of a thread, in two rows: more do not fit in its regis
 
 
 @functools.lru_cache(maxsize=4096)
+def _direct_schedule(tokens: int, hidden: int, rank: int, device: Device) -> ResidentSchedule | None:
+    """Return the layout that reads W2 as it lies, or None if it would not pay.
+
+    Where each row has a multiprocessor of its own, reading float32 takes less time than a launch that packs. A thread
+    reads the weights of its columns, 16 bytes for a column and four ranks. 128 numbers can be in flight, and 256 take
+    two turns.
+    """
+    if rank not in (2, 4, 8) or tokens > device.multiprocessors:
+        return None
+    warps, vector = 1, 4
+    while warps < 8 and ceil_div(hidden, 32 * vector * warps) * vector > min(16, 64 // rank):
+        warps *= 2
+    block_d = 32 * vector * warps
+    chunks = ceil_div(hidden, block_d)
+    weights = 2 * rank * chunks * vector
+    if weights > 256:
+        return None
+    return ResidentSchedule(1, block_d, chunks, tokens, warps, ahead=True, direct=True, held=weights <= 128)
+
+
 def resident_schedule(
-    tokens: int, hidden: int, rank: int, itemsize: int, of_weight: int, device: Device, norm: bool = False
+    tokens: int,
+    hidden: int,
+    rank: int,
+    itemsize: int,
+    of_weight: int,
+    device: Device,
+    norm: bool = False,
+    packed: bool = False,
 ) -> ResidentSchedule | None:
     """Return the layout of the forward that holds whole rows in registers, or None if another form is faster.
 
@@ -501,9 +534,12 @@ def resident_schedule(
 
     Args:
         itemsize, of_weight: bytes of an element of the hidden state and of the packed weights.
+        packed: whether the weights are packed already.
     """
     if device.gpu != "cuda" or not 0 < rank <= RESIDENT_RANK or hidden > _RESIDENT_WIDTH:
         return None
+    if not packed and (direct := _direct_schedule(tokens, hidden, rank, device)) is not None:
+        return direct
     if rank > 4 and not norm and 2048 <= tokens <= 8192:
         return None
     vector, few = 16 // itemsize, tokens <= 1024
@@ -519,7 +555,8 @@ def resident_schedule(
     # Both weights of all ranks take at most 128 registers.
     ahead = few and 2 * rank * chunks * vector * of_weight <= 4 * 128
     block_n = 1 if few else 2
-    return ResidentSchedule(block_n, block_d, chunks, ceil_div(tokens, block_n), warps, ahead)
+    held = ahead and tokens <= device.multiprocessors  # later programs would wait for so many registers
+    return ResidentSchedule(block_n, block_d, chunks, ceil_div(tokens, block_n), warps, ahead, held=held)
 
 
 CROSS_RANK = 64  # the side of a tile of daᵀ h, which one program sums in registers

@@ -103,9 +103,9 @@ def rows_in_registers(request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
 
     marker = request.node.get_closest_marker("rows")
 
-    def with_rows(tokens: int, hidden: int, rank: int, itemsize: int, of_weight: int, device: Any, norm: bool = False):
-        layout = resident_schedule(tokens, hidden, rank, itemsize, of_weight, device, norm)
-        if layout is None or device is not _INTERPRETED_DEVICE:
+    def with_rows(tokens: int, *rest: Any):
+        layout = resident_schedule(tokens, *rest)
+        if layout is None or layout.direct or _INTERPRETED_DEVICE not in rest:
             return layout
         rows = marker.args[0] if marker is not None else 1 if tokens <= 5 else 8
         return replace(layout, block_n=rows, programs=ceil_div(tokens, rows))

@@ -559,7 +559,7 @@ def generated_code():
         for number in (48, 0):
             stream = number
             streams.append(sorted({launch.stream for launch in last_launches(lambda: graph(x, b))}))
-        first = last_launches(lambda: graph(x2, b))[1].first == x2.data_ptr()  # behind the one that packs
+        first = last_launches(lambda: graph(x2, b))[0].first == x2.data_ptr()
         around.clear()
         current = 1
         elsewhere, current = called(lambda: graph(x, b)), 0

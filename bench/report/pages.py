@@ -132,7 +132,8 @@ COUNTED = f"""\
 These figures are **counted**, not timed: the memory traffic and the kernel launches at the end of one decoder layer. A
 unit is one tensor of N tokens × d that a kernel reads or writes. The hook's operations are counted as PyTorch
 dispatches them, the fused kernels as the launcher starts them (`bench/counted.py`). Where a tile is read twice, the
-second read should come from L2 and is not counted. At ranks 2 to 8 one launch of the forward packs the weights."""
+second read should come from L2 and is not counted. At ranks 2 to 8 one launch of the forward packs the weights, unless
+there are few tokens."""
 
 
 def benchmarks_text(runs: list[Run], counts: dict[str, dict[str, Count]]) -> str:

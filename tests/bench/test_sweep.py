@@ -44,9 +44,10 @@ def test_sweep_tries_the_layouts_that_an_h100_gets(sweep):
             tried = sweep.candidates(tokens, hidden, rank)
             layout = resident_schedule(tokens, hidden, rank, 2, 2, device)
             if layout is not None:
+                form = "direct" if layout.direct else "rows"
                 found = any(
-                    (c.form, c.rows, c.columns, c.warps, c.ahead)
-                    == ("rows", layout.block_n, layout.block_d, layout.num_warps, layout.ahead)
+                    (c.form, c.rows, c.columns, c.warps, c.ahead, c.held)
+                    == (form, layout.block_n, layout.block_d, layout.num_warps, layout.ahead, layout.held)
                     for c in tried
                 )
             elif tokens <= 64:

@@ -55,11 +55,15 @@ def cases(every: bool) -> list[list]:
             for dtype in ("float32", "float16"):
                 found += [[target, dtype, 4096, rank, 8192, flags] for flags in (EVERYTHING, PACKED)[: 1 + promised]]
             found.append([target, "bfloat16", 4099, rank, 8192, EVERYTHING])  # masked tiles, rows not aligned
-        found += [[target, "bfloat16", 4096, rank, n, {}] for rank in (8, 16) for n in (8192, 8)]
+        found += [[target, "bfloat16", 4096, rank, n, {}] for rank, n in ((8, 8192), (8, 200), (16, 8192), (16, 8))]
+        # As many weights as few rows read without a launch that packs them.
+        of_direct = ((8192, 4), (8192, 2), (4096, 4), (2048, 8)) if promised else ((2048, 8),)
+        found += [[target, "bfloat16", hidden, rank, 8, EVERYTHING] for hidden, rank in of_direct]
         # Where W1 reads the branch, the kernels of few tokens and of the backward's rows are those of above.
         for rank in (8, 64, 256) if promised else (8,):
             found.append([target, "bfloat16", 4096, rank, 8192, EVERYTHING | BRANCH])
         if promised:
+            found += [[target, dtype, 2048, 8, 8, {}] for dtype in ("bfloat16", "float16", "float32")]
             found.append([target, "float32", 4096, 8, 8192, EVERYTHING | BRANCH])
             found.append([target, "bfloat16", 4099, 8, 8192, EVERYTHING | BRANCH])
     return found
@@ -122,9 +126,27 @@ def test_aot_a_program_fits_on_a_multiprocessor(compiled):
 
 
 def aligned(compiled: list[dict]) -> list[dict]:
-    """Return the bf16 rows with d a multiple of 8, so that hidden states can move in 128 bits. Packing moves none."""
+    """Return the bf16 rows with d a multiple of 8, so that hidden states can move in 128 bits. Packing moves none.
+
+    A thread that reads W2 as it lies has four columns, 64 bits of a hidden state.
+    """
     rows = [row for row in compiled if row["case"][1] == "bfloat16" and row["case"][2] % 8 == 0]
-    return [row for row in rows if row["kernel"] != PACK]
+    return [row for row in rows if row["kernel"] != PACK and not row["tile"].get("direct")]
+
+
+def test_aot_few_rows_read_the_weights_in_128_bit_accesses(compiled):
+    """W1, W2 and no pack. The states are read and written in 64 bits."""
+    rows = [row for row in compiled if row["tile"].get("direct") and row["case"][5] == {}]
+    assert {row["case"][1] for row in rows} == {"bfloat16", "float16", "float32"}
+    for row in rows:
+        _, dtype, hidden, rank, _, _ = row["case"]
+        weights = 2 * rank * hidden * 4 // (16 * 32 * row["num_warps"])
+        states = 2 * row["tile"]["chunks"]  # of residual and branch
+        assert row["loads_128"] == weights + states * (dtype == "float32"), row
+        assert row["global_loads"] == weights + states, row
+        if row["target"].startswith("sm_"):
+            assert row["first_loads"] == row["global_loads"], "all are in flight before the first barrier"
+            assert row["barriers"] <= 3 + 2 * row["tile"]["chunks"], "one walk for all sums, and one for each block out"
 
 
 def test_aot_the_hidden_state_moves_in_128_bit_accesses(compiled):
@@ -161,6 +183,7 @@ def test_aot_the_hidden_state_moves_in_128_bit_accesses(compiled):
 
 def test_aot_forward_copies_asynchronously_and_stores_nothing_narrow(compiled):
     rows = [row for row in compiled if row["case"][5] == {} and row["target"].startswith("sm_")]
+    rows = [row for row in rows if not row["tile"].get("direct")]
     forward = [row for row in rows if row["kernel"].startswith("post_block_fwd")]
     names = {f"post_block_fwd_{name}kernel" for name in ("", "down_", "up_", "resident_")}
     assert {row["kernel"] for row in forward} == names
@@ -196,8 +219,10 @@ def test_aot_what_is_recorded_is_what_runs():
 
     split = ["post_block_fwd_down_kernel", "post_block_fwd_up_kernel"]
     assert names(8192, 8) == names(8192, 64) == [PACK, "post_block_fwd_kernel", *BACKWARD]
-    assert names(8, 8) == names(1000, 2) == names(8192, 4) == names(8193, 8) == [PACK, RESIDENT, *BACKWARD]
+    assert names(8, 7) == names(1000, 2) == names(8192, 4) == names(8193, 8) == [PACK, RESIDENT, *BACKWARD]
     assert names(8, 8, packed=True) == names(8, 1) == [RESIDENT, *BACKWARD], "W2' of rank 1 is a row"
+    assert names(8, 8) == names(132, 4) == [RESIDENT, *BACKWARD], "W2' as it lies"
+    assert names(133, 4) == [PACK, RESIDENT, *BACKWARD]
     assert names(8192, 1) == [PACK, RESIDENT, *BACKWARD]
     assert names(2048, 8) == ["post_block_fwd_kernel", *BACKWARD], "too few tokens to pack, too many for few rows"
     assert names(8, 16) == [*split, *BACKWARD] and record(Case(8, 4096, 16), "sm_90")[0].grid[1] > 8
@@ -225,12 +250,13 @@ BRANCH_SPLIT = ["p_residual", "p_residual p_branch p_out"]  # to the first branc
         (Case(8192, 128, 16, **PACKED, **BRANCH), [ONE], ["p_grad", "p_grad p_branch p_dx", ""]),
         (Case(8192, 128, 256, **PACKED, **BRANCH), BRANCH_SPLIT, ["p_grad", "p_grad p_dx", "p_branch", ""]),
         (Case(64, 128, 16, **BRANCH), BRANCH_SPLIT, ["p_grad", "p_grad p_branch p_dx", ""]),
-        (Case(64, 128, 8, **BRANCH), ["", ONE], ["p_grad", "p_grad p_branch p_dx", ""]),
+        (Case(64, 128, 8, **BRANCH), [ONE], ["p_grad", "p_grad p_branch p_dx", ""]),
+        (Case(64, 128, 7, **BRANCH), ["", ONE], ["p_grad", "p_grad p_branch p_dx", ""]),
         (Case(64, 128, 0, **BRANCH), [ONE], ["p_grad", ""]),
     ],
     ids=[
         *["packs", "lowrank", "no branch", "two passes", "few tokens", "rank 1", "vector", "N = d = r", "branch read"],
-        *[f"branch read, {what}" for what in ("two passes", "few tokens", "rows in registers", "vector")],
+        *[f"branch read, {what}" for what in ("two passes", "few tokens", "rows in registers", "rank 7", "vector")],
     ],
 )
 def test_aot_the_hidden_states_that_a_launch_touches(case, forward, backward):

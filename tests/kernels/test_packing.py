@@ -1,5 +1,6 @@
 """Tests of the launch that packs an adapter's weights: their bits, and the calls in which the op packs them."""
 
+from dataclasses import replace
 from importlib import import_module
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from fused_steer.kernels.backend import select_backend
 from fused_steer.kernels.contract import Operands
 from fused_steer.kernels.packing import MANY_TOKENS, pack_adapter
-from fused_steer.kernels.schedule import RESIDENT_RANK, describe_device
+from fused_steer.kernels.schedule import RESIDENT_RANK, ResidentSchedule, describe_device
 from ops import pack_reference
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -26,7 +27,11 @@ def test_packing_gives_the_bits_of_its_definition(device, dtype, rank, hidden, k
         assert one.is_contiguous() and one.dtype == other.dtype and torch.equal(one, other)
 
 
-@pytest.mark.parametrize("resident", [None, object()], ids=["tiles", "resident"])
+ROWS = ResidentSchedule(1, 64, 1, 1, 1, ahead=True)
+DIRECT = replace(ROWS, direct=True)
+
+
+@pytest.mark.parametrize("resident", [None, ROWS, DIRECT], ids=["tiles", "resident", "direct"])
 @pytest.mark.parametrize("rank", [0, 1, RESIDENT_RANK])
 @pytest.mark.parametrize("tokens", [MANY_TOKENS - 1, MANY_TOKENS])
 def test_packing_is_for_many_tokens_and_for_the_kernel_that_reads_rows_of_w2(monkeypatch, tokens, rank, resident):
@@ -34,4 +39,5 @@ def test_packing_is_for_many_tokens_and_for_the_kernel_that_reads_rows_of_w2(mon
     monkeypatch.setattr(op, "pack_adapter", lambda *weights: "packed")
     operands = Operands(torch.ones(rank, 64), torch.ones(64, rank)) if rank else Operands(up_bias=torch.ones(64))
     found = op.packed_weights(operands, tokens, BF16, resident)
-    assert (found == "packed") is (rank > 0 and (tokens >= MANY_TOKENS or (resident is not None and rank > 1)))
+    pays = resident is ROWS and rank > 1 or (tokens >= MANY_TOKENS and resident is not DIRECT)
+    assert (found == "packed") is (rank > 0 and pays)

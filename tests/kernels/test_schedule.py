@@ -162,13 +162,33 @@ def test_schedule_rows_in_registers_are_covered_and_fit(itemsize, norm):
                 assert (found.programs - 1) * found.block_n < tokens <= found.programs * found.block_n
                 assert (found.chunks - 1) * found.block_d < hidden <= found.chunks * found.block_d
                 threads = 32 * found.num_warps
-                assert found.block_d * itemsize == 16 * threads, "16 bytes of a block for each thread"
                 assert found.num_warps <= 8
+                if found.direct:
+                    assert tokens == 1 == found.block_n and found.block_d == 4 * threads
+                    weights = 2 * rank * found.chunks * 4
+                    assert weights <= 256 and found.held is (weights <= 128), "registers of a thread"
+                    continue
+                assert found.block_d * itemsize == 16 * threads, "16 bytes of a block for each thread"
                 weights = 2 * rank * found.chunks * found.block_d * itemsize // threads
+                assert found.held is (found.ahead and tokens <= 132), "a row for each multiprocessor"
                 assert not found.ahead or (tokens <= 1024 and weights <= 128 * 4), "128 registers of a thread"
-    few = resident_schedule(8, 4096, 8, 2, 2, device)
+    few = resident_schedule(1000, 4096, 8, 2, 2, device)
     assert few.ahead and few.block_n == 1 and resident_schedule(2000, 4096, 8, 2, 2, device).block_n == 2
-    assert not resident_schedule(8, 8192, 8, 4, 4, device).ahead, "too many weights for the registers"
+    assert not resident_schedule(8, 8192, 7, 4, 4, device).ahead, "too many weights for the registers"
+
+
+def test_schedule_w2_is_read_as_it_lies_by_few_rows_of_few_weights():
+    """Up to a row for each multiprocessor, and as many weights as the registers of 256 threads hold."""
+    device = TARGETS["sm_90"]
+
+    def direct(tokens: int, hidden: int, rank: int, packed: bool = False) -> bool:
+        found = resident_schedule(tokens, hidden, rank, 2, 2, device, packed=packed)
+        return found is not None and found.direct
+
+    assert [rank for rank in range(9) if direct(8, 1024, rank)] == [2, 4, 8], "a column's weights are read at once"
+    assert [direct(n, 2048, 8) for n in (1, 132, 133)] == [True, True, False]
+    assert direct(1, 4096, 8) and not direct(1, 4097, 8) and direct(1, 8192, 4) and direct(1, 8192, 2)
+    assert not direct(1, 4096, 8, packed=True), "the weights are rows"
 
 
 def test_schedule_rows_are_held_in_registers_only_up_to_rank_8_and_d_8192_on_nvidia():
