@@ -146,7 +146,8 @@ def test_aot_few_rows_read_the_weights_in_128_bit_accesses(compiled):
         assert row["global_loads"] == weights + states, row
         if row["target"].startswith("sm_"):
             assert row["first_loads"] == row["global_loads"], "all are in flight before the first barrier"
-            assert row["barriers"] <= 3 + 2 * row["tile"]["chunks"], "one walk for all sums, and one for each block out"
+            # One walk for all sums, and one for each block of columns. Triton 3.8 and 3.9 add a barrier.
+            assert row["barriers"] <= 4 + 2 * row["tile"]["chunks"]
 
 
 def test_aot_the_hidden_state_moves_in_128_bit_accesses(compiled):
