@@ -29,6 +29,10 @@ if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
     os.environ.setdefault("FUSED_STEER_BACKEND", "torch")
 
+    from interpreting import hasten_the_interpreter
+
+    hasten_the_interpreter()
+
 
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
 if HAS_VLLM:
