@@ -1,8 +1,8 @@
 """Make Triton's interpreter faster by two changes that leave its results alone.
 
-A launch puts the interpreter's functions into `triton.language`. Triton does it again in each call of a device function,
-by a walk over all names of the language, where nothing is left to replace. And each operation builds the table of NumPy's
-dtypes anew. Without the two, interpreted kernels take half the time.
+A launch puts the interpreter's functions into `triton.language`. Triton does it again in each call of a device
+function, by a walk over all names of the language, where nothing is left to replace. And each operation builds the
+table of NumPy's dtypes anew. Without the two, interpreted kernels take half the time.
 """
 
 from collections.abc import Callable
