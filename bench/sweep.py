@@ -39,7 +39,7 @@ RANKS = (1, 2, 4, 8, 16, 32, 64)
 SIZES = ((16384, 4096), (16384, 2048), (4096, 4096), (4096, 2560), (4096, 2048), (4096, 1152), (512, 2048), (8, 2048))
 SAMPLES = 5
 WORST = 0.01  # relative error from float64 in bf16; a wrong layout gives about 1
-FORMS = ("rows", "direct", "tiles")
+FORMS = ("rows", "direct", "cores", "tiles")
 FEW = 1024  # rows
 
 
@@ -48,11 +48,14 @@ class Candidate:
     """A layout of the forward.
 
     Attributes:
-        form: "rows", whole rows in registers, "direct", the same with W2 as it lies, or "tiles".
-        rows, columns, columns_out: of a block, and of a block when writing; a block of the form "rows" has one width.
+        form: "rows", whole rows in registers, "direct", the same with W2 as it lies, "cores", whole rows on tensor
+            cores (`bench/cores.py`; the op does not use it), or "tiles".
+        rows, columns, columns_out: of a block, and of a block when writing; only "tiles" has two widths.
         warps, stages: see `kernels/schedule.py`.
         ahead, held: see `schedule.ResidentSchedule`.
         programs: programs on a multiprocessor that loop over the tiles; 0: a program for each tile.
+        chunks: see `cores.Slices.ahead`.
+        registers: see `cores.Slices`.
     """
 
     form: str
@@ -64,6 +67,8 @@ class Candidate:
     ahead: bool = False
     held: bool = False
     programs: int = 0
+    chunks: int = 0
+    registers: int = 0
 
 
 def candidates(tokens: int, hidden: int, rank: int) -> list[Candidate]:
@@ -89,6 +94,14 @@ def candidates(tokens: int, hidden: int, rank: int) -> list[Candidate]:
                 if 2 * rank * blocks * vector <= min(256, 4096 // warps) and blocks * columns < 2 * hidden:
                     held = (False, True) if 2 * rank * blocks * vector <= 128 else (False,)
                     found += [Candidate("direct", 1, columns, columns, warps, ahead=True, held=one) for one in held]
+    if tokens > FEW:
+        from .cores import ROWS
+
+        found += [
+            Candidate("cores", ROWS, slices.columns * slices.warps, slices.columns * slices.warps, slices.warps,
+                      chunks=slices.ahead, registers=slices.registers)
+            for slices in _slices(hidden, rank)
+        ]  # fmt: skip
     if tokens > 64:
         tiles = {
             16: ((16, 256, 256, 4, 3), (16, 512, 256, 4, 3), (16, 256, 128, 4, 3), (16, 512, 256, 8, 3),
@@ -105,6 +118,22 @@ def candidates(tokens: int, hidden: int, rank: int) -> list[Candidate]:
             for programs in (0, 1, 2)
         ]
     return found
+
+
+def _slices(hidden: int, rank: int) -> list[Any]:
+    """Return the layouts for tensor cores in which a thread's numbers, 64 to 160 of 16 rows, fit in its registers."""
+    from .cores import ROWS, Slices
+
+    return [
+        slices
+        for warps in (4, 8, 16)
+        for columns in (16, 32, 64)
+        for ahead in (1, 2)
+        for registers in ((0, 128) if warps < 16 else (0,))
+        if (slices := Slices(columns, warps, ahead, registers)).fit(hidden)
+        and 64 <= ROWS * hidden // (32 * warps) <= 160
+        and columns * max(16, rank) <= 1024
+    ]
 
 
 @contextmanager
@@ -155,6 +184,12 @@ def _states(tokens: int, hidden: int, device: torch.device, sets: int) -> list[t
 def _run(
     candidate: Candidate, tokens: int, hidden: int, rank: int, operands: Any
 ) -> Callable[[Tensor, Tensor], Tensor]:
+    if candidate.form == "cores":
+        from .cores import Slices, forward_cores
+
+        c = candidate
+        slices = Slices(c.columns // c.warps, c.warps, c.chunks, c.registers)
+        return lambda residual, branch: forward_cores(residual, branch, *operands.packed, slices)
     op = importlib.import_module("fused_steer.kernels.post_block")
     device = importlib.import_module("fused_steer.kernels.launch").device_of(operands.down)
 
@@ -219,10 +254,7 @@ def lines(rows: list[dict[str, Any]]) -> Iterator[str]:
             of = [r for r in right if (r["tokens"], r["hidden"], r["rank"]) == key and r["form"] == form]
             if of:
                 best = min(of, key=lambda row: row["seconds"])
-                layout = {
-                    name: best[name]
-                    for name in ("rows", "columns", "columns_out", "warps", "stages", "ahead", "held", "programs")
-                }
+                layout = {name: best[name] for name in list(Candidate.__dataclass_fields__)[1:]}
                 time_of = f"{best['seconds'] * 1e6:8.1f} us  {best['seconds'] / best['add']:.2f} adds"
                 yield f"N={key[0]:6} d={key[1]:5} r={key[2]:3}  {form:6} {time_of}  {layout}"
     wrong = sum(1 for row in rows if row.get("error", 0) >= WORST)
@@ -257,7 +289,7 @@ def main(
     make_importable()
     device = torch.device("cuda", torch.cuda.current_device())
     ranks = tuple(rank) if rank else (4, 64) if rehearse else RANKS
-    sizes = ((80, 512), (8, 256)) if rehearse else SIZES
+    sizes = ((2 * FEW, 512), (80, 512), (8, 256)) if rehearse else SIZES
     work = {(n, d, r): _some(candidates(n, d, r), rehearse) for n, d in sizes for r in ranks}
     if not rehearse:
         jobs = list({(c, d, r, n > FEW): None for (n, d, r), tried in work.items() for c in tried})

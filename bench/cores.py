@@ -1,0 +1,138 @@
+"""A candidate for the forward that `bench.sweep` times: whole rows in registers, multiplied on tensor cores.
+
+    out = x + s · φ(x W1ᵀ) W2ᵀ      x = residual + branch, bf16, packed weights
+
+`kernels/resident.py` holds whole rows too, and multiplies on the ordinary cores, 4 r operations for a number.
+Tensor cores need 16 rows at a time, in another layout of the same numbers. Each warp has a slice of the columns: the
+slices are the batch of a product of three dimensions, and the sums of all warps are added. So the hidden state moves
+once, at any rank, and the weights are read once for 16 rows instead of one or two.
+
+The op does not use this kernel, because no GPU has run it. It covers what the sweep times: one scale, no biases.
+"""
+
+# Tuples grow in loops that Triton unrolls.
+# mypy: disable-error-code="assignment"
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from fused_steer.kernels.activations import apply
+from fused_steer.kernels.launch import Launch, on_device
+from fused_steer.kernels.numerics import COMPILER_OPTIONS, dot, held, operand, packed_operand, store, widened
+from fused_steer.kernels.schedule import Blocks, ceil_div
+from torch import Tensor
+
+
+@triton.jit
+def _columns(chunk, WARPS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return the columns of a chunk, for each warp its slice. [WARPS, 1, COLUMNS]"""
+    return (chunk * WARPS + tl.arange(0, WARPS)[:, None, None]) * COLUMNS + tl.arange(0, COLUMNS)[None, None, :]
+
+
+@triton.jit
+def forward_cores_kernel(
+    p_residual, p_branch, p_down, p_up, p_out, scale, N, D,
+    ACTIVATION: tl.constexpr, DOT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    WARPS: tl.constexpr, COLUMNS: tl.constexpr, CHUNKS: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """Compute `out`. Grid (tiles of BLOCK_N rows,). CHUNKS blocks of WARPS slices of COLUMNS columns are all of d.
+
+    W1 and W2 are packed, (BLOCK_R, d). The loads of AHEAD chunks are in flight before the first product.
+    """
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = (rows < N)[None, :, None]
+    offsets = rows.to(tl.int64)[None, :, None] * D
+    of_ranks = tl.arange(0, BLOCK_R)[None, :, None] * D
+    products = tl.zeros([WARPS, BLOCK_N, BLOCK_R], tl.float32)
+    loaded, sums, ups = (), (), ()
+    for step in tl.static_range(CHUNKS + AHEAD):
+        if step < CHUNKS:
+            columns = _columns(step, WARPS, COLUMNS)
+            # Not through L1, where the weights stay.
+            x = tl.load(p_residual + offsets + columns, mask=mask, other=0.0, cache_modifier=".cg")
+            b = tl.load(p_branch + offsets + columns, mask=mask, other=0.0, cache_modifier=".cg")
+            loaded = loaded + ((x, b, tl.load(p_down + of_ranks + columns)),)
+        elif step - CHUNKS < min(AHEAD, CHUNKS):
+            ups = ups + (tl.load(p_up + of_ranks + _columns(step - CHUNKS, WARPS, COLUMNS)),)
+        if step >= AHEAD:
+            x, b, w1 = loaded[step - AHEAD]
+            # Held: else Triton would move residual and branch to the product's layout one by one, and back.
+            x = held(operand(x.to(tl.float32) + b.to(tl.float32), DOT))
+            sums = sums + (x,)
+            products = dot(x, tl.permute(packed_operand(held(w1), DOT), (0, 2, 1)), products, DOT)
+    h = operand(apply(tl.sum(products, 0), ACTIVATION) * -scale, DOT)
+    h = tl.broadcast_to(h[None, :, :], [WARPS, BLOCK_N, BLOCK_R])
+    for chunk in tl.static_range(CHUNKS):
+        columns = _columns(chunk, WARPS, COLUMNS)
+        if chunk + AHEAD < CHUNKS:
+            ups = ups + (tl.load(p_up + of_ranks + _columns(chunk + AHEAD, WARPS, COLUMNS)),)
+        minus = tl.zeros([WARPS, BLOCK_N, COLUMNS], tl.float32)
+        # minus: the shift with the other sign, so that a zero shift keeps x bit for bit. See post_block.
+        minus = dot(h, packed_operand(held(ups[chunk]), DOT), minus, DOT)
+        store(p_out + offsets + columns, widened(sums[chunk]) - minus, mask)
+
+
+ROWS = 16  # of a program: the height of a tensor core's product
+
+
+@dataclass(frozen=True)
+class Slices:
+    """How a program divides d: `warps` slices of `columns` columns are a chunk.
+
+    Attributes:
+        ahead: chunks whose loads are in flight before the first product.
+        registers: the most registers of a thread, so that more programs fit; 0: the compiler's choice.
+    """
+
+    columns: int
+    warps: int
+    ahead: int
+    registers: int = 0
+
+    def fit(self, hidden: int) -> bool:
+        return hidden % (self.columns * self.warps) == 0
+
+
+def prepare(
+    residual: Tensor, branch: Tensor, down: Tensor, up: Tensor, slices: Slices, scale: float = 1.0
+) -> tuple[Tensor, Launch]:
+    """Allocate `out` and return the launch that fills it. See `forward_cores`."""
+    tokens, hidden = residual.shape
+    out = torch.empty_like(residual)
+    constants: dict[str, Any] = {
+        "ACTIVATION": "silu", "DOT": "bf16", "BLOCK_N": ROWS, "BLOCK_R": down.shape[0], "WARPS": slices.warps,
+        "COLUMNS": slices.columns, "CHUNKS": hidden // (slices.columns * slices.warps), "AHEAD": slices.ahead,
+    }  # fmt: skip
+    arguments = (residual, branch, down, up, out, scale, tokens, hidden)
+    grid, schedule = (ceil_div(tokens, ROWS),), Blocks({}, slices.warps, 1)
+    return out, Launch(forward_cores_kernel, grid, arguments, constants, schedule)
+
+
+def options(slices: Slices) -> dict[str, Any]:
+    """Return the compiler's options."""
+    found = {"num_warps": slices.warps, "num_stages": 1, **COMPILER_OPTIONS}
+    return found | ({"maxnreg": slices.registers} if slices.registers else {})
+
+
+def forward_cores(
+    residual: Tensor, branch: Tensor, down: Tensor, up: Tensor, slices: Slices, scale: float = 1.0
+) -> Tensor:
+    """Return x + s · silu(x W1ᵀ) W2ᵀ, x = residual + branch. (N, d) bf16
+
+    Args:
+        residual: (N, d) bf16, contiguous. d is a multiple of a chunk.
+        branch: As `residual`.
+        down: W1 packed, (R, d) bf16, R at least 16 (`packing.pack_adapter`).
+        up: W2 packed, (R, d) bf16.
+        slices: The layout.
+        scale: s.
+    """
+    out, started = prepare(residual, branch, down, up, slices, scale)
+    with on_device(residual.device):
+        started.kernel[started.grid](*started.arguments, **started.constants, **options(slices))
+    return out

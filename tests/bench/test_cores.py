@@ -1,0 +1,55 @@
+"""Tests of the sweep's candidate for tensor cores: its numbers, and what it compiles to."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+from compiling import run_compiling
+from hardware import HAS_GPU
+from ops import pack_reference, relative_error
+
+ROOT = Path(__file__).resolve().parents[2]
+DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
+
+
+@pytest.fixture
+def cores(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    return importlib.import_module("bench.cores")
+
+
+@pytest.mark.parametrize(("tokens", "rank", "scale"), [(20, 8, 1.0), (16, 32, 0.7), (1, 16, 1.0), (33, 3, -1.0)])
+def test_cores_is_as_exact_as_the_hook(cores, tokens, rank, scale):
+    generator = torch.Generator().manual_seed(0)
+    residual, branch = (torch.randn(tokens, 256, generator=generator).to(DEVICE, torch.bfloat16) for _ in range(2))
+    down = torch.randn(rank, 256, generator=generator).to(DEVICE) / 16
+    up = torch.randn(256, rank, generator=generator).to(DEVICE) / rank**0.5
+    out = cores.forward_cores(
+        residual, branch, *pack_reference(down, up, torch.bfloat16, "cuda"), cores.Slices(32, 4, 1), scale
+    )
+
+    def hook(dtype: torch.dtype) -> torch.Tensor:
+        x = residual.to(dtype) + branch.to(dtype)
+        a = x @ down.to(dtype).t()
+        return x + scale * (torch.nn.functional.silu(a) @ up.to(dtype).t())
+
+    truth = hook(torch.float64)
+    assert relative_error(out, truth) <= 2 * relative_error(hook(torch.bfloat16), truth)
+
+
+def test_cores_a_zero_scale_leaves_every_bit(cores):
+    generator = torch.Generator().manual_seed(0)
+    residual, branch = (torch.randn(5, 128, generator=generator).to(DEVICE, torch.bfloat16) for _ in range(2))
+    residual[0, :2], branch[0, :2] = -0.0, -0.0
+    weights = torch.ones(16, 128, dtype=torch.bfloat16, device=DEVICE)
+    out = cores.forward_cores(residual, branch, weights, weights, cores.Slices(16, 4, 2), 0.0)
+    assert torch.equal(out.view(torch.int16), (residual + branch).view(torch.int16))
+
+
+def test_cores_of_an_h100_takes_a_quarter_of_the_instructions():
+    """At rank 8, padded to 16, a thread takes 40 for each number if rows are multiplied on the ordinary cores."""
+    cases = [["sm_90", 4096, 16, 16, 16, 1, 0], ["sm_90", 2048, 16, 32, 8, 1, 128], ["sm_80", 2048, 16, 32, 8, 1, 128]]
+    for case, row in zip(cases, run_compiling("cores_worker.py", cases), strict=True):
+        assert row["local"] == 0 and row["registers"] <= 128, case
+        assert row["instructions"] <= 10.5, case
