@@ -19,6 +19,7 @@
     goals.py        the performance goals, judged from results
     gpu.py          `python -m bench.gpu`: every measurement on one GPU, most important first
     sweep.py        `python -m bench.sweep`: every candidate layout of the forward, timed on a GPU
+    cores.py        a candidate that the sweep times: whole rows on tensor cores
     rehearsal.py    `python -m bench.gpu --rehearse`: the same run over the stub driver, to find mistakes without a GPU
     report/         `python -m bench.report`: results as tables and plots
         read.py         read and check results files
