@@ -53,7 +53,7 @@ class Candidate:
         rows, columns, columns_out: of a block, and of a block when writing; only "tiles" has two widths.
         warps, stages: see `kernels/schedule.py`.
         ahead, held: see `schedule.ResidentSchedule`.
-        programs: programs on a multiprocessor that loop over the tiles; 0: a program for each tile.
+        programs: programs on a multiprocessor that loop over the tiles; 0: one program for each tile.
         chunks: see `cores.Slices.ahead`.
         registers: see `cores.Slices`.
     """
@@ -94,12 +94,12 @@ def candidates(tokens: int, hidden: int, rank: int) -> list[Candidate]:
                 if 2 * rank * blocks * vector <= min(256, 4096 // warps) and blocks * columns < 2 * hidden:
                     held = (False, True) if 2 * rank * blocks * vector <= 128 else (False,)
                     found += [Candidate("direct", 1, columns, columns, warps, ahead=True, held=one) for one in held]
-    if tokens > FEW:
+    if tokens > FEW and rank >= 4:
         from .cores import ROWS
 
         found += [
             Candidate("cores", ROWS, slices.columns * slices.warps, slices.columns * slices.warps, slices.warps,
-                      chunks=slices.ahead, registers=slices.registers)
+                      chunks=slices.ahead, registers=slices.registers, programs=slices.programs)
             for slices in _slices(hidden, rank)
         ]  # fmt: skip
     if tokens > 64:
@@ -128,9 +128,11 @@ def _slices(hidden: int, rank: int) -> list[Any]:
         slices
         for warps in (4, 8, 16)
         for columns in (16, 32, 64)
-        for ahead in (1, 2)
-        for registers in ((0, 128) if warps < 16 else (0,))
-        if (slices := Slices(columns, warps, ahead, registers)).fit(hidden)
+        for ahead in (1, 2, 4)
+        for registers in ((128,) if warps == 8 else (0,))  # two programs of 8 warps on a multiprocessor
+        for programs in ((0, 1) if warps == 16 else (0,))
+        if (slices := Slices(columns, warps, ahead, registers, programs)).fit(hidden)
+        and ahead * columns <= 64
         and 64 <= ROWS * hidden // (32 * warps) <= 160
         and columns * max(16, rank) <= 1024
     ]
@@ -184,14 +186,14 @@ def _states(tokens: int, hidden: int, device: torch.device, sets: int) -> list[t
 def _run(
     candidate: Candidate, tokens: int, hidden: int, rank: int, operands: Any
 ) -> Callable[[Tensor, Tensor], Tensor]:
+    device = importlib.import_module("fused_steer.kernels.launch").device_of(operands.down)
     if candidate.form == "cores":
         from .cores import Slices, forward_cores
 
         c = candidate
-        slices = Slices(c.columns // c.warps, c.warps, c.chunks, c.registers)
-        return lambda residual, branch: forward_cores(residual, branch, *operands.packed, slices)
+        slices = Slices(c.columns // c.warps, c.warps, c.chunks, c.registers, c.programs * device.multiprocessors)
+        return lambda residual, branch: forward_cores(residual, branch, *operands.packed, rank, slices)
     op = importlib.import_module("fused_steer.kernels.post_block")
-    device = importlib.import_module("fused_steer.kernels.launch").device_of(operands.down)
 
     def call(residual: Tensor, branch: Tensor) -> Tensor:
         with chosen(candidate, tokens, hidden, rank, device):

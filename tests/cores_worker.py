@@ -1,8 +1,8 @@
 """Compiles the sweep's candidates for tensor cores, in a subprocess where kernels are not interpreted.
 
-Reads from standard input a JSON list of [target, hidden, rank, columns, warps, ahead, registers]. Prints a JSON line
-for each: the registers and the local memory of a thread, in bytes, and its instructions for each number of a hidden
-state.
+Reads from standard input a JSON list of [target, hidden, rank, and the numbers of bench.cores.Slices]. Prints a JSON
+line for each: the registers and the local memory of a thread, in bytes, and its instructions for each number of a
+hidden state.
 """
 
 import json
@@ -24,7 +24,7 @@ def compile_one(target: str, hidden: int, rank: int, *layout: int) -> dict[str, 
     def empty(rows: int) -> torch.Tensor:
         return torch.empty(rows, hidden, dtype=torch.bfloat16, device="meta")
 
-    _, launch = prepare(empty(4096), empty(4096), empty(rank), empty(rank), slices)
+    _, launch = prepare(empty(4096), empty(4096), empty(max(16, rank)), empty(max(16, rank)), rank, slices)
     compiled = triton.compile(aot._source(launch), target=aot._GPU_TARGETS[target], options=options(slices))
     listing = aot._cuobjdump(compiled.asm["cubin"])
     numbers = aot._read_nvidia(listing)

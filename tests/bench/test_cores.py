@@ -19,15 +19,15 @@ def cores(monkeypatch):
     return importlib.import_module("bench.cores")
 
 
-@pytest.mark.parametrize(("tokens", "rank", "scale"), [(20, 8, 1.0), (16, 32, 0.7), (1, 16, 1.0), (33, 3, -1.0)])
-def test_cores_is_as_exact_as_the_hook(cores, tokens, rank, scale):
+@pytest.mark.parametrize("programs", [0, 2])
+@pytest.mark.parametrize(("tokens", "rank", "scale"), [(20, 8, 1.0), (16, 32, 0.7), (1, 16, 1.0), (70, 3, -1.0)])
+def test_cores_is_as_exact_as_the_hook(cores, tokens, rank, scale, programs):
+    slices = cores.Slices(32, 4, 1, programs=programs)
     generator = torch.Generator().manual_seed(0)
     residual, branch = (torch.randn(tokens, 256, generator=generator).to(DEVICE, torch.bfloat16) for _ in range(2))
     down = torch.randn(rank, 256, generator=generator).to(DEVICE) / 16
     up = torch.randn(256, rank, generator=generator).to(DEVICE) / rank**0.5
-    out = cores.forward_cores(
-        residual, branch, *pack_reference(down, up, torch.bfloat16, "cuda"), cores.Slices(32, 4, 1), scale
-    )
+    out = cores.forward_cores(residual, branch, *pack_reference(down, up, torch.bfloat16, "cuda"), rank, slices, scale)
 
     def hook(dtype: torch.dtype) -> torch.Tensor:
         x = residual.to(dtype) + branch.to(dtype)
@@ -43,13 +43,13 @@ def test_cores_a_zero_scale_leaves_every_bit(cores):
     residual, branch = (torch.randn(5, 128, generator=generator).to(DEVICE, torch.bfloat16) for _ in range(2))
     residual[0, :2], branch[0, :2] = -0.0, -0.0
     weights = torch.ones(16, 128, dtype=torch.bfloat16, device=DEVICE)
-    out = cores.forward_cores(residual, branch, weights, weights, cores.Slices(16, 4, 2), 0.0)
+    out = cores.forward_cores(residual, branch, weights, weights, 16, cores.Slices(16, 4, 2), 0.0)
     assert torch.equal(out.view(torch.int16), (residual + branch).view(torch.int16))
 
 
 def test_cores_of_an_h100_takes_a_quarter_of_the_instructions():
-    """At rank 8, padded to 16, a thread takes 40 for each number if rows are multiplied on the ordinary cores."""
-    cases = [["sm_90", 4096, 16, 16, 16, 1, 0], ["sm_90", 2048, 16, 32, 8, 1, 128], ["sm_80", 2048, 16, 32, 8, 1, 128]]
+    """At rank 8 a thread takes 47 for each number if rows are multiplied on the ordinary cores."""
+    cases = [["sm_90", 4096, 8, 16, 16, 2], ["sm_90", 2048, 8, 32, 8, 1, 128], ["sm_80", 2048, 8, 32, 8, 1, 128]]
     for case, row in zip(cases, run_compiling("cores_worker.py", cases), strict=True):
         assert row["local"] == 0 and row["registers"] <= 128, case
         assert row["instructions"] <= 10.5, case
