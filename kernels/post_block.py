@@ -1270,6 +1270,8 @@ def _refuse_second_derivative(ctx: Any, *grad_outputs: Any) -> Any:
 class _FirstOrder(torch.autograd.Function):
     """Passes gradients on and raises if it is differentiated. Otherwise a second derivative would silently be zero."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(of: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Return the gradients unchanged. They follow the first `of` tensors, on which they depend."""
@@ -1369,6 +1371,8 @@ class _TransformedPostBlock(torch.autograd.Function):
     They accept only this form, and may pass tensors that no kernel can read. The registered ops unwrap these.
     """
 
+    generate_vmap_rule = True  # by the rules of the registered ops
+
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
         return torch.ops.fused_steer.post_block(*inputs)
@@ -1428,6 +1432,59 @@ _backward_op = register(
     f"post_block_backward(Tensor grad, Tensor? kept, Tensor? a, {_OPERANDS}, bool[] needs) -> Tensor[]",
     _post_block_backward_op, _post_block_backward_fake, _differentiable_backward_op,
 )  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------------------- vmap
+
+
+def _in_front(tensor: Tensor | None, dim: int | None, size: int) -> Tensor | None:
+    """Return `tensor` with vmap's dimension in front; without one it is expanded."""
+    if tensor is None:
+        return None
+    return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+
+
+def _each(op: Any, size: int, dims: tuple[Any, ...], inputs: tuple[Any, ...]) -> list[Tensor]:
+    """Call `op` for each element of vmap's dimension. Returns its results, stacked."""
+    results = [
+        op(*(x if dim is None else x.select(dim, i) for x, dim in zip(inputs, dims, strict=True))) for i in range(size)
+    ]
+    return [torch.stack(of_one) for of_one in zip(*results, strict=True)]
+
+
+def _has(dims: tuple[Any, ...], *but: int) -> bool:
+    """Return whether an input other than those at `but` has vmap's dimension. A list of flags has none of its own."""
+    return any(isinstance(dim, int) for index, dim in enumerate(dims) if index not in but)
+
+
+def _post_block_vmap(info: Any, dims: tuple[Any, ...], *inputs: Any) -> tuple[list[Tensor], list[int]]:
+    op, size = torch.ops.fused_steer.post_block, info.batch_size
+    if _has(dims, 0, 1, 6):
+        out, a = _each(op, size, dims, inputs)
+    else:  # only tokens: residual, branch and gain
+        residual, branch, *others = inputs
+        others[4] = _in_front(others[4], dims[6], size)
+        out, a = op(_in_front(residual, dims[0], size), _in_front(branch, dims[1], size), *others)
+        a = a.view(size, -1, *a.shape[1:]) if a.numel() else a.new_empty(size, 0)
+    return [out, a], [0, 0]
+
+
+def _post_block_backward_vmap(info: Any, dims: tuple[Any, ...], *inputs: Any) -> tuple[list[Tensor], list[int]]:
+    op, size, needs = torch.ops.fused_steer.post_block_backward, info.batch_size, inputs[-1]
+    dims = (*dims[:-1], None)
+    if _has(dims, 0, 1, 2, 7) or any((*needs[1:5], needs[6])):
+        found = _each(op, size, dims, inputs)  # gradients of the weights: those of each element are asked for
+    else:
+        grad, kept, a, *others = inputs
+        others[4] = _in_front(others[4], dims[7], size)
+        a = _in_front(a, dims[2], size)
+        a = None if a is None else a.reshape(-1, *a.shape[2:])
+        found = op(_in_front(grad, dims[0], size), _in_front(kept, dims[1], size), a, *others)
+    return list(found), [0] * len(found)
+
+
+torch.library.register_vmap("fused_steer::post_block", _post_block_vmap)
+torch.library.register_vmap("fused_steer::post_block_backward", _post_block_backward_vmap)
 
 
 # -------------------------------------------------------------------------------------------------------- user's call

@@ -37,7 +37,7 @@ from models import (
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.func import functional_call, grad, vjp
+from torch.func import functional_call, grad, vjp, vmap
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -281,6 +281,21 @@ def test_modes_functional_call():
         assert not any(g.requires_grad for g in found.values())
     assert torch.equal(logits(model), before)
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("fuse_norm", [False, True])
+def test_modes_the_gradients_of_each_sample_by_vmap(fuse_norm):
+    """Under PyTorch's transforms a fused norm computes by itself."""
+    model = patch_model(build(), CONFIG, fuse_norm=fuse_norm)
+    values = substitutes(model)
+
+    def loss(values: dict[str, Tensor], row: Tensor) -> Tensor:
+        return functional_call(model, values, (row[None],), {"labels": row[None], "use_cache": False}).loss
+
+    found = vmap(grad(loss), in_dims=(None, 0))(values, tokens())
+    for index, row in enumerate(tokens()):
+        for name, expected in grad(loss)(values, row).items():
+            torch.testing.assert_close(found[name][index], expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("outer", ["transform", "autograd"])

@@ -12,7 +12,7 @@ import pytest
 import torch
 from fused_steer.kernels import ACTIVATIONS
 from fused_steer.kernels.contract import READS, Needs, Operands
-from fused_steer.kernels.launch import recorded
+from fused_steer.kernels.launch import noted, recorded
 from fused_steer.kernels.post_block import resident_layout, triton_backward, triton_forward
 from fused_steer.kernels.schedule import (
     RESIDENT_RANK,
@@ -888,6 +888,96 @@ def test_post_block_create_graph_alone_is_no_error(device):
     inputs = make_inputs(5, 16, rank=4, device=device).leaves()
     plain = torch.autograd.grad(fused(inputs).sum(), inputs.down)[0]
     assert torch.equal(torch.autograd.grad(fused(inputs).sum(), inputs.down, create_graph=True)[0], plain)
+
+
+# ------------------------------------------------------------------------------------------------------------- vmap
+
+#: Operands with vmap's dimension: tokens alone take one launch for all elements, and any others one for each.
+BATCHED = {
+    "tokens": ("residual", "branch", "gain"),
+    "residual": ("residual",),
+    "w1": ("down",),
+    "biases and scale": ("down_bias", "up_bias", "scale"),
+    "all": ("residual", "branch", "down", "up", "down_bias", "up_bias", "gain", "scale"),
+}
+
+
+def batched_inputs(device, names: tuple[str, ...], **options) -> tuple[Inputs, dict[str, int | None]]:
+    """Return operands in which `names` have a dimension of three elements, the last one, and where it is."""
+    draws = [make_inputs(5, 16, rank=4, device=device, seed=seed, **options) for seed in range(3)]
+    values = {name: torch.stack([draw.tensors()[name] for draw in draws], -1) for name in names}
+    return replace(draws[0], **values), {name: -1 if name in names else None for name in draws[0].tensors()}
+
+
+def assert_near(value: Tensor, expected: Tensor, name: str = "out") -> None:
+    """Compare within float32's rounding: with another number of rows a library may sum in another order."""
+    torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5, msg=lambda found: f"{name}: {found}")
+
+
+def mapped(function, inputs: Inputs, dims: dict[str, int | None]) -> Tensor | tuple[Tensor, ...]:
+    """Call a function of operands under `torch.func.vmap`."""
+    tensors = inputs.tensors()
+    return torch.func.vmap(
+        lambda values: function(replace(inputs, **values)), ({name: dims[name] for name in tensors},)
+    )(tensors)
+
+
+@pytest.mark.parametrize("reads", READS)
+@pytest.mark.parametrize("names", BATCHED.values(), ids=BATCHED)
+def test_post_block_vmap_is_a_loop(device, names, reads):
+    inputs, dims = batched_inputs(device, names, basis=0, reads=reads)
+    elements = [
+        replace(inputs, **{name: value.select(-1, i) for name, value in inputs.tensors().items() if name in names})
+        for i in range(3)
+    ]
+    assert_near(mapped(fused, inputs, dims), torch.stack([fused(element) for element in elements]))
+    # The gradients of each element alone, as of each sample of a batch.
+    of = [name for name in inputs.tensors() if name != "basis"]
+
+    def slopes(given: Inputs) -> tuple[Tensor, ...]:
+        def loss(values: dict[str, Tensor]) -> Tensor:
+            return fused(replace(given, **values)).sin().sum()
+
+        found = torch.func.grad(loss)({name: given.tensors()[name] for name in of})
+        return tuple(found[name] for name in of)
+
+    for name, value, *rest in zip(of, mapped(slopes, inputs, dims), *map(slopes, elements), strict=True):
+        assert_near(value, torch.stack(rest), name)
+
+
+def test_post_block_vmap_of_tokens_takes_one_launch(monkeypatch):
+    monkeypatch.setenv("FUSED_STEER_BACKEND", "triton")
+    inputs, dims = batched_inputs("cpu", BATCHED["tokens"], basis=0)
+    with noted() as notes:
+        mapped(fused, inputs, dims)
+    with noted() as once:
+        fused(make_inputs(5, 16, rank=4, basis=0))
+    assert len(notes.launches) == len(once.launches)
+
+
+def test_post_block_vmap_inside_other_transforms(device):
+    inputs, dims = batched_inputs(device, BATCHED["tokens"], basis=2)
+    elements = [
+        replace(inputs, **{name: value.select(-1, i) for name, value in inputs.tensors().items() if dims[name]})
+        for i in range(3)
+    ]
+
+    def of_all(run):
+        return torch.func.grad(lambda up: run(replace(inputs, up=up)).sin().sum())(inputs.up)
+
+    looped = of_all(lambda given: torch.stack([fused(replace(element, up=given.up)) for element in elements]))
+    assert_near(of_all(lambda given: mapped(fused, given, dims)), looped)
+    # vmap in vmap: every operand of the outer one is another adapter.
+    ups = torch.stack([inputs.up, 2 * inputs.up])
+    nested = torch.func.vmap(lambda up: mapped(fused, replace(inputs, up=up), dims))(ups)
+    assert_near(nested, torch.stack([mapped(fused, replace(inputs, up=up), dims) for up in ups]))
+    with pytest.raises(RuntimeError, match="post_block has no second derivative"):
+        mapped(
+            lambda given: torch.func.grad(
+                lambda x: torch.func.grad(lambda y: fused(replace(given, residual=y)).sin().sum())(x).sum()
+            )(given.residual),
+            inputs, dims,
+        )  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------------------------- bad input
