@@ -75,7 +75,7 @@ def _forward_tile(
     RANK: tl.constexpr, ACTIVATION: tl.constexpr, DOT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
     WARPS: tl.constexpr, COLUMNS: tl.constexpr, CHUNKS: tl.constexpr, AHEAD: tl.constexpr, LOOPS: tl.constexpr,
 ):  # fmt: skip
-    """Compute a tile of `out` whose first chunks are loaded. Return the first chunks of the next tile if LOOPS."""
+    """Compute a tile of `out`. `loaded`: its first chunks. If LOOPS, return the first chunks of the next tile."""
     products = tl.zeros([WARPS, BLOCK_N, BLOCK_R], tl.float32)
     sums, ups = (), ()
     for chunk in tl.static_range(CHUNKS):
@@ -111,10 +111,10 @@ def forward_cores_kernel(
     RANK: tl.constexpr, ACTIVATION: tl.constexpr, DOT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
     WARPS: tl.constexpr, COLUMNS: tl.constexpr, CHUNKS: tl.constexpr, AHEAD: tl.constexpr, LOOPS: tl.constexpr,
 ):  # fmt: skip
-    """Compute `out`. Grid (tiles of BLOCK_N rows,), or if LOOPS fewer programs, each of which loops over tiles.
+    """Compute `out`. A tile has BLOCK_N rows. Grid (tiles,). If LOOPS, fewer programs loop over the tiles.
 
-    CHUNKS blocks of WARPS slices of COLUMNS columns are all of d. W1 and W2 are packed, (BLOCK_R, d). AHEAD chunks are
-    in flight before the first product, and if LOOPS those of the next tile while this one is written.
+    A chunk has WARPS slices of COLUMNS columns, and CHUNKS chunks cover d. W1 and W2 are packed, (BLOCK_R, d). AHEAD
+    chunks are loaded before the first product. If LOOPS, the next tile's are loaded before this tile is written.
     """
     tile = tl.program_id(0)
     states = _first_states(p_residual, p_branch, tile, N, D, BLOCK_N, WARPS, COLUMNS, AHEAD)
@@ -139,7 +139,7 @@ class Slices:
     """How a program divides d: `warps` slices of `columns` columns are a chunk.
 
     Attributes:
-        ahead: chunks whose loads are in flight before the first product.
+        ahead: the number of chunks that are loaded before the first product.
         registers: the most registers of a thread, so that more programs fit; 0: the compiler's choice.
         programs: programs that loop over the tiles; 0: one for each tile.
     """

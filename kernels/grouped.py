@@ -613,6 +613,8 @@ def post_block_routed(
         with torch.no_grad():
             operands = _joined(weights, routing.ids, routing.gain, reads)
             return torch.ops.fused_steer.post_block_grouped(residual, branch, *operands)
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError("post_block_grouped was called inside a transform of torch.func; expected post_block")
     if torch.is_grad_enabled():
         with torch.no_grad():
             return _out_of_place(residual, branch, weights, routing, backend, reads)

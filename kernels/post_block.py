@@ -1383,11 +1383,17 @@ class _TransformedPostBlock(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        with torch.no_grad():
-            gradients = _op_backward(ctx, grad, None)
-        if grad is None:
-            return gradients
-        return first_order((grad, *(t for t in ctx.saved_tensors if t is not None)), gradients)
+        from .transforms import uncompiled
+
+        return uncompiled(_transformed_backward, ctx, grad)
+
+
+def _transformed_backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    with torch.no_grad():
+        gradients = _op_backward(ctx, grad, None)
+    if grad is None:
+        return gradients
+    return first_order((grad, *(t for t in ctx.saved_tensors if t is not None)), gradients)
 
 
 def first_order(of: tuple[Tensor, ...], gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
@@ -1432,59 +1438,6 @@ _backward_op = register(
     f"post_block_backward(Tensor grad, Tensor? kept, Tensor? a, {_OPERANDS}, bool[] needs) -> Tensor[]",
     _post_block_backward_op, _post_block_backward_fake, _differentiable_backward_op,
 )  # fmt: skip
-
-
-# --------------------------------------------------------------------------------------------------------------- vmap
-
-
-def _in_front(tensor: Tensor | None, dim: int | None, size: int) -> Tensor | None:
-    """Return `tensor` with vmap's dimension in front; without one it is expanded."""
-    if tensor is None:
-        return None
-    return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-
-
-def _each(op: Any, size: int, dims: tuple[Any, ...], inputs: tuple[Any, ...]) -> list[Tensor]:
-    """Call `op` for each element of vmap's dimension. Returns its results, stacked."""
-    results = [
-        op(*(x if dim is None else x.select(dim, i) for x, dim in zip(inputs, dims, strict=True))) for i in range(size)
-    ]
-    return [torch.stack(of_one) for of_one in zip(*results, strict=True)]
-
-
-def _has(dims: tuple[Any, ...], *but: int) -> bool:
-    """Return whether an input other than those at `but` has vmap's dimension. A list of flags has none of its own."""
-    return any(isinstance(dim, int) for index, dim in enumerate(dims) if index not in but)
-
-
-def _post_block_vmap(info: Any, dims: tuple[Any, ...], *inputs: Any) -> tuple[list[Tensor], list[int]]:
-    op, size = torch.ops.fused_steer.post_block, info.batch_size
-    if _has(dims, 0, 1, 6):
-        out, a = _each(op, size, dims, inputs)
-    else:  # only tokens: residual, branch and gain
-        residual, branch, *others = inputs
-        others[4] = _in_front(others[4], dims[6], size)
-        out, a = op(_in_front(residual, dims[0], size), _in_front(branch, dims[1], size), *others)
-        a = a.view(size, -1, *a.shape[1:]) if a.numel() else a.new_empty(size, 0)
-    return [out, a], [0, 0]
-
-
-def _post_block_backward_vmap(info: Any, dims: tuple[Any, ...], *inputs: Any) -> tuple[list[Tensor], list[int]]:
-    op, size, needs = torch.ops.fused_steer.post_block_backward, info.batch_size, inputs[-1]
-    dims = (*dims[:-1], None)
-    if _has(dims, 0, 1, 2, 7) or any((*needs[1:5], needs[6])):
-        found = _each(op, size, dims, inputs)  # gradients of the weights: those of each element are asked for
-    else:
-        grad, kept, a, *others = inputs
-        others[4] = _in_front(others[4], dims[7], size)
-        a = _in_front(a, dims[2], size)
-        a = None if a is None else a.reshape(-1, *a.shape[2:])
-        found = op(_in_front(grad, dims[0], size), _in_front(kept, dims[1], size), a, *others)
-    return list(found), [0] * len(found)
-
-
-torch.library.register_vmap("fused_steer::post_block", _post_block_vmap)
-torch.library.register_vmap("fused_steer::post_block_backward", _post_block_backward_vmap)
 
 
 # -------------------------------------------------------------------------------------------------------- user's call
@@ -1622,6 +1575,10 @@ def post_block(
     differentiated = (residual, branch, down, up, down_bias, up_bias, gain, scale_tensor)
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiated)
     inputs = (*differentiated, basis, s, activation, reads, wanted and rank > 0)
+    if torch._C._are_functorch_transforms_active():
+        from .transforms import uncompiled
+
+        return uncompiled(_TransformedPostBlock.apply, *inputs)[0]
     if in_graph:
         if not wanted and branch is not None and down is not None and up is not None and scale_tensor is not None:
             if down_bias is None and up_bias is None and gain is None and basis is None:
@@ -1630,6 +1587,4 @@ def post_block(
                 op = torch.ops.fused_steer.post_block_inference
                 return op(residual, branch, down, up, scale_tensor, activation, *read)
         return torch.ops.fused_steer.post_block(*inputs)[0]
-    if torch._C._are_functorch_transforms_active():
-        return _TransformedPostBlock.apply(*inputs)[0]
     return (_PostBlock.apply(*inputs) if wanted else _eager_forward(*inputs))[0]

@@ -479,7 +479,7 @@ def steer_and_normalise(
 ) -> tuple[Tensor, Tensor]:
     """Compute `post_block_norm` of records."""
     in_graph = torch.compiler.is_compiling() or is_described(residual)
-    if not in_graph and torch._C._are_functorch_transforms_active():
+    if torch._C._are_functorch_transforms_active():
         raise RuntimeError(
             "post_block_norm was called inside a transform of torch.func; expected post_block and a norm"
         )

@@ -298,6 +298,16 @@ def test_modes_the_gradients_of_each_sample_by_vmap(fuse_norm):
             torch.testing.assert_close(found[name][index], expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("fuse_norm", [False, True])
+def test_modes_compiled_gradients_of_a_functional_call(fuse_norm):
+    model = patch_model(build(), CONFIG, fuse_norm=fuse_norm)
+    values, slopes = substitutes(model), grad(functional_loss(model))
+    found = torch.compile(slopes)(values)
+    for name, expected in slopes(values).items():
+        assert expected.any()
+        torch.testing.assert_close(found[name], expected, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("outer", ["transform", "autograd"])
 def test_modes_a_second_derivative_through_a_functional_call_is_refused(outer):
     model = steered(build())

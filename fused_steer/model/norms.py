@@ -325,7 +325,7 @@ class Link:
 
     def norm_in_graph(self, residual: Tensor, branch: Tensor | None) -> Norm | None:
         """Return the norm that a site computes in a graph of the whole decoder, or None."""
-        if not self.graph.open or "forward" in self.norm.__dict__:
+        if not self.graph.open or "forward" in self.norm.__dict__ or torch._C._are_functorch_transforms_active():
             return None
         if branch is not None and branch.dtype != residual.dtype:
             return None

@@ -381,3 +381,14 @@ def test_grouped_launches_and_memory_do_not_grow_with_the_slots(monkeypatch):
         assert [launch.grid for launch in few] == [launch.grid for launch in many]
         partial = [launch.arguments[launch.kernel.arg_names.index("p_partial")].shape for launch in (few[0], many[0])]
         assert partial[0] == partial[1]
+
+
+def test_grouped_inside_a_transform_of_torch_func_is_refused(device):
+    states, downs, ups = torch.ones(2, 3, 16), torch.ones(2, 4, 16), torch.ones(2, 16, 4)
+    ids = torch.tensor([0, 1, -1], dtype=torch.int32)
+
+    def steer(x: torch.Tensor) -> torch.Tensor:
+        return grouped.post_block_grouped(x, None, downs.to(device), ups.to(device), ids.to(device))
+
+    with torch.no_grad(), pytest.raises(RuntimeError, match="inside a transform of torch.func; expected post_block"):
+        torch.func.vmap(steer)(states.to(device))

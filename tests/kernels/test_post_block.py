@@ -945,14 +945,54 @@ def test_post_block_vmap_is_a_loop(device, names, reads):
         assert_near(value, torch.stack(rest), name)
 
 
-def test_post_block_vmap_of_tokens_takes_one_launch(monkeypatch):
+TOKENS_ALONE = {"adapter": {"rank": 4}, "vector": {"rank": 0}, "no branch": {"rank": 4, "branch": False}}
+
+
+def of_tokens(run, inputs: Inputs) -> tuple[Tensor, ...]:
+    """Return the gradients of the residual and of the gain."""
+    operands = inputs.residual, inputs.gain
+    return torch.func.grad(lambda x, g: run(replace(inputs, residual=x, gain=g)).sin().sum(), argnums=(0, 1))(*operands)
+
+
+@pytest.mark.parametrize("options", TOKENS_ALONE.values(), ids=TOKENS_ALONE)
+@pytest.mark.parametrize("tokens", [5, 0])
+def test_post_block_vmap_of_tokens_alone_is_a_loop(device, options, tokens):
+    draws = [make_inputs(tokens, 16, device=device, basis=0, seed=seed, **options) for seed in range(3)]
+    batched = replace(draws[0], residual=torch.stack([draw.residual for draw in draws]))
+    dims = dict.fromkeys(batched.tensors()) | {"residual": 0}
+    elements = [replace(draws[0], residual=draw.residual) for draw in draws]
+    assert_near(mapped(fused, batched, dims), torch.stack([fused(element) for element in elements]))
+    found = mapped(lambda given: of_tokens(fused, given), batched, dims)
+    for name, value, *rest in zip(("residual", "gain"), found, *(of_tokens(fused, e) for e in elements), strict=True):
+        assert_near(value, torch.stack(rest), name)
+
+
+def test_post_block_vmap_of_tokens_takes_the_launches_of_one_call(monkeypatch):
     monkeypatch.setenv("FUSED_STEER_BACKEND", "triton")
     inputs, dims = batched_inputs("cpu", BATCHED["tokens"], basis=0)
     with noted() as notes:
-        mapped(fused, inputs, dims)
+        mapped(lambda given: of_tokens(fused, given), inputs, dims)
     with noted() as once:
-        fused(make_inputs(5, 16, rank=4, basis=0))
-    assert len(notes.launches) == len(once.launches)
+        of_tokens(fused, make_inputs(5, 16, rank=4, basis=0))
+    assert len(notes.launches) == len(once.launches) > 1
+
+
+@pytest.mark.parametrize("scale", [0.7, torch.tensor(0.7)], ids=["number", "tensor"])
+@pytest.mark.parametrize("name", ["residual", "down"])
+def test_post_block_compiled_transforms_have_their_gradients(device, name, scale):
+    """In a graph a tensor does not show that a transform differentiates it, so the op is not compiled there."""
+    inputs = replace(make_inputs(5, 16, rank=4, biases=False, gain=False, basis=0, device=device), scale=scale)
+
+    def slope(value: Tensor) -> Tensor:
+        return torch.func.grad(lambda v: fused(replace(inputs, **{name: v})).sin().sum())(value)
+
+    value = inputs.tensors()[name]
+    values = torch.stack([value, 2 * value])
+    assert_near(torch.compile(slope)(value), slope(value))
+    assert_near(torch.compile(torch.func.vmap(slope))(values), torch.stack([slope(v) for v in values]))
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="post_block inside a transform of torch.func is not compiled"):
+        torch.compile(slope, fullgraph=True)(value)
 
 
 def test_post_block_vmap_inside_other_transforms(device):
