@@ -303,6 +303,7 @@ def test_modes_compiled_gradients_of_a_functional_call(fuse_norm):
     model = patch_model(build(), CONFIG, fuse_norm=fuse_norm)
     values, slopes = substitutes(model), grad(functional_loss(model))
     found = torch.compile(slopes)(values)
+    torch._dynamo.reset()  # PyTorch marks the code that it could not compile
     for name, expected in slopes(values).items():
         assert expected.any()
         torch.testing.assert_close(found[name], expected, rtol=1e-4, atol=1e-6)

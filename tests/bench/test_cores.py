@@ -47,7 +47,7 @@ def test_cores_a_zero_scale_leaves_every_bit(cores):
     assert torch.equal(out.view(torch.int16), (residual + branch).view(torch.int16))
 
 
-def test_cores_take_a_quarter_of_the_instructions_of_the_op():
+def test_cores_take_less_than_a_third_of_the_instructions_of_the_op():
     """`pytest -s` prints the figures of docs/speed.md."""
     cases = [["sm_90", 4096, rank, 16, 16, 1] for rank in (8, 32, 64)]
     cases += [[target, 2048, 8, 32, 8, 1, 128] for target in ("sm_80", "sm_90")]
@@ -58,6 +58,6 @@ def test_cores_take_a_quarter_of_the_instructions_of_the_op():
         if rank <= 32:  # Triton 3.6 to 3.8 spill none, 3.9 up to 40 bytes.
             assert row["local"] <= 40, case
         if rank == 8:
-            assert row["instructions"] <= row["of_the_op"] / 4, case
+            assert row["instructions"] <= row["of_the_op"] / 3, case
         else:
             assert row["instructions"] <= {32: 15, 64: 22}[rank], case

@@ -977,6 +977,14 @@ def test_post_block_vmap_of_tokens_takes_the_launches_of_one_call(monkeypatch):
     assert len(notes.launches) == len(once.launches) > 1
 
 
+@pytest.fixture
+def fresh_dynamo():
+    """Forget after a test which code is not compiled. PyTorch marks what calls such code, for the whole process."""
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("scale", [0.7, torch.tensor(0.7)], ids=["number", "tensor"])
 @pytest.mark.parametrize("name", ["residual", "down"])
 def test_post_block_compiled_transforms_have_their_gradients(device, name, scale):
