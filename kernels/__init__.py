@@ -8,6 +8,7 @@ The map, in reading order. A file imports only files that stand above it.
     rows.py          device functions for rows of hidden states: addresses, sums, strengths, RMSNorm
     backend.py       chooses the backend for a device
     schedule.py      chooses the layout of a launch: tiles, programs, warps
+    derivatives.py   recognises derivatives that no kernel computes
     launch.py        launches kernels, or records their launches
     registered.py    registers ops that torch.compile keeps as one node
     inductor.py      makes the code that Inductor generates start kernels itself

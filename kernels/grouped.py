@@ -31,6 +31,7 @@ from torch import Tensor
 from .activations import ACTIVATIONS, apply
 from .backend import select_backend
 from .contract import GroupedCall, check_reads
+from .derivatives import is_transformed
 from .grouped_torch import TokenPlan, grouped_forward, plan_tokens
 from .launch import device_of, empty, is_recording, launch
 from .numerics import dot, dot_precision, operand, store
@@ -613,8 +614,11 @@ def post_block_routed(
         with torch.no_grad():
             operands = _joined(weights, routing.ids, routing.gain, reads)
             return torch.ops.fused_steer.post_block_grouped(residual, branch, *operands)
-    if torch._C._are_functorch_transforms_active():
-        raise RuntimeError("post_block_grouped was called inside a transform of torch.func; expected post_block")
+    if is_transformed():
+        raise RuntimeError(
+            "post_block_grouped was called inside a transform of torch.func or forward-mode differentiation; expected "
+            "post_block"
+        )
     if torch.is_grad_enabled():
         with torch.no_grad():
             return _out_of_place(residual, branch, weights, routing, backend, reads)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from .derivatives import refuse_tangents
 from .numerics import COMPILER_OPTIONS
 from .schedule import Device, Layout, describe_device
 
@@ -117,7 +118,12 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 def launch(
     kernel: Any, grid: tuple[int, ...], *arguments: Any, device: torch.device, schedule: Layout, **constants: Any
 ) -> None:
-    """Launch `kernel` on `device` with the blocks and warps of `schedule`. The device need not be the current one."""
+    """Launch `kernel` on `device` with the blocks and warps of `schedule`. The device need not be the current one.
+
+    Raises:
+        RuntimeError: an argument has a forward-mode tangent.
+    """
+    refuse_tangents(arguments)
     constants.update(schedule.constants)
     watching = watcher.get()
     if isinstance(watching, _Recording):

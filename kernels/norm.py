@@ -27,11 +27,12 @@ from torch import Tensor
 
 from . import norm_torch
 from .backend import select_backend
+from .derivatives import is_transformed
 from .launch import device_of, empty, launch
 from .norm_torch import Norm
 from .numerics import store
 from .plan import OpPlan, run_planned
-from .post_block import _DTYPES, _contiguous, _no_autocast, _row_layout, first_order
+from .post_block import _DTYPES, _contiguous, _no_autocast, _row_layout
 from .rows import (
     added,
     inverse_rms,
@@ -341,13 +342,13 @@ class _RmsNorm(torch.autograd.Function):
         if grad is None or not any(needs):
             return None, None, None, None, None
         x, weight, inverse = ctx.saved_tensors
-        create_graph = torch.is_grad_enabled()
-        with torch.no_grad():
-            found = iter(_run_backward(grad, x, inverse, Norm(weight, *ctx.kind), needs))
-        gradients = tuple(next(found) if need else None for need in needs)
-        if create_graph:
-            gradients = first_order((torch.empty(0, device=grad.device, requires_grad=True),), gradients)
-        return *gradients, None, None, None
+        norm = Norm(weight, *ctx.kind)
+        if torch.is_grad_enabled():  # the gradients may be differentiated again
+            with _no_autocast(x.device):
+                found = norm_torch.backward(None, grad, x, norm_torch.inverse_rms(x, norm), norm, needs)
+            return *found, None, None, None
+        computed = iter(_run_backward(grad, x, inverse, norm, needs))
+        return *(next(computed) if need else None for need in needs), None, None, None
 
 
 # -------------------------------------------------------------------------------------------------------- user's call
@@ -387,6 +388,9 @@ def rms_norm(
 ) -> Tensor:
     """RMSNorm, x / sqrt(mean(x²) + eps) ⊙ w, in one pass over the hidden state. All arithmetic is float32.
 
+    Gradients with create_graph=True, and calls inside transforms of torch.func and in forward mode, are computed by
+    PyTorch operations instead of kernels.
+
     Args:
         x: (..., d), d at most 32768, float32, bfloat16, float16, or, on the torch backend, float64. Any strides.
         weight: w (d,), of any of these dtypes, or None for no weight.
@@ -400,10 +404,13 @@ def rms_norm(
     Raises:
         ValueError: a shape, a device or eps is not supported.
         TypeError: a dtype is not supported.
-        RuntimeError: the backend of FUSED_STEER_BACKEND cannot run here, or a second derivative is required.
+        RuntimeError: the backend of FUSED_STEER_BACKEND cannot run here.
     """
     norm = Norm(weight, eps, plus_one, rounds_first)
     check_norm(x, norm)
+    if is_transformed():
+        with _no_autocast(x.device):
+            return norm_torch.definition(x, norm)
     if torch.is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad)):
         return _RmsNorm.apply(x, *norm)
     return _run_forward(x, norm, False)[0]

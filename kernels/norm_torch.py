@@ -1,6 +1,7 @@
 """RMSNorm in plain PyTorch, forward and backward: the `torch` backend of `rms_norm` and of `post_block_norm`.
 
 Arithmetic is float64 for float64 inputs, else float32. It saves what the Triton kernels save: the input and 1 / rms.
+PyTorch can differentiate `backward` again and `definition` in every mode. No kernel computes these derivatives.
 """
 
 from __future__ import annotations
@@ -38,11 +39,28 @@ def factor(norm: Norm, dtype: torch.dtype) -> Tensor | None:
     return weight + 1 if norm.plus_one else weight
 
 
+def inverse_rms(x: Tensor, norm: Norm) -> Tensor:
+    """Return 1 / rms (N,)."""
+    rows = x.to(accumulation_dtype(x.dtype)).reshape(-1, x.shape[-1])
+    return torch.rsqrt(rows.square().mean(1) + norm.eps)
+
+
+def definition(x: Tensor, norm: Norm) -> Tensor:
+    """Return the normalised x by operations that PyTorch differentiates in every mode and order."""
+    acc = accumulation_dtype(x.dtype)
+    wide = x.to(acc)
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.eps)
+    weight = factor(norm, acc)
+    if weight is not None:
+        normed = (normed.to(x.dtype).to(acc) if norm.rounds_first else normed) * weight
+    return normed.to(x.dtype)
+
+
 def forward(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
     """Return the normalised x, in its dtype, contiguous, and 1 / rms (N,)."""
     acc = accumulation_dtype(x.dtype)
     rows = x.to(acc).reshape(-1, x.shape[-1])
-    inverse = torch.rsqrt(rows.square().mean(1) + norm.eps)
+    inverse = inverse_rms(x, norm)
     normed = rows * inverse.unsqueeze(1)
     weight = factor(norm, acc)
     if weight is not None:
@@ -56,6 +74,8 @@ def backward(
     grad: Tensor | None, grad_normed: Tensor, x: Tensor, inverse: Tensor, norm: Norm, needs: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return the gradients of x and of the weight, those that `needs` selects.
+
+    Its own derivative takes 1 / rms as it is given, so for a second derivative `inverse` is computed from x.
 
     Args:
         grad: a gradient of x from elsewhere, which is added, or None.

@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .backend import select_backend
+from .derivatives import is_transformed
 from .launch import device_of, launch
 from .numerics import store
 from .schedule import ceil_div, next_power_of_2
@@ -281,10 +282,9 @@ class _ProjectOut(torch.autograd.Function):
         return _PROJECT[select_backend(up.device)](up, writers)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (writers,) = ctx.saved_tensors
-        return _PROJECT[select_backend(grad.device)](grad.contiguous(), writers), None
+        return _ProjectOut.apply(grad.contiguous(), writers), None
 
 
 def _check(up: Tensor, writers: Tensor) -> None:
@@ -361,8 +361,12 @@ def project_gradient(matrix: Tensor, basis: Tensor) -> Tensor:
     For a W2 that satisfies VᵀW2 = 0 already, W2' = (I − V Vᵀ) W2 is W2. Then this is the projection with its derivative
     (V is a constant of the step, arXiv 2603.00425, §5.2), at no cost forward and two small products backward.
 
+    Inside a transform of torch.func, or in forward mode, W2 is what the caller gives, so it is projected itself.
+
     Args:
         matrix: W2 (d, r), or b2 (d,).
         basis: V (d, k), float32, with orthonormal or zero columns, from `column_space`.
     """
+    if is_transformed():
+        return matrix - (basis @ (basis.t() @ matrix.to(basis.dtype))).to(matrix.dtype)
     return _ProjectGradient.apply(matrix, basis)

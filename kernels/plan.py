@@ -6,9 +6,9 @@ and constants, and the sizes of the allocated tensors. Later calls check their o
 start the kernels with the operands' present addresses (`go`).
 
 A plan applies only to exactly the same kind of call. If an operand's type, dtype, device, sizes, strides, requires_grad
-or alignment differ, launches are being recorded or hooked, a dispatch mode is active (make_fx), or FUSED_STEER_BACKEND
-has changed, `admit` returns None. The caller then makes a normal call, which raises any error. A plan keeps no operand
-and no address.
+or alignment differ, launches are being recorded or hooked, a dispatch mode is active (make_fx), FUSED_STEER_BACKEND has
+changed, or forward-mode differentiation is on, `admit` returns None. The caller then makes a normal call, which raises
+any error. A plan keeps no operand and no address.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from torch.autograd import forward_ad
 from triton import knobs
 
 from .backend import ENVIRONMENT_VARIABLE
@@ -205,8 +206,8 @@ class Plan:
             "check": _guard(operands), "check_all": _guard((*operands, *(made[place] for place in results))),
             "read": _read_environment, "backend": _BACKEND, "watching": _watching,
             "modes": _modes, "asked": _read_environment(_BACKEND), "runtime": _RUNTIME, "enter": _ENTER,
-            "leave": _LEAVE, "now": now, "index": index, "stream_of": stream_of, "empty": _strided(device),
-            "pointer": _address, "on_device": on_device, "device": device,
+            "leave": _LEAVE, "forward": forward_ad, "now": now, "index": index, "stream_of": stream_of,
+            "empty": _strided(device), "pointer": _address, "on_device": on_device, "device": device,
         }  # fmt: skip
         allocate = _allocations(made, results, names)
         addresses = [f"p{i}" for i in range(len(operands))] + [f"q{i}" for i in range(len(made))]
@@ -271,7 +272,7 @@ def _code(operands: int, allocate: tuple[str, ...], starts: tuple[str, ...], ret
         lines = [
             f"if not ({check}({', '.join(tensors)}) and read(backend) == asked and watching() is None",
             "        and runtime.launch_enter_hook is enter and runtime.launch_exit_hook is leave",
-            "        and not enter.calls and not leave.calls and not modes()):",
+            "        and not enter.calls and not leave.calls and not modes() and forward._current_level < 0):",
             "    return None",
             *(f"{address} = pointer({tensor})" for tensor, address in tensors.items()),
         ]

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from .backend import select_backend
 from .contract import Operands
+from .derivatives import is_transformed
 from .plan import SHARED, Plan, keep, kind_of, no_plan
-from .post_block import backward, check_operands, first_order, forward, post_block, saved_tensors
+from .post_block import backward, check_operands, forward, post_block, saved_tensors
 from .registered import is_described
 
 #: Arguments of `forward`: residual, branch, operands.
@@ -112,7 +113,7 @@ class PlannedPostBlock:
                 self.backend = "triton"
                 if training.whole:
                     self.last_trained = training.run
-                return _apply((training, addresses, None), *operands)
+                return _apply((training, addresses, None), *operands)[0]
         call = self._call(states, weights)
         if not self._may_plan(call):
             return self._ordinary(call)
@@ -121,7 +122,7 @@ class PlannedPostBlock:
         addresses = None if training is None else training.forward.admit(operands)
         if training is not None and addresses is not None:
             keep(self._training, key, training)
-            return _apply((training, addresses, None), *operands)
+            return _apply((training, addresses, None), *operands)[0]
 
         # Planned below autograd, because checkpointing compares the saved tensors of a call and of its repetition.
         with torch.no_grad():
@@ -131,7 +132,7 @@ class PlannedPostBlock:
         training = _Training(plan, states, weights, self._where, (self._scale, self._activation, self._reads))
         keep(_trained, kind, training, SHARED)
         keep(self._training, key, training)
-        return _apply((training, None, results), *operands)
+        return _apply((training, None, tuple(results)), *operands)[0]
 
     def _call(self, states: tuple[Tensor, ...], weights: tuple[Tensor, ...]) -> _Call:
         operands = planned_operands(self._where, weights, self._scale, self._activation, self._reads)
@@ -144,7 +145,7 @@ class PlannedPostBlock:
         """Return whether a kernel runs this call. `post_block` handles all others, errors included."""
         residual, branch, operands = call
         self.backend = select_backend(residual.device)
-        if is_described(residual) or self.backend != "triton" or torch._C._are_functorch_transforms_active():
+        if is_described(residual) or self.backend != "triton" or is_transformed():
             return False
         check_operands(residual, branch, operands)
         return operands.down is None or operands.rank > 0
@@ -174,8 +175,8 @@ class _Training:
     """The plans of a call and of its backward pass, and which operands need gradients. The guard checks the latter."""
 
     __slots__ = (
-        "backward", "constants", "forward", "kept", "keeps_branch", "last", "needs", "order", "passed",
-        "places", "saves", "states", "where", "whole",
+        "backward", "constants", "dtype", "forward", "kept", "keeps_branch", "last", "needs", "order", "passed",
+        "places", "saves", "shape", "states", "where", "whole",
     )  # fmt: skip
 
     def __init__(
@@ -191,6 +192,7 @@ class _Training:
         #: The last backward plan.
         self.last: Plan | None = None
         self.states, self.where, self.constants = len(states), where, constants
+        self.shape, self.dtype = states[0].shape, states[0].dtype  # of the result
         of_states = [state.requires_grad for state in states]
         self.whole = len(states) == 2 and all(of_states)  # the gradient of the block's input is complete
         given = iter(weights)
@@ -230,15 +232,15 @@ class _Training:
         addresses = self.forward.admit(operands)
         if addresses is None or torch._C._are_functorch_transforms_active():
             return None
-        return _apply((self, addresses, None), *operands)
+        return _apply((self, addresses, None), *operands)[0]
 
 
 class _PlannedPostBlock(torch.autograd.Function):
     """The autograd function of planned calls. It saves the same tensors as `post_block`'s own function."""
 
     @staticmethod
-    def forward(ctx: Any, call: tuple[_Training, Any, Any], *operands: Tensor) -> Tensor:
-        """Run the planned launches, unless their results are given.
+    def forward(ctx: Any, call: tuple[_Training, Any, Any], *operands: Tensor) -> tuple[Tensor, ...]:
+        """Run the planned launches, unless their results are given. Returns `out`, and `a` for a second derivative.
 
         call: the plans, and the admitted addresses or the results. They are one argument, because autograd spends time
         on each argument.
@@ -252,18 +254,19 @@ class _PlannedPostBlock(torch.autograd.Function):
             ctx.save_for_backward(*results[training.kept], *operands[training.states :])
         ctx.training = training
         ctx.set_materialize_grads(False)
-        return results[0]
+        return results
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, grad_a: Tensor | None = None) -> tuple[Tensor | None, ...]:
         training = ctx.training
         places = training.places
+        if torch.is_grad_enabled() or grad_a is not None:
+            return None, *_differentiate_again(ctx, grad, grad_a)
         if grad is None:
             return None, *[None for _ in places]
         saved = saved_tensors(ctx, training.constants[2])
         operands = (grad, *saved)
-        create_graph = torch.is_grad_enabled()
-        if training.last is not None and not create_graph:
+        if training.last is not None:
             addresses = training.last.admit(operands)
             if addresses is not None:
                 gradients = training.last.go(addresses)
@@ -272,26 +275,45 @@ class _PlannedPostBlock(torch.autograd.Function):
         if training.saves[2]:
             # By its kind, not its shape: layers share these plans, and their gradients may have different strides.
             plan = training.backward.get(kind_of(operands)) if training.backward else None
-            addresses = plan.admit(operands) if plan is not None and not create_graph else None
+            addresses = plan.admit(operands) if plan is not None else None
             if plan is not None and addresses is not None:
                 training.last = plan
                 gradients = plan.go(addresses)
                 return training.complete(gradients, grad) if training.passed else gradients
-            with torch.no_grad():
-                found = _careful_backward(training, operands)
-        gradients = [None if place is None else grad if place < 0 else found[place] for place in places]
-        if create_graph:
-            marker = torch.empty(0, device=grad.device, requires_grad=True)
-            return None, *first_order((marker,), tuple(gradients))
-        return None, *gradients
+            found = _careful_backward(training, operands)
+        return None, *_placed(places, grad, found)
+
+
+def _placed(places: list[int | None], grad: Tensor, found: Any) -> list[Tensor | None]:
+    """Return the gradient of each operand: the incoming one, or one of those found."""
+    return [None if place is None else grad if place < 0 else found[place] for place in places]
+
+
+def _differentiate_again(ctx: Any, grad: Tensor | None, grad_a: Tensor | None) -> list[Tensor | None]:
+    """Return the gradients of the operands in a form that autograd differentiates again. See `post_block`'s own."""
+    training = ctx.training
+    if grad is None:
+        if grad_a is None:
+            return [None for _ in training.places]
+        grad = grad_a.new_zeros(training.shape, dtype=training.dtype)
+    found = ()
+    if training.saves[2]:
+        kept, a, steering = _unpacked(training, saved_tensors(ctx, training.constants[2]))
+        found = backward(grad, kept, a, steering, training.needs, grad_a, again=True)
+    return _placed(training.places, grad, found)
+
+
+def _unpacked(training: _Training, saved: tuple[Tensor, ...]) -> tuple[Tensor | None, Tensor | None, Operands]:
+    """Return `out` or branch, `a` and the adapter from the saved tensors."""
+    given = iter(saved)
+    save_kept, save_a, _ = training.saves
+    kept, a = next(given) if save_kept else None, next(given) if save_a else None
+    return kept, a, planned_operands(training.where, given, *training.constants)
 
 
 def _careful_backward(training: _Training, operands: tuple[Tensor, ...]) -> Any:
-    given = iter(operands)
-    save_kept, save_a, _ = training.saves
-    grad = next(given)
-    kept, a = next(given) if save_kept else None, next(given) if save_a else None
-    steering = planned_operands(training.where, given, *training.constants)
+    grad, *saved = operands
+    kept, a, steering = _unpacked(training, tuple(saved))
 
     def call() -> Any:
         return backward(grad, kept, a, steering, training.needs)

@@ -16,7 +16,7 @@ from .contract import Operands
 from .norm_torch import Norm
 from .plan import SHARED, Plan, keep, kind_of
 from .planned import planned_operands
-from .post_block import first_order, saved_tensors
+from .post_block import saved_tensors
 from .post_block_norm import Saved, backward_norm, forward_norm, may_plan, steer_and_normalise
 
 #: `out` and `normed`
@@ -85,7 +85,7 @@ class PlannedPostBlockNorm:
         addresses = None if training is None else training.forward.admit(operands)
         if addresses is not None and not torch._C._are_functorch_transforms_active():
             self.backend = "triton"
-            return _apply((training, addresses, None), *operands)
+            return _apply((training, addresses, None), *operands)[:2]
         steering = planned_operands(self._where, weights, self._scale, self._activation, self._reads)
         self.backend, plannable = may_plan(residual, branch, steering, norm)
         if not plannable:
@@ -95,7 +95,7 @@ class PlannedPostBlockNorm:
         addresses = None if training is None else training.forward.admit(operands)
         if training is not None and addresses is not None:
             keep(self._training, key, training)
-            return _apply((training, addresses, None), *operands)
+            return _apply((training, addresses, None), *operands)[:2]
 
         def call() -> list[Tensor]:
             return [t for t in forward_norm(residual, branch, steering, norm, True) if t is not None]
@@ -108,7 +108,7 @@ class PlannedPostBlockNorm:
         training = _Training(plan, states, weights, norm, self._where, constants)
         keep(_trained, kind, training, SHARED)
         keep(self._training, key, training)
-        return _apply((training, None, results), *operands)
+        return _apply((training, None, results), *operands)[:2]
 
     def _kind(self, operands: tuple[Tensor, ...], norm: Norm) -> Any:
         return self._activation, self._scale, self._reads, self._where, norm[1:], kind_of(operands)
@@ -171,8 +171,10 @@ class _PlannedPostBlockNorm(torch.autograd.Function):
     """The autograd function of planned calls. It saves the same tensors as `post_block_norm`'s own function."""
 
     @staticmethod
-    def forward(ctx: Any, call: tuple[_Training, Any, Any], *operands: Tensor) -> tuple[Tensor, Tensor]:
-        """Run the planned launches, unless their results are given.
+    def forward(ctx: Any, call: tuple[_Training, Any, Any], *operands: Tensor) -> tuple[Tensor, ...]:
+        """Run the planned launches, unless their results are given. Returns `out`, `normed`, and perhaps `a`.
+
+        `a` is the way of a second derivative: see `post_block`.
 
         call: the plans, and the admitted addresses or the results.
         """
@@ -184,16 +186,18 @@ class _PlannedPostBlockNorm(torch.autograd.Function):
         ctx.save_for_backward(out, *branch, *kept, *operands[training.states :])
         ctx.training = training
         ctx.set_materialize_grads(False)
-        return out, normed
+        return out, normed, *kept[:-1]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, grad_normed: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, grad: Tensor | None, grad_normed: Tensor | None, grad_a: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
         training = ctx.training
-        if grad is None and grad_normed is None:
-            return training.order
+        if grad is None and grad_normed is None and grad_a is None:
+            return (None,) * len(training.order)
         saved = saved_tensors(ctx, training.constants[2])
-        create_graph = torch.is_grad_enabled()
-        if grad_normed is not None and training.backward and not create_graph:
+        again = torch.is_grad_enabled() or grad_a is not None
+        if grad_normed is not None and training.backward and not again:
             operands = (grad_normed, *saved) if grad is None else (grad_normed, grad, *saved)
             plan = training.last.get(grad is None)
             addresses = None if plan is None else plan.admit(operands)
@@ -204,14 +208,8 @@ class _PlannedPostBlockNorm(torch.autograd.Function):
             if plan is not None and addresses is not None:
                 training.last[grad is None] = plan
                 return plan.go(addresses)
-        with torch.no_grad():
-            found = _careful_backward(training, grad, grad_normed, saved)
-        gradients = tuple(None if place is None else found[place] for place in training.places)
-        if create_graph:
-            given = grad if grad is not None else grad_normed
-            assert given is not None
-            gradients = first_order((torch.empty(0, device=given.device, requires_grad=True),), gradients)
-        return None, *gradients
+        found = _careful_backward(training, grad, grad_normed, saved, grad_a, again)
+        return None, *(None if place is None else found[place] for place in training.places)
 
 
 def _careful_backward(
@@ -219,6 +217,8 @@ def _careful_backward(
     grad: Tensor | None,
     grad_normed: Tensor | None,
     saved: Sequence[Tensor],
+    grad_a: Tensor | None,
+    again: bool,
 ) -> Sequence[Tensor]:
     given = iter(saved)
     keeps_branch, keeps_a = training.keeps
@@ -227,9 +227,9 @@ def _careful_backward(
     norm = Norm(next(given, None), *training.kind)
 
     def call() -> list[Tensor]:
-        return backward_norm(grad, grad_normed, kept, steering, norm, training.needs)
+        return backward_norm(grad, grad_normed, kept, steering, norm, training.needs, grad_a, again)
 
-    if grad_normed is None:
+    if grad_normed is None or again:
         return call()
     operands = (grad_normed, *saved) if grad is None else (grad_normed, grad, *saved)
     found, plan = Plan.make(operands, call, training.order)

@@ -38,6 +38,7 @@ from . import torch_backend
 from .activations import ACTIVATIONS, apply, derivative
 from .backend import select_backend
 from .contract import Gradients, Needs, Operands, Packed, check_reads
+from .derivatives import is_differentiated_again, is_forward_mode, is_transformed
 from .inductor import start_directly
 from .launch import device_of, empty, launch
 from .numerics import dot, dot_precision, held, met, operand, operand_dtype, packed_operand, store
@@ -1064,18 +1065,31 @@ def forward(residual: Tensor, branch: Tensor | None, operands: Operands, keep_a:
 
 
 def backward(
-    grad: Tensor, kept: Tensor | None, a: Tensor | None, operands: Operands, needs: list[bool]
+    grad: Tensor,
+    kept: Tensor | None,
+    a: Tensor | None,
+    operands: Operands,
+    needs: list[bool],
+    grad_a: Tensor | None = None,
+    again: bool = False,
 ) -> list[Tensor]:
     """Return the gradients of x, down, up, down_bias, up_bias, gain and scale that `needs` selects, in that order.
 
-    Each has the dtype of its own tensor. The gradient of x has the dtype of `grad`. kept: `out`, or branch if W1 is
-    applied to branch. It is only needed for the gradient of W1.
+    Each has the dtype of its own tensor. The gradient of x has the dtype of `grad`.
+
+    Args:
+        kept: `out`, or branch if W1 is applied to branch. It is only needed for the gradient of W1.
+        again: compute them by PyTorch operations, which can be differentiated again.
+        grad_a: a gradient of `a`, which a second derivative has. It requires `again`.
     """
     need_x, need_down, need_up, need_down_bias, need_up_bias, need_gain, need_scale = needs
     wanted = Needs(need_x, need_down, need_up, need_down_bias, need_up_bias, need_gain or need_scale)
     gain, basis, scale = operands.gain, operands.basis, operands.scale
     with _no_autocast(grad.device):
-        found = _BACKWARD[select_backend(grad.device)](grad, kept, a, _projected(operands), wanted)
+        if again:
+            found = torch_backend.backward(grad, kept, a, _projected(operands), wanted, grad_a)
+        else:
+            found = _BACKWARD[select_backend(grad.device)](grad, kept, a, _projected(operands), wanted)
         if basis is not None and found.up is not None:
             found.up = project(found.up, basis)
         result: list[Tensor] = []
@@ -1158,7 +1172,8 @@ def _post_block_op(*inputs: Any) -> Sequence[Tensor]:
             a = empty(0, dtype=torch_backend.accumulation_dtype(out.dtype), device=out.device)
         return out, a
 
-    return run_planned(_forward_plans, key, inputs, call)
+    # W2 is projected by operations between the launches, which a plan cannot have.
+    return call() if basis is not None else run_planned(_forward_plans, key, inputs, call)
 
 
 #: Plans of `post_block_inference`, and for each activation and `reads` the `run` of the last call's plan.
@@ -1248,6 +1263,8 @@ def _post_block_backward_op(*inputs: Any) -> Sequence[Tensor]:
         grad.shape, grad.dtype, kept is None, a is None, None if down is None else (down.shape, down.dtype),
         down_bias is None, up_bias is None, gain is None, scale_tensor is None, scale, activation, reads, *needs,
     )  # fmt: skip
+    if basis is not None:
+        return _eager_backward(*inputs)
     return run_planned(_backward_plans, key, inputs, lambda: _eager_backward(*inputs))
 
 
@@ -1260,7 +1277,7 @@ def _post_block_backward_fake(
 
 # ---------------------------------------------------------------------------------------------------------- autograd
 
-_NO_SECOND_DERIVATIVE = "post_block has no second derivative; expected one backward pass (create_graph=False)"
+_NO_SECOND_DERIVATIVE = "a gradient of fused-steer in a graph has no derivative; expected an eager call"
 
 
 def _refuse_second_derivative(ctx: Any, *grad_outputs: Any) -> Any:
@@ -1268,7 +1285,10 @@ def _refuse_second_derivative(ctx: Any, *grad_outputs: Any) -> Any:
 
 
 class _FirstOrder(torch.autograd.Function):
-    """Passes gradients on and raises if it is differentiated. Otherwise a second derivative would silently be zero."""
+    """Passes gradients on and raises if it is differentiated. Otherwise a second derivative would silently be zero.
+
+    For the gradients of graphs, and of torch.func where nothing shows that they are differentiated again.
+    """
 
     generate_vmap_rule = True
 
@@ -1294,6 +1314,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.needs = [x and adapter, d_down, d_up, d_down_bias, d_up_bias, d_gain, d_scale]
     ctx.dtypes = (residual.dtype if residual_needs else None, branch.dtype if branch_needs else None)
     ctx.constants = (scale, activation, reads)
+    ctx.result = out.shape, out.dtype
     reduces = any((*ctx.needs[:4], d_gain, d_scale))
     if any(ctx.needs):
         ctx.save_for_backward(
@@ -1307,8 +1328,6 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
             scale_tensor,
             basis,
         )
-    if a is not None:
-        ctx.mark_non_differentiable(a)
     ctx.set_materialize_grads(False)
 
 
@@ -1343,6 +1362,22 @@ def _differentiate(ctx: Any, grad: Tensor | None, run: Any) -> tuple[Tensor | No
     return (d_residual, d_branch, *others, None, None, None, None, None)
 
 
+def _differentiate_again(ctx: Any, grad: Tensor | None, grad_a: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Return the gradients of all inputs in a form that autograd differentiates again.
+
+    They depend on x by `out` and `a`, which were saved. Both are results of the function, so autograd finds the way
+    from them to x. `a` therefore has a gradient of its own, grad_a, when it comes back.
+    """
+    if grad is None and grad_a is not None:
+        shape, dtype = ctx.result
+        grad = grad_a.new_zeros(shape, dtype=dtype)
+
+    def run(grad: Tensor, kept: Tensor | None, a: Tensor | None, *inputs: Any) -> list[Tensor]:
+        return backward(grad, kept, a, _of_op(*inputs[:-1]), inputs[-1], grad_a, again=True)
+
+    return _differentiate(ctx, grad, run)
+
+
 class _PostBlock(torch.autograd.Function):
     """The autograd function of the op in eager mode."""
 
@@ -1355,14 +1390,10 @@ class _PostBlock(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        create_graph = torch.is_grad_enabled()
-        with torch.no_grad():
-            gradients = _differentiate(ctx, grad, _eager_backward)
-        if not create_graph or grad is None:
-            return gradients
-        marker = torch.empty(0, device=grad.device, requires_grad=True)
-        return first_order((marker,), gradients)
+    def backward(ctx: Any, grad: Tensor | None, grad_a: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() or grad_a is not None:
+            return _differentiate_again(ctx, grad, grad_a)
+        return _differentiate(ctx, grad, _eager_backward)
 
 
 class _TransformedPostBlock(torch.autograd.Function):
@@ -1382,18 +1413,28 @@ class _TransformedPostBlock(torch.autograd.Function):
         _setup_context(ctx, inputs, output)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, grad_a: Tensor | None) -> tuple[Tensor | None, ...]:
         from .transforms import uncompiled
 
-        return uncompiled(_transformed_backward, ctx, grad)
+        return uncompiled(_transformed_backward, ctx, grad, grad_a)
 
 
-def _transformed_backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+def _transformed_backward(ctx: Any, grad: Tensor | None, grad_a: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_a is not None or is_differentiated_again((grad, *ctx.saved_tensors)):
+        return _differentiate_again(ctx, grad, grad_a)
     with torch.no_grad():
         gradients = _op_backward(ctx, grad, None)
     if grad is None:
         return gradients
     return first_order((grad, *(t for t in ctx.saved_tensors if t is not None)), gradients)
+
+
+def _transformed(*inputs: Any) -> Tensor:
+    """Compute the op inside a transform of torch.func or forward-mode differentiation."""
+    if is_forward_mode():
+        with _no_autocast(inputs[0].device):
+            return torch_backend.definition(*inputs[:2], _projected(_of_op(*inputs[2:-1])))
+    return _TransformedPostBlock.apply(*inputs)[0]
 
 
 def first_order(of: tuple[Tensor, ...], gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
@@ -1413,6 +1454,7 @@ class _RegisteredPostBlock(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
         output = _op(*inputs)
         _setup_context(ctx, inputs, output)
+        ctx.mark_non_differentiable(output[1])
         return output
 
     backward = staticmethod(_op_backward)
@@ -1536,6 +1578,9 @@ def post_block(
     zero gain or scale), the result is `residual + branch` bit for bit. Autocast has no effect: sums and adapter
     arithmetic are float32, or float64 for float64 inputs.
 
+    Gradients with create_graph=True, and derivatives in forward mode, are computed by PyTorch operations instead of
+    kernels.
+
     Args:
         residual: (..., d), float32, bfloat16, float16, or, on the torch backend, float64. Any strides are allowed. Only
             a last stride other than 1, or leading dimensions that do not collapse into two, cause a copy.
@@ -1558,7 +1603,8 @@ def post_block(
     Raises:
         ValueError: a shape, device, rank, activation or `reads` is not supported, or the scale is beyond float32.
         TypeError: a dtype is not supported, or an argument is no tensor, or the scale neither a number nor a tensor.
-        RuntimeError: the backend of FUSED_STEER_BACKEND cannot run here, or a second derivative is required.
+        RuntimeError: the backend of FUSED_STEER_BACKEND cannot run here, or a gradient of a compiled or exported graph
+            is differentiated.
     """
     in_graph = torch.compiler.is_compiling() or (isinstance(residual, Tensor) and is_described(residual))
     check_operands(
@@ -1575,10 +1621,10 @@ def post_block(
     differentiated = (residual, branch, down, up, down_bias, up_bias, gain, scale_tensor)
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiated)
     inputs = (*differentiated, basis, s, activation, reads, wanted and rank > 0)
-    if torch._C._are_functorch_transforms_active():
+    if is_transformed():
         from .transforms import uncompiled
 
-        return uncompiled(_TransformedPostBlock.apply, *inputs)[0]
+        return uncompiled(_transformed, *inputs)
     if in_graph:
         if not wanted and branch is not None and down is not None and up is not None and scale_tensor is not None:
             if down_bias is None and up_bias is None and gain is None and basis is None:

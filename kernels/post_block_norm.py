@@ -19,7 +19,6 @@ both and `out`; write one), and post_block's backward follows. Kept are `out`, a
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -32,8 +31,9 @@ from torch import Tensor
 from . import norm_torch, torch_backend
 from .backend import select_backend
 from .contract import Operands
+from .derivatives import is_transformed
 from .launch import device_of, empty, launch
-from .norm import check_norm, norm_backward, norm_constants
+from .norm import check_norm, norm_backward, norm_constants, rms_norm
 from .norm import triton_forward as triton_norm
 from .norm_torch import Norm
 from .numerics import dot_precision, store
@@ -52,6 +52,7 @@ from .post_block import (
     check_operands,
     first_order,
     packed_weights,
+    post_block,
     resident_layout,
     saved_tensors,
     triton_forward,
@@ -220,25 +221,33 @@ def backward_norm(
     operands: Operands,
     norm: Norm,
     needs: Sequence[bool],
+    grad_a: Tensor | None = None,
+    again: bool = False,
 ) -> list[Tensor]:
     """Return the gradients that `needs` selects, each in the dtype of its own tensor.
 
     They are, in order: that of `out` with the norm's share, those of `post_block.backward`, and the norm weight's. At
-    least one of the gradients of `out` and `normed` is given.
+    least one of the gradients of `out`, `normed` and `a` is given. For `grad_a` and `again` see `post_block.backward`.
     """
     of_out, *of_steering, of_weight = needs
     whole, d_weight = grad, None
+    if grad is None and grad_normed is None:
+        whole = torch.zeros_like(saved.out)
     if grad_normed is not None:
         both = (of_out or any(of_steering), of_weight)
         with _no_autocast(saved.out.device):
-            whole, d_weight = norm_backward(grad, grad_normed, saved.out, saved.inverse, norm, both)
+            if again:
+                inverse = norm_torch.inverse_rms(saved.out, norm)
+                whole, d_weight = norm_torch.backward(grad, grad_normed, saved.out, inverse, norm, both)
+            else:
+                whole, d_weight = norm_backward(grad, grad_normed, saved.out, saved.inverse, norm, both)
     elif of_weight and norm.weight is not None:
         d_weight = torch.zeros_like(norm.weight)
     found: list[Tensor] = []
     if any(of_steering):
         assert whole is not None
         kept = None if not needs[2] else saved.out if operands.reads == "sum" else saved.branch
-        found = backward(whole, kept, saved.a, operands, of_steering)
+        found = backward(whole, kept, saved.a, operands, of_steering, grad_a, again)
     return [t for t in (whole if of_out else None, *found, d_weight) if t is not None]
 
 
@@ -362,24 +371,25 @@ class _PostBlockNorm(torch.autograd.Function):
             *(inputs[2:8] if any(ctx.needs[1:-1]) else (None,) * 6), basis if any(ctx.needs[1:-1]) else None, weight,
         )  # fmt: skip
         ctx.set_materialize_grads(False)
-        return out, normed
+        # Outside of a graph a second derivative takes the way by `a`: see `post_block`.
+        return (out, normed) if in_graph or a is None else (out, normed, a)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, grad_normed: Tensor | None) -> tuple[Tensor | None, ...]:
-        if grad is None and grad_normed is None:
+    def backward(
+        ctx: Any, grad: Tensor | None, grad_normed: Tensor | None, grad_a: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
+        if grad is None and grad_normed is None and grad_a is None:
             return (None,) * 17
-        create_graph = torch.is_grad_enabled() and not ctx.in_graph
-        with contextlib.nullcontext() if ctx.in_graph else torch.no_grad():
-            gradients = _differentiate(ctx, grad, grad_normed)
-        if create_graph:
-            given = grad if grad is not None else grad_normed
-            assert given is not None
-            gradients = first_order((torch.empty(0, device=given.device, requires_grad=True),), gradients)
-        return *gradients, *(None,) * 8
+        return *_differentiate(ctx, grad, grad_normed, grad_a), *(None,) * 8
 
 
-def _differentiate(ctx: Any, grad: Tensor | None, grad_normed: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Return the gradients of the nine inputs that may require one."""
+def _differentiate(
+    ctx: Any, grad: Tensor | None, grad_normed: Tensor | None, grad_a: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of the nine inputs that may require one.
+
+    Outside of a graph they can be differentiated again if autograd asks for it.
+    """
     scale, activation, reads, *kind = ctx.constants
     out, branch, a, inverse, *weights, basis, weight = saved_tensors(ctx, reads)
     if ctx.in_graph:
@@ -390,8 +400,11 @@ def _differentiate(ctx: Any, grad: Tensor | None, grad_normed: Tensor | None) ->
         down, up, down_bias, up_bias, gain, scale_tensor = weights
         strength = scale if scale_tensor is None else scale_tensor
         adapter = Operands(down, up, down_bias, up_bias, gain, basis, strength, activation, reads=reads)
-        saved = Saved(out, branch, a, inverse)
-        found = iter(_run_backward(grad, grad_normed, saved, adapter, Norm(weight, *kind), ctx.needs))
+        saved, norm = Saved(out, branch, a, inverse), Norm(weight, *kind)
+        if torch.is_grad_enabled() or grad_a is not None:
+            found = iter(backward_norm(grad, grad_normed, saved, adapter, norm, ctx.needs, grad_a, again=True))
+        else:
+            found = iter(_run_backward(grad, grad_normed, saved, adapter, norm, ctx.needs))
     whole, dx, *others = [next(found) if need else None for need in ctx.needs]
     both = (whole if dx is None or reads == "branch" else dx, whole if dx is None else dx)
     states = (None if dtype is None or d is None else d.to(dtype) for d, dtype in zip(both, ctx.dtypes, strict=True))
@@ -446,6 +459,9 @@ def post_block_norm(
     If the shift is exactly zero, `out` is `residual + branch` bit for bit. The norm sums over d in another order than
     PyTorch, so `normed` does not have the bits of a model's own norm.
 
+    Gradients with create_graph=True, and calls inside transforms of torch.func and in forward mode, are computed by
+    PyTorch operations instead of kernels.
+
     Args:
         residual, branch, down, up, down_bias, up_bias, activation, scale, gain, basis, reads: see `post_block`. d is at
             most 32768.
@@ -457,8 +473,8 @@ def post_block_norm(
     Raises:
         ValueError: a shape, device, rank, activation, `reads` or eps is not supported.
         TypeError: a dtype is not supported, or the scale is neither a number nor a tensor.
-        RuntimeError: the backend of FUSED_STEER_BACKEND cannot run here, a second derivative is required, or the call
-            is inside a transform of torch.func.
+        RuntimeError: the backend of FUSED_STEER_BACKEND cannot run here, or a graph of torch.compile has the call
+            inside a transform of torch.func or differentiates its gradient.
     """
     operands = Operands(down, up, down_bias, up_bias, gain, basis, scale, activation, reads=reads)
     return steer_and_normalise(residual, branch, operands, Norm(norm_weight, eps, plus_one, rounds_first))
@@ -467,7 +483,7 @@ def post_block_norm(
 def may_plan(residual: Tensor, branch: Tensor | None, operands: Operands, norm: Norm) -> tuple[str, bool]:
     """Return the backend of an eager call, and whether a kernel runs it, after its operands were checked."""
     backend = select_backend(residual.device)
-    if is_described(residual) or backend != "triton" or torch._C._are_functorch_transforms_active():
+    if is_described(residual) or backend != "triton" or is_transformed():
         return backend, False
     check_operands(residual, branch, operands)
     check_norm(residual, norm)
@@ -479,12 +495,19 @@ def steer_and_normalise(
 ) -> tuple[Tensor, Tensor]:
     """Compute `post_block_norm` of records."""
     in_graph = torch.compiler.is_compiling() or is_described(residual)
-    if torch._C._are_functorch_transforms_active():
-        raise RuntimeError(
-            "post_block_norm was called inside a transform of torch.func; expected post_block and a norm"
-        )
     check_operands(residual, branch, operands)
     check_norm(residual, norm)
+    if is_transformed():
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                "post_block_norm was compiled inside a transform of torch.func; expected post_block and a norm"
+            )
+        down, up, down_bias, up_bias, gain, basis, scale, activation, _, reads = operands
+        out = post_block(
+            residual, branch, down, up, down_bias=down_bias, up_bias=up_bias, activation=activation, scale=scale,
+            gain=gain, basis=basis, reads=reads,
+        )  # fmt: skip
+        return out, rms_norm(out, norm.weight, eps=norm.eps, plus_one=norm.plus_one, rounds_first=norm.rounds_first)
     if operands.down is not None and operands.down.shape[0] == 0:
         if operands.up_bias is None:
             raise ValueError("down and up have rank 0 and up_bias is None; expected a rank of at least 1, or up_bias")
@@ -501,5 +524,5 @@ def steer_and_normalise(
     if in_graph:
         return torch.ops.fused_steer.post_block_norm(*states, *weights, *rest, *norm, wanted)[:2]
     if wanted:
-        return _PostBlockNorm.apply(*states, *weights, norm.weight, *rest, *norm[1:], False)
+        return _PostBlockNorm.apply(*states, *weights, norm.weight, *rest, *norm[1:], False)[:2]
     return _run_forward(residual, branch, operands, norm, False)[:2]

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch._C import DispatchKey, DispatchKeySet
 from torch._subclasses.fake_tensor import FakeTensor
 
+from .derivatives import is_forward_mode, refuse_tangents
+
 _LIBRARY = torch.library.Library("fused_steer", "FRAGMENT")
 _BELOW_AUTOGRAD = torch._C._after_autograd_keyset
 #: The dispatch keys of a plain tensor on a device, without modes, tracing or subclasses.
@@ -57,6 +59,9 @@ def register(
 
     Returns:
         The op without autograd, which `differentiate` may call.
+
+    Raises:
+        RuntimeError: by the op, if an argument has a forward-mode tangent. The dispatcher would drop it.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
@@ -66,10 +71,17 @@ def register(
         with torch._C._AutoDispatchBelowAutograd():
             return op(*inputs)
 
-    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    def run_checked(*inputs: Any) -> Any:
+        if is_forward_mode():
+            refuse_tangents(inputs)
+        return run(*inputs)
+
+    _LIBRARY.impl(name, run_checked, "CompositeExplicitAutograd")
     if differentiate is not None:
 
         def with_autograd(keys: DispatchKeySet, *inputs: Any) -> Any:
+            if is_forward_mode():
+                refuse_tangents(inputs)
             if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
                 return differentiate(*inputs)
             below = keys & _BELOW_AUTOGRAD

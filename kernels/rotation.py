@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from .derivatives import is_transformed
 
 
 def is_orthonormal(matrix: Tensor) -> bool:
@@ -54,18 +55,28 @@ def _wide(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def _factor(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Return Rᵀ (..., d, r), and Uᵀ (..., r, r) in the wide dtype, of P (..., d, r).
+def _decomposed(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return Rᵀ (..., d, r), Uᵀ (..., r, r) and PᵀP of P (..., d, r), in the wide dtype, by differentiable operations.
 
     It never waits for the device. A P of lower rank gives NaN.
     """
-    result = torch.float64 if matrix.dtype == torch.float64 else torch.float32
     wide = matrix.to(_wide(matrix.device))
     gram = wide.mT @ wide
     lower, failed = torch.linalg.cholesky_ex(gram)
     lower = torch.where(failed[..., None, None] == 0, lower, torch.nan)
-    made = torch.linalg.solve_triangular(lower.mT, wide, upper=True, left=False)
-    return torch.where(_defect(gram) <= _rounding(matrix), matrix.to(result), made.to(result)), lower
+    return torch.linalg.solve_triangular(lower.mT, wide, upper=True, left=False), lower, gram
+
+
+def _factor(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return Rᵀ (..., d, r), and Uᵀ (..., r, r) in the wide dtype, of P (..., d, r). See `_decomposed`."""
+    made, lower, gram = _decomposed(matrix)
+    return _rounded(matrix, made, gram), lower
+
+
+def _rounded(matrix: Tensor, made: Tensor, gram: Tensor) -> Tensor:
+    """Return Rᵀ in its dtype: P itself if its columns are orthonormal, else `made`, what was computed from it."""
+    result = torch.float64 if matrix.dtype == torch.float64 else torch.float32
+    return torch.where(_defect(gram) <= _rounding(matrix), matrix.to(result), made.to(result))
 
 
 class _Rotation(torch.autograd.Function):
@@ -81,12 +92,14 @@ class _Rotation(torch.autograd.Function):
         source, matrix = inputs
         _, up, lower = output
         ctx.mark_non_differentiable(lower)
-        ctx.save_for_backward(up, lower)
+        ctx.save_for_backward(up, lower, matrix)
         ctx.dtypes = source.dtype, matrix.dtype
 
     @staticmethod
     def backward(ctx: Any, grad_down: Tensor, grad_up: Tensor, _: Any) -> tuple[Tensor | None, Tensor | None]:
-        up, lower = ctx.saved_tensors
+        up, lower, matrix = ctx.saved_tensors
+        if torch.is_grad_enabled():  # the gradients may be differentiated again
+            up, lower, _ = _decomposed(matrix)
         of_source, of_matrix = ctx.dtypes
         found = _of_matrix(up, lower, grad_down, grad_up).to(of_matrix) if ctx.needs_input_grad[1] else None
         return grad_down.to(of_source) if ctx.needs_input_grad[0] else None, found
@@ -103,9 +116,14 @@ def _of_matrix(up: Tensor, lower: Tensor, grad_down: Tensor, grad_up: Tensor) ->
 def rotate(source: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Return W1 = W − R (r, d) and W2 = Rᵀ (d, r) of LoReFT's W (r, d) and P (d, r).
 
-    In float32, whatever the dtype of W and P; in float64 where P is. Differentiable once, as the op that takes them,
-    which refuses a second derivative.
+    In float32, whatever the dtype of W and P; in float64 where P is.
     """
+    if is_transformed():
+        made, _, gram = _decomposed(matrix)
+        up = _rounded(matrix, made, gram)
+        made = made.to(up.dtype)
+        up = up.detach() + (made - made.detach())  # the value of R, and the derivatives of the decomposition
+        return source.to(up.dtype) - up.mT, up
     down, up, _ = _Rotation.apply(source, matrix)
     return down, up
 
@@ -118,15 +136,16 @@ class _Rotations(torch.autograd.Function):
         count = len(parameters) // 2
         sources, matrices = torch.stack(parameters[:count]), torch.stack(parameters[count:])
         up, lower = _factor(matrices)
-        ctx.save_for_backward(up, lower)
+        ctx.save_for_backward(up, lower, *parameters[count:])
         ctx.dtypes = sources.dtype, matrices.dtype
         ctx.set_materialize_grads(False)
         return *(sources.to(up.dtype) - up.mT).unbind(), *up.unbind()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        up, lower = ctx.saved_tensors
+        up, lower, *matrices = ctx.saved_tensors
+        if torch.is_grad_enabled():  # the gradients may be differentiated again
+            up, lower, _ = _decomposed(torch.stack(matrices))
         of_source, of_matrix = ctx.dtypes
         count = len(grads) // 2
         # A layer that did not run has no gradient, as if it had been rotated by itself.
@@ -150,7 +169,7 @@ class _Rotations(torch.autograd.Function):
 def rotate_all(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
     """Return what `rotate` gives for each pair, by the same few launches for any number of pairs.
 
-    Differentiable once, but not under the transforms of torch.func.
+    Not for the transforms of torch.func, nor for forward-mode differentiation.
 
     Args:
         pairs: W (r, d) and P (d, r), all of one shape, dtype and device.

@@ -2,6 +2,9 @@
 
 It has the maths, the hand-written backward and the saved tensors of the Triton kernels. Arithmetic is float64 for
 float64 inputs, else float32. It is tested like the kernels, against the definition in `tests/ops.py`.
+
+PyTorch can differentiate `backward` again, and `definition` forwards. No kernel computes these derivatives, so on every
+backend they are computed here.
 """
 
 from __future__ import annotations
@@ -17,10 +20,18 @@ from .contract import Gradients, Needs, Operands
 
 _aten = torch.ops.aten
 
+
+def _silu_backward(dz: Tensor, a: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():
+        return _aten.silu_backward(dz, a)
+    gate = torch.sigmoid(a)  # PyTorch does not differentiate silu_backward
+    return dz * gate * (1 + a * (1 - gate))
+
+
 #: name -> (φ, (∂L/∂φ(a), a) -> ∂L/∂a), for tensors of any floating dtype.
 ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
     "identity": (lambda a: a, lambda dz, a: dz),
-    "silu": (F.silu, _aten.silu_backward),
+    "silu": (F.silu, _silu_backward),
     "gelu": (F.gelu, _aten.gelu_backward),
     "gelu_tanh": (partial(F.gelu, approximate="tanh"), partial(_aten.gelu_backward, approximate="tanh")),
     "relu": (F.relu, lambda dz, a: _aten.threshold_backward(dz, a, 0)),
@@ -108,11 +119,40 @@ def forward(residual: Tensor, branch: Tensor | None, operands: Operands, keep_a:
     return out.to(dtype), a if keep_a else None
 
 
-def backward(grad: Tensor, kept: Tensor | None, a: Tensor | None, operands: Operands, needs: Needs) -> Gradients:
+def definition(residual: Tensor, branch: Tensor | None, operands: Operands) -> Tensor:
+    """Compute `post_block` by operations that PyTorch differentiates in every mode and order, and without a basis."""
+    down, up, down_bias, up_bias, gain, _, scale, activation, _, reads = operands
+    dtype = residual.dtype if branch is None else torch.promote_types(residual.dtype, branch.dtype)
+    acc = accumulation_dtype(dtype)
+    strength = scale.to(acc) if isinstance(scale, Tensor) else scale
+    if gain is not None:
+        strength = strength * gain.unsqueeze(-1).to(acc)
+    x = residual.to(acc) if branch is None else residual.to(acc) + branch.to(acc)
+    shift = x.new_zeros(())
+    if down is not None and up is not None:
+        read = branch.to(acc) if reads == "branch" and branch is not None else x
+        a = F.linear(read, down.to(acc), None if down_bias is None else down_bias.to(acc))
+        shift = F.linear(ACTIVATIONS[activation][0](a), up.to(acc))
+    if up_bias is not None:
+        shift = shift + up_bias.to(acc)
+    # 0 − δ is +0 where δ is zero, and x − (+0) is x bit for bit.
+    return (x - (0 - _scaled(shift, strength))).to(dtype)
+
+
+def backward(
+    grad: Tensor,
+    kept: Tensor | None,
+    a: Tensor | None,
+    operands: Operands,
+    needs: Needs,
+    grad_a: Tensor | None = None,
+) -> Gradients:
     """Compute the backward pass of `post_block` by hand. The gradient of `up` is that of the projected W2'.
 
-    kept: `out`, or branch if W1 is applied to branch. dW1 = daᵀx is computed from it. In `out` the share of s·g·u is
-    subtracted in r × r products, without recomputing x.
+    Args:
+        kept: `out`, or branch if W1 is applied to branch. dW1 = daᵀx is computed from it. In `out` the share of s·g·u
+            is subtracted in r × r products, without recomputing x.
+        grad_a: (N, r), a gradient of `a` that does not come by `out`. A second derivative has one.
     """
     down, up, _, up_bias, gain, _, scale, activation, _, reads = operands
     acc = accumulation_dtype(grad.dtype)
@@ -135,6 +175,8 @@ def backward(grad: Tensor, kept: Tensor | None, a: Tensor | None, operands: Oper
                 row_dot = (phi_a * gz).sum(1)
             if needs.x or needs.down or needs.down_bias:
                 da = _scaled(phi_backward(gz, a), strength)
+                if grad_a is not None:
+                    da = da + grad_a
                 if needs.x:
                     w1 = _finite(down.to(acc), strength)
                     result.x = torch.addmm(g, da, w1).to(grad.dtype).view(grad.shape)
@@ -143,10 +185,11 @@ def backward(grad: Tensor, kept: Tensor | None, a: Tensor | None, operands: Oper
                     result.down = torch.mm(da.t(), kept.to(acc).reshape(-1, hidden))
                     if reads == "sum":
                         w2 = _finite(up, strength)
-                        result.down -= torch.mm(torch.mm(da.t(), _scaled(phi_a, strength)), w2.t())
+                        # Out of place, which vmap requires.
+                        result.down = result.down - torch.mm(torch.mm(da.t(), _scaled(phi_a, strength)), w2.t())
                         if up_bias is not None:
                             moved = torch.mm(da.t(), _scaled(da.new_ones(da.shape[0], 1), strength))
-                            result.down -= moved * _finite(up_bias.to(acc), strength)
+                            result.down = result.down - moved * _finite(up_bias.to(acc), strength)
                 if needs.down_bias:
                     result.down_bias = da.sum(0)
     elif needs.x:

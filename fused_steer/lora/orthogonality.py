@@ -15,7 +15,7 @@ pass. They are projected only if they violate the constraint. Weights saved with
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from ..adapters.distributed import sharder
 from ..adapters.parameters import UP, UP_BIAS, ByPlace, Place
 from ..config import SteerConfig
+from ..kernels.derivatives import is_transformed
 from ..kernels.orthogonal import MAX_WRITERS, column_space, project_out
 from ..model.decoder import execution_device
 from ..model.site import SteeringSite
@@ -176,8 +177,7 @@ class Orthogonality:
     def _state(self, columns: Columns) -> tuple[Any, ...]:
         """Return a value that changes whenever a parameter or B may have changed."""
         tensors: list[Tensor] = [t for place in self._places(columns) for t in self._steered(place).values()]
-        tensors += [b for bs in columns.values() for b in bs]
-        return tuple((t.data_ptr(), t._version, t.dtype) for t in tensors)
+        return *_versions(tensors), *_versions(b for bs in columns.values() for b in bs)
 
     @property
     def in_use(self) -> bool:
@@ -217,10 +217,15 @@ class Orthogonality:
     def before_forward(self) -> None:
         """Enforce the constraint before a training forward pass, if parameters changed without an optimizer's step.
 
+        Inside a transform of torch.func nothing is changed: the sites project what they are given.
+
         Raises:
-            RuntimeError: the model carries no LoRA.
+            RuntimeError: the model carries no LoRA, or a transform comes before the first pass with this LoRA.
             ValueError: steering cannot be orthogonal to the LoRA, or FSDP or ZeRO has sharded the adapter.
         """
+        if is_transformed():
+            self._check_bases()
+            return
         if self._writers is None:
             self._check_unsharded()  # before tracing, which runs a forward pass
         columns = self._columns_to_train()
@@ -231,6 +236,20 @@ class Orthogonality:
         check_lora(self.config, self.writers, devices)
         self._project(columns, everything=False)
         self._seen = self._state(columns)
+
+    def _check_bases(self) -> None:
+        columns = None if self._writers is None else lora_columns(self._writers, self.config)
+        held = [] if columns is None else [b for bs in columns.values() for b in bs]
+        if any(torch._C._functorch.is_functorch_wrapped_tensor(b) for b in held):
+            raise RuntimeError(
+                f"a transform of torch.func varies LoRA's B, which adapter {self.name!r} is kept orthogonal to; "
+                "expected B to be constant"
+            )
+        if columns is None or self._seen is None or self._seen[len(self._seen) - len(held) :] != _versions(held):
+            raise RuntimeError(
+                f"adapter {self.name!r} is kept orthogonal to a LoRA that no training pass has seen; expected one "
+                "before the transform of torch.func"
+            )
 
     def _check_unsharded(self) -> None:
         # A projection needs all of B and W2, and no process has them. ZeRO would overwrite the projected values.
@@ -326,6 +345,10 @@ class Orthogonality:
                 for place, value in zip(places, values.unbind(0), strict=True):
                     found.setdefault(place, {})[name] = _from_columns(name, value)
         return found
+
+
+def _versions(tensors: Iterable[Tensor]) -> tuple[Any, ...]:
+    return tuple((t.data_ptr(), t._version, t.dtype) for t in tensors)
 
 
 def _moves_unseen(optimizer: Optimizer) -> bool:

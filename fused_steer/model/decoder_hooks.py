@@ -12,6 +12,7 @@ from torch.compiler import is_compiling
 from torch.utils.hooks import RemovableHandle
 
 from ..adapters.parameters import Rotation
+from ..kernels.derivatives import is_transformed
 from .decoder import Decoder
 from .layer import PatchedLayer
 from .passes import Passes
@@ -77,8 +78,7 @@ class DecoderHooks:
 
     def _rotate(self) -> None:
         rotations = {}
-        # The stack is None outside of the transforms of torch.func, which rotate in each layer.
-        if Rotation.exist and torch._C._functorch.peek_interpreter_stack() is None:
+        if Rotation.exist and not is_transformed():  # transforms of torch.func rotate in each layer
             sites = (site for patched in self._patched.values() for site in patched.sites.values())
             rotations = {site: pair for site in sites if (pair := site.rotation()) is not None}
         self._passes.begin(rotations)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
+from ..kernels.derivatives import is_transformed
 from ..kernels.norm import MAX_WIDTH, rms_norm
 from ..kernels.norm_torch import Norm
 from ..kernels.norm_torch import forward as formula
@@ -312,7 +313,7 @@ class Link:
             self.reason = "saved tensors are hooked, as gradient checkpointing does"
         elif torch.is_inference_mode_enabled():
             self.reason = "changes in place of inference tensors cannot be seen; torch.no_grad() fuses"
-        elif is_described(residual) or torch._C._are_functorch_transforms_active():
+        elif is_described(residual) or is_transformed():
             self.reason = "the call is recorded or transformed"
         elif branch is not None and branch.dtype != residual.dtype:
             self.reason = "residual and branch have two dtypes"
@@ -325,7 +326,7 @@ class Link:
 
     def norm_in_graph(self, residual: Tensor, branch: Tensor | None) -> Norm | None:
         """Return the norm that a site computes in a graph of the whole decoder, or None."""
-        if not self.graph.open or "forward" in self.norm.__dict__ or torch._C._are_functorch_transforms_active():
+        if not self.graph.open or "forward" in self.norm.__dict__ or is_transformed():
             return None
         if branch is not None and branch.dtype != residual.dtype:
             return None
@@ -369,7 +370,7 @@ class Link:
         if found is not None:
             return found
         kind = self.norm_for(x, norm) if self.steers and x.shape[-1:] and not is_described(x) else None
-        if kind is None or torch._C._are_functorch_transforms_active():
+        if kind is None or is_transformed():
             return self.base.forward(norm, x)
         return rms_norm(x, kind.weight, eps=kind.eps, plus_one=kind.plus_one, rounds_first=kind.rounds_first)
 

@@ -12,6 +12,7 @@ from torch.compiler import is_compiling
 from ..adapters.parameters import SITE, Adapter, Factors, Place, Rotation
 from ..kernels import post_block, select_backend
 from ..kernels.contract import Operands
+from ..kernels.derivatives import is_transformed
 from ..kernels.orthogonal import project_gradient
 from ..kernels.plan import no_plan
 from ..kernels.planned import PlannedPostBlock
@@ -413,7 +414,9 @@ class SteeringSite(Site):
 
     def _constrained(self, parameter: _Parameter) -> _Parameter:
         """Return W2 or b2, with its gradient projected if there is a basis. Its value is orthogonal already."""
-        if self.basis is None or parameter is None or not (torch.is_grad_enabled() and parameter.requires_grad):
+        if self.basis is None or parameter is None:
+            return parameter
+        if not (torch.is_grad_enabled() and parameter.requires_grad) and not is_transformed():
             return parameter
         return project_gradient(parameter, self.basis)
 

@@ -136,11 +136,12 @@ class Gains:
             gain = self._traced.gain
         elif self._here.runs:
             gain = self._here.gain
-            # Reentrant checkpointing first runs the layer without gradients.
+            # Reentrant checkpointing first runs the layer without gradients. torch.func cannot checkpoint.
             if (
                 gain is not None
                 and isinstance(entering, Tensor)
                 and (torch.is_grad_enabled() or entering.requires_grad)
+                and not torch._C._are_functorch_transforms_active()
             ):
                 self._kept[entering.data_ptr()] = (StorageWeakRef(entering.untyped_storage()), gain)
         else:
@@ -193,7 +194,9 @@ class Gains:
         starts = _starts(given.get("position_ids"), rows, columns)
         answer, told = self._answer(real, starts, given)
         chosen, prompt = chosen_tokens(positions, real, answer, starts)
-        if told and (positions.first or positions.last) and not is_compiling() and not prompt.any():
+        # In a graph, and under vmap, values of tensors are not known.
+        known = not is_compiling() and not torch._C._functorch.is_functorch_wrapped_tensor(prompt)
+        if told and (positions.first or positions.last) and known and not prompt.any():
             raise ValueError(
                 f"no token of the pass is a prompt's, and positions is {positions.name!r}; expected {_SAY}"
             )

@@ -1,0 +1,54 @@
+"""Recognise calls whose derivatives no kernel computes: forward-mode tangents and the transforms of torch.func.
+
+A kernel reads a tensor's memory, in which a tangent does not show. Without these checks it would be lost silently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def is_transformed() -> bool:
+    """Return whether a call is inside a transform of torch.func, or of forward-mode differentiation."""
+    if torch._C._are_functorch_transforms_active():
+        return True
+    # A graph of torch.compile would guard the level, which the graph's own code changes.
+    return not torch.compiler.is_compiling() and is_forward_mode()
+
+
+def is_forward_mode() -> bool:
+    """Return whether forward-mode differentiation is on: torch.func.jvp or `torch.autograd.forward_ad.dual_level`."""
+    return forward_ad._current_level >= 0
+
+
+def refuse_tangents(tensors: Iterable[Any]) -> None:
+    """Raise RuntimeError if one of the tensors has a forward-mode tangent."""
+    if is_forward_mode():
+        for tensor in tensors:
+            if isinstance(tensor, Tensor) and forward_ad.unpack_dual(tensor).tangent is not None:
+                raise RuntimeError(
+                    "a kernel of fused-steer got a forward-mode tangent; expected post_block, post_block_norm or "
+                    "rms_norm, outside of compiled and exported graphs"
+                )
+
+
+def is_differentiated_again(tensors: Iterable[Tensor | None]) -> bool:
+    """Return whether the gradients of a transform of torch.func may be differentiated once more, from outside of it.
+
+    Args:
+        tensors: what the gradients are computed from, inside the transform.
+    """
+    functorch = torch._C._functorch
+    stack = functorch.peek_interpreter_stack()
+    level = -1 if stack is None else stack.level()
+    for tensor in tensors:
+        while tensor is not None:
+            if functorch.maybe_get_level(tensor) != level and tensor.requires_grad:
+                return True
+            tensor = functorch.get_unwrapped(tensor) if functorch.is_functorch_wrapped_tensor(tensor) else None
+    return False
