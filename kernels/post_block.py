@@ -1087,7 +1087,7 @@ def backward(
     gain, basis, scale = operands.gain, operands.basis, operands.scale
     with _no_autocast(grad.device):
         if again:
-            found = torch_backend.backward(grad, kept, a, _projected(operands), wanted, grad_a)
+            found = torch_backend.backward(grad, kept, a, _projected(operands), wanted, grad_a, again)
         else:
             found = _BACKWARD[select_backend(grad.device)](grad, kept, a, _projected(operands), wanted)
         if basis is not None and found.up is not None:

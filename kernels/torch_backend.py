@@ -21,22 +21,25 @@ from .contract import Gradients, Needs, Operands
 _aten = torch.ops.aten
 
 
-def _silu_backward(dz: Tensor, a: Tensor) -> Tensor:
-    if not torch.is_grad_enabled():
-        return _aten.silu_backward(dz, a)
-    gate = torch.sigmoid(a)  # PyTorch does not differentiate silu_backward
-    return dz * gate * (1 + a * (1 - gate))
-
 
 #: name -> (φ, (∂L/∂φ(a), a) -> ∂L/∂a), for tensors of any floating dtype.
 ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
     "identity": (lambda a: a, lambda dz, a: dz),
-    "silu": (F.silu, _silu_backward),
+    "silu": (F.silu, _aten.silu_backward),
     "gelu": (F.gelu, _aten.gelu_backward),
     "gelu_tanh": (partial(F.gelu, approximate="tanh"), partial(_aten.gelu_backward, approximate="tanh")),
     "relu": (F.relu, lambda dz, a: _aten.threshold_backward(dz, a, 0)),
     "tanh": (torch.tanh, lambda dz, a: _aten.tanh_backward(dz, torch.tanh(a))),
 }
+
+
+def _silu_backward(dz: Tensor, a: Tensor) -> Tensor:
+    gate = torch.sigmoid(a)
+    return dz * gate * (1 + a * (1 - gate))
+
+
+#: In place of derivatives that PyTorch does not differentiate again.
+_DIFFERENTIABLE = {"silu": _silu_backward}
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -146,6 +149,7 @@ def backward(
     operands: Operands,
     needs: Needs,
     grad_a: Tensor | None = None,
+    again: bool = False,
 ) -> Gradients:
     """Compute the backward pass of `post_block` by hand. The gradient of `up` is that of the projected W2'.
 
@@ -153,6 +157,7 @@ def backward(
         kept: `out`, or branch if W1 is applied to branch. dW1 = daᵀx is computed from it. In `out` the share of s·g·u
             is subtracted in r × r products, without recomputing x.
         grad_a: (N, r), a gradient of `a` that does not come by `out`. A second derivative has one.
+        again: use only operations that PyTorch can differentiate again.
     """
     down, up, _, up_bias, gain, _, scale, activation, _, reads = operands
     acc = accumulation_dtype(grad.dtype)
@@ -164,6 +169,8 @@ def backward(
 
     if down is not None and up is not None and a is not None:
         phi, phi_backward = ACTIVATIONS[activation]
+        if again:
+            phi_backward = _DIFFERENTIABLE.get(activation, phi_backward)
         up = up.to(acc)
         phi_a = phi(a)
         if needs.up:

@@ -37,7 +37,8 @@ from models import (
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.func import functional_call, grad, vjp, vmap
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, jvp, vjp, vmap
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -309,19 +310,70 @@ def test_modes_compiled_gradients_of_a_functional_call(fuse_norm):
         torch.testing.assert_close(found[name], expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("outer", ["transform", "autograd"])
-def test_modes_a_second_derivative_through_a_functional_call_is_refused(outer):
-    model = steered(build())
-    values, first = substitutes(model), grad(functional_loss(model))
+def by_autograd(loss: Callable[[dict[str, Tensor]], Tensor], values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The gradients of the sum of the gradients' squares."""
+    leaves = {name: value.detach().clone().requires_grad_() for name, value in values.items()}
+    first = torch.autograd.grad(loss(leaves), list(leaves.values()), create_graph=True)
+    second = torch.autograd.grad(sum(g.square().sum() for g in first), list(leaves.values()))
+    return dict(zip(leaves, second, strict=True))
 
-    def length(of: dict[str, Tensor]) -> Tensor:
-        return torch.stack([g.square().sum() for g in first(of).values()]).sum()
 
-    with refused(RuntimeError, "post_block has no second derivative"):
-        if outer == "transform":
-            grad(length)(values)
-        else:
-            length({name: value.requires_grad_() for name, value in values.items()}).backward()
+def by_transforms(loss: Callable[[dict[str, Tensor]], Tensor], values: dict[str, Tensor]) -> dict[str, Tensor]:
+    return grad(lambda of: torch.stack([g.square().sum() for g in grad(loss)(of).values()]).sum())(values)
+
+
+def by_autograd_of_a_transform(
+    loss: Callable[[dict[str, Tensor]], Tensor], values: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    leaves = {name: value.detach().clone().requires_grad_() for name, value in values.items()}
+    length = torch.stack([g.square().sum() for g in grad(loss)(leaves).values()]).sum()
+    return dict(zip(leaves, torch.autograd.grad(length, list(leaves.values())), strict=True))
+
+
+def by_forward_mode(loss: Callable[[dict[str, Tensor]], Tensor], values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The gradients of the squares are twice the Hessian times the gradient."""
+    first = grad(loss)(values)
+    return {name: 2 * value for name, value in jvp(grad(loss), (values,), (first,))[1].items()}
+
+
+@pytest.mark.parametrize("way", [by_autograd, by_transforms, by_autograd_of_a_transform, by_forward_mode])
+@pytest.mark.parametrize("fuse_norm", [False, True])
+def test_modes_second_derivatives(fuse_norm, way):
+    base = build(attn_implementation="eager")  # PyTorch's fused attention has none
+    model = patch_model(copy.deepcopy(base), CONFIG, fuse_norm=fuse_norm)
+    values = {name: 0.3 * value for name, value in substitutes(model).items()}
+    model(tokens(), labels=tokens()).loss.backward()  # by plans where there are kernels
+    hooked = Hooked(base, {name.replace(".default", ""): value for name, value in values.items()})
+    expected, exact = (_second_derivatives(h) for h in (hooked, hooked.double()))
+    found = {name.replace(".default", ""): value for name, value in way(functional_loss(model), values).items()}
+    assert_no_worse(found, expected, exact)
+
+
+def _second_derivatives(hooked: Hooked) -> dict[str, Tensor]:
+    leaves = list(hooked.leaves.values())
+    first = torch.autograd.grad(hooked.model(tokens(), labels=tokens()).loss, leaves, create_graph=True)
+    second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+    return dict(zip(hooked.leaves, second, strict=True))
+
+
+@pytest.mark.parametrize("graded", [True, False])
+@pytest.mark.parametrize("fuse_norm", [False, True])
+def test_modes_forward_mode(fuse_norm, graded):
+    """Without gradients the layers' plans would start kernels, which see no tangent."""
+    base = build(attn_implementation="eager")
+    model = patch_model(copy.deepcopy(base), CONFIG, fuse_norm=fuse_norm)
+    parameters = randomize(model)
+    hooked = Hooked(base, parameters)
+
+    def tangent(network: nn.Module) -> Tensor:
+        entering = network.get_input_embeddings()(tokens()).detach()
+        with torch.set_grad_enabled(graded):
+            network(inputs_embeds=entering)
+            with forward_ad.dual_level():
+                dual = forward_ad.make_dual(entering, entering.sin())
+                return forward_ad.unpack_dual(network(inputs_embeds=dual).logits).tangent.detach()
+
+    assert_no_worse(*(tangent(network) for network in (model, hooked.model, hooked.double().model)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

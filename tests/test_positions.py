@@ -29,6 +29,7 @@ from models import (
 from peft import LoraConfig, get_peft_model
 from text import tokenizer
 from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
 from trainers import trainer
 from transformers import DataCollatorWithFlattening, Trainer
 
@@ -268,6 +269,27 @@ def test_positions_compiled_in_one_graph():
     for layer in model.model.layers:
         layer.compile(fullgraph=True, backend="aot_eager")
     assert_close(_grads(model, ids), expected)
+
+
+def test_positions_under_the_transforms_of_torch_func():
+    """The gradients of each text by vmap are those of the text alone."""
+    model = steered("first_1+last_2").train()
+    model.set_attn_implementation("eager")  # vmap refuses transformers' mask of the other
+    values = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    ids = tokens(batch=3, length=8)
+    given = ids, labelled(ids, [3, 5, 4]), torch.ones_like(ids)
+    given[2][1, -2:] = 0
+
+    def loss(values: dict[str, Tensor], ids: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+        inputs = {"input_ids": ids[None], "labels": labels[None], "attention_mask": mask[None], "use_cache": False}
+        return functional_call(model, values, (), inputs).loss
+
+    found = vmap(grad(loss), in_dims=(None, 0, 0, 0))(values, *given)
+    for row, text in enumerate(zip(*given, strict=True)):
+        leaves = {name: value.clone().requires_grad_() for name, value in values.items()}
+        expected = torch.autograd.grad(loss(leaves, *text), list(leaves.values()))
+        for name, value in zip(leaves, expected, strict=True):
+            torch.testing.assert_close(found[name][row], value, rtol=1e-4, atol=1e-6)
 
 
 def _grads(model: nn.Module, ids: Tensor, run: Callable[..., Any] | None = None) -> dict[str, Tensor]:

@@ -583,3 +583,49 @@ def test_orthogonality_a_lora_that_diverges_is_not_saved_beside(tmp_path):
     with refused(ValueError, "'default'", "not finite"):
         model.steering.save(tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The transforms of torch.func
+
+
+def _functional(model: nn.Module) -> Any:
+    return lambda values: torch.func.functional_call(model, values, (tokens(),), {"labels": tokens()}).loss
+
+
+def test_orthogonality_under_the_transforms_of_torch_func():
+    """The gradients are those of training, and a W2 that is not orthogonal is projected."""
+    model = joint(init_lora_weights=False)
+    steering = randomize(model)
+    model(tokens(), labels=tokens())  # projects the parameters
+    leaves = {name: p for name, p in model.named_parameters() if p.requires_grad and "steer" in name}
+    assert len(leaves) == len(steering)
+    expected = torch.autograd.grad(_functional(model)(leaves), list(leaves.values()))
+    before = {name: p.detach().clone() for name, p in leaves.items()}
+    writers = written(model, MLP)
+    skewed = dict(before)
+    for index, name in enumerate(name for name in before if name.endswith("steer_up.default.weight")):
+        skewed[name] = before[name] + writers[index].sum(1, keepdim=True)
+    for values in (before, skewed):
+        found = torch.func.grad(_functional(model))(values)
+        for name, value in zip(leaves, expected, strict=True):
+            torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5)
+    assert all(torch.equal(p, before[name]) for name, p in leaves.items())
+
+
+def test_orthogonality_transforms_before_a_pass_or_of_the_lora_are_refused():
+    model = joint(init_lora_weights=False)
+    steering, lora = (
+        {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad and part in name}
+        for part in ("steer", "lora_B")
+    )
+    with refused(RuntimeError, "kept orthogonal to a LoRA that no training pass has seen"):
+        torch.func.grad(_functional(model))(steering)
+    model(tokens(), labels=tokens())
+    torch.func.grad(_functional(model))(steering)
+    with refused(RuntimeError, "a transform of torch.func varies LoRA's B"):
+        torch.func.grad(_functional(model))(lora)
+    with torch.no_grad():
+        next(p for name, p in model.named_parameters() if "down_proj.lora_B" in name).mul_(2)
+    with refused(RuntimeError, "kept orthogonal to a LoRA that no training pass has seen"):
+        torch.func.grad(_functional(model))(steering)
