@@ -28,13 +28,17 @@ def is_forward_mode() -> bool:
 
 def refuse_tangents(tensors: Iterable[Any]) -> None:
     """Raise RuntimeError if one of the tensors has a forward-mode tangent."""
-    if is_forward_mode():
-        for tensor in tensors:
-            if isinstance(tensor, Tensor) and forward_ad.unpack_dual(tensor).tangent is not None:
-                raise RuntimeError(
-                    "a kernel of fused-steer got a forward-mode tangent; expected post_block, post_block_norm or "
-                    "rms_norm, outside of compiled and exported graphs"
-                )
+    if not is_forward_mode():
+        return
+    # Tangents are autograd's, and the dispatcher may have passed it already.
+    all_keys = torch._C._dispatch_tls_local_include_set(), torch._C.DispatchKeySet(torch._C.DispatchKey.Undefined)
+    with torch._C._ForceDispatchKeyGuard(*all_keys):
+        dual = [isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None for t in tensors]
+    if any(dual):
+        raise RuntimeError(
+            "a kernel of fused-steer got a forward-mode tangent; expected post_block, post_block_norm or rms_norm, "
+            "outside of compiled and exported graphs"
+        )
 
 
 def is_differentiated_again(tensors: Iterable[Tensor | None]) -> bool:

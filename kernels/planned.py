@@ -296,7 +296,7 @@ def _differentiate_again(ctx: Any, grad: Tensor | None, grad_a: Tensor | None) -
         if grad_a is None:
             return [None for _ in training.places]
         grad = grad_a.new_zeros(training.shape, dtype=training.dtype)
-    found = ()
+    found: list[Tensor] = []
     if training.saves[2]:
         kept, a, steering = _unpacked(training, saved_tensors(ctx, training.constants[2]))
         found = backward(grad, kept, a, steering, training.needs, grad_a, again=True)

@@ -1432,8 +1432,9 @@ def _transformed_backward(ctx: Any, grad: Tensor | None, grad_a: Tensor | None) 
 def _transformed(*inputs: Any) -> Tensor:
     """Compute the op inside a transform of torch.func or forward-mode differentiation."""
     if is_forward_mode():
-        with _no_autocast(inputs[0].device):
-            return torch_backend.definition(*inputs[:2], _projected(_of_op(*inputs[2:-1])))
+        residual, branch, *operands, _ = inputs
+        with _no_autocast(residual.device):
+            return torch_backend.definition(residual, branch, _projected(_of_op(*operands)))
     return _TransformedPostBlock.apply(*inputs)[0]
 
 

@@ -21,7 +21,6 @@ from .contract import Gradients, Needs, Operands
 _aten = torch.ops.aten
 
 
-
 #: name -> (φ, (∂L/∂φ(a), a) -> ∂L/∂a), for tensors of any floating dtype.
 ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
     "identity": (lambda a: a, lambda dz, a: dz),

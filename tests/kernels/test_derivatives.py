@@ -271,18 +271,42 @@ def test_derivatives_that_no_op_has_are_refused(device):
                 assert "\n" not in str(error.value)
 
 
-def test_derivatives_of_an_exported_program_are_refused_in_forward_mode(device):
+def test_derivatives_of_graphs_are_refused_in_forward_mode(device):
     class Steered(torch.nn.Module):
         def forward(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
             return post_block(x, x, down, up)
 
     inputs = make_inputs(5, D, rank=3, device=device)
     given = inputs.residual, inputs.down, inputs.up
-    program = torch.export.export(Steered(), given).module()
-    with forward_ad.dual_level():
-        dual = forward_ad.make_dual(given[0], torch.ones_like(given[0]))
-        with pytest.raises(RuntimeError, match="outside of compiled and exported graphs"):
-            program(dual, *given[1:])
+    exported = torch.export.export(Steered(), given).module()
+    compiled = torch.compile(Steered(), backend="aot_eager")
+    for run in (exported, compiled):
+        with torch.no_grad(), forward_ad.dual_level():
+            run(*given)
+            dual = forward_ad.make_dual(given[0], torch.ones_like(given[0]))
+            with pytest.raises(RuntimeError, match="outside of compiled and exported graphs"):
+                run(dual, *given[1:])
+
+
+def test_derivatives_of_a_compiled_transform(device):
+    """The op runs uncompiled there."""
+    inputs = make_inputs(3, D, rank=3, scale=False, device=device)
+    exact = replace(inputs.map(lambda t: t.double()), scale=inputs.scale)
+
+    def second(run: Callable[[Inputs], tuple[Tensor]], given: Inputs) -> list[Tensor]:
+        def slope(x: Tensor) -> Tensor:
+            return grad(lambda x: along(curved(lambda x: run(replace(given, residual=x)))(x)))(x)
+
+        return [
+            torch.compile(lambda x: jvp(slope, (x,), (x.cos(),))[1], backend="aot_eager")(given.residual),
+            torch.compile(grad(lambda x: along([slope(x)])), backend="aot_eager")(given.residual),
+        ]
+
+    try:
+        found = second(steer("silu"), inputs)
+        assert_near(found, second(lambda x: (definition(x, "silu"),), exact))
+    finally:
+        torch._dynamo.reset()  # PyTorch marks the code that it could not compile
 
 
 # ------------------------------------------------------------------------------------------------- LoReFT's rotation
