@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 #: What W1 may be applied to: residual + branch, or branch alone.
@@ -20,6 +21,16 @@ def check_reads(reads: str, branch: Tensor | None) -> None:
         raise ValueError(f"reads is {reads!r}; expected one of {', '.join(READS)}")
     if reads == "branch" and branch is None:
         raise ValueError("reads is 'branch' but branch is None; expected a branch, or reads='sum'")
+
+
+def check_dense(name: str, tensor: Tensor) -> None:
+    """
+    Raises:
+        TypeError: the tensor is sparse, nested, or in a layout of oneDNN.
+    """
+    if tensor.is_nested or tensor.layout != torch.strided:
+        kind = "a nested tensor" if tensor.is_nested else f"of layout {tensor.layout}"
+        raise TypeError(f"{name} is {kind}; expected a dense tensor")
 
 
 class Packed(NamedTuple):

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from .activations import ACTIVATIONS, apply
 from .backend import select_backend
-from .contract import GroupedCall, check_reads
+from .contract import GroupedCall, check_dense, check_reads
 from .derivatives import is_transformed
 from .grouped_torch import TokenPlan, grouped_forward, plan_tokens
 from .launch import device_of, empty, is_recording, launch
@@ -548,6 +548,10 @@ def check_grouped(
         ValueError, TypeError, RuntimeError: see `post_block_grouped`.
     """
     downs, ups, down_biases, up_biases, activation = weights
+    names = ("residual", "branch", "downs", "ups", "down_biases", "up_biases", "adapter_ids", "gain")
+    for name, tensor in zip(names, (residual, branch, *weights[:4], adapter_ids, gain), strict=True):
+        if tensor is not None:
+            check_dense(name, tensor)
     shape, device = residual.shape, residual.device
     hidden, places = shape[-1], shape[:-1]
     _check("residual", residual, shape, device)

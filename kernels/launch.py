@@ -124,6 +124,8 @@ def launch(
         RuntimeError: an argument has a forward-mode tangent.
     """
     refuse_tangents(arguments)
+    # The memory of a negative view, such as the imaginary part of a conjugate, has the other sign.
+    arguments = tuple(value.resolve_neg() if isinstance(value, torch.Tensor) else value for value in arguments)
     constants.update(schedule.constants)
     watching = watcher.get()
     if isinstance(watching, _Recording):

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from . import norm_torch
 from .backend import select_backend
+from .contract import check_dense
 from .derivatives import is_transformed
 from .launch import device_of, empty, launch
 from .norm_torch import Norm
@@ -360,6 +361,7 @@ def check_norm(x: Tensor, norm: Norm) -> None:
     Raises:
         ValueError, TypeError: see `rms_norm`.
     """
+    check_dense("the normalised tensor", x)
     if x.dim() < 1 or not 0 < x.shape[-1] <= MAX_WIDTH:
         raise ValueError(
             f"the normalised tensor has shape {tuple(x.shape)}; expected (..., d) with 0 < d <= {MAX_WIDTH}"
@@ -370,6 +372,7 @@ def check_norm(x: Tensor, norm: Norm) -> None:
     tensors = [("the normalised tensor", x)]
     if weight is not None:
         tensors.append(("norm_weight", weight))
+        check_dense("norm_weight", weight)
         if weight.shape != x.shape[-1:]:
             raise ValueError(f"norm_weight has shape {tuple(weight.shape)}; expected ({x.shape[-1]},)")
         if weight.device != x.device:

@@ -37,7 +37,7 @@ from torch import Tensor
 from . import torch_backend
 from .activations import ACTIVATIONS, apply, derivative
 from .backend import select_backend
-from .contract import Gradients, Needs, Operands, Packed, check_reads
+from .contract import Gradients, Needs, Operands, Packed, check_dense, check_reads
 from .derivatives import is_differentiated_again, is_forward_mode, is_transformed
 from .inductor import start_directly
 from .launch import device_of, empty, launch
@@ -1505,6 +1505,8 @@ def check_operands(residual: Tensor, branch: Tensor | None, operands: Operands) 
     for name, tensor in zip(_TENSORS, (residual, branch, down, up, down_bias, up_bias, gain, basis), strict=True):
         if not isinstance(tensor, Tensor) and (tensor is not None or name == "residual"):
             raise TypeError(f"{name} is a {type(tensor).__name__}; expected a tensor")
+        if tensor is not None:
+            check_dense(name, tensor)
     if residual.dim() < 1 or residual.shape[-1] == 0:
         raise ValueError(f"residual has shape {tuple(residual.shape)}; expected (..., d) with d > 0")
     device, hidden = residual.device, residual.shape[-1]

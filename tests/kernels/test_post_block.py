@@ -1061,6 +1061,16 @@ BAD = {
     "down type": (dict(down="W1"), TypeError, "down is a str; expected a tensor"),
     "gain type": (dict(gain=0.5), TypeError, "gain is a float; expected a tensor"),
     "basis type": (dict(basis=np.ones((16, 2))), TypeError, "basis is a ndarray; expected a tensor"),
+    "branch sparse": (
+        dict(branch=torch.ones(6, 16).to_sparse()),
+        TypeError,
+        "branch is of layout torch.sparse_coo; expected a dense tensor",
+    ),
+    "residual of texts": (
+        dict(residual=torch.nested.nested_tensor([torch.ones(2, 16), torch.ones(4, 16)], layout=torch.jagged)),
+        TypeError,
+        "residual is a nested tensor; expected a dense tensor",
+    ),
     "scale NaN": (dict(scale=math.nan), ValueError, "scale is nan; expected at most 3.402823e"),
     "scale beyond float32": (dict(scale=-1e39), ValueError, "scale is -1e\\+39; expected at most 3.402823e"),
     "scale of 401 digits": (dict(scale=10**400), ValueError, "scale is too large; expected at most 3.402823e"),
@@ -1084,6 +1094,19 @@ def test_post_block_bad_input_is_one_clear_line(changes, kind, message):
     with pytest.raises(kind, match=message) as error:
         fused(replace(GOOD, **changes))
     assert "\n" not in str(error.value)
+
+
+def test_post_block_negative_views_have_their_sign(device):
+    """PyTorch leaves the memory of a conjugate's imaginary part as it is. A kernel reads memory."""
+    inputs = replace(make_inputs(6, 32, rank=4, scale=False, device=device), basis=None)
+    grad = torch.randn(6, 32, device=device)
+    for name in inputs.tensors():
+        given = (replace(inputs, **{name: turn(getattr(inputs, name))}) for turn in (torch._neg_view, torch.neg))
+        assert torch.equal(*map(fused, given)), name
+    for given in (inputs, replace(inputs, down=None, up=None, down_bias=None)):
+        found, expected = (run(fused, given, "silu", turn(grad)) for turn in (torch._neg_view, torch.neg))
+        for name, value in expected.items():
+            assert torch.equal(found[name], value), name
 
 
 @pytest.mark.parametrize("half", [np.float32(0.5), np.float16(0.5), Fraction(1, 2)], ids=repr)
