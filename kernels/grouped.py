@@ -36,7 +36,7 @@ from .grouped_torch import TokenPlan, grouped_forward, plan_tokens
 from .launch import device_of, empty, is_recording, launch
 from .numerics import dot, dot_precision, operand, store
 from .plan import OpPlan, run_planned
-from .registered import is_described, register
+from .registered import is_described, is_wrapped, register
 from .schedule import MAX_RANK, Blocks, Device, ceil_div, next_power_of_2, padded_rank
 
 FEW_TOKENS = 256  # up to this many, each token has its own program, as in decoding
@@ -552,6 +552,8 @@ def check_grouped(
     for name, tensor in zip(names, (residual, branch, *weights[:4], adapter_ids, gain), strict=True):
         if tensor is not None:
             check_dense(name, tensor)
+            if is_wrapped(tensor) and not is_described(tensor) and not torch.compiler.is_compiling():
+                raise TypeError(f"{name} is a {type(tensor).__name__}; expected a plain tensor")
     shape, device = residual.shape, residual.device
     hidden, places = shape[-1], shape[:-1]
     _check("residual", residual, shape, device)

@@ -34,6 +34,7 @@ from .norm_torch import Norm
 from .numerics import store
 from .plan import OpPlan, run_planned
 from .post_block import _DTYPES, _contiguous, _no_autocast, _row_layout
+from .registered import is_wrapped
 from .rows import (
     added,
     inverse_rms,
@@ -391,8 +392,8 @@ def rms_norm(
 ) -> Tensor:
     """RMSNorm, x / sqrt(mean(x²) + eps) ⊙ w, in one pass over the hidden state. All arithmetic is float32.
 
-    Gradients with create_graph=True, and calls inside transforms of torch.func and in forward mode, are computed by
-    PyTorch operations instead of kernels.
+    Gradients with create_graph=True, and calls inside transforms of torch.func, in forward mode, or on tensor
+    subclasses such as DTensor are computed by PyTorch operations instead of kernels.
 
     Args:
         x: (..., d), d at most 32768, float32, bfloat16, float16, or, on the torch backend, float64. Any strides.
@@ -411,7 +412,7 @@ def rms_norm(
     """
     norm = Norm(weight, eps, plus_one, rounds_first)
     check_norm(x, norm)
-    if is_transformed():
+    if is_transformed() or is_wrapped(x, weight):
         with _no_autocast(x.device):
             return norm_torch.definition(x, norm)
     if torch.is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad)):

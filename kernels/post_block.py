@@ -44,7 +44,7 @@ from .launch import device_of, empty, launch
 from .numerics import dot, dot_precision, held, met, operand, operand_dtype, packed_operand, store
 from .packing import MANY_TOKENS, pack_adapter
 from .plan import OpPlan, Plan, keep, no_plan, run_planned
-from .registered import is_described, register
+from .registered import is_described, is_wrapped, register
 from .resident import NO_NORM, post_block_fwd_resident_kernel
 from .rows import added, load_states, row_offsets, row_strength, scaled
 from .schedule import (
@@ -1431,11 +1431,13 @@ def _transformed_backward(ctx: Any, grad: Tensor | None, grad_a: Tensor | None) 
 
 def _transformed(*inputs: Any) -> Tensor:
     """Compute the op inside a transform of torch.func or forward-mode differentiation."""
-    if is_forward_mode():
-        residual, branch, *operands, _ = inputs
-        with _no_autocast(residual.device):
-            return torch_backend.definition(residual, branch, _projected(_of_op(*operands)))
-    return _TransformedPostBlock.apply(*inputs)[0]
+    return _defined(*inputs) if is_forward_mode() else _TransformedPostBlock.apply(*inputs)[0]
+
+
+def _defined(residual: Tensor, branch: Tensor | None, *inputs: Any) -> Tensor:
+    """Compute the op by PyTorch operations, which PyTorch differentiates."""
+    with _no_autocast(residual.device):
+        return torch_backend.definition(residual, branch, _projected(_of_op(*inputs[:-1])))
 
 
 def first_order(of: tuple[Tensor, ...], gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
@@ -1581,8 +1583,8 @@ def post_block(
     zero gain or scale), the result is `residual + branch` bit for bit. Autocast has no effect: sums and adapter
     arithmetic are float32, or float64 for float64 inputs.
 
-    Gradients with create_graph=True, and derivatives in forward mode, are computed by PyTorch operations instead of
-    kernels.
+    Gradients with create_graph=True, derivatives in forward mode, and calls on tensor subclasses such as DTensor are
+    computed by PyTorch operations instead of kernels.
 
     Args:
         residual: (..., d), float32, bfloat16, float16, or, on the torch backend, float64. Any strides are allowed. Only
@@ -1628,6 +1630,8 @@ def post_block(
         from .transforms import uncompiled
 
         return uncompiled(_transformed, *inputs)
+    if not in_graph and is_wrapped(*differentiated, basis):
+        return _defined(*inputs)
     if in_graph:
         if not wanted and branch is not None and down is not None and up is not None and scale_tensor is not None:
             if down_bias is None and up_bias is None and gain is None and basis is None:

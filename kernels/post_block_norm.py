@@ -57,7 +57,7 @@ from .post_block import (
     saved_tensors,
     triton_forward,
 )
-from .registered import is_described, register
+from .registered import is_described, is_wrapped, register
 from .resident import post_block_fwd_resident_kernel
 from .rows import inverse_rms, norm_factor, normalised, rounded
 from .schedule import ForwardSchedule, forward_schedule, forward_splits
@@ -459,8 +459,8 @@ def post_block_norm(
     If the shift is exactly zero, `out` is `residual + branch` bit for bit. The norm sums over d in another order than
     PyTorch, so `normed` does not have the bits of a model's own norm.
 
-    Gradients with create_graph=True, and calls inside transforms of torch.func and in forward mode, are computed by
-    PyTorch operations instead of kernels.
+    Gradients with create_graph=True, and calls inside transforms of torch.func, in forward mode, or on tensor
+    subclasses such as DTensor are computed by PyTorch operations instead of kernels.
 
     Args:
         residual, branch, down, up, down_bias, up_bias, activation, scale, gain, basis, reads: see `post_block`. d is at
@@ -485,6 +485,8 @@ def may_plan(residual: Tensor, branch: Tensor | None, operands: Operands, norm: 
     backend = select_backend(residual.device)
     if is_described(residual) or backend != "triton" or is_transformed():
         return backend, False
+    if is_wrapped(residual, branch, *operands, norm.weight):
+        return backend, False
     check_operands(residual, branch, operands)
     check_norm(residual, norm)
     return backend, operands.down is None or operands.rank > 0
@@ -497,7 +499,7 @@ def steer_and_normalise(
     in_graph = torch.compiler.is_compiling() or is_described(residual)
     check_operands(residual, branch, operands)
     check_norm(residual, norm)
-    if is_transformed():
+    if is_transformed() or (not in_graph and is_wrapped(residual, branch, *operands, norm.weight)):
         if torch.compiler.is_compiling():
             raise RuntimeError(
                 "post_block_norm was compiled inside a transform of torch.func; expected post_block and a norm"

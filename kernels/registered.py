@@ -38,6 +38,12 @@ def is_described(tensor: Tensor) -> bool:
     return torch._C._len_torch_dispatch_stack() > 0 and any(map(torch._C._get_dispatch_mode, _DESCRIBING))
 
 
+def is_wrapped(*tensors: Any) -> bool:
+    """Return whether one is of a subclass that holds other tensors, such as DTensor. A kernel would find no memory."""
+    kinds = {type(t) for t in tensors if isinstance(t, Tensor)}
+    return any(kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ for kind in kinds)
+
+
 def refuse_jit_trace() -> None:
     """Raise RuntimeError if torch.jit.trace is recording."""
     if torch._C._get_tracing_state() is not None:

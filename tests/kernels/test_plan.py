@@ -28,7 +28,7 @@ import torch
 import triton
 from fused_steer.kernels import inductor, planned, post_block
 from fused_steer.kernels import plan as plans
-from fused_steer.kernels.grouped import Routing
+from fused_steer.kernels.grouped import Routing, post_block_grouped
 from fused_steer.kernels.launch import recorded
 from fused_steer.kernels.norm_torch import Norm
 from fused_steer.kernels.planned import PlannedPostBlock
@@ -39,6 +39,7 @@ from fused_steer.kernels.schedule import RESIDENT_RANK, TARGETS
 from hardware import HAS_GPU
 from packaging.version import Version
 from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 from triton.runtime.interpreter import GridExecutor
 
@@ -835,6 +836,22 @@ def test_plan_a_weight_changed_before_backward_is_an_error(device, made):
             parts(site)[1].mul_(2)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             out.sum().backward()
+
+
+def test_plan_of_tensors_that_hold_others(device, made):
+    """A subclass such as DTensor has no memory of its own."""
+    site, steer, (residual, branch) = make_site(device), Normed(device), states(5, device)
+    for graded in (False, True):
+        with torch.set_grad_enabled(graded):
+            for _ in range(2):
+                wrapped = TwoTensor(residual, residual.clone()), TwoTensor(branch, branch.clone())
+                torch.testing.assert_close(site(*wrapped).a, site(residual, branch))
+                for one, other in zip(steer(*wrapped), steer(residual, branch), strict=True):
+                    torch.testing.assert_close(one.a, other)
+    weights = [torch.stack([t]) for t in parts(site)[:2]]
+    with pytest.raises(TypeError, match="residual is a TwoTensor; expected a plain tensor") as error:
+        post_block_grouped(wrapped[0], branch, *weights, torch.zeros(2, 5, dtype=torch.int32, device=device))
+    assert "\n" not in str(error.value)
 
 
 def assert_same_second_derivatives(

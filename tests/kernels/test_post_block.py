@@ -24,6 +24,7 @@ from fused_steer.kernels.schedule import (
 from fused_steer.kernels.torch_backend import backward, forward
 from ops import Inputs, definition, make_draws, make_inputs, pack_reference, relative_error
 from torch import Tensor
+from torch.testing._internal.two_tensor import TwoTensor
 
 from fused_steer import post_block
 
@@ -1107,6 +1108,24 @@ def test_post_block_negative_views_have_their_sign(device):
         found, expected = (run(fused, given, "silu", turn(grad)) for turn in (torch._neg_view, torch.neg))
         for name, value in expected.items():
             assert torch.equal(found[name], value), name
+
+
+@pytest.mark.parametrize("wrapped", [("residual", "branch"), ("down", "up"), ("gain",)], ids="+".join)
+def test_post_block_of_tensors_that_hold_others(device, wrapped):
+    """A subclass such as DTensor has no memory of its own. PyTorch's operations compute with what it holds."""
+    inputs = make_inputs(6, 32, rank=4, device=device)
+    leaves = inputs.leaves()
+    named = replace(leaves, basis=None).tensors()
+    expected = fused(leaves)
+    gradients = torch.autograd.grad(expected.sin().sum(), list(named.values()))
+    held = {name: TwoTensor(*(named[name].detach().clone() for _ in range(2))) for name in wrapped}
+    given = replace(leaves, **{name: value.requires_grad_() for name, value in held.items()})
+    found = fused(given)
+    assert type(found) is TwoTensor
+    assert_near(found.a, expected)
+    wanted = list(replace(given, basis=None).tensors().values())
+    for one, other in zip(torch.autograd.grad(found.sin().sum(), wanted), gradients, strict=True):
+        assert_near(getattr(one, "a", one), other)
 
 
 @pytest.mark.parametrize("half", [np.float32(0.5), np.float16(0.5), Fraction(1, 2)], ids=repr)
