@@ -23,6 +23,7 @@ The map, in reading order. A file imports only files that stand above it.
     norm.py          RMSNorm: forward and backward kernels, launchers, autograd
     post_block_norm.py post_block and the RMSNorm that follows, forward by one kernel
     planned_norm.py  post_block_norm with launch plans, for a layer's site
+    exporting.py     the registered ops as operations of PyTorch, for other runtimes
     grouped_torch.py post_block_grouped in plain PyTorch
     grouped.py       the op with an adapter for each token, forward only
     grouped_norm.py  the same and the RMSNorm that follows, by one kernel
@@ -43,7 +44,8 @@ if __name__ == "kernels":
 else:
     from .activations import ACTIVATIONS
     from .backend import select_backend
+    from .exporting import decompositions
     from .post_block import post_block
     from .schedule import MAX_RANK
 
-    __all__ = ["ACTIVATIONS", "MAX_RANK", "post_block", "select_backend"]
+    __all__ = ["ACTIVATIONS", "MAX_RANK", "decompositions", "post_block", "select_backend"]

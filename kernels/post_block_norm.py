@@ -371,12 +371,15 @@ class _PostBlockNorm(torch.autograd.Function):
             *(inputs[2:8] if any(ctx.needs[1:-1]) else (None,) * 6), basis if any(ctx.needs[1:-1]) else None, weight,
         )  # fmt: skip
         ctx.set_materialize_grads(False)
-        # Outside of a graph a second derivative takes the way by `a`: see `post_block`.
-        return (out, normed) if in_graph or a is None else (out, normed, a)
+        if in_graph:
+            ctx.mark_non_differentiable(a, inverse)
+            return out, normed, a, inverse
+        # A second derivative takes the way by `a`: see `post_block`.
+        return (out, normed) if a is None else (out, normed, a)
 
     @staticmethod
     def backward(
-        ctx: Any, grad: Tensor | None, grad_normed: Tensor | None, grad_a: Tensor | None = None
+        ctx: Any, grad: Tensor | None, grad_normed: Tensor | None, grad_a: Tensor | None = None, *_: None
     ) -> tuple[Tensor | None, ...]:
         if grad is None and grad_normed is None and grad_a is None:
             return (None,) * 17
@@ -412,13 +415,11 @@ def _differentiate(
 
 
 def _in_graph(*inputs: Any) -> tuple[Tensor, ...]:
-    """Differentiate the registered op. It returns two empty tensors in place of a and 1 / rms."""
+    """Differentiate the registered op."""
     residual, branch, *operands = inputs[:12]
     weights, (basis, scale, activation, reads) = operands[:6], operands[6:]
     weight, *kind = inputs[12:16]
-    found = _PostBlockNorm.apply(residual, branch, *weights, weight, basis, scale, activation, reads, *kind, True)
-    out, normed = found
-    return out, normed, *(out.new_empty(0, dtype=torch_backend.accumulation_dtype(out.dtype)) for _ in range(2))
+    return _PostBlockNorm.apply(residual, branch, *weights, weight, basis, scale, activation, reads, *kind, True)
 
 
 _op = register(

@@ -121,9 +121,21 @@ def forward(residual: Tensor, branch: Tensor | None, operands: Operands, keep_a:
     return out.to(dtype), a if keep_a else None
 
 
+def pre_activation(residual: Tensor, branch: Tensor | None, operands: Operands) -> Tensor:
+    """Return a (..., r), what φ is applied to."""
+    assert operands.down is not None
+    dtype = residual.dtype if branch is None else torch.promote_types(residual.dtype, branch.dtype)
+    acc, bias = accumulation_dtype(dtype), operands.down_bias
+    if branch is None:
+        read = residual.to(acc)
+    else:
+        read = branch.to(acc) if operands.reads == "branch" else residual.to(acc) + branch.to(acc)
+    return F.linear(read, operands.down.to(acc), None if bias is None else bias.to(acc))
+
+
 def definition(residual: Tensor, branch: Tensor | None, operands: Operands) -> Tensor:
     """Compute `post_block` by operations that PyTorch differentiates in every mode and order, and without a basis."""
-    down, up, down_bias, up_bias, gain, _, scale, activation, _, reads = operands
+    up, up_bias, gain, scale = operands.up, operands.up_bias, operands.gain, operands.scale
     dtype = residual.dtype if branch is None else torch.promote_types(residual.dtype, branch.dtype)
     acc = accumulation_dtype(dtype)
     strength = scale.to(acc) if isinstance(scale, Tensor) else scale
@@ -131,10 +143,9 @@ def definition(residual: Tensor, branch: Tensor | None, operands: Operands) -> T
         strength = strength * gain.unsqueeze(-1).to(acc)
     x = residual.to(acc) if branch is None else residual.to(acc) + branch.to(acc)
     shift = x.new_zeros(())
-    if down is not None and up is not None:
-        read = branch.to(acc) if reads == "branch" and branch is not None else x
-        a = F.linear(read, down.to(acc), None if down_bias is None else down_bias.to(acc))
-        shift = F.linear(ACTIVATIONS[activation][0](a), up.to(acc))
+    if up is not None:
+        a = pre_activation(residual, branch, operands)
+        shift = F.linear(ACTIVATIONS[operands.activation][0](a), up.to(acc))
     if up_bias is not None:
         shift = shift + up_bias.to(acc)
     # 0 − δ is +0 where δ is zero, and x − (+0) is x bit for bit.

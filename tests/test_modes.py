@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from accelerate.hooks import remove_hook_from_submodules
+from fused_steer.kernels import decompositions
 from models import (
     HIDDEN,
     LAYERS,
@@ -374,6 +375,56 @@ def test_modes_forward_mode(fuse_norm, graded):
                 return forward_ad.unpack_dual(network(inputs_embeds=dual).logits).tangent.detach()
 
     assert_no_worse(*(tangent(network) for network in (model, hooked.model, hooked.double().model)))
+
+
+EXPORTED = {
+    "lowrank": (CONFIG, {}),
+    "fused norm": (CONFIG, {"fuse_norm": True}),
+    "vector": (SteerConfig(form="vector"), {}),
+    "loreft": (SteerConfig(form="loreft", rank=4, activation="identity"), {}),
+    "post_mlp": (SteerConfig(rank=4, site="post_mlp"), {}),
+    "positions": (SteerConfig(rank=4, positions="first_2+last_1"), {}),
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [*(("llama", kind) for kind in EXPORTED), ("gemma2", "fused norm"), ("gpt_neox-parallel", "lowrank")],
+)
+def test_modes_exported_and_as_operations_of_pytorch_alone(family, kind):
+    """For any number of rows and tokens."""
+    config, options = EXPORTED[kind]
+    model = patch_model(build(family), config, **options)
+    randomize(model)
+    automatic = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
+    given = {"input_ids": tokens(), "use_cache": False}
+    with torch.no_grad():
+        program = torch.export.export(model, (), given, dynamic_shapes={"input_ids": automatic, "use_cache": None})
+        table = torch.export.default_decompositions()
+        table.update(decompositions())
+        plain = program.run_decompositions(table)
+        assert any("fused_steer" in str(node.target) for node in program.graph.nodes)
+        assert not any("fused_steer" in str(node.target) for node in plain.graph.nodes)
+        for ids in (tokens(), tokens(batch=3, length=5)):
+            expected = model(ids, use_cache=False).logits
+            for run in (program, plain):
+                found = run.module()(input_ids=ids, use_cache=False).logits
+                torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_modes_exported_to_onnx(tmp_path):
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model = steered(build())
+    with torch.no_grad():
+        program = torch.export.export(model, (), {"input_ids": tokens(), "use_cache": False})
+    table = torch.export.default_decompositions()
+    table.update(decompositions())
+    path = tmp_path / "model.onnx"
+    torch.onnx.export(program.run_decompositions(table), dynamo=True).save(path)
+    session = onnxruntime.InferenceSession(path)
+    (found,) = session.run(None, {session.get_inputs()[0].name: tokens().numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), logits(model), rtol=1e-4, atol=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
