@@ -378,22 +378,16 @@ def test_modes_forward_mode(fuse_norm, graded):
 
 
 EXPORTED = {
-    "lowrank": (CONFIG, {}),
-    "fused norm": (CONFIG, {"fuse_norm": True}),
-    "vector": (SteerConfig(form="vector"), {}),
-    "loreft": (SteerConfig(form="loreft", rank=4, activation="identity"), {}),
-    "post_mlp": (SteerConfig(rank=4, site="post_mlp"), {}),
-    "positions": (SteerConfig(rank=4, positions="first_2+last_1"), {}),
+    "lowrank": ("llama", CONFIG, {}),
+    "fused norm": ("gemma2", CONFIG, {"fuse_norm": True}),
+    "loreft": ("llama", SteerConfig(form="loreft", rank=4, activation="identity"), {}),
+    "positions": ("gpt_neox-parallel", SteerConfig(rank=4, positions="first_2+last_1"), {}),
 }
 
 
-@pytest.mark.parametrize(
-    ("family", "kind"),
-    [*(("llama", kind) for kind in EXPORTED), ("gemma2", "fused norm"), ("gpt_neox-parallel", "lowrank")],
-)
-def test_modes_exported_and_as_operations_of_pytorch_alone(family, kind):
+@pytest.mark.parametrize(("family", "config", "options"), EXPORTED.values(), ids=EXPORTED)
+def test_modes_exported_and_as_operations_of_pytorch_alone(family, config, options):
     """For any number of rows and tokens."""
-    config, options = EXPORTED[kind]
     model = patch_model(build(family), config, **options)
     randomize(model)
     automatic = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
