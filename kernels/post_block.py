@@ -1420,7 +1420,8 @@ class _TransformedPostBlock(torch.autograd.Function):
 
 
 def _transformed_backward(ctx: Any, grad: Tensor | None, grad_a: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grad_a is not None or is_differentiated_again((grad, *ctx.saved_tensors)):
+    again = torch.is_grad_enabled() and is_differentiated_again((grad, *ctx.saved_tensors))
+    if again or grad_a is not None:
         return _differentiate_again(ctx, grad, grad_a)
     with torch.no_grad():
         gradients = _op_backward(ctx, grad, None)
