@@ -26,6 +26,13 @@ def is_forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
+def is_functionalized() -> bool:
+    """Return whether torch.func.functionalize transforms the call. It has no rule for autograd functions."""
+    functorch = torch._C._functorch
+    interpreters = functorch.get_interpreter_stack() or []
+    return any(interpreter.key() == functorch.TransformType.Functionalize for interpreter in interpreters)
+
+
 def refuse_tangents(tensors: Iterable[Any]) -> None:
     """Raise RuntimeError if one of the tensors has a forward-mode tangent."""
     if not is_forward_mode():
@@ -39,6 +46,18 @@ def refuse_tangents(tensors: Iterable[Any]) -> None:
             "a kernel of fused-steer got a forward-mode tangent; expected post_block, post_block_norm or rms_norm, "
             "outside of compiled and exported graphs"
         )
+
+
+def is_batched(*tensors: Any) -> bool:
+    """Return whether a backward pass computes several gradients at once: by vmap, or with `is_grads_batched`.
+
+    Args:
+        tensors: the incoming gradients.
+    """
+    functorch = torch._C._functorch
+    if torch._C._are_functorch_transforms_active():
+        return True
+    return any(isinstance(t, Tensor) and functorch.is_legacy_batchedtensor(t) for t in tensors)
 
 
 def is_differentiated_again(tensors: Iterable[Tensor | None]) -> bool:

@@ -28,7 +28,7 @@ from torch import Tensor
 from . import norm_torch
 from .backend import select_backend
 from .contract import check_dense
-from .derivatives import is_transformed
+from .derivatives import is_batched, is_transformed
 from .launch import device_of, empty, launch
 from .norm_torch import Norm
 from .numerics import store
@@ -345,7 +345,7 @@ class _RmsNorm(torch.autograd.Function):
             return None, None, None, None, None
         x, weight, inverse = ctx.saved_tensors
         norm = Norm(weight, *ctx.kind)
-        if torch.is_grad_enabled():  # the gradients may be differentiated again
+        if torch.is_grad_enabled() or is_batched(grad):  # no kernel computes several, or differentiates them again
             with _no_autocast(x.device):
                 found = norm_torch.backward(None, grad, x, norm_torch.inverse_rms(x, norm), norm, needs)
             return *found, None, None, None

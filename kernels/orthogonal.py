@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .backend import select_backend
-from .derivatives import is_transformed
+from .derivatives import is_batched, is_transformed
 from .launch import device_of, launch
 from .numerics import store
 from .schedule import ceil_div, next_power_of_2
@@ -284,6 +284,9 @@ class _ProjectOut(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (writers,) = ctx.saved_tensors
+        if is_batched(grad):
+            basis = _BASIS[select_backend(writers.device)](writers)
+            return grad - (basis @ (basis.mT @ grad.to(basis.dtype))).to(grad.dtype), None
         return _ProjectOut.apply(grad.contiguous(), writers), None
 
 

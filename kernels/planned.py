@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .backend import select_backend
 from .contract import Operands
-from .derivatives import is_transformed
+from .derivatives import is_batched, is_transformed
 from .plan import SHARED, Plan, keep, kind_of, no_plan
 from .post_block import backward, check_operands, forward, post_block, saved_tensors
 from .registered import is_described, is_wrapped
@@ -282,6 +282,8 @@ class _PlannedPostBlock(torch.autograd.Function):
                 training.last = plan
                 gradients = plan.go(addresses)
                 return training.complete(gradients, grad) if training.passed else gradients
+            if is_batched(grad):
+                return None, *_differentiate_again(ctx, grad, None)
             found = _careful_backward(training, operands)
         return None, *_placed(places, grad, found)
 

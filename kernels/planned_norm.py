@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .contract import Operands
+from .derivatives import is_batched
 from .norm_torch import Norm
 from .plan import SHARED, Plan, keep, kind_of
 from .planned import planned_operands
@@ -208,6 +209,7 @@ class _PlannedPostBlockNorm(torch.autograd.Function):
             if plan is not None and addresses is not None:
                 training.last[grad is None] = plan
                 return plan.go(addresses)
+        again = again or is_batched(grad, grad_normed)
         found = _careful_backward(training, grad, grad_normed, saved, grad_a, again)
         return None, *(None if place is None else found[place] for place in training.places)
 

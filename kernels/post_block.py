@@ -38,7 +38,7 @@ from . import torch_backend
 from .activations import ACTIVATIONS, apply, derivative
 from .backend import select_backend
 from .contract import Gradients, Needs, Operands, Packed, check_dense, check_reads
-from .derivatives import is_differentiated_again, is_forward_mode, is_transformed
+from .derivatives import is_batched, is_differentiated_again, is_forward_mode, is_functionalized, is_transformed
 from .inductor import start_directly
 from .launch import device_of, empty, launch
 from .numerics import dot, dot_precision, held, met, operand, operand_dtype, packed_operand, store
@@ -1391,7 +1391,7 @@ class _PostBlock(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, grad_a: Tensor | None) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled() or grad_a is not None:
+        if torch.is_grad_enabled() or grad_a is not None or is_batched(grad):
             return _differentiate_again(ctx, grad, grad_a)
         return _differentiate(ctx, grad, _eager_backward)
 
@@ -1432,7 +1432,9 @@ def _transformed_backward(ctx: Any, grad: Tensor | None, grad_a: Tensor | None) 
 
 def _transformed(*inputs: Any) -> Tensor:
     """Compute the op inside a transform of torch.func or forward-mode differentiation."""
-    return _defined(*inputs) if is_forward_mode() else _TransformedPostBlock.apply(*inputs)[0]
+    if is_forward_mode() or is_functionalized():
+        return _defined(*inputs)
+    return _TransformedPostBlock.apply(*inputs)[0]
 
 
 def _defined(residual: Tensor, branch: Tensor | None, *inputs: Any) -> Tensor:

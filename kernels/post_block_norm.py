@@ -31,7 +31,7 @@ from torch import Tensor
 from . import norm_torch, torch_backend
 from .backend import select_backend
 from .contract import Operands
-from .derivatives import is_transformed
+from .derivatives import is_batched, is_transformed
 from .launch import device_of, empty, launch
 from .norm import check_norm, norm_backward, norm_constants, rms_norm
 from .norm import triton_forward as triton_norm
@@ -404,7 +404,7 @@ def _differentiate(
         strength = scale if scale_tensor is None else scale_tensor
         adapter = Operands(down, up, down_bias, up_bias, gain, basis, strength, activation, reads=reads)
         saved, norm = Saved(out, branch, a, inverse), Norm(weight, *kind)
-        if torch.is_grad_enabled() or grad_a is not None:
+        if torch.is_grad_enabled() or grad_a is not None or is_batched(grad, grad_normed):
             found = iter(backward_norm(grad, grad_normed, saved, adapter, norm, ctx.needs, grad_a, again=True))
         else:
             found = iter(_run_backward(grad, grad_normed, saved, adapter, norm, ctx.needs))

@@ -205,7 +205,8 @@ def backward(
                         # Out of place, which vmap requires.
                         result.down = result.down - torch.mm(torch.mm(da.t(), _scaled(phi_a, strength)), w2.t())
                         if up_bias is not None:
-                            moved = torch.mm(da.t(), _scaled(da.new_ones(da.shape[0], 1), strength))
+                            ones = torch.ones(da.shape[0], 1, dtype=acc, device=da.device)  # vmap: not `new_ones`
+                            moved = torch.mm(da.t(), _scaled(ones, strength))
                             result.down = result.down - moved * _finite(up_bias.to(acc), strength)
                 if needs.down_bias:
                     result.down_bias = da.sum(0)
@@ -214,7 +215,7 @@ def backward(
 
     if up_bias is not None:
         if needs.up_bias:
-            ones = _scaled(g.new_ones(g.shape[0], 1), strength)
+            ones = _scaled(torch.ones(g.shape[0], 1, dtype=acc, device=g.device), strength)
             result.up_bias = torch.mm(g.t(), ones).view(hidden)
         if needs.row_dot:
             along_bias = torch.mv(g, up_bias.to(acc))

@@ -9,12 +9,13 @@ import torch
 from fused_steer.kernels import ACTIVATIONS, post_block
 from fused_steer.kernels.grouped import post_block_grouped
 from fused_steer.kernels.norm import rms_norm
+from fused_steer.kernels.orthogonal import project_gradient, project_out
 from fused_steer.kernels.post_block_norm import post_block_norm
 from fused_steer.kernels.rotation import rotate, rotate_all
 from ops import Inputs, definition, make_inputs
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.func import grad, hessian, jacrev, jvp, vmap
+from torch.func import functionalize, grad, hessian, jacrev, jvp, vmap
 
 D = 24
 #: How the operands of a call differ.
@@ -92,9 +93,9 @@ def steer(activation: str) -> Callable[[Inputs], tuple[Tensor]]:
 
 def steer_and_norm(x: Inputs) -> tuple[Tensor, Tensor]:
     return post_block_norm(
-        x.residual, x.branch, x.down, x.up, norm_weight=x.residual.new_full((D,), 0.5), eps=1e-5, plus_one=True,
-        down_bias=x.down_bias, up_bias=x.up_bias, activation="gelu", scale=x.scale, gain=x.gain, basis=x.basis,
-        reads=x.reads,
+        x.residual, x.branch, x.down, x.up, norm_weight=x.residual.new_full(x.residual.shape[-1:], 0.5), eps=1e-5,
+        plus_one=True, down_bias=x.down_bias, up_bias=x.up_bias, activation="gelu", scale=x.scale, gain=x.gain,
+        basis=x.basis, reads=x.reads,
     )  # fmt: skip
 
 
@@ -104,7 +105,7 @@ def norm_definition(x: Tensor, weight: Tensor) -> Tensor:
 
 def both_definition(x: Inputs) -> tuple[Tensor, Tensor]:
     out = definition(x, "gelu")
-    return out, norm_definition(out, out.new_full((D,), 1.5))
+    return out, norm_definition(out, out.new_full(out.shape[-1:], 1.5))
 
 
 def orders(function: Function, tensors: Sequence[Tensor]) -> list[Tensor | None]:
@@ -244,6 +245,66 @@ def test_derivatives_in_a_graph_follow_a_basis(device):
         found = grad(lambda up, given=given: along(steer("silu")(replace(given, up=up))))(inputs.up)
         expected = grad(lambda up, exact=exact: along((definition(replace(exact, up=up), "silu"),)))(exact.up)
         assert_near([found], [expected])
+
+
+def at_once(results: tuple[Tensor, ...], leaves: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients of several weights of the results: by `is_grads_batched`, by vmap, and one by one."""
+    given = [scattered((3, *result.shape), result, 90) for result in results]
+
+    def of(given: Sequence[Tensor], **options: bool) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(results, leaves, given, retain_graph=True, **options)
+
+    found = [of(given, is_grads_batched=True), vmap(lambda *given: of(given))(*given)]
+    each = [torch.stack(gradients) for gradients in zip(*map(of, zip(*given, strict=True)), strict=True)]
+    for batched in found:
+        assert_near(batched, [g.double() for g in each])
+    return each
+
+
+@each_call
+def test_derivatives_of_several_gradients_at_once(device, call):
+    """A tensor of several has no memory that a kernel could read."""
+    inputs = make_inputs(5, D, **call, device=device)
+    for run, formula in ((steer("silu"), lambda x: (definition(x, "silu"),)), (steer_and_norm, both_definition)):
+        leaves = [t.clone().requires_grad_() for t in operands(inputs)]
+        exact = [t.detach().double().requires_grad_() for t in leaves]
+        found = at_once(of_tensors(run, inputs)(*leaves), leaves)
+        assert_near(found, at_once(of_tensors(formula, inputs)(*exact), exact))
+
+
+def test_derivatives_of_several_gradients_of_the_other_ops_at_once(device):
+    """LoReFT's rotation, a norm, and the projections beside a LoRA."""
+    w1, w2, weight = (
+        scattered(shape, torch.ones(1, device=device), seed).requires_grad_()
+        for seed, shape in enumerate(((3, D), (D, 3), (D,)))
+    )
+    basis = torch.linalg.qr(w2.detach())[0]
+    at_once(rotate(w1, w2), [w1, w2])
+    at_once(rotate_all([(w1, w2), (w1 + 1, 2 * w2)])[1], [w1, w2])
+    at_once((rms_norm(w1, weight, eps=1e-5),), [w1, weight])
+    at_once((project_out(w2[None] + 1, basis[None]),), [w2])
+    at_once((project_gradient(w2, basis),), [w2])
+
+
+def test_derivatives_by_pytorchs_own_checks(monkeypatch):
+    """Numerically, in float64, which no kernel computes: of both orders, in both modes, and in batches."""
+    monkeypatch.setenv("FUSED_STEER_BACKEND", "torch")
+    inputs = make_inputs(3, 8, rank=2, basis=2)
+    inputs = replace(inputs.map(lambda t: t.double()), basis=inputs.basis.double())
+    leaves = [t.clone().requires_grad_() for t in operands(inputs)]
+    for run in (steer("gelu"), steer_and_norm):
+        function = of_tensors(run, inputs)
+        assert torch.autograd.gradcheck(function, leaves, check_forward_ad=True, check_batched_grad=True)
+        assert torch.autograd.gradgradcheck(function, leaves, check_fwd_over_rev=True, check_batched_grad=True)
+
+
+def test_derivatives_in_a_functionalized_call(device):
+    inputs = make_inputs(3, D, rank=3, device=device)
+
+    def slope(x: Tensor) -> Tensor:
+        return grad(lambda x: along(curved(lambda x: steer("silu")(replace(inputs, residual=x)))(x)))(x)
+
+    assert_near([functionalize(slope)(inputs.residual)], [slope(inputs.residual)])
 
 
 # ------------------------------------------------------------------------------------------------------------- refusals

@@ -886,6 +886,23 @@ def test_plan_has_second_derivatives(device, made, adapter, wants):
         steer.assert_trains(operands, torch.ones(2, 5, D, device=device))
 
 
+def test_plan_of_several_gradients_at_once(device, made):
+    """Those of `post_block` itself, one by one, also between calls that train by the plans."""
+    site, steer = make_site(device, down_bias=True, up_bias=True), Normed(device)
+    for network, weights in ((site, parts(site)), (steer, steer.parts)):
+        operands = leaves(states(5, device))
+        for _ in range(2):
+            results = network(*operands)
+            results = (results,) if isinstance(results, Tensor) else results
+            wanted = [*operands, *weights]
+            grads = [normal(3, *result.shape, device=device, seed=8) for result in results]
+            found = torch.autograd.grad(results, wanted, grads, retain_graph=True, is_grads_batched=True)
+            for index in range(3):
+                expected = torch.autograd.grad(results, wanted, [g[index] for g in grads], retain_graph=True)
+                for one, other in zip(found, expected, strict=True):
+                    torch.testing.assert_close(one[index], other, rtol=1e-4, atol=1e-4)
+
+
 class _WithoutGradient(torch.autograd.Function):
     """A sum whose gradient is none."""
 
