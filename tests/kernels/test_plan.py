@@ -39,6 +39,7 @@ from fused_steer.kernels.schedule import RESIDENT_RANK, TARGETS
 from hardware import HAS_GPU
 from packaging.version import Version
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 from triton.runtime.interpreter import GridExecutor
@@ -884,6 +885,28 @@ def test_plan_has_second_derivatives(device, made, adapter, wants):
             (lambda *given: (steer(*given),), lambda *given: (steer.ordinary(*given),)), wanted, operands
         )
         steer.assert_trains(operands, torch.ones(2, 5, D, device=device))
+
+
+@pytest.mark.parametrize("graded", [False, True])
+def test_plan_is_not_used_in_forward_mode(device, made, graded):
+    """A kernel would start on the memory of the tensors, in which a tangent does not show."""
+    site, reading, steer = make_site(device), Reading(device), Normed(device)
+    pairs = (
+        (lambda *given: (site(*given),), lambda *given: (ordinary(site, *given),)),
+        (lambda *given: (reading(*given),), lambda *given: (reading.ordinary(*given),)),
+        (steer, steer.ordinary),
+    )
+    residual, branch = states(5, device)
+    with torch.set_grad_enabled(graded):
+        for planned, formula in pairs:
+            for _ in range(2):
+                planned(residual, branch)
+            with forward_ad.dual_level():
+                dual = forward_ad.make_dual(residual, residual.cos())
+                for one, other in zip(planned(dual, branch), formula(dual, branch), strict=True):
+                    found, expected = (forward_ad.unpack_dual(t).tangent for t in (one, other))
+                    assert expected.any()
+                    torch.testing.assert_close(found, expected)
 
 
 def test_plan_of_several_gradients_at_once(device, made):
