@@ -1,6 +1,7 @@
-"""Recognise calls whose derivatives no kernel computes: forward-mode tangents and the transforms of torch.func.
+"""Recognise the calls that PyTorch's operations compute, because no kernel computes their derivatives.
 
-A kernel reads a tensor's memory, in which a tangent does not show. Without these checks it would be lost silently.
+They are calls in forward mode, calls inside transforms of torch.func, and backward passes of several gradients at once.
+A kernel reads a tensor's memory, which does not show a tangent. Without these checks a tangent would be lost silently.
 """
 
 from __future__ import annotations

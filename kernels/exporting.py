@@ -38,10 +38,9 @@ def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
 
 def _post_block(residual: Tensor, branch: Tensor | None, *inputs: Any) -> tuple[Tensor, Tensor]:
     *operands, keep_a = inputs
-    of_op = _projected(_of_op(*operands))
-    out = torch_backend.definition(residual, branch, of_op)
-    if keep_a and of_op.rank:
-        return out, torch_backend.pre_activation(residual, branch, of_op).reshape(-1, of_op.rank)
+    out, a = torch_backend.definition(residual, branch, _projected(_of_op(*operands)))
+    if keep_a and a is not None:
+        return out, a.flatten(0, -2)
     return out, residual.new_empty(0, dtype=torch_backend.accumulation_dtype(out.dtype))
 
 
@@ -49,7 +48,7 @@ def _post_block_inference(
     residual: Tensor, branch: Tensor, down: Tensor, up: Tensor, scale: Tensor, activation: str, reads: str = "sum"
 ) -> Tensor:
     operands = (down, up, None, None, None, scale, None, 1.0, activation, reads)
-    return torch_backend.definition(residual, branch, _of_op(*operands))
+    return torch_backend.definition(residual, branch, _of_op(*operands))[0]
 
 
 def _post_block_backward(grad: Tensor, kept: Tensor | None, a: Tensor | None, *inputs: Any) -> list[Tensor]:

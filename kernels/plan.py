@@ -69,7 +69,9 @@ def _guard(tensors: Sequence[Tensor]) -> Callable[..., bool]:
 
 def _python_guard(tensors: Sequence[Tensor]) -> Callable[..., bool]:
     def key(t: Any) -> Any:
-        return type(t), t.dtype, t.device, t.shape, t.stride(), t.requires_grad, t.is_inference()
+        # The dispatch keys tell negative views and batches of vmap.
+        special = torch._C._dispatch_keys(t).raw_repr()
+        return type(t), special, t.dtype, t.device, t.shape, t.stride(), t.requires_grad, t.is_inference()
 
     keys = [key(t) for t in tensors]
     return lambda *others: all(isinstance(t, Tensor) for t in others) and [key(t) for t in others] == keys

@@ -1440,7 +1440,7 @@ def _transformed(*inputs: Any) -> Tensor:
 def _defined(residual: Tensor, branch: Tensor | None, *inputs: Any) -> Tensor:
     """Compute the op by PyTorch operations, which PyTorch differentiates."""
     with _no_autocast(residual.device):
-        return torch_backend.definition(residual, branch, _projected(_of_op(*inputs[:-1])))
+        return torch_backend.definition(residual, branch, _projected(_of_op(*inputs[:-1])))[0]
 
 
 def first_order(of: tuple[Tensor, ...], gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:

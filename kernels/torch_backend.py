@@ -121,35 +121,28 @@ def forward(residual: Tensor, branch: Tensor | None, operands: Operands, keep_a:
     return out.to(dtype), a if keep_a else None
 
 
-def pre_activation(residual: Tensor, branch: Tensor | None, operands: Operands) -> Tensor:
-    """Return a (..., r), what φ is applied to."""
-    assert operands.down is not None
-    dtype = residual.dtype if branch is None else torch.promote_types(residual.dtype, branch.dtype)
-    acc, bias = accumulation_dtype(dtype), operands.down_bias
-    if branch is None:
-        read = residual.to(acc)
-    else:
-        read = branch.to(acc) if operands.reads == "branch" else residual.to(acc) + branch.to(acc)
-    return F.linear(read, operands.down.to(acc), None if bias is None else bias.to(acc))
+def definition(residual: Tensor, branch: Tensor | None, operands: Operands) -> tuple[Tensor, Tensor | None]:
+    """Compute `post_block` without a basis, by operations that PyTorch differentiates in every mode and order.
 
-
-def definition(residual: Tensor, branch: Tensor | None, operands: Operands) -> Tensor:
-    """Compute `post_block` by operations that PyTorch differentiates in every mode and order, and without a basis."""
-    up, up_bias, gain, scale = operands.up, operands.up_bias, operands.gain, operands.scale
+    Returns:
+        `out` (..., d), and `a` (..., r), which is None for a steering vector.
+    """
+    down, up, down_bias, up_bias, gain, _, scale, activation, _, reads = operands
     dtype = residual.dtype if branch is None else torch.promote_types(residual.dtype, branch.dtype)
     acc = accumulation_dtype(dtype)
     strength = scale.to(acc) if isinstance(scale, Tensor) else scale
     if gain is not None:
         strength = strength * gain.unsqueeze(-1).to(acc)
     x = residual.to(acc) if branch is None else residual.to(acc) + branch.to(acc)
-    shift = x.new_zeros(())
-    if up is not None:
-        a = pre_activation(residual, branch, operands)
-        shift = F.linear(ACTIVATIONS[operands.activation][0](a), up.to(acc))
+    shift, a = x.new_zeros(()), None
+    if down is not None and up is not None:
+        read = branch.to(acc) if reads == "branch" and branch is not None else x
+        a = F.linear(read, down.to(acc), None if down_bias is None else down_bias.to(acc))
+        shift = F.linear(ACTIVATIONS[activation][0](a), up.to(acc))
     if up_bias is not None:
         shift = shift + up_bias.to(acc)
     # 0 − δ is +0 where δ is zero, and x − (+0) is x bit for bit.
-    return (x - (0 - _scaled(shift, strength))).to(dtype)
+    return (x - (0 - _scaled(shift, strength))).to(dtype), a
 
 
 def backward(

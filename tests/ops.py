@@ -92,6 +92,16 @@ def make_inputs(
     return inputs.map(lambda t: t.to(device))
 
 
+#: Arguments of `make_inputs` for calls that differ in their operands.
+CALLS = {
+    "all": {"rank": 3},
+    "plain": {"rank": 3, "biases": False, "gain": False, "scale": False, "basis": 0},
+    "without a branch": {"rank": 3, "branch": False},
+    "reads branch": {"rank": 3, "reads": "branch"},
+    "vector": {"rank": 0},
+}
+
+
 def make_draws(count: int, *shape: int, **options: Any) -> list[Inputs]:
     """Draw the operands of several calls, to pool their errors: a small gradient may nearly cancel in a single call."""
     return [make_inputs(*shape, **options, seed=seed) for seed in range(count)]

@@ -12,20 +12,12 @@ from fused_steer.kernels.norm import rms_norm
 from fused_steer.kernels.orthogonal import project_gradient, project_out
 from fused_steer.kernels.post_block_norm import post_block_norm
 from fused_steer.kernels.rotation import rotate, rotate_all
-from ops import Inputs, definition, make_inputs
+from ops import CALLS, Inputs, definition, make_inputs
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import functionalize, grad, hessian, jacrev, jvp, vmap
 
 D = 24
-#: How the operands of a call differ.
-CALLS = {
-    "all": {"rank": 3},
-    "plain": {"rank": 3, "biases": False, "gain": False, "scale": False, "basis": 0},
-    "without a branch": {"rank": 3, "branch": False},
-    "reads branch": {"rank": 3, "reads": "branch"},
-    "vector": {"rank": 0},
-}
 each_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 
 #: A function of tensors that returns one or more tensors, as a tuple.

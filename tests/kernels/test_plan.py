@@ -887,6 +887,17 @@ def test_plan_has_second_derivatives(device, made, adapter, wants):
         steer.assert_trains(operands, torch.ones(2, 5, D, device=device))
 
 
+@pytest.mark.parametrize("make", [plans._guard, plans._python_guard])
+def test_plan_guards_refuse_what_memory_does_not_show(make):
+    """PyTorch's guard in C++, and the one in Python where PyTorch has none."""
+    given = normal(5, D, device=torch.device("cpu"))
+    guard = make([given, given])
+    assert guard(given, given.clone())
+    seen = [guard(given, other) for other in (torch._neg_view(given), given.t().contiguous().t(), given.double())]
+    torch.func.vmap(lambda row: seen.append(guard(given, row)) or row)(torch.stack([given, given]))
+    assert seen == [False] * 4
+
+
 @pytest.mark.parametrize("graded", [False, True])
 def test_plan_is_not_used_in_forward_mode(device, made, graded):
     """A kernel would start on the memory of the tensors, in which a tangent does not show."""
@@ -927,7 +938,7 @@ def test_plan_of_several_gradients_at_once(device, made):
 
 
 class _WithoutGradient(torch.autograd.Function):
-    """A sum whose gradient is none."""
+    """Adds up its arguments. The backward pass returns None in place of their gradients."""
 
     @staticmethod
     def forward(ctx: Any, *given: Tensor) -> Tensor:
