@@ -141,7 +141,7 @@ def _slices(hidden: int, rank: int) -> list[Any]:
 @contextmanager
 def chosen(candidate: Candidate, tokens: int, hidden: int, rank: int, device: Any) -> Iterator[None]:
     """Make the launcher choose the candidate."""
-    op = importlib.import_module("fused_steer.kernels.post_block")
+    op = importlib.import_module("fused_steer.kernels.triton_backend")
     schedule = importlib.import_module("fused_steer.kernels.schedule")
     c, tiles = candidate, schedule.ceil_div(tokens, candidate.rows)
     if c.form != "tiles":
@@ -193,11 +193,11 @@ def _run(
         c = candidate
         slices = Slices(c.columns // c.warps, c.warps, c.chunks, c.registers, c.programs * device.multiprocessors)
         return lambda residual, branch: forward_cores(residual, branch, *operands.packed, rank, slices)
-    op = importlib.import_module("fused_steer.kernels.post_block")
+    op = importlib.import_module("fused_steer.kernels.triton_backend")
 
     def call(residual: Tensor, branch: Tensor) -> Tensor:
         with chosen(candidate, tokens, hidden, rank, device):
-            return op.triton_forward(residual, branch, operands, False)[0]
+            return op.forward(residual, branch, operands, False)[0]
 
     return call
 

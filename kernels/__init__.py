@@ -17,7 +17,8 @@ The map, in reading order. A file imports only files that stand above it.
     resident.py      the forward's kernel for low ranks, which holds whole rows in registers
     plan.py          launch plans: launches recorded once and started directly afterwards
     transforms.py    the op's rules under the transforms of torch.func
-    post_block.py    the op: forward and backward kernels, launchers, autograd
+    triton_backend.py post_block's forward and backward kernels and their launchers: the `triton` backend
+    post_block.py    the op: forward and backward on any backend, registered ops, autograd
     planned.py       the op with launch plans, for a layer's site
     norm_torch.py    RMSNorm in plain PyTorch
     norm.py          RMSNorm: forward and backward kernels, launchers, autograd

@@ -22,6 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from . import triton_backend
 from .contract import Needs, Operands, Packed, check_reads
 from .grouped import post_block_grouped
 from .grouped_norm import post_block_grouped_norm
@@ -31,7 +32,6 @@ from .norm import triton_forward as triton_norm_forward
 from .norm_torch import Norm
 from .numerics import COMPILER_OPTIONS, INTERPRETED, operand_dtype
 from .orthogonal import triton_basis, triton_project
-from .post_block import triton_backward, triton_forward
 from .post_block_norm import triton_forward_norm
 from .schedule import SMALLER_TARGETS, TARGETS, Device, ceil_div, padded_rank
 
@@ -193,7 +193,7 @@ def record_passes(case: Case, target: str) -> dict[str, list[Launch]]:
     device = _device(target)
     call = _call_of(case, device)
     with recorded(device) as forward:
-        out, a = triton_forward(call.residual, call.branch, call.operands, case.rank > 0 and case.keeps_a)
+        out, a = triton_backend.forward(call.residual, call.branch, call.operands, case.rank > 0 and case.keeps_a)
     return {"forward": forward, "backward": _record_backward(case, device, call, out, a)}
 
 
@@ -209,7 +209,7 @@ def _record_backward(
         a = torch.empty(case.tokens, case.rank, device="meta")
     grad = torch.empty_like(call.residual) if grad is None else grad
     with recorded(device) as launches:
-        triton_backward(grad, call.branch if case.reads == "branch" else out, a, call.operands, call.needs)
+        triton_backend.backward(grad, call.branch if case.reads == "branch" else out, a, call.operands, call.needs)
     return launches
 
 

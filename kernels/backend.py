@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from .numerics import INTERPRETED
 
@@ -31,3 +34,15 @@ def select_backend(device: torch.device) -> str:
             "or a CPU with TRITON_INTERPRET=1 set before import"
         )
     return asked
+
+
+def check_backend(backend: str, *operands: Any) -> None:
+    if backend == "triton" and any(isinstance(t, Tensor) and t.dtype == torch.float64 for t in operands):
+        raise TypeError("the triton backend got a float64 tensor; expected float32, bfloat16 or float16")
+
+
+def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Disable autocast inside the op, because its arithmetic is fp32 by definition."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()

@@ -8,6 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+#: The dtypes of the op's tensors. The Triton backend refuses float64.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 #: What W1 may be applied to: residual + branch, or branch alone.
 READS = ("sum", "branch")
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import norm_torch, torch_backend
 from .norm_torch import Norm
-from .post_block import _of_op, _projected, backward
+from .post_block import backward, of_op, with_projected_up
 from .post_block_norm import Saved, backward_norm
 
 
@@ -38,7 +38,7 @@ def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
 
 def _post_block(residual: Tensor, branch: Tensor | None, *inputs: Any) -> tuple[Tensor, Tensor]:
     *operands, keep_a = inputs
-    out, a = torch_backend.definition(residual, branch, _projected(_of_op(*operands)))
+    out, a = torch_backend.definition(residual, branch, with_projected_up(of_op(*operands)))
     if keep_a and a is not None:
         return out, a.flatten(0, -2)
     return out, residual.new_empty(0, dtype=torch_backend.accumulation_dtype(out.dtype))
@@ -48,12 +48,12 @@ def _post_block_inference(
     residual: Tensor, branch: Tensor, down: Tensor, up: Tensor, scale: Tensor, activation: str, reads: str = "sum"
 ) -> Tensor:
     operands = (down, up, None, None, None, scale, None, 1.0, activation, reads)
-    return torch_backend.definition(residual, branch, _of_op(*operands))[0]
+    return torch_backend.definition(residual, branch, of_op(*operands))[0]
 
 
 def _post_block_backward(grad: Tensor, kept: Tensor | None, a: Tensor | None, *inputs: Any) -> list[Tensor]:
     *operands, needs = inputs
-    return backward(grad, kept, a, _of_op(*operands), needs, again=True)
+    return backward(grad, kept, a, of_op(*operands), needs, again=True)
 
 
 def _post_block_norm(residual: Tensor, branch: Tensor | None, *inputs: Any) -> tuple[Tensor, ...]:
@@ -65,5 +65,5 @@ def _post_block_norm(residual: Tensor, branch: Tensor | None, *inputs: Any) -> t
 
 
 def _post_block_norm_backward(grad: Tensor | None, grad_normed: Tensor | None, *inputs: Any) -> list[Tensor]:
-    saved, operands, norm, needs = Saved(*inputs[:4]), _of_op(*inputs[4:14]), Norm(*inputs[14:18]), inputs[18]
+    saved, operands, norm, needs = Saved(*inputs[:4]), of_op(*inputs[4:14]), Norm(*inputs[14:18]), inputs[18]
     return backward_norm(grad, grad_normed, saved, operands, norm, needs, again=True)

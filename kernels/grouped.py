@@ -45,7 +45,7 @@ FEW_TOKENS = 256  # up to this many, each token has its own program, as in decod
 
 
 @triton.jit
-def _activate(a, code, ACTIVATION: tl.constexpr):
+def activate(a, code, ACTIVATION: tl.constexpr):
     """Return φ(a) by name, or, if ACTIVATION is "", by its index in ACTIVATIONS."""
     if ACTIVATION != "":
         return apply(a, ACTIVATION)
@@ -85,7 +85,7 @@ def post_block_grouped_token_down_kernel(
 
 
 @triton.jit
-def _token_shift(
+def token_shift(
     p_ups, p_up_biases, slot, h, ranks, columns, m_columns, D, RANK: tl.constexpr, HAS_UP_BIAS: tl.constexpr
 ):
     """Return a token's h W2ᵀ + b2 in a block of columns. [BLOCK_D]"""
@@ -125,7 +125,7 @@ def post_block_grouped_token_up_kernel(
             if HAS_DOWN_BIAS:
                 h += tl.load(p_down_biases + slot * RANK + ranks, mask=ranks < RANK, other=0.0).to(tl.float32)
             code = tl.load(p_codes + slot) if ACTIVATION == "" else 0
-            h = _activate(h, code, ACTIVATION)
+            h = activate(h, code, ACTIVATION)
     if steered or lost or not INTO_BRANCH:
         first = tl.program_id(1) * part
         for start in range(first, tl.minimum(first + part, D), BLOCK_D):
@@ -139,7 +139,7 @@ def post_block_grouped_token_up_kernel(
                     x += tl.load(p_branch + token * branch_stride + columns, mask=m_columns, other=0.0).to(tl.float32)
             u = tl.zeros([BLOCK_D], tl.float32)
             if steered:
-                u += _token_shift(p_ups, p_up_biases, slot, h, ranks, columns, m_columns, D, RANK, HAS_UP_BIAS)
+                u += token_shift(p_ups, p_up_biases, slot, h, ranks, columns, m_columns, D, RANK, HAS_UP_BIAS)
                 if HAS_GAIN:
                     u *= gain
             # −0 + 0 would be +0, so a zero shift keeps x bit for bit. An out-of-range slot id reads nothing. The
@@ -149,7 +149,7 @@ def post_block_grouped_token_up_kernel(
 
 
 @triton.jit
-def _tile_x(p_residual, p_branch, residual_rows, branch_rows, columns, mask, HAS_BRANCH: tl.constexpr):
+def tile_x(p_residual, p_branch, residual_rows, branch_rows, columns, mask, HAS_BRANCH: tl.constexpr):
     """Return residual + branch. [BLOCK_N, BLOCK_D]"""
     x = tl.load(p_residual + residual_rows[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
     if HAS_BRANCH:
@@ -183,7 +183,7 @@ def post_block_grouped_tile_down_kernel(
             columns = start + tl.arange(0, BLOCK_D)
             m_columns = columns < D
             mask = m_rows[:, None] & m_columns[None, :]
-            x = _tile_x(p_residual, p_branch, residual_rows, branch_rows, columns, mask, HAS_BRANCH)
+            x = tile_x(p_residual, p_branch, residual_rows, branch_rows, columns, mask, HAS_BRANCH)
             # [BLOCK_R, BLOCK_D]
             pointers = p_downs + (wide * RANK + ranks[:, None]) * D + columns[None, :]
             w1 = tl.load(pointers, mask=(ranks[:, None] < RANK) & m_columns[None, :], other=0.0)
@@ -196,7 +196,7 @@ def post_block_grouped_tile_down_kernel(
 
 
 @triton.jit
-def _tile_shift(
+def tile_shift(
     p_ups, p_up_biases, slot, h, ranks, columns, m_columns, D,
     RANK: tl.constexpr, DOT: tl.constexpr, HAS_UP_BIAS: tl.constexpr,
 ):  # fmt: skip
@@ -246,7 +246,7 @@ def post_block_grouped_tile_up_kernel(
             p_rows = p_down_biases + slots[:, None].to(tl.int64) * RANK + ranks[None, :]
             h += tl.load(p_rows, mask=there_rows[:, None] & m_ranks[None, :], other=0.0).to(tl.float32)
         codes = tl.load(p_codes + slots, mask=there_rows, other=0)[:, None] if ACTIVATION == "" else 0
-        h = _activate(h, codes, ACTIVATION)
+        h = activate(h, codes, ACTIVATION)
     h = operand(h, DOT)
 
     # From the highest slot down to "none", write the rows of each slot.
@@ -263,7 +263,7 @@ def post_block_grouped_tile_up_kernel(
             columns = start + tl.arange(0, BLOCK_D)
             m_columns = columns < D
             mask = own[:, None] & m_columns[None, :]
-            u = _tile_shift(
+            u = tile_shift(
                 p_ups, p_up_biases, wide, h, ranks, columns, m_columns & there_columns, D, RANK, DOT, HAS_UP_BIAS
             )  # fmt: skip
             if HAS_GAIN:
@@ -272,7 +272,7 @@ def post_block_grouped_tile_up_kernel(
             if INTO_BRANCH:
                 x = tl.load(p_branch + branch_rows[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
             else:
-                x = _tile_x(p_residual, p_branch, residual_rows, branch_rows, columns, mask, HAS_BRANCH)
+                x = tile_x(p_residual, p_branch, residual_rows, branch_rows, columns, mask, HAS_BRANCH)
             out = tl.where(u == 0, x, x + u)
             store(p_out + out_rows[:, None] + columns[None, :], tl.where(slot >= SLOTS, float("nan"), out), mask)
         todo = tl.where(slots == slot, -2, todo)
@@ -309,7 +309,7 @@ def _flat(tensor: Tensor) -> Tensor:
     return tensor.contiguous() if tensor.dim() == 1 else tensor.reshape(-1).contiguous()
 
 
-def _token_schedule(block_r: int, hidden: int) -> Blocks:
+def token_schedule(block_r: int, hidden: int) -> Blocks:
     columns = max(16, min(next_power_of_2(hidden), 4096 // max(block_r, 2), 1024))
     return Blocks({"BLOCK_D": columns, "BLOCK_R": block_r}, 4, 2)
 
@@ -322,7 +322,7 @@ def _splits(tokens: int, hidden: int, block_d: int, device: Device) -> tuple[int
     return ceil_div(hidden, part), part
 
 
-def _tile_schedule(block_r: int, hidden: int, itemsize: int) -> Blocks:
+def tile_schedule(block_r: int, hidden: int, itemsize: int) -> Blocks:
     columns = {0: 256, 16: 128, 32: 128, 64: 64, 128: 64, 256: 32}[block_r]
     columns = max(16, min(columns if itemsize == 2 else columns // 2, next_power_of_2(hidden)))
     return Blocks({"BLOCK_N": 16, "BLOCK_D": columns, "BLOCK_R": max(block_r, 1)}, 4, 2 if block_r < 128 else 1)
@@ -341,11 +341,11 @@ def triton_grouped(call: GroupedCall) -> None:
     if call.reads == "branch":
         read, of_read = (call.branch, None), (branch_stride, 0)
     if few:
-        schedule = _token_schedule(max(2, next_power_of_2(rank)), hidden)
+        schedule = token_schedule(max(2, next_power_of_2(rank)), hidden)
         down, up = post_block_grouped_token_down_kernel, post_block_grouped_token_up_kernel
         rows = tokens
     else:
-        schedule = _tile_schedule(padded_rank(rank), hidden, call.residual.element_size())
+        schedule = tile_schedule(padded_rank(rank), hidden, call.residual.element_size())
         down, up = post_block_grouped_tile_down_kernel, post_block_grouped_tile_up_kernel
         rows = ceil_div(tokens, schedule.constants["BLOCK_N"])
     # The tile kernels take two more arguments.
@@ -375,13 +375,13 @@ def triton_grouped(call: GroupedCall) -> None:
 # ---------------------------------------------------------------------------------------------- one call, and compiled
 
 #: downs, ups, down_biases, up_biases, and φ by name or by each slot's index in ACTIVATIONS.
-_Weights = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, str | Tensor]
+Weights = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, str | Tensor]
 
 
 def _run(
     residual: Tensor,
     branch: Tensor | None,
-    weights: _Weights,
+    weights: Weights,
     routing: Routing,
     out: Tensor,
     into_branch: bool,
@@ -402,25 +402,25 @@ def _run(
         grouped_forward(call, routing.plan())
 
 
-def _sum_dtype(residual: Tensor, branch: Tensor | None) -> torch.dtype:
+def sum_dtype(residual: Tensor, branch: Tensor | None) -> torch.dtype:
     if branch is None or branch.dtype == residual.dtype:
         return residual.dtype
     return torch.promote_types(residual.dtype, branch.dtype)
 
 
 def _out_of_place(
-    residual: Tensor, branch: Tensor | None, weights: _Weights, routing: Routing, backend: str | None, reads: str
+    residual: Tensor, branch: Tensor | None, weights: Weights, routing: Routing, backend: str | None, reads: str
 ) -> Tensor:
-    out = empty(*residual.shape, dtype=_sum_dtype(residual, branch), device=residual.device)
+    out = empty(*residual.shape, dtype=sum_dtype(residual, branch), device=residual.device)
     rows = out if out.dim() == 2 else out.view(-1, out.shape[-1])
-    branch = None if branch is None else _rows("branch", branch)
-    _run(_rows("residual", residual), branch, weights, routing, rows, False, backend, reads)
+    branch = None if branch is None else as_rows("branch", branch)
+    _run(as_rows("residual", residual), branch, weights, routing, rows, False, backend, reads)
     return out
 
 
-def _into_branch(residual: Tensor, branch: Tensor, weights: _Weights, routing: Routing, reads: str) -> None:
-    rows = _rows("branch", branch, in_place=True)
-    _run(_rows("residual", residual), rows, weights, routing, rows, True, None, reads)
+def _into_branch(residual: Tensor, branch: Tensor, weights: Weights, routing: Routing, reads: str) -> None:
+    rows = as_rows("branch", branch, in_place=True)
+    _run(as_rows("residual", residual), rows, weights, routing, rows, True, None, reads)
 
 
 _Operands = tuple[
@@ -428,14 +428,14 @@ _Operands = tuple[
 ]
 
 
-def _joined(weights: _Weights, ids: Tensor, gain: Tensor | None, reads: str) -> _Operands:
+def joined(weights: Weights, ids: Tensor, gain: Tensor | None, reads: str) -> _Operands:
     """Return `weights` and routing as operands of the registered ops."""
     downs, ups, down_biases, up_biases, activation = weights
     named, codes = (activation, None) if isinstance(activation, str) else ("", activation)
     return downs, ups, ids, down_biases, up_biases, codes, gain, named, reads
 
 
-def _split(operands: _Operands) -> tuple[_Weights, Routing, str]:
+def separated(operands: _Operands) -> tuple[Weights, Routing, str]:
     """Return weights, routing and `reads` from operands of the registered ops."""
     downs, ups, ids, down_biases, up_biases, codes, gain, activation, reads = operands
     return (downs, ups, down_biases, up_biases, activation if codes is None else codes), Routing(ids, gain), reads
@@ -444,7 +444,7 @@ def _split(operands: _Operands) -> tuple[_Weights, Routing, str]:
 _plans: dict[Any, OpPlan] = {}
 
 
-def _kind(residual: Tensor, branch: Tensor | None, operands: _Operands) -> tuple[Any, ...]:
+def kind_of_call(residual: Tensor, branch: Tensor | None, operands: _Operands) -> tuple[Any, ...]:
     """Return the key of a call's plan."""
     downs, _, ids, down_biases, up_biases, codes, gain, activation, reads = operands
     sized = up_biases if downs is None else downs
@@ -456,36 +456,36 @@ def _kind(residual: Tensor, branch: Tensor | None, operands: _Operands) -> tuple
 
 def _registered_out_of_place(residual: Tensor, branch: Tensor | None, *operands: Any) -> Tensor:
     def call() -> tuple[Tensor, ...]:
-        weights, routing, reads = _split(operands)
+        weights, routing, reads = separated(operands)
         return (_out_of_place(residual, branch, weights, routing, None, reads),)
 
     (out,) = run_planned(
-        _plans, (False, *_kind(residual, branch, operands)), (residual, branch, *operands), call
+        _plans, (False, *kind_of_call(residual, branch, operands)), (residual, branch, *operands), call
     )  # fmt: skip
     return out
 
 
 def _registered_into_branch(residual: Tensor, branch: Tensor, *operands: Any) -> None:
     def call() -> tuple[Tensor, ...]:
-        _into_branch(residual, branch, *_split(operands))
+        _into_branch(residual, branch, *separated(operands))
         return ()
 
-    run_planned(_plans, (True, *_kind(residual, branch, operands)), (residual, branch, *operands), call)
+    run_planned(_plans, (True, *kind_of_call(residual, branch, operands)), (residual, branch, *operands), call)
     if not branch.is_inference():
         torch.autograd.graph.increment_version(branch)
 
 
 def _fake(residual: Tensor, branch: Tensor | None, *operands: Any) -> Tensor:
-    return residual.new_empty(residual.shape, dtype=_sum_dtype(residual, branch))
+    return residual.new_empty(residual.shape, dtype=sum_dtype(residual, branch))
 
 
-_OPERANDS = (
+OPERANDS = (
     "Tensor? downs, Tensor? ups, Tensor adapter_ids, Tensor? down_biases, Tensor? up_biases, Tensor? codes, "
     "Tensor? gain, str activation, str reads"
 )
 
 
-def _refusal(op: str) -> Callable[..., None]:
+def refusal(op: str) -> Callable[..., None]:
     """Return a function that refuses a gradient of an op."""
 
     def refuse(*_: Any) -> None:
@@ -495,12 +495,12 @@ def _refusal(op: str) -> Callable[..., None]:
 
 
 register(
-    f"post_block_grouped(Tensor residual, Tensor? branch, {_OPERANDS}) -> Tensor",
-    _registered_out_of_place, _fake, _refusal("post_block_grouped"),
+    f"post_block_grouped(Tensor residual, Tensor? branch, {OPERANDS}) -> Tensor",
+    _registered_out_of_place, _fake, refusal("post_block_grouped"),
 )  # fmt: skip
 register(
-    f"post_block_grouped_(Tensor residual, Tensor(a!) branch, {_OPERANDS}) -> ()",
-    _registered_into_branch, lambda *operands: None, _refusal("post_block_grouped"),
+    f"post_block_grouped_(Tensor residual, Tensor(a!) branch, {OPERANDS}) -> ()",
+    _registered_into_branch, lambda *operands: None, refusal("post_block_grouped"),
 )  # fmt: skip
 
 
@@ -518,7 +518,7 @@ def _check(name: str, tensor: Tensor, shape: Sequence[int], device: torch.device
         raise ValueError(f"{name} is on {tensor.device}; expected {device}, the device of residual")
 
 
-def _rows(name: str, tensor: Tensor, in_place: bool = False) -> Tensor:
+def as_rows(name: str, tensor: Tensor, in_place: bool = False) -> Tensor:
     """Return (..., d) as (N, d) with contiguous rows. It is a copy only if the strides allow no view."""
     hidden = tensor.shape[-1]
     if tensor.stride(-1) == 1 or hidden == 1:
@@ -537,7 +537,7 @@ def check_grouped(
     op: str,
     residual: Tensor,
     branch: Tensor | None,
-    weights: _Weights,
+    weights: Weights,
     adapter_ids: Tensor,
     gain: Tensor | None,
     reads: str,
@@ -596,13 +596,13 @@ def check_grouped(
     if torch.is_grad_enabled():
         tensors = (residual, branch, downs, ups, down_biases, up_biases, gain)
         if any(t is not None and t.requires_grad for t in tensors):
-            _refusal(op)()
+            refusal(op)()
 
 
 def post_block_routed(
     residual: Tensor,
     branch: Tensor | None,
-    weights: _Weights,
+    weights: Weights,
     routing: Routing,
     backend: str | None = None,
     reads: str = "sum",
@@ -618,7 +618,7 @@ def post_block_routed(
     """
     if not is_recording() and is_described(residual):
         with torch.no_grad():
-            operands = _joined(weights, routing.ids, routing.gain, reads)
+            operands = joined(weights, routing.ids, routing.gain, reads)
             return torch.ops.fused_steer.post_block_grouped(residual, branch, *operands)
     if is_transformed():
         raise RuntimeError(
@@ -679,7 +679,7 @@ def post_block_grouped(
     if into_branch and branch is None:
         raise ValueError("into_branch is True without a branch; expected one to write into")
     if in_graph:
-        operands = _joined(weights, adapter_ids, gain, reads)
+        operands = joined(weights, adapter_ids, gain, reads)
         if into_branch and branch is not None:
             torch.ops.fused_steer.post_block_grouped_(residual, branch, *operands)
             return branch

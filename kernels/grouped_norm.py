@@ -27,22 +27,22 @@ from . import norm_torch
 from .backend import select_backend
 from .contract import GroupedCall
 from .grouped import (
-    _OPERANDS,
+    OPERANDS,
     Routing,
-    _activate,
-    _joined,
-    _kind,
-    _refusal,
-    _rows,
-    _split,
-    _sum_dtype,
-    _tile_schedule,
-    _tile_shift,
-    _tile_x,
-    _token_schedule,
-    _token_shift,
-    _Weights,
+    Weights,
+    activate,
+    as_rows,
     check_grouped,
+    joined,
+    kind_of_call,
+    refusal,
+    separated,
+    sum_dtype,
+    tile_schedule,
+    tile_shift,
+    tile_x,
+    token_schedule,
+    token_shift,
 )
 from .grouped_torch import grouped_forward
 from .launch import device_of, empty, is_recording, launch
@@ -96,7 +96,7 @@ def post_block_grouped_token_norm_kernel(
             if HAS_DOWN_BIAS:
                 h += tl.load(p_down_biases + slot * RANK + ranks, mask=ranks < RANK, other=0.0).to(tl.float32)
             code = tl.load(p_codes + slot) if ACTIVATION == "" else 0
-            h = _activate(h, code, ACTIVATION)
+            h = activate(h, code, ACTIVATION)
 
     squares = tl.zeros([BLOCK_D], tl.float32)
     for start in range(0, D, BLOCK_D):
@@ -107,7 +107,7 @@ def post_block_grouped_token_norm_kernel(
             x += tl.load(p_add + columns, mask=m_columns, other=0.0).to(tl.float32)
         u = tl.zeros([BLOCK_D], tl.float32)
         if steered:
-            u += _token_shift(p_ups, p_up_biases, slot, h, ranks, columns, m_columns, D, RANK, HAS_UP_BIAS)
+            u += token_shift(p_ups, p_up_biases, slot, h, ranks, columns, m_columns, D, RANK, HAS_UP_BIAS)
             if HAS_GAIN:
                 u *= gain
         # −0 + 0 would be +0, so a zero shift keeps x bit for bit. An out-of-range slot id reads nothing. The token's
@@ -176,9 +176,9 @@ def post_block_grouped_tile_norm_kernel(
                     m_columns = columns < D
                     mask = own[:, None] & m_columns[None, :]
                     if READS_BRANCH:
-                        x = _tile_x(p_branch, p_branch, branch_rows, branch_rows, columns, mask, False)
+                        x = tile_x(p_branch, p_branch, branch_rows, branch_rows, columns, mask, False)
                     else:
-                        x = _tile_x(p_residual, p_branch, residual_rows, branch_rows, columns, mask, HAS_BRANCH)
+                        x = tile_x(p_residual, p_branch, residual_rows, branch_rows, columns, mask, HAS_BRANCH)
                     # [BLOCK_R, BLOCK_D]
                     pointers = p_downs + (wide * RANK + ranks[:, None]) * D + columns[None, :]
                     w1 = tl.load(pointers, mask=m_ranks[:, None] & m_columns[None, :], other=0.0)
@@ -187,19 +187,19 @@ def post_block_grouped_tile_norm_kernel(
                     b1 = tl.load(p_down_biases + wide * RANK + ranks, mask=m_ranks, other=0.0)
                     h += b1.to(tl.float32)[None, :]
                 code = tl.load(p_codes + wide) if ACTIVATION == "" else 0
-                h = _activate(h, code, ACTIVATION)
+                h = activate(h, code, ACTIVATION)
         a = operand(h, DOT)
         for start in range(0, D, BLOCK_D):
             columns = start + tl.arange(0, BLOCK_D)
             m_columns = columns < D
             mask = own[:, None] & m_columns[None, :]
-            u = _tile_shift(
+            u = tile_shift(
                 p_ups, p_up_biases, wide, a, ranks, columns, m_columns & there_columns, D, RANK, DOT, HAS_UP_BIAS
             )  # fmt: skip
             if HAS_GAIN:
                 u *= gain[:, None]
             u = tl.where(there, u, 0.0)  # also for a token without gain, whatever its a
-            x = _tile_x(p_residual, p_branch, residual_rows, branch_rows, columns, mask, HAS_BRANCH)
+            x = tile_x(p_residual, p_branch, residual_rows, branch_rows, columns, mask, HAS_BRANCH)
             out = tl.where(u == 0, x, x + u)
             out = tl.where(slot >= SLOTS, float("nan"), out)
             store(p_out + out_rows + columns[None, :], out, mask)
@@ -237,11 +237,11 @@ def triton_grouped_norm(call: GroupedCall, norm: Norm, normed: Tensor) -> None:
     named = isinstance(call.activation, str)
     weight = None if norm.weight is None else norm.weight.contiguous()
     if few:
-        schedule = _token_schedule(max(2, next_power_of_2(rank)), hidden)
+        schedule = token_schedule(max(2, next_power_of_2(rank)), hidden)
         kernel, grid = post_block_grouped_token_norm_kernel, (tokens,)
         flags: dict[str, Any] = {}
     else:
-        schedule = _tile_schedule(padded_rank(rank), hidden, call.residual.element_size())
+        schedule = tile_schedule(padded_rank(rank), hidden, call.residual.element_size())
         kernel = post_block_grouped_tile_norm_kernel
         grid = (ceil_div(tokens, schedule.constants["BLOCK_N"]),)
         flags = {
@@ -261,16 +261,16 @@ def triton_grouped_norm(call: GroupedCall, norm: Norm, normed: Tensor) -> None:
 
 
 def _run(
-    residual: Tensor, branch: Tensor | None, weights: _Weights, routing: Routing, norm: Norm, reads: str, in_place: bool
+    residual: Tensor, branch: Tensor | None, weights: Weights, routing: Routing, norm: Norm, reads: str, in_place: bool
 ) -> tuple[Tensor, Tensor]:
     """Return `out` and `normed`, in place of the residual and the branch or in new tensors."""
-    of_residual = _rows("residual", residual, in_place)
-    of_branch = None if branch is None else _rows("branch", branch, in_place)
+    of_residual = as_rows("residual", residual, in_place)
+    of_branch = None if branch is None else as_rows("branch", branch, in_place)
     if in_place:
         assert branch is not None and of_branch is not None
         out, normed, of_out, of_normed = residual, branch, of_residual, of_branch
     else:
-        dtype = _sum_dtype(residual, branch)
+        dtype = sum_dtype(residual, branch)
         out, normed = (empty(*residual.shape, dtype=dtype, device=residual.device) for _ in range(2))
         of_out, of_normed = out.view(of_residual.shape), normed.view(of_residual.shape)
     if not residual.numel():
@@ -301,11 +301,11 @@ def _planned(
     residual: Tensor, branch: Tensor | None, operands: tuple[Any, ...], norm: Norm, in_place: bool
 ) -> tuple[Tensor, ...]:
     def call() -> tuple[Tensor, ...]:
-        weights, routing, reads = _split(operands)
+        weights, routing, reads = separated(operands)
         found = _run(residual, branch, weights, routing, norm, reads, in_place)
         return () if in_place else found
 
-    key = (in_place, *_kind(residual, branch, operands), norm.weight is None, *norm[1:])
+    key = (in_place, *kind_of_call(residual, branch, operands), norm.weight is None, *norm[1:])
     return tuple(run_planned(_plans, key, (residual, branch, *operands, norm.weight), call))
 
 
@@ -322,19 +322,19 @@ def _in_place(residual: Tensor, branch: Tensor, *inputs: Any) -> None:
 
 
 def _fake(residual: Tensor, branch: Tensor | None, *inputs: Any) -> tuple[Tensor, Tensor]:
-    out = residual.new_empty(residual.shape, dtype=_sum_dtype(residual, branch))
+    out = residual.new_empty(residual.shape, dtype=sum_dtype(residual, branch))
     return out, torch.empty_like(out)
 
 
 _NORM = "Tensor? norm_weight, float eps, bool plus_one, bool rounds_first"
 
 register(
-    f"post_block_grouped_norm(Tensor residual, Tensor? branch, {_OPERANDS}, {_NORM}) -> (Tensor, Tensor)",
-    _out_of_place, _fake, _refusal("post_block_grouped_norm"),
+    f"post_block_grouped_norm(Tensor residual, Tensor? branch, {OPERANDS}, {_NORM}) -> (Tensor, Tensor)",
+    _out_of_place, _fake, refusal("post_block_grouped_norm"),
 )  # fmt: skip
 register(
-    f"post_block_grouped_norm_(Tensor(a!) residual, Tensor(b!) branch, {_OPERANDS}, {_NORM}) -> ()",
-    _in_place, lambda *inputs: None, _refusal("post_block_grouped_norm"),
+    f"post_block_grouped_norm_(Tensor(a!) residual, Tensor(b!) branch, {OPERANDS}, {_NORM}) -> ()",
+    _in_place, lambda *inputs: None, refusal("post_block_grouped_norm"),
 )  # fmt: skip
 
 
@@ -395,10 +395,10 @@ def post_block_grouped_norm(
     check_grouped("post_block_grouped_norm", residual, branch, weights, adapter_ids, gain, reads)
     check_norm(residual, norm)
     if torch.is_grad_enabled() and norm_weight is not None and norm_weight.requires_grad:
-        _refusal("post_block_grouped_norm")()
+        refusal("post_block_grouped_norm")()
     if in_place:
         _check_in_place(residual, branch)
-    operands = (*_joined(weights, adapter_ids, gain, reads), *norm)
+    operands = (*joined(weights, adapter_ids, gain, reads), *norm)
     run = torch.ops.fused_steer
     if torch.compiler.is_compiling() or not is_recording():
         if branch is not None and in_place:
@@ -415,7 +415,7 @@ def _check_in_place(residual: Tensor, branch: Tensor | None) -> None:
     if branch.dtype != residual.dtype:
         raise TypeError(f"in_place with residual {residual.dtype} and branch {branch.dtype}; expected one dtype")
     for name, tensor in (("residual", residual), ("branch", branch)):
-        _rows(name, tensor, in_place=True)
+        as_rows(name, tensor, in_place=True)
     if torch.compiler.is_compiling() or is_described(residual):
         return
     if residual.numel() and residual.data_ptr() == branch.data_ptr():

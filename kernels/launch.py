@@ -97,6 +97,50 @@ def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor
     return tensor
 
 
+def _collapsed_stride(sizes: tuple[int, ...], strides: tuple[int, ...]) -> int | None:
+    """Return the stride of these dimensions taken as one, or None if they do not collapse."""
+    stride, size = None, 1
+    for n, s in zip(reversed(sizes), reversed(strides), strict=True):
+        if n == 1:
+            continue
+        if stride is None:
+            stride, size = s, n
+        elif s == stride * size:
+            size *= n
+        else:
+            return None
+    return 0 if stride is None else stride
+
+
+def row_layout(*tensors: torch.Tensor | None) -> tuple[list[Any], int, list[tuple[int, int]]]:
+    """Return tensors of one shape (..., d) as rows: the tensors, the inner extent, and (outer, inner) strides of each.
+
+    None stays None. The inner extent is 0 if each tensor's rows have a single stride. A tensor is copied only if its
+    last stride is not 1, or if no split of the leading dimensions into two fits all tensors.
+    """
+    present = [t for t in tensors if t is not None]
+    if all(t.is_contiguous() for t in present):
+        return list(tensors), 0, [(0, t.shape[-1]) if t is not None else (0, 0) for t in tensors]
+    leading = tuple(present[0].shape[:-1])
+    usable = [t if t is None or t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in tensors]
+    for cut in range(len(leading)):  # cut 0: everything is inner
+        layout = []
+        for t in usable:
+            strides = t.stride()[:-1] if t is not None else (0,) * len(leading)
+            outer = _collapsed_stride(leading[:cut], strides[:cut])
+            inner = _collapsed_stride(leading[cut:], strides[cut:])
+            if outer is None or inner is None:
+                break
+            layout.append((outer, inner))
+        else:
+            return usable, torch.Size(leading[cut:]).numel() if cut else 0, layout
+    return row_layout(*(None if t is None else t.contiguous() for t in usable))
+
+
+def contiguous(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    return [None if t is None else t.contiguous() for t in tensors]
+
+
 def is_recording() -> bool:
     """Return whether launches are recorded instead of run. Tensors may then be on a device without a backend."""
     return isinstance(watcher.get(), _Recording)

@@ -26,14 +26,13 @@ import triton.language as tl
 from torch import Tensor
 
 from . import norm_torch
-from .backend import select_backend
-from .contract import check_dense
+from .backend import no_autocast, select_backend
+from .contract import DTYPES, check_dense
 from .derivatives import is_batched, is_transformed
-from .launch import device_of, empty, launch
+from .launch import contiguous, device_of, empty, launch, row_layout
 from .norm_torch import Norm
 from .numerics import store
 from .plan import OpPlan, run_planned
-from .post_block import _DTYPES, _contiguous, _no_autocast, _row_layout
 from .registered import is_wrapped
 from .rows import (
     added,
@@ -233,9 +232,9 @@ def triton_forward(
     inverse = empty(tokens, dtype=torch.float32, device=residual.device) if keep else None
     if tokens == 0:
         return out, normed, inverse
-    (residual, branch), inner, (of_residual, of_branch) = _row_layout(residual, branch)
+    (residual, branch), inner, (of_residual, of_branch) = row_layout(residual, branch)
     up_bias, gain, scale = (None, None, 1.0) if shift is None else shift
-    up_bias, gain, weight = _contiguous(up_bias, gain, norm.weight)
+    up_bias, gain, weight = contiguous(up_bias, gain, norm.weight)
     p_scale, scale = (scale, 0.0) if isinstance(scale, Tensor) else (None, scale)
     schedule = row_schedule(tokens, hidden, device_of(residual))
     launch(
@@ -262,8 +261,8 @@ def triton_backward(
         d_weight = empty(hidden, dtype=norm.weight.dtype, device=x.device)
     if tokens == 0:
         return dx, None if d_weight is None else d_weight.zero_()
-    (grad, grad_normed, x), inner, strides = _row_layout(grad, grad_normed, x)
-    (weight,) = _contiguous(norm.weight)
+    (grad, grad_normed, x), inner, strides = row_layout(grad, grad_normed, x)
+    (weight,) = contiguous(norm.weight)
     schedule = row_schedule(tokens, hidden, device_of(x), looped=need_weight)
     sums = empty(schedule.programs, hidden, dtype=torch.float32, device=x.device) if need_weight else None
     launch(
@@ -300,7 +299,7 @@ _backward_plans: dict[Any, OpPlan] = {}
 
 def _run_forward(x: Tensor, norm: Norm, keep: bool) -> tuple[Tensor, ...]:
     """Return the normalised x, and 1 / rms if it is kept."""
-    with _no_autocast(x.device):
+    with no_autocast(x.device):
         if select_backend(x.device) == "torch":
             return norm_torch.forward(x, norm)[: 1 + keep]
         key = (x.shape, x.dtype, norm.weight is None, *norm[1:], keep)
@@ -322,7 +321,7 @@ def _run_backward(
     def call() -> tuple[Tensor, ...]:
         return tuple(t for t in norm_backward(None, grad_normed, x, inverse, norm, needs) if t is not None)
 
-    with _no_autocast(x.device):
+    with no_autocast(x.device):
         if select_backend(x.device) == "torch":
             return call()
         key = (x.shape, x.dtype, norm.weight is None, *norm[1:], *needs)
@@ -346,7 +345,7 @@ class _RmsNorm(torch.autograd.Function):
         x, weight, inverse = ctx.saved_tensors
         norm = Norm(weight, *ctx.kind)
         if torch.is_grad_enabled() or is_batched(grad):  # no kernel computes several, or differentiates them again
-            with _no_autocast(x.device):
+            with no_autocast(x.device):
                 found = norm_torch.backward(None, grad, x, norm_torch.inverse_rms(x, norm), norm, needs)
             return *found, None, None, None
         computed = iter(_run_backward(grad, x, inverse, norm, needs))
@@ -381,7 +380,7 @@ def check_norm(x: Tensor, norm: Norm) -> None:
     elif plus_one:
         raise ValueError("plus_one is True but norm_weight is None; expected a weight")
     for name, tensor in tensors:
-        if tensor.dtype not in _DTYPES:
+        if tensor.dtype not in DTYPES:
             raise TypeError(f"{name} has dtype {tensor.dtype}; expected float32, bfloat16, float16 or float64")
         if tensor.dtype == torch.float64 and select_backend(x.device) == "triton":
             raise TypeError("the triton backend got a float64 tensor; expected float32, bfloat16 or float16")
@@ -413,7 +412,7 @@ def rms_norm(
     norm = Norm(weight, eps, plus_one, rounds_first)
     check_norm(x, norm)
     if is_transformed() or is_wrapped(x, weight):
-        with _no_autocast(x.device):
+        with no_autocast(x.device):
             return norm_torch.definition(x, norm)
     if torch.is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad)):
         return _RmsNorm.apply(x, *norm)

@@ -4,7 +4,7 @@ A tile of rows reads all of W1 and W2. In float32 they cost as much L2 traffic a
 times as much at rank 64. Packed weights (`contract.Packed`) have the operands' dtype, are padded to the rank's extent
 in registers, and hold W2 transposed.
 
-The op packs in each call in which that pays (`post_block.packed_weights`), and forgets the result: PyTorch has no
+The op packs in each call in which that pays (`triton_backend.packed_weights`), and forgets the result: PyTorch has no
 reliable sign that a weight has changed. Fused optimizers raise no version, FSDP2 gathers other values into the same
 memory, and `.data` bypasses everything.
 """

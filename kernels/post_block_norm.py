@@ -28,39 +28,31 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import norm_torch, torch_backend
-from .backend import select_backend
+from . import norm_torch, torch_backend, triton_backend
+from .backend import check_backend, no_autocast, select_backend
 from .contract import Operands
 from .derivatives import is_batched, is_transformed
-from .launch import device_of, empty, launch
+from .launch import contiguous, device_of, empty, launch, row_layout
 from .norm import check_norm, norm_backward, norm_constants, rms_norm
 from .norm import triton_forward as triton_norm
 from .norm_torch import Norm
 from .numerics import dot_precision, store
 from .plan import OpPlan, run_planned
 from .post_block import (
-    _OPERANDS,
-    _check_backend,
-    _contiguous,
-    _first_pass,
-    _no_autocast,
-    _of_op,
-    _projected,
-    _row_layout,
-    _write_block,
+    OPERANDS,
     backward,
     check_operands,
     first_order,
-    packed_weights,
+    of_op,
     post_block,
-    resident_layout,
     saved_tensors,
-    triton_forward,
+    with_projected_up,
 )
 from .registered import is_described, is_wrapped, register
 from .resident import post_block_fwd_resident_kernel
 from .rows import inverse_rms, norm_factor, normalised, rounded
 from .schedule import ForwardSchedule, forward_schedule, forward_splits
+from .triton_backend import first_pass, packed_weights, resident_layout, write_block
 
 # ------------------------------------------------------------------------------------------------------------ kernel
 
@@ -82,7 +74,7 @@ def post_block_norm_fwd_kernel(
     ranks = tl.arange(0, BLOCK_R)
     local = tl.arange(0, BLOCK_N)
     for tile in range(tl.program_id(0), tl.cdiv(N, height), tl.num_programs(0)):
-        rows, m_rows, residual_rows, branch_rows, strength, h = _first_pass(
+        rows, m_rows, residual_rows, branch_rows, strength, h = first_pass(
             p_residual, p_branch, p_down, p_down_bias, p_gain, p_scale, p_a, tile, local, ranks,
             scale, N, D, height, inner, residual_outer, residual_inner, branch_outer, branch_inner,
             RANK, ACTIVATION, DOT, HAS_BRANCH, HAS_DOWN_BIAS, HAS_GAIN, SCALE_ON_DEVICE, KEEP_A, NESTED, EVEN_D, PACKED,
@@ -95,7 +87,7 @@ def post_block_norm_fwd_kernel(
         blocks = tl.cdiv(D, BLOCK_D2)
         for block in tl.range(0, blocks, num_stages=STAGES2):
             columns = (blocks - 1 - block) * BLOCK_D2 + tl.arange(0, BLOCK_D2)
-            out = _write_block(
+            out = write_block(
                 p_residual, p_branch, p_up, p_up_bias, p_out, residual_rows, branch_rows, rows, m_rows, h, strength,
                 ranks, columns, D, RANK, DOT, HAS_BRANCH, HAS_UP_BIAS, EVEN_D, PACKED,
             )  # fmt: skip
@@ -146,16 +138,16 @@ def triton_forward_norm(
         return out, normed, None, inverse
     resident = resident_layout(tokens, hidden, rank, dtype, device, norm=True, packed=packed is not None)
     if tokens == 0 or (resident is None and forward_splits(tokens, hidden, rank, dtype.itemsize, device) is not None):
-        out, a = triton_forward(residual, branch, operands, keep)
+        out, a = triton_backend.forward(residual, branch, operands, keep)
         _, normed, inverse = triton_norm(out, None, norm, keep)
         return out, normed, a, inverse
     out, normed = (empty(*residual.shape, dtype=dtype, device=residual.device) for _ in range(2))
     a = empty(tokens, rank, dtype=torch.float32, device=residual.device) if keep else None
     inverse = empty(tokens, dtype=torch.float32, device=residual.device) if keep else None
-    (residual, branch), inner, (of_residual, of_branch) = _row_layout(residual, branch)
-    down_bias, up_bias, gain, weight = _contiguous(down_bias, up_bias, gain, norm.weight)
+    (residual, branch), inner, (of_residual, of_branch) = row_layout(residual, branch)
+    down_bias, up_bias, gain, weight = contiguous(down_bias, up_bias, gain, norm.weight)
     packed = packed_weights(operands, tokens, dtype, resident)
-    down, up = _contiguous(down, up) if packed is None else packed
+    down, up = contiguous(down, up) if packed is None else packed
     p_scale, scale = (scale, 0.0) if isinstance(scale, Tensor) else (None, scale)
     constants: dict[str, Any] = {
         "device": residual.device, "RANK": rank, "ACTIVATION": activation,
@@ -203,10 +195,10 @@ class Saved(NamedTuple):
 
 def forward_norm(residual: Tensor, branch: Tensor | None, operands: Operands, norm: Norm, keep: bool) -> _Result:
     """Run the forward on the backend of the residual's device. See `triton_forward_norm`."""
-    with _no_autocast(residual.device):
+    with no_autocast(residual.device):
         backend = select_backend(residual.device)
-        _check_backend(backend, residual, branch, *operands, norm.weight)
-        projected = _projected(operands)
+        check_backend(backend, residual, branch, *operands, norm.weight)
+        projected = with_projected_up(operands)
         if backend == "triton":
             return triton_forward_norm(residual, branch, projected, norm, keep)
         out, a = torch_backend.forward(residual, branch, projected, keep)
@@ -235,7 +227,7 @@ def backward_norm(
         whole = torch.zeros_like(saved.out)
     if grad_normed is not None:
         both = (of_out or any(of_steering), of_weight)
-        with _no_autocast(saved.out.device):
+        with no_autocast(saved.out.device):
             if again:
                 inverse = norm_torch.inverse_rms(saved.out, norm)
                 whole, d_weight = norm_torch.backward(grad, grad_normed, saved.out, inverse, norm, both)
@@ -301,7 +293,7 @@ def _split(values: Sequence[Any]) -> tuple[list[Tensor], tuple[Any, ...]]:
 
 def _op_forward(*inputs: Any) -> tuple[Tensor, ...]:
     residual, branch, *operands = inputs[:12]
-    found = _run_forward(residual, branch, _of_op(*operands), Norm(*inputs[12:16]), inputs[16])
+    found = _run_forward(residual, branch, of_op(*operands), Norm(*inputs[12:16]), inputs[16])
     kind = torch_backend.accumulation_dtype(found[0].dtype)
     return tuple(empty(0, dtype=kind, device=residual.device) if t is None else t for t in found)
 
@@ -319,7 +311,7 @@ def _op_forward_fake(*inputs: Any) -> tuple[Tensor, ...]:
 def _op_backward(*inputs: Any) -> list[Tensor]:
     grad, grad_normed, *saved = inputs[:6]
     found = _run_backward(
-        grad, grad_normed, Saved(*saved), _of_op(*inputs[6:16]), Norm(*inputs[16:20]), inputs[20]
+        grad, grad_normed, Saved(*saved), of_op(*inputs[6:16]), Norm(*inputs[16:20]), inputs[20]
     )  # fmt: skip
     return [t.clone() if t is grad else t for t in found]  # no result of an op shares its arguments' memory
 
@@ -423,13 +415,13 @@ def _in_graph(*inputs: Any) -> tuple[Tensor, ...]:
 
 
 _op = register(
-    f"post_block_norm(Tensor residual, Tensor? branch, {_OPERANDS}, {_NORM}, bool keep) "
+    f"post_block_norm(Tensor residual, Tensor? branch, {OPERANDS}, {_NORM}, bool keep) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     _op_forward, _op_forward_fake, _in_graph,
 )  # fmt: skip
 _backward_op = register(
     "post_block_norm_backward(Tensor? grad, Tensor? grad_normed, Tensor kept, Tensor? branch, Tensor? a, "
-    f"Tensor inverse, {_OPERANDS}, {_NORM}, bool[] needs) -> Tensor[]",
+    f"Tensor inverse, {OPERANDS}, {_NORM}, bool[] needs) -> Tensor[]",
     _op_backward, _op_backward_fake, _differentiable_backward_op,
 )  # fmt: skip
 

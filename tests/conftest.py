@@ -102,7 +102,7 @@ def rows_in_registers(request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
     """
     if HAS_GPU or "device" not in request.fixturenames:
         return
-    post_block = importlib.import_module("fused_steer.kernels.post_block")  # the package has a function of this name
+    from fused_steer.kernels import triton_backend
     from fused_steer.kernels.schedule import _INTERPRETED_DEVICE, ceil_div, resident_schedule
 
     marker = request.node.get_closest_marker("rows")
@@ -114,7 +114,7 @@ def rows_in_registers(request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
         rows = marker.args[0] if marker is not None else 1 if tokens <= 5 else 8
         return replace(layout, block_n=rows, programs=ceil_div(tokens, rows))
 
-    monkeypatch.setattr(post_block, "resident_schedule", with_rows)
+    monkeypatch.setattr(triton_backend, "resident_schedule", with_rows)
 
 
 LITTLE = 256 << 20  # bytes that a test process may keep in PyTorch's cache between tests

@@ -38,19 +38,20 @@ def cases(every: bool) -> list[list]:
     found = []
     for target in TARGETS:
         promised = target in PROMISED
-        ranks = RANKS if promised else (*PADDED_RANKS, 12)
-        # Every option at once costs the most registers. Many and few tokens may use different tiles.
-        for hidden in HIDDEN if promised else (576, 4096):
-            of_hidden = ranks
-            if hidden not in (576, 4096):  # the other sizes change the tiling of columns, not of ranks
-                of_hidden = (8, 64)
-            elif not every and (hidden == 576 or not promised):
-                of_hidden = (1, 8, 16, 64, 256) if promised else (0, 8, 64, 256) if hidden == 4096 else (128,)
+        # Every option at once costs the most registers. Many and few tokens may use different tiles. The hidden sizes
+        # other than 576 and 4096 change the tiling of columns, not of ranks.
+        if every:
+            ranks = dict.fromkeys(HIDDEN if promised else (576, 4096), RANKS if promised else (*PADDED_RANKS, 12))
+            ranks |= dict.fromkeys((1152, 2560, 8192) if promised else (), (8, 64))
+        else:
+            ranks = {4096: RANKS if target == "sm_90" else PADDED_RANKS if promised else (0, 8, 64, 256)}
+            ranks |= {576: (8, 128), 8192: (64,), 2560: (8,)} if promised else {576: (128,)}
+        for hidden, of_hidden in ranks.items():
             found += [[target, "bfloat16", hidden, rank, n, EVERYTHING] for rank in of_hidden for n in (8192, 8)]
         # With many tokens the op packs the weights.
-        of_packed = RANKS if promised else PADDED_RANKS if every else (8, 64, 256)
+        of_packed = RANKS if promised and every else PADDED_RANKS if promised or every else (8, 64, 256)
         found += [[target, "bfloat16", 4096, rank, 8192, PACKED] for rank in of_packed]
-        sampled = PADDED_RANKS if promised and every else (0, 8, 64, 256) if promised or every else (64,)
+        sampled = PADDED_RANKS if promised and every else (0, 8, 64, 256) if every else (8, 64) if promised else (64,)
         for rank in sampled:
             for dtype in ("float32", "float16"):
                 found += [[target, dtype, 4096, rank, 8192, flags] for flags in (EVERYTHING, PACKED)[: 1 + promised]]

@@ -35,7 +35,7 @@ DIRECT = replace(ROWS, direct=True)
 @pytest.mark.parametrize("rank", [0, 1, RESIDENT_RANK])
 @pytest.mark.parametrize("tokens", [MANY_TOKENS - 1, MANY_TOKENS])
 def test_packing_is_for_many_tokens_and_for_the_kernel_that_reads_rows_of_w2(monkeypatch, tokens, rank, resident):
-    op = import_module("fused_steer.kernels.post_block")
+    op = import_module("fused_steer.kernels.triton_backend")
     monkeypatch.setattr(op, "pack_adapter", lambda *weights: "packed")
     operands = Operands(torch.ones(rank, 64), torch.ones(64, rank)) if rank else Operands(up_bias=torch.ones(64))
     found = op.packed_weights(operands, tokens, BF16, resident)

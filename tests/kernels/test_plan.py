@@ -774,7 +774,7 @@ def test_plan_that_reads_the_branch_in_a_checkpoint(device, made, reentrant):
 
 def test_plan_repeats_the_launch_that_packs_the_weights(device, made, monkeypatch):
     site, operands = make_site(device, rank=RESIDENT_RANK + 4), states(5, device)
-    op = importlib.import_module("fused_steer.kernels.post_block")
+    op = importlib.import_module("fused_steer.kernels.triton_backend")
     packed, pack = [], op.pack_adapter
     with monkeypatch.context() as patch, torch.no_grad():
         patch.setattr(op, "MANY_TOKENS", 1)

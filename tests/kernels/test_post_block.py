@@ -10,10 +10,9 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from fused_steer.kernels import ACTIVATIONS
+from fused_steer.kernels import ACTIVATIONS, triton_backend
 from fused_steer.kernels.contract import READS, Needs, Operands
 from fused_steer.kernels.launch import noted, recorded
-from fused_steer.kernels.post_block import resident_layout, triton_backward, triton_forward
 from fused_steer.kernels.schedule import (
     RESIDENT_RANK,
     TARGETS,
@@ -22,6 +21,7 @@ from fused_steer.kernels.schedule import (
     forward_splits,
 )
 from fused_steer.kernels.torch_backend import backward, forward
+from fused_steer.kernels.triton_backend import resident_layout
 from ops import Inputs, definition, make_draws, make_inputs, pack_reference, relative_error
 from torch import Tensor
 from torch.testing._internal.two_tensor import TwoTensor
@@ -203,7 +203,7 @@ def test_post_block_packed_weights_give_the_same_bits(device, tokens, hidden, ra
     inputs = make_inputs(tokens, hidden, rank=rank, dtype=dtype, device=device, basis=0)
     without = replace(inputs, branch=None, down_bias=None, up_bias=None, gain=None, scale=0.7)
     for case in (inputs, without, replace(inputs, reads="branch")):
-        found = (triton_forward(case.residual, case.branch, operands_of(case, p), True) for p in (False, True))
+        found = (triton_backend.forward(case.residual, case.branch, operands_of(case, p), True) for p in (False, True))
         for plain, packed in zip(*found, strict=True):
             assert not plain.isnan().any() and torch.equal(bits(plain), bits(packed))
 
@@ -442,11 +442,11 @@ def test_post_block_packed_weights_give_the_same_gradients(dtype, rank, reads):
     up = torch.zeros_like(inputs.up)
     up[columns, columns % rank] = torch.randint(-4095, 4096, (96,), device=device) / 4096
     inputs = replace(inputs, up=up)
-    out, a = triton_forward(inputs.residual, inputs.branch, operands_of(inputs, False), True)
+    out, a = triton_backend.forward(inputs.residual, inputs.branch, operands_of(inputs, False), True)
     grad = torch.randint(-3, 4, (37, 96), device=device).to(dtype)
     kept = inputs.branch if reads == "branch" else out
     plain, other = (
-        vars(triton_backward(grad, kept, a, operands_of(inputs, packed), Needs(*[True] * 6)))
+        vars(triton_backend.backward(grad, kept, a, operands_of(inputs, packed), Needs(*[True] * 6)))
         for packed in (False, True)
     )
     for name, value in plain.items():
@@ -554,15 +554,15 @@ def test_post_block_strided_and_expanded_inputs(device, rank, change):
 
 
 def test_post_block_strided_inputs_are_not_copied():
-    from fused_steer.kernels.post_block import _row_layout
+    from fused_steer.kernels.launch import row_layout
 
     t = torch.empty(4, 6, 64)
     for view in (t[:, :, :32], transposed(t), t[:1].expand_as(t), t[:, ::2], t[:, :1].expand_as(t)):
         other = torch.empty(view.shape)
-        (a, b), _, _ = _row_layout(view, other)
+        (a, b), _, _ = row_layout(view, other)
         assert a is view and b is other
     columns_first = torch.empty(64, 6).t()
-    (a,), _, _ = _row_layout(columns_first)
+    (a,), _, _ = row_layout(columns_first)
     assert a is not columns_first and a.is_contiguous()
 
 
@@ -740,7 +740,7 @@ def launches(needs: Needs, rank: int = 8, reads: str = "sum") -> dict[str, dict]
     state, a = meta(64, 128, dtype=BF16), meta(64, rank) if rank else None
     down, up, down_bias = (meta(rank, 128), meta(128, rank), meta(rank)) if rank else (None, None, None)
     with recorded(TARGETS["sm_90"]) as found:
-        triton_backward(state, state, a, Operands(down, up, down_bias, meta(128), reads=reads), needs)
+        triton_backend.backward(state, state, a, Operands(down, up, down_bias, meta(128), reads=reads), needs)
     described = {}
     for launch in found:
         named = zip(launch.kernel.arg_names, launch.arguments, strict=False)

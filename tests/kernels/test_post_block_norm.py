@@ -12,10 +12,10 @@ from fused_steer.kernels.aot import SHARED_MEMORY, Case, hidden_states, record_n
 from fused_steer.kernels.contract import READS
 from fused_steer.kernels.launch import noted
 from fused_steer.kernels.norm import MAX_WIDTH, rms_norm
-from fused_steer.kernels.post_block import resident_layout
 from fused_steer.kernels.post_block_norm import post_block_norm
 from fused_steer.kernels.predict import memory_bytes
 from fused_steer.kernels.schedule import RESIDENT_RANK, TARGETS, describe_device, forward_splits
+from fused_steer.kernels.triton_backend import resident_layout
 from ops import Inputs, definition, make_draws, make_inputs, relative_error
 from torch import Tensor
 
