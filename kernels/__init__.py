@@ -10,6 +10,7 @@ The map, in reading order. A file imports only files that stand above it.
     schedule.py      chooses the layout of a launch: tiles, programs, warps
     derivatives.py   recognises derivatives that no kernel computes
     launch.py        launches kernels, or records their launches
+    flops.py         counts the floating-point operations of the ops
     registered.py    registers ops that torch.compile keeps as one node
     inductor.py      makes the code that Inductor generates start kernels itself
     torch_backend.py post_block in plain PyTorch: the `torch` backend

@@ -32,11 +32,12 @@ from .activations import ACTIVATIONS, apply
 from .backend import select_backend
 from .contract import GroupedCall, check_dense, check_reads
 from .derivatives import is_transformed
+from .flops import of_inference
 from .grouped_torch import TokenPlan, grouped_forward, plan_tokens
 from .launch import device_of, empty, is_recording, launch
 from .numerics import dot, dot_precision, operand, store
 from .plan import OpPlan, run_planned
-from .registered import is_described, is_wrapped, register
+from .registered import is_described, is_watched, is_wrapped, register
 from .schedule import MAX_RANK, Blocks, Device, ceil_div, next_power_of_2, padded_rank
 
 FEW_TOKENS = 256  # up to this many, each token has its own program, as in decoding
@@ -496,11 +497,11 @@ def refusal(op: str) -> Callable[..., None]:
 
 register(
     f"post_block_grouped(Tensor residual, Tensor? branch, {OPERANDS}) -> Tensor",
-    _registered_out_of_place, _fake, refusal("post_block_grouped"),
+    _registered_out_of_place, _fake, refusal("post_block_grouped"), of_inference,
 )  # fmt: skip
 register(
     f"post_block_grouped_(Tensor residual, Tensor(a!) branch, {OPERANDS}) -> ()",
-    _registered_into_branch, lambda *operands: None, refusal("post_block_grouped"),
+    _registered_into_branch, lambda *operands: None, refusal("post_block_grouped"), of_inference,
 )  # fmt: skip
 
 
@@ -616,7 +617,7 @@ def post_block_routed(
         backend: the backend of the residual's device. None calls `select_backend`.
         reads: as in `post_block_grouped`.
     """
-    if not is_recording() and is_described(residual):
+    if not is_recording() and (is_described(residual) or is_watched()):
         with torch.no_grad():
             operands = joined(weights, routing.ids, routing.gain, reads)
             return torch.ops.fused_steer.post_block_grouped(residual, branch, *operands)
@@ -673,7 +674,7 @@ def post_block_grouped(
         TypeError: a dtype is not supported.
         RuntimeError: a gradient is required.
     """
-    in_graph = torch.compiler.is_compiling() or (not is_recording() and is_described(residual))
+    in_graph = torch.compiler.is_compiling() or (not is_recording() and (is_described(residual) or is_watched()))
     weights = (downs, ups, down_biases, up_biases, activation)
     check_grouped("post_block_grouped", residual, branch, weights, adapter_ids, gain, reads)
     if into_branch and branch is None:

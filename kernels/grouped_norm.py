@@ -26,6 +26,7 @@ from torch import Tensor
 from . import norm_torch
 from .backend import select_backend
 from .contract import GroupedCall
+from .flops import of_inference
 from .grouped import (
     OPERANDS,
     Routing,
@@ -330,11 +331,11 @@ _NORM = "Tensor? norm_weight, float eps, bool plus_one, bool rounds_first"
 
 register(
     f"post_block_grouped_norm(Tensor residual, Tensor? branch, {OPERANDS}, {_NORM}) -> (Tensor, Tensor)",
-    _out_of_place, _fake, refusal("post_block_grouped_norm"),
+    _out_of_place, _fake, refusal("post_block_grouped_norm"), of_inference,
 )  # fmt: skip
 register(
     f"post_block_grouped_norm_(Tensor(a!) residual, Tensor(b!) branch, {OPERANDS}, {_NORM}) -> ()",
-    _in_place, lambda *inputs: None, refusal("post_block_grouped_norm"),
+    _in_place, lambda *inputs: None, refusal("post_block_grouped_norm"), of_inference,
 )  # fmt: skip
 
 

@@ -33,7 +33,7 @@ from .launch import contiguous, device_of, empty, launch, row_layout
 from .norm_torch import Norm
 from .numerics import store
 from .plan import OpPlan, run_planned
-from .registered import is_wrapped
+from .registered import is_watched, is_wrapped
 from .rows import (
     added,
     inverse_rms,
@@ -391,8 +391,8 @@ def rms_norm(
 ) -> Tensor:
     """RMSNorm, x / sqrt(mean(x²) + eps) ⊙ w, in one pass over the hidden state. All arithmetic is float32.
 
-    Gradients with create_graph=True, and calls inside transforms of torch.func, in forward mode, or on tensor
-    subclasses such as DTensor are computed by PyTorch operations instead of kernels.
+    Gradients with create_graph=True, and calls inside transforms of torch.func, in forward mode, under a mode of
+    PyTorch's dispatcher, or on tensor subclasses such as DTensor are computed by PyTorch operations instead of kernels.
 
     Args:
         x: (..., d), d at most 32768, float32, bfloat16, float16, or, on the torch backend, float64. Any strides.
@@ -411,7 +411,7 @@ def rms_norm(
     """
     norm = Norm(weight, eps, plus_one, rounds_first)
     check_norm(x, norm)
-    if is_transformed() or is_wrapped(x, weight):
+    if is_transformed() or is_watched() or is_wrapped(x, weight):
         with no_autocast(x.device):
             return norm_torch.definition(x, norm)
     if torch.is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad)):

@@ -22,7 +22,7 @@ from .contract import Operands
 from .derivatives import is_batched, is_transformed
 from .plan import SHARED, Plan, keep, kind_of, no_plan
 from .post_block import backward, check_operands, forward, post_block, saved_tensors
-from .registered import is_described, is_wrapped
+from .registered import is_described, is_watched, is_wrapped
 
 #: Arguments of `forward`: residual, branch, operands.
 _Call = tuple[Tensor, Tensor | None, Operands]
@@ -145,7 +145,7 @@ class PlannedPostBlock:
         """Return whether a kernel runs this call. `post_block` handles all others, errors included."""
         residual, branch, operands = call
         self.backend = select_backend(residual.device)
-        if is_described(residual) or self.backend != "triton" or is_transformed():
+        if is_described(residual) or is_watched() or self.backend != "triton" or is_transformed():
             return False
         if is_wrapped(residual, branch, *operands):
             return False

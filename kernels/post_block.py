@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import torch_backend, triton_backend
+from . import flops, torch_backend, triton_backend
 from .activations import ACTIVATIONS
 from .backend import check_backend, no_autocast, select_backend
 from .contract import DTYPES, Needs, Operands, check_dense, check_reads
@@ -40,7 +40,7 @@ from .derivatives import is_batched, is_differentiated_again, is_forward_mode, i
 from .inductor import start_directly
 from .launch import empty
 from .plan import OpPlan, Plan, keep, no_plan, run_planned
-from .registered import is_described, is_wrapped, register
+from .registered import is_described, is_watched, is_wrapped, register
 from .schedule import MAX_RANK
 
 # --------------------------------------------------------------------------------- forward and backward, any backend
@@ -61,6 +61,13 @@ def forward(residual: Tensor, branch: Tensor | None, operands: Operands, keep_a:
 
     Packed operands require the Triton backend and no basis.
     """
+    if is_watched() and operands.packed is None:
+        out, kept = _op(residual, branch, *inputs_of(operands), keep_a)
+        return out, kept if keep_a and operands.rank else None
+    return _forward(residual, branch, operands, keep_a)
+
+
+def _forward(residual: Tensor, branch: Tensor | None, operands: Operands, keep_a: bool) -> tuple[Tensor, Tensor | None]:
     with no_autocast(residual.device):
         backend = select_backend(residual.device)
         check_backend(backend, residual, branch, *operands)
@@ -85,6 +92,20 @@ def backward(
         again: compute them by PyTorch operations, which can be differentiated again.
         grad_a: a gradient of `a`, which a second derivative has. It requires `again`.
     """
+    if is_watched() and not again and operands.packed is None:
+        return list(_backward_op(grad, kept, a, *inputs_of(operands), needs))
+    return _backward(grad, kept, a, operands, needs, grad_a, again)
+
+
+def _backward(
+    grad: Tensor,
+    kept: Tensor | None,
+    a: Tensor | None,
+    operands: Operands,
+    needs: list[bool],
+    grad_a: Tensor | None = None,
+    again: bool = False,
+) -> list[Tensor]:
     need_x, need_down, need_up, need_down_bias, need_up_bias, need_gain, need_scale = needs
     wanted = Needs(need_x, need_down, need_up, need_down_bias, need_up_bias, need_gain or need_scale)
     gain, basis, scale = operands.gain, operands.basis, operands.scale
@@ -138,6 +159,13 @@ def of_op(
     return Operands(down, up, down_bias, up_bias, gain, basis, s, activation, reads=reads)
 
 
+def inputs_of(operands: Operands) -> tuple[Any, ...]:
+    """Return operands as a registered op takes them."""
+    scale = operands.scale
+    s, scale_tensor = (1.0, scale) if isinstance(scale, Tensor) else (scale, None)
+    return (*operands[:5], scale_tensor, operands.basis, s, operands.activation, operands.reads)
+
+
 def _eager_forward(residual: Tensor, branch: Tensor | None, *inputs: Any) -> tuple[Tensor, Tensor | None]:
     return forward(residual, branch, of_op(*inputs[:-1]), inputs[-1])
 
@@ -170,7 +198,7 @@ def _post_block_op(*inputs: Any) -> Sequence[Tensor]:
     )  # fmt: skip
 
     def call() -> Sequence[Tensor]:
-        out, a = _eager_forward(*inputs)
+        out, a = _forward(residual, branch, of_op(*inputs[2:-1]), keep_a)
         if a is None:
             a = empty(0, dtype=torch_backend.accumulation_dtype(out.dtype), device=out.device)
         return out, a
@@ -195,9 +223,8 @@ def _plan_inference(operands: tuple[Tensor, ...], activation: str, reads: str) -
     residual, branch, down, up, scale = operands
 
     def forward() -> tuple[Tensor, ...]:
-        # Without b1, b2, gain and V.
-        call = (residual, branch, down, up, None, None, None, scale, None, 1.0, activation, reads, False)
-        return _eager_forward(*call)[:1]
+        given = Operands(down, up, scale=scale, activation=activation, reads=reads)
+        return _forward(residual, branch, given, False)[:1]
 
     (out,), plan = Plan.make(operands, forward)
     if plan is not None:
@@ -266,9 +293,11 @@ def _post_block_backward_op(*inputs: Any) -> Sequence[Tensor]:
         grad.shape, grad.dtype, kept is None, a is None, None if down is None else (down.shape, down.dtype),
         down_bias is None, up_bias is None, gain is None, scale_tensor is None, scale, activation, reads, *needs,
     )  # fmt: skip
-    if basis is not None:
-        return _eager_backward(*inputs)
-    return run_planned(_backward_plans, key, inputs, lambda: _eager_backward(*inputs))
+
+    def call() -> Sequence[Tensor]:
+        return _backward(grad, kept, a, of_op(*inputs[3:-1]), needs)
+
+    return call() if basis is not None else run_planned(_backward_plans, key, inputs, call)
 
 
 def _post_block_backward_fake(
@@ -476,18 +505,18 @@ def _differentiable_backward_op(*inputs: Any) -> list[Tensor]:
 
 _op = register(
     f"post_block(Tensor residual, Tensor? branch, {OPERANDS}, bool keep_a) -> (Tensor, Tensor)",
-    _post_block_op, _post_block_fake, _RegisteredPostBlock.apply,
+    _post_block_op, _post_block_fake, _RegisteredPostBlock.apply, flops.of_forward,
 )  # fmt: skip
 # The usual call of a layer in a graph without gradients. It is separate because each argument and result costs a
 # conversion.
 register(
     "post_block_inference(Tensor residual, Tensor branch, Tensor down, Tensor up, Tensor scale, str activation, "
     'str reads="sum") -> Tensor',
-    _post_block_inference_op, _post_block_inference_fake, None,
+    _post_block_inference_op, _post_block_inference_fake, None, flops.of_inference,
 )  # fmt: skip
 _backward_op = register(
     f"post_block_backward(Tensor grad, Tensor? kept, Tensor? a, {OPERANDS}, bool[] needs) -> Tensor[]",
-    _post_block_backward_op, _post_block_backward_fake, _differentiable_backward_op,
+    _post_block_backward_op, _post_block_backward_fake, _differentiable_backward_op, flops.of_backward,
 )  # fmt: skip
 
 

@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import norm_torch, torch_backend, triton_backend
+from . import flops, norm_torch, torch_backend, triton_backend
 from .backend import check_backend, no_autocast, select_backend
 from .contract import Operands
 from .derivatives import is_batched, is_transformed
@@ -43,12 +43,13 @@ from .post_block import (
     backward,
     check_operands,
     first_order,
+    inputs_of,
     of_op,
     post_block,
     saved_tensors,
     with_projected_up,
 )
-from .registered import is_described, is_wrapped, register
+from .registered import is_described, is_watched, is_wrapped, register
 from .resident import post_block_fwd_resident_kernel
 from .rows import inverse_rms, norm_factor, normalised, rounded
 from .schedule import ForwardSchedule, forward_schedule, forward_splits
@@ -195,6 +196,13 @@ class Saved(NamedTuple):
 
 def forward_norm(residual: Tensor, branch: Tensor | None, operands: Operands, norm: Norm, keep: bool) -> _Result:
     """Run the forward on the backend of the residual's device. See `triton_forward_norm`."""
+    if is_watched():
+        out, normed, a, inverse = _op(residual, branch, *inputs_of(operands), *norm, keep)
+        return out, normed, a if keep and operands.rank else None, inverse if keep else None
+    return _forward_norm(residual, branch, operands, norm, keep)
+
+
+def _forward_norm(residual: Tensor, branch: Tensor | None, operands: Operands, norm: Norm, keep: bool) -> _Result:
     with no_autocast(residual.device):
         backend = select_backend(residual.device)
         check_backend(backend, residual, branch, *operands, norm.weight)
@@ -221,6 +229,21 @@ def backward_norm(
     They are, in order: that of `out` with the norm's share, those of `post_block.backward`, and the norm weight's. At
     least one of the gradients of `out`, `normed` and `a` is given. For `grad_a` and `again` see `post_block.backward`.
     """
+    if is_watched() and not again:
+        return list(_backward_op(grad, grad_normed, *saved, *inputs_of(operands), *norm, list(needs)))
+    return _backward_norm(grad, grad_normed, saved, operands, norm, needs, grad_a, again)
+
+
+def _backward_norm(
+    grad: Tensor | None,
+    grad_normed: Tensor | None,
+    saved: Saved,
+    operands: Operands,
+    norm: Norm,
+    needs: Sequence[bool],
+    grad_a: Tensor | None = None,
+    again: bool = False,
+) -> list[Tensor]:
     of_out, *of_steering, of_weight = needs
     whole, d_weight = grad, None
     if grad is None and grad_normed is None:
@@ -248,10 +271,10 @@ _backward_plans: dict[Any, OpPlan] = {}
 
 
 def _run_forward(residual: Tensor, branch: Tensor | None, operands: Operands, norm: Norm, keep: bool) -> _Result:
-    """Run `forward_norm`, by a plan if one applies."""
+    """Run the forward, by a plan if one applies."""
 
     def call() -> _Result:
-        return forward_norm(residual, branch, operands, norm, keep)
+        return _forward_norm(residual, branch, operands, norm, keep)
 
     if operands.basis is not None or select_backend(residual.device) == "torch":
         return call()
@@ -270,10 +293,10 @@ def _run_backward(
     norm: Norm,
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    """Run `backward_norm`, by a plan if one applies. A call without the gradient of `normed` is not planned."""
+    """Run the backward, by a plan if one applies. A call without the gradient of `normed` is not planned."""
 
     def call() -> list[Tensor]:
-        return backward_norm(grad, grad_normed, saved, operands, norm, needs)
+        return _backward_norm(grad, grad_normed, saved, operands, norm, needs)
 
     if grad_normed is None or operands.basis is not None or select_backend(grad_normed.device) == "torch":
         return call()
@@ -349,7 +372,8 @@ class _PostBlockNorm(torch.autograd.Function):
         else:
             strength = scale if scale_tensor is None else scale_tensor
             adapter = Operands(down, up, down_bias, up_bias, gain, basis, strength, activation, reads=reads)
-            out, normed, a, inverse = _run_forward(residual, branch, adapter, Norm(weight, *kind), True)
+            run = forward_norm if is_watched() else _run_forward
+            out, normed, a, inverse = run(residual, branch, adapter, Norm(weight, *kind), True)
         ctx.in_graph = in_graph
         of_residual, of_branch, *of_weights, d_weight = ctx.needs_input_grad[:9]
         low_rank, of_sum = down is not None, reads == "sum"
@@ -399,7 +423,8 @@ def _differentiate(
         if torch.is_grad_enabled() or grad_a is not None or is_batched(grad, grad_normed):
             found = iter(backward_norm(grad, grad_normed, saved, adapter, norm, ctx.needs, grad_a, again=True))
         else:
-            found = iter(_run_backward(grad, grad_normed, saved, adapter, norm, ctx.needs))
+            backward_of = backward_norm if is_watched() else _run_backward
+            found = iter(backward_of(grad, grad_normed, saved, adapter, norm, ctx.needs))
     whole, dx, *others = [next(found) if need else None for need in ctx.needs]
     both = (whole if dx is None or reads == "branch" else dx, whole if dx is None else dx)
     states = (None if dtype is None or d is None else d.to(dtype) for d, dtype in zip(both, ctx.dtypes, strict=True))
@@ -417,12 +442,12 @@ def _in_graph(*inputs: Any) -> tuple[Tensor, ...]:
 _op = register(
     f"post_block_norm(Tensor residual, Tensor? branch, {OPERANDS}, {_NORM}, bool keep) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
-    _op_forward, _op_forward_fake, _in_graph,
+    _op_forward, _op_forward_fake, _in_graph, flops.of_forward,
 )  # fmt: skip
 _backward_op = register(
     "post_block_norm_backward(Tensor? grad, Tensor? grad_normed, Tensor kept, Tensor? branch, Tensor? a, "
     f"Tensor inverse, {OPERANDS}, {_NORM}, bool[] needs) -> Tensor[]",
-    _op_backward, _op_backward_fake, _differentiable_backward_op,
+    _op_backward, _op_backward_fake, _differentiable_backward_op, flops.of_backward_norm,
 )  # fmt: skip
 
 
@@ -476,7 +501,7 @@ def post_block_norm(
 def may_plan(residual: Tensor, branch: Tensor | None, operands: Operands, norm: Norm) -> tuple[str, bool]:
     """Return the backend of an eager call, and whether a kernel runs it, after its operands were checked."""
     backend = select_backend(residual.device)
-    if is_described(residual) or backend != "triton" or is_transformed():
+    if is_described(residual) or is_watched() or backend != "triton" or is_transformed():
         return backend, False
     if is_wrapped(residual, branch, *operands, norm.weight):
         return backend, False
@@ -520,4 +545,5 @@ def steer_and_normalise(
         return torch.ops.fused_steer.post_block_norm(*states, *weights, *rest, *norm, wanted)[:2]
     if wanted:
         return _PostBlockNorm.apply(*states, *weights, norm.weight, *rest, *norm[1:], False)[:2]
-    return _run_forward(residual, branch, operands, norm, False)[:2]
+    run = forward_norm if is_watched() else _run_forward
+    return run(residual, branch, operands, norm, False)[:2]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch._C import DispatchKey, DispatchKeySet
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.flop_counter import register_flop_formula
 
 from .derivatives import is_forward_mode, refuse_tangents
 
@@ -35,7 +36,15 @@ def is_described(tensor: Tensor) -> bool:
     refuse_jit_trace()
     if isinstance(tensor, FakeTensor) or tensor.is_meta:
         return True
-    return torch._C._len_torch_dispatch_stack() > 0 and any(map(torch._C._get_dispatch_mode, _DESCRIBING))
+    return is_watched() and any(map(torch._C._get_dispatch_mode, _DESCRIBING))
+
+
+def is_watched() -> bool:
+    """Return whether a mode of PyTorch's dispatcher is active, such as FlopCounterMode or a selective checkpoint's.
+
+    It sees ops, not the kernels that a call starts directly. So an eager call goes through its registered op then.
+    """
+    return torch._C._len_torch_dispatch_stack() > 0
 
 
 def is_wrapped(*tensors: Any) -> bool:
@@ -51,7 +60,11 @@ def refuse_jit_trace() -> None:
 
 
 def register(
-    schema: str, run: Callable[..., Any], fake: Callable[..., Any], differentiate: Callable[..., Any] | None
+    schema: str,
+    run: Callable[..., Any],
+    fake: Callable[..., Any],
+    differentiate: Callable[..., Any] | None,
+    flops: Callable[..., int] | None = None,
 ) -> Callable[..., Any]:
     """Define the op `torch.ops.fused_steer.<name>`.
 
@@ -62,6 +75,7 @@ def register(
         differentiate: called in place of `run` if a gradient is required. It returns a result with a gradient, or
             raises. None for an op that is never differentiated; the dispatcher then skips autograd without a Python
             call.
+        flops: counts the op's floating-point operations, as in flops.py. None if they are not counted.
 
     Returns:
         The op without autograd, which `differentiate` may call.
@@ -98,4 +112,6 @@ def register(
 
         _LIBRARY.impl(name, with_autograd, "Autograd", with_keyset=True)
     torch.library.register_fake(f"fused_steer::{name}", fake)
+    if flops is not None:
+        register_flop_formula(getattr(torch.ops.fused_steer, name))(flops)
     return without_autograd

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jvp, vjp, vmap
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -944,3 +947,77 @@ def test_modes_encoder_decoder_models_are_refused(model_type, fields):
     model = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(model_type, **fields))
     with refused(ValueError, "is an encoder-decoder model; expected a decoder-only one", model=model):
         patch_model(model)
+
+
+# --------------------------------------------------------------------------------------- modes of PyTorch's dispatcher
+
+
+def _step(model: nn.Module, parameters: Mapping[str, Tensor]) -> list[Tensor]:
+    """Return the loss and the gradients of a training step."""
+    loss = model(tokens(), labels=tokens(), use_cache=False).loss
+    return [loss.detach(), *torch.autograd.grad(loss, list(parameters.values()))]
+
+
+@pytest.mark.parametrize("fuse_norm", [False, True], ids=["op", "fused norm"])
+def test_modes_flops_are_those_of_hooks(device, fuse_norm):
+    base = build_frozen().to(device)
+    model = patch_model(copy.deepcopy(base), CONFIG, fuse_norm=fuse_norm)
+    parameters = randomize(model)
+    hooked = Hooked(base, parameters)
+    counts = []
+    for run in (
+        lambda: _step(model, parameters),
+        lambda: _step(hooked.model, hooked.leaves),
+        lambda: logits(model),
+        lambda: logits(hooked.model),
+    ):
+        with FlopCounterMode(display=False) as counter:
+            run()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > counts[2] == counts[3] > 0
+
+
+@pytest.mark.parametrize("saved", ["every op", "sums", "the steering", "none"])
+@pytest.mark.parametrize("fuse_norm", [False, True], ids=["op", "fused norm"])
+def test_modes_selective_checkpoint(device, fuse_norm, saved):
+    """With activations of chosen ops saved, a step has the same bits as without a checkpoint.
+
+    A norm is not fused there, so that it sums in another order.
+    """
+    model = patch_model(build_frozen().to(device), CONFIG, fuse_norm=fuse_norm)
+    parameters = randomize(model)
+    ops = torch.ops.fused_steer
+    policy = {
+        "every op": lambda *_, **__: CheckpointPolicy.MUST_SAVE,
+        "sums": [torch.ops.aten.add.Tensor, torch.ops.aten.mm.default],
+        "the steering": [ops.post_block.default, ops.post_block_norm.default],
+        "none": [],
+    }[saved]
+    expected = _step(model, parameters)
+    runs: list[str] = []
+
+    def loss() -> Tensor:
+        runs.append("pass")
+        return model(tokens(), labels=tokens(), use_cache=False).loss
+
+    contexts = partial(create_selective_checkpoint_contexts, policy)
+    value = checkpoint(loss, use_reentrant=False, context_fn=contexts)
+    found = [value.detach(), *torch.autograd.grad(value, list(parameters.values()))]
+    assert runs == ["pass"] * 2, "the backward repeated the pass"
+    for one, other in zip(found, expected, strict=True):
+        if fuse_norm:
+            assert_close(one, other)
+        else:
+            assert torch.equal(one, other)
+
+
+@torch.no_grad()
+def test_modes_flops_of_a_batch_with_an_adapter_for_each_row(device):
+    model = patch_model(build_frozen().to(device), SteerConfig(rank=4))
+    randomize(model)
+    with FlopCounterMode(display=False) as alone:
+        expected = model(tokens()).logits
+    with FlopCounterMode(display=False) as counter, model.steering.batch(["default", None]):
+        found = model(tokens()).logits
+    assert_close(found[0], expected[0])
+    assert counter.get_total_flops() == alone.get_total_flops(), "rows without an adapter are counted like the others"

@@ -324,7 +324,7 @@ def test_post_block_norm_packed_weights_give_the_same_bits_of_out(device, tokens
     if os.environ["FUSED_STEER_BACKEND"] == "torch":
         pytest.skip("only the kernels use packed weights")
     inputs = make_inputs(tokens, 256, rank=12, dtype=dtype, device=device, basis=0, gain=False, reads=reads).leaves()
-    steer, norm = (import_module(f"fused_steer.kernels.{name}") for name in ("post_block", "post_block_norm"))
+    steer, norm = (import_module(f"fused_steer.kernels.{name}") for name in ("triton_backend", "post_block_norm"))
     found, packed, pack = [], [], steer.pack_adapter
     monkeypatch.setattr(steer, "pack_adapter", lambda *weights: packed.append(pack(*weights)) or packed[-1])
     for many in (steer.MANY_TOKENS, 1):
@@ -465,7 +465,7 @@ def test_post_block_norm_repeated_calls_are_planned(device, tokens, monkeypatch)
     def refuse(*args, **kwargs):
         raise AssertionError("a launcher was called")
 
-    for module in ("post_block", "post_block_norm", "norm"):  # the package has functions of these names
+    for module in ("triton_backend", "post_block_norm", "norm"):  # the package has functions of these names
         monkeypatch.setattr(import_module(f"fused_steer.kernels.{module}"), "launch", refuse)
     second = run(fused, inputs, LLAMA, "silu", 0)
     assert all(torch.equal(first[name], second[name]) for name in first)
