@@ -17,6 +17,7 @@ from fused_steer.kernels.grouped_norm import post_block_grouped_norm
 from fused_steer.kernels.norm import rms_norm
 from fused_steer.kernels.norm_torch import Norm
 from fused_steer.kernels.packing import pack_adapter
+from fused_steer.kernels.plan import Plan
 from fused_steer.kernels.planned import PlannedPostBlock
 from fused_steer.kernels.planned_norm import PlannedPostBlockNorm
 from fused_steer.kernels.post_block_norm import post_block_norm
@@ -194,7 +195,7 @@ def test_watching_a_norm_alone_sees_operations_of_pytorch(device):
 
 
 @pytest.mark.parametrize("norm", [False, True], ids=["op", "norm"])
-def test_watching_leaves_launch_plans(device, norm):
+def test_watching_leaves_launch_plans(device, norm, monkeypatch):
     """A layer that has plans forward and backward is seen all the same, and goes by them again afterwards."""
     if os.environ["FUSED_STEER_BACKEND"] == "torch":
         pytest.skip("only kernels are planned")
@@ -212,10 +213,22 @@ def test_watching_leaves_launch_plans(device, norm):
     expected = step()
     assert_same(step(), expected)
     name = "post_block_norm" if norm else "post_block"
-    with Log() as log:
-        assert_same(step(), expected)
-    assert log.seen == [name, f"{name}_backward"]
+    made, make = [], Plan.make.__func__
+
+    def counted(cls: Any, *arguments: Any) -> Any:
+        made.append(arguments)
+        return make(cls, *arguments)
+
+    monkeypatch.setattr(Plan, "make", classmethod(counted))
+    for _ in range(2):  # in the second step the op has plans of its own
+        made.clear()
+        with Log() as log:
+            assert_same(step(), expected)
+        assert log.seen == [name, f"{name}_backward"]
+    assert not made[1:], "only the backward, which finds the op's plan, tried to make one"
+    made.clear()
     assert_same(step(), expected)
+    assert not made
 
 
 def test_watching_leaves_packed_weights_to_the_kernels(device):
