@@ -28,6 +28,7 @@ from .model.decoder_hooks import warn_of_frozen
 from .model.patched import PatchedModel, describe
 from .model.stored import adapter_file, check_same_config, files_of_state, restore_values, vectors_file
 from .model.watch import Report
+from .model.weak import Weakly, WeakMethod
 from .positions import ALL, read_positions
 from .serving.batch import Batch, run_batch
 from .serving.continuous import generate_inside
@@ -42,13 +43,17 @@ class Steering:
     """The adapters of one patched model, available as `model.steering`.
 
     One adapter is active at a time: only it steers, and only it trains. `batch` (inference only) allows one per row.
+    The model keeps this alive, not the reverse.
     """
+
+    _given = Weakly[Any]()
+    _model = Weakly[Any]()
 
     def __init__(self, model: nn.Module, fuse_norm: bool = False) -> None:
         """Find the model's decoder. The model is not changed until an adapter is added. See `patch_model`."""
         self._given = model
         self._model = model = inside_peft(model)
-        self._patched = PatchedModel(model, adapter_parameters, self._before_training, fuse_norm)
+        self._patched = PatchedModel(model, adapter_parameters, WeakMethod(self._before_training), fuse_norm)
         self._decoder = self._patched.decoder
         self._configs: dict[str, SteerConfig] = {}
         self._active: str | None = None
@@ -57,7 +62,8 @@ class Steering:
         self._pool: AdapterPool | None = None
         self._unpatched = False
         self._batch: Batch | None = None
-        self._gains = Gains(model, self._decoder.module, self._is_idle, self._is_tracing, self._batch_of_active)
+        methods = (WeakMethod(m) for m in (self._is_idle, self._is_tracing, self._batch_of_active))
+        self._gains = Gains(model, self._decoder.module, *methods)
         self._save_pretrained = saving_of(self._given, model, self)
 
     # ------------------------------------------------------------------------------------------------------- adapters

@@ -24,6 +24,7 @@ from torch import Tensor
 from .adapters.distributed import is_first
 from .adapters.files import CHECKPOINT_FOLDER, AdapterFile, refuse_foreign, write_adapter
 from .adapters.parameters import SITE
+from .model.weak import Weakly
 
 _NAME = "save_pretrained"
 #: The file of an unsharded model. Without it, transformers' Trainer takes adapter files for the whole checkpoint.
@@ -41,6 +42,9 @@ class Adapters(Protocol):
 
 class SavePretrained:
     """The `save_pretrained` of a patched model, with transformers' signature."""
+
+    model = Weakly[Any]()
+    steering = Weakly[Adapters]()
 
     def __init__(self, model: Any, steering: Adapters) -> None:
         self.model, self.steering = model, steering
@@ -135,6 +139,9 @@ _WARNINGS = {
 
 class _Watched:
     """A method of a PeftModel that warns if a Trainer calls it and nothing handles the steering."""
+
+    model = Weakly[Any]()
+    steering = Weakly[Adapters]()
 
     def __init__(self, model: Any, steering: Adapters, name: str, says: str) -> None:
         self.model, self.steering, self.name, self.says = model, steering, name, says

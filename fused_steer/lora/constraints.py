@@ -10,6 +10,7 @@ from ..adapters.parameters import ByPlace, Place
 from ..config import SteerConfig
 from ..model.decoder import Decoder, execution_device
 from ..model.site import SteeringSite
+from ..model.weak import Weakly, WeakMethod
 from .layers import lora_layers
 from .orthogonality import Orthogonality, check_carries_lora, check_lora
 from .writers import Writer, trace_writers
@@ -17,6 +18,8 @@ from .writers import Writer, trace_writers
 
 class Constraints:
     """The orthogonality constraints of a model's adapters, by adapter name."""
+
+    _model = Weakly[nn.Module]()
 
     def __init__(self, model: nn.Module, decoder: Decoder) -> None:
         """Args:
@@ -43,7 +46,7 @@ class Constraints:
     def add(self, name: str, config: SteerConfig, sites: Mapping[Place, SteeringSite]) -> None:
         """Keep an adapter orthogonal if its config says so. `sites` are the adapter's sites, by place."""
         if config.orthogonal_to is not None:
-            self._kept[name] = Orthogonality(name, config, self._model, sites, self._trace)
+            self._kept[name] = Orthogonality(name, config, self._model, sites, WeakMethod(self._trace))
 
     def use(self, name: str | None) -> None:
         """Release the bases of all adapters but `name`."""

@@ -29,6 +29,7 @@ from ..kernels.derivatives import is_transformed
 from ..kernels.orthogonal import MAX_WRITERS, column_space, project_out
 from ..model.decoder import execution_device
 from ..model.site import SteeringSite
+from ..model.weak import Weakly
 from .layers import columns_of, lora_layers
 from .writers import Writer, choose_writers
 
@@ -109,6 +110,8 @@ def check_lora(config: SteerConfig, writers: Mapping[int, list[Writer]], devices
 
 class Orthogonality:
     """Keeps one adapter of a model orthogonal to the model's LoRA."""
+
+    model = Weakly[nn.Module]()
 
     def __init__(
         self,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ from torch import nn
 
 from ..adapters.fields import read_json
 from ..adapters.parameters import Layout
+from .weak import Weakly
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -20,9 +20,8 @@ if TYPE_CHECKING:
 _MOST_LAYERS = 10_000
 
 
-@dataclass(frozen=True)
 class Decoder:
-    """A model's stack of decoder layers.
+    """A model's stack of decoder layers. It does not keep the model alive.
 
     Attributes:
         module: the module with the forward that runs the layers.
@@ -32,11 +31,10 @@ class Decoder:
         config: the model's config.
     """
 
-    module: nn.Module
-    path: str
-    layers: nn.ModuleList
-    hidden: int
-    config: Any
+    module = Weakly[nn.Module]()
+
+    def __init__(self, module: nn.Module, path: str, layers: nn.ModuleList, hidden: int, config: Any) -> None:
+        self.module, self.path, self.layers, self.hidden, self.config = module, path, layers, hidden, config
 
     @property
     def layout(self) -> Layout:

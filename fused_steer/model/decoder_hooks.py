@@ -18,6 +18,7 @@ from .layer import PatchedLayer
 from .passes import Passes
 from .scopes import Scopes
 from .watch import LayerList, thread
+from .weak import Weakly
 
 
 class DecoderHooks:
@@ -27,6 +28,8 @@ class DecoderHooks:
     that other libraries set on layers, enforce constraints on trained adapters, and make LoReFT's rotations for all
     layers. After the pass they drop the rotations.
     """
+
+    _module = Weakly[nn.Module]()
 
     def __init__(
         self,

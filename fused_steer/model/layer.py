@@ -28,6 +28,7 @@ from .residual import Edit, Reader, ResidualNotFound, Source, final_adds, rewrit
 from .site import Site, SteeringSite
 from .sublayers import Found, Parts, cached, find, find_in, parts_of
 from .watch import call_watched, thread
+from .weak import Weak, Weakly
 
 #: The attribute of a patched layer's class that keeps the rewritten forward if `forward` is replaced.
 _FORWARD = "forward_of_patch"
@@ -275,7 +276,12 @@ class Reach(NamedTuple):
 
 
 class PatchedLayer:
-    """One decoder layer with its steering sites, and the state needed to undo the patch."""
+    """One decoder layer with its steering sites, and the state needed to undo the patch.
+
+    The layer's sites refer to this, so this refers to the layer weakly.
+    """
+
+    layer = Weakly[nn.Module]()
 
     def __init__(self, layer: nn.Module, index: int, path: str) -> None:
         """Take `layer` as it is. `give` patches it."""
@@ -283,7 +289,7 @@ class PatchedLayer:
         self.base = type(layer)
         self.form = Form()
         self.reached: dict[str, Reach] = {}
-        self._hooks: dict[str, tuple[nn.Module, RemovableHandle]] = {}
+        self._hooks: dict[str, tuple[Weak[nn.Module], RemovableHandle]] = {}
 
     @property
     def sites(self) -> dict[str, Any]:
@@ -360,7 +366,7 @@ class PatchedLayer:
             handle = module.register_forward_pre_hook(steer, prepend=True, with_kwargs=True)
         else:
             handle = module.register_forward_hook(functools.partial(_steer_output, site=site), prepend=True)
-        self._hooks[name] = module, handle
+        self._hooks[name] = Weak(module), handle
 
     def _change(self, reached: Mapping[str, Reach]) -> None:
         """Give the layer the class for these sites."""
@@ -381,13 +387,14 @@ class PatchedLayer:
         Raises:
             RuntimeError: another module stands in the place of one on which a hook steers.
         """
-        layer, cls = self.layer, type(self.layer)
+        layer: Any = self.__dict__["_weak_layer"]()  # past the attribute, which takes two calls more
+        cls = type(layer)
         if not self._hooks and "forward" not in layer.__dict__ and cls.forward is getattr(cls, _FORWARD, None):
             return  # as nearly always: asked of every layer in every pass
         for name, (module, _) in self._hooks.items():
-            if self.layer.get_submodule(self.reached[name].module) is not module:
+            if self.layer.get_submodule(self.reached[name].module) is not module():
                 raise RuntimeError(
-                    f"layer {self.index} has another {self.reached[name].module} than the {type(module).__name__} on "
+                    f"layer {self.index} has another {self.reached[name].module} than the {type(module()).__name__} on "
                     f"which a hook steers at {name}; expected the model to be unpatched before it is replaced"
                 )
         if not self.form.rewritten or type(self.layer) is self.base:  # by hooks alone, or being taken out

@@ -17,6 +17,7 @@ from .norms import Norms
 from .scopes import Scopes
 from .site import SteeringSite
 from .watch import LayerReport, Report
+from .weak import Weak
 
 
 class PatchedModel:
@@ -51,7 +52,7 @@ class PatchedModel:
         others = {id(parameter) for parameter in kept(model)}
         # By module and name, because offloading replaces the parameter object.
         self._requires_grad = [
-            (module, name, p.requires_grad)
+            (Weak(module), name, p.requires_grad)
             for module in model.modules()
             for name, p in module.named_parameters(recurse=False)
             if id(p) not in others
@@ -111,7 +112,7 @@ class PatchedModel:
     def freeze(self) -> None:
         """Freeze the base, and hook the decoder's passes."""
         for module, name, _ in self._requires_grad:
-            module.get_parameter(name).requires_grad_(False)
+            module.there().get_parameter(name).requires_grad_(False)
         self._hooks.attach()
 
     def undo(self) -> None:
@@ -128,8 +129,9 @@ class PatchedModel:
         if self._norms is not None:
             self._norms.unlink()
         unpatch_layers(self.layers.values())
-        for module, name, required in self._requires_grad:
-            parameter = module._parameters.get(name)
+        for reference, name, required in self._requires_grad:
+            module = reference()
+            parameter = None if module is None else module._parameters.get(name)
             if parameter is not None:
                 parameter.requires_grad_(required)
         self._hooks.remove()

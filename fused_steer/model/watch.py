@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from ..adapters.parameters import SITE
+from .weak import Weakly
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,9 @@ _INNER = ("__wrapped__", "func", "__func__")
 
 
 class LayerList:
-    """Detects that another module has replaced a steered layer in the model."""
+    """Detects that another module has replaced a steered layer in the model. It keeps the layers alive."""
+
+    _decoder = Weakly[nn.Module]()
 
     def __init__(self, decoder: nn.Module, name: str) -> None:
         """

@@ -24,6 +24,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.hooks import RemovableHandle
 
 from ..kernels.registered import refuse_jit_trace
+from ..model.weak import Weakly
 from ..positions import Positions, chosen_tokens
 from .caches import cache_length, check_begins, does_not_tell, find_cache, is_cache, is_empty
 
@@ -53,6 +54,9 @@ class _PassOfThread(_Pass, threading.local):
 
 class Gains:
     """Computes the gain of each token in the passes of one model, for the sites of the active adapter."""
+
+    _model = Weakly[nn.Module]()
+    _decoder = Weakly[nn.Module]()
 
     def __init__(
         self,
@@ -267,6 +271,9 @@ class Gains:
 
 class _Method:
     """A generating method of a model, while the active adapter has positions."""
+
+    model = Weakly[nn.Module]()
+    gains = Weakly["Gains"]()
 
     def __init__(self, model: nn.Module, name: str, gains: Gains) -> None:
         self.model, self.name, self.gains = model, name, gains

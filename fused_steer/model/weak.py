@@ -1,0 +1,64 @@
+"""References from the steering to the model that do not keep the model alive.
+
+A model holds its steering. If the steering held the model too, both would be in a cycle, and `del model` would free the
+model's memory only when Python's cyclic garbage collector next runs.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable
+from types import MethodType
+from typing import Any, Generic, TypeVar, overload
+
+T = TypeVar("T")
+
+
+class Weak(weakref.ref[T]):
+    """A weak reference. A copy or pickle has the copy of the object, as with an ordinary attribute."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Weak[T]:
+        return Weak(copy.deepcopy(self.there(), memo))
+
+    def __reduce__(self) -> Any:
+        return Weak, (self.there(),)
+
+    def there(self) -> T:
+        """Return the object.
+
+        Raises:
+            RuntimeError: it was deleted.
+        """
+        found = self()
+        if found is None:
+            raise RuntimeError("the model of this steering was deleted; expected it to be kept")
+        return found
+
+
+class Weakly(Generic[T]):
+    """An attribute of a class whose instances refer to its value weakly, by a `Weak` in `_weak_<name>`."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._slot = f"_weak_{name}"
+
+    @overload
+    def __get__(self, instance: None, owner: type) -> Weakly[T]: ...
+    @overload
+    def __get__(self, instance: Any, owner: type) -> T: ...
+    def __get__(self, instance: Any, owner: type) -> Any:
+        return self if instance is None else instance.__dict__[self._slot].there()
+
+    def __set__(self, instance: Any, value: T) -> None:
+        instance.__dict__[self._slot] = Weak(value)
+
+
+class WeakMethod:
+    """A method of an object, without a reference that keeps the object alive."""
+
+    def __init__(self, method: Callable[..., Any]) -> None:
+        assert isinstance(method, MethodType)
+        self._object, self._name = Weak(method.__self__), method.__name__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self._object.there(), self._name)(*args, **kwargs)

@@ -1,0 +1,150 @@
+"""Tests that a steered model's memory is freed when the model is deleted, without Python's cyclic garbage collector."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from models import build, logits, randomize, steering_parameters, tokens
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+import fused_steer.peft
+from fused_steer import SteerConfig, patch_model
+from fused_steer.model.weak import Weak
+
+CONFIG = SteerConfig(rank=4)
+PROMPT = torch.full_like(tokens(), -100)
+PROMPT[:, 4:] = tokens()[:, 4:]
+
+
+@pytest.fixture(autouse=True)
+def without_collector() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def used(model: nn.Module) -> nn.Module:
+    """Train a step, run a pass without gradient, and generate."""
+    model(tokens(), labels=PROMPT, use_cache=False).loss.backward()
+    logits(model)
+    model.generate(input_ids=tokens(), max_new_tokens=2, pad_token_id=0)
+    return model
+
+
+def steered(base: nn.Module | None = None, **options: Any) -> nn.Module:
+    fuse_norm = options.pop("fuse_norm", False)
+    return used(patch_model(build() if base is None else base, SteerConfig(rank=4, **options), fuse_norm=fuse_norm))
+
+
+def with_lora() -> nn.Module:
+    return get_peft_model(build(), LoraConfig(r=2, target_modules=["o_proj", "down_proj"]))
+
+
+def unpatched(model: nn.Module) -> nn.Module:
+    steering = model.steering
+    steering.unpatch()
+    return used(model.requires_grad_(True))
+
+
+def served() -> nn.Module:
+    model = steered()
+    with model.steering.batch(["default", None]), torch.no_grad():
+        model(tokens())
+    with model.steering.disabled():
+        logits(model)
+    model.steering.add("another", CONFIG)
+    model.steering.use("another")
+    model.steering.remove("default")
+    return model
+
+
+MAKERS: dict[str, Callable[[], nn.Module]] = {
+    "post_block": steered,
+    "post_mlp": lambda: steered(site="post_mlp"),
+    "pre_mlp": lambda: steered(site="pre_mlp"),
+    "attention and block": lambda: steered(site=("post_attention", "post_block")),
+    "vector": lambda: used(patch_model(build(), SteerConfig(form="vector"))),
+    "loreft": lambda: steered(form="loreft", activation="identity"),
+    "positions": lambda: steered(positions="last_prompt"),
+    "fused norm": lambda: steered(fuse_norm=True),
+    "beside a LoRA": lambda: steered(with_lora()),
+    "orthogonal": lambda: steered(with_lora(), orthogonal_to="lora"),
+    "PEFT's method": lambda: used(get_peft_model(build(), fused_steer.peft.PostBlockConfig(rank=4))),
+    "served": served,
+    "unpatched": lambda: unpatched(steered()),
+    "unpatched with all": lambda: unpatched(steered(fuse_norm=True, positions="last_prompt")),
+    "copy": lambda: copy.deepcopy(steered()),
+    "pickle": lambda: pickle.loads(pickle.dumps(steered())),
+}
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+def test_weak_deleted_models_free_their_base(make):
+    model = make()
+    base = [weakref.ref(p) for name, p in model.named_parameters() if ".steer_" not in name and "norm" not in name]
+    assert len(base) >= 23
+    del model
+    assert not [parameter() for parameter in base if parameter() is not None]
+
+
+@pytest.mark.parametrize("double", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize("fuse_norm", [False, True])
+def test_weak_copies_do_not_need_the_model(double, fuse_norm, tmp_path):
+    model = patch_model(build(), SteerConfig(rank=4, positions="last_prompt"), fuse_norm=fuse_norm)
+    randomize(model)
+    inputs = {"input_ids": tokens(), "labels": PROMPT, "use_cache": False}
+    expected = model(**inputs).loss
+    twin = double(model)
+    del model
+    assert torch.equal(twin(**inputs).loss, expected)
+    assert twin.steering._model is twin and twin.steering._decoder.module is twin.model
+    twin.steering.save(tmp_path)
+    assert len(twin.steering.report()) == len(twin.model.layers)
+    with twin.steering.disabled():
+        assert not torch.equal(twin(**inputs).loss, expected)
+    twin.steering.unpatch()
+    assert torch.equal(logits(twin), logits(build().requires_grad_(False)))
+
+
+@pytest.mark.parametrize("another_list", [False, True])
+def test_weak_layers_that_are_dropped_stay_until_the_model_is_unpatched(tmp_path, another_list):
+    model = patch_model(build(), CONFIG)
+    wanted = {name: p.detach().clone() for name, p in randomize(model).items()}
+    layer = weakref.ref(model.model.layers[1])
+    if another_list:
+        model.model.layers = nn.ModuleList([model.model.layers[0], model.model.layers[2]])
+    else:
+        del model.model.layers[1]
+    model.config.num_hidden_layers = 2
+    model(tokens(), use_cache=False)
+    if another_list:
+        model.steering.save(tmp_path)
+        whole = steering_parameters(patch_model(build(), tmp_path))
+        assert all(torch.equal(whole[name], value) for name, value in wanted.items())
+    assert len(model.steering.report()) == 3
+    steering = model.steering
+    steering.unpatch()
+    assert type(layer()) is type(model.model.layers[0]), "it was unpatched too"
+
+
+def test_weak_steering_of_a_deleted_model_says_so():
+    steering = patch_model(build(), CONFIG).steering
+    with pytest.raises(RuntimeError, match="the model of this steering was deleted; expected it to be kept"):
+        steering.unpatch()
+    with pytest.raises(RuntimeError, match="the model of this steering was deleted"), steering.disabled():
+        pass
+
+
+def test_weak_references_are_equal_if_their_objects_are_the_same():
+    one, other = nn.Identity(), nn.Identity()
+    assert Weak(one) == Weak(one) != Weak(other)
+    assert Weak(one)() is one is Weak(one).there()
