@@ -398,7 +398,7 @@ def run_all(file: Path, settings: Settings, groups: Sequence[str], load_base: Ca
             run = run_one(base, encoder, FORMS[name], rate, seed, settings)
             results["runs"].append({"form": name, **run, **started})
             write_json(results, file)
-            gc.collect()  # hooked models and trainers are in cycles, which would hold their memory for some more runs
+            gc.collect()  # a model that is in a cycle would hold its memory for some more runs
             done += 1
             shown = f"{percent(run['test']['exact']):.1f} % exact, {run['seconds']:.0f} s"
             typer.echo(f"{name}, rate {rate:g}, seed {seed}: {shown}")

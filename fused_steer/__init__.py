@@ -19,6 +19,7 @@ The map, in reading order. A file imports only files that stand above it.
         hub.py           uploads an adapter with a model card
         distributed.py   models that several processes share: who writes, gathering shards
     model/               reaching and patching decoder layers
+        weak.py          references that do not keep the model alive
         decoder.py       finds the decoder layers and their devices
         heads.py         finds heads that were not loaded from a checkpoint
         residual.py      finds a layer's last residual add, and rewrites forwards

@@ -51,10 +51,9 @@ class Steering:
 
     def __init__(self, model: nn.Module, fuse_norm: bool = False) -> None:
         """Find the model's decoder. The model is not changed until an adapter is added. See `patch_model`."""
-        self._given = model
-        self._model = model = inside_peft(model)
-        self._patched = PatchedModel(model, adapter_parameters, WeakMethod(self._before_training), fuse_norm)
-        self._decoder = self._patched.decoder
+        given, model = model, inside_peft(model)
+        self._patched = PatchedModel(model, adapter_parameters, WeakMethod(self, "_before_training"), fuse_norm)
+        self._given, self._model, self._decoder = given, model, self._patched.decoder
         self._configs: dict[str, SteerConfig] = {}
         self._active: str | None = None
         self._constraints = Constraints(model, self._decoder)
@@ -62,7 +61,7 @@ class Steering:
         self._pool: AdapterPool | None = None
         self._unpatched = False
         self._batch: Batch | None = None
-        methods = (WeakMethod(m) for m in (self._is_idle, self._is_tracing, self._batch_of_active))
+        methods = (WeakMethod(self, name) for name in ("_is_idle", "_is_tracing", "_batch_of_active"))
         self._gains = Gains(model, self._decoder.module, *methods)
         self._save_pretrained = saving_of(self._given, model, self)
 

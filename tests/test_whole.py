@@ -199,6 +199,7 @@ def test_whole_the_adapter_goes_to_the_hub_too(tmp_path, monkeypatch):
 
     pushed: list[Any] = []
     monkeypatch.setattr(PreTrainedModel, "push_to_hub", push)
-    steered().save_pretrained(tmp_path / "whole", push_to_hub=True, token="t", private=True)
+    model = steered()
+    model.save_pretrained(tmp_path / "whole", push_to_hub=True, token="t", private=True)
     assert pushed == [("whole", {"token": "t", "private": True})]
     assert adapters(tmp_path) == ["pushed", "whole"]

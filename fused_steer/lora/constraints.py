@@ -46,7 +46,7 @@ class Constraints:
     def add(self, name: str, config: SteerConfig, sites: Mapping[Place, SteeringSite]) -> None:
         """Keep an adapter orthogonal if its config says so. `sites` are the adapter's sites, by place."""
         if config.orthogonal_to is not None:
-            self._kept[name] = Orthogonality(name, config, self._model, sites, WeakMethod(self._trace))
+            self._kept[name] = Orthogonality(name, config, self._model, sites, WeakMethod(self, "_trace"))
 
     def use(self, name: str | None) -> None:
         """Release the bases of all adapters but `name`."""

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable
-from types import MethodType
 from typing import Any, Generic, TypeVar, overload
 
 T = TypeVar("T")
+
+
+def _there(found: T | None) -> T:
+    if found is None:
+        raise RuntimeError("the model of this steering was deleted; expected it to be kept")
+    return found
 
 
 class Weak(weakref.ref[T]):
@@ -30,10 +34,7 @@ class Weak(weakref.ref[T]):
         Raises:
             RuntimeError: it was deleted.
         """
-        found = self()
-        if found is None:
-            raise RuntimeError("the model of this steering was deleted; expected it to be kept")
-        return found
+        return _there(self())
 
 
 class Weakly(Generic[T]):
@@ -56,9 +57,14 @@ class Weakly(Generic[T]):
 class WeakMethod:
     """A method of an object, without a reference that keeps the object alive."""
 
-    def __init__(self, method: Callable[..., Any]) -> None:
-        assert isinstance(method, MethodType)
-        self._object, self._name = Weak(method.__self__), method.__name__
+    def __init__(self, of: Any, name: str) -> None:
+        self._object, self._name = weakref.ref(of), name  # torch.compile traces calls of a plain reference only
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return getattr(self._object.there(), self._name)(*args, **kwargs)
+        return getattr(_there(self._object()), self._name)(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> WeakMethod:
+        return WeakMethod(copy.deepcopy(_there(self._object()), memo), self._name)
+
+    def __reduce__(self) -> Any:
+        return WeakMethod, (_there(self._object()), self._name)

@@ -571,7 +571,8 @@ def test_norms_measure_a_norm_that_fails_is_refused_in_one_line():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_norms_the_following_norm_is_found_in_every_family(family):
-    decoder = find_decoder(build(family))
+    model = build(family)
+    decoder = find_decoder(model)
     found = [type(following_norm(decoder, {}, index)).__name__ for index in range(LAYERS)]
     assert "Norm" in found[-1], "the final norm"
     assert all("Attention" in name if family == "olmo2" else "Norm" in name for name in found[:-1])
