@@ -435,7 +435,8 @@ class Steering:
         room = make_slots(self._decoder, places, slots, rank, kept)
         with self._changing("steering.make_pool is called"):
             self._patched.patch(places)
-            pool = self._pool = AdapterPool(room, self._decoder, lambda: self._configs, check_base)
+            configs = self._configs  # without `self`, which keeps the pool
+            pool = self._pool = AdapterPool(room, self._decoder, lambda: configs, check_base)
         return pool
 
     def close_pool(self) -> None:
@@ -465,6 +466,8 @@ class Steering:
         return self._decoder.layout.count(self.config(name))
 
     def __repr__(self) -> str:
+        if vars(self)["_weak__model"]() is None:
+            return "Steering of a deleted model"
         return describe(self._configs, self._active, self.count_parameters, self._decoder, self._model)
 
     # ------------------------------------------------------------------------------------------ patching and unpatching

@@ -273,7 +273,6 @@ class _Method:
     """A generating method of a model, while the active adapter has positions."""
 
     model = Weakly[nn.Module]()
-    gains = Weakly["Gains"]()
 
     def __init__(self, model: nn.Module, name: str, gains: Gains) -> None:
         self.model, self.name, self.gains = model, name, gains
