@@ -180,7 +180,9 @@ def check(case: GroupedCase, name: str, device: torch.device) -> str:
 
 
 class _Allocations(TorchDispatchMode):
-    """Counts the bytes of the tensors that operations allocate."""
+    """Counts the bytes of the tensors that operations allocate, also inside of this package's ops."""
+
+    looks_inside = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -188,6 +190,11 @@ class _Allocations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         kwargs = kwargs or {}
+        if func.namespace == "fused_steer":
+            from fused_steer.kernels.registered import implementation
+
+            with self:
+                return implementation(func)(*args, **kwargs)
         given = {
             t.untyped_storage().data_ptr()
             for values in (args, kwargs.values())

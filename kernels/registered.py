@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch._C import DispatchKey, DispatchKeySet
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.flop_counter import register_flop_formula
 
 from .derivatives import is_forward_mode, refuse_tangents
@@ -21,6 +22,8 @@ _LIBRARY = torch.library.Library("fused_steer", "FRAGMENT")
 _BELOW_AUTOGRAD = torch._C._after_autograd_keyset
 #: The dispatch keys of a plain tensor on a device, without modes, tracing or subclasses.
 _OF_A_DEVICE = {DispatchKeySet(getattr(DispatchKey, name)).raw_repr() for name in ("CPU", "CUDA", "XPU")}
+
+_implementations: dict[str, Callable[..., Any]] = {}
 
 _DESCRIBING = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
 
@@ -36,21 +39,29 @@ def is_described(tensor: Tensor) -> bool:
     refuse_jit_trace()
     if isinstance(tensor, FakeTensor) or tensor.is_meta:
         return True
-    return is_watched() and any(map(torch._C._get_dispatch_mode, _DESCRIBING))
+    return torch._C._len_torch_dispatch_stack() > 0 and any(map(torch._C._get_dispatch_mode, _DESCRIBING))
 
 
 def is_watched() -> bool:
     """Return whether a mode of PyTorch's dispatcher is active, such as FlopCounterMode or a selective checkpoint's.
 
-    It sees ops, not the kernels that a call starts directly. So an eager call goes through its registered op then.
+    It sees ops, not the kernels that a call starts directly. So an eager call goes through its registered op then. A
+    mode with the attribute `looks_inside` set to True sees the operations of a call instead, as they are without it.
     """
-    return torch._C._len_torch_dispatch_stack() > 0
+    if not torch._C._len_torch_dispatch_stack():
+        return False
+    return not all(getattr(mode, "looks_inside", False) for mode in _get_current_dispatch_mode_stack())
 
 
 def is_wrapped(*tensors: Any) -> bool:
     """Return whether one is of a subclass that holds other tensors, such as DTensor. A kernel would find no memory."""
     kinds = {type(t) for t in tensors if isinstance(t, Tensor)}
     return any(kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ for kind in kinds)
+
+
+def implementation(op: Any) -> Callable[..., Any]:
+    """Return the function that computes a registered op, for a mode that looks inside."""
+    return _implementations[op._schema.name]
 
 
 def refuse_jit_trace() -> None:
@@ -97,6 +108,7 @@ def register(
         return run(*inputs)
 
     _LIBRARY.impl(name, run_checked, "CompositeExplicitAutograd")
+    _implementations[f"fused_steer::{name}"] = run_checked
     if differentiate is not None:
 
         def with_autograd(keys: DispatchKeySet, *inputs: Any) -> Any:

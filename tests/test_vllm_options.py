@@ -514,6 +514,8 @@ def test_vllm_step_of_many_strengths_is_that_of_one():
     names: list[str] = []
 
     class Names(TorchDispatchMode):
+        looks_inside = True
+
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             names.append(function.name())
             return function(*args, **(kwargs or {}))

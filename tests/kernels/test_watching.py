@@ -72,6 +72,23 @@ def assert_same(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
+class Within(Log):
+    looks_inside = True
+
+
+@each_call
+@pytest.mark.parametrize("run", [steer, steer_and_norm])
+def test_watching_by_a_mode_that_looks_inside_changes_nothing(device, run, call):
+    inputs = make_inputs(TOKENS, D, **call, device=device)
+    expected = results(run, inputs)
+    with Within() as log:
+        assert_same(results(run, inputs), expected)
+    assert log.seen == []
+    with Within() as log, Log() as outer:
+        assert_same(results(run, inputs), expected)
+    assert log.seen == outer.seen and len(outer.seen) == 2
+
+
 @each_call
 @pytest.mark.parametrize(("name", "run"), [("post_block", steer), ("post_block_norm", steer_and_norm)])
 def test_watching_sees_one_op_forward_and_one_backward_with_the_same_bits(device, name, run, call):

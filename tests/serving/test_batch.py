@@ -484,6 +484,8 @@ def test_batch_cache_that_generate_hides(model, monkeypatch):
 class Reads(TorchDispatchMode):
     """Records each line of the package that reads a value from the device and so makes the host wait."""
 
+    looks_inside = True
+
     def __init__(self) -> None:
         super().__init__()
         self.found: list[str] = []
