@@ -56,18 +56,17 @@ def project(matrix: Tensor, basis: Tensor) -> Tensor:
     return torch.addmm(matrix, basis, basis.t() @ matrix, alpha=-1)
 
 
-def forward(residual: Tensor, branch: Tensor | None, operands: Operands, keep_a: bool) -> tuple[Tensor, Tensor | None]:
+def forward(
+    residual: Tensor, branch: Tensor | None, operands: Operands, keep_a: bool, inside: bool = False
+) -> tuple[Tensor, Tensor | None]:
     """Run the forward on the backend of the residual's device. Return `out` and `a` (N, r), which is None unless kept.
 
-    Packed operands require the Triton backend and no basis.
+    Packed operands require the Triton backend and no basis. inside: whether the registered op makes the call. It must
+    not call itself.
     """
-    if is_watched() and operands.packed is None:
+    if not inside and is_watched() and operands.packed is None:
         out, kept = _op(residual, branch, *inputs_of(operands), keep_a)
         return out, kept if keep_a and operands.rank else None
-    return _forward(residual, branch, operands, keep_a)
-
-
-def _forward(residual: Tensor, branch: Tensor | None, operands: Operands, keep_a: bool) -> tuple[Tensor, Tensor | None]:
     with no_autocast(residual.device):
         backend = select_backend(residual.device)
         check_backend(backend, residual, branch, *operands)
@@ -82,6 +81,7 @@ def backward(
     needs: list[bool],
     grad_a: Tensor | None = None,
     again: bool = False,
+    inside: bool = False,
 ) -> list[Tensor]:
     """Return the gradients of x, down, up, down_bias, up_bias, gain and scale that `needs` selects, in that order.
 
@@ -91,21 +91,10 @@ def backward(
         kept: `out`, or branch if W1 is applied to branch. It is only needed for the gradient of W1.
         again: compute them by PyTorch operations, which can be differentiated again.
         grad_a: a gradient of `a`, which a second derivative has. It requires `again`.
+        inside: as in `forward`.
     """
-    if is_watched() and not again and operands.packed is None:
+    if not inside and is_watched() and not again and operands.packed is None:
         return list(_backward_op(grad, kept, a, *inputs_of(operands), needs))
-    return _backward(grad, kept, a, operands, needs, grad_a, again)
-
-
-def _backward(
-    grad: Tensor,
-    kept: Tensor | None,
-    a: Tensor | None,
-    operands: Operands,
-    needs: list[bool],
-    grad_a: Tensor | None = None,
-    again: bool = False,
-) -> list[Tensor]:
     need_x, need_down, need_up, need_down_bias, need_up_bias, need_gain, need_scale = needs
     wanted = Needs(need_x, need_down, need_up, need_down_bias, need_up_bias, need_gain or need_scale)
     gain, basis, scale = operands.gain, operands.basis, operands.scale
@@ -198,7 +187,7 @@ def _post_block_op(*inputs: Any) -> Sequence[Tensor]:
     )  # fmt: skip
 
     def call() -> Sequence[Tensor]:
-        out, a = _forward(residual, branch, of_op(*inputs[2:-1]), keep_a)
+        out, a = forward(residual, branch, of_op(*inputs[2:-1]), keep_a, inside=True)
         if a is None:
             a = empty(0, dtype=torch_backend.accumulation_dtype(out.dtype), device=out.device)
         return out, a
@@ -222,11 +211,11 @@ def _plan_inference(operands: tuple[Tensor, ...], activation: str, reads: str) -
     """Run a call the ordinary way. Returns its result, and the plan for the next such calls."""
     residual, branch, down, up, scale = operands
 
-    def forward() -> tuple[Tensor, ...]:
+    def call() -> tuple[Tensor, ...]:
         given = Operands(down, up, scale=scale, activation=activation, reads=reads)
-        return _forward(residual, branch, given, False)[:1]
+        return forward(residual, branch, given, False, inside=True)[:1]
 
-    (out,), plan = Plan.make(operands, forward)
+    (out,), plan = Plan.make(operands, call)
     if plan is not None:
         keep(_inference_plans, _inference_key(residual, branch, down, up, scale, activation, reads), plan)
     return out, plan
@@ -295,7 +284,7 @@ def _post_block_backward_op(*inputs: Any) -> Sequence[Tensor]:
     )  # fmt: skip
 
     def call() -> Sequence[Tensor]:
-        return _backward(grad, kept, a, of_op(*inputs[3:-1]), needs)
+        return backward(grad, kept, a, of_op(*inputs[3:-1]), needs, inside=True)
 
     return call() if basis is not None else run_planned(_backward_plans, key, inputs, call)
 

@@ -194,15 +194,16 @@ class Saved(NamedTuple):
     inverse: Tensor
 
 
-def forward_norm(residual: Tensor, branch: Tensor | None, operands: Operands, norm: Norm, keep: bool) -> _Result:
-    """Run the forward on the backend of the residual's device. See `triton_forward_norm`."""
-    if is_watched():
+def forward_norm(
+    residual: Tensor, branch: Tensor | None, operands: Operands, norm: Norm, keep: bool, inside: bool = False
+) -> _Result:
+    """Run the forward on the backend of the residual's device. See `triton_forward_norm`.
+
+    inside: as in `post_block.forward`.
+    """
+    if not inside and is_watched():
         out, normed, a, inverse = _op(residual, branch, *inputs_of(operands), *norm, keep)
         return out, normed, a if keep and operands.rank else None, inverse if keep else None
-    return _forward_norm(residual, branch, operands, norm, keep)
-
-
-def _forward_norm(residual: Tensor, branch: Tensor | None, operands: Operands, norm: Norm, keep: bool) -> _Result:
     with no_autocast(residual.device):
         backend = select_backend(residual.device)
         check_backend(backend, residual, branch, *operands, norm.weight)
@@ -223,27 +224,15 @@ def backward_norm(
     needs: Sequence[bool],
     grad_a: Tensor | None = None,
     again: bool = False,
+    inside: bool = False,
 ) -> list[Tensor]:
     """Return the gradients that `needs` selects, each in the dtype of its own tensor.
 
     They are, in order: that of `out` with the norm's share, those of `post_block.backward`, and the norm weight's. At
-    least one of the gradients of `out`, `normed` and `a` is given. For `grad_a` and `again` see `post_block.backward`.
+    least one of the gradients of `out`, `normed` and `a` is given. For the other arguments see `post_block.backward`.
     """
-    if is_watched() and not again:
+    if not inside and is_watched() and not again:
         return list(_backward_op(grad, grad_normed, *saved, *inputs_of(operands), *norm, list(needs)))
-    return _backward_norm(grad, grad_normed, saved, operands, norm, needs, grad_a, again)
-
-
-def _backward_norm(
-    grad: Tensor | None,
-    grad_normed: Tensor | None,
-    saved: Saved,
-    operands: Operands,
-    norm: Norm,
-    needs: Sequence[bool],
-    grad_a: Tensor | None = None,
-    again: bool = False,
-) -> list[Tensor]:
     of_out, *of_steering, of_weight = needs
     whole, d_weight = grad, None
     if grad is None and grad_normed is None:
@@ -262,7 +251,7 @@ def _backward_norm(
     if any(of_steering):
         assert whole is not None
         kept = None if not needs[2] else saved.out if operands.reads == "sum" else saved.branch
-        found = backward(whole, kept, saved.a, operands, of_steering, grad_a, again)
+        found = backward(whole, kept, saved.a, operands, of_steering, grad_a, again, inside=True)
     return [t for t in (whole if of_out else None, *found, d_weight) if t is not None]
 
 
@@ -270,12 +259,16 @@ _forward_plans: dict[Any, OpPlan] = {}
 _backward_plans: dict[Any, OpPlan] = {}
 
 
-def _run_forward(residual: Tensor, branch: Tensor | None, operands: Operands, norm: Norm, keep: bool) -> _Result:
+def _run_forward(
+    residual: Tensor, branch: Tensor | None, operands: Operands, norm: Norm, keep: bool, inside: bool = False
+) -> _Result:
     """Run the forward, by a plan if one applies."""
 
     def call() -> _Result:
-        return _forward_norm(residual, branch, operands, norm, keep)
+        return forward_norm(residual, branch, operands, norm, keep, inside)
 
+    if not inside and is_watched():
+        return call()
     if operands.basis is not None or select_backend(residual.device) == "torch":
         return call()
     tensors, kind = _split((residual, branch, *operands[:7], norm.weight))
@@ -292,12 +285,15 @@ def _run_backward(
     operands: Operands,
     norm: Norm,
     needs: Sequence[bool],
+    inside: bool = False,
 ) -> list[Tensor]:
     """Run the backward, by a plan if one applies. A call without the gradient of `normed` is not planned."""
 
     def call() -> list[Tensor]:
-        return _backward_norm(grad, grad_normed, saved, operands, norm, needs)
+        return backward_norm(grad, grad_normed, saved, operands, norm, needs, inside=inside)
 
+    if not inside and is_watched():
+        return call()
     if grad_normed is None or operands.basis is not None or select_backend(grad_normed.device) == "torch":
         return call()
     tensors, kind = _split((grad, grad_normed, *saved, *operands[:7], norm.weight))
@@ -316,7 +312,7 @@ def _split(values: Sequence[Any]) -> tuple[list[Tensor], tuple[Any, ...]]:
 
 def _op_forward(*inputs: Any) -> tuple[Tensor, ...]:
     residual, branch, *operands = inputs[:12]
-    found = _run_forward(residual, branch, of_op(*operands), Norm(*inputs[12:16]), inputs[16])
+    found = _run_forward(residual, branch, of_op(*operands), Norm(*inputs[12:16]), inputs[16], inside=True)
     kind = torch_backend.accumulation_dtype(found[0].dtype)
     return tuple(empty(0, dtype=kind, device=residual.device) if t is None else t for t in found)
 
@@ -334,7 +330,7 @@ def _op_forward_fake(*inputs: Any) -> tuple[Tensor, ...]:
 def _op_backward(*inputs: Any) -> list[Tensor]:
     grad, grad_normed, *saved = inputs[:6]
     found = _run_backward(
-        grad, grad_normed, Saved(*saved), of_op(*inputs[6:16]), Norm(*inputs[16:20]), inputs[20]
+        grad, grad_normed, Saved(*saved), of_op(*inputs[6:16]), Norm(*inputs[16:20]), inputs[20], inside=True
     )  # fmt: skip
     return [t.clone() if t is grad else t for t in found]  # no result of an op shares its arguments' memory
 
@@ -372,8 +368,7 @@ class _PostBlockNorm(torch.autograd.Function):
         else:
             strength = scale if scale_tensor is None else scale_tensor
             adapter = Operands(down, up, down_bias, up_bias, gain, basis, strength, activation, reads=reads)
-            run = forward_norm if is_watched() else _run_forward
-            out, normed, a, inverse = run(residual, branch, adapter, Norm(weight, *kind), True)
+            out, normed, a, inverse = _run_forward(residual, branch, adapter, Norm(weight, *kind), True)
         ctx.in_graph = in_graph
         of_residual, of_branch, *of_weights, d_weight = ctx.needs_input_grad[:9]
         low_rank, of_sum = down is not None, reads == "sum"
@@ -423,8 +418,7 @@ def _differentiate(
         if torch.is_grad_enabled() or grad_a is not None or is_batched(grad, grad_normed):
             found = iter(backward_norm(grad, grad_normed, saved, adapter, norm, ctx.needs, grad_a, again=True))
         else:
-            backward_of = backward_norm if is_watched() else _run_backward
-            found = iter(backward_of(grad, grad_normed, saved, adapter, norm, ctx.needs))
+            found = iter(_run_backward(grad, grad_normed, saved, adapter, norm, ctx.needs))
     whole, dx, *others = [next(found) if need else None for need in ctx.needs]
     both = (whole if dx is None or reads == "branch" else dx, whole if dx is None else dx)
     states = (None if dtype is None or d is None else d.to(dtype) for d, dtype in zip(both, ctx.dtypes, strict=True))
@@ -545,5 +539,4 @@ def steer_and_normalise(
         return torch.ops.fused_steer.post_block_norm(*states, *weights, *rest, *norm, wanted)[:2]
     if wanted:
         return _PostBlockNorm.apply(*states, *weights, norm.weight, *rest, *norm[1:], False)[:2]
-    run = forward_norm if is_watched() else _run_forward
-    return run(residual, branch, operands, norm, False)[:2]
+    return _run_forward(residual, branch, operands, norm, False)[:2]

@@ -38,7 +38,7 @@ class Weak(weakref.ref[T]):
 
 
 class Weakly(Generic[T]):
-    """An attribute of a class whose instances refer to its value weakly, by a `Weak` in `_weak_<name>`."""
+    """An attribute that does not keep its value alive. The instance has a `Weak` of the value in `_weak_<name>`."""
 
     def __set_name__(self, owner: type, name: str) -> None:
         self._slot = f"_weak_{name}"

@@ -50,7 +50,7 @@ def with_lora() -> nn.Module:
 
 
 def without_head() -> nn.Module:
-    """A model whose forward runs the layers itself."""
+    """A LlamaModel. Its own forward runs the layers."""
     model = patch_model(build().model, CONFIG)
     model(tokens()).last_hidden_state.sum().backward()
     return model
