@@ -8,11 +8,12 @@ bound of its time.
 
 from __future__ import annotations
 
-import functools
+import itertools
 import re
+import struct
 import subprocess
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -369,27 +370,56 @@ def _number(pattern: str, text: str) -> int:
     return int(found.group(1))
 
 
-def _cuobjdump(cubin: bytes) -> str:
-    """Return the resources that a kernel uses, and its code."""
+_ADDRESS = re.compile(r"\s*/\*([0-9a-f]{4,})\*/")  # of an instruction in a listing
+
+
+def _run_tool(contents: bytes, name: str, *options: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+        file.write(contents)
         file.flush()
-        command = [_tool("cuobjdump"), "-res-usage", "-sass", file.name]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return subprocess.run([_tool(name), *options, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def _code_of(cubin: bytes) -> bytes:
+    """Return the machine code of the one kernel in an ELF file: its section `.text.<kernel>`."""
+    (start,) = struct.unpack_from("<Q", cubin, 40)  # of the section headers
+    size, count, named = struct.unpack_from("<HHH", cubin, 58)
+    headers = [struct.unpack_from("<IIQQQQ", cubin, start + size * number) for number in range(count)]
+    names = headers[named][4]
+    found = [h for h in headers if cubin[names + h[0] :].startswith(b".text.")]
+    if len(found) != 1:
+        raise RuntimeError(f"the compiled file has {len(found)} sections of code; expected one, of one kernel")
+    _, _, _, _, offset, length = found[0]
+    return cubin[offset : offset + length]
+
+
+def _disassemble(cubins: Sequence[bytes], target: str) -> list[str]:
+    """Return the code of kernels for an NVIDIA target, as `cuobjdump -sass` prints it.
+
+    The disassembler takes longer to start than to read a kernel, so that all are read at once. A kernel's addresses
+    begin where those of the kernel before end.
+    """
+    codes = [_code_of(cubin) for cubin in cubins]
+    options = "--binary", target.upper().replace("_", ""), "-pb", "-hex", "-novliw"
+    lines = _run_tool(b"".join(codes), "nvdisasm", *options).splitlines()
+    addressed = [(int(found[1], 16), row) for row, line in enumerate(lines) if (found := _ADDRESS.match(line))]
+    ends = itertools.accumulate(len(code) for code in codes)
+    rows = [next((row for address, row in addressed if address >= end), len(lines)) for end in ends]
+    return ["\n".join(lines[begin:end]) for begin, end in itertools.pairwise([0, *rows])]
 
 
 def _before(pattern: str, text: str) -> str:
     return re.split(pattern, text, maxsplit=1, flags=re.MULTILINE)[0]
 
 
-def _read_nvidia(listing: str) -> dict[str, int]:
+def _read_nvidia(usage: str, listing: str) -> dict[str, int]:
     def count(pattern: str) -> int:
         return len(re.findall(rf"\s{pattern}", listing))
 
     wide = r"\S*\.(?:128|256)\b"
     return {
-        "registers": _number(r"REG:(\d+)", listing),
-        "local": _number(r"LOCAL:(\d+)", listing) + _number(r"STACK:(\d+)", listing),
+        "registers": _number(r"REG:(\d+)", usage),
+        "local": _number(r"LOCAL:(\d+)", usage) + _number(r"STACK:(\d+)", usage),
         "spills": 0,
         "global_loads": count(r"LDG\."),
         "global_stores": count(r"STG\."),
@@ -503,51 +533,54 @@ def compilation(launch: Launch, target: str) -> Compilation:
     return Compilation(target, launch.schedule.num_warps, launch.schedule.num_stages, source.hash(), source)
 
 
-@functools.cache
-def _compile(job: Compilation) -> tuple[Resources, str]:
-    """Compile a kernel. Return its resources, and its code in the target's assembly."""
-    compiled = triton.compile(
-        job.source,
-        target=_GPU_TARGETS[job.target],
-        options={"num_warps": job.num_warps, "num_stages": job.num_stages, **COMPILER_OPTIONS},
-    )
-    if job.target.startswith("gfx"):
-        assembly = compiled.asm["amdgcn"]
-        numbers = _read_amd(assembly)
-    else:
-        assembly = _cuobjdump(compiled.asm["cubin"])
-        numbers = _read_nvidia(assembly)
+#: The resources of the kernels that this process compiled, and their code in the target's assembly.
+_known: dict[Compilation, tuple[Resources, str]] = {}
+
+
+def _build(job: Compilation) -> Any:
+    options = {"num_warps": job.num_warps, "num_stages": job.num_stages, **COMPILER_OPTIONS}
+    return triton.compile(job.source, target=_GPU_TARGETS[job.target], options=options)
+
+
+def _resources(job: Compilation, compiled: Any, numbers: dict[str, int]) -> Resources:
     shared = compiled.metadata.shared
-    resources = Resources(
-        job.source.fn.__name__,
-        job.target,
-        shared=shared,
-        num_warps=job.num_warps,
-        occupancy=occupancy(job.target, numbers["registers"], shared, job.num_warps),
-        **numbers,
-    )
-    return resources, assembly
+    fits = occupancy(job.target, numbers["registers"], shared, job.num_warps)
+    name = job.source.fn.__name__
+    return Resources(name, job.target, shared=shared, num_warps=job.num_warps, occupancy=fits, **numbers)
 
 
-def _compiled(launch: Launch, target: str) -> tuple[Resources, str]:
-    if INTERPRETED:
-        raise RuntimeError("TRITON_INTERPRET is set, so kernels cannot be compiled; expected it unset")
-    return _compile(compilation(launch, target))
-
-
-def compile_launch(launch: Launch, target: str) -> Resources:
-    """Compile one recorded launch for `target`, without a GPU. The result is cached in the process.
+def compile_all(launches: Iterable[Launch], target: str) -> list[Resources]:
+    """Compile recorded launches for `target`, without a GPU. The results are cached in the process.
 
     Raises:
         RuntimeError: kernels are interpreted here (TRITON_INTERPRET), or the compiler's report is unreadable.
     """
-    return _compiled(launch, target)[0]
+    if INTERPRETED:
+        raise RuntimeError("TRITON_INTERPRET is set, so kernels cannot be compiled; expected it unset")
+    jobs = [compilation(launch, target) for launch in launches]
+    built = {job: _build(job) for job in jobs if job not in _known}
+    if target.startswith("gfx"):
+        for job, compiled in built.items():
+            assembly = compiled.asm["amdgcn"]
+            _known[job] = _resources(job, compiled, _read_amd(assembly)), assembly
+    elif built:
+        listings = _disassemble([compiled.asm["cubin"] for compiled in built.values()], target)
+        for (job, compiled), listing in zip(built.items(), listings, strict=True):
+            usage = _run_tool(compiled.asm["cubin"], "cuobjdump", "-res-usage")
+            _known[job] = _resources(job, compiled, _read_nvidia(usage, listing)), listing
+    return [_known[job][0] for job in jobs]
+
+
+def compile_launch(launch: Launch, target: str) -> Resources:
+    """Compile one recorded launch for `target`. See `compile_all`, which takes less time for several."""
+    return compile_all([launch], target)[0]
 
 
 def disassemble(launch: Launch, target: str) -> str:
     """Return the assembly of one recorded launch for `target`: SASS with its encoding, or AMD's.
 
     Raises:
-        RuntimeError: see `compile_launch`.
+        RuntimeError: see `compile_all`.
     """
-    return _compiled(launch, target)[1]
+    compile_all([launch], target)
+    return _known[compilation(launch, target)][1]

@@ -10,19 +10,22 @@ import dataclasses
 import json
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from itertools import chain, groupby
 
 import torch
 from fused_steer.kernels.aot import (
     Case,
     Resources,
     compilation,
-    compile_launch,
+    compile_all,
     hidden_states,
     record,
     record_grouped,
     record_projection,
 )
 from fused_steer.kernels.launch import Launch
+
+TOGETHER = 16  # kernels that one process compiles at once
 
 
 def launches(case: list) -> list[Launch]:
@@ -35,9 +38,13 @@ def launches(case: list) -> list[Launch]:
     return record(Case(tokens, hidden, rank, getattr(torch, dtype), **flags), target)
 
 
-def compile_one(job: tuple[list, int]) -> Resources:
-    case, index = job
-    return compile_launch(launches(case)[index], case[0])
+def target_of(job: tuple[list, int]) -> str:
+    return job[0][0]
+
+
+def compile_some(jobs: list[tuple[list, int]]) -> list[Resources]:
+    """Compile launches for one target."""
+    return compile_all([launches(case)[index] for case, index in jobs], target_of(jobs[0]))
 
 
 if __name__ == "__main__":
@@ -48,7 +55,12 @@ if __name__ == "__main__":
             jobs.setdefault(key, (case, index))
             seen = {"hidden_states": list(hidden_states(launch)), "tile": dataclasses.asdict(launch.schedule)}
             rows.append((key, {"case": case, **seen}))
+    jobs = dict(sorted(jobs.items(), key=lambda item: target_of(item[1])))
+    some = []
+    for _, group in groupby(jobs.values(), target_of):
+        of_target = list(group)
+        some += [of_target[begin : begin + TOGETHER] for begin in range(0, len(of_target), TOGETHER)]
     with ProcessPoolExecutor(int(sys.argv[1])) as pool:
-        compiled = dict(zip(jobs, pool.map(compile_one, jobs.values()), strict=True))
+        compiled = dict(zip(jobs, chain.from_iterable(pool.map(compile_some, some)), strict=True))
     for key, row in rows:
         print(json.dumps({**row, **dataclasses.asdict(compiled[key])}))

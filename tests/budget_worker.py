@@ -11,7 +11,8 @@ from concurrent.futures import ProcessPoolExecutor
 from itertools import groupby
 
 import torch
-from fused_steer.kernels.aot import SHARED_MEMORY, Case, compile_launch, record_passes
+from fused_steer.kernels.aot import SHARED_MEMORY, Case, compile_all, compile_launch, record_passes
+from fused_steer.kernels.launch import Launch
 from fused_steer.kernels.predict import (
     CLOCKS,
     async_loads,
@@ -24,10 +25,17 @@ from fused_steer.kernels.predict import (
 )
 
 
-def describe(case: list) -> list[dict]:
-    target, hidden, rank, tokens, reads, packed, dtype = (*case, *(True, "bfloat16")[len(case) - 5 :])
-    rows, of = [], Case(tokens, hidden, rank, getattr(torch, dtype), packed=packed, reads=reads)
-    for name, launches in record_passes(of, target).items():
+def launches_of(case: list) -> tuple[list, dict[str, list[Launch]]]:
+    """Return the case with its defaults, and the launches of its passes."""
+    target, hidden, rank, tokens, reads, packed, dtype = whole = [*case, *(True, "bfloat16")[len(case) - 5 :]]
+    of = Case(tokens, hidden, rank, getattr(torch, dtype), packed=packed, reads=reads)
+    return whole, record_passes(of, target)
+
+
+def describe(case: list, passes: dict[str, list[Launch]]) -> list[dict]:
+    target, hidden, rank, tokens, reads, packed, dtype = case
+    rows = []
+    for name, launches in passes.items():
         for launch, moved in zip(launches, memory_bytes(launches, target), strict=True):
             used = compile_launch(launch, target)
             row = {"target": target, "hidden": hidden, "rank": rank, "tokens": tokens}
@@ -47,7 +55,10 @@ def describe(case: list) -> list[dict]:
 
 
 def describe_all(cases: list[list]) -> list[dict]:
-    return [row for case in cases for row in describe(case)]
+    """Describe the launches of cases for one target."""
+    found = [launches_of(case) for case in cases]
+    compile_all([launch for _, passes in found for launches in passes.values() for launch in launches], cases[0][0])
+    return [row for case, passes in found for row in describe(case, passes)]
 
 
 if __name__ == "__main__":

@@ -42,8 +42,9 @@ def compile_one(target: str, hidden: int, rank: int, *layout: int) -> dict[str, 
 
     _, launch = prepare(empty(4096), empty(4096), empty(max(16, rank)), empty(max(16, rank)), rank, slices)
     compiled = triton.compile(aot._source(launch), target=aot._GPU_TARGETS[target], options=options(slices))
-    listing = aot._cuobjdump(compiled.asm["cubin"])
-    numbers = aot._read_nvidia(listing)
+    cubin = compiled.asm["cubin"]
+    (listing,) = aot._disassemble([cubin], target)
+    numbers = aot._read_nvidia(aot._run_tool(cubin, "cuobjdump", "-res-usage"), listing)
     return {
         "registers": numbers["registers"],
         "local": numbers["local"],

@@ -10,8 +10,14 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 
 import torch
-from fused_steer.kernels.aot import Case, compile_launch, hidden_states, record_norm_passes
+from fused_steer.kernels.aot import Case, compile_all, compile_launch, hidden_states, record_norm_passes
+from fused_steer.kernels.launch import Launch
 from fused_steer.kernels.predict import CLOCKS, async_loads, l2_bytes, memory_bytes
+
+
+def is_counted(launch: Launch) -> bool:
+    kernel = launch.kernel.__name__
+    return "norm" in kernel or kernel == "post_block_fwd_resident_kernel"
 
 
 def describe(case: list) -> list[dict]:
@@ -20,15 +26,16 @@ def describe(case: list) -> list[dict]:
     kinds = {name: options.pop(name) for name in ("plus_one", "weight_gradient") if name in options}
     passes = record_norm_passes(Case(tokens, hidden, rank, getattr(torch, dtype), **options), target, **kinds)
     rows = []
+    counted = [launch for launches in passes.values() for launch in launches if is_counted(launch)]
+    compile_all(counted, target)
     for name, launches in passes.items():
         for launch, moved in zip(launches, memory_bytes(launches, target), strict=True):
-            kernel = launch.kernel.__name__
-            if "norm" not in kernel and kernel != "post_block_fwd_resident_kernel":
+            if not is_counted(launch):
                 continue
             row = {"case": case, "pass": name, "hidden_states": list(hidden_states(launch))}
             row |= {"l2": l2_bytes(launch), "memory": moved}
             row |= dataclasses.asdict(compile_launch(launch, target))
-            if target in CLOCKS and kernel == "post_block_norm_fwd_kernel":
+            if target in CLOCKS and launch.kernel.__name__ == "post_block_norm_fwd_kernel":
                 row |= {"loops": async_loads(launch, target)}
             rows.append(row)
     return rows

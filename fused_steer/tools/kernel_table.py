@@ -112,11 +112,12 @@ def describe_kernels(request: Request) -> dict[str, Any]:
 
 
 def _kernel_rows(launches: list[Launch], target: str) -> list[dict[str, Any]]:
-    from ..kernels.aot import compile_launch, hidden_states
+    from ..kernels.aot import compile_all, hidden_states
     from ..kernels.predict import fill, l2_bytes, memory_bytes, work
 
     rows = []
-    for launch, moved in zip(launches, memory_bytes(launches, target), strict=True):
+    compiled = compile_all(launches, target)
+    for launch, moved, used in zip(launches, memory_bytes(launches, target), compiled, strict=True):
         plan = launch.schedule
         layout = {
             "target": target,
@@ -133,7 +134,7 @@ def _kernel_rows(launches: list[Launch], target: str) -> list[dict[str, Any]]:
             "fill": fill(launch, target),
             "series": work(launch).series,
         }
-        rows.append({**layout, **done, **asdict(compile_launch(launch, target))})
+        rows.append({**layout, **done, **asdict(used)})
     return rows
 
 

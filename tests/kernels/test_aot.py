@@ -317,6 +317,12 @@ def test_aot_occupancy(target, registers, shared, warps, expected):
     assert occupancy(target, registers, shared, warps) == expected
 
 
+def test_aot_kernels_disassembled_together_are_those_disassembled_alone():
+    for row in run_compiling("listing_worker.py", [["sm_90", "sm_100"]]):
+        assert len(row["together"]) > 3
+        assert row["together"] == row["alone"]
+
+
 def test_aot_bad_input_is_one_clear_line(monkeypatch):
     with pytest.raises(
         ValueError, match="target is 'sm_70'; expected one of sm_80, sm_90, sm_100, gfx942, sm_75, sm_86, sm_89"
