@@ -22,7 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .backend import select_backend
+from .backend import check_backend, select_backend
+from .contract import DTYPES
 from .derivatives import is_batched, is_transformed
 from .launch import device_of, launch
 from .numerics import store
@@ -264,7 +265,11 @@ def _torch_basis(writers: Tensor) -> Tensor:
     basis = writers.double()
     for _ in range(_ROUNDS):
         basis = torch.bmm(basis, _directions(torch.bmm(basis.transpose(1, 2), basis)))
-    return basis.float()
+    return basis.to(_basis_dtype(writers))
+
+
+def _basis_dtype(writers: Tensor) -> torch.dtype:
+    return torch.float64 if writers.dtype == torch.float64 else torch.float32
 
 
 # --------------------------------------------------------------------------------------------- autograd, caller's part
@@ -304,8 +309,9 @@ def _check(up: Tensor, writers: Tensor) -> None:
     if writers.device != up.device:
         raise ValueError(f"writers is on {writers.device}; expected {up.device}, the device of up")
     for name, tensor in (("up", up), ("writers", writers)):
-        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise TypeError(f"{name} has dtype {tensor.dtype}; expected float32, bfloat16 or float16")
+        if tensor.dtype not in DTYPES:
+            raise TypeError(f"{name} has dtype {tensor.dtype}; expected float32, bfloat16, float16 or float64")
+    check_backend(select_backend(up.device), up, writers)
 
 
 def project_out(up: Tensor, writers: Tensor) -> Tensor:
@@ -315,7 +321,7 @@ def project_out(up: Tensor, writers: Tensor) -> Tensor:
     ‖BᵀW2'‖ is at most 1e-5 ‖B‖ ‖W2‖ (Frobenius) for every B. A narrower dtype adds the rounding of W2' itself.
 
     Args:
-        up: W2 of every layer, (L, d, r), r at most 256; float32, bfloat16 or float16.
+        up: W2 of every layer, (L, d, r), r at most 256; float32, bfloat16, float16, or, on the torch backend, float64.
         writers: B of every layer, (L, d, k), k at most 64, with several LoRAs side by side. A layer with fewer columns
             is padded with zeros. A NaN or infinity makes its layer's result NaN.
 
@@ -331,7 +337,9 @@ def project_out(up: Tensor, writers: Tensor) -> Tensor:
 
 
 def column_space(writers: Tensor) -> Tensor:
-    """Return V (L, d, k), float32: an orthonormal basis of each layer's column space. Columns beyond its rank are zero.
+    """Return V (L, d, k), an orthonormal basis of each layer's column space. Columns beyond its rank are zero.
+
+    V is float32, or float64 if the writers are.
 
     Args:
         writers: B (L, d, k), as for `project_out`.
@@ -352,8 +360,9 @@ class _ProjectGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (basis,) = ctx.saved_tensors
-        columns = grad.float().reshape(basis.shape[0], -1)
-        basis = basis.float()
+        wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
+        columns = grad.to(wide).reshape(basis.shape[0], -1)
+        basis = basis.to(wide)
         projected = torch.addmm(columns, basis, basis.t() @ columns, alpha=-1)
         return projected.view(grad.shape).to(grad.dtype), None
 
@@ -368,7 +377,7 @@ def project_gradient(matrix: Tensor, basis: Tensor) -> Tensor:
 
     Args:
         matrix: W2 (d, r), or b2 (d,).
-        basis: V (d, k), float32, with orthonormal or zero columns, from `column_space`.
+        basis: V (d, k), with orthonormal or zero columns, from `column_space`.
     """
     if is_transformed():
         return matrix - (basis @ (basis.t() @ matrix.to(basis.dtype))).to(matrix.dtype)

@@ -183,7 +183,7 @@ class SteeringSite(Site):
         self.register_buffer("strength", None, persistent=False)
         self._set_strength(torch.device("cpu"))
         self.gains: Any = None  # gives the gain of each token of a pass; None: every token is steered
-        self.basis: Tensor | None  # V (d, k) float32, which W2 and b2 are kept orthogonal to in training
+        self.basis: Tensor | None  # V (d, k), which W2 and b2 are kept orthogonal to in training
         self.register_buffer("basis", None, persistent=False)
         self.link: Any = None  # the norm behind the layer, if it is fused: see `norms.Link`
         #: The module that steers by rows while each row of a batch has its own adapter. Its `plan` fills `_planned`.

@@ -178,6 +178,23 @@ def test_orthogonal_the_basis_of_narrow_writers_is_in_float32(device, dtype):
     torch.testing.assert_close(v, column_space(writers.float()), rtol=0, atol=0)
 
 
+def test_orthogonal_in_float64(monkeypatch):
+    monkeypatch.setenv("FUSED_STEER_BACKEND", "torch")
+    up, writers = normal(LAYERS, 48, 4, seed=2, dtype=torch.float64), normal(LAYERS, 48, 6, dtype=torch.float64)
+    v = torch.linalg.qr(writers).Q
+    right = up - v @ (v.mT @ up)
+    torch.testing.assert_close(project_out(up, writers), right, rtol=0, atol=1e-13)
+    basis = column_space(writers)
+    torch.testing.assert_close(basis @ basis.mT, v @ v.mT, rtol=0, atol=1e-13)
+    up.requires_grad_()
+    (gradient,) = torch.autograd.grad(project_gradient(up[0], basis[0]).square().sum() / 2, up)
+    torch.testing.assert_close(gradient[0], right[0], rtol=0, atol=1e-13)
+    # W2 of a float64 model is float32.
+    narrow = project_out(up.detach().float(), writers)
+    assert narrow.dtype == torch.float32
+    torch.testing.assert_close(narrow.double(), right, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("shape", [(48, 4), (48,)], ids=["W2", "b2"])
 def test_orthogonal_a_gradient_is_projected_where_the_value_satisfies_the_constraint(device, shape):
     """The gradient equals float64 autograd's through W2 -> (I − V Vᵀ) W2, at a W2 that satisfies the constraint."""
@@ -209,10 +226,14 @@ def test_orthogonal_shapes_that_do_not_fit_are_refused(up, writers, error, messa
     assert "\n" not in str(caught.value)
 
 
-def test_orthogonal_dtypes_and_devices_that_do_not_fit_are_refused():
+def test_orthogonal_dtypes_and_devices_that_do_not_fit_are_refused(monkeypatch):
     up, writers = torch.zeros(1, 8, 2), torch.zeros(1, 8, 2)
-    with pytest.raises(TypeError, match="writers has dtype torch.float64; expected float32, bfloat16 or float16"):
-        project_out(up, writers.double())
+    with pytest.raises(TypeError, match="writers has dtype torch.int64; expected float32, bfloat16, float16 or float64"):
+        project_out(up, writers.long())
+    monkeypatch.setenv("FUSED_STEER_BACKEND", "triton")
+    for call in (lambda: project_out(up, writers.double()), lambda: column_space(writers.double())):
+        with pytest.raises(TypeError, match="the triton backend got a float64 tensor; expected float32, bfloat16"):
+            call()
     with pytest.raises(ValueError, match="writers is on meta; expected cpu, the device of up"):
         project_out(up, writers.to("meta"))
 

@@ -157,6 +157,17 @@ def test_orthogonality_after_every_step_in_bf16(narrow_lora):
         assert overlap(constrained(model), b) <= 1e-6  # master weights are float32
 
 
+@pytest.mark.parametrize("adapter", [torch.float32, torch.float64], ids=str)
+def test_orthogonality_after_every_step_of_a_model_in_float64(monkeypatch, adapter):
+    monkeypatch.setenv("FUSED_STEER_BACKEND", "torch")
+    model = joint().double()
+    for parameter in steering_parameters(model).values():
+        parameter.data = parameter.data.to(adapter)
+    bound = 1e-6 if adapter == torch.float32 else 1e-14
+    for _ in steps(model, 3):
+        assert overlap(constrained(model), written(model, MLP)) <= bound
+
+
 def test_orthogonality_parameters_in_bf16_hold_it_as_far_as_they_can():
     model = joint(config=SteerConfig(rank=4, orthogonal_to="lora", dtype="bfloat16"))
     for _ in steps(model, 3):
