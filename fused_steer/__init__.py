@@ -103,6 +103,7 @@ The map, in reading order. A file imports only files that stand above it.
         statements.py    the paper's theorem and propositions as functions
         lockstep.py      run models one layer at a time
         fitting.py       `fit`
+        next_token.py    `divergence`: compares two models' next-token distributions
         command.py       `fused-steer fit`
     vectors/             steering vectors from contrasting texts
         pairs.py         reads pairs, or two sets of texts

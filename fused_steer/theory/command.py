@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from ..model.decoder import find_decoder, meta_model
 from ..patch import patch_model
 from ..tools.prompts import encode, read_prompts
 from .fitting import Fit, check_config, check_decoders, fit
+from .next_token import Divergence, divergence
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -143,12 +145,18 @@ def run(options: FitOptions, console: Console) -> None:
     check_vocabulary(base, tuned)
     found = fit(base, tuned, parts[0], config, held_out=parts[1], ridge=options.ridge, sequence=options.sequence)
     write_adapter(options.out, found.adapter)
+    # Adapters that were fitted each on the base's own stream are not for use together.
+    shown = parts[1] or parts[0]
+    apart = [divergence(base, tuned, shown)]
+    if options.sequence:
+        apart.append(divergence(patch_model(base, options.out), tuned, shown))
 
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     if options.as_json:
-        say(json.dumps({"adapter": str(options.out), **found.as_dict()}, indent=2))
+        named = {name: asdict(one) for name, one in zip(("base", "steered"), apart, strict=False)}
+        say(json.dumps({"adapter": str(options.out), **found.as_dict(), "next_token": named}, indent=2))
         return
     say(f"base      {options.base}, {base.dtype} on {device}")
     say(f"tuned     {options.tuned}")
@@ -161,7 +169,17 @@ def run(options: FitOptions, console: Console) -> None:
             f"share     {found.share:.1%} of the oracle {where} the last layer{held_out}; of a median token's "
             f"{found.token:.1%}"
         )
+    say(next_token(apart, held_out=bool(parts[1])))
     say(f"adapter   {options.out}, rank {config.rank}, {found.adapter.layout.count(config):,} parameters")
+
+
+def next_token(apart: Sequence[Divergence], held_out: bool) -> str:
+    """A line on how far the base's and the steered model's next-token distributions are from the tuned model's."""
+    where = "held-out prompts" if held_out else "the prompts"
+    kl = " -> ".join(f"{one.kl:.3g}" for one in apart)
+    same = " -> ".join(f"{one.same:.1%}" for one in apart)
+    steps = "base -> steered" if len(apart) > 1 else "base"
+    return f"next token  KL to tuned {kl} nats, same likeliest token {same} ({steps}, on {where})"
 
 
 def check_vocabulary(base: Any, tuned: Any) -> None:

@@ -8,7 +8,7 @@ r, so it expresses a share of the oracle only: 1 − Σ‖h_tuned − h_steered�
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -21,7 +21,7 @@ from ..adapters.parameters import DOWN, UP, UP_BIAS, ByPlace, Place
 from ..config import DTYPES, SteerConfig
 from ..kernels import post_block
 from ..model.decoder import Decoder
-from .lockstep import Batch, Stream, evaluating, with_site
+from .lockstep import Batch, Stream, evaluating, kept_tokens, with_site
 from .regression import Affine, Moments, best_affine, check_tokens
 
 #: λ of the ridge, if none is given: enough that directions without variance do no harm, too little to be seen.
@@ -192,7 +192,7 @@ class _Part:
     def __init__(self, batches: Iterable[Batch], layers: int, device: torch.device) -> None:
         """device: of the sums, which are in float64."""
         self.batches, self.device = list(batches), device
-        self.kept = [_kept(batch) for batch in self.batches]
+        self.kept = [kept_tokens(batch) for batch in self.batches]
         self.tokens = sum(int(kept.sum()) for kept in self.kept)
         self.oracle: list[list[Tensor]] = [[] for _ in range(layers)]
         self.size: list[list[Tensor]] = [[] for _ in range(layers)]
@@ -251,17 +251,6 @@ def _share(whole: Tensor, rest: Tensor) -> float:
     """1 − Σ rest / Σ whole; NaN where there is nothing."""
     total = float(whole.sum())
     return 1 - float(rest.sum()) / total if total else math.nan
-
-
-def _kept(batch: Batch) -> Tensor:
-    """Which tokens of a batch count, (B · T,)."""
-    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
-    if not isinstance(ids, Tensor):
-        raise TypeError(f"a batch is a {type(batch).__name__}; expected a mapping with a tensor input_ids")
-    mask = batch.get("attention_mask", torch.ones_like(ids))
-    if mask.shape != ids.shape:
-        raise ValueError(f"attention_mask is {tuple(mask.shape)}; expected {tuple(ids.shape)}, as input_ids")
-    return mask.bool().flatten()
 
 
 def _tokens(states: Tensor, kept: Tensor, device: torch.device) -> Tensor:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import fused_steer.peft  # noqa: F401 (PEFT knows the method)
 from fused_steer import SteerConfig, patch_model
-from fused_steer.theory import fit
+from fused_steer.theory import divergence, fit
 from fused_steer.tools.prompts import encode
 
 WORDS = ["<eos>", "<unk>", *"abcdefghijklmnopqrstuvwxyz"]
@@ -77,6 +77,13 @@ def test_fit_command_writes_an_adapter_that_loads_everywhere(place, tmp_path):
         "rank 4, 864",
     ):
         assert line in result.stdout
+    base, wanted = (AutoModelForCausalLM.from_pretrained(folder / name) for name in ("base", "tuned"))
+    held_out = encode(tokenizer, (folder / "prompts.txt").read_text().split("\n")[36:], 512, 8)
+    apart = [divergence(base, wanted, held_out), divergence(patch_model(base, tmp_path / "out"), wanted, held_out)]
+    assert 0 < apart[1].kl < 0.9 * apart[0].kl
+    assert f"KL to tuned {apart[0].kl:.3g} -> {apart[1].kl:.3g} nats, same likeliest token {apart[0].same:.1%} -> " in (
+        result.stdout
+    )
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in result.stdout.splitlines() if "│" in line]
     assert [row[0] for row in rows] == list(map(str, range(LAYERS)))
     second = found.layers[1]
@@ -102,6 +109,9 @@ def test_fit_command_of_a_lora_and_of_an_adapter(place, tmp_path, tuned):
     found = json.loads(result.stdout)
     assert found["tokens"] == 252 and found["tokens_held_out"] == 28 and len(found["layers"]) == LAYERS
     assert all(0 < layer["share"] <= 1 for layer in found["layers"])
+    next_token = found["next_token"]
+    assert next_token["base"]["tokens"] == next_token["steered"]["tokens"] == 28
+    assert next_token["base"]["kl"] > next_token["steered"]["kl"] > 0
     if tuned == "lora":
         merged = expected(place, "tuned").as_dict()  # the same LoRA, in the weights
         for layer, other in zip(found["layers"], merged["layers"], strict=True):
@@ -114,6 +124,7 @@ def test_fit_command_options(place, tmp_path):
     result = invoke(*arguments(folder, tmp_path / "out", "lora", "--ridge", "0.1", *more))
     assert result.exit_code == 0, result.output
     assert "140 tokens; held out 0" in result.stdout and "share     " not in result.stdout
+    assert "(base, on the prompts)" in result.stdout
     config = patch_model(build(), tmp_path / "out", check_base=False).steering.config()
     assert (config.layers, config.up_bias) == ((0, 2), False)
 
