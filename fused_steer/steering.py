@@ -63,7 +63,7 @@ class Steering:
         self._batch: Batch | None = None
         methods = (WeakMethod(self, name) for name in ("_is_idle", "_is_tracing", "_batch_of_active"))
         self._gains = Gains(model, self._decoder.module, *methods)
-        self._save_pretrained = saving_of(self._given, model, self)
+        self._saving = saving_of(self._given, model, self)
 
     # ------------------------------------------------------------------------------------------------------- adapters
 
@@ -477,8 +477,8 @@ class Steering:
         self._patched.freeze()
         model: Any = self._model
         model.steering = self
-        if self._save_pretrained is not None:
-            self._save_pretrained.install()
+        for saving in self._saving:
+            saving.install()
         self.use(name)
 
     def unpatch(self) -> Any:
@@ -498,13 +498,14 @@ class Steering:
             self._patched.undo()
             self._gains.use(None)
             self._constraints.close()
-            if self._save_pretrained is not None:
-                self._save_pretrained.remove()
+            for saving in self._saving:
+                saving.remove()
             self._configs.clear()
             self._pool = self._active = None
             vars(self._model).pop("steering", None)
             self._unpatched = True
-        return self._given
+        given = self.__dict__["_weak__given"]()  # PEFT's wrapper is gone after `merge_and_unload`
+        return self._model if given is None else given
 
     @contextlib.contextmanager
     def _changing(self, what: str) -> Iterator[None]:

@@ -105,11 +105,13 @@ class SavePretrained:
                     from . import peft  # noqa: F401  (registers the method for from_pretrained)
 
 
-def saving_of(given: Any, model: Any, steering: Adapters) -> SavePretrained | PeftCheckpoints | None:
-    """Return the replacement of a patched model's saving methods. `given` is the model, or PEFT's wrapper around it."""
-    if not hasattr(given, _NAME):
-        return None
-    return SavePretrained(model, steering) if given is model else PeftCheckpoints(given, steering)
+def saving_of(given: Any, model: Any, steering: Adapters) -> list[SavePretrained | PeftCheckpoints]:
+    """Return the replacements of a patched model's saving methods. `given` is the model, or PEFT's wrapper around it.
+
+    The model in a wrapper has one, too: `merge_and_unload` takes it out.
+    """
+    found: list[SavePretrained | PeftCheckpoints] = [SavePretrained(model, steering)] if hasattr(model, _NAME) else []
+    return found if given is model else [*found, PeftCheckpoints(given, steering)]
 
 
 class PeftCheckpoints:
@@ -127,8 +129,9 @@ class PeftCheckpoints:
 
     def remove(self) -> None:
         for name, watched in self.watched.items():
-            if vars(watched.model).get(name) is watched:
-                delattr(watched.model, name)
+            model = watched.__dict__["_weak_model"]()  # deleted after `merge_and_unload`
+            if model is not None and vars(model).get(name) is watched:
+                delattr(model, name)
 
 
 _WARNINGS = {

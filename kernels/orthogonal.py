@@ -362,7 +362,7 @@ class _ProjectGradient(torch.autograd.Function):
         (basis,) = ctx.saved_tensors
         wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
         columns = grad.to(wide).reshape(basis.shape[0], -1)
-        basis = basis.to(wide)
+        basis = basis.to(columns.device, wide)  # a replica of DataParallel has the first device's
         projected = torch.addmm(columns, basis, basis.t() @ columns, alpha=-1)
         return projected.view(grad.shape).to(grad.dtype), None
 

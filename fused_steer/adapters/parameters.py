@@ -400,6 +400,24 @@ class Factor(nn.Module):
         self.register_parameter("weight", None if weight is None else nn.Parameter(weight))
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
 
+    def has(self, name: str) -> bool:
+        """Return whether there is a weight or a bias, without computing it."""
+        return name not in self._parameters or self._parameters[name] is not None
+
+    def is_computed(self, name: str) -> bool:
+        """Return whether the weight or the bias is no parameter, but computed from others in each pass.
+
+        So do `torch.nn.utils.parametrize` and, by a forward pre-hook, `torch.nn.utils.prune`.
+        """
+        return name not in self._parameters
+
+
+def read_factor(factor: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+    """Return the weight and the bias of a factor that steers. Its forward pre-hooks compute them before."""
+    for number, hook in factor._forward_pre_hooks.items():
+        hook(factor, (), {}) if number in factor._forward_pre_hooks_with_kwargs else hook(factor, ())
+    return factor.weight, factor.bias  # type: ignore[return-value]
+
 
 class Rotation(Factor):
     """W2 = Rᵀ of LoReFT, computed from `weight` in each pass (kernels/rotation.py). It has no bias.
@@ -475,7 +493,14 @@ class Adapter:
 
     def named_tensors(self) -> dict[str, Tensor]:
         """Return the values by name, without gradients."""
-        return {name: parameter.detach() for name, parameter in self.named_parameters().items()}
+        sides = (("steer_down", self.down), ("steer_up", self.up))
+        there = [(side, factor, name) for side, factor in sides for name in ("weight", "bias") if factor.has(name)]
+        return {f"{side}.{name}": getattr(factor, name).detach() for side, factor, name in there}
+
+    def computed(self) -> list[str]:
+        """Return the names of the tensors that are no parameters: see `Factor.is_computed`."""
+        sides = (("steer_down", self.down), ("steer_up", self.up))
+        return [f"{side}.{name}" for side, factor in sides for name in ("weight", "bias") if factor.is_computed(name)]
 
     def steered(self) -> dict[str, Tensor]:
         """Return W1, b1, W2 and b2 by name, without gradients."""
@@ -483,10 +508,10 @@ class Adapter:
 
     def weights(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         """Return W1, W2, b1 and b2 as the op takes them, with gradients. None stands for a missing part."""
-        down, up = self.down.weight, self.up.weight
+        (down, down_bias), (up, up_bias) = read_factor(self.down), read_factor(self.up)
         if isinstance(self.up, Rotation) and down is not None and up is not None:
-            return *rotate(down, up), self.down.bias, None
-        return down, up, self.down.bias, self.up.bias
+            return *rotate(down, up), down_bias, None
+        return down, up, down_bias, up_bias
 
 
 def _up_factor(form: str) -> type[Factor]:

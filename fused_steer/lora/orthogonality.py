@@ -14,6 +14,7 @@ pass. They are projected only if they violate the constraint. Weights saved with
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
@@ -134,6 +135,8 @@ class Orthogonality:
         self._trace = trace
         self._writers: dict[int, list[Writer]] | None = None
         self._seen: tuple[Any, ...] | None = None  # `_state` when the constraint was last enforced
+        #: For each backward pass in which an optimizer stepped, whether a step moved parameters without a sign.
+        self._waits: dict[int, bool] = {}
         self._watch()
 
     def _watch(self) -> None:
@@ -170,6 +173,11 @@ class Orthogonality:
         """Return W2 and b2 of a place, by name below the site. A tensor that the adapter lacks is left out."""
         adapter = self.sites[place].adapter(self.name)
         assert adapter is not None
+        if adapter.up.is_computed("weight") or adapter.up.is_computed("bias"):
+            raise ValueError(
+                f"W2 or b2 of adapter {self.name!r} at {place} is computed from other parameters (parametrized or "
+                "pruned); expected parameters, which a projection keeps orthogonal to LoRA"
+            )
         found = {UP: adapter.up.weight, UP_BIAS: adapter.up.bias}
         return {name: parameter for name, parameter in found.items() if parameter is not None}
 
@@ -196,13 +204,31 @@ class Orthogonality:
     def after_step(self, optimizer: Optimizer) -> None:
         """Enforce the constraint after an optimizer's step, if the step moved W2, b2 or B.
 
+        In a backward pass, where some optimizers step as soon as a parameter's gradient is there, this waits for its
+        end: the gradients of the layers before need W2 as it was.
+
         Raises:
             RuntimeError: the model carries no LoRA.
         """
         if not self.in_use or not self.trains or not self._moved_by(optimizer):
             return
+        unseen, backward = _moves_unseen(optimizer), torch._C._current_graph_task_id()
+        if backward == -1:
+            self._waits.clear()
+            self._enforce(unseen)
+            return
+        if backward not in self._waits:
+            callback = functools.partial(self._after_backward, backward)
+            torch.autograd.Variable._execution_engine.queue_callback(callback)  # not called if the backward fails
+        self._waits[backward] = self._waits.get(backward, False) or unseen
+
+    def _after_backward(self, backward: int) -> None:
+        self._enforce(self._waits.pop(backward))
+
+    def _enforce(self, unseen: bool) -> None:
+        """Project all parameters if they moved. unseen: a step may have moved them without a sign."""
         columns = self._columns_to_train()
-        if self._state(columns) == self._seen and not _moves_unseen(optimizer):
+        if self._state(columns) == self._seen and not unseen:
             return
         self._project(columns, everything=True)
         self._seen = self._state(columns)

@@ -33,6 +33,7 @@ from .residual import ResidualNotFound, Source, analyse
 from .site import SteeringSite
 from .sublayers import cached
 from .watch import thread
+from .weak import Weakly
 
 #: The attribute of a norm that keeps its `Link`.
 _LINK = "link_of_patch"
@@ -258,8 +259,10 @@ class Link:
         reason: why the last call of a site did not compute the norm, or "".
     """
 
-    def __init__(self, norm: nn.Module, kind: Kind) -> None:
-        self.norm, self.kind = norm, kind
+    _decoder = Weakly[nn.Module]()
+
+    def __init__(self, norm: nn.Module, kind: Kind, decoder: nn.Module) -> None:
+        self.norm, self.kind, self._decoder = norm, kind, decoder
         self.base = type(norm)
         self.sites: list[SteeringSite] = []
         self.taken = 0
@@ -267,6 +270,14 @@ class Link:
         self.graph = Graph()
         self._owner, _, self._leaf = (kind.weight or "").rpartition(".")
         self._latest = kind.norm(None)  # the norm of the last call, made again only for another weight
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Link | None:
+        """Return the link of a copied model. The copy of a norm or a layer alone has none, and is not fused."""
+        if id(self.__dict__["_weak__decoder"]()) not in memo:
+            return None
+        copied = memo[id(self)] = Link.__new__(Link)
+        vars(copied).update(copy.deepcopy(vars(self), memo))
+        return copied
 
     def attach(self) -> None:
         self.norm.__dict__[_LINK] = self
@@ -429,7 +440,7 @@ class Norms:
                 if link is None:
                     if isinstance(vars(norm).get(_LINK), Link):
                         raise NotFused("another patch has fused its norm")
-                    link = Link(norm, measure(norm, self._decoder.hidden))
+                    link = Link(norm, measure(norm, self._decoder.hidden), self._decoder.module)
                     link.graph = self.graph
                     self._links[id(norm)] = link
                     link.attach()

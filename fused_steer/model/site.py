@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, is_grad_enabled, nn
 from torch.compiler import is_compiling
 
-from ..adapters.parameters import SITE, Adapter, Factors, Place, Rotation
+from ..adapters.parameters import SITE, Adapter, Factors, Place, Rotation, read_factor
 from ..kernels import post_block, select_backend
 from ..kernels.contract import Operands
 from ..kernels.derivatives import is_transformed
@@ -183,8 +183,9 @@ class SteeringSite(Site):
         self.register_buffer("strength", None, persistent=False)
         self._set_strength(torch.device("cpu"))
         self.gains: Any = None  # gives the gain of each token of a pass; None: every token is steered
-        self.basis: Tensor | None  # V (d, k), which W2 and b2 are kept orthogonal to in training
-        self.register_buffer("basis", None, persistent=False)
+        #: V (d, k), which W2 and b2 are kept orthogonal to in training. It is no buffer, because it comes with the
+        #: first training pass, and averages of models (AveragedModel) pair the buffers of a model and its copy.
+        self.basis: Tensor | None = None
         self.link: Any = None  # the norm behind the layer, if it is fused: see `norms.Link`
         #: The module that steers by rows while each row of a batch has its own adapter. Its `plan` fills `_planned`.
         self.rows: Any
@@ -225,12 +226,15 @@ class SteeringSite(Site):
         matrix = self._modules["steer_up"]._modules[active]  # type: ignore[union-attr]
         if not isinstance(matrix, Rotation) or not self.enabled or self.rows is not None:
             return None
-        return self.steer_down[active].weight, matrix.weight  # type: ignore[return-value]
+        down = self.steer_down[active]
+        if down.is_computed("weight") or matrix.is_computed("weight"):
+            return None
+        return down.weight, matrix.weight  # type: ignore[return-value]
 
     def _weights(self, active: str) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         """Return W1, W2, b1 and b2 of an adapter. Those of LoReFT were perhaps made at the beginning of the pass."""
         adapter = Adapter(self.steer_down[active], self.steer_up[active])
-        if not is_compiling() and isinstance(adapter.up, Rotation):
+        if not is_compiling() and isinstance(adapter.up, Rotation) and not adapter.computed():
             found = self._made_rotation(adapter.down.weight, adapter.up.weight)
             if found is not None:
                 return *found, adapter.down.bias, None
@@ -272,7 +276,8 @@ class SteeringSite(Site):
 
     def remember(self) -> Callable[[], None]:
         """Return a function that restores the site's adapters, the active one, and which parameters train."""
-        choice = {name: getattr(self, name) for name in ("active", "enabled", "activation", "scale", "gains")}
+        named = ("active", "enabled", "activation", "scale", "gains", "basis")
+        choice = {name: getattr(self, name) for name in named}
         buffers = dict(self._buffers)
         factors = [(modules, dict(modules._modules)) for modules in (self.steer_down, self.steer_up)]
         trained = [(parameter, parameter.requires_grad) for parameter in self.parameters()]
@@ -295,6 +300,8 @@ class SteeringSite(Site):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SteeringSite:
         super()._apply(fn, recurse)
+        if self.basis is not None:
+            self.basis = fn(self.basis)
         self._set_strength(self.strength.device)  # not rounded to the new dtype
         return self
 
@@ -362,20 +369,14 @@ class SteeringSite(Site):
         if self.active is None or not self.enabled:
             return None
         factors = self.steer_down[self.active], self.steer_up[self.active]
-        (w1, b1), (w2, b2) = ((factor.weight, factor.bias) for factor in factors)
-        for parameter in (w1, w2, b1, b2):
-            if parameter is not None and parameter.is_meta and not residual.is_meta:
+        for parameter in (p for factor in factors for p in factor.parameters()):
+            if parameter.is_meta and not residual.is_meta:
                 raise ValueError(
                     f"adapter {self.active!r} is on meta, as offloaded modules are; expected it on {residual.device} "
                     "(call accelerate's offloading first, then patch_model)"
                 )
-        names = [
-            (factor, name, factor is factors[1])
-            for factor, name, parameter in zip(
-                factors * 2, ("weight",) * 2 + ("bias",) * 2, (w1, w2, b1, b2), strict=True
-            )
-            if parameter is not None
-        ]
+        # Which of W1, W2, b1 and b2 there are. To read one that is computed would compute it once more.
+        there = [factor.has(name) for name in ("weight", "bias") for factor in factors]
         downs: dict[str, Any] = self.steer_down._modules
         ups: dict[str, Any] = self.steer_up._modules
         active, (down, up) = self.active, factors
@@ -385,24 +386,27 @@ class SteeringSite(Site):
         def usual() -> tuple[Tensor, ...]:
             # Looked up in each call, so that a replaced parameter or factor is used.
             if downs[active] is down and ups[active] is up:
-                return of_down["weight"], of_up["weight"]
-            return downs[active].weight, ups[active].weight
+                try:
+                    return of_down["weight"], of_up["weight"]
+                except KeyError:  # one is computed since
+                    pass
+            return general()
 
         def general() -> tuple[Tensor, ...]:
-            found: Iterator[tuple[Tensor, bool]] = (
-                (getattr(factor, name), constrained) for factor, name, constrained in names
-            )
-            return tuple(self._constrained(value) if constrained else value for value, constrained in found)
+            (w1, b1), (w2, b2) = read_factor(downs[active]), read_factor(ups[active])
+            found = w1, self._constrained(w2), b1, self._constrained(b2)
+            return tuple(tensor for tensor in found if tensor is not None)
 
         def rotated() -> tuple[Tensor, ...]:
             return tuple(t for t in self._weights(active) if t is not None)
 
-        plain = all("weight" in factor._parameters for factor in factors)
-        simple = plain and w1 is not None and b1 is None and b2 is None and self.basis is None
+        plain = not any(factor.is_computed("weight") for factor in factors)
+        simple = plain and there == [True, True, False, False] and self.basis is None
         turns = isinstance(up, Rotation)
         # Each call adds the gain of its tokens.
         gain = () if self.gains is None else (self.strength,)
-        call = self.activation, self.scale, (w1, w2, b1, b2, *gain), self.reads
+        weights = tuple(self.strength if one else None for one in there)  # only which are None counts
+        call = self.activation, self.scale, (*weights, *gain), self.reads
         if self.link is not None:
             steer: PlannedPostBlock = _PlannedWithNorm(self.link, *call)
         else:

@@ -152,8 +152,15 @@ def restore_values(file: AdapterFile, name: str, sites: Sites, layers: Iterable[
         layers: all of the model's decoder layers.
 
     Raises:
-        ValueError: FSDP1 or ZeRO has sharded the adapter.
+        ValueError: FSDP1 or ZeRO has sharded the adapter, or a tensor of it is computed from others.
     """
+    for place, site in sites.items():
+        adapter = site.adapter(name)
+        for computed in () if adapter is None else adapter.computed():
+            raise ValueError(
+                f"{computed} of adapter {name!r} at {place} is computed from other parameters (parametrized or "
+                "pruned); expected parameters that values can be copied into"
+            )
     parts = adapter_tensors(sites, name)
     if not all(is_dtensor(part) for named in parts.values() for part in named.values()):
         check_unsharded(layers, "adapters to be restored")

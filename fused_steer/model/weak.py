@@ -19,14 +19,26 @@ def _there(found: T | None) -> T:
     return found
 
 
-class Weak(weakref.ref[T]):
-    """A weak reference. A copy or pickle has the copy of the object, as with an ordinary attribute."""
+class _Nothing:
+    """What a reference refers to whose object was deleted before it was copied."""
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Weak[T]:
-        return Weak(copy.deepcopy(self.there(), memo))
+
+def _weak(found: T | None) -> Weak[Any]:
+    return Weak(_Nothing() if found is None else found)
+
+
+class Weak(weakref.ref[T]):
+    """A weak reference. A copy or pickle has the copy of the object, as with an ordinary attribute.
+
+    A copy of a reference whose object was deleted is such a reference, too: a module that the model held when it was
+    patched may have been replaced since.
+    """
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Weak[Any]:
+        return _weak(copy.deepcopy(self(), memo))
 
     def __reduce__(self) -> Any:
-        return Weak, (self.there(),)
+        return _weak, (self(),)
 
     def there(self) -> T:
         """Return the object.

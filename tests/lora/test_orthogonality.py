@@ -26,7 +26,9 @@ from models import (
 )
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 from torch.optim import optimizer as torch_optimizer
+from torch.optim.swa_utils import AveragedModel
 
 from fused_steer import SteerConfig, patch_model
 from fused_steer.lora.orthogonality import Orthogonality
@@ -135,6 +137,75 @@ def test_orthogonality_at_every_site_that_writes_into_the_stream(family):
         for site in sites:
             ups = [p.detach() for path, p in found.items() if path.endswith(f"{site}.steer_up.weight")]
             assert overlap(ups, written(model, MLP)) <= 1e-6
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True], ids=["plain", "checkpointed", "reentrant"])
+def test_orthogonality_after_steps_in_the_backward_pass(reentrant):
+    """An optimizer for each parameter that steps as soon as its gradient is there, as LOMO's and GaLore's do."""
+
+    def train(inside: bool) -> nn.Module:
+        torch.manual_seed(0)
+        model = joint(init_lora_weights=False)
+        randomize(model)
+        if reentrant is not None:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        optimizers = {p: torch.optim.SGD([p], lr=0.05) for p in model.parameters() if p.requires_grad}
+
+        def step(parameter: Tensor) -> None:
+            optimizers[parameter].step()
+            parameter.grad = None
+
+        handles = [p.register_post_accumulate_grad_hook(step) for p in optimizers] if inside else []
+        for number in range(3):
+            backward(model, number)
+            for parameter in () if inside else optimizers:
+                step(parameter)
+            assert overlap(constrained(model), written(model, MLP)) <= 1e-6
+        for handle in handles:
+            handle.remove()
+        return model
+
+    inside, after = train(True), train(False)
+    for one, other in zip(inside.parameters(), after.parameters(), strict=True):
+        # The rounding of three steps, and of a projection before or after the other layers' steps.
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_orthogonality_after_a_backward_pass_that_failed_in_the_middle():
+    model = joint(init_lora_weights=False)
+    randomize(model)
+    up = list(steering_parameters(model).values())[-1]
+    optimizer = torch.optim.SGD([up], lr=0.5)
+    handles = [up.register_post_accumulate_grad_hook(lambda p: optimizer.step())]
+    first = model.base_model.model.model.layers[0]
+    handles.append(first.register_full_backward_pre_hook(lambda *_: 1 / 0))
+    with pytest.raises(ZeroDivisionError):
+        backward(model)
+    handles.pop().remove()
+    backward(model)
+    assert overlap(constrained(model), written(model, MLP)) <= 1e-6
+    handles.pop().remove()
+    optimizer.step()
+    assert overlap(constrained(model), written(model, MLP)) <= 1e-6
+
+
+def test_orthogonality_an_average_of_the_model_made_before_the_first_step():
+    model = joint()
+    average = AveragedModel(model, avg_fn=lambda mean, new, count: new)
+    list(steps(model, 2))
+    average.update_parameters(model)
+    assert torch.equal(logits(average.module), logits(model))
+    list(steps(average.module, 1))
+    assert overlap(constrained(average.module), written(average.module, MLP)) <= 1e-6
+
+
+def test_orthogonality_of_a_computed_w2_is_refused():
+    model = joint()
+    for site in (module for name, module in model.named_modules() if name.endswith("post_block")):
+        weight_norm(site.steer_up["default"])
+    with refused(ValueError, "W2 or b2 of adapter 'default' at layer 0 is computed from other parameters"):
+        backward(model)
 
 
 def test_orthogonality_after_every_step_of_a_fused_optimizer():

@@ -30,6 +30,7 @@ from models import (
     snapshot,
     tokens,
 )
+from peft import LNTuningConfig, LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor import config as inductor_config
@@ -430,6 +431,38 @@ def test_norms_copies_and_pickles_compute_alone():
             other.model.layers[1].input_layernorm.weight.add_(1)
         assert not torch.equal(logits(other), expected)
     assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["norm", "input_layernorm"]),
+        LNTuningConfig(target_modules=["input_layernorm", "norm"]),
+    ],
+    ids=["modules_to_save", "LNTuning"],
+)
+def test_norms_that_peft_copies(config):
+    model, base, _ = fused()
+    plain = patch_model(base, SteerConfig(rank=4))
+    randomize(model), randomize(plain)
+    found, expected = (logits(get_peft_model(one, copy.deepcopy(config))) for one in (model, plain))
+    assert_close(found, expected)
+
+
+def test_norms_copied_alone_are_not_fused_and_copy_nothing_else(monkeypatch):
+    model, _, _ = fused()
+    made = []
+    original = nn.Parameter.__deepcopy__
+    monkeypatch.setattr(nn.Parameter, "__deepcopy__", lambda p, memo: made.append(p) or original(p, memo))
+    norm = copy.deepcopy(model.model.norm)
+    assert made == [model.model.norm.weight]
+    x = torch.randn(2, 3, HIDDEN)
+    assert torch.equal(norm(x), type(build().model.norm).forward(norm, x))
+    made.clear()
+    layer = copy.deepcopy(model.model.layers[1])
+    assert len(made) == len(list(layer.parameters()))
+    whole = copy.deepcopy(model)
+    assert torch.equal(logits(whole), logits(model)) and taken(whole) == taken(model)
 
 
 def test_norms_are_off_by_default_and_not_in_the_file(tmp_path):

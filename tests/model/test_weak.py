@@ -14,6 +14,7 @@ import torch
 from models import build, logits, randomize, steering_parameters, tokens
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 import fused_steer.peft
 from fused_steer import SteerConfig, patch_model
@@ -158,3 +159,50 @@ def test_weak_references_are_equal_if_their_objects_are_the_same():
     one, other = nn.Identity(), nn.Identity()
     assert Weak(one) == Weak(one) != Weak(other)
     assert Weak(one)() is one is Weak(one).there()
+
+
+REPLACED: dict[str, Callable[[nn.Module], Any]] = {
+    "embeddings": lambda model: model.resize_token_embeddings(70),
+    "head": lambda model: model.set_output_embeddings(nn.Linear(model.config.hidden_size, 64, bias=False)),
+    "projection": lambda model: setattr(
+        model.model.layers[1].self_attn, "q_proj", copy.deepcopy(model.model.layers[1].self_attn.q_proj)
+    ),
+}
+
+
+@pytest.mark.parametrize("replace", REPLACED.values(), ids=REPLACED)
+@pytest.mark.parametrize(
+    "double",
+    [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), lambda model: AveragedModel(model).module],
+    ids=["deepcopy", "pickle", "average"],
+)
+def test_weak_copies_of_a_model_in_which_a_module_was_replaced(replace, double):
+    model = patch_model(build(), CONFIG)
+    randomize(model)
+    replace(model)
+    twin = double(model)
+    assert torch.equal(logits(twin), logits(model))
+    again = copy.deepcopy(twin)
+    for one in (model, twin, again):
+        one.steering.unpatch()
+    assert torch.equal(logits(again), logits(model))
+    assert again.model.layers[0].mlp.up_proj.weight.requires_grad
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["the wrapper is deleted", "the wrapper is kept"])
+def test_weak_model_that_is_taken_out_of_its_peft_wrapper(tmp_path, kept):
+    wrapper = patch_model(with_lora(), CONFIG)
+    wanted = {name.removeprefix("base_model.model."): p.detach().clone() for name, p in randomize(wrapper).items()}
+    model = wrapper.merge_and_unload()
+    if not kept:
+        del wrapper
+    expected = logits(model)
+    twin = copy.deepcopy(model)
+    assert torch.equal(logits(twin), expected)
+    model.save_pretrained(tmp_path)
+    for one in (model, twin):
+        assert one.steering.unpatch() is (wrapper if kept and one is model else one)
+        assert not hasattr(one, "steering") and "save_pretrained" not in vars(one)
+    saved = patch_model(model, tmp_path, check_base=False)  # the adapter was written beside the whole model
+    assert all(torch.equal(p, wanted[name]) for name, p in steering_parameters(saved).items())
+    assert torch.equal(logits(saved), expected)
