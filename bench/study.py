@@ -543,9 +543,10 @@ def report_text(results: Mapping[str, Any]) -> str:
         most exact answers on {settings["validated"]} validation expressions, on a tie the smallest loss. A seed
         chooses the training expressions and the initial values. Training follows the paper's F.5: AdamW without weight
         decay, a constant rate for all but LoRA, which has a cosine with a warm-up of 0.06; gradients are clipped to a
-        norm of 1. ReFT edits all tokens, as steering does. The grids of steering and of ReFT were moved to lower rates
-        after the first runs; those of LoRA, JoLA and LoFiT were not. Where the best rate is the lowest or the highest
-        of its grid, a better one may lie outside."""),
+        norm of 1. ReFT edits all tokens, at `post_block`, as steering does; the ReFT of the paper edits the MLP's
+        output (`post_mlp`). The grids of steering and of ReFT were moved to lower rates after the first runs; those of
+        LoRA, JoLA and LoFiT were not. Where the best rate is the lowest or the highest of its grid, a better one may
+        lie outside."""),
         paragraph("""*Exact* is the mean over the seeds, with the least and the greatest. *Loss* is that of the answers'
         tokens. The *difference* is in points of exact answers, over the seeds that both forms have, ± its standard
         error over the test expressions; a form is *better* or *worse* if it has several seeds, all agree on the sign,

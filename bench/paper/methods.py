@@ -81,8 +81,8 @@ def _lora(model: Any, settings: Settings, rate: float) -> tuple[Any, list[Stage]
     return model, [Stage(lora_parameters(model), rate)]
 
 
-def _reft(model: Any, settings: Settings, rate: float) -> tuple[Any, list[Stage]]:
-    fields = {"form": "loreft", "rank": settings.reft_rank, "positions": settings.reft_positions}
+def _reft(model: Any, settings: Settings, rate: float, site: str) -> tuple[Any, list[Stage]]:
+    fields = {"form": "loreft", "rank": settings.reft_rank, "positions": settings.reft_positions, "site": site}
     return steering(model, settings, rate, activation=None, **fields)
 
 
@@ -129,7 +129,9 @@ METHODS: dict[str, Method] = {
     "untrained": Method("untrained", _untrained),
     "full": Method("full fine-tuning", _full, "cosine", 0.1),
     "lora": Method("LoRA", _lora, "cosine", 0.06),
-    "reft": Method("ReFT", _reft),
+    # The paper's ReFT edits the MLP's output, its authors' code (pyreft) by default the block's.
+    "reft": Method("ReFT", functools.partial(_reft, site="post_mlp")),
+    "reft-post-block": Method("ReFT, post-block", functools.partial(_reft, site="post_block")),
     "lofit": Method("LoFiT", _lofit),
     "jola": Method("JoLA", _jola),
     "lowrank": Method("post-block", steering),

@@ -17,7 +17,11 @@ PUBLISHED = Path(__file__).with_name("published.json")
 PAGE = "report.md"
 #: Each section's title, methods, and the matching table of the paper.
 SECTIONS: tuple[tuple[str, tuple[str, ...], str], ...] = (
-    ("Methods", ("untrained", "full", "lora", "reft", "lofit", "jola", "lowrank"), "the paper's Table 1"),
+    (
+        "Methods",
+        ("untrained", "full", "lora", "reft", "reft-post-block", "lofit", "jola", "lowrank"),
+        "the paper's Table 1",
+    ),
     ("Forms of steering", ("lowrank", "rank1", "vector"), "the paper has such a table; we do not have it"),
     (
         "Joint adaptation",

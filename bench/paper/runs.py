@@ -25,7 +25,7 @@ from .methods import METHODS
 from .settings import Settings
 from .training import features, test, train
 
-SCHEMA = 1
+SCHEMA = 2  # 1: `reft` edited the block's output
 _DIAGNOSED = 32  # number of prompts for the pictures of a joint run
 
 

@@ -13,6 +13,7 @@ RATES: dict[str, tuple[float, ...]] = {
     "full": (5e-6, 1e-5, 2e-5, 5e-5),
     "lora": (1e-4, 2e-4, 5e-4, 1e-3),
     "reft": (3e-4, 9e-4, 2e-3, 5e-3),
+    "reft-post-block": (3e-4, 9e-4, 2e-3, 5e-3),
     "lofit": (1e-3, 5e-3, 1e-2, 5e-2),
     "jola": (1e-3, 5e-3, 1e-2, 5e-2),
     "lowrank": (3e-4, 9e-4, 2e-3, 5e-3),

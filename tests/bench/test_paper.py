@@ -79,7 +79,7 @@ def test_paper_run_of_a_broken_results_file_is_refused(tmp_path):
     settings = Settings("tiny")
     key = runs.Key("boolq", "lora", 1e-3, 0)
     key.file(tmp_path).parent.mkdir(parents=True)
-    for content, message in (("{", "is no JSON"), ('{"schema": 7}', "has schema 7; expected one of bench.paper, 1")):
+    for content, message in (("{", "is no JSON"), ('{"schema": 7}', "has schema 7; expected one of bench.paper, 2")):
         key.file(tmp_path).write_text(content)
         with pytest.raises(ValueError, match=message):
             runs.found(tmp_path, key, settings)

@@ -167,11 +167,15 @@ def test_paper_methods_heads_of_a_layer_without_a_known_projection_are_refused()
 # ----------------------------------------------------------------------------------------------------------- LoReFT
 
 
-def loreft_by_hooks(model, chosen):
-    """Edit each layer's output by h + Rᵀ (W h + b − R h) at the chosen tokens, (B, T): plain hooks, R by torch's QR."""
+#: Of each ReFT: the child of a layer with the adapter, and the module with the output that is edited.
+EDITED = {"reft": ("post_mlp", "mlp"), "reft-post-block": ("post_block", "")}
+
+
+def loreft_by_hooks(model, chosen, name="reft"):
+    """Edit the MLP's output, or the layer's, by h + Rᵀ (W h + b − R h) at the chosen tokens, (B, T), by plain hooks."""
     base = build().to(next(model.parameters()).dtype)
     for edited, layer in zip(model.model.layers, base.model.layers, strict=True):
-        adapter = edited.post_block.adapter("default")
+        adapter = edited.get_submodule(EDITED[name][0]).adapter("default")
         source, bias, matrix = adapter.down.weight, adapter.down.bias, adapter.up.weight
         q, u = torch.linalg.qr(matrix.detach())
         rotation = (q * u.diagonal().sign()).T
@@ -182,17 +186,18 @@ def loreft_by_hooks(model, chosen):
             new = torch.where(chosen[..., None], new, h)
             return (new, *output[1:]) if isinstance(output, tuple) else new
 
-        layer.register_forward_hook(hook)
+        layer.get_submodule(EDITED[name][1]).register_forward_hook(hook)
     return base
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", EDITED)
 @pytest.mark.parametrize("positions", ["first_2+last_1", "all"])
-def test_paper_methods_loreft_is_its_formula_and_leaves_other_positions(positions):
+def test_paper_methods_loreft_is_its_formula_and_leaves_other_positions(positions, name):
     """A batch as in training: two prompts of 4 and 5 tokens, then answers; the first row is padded on the right."""
-    model, _ = attached("reft", replace(SETTINGS, reft_positions=positions))
+    model, _ = attached(name, replace(SETTINGS, reft_positions=positions))
     for layer in model.model.layers:
-        adapter = layer.post_block.adapter("default")
+        adapter = layer.get_submodule(EDITED[name][0]).adapter("default")
         for parameter in (adapter.down.weight, adapter.down.bias):
             parameter.normal_(std=0.2)
     mask = torch.ones(2, 9, dtype=torch.long)
@@ -203,11 +208,11 @@ def test_paper_methods_loreft_is_its_formula_and_leaves_other_positions(position
     chosen = torch.tensor([[mark == "1" for mark in row] for row in edited])
     given = {"input_ids": tokens(), "attention_mask": mask}
     found = model(**given, labels=labels).logits
-    formula = loreft_by_hooks(model, chosen)
+    formula = loreft_by_hooks(model, chosen, name)
     plain = formula(**given).logits
     kept = mask.bool()
     assert float((build()(**given).logits - plain)[kept].norm() / plain[kept].norm()) > 0.01
-    truth = loreft_by_hooks(model.double(), chosen)(**given).logits
+    truth = loreft_by_hooks(model.double(), chosen, name)(**given).logits
     error, allowed = (float((x - truth)[kept].norm() / truth[kept].norm()) for x in (found, plain))
     assert error <= 2 * allowed + 1e-6
 
@@ -221,7 +226,7 @@ def test_paper_methods_loreft_is_the_fused_form_and_stays_orthonormal_in_trainin
     assert (config.form, config.rank, config.positions) == ("loreft", 8, "first_7+last_7")
     assert all(not torch.equal(p, old) for p, old in zip(stage.parameters, before, strict=True))
     for layer in model.model.layers:
-        up = layer.post_block.adapter("default").weights()[1].detach().double()
+        up = layer.post_mlp.adapter("default").weights()[1].detach().double()
         assert float((up.T @ up - torch.eye(8).double()).norm()) < 1e-5
 
 
@@ -230,7 +235,7 @@ def test_paper_methods_loreft_leaves_tokens_that_are_generated():
     model, _ = attached("reft", replace(SETTINGS, reft_positions="first_1+last_1"))
     with torch.no_grad():
         for layer in model.model.layers:
-            layer.post_block.adapter("default").down.bias.normal_(std=3)
+            layer.post_mlp.adapter("default").down.bias.normal_(std=3)
     said = model.generate(tokens(), max_new_tokens=3, do_sample=False)
     ids = tokens()
     for _ in range(3):
@@ -337,6 +342,7 @@ def test_paper_methods_released_projection_without_a_lora_is_refused():
 SHARES = {
     "untrained": 0,
     "reft": LAYERS * (2 * 8 * HIDDEN + 8),
+    "reft-post-block": LAYERS * (2 * 8 * HIDDEN + 8),
     "lowrank": LAYERS * 2 * 8 * HIDDEN,
     "rank1": LAYERS * 2 * HIDDEN,
     "vector": LAYERS * HIDDEN,
