@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from fused_steer.config import SITES
 from fused_steer.paper.tasks import TASKS
 
 from ..results import FOLDER
@@ -65,6 +66,9 @@ def run(
     out: Annotated[Path, typer.Option(help="Folder of results.")] = OUT,
     rank: Annotated[int, typer.Option(help="Rank of the steering.")] = Settings.rank,
     activation: Annotated[str, typer.Option(help="Activation of the steering.")] = Settings.activation,
+    site: Annotated[
+        str, typer.Option(help=f"Sites of the steering, each with runs of its own: some of {', '.join(SITES)}.")
+    ] = "post_block",
     positions: Annotated[str, typer.Option(help="Positions that ReFT edits (docs/positions.md).")] = "first_7+last_7",
     projection: Annotated[str, typer.Option(help="joint-released projects at: step, epoch, init or N steps.")] = "100",
     epochs: Annotated[int | None, typer.Option(help="Epochs. Default: as in the paper, 1; 3 for GSM8K.")] = None,
@@ -83,6 +87,7 @@ def run(
 
     from fused_steer.tools.demo import choose_device
 
+    from .methods import at_sites
     from .runs import run_all
 
     try:
@@ -115,8 +120,9 @@ def run(
             listops_lengths=parse_lengths(listops_lengths),
             data=str(data) if data else None,
         )
-        names = chosen(tasks, TASKS, "tasks"), chosen(methods, RATES, "methods")
-        done = run_all(settings, out, *names, parse_rates(rates), seeds, choose_device(device), batch)
+        grids, named = parse_rates(rates), at_sites(chosen(methods, RATES, "methods"), site.split(","))
+        tried = {name: grids[method] for name, method in named.items()}
+        done = run_all(settings, out, chosen(tasks, TASKS, "tasks"), tried, seeds, choose_device(device), batch)
         typer.echo(f"{done} new runs; the results are in {out}")
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         raise fail(error) from None

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from fused_steer import SteerConfig, lora_parameters, patch_model, steering_parameters
+from fused_steer.config import SITES
 
 from . import heads, released
 from .settings import Settings
@@ -142,3 +143,46 @@ METHODS: dict[str, Method] = {
     "joint-orth": Method("Joint-Orth", functools.partial(_joint, orthogonal_to="lora"), "cosine", 0.06),
     "joint-released": Method("joint as released", _joint_released, "cosine", 0.06),
 }
+
+#: The title of each site that `--site` chooses.
+SITE_TITLES = {"post_attention": "post-attention", "pre_mlp": "pre-MLP", "post_mlp": "post-MLP"}
+#: The methods that steer at the chosen site.
+SITED = ("lowrank", "rank1", "vector", "joint", "joint-orth")
+
+
+def at_site(name: str, site: str) -> str:
+    """Return the name of a method at a site: `lowrank-pre-mlp`. At `post_block` it is the method's own name."""
+    return name if site == "post_block" else f"{name}-{site.replace('_', '-')}"
+
+
+def _title(title: str, site: str) -> str:
+    named = title.replace("post-block", site)
+    return named if named != title else f"{title}, {site}"
+
+
+METHODS |= {
+    at_site(name, site): replace(
+        METHODS[name],
+        title=_title(METHODS[name].title, title),
+        attach=functools.partial(METHODS[name].attach, site=site),
+    )
+    for name in SITED
+    for site, title in SITE_TITLES.items()
+}
+
+
+def at_sites(methods: Sequence[str], sites: Sequence[str]) -> dict[str, str]:
+    """Return the methods by name, with the names under which they have rates. Those that steer stand at each site.
+
+    Raises:
+        ValueError: there is no such site, a method cannot steer there, or a site is chosen for methods that have none.
+    """
+    for site in sites:
+        if site not in SITES:
+            raise ValueError(f"site is {site!r}; expected some of {', '.join(SITES)}")
+    if "pre_mlp" in sites and "joint-orth" in methods:
+        others = ", ".join(site for site in SITES if site != "pre_mlp")
+        raise ValueError(f"site is pre_mlp with joint-orth; expected one that writes into the stream: {others}")
+    if list(sites) != ["post_block"] and not set(methods) & set(SITED):
+        raise ValueError(f"site is {', '.join(sites)} with {', '.join(methods)}; expected one of {', '.join(SITED)}")
+    return {at_site(name, site): name for name in methods for site in (sites if name in SITED else ["post_block"])}

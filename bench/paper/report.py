@@ -10,12 +10,13 @@ from typing import Any
 
 from fused_steer.paper.tasks import TASKS
 
-from .methods import METHODS
+from .methods import METHODS, SITE_TITLES, SITED, at_site
 from .runs import best, read
 
 PUBLISHED = Path(__file__).with_name("published.json")
 PAGE = "report.md"
-#: Each section's title, methods, and the matching table of the paper.
+#: Each section's title, methods, and the matching table of the paper. A section is left out if earlier ones have
+#: all of its results.
 SECTIONS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     (
         "Methods",
@@ -27,6 +28,11 @@ SECTIONS: tuple[tuple[str, tuple[str, ...], str], ...] = (
         "Joint adaptation",
         ("lora", "lowrank", "joint", "joint-orth", "joint-released"),
         "the paper has such a table; we do not have it",
+    ),
+    (
+        "Sites",
+        tuple(at_site(name, site) for name in SITED for site in (*SITE_TITLES, "post_block")),
+        "the paper compares sites; we do not have its figures",
     ),
 )
 #: Pictures of a diagnosis, and the number of the paper's figure that each one follows.
@@ -169,8 +175,11 @@ def write(out: Path) -> Path:
     ]
     for model, results in found.items():
         parts.append(f"## {model}")
+        seen: set[str] = set()
         for title, methods, beside in SECTIONS:
-            if any((task, method) in results for task in TASKS for method in methods):
+            there = {method for _, method in results} & set(methods)
+            if not there <= seen:
+                seen |= there
                 parts += [f"### {title} ({beside})", section(model, results, methods, paper)]
         parts += ["### Rates, seeds, answers", details(results), "### Answers that could not be read", unread(results)]
         parts += ["### Pictures", pictures(results, out)]

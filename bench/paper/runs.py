@@ -176,13 +176,15 @@ def run_all(
     settings: Settings,
     out: Path,
     tasks: Sequence[str],
-    methods: Sequence[str],
     rates: Mapping[str, Sequence[float]],
     seeds: int,
     device: torch.device,
     batch: int,
 ) -> int:
     """Run every task with every method, with a results file for each run; return the number of new runs.
+
+    Args:
+        rates: the methods' names, with the rates to try.
 
     Raises:
         ValueError, OSError, RuntimeError: a run failed; the results of earlier runs are saved.
@@ -220,7 +222,7 @@ def run_all(
         return result
 
     for task in tasks:
-        for method in methods:
-            for _ in search(task, method, rates[method], seeds, do):
+        for method, tried in rates.items():
+            for _ in search(task, method, tried, seeds, do):
                 pass
     return done

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from fused_steer.config import SITES
 from fused_steer.paper.data import load
 from fused_steer.paper.tasks import TASKS
 
@@ -75,6 +76,21 @@ def test_paper_run_goes_on_where_it_stopped(finished, monkeypatch):
     refused(result, "rank is 4 but 8 in", "expected the same (or another --out)")
 
 
+def test_paper_run_at_several_sites_has_results_and_rows_of_each(tmp_path):
+    arguments = ("--tasks", "listops", "--methods", "lowrank,joint", "--site", "post_mlp,post_block")
+    result = invoke("run", "--smoke", "--out", tmp_path, *arguments)
+    assert result.exit_code == 0 and "4 new runs" in result.output, result.output
+    folder = tmp_path / "smoke" / "tiny" / "listops"
+    assert {path.name for path in folder.iterdir()} == {"lowrank", "lowrank-post-mlp", "joint", "joint-post-mlp"}
+    losses = [json.loads(file.read_text())["stages"][0]["losses"][1:] for file in folder.glob("lowrank*/*.json")]
+    assert losses[0] != losses[1]
+    assert invoke("report", "--out", tmp_path / "smoke").exit_code == 0
+    text = (tmp_path / "smoke" / report.PAGE).read_text(encoding="utf-8")
+    sites = text.partition("### Sites (the paper compares sites; we do not have its figures)")[2].partition("###")[0]
+    named = re.findall(r"^\| (\w[^|]*) \| [\d.]+%", sites, re.MULTILINE)
+    assert named == ["post-MLP", "post-block", "naive joint, post-MLP", "naive joint"]
+
+
 def test_paper_run_of_a_broken_results_file_is_refused(tmp_path):
     settings = Settings("tiny")
     key = runs.Key("boolq", "lora", 1e-3, 0)
@@ -123,6 +139,12 @@ def test_paper_search_chooses_the_rate_by_validation_alone():
         (("--listops-lengths", "64"), "ListOps lengths are '64'; expected such as 4:64"),
         (("--rank", "0"), "rank is 0; expected at least 1"),
         (("--dtype", "int8"), "dtype is 'int8'; expected float32"),
+        (("--site", "pre-mlp"), "site is 'pre-mlp'; expected some of post_attention, pre_mlp, post_mlp, post_block"),
+        (("--site", "pre_mlp", "--methods", "lora"), "site is pre_mlp with lora; expected one of lowrank, rank1"),
+        (
+            ("--site", "post_mlp,pre_mlp", "--methods", "joint-orth"),
+            "site is pre_mlp with joint-orth; expected one that",
+        ),
         (("--tasks", "listops", "--train-limit", "5", "--evaluated-limit", "5"), "nowhere"),
     ],
 )
@@ -223,7 +245,10 @@ def test_paper_settings_are_the_papers():
         name: 3 if name == "gsm8k" else 1 for name in ("boolq", "winogrande", "listops", "gsm8k", "arc", "aqua")
     }
     assert inspect.signature(command.run).parameters["seeds"].default == 5
-    assert RATES.keys() == methods.METHODS.keys()
+    every = methods.at_sites(list(RATES), ["post_block"]) | methods.at_sites(methods.SITED[:-1], list(SITES))
+    assert every.keys() | {f"joint-orth-{site}" for site in ("post-attention", "pre-mlp", "post-mlp")} == (
+        methods.METHODS.keys()
+    )
 
 
 def test_paper_smoke_has_rows_of_every_task(tmp_path):

@@ -351,7 +351,7 @@ SHARES = {
 }
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", RATES)
 def test_paper_methods_method_trains_what_it_says_under_its_schedule(name, train, monkeypatch):
     model, stages = attached(name)
     trained = sum(stage.trained for stage in stages[-1:])
@@ -381,7 +381,7 @@ def test_paper_methods_method_trains_what_it_says_under_its_schedule(name, train
     assert all(torch.equal(p, before[n]) for n, p in base.items()), "something of the base has changed"
 
 
-@pytest.mark.parametrize("name", [n for n in METHODS if n not in ("full", "untrained", "joint-released")])
+@pytest.mark.parametrize("name", [n for n in RATES if n not in ("full", "untrained", "joint-released")])
 def test_paper_methods_method_trains_float32_parameters_in_a_bfloat16_model(name):
     torch.manual_seed(0)
     model, stages = METHODS[name].attach(build().bfloat16(), SETTINGS, 5e-3)
@@ -395,7 +395,26 @@ def test_paper_methods_method_trains_float32_parameters_in_a_bfloat16_model(name
 
 
 def test_paper_methods_methods_warm_up_as_the_paper_says():
-    warmed = {name: method.warmup for name, method in METHODS.items() if method.warmup}
+    warmed = {name: METHODS[name].warmup for name in RATES if METHODS[name].warmup}
     assert warmed == {"full": 0.1, "lora": 0.06, "joint": 0.06, "joint-orth": 0.06, "joint-released": 0.06}
-    assert {n for n, m in METHODS.items() if m.schedule == "cosine"} == set(warmed)
-    assert RATES.keys() == METHODS.keys()
+    assert {name for name in RATES if METHODS[name].schedule == "cosine"} == set(warmed)
+
+
+@pytest.mark.parametrize("site", ["post_attention", "pre_mlp", "post_mlp", "post_block"])
+def test_paper_methods_steering_is_at_the_chosen_site(site):
+    """All methods of a site steer there, with the parameters and the schedule that they have at any site."""
+    for name in methods.SITED:
+        if (name, site) == ("joint-orth", "pre_mlp"):
+            continue
+        named = methods.at_site(name, site)
+        model, stages = attached(named)
+        assert {entry.site for entry in model.steering.report()} == {site}, named
+        assert sum(stage.trained for stage in stages) == sum(stage.trained for stage in attached(name)[1])
+        assert (METHODS[named].schedule, METHODS[named].warmup) == (METHODS[name].schedule, METHODS[name].warmup)
+    titles = {methods.METHODS[methods.at_site(name, site)].title for name in methods.SITED}
+    assert len(titles) == len(methods.SITED) and (site == "post_block") == ("post-block" in titles)
+
+
+def test_paper_methods_sites_are_named():
+    found = methods.at_sites(["lora", "vector"], ["pre_mlp", "post_block"])
+    assert found == {"lora": "lora", "vector-pre-mlp": "vector", "vector": "vector"}
