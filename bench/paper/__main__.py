@@ -66,6 +66,7 @@ def run(
     out: Annotated[Path, typer.Option(help="Folder of results.")] = OUT,
     rank: Annotated[int, typer.Option(help="Rank of the steering.")] = Settings.rank,
     activation: Annotated[str, typer.Option(help="Activation of the steering.")] = Settings.activation,
+    init_scale: Annotated[float, typer.Option(help="Factor on W1's initial values.")] = Settings.init_scale,
     site: Annotated[
         str, typer.Option(help=f"Sites of the steering, each with runs of its own: some of {', '.join(SITES)}.")
     ] = "post_block",
@@ -111,6 +112,7 @@ def run(
             epochs=epochs,
             rank=rank,
             activation=activation,
+            init_scale=init_scale,
             reft_positions=positions,
             projection=projection,
             end=end,

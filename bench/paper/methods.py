@@ -84,7 +84,7 @@ def _lora(model: Any, settings: Settings, rate: float) -> tuple[Any, list[Stage]
 
 def _reft(model: Any, settings: Settings, rate: float, site: str) -> tuple[Any, list[Stage]]:
     fields = {"form": "loreft", "rank": settings.reft_rank, "positions": settings.reft_positions, "site": site}
-    return steering(model, settings, rate, activation=None, **fields)
+    return steering(model, settings, rate, activation=None, init_scale=None, **fields)
 
 
 def _lofit(model: Any, settings: Settings, rate: float) -> tuple[Any, list[Stage]]:
@@ -108,7 +108,7 @@ def _jola(model: Any, settings: Settings, rate: float) -> tuple[Any, list[Stage]
 
 
 def steering(model: Any, settings: Settings, rate: float, **fields: Any) -> tuple[Any, list[Stage]]:
-    fields = {"rank": settings.rank, "activation": settings.activation} | fields
+    fields = {"rank": settings.rank, "activation": settings.activation, "init_scale": settings.init_scale} | fields
     model = patch_model(model, SteerConfig(**{k: v for k, v in fields.items() if v is not None}))
     return model, [Stage(steering_parameters(model), rate)]
 
@@ -137,7 +137,9 @@ METHODS: dict[str, Method] = {
     "jola": Method("JoLA", _jola),
     "lowrank": Method("post-block", steering),
     "rank1": Method("post-block, rank 1", functools.partial(steering, rank=1)),
-    "vector": Method("post-block, vector", functools.partial(steering, form="vector", rank=None, activation=None)),
+    "vector": Method(
+        "post-block, vector", functools.partial(steering, form="vector", rank=None, activation=None, init_scale=None)
+    ),
     # As in the released code, joint training uses LoRA's schedule for both.
     "joint": Method("naive joint", _joint, "cosine", 0.06),
     "joint-orth": Method("Joint-Orth", functools.partial(_joint, orthogonal_to="lora"), "cosine", 0.06),

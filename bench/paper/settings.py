@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,7 @@ class Settings:
     Attributes:
         batch_size: examples per AdamW step; there is no weight decay.
         rank, activation: of the steering. The identity is the activation of the paper's Tables 1 and 2.
+        init_scale: factor on the initial values of the steering's W1. The released code has 1e-3.
         lora_rank, lora_alpha: of LoRA on all linear projections; PEFT's defaults, as in the released code.
         reft_rank, reft_positions: pyreft's defaults for reasoning tasks.
         lofit_share, lofit_rate, lofit_l1: the LoFiT authors' defaults.
@@ -46,6 +48,7 @@ class Settings:
     epochs: int | None = None
     rank: int = 8
     activation: str = "identity"
+    init_scale: float = 1.0
     lora_rank: int = 8
     lora_alpha: int = 8
     reft_rank: int = 8
@@ -66,6 +69,9 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name.replace('_', ' ')} is {value}; expected at least 1")
+
+        if not 0 < self.init_scale < math.inf:
+            raise ValueError(f"init scale is {self.init_scale}; expected a number above 0")
 
     def to_json(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "listops_lengths": list(self.listops_lengths)}

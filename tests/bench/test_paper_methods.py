@@ -415,6 +415,15 @@ def test_paper_methods_steering_is_at_the_chosen_site(site):
     assert len(titles) == len(methods.SITED) and (site == "post_block") == ("post-block" in titles)
 
 
+@pytest.mark.parametrize("name", ["lowrank", "rank1", "joint", "joint-orth", "vector", "reft"])
+def test_paper_methods_init_scale_multiplies_w1(name):
+    plain, scaled = (attached(name, replace(SETTINGS, init_scale=scale))[1][0].parameters for scale in (1, 0.001))
+    changed = [(p, q) for p, q in zip(plain, scaled, strict=True) if not torch.equal(p, q)]
+    # A vector has no W1, ReFT's is W − R.
+    assert len(changed) == (0 if name in ("vector", "reft") else LAYERS)
+    assert all(torch.equal(p * 0.001, q) for p, q in changed)
+
+
 def test_paper_methods_sites_are_named():
     found = methods.at_sites(["lora", "vector"], ["pre_mlp", "post_block"])
     assert found == {"lora": "lora", "vector-pre-mlp": "vector", "vector": "vector"}
