@@ -63,6 +63,7 @@ def run(
     rates: Annotated[list[str], typer.Option(help="METHOD=RATE,RATE: learning rates to try. Repeatable.")] = [],  # noqa: B006
     seeds: Annotated[int, typer.Option(help="Number of seeds at the rate that validates best.")] = 5,
     data: Annotated[Path | None, typer.Option(help="Folder with <task>/train.jsonl. Default: the hub.")] = None,
+    splits: Annotated[str, typer.Option(help="ours, or released: those of the released code.")] = Settings.splits,
     out: Annotated[Path, typer.Option(help="Folder of results.")] = OUT,
     rank: Annotated[int, typer.Option(help="Rank of the steering.")] = Settings.rank,
     activation: Annotated[str, typer.Option(help="Activation of the steering.")] = Settings.activation,
@@ -120,6 +121,7 @@ def run(
             train_limit=train_limit,
             evaluated_limit=evaluated_limit,
             listops_lengths=parse_lengths(listops_lengths),
+            splits=splits,
             data=str(data) if data else None,
         )
         grids, named = parse_rates(rates), at_sites(chosen(methods, RATES, "methods"), site.split(","))

@@ -201,9 +201,9 @@ def run_all(
         if key.task not in data:
             limits = Limits(settings.train_limit, settings.evaluated_limit)
             data.clear()
-            data[key.task] = load(
-                key.task, Path(settings.data) if settings.data else None, limits, settings.listops_lengths
-            )
+            source = Path(settings.data) if settings.data else None
+            released = settings.splits == "released"
+            data[key.task] = load(key.task, source, limits, settings.listops_lengths, released=released)
         if bench is None:
             bench = Bench(*load_model(settings), settings, device, batch)
         typer.echo(str(key))

@@ -39,6 +39,7 @@ class Settings:
         lofit_share, lofit_rate, lofit_l1: the LoFiT authors' defaults.
         projection: when `joint-released` projects.
         end: whether an end-of-sequence token closes each completion (the released code has none).
+        splits: "ours" or "released", the released code's (fused_steer/paper/data.py).
         chat: whether prompts use the chat template (the released code does so for Gemma).
     """
 
@@ -62,6 +63,7 @@ class Settings:
     train_limit: int | None = None
     evaluated_limit: int | None = None
     listops_lengths: tuple[int, int] = (4, 64)
+    splits: str = "ours"
     data: str | None = None
 
     def __post_init__(self) -> None:
@@ -70,6 +72,10 @@ class Settings:
             if value is not None and value < 1:
                 raise ValueError(f"{name.replace('_', ' ')} is {value}; expected at least 1")
 
+        if self.splits not in ("ours", "released"):
+            raise ValueError(f"splits is {self.splits!r}; expected ours or released")
+        if self.splits == "released" and self.listops_lengths != Settings.listops_lengths:
+            raise ValueError("ListOps lengths are given with the released splits; expected ours, which are generated")
         if not 0 < self.init_scale < math.inf:
             raise ValueError(f"init scale is {self.init_scale}; expected a number above 0")
 

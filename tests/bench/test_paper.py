@@ -138,6 +138,8 @@ def test_paper_search_chooses_the_rate_by_validation_alone():
         (("--rates", "prefix=1"), "rates is 'prefix=1'"),
         (("--listops-lengths", "64"), "ListOps lengths are '64'; expected such as 4:64"),
         (("--rank", "0"), "rank is 0; expected at least 1"),
+        (("--splits", "released", "--listops-lengths", "4:9"), "ListOps lengths are given with the released splits"),
+        (("--splits", "theirs"), "splits is 'theirs'; expected ours or released"),
         (("--init-scale", "0"), "init scale is 0.0; expected a number above 0"),
         (("--dtype", "int8"), "dtype is 'int8'; expected float32"),
         (("--site", "pre-mlp"), "site is 'pre-mlp'; expected some of post_attention, pre_mlp, post_mlp, post_block"),

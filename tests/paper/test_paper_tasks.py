@@ -144,6 +144,58 @@ def test_paper_data_missing_splits_are_cut_from_the_training_rows():
     assert given["test"] == rows[:3] and len(given["validation"]) == 10
 
 
+#: Of 40 official rows of validation and of test: the released code's splits, by its own calls.
+RELEASED = {
+    "boolq": {"validation": ("validation", 0.2, "train"), "test": ("validation", 0.2, "test")},
+    "winogrande": {"validation": ("validation", 0.5, "train"), "test": ("validation", 0.5, "test")},
+    "arc": {"validation": ("validation", 0.5, "train"), "test": ("validation", 0.5, "test")},
+    "gsm8k": {"validation": ("test", 0.2, "test"), "test": ("test", 0.2, "train")},
+    "aqua": {"validation": ("validation", None, ""), "test": ("test", None, "")},
+    "listops": {"validation": ("validation", None, ""), "test": ("test", None, "")},
+}
+
+
+@pytest.mark.parametrize("source", ["files", "hub"])
+@pytest.mark.parametrize("name", RELEASED)
+def test_paper_data_released_splits_are_those_of_the_released_code(name, source, tmp_path, monkeypatch):
+    from datasets import Dataset, DatasetDict
+
+    official = {split: smoke.rows(name, 40, seed) for seed, split in enumerate(data.SPLITS)}
+    (tmp_path / name).mkdir()
+    for split, rows in official.items():
+        (tmp_path / name / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    hub = DatasetDict({split: Dataset.from_list(rows) for split, rows in official.items()})
+    monkeypatch.setattr("datasets.load_dataset", lambda *path: hub if path == TASKS[name].hub else pytest.fail(path))
+    found = data.load(name, tmp_path if source == "files" else None, WHOLE, released=True)
+    expected = {"train": official["train"]}
+    for split, (theirs, share, part) in RELEASED[name].items():
+        rows = Dataset.from_list(official[theirs])
+        if share is not None:
+            rows = rows.shuffle(seed=42).train_test_split(test_size=share, seed=42)[part]
+        expected[split] = rows.to_list()
+    assert found == {split: data.examples(TASKS[name], rows, split) for split, rows in expected.items()}
+    assert data.load(name, tmp_path, WHOLE, splits=("test",), released=True) == {"test": found["test"]}
+
+
+def test_paper_data_released_splits_need_the_official_ones(tmp_path, monkeypatch):
+    from datasets import Dataset, DatasetDict
+
+    smoke.write_data(tmp_path)
+    (tmp_path / "gsm8k" / "test.jsonl").unlink()
+    assert data.load("gsm8k", tmp_path, WHOLE)["test"]
+    with pytest.raises(FileNotFoundError, match="gsm8k has no test.jsonl, test.json or test.parquet; expected one"):
+        data.load("gsm8k", tmp_path, WHOLE, released=True)
+    with pytest.raises(FileNotFoundError, match="listops has no train.jsonl"):  # and none is generated
+        data.load("listops", tmp_path / "boolq", WHOLE, released=True)
+    (tmp_path / "boolq" / "validation.jsonl").write_text(json.dumps(smoke.rows("boolq", 1)[0]))
+    with pytest.raises(ValueError, match="there are 1 validation rows; expected at least 2 to cut a split from"):
+        data.load("boolq", tmp_path, WHOLE, released=True)
+    hub = DatasetDict({"train": Dataset.from_list(smoke.rows("boolq", 3))})
+    monkeypatch.setattr("datasets.load_dataset", lambda *_: hub)
+    with pytest.raises(ValueError, match="google/boolq has no split validation, it has train; expected one"):
+        data.load("boolq", None, WHOLE, released=True)
+
+
 def test_paper_data_limits_take_the_first_rows(rows_folder):
     whole, part = (data.load("boolq", rows_folder, limits) for limits in (WHOLE, data.Limits(3, 2)))
     assert {split: len(rows) for split, rows in part.items()} == {"train": 3, "validation": 2, "test": 2}
