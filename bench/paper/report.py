@@ -38,6 +38,12 @@ SECTIONS: tuple[tuple[str, tuple[str, ...], str], ...] = (
 #: Pictures of a diagnosis, and the number of the paper's figure that each one follows.
 PICTURES = {"mlp_share.png": 2, "alignment.png": 3, "cosine.png": 5, "spectral_norm.png": 6}
 
+LIMITS = (
+    "Training rows are cut at a number of tokens, and answers end at a number of generated tokens. *Test answers that "
+    "fit*: per cent of the data's own answers that fit into the generated tokens. *Reachable*: the accuracy of a model "
+    "that writes these answers word for word, in per cent."
+)
+
 Results = dict[str, dict[tuple[str, str], list[dict[str, Any]]]]
 
 
@@ -131,6 +137,26 @@ def details(results: Mapping[tuple[str, str], Any]) -> str:
     return table(["task", "method", "rate", "validation", "test by seed", "unreadable"], rows)
 
 
+def limits(results: Mapping[tuple[str, str], Any]) -> str:
+    """Return a table with a row per task: training rows that are cut, and the test answers that can be reached."""
+    rows: dict[tuple[str, ...], None] = {}
+    for task in TASKS:
+        every = [result for (name, _), found in results.items() if name == task for result in found]
+        for result in [result for result in every if result["training_rows"]] or every:
+            of = result["training_rows"] + result["too_long"]
+            fit, reached = (f"{100 * result['test'][name]:.1f}" for name in ("completions_fit", "reachable"))
+            cut = (f"{result[name]:,} of {of:,}" if of else "–" for name in ("too_long", "cut"))
+            rows[(TASKS[task].title, *cut, fit, reached)] = None
+    header = [
+        "task",
+        "training rows without any answer left",
+        "with its end cut off",
+        "test answers that fit",
+        "reachable",
+    ]
+    return table(header, list(rows))
+
+
 def unread(results: Mapping[tuple[str, str], Any]) -> str:
     """Return examples of answers that could not be read. They count as wrong."""
     shown = [
@@ -181,7 +207,8 @@ def write(out: Path) -> Path:
             if not there <= seen:
                 seen |= there
                 parts += [f"### {title} ({beside})", section(model, results, methods, paper)]
-        parts += ["### Rates, seeds, answers", details(results), "### Answers that could not be read", unread(results)]
+        parts += ["### Rates, seeds, answers", details(results), "### Limits of length", LIMITS, limits(results)]
+        parts += ["### Answers that could not be read", unread(results)]
         parts += ["### Pictures", pictures(results, out)]
         machines = [r["machine"] for every in results.values() for r in every]
         lines = {f"- {m['device']}, torch {m['versions']['torch']}, commit {str(m['commit'])[:12]}" for m in machines}

@@ -7,6 +7,7 @@ decides nothing.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -115,12 +116,14 @@ class Bench:
 
     def run(self, key: Key, data: Mapping[str, Sequence[Example]], pictures: Path) -> dict[str, Any]:
         """Train a copy of the model and test it on the validation and the test split."""
-        task, method, settings = TASKS[key.task], METHODS[key.method], self.settings
+        method, settings = METHODS[key.method], self.settings
+        asked = {"new_tokens": settings.new_tokens, "max_length": settings.max_length}
+        task = dataclasses.replace(TASKS[key.task], **{name: value for name, value in asked.items() if value})
         torch.manual_seed(key.seed)
         model, stages = method.attach(copy.deepcopy(self.model).to(self.device), settings, key.rate)
         train_on = data["train"] if stages else []
         rows = [features(self.text, example, task.max_length, settings.end) for example in train_on]
-        kept = [row for row in rows if row is not None]
+        kept = [row for row, _ in rows if row is not None]
         if stages and not kept:
             raise ValueError(
                 f"no training row of {key.task} has an answer within {task.max_length} tokens; expected one"
@@ -133,6 +136,7 @@ class Bench:
             "parameters": total,
             "training_rows": len(kept),
             "too_long": len(rows) - len(kept),
+            "cut": sum(is_cut for row, is_cut in rows if row is not None),
             "stages": done,
             **{
                 split: test(model, self.text, task, data[split], self.batch, f"{key.task}, {split}")

@@ -37,6 +37,7 @@ class Settings:
         lora_rank, lora_alpha: of LoRA on all linear projections; PEFT's defaults, as in the released code.
         reft_rank, reft_positions: pyreft's defaults for reasoning tasks.
         lofit_share, lofit_rate, lofit_l1: the LoFiT authors' defaults.
+        new_tokens, max_length: the most tokens to generate, and of a training row; None: those of the released code.
         projection: when `joint-released` projects.
         end: whether an end-of-sequence token closes each completion (the released code has none).
         splits: "ours" or "released", the released code's (fused_steer/paper/data.py).
@@ -57,6 +58,8 @@ class Settings:
     lofit_share: float = 0.03
     lofit_rate: float = 5e-4
     lofit_l1: float = 5e-3
+    new_tokens: int | None = None
+    max_length: int | None = None
     projection: str = "100"
     end: bool = False
     chat: bool = False
@@ -67,7 +70,8 @@ class Settings:
     data: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "rank", "lora_rank", "reft_rank", "epochs", "train_limit", "evaluated_limit"):
+        counts = ("batch_size", "rank", "lora_rank", "reft_rank", "epochs", "train_limit", "evaluated_limit")
+        for name in (*counts, "new_tokens", "max_length"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name.replace('_', ' ')} is {value}; expected at least 1")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-from fused_steer.paper.answering import Text, answers
+from fused_steer.paper.answering import Text, answers, reachable
 from fused_steer.paper.data import Example
 from fused_steer.paper.tasks import Task
 
@@ -21,20 +21,24 @@ from .settings import Settings
 IGNORED = -100
 
 
-def features(text: Text, example: Example, longest: int, end: bool) -> dict[str, list[int]] | None:
-    """Tokenize an example with labels on its completion; None if `longest` cuts off the whole completion.
+def features(text: Text, example: Example, longest: int, end: bool) -> tuple[dict[str, list[int]] | None, bool]:
+    """Tokenize an example with labels on its completion, and cut it after `longest` tokens.
 
-    end: whether an end-of-sequence token follows the completion.
+    Args:
+        end: whether an end-of-sequence token follows the completion.
+
+    Returns:
+        The features, None if no token of the completion is left; and whether tokens were cut off.
     """
     prompt = text.prompt(example)
     ids = text.ids(prompt + example.completion)
     if end:
         ids = [*ids, text.tokenizer.eos_token_id]
-    cut = len(text.ids(prompt))
+    start, is_cut = len(text.ids(prompt)), len(ids) > longest
     ids = ids[:longest]
-    if cut >= len(ids):
-        return None
-    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [IGNORED] * cut + ids[cut:]}
+    if start >= len(ids):
+        return None, is_cut
+    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [IGNORED] * start + ids[start:]}, is_cut
 
 
 class _PenalisedTrainer(Trainer):
@@ -115,11 +119,14 @@ def test(model: Any, text: Text, task: Task, examples: Sequence[Example], batch:
         task.is_exact(answer, example.answer, as_released=True) for answer, example in zip(said, examples, strict=True)
     ]
     unreadable = [answer for answer in said if task.read(answer) is None]
+    fit, reached = reachable(text, task, examples)
     return {
         "exact": "".join(str(int(exact)) for exact in right),
         "accuracy": sum(right) / len(right),
         "accuracy_as_released": sum(released) / len(released),
         "unreadable": len(unreadable),
         "unreadable_shown": unreadable[:5],
+        "completions_fit": fit,
+        "reachable": reached,
         "seconds": seconds,
     }

@@ -46,6 +46,22 @@ class Text:
         )
 
 
+def reachable(text: Text, task: Task, examples: Sequence[Example]) -> tuple[float, float]:
+    """Return the share of completions that fit into `task.new_tokens` tokens, and the share that is read as correct.
+
+    The completions are the examples' own. One that does not fit is cut before it is read. A model that writes the
+    completions word for word scores the second share.
+    """
+    fit, right = 0, 0
+    for example in examples:
+        prompt = text.prompt(example)
+        ids = text.ids(prompt + example.completion)[len(text.ids(prompt)) :]
+        fit += len(ids) <= task.new_tokens
+        said = text.tokenizer.decode(ids[: task.new_tokens], skip_special_tokens=True)
+        right += task.is_exact(said, example.answer)
+    return fit / len(examples), right / len(examples)
+
+
 @torch.no_grad()
 def answers(model: Any, text: Text, task: Task, examples: Sequence[Example], batch_size: int, label: str) -> list[str]:
     """Return a model's text after each prompt, by greedy generation of at most `task.new_tokens` tokens.

@@ -56,7 +56,8 @@ def test_paper_run_writes_a_file_with_versions_and_commit(finished):
     content = json.loads(file.read_text())
     assert {"torch", "transformers", "peft"} <= content["machine"]["versions"].keys()
     assert "commit" in content["machine"]
-    assert content["trained"] == 2 * 2 * 8 * 32 and content["training_rows"] == 16 and content["too_long"] == 0
+    assert content["trained"] == 2 * 2 * 8 * 32 and content["training_rows"] == 16
+    assert content["too_long"] == content["cut"] == 0
     assert len(content["stages"][0]["losses"]) == 2
     for split in ("validation", "test"):
         assert len(content[split]["exact"]) == 4
@@ -91,6 +92,23 @@ def test_paper_run_at_several_sites_has_results_and_rows_of_each(tmp_path):
     assert named == ["post-MLP", "post-block", "naive joint, post-MLP", "naive joint"]
 
 
+def test_paper_run_takes_numbers_of_tokens_and_counts_the_rows_that_are_cut(tmp_path):
+    """With the smoke test's tokenizer, one token a byte."""
+    smoke.write_data(tmp_path / "data")
+    rows = load("gsm8k", tmp_path / "data")
+    lengths = [(len(e.prompt), len(e.prompt + e.completion)) for e in rows["train"]]
+    longest = sorted(whole for _, whole in lengths)[8]
+    arguments = ("--tasks", "gsm8k", "--methods", "vector", "--max-length", longest, "--new-tokens", 20)
+    assert invoke("run", "--smoke", "--out", tmp_path, *arguments).exit_code == 0
+    (file,) = tmp_path.glob("smoke/tiny/gsm8k/vector/*.json")
+    found = json.loads(file.read_text())
+    gone = sum(prompt >= longest for prompt, _ in lengths)
+    assert (found["training_rows"], found["too_long"]) == (16 - gone, gone)
+    assert found["cut"] == sum(prompt < longest < whole for prompt, whole in lengths) > 0
+    assert found["test"]["completions_fit"] == sum(len(e.completion) <= 20 for e in rows["test"]) / 4
+    assert all(len(said) <= 20 for said in found["test"]["unreadable_shown"])
+
+
 def test_paper_run_of_a_broken_results_file_is_refused(tmp_path):
     settings = Settings("tiny")
     key = runs.Key("boolq", "lora", 1e-3, 0)
@@ -102,7 +120,8 @@ def test_paper_run_of_a_broken_results_file_is_refused(tmp_path):
 
 
 def result_of(key, validation, test=0.0, **others):
-    split = {"exact": "0011", "unreadable": 1, "unreadable_shown": ["|?*"], "accuracy_as_released": test}
+    split = {"completions_fit": 0.405, "reachable": 0.498}
+    split |= {"exact": "0011", "unreadable": 1, "unreadable_shown": ["|?*"], "accuracy_as_released": test}
     return {
         "schema": runs.SCHEMA,
         "key": vars(key),
@@ -112,6 +131,9 @@ def result_of(key, validation, test=0.0, **others):
         "test": split | {"accuracy": test},
         "trained": 1,
         "parameters": 1000,
+        "training_rows": 90,
+        "too_long": 10,
+        "cut": 7,
         "pictures": [],
         **others,
     }
@@ -140,6 +162,7 @@ def test_paper_search_chooses_the_rate_by_validation_alone():
         (("--rank", "0"), "rank is 0; expected at least 1"),
         (("--splits", "released", "--listops-lengths", "4:9"), "ListOps lengths are given with the released splits"),
         (("--splits", "theirs"), "splits is 'theirs'; expected ours or released"),
+        (("--new-tokens", "0"), "new tokens is 0; expected at least 1"),
         (("--init-scale", "0"), "init scale is 0.0; expected a number above 0"),
         (("--dtype", "int8"), "dtype is 'int8'; expected float32"),
         (("--site", "pre-mlp"), "site is 'pre-mlp'; expected some of post_attention, pre_mlp, post_mlp, post_block"),
@@ -191,6 +214,7 @@ def test_paper_report_stands_beside_the_papers_figures(tmp_path):
     assert "| method | trained | BoolQ | paper | ListOps | paper | GSM8K | paper |" in text
     assert "| post-block | 0.100% | 50.0 |  | 55.0 ± 7.1 | 65.4 | 25.0 | 31.5† |" in text
     assert '- GSM8K, post-block: "|?*"' in text
+    assert text.count("| 10 of 100 | 7 of 100 | 40.5 | 49.8 |") == 3 and "| GSM8K | 10 of 100 |" in text
     refused(invoke("report", "--out", tmp_path / "none"), "has no results; expected those of")
     assert not (tmp_path / "none").exists()
 

@@ -5,11 +5,12 @@ import itertools
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from fused_steer.paper import data, listops
+from fused_steer.paper import answering, data, listops
 from fused_steer.paper.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -75,6 +76,23 @@ def test_paper_task_keeps_the_released_readers_that_misread():
     assert TASKS["gsm8k"].is_exact("Answer: 1,200", 1200.0, as_released=True)
     assert not TASKS["aqua"].is_exact("Answer choice B", "B", as_released=True)
     assert TASKS["boolq"].is_exact("Answer: True.", "true", as_released=True)
+
+
+def test_paper_task_reachable_reads_what_is_left_of_completions(tmp_path):
+    from transformers import AutoTokenizer
+
+    smoke.write_model(tmp_path)
+    text = answering.Text(AutoTokenizer.from_pretrained(tmp_path), chat=False)  # one token a byte
+    task = replace(TASKS["gsm8k"], new_tokens=20)
+    answers = [
+        "so\n#### 7",
+        "no more is left than 7\n#### 7",
+        "it is 7 and this is then too long\n#### 7",
+        "7" * 20 + "\n#### 7",
+    ]
+    rows = [{"question": "?", "answer": answer} for answer in answers]
+    assert answering.reachable(text, task, data.examples(task, rows, "")) == (1 / 4, 2 / 4)
+    assert answering.reachable(text, replace(task, new_tokens=50), data.examples(task, rows, "")) == (1, 1)
 
 
 # --------------------------------------------------------------------------------------------------------------- data
