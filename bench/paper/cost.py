@@ -55,7 +55,7 @@ class Tokens:
     @classmethod
     def count(cls, text: Any, examples: Sequence[Any]) -> Tokens:
         prompts = [len(text.ids(text.prompt(example))) for example in examples]
-        wholes = [len(text.ids(text.prompt(example) + example.completion)) for example in examples]
+        wholes = [len(text.ids(text.prompt(example) + text.completion(example))) for example in examples]
         return cls(statistics.fmean(prompts), statistics.fmean(wholes))
 
 

@@ -90,18 +90,20 @@ def load_model(settings: Settings) -> tuple[Any, Text]:
 
     Raises:
         OSError: there is no such model.
-        ValueError: the tokenizer has no end-of-sequence token.
+        ValueError: the tokenizer has no end-of-sequence token, or no chat template that is asked for.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(settings.model)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {settings.model} has no end-of-sequence token; expected one to pad with")
+    if settings.chat and not tokenizer.chat_template:
+        raise ValueError(f"the tokenizer of {settings.model} has no chat template; expected one, or no --chat")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
     model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=getattr(torch, settings.dtype)).eval()
-    return model, Text(tokenizer, settings.chat)
+    return model, Text(tokenizer, settings.chat, settings.end)
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ class Bench:
         torch.manual_seed(key.seed)
         model, stages = method.attach(copy.deepcopy(self.model).to(self.device), settings, key.rate)
         train_on = data["train"] if stages else []
-        rows = [features(self.text, example, task.max_length, settings.end) for example in train_on]
+        rows = [features(self.text, example, task.max_length) for example in train_on]
         kept = [row for row, _ in rows if row is not None]
         if stages and not kept:
             raise ValueError(

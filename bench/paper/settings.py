@@ -41,7 +41,7 @@ class Settings:
         projection: when `joint-released` projects.
         end: whether an end-of-sequence token closes each completion (the released code has none).
         splits: "ours" or "released", the released code's (fused_steer/paper/data.py).
-        chat: whether prompts use the chat template (the released code does so for Gemma).
+        chat: whether prompts and completions use the chat template (the released code does so for Gemma).
     """
 
     model: str
@@ -76,6 +76,8 @@ class Settings:
             if value is not None and value < 1:
                 raise ValueError(f"{name.replace('_', ' ')} is {value}; expected at least 1")
 
+        if self.end and self.chat:
+            raise ValueError("end is given with chat; expected one of them, because a chat template ends each answer")
         if self.splits not in ("ours", "released"):
             raise ValueError(f"splits is {self.splits!r}; expected ours or released")
         if self.splits == "released" and self.listops_lengths != Settings.listops_lengths:

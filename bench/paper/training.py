@@ -21,18 +21,15 @@ from .settings import Settings
 IGNORED = -100
 
 
-def features(text: Text, example: Example, longest: int, end: bool) -> tuple[dict[str, list[int]] | None, bool]:
+def features(text: Text, example: Example, longest: int) -> tuple[dict[str, list[int]] | None, bool]:
     """Tokenize an example with labels on its completion, and cut it after `longest` tokens.
-
-    Args:
-        end: whether an end-of-sequence token follows the completion.
 
     Returns:
         The features, None if no token of the completion is left; and whether tokens were cut off.
     """
     prompt = text.prompt(example)
-    ids = text.ids(prompt + example.completion)
-    if end:
+    ids = text.ids(prompt + text.completion(example))
+    if text.end:
         ids = [*ids, text.tokenizer.eos_token_id]
     start, is_cut = len(text.ids(prompt)), len(ids) > longest
     ids = ids[:longest]

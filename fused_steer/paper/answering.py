@@ -12,6 +12,7 @@ from tqdm import tqdm
 from .data import Example
 from .tasks import Task
 
+_ANSWER = "42"  # stands in for an answer, to find what the chat template puts after it
 _SYSTEM = "You are a helpful assistant."  # the system message, as in the released code
 
 
@@ -22,17 +23,52 @@ class Text:
     Attributes:
         tokenizer: the model's tokenizer, with a token to pad with.
         chat: whether prompts are in its chat template, with a system message.
+        end: whether the end-of-sequence token ends each completion.
     """
 
     tokenizer: Any
     chat: bool
+    end: bool = False
 
     def prompt(self, example: Example) -> str:
         """Return the text before the answer."""
         if not self.chat:
             return example.prompt
-        messages = [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": example.prompt}]
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return self._rendered(example.prompt)
+
+    def completion(self, example: Example) -> str:
+        """Return the text after the prompt: the answer and, in a chat template, the end of the assistant's turn.
+
+        Raises:
+            ValueError: the template does not continue the prompt with the answer.
+        """
+        if not self.chat:
+            return example.completion
+        prompt, whole = self.prompt(example), self._rendered(example.prompt, example.completion)
+        if not whole.startswith(prompt):
+            raise ValueError(
+                f"the chat template ends a prompt in {prompt[-40:]!r}, but a chat with an answer in {whole[-40:]!r}; "
+                "expected the chat to begin with the prompt"
+            )
+        return whole[len(prompt) :]
+
+    def stops(self) -> set[int]:
+        """Return the tokens that end a completion: in a chat template the end of a turn, with `end` of the sequence."""
+        found = {self.tokenizer.eos_token_id} if self.end else set()
+        if self.chat:
+            _, _, end = self._rendered(_ANSWER, _ANSWER).rpartition(_ANSWER)
+            found |= set(self.tokenizer(end, add_special_tokens=False)["input_ids"][:1]) & self._special()
+        return found
+
+    def _rendered(self, prompt: str, answer: str | None = None) -> str:
+        messages = [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": prompt}]
+        if answer is not None:
+            messages.append({"role": "assistant", "content": answer})
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer is None)
+
+    def _special(self) -> set[int]:
+        added = self.tokenizer.added_tokens_decoder.items()
+        return {*self.tokenizer.all_special_ids, *(token for token, entry in added if entry.special)}
 
     def ids(self, text: str) -> list[int]:
         """Return the text's tokens."""
@@ -49,13 +85,14 @@ class Text:
 def reachable(text: Text, task: Task, examples: Sequence[Example]) -> tuple[float, float]:
     """Return the share of completions that fit into `task.new_tokens` tokens, and the share that is read as correct.
 
-    The completions are the examples' own. One that does not fit is cut before it is read. A model that writes the
-    completions word for word scores the second share.
+    The completions are the examples' own, without the end of a turn. One that does not fit is cut before it is read. A
+    model that writes the completions word for word scores the second share.
     """
     fit, right = 0, 0
     for example in examples:
         prompt = text.prompt(example)
-        ids = text.ids(prompt + example.completion)[len(text.ids(prompt)) :]
+        before, answer, _ = text.completion(example).rpartition(example.completion)
+        ids = text.ids(prompt + before + answer)[len(text.ids(prompt)) :]
         fit += len(ids) <= task.new_tokens
         said = text.tokenizer.decode(ids[: task.new_tokens], skip_special_tokens=True)
         right += task.is_exact(said, example.answer)
@@ -65,6 +102,8 @@ def reachable(text: Text, task: Task, examples: Sequence[Example]) -> tuple[floa
 @torch.no_grad()
 def answers(model: Any, text: Text, task: Task, examples: Sequence[Example], batch_size: int, label: str) -> list[str]:
     """Return a model's text after each prompt, by greedy generation of at most `task.new_tokens` tokens.
+
+    An answer ends at the end tokens of the model's generation config, and at those of `Text.stops`.
 
     Args:
         model: a causal language model, which is put into eval mode.
@@ -76,11 +115,17 @@ def answers(model: Any, text: Text, task: Task, examples: Sequence[Example], bat
     """
     model.eval()
     device = next(model.parameters()).device
+    own = model.generation_config.eos_token_id
+    stops = sorted(text.stops() | set(own if isinstance(own, list) else [own]) - {None})
     said: list[str] = []
     for at in tqdm(range(0, len(examples), batch_size), desc=label, unit="batch", leave=False):
         inputs = text.batch(examples[at : at + batch_size]).to(device)
         tokens = model.generate(
-            **inputs, max_new_tokens=task.new_tokens, do_sample=False, pad_token_id=text.tokenizer.pad_token_id
+            **inputs,
+            max_new_tokens=task.new_tokens,
+            do_sample=False,
+            pad_token_id=text.tokenizer.pad_token_id,
+            eos_token_id=stops or None,
         )
         said += text.tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return said

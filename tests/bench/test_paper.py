@@ -162,6 +162,7 @@ def test_paper_search_chooses_the_rate_by_validation_alone():
         (("--rank", "0"), "rank is 0; expected at least 1"),
         (("--splits", "released", "--listops-lengths", "4:9"), "ListOps lengths are given with the released splits"),
         (("--splits", "theirs"), "splits is 'theirs'; expected ours or released"),
+        (("--end", "--chat"), "end is given with chat; expected one of them"),
         (("--new-tokens", "0"), "new tokens is 0; expected at least 1"),
         (("--init-scale", "0"), "init scale is 0.0; expected a number above 0"),
         (("--dtype", "int8"), "dtype is 'int8'; expected float32"),
@@ -179,6 +180,13 @@ def test_paper_run_of_what_is_not_known_is_refused(arguments, message, tmp_path)
     refused(result, message)
     assert not (tmp_path / "out").exists()
     refused(invoke("run"), "no model is named; expected --model or --smoke")
+
+
+def test_paper_run_in_a_chat_template_that_the_tokenizer_lacks_is_refused(tmp_path):
+    arguments = ("--tasks", "listops", "--methods", "vector", "--chat")
+    refused(
+        invoke("run", "--smoke", "--out", tmp_path, *arguments), "tiny has no chat template; expected one, or no --chat"
+    )
 
 
 def test_paper_rates_replace_a_method_alone():

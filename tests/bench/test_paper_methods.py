@@ -1,5 +1,9 @@
-"""Tests of the rivals in bench/paper/ against their formulas, and of joint training as released step by step."""
+"""Tests of the rivals in bench/paper/ against their formulas, and of joint training as released step by step.
 
+Also of the tokens that are trained and that end an answer.
+"""
+
+import copy
 import importlib
 import sys
 from dataclasses import replace
@@ -11,6 +15,10 @@ import torch.nn.functional as F
 from models import HIDDEN, LAYERS, build, logits, tokens
 from torch import nn
 from transformers import TrainerCallback
+
+from fused_steer.paper.answering import Text, answers, reachable
+from fused_steer.paper.data import Example
+from fused_steer.paper.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT))
@@ -64,6 +72,65 @@ def assert_as_exact(found, formula, *arguments):
         float((x.double() - truth).norm() / truth.norm()) for x in (found, formula(*(a.float() for a in arguments)))
     )
     assert error <= 2 * plain + 1e-6
+
+
+# ----------------------------------------------------------------------------------------------------- chat template
+
+GEMMAS = (
+    "{% for m in messages %}<start_of_turn>{{ {'assistant': 'model'}.get(m.role, m.role) }}\n"
+    "{{ m.content | trim }}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+
+
+def chat_text(tokenizer, template=GEMMAS):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<start_of_turn>", "<end_of_turn>"]})
+    tokenizer.chat_template = template
+    return Text(tokenizer, chat=True)
+
+
+def test_paper_training_supervises_the_end_of_turn(tokenizer):
+    example = Example("Is it?\n", "Answer: True.", "true")
+
+    def trained(text):
+        row, _ = training.features(text, example, 512)
+        return [
+            text.tokenizer.decode([i for i, label in zip(row["input_ids"], row["labels"], strict=True) if here(label)])
+            for here in (lambda label: label == -100, lambda label: label != -100)
+        ]
+
+    prompt = (
+        "<start_of_turn>system\nYou are a helpful assistant.<end_of_turn>\n<start_of_turn>user\nIs it?<end_of_turn>\n"
+        "<start_of_turn>model\n"
+    )
+    assert trained(chat_text(tokenizer)) == [prompt, "Answer: True.<end_of_turn>\n"]
+    assert trained(Text(tokenizer, chat=False)) == ["Is it?\n", "Answer: True."]
+    assert trained(Text(tokenizer, chat=False, end=True)) == ["Is it?\n", "Answer: True.<eos>"]
+    other = chat_text(tokenizer, GEMMAS.replace("model\n{% endif", "model {% endif"))
+    with pytest.raises(
+        ValueError, match="ends a prompt in '.*model ', but a chat with an answer in '.*True.<end_of_turn>"
+    ):
+        training.features(other, example, 512)
+    # The end of a turn is not part of the answer that has to fit.
+    task = replace(TASKS["boolq"], new_tokens=len("Answer: True."))
+    assert reachable(chat_text(tokenizer), task, [example]) == (1, 1)
+
+
+@pytest.mark.parametrize(("own", "ends"), [(None, []), (5, [5]), ([5, 6], [5, 6])])
+def test_paper_answers_end_where_the_turn_ends(tokenizer, own, ends):
+    """And where the model's generation config says, and with `end` at the end of the sequence, which is token 0."""
+    model, asked = build(), []
+    model.generation_config.eos_token_id = own
+    model.generate = lambda input_ids, eos_token_id, **_: asked.append(eos_token_id) or input_ids
+    texts = (
+        chat_text(tokenizer),
+        Text(tokenizer, chat=False, end=True),
+        chat_text(tokenizer, GEMMAS.replace("<end_of_turn>", "|")),
+    )
+    for text in texts:
+        answers(model, text, TASKS["boolq"], [Example("?", "Answer: True.", "true")], 1, "")
+    turn = texts[0].tokenizer.convert_tokens_to_ids("<end_of_turn>")
+    assert asked == [sorted({*ends, turn}), [0, *ends], ends or None]
 
 
 # ------------------------------------------------------------------------------------------------- LoFiT and JoLA
