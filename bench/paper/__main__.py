@@ -81,6 +81,7 @@ def run(
     listops_lengths: Annotated[str, typer.Option(help="Lengths of generated ListOps, shortest:longest.")] = "4:64",
     end: Annotated[bool, typer.Option("--end", help="Train an end-of-sequence token after each answer.")] = False,
     chat: Annotated[bool, typer.Option("--chat", help="Use the chat template, as the paper does for Gemma.")] = False,
+    save: Annotated[bool, typer.Option("--save", help="Save what each run trains, beside its results.")] = False,
     dtype: Annotated[str, typer.Option(help="The model's dtype: float32, bfloat16, float16.")] = Settings.dtype,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     batch: Annotated[int, typer.Option(help="Prompts per batch of generation.")] = 16,
@@ -91,10 +92,13 @@ def run(
 
     from fused_steer.tools.demo import choose_device
 
-    from .methods import at_sites
+    from .methods import at_sites, check_saved
     from .runs import run_all
 
     try:
+        asked, named = chosen(tasks, TASKS, "tasks"), at_sites(chosen(methods, RATES, "methods"), site.split(","))
+        if save:
+            check_saved(list(named))
         if smoke:
             from . import smoke as tiny
 
@@ -128,9 +132,9 @@ def run(
             splits=splits,
             data=str(data) if data else None,
         )
-        grids, named = parse_rates(rates), at_sites(chosen(methods, RATES, "methods"), site.split(","))
+        grids = parse_rates(rates)
         tried = {name: grids[method] for name, method in named.items()}
-        done = run_all(settings, out, chosen(tasks, TASKS, "tasks"), tried, seeds, choose_device(device), batch)
+        done = run_all(settings, out, asked, tried, seeds, choose_device(device), batch, save)
         typer.echo(f"{done} new runs; the results are in {out}")
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         raise fail(error) from None

@@ -10,16 +10,17 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from fused_steer import SteerConfig, lora_parameters, patch_model, steering_parameters
+from fused_steer import SteerConfig, lora_parameters, patch_model, save_joint, steering_parameters
 from fused_steer.config import SITES
 
 from . import heads, released
-from .settings import Settings
+from .settings import RATES, Settings
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -48,12 +49,25 @@ class Stage:
 
 @dataclass(frozen=True)
 class Method:
-    """A method: how it is attached, and its learning-rate schedule (F.5). `warmup` is a share of the steps."""
+    """A method: how it is attached, and its learning-rate schedule (F.5). `warmup` is a share of the steps.
+
+    `save` writes what was trained to a folder; None: there is no file format for it.
+    """
 
     title: str
     attach: Callable[[Any, Settings, float], tuple[Any, list[Stage]]]
     schedule: str = "constant"
     warmup: float = 0.0
+    save: Callable[[Any, Path], Any] | None = None
+
+
+def _save_steering(model: Any, folder: Path) -> None:
+    model.steering.save(folder)
+
+
+def _save_pretrained(model: Any, folder: Path) -> None:
+    """Save a LoRA in PEFT's format, or a whole model in transformers'."""
+    model.save_pretrained(folder)
 
 
 def _trained(model: nn.Module) -> list[nn.Parameter]:
@@ -128,21 +142,23 @@ def _joint_released(model: Any, settings: Settings, rate: float) -> tuple[Any, l
 
 METHODS: dict[str, Method] = {
     "untrained": Method("untrained", _untrained),
-    "full": Method("full fine-tuning", _full, "cosine", 0.1),
-    "lora": Method("LoRA", _lora, "cosine", 0.06),
+    "full": Method("full fine-tuning", _full, "cosine", 0.1, _save_pretrained),
+    "lora": Method("LoRA", _lora, "cosine", 0.06, _save_pretrained),
     # The paper's ReFT edits the MLP's output, its authors' code (pyreft) by default the block's.
-    "reft": Method("ReFT", functools.partial(_reft, site="post_mlp")),
-    "reft-post-block": Method("ReFT, post-block", functools.partial(_reft, site="post_block")),
+    "reft": Method("ReFT", functools.partial(_reft, site="post_mlp"), save=_save_steering),
+    "reft-post-block": Method("ReFT, post-block", functools.partial(_reft, site="post_block"), save=_save_steering),
     "lofit": Method("LoFiT", _lofit),
     "jola": Method("JoLA", _jola),
-    "lowrank": Method("post-block", steering),
-    "rank1": Method("post-block, rank 1", functools.partial(steering, rank=1)),
+    "lowrank": Method("post-block", steering, save=_save_steering),
+    "rank1": Method("post-block, rank 1", functools.partial(steering, rank=1), save=_save_steering),
     "vector": Method(
-        "post-block, vector", functools.partial(steering, form="vector", rank=None, activation=None, init_scale=None)
+        "post-block, vector",
+        functools.partial(steering, form="vector", rank=None, activation=None, init_scale=None),
+        save=_save_steering,
     ),
     # As in the released code, joint training uses LoRA's schedule for both.
-    "joint": Method("naive joint", _joint, "cosine", 0.06),
-    "joint-orth": Method("Joint-Orth", functools.partial(_joint, orthogonal_to="lora"), "cosine", 0.06),
+    "joint": Method("naive joint", _joint, "cosine", 0.06, save_joint),
+    "joint-orth": Method("Joint-Orth", functools.partial(_joint, orthogonal_to="lora"), "cosine", 0.06, save_joint),
     "joint-released": Method("joint as released", _joint_released, "cosine", 0.06),
 }
 
@@ -171,6 +187,16 @@ METHODS |= {
     for name in SITED
     for site, title in SITE_TITLES.items()
 }
+
+
+def check_saved(methods: Sequence[str]) -> None:
+    """Raise ValueError if what a method trains cannot be saved. `untrained` trains nothing."""
+    without = [name for name in methods if METHODS[name].save is None and name != "untrained"]
+    if without:
+        saved = ", ".join(name for name in RATES if METHODS[name].save is not None)
+        raise ValueError(
+            f"save is given with {', '.join(without)}, which have no file format; expected some of {saved}"
+        )
 
 
 def at_sites(methods: Sequence[str], sites: Sequence[str]) -> dict[str, str]:

@@ -27,6 +27,7 @@ from .settings import Settings
 from .training import features, test, train
 
 SCHEMA = 2  # 1: `reft` edited the block's output
+ADAPTER = "adapter"  # the folder of what a run trained, in the folder with the name of the results file
 _DIAGNOSED = 32  # number of prompts for the pictures of a joint run
 
 
@@ -63,11 +64,11 @@ def read(file: Path) -> dict[str, Any]:
     return read_run(file, "bench.paper", SCHEMA, {"key", "machine", "settings", "validation", "test"})
 
 
-def found(folder: Path, key: Key, settings: Settings) -> dict[str, Any] | None:
+def found(folder: Path, key: Key, settings: Settings, save: bool = False) -> dict[str, Any] | None:
     """Return the results of a run, or None if it was not done.
 
     Raises:
-        ValueError: the run was done with other settings.
+        ValueError: the run was done with other settings, or its adapter is to be saved and was not.
     """
     file = key.file(folder)
     if not file.exists():
@@ -79,6 +80,8 @@ def found(folder: Path, key: Key, settings: Settings) -> dict[str, Any] | None:
             raise ValueError(
                 f"{name} is {ours[name]!r} but {theirs.get(name)!r} in {file}; expected the same (or another --out)"
             )
+    if save and METHODS[key.method].save is not None and not (file.with_suffix("") / ADAPTER).is_dir():
+        raise ValueError(f"{file} has no saved adapter beside it; expected a run with --save (or another --out)")
     return content
 
 
@@ -108,16 +111,25 @@ def load_model(settings: Settings) -> tuple[Any, Text]:
 
 @dataclass(frozen=True)
 class Bench:
-    """The model, settings and device that all runs share. `batch` is the number of prompts per batch of generation."""
+    """The model, settings and device that all runs share.
+
+    Attributes:
+        batch: the number of prompts per batch of generation.
+        save: whether to save what each run trains.
+    """
 
     model: Any
     text: Text
     settings: Settings
     device: torch.device
     batch: int
+    save: bool = False
 
-    def run(self, key: Key, data: Mapping[str, Sequence[Example]], pictures: Path) -> dict[str, Any]:
-        """Train a copy of the model and test it on the validation and the test split."""
+    def run(self, key: Key, data: Mapping[str, Sequence[Example]], folder: Path) -> dict[str, Any]:
+        """Train a copy of the model and test it on the validation and the test split.
+
+        folder: of the pictures, and of what was trained.
+        """
         method, settings = METHODS[key.method], self.settings
         asked = {"new_tokens": settings.new_tokens, "max_length": settings.max_length}
         task = dataclasses.replace(TASKS[key.task], **{name: value for name, value in asked.items() if value})
@@ -133,6 +145,9 @@ class Bench:
         epochs = settings.epochs or task.epochs
         total = sum(p.numel() for p in self.model.parameters())
         done = [train(model, stage, method, kept, self.text.tokenizer, settings, epochs, key.seed) for stage in stages]
+        if self.save and method.save is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            method.save(model, folder / ADAPTER)
         return {
             "trained": stages[-1].trained if stages else 0,
             "parameters": total,
@@ -144,7 +159,7 @@ class Bench:
                 split: test(model, self.text, task, data[split], self.batch, f"{key.task}, {split}")
                 for split in ("validation", "test")
             },
-            "pictures": self._draw(key, model, data["validation"], pictures),
+            "pictures": self._draw(key, model, data["validation"], folder),
         }
 
     def _draw(self, key: Key, model: Any, examples: Sequence[Example], folder: Path) -> list[str]:
@@ -186,11 +201,13 @@ def run_all(
     seeds: int,
     device: torch.device,
     batch: int,
+    save: bool = False,
 ) -> int:
     """Run every task with every method, with a results file for each run; return the number of new runs.
 
     Args:
         rates: the methods' names, with the rates to try.
+        save: whether to save what each run trains, in `<results file without .json>/adapter`.
 
     Raises:
         ValueError, OSError, RuntimeError: a run failed; the results of earlier runs are saved.
@@ -201,7 +218,7 @@ def run_all(
 
     def do(key: Key) -> Mapping[str, Any]:
         nonlocal bench, done
-        before = found(folder, key, settings)
+        before = found(folder, key, settings, save)
         if before is not None:
             return before
         if key.task not in data:
@@ -211,7 +228,7 @@ def run_all(
             released = settings.splits == "released"
             data[key.task] = load(key.task, source, limits, settings.listops_lengths, released=released)
         if bench is None:
-            bench = Bench(*load_model(settings), settings, device, batch)
+            bench = Bench(*load_model(settings), settings, device, batch, save)
         typer.echo(str(key))
         file = key.file(folder)
         result = {

@@ -1,16 +1,21 @@
 """Tests of `python -m bench.paper`: runs and report. tests/paper/ has those of the tasks and their data."""
 
+import copy
 import importlib
 import inspect
 import json
 import re
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from peft import PeftModel
 from typer.testing import CliRunner
 
+from fused_steer import load_joint, patch_model
 from fused_steer.config import SITES
 from fused_steer.paper.data import load
 from fused_steer.paper.tasks import TASKS
@@ -18,9 +23,9 @@ from fused_steer.paper.tasks import TASKS
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT))
 try:
-    command, cost, methods, report, runs, smoke = (
+    command, cost, methods, report, runs, smoke, training = (
         importlib.import_module(f"bench.paper.{name}")
-        for name in ("__main__", "cost", "methods", "report", "runs", "smoke")
+        for name in ("__main__", "cost", "methods", "report", "runs", "smoke", "training")
     )
     from bench.paper.settings import RATES, Settings
 finally:
@@ -109,6 +114,36 @@ def test_paper_run_takes_numbers_of_tokens_and_counts_the_rows_that_are_cut(tmp_
     assert all(len(said) <= 20 for said in found["test"]["unreadable_shown"])
 
 
+def test_paper_run_saves_what_it_trains(tmp_path):
+    """A saved adapter in a fresh model gives the logits of the trained one."""
+    from transformers import AutoModelForCausalLM
+
+    arguments = ("run", "--smoke", "--out", tmp_path, "--tasks", "listops", "--methods", "untrained,lora,vector,joint")
+    models = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "test", lambda model, *rest: models.append(model) or training.test(model, *rest))
+        result = invoke(*arguments, "--save")
+    assert result.exit_code == 0, result.output
+    folder = tmp_path / "smoke" / "tiny" / "listops"
+    ids = torch.arange(8)[None]
+    fresh = AutoModelForCausalLM.from_pretrained(tmp_path / "smoke" / "files" / "tiny").eval()
+    assert not (folder / "untrained" / "rate-0-seed-0").exists()
+    for name, trained in zip(("lora", "vector", "joint"), models[2::2], strict=True):
+        saved = folder / name / "rate-0.001-seed-0" / "adapter"
+        copied = copy.deepcopy(fresh)
+        if name == "lora":
+            loaded = PeftModel.from_pretrained(copied, saved)
+        else:
+            loaded = load_joint(copied, saved) if name == "joint" else patch_model(copied, saved)
+        with torch.no_grad():
+            logits = loaded.eval()(ids).logits
+            assert torch.equal(logits, trained(ids).logits) and not torch.equal(logits, fresh(ids).logits)
+    assert invoke(*arguments, "--save").exit_code == 0
+    shutil.rmtree(folder / "vector" / "rate-0.001-seed-0")
+    refused(invoke(*arguments, "--save"), "has no saved adapter beside it; expected a run with --save")
+    assert invoke(*arguments).exit_code == 0
+
+
 def test_paper_run_of_a_broken_results_file_is_refused(tmp_path):
     settings = Settings("tiny")
     key = runs.Key("boolq", "lora", 1e-3, 0)
@@ -162,6 +197,10 @@ def test_paper_search_chooses_the_rate_by_validation_alone():
         (("--rank", "0"), "rank is 0; expected at least 1"),
         (("--splits", "released", "--listops-lengths", "4:9"), "ListOps lengths are given with the released splits"),
         (("--splits", "theirs"), "splits is 'theirs'; expected ours or released"),
+        (
+            ("--save",),
+            "save is given with lofit, jola, joint-released, which have no file format; expected some of full",
+        ),
         (("--end", "--chat"), "end is given with chat; expected one of them"),
         (("--new-tokens", "0"), "new tokens is 0; expected at least 1"),
         (("--init-scale", "0"), "init scale is 0.0; expected a number above 0"),
