@@ -80,12 +80,17 @@ def published() -> dict[str, Any]:
     return json.loads(PUBLISHED.read_text(encoding="utf-8"))
 
 
-def of_paper(paper: Mapping[str, Any], model: str, task: str, method: str) -> str:
+def of_paper(paper: Mapping[str, Any], model: str | None, task: str, method: str) -> str:
     """Return the paper's figure, with a † if it is second-hand; "" if we do not have it."""
     for entry in paper["accuracy"]:
         if (entry["model"], entry["task"]) == (model, task) and method in entry:
             return f"{entry[method]:.1f}" + ("†" if entry["source"] == "note" else "")
     return ""
+
+
+def published_name(paper: Mapping[str, Any], model: str) -> str | None:
+    """Return the name that the paper's figures have for a folder of results, None if it is no model of the paper."""
+    return next((name for name, folders in paper["names"].items() if model in folders), None)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -101,7 +106,25 @@ def cell(results: Sequence[Mapping[str, Any]] | None) -> str:
     return ours if ours == released else f"{ours} (as released: {released})"
 
 
-def section(model: str, results: Mapping[tuple[str, str], Any], methods: Sequence[str], paper: Any) -> str:
+def notes(model: str, results: Mapping[tuple[str, str], Any], paper: Any) -> list[str]:
+    """Return what must be known before our figures are compared with the paper's."""
+    name, lines = published_name(paper, model), []
+    if name is None:
+        known = ", ".join(folder for folders in paper["names"].values() for folder in folders)
+        lines.append(f"We have no figures of the paper for {model} (only for {known}): the columns *paper* are empty.")
+    elif name != model:
+        lines.append(f"The columns *paper* have the paper's figures for {name}.")
+    if name and any(
+        result["generated"] for (task, _), every in results.items() if task == "listops" for result in every
+    ):
+        lines.append(
+            "The rows of ListOps are generated (docs/paper.md). The paper's figures are for other rows, "
+            f"probably those of the released code, {TASKS['listops'].hub[0]}."
+        )
+    return lines
+
+
+def section(model: str | None, results: Mapping[tuple[str, str], Any], methods: Sequence[str], paper: Any) -> str:
     """Return a table with a row per method: our figure and the paper's for each task with results."""
     tasks = [task for task in TASKS if any((task, method) in results for method in methods)]
     header = ["method", "trained", *(name for task in tasks for name in (TASKS[task].title, "paper"))]
@@ -200,13 +223,14 @@ def write(out: Path) -> Path:
         "† " + paper["sources"]["note"] + ".",
     ]
     for model, results in found.items():
-        parts.append(f"## {model}")
+        parts += [f"## {model}", *notes(model, results, paper)]
+        name = published_name(paper, model)
         seen: set[str] = set()
         for title, methods, beside in SECTIONS:
             there = {method for _, method in results} & set(methods)
             if not there <= seen:
                 seen |= there
-                parts += [f"### {title} ({beside})", section(model, results, methods, paper)]
+                parts += [f"### {title} ({beside})", section(name, results, methods, paper)]
         parts += ["### Rates, seeds, answers", details(results), "### Limits of length", LIMITS, limits(results)]
         parts += ["### Answers that could not be read", unread(results)]
         parts += ["### Pictures", pictures(results, out)]

@@ -18,7 +18,7 @@ import torch
 import typer
 
 from fused_steer.paper.answering import Text
-from fused_steer.paper.data import Example, Limits, load
+from fused_steer.paper.data import Example, Limits, is_generated, load
 from fused_steer.paper.tasks import TASKS
 
 from ..results import describe_machine, read_run, write_json
@@ -215,6 +215,7 @@ def run_all(
     folder, done = folder_of(out, settings.model), 0
     bench: Bench | None = None
     data: dict[str, dict[str, list[Example]]] = {}
+    source, released = Path(settings.data) if settings.data else None, settings.splits == "released"
 
     def do(key: Key) -> Mapping[str, Any]:
         nonlocal bench, done
@@ -224,8 +225,6 @@ def run_all(
         if key.task not in data:
             limits = Limits(settings.train_limit, settings.evaluated_limit)
             data.clear()
-            source = Path(settings.data) if settings.data else None
-            released = settings.splits == "released"
             data[key.task] = load(key.task, source, limits, settings.listops_lengths, released=released)
         if bench is None:
             bench = Bench(*load_model(settings), settings, device, batch, save)
@@ -235,6 +234,7 @@ def run_all(
             "schema": SCHEMA,
             "key": vars(key),
             "settings": settings.to_json(),
+            "generated": is_generated(key.task, source, released),
             "machine": describe_machine(device, "bench.paper"),
             **bench.run(key, data[key.task], file.with_suffix("")),
         }

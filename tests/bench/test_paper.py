@@ -62,7 +62,7 @@ def test_paper_run_writes_a_file_with_versions_and_commit(finished):
     assert {"torch", "transformers", "peft"} <= content["machine"]["versions"].keys()
     assert "commit" in content["machine"]
     assert content["trained"] == 2 * 2 * 8 * 32 and content["training_rows"] == 16
-    assert content["too_long"] == content["cut"] == 0
+    assert content["too_long"] == content["cut"] == 0 and not content["generated"]
     assert len(content["stages"][0]["losses"]) == 2
     for split in ("validation", "test"):
         assert len(content[split]["exact"]) == 4
@@ -170,6 +170,7 @@ def result_of(key, validation, test=0.0, **others):
         "too_long": 10,
         "cut": 7,
         "pictures": [],
+        "generated": False,
         **others,
     }
 
@@ -266,12 +267,42 @@ def test_paper_report_stands_beside_the_papers_figures(tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.parametrize(
+    ("model", "figure", "note"),
+    [
+        ("google/gemma-3-1b-pt", "21.6†", "The columns *paper* have the paper's figures for gemma-3-1b."),
+        ("x/Meta-Llama-3.1-8B", "43.4†", "The columns *paper* have the paper's figures for llama-3.1-8b."),
+        ("Qwen/Qwen3-4B", "37.4†", None),
+        (
+            "Qwen/Qwen3-4B-Base",
+            "",
+            "We have no figures of the paper for qwen3-4b-base (only for llama-3.2-1b, gemma-3-1b, ",
+        ),
+    ],
+)
+def test_paper_report_matches_the_papers_models_by_name(tmp_path, model, figure, note):
+    key = runs.Key("gsm8k", "lowrank", 0.1, 0)
+    runs.write_json(result_of(key, 0.5, 0.25, generated=True), key.file(runs.folder_of(tmp_path, model)))
+    text = report.write(tmp_path).read_text(encoding="utf-8")
+    assert f"| post-block | 0.100% | 25.0 | {figure} |" in text
+    below = text.partition(f"## {runs.folder_of(tmp_path, model).name}\n\n")[2]
+    assert below.startswith(note or "### Methods") and "are generated" not in text
+
+
+def test_paper_report_says_that_listops_is_generated(tmp_path):
+    for generated in (False, True):
+        key = runs.Key("listops", "lora", 0.1, int(generated))
+        runs.write_json(result_of(key, 0.5, generated=generated), key.file(tmp_path / "llama-3.2-1b"))
+        text = report.write(tmp_path).read_text(encoding="utf-8")
+        assert ("The rows of ListOps are generated" in text) == generated
+
+
 def test_paper_published_figures_have_a_source():
     paper = report.published()
     for entry in [*paper["headline"], *paper["accuracy"]]:
         assert entry["source"] in paper["sources"]
     for entry in paper["accuracy"]:
-        assert entry["task"] in TASKS
+        assert entry["task"] in TASKS and entry["model"] in paper["names"]
         assert entry.keys() - {"model", "task", "source"} <= RATES.keys()
     listops_row = {"model": "llama-3.2-1b", "task": "listops", "lowrank": 65.4, "lora": 60.0, "reft": 49.3}
     assert listops_row | {"source": "table-1"} in paper["accuracy"]
