@@ -36,7 +36,10 @@ class Settings:
         init_scale: factor on the initial values of the steering's W1. The released code has 1e-3.
         lora_rank, lora_alpha: of LoRA on all linear projections; PEFT's defaults, as in the released code.
         reft_rank, reft_positions: pyreft's defaults for reasoning tasks.
-        lofit_share, lofit_rate, lofit_l1: the LoFiT authors' defaults.
+        lofit_share, lofit_rate, lofit_l1: of LoFiT's first stage: the share of heads it selects, its learning rate, and
+            the factor of its L1 penalty. The share is the LoFiT paper's. Rate and factor are its authors' choice for CLUTRR
+            with Llama-2-7B. Their scripts for MQuAKE and TruthfulQA have rates of 1e-3 to 5e-3 and factors of 5e-4 to
+            1e-3; their command has no penalty by default.
         new_tokens, max_length: the most tokens to generate, and of a training row; None: those of the released code.
         projection: when `joint-released` projects.
         end: whether an end-of-sequence token closes each completion (the released code has none).
@@ -76,6 +79,12 @@ class Settings:
             if value is not None and value < 1:
                 raise ValueError(f"{name.replace('_', ' ')} is {value}; expected at least 1")
 
+        if not 0 < self.lofit_share <= 1:
+            raise ValueError(f"LoFiT share is {self.lofit_share}; expected above 0 and at most 1")
+        if not 0 < self.lofit_rate < math.inf:
+            raise ValueError(f"LoFiT rate is {self.lofit_rate}; expected a number above 0")
+        if not 0 <= self.lofit_l1 < math.inf:
+            raise ValueError(f"LoFiT l1 is {self.lofit_l1}; expected a number of at least 0")
         if self.end and self.chat:
             raise ValueError("end is given with chat; expected one of them, because a chat template ends each answer")
         if self.splits not in ("ours", "released"):

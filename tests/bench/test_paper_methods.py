@@ -171,6 +171,7 @@ def test_paper_methods_heads_are_edited_before_the_output_projection(make):
 def test_paper_methods_lofit_selects_the_heads_of_the_largest_scales_and_trains_their_offsets_alone():
     model, (first, second) = attached("lofit", replace(SETTINGS, lofit_share=0.25))
     edits = [layer.self_attn.lofit for layer in model.model.layers]
+    assert (first.rate, second.rate) == (SETTINGS.lofit_rate, 5e-3)
     penalty = first.penalty().item()
     assert penalty == pytest.approx(SETTINGS.lofit_l1 * sum(float(e.scale.detach().abs().sum()) for e in edits))
     with torch.no_grad():
