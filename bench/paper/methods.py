@@ -159,7 +159,7 @@ METHODS: dict[str, Method] = {
     # As in the released code, joint training uses LoRA's schedule for both.
     "joint": Method("naive joint", _joint, "cosine", 0.06, save_joint),
     "joint-orth": Method("Joint-Orth", functools.partial(_joint, orthogonal_to="lora"), "cosine", 0.06, save_joint),
-    "joint-released": Method("joint as released", _joint_released, "cosine", 0.06),
+    "joint-released": Method("joint, adapter and projection as released", _joint_released, "cosine", 0.06),
 }
 
 #: The title of each site that `--site` chooses.

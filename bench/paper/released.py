@@ -1,10 +1,12 @@
-"""Joint training as in the paper's released code, bit for bit (SprocketLab/steerling, joint/).
+"""The adapter and the projection of the paper's released joint training, bit for bit (SprocketLab/steerling, joint/).
+
+The rest of the training is that of the other joint methods. docs/paper.md has what the released scripts do otherwise.
 
 The released projection differs from the paper's Joint-Orth, which fused-steer implements, in three ways. It projects W1
 instead of W2: W1 ← W1 (I − V Vᵀ). It takes V from an SVD of Bᵀ and ignores the singular values: B = 0, as before the
 first step, sets coordinates 0 to r − 1 of W1 to 0. It does not project gradients and the optimizer's moments. In the
-first steps B is nearly singular and V depends on its last bit. To get the same losses bit for bit, `Adapter` must run
-the released code's operations, so it is a plain forward hook.
+first steps B is nearly singular and V depends on its last bit. To get the same losses bit for bit from the same
+batches, `Adapter` must run the released code's operations, so it is a plain forward hook.
 """
 
 from __future__ import annotations

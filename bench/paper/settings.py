@@ -31,15 +31,16 @@ class Settings:
     """The settings that all runs share. Defaults follow the paper's F.5 unless noted.
 
     Attributes:
-        batch_size: examples per AdamW step; there is no weight decay.
+        batch_size: examples per batch.
+        accumulation: batches per AdamW step; there is no weight decay. The released code has 2.
         rank, activation: of the steering. The identity is the activation of the paper's Tables 1 and 2.
         init_scale: factor on the initial values of the steering's W1. The released code has 1e-3.
         lora_rank, lora_alpha: of LoRA on all linear projections; PEFT's defaults, as in the released code.
         reft_rank, reft_positions: pyreft's defaults for reasoning tasks.
         lofit_share, lofit_rate, lofit_l1: of LoFiT's first stage: the share of heads it selects, its learning rate, and
-            the factor of its L1 penalty. The share is the LoFiT paper's. Rate and factor are its authors' choice for CLUTRR
-            with Llama-2-7B. Their scripts for MQuAKE and TruthfulQA have rates of 1e-3 to 5e-3 and factors of 5e-4 to
-            1e-3; their command has no penalty by default.
+            the factor of its L1 penalty. The share is the LoFiT paper's. Rate and factor are its authors' choice for
+            CLUTRR with Llama-2-7B. Their scripts for MQuAKE and TruthfulQA have rates of 1e-3 to 5e-3 and factors of
+            5e-4 to 1e-3; their command has no penalty by default.
         new_tokens, max_length: the most tokens to generate, and of a training row; None: those of the released code.
         projection: when `joint-released` projects.
         end: whether an end-of-sequence token closes each completion (the released code has none).
@@ -50,6 +51,7 @@ class Settings:
     model: str
     dtype: str = "float32"
     batch_size: int = 8
+    accumulation: int = 1
     epochs: int | None = None
     rank: int = 8
     activation: str = "identity"
@@ -74,7 +76,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         counts = ("batch_size", "rank", "lora_rank", "reft_rank", "epochs", "train_limit", "evaluated_limit")
-        for name in (*counts, "new_tokens", "max_length"):
+        for name in (*counts, "accumulation", "new_tokens", "max_length"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name.replace('_', ' ')} is {value}; expected at least 1")

@@ -45,12 +45,21 @@ class _PenalisedTrainer(Trainer):
         super().__init__(**options)
         self.stage = stage
         self.losses: list[torch.Tensor] = []
+        self._parts: list[torch.Tensor] = []  # of the step's loss, one for each batch
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
-        self.losses.append(loss.detach())
-        if self.stage.penalty is not None:
-            loss = loss + self.stage.penalty()
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None, **kwargs: Any
+    ) -> Any:
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch, **kwargs)
+        # A loss that is not divided by the tokens of all the step's batches is divided by their number afterwards.
+        scaled = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        batches = 1 if scaled else self.current_gradient_accumulation_steps
+        self._parts.append(loss.detach() / batches)
+        if self.accelerator.sync_gradients:  # the step's last batch
+            self.losses.append(sum(self._parts[1:], self._parts[0]))
+            self._parts.clear()
+            if self.stage.penalty is not None:
+                loss = loss + batches * self.stage.penalty()
         return (loss, outputs) if return_outputs else loss
 
 
@@ -73,6 +82,7 @@ def train(
         arguments = TrainingArguments(
             output_dir=folder,
             per_device_train_batch_size=settings.batch_size,
+            gradient_accumulation_steps=settings.accumulation,
             num_train_epochs=epochs,
             learning_rate=stage.rate,
             lr_scheduler_type=method.schedule,

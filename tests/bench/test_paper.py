@@ -205,6 +205,7 @@ def test_paper_search_chooses_the_rate_by_validation_alone():
         (("--lofit-share", "0"), "LoFiT share is 0.0; expected above 0 and at most 1"),
         (("--lofit-rate", "0"), "LoFiT rate is 0.0; expected a number above 0"),
         (("--lofit-l1", "-1"), "LoFiT l1 is -1.0; expected a number of at least 0"),
+        (("--accumulation", "0"), "accumulation is 0; expected at least 1"),
         (("--end", "--chat"), "end is given with chat; expected one of them"),
         (("--new-tokens", "0"), "new tokens is 0; expected at least 1"),
         (("--init-scale", "0"), "init scale is 0.0; expected a number above 0"),
@@ -233,7 +234,14 @@ def test_paper_run_in_a_chat_template_that_the_tokenizer_lacks_is_refused(tmp_pa
 
 
 def test_paper_run_passes_its_options_on(tmp_path, monkeypatch):
-    given = {"lofit_share": 0.5, "lofit_rate": 0.25, "lofit_l1": 0.125, "init_scale": 0.5, "max_length": 77, "rank": 3}
+    given = {
+        "lofit_share": 0.5,
+        "lofit_rate": 0.25,
+        "lofit_l1": 0.125,
+        "init_scale": 0.5,
+        "max_length": 77,
+        "accumulation": 3,
+    }
     asked = []
     monkeypatch.setattr(runs, "run_all", lambda settings, *_: asked.append(settings) or 0)
     options = (part for name, value in given.items() for part in (f"--{name.replace('_', '-')}", value))

@@ -366,12 +366,30 @@ def unprojected(train):
 
 
 @pytest.mark.parametrize("every", ["step", 3, "epoch", "init"])
-def test_paper_methods_joint_training_as_released_to_the_bit(train, unprojected, every):
+def test_paper_methods_adapter_and_projection_as_released_to_the_bit(train, unprojected, every):
     settings = replace(SETTINGS, projection=str(every))
     model, (stage,) = attached("joint-released", settings)
     expected = train(*joint_as_told(every, settings), "joint-released", epochs=2)
     assert train(model, stage, "joint-released", epochs=2) == expected
     assert expected != unprojected, "the projection changes nothing"
+
+
+@pytest.mark.parametrize("name", ["lowrank", "lofit", "jola"])
+def test_paper_training_accumulates_batches(name, train):
+    """Steps of two batches of 2 are those of one batch of 4: the same losses, and the penalty once a step."""
+    found = []
+    for accumulation in (1, 2):
+        settings = replace(SETTINGS, batch_size=4 // accumulation, accumulation=accumulation, lofit_l1=0.5)
+        model, stages = attached(name, settings)
+        if name == "jola":
+            for module in model.modules():
+                if isinstance(module, heads.Jola):
+                    module.gate = lambda log_gate: torch.sigmoid(log_gate)  # without noise
+        found.append(train(model, stages[0], name, epochs=2, settings=settings))
+        if name == "jola":
+            assert stages[0].penalty.steps == 8
+    assert len(found[0]) == 8
+    assert found[1] == pytest.approx(found[0], rel=1e-4) and found[0][-1] != pytest.approx(found[0][0], rel=1e-3)
 
 
 @pytest.mark.parametrize("name", ["joint-released", "joint"])
