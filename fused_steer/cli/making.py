@@ -206,7 +206,10 @@ def train(
     ] = None,
     changes: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Set a key of the recipe: --set training.max_steps=20. Can be repeated."),
+        typer.Option(
+            "--set",
+            help="Set a key of the recipe: --set training.max_steps=20. null takes a key out. Can be repeated.",
+        ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint in the recipe's out.")] = (
         False

@@ -142,7 +142,10 @@ class Recipe:
         if method.kind not in METHODS:
             raise ValueError(f"method.kind is {method.kind!r}; expected one of {', '.join(METHODS)}")
         if method.kind == "lora" and method.steering:
-            raise ValueError("method.steering is given with kind 'lora'; expected kind steering, joint or joint-orth")
+            raise ValueError(
+                "method.steering is given with kind 'lora'; expected kind steering, joint or joint-orth, or no "
+                "steering (--set method.steering=null)"
+            )
         for name in ("batch_size", "accumulate", "max_steps", "eval_steps", "save_steps", "logging_steps"):
             _at_least_1(f"training.{name}", getattr(training, name))
         for name in ("max_rows", "max_length"):
@@ -172,6 +175,7 @@ class Recipe:
             return None
         given = dict(self.method.steering)
         _check_keys(given, [one.name for one in dataclasses.fields(SteerConfig)], "method.steering")
+        given = {name: value for name, value in given.items() if value is not None}
         if given.get("form", "lowrank") == "lowrank":
             given.setdefault("activation", "identity")
         if self.method.kind == "joint-orth":
@@ -213,7 +217,7 @@ def read_recipe(source: str | Path, changes: Iterable[str] = ()) -> Recipe:
 
     Args:
         source: the file or the name.
-        changes: fields to set instead, such as "training.max_steps=20". Values are YAML.
+        changes: fields to set instead, such as "training.max_steps=20". Values are YAML; null takes a key out.
 
     Raises:
         FileNotFoundError: there is no such file or name.
@@ -235,17 +239,22 @@ def read_recipe(source: str | Path, changes: Iterable[str] = ()) -> Recipe:
         raise ValueError(f"{file} holds a {type(given).__name__}; expected the keys {', '.join(_names(Recipe))}")
     for change in changes:
         path, sign, text = change.partition("=")
-        if not sign:
-            raise ValueError(f"--set is {change!r}; expected such as training.max_steps=20")
+        if not sign or not text.strip():
+            raise ValueError(f"--set is {change!r}; expected such as training.max_steps=20, or KEY=null to take it out")
         at: Any = given
         *above, last = path.split(".")
         for key in above:
-            at = at.setdefault(key, {})
+            if at.get(key) is None:
+                at[key] = {}
+            at = at[key]
             if not isinstance(at, dict):
                 raise ValueError(
                     f"--set is {change!r}, but {key} holds no keys; expected such as training.max_steps=20"
                 )
-        at[last] = yaml.safe_load(text)
+        try:
+            at[last] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(f"--set is {change!r}, whose value is no YAML; expected such as {path}=20") from error
     return _section(Recipe, given, "")
 
 
@@ -254,7 +263,7 @@ def _names(cls: Any) -> list[str]:
 
 
 def _section(cls: type[T], given: Any, where: str) -> T:
-    """Return a dataclass of the recipe from YAML data."""
+    """Return a dataclass of the recipe from YAML data. A key with the value null counts as not given."""
     if not isinstance(given, Mapping):
         raise TypeError(f"{where} is {given!r:.60}; expected the keys {', '.join(_names(cls))}")
     _check_keys(given, _names(cls), where)
@@ -267,7 +276,9 @@ def _section(cls: type[T], given: Any, where: str) -> T:
     missing = [_at(where, name) for name in required if given.get(name) is None]
     if missing:
         raise ValueError(f"the recipe has no {missing[0]}; expected one")
-    return cls(**{name: _value(value, hints[name], _at(where, name)) for name, value in given.items()})
+    return cls(
+        **{name: _value(value, hints[name], _at(where, name)) for name, value in given.items() if value is not None}
+    )
 
 
 def _check_keys(given: Mapping[Any, Any], known: list[str], where: str) -> None:
@@ -287,7 +298,7 @@ def _value(value: Any, hint: Any, where: str) -> Any:
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     for option in options:
         if dataclasses.is_dataclass(option):
-            return _section(typing.cast(type, option), {} if value is None else value, where)
+            return _section(typing.cast(type, option), value, where)
         origin = typing.get_origin(option) or option
         if option is float and not isinstance(value, bool):
             try:

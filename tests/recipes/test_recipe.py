@@ -56,6 +56,25 @@ def test_recipe_numbers_as_people_write_them(recipe):
     assert recipe(yaml.safe_dump(found.to_dict())) == found  # a recipe is written as it is read
 
 
+def test_recipe_null_takes_a_key_out(recipe):
+    """So each shipped recipe becomes its LoRA baseline, at the default rate of a LoRA."""
+    changes = ("method.kind=lora", "method.steering=null", "training.learning_rate=null", "model=null")
+    for name in shipped():
+        found = read_recipe(name, changes)
+        assert found.steer_config() is None and found.model is None
+        assert (found.rates[0], found.schedule) == (2e-4, ("cosine", 0.06))
+    given = {**LEAST, "method": {"steering": {"rank": 2, "activation": "silu"}}, "training": None}
+    found = recipe(given, "method.steering.activation=null", "training.epochs=null", "method.lora=null")
+    assert found.steer_config() == SteerConfig(rank=2, activation="identity")
+    assert found == recipe({**LEAST, "method": {"steering": {"rank": 2, "activation": None}}})
+    with refused(ValueError, "unknown key method.steering.rnak; expected method.steering.rank"):
+        recipe(LEAST, "method.steering.rnak=null")
+    with refused(ValueError, "unknown key training.epoch; expected training.epochs"):
+        recipe(LEAST, "training.epoch=null")
+    with refused(ValueError, "the recipe has no data.train"):
+        recipe(LEAST, "data.train=null")
+
+
 @pytest.mark.parametrize(
     ("fields", "parts"),
     [
@@ -69,7 +88,7 @@ def test_recipe_numbers_as_people_write_them(recipe):
         ({"out": None}, ("the recipe has no out; expected one",)),
         ({"method": {"kind": "full"}}, ("method.kind is 'full'; expected one of steering, lora, joint",)),
         ({"method": {"steering": {"rank": 999}}}, ("method.steering: rank is 999; expected 1 to 256",)),
-        ({"method": {"kind": "lora", "steering": {"rank": 1}}}, ("method.steering is given with kind 'lora'",)),
+        ({"method": {"kind": "lora", "steering": {"rank": 1}}}, ("with kind 'lora'", "method.steering=null")),
         (
             {"method": {"steering": {"orthogonal_to": "lora"}}},
             ("orthogonal_to has kind 'steering'; expected kind",),
@@ -113,6 +132,10 @@ def test_recipe_refuses_files(recipe, tmp_path):
         recipe("- 1")
     with refused(ValueError, "--set is 'training'; expected such as training.max_steps=20"):
         recipe(LEAST, "training")
+    with refused(ValueError, "--set is 'model='; expected such as training.max_steps=20, or KEY=null"):
+        recipe(LEAST, "model=")
+    with refused(ValueError, "--set is 'model=[', whose value is no YAML"):
+        recipe(LEAST, "model=[")
     with refused(ValueError, "but model holds no keys"):
         recipe(LEAST, "model.name=3")
     (tmp_path / "file").write_text("")
