@@ -84,7 +84,9 @@ def run(
     evaluated_limit: Annotated[int | None, typer.Option(help="Rows of validation and of test. Default: all.")] = None,
     listops_lengths: Annotated[str, typer.Option(help="Lengths of generated ListOps, shortest:longest.")] = "4:64",
     end: Annotated[bool, typer.Option("--end", help="Train an end-of-sequence token after each answer.")] = False,
-    chat: Annotated[bool, typer.Option("--chat", help="Use the chat template, as the paper does for Gemma.")] = False,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Use the chat template, as the released code does for Gemma.")
+    ] = False,
     save: Annotated[bool, typer.Option("--save", help="Save what each run trains, beside its results.")] = False,
     dtype: Annotated[str, typer.Option(help="The model's dtype: float32, bfloat16, float16.")] = Settings.dtype,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",

@@ -24,7 +24,7 @@ from fused_steer.paper.tasks import TASKS
 from ..results import describe_machine, read_run, write_json
 from .methods import METHODS
 from .settings import Settings
-from .training import features, test, train
+from .training import test, train
 
 SCHEMA = 2  # 1: `reft` edited the block's output
 ADAPTER = "adapter"  # the folder of what a run trained, in the folder with the name of the results file
@@ -136,7 +136,7 @@ class Bench:
         torch.manual_seed(key.seed)
         model, stages = method.attach(copy.deepcopy(self.model).to(self.device), settings, key.rate)
         train_on = data["train"] if stages else []
-        rows = [features(self.text, example, task.max_length) for example in train_on]
+        rows = [self.text.features(example, task.max_length) for example in train_on]
         kept = [row for row, _ in rows if row is not None]
         if stages and not kept:
             raise ValueError(

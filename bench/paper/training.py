@@ -18,25 +18,6 @@ from fused_steer.paper.tasks import Task
 from .methods import Method, Stage
 from .settings import Settings
 
-IGNORED = -100
-
-
-def features(text: Text, example: Example, longest: int) -> tuple[dict[str, list[int]] | None, bool]:
-    """Tokenize an example with labels on its completion, and cut it after `longest` tokens.
-
-    Returns:
-        The features, None if no token of the completion is left; and whether tokens were cut off.
-    """
-    prompt = text.prompt(example)
-    ids = text.ids(prompt + text.completion(example))
-    if text.end:
-        ids = [*ids, text.tokenizer.eos_token_id]
-    start, is_cut = len(text.ids(prompt)), len(ids) > longest
-    ids = ids[:longest]
-    if start >= len(ids):
-        return None, is_cut
-    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [IGNORED] * start + ids[start:]}, is_cut
-
 
 class _PenalisedTrainer(Trainer):
     """A Trainer that adds a stage's penalty to the loss and records every step's loss."""

@@ -1,4 +1,4 @@
-"""Answers a task's prompts by greedy generation."""
+"""Turns a task's examples into tokens, to train on or to test, and answers its prompts by greedy generation."""
 
 from __future__ import annotations
 
@@ -14,6 +14,13 @@ from .tasks import Task
 
 _ANSWER = "42"  # stands in for an answer, to find what the chat template puts after it
 _SYSTEM = "You are a helpful assistant."  # the system message, as in the released code
+#: The label of a token without a loss.
+IGNORED = -100
+
+
+def chat_of(prompt: str) -> list[dict[str, str]]:
+    """Return a task's prompt as messages for a chat template."""
+    return [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": prompt}]
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,7 @@ class Text:
         return found
 
     def _rendered(self, prompt: str, answer: str | None = None) -> str:
-        messages = [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": prompt}]
+        messages = chat_of(prompt)
         if answer is not None:
             messages.append({"role": "assistant", "content": answer})
         return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer is None)
@@ -73,6 +80,22 @@ class Text:
     def ids(self, text: str) -> list[int]:
         """Return the text's tokens."""
         return self.tokenizer(text, add_special_tokens=not self.chat)["input_ids"]
+
+    def features(self, example: Example, longest: int | None) -> tuple[dict[str, list[int]] | None, bool]:
+        """Tokenize an example with labels on its completion, and cut it after `longest` tokens; None: nowhere.
+
+        Returns:
+            The features, None if no token of the completion is left; and whether tokens were cut off.
+        """
+        prompt = self.prompt(example)
+        ids = self.ids(prompt + self.completion(example))
+        if self.end:
+            ids = [*ids, self.tokenizer.eos_token_id]
+        start, is_cut = len(self.ids(prompt)), longest is not None and len(ids) > longest
+        ids = ids[:longest]
+        if start >= len(ids):
+            return None, is_cut
+        return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [IGNORED] * start + ids[start:]}, is_cut
 
     def batch(self, examples: Sequence[Example]) -> Any:
         """Tokenize prompts into a batch, padded on the left."""

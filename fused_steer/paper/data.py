@@ -82,10 +82,10 @@ def load(
             name,
             _local(folder / name, needed, cut=False)
             if folder
-            else _hub(task, name, dict(zip(needed, needed, strict=True))),
+            else _hub(task, name, needed[0], dict(zip(needed, needed, strict=True))),
         )
     else:
-        found = _local(folder / name, splits) if folder else _hub(task, name)
+        found = _local(folder / name, splits) if folder else _hub(task, name, splits[0])
         if not found.keys() >= set(splits):
             found = complete(found)
     return {split: examples(task, found[split][: limits.of(split)], f"{source}, {split}") for split in splits}
@@ -96,8 +96,11 @@ def is_generated(name: str, folder: Path | None, released: bool = False) -> bool
     return name == "listops" and not released and (folder is None or not (folder / name).is_dir())
 
 
-def _hub(task: Task, name: str, wanted: dict[str, str] | None = None) -> dict[str, list[Row]]:
-    """Load a task's rows from the hub: the splits `wanted`, by the names to give them. None: those of `load`."""
+def _hub(task: Task, name: str, split: str, wanted: dict[str, str] | None = None) -> dict[str, list[Row]]:
+    """Load a task's rows from the hub: the splits `wanted`, by the names to give them. None: those of `load`.
+
+    split: one that is needed, for the error.
+    """
     from datasets import load_dataset
 
     try:
@@ -106,7 +109,7 @@ def _hub(task: Task, name: str, wanted: dict[str, str] | None = None) -> dict[st
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
             f"{task.hub[0]} cannot be loaded ({type(error).__name__}: {reason}); expected a connection to the hub, or "
-            f"--data FOLDER with {name}/test.jsonl"
+            f"a folder with {name}/{split}.jsonl (--data; data.train of a recipe)"
         ) from error
     if wanted is None:
         wanted = {"train": "train", "test": task.test}

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..config import SteerConfig, checked_number
+from ..evaluation.on_paper import PREFIX, paper_tasks
+from ..paper.tasks import TASKS
 
 T = TypeVar("T")
 
@@ -30,26 +32,87 @@ class Data:
     """The rows to train and to evaluate on.
 
     Attributes:
-        train: a .jsonl or .json file, or a data set's id on the hub.
-        eval: the same, to evaluate on; or None, for the last `held_out` of `train`.
-        held_out: the share of the training rows to evaluate on, if there is no `eval`. 0 for none.
+        train: a .jsonl or .json file, or a data set's id on the hub. With `task`: a folder of local rows, as that of
+            `fused-steer eval --data`; None is the hub's rows.
+        task: one of the paper's tasks, such as paper:gsm8k. Its prompts and completions are those that `fused-steer
+            eval` tests, and its validation split is evaluated on.
+        chat: whether the prompts of `task` are in the model's chat template, as with `fused-steer eval --chat`.
+        eval: the same as `train`, to evaluate on; or None, for the last `held_out` of `train`.
+        held_out: the share of the training rows to evaluate on, if there is no `eval`. 0 for none. None: 0.05.
         kind: completion, messages, alpaca, preference or text; None to go by the columns.
         columns: the rows' names of columns, by ours: {prompt: question, completion: answer}.
-        split, eval_split, config: of a data set on the hub.
+        template: Jinja templates of our columns, over the rows' own: {prompt: "Q: {{question}}\\nA:"}.
+        split, eval_split, config: of a data set on the hub. None: train, validation, and none.
         max_rows: use only the first so many rows of each.
-        max_length: tokens at which rows are cut.
+        max_length: tokens at which rows are cut. None: those of `task`, or 512.
+        end_of_text: whether the tokenizer's end-of-sequence token follows each completion. None: not for a `task`, as
+            in the paper's released code; else it does.
     """
 
-    train: str
+    train: str | None = None
+    task: str | None = None
+    chat: bool = False
     eval: str | None = None
-    held_out: float = 0.05
+    held_out: float | None = None
     kind: str | None = None
     columns: dict[str, str] = field(default_factory=dict)
-    split: str = "train"
-    eval_split: str = "validation"
+    template: dict[str, str] = field(default_factory=dict)
+    split: str | None = None
+    eval_split: str | None = None
     config: str | None = None
     max_rows: int | None = None
-    max_length: int = 512
+    max_length: int | None = None
+    end_of_text: bool | None = None
+
+    @property
+    def longest(self) -> int:
+        """The tokens at which rows are cut."""
+        if self.max_length is not None:
+            return self.max_length
+        return 512 if self.task is None else TASKS[self.task_name].max_length
+
+    @property
+    def ends(self) -> bool:
+        """Whether an end-of-sequence token follows each completion, as TRL adds it; a chat template ends by itself."""
+        return (self.task is None or self.chat) if self.end_of_text is None else self.end_of_text
+
+    @property
+    def source(self) -> str:
+        """What the rows come from, for people to read."""
+        return self.train or "" if self.task is None else " of ".join(filter(None, (self.task, self.train)))
+
+    @property
+    def task_name(self) -> str:
+        """The name of the task in `TASKS`.
+
+        Raises:
+            ValueError: the paper has no such task.
+        """
+        found = paper_tasks([self.task or ""])
+        if len(found) != 1:
+            raise ValueError(f"data.task is {self.task!r}; expected one task, such as {PREFIX}gsm8k")
+        return found[0]
+
+    def check(self) -> None:
+        """Raise ValueError if a value is out of range, or keys do not go together."""
+        for name in ("max_rows", "max_length"):
+            _at_least_1(f"data.{name}", getattr(self, name))
+        if self.held_out is not None and not 0 <= self.held_out < 1:
+            raise ValueError(f"data.held_out is {self.held_out}; expected a share, 0 or more and below 1")
+        if self.task is None:
+            if self.train is None:
+                raise ValueError("the recipe has no data.train; expected one, or a data.task")
+            if self.chat:
+                raise ValueError("data.chat is given without data.task; expected rows with messages for a chat")
+            return
+        name = self.task_name
+        for key in ("eval", "held_out", "kind", "columns", "template", "split", "eval_split", "config"):
+            if getattr(self, key) not in (None, {}):
+                raise ValueError(
+                    f"data.{key} is given with data.task; expected it not given: {PREFIX}{name} has its own"
+                )
+        if self.chat and self.end_of_text is not None:
+            raise ValueError("data.end_of_text is given with data.chat; expected one: the chat template ends an answer")
 
 
 @dataclass(frozen=True)
@@ -148,8 +211,7 @@ class Recipe:
             )
         for name in ("batch_size", "accumulate", "max_steps", "eval_steps", "save_steps", "logging_steps"):
             _at_least_1(f"training.{name}", getattr(training, name))
-        for name in ("max_rows", "max_length"):
-            _at_least_1(f"data.{name}", getattr(data, name))
+        data.check()
         _at_least_1("method.lora.rank", method.lora.rank)
         for name in ("learning_rate", "lora_learning_rate", "epochs"):
             value = getattr(training, name)
@@ -159,8 +221,6 @@ class Recipe:
             raise ValueError(f"training.lora_learning_rate is given with kind {method.kind!r}; expected joint")
         if training.warmup is not None and not 0 <= training.warmup < 1:
             raise ValueError(f"training.warmup is {training.warmup}; expected a share, 0 or more and below 1")
-        if not 0 <= data.held_out < 1:
-            raise ValueError(f"data.held_out is {data.held_out}; expected a share, 0 or more and below 1")
         if Path(self.out).exists() and not Path(self.out).is_dir():
             raise ValueError(f"out is {self.out}, a file; expected a directory")
         self.steer_config()

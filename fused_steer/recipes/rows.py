@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..evaluation.on_paper import PREFIX
+from ..paper.answering import IGNORED, Text, chat_of
+from ..paper.data import Example, Limits, load
 from ..tools.prompts import Prompt, is_text
 from .recipe import Data
 
@@ -21,6 +24,8 @@ COLUMNS = {
     "text": ("text",),
 }
 _OPTIONAL = {"alpaca": ("input",)}
+#: The share of the rows to evaluate on, for want of another.
+_HELD_OUT = 0.05
 
 # Stanford Alpaca's prompts, for instructions with and without an input.
 _WITH_INPUT = (
@@ -35,28 +40,115 @@ _WITHOUT_INPUT = (
 
 
 def read_rows(data: Data) -> tuple[str, list[Row], list[Row]]:
-    """Return the kind of the data, the rows to train on, and those to evaluate on.
+    """Return the kind of the data (or the task), the rows to train on, and those to evaluate on.
 
     Rows have TRL's columns: prompt and completion (texts, or messages), prompt, chosen and rejected, or text.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a file is no JSON, a row lacks a column, or there are no rows.
+        ValueError: a file is no JSON, a row lacks a column, a template fails, or there are no rows.
         ImportError: a data set of the hub without the library datasets.
     """
+    if data.task is not None:
+        return _rows_of_task(data)
+    assert data.train is not None  # Data.check
     if data.kind is not None and data.kind not in COLUMNS:
         raise ValueError(f"data.kind is {data.kind!r}; expected one of {', '.join(COLUMNS)}")
-    rows = _load(data.train, data.config, data.split)[: data.max_rows]
+    rows = _filled(_load(data.train, data.config, data.split or "train")[: data.max_rows], data, data.train)
     kind = _kind_of(rows[0], data, data.train)
-    unknown = set(data.columns) - {*COLUMNS[kind], *_OPTIONAL.get(kind, ())}
-    if unknown:
-        raise ValueError(f"data.columns names {min(unknown)!r}; expected {', '.join(COLUMNS[kind])}, of kind {kind}")
+    for key, given in (("columns", data.columns), ("template", data.template)):
+        unknown = set(given) - {*COLUMNS[kind], *_OPTIONAL.get(kind, ())}
+        if unknown:
+            raise ValueError(f"data.{key} names {min(unknown)!r}; expected {', '.join(COLUMNS[kind])}, of kind {kind}")
     train = [_row(row, kind, data, f"row {i} of {data.train}") for i, row in enumerate(rows, 1)]
+    if data.end_of_text is not None and (kind == "preference" or not all(map(_is_plain, train))):
+        raise ValueError(
+            f"data.end_of_text is given with rows of kind {kind}; expected prompts and completions that are texts"
+        )
     if data.eval is not None:
-        others = _load(data.eval, data.config, data.eval_split)[: data.max_rows]
+        others = _load(data.eval, data.config, data.eval_split or "validation")[: data.max_rows]
+        others = _filled(others, data, data.eval)
         return kind, train, [_row(row, kind, data, f"row {i} of {data.eval}") for i, row in enumerate(others, 1)]
-    end = len(train) - int(data.held_out * len(train))
+    end = len(train) - int((_HELD_OUT if data.held_out is None else data.held_out) * len(train))
     return kind, train[:end], train[end:]
+
+
+def _rows_of_task(data: Data) -> tuple[str, list[Row], list[Row]]:
+    """Return the rows of a task of the paper: the prompts that `fused-steer eval` tests, with their completions."""
+    folder = None if data.train is None else Path(data.train)
+    if folder is not None and not folder.is_dir():
+        raise FileNotFoundError(
+            f"data.train is {folder}; expected a folder with {data.task_name}/train.jsonl, or none for the hub's rows"
+        )
+    limits = Limits(data.max_rows, data.max_rows)
+    found = load(data.task_name, folder, limits, splits=("train", "validation"))
+    train, held_out = ([_row_of_task(example, data.chat) for example in found[split]] for split in found)
+    return PREFIX + data.task_name, train, held_out
+
+
+def _row_of_task(example: Example, chat: bool) -> Row:
+    if chat:
+        answer = [{"role": "assistant", "content": example.completion}]
+        return {"prompt": chat_of(example.prompt), "completion": answer}
+    return {"prompt": example.prompt, "completion": example.completion}
+
+
+def tokens_without_end(tokenizer: Any, rows: Sequence[Row], longest: int | None, source: str) -> list[Row]:
+    """Return the tokens of rows of texts, without the end-of-sequence token that TRL would add to each.
+
+    Rows whose completion `longest` cuts off wholly are left out.
+
+    Raises:
+        ValueError: no row is left.
+    """
+    text = Text(tokenizer, chat=False)
+    found = []
+    for row in rows:
+        example = Example(row.get("prompt", ""), row["text"] if "text" in row else row["completion"], None)
+        tokens, _ = text.features(example, longest)
+        if tokens is not None:
+            mask = [int(label != IGNORED) for label in tokens["labels"]]
+            found.append({"input_ids": tokens["input_ids"], "completion_mask": mask})
+    if not found:
+        raise ValueError(f"no row of {source} has a completion within {longest} tokens; expected one (data.max_length)")
+    return found
+
+
+def _is_plain(row: Row) -> bool:
+    return all(isinstance(value, str) for value in row.values())
+
+
+def _filled(rows: list[Row], data: Data, source: str) -> list[Row]:
+    """Return the rows with the columns that the recipe's templates make of theirs.
+
+    Raises:
+        ValueError: a template is no Jinja, or fails on a row.
+    """
+    if not data.template:
+        return rows
+    from jinja2 import StrictUndefined, TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    both = sorted(data.columns.keys() & data.template.keys())
+    if both:
+        raise ValueError(f"data.columns and data.template both have {both[0]}; expected one of them")
+    # lm-evaluation-harness has these options too, so that its doc_to_text may be the same template.
+    environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+    found = [dict(row) for row in rows]
+    for name, template in data.template.items():
+        if not isinstance(template, str):
+            raise ValueError(f"data.template.{name} is {template!r:.60}; expected a text, a Jinja template")
+        where = "it"
+        try:
+            compiled = environment.from_string(template)
+            for i, (row, filled) in enumerate(zip(rows, found, strict=True), 1):
+                where = f"row {i} of {source}"
+                filled[name] = compiled.render(row)
+        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
+            raise ValueError(
+                f"data.template.{name} fails on {where} ({error}); expected a Jinja template of its columns"
+            ) from error
+    return found
 
 
 def text_of(row: Row) -> Prompt:

@@ -25,7 +25,7 @@ from ..patch import patch_model
 from ..tools.prompts import encode
 from .figures import draw_losses, draw_shifts
 from .recipe import Recipe
-from .rows import Row, read_rows, text_of
+from .rows import Row, read_rows, text_of, tokens_without_end
 
 JSON_NAME, LOSSES_NAME, SHIFTS_NAME = "training.json", "losses.png", "shifts.png"
 #: The rows that the shifts are measured on.
@@ -110,6 +110,9 @@ def train(recipe: Recipe, *, resume: bool = False, say: Callable[[str], None] = 
         say(f"model     {recipe.model or 'SmolLM2-135M-Instruct'}, {model.dtype} on {trainer.args.device}")
         say(f"method    {_told(recipe)}; {trained:,} of {total:,} parameters train ({trained / total:.3%})")
         say(f"data      {len(plan.train)} rows ({plan.kind}) to train on, {len(plan.held_out)} to evaluate on")
+        if not getattr(trainer.args, "packing", False) and len(trainer.train_dataset) < len(plan.train):
+            cut = len(plan.train) - len(trainer.train_dataset)
+            say(f"cut       {cut} rows are left out: their completion begins beyond {trainer.args.max_length} tokens")
     before = trainer.evaluate()["eval_loss"] if plan.held_out else None
     trainer.train(resume_from_checkpoint=resume or None)
     after = trainer.evaluate()["eval_loss"] if plan.held_out else None
@@ -124,7 +127,7 @@ def train(recipe: Recipe, *, resume: bool = False, say: Callable[[str], None] = 
         return found
     if recipe.method.kind != "lora":
         texts = [text_of(row) for row in (plan.held_out or plan.train)[:_MEASURED]]
-        diagnosis = diagnose(model, encode(tokenizer, texts, recipe.data.max_length, recipe.training.batch_size))
+        diagnosis = diagnose(model, encode(tokenizer, texts, recipe.data.longest, recipe.training.batch_size))
     found = dataclasses.replace(found, diagnosis=diagnosis)
     return dataclasses.replace(found, files=_write(found, model))
 
@@ -177,9 +180,10 @@ def _arguments(recipe: Recipe, kind: str, evaluates: bool) -> Any:
         "logging_steps": t.logging_steps,
         "report_to": t.report_to,
         "gradient_checkpointing": t.gradient_checkpointing,
-        "max_length": recipe.data.max_length,
+        "max_length": recipe.data.longest,
         "bf16": gpu,  # TRL's default is True, but TRL refuses that on a CPU
         **({"beta": t.beta} if kind == "preference" else {}),
+        **({} if recipe.data.ends else {"completion_only_loss": True}),  # TRL's default only for rows of texts
     }
     cls = DPOConfig if kind == "preference" else SFTConfig
     known = [one.name for one in dataclasses.fields(cls)]
@@ -198,7 +202,13 @@ def _trainer(plan: Plan) -> tuple[Any, Any]:
     from datasets import Dataset
 
     recipe = plan.recipe
-    model, tokenizer = _load(recipe)
+    model, tokenizer = _load(recipe, chats=any(isinstance(value, list) for value in plan.train[0].values()))
+
+    def dataset(rows: list[Row]) -> Any:
+        if recipe.data.ends:
+            return Dataset.from_list(rows)  # TRL tokenizes it
+        return Dataset.from_list(tokens_without_end(tokenizer, rows, plan.arguments.max_length, recipe.data.source))
+
     torch.manual_seed(recipe.training.seed)
     config, method = recipe.steer_config(), recipe.method
     if method.kind != "steering":
@@ -219,8 +229,8 @@ def _trainer(plan: Plan) -> tuple[Any, Any]:
         model = patch_model(model, config)
     options: dict[str, Any] = {
         "args": plan.arguments,
-        "train_dataset": Dataset.from_list(plan.train),
-        "eval_dataset": Dataset.from_list(plan.held_out) if plan.held_out else None,
+        "train_dataset": dataset(plan.train),
+        "eval_dataset": dataset(plan.held_out) if plan.held_out else None,
         "processing_class": tokenizer,
     }
     if "joint" in method.kind:
@@ -242,7 +252,12 @@ def _trainer_class(method: str, kind: str) -> Any:
     return SteeringDPOTrainer if kind == "preference" else SteeringSFTTrainer
 
 
-def _load(recipe: Recipe) -> tuple[Any, Any]:
+def _load(recipe: Recipe, chats: bool) -> tuple[Any, Any]:
+    """Return the model and its tokenizer.
+
+    Raises:
+        ValueError: the rows are chats, and the tokenizer has no chat template.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if recipe.model is None:
@@ -251,6 +266,8 @@ def _load(recipe: Recipe) -> tuple[Any, Any]:
         return load_smollm2()
     gpu = torch.accelerator.is_available()
     tokenizer = AutoTokenizer.from_pretrained(recipe.model)
+    if chats and not getattr(tokenizer, "chat_template", None):
+        raise ValueError(f"the tokenizer of {recipe.model} has no chat template; expected one, as the rows are chats")
     dtype = torch.bfloat16 if gpu else torch.float32
     return AutoModelForCausalLM.from_pretrained(recipe.model, dtype=dtype), tokenizer
 
@@ -302,7 +319,7 @@ def _card(found: Trained, model: Any) -> str:
     file = model.steering.files(None)[model.steering.active]
     recipe = yaml.safe_dump(found.recipe.to_dict(), sort_keys=False, allow_unicode=True)
     card = model_card(file, Path(found.recipe.out).name)
-    text = f"{card}\n## Training\n\nTrained on {found.rows[0]} rows of `{found.recipe.data.train}`, by this recipe of "
+    text = f"{card}\n## Training\n\nTrained on {found.rows[0]} rows of `{found.recipe.data.source}`, by this recipe of "
     text += f"`fused-steer train`:\n\n```yaml\n{recipe}```\n"
     if found.loss_before is not None and found.loss_after is not None:
         text += (

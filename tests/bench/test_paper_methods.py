@@ -93,7 +93,7 @@ def test_paper_training_supervises_the_end_of_turn(tokenizer):
     example = Example("Is it?\n", "Answer: True.", "true")
 
     def trained(text):
-        row, _ = training.features(text, example, 512)
+        row, _ = text.features(example, 512)
         return [
             text.tokenizer.decode([i for i, label in zip(row["input_ids"], row["labels"], strict=True) if here(label)])
             for here in (lambda label: label == -100, lambda label: label != -100)
@@ -110,7 +110,7 @@ def test_paper_training_supervises_the_end_of_turn(tokenizer):
     with pytest.raises(
         ValueError, match="ends a prompt in '.*model ', but a chat with an answer in '.*True.<end_of_turn>"
     ):
-        training.features(other, example, 512)
+        other.features(example, 512)
     # The end of a turn is not part of the answer that has to fit.
     task = replace(TASKS["boolq"], new_tokens=len("Answer: True."))
     assert reachable(chat_text(tokenizer), task, [example]) == (1, 1)

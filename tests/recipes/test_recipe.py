@@ -9,6 +9,8 @@ import yaml
 from models import refused
 
 from fused_steer import SteerConfig
+from fused_steer.evaluation.on_paper import load_documents
+from fused_steer.paper.tasks import TASKS
 from fused_steer.recipes import Recipe, read_recipe
 from fused_steer.recipes.recipe import SHIPPED, Data, shipped
 from fused_steer.recipes.rows import read_rows, text_of
@@ -85,6 +87,16 @@ def test_recipe_null_takes_a_key_out(recipe):
         ({"method": {"steering": {"rnak": 3}}}, ("unknown key method.steering.rnak; expected method.steering.rank",)),
         ({"method": {"lora": {"aplha": 3}}}, ("unknown key method.lora.aplha; expected method.lora.alpha",)),
         ({"data": {}}, ("the recipe has no data.train; expected one",)),
+        ({"data": {"task": "gsm8k"}}, ("data.task is 'gsm8k'; expected one task, such as paper:gsm8k",)),
+        ({"data": {"task": "paper"}}, ("data.task is 'paper'; expected one task",)),
+        ({"data": {"task": "paper:gsm"}}, ("the task is 'paper:gsm'", "did you mean paper:gsm8k?")),
+        ({"data": {"task": "paper:arc", "held_out": 0.1}}, ("data.held_out is given with data.task",)),
+        ({"data": {"task": "paper:arc", "template": {"prompt": "x"}}}, ("data.template is given with data.task",)),
+        ({"data": {"train": "x", "chat": True}}, ("data.chat is given without data.task",)),
+        (
+            {"data": {"task": "paper:arc", "chat": True, "end_of_text": False}},
+            ("data.end_of_text is given with data.chat",),
+        ),
         ({"out": None}, ("the recipe has no out; expected one",)),
         ({"method": {"kind": "full"}}, ("method.kind is 'full'; expected one of steering, lora, joint",)),
         ({"method": {"steering": {"rank": 999}}}, ("method.steering: rank is 999; expected 1 to 256",)),
@@ -114,7 +126,7 @@ def test_recipe_refusals(recipe, fields, parts):
         ({"training": {"learning_rate": float("nan")}}, "training.learning_rate is nan; expected a number"),
         ({"training": {"gradient_checkpointing": 1}}, "training.gradient_checkpointing is 1; expected true or false"),
         ({"training": [1]}, "training is [1]; expected the keys"),
-        ({"data": "rows.jsonl"}, "data is 'rows.jsonl'; expected the keys train, eval"),
+        ({"data": "rows.jsonl"}, "data is 'rows.jsonl'; expected the keys train, task"),
         ({"model": 3}, "model is 3; expected a text"),
     ],
 )
@@ -155,6 +167,7 @@ def test_recipe_shipped_ones_are_read():
     for name in models:
         found, first = read_recipe(name), (SHIPPED / f"{name}.yaml").read_text().splitlines()[0]
         if name != "smollm2":
+            assert found.data == Data(task="paper:gsm8k") and found.data.longest == TASKS["gsm8k"].max_length
             assert found.steer_config() == SteerConfig(rank=8, activation="identity") and found.training.epochs == 3
             assert found.training.batch_size * found.training.accumulate == 8 and found.schedule == ("constant", 0.0)
         assert first.startswith("# ") and len(first) > 40
@@ -200,6 +213,49 @@ def test_recipe_rows_are_split_and_renamed(tmp_path):
     assert (len(train), [row["prompt"] for row in held_out]) == (10, ["9"])
 
 
+GSM8K = [{"question": f"{i} and {i}?", "answer": f"{i} + {i} = {2 * i}\n#### {2 * i}"} for i in range(10)]
+
+
+def test_recipe_rows_of_a_task_are_those_that_eval_tests(tmp_path):
+    """The text of each row is the prompt and the completion of the task, and the splits are those of `eval --data`."""
+    (tmp_path / "gsm8k").mkdir()
+    (tmp_path / "gsm8k" / "train.jsonl").write_text("\n".join(map(json.dumps, GSM8K)))
+    kind, train, held_out = read_rows(Data(str(tmp_path), task="paper:gsm8k"))
+    tested = load_documents(["gsm8k"], tmp_path)["gsm8k"]
+    assert kind == "paper:gsm8k" and (len(train), len(held_out), len(tested)) == (6, 2, 2)
+    task, texts = TASKS["gsm8k"], {text_of(row) for row in train + held_out}
+    assert texts <= {task.prompt(row) + task.completion(row) for row in GSM8K}
+    assert not texts & {example.prompt + example.completion for example in tested}
+    assert "9 and 9?\n9 + 9 = 18\nAnswer: 18" in texts | {example.prompt + example.completion for example in tested}
+    _, [row], _ = read_rows(Data(str(tmp_path), task="paper:gsm8k", chat=True, max_rows=1))
+    assert [message["role"] for message in text_of(row)] == ["system", "user", "assistant"]
+    assert text_of(row)[1]["content"] + text_of(row)[2]["content"] == text_of(train[0])
+    with refused(FileNotFoundError, "data.train is rows.jsonl; expected a folder with gsm8k/train.jsonl, or none"):
+        read_rows(Data("rows.jsonl", task="paper:gsm8k"))
+
+
+def test_recipe_rows_by_a_template(tmp_path):
+    columns = {"prompt": "question", "completion": "answer"}
+    template = {"prompt": "{{question}}\n", "completion": "{{answer.split('####')[1].strip()}}."}
+    kind, found, _ = rows(tmp_path, GSM8K, template=template)
+    assert kind == "completion" and found[9] == {"prompt": "9 and 9?\n", "completion": "18."}
+    _, found, held_out = rows(
+        tmp_path, GSM8K, template={"prompt": "Q: {{question}}"}, columns={"completion": "answer"}, held_out=None,
+        eval=str(tmp_path / "rows.jsonl"),
+    )  # fmt: skip
+    assert found[1] == held_out[1] == {"prompt": "Q: 1 and 1?", "completion": GSM8K[1]["answer"]}
+    for fields, parts in (
+        ({"template": {"prompt": "{{qustion}}"}}, ("data.template.prompt fails on row 1 of", "'qustion' is undefined")),
+        ({"template": {"completion": "{{answer[0] + 1}}"}}, ("data.template.completion fails on row 1",)),
+        ({"template": {"prompt": "{{question"}}, ("data.template.prompt fails on it (unexpected end",)),
+        ({"template": {"prompt": 3}}, ("data.template.prompt is 3; expected a text",)),
+        ({"template": template, "columns": columns}, ("data.columns and data.template both have completion",)),
+        ({"template": {**template, "promt": "x"}}, ("data.template names 'promt'; expected prompt, completion",)),
+    ):
+        with refused(ValueError, *parts):
+            rows(tmp_path, GSM8K, **fields)
+
+
 @pytest.mark.parametrize(
     ("given", "fields", "parts"),
     [
@@ -216,6 +272,7 @@ def test_recipe_rows_are_split_and_renamed(tmp_path):
         ([{"text": "a"}], {"columns": {"prompt": "q"}}, ("data.columns names 'prompt'; expected text, of kind text",)),
         ([{"messages": CHAT[:1]}], {}, ("expected a list that ends with the assistant's",)),
         ([["a"]], {}, ("row 1 of", "is a list; expected an object")),
+        ([{"messages": CHAT}], {"end_of_text": False}, ("data.end_of_text is given with rows of kind messages",)),
         ([], {}, ("has no rows",)),
     ],
 )

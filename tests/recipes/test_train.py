@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -12,13 +13,15 @@ import pytest
 import torch
 import yaml
 from command import assert_refused, invoke, plain_output  # noqa: F401 - an autouse fixture
-from models import LAYERS, logits
+from models import LAYERS, logits, refused
 from text import save_tiny, tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytest.importorskip("trl", reason="needs TRL (the extra trl)")
 
 from fused_steer import SteerConfig, load_joint, patch_model  # noqa: E402
+from fused_steer.paper.answering import Text  # noqa: E402
+from fused_steer.paper.data import load  # noqa: E402
 from fused_steer.recipes import read_recipe, train  # noqa: E402
 
 SUMS = [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in range(8) for b in range(8)]
@@ -107,6 +110,65 @@ def test_train_keeps_the_recipes_settings(recipe, monkeypatch):
     assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (2, 3)
     assert (args.weight_decay, args.seed, args.max_length, args.learning_rate) == (0.1, 7, 33, 2e-2)
     assert (args.lr_scheduler_type, args.get_warmup_steps(100), args.report_to) == ("constant", 0, [])
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_train_a_task_on_the_prompts_that_eval_tests(tiny, tmp_path, monkeypatch, chat):
+    """A shipped recipe trains the tokens of the paper's experiments: the prompt of `eval`, then the completion."""
+    from trl import SFTTrainer
+
+    for name, value in {"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", "CI": "1"}.items():
+        monkeypatch.setenv(name, value)
+    seen = []
+    monkeypatch.setattr(SFTTrainer, "train", lambda trainer, **_: seen.append(trainer) or 1 / 0)
+    rows = [{"question": f"{i}+{i}?", "answer": f"so {i} {'x' * 9 * i}\n#### {2 * i}"} for i in range(10)]
+    (tmp_path / "gsm8k").mkdir()
+    (tmp_path / "gsm8k" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    lines, changes = [], [f"data.chat={str(chat).lower()}", f"model={tiny}", f"out={tmp_path / 'out'}"]
+    with pytest.raises(ZeroDivisionError):
+        train(read_recipe("llama-3.2-1b", [*changes, f"data.train={tmp_path}", "data.max_length=60"]), say=lines.append)
+    examples = {split: load("gsm8k", tmp_path)[split] for split in ("train", "validation")}
+    encoder = tokenizer()
+    encoder.chat_template = AutoTokenizer.from_pretrained(tiny).chat_template
+    for dataset, split in ((seen[0].train_dataset, "train"), (seen[0].eval_dataset, "validation")):
+        assert len(dataset) == len(examples[split])
+        for row, example in zip(dataset, examples[split], strict=True):
+            asked = Text(encoder, chat).batch([example])["input_ids"][0].tolist()  # what `eval` gives to the model
+            text = asked + encoder(example.completion, add_special_tokens=False)["input_ids"]
+            expected = text + encoder("!")["input_ids"] if chat else text  # the template ends an answer
+            assert row["input_ids"] == expected[:60]
+            assert row["labels"] == [-100] * len(asked) + row["input_ids"][len(asked) :]
+            if not chat:
+                features, _ = Text(encoder, chat).features(example, 60)  # that of bench.paper
+                assert [row[name] for name in ("input_ids", "labels")] == [features["input_ids"], features["labels"]]
+    assert any(len(row["input_ids"]) == 60 for row in seen[0].train_dataset)  # one is cut, as bench.paper cuts it
+    assert f"data      6 rows (paper:gsm8k) to train on, {len(examples['validation'])} to evaluate on" in lines
+
+
+def test_train_without_an_end_of_text(recipe, tiny):
+    """Rows of texts, and of prompts, of which the recipe cuts some off before their completion."""
+    rows = [{"prompt": "a" * (i % 3 + 1) * 12, "completion": "b"} for i in range(12)]
+    lines = []
+    found = train(read_recipe(recipe(rows, data={"end_of_text": False, "max_length": 30})), say=lines.append)
+    assert found.rows == (9, 3) and "cut       3 rows are left out: their completion begins beyond 30 tokens" in lines
+    found = train(read_recipe(recipe([{"text": "abc"}] * 8, data={"end_of_text": False}, training={"max_steps": 1})))
+    assert math.isfinite(found.loss_after)
+    with refused(ValueError, "no row of", "has a completion within 20 tokens; expected one (data.max_length)"):
+        train(
+            read_recipe(recipe([{"prompt": "a" * 20, "completion": "b"}] * 4, {"end_of_text": False, "max_length": 20}))
+        )
+
+
+def test_train_refuses_chats_without_a_template(recipe, tiny, tmp_path, monkeypatch):
+    """Before the model's weights are loaded."""
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: 1 / 0)
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    (plain / "config.json").write_text((tiny / "config.json").read_text())
+    tokenizer().save_pretrained(plain)
+    rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}] * 4
+    with refused(ValueError, "the tokenizer of", "plain has no chat template; expected one"):
+        train(read_recipe(recipe(rows), [f"model={plain}"]))
 
 
 @pytest.mark.parametrize("kind", ["joint", "joint-orth"])
