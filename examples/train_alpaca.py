@@ -1,4 +1,4 @@
-"""Trains steering of rank 16 on Alpaca's instructions: loss on the responses only, 3 epochs, batches of 16.
+"""Trains steering of rank 8 on Alpaca's instructions: loss on the responses only, 3 epochs, batches of 16.
 
 python examples/train_alpaca.py --model meta-llama/Llama-3.1-8B --out alpaca
 python examples/generate_alpaca_eval.py --model meta-llama/Llama-3.1-8B --adapter alpaca --out answers.json
@@ -49,7 +49,7 @@ def main(
     model: str = "meta-llama/Llama-3.1-8B",
     data: str = "yahma/alpaca-cleaned",
     out: Path = Path("alpaca"),
-    rank: int = 16,
+    rank: int = 8,
     rate: float = 2e-3,
     epochs: float = 3,
     batch: int = 4,

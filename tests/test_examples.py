@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer import Typer
 from typer.testing import CliRunner
 
-from fused_steer import load_joint, patch_model
+from fused_steer import SteerConfig, load_joint, patch_model
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 FAST = ["--rank", "4", "--rate", "2e-2"]
@@ -219,7 +219,7 @@ def test_examples_alpaca_trains_on_responses_with_the_papers_settings(tiny, tmp_
     assert arguments.num_train_epochs == 3 and arguments.learning_rate == 2e-3
     assert arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps == 16
     assert (arguments.lr_scheduler_type, arguments.warmup_steps, arguments.weight_decay) == ("constant", 0, 0)
-    assert trainer.model.steering.config().rank == 16
+    assert trainer.model.steering.config() == SteerConfig(rank=8, activation="silu")
     said = []
     for batch in trainer.get_train_dataloader():
         for labels in batch["labels"]:
