@@ -171,6 +171,8 @@ def test_recipe_shipped_ones_are_read():
             assert found.steer_config() == SteerConfig(rank=8, activation="identity") and found.training.epochs == 3
             assert found.training.batch_size * found.training.accumulate == 8 and found.schedule == ("constant", 0.0)
         assert first.startswith("# ") and len(first) > 40
+    laptop = read_recipe("smollm2").data
+    assert (laptop.train, laptop.max_rows, laptop.held_out) == ("rows.jsonl", 300, 0.1)  # as its comment says
 
 
 # --------------------------------------------------------------------------------------------------------------- rows

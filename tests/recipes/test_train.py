@@ -282,3 +282,4 @@ def test_train_lists_the_recipes_that_come_along():
     assert [line.split()[0] for line in result.stdout.splitlines()] == [
         "gemma-3-1b", "llama-3.1-8b", "llama-3.2-1b", "qwen3-4b", "smollm2",
     ]  # fmt: skip
+    assert result.stdout in (Path(__file__).parents[2] / "docs" / "recipes.md").read_text(encoding="utf-8")
