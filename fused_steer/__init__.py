@@ -12,6 +12,7 @@ The map, in reading order. A file imports only files that stand above it.
         parameters.py    the format: names, paths and shapes of the tensors; the module in a layer
         saving.py        replaces files whole, with any number of saving processes
         fields.py        reads JSON objects with each name once
+        kinds.py         what an adapter's directory holds: steering, a LoRA, or both
         weights.py       the weights file: safetensors with the config in the header
         files.py         reads and writes an adapter's two files, with checks
         combining.py     adds up linear adapters
@@ -70,7 +71,8 @@ The map, in reading order. A file imports only files that stand above it.
     joint.py             LoRA and steering: parameter groups, save_joint, load_joint
     tools/               the command's verbs
         listops.py       the demo's task
-        sources.py       adapters that a command is given
+        sources.py       adapters that a command is given: names, and steering, LoRA or both
+        variants.py      several of them on one model, of which one computes
         prompts.py       read prompts from files, and batches of their tokens
         demo.py          fused-steer demo
         coverage_table.py the table of fused-steer coverage

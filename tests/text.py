@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from models import VOCABULARY, build
 from tokenizers import Tokenizer, pre_tokenizers
@@ -23,8 +24,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def save_tiny(folder: Path) -> Path:
+def save_tiny(folder: Path, **fields: Any) -> Path:
     """Save a tiny model and its tokenizer for `from_pretrained`."""
-    build().save_pretrained(folder)
+    build(**fields).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-from fused_steer.paper.answering import Text, answers, reachable
+from fused_steer.paper.answering import IGNORED, Text, answers, reachable
 from fused_steer.paper.data import Example
 from fused_steer.paper.tasks import Task
 

@@ -28,6 +28,7 @@ from torch import Tensor
 from .._version import __version__
 from ..config import DTYPES, SteerConfig
 from .fields import fields_of, read_json
+from .kinds import CONFIG_NAME, JOINT_NAME, PEFT_TYPE, method_in, other_method, refuse_joint
 from .parameters import (
     UP,
     ByPlace,
@@ -45,14 +46,10 @@ from .parameters import (
 from .saving import digest_of, leftovers, open_regular, saving_folder, target_folder, write_new
 from .weights import Header, header_of, read_header, tensors_digest, unprefixed, values_of
 
-CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
-PEFT_TYPE = "POST_BLOCK"
 #: The folder for adapters beside other files, each in a folder of its name. It is one level deeper than the place where
 #: transformers' Trainer looks for further PEFT adapters.
 CHECKPOINT_FOLDER = "fused_steer"
-#: The file in which `save_joint` records `files_digest` of each part, by the part's place.
-JOINT_NAME = "joint.json"
 #: Fields that PEFT writes into every adapter's config, which do not change what the adapter computes.
 _PEFT_FIELDS = ("auto_mapping", "inference_mode", "peft_version", "revision", "task_type")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -164,15 +161,6 @@ def refuse_foreign(directory: Path) -> None:
         raise ValueError(f"{directory} holds an adapter of {method}; expected another directory, to leave it alone")
 
 
-def method_in(directory: Path) -> Any:
-    """Return the `peft_type` of the adapter in a directory. None without an adapter or a readable config."""
-    try:
-        fields = read_json(directory / CONFIG_NAME)
-    except (OSError, ValueError):
-        return None
-    return fields.get("peft_type")
-
-
 def _replace_both(new: Path, directory: Path) -> None:
     """Rename the weights, then the config. If that fails, restore the earlier weights."""
     weights, earlier = directory / WEIGHTS_NAME, new / "earlier"
@@ -257,7 +245,7 @@ def _head(given: Mapping[str, Any]) -> _Head:
         fields.pop(key, None)
     peft_type = fields.pop("peft_type", None)
     if peft_type != PEFT_TYPE:
-        raise ValueError(f"peft_type is {peft_type!r}; expected {PEFT_TYPE!r}")
+        raise other_method(peft_type)
     version = fields.pop("fused_steer_version", None)
     weights, tensors, config_digest = (
         _digest_field(fields, f"{part}_sha256") for part in ("weights", "tensors", "config")
@@ -326,6 +314,7 @@ def _read(
     source: str | os.PathLike[str], model: Layout | None, check_base: bool, with_heads: bool
 ) -> tuple[AdapterFile, dict[str, Tensor]]:
     directory = locate_adapter(source)
+    refuse_joint(directory)
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         if not (directory / name).exists():
             raise FileNotFoundError(f"{directory} has no {name}; expected a saved steering adapter")

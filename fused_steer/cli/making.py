@@ -47,7 +47,7 @@ def demo(
 def fit(
     base: Annotated[str, typer.Argument(help="Directory or hub id of the base model, a causal language model.")],
     tuned: Annotated[
-        str, typer.Argument(help="The same model fine-tuned, or a LoRA of it that PEFT saved, or a steering adapter.")
+        str, typer.Argument(help="The same model fine-tuned, or a LoRA of it that PEFT saved, steering, or both.")
     ],
     prompts: Annotated[Path, typer.Option(help="A .txt, one prompt a line, or a .jsonl (see --field).")],
     rank: Annotated[int, typer.Option(help="Rank of the adapter; 0 is one vector for all tokens.")] = 8,

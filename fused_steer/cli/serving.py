@@ -116,7 +116,10 @@ def evaluate(
     ] = None,
     adapter: Annotated[
         list[str] | None,
-        typer.Option(help="A saved adapter, as PATH or NAME=PATH. Can be repeated, to compare several."),
+        typer.Option(
+            help="A saved adapter, as PATH or NAME=PATH: steering, a LoRA of PEFT, or both (save_joint). Can be "
+            "repeated, to compare several."
+        ),
     ] = None,
     base: Annotated[bool, typer.Option(help="Evaluate the base model too, and compare the adapters with it.")] = True,
     limit: Annotated[int | None, typer.Option(help="Only the first so many documents of each task.")] = None,

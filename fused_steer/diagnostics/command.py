@@ -13,6 +13,7 @@ from ..adapters.files import read_adapter
 from ..joint import find_joint, load_joint
 from ..patch import patch_model
 from ..tools.prompts import encode, read_prompts
+from ..tools.sources import note_parts
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -69,6 +70,8 @@ def _load(options: DiagnoseOptions, device: torch.device) -> tuple[Any, Any]:
         read_adapter(find_joint(options.joint)[0])
     elif options.adapter is not None:
         read_adapter(options.adapter)
+        if options.lora is None:
+            note_parts(options.adapter)
     if options.lora is not None:
         from peft import PeftConfig, PeftModel
 

@@ -9,10 +9,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..adapters.files import read_adapter
 from ..model.decoder import find_decoder, meta_model
-from ..patch import patch_model
-from ..tools.sources import sources
+from ..tools.sources import check_parts, note_parts, parts_of, sources
+from ..tools.variants import Variants
 from .comparing import Score, check_tasks, compare_adapters
 from .on_paper import ALL, PREFIX, load_documents, paper_tasks
 
@@ -109,19 +108,16 @@ def run(options: EvalOptions, console: Console) -> None:
         check_tasks(tasks)
     documents = load_documents(paper_tasks(options.tasks), options.data, options.limit)
     layout = None if options.model is None else find_decoder(meta_model(options.model)).layout
-    for source in sources(options.adapters).values():  # before the model is loaded
-        read_adapter(source, layout, check_base=layout is not None)
+    adapters = {name: parts_of(source) for name, source in sources(options.adapters).items()}
+    for parts in adapters.values():  # before the model is loaded
+        check_parts(parts, layout)
+    for source in sources(options.adapters).values():
+        note_parts(source)
     model, tokenizer = load_model(options.model, device)
-    names: list[str | None] = [None] if options.base else []
-    steering = None
-    for name, source in sources(options.adapters).items():
-        if steering is None:
-            steering = patch_model(model, source, adapter_name=name).steering
-        else:
-            steering.load(source, name)
-        names.append(name)
-    if steering is None:
-        patch_model(model)  # the base model is compared with nothing
+    if options.chat and not getattr(tokenizer, "chat_template", None):
+        raise ValueError(f"--chat is given, and the tokenizer of {options.model} has no chat template; expected one")
+    variants = Variants(model, adapters)
+    names: list[str | None] = [*([None] if options.base else []), *adapters]
     found = compare_adapters(
         model,
         tokenizer,
@@ -133,8 +129,10 @@ def run(options: EvalOptions, console: Console) -> None:
         seed=options.seed,
         paper=documents,
         chat=options.chat,
+        use=variants.use,
     )
-    fields = {"model": options.model or SMOLLM2, "scores": [score.as_dict() for score in found]}
+    kinds = {name: parts.kind for name, parts in adapters.items()}
+    fields = {"model": options.model or SMOLLM2, "adapters": kinds, "scores": [score.as_dict() for score in found]}
     if options.out is not None:
         options.out.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
     if options.as_json:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,7 @@ def compare_adapters(
     seed: int = 0,
     paper: Mapping[str, Sequence[Example]] | None = None,
     chat: bool = False,
+    use: Callable[[str | None], Any] | None = None,
 ) -> list[Score]:
     """Evaluate a model by each of several adapters, on the same documents.
 
@@ -73,25 +74,27 @@ def compare_adapters(
         seed: of the bootstrap.
         paper: documents of the paper's tasks, from `load_documents`, which are evaluated too.
         chat: whether prompts of the paper's tasks are in the chat template.
+        use: lets the model compute by an adapter, such as `Variants.use`. None: `model.steering.use`.
 
     Raises:
         KeyError: the model has no such adapter.
         ValueError: a task is unknown, or has no metric that is a number for each document.
     """
-    steering = model.steering
-    for name in adapters:
-        if name is not None:
-            steering.config(name)
-    active = steering.active
+    steering, active = model.steering, model.steering.active
+    if use is None:
+        for name in adapters:
+            if name is not None:
+                steering.config(name)
+    switch = steering.use if use is None else use
     values = []
     try:
         for name in adapters:
-            steering.use(name)
+            switch(name)
             found = _values(model, tokenizer, tasks, limit, shots, batch_size) if tasks else {}
             found |= outcomes(model, tokenizer, paper or {}, batch_size=batch_size, chat=chat)
             values.append(found)
     finally:
-        steering.use(active)
+        switch(active if use is None else None)
     return scores(dict(zip(("base" if name is None else name for name in adapters), values, strict=True)), seed)
 
 

@@ -14,6 +14,7 @@ from lm_eval.models.huggingface import HFLM
 from ..adapters.files import read_adapter
 from ..config import checked_number
 from ..patch import patch_model
+from ..tools.sources import note_parts
 
 
 @register_model("fused-steer")
@@ -39,6 +40,7 @@ class SteeredLM(HFLM):
             raise ValueError(f"scale is {strength} without an adapter; expected adapter=…")
         if adapter is not None:
             read_adapter(adapter)
+            note_parts(os.fspath(adapter))
         super().__init__(pretrained=pretrained, **options)
         if adapter is not None:
             steering = patch_model(self._model, os.fspath(adapter)).steering

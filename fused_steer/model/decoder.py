@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..adapters.fields import read_json
+from ..adapters.kinds import CONFIG_NAME, JOINT_NAME
 from ..adapters.parameters import Layout
 from .weak import Weakly
 
@@ -93,13 +94,23 @@ def find_decoder(model: nn.Module) -> Decoder:
     return Decoder(model.get_submodule(path.rpartition(".")[0]), path, layers, hidden, model.config)
 
 
+def refuse_adapter(source: str) -> None:
+    """Raise ValueError if a directory that should hold a model holds only an adapter."""
+    folder = Path(source)
+    if (folder / "config.json").exists():
+        return
+    if any((folder / name).exists() for name in (CONFIG_NAME, JOINT_NAME)):
+        raise ValueError(f"{source} holds an adapter and no model; expected the model that the adapter was made for")
+
+
 def meta_model(base: str) -> PreTrainedModel:
     """Return a language model without weights, built from the config of a directory or hub id.
 
     Raises:
-        ValueError: the config is broken, or has an impossible number of layers.
+        ValueError: the config is broken or has an impossible number of layers, or the directory holds an adapter.
         OSError: there is no such model.
     """
+    refuse_adapter(base)
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:

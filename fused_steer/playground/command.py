@@ -13,6 +13,7 @@ from ..adapters.parameters import refuse_clash
 from ..model.decoder import find_decoder, meta_model
 from ..patch import patch_model
 from ..tools.demo import SMOLLM2, choose_device, load_model
+from ..tools.sources import note_parts
 from .page import build_page, check_gradio, check_names, launch
 
 if TYPE_CHECKING:
@@ -86,6 +87,7 @@ def run(options: PlaygroundOptions, console: Console) -> None:
     layout = None if options.model is None else find_decoder(meta_model(options.model)).layout
     for source in sources.values():
         read_adapter(source, layout, check_base=layout is not None)
+        note_parts(source)
     model, tokenizer = load_model(options.model, device)
     for name, source in sources.items():
         if hasattr(model, "steering"):

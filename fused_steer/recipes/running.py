@@ -20,7 +20,7 @@ from ..diagnostics import diagnose
 from ..diagnostics.diagnosis import Diagnosis
 from ..diagnostics.figures import check_matplotlib
 from ..joint import lora_parameters, save_joint, steering_parameters
-from ..model.decoder import find_decoder, meta_model
+from ..model.decoder import find_decoder, meta_model, refuse_adapter
 from ..patch import patch_model
 from ..tools.prompts import encode
 from .figures import draw_losses, draw_shifts
@@ -80,6 +80,8 @@ def check(recipe: Recipe) -> Plan:
     _check_installed()
     kind, rows, held_out = read_rows(recipe.data)
     config = recipe.steer_config()
+    if recipe.model is not None:
+        refuse_adapter(recipe.model)
     if recipe.model is not None and config is not None:
         layout = find_decoder(meta_model(recipe.model)).layout
         layout.indices(config)

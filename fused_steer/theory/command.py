@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..adapters.fields import read_json
-from ..adapters.files import CONFIG_NAME, HUB_ID, PEFT_TYPE, write_adapter
+from ..adapters.files import HUB_ID, write_adapter
+from ..adapters.kinds import CONFIG_NAME, JOINT_NAME, LORA_TYPE, PEFT_TYPE, method_in
 from ..adapters.parameters import SITE
 from ..config import SteerConfig
 from ..model.decoder import find_decoder, meta_model
 from ..patch import patch_model
 from ..tools.prompts import encode, read_prompts
+from ..tools.sources import note_parts, parts_of
+from ..tools.variants import Variants
 from .fitting import Fit, check_config, check_decoders, fit
 from .next_token import Divergence, divergence
 
@@ -69,14 +72,22 @@ class FitOptions:
         return SteerConfig(rank=self.rank, activation="identity", site=self.site, layers=self.layers, up_bias=self.bias)
 
 
+#: The kind of a directory that holds a LoRA and steering: of `save_joint`, or a Trainer's checkpoint.
+JOINT = "joint"
+
+
 def adapter_type(source: str) -> str | None:
-    """The `peft_type` of the adapter in a directory or of a hub id; None: it is a whole model.
+    """The `peft_type` of the adapter in a directory or of a hub id, or JOINT; None: it is a whole model.
 
     Raises:
         FileNotFoundError: there is neither.
+        ValueError: a LoRA and steering were not saved together.
     """
     directory = Path(source)
     if directory.is_dir():
+        joint = (directory / JOINT_NAME).is_file() or method_in(directory) == LORA_TYPE
+        if joint and parts_of(source).steering is not None:
+            return JOINT
         if not (directory / CONFIG_NAME).exists():
             return None
         return str(read_json(directory / CONFIG_NAME).get("peft_type"))
@@ -89,7 +100,7 @@ def adapter_type(source: str) -> str | None:
 
 
 def load_tuned(options: FitOptions, kind: str | None, device: torch.device) -> Any:
-    """The tuned model: of its own weights, or the base with a LoRA or a steering adapter, as `adapter_type` says."""
+    """The tuned model: of its own weights, or the base with a LoRA, steering, or both, as `adapter_type` says."""
     from ..tools.demo import load_model
 
     if kind is None:
@@ -97,6 +108,10 @@ def load_tuned(options: FitOptions, kind: str | None, device: torch.device) -> A
     model, _ = load_model(options.base, device)
     if kind == PEFT_TYPE:
         return patch_model(model, options.tuned)
+    if kind == JOINT:
+        variants = Variants(model, {"tuned": parts_of(options.tuned)})
+        variants.use("tuned")
+        return variants.model.eval()
     from peft import PeftModel
 
     return PeftModel.from_pretrained(model, options.tuned).eval()
@@ -133,6 +148,8 @@ def run(options: FitOptions, console: Console) -> None:
     prompts = read_prompts(options.prompts, options.field)[: options.max_prompts]
     last = len(prompts) - int(options.held_out * len(prompts))
     kind = adapter_type(options.tuned)
+    if kind is not None:
+        note_parts(options.tuned)
     plan = find_decoder(meta_model(options.base))  # all that can be refused before weights are read is
     check_config(config, plan)
     if kind is None:

@@ -17,7 +17,7 @@ from ..adapters.files import read_adapter
 from ..model.decoder import find_decoder, meta_model
 from ..patch import patch_model
 from .chat import HELP, Chat
-from .sources import sources
+from .sources import note_parts, sources
 
 
 def start(model: str | None, adapters: list[str], device: str, **options: Any) -> Chat:
@@ -32,6 +32,7 @@ def start(model: str | None, adapters: list[str], device: str, **options: Any) -
     layout = None if model is None else find_decoder(meta_model(model)).layout
     for source in found.values():
         read_adapter(source, layout, check_base=layout is not None)
+        note_parts(source)
     loaded, tokenizer = load_model(model, chosen)
     first, *others = found
     steering = patch_model(loaded, found[first], adapter_name=first).steering

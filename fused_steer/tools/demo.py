@@ -32,6 +32,7 @@ from .._version import __version__
 from ..adapters.files import WEIGHTS_NAME
 from ..config import SteerConfig, checked_number
 from ..kernels import select_backend
+from ..model.decoder import refuse_adapter
 from ..patch import patch_model
 from .listops import Expression, Operation, check_task, distinct, evaluate, ignoring_brackets
 
@@ -236,6 +237,7 @@ def load_model(source: str | None, device: torch.device) -> tuple[Any, Any]:
     else:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
+        refuse_adapter(source)
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     if tokenizer.eos_token_id is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from importlib.util import find_spec
 
 import numpy as np
@@ -10,13 +11,17 @@ import pytest
 import torch
 from command import assert_refused, invoke, plain_output  # noqa: F401 - an autouse fixture
 from models import randomize, refused
+from peft import LoraConfig, PeftModel, get_peft_model
 from text import save_tiny, tokenizer
 from transformers import AutoModelForCausalLM
 
-from fused_steer import SteerConfig, patch_model
+from fused_steer import SteerConfig, load_joint, patch_model, save_joint
+from fused_steer.evaluation import on_paper
 from fused_steer.evaluation.comparing import scores
-from fused_steer.evaluation.on_paper import paper_tasks
+from fused_steer.evaluation.on_paper import load_documents, paper_tasks
+from fused_steer.paper.answering import answers
 from fused_steer.paper.tasks import TASKS
+from fused_steer.tools.sources import note_parts
 
 needs_harness = pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs lm-evaluation-harness (the extra eval)")
 QUESTIONS = [(f"{a}+{b}=", [str((a + b + k) % 10) for k in range(3)], (a * b) % 3) for a in range(4) for b in range(3)]
@@ -220,11 +225,11 @@ def test_eval_papers_tasks_in_the_chat_template_and_with_a_limit(papers, tmp_pat
     monkeypatch.setattr(
         "fused_steer.paper.answering.Text.batch", lambda self, rows: prompts.extend(map(self.prompt, rows)) or 1 / 0
     )
-    monkeypatch.setattr(
-        "transformers.PreTrainedTokenizerBase.apply_chat_template",
-        lambda self, messages, **options: f"{[m['role'] for m in messages]} {messages[-1]['content']}",
-    )
-    arguments = ("--model", place / "base", "--data", place / "rows", "--chat", "--limit", 2, "--device", "cpu")
+    shutil.copytree(place / "base", tmp_path / "chats")
+    encoder = tokenizer()
+    encoder.chat_template = "{{ messages | map(attribute='role') | list }} {{ messages[-1]['content'] }}"
+    encoder.save_pretrained(tmp_path / "chats")
+    arguments = ("--model", tmp_path / "chats", "--data", place / "rows", "--chat", "--limit", 2, "--device", "cpu")
     assert isinstance(invoke("eval", "paper:gsm8k", *arguments).exception, ZeroDivisionError)
     assert prompts == [f"['system', 'user'] {i} and {i * i}?\n" for i in range(2)]
 
@@ -264,6 +269,147 @@ def test_eval_papers_tasks_refusals(papers, tmp_path, monkeypatch):
         (("paper:boolq",), ("google/boolq cannot be loaded", "expected a connection", "boolq/test.jsonl")),
     ):
         assert_refused(invoke("eval", *arguments, "--model", place / "base", "--device", "cpu"), *parts)
+
+
+# ------------------------------------------------------------------------------------------ LoRA, and LoRA and steering
+
+
+def with_lora(place, **fields):
+    """The base with a LoRA of random values."""
+    torch.manual_seed(7)
+    lora = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False, **fields)
+    return get_peft_model(AutoModelForCausalLM.from_pretrained(place / "base"), lora)
+
+
+@pytest.fixture(scope="module")
+def table(papers):
+    """Beside the steering `one`: a LoRA, a joint save, and a Trainer's checkpoint of both. Return the rows, too."""
+    place, rows = papers
+    with_lora(place, lora_alpha=8).save_pretrained(place / "lora")
+    model = patch_model(with_lora(place, lora_alpha=4), SteerConfig(rank=2, orthogonal_to="lora"))
+    randomize(model, seed=3)
+    save_joint(model, place / "joint")
+    with_lora(place, lora_alpha=2).save_pretrained(place / "checkpoint")
+    shutil.copytree(place / "two", place / "checkpoint" / "fused_steer" / "default")
+    return place, rows
+
+
+def told(place, rows, name) -> list[str]:
+    """Return the answers of an adapter that is alone on a model of its own, loaded by its own library."""
+    model = AutoModelForCausalLM.from_pretrained(place / "base")
+    if name == "joint":
+        model = load_joint(model, place / "joint")
+    elif name in ("lora", "checkpoint"):
+        model = PeftModel.from_pretrained(model, place / name)
+    if name in ("one", "checkpoint", "steering"):
+        model = patch_model(model, place / {"one": "one", "checkpoint": "two", "steering": "joint/steering"}[name])
+    texts = [example.prompt for example in load_documents(["boolq"], place / "rows")["boolq"]]
+    said = []
+    for text in texts:
+        ids = tokenizer()(text, return_tensors="pt")["input_ids"]
+        tokens = model.eval().generate(input_ids=ids, max_new_tokens=10, do_sample=False, pad_token_id=0)
+        said.append(tokenizer().decode(tokens[0, ids.shape[1] :], skip_special_tokens=True))
+    return said
+
+
+def test_eval_lora_steering_and_both_side_by_side(table, tmp_path, monkeypatch):
+    """The comparison of the paper's Table 2 by one command: each adapter answers as it does alone on a fresh base."""
+    place, rows = table
+    names, seen = ("one", "lora", "joint", "checkpoint", "steering"), []
+    monkeypatch.setattr(on_paper, "answers", lambda *given: seen.append(answers(*given)) or seen[-1])
+    paths = {name: place / name for name in names} | {"steering": place / "joint" / "steering"}
+    adapters = [part for name in names for part in ("--adapter", f"{name}={paths[name]}")]
+    out = tmp_path / "scores.json"
+    where = ("--model", place / "base", "--data", place / "rows", "--device", "cpu", "--batch-size", 1, "--out", out)
+    result = invoke("eval", "paper:boolq", *where, *adapters)
+    assert result.exit_code == 0, result.output
+    expected = [told(place, rows, name) for name in ("base", *names)]
+    assert seen == expected and len(set(map(tuple, expected))) == len(expected)
+    found = json.loads(out.read_text())
+    both = "LoRA and steering"
+    assert list(found["adapters"].values()) == ["steering", "LoRA", both, both, "steering"]
+    assert [row["adapter"] for row in found["scores"][: len(expected)]] == ["base", *names]
+    whole = (place / "joint").resolve()
+    assert [line for line in result.stderr.splitlines() if line.startswith("note")] == [
+        f"note      {place / 'joint' / 'steering'} was trained together with the other part in {whole} and runs here "
+        f"without it; expected {whole} for both"
+    ]
+    seen.clear()  # no steering at all
+    assert invoke("eval", "paper:boolq", *where, "--adapter", place / "lora", "--no-base").exit_code == 0
+    assert seen == [expected[2]]
+
+
+def test_eval_refuses_parts_before_a_model_is_loaded(table, tmp_path, monkeypatch):
+    place, _ = table
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: 1 / 0)
+    for name, change in {"ia3": {"peft_type": "IA3"}, "biased": {"bias": "all"}, "empty": {}}.items():
+        shutil.copytree(place / "lora", tmp_path / name)
+        config = tmp_path / name / "adapter_config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | change))
+    (tmp_path / "empty" / "adapter_model.safetensors").unlink()
+    shutil.copytree(place / "joint", tmp_path / "torn")
+    shutil.copy(place / "one" / "adapter_model.safetensors", tmp_path / "torn" / "steering")
+    for arguments, parts in (
+        (("--adapter", tmp_path / "ia3"), ("holds an adapter of IA3; expected steering, a LoRA, or both",)),
+        (("--adapter", tmp_path / "biased"), ("has bias 'all'; expected 'none'",)),
+        (("--adapter", tmp_path / "empty"), ("has no adapter_model.safetensors; expected a LoRA",)),
+        (("--adapter", tmp_path / "torn"), ("was not saved together with the other parts",)),
+        (("--model", place / "lora"), ("lora holds an adapter and no model; expected the model that",)),
+        (("--model", place / "joint"), ("joint holds an adapter and no model",)),
+    ):
+        model = () if "--model" in arguments else ("--model", place / "base")
+        given = ("paper:gsm8k", "--data", place / "rows", "--device", "cpu", *model)
+        assert_refused(invoke("eval", *given, *arguments), *parts)
+    monkeypatch.setattr("fused_steer.tools.sources.find_spec", lambda name: None)
+    given = ("paper:gsm8k", "--data", place / "rows", "--model", place / "base", "--adapter", place / "lora")
+    assert_refused(invoke("eval", *given, "--device", "cpu"), "pip install 'fused-steer[peft]'")
+
+
+def test_eval_refuses_what_does_not_fit(table, tmp_path):
+    place, _ = table
+    save_tiny(tmp_path / "other", hidden_size=64)
+    given = ("eval", "paper:boolq", "--data", place / "rows", "--device", "cpu", "--model")
+    for more, told in (
+        (
+            (tmp_path / "other", "--adapter", place / "lora"),
+            f"the LoRA default in {place / 'lora'} does not fit the model",
+        ),
+        ((place / "base", "--chat"), f"the tokenizer of {place / 'base'} has no chat template; expected one"),
+    ):
+        result = invoke(*given, *more)
+        *_, line = result.stderr.splitlines()  # before it is the progress of loading the model
+        assert result.exit_code == 1 and told in line and len(line) < 500
+
+
+def test_commands_for_steering_alone_say_what_takes_a_lora_or_both(table, tmp_path):
+    place, _ = table
+    (tmp_path / "prompts.txt").write_text("a b c")
+    model, prompts = ("--model", place / "base"), ("--prompts", tmp_path / "prompts.txt")
+    commands = {
+        "chat": lambda adapter: invoke("chat", adapter, *model),
+        "inspect": lambda adapter: invoke("inspect", adapter),
+        "compare": lambda adapter: invoke("compare", adapter, place / "one"),
+        "export": lambda adapter: invoke("export", "vector", adapter, "--out", tmp_path / "x.gguf"),
+        "diagnose": lambda adapter: invoke("diagnose", place / "base", "--adapter", adapter, *prompts),
+    }
+    for run in commands.values():
+        takes = "`fused-steer eval --adapter`", "`fused-steer fit`", "`fused-steer diagnose --joint`"
+        assert_refused(run(place / "joint"), "joint holds a LoRA and steering together", *takes)
+        assert_refused(run(place / "lora"), "peft_type is 'LORA'; expected 'POST_BLOCK'", "eval --adapter")
+
+
+def test_notes_of_parts(table, tmp_path, capsys):
+    place, _ = table
+
+    def said(source) -> str:
+        note_parts(str(source))
+        return capsys.readouterr().err
+
+    for part in ("joint/steering", "joint/lora/default", "checkpoint/fused_steer/default"):
+        assert f"part in {(place / part.split('/')[0]).resolve()} and runs here" in said(place / part)
+    shutil.copytree(place / "joint" / "steering", tmp_path / "alone")
+    assert "was trained together with a LoRA (orthogonal_to)" in said(tmp_path / "alone")
+    assert [said(place / whole) for whole in ("joint", "checkpoint", "lora", "one", "none")] == [""] * 5
 
 
 # ---------------------------------------------------------------------------------------------------------- intervals

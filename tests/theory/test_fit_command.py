@@ -13,7 +13,7 @@ from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import fused_steer.peft  # noqa: F401 (PEFT knows the method)
-from fused_steer import SteerConfig, patch_model
+from fused_steer import SteerConfig, load_joint, patch_model, save_joint
 from fused_steer.theory import divergence, fit
 from fused_steer.tools.prompts import encode
 
@@ -33,6 +33,7 @@ def place(tmp_path_factory):
     config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, lora_alpha=1)
     lora = get_peft_model(copy.deepcopy(models["base"]), config)
     lora.save_pretrained(folder / "lora")
+    lora.save_pretrained(folder / "checkpoint")
     models["tuned"] = lora.merge_and_unload()
     models["broken"] = copy.deepcopy(models["tuned"])
     with torch.no_grad():
@@ -43,6 +44,9 @@ def place(tmp_path_factory):
     steered = patch_model(AutoModelForCausalLM.from_pretrained(folder / "base"))
     randomize(steered)
     steered.steering.save(folder / "steering")
+    steered.steering.save(folder / "checkpoint" / "fused_steer" / "default")  # as a Trainer's checkpoint of both
+    wrapped = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / "base"), folder / "lora")
+    save_joint(patch_model(wrapped, folder / "steering"), folder / "joint")
     generator = torch.Generator().manual_seed(0)
     draws = torch.randint(2, len(WORDS), (40, 7), generator=generator).tolist()
     (folder / "prompts.txt").write_text("\n".join(" ".join(WORDS[i] for i in row) for row in draws))
@@ -56,9 +60,10 @@ def arguments(folder, out, tuned="lora", *more):
 
 
 def expected(place, tuned, **options):
-    """What the function gives for the command's inputs."""
+    """What the function gives for the command's inputs. tuned: a model, or the name of one."""
     folder, tokenizer = place
-    base, other = (AutoModelForCausalLM.from_pretrained(folder / name) for name in ("base", tuned))
+    base = AutoModelForCausalLM.from_pretrained(folder / "base")
+    other = AutoModelForCausalLM.from_pretrained(folder / tuned) if isinstance(tuned, str) else tuned
     prompts = (folder / "prompts.txt").read_text().split("\n")
     parts = [encode(tokenizer, some, 512, 8) for some in (prompts[:36], prompts[36:])]
     config = SteerConfig(rank=4, activation="identity", up_bias=True)
@@ -116,6 +121,21 @@ def test_fit_command_of_a_lora_and_of_an_adapter(place, tmp_path, tuned):
         merged = expected(place, "tuned").as_dict()  # the same LoRA, in the weights
         for layer, other in zip(found["layers"], merged["layers"], strict=True):
             assert layer["share"] == pytest.approx(other["share"], rel=1e-3)
+
+
+def test_fit_command_of_a_lora_and_steering_together(place, tmp_path):
+    """A directory of save_joint, and a Trainer's checkpoint: both parts are fitted, and a part alone is noted."""
+    folder, _ = place
+    shares = {}
+    for tuned in ("lora", "joint", "checkpoint", "joint/steering"):
+        result = invoke(*arguments(folder, tmp_path / "out", tuned, "--json"))
+        assert result.exit_code == 0, result.output
+        assert ("was trained together" in result.stderr) == (tuned == "joint/steering")
+        shares[tuned] = [layer["oracle"] for layer in json.loads(result.stdout)["layers"]]
+    both = load_joint(AutoModelForCausalLM.from_pretrained(folder / "base"), folder / "joint").eval()
+    wanted = [layer.oracle for layer in expected(place, both).layers]
+    assert shares["joint"] == shares["checkpoint"] == pytest.approx(wanted, rel=1e-5)
+    assert shares["lora"] != pytest.approx(wanted, rel=1e-2) != shares["joint/steering"]
 
 
 def test_fit_command_options(place, tmp_path):
