@@ -27,7 +27,15 @@ from .adapters.files import (
     read_adapter,
 )
 from .adapters.parameters import PEFT_PREFIX, by_lower, check_name, refuse_clash, unwrapped
-from .adapters.saving import copy_regular, leftovers, saving_folder, target_folder, write_new
+from .adapters.saving import (
+    checked_path,
+    copy_regular,
+    leftovers,
+    made_folder,
+    saving_folder,
+    target_folder,
+    write_new,
+)
 from .lora.layers import lora_layers, saved_modules
 from .model.decoder import find_decoder, inside_peft
 from .patch import patch_model
@@ -37,6 +45,7 @@ from .steering import Steering
 STEERING_FOLDER, LORA_FOLDER = "steering", "lora"
 #: How often a save retries after another process has moved files.
 _ATTEMPTS = 20
+_JOINT = "a directory that save_joint wrote"
 
 
 def steering_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -91,7 +100,7 @@ def save_joint(model: nn.Module, directory: str | os.PathLike[str]) -> None:
 
     Raises:
         ValueError: the model is not steered or carries no LoRA, FSDP or ZeRO has sharded it, a part cannot be written,
-            the path is empty, or the name of a LoRA is not valid for a folder.
+            the path is empty (see `target_folder`), or the name of a LoRA is not valid for a folder.
         NotADirectoryError: `directory` is a file.
     """
     steering = steering_of(model)
@@ -104,8 +113,7 @@ def save_joint(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     if not is_first():
         return
     target = target_folder(directory, "both adapters")
-    target.mkdir(parents=True, exist_ok=True)
-    with saving_folder(target, "joint", keep=lambda folder: _needed(target, folder)) as new:
+    with made_folder(target), saving_folder(target, "joint", keep=lambda folder: _needed(target, folder)) as new:
         steering.save(new / STEERING_FOLDER)
         places = {STEERING_FOLDER: new / STEERING_FOLDER}
         for name, config in configs.items():
@@ -153,11 +161,13 @@ def load_joint(model: nn.Module, directory: str | os.PathLike[str], *, trainable
 
     Raises:
         FileNotFoundError: a part is missing.
-        ValueError: the parts were not saved together, or a part does not fit the model.
+        TypeError, ValueError: `directory` is no path or an empty one, the parts were not saved together, or a part does
+            not fit the model.
     """
+    source = checked_path(directory, "directory", _JOINT)
     with tempfile.TemporaryDirectory() as copies:
         try:
-            steering, lora = _copy_parts(Path(directory), Path(copies))
+            steering, lora = _copy_parts(source, Path(copies))
             return _load_parts(model, steering, lora, trainable)
         except ValueError as error:
             raise ValueError(str(error).replace(copies, os.fspath(directory))) from error
@@ -191,11 +201,11 @@ def find_joint(directory: str | os.PathLike[str]) -> tuple[Path, dict[str, Path]
 
     Raises:
         FileNotFoundError: there is no such directory, or `save_joint` did not write it.
-        ValueError: a part was not saved together with the others.
+        TypeError, ValueError: `directory` is no path or an empty one, or a part was not saved together with the others.
     """
-    source = Path(directory)
+    source = checked_path(directory, "directory", _JOINT)
     if not (source / JOINT_NAME).exists():
-        raise FileNotFoundError(f"{source} has no {JOINT_NAME}; expected a directory that save_joint wrote")
+        raise FileNotFoundError(f"{source} has no {JOINT_NAME}; expected {_JOINT}")
     found: dict[str, Path | None] = {"": None}
     for _ in range(3):  # a part may be moved into its place during the search
         if None in found.values():
@@ -291,7 +301,7 @@ def _commit(directory: Path, new: Path, digests: dict[str, str | None]) -> None:
     write_new(new / JOINT_NAME, (json.dumps(digests, indent=2) + "\n").encode())
     if record.exists():
         shutil.copy2(record, new / "earlier.json")
-    ours = os.stat(new / JOINT_NAME)
+    ours, had_lora = os.stat(new / JOINT_NAME), (directory / LORA_FOLDER).exists()
     moved: list[tuple[Path, Path]] = []
     try:
         os.replace(new / JOINT_NAME, record)
@@ -305,6 +315,9 @@ def _commit(directory: Path, new: Path, digests: dict[str, str | None]) -> None:
             for source, target in reversed(moved):
                 with contextlib.suppress(OSError):
                     os.replace(target, source)
+            if not had_lora:
+                with contextlib.suppress(OSError):
+                    (directory / LORA_FOLDER).rmdir()
         raise
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from .adapters.distributed import is_first
 from .adapters.files import CHECKPOINT_FOLDER, AdapterFile, refuse_foreign, write_adapter
 from .adapters.parameters import SITE
+from .adapters.saving import target_folder
 from .model.weak import Weakly
 
 _NAME = "save_pretrained"
@@ -79,7 +80,7 @@ class SavePretrained:
         given.pop("self")
         options = given.pop("kwargs", {})
         push = given.pop("push_to_hub", False)
-        target = Path(given["save_directory"])
+        target = target_folder(given["save_directory"], "the model").absolute()
         beside_lora = getattr(self.model, "_hf_peft_config_loaded", False)
         if not beside_lora:
             refuse_foreign(target)

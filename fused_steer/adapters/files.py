@@ -43,7 +43,16 @@ from .parameters import (
     split_path,
     unwrapped,
 )
-from .saving import digest_of, leftovers, open_regular, saving_folder, target_folder, write_new
+from .saving import (
+    checked_path,
+    digest_of,
+    leftovers,
+    made_folder,
+    open_regular,
+    saving_folder,
+    target_folder,
+    write_new,
+)
 from .weights import Header, header_of, read_header, tensors_digest, unprefixed, values_of
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -87,15 +96,14 @@ def write_adapter(directory: str | os.PathLike[str], adapter: AdapterFile) -> No
 
     Raises:
         NotADirectoryError: `directory` is a file.
-        ValueError: the path is empty, or the directory holds an adapter of another method, with files of the same
-            names.
-        OSError: the files could not be written.
+        TypeError, ValueError: `directory` is no path or an empty one (see `target_folder`), or it holds an adapter of
+            another method, with files of the same names.
+        OSError: the files could not be written. Folders that were created for them are removed.
     """
     target = target_folder(directory, "the adapter")
     refuse_foreign(target)
     config, weights = _contents(adapter)
-    target.mkdir(parents=True, exist_ok=True)
-    with saving_folder(target) as folder:
+    with made_folder(target), saving_folder(target) as folder:
         for leftover in leftovers(target):
             shutil.rmtree(leftover, ignore_errors=True)
         write_new(folder / WEIGHTS_NAME, weights)
@@ -185,8 +193,9 @@ def locate_adapter(source: str | os.PathLike[str]) -> Path:
 
     Raises:
         FileNotFoundError: there is no such directory, and the hub has no such id or cannot be reached.
+        TypeError, ValueError: it is no path or an empty one: see `checked_path`.
     """
-    path = Path(source)
+    path = checked_path(source, "source", "an adapter's directory, or its id on the hub")
     if path.is_dir():
         return _beside_a_model(path)
     if path.exists():

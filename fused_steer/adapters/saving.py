@@ -7,6 +7,7 @@ folder's name identifies the saving process, so that folders of killed processes
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import hashlib
 import os
@@ -19,10 +20,12 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 _NAME = re.compile(r"\.(?:saving|joint)-([0-9a-f]{12})-(\d+)-[0-9a-f]{8}")
 #: Seconds after which the folder of another machine's process counts as a leftover, as nothing else is known of it.
 _OLD = 24 * 3600
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _live: set[str] = set()  # the folders of this process
 
 
@@ -87,6 +90,35 @@ def _runs(pid: int) -> bool:
     return True
 
 
+def checked_path(given: Any, name: str, expected: str) -> Path:
+    """Return a path that a user gave. Nothing needs to be there.
+
+    Args:
+        name: the argument's name, for the error message.
+        expected: what was expected, for the error message.
+
+    Raises:
+        TypeError: it is neither a str nor a path of str.
+        ValueError: it is empty, which pathlib takes as the current directory; it has control characters, which would
+            break an error's line; or the file system can have no such name.
+    """
+    text = os.fspath(given) if isinstance(given, os.PathLike) else given
+    if not isinstance(text, str):
+        raise TypeError(f"{name} is a {type(given).__name__}; expected {expected}")
+    if not text or _CONTROL.search(text):
+        raise ValueError(f"{name} is {text!r:.200}; expected {expected}")
+    try:
+        os.stat(text)
+    except UnicodeEncodeError:
+        raise ValueError(f"{name} is {text!a:.200}, which is no text; expected {expected}") from None
+    except OSError as error:  # whoever opens the path reports other errors
+        if error.errno == errno.ENAMETOOLONG:
+            raise ValueError(
+                f"{name} is {text!r:.60}… of {len(text)} characters, too long for a path; expected {expected}"
+            ) from None
+    return Path(text)
+
+
 def target_folder(directory: str | os.PathLike[str], content: str) -> Path:
     """Return the path of a directory to save into, which may be missing.
 
@@ -94,15 +126,36 @@ def target_folder(directory: str | os.PathLike[str], content: str) -> Path:
         content: what is saved, for the error message.
 
     Raises:
-        ValueError: the path is empty; it would mean the current directory.
+        TypeError, ValueError: see `checked_path`; or it is Path('.'), which Path('') is too.
         NotADirectoryError: it is a file.
     """
-    target = Path(directory)
-    if not os.fspath(directory):
-        raise ValueError(f"directory is ''; expected a directory to save {content} in")
+    target = checked_path(directory, "directory", f"a directory to save {content} in")
+    if not isinstance(directory, str) and target == Path():
+        raise ValueError(
+            f"directory is Path('.'), as Path('') is; expected a directory to save {content} in ('.' or Path.cwd() is "
+            "the current one)"
+        )
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(f"{target} is a file; expected a directory to save {content} in")
     return target
+
+
+@contextlib.contextmanager
+def made_folder(target: Path) -> Iterator[None]:
+    """Create a directory and its missing parents. After an exception, the created ones that are empty are removed."""
+    made: list[Path] = []
+    try:
+        for folder in (*reversed(target.parents), target):
+            if not folder.is_dir():
+                with contextlib.suppress(FileExistsError):  # another process was faster
+                    folder.mkdir()
+                    made.append(folder)
+        yield
+    except BaseException:
+        for folder in reversed(made):
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 def write_new(file: Path, content: bytes) -> None:

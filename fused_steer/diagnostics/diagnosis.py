@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .._version import __version__
+from ..adapters.saving import target_folder
 
 if TYPE_CHECKING:
     pass
@@ -76,12 +77,10 @@ class Diagnosis:
 
         Raises:
             ImportError: matplotlib is missing. Nothing is written.
-            NotADirectoryError: `directory` is a file.
+            NotADirectoryError, TypeError, ValueError: `directory` is a file, or see `target_folder`.
         """
         check_matplotlib()
-        target = Path(directory)
-        if target.exists() and not target.is_dir():
-            raise NotADirectoryError(f"{target} is a file; expected a directory to save the diagnosis in")
+        target = target_folder(directory, "the diagnosis")
         target.mkdir(parents=True, exist_ok=True)
         files = [target / JSON_NAME]
         files[0].write_text(json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n", encoding="utf-8")

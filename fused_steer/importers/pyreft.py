@@ -25,6 +25,7 @@ from torch import Tensor
 from ..adapters.fields import read_json
 from ..adapters.files import AdapterFile
 from ..adapters.parameters import DOWN, DOWN_BIAS, UP, UP_BIAS, Place
+from ..adapters.saving import checked_path
 from ..config import SteerConfig
 from ..kernels import ACTIVATIONS
 from ..kernels.rotation import is_orthonormal
@@ -190,7 +191,7 @@ def import_pyreft(
     where = _SHORT.sub(lambda found: f"{_ENDS[found[1]]}_{found[2]}", str(positions))
     SteerConfig(activation=activation, positions=where)
     target = layout(base, num_layers, layers_path)
-    folder = Path(directory)
+    folder = checked_path(directory, "directory", "one that reft_model.save wrote")
     if not (folder / CONFIG_NAME).is_file():
         raise FileNotFoundError(f"no file {folder / CONFIG_NAME}; expected the directory that reft_model.save wrote")
     with naming(folder / CONFIG_NAME):

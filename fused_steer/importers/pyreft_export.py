@@ -28,6 +28,7 @@ from torch import Tensor
 
 from ..adapters.files import AdapterFile, read_adapter
 from ..adapters.parameters import DOWN, DOWN_BIAS, SITE, UP, UP_BIAS, steered
+from ..adapters.saving import checked_path, made_folder
 from ..config import FLOAT32_MAX, SteerConfig
 from ..kernels.rotation import is_orthonormal, orthonormal
 from .pyreft import CONFIG_NAME, FIELDS, FILE_NAME, ORIGINAL, REQUIRED, TRIVIAL, file_name
@@ -105,7 +106,8 @@ def export_pyreft(source: str | os.PathLike[str], directory: str | os.PathLike[s
         FileNotFoundError, ValueError: there is no such adapter, its files are broken, it steers at another site, the
             length of a vector overflows float32, or the directory holds something. Nothing is written then.
     """
-    adapter, target = read_adapter(source), Path(directory)
+    target = checked_path(directory, "directory", "a new one for pyreft's files")
+    adapter = read_adapter(source)
     config = adapter.config
     if config.sites != (SITE,):
         raise ValueError(f"{source} steers at {', '.join(config.sites)}; expected {SITE}, pyreft's block_output")
@@ -113,8 +115,7 @@ def export_pyreft(source: str | os.PathLike[str], directory: str | os.PathLike[s
         raise ValueError(f"{target} exists and is not an empty directory; expected a new one")
     layers = {place.layer: tensors for place, tensors in adapter.tensors.items()}
     name, state_of = _conversion(config, layers)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as parent:
+    with made_folder(target.parent), tempfile.TemporaryDirectory(dir=target.parent) as parent:
         folder = Path(parent, target.name)
         folder.mkdir()
         rank = 0

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..adapters.files import AdapterFile
 from ..adapters.parameters import DOWN, UP, UP_BIAS, Place
+from ..adapters.saving import checked_path
 from ..config import SteerConfig
 from ..kernels import ACTIVATIONS
 from ..model.residual import ResidualNotFound
@@ -95,7 +96,7 @@ def import_steerling(
     # checked first, so that an error does not name the file
     SteerConfig(scale=scale, activation=activation, positions=positions)
     target = layout(base, num_layers, layers_path)
-    entries, ignored = _read(Path(file))
+    entries, ignored = _read(checked_path(file, "file", "one of the released code's"))
     with naming(file):
         places = _by_place(entries, len(ignored))
         hidden, rank, dtype = _sizes(places)

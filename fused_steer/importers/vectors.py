@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..adapters.files import AdapterFile, read_adapter
 from ..adapters.parameters import SITE, UP_BIAS, Place
-from ..adapters.saving import saving_folder
+from ..adapters.saving import checked_path, made_folder, saving_folder
 from ..config import SteerConfig
 from ..positions import ALL
 from .gguf import gguf_bytes, read_gguf
@@ -78,7 +78,7 @@ def import_vector(
         raise ValueError("scale is not given; expected a number (--scale): the file does not record it")
     SteerConfig("vector", scale=scale, layers=layers)
     target = layout(base, num_layers, layers_path)
-    state = _read(Path(file))
+    state = _read(checked_path(file, "file", "a control vector's"))
     with naming(file):
         vectors = _by_layer(state, layers, target.num_layers)
         hidden, dtype = _sizes(vectors)
@@ -107,7 +107,8 @@ def export_vector(
         FileNotFoundError, ValueError: there is no such adapter, its files are broken, the format has no such form, site
             or positions, or the file exists. Nothing is written then.
     """
-    adapter, target = read_adapter(source), Path(file)
+    target = checked_path(file, "file", "a new file for the vectors")
+    adapter = read_adapter(source)
     config = adapter.config
     if target.suffix not in _SUFFIXES:
         raise ValueError(f"the file is {target}; expected its name to end in {', '.join(_SUFFIXES)}")
@@ -124,8 +125,7 @@ def export_vector(
     vectors = {
         place.layer: (config.scale * tensors[UP_BIAS].double()).float() for place, tensors in adapter.tensors.items()
     }
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with saving_folder(target.parent) as folder:
+    with made_folder(target.parent), saving_folder(target.parent) as folder:
         written = folder / target.name
         if target.suffix == ".pt":
             torch.save(vectors, written)

@@ -11,13 +11,13 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from ..adapters.files import CONFIG_NAME, read_adapter
 from ..adapters.parameters import SITE, ByPlace, Place, by_lower, check_name, refuse_clash, steered
+from ..adapters.saving import checked_path
 from ..config import SteerConfig
 from ..model.decoder import Decoder
 from ..model.scopes import renewed_after_fork
@@ -146,10 +146,12 @@ class AdapterPool:
         """Register an adapter saved in a directory or on the hub. It is not opened until it is used.
 
         Raises:
-            ValueError: the name is invalid or taken.
+            TypeError, ValueError: the name is invalid or taken, or the source is no path or an empty one.
         """
+        check_name(name)
+        source = os.fspath(checked_path(source, "source", "an adapter's directory, or its id on the hub"))
         with self._changed:
-            self._add({name: os.fspath(source)})
+            self._add({name: source})
 
     def register_directory(self, directory: str | os.PathLike[str]) -> list[str]:
         """Register each subdirectory that has an adapter_config.json, under its own name; all or none.
@@ -159,9 +161,9 @@ class AdapterPool:
 
         Raises:
             FileNotFoundError, NotADirectoryError: there is no such directory.
-            ValueError: a name is invalid or taken.
+            TypeError, ValueError: the directory is no path or an empty one, or a name is invalid or taken.
         """
-        root = Path(directory)
+        root = checked_path(directory, "directory", "one that holds adapters' directories")
         if not root.exists():
             raise FileNotFoundError(f"no directory {root}; expected one that holds adapters' directories")
         if not root.is_dir():
@@ -245,8 +247,9 @@ class AdapterPool:
 
         Raises:
             KeyError: there is no such adapter.
-            FileNotFoundError, ValueError: the adapter is missing, broken, or does not fit the model or the slots. Other
-                adapters are unaffected.
+            Exception: the adapter is missing (FileNotFoundError), broken or does not fit the model or the slots
+                (ValueError), or its files cannot be read (OSError). The message names the adapter. Other adapters are
+                unaffected.
             TimeoutError: all slots are in use.
         """
         with self.hold([name], timeout=timeout) as held:
@@ -273,7 +276,7 @@ class AdapterPool:
         Raises:
             TypeError, ValueError: `names` is no list, or the timeout no number.
             ValueError: there are more names than slots, or an adapter of `own` does not fit the slots.
-            KeyError, FileNotFoundError, ValueError, TimeoutError: see `load`. The message names the adapter.
+            Exception: see `load`.
         """
         distinct, own, timeout = distinct_names(names), dict(own or {}), checked_timeout(timeout)
         if len(distinct) + len(own) > self.count:
@@ -334,14 +337,15 @@ class AdapterPool:
             future.set_result(_Read(version, *self._read(source)))
             return future
         except BaseException as error:
-            if type(error) in (ValueError, FileNotFoundError, NotADirectoryError):
-                error = type(error)(f"adapter {name!r} cannot be served: {error}")
+            raised = _naming(name, error) if isinstance(error, Exception) else error
             if not future.done():
-                future.set_exception(error if isinstance(error, Exception) else _Abandoned())
+                future.set_exception(raised if isinstance(raised, Exception) else _Abandoned())
             with self._changed:
                 self._reading.pop(name, None)
                 self._count(failures=1)
-            raise error from error.__cause__
+            if raised is error:
+                raise
+            raise raised from error
 
     def _take(
         self,
@@ -490,6 +494,17 @@ class _Read:
     config: SteerConfig
     tensors: ByPlace
     nbytes: int
+
+
+def _naming(name: str, error: Exception) -> Exception:
+    """Return an error of the same kind, or of the nearest kind that takes a message alone, which names the adapter."""
+    message = f"adapter {name!r} cannot be served: {' '.join(str(error).split()) or type(error).__name__}"
+    for kind in type(error).__mro__:
+        with contextlib.suppress(Exception):
+            named = kind(message)
+            if str(named) == message:
+                return named
+    raise AssertionError("BaseException takes a message")
 
 
 class _Abandoned(Exception):

@@ -14,6 +14,7 @@ from ..adapters.fields import read_json
 from ..adapters.files import HUB_ID, write_adapter
 from ..adapters.kinds import CONFIG_NAME, JOINT_NAME, LORA_TYPE, PEFT_TYPE, method_in
 from ..adapters.parameters import SITE
+from ..adapters.saving import checked_path
 from ..config import SteerConfig
 from ..model.decoder import find_decoder, meta_model
 from ..patch import patch_model
@@ -83,7 +84,7 @@ def adapter_type(source: str) -> str | None:
         FileNotFoundError: there is neither.
         ValueError: a LoRA and steering were not saved together.
     """
-    directory = Path(source)
+    directory = checked_path(source, "the tuned model", "a directory or hub id")
     if directory.is_dir():
         joint = (directory / JOINT_NAME).is_file() or method_in(directory) == LORA_TYPE
         if joint and parts_of(source).steering is not None:

@@ -15,15 +15,17 @@ import huggingface_hub
 import pytest
 import torch
 from models import HIDDEN, LAYERS, build, logits, randomize, refused, steering_parameters
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import fused_steer
-from fused_steer import SteerConfig, patch_model
+from fused_steer import SteerConfig, load_joint, patch_model, save_joint
 from fused_steer.adapters.files import read_adapter
 from fused_steer.adapters.weights import tensors_digest
+from fused_steer.importers.pyreft_export import export_pyreft
+from fused_steer.importers.vectors import export_vector
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 RANK = 4
@@ -248,8 +250,65 @@ def test_files_save_refuses_a_file(saved):
     model = patched()
     with refused(NotADirectoryError, str(saved / CONFIG), "expected a directory", model=model):
         model.steering.save(saved / CONFIG)
-    with refused(ValueError, "directory is ''; expected a directory", model=model):
-        model.steering.save("")
+
+
+#: What is no path, and a part of the error.
+NO_PATHS: dict[str, tuple[Any, type[Exception], str]] = {
+    "empty": ("", ValueError, "is ''; expected"),
+    "bytes": (b"x", TypeError, "is a bytes; expected"),
+    "number": (3, TypeError, "is a int; expected"),
+    "NUL": ("a\0b", ValueError, "is 'a\\x00b'; expected"),
+    "two lines": ("a\nb", ValueError, "is 'a\\nb'; expected"),
+    "long name": ("x" * 300, ValueError, "of 300 characters, too long for a path"),
+    "long path": ("x/" * 3000, ValueError, "of 6000 characters, too long for a path"),
+    "no text": ("\ud800", ValueError, "is '\\ud800', which is no text"),
+}
+
+
+@pytest.mark.parametrize("case", NO_PATHS)
+def test_files_what_is_no_path_is_refused(case, saved, monkeypatch):
+    monkeypatch.chdir(saved)  # which an empty path must not mean
+    given, error, part = NO_PATHS[case]
+    before, model, bare = files(saved), patched(seed=2), named()
+    both = patch_model(get_peft_model(named(), LoraConfig(target_modules=["q_proj"])))
+    calls: list[Callable[[Any], Any]] = [
+        model.steering.save,
+        lambda path: save_joint(both, path),
+        model.save_pretrained,
+        model.steering.restore,
+        lambda path: model.steering.load(path, "other"),
+        lambda path: load_joint(bare, path),
+        lambda path: export_pyreft(saved, path),
+        lambda path: export_vector(saved, path),
+        *([lambda path: patch_model(bare, path)] if error is ValueError else []),  # others are no config
+    ]
+    for call in calls:
+        with refused(error, part, model=model):
+            call(given)
+    assert not hasattr(bare, "steering")
+    assert files(saved) == before
+
+
+def test_files_an_empty_path_object_is_no_directory_to_save_in(saved, monkeypatch, tmp_path):
+    monkeypatch.chdir(saved)
+    before, model = files(saved), patched(seed=2)
+    for save in (model.steering.save, model.save_pretrained):
+        with refused(ValueError, "directory is Path('.'), as Path('') is; expected a directory to save", model=model):
+            save(Path(""))
+    assert files(saved) == before
+    model.steering.save(".")
+    assert torch.equal(logits(patch_model(named(), Path("."))), logits(model))
+
+
+def test_files_a_failed_save_leaves_no_folders(tmp_path, monkeypatch):
+    model = patched()
+    (tmp_path / "there").mkdir()
+    for prepare in (fail_at_fsync, fail_at_replace(2)):
+        with pytest.MonkeyPatch.context() as patch:
+            prepare(patch)
+            with pytest.raises(OSError, match="no (replacing|syncing)"):
+                model.steering.save(tmp_path / "there" / "new" / "deep")
+        assert list(tmp_path.rglob("*")) == [tmp_path / "there"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import errno
 import json
 import math
 import os
@@ -426,6 +427,30 @@ def test_pool_what_cannot_be_loaded_fails_alone(folder, tmp_path, make, error, p
     assert torch.equal(logits(model, ["0", "1", "2"]), before)
 
 
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (PermissionError(errno.EACCES, "no access", "file"), PermissionError),
+        (UnicodeDecodeError("utf-8", b"x", 0, 1, "no\ntext"), UnicodeError),  # it takes more than a message
+        (ImportError("no module"), ImportError),
+        (KeyError("k"), LookupError),  # a KeyError would quote the message
+        (MemoryError(), MemoryError),
+    ],
+    ids=lambda value: value.__name__ if isinstance(value, type) else "",
+)
+def test_pool_any_error_names_the_adapter(folder, monkeypatch, error, raised):
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        raise error
+
+    model = pooled(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr("fused_steer.serving.pool.read_adapter", fails)
+        with refused(raised, "adapter '3' cannot be served: ", " ".join(str(error).split())):
+            model.steering.pool.load("3")
+    assert model.steering.pool.statistics.failures == 1
+    model.steering.pool.load("3")
+
+
 def test_pool_another_base_model(folder, tmp_path):
     path = tmp_path / "x"
     edit(shutil.copytree(folder / "0", path) / "adapter_config.json", base_model_name_or_path="other")
@@ -475,6 +500,14 @@ def test_pool_names_and_sizes(folder, tmp_path):
     pool = model.steering.pool
     with refused(ValueError, "adapter name is 'a.b'; expected letters"):
         pool.register("a.b", folder / "0")
+    with refused(ValueError, "adapter name is []; expected letters"):
+        pool.register([], folder / "0")
+    with refused(ValueError, "source is ''; expected an adapter's directory"):
+        pool.register("new", "")
+    with refused(TypeError, "source is a bytes; expected an adapter's directory"):
+        pool.register("new", b"x")
+    with refused(ValueError, "directory is ''; expected one that holds adapters' directories"):
+        pool.register_directory("")
     with refused(ValueError, "adapter '0' is registered already"):
         pool.register("0", folder / "0")
     with refused(ValueError, "there is an adapter 'own' in the model already"):
