@@ -283,8 +283,6 @@ def read_recipe(source: str | Path, changes: Iterable[str] = ()) -> Recipe:
         FileNotFoundError: there is no such file or name.
         ValueError, TypeError: it is no YAML, has a bad value, or an unknown key; the nearest known one is named.
     """
-    import yaml
-
     file = Path(source)
     if not file.is_file() and (SHIPPED / f"{source}.yaml").is_file():
         file = SHIPPED / f"{source}.yaml"
@@ -292,8 +290,8 @@ def read_recipe(source: str | Path, changes: Iterable[str] = ()) -> Recipe:
         names = shipped()
         raise FileNotFoundError(f"no file {source}; expected a recipe, a .yaml, or one of {', '.join(names)}")
     try:
-        given = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        given = _of_yaml(file.read_text(encoding="utf-8"), f"{file}")
+    except UnicodeDecodeError as error:
         raise ValueError(f"{file} is no YAML ({' '.join(str(error).split())}); expected a recipe") from error
     if not isinstance(given, dict):
         raise ValueError(f"{file} holds a {type(given).__name__}; expected the keys {', '.join(_names(Recipe))}")
@@ -311,11 +309,34 @@ def read_recipe(source: str | Path, changes: Iterable[str] = ()) -> Recipe:
                 raise ValueError(
                     f"--set is {change!r}, but {key} holds no keys; expected such as training.max_steps=20"
                 )
-        try:
-            at[last] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ValueError(f"--set is {change!r}, whose value is no YAML; expected such as {path}=20") from error
+        at[last] = _of_yaml(text, f"--set {change}")
     return _section(Recipe, given, "")
+
+
+def _of_yaml(text: str, where: str) -> Any:
+    """Return YAML data in which each key of a mapping occurs once. PyYAML would take the last of equal keys.
+
+    Raises:
+        ValueError: it is no YAML, or a key occurs twice.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            seen = set()
+            for key, _ in node.value:
+                name = (key.tag, key.value) if isinstance(key, yaml.ScalarNode) else id(key)
+                if name in seen:
+                    raise ValueError(
+                        f"{where} has {key.value!r:.200} twice (line {key.start_mark.line + 1}); expected each key once"
+                    )
+                seen.add(name)
+            return super().construct_mapping(node, deep)
+
+    try:
+        return yaml.load(text, Loader)  # noqa: S506 - a SafeLoader
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{where} is no YAML ({' '.join(str(error).split())}); expected a recipe") from error
 
 
 def _names(cls: Any) -> list[str]:

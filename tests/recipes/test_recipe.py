@@ -140,6 +140,14 @@ def test_recipe_refuses_files(recipe, tmp_path):
         read_recipe("none")
     with refused(ValueError, "is no YAML"):
         recipe("a: [")
+    with refused(ValueError, "--set model=[ is no YAML"):
+        recipe(LEAST, "model=[")
+    with refused(ValueError, "has 'out' twice (line 2); expected each key once"):
+        recipe("out: a\nout: b")
+    with refused(ValueError, "has 'rank' twice (line 3); expected each key once"):
+        recipe("out: a\nmethod: {steering: {rank: 1,\n rank: 2}}")
+    with refused(ValueError, "--set training={seed: 1, seed: 2} has 'seed' twice"):
+        recipe(LEAST, "training={seed: 1, seed: 2}")
     with refused(ValueError, "holds a list; expected the keys data, out"):
         recipe("- 1")
     with refused(ValueError, "--set is 'training'; expected such as training.max_steps=20"):
