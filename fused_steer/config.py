@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any, ParamSpec
 
@@ -121,8 +121,7 @@ class SteerConfig:
         orthogonal_modules: str = "mlp",
         positions: str = ALL,
     ) -> None:
-        if form not in FORMS:
-            raise ValueError(f"form is {form!r}; expected one of {', '.join(FORMS)}")
+        checked_choice("form", form, FORMS)
         vector, loreft = form == "vector", form == "loreft"
         fixed = form if vector or loreft else None
         fields: dict[str, Any] = {
@@ -149,16 +148,13 @@ class SteerConfig:
             raise TypeError(f"rank is {self.rank!r}; expected an integer")
         if self.form != "vector" and not 1 <= self.rank <= MAX_RANK:
             raise ValueError(f"rank is {self.rank}; expected 1 to {MAX_RANK}")
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(f"activation is {self.activation!r}; expected one of {', '.join(ACTIVATIONS)}")
+        checked_choice("activation", self.activation, ACTIVATIONS)
         for name in ("down_bias", "up_bias"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} is {getattr(self, name)!r}; expected True or False")
-        if not isinstance(self.dtype, str) or self.dtype not in DTYPES:
-            raise ValueError(f"dtype is {self.dtype!r}; expected one of {', '.join(DTYPES)}")
-        if self.orthogonal_to not in (None, *ORTHOGONAL_TO):
+            checked_bool(name, getattr(self, name))
+        checked_choice("dtype", self.dtype, DTYPES)
+        if self.orthogonal_to is not None and not _is_one_of(self.orthogonal_to, ORTHOGONAL_TO):
             raise ValueError(f"orthogonal_to is {self.orthogonal_to!r}; expected 'lora' or None")
-        if self.orthogonal_modules not in ORTHOGONAL_MODULES:
+        if not _is_one_of(self.orthogonal_modules, ORTHOGONAL_MODULES):
             choices = " or ".join(map(repr, ORTHOGONAL_MODULES))
             raise ValueError(f"orthogonal_modules is {self.orthogonal_modules!r}; expected {choices}")
         if self.form == "loreft" and self.init_scale != 1:
@@ -208,9 +204,27 @@ def _given(name: str, value: Any, default: Any, form: str | None) -> Any:
     """Return the value of a field, or its default. With `form` (not None) only the default is allowed."""
     if value is None:
         return default
-    if form is not None and value != default:
+    if form is not None and not (isinstance(value, type(default)) and value == default):  # an array has no truth value
         raise ValueError(f"{name} is {value!r} with form={form!r}; expected {default!r} or nothing")
     return value
+
+
+def checked_bool(name: str, value: Any) -> bool:
+    """Return the value if it is True or False. Any other is a TypeError: the text "no" would count as True."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r:.80}; expected True or False")
+    return value
+
+
+def checked_choice(name: str, value: Any, choices: Iterable[str]) -> str:
+    """Return the value if it is one of the choices. Any other, of whatever type, is a ValueError."""
+    if not _is_one_of(value, choices):
+        raise ValueError(f"{name} is {value!r:.200}; expected one of {', '.join(choices)}")
+    return value
+
+
+def _is_one_of(value: Any, choices: Iterable[str]) -> bool:
+    return isinstance(value, str) and value in choices  # `in` compares an array number by number
 
 
 def checked_number(name: str, value: Any) -> float:

@@ -31,11 +31,11 @@ from .adapters.saving import (
     checked_path,
     copy_regular,
     leftovers,
-    made_folder,
     saving_folder,
     target_folder,
     write_new,
 )
+from .config import checked_bool
 from .lora.layers import lora_layers, saved_modules
 from .model.decoder import find_decoder, inside_peft
 from .patch import patch_model
@@ -64,8 +64,11 @@ def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Return the trainable parameters of the model's LoRA and of heads beside it, for an optimizer's parameter group.
 
     Raises:
+        TypeError: `model` is not a module.
         ValueError: the model carries no trainable LoRA.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; expected a torch.nn.Module that carries a LoRA")
     layers: list[Any] = [*lora_layers(model).values(), *saved_modules(model)]
     parts = (getattr(layer, name) for layer in layers for name in sorted(layer.adapter_layer_names))
     found = {id(p): p for part in parts for p in part.parameters() if p.requires_grad}
@@ -113,7 +116,7 @@ def save_joint(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     if not is_first():
         return
     target = target_folder(directory, "both adapters")
-    with made_folder(target), saving_folder(target, "joint", keep=lambda folder: _needed(target, folder)) as new:
+    with saving_folder(target, "joint", keep=lambda folder: _needed(target, folder)) as new:
         steering.save(new / STEERING_FOLDER)
         places = {STEERING_FOLDER: new / STEERING_FOLDER}
         for name, config in configs.items():
@@ -164,6 +167,7 @@ def load_joint(model: nn.Module, directory: str | os.PathLike[str], *, trainable
         TypeError, ValueError: `directory` is no path or an empty one, the parts were not saved together, or a part does
             not fit the model.
     """
+    checked_bool("trainable", trainable)
     source = checked_path(directory, "directory", _JOINT)
     with tempfile.TemporaryDirectory() as copies:
         try:

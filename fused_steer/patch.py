@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ._requirements import CORE, warn_untried
-from .config import SteerConfig
+from .config import SteerConfig, checked_bool
 from .model.heads import check_heads
 from .steering import Steering
 
@@ -66,8 +66,8 @@ def patch_model(
         raise TypeError(
             f"config is a {type(config).__name__}; expected a SteerConfig, or the path or hub id of an adapter"
         )
-    if not isinstance(fuse_norm, bool):
-        raise TypeError(f"fuse_norm is a {type(fuse_norm).__name__}; expected True or False")
+    for name, option in (("check_base", check_base), ("freeze_head", freeze_head), ("fuse_norm", fuse_norm)):
+        checked_bool(name, option)
     steering = Steering(model, fuse_norm)
     if not freeze_head:
         check_heads(model)

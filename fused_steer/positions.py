@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -69,10 +70,11 @@ def read_positions(given: Any) -> Positions:
         ValueError: there is no such name.
     """
     text = given
-    if isinstance(given, tuple) and len(given) == 2 and given[0] in ("first", "last"):
-        if not isinstance(given[1], int) or isinstance(given[1], bool) or given[1] < 1:
+    if isinstance(given, tuple) and len(given) == 2 and isinstance(given[0], str) and given[0] in ("first", "last"):
+        count = given[1]
+        if not isinstance(count, Integral) or isinstance(count, bool) or count < 1:
             raise ValueError(f"positions has {given!r}; expected a number of tokens of at least 1")
-        text = f"{given[0]}_{given[1]}"
+        text = f"{given[0]}_{int(count)}"
     found = [_read_part(part) for part in text.split("+")] if isinstance(text, str) else [None]
     if None in found:
         raise ValueError(

@@ -20,7 +20,7 @@ from .adapters.distributed import check_unsharded, first_writes, is_first
 from .adapters.files import AdapterFile, read_adapter, write_adapter
 from .adapters.hub import push_adapter
 from .adapters.parameters import SITE, Adapter, Place, by_lower, check_name, refuse_clash
-from .config import SteerConfig, checked_number
+from .config import SteerConfig, checked_bool, checked_number
 from .lora.constraints import Constraints
 from .lora.layers import adapter_parameters, computing_by
 from .model.decoder import execution_device, inside_peft
@@ -110,6 +110,7 @@ class Steering:
             ValueError: the files are broken, the adapter does not fit the model or (if `check_base`) names another
                 base model, or FSDP or ZeRO has sharded the model.
         """
+        checked_bool("check_base", check_base)
         self._check_new_name(name)
         check_unsharded(self._decoder.layers, "adapters to be loaded")
         self._insert_file(name, read_adapter(source, self._decoder.layout, check_base=check_base))
@@ -379,6 +380,21 @@ class Steering:
         with self._gains.prompts(given):
             yield
 
+    def check_measurable(self, what: str, disabled: bool = False) -> None:
+        """Refuse to measure the active adapter where it does not steer.
+
+        Args:
+            what: the action, for the error message: "sweep is called".
+            disabled: accept that steering is disabled.
+
+        Raises:
+            RuntimeError: a batch is running, or steering is disabled.
+        """
+        if self._batch is not None:
+            raise RuntimeError(f"{what} inside steering.batch; expected it outside")
+        if self._patched.disabled and not disabled:
+            raise RuntimeError(f"{what} while steering is disabled; expected it outside (of steering.disabled())")
+
     def _is_idle(self) -> bool:
         return self._batch is not None or self._patched.disabled or not self._patched.layers
 
@@ -425,6 +441,7 @@ class Steering:
                 sharded the model.
         """
         slots, rank, kept = checked_size(slots, rank, dtype)
+        checked_bool("check_base", check_base)
         if self._pool is not None:
             raise ValueError("there is a pool already; expected close_pool() first")
         if self._batch is not None:

@@ -127,6 +127,12 @@ def test_config_round_trip(config):
         ({"positions": "all+"}, ValueError, "'all+'"),
         ({"positions": None}, ValueError, "None"),
         ({"init_scale": None}, TypeError, "None"),
+        *(
+            ({name: np.zeros(2)}, ValueError, "array([0., 0.])")
+            for name in ("form", "activation", "dtype", "positions")
+        ),
+        *(({name: np.zeros(2)}, ValueError, "[0., 0.]") for name in ("orthogonal_to", "orthogonal_modules")),
+        ({"activation": np.zeros(2), "form": "vector"}, ValueError, "array([0., 0.])"),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )

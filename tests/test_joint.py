@@ -93,6 +93,8 @@ def test_joint_parameters_of_what_is_not_there():
     patch_model(model)
     with refused(ValueError, "LlamaForCausalLM carries no LoRA that trains", "expected", model=model):
         lora_parameters(model)
+    with refused(TypeError, "model is a int; expected a torch.nn.Module that carries a LoRA"):
+        lora_parameters(3)
     model.steering.use(None)
     with refused(ValueError, "no steering adapter of the model trains", "expected", model=model):
         parameters_of_steering(model)

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from transformers import T5Config, T5ForConditionalGeneration
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from fused_steer import SteerConfig, patch_model
+from fused_steer import SteerConfig, load_joint, patch_model
 from fused_steer.model.decoder import find_decoder
 
 RANK = 4
@@ -515,6 +515,21 @@ def test_patch_refuses_a_config_that_does_not_fit(config, error, parts):
     model = build()
     with refused(error, *parts, model=model):
         patch_model(model, config)
+
+
+@pytest.mark.parametrize("value", ["no", [], None, 0])
+def test_patch_options_that_are_no_bool_are_refused(value, tmp_path):
+    model, patched = build(), patch_model(build())
+    told = f"is {value!r}; expected True or False"
+    for option in ("check_base", "freeze_head", "fuse_norm"):
+        with refused(TypeError, f"{option} {told}", model=model):
+            patch_model(model, **{option: value})
+    with refused(TypeError, f"check_base {told}", model=patched):
+        patched.steering.load(tmp_path, "other", check_base=value)
+    with refused(TypeError, f"check_base {told}", model=patched):
+        patched.steering.make_pool(check_base=value)
+    with refused(TypeError, f"trainable {told}", model=model):
+        load_joint(model, tmp_path, trainable=value)
 
 
 def test_patch_refuses_a_second_patch():

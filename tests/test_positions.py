@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -118,6 +119,7 @@ def assert_as_masked(model: nn.Module, gain: Tensor, inputs: dict[str, Tensor], 
         ("last_1", "last_prompt"),
         (("first", 3), "first_3"),
         (("last", 3), "last_3"),
+        (("last", np.int64(3)), "last_3"),
         ("last_7+first_7", "first_7+last_7"),
         ("generated+last_prompt", "last_prompt+generated"),
         ("prompt+generated", "all"),
@@ -226,6 +228,7 @@ def test_positions_with_prompts_that_are_told():
         ([0.5, 1.0], ("float32", "number of prompt tokens")),
         ([3, -5], ("prompts has -5", "number of prompt tokens")),
         (None, ("prompts is None", "number of prompt tokens")),
+        (torch.tensor([True, True]), ("dtype torch.bool", "number of prompt tokens")),
         ([3, "5"], ("prompts is [3, '5']", "number of prompt tokens")),
     ):
         with refused(ValueError, *parts), model.steering.prompts(told):
@@ -498,6 +501,14 @@ def test_positions_of_passes_by_the_decoder_alone():
         assert torch.equal(model.model(ids).last_hidden_state, expected)
     with refused(ValueError, "does not say where"):
         model.model(ids)
+
+
+def test_positions_with_a_mask_of_one_row_for_all():
+    model, ids = steered("last_2"), tokens()
+    mask = torch.ones(1, LENGTH, dtype=torch.long)  # with zeros transformers refuses it
+    with torch.no_grad():
+        one, each = (model.model(ids, attention_mask=given).last_hidden_state for given in (mask, mask.expand(2, -1)))
+    assert torch.equal(one, each)
 
 
 def test_positions_with_activation_and_scale_of_their_own():

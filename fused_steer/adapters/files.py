@@ -43,16 +43,7 @@ from .parameters import (
     split_path,
     unwrapped,
 )
-from .saving import (
-    checked_path,
-    digest_of,
-    leftovers,
-    made_folder,
-    open_regular,
-    saving_folder,
-    target_folder,
-    write_new,
-)
+from .saving import checked_path, digest_of, leftovers, open_regular, saving_folder, target_folder, write_new
 from .weights import Header, header_of, read_header, tensors_digest, unprefixed, values_of
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -103,7 +94,7 @@ def write_adapter(directory: str | os.PathLike[str], adapter: AdapterFile) -> No
     target = target_folder(directory, "the adapter")
     refuse_foreign(target)
     config, weights = _contents(adapter)
-    with made_folder(target), saving_folder(target) as folder:
+    with saving_folder(target) as folder:
         for leftover in leftovers(target):
             shutil.rmtree(leftover, ignore_errors=True)
         write_new(folder / WEIGHTS_NAME, weights)

@@ -46,19 +46,21 @@ def saving_folder(
 ) -> Iterator[Path]:
     """Create a folder in `directory` for files that are being saved, and remove it on exit.
 
-    It is kept if `keep` returns that it holds a needed file.
+    `directory` is created if needed: see `made_folder`. The folder is kept if `keep` returns that it holds a needed
+    file.
     """
     folder = directory / f".{kind}-{_machine()}-{os.getpid()}-{secrets.token_hex(4)}"
-    _live.add(str(folder.absolute()))
-    try:
-        folder.mkdir()
-        yield folder
-    finally:
+    with made_folder(directory):
+        _live.add(str(folder.absolute()))
         try:
-            if not keep(folder):
-                shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            yield folder
         finally:
-            _live.discard(str(folder.absolute()))
+            try:
+                if not keep(folder):
+                    shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                _live.discard(str(folder.absolute()))
 
 
 def leftovers(directory: Path, kind: str = "saving") -> list[Path]:

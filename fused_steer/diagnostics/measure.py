@@ -54,11 +54,13 @@ def diagnose(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Diagnosi
         UserWarning: layers do nothing. They are `Diagnosis.asleep`.
 
     Raises:
-        ValueError: the model is not patched, no adapter is active, steering is disabled, the modules that write into
-            the residual stream are not found, the batches hold no token to measure, or a mask has another shape.
+        RuntimeError: steering is disabled, or a batch is running.
+        ValueError: the model is not patched, no adapter is active, the modules that write into the residual stream are
+            not found, the batches hold no token to measure, or a mask has another shape.
         TypeError: a batch is not a mapping with `input_ids`.
     """
     steering = steering_of(model)
+    steering.check_measurable("diagnose is called")
     if steering.active is None:
         raise ValueError(f"no adapter of the model is in use; expected one of {steering.names} (model.steering.use)")
     inner = inside_peft(model)
@@ -67,8 +69,6 @@ def diagnose(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Diagnosi
     every = {place: _site(decoder.layers[place.layer], place.site) for place in kinds}
     sites = {place: site for place, site in every.items() if site.active is not None}
     layers = {place.layer: decoder.layers[place.layer] for place in sites}
-    if not all(site.enabled for site in sites.values()):
-        raise ValueError("steering is disabled; expected it enabled (outside of model.steering.disabled())")
     # The hooks would recompile compiled layers, and removing the hooks would recompile them again.
     eager = torch.compiler.set_stance("force_eager")
     with _left_as_it_was(decoder.module, list(every.values())), eager:

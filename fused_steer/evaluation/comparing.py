@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from ..config import checked_bool
+from ..joint import steering_of
 from ..paper.data import Example
 from .on_paper import outcomes
 
@@ -78,14 +80,17 @@ def compare_adapters(
 
     Raises:
         KeyError: the model has no such adapter.
-        ValueError: a task is unknown, or has no metric that is a number for each document.
+        RuntimeError: steering is disabled, or a batch is running.
+        ValueError: the model is not patched, or a task is unknown, or has no metric that is a number for each document.
     """
-    steering, active = model.steering, model.steering.active
+    checked_bool("chat", chat)
+    steering = steering_of(model)
+    steering.check_measurable("compare_adapters is called")
     if use is None:
         for name in adapters:
             if name is not None:
                 steering.config(name)
-    switch = steering.use if use is None else use
+    switch, active = steering.use if use is None else use, steering.active
     values = []
     try:
         for name in adapters:

@@ -91,7 +91,7 @@ def computing_by(
         ValueError: an unknown mode, or the model carries no LoRA.
         RuntimeError: see `Scopes.open`.
     """
-    if mode not in MODES:
+    if not isinstance(mode, str) or mode not in MODES:
         raise ValueError(f"mode is {mode!r}; expected one of {', '.join(map(repr, MODES))}")
     layers = list(lora_layers(model).values())
     if not layers:

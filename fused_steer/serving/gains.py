@@ -214,7 +214,8 @@ class Gains:
                     "of two dimensions"
                 )
             return torch.ones(rows, columns, dtype=torch.bool, device=device)
-        return mask[:, -columns:].to(device) != 0  # the mask includes cached columns
+        real = mask[:, -columns:].to(device) != 0  # the mask includes cached columns
+        return real.expand(rows, -1) if len(real) == 1 else real  # models accept one row for all
 
     def _answer(self, real: Tensor, starts: Tensor | None, given: Mapping[str, Any]) -> tuple[Tensor, bool]:
         """Return a mask of the answers' tokens, and whether labels or prompts gave it."""
@@ -302,7 +303,8 @@ def _prompts(given: Any) -> Tensor:
         prompts = torch.as_tensor(given)
     except (TypeError, ValueError, RuntimeError, OverflowError):  # PyTorch's errors do not say what was expected
         raise ValueError(f"prompts is {given!r:.80}; {expected}") from None
-    if prompts.dim() not in (1, 2) or prompts.is_floating_point() or prompts.is_complex():
+    kinds = (1, 2) if prompts.dtype != torch.bool else (2,)  # True is no number of tokens
+    if prompts.dim() not in kinds or prompts.is_floating_point() or prompts.is_complex():
         raise ValueError(f"prompts has shape {tuple(prompts.shape)} and dtype {prompts.dtype}; {expected}")
     if prompts.dim() == 1 and prompts.device.type == "cpu" and bool((prompts < 0).any()):
         raise ValueError(f"prompts has {int(prompts.min())}; {expected}")

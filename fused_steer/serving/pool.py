@@ -22,7 +22,7 @@ from ..config import SteerConfig
 from ..model.decoder import Decoder
 from ..model.scopes import renewed_after_fork
 from ..positions import read_positions
-from .requests import checked_timeout, distinct_names
+from .requests import checked_timeout, distinct_names, with_prefix
 from .slots import Held, Slots
 
 
@@ -71,9 +71,8 @@ class AdapterPool:
             own_names: returns the names of the model's adapters.
             check_base: refuse an adapter of another base model.
         """
-        self.slots = slots
-        self.count = next(iter(slots.values())).count
-        self.rank = next(iter(slots.values())).rank
+        self.slots, one = slots, next(iter(slots.values()))
+        self.count, self.rank = one.count, one.rank
         self._decoder, self._own_names, self._check_base = decoder, own_names, check_base
         self._changed = threading.Condition(threading.RLock())  # guards all fields below
         self._sources: dict[str, str] = {}
@@ -149,9 +148,9 @@ class AdapterPool:
             TypeError, ValueError: the name is invalid or taken, or the source is no path or an empty one.
         """
         check_name(name)
-        source = os.fspath(checked_path(source, "source", "an adapter's directory, or its id on the hub"))
+        checked_path(source, "source", "an adapter's directory, or its id on the hub")
         with self._changed:
-            self._add({name: source})
+            self._add({name: os.fspath(source)})
 
     def register_directory(self, directory: str | os.PathLike[str]) -> list[str]:
         """Register each subdirectory that has an adapter_config.json, under its own name; all or none.
@@ -247,9 +246,8 @@ class AdapterPool:
 
         Raises:
             KeyError: there is no such adapter.
-            Exception: the adapter is missing (FileNotFoundError), broken or does not fit the model or the slots
-                (ValueError), or its files cannot be read (OSError). The message names the adapter. Other adapters are
-                unaffected.
+            FileNotFoundError, ValueError, OSError: the adapter is missing, is broken or does not fit, or cannot be
+                read. The message names it. Other adapters are unaffected.
             TimeoutError: all slots are in use.
         """
         with self.hold([name], timeout=timeout) as held:
@@ -276,7 +274,7 @@ class AdapterPool:
         Raises:
             TypeError, ValueError: `names` is no list, or the timeout no number.
             ValueError: there are more names than slots, or an adapter of `own` does not fit the slots.
-            Exception: see `load`.
+            KeyError, TimeoutError, FileNotFoundError, ValueError, OSError: see `load`.
         """
         distinct, own, timeout = distinct_names(names), dict(own or {}), checked_timeout(timeout)
         if len(distinct) + len(own) > self.count:
@@ -337,15 +335,13 @@ class AdapterPool:
             future.set_result(_Read(version, *self._read(source)))
             return future
         except BaseException as error:
-            raised = _naming(name, error) if isinstance(error, Exception) else error
+            named = with_prefix(error, f"adapter {name!r} cannot be served") if isinstance(error, Exception) else None
             if not future.done():
-                future.set_exception(raised if isinstance(raised, Exception) else _Abandoned())
+                future.set_exception(named or _Abandoned())
             with self._changed:
                 self._reading.pop(name, None)
                 self._count(failures=1)
-            if raised is error:
-                raise
-            raise raised from error
+            raise (named or error) from (error if named else error.__cause__)
 
     def _take(
         self,
@@ -494,17 +490,6 @@ class _Read:
     config: SteerConfig
     tensors: ByPlace
     nbytes: int
-
-
-def _naming(name: str, error: Exception) -> Exception:
-    """Return an error of the same kind, or of the nearest kind that takes a message alone, which names the adapter."""
-    message = f"adapter {name!r} cannot be served: {' '.join(str(error).split()) or type(error).__name__}"
-    for kind in type(error).__mro__:
-        with contextlib.suppress(Exception):
-            named = kind(message)
-            if str(named) == message:
-                return named
-    raise AssertionError("BaseException takes a message")
 
 
 class _Abandoned(Exception):

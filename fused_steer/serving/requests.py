@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -81,3 +82,14 @@ def checked_timeout(timeout: Any) -> float:
         raise ValueError(f"timeout is {timeout!r:.200}; expected a number of seconds")
     longest: Any = threading.TIMEOUT_MAX
     return float(longest if seconds > longest else seconds)
+
+
+def with_prefix(error: Exception, prefix: str) -> Exception:
+    """Return an error of the same kind, or of the nearest kind that takes only a message, with a prefix."""
+    message = f"{prefix}: {' '.join(str(error).split()) or type(error).__name__}"
+    for kind in type(error).__mro__:
+        with contextlib.suppress(Exception):
+            made = kind(message)
+            if str(made) == message:
+                return made
+    raise AssertionError("Exception takes a message")

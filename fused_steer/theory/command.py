@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..adapters.fields import read_json
-from ..adapters.files import HUB_ID, write_adapter
+from ..adapters.files import HUB_ID, read_adapter, write_adapter
 from ..adapters.kinds import CONFIG_NAME, JOINT_NAME, LORA_TYPE, PEFT_TYPE, method_in
 from ..adapters.parameters import SITE
 from ..adapters.saving import checked_path
@@ -21,7 +21,7 @@ from ..patch import patch_model
 from ..tools.prompts import encode, read_prompts
 from ..tools.sources import note_parts, parts_of
 from ..tools.variants import Variants
-from .fitting import Fit, check_config, check_decoders, fit
+from .fitting import Fit, check_config, check_decoders, check_positions, check_ridge, fit
 from .next_token import Divergence, divergence
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ class FitOptions:
                 raise ValueError(f"{name.replace('_', ' ')} is {value}; expected at least 1")
         if not 0 <= self.held_out < 1:
             raise ValueError(f"held out is {self.held_out}; expected a share of the prompts, 0 or more and below 1")
+        check_ridge(self.ridge)
         for path in (self.out, *self.out.parents):
             if path.exists() and not path.is_dir():
                 raise ValueError(f"out is {str(self.out)!r} but {path} is a file; expected a directory")
@@ -153,6 +154,8 @@ def run(options: FitOptions, console: Console) -> None:
         note_parts(options.tuned)
     plan = find_decoder(meta_model(options.base))  # all that can be refused before weights are read is
     check_config(config, plan)
+    if kind == PEFT_TYPE:
+        check_positions(options.tuned, read_adapter(options.tuned, plan.layout, check_base=True).config)
     if kind is None:
         check_decoders(plan, find_decoder(meta_model(options.tuned)))
     base, tokenizer = load_model(options.base, device)

@@ -18,9 +18,11 @@ from torch import Tensor, nn
 
 from ..adapters.files import AdapterFile
 from ..adapters.parameters import DOWN, UP, UP_BIAS, ByPlace, Place
-from ..config import DTYPES, SteerConfig
+from ..config import DTYPES, SteerConfig, checked_bool, checked_number
 from ..kernels import post_block
-from ..model.decoder import Decoder
+from ..model.decoder import Decoder, inside_peft
+from ..positions import ALL
+from ..steering import Steering
 from .lockstep import Batch, Stream, evaluating, kept_tokens, with_site
 from .regression import Affine, Moments, best_affine, check_tokens
 
@@ -109,8 +111,9 @@ def fit(
 
     Raises:
         ValueError: the models have other sizes, or layers that cannot be run one by one; the config has another
-            activation than identity, a b1 or a strength; the rank is beyond the hidden size; there are too few tokens;
-            or a hidden state is not finite.
+            activation than identity, a b1 or a strength; the rank is beyond the hidden size; the tuned model's adapter
+            has positions; there are too few tokens; or a hidden state is not finite.
+        RuntimeError: a batch of the tuned model is running.
         TypeError: a batch is no mapping with `input_ids`.
     """
     config = SteerConfig(activation="identity", up_bias=True) if config is None else config
@@ -137,8 +140,9 @@ def fit_each(
         check_config(config, own.decoder)
         if config.site != site:
             raise ValueError(f"the configs have the sites {site} and {config.site}; expected the same")
-    if not (math.isfinite(ridge) and ridge >= 0):
-        raise ValueError(f"ridge is {ridge}; expected a finite number, 0 or more")
+    check_ridge(ridge)
+    checked_bool("sequence", sequence)
+    check_tuned(tuned)
     device = own.device if own.device.type == "cuda" else torch.device("cpu")  # others may have no float64
     parts = [_Part(some, len(own), device) for some in (batches, held_out)]
     check_tokens(parts[0].tokens, max(config.rank for config in configs))
@@ -275,6 +279,32 @@ def _rounded(tensors: dict[str, Tensor], device: torch.device) -> Affine:
 def _steered(states: Tensor, tensors: dict[str, Tensor]) -> Tensor:
     there = {name: tensor.to(states.device) for name, tensor in tensors.items()}
     return post_block(states, None, there.get(DOWN), there.get(UP), up_bias=there.get(UP_BIAS), activation="identity")
+
+
+def check_ridge(ridge: float) -> None:
+    """Refuse a ridge that is no finite number of 0 or more."""
+    if checked_number("ridge", ridge) < 0:
+        raise ValueError(f"ridge is {ridge}; expected a finite number, 0 or more")
+
+
+def check_tuned(tuned: nn.Module) -> None:
+    """Refuse a steered model whose layers, run one by one, would not compute as in a pass of the model.
+
+    Raises:
+        ValueError: its adapter has positions.
+        RuntimeError: a batch is running.
+    """
+    steering = getattr(inside_peft(tuned), "steering", None)
+    if isinstance(steering, Steering):
+        steering.check_measurable("fit is called", disabled=True)
+        if steering.active is not None:
+            check_positions("the tuned model's adapter", steering.config())
+
+
+def check_positions(what: str, config: SteerConfig) -> None:
+    """Refuse an adapter that steers some tokens only. The fitted one steers all of them."""
+    if config.positions != ALL:
+        raise ValueError(f"{what} has positions {config.positions!r}; expected {ALL!r}: a fitted adapter has no others")
 
 
 def check_decoders(base: Decoder, tuned: Decoder) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..adapters.files import write_adapter
-from ..config import checked_number
+from ..config import checked_choice, checked_number
 from ..diagnostics.figures import check_matplotlib
 from ..model.decoder import find_decoder, meta_model
 from ..tools.prompts import encode, read_prompts
@@ -65,8 +65,7 @@ class ExtractOptions:
             missing = "--positive" if self.positive is None else "--negative"
             raise ValueError(f"{missing} is not given; expected a file of texts for each side")
         check_method(self.method, paired=self.pairs is not None)
-        if self.token not in TOKENS:
-            raise ValueError(f"token is {self.token!r}; expected one of {', '.join(TOKENS)}")
+        checked_choice("token", self.token, TOKENS)
         for name in ("new_tokens", "max_length", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name.replace('_', ' ')} is {getattr(self, name)}; expected at least 1")

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..config import checked_choice
+
 METHODS = ("mean", "pca", "pca-center")
 
 
@@ -16,8 +18,7 @@ def check_method(method: str, paired: bool) -> None:
     Raises:
         ValueError: it is refused.
     """
-    if method not in METHODS:
-        raise ValueError(f"method is {method!r}; expected one of {', '.join(METHODS)}")
+    checked_choice("method", method, METHODS)
     if method != "mean" and not paired:
         raise ValueError(f"method is {method!r} for two sets of texts; expected 'mean', or pairs")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from ..adapters.files import AdapterFile
 from ..adapters.parameters import UP_BIAS, Layout, Place
-from ..config import SteerConfig
+from ..config import SteerConfig, checked_bool, checked_choice, checked_number
 from ..model.decoder import find_decoder, inside_peft
 from .directions import check_method, direction, separation
-from .hidden import hidden_states
+from .hidden import TOKENS, Batches, checked_batches, hidden_states
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,8 @@ class Extraction:
 
 def extract(
     model: nn.Module,
-    positive: Sequence[Mapping[str, Tensor]],
-    negative: Sequence[Mapping[str, Tensor]],
+    positive: Batches,
+    negative: Batches,
     *,
     method: str = "mean",
     token: str = "last",
@@ -99,11 +99,17 @@ def extract(
         paired: whether text i of both sides is a pair.
 
     Raises:
-        ValueError: an argument is out of range, pairs are not as many, or the texts give no direction.
+        TypeError, ValueError: an argument has another form or is out of range, a text has no token, pairs are not as
+            many, or the texts give no direction.
     """
     layout = find_decoder(inside_peft(model)).layout
+    checked_bool("normalise", normalise)
     config = check_extraction(layout, method, layers, scale, held_out, paired)
-    states = [hidden_states(model, batches, token) for batches in (positive, negative)]  # (layers, texts, d)
+    checked_choice("token", token, TOKENS)
+    texts = [
+        checked_batches(side, given, whole=True) for side, given in (("positive", positive), ("negative", negative))
+    ]
+    states = [hidden_states(model, batches, token) for batches in texts]  # (layers, texts, d)
     counts = [side.shape[1] for side in states]
     if paired and counts[0] != counts[1]:
         raise ValueError(f"there are {counts[0]} positive and {counts[1]} negative texts; expected pairs, or two sets")
@@ -133,7 +139,8 @@ def check_extraction(
     Raises:
         TypeError, ValueError: an argument is out of range.
     """
-    check_method(method, paired)
+    check_method(method, checked_bool("paired", paired))
+    held_out = checked_number("held out", held_out)
     if not 0 <= held_out < 1:
         raise ValueError(f"held out is {held_out}; expected a share of the texts, 0 or more and below 1")
     config = SteerConfig("vector", layers=layers, scale=scale)

@@ -3,15 +3,49 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..config import checked_choice
 from ..model.decoder import execution_device, find_decoder, inside_peft
 
 TOKENS = ("last", "mean")
+Batches = Iterable[Mapping[str, Tensor]]
+
+
+def checked_batches(name: str, batches: Batches, *, whole: bool = False) -> list[Mapping[str, Tensor]]:
+    """Return batches of texts as a list.
+
+    Args:
+        name: the argument's name, for the error message.
+        whole: refuse a text without tokens, of which there is no hidden state.
+
+    Raises:
+        TypeError, ValueError: a batch is no mapping with `input_ids` and `attention_mask`, two tensors (texts, tokens),
+            there is no batch, or a text has no tokens.
+    """
+    expected = "expected batches with tensors input_ids and attention_mask (texts, tokens)"
+    if isinstance(batches, (str, Mapping)) or not isinstance(batches, Iterable):
+        raise TypeError(f"{name} is a {type(batches).__name__}; {expected}")
+    found = list(batches)
+    if not found:
+        raise ValueError(f"{name} is empty; {expected}")
+    for batch in found:
+        if not isinstance(batch, Mapping):
+            raise TypeError(f"{name} has a {type(batch).__name__}; {expected}")
+        ids, mask = batch.get("input_ids"), batch.get("attention_mask")
+        if not isinstance(ids, Tensor) or not isinstance(mask, Tensor):
+            raise TypeError(f"{name} has a batch of {', '.join(map(str, batch)) or 'nothing'}; {expected}")
+        if ids.dim() != 2 or ids.shape != mask.shape or not ids.numel():
+            raise ValueError(
+                f"{name} has input_ids {tuple(ids.shape)} and attention_mask {tuple(mask.shape)}; {expected}"
+            )
+        if whole and not (mask != 0).any(1).all():
+            raise ValueError(f"{name} has a text whose attention_mask is all 0; expected at least one token in each")
+    return found
 
 
 @torch.no_grad()
@@ -29,8 +63,7 @@ def hidden_states(model: nn.Module, batches: Sequence[Mapping[str, Tensor]], tok
     Raises:
         ValueError: an unknown `token`, or states that are not finite.
     """
-    if token not in TOKENS:
-        raise ValueError(f"token is {token!r}; expected one of {', '.join(TOKENS)}")
+    checked_choice("token", token, TOKENS)
     decoder = find_decoder(inside_peft(model))
     device = execution_device(decoder.module)
     found: list[Tensor] = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import SteerConfig, checked_number
-from ..model.decoder import inside_peft
+from ..config import SteerConfig, checked_bool, checked_number
+from ..model.decoder import find_decoder, inside_peft
 from ..patch import patch_model
+from .hidden import Batches, checked_batches
 
 _NAME = "vectors-sweep"
-Batches = Sequence[Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,16 @@ def sweep(
         each_layer: steer one layer at a time instead of all together.
 
     Raises:
-        TypeError, ValueError: a dose is no number, vectors do not fit the model, or no text has a second token.
+        TypeError, ValueError: an argument has another form, vectors do not fit the model, or no text has a second
+            token.
+        RuntimeError: steering is disabled, or a batch is running.
     """
-    doses = [checked_number("a dose", dose) for dose in doses]
+    doses, vectors = _checked_doses(doses), _checked_vectors(vectors)
+    checked_bool("each_layer", each_layer)
+    positive, negative, texts = (
+        checked_batches(name, batches)
+        for name, batches in (("positive", positive), ("negative", negative), ("texts", texts))
+    )
     groups = [{layer: vector} for layer, vector in vectors.items()] if each_layer else [dict(vectors)]
     rows = []
     for group in groups:
@@ -92,7 +99,7 @@ def continuations(
         prompt: a text.
         new_tokens: the most tokens of a continuation.
     """
-    doses = [checked_number("a dose", dose) for dose in doses]
+    doses, vectors = _checked_doses(doses), _checked_vectors(vectors)
     if not doses:
         return []
     device = model.get_input_embeddings().weight.device
@@ -108,12 +115,29 @@ def continuations(
     return tokenizer.batch_decode(found[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
+def _checked_doses(doses: Any) -> list[float]:
+    if isinstance(doses, str) or not isinstance(doses, Iterable):
+        raise TypeError(f"doses is {doses!r:.80}; expected a list of numbers")
+    return [checked_number("a dose", dose) for dose in doses]
+
+
+def _checked_vectors(vectors: Any) -> dict[int, Tensor]:
+    if not isinstance(vectors, Mapping):
+        raise TypeError(f"vectors is a {type(vectors).__name__}; expected a vector for each layer, by its index")
+    if not vectors:
+        raise ValueError("vectors is empty; expected a vector for at least one layer")
+    return dict(vectors)
+
+
 @contextlib.contextmanager
 def _steered(model: Any, vectors: Mapping[int, Tensor]) -> Iterator[Any]:
     """Let vectors steer the model inside this context, in eval mode."""
+    find_decoder(inside_peft(model))  # refuses what is no model
     inner: Any = inside_peft(model)
     modes = [(module, module.training) for module in model.modules()]
     steering = getattr(inner, "steering", None)
+    if steering is not None:
+        steering.check_measurable("the vector is tried")
     with contextlib.ExitStack() as undo:
         if steering is None:
             config = SteerConfig("vector", layers=[next(iter(vectors))])

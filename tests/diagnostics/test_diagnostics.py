@@ -533,7 +533,9 @@ def test_diagnostics_refusals_of_diagnose():
         diagnose(model, [{"input_ids": tokens(), "attention_mask": torch.zeros(2, 9)}])
     with refused(ValueError, "attention_mask is (2, 8)", "(2, 9)", model=model):
         diagnose(model, [{"input_ids": tokens(), "attention_mask": torch.ones(2, 8)}])
-    with model.steering.disabled(), refused(ValueError, "steering is disabled", model=model):
+    with model.steering.disabled(), refused(RuntimeError, "diagnose is called while steering is disabled", model=model):
+        diagnose(model, masked_batches())
+    with model.steering.batch([None, None]), refused(RuntimeError, "diagnose is called inside steering.batch"):
         diagnose(model, masked_batches())
     model.steering.use(None)
     with refused(ValueError, "no adapter of the model is in use", "default", model=model):

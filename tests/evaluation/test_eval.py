@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 from command import assert_refused, invoke, plain_output  # noqa: F401 - an autouse fixture
-from models import randomize, refused
+from models import build, randomize, refused
 from peft import LoraConfig, PeftModel, get_peft_model
 from text import save_tiny, tokenizer
 from transformers import AutoModelForCausalLM
 
 from fused_steer import SteerConfig, load_joint, patch_model, save_joint
 from fused_steer.evaluation import on_paper
-from fused_steer.evaluation.comparing import scores
+from fused_steer.evaluation.comparing import compare_adapters, scores
 from fused_steer.evaluation.on_paper import load_documents, paper_tasks
 from fused_steer.paper.answering import answers
 from fused_steer.paper.tasks import TASKS
@@ -155,6 +155,16 @@ def test_eval_refusals(place, tmp_path, monkeypatch):
         ((task, "--out", tmp_path / "none" / "x.json"), ("there is no directory",)),
     ):
         assert_refused(invoke("eval", *arguments, "--model", place / "base", "--device", "cpu"), *parts)
+
+
+def test_eval_where_an_adapter_does_not_steer_is_refused():
+    with refused(ValueError, "LlamaForCausalLM is not steered"):
+        compare_adapters(build(), None, [None], [])
+    model = patch_model(build())
+    with model.steering.disabled(), refused(RuntimeError, "compare_adapters is called while steering is disabled"):
+        compare_adapters(model, None, [None], [])
+    with model.steering.batch([None]), refused(RuntimeError, "compare_adapters is called inside steering.batch"):
+        compare_adapters(model, None, [None], [])
 
 
 def test_eval_without_the_harness_says_how_to_install_it(place, monkeypatch):

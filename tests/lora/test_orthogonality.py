@@ -650,8 +650,9 @@ def test_orthogonality_no_lora():
 
 def test_orthogonality_unknown_mode_and_a_mode_without_lora():
     model = joint()
-    with refused(ValueError, "'all'", "'both', 'lora', 'steering'", model=model), model.steering.mode("all"):
-        pass
+    for mode in ("all", torch.zeros(2)):
+        with refused(ValueError, f"{mode!r}", "'both', 'lora', 'steering'", model=model), model.steering.mode(mode):
+            pass
     plain = patch_model(build())
     with refused(ValueError, "'steering'", "carries no LoRA", model=plain), plain.steering.mode("steering"):
         pass

@@ -476,11 +476,6 @@ def test_norms_are_off_by_default_and_not_in_the_file(tmp_path):
     assert "norm: fused" in str(fused_model.steering.report())
 
 
-def test_norms_bad_argument_is_one_line():
-    with pytest.raises(TypeError, match="fuse_norm is a str; expected True or False"):
-        patch_model(build(), fuse_norm="yes")
-
-
 # --------------------------------------------------------------------------------------------- models of other states
 
 

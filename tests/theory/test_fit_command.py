@@ -47,6 +47,8 @@ def place(tmp_path_factory):
     steered.steering.save(folder / "checkpoint" / "fused_steer" / "default")  # as a Trainer's checkpoint of both
     wrapped = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / "base"), folder / "lora")
     save_joint(patch_model(wrapped, folder / "steering"), folder / "joint")
+    steered.steering.add("generated", SteerConfig(positions="generated"))
+    steered.steering.save(folder / "generated", "generated")
     generator = torch.Generator().manual_seed(0)
     draws = torch.randint(2, len(WORDS), (40, 7), generator=generator).tolist()
     (folder / "prompts.txt").write_text("\n".join(" ".join(WORDS[i] for i in row) for row in draws))
@@ -176,7 +178,11 @@ def test_fit_command_refusals(place, tmp_path, monkeypatch):
     refuses("is no UTF-8 text", more=("--prompts", tmp_path / "bad.txt"))
     refuses("no directory", tmp_path / "none", tuned=tmp_path / "none")
     refuses(f"layers has {LAYERS}", more=("--layers", LAYERS))
-    refuses("ridge is -1.0", more=("--ridge", -1))
+    with monkeypatch.context() as patch:  # these are refused before a model is loaded
+        patch.setattr("fused_steer.tools.demo.load_model", None)
+        for ridge in ("-1", "nan", "inf"):
+            refuses(f"ridge is {float(ridge)}", more=("--ridge", ridge))
+        refuses("has positions 'generated'; expected 'all': a fitted adapter has no others", tuned="generated")
     refuses("held out is 1.0", more=("--held-out", 1))
     refuses("site is 'mlp'; expected one of", more=("--site", "mlp"))
     refuses("batch size is 0", more=("--batch-size", 0))

@@ -247,6 +247,8 @@ def nan_model():
         (build, {"config": config(down_bias=True)}, "down_bias is True; expected False"),
         (build, {"config": config(scale=2.0)}, "scale is 2.0; expected 1.0"),
         (build, {"ridge": -1.0}, "ridge is -1.0"),
+        (build, {"ridge": float("nan")}, "ridge is nan; expected a finite number"),
+        (lambda: patch_model(build(), SteerConfig(positions="last_2")), {}, "adapter has positions 'last_2'; expected"),
         (build, {"batches": batches(1, length=9)[:1], "config": config(rank=24)}, "24 tokens to fit on; expected more"),
         (nan_model, {}, "the tuned model's hidden states after layer 1 are NaN or infinite"),
     ],
@@ -273,6 +275,14 @@ def test_fit_refuses_what_is_no_batch_and_a_steered_base():
         fit(model, model, [{"input_ids": tokens(), "attention_mask": torch.ones(2, 8)}], config())
     with pytest.raises(ValueError, match="the base model is steered"):
         fit(patch_model(model), build(), batches(), config())
+
+
+def test_fit_of_a_model_in_a_batch_is_refused():
+    tuned = patch_model(build())
+    with tuned.steering.batch([None, None]), pytest.raises(RuntimeError, match=r"fit is called inside steering\.batch"):
+        fit(build(), tuned, batches(), config())
+    with pytest.raises(TypeError, match="sequence is 'no'; expected True or False"):
+        fit(build(), tuned, batches(), config(), sequence="no")
 
 
 def test_fit_refuses_layers_that_are_not_a_chain():

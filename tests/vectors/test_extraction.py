@@ -21,6 +21,7 @@ from models import (
     randomize,
     refused,
     snapshot,
+    tokens,
 )
 from text import tokenizer
 from torch import Tensor
@@ -215,6 +216,29 @@ def test_extraction_refusals():
     refuses("method is 'median'; expected one of mean, pca, pca-center", method="median")
     refuses("method is 'pca' for two sets of texts; expected 'mean', or pairs", method="pca", paired=False)
     refuses("token is 'first'; expected one of last, mean", token="first")
+    refuses("token is 3; expected one of last, mean", token=3)
+    refuses("positive is empty; expected batches", sides=([], []))
+    refuses("negative is empty; expected batches", sides=(sides[0], []))
+    padding = [{**sides[1][0], "attention_mask": sides[1][0]["attention_mask"].clone()}]
+    padding[0]["attention_mask"][1] = 0
+    for token in ("last", "mean"):
+        told = "negative has a text whose attention_mask is all 0; expected at least one token"
+        refuses(told, sides=(sides[0], padding), token=token, paired=False)
+    uneven = [{**sides[0][0], "attention_mask": torch.ones(2, 3)}]
+    refuses("attention_mask (2, 3); expected batches", sides=(uneven, sides[1]))
+    for given, part in (
+        (["good"], "positive has a str"),
+        ("good", "positive is a str"),
+        (sides[0][0], "positive is a dict"),
+        ([{"input_ids": tokens()}], "positive has a batch of input_ids"),
+    ):
+        with refused(TypeError, part, "expected batches with tensors input_ids and attention_mask", model=model):
+            extract(model, given, sides[1])
+    for name in ("normalise", "paired"):
+        with refused(TypeError, f"{name} is 'no'; expected True or False", model=model):
+            extract(model, *sides, **{name: "no"})
+    with refused(TypeError, "held out is 'x'; expected a number", model=model):
+        extract(model, *sides, held_out="x")
     refuses("held out is 1.0", held_out=1.0)
     refuses(f"layers has {LAYERS}; expected indices below {LAYERS}", layers=[LAYERS])
     refuses("12 positive and 7 negative texts; expected pairs", sides=(sides[0], batches(rows(1, 7))))

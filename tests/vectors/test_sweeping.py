@@ -105,6 +105,34 @@ def test_sweep_refusals():
     ):
         with refused(error, *parts, model=model):
             sweep(model, given, good, good, good, doses)
+    for error, part, arguments in (
+        (ValueError, "vectors is empty; expected", ({}, good, good, good, [1.0])),
+        (TypeError, "vectors is a list; expected", ([torch.ones(HIDDEN)], good, good, good, [1.0])),
+        (ValueError, "negative is empty; expected batches", (vectors(), good, [], good, [1.0])),
+        (TypeError, "texts has a str; expected batches", (vectors(), good, good, ["good"], [1.0])),
+        (TypeError, "doses is 1.0; expected a list of numbers", (vectors(), good, good, good, 1.0)),
+        (TypeError, "doses is '12'; expected a list of numbers", (vectors(), good, good, good, "12")),
+    ):
+        with refused(error, part, model=model):
+            sweep(model, *arguments)
+    with refused(TypeError, "each_layer is 'no'; expected True or False", model=model):
+        sweep(model, vectors(), good, good, good, [1.0], each_layer="no")
+    with refused(TypeError, "model is a int; expected a torch.nn.Module"):
+        sweep(3, vectors(), good, good, good, [1.0])
     short = [{"input_ids": tokens(batch=2, length=1), "attention_mask": torch.ones(2, 1)}]
     with refused(ValueError, "no text has a second token", model=model):
         sweep(model, vectors(), good, short, good, [1.0])
+
+
+def test_sweep_where_a_vector_does_not_steer_is_refused():
+    model, good = patch_model(build()), batches(SIDES[0])
+    steering = model.steering
+    for scope, part in (
+        (steering.disabled(), "while steering is disabled"),
+        (steering.batch([None]), "steering.batch"),
+    ):
+        with scope:
+            with refused(RuntimeError, part, "expected it outside", model=model):
+                sweep(model, vectors(), good, good, good, [1.0])
+            with refused(RuntimeError, part, "expected it outside", model=model):
+                continuations(model, tokenizer(), vectors(), "what", [1.0], 2)
