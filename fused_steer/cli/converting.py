@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
-from .shared import CONVERT, app, errors_in_one_line, indices, new_console
+from .shared import CONVERT, App, app, errors_in_one_line, indices, new_console
 
 if TYPE_CHECKING:
     from ..adapters.files import AdapterFile
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 # --------------------------------------------------------------------------------------------------------------- import
 
-import_app = typer.Typer(help="Import adapters of other libraries into fused-steer's format.", no_args_is_help=True)
+import_app = App(help="Import adapters of other libraries into fused-steer's format.", no_args_is_help=True)
 app.add_typer(import_app, name="import", rich_help_panel=CONVERT)
 
 _Out = Annotated[Path, typer.Option("--out", help="Directory for the adapter.", show_default=False)]
@@ -47,7 +47,7 @@ def _write_imported(file: Path, adapter: AdapterFile, out: Path, tokens: str, **
     write_adapter(out, adapter)
     config, layout, steered = adapter.config, adapter.layout, adapter.config.layers
     layers = f"all {layout.num_layers}" if steered is None else f"{', '.join(map(str, steered))} of {layout.num_layers}"
-    table = Table("setting", "value")
+    table = Table("setting", Column("value", overflow="fold"))
     for name, value in {
         "file": file,
         "form": config.form,
@@ -218,7 +218,7 @@ def vector(
 
 # --------------------------------------------------------------------------------------------------------------- export
 
-export_app = typer.Typer(help="Write adapters as other codes have them.", no_args_is_help=True)
+export_app = App(help="Write adapters as other codes have them.", no_args_is_help=True)
 app.add_typer(export_app, name="export", rich_help_panel=CONVERT)
 
 

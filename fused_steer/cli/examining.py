@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from .shared import EXAMINE, app, errors_in_one_line, new_console
+from .shared import EXAMINE, app, echo, errors_in_one_line, new_console
 
 # --------------------------------------------------------------------------------------------------------------- doctor
 
@@ -43,7 +43,7 @@ def inspect(
 
         description = describe(adapter)
         if as_json:
-            typer.echo(json.dumps(description, indent=2))
+            echo(json.dumps(description, indent=2))
         else:
             new_console().print(config_table(description))
             new_console().print(norms_table(description["layers"]))
@@ -65,7 +65,7 @@ def compare(
 
         found = compare_adapters(first, second)
         if as_json:
-            typer.echo(json.dumps(found.as_dict(), indent=2))
+            echo(json.dumps(found.as_dict(), indent=2))
             return
         screen = new_console()
         if found.differences:
@@ -103,7 +103,7 @@ def kernels(
         request = Request(hidden, rank, dtype, tuple(tokens or (4096, 8)), tuple(target or ()), gpus)
         description = describe_kernels(request)
         if as_json:
-            typer.echo(json.dumps(description, indent=2))
+            echo(json.dumps(description, indent=2))
         else:
             print_kernels(description, new_console())
 
@@ -135,7 +135,7 @@ def coverage(
         if out is not None:
             out.parent.mkdir(parents=True, exist_ok=True)
             out.write_text(markdown(rows), encoding="utf-8")
-        typer.echo(json.dumps([asdict(row) for row in rows], indent=2) if as_json else summary(rows))
+        echo(json.dumps([asdict(row) for row in rows], indent=2) if as_json else summary(rows))
     if any("wrong" in (row.outcome, row.post_mlp and row.post_mlp.outcome) for row in rows):
         raise typer.Exit(1)
 
@@ -153,7 +153,9 @@ def diagnose(
     adapter: Annotated[str | None, typer.Option(help="A saved steering adapter: its directory or hub id.")] = None,
     lora: Annotated[str | None, typer.Option(help="A LoRA that PEFT saved, beside --adapter.")] = None,
     joint: Annotated[Path | None, typer.Option(help="A directory of save_joint, with both.")] = None,
-    field: Annotated[str, typer.Option(help="The field of a .jsonl's lines that holds the prompt.")] = "prompt",
+    field: Annotated[
+        str | None, typer.Option(help="Field of a .jsonl's lines; if not given, prompt, text or messages.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Directory for the figures and diagnostics.json.")] = Path(
         "fused-steer-diagnosis"
     ),
@@ -192,4 +194,4 @@ def bench(
         from ..tools.quick_bench import measure
 
         found = measure(choose_device(device))
-        typer.echo(json.dumps(found.as_dict(), indent=2) if as_json else found.block())
+        echo(json.dumps(found.as_dict(), indent=2) if as_json else found.block())

@@ -222,6 +222,9 @@ def train(
         from ..recipes.command import list_shipped, run
 
         if listed:
+            beside = {"RECIPE": recipe, "--set": changes, "--resume": resume, "--check": check}
+            if given := [name for name, value in beside.items() if value]:
+                raise ValueError(f"--list is given with {', '.join(given)}; expected it alone")
             list_shipped(new_console())
             return
         if recipe is None:

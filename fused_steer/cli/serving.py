@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .shared import USE, app, errors_in_one_line, indices, new_console
+from .shared import USE, app, echo, errors_in_one_line, indices, new_console
 
 # ----------------------------------------------------------------------------------------------------------- serve-plan
 
@@ -67,7 +67,7 @@ def serve_plan(
         )
         found = planning.plan(request)
         if as_json:
-            typer.echo(planning.as_json(request, found))
+            echo(planning.as_json(request, found))
         else:
             planning.show(request, found, new_console())
 
@@ -192,11 +192,14 @@ def chat(
     If stdin is no terminal, its lines are answered one after the other.
     """
     with errors_in_one_line():
+        from ..config import checked_number
         from ..tools.chat_terminal import run, start
 
         if new_tokens < 1:
             raise ValueError(f"new tokens is {new_tokens}; expected at least 1")
-        if temperature < 0:
+        if scale is not None:
+            checked_number("scale", scale)
+        if checked_number("temperature", temperature) < 0:
             raise ValueError(f"temperature is {temperature}; expected 0 or more")
         options = {"scale": scale, "both": both, "new_tokens": new_tokens, "temperature": temperature}
         run(lambda: start(model, adapters, device, **options), new_console())

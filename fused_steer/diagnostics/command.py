@@ -38,7 +38,7 @@ class DiagnoseOptions:
     lora: str | None
     joint: Path | None
     prompts: Path
-    field: str
+    field: str | None
     out: Path
     max_prompts: int | None
     max_length: int

@@ -62,7 +62,7 @@ class Chat:
             ValueError: an unknown command, adapter or value. Nothing has changed then.
         """
         try:
-            name, *rest = shlex.split(line[1:])
+            name, *rest = shlex.split(line[1:]) or [""]
         except ValueError as error:
             raise ValueError(f"{line!r} cannot be read ({error}); expected a command, such as /help") from None
         arguments = {"adapter": 1, "scale": 1, "positions": 1, "off": 0, "on": 0, "both": 0, "one": 0}

@@ -148,10 +148,10 @@ def _clipped(cosine: float) -> float:
 def differences_table(found: Comparison, first: str, second: str) -> Table:
     """A row for each field that differs."""
     from rich.markup import escape
-    from rich.table import Table
+    from rich.table import Column, Table
     from rich.text import Text
 
-    table = Table("setting", escape(first), escape(second))
+    table = Table("setting", *(Column(escape(name), overflow="fold") for name in (first, second)))
     for name, values in found.differences.items():
         table.add_row(name, *(Text("-" if value is None else str(value)) for value in values))
     return table

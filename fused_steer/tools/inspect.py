@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 from torch import Tensor
 
@@ -70,7 +70,7 @@ def describe(source: str) -> dict[str, Any]:
 
 
 def config_table(description: dict[str, Any]) -> Table:
-    table = Table("setting", "value")
+    table = Table("setting", Column("value", overflow="fold"))  # a narrow screen cuts no path
     facts = {name: value for name, value in description.items() if name not in ("config", "layers")}
     for name, value in {**facts, **description["config"]}.items():
         shown = f"{value:,}" if name in ("parameters", "file_bytes") else str(value)

@@ -24,12 +24,15 @@ def read_prompts(file: Path, field: str | None = None) -> list[Prompt]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is of another kind, a line is no JSON object with that field, or there is no prompt.
+        ValueError: it is of another kind, a .txt with a field, a line is no JSON object with that field, or there is no
+            prompt.
     """
     if not file.is_file():
         raise FileNotFoundError(f"no file {file}; expected prompts, a .txt or .jsonl")
     if file.suffix not in (".txt", ".jsonl"):
         raise ValueError(f"prompts are in {file}; expected a .txt, one a line, or a .jsonl")
+    if field is not None and file.suffix == ".txt":
+        raise ValueError(f"field is {field!r} and prompts are in {file}, which has no fields; expected a .jsonl")
     try:
         content = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

@@ -20,7 +20,7 @@ def sources(adapters: list[str]) -> dict[str, str]:
     """Return adapters by name, from NAME=PATH, or PATH, which is named by its last part.
 
     Raises:
-        ValueError: a name is invalid, or a name occurs twice.
+        ValueError: a name is invalid, is "base", or occurs twice.
     """
     found: dict[str, str] = {}
     for given in adapters:
@@ -28,7 +28,9 @@ def sources(adapters: list[str]) -> dict[str, str]:
         if not sign:
             name, source = Path(given).name, given
         check_name(name)
-        if name in found or name == "base":
+        if name == "base":
+            raise ValueError("an adapter has the name 'base', that of the base model; expected another one: NAME=PATH")
+        if name in found:
             raise ValueError(f"there are two adapters {name!r}; expected a name for each: NAME=PATH")
         found[name] = source
     return found

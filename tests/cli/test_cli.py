@@ -15,6 +15,7 @@ from models import LAYERS, build
 from fused_steer import SteerConfig, __version__, patch_model
 from fused_steer._requirements import OPTIONAL, TRIED
 from fused_steer.adapters.files import CONFIG_NAME, WEIGHTS_NAME
+from fused_steer.cli import app
 from fused_steer.tools.doctor import Finding
 
 VERBS = ("demo", "fit", "extract", "train", "serve-plan", "verify-vllm", "eval", "chat", "doctor", "inspect")
@@ -59,6 +60,76 @@ def test_cli_the_command_starts_without_torch():
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == "[]"
+
+
+def test_cli_no_value_may_be_empty(capsys):
+    """An empty path would mean the current directory."""
+    import typer
+
+    def checked(command, *path):
+        for name, one in getattr(command, "commands", {}).items():
+            yield from checked(one, *path, name)
+        before = []
+        for parameter in [] if hasattr(command, "commands") else command.params:
+            is_flag = getattr(parameter, "is_flag", False) or parameter.name in ("help", "doses")
+            if parameter.param_type_name == "argument":
+                yield parameter.opts[0], [*path, *before, ""]
+                before.append("x")
+            elif not is_flag and parameter.default != "":
+                yield parameter.opts[0], [*path, parameter.opts[0], ""]
+
+    command = typer.main.get_command(app)
+    found = list(checked(command))
+    assert len(found) > 100
+    for name, arguments in found:
+        assert command.main(arguments, standalone_mode=False) == 1
+        assert capsys.readouterr().err == f"fused-steer: {name} is ''; expected a value that is not empty\n"
+
+
+def test_cli_a_point_is_the_current_directory(tmp_path, monkeypatch):
+    patch_model(build(), SteerConfig(form="vector", layers=[1])).steering.save(tmp_path / "vector")
+    monkeypatch.chdir(tmp_path)
+    assert invoke("export", "vector", "vector", "--out", "v.pt").exit_code == 0
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir("here")
+    known = ("--scale", 1, "--num-layers", LAYERS, "--layers-path", "model.layers")
+    result = invoke("import", "vector", "../v.pt", "--out", ".", *known)
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "here" / CONFIG_NAME).is_file()
+
+
+def test_cli_a_narrow_or_piped_table_cuts_no_path(tmp_path, monkeypatch):
+    path = tmp_path / ("long" * 30) / ("name" * 10)
+    patch_model(build(), SteerConfig(form="vector")).steering.save(path)
+    assert "…" not in invoke("inspect", path).stdout
+    monkeypatch.delenv("COLUMNS")  # a pipe says nothing of its width
+    assert str(path) in invoke("inspect", path).stdout
+
+
+@pytest.mark.parametrize("goes", [False, True], ids=["of any encoding", "whose reader goes"])
+def test_cli_stdout(goes):
+    code = """
+from fused_steer.cli.shared import app, echo, errors_in_one_line
+
+@app.command()
+def say():
+    with errors_in_one_line():
+        echo("‖W1‖" * 100_000)
+
+@app.command()
+def no():
+    pass
+
+app(["say"])
+"""
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], env=environment, **pipes) as process:
+        out = b"" if goes else process.stdout.read()
+        process.stdout.close()
+        error = process.stderr.read()
+    assert error == b""
+    assert (process.returncode, out) == ((1, b"") if goes else (0, rb"\u2016W1\u2016" * 100_000 + b"\n"))
 
 
 # ------------------------------------------------------------------------------------------------------------- doctor

@@ -277,6 +277,9 @@ def test_train_checks_before_a_model_is_loaded(recipe, tmp_path, monkeypatch):
 
 
 def test_train_lists_the_recipes_that_come_along():
+    assert_refused(
+        invoke("train", "--list", "a.yaml", "--check"), "--list is given with RECIPE, --check; expected it alone"
+    )
     result = invoke("train", "--list")
     assert result.exit_code == 0
     assert [line.split()[0] for line in result.stdout.splitlines()] == [

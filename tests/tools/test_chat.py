@@ -127,6 +127,7 @@ def test_chat_commands_that_are_refused_change_nothing():
         ("/scale", "/scale has 0 arguments; expected 1"),
         ("/off now", "/off has 1 arguments; expected 0"),
         ("/dance", "there is no /dance; expected one of /adapter"),
+        ("/", "there is no /; expected one of /adapter"),
         ("/scale 'a", "cannot be read"),
     ):
         with refused(ValueError, part):
@@ -165,9 +166,12 @@ def test_chat_command_refusals(tmp_path, monkeypatch):
 
     refuses("no adapter directory", given=(tmp_path / "none",))
     refuses("there are two adapters 'one'", given=(one, one))
-    refuses("there are two adapters 'base'", given=(f"base={one}",))
+    refuses("an adapter has the name 'base', that of the base model; expected another", given=(f"base={one}",))
     refuses("new tokens is 0", given=(one, "--new-tokens", 0))
     refuses("temperature is -1.0", given=(one, "--temperature", -1))
+    for option in ("temperature", "scale"):
+        for value in ("nan", "inf"):
+            refuses(f"{option} is {value}; expected a finite number", given=(one, f"--{option}", value))
     terminal = SimpleNamespace(stdin=SimpleNamespace(isatty=lambda: True))
     monkeypatch.setattr("fused_steer.tools.chat_terminal.sys", terminal)
     monkeypatch.setattr("fused_steer.tools.chat_terminal.find_spec", lambda name: None)

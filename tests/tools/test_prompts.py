@@ -48,6 +48,9 @@ def test_prompts_of_json_lines_by_their_field(tmp_path):
     assert read_prompts(file) == ["p", "t", CHAT]
     file.write_text(json.dumps(lines[0]))
     assert read_prompts(file, "text") == ["t"]
+    (tmp_path / "p.txt").write_text("a")
+    with pytest.raises(ValueError, match="field is 'text' and prompts are in .*p.txt, which has no fields"):
+        read_prompts(tmp_path / "p.txt", "text")
 
 
 @pytest.mark.parametrize(
