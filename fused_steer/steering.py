@@ -30,7 +30,7 @@ from .model.stored import adapter_file, check_same_config, files_of_state, resto
 from .model.watch import Report
 from .model.weak import Weakly, WeakMethod
 from .positions import ALL, read_positions
-from .serving.batch import Batch, run_batch
+from .serving.batch import Batch, run_batch, steer_by_rows
 from .serving.continuous import generate_inside
 from .serving.gains import Gains
 from .serving.holding import checked_size, hold_adapters, make_slots
@@ -168,12 +168,14 @@ class Steering:
 
         Raises:
             KeyError, FileNotFoundError: there is no such adapter in the model, or no saved one.
-            ValueError: the saved adapter is broken or has another config, or FSDP1 or ZeRO has sharded the adapter.
+            ValueError: the saved adapter is broken or has another config, a running batch uses the adapter, or FSDP1 or
+                ZeRO has sharded it.
         """
         name = self._known(name)
         file = read_adapter(source, self._decoder.layout)
         check_same_config(source, file.config, name, self._configs[name])
         with self._changing("steering.restore is called"):
+            self._check_not_in_batch(name, "restored")
             restore_values(file, name, self._patched.sites, self._decoder.layers)
             self._configs[name] = replace(self._configs[name], scale=file.config.scale)
             self._use(self._active)
@@ -181,13 +183,21 @@ class Steering:
     def use(self, name: str | None) -> None:
         """Make `name` the active adapter, which steers and trains. None deactivates steering.
 
+        Inside `batch` it takes effect afterwards, because the rows there have adapters of their own.
+
         Raises:
             KeyError: there is no such adapter.
-            RuntimeError: the model runs in another thread, or `disabled` or a batch is open in one.
+            RuntimeError: the model runs in another thread, or `disabled` or a batch is open in one. Or `generate` runs,
+                and the active adapter has positions.
         """
         if name is not None:
             self._known(name)
         with self._changing("steering.use is called"):
+            if self._batch is not None and self._batch.by == "generate":
+                raise RuntimeError(
+                    "steering.use is called while generate runs, and the active adapter has positions; expected it "
+                    "before or afterwards"
+                )
             self._use(name)
 
     def _use(self, name: str | None) -> None:
@@ -212,8 +222,7 @@ class Steering:
         """
         self._named(name)
         with self._changing("steering.remove is called"):
-            if self._batch is not None and name in self._batch.held.numbers:
-                raise ValueError(f"adapter {name!r} is in use by a running batch; expected it to be removed afterwards")
+            self._check_not_in_batch(name, "removed")
             if name == self._active:
                 self._use(None)
             del self._configs[name]
@@ -271,7 +280,10 @@ class Steering:
 
     @property
     def scale(self) -> float:
-        """The strength s of the active adapter."""
+        """The strength s of the active adapter. It is not set inside `batch`, which takes strengths itself.
+
+        Nor is it set while `generate` runs and the adapter has positions.
+        """
         return self.config().scale
 
     @scale.setter
@@ -279,6 +291,11 @@ class Steering:
         name = self._known(None)
         config = replace(self._configs[name], scale=checked_number("scale", value))
         with self._changing("steering.scale is set"):
+            if self._batch is not None:
+                raise RuntimeError(
+                    f"steering.scale is set while {self._batch.by} runs with the strengths that it began with; "
+                    "expected it before or afterwards"
+                )
             self._configs[name] = config
             for site in self._patched.sites.values():
                 site.set_scale(config.scale)
@@ -361,7 +378,7 @@ class Steering:
             held = undo.enter_context(hold_adapters(self._pool, sites, self._configs, distinct))
             undo.callback(setattr, self, "_batch", None)
             self._batch = Batch(requests, held, self._scopes)
-            run_batch(self._model, self._decoder.module, sites, self._batch, undo)
+            run_batch(self._model, self._decoder.module, lambda: self._patched.sites, self._batch, undo)
             yield
 
     @contextlib.contextmanager
@@ -401,8 +418,17 @@ class Steering:
     def _is_tracing(self) -> bool:
         return self._constraints.tracing
 
-    def _batch_of_active(self, rows: int) -> contextlib.AbstractContextManager[None]:
-        return self.batch([self._active] * rows)
+    @contextlib.contextmanager
+    def _batch_of_active(self, rows: int) -> Iterator[None]:
+        with self.batch([self._active] * rows):
+            batch: Any = self._batch
+            batch.by = "generate"
+            yield
+
+    def _check_not_in_batch(self, name: str, what: str) -> None:
+        if self._batch is not None and name in self._batch.held.numbers:
+            by = "a running batch" if self._batch.by == "steering.batch" else self._batch.by
+            raise ValueError(f"adapter {name!r} is in use by {by}; expected it to be {what} afterwards")
 
     def _servable(self, name: str) -> None:
         if self._pool is None or name not in self._pool:
@@ -551,6 +577,8 @@ class Steering:
         with self._changing("an adapter is added"):
             self._check_new_name(name)  # another thread may have taken the name since
             self._patched.patch(adapters)
+            if self._batch is not None:  # new sites have to follow it, not the active adapter
+                steer_by_rows(self._patched.sites, self._batch)
             sites = {place: site for place, site in self._patched.sites.items() if place in adapters}
             for place, adapter in adapters.items():
                 sites[place].attach(name, adapter)

@@ -388,6 +388,25 @@ def test_positions_come_and_go_with_the_adapter_in_use():
     assert torch.equal(logits(model), logits(build()))
 
 
+def test_positions_changes_while_generate_runs_are_refused(tmp_path):
+    """Its batch has the adapter and the strength that it began with."""
+    model = steered("first_5+generated")
+    model.steering.save(tmp_path)
+
+    def scale() -> None:
+        model.steering.scale = 8.0
+
+    for change, error, parts in (
+        (scale, RuntimeError, ("steering.scale is set while generate runs", "before or afterwards")),
+        (lambda: model.steering.restore(tmp_path), ValueError, ("'default' is in use by generate", "restored")),
+        (lambda: model.steering.use(None), RuntimeError, ("steering.use is called while generate runs", "expected it")),
+    ):
+        with refused(error, *parts, model=model):
+            generate(model, logits_processor=[lambda ids, scores, change=change: change() or scores])
+        change()
+    assert torch.equal(logits(model), logits(build()))
+
+
 def test_positions_survive_an_unpatching_that_is_refused():
     model = steered("last_prompt")
     expected, layer = logits(model), model.model.layers[0]

@@ -37,6 +37,7 @@ class Batch:
     requests: list[Request]
     held: Held
     scopes: Scopes  # the model's scopes
+    by: str = "steering.batch"  # what opened it; "generate" for an active adapter with positions
     opener: int = field(default_factory=threading.get_ident)  # the thread that opened the batch
     thread: int | None = None  # the thread that runs the model now
     ids: Tensor | None = None  # (rows, tokens) int32, each token's slot in the present or next pass
@@ -203,10 +204,17 @@ class Batch:
         return [mine if one.scale is None else one.scale for one, mine in zip(self.requests, own, strict=True)]
 
 
+def steer_by_rows(sites: Mapping[Place, SteeringSite], batch: Batch) -> None:
+    """Let sites steer by the rows of a running batch, also those that are added while it runs."""
+    for place, site in sites.items():
+        if site.rows is None:
+            site.rows = Rows(batch, batch.held.slots.get(place), site.reads)
+
+
 def run_batch(
     model: nn.Module,
     decoder: nn.Module,
-    sites: Mapping[Place, SteeringSite],
+    sites: Callable[[], Mapping[Place, SteeringSite]],
     batch: Batch,
     undo: contextlib.ExitStack,
 ) -> None:
@@ -216,10 +224,15 @@ def run_batch(
     length and the position of each pass. A hook of the decoder handles other passes.
     """
     names = tuple(inspect.signature(decoder.forward).parameters)
+
+    def no_rows() -> None:
+        for site in sites().values():
+            site.rows = None
+
     # Each change is given to `undo` first, or on the same line, because an exception may interrupt at any point.
-    for place, site in sites.items():
-        undo.callback(setattr, site, "rows", None)
-        site.rows = Rows(batch, batch.held.slots.get(place), site.reads)
+    undo.callback(no_rows)
+    undo.callback(no_rows)  # once more, because an exception may interrupt the first
+    steer_by_rows(sites(), batch)
     before, after = _Hook(_before_forward, batch, names), _Hook(_after_forward, batch)
     undo.callback(before.stop)
     undo.callback(after.stop)

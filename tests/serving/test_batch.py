@@ -680,8 +680,12 @@ def test_batch_disabled_used_and_loaded_within(model, tmp_path):
         model.steering.use("vector")
         model.steering.load(tmp_path / "saved", name="another")
         assert torch.equal(logits(model, PROMPTS), expected)
-        with refused(ValueError, "'terse' is in use by a running batch"):
+        with refused(ValueError, "'terse' is in use by a running batch; expected it to be removed afterwards"):
             model.steering.remove("terse")
+        with refused(ValueError, "'biased' is in use by a running batch; expected it to be restored afterwards"):
+            model.steering.restore(tmp_path / "saved", "biased")
+        with refused(RuntimeError, "steering.scale is set while steering.batch runs", "before or afterwards"):
+            model.steering.scale = 3.0
         model.steering.remove("another")
         with refused(RuntimeError, "a batch is running; expected the model to be unpatched afterwards"):
             model.steering.unpatch()
@@ -689,6 +693,21 @@ def test_batch_disabled_used_and_loaded_within(model, tmp_path):
             pass
         assert torch.equal(logits(model, PROMPTS), expected)
     model.steering.use("polite")
+
+
+def test_batch_layers_that_are_first_steered_within():
+    """A new site follows the batch, not the adapter that is in use."""
+    model = patch_model(build(), SteerConfig(rank=4, layers=[0]), adapter_name="a")
+    randomize(model, "a")
+    with model.steering.batch(["a", None]):
+        expected = logits(model, PROMPTS[:2])
+        model.steering.add_vector("v", {2: torch.ones(32)})
+        model.steering.use("v")
+        assert torch.equal(logits(model, PROMPTS[:2]), expected)
+    other = patch_model(build(), SteerConfig(form="vector"))
+    other.steering.add_vector("v", {2: torch.ones(32)})
+    other.steering.use("v")
+    assert torch.equal(logits(model, PROMPTS[:2]), logits(other, PROMPTS[:2]))
 
 
 def test_batch_report_counts_and_copies(model):
