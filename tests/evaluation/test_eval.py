@@ -395,17 +395,21 @@ def test_commands_for_steering_alone_say_what_takes_a_lora_or_both(table, tmp_pa
     place, _ = table
     (tmp_path / "prompts.txt").write_text("a b c")
     model, prompts = ("--model", place / "base"), ("--prompts", tmp_path / "prompts.txt")
+    out = ("--out", tmp_path / "figures", "--device", "cpu")
     commands = {
         "chat": lambda adapter: invoke("chat", adapter, *model),
         "inspect": lambda adapter: invoke("inspect", adapter),
         "compare": lambda adapter: invoke("compare", adapter, place / "one"),
         "export": lambda adapter: invoke("export", "vector", adapter, "--out", tmp_path / "x.gguf"),
-        "diagnose": lambda adapter: invoke("diagnose", place / "base", "--adapter", adapter, *prompts),
+        "diagnose": lambda adapter: invoke("diagnose", place / "base", "--adapter", adapter, *prompts, *out),
     }
     for run in commands.values():
         takes = "`fused-steer eval --adapter`", "`fused-steer fit`", "`fused-steer diagnose --joint`"
         assert_refused(run(place / "joint"), "joint holds a LoRA and steering together", *takes)
         assert_refused(run(place / "lora"), "peft_type is 'LORA'; expected 'POST_BLOCK'", "eval --adapter")
+    for name in ("chat", "diagnose"):  # which run a part without the other
+        result = commands[name](place / "joint" / "steering")
+        assert result.exit_code == 0 and f"part in {(place / 'joint').resolve()} and runs here" in result.stderr
 
 
 def test_notes_of_parts(table, tmp_path, capsys):
