@@ -392,6 +392,7 @@ def test_eval_refuses_what_does_not_fit(table, tmp_path):
 
 
 def test_commands_for_steering_alone_say_what_takes_a_lora_or_both(table, tmp_path):
+    pytest.importorskip("matplotlib", reason="diagnose needs matplotlib (the extra demo)")
     place, _ = table
     (tmp_path / "prompts.txt").write_text("a b c")
     model, prompts = ("--model", place / "base"), ("--prompts", tmp_path / "prompts.txt")
