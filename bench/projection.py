@@ -51,7 +51,8 @@ class _Writer:
 def fused(matrices: Matrices) -> Callable[[], None]:
     """Return the projection that the runtime does after an optimizer step."""
     from fused_steer import SteerConfig
-    from fused_steer.adapters.parameters import Adapter, Place
+    from fused_steer.adapters.factors import Adapter
+    from fused_steer.adapters.parameters import Place
     from fused_steer.lora.orthogonality import Orthogonality, lora_columns
     from fused_steer.model.site import SteeringSite
 

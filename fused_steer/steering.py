@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from .adapters.combining import combine_adapters
 from .adapters.distributed import check_unsharded, first_writes, is_first
+from .adapters.factors import Adapter
 from .adapters.files import AdapterFile, read_adapter, write_adapter
 from .adapters.hub import push_adapter
-from .adapters.parameters import SITE, Adapter, Place, by_lower, check_name, refuse_clash
+from .adapters.parameters import SITE, Place, by_lower, check_name, refuse_clash
 from .config import SteerConfig, checked_bool, checked_number
 from .lora.constraints import Constraints
 from .lora.layers import adapter_parameters, computing_by

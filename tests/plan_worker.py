@@ -30,7 +30,7 @@ from fused_steer.kernels import plan as plans  # noqa: E402
 from fused_steer.kernels import planned_norm  # noqa: E402
 
 from fused_steer import SteerConfig, patch_model  # noqa: E402
-from fused_steer.adapters.parameters import Adapter  # noqa: E402
+from fused_steer.adapters.factors import Adapter  # noqa: E402
 from fused_steer.model.site import SteeringSite  # noqa: E402
 
 D, R = 512, 8

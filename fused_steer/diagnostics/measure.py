@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapters.parameters import SITE, Adapter, Place
+from ..adapters.factors import Adapter
+from ..adapters.parameters import SITE, Place
 from ..joint import steering_of
 from ..kernels.torch_backend import ACTIVATIONS, accumulation_dtype
 from ..lora.layers import is_lora

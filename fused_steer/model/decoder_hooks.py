@@ -11,7 +11,7 @@ from torch import nn
 from torch.compiler import is_compiling
 from torch.utils.hooks import RemovableHandle
 
-from ..adapters.parameters import Rotation
+from ..adapters.factors import Rotation
 from ..kernels.derivatives import is_transformed
 from .decoder import Decoder
 from .layer import PatchedLayer

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, is_grad_enabled, nn
 from torch.compiler import is_compiling
 
-from ..adapters.parameters import SITE, Adapter, Factors, Place, Rotation, read_factor
+from ..adapters.factors import Adapter, Factors, Rotation, read_factor
+from ..adapters.parameters import SITE, Place
 from ..kernels import post_block, select_backend
 from ..kernels.contract import Operands
 from ..kernels.derivatives import is_transformed

@@ -6,7 +6,8 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..adapters.parameters import SITE, Adapter
+from ..adapters.factors import Adapter
+from ..adapters.parameters import SITE
 from ..config import SteerConfig
 from ..kernels import post_block, select_backend
 from ..model.decoder import execution_device

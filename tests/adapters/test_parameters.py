@@ -13,9 +13,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 
 from fused_steer import SteerConfig, load_joint, patch_model, save_joint
+from fused_steer.adapters.factors import Adapter
 from fused_steer.adapters.parameters import (
     NAMES,
-    Adapter,
     Layout,
     Place,
     base_name,

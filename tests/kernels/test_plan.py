@@ -45,7 +45,7 @@ from torch.utils.checkpoint import checkpoint
 from triton.runtime.interpreter import GridExecutor
 
 from fused_steer import SteerConfig, patch_model
-from fused_steer.adapters.parameters import Adapter
+from fused_steer.adapters.factors import Adapter
 from fused_steer.model.site import SteeringSite
 from fused_steer.serving.slots import Slots
 
