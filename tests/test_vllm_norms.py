@@ -43,8 +43,8 @@ FUSED = {"additional_config": {"steering": {"rank": 8, "fuse_norm": True}}}
 @pytest.mark.parametrize(
     "way",
     [
-        *(pytest.param(way, marks=pytest.mark.every_engine) for way in ("without LoRA", "with LoRA", "second runner")),
-        "compiled",
+        "without LoRA",
+        *(pytest.param(way, marks=pytest.mark.every_engine) for way in ("with LoRA", "second runner", "compiled")),
     ],
 )
 def test_vllm_norms_answers_are_those_of_hugging_face(tmp_path, way):
