@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -386,6 +387,43 @@ def test_positions_come_and_go_with_the_adapter_in_use():
     assert torch.equal(logits(twin), expected) and twin.generate.model is twin
     assert snapshot(model)["modules"] == before
     assert torch.equal(logits(model), logits(build()))
+
+
+@pytest.mark.parametrize(
+    ("scope", "duplicate"), [("disabled", copy.deepcopy), ("batch", lambda model: pickle.loads(pickle.dumps(model)))]
+)
+def test_positions_that_begin_or_end_inside_a_scope(scope, duplicate):
+    """The generating methods are those of the adapter in use, whichever of their replacements ends first."""
+    base = build()
+    before = snapshot(base)["modules"]
+    model = patch_model(base, SteerConfig(rank=4, positions="last_2"))
+    model.steering.add("all", SteerConfig(rank=4))
+    randomize(model), randomize(model, "all", 2)
+    expected = {}
+    for name in ("default", "all"):
+        model.steering.use(name)
+        expected[name] = generate(model, prefill_chunk_size=3)[1]  # only a batch knows where a prompt in parts ends
+    for first, then in (("all", "default"), ("default", "all")):
+        model.steering.use(first)
+        with model.steering.disabled() if scope == "disabled" else model.steering.batch([None, None]):
+            twin = duplicate(model)
+            model.steering.use(then)
+            other = duplicate(model)
+        for found, name in ((model, then), (twin, first), (other, then)):
+            assert torch.equal(generate(found, prefill_chunk_size=3)[1], expected[name])
+        other.steering.unpatch()
+        if then == "default":
+            assert "generate" not in vars(other)
+    model.steering.unpatch()
+    assert snapshot(model)["modules"] == before
+
+
+def test_positions_copy_of_a_layer_leaves_the_model_out():
+    model, memo = steered("last_2"), {}
+    layer = copy.deepcopy(model.model.layers[1], memo)
+    assert id(model) not in memo and id(model.model) not in memo
+    with refused(RuntimeError, "outside of a pass", "has positions"):
+        layer.post_block(torch.zeros(1, 2, 32), torch.zeros(1, 2, 32))
 
 
 def test_positions_changes_while_generate_runs_are_refused(tmp_path):

@@ -12,6 +12,7 @@ same tensor as before, and the layer's gain is found by its address.
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -27,6 +28,7 @@ from ..kernels.registered import refuse_jit_trace
 from ..model.weak import Weakly
 from ..positions import Positions, chosen_tokens
 from .caches import cache_length, check_begins, does_not_tell, find_cache, is_cache, is_empty
+from .replaced import Replacement
 
 _NO_LABEL = -100
 _SAY = "labels with -100 for the prompt, or steering.prompts(...) around the pass"
@@ -88,6 +90,14 @@ class Gains:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_here": None, "_traced": None, "_kept": {}, "_handles": []}
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Gains:
+        """Copy this with its model or decoder. A copy of a single layer keeps it, and so leaves the model out."""
+        if not any(id(vars(self)[name]()) in memo for name in ("_weak__model", "_weak__decoder")):
+            return self
+        twin = memo[id(self)] = object.__new__(Gains)
+        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return twin
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _here=_PassOfThread(), _traced=_Pass())
 
@@ -102,7 +112,7 @@ class Gains:
             for handle in self._handles:
                 handle.remove()
             for method in self._methods:
-                method.remove()
+                method.end()
             self._handles, self._methods, self.positions = [], [], None
             return
         self.positions = positions
@@ -270,31 +280,21 @@ class Gains:
             return method(*args, **kwargs)
 
 
-class _Method:
+class _Method(Replacement):
     """A generating method of a model, while the active adapter has positions."""
 
-    model = Weakly[nn.Module]()
-
     def __init__(self, model: nn.Module, name: str, gains: Gains) -> None:
-        self.model, self.name, self.gains = model, name, gains
-        self.earlier = vars(model).get(name)  # another library may have put one on the instance
+        super().__init__(model, name)
+        self.gains = gains
 
     @property
     def __wrapped__(self) -> Any:
-        return self.earlier or getattr(type(self.model), self.name).__get__(self.model)
-
-    def install(self) -> None:
-        setattr(self.model, self.name, self)
-
-    def remove(self) -> None:
-        """Restore the method. If another library has replaced it since, that one stays."""
-        if vars(self.model).get(self.name) is self:
-            delattr(self.model, self.name)
-            if self.earlier is not None:
-                setattr(self.model, self.name, self.earlier)
+        return self.original
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.gains.run(self.name, self.__wrapped__, args, kwargs)
+        if self.ended:
+            return self.original(*args, **kwargs)
+        return self.gains.run(self.name, self.original, args, kwargs)
 
 
 def _prompts(given: Any) -> Tensor:

@@ -674,9 +674,10 @@ def test_batch_a_users_own_generate_is_called_and_comes_back(model):
 def test_batch_disabled_used_and_loaded_within(model, tmp_path):
     model.steering.save(tmp_path / "saved", "biased")
     with model.steering.batch(NAMES):
-        expected = logits(model, PROMPTS)
+        expected, words = logits(model, PROMPTS), greedy(model, PROMPTS, num_beams=2)
         with model.steering.disabled():
             assert torch.equal(logits(model, PROMPTS), logits(build_frozen(), PROMPTS))
+        assert torch.equal(greedy(model, PROMPTS, num_beams=2), words)
         model.steering.use("vector")
         model.steering.load(tmp_path / "saved", name="another")
         assert torch.equal(logits(model, PROMPTS), expected)
