@@ -91,9 +91,9 @@ class DecoderHooks:
             if self._graph is not None:
                 self._graph.end()
         else:
-            self._scopes.end_pass()
             self._passes.end()
             thread.handed = None  # of a pass that ended early
+            self._scopes.end_pass()  # the last call, because it may raise
 
 
 def warn_of_frozen(name: str) -> None:

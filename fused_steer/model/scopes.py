@@ -3,7 +3,8 @@
 A scope is a block such as `with steering.disabled():`. It belongs to the thread or task that opened it. Others may not
 run the model while the scope is open, because it would compute something that they do not expect. A thread started
 inside a scope takes part in it if it is started with a copy of the context:
-`Thread(target=contextvars.copy_context().run, args=(model.generate,), kwargs=...)`.
+`Thread(target=contextvars.copy_context().run, args=(model.generate,), kwargs=...)`. It is an error if it runs the model
+after the scope was left.
 
 A change, such as `steering.use`, takes effect in all layers at once. Passes in other threads run before or after it.
 """
@@ -11,7 +12,6 @@ A change, such as `steering.use`, takes effect in all layers at once. Passes in 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import sys
 import threading
@@ -22,9 +22,18 @@ from typing import Any
 
 from torch import nn
 
-#: The numbers of the scopes opened in this thread or task, outermost first.
-_carried: ContextVar[tuple[int, ...]] = ContextVar("fused_steer_scopes", default=())
-_numbers = itertools.count()
+
+class Part:
+    """The part that a thread or task takes in a scope. Copies of its context share it, and it may outlive the scope."""
+
+    __slots__ = ("__weakref__", "what")
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+
+#: The parts of this thread or task in the scopes opened in it, outermost first.
+_carried: ContextVar[tuple[Part, ...]] = ContextVar("fused_steer_scopes", default=())
 
 
 #: Objects that hold locks. Their method `after_fork` is called in a forked process.
@@ -34,11 +43,10 @@ renewed_after_fork: weakref.WeakSet[Any] = weakref.WeakSet()
 class Scope:
     """An open scope. Only its block keeps it alive, so it cannot outlive the block."""
 
-    __slots__ = ("__weakref__", "number", "what")
+    __slots__ = ("__weakref__", "part")
 
     def __init__(self, what: str) -> None:
-        self.what = what
-        self.number = next(_numbers)
+        self.part = Part(what)
 
 
 class Scopes:
@@ -56,7 +64,8 @@ class Scopes:
         self.runs = runs or _runs_modules
         self._passes: dict[int, int] = {}  # number of passes, by thread
         self._open: weakref.WeakSet[Scope] = weakref.WeakSet()
-        self._ends: dict[int, Callable[[], None]] = {}  # by scope number
+        self._ends: dict[Part, Callable[[], None]] = {}
+        self._left: weakref.WeakSet[Part] = weakref.WeakSet()
         self._renew_locks()
         renewed_after_fork.add(self)
 
@@ -76,7 +85,7 @@ class Scopes:
         self._renew_locks()
         self._passes = {thread: count for thread, count in self._passes.items() if thread == me}
         for scope in list(self._open):
-            if scope.number not in carried:
+            if scope.part not in carried:
                 self._open.discard(scope)
 
     def begin_pass(self, checked: bool = True) -> None:
@@ -86,23 +95,29 @@ class Scopes:
             checked: whether a scope of another thread or task is an error.
 
         Raises:
-            RuntimeError: a scope of another thread or task is open.
+            RuntimeError: a scope of another thread or task is open, or the scope in which this thread or task was
+                started was left.
         """
         with self._lock:
             if self._ends:
                 self.heal()
-            if checked and self._open:
+            if checked:
                 self.check("the model runs")
             me = threading.get_ident()
             self._passes[me] = self._passes.get(me, 0) + 1
 
     def end_pass(self) -> None:
+        """Note the end of a pass in this thread.
+
+        Raises:
+            RuntimeError: the scope in which this thread or task was started was left during the pass.
+        """
         me = threading.get_ident()
-        left = self._passes.get(me, 0) - 1
-        if left > 0:
-            self._passes[me] = left
-        else:
-            self._passes.pop(me, None)
+        count = self._passes.pop(me, 0)
+        if count > 1:
+            self._passes[me] = count - 1
+        if count:  # else `begin_pass` has raised
+            self._check_left("the model runs")
 
     @contextlib.contextmanager
     def change(self, what: str) -> Iterator[None]:
@@ -137,42 +152,52 @@ class Scopes:
             self._check_no_other_pass(f"{what} is entered")
             scope = Scope(what)
             self._open.add(scope)
-            self._ends[scope.number] = end
-        number = scope.number
+            self._ends[scope.part] = end
+        part = scope.part
         try:
-            _carried.set((*_carried.get(), number))
+            _carried.set((*_carried.get(), part))
             yield
         finally:
             # Scopes of several models may end in another order than they began.
-            _carried.set(tuple(other for other in _carried.get() if other != number))
+            _carried.set(tuple(other for other in _carried.get() if other is not part))
             with self._lock:
+                self._left.add(part)  # before `end`, so that a pass that runs meanwhile fails at its end
                 self._open.discard(scope)
                 end()
-                self._ends.pop(scope.number)
+                self._ends.pop(part)
 
     def heal(self) -> None:
         """End scopes that are no longer open, if an exception or a fork kept their end from running."""
         if not self._ends:
             return
         with self._lock:
-            live = {scope.number for scope in self._open}
-            for number in [number for number in self._ends if number not in live]:
-                self._ends[number]()
-                del self._ends[number]
+            live = {scope.part for scope in self._open}
+            for part in [part for part in self._ends if part not in live]:
+                self._ends[part]()
+                del self._ends[part]
 
     def foreign(self) -> Scope | None:
         """Return an open scope of another thread or task, or None."""
         carried = _carried.get()
-        return next((scope for scope in self._open if scope.number not in carried), None)
+        return next((scope for scope in self._open if scope.part not in carried), None)
 
     def check(self, what: str) -> None:
-        """Raise RuntimeError if a scope of another thread or task is open."""
+        """Raise RuntimeError if a scope of another thread or task is open, or this thread's or task's was left."""
+        self._check_left(what)
         scope = self.foreign() if self._open else None
         if scope is not None:
             raise RuntimeError(
-                f"{what} inside {scope.what} of another thread or task; expected it in that thread or task, or "
+                f"{what} inside {scope.part.what} of another thread or task; expected it in that thread or task, or "
                 "afterwards (a thread started inside takes part with contextvars.copy_context().run)"
             )
+
+    def _check_left(self, what: str) -> None:
+        for part in _carried.get():
+            if part in self._left:
+                raise RuntimeError(
+                    f"{what} in a thread or task that was started inside {part.what}, which was left meanwhile; "
+                    "expected the thread or task to end before that"
+                )
 
     def _check_no_other_pass(self, what: str) -> None:
         me = threading.get_ident()

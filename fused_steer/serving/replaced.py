@@ -82,7 +82,14 @@ class _InScope(Replacement):
         functools.update_wrapper(self, self.original, updated=())  # its attributes may be those of a replacement
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return (self.original if self.ended else self._function)(*args, **kwargs)
+        if self.ended:
+            return self.original(*args, **kwargs)
+        found = self._function(*args, **kwargs)
+        if self.ended:  # the passes of a compiled model do not say so
+            raise RuntimeError(
+                f"{self.name} ran on after its scope was left in another thread; expected it to end before"
+            )
+        return found
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         found, twin = _outside(self), memo[id(self.model)]

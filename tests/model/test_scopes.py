@@ -114,6 +114,23 @@ def test_scopes_belong_to_a_task():
     asyncio.run(main())
 
 
+def test_scopes_that_were_left_are_not_entered_by_a_copied_context():
+    scopes, other = Scopes(), Scopes()
+    with scopes.open("steering.batch", ended):
+        context = contextvars.copy_context()
+        assert context.run(lambda: one_pass(scopes)) == "ran"
+    error = r"the model runs in a thread or task that was started inside steering.batch, which was left meanwhile"
+    with pytest.raises(RuntimeError, match=error):
+        context.run(scopes.begin_pass)
+    context.run(lambda: one_pass(other))  # of another model
+    one_pass(scopes)
+    with scopes.open("steering.batch", ended):
+        context = contextvars.copy_context()
+        context.run(scopes.begin_pass)
+    with pytest.raises(RuntimeError, match=error):  # it may have run in part outside
+        context.run(scopes.end_pass)
+
+
 def test_scopes_end_with_their_block_though_its_end_did_not_run():
     scopes, done = Scopes(), []
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fused_steer import SteerConfig, patch_model
+from fused_steer.serving.replaced import replace_method
 
 PROMPTS = tokens(batch=1, length=7)
 
@@ -50,15 +51,20 @@ def alone(model: PreTrainedModel, name: str) -> Tensor:
     return found
 
 
+def tried(call: Any) -> Any:
+    """Run `call`; return its result or its error."""
+    try:
+        return call()
+    except Exception as error:
+        return error
+
+
 def in_thread(call: Any, carry: bool = False) -> Any:
     """Run `call` in a new thread; return its result or its error."""
     found: list[Any] = []
 
     def run() -> None:
-        try:
-            found.append(call())
-        except Exception as error:
-            found.append(error)
+        found.append(tried(call))
 
     thread = threading.Thread(target=contextvars.copy_context().run if carry else run, args=[run] if carry else [])
     thread.start()
@@ -232,6 +238,41 @@ def test_threads_streams_from_a_thread(model):
             else:
                 assert isinstance(found, RuntimeError)
                 assert streamer.tokens in ([], PROMPTS[0].tolist())  # generate puts the prompt in before the first pass
+    assert "generate" not in vars(model)
+
+
+@pytest.mark.parametrize("scope", ["batch", "disabled"])
+def test_threads_answer_whose_scope_is_left_is_an_error(model, scope):
+    entered, leave = threading.Event(), threading.Event()
+    model.steering.use("polite")
+    expected = greedy(model)
+
+    def wait(ids: Tensor, scores: Tensor) -> Tensor:
+        if ids.shape[1] == PROMPTS.shape[1] + 2:
+            entered.set()
+            assert leave.wait(60)
+        return scores
+
+    def answer() -> Tensor:
+        return model.generate(PROMPTS, max_new_tokens=5, do_sample=False, logits_processor=[wait])
+
+    found: list[Any] = []
+    with model.steering.batch(["vector"]) if scope == "batch" else model.steering.disabled():
+        thread = threading.Thread(target=contextvars.copy_context().run, args=(lambda: found.append(tried(answer)),))
+        thread.start()
+        assert entered.wait(60)
+    leave.set()
+    thread.join()
+    assert isinstance(found[0], RuntimeError) and "left meanwhile; expected" in str(found[0])
+    assert torch.equal(greedy(model), expected)
+
+
+def test_threads_answer_of_a_compiled_model_whose_scope_is_left_is_an_error(model):
+    """No hook of a compiled pass runs, so the end of the call tells."""
+    undo = contextlib.ExitStack()
+    replace_method(model, "generate", lambda: undo.close(), undo)
+    with refused(RuntimeError, "generate ran on after its scope was left", "expected"):
+        model.generate()
     assert "generate" not in vars(model)
 
 
