@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib
 import pickle
@@ -344,6 +345,40 @@ def _both_ways(options: dict[str, Any]) -> tuple[Tensor, Tensor]:
     words, scores = generate(build_frozen(), **options)
     with torch.no_grad():
         return scores.transpose(0, 1), build_frozen()(words).logits[:, LENGTH - 1 : -1]
+
+
+@pytest.mark.parametrize(("where", "width"), [("last_2", LENGTH), ("generated", 5)])
+@pytest.mark.parametrize("batch", [False, True])
+def test_positions_under_guidance_are_those_of_both_prompts(where, width, batch):
+    """The passes of classifier-free guidance have a prompt and a cache of their own."""
+
+    def alone(ids: Tensor, mask: Tensor) -> Tensor:
+        whole = torch.cat([mask, torch.ones_like(ids[:, mask.shape[1] :])], 1)
+        positions = (whole.cumsum(1) - 1).clamp_min(0)
+        with torch.no_grad(), model.steering.prompts(mask.sum(1)):
+            logits = model(ids, attention_mask=whole, position_ids=positions).logits
+        return logits[:, mask.shape[1] - 1 : -1].log_softmax(-1)
+
+    model, ids, negative = steered(where), tokens(), tokens(length=width, seed=7)
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    options = {"guidance_scale": 3.0, "negative_prompt_ids": negative, "output_scores": True}
+    options |= {"max_new_tokens": 5, "do_sample": False, "return_dict_in_generate": True, "attention_mask": mask}
+    with model.steering.batch(["default", None]) if batch else contextlib.nullcontext():
+        found = model.generate(ids, **options)
+    other = torch.cat([negative, found.sequences[:, LENGTH:]], 1)
+    expected = []
+    for name in ("default", None if batch else "default"):
+        model.steering.use(name)
+        main, unconditional = alone(found.sequences, mask), alone(other, torch.ones_like(negative))
+        expected.append(3.0 * (main - unconditional) + unconditional)
+    assert_close(torch.stack(found.scores, 1), torch.stack([expected[row][row] for row in range(2)]))
+
+
+def test_positions_of_a_processors_pass_with_other_rows_are_refused():
+    model = steered("last_2")
+    with refused(ValueError, "the batch has 3 rows; expected 2", "as generate's input has", "has positions"):
+        generate(model, logits_processor=[lambda ids, scores: model(tokens(batch=3)) and scores])
 
 
 def test_positions_are_an_adapters_own_in_batches_and_pools(tmp_path):

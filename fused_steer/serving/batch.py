@@ -118,19 +118,24 @@ class Batch:
         """Return the number of consecutive rows of a pass for each request: beams, or returned sequences."""
         times, rest = divmod(rows, len(self.requests))
         if rest or not times or (times > 1 and not self.generating):
-            raise ValueError(
-                f"the batch has {rows} rows; expected {len(self.requests)}, one for each name given to steering.batch"
-            )
+            each = "one for each name given to steering.batch"
+            if self.by == "generate":
+                each = "or a multiple, as generate's input has, because the active adapter has positions"
+            raise ValueError(f"the batch has {rows} rows; expected {len(self.requests)}, {each}")
         return times
 
-    def prepare(self, rows: int, past: int, tokens: int, mask: Tensor | None, device: torch.device) -> None:
+    def prepare(
+        self, rows: int, past: int, tokens: int, mask: Tensor | None, device: torch.device, prompt: int | None = None
+    ) -> None:
         """Compute ids and gain of a pass over `tokens` columns after `past` cached ones.
 
         mask: (rows, at least past + tokens), 0 for padding, or None.
+        prompt: columns of the pass's prompt, if it has another than the batch.
         """
         times = self.expansion(rows)
-        assert self.prompt is not None
-        if past >= self.prompt:
+        prompt = self.prompt if prompt is None else prompt
+        assert prompt is not None
+        if past >= prompt:
             self.ids, self.gain = self._of_generated(times, tokens, device)
             return
         slots, strengths, generated = self._rows(times, device)
@@ -142,8 +147,8 @@ class Batch:
                 f"{tokens} new columns"
             )
         real = mask.to(device) != 0
-        whole = real[:, : self.prompt]
-        if whole.shape[1] < self.prompt:  # a prompt fed in parts
+        whole = real[:, :prompt]
+        if whole.shape[1] < prompt:  # a prompt fed in parts
             whole = self._whole(whole, times)
         total = whole.sum(1, keepdim=True)
         order = real.cumsum(1)[:, past : past + tokens]  # 1 for a row's first token that is not padding
@@ -152,7 +157,7 @@ class Batch:
             torch.tensor([getattr(where, end) for where in self.where], device=device).repeat_interleave(times)[:, None]
             for end in ("first", "last")
         )
-        in_prompt = torch.arange(past, past + tokens, device=device) < self.prompt
+        in_prompt = torch.arange(past, past + tokens, device=device) < prompt
         chosen = torch.where(in_prompt, (order <= first) | (order > total - last), generated.unsqueeze(1)) & real
         self.ids = slots.unsqueeze(1).expand(rows, tokens).contiguous()
         self.gain = strengths.unsqueeze(1) * chosen
@@ -285,7 +290,7 @@ def _generate(batch: Batch, model: nn.Module, original: Any) -> Any:
         else:
             columns = 1  # generate makes up a first token
         before = (batch.prompt, batch.padding, batch.counted)
-        batch.counted = batch.feeding = batch.seen = None
+        batch.counted = batch.feeding = batch.seen = batch.ids = batch.gain = None
         batch.padding = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
         # The mask spans the cached columns too, even if only the new tokens are given.
         batch.prompt = columns if batch.padding is None else batch.padding.shape[1]
@@ -365,7 +370,10 @@ _WRAPPERS: dict[str, Callable[[Batch, nn.Module, Any], Any]] = {
 def _before_forward(
     batch: Batch, names: Sequence[str], decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
-    """Before an eager pass outside `generate`, find its position in the batch.
+    """Before an eager pass that `generate` has not prepared, find its position in the batch.
+
+    Inside `generate` this is a pass of something that `generate` calls, such as classifier-free guidance. It has a
+    prompt and a cache of its own.
 
     names: the names of the decoder's arguments, in order.
     """
@@ -381,9 +389,11 @@ def _before_forward(
             run.note(error)
             raise
         return
-    if batch.generating and batch.thread == threading.get_ident():
+    inside = batch.generating and batch.thread == threading.get_ident()
+    if inside and batch.ids is not None:
         return
-    batch.passing.enter_context(batch.in_this_thread())
+    if not inside:
+        batch.passing.enter_context(batch.in_this_thread())
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     fed = _first(given, "inputs_embeds", "input_ids")
     batch.feeding = None
@@ -392,10 +402,9 @@ def _before_forward(
         return
     mask = given.get("attention_mask")
     past, cache = _past_of_a_pass(batch, given, fed.shape[1])
-    if past == 0:
-        batch.prompt = fed.shape[1]
-    elif batch.prompt is None:
-        batch.prompt = past
+    prompt = past or fed.shape[1]
+    if not inside and (past == 0 or batch.prompt is None):
+        batch.prompt = prompt
     if isinstance(mask, Tensor) and mask.dim() != 2 or isinstance(mask, dict):
         if any(where.counts for where in batch.where):
             raise ValueError(
@@ -403,13 +412,19 @@ def _before_forward(
                 "two dimensions"
             )
         mask = None
-    batch.prepare(fed.shape[0], past, fed.shape[1], mask, fed.device)
-    batch.feeding, batch.seen = Seen(cache, past + fed.shape[1]), None
+    batch.prepare(fed.shape[0], past, fed.shape[1], mask, fed.device, prompt if inside else None)
+    if not inside:
+        batch.feeding, batch.seen = Seen(cache, past + fed.shape[1]), None
 
 
 def _after_forward(batch: Batch, decoder: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     """After an eager pass outside `generate`, note its cache's length, to spare the next pass reading the device."""
-    if torch.compiler.is_compiling() or batch.thread != threading.get_ident() or batch.generating:
+    compiling = torch.compiler.is_compiling()
+    if not compiling and batch.thread != threading.get_ident():
+        return
+    if batch.generating and batch.continuous is None:
+        batch.ids = batch.gain = None  # `generate` prepares each pass
+    if compiling or batch.generating:
         return
     batch.passing.close()
     if batch.feeding is None:
