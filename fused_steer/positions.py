@@ -120,3 +120,19 @@ def chosen_tokens(
     length = lengths.scatter_add(1, text, prompt.long()).gather(1, text)
     chosen = prompt & ((count <= positions.first) | (count > length - positions.last))
     return (chosen | (real & ~prompt) if positions.generated else chosen), prompt
+
+
+def chosen_by_lengths(
+    positions: Positions, real: Tensor, lengths: Tensor, before: Tensor | int
+) -> tuple[Tensor, Tensor]:
+    """Return `chosen_tokens` of rows of one text each, of which earlier passes may have had a part.
+
+    Args:
+        real: (rows, tokens) bool, False for padding.
+        lengths: (rows,) the number of tokens of each prompt.
+        before: (rows, 1) the number of tokens of each text in earlier passes.
+    """
+    count, lengths = before + real.cumsum(1), lengths[:, None]
+    prompt = real & (count <= lengths)
+    chosen = prompt & ((count <= positions.first) | (count > lengths - positions.last))
+    return (chosen | (real & ~prompt) if positions.generated else chosen), prompt

@@ -364,8 +364,13 @@ class Steering:
             TypeError, ValueError: names, strengths or positions of a wrong form or length.
             KeyError: neither the model nor its pool has such an adapter.
             FileNotFoundError, ValueError, TimeoutError: the pool cannot load an adapter: see `AdapterPool.hold`.
-            RuntimeError: a batch is running in this thread already, or the model runs in another.
+            RuntimeError: a batch is running in this thread already, the model runs in another, or this thread is inside
+                `prompts`.
         """
+        if self._gains.told:
+            raise RuntimeError(
+                "steering.batch is entered inside steering.prompts; expected it outside: it knows its prompts"
+            )
         requests = checked_requests(names, scale, positions, self._servable)
         if next(self._model.parameters()).dtype == torch.float64:
             raise TypeError("the model is float64; expected float32, bfloat16 or float16 to steer a batch by rows")
@@ -386,15 +391,23 @@ class Steering:
     def prompts(self, given: Any) -> Iterator[None]:
         """Set where the prompts end, for this thread's passes inside the context and an adapter with positions.
 
-        For training without labels in the model's call, such as a loss of your own. `generate` does not need it.
+        For training without labels in the model's call, such as a loss of your own. `generate` and `batch` know where
+        their prompts end, and are refused inside.
 
         Args:
-            given: the number of prompt tokens of each row, without padding; or a mask (rows, tokens), not 0 for prompt
-                tokens. Packed rows need a mask.
+            given: the number of prompt tokens of each row, without padding and with cached tokens; or a mask (rows,
+                tokens), not 0 for prompt tokens. Packed rows need a mask.
 
         Raises:
-            ValueError: it is neither; or, in a pass, its number of rows or tokens is another.
+            RuntimeError: a batch is running.
+            ValueError: it is neither; or, in a pass, its number of rows or tokens is another, or it is a mask in a pass
+                that continues a cache, and positions counts tokens.
         """
+        if self._batch is not None and self._scopes.foreign() is None:
+            raise RuntimeError(
+                f"steering.prompts is entered while {self._batch.by} runs, which knows its prompts; expected "
+                "it before or afterwards"
+            )
         with self._gains.prompts(given):
             yield
 

@@ -242,6 +242,48 @@ def test_positions_with_prompts_that_are_told():
         model(ids)
 
 
+@pytest.mark.parametrize("where", PLACES)
+def test_positions_with_prompts_that_are_told_of_a_text_in_parts(where):
+    """A cache has the earlier parts, which end inside of the prompts and after them."""
+    model, ids = steered(where), tokens()
+    mask = torch.ones_like(ids)
+    mask[1, :2] = 0
+    places = (mask.cumsum(1) - 1).clamp_min(0)
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask, position_ids=places, labels=labelled(ids, [6, 4], mask)).logits
+        cache, parts = None, []
+        with model.steering.prompts([6, 4]):
+            for begin, end in ((0, 3), (3, 5), (5, 7), (7, LENGTH)):
+                inputs = {"attention_mask": mask[:, :end], "position_ids": places[:, begin:end]}
+                out = model(ids[:, begin:end], past_key_values=cache, use_cache=True, **inputs)
+                cache = out.past_key_values
+                parts.append(out.logits)
+    assert_close(torch.cat(parts, 1)[mask == 1], expected[mask == 1])
+
+
+def test_positions_with_prompts_that_are_told_in_vain_are_refused():
+    model, ids = steered("last_2"), tokens()
+    with model.steering.prompts([3, 5]):
+        with refused(RuntimeError, "generate is called inside steering.prompts; expected it outside"):
+            generate(model)
+        with refused(RuntimeError, "steering.batch is entered inside steering.prompts; expected it outside"):
+            with model.steering.batch(["default"]):
+                pass
+    with model.steering.batch(["default"]):
+        with refused(RuntimeError, "steering.prompts is entered while steering.batch runs", "expected it"):
+            with model.steering.prompts([3]):
+                pass
+    with torch.no_grad():
+        cache = model(ids[:, :4], use_cache=True).past_key_values
+        with (
+            model.steering.prompts(torch.ones(2, 5, dtype=torch.bool)),
+            refused(ValueError, "is a mask", "a cache", "'last_2'", "number"),
+        ):
+            model(ids[:, 4:], past_key_values=cache)
+        with model.steering.prompts([6, 6]), refused(ValueError, "(2, 5)", "2 rows of the 4 cached and the 5 new"):
+            model(ids[:, 4:], past_key_values=cache, attention_mask=torch.ones(2, 5))
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_positions_under_checkpointing_with_several_passes_before_the_backward(reentrant):
     model, ids = steered("last_prompt").train(), tokens()

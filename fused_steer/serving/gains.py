@@ -26,7 +26,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..kernels.registered import refuse_jit_trace
 from ..model.weak import Weakly
-from ..positions import Positions, chosen_tokens
+from ..positions import Positions, chosen_by_lengths, chosen_tokens
 from .caches import cache_length, check_begins, does_not_tell, find_cache, is_cache, is_empty
 from .replaced import Replacement
 
@@ -137,6 +137,11 @@ class Gains:
         finally:
             self._here.prompts = self._traced.prompts = earlier
 
+    @property
+    def told(self) -> bool:
+        """Whether this thread is inside `prompts`."""
+        return self._here.prompts is not None
+
     def of(self, residual: Tensor, entering: Tensor | None) -> Tensor:
         """Return the gain (rows, tokens) for a layer's hidden state (rows, tokens, d).
 
@@ -206,8 +211,15 @@ class Gains:
             return torch.ones(rows, columns, device=fed.device)
         real = self._real(positions, given.get("attention_mask"), rows, columns, fed.device)
         starts = _starts(given.get("position_ids"), rows, columns)
-        answer, told = self._answer(real, starts, given)
-        chosen, prompt = chosen_tokens(positions, real, answer, starts)
+        prompts = self._now.prompts
+        if prompts is not None and prompts.dim() == 1:
+            _check_lengths(prompts, real, starts)
+            before = _before(given, real)
+            told = before is None
+            chosen, prompt = chosen_by_lengths(positions, real, prompts.to(fed.device), 0 if before is None else before)
+        else:
+            answer, told = self._answer(real, starts, given)
+            chosen, prompt = chosen_tokens(positions, real, answer, starts)
         # In a graph, and under vmap, values of tensors are not known.
         known = not is_compiling() and not torch._C._functorch.is_functorch_wrapped_tensor(prompt)
         if told and (positions.first or positions.last) and known and not prompt.any():
@@ -231,7 +243,14 @@ class Gains:
         """Return a mask of the answers' tokens, and whether labels or prompts gave it."""
         prompts, labels = self._now.prompts, self._now.labels
         if prompts is not None:
-            return ~self._told(prompts.to(real.device), real, starts), True
+            if prompts.shape != real.shape:
+                raise ValueError(f"prompts has shape {tuple(prompts.shape)}; expected {tuple(real.shape)}, the pass's")
+            if self.positions is not None and self.positions.counts and _before(given, real) is not None:
+                raise ValueError(
+                    f"prompts is a mask, the pass continues a cache, and positions is {self._name!r}; expected the "
+                    "number of prompt tokens of each row"
+                )
+            return prompts.to(real.device) == 0, True
         if isinstance(labels, Tensor) and labels.shape == real.shape:
             return labels.to(real.device) != _NO_LABEL, True
         if not getattr(self._model, "can_generate", lambda: True)():
@@ -247,24 +266,16 @@ class Gains:
     def _name(self) -> str:
         return "" if self.positions is None else self.positions.name
 
-    @staticmethod
-    def _told(prompts: Tensor, real: Tensor, starts: Tensor | None) -> Tensor:
-        if prompts.dim() == 2:
-            if prompts.shape != real.shape:
-                raise ValueError(f"prompts has shape {tuple(prompts.shape)}; expected {tuple(real.shape)}, the pass's")
-            return prompts != 0
-        if len(prompts) != len(real):
-            raise ValueError(f"prompts has {len(prompts)} lengths; expected {len(real)}, one for each row of the pass")
-        if starts is not None and bool((starts & real).sum() > (real.any(1)).sum()):
-            raise ValueError("prompts has a length for each row, and rows are packed; expected a mask (rows, tokens)")
-        return real.cumsum(1) <= prompts[:, None]
-
     # --------------------------------------------------------------------------------------------------------- generate
 
     def run(self, name: str, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a generating method inside a batch of the active adapter, unless idle."""
         if self.positions is None or self._idle():
             return original(*args, **kwargs)
+        if self.told:
+            raise RuntimeError(
+                f"{name} is called inside steering.prompts; expected it outside: its prompt is its input"
+            )
         if name == "init_continuous_batching":
             raise RuntimeError(
                 f"{name} puts requests together by itself, and positions is {self._name!r}; expected generate_batch"
@@ -309,6 +320,32 @@ def _prompts(given: Any) -> Tensor:
     if prompts.dim() == 1 and prompts.device.type == "cpu" and bool((prompts < 0).any()):
         raise ValueError(f"prompts has {int(prompts.min())}; {expected}")
     return prompts
+
+
+def _check_lengths(prompts: Tensor, real: Tensor, starts: Tensor | None) -> None:
+    if len(prompts) != len(real):
+        raise ValueError(f"prompts has {len(prompts)} lengths; expected {len(real)}, one for each row of the pass")
+    if starts is not None and bool((starts & real).sum() > (real.any(1)).sum()):
+        raise ValueError("prompts has a length for each row, and rows are packed; expected a mask (rows, tokens)")
+
+
+def _before(given: Mapping[str, Any], real: Tensor) -> Tensor | int | None:
+    """Return the number of tokens of each row in the cache, (rows, 1) or for all. None if the pass continues no cache.
+
+    Raises:
+        ValueError: the mask does not have the cached columns; or see `_cached`.
+    """
+    rows, columns = real.shape
+    past = 0 if find_cache(given) is None else _cached(given, columns)
+    mask = given.get("attention_mask")
+    if not past or not isinstance(mask, Tensor) or mask.dim() != 2:
+        return past or None
+    if mask.shape[0] != rows or mask.shape[1] < past + columns:
+        raise ValueError(
+            f"attention_mask has shape {tuple(mask.shape)}; expected {rows} rows of the {past} cached and the "
+            f"{columns} new columns"
+        )
+    return (mask[:, :past].to(real.device) != 0).sum(1, keepdim=True)
 
 
 def _starts(positions: Any, rows: int, columns: int) -> Tensor | None:
