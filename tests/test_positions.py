@@ -285,15 +285,17 @@ def test_positions_with_prompts_that_are_told_in_vain_are_refused():
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_positions_under_checkpointing_with_several_passes_before_the_backward(reentrant):
+@pytest.mark.parametrize("embedded", [False, True])
+def test_positions_under_checkpointing_with_several_passes_before_the_backward(reentrant, embedded):
     model, ids = steered("last_prompt").train(), tokens()
     labels = [labelled(ids, 2), labelled(ids, 6)]
+    given = {"inputs_embeds": model.get_input_embeddings()(ids).requires_grad_()} if embedded else {"input_ids": ids}
 
     def both() -> dict[str, Tensor]:
         parameters = steering_parameters(model)
         for parameter in parameters.values():
             parameter.grad = None
-        losses = [model(ids, labels=each, use_cache=False).loss for each in labels]
+        losses = [model(**given, labels=each, use_cache=False).loss for each in labels]
         with torch.no_grad():
             model(ids[:, :3])
         losses[0].backward()

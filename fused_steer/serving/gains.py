@@ -6,7 +6,8 @@ tokens is a prompt, and later passes are generated tokens. `generate` runs insid
 knows the place of each pass.
 
 Checkpointing runs a layer again in the backward pass, perhaps after other passes of the model. The layer's input is the
-same tensor as before, and the layer's gain is found by its address.
+same tensor as before, and the layer's gain is found by its address. A pass gets a copy of `inputs_embeds` that an
+earlier pass had too, so that each has an address of its own.
 """
 
 from __future__ import annotations
@@ -185,11 +186,11 @@ class Gains:
     def _after_model(self, module: nn.Module, args: Any, output: Any) -> None:
         self._now.labels = None
 
-    def _before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         now = self._now
         now.gain, now.runs = None, True
         if self.positions is None or self._idle():
-            return
+            return None
         if not is_compiling():
             refuse_jit_trace()
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
@@ -197,6 +198,11 @@ class Gains:
         if not is_compiling():
             self._traced.gain = now.gain  # for layers that are compiled individually
             self._kept = {at: kept for at, kept in self._kept.items() if not kept[0].expired()}
+            fed = given.get("inputs_embeds")
+            if self._kept and isinstance(fed, Tensor) and not torch._C._are_functorch_transforms_active():
+                if fed.data_ptr() in self._kept:  # the first layer of an earlier pass may still run again
+                    return (), {**given, "inputs_embeds": fed.clone()}
+        return None
 
     def _after_decoder(self, module: nn.Module, args: Any, output: Any) -> None:
         self._now.gain, self._now.runs = None, False
