@@ -31,12 +31,13 @@ from .model.stored import adapter_file, check_same_config, files_of_state, resto
 from .model.watch import Report
 from .model.weak import Weakly, WeakMethod
 from .positions import ALL, read_positions
-from .serving.batch import Batch, run_batch, steer_by_rows
+from .serving.batch import Batch, run_batch
 from .serving.continuous import generate_inside
 from .serving.gains import Gains
 from .serving.holding import checked_size, hold_adapters, make_slots
 from .serving.pool import AdapterPool
 from .serving.requests import checked_requests
+from .serving.rows import steer_by_rows
 from .whole import saving_of
 
 
@@ -592,7 +593,7 @@ class Steering:
             self._check_new_name(name)  # another thread may have taken the name since
             self._patched.patch(adapters)
             if self._batch is not None:  # new sites have to follow it, not the active adapter
-                steer_by_rows(self._patched.sites, self._batch)
+                steer_by_rows(self._patched.sites, self._batch, self._batch.held.slots)
             sites = {place: site for place, site in self._patched.sites.items() if place in adapters}
             for place, adapter in adapters.items():
                 sites[place].attach(name, adapter)

@@ -24,7 +24,7 @@ from .caches import Seen, cache_length, check_begins, does_not_tell, find_cache,
 from .continuous import ContinuousRun, checked_arguments
 from .replaced import ending_streamer, replace_method
 from .requests import Request
-from .rows import Rows
+from .rows import steer_by_rows
 from .slots import Held
 
 # --------------------------------------------------------------------------------------------------- the running batch
@@ -209,13 +209,6 @@ class Batch:
         return [mine if one.scale is None else one.scale for one, mine in zip(self.requests, own, strict=True)]
 
 
-def steer_by_rows(sites: Mapping[Place, SteeringSite], batch: Batch) -> None:
-    """Let sites steer by the rows of a running batch, also those that are added while it runs."""
-    for place, site in sites.items():
-        if site.rows is None:
-            site.rows = Rows(batch, batch.held.slots.get(place), site.reads)
-
-
 def run_batch(
     model: nn.Module,
     decoder: nn.Module,
@@ -237,7 +230,7 @@ def run_batch(
     # Each change is given to `undo` first, or on the same line, because an exception may interrupt at any point.
     undo.callback(no_rows)
     undo.callback(no_rows)  # once more, because an exception may interrupt the first
-    steer_by_rows(sites(), batch)
+    steer_by_rows(sites(), batch, batch.held.slots)
     before, after = _Hook(_before_forward, batch, names), _Hook(_after_forward, batch)
     undo.callback(before.stop)
     undo.callback(after.stop)

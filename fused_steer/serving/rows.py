@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, is_grad_enabled, nn
 from torch.compiler import is_compiling
 
+from ..adapters.parameters import Place
 from ..kernels.grouped import Routing
+from ..model.site import SteeringSite
 from .slots import Slots
 
 
@@ -87,3 +89,10 @@ class Rows(nn.Module):
             return found
 
         return slots, operands
+
+
+def steer_by_rows(sites: Mapping[Place, SteeringSite], batch: Pass, slots: Mapping[Place, Slots]) -> None:
+    """Let sites steer by the rows of a running batch. It is called again for sites that are added while it runs."""
+    for place, site in sites.items():
+        if site.rows is None:
+            site.rows = Rows(batch, slots.get(place), site.reads)
