@@ -36,8 +36,9 @@ def divergence(model: nn.Module, tuned: nn.Module, batches: Iterable[Batch]) -> 
     Both run in eval mode; afterwards they are as they were.
 
     Args:
-        model, tuned: causal language models. The tuned one may have more tokens than the model, such as padding; the
-            distributions are then those over the model's tokens.
+        model: a causal language model.
+        tuned: another. It may have more tokens than the model, such as padding; the distributions are then those over
+            the model's tokens.
         batches: inputs of both, `input_ids` (B, T) and what else their forward takes. Tokens that `attention_mask`
             (B, T) masks do not count.
 
