@@ -63,7 +63,11 @@ def offline(monkeypatch, tmp_path):
 def right(place, adapter=None, scale=None) -> list[float]:
     """Return for each question whether the model finds the right choice the likeliest, by its logits."""
     model = AutoModelForCausalLM.from_pretrained(place / "base").eval()
-    if adapter is not None:
+    if adapter == "lora":
+        model = PeftModel.from_pretrained(model, place / adapter).eval()
+    elif adapter == "joint":
+        model = load_joint(model, place / adapter).eval()
+    elif adapter is not None:
         model = patch_model(model, place / adapter)
         model.steering.scale = model.steering.scale if scale is None else scale
     found = []
@@ -149,7 +153,7 @@ def test_eval_refusals(place, tmp_path, monkeypatch):
         ((task, "--adapter", tmp_path / "none"), ("no adapter directory",)),
         ((task, "--adapter", f"a b={place / 'one'}"), ("adapter name is 'a b'",)),
         ((task, "--adapter", place / "one", "--adapter", place / "one"), ("there are two adapters 'one'",)),
-        ((task, "--adapter", f"base={place / 'one'}"), ("there are two adapters 'base'",)),
+        ((task, "--adapter", f"base={place / 'one'}"), ("an adapter has the name 'base', that of the base model",)),
         ((task, "--no-base"), ("neither --base nor an --adapter",)),
         ((task, "--limit", 0), ("limit is 0",)),
         ((task, "--out", tmp_path / "none" / "x.json"), ("there is no directory",)),
@@ -320,6 +324,19 @@ def told(place, rows, name) -> list[str]:
         tokens = model.eval().generate(input_ids=ids, max_new_tokens=10, do_sample=False, pad_token_id=0)
         said.append(tokenizer().decode(tokens[0, ids.shape[1] :], skip_special_tokens=True))
     return said
+
+
+@needs_harness
+def test_eval_lora_steering_and_both_on_the_harnesss_tasks(table):
+    place, _ = table
+    names = ("one", "lora", "joint")
+    arguments = [part for name in names for part in ("--adapter", place / name)]
+    result = invoke("eval", place / "sums.yaml", "--model", place / "base", *arguments, "--device", "cpu", "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout[result.stdout.index('{\n  "model"') :])["scores"]
+    truth = [right(place, name) for name in (None, *names)]
+    assert len({tuple(values) for values in truth}) > 2
+    assert [row["mean"] for row in found] == pytest.approx([np.mean(values) for values in truth])
 
 
 def test_eval_lora_steering_and_both_side_by_side(table, tmp_path, monkeypatch):
