@@ -214,7 +214,6 @@ class Orthogonality:
             return
         unseen, backward = _moves_unseen(optimizer), torch._C._current_graph_task_id()
         if backward == -1:
-            self._waits.clear()
             self._enforce(unseen)
             return
         if backward not in self._waits:

@@ -185,7 +185,8 @@ class SteeringSite(Site):
         self._set_strength(torch.device("cpu"))
         self.gains: Any = None  # gives the gain of each token of a pass; None: every token is steered
         #: V (d, k), which W2 and b2 are kept orthogonal to in training. It is no buffer, because it comes with the
-        #: first training pass, and averages of models (AveragedModel) pair the buffers of a model and its copy.
+        #: first training pass, and averages of models (AveragedModel) pair the buffers of a model and its copy. Where
+        #: the model is moved, the next training pass makes another.
         self.basis: Tensor | None = None
         self.link: Any = None  # the norm behind the layer, if it is fused: see `norms.Link`
         #: The module that steers by rows while each row of a batch has its own adapter. Its `plan` fills `_planned`.
@@ -301,8 +302,6 @@ class SteeringSite(Site):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SteeringSite:
         super()._apply(fn, recurse)
-        if self.basis is not None:
-            self.basis = fn(self.basis)
         self._set_strength(self.strength.device)  # not rounded to the new dtype
         return self
 

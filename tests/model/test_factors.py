@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from models import assert_close, build, logits, randomize, refused, steering_parameters, tokens
 from peft import get_peft_model
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, prune, spectral_norm
+from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm
 
 import fused_steer.peft
 from fused_steer import SteerConfig, patch_model
 
-CONFIG = SteerConfig(rank=4, up_bias=True)
+CONFIG = SteerConfig(rank=4)
 
 
 class Part(nn.Module):
@@ -133,6 +133,24 @@ def test_factors_that_are_computed_are_saved_and_served_by_their_values(change, 
     with refused(ValueError, "steer_down.weight of adapter 'default' at layer 0 is computed from other parameters"):
         steered.steering.restore(tmp_path / "adapter")
     assert torch.equal(logits(steered), expected)
+
+
+@pytest.mark.parametrize("config", [CONFIG, SteerConfig(form="loreft", rank=4)], ids=["lowrank", "loreft"])
+def test_factors_that_are_computed_are_computed_once_in_a_pass(config):
+    class Counted(nn.Module):
+        calls = 0
+
+        def forward(self, weight: Tensor) -> Tensor:
+            Counted.calls += 1
+            return 2 * weight
+
+    model = patch_model(build(), config).train()
+    for layer in model.model.layers:
+        parametrize.register_parametrization(layer.post_block.steer_down["default"], "weight", Counted())
+    for seed in range(2):
+        Counted.calls = 0
+        step(model, seed)
+        assert Counted.calls == len(model.model.layers)
 
 
 def test_factors_of_loreft_that_are_computed_train():
