@@ -113,7 +113,7 @@ def fp_fusion_of_the_environment():
             post_block(x, b, down, up)
         options = [started.compiled.metadata.enable_fp_fusion for started in notes.launches]
         binaries = [hash(started.compiled.asm["cubin"]) for started in notes.launches]
-        found.append([options, binaries, hash(aot._compile.__wrapped__(job)[1])])
+        found.append([options, binaries, hash(aot._build(job).asm["cubin"])])
         for started in notes.launches:
             started.kernel.device_caches.clear()  # so that the next launch compiles with the current options
     os.environ.pop("TRITON_DEFAULT_FP_FUSION")

@@ -30,7 +30,11 @@ class Factor(nn.Module):
 
     def has(self, name: str) -> bool:
         """Return whether there is a weight or a bias, without computing it."""
-        return name not in self._parameters or self._parameters[name] is not None
+        # A replica of DataParallel has its parameters among its attributes, and so has a pruned factor its weight.
+        for named in (self._parameters, self.__dict__):
+            if name in named:
+                return named[name] is not None
+        return True  # parametrized
 
     def is_computed(self, name: str) -> bool:
         """Return whether the weight or the bias is no parameter, but computed from others in each pass.

@@ -152,7 +152,7 @@ def test_demo_other_bits_after_loading_are_an_error(saved_model, tmp_path, monke
     ("arguments", "message"),
     [
         (["--operators", "MAX,AVG"], "operators have 'AVG'; expected some of MAX, MIN, MED, SM"),
-        (["--operators", ""], "operators have ''"),
+        (["--operators", ""], "--operators is ''; expected a value that is not empty"),
         (["--depth", 0], "depth is 0; expected 1 to"),
         (["--steps", 0], "steps is 0; expected at least 1"),
         (["--batch-size", 0], "batch size is 0"),
