@@ -73,7 +73,7 @@ The map, in reading order. A file imports only files that stand above it.
     tools/               the command's verbs
         listops.py       the demo's task
         sources.py       adapters that a command is given: names, and steering, LoRA or both
-        variants.py      several of them on one model, of which one computes
+        variants.py      loads several adapters into one model and switches between them
         prompts.py       read prompts from files, and batches of their tokens
         demo.py          fused-steer demo
         coverage_table.py the table of fused-steer coverage

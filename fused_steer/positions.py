@@ -125,12 +125,12 @@ def chosen_tokens(
 def chosen_by_lengths(
     positions: Positions, real: Tensor, lengths: Tensor, before: Tensor | int
 ) -> tuple[Tensor, Tensor]:
-    """Return `chosen_tokens` of rows of one text each, of which earlier passes may have had a part.
+    """Return `chosen_tokens` by the lengths of the prompts. Each row is one text. A cache may hold its beginning.
 
     Args:
         real: (rows, tokens) bool, False for padding.
         lengths: (rows,) the number of tokens of each prompt.
-        before: (rows, 1) the number of tokens of each text in earlier passes.
+        before: (rows, 1) the number of tokens of each text in the cache, or one number for all.
     """
     count, lengths = before + real.cumsum(1), lengths[:, None]
     prompt = real & (count <= lengths)

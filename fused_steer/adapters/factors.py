@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..config import DTYPES, SteerConfig
 from ..kernels.rotation import orthonormal, rotate
-from .parameters import DOWN, DOWN_BIAS, UP, UP_BIAS, steered
+from .parameters import DOWN, DOWN_BIAS, NAMES, UP, UP_BIAS, steered
 
 
 class Factor(nn.Module):
@@ -49,6 +49,19 @@ def read_factor(factor: nn.Module) -> tuple[Tensor | None, Tensor | None]:
     for number, hook in factor._forward_pre_hooks.items():
         hook(factor, (), {}) if number in factor._forward_pre_hooks_with_kwargs else hook(factor, ())
     return factor.weight, factor.bias  # type: ignore[return-value]
+
+
+@torch.no_grad()
+def _values(factor: Factor) -> tuple[Tensor | None, Tensor | None]:
+    """Return the weight and the bias in eval mode. In training mode a spectral norm would change its state."""
+    if not (factor.is_computed("weight") or factor.is_computed("bias")):
+        return factor.weight, factor.bias
+    modes = [(module, module.training) for module in factor.modules()]
+    try:
+        return read_factor(factor.eval())
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 class Rotation(Factor):
@@ -118,16 +131,10 @@ class Adapter:
         up = _up_factor(form)(moved.get(UP), moved.get(UP_BIAS))
         return cls(Factor(moved.get(DOWN), moved.get(DOWN_BIAS)), up)
 
-    def named_parameters(self) -> dict[str, nn.Parameter]:
-        """Return the parameters by name."""
-        sides = (("steer_down", self.down), ("steer_up", self.up))
-        return {f"{side}.{name}": p for side, factor in sides for name, p in factor.named_parameters()}
-
     def named_tensors(self) -> dict[str, Tensor]:
-        """Return the values by name, without gradients."""
-        sides = (("steer_down", self.down), ("steer_up", self.up))
-        there = [(side, factor, name) for side, factor in sides for name in ("weight", "bias") if factor.has(name)]
-        return {f"{side}.{name}": getattr(factor, name).detach() for side, factor, name in there}
+        """Return the values by name, without gradients. Computed ones are those of eval mode."""
+        values = (*_values(self.down), *_values(self.up))
+        return {name: tensor.detach() for name, tensor in zip(NAMES, values, strict=True) if tensor is not None}
 
     def computed(self) -> list[str]:
         """Return the names of the tensors that are no parameters: see `Factor.is_computed`."""

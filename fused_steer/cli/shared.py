@@ -29,7 +29,7 @@ _PIPE_WIDTH = 10_000
 
 
 class _Command(TyperCommand):
-    """A command whose options and arguments are refused if they are given as ''."""
+    """A command that refuses empty options and arguments."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)

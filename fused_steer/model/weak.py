@@ -20,7 +20,7 @@ def _there(found: T | None) -> T:
 
 
 class _Nothing:
-    """What a reference refers to whose object was deleted before it was copied."""
+    """Stands for a deleted object in the copy of a reference. It is deleted at once, too."""
 
 
 def _weak(found: T | None) -> Weak[Any]:
@@ -30,8 +30,8 @@ def _weak(found: T | None) -> Weak[Any]:
 class Weak(weakref.ref[T]):
     """A weak reference. A copy or pickle has the copy of the object, as with an ordinary attribute.
 
-    A copy of a reference whose object was deleted is such a reference, too: a module that the model held when it was
-    patched may have been replaced since.
+    A reference may outlive its object: a module may have been replaced since the model was patched. Its copy has no
+    object either.
     """
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Weak[Any]:

@@ -96,7 +96,7 @@ def _row_of_task(example: Example, chat: bool) -> Row:
 def tokens_without_end(tokenizer: Any, rows: Sequence[Row], longest: int | None, source: str) -> list[Row]:
     """Return the tokens of rows of texts, without the end-of-sequence token that TRL would add to each.
 
-    Rows whose completion `longest` cuts off wholly are left out.
+    Tokens beyond `longest` are cut off. A row without a token of its completion left is left out.
 
     Raises:
         ValueError: no row is left.

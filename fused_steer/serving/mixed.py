@@ -65,7 +65,7 @@ class MixedRows:
         self._gain = torch.tensor(strengths, dtype=torch.float32)
         self._slots = loaded.slots
         adapters = (adapter for site in sites.values() for name in configs if (adapter := site.adapter(name)))
-        parameters = (p for adapter in adapters for p in adapter.named_parameters().values())
+        parameters = (p for adapter in adapters for factor in (adapter.down, adapter.up) for p in factor.parameters())
         self._trained = next((p for p in parameters if p.requires_grad), None)
         self._routings: dict[Any, Routing] = {}
 

@@ -288,7 +288,7 @@ def check_ridge(ridge: float) -> None:
 
 
 def check_tuned(tuned: nn.Module) -> None:
-    """Refuse a steered model whose layers, run one by one, would not compute as in a pass of the model.
+    """Refuse a steered model whose layers cannot be run one by one.
 
     Raises:
         ValueError: its adapter has positions.

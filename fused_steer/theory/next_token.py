@@ -61,7 +61,7 @@ def divergence(model: nn.Module, tuned: nn.Module, batches: Iterable[Batch]) -> 
                 if not each.isfinite().all():
                     raise ValueError("a model's logits are NaN or infinite; expected finite ones")
                 kl += float(each.double().sum())
-                same += int((p.argmax(1) == q.argmax(1)).sum())
+                same += int((wanted[:, :size].argmax(1) == found.to(wanted.device).argmax(1)).sum())
                 tokens += len(each)
     if not tokens:
         raise ValueError("the batches have no token; expected at least one")

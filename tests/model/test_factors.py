@@ -121,9 +121,13 @@ def test_factors_that_are_computed_are_saved_and_served_by_their_values(change, 
     for factor in factors:
         change(factor)
     step(steered, 0)
-    expected = logits(steered.eval())
+    # Right after the optimizer's step, in training mode: what pruning computed before is out of date.
+    before = [buffer.clone() for factor in factors for buffer in factor.buffers()]
     steered.steering.save(tmp_path / "adapter")
     steered.save_pretrained(tmp_path / "whole")
+    assert all(map(torch.equal, before, (buffer for factor in factors for buffer in factor.buffers())))
+    assert all(module.training for factor in factors for module in factor.modules())
+    expected = logits(steered.eval())
     for folder in ("adapter", "whole"):
         assert_close(logits(patch_model(build(), tmp_path / folder, check_base=False)), expected)
     with steered.steering.batch(["default", None]), torch.no_grad():
