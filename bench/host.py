@@ -14,8 +14,9 @@ nothing but its residual add, in a model patched by `patch_model`. All contender
               adapters cost as inputs of the graph counts as steering's.
 
 The hook runs four PyTorch operations after the add: F.linear, SiLU, F.linear, add. The hook of `grouped` runs seven, of
-which the first copy each row's weights. Over the stub driver the rivals' tensors are tiny, so that only dispatch is
-measured. On a GPU each operation also costs a launch; the stub leaves launches out on both sides. A figure is the lower
+which the first copy each row's weights. Over the stub driver all contenders' tensors are tiny: the rivals' operations
+are then little but dispatch, and a result takes the CPU's allocator as little time as a GPU's caching one, whatever its
+size. On a GPU each operation also costs a launch; the stub leaves launches out on both sides. A figure is the lower
 decile of CPU seconds, because other load on the machine only adds time. Quote only ratios.
 """
 
@@ -50,7 +51,6 @@ HOST_CONTENDERS = {
     "compiled": ("fused", "eager", "hook", "off"),
 }
 RIVALS_ON_HOST = {"call": "hook", "pass": "hook", "train": "hook", "grouped": "gather-bmm", "compiled": "eager"}
-TINY = HostCase(tokens=2, hidden=8, rank=2, adapters=2, dtype="float32")
 CALLS = 20  # calls of one sample: enough to warm the caches again after another contender's turn
 
 Call = Callable[[], Any]
@@ -199,15 +199,14 @@ def _pass_call(model: Chain, case: HostCase, device: torch.device) -> Call:
 def _block_contenders(
     call: Callable[[Chain, HostCase, torch.device], Call],
     case: HostCase,
-    small: HostCase,
     device: torch.device,
     block: type[Block] = Block,
 ) -> dict[str, Call]:
     return {
         "fused": call(patched(case, device, block), case, device),
-        "hook": call(hooked(small, device, block=block), small, device),
-        "hook-modules": call(hooked(small, device, modules=True, block=block), small, device),
-        "unsteered": call(Chain(small, block).to(device), small, device),
+        "hook": call(hooked(case, device, block=block), case, device),
+        "hook-modules": call(hooked(case, device, modules=True, block=block), case, device),
+        "unsteered": call(Chain(case, block).to(device), case, device),
     }
 
 
@@ -228,7 +227,7 @@ def gathered(case: HostCase, device: torch.device) -> Chain:
     return model
 
 
-def _grouped_contenders(case: HostCase, small: HostCase, device: torch.device) -> dict[str, Call]:
+def _grouped_contenders(case: HostCase, device: torch.device) -> dict[str, Call]:
     from fused_steer import SteerConfig
 
     model = patched(case, device)
@@ -240,15 +239,14 @@ def _grouped_contenders(case: HostCase, small: HostCase, device: torch.device) -
     model(_hidden(case, device), _hidden(case, device))  # the first pass prepares the batch for all layers
     return {
         "fused": _layer_call(model, case, device),
-        "gather-bmm": _layer_call(gathered(small, device), small, device),
-        "unsteered": _layer_call(Chain(small), small, device),
+        "gather-bmm": _layer_call(gathered(case, device), case, device),
+        "unsteered": _layer_call(Chain(case), case, device),
     }
 
 
-def _compiled_contenders(case: HostCase, small: HostCase, device: torch.device) -> dict[str, Call]:
+def _compiled_contenders(case: HostCase, device: torch.device) -> dict[str, Call]:
     x, branch = _hidden(case, device), _hidden(case, device)
-    tiny, tiny_branch = _hidden(small, device), _hidden(small, device)
-    model, hook = patched(case, device), hooked(small, device)
+    model, hook = patched(case, device), hooked(case, device)
     torch.compiler.config.force_disable_caches = True  # type: ignore[attr-defined]  # no code that older sources left
     compiled = torch.compile(patched(case, device), fullgraph=True, dynamic=False)
     off = patched(case, device)
@@ -258,12 +256,12 @@ def _compiled_contenders(case: HostCase, small: HostCase, device: torch.device) 
     return {
         "fused": lambda: compiled(x, branch),
         "eager": lambda: model(x, branch),
-        "hook": lambda: hook(tiny, tiny_branch),
+        "hook": lambda: hook(x, branch),
         "off": lambda: plain(x, branch),
     }
 
 
-_MAKERS: dict[str, Callable[[HostCase, HostCase, torch.device], dict[str, Call]]] = {
+_MAKERS: dict[str, Callable[[HostCase, torch.device], dict[str, Call]]] = {
     "call": functools.partial(_block_contenders, _layer_call),
     "pass": functools.partial(_block_contenders, _pass_call, block=WorkingBlock),
     "train": functools.partial(_block_contenders, _train_call),
@@ -318,18 +316,21 @@ def interleave(calls: dict[str, Call], device: torch.device, rounds: int, number
 def measure_host(case: HostCase, what: str, device: torch.device, rounds: int = 150) -> list[Row]:
     """Measure the host time of one kind of call for each contender. On a CPU this needs the stub driver.
 
+    There hidden size, rank and dtype of the case are replaced by 8, 2 and float32.
+
     Raises:
         ValueError: there is no such kind of call.
     """
     if what not in _MAKERS:
         raise ValueError(f"what is {what!r}; expected one of {', '.join(_MAKERS)}")
-    small = case if device.type == "cuda" else replace(TINY, layers=case.layers)
+    if device.type == "cpu":
+        case = replace(case, hidden=8, rank=2, dtype="float32")
     whole = what in ("pass", "train", "compiled")  # a call of all layers
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with contextlib.nullcontext() if what == "train" else torch.no_grad():
-            calls = _MAKERS[what](case, small, device)
+            calls = _MAKERS[what](case, device)
             for call in calls.values():
                 call()  # compiles
             launches = {name: count_launches(call, device) for name, call in calls.items()}
