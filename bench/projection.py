@@ -65,7 +65,7 @@ def fused(matrices: Matrices) -> Callable[[], None]:
         site.use("a", "silu", 1.0)
     writers = {index: [_Writer(b)] for index, b in enumerate(matrices.writers)}
     config = SteerConfig(rank=rank, orthogonal_to="lora")
-    keeper = Orthogonality("a", config, nn.Module(), sites, lambda _: writers)  # type: ignore[arg-type, return-value]
+    keeper = Orthogonality("a", config, sites, lambda: True, lambda _: writers)  # type: ignore[arg-type, return-value]
     return lambda: keeper._project(lora_columns(keeper.writers, config), everything=True)
 
 

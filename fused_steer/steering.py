@@ -6,6 +6,7 @@ It is one file because it is one class: the methods that users call, each with i
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,7 +30,7 @@ from .model.decoder_hooks import warn_of_frozen
 from .model.patched import PatchedModel, describe
 from .model.stored import adapter_file, check_same_config, files_of_state, restore_values, vectors_file
 from .model.watch import Report
-from .model.weak import Weakly, WeakMethod
+from .model.weak import Weakly, WeakMethod, leave_out_rest
 from .positions import ALL, read_positions
 from .serving.batch import Batch, run_batch
 from .serving.continuous import generate_inside
@@ -45,16 +46,17 @@ class Steering:
     """The adapters of one patched model, available as `model.steering`.
 
     One adapter is active at a time: only it steers, and only it trains. `batch` (inference only) allows one per row.
-    The model keeps this alive, not the reverse.
+    The model and its decoder keep this alive, not the reverse.
     """
 
-    _given = Weakly[Any]()
-    _model = Weakly[Any]()
+    # What is left of a model whose decoder somebody keeps.
+    _given = Weakly[Any](lambda self: self._model)
+    _model = Weakly[Any](lambda self: self._decoder.module)
 
     def __init__(self, model: nn.Module, fuse_norm: bool = False) -> None:
         """Find the model's decoder. The model is not changed until an adapter is added. See `patch_model`."""
         given, model = model, inside_peft(model)
-        self._patched = PatchedModel(model, adapter_parameters, WeakMethod(self, "_before_training"), fuse_norm)
+        self._patched = PatchedModel(model, adapter_parameters, fuse_norm)
         self._given, self._model, self._decoder = given, model, self._patched.decoder
         self._configs: dict[str, SteerConfig] = {}
         self._active: str | None = None
@@ -65,7 +67,16 @@ class Steering:
         self._batch: Batch | None = None
         methods = (WeakMethod(self, name) for name in ("_is_idle", "_is_tracing", "_batch_of_active"))
         self._gains = Gains(model, self._decoder.module, *methods)
-        self._saving = saving_of(self._given, model, self)
+        self._saving = saving_of(self._given, model, self._decoder.module, self)
+
+    def __deepcopy__(self, memo: dict[Any, Any]) -> Steering:
+        """Copy this with its model. A copy of the decoder alone has its own steering, too, and no rest of the model."""
+        given = vars(self)["_weak__given"]()
+        if given is not None and id(given) not in memo and id(self._decoder.module) in memo:
+            leave_out_rest(given, memo)
+        twin = memo[id(self)] = object.__new__(type(self))
+        vars(twin).update(copy.deepcopy(vars(self), memo))
+        return twin
 
     # ------------------------------------------------------------------------------------------------------- adapters
 
@@ -524,7 +535,7 @@ class Steering:
         return self._decoder.layout.count(self.config(name))
 
     def __repr__(self) -> str:
-        if vars(self)["_weak__model"]() is None:
+        if vars(self._decoder)["_weak_module"]() is None:
             return "Steering of a deleted model"
         return describe(self._configs, self._active, self.count_parameters, self._decoder, self._model)
 
@@ -532,7 +543,7 @@ class Steering:
 
     def attach(self, name: str) -> None:
         """Freeze the base (not PEFT's adapters), watch the decoder, set `model.steering` and activate an adapter."""
-        self._patched.freeze()
+        self._patched.freeze(self._before_training)
         model: Any = self._model
         model.steering = self
         for saving in self._saving:
@@ -562,8 +573,7 @@ class Steering:
             self._pool = self._active = None
             vars(self._model).pop("steering", None)
             self._unpatched = True
-        given = self.__dict__["_weak__given"]()  # PEFT's wrapper is gone after `merge_and_unload`
-        return self._model if given is None else given
+        return self._given
 
     @contextlib.contextmanager
     def _changing(self, what: str) -> Iterator[None]:

@@ -60,10 +60,11 @@ class SavePretrained:
 
     def remove(self) -> None:
         """Restore `model.save_pretrained`, unless another library has replaced it since."""
-        if vars(self.model).get(_NAME) is self:
-            delattr(self.model, _NAME)
+        model = self.__dict__["_weak_model"]()  # deleted, if somebody keeps its decoder alone
+        if model is not None and vars(model).get(_NAME) is self:
+            delattr(model, _NAME)
             if self.earlier is not None:
-                setattr(self.model, _NAME, self.earlier)
+                setattr(model, _NAME, self.earlier)
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         """Write the whole model as transformers does, then the adapters.
@@ -106,12 +107,18 @@ class SavePretrained:
                     from . import peft  # noqa: F401  (registers the method for from_pretrained)
 
 
-def saving_of(given: Any, model: Any, steering: Adapters) -> list[SavePretrained | PeftCheckpoints]:
-    """Return the replacements of a patched model's saving methods. `given` is the model, or PEFT's wrapper around it.
+def saving_of(given: Any, model: Any, decoder: Any, steering: Adapters) -> list[SavePretrained | PeftCheckpoints]:
+    """Return the replacements of a patched model's saving methods.
 
-    The model in a wrapper has one, too: `merge_and_unload` takes it out.
+    Args:
+        given: the model, or PEFT's wrapper around it. The model in a wrapper has a replacement, too:
+            `merge_and_unload` takes it out.
+        model: the model.
+        decoder: its decoder. It has one, too, and so has each model between them: it can be saved without its head.
+        steering: the model's steering.
     """
-    found: list[SavePretrained | PeftCheckpoints] = [SavePretrained(model, steering)] if hasattr(model, _NAME) else []
+    around = [module for module in model.modules() if any(part is decoder for part in module.modules())]
+    found: list[SavePretrained | PeftCheckpoints] = [SavePretrained(m, steering) for m in around if hasattr(m, _NAME)]
     return found if given is model else [*found, PeftCheckpoints(given, steering)]
 
 

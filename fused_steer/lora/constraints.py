@@ -19,7 +19,7 @@ from .writers import Writer, trace_writers
 class Constraints:
     """The orthogonality constraints of a model's adapters, by adapter name."""
 
-    _model = Weakly[nn.Module]()
+    _model = Weakly[nn.Module](lambda self: self._decoder.module)
 
     def __init__(self, model: nn.Module, decoder: Decoder) -> None:
         """Args:
@@ -46,7 +46,8 @@ class Constraints:
     def add(self, name: str, config: SteerConfig, sites: Mapping[Place, SteeringSite]) -> None:
         """Keep an adapter orthogonal if its config says so. `sites` are the adapter's sites, by place."""
         if config.orthogonal_to is not None:
-            self._kept[name] = Orthogonality(name, config, self._model, sites, WeakMethod(self, "_trace"))
+            methods = (WeakMethod(self, method) for method in ("_carries_lora", "_trace"))
+            self._kept[name] = Orthogonality(name, config, sites, *methods)
 
     def use(self, name: str | None) -> None:
         """Release the bases of all adapters but `name`."""
@@ -76,14 +77,17 @@ class Constraints:
 
     def values(self, name: str) -> ByPlace:
         """Return values that satisfy the constraint, to replace an adapter's parameters. Empty without a constraint."""
-        return self._kept[name].constrained() if name in self._kept and lora_layers(self._model) else {}
+        return self._kept[name].constrained() if name in self._kept and self._carries_lora() else {}
 
     def before_training(self, name: str, training: bool) -> None:
         """Enforce the constraint before a forward pass with gradients. `training` is the decoder's training mode."""
         orthogonality = self._kept.get(name)
         # A prompt run without no_grad looks like training, and may run without the LoRA of the adapter's training.
-        if orthogonality is not None and orthogonality.trains and (training or lora_layers(self._model)):
+        if orthogonality is not None and orthogonality.trains and (training or self._carries_lora()):
             orthogonality.before_forward()
+
+    def _carries_lora(self) -> bool:
+        return bool(lora_layers(self._model))
 
     def _trace(self, indices: Sequence[int]) -> dict[int, list[Writer]]:
         """Return all modules that write into the residual stream in these layers."""

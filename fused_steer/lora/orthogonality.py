@@ -30,7 +30,6 @@ from ..kernels.derivatives import is_transformed
 from ..kernels.orthogonal import MAX_WRITERS, column_space, project_out
 from ..model.decoder import execution_device
 from ..model.site import SteeringSite
-from ..model.weak import Weakly
 from .layers import columns_of, lora_layers
 from .writers import Writer, choose_writers
 
@@ -112,27 +111,25 @@ def check_lora(config: SteerConfig, writers: Mapping[int, list[Writer]], devices
 class Orthogonality:
     """Keeps one adapter of a model orthogonal to the model's LoRA."""
 
-    model = Weakly[nn.Module]()
-
     def __init__(
         self,
         name: str,
         config: SteerConfig,
-        model: nn.Module,
         sites: Mapping[Place, SteeringSite],
+        carries_lora: Callable[[], bool],
         trace: Callable[[list[int]], dict[int, list[Writer]]],
     ) -> None:
         """
         Args:
             name: the adapter's name.
             config: the adapter's config.
-            model: the model. It carries the LoRA now, or later when the adapter is trained.
             sites: the adapter's sites, by place.
+            carries_lora: returns whether the model has a LoRA now. When the adapter is trained, it has to.
             trace: returns all writers of some layers. It is called when the adapter is first trained.
         """
-        self.name, self.config, self.model = name, config, model
+        self.name, self.config = name, config
         self.sites = dict(sites)
-        self._trace = trace
+        self._carries_lora, self._trace = carries_lora, trace
         self._writers: dict[int, list[Writer]] | None = None
         self._seen: tuple[Any, ...] | None = None  # `_state` when the constraint was last enforced
         #: For each backward pass in which an optimizer stepped, whether a step moved parameters without a sign.
@@ -291,7 +288,7 @@ class Orthogonality:
 
     def _columns_to_train(self) -> Columns:
         columns = lora_columns(self.writers, self.config)
-        if not columns and not lora_layers(self.model):
+        if not columns and not self._carries_lora():
             raise RuntimeError(
                 f"adapter {self.name!r} trains orthogonal to a LoRA, and the model carries none; expected a LoRA from "
                 "PEFT (or freeze the adapter)"

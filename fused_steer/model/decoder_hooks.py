@@ -27,6 +27,9 @@ class DecoderHooks:
     Before a pass they check that it may run in this thread and that no steered layer was replaced. They watch forwards
     that other libraries set on layers, enforce constraints on trained adapters, and make LoReFT's rotations for all
     layers. After the pass they drop the rotations.
+
+    The decoder keeps its hooks alive, and they keep the steering alive, by `before_training`. So a decoder that
+    outlives the rest of its model goes on being steered.
     """
 
     _module = Weakly[nn.Module]()

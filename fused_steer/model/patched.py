@@ -27,7 +27,6 @@ class PatchedModel:
         self,
         model: nn.Module,
         kept: Callable[[nn.Module], Iterable[nn.Parameter]],
-        before_training: Callable[[bool], None],
         fuse_norm: bool = False,
     ) -> None:
         """Find the decoder. The model is not changed.
@@ -35,7 +34,6 @@ class PatchedModel:
         Args:
             model: a model with decoder layers.
             kept: returns the model's parameters that are not frozen.
-            before_training: see `DecoderHooks`.
             fuse_norm: whether to fuse the norms that follow steered layers.
 
         Raises:
@@ -46,9 +44,7 @@ class PatchedModel:
         self._disabling: set[object] = set()  # the open `disable` contexts, which may end in any order
         self.scopes = Scopes()
         self._norms = Norms(self.decoder, self.layers) if fuse_norm else None
-        self._hooks = DecoderHooks(
-            self.decoder, self.layers, self.scopes, before_training, self._norms.graph if self._norms else None
-        )
+        self._hooks: Weak[DecoderHooks] | None = None
         others = {id(parameter) for parameter in kept(model)}
         # By module and name, because offloading replaces the parameter object.
         self._requires_grad = [
@@ -109,11 +105,18 @@ class PatchedModel:
             for index, names in wanted.items()
         }
 
-    def freeze(self) -> None:
-        """Freeze the base, and hook the decoder's passes."""
+    def freeze(self, before_training: Callable[[bool], None]) -> None:
+        """Freeze the base, and hook the decoder's passes.
+
+        Args:
+            before_training: see `DecoderHooks`.
+        """
         for module, name, _ in self._requires_grad:
             module.there().get_parameter(name).requires_grad_(False)
-        self._hooks.attach()
+        graph = self._norms.graph if self._norms else None
+        hooks = DecoderHooks(self.decoder, self.layers, self.scopes, before_training, graph)
+        self._hooks = Weak(hooks)  # the decoder keeps them
+        hooks.attach()
 
     def undo(self) -> None:
         """Remove all sites, and restore which parameters train. After an exception it can be called again.
@@ -134,7 +137,9 @@ class PatchedModel:
             parameter = None if module is None else module._parameters.get(name)
             if parameter is not None:
                 parameter.requires_grad_(required)
-        self._hooks.remove()
+        hooks = None if self._hooks is None else self._hooks()
+        if hooks is not None:
+            hooks.remove()
         self.layers.clear()
 
     @contextlib.contextmanager

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import copy
 import weakref
+from collections.abc import Callable
 from typing import Any, Generic, TypeVar, overload
+
+from torch import nn
 
 T = TypeVar("T")
 
@@ -34,8 +37,10 @@ class Weak(weakref.ref[T]):
     object either.
     """
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Weak[Any]:
-        return _weak(copy.deepcopy(self(), memo))
+    def __deepcopy__(self, memo: dict[Any, Any]) -> Weak[Any]:
+        found: Any = self()
+        left_out = id(found) in memo.get(_LEFT_OUT, ()) and id(found) not in memo
+        return _weak(None if left_out else copy.deepcopy(found, memo))
 
     def __reduce__(self) -> Any:
         return _weak, (self(),)
@@ -49,8 +54,31 @@ class Weak(weakref.ref[T]):
         return _there(self())
 
 
+#: The key of a deep copy's memo with the modules that its weak references leave out. Other keys are numbers.
+_LEFT_OUT = "modules outside of the copied part"
+
+
+def leave_out_rest(model: nn.Module, memo: dict[Any, Any]) -> None:
+    """Let a deep copy of a part of a model have no weak references to the rest, which nothing would keep alive.
+
+    Args:
+        model: the whole model.
+        memo: the memo of the copy, with the part's module.
+    """
+    modules = list(model.modules())
+    inside = {id(below) for module in modules if id(module) in memo for below in module.modules()}
+    memo[_LEFT_OUT] = {id(module) for module in modules} - inside
+
+
 class Weakly(Generic[T]):
     """An attribute that does not keep its value alive. The instance has a `Weak` of the value in `_weak_<name>`."""
+
+    def __init__(self, instead: Callable[[Any], T] | None = None) -> None:
+        """
+        Args:
+            instead: returns the attribute of an instance whose value was deleted. Without it that is an error.
+        """
+        self._instead = instead
 
     def __set_name__(self, owner: type, name: str) -> None:
         self._slot = f"_weak_{name}"
@@ -60,7 +88,10 @@ class Weakly(Generic[T]):
     @overload
     def __get__(self, instance: Any, owner: type) -> T: ...
     def __get__(self, instance: Any, owner: type) -> Any:
-        return self if instance is None else instance.__dict__[self._slot].there()
+        if instance is None:
+            return self
+        found = instance.__dict__[self._slot]()
+        return self._instead(instance) if found is None and self._instead is not None else _there(found)
 
     def __set__(self, instance: Any, value: T) -> None:
         instance.__dict__[self._slot] = Weak(value)

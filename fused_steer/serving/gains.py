@@ -58,7 +58,7 @@ class _PassOfThread(_Pass, threading.local):
 class Gains:
     """Computes the gain of each token in the passes of one model, for the sites of the active adapter."""
 
-    _model = Weakly[nn.Module]()
+    _model = Weakly[nn.Module](lambda self: self._decoder)
     _decoder = Weakly[nn.Module]()
 
     def __init__(

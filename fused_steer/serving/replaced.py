@@ -42,11 +42,14 @@ class Replacement:
     def end(self) -> None:
         """Restore the method. If another replacement is on top, it stays, and restores the method when it ends."""
         self.ended = True
-        found = _without_ended(vars(self.model).get(self.name))
+        model = self.__dict__["_weak_model"]()
+        if model is None:  # somebody keeps its decoder alone
+            return
+        found = _without_ended(vars(model).get(self.name))
         if found is None:
-            vars(self.model).pop(self.name, None)
+            vars(model).pop(self.name, None)
         else:
-            setattr(self.model, self.name, found)
+            setattr(model, self.name, found)
 
 
 def _without_ended(found: Any) -> Any:

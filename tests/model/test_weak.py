@@ -141,9 +141,79 @@ def test_weak_layers_that_are_dropped_stay_until_the_model_is_unpatched(tmp_path
         whole = steering_parameters(patch_model(build(), tmp_path))
         assert all(torch.equal(whole[name], value) for name, value in wanted.items())
     assert len(model.steering.report()) == 3
-    steering = model.steering
+    dropped, steering = layer(), model.steering
     steering.unpatch()
-    assert type(layer()) is type(model.model.layers[0]), "it was unpatched too"
+    assert type(dropped) is type(model.model.layers[0]), "it was unpatched too"
+
+
+KEPT: dict[str, Callable[[], nn.Module]] = {
+    "post_block": lambda: patch_model(build(), CONFIG),
+    "positions": lambda: patch_model(build(), SteerConfig(rank=4, positions="prompt")),
+    "fused norm": lambda: patch_model(build(), CONFIG, fuse_norm=True),
+    "loreft": lambda: patch_model(build(), SteerConfig(rank=4, form="loreft", activation="identity")),
+    "orthogonal": lambda: patch_model(with_lora(), SteerConfig(rank=4, orthogonal_to="lora")),
+}
+
+
+def last_state(decoder: nn.Module) -> torch.Tensor:
+    return decoder(tokens(), use_cache=False).last_hidden_state
+
+
+@pytest.mark.parametrize("make", KEPT.values(), ids=KEPT)
+def test_weak_decoder_that_outlives_its_model_goes_on_being_steered(make, tmp_path):
+    model = make()
+    randomize(model)
+    steering = model.steering
+    with steering.prompts([4, 4]):
+        decoder = steering._decoder.module
+        expected = last_state(decoder)
+        head = weakref.ref(model.get_output_embeddings().weight)
+        del model
+        assert head() is None
+        doubles = [double(decoder) for double in (copy.deepcopy, lambda part: pickle.loads(pickle.dumps(part)))]
+        assert torch.equal(last_state(decoder), expected)
+        last_state(decoder.train()).sum().backward()
+        assert all(p.grad is not None for name, p in decoder.named_parameters() if ".steer_up" in name)
+        with steering.disabled():
+            base = last_state(decoder)
+        assert not torch.equal(base, expected)
+    steering.save(tmp_path / "adapter")
+    decoder.save_pretrained(tmp_path / "decoder")
+    for place in ("adapter", "decoder/fused_steer/default" if "lora" in make.__code__.co_names else "decoder"):
+        assert patch_model(build().model, tmp_path / place).steering.names == ["default"]
+    assert f"{type(decoder).__name__}:" in repr(steering)
+    assert steering.unpatch() is decoder
+    assert torch.equal(last_state(decoder), base)
+    assert "save_pretrained" not in vars(decoder)
+    if make is not KEPT["positions"]:  # copies are in no `prompts`
+        assert all(torch.equal(last_state(double), expected) for double in doubles)
+
+
+@pytest.mark.parametrize("double", [copy.deepcopy, lambda part: pickle.loads(pickle.dumps(part))])
+@pytest.mark.parametrize("fuse_norm", [False, True])
+def test_weak_decoder_is_copied_without_the_rest_of_its_model(double, fuse_norm, monkeypatch):
+    model = patch_model(build(), CONFIG, fuse_norm=fuse_norm)
+    randomize(model)
+    expected = last_state(model.model)
+    if double is copy.deepcopy:  # a pickle does not tell where it begins
+        monkeypatch.setattr(type(model), "__deepcopy__", None, raising=False)
+    twin = double(model.model)
+    assert torch.equal(last_state(twin), expected)
+    for parameter in twin.parameters():
+        parameter.data.zero_()
+    assert torch.equal(last_state(model.model), expected) and not torch.equal(last_state(twin), expected)
+
+
+def test_weak_decoder_is_saved_with_its_adapter_and_no_warning(tmp_path):
+    model = patch_model(build(), CONFIG)
+    randomize(model)
+    model.model.save_pretrained(tmp_path)
+    again = patch_model(build(seed=1).model, tmp_path)
+    assert all(
+        torch.equal(p, dict(model.model.named_parameters())[n]) for n, p in again.named_parameters() if "steer" in n
+    )
+    model.steering.unpatch()
+    assert "save_pretrained" not in vars(model.model)
 
 
 def test_weak_steering_of_a_deleted_model_says_so():
