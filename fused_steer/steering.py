@@ -396,7 +396,7 @@ class Steering:
             held = undo.enter_context(hold_adapters(self._pool, sites, self._configs, distinct))
             undo.callback(setattr, self, "_batch", None)
             self._batch = Batch(requests, held, self._scopes)
-            run_batch(self._model, self._decoder.module, lambda: self._patched.sites, self._batch, undo)
+            run_batch(self._model, self._decoder.module, self._patched.sites_left, self._batch, undo)
             yield
 
     @contextlib.contextmanager
@@ -535,7 +535,7 @@ class Steering:
         return self._decoder.layout.count(self.config(name))
 
     def __repr__(self) -> str:
-        if vars(self._decoder)["_weak_module"]() is None:
+        if not self._decoder.alive:
             return "Steering of a deleted model"
         return describe(self._configs, self._active, self.count_parameters, self._decoder, self._model)
 

@@ -38,6 +38,11 @@ class Decoder:
         self.module, self.path, self.layers, self.hidden, self.config = module, path, layers, hidden, config
 
     @property
+    def alive(self) -> bool:
+        """Whether `module` was not deleted."""
+        return self.__dict__["_weak_module"]() is not None
+
+    @property
     def layout(self) -> Layout:
         """The layout that adapters have to fit, with the present name in the model's config."""
         base = getattr(self.config, "_name_or_path", "") or ""

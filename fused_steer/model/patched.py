@@ -189,8 +189,12 @@ class PatchedModel:
             yield
 
     def _enable(self) -> None:
-        for site in self.sites.values():
+        for site in self.sites_left().values():
             site.enabled = not self.disabled
+
+    def sites_left(self) -> dict[Place, SteeringSite]:
+        """The sites, or none if the model was deleted in a scope that is still open. Ending the scope is no error."""
+        return self.sites if self.decoder.alive else {}
 
     def report(self) -> Report:
         """Return how each layer is steered, at each of its sites."""

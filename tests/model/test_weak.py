@@ -276,3 +276,20 @@ def test_weak_model_that_is_taken_out_of_its_peft_wrapper(tmp_path, kept):
     saved = patch_model(model, tmp_path, check_base=False)  # the adapter was written beside the whole model
     assert all(torch.equal(p, wanted[name]) for name, p in steering_parameters(saved).items())
     assert torch.equal(logits(saved), expected)
+
+
+@pytest.mark.parametrize("scope", ["disabled", "batch", "lora mode"])
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_weak_scopes_end_without_an_error_when_their_model_is_deleted(scope):
+    model = patch_model(with_lora() if scope == "lora mode" else build(), SteerConfig(rank=4, positions="prompt"))
+    steering = model.steering
+    model.scope = {
+        "disabled": lambda: steering.disabled(),
+        "batch": lambda: steering.batch(["default", None]),
+        "lora mode": lambda: steering.mode("lora"),
+    }[scope]()
+    model.scope.__enter__()
+    freed = weakref.ref(model)
+    del model, steering
+    gc.collect()
+    assert freed() is None
