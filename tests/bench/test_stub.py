@@ -3,12 +3,15 @@
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from bench.rehearsal import rehearse_tests
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(
@@ -113,6 +116,12 @@ def test_stub_rehearsal_of_tests_expects_wrong_numbers_and_nothing_else(tmp_path
     done = run("-m", "bench.checkout", "-p", "bench.stub.pretence", "-q", "-p", "no:cacheprovider", str(tmp_path))
     assert done.returncode == 1 and "1 failed, 1 passed, 2 xfailed" in done.stdout, done.stdout[-2000:]
     assert "FAILED" in done.stdout and "test_misspelt" in done.stdout
+
+
+def test_stub_rehearsal_on_few_sizes_runs_gpu_tests():
+    said: list[str] = []
+    assert rehearse_tests(True, said.append) == []
+    assert len(said) == 1 and re.match(r"gpu tests, fp16: .*[1-9]\d* (passed|xfailed)", said[0]), said
 
 
 def test_stub_rehearsal_writes_no_results(tmp_path):

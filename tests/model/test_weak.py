@@ -278,18 +278,14 @@ def test_weak_model_that_is_taken_out_of_its_peft_wrapper(tmp_path, kept):
     assert torch.equal(logits(saved), expected)
 
 
-@pytest.mark.parametrize("scope", ["disabled", "batch", "lora mode"])
+@pytest.mark.parametrize("scope", ["disabled", "batch", "mode"])
 @pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 def test_weak_scopes_end_without_an_error_when_their_model_is_deleted(scope):
-    model = patch_model(with_lora() if scope == "lora mode" else build(), SteerConfig(rank=4, positions="prompt"))
-    steering = model.steering
-    model.scope = {
-        "disabled": lambda: steering.disabled(),
-        "batch": lambda: steering.batch(["default", None]),
-        "lora mode": lambda: steering.mode("lora"),
-    }[scope]()
+    model = patch_model(with_lora() if scope == "mode" else build(), SteerConfig(rank=4, positions="prompt"))
+    opened = {"disabled": (), "batch": (["default", None],), "mode": ("lora",)}
+    model.scope = getattr(model.steering, scope)(*opened[scope])
     model.scope.__enter__()
     freed = weakref.ref(model)
-    del model, steering
+    del model
     gc.collect()
     assert freed() is None
