@@ -333,7 +333,7 @@ def triton_grouped(call: GroupedCall) -> None:
     """Launch two kernels, or one without W1. The second may write into the branch, which the first still reads."""
     tokens, hidden = call.residual.shape
     device, place = device_of(call.residual), call.residual.device
-    rank, few = call.rank, tokens <= FEW_TOKENS
+    rank, few, dtype = call.rank, tokens <= FEW_TOKENS, sum_dtype(call.residual, call.branch)
     named = isinstance(call.activation, str)
     branch_stride = 0 if call.branch is None else call.branch.stride(0)
     # What W1 is applied to is x of the first kernel: a residual and a branch, or one of them alone.
@@ -346,12 +346,12 @@ def triton_grouped(call: GroupedCall) -> None:
         down, up = post_block_grouped_token_down_kernel, post_block_grouped_token_up_kernel
         rows = tokens
     else:
-        schedule = tile_schedule(padded_rank(rank), hidden, call.residual.element_size())
+        schedule = tile_schedule(padded_rank(rank), hidden, dtype.itemsize)
         down, up = post_block_grouped_tile_down_kernel, post_block_grouped_tile_up_kernel
         rows = ceil_div(tokens, schedule.constants["BLOCK_N"])
     # The tile kernels take two more arguments.
     size: tuple[int, ...] = () if few else (tokens,)
-    flags: dict[str, Any] = {} if few else {"DOT": dot_precision(call.residual.dtype, device.gpu, rank)}
+    flags: dict[str, Any] = {} if few else {"DOT": dot_precision(dtype, device.gpu, rank)}
     flags["RANK"] = rank
     splits, part = _splits(rows, hidden, schedule.constants["BLOCK_D"], device)
     partial = None

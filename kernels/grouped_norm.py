@@ -232,7 +232,7 @@ def post_block_grouped_tile_norm_kernel(
 def triton_grouped_norm(call: GroupedCall, norm: Norm, normed: Tensor) -> None:
     """Write `call.out` and `normed`, (N, d) of any row stride, by one launch. They may lie in residual and branch."""
     tokens, hidden = call.residual.shape
-    device, rank = device_of(call.residual), call.rank
+    device, rank, dtype = device_of(call.residual), call.rank, sum_dtype(call.residual, call.branch)
     few = tokens <= TOKENS_A_MULTIPROCESSOR * device.multiprocessors
     size: tuple[int, ...] = () if few else (tokens,)  # the tile kernel takes one more argument
     named = isinstance(call.activation, str)
@@ -242,11 +242,11 @@ def triton_grouped_norm(call: GroupedCall, norm: Norm, normed: Tensor) -> None:
         kernel, grid = post_block_grouped_token_norm_kernel, (tokens,)
         flags: dict[str, Any] = {}
     else:
-        schedule = tile_schedule(padded_rank(rank), hidden, call.residual.element_size())
+        schedule = tile_schedule(padded_rank(rank), hidden, dtype.itemsize)
         kernel = post_block_grouped_tile_norm_kernel
         grid = (ceil_div(tokens, schedule.constants["BLOCK_N"]),)
         flags = {
-            "DOT": dot_precision(call.residual.dtype, device.gpu, rank),
+            "DOT": dot_precision(dtype, device.gpu, rank),
             "BLOCK_D3": min(256, next_power_of_2(hidden)),
         }  # fmt: skip
     launch(

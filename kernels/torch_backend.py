@@ -65,6 +65,13 @@ def _scaled(values: Tensor, strength: float | Tensor) -> Tensor:
     return torch.where(strength == 0, values.new_zeros(()), values * strength)
 
 
+def _differentiably_scaled(values: Tensor, strength: float | Tensor) -> Tensor:
+    """Return `_scaled` with its derivatives by the strength, which a strength of 0 has too. A 0 may be −0."""
+    if isinstance(strength, float):
+        return _scaled(values, strength)
+    return torch.where((strength == 0) & ~values.isfinite(), values.new_zeros(()), values) * strength
+
+
 def _unless_zero(weights: Tensor, strength: float | Tensor) -> Tensor:
     """Return the weights, or zeros if every token's strength is 0. Zero times infinity would be NaN."""
     if isinstance(strength, float):
@@ -141,8 +148,8 @@ def definition(residual: Tensor, branch: Tensor | None, operands: Operands) -> t
         shift = F.linear(ACTIVATIONS[activation][0](a), up.to(acc))
     if up_bias is not None:
         shift = shift + up_bias.to(acc)
-    # 0 − δ is +0 where δ is zero, and x − (+0) is x bit for bit.
-    return (x - (0 - _scaled(shift, strength))).to(dtype), a
+    # 0 − δ is +0 where δ is ±0, and x − (+0) is x bit for bit.
+    return (x - (0 - _differentiably_scaled(shift, strength))).to(dtype), a
 
 
 def backward(
@@ -166,6 +173,7 @@ def backward(
     acc = accumulation_dtype(grad.dtype)
     hidden = grad.shape[-1]
     strength = _strength(scale, gain, acc)
+    scaled = _differentiably_scaled if again else _scaled
     g = grad.to(acc).reshape(-1, hidden)
     result = Gradients()
     row_dot: Tensor | None = None  # Σ_d G·u, (N,)
@@ -178,13 +186,13 @@ def backward(
         phi_a = phi(a)
         if needs.up:
             # an r x d product, because BLAS is several times slower for d x r
-            result.up = torch.mm(_scaled(phi_a, strength).t(), g).t().contiguous()
+            result.up = torch.mm(scaled(phi_a, strength).t(), g).t().contiguous()
         if needs.x or needs.down or needs.down_bias or needs.row_dot:
             gz = torch.mm(g, up.t().contiguous().t())  # faster in BLAS, and up is small
             if needs.row_dot:
                 row_dot = (phi_a * gz).sum(1)
             if needs.x or needs.down or needs.down_bias:
-                da = _scaled(phi_backward(gz, a), strength)
+                da = scaled(phi_backward(gz, a), strength)
                 if grad_a is not None:
                     da = da + grad_a
                 if needs.x:
@@ -196,10 +204,10 @@ def backward(
                     if reads == "sum":
                         w2 = _finite(up, strength)
                         # Out of place, which vmap requires.
-                        result.down = result.down - torch.mm(torch.mm(da.t(), _scaled(phi_a, strength)), w2.t())
+                        result.down = result.down - torch.mm(torch.mm(da.t(), scaled(phi_a, strength)), w2.t())
                         if up_bias is not None:
                             ones = torch.ones(da.shape[0], 1, dtype=acc, device=da.device)  # vmap: not `new_ones`
-                            moved = torch.mm(da.t(), _scaled(ones, strength))
+                            moved = torch.mm(da.t(), scaled(ones, strength))
                             result.down = result.down - moved * _finite(up_bias.to(acc), strength)
                 if needs.down_bias:
                     result.down_bias = da.sum(0)
@@ -208,7 +216,7 @@ def backward(
 
     if up_bias is not None:
         if needs.up_bias:
-            ones = _scaled(torch.ones(g.shape[0], 1, dtype=acc, device=g.device), strength)
+            ones = scaled(torch.ones(g.shape[0], 1, dtype=acc, device=g.device), strength)
             result.up_bias = torch.mm(g.t(), ones).view(hidden)
         if needs.row_dot:
             along_bias = torch.mv(g, up_bias.to(acc))

@@ -227,6 +227,18 @@ def test_derivatives_of_a_call_that_is_zero_keep_its_bits(device):
     assert torch.equal(primal.view(torch.int32), expected.view(torch.int32)) and tangent.any()
 
 
+@pytest.mark.parametrize("run", [steer("tanh"), steer_and_norm], ids=["op", "norm"])
+@pytest.mark.parametrize("zero", ["gain", "scale"])
+def test_derivatives_at_a_strength_of_zero(device, zero, run):
+    """The shift is zero there, and its derivative by the strength is not."""
+    inputs = make_inputs(4, D, rank=3, device=device)
+    inputs = replace(inputs, **{zero: torch.zeros_like(getattr(inputs, zero))})
+    formula = both_definition if run is steer_and_norm else lambda x: (definition(x, "tanh"),)
+    given, exact = operands(inputs), operands(inputs, torch.float64)
+    for derive in (orders, lambda function, tensors: jvp(function, tensors, directions(tensors))[1]):
+        assert_near(derive(of_tensors(run, inputs), given), derive(of_tensors(formula, inputs), exact))
+
+
 def test_derivatives_in_a_graph_follow_a_basis(device):
     """A call with a basis after one of the same shapes without: a plan made for one would leave out the other's."""
     inputs = make_inputs(5, D, rank=3, scale=False, device=device)

@@ -40,6 +40,15 @@ def test_grouped_equals_the_formula(device, tokens, dtype, hidden, reads):
     assert_right(batch, batch.call())
 
 
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float16, torch.bfloat16)], ids=str)
+def test_grouped_is_as_exact_as_the_dtype_of_the_sum(device, dtypes):
+    batch = make(MANY, device=device)
+    batch = replace(batch, residual=batch.residual.to(dtypes[0]), branch=batch.branch.to(dtypes[1]))
+    out = batch.call()
+    assert out.dtype == torch.float32
+    assert relative_error(out.cpu(), batch.definition(torch.float64)) <= 1e-6
+
+
 @pytest.mark.parametrize("tokens", [FEW, MANY])
 @pytest.mark.parametrize("rank", [0, 1, 8, 12, 64])
 def test_grouped_ranks(device, rank, tokens):

@@ -126,6 +126,17 @@ def test_grouped_norm_without_a_weight_or_with_one_of_another_dtype(device, toke
     assert_right(batch, weight, call(batch, weight, rounds_first=False))
 
 
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float16, torch.bfloat16)], ids=str)
+def test_grouped_norm_is_as_exact_as_the_dtype_of_the_sum(device, dtypes):
+    batch = make(MANY, device=device)
+    batch = replace(batch, residual=batch.residual.to(dtypes[0]), branch=batch.branch.to(dtypes[1]))
+    out, normed = call(batch, None)
+    truth = batch.definition(torch.float64)
+    assert out.dtype == normed.dtype == torch.float32
+    assert relative_error(out.cpu(), truth) <= 1e-6
+    assert relative_error(normed.cpu(), normalised(truth, None, torch.float64)) <= 1e-6
+
+
 @pytest.mark.parametrize("reads", READS)
 @pytest.mark.parametrize("tokens", [FEW, MANY])
 def test_grouped_norm_is_the_grouped_op_and_the_norm(device, tokens, reads):
