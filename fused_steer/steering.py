@@ -37,7 +37,7 @@ from .serving.continuous import generate_inside
 from .serving.gains import Gains
 from .serving.holding import checked_size, hold_adapters, make_slots
 from .serving.pool import AdapterPool
-from .serving.requests import checked_requests
+from .serving.requests import Request, checked_requests
 from .serving.rows import steer_by_rows
 from .whole import saving_of
 
@@ -383,7 +383,12 @@ class Steering:
             raise RuntimeError(
                 "steering.batch is entered inside steering.prompts; expected it outside: it knows its prompts"
             )
-        requests = checked_requests(names, scale, positions, self._servable)
+        with self._by_rows(checked_requests(names, scale, positions, self._servable), self._pool, "steering.batch"):
+            yield
+
+    @contextlib.contextmanager
+    def _by_rows(self, requests: list[Request], pool: AdapterPool | None, by: str) -> Iterator[None]:
+        """Open a batch of checked requests, with its adapters in the pool's slots or (None) in slots of their own."""
         if next(self._model.parameters()).dtype == torch.float64:
             raise TypeError("the model is float64; expected float32, bfloat16 or float16 to steer a batch by rows")
         self._scopes.heal()
@@ -393,9 +398,9 @@ class Steering:
         with self._scopes.turn, self._scopes.open("steering.batch", undo.close):
             sites = self._patched.sites
             distinct = list(dict.fromkeys(request.name for request in requests if request.name is not None))
-            held = undo.enter_context(hold_adapters(self._pool, sites, self._configs, distinct))
+            held = undo.enter_context(hold_adapters(pool, sites, self._configs, distinct))
             undo.callback(setattr, self, "_batch", None)
-            self._batch = Batch(requests, held, self._scopes)
+            self._batch = Batch(requests, held, self._scopes, by)
             run_batch(self._model, self._decoder.module, self._patched.sites_left, self._batch, undo)
             yield
 
@@ -446,9 +451,8 @@ class Steering:
 
     @contextlib.contextmanager
     def _batch_of_active(self, rows: int) -> Iterator[None]:
-        with self.batch([self._active] * rows):
-            batch: Any = self._batch
-            batch.by = "generate"
+        # Not in the pool's slots, whose rank, sites and dtype may be others, and which may all be in use.
+        with self._by_rows([Request(self._active, None, None)] * rows, None, "generate"):
             yield
 
     def _check_not_in_batch(self, name: str, what: str) -> None:

@@ -468,6 +468,25 @@ def test_positions_come_and_go_with_the_adapter_in_use():
     assert torch.equal(logits(model), logits(build()))
 
 
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_positions_leave_no_trace_in_an_unpatched_copy(duplicate):
+    base = build()
+    before = snapshot(base)["modules"]
+    twin = duplicate(patch_model(base, SteerConfig(rank=4, positions="last_2")))
+    twin.steering.unpatch()
+    assert snapshot(twin)["modules"] == before
+
+
+def test_positions_of_the_adapter_in_use_need_no_pool():
+    """`generate` steers by the adapter as it is, whatever rank, sites and dtype the pool's slots have."""
+    model = steered("first_5+generated")
+    expected = generate(model)[1]
+    for options in ({"rank": 1}, {"rank": 4, "dtype": "bfloat16"}, {"rank": 4, "layers": [0]}):
+        model.steering.make_pool(slots=1, **options)
+        assert torch.equal(generate(model)[1], expected)
+        model.steering.close_pool()
+
+
 @pytest.mark.parametrize(
     ("scope", "duplicate"), [("disabled", copy.deepcopy), ("batch", lambda model: pickle.loads(pickle.dumps(model)))]
 )

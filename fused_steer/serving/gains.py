@@ -89,7 +89,7 @@ class Gains:
         self._kept: dict[int, tuple[StorageWeakRef, Tensor]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_here": None, "_traced": None, "_kept": {}, "_handles": []}
+        return {**self.__dict__, "_here": None, "_traced": None, "_kept": {}}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Gains:
         """Copy this with its model or decoder. A copy of a single layer keeps it, and so leaves the model out."""
