@@ -46,10 +46,12 @@ class PatchedModel:
         self._norms = Norms(self.decoder, self.layers) if fuse_norm else None
         self._hooks: Weak[DecoderHooks] | None = None
         others = {id(parameter) for parameter in kept(model)}
-        # By module and name, because offloading replaces the parameter object.
+        self._model = Weak(model)
+        # By module and name, because offloading replaces the parameter object. By path too, because
+        # `resize_token_embeddings` replaces the module of an output layer.
         self._requires_grad = [
-            (Weak(module), name, p.requires_grad)
-            for module in model.modules()
+            (Weak(module), path, name, p.requires_grad)
+            for path, module in model.named_modules()
             for name, p in module.named_parameters(recurse=False)
             if id(p) not in others
         ]
@@ -111,7 +113,7 @@ class PatchedModel:
         Args:
             before_training: see `DecoderHooks`.
         """
-        for module, name, _ in self._requires_grad:
+        for module, _, name, _ in self._requires_grad:
             module.there().get_parameter(name).requires_grad_(False)
         graph = self._norms.graph if self._norms else None
         hooks = DecoderHooks(self.decoder, self.layers, self.scopes, before_training, graph)
@@ -132,8 +134,9 @@ class PatchedModel:
         if self._norms is not None:
             self._norms.unlink()
         unpatch_layers(self.layers.values())
-        for reference, name, required in self._requires_grad:
-            module = reference()
+        modules = dict(self._model.there().named_modules())
+        for reference, path, name, required in self._requires_grad:
+            module = modules.get(path) if reference() is None else reference()
             parameter = None if module is None else module._parameters.get(name)
             if parameter is not None:
                 parameter.requires_grad_(required)
