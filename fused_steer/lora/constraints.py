@@ -28,6 +28,7 @@ class Constraints:
         """
         self._model, self._decoder = model, decoder
         self._kept: dict[str, Orthogonality] = {}
+        self._used: str | None = None  # the adapter that the bases in the sites are of
         self.tracing = False  # whether `trace_writers` is running a forward pass
 
     def check(self, config: SteerConfig) -> None:
@@ -50,9 +51,10 @@ class Constraints:
             self._kept[name] = Orthogonality(name, config, sites, *methods)
 
     def use(self, name: str | None) -> None:
-        """Release the bases of all adapters but `name`."""
-        for other, orthogonality in self._kept.items():
-            if other != name:
+        """Release the bases of the adapter in use before. If that is `name`, they stay: adapters share their sites."""
+        if name != self._used:
+            self._used = name
+            for orthogonality in self._kept.values():
                 orthogonality.release()
 
     def remove(self, name: str) -> None:
@@ -65,13 +67,13 @@ class Constraints:
             self.remove(name)
 
     def remember(self) -> Callable[[], None]:
-        """Return a function that restores the present set of constrained adapters."""
-        kept = dict(self._kept)
+        """Return a function that restores the present set of constrained adapters, and the one in use."""
+        kept, used = dict(self._kept), self._used
 
         def give_back() -> None:
             for name in self._kept.keys() - kept.keys():
                 self._kept[name].close()
-            self._kept = kept
+            self._kept, self._used = kept, used
 
         return give_back
 

@@ -521,6 +521,25 @@ def test_orthogonality_switching_adapters_switches_the_constraint():
         assert overlap(constrained(model), written(model, MLP)) <= 1e-6
 
 
+def test_orthogonality_another_adapter_that_comes_leaves_the_gradient_projected(tmp_path):
+    """It has the same sites, where the bases are of the adapter that trains."""
+    model = joint()
+    optimizer = optimizer_of(model)
+    list(steps(model, 2, optimizer))
+    model.steering.save(tmp_path)
+    changes = (
+        lambda: model.steering.add("other", ORTHOGONAL),
+        lambda: model.steering.load(tmp_path, "loaded"),
+        lambda: model.steering.use("default"),
+        lambda: model.steering.restore(tmp_path),
+    )
+    for change in changes:
+        change()
+        backward(model)
+        assert overlap(constrained_gradients(model), written(model, MLP)) <= 1e-6
+        optimizer.zero_grad()
+
+
 def test_orthogonality_nobody_is_told_of_steps_any_more():
     gc.collect()  # removes the optimizer hooks of other tests' models
     hooks = torch_optimizer._global_optimizer_post_hooks
