@@ -46,12 +46,10 @@ class PatchedModel:
         self._norms = Norms(self.decoder, self.layers) if fuse_norm else None
         self._hooks: Weak[DecoderHooks] | None = None
         others = {id(parameter) for parameter in kept(model)}
-        self._model = Weak(model)
-        # By module and name, because offloading replaces the parameter object. By path too, because
-        # `resize_token_embeddings` replaces the module of an output layer.
+        # By module and name, because offloading replaces the parameter object.
         self._requires_grad = [
-            (Weak(module), path, name, p.requires_grad)
-            for path, module in model.named_modules()
+            (Weak(module), name, p.requires_grad)
+            for module in model.modules()
             for name, p in module.named_parameters(recurse=False)
             if id(p) not in others
         ]
@@ -113,7 +111,7 @@ class PatchedModel:
         Args:
             before_training: see `DecoderHooks`.
         """
-        for module, _, name, _ in self._requires_grad:
+        for module, name, _ in self._requires_grad:
             module.there().get_parameter(name).requires_grad_(False)
         graph = self._norms.graph if self._norms else None
         hooks = DecoderHooks(self.decoder, self.layers, self.scopes, before_training, graph)
@@ -134,9 +132,8 @@ class PatchedModel:
         if self._norms is not None:
             self._norms.unlink()
         unpatch_layers(self.layers.values())
-        modules = dict(self._model.there().named_modules())
-        for reference, path, name, required in self._requires_grad:
-            module = modules.get(path) if reference() is None else reference()
+        for reference, name, required in self._requires_grad:
+            module = reference()
             parameter = None if module is None else module._parameters.get(name)
             if parameter is not None:
                 parameter.requires_grad_(required)
