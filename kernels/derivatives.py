@@ -61,6 +61,17 @@ def is_batched(*tensors: Any) -> bool:
     return any(isinstance(t, Tensor) and functorch.is_legacy_batchedtensor(t) for t in tensors)
 
 
+def is_differentiated(tensor: Tensor) -> bool:
+    """Return whether a tensor inside transforms of torch.func requires a gradient of any of them, or of autograd.
+
+    Its own `requires_grad` tells only of the innermost.
+    """
+    functorch = torch._C._functorch
+    while not tensor.requires_grad and functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)
+    return tensor.requires_grad
+
+
 def is_differentiated_again(tensors: Iterable[Tensor | None]) -> bool:
     """Return whether the gradients of a transform of torch.func may be differentiated once more, from outside of it.
 

@@ -36,7 +36,14 @@ from . import flops, torch_backend, triton_backend
 from .activations import ACTIVATIONS
 from .backend import check_backend, no_autocast, select_backend
 from .contract import DTYPES, Needs, Operands, check_dense, check_reads
-from .derivatives import is_batched, is_differentiated_again, is_forward_mode, is_functionalized, is_transformed
+from .derivatives import (
+    is_batched,
+    is_differentiated,
+    is_differentiated_again,
+    is_forward_mode,
+    is_functionalized,
+    is_transformed,
+)
 from .inductor import start_directly
 from .launch import empty
 from .plan import OpPlan, Plan, keep, no_plan, run_planned
@@ -647,7 +654,8 @@ def post_block(
     if is_transformed():
         from .transforms import uncompiled
 
-        return uncompiled(_transformed, *inputs)
+        outer = torch.is_grad_enabled() and any(t is not None and is_differentiated(t) for t in differentiated)
+        return uncompiled(_transformed, *inputs[:-1], outer and rank > 0)
     if not in_graph and is_wrapped(*differentiated, basis):
         return _defined(*inputs)
     if in_graph:

@@ -931,6 +931,25 @@ def test_post_block_vmap_is_a_loop(device, names, reads):
         assert_near(value, torch.stack(rest), name)
 
 
+@pytest.mark.parametrize("names", BATCHED.values(), ids=BATCHED)
+def test_post_block_gradients_of_a_vmap_from_outside(device, names):
+    """Autograd differentiates the whole vmap, as for an ensemble of adapters. Inside nothing requires a gradient."""
+    inputs, dims = batched_inputs(device, names, basis=0)
+
+    def slopes(run) -> list[Tensor]:
+        leaves = {name: value.clone().requires_grad_() for name, value in inputs.tensors().items() if name != "basis"}
+        first = torch.autograd.grad(run(replace(inputs, **leaves)).sin().sum(), list(leaves.values()), create_graph=True)
+        again = torch.autograd.grad(sum(g.sin().sum() for g in first), list(leaves.values()))
+        return [*first, *again]
+
+    def looped(given: Inputs) -> Tensor:
+        parts = [{n: v.select(-1, i) for n, v in given.tensors().items() if n in names} for i in range(3)]
+        return torch.stack([fused(replace(given, **part)) for part in parts])
+
+    for value, expected in zip(slopes(lambda given: mapped(fused, given, dims)), slopes(looped), strict=True):
+        assert_near(value, expected)
+
+
 TOKENS_ALONE = {"adapter": {"rank": 4}, "vector": {"rank": 0}, "no branch": {"rank": 4, "branch": False}}
 
 
