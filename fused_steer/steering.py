@@ -417,8 +417,9 @@ class Steering:
 
         Raises:
             RuntimeError: a batch is running.
-            ValueError: it is neither; or, in a pass, its number of rows or tokens is another, or it is a mask in a pass
-                that continues a cache, and positions counts tokens.
+            ValueError: it is neither; or, in a pass, its number of rows or tokens is another, a length is more than the
+                row's tokens in training or without a cache, or it is a mask in a pass that continues a cache, and
+                positions counts tokens.
         """
         if self._batch is not None and self._scopes.foreign() is None:
             raise RuntimeError(
@@ -627,7 +628,8 @@ class Steering:
         """Prepare a forward pass with gradients: enforce constraints. `training` is the decoder's training mode."""
         if self._active is None or self._patched.disabled or self._constraints.tracing:
             return
-        if training and not any(True for _ in self.parameters()):
+        # Values that functional_call puts in place of the parameters train, if at all, outside of the model.
+        if training and all(isinstance(p, nn.Parameter) and not p.requires_grad for p in self._patched.parameters()):
             warn_of_frozen(self._active)
         self._constraints.before_training(self._active, training)
 

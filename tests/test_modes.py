@@ -304,6 +304,19 @@ def test_modes_the_gradients_of_each_sample_by_vmap(fuse_norm):
 
 
 @pytest.mark.parametrize("fuse_norm", [False, True])
+@pytest.mark.filterwarnings("error:adapter 'default' is in use but does not train")
+def test_modes_autograd_of_an_ensemble_by_vmap(fuse_norm):
+    """Autograd is outside of vmap, where the model's own parameters do not train."""
+    model = patch_model(build(), CONFIG, fuse_norm=fuse_norm).train()
+    values, loss = substitutes(model), functional_loss(model)
+    stacked = {name: torch.stack([value, value / 2]).requires_grad_() for name, value in values.items()}
+    vmap(loss, randomness="same")(stacked).sum().backward()  # `loss` draws its tokens
+    for index, factor in enumerate((1, 1 / 2)):
+        for name, expected in grad(loss)({name: factor * value for name, value in values.items()}).items():
+            torch.testing.assert_close(stacked[name].grad[index], expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("fuse_norm", [False, True])
 def test_modes_compiled_gradients_of_a_functional_call(fuse_norm):
     model = patch_model(build(), CONFIG, fuse_norm=fuse_norm)
     values, slopes = substitutes(model), grad(functional_loss(model))

@@ -937,9 +937,10 @@ def test_post_block_gradients_of_a_vmap_from_outside(device, names):
     inputs, dims = batched_inputs(device, names, basis=0)
 
     def slopes(run) -> list[Tensor]:
-        leaves = {name: value.clone().requires_grad_() for name, value in inputs.tensors().items() if name != "basis"}
-        first = torch.autograd.grad(run(replace(inputs, **leaves)).sin().sum(), list(leaves.values()), create_graph=True)
-        again = torch.autograd.grad(sum(g.sin().sum() for g in first), list(leaves.values()))
+        given = {name: value.clone().requires_grad_() for name, value in inputs.tensors().items() if name != "basis"}
+        leaves = list(given.values())
+        first = torch.autograd.grad(run(replace(inputs, **given)).sin().sum(), leaves, create_graph=True)
+        again = torch.autograd.grad(sum(g.sin().sum() for g in first), leaves)
         return [*first, *again]
 
     def looped(given: Inputs) -> Tensor:
