@@ -32,6 +32,7 @@ The map, in reading order. A file imports only files that stand above it.
         site.py          the site: the module in a layer that steers it
         layer.py         patches and unpatches one layer
         norms.py         fuses the norms that follow steered layers into the steering
+        frozen.py        the frozen base: which parameters trained before
         decoder_hooks.py hooks before and after each pass of the decoder
         patched.py       a patched model: its steered layers and its frozen base
         stored.py        converts an adapter of a patched model to file contents and back

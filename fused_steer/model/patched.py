@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -12,6 +12,7 @@ from ..adapters.parameters import SITE, Place, is_of_site
 from ..config import SITES, SteerConfig
 from .decoder import Decoder, find_decoder
 from .decoder_hooks import DecoderHooks
+from .frozen import Frozen
 from .layer import PatchedLayer, give_sites, unpatch_layers
 from .norms import Norms
 from .scopes import Scopes
@@ -21,19 +22,19 @@ from .weak import Weak
 
 
 class PatchedModel:
-    """The steered layers of one model, and the frozen state of its other parameters."""
+    """The steered layers of one model, and its frozen base."""
 
     def __init__(
         self,
         model: nn.Module,
-        kept: Callable[[nn.Module], Iterable[nn.Parameter]],
+        kept: Callable[[nn.Module], Collection[nn.Parameter]],
         fuse_norm: bool = False,
     ) -> None:
         """Find the decoder. The model is not changed.
 
         Args:
             model: a model with decoder layers.
-            kept: returns the model's parameters that are not frozen.
+            kept: see `Frozen`.
             fuse_norm: whether to fuse the norms that follow steered layers.
 
         Raises:
@@ -45,14 +46,7 @@ class PatchedModel:
         self.scopes = Scopes()
         self._norms = Norms(self.decoder, self.layers) if fuse_norm else None
         self._hooks: Weak[DecoderHooks] | None = None
-        others = {id(parameter) for parameter in kept(model)}
-        # By module and name, because offloading replaces the parameter object.
-        self._requires_grad = [
-            (Weak(module), name, p.requires_grad)
-            for module in model.modules()
-            for name, p in module.named_parameters(recurse=False)
-            if id(p) not in others
-        ]
+        self._frozen = Frozen(model, kept)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_disabling": set()}  # a copy is in no `disable`
@@ -111,8 +105,7 @@ class PatchedModel:
         Args:
             before_training: see `DecoderHooks`.
         """
-        for module, name, _ in self._requires_grad:
-            module.there().get_parameter(name).requires_grad_(False)
+        self._frozen.freeze()
         graph = self._norms.graph if self._norms else None
         hooks = DecoderHooks(self.decoder, self.layers, self.scopes, before_training, graph)
         self._hooks = Weak(hooks)  # the decoder keeps them
@@ -132,11 +125,7 @@ class PatchedModel:
         if self._norms is not None:
             self._norms.unlink()
         unpatch_layers(self.layers.values())
-        for reference, name, required in self._requires_grad:
-            module = reference()
-            parameter = None if module is None else module._parameters.get(name)
-            if parameter is not None:
-                parameter.requires_grad_(required)
+        self._frozen.thaw()
         hooks = None if self._hooks is None else self._hooks()
         if hooks is not None:
             hooks.remove()
