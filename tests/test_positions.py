@@ -228,6 +228,7 @@ def test_positions_with_prompts_that_are_told():
         (mask[:, 1:], ("(2, 8)", "(2, 9)")),
         (mask[None], ("(1, 2, 9)", "number of prompt tokens")),
         ([0.5, 1.0], ("float32", "number of prompt tokens")),
+        ([3, 12], ("prompts has 12 for row 1, which has 9 tokens", "expected at most 9", "in parts")),
         ([3, -5], ("prompts has -5", "number of prompt tokens")),
         (None, ("prompts is None", "number of prompt tokens")),
         (torch.tensor([True, True]), ("dtype torch.bool", "number of prompt tokens")),

@@ -222,13 +222,13 @@ class Gains:
             _check_lengths(prompts, real, starts)
             before = _before(given, real)
             told = before is None
+            if told and (torch.is_grad_enabled() or given.get("use_cache") is False):
+                _check_within(prompts, real)
             chosen, prompt = chosen_by_lengths(positions, real, prompts.to(fed.device), 0 if before is None else before)
         else:
             answer, told = self._answer(real, starts, given)
             chosen, prompt = chosen_tokens(positions, real, answer, starts)
-        # In a graph, and under vmap, values of tensors are not known.
-        known = not is_compiling() and not torch._C._functorch.is_functorch_wrapped_tensor(prompt)
-        if told and (positions.first or positions.last) and known and not prompt.any():
+        if told and (positions.first or positions.last) and _known(prompt) and not prompt.any():
             raise ValueError(
                 f"no token of the pass is a prompt's, and positions is {positions.name!r}; expected {_SAY}"
             )
@@ -333,6 +333,23 @@ def _check_lengths(prompts: Tensor, real: Tensor, starts: Tensor | None) -> None
         raise ValueError(f"prompts has {len(prompts)} lengths; expected {len(real)}, one for each row of the pass")
     if starts is not None and bool((starts & real).sum() > (real.any(1)).sum()):
         raise ValueError("prompts has a length for each row, and rows are packed; expected a mask (rows, tokens)")
+
+
+def _check_within(prompts: Tensor, real: Tensor) -> None:
+    """Refuse lengths beyond the rows of a pass that has the whole texts. In inference a prompt may be fed in parts."""
+    if not _known(real):
+        return
+    for row, (length, there) in enumerate(zip(prompts.tolist(), real.sum(1).tolist(), strict=True)):
+        if length > there:
+            raise ValueError(
+                f"prompts has {length} for row {row}, which has {there} tokens without padding; expected at most "
+                f"{there} (torch.no_grad() and a cache for a prompt that is fed in parts)"
+            )
+
+
+def _known(tensor: Tensor) -> bool:
+    """Return whether a tensor's values can be read: not in a graph, nor under vmap."""
+    return not is_compiling() and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def _before(given: Mapping[str, Any], real: Tensor) -> Tensor | int | None:
