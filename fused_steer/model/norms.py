@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
+from ..adapters.parameters import without_wrappers
 from ..kernels.derivatives import is_transformed
 from ..kernels.norm import MAX_WIDTH, rms_norm
 from ..kernels.norm_torch import Norm
@@ -464,7 +465,19 @@ class Norms:
         """Return how the norm behind a site is computed: "fused", "" if the site is not the last, or the reason."""
         if site is not _last_site(self._patched[index]):
             return ""
-        return self._reasons.get(index, "") if site.link is None else site.link.reason or "fused"
+        if site.link is None:
+            return self._reasons.get(index, "")
+        return site.link.reason or self._replaced(index, site.link) or "fused"
+
+    def _replaced(self, index: int, link: Link) -> str:
+        """Return why a linked norm does not read its layer's output any more, or "" if it does."""
+        try:
+            norm = following_norm(self._decoder, self._patched, index)
+        except NotFused as reason:
+            return str(reason)
+        if any(module is link.norm and not without_wrappers(path) for path, module in norm.named_modules()):
+            return ""
+        return f"another {type(norm).__name__} has taken the place of its {link.base.__name__} since"
 
     def taken(self, site: Any) -> int:
         return 0 if site.link is None else site.link.taken

@@ -447,6 +447,17 @@ def test_norms_that_peft_copies(config):
     randomize(model), randomize(plain)
     found, expected = (logits(get_peft_model(one, copy.deepcopy(config))) for one in (model, plain))
     assert_close(found, expected)
+    assert all("has taken the place of its LlamaRMSNorm" in state for state in norms(model))
+
+
+def test_norms_that_were_replaced_are_not_reported_as_fused():
+    model, _, _ = fused()
+    model.model.layers[1].input_layernorm = copy.deepcopy(model.model.layers[1].input_layernorm)
+    model.model.norm = torch.compile(model.model.norm, backend="eager")  # holds the norm, and calls it
+    model.steering.reset_calls()
+    logits(model)
+    assert norms(model) == ["another LlamaRMSNorm has taken the place of its LlamaRMSNorm since", "fused", "fused"]
+    assert taken(model)[:2] == [0, 1]
 
 
 def test_norms_copied_alone_are_not_fused_and_copy_nothing_else(monkeypatch):
