@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,17 @@ def test_loreft_switched_scaled_and_off():
     assert "LoReFT of rank 4" in repr(model.steering)
     model.steering.unpatch()
     assert torch.equal(logits(model), logits(build()))
+
+
+def test_loreft_removed_after_a_training_pass_is_freed():
+    model = steered().train()
+    model(tokens(), labels=tokens()).loss.backward()
+    parameters = [weakref.ref(parameter) for parameter in model.steering.parameters()]
+    model.steering.add("other", SteerConfig(rank=2))
+    model.steering.use("other")
+    model(tokens(), labels=tokens()).loss.backward()  # no rotation replaces those of the last pass
+    model.steering.remove("default")
+    assert not any(parameter() is not None for parameter in parameters)
 
 
 def test_loreft_in_batches_and_pools(tmp_path):

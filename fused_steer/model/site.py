@@ -264,7 +264,10 @@ class SteeringSite(Site):
         Args:
             gains: gives the gain of each token, by its method `of`. None: every token is steered.
         """
-        self.active = name if name is not None and name in self.steer_down else None
+        active = name if name is not None and name in self.steer_down else None
+        if active != self.active:
+            self.__dict__["_rotated"] = None  # it keeps the earlier adapter's parameters alive
+        self.active = active
         self.activation, self.scale, self.gains = activation, scale, gains
         for factors in (self.steer_down, self.steer_up):
             for other, factor in factors.items():
