@@ -22,7 +22,7 @@ from .contract import Operands
 from .derivatives import is_batched, is_transformed
 from .plan import SHARED, Plan, keep, kind_of, no_plan
 from .post_block import backward, check_operands, forward, post_block, saved_tensors
-from .registered import is_described, is_watched, is_wrapped
+from .registered import is_described, is_watched, is_wrapped, refuse_symbols
 
 #: Arguments of `forward`: residual, branch, operands.
 _Call = tuple[Tensor, Tensor | None, Operands]
@@ -144,6 +144,7 @@ class PlannedPostBlock:
     def _may_plan(self, call: _Call) -> bool:
         """Return whether a kernel runs this call. `post_block` handles all others, errors included."""
         residual, branch, operands = call
+        refuse_symbols(residual)
         self.backend = select_backend(residual.device)
         if is_described(residual) or is_watched() or self.backend != "triton" or is_transformed():
             return False

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch._C import DispatchKey, DispatchKeySet
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import Proxy
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.flop_counter import register_flop_formula
 
@@ -68,6 +69,14 @@ def refuse_jit_trace() -> None:
     """Raise RuntimeError if torch.jit.trace is recording."""
     if torch._C._get_tracing_state() is not None:
         raise RuntimeError("torch.jit.trace cannot record fused-steer's ops; expected torch.export or torch.compile")
+
+
+def refuse_symbols(tensor: Any) -> None:
+    """Raise RuntimeError for a tensor of torch.fx.symbolic_trace, which has neither a shape nor a device."""
+    if isinstance(tensor, Proxy):
+        raise RuntimeError(
+            "torch.fx.symbolic_trace cannot record fused-steer's ops; expected torch.export or torch.compile"
+        )
 
 
 def register(

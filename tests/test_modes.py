@@ -422,6 +422,25 @@ def test_modes_exported_and_as_operations_of_pytorch_alone(family, config, optio
                 torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_modes_exported_in_a_batch_is_refused():
+    model = steered(build())
+    with torch.no_grad(), model.steering.batch(["default", None]):
+        with refused(RuntimeError, "compiled or exported model in a batch", "expected model.generate", model=model):
+            torch.export.export(model, (), {"input_ids": tokens(), "use_cache": False})
+
+
+@pytest.mark.parametrize("ran", [False, True])
+@pytest.mark.parametrize("graded", [False, True])
+def test_modes_symbolic_trace_is_refused(device, graded, ran):
+    """Of a site or what holds it. PyTorch cannot trace transformers' layers themselves."""
+    model = steered(build()).to(device)
+    with torch.set_grad_enabled(graded):
+        if ran:
+            model(tokens().to(device))
+        with refused(RuntimeError, "torch.fx.symbolic_trace cannot record", "expected torch.export", model=model):
+            torch.fx.symbolic_trace(model.model.layers[0].post_block)
+
+
 def test_modes_exported_to_onnx(tmp_path):
     pytest.importorskip("onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime")

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, is_grad_enabled, nn
 from torch.compiler import is_compiling
+from torch.fx.proxy import TraceError
 
 from ..adapters.factors import Adapter, Factors, Rotation, read_factor
 from ..adapters.parameters import SITE, Place
@@ -19,6 +20,7 @@ from ..kernels.plan import no_plan
 from ..kernels.planned import PlannedPostBlock
 from ..kernels.planned_norm import PlannedPostBlockNorm
 from ..kernels.post_block_norm import steer_and_normalise
+from ..kernels.registered import refuse_symbols
 from .watch import note_run, thread
 
 _Parameter = TypeVar("_Parameter", Tensor, Tensor | None)
@@ -97,10 +99,15 @@ class Site(nn.Module):
     def called(self, residual: Tensor, branch: Tensor | None, entering: Tensor | None) -> Tensor | None:
         """Note that the site runs. Return the branch, which raises in backward if the block would drop the gradient."""
         note_run(self)
-        if branch is not None and is_grad_enabled() and not (residual.requires_grad and branch.requires_grad):
-            # Only a gradient that the layer's input requires can be lost. Outside parameters may enter by one operand.
-            if isinstance(entering, Tensor) and entering.requires_grad:
-                return _LostGradient.apply(branch, entering)
+        try:
+            if branch is not None and is_grad_enabled() and not (residual.requires_grad and branch.requires_grad):
+                # Only a gradient that the layer's input requires can be lost. Outside parameters may enter by one
+                # operand.
+                if isinstance(entering, Tensor) and entering.requires_grad:
+                    return _LostGradient.apply(branch, entering)
+        except TraceError:
+            refuse_symbols(residual)
+            raise
         return branch
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from . import saving  # noqa: F401  (checks what PEFT saves)
 from .config import POST_BLOCK, PostBlockConfig  # warns about an untried PEFT before anything imports it
 from .site import PeftSite
 from .tuner import PostBlockModel, forget_adapters, take_out

@@ -93,11 +93,11 @@ class Batch:
         return found[1]
 
     def check_place(self) -> None:
-        """Raise RuntimeError if the position of the pass is unknown: a compiled model outside of `generate`."""
+        """Raise RuntimeError if the position of the pass is unknown: a model in a graph outside of `generate`."""
         if self.ids is None or self.gain is None:
             raise RuntimeError(
-                "the position of a compiled model in a batch is unknown outside of generate; expected model.generate, "
-                "or the model uncompiled"
+                "the position of a compiled or exported model in a batch is unknown outside of generate; expected "
+                "model.generate, or the model as it is"
             )
 
     def check_capture(self) -> None:

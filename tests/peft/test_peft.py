@@ -693,6 +693,26 @@ def test_peft_weights_of_another_save_are_loaded_by_the_config_that_they_carry(t
     assert torch.equal(logits(loaded), logits(patched))
 
 
+@pytest.mark.parametrize(
+    ("value", "options", "parts"),
+    [
+        (1.0, {"safe_serialization": False}, ("safe_serialization is False", "'default'", "expected True")),
+        (math.inf, {}, ("steer_up.weight", "NaN or infinite", "expected finite")),
+    ],
+    ids=["pickle", "infinite"],
+)
+def test_peft_saves_that_are_refused_write_nothing(value, options, parts, tmp_path):
+    model = adapted(r=4)
+    with torch.no_grad():
+        model.get_base_model().model.layers[0].post_block.steer_up["default"].weight[0, 0] = value
+    with refused(ValueError, *parts, model=model):
+        model.save_pretrained(str(tmp_path / "new"), **options)
+    assert not any(tmp_path.iterdir())
+    lora = get_peft_model(build(), LoraConfig(r=2, target_modules=["q_proj"]))
+    lora.save_pretrained(str(tmp_path), safe_serialization=False)  # PEFT's own methods are as they were
+    assert (tmp_path / "adapter_model.bin").exists()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_peft_files_record_the_dtype_that_the_tensors_have(dtype, tmp_path):
     model = adapted(r=4).to(dtype)

@@ -600,7 +600,7 @@ def test_batch_compiled_within_generate(model):
         expected = greedy(model, PROMPTS, cache_implementation="static")
     with compiled.steering.batch(NAMES, positions=[("first", 3), *["all"] * 4]):
         assert torch.equal(greedy(compiled, PROMPTS, cache_implementation="static"), expected)
-        with pytest.raises(Exception, match="expected model.generate, or the model uncompiled"):
+        with pytest.raises(Exception, match="expected model.generate, or the model as it is"):
             logits(compiled, PROMPTS)
     torch._dynamo.reset()
 
