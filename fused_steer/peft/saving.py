@@ -46,7 +46,7 @@ def _check(model: Any, given: dict[str, Any]) -> None:
             continue
         if not given.get("safe_serialization", True):
             raise ValueError(
-                f"safe_serialization is False, and no pickle of a steering adapter ({name!r}) can be read; expected True"
+                f"safe_serialization is False, and no pickle of steering ({name!r}) can be read; expected True"
             )
         if given.get("kwargs", {}).get("state_dict") is None:  # else PEFT saves other values than the model's
             for path, tensor in of_adapter(model.named_parameters(), name).items():
