@@ -6,6 +6,7 @@ The map, in reading order. A file imports only files that stand above it.
     _tried.py            the series of libraries that passed the core tests, written by `python -m bench.matrix`
     _requirements.py     the tested versions of other libraries
     kernels/             the Triton kernels; its docstring has its own map
+    _hub_access.py       asks whether the hub can be reached, before libraries wait for it
     positions.py         names of token positions, and the tokens that they mean
     config.py            SteerConfig: the configuration of an adapter
     adapters/            adapters and how they are stored
@@ -14,6 +15,7 @@ The map, in reading order. A file imports only files that stand above it.
         saving.py        replaces files whole, with any number of saving processes
         fields.py        reads JSON objects with each name once
         kinds.py         what an adapter's directory holds: steering, a LoRA, or both
+        locating.py      finds an adapter's files in a directory or on the hub
         weights.py       the weights file: safetensors with the config in the header
         files.py         reads and writes an adapter's two files, with checks
         combining.py     adds up linear adapters

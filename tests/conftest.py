@@ -20,6 +20,8 @@ from typing import Any
 # The tests' matrices are small: a second thread costs more time than it saves, especially on a busy machine.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# No test needs the hub. huggingface_hub reads this once, when it is imported.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import typer
 
+from fused_steer._hub_access import reaching_hub
 from fused_steer.paper.answering import Text
 from fused_steer.paper.data import Example, Limits, is_generated, load
 from fused_steer.paper.tasks import TASKS
@@ -97,7 +98,8 @@ def load_model(settings: Settings) -> tuple[Any, Text]:
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    with reaching_hub(settings.model, "model"):
+        tokenizer = AutoTokenizer.from_pretrained(settings.model)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {settings.model} has no end-of-sequence token; expected one to pad with")
     if settings.chat and not tokenizer.chat_template:
@@ -105,7 +107,8 @@ def load_model(settings: Settings) -> tuple[Any, Text]:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
-    model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=getattr(torch, settings.dtype)).eval()
+    with reaching_hub(settings.model, "model"):
+        model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=getattr(torch, settings.dtype)).eval()
     return model, Text(tokenizer, settings.chat, settings.end)
 
 

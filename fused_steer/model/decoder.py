@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from .._hub_access import reaching_hub
 from ..adapters.fields import read_json
 from ..adapters.kinds import CONFIG_NAME, JOINT_NAME
 from ..adapters.parameters import Layout
@@ -122,7 +123,8 @@ def meta_model(base: str) -> PreTrainedModel:
         file = Path(base, "config.json")
         if file.exists():
             read_json(file)  # transformers would wait for a pipe and accept deep nesting
-        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+        with reaching_hub(base, "model"):
+            config = AutoConfig.from_pretrained(base, trust_remote_code=False)
         count = getattr(config.get_text_config(), "num_hidden_layers", 0)
         if not isinstance(count, int) or count > _MOST_LAYERS:
             raise ValueError(f"its config has num_hidden_layers {count!r:.50}; expected at most {_MOST_LAYERS}")

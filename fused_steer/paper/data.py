@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .._hub_access import reaching_hub
 from . import listops
 from .tasks import TASKS, Row, Task
 
@@ -104,7 +105,8 @@ def _hub(task: Task, name: str, split: str, wanted: dict[str, str] | None = None
     from datasets import load_dataset
 
     try:
-        found = load_dataset(*task.hub)
+        with reaching_hub(task.hub[0], "data set"):
+            found = load_dataset(*task.hub)
     except Exception as error:  # it raises its own, the hub's and the network's
         reason = " ".join(str(error).split())[:200]
         raise ValueError(

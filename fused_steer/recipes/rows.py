@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .._hub_access import reaching_hub
 from ..evaluation.on_paper import PREFIX
 from ..paper.answering import IGNORED, Text, chat_of
 from ..paper.data import Example, Limits, load
@@ -169,7 +170,8 @@ def _load(source: str, config: str | None, split: str) -> list[Row]:
         except ImportError as error:
             raise ImportError("data of the hub needs the library datasets; `pip install 'fused-steer[trl]'`") from error
         try:
-            found: Any = load_dataset(source, config, split=split)
+            with reaching_hub(source, "data set"):
+                found: Any = load_dataset(source, config, split=split)
         except Exception as error:
             reason = " ".join(str(error).split())
             raise ValueError(

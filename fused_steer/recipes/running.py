@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from .._hub_access import reaching_hub
 from .._version import __version__
 from ..adapters.hub import CARD_NAME, model_card
 from ..diagnostics import diagnose
@@ -267,11 +268,13 @@ def _load(recipe: Recipe, chats: bool) -> tuple[Any, Any]:
 
         return load_smollm2()
     gpu = torch.accelerator.is_available()
-    tokenizer = AutoTokenizer.from_pretrained(recipe.model)
+    with reaching_hub(recipe.model, "model"):
+        tokenizer = AutoTokenizer.from_pretrained(recipe.model)
     if chats and not getattr(tokenizer, "chat_template", None):
         raise ValueError(f"the tokenizer of {recipe.model} has no chat template; expected one, as the rows are chats")
     dtype = torch.bfloat16 if gpu else torch.float32
-    return AutoModelForCausalLM.from_pretrained(recipe.model, dtype=dtype), tokenizer
+    with reaching_hub(recipe.model, "model"):
+        return AutoModelForCausalLM.from_pretrained(recipe.model, dtype=dtype), tokenizer
 
 
 def _save(recipe: Recipe, model: Any, first: bool) -> None:

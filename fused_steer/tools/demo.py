@@ -28,6 +28,7 @@ from rich.text import Text
 from torch import Tensor
 from tqdm import trange
 
+from .._hub_access import reaching_hub
 from .._version import __version__
 from ..adapters.files import WEIGHTS_NAME
 from ..config import SteerConfig, checked_number
@@ -238,8 +239,9 @@ def load_model(source: str | None, device: torch.device) -> tuple[Any, Any]:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         refuse_adapter(source)
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+        with reaching_hub(source, "model"):
+            tokenizer = AutoTokenizer.from_pretrained(source)
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {source} has no end-of-sequence token; expected one to end answers with")
     return model.to(device, torch.float32 if device.type == "cpu" else torch.bfloat16), tokenizer

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._hub_access import reaching_hub
 from ..adapters.files import AdapterFile, read_adapter, write_adapter
 from ..adapters.parameters import DOWN, UP, UP_BIAS, Place
 from ..config import SteerConfig
@@ -67,7 +68,8 @@ def load(model: str, dtype: str, device: str) -> Any:
     """Load a causal language model."""
     from transformers import AutoModelForCausalLM
 
-    loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
+    with reaching_hub(model, "model"):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
     return loaded.to(device).eval()
 
 
@@ -77,7 +79,9 @@ def dtype_of(model: str, dtype: str) -> str:
         return dtype
     from transformers import AutoConfig
 
-    found = getattr(AutoConfig.from_pretrained(model).get_text_config(), "dtype", None) or torch.float32
+    with reaching_hub(model, "model"):
+        config = AutoConfig.from_pretrained(model)
+    found = getattr(config.get_text_config(), "dtype", None) or torch.float32
     return str(found).removeprefix("torch.")
 
 

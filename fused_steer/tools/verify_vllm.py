@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from .._hub_access import reaching_hub
 from .._version import __version__
 from ..config import DTYPES, checked_number
 from ..kernels import MAX_RANK
@@ -448,7 +449,8 @@ def verify(options: VerifyOptions, say: Callable[[str], None], timed: bool = Tru
 
     dtype = dtype_of(options.model, options.dtype)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    vocabulary = AutoConfig.from_pretrained(options.model).get_text_config().vocab_size
+    with reaching_hub(options.model, "model"):
+        vocabulary = AutoConfig.from_pretrained(options.model).get_text_config().vocab_size
     prompts = make_prompts(options.rows, options.length, vocabulary)
     report = Report(options, describe(dtype))
     runs, note = hotwire_state()

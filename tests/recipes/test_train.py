@@ -40,7 +40,6 @@ def tiny(tmp_path_factory) -> Path:
 @pytest.fixture
 def recipe(tiny, tmp_path, monkeypatch):
     """Write a recipe with these sections and its rows; return its path."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setenv("CI", "1")  # keeps TRL from sending telemetry
 
@@ -117,7 +116,7 @@ def test_train_a_task_on_the_prompts_that_eval_tests(tiny, tmp_path, monkeypatch
     """A shipped recipe trains the tokens of the paper's experiments: the prompt of `eval`, then the completion."""
     from trl import SFTTrainer
 
-    for name, value in {"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", "CI": "1"}.items():
+    for name, value in {"ACCELERATE_USE_CPU": "true", "CI": "1"}.items():
         monkeypatch.setenv(name, value)
     seen = []
     monkeypatch.setattr(SFTTrainer, "train", lambda trainer, **_: seen.append(trainer) or 1 / 0)
