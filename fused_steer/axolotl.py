@@ -19,7 +19,7 @@ from typing import Any
 from axolotl.integrations.base import BasePlugin
 from pydantic import BaseModel
 
-from .adapters.files import CHECKPOINT_FOLDER
+from .adapters.kinds import CHECKPOINT_FOLDER
 from .config import SteerConfig
 from .joint import steering_of
 from .patch import patch_model

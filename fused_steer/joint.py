@@ -26,6 +26,8 @@ from .adapters.files import (
     files_digest,
     read_adapter,
 )
+from .adapters.kinds import LORA_FOLDER, STEERING_FOLDER
+from .adapters.locating import HUB_ID, JOINT_FILES, locate_files
 from .adapters.parameters import PEFT_PREFIX, by_lower, check_name, refuse_clash, unwrapped
 from .adapters.saving import (
     checked_path,
@@ -41,8 +43,6 @@ from .model.decoder import find_decoder, inside_peft
 from .patch import patch_model
 from .steering import Steering
 
-#: The folders of both parts in a joint directory.
-STEERING_FOLDER, LORA_FOLDER = "steering", "lora"
 #: How often a save retries after another process has moved files.
 _ATTEMPTS = 20
 _JOINT = "a directory that save_joint wrote"
@@ -156,7 +156,7 @@ def load_joint(model: nn.Module, directory: str | os.PathLike[str], *, trainable
 
     Args:
         model: an unpatched model without adapters, of the same kind as the saved one.
-        directory: the directory that was given to `save_joint`.
+        directory: the directory that was given to `save_joint`, or the hub id of its upload.
         trainable: whether the LoRA is trainable. Steering always is.
 
     Returns:
@@ -168,7 +168,7 @@ def load_joint(model: nn.Module, directory: str | os.PathLike[str], *, trainable
             not fit the model.
     """
     checked_bool("trainable", trainable)
-    source = checked_path(directory, "directory", _JOINT)
+    source = _local(directory)
     with tempfile.TemporaryDirectory() as copies:
         try:
             steering, lora = _copy_parts(source, Path(copies))
@@ -203,11 +203,13 @@ def _load_parts(model: nn.Module, steering: Path, lora: dict[str, Path], trainab
 def find_joint(directory: str | os.PathLike[str]) -> tuple[Path, dict[str, Path]]:
     """Return the folder of the steering, and the folder of each LoRA by name, in a directory of `save_joint`.
 
+    Its upload to the hub is downloaded by its id.
+
     Raises:
         FileNotFoundError: there is no such directory, or `save_joint` did not write it.
         TypeError, ValueError: `directory` is no path or an empty one, or a part was not saved together with the others.
     """
-    source = checked_path(directory, "directory", _JOINT)
+    source = _local(directory)
     if not (source / JOINT_NAME).exists():
         raise FileNotFoundError(f"{source} has no {JOINT_NAME}; expected {_JOINT}")
     found: dict[str, Path | None] = {"": None}
@@ -220,6 +222,14 @@ def find_joint(directory: str | os.PathLike[str]) -> tuple[Path, dict[str, Path]
                 f"{source / place} was not saved together with the other parts; expected the part in {JOINT_NAME}"
             )
     return _by_name({place: folder for place, folder in found.items() if folder is not None})
+
+
+def _local(directory: str | os.PathLike[str]) -> Path:
+    """Return a directory of `save_joint`; the files of a hub id are downloaded. Whether it is one is not checked."""
+    source = checked_path(directory, "directory", _JOINT)
+    if source.exists() or not isinstance(directory, str) or not HUB_ID.fullmatch(directory):
+        return source
+    return locate_files(directory, JOINT_FILES)
 
 
 def _by_name(folders: dict[str, Path]) -> tuple[Path, dict[str, Path]]:

@@ -22,7 +22,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 
 from ._version import __version__
 from .adapters.card import CARD_NAME, CARD_TAGS, LIBRARY, Training, card_config, card_training, card_usage
-from .adapters.files import CHECKPOINT_FOLDER
+from .adapters.kinds import CHECKPOINT_FOLDER
 from .joint import steering_of, steering_parameters
 from .model.decoder import inside_peft
 

@@ -22,7 +22,8 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from .adapters.distributed import is_first
-from .adapters.files import CHECKPOINT_FOLDER, AdapterFile, refuse_foreign, write_adapter
+from .adapters.files import AdapterFile, refuse_foreign, write_adapter
+from .adapters.kinds import CHECKPOINT_FOLDER
 from .adapters.parameters import SITE
 from .adapters.saving import target_folder
 from .model.weak import Weakly

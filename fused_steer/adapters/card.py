@@ -9,7 +9,8 @@ from typing import Any
 
 from .._version import __version__
 from ..config import SteerConfig
-from .files import HUB_ID, AdapterFile
+from .files import AdapterFile
+from .locating import HUB_ID
 from .parameters import SITE
 
 CARD_NAME = "README.md"

@@ -28,7 +28,16 @@ from torch import Tensor
 from .._version import __version__
 from ..config import DTYPES, SteerConfig
 from .fields import fields_of, read_json
-from .kinds import CONFIG_NAME, JOINT_NAME, PEFT_TYPE, method_in, other_method, refuse_joint
+from .kinds import (
+    CONFIG_NAME,
+    JOINT_NAME,
+    PEFT_TYPE,
+    WEIGHTS_NAME,
+    method_in,
+    other_method,
+    refuse_joint,
+)
+from .locating import locate_adapter
 from .parameters import (
     UP,
     ByPlace,
@@ -43,17 +52,12 @@ from .parameters import (
     split_path,
     unwrapped,
 )
-from .saving import checked_path, digest_of, leftovers, open_regular, saving_folder, target_folder, write_new
+from .saving import digest_of, leftovers, open_regular, saving_folder, target_folder, write_new
 from .weights import Header, header_of, read_header, tensors_digest, unprefixed, values_of
 
-WEIGHTS_NAME = "adapter_model.safetensors"
-#: The folder for adapters beside other files, each in a folder of its name. It is one level deeper than the place where
-#: transformers' Trainer looks for further PEFT adapters.
-CHECKPOINT_FOLDER = "fused_steer"
 #: Fields that PEFT writes into every adapter's config, which do not change what the adapter computes.
 _PEFT_FIELDS = ("auto_mapping", "inference_mode", "peft_version", "revision", "task_type")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 @dataclass(frozen=True)
@@ -177,46 +181,6 @@ def _replace_both(new: Path, directory: Path) -> None:
             else:
                 weights.unlink()
         raise
-
-
-def locate_adapter(source: str | os.PathLike[str]) -> Path:
-    """Return the local directory of `source`, a path or a hub id. The files of a hub id are downloaded.
-
-    Raises:
-        FileNotFoundError: there is no such directory, and the hub has no such id or cannot be reached.
-        TypeError, ValueError: it is no path or an empty one: see `checked_path`.
-    """
-    path = checked_path(source, "source", "an adapter's directory, or its id on the hub")
-    if path.is_dir():
-        return _beside_a_model(path)
-    if path.exists():
-        raise NotADirectoryError(f"{path} is a file; expected the directory that holds {CONFIG_NAME}")
-    if not isinstance(source, str) or not HUB_ID.fullmatch(source):
-        raise FileNotFoundError(f"no adapter directory {source}; expected one that holds {CONFIG_NAME}")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(source, allow_patterns=[CONFIG_NAME, WEIGHTS_NAME]))
-    except Exception as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise FileNotFoundError(
-            f"no adapter directory {source}, and the hub supplied none of this id ({type(error).__name__}: {reason})"
-        ) from error
-
-
-def _beside_a_model(directory: Path) -> Path:
-    """Return the folder of the adapter: `directory` itself, or else the only one in its `fused_steer/`.
-
-    Raises:
-        ValueError: there are several adapters.
-    """
-    if (directory / CONFIG_NAME).exists():
-        return directory
-    found = sorted(config.parent for config in (directory / CHECKPOINT_FOLDER).glob(f"*/{CONFIG_NAME}"))
-    if len(found) > 1:
-        names = ", ".join(folder.name for folder in found)
-        raise ValueError(f"{directory} holds adapters {names}; expected one of them, such as {found[0]}")
-    return found[0] if found else directory
 
 
 @dataclass(frozen=True)

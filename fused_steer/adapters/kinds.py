@@ -8,8 +8,14 @@ from typing import Any
 from .fields import read_json
 
 CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+#: The folder for adapters beside other files, each in a folder of its name. It is one level deeper than the place where
+#: transformers' Trainer looks for further PEFT adapters.
+CHECKPOINT_FOLDER = "fused_steer"
 #: The file in which `save_joint` records `files_digest` of each part, by the part's place.
 JOINT_NAME = "joint.json"
+#: The folders of both parts in a directory of `save_joint`.
+STEERING_FOLDER, LORA_FOLDER = "steering", "lora"
 #: PEFT's `peft_type` of steering and of a LoRA.
 PEFT_TYPE, LORA_TYPE = "POST_BLOCK", "LORA"
 

@@ -152,7 +152,7 @@ def diagnose(
     ] = None,
     adapter: Annotated[str | None, typer.Option(help="A saved steering adapter: its directory or hub id.")] = None,
     lora: Annotated[str | None, typer.Option(help="A LoRA that PEFT saved, beside --adapter.")] = None,
-    joint: Annotated[Path | None, typer.Option(help="A directory of save_joint, with both.")] = None,
+    joint: Annotated[str | None, typer.Option(help="A directory of save_joint or its hub id, with both.")] = None,
     field: Annotated[
         str | None, typer.Option(help="Field of a .jsonl's lines; if not given, prompt, text or messages.")
     ] = None,

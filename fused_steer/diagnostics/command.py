@@ -36,7 +36,7 @@ class DiagnoseOptions:
     model: str | None
     adapter: str | None
     lora: str | None
-    joint: Path | None
+    joint: str | None
     prompts: Path
     field: str | None
     out: Path
@@ -65,8 +65,6 @@ def _load(options: DiagnoseOptions, device: torch.device) -> tuple[Any, Any]:
     from ..tools.demo import load_model
 
     if options.joint is not None:
-        if not options.joint.is_dir():
-            raise FileNotFoundError(f"no directory {options.joint}; expected one that save_joint wrote")
         read_adapter(find_joint(options.joint)[0])
     elif options.adapter is not None:
         read_adapter(options.adapter)

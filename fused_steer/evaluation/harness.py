@@ -11,20 +11,20 @@ from typing import Any
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
-from ..adapters.files import read_adapter
 from ..config import checked_number
-from ..patch import patch_model
-from ..tools.sources import note_parts
+from ..tools.sources import check_parts, note_parts, parts_of
+from ..tools.variants import Variants
 
 
 @register_model("fused-steer")
 class SteeredLM(HFLM):
-    """A steered model for lm-evaluation-harness.
+    """A model with an adapter for lm-evaluation-harness.
 
     Args:
         pretrained: a directory, a hub id, or a model, as for lm-evaluation-harness's `hf`.
-        adapter: a saved adapter: its directory, or its id on the hub. None: the base model.
-        scale: the strength, in place of the adapter's own.
+        adapter: steering, a LoRA that PEFT saved, or both together (`save_joint`, a Trainer's checkpoint): the
+            directory, or its id on the hub. None: the base model.
+        scale: the strength of the steering, in place of the adapter's own.
         options: all other arguments of `hf`, such as dtype, device and batch_size.
 
     Raises:
@@ -38,11 +38,15 @@ class SteeredLM(HFLM):
         strength = None if scale is None else checked_number("scale", float(scale))
         if adapter is None and strength is not None:
             raise ValueError(f"scale is {strength} without an adapter; expected adapter=…")
+        parts = None
         if adapter is not None:
-            read_adapter(adapter)
+            parts = parts_of(os.fspath(adapter))
+            check_parts(parts)
+            if strength is not None and parts.steering is None:
+                raise ValueError(f"scale is {strength}, and {adapter} is a LoRA; expected an adapter that steers")
             note_parts(os.fspath(adapter))
         super().__init__(pretrained=pretrained, **options)
-        if adapter is not None:
-            steering = patch_model(self._model, os.fspath(adapter)).steering
+        if parts is not None:
+            Variants(self._model, {"adapter": parts}).use("adapter")
             if strength is not None:
-                steering.scale = strength
+                self._model.steering.scale = strength

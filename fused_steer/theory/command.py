@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..adapters.fields import read_json
-from ..adapters.files import HUB_ID, read_adapter, write_adapter
+from ..adapters.files import read_adapter, write_adapter
 from ..adapters.kinds import CONFIG_NAME, JOINT_NAME, LORA_TYPE, PEFT_TYPE, method_in
+from ..adapters.locating import HUB_ID, JOINT_FILES, STEERING_FILES, locate_files
 from ..adapters.parameters import SITE
 from ..adapters.saving import checked_path
 from ..config import SteerConfig
@@ -86,19 +87,16 @@ def adapter_type(source: str) -> str | None:
         ValueError: a LoRA and steering were not saved together.
     """
     directory = checked_path(source, "the tuned model", "a directory or hub id")
-    if directory.is_dir():
-        joint = (directory / JOINT_NAME).is_file() or method_in(directory) == LORA_TYPE
-        if joint and parts_of(source).steering is not None:
-            return JOINT
-        if not (directory / CONFIG_NAME).exists():
-            return None
-        return str(read_json(directory / CONFIG_NAME).get("peft_type"))
-    if not HUB_ID.fullmatch(source):
-        raise FileNotFoundError(f"no directory {source}; expected a fine-tuned model, a LoRA or a steering adapter")
-    from transformers.utils.peft_utils import find_adapter_config_file
-
-    found = find_adapter_config_file(source)
-    return None if found is None else str(read_json(Path(found)).get("peft_type"))
+    if not directory.is_dir():
+        if not HUB_ID.fullmatch(source):
+            raise FileNotFoundError(f"no directory {source}; expected a fine-tuned model, a LoRA or a steering adapter")
+        directory = locate_files(source, [*STEERING_FILES, *JOINT_FILES])
+    joint = (directory / JOINT_NAME).is_file() or method_in(directory) == LORA_TYPE
+    if joint and parts_of(source).steering is not None:
+        return JOINT
+    if not (directory / CONFIG_NAME).exists():
+        return None
+    return str(read_json(directory / CONFIG_NAME).get("peft_type"))
 
 
 def load_tuned(options: FitOptions, kind: str | None, device: torch.device) -> Any:

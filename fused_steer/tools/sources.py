@@ -10,8 +10,9 @@ from pathlib import Path
 from rich.console import Console
 
 from ..adapters.fields import read_json
-from ..adapters.files import CHECKPOINT_FOLDER, WEIGHTS_NAME, locate_adapter, read_adapter
-from ..adapters.kinds import CONFIG_NAME, JOINT_NAME, LORA_TYPE, PEFT_TYPE, method_in
+from ..adapters.files import read_adapter
+from ..adapters.kinds import CHECKPOINT_FOLDER, CONFIG_NAME, JOINT_NAME, LORA_TYPE, PEFT_TYPE, WEIGHTS_NAME, method_in
+from ..adapters.locating import JOINT_FILES, STEERING_FILES, locate_adapter, locate_files
 from ..adapters.parameters import Layout, check_name
 from ..joint import find_joint
 
@@ -61,10 +62,10 @@ def parts_of(source: str) -> Parts:
         FileNotFoundError: there is no such adapter, or a file of a LoRA is missing.
         ValueError: it is of another method, or its parts were not saved together.
     """
-    if (Path(source) / JOINT_NAME).is_file():
-        steering, loras = find_joint(source)
+    directory = locate_files(source, [*STEERING_FILES, *JOINT_FILES])
+    if (directory / JOINT_NAME).is_file():
+        steering, loras = find_joint(directory)
         return Parts(steering, loras)
-    directory = locate_adapter(source)
     method = method_in(directory)
     if method == LORA_TYPE:
         if not (directory / WEIGHTS_NAME).is_file():

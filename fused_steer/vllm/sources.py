@@ -25,9 +25,10 @@ from vllm.lora import lora_weights, utils
 
 from ..adapters.fields import MOST_JSON
 from ..adapters.files import CONFIG_NAME, JOINT_NAME, PEFT_TYPE, WEIGHTS_NAME, AdapterFile, method_in, read_adapter
+from ..adapters.kinds import LORA_FOLDER, STEERING_FOLDER
 from ..adapters.parameters import NAMES, PEFT_PREFIX, SITE, ByPlace, Layout, steered
 from ..adapters.saving import open_regular, saving_folder
-from ..joint import LORA_FOLDER, STEERING_FOLDER, find_joint
+from ..joint import find_joint
 from ..kernels import ACTIVATIONS
 from .dose import highest_dose
 from .options import KEY, REFUSE, lora_of, server_options

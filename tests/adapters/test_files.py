@@ -609,7 +609,9 @@ def test_files_hub_id_without_network(monkeypatch):
 
 def test_files_hub_id(monkeypatch, saved):
     def download(*args: Any, **kwargs: Any) -> str:
-        assert (args, kwargs) == (("someone/adapter",), {"allow_patterns": [CONFIG, WEIGHTS]})
+        assert args == ("someone/adapter",) and kwargs.keys() == {"allow_patterns"}
+        assert {CONFIG, WEIGHTS} < set(kwargs["allow_patterns"])  # and those of a checkpoint: no file of a model
+        assert all(pattern.endswith((CONFIG, WEIGHTS, "joint.json")) for pattern in kwargs["allow_patterns"])
         return str(saved)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)

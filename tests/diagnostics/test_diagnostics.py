@@ -665,7 +665,6 @@ def test_diagnostics_the_command_without_lora(place, tmp_path):
 
 
 def test_diagnostics_refusals_of_the_command(place, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     out = tmp_path / "out"
     adapter, txt, jsonl = place / "adapter", place / "prompts.txt", place / "prompts.jsonl"
 
@@ -690,8 +689,8 @@ def test_diagnostics_refusals_of_the_command(place, tmp_path, monkeypatch):
     refuses("adapter or joint", "neither is", adapter=None)
     refuses("adapter or joint", "both are", more=("--joint", place / "joint"))
     refuses("joint and lora are given", adapter=None, more=("--joint", place / "joint", "--lora", place / "lora"))
-    refuses("no directory", tmp_path / "none", adapter=None, more=("--joint", tmp_path / "none"))
-    refuses("has no joint.json", adapter=None, more=("--joint", adapter))
+    for other in (tmp_path / "none", adapter):
+        refuses(f"{other} has no joint.json", adapter=None, more=("--joint", other))
     refuses(tmp_path / "none", more=("--lora", tmp_path / "none"))
     refuses(tmp_path / "none", model=tmp_path / "none")
     refuses("batch size is 0", more=("--batch-size", 0))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from fnmatch import fnmatch
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -56,7 +58,6 @@ def place(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch, tmp_path):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
 
 
@@ -67,6 +68,7 @@ def right(place, adapter=None, scale=None) -> list[float]:
         model = PeftModel.from_pretrained(model, place / adapter).eval()
     elif adapter == "joint":
         model = load_joint(model, place / adapter).eval()
+        model.steering.scale = 1.0 if scale is None else scale
     elif adapter is not None:
         model = patch_model(model, place / adapter)
         model.steering.scale = model.steering.scale if scale is None else scale
@@ -111,15 +113,24 @@ def test_eval_a_limit_and_no_base(place):
 
 
 @needs_harness
-@pytest.mark.parametrize(("arguments", "adapter"), [("", None), ("adapter={one},scale=-3", "one")])
-def test_eval_the_harnesss_own_model(place, arguments, adapter):
+@pytest.mark.parametrize(
+    ("arguments", "adapter"),
+    [
+        ("", None),
+        ("adapter={}/one,scale=-3", "one"),
+        ("adapter={}/lora", "lora"),
+        ("adapter={}/joint,scale=-3", "joint"),
+    ],
+)
+def test_eval_the_harnesss_own_model(table, arguments, adapter):
     """`--model fused-steer --model_args pretrained=…,adapter=…,scale=…`."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
     import fused_steer.evaluation.harness  # noqa: F401 (it makes the name known)
 
-    given = f"pretrained={place / 'base'},{arguments.format(one=place / 'one')}".rstrip(",")
+    place, _ = table
+    given = f"pretrained={place / 'base'},{arguments.format(place)}".rstrip(",")
     manager = TaskManager(include_defaults=False)
     result = simple_evaluate(
         "fused-steer", given, [str(place / "sums.yaml")], device="cpu", task_manager=manager, bootstrap_iters=0
@@ -128,7 +139,8 @@ def test_eval_the_harnesss_own_model(place, arguments, adapter):
 
 
 @needs_harness
-def test_eval_the_harnesss_model_refuses_before_it_loads(place, monkeypatch):
+def test_eval_the_harnesss_model_refuses_before_it_loads(table, monkeypatch):
+    place, _ = table
     from fused_steer.evaluation.harness import SteeredLM
 
     def loaded(*_, **__):
@@ -139,6 +151,8 @@ def test_eval_the_harnesss_model_refuses_before_it_loads(place, monkeypatch):
         SteeredLM(str(place / "base"), adapter=str(place / "none"))
     with refused(ValueError, "scale is 2.0 without an adapter"):
         SteeredLM(str(place / "base"), scale="2")
+    with refused(ValueError, "scale is 2.0, and", "lora is a LoRA; expected an adapter that steers"):
+        SteeredLM(str(place / "base"), adapter=str(place / "lora"), scale="2")
 
 
 @needs_harness
@@ -364,6 +378,38 @@ def test_eval_lora_steering_and_both_side_by_side(table, tmp_path, monkeypatch):
     seen.clear()  # no steering at all
     assert invoke("eval", "paper:boolq", *where, "--adapter", place / "lora", "--no-base").exit_code == 0
     assert seen == [expected[2]]
+
+
+def test_eval_of_lora_and_both_on_the_hub(table, tmp_path, monkeypatch):
+    """Their files are downloaded, and no others of the repository."""
+    place, rows = table
+    names, fetched = ("lora", "joint", "checkpoint"), set()
+
+    def download(repo_id, allow_patterns):
+        owner, name = repo_id.split("/")
+        assert owner == "me"
+        for file in filter(Path.is_file, (place / name).rglob("*")):
+            inside = file.relative_to(place / name)
+            if any(fnmatch(inside.as_posix(), pattern) for pattern in allow_patterns):
+                (tmp_path / name / inside.parent).mkdir(parents=True, exist_ok=True)
+                shutil.copy(file, tmp_path / name / inside)
+                fetched.add((name, inside.as_posix()))
+        return str(tmp_path / name)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    (place / "joint" / "checkpoint-1").mkdir()
+    shutil.copy(place / "one" / "adapter_model.safetensors", place / "joint" / "checkpoint-1")
+    seen = []
+    monkeypatch.setattr(on_paper, "answers", lambda *given: seen.append(answers(*given)) or seen[-1])
+    adapters = [part for name in names for part in ("--adapter", f"me/{name}")]
+    where = ("--model", place / "base", "--data", place / "rows", "--device", "cpu", "--batch-size", 1, "--no-base")
+    result = invoke("eval", "paper:boolq", *where, *adapters)
+    assert result.exit_code == 0, result.output
+    assert seen == [told(place, rows, name) for name in names]
+    assert not any("checkpoint-1" in file for _, file in fetched)
+    assert load_joint(AutoModelForCausalLM.from_pretrained(place / "base"), "me/joint").steering.config().rank == 2
+    with refused(ValueError, "holds a LoRA and steering together"):
+        patch_model(build(), "me/joint")
 
 
 def test_eval_refuses_parts_before_a_model_is_loaded(table, tmp_path, monkeypatch):

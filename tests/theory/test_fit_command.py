@@ -158,7 +158,6 @@ def test_fit_command_of_rank_0_is_a_vector(place, tmp_path):
 
 
 def test_fit_command_refusals(place, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("transformers.utils.logging._tqdm_active", False)  # its bars are no part of the message
     folder, _ = place
     out = tmp_path / "out"
