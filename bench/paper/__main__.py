@@ -12,7 +12,7 @@ from fused_steer.config import SITES
 from fused_steer.paper.tasks import TASKS
 
 from ..results import FOLDER
-from .settings import RATES, Settings
+from .settings import RATES, SCHEDULES, Settings
 
 OUT = FOLDER / "paper"
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
@@ -80,6 +80,10 @@ def run(
     new_tokens: Annotated[int | None, typer.Option(help="Tokens to generate. Default: the task's.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens of a training row. Default: the task's.")] = None,
     accumulation: Annotated[int, typer.Option(help="Batches of 8 per optimizer step.")] = Settings.accumulation,
+    schedule: Annotated[
+        str | None, typer.Option(help=f"Of the learning rate: {', '.join(SCHEDULES)}. Default: the method's.")
+    ] = None,
+    warmup: Annotated[float | None, typer.Option(help="Warm-up, a share of the steps. Default: the method's.")] = None,
     train_limit: Annotated[int | None, typer.Option(help="Training rows per task. Default: all.")] = None,
     evaluated_limit: Annotated[int | None, typer.Option(help="Rows of validation and of test. Default: all.")] = None,
     listops_lengths: Annotated[str, typer.Option(help="Lengths of generated ListOps, shortest:longest.")] = "4:64",
@@ -124,6 +128,8 @@ def run(
             dtype=dtype,
             epochs=epochs,
             accumulation=accumulation,
+            schedule=schedule,
+            warmup=warmup,
             rank=rank,
             activation=activation,
             init_scale=init_scale,

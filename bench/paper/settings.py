@@ -24,6 +24,8 @@ RATES: dict[str, tuple[float, ...]] = {
     "joint-orth": (1e-4, 2e-4, 5e-4, 1e-3),
     "joint-released": (1e-4, 2e-4, 5e-4, 1e-3),
 }
+#: Of the learning rate, after the warm-up.
+SCHEDULES = ("constant", "linear", "cosine")
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Settings:
     Attributes:
         batch_size: examples per batch.
         accumulation: batches per AdamW step; there is no weight decay. The released code has 2.
+        schedule, warmup: of the learning rate, one of `SCHEDULES` and a share of the steps; None: the method's own.
+            The released code's `train.py` has a linear decay with a warm-up of 0.03.
         rank, activation: of the steering. The identity is the activation of the paper's Tables 1 and 2.
         init_scale: factor on the initial values of the steering's W1. The released code has 1e-3.
         lora_rank, lora_alpha: of LoRA on all linear projections; PEFT's defaults, as in the released code.
@@ -53,6 +57,8 @@ class Settings:
     batch_size: int = 8
     accumulation: int = 1
     epochs: int | None = None
+    schedule: str | None = None
+    warmup: float | None = None
     rank: int = 8
     activation: str = "identity"
     init_scale: float = 1.0
@@ -93,6 +99,10 @@ class Settings:
             raise ValueError(f"splits is {self.splits!r}; expected ours or released")
         if self.splits == "released" and self.listops_lengths != Settings.listops_lengths:
             raise ValueError("ListOps lengths are given with the released splits; expected ours, which are generated")
+        if self.schedule not in (None, *SCHEDULES):
+            raise ValueError(f"schedule is {self.schedule!r}; expected one of {', '.join(SCHEDULES)}")
+        if self.warmup is not None and not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup is {self.warmup}; expected a share of the steps, 0 or more and below 1")
         if not 0 < self.init_scale < math.inf:
             raise ValueError(f"init scale is {self.init_scale}; expected a number above 0")
 

@@ -59,6 +59,8 @@ def train(
     Raises:
         RuntimeError: the loss is no longer finite.
     """
+    schedule = method.schedule if settings.schedule is None else settings.schedule
+    warmup = method.warmup if settings.warmup is None else settings.warmup
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
@@ -66,8 +68,8 @@ def train(
             gradient_accumulation_steps=settings.accumulation,
             num_train_epochs=epochs,
             learning_rate=stage.rate,
-            lr_scheduler_type=method.schedule,
-            warmup_steps=method.warmup,
+            lr_scheduler_type="constant_with_warmup" if schedule == "constant" and warmup else schedule,
+            warmup_steps=warmup,
             seed=seed,
             use_cpu=next(model.parameters()).device.type == "cpu",
             save_strategy="no",

@@ -205,6 +205,8 @@ def test_paper_search_chooses_the_rate_by_validation_alone():
         (("--lofit-share", "0"), "LoFiT share is 0.0; expected above 0 and at most 1"),
         (("--lofit-rate", "0"), "LoFiT rate is 0.0; expected a number above 0"),
         (("--lofit-l1", "-1"), "LoFiT l1 is -1.0; expected a number of at least 0"),
+        (("--schedule", "step"), "schedule is 'step'; expected one of constant, linear, cosine"),
+        (("--warmup", "1"), "warmup is 1.0; expected a share of the steps"),
         (("--accumulation", "0"), "accumulation is 0; expected at least 1"),
         (("--end", "--chat"), "end is given with chat; expected one of them"),
         (("--new-tokens", "0"), "new tokens is 0; expected at least 1"),
@@ -241,6 +243,8 @@ def test_paper_run_passes_its_options_on(tmp_path, monkeypatch):
         "init_scale": 0.5,
         "max_length": 77,
         "accumulation": 3,
+        "schedule": "linear",
+        "warmup": 0.03,
     }
     asked = []
     monkeypatch.setattr(runs, "run_all", lambda settings, *_: asked.append(settings) or 0)

@@ -5,6 +5,7 @@ Also of the tokens that are trained and that end an answer.
 
 import copy
 import importlib
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -469,6 +470,29 @@ def test_paper_methods_method_trains_what_it_says_under_its_schedule(name, train
         else:
             assert rates[0] == stage.rate and rates == sorted(rates, reverse=True) and rates[-1] == 0
     assert all(torch.equal(p, before[n]) for n, p in base.items()), "something of the base has changed"
+
+
+@pytest.mark.parametrize(
+    ("name", "schedule", "warmup", "expected"),
+    [
+        ("vector", "linear", 0.25, [0.5, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0]),
+        ("vector", None, 0.25, [0.5, *[1] * 7]),  # a warm-up before the constant rate
+        ("lora", "constant", 0.0, [1] * 8),
+        ("lora", None, 0.25, [0.5, *((1 + math.cos(math.pi * step / 6)) / 2 for step in range(7))]),
+    ],
+)
+def test_paper_methods_schedule_and_warmup_that_are_chosen(name, schedule, warmup, expected, train):
+    settings = replace(SETTINGS, batch_size=4, schedule=schedule, warmup=warmup)
+    model, (stage,) = attached(name, settings)
+    rates = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, *arguments, lr_scheduler, **options):
+            rates.append(lr_scheduler.get_last_lr()[0] / stage.rate)
+
+    stage.callbacks = [Watch()]
+    train(model, stage, name, epochs=2, settings=settings)
+    assert rates == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("name", [n for n in RATES if n not in ("full", "untrained", "joint-released")])
