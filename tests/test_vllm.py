@@ -292,7 +292,13 @@ def by_hugging_face(folder: Path, name: str, prompt: tuple[int, ...], steering: 
     with model.steering.batch(
         [name], scale=given.get("scale"), positions=tuple(positions) if isinstance(positions, list) else positions
     ):
-        out = model.generate(torch.tensor([prompt]), max_new_tokens=new_tokens, do_sample=False, eos_token_id=None)
+        out = model.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),  # a prompt may have the token of padding
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            eos_token_id=None,
+        )
     return out[0, len(prompt) :].tolist()
 
 
@@ -390,6 +396,23 @@ def test_vllm_requests_that_leave_the_prompt_alone_share_the_cached_prompt_of_th
         assert found.num_cached_tokens == cached, options
         right = by_hugging_face(folder, name, tuple(prompt), json.dumps(options or {}), 1)
         assert list(found.outputs[0].token_ids) == right
+
+
+@pytest.mark.parametrize("positions", ["prompt", "last_3", "first_30"])
+def test_vllm_a_cached_answer_in_the_prompt_of_the_next_turn(in_chunks, folder, positions):
+    """The same tokens are steered elsewhere if the prompt ends elsewhere: such blocks are not taken from the cache."""
+    in_chunks.reset_prefix_cache()
+    prompt, options = LONG[0][:20], {"positions": positions, "scale": 3.0}
+    answer = by_hugging_face(folder, "silu", tuple(prompt), json.dumps(options), 20)
+    cached = []
+    for length in (20, 33, 34, 36, 36):
+        asked = [*prompt, *answer][:length]
+        right = by_hugging_face(folder, "silu", tuple(asked), json.dumps(options), 20)
+        (found,) = outputs_of(in_chunks, [("silu", asked, options)], folder, 20)
+        assert list(found.outputs[0].token_ids) == right, length
+        cached.append(found.num_cached_tokens)
+    # A prompt of 33 is the first with a whole block. The block is as in a longer prompt, unless its end is steered.
+    assert cached == [0, 0, 0 if positions == "last_3" else 32, 0 if positions == "last_3" else 32, 32]
 
 
 def test_vllm_retrained_under_the_same_name_it_answers_by_its_new_weights(in_chunks, folder, tmp_path):

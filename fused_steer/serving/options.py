@@ -57,7 +57,8 @@ def parse_options(given: Any) -> Mapping[str, Any]:
 
 def packed(options: Request) -> list[Any]:
     """Convert options to plain values, which can be sent to other processes."""
-    return [options.scale, ALL if options.positions is None else options.positions.name]
+    values = [options.scale, ALL if options.positions is None else options.positions.name]
+    return values if options.prompt is None else [*values, options.prompt]
 
 
 def unpacked(values: Sequence[Any]) -> Request:
@@ -66,20 +67,27 @@ def unpacked(values: Sequence[Any]) -> Request:
 
 
 @functools.lru_cache(maxsize=4096)  # read in every step of a server
-def _unpacked(scale: float | None, positions: str) -> Request:
-    return Request(None, scale, read_positions(positions))
+def _unpacked(scale: float | None, positions: str, prompt: int | None = None) -> Request:
+    return Request(None, scale, read_positions(positions), prompt)
 
 
-def untouched(options: Request, prompt: int) -> int:
-    """Return the number of tokens at the beginning of a sequence that are not steered.
+def steered_ranges(options: Request, prompt: int, start: int, end: int) -> list[list[int]]:
+    """Return the steered tokens of a part of a sequence, as ranges [first, behind the last] in ascending order.
 
     Args:
-        prompt: the number of tokens of the prompt.
+        prompt: the number of tokens of the sequence's prompt.
+        start, end: the part.
     """
     where = options.positions
-    if where is None or where.first:
-        return 0
-    return max(prompt - where.last, 0)
+    if where is None:
+        return [[start, end]]
+    prompt = prompt if options.prompt is None else options.prompt
+    first = min(where.first, prompt)
+    last = max(prompt - where.last, first)
+    stop = max(end, prompt) if where.generated else prompt
+    ranges = [(0, stop)] if last == first else [(0, first), (last, stop)]
+    clipped = [[max(begin, start), min(behind, end)] for begin, behind in ranges]
+    return [[begin, behind] for begin, behind in clipped if begin < behind]
 
 
 def token_gains(
@@ -107,7 +115,7 @@ def token_gains(
     for row, (asked, count) in enumerate(zip(options, counts, strict=True)):
         if asked is not None and asked.positions is not None:
             where = asked.positions
-            end, prompt = start + count, prompts[row]
+            end, prompt = start + count, prompts[row] if asked.prompt is None else asked.prompt
             position = np.arange(computed[row], computed[row] + count)
             steered = ((position < where.first) | (position >= prompt - where.last)) & (position < prompt)
             if where.generated:

@@ -23,11 +23,13 @@ class Request:
         name: the adapter, or None.
         scale: the strength, or None for the adapter's own.
         positions: the steered tokens, or None for the adapter's own.
+        prompt: the tokens of the prompt, where the row's own prompt has generated tokens too. None: those of the row.
     """
 
     name: str | None
     scale: float | None
     positions: Positions | None
+    prompt: int | None = None
 
 
 def checked_requests(names: Any, scale: Any, positions: Any, known: Callable[[str], Any]) -> list[Request]:

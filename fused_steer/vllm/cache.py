@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from ..kernels import grouped
-from ..serving.options import packed, unpacked, untouched
+from ..serving.options import packed, steered_ranges, unpacked
 from ..serving.requests import Request
 from ..serving.slots import Slots
 from .layers import SteeringPoint
@@ -53,20 +53,21 @@ class _AsBase:
 def block_keys(original: Any) -> Callable[..., Any]:
     """Wrap vLLM's function that says what a block's key contains beside its tokens.
 
-    A block that ends before the first steered token gets the base model's key.
+    A block that ends before the first steered token gets the base model's key. Others contain which tokens are steered.
     """
 
     def generate_block_hash_extra_keys(request: Any, start: int, end: int, *args: Any, **kwargs: Any) -> Any:
         given = request.cache_salt
         if given is None or not given.startswith(_MARK):
             return original(request, start, end, *args, **kwargs)
-        client, options, shares_prompt = json.loads(given.removeprefix(_MARK))
-        shared = untouched(unpacked(options), request.num_prompt_tokens) if shares_prompt else 0
-        if end <= shared:
+        client, values, shares_prompt = json.loads(given.removeprefix(_MARK))
+        options, prompt = unpacked(values), request.num_prompt_tokens
+        if shares_prompt and not steered_ranges(options, prompt, 0, end):
             return original(_AsBase(request, client), start, end, *args, **kwargs)
         keys, *rest = original(request, start, end, *args, **kwargs)
-        # Blocks before this one may have the base model's keys, without the salt.
-        return ((*(keys or ()), ("steering", given)), *rest)
+        # Blocks before this one may have the base model's keys, without the salt. The same tokens and options are
+        # steered elsewhere if the prompt ends elsewhere, as in the next turn of a chat.
+        return ((*(keys or ()), ("steering", given, json.dumps(steered_ranges(options, prompt, start, end)))), *rest)
 
     return generate_block_hash_extra_keys
 

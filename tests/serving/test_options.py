@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from fused_steer.serving.options import packed, read_options, token_gains, unpacked, untouched
+from fused_steer.serving.options import packed, read_options, steered_ranges, token_gains, unpacked
 
 POSITIONS = ["all", "prompt", "generated", "last", ["first", 3], ["last", 2], ["last", 99]]
 POSITIONS += ["last_prompt", "first_3", "last_2", "first_1+last_2", "last_prompt+generated"]
@@ -86,8 +88,22 @@ def test_options_token_gains():
         assert found.dtype == np.float32 and found.tolist() == right
 
 
-def test_options_untouched_tokens_are_those_before_the_first_steered():
+def test_options_steered_ranges_of_each_part_of_a_sequence():
     for positions in POSITIONS:
+        options = read_options({"positions": positions})
         for prompt in (1, 2, 5):
-            first = next((p for p in range(prompt) if steered(positions, prompt, p)), prompt)
-            assert untouched(read_options({"positions": positions}), prompt) == first
+            for start, end in itertools.combinations(range(9), 2):
+                found = steered_ranges(options, prompt, start, end)
+                tokens = [token for first, behind in found for token in range(first, behind)]
+                assert tokens == [token for token in range(start, end) if steered(positions, prompt, token)]
+                assert all(left[1] < right[0] for left, right in itertools.pairwise(found))
+                assert steered_ranges(replace(options, prompt=prompt), 7, start, end) == found
+
+
+def test_options_of_a_row_whose_prompt_has_generated_tokens():
+    for positions in POSITIONS:
+        options = read_options({"positions": positions})
+        beam = replace(options, prompt=4)
+        assert unpacked(json.loads(json.dumps(packed(beam)))) == beam
+        found = token_gains([2.0, 2.0], [options, beam], [4, 7], [0, 0], [7, 7])
+        assert np.array_equal(found[:7], found[7:])
