@@ -284,8 +284,10 @@ def in_chunks(folder):
 
 
 @functools.cache
-def by_hugging_face(folder: Path, name: str, prompt: tuple[int, ...], steering: str, new_tokens: int) -> list[int]:
-    """What `steering.batch` answers, greedily, with a request's options (JSON)."""
+def by_hugging_face(
+    folder: Path, name: str, prompt: tuple[int, ...], steering: str, new_tokens: int, beams: int = 1
+) -> list[int]:
+    """What `steering.batch` answers, greedily or by beam search, with a request's options (JSON)."""
     given = json.loads(steering)
     positions = given.get("positions", "all")
     model = patched(folder, name)
@@ -296,6 +298,7 @@ def by_hugging_face(folder: Path, name: str, prompt: tuple[int, ...], steering: 
             torch.tensor([prompt]),
             attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),  # a prompt may have the token of padding
             max_new_tokens=new_tokens,
+            num_beams=beams,
             do_sample=False,
             eos_token_id=None,
         )
@@ -362,6 +365,24 @@ def test_vllm_an_adapter_has_its_own_positions(in_chunks, folder, tmp_path):
         found.append(list(output.outputs[0].token_ids))
         assert found[-1] == right.tolist()
     assert len({tuple(tokens) for tokens in found}) == 3
+
+
+@pytest.mark.parametrize("positions", ["generated", "last_3"])
+def test_vllm_beams_are_steered_at_the_positions_of_their_search(in_chunks, folder, positions):
+    """vLLM gives each beam to its engine as a prompt, in which the beam's tokens are generated ones."""
+    from vllm.lora.request import LoRARequest
+    from vllm.sampling_params import BeamSearchParams
+
+    name, prompt = f"at-{positions}", LONG[0]
+    path = save_adapter(folder / "model", folder / name, SteerConfig(rank=4, positions=positions, scale=3.0), 9)
+    search = BeamSearchParams(beam_width=3, max_tokens=6, ignore_eos=True)
+    request = LoRARequest(name, {"generated": 420, "last_3": 421}[positions], str(path))
+    (found,) = in_chunks.beam_search([{"prompt_token_ids": prompt}], search, lora_request=request)
+    right, other = (
+        by_hugging_face(folder, name, tuple(prompt), json.dumps({"positions": where}), 6, beams=3)
+        for where in (positions, "all")
+    )
+    assert found.sequences[0].tokens[len(prompt) :] == right != other
 
 
 def test_vllm_preempted_requests(folder):

@@ -30,6 +30,10 @@ from packaging.version import Version
 FIRST, BELOW = "0.31", "0.34"
 #: What the plug-in replaces or calls, beside the names that it imports.
 NAMES = {
+    "vllm.entrypoints.generate.beam_search.online": ("BeamSearchOnlineMixin.beam_search",),
+    "vllm.entrypoints.generate.beam_search.utils": ("BeamSearchSequence.get_prompt",),
+    "vllm.entrypoints.openai.chat_completion.protocol": ("ChatCompletionRequest.to_beam_search_params",),
+    "vllm.entrypoints.openai.completion.protocol": ("CompletionRequest.to_beam_search_params",),
     "vllm.entrypoints.openai.models.serving": (
         "OpenAIServingModels.load_lora_adapter",
         "OpenAIServingModels.unload_lora_adapter",
@@ -82,6 +86,10 @@ if not Version(FIRST) <= Version(vllm.__version__.partition("+")[0]) < Version(B
         stacklevel=2,
     )
 
+from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin  # noqa: E402
+from vllm.entrypoints.generate.beam_search.utils import BeamSearchSequence  # noqa: E402
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest  # noqa: E402
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest  # noqa: E402
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels  # noqa: E402
 from vllm.lora import model_manager, utils, worker_manager  # noqa: E402
 from vllm.lora.request import LoRARequest  # noqa: E402
@@ -92,7 +100,7 @@ from vllm.v1.worker import gpu_model_runner  # noqa: E402
 from vllm.v1.worker.gpu import model_runner  # noqa: E402
 from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin  # noqa: E402
 
-from . import endpoint, frontend, gains  # noqa: E402
+from . import beams, endpoint, frontend, gains  # noqa: E402
 from .adapters import load, steering_of_manager  # noqa: E402
 from .cache import block_keys, put_into_cache_key  # noqa: E402
 from .layers import SteeringWithLoRA  # noqa: E402
@@ -160,6 +168,10 @@ def register() -> None:
     for engine in (llm_engine.LLMEngine, async_llm.AsyncLLM):
         for name in ("add_request", "add_lora", "remove_lora", "pin_lora", "list_loras"):
             _wrap(engine, name, getattr(frontend, name))
+    for protocol in (ChatCompletionRequest, CompletionRequest):
+        _wrap(protocol, "to_beam_search_params", beams.to_beam_search_params)
+    _wrap(BeamSearchOnlineMixin, "beam_search", beams.beam_search)
+    _wrap(BeamSearchSequence, "get_prompt", beams.get_prompt)
     _wrap(OpenAIServingModels, "__init__", endpoint.make_models)
     _wrap(OpenAIServingModels, "unload_lora_adapter", endpoint.unload_adapter)
     _wrap(kv_cache_utils, "generate_block_hash_extra_keys", block_keys)

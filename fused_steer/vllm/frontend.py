@@ -13,7 +13,7 @@ import inspect
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from vllm.lora.request import LoRARequest
 from ..positions import ALL
 from ..serving.options import KEY, packed, parse_options, read_options
 from ..serving.requests import Request
+from .beams import beam_of, parameters_of
 from .cache import salt
 from .dose import refusal
 from .options import lora_of, server_options
@@ -244,10 +245,11 @@ def process_inputs(original: Any) -> Callable[..., Any]:
     def process_inputs(*args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(*args, **kwargs)
         given = bound.arguments
-        request, fields = given.get("lora_request"), fields_of(given["params"])
+        given["params"] = parameters = parameters_of(given)
+        request, fields = given.get("lora_request"), fields_of(parameters)
         registry = registry_of(given["self"])
         found = served = None
-        if registry is not None and (request := registry.chosen(request, given["params"])) is not None:
+        if registry is not None and (request := registry.chosen(request, parameters)) is not None:
             found, served = registry.take(request)
             # Without --enable-lora vLLM refuses an adapter here, and passes it on later.
             given["lora_request"] = None if registry.alone else found
@@ -272,12 +274,12 @@ def process_inputs(original: Any) -> Callable[..., Any]:
             if request is not None and served is not None and registry is not None:
                 registry.check_dose(request.lora_name, served, None)
             return make(None)
-        if not hasattr(given["params"], "extra_args"):
+        if not hasattr(parameters, "extra_args"):
             assert request is not None  # as its adapter has positions
             name = request.lora_name
             raise VLLMValidationError(f"adapter {name!r} has positions {own!r}; expected 'all' for pooling")
         try:
-            options = read_options(rest, own)
+            options = replace(read_options(rest, own), prompt=beam_of(given["prompt"]).prompt)
         except (TypeError, ValueError) as error:
             raise VLLMValidationError(str(error)) from error
         if served is None:
@@ -336,7 +338,7 @@ def add_request(original: Any) -> Callable[..., Any]:
         given = signature.bind(*args, **kwargs).arguments
         engine = given["self"]
         registry = registry_of(engine.input_processor)
-        request = None if registry is None else registry.chosen(given.get("lora_request"), given.get("params"))
+        request = None if registry is None else registry.chosen(given.get("lora_request"), parameters_of(given))
         return (
             None if registry is None or request is None or registry.is_ready(request) else (engine, registry, request)
         )
