@@ -56,11 +56,11 @@ def folder(tmp_path_factory) -> Path:
     return root
 
 
-def joint(root: Path, out: Path, *loras: str) -> None:
+def joint(root: Path, out: Path, *loras: str, lora: str = "lora") -> None:
     """Save the first adapter together with the LoRA under each of these names."""
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(root / "model"), root / "lora", loras[0])
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(root / "model"), root / lora, loras[0])
     for name in loras[1:]:
-        model.load_adapter(root / "lora", name)
+        model.load_adapter(root / lora, name)
     model.base_model.set_adapter(list(loras))
     save_joint(patch_model(model, root / "silu", check_base=False), out)
 
@@ -205,6 +205,13 @@ def _two_loras(folder: Path, out: Path) -> None:
     joint(folder, out / "adapter", "default", "second")
 
 
+def _lora_of_a_rank_above(folder: Path, out: Path) -> None:
+    """Write an adapter that the engine alone refuses, because of its LoRA."""
+    if not (folder / "wide-lora").exists():
+        save_lora(folder / "wide-lora", seed=7, rank=9)
+    joint(folder, out / "adapter", "default", lora="wide-lora")
+
+
 def _nothing(folder: Path, out: Path) -> None:
     pass
 
@@ -221,6 +228,7 @@ BROKEN = {
     _not_finite: "has values that are NaN or infinite; expected finite ones",
     _strength_beyond_float32: "scale is 1e+39; expected at most 3.402823e+38 in magnitude",
     _other_tensors: "; expected torch.float32 (5, 64)",
+    _lora_of_a_rank_above: "LoRA rank 9 is greater than max_lora_rank 8",
     _two_loras: "holds 2 LoRA adapters; expected one, beside steering/",
     _nothing: "No adapter found for",
 }
@@ -241,6 +249,10 @@ def test_vllm_refused_before_the_engine_and_by_it(engine, folder, tmp_path, make
         engine.llm_engine.add_lora(LoRARequest("broken", 777, str(tmp_path / "adapter")))
     assert 777 not in engine.llm_engine.list_loras()
     assert_answered(engine, folder, [None, "silu"])
+    # Once its files are mended, the same request is answered.
+    shutil.rmtree(tmp_path / "adapter", ignore_errors=True)
+    shutil.copytree(folder / "silu", tmp_path / "adapter")
+    assert ask(engine, [("broken", str(tmp_path / "adapter"), PROMPTS[0])], NEW_TOKENS) == expected(folder, "silu")[:1]
 
 
 def test_vllm_files_that_are_gone_or_changed_since(engine, folder, tmp_path):
@@ -444,22 +456,45 @@ def test_vllm_retrained_under_the_same_name_it_answers_by_its_new_weights(in_chu
     core, path = in_chunks.llm_engine, tmp_path / "adapter"
     parameters = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
 
-    def answer() -> list[int]:
-        request = LoRARequest("retrained", 400, str(path))
+    def answer(in_place: bool = False) -> list[int]:
+        request = LoRARequest("retrained", 400, str(path), load_inplace=in_place)
         (found,) = in_chunks.generate({"prompt_token_ids": LONG[0]}, parameters, lora_request=request, use_tqdm=False)
         return list(found.outputs[0].token_ids)
 
-    for version, seed in enumerate((61, 62, 63, 61)):
+    loaded = core.list_loras() | {400}
+    for version, seed in enumerate((61, 62, 63, 61, 64, 65)):
         shutil.rmtree(path, ignore_errors=True)
         save_adapter(folder / "model", path, SteerConfig(rank=4), seed)
         if version == 2:
             assert core.add_lora(LoRARequest("retrained", 400, str(path), load_inplace=True))
-        elif version:
+        elif version < 4 and version:
             assert core.remove_lora(400) and 400 not in core.list_loras()
         model = patch_model(AutoModelForCausalLM.from_pretrained(folder / "model"), path)
         right = model.generate(torch.tensor([LONG[0]]), max_new_tokens=4, do_sample=False, eos_token_id=None)
-        assert answer() == answer() == right[0, len(LONG[0]) :].tolist()
-        assert 400 in core.list_loras() and all(number < 2**30 for number in core.list_loras())
+        assert answer(in_place=version > 3) == answer() == right[0, len(LONG[0]) :].tolist()
+        assert core.list_loras() - loaded == set() and 400 in core.list_loras()
+
+
+def test_vllm_a_running_request_keeps_its_adapter_when_another_gets_its_number(in_chunks, folder):
+    """Unloaded, and its number given to another adapter: requests of both run in one batch."""
+    from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    core, found = in_chunks.llm_engine, {}
+    for name in ("silu", "biases"):
+        prompt = {"prompt_token_ids": LONG[0]}
+        parameters = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+        core.add_request(name, prompt, parameters, lora_request=LoRARequest(name, 430, str(folder / name)))
+        for _ in range(4):
+            core.step()
+        if name == "silu":
+            assert core.remove_lora(430)
+    while core.has_unfinished_requests():
+        for output in core.step():
+            found[output.request_id] = list(output.outputs[0].token_ids)
+    for name, tokens in found.items():
+        assert tokens == by_hugging_face(folder, name, tuple(LONG[0]), "{}", 12)
+    assert len(found) == 2 and core.remove_lora(430)
 
 
 @pytest.mark.parametrize(

@@ -450,6 +450,44 @@ def test_vllm_refuses_what_could_exceed_the_dose_and_rounds_to_the_slots(folder)
     engine.llm_engine.engine_core.shutdown()
 
 
+# ---------------------------------------------------------------------------------------------------- without an engine
+
+
+def test_vllm_registry_a_load_that_is_broken_off_changes_nothing(folder):
+    """A client that leaves while its adapter is loaded takes no name from others. Then the adapter is loaded."""
+    import asyncio
+
+    from vllm.lora.request import LoRARequest
+
+    from fused_steer.vllm import frontend
+
+    text = SimpleNamespace(num_hidden_layers=3)
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(hf_text_config=text, get_hidden_size=lambda: 64),
+        additional_config={"steering": {"adapters": str(folder / "adapters")}},
+        lora_config=None,
+    )
+    engine = SimpleNamespace(input_processor=SimpleNamespace(vllm_config=config))
+    registry = frontend.registry_of(engine.input_processor)
+    registry.default, given, loaded = "silu", dict(registry.named), []
+
+    async def leaves(self: Any, request: Any) -> bool:
+        raise asyncio.CancelledError
+
+    async def loads(self: Any, request: Any) -> bool:
+        loaded.append(request)
+        return True
+
+    silu, other = given["silu"], str(folder / "adapters" / "biases")
+    for request in (silu, LoRARequest("silu", silu.lora_int_id, other, load_inplace=True)):
+        with pytest.raises(asyncio.CancelledError):
+            asyncio.run(frontend.add_lora(leaves)(engine, request))
+        assert registry.named == given and registry.default == "silu"
+        assert registry.is_ready(request) is False
+        assert asyncio.run(frontend.add_lora(loads)(engine, silu)) and registry.is_ready(silu)
+    assert len({(request.lora_int_id, request.lora_path) for request in loaded}) == 1
+
+
 # ------------------------------------------------------------------------------------------------- in a worker's step
 
 

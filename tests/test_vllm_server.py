@@ -346,6 +346,22 @@ def test_vllm_server_without_lora_adapters_are_models_and_options(alone):
     assert "reached a relative dose of" in alone.log.read_text() and "'resident-0'" in alone.log.read_text()
 
 
+def test_vllm_server_without_lora_beams_have_the_options_of_their_search(alone):
+    options = {"positions": "last_prompt+generated", "scale": 3.0}
+    fields = {"model": "resident-0", "prompt": PROMPTS[0], "temperature": 0, "max_tokens": 6, "ignore_eos": True}
+    fields |= {"use_beam_search": True, "n": 3, "return_token_ids": True}
+    fields["vllm_xargs"] = {"steering": json.dumps(options)}
+    status, text = alone.post("completions", **fields)
+    assert status == 200, text
+    model = patch_model(
+        AutoModelForCausalLM.from_pretrained(alone.folder / "model"), alone.folder / "resident-0", adapter_name="one"
+    )
+    ids = torch.tensor([PROMPTS[0]])
+    with model.steering.batch(["one"], **options):
+        right = model.generate(ids, max_new_tokens=6, num_beams=3, do_sample=False, eos_token_id=None)
+    assert json.loads(text)["choices"][0]["token_ids"] == right[0, ids.shape[1] :].tolist()
+
+
 def test_vllm_server_without_lora_routes_load_unload_and_choose_the_default(alone, tmp_path):
     import openai
 
@@ -363,9 +379,15 @@ def test_vllm_server_without_lora_routes_load_unload_and_choose_the_default(alon
     assert alone.tokens(client, "resident-1", 1) == alone.expected("resident-1")[1]
     # Replaced in place under its name, and the default with it.
     assert alone.post("steering/load", name="guest", path=str(alone.folder / "guest-13"))[0] == 400
-    loaded = alone.post("steering/load", name="guest", path=str(alone.folder / "guest-13"), in_place=True)
+    shutil.copytree(alone.folder / "guest-13", path)
+    loaded = alone.post("steering/load", name="guest", path=str(path), in_place=True)
     assert shown(loaded) == (["guest", *residents], "guest")
-    assert alone.tokens(client, "base", 1) == alone.expected("guest-13")[1]
+    shutil.rmtree(path)
+    # The files are not read again, and loading them again in vain changes nothing.
+    for _ in range(2):
+        for model, steering in (("guest", None), ("base", None), ("base", '{"adapter": "guest"}')):
+            assert alone.tokens(client, model, 1, steering) == alone.expected("guest-13")[1]
+        assert alone.post("steering/load", name="guest", path=str(path), in_place=True)[0] == 404
     assert shown(alone.post("steering/unload", name="guest")) == (residents, None)
     assert alone.tokens(client, "base", 1) == alone.expected("base")[1]
     with pytest.raises(openai.NotFoundError, match="guest"):

@@ -57,11 +57,11 @@ def lora_tensors(seed: int, rank: int = 4, layers: int = 3) -> dict[str, Tensor]
     return tensors
 
 
-def save_lora(folder: Path, seed: int) -> Path:
+def save_lora(folder: Path, seed: int, rank: int = 4) -> Path:
     """Save a random LoRA in PEFT's format, with scaling 1."""
     folder.mkdir(parents=True)
-    save_file(lora_tensors(seed), folder / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "bias": "none"}
+    save_file(lora_tensors(seed, rank), folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "bias": "none"}
     config["target_modules"] = [module.rpartition(".")[2] for module in LORA_MODULES]
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder

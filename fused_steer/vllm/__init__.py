@@ -173,6 +173,7 @@ def register() -> None:
     _wrap(BeamSearchOnlineMixin, "beam_search", beams.beam_search)
     _wrap(BeamSearchSequence, "get_prompt", beams.get_prompt)
     _wrap(OpenAIServingModels, "__init__", endpoint.make_models)
+    _wrap(OpenAIServingModels, "load_lora_adapter", endpoint.load_adapter)
     _wrap(OpenAIServingModels, "unload_lora_adapter", endpoint.unload_adapter)
     _wrap(kv_cache_utils, "generate_block_hash_extra_keys", block_keys)
     _wrap(LoRAModelRunnerMixin, "set_active_loras", gains.set_active_loras)

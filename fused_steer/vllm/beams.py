@@ -1,7 +1,7 @@
 """Beam search: vLLM asks its engine for one token of each beam at a time.
 
-The prompt of such a request is the prompt of the search with the beam's tokens behind it, and its parameters are new ones.
-So each prompt gets what the positions of the steering depend on, and the steering options of the search.
+The prompt of such a request is that of the search with the beam's tokens behind it, and its parameters are new ones. So
+each prompt gets what the positions of the steering depend on, and the steering options of the search.
 """
 
 from __future__ import annotations

@@ -126,6 +126,23 @@ def make_models(original: Any) -> Callable[..., Any]:
     return __init__
 
 
+def load_adapter(original: Any) -> Callable[..., Any]:
+    """Wrap the method that puts an adapter into the list of models. One loaded in place is not loaded by each request.
+
+    vLLM's list keeps the request to load it as it was, so that each request would read its files again.
+    """
+
+    async def load_lora_adapter(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        answer = await original(self, request, *args, **kwargs)
+        registry = registry_of(self.input_processor)
+        if isinstance(answer, str) and registry is not None:
+            asked = self.lora_requests[request.lora_name]
+            self.lora_requests[request.lora_name] = registry.as_loaded(asked)
+        return answer
+
+    return load_lora_adapter
+
+
 def unload_adapter(original: Any) -> Callable[..., Any]:
     """Wrap the method that takes an adapter from the list of models: options cannot name it any longer."""
 

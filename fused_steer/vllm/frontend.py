@@ -1,8 +1,9 @@
 """Checks requests before vLLM's engine gets them, and replaces each adapter by its copy.
 
 A client names an adapter by a number, a name and a path. The first time that a number is seen, its adapter is copied
-and checked, and the number stands for that copy until the adapter is unloaded. Loaded in place, another adapter gets a
-number of its own in the engine, so that requests that run go on by the one that they began with.
+and checked, and the number stands for that copy until the adapter is unloaded. A number in the engine stands for one
+copy for ever: loaded in place, or under a number that was in use, another adapter gets a number of its own there. So
+requests that run go on by the one that they began with.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from .dose import refusal
 from .options import lora_of, server_options
 from .sources import Copies, Served, registered
 
-#: Numbers of adapters that were loaded in place begin here, far above those that clients and servers give.
+#: Numbers of adapters whose own stands for another one begin here, far above those that clients and servers give.
 _FIRST_OWN = 2**30
 #: Numbers of adapters that clients name without a number begin here.
 _FIRST_NAMED = 2**29
@@ -78,7 +79,8 @@ class Registry:
             for number, name in enumerate(registered(options.adapters), _FIRST_NAMED):
                 self.named[name] = LoRARequest(name, number, str(folder / name))
         self._known: dict[int, Known] = {}
-        self._loaded: set[int] = set()  # those that the engine has loaded
+        self._loaded: dict[int, int] = {}  # the engine's number of each adapter that it has loaded, by the client's
+        self._engines: dict[tuple[int, str], int] = {}  # the engine's numbers, by the client's and the path of the copy
         self._numbers = itertools.count(_FIRST_OWN)
         self._lock = threading.Lock()
 
@@ -130,8 +132,29 @@ class Registry:
         if reason is not None:
             raise VLLMValidationError(f"adapter {name!r}: {reason}")
 
+    def steers(self, request: LoRARequest) -> bool:
+        """Return whether a request's adapter is a steering one.
+
+        Raises:
+            VLLMValidationError: the adapter is broken, or is not there.
+        """
+        if self.knows(request):
+            return self._known[request.lora_int_id].served is not None
+        with _refusing(request):
+            return self._copies.find(request.lora_path) is not None
+
     def take(self, request: LoRARequest) -> tuple[LoRARequest, Served | None]:
         """Return the adapter request for the engine, and the copy it names, or None if it is not a steering adapter.
+
+        Raises:
+            VLLMValidationError: the adapter is broken, cannot be served here, or is not there.
+        """
+        known = self.copied(request)
+        self._known[request.lora_int_id] = known
+        return known.found, known.served
+
+    def copied(self, request: LoRARequest) -> Known:
+        """Return what an adapter's number stands for, or would stand for once it is taken or loaded.
 
         Raises:
             VLLMValidationError: the adapter is broken, cannot be served here, or is not there.
@@ -146,15 +169,9 @@ class Registry:
                         f"adapter {request.lora_name!r} has the number {given}, which stands for {known.path}; "
                         "expected a number of its own, or that one to be unloaded first"
                     )
-                return known.found, known.served
-            try:
+                return known
+            with _refusing(request):
                 served = self._copies.take(request.lora_path)
-            except FileNotFoundError as error:
-                # In vLLM's words, which its server answers with status 404.
-                missing = LoRAAdapterNotFoundError(request.lora_name, request.lora_path)
-                raise VLLMValidationError(f"adapter {request.lora_name!r}: {missing}; expected a saved one") from error
-            except (ValueError, OSError) as error:
-                raise VLLMValidationError(f"adapter {request.lora_name!r}: {error}") from error
             if served is None and self.alone:
                 raise VLLMValidationError(
                     f"adapter {request.lora_name!r} does not steer; expected a steering adapter without --enable-lora"
@@ -162,18 +179,37 @@ class Registry:
             found = request
             if served is not None:
                 found = msgspec.structs.replace(request, lora_path=served.path, load_inplace=False)
-                if known is not None and known.served == served:
-                    found = known.found
-                elif known is not None:
-                    number = next(self._numbers)
+                number = self._number_for(given, served.path)
+                if number != given:
                     name = f"{request.lora_name}#{number - _FIRST_OWN + 2}"
                     found = msgspec.structs.replace(found, lora_name=name, lora_int_id=number)
-            self._known[given] = Known(request.lora_path, found, served)
-            return found, served
+            return Known(request.lora_path, found, served)
 
-    def name(self, request: LoRARequest) -> None:
-        """Let options name an adapter that was loaded."""
-        self.named[request.lora_name] = request
+    def _number_for(self, given: int, path: str) -> int:
+        """Return the engine's number of a copy: the client's, unless that stands for another copy there."""
+        if (given, path) not in self._engines:
+            is_free = all(client != given for client, _ in self._engines)
+            self._engines[given, path] = given if is_free else next(self._numbers)
+        return self._engines[given, path]
+
+    def loaded(self, request: LoRARequest, known: Known) -> int | None:
+        """Note that the engine has loaded an adapter. Options can name it.
+
+        Returns:
+            the engine's number of the adapter in whose place it was loaded, or None.
+        """
+        given, number = request.lora_int_id, known.found.lora_int_id
+        before = self._loaded.get(given)
+        self._known[given], self._loaded[given] = known, number
+        self.named[request.lora_name] = self.as_loaded(request)
+        return None if before == number or known.served is None else before
+
+    def as_loaded(self, request: LoRARequest) -> LoRARequest:
+        """Return the request for a steering adapter once it is loaded, which does not load it again."""
+        known = self._known.get(request.lora_int_id)
+        if known is None or known.served is None:
+            return request
+        return msgspec.structs.replace(request, load_inplace=False)
 
     def unname(self, request: LoRARequest) -> None:
         """Take a name away from options, if it still names this adapter."""
@@ -190,27 +226,31 @@ class Registry:
 
     def forget(self, given: int) -> None:
         self._known.pop(given, None)
-        self._loaded.discard(given)
+        self._loaded.pop(given, None)
         for request in [request for request in self.named.values() if request.lora_int_id == given]:
             self.unname(request)
 
-    @contextlib.contextmanager
-    def loading(self, given: int) -> Iterator[None]:
-        """Note that the engine loads an adapter inside. If it fails, the number stands for what it stood for before."""
-        before = self._known.get(given)
-        try:
-            yield
-        except BaseException:
-            self.forget(given)
-            if before is not None:
-                self._known[given] = before
-            raise
-        self._loaded.add(given)
-
     def given(self, numbers: set[int]) -> set[int]:
         """Return the clients' numbers of the engine's adapters."""
-        of = {known.found.lora_int_id: given for given, known in self._known.items()}
+        of = {number: given for (given, _), number in self._engines.items()}
         return {of.get(number, number) for number in numbers}
+
+
+@contextlib.contextmanager
+def _refusing(request: LoRARequest) -> Iterator[None]:
+    """Raise errors of an adapter's files with its name.
+
+    Raises:
+        VLLMValidationError: one was raised inside.
+    """
+    try:
+        yield
+    except FileNotFoundError as error:
+        # In vLLM's words, which its server answers with status 404.
+        missing = LoRAAdapterNotFoundError(request.lora_name, request.lora_path)
+        raise VLLMValidationError(f"adapter {request.lora_name!r}: {missing}; expected a saved one") from error
+    except (ValueError, OSError) as error:
+        raise VLLMValidationError(f"adapter {request.lora_name!r}: {error}") from error
 
 
 def fields_of(parameters: Any) -> Mapping[str, Any] | None:
@@ -304,12 +344,9 @@ def add_lora(original: Any) -> Callable[..., Any]:
         registry = registry_of(self.input_processor)
         if registry is None:
             return original(self, lora_request)
-        before = registry.number(lora_request.lora_int_id)
-        with registry.loading(lora_request.lora_int_id):
-            found, served = registry.take(lora_request)
-            loaded = original(self, found)
-        registry.name(lora_request)
-        if served is not None and found.lora_int_id != before:
+        known = registry.copied(lora_request)
+        loaded = original(self, known.found)
+        if (before := registry.loaded(lora_request, known)) is not None:
             self.engine_core.remove_lora(before)
         return loaded
 
@@ -317,13 +354,10 @@ def add_lora(original: Any) -> Callable[..., Any]:
         registry = registry_of(self.input_processor)
         if registry is None:
             return await original(self, lora_request)
-        before = registry.number(lora_request.lora_int_id)
-        with registry.loading(lora_request.lora_int_id):
-            # In a thread: reading and copying files would hold up the answers of all other requests.
-            found, served = await asyncio.to_thread(registry.take, lora_request)
-            loaded = await original(self, found)
-        registry.name(lora_request)
-        if served is not None and found.lora_int_id != before:
+        # In a thread: reading and copying files would hold up the answers of all other requests.
+        known = await asyncio.to_thread(registry.copied, lora_request)
+        loaded = await original(self, known.found)
+        if (before := registry.loaded(lora_request, known)) is not None:
             await self.engine_core.remove_lora_async(before)
         return loaded
 
@@ -334,8 +368,7 @@ def add_request(original: Any) -> Callable[..., Any]:
     """Add a request. A steering adapter that is new is loaded first, because a failure later would end the engine."""
     signature = inspect.signature(original)
 
-    def unknown(args: Any, kwargs: Any) -> tuple[Any, Registry, LoRARequest] | None:
-        given = signature.bind(*args, **kwargs).arguments
+    def unknown(given: dict[str, Any]) -> tuple[Any, Registry, LoRARequest] | None:
         engine = given["self"]
         registry = registry_of(engine.input_processor)
         request = None if registry is None else registry.chosen(given.get("lora_request"), parameters_of(given))
@@ -343,30 +376,39 @@ def add_request(original: Any) -> Callable[..., Any]:
             None if registry is None or request is None or registry.is_ready(request) else (engine, registry, request)
         )
 
+    def not_again(given: dict[str, Any], registry: Registry, request: LoRARequest) -> None:
+        """Let vLLM take the adapter as it was loaded."""
+        if given.get("lora_request") is request:
+            given["lora_request"] = registry.as_loaded(request)
+
     def refused(request: LoRARequest, error: Exception) -> Exception:
         if isinstance(error, VLLMValidationError):
             return error
         return VLLMValidationError(f"adapter {request.lora_name!r}: {error}")
 
     def add_request(*args: Any, **kwargs: Any) -> Any:
-        if found := unknown(args, kwargs):
+        bound = signature.bind(*args, **kwargs)
+        if found := unknown(bound.arguments):
             engine, registry, request = found
             try:
-                if registry.take(request)[1] is not None:
+                if registry.steers(request):
                     engine.add_lora(request)
+                    not_again(bound.arguments, registry, request)
             except Exception as error:
                 raise refused(request, error) from error
-        return original(*args, **kwargs)
+        return original(*bound.args, **bound.kwargs)
 
     async def add_request_async(*args: Any, **kwargs: Any) -> Any:
-        if found := unknown(args, kwargs):
+        bound = signature.bind(*args, **kwargs)
+        if found := unknown(bound.arguments):
             engine, registry, request = found
             try:
-                if (await asyncio.to_thread(registry.take, request))[1] is not None:
+                if await asyncio.to_thread(registry.steers, request):
                     await engine.add_lora(request)
+                    not_again(bound.arguments, registry, request)
             except Exception as error:
                 raise refused(request, error) from error
-        return await original(*args, **kwargs)
+        return await original(*bound.args, **bound.kwargs)
 
     return add_request_async if inspect.iscoroutinefunction(original) else add_request
 

@@ -182,6 +182,23 @@ class Copies:
         dose = None if options is None else options.dose
         self._dose = dose if dose is not None and dose.action == REFUSE else None
 
+    def find(self, path: str) -> tuple[Path, Source] | None:
+        """Return the directory of a steering adapter, and what is in it. Return None if it is not a steering adapter.
+
+        Args:
+            path: as `take` gets it.
+
+        Raises:
+            ValueError, OSError: it is broken, or is not there.
+        """
+        folder = Path(path).expanduser()
+        if not folder.is_dir():
+            if folder.is_absolute() or path.startswith("."):
+                raise FileNotFoundError(f"no directory {path}; expected a saved adapter")
+            folder = Path(utils.get_adapter_absolute_path(path))
+        source = find_source(str(folder))
+        return None if source is None else (folder, source)
+
     def take(self, path: str) -> Served | None:
         """Copy an adapter and check the copy. Return None if it is not a steering adapter.
 
@@ -191,14 +208,10 @@ class Copies:
         Raises:
             ValueError, OSError: it is broken, cannot be served here, or is not there.
         """
-        folder = Path(path).expanduser()
-        if not folder.is_dir():
-            if folder.is_absolute() or path.startswith("."):
-                raise FileNotFoundError(f"no directory {path}; expected a saved adapter")
-            folder = Path(utils.get_adapter_absolute_path(path))
-        source = find_source(str(folder))
-        if source is None:
+        found = self.find(path)
+        if found is None:
             return None
+        folder, source = found
         with saving_folder(copies_folder()) as new:
             copied = new / "adapter"
             _copy(source, folder, copied)
