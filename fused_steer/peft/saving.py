@@ -30,7 +30,7 @@ def check_before_writing() -> None:
         original(self, *args, **kwargs)
 
     save_pretrained.of_steering = True  # type: ignore[attr-defined]
-    PeftModel.save_pretrained = save_pretrained
+    PeftModel.save_pretrained = save_pretrained  # type: ignore[method-assign]
 
 
 def _check(model: Any, given: dict[str, Any]) -> None:
