@@ -98,7 +98,8 @@ def pretend() -> None:
     properties = SimpleNamespace(
         name=NAME, major=9, minor=0, multi_processor_count=132, total_memory=1 << 30, gcnArchName="",
         L2_cache_size=1 << 12,  # small, so that few sets of inputs are made
-        regs_per_multiprocessor=65536, max_threads_per_multi_processor=2048, warp_size=32,
+        shared_memory_per_block_optin=232448, regs_per_multiprocessor=65536,
+        max_threads_per_multi_processor=2048, warp_size=32,
     )  # fmt: skip
     pretended = {
         "is_available": lambda: True,
