@@ -131,6 +131,7 @@ The map, in reading order. A file imports only files that stand above it.
         reached.py       finds a model's decoder layers and gives them their points
         adapters.py      loads adapters into the slots of a worker
         cache.py         keys of cached blocks and of compiled graphs
+        beams.py         steers the beams of a search as the search says
         frontend.py      checks requests before the engine gets them
         gains.py         follows the batches of vLLM's model runners
         endpoint.py      routes of the server: list, load, unload, the default adapter

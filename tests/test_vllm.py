@@ -731,6 +731,41 @@ def test_vllm_batches_in_parts_are_refused_in_one_line(parallel, reason):
     assert reason in str(caught.value) and "\n" not in str(caught.value)
 
 
+class Scattering(Layer):
+    """A layer that leaves each rank a part of the tokens, as DeepSeek's does beside expert parallel ranks."""
+
+    def forward(self, hidden: Any, residual: Any) -> Any:
+        hidden = self.mlp(self.reduce_scatter(hidden))
+        return hidden, residual
+
+
+def test_vllm_layers_that_leave_each_rank_a_part_of_the_tokens_are_refused():
+    from vllm.model_executor.models import deepseek_v2, llama, qwen3_next
+
+    from fused_steer.vllm.layers import scatters_tokens
+
+    model = Model()
+    model.layers = nn.ModuleList(Scattering() for _ in range(3))
+    for sharded, stages, reason in ((True, 1, "Scattering leaves each rank a part"), (True, 2, ""), (False, 1, "")):
+        reached = reached_in(model, use_sequence_parallel_moe=sharded, pipeline_parallel_size=stages)
+        assert reached.reason.startswith(reason) and bool(reached.points) != bool(reason)
+        model.layers = nn.ModuleList(Scattering() for _ in range(3))
+    assert scatters_tokens(deepseek_v2.DeepseekV2DecoderLayer) and scatters_tokens(qwen3_next.Qwen3NextDecoderLayer)
+    assert not scatters_tokens(llama.LlamaDecoderLayer)
+
+
+def test_vllm_a_deep_sleep_keeps_what_the_steering_has_in_device_memory():
+    """vLLM's sleep of level 2 gives all of the model's memory up, and restores its buffers."""
+    from fused_steer.vllm.adapters import Store
+    from fused_steer.vllm.options import Dose, Options
+
+    model = Model()
+    steering = Store(reached_in(model), 2).steering(Options(dose=Dose(0.5, "warn")))
+    batch = steering.batch
+    kept = {id(buffer) for buffer in model.buffers()}
+    assert {id(tensor) for tensor in (batch.ids, batch.gains, batch.meter.peaks, batch.meter.above)} <= kept
+
+
 def test_vllm_a_model_with_images_is_steered_in_its_text_decoder():
     """The tower of images may have as many layers as the decoder, and layers of the same class."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -453,21 +454,24 @@ def test_vllm_refuses_what_could_exceed_the_dose_and_rounds_to_the_slots(folder)
 # ---------------------------------------------------------------------------------------------------- without an engine
 
 
-def test_vllm_registry_a_load_that_is_broken_off_changes_nothing(folder):
-    """A client that leaves while its adapter is loaded takes no name from others. Then the adapter is loaded."""
-    import asyncio
-
-    from vllm.lora.request import LoRARequest
-
-    from fused_steer.vllm import frontend
-
+def processor_of(folder: Path) -> Any:
+    """Make the part of an engine that reads requests, with the adapters of a folder."""
     text = SimpleNamespace(num_hidden_layers=3)
     config = SimpleNamespace(
         model_config=SimpleNamespace(hf_text_config=text, get_hidden_size=lambda: 64),
         additional_config={"steering": {"adapters": str(folder / "adapters")}},
         lora_config=None,
     )
-    engine = SimpleNamespace(input_processor=SimpleNamespace(vllm_config=config))
+    return SimpleNamespace(vllm_config=config)
+
+
+def test_vllm_registry_a_load_that_is_broken_off_changes_nothing(folder):
+    """A client that leaves while its adapter is loaded takes no name from others. Then the adapter is loaded."""
+    from vllm.lora.request import LoRARequest
+
+    from fused_steer.vllm import frontend
+
+    engine = SimpleNamespace(input_processor=processor_of(folder))
     registry = frontend.registry_of(engine.input_processor)
     registry.default, given, loaded = "silu", dict(registry.named), []
 
@@ -486,6 +490,64 @@ def test_vllm_registry_a_load_that_is_broken_off_changes_nothing(folder):
         assert registry.is_ready(request) is False
         assert asyncio.run(frontend.add_lora(loads)(engine, silu)) and registry.is_ready(silu)
     assert len({(request.lora_int_id, request.lora_path) for request in loaded}) == 1
+
+
+def test_vllm_requests_of_other_kinds_that_are_refused(folder):
+    """Streamed input whose parts would be steered otherwise than its keys in the cache say, and options for pooling."""
+    from vllm import PoolingParams, SamplingParams
+    from vllm.engine.protocol import StreamingInput
+    from vllm.exceptions import VLLMValidationError
+
+    from fused_steer.vllm import frontend
+
+    def original(self: Any, prompt: Any, params: Any, lora_request: Any = None, resumable: bool = False) -> Any:
+        return SimpleNamespace(sampling_params=params.clone(), lora_request=lora_request, cache_salt=None)
+
+    def asked(**options: Any) -> Any:
+        return SamplingParams(extra_args={"steering": {"adapter": "silu", **options}})
+
+    processor, process = processor_of(folder), frontend.process_inputs(original)
+    for positions in ("generated", "prompt"):
+        process(processor, {}, asked(positions=positions))
+        with pytest.raises(VLLMValidationError, match=f"positions is '{positions}' for streamed input; expected 'all'"):
+            process(processor, {}, asked(positions=positions), resumable=True)
+    made = process(processor, {}, asked(scale=2.0), resumable=True)
+    assert made.sampling_params.extra_args == {"steering": [2.0, "all"]}
+    with pytest.raises(VLLMValidationError, match="steering is given for pooling; expected none"):
+        process(processor, {}, PoolingParams(extra_kwargs={"steering": {"scale": 2.0}}))
+
+    async def parts(*parameters: Any) -> Any:
+        for each in parameters:
+            yield StreamingInput(prompt={}, sampling_params=each)
+
+    async def added(self: Any, request_id: str, input_stream: Any, sampling_params: Any) -> list[Any]:
+        return [part async for part in input_stream]
+
+    stream = frontend.stream_request(added)
+    assert len(asyncio.run(stream(None, "1", parts(asked(scale=2.0), None), asked(scale=2.0)))) == 2
+    with pytest.raises(VLLMValidationError, match="of a part of streamed input is .*'scale': 3.0.*; expected that of"):
+        asyncio.run(stream(None, "1", parts(asked(scale=2.0), asked(scale=3.0)), asked(scale=2.0)))
+
+
+def test_vllm_routes_change_nothing_where_other_processes_would_not_know():
+    """Each process of the API has its own names and numbers of adapters."""
+    from fastapi import HTTPException
+
+    from fused_steer.vllm import endpoint
+
+    parallel = SimpleNamespace(_api_process_count=2)
+    registry = SimpleNamespace(named={}, default=None)
+    processor = SimpleNamespace(steering_registry=registry, vllm_config=SimpleNamespace(parallel_config=parallel))
+    models = SimpleNamespace(input_processor=processor)
+    request = SimpleNamespace(app=SimpleNamespace(state=SimpleNamespace(openai_serving_models=models)))
+    for call in (
+        endpoint.load(endpoint.Load(name="it", path="there"), request),
+        endpoint.unload(endpoint.Name(name="it"), request),
+        endpoint.choose_default(endpoint.Default(name=None), request),
+    ):
+        with pytest.raises(HTTPException, match="the server has 2 API processes; expected --api-server-count 1"):
+            asyncio.run(call)
+    assert asyncio.run(endpoint.show(request)) == {"adapters": [], "default": None}
 
 
 # ------------------------------------------------------------------------------------------------- in a worker's step

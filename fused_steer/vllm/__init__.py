@@ -47,7 +47,12 @@ NAMES = {
     ),
     "vllm.v1.core.kv_cache_utils": ("generate_block_hash_extra_keys",),
     "vllm.v1.core.sched.scheduler": ("Scheduler",),
-    "vllm.v1.engine.async_llm": ("AsyncLLM.add_request", "AsyncLLM.add_lora", "AsyncLLM.remove_lora"),
+    "vllm.v1.engine.async_llm": (
+        "AsyncLLM.add_request",
+        "AsyncLLM._add_streaming_input_request",
+        "AsyncLLM.add_lora",
+        "AsyncLLM.remove_lora",
+    ),
     "vllm.v1.engine.input_processor": ("InputProcessor.process_inputs",),
     "vllm.v1.engine.llm_engine": ("LLMEngine.add_request", "LLMEngine.add_lora", "LLMEngine.remove_lora"),
     "vllm.v1.worker.gpu.lora_utils": ("get_lora_capture_cases",),
@@ -168,6 +173,7 @@ def register() -> None:
     for engine in (llm_engine.LLMEngine, async_llm.AsyncLLM):
         for name in ("add_request", "add_lora", "remove_lora", "pin_lora", "list_loras"):
             _wrap(engine, name, getattr(frontend, name))
+    _wrap(async_llm.AsyncLLM, "_add_streaming_input_request", frontend.stream_request)
     for protocol in (ChatCompletionRequest, CompletionRequest):
         _wrap(protocol, "to_beam_search_params", beams.to_beam_search_params)
     _wrap(BeamSearchOnlineMixin, "beam_search", beams.beam_search)

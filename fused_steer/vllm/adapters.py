@@ -6,6 +6,7 @@ With `--enable-lora` vLLM's own manager owns the slots. Without it `Store` does.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from ..adapters.files import AdapterFile
 from ..adapters.parameters import SITE
 from .batch import Batch
 from .dose import Meter
-from .layers import SteeringWithLoRA
+from .layers import SteeringPoint, SteeringWithLoRA
 from .options import REFUSE, Options
 from .reached import Reached
 from .sources import Source, find_source, in_float32, layer_weights, read_fitting
@@ -44,6 +45,18 @@ class Steering:
 
     def __init__(self, batch: Batch, alone: bool, find: Callable[[int], Loaded | None]) -> None:
         self.batch, self.alone, self.find = batch, alone, find
+
+    def keep_with(self, points: Iterable[SteeringPoint]) -> None:
+        """List the tensors of the batches among the buffers of the model.
+
+        vLLM's sleep of level 2 gives the model's memory up, and restores the buffers alone.
+        """
+        for point in itertools.islice(points, 1):
+            tensors = {"ids": self.batch.ids, "gains": self.batch.gains}
+            if self.batch.meter is not None:
+                tensors |= {"peaks": self.batch.meter.peaks, "above": self.batch.meter.above}
+            for name, tensor in tensors.items():
+                point.register_buffer(name, tensor, persistent=False)
 
     def measure(self, options: Options | None, slots: int, number_in: Callable[[int], int | None]) -> None:
         """Measure the doses of the batches' tokens if the server's options say so.
@@ -120,6 +133,7 @@ def steering_of_manager(models: Any, options: Options | None) -> Steering:
     alone = all(isinstance(module, SteeringWithLoRA) for module in models.modules.values())
     steering = Steering(models.reached.batch, alone, find)
     steering.measure(options, models.lora_slots, lambda slot: models.lora_index_to_id[slot])
+    steering.keep_with(models.reached.points.values())
     return steering
 
 
@@ -147,6 +161,7 @@ class Store:
         steering = Steering(self._reached.batch, True, self._loaded.get)
         numbers = self._loaded
         steering.measure(options, self._slots, lambda slot: next((n for n in numbers if numbers[n].slot == slot), None))
+        steering.keep_with(self._reached.points.values())
         return steering
 
     def set_active_adapters(self, requests: Iterable[LoRARequest], mapping: Any = None) -> None:

@@ -47,12 +47,20 @@ class Default(BaseModel):
 router = APIRouter(prefix="/v1/steering")
 
 
-def _parts(request: Request) -> tuple[Any, Registry]:
-    """Return the server's models and the adapters of its engine."""
-    models = getattr(request.app.state, "openai_serving_models", None)
+def _parts(request: Request, changes: bool = True) -> tuple[Any, Registry]:
+    """Return the server's models and the adapters of its engine.
+
+    Args:
+        changes: whether they will be changed.
+    """
+    models: Any = getattr(request.app.state, "openai_serving_models", None)
     registry = None if models is None else registry_of(models.input_processor)
     if registry is None:
         raise HTTPException(503, "the server serves no adapters; expected --enable-lora, or steering's options")
+    count = models.input_processor.vllm_config.parallel_config._api_process_count
+    if changes and count > 1:
+        # Another process would not know of it, and could give the same number to another adapter.
+        raise HTTPException(503, f"the server has {count} API processes; expected --api-server-count 1 for changes")
     return models, registry
 
 
@@ -65,7 +73,7 @@ def _raise(answer: Any) -> None:
 @router.get("")
 async def show(request: Request) -> dict[str, Any]:
     """List the adapters that requests can name, and the default one."""
-    _, registry = _parts(request)
+    _, registry = _parts(request, changes=False)
     adapters = [{"name": name, "path": each.lora_path} for name, each in sorted(registry.named.items())]
     return {"adapters": adapters, "default": registry.default}
 

@@ -13,7 +13,7 @@ import contextlib
 import inspect
 import itertools
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -286,6 +286,10 @@ def process_inputs(original: Any) -> Callable[..., Any]:
         bound = signature.bind(*args, **kwargs)
         given = bound.arguments
         given["params"] = parameters = parameters_of(given)
+        if KEY in (getattr(parameters, "extra_kwargs", None) or ()):
+            raise VLLMValidationError(
+                f"{KEY} is given for pooling; expected none, as pooling has the adapter's own scale"
+            )
         request, fields = given.get("lora_request"), fields_of(parameters)
         registry = registry_of(given["self"])
         found = served = None
@@ -322,6 +326,9 @@ def process_inputs(original: Any) -> Callable[..., Any]:
             options = replace(read_options(rest, own), prompt=beam_of(given["prompt"]).prompt)
         except (TypeError, ValueError) as error:
             raise VLLMValidationError(str(error)) from error
+        if given.get("resumable") and (where := packed(options)[1]) != ALL:
+            # What was generated for one part of the input is prompt for the next.
+            raise VLLMValidationError(f"positions is {where!r} for streamed input; expected 'all'")
         if served is None:
             what = "no adapter" if request is None else f"adapter {request.lora_name!r}, which does not steer"
             raise VLLMValidationError(f"{KEY} is given with {what}; expected a steering adapter")
@@ -411,6 +418,31 @@ def add_request(original: Any) -> Callable[..., Any]:
         return await original(*bound.args, **bound.kwargs)
 
     return add_request_async if inspect.iscoroutinefunction(original) else add_request
+
+
+def stream_request(original: Any) -> Callable[..., Any]:
+    """Wrap the method that adds a request whose input is streamed. All of its parts are steered alike.
+
+    vLLM takes a part's parameters and leaves its adapter and cache salt, so that later requests would find the keys and
+    values of one strength under the salt of another.
+    """
+
+    async def checked(stream: Any, fields: Any) -> AsyncGenerator[Any]:
+        async for part in stream:
+            if part.sampling_params is not None and (found := fields_of(part.sampling_params)) != fields:
+                given, expected = (str(each and dict(each))[:80] for each in (found, fields))
+                raise VLLMValidationError(
+                    f"{KEY} of a part of streamed input is {given}; expected that of the request: {expected}"
+                )
+            yield part
+
+    async def _add_streaming_input_request(
+        self: Any, request_id: str, input_stream: Any, sampling_params: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        stream = checked(input_stream, fields_of(sampling_params))
+        return await original(self, request_id, stream, sampling_params, *args, **kwargs)
+
+    return _add_streaming_input_request
 
 
 def remove_lora(original: Any) -> Callable[..., Any]:

@@ -79,6 +79,11 @@ def scales_in_float16(cls: type[nn.Module]) -> bool:
     return "float16" in re.sub(r"bfloat16", "", inspect.getsource(inspect.unwrap(cls.forward)))
 
 
+def scatters_tokens(cls: type[nn.Module]) -> bool:
+    """Return whether the layer can leave each tensor-parallel rank a part of the tokens, as DeepSeek's does."""
+    return "reduce_scatter" in inspect.getsource(inspect.unwrap(cls.forward))
+
+
 # -------------------------------------------------------------------------------------------------------- in the layer
 
 

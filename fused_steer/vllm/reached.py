@@ -12,7 +12,7 @@ from vllm.logger import init_logger
 
 from ..adapters.parameters import SITE, Layout
 from .batch import Batch
-from .layers import SteeringPoint, Unreachable, returned_state, scales_in_float16, steered_class
+from .layers import SteeringPoint, Unreachable, returned_state, scales_in_float16, scatters_tokens, steered_class
 from .norms import link_norms
 from .options import KEY, server_options
 from .room import Room
@@ -87,6 +87,12 @@ def reach(model: nn.Module, config: Any, room: Room, device: Any) -> Reached:
         here = {index: layer for index, layer in enumerate(layers) if not _is_missing(layer)}
         classes: dict[int, Any] = {index: type(layer) for index, layer in here.items()}
         states = {index: returned_state(cls) for index, cls in classes.items()}
+        for cls in set(classes.values()):
+            if scatters_tokens(cls) and _has_parts_of_tokens(config.parallel_config):
+                raise Unreachable(
+                    f"{cls.__name__} leaves each rank a part of the tokens, as vLLM has tensor, data and expert "
+                    "parallel ranks; expected two kinds of them at most"
+                )
         for layer in here.values():
             if hasattr(layer, SITE):
                 raise Unreachable(f"{type(layer).__name__} has a {SITE!r} of its own")
@@ -115,6 +121,11 @@ def reach(model: nn.Module, config: Any, room: Room, device: Any) -> Reached:
         if point.link is None:
             here[index].__class__ = steered_class(classes[index])
     return Reached(layout, batch, room, points, unfused=unfused)
+
+
+def _has_parts_of_tokens(parallel: Any) -> bool:
+    """Return whether vLLM shards the tokens between MoE layers that can do so. Over pipeline stages none does."""
+    return getattr(parallel, "use_sequence_parallel_moe", False) and parallel.pipeline_parallel_size == 1
 
 
 def _refuse_other_tokens(parallel: Any) -> None:
