@@ -368,11 +368,17 @@ def saved_tensors(ctx: Any, reads: str) -> tuple[Tensor, ...]:
     try:
         return ctx.saved_tensors
     except RuntimeError as error:
-        if "inplace" not in str(error) or "PostBlock" not in str(error) or reads != "sum":
+        if "inplace" not in str(error) or "PostBlock" not in str(error):
+            raise
+        if "PostBlockNorm" in str(error):
+            of = "gradients of W1 and of the fused norm are"
+        elif reads == "sum":
+            of = "gradient of W1 is"
+        else:
             raise
         raise RuntimeError(
-            "the output of post_block was changed in place, but the gradient of W1 is computed from it; expected a "
-            "changed copy (output.clone())"
+            f"the output of post_block was changed in place, but the {of} computed from it; expected a changed copy "
+            "(output.clone())"
         ) from None
 
 

@@ -225,6 +225,17 @@ def test_norms_take_over_only_for_the_very_tensor_unchanged(change):
     assert max(difference(logits(plain), found[0]).values()) > 1e-3 or change == "a copy", "the change shows"
 
 
+def test_norms_of_a_layer_whose_output_is_changed_in_place_before_the_backward():
+    """It is refused with W1 frozen too, which only a layer without a fused norm allows."""
+    model, _, parameters = fused()
+    for name, parameter in parameters.items():
+        parameter.requires_grad_("steer_down" not in name)
+    model.model.layers[0].register_forward_hook(lambda module, args, output: output.mul_(2))
+    loss = model(tokens(), labels=tokens()).loss
+    with pytest.raises(RuntimeError, match="gradients of W1 and of the fused norm are computed from it; expected a"):
+        loss.backward()
+
+
 def test_norms_nothing_is_kept_after_a_pass():
     model, _, _ = fused()
     logits(model)
