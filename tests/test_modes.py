@@ -309,6 +309,7 @@ def test_modes_autograd_of_an_ensemble_by_vmap(fuse_norm):
     """Autograd is outside of vmap, where the model's own parameters do not train."""
     model = patch_model(build(), CONFIG, fuse_norm=fuse_norm).train()
     values, loss = substitutes(model), functional_loss(model)
+    values["model.norm.weight"] = model.model.norm.weight.detach() * 2
     stacked = {name: torch.stack([value, value / 2]).requires_grad_() for name, value in values.items()}
     vmap(loss, randomness="same")(stacked).sum().backward()  # `loss` draws its tokens
     for index, factor in enumerate((1, 1 / 2)):
@@ -420,6 +421,16 @@ def test_modes_exported_and_as_operations_of_pytorch_alone(family, config, optio
             for run in (program, plain):
                 found = run.module()(input_ids=ids, use_cache=False).logits
                 torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_modes_compiled_after_a_state_dict_took_the_place_of_meta():
+    torch._dynamo.reset()
+    source = steered(build())
+    with torch.device("meta"):
+        model = patch_model(build(), CONFIG)
+    model.load_state_dict(source.state_dict(), assign=True)
+    model.model.rotary_emb = source.model.rotary_emb  # no file has its buffers, either
+    assert_close(logits(torch.compile(model, fullgraph=True, backend="aot_eager")), logits(source))
 
 
 def test_modes_exported_in_a_batch_is_refused():

@@ -381,8 +381,9 @@ class Link:
         found = self.take(norm, x)
         if found is not None:
             return found
-        kind = self.norm_for(x, norm) if self.steers and x.shape[-1:] and not is_described(x) else None
-        if kind is None or is_transformed():
+        own = not self.steers or not x.shape[-1:] or is_described(x) or is_transformed()
+        kind = None if own else self.norm_for(x, norm)  # vmap's tensors have no memory that it could look at
+        if kind is None:
             return self.base.forward(norm, x)
         return rms_norm(x, kind.weight, eps=kind.eps, plus_one=kind.plus_one, rounds_first=kind.rounds_first)
 

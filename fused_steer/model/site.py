@@ -171,6 +171,13 @@ class _PlannedWithNorm(_PlannedWithOthers):
         return out
 
 
+def _strength_follows(site: SteeringSite, _: Any) -> None:
+    """After a load that replaces parameters on meta (`assign=True`): no file has the strength."""
+    device = next((p.device for p in site.parameters()), site.strength.device)
+    if device != site.strength.device:  # a new tensor would have CUDA graphs recorded again
+        site._set_strength(device)
+
+
 class SteeringSite(Site):
     """A site of `patch_model`. The active adapter steers every token, or in a batch each row's own adapter."""
 
@@ -190,6 +197,7 @@ class SteeringSite(Site):
         self.strength: Tensor  # a tensor, because a number would be a constant of compiled graphs
         self.register_buffer("strength", None, persistent=False)
         self._set_strength(torch.device("cpu"))
+        self.register_load_state_dict_post_hook(_strength_follows)
         self.gains: Any = None  # gives the gain of each token of a pass; None: every token is steered
         #: V (d, k), which W2 and b2 are kept orthogonal to in training. It is no buffer, because it comes with the
         #: first training pass, and averages of models (AveragedModel) pair the buffers of a model and its copy. Where
