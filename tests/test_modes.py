@@ -442,9 +442,15 @@ def test_modes_exported_in_a_batch_is_refused():
 
 @pytest.mark.parametrize("ran", [False, True])
 @pytest.mark.parametrize("graded", [False, True])
-def test_modes_symbolic_trace_is_refused(device, graded, ran):
+@pytest.mark.parametrize("by_peft", [False, True])
+def test_modes_symbolic_trace_is_refused(device, by_peft, graded, ran):
     """Of a site or what holds it. PyTorch cannot trace transformers' layers themselves."""
-    model = steered(build()).to(device)
+    model = build() if by_peft else steered(build())
+    if by_peft:
+        from fused_steer.peft import PostBlockConfig
+
+        get_peft_model(model, PostBlockConfig(r=4))
+    model.to(device)
     with torch.set_grad_enabled(graded):
         if ran:
             model(tokens().to(device))

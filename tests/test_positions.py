@@ -262,6 +262,17 @@ def test_positions_with_prompts_that_are_told_of_a_text_in_parts(where):
     assert_close(torch.cat(parts, 1)[mask == 1], expected[mask == 1])
 
 
+@pytest.mark.parametrize("where", ["first_2", "last_2", "generated"])
+def test_positions_of_a_patched_decoder_inside_a_model_that_generates(where):
+    """The decoder alone cannot generate, and it does not see the labels of the model around it."""
+    model, inner, ids = steered(where), build_frozen(), tokens()
+    patch_model(inner.model, SteerConfig(rank=4, positions=where))
+    inner.load_state_dict(model.state_dict())
+    assert torch.equal(generate(inner)[0], generate(model)[0])
+    with refused(ValueError, "does not say where its prompts end", "steering.prompts(...)"):
+        inner(ids, labels=labelled(ids, PROMPT))
+
+
 def test_positions_with_prompts_that_are_told_in_vain_are_refused():
     model, ids = steered("last_2"), tokens()
     with model.steering.prompts([3, 5]):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.fx.proxy import TraceError
 
 from ..adapters.factors import Adapter
 from ..adapters.parameters import SITE
 from ..config import SteerConfig
 from ..kernels import post_block, select_backend
+from ..kernels.registered import refuse_symbols
 from ..model.decoder import execution_device
 from ..model.site import Site
 from ..serving.mixed import MixedRows
@@ -57,7 +59,11 @@ class PeftSite(Site, BaseTunerLayer):
     def steer(self, residual: Tensor, branch: Tensor | None = None, entering: Tensor | None = None) -> Tensor:
         branch = self.called(residual, branch, entering)
         self.__dict__["calls"] += 1  # bypasses nn.Module's slow __setattr__
-        self.__dict__["backend"] = select_backend(residual.device)
+        try:
+            self.__dict__["backend"] = select_backend(residual.device)
+        except TraceError:
+            refuse_symbols(residual)
+            raise
         if self.mixed is not None and not self.disable_adapters:
             return self.mixed.steer(self.place, residual, branch)
         return self.in_graph(residual, branch)

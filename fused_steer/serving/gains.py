@@ -259,8 +259,9 @@ class Gains:
             return prompts.to(real.device) == 0, True
         if isinstance(labels, Tensor) and labels.shape == real.shape:
             return labels.to(real.device) != _NO_LABEL, True
-        if not getattr(self._model, "can_generate", lambda: True)():
-            return torch.zeros_like(real), False  # a classifier's text is all prompt
+        # A classifier's text is all prompt. A decoder alone does not tell: the model around it may generate.
+        if self._model is not self._decoder and not getattr(self._model, "can_generate", lambda: True)():
+            return torch.zeros_like(real), False
         if torch.is_grad_enabled():
             raise ValueError(
                 f"the pass does not say where its prompts end, and positions is {self._name!r}; expected {_SAY}, or "
