@@ -259,8 +259,8 @@ class Gains:
             return prompts.to(real.device) == 0, True
         if isinstance(labels, Tensor) and labels.shape == real.shape:
             return labels.to(real.device) != _NO_LABEL, True
-        # A classifier's text is all prompt. A decoder alone does not tell: the model around it may generate.
-        if self._model is not self._decoder and not getattr(self._model, "can_generate", lambda: True)():
+        # A classifier's text is all prompt. A model without a head does not tell: the one around it may generate.
+        if not self._is_headless() and not getattr(self._model, "can_generate", lambda: True)():
             return torch.zeros_like(real), False
         if torch.is_grad_enabled():
             raise ValueError(
@@ -268,6 +268,11 @@ class Gains:
                 "torch.no_grad() for inference"
             )
         return torch.full_like(real, _cached(given, real.shape[1]) > 0), False
+
+    def _is_headless(self) -> bool:
+        """Return whether the model is the decoder, or transformers' base model around it (OPTModel)."""
+        model = self._model
+        return model is self._decoder or bool(getattr(model, "base_model_prefix", "")) and model.base_model is model
 
     @property
     def _name(self) -> str:
