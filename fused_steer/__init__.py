@@ -105,8 +105,9 @@ The map, in reading order. A file imports only files that stand above it.
         answers.py       answers of several variants in one batch, token by token
         page.py          the page, built with Gradio
         command.py       fused-steer playground
-    theory/              weight updates as shifts of activations, and the best adapter in closed form
+    theory/              weight updates as shifts of activations, and the best adapter for a tuned model
         regression.py    reduced-rank regression: the best linear map of a rank
+        nonlinear.py     the best adapter with a nonlinear φ, by descent
         statements.py    the paper's theorem and propositions as functions
         lockstep.py      run models one layer at a time
         fitting.py       `fit`

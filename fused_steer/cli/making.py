@@ -50,12 +50,23 @@ def fit(
         str, typer.Argument(help="The same model fine-tuned, or a LoRA of it that PEFT saved, steering, or both.")
     ],
     prompts: Annotated[Path, typer.Option(help="A .txt, one prompt a line, or a .jsonl (see --field).")],
-    rank: Annotated[int, typer.Option(help="Rank of the adapter; 0 is one vector for all tokens.")] = 8,
+    rank: Annotated[
+        int | None, typer.Option(help="Rank of the adapter; 0 is one vector for all tokens. 8 if not given.")
+    ] = None,
+    error: Annotated[
+        float | None,
+        typer.Option(
+            help="In place of --rank: take the first of 1, 2, 4 … at which no layer misses more than this share."
+        ),
+    ] = None,
+    activation: Annotated[
+        str, typer.Option(help="φ of the adapter: identity, silu, gelu, gelu_tanh, relu or tanh.")
+    ] = "identity",
     site: Annotated[
         str, typer.Option(help="Where in a block: post_block, post_mlp, pre_mlp or post_attention.")
     ] = "post_block",
     layers: Annotated[str | None, typer.Option(help="Steered layers, such as 3,9,18; all if not given.")] = None,
-    bias: Annotated[bool, typer.Option(help="Give the adapter a bias b2.")] = True,
+    bias: Annotated[bool, typer.Option(help="Give the adapter a bias b2, and b1 where φ is not the identity.")] = True,
     ridge: Annotated[
         float, typer.Option(help="Of the regression: a share of the hidden state's mean variance.")
     ] = 1e-6,
@@ -74,7 +85,7 @@ def fit(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, xpu …; auto is a GPU if there is one.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Turn a fine-tuned model or a LoRA into a steering adapter, in closed form: nothing is trained."""
+    """Turn a fine-tuned model or a LoRA into a steering adapter, without training: by its hidden states."""
     with errors_in_one_line():
         from ..theory.command import FitOptions, run
 
@@ -85,6 +96,8 @@ def fit(
                 prompts=prompts,
                 field=field,
                 rank=rank,
+                error=error,
+                activation=activation,
                 site=site,
                 layers=indices(layers),
                 bias=bias,

@@ -16,13 +16,14 @@ from ..adapters.kinds import CONFIG_NAME, JOINT_NAME, LORA_TYPE, PEFT_TYPE, meth
 from ..adapters.locating import HUB_ID, JOINT_FILES, STEERING_FILES, locate_files
 from ..adapters.parameters import SITE
 from ..adapters.saving import checked_path
-from ..config import SteerConfig
+from ..config import SteerConfig, checked_choice
+from ..kernels import ACTIVATIONS
 from ..model.decoder import find_decoder, meta_model
 from ..patch import patch_model
 from ..tools.prompts import encode, read_prompts
 from ..tools.sources import note_parts, parts_of
 from ..tools.variants import Variants
-from .fitting import Fit, check_config, check_decoders, check_positions, check_ridge, fit
+from .fitting import Fit, check_config, check_decoders, check_positions, check_ridge, fit, fit_within
 from .next_token import Divergence, divergence
 
 if TYPE_CHECKING:
@@ -42,7 +43,9 @@ class FitOptions:
     tuned: str
     prompts: Path
     field: str | None
-    rank: int
+    rank: int | None
+    error: float | None
+    activation: str
     site: str
     layers: list[int] | None
     bias: bool
@@ -63,6 +66,13 @@ class FitOptions:
                 raise ValueError(f"{name.replace('_', ' ')} is {value}; expected at least 1")
         if not 0 <= self.held_out < 1:
             raise ValueError(f"held out is {self.held_out}; expected a share of the prompts, 0 or more and below 1")
+        checked_choice("activation", self.activation, ACTIVATIONS)
+        if self.error is not None and self.rank is not None:
+            raise ValueError(f"rank is {self.rank} and error is {self.error}; expected one of them")
+        if self.error is not None and not 0 < self.error < 1:
+            raise ValueError(f"error is {self.error}; expected a share of the oracle, above 0 and below 1")
+        if self.rank == 0 and self.activation != "identity":
+            raise ValueError(f"activation is {self.activation!r} with rank 0, a vector; expected it not given")
         check_ridge(self.ridge)
         for path in (self.out, *self.out.parents):
             if path.exists() and not path.is_dir():
@@ -70,9 +80,22 @@ class FitOptions:
 
     @property
     def config(self) -> SteerConfig:
-        if not self.rank:
+        """Of the rank that is given, or the first that is tried."""
+        rank = self.rank if self.rank is not None else RANK if self.error is None else 1
+        if not rank:
             return SteerConfig(form="vector", site=self.site, layers=self.layers)
-        return SteerConfig(rank=self.rank, activation="identity", site=self.site, layers=self.layers, up_bias=self.bias)
+        return SteerConfig(
+            rank=rank,
+            activation=self.activation,
+            site=self.site,
+            layers=self.layers,
+            up_bias=self.bias,
+            down_bias=self.bias and self.activation != "identity",  # where φ is the identity b2 does the same
+        )
+
+
+#: The rank, if neither it nor an error is given.
+RANK = 8
 
 
 #: The kind of a directory that holds a LoRA and steering: of `save_joint`, or a Trainer's checkpoint.
@@ -121,15 +144,19 @@ def table_of(found: Fit) -> Table:
     """A row for each layer."""
     from rich.table import Table
 
-    table = Table("layer", "‖δh‖/‖h‖", "share", "held out", "median token", "of the rest")
+    names = ("share", "held out", "median token", "of the rest", "at best", "growth")
+    table = Table("layer", "‖δh‖/‖h‖", *names)
     for column in table.columns:
         column.justify = "right"
     for layer in found.layers:
-        shares = (layer.share, layer.held_out, layer.token, layer.rest)
-        table.add_row(str(layer.layer), f"{layer.oracle:.3g}", *("-" if s is None else f"{s:.1%}" for s in shares))
+        shares = (layer.share, layer.held_out, layer.token, layer.rest, layer.reach)
+        growth = "-" if layer.growth is None else f"{layer.growth:.2f}"
+        cells = ("-" if s is None else f"{s:.1%}" for s in shares)
+        table.add_row(str(layer.layer), f"{layer.oracle:.3g}", *cells, growth)
     table.caption = (
         "share: of δh = h_tuned − h_base, what the steered stream has after the layer; of the rest: of what the "
-        "adapters before it had left"
+        "adapters before it had left; at best: share of any function with values in as many directions as the rank; "
+        "growth: of the distance to the tuned model in the layer"
     )
     return table
 
@@ -162,7 +189,12 @@ def run(options: FitOptions, console: Console) -> None:
     ]
     tuned = load_tuned(options, kind, device)
     check_vocabulary(base, tuned)
-    found = fit(base, tuned, parts[0], config, held_out=parts[1], ridge=options.ridge, sequence=options.sequence)
+    given: dict[str, Any] = {"held_out": parts[1], "ridge": options.ridge, "sequence": options.sequence}
+    if options.error is None:
+        found = fit(base, tuned, parts[0], config, **given)
+    else:
+        found = fit_within(base, tuned, parts[0], config, options.error, **given)
+    config = found.adapter.config
     write_adapter(options.out, found.adapter)
     # Adapters that were fitted each on the base's own stream are not for use together.
     shown = parts[1] or parts[0]
@@ -188,8 +220,12 @@ def run(options: FitOptions, console: Console) -> None:
             f"share     {found.share:.1%} of the oracle {where} the last layer{held_out}; of a median token's "
             f"{found.token:.1%}"
         )
+    if options.error is not None:
+        missed, layer = found.missed
+        say(f"error     at most {missed:.1%} of the oracle after each layer, the most after layer {layer}")
     say(next_token(apart, held_out=bool(parts[1])))
-    say(f"adapter   {options.out}, rank {config.rank}, {found.adapter.layout.count(config):,} parameters")
+    phi = "" if config.activation == "identity" else f"{config.activation}, "
+    say(f"adapter   {options.out}, rank {config.rank}, {phi}{found.adapter.layout.count(config):,} parameters")
 
 
 def next_token(apart: Sequence[Divergence], held_out: bool) -> str:

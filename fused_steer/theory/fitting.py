@@ -1,14 +1,16 @@
-"""fit: the adapter that brings a base model's hidden states closest to a tuned model's, in closed form.
+"""fit: the adapter that brings a base model's hidden states closest to a tuned model's.
 
 The oracle of a layer is δh = h_tuned − h_base (arXiv 2603.00425, §3.3): adding it to each token would give the tuned
 model's hidden state exactly. An adapter is a function of the hidden state, and an identity adapter a linear one of rank
-r, so it expresses a share of the oracle only: 1 − Σ‖h_tuned − h_steered‖² / Σ‖δh‖², over tokens.
+r, so it expresses a share of the oracle only: 1 − Σ‖h_tuned − h_steered‖² / Σ‖δh‖², over tokens. The best identity
+adapter is known in closed form (regression.py); one with another activation is found by descent (nonlinear.py).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -17,14 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.files import AdapterFile
-from ..adapters.parameters import DOWN, UP, UP_BIAS, ByPlace, Place
+from ..adapters.parameters import DOWN, DOWN_BIAS, SITE, UP, UP_BIAS, ByPlace, Place
 from ..config import DTYPES, SteerConfig, checked_bool, checked_number
 from ..kernels import post_block
 from ..model.decoder import Decoder, inside_peft
 from ..positions import ALL
 from ..steering import Steering
 from .lockstep import Batch, Stream, evaluating, kept_tokens, with_site
-from .regression import Affine, Moments, best_affine, check_tokens
+from .nonlinear import best_nonlinear
+from .regression import Moments, Shift, best_affine, check_tokens
 
 #: λ of the ridge, if none is given: enough that directions without variance do no harm, too little to be seen.
 RIDGE = 1e-6
@@ -39,7 +42,11 @@ class LayerFit:
     same over prompts that were not fitted on, None without them. token: the median over tokens of a token's own share,
     1 − ‖h_tuned − h_steered‖² / ‖δh‖², of those held out if there are any: sums may be those of a few tokens whose
     hidden states are far larger than all others, such as the first of a prompt. rest: of what was left to do at this
-    layer, h_tuned − h before the adapter, the share that it expresses; None at a layer without an adapter.
+    layer, h_tuned − h before the adapter, the share that it expresses; None at a layer without an adapter. reach: the
+    largest share that values in as many directions as the rank (with the bias) can have, of whatever function of the
+    token; None at a layer without an adapter. growth: the distance to the tuned model's hidden states before this
+    layer's adapter, divided by that after the layer before; None at the first layer, at sites inside a block, and where
+    nothing was left.
     """
 
     layer: int
@@ -48,6 +55,8 @@ class LayerFit:
     held_out: float | None
     token: float
     rest: float | None
+    reach: float | None
+    growth: float | None
 
 
 @dataclass(frozen=True)
@@ -62,6 +71,16 @@ class Fit:
     def share(self) -> float:
         """Of the oracle after the last layer, which is all that the head of the model reads."""
         return self.layers[-1].share
+
+    @property
+    def missed(self) -> tuple[float, int]:
+        """The largest share of the oracle that is missed after a layer with an adapter, and the first such layer; of
+        held-out prompts, if there are any."""
+        steered = [layer for layer in self.layers if layer.rest is not None]
+        shares = [(layer.share if layer.held_out is None else layer.held_out, layer.layer) for layer in steered]
+        missed = [(1 - share, -index) for share, index in shares if not math.isnan(share)]
+        worst, index = max(missed, default=(0.0, 0))
+        return worst, -index
 
     @property
     def held_out(self) -> float | None:
@@ -91,7 +110,7 @@ def fit(
     ridge: float = RIDGE,
     sequence: bool = True,
 ) -> Fit:
-    """Fit an identity adapter after the blocks of `base` to the hidden states of `tuned`. Nothing is trained.
+    """Fit an adapter after the blocks of `base` to the hidden states of `tuned`. No gradient goes through a model.
 
     Both models run in eval mode, a layer at a time; afterwards they are as they were. All sums are in float64.
 
@@ -100,8 +119,8 @@ def fit(
         tuned: one of the same sizes: fine-tuned, with a LoRA of PEFT's, or patched with another adapter.
         batches: inputs of both, `input_ids` (B, T) and what else their forward takes. Tokens that `attention_mask`
             (B, T) masks do not count.
-        config: rank, layers, bias and dtype of the adapter; None is rank 8 with a bias at every layer. Of form "vector"
-            it is the mean of what is left to do.
+        config: rank, activation, layers, biases and dtype of the adapter; None is the identity of rank 8 with a bias at
+            every layer. Of form "vector" it is the mean of what is left to do.
         held_out: batches that are measured and not fitted on.
         ridge: λ, a share of the mean variance of the hidden state (see regression.py).
         sequence: fit each layer on the stream as the adapters before it have left it, to what is left of the way to the
@@ -110,9 +129,9 @@ def fit(
             makes up for all layers before it once more.
 
     Raises:
-        ValueError: the models have other sizes, or layers that cannot be run one by one; the config has another
-            activation than identity, a b1 or a strength; the rank is beyond the hidden size; the tuned model's adapter
-            has positions; there are too few tokens; or a hidden state is not finite.
+        ValueError: the models have other sizes, or layers that cannot be run one by one; the config is of form
+            "loreft", has a strength, or a b1 with the identity; the rank is beyond the hidden size; the tuned model's
+            adapter has positions; there are too few tokens; or a hidden state is not finite.
         RuntimeError: a batch of the tuned model is running.
         TypeError: a batch is no mapping with `input_ids`.
     """
@@ -160,12 +179,52 @@ def fit_each(
                 for x, d in parts[0].pairs(index, stream, target):
                     moments.add(x, d)
                 for one in growing:
-                    affine = one.adapt(index, moments, ridge)
-                    left = [part.left(index, stream, target, affine) for part in parts]
-                    one.layers.append(_measured(index, parts, left, affine is not None))
-                    if sequence and affine is not None:
-                        stream.steer(index, partial(_steered, tensors=one.tensors[Place(index, site)]))
+                    shift = one.adapt(index, moments, ridge, partial(parts[0].pairs, index, stream, target))
+                    left = [part.left(index, stream, target, shift) for part in parts]
+                    reach = None if shift is None else one.out_of_reach(moments)
+                    before = one.left if site == SITE else None
+                    one.layers.append(_measured(index, parts, left, reach, before))
+                    one.left = float(left[0][1 if sequence else 0].sum())
+                    if sequence and shift is not None:
+                        steered = partial(_steered, tensors=one.tensors[Place(index, site)], config=one.config)
+                        stream.steer(index, steered)
     return [one.fit(parts) for one in fits]
+
+
+def fit_within(
+    base: nn.Module, tuned: nn.Module, batches: Iterable[Batch], config: SteerConfig, error: float, **options: Any
+) -> Fit:
+    """`fit` with the first rank of 1, 2, 4, … at which no layer misses more than a share `error` of the oracle.
+
+    The share is that of the prompts held out, if there are any.
+
+    Args:
+        config: as for `fit`; its rank is not used.
+        options: those of `fit`.
+
+    Raises:
+        ValueError: see `fit`; or no rank is enough.
+    """
+    if not 0 < checked_number("error", error) < 1:
+        raise ValueError(f"error is {error}; expected a share of the oracle, above 0 and below 1")
+    if config.form == "vector":
+        raise ValueError("form is 'vector', which has no rank; expected a form with one")
+    batches, hidden = list(batches), Stream(base, "base").decoder.hidden
+    options["held_out"] = list(options.get("held_out", ()))
+    tokens = sum(int(kept_tokens(batch).sum()) for batch in batches)
+    most = min(hidden, max(tokens - 2, 1))
+    tried: list[tuple[float, int, int]] = []
+    for rank in sorted({*(2**power for power in range(most.bit_length())), most}):
+        found = fit(base, tuned, batches, dataclasses.replace(config, rank=rank), **options)
+        missed, layer = found.missed
+        if missed <= error:
+            return found
+        tried.append((missed, rank, layer))
+    missed, rank, layer = min(tried)
+    raise ValueError(
+        f"error is {error:g}, and of the ranks 1, 2, 4 to {most}, rank {rank} comes closest, missing {missed:.1%} of "
+        f"the oracle after layer {layer}; expected an error above that, or more prompts"
+    )
 
 
 class _Growing:
@@ -176,14 +235,30 @@ class _Growing:
         self.indices = set(check_config(config, decoder))
         self.tensors: ByPlace = {}
         self.layers: list[LayerFit] = []
+        self.left: float | None = None  # Σ‖h_tuned − h‖² after the layer before
 
-    def adapt(self, index: int, moments: Moments, ridge: float) -> Affine | None:
-        """Fit the adapter of the layer `index`, and return what it computes; None where it has none."""
+    def adapt(
+        self, index: int, moments: Moments, ridge: float, pairs: Callable[[], Iterator[tuple[Tensor, Tensor]]]
+    ) -> Shift | None:
+        """Fit the adapter of the layer `index`, and return what it computes; None where it has none.
+
+        pairs: gives the tokens x and their shifts d, of which `moments` are.
+        """
         if index not in self.indices:
             return None
-        best = best_affine(moments, self.config.rank, ridge, self.config.up_bias)
-        tensors = self.tensors[Place(index, self.config.sites[0])] = _tensors(best, self.config)
-        return _rounded(tensors, moments.xx.device)
+        config = self.config
+        if config.form == "vector" or config.activation == "identity":
+            best = best_affine(moments, config.rank, ridge, config.up_bias)
+        else:
+            check_tokens(moments.tokens, config.rank)
+            x, d = (torch.cat(rows) for rows in zip(*pairs(), strict=True))
+            biases = {"down_bias": config.down_bias, "up_bias": config.up_bias}
+            best = best_nonlinear(x, d, config.rank, ridge, config.activation, **biases)
+        tensors = self.tensors[Place(index, config.sites[0])] = _tensors(best, config)
+        return _rounded(tensors, config, moments.xx.device)
+
+    def out_of_reach(self, moments: Moments) -> float:
+        return moments.out_of_reach(self.config.rank, self.config.up_bias)
 
     def fit(self, parts: Sequence[_Part]) -> Fit:
         file = AdapterFile(self.config, self.layout, self.tensors)
@@ -222,12 +297,12 @@ class _Part:
                     )
             yield x, wanted - x
 
-    def left(self, index: int, own: Stream, target: Stream, affine: Affine | None) -> tuple[Tensor, Tensor]:
+    def left(self, index: int, own: Stream, target: Stream, shift: Shift | None) -> tuple[Tensor, Tensor]:
         """Of each token, ‖h_tuned − h‖² with h before the adapter, and after it."""
         before, after = [], []
         for x, d in self.pairs(index, own, target):
             before.append(d.square().sum(1))
-            after.append(before[-1] if affine is None else (d - affine(x)).square().sum(1))
+            after.append(before[-1] if shift is None else (d - shift(x)).square().sum(1))
         return _joined(before), _joined(after)
 
 
@@ -235,19 +310,34 @@ def _joined(rows: Sequence[Tensor]) -> Tensor:
     return torch.cat([row.cpu() for row in rows]) if rows else torch.empty(0)
 
 
-def _measured(index: int, parts: Sequence[_Part], left: Sequence[tuple[Tensor, Tensor]], adapted: bool) -> LayerFit:
-    """The figures of one layer. left: of each part, see `_Part.left`."""
+def _measured(
+    index: int,
+    parts: Sequence[_Part],
+    left: Sequence[tuple[Tensor, Tensor]],
+    out_of_reach: float | None,
+    left_before: float | None,
+) -> LayerFit:
+    """The figures of one layer.
+
+    Args:
+        left: of each part, see `_Part.left`.
+        out_of_reach: see `Moments.out_of_reach`; None at a layer without an adapter.
+        left_before: Σ‖h_tuned − h‖² after the layer before, or None.
+    """
     oracles = [_joined(part.oracle[index]) for part in parts]
     sizes = _joined(parts[0].size[index])
     shares = [_share(oracle, after) for oracle, (_, after) in zip(oracles, left, strict=True)]
     shown = 1 if len(oracles[1]) else 0
+    whole, coming = float(oracles[0].sum()), float(left[0][0].sum())
     return LayerFit(
         index,
         float((oracles[0] / sizes).sqrt().median()),
         shares[0],
         shares[1] if shown else None,
         float((1 - left[shown][1] / oracles[shown]).median()),
-        _share(*left[0]) if adapted else None,
+        None if out_of_reach is None else _share(*left[0]),
+        None if out_of_reach is None or not whole else 1 - out_of_reach / whole,
+        math.sqrt(coming / left_before) if left_before else None,
     )
 
 
@@ -262,23 +352,32 @@ def _tokens(states: Tensor, kept: Tensor, device: torch.device) -> Tensor:
     return states.flatten(0, 1)[kept.to(states.device)].to(device).double()
 
 
-def _tensors(affine: Affine, config: SteerConfig) -> dict[str, Tensor]:
+def _tensors(shift: Shift, config: SteerConfig) -> dict[str, Tensor]:
     """An adapter's tensors at one layer, in the dtype of its parameters."""
-    named = {DOWN: affine.down, UP: affine.up, UP_BIAS: affine.bias}
+    named = {DOWN: shift.down, UP: shift.up, DOWN_BIAS: shift.down_bias, UP_BIAS: shift.bias}
     there = {name: tensor for name, tensor in named.items() if tensor is not None and tensor.numel()}
     return {name: tensor.to("cpu", DTYPES[config.dtype]) for name, tensor in there.items()}
 
 
-def _rounded(tensors: dict[str, Tensor], device: torch.device) -> Affine:
+def _rounded(tensors: dict[str, Tensor], config: SteerConfig, device: torch.device) -> Shift:
     """What the adapter computes: its shares are those of the parameters as they are saved."""
     there = {name: tensor.to(device).double() for name, tensor in tensors.items()}
     nothing = torch.empty(0, 0, dtype=torch.float64, device=device)  # of a vector
-    return Affine(there.get(DOWN, nothing), there.get(UP, nothing), there.get(UP_BIAS))
+    down, up = there.get(DOWN, nothing), there.get(UP, nothing)
+    return Shift(down, up, there.get(UP_BIAS), there.get(DOWN_BIAS), config.activation if down.numel() else "identity")
 
 
-def _steered(states: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+def _steered(states: Tensor, tensors: dict[str, Tensor], config: SteerConfig) -> Tensor:
     there = {name: tensor.to(states.device) for name, tensor in tensors.items()}
-    return post_block(states, None, there.get(DOWN), there.get(UP), up_bias=there.get(UP_BIAS), activation="identity")
+    return post_block(
+        states,
+        None,
+        there.get(DOWN),
+        there.get(UP),
+        down_bias=there.get(DOWN_BIAS),
+        up_bias=there.get(UP_BIAS),
+        activation=config.activation if DOWN in there else "identity",
+    )
 
 
 def check_ridge(ridge: float) -> None:
@@ -326,12 +425,15 @@ def check_config(config: SteerConfig, decoder: Decoder) -> Sequence[int]:
     """The layers that get an adapter.
 
     Raises:
-        ValueError: the config has several sites, another activation than identity, a b1 or a strength, or does not fit
-            the decoder.
+        ValueError: the config is of form "loreft", has several sites, a strength, or a b1 with the identity, or does
+            not fit the decoder.
     """
-    for name, wanted in (("activation", "identity"), ("down_bias", False), ("scale", 1.0)):
-        if getattr(config, name) != wanted:
-            raise ValueError(f"{name} is {getattr(config, name)!r}; expected {wanted!r}, of what is fitted")
+    if config.form == "loreft":
+        raise ValueError(f"form is {config.form!r}; expected 'lowrank' or 'vector', of what is fitted")
+    if config.scale != 1.0:
+        raise ValueError(f"scale is {config.scale!r}; expected 1.0, of what is fitted")
+    if config.down_bias and config.activation == "identity":
+        raise ValueError("down_bias is True with the activation identity; expected False, as b2 does the same")
     if len(config.sites) > 1:
         raise ValueError(f"site is {', '.join(config.sites)}; expected one")
     if config.orthogonal_to is not None:

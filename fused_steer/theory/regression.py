@@ -16,18 +16,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..kernels.torch_backend import ACTIVATIONS
+
 
 @dataclass(frozen=True)
-class Affine:
-    """x -> W2 W1 x + b2, in float64: down (r, d), up (d, r), bias (d,) or None."""
+class Shift:
+    """What an adapter computes, x -> W2 φ(W1 x + b1) + b2, in float64: down (r, d), up (d, r), biases or None."""
 
     down: Tensor
     up: Tensor
     bias: Tensor | None
+    down_bias: Tensor | None = None
+    activation: str = "identity"
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: (N, d)"""
-        shift = x @ self.down.T @ self.up.T if self.down.numel() else torch.zeros_like(x)
+        shift = torch.zeros_like(x)
+        if self.down.numel():
+            read = x @ self.down.T if self.down_bias is None else x @ self.down.T + self.down_bias
+            shift = ACTIVATIONS[self.activation][0](read) @ self.up.T
         return shift if self.bias is None else shift + self.bias
 
 
@@ -36,7 +43,7 @@ class Moments:
 
     def __init__(self) -> None:
         self.tokens = 0
-        self.mean_x = self.mean_d = self.xx = self.xd = torch.zeros(())
+        self.mean_x = self.mean_d = self.xx = self.xd = self.dd = torch.zeros(())
 
     def add(self, x: Tensor, d: Tensor) -> None:
         """x, d: (N, d) of any dtype.
@@ -50,21 +57,30 @@ class Moments:
         x, d = x.double(), d.double()
         mean_x, mean_d = x.mean(0), d.mean(0)
         x, d = x - mean_x, d - mean_d
-        xx, xd = x.T @ x, x.T @ d
+        xx, xd, dd = x.T @ x, x.T @ d, d.T @ d
         if self.tokens:
             step_x, step_d = mean_x - self.mean_x, mean_d - self.mean_d
             weight = self.tokens * count / (self.tokens + count)
             self.xx += xx + weight * torch.outer(step_x, step_x)
             self.xd += xd + weight * torch.outer(step_x, step_d)
+            self.dd += dd + weight * torch.outer(step_d, step_d)
             share = count / (self.tokens + count)
             self.mean_x = self.mean_x + share * step_x
             self.mean_d = self.mean_d + share * step_d
         else:
-            self.mean_x, self.mean_d, self.xx, self.xd = mean_x, mean_d, xx, xd
+            self.mean_x, self.mean_d, self.xx, self.xd, self.dd = mean_x, mean_d, xx, xd, dd
         self.tokens += count
 
+    def out_of_reach(self, rank: int, bias: bool) -> float:
+        """The least Σ‖d − f(x)‖² of any f whose values lie in `rank` directions, with a bias added to them or not.
 
-def best_affine(moments: Moments, rank: int, ridge: float, bias: bool) -> Affine:
+        It is what the leading directions of d leave: f may then be any function of a token, as of an oracle.
+        """
+        dd = self.dd if bias else self.dd + self.tokens * torch.outer(self.mean_d, self.mean_d)
+        return float(torch.linalg.eigvalsh(dd)[: len(dd) - rank].clamp_min(0).sum())
+
+
+def best_affine(moments: Moments, rank: int, ridge: float, bias: bool) -> Shift:
     """The affine map of this rank that is best for the moments, and no other fits better. Of rank 0 it is mean(d).
 
     Args:
@@ -79,7 +95,7 @@ def best_affine(moments: Moments, rank: int, ridge: float, bias: bool) -> Affine
         raise ValueError(f"rank is {rank}; expected {least} to {hidden}, the hidden size")
     check_tokens(moments.tokens, rank)
     if not rank:
-        return Affine(moments.xx[:0], moments.xx[:, :0], moments.mean_d)
+        return Shift(moments.xx[:0], moments.xx[:, :0], moments.mean_d)
     xx, xd = moments.xx, moments.xd
     if not bias:
         xx = xx + moments.tokens * torch.outer(moments.mean_x, moments.mean_x)
@@ -94,7 +110,7 @@ def best_affine(moments: Moments, rank: int, ridge: float, bias: bool) -> Affine
     half = torch.linalg.solve_triangular(lower, xd, upper=False)  # A⁻¹ᐟ² Cxd
     up = torch.linalg.eigh(half.T @ half).eigenvectors[:, -rank:].flip(1).contiguous()
     down = torch.linalg.solve_triangular(lower.T, half @ up, upper=True).T.contiguous()
-    return Affine(down, up, moments.mean_d - up @ (down @ moments.mean_x) if bias else None)
+    return Shift(down, up, moments.mean_d - up @ (down @ moments.mean_x) if bias else None)
 
 
 def check_tokens(tokens: int, rank: int) -> None:

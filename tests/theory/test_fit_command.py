@@ -94,8 +94,8 @@ def test_fit_command_writes_an_adapter_that_loads_everywhere(place, tmp_path):
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in result.stdout.splitlines() if "│" in line]
     assert [row[0] for row in rows] == list(map(str, range(LAYERS)))
     second = found.layers[1]
-    shares = second.share, second.held_out, second.token, second.rest
-    assert rows[1][2:] == [f"{number:.1%}" for number in shares]
+    shares = second.share, second.held_out, second.token, second.rest, second.reach
+    assert rows[1][2:] == [*(f"{number:.1%}" for number in shares), f"{second.growth:.2f}"]
 
     ids = torch.tensor([[2, 3, 4, 5]])
     ours = patch_model(AutoModelForCausalLM.from_pretrained(folder / "base"), tmp_path / "out")
@@ -151,6 +151,18 @@ def test_fit_command_options(place, tmp_path):
     assert (config.layers, config.up_bias) == ((0, 2), False)
 
 
+def test_fit_command_with_a_nonlinear_activation_and_within_an_error(place, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.utils.logging._tqdm_active", False)  # its bars are no part of the message
+    folder, _ = place
+    given = [part for part in arguments(folder, tmp_path / "out", "steering") if part not in ("--rank", 4)]
+    result = invoke(*given, "--error", 0.99, "--activation", "silu")
+    assert result.exit_code == 0, result.output
+    config = patch_model(build(), tmp_path / "out", check_base=False).steering.config()
+    assert (config.rank, config.activation, config.down_bias, config.up_bias) == (1, "silu", True, True)
+    assert "error     at most" in result.stdout and "rank 1, silu, " in result.stdout
+    assert_refused(invoke(*given, "--error", "1e-9"), "expected an error above that, or more prompts")
+
+
 def test_fit_command_of_rank_0_is_a_vector(place, tmp_path):
     folder, _ = place
     assert invoke(*arguments(folder, tmp_path / "out", "lora", "--rank", 0)).exit_code == 0
@@ -184,5 +196,8 @@ def test_fit_command_refusals(place, tmp_path, monkeypatch):
         refuses("has positions 'generated'; expected 'all': a fitted adapter has no others", tuned="generated")
     refuses("held out is 1.0", more=("--held-out", 1))
     refuses("site is 'mlp'; expected one of", more=("--site", "mlp"))
+    refuses("activation is 'swish'; expected one of", more=("--activation", "swish"))
+    refuses("activation is 'silu' with rank 0, a vector", more=("--activation", "silu", "--rank", 0))
+    refuses("rank is 4 and error is 0.5; expected one of them", more=("--error", 0.5))
     refuses("batch size is 0", more=("--batch-size", 0))
     refuses("is a file", more=("--out", folder / "few.txt"))

@@ -11,7 +11,7 @@ from fused_steer import SteerConfig, patch_model
 from fused_steer.adapters.files import write_adapter
 from fused_steer.adapters.parameters import Place
 from fused_steer.model.decoder import find_decoder, inside_peft
-from fused_steer.theory import fit, fit_each
+from fused_steer.theory import fit, fit_each, fit_within
 
 
 def batches(count=3, seed=0, length=9):
@@ -242,9 +242,9 @@ def nan_model():
         (lambda: build(hidden_size=64), {}, f"{LAYERS} layers of hidden size 64; expected {LAYERS} of {HIDDEN}"),
         (build, {"config": config(rank=HIDDEN + 1)}, f"rank is {HIDDEN + 1}; expected at most {HIDDEN}"),
         (build, {"config": config(layers=[LAYERS])}, f"layers has {LAYERS}"),
-        (build, {"config": SteerConfig()}, "activation is 'silu'; expected 'identity'"),
+        (build, {"config": SteerConfig(form="loreft", rank=2)}, "form is 'loreft'; expected 'lowrank' or 'vector'"),
         (build, {"config": config(site=("pre_mlp", "post_mlp"))}, "site is pre_mlp, post_mlp; expected one"),
-        (build, {"config": config(down_bias=True)}, "down_bias is True; expected False"),
+        (build, {"config": config(down_bias=True)}, "down_bias is True with the activation identity"),
         (build, {"config": config(scale=2.0)}, "scale is 2.0; expected 1.0"),
         (build, {"ridge": -1.0}, "ridge is -1.0"),
         (build, {"ridge": float("nan")}, "ridge is nan; expected a finite number"),
@@ -257,6 +257,58 @@ def test_fit_refusals(tuned, options, message):
     options = {"config": config(), "batches": batches()} | options
     with pytest.raises(ValueError, match=message):
         fit(build(), tuned(), options.pop("batches"), options.pop("config"), **options)
+
+
+@pytest.mark.parametrize("activation", ["silu", "tanh"])
+def test_fit_with_a_nonlinear_activation(activation, tmp_path):
+    """Shares are those of the patched model, and in the first layer larger than the linear adapter's of the rank."""
+    model, given = build().double(), batches(4)
+    tuned = tuned_of(model, 0.3)
+    bent = fit(model, tuned, given, config(2, activation=activation, down_bias=True))
+    steered = patched(model, bent, tmp_path)
+    assert steered.steering.config().activation == activation
+    for layer, (share, token) in zip(bent.layers, shares(model, steered, tuned, given), strict=True):
+        assert (layer.share, layer.token) == pytest.approx((share, token), abs=1e-9)
+    assert bent.layers[0].reach > bent.layers[0].share > fit(model, tuned, given, config(2)).layers[0].share
+
+
+def test_fit_reach_is_that_of_the_oracles_leading_directions_and_growth_that_of_the_distance():
+    model, given = build().double(), batches(4)
+    tuned = tuned_of(model, 0.3)
+    oracles = [t - b for t, b in zip(states(tuned, given), states(model, given), strict=True)]
+    alone = fit(model, tuned, given, config(2), sequence=False)
+    for index, oracle in enumerate(oracles):
+        values = torch.linalg.svdvals(oracle - oracle.mean(0))
+        reach = 1 - float(values[2:].square().sum() / oracle.square().sum())
+        assert alone.layers[index].reach == pytest.approx(reach, abs=1e-9)
+        assert alone.layers[index].reach > alone.layers[index].share
+        growth = None if not index else pytest.approx(float(oracle.norm() / oracles[index - 1].norm()), rel=1e-9)
+        assert alone.layers[index].growth == growth
+    # In sequence, it is of what the adapter before has left. With all directions, all is in reach.
+    layers = fit(model, tuned, given, config(HIDDEN - 1, layers=[0, 2])).layers
+    left = (1 - layers[0].share) * oracles[0].square().sum()
+    coming = (1 - layers[1].share) * oracles[1].square().sum()
+    assert layers[1].growth == pytest.approx(float((coming / left).sqrt()), rel=1e-6)
+    assert layers[1].reach is None and layers[0].reach > 0.99
+
+
+def test_fit_within_takes_the_first_rank_that_is_enough():
+    model, given = build(), batches(8)
+    tuned, others = tuned_of(model, 0.3), batches(2, seed=30)
+    by_rank = {rank: fit(model, tuned, given, config(rank), held_out=others).missed for rank in (1, 2, 4, 8)}
+    for rank, (missed, layer) in by_rank.items():
+        if missed > min(by_rank[one][0] for one in by_rank if one <= rank):
+            continue  # more rank, and worse on prompts held out
+        found = fit_within(model, tuned, iter(given), config(), missed + 1e-9, held_out=iter(others))
+        assert (found.adapter.config.rank, found.missed) == (rank, (missed, layer))
+        assert 1 - found.layers[layer].held_out == missed
+    told = "ranks 1, 2, 4 to 32, rank .* missing .* of the oracle after layer .; expected an error above that"
+    with pytest.raises(ValueError, match=told):
+        fit_within(model, tuned, given, config(), 1e-6, held_out=others)
+    with pytest.raises(ValueError, match="ranks 1, 2, 4 to 7, rank"):
+        fit_within(model, tuned, [{"input_ids": tokens(batch=1)}], config(), 1e-6, held_out=others)
+    with pytest.raises(ValueError, match="error is 1.0; expected a share"):
+        fit_within(model, tuned, given, config(), 1.0)
 
 
 def test_fit_without_a_mask_all_tokens_count():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fused_steer.theory.regression import Affine, Moments, best_affine
+from fused_steer.theory.regression import Moments, Shift, best_affine
 
 D, N = 12, 200
 
@@ -16,7 +16,7 @@ def draw(seed=0, tokens=N, rank=D, noise=0.3):
         return torch.randn(*shape, dtype=torch.float64, generator=generator)
 
     x = normal(tokens, D) @ normal(D, D) + 20 * normal(D)
-    truth = Affine(normal(rank, D), normal(D, rank), normal(D))
+    truth = Shift(normal(rank, D), normal(D, rank), normal(D))
     return x, truth(x) + noise * normal(tokens, D), truth
 
 
@@ -49,7 +49,7 @@ def test_best_affine_no_perturbation_is_better(rank, ridge, bias):
                     t + size * t.norm() / t.numel() ** 0.5 * torch.randn(t.shape, dtype=t.dtype, generator=generator)
                     for t in (best.down, best.up, *([best.bias] if bias else []))
                 ]
-                assert objective(Affine(moved[0], moved[1], moved[2] if bias else None), x, d, ridge) > least
+                assert objective(Shift(moved[0], moved[1], moved[2] if bias else None), x, d, ridge) > least
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -62,7 +62,7 @@ def test_best_affine_training_gets_no_lower(bias):
     down, up, b = (torch.randn(*s, dtype=torch.float64).requires_grad_() for s in ((2, D), (D, 2), (D,)))
     optimizer = torch.optim.Adam([down, up, b], 0.03)
     for _ in range(1000):
-        loss = (d - Affine(down, up, b if bias else None)(x)).square().sum()
+        loss = (d - Shift(down, up, b if bias else None)(x)).square().sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
