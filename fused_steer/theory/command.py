@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -151,7 +152,7 @@ def table_of(found: Fit) -> Table:
     for layer in found.layers:
         shares = (layer.share, layer.held_out, layer.token, layer.rest, layer.reach)
         growth = "-" if layer.growth is None else f"{layer.growth:.2f}"
-        cells = ("-" if s is None else f"{s:.1%}" for s in shares)
+        cells = ("-" if s is None or math.isnan(s) else f"{s:.1%}" for s in shares)
         table.add_row(str(layer.layer), f"{layer.oracle:.3g}", *cells, growth)
     table.caption = (
         "share: of δh = h_tuned − h_base, what the steered stream has after the layer; of the rest: of what the "
@@ -213,7 +214,9 @@ def run(options: FitOptions, console: Console) -> None:
     say(f"tuned     {options.tuned}")
     say(f"prompts   {last} of {options.prompts}, {found.tokens[0]} tokens; held out {len(prompts) - last}")
     console.print(table_of(found))
-    if options.sequence:
+    if math.isnan(found.share):
+        say("share     none: the tuned model's hidden states after the last layer are the base's")
+    elif options.sequence:
         where = "after" if config.site == SITE else f"at {config.site} of"
         held_out = "" if found.held_out is None else f", {found.held_out:.1%} on held-out prompts"
         say(

@@ -163,6 +163,13 @@ def test_fit_command_with_a_nonlinear_activation_and_within_an_error(place, tmp_
     assert_refused(invoke(*given, "--error", "1e-9"), "expected an error above that, or more prompts")
 
 
+def test_fit_command_of_the_base_itself_says_that_there_is_no_oracle(place, tmp_path):
+    folder, _ = place
+    result = invoke(*arguments(folder, tmp_path / "out", "base"))
+    assert result.exit_code == 0 and "nan" not in result.stdout
+    assert "share     none: the tuned model's hidden states after the last layer are the base's" in result.stdout
+
+
 def test_fit_command_of_rank_0_is_a_vector(place, tmp_path):
     folder, _ = place
     assert invoke(*arguments(folder, tmp_path / "out", "lora", "--rank", 0)).exit_code == 0
