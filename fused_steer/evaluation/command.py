@@ -51,6 +51,8 @@ class EvalOptions:
             raise ValueError("neither --base nor an --adapter is given; expected one")
         if self.out is not None and not self.out.parent.is_dir():
             raise ValueError(f"out is {self.out}, and there is no directory {self.out.parent}; expected one")
+        if self.out is not None and self.out.is_dir():
+            raise ValueError(f"out is {self.out}, a directory; expected a file for the scores")
         sources(self.adapters)
         if not self.tasks:
             raise ValueError("tasks is empty; expected names of tasks, or YAML files of tasks")

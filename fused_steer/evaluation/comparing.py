@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from .._hub_access import reaching_hub
 from ..config import checked_bool
 from ..joint import steering_of
 from ..paper.data import Example
@@ -150,15 +151,17 @@ def _values(
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    result: Any = simple_evaluate(
-        HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
-        tasks=list(tasks),
-        num_fewshot=shots,
-        limit=limit,
-        log_samples=True,
-        bootstrap_iters=0,
-        task_manager=_manager(tasks),
-    )
+    named = [task for task in tasks if not Path(task).is_file()]  # their data are on the hub
+    with reaching_hub(", ".join(named) or None, "data of the harness's"):
+        result: Any = simple_evaluate(
+            HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+            tasks=list(tasks),
+            num_fewshot=shots,
+            limit=limit,
+            log_samples=True,
+            bootstrap_iters=0,
+            task_manager=_manager(tasks),
+        )
     found: dict[tuple[str, str, str], dict[int, float]] = {}
     for task, samples in result["samples"].items():
         for sample in samples:

@@ -110,8 +110,8 @@ def _hub(task: Task, name: str, split: str, wanted: dict[str, str] | None = None
     except Exception as error:  # it raises its own, the hub's and the network's
         reason, _, _ = " ".join(str(error).split()).partition("; expected")
         raise ValueError(
-            f"{task.hub[0]} cannot be loaded ({type(error).__name__}: {reason:.200}); expected a connection to the hub, "
-            f"or a folder with {name}/{split}.jsonl (--data; data.train of a recipe)"
+            f"{task.hub[0]} cannot be loaded ({type(error).__name__}: {reason:.200}); expected a connection to the hub"
+            f", or a folder with {name}/{split}.jsonl (--data; data.train of a recipe)"
         ) from error
     if wanted is None:
         wanted = {"train": "train", "test": task.test}

@@ -171,6 +171,7 @@ def test_eval_refusals(place, tmp_path, monkeypatch):
         ((task, "--no-base"), ("neither --base nor an --adapter",)),
         ((task, "--limit", 0), ("limit is 0",)),
         ((task, "--out", tmp_path / "none" / "x.json"), ("there is no directory",)),
+        ((task, "--out", tmp_path), (f"out is {tmp_path}, a directory; expected a file",)),
     ):
         assert_refused(invoke("eval", *arguments, "--model", place / "base", "--device", "cpu"), *parts)
 
