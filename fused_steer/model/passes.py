@@ -69,6 +69,8 @@ class Passes:
         if rotations is None and not thread.rotations:
             return  # as nearly always: no pass of this thread has any
         self.end()  # ends a pass that Ctrl-C interrupted, as PyTorch calls no hook for it
+        if not thread.begun:
+            thread.rotations.clear()  # of an interrupted pass of a model that was deleted
         thread.begun[self] = len(thread.rotations)
         thread.rotations.append(rotations)
 

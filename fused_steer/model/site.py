@@ -262,15 +262,16 @@ class SteeringSite(Site):
 
         Checkpointing runs a layer again in the backward pass, when there is no pass of the decoder. Autograd then
         expects the tensors that the first run saved, so the site keeps them. Reentrant checkpointing first runs the
-        layer without gradients; then nothing is kept, and the layer makes its own.
+        layer without gradients; then nothing is kept, and the layer makes its own. What a pass of another model that
+        Ctrl-C interrupted has left has no such site.
         """
         rotations = thread.rotations[-1] if thread.rotations else None
-        if rotations is not None:
-            found = rotations.of(self, source, matrix)
+        found = None if rotations is None else rotations.of(self, source, matrix)
+        in_backward = torch._C._current_graph_task_id() != -1
+        if found is not None or (rotations is not None and not in_backward):
             self.__dict__["_rotated"] = (source, matrix, found) if found is not None and is_grad_enabled() else None
             return found
         kept = self._rotated
-        in_backward = torch._C._current_graph_task_id() != -1
         return kept[2] if in_backward and kept is not None and kept[0] is source and kept[1] is matrix else None
 
     def use(self, name: str | None, activation: str, scale: float, gains: Any = None) -> None:

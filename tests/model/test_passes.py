@@ -169,6 +169,28 @@ def test_passes_the_rotations_of_an_interrupted_pass_end_with_the_next(seen):
     assert_close(found, logits_apart(model))
 
 
+@pytest.mark.parametrize("deleted", [False, True])
+def test_passes_an_interrupted_pass_of_another_model_does_not_matter_to_checkpointing(deleted):
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    interrupted, model = steered(), steered()
+    interrupted.model.layers[1].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        logits(interrupted)
+    if deleted:
+        del interrupted
+    found = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            model.train().gradient_checkpointing_enable({"use_reentrant": False})
+        model(tokens(), labels=tokens(), use_cache=False).loss.backward()
+        found.append({name: p.grad for name, p in steering_parameters(model).items()})
+        model.zero_grad()
+    assert_close(*found)
+    thread.rotations.clear()
+
+
 def test_passes_an_early_exit_and_layers_called_by_themselves(seen):
     model = steered()
     model.config.num_hidden_layers = 2
