@@ -454,6 +454,33 @@ def test_positions_are_an_adapters_own_in_batches_and_pools(tmp_path):
         assert torch.equal(generate(model)[1][:, 0], scores[:, 0])
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_positions_under_checkpointing_with_an_interrupted_pass_before_the_backward(reentrant):
+    """PyTorch calls no hook at the end of a pass that Ctrl-C interrupts."""
+    model = steered("prompt").train()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+
+    def pass_of(first: int) -> Tensor:
+        return model(tokens(), labels=labelled(tokens(), first), use_cache=False).loss
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    found = []
+    for interrupted in (False, True):
+        loss = pass_of(3)
+        if interrupted:
+            handle = model.model.layers[1].register_forward_hook(stop)
+            with pytest.raises(KeyboardInterrupt), torch.no_grad():
+                pass_of(7)
+            handle.remove()
+        loss.backward()
+        found.append({name: p.grad for name, p in steering_parameters(model).items()})
+        model.zero_grad()
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
 def test_positions_come_and_go_with_the_adapter_in_use():
     base = build_frozen()
     before = snapshot(base)["modules"]

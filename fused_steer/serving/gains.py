@@ -154,7 +154,7 @@ class Gains:
         """
         if is_compiling():
             gain = self._traced.gain
-        elif self._here.runs:
+        elif self._here.runs and not self._runs_again(entering):
             gain = self._here.gain
             # Reentrant checkpointing first runs the layer without gradients. torch.func cannot checkpoint.
             if (
@@ -165,14 +165,23 @@ class Gains:
             ):
                 self._kept[entering.data_ptr()] = (StorageWeakRef(entering.untyped_storage()), gain)
         else:
-            found = self._kept.get(entering.data_ptr()) if isinstance(entering, Tensor) else None
-            gain = None if found is None or found[0].expired() else found[1]
+            gain = self._kept_of(entering)
         if gain is None:
             raise RuntimeError(
                 "a layer runs outside of a pass of the model, and its adapter has positions; expected the model to be "
                 "called"
             )
         return gain.to(residual.device)
+
+    def _runs_again(self, entering: Tensor | None) -> bool:
+        """Return whether the backward pass runs a layer again. A pass that Ctrl-C interrupted still seems to run then,
+        because PyTorch calls no hook at its end."""
+        return torch._C._current_graph_task_id() != -1 and self._kept_of(entering) is not None
+
+    def _kept_of(self, entering: Tensor | None) -> Tensor | None:
+        """Return the gain of the pass that gave this input to a layer, or None."""
+        found = self._kept.get(entering.data_ptr()) if isinstance(entering, Tensor) else None
+        return None if found is None or found[0].expired() else found[1]
 
     # ---------------------------------------------------------------------------------------------------- around a pass
 
