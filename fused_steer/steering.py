@@ -196,7 +196,8 @@ class Steering:
     def use(self, name: str | None) -> None:
         """Make `name` the active adapter, which steers and trains. None deactivates steering.
 
-        Inside `batch` it takes effect afterwards, because the rows there have adapters of their own.
+        Inside `batch` it takes effect afterwards, because the rows there have adapters of their own. Call `backward`
+        before: PyTorch drops the gradient of an adapter that does not train by then.
 
         Raises:
             KeyError: there is no such adapter.
