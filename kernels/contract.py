@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,8 +12,34 @@ from torch import Tensor
 #: The dtypes of the op's tensors. The Triton backend refuses float64.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
+FLOAT32_MAX = torch.finfo(torch.float32).max
+
 #: What W1 may be applied to: residual + branch, or branch alone.
 READS = ("sum", "branch")
+
+
+def shown(value: Any) -> str:
+    """Return a value for an error message, in one line."""
+    plain = value is None or isinstance(value, (str, int, float))
+    return f"{value!r:.80}" if plain else f"a {type(value).__name__}"
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """
+    Raises:
+        ValueError: `value`, of whatever type, is not one of `choices`.
+    """
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} is {shown(value)}; expected one of {', '.join(choices)}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """
+    Raises:
+        TypeError: `value` is not True or False.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} is {shown(value)}; expected True or False")
 
 
 def check_reads(reads: str, branch: Tensor | None) -> None:
@@ -20,17 +47,18 @@ def check_reads(reads: str, branch: Tensor | None) -> None:
     Raises:
         ValueError: `reads` is not one of `READS`, or there is no branch to read.
     """
-    if reads not in READS:
-        raise ValueError(f"reads is {reads!r}; expected one of {', '.join(READS)}")
+    check_choice("reads", reads, READS)
     if reads == "branch" and branch is None:
         raise ValueError("reads is 'branch' but branch is None; expected a branch, or reads='sum'")
 
 
-def check_dense(name: str, tensor: Tensor) -> None:
+def check_dense(name: str, tensor: Any) -> None:
     """
     Raises:
-        TypeError: the tensor is sparse, nested, or in a layout of oneDNN.
+        TypeError: it is no tensor, or one that is sparse, nested, or in a layout of oneDNN.
     """
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}; expected a tensor")
     if tensor.is_nested or tensor.layout != torch.strided:
         kind = "a nested tensor" if tensor.is_nested else f"of layout {tensor.layout}"
         raise TypeError(f"{name} is {kind}; expected a dense tensor")

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from .activations import ACTIVATIONS, apply
 from .backend import select_backend
-from .contract import GroupedCall, check_dense, check_reads
+from .contract import GroupedCall, check_choice, check_dense, check_flag, check_reads
 from .derivatives import is_transformed
 from .flops import of_inference
 from .grouped_torch import TokenPlan, grouped_forward, plan_tokens
@@ -551,11 +551,13 @@ def check_grouped(
     downs, ups, down_biases, up_biases, activation = weights
     names = ("residual", "branch", "downs", "ups", "down_biases", "up_biases", "adapter_ids", "gain")
     for name, tensor in zip(names, (residual, branch, *weights[:4], adapter_ids, gain), strict=True):
-        if tensor is not None:
+        if tensor is not None or name in ("residual", "adapter_ids"):
             check_dense(name, tensor)
             if is_wrapped(tensor) and not is_described(tensor) and not torch.compiler.is_compiling():
                 raise TypeError(f"{name} is a {type(tensor).__name__}; expected a plain tensor")
     shape, device = residual.shape, residual.device
+    if residual.dim() < 1 or shape[-1] == 0:
+        raise ValueError(f"residual has shape {tuple(shape)}; expected (..., d) with d > 0")
     hidden, places = shape[-1], shape[:-1]
     _check("residual", residual, shape, device)
     if branch is not None:
@@ -566,13 +568,16 @@ def check_grouped(
     sized = downs if downs is not None else up_biases
     if sized is None:
         raise ValueError("downs, ups and up_biases are all None; expected downs and ups, or up_biases")
-    slots, rank = sized.shape[0], 0
+    rank = 0
     if downs is not None:
         if downs.dim() != 3 or not 1 <= downs.shape[1] <= MAX_RANK:
             raise ValueError(f"downs has shape {tuple(downs.shape)}; expected (A, r, {hidden}) with r 1 to {MAX_RANK}")
         rank = downs.shape[1]
     elif down_biases is not None:
         raise ValueError("down_biases is given without downs; expected both or neither")
+    elif sized.dim() != 2:
+        raise ValueError(f"up_biases has shape {tuple(sized.shape)}; expected (A, {hidden})")
+    slots = sized.shape[0]
     if downs is not None and ups is not None:
         _check("downs", downs, (slots, rank, hidden), device)
         _check("ups", ups, (slots, hidden, rank), device)
@@ -586,13 +591,16 @@ def check_grouped(
         raise ValueError(
             f"adapter_ids is {adapter_ids.dtype} {tuple(adapter_ids.shape)}; expected int32 or int64 of {tuple(places)}"
         )
+    for name, tensor in (("adapter_ids", adapter_ids), ("activation", activation)):
+        if isinstance(tensor, Tensor) and tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}; expected {device}, the device of residual")
     if isinstance(activation, Tensor):
         if activation.shape != (slots,) or activation.dtype != torch.int32:
             raise ValueError(
                 f"activation is {activation.dtype} {tuple(activation.shape)}; expected a name, or int32 ({slots},)"
             )
-    elif activation not in ACTIVATIONS:
-        raise ValueError(f"activation is {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
+    else:
+        check_choice("activation", activation, ACTIVATIONS)
     check_reads(reads, branch)
     if torch.is_grad_enabled():
         tensors = (residual, branch, downs, ups, down_biases, up_biases, gain)
@@ -674,9 +682,10 @@ def post_block_grouped(
         TypeError: a dtype is not supported.
         RuntimeError: a gradient is required.
     """
-    in_graph = torch.compiler.is_compiling() or (not is_recording() and (is_described(residual) or is_watched()))
     weights = (downs, ups, down_biases, up_biases, activation)
     check_grouped("post_block_grouped", residual, branch, weights, adapter_ids, gain, reads)
+    check_flag("into_branch", into_branch)
+    in_graph = torch.compiler.is_compiling() or (not is_recording() and (is_described(residual) or is_watched()))
     if into_branch and branch is None:
         raise ValueError("into_branch is True without a branch; expected one to write into")
     if in_graph:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from . import norm_torch
 from .backend import select_backend
-from .contract import GroupedCall
+from .contract import GroupedCall, check_flag
 from .flops import of_inference
 from .grouped import (
     OPERANDS,
@@ -395,6 +395,7 @@ def post_block_grouped_norm(
     norm = Norm(norm_weight, eps, plus_one, rounds_first)
     check_grouped("post_block_grouped_norm", residual, branch, weights, adapter_ids, gain, reads)
     check_norm(residual, norm)
+    check_flag("in_place", in_place)
     if torch.is_grad_enabled() and norm_weight is not None and norm_weight.requires_grad:
         refusal("post_block_grouped_norm")()
     if in_place:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from . import norm_torch
 from .backend import no_autocast, select_backend
-from .contract import DTYPES, check_dense
+from .contract import DTYPES, FLOAT32_MAX, check_dense, check_flag, shown
 from .derivatives import is_batched, is_transformed
 from .launch import contiguous, device_of, empty, launch, row_layout
 from .norm_torch import Norm
@@ -366,9 +366,11 @@ def check_norm(x: Tensor, norm: Norm) -> None:
         raise ValueError(
             f"the normalised tensor has shape {tuple(x.shape)}; expected (..., d) with 0 < d <= {MAX_WIDTH}"
         )
-    weight, eps, plus_one, _ = norm
-    if isinstance(eps, bool) or not isinstance(eps, (float, int)) or not 0 <= eps < float("inf"):
-        raise ValueError(f"eps is {eps!r}; expected a number of at least 0")
+    weight, eps, plus_one, rounds_first = norm
+    if isinstance(eps, bool) or not isinstance(eps, (float, int)) or not 0 <= eps <= FLOAT32_MAX:
+        raise ValueError(f"eps is {shown(eps)}; expected a number of at least 0, in float32")
+    check_flag("plus_one", plus_one)
+    check_flag("rounds_first", rounds_first)
     tensors = [("the normalised tensor", x)]
     if weight is not None:
         tensors.append(("norm_weight", weight))

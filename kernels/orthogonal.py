@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .backend import check_backend, select_backend
+from .backend import check_backend, no_autocast, select_backend
 from .contract import DTYPES
 from .derivatives import is_batched, is_transformed
 from .launch import device_of, launch
@@ -363,7 +363,8 @@ class _ProjectGradient(torch.autograd.Function):
         wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
         columns = grad.to(wide).reshape(basis.shape[0], -1)
         basis = basis.to(columns.device, wide)  # a replica of DataParallel has the first device's
-        projected = torch.addmm(columns, basis, basis.t() @ columns, alpha=-1)
+        with no_autocast(grad.device):
+            projected = torch.addmm(columns, basis, basis.t() @ columns, alpha=-1)
         return projected.view(grad.shape).to(grad.dtype), None
 
 

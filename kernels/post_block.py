@@ -35,7 +35,7 @@ from torch import Tensor
 from . import flops, torch_backend, triton_backend
 from .activations import ACTIVATIONS
 from .backend import check_backend, no_autocast, select_backend
-from .contract import DTYPES, Needs, Operands, check_dense, check_reads
+from .contract import DTYPES, FLOAT32_MAX, Needs, Operands, check_choice, check_dense, check_reads
 from .derivatives import (
     is_batched,
     is_differentiated,
@@ -525,7 +525,6 @@ _backward_op = register(
 # -------------------------------------------------------------------------------------------------------- user's call
 
 _TENSORS = ("residual", "branch", "down", "up", "down_bias", "up_bias", "gain", "basis")
-_FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
@@ -541,9 +540,7 @@ def check_operands(residual: Tensor, branch: Tensor | None, operands: Operands) 
     """Check the operands of the op. Raise a one-line error with the value and the expected one."""
     down, up, down_bias, up_bias, gain, basis, scale, activation, _, reads = operands
     for name, tensor in zip(_TENSORS, (residual, branch, down, up, down_bias, up_bias, gain, basis), strict=True):
-        if not isinstance(tensor, Tensor) and (tensor is not None or name == "residual"):
-            raise TypeError(f"{name} is a {type(tensor).__name__}; expected a tensor")
-        if tensor is not None:
+        if tensor is not None or name == "residual":
             check_dense(name, tensor)
     if residual.dim() < 1 or residual.shape[-1] == 0:
         raise ValueError(f"residual has shape {tuple(residual.shape)}; expected (..., d) with d > 0")
@@ -551,8 +548,7 @@ def check_operands(residual: Tensor, branch: Tensor | None, operands: Operands) 
     _check_tensor("residual", residual, residual.shape, device)
     if branch is not None:
         _check_tensor("branch", branch, residual.shape, device)
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation is {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
+    check_choice("activation", activation, ACTIVATIONS)
     check_reads(reads, branch)
     if (down is None) != (up is None):
         missing, given = ("down", "up") if down is None else ("up", "down")
@@ -585,9 +581,9 @@ def check_operands(residual: Tensor, branch: Tensor | None, operands: Operands) 
         _check_tensor("scale", scale, (), device)
     elif isinstance(scale, bool) or not isinstance(scale, (float, int, Real)):
         raise TypeError(f"scale is a {type(scale).__name__}; expected a float or a 0-dim tensor")
-    elif not torch.compiler.is_compiling() and residual.dtype != torch.float64 and not abs(scale) <= _FLOAT32_MAX:
+    elif not torch.compiler.is_compiling() and residual.dtype != torch.float64 and not abs(scale) <= FLOAT32_MAX:
         shown = scale if isinstance(scale, float) else "too large"
-        raise ValueError(f"scale is {shown}; expected at most {_FLOAT32_MAX:.7g} in magnitude, float32's largest")
+        raise ValueError(f"scale is {shown}; expected at most {FLOAT32_MAX:.7g} in magnitude, float32's largest")
 
 
 def post_block(

@@ -508,9 +508,9 @@ def steer_and_normalise(
     residual: Tensor, branch: Tensor | None, operands: Operands, norm: Norm
 ) -> tuple[Tensor, Tensor]:
     """Compute `post_block_norm` of records."""
-    in_graph = torch.compiler.is_compiling() or is_described(residual)
     check_operands(residual, branch, operands)
     check_norm(residual, norm)
+    in_graph = torch.compiler.is_compiling() or is_described(residual)
     if is_transformed() or (not in_graph and is_wrapped(residual, branch, *operands, norm.weight)):
         if torch.compiler.is_compiling():
             raise RuntimeError(

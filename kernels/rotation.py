@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .backend import no_autocast
 from .derivatives import is_transformed
 
 
@@ -175,5 +176,6 @@ def rotate_all(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Ten
         pairs: W (r, d) and P (d, r), all of one shape, dtype and device.
     """
     sources, matrices = zip(*pairs, strict=True)
-    made = _Rotations.apply(*sources, *matrices)
+    with no_autocast(sources[0].device):  # it refuses to stack tensors of another narrow dtype than its own
+        made = _Rotations.apply(*sources, *matrices)
     return list(zip(made[: len(pairs)], made[len(pairs) :], strict=True))

@@ -337,7 +337,9 @@ def check_values(path: str, tensor: Tensor, scale: float) -> None:
         return  # another check refuses a wrong dtype or shape
     if tensor.element_size() == 1:  # float8 has no arithmetic
         tensor = tensor.float()
-    least, most = torch.stack(tensor.detach().aminmax()).tolist()  # NaN if any value is NaN
+    ends = tensor.detach().aminmax()  # NaN if any value is NaN
+    # Autocast refuses to stack float16 where its own dtype is bfloat16.
+    least, most = torch.stack([end.float() if end.element_size() == 2 else end for end in ends]).tolist()
     largest = max(-least, most)
     if not math.isfinite(largest):
         raise ValueError(f"tensor {path} has values that are NaN or infinite; expected finite ones")

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from ..adapters.distributed import sharder
 from ..adapters.parameters import UP, UP_BIAS, ByPlace, Place
 from ..config import SteerConfig
+from ..kernels.backend import no_autocast
 from ..kernels.derivatives import is_transformed
 from ..kernels.orthogonal import MAX_WRITERS, column_space, project_out
 from ..model.decoder import execution_device
@@ -320,7 +321,9 @@ class Orthogonality:
                 if count < most:
                     flat.append(flat[-1].new_zeros(flat[-1].shape[0], most - count))
             # One copy of all, however many they are, and one that puts each place's together.
-            yield places, torch.cat(flat, 1).unflatten(1, (len(places), most)).transpose(0, 1).contiguous()
+            with no_autocast(device):
+                wide = torch.cat(flat, 1)
+            yield places, wide.unflatten(1, (len(places), most)).transpose(0, 1).contiguous()
 
     @torch.no_grad()
     def _project(self, columns: Columns, *, everything: bool) -> None:
@@ -328,7 +331,7 @@ class Orthogonality:
         for places, writers in self._batches(columns):
             for name in self._steered(places[0]):
                 parameters: list[Tensor] = [self._steered(place)[name] for place in places]
-                values = torch.stack([_as_columns(name, p) for p in parameters])
+                values = _stacked(name, parameters)
                 projected = project_out(values, writers)
                 if not everything:
                     projected = torch.where(_violates(values, writers), projected, values)
@@ -365,7 +368,7 @@ class Orthogonality:
                     f"LoRA's B, which adapter {self.name!r} is orthogonal to, is not finite; expected finite values"
                 )
             for name in self._steered(places[0]):
-                values = torch.stack([_as_columns(name, self._steered(place)[name]) for place in places])
+                values = _stacked(name, [self._steered(place)[name] for place in places])
                 values = torch.where(_violates(values, writers), project_out(values, writers), values)
                 for place, value in zip(places, values.unbind(0), strict=True):
                     found.setdefault(place, {})[name] = _from_columns(name, value)
@@ -380,6 +383,12 @@ def _moves_unseen(optimizer: Optimizer) -> bool:
     """Return whether the step used PyTorch's fused kernels. These move parameters without changing their version."""
     groups = (group for group in optimizer.param_groups if group.get("fused"))
     return any(p.grad is not None for group in groups for p in group["params"])
+
+
+def _stacked(name: str, parameters: Sequence[Tensor]) -> Tensor:
+    """Return W2 or b2 of several places as one tensor, (P, d, r) or (P, d, 1)."""
+    with no_autocast(parameters[0].device):  # it refuses to stack tensors of another narrow dtype than its own
+        return torch.stack([_as_columns(name, p) for p in parameters])
 
 
 def _as_columns(name: str, parameter: Tensor) -> Tensor:

@@ -336,6 +336,17 @@ def test_grouped_registered_and_compiled(device, into_branch, reads):
         ({"gain": torch.zeros(5)}, ValueError, r"gain has shape \(5,\); expected \(6,\)"),
         ({"residual": torch.zeros(6, 96, dtype=torch.float64)}, TypeError, "residual has dtype torch.float64"),
         ({"up_biases": torch.zeros(5, 96, device="meta")}, ValueError, "up_biases is on meta; expected cpu"),
+        (
+            {"ids": torch.zeros(6, dtype=torch.int32, device="meta")},
+            ValueError,
+            "adapter_ids is on meta; expected cpu",
+        ),
+        ({"residual": torch.tensor(1.0)}, ValueError, r"residual has shape \(\); expected \(\.\.\., d\)"),
+        ({"downs": torch.tensor(1.0)}, ValueError, r"downs has shape \(\); expected \(A, r, 96\)"),
+        ({"residual": [1.0]}, TypeError, "residual is a list; expected a tensor"),
+        ({"ids": None}, TypeError, "adapter_ids is a NoneType; expected a tensor"),
+        ({"gain": 0.5}, TypeError, "gain is a float; expected a tensor"),
+        ({"activation": [0] * 5}, ValueError, "activation is a list; expected one of identity"),
     ],
     ids=str,
 )
@@ -347,6 +358,8 @@ def test_grouped_what_does_not_fit(change, error, message):
 
 def test_grouped_what_cannot_be_written_in_place_or_differentiated():
     batch = make(6)
+    with pytest.raises(TypeError, match="into_branch is 1; expected True or False"):
+        batch.call(into_branch=1)
     with pytest.raises(ValueError, match="into_branch is True without a branch"):
         replace(batch, branch=None).call(into_branch=True)
     with pytest.raises(ValueError, match=r"branch has strides \(1, 6\); expected rows that can be written in place"):

@@ -290,6 +290,12 @@ def test_grouped_norm_every_target_compiles_it_without_spilling():
     ("change", "error", "message"),
     [
         ({"eps": -1.0}, ValueError, "eps is -1.0; expected a number of at least 0"),
+        ({"eps": torch.ones(2, 2)}, ValueError, "eps is a Tensor; expected a number of at least 0"),
+        ({"eps": 10**400}, ValueError, "eps is 10000.*; expected a number of at least 0, in float32"),
+        ({"rounds_first": torch.ones(2)}, TypeError, "rounds_first is a Tensor; expected True or False"),
+        ({"plus_one": "no"}, TypeError, "plus_one is 'no'; expected True or False"),
+        ({"in_place": 1}, TypeError, "in_place is 1; expected True or False"),
+        ({"norm_weight": [1.0] * 96}, TypeError, "norm_weight is a list; expected a tensor"),
         ({"norm_weight": torch.ones(5)}, ValueError, r"norm_weight has shape \(5,\); expected \(96,\)"),
         ({"norm_weight": None, "plus_one": True}, ValueError, "plus_one is True but norm_weight is None"),
         ({"branch": None, "in_place": True}, ValueError, "in_place is True without a branch"),

@@ -1097,6 +1097,7 @@ BAD = {
     "scale of 401 digits": (dict(scale=10**400), ValueError, "scale is too large; expected at most 3.402823e"),
     "scale type": (dict(scale="1"), TypeError, "scale is a str; expected a float or a 0-dim tensor"),
     "reads": (dict(reads="residual"), ValueError, "reads is 'residual'; expected one of sum, branch"),
+    "reads type": (dict(reads=torch.ones(3, 3)), ValueError, "reads is a Tensor; expected one of sum, branch"),
     "no branch to read": (
         dict(reads="branch", branch=None),
         ValueError,

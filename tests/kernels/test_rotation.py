@@ -45,6 +45,14 @@ def test_rotation_an_orthonormal_matrix_stays_to_the_bit(dtype):
     assert not is_orthonormal(householder * 1.001)
 
 
+def test_rotation_of_all_layers_under_autocast_to_another_narrow_dtype():
+    pairs = [(matrix(4, 64, torch.float16), matrix(64, 4, torch.float16)) for _ in range(2)]
+    expected = rotate_all(pairs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = rotate_all(pairs)
+    assert all(torch.equal(a, b) for one, other in zip(found, expected, strict=True) for a, b in zip(one, other))
+
+
 @pytest.mark.parametrize("size", SIZES[:3], ids=str)
 def test_rotation_gradient(size):
     d, r = size

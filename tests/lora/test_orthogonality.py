@@ -245,6 +245,21 @@ def test_orthogonality_parameters_in_bf16_hold_it_as_far_as_they_can():
         assert overlap(constrained(model), written(model, MLP)) <= torch.finfo(torch.bfloat16).eps
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_orthogonality_under_autocast(dtype, tmp_path):
+    """Also with parameters that are narrow in another dtype than autocast's, and with the backward pass inside."""
+    model = joint(config=SteerConfig(rank=4, dtype=dtype, orthogonal_to="lora"))
+    list(steps(model, 2, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(tokens(3), labels=tokens(3)).loss
+        loss.backward()
+        model.steering.save(tmp_path)
+        model.steering.load(tmp_path, "saved")
+    bound = torch.finfo(getattr(torch, dtype)).eps
+    assert overlap(constrained(model), written(model, MLP)) <= max(bound, 1e-6)
+    assert overlap(constrained_gradients(model), written(model, MLP)) <= max(bound, 1e-6)
+
+
 def test_orthogonality_a_vector():
     model = joint(config=SteerConfig(form="vector", orthogonal_to="lora"))
     for _ in steps(model, 3):
