@@ -553,7 +553,8 @@ def check_grouped(
     for name, tensor in zip(names, (residual, branch, *weights[:4], adapter_ids, gain), strict=True):
         if tensor is not None or name in ("residual", "adapter_ids"):
             check_dense(name, tensor)
-            if is_wrapped(tensor) and not is_described(tensor) and not torch.compiler.is_compiling():
+        if tensor is not None and is_wrapped(tensor) and not is_described(tensor):
+            if not torch.compiler.is_compiling():
                 raise TypeError(f"{name} is a {type(tensor).__name__}; expected a plain tensor")
     shape, device = residual.shape, residual.device
     if residual.dim() < 1 or shape[-1] == 0:
@@ -591,9 +592,9 @@ def check_grouped(
         raise ValueError(
             f"adapter_ids is {adapter_ids.dtype} {tuple(adapter_ids.shape)}; expected int32 or int64 of {tuple(places)}"
         )
-    for name, tensor in (("adapter_ids", adapter_ids), ("activation", activation)):
-        if isinstance(tensor, Tensor) and tensor.device != device:
-            raise ValueError(f"{name} is on {tensor.device}; expected {device}, the device of residual")
+    for name, routed in (("adapter_ids", adapter_ids), ("activation", activation)):
+        if isinstance(routed, Tensor) and routed.device != device:
+            raise ValueError(f"{name} is on {routed.device}; expected {device}, the device of residual")
     if isinstance(activation, Tensor):
         if activation.shape != (slots,) or activation.dtype != torch.int32:
             raise ValueError(

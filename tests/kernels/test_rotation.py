@@ -50,7 +50,8 @@ def test_rotation_of_all_layers_under_autocast_to_another_narrow_dtype():
     expected = rotate_all(pairs)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = rotate_all(pairs)
-    assert all(torch.equal(a, b) for one, other in zip(found, expected, strict=True) for a, b in zip(one, other))
+    for (down, up), (expected_down, expected_up) in zip(found, expected, strict=True):
+        assert torch.equal(down, expected_down) and torch.equal(up, expected_up)
 
 
 @pytest.mark.parametrize("size", SIZES[:3], ids=str)
