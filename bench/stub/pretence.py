@@ -92,7 +92,8 @@ def pretend() -> None:
 
     arm()
     import torch
-    import torch._dynamo  # first: Dynamo makes rules for functions of PyTorch that are replaced below
+    import torch._decomp.decompositions_for_jvp  # first: TorchScript reads functions that are replaced below
+    import torch._dynamo  # first: Dynamo makes rules for them
     from torch.utils import _device
 
     properties = SimpleNamespace(
@@ -175,5 +176,7 @@ def pytest_load_initial_conftests() -> None:
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Iterator[None]:
     outcome = yield
     report = outcome.get_result()
-    if call.when == "call" and call.excinfo is not None and call.excinfo.errisinstance(AssertionError):
+    raised = None if call.excinfo is None else call.excinfo.value
+    # opcheck raises an error of its own because of the assertion.
+    if call.when == "call" and any(isinstance(e, AssertionError) for e in (raised, getattr(raised, "__cause__", None))):
         report.outcome, report.wasxfail = "skipped", "numbers, which no kernel has computed"
