@@ -468,7 +468,10 @@ def _transformed(*inputs: Any) -> Tensor:
     """Compute the op inside a transform of torch.func or forward-mode differentiation."""
     if is_forward_mode() or is_functionalized():
         return _defined(*inputs)
-    return _TransformedPostBlock.apply(*inputs)[0]
+    *operands, keep_a = inputs
+    if not keep_a and operands[2] is not None:  # a transform or autograd outside of this one may ask for gradients
+        keep_a = torch.is_grad_enabled() and any(t is not None and is_differentiated(t) for t in operands[:8])
+    return _TransformedPostBlock.apply(*operands, keep_a)[0]
 
 
 def _defined(residual: Tensor, branch: Tensor | None, *inputs: Any) -> Tensor:
@@ -656,8 +659,7 @@ def post_block(
     if is_transformed():
         from .transforms import uncompiled
 
-        outer = torch.is_grad_enabled() and any(t is not None and is_differentiated(t) for t in differentiated)
-        return uncompiled(_transformed, *inputs[:-1], outer and rank > 0)
+        return uncompiled(_transformed, *inputs)
     if not in_graph and is_wrapped(*differentiated, basis):
         return _defined(*inputs)
     if in_graph:
