@@ -89,7 +89,9 @@ class Gains:
         self._kept: dict[int, tuple[StorageWeakRef, Tensor]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_here": None, "_traced": None, "_kept": {}}
+        # PyTorch cannot copy the handle of a hook whose module was deleted, such as a model of which a decoder is left.
+        handles = [handle for handle in self._handles if handle.hooks_dict_ref() is not None]
+        return {**self.__dict__, "_here": None, "_traced": None, "_kept": {}, "_handles": handles}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Gains:
         """Copy this with its model or decoder. A copy of a single layer keeps it, and so leaves the model out."""
