@@ -307,6 +307,11 @@ class PatchedLayer:
         """
         found = {}
         for name in names:
+            if isinstance(getattr(self.layer, name, None), Site):
+                raise ValueError(
+                    f"layer {self.index} ({self.base.__name__}) is steered at {name} already, by the patch of "
+                    "another model that has it; expected that one's model.steering.add, or its unpatch() first"
+                )
             if hasattr(self.layer, name):
                 raise ValueError(f"layer {self.index} ({self.base.__name__}) has a {name!r} of its own; expected none")
             found[name] = self._reach(name)

@@ -3,7 +3,7 @@
 import copy
 
 import pytest
-from models import build
+from models import build, refused
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn.utils import prune
@@ -65,3 +65,9 @@ def test_frozen_base_stays_frozen_if_peft_has_frozen_it_since():
     wrapped = get_peft_model(patch_model(build()), LoraConfig(r=2, target_modules=["q_proj"]))
     wrapped.steering.unpatch()
     assert trained(wrapped) and all(".lora_" in name for name in trained(wrapped))
+
+
+def test_frozen_second_patch_of_the_same_layers_is_refused():
+    model = patch_model(build(), SteerConfig(rank=4))
+    with refused(ValueError, "layer 0 (LlamaDecoderLayer) is steered at post_block already", model=model):
+        patch_model(model.model, SteerConfig(rank=2))
