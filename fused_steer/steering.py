@@ -30,7 +30,7 @@ from .model.decoder_hooks import warn_of_frozen
 from .model.patched import PatchedModel, describe
 from .model.stored import adapter_file, check_same_config, files_of_state, restore_values, vectors_file
 from .model.watch import Report
-from .model.weak import Weakly, WeakMethod, leave_out_rest
+from .model.weak import Weakly, WeakMethod, leave_out_rest, what_is_left
 from .positions import ALL, read_positions
 from .serving.batch import Batch, run_batch
 from .serving.continuous import generate_inside
@@ -71,7 +71,7 @@ class Steering:
 
     def __deepcopy__(self, memo: dict[Any, Any]) -> Steering:
         """Copy this with its model. A copy of the decoder alone has its own steering, too, and no rest of the model."""
-        given = vars(self)["_weak__given"]()
+        given = what_is_left(self, "_given")
         if given is not None and id(given) not in memo and id(self._decoder.module) in memo:
             leave_out_rest(given, memo)
         twin = memo[id(self)] = object.__new__(type(self))

@@ -26,7 +26,7 @@ from .adapters.files import AdapterFile, refuse_foreign, write_adapter
 from .adapters.kinds import CHECKPOINT_FOLDER
 from .adapters.parameters import SITE
 from .adapters.saving import target_folder
-from .model.weak import Weakly
+from .model.weak import Weakly, what_is_left
 
 _NAME = "save_pretrained"
 #: The file of an unsharded model. Without it, transformers' Trainer takes adapter files for the whole checkpoint.
@@ -61,7 +61,7 @@ class SavePretrained:
 
     def remove(self) -> None:
         """Restore `model.save_pretrained`, unless another library has replaced it since."""
-        model = self.__dict__["_weak_model"]()  # deleted, if somebody keeps its decoder alone
+        model = what_is_left(self, "model")  # deleted, if somebody keeps its decoder alone
         if model is not None and vars(model).get(_NAME) is self:
             delattr(model, _NAME)
             if self.earlier is not None:
@@ -138,7 +138,7 @@ class PeftCheckpoints:
 
     def remove(self) -> None:
         for name, watched in self.watched.items():
-            model = watched.__dict__["_weak_model"]()  # deleted after `merge_and_unload`
+            model = what_is_left(watched, "model")  # deleted after `merge_and_unload`
             if model is not None and vars(model).get(name) is watched:
                 delattr(model, name)
 

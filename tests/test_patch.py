@@ -146,13 +146,6 @@ def test_patch_unpatch_leaves_no_trace(family):
         assert torch.equal(logits(model), before_logits)
 
 
-def test_patch_unpatch_lets_a_replaced_output_layer_train_again():
-    model = patch_model(build())
-    model.resize_token_embeddings(70)
-    assert not model.lm_head.weight.requires_grad
-    assert all(parameter.requires_grad for parameter in model.steering.unpatch().parameters())
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Other forms, other layers
 

@@ -13,7 +13,7 @@ from .._hub_access import reaching_hub
 from ..adapters.fields import read_json
 from ..adapters.kinds import CONFIG_NAME, JOINT_NAME
 from ..adapters.parameters import Layout
-from .weak import Weakly
+from .weak import Weakly, what_is_left
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,7 +41,7 @@ class Decoder:
     @property
     def alive(self) -> bool:
         """Whether `module` was not deleted."""
-        return self.__dict__["_weak_module"]() is not None
+        return what_is_left(self, "module") is not None
 
     @property
     def layout(self) -> Layout:

@@ -8,14 +8,14 @@ model may share it, such as a second head over the same decoder.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from .site import Site
-from .weak import Weak, Weakly
+from .weak import Weak, Weakly, what_is_left
 
 
 @dataclass
@@ -87,7 +87,7 @@ class Frozen:
         One that another patch has frozen too stays frozen until that is undone. All do if PEFT, which freezes a base by
         itself, has added adapters since.
         """
-        model = self.__dict__["_weak__model"]()
+        model = what_is_left(self, "_model")
         kept = () if model is None else self._kept(model)
         adapters = {id(parameter) for parameter in kept}
         stays = bool(adapters) and not self._adapted
@@ -106,12 +106,12 @@ class Frozen:
         _frozen.discard(self)
 
     @staticmethod
-    def _restore(parameter: nn.Parameter, trained: bool, others: Iterable[_Record]) -> None:
+    def _restore(parameter: nn.Parameter, trained: bool, others: Collection[_Record]) -> None:
         for record in others:
             record.trained |= trained
         if not others and (parameter.is_floating_point() or parameter.is_complex()):  # else quantised since
             parameter.requires_grad_(trained)
 
 
-#: Those whose parameters are frozen now.
+#: The `Frozen` of each model that is patched now.
 _frozen: weakref.WeakSet[Frozen] = weakref.WeakSet()

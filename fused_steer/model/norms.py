@@ -34,7 +34,7 @@ from .residual import ResidualNotFound, Source, analyse
 from .site import SteeringSite
 from .sublayers import cached
 from .watch import thread
-from .weak import Weakly
+from .weak import Weakly, what_is_left
 
 #: The attribute of a norm that keeps its `Link`.
 _LINK = "link_of_patch"
@@ -274,7 +274,7 @@ class Link:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Link | None:
         """Return the link of a copied model. The copy of a norm or a layer alone has none, and is not fused."""
-        if id(self.__dict__["_weak__decoder"]()) not in memo:
+        if id(what_is_left(self, "_decoder")) not in memo:
             return None
         copied = memo[id(self)] = Link.__new__(Link)
         vars(copied).update(copy.deepcopy(vars(self), memo))

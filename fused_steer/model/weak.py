@@ -97,6 +97,11 @@ class Weakly(Generic[T]):
         instance.__dict__[self._slot] = Weak(value)
 
 
+def what_is_left(instance: Any, name: str) -> Any:
+    """Return the value of a `Weakly` attribute, or None if it was deleted, where the attribute would raise an error."""
+    return vars(instance)[f"_weak_{name}"]()
+
+
 class WeakMethod:
     """A method of an object, without a reference that keeps the object alive."""
 

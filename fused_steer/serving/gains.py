@@ -26,7 +26,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.hooks import RemovableHandle
 
 from ..kernels.registered import refuse_jit_trace
-from ..model.weak import Weakly
+from ..model.weak import Weakly, what_is_left
 from ..positions import Positions, chosen_by_lengths, chosen_tokens
 from .caches import cache_length, check_begins, does_not_tell, find_cache, is_cache, is_empty
 from .replaced import Replacement
@@ -95,7 +95,7 @@ class Gains:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Gains:
         """Copy this with its model or decoder. A copy of a single layer keeps it, and so leaves the model out."""
-        if not any(id(vars(self)[name]()) in memo for name in ("_weak__model", "_weak__decoder")):
+        if not any(id(what_is_left(self, name)) in memo for name in ("_model", "_decoder")):
             return self
         twin = memo[id(self)] = object.__new__(Gains)
         twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))

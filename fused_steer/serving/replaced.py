@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from ..model.weak import Weakly
+from ..model.weak import Weakly, what_is_left
 
 
 class Replacement:
@@ -42,7 +42,7 @@ class Replacement:
     def end(self) -> None:
         """Restore the method. If another replacement is on top, it stays, and restores the method when it ends."""
         self.ended = True
-        model = self.__dict__["_weak_model"]()
+        model = what_is_left(self, "model")
         if model is None:  # somebody keeps its decoder alone
             return
         found = _without_ended(vars(model).get(self.name))
