@@ -309,8 +309,8 @@ class PatchedLayer:
         for name in names:
             if isinstance(getattr(self.layer, name, None), Site):
                 raise ValueError(
-                    f"layer {self.index} ({self.base.__name__}) is steered at {name} already, by the patch of "
-                    "another model that has it; expected that one's model.steering.add, or its unpatch() first"
+                    f"layer {self.index} ({self.base.__name__}) is steered at {name} already; expected one that is "
+                    "not (unpatch the model that steers it first, or add the adapter there)"
                 )
             if hasattr(self.layer, name):
                 raise ValueError(f"layer {self.index} ({self.base.__name__}) has a {name!r} of its own; expected none")

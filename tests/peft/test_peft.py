@@ -581,7 +581,7 @@ def test_peft_configs_that_do_not_fit_the_model(fields, parts):
 
 def test_peft_models_that_cannot_be_reached():
     patched = patch_model(build())
-    with refused(ValueError, "layer 0", "'post_block' of its own", "expected", model=patched):
+    with refused(ValueError, "layer 0", "steered at post_block already", "expected", model=patched):
         get_peft_model(patched, PostBlockConfig())
     linear = nn.Sequential(nn.Linear(2, 2))
     with refused(ValueError, "Sequential", "expected", model=linear):
