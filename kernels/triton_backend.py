@@ -843,6 +843,12 @@ def forward(residual: Tensor, branch: Tensor | None, operands: Operands, keep_a:
     return out, a
 
 
+def numbers_of_slab(hidden: int, rank: int) -> int:
+    """Return the size of a program's partial sums: see `post_block_bwd_columns_kernel`."""
+    block_r = padded_rank(rank)
+    return 2 * rank * hidden + block_r * block_r + block_r + hidden
+
+
 def backward(grad: Tensor, kept: Tensor | None, a: Tensor | None, operands: Operands, needs: Needs) -> Gradients:
     """Run the backward in at most three launches, or four at ranks where the columns kernel takes two passes.
 
@@ -899,7 +905,7 @@ def backward(grad: Tensor, kept: Tensor | None, a: Tensor | None, operands: Oper
         )  # fmt: skip
 
     sums = needs.down or needs.up or needs.up_bias
-    slab, slab_size, parts = None, 2 * rank * hidden + block_r * block_r + block_r + hidden, 0
+    slab, slab_size = None, numbers_of_slab(hidden, rank)
     if need_x or sums:
         schedule = columns_schedule(tokens, hidden, rank, policy, device, not reads_branch)
         parts = schedule.splits
@@ -924,22 +930,59 @@ def backward(grad: Tensor, kept: Tensor | None, a: Tensor | None, operands: Oper
             )  # fmt: skip
 
     if sums or needs.down_bias:
-        schedule = finish_schedule(hidden if sums else 0, rank)
-        result.down = new(rank, hidden, dtype=down.dtype) if needs.down and down is not None else None
-        result.up = new(hidden, rank, dtype=up.dtype) if needs.up and up is not None else None
-        result.down_bias = new(rank, dtype=down_bias.dtype) if needs.down_bias and down_bias is not None else None
-        result.up_bias = new(hidden, dtype=up_bias.dtype) if needs.up_bias and up_bias is not None else None
-        launch(
-            post_block_bwd_finish_kernel, (schedule.programs + needs.down_bias, schedule.splits),
-            slab, da_sums, *((p_up, up_bias) if needs.down and not reads_branch else (None, None)),
-            result.down, result.up, result.down_bias, result.up_bias,
-            hidden, slab_size, parts, 0 if da_sums is None else da_sums.shape[0],
-            schedule=schedule, **constants, READS_BRANCH=reads_branch, PADDED_R=block_r,
-            CORRECTION=dot_precision(torch.float32, device.gpu, 0),
-            NEED_DOWN=needs.down, NEED_UP=needs.up, NEED_DOWN_BIAS=needs.down_bias, NEED_UP_BIAS=needs.up_bias,
-            EVEN_D=hidden % schedule.block_d == 0, STAGES=schedule.num_stages,
-        )  # fmt: skip
+        finish(result, operands, rank, needs, grad.dtype, slab, da_sums)
     return result
+
+
+def finish(
+    result: Gradients,
+    operands: Operands,
+    rank: int,
+    needs: Needs,
+    dtype: torch.dtype,
+    slab: Tensor | None,
+    da_sums: Tensor | None,
+) -> None:
+    """Set the gradients of the parameters that are needed, in the parameters' dtypes, from partial sums.
+
+    Args:
+        dtype: that of the hidden state.
+        slab: (parts, numbers), as `post_block_bwd_columns_kernel` describes it. None if only the gradient of b1 is
+            needed.
+        da_sums: (tiles, padded rank), the sums of da over tiles of rows, if the gradient of b1 is needed.
+    """
+    down, up, down_bias, up_bias, _, _, _, _, packed, reads = operands
+    some = next(t for t in (slab, da_sums) if t is not None)
+    sized = down if down is not None else up_bias
+    assert sized is not None
+    hidden, gpu = sized.shape[-1], device_of(some).gpu
+    sums, block_r = slab is not None, padded_rank(rank)
+    parts, slab_size = (0, 0) if slab is None else slab.shape
+    reads_branch = reads == "branch" and rank > 0
+    (up_bias,) = contiguous(up_bias)
+    (p_up,) = contiguous(up) if packed is None else (packed.up,)
+
+    def new(*shape: int, dtype: torch.dtype) -> Tensor:
+        return empty(*shape, dtype=dtype, device=some.device)
+
+    schedule = finish_schedule(hidden if sums else 0, rank)
+    result.down = new(rank, hidden, dtype=down.dtype) if needs.down and down is not None else result.down
+    result.up = new(hidden, rank, dtype=up.dtype) if needs.up and up is not None else result.up
+    if needs.down_bias and down_bias is not None:
+        result.down_bias = new(rank, dtype=down_bias.dtype)
+    if needs.up_bias and up_bias is not None:
+        result.up_bias = new(hidden, dtype=up_bias.dtype)
+    launch(
+        post_block_bwd_finish_kernel, (schedule.programs + needs.down_bias, schedule.splits),
+        slab, da_sums, *((p_up, up_bias) if needs.down and not reads_branch else (None, None)),
+        result.down if needs.down else None, result.up if needs.up else None,
+        result.down_bias if needs.down_bias else None, result.up_bias if needs.up_bias else None,
+        hidden, slab_size, parts, 0 if da_sums is None else da_sums.shape[0],
+        device=some.device, schedule=schedule, RANK=rank, PADDED_R=block_r, DOT=dot_precision(dtype, gpu, rank),
+        CORRECTION=dot_precision(torch.float32, gpu, 0), PACKED=packed is not None, READS_BRANCH=reads_branch,
+        HAS_UP_BIAS=up_bias is not None, NEED_DOWN=needs.down, NEED_UP=needs.up, NEED_DOWN_BIAS=needs.down_bias,
+        NEED_UP_BIAS=needs.up_bias, EVEN_D=hidden % schedule.block_d == 0, STAGES=schedule.num_stages,
+    )  # fmt: skip
 
 
 def _empty_gradients(grad: Tensor, hidden: int, rank: int, needs: Needs) -> Gradients:
