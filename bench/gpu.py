@@ -42,7 +42,7 @@ from .geometries import (
 from .goals import LOW_RANKS, MANY_TOKENS, evaluate
 from .grouped import GROUPED_CONTENDERS, measure_grouped
 from .host import HOST_CONTENDERS, measure_host
-from .norm import NORM_CONTENDERS, measure_norm
+from .norm import NORM_BACKWARD_CONTENDERS, NORM_CONTENDERS, measure_norm
 from .projection import PROJECTION_CONTENDERS, measure_projection
 from .results import Results, Row, describe_machine, file_name, source_fingerprint, start
 from .serving import SERVE_CONTENDERS, SERVE_RUNS, measure_serving
@@ -83,7 +83,7 @@ class Step:
         if isinstance(self.case, HostCase):
             return measure_host(self.case, self.what, device, rounds or 60)
         if self.level == "norm":
-            return measure_norm(self.case, device, self.names, rounds or 20, self.case.tokens in (4096, 8))
+            return measure_norm(self.case, self.what, device, self.names, rounds or 20, self.case.tokens in (4096, 8))
         if self.level == "accuracy":
             return levels.measure_accuracy(self.case, device)
         if self.level == "counters":
@@ -116,9 +116,9 @@ def _grouped_step(case: GroupedCase) -> Step:
     return Step(title, "grouped", "forward", case, tuple(GROUPED_CONTENDERS))
 
 
-def _norm_step(case: OpCase) -> Step:
-    title = f"op and norm N={case.tokens} d={case.hidden} r={case.rank}"
-    return Step(title, "norm", "forward", case, tuple(NORM_CONTENDERS))
+def _norm_step(case: OpCase, what: str = "forward") -> Step:
+    title = f"op and norm, {what} N={case.tokens} d={case.hidden} r={case.rank}"
+    return Step(title, "norm", what, case, tuple(NORM_CONTENDERS if what == "forward" else NORM_BACKWARD_CONTENDERS))
 
 
 def _host_step(what: str, case: HostCase) -> Step:
@@ -169,6 +169,7 @@ def all_steps(counted: bool = False) -> list[Step]:
     if counted:
         telling += [_counters_step(OpCase(n, 4096), what) for n in (4096, 8) for what in ("forward", "backward")]
     goals += [_norm_step(OpCase(n, d, 8)) for n in (*MANY_TOKENS, 8) for d in (2048, 4096)]
+    goals += [_norm_step(OpCase(n, d, r), "backward") for n in MANY_TOKENS for d in (2048, 4096) for r in (2, 4, 8)]
     goals.append(_projection_step(ProjectionCase()))
     rest += [_projection_step(ProjectionCase(writers=64)), _projection_step(ProjectionCase(dtype="bfloat16"))]
     whole = [

@@ -38,7 +38,7 @@ class Row:
         model       train, prefill, decode, decode-graph
         memory      kept, peak, peak-total
         projection  step
-        norm        forward, bytes
+        norm        forward, backward, bytes
         grouped     forward, bytes
         serve       generate, decode-graph
         vllm        generate

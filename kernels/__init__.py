@@ -23,6 +23,7 @@ The map, in reading order. A file imports only files that stand above it.
     planned.py       the op with launch plans, for a layer's site
     norm_torch.py    RMSNorm in plain PyTorch
     norm.py          RMSNorm: forward and backward kernels, launchers, autograd
+    post_block_norm_backward.py the backward of post_block_norm for low ranks, with whole rows in registers
     post_block_norm.py post_block and the RMSNorm that follows, forward by one kernel
     planned_norm.py  post_block_norm with launch plans, for a layer's site
     exporting.py     the registered ops as operations of PyTorch, for other runtimes

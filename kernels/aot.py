@@ -34,6 +34,7 @@ from .norm_torch import Norm
 from .numerics import COMPILER_OPTIONS, INTERPRETED, operand_dtype
 from .orthogonal import triton_basis, triton_project
 from .post_block_norm import triton_forward_norm
+from .post_block_norm_backward import triton_backward_norm
 from .schedule import SMALLER_TARGETS, TARGETS, Device, ceil_div, padded_rank
 
 _GPU_TARGETS = {
@@ -234,9 +235,19 @@ def record_norm_passes(
     if inverse is None:
         inverse = torch.empty(case.tokens, device="meta")
     grad, grad_normed = torch.empty_like(out), torch.empty_like(out)
+    if case.rank > 0 and a is None:
+        a = torch.empty(case.tokens, case.rank, device="meta")
     with recorded(device) as backward:
-        whole, _ = triton_norm_backward(grad, grad_normed, out, inverse, norm, needs)
-    backward += _record_backward(case, device, call, out, a, whole)
+        by_rows = None
+        if a is not None and not weight_gradient:
+            kept = call.branch if case.reads == "branch" else out
+            by_rows = triton_backward_norm(
+                grad, grad_normed, out, kept, a, inverse, call.operands, norm, call.needs, case.reads == "branch"
+            )
+        if by_rows is None:
+            whole, _ = triton_norm_backward(grad, grad_normed, out, inverse, norm, needs)
+    if by_rows is None:
+        backward += _record_backward(case, device, call, out, a, whole)
     with recorded(device) as alone:
         triton_norm_forward(out, None, norm, case.keeps_a)
     with recorded(device) as alone_backward:

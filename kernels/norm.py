@@ -139,11 +139,11 @@ def rms_norm_bwd_kernel(
 
 
 @triton.jit(do_not_specialize=["programs"])
-def rms_norm_bwd_finish_kernel(
-    p_sums, p_d_weight, programs, D, EVEN_D: tl.constexpr,
+def add_partial_sums_kernel(
+    p_sums, p_total, programs, D, EVEN_D: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Add the programs' sums in a fixed order, and round them to the weight's dtype. Grid (column blocks,)."""
+    """Add the programs' sums (programs, D) in a fixed order, rounded to p_total's dtype. Grid (column blocks,)."""
     columns = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     m_columns = (columns < D) | EVEN_D
     sums = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -151,7 +151,7 @@ def rms_norm_bwd_finish_kernel(
         rows = start + tl.arange(0, BLOCK_N)
         mask = (rows < programs)[:, None] & m_columns[None, :]
         sums += tl.load(p_sums + rows[:, None].to(tl.int64) * D + columns[None, :], mask=mask, other=0.0)
-    store(p_d_weight + columns, tl.sum(sums, 0), m_columns)
+    store(p_total + columns, tl.sum(sums, 0), m_columns)
 
 
 # --------------------------------------------------------------------------------------------------------- launchers
@@ -205,6 +205,17 @@ def norm_constants(norm: Norm) -> dict[str, Any]:
     return {
         "HAS_WEIGHT": norm.weight is not None, "PLUS_ONE": norm.plus_one, "ROUNDS_FIRST": norm.rounds_first,
     }  # fmt: skip
+
+
+def add_partial_sums(sums: Tensor, total: Tensor) -> Tensor:
+    """Add the rows of `sums` (programs, n), float32, in a fixed order, into `total` (n numbers). Return `total`."""
+    programs, numbers = sums.shape
+    finish = _Finish()
+    launch(
+        add_partial_sums_kernel, (ceil_div(numbers, finish.block_d),), sums, total, programs, numbers,
+        device=sums.device, schedule=finish, EVEN_D=numbers % finish.block_d == 0,
+    )  # fmt: skip
+    return total
 
 
 def triton_forward(
@@ -273,13 +284,8 @@ def triton_backward(
         PLUS_ONE=norm.plus_one, NEED_X=need_x, NEED_WEIGHT=need_weight, NESTED=inner > 0,
         EVEN_D=hidden == schedule.block_d,
     )  # fmt: skip
-    if need_weight:
-        finish = _Finish()
-        launch(
-            rms_norm_bwd_finish_kernel, (ceil_div(hidden, finish.block_d),),
-            sums, d_weight, schedule.programs, hidden,
-            device=x.device, schedule=finish, EVEN_D=hidden % finish.block_d == 0,
-        )  # fmt: skip
+    if sums is not None and d_weight is not None:
+        add_partial_sums(sums, d_weight)
     return dx, d_weight
 
 

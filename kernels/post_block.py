@@ -35,7 +35,7 @@ from torch import Tensor
 from . import flops, torch_backend, triton_backend
 from .activations import ACTIVATIONS
 from .backend import check_backend, no_autocast, select_backend
-from .contract import DTYPES, FLOAT32_MAX, Needs, Operands, check_choice, check_dense, check_reads
+from .contract import DTYPES, FLOAT32_MAX, Gradients, Needs, Operands, check_choice, check_dense, check_reads
 from .derivatives import (
     is_batched,
     is_differentiated,
@@ -53,7 +53,9 @@ from .schedule import MAX_RANK
 # --------------------------------------------------------------------------------- forward and backward, any backend
 
 _FORWARD = {"triton": triton_backend.forward, "torch": torch_backend.forward}
-_BACKWARD = {"triton": triton_backend.backward, "torch": torch_backend.backward}
+_BACKWARD: dict[str, Callable[..., Gradients]] = {
+    "triton": triton_backend.backward, "torch": torch_backend.backward,
+}  # fmt: skip
 
 
 def project(matrix: Tensor, basis: Tensor) -> Tensor:
@@ -104,24 +106,13 @@ def backward(
         return list(_backward_op(grad, kept, a, *inputs_of(operands), needs))
     need_x, need_down, need_up, need_down_bias, need_up_bias, need_gain, need_scale = needs
     wanted = Needs(need_x, need_down, need_up, need_down_bias, need_up_bias, need_gain or need_scale)
-    gain, basis, scale = operands.gain, operands.basis, operands.scale
+    gain, scale = operands.gain, operands.scale
     with no_autocast(grad.device):
         if again:
             found = torch_backend.backward(grad, kept, a, with_projected_up(operands), wanted, grad_a, again)
         else:
             found = _BACKWARD[select_backend(grad.device)](grad, kept, a, with_projected_up(operands), wanted)
-        if basis is not None and found.up is not None:
-            found.up = project(found.up, basis)
-        result: list[Tensor] = []
-        for value, like in (
-            (found.x, grad),
-            (found.down, operands.down),
-            (found.up, operands.up),
-            (found.down_bias, operands.down_bias),
-            (found.up_bias, operands.up_bias),
-        ):
-            if value is not None and like is not None:
-                result.append(value.to(like.dtype))
+        result = in_their_dtypes(found, grad, operands)
         if need_gain:
             assert gain is not None and found.row_dot is not None
             result.append((found.row_dot * scale).view(gain.shape).to(gain.dtype))
@@ -130,6 +121,23 @@ def backward(
             weighted = found.row_dot if gain is None else found.row_dot * gain.reshape(-1)
             result.append(weighted.sum().to(scale.dtype))
         return result
+
+
+def in_their_dtypes(found: Gradients, state: Tensor, operands: Operands) -> list[Tensor]:
+    """Return the gradients of x, down, up, down_bias and up_bias that there are, in the dtypes of their tensors.
+
+    That of W2 is projected. x has the dtype of `state`.
+    """
+    if operands.basis is not None and found.up is not None:
+        found.up = project(found.up, operands.basis)
+    pairs = (
+        (found.x, state),
+        (found.down, operands.down),
+        (found.up, operands.up),
+        (found.down_bias, operands.down_bias),
+        (found.up_bias, operands.up_bias),
+    )
+    return [value.to(like.dtype) for value, like in pairs if value is not None and like is not None]
 
 
 def with_projected_up(operands: Operands) -> Operands:

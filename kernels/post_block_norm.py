@@ -13,8 +13,9 @@ numbers, and it knows nothing of the rounding of `out`.
 Few tokens, and ranks with weights too large for registers, take post_block's two kernels and the norm's. Rank 0 takes
 the norm's kernel alone.
 
-Backward, with the gradients of `out` and `normed`: the norm's kernel adds both to one gradient of `out` (4 units: read
-both and `out`; write one), and post_block's backward follows. Kept are `out`, a and inv.
+Backward, with the gradients of `out` and `normed`: for low ranks and many tokens one kernel reads both and `out`, and
+writes the gradient of x (4 units; see post_block_norm_backward.py). Else the norm's kernel adds both to one gradient of
+`out` (4 units: read both and `out`; write one), and post_block's backward follows. Kept are `out`, a and inv.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from torch import Tensor
 
 from . import flops, norm_torch, torch_backend, triton_backend
 from .backend import check_backend, no_autocast, select_backend
-from .contract import Operands
+from .contract import Needs, Operands
 from .derivatives import is_batched, is_transformed
 from .launch import contiguous, device_of, empty, launch, row_layout
 from .norm import check_norm, norm_backward, norm_constants, rms_norm
@@ -43,12 +44,14 @@ from .post_block import (
     backward,
     check_operands,
     first_order,
+    in_their_dtypes,
     inputs_of,
     of_op,
     post_block,
     saved_tensors,
     with_projected_up,
 )
+from .post_block_norm_backward import triton_backward_norm
 from .registered import is_described, is_watched, is_wrapped, register
 from .resident import post_block_fwd_resident_kernel
 from .rows import inverse_rms, norm_factor, normalised, rounded
@@ -234,6 +237,10 @@ def backward_norm(
     if not inside and is_watched() and not again:
         return list(_backward_op(grad, grad_normed, *saved, *inputs_of(operands), *norm, list(needs)))
     of_out, *of_steering, of_weight = needs
+    if not (of_weight or again) and any(of_steering):
+        by_rows = _backward_by_rows(grad, grad_normed, saved, operands, norm, of_out, of_steering)
+        if by_rows is not None:
+            return by_rows
     whole, d_weight = grad, None
     if grad is None and grad_normed is None:
         whole = torch.zeros_like(saved.out)
@@ -253,6 +260,37 @@ def backward_norm(
         kept = None if not needs[2] else saved.out if operands.reads == "sum" else saved.branch
         found = backward(whole, kept, saved.a, operands, of_steering, grad_a, again, inside=True)
     return [t for t in (whole if of_out else None, *found, d_weight) if t is not None]
+
+
+def _backward_by_rows(
+    grad: Tensor | None,
+    grad_normed: Tensor | None,
+    saved: Saved,
+    operands: Operands,
+    norm: Norm,
+    of_out: bool,
+    needs: Sequence[bool],
+) -> list[Tensor] | None:
+    """Return the gradients of `backward_norm` by kernels with rows in registers, or None if these do not pay."""
+    x, down, up, down_bias, up_bias, need_gain, need_scale = needs
+    if (
+        grad_normed is None
+        or saved.a is None
+        or need_gain
+        or need_scale
+        or select_backend(saved.out.device) != "triton"
+    ):
+        return None
+    kept = saved.out if operands.reads == "sum" else saved.branch
+    with no_autocast(saved.out.device):
+        found = triton_backward_norm(
+            grad, grad_normed, saved.out, kept, saved.a, saved.inverse, with_projected_up(operands), norm,
+            Needs(x, down, up, down_bias, up_bias, False), of_out,
+        )  # fmt: skip
+        if found is None:
+            return None
+        whole, gradients = found
+        return [*((whole,) if of_out and whole is not None else ()), *in_their_dtypes(gradients, saved.out, operands)]
 
 
 _forward_plans: dict[Any, OpPlan] = {}

@@ -62,6 +62,7 @@ class Loop:
         states, others: bytes of hidden states and of other arrays that a trip loads from memory.
         again: whether this launch or the one before has just read them.
         inner: the inner loops.
+        cached: whether every trip reads the same weights, so that loads through L1 hit it. Loads past L1 do not.
     """
 
     trips: int
@@ -69,6 +70,7 @@ class Loop:
     others: int = 0
     again: bool = False
     inner: tuple[Loop, ...] = ()
+    cached: bool = False
 
     @property
     def shape(self) -> str:
@@ -333,11 +335,36 @@ def _norm_backward(launch: Launch) -> LaunchWork:
     )
 
 
-def _norm_finish(launch: Launch) -> LaunchWork:
+def _norm_backward_held(launch: Launch) -> LaunchWork:
+    """Describe the backward in one pass. Every tile reads both weights, from L1 after a program's first tile."""
+    at = _Arguments(launch)
+    (programs,) = launch.grid
+    tiles = ceil_div(at["N"], at["BLOCK_N"])
+    each = ceil_div(tiles, programs)
+    states = at.tile_bytes(at["BLOCK_N"], at["D"], "p_grad", "p_grad_normed", "p_out")
+    weights = programs * at["RANK"] / at["PADDED_R"]
+    others = at.tile_bytes(at["RANK"], at["D"], "p_down", "p_up") + at.row_bytes("p_weight")
+    return LaunchWork(
+        programs,
+        (Loop(each, states, others, cached=True),),
+        tiles / (programs * each),
+        {"p_down": weights, "p_up": weights, "p_weight": programs},
+        frozenset({"p_dx", "p_slab", "p_da_sums", "p_narrow"}),
+    )
+
+
+def _norm_backward_rows(launch: Launch) -> LaunchWork:
+    at = _Arguments(launch)
+    (tiles,) = launch.grid
+    up = tiles * at["RANK"] / at["PADDED_R"]
+    return LaunchWork(tiles, (), 1.0, {"p_up": up, "p_weight": tiles}, frozenset({"p_dx", "p_narrow", "p_da_sums"}))
+
+
+def _add_partial_sums(launch: Launch) -> LaunchWork:
     at = _Arguments(launch)
     (blocks,) = launch.grid
     loop = Loop(ceil_div(at["programs"], at["BLOCK_N"]), others=at["BLOCK_N"] * at["BLOCK_D"] * 4, again=True)
-    return LaunchWork(blocks, (loop,), 1.0, {}, frozenset({"p_d_weight"}), again=True)
+    return LaunchWork(blocks, (loop,), 1.0, {}, frozenset({"p_total"}), again=True)
 
 
 #: Functions that describe the work of each kernel, by the kernel's name.
@@ -354,7 +381,9 @@ _WORK: dict[str, Callable[[Launch], LaunchWork]] = {
     "post_block_norm_fwd_kernel": _forward_norm,
     "rms_norm_fwd_kernel": _norm_forward,
     "rms_norm_bwd_kernel": _norm_backward,
-    "rms_norm_bwd_finish_kernel": _norm_finish,
+    "post_block_norm_bwd_held_kernel": _norm_backward_held,
+    "post_block_norm_bwd_rows_kernel": _norm_backward_rows,
+    "add_partial_sums_kernel": _add_partial_sums,
 }
 
 
@@ -527,8 +556,8 @@ class _Warp:
     program: int
     scheduler: int
     path: Sequence[
-        tuple[int, bool, int]
-    ]  # instruction, whether its loads hit L2, the number of the trip that begins here or -1
+        tuple[int, bool, bool, int]
+    ]  # instruction, whether its loads hit L2, and L1, the number of the trip that begins here or -1
     step: int = 0
     ready: float = 0.0
     boards: list[float] = field(default_factory=lambda: [0.0] * 6)
@@ -569,13 +598,13 @@ class _Multiprocessor:
 
     def issue(self, warp: _Warp, now: float) -> list[_Warp]:
         """Issue the warp's next instruction. Return the warps that can continue: none, this one, or a barrier's."""
-        index, hits_l2, _ = warp.path[warp.step]
+        index, hits_l2, hits_l1, _ = warp.path[warp.step]
         instruction, clock = self.code[index], self.clock
         pipe, cycles = self._occupied[index]
         if pipe is not None:
             self.pipes[warp.scheduler, pipe] = now + cycles
         self.issued[warp.scheduler] = now
-        latency = self._latency(warp, instruction, pipe, cycles, now, hits_l2)
+        latency = self._latency(warp, instruction, pipe, cycles, now, hits_l2, hits_l1)
         if instruction.sets is not None:
             warp.boards[instruction.sets] = max(warp.boards[instruction.sets], now + latency)
         if instruction.frees is not None:
@@ -595,7 +624,14 @@ class _Multiprocessor:
         return waiting
 
     def _latency(
-        self, warp: _Warp, instruction: Instruction, pipe: str | None, cycles: int, now: float, hits_l2: bool
+        self,
+        warp: _Warp,
+        instruction: Instruction,
+        pipe: str | None,
+        cycles: int,
+        now: float,
+        hits_l2: bool,
+        hits_l1: bool,
     ) -> float:
         clock, name = self.clock, instruction.name
         if name == "LDGDEPBAR":
@@ -615,7 +651,8 @@ class _Multiprocessor:
             size = 128 * (int(matrices.group(1)) if matrices else 1)
         start = max(now, self.shared_port)
         self.shared_port = start + max(1, size // _SHARED_PORT)
-        if name in ("LDG", "LDGSTS"):
+        past_l1 = name == "LDGSTS" or "STRONG" in instruction.opcode
+        if name in ("LDG", "LDGSTS") and not (hits_l1 and not past_l1):
             start = max(start, self.l2_port)
             self.l2_port = start + size / _L2_PORT
             done = self.l2_port + (clock.l2_latency if hits_l2 else clock.memory_latency)
@@ -754,16 +791,17 @@ def program_cycles(program: Program, programs: int, clock: Clock, again: bool = 
             limit(loop.inner)
 
     limit(program.loops)
-    path: list[tuple[int, bool, int]] = []
+    path: list[tuple[int, bool, bool, int]] = []
     begins: list[LoopCode] = []  # the loop that each trip belongs to
     first_of = {loop.first: loop for loop in timed}
     for index, loop in Walk(program.code, timed):
-        hits = matched[loop].described.again if loop is not None and not loop.inner else again
+        described = matched[loop].described if loop is not None and not loop.inner else None
+        hits, cached = (again, False) if described is None else (described.again, described.cached)
         trip = -1
         if loop is not None and index in first_of:
             trip = len(begins)
             begins.append(first_of[index])
-        path.append((index, hits, trip))
+        path.append((index, hits, cached, trip))
     machine = _Multiprocessor(program.code, clock, program.num_warps)
     warps = [
         _Warp(number, (number * program.num_warps + warp) % _SCHEDULERS, path)
@@ -783,7 +821,7 @@ def program_cycles(program: Program, programs: int, clock: Clock, again: bool = 
         if earliest > when:
             heapq.heappush(queue, (earliest, order, number))
             continue
-        trip = warp.path[warp.step][2]
+        trip = warp.path[warp.step][3]
         if trip >= 0:
             marks[number][trip] = when
         end = max(end, when)

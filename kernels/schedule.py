@@ -13,6 +13,7 @@ registers. The first reduces, the second writes, and both split d between progra
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -557,6 +558,111 @@ def resident_schedule(
     block_n = 1 if few else 2
     held = ahead and tokens <= device.multiprocessors  # later programs would wait for so many registers
     return ResidentSchedule(block_n, block_d, chunks, ceil_div(tokens, block_n), warps, ahead, held=held)
+
+
+@dataclass(frozen=True)
+class RowsBackward:
+    """The layout of a backward with the norm that holds whole rows in registers.
+
+    Attributes:
+        held: whether the sums over rows are in registers, too, and there is one pass. Then `programs` loop over the
+            tiles and fill the registers of every multiprocessor. Else there is a program for each tile.
+        block_n: rows of a tile.
+        block_d, chunks: `chunks` blocks of `block_d` columns cover a row. A thread holds 16 bytes of each block.
+    """
+
+    held: bool
+    block_n: int
+    block_d: int
+    chunks: int
+    programs: int
+    num_warps: int
+    num_stages: int = 1
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """The kernel's block sizes by name."""
+        return {"BLOCK_N": self.block_n, "BLOCK_D": self.block_d, "CHUNKS": self.chunks}
+
+
+#: By the rows of a tile: numbers in float32 of a thread, which are its sums, and the rows of this tile and the next.
+#: Beside them 255 registers have room for the products, addresses, and numbers of each row and rank.
+_HELD_NUMBERS = {1: 176, 2: 144}
+_HELD_SUMS = {1: 128, 2: 64}  # of them
+_HELD_RANK = 4  # higher ranks have too many instructions and too few registers: modelled
+#: The fewest tokens of the backward with rows in registers. It needs packed weights.
+_MANY_ROWS = 4096
+
+
+def _rows_in_registers(hidden: int, vector: int) -> Iterator[tuple[int, int, int]]:
+    """Yield warps, columns of a block and blocks of a row, from most warps to one, with few columns beyond d.
+
+    vector: columns of a block for each thread.
+    """
+    for warps in (8, 4, 2, 1):
+        block_d = 32 * vector * warps
+        chunks = ceil_div(hidden, block_d)
+        if chunks * block_d <= 1.25 * hidden or warps == 1:
+            yield warps, block_d, chunks
+
+
+def _held_backward(
+    tokens: int, hidden: int, rank: int, itemsize: int, device: Device, needs: tuple[bool, bool, bool]
+) -> RowsBackward | None:
+    """Return the layout of the backward in one pass, or None if it does not fit or pay.
+
+    It pays if it moves fewer bytes through device memory than the norm's backward and post_block's in turn. These move
+    8 N·d, or 5 to 6 where the gradient between them stays in half of L2. The slabs are counted as if they were written
+    to device memory and read from it. Counted and modelled, not measured: no GPU has run it.
+    """
+    if rank > _HELD_RANK:
+        return None
+    down, up, up_bias = needs
+    numbers = rank * (down + up) + up_bias
+    vector, found = 16 // itemsize, []
+    for warps, block_d, chunks in _rows_in_registers(hidden, vector):
+        columns = chunks * vector
+        for block_n in (1, 2):
+            # A tile and the next one in the hidden state's dtype, and the gradient in float32.
+            held = columns * (numbers + block_n * (itemsize + 1))
+            if columns * numbers <= _HELD_SUMS[block_n] and held <= _HELD_NUMBERS[block_n]:
+                found.append((warps, block_n, block_d, chunks))
+    if not found:
+        return None
+    warps, block_n, block_d, chunks = found[-1]  # small programs do not wait for each other
+    programs = min(ceil_div(tokens, block_n), device.multiprocessors * 8 // warps)
+    unit = tokens * hidden * itemsize
+    slabs = 2 * programs * numbers * hidden * 4
+    if 4 * unit + slabs >= (8 if 2 * unit > device.l2 else 5.5) * unit:
+        return None
+    return RowsBackward(True, block_n, block_d, chunks, programs, warps)
+
+
+@functools.lru_cache(maxsize=4096)
+def norm_backward_schedule(
+    tokens: int,
+    hidden: int,
+    rank: int,
+    itemsize: int,
+    device: Device,
+    needs: tuple[bool, bool, bool],
+    one_pass: bool = True,
+) -> RowsBackward | None:
+    """Return the layout of the norm's and the steering's backward with rows in registers, or None if it does not pay.
+
+    Args:
+        itemsize: bytes of an element of the hidden state.
+        needs: whether the gradients of W1, W2 and b2 are needed.
+        one_pass: whether the form in one pass may be chosen. It writes no gradient of `out`.
+    """
+    if device.gpu != "cuda" or not 0 < rank <= RESIDENT_RANK or hidden > _RESIDENT_WIDTH or tokens < _MANY_ROWS:
+        return None
+    held = _held_backward(tokens, hidden, rank, itemsize, device, needs) if one_pass else None
+    if held is not None:
+        return held
+    warps, block_d, chunks = next(_rows_in_registers(hidden, 16 // itemsize))
+    block_n = 2 if chunks * (16 // itemsize) <= 16 else 1
+    return RowsBackward(False, block_n, block_d, chunks, ceil_div(tokens, block_n), warps)
 
 
 CROSS_RANK = 64  # the side of a tile of daᵀ h, which one program sums in registers

@@ -849,11 +849,22 @@ def numbers_of_slab(hidden: int, rank: int) -> int:
     return 2 * rank * hidden + block_r * block_r + block_r + hidden
 
 
-def backward(grad: Tensor, kept: Tensor | None, a: Tensor | None, operands: Operands, needs: Needs) -> Gradients:
+def backward(
+    grad: Tensor,
+    kept: Tensor | None,
+    a: Tensor | None,
+    operands: Operands,
+    needs: Needs,
+    of_rows: tuple[Tensor, Tensor | None] | None = None,
+) -> Gradients:
     """Run the backward in at most three launches, or four at ranks where the columns kernel takes two passes.
 
-    kept: `out`, or branch if W1 is applied to branch. The parameters' gradients have the parameters' dtypes, each in
-    its own storage.
+    The parameters' gradients have the parameters' dtypes, each in its own storage.
+
+    Args:
+        kept: `out`, or branch if W1 is applied to branch.
+        of_rows: the results of the first launch, if another kernel has computed them: p_narrow and p_da_sums of
+            `post_block_bwd_rows_kernel`. Then there is no `row_dot`.
     """
     down, up, down_bias, up_bias, gain, _, scale, activation, packed, reads = operands
     hidden = grad.shape[-1]
@@ -888,9 +899,10 @@ def backward(grad: Tensor, kept: Tensor | None, a: Tensor | None, operands: Oper
 
     need_x = needs.x and rank > 0
     need_da, need_h = need_x or needs.down, needs.down or needs.up
-    narrow = new(2, tokens, block_r, dtype=operand_dtype(grad.dtype, device.gpu, rank)) if need_da or need_h else None
-    da_sums = None
-    if narrow is not None or needs.down_bias or needs.row_dot:
+    narrow, da_sums = of_rows or (None, None)
+    if of_rows is None and (need_da or need_h):
+        narrow = new(2, tokens, block_r, dtype=operand_dtype(grad.dtype, device.gpu, rank))
+    if of_rows is None and (narrow is not None or needs.down_bias or needs.row_dot):
         schedule = rows_schedule(tokens, hidden, rank, policy, device)
         da_sums = new(schedule.programs, block_r) if needs.down_bias else None
         result.row_dot = new(tokens) if needs.row_dot else None

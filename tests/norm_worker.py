@@ -17,7 +17,7 @@ from fused_steer.kernels.predict import CLOCKS, async_loads, l2_bytes, memory_by
 
 def is_counted(launch: Launch) -> bool:
     kernel = launch.kernel.__name__
-    return "norm" in kernel or kernel == "post_block_fwd_resident_kernel"
+    return "norm" in kernel or kernel in ("post_block_fwd_resident_kernel", "add_partial_sums_kernel")
 
 
 def describe(case: list) -> list[dict]:

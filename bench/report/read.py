@@ -24,7 +24,7 @@ LEVELS: dict[str, tuple[type, tuple[str, ...]]] = {
     "busy": (ModelCase, ("train", "prefill", "decode")),
     "memory": (ModelCase, ("kept", "peak", "peak-total")),
     "projection": (ProjectionCase, ("step",)),
-    "norm": (OpCase, ("forward", "bytes")),
+    "norm": (OpCase, ("forward", "backward", "bytes")),
     "grouped": (GroupedCase, ("forward", "bytes")),
     "serve": (ServeCase, ("generate", "decode-graph")),
     "vllm": (ServeCase, ("generate",)),

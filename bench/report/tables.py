@@ -379,18 +379,21 @@ def projection_tables(run: Run) -> Iterator[str]:
 
 def norm_tables(run: Run) -> Iterator[str]:
     made = run.cases("norm", "bytes")
-    cases = run.cases("norm", "forward")
-    others = [name for name in by_order(name for rows in cases.values() for name in rows) if name != "fused"]
-    lines = []
-    for case in by_size(cases):
-        rows = cases[case]
-        times = (_beside(rows.get(name), rows.get("fused")) for name in others)
-        sizes = (amount(made.get(case, {}).get(name)) for name in ("fused", "hook"))
-        size = map(str, (case.tokens, case.hidden, case.rank))
-        lines.append([*size, amount(rows.get("fused")), *times, *sizes])
-    if lines:
-        head = ["N", "d", "r", "fused", *others, "fused allocates", "hook allocates"]
-        yield f"#### {device_name(run)}: the op and the RMSNorm behind it, forward\n\n{as_table(head, lines, texts=0)}"
+    for what in ("forward", "backward"):
+        cases = run.cases("norm", what)
+        others = [name for name in by_order(name for rows in cases.values() for name in rows) if name != "fused"]
+        allocated = ("fused", "hook") if what == "forward" else ()
+        lines = []
+        for case in by_size(cases):
+            rows = cases[case]
+            times = (_beside(rows.get(name), rows.get("fused")) for name in others)
+            sizes = (amount(made.get(case, {}).get(name)) for name in allocated)
+            size = map(str, (case.tokens, case.hidden, case.rank))
+            lines.append([*size, amount(rows.get("fused")), *times, *sizes])
+        if lines:
+            head = ["N", "d", "r", "fused", *others, *(f"{name} allocates" for name in allocated)]
+            title = f"{device_name(run)}: the op and the RMSNorm behind it, {what}"
+            yield f"#### {title}\n\n{as_table(head, lines, texts=0)}"
 
 
 def grouped_tables(run: Run) -> Iterator[str]:

@@ -88,6 +88,7 @@ def gpu_results() -> Results:
     for name, value in (("stall wait", 3.25), ("dram__bytes_read.sum", 3 << 20), ("lts__t_sector_hit_rate.pct", 54.87)):
         found.rows.append(Row("counters", "forward", f"k: {name}", asdict(OpCase(8, 4096)), [value]))
     found.rows += rows("norm", "forward", OpCase(4096, 2048), 1e-5, fused=1, hook=4, hook_liger=2)
+    found.rows += rows("norm", "backward", OpCase(4096, 2048, 4), 1e-5, fused=2, in_turn=3)
     found.rows += rows("norm", "bytes", OpCase(4096, 2048), 2.0**20, fused=1, hook=9)
     found.rows += rows("host", "call", HostCase(), 1e-5, fused=0.4, hook=1, unsteered=0.2)
     for prefill in (False, True):
@@ -308,6 +309,8 @@ def test_report_the_op_and_its_norm(reported):
     row = cells(reported.markdown.read_text(encoding="utf-8"), "4096", "2048", "8")
     assert row[3:5] == ["10.0 µs (9.94–10.1)", "40.0 µs (39.8–40.2), 4.00×"] and row[5].endswith(", 2.00×")
     assert row[6].startswith("1.00 MiB") and row[7].startswith("9.00 MiB")
+    backward = cells(reported.markdown.read_text(encoding="utf-8"), "4096", "2048", "4")
+    assert backward[3:] == ["20.0 µs (19.9–20.1)", "30.0 µs (29.8–30.2), 1.50×"]
 
 
 def test_report_a_group_of_models_has_its_own_rows_and_multiples(tmp_path):
