@@ -116,11 +116,11 @@ def test_norm_aot_rows_in_registers_are_read_once(compiled):
         assert units(row, "l2") == pytest.approx(2 + row["case"][3] + 1 / 2, rel=0.01), row
 
 
-def test_norm_aot_the_backward_in_one_pass_fills_the_registers_with_eight_warps(compiled):
+def test_norm_aot_the_backward_in_one_pass_fills_the_registers_with_eight_to_twelve_warps(compiled):
     rows = [row for row in compiled if row["kernel"] == ONE_PASS]
     assert {row["case"][3] for row in rows} == {1, 2, 3, 4}
     for row in rows:
-        assert row["occupancy"] * 64 == 8 and row["registers"] > 128, row
+        assert 8 <= row["occupancy"] * 64 <= 12 and row["registers"] > 128, row
         assert len(row["hidden_states"]) == 4 and 4 <= units(row, "memory") <= 4.3, row
 
 
@@ -130,7 +130,7 @@ def test_norm_aot_the_backward_in_two_passes_leaves_room_for_more_programs(compi
     # da and h are 128 bytes for each token beside 8 bytes for each of its numbers.
     most = {row["case"][2]: 4 + 70 / row["case"][2] for row in rows}
     assert_none(
-        [row for row in rows if row["occupancy"] < 0.3 or not 4 <= units(row, "memory") <= most[row["case"][2]]]
+        [row for row in rows if row["occupancy"] < 0.25 or not 4 <= units(row, "memory") <= most[row["case"][2]]]
     )
 
 
