@@ -181,6 +181,16 @@ def test_backward_by_rows_repeated_calls_are_planned_and_give_the_same_bits(devi
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(("hidden", "rank", "dtype"), [
+    (2048, 2, BF16), (4096, 4, BF16), (8192, 1, BF16), (4096, 8, BF16), (2560, 2, F16), (2048, 4, F32),
+], ids=str)  # fmt: skip
+def test_backward_by_rows_the_layouts_of_a_gpu(hidden, rank, dtype, monkeypatch):
+    monkeypatch.setattr(_OP, "_backward_plans", {})
+    options = {"rank": rank, "dtype": dtype, "device": "cuda", "scale": False, "gain": False}
+    assert_as_good_as_unfused(make_draws(1, 4099, hidden, **options), frozen=True)
+
+
 # ---------------------------------------------------------------------------------------------------- choice of a form
 
 BOTH = (True, True, False)  # the gradients of W1 and W2
