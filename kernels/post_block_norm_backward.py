@@ -9,10 +9,10 @@ With the gradients of `out` and `normed`, and D = ∂L/∂normed ⊙ w:
 
 *In one pass*, `post_block_norm_bwd_held_kernel`: G never leaves the registers, and 4 units of N·d move through device
 memory. Both gradients and `out` are read, dx is written. The sums over rows for dW1 and dW2' are 2 r d numbers. A
-program that has a multiprocessor for itself holds them in its registers up to r · d = 16384, walks over its share of
-the rows, and writes them once at the end, to a slab of its own. The next tile of rows is loaded before this one is
-used, because no other program hides the wait for memory. Two launches follow: one adds the slabs in a fixed order, and
-post_block's last kernel makes the gradients of them.
+program of eight warps holds them in its registers up to r · d = 16384. It walks over its share of the rows, and writes
+the sums once at the end, to a slab of its own. Programs fill the registers of every multiprocessor once. So the next
+tile of rows is loaded before this one is used, because few other programs hide the wait for memory. Two launches
+follow: one adds the slabs in a fixed order, and post_block's last kernel makes the gradients of them.
 
 *In two passes*, `post_block_norm_bwd_rows_kernel`: 7 units. It computes da and h while it has G, and writes G.
 post_block's kernel for columns reads G and `out`, and writes dx. Up to rank 8 the sums over d for G W2' take less time
@@ -44,7 +44,7 @@ from .rows import norm_factor, row_offsets, row_strength, row_sums, scaled
 from .schedule import norm_backward_schedule, padded_rank
 from .triton_backend import backward, finish, numbers_of_slab
 
-# ------------------------------------------------------------------------------------------------------------ kernel
+# ----------------------------------------------------------------------------------------------------------- kernels
 
 
 @triton.jit
