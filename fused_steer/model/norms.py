@@ -301,7 +301,11 @@ class Link:
             return None
         owner = norm.get_submodule(self._owner) if self._owner else norm
         # Past nn.Module's attributes, because every layer asks for it twice in a pass.
-        return owner.__dict__["_parameters"][self._leaf]
+        named = owner.__dict__["_parameters"]
+        if self._leaf in named:
+            return named[self._leaf]
+        # FSDP1 puts a tensor in the parameter's place for a pass. A parametrized or pruned weight is computed.
+        return getattr(owner, self._leaf)
 
     def norm_for(self, x: Tensor, norm: nn.Module) -> Norm | None:
         """Return the norm to be computed for x, or None with `reason` set."""

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor import config as inductor_config
 from torch._inductor.utils import get_code
+from torch.nn.utils import parametrize, prune
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
@@ -537,6 +538,31 @@ def test_norms_a_weight_of_another_dtype_is_the_models_own():
         logits(model)
     assert seen == [torch.float32]
     assert norms(model)[0] == "the norm's weight is torch.float32, and the hidden state torch.bfloat16"
+
+
+def _without_parameter(norm: nn.Module) -> None:
+    """Leave a plain tensor in the weight's place, as FSDP1 does during a pass."""
+    weight = norm._parameters.pop("weight")
+    norm.weight = weight.detach()
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize(
+    "change",
+    [
+        _without_parameter,
+        lambda norm: prune.l1_unstructured(norm, "weight", 0.5),
+        lambda norm: parametrize.register_parametrization(norm, "weight", nn.Tanh()),
+    ],
+    ids=["FSDP1", "pruned", "parametrized"],
+)
+def test_norms_whose_weight_is_no_parameter_are_right(change, grad):
+    model, base, _ = fused()
+    other = unfused(model, base)
+    for network in (model, other):
+        change(network.model.layers[1].input_layernorm)
+    with torch.set_grad_enabled(grad):
+        assert_close(model(tokens()).logits, other(tokens()).logits)
 
 
 def test_norms_a_replaced_norm_is_right():
