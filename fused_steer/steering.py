@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapters.combining import combine_adapters
-from .adapters.distributed import check_unsharded, first_writes, is_first
+from .adapters.distributed import check_averaged, check_unsharded, first_writes, is_first
 from .adapters.factors import Adapter
 from .adapters.files import AdapterFile, read_adapter, write_adapter
 from .adapters.hub import push_adapter
@@ -632,6 +632,8 @@ class Steering:
         # Values that functional_call puts in place of the parameters train, if at all, outside of the model.
         if training and all(isinstance(p, nn.Parameter) and not p.requires_grad for p in self._patched.parameters()):
             warn_of_frozen(self._active)
+        if training:
+            check_averaged(self._active, self._patched.parameters)
         self._constraints.before_training(self._active, training)
 
     def _known(self, name: str | None) -> str:

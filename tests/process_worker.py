@@ -87,7 +87,8 @@ def whole(name: str, parameter: nn.Parameter) -> Tensor:
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {n.replace("_fsdp_wrapped_module.", ""): p for n, p in model.named_parameters() if p.requires_grad}
+    named = ((n.replace("_fsdp_wrapped_module.", ""), p) for n, p in model.named_parameters() if p.requires_grad)
+    return {name.replace(".another.", ".default."): parameter for name, parameter in named}
 
 
 def gradients(model: nn.Module, wrapped: nn.Module) -> dict[str, Tensor]:
@@ -170,9 +171,16 @@ def parallel(directory: Path, wrap: Wrap, *, share: bool = True, bare: Callable[
     share: each process works on its share of a batch; otherwise each works on the whole batch.
     """
     rank, processes = (dist.get_rank(), dist.get_world_size()) if share else (0, 1)
-    for run in ("plain", "checkpointing"):
+    for run in ("plain", "checkpointing", "another"):
         model = steered(bare(), checkpointing=run == "checkpointing")
+        if run == "another":  # of the same values, used after wrapping
+            model.steering.add("another", CONFIG)
+            randomize(model, "another")
         wrapped = wrap(model)
+        if run == "another":
+            model.steering.use("another")
+            if isinstance(wrapped, DistributedDataParallel):
+                wrapped = wrap(model)
         model.steering.save(directory / f"{run}-start")  # before the first forward pass
         result, first = train(model, wrapped, rank, processes)
         model.steering.save(directory / run)
@@ -193,12 +201,24 @@ def parallel(directory: Path, wrap: Wrap, *, share: bool = True, bare: Callable[
     result["restored"] = evaluate(wrapped)
     result["load"] = attempt(lambda: model.steering.load(directory / "plain", name="more"))
     result["save"] = attempt(lambda: model.steering.save(directory / "plain" / "adapter_config.json"))
+    result["batch"] = attempt(lambda: batch_by_rows(model, wrapped))
     result["unpatch"] = attempt(model.steering.unpatch)
     write(directory, "files", result, {})
 
 
+def batch_by_rows(model: nn.Module, wrapped: nn.Module) -> None:
+    with torch.no_grad(), model.steering.batch(["default", None]):
+        wrapped.eval()(tokens())
+
+
 def ddp(directory: Path) -> None:
     parallel(directory, lambda model: run_page("ddp", model=model)["wrapped"])
+
+    model = steered(build())
+    wrapped = run_page("ddp", model=model)["wrapped"].train()
+    model.steering.add("another", CONFIG)
+    model.steering.use("another")
+    write(directory, "not-averaged", {"train": attempt(lambda: wrapped(input_ids=batch(0), labels=batch(0)))}, {})
 
 
 def fsdp2(directory: Path) -> None:

@@ -8,12 +8,14 @@ its own flat copies and overwrites the parameters. Its stage 3 keeps no paramete
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -49,6 +51,59 @@ def check_unsharded(layers: Iterable[nn.Module], what: str) -> None:
         by = sharder(layer)
         if by is not None:
             raise ValueError(f"layer {index} is sharded by {by}; expected {what} before it is")
+
+
+def check_whole(module: nn.Module, place: str, what: str) -> None:
+    """Check that this process has the whole parameters of `module`, and not only its part of them.
+
+    ZeRO has them whole in its stages 1 and 2, and small ones in stage 3.
+
+    Args:
+        place: where the module is, for the error message.
+        what: what has to be whole.
+
+    Raises:
+        ValueError: FSDP or ZeRO has sharded them.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    by = sharder(module)
+    if by == "FSDP" or by == "ZeRO" and any(not parameter.numel() for parameter in module.parameters()):
+        raise ValueError(f"{place} is sharded by {by}; expected {what} to be whole in every process (DDP)")
+
+
+#: The parameters, by their ids, whose gradients a DistributedDataParallel averages. They live as long as it does.
+_averaged: weakref.WeakKeyDictionary[nn.Module, frozenset[int]] = weakref.WeakKeyDictionary()
+
+
+def check_averaged(name: str, parameters: Callable[[], Iterable[nn.Parameter]]) -> None:
+    """Check that DDP averages the gradients of an adapter, if the pass that begins runs inside DDP.
+
+    DDP averages what trained when it wrapped the model. Of anything else each process would keep its own gradient.
+
+    Args:
+        name: the adapter's name.
+        parameters: returns the parameters of the model's adapters.
+
+    Raises:
+        RuntimeError: the adapter did not train then.
+    """
+    ddp = getattr(DistributedDataParallel, "_active_ddp_module", None)
+    if ddp is None:
+        return
+    found = _averaged.get(ddp)
+    if found is None:
+        buckets = ddp.reducer._get_zeros_like_grad_buckets()
+        found = _averaged[ddp] = frozenset(id(parameter) for bucket in buckets for parameter in bucket.parameters())
+    others = {id(parameter) for parameter in parameters() if parameter.requires_grad} - found
+    if not others:
+        return
+    left_out = ddp.parameters_to_ignore  # by the user, who averages them otherwise
+    if any(id(parameter) in others and path not in left_out for path, parameter in ddp.module.named_parameters()):
+        raise RuntimeError(
+            f"adapter {name!r} was not in use when DistributedDataParallel wrapped the model, so its gradients would "
+            f"not be averaged over the processes; expected the model to be wrapped (again) after steering.use({name!r})"
+        )
 
 
 def is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:

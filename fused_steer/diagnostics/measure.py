@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..adapters.distributed import check_unsharded
 from ..adapters.factors import Adapter
 from ..adapters.parameters import SITE, Place
 from ..joint import steering_of
@@ -57,7 +58,8 @@ def diagnose(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Diagnosi
     Raises:
         RuntimeError: steering is disabled, or a batch is running.
         ValueError: the model is not patched, no adapter is active, the modules that write into the residual stream are
-            not found, the batches hold no token to measure, or a mask has another shape.
+            not found, the batches hold no token to measure, a mask has another shape, or FSDP or ZeRO has sharded the
+            model.
         TypeError: a batch is not a mapping with `input_ids`.
     """
     steering = steering_of(model)
@@ -66,6 +68,7 @@ def diagnose(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Diagnosi
         raise ValueError(f"no adapter of the model is in use; expected one of {steering.names} (model.steering.use)")
     inner = inside_peft(model)
     decoder = find_decoder(inner)
+    check_unsharded(decoder.layers, "diagnose to be called")
     kinds = {Place(entry.index, entry.site): entry.kind for entry in steering.report()}
     every = {place: _site(decoder.layers[place.layer], place.site) for place in kinds}
     sites = {place: site for place, site in every.items() if site.active is not None}

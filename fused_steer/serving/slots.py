@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adapters.distributed import check_whole
 from ..adapters.parameters import DOWN, DOWN_BIAS, NAMES, UP, UP_BIAS, Place, shapes_of
 from ..kernels import ACTIVATIONS, MAX_RANK, select_backend
 from ..kernels.grouped import Routing, post_block_grouped, post_block_routed
@@ -40,8 +41,15 @@ class Held:
 
 
 def adapters_at(sites: Mapping[Place, Site], names: Iterable[str]) -> LoadedAdapters:
-    """Return W1, b1, W2 and b2 of adapters that a model has loaded. A place that an adapter skips does not list it."""
+    """Return W1, b1, W2 and b2 of adapters that a model has loaded. A place that an adapter skips does not list it.
+
+    Raises:
+        ValueError: FSDP or ZeRO has sharded an adapter, so that this process has only a part of it.
+    """
     names = list(names)
+    for place, site in sites.items():
+        for name in (name for name in names if site.adapter(name) is not None):
+            check_whole(site, str(place), f"adapter {name!r}, which a batch (or generate, with positions) copies,")
     return {
         place: {name: adapter.steered() for name in names if (adapter := site.adapter(name)) is not None}
         for place, site in sites.items()

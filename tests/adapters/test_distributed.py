@@ -29,7 +29,7 @@ from fused_steer.adapters.distributed import gather
 PROCESSES = 2
 LAUNCHES = [["ddp", "tensor", "joint"], ["fsdp2", "fsdp1"], ["zero"]]
 SHARDED = ["fsdp2", "fsdp1"]
-RUNS = [(s, run) for s in ("ddp", "tensor", "fsdp2", "fsdp1") for run in ("plain", "checkpointing")]
+RUNS = [(s, run) for s in ("ddp", "tensor", "fsdp2", "fsdp1") for run in ("plain", "checkpointing", "another")]
 RUNS += [("fsdp1", "by-name"), ("fsdp1", "root")]
 
 
@@ -185,6 +185,21 @@ def test_distributed_loads_and_restores(folder, single, truth, scenario):
         refused_later = scenario in SHARDED
         assert result["load"] == (sharded.format("adapters to be loaded") if refused_later else "")
         assert result["unpatch"] == (sharded.format("the model to be unpatched") if refused_later else "")
+        assert result["batch"] == (
+            "ValueError: layer 0 is sharded by FSDP; expected adapter 'default', which a batch (or generate, with "
+            "positions) copies, to be whole in every process (DDP)"
+            if refused_later
+            else ""
+        )
+
+
+def test_distributed_an_adapter_that_ddp_would_not_average_is_refused(folder):
+    for result in read(folder("ddp"), "not-averaged")[0]:
+        assert result["train"] == (
+            "RuntimeError: adapter 'another' was not in use when DistributedDataParallel wrapped the model, so its "
+            "gradients would not be averaged over the processes; expected the model to be wrapped (again) after "
+            "steering.use('another')"
+        )
 
 
 @pytest.mark.parametrize("scenario", SHARDED)

@@ -537,6 +537,9 @@ def test_diagnostics_refusals_of_diagnose():
         diagnose(model, masked_batches())
     with model.steering.batch([None, None]), refused(RuntimeError, "diagnose is called inside steering.batch"):
         diagnose(model, masked_batches())
+    model.model.layers[1]._is_fsdp_managed_module = True  # as FSDP marks what it shards
+    with refused(ValueError, "layer 1 is sharded by FSDP", "diagnose to be called before it is", model=model):
+        diagnose(model, masked_batches())
     model.steering.use(None)
     with refused(ValueError, "no adapter of the model is in use", "default", model=model):
         diagnose(model, masked_batches())
