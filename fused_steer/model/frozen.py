@@ -1,8 +1,8 @@
 """The frozen base of a patched model: freezes its parameters, and makes those train again that did before.
 
-A parameter may have moved since: offloading puts another object in its place, `prune` and `parametrize` give it another
-name, and `resize_token_embeddings` makes another module, which is born frozen because the old one was. Another patched
-model may share it, such as a second head over the same decoder.
+A parameter may have moved since: offloading puts another object in its place, and `prune` gives it another name.
+`resize_token_embeddings` makes another module, and `parametrizations.weight_norm` several parameters, which are born
+frozen because the old one was. Another patched model may share it, such as a second head over the same decoder.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 from .site import Site
 from .weak import Weak, Weakly, what_is_left
@@ -35,15 +36,19 @@ class _Record:
             if found is not None:
                 yield found
 
-    def successor(self, model: nn.Module | None) -> Iterator[nn.Parameter]:
-        """Yield the parameter of that name in another module that took the module's place."""
+    def successors(self, model: nn.Module | None) -> Iterator[nn.Parameter]:
+        """Yield the parameters that took its place: in another module, or those from which it is computed now."""
         try:
             there = None if model is None else model.get_submodule(self.path)
         except AttributeError:
             return
-        found = None if there is None or there is self.module() else there._parameters.get(self.name)
+        if there is None:
+            return
+        found = None if there is self.module() else there._parameters.get(self.name)
         if found is not None:
             yield found
+        if parametrize.is_parametrized(there, self.name):
+            yield from there.parametrizations[self.name].parameters(recurse=False)  # type: ignore[union-attr,index]
 
 
 class Frozen:
@@ -99,7 +104,7 @@ class Frozen:
         for record in self._records:
             for parameter in record.itself():
                 self._restore(parameter, record.trained and not stays, others.get(id(parameter), ()))
-            for parameter in record.successor(model) if record.trained and not stays else ():
+            for parameter in record.successors(model) if record.trained and not stays else ():
                 if id(parameter) not in adapters:
                     self._restore(parameter, True, others.get(id(parameter), ()))
         self._on = False

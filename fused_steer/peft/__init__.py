@@ -27,7 +27,15 @@ def unload(model: nn.Module) -> nn.Module:
 
     Raises:
         RuntimeError: another library has since changed a layer's class. Nothing is undone.
+        ValueError: the model is wrapped.
     """
+    from peft import PeftMixedModel, PeftModel
+
+    if isinstance(model, (PeftModel, PeftMixedModel)):
+        raise ValueError(
+            f"model is a {type(model).__name__}; expected one that PEFT does not wrap (model.unload() takes all "
+            "adapters out of this one)"
+        )
     configs = getattr(model, "peft_config", {})
     names = {name for name, config in configs.items() if config.peft_type == POST_BLOCK}
     take_out(model, names)

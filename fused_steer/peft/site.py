@@ -41,6 +41,16 @@ class PeftSite(Site, BaseTunerLayer):
         """Return the decoder layer. A site wraps no module, unlike PEFT's other layers."""
         return self.patched.layer
 
+    # PEFT's properties ask the wrapped layer, which may be deleted. A site has neither.
+
+    @property
+    def weight(self) -> Tensor:
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute 'weight'")
+
+    @property
+    def bias(self) -> Tensor:
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute 'bias'")
+
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move an adapter to the layer's device, keeping its dtype. PEFT calls this after replacing tensors on meta."""
         adapter = self.adapter(adapter_name)

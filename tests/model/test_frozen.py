@@ -6,7 +6,7 @@ import pytest
 from models import build, refused
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from torch.nn.utils import prune
+from torch.nn.utils import parametrizations, prune
 
 from fused_steer import SteerConfig, patch_model
 
@@ -59,6 +59,18 @@ def test_frozen_base_that_was_pruned_trains():
     prune.l1_unstructured(model.model.layers[0].mlp.up_proj, "weight", 0.5)
     model.steering.unpatch()
     assert "model.layers.0.mlp.up_proj.weight_orig" in trained(model)
+
+
+@pytest.mark.parametrize("change", [parametrizations.weight_norm, parametrizations.spectral_norm])
+def test_frozen_base_that_was_parametrized_trains(change):
+    model = build()
+    model.model.norm.requires_grad_(False)
+    patch_model(model)
+    for network in (model, plain := build()):
+        change(network.model.layers[0].mlp.up_proj)
+    assert not trained(model)
+    model.steering.unpatch()
+    assert trained(model) == trained(plain) - {"model.norm.weight"}
 
 
 def test_frozen_base_stays_frozen_if_peft_has_frozen_it_since():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import math
 import shutil
@@ -40,6 +41,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+import fused_steer.peft
 import fused_steer.peft.site as site_module
 import fused_steer.serving.slots as slots_module
 from fused_steer import SteerConfig, patch_model
@@ -348,6 +350,22 @@ def test_peft_site_has_no_more_than_it_uses():
     foreign = theirs.keys() - vars(Site()).keys() - Site()._modules.keys()
     assert foreign >= {"active", "scale", "strength", "basis", "rows", "_planned"}
     assert not [name for name in foreign if hasattr(site, name)]
+
+
+def test_peft_site_has_no_weight_also_when_its_layer_is_deleted():
+    model = adapted()
+    site = model.get_base_model().model.layers[0].post_block
+    assert not hasattr(site, "weight") and not hasattr(site, "bias")
+    del model
+    gc.collect()
+    assert not hasattr(site, "weight") and not hasattr(site, "bias")
+
+
+def test_peft_unload_of_a_wrapped_model_is_refused():
+    model = adapted()
+    with refused(ValueError, "model is a PeftModel", "model.unload()", model=model):
+        fused_steer.peft.unload(model)
+    assert fused_steer.peft.is_steered(model)
 
 
 @everywhere
