@@ -456,6 +456,11 @@ def test_positions_are_an_adapters_own_in_batches_and_pools(tmp_path):
         assert torch.equal(generate(model)[1][:, 0], scores[:, 0])
 
 
+def stopped(*_: Any) -> None:
+    """A hook that Ctrl-C interrupts."""
+    raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_positions_under_checkpointing_with_an_interrupted_pass_before_the_backward(reentrant):
     """PyTorch calls no hook at the end of a pass that Ctrl-C interrupts."""
@@ -466,14 +471,11 @@ def test_positions_under_checkpointing_with_an_interrupted_pass_before_the_backw
     def pass_of(first: int) -> Tensor:
         return model(tokens(), labels=labelled(tokens(), first), use_cache=False).loss
 
-    def stop(*_: Any) -> None:
-        raise KeyboardInterrupt
-
     found = []
     for interrupted in (False, True):
         loss = pass_of(3)
         if interrupted:
-            handle = model.model.layers[1].register_forward_hook(stop)
+            handle = model.model.layers[1].register_forward_hook(stopped)
             with pytest.raises(KeyboardInterrupt), torch.no_grad():
                 pass_of(7)
             handle.remove()
@@ -481,6 +483,16 @@ def test_positions_under_checkpointing_with_an_interrupted_pass_before_the_backw
         found.append({name: p.grad for name, p in steering_parameters(model).items()})
         model.zero_grad()
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_positions_labels_of_an_interrupted_pass_are_not_those_of_the_decoder_called_next():
+    model = steered("prompt")
+    handle = model.model.layers[1].register_forward_hook(stopped)
+    with pytest.raises(KeyboardInterrupt):
+        model(tokens(), labels=labelled(tokens(), 3))
+    handle.remove()
+    with refused(ValueError, "does not say where its prompts end", model=model):
+        model.model(tokens())
 
 
 def test_positions_come_and_go_with_the_adapter_in_use():

@@ -15,8 +15,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping
+from types import FrameType
 from typing import Any
 
 import torch
@@ -40,12 +43,14 @@ class _Pass:
 
     Attributes:
         labels: the model's argument.
+        model: the module that was called with them.
         gain: (rows, tokens) float32, or None.
         runs: whether a pass of the decoder runs.
         prompts: the argument of `Steering.prompts`, or None.
     """
 
     labels: Any = None
+    model: weakref.ref[nn.Module] | None = None
     gain: Tensor | None = None
     runs = False
     prompts: Tensor | None = None
@@ -192,7 +197,10 @@ class Gains:
         return self._traced if is_compiling() else self._here
 
     def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._now.labels = {**dict(zip(self._model_names, args, strict=False)), **kwargs}.get("labels")
+        now = self._now
+        now.labels = {**dict(zip(self._model_names, args, strict=False)), **kwargs}.get("labels")
+        if not is_compiling():
+            now.model = weakref.ref(module)
 
     def _after_model(self, module: nn.Module, args: Any, output: Any) -> None:
         self._now.labels = None
@@ -204,6 +212,8 @@ class Gains:
             return None
         if not is_compiling():
             refuse_jit_trace()
+            if now.labels is not None and now.model is not None and not _is_called(now.model()):
+                now.labels = None
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
         now.gain = self._gain(self.positions, given)
         if not is_compiling():
@@ -343,6 +353,19 @@ def _prompts(given: Any) -> Tensor:
     if prompts.dim() == 1 and prompts.device.type == "cpu" and bool((prompts < 0).any()):
         raise ValueError(f"prompts has {int(prompts.min())}; {expected}")
     return prompts
+
+
+def _is_called(module: nn.Module | None) -> bool:
+    """Return whether a call of the module runs in this thread. PyTorch calls no hook at the end of one that Ctrl-C
+    interrupts."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals["self"] is module:
+            return True
+        if frame.f_code.co_name.startswith("torch_dynamo_resume"):  # perhaps the rest of its call
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _check_lengths(prompts: Tensor, real: Tensor, starts: Tensor | None) -> None:
