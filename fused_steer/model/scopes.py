@@ -153,18 +153,20 @@ class Scopes:
             scope = Scope(what)
             self._open.add(scope)
             self._ends[scope.part] = end
-        part = scope.part
+        part, finalizing = scope.part, sys.is_finalizing  # a global may be gone then
         try:
             _carried.set((*_carried.get(), part))
             yield
         finally:
-            # Scopes of several models may end in another order than they began.
-            _carried.set(tuple(other for other in _carried.get() if other is not part))
-            with self._lock:
-                self._left.add(part)  # before `end`, so that a pass that runs meanwhile fails at its end
-                self._open.discard(scope)
-                end()
-                self._ends.pop(part)
+            # A scope that is still open when Python exits ends when its modules are gone, and nothing runs any more.
+            if not finalizing():
+                # Scopes of several models may end in another order than they began.
+                _carried.set(tuple(other for other in _carried.get() if other is not part))
+                with self._lock:
+                    self._left.add(part)  # before `end`, so that a pass that runs meanwhile fails at its end
+                    self._open.discard(scope)
+                    end()
+                    self._ends.pop(part)
 
     def heal(self) -> None:
         """End scopes that are no longer open, if an exception or a fork kept their end from running."""

@@ -4,8 +4,11 @@ import asyncio
 import contextvars
 import copy
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -144,6 +147,19 @@ def test_scopes_end_with_their_block_though_its_end_did_not_run():
     assert elsewhere(lambda: one_pass(scopes)) == "ran"
     assert done == ["raises", "raises"]
     assert scopes.foreign() is None
+
+
+def test_scopes_that_are_open_when_python_exits_end_without_a_word():
+    """Their ends would use modules that Python has deleted by then."""
+    script = """if True:
+        from fused_steer.model.scopes import Scopes
+        from torch import nn
+        scopes = Scopes()
+        left_open = scopes.open("steering.disabled()", lambda: nn.Parameter)
+        left_open.__enter__()
+    """
+    done = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert done.returncode == 0 and "ignored" not in done.stderr, done.stderr
 
 
 def test_scopes_of_a_copy_are_none():
