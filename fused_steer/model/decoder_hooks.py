@@ -52,7 +52,8 @@ class DecoderHooks:
         """
         self._module, self._patched, self._before_training = decoder.module, patched, before_training
         self._scopes, self._graph = scopes, graph
-        self._layer_list = LayerList(decoder.module, decoder.path.rpartition(".")[2])
+        self._list = decoder.path.rpartition(".")[2]
+        self._layer_list = LayerList(decoder.module, self._list)
         self._passes = Passes()
         self._handles: list[RemovableHandle] = []
 
@@ -67,7 +68,8 @@ class DecoderHooks:
 
     def _before(self, module: nn.Module, args: Any) -> None:
         if is_compiling():
-            if self._graph is not None:
+            # A checkpointed layer is a graph of its own, which may hand nothing over to the norm outside.
+            if self._graph is not None and not any(map(_is_checkpointed, getattr(module, self._list))):
                 self._graph.begin()
             return
         if self._graph is not None:
@@ -97,6 +99,15 @@ class DecoderHooks:
             self._passes.end()
             thread.handed = None  # of a pass that ended early
             self._scopes.end_pass()  # the last call, because it may raise
+
+
+def _is_checkpointed(layer: nn.Module) -> bool:
+    """Return whether activation checkpointing runs the layer: transformers' own, or PyTorch's wrapper."""
+    return (
+        hasattr(layer, "_checkpoint_wrapped_module")
+        or layer.training
+        and getattr(layer, "gradient_checkpointing", False)
+    )
 
 
 def warn_of_frozen(name: str) -> None:

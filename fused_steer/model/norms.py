@@ -348,6 +348,8 @@ class Link:
             return None
         weight = self.weight_of(self.norm)
         if weight is not None:
+            if type(weight) not in (Tensor, nn.Parameter):  # sharded (DTensor), until its own layer runs
+                return None
             if weight.device != residual.device or weight.dtype != residual.dtype and self.kind.rounds_first:
                 return None
         return self.kind.norm(weight)

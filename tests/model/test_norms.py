@@ -28,6 +28,7 @@ from models import (
     logits,
     randomize,
     snapshot,
+    steering_parameters,
     tokens,
 )
 from peft import LNTuningConfig, LoraConfig, get_peft_model
@@ -35,6 +36,7 @@ from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor import config as inductor_config
 from torch._inductor.utils import get_code
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.nn.utils import parametrize, prune
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -768,6 +770,35 @@ def test_norms_compiled_take_over_only_for_the_very_tensor_unchanged(change, bac
     compiled = torch.compile(model, backend=backend)
     with torch.no_grad():
         assert_close(compiled(tokens(), use_cache=False).logits, logits(networks[1]))
+
+
+@pytest.mark.parametrize("positions", ["all", "generated"])
+def test_norms_compiled_with_checkpointed_layers_are_one_graph_and_right(positions):
+    """A checkpointed layer cannot hand anything over to the norm outside of its own graph."""
+    config = SteerConfig(rank=4, positions=positions)
+    model, base, parameters = fused(config=config)
+    other = unfused(model, base, config).train()
+    layers = set(model.train().model.layers)
+    apply_activation_checkpointing(model, check_fn=layers.__contains__)
+    torch._dynamo.reset()
+    labels = tokens().where(torch.arange(9) > 3, -100)
+    losses = []
+    for network in (torch.compile(model, backend="aot_eager", fullgraph=True), other):
+        losses.append(network(tokens(), labels=labels, use_cache=False).loss)
+        losses[-1].backward()
+    assert_close(*losses)
+    expected = {name: p.grad for name, p in steering_parameters(other).items()}
+    assert_close({name: p.grad for name, p in parameters.items()}, expected)
+
+
+def test_norms_compiled_leave_a_sharded_weight_to_its_own_layer():
+    model, _, _ = fused()
+    norm, site = model.model.layers[1].input_layernorm, model.model.layers[0].post_block
+    x = torch.randn(1, 2, HIDDEN)
+    site.link.graph.begin()
+    assert site.link.norm_in_graph(x, x) is not None
+    norm._parameters["weight"] = norm.weight.as_subclass(type("Sharded", (Tensor,), {}))
+    assert site.link.norm_in_graph(x, x) is None
 
 
 def test_norms_of_layers_compiled_one_by_one_are_right():
