@@ -485,6 +485,16 @@ def test_positions_under_checkpointing_with_an_interrupted_pass_before_the_backw
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
+def test_positions_under_checkpointing_with_offloaded_activations_are_refused():
+    model = steered("prompt").train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda kept: kept):
+        loss = model(tokens(), labels=labelled(tokens(), 3), use_cache=False).loss
+    with refused(RuntimeError, "runs again in the backward pass with another input tensor", "offloaded activations"):
+        loss.backward()
+
+
 def test_positions_labels_of_an_interrupted_pass_are_not_those_of_the_decoder_called_next():
     model = steered("prompt")
     handle = model.model.layers[1].register_forward_hook(stopped)

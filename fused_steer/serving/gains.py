@@ -173,6 +173,11 @@ class Gains:
                 self._kept[entering.data_ptr()] = (StorageWeakRef(entering.untyped_storage()), gain)
         else:
             gain = self._kept_of(entering)
+        if gain is None and not is_compiling() and torch._C._current_graph_task_id() != -1:
+            raise RuntimeError(
+                "a checkpointed layer runs again in the backward pass with another input tensor than before, as with "
+                "offloaded activations, and its adapter has positions; expected the same tensor (checkpointing alone)"
+            )
         if gain is None:
             raise RuntimeError(
                 "a layer runs outside of a pass of the model, and its adapter has positions; expected the model to be "
