@@ -251,14 +251,15 @@ class Steering:
         If this fails, the earlier files stay. A saved adapter that is kept orthogonal to a LoRA satisfies the
         constraint.
 
-        In a process group only the first process writes. If FSDP has sharded the adapter, all processes have to call
-        this, and wait until it is done. With DDP or tensor parallelism the others need not call it.
+        In a process group only the first process writes. If FSDP has sharded the adapter, or layers were removed from
+        the model (a pipeline's stages), all processes have to call this, and wait until it is done. With DDP or tensor
+        parallelism the others need not call it.
 
         Raises:
             ValueError: the parameters have several dtypes, or the shards do not form a whole adapter.
             NotADirectoryError, OSError: see `write_adapter`.
         """
-        file, together = self._file(self._known(name))
+        file, together = self._file(self._known(name), merged=True)
         first_writes(lambda: write_adapter(directory, file), together=together)
 
     def push_to_hub(self, repo_id: str, name: str | None = None, **options: Any) -> str:
@@ -276,7 +277,7 @@ class Steering:
         Returns:
             The URL of the commit, or "" in a process that is not the first.
         """
-        file, _ = self._file(self._known(name))
+        file, _ = self._file(self._known(name), merged=True)
         return push_adapter(repo_id, file, **options) if is_first() else ""
 
     def files(self, state: Mapping[str, Tensor] | None) -> dict[str, AdapterFile]:
@@ -285,10 +286,14 @@ class Steering:
             return {name: self._file(name)[0] for name in self.names}
         return files_of_state(self._configs, self._decoder.layout, state)
 
-    def _file(self, name: str) -> tuple[AdapterFile, bool]:
-        """Return an adapter as file contents, and whether all processes gathered it together."""
-        constrained = self._constraints.values(name)
-        return adapter_file(name, self._configs[name], self._decoder.layout, self._patched.sites, constrained)
+    def _file(self, name: str, merged: bool = False) -> tuple[AdapterFile, bool]:
+        """Return an adapter as file contents, and whether all processes gathered it together.
+
+        Args:
+            merged: take layers that are not in this process's model from the others, which then have to call this.
+        """
+        constrained, absent = self._constraints.values(name), self._patched.absent() if merged else ()
+        return adapter_file(name, self._configs[name], self._decoder.layout, self._patched.sites, constrained, absent)
 
     # -------------------------------------------------------------------------------------------------------- running
 

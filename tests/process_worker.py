@@ -303,6 +303,18 @@ def zero(directory: Path) -> None:
         write(directory, f"joint-{stage}", result, {})
 
 
+def pipeline(directory: Path) -> None:
+    """Each process keeps and changes its own layers, as a stage of a pipeline does."""
+    model = steered(build())
+    layers = list(model.model.layers)
+    model.model.layers = nn.ModuleList(layers[:1] if dist.get_rank() == 0 else layers[1:])
+    with torch.no_grad():
+        for parameter in model.model.layers.parameters():
+            parameter.mul_(2)
+    model.steering.save(directory / "saved")
+    write(directory, "saved", {}, {})
+
+
 def joint(directory: Path) -> None:
     for run in ("plain", "checkpointing"):
         model = with_lora(checkpointing=run == "checkpointing")
@@ -336,6 +348,7 @@ def joint(directory: Path) -> None:
 
 if __name__ == "__main__":
     scenarios = {"ddp": ddp, "fsdp2": fsdp2, "fsdp1": fsdp1, "tensor": tensor, "joint": joint, "zero": zero}
+    scenarios["pipeline"] = pipeline
     dist.init_process_group("gloo")
     for scenario in sys.argv[2:]:
         folder = Path(sys.argv[1], scenario)

@@ -2,7 +2,8 @@
 
 With DDP and tensor parallelism every process has the whole steering. With FSDP2 (`fully_shard`) the parameters are
 DTensors. With FSDP1 (`FullyShardedDataParallel`) each process has a slice of a flat parameter. DeepSpeed's ZeRO trains
-its own flat copies and overwrites the parameters. Its stage 3 keeps no parameter between passes.
+its own flat copies and overwrites the parameters. Its stage 3 keeps no parameter between passes. A stage of a pipeline
+trains only its own layers.
 """
 
 from __future__ import annotations
@@ -132,6 +133,14 @@ def gather(parts: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -
         for name in flat:
             whole[name] = _join(name, [theirs[name] for theirs in of_ranks], shapes[name])
     return whole
+
+
+def merge(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of all processes, by name, the first one's where several have one. All have to call this."""
+    mine = {name: (part.full_tensor() if is_dtensor(part) else part).cpu() for name, part in parts.items()}
+    of_ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, mine)
+    return {name: tensor for theirs in reversed(of_ranks) for name, tensor in theirs.items()}
 
 
 def _join(name: str, parts: list[Tensor], shape: tuple[int, ...]) -> Tensor:

@@ -67,6 +67,13 @@ class PatchedModel:
         """Return the parameters of the sites, as `sites` has them."""
         return (p for layer in self.layers.values() for site in layer.sites.values() for p in site.parameters())
 
+    def absent(self) -> set[int]:
+        """Return the steered layers that are no longer in the model, such as those of other stages of a pipeline."""
+        if not self.decoder.alive:
+            return set()
+        there = set(self.decoder.module.modules())
+        return {index for index, patched in self.layers.items() if patched.layer not in there}
+
     def check(self, places: Iterable[Place]) -> None:
         """Refuse places that the model has not.
 

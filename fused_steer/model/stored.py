@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..adapters.distributed import check_unsharded, gather, is_dtensor, part_of, sharder
+from ..adapters.distributed import check_unsharded, gather, in_group, is_dtensor, merge, part_of, sharder
 from ..adapters.files import AdapterFile
 from ..adapters.parameters import UP_BIAS, ByPlace, Layout, Place, by_place, in_model, of_adapter
 from ..config import DTYPES, SteerConfig
@@ -25,7 +25,7 @@ def adapter_tensors(sites: Sites, name: str) -> ByPlace:
 
 
 def adapter_file(
-    name: str, config: SteerConfig, layout: Layout, sites: Sites, constrained: ByPlace
+    name: str, config: SteerConfig, layout: Layout, sites: Sites, constrained: ByPlace, absent: Collection[int]
 ) -> tuple[AdapterFile, bool]:
     """Return an adapter as file contents, and whether all processes gathered it together.
 
@@ -35,11 +35,16 @@ def adapter_file(
         layout: the model's layout.
         sites: the model's sites.
         constrained: values that replace the parameters' values.
+        absent: layers that are not in this process's model, to be taken from the others (stages of a pipeline).
 
     Raises:
         ValueError: the parameters have several dtypes, are not finite, or the shards do not form a whole adapter.
     """
-    tensors = layout.paths(adapter_tensors(sites, name)) | layout.paths(constrained)
+    found = {place: {**named, **constrained.get(place, {})} for place, named in adapter_tensors(sites, name).items()}
+    tensors = layout.paths(found)
+    if absent and in_group():
+        here = layout.paths({place: named for place, named in found.items() if place.layer not in absent})
+        return _file(name, config, layout, tensors | merge(here), False), True
     together = any(map(is_dtensor, tensors.values())) or any(sharder(site) == "FSDP" for site in sites.values())
     return _file(name, config, layout, tensors, together), together
 

@@ -27,7 +27,7 @@ from fused_steer import load_joint, patch_model
 from fused_steer.adapters.distributed import gather
 
 PROCESSES = 2
-LAUNCHES = [["ddp", "tensor", "joint"], ["fsdp2", "fsdp1"], ["zero"]]
+LAUNCHES = [["ddp", "tensor", "joint", "pipeline"], ["fsdp2", "fsdp1"], ["zero"]]
 SHARDED = ["fsdp2", "fsdp1"]
 RUNS = [(s, run) for s in ("ddp", "tensor", "fsdp2", "fsdp1") for run in ("plain", "checkpointing", "another")]
 RUNS += [("fsdp1", "by-name"), ("fsdp1", "root")]
@@ -206,6 +206,13 @@ def test_distributed_an_adapter_that_ddp_would_not_average_is_refused(folder):
 def test_distributed_what_the_first_process_raises_is_raised_in_all(folder, scenario):
     for result in read(folder(scenario), "files")[0]:
         assert result["save"].startswith("NotADirectoryError: ") and "is a file" in result["save"]
+
+
+def test_distributed_the_layers_of_a_pipelines_stages_are_saved_together(folder):
+    _, saved = adapter(folder("pipeline") / "saved")
+    expected = steering_parameters(worker.steered(build()))
+    assert len(saved) == len(expected)
+    assert all(torch.equal(saved[f"base_model.model.{name}"], 2 * value) for name, value in expected.items())
 
 
 def test_distributed_parts_that_make_no_whole_are_refused():
