@@ -12,9 +12,10 @@ from typing import Any
 
 from peft import PeftModel
 
-from ..adapters.distributed import is_dtensor
+from ..adapters.distributed import check_whole
 from ..adapters.parameters import check_values, of_adapter
 from .config import POST_BLOCK
+from .site import PeftSite
 
 
 def check_before_writing() -> None:
@@ -37,7 +38,7 @@ def _check(model: Any, given: dict[str, Any]) -> None:
     """
     Raises:
         ValueError: a steering adapter is to be a pickle, which nothing of steering reads; or it has values that are not
-            finite.
+            finite; or FSDP or ZeRO has sharded it.
     """
     configs = model.peft_config
     for name in given.get("selected_adapters") or configs:
@@ -49,8 +50,10 @@ def _check(model: Any, given: dict[str, Any]) -> None:
                 f"safe_serialization is False, and no pickle of steering ({name!r}) can be read; expected True"
             )
         if given.get("kwargs", {}).get("state_dict") is None:  # else PEFT saves other values than the model's
+            for site in (site for site in model.modules() if isinstance(site, PeftSite) and name in site.steer_down):
+                check_whole(site, str(site.place), f"adapter {name!r}, where state_dict does not give its values,")
             for path, tensor in of_adapter(model.named_parameters(), name).items():
-                if not is_dtensor(tensor) and not tensor.is_meta:
+                if not tensor.is_meta:
                     check_values(path, tensor, config.scale)
 
 

@@ -731,6 +731,18 @@ def test_peft_saves_that_are_refused_write_nothing(value, options, parts, tmp_pa
     assert (tmp_path / "adapter_model.bin").exists()
 
 
+def test_peft_saves_of_what_fsdp_has_sharded_are_refused_and_write_nothing(tmp_path, monkeypatch):
+    model = adapted(r=4)
+    model.get_base_model().model.layers[1].post_block._is_fsdp_managed_module = True  # as FSDP marks what it shards
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    parts = ("layer 1 is sharded by FSDP", "adapter 'default', where state_dict does not give its values")
+    with refused(ValueError, *parts, model=model):
+        model.save_pretrained(str(tmp_path / "new"))
+    assert not any(tmp_path.iterdir())
+    model.save_pretrained(str(tmp_path), state_dict=model.state_dict())
+    assert torch.equal(logits(PeftModel.from_pretrained(build(), str(tmp_path))), logits(model))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_peft_files_record_the_dtype_that_the_tensors_have(dtype, tmp_path):
     model = adapted(r=4).to(dtype)
