@@ -67,8 +67,8 @@ The map, in reading order. A file imports only files that stand above it.
     peft/                steering as a PEFT method
         config.py        PostBlockConfig
         loading.py       reads the files that PEFT and transformers load
-        saving.py        checks adapters before PEFT writes them
         site.py          the site with PEFT's adapters
+        saving.py        checks adapters before PEFT writes them
         tuner.py         adds, saves, loads, mixes and sums adapters for PEFT
     whole.py             save_pretrained of a patched model
     steering.py          Steering, available as model.steering
