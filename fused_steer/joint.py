@@ -26,7 +26,7 @@ from .adapters.files import (
     files_digest,
     read_adapter,
 )
-from .adapters.kinds import LORA_FOLDER, STEERING_FOLDER
+from .adapters.kinds import LORA_FOLDER, STEERING_FOLDER, method_in
 from .adapters.locating import HUB_ID, JOINT_FILES, locate_files
 from .adapters.parameters import PEFT_PREFIX, by_lower, check_name, refuse_clash, unwrapped
 from .adapters.saving import (
@@ -103,7 +103,8 @@ def save_joint(model: nn.Module, directory: str | os.PathLike[str]) -> None:
 
     Raises:
         ValueError: the model is not steered or carries no LoRA, FSDP or ZeRO has sharded it, a part cannot be written,
-            the path is empty (see `target_folder`), or the name of a LoRA is not valid for a folder.
+            the path is empty (see `target_folder`), the directory holds an adapter that is no part of such a save, or
+            the name of a LoRA is not valid for a folder.
         NotADirectoryError: `directory` is a file.
     """
     steering = steering_of(model)
@@ -116,6 +117,7 @@ def save_joint(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     if not is_first():
         return
     target = target_folder(directory, "both adapters")
+    refuse_adapter_beside(target)
     with saving_folder(target, "joint", keep=lambda folder: _needed(target, folder)) as new:
         steering.save(new / STEERING_FOLDER)
         places = {STEERING_FOLDER: new / STEERING_FOLDER}
@@ -126,6 +128,19 @@ def save_joint(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         for folder in leftovers(target, "joint"):
             if not _needed(target, folder):
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def refuse_adapter_beside(directory: Path) -> None:
+    """Check that a directory for both parts holds no adapter of its own, which readers would take for the saved one.
+
+    Raises:
+        ValueError: it holds one.
+    """
+    method = method_in(directory)
+    if method is not None:
+        raise ValueError(
+            f"{directory} holds an adapter of {method}; expected another directory for the LoRA and the steering"
+        )
 
 
 def _write_lora(folder: Path, inner: nn.Module, name: str, config: Any) -> None:

@@ -154,8 +154,13 @@ def refuse_foreign(directory: Path) -> None:
     """Check that a directory holds no other method's adapter, such as the LoRA that this one was trained with.
 
     Raises:
-        ValueError: `directory` holds one, or an adapter file's name there is not a regular file.
+        ValueError: `directory` holds one, or a LoRA and steering of `save_joint`; or an adapter file's name there is
+            not a regular file.
     """
+    if (directory / JOINT_NAME).is_file():
+        raise ValueError(
+            f"{directory} holds a LoRA and steering together; expected another directory, to leave them alone"
+        )
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         if (directory / name).exists() and not (directory / name).is_file():
             raise ValueError(f"{directory / name} is not a regular file; expected one, or none")

@@ -16,11 +16,13 @@ import torch
 
 from .._hub_access import reaching_hub
 from .._version import __version__
+from ..adapters.files import refuse_foreign
 from ..adapters.hub import CARD_NAME, model_card
+from ..adapters.kinds import JOINT_NAME, LORA_TYPE, method_in
 from ..diagnostics import diagnose
 from ..diagnostics.diagnosis import Diagnosis
 from ..diagnostics.figures import check_matplotlib
-from ..joint import lora_parameters, save_joint, steering_parameters
+from ..joint import lora_parameters, refuse_adapter_beside, save_joint, steering_parameters
 from ..model.decoder import find_decoder, meta_model, refuse_adapter
 from ..patch import patch_model
 from ..tools.prompts import encode
@@ -100,10 +102,11 @@ def train(recipe: Recipe, *, resume: bool = False, say: Callable[[str], None] = 
         say: is given lines about the run, by the first process.
 
     Raises:
-        ValueError, TypeError, FileNotFoundError, ImportError: see `check`; or there is no checkpoint to resume from.
+        ValueError, TypeError, FileNotFoundError, ImportError: see `check` and `check_out`.
         RuntimeError: the loss is not finite.
     """
     plan = check(recipe)
+    check_out(recipe, resume)
     trainer, tokenizer = _trainer(plan)
     first = trainer.is_world_process_zero()
     model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
@@ -133,6 +136,34 @@ def train(recipe: Recipe, *, resume: bool = False, say: Callable[[str], None] = 
         diagnosis = diagnose(model, encode(tokenizer, texts, recipe.data.longest, recipe.training.batch_size))
     found = dataclasses.replace(found, diagnosis=diagnosis)
     return dataclasses.replace(found, files=_write(found, model))
+
+
+def check_out(recipe: Recipe, resume: bool) -> None:
+    """Check that `recipe.out` can take what the run writes, and has the checkpoints that it expects.
+
+    A new run beside an earlier one's checkpoints would mix them up: the Trainer resumes from the one of most steps.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint to resume from.
+        ValueError: without `resume` there are checkpoints of an earlier run; or `out` holds an adapter of another kind.
+    """
+    from transformers.trainer_utils import get_last_checkpoint
+
+    out, run = Path(recipe.out), Path(recipe.out, "run")
+    last = get_last_checkpoint(str(run)) if run.is_dir() else None
+    if resume and last is None:
+        raise FileNotFoundError(f"{run} has no checkpoint; expected one to resume from")
+    if not resume and last is not None:
+        raise ValueError(f"{last} is of an earlier run; expected --resume to continue it, another out, or no {run}")
+    kind = recipe.method.kind
+    if kind == "steering":
+        refuse_foreign(out)
+    elif kind == "lora":
+        held = "a LoRA and steering together" if (out / JOINT_NAME).is_file() else method_in(out)
+        if held not in (None, LORA_TYPE):
+            raise ValueError(f"{out} holds {held}; expected another out for a LoRA, to leave it alone")
+    else:
+        refuse_adapter_beside(out)
 
 
 def _check_installed() -> None:

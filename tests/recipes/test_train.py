@@ -144,18 +144,18 @@ def test_train_a_task_on_the_prompts_that_eval_tests(tiny, tmp_path, monkeypatch
     assert f"data      6 rows (paper:gsm8k) to train on, {len(examples['validation'])} to evaluate on" in lines
 
 
-def test_train_without_an_end_of_text(recipe, tiny):
+def test_train_without_an_end_of_text(recipe, tiny, tmp_path):
     """Rows of texts, and of prompts, of which the recipe cuts some off before their completion."""
     rows = [{"prompt": "a" * (i % 3 + 1) * 12, "completion": "b"} for i in range(12)]
     lines = []
     found = train(read_recipe(recipe(rows, data={"end_of_text": False, "max_length": 30})), say=lines.append)
     assert found.rows == (9, 3) and "cut       3 rows are left out: their completion begins beyond 30 tokens" in lines
-    found = train(read_recipe(recipe([{"text": "abc"}] * 8, data={"end_of_text": False}, training={"max_steps": 1})))
+    texts = recipe([{"text": "abc"}] * 8, data={"end_of_text": False}, training={"max_steps": 1})
+    found = train(read_recipe(texts, [f"out={tmp_path / 'texts'}"]))
     assert math.isfinite(found.loss_after)
+    long = recipe([{"prompt": "a" * 20, "completion": "b"}] * 4, {"end_of_text": False, "max_length": 20})
     with refused(ValueError, "no row of", "has a completion within 20 tokens; expected one (data.max_length)"):
-        train(
-            read_recipe(recipe([{"prompt": "a" * 20, "completion": "b"}] * 4, {"end_of_text": False, "max_length": 20}))
-        )
+        train(read_recipe(long, [f"out={tmp_path / 'long'}"]))
 
 
 def test_train_refuses_chats_without_a_template(recipe, tiny, tmp_path, monkeypatch):
@@ -228,6 +228,32 @@ def test_train_resumes_to_the_same_adapter(recipe, tmp_path):
     train(read_recipe(path, [f"out={other}"]), resume=True)
     files = [patch_file(folder) for folder in (tmp_path / "out", other)]
     assert all(torch.equal(files[0][key], files[1][key]) for key in files[0])
+
+
+def test_train_into_the_folder_of_another_run_is_refused_before_it_trains(recipe, tmp_path, monkeypatch):
+    path = recipe(method={"steering": {"rank": 2}})
+
+    def refuses(message, *changes, resume=False, error=ValueError):
+        with refused(error, message):
+            train(read_recipe(path, changes), resume=resume)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("weights were loaded"))
+    out = tmp_path / "out"
+    refuses("run has no checkpoint; expected one", resume=True, error=FileNotFoundError)
+    (out / "run" / "checkpoint-7").mkdir(parents=True)
+    refuses("checkpoint-7 is of an earlier run; expected --resume")
+    (out / "run" / "checkpoint-7").rmdir()
+    for held, refusals in {
+        "POST_BLOCK": {"lora": "holds POST_BLOCK", "joint": "holds an adapter of POST_BLOCK"},
+        "LORA": {"steering": "holds an adapter of LORA", "joint-orth": "holds an adapter of LORA"},
+    }.items():
+        (out / "adapter_config.json").write_text(json.dumps({"peft_type": held}))
+        for kind, message in refusals.items():
+            refuses(message, f"method.kind={kind}", *(["method.steering=null"] if kind == "lora" else []))
+    (out / "adapter_config.json").unlink()
+    (out / "joint.json").write_text("{}")
+    for kind, steering in {"steering": "{rank: 2}", "lora": "null"}.items():
+        refuses("holds a LoRA and steering together", f"method.kind={kind}", f"method.steering={steering}")
 
 
 def patch_file(folder):
