@@ -78,7 +78,7 @@ The map, in reading order. A file imports only files that stand above it.
         listops.py       the demo's task
         sources.py       adapters that a command is given: names, and steering, LoRA or both
         variants.py      loads several adapters into one model and switches between them
-        prompts.py       read prompts from files, and batches of their tokens
+        prompts.py       read prompts from files, batches of their tokens, and their room in a model
         demo.py          fused-steer demo
         coverage_table.py the table of fused-steer coverage
         coverage.py      fused-steer coverage

@@ -25,7 +25,7 @@ from ..diagnostics.figures import check_matplotlib
 from ..joint import lora_parameters, refuse_adapter_beside, save_joint, steering_parameters
 from ..model.decoder import find_decoder, meta_model, refuse_adapter
 from ..patch import patch_model
-from ..tools.prompts import encode
+from ..tools.prompts import encode, refuse_long_texts, room_of
 from .figures import draw_losses, draw_shifts
 from .recipe import Recipe
 from .rows import Row, read_rows, text_of, tokens_without_end
@@ -119,6 +119,7 @@ def train(recipe: Recipe, *, resume: bool = False, say: Callable[[str], None] = 
         if not getattr(trainer.args, "packing", False) and len(trainer.train_dataset) < len(plan.train):
             cut = len(plan.train) - len(trainer.train_dataset)
             say(f"cut       {cut} rows are left out: their completion begins beyond {trainer.args.max_length} tokens")
+    _check_room(trainer, room_of(model))
     before = trainer.evaluate()["eval_loss"] if plan.held_out else None
     trainer.train(resume_from_checkpoint=resume or None)
     after = trainer.evaluate()["eval_loss"] if plan.held_out else None
@@ -305,7 +306,32 @@ def _load(recipe: Recipe, chats: bool) -> tuple[Any, Any]:
         raise ValueError(f"the tokenizer of {recipe.model} has no chat template; expected one, as the rows are chats")
     dtype = torch.bfloat16 if gpu else torch.float32
     with reaching_hub(recipe.model, "model"):
-        return AutoModelForCausalLM.from_pretrained(recipe.model, dtype=dtype), tokenizer
+        return refuse_long_texts(AutoModelForCausalLM.from_pretrained(recipe.model, dtype=dtype)), tokenizer
+
+
+def _check_room(trainer: Any, most: int | None) -> None:
+    """Check that each row of texts fits the model's table of positions; preferences are checked in their first pass.
+
+    Args:
+        trainer: with the rows that TRL has left, in tokens.
+        most: the positions of the model, or None.
+
+    Raises:
+        ValueError: a row does not fit, or no row to train or to evaluate on is left.
+    """
+    for name, rows in (("train", trainer.train_dataset), ("evaluate", trainer.eval_dataset)):
+        if rows is not None and not len(rows):
+            raise ValueError(
+                f"no row to {name} on has a completion within {trainer.args.max_length} tokens; expected one "
+                "(data.max_length)"
+            )
+        if most is None or rows is None or "input_ids" not in rows.column_names:
+            continue
+        longest = min(max(map(len, rows["input_ids"])), trainer.args.max_length or math.inf)
+        if longest > most:
+            raise ValueError(
+                f"a row has {longest} tokens; expected at most {most}, the positions of the model (data.max_length)"
+            )
 
 
 def _save(recipe: Recipe, model: Any, first: bool) -> None:

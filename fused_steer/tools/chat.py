@@ -17,6 +17,7 @@ import torch
 
 from ..config import checked_number
 from ..positions import read_positions
+from .prompts import room_of
 
 HELP = """\
 /adapter NAME      steer by an adapter
@@ -110,13 +111,20 @@ class Chat:
             the answers so far, one for each of `columns`, as they grow.
 
         Raises:
-            ValueError: the tokenizer has no chat template and the conversation is not empty, or the message is empty.
+            ValueError: the message is empty, or the conversation leaves no room in the model for an answer.
         """
         if not text.strip():
             raise ValueError("the message is empty; expected a text")
         columns = self.columns
         names = [None if column == "base" else column for column in columns]
-        ids = torch.tensor([self._ids(text)] * len(columns), device=self.model.get_input_embeddings().weight.device)
+        asked, most = self._ids(text), room_of(self.model)
+        room = self.new_tokens if most is None else most - len(asked)
+        if room < 1:
+            raise ValueError(
+                f"the conversation has {len(asked)} tokens; expected fewer than {most}, the positions of the model "
+                "(/reset forgets it)"
+            )
+        ids = torch.tensor([asked] * len(columns), device=self.model.get_input_embeddings().weight.device)
         steering = self.model.steering
         streamer = _Rows(len(columns), ids.shape[1])
         options: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
@@ -129,7 +137,7 @@ class Chat:
                 self.model.generate(
                     input_ids=ids,
                     attention_mask=torch.ones_like(ids),
-                    max_new_tokens=self.new_tokens,
+                    max_new_tokens=min(self.new_tokens, room),
                     pad_token_id=self.tokenizer.eos_token_id,
                     stopping_criteria=[streamer],
                     **options,

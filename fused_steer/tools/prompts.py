@@ -1,4 +1,4 @@
-"""Prompts from files, and as batches of token ids."""
+"""Prompts from files, as batches of token ids, and their room in a model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 #: A prompt: text, or the messages of a chat, each with a role and content.
 Prompt = str | list[dict[str, Any]]
@@ -111,3 +111,31 @@ def _ids(tokenizer: Any, prompt: Prompt, whole: bool = False) -> list[int]:
     answered = prompt[-1]["role"] == "assistant"
     ends = {"continue_final_message": True} if whole and answered else {"add_generation_prompt": not answered}
     return tokenizer.apply_chat_template(prompt, return_dict=True, **ends)["input_ids"]
+
+
+def room_of(model: nn.Module) -> int | None:
+    """The most tokens of a text: the rows of the model's learned table of positions. None: it has no such table."""
+    most = getattr(model.config, "max_position_embeddings", None)
+    if not isinstance(most, int):
+        return None
+    words = model.get_input_embeddings()
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding) and module is not words]
+    return most if any(0 <= table.num_embeddings - most <= 2 for table in tables) else None  # OPT has 2 rows more
+
+
+def refuse_long_texts(model: nn.Module) -> nn.Module:
+    """Make passes over more tokens than the model has positions a ValueError. PyTorch's own error names neither number.
+
+    The decoder checks, because PEFT calls the forward of the model around it without its hooks.
+    """
+    most = room_of(model)
+
+    def check(_: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> None:
+        inputs = [*args[:1], *(given.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask"))]
+        longest = max((one.shape[1] for one in inputs if isinstance(one, Tensor) and one.ndim in (2, 3)), default=0)
+        if most is not None and longest > most:
+            raise ValueError(f"a text has {longest} tokens; expected at most {most}, the positions of the model")
+
+    if most is not None:
+        model.base_model.register_forward_pre_hook(check, with_kwargs=True)  # type: ignore[operator, union-attr]
+    return model

@@ -156,6 +156,15 @@ def test_train_without_an_end_of_text(recipe, tiny, tmp_path):
     long = recipe([{"prompt": "a" * 20, "completion": "b"}] * 4, {"end_of_text": False, "max_length": 20})
     with refused(ValueError, "no row of", "has a completion within 20 tokens; expected one (data.max_length)"):
         train(read_recipe(long, [f"out={tmp_path / 'long'}"]))
+    with refused(ValueError, "no row to train on has a completion within 20 tokens; expected one (data.max_length)"):
+        train(read_recipe(long, [f"out={tmp_path / 'long'}", "data.end_of_text=null"]))
+
+
+def test_train_refuses_rows_beyond_a_models_positions(recipe, tmp_path):
+    save_tiny(tmp_path / "learned", family="gpt2")
+    path = recipe([{"prompt": "a" * 70, "completion": "b"}] * 4)
+    with refused(ValueError, "a row has 72 tokens; expected at most 64, the positions of the model (data.max_length)"):
+        train(read_recipe(path, [f"model={tmp_path / 'learned'}"]))
 
 
 def test_train_refuses_chats_without_a_template(recipe, tiny, tmp_path, monkeypatch):

@@ -47,6 +47,16 @@ def last(chat: Chat, text: str) -> list[str]:
     return said
 
 
+def test_chat_ends_at_the_positions_of_the_model():
+    model = patch_model(build("gpt2"), SteerConfig(rank=4), adapter_name="low")
+    talk = Chat(model, tokenizer(), "low", new_tokens=200)
+    assert len(last(talk, "a" * 60)[0].split()) <= 4
+    with refused(ValueError, "tokens; expected fewer than 64, the positions of the model (/reset forgets it)"):
+        last(talk, "a" * 60)
+    talk.command("/reset")
+    last(talk, "a" * 63)
+
+
 def test_chat_answers_are_those_of_generate():
     talk = chat()
     assert last(talk, "hi") == [alone("low", "u-hi!a-")]

@@ -1,10 +1,13 @@
 """Prompts: read from text and JSON lines, encoded, and refused."""
 
+import contextlib
 import json
 
 import pytest
+import torch
+from models import build, refused
 
-from fused_steer.tools.prompts import encode, read_prompts
+from fused_steer.tools.prompts import encode, read_prompts, refuse_long_texts, room_of
 
 CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
@@ -72,3 +75,21 @@ def test_prompts_refusals(name, content, message, tmp_path):
         (tmp_path / name).write_bytes(content)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         read_prompts(tmp_path / name)
+
+
+@pytest.mark.parametrize(("family", "room"), [("gpt2", 64), ("llama", None)])
+@pytest.mark.parametrize("peft", [False, True])
+def test_texts_beyond_a_models_learned_positions_are_refused(family, room, peft):
+    model = refuse_long_texts(build(family))
+    if peft:
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
+    assert room_of(model) == room
+    ids = torch.ones(1, 65, dtype=torch.long)
+    model(ids[:, 1:], attention_mask=ids[:, 1:])
+    with contextlib.nullcontext() if room is None else refused(ValueError, "a text has 65 tokens; expected at most 64"):
+        model(input_ids=ids)
+    first = model(ids[:, :60], use_cache=True)
+    with contextlib.nullcontext() if room is None else refused(ValueError, "a text has 65 tokens; expected at most 64"):
+        model(ids[:, 60:], attention_mask=ids, past_key_values=first.past_key_values)
