@@ -56,14 +56,14 @@ def reaching_hub(source: str | None, what: str) -> Iterator[None]:
         what: that is looked for, for the error.
 
     Raises:
-        FileNotFoundError: the hub cannot be reached, and inside a file was not found.
+        FileNotFoundError: the hub cannot be reached, or is not to be (HF_HUB_OFFLINE), and inside a file was not found.
     """
     from huggingface_hub import constants
 
-    if source is None or Path(source).exists() or constants.HF_HUB_OFFLINE:
+    if source is None or Path(source).exists():
         yield
         return
-    reason = why_unreachable()
+    reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else why_unreachable()
     if reason is None:
         yield
         return

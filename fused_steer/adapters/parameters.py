@@ -315,7 +315,7 @@ class Layout:
         if check_base and not same_base(adapter.base, self.base):
             raise ValueError(
                 f"{source} is for the base model {adapter.base!r}; expected {self.base!r} "
-                "(check_base=False loads it anyway)"
+                "(in Python, patch_model(model, adapter, check_base=False) loads it anyway)"
             )
 
 

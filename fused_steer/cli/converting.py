@@ -101,8 +101,8 @@ def steerling(
 ) -> None:
     """Import an adapter of the paper's released code (github.com/SprocketLab/steerling): low-rank adapters or vectors.
 
-    Pickles are opened with torch.load(weights_only=True), which executes nothing in them. Adapters after attention or
-    the MLP are refused.
+    Pickles are opened with torch.load(weights_only=True), which executes nothing in them. Adapters of the released
+    code's kinds attn and mlp (--submodules) need --base-model.
     """
     with errors_in_one_line():
         from ..importers.steerling import import_steerling

@@ -122,6 +122,8 @@ def coverage(
     with errors_in_one_line():
         from ..tools.coverage import MODEL_TYPES, check_all, markdown, summary
 
+        if out is not None and out.is_dir():
+            raise ValueError(f"out is {out}, a directory; expected a file for the table")
         types = MODEL_TYPES if only is None else tuple(name.strip() for name in only.split(","))
         rows = []
         for row in check_all(types, jobs):

@@ -24,7 +24,7 @@ from ..patch import patch_model
 from ..tools.prompts import encode, read_prompts
 from ..tools.sources import note_parts, parts_of
 from ..tools.variants import Variants
-from .fitting import Fit, check_config, check_decoders, check_positions, check_ridge, fit, fit_within
+from .fitting import Fit, check_config, check_decoders, check_positions, check_ridge, check_site, fit, fit_within
 from .next_token import Divergence, divergence
 
 if TYPE_CHECKING:
@@ -180,6 +180,8 @@ def run(options: FitOptions, console: Console) -> None:
         note_parts(options.tuned)
     plan = find_decoder(meta_model(options.base))  # all that can be refused before weights are read is
     check_config(config, plan)
+    if kind in (PEFT_TYPE, JOINT):
+        check_site(options.tuned, options.site)
     if kind == PEFT_TYPE:
         check_positions(options.tuned, read_adapter(options.tuned, plan.layout, check_base=True).config)
     if kind is None:

@@ -161,7 +161,7 @@ def fit_each(
             raise ValueError(f"the configs have the sites {site} and {config.site}; expected the same")
     check_ridge(ridge)
     checked_bool("sequence", sequence)
-    check_tuned(tuned)
+    check_tuned(tuned, site)
     device = own.device if own.device.type == "cuda" else torch.device("cpu")  # others may have no float64
     parts = [_Part(some, len(own), device) for some in (batches, held_out)]
     check_tokens(parts[0].tokens, max(config.rank for config in configs))
@@ -386,16 +386,25 @@ def check_ridge(ridge: float) -> None:
         raise ValueError(f"ridge is {ridge}; expected a finite number, 0 or more")
 
 
-def check_tuned(tuned: nn.Module) -> None:
+def check_site(what: str, site: str) -> None:
+    """Refuse a site inside the blocks for a tuned model that is steered: its blocks have the sites of its adapter."""
+    if site != SITE:
+        raise ValueError(
+            f"site is {site!r} and {what} is steered; expected {SITE!r}, or a fine-tuned model or a LoRA alone"
+        )
+
+
+def check_tuned(tuned: nn.Module, site: str) -> None:
     """Refuse a steered model whose layers cannot be run one by one.
 
     Raises:
-        ValueError: its adapter has positions.
+        ValueError: its adapter has positions, or the site of the fitted adapter is another than post_block.
         RuntimeError: a batch is running.
     """
     steering = getattr(inside_peft(tuned), "steering", None)
     if isinstance(steering, Steering):
         steering.check_measurable("fit is called", disabled=True)
+        check_site("the tuned model", site)
         if steering.active is not None:
             check_positions("the tuned model's adapter", steering.config())
 

@@ -249,6 +249,7 @@ def nan_model():
         (build, {"ridge": -1.0}, "ridge is -1.0"),
         (build, {"ridge": float("nan")}, "ridge is nan; expected a finite number"),
         (lambda: patch_model(build(), SteerConfig(positions="last_2")), {}, "adapter has positions 'last_2'; expected"),
+        (lambda: patch_model(build()), {"config": config(site="pre_mlp")}, "site is 'pre_mlp' and the tuned model is"),
         (build, {"batches": batches(1, length=9)[:1], "config": config(rank=24)}, "24 tokens to fit on; expected more"),
         (nan_model, {}, "the tuned model's hidden states after layer 1 are NaN or infinite"),
     ],

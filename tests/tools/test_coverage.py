@@ -200,6 +200,11 @@ def test_coverage_bad_arguments_are_refused(arguments: list[Any], parts: tuple[s
     assert_refused(invoke("coverage", "--only", only, "--jobs", jobs), *parts)
 
 
+def test_coverage_refuses_a_directory_as_out_before_it_checks_a_model(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("fused_steer.tools.coverage.check_all", None)
+    assert_refused(invoke("coverage", "--out", tmp_path), "a directory; expected a file for the table")
+
+
 ROWS = [
     Row(
         "llama",

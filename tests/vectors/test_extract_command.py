@@ -166,5 +166,7 @@ def test_extract_command_refusals(folder, tmp_path):
     refuses("held out is 1.0", given=(pairs, "--held-out", 1))
     refuses("batch size is 0", given=(pairs, "--batch-size", 0))
     refuses("a text has 15 tokens", "expected 1 to 14", given=(pairs, "--max-length", 14))
+    for option in (("--say", "we"), ("--texts", folder / "good.txt"), ("--each-layer",)):
+        refuses(f"{option[0]} is given and --doses is empty", given=(pairs, "--doses", "", *option))
     refuses("say is empty", given=(pairs, "--say", " "))
     refuses("is a file", given=(pairs, "--out", pairs))
