@@ -47,6 +47,10 @@ class EvalOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name.replace('_', ' ')} is {value}; expected at least 1")
+        for name in ("seed", "shots"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"{name} is {value}; expected 0 or more")
         if not self.base and not self.adapters:
             raise ValueError("neither --base nor an --adapter is given; expected one")
         if self.out is not None and not self.out.parent.is_dir():

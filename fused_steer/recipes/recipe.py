@@ -104,6 +104,10 @@ class Data:
                 raise ValueError("the recipe has no data.train; expected one, or a data.task")
             if self.chat:
                 raise ValueError("data.chat is given without data.task; expected rows with messages for a chat")
+            if self.eval is not None and self.held_out is not None:
+                raise ValueError("data.held_out is given with data.eval; expected one of them")
+            if self.eval is None and self.eval_split is not None:
+                raise ValueError("data.eval_split is given without data.eval; expected data.eval, a data set's id")
             return
         name = self.task_name
         for key in ("eval", "held_out", "kind", "columns", "template", "split", "eval_split", "config"):
@@ -209,6 +213,11 @@ class Recipe:
                 "method.steering is given with kind 'lora'; expected kind steering, joint or joint-orth, or no "
                 "steering (--set method.steering=null)"
             )
+        if method.kind == "steering" and method.lora != Lora():
+            raise ValueError(
+                "method.lora is given with kind 'steering'; expected kind lora, joint or joint-orth, or no LoRA (--set "
+                "method.lora=null)"
+            )
         for name in ("batch_size", "accumulate", "max_steps", "eval_steps", "save_steps", "logging_steps"):
             _at_least_1(f"training.{name}", getattr(training, name))
         data.check()
@@ -217,6 +226,12 @@ class Recipe:
             value = getattr(training, name)
             if value is not None and value <= 0:
                 raise ValueError(f"training.{name} is {value}; expected more than 0")
+        for name in ("weight_decay", "max_grad_norm"):
+            value = getattr(training, name)
+            if value < 0:
+                raise ValueError(f"training.{name} is {value}; expected 0 or more")
+        if not 0 <= training.seed < 2**32:
+            raise ValueError(f"training.seed is {training.seed}; expected 0 to 2**32 - 1")
         if training.lora_learning_rate is not None and "joint" not in method.kind:
             raise ValueError(f"training.lora_learning_rate is given with kind {method.kind!r}; expected joint")
         if training.warmup is not None and not 0 <= training.warmup < 1:

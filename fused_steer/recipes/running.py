@@ -27,7 +27,7 @@ from ..model.decoder import find_decoder, meta_model, refuse_adapter
 from ..patch import patch_model
 from ..tools.prompts import encode, refuse_long_texts, room_of
 from .figures import draw_losses, draw_shifts
-from .recipe import Recipe
+from .recipe import Recipe, Training
 from .rows import Row, read_rows, text_of, tokens_without_end
 
 JSON_NAME, LOSSES_NAME, SHIFTS_NAME = "training.json", "losses.png", "shifts.png"
@@ -189,6 +189,28 @@ def _told(recipe: Recipe) -> str:
     return f"{recipe.method.kind} ({' and '.join(parts)}), learning rate {recipe.rates[0]:g}, {schedule}{warm}"
 
 
+#: The recipe's keys for fields of TRL's arguments, which would say otherwise than the recipe.
+_KEYS = {
+    "output_dir": "out",
+    "learning_rate": "training.learning_rate",
+    "lr_scheduler_type": "training.schedule",
+    "warmup_steps": "training.warmup",
+    "warmup_ratio": "training.warmup",
+    "num_train_epochs": "training.epochs",
+    "per_device_train_batch_size": "training.batch_size",
+    "per_device_eval_batch_size": "training.batch_size",
+    "gradient_accumulation_steps": "training.accumulate",
+    "max_length": "data.max_length",
+    **{
+        name: f"training.{name}"
+        for name in (
+            *("max_steps", "weight_decay", "max_grad_norm", "seed", "eval_steps", "save_steps", "logging_steps"),
+            *("report_to", "gradient_checkpointing", "beta"),
+        )
+    },
+}
+
+
 def _arguments(recipe: Recipe, kind: str, evaluates: bool) -> Any:
     """Return TRL's arguments for the recipe."""
     from trl import DPOConfig, SFTConfig
@@ -220,6 +242,13 @@ def _arguments(recipe: Recipe, kind: str, evaluates: bool) -> Any:
         **({"beta": t.beta} if kind == "preference" else {}),
         **({} if recipe.data.ends else {"completion_only_loss": True}),  # TRL's default only for rows of texts
     }
+    if t.eval_steps is not None and not evaluates:
+        raise ValueError(f"training.eval_steps is {t.eval_steps}, and no rows are held out; expected some, or no steps")
+    if kind != "preference" and t.beta != Training.beta:
+        raise ValueError(f"training.beta is {t.beta} with rows of kind {kind}; expected rows of kind preference")
+    for name in t.arguments:
+        if name in _KEYS:
+            raise ValueError(f"training.arguments has {name}; expected the recipe's own key, {_KEYS[name]}")
     cls = DPOConfig if kind == "preference" else SFTConfig
     known = [one.name for one in dataclasses.fields(cls)]
     for name in t.arguments:

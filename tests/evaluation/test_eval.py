@@ -170,6 +170,7 @@ def test_eval_refusals(place, tmp_path, monkeypatch):
         ((task, "--adapter", f"base={place / 'one'}"), ("an adapter has the name 'base', that of the base model",)),
         ((task, "--no-base"), ("neither --base nor an --adapter",)),
         ((task, "--limit", 0), ("limit is 0",)),
+        ((task, "--seed", -1), ("seed is -1; expected 0 or more",)),
         ((task, "--out", tmp_path / "none" / "x.json"), ("there is no directory",)),
         ((task, "--out", tmp_path), (f"out is {tmp_path}, a directory; expected a file",)),
     ):

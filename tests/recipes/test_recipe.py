@@ -110,6 +110,11 @@ def test_recipe_null_takes_a_key_out(recipe):
         ({"training": {"lora_learning_rate": 1}}, ("lora_learning_rate is given with kind 'steering'",)),
         ({"training": {"warmup": 1}}, ("training.warmup is 1.0; expected a share",)),
         ({"data": {"train": "x", "held_out": 1}}, ("data.held_out is 1.0; expected a share",)),
+        ({"data": {"train": "x", "eval": "y", "held_out": 0.1}}, ("data.held_out is given with data.eval",)),
+        ({"data": {"train": "x", "eval_split": "test"}}, ("data.eval_split is given without data.eval",)),
+        ({"method": {"lora": {"rank": 2}}}, ("method.lora is given with kind 'steering'", "method.lora=null")),
+        ({"training": {"weight_decay": -0.1}}, ("training.weight_decay is -0.1; expected 0 or more",)),
+        ({"training": {"seed": -1}}, ("training.seed is -1; expected 0 to",)),
     ],
 )
 def test_recipe_refusals(recipe, fields, parts):
@@ -300,8 +305,8 @@ def test_recipe_refuses_files_of_rows(tmp_path, monkeypatch):
     assert read_rows(Data("openai/gsm8k", columns=columns, config="main"))[1] == [{"prompt": "a", "completion": "b"}]
 
     def none(*_, **__):
-        raise ConnectionError("no\nnetwork")
+        raise ValueError("no\nsplit")
 
     monkeypatch.setattr("datasets.load_dataset", none)
-    with refused(ValueError, "me/none is no file, and the hub gave no split 'train' of it (no network)"):
+    with refused(ValueError, "me/none is no file, and the hub gave no split 'train' of it (no split)"):
         read_rows(Data("me/none"))
