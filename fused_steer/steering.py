@@ -20,7 +20,7 @@ from .adapters.combining import combine_adapters
 from .adapters.distributed import check_averaged, check_unsharded, first_writes, is_first
 from .adapters.factors import Adapter
 from .adapters.files import AdapterFile, read_adapter, write_adapter
-from .adapters.hub import push_adapter
+from .adapters.hub import check_options, push_adapter
 from .adapters.parameters import SITE, Place, by_lower, check_name, refuse_clash
 from .config import SteerConfig, checked_bool, checked_number
 from .lora.constraints import Constraints
@@ -276,7 +276,13 @@ class Steering:
 
         Returns:
             The URL of the commit, or "" in a process that is not the first.
+
+        Raises:
+            KeyError: there is no such adapter.
+            TypeError: an option has another name, or training is no such record.
+            ValueError: see `save`.
         """
+        check_options(options)
         file, _ = self._file(self._known(name), merged=True)
         return push_adapter(repo_id, file, **options) if is_first() else ""
 

@@ -285,6 +285,10 @@ def test_trainer_a_path_is_no_base_model_on_the_hub(hub, tmp_path, monkeypatch):
         assert ModelCard(hub.uploads["me/x"].pop("README.md").decode()).data.base_model is None
     with refused(KeyError, "no adapter 'none'", model=model):
         model.steering.push_to_hub("me/x", "none")
+    with refused(TypeError, "push_to_hub has no option 'privat'; expected private, token"):
+        model.steering.push_to_hub("me/x", privat=True)
+    with refused(TypeError, "training is a dict; expected a record of fused_steer.trainer.training_of"):
+        model.steering.push_to_hub("me/x", training={})
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["steering", "steering and LoRA"])

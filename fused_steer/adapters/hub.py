@@ -3,11 +3,30 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from .._version import __version__
 from .card import CARD_NAME, LIBRARY, Training, model_card
 from .files import AdapterFile, write_adapter
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Check the options of `push_adapter` before a repository is created.
+
+    Raises:
+        TypeError: an option is unknown, or training is no record of `training_of`.
+    """
+    known = ("private", "token", "revision", "commit_message", "training")
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise TypeError(f"push_to_hub has no option {', '.join(map(repr, unknown))}; expected {', '.join(known)}")
+    training = options.get("training")
+    if training is not None and not isinstance(training, Training):
+        raise TypeError(
+            f"training is a {type(training).__name__}; expected a record of fused_steer.trainer.training_of(trainer)"
+        )
 
 
 def push_adapter(

@@ -129,7 +129,7 @@ def target_folder(directory: str | os.PathLike[str], content: str) -> Path:
 
     Raises:
         TypeError, ValueError: see `checked_path`; or it is Path('.'), which Path('') is too.
-        NotADirectoryError: it is a file.
+        NotADirectoryError: it is a file, or one of its parents is.
     """
     target = checked_path(directory, "directory", f"a directory to save {content} in")
     if not isinstance(directory, str) and target == Path():
@@ -137,8 +137,9 @@ def target_folder(directory: str | os.PathLike[str], content: str) -> Path:
             f"directory is Path('.'), as Path('') is; expected a directory to save {content} in ('.' or Path.cwd() is "
             "the current one)"
         )
-    if target.exists() and not target.is_dir():
-        raise NotADirectoryError(f"{target} is a file; expected a directory to save {content} in")
+    for path in (target, *target.parents):
+        if path.exists() and not path.is_dir():
+            raise NotADirectoryError(f"{path} is a file; expected a directory to save {content} in")
     return target
 
 

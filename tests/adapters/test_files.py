@@ -250,6 +250,8 @@ def test_files_save_refuses_a_file(saved):
     model = patched()
     with refused(NotADirectoryError, str(saved / CONFIG), "expected a directory", model=model):
         model.steering.save(saved / CONFIG)
+    with refused(NotADirectoryError, f"{saved / CONFIG} is a file; expected a directory", model=model):
+        model.steering.save(saved / CONFIG / "below")
 
 
 #: What is no path, and a part of the error.
