@@ -55,6 +55,21 @@ def test_whole_it_comes_back_steered(tmp_path, overrides):
     assert torch.equal(logits(patch_model(base, tmp_path)), logits(model))
 
 
+@pytest.mark.parametrize("place", [".", "fused_steer/default"])
+def test_whole_the_base_model_beside_an_adapter_may_have_another_name(tmp_path, place):
+    build().save_pretrained(tmp_path / "base")
+    model = patch_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), CONFIG)
+    randomize(model)
+    whole, elsewhere = tmp_path / "whole", tmp_path / "elsewhere"
+    model.save_pretrained(whole)
+    for folder in (whole / place, elsewhere):
+        model.steering.save(folder)
+    base = fused_steer.peft.unload(AutoModelForCausalLM.from_pretrained(whole))
+    with refused(ValueError, "is for the base model", "base'; expected", "whole'", "check_base=False", model=base):
+        patch_model(base, elsewhere)
+    assert torch.equal(logits(patch_model(base, whole / place)), logits(model))
+
+
 def test_whole_at_another_site_it_lies_where_patch_model_finds_it(tmp_path):
     model = patch_model(build(), SteerConfig(rank=4, site="post_mlp"))
     randomize(model)

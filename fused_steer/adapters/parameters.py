@@ -16,6 +16,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from ..config import DTYPES, FLOAT32_MAX, SITES, SteerConfig
 from ..kernels.rotation import is_orthonormal, orthonormal, rotate
+from .kinds import CHECKPOINT_FOLDER
 
 T = TypeVar("T")
 
@@ -304,6 +306,9 @@ class Layout:
     def check_fits(self, source: Any, adapter: Layout, check_base: bool) -> None:
         """Check that an adapter is for a model of the same sizes, and with `check_base` of the same name.
 
+        An adapter in the folder of the whole model, where `save_pretrained` writes both, is for this model under
+        whatever name.
+
         Args:
             source: the adapter's source, named in the error.
             adapter: the layout that the adapter was made for.
@@ -312,7 +317,7 @@ class Layout:
             ValueError: the adapter does not fit.
         """
         self.check_sizes(source, adapter.hidden, adapter.num_layers)
-        if check_base and not same_base(adapter.base, self.base):
+        if check_base and not same_base(adapter.base, self.base) and not lies_beside(source, self.base):
             raise ValueError(
                 f"{source} is for the base model {adapter.base!r}; expected {self.base!r} "
                 "(in Python, patch_model(model, adapter, check_base=False) loads it anyway)"
@@ -369,6 +374,15 @@ def base_name(base: str) -> str:
     """Return a base model's name for files: the hub id if `base` is a path in the hub's cache."""
     cached = _CACHED.search(base)
     return f"{cached[1]}/{cached[2]}" if cached else base
+
+
+def lies_beside(source: str | os.PathLike[str], base: str) -> bool:
+    """Return whether an adapter's source is the folder or the hub id of the model, or a folder for adapters there."""
+    if os.fspath(source) == base:
+        return bool(base)
+    folder = Path(source).resolve()
+    places = [folder, *([folder.parents[1]] if folder.parent.name == CHECKPOINT_FOLDER else [])]
+    return os.path.isdir(base) and Path(base).resolve() in places
 
 
 def same_base(one: str, other: str) -> bool:
