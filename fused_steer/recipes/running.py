@@ -102,11 +102,12 @@ def train(recipe: Recipe, *, resume: bool = False, say: Callable[[str], None] = 
         say: is given lines about the run, by the first process.
 
     Raises:
-        ValueError, TypeError, FileNotFoundError, ImportError: see `check` and `check_out`.
+        ValueError, TypeError, FileNotFoundError, ImportError: see `check` and `check_out`; or the checkpoint is of more
+            steps than the recipe has.
         RuntimeError: the loss is not finite.
     """
     plan = check(recipe)
-    check_out(recipe, resume)
+    last = check_out(recipe, resume)
     trainer, tokenizer = _trainer(plan)
     first = trainer.is_world_process_zero()
     model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
@@ -121,7 +122,12 @@ def train(recipe: Recipe, *, resume: bool = False, say: Callable[[str], None] = 
             say(f"cut       {cut} rows are left out: their completion begins beyond {trainer.args.max_length} tokens")
     _check_room(trainer, room_of(model))
     before = trainer.evaluate()["eval_loss"] if plan.held_out else None
-    trainer.train(resume_from_checkpoint=resume or None)
+    if last is not None and _steps_done(last) == recipe.training.max_steps:  # the Trainer would do a step more
+        trainer._load_from_checkpoint(last)
+        trainer.state = type(trainer.state).load_from_json(str(Path(last, "trainer_state.json")))
+    else:
+        trainer.add_callback(_refusing_more_steps())
+        trainer.train(resume_from_checkpoint=last)
     after = trainer.evaluate()["eval_loss"] if plan.held_out else None
     for loss in (after, *(row["loss"] for row in trainer.state.log_history if "loss" in row)):
         if loss is not None and not math.isfinite(loss):
@@ -139,8 +145,8 @@ def train(recipe: Recipe, *, resume: bool = False, say: Callable[[str], None] = 
     return dataclasses.replace(found, files=_write(found, model))
 
 
-def check_out(recipe: Recipe, resume: bool) -> None:
-    """Check that `recipe.out` can take what the run writes, and has the checkpoints that it expects.
+def check_out(recipe: Recipe, resume: bool) -> str | None:
+    """Check that `recipe.out` can take what the run writes. Return the checkpoint to resume from, or None.
 
     A new run beside an earlier one's checkpoints would mix them up: the Trainer resumes from the one of most steps.
 
@@ -165,6 +171,26 @@ def check_out(recipe: Recipe, resume: bool) -> None:
             raise ValueError(f"{out} holds {held}; expected another out for a LoRA, to leave it alone")
     else:
         refuse_adapter_beside(out)
+    return last
+
+
+def _steps_done(checkpoint: str) -> int:
+    return int(checkpoint.rpartition("-")[2])
+
+
+def _refusing_more_steps() -> Any:
+    """Return a callback that refuses a checkpoint of more steps than the run has, which the Trainer counts."""
+    from transformers import TrainerCallback
+
+    class Refusing(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step > state.max_steps:
+                raise ValueError(
+                    f"the last checkpoint is of step {state.global_step}; expected at most {state.max_steps}, the "
+                    "steps of the recipe"
+                )
+
+    return Refusing()
 
 
 def _check_installed() -> None:

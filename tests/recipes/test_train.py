@@ -265,6 +265,19 @@ def test_train_into_the_folder_of_another_run_is_refused_before_it_trains(recipe
         refuses("holds a LoRA and steering together", f"method.kind={kind}", f"method.steering={steering}")
 
 
+@pytest.mark.parametrize("method", [{"steering": {"rank": 2}}, {"kind": "lora", "steering": {}}], ids=["", "lora"])
+def test_train_resumes_a_run_that_is_done_without_a_step_more(recipe, tmp_path, method):
+    path = recipe(method=method, training={"max_steps": 2, "save_steps": 1})
+    first = train(read_recipe(path))
+    whole = patch_file(tmp_path / "out")
+    again = train(read_recipe(path), resume=True)
+    assert again.loss_after == first.loss_after and again.history[0] == first.history[0]
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in patch_file(tmp_path / "out").items())
+    for steps in ("training.max_steps=1", "training.max_steps=null"):
+        with refused(ValueError, "the last checkpoint is of step 2; expected at most 1, the steps of the recipe"):
+            train(read_recipe(path, [steps, "training.epochs=0.01"]), resume=True)
+
+
 def patch_file(folder):
     from safetensors.torch import load_file
 
