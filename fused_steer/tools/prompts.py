@@ -113,7 +113,7 @@ def _ids(tokenizer: Any, prompt: Prompt, whole: bool = False) -> list[int]:
     return tokenizer.apply_chat_template(prompt, return_dict=True, **ends)["input_ids"]
 
 
-def room_of(model: nn.Module) -> int | None:
+def room_of(model: Any) -> int | None:
     """The most tokens of a text: the rows of the model's learned table of positions. None: it has no such table."""
     most = getattr(model.config, "max_position_embeddings", None)
     if not isinstance(most, int):
@@ -123,7 +123,7 @@ def room_of(model: nn.Module) -> int | None:
     return most if any(0 <= table.num_embeddings - most <= 2 for table in tables) else None  # OPT has 2 rows more
 
 
-def refuse_long_texts(model: nn.Module) -> nn.Module:
+def refuse_long_texts(model: Any) -> Any:
     """Make passes over more tokens than the model has positions a ValueError. PyTorch's own error names neither number.
 
     The decoder checks, because PEFT calls the forward of the model around it without its hooks.
@@ -137,5 +137,5 @@ def refuse_long_texts(model: nn.Module) -> nn.Module:
             raise ValueError(f"a text has {longest} tokens; expected at most {most}, the positions of the model")
 
     if most is not None:
-        model.base_model.register_forward_pre_hook(check, with_kwargs=True)  # type: ignore[operator, union-attr]
+        model.base_model.register_forward_pre_hook(check, with_kwargs=True)
     return model

@@ -73,8 +73,8 @@ class ExtractOptions:
         if self.say is not None and not self.say.strip():
             raise ValueError("say is empty; expected the beginning of a text")
         needs = {"--say": self.say is not None, "--texts": self.texts is not None, "--each-layer": self.each_layer}
-        if not self.doses and (given := [name for name, there in needs.items() if there]):
-            raise ValueError(f"{given[0]} is given and --doses is empty; expected strengths to try, such as 0,1,2")
+        if not self.doses and (useless := [name for name, there in needs.items() if there]):
+            raise ValueError(f"{useless[0]} is given and --doses is empty; expected strengths to try, such as 0,1,2")
         for dose in self.doses:
             checked_number("a dose", dose)
         for path in (self.out, *self.out.parents):
