@@ -10,11 +10,11 @@ The map, in reading order. A file imports only files that stand above it.
     positions.py         names of token positions, and the tokens that they mean
     config.py            SteerConfig: the configuration of an adapter
     adapters/            adapters and how they are stored
-        parameters.py    the format: names, paths and shapes of the tensors
-        factors.py       an adapter's modules in a layer
         saving.py        replaces files whole, with any number of saving processes
         fields.py        reads JSON objects with each name once
         kinds.py         what an adapter's directory holds: steering, a LoRA, or both
+        parameters.py    the format: names, paths and shapes of the tensors
+        factors.py       an adapter's modules in a layer
         locating.py      finds an adapter's files in a directory or on the hub
         weights.py       the weights file: safetensors with the config in the header
         files.py         reads and writes an adapter's two files, with checks

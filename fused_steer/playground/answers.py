@@ -99,6 +99,9 @@ def answers(
     """
     if not variants:
         raise ValueError("variants is empty; expected at least one, such as Variant('base')")
+    for variant in variants:
+        if not isinstance(variant, Variant):
+            raise TypeError(f"a variant is {variant!r:.80}; expected a Variant, such as Variant('base')")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
     if not temperature >= 0:

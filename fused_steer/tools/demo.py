@@ -61,8 +61,7 @@ _SMOLLM2_CONFIG: dict[str, Any] = {
 
 _MAX_GRAD_NORM = 1.0
 _ANSWER_TOKENS = 8  # an answer has about three; the others show what an untrained model says
-_EVALUATION_BATCH = 50
-_SHOWN = 5
+_EVALUATION_BATCH, _SHOWN = 50, 5
 _IGNORED = -100  # the label that F.cross_entropy ignores
 
 
@@ -245,8 +244,7 @@ def load_model(source: str | None, device: torch.device) -> tuple[Any, Any]:
             model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {source} has no end-of-sequence token; expected one to end answers with")
-    refuse_long_texts(model)
-    return model.to(device, torch.float32 if device.type == "cpu" else torch.bfloat16), tokenizer
+    return refuse_long_texts(model).to(device, torch.float32 if device.type == "cpu" else torch.bfloat16), tokenizer
 
 
 # --------------------------------------------------------------------------------------------------------------- data

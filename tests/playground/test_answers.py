@@ -138,6 +138,7 @@ def test_answers_sample_by_the_seed_alone():
     "prompt, variants, options, error, message",
     [
         (PROMPT, [], {}, ValueError, "variants is empty"),
+        (PROMPT, ["base"], {}, TypeError, "a variant is 'base'; expected a Variant"),
         ("", [Variant("base")], {}, ValueError, "the prompt has no tokens"),
         (PROMPT, [Variant("c", {"c": 1.0})], {}, KeyError, "no adapter 'c'; expected one of a, b"),
         (PROMPT, [Variant("s", {"a": 1.0, "b": 1.0})], {}, ValueError, "a sum of nonlinear adapters is none"),
