@@ -5,10 +5,10 @@ A decoder layer adds to the stream, which enters as its first argument, what its
     hidden = hidden + self.self_attn(self.input_layernorm(hidden), ...)
     hidden = hidden + self.mlp(self.post_attention_layernorm(hidden))
 
-The returned value is followed back through sums, scalings, norms, dropout and functions to the stream and to modules
-that mix features, which have matrices. What is added last is the MLP's, what is added first is the attention's (or that
-of what a layer has in its place). Where one sum adds both, as parallel layers do, they are told apart by the order of
-their calls, and by what they are given: an MLP takes the hidden state alone.
+The returned value is followed back through sums, scalings, norms, dropout, depthwise convolutions and functions to the
+stream and to modules that mix features, which have matrices. What is added last is the MLP's, what is added first is
+the attention's (or that of what a layer has in its place). Where one sum adds both, as parallel layers do, they are
+told apart by the order of their calls, and by what they are given: an MLP takes the hidden state alone.
 
 Nothing is guessed: what is not understood is refused in one line, by the exceptions of residual.py.
 """
@@ -43,8 +43,9 @@ _MOST_WAYS = 64
 def parts_of(layer: nn.Module, cls: type) -> Parts:
     """What there is in `layer` under each path that the forward of its class `cls` names.
 
-    "mixes": a module with matrices; "matrix": one that is a matrix itself, such as a linear layer; "passes": another
-    module, or a function; "method": of the layer itself; "absent": nothing, or None; "value": anything else.
+    "mixes": a module with matrices; "matrix": one with a single matrix, such as a linear layer, alone or with an
+    activation, a norm or dropout; "passes": another module, or a function; "method": of the layer itself; "absent":
+    nothing, or None; "value": anything else.
 
     Raises ResidualNotFound if the forward has no source to read.
     """
@@ -58,17 +59,21 @@ def _kind(layer: nn.Module, path: str) -> str:
     if found is None:
         return "absent"
     if isinstance(found, nn.Module):
-        bare = getattr(found, "base_layer", found)  # inside a LoRA
-        if _has_matrices(bare, recurse=False):
-            return "matrix"
-        return "mixes" if _has_matrices(found) else "passes"
+        return {0: "passes", 1: "matrix"}.get(_matrices(found), "mixes")
     if isinstance(found, (Tensor, torch.dtype)) or not callable(found):
         return "value"
     return "method" if getattr(found, "__self__", None) is not None else "passes"
 
 
-def _has_matrices(module: nn.Module, recurse: bool = True) -> bool:
-    return any(t.dim() > 1 for t in itertools.chain(module.parameters(recurse), module.buffers(recurse)))
+def _matrices(module: nn.Module) -> int:
+    """The number of modules in it, itself included, that have a matrix of their own."""
+    base = getattr(module, "base_layer", None)
+    if isinstance(base, nn.Module):  # inside a LoRA
+        return _matrices(base)
+    if isinstance(module, nn.modules.conv._ConvNd) and module.groups == module.in_channels == module.out_channels:
+        return 0  # a depthwise convolution mixes tokens, not features
+    own = any(t.dim() > 1 for t in itertools.chain(module.parameters(recurse=False), module.buffers(recurse=False)))
+    return own + sum(map(_matrices, module.children()))
 
 
 @dataclass(frozen=True)
@@ -275,6 +280,7 @@ class _Anatomy:
         left_out = None
         while todo:
             join, *todo = todo
+            self._check_apart(join)
             before = self._joins(join.stream)
             todo = [*todo, *before]
             if before and all(way - {_STREAM} for way in self._ways(join.stream)):
@@ -291,6 +297,14 @@ class _Anatomy:
             if len(calls) > 1 or not all(self._always_runs(call) for call in calls):
                 self._refuse("may leave out what it adds first", left_out)
         return list(found.values())
+
+    def _check_apart(self, join: _Join) -> None:
+        """Refuse a join whose stream has been changed by what makes its branch, such as the mixing of several streams:
+        what is added to it first is no attention's."""
+        branch = [way for operand in join.branch for way in _branch_ways(self._ways(operand))]
+        both = frozenset.intersection(*branch, *self._ways(join.stream))
+        if calls := sorted((call for call in both if isinstance(call, Call)), key=_position):
+            self._refuse(f"changes its input by self.{calls[0].path}, and adds what that makes", join)
 
     def _always_runs(self, call: Call) -> bool:
         """Whether the call is part of each pass through the forward."""

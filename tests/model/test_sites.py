@@ -44,6 +44,25 @@ def family(name: str) -> Callable[[], Any]:
     return lambda: build_frozen(name)
 
 
+class Halves(LlamaDecoderLayer):
+    """Its MLP is two modules, as in many vision encoders: a linear layer with its activation, and one with dropout."""
+
+    def forward(self, hidden_states, **kwargs):
+        attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = hidden_states + attended
+        return hidden_states + self.output(self.intermediate(self.post_attention_layernorm(hidden_states)))
+
+
+def halves() -> Any:
+    model = build_frozen()
+    for layer in model.model.layers:
+        layer.__class__ = Halves
+        layer.intermediate = nn.Sequential(layer.mlp.up_proj, nn.SiLU())
+        layer.output = nn.Sequential(layer.mlp.down_proj, nn.Dropout(0.0))
+        del layer.mlp
+    return model
+
+
 #: name -> the model; the layer's attention and MLP (its first and last module, where it is several); how the outputs of
 #: attention and MLP are reached.
 CASES: dict[str, tuple[Callable[[], Any], str, str, str, str]] = {
@@ -62,6 +81,9 @@ CASES: dict[str, tuple[Callable[[], Any], str, str, str, str]] = {
     "opt": (tiny("opt"), "self_attn", "fc1 fc2", "inline", "inline"),
     "mbart": (tiny("mbart"), "self_attn", "fc1 fc2", "inline", "inline"),
     "gemma4": (tiny("gemma4_text"), "self_attn", "mlp", "inline", "inline"),
+    # A depthwise convolution follows the attention, and one the MLP.
+    "inkling": (tiny("inkling_text"), "self_attn", "mlp", "inline", "inline"),
+    "halves": (halves, "self_attn", "intermediate output", "fused", "fused"),
 }
 
 
@@ -384,12 +406,29 @@ def with_layer(cls: type) -> Any:
         (tiny("bloom"), "layer 0 (BloomBlock)", INNER, "returns what is no sum with its input"),
         (tiny("bert"), "layer 0 (BertLayer)", INNER, "gives self.feed_forward_chunk to a function"),
         (tiny("granitemoe_swa"), "layer 0", ("pre_mlp", "post_mlp"), "self.block_sparse_moe, self.shared_mlp make"),
+        (
+            tiny("deepseek_v4"),
+            "layer 0",
+            ("post_attention",),
+            "changes its input by self.ffn_hc, and adds what that makes",
+        ),
         (tiny("falcon_h1"), "layer 0", ("post_attention",), "self.mamba, self.self_attn make together"),
         (lambda: with_layer(Alone), "layer 1 (Alone)", INNER, "has one sublayer, self.mlp"),
         (lambda: with_layer(Bound), "layer 1 (Bound)", INNER, "calls self.feed, which is not followed"),
         (lambda: with_layer(Both), "layer 1 (Both)", ("pre_mlp", "post_mlp"), "adds what self.mlp, self.shared make"),
     ],
-    ids=["mamba", "nemotron_h", "bloom", "bert", "shared-experts", "two-mixers", "alone", "method", "two-mlps"],
+    ids=[
+        "mamba",
+        "nemotron_h",
+        "bloom",
+        "bert",
+        "shared-experts",
+        "several-streams",
+        "two-mixers",
+        "alone",
+        "method",
+        "two-mlps",
+    ],
 )
 def test_sites_that_a_layer_lacks_are_refused(make: Any, layer: str, sites: tuple[str, ...], part: str) -> None:
     model = make()
