@@ -35,7 +35,13 @@ from text import tokenizer
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from trainers import trainer
-from transformers import DataCollatorWithFlattening, Trainer
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    DataCollatorWithFlattening,
+    Trainer,
+)
 
 from fused_steer import SteerConfig, SteeringTrainer, patch_model
 from fused_steer.positions import read_positions
@@ -369,6 +375,37 @@ def test_positions_of_a_classifier_are_of_its_text():
     gain = torch.tensor([defined("last_prompt", LENGTH, LENGTH)]).expand(2, -1)
     assert_close(logits(model), logits(Masked(classifier(), parameters, gain).model))
     model(tokens(), labels=torch.tensor([1, 2])).loss.backward()
+
+
+def test_positions_of_labels_that_are_classes_are_of_the_text():
+    """Those of a token classifier, or as many of a text as it has tokens."""
+    of_tokens = classifier(cls=AutoModelForTokenClassification)
+    of_text = classifier()
+    of_text.config.update({"problem_type": "multi_label_classification", "num_labels": LENGTH})
+    of_text.num_labels, of_text.score = LENGTH, nn.Linear(32, LENGTH, bias=False)
+    for model, labels in ((of_tokens, labelled(tokens() % 3, 1)), (of_text, torch.ones(2, LENGTH))):
+        model = patch_model(model, SteerConfig(rank=4, positions="last_prompt"), freeze_head=True)
+        randomize(model)
+        assert torch.equal(model(tokens(), labels=labels).logits, model(tokens()).logits)
+
+
+def test_positions_of_an_encoder_whose_embeddings_are_outside():
+    """BERT's stack of layers gets hidden states, and a mask of four dimensions, or none without padding."""
+    model = patch_model(encoder(), SteerConfig(rank=4, positions="last_prompt"), freeze_head=True)
+    parameters = randomize(model)
+    gain = torch.tensor([defined("last_prompt", LENGTH, LENGTH)]).expand(2, -1)
+    assert_close(logits(model), logits(Masked(encoder(), parameters, gain).model))
+    mask = torch.ones_like(tokens())
+    mask[0, 5:] = 0
+    with refused(ValueError, "attention_mask does not say which tokens are padding", model=model):
+        model(tokens(), attention_mask=mask)
+
+
+def encoder() -> Any:
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "initializer_range": 0.2}
+    config = AutoConfig.for_model("bert", num_hidden_layers=3, num_attention_heads=4, num_labels=3, **sizes)
+    torch.manual_seed(0)
+    return AutoModelForSequenceClassification.from_config(config).eval()
 
 
 def test_positions_beside_a_lora_that_is_kept_orthogonal():

@@ -20,7 +20,7 @@ from ..kernels.registered import refuse_jit_trace
 from ..model.scopes import Scopes
 from ..model.site import SteeringSite
 from ..positions import ALL, Positions, read_positions
-from .caches import Seen, cache_length, check_begins, does_not_tell, find_cache, is_cache, is_empty
+from .caches import Seen, cache_length, check_begins, does_not_tell, find_cache, find_tokens, is_cache, is_empty
 from .continuous import ContinuousRun, checked_arguments
 from .replaced import ending_streamer, replace_method
 from .requests import Request
@@ -375,7 +375,7 @@ def _before_forward(
     refuse_jit_trace()
     run = batch.continuous
     if run is not None and run.is_here:
-        fed = _first({**dict(zip(names, args, strict=False)), **kwargs}, "inputs_embeds", "input_ids")
+        fed = find_tokens({**dict(zip(names, args, strict=False)), **kwargs}, names)
         try:
             batch.prepare_packed(run, fed.shape[1], fed.device)
         except Exception as error:
@@ -388,7 +388,7 @@ def _before_forward(
     if not inside:
         batch.passing.enter_context(batch.in_this_thread())
     given = {**dict(zip(names, args, strict=False)), **kwargs}
-    fed = _first(given, "inputs_embeds", "input_ids")
+    fed = find_tokens(given, names)
     batch.feeding = None
     if _is_capturing(fed.device):
         batch.check_capture()

@@ -1,9 +1,9 @@
-"""Find the key-value cache among the arguments of a forward pass, and the number of tokens that it holds."""
+"""Find the tokens and the key-value cache among the arguments of a forward pass, and the cache's number of tokens."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,23 @@ from transformers.cache_utils import Cache
 #: Names of arguments that belong to a cache but are not one.
 _NOT_A_CACHE = re.compile(r"^use_|_(position|positions|implementation|config|kwargs)$")
 _NAMED_AS_A_CACHE = re.compile(r"(^|_)(cache|caches|past|mems)(_|$)|^states?$")
+
+
+def find_tokens(given: Mapping[str, Any], names: Sequence[str]) -> Tensor:
+    """Return what a pass is fed, (rows, tokens, ...): ids or embeddings, or the hidden states of a stack of layers
+    whose embeddings are outside, as in BERT.
+
+    Args:
+        given: the pass's arguments.
+        names: the names of all arguments, in order.
+
+    Raises:
+        TypeError: there are none.
+    """
+    found = next((given[n] for n in ("inputs_embeds", "input_ids", *names[:1]) if given.get(n) is not None), None)
+    if not isinstance(found, Tensor):
+        raise TypeError(f"the pass has input_ids {found!r:.50}; expected a tensor, or inputs_embeds")
+    return found
 
 
 @dataclass

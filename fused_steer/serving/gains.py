@@ -31,7 +31,7 @@ from torch.utils.hooks import RemovableHandle
 from ..kernels.registered import refuse_jit_trace
 from ..model.weak import Weakly, what_is_left
 from ..positions import Positions, chosen_by_lengths, chosen_tokens
-from .caches import cache_length, check_begins, does_not_tell, find_cache, is_cache, is_empty
+from .caches import cache_length, check_begins, does_not_tell, find_cache, find_tokens, is_cache, is_empty
 from .replaced import Replacement
 
 _NO_LABEL = -100
@@ -86,6 +86,8 @@ class Gains:
         self._idle, self._tracing = idle, tracing
         self._names = tuple(inspect.signature(decoder.forward).parameters)
         self._model_names = tuple(inspect.signature(model.forward).parameters)
+        # The labels of such a model, perhaps one for each token, are classes. It is asked here, outside of graphs.
+        self._classifies = not getattr(model, "can_generate", lambda: True)() and not _predicts_tokens(model)
         self.positions: Positions | None = None
         self._handles: list[RemovableHandle] = []
         self._methods: list[_Method] = []
@@ -234,10 +236,7 @@ class Gains:
         self._now.gain, self._now.runs = None, False
 
     def _gain(self, positions: Positions, given: Mapping[str, Any]) -> Tensor:
-        fed = given.get("inputs_embeds")
-        fed = given.get("input_ids") if fed is None else fed
-        if not isinstance(fed, Tensor):
-            raise TypeError(f"the pass has input_ids {fed!r:.50}; expected a tensor, or inputs_embeds")
+        fed = find_tokens(given, self._names)
         rows, columns = fed.shape[:2]
         if self._tracing():
             return torch.ones(rows, columns, device=fed.device)
@@ -283,7 +282,7 @@ class Gains:
                     "number of prompt tokens of each row"
                 )
             return prompts.to(real.device) == 0, True
-        if isinstance(labels, Tensor) and labels.shape == real.shape:
+        if isinstance(labels, Tensor) and labels.shape == real.shape and not self._classifies:
             return labels.to(real.device) != _NO_LABEL, True
         # A classifier's text is all prompt. A model without a head does not tell: the one around it may generate.
         if not self._is_headless() and not getattr(self._model, "can_generate", lambda: True)():
@@ -344,6 +343,10 @@ class _Method(Replacement):
         if self.ended:
             return self.original(*args, **kwargs)
         return self.gains.run(self.name, self.original, args, kwargs)
+
+
+def _predicts_tokens(model: Any) -> bool:
+    return hasattr(model, "get_output_embeddings") and model.get_output_embeddings() is not None
 
 
 def _prompts(given: Any) -> Tensor:

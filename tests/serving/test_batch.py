@@ -14,7 +14,7 @@ import torch
 from models import LAYERS, assert_close, build, build_frozen, randomize, refused, snapshot, tokens
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel, StaticCache
+from transformers import AutoConfig, AutoModel, DynamicCache, EncoderDecoderCache, PreTrainedModel, StaticCache
 
 from fused_steer import SteerConfig, patch_model
 from fused_steer.serving import batch as batch_module
@@ -616,6 +616,17 @@ def test_batch_within_peft(model):
         assert torch.equal(greedy(lora, PROMPTS[:2]), torch.cat(words))
         with pytest.raises(ValueError, match="the batch has 5 rows"):
             greedy(lora, PROMPTS)
+
+
+def test_batch_of_an_encoder_whose_embeddings_are_outside():
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "initializer_range": 0.2}
+    config = AutoConfig.for_model("bert", num_hidden_layers=LAYERS, num_attention_heads=4, **sizes)
+    bert = patch_model(AutoModel.from_config(config).eval(), SteerConfig(rank=4))
+    randomize(bert)
+    run = lambda: bert(PROMPTS[:2]).last_hidden_state  # noqa: E731
+    expected = [alone(bert, name, run)[row] for row, name in enumerate([None, "default"])]
+    with torch.no_grad(), bert.steering.batch([None, "default"]):
+        assert_close(run(), torch.stack(expected))
 
 
 def test_batch_layers_steered_by_a_hook(model):
