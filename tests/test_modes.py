@@ -967,6 +967,21 @@ def test_modes_the_text_decoder_of_a_vision_language_model_is_steered(model_type
     assert (after["modules"], after["state"]) == (before["modules"], before["state"])
 
 
+def test_modes_positions_of_a_vision_language_model_under_padding():
+    """Gemma 3 makes a dict of masks for its decoder, which does not say which tokens are padding."""
+    model = patch_model(vision_language("gemma3"), SteerConfig(rank=4, positions="last_2"))
+    randomize(model)
+    inputs = image_and_text("gemma3")
+    padded = {n: v if n == "pixel_values" else torch.nn.functional.pad(v, (2, 0)) for n, v in inputs.items()}
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        assert_close(model(**padded).logits[:, 2:], expected)
+        with model.steering.batch(["default"]):
+            assert_close(model(**padded).logits[:, 2:], expected)
+    labels = padded["input_ids"].where(torch.arange(11) > 8, -100)
+    model(**padded, labels=labels).loss.backward()
+
+
 def tower_output(model: nn.Module, tower: str, inputs: dict[str, Tensor]) -> list[Tensor]:
     seen: list[Tensor] = []
 

@@ -390,15 +390,16 @@ def test_positions_of_labels_that_are_classes_are_of_the_text():
 
 
 def test_positions_of_an_encoder_whose_embeddings_are_outside():
-    """BERT's stack of layers gets hidden states, and a mask of four dimensions, or none without padding."""
+    """BERT's stack of layers gets hidden states, and a mask that does not say which tokens are padding."""
     model = patch_model(encoder(), SteerConfig(rank=4, positions="last_prompt"), freeze_head=True)
-    parameters = randomize(model)
-    gain = torch.tensor([defined("last_prompt", LENGTH, LENGTH)]).expand(2, -1)
-    assert_close(logits(model), logits(Masked(encoder(), parameters, gain).model))
-    mask = torch.ones_like(tokens())
+    parameters, mask = randomize(model), torch.ones_like(tokens())
     mask[0, 5:] = 0
-    with refused(ValueError, "attention_mask does not say which tokens are padding", model=model):
-        model(tokens(), attention_mask=mask)
+    gain = torch.tensor([defined("last_prompt", n, n) + [0.0] * (LENGTH - n) for n in (5, LENGTH)])
+    with torch.no_grad():
+        expected = Masked(encoder(), parameters, gain).model(tokens(), attention_mask=mask).logits
+        assert_close(model(tokens(), attention_mask=mask).logits, expected)
+        with model.steering.batch(["default"] * 2):
+            assert_close(model(tokens(), attention_mask=mask).logits, expected)
 
 
 def encoder() -> Any:

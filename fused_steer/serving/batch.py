@@ -20,7 +20,7 @@ from ..kernels.registered import refuse_jit_trace
 from ..model.scopes import Scopes
 from ..model.site import SteeringSite
 from ..positions import ALL, Positions, read_positions
-from .caches import Seen, cache_length, check_begins, does_not_tell, find_cache, find_tokens, is_cache, is_empty
+from .caches import Seen, cache_length, find_cache, find_tokens, past_in_generate, past_of_a_pass, with_padding
 from .continuous import ContinuousRun, checked_arguments
 from .replaced import ending_streamer, replace_method
 from .requests import Request
@@ -44,6 +44,7 @@ class Batch:
     gain: Tensor | None = None  # (rows, tokens) float32, each token's strength
     prompt: int | None = None  # columns of the prompt, padding included
     padding: Tensor | None = None  # (requests, prompt) mask that was given to `generate`
+    masks: dict[int, Any] = field(default_factory=dict)  # by thread: the attention mask that the model was given
     generating: int = 0
     counted: int | None = None  # columns after the latest pass of the running `generate`, None before the first
     feeding: Seen | None = None  # the cache of the running pass outside `generate`
@@ -231,6 +232,11 @@ def run_batch(
     undo.callback(no_rows)
     undo.callback(no_rows)  # once more, because an exception may interrupt the first
     steer_by_rows(sites(), batch, batch.held.slots)
+    if model is not decoder:
+        model_names = tuple(inspect.signature(model.forward).parameters)
+        undo.callback((note := _Hook(_note_mask, batch, model_names)).stop)
+        undo.callback(model.register_forward_pre_hook(note, with_kwargs=True).remove)
+        undo.callback(model.register_forward_hook(_Hook(_forget_mask, batch), always_call=True).remove)
     before, after = _Hook(_before_forward, batch, names), _Hook(_after_forward, batch)
     undo.callback(before.stop)
     undo.callback(after.stop)
@@ -344,7 +350,7 @@ def _prepare_inputs(batch: Batch, model: nn.Module, original: Any) -> Any:
             fed = _first(inputs, "inputs_embeds", "input_ids")
             mask = given.get("attention_mask")
             mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-            past = _past_in_generate(batch, given, mask, fed.shape[1])
+            past = past_in_generate(batch.counted, given, mask, fed.shape[1])
             batch.prepare(fed.shape[0], past, fed.shape[1], mask, fed.device)
             batch.counted = past + fed.shape[1]
         return inputs
@@ -358,6 +364,18 @@ _WRAPPERS: dict[str, Callable[[Batch, nn.Module, Any], Any]] = {
     "generate_batch": _generate_batch,
     "init_continuous_batching": _init_continuous_batching,
 }
+
+
+def _note_mask(
+    batch: Batch, names: Sequence[str], model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    if not torch.compiler.is_compiling():
+        batch.masks[threading.get_ident()] = {**dict(zip(names, args, strict=False)), **kwargs}.get("attention_mask")
+
+
+def _forget_mask(batch: Batch, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    if not torch.compiler.is_compiling():
+        batch.masks.pop(threading.get_ident(), None)
 
 
 def _before_forward(
@@ -389,12 +407,13 @@ def _before_forward(
         batch.passing.enter_context(batch.in_this_thread())
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     fed = find_tokens(given, names)
+    given = with_padding(given, batch.masks.get(threading.get_ident()), fed.shape[1])
     batch.feeding = None
     if _is_capturing(fed.device):
         batch.check_capture()
         return
     mask = given.get("attention_mask")
-    past, cache = _past_of_a_pass(batch, given, fed.shape[1])
+    past, cache = past_of_a_pass(batch.seen, given, fed.shape[1])
     prompt = past or fed.shape[1]
     if not inside and (past == 0 or batch.prompt is None):
         batch.prompt = prompt
@@ -439,58 +458,3 @@ def _is_capturing(device: torch.device) -> bool:
 
 def _first(given: Mapping[str, Any], *names: str) -> Any:
     return next((given[name] for name in names if given.get(name) is not None), None)
-
-
-def _past_in_generate(batch: Batch, given: Mapping[str, Any], mask: Tensor | None, tokens: int) -> int:
-    """Return the number of columns before a pass of `generate`, without reading the device.
-
-    Raises:
-        ValueError: the pass continues a sequence, but its cache is not found or does not tell its length.
-    """
-    cache = find_cache(given)
-    whole = given.get("input_ids")
-    columns = mask.shape[1] if mask is not None else None
-    if columns is None and isinstance(whole, Tensor) and whole.dim() == 2:
-        columns = whole.shape[1]
-    if cache is None:
-        if columns is not None and columns > tokens:
-            raise ValueError(
-                f"the pass has {tokens} of {columns} columns and no cache among its arguments; expected a cache of "
-                "transformers"
-            )
-        return 0
-    length = cache_length(cache) if is_cache(cache) else None
-    if isinstance(length, int):
-        return length
-    if batch.counted is not None:  # only generate feeds the model meanwhile
-        return batch.counted
-    if mask is not None:  # the mask spans the cached columns too
-        return max(mask.shape[1] - tokens, 0)
-    if isinstance(length, Tensor):
-        return int(length)  # read once, with the prompt
-    if is_empty(cache):
-        return 0
-    raise ValueError(does_not_tell(cache))
-
-
-def _past_of_a_pass(batch: Batch, given: Mapping[str, Any], tokens: int) -> tuple[int, Any]:
-    """Return the number of columns before a pass outside `generate`, and its cache.
-
-    Raises:
-        ValueError: see `_past_in_generate`.
-    """
-    cache, seen = find_cache(given), batch.seen
-    if cache is None:
-        check_begins(given, tokens)
-        return 0, None
-    length = cache_length(cache) if is_cache(cache) else None
-    if isinstance(length, Tensor):
-        length = seen.length if seen is not None and seen.is_current(length) else int(length)
-    elif length is None:
-        if is_empty(cache):
-            length = 0
-        elif seen is not None and seen.cache is cache:
-            length = seen.length
-        else:
-            raise ValueError(does_not_tell(cache))
-    return length, cache

@@ -32,6 +32,23 @@ def find_tokens(given: Mapping[str, Any], names: Sequence[str]) -> Tensor:
     return found
 
 
+def with_padding(given: dict[str, Any], mask: Any, tokens: int) -> dict[str, Any]:
+    """Return a pass's arguments, with an attention mask that says which tokens are padding, if there is one.
+
+    Some models make their decoder's mask of the one that they were given: Gemma 3 a dict, BERT one of four dimensions.
+
+    Args:
+        given: the arguments of the decoder's pass.
+        mask: the mask that the model around it was given, or None.
+        tokens: the pass's number of tokens.
+    """
+    own = given.get("attention_mask")
+    if own is None or isinstance(own, Tensor) and own.dim() == 2 or not isinstance(mask, Tensor) or mask.dim() != 2:
+        return given
+    spans = mask.shape[1] >= tokens if find_cache(given) is not None else mask.shape[1] == tokens
+    return {**given, "attention_mask": mask} if spans else given
+
+
 @dataclass
 class Seen:
     """A cache after a pass, with its length.
@@ -132,3 +149,62 @@ def check_begins(given: Mapping[str, Any], tokens: int) -> None:
                 f"{name} begins at {int(positions.min())} and no argument of the pass is a cache; expected a cache of "
                 "transformers, positions from 0, or use_cache=False"
             )
+
+
+def past_in_generate(counted: int | None, given: Mapping[str, Any], mask: Tensor | None, tokens: int) -> int:
+    """Return the number of columns before a pass of `generate`, without reading the device.
+
+    counted: columns after the latest pass of the running `generate`, None before the first.
+
+    Raises:
+        ValueError: the pass continues a sequence, but its cache is not found or does not tell its length.
+    """
+    cache = find_cache(given)
+    whole = given.get("input_ids")
+    columns = mask.shape[1] if mask is not None else None
+    if columns is None and isinstance(whole, Tensor) and whole.dim() == 2:
+        columns = whole.shape[1]
+    if cache is None:
+        if columns is not None and columns > tokens:
+            raise ValueError(
+                f"the pass has {tokens} of {columns} columns and no cache among its arguments; expected a cache of "
+                "transformers"
+            )
+        return 0
+    length = cache_length(cache) if is_cache(cache) else None
+    if isinstance(length, int):
+        return length
+    if counted is not None:  # only generate feeds the model meanwhile
+        return counted
+    if mask is not None:  # the mask spans the cached columns too
+        return max(mask.shape[1] - tokens, 0)
+    if isinstance(length, Tensor):
+        return int(length)  # read once, with the prompt
+    if is_empty(cache):
+        return 0
+    raise ValueError(does_not_tell(cache))
+
+
+def past_of_a_pass(seen: Seen | None, given: Mapping[str, Any], tokens: int) -> tuple[int, Any]:
+    """Return the number of columns before a pass outside `generate`, and its cache.
+
+    seen: the cache of the latest finished pass.
+
+    Raises:
+        ValueError: see `past_in_generate`.
+    """
+    cache = find_cache(given)
+    if cache is None:
+        check_begins(given, tokens)
+        return 0, None
+    length = cache_length(cache) if is_cache(cache) else None
+    if isinstance(length, Tensor):
+        length = seen.length if seen is not None and seen.is_current(length) else int(length)
+    elif length is None:
+        if is_empty(cache):
+            length = 0
+        elif seen is not None and seen.cache is cache:
+            length = seen.length
+        else:
+            raise ValueError(does_not_tell(cache))
+    return length, cache

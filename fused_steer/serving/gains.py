@@ -31,7 +31,16 @@ from torch.utils.hooks import RemovableHandle
 from ..kernels.registered import refuse_jit_trace
 from ..model.weak import Weakly, what_is_left
 from ..positions import Positions, chosen_by_lengths, chosen_tokens
-from .caches import cache_length, check_begins, does_not_tell, find_cache, find_tokens, is_cache, is_empty
+from .caches import (
+    cache_length,
+    check_begins,
+    does_not_tell,
+    find_cache,
+    find_tokens,
+    is_cache,
+    is_empty,
+    with_padding,
+)
 from .replaced import Replacement
 
 _NO_LABEL = -100
@@ -42,7 +51,7 @@ class _Pass:
     """The state of the running pass.
 
     Attributes:
-        labels: the model's argument.
+        labels, mask: the model's arguments labels and attention_mask.
         model: the module that was called with them.
         gain: (rows, tokens) float32, or None.
         runs: whether a pass of the decoder runs.
@@ -50,6 +59,7 @@ class _Pass:
     """
 
     labels: Any = None
+    mask: Any = None
     model: weakref.ref[nn.Module] | None = None
     gain: Tensor | None = None
     runs = False
@@ -204,13 +214,13 @@ class Gains:
         return self._traced if is_compiling() else self._here
 
     def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        now = self._now
-        now.labels = {**dict(zip(self._model_names, args, strict=False)), **kwargs}.get("labels")
+        now, given = self._now, {**dict(zip(self._model_names, args, strict=False)), **kwargs}
+        now.labels, now.mask = given.get("labels"), given.get("attention_mask")
         if not is_compiling():
             now.model = weakref.ref(module)
 
     def _after_model(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._now.labels = None
+        self._now.labels = self._now.mask = None
 
     def _before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         now = self._now
@@ -219,8 +229,9 @@ class Gains:
             return None
         if not is_compiling():
             refuse_jit_trace()
-            if now.labels is not None and now.model is not None and not _is_called(now.model()):
-                now.labels = None
+            left = now.labels is not None or now.mask is not None
+            if left and now.model is not None and not _is_called(now.model()):
+                now.labels = now.mask = None
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
         now.gain = self._gain(self.positions, given)
         if not is_compiling():
@@ -235,9 +246,10 @@ class Gains:
     def _after_decoder(self, module: nn.Module, args: Any, output: Any) -> None:
         self._now.gain, self._now.runs = None, False
 
-    def _gain(self, positions: Positions, given: Mapping[str, Any]) -> Tensor:
+    def _gain(self, positions: Positions, given: dict[str, Any]) -> Tensor:
         fed = find_tokens(given, self._names)
         rows, columns = fed.shape[:2]
+        given = with_padding(given, self._now.mask, columns)
         if self._tracing():
             return torch.ones(rows, columns, device=fed.device)
         real = self._real(positions, given.get("attention_mask"), rows, columns, fed.device)
