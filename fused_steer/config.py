@@ -12,7 +12,7 @@ from typing import Any, ParamSpec
 import torch
 
 from .kernels import ACTIVATIONS, MAX_RANK
-from .positions import ALL, read_positions
+from .positions import ALL, read_positions, shown
 
 P = ParamSpec("P")
 
@@ -145,7 +145,7 @@ class SteerConfig:
 
     def _check(self) -> None:
         if not _is_int(self.rank):
-            raise TypeError(f"rank is {self.rank!r}; expected an integer")
+            raise TypeError(f"rank is {shown(self.rank)}; expected an integer")
         if self.form != "vector" and not 1 <= self.rank <= MAX_RANK:
             raise ValueError(f"rank is {self.rank}; expected 1 to {MAX_RANK}")
         checked_choice("activation", self.activation, ACTIVATIONS)
@@ -153,10 +153,10 @@ class SteerConfig:
             checked_bool(name, getattr(self, name))
         checked_choice("dtype", self.dtype, DTYPES)
         if self.orthogonal_to is not None and not _is_one_of(self.orthogonal_to, ORTHOGONAL_TO):
-            raise ValueError(f"orthogonal_to is {self.orthogonal_to!r}; expected 'lora' or None")
+            raise ValueError(f"orthogonal_to is {shown(self.orthogonal_to)}; expected 'lora' or None")
         if not _is_one_of(self.orthogonal_modules, ORTHOGONAL_MODULES):
             choices = " or ".join(map(repr, ORTHOGONAL_MODULES))
-            raise ValueError(f"orthogonal_modules is {self.orthogonal_modules!r}; expected {choices}")
+            raise ValueError(f"orthogonal_modules is {shown(self.orthogonal_modules)}; expected {choices}")
         if self.form == "loreft" and self.init_scale != 1:
             raise ValueError(f"init_scale is {self.init_scale} with form='loreft'; expected 1 or nothing")
         if self.form == "loreft" and self.orthogonal_to is not None:
@@ -205,21 +205,21 @@ def _given(name: str, value: Any, default: Any, form: str | None) -> Any:
     if value is None:
         return default
     if form is not None and not (isinstance(value, type(default)) and value == default):  # an array has no truth value
-        raise ValueError(f"{name} is {value!r} with form={form!r}; expected {default!r} or nothing")
+        raise ValueError(f"{name} is {shown(value)} with form={form!r}; expected {default!r} or nothing")
     return value
 
 
 def checked_bool(name: str, value: Any) -> bool:
     """Return the value if it is True or False. Any other is a TypeError: the text "no" would count as True."""
     if not isinstance(value, bool):
-        raise TypeError(f"{name} is {value!r:.80}; expected True or False")
+        raise TypeError(f"{name} is {shown(value)}; expected True or False")
     return value
 
 
 def checked_choice(name: str, value: Any, choices: Iterable[str]) -> str:
     """Return the value if it is one of the choices. Any other, of whatever type, is a ValueError."""
     if not _is_one_of(value, choices):
-        raise ValueError(f"{name} is {value!r:.200}; expected one of {', '.join(choices)}")
+        raise ValueError(f"{name} is {shown(value)}; expected one of {', '.join(choices)}")
     return value
 
 
@@ -231,7 +231,7 @@ def checked_number(name: str, value: Any) -> float:
     """Return the value as a float that is finite in float32, the kernels' dtype. An error names the field."""
     value = plain(value)
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} is {value!r}; expected a number")
+        raise TypeError(f"{name} is {shown(value)}; expected a number")
     try:
         number = float(value)
     except OverflowError:  # an integer with too many digits for Python to print
@@ -248,7 +248,7 @@ def _checked_site(site: Any) -> str | tuple[str, ...]:
     """A site's name; of several a tuple, in the order in which a block computes."""
     names = [site] if isinstance(site, str) else site
     if not isinstance(names, Sequence) or isinstance(names, bytes) or not all(isinstance(name, str) for name in names):
-        raise TypeError(f"site is {site!r}; expected one of {', '.join(SITES)}, or a list of them")
+        raise TypeError(f"site is {shown(site)}; expected one of {', '.join(SITES)}, or a list of them")
     if not names:
         raise ValueError(f"site is empty; expected at least one of {', '.join(SITES)}")
     for name in names:
@@ -265,7 +265,7 @@ def _checked_layers(layers: Any) -> tuple[int, ...]:
     if isinstance(layers, Sequence) and not isinstance(layers, (str, bytes)):
         layers = [plain(index) for index in layers]
     if isinstance(layers, (str, bytes)) or not isinstance(layers, Sequence) or not all(map(_is_int, layers)):
-        raise TypeError(f"layers is {layers!r}; expected a list of integers, or None for every layer")
+        raise TypeError(f"layers is {shown(layers)}; expected a list of integers, or None for every layer")
     if not layers:
         raise ValueError("layers is empty; expected at least one layer, or None for every layer")
     if min(layers) < 0:

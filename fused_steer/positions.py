@@ -63,6 +63,12 @@ class Positions:
         return self.last > 0 or 0 < self.first < _EVERY
 
 
+def shown(value: Any) -> str:
+    """Return a wrong argument for an error message, in one line of at most 200 letters. Arrays print several lines."""
+    text = repr(value)
+    return (" ".join(text.split()) if "\n" in text else text)[:200]
+
+
 def read_positions(given: Any) -> Positions:
     """Return the positions of a name. ("first", 7) is the same as "first_7".
 
@@ -73,13 +79,13 @@ def read_positions(given: Any) -> Positions:
     if isinstance(given, tuple) and len(given) == 2 and isinstance(given[0], str) and given[0] in ("first", "last"):
         count = given[1]
         if not isinstance(count, Integral) or isinstance(count, bool) or count < 1:
-            raise ValueError(f"positions has {given!r}; expected a number of tokens of at least 1")
+            raise ValueError(f"positions has {shown(given)}; expected a number of tokens of at least 1")
         text = f"{given[0]}_{int(count)}"
     found = [_read_part(part) for part in text.split("+")] if isinstance(text, str) else [None]
     if None in found:
         raise ValueError(
-            f"positions has {given!r}; expected 'all', 'prompt', 'generated', 'last_prompt', 'first_7' or 'last_7' "
-            "(any number from 1), or several of them joined by '+'"
+            f"positions has {shown(given)}; expected 'all', 'prompt', 'generated', 'last_prompt', 'first_7' or "
+            "'last_7' (any number from 1), or several of them joined by '+'"
         )
     first, last, generated = zip(*filter(None, found), strict=True)
     if max(first) == _EVERY:

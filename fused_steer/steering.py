@@ -31,7 +31,7 @@ from .model.patched import PatchedModel, describe
 from .model.stored import adapter_file, check_same_config, files_of_state, restore_values, vectors_file
 from .model.watch import Report
 from .model.weak import Weakly, WeakMethod, leave_out_rest, what_is_left
-from .positions import ALL, read_positions
+from .positions import ALL, read_positions, shown
 from .serving.batch import Batch, run_batch
 from .serving.continuous import generate_inside
 from .serving.gains import Gains
@@ -656,7 +656,7 @@ class Steering:
 
     def _named(self, name: Any) -> str:
         if not isinstance(name, str) or name not in self._configs:
-            raise KeyError(f"no adapter {name!r:.200}; expected one of {self.names}")
+            raise KeyError(f"no adapter {shown(name)}; expected one of {self.names}")
         return name
 
     def _check_new_name(self, name: str) -> None:

@@ -17,6 +17,13 @@ from fused_steer import SteerConfig, patch_model
 FIELDS = [field.name for field in dataclasses.fields(SteerConfig)]
 
 
+def test_config_a_wrong_array_is_told_in_one_line():
+    for field in ("rank", "activation", "layers", "site", "scale", "down_bias", "dtype", "positions", "orthogonal_to"):
+        with pytest.raises((TypeError, ValueError), match=f"^{field} (is|has) .*; expected .*$") as caught:
+            SteerConfig(**{field: torch.ones(2, 2)})
+        assert "\n" not in str(caught.value)
+
+
 def test_config_defaults():
     assert SteerConfig().to_dict() == {
         "form": "lowrank",

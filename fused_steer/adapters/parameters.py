@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ..config import DTYPES, FLOAT32_MAX, SITES, SteerConfig
 from ..kernels.rotation import is_orthonormal, orthonormal, rotate
+from ..positions import shown
 from .kinds import CHECKPOINT_FOLDER
 
 T = TypeVar("T")
@@ -67,7 +68,7 @@ def check_name(name: Any) -> None:
             meaning in module paths.
     """
     if not isinstance(name, str) or not _ADAPTER.fullmatch(name):
-        raise ValueError(f"adapter name is {name!r:.200}; expected letters, digits, '_' and '-'")
+        raise ValueError(f"adapter name is {shown(name)}; expected letters, digits, '_' and '-'")
     if len(name) > _LONGEST_NAME:
         raise ValueError(f"adapter name has {len(name)} characters, {name:.20}…; expected at most {_LONGEST_NAME}")
     if hasattr(nn.ModuleDict(), name):

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 from torch import Tensor, nn
 
+from ..positions import shown
+
 if TYPE_CHECKING:
 
     class LoraLayer(nn.Module):
@@ -92,7 +94,7 @@ def computing_by(
         RuntimeError: see `Scopes.open`.
     """
     if not isinstance(mode, str) or mode not in MODES:
-        raise ValueError(f"mode is {mode!r}; expected one of {', '.join(map(repr, MODES))}")
+        raise ValueError(f"mode is {shown(mode)}; expected one of {', '.join(map(repr, MODES))}")
     layers = list(lora_layers(model).values())
     if not layers:
         raise ValueError(f"mode is {mode!r} but {type(model).__name__} carries no LoRA; expected one from PEFT")

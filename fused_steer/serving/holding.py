@@ -13,7 +13,7 @@ from ..config import DTYPES, SteerConfig, plain
 from ..kernels import MAX_RANK
 from ..model.decoder import Decoder, execution_device
 from ..model.site import SteeringSite
-from ..positions import read_positions
+from ..positions import read_positions, shown
 from .pool import AdapterPool
 from .slots import Held, LoadedSlots, Slots, adapters_at
 
@@ -80,7 +80,7 @@ def checked_size(slots: Any, rank: Any, dtype: Any) -> tuple[int, int, torch.dty
     slots, rank = plain(slots), plain(rank)
     for name, value, least in (("slots", slots, 1), ("rank", rank, 0)):
         if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"{name} is {value!r}; expected an integer")
+            raise TypeError(f"{name} is {shown(value)}; expected an integer")
         if value < least:
             raise ValueError(f"{name} is {value}; expected at least {least}")
     if slots > _MOST_SLOTS:
@@ -88,5 +88,5 @@ def checked_size(slots: Any, rank: Any, dtype: Any) -> tuple[int, int, torch.dty
     if rank > MAX_RANK:
         raise ValueError(f"rank is {rank}; expected at most {MAX_RANK}")
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
+        raise ValueError(f"dtype is {shown(dtype)}; expected one of {', '.join(DTYPES)}")
     return slots, rank, DTYPES[dtype]

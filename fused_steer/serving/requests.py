@@ -10,7 +10,7 @@ from numbers import Real
 from typing import Any
 
 from ..config import checked_number, plain
-from ..positions import Positions, read_positions
+from ..positions import Positions, read_positions, shown
 
 # -------------------------------------------------------------------------------------------------- requested rows
 
@@ -39,14 +39,16 @@ def checked_requests(names: Any, scale: Any, positions: Any, known: Callable[[st
         TypeError, ValueError, KeyError: names, strengths or positions of a wrong form, or of different numbers.
     """
     if isinstance(names, (str, bytes)) or not isinstance(names, Sequence):
-        raise TypeError(f"names is {names!r:.200}; expected a list with an adapter's name, or None, for each row")
+        raise TypeError(f"names is {shown(names)}; expected a list with an adapter's name, or None, for each row")
     if not names:
         raise ValueError("names is empty; expected one for each row of the batch")
     for name in names:
         if name is not None and not isinstance(name, str):
-            raise TypeError(f"names has {name!r}; expected names of adapters, and None for no adapter")
+            raise TypeError(f"names has {shown(name)}; expected names of adapters, and None for no adapter")
         if name is not None:
             known(name)
+    if getattr(scale, "ndim", None) == 1 and hasattr(scale, "tolist"):  # a tensor or an array, as for layers
+        scale = scale.tolist()
     scales = list(scale) if isinstance(scale, (list, tuple)) else [scale] * len(names)
     places = list(positions) if isinstance(positions, list) else [positions] * len(names)
     for what, values in (("scale", scales), ("positions", places)):
@@ -66,10 +68,10 @@ def distinct_names(names: Any) -> list[str]:
         TypeError: it is no list of names.
     """
     if isinstance(names, (str, bytes)) or not isinstance(names, Sequence):
-        raise TypeError(f"names is {names!r:.200}; expected a list of names")
+        raise TypeError(f"names is {shown(names)}; expected a list of names")
     for name in names:
         if not isinstance(name, str):
-            raise TypeError(f"names has {name!r:.200}; expected names of adapters")
+            raise TypeError(f"names has {shown(name)}; expected names of adapters")
     return list(dict.fromkeys(names))
 
 
@@ -81,7 +83,7 @@ def checked_timeout(timeout: Any) -> float:
     """
     seconds: Any = plain(timeout)
     if isinstance(seconds, bool) or not isinstance(seconds, Real) or seconds != seconds:
-        raise ValueError(f"timeout is {timeout!r:.200}; expected a number of seconds")
+        raise ValueError(f"timeout is {shown(timeout)}; expected a number of seconds")
     longest: Any = threading.TIMEOUT_MAX
     return float(longest if seconds > longest else seconds)
 

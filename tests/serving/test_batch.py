@@ -9,6 +9,7 @@ import traceback
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from models import LAYERS, assert_close, build, build_frozen, randomize, refused, snapshot, tokens
@@ -788,6 +789,14 @@ def test_batch_what_cannot_be_asked(model, names, options, error, parts):
     with refused(error, *parts, model=model), model.steering.batch(names, **options):
         pass
     assert torch.equal(greedy_in_batch(model), greedy_in_batch(model))
+
+
+def test_batch_strengths_in_a_tensor_are_those_of_a_list(model):
+    with model.steering.batch(NAMES[:2], scale=[0.5, 2.0]):
+        expected = logits(model, PROMPTS[:2])
+    for strengths in (torch.tensor([0.5, 2.0]), np.array([0.5, 2.0])):
+        with model.steering.batch(NAMES[:2], scale=strengths):
+            assert torch.equal(logits(model, PROMPTS[:2]), expected)
 
 
 def test_batch_of_another_length(model):
