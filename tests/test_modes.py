@@ -1013,6 +1013,16 @@ def test_modes_encoder_decoder_models_are_refused(model_type, fields):
         patch_model(model)
 
 
+def test_modes_a_language_model_that_is_an_encoder_decoder_is_refused():
+    """The config of InstructBLIP itself does not say what its language model is."""
+    t5 = {"model_type": "t5", "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": 64}
+    formers = {"vision_config": {**_VISION, **_IMAGE}, "qformer_config": {**_VISION, "encoder_hidden_size": 32}}
+    config = AutoConfig.for_model("instructblip", text_config=t5, num_query_tokens=4, **formers)
+    model = AutoModelForImageTextToText.from_config(config)
+    with refused(ValueError, "is an encoder-decoder model; expected a decoder-only one", model=model):
+        patch_model(model)
+
+
 # --------------------------------------------------------------------------------------- modes of PyTorch's dispatcher
 
 

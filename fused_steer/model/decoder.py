@@ -63,10 +63,10 @@ def find_decoder(model: nn.Module) -> Decoder:
         raise TypeError(f"model is a {type(model).__name__}; expected a torch.nn.Module with decoder layers")
     name = type(model).__name__
     config = getattr(model, "config", None)
-    if getattr(config, "is_encoder_decoder", False):
+    text: Any = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
+    if any(getattr(one, "is_encoder_decoder", False) for one in (config, text)):  # or its language model is one
         raise ValueError(f"{name} is an encoder-decoder model; expected a decoder-only one")
-    if config is not None and hasattr(config, "get_text_config"):
-        config = config.get_text_config()
+    config = text
     hidden, count = (getattr(config, key, None) for key in ("hidden_size", "num_hidden_layers"))
     if not isinstance(hidden, int) or not isinstance(count, int):
         raise ValueError(f"{name} has no config with hidden_size and num_hidden_layers; expected a decoder model's")
