@@ -93,6 +93,7 @@ def kernels(
         list[str] | None,
         typer.Option(help="Predict for A100, A100-40GB, H100 or H200. Default: all GPUs with one of the targets."),
     ] = None,
+    norm: Annotated[bool, typer.Option("--norm", help="With the RMSNorm that follows, as with fuse_norm.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Compile the kernels ahead of time, without a GPU. Show what they use, and predict what limits a pass."""
@@ -100,7 +101,7 @@ def kernels(
         from ..tools.kernel_table import Request, describe_kernels, print_kernels
 
         gpus = tuple(gpu) if gpu else None
-        request = Request(hidden, rank, dtype, tuple(tokens or (4096, 8)), tuple(target or ()), gpus)
+        request = Request(hidden, rank, dtype, tuple(tokens or (4096, 8)), tuple(target or ()), gpus, norm)
         description = describe_kernels(request)
         if as_json:
             echo(json.dumps(description, indent=2))

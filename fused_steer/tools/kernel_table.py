@@ -33,6 +33,7 @@ class Request:
         tokens: each number of tokens N.
         targets: compilation targets. Empty means `TARGETS`.
         gpus: GPUs of `GPUS` to predict for. None means every GPU with one of the targets.
+        norm: whether the RMSNorm that follows is computed too, by `post_block_norm`.
     """
 
     hidden: int
@@ -41,6 +42,7 @@ class Request:
     tokens: tuple[int, ...]
     targets: tuple[str, ...] = ()
     gpus: tuple[str, ...] | None = None
+    norm: bool = False
 
     def validate(self) -> None:
         """Check that every name is known and every number in range.
@@ -86,8 +88,14 @@ def describe_kernels(request: Request) -> dict[str, Any]:
     request.validate()
     import torch
 
-    from ..kernels.aot import CANNOT, GPUS, Case, record_passes
+    from ..kernels.aot import CANNOT, GPUS, Case, record_norm_passes, record_passes
     from ..kernels.schedule import FEW_TOKENS, TARGETS
+
+    def passes(case: Case, target: str) -> dict[str, list[Launch]]:
+        if not request.norm:
+            return record_passes(case, target)
+        found = record_norm_passes(case, target)
+        return {name: found[name] for name in ("forward", "backward")}
 
     targets = request.targets or tuple(TARGETS)
     gpus = tuple(gpu for gpu in GPUS if GPUS[gpu][0] in targets) if request.gpus is None else request.gpus
@@ -98,15 +106,15 @@ def describe_kernels(request: Request) -> dict[str, Any]:
             tokens, request.hidden, request.rank, getattr(torch, request.dtype), keeps_a=tokens > FEW_TOKENS
         )  # fmt: skip
         for target in targets:
-            for name, launches in record_passes(case, target).items():
+            for name, launches in passes(case, target).items():
                 kernels += [{"tokens": tokens, "pass": name, **row} for row in _kernel_rows(launches, target)]
         for gpu, (target, _) in GPUS.items():
-            for name, launches in record_passes(case, target).items():
+            for name, launches in passes(case, target).items():
                 what = {"tokens": tokens, "pass": name, "gpu": gpu}
                 if gpu in gpus:
                     predictions.append({**what, **_prediction(launches, gpu)})
                 floors.append({**what, **_floor(launches, gpu)})
-    asked = {name: getattr(request, name) for name in ("hidden", "rank", "dtype")}
+    asked = {name: getattr(request, name) for name in ("hidden", "rank", "dtype", "norm")}
     cannot = {target: CANNOT[target] for target in targets if target in CANNOT}
     return {**asked, "kernels": kernels, "cannot": cannot, "predictions": predictions, "floors": floors}
 
@@ -167,7 +175,8 @@ def _table(*columns: str, left: int) -> Table:
 
 
 def _short(kernel: str) -> str:
-    return kernel.removeprefix("post_block_").removesuffix("_kernel")
+    name = kernel.removeprefix("post_block_").removesuffix("_kernel")
+    return name.replace("norm_bwd_", "norm_").replace("add_partial_sums", "add_sums")  # 80 columns are few
 
 
 def _kernel_table(rows: list[dict[str, Any]]) -> Table:
@@ -240,7 +249,8 @@ def _prediction_table(predictions: list[dict[str, Any]]) -> Table:
 
 def print_kernels(description: dict[str, Any], console: Console) -> None:
     """Print the result of `describe_kernels`: two tables for each number of tokens, the predictions and the floors."""
-    what = "post_block: d = {hidden}, r = {rank}, {dtype}".format(**description)
+    op = "post_block_norm" if description["norm"] else "post_block"
+    what = "{}: d = {hidden}, r = {rank}, {dtype}".format(op, **description)
     for tokens in dict.fromkeys(row["tokens"] for row in description["kernels"]):
         rows = [row for row in description["kernels"] if row["tokens"] == tokens]
         console.print(f"{what}, N = {tokens} tokens")

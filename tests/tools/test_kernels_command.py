@@ -119,6 +119,20 @@ def test_kernels_command_the_tables_fit_in_80_columns():
     assert {row[-1] for row in table[1:]} <= {"memory", "L2", "issue", "host"}
 
 
+def test_kernels_command_with_the_norm_that_follows():
+    asked = ["--norm", "--hidden", "2048", "--rank", "2", "--tokens", "16384", "--target", "sm_90", "--gpu", "H100"]
+    result = run(*asked, COLUMNS="80", NO_COLOR="1")
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert max(map(len, lines)) <= 80 and "…" not in result.stdout
+    assert lines[0] == "post_block_norm: d = 2048, r = 2, bfloat16, N = 16384 tokens"
+    kernels = ["pack_adapter", "fwd_resident", "pack_adapter", "norm_held", "add_sums", "bwd_finish"]
+    assert [line.split()[1] for line in lines if line.split()[:1] == ["sm_90"]] == 2 * kernels
+    floors = [line.split() for line in lines[lines.index("The least time of a pass: its hidden states' bytes at the "
+              "datasheet's bandwidth") :] if line.split()[:1] == ["16384"]]  # fmt: skip
+    assert [row[1:3] for row in floors] == [["forward", "4"], ["backward", "4"]]
+
+
 def test_kernels_command_a_kernel_that_several_shapes_share_is_compiled_once():
     code = (
         "import triton; from fused_steer.tools.kernel_table import Request, describe_kernels\n"
