@@ -208,7 +208,7 @@ class _Anatomy:
     def _joins(self, values: Values) -> list[_Join]:
         """The last joins on each way to the values; none where they are what entered."""
         found: dict[ast.AST, _Join] = {}
-        for value in values:
+        for value in sorted(values, key=lambda value: _place(getattr(value, "node", None))):  # the first one is refused
             found.update((join.node, join) for join in self._joins_of(value))
         return sorted(found.values(), key=lambda join: _place(join.node))  # so that messages are the same in each run
 
@@ -401,7 +401,7 @@ def _position(call: Call) -> tuple[int, int]:
     return _place(call.node)
 
 
-def _place(node: ast.AST) -> tuple[int, int]:
+def _place(node: ast.AST | None) -> tuple[int, int]:
     return getattr(node, "lineno", 0), getattr(node, "col_offset", 0)
 
 
