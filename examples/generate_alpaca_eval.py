@@ -36,6 +36,8 @@ def main(
     batch: int = 16,
     tokens: int = 512,
 ) -> None:
+    if not out.absolute().parent.is_dir() or out.is_dir():  # told before hours of answers, not after
+        raise typer.BadParameter(f"out is {out}; expected a file in a directory that exists")
     rows = read(data)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32

@@ -1,9 +1,8 @@
 """Trains steering by a hand-written loop with Accelerate, in one process or many.
 
-accelerate launch examples/train_accelerate.py --model HuggingFaceTB/SmolLM2-135M --out sums
+accelerate launch examples/train_accelerate.py --model HuggingFaceTB/SmolLM2-135M --out accelerated
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,20 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq
 
 from fused_steer import SteerConfig, patch_model, steering_parameters
+from fused_steer.adapters.files import refuse_foreign
+from fused_steer.recipes.recipe import Data
+from fused_steer.recipes.rows import read_rows
 
 
 def read(data: Path | None) -> list[dict[str, str]]:
     """Read a JSON object with "prompt" and "completion" from each line; without a file, make sums."""
     if data is None:
         return [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in range(10) for b in range(10)]
-    return [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
+    try:
+        _, rows, _ = read_rows(Data(train=str(data), kind="completion", held_out=0))
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from error
+    return rows
 
 
 def encode(tokenizer: Any, row: dict[str, str]) -> dict[str, list[int]]:
@@ -34,12 +40,13 @@ def encode(tokenizer: Any, row: dict[str, str]) -> dict[str, list[int]]:
 def main(
     model: str = "HuggingFaceTB/SmolLM2-135M",
     data: Path | None = None,
-    out: Path = Path("out"),
+    out: Path = Path("accelerated"),
     rank: int = 8,
-    epochs: int = 4,
+    epochs: int = typer.Option(4, min=1),
     batch: int = 8,
     rate: float = 1e-3,
 ) -> None:
+    refuse_foreign(out)  # as save does, but before the training
     accelerator = Accelerator()
     set_seed(0)  # the same initial adapter in every process
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -60,7 +67,7 @@ def main(
         mean = accelerator.reduce(total / len(loader), "mean")
         accelerator.print(f"epoch {epoch + 1}: loss {mean:.3f}, {accelerator.num_processes} processes")
     if accelerator.is_main_process:
-        steered.steering.save(out)
+        steered.steering.save(str(out))
     # The wrapper has to go before its process group: the other way round PyTorch may wait for Gloo's threads forever.
     prepared, optimizer, loader = accelerator.free_memory(prepared, optimizer, loader)
     accelerator.end_training()

@@ -30,10 +30,12 @@ WITHOUT_INPUT = (
 
 def read(data: str) -> list[dict[str, str]]:
     """Read rows with "instruction", "output" and optional "input" from a JSON or JSONL file or a hub data set."""
+    if Path(data).suffix in (".json", ".jsonl") and not Path(data).is_file():
+        raise typer.BadParameter(f"no file {data}; expected rows, or a data set of the hub")
     if not Path(data).is_file():
         return list(load_dataset(data, split="train"))
     text = Path(data).read_text(encoding="utf-8")
-    rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.splitlines()]
+    rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(x) for x in text.split("\n") if x.strip()]
     for number, row in enumerate(rows, 1):
         if "instruction" not in row or "output" not in row:
             raise typer.BadParameter(f"row {number} of {data} has {', '.join(row)}; expected instruction and output")

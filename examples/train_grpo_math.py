@@ -30,8 +30,10 @@ def read(data: str, size: int) -> list[dict[str, str]]:
         return [
             {"question": row["question"], "answer": row["answer"]} for row in create_dataset("chain_sum", size=size)
         ]
+    if Path(data).suffix in (".json", ".jsonl") and not Path(data).is_file():
+        raise typer.BadParameter(f"no file {data}; expected rows, or a data set of the hub")
     if Path(data).is_file():
-        rows = [json.loads(line) for line in Path(data).read_text(encoding="utf-8").splitlines()]
+        rows = [json.loads(line) for line in Path(data).read_text(encoding="utf-8").split("\n") if line.strip()]
     else:
         rows = list(load_dataset(data, "main", split="train"))
     for number, row in enumerate(rows, 1):
@@ -58,8 +60,8 @@ def main(
     out: Path = Path("reasoning"),
     rank: int = 8,
     rate: float = 1e-3,
-    steps: int = 500,
-    generations: int = 8,
+    steps: int = typer.Option(500, min=1),
+    generations: int = typer.Option(8, min=2),
     length: int = 256,
     size: int = 2000,
 ) -> None:

@@ -2,10 +2,9 @@
 
 The steering is kept orthogonal to the LoRA.
 
-python examples/train_joint.py --model HuggingFaceTB/SmolLM2-135M --out sums
+python examples/train_joint.py --model HuggingFaceTB/SmolLM2-135M --out joint
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +21,20 @@ from fused_steer import (
     save_joint,
     steering_parameters,
 )
+from fused_steer.joint import refuse_adapter_beside
+from fused_steer.recipes.recipe import Data
+from fused_steer.recipes.rows import read_rows
 
 
 def read(data: Path | None) -> list[dict[str, str]]:
     """Read a JSON object with "prompt" and "completion" from each line; without a file, make sums."""
     if data is None:
         return [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in range(10) for b in range(10)]
-    return [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
+    try:
+        _, rows, _ = read_rows(Data(train=str(data), kind="completion", held_out=0))
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from error
+    return rows
 
 
 def encode(tokenizer: Any, row: dict[str, str]) -> dict[str, list[int]]:
@@ -41,14 +47,15 @@ def encode(tokenizer: Any, row: dict[str, str]) -> dict[str, list[int]]:
 def main(
     model: str = "HuggingFaceTB/SmolLM2-135M",
     data: Path | None = None,
-    out: Path = Path("out"),
+    out: Path = Path("joint"),
     rank: int = 8,
-    steps: int = 200,
+    steps: int = typer.Option(200, min=1),
     batch: int = 8,
     rate: float = 1e-3,
     lora_rate: float = 2e-4,
     resume: bool = False,
 ) -> None:
+    refuse_adapter_beside(out)  # as save_joint does, but before the training
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     lora = LoraConfig(r=rank, target_modules="all-linear")
@@ -70,7 +77,7 @@ def main(
     )
     trainer.train(resume_from_checkpoint=resume)
     if trainer.is_world_process_zero():
-        save_joint(both, out)
+        save_joint(both, str(out))
 
 
 if __name__ == "__main__":

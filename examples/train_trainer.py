@@ -1,9 +1,8 @@
 """Trains steering with transformers' Trainer. Checkpoints hold only the adapter; the best one is kept.
 
-python examples/train_trainer.py --model HuggingFaceTB/SmolLM2-135M --out sums
+python examples/train_trainer.py --model HuggingFaceTB/SmolLM2-135M --out steering
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,19 @@ import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, TrainingArguments
 
 from fused_steer import SteerConfig, SteeringTrainer, patch_model
+from fused_steer.recipes.recipe import Data
+from fused_steer.recipes.rows import read_rows
 
 
 def read(data: Path | None) -> list[dict[str, str]]:
     """Read a JSON object with "prompt" and "completion" from each line; without a file, make sums."""
     if data is None:
         return [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in range(10) for b in range(10)]
-    return [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
+    try:
+        _, rows, _ = read_rows(Data(train=str(data), kind="completion", held_out=0))
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from error
+    return rows
 
 
 def encode(tokenizer: Any, row: dict[str, str]) -> dict[str, list[int]]:
@@ -30,9 +35,9 @@ def encode(tokenizer: Any, row: dict[str, str]) -> dict[str, list[int]]:
 def main(
     model: str = "HuggingFaceTB/SmolLM2-135M",
     data: Path | None = None,
-    out: Path = Path("out"),
+    out: Path = Path("steering"),
     rank: int = 8,
-    steps: int = 200,
+    steps: int = typer.Option(200, min=1),
     batch: int = 8,
     rate: float = 1e-3,
     resume: bool = False,
@@ -41,6 +46,8 @@ def main(
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     rows = [encode(tokenizer, row) for row in read(data)]
+    if len(rows) < 4:
+        raise typer.BadParameter(f"{data} has {len(rows)} rows; expected at least 4, as each fourth is for evaluation")
     steered = patch_model(AutoModelForCausalLM.from_pretrained(model), SteerConfig(rank=rank))
     arguments = TrainingArguments(
         output_dir=str(out / "run"),

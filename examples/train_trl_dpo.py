@@ -1,9 +1,8 @@
 """Trains steering with TRL's DPOTrainer. The reference is the same model with its steering off, not a second model.
 
-python examples/train_trl_dpo.py --model HuggingFaceTB/SmolLM2-135M-Instruct --out preferences
+python examples/train_trl_dpo.py --model HuggingFaceTB/SmolLM2-135M-Instruct --out dpo
 """
 
-import json
 from pathlib import Path
 
 import torch
@@ -13,6 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig
 
 from fused_steer import SteerConfig, patch_model
+from fused_steer.recipes.recipe import Data
+from fused_steer.recipes.rows import read_rows
 from fused_steer.trl import SteeringDPOTrainer
 
 
@@ -21,15 +22,19 @@ def read(data: Path | None) -> list[dict[str, str]]:
     if data is None:
         pairs = [(a, b) for a in range(10) for b in range(10)]
         return [{"prompt": f"{a}+{b}=", "chosen": f"{a + b}", "rejected": f"{a + b}, i think!"} for a, b in pairs]
-    return [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
+    try:
+        _, rows, _ = read_rows(Data(train=str(data), kind="preference", held_out=0))
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from error
+    return rows
 
 
 def main(
     model: str = "HuggingFaceTB/SmolLM2-135M-Instruct",
     data: Path | None = None,
-    out: Path = Path("out"),
+    out: Path = Path("dpo"),
     rank: int = 8,
-    steps: int = 200,
+    steps: int = typer.Option(200, min=1),
     batch: int = 8,
     rate: float = 1e-3,
     beta: float = 0.1,

@@ -1,9 +1,8 @@
 """Trains steering with TRL's GRPOTrainer: the model answers, and a function rewards the answers.
 
-python examples/train_trl_grpo.py --model HuggingFaceTB/SmolLM2-135M-Instruct --out sums
+python examples/train_trl_grpo.py --model HuggingFaceTB/SmolLM2-135M-Instruct --out grpo
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig
 
 from fused_steer import SteerConfig, patch_model
+from fused_steer.recipes.recipe import Data
+from fused_steer.recipes.rows import read_rows
 from fused_steer.trl import SteeringGRPOTrainer
 
 
@@ -21,7 +22,11 @@ def read(data: Path | None) -> list[dict[str, str]]:
     """Read a JSON object with "prompt" and "answer" from each line; without a file, make sums."""
     if data is None:
         return [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(10) for b in range(10)]
-    return [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
+    try:
+        _, rows, _ = read_rows(Data(train=str(data), kind="completion", columns={"completion": "answer"}, held_out=0))
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from error
+    return [{"prompt": row["prompt"], "answer": row["completion"]} for row in rows]
 
 
 def reward(completions: list[str], answer: list[str], **_: Any) -> list[float]:
@@ -34,10 +39,10 @@ def reward(completions: list[str], answer: list[str], **_: Any) -> list[float]:
 def main(
     model: str = "HuggingFaceTB/SmolLM2-135M-Instruct",
     data: Path | None = None,
-    out: Path = Path("out"),
+    out: Path = Path("grpo"),
     rank: int = 8,
-    steps: int = 200,
-    generations: int = 8,
+    steps: int = typer.Option(200, min=1),
+    generations: int = typer.Option(8, min=2),
     length: int = 8,
     rate: float = 1e-3,
     beta: float = 0.0,

@@ -1,9 +1,8 @@
 """Trains steering with TRL's SFTTrainer on prompts and completions. Checkpoints hold only the adapter.
 
-python examples/train_trl_sft.py --model HuggingFaceTB/SmolLM2-135M --out sums
+python examples/train_trl_sft.py --model HuggingFaceTB/SmolLM2-135M --out sft
 """
 
-import json
 from pathlib import Path
 
 import torch
@@ -13,6 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig
 
 from fused_steer import SteerConfig, patch_model
+from fused_steer.recipes.recipe import Data
+from fused_steer.recipes.rows import read_rows
 from fused_steer.trl import SteeringSFTTrainer
 
 
@@ -20,15 +21,19 @@ def read(data: Path | None) -> list[dict[str, str]]:
     """Read a JSON object with "prompt" and "completion" from each line; without a file, make sums."""
     if data is None:
         return [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in range(10) for b in range(10)]
-    return [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
+    try:
+        _, rows, _ = read_rows(Data(train=str(data), kind="completion", held_out=0))
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from error
+    return rows
 
 
 def main(
     model: str = "HuggingFaceTB/SmolLM2-135M",
     data: Path | None = None,
-    out: Path = Path("out"),
+    out: Path = Path("sft"),
     rank: int = 8,
-    steps: int = 200,
+    steps: int = typer.Option(200, min=1),
     batch: int = 8,
     rate: float = 1e-3,
     resume: bool = False,

@@ -19,10 +19,12 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.modelcard import extract_hyperparameters_from_trainer
 from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ._version import __version__
 from .adapters.card import CARD_NAME, CARD_TAGS, LIBRARY, Training, card_config, card_training, card_usage
-from .adapters.kinds import CHECKPOINT_FOLDER
+from .adapters.files import refuse_foreign
+from .adapters.kinds import CHECKPOINT_FOLDER, JOINT_NAME, method_in
 from .joint import steering_of, steering_parameters
 from .model.decoder import inside_peft
 
@@ -134,10 +136,14 @@ class SteeringTrainer(Trainer):
 
         Raises:
             ValueError: the model is not steered, its steering does not train, other parameters train that a checkpoint
-                would not hold, or FSDP or DeepSpeed has sharded the parameters.
+                would not hold, FSDP or DeepSpeed has sharded the parameters, or `output_dir` or a checkpoint in it
+                holds another kind of adapter, which the save of that step would meet.
         """
         steering_parameters(self._patched())
         self._check_whole()
+        output_dir = Path(str(self.args.output_dir))
+        for folder in (output_dir, *sorted(output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))):
+            self._refuse_another_kind(folder)
         return super().train(*args, **kwargs)
 
     def _patched(self) -> nn.Module:
@@ -165,14 +171,24 @@ class SteeringTrainer(Trainer):
                 "steering in use, which is all that a checkpoint holds (or LoRA by get_peft_model)"
             )
 
-    def _adapter_in(self, checkpoint: str | os.PathLike[str]) -> Path:
+    def _refuse_another_kind(self, folder: Path) -> None:
+        """Check that a folder holds no adapter of another kind. PEFT would write over it, and `save` refuses it."""
+        model = self._patched()
+        if inside_peft(model) is model:
+            return refuse_foreign(folder)
+        held = "a LoRA and steering together" if (folder / JOINT_NAME).is_file() else method_in(folder)
+        if held not in (None, *(config.peft_type for config in model.peft_config.values())):
+            raise ValueError(f"{folder} holds an adapter of {held}; expected another directory, to leave it alone")
+
+    def _adapter_in(self, checkpoint: str | os.PathLike[str]) -> str:
         if self._wrapped_by_peft():
-            return _folder(checkpoint, steering_of(self._patched()).active)
-        return Path(checkpoint)
+            return str(_folder(checkpoint, steering_of(self._patched()).active))
+        return os.fspath(checkpoint)  # of ".", a Path would be refused as the empty path
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         self._check_whole()
         target = output_dir if output_dir is not None else str(self.args.output_dir)
+        self._refuse_another_kind(Path(target))
         if self._wrapped_by_peft():
             super()._save(target, state_dict)
         elif self.args.should_save:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -120,6 +121,44 @@ def test_examples_joint(example, tiny, tmp_path):
     assert not torch.equal(lora_alone, logits(both)) and not torch.equal(lora_alone, logits(base(tiny)))
 
 
+def test_examples_do_not_share_a_folder_by_default():
+    """The second one was refused at its save, after its training."""
+    text = {path.stem: path.read_text(encoding="utf-8") for path in EXAMPLES.glob("train_*.py")}
+    folders = [re.search(r"out: Path = Path\(\"(\w+)\"\)", source) for source in text.values()]
+    assert len({found[1] for found in folders if found}) == len(text)
+
+
+def test_examples_refuse_a_folder_of_another_kind_before_they_load_a_model(example, tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "POST_BLOCK"}', encoding="utf-8")
+    with pytest.raises(ValueError, match="holds an adapter of POST_BLOCK; expected another directory"):
+        example("train_joint", "--model", "missing")
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}', encoding="utf-8")
+    with pytest.raises(ValueError, match="holds an adapter of LORA; expected another directory"):
+        example("train_accelerate", "--model", "missing")
+
+
+@pytest.mark.parametrize("name", ["trainer", "joint", "accelerate", "trl_sft", "trl_dpo", "trl_grpo"])
+def test_examples_rows_without_columns_are_refused_in_one_line(tmp_path, name):
+    if name.startswith("trl"):
+        pytest.importorskip("trl")
+    read = runpy.run_path(str(EXAMPLES / f"train_{name}.py"))["read"]
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"prompt": "a", "text": "b"}\n', encoding="utf-8")
+    with pytest.raises(
+        typer.BadParameter, match=r"row 1 of .*rows.jsonl has the columns prompt, text; expected prompt, "
+    ):
+        read(data)
+    whole = {"prompt": "a\u2028b", "completion": "b", "chosen": "c", "rejected": "d", "answer": "e"}
+    data.write_text("\n" + json.dumps(whole, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert [row["prompt"] for row in read(data)] == ["a\u2028b"]  # which ends no line
+
+
+def test_examples_trainer_refuses_data_without_a_fourth_row(example, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 3, encoding="utf-8")
+    with pytest.raises(AssertionError, match="has 3 rows; expected at least 4"):
+        example("train_trainer", "--data", str(tmp_path / "rows.jsonl"))
+
+
 LAUNCH = "accelerate.commands.launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no"
 TORCHRUN = "torch.distributed.run --standalone --nproc_per_node 2"  # accelerate needs MPI for CPU processes
 
@@ -181,6 +220,8 @@ def test_examples_alpaca(example, tiny, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(EXAMPLES))
     app, answers = Typer(), tmp_path / "answers.json"
     app.command()(runpy.run_path(str(EXAMPLES / "generate_alpaca_eval.py"))["main"])
+    late = CliRunner().invoke(app, ["--model", "missing", "--out", str(tmp_path / "no" / "answers.json")])
+    assert late.exit_code == 2 and "expected a file in a directory" in " ".join(late.output.split())
     asked = [{"instruction": "1+1=", "dataset": "sums"}, {"instruction": "long " * 9, "dataset": "sums"}]
     data.write_text(json.dumps(asked), encoding="utf-8")
     options = ["--model", str(tiny), "--data", str(data), "--out", str(answers), "--tokens", "5", "--adapter"]

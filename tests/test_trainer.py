@@ -62,6 +62,26 @@ def test_trainer_a_checkpoint_is_an_adapter_and_not_the_base(tmp_path):
     assert torch.equal(logits(patch_model(build(), tmp_path / "final")), logits(model))
 
 
+@pytest.mark.parametrize("lora", [False, True], ids=["steering", "steering and LoRA"])
+def test_trainer_a_run_into_the_folder_of_another_kind_is_refused_before_it_trains(tmp_path, lora):
+    """PEFT wrote over the steering of an earlier checkpoint, and steering was refused at its first save."""
+    trainer(patched(lora=not lora), tmp_path).train()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    run = trainer(patched(lora=lora), tmp_path)
+    with pytest.raises(ValueError, match=r"checkpoint-3 holds an adapter of \w+; expected another directory"):
+        run.train()
+    with pytest.raises(ValueError, match="expected another directory, to leave it alone"):
+        run.save_model(str(tmp_path / "checkpoint-3"))
+    assert run.state.global_step == 0
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_trainer_saves_to_the_current_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trainer(patched(), tmp_path / "run").save_model(".")
+    assert ADAPTER <= {path.name for path in tmp_path.iterdir()}
+
+
 RUNS = pytest.mark.parametrize(
     ("lora", "cls"),
     [(False, SteeringTrainer), (True, SteeringTrainer), (False, Trainer)],
