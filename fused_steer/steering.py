@@ -78,6 +78,15 @@ class Steering:
         vars(twin).update(copy.deepcopy(vars(self), memo))
         return twin
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse what is no setting: Python would keep `steering.positions = "generated"`, and nothing would read it."""
+        if name != "scale" and not name.startswith("_"):
+            raise AttributeError(
+                f"steering.{name} is set; expected steering.scale, steering.use(name) for another adapter, or positions "
+                "in its SteerConfig or in steering.batch"
+            )
+        super().__setattr__(name, value)
+
     # ------------------------------------------------------------------------------------------------------- adapters
 
     @property

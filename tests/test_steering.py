@@ -173,6 +173,14 @@ def test_steering_scale():
     assert torch.equal(logits(model), bare_logits())
 
 
+@pytest.mark.parametrize("name", ["positions", "active", "scales", "mode"])
+def test_steering_refuses_to_set_what_is_no_setting(name):
+    """`steering.positions = "generated"` was kept as an attribute that nothing read."""
+    model = patched("default")
+    with refused(AttributeError, f"steering.{name} is set; expected steering.scale", model=model):
+        setattr(model.steering, name, "generated")
+
+
 def test_steering_scale_is_of_the_adapter_in_use():
     model = patched("default", "polite")
     model.steering.scale = 0.25
