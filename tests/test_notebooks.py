@@ -41,12 +41,14 @@ def test_notebooks_are_train_joint_and_serve():
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebooks_code_runs(notebook, tmp_path, monkeypatch, capsys):
+def test_notebooks_code_runs_and_each_cell_again(notebook, tmp_path, monkeypatch, capsys):
+    """The second run of joint's cell put a fresh LoRA over the trained one, and then was refused."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(demo, "load_smollm2", lambda: (build(), tokenizer()))
     names = {}
     for number, code in enumerate(cells(notebook, "code")):
-        exec(compile(code, f"{notebook.name}, cell {number}", "exec"), names)
+        for _ in range(2):
+            exec(compile(code, f"{notebook.name}, cell {number}", "exec"), names)
     assert capsys.readouterr().out.count("\n") >= 5
     saved = {"train": "pirate", "joint": "both/steering", "serve": "adapters/pirate"}[notebook.stem]
     assert (tmp_path / saved / "adapter_config.json").is_file()
