@@ -79,10 +79,10 @@ class Steering:
         return twin
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Refuse what is no setting: Python would keep `steering.positions = "generated"`, and nothing would read it."""
+        """Refuse what is no setting: Python would keep `steering.positions = "generated"`, unread."""
         if name != "scale" and not name.startswith("_"):
             raise AttributeError(
-                f"steering.{name} is set; expected steering.scale, steering.use(name) for another adapter, or positions "
+                f"steering.{name} is set; expected steering.scale, or steering.use(name), or positions "
                 "in its SteerConfig or in steering.batch"
             )
         super().__setattr__(name, value)

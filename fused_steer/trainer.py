@@ -173,7 +173,7 @@ class SteeringTrainer(Trainer):
 
     def _refuse_another_kind(self, folder: Path) -> None:
         """Check that a folder holds no adapter of another kind. PEFT would write over it, and `save` refuses it."""
-        model = self._patched()
+        model: Any = self._patched()
         if inside_peft(model) is model:
             return refuse_foreign(folder)
         held = "a LoRA and steering together" if (folder / JOINT_NAME).is_file() else method_in(folder)
