@@ -39,7 +39,7 @@ def in_turn(x: Operands, weight: Tensor) -> tuple[Tensor, Tensor]:
     return fused(x, weight)
 
 
-#: The plans of the op whose backward runs in turn.
+#: The plans of the contender `in-turn`. With the op's own plans it would run the kernels with rows in registers.
 _plans_in_turn: dict[Any, Any] = {}
 
 

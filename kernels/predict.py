@@ -14,7 +14,8 @@ launches' times and of their starts.
   real instructions in order, and waits according to ptxas's stall counts and scoreboards. A scheduler issues one
   instruction a cycle. Pipes and the ports of shared memory and L2 serve one warp at a time. Barriers join the warps of
   a program. A load takes the latency of device memory, or of L2 for recently read data. Loops run a few trips, and
-  then continue at their steady pace. Bank conflicts, instruction caches, L1 hits and DRAM pages are left out.
+  then continue at their steady pace. Bank conflicts, instruction caches and DRAM pages are left out, and so are L1 hits
+  outside of loops whose trips all read the same weights (`Loop.cached`).
 * **host**: `LAUNCH_SECONDS` for each launch, between the end of one kernel and the start of the next in a captured
   graph. A call outside of a graph costs more host time.
 

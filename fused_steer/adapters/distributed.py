@@ -73,7 +73,8 @@ def check_whole(module: nn.Module, place: str, what: str) -> None:
         raise ValueError(f"{place} is sharded by {by}; expected {what} to be whole in every process (DDP)")
 
 
-#: The parameters, by their ids, whose gradients a DistributedDataParallel averages. They live as long as it does.
+#: For each DistributedDataParallel the ids of the parameters whose gradients it averages. It keeps these parameters
+#: alive, so that no other object gets such an id.
 _averaged: weakref.WeakKeyDictionary[nn.Module, frozenset[int]] = weakref.WeakKeyDictionary()
 
 

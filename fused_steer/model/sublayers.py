@@ -299,8 +299,10 @@ class _Anatomy:
         return list(found.values())
 
     def _check_apart(self, join: _Join) -> None:
-        """Refuse a join whose stream has been changed by what makes its branch, such as the mixing of several streams:
-        what is added to it first is no attention's."""
+        """Refuse a sum if one module made both its stream and its branch, such as one that mixes several streams.
+
+        The first module that is added to such a stream is not the attention.
+        """
         branch = [way for operand in join.branch for way in _branch_ways(self._ways(operand))]
         both = frozenset.intersection(*branch, *self._ways(join.stream))
         if calls := sorted((call for call in both if isinstance(call, Call)), key=_position):

@@ -16,8 +16,9 @@ _NAMED_AS_A_CACHE = re.compile(r"(^|_)(cache|caches|past|mems)(_|$)|^states?$")
 
 
 def find_tokens(given: Mapping[str, Any], names: Sequence[str]) -> Tensor:
-    """Return what a pass is fed, (rows, tokens, ...): ids or embeddings, or the hidden states of a stack of layers
-    whose embeddings are outside, as in BERT.
+    """Return what a pass is fed, (rows, tokens, ...): ids, embeddings or hidden states.
+
+    A stack of layers is fed hidden states if its model computes the embeddings outside of it, as BERT does.
 
     Args:
         given: the pass's arguments.

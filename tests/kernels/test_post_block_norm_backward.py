@@ -56,14 +56,15 @@ def form(request, device, monkeypatch):
 ], ids=str)  # fmt: skip
 def test_backward_by_rows_is_as_exact_as_hook_and_norm(device, tokens, hidden, rank, dtype):
     options = {"rank": rank, "dtype": dtype, "device": device, "scale": False, "gain": False}
-    assert_as_good_as_unfused(make_draws(ceil_div(8, tokens), tokens, hidden, **options), frozen=True)
+    # Many draws, because the gradient of b1 has only `rank` numbers.
+    assert_as_good_as_unfused(make_draws(max(4, ceil_div(24, tokens)), tokens, hidden, **options), frozen=True)
 
 
 @pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_backward_by_rows_every_kind_of_norm(device, kind):
     options = {"rank": 3, "dtype": BF16, "device": device, "scale": False, "gain": False}
-    assert_as_good_as_unfused(make_draws(2, 9, 80, **options), kind, frozen=True)
+    assert_as_good_as_unfused(make_draws(6, 9, 80, **options), kind, frozen=True)
 
 
 @pytest.mark.usefixtures("form")
@@ -122,7 +123,7 @@ def test_backward_by_rows_only_the_normalised_output_is_used(device):
         grads = [outputs[1].detach()] if out is None else [out, outputs[1].detach()]
         names, values = zip(*replace(leaves, basis=None).tensors().items(), strict=True)
         found.append(dict(zip(names, torch.autograd.grad(outputs[-len(grads) :], values, grads), strict=True)))
-    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    assert all(relative_error(found[0][name], found[1][name].double()) < 1e-6 for name in found[0])
 
 
 @pytest.mark.usefixtures("form")
