@@ -18,7 +18,10 @@
     counters.py     L2 hit rate and stall reasons of the fused kernels, counted by ncu
     goals.py        the performance goals, judged from results
     gpu.py          `python -m bench.gpu`: every measurement on one GPU, most important first
-    sweep.py        `python -m bench.sweep`: every candidate layout of the forward, timed on a GPU
+    sweep/          `python -m bench.sweep`: every candidate layout of the op, timed on a GPU
+        forward.py  the candidates of the forward
+        backward.py the candidates of the backward
+        __main__.py the command
     cores.py        a candidate that the sweep times: whole rows on tensor cores
     rehearsal.py    `python -m bench.gpu --rehearse`: the same run over the stub driver, to find mistakes without a GPU
     report/         `python -m bench.report`: results as tables and plots

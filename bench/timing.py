@@ -164,6 +164,11 @@ def busy_seconds(call: Call, device: torch.device) -> float | None:
     return sum(event.device_time for event in _on_device(call, device)) / 1e6 or None
 
 
+def launch_seconds(call: Call, device: torch.device) -> list[tuple[str, float]]:
+    """Return the name and the time of each kernel and copy of one call on the GPU, in order; [] on a CPU."""
+    return [(event.name, event.device_time / 1e6) for event in _on_device(call, device)]
+
+
 @contextmanager
 def counting_kept(model: nn.Module, *inputs: Tensor) -> Iterator[Callable[[], int]]:
     """Count the bytes that autograd keeps for the backward of the code inside the `with` block.

@@ -220,8 +220,9 @@ def record_norm_passes(
 ) -> dict[str, list[Launch]]:
     """Return the launches of `post_block_norm` like `record_passes`, and those of `rms_norm`, by pass.
 
-    The passes are "forward", "backward", "norm_forward" and "norm_backward". The norm's weight has the hidden state's
-    dtype.
+    The passes are "forward", "backward", "norm_forward" and "norm_backward". If the backward has one of the forms that
+    hold whole rows, "in_turn" is its other form: the norm's backward, and `post_block`'s. The norm's weight has the
+    hidden state's dtype.
 
     Raises:
         ValueError: an unknown target, or `reads` that the op does not take.
@@ -244,15 +245,15 @@ def record_norm_passes(
             by_rows = triton_backward_norm(
                 grad, grad_normed, out, kept, a, inverse, call.operands, norm, call.needs, case.reads == "branch"
             )
-        if by_rows is None:
-            whole, _ = triton_norm_backward(grad, grad_normed, out, inverse, norm, needs)
-    if by_rows is None:
-        backward += _record_backward(case, device, call, out, a, whole)
+    with recorded(device) as in_turn:
+        whole, _ = triton_norm_backward(grad, grad_normed, out, inverse, norm, needs)
+    in_turn += _record_backward(case, device, call, out, a, whole)
     with recorded(device) as alone:
         triton_norm_forward(out, None, norm, case.keeps_a)
     with recorded(device) as alone_backward:
         triton_norm_backward(None, grad_normed, out, inverse, norm, needs)
-    return {"forward": forward, "backward": backward, "norm_forward": alone, "norm_backward": alone_backward}
+    found = {"forward": forward, "backward": in_turn, "norm_forward": alone, "norm_backward": alone_backward}
+    return found if by_rows is None else {**found, "backward": backward, "in_turn": in_turn}
 
 
 def record(case: Case, target: str) -> list[Launch]:

@@ -95,7 +95,7 @@ def describe_kernels(request: Request) -> dict[str, Any]:
         if not request.norm:
             return record_passes(case, target)
         found = record_norm_passes(case, target)
-        return {name: found[name] for name in ("forward", "backward")}
+        return {name.replace("_", " "): found[name] for name in ("forward", "backward", "in_turn") if name in found}
 
     targets = request.targets or tuple(TARGETS)
     gpus = tuple(gpu for gpu in GPUS if GPUS[gpu][0] in targets) if request.gpus is None else request.gpus
@@ -107,7 +107,8 @@ def describe_kernels(request: Request) -> dict[str, Any]:
         )  # fmt: skip
         for target in targets:
             for name, launches in passes(case, target).items():
-                kernels += [{"tokens": tokens, "pass": name, **row} for row in _kernel_rows(launches, target)]
+                if name != "in turn":  # the op does not launch it
+                    kernels += [{"tokens": tokens, "pass": name, **row} for row in _kernel_rows(launches, target)]
         for gpu, (target, _) in GPUS.items():
             for name, launches in passes(case, target).items():
                 what = {"tokens": tokens, "pass": name, "gpu": gpu}
@@ -274,6 +275,11 @@ def print_kernels(description: dict[str, Any], console: Console) -> None:
             "starts in a captured graph. µs: of each launch the longest of the first three, and\n"
             "the starts. floors: the same without the starts, over the time that each hidden\n"
             "state takes once through memory, at 90 % of the datasheet's bandwidth.\n"
+        )
+    if any(row["pass"] == "in turn" for row in description["floors"]):
+        console.print(
+            "in turn: the norm's backward and then post_block's, the form of the backward\n"
+            "that the op does not take here (docs/speed.md).\n"
         )
     console.print("The least time of a pass: its hidden states' bytes at the datasheet's bandwidth")
     console.print(_floor_table(description["floors"]))

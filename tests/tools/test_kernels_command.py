@@ -128,9 +128,21 @@ def test_kernels_command_with_the_norm_that_follows():
     assert lines[0] == "post_block_norm: d = 2048, r = 2, bfloat16, N = 16384 tokens"
     kernels = ["pack_adapter", "fwd_resident", "pack_adapter", "norm_held", "add_sums", "bwd_finish"]
     assert [line.split()[1] for line in lines if line.split()[:1] == ["sm_90"]] == 2 * kernels
+    # The op does not launch the kernels of the backward's other form. It is predicted only.
     floors = [line.split() for line in lines[lines.index("The least time of a pass: its hidden states' bytes at the "
               "datasheet's bandwidth") :] if line.split()[:1] == ["16384"]]  # fmt: skip
-    assert [row[1:3] for row in floors] == [["forward", "4"], ["backward", "4"]]
+    units = [row[-5] for row in floors]
+    passes = [" ".join(row[1:-5]) for row in floors]
+    assert (passes, units) == (["forward", "backward", "in turn"], ["4", "4", "8"])
+    microseconds = {line.split()[2]: float(line.split()[-3]) for line in lines if line.split()[:1] == ["H100"]}
+    assert microseconds["backward"] < microseconds["in"]
+    assert "in turn: the norm's backward and then post_block's, the form of the backward" in lines
+
+
+def test_kernels_command_where_the_backward_has_one_form():
+    asked = ["--norm", "--hidden", "512", "--rank", "16", "--tokens", "256", "--target", "sm_90", "--gpu", "H100"]
+    result = run(*asked, COLUMNS="80", NO_COLOR="1")
+    assert result.returncode == 0 and "in turn" not in result.stdout, result.stderr
 
 
 def test_kernels_command_a_kernel_that_several_shapes_share_is_compiled_once():
