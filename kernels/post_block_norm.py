@@ -171,7 +171,7 @@ def triton_forward_norm(
     # Three tensors of a tile have to stay in L2, where post_block's forward has two.
     room = replace(device, l2=2 * device.l2 // 3)
     schedule = forward_schedule(
-        tokens, hidden, rank, dtype.itemsize, room, packed is not None, dtype == torch.float16
+        tokens, hidden, rank, dtype.itemsize, room, packed is not None, dtype == torch.float16, norm=True
     )  # fmt: skip
     launch(
         post_block_norm_fwd_kernel, (schedule.programs,), *tensors,

@@ -95,7 +95,7 @@ def lines(rows: list[dict[str, Any]], forms: tuple[str, ...]) -> Iterator[str]:
                 best = min(of, key=lambda row: row["seconds"])
                 layout = {name: value for name, value in best.items() if name not in _OF_SIZE}
                 time_of = f"{best['seconds'] * 1e6:8.1f} us  {best['seconds'] / best['add']:.2f} adds"
-                shown = layout if any(layout.values()) else ""
+                shown = layout if layout["warps"] else ""
                 yield f"N={key[0]:6} d={key[1]:5} r={key[2]:3}  {form:7} {time_of}  {shown}"
                 for name, seconds in best.get("launches", ()):
                     yield f"    {seconds * 1e6:8.1f} us  {name}"

@@ -1,5 +1,9 @@
 """Tests that a schedule covers every row and column exactly once, and of its choices by shape."""
 
+import json
+from collections import defaultdict
+from pathlib import Path
+
 import pytest
 from fused_steer.kernels.schedule import (
     FEW_TOKENS,
@@ -213,3 +217,61 @@ def test_schedule_each_gradient_is_computed_in_exactly_one_pass():
         found = column_passes(columns_schedule(8192, hidden, rank, "bf16", h100), hidden)
         assert len(found) == passes
         assert [sum(part) for part in zip(*found, strict=True)] == [1, 1]
+
+
+@pytest.fixture(scope="module")
+def measured():
+    """Microseconds of layouts on an H100: rows by (N, d, rank), from a run of all of them in one process."""
+    file = Path(__file__).parents[2] / "bench/results/sweeps/nvidia-h100-80gb-hbm3-first.json"
+    found = defaultdict(list)
+    for number, run in enumerate(json.loads(file.read_text())["runs"]):
+        for row in run["rows"]:
+            if "us" in row and row["kind"] != "add" and row.get("packed", True) and not row.get("norm"):
+                found[number, row["N"], row["d"], row["r"]].append(row)
+    return found
+
+
+def test_schedule_chooses_layouts_that_were_fast_on_an_h100(measured):
+    """At most 9 % slower than the best of the measured layouts, packing apart: 5 % over tiles."""
+    device, slow, tiled = TARGETS["sm_90"], {}, 0
+    for (_, tokens, hidden, rank), rows in measured.items():
+        if tokens < 4096:  # another form came later
+            continue
+        rows = [row for row in rows if row["kind"] in ("res", "v0")]
+        resident = resident_schedule(tokens, hidden, rank, 2, 2, device)
+        if resident is not None:
+            most, key = 1.09, (resident.num_warps, resident.block_n, resident.block_d)
+            chosen = [row["us"] for row in rows if row["kind"] == "res" and (row["w"], row["rows"], row["W"]) == key]
+        else:
+            found, most = forward_schedule(tokens, hidden, rank, 2, device), 1.05
+            key = (found.block_n, found.height, found.block_d, found.block_d2, found.num_warps, found.num_stages)
+            tiles = -(-tokens // found.height)
+            same = {
+                row["programs"]: row["us"]
+                for row in rows
+                if row["kind"] == "v0" and tuple(row[n] for n in ("bn", "h", "D", "D2", "w", "s")) == key
+            }
+            # Where two looping programs were not measured, a program for each tile was. It has as many at once.
+            chosen = [same[programs] for programs in (found.programs, tiles) if programs in same][:1]
+            tiled += len(chosen)
+        best = min(row["us"] for row in rows)
+        if chosen and min(chosen) > most * best:
+            slow[tokens, hidden, rank] = (min(chosen), best)
+    assert not slow and tiled >= 9
+
+
+def test_schedule_chooses_layouts_of_the_backward_that_were_fast_on_an_h100(measured):
+    """At most 6 % slower than the best of the measured layouts of the same launch."""
+    device, compared = TARGETS["sm_90"], []
+    for (_, tokens, hidden, rank), rows in measured.items():
+        for kind, found in (
+            ("rows", rows_schedule(tokens, hidden, rank, "bf16", device)),
+            ("columns", columns_schedule(tokens, hidden, rank, "bf16", device)),
+        ):
+            key = [found.block_n, found.block_d, found.num_warps, found.num_stages]
+            of_kind = [row for row in rows if row["kind"] == kind]
+            for row in of_kind:
+                parts = row.get("k", 0) * device.multiprocessors // (found.programs + 1)
+                if row["t"] == key and (kind == "rows" or parts == found.splits):
+                    compared.append((kind, tokens, row["us"] / min(one["us"] for one in of_kind)))
+    assert len(compared) == 4 and all(ratio <= 1.06 for *_, ratio in compared), compared
