@@ -29,8 +29,8 @@ class Candidate:
     """A layout of the forward.
 
     Attributes:
-        form: "chosen", what the schedule chooses, "rows", whole rows in registers, "direct", the same with W2 as it lies,
-            "cores", whole rows on tensor cores (`bench/cores.py`; the op does not use it), or "tiles".
+        form: "chosen", what the schedule chooses, "rows", whole rows in registers, "direct", the same with W2 as it
+            lies, "cores", whole rows on tensor cores (`bench/cores.py`; the op does not use it), or "tiles".
         rows, columns, columns_out: of a block, and of a block when writing; only "tiles" has two widths.
         warps, stages: see `kernels/schedule.py`.
         ahead, held: see `schedule.ResidentSchedule`.
