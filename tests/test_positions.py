@@ -333,6 +333,7 @@ def test_positions_compiled_in_one_graph():
     for prompt in (3, 6):
         labels = labelled(ids, prompt)
         assert_close(compiled(ids, labels=labels).logits, model(ids, labels=labels).logits)
+    assert_close(logits(compiled), logits(model))  # without labels, a prompt
     expected = {n: g.clone() for n, g in _grads(model, ids).items()}
     assert_close(_grads(model, ids, compiled), expected)
     for layer in model.model.layers:

@@ -30,12 +30,27 @@ def _weak(found: T | None) -> Weak[Any]:
     return Weak(_Nothing() if found is None else found)
 
 
-class Weak(weakref.ref[T]):
+class Weak(Generic[T]):
     """A weak reference. A copy or pickle has the copy of the object, as with an ordinary attribute.
 
     A reference may outlive its object: a module may have been replaced since the model was patched. Its copy has no
     object either.
     """
+
+    __slots__ = ("reference",)
+
+    def __init__(self, to: T) -> None:
+        self.reference = weakref.ref(to)  # torch.compile traces calls of a plain reference only
+
+    def __call__(self) -> T | None:
+        """Return the object, or None if it was deleted."""
+        return self.reference()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Weak) and self.reference == other.reference
+
+    def __hash__(self) -> int:
+        return hash(self.reference)
 
     def __deepcopy__(self, memo: dict[Any, Any]) -> Weak[Any]:
         found: Any = self()
@@ -90,7 +105,7 @@ class Weakly(Generic[T]):
     def __get__(self, instance: Any, owner: type) -> Any:
         if instance is None:
             return self
-        found = instance.__dict__[self._slot]()
+        found = instance.__dict__[self._slot].reference()
         return self._instead(instance) if found is None and self._instead is not None else _there(found)
 
     def __set__(self, instance: Any, value: T) -> None:
@@ -99,14 +114,14 @@ class Weakly(Generic[T]):
 
 def what_is_left(instance: Any, name: str) -> Any:
     """Return the value of a `Weakly` attribute, or None if it was deleted, where the attribute would raise an error."""
-    return vars(instance)[f"_weak_{name}"]()
+    return vars(instance)[f"_weak_{name}"].reference()
 
 
 class WeakMethod:
     """A method of an object, without a reference that keeps the object alive."""
 
     def __init__(self, of: Any, name: str) -> None:
-        self._object, self._name = weakref.ref(of), name  # torch.compile traces calls of a plain reference only
+        self._object, self._name = weakref.ref(of), name  # not `Weak`: this is called in each pass
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return getattr(_there(self._object()), self._name)(*args, **kwargs)
