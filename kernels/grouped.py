@@ -424,6 +424,12 @@ def _into_branch(residual: Tensor, branch: Tensor, weights: Weights, routing: Ro
     _run(as_rows("residual", residual), rows, weights, routing, rows, True, None, reads)
 
 
+def note_written(tensor: Tensor) -> None:
+    """Tell autograd that a kernel wrote to a tensor, so that a backward pass which saved it raises an error."""
+    if not tensor.is_inference():
+        torch.autograd.graph.increment_version(tensor)
+
+
 _Operands = tuple[
     Tensor | None, Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, str, str
 ]
@@ -472,8 +478,7 @@ def _registered_into_branch(residual: Tensor, branch: Tensor, *operands: Any) ->
         return ()
 
     run_planned(_plans, (True, *kind_of_call(residual, branch, operands)), (residual, branch, *operands), call)
-    if not branch.is_inference():
-        torch.autograd.graph.increment_version(branch)
+    note_written(branch)
 
 
 def _fake(residual: Tensor, branch: Tensor | None, *operands: Any) -> Tensor:
@@ -520,15 +525,21 @@ def _check(name: str, tensor: Tensor, shape: Sequence[int], device: torch.device
 
 
 def as_rows(name: str, tensor: Tensor, in_place: bool = False) -> Tensor:
-    """Return (..., d) as (N, d) with contiguous rows. It is a copy only if the strides allow no view."""
+    """Return (..., d) as (N, d) with contiguous rows. It is a copy only if the strides allow no view.
+
+    Raises:
+        ValueError: `in_place`, and the strides allow no view, or rows share memory, as those of an expanded tensor.
+    """
     hidden = tensor.shape[-1]
+    rows = None
     if tensor.stride(-1) == 1 or hidden == 1:
         if tensor.dim() == 2:
-            return tensor
-        try:
-            return tensor.view(-1, hidden)
-        except RuntimeError:
-            pass
+            rows = tensor
+        else:
+            with contextlib.suppress(RuntimeError):
+                rows = tensor.view(-1, hidden)
+    if rows is not None and not (in_place and rows.stride(0) < hidden and rows.shape[0] > 1):
+        return rows
     if in_place:
         raise ValueError(f"{name} has strides {tensor.stride()}; expected rows that can be written in place")
     return tensor.reshape(-1, hidden).contiguous()
@@ -698,5 +709,7 @@ def post_block_grouped(
     if into_branch and branch is not None:
         with torch.no_grad() if torch.is_grad_enabled() else contextlib.nullcontext():
             _into_branch(residual, branch, weights, Routing(adapter_ids, gain), reads)
+            if not is_recording():
+                note_written(branch)
         return branch
     return post_block_routed(residual, branch, weights, Routing(adapter_ids, gain), None, reads)

@@ -35,6 +35,7 @@ from .grouped import (
     as_rows,
     check_grouped,
     joined,
+    note_written,
     kind_of_call,
     refusal,
     separated,
@@ -317,9 +318,8 @@ def _out_of_place(residual: Tensor, branch: Tensor | None, *inputs: Any) -> tupl
 
 def _in_place(residual: Tensor, branch: Tensor, *inputs: Any) -> None:
     _planned(residual, branch, inputs[:-4], Norm(*inputs[-4:]), True)
-    for tensor in (residual, branch):
-        if not tensor.is_inference():
-            torch.autograd.graph.increment_version(tensor)
+    note_written(residual)
+    note_written(branch)
 
 
 def _fake(residual: Tensor, branch: Tensor | None, *inputs: Any) -> tuple[Tensor, Tensor]:
@@ -416,9 +416,21 @@ def _check_in_place(residual: Tensor, branch: Tensor | None) -> None:
         raise ValueError("in_place is True without a branch; expected one to write the normalised state into")
     if branch.dtype != residual.dtype:
         raise TypeError(f"in_place with residual {residual.dtype} and branch {branch.dtype}; expected one dtype")
-    for name, tensor in (("residual", residual), ("branch", branch)):
-        as_rows(name, tensor, in_place=True)
+    rows = [as_rows(name, tensor, in_place=True) for name, tensor in (("residual", residual), ("branch", branch))]
     if torch.compiler.is_compiling() or is_described(residual):
         return
-    if residual.numel() and residual.data_ptr() == branch.data_ptr():
+    if residual.numel() and _share_memory(*rows):
         raise ValueError("in_place with residual and branch in one memory; expected two tensors")
+
+
+def _share_memory(one: Tensor, other: Tensor) -> bool:
+    """Return whether rows (N, d) of two tensors of one dtype share memory. Rows may lie between the other's rows."""
+    first, second = sorted((one, other), key=Tensor.data_ptr)
+    ahead = second.data_ptr() - first.data_ptr()
+    (tokens, hidden), size = first.shape, first.element_size()
+    if ahead >= ((tokens - 1) * first.stride(0) + hidden) * size:
+        return False
+    apart, width = first.stride(0) * size, hidden * size
+    if first.stride(0) != second.stride(0) or not apart:
+        return True
+    return ahead % apart < width or ahead % apart > apart - width

@@ -195,6 +195,26 @@ def test_grouped_what_is_read_stays_as_it_is(device, tokens, rank, gain, into_br
         assert torch.equal(getattr(batch, name), value) != (into_branch and name == "branch"), name
 
 
+def test_grouped_a_changed_branch_is_not_used_in_a_backward_pass_that_saved_it(device):
+    batch = make(FEW, device=device)
+    branch = batch.branch.clone().requires_grad_() * 1
+    squares = branch.square()
+    with torch.no_grad():
+        replace(batch, branch=branch).call(into_branch=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        squares.sum().backward()
+
+
+@pytest.mark.parametrize("strides", [(0, 1), (40, 1)])
+def test_grouped_rows_in_one_memory_are_not_written(device, strides):
+    batch = make(FEW, device=device)
+    branch = torch.randn(batch.branch.numel(), device=device).as_strided(batch.branch.shape, strides)
+    before = branch.clone()
+    with pytest.raises(ValueError, match="branch has strides .*; expected rows that can be written in place"):
+        replace(batch, branch=branch).call(into_branch=True)
+    assert torch.equal(branch, before)
+
+
 @pytest.mark.parametrize("reads", READS)
 def test_grouped_one_adapter_for_all_is_the_op_of_one_adapter(device, reads):
     from fused_steer.kernels import post_block

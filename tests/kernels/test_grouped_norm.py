@@ -327,6 +327,21 @@ def test_grouped_norm_refuses_one_memory_for_both(device):
     batch = make(FEW, device=device)
     with pytest.raises(ValueError, match="in_place with residual and branch in one memory"):
         call(replace(batch, branch=batch.residual), weight_for(batch), in_place=True)
+    rows, hidden = batch.residual.shape
+    memory = torch.randn((rows + 1) * 2 * hidden, dtype=batch.residual.dtype, device=device)
+
+    def part(start: int, stride: int) -> Tensor:
+        return memory[start:].as_strided((rows, hidden), (stride, 1))
+
+    for start, stride in ((hidden, hidden), (hidden - 1, 2 * hidden), (hidden + 1, 2 * hidden)):
+        for two in ((part(0, stride), part(start, stride)), (part(start, stride), part(0, stride))):
+            overlapping = replace(batch, residual=two[0], branch=two[1])
+            with pytest.raises(ValueError, match="in_place with residual and branch in one memory"):
+                call(overlapping, weight_for(batch), in_place=True)
+    halves = replace(batch, residual=part(0, 2 * hidden), branch=part(hidden, 2 * hidden))
+    expected = call(halves, weight_for(batch))
+    for found, exact in zip(call(halves, weight_for(batch), in_place=True), expected, strict=True):
+        assert torch.equal(found, exact)
 
 
 @pytest.mark.parametrize("in_place", [False, True], ids=["new", "in place"])
