@@ -47,10 +47,10 @@ FEW_TOKENS = 256  # up to this many, each token has its own program, as in decod
 
 @triton.jit
 def activate(a, code, ACTIVATION: tl.constexpr):
-    """Return φ(a) by name, or, if ACTIVATION is "", by its index in ACTIVATIONS."""
+    """Return φ(a) by name, or, if ACTIVATION is "", by its index in ACTIVATIONS. Another index gives NaN."""
     if ACTIVATION != "":
         return apply(a, ACTIVATION)
-    out = a
+    out = tl.where(code == 0, a, float("nan"))
     out = tl.where(code == 1, apply(a, "silu"), out)
     out = tl.where(code == 2, apply(a, "gelu"), out)
     out = tl.where(code == 3, apply(a, "gelu_tanh"), out)
@@ -681,7 +681,8 @@ def post_block_grouped(
             on the torch backend, NaN in the token's output on a GPU, because the host does not wait.
         down_biases: b1 (A, r).
         up_biases: b2 (A, d). Without W1 and W2 the slots are steering vectors.
-        activation: φ of all slots by name, or (A,) int32, each slot's index in `ACTIVATIONS`.
+        activation: φ of all slots by name, or (A,) int32, each slot's index in `ACTIVATIONS`. For a token, any other
+            index of its slot is an error like such an id.
         gain: g (...), each token's gain times strength. None means 1. A token with 0 is not changed.
         into_branch: write branch + shift into `branch`, and do not add the residual.
         reads: the tensor that W1 is applied to, "sum" (residual + branch) or "branch", which must be given.

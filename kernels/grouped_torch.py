@@ -201,6 +201,9 @@ def _activate(a: Tensor, activation: str | Tensor, slots: Tensor | None, spans: 
         return PHI[activation][0](a)
     codes = activation.tolist()
     found = {codes[slot] for slot, _, _ in spans}
+    for code in found:
+        if not 0 <= code < len(ACTIVATIONS):
+            raise ValueError(f"activation has {code}; expected the indices 0 to {len(ACTIVATIONS) - 1} of ACTIVATIONS")
     if len(found) == 1:
         return PHI[ACTIVATIONS[found.pop()]][0](a)
     of_tokens = activation[slots].unsqueeze(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
 import pytest
@@ -213,6 +214,24 @@ def test_grouped_rows_in_one_memory_are_not_written(device, strides):
     with pytest.raises(ValueError, match="branch has strides .*; expected rows that can be written in place"):
         replace(batch, branch=branch).call(into_branch=True)
     assert torch.equal(branch, before)
+
+
+@pytest.mark.parametrize("code", [-1, len(ACTIVATIONS)])
+@pytest.mark.parametrize("tokens", [FEW, MANY])
+def test_grouped_an_activation_that_is_none(device, tokens, code):
+    batch = make(tokens, device=device)
+    codes = torch.ones(len(batch.downs), dtype=torch.int32, device=device)
+    batch = replace(batch, ids=torch.where(batch.ids == 0, -1, batch.ids), activation=codes)  # no token has slot 0
+    expected = batch.call()
+    codes[0] = code
+    assert torch.equal(batch.call(), expected)
+    batch.ids[-1] = 0
+    if device.type == "cpu" and os.environ["FUSED_STEER_BACKEND"] == "torch":
+        with pytest.raises(ValueError, match=f"activation has {code}; expected the indices 0 to 5"):
+            batch.call()
+        return
+    found = batch.call()
+    assert found[-1].isnan().all() and torch.equal(found[:-1], expected[:-1])
 
 
 @pytest.mark.parametrize("reads", READS)
