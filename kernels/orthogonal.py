@@ -296,8 +296,8 @@ class _ProjectOut(torch.autograd.Function):
 
 
 def _check(up: Tensor, writers: Tensor) -> None:
-    if up.dim() != 3:
-        raise ValueError(f"up has shape {tuple(up.shape)}; expected (layers, d, r)")
+    if up.dim() != 3 or not len(up):
+        raise ValueError(f"up has shape {tuple(up.shape)}; expected (layers, d, r), at least one layer")
     layers, hidden, rank = up.shape
     if writers.dim() != 3 or writers.shape[:2] != up.shape[:2]:
         raise ValueError(f"writers has shape {tuple(writers.shape)}; expected ({layers}, {hidden}, k)")
@@ -347,6 +347,8 @@ def column_space(writers: Tensor) -> Tensor:
     Raises:
         ValueError, TypeError: see `project_out`.
     """
+    if writers.dim() != 3 or not len(writers):
+        raise ValueError(f"writers has shape {tuple(writers.shape)}; expected (layers, d, k), at least one layer")
     _check(writers[..., :1], writers)
     return _BASIS[select_backend(writers.device)](writers.detach().contiguous())
 

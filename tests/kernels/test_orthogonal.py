@@ -214,6 +214,7 @@ def test_orthogonal_a_gradient_is_projected_where_the_value_satisfies_the_constr
     ("up", "writers", "error", "message"),
     [
         ((64, 4), (64, 2), ValueError, r"up has shape \(64, 4\); expected \(layers, d, r\)"),
+        ((0, 64, 4), (0, 64, 2), ValueError, r"up has shape \(0, 64, 4\); expected .*at least one layer"),
         ((2, 64, 4), (2, 32, 2), ValueError, r"writers has shape \(2, 32, 2\); expected \(2, 64, k\)"),
         ((2, 64, 4), (2, 64, 65), ValueError, "writers has 65 columns; expected 1 to 64"),
         ((2, 8, 4), (2, 8, 8), ValueError, "writers has 8 columns; expected 1 to 64, and fewer than d = 8"),
@@ -224,6 +225,12 @@ def test_orthogonal_shapes_that_do_not_fit_are_refused(up, writers, error, messa
     with pytest.raises(error, match=message) as caught:
         project_out(torch.zeros(up), torch.zeros(writers))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("shape", [(64, 2), (0, 64, 2)])
+def test_orthogonal_column_space_names_its_own_argument(shape):
+    with pytest.raises(ValueError, match=r"writers has shape .*; expected \(layers, d, k\), at least one layer"):
+        column_space(torch.zeros(shape))
 
 
 def test_orthogonal_dtypes_and_devices_that_do_not_fit_are_refused(monkeypatch):
