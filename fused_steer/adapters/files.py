@@ -248,7 +248,7 @@ def check_config(directory: Path) -> None:
     Raises:
         OSError, ValueError: the config cannot be read, is of another method, has unknown keys or was changed.
     """
-    with _blaming(directory / CONFIG_NAME):
+    with blaming(directory / CONFIG_NAME):
         _head(read_json(directory / CONFIG_NAME))
 
 
@@ -287,12 +287,12 @@ def _read(
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         if not (directory / name).exists():
             raise FileNotFoundError(f"{directory} has no {name}; expected a saved steering adapter")
-    with _blaming(directory / CONFIG_NAME):
+    with blaming(directory / CONFIG_NAME):
         head = _head(read_json(directory / CONFIG_NAME))
     file = directory / WEIGHTS_NAME
     # One descriptor for the header and the data, because another process may replace the file meanwhile.
     with contextlib.ExitStack() as stack:
-        with _blaming(file):
+        with blaming(file):
             opened = stack.enter_context(open(open_regular(file), "rb"))
             header = read_header(opened)
             embedded = None if header.config is None else _head(fields_of(header.config))
@@ -312,7 +312,7 @@ def _read(
             try:
                 if model is not None:
                     model.check_fits(source, head.layout, check_base)
-                with _blaming(file):
+                with blaming(file):
                     replace(head.layout, layers_path=layers_path).check_tensors(head.config, specs)
             except ValueError as error:
                 return error
@@ -321,7 +321,7 @@ def _read(
         refusals = [refusal(one) for one in heads]
         if all(refusals):  # before reading as many bytes as the file claims
             raise refusals[0]  # type: ignore[misc]
-        with _blaming(file):
+        with blaming(file):
             content = _read_whole(opened, header, head)
             named = {unprefixed(name): tensor for name, tensor in safetensors.torch.load(content).items()}
             steering, beside = _split(named, head.saved_modules, by_peft)
@@ -336,7 +336,7 @@ def _read(
     refused = refusals[0 if chosen is head else 1]
     if refused is not None:
         raise refused
-    with _blaming(file):
+    with blaming(file):
         layout = replace(chosen.layout, layers_path=unwrapped(layers_path))
         return AdapterFile(chosen.config, layout, tensors), beside
 
@@ -445,7 +445,7 @@ def _positive(fields: dict[str, Any], key: str) -> int:
 
 
 @contextlib.contextmanager
-def _blaming(file: Path) -> Iterator[None]:
+def blaming(file: Path) -> Iterator[None]:
     """Re-raise errors as a one-line ValueError that names the file."""
     try:
         yield

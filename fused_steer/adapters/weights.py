@@ -95,9 +95,9 @@ def read_header(opened: BinaryIO) -> Header:
     if size > most:
         raise ValueError(f"its header is of {size} bytes; expected at most {most}")
     try:
-        fields = fields_of(opened.read(size).decode("utf-8"))
+        fields = fields_of(opened.read(size))
     except ValueError as error:
-        raise ValueError(f"its header cannot be read ({error}); expected a safetensors header") from error
+        raise ValueError(f"its header is not that of a safetensors file: {error}") from None
     metadata = fields.pop("__metadata__", {})
     if not isinstance(metadata, dict):
         raise ValueError(f"its header has __metadata__ as {metadata!r:.200}; expected an object")

@@ -236,8 +236,10 @@ def _read_config(file: Path) -> tuple[str, dict[int, int | None]]:
     """Return the class of all interventions, and each layer's recorded rank or None."""
     try:
         fields = read_json(file)
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise ValueError(f"it cannot be read: {first_line(error)}; expected JSON") from error
+    except ValueError as error:
+        raise ValueError(f"it cannot be read: {first_line(error)}") from error
     entries, types = fields.get("representations"), fields.get("intervention_types")
     if not isinstance(entries, list) or not isinstance(types, list) or not entries or len(entries) != len(types):
         raise ValueError("its representations and intervention_types are not as many; expected a pair an intervention")

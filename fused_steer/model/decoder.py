@@ -11,6 +11,7 @@ from torch import nn
 
 from .._hub_access import reaching_hub
 from ..adapters.fields import read_json
+from ..adapters.files import blaming
 from ..adapters.kinds import CONFIG_NAME, JOINT_NAME
 from ..adapters.parameters import Layout
 from .weak import Weakly, what_is_left
@@ -122,7 +123,8 @@ def meta_model(base: str) -> PreTrainedModel:
     try:
         file = Path(base, "config.json")
         if file.exists():
-            read_json(file)  # transformers would wait for a pipe and accept deep nesting
+            with blaming(file):
+                read_json(file)  # transformers would wait for a pipe and accept deep nesting
         with reaching_hub(base, "model"):
             config = AutoConfig.from_pretrained(base, trust_remote_code=False)
         count = getattr(config.get_text_config(), "num_hidden_layers", 0)

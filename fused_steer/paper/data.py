@@ -138,10 +138,10 @@ def _rows(file: Path) -> list[Row]:
         import pyarrow.parquet
 
         return pyarrow.parquet.read_table(file).to_pylist()
-    text = file.read_text(encoding="utf-8")
     try:
+        text = file.read_text(encoding="utf-8")
         found = json.loads(text) if file.suffix == ".json" else list(map(json.loads, text.strip().splitlines()))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # ValueError also of text that is not UTF-8
         raise ValueError(f"{file} is no {file.suffix[1:].upper()} ({error}); expected rows of a task") from None
     if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
         raise ValueError(f"{file} holds no list of rows; expected one JSON object a row")

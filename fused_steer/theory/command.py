@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..adapters.fields import read_json
-from ..adapters.files import read_adapter, write_adapter
+from ..adapters.files import blaming, read_adapter, write_adapter
 from ..adapters.kinds import CONFIG_NAME, JOINT_NAME, LORA_TYPE, PEFT_TYPE, method_in
 from ..adapters.locating import HUB_ID, JOINT_FILES, STEERING_FILES, locate_files
 from ..adapters.parameters import SITE
@@ -120,7 +120,8 @@ def adapter_type(source: str) -> str | None:
         return JOINT
     if not (directory / CONFIG_NAME).exists():
         return None
-    return str(read_json(directory / CONFIG_NAME).get("peft_type"))
+    with blaming(directory / CONFIG_NAME):
+        return str(read_json(directory / CONFIG_NAME).get("peft_type"))
 
 
 def load_tuned(options: FitOptions, kind: str | None, device: torch.device) -> Any:

@@ -164,7 +164,7 @@ PYREFT_ARGUMENTS = ("--positions", "all", "--activation", "identity", *LAYOUT)
 
 #: name -> a change to config.json, and parts of the refusal.
 CONFIGS: dict[str, tuple[Any, tuple[str, ...]]] = {
-    "a list": ([1], ("holds a list", "expected an object")),
+    "a list": ([1], ("holds a list", "expected a JSON object")),
     "no representations": ({"representations": []}, ("not as many", "expected a pair")),
     "fewer types": (ONE, ("not as many",)),
     "types not listed": ({"intervention_types": LORE}, ("not as many",)),
@@ -265,7 +265,10 @@ WEIGHTS: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
         ("weights of the base model (pytorch_model.bin)", "expected the base frozen"),
     ),
     "no config": (lambda d: (d / "config.json").unlink(), ("no file", "config.json", "reft_model.save")),
-    "no JSON": (lambda d: (d / "config.json").write_text("{"), ("config.json", "cannot be read", "expected JSON")),
+    "no JSON": (
+        lambda d: (d / "config.json").write_text("{"),
+        ("config.json", "cannot be read", "expected a JSON object"),
+    ),
 }
 
 

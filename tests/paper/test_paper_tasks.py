@@ -120,11 +120,16 @@ def test_paper_data_row_of_another_form_is_refused(name, column, value, message,
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "is no JSONL"), ("[1]\n", "holds no list of rows"), ("", "there are 0 training rows")],
+    [
+        (b"{", "is no JSONL"),
+        (b"\xff", "train.jsonl is no JSONL"),
+        (b"[1]\n", "holds no list of rows"),
+        (b"", "there are 0 training rows"),
+    ],
 )
 def test_paper_data_file_of_another_form_is_refused(content, message, tmp_path):
     (tmp_path / "boolq").mkdir()
-    (tmp_path / "boolq" / "train.jsonl").write_text(content)
+    (tmp_path / "boolq" / "train.jsonl").write_bytes(content)
     with pytest.raises(ValueError, match=message):
         data.load("boolq", tmp_path, WHOLE)
     with pytest.raises(FileNotFoundError, match="has no train.jsonl, train.json or train.parquet; expected one"):

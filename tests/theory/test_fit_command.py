@@ -195,6 +195,9 @@ def test_fit_command_refusals(place, tmp_path, monkeypatch):
     refuses("no file", more=("--prompts", tmp_path / "none.txt"))
     refuses("is no UTF-8 text", more=("--prompts", tmp_path / "bad.txt"))
     refuses("no directory", tmp_path / "none", tuned=tmp_path / "none")
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "adapter_config.json").write_text('{"peft_type":')
+    refuses("adapter_config.json cannot be loaded: it is no JSON", "expected a JSON object", tuned=tmp_path / "cut")
     refuses(f"layers has {LAYERS}", more=("--layers", LAYERS))
     with monkeypatch.context() as patch:  # these are refused before a model is loaded
         patch.setattr("fused_steer.tools.demo.load_model", None)

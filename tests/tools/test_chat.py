@@ -177,6 +177,11 @@ def test_chat_command_refusals(tmp_path, monkeypatch):
     refuses("no adapter directory", given=(tmp_path / "none",))
     refuses("there are two adapters 'one'", given=(one, one))
     refuses("an adapter has the name 'base', that of the base model; expected another", given=(f"base={one}",))
+    config = tmp_path / "broken" / "config.json"
+    config.parent.mkdir()
+    config.write_text("{")
+    broken = (f"{config} cannot be loaded: it is no JSON", "expected a JSON object")
+    assert_refused(invoke("chat", one, "--model", config.parent), *broken)
     refuses("new tokens is 0", given=(one, "--new-tokens", 0))
     refuses("temperature is -1.0", given=(one, "--temperature", -1))
     for option in ("temperature", "scale"):
