@@ -166,13 +166,16 @@ def _lora_configs(model: nn.Module) -> dict[str, Any]:
     return found
 
 
-def load_joint(model: nn.Module, directory: str | os.PathLike[str], *, trainable: bool = False) -> Any:
+def load_joint(
+    model: nn.Module, directory: str | os.PathLike[str], *, trainable: bool = False, check_base: bool = True
+) -> Any:
     """Load the LoRA and steering adapters that `save_joint` wrote into a bare model. All of them are active.
 
     Args:
         model: an unpatched model without adapters, of the same kind as the saved one.
         directory: the directory that was given to `save_joint`, or the hub id of its upload.
         trainable: whether the LoRA is trainable. Steering always is.
+        check_base: refuse steering if its base model has another name. Sizes must fit in any case.
 
     Returns:
         The patched PeftModel around `model`.
@@ -183,19 +186,20 @@ def load_joint(model: nn.Module, directory: str | os.PathLike[str], *, trainable
             not fit the model.
     """
     checked_bool("trainable", trainable)
+    checked_bool("check_base", check_base)
     source = _local(directory)
     with tempfile.TemporaryDirectory() as copies:
         try:
             steering, lora = _copy_parts(source, Path(copies))
-            return _load_parts(model, steering, lora, trainable)
+            return _load_parts(model, steering, lora, trainable, check_base)
         except ValueError as error:
             raise ValueError(str(error).replace(copies, os.fspath(directory))) from error
 
 
-def _load_parts(model: nn.Module, steering: Path, lora: dict[str, Path], trainable: bool) -> Any:
+def _load_parts(model: nn.Module, steering: Path, lora: dict[str, Path], trainable: bool, check_base: bool) -> Any:
     from peft import PeftModel
 
-    read_adapter(steering, find_decoder(model).layout, check_base=True)  # before PEFT changes the model
+    read_adapter(steering, find_decoder(model).layout, check_base=check_base)  # before PEFT changes the model
     (first, path), *others = lora.items()
     wrapped = PeftModel.from_pretrained(model, path, adapter_name=first, is_trainable=trainable)
     try:
@@ -203,7 +207,7 @@ def _load_parts(model: nn.Module, steering: Path, lora: dict[str, Path], trainab
             wrapped.load_adapter(path, adapter_name=name, is_trainable=trainable)
         tuner: Any = wrapped.base_model
         tuner.set_adapter(list(lora), inference_mode=not trainable)
-        return patch_model(wrapped, steering)
+        return patch_model(wrapped, steering, check_base=check_base)
     except BaseException:
         wrapped.unload()
         raise

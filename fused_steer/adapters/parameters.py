@@ -321,7 +321,7 @@ class Layout:
         if check_base and not same_base(adapter.base, self.base) and not lies_beside(source, self.base):
             raise ValueError(
                 f"{source} is for the base model {adapter.base!r}; expected {self.base!r} "
-                "(in Python, patch_model(model, adapter, check_base=False) loads it anyway)"
+                "(check_base=False, in a command --no-check-base, takes both names for the same model)"
             )
 
 

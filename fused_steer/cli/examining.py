@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from .shared import EXAMINE, app, echo, errors_in_one_line, new_console
+from .shared import EXAMINE, CheckBase, app, echo, errors_in_one_line, new_console
 
 # --------------------------------------------------------------------------------------------------------------- doctor
 
@@ -166,6 +166,7 @@ def diagnose(
     max_length: Annotated[int, typer.Option(help="Tokens at which longer prompts are cut.")] = 512,
     batch_size: Annotated[int, typer.Option(help="Prompts at a time.")] = 8,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, xpu …; auto is a GPU if there is one.")] = "auto",
+    check_base: CheckBase = True,
 ) -> None:
     """Show what an adapter does to a model, layer by layer: its shifts, its weights, and their angle to the LoRA's."""
     with errors_in_one_line():
@@ -173,7 +174,18 @@ def diagnose(
 
         run(
             DiagnoseOptions(
-                model, adapter, lora, joint, prompts, field, out, max_prompts, max_length, batch_size, device
+                model,
+                adapter,
+                lora,
+                joint,
+                prompts,
+                field,
+                out,
+                max_prompts,
+                max_length,
+                batch_size,
+                device,
+                check_base,
             ),
             new_console(),
         )

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .shared import MAKE, app, errors_in_one_line, indices, new_console, numbers
+from .shared import MAKE, CheckBase, app, errors_in_one_line, indices, new_console, numbers
 
 # ----------------------------------------------------------------------------------------------------------------- demo
 
@@ -84,6 +84,7 @@ def fit(
     batch_size: Annotated[int, typer.Option(help="Prompts at a time.")] = 8,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, xpu …; auto is a GPU if there is one.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    check_base: CheckBase = True,
 ) -> None:
     """Turn a fine-tuned model or a LoRA into a steering adapter, without training: by its hidden states."""
     with errors_in_one_line():
@@ -110,6 +111,7 @@ def fit(
                 batch_size=batch_size,
                 device=device,
                 as_json=as_json,
+                check_base=check_base,
             ),
             new_console(),
         )

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .shared import USE, app, errors_in_one_line, new_console
+from .shared import USE, CheckBase, app, errors_in_one_line, new_console
 
 
 @app.command(rich_help_panel=USE)
@@ -26,6 +26,7 @@ def playground(
     host: Annotated[str, typer.Option(help="Address to serve at. 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to serve at.")] = 7860,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, xpu …; auto is a GPU if there is one.")] = "auto",
+    check_base: CheckBase = True,
 ) -> None:
     """Compare adapters in the browser: a slider for each strength, and base and steered answers side by side.
 
@@ -34,4 +35,4 @@ def playground(
     with errors_in_one_line():
         from ..playground.command import PlaygroundOptions, run
 
-        run(PlaygroundOptions(model, tuple(adapter or ()), out, host, port, device), new_console())
+        run(PlaygroundOptions(model, tuple(adapter or ()), out, host, port, device, check_base), new_console())

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .shared import USE, app, echo, errors_in_one_line, indices, new_console
+from .shared import USE, CheckBase, app, echo, errors_in_one_line, indices, new_console
 
 # ----------------------------------------------------------------------------------------------------------- serve-plan
 
@@ -138,6 +138,7 @@ def evaluate(
         bool, typer.Option("--chat", help="Put prompts of the paper's tasks into the chat template.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    check_base: CheckBase = True,
 ) -> None:
     """Evaluate a model and adapters of it, and compare them with intervals.
 
@@ -162,6 +163,7 @@ def evaluate(
                 as_json=as_json,
                 data=data,
                 chat=chat_template,
+                check_base=check_base,
             ),
             new_console(),
         )
@@ -186,6 +188,7 @@ def chat(
     new_tokens: Annotated[int, typer.Option(help="The most tokens of an answer.")] = 200,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.")] = 0.0,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, xpu …; auto is a GPU if there is one.")] = "auto",
+    check_base: CheckBase = True,
 ) -> None:
     """Chat with a steered model in the terminal. Commands such as /scale 2 and /off change the steering: see /help.
 
@@ -202,4 +205,4 @@ def chat(
         if checked_number("temperature", temperature) < 0:
             raise ValueError(f"temperature is {temperature}; expected 0 or more")
         options = {"scale": scale, "both": both, "new_tokens": new_tokens, "temperature": temperature}
-        run(lambda: start(model, adapters, device, **options), new_console())
+        run(lambda: start(model, adapters, device, check_base, **options), new_console())

@@ -12,13 +12,17 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from typer.core import TyperCommand
 
 PACKAGE = "fused-steer"
+CheckBase = Annotated[
+    bool,
+    typer.Option("--check-base/--no-check-base", help="Refuse an adapter that was made for a model of another name."),
+]
 #: The groups of verbs in `--help`.
 MAKE, USE, EXAMINE, CONVERT = "Make an adapter", "Use adapters", "Examine", "Convert"
 

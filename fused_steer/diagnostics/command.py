@@ -44,6 +44,7 @@ class DiagnoseOptions:
     max_length: int
     batch_size: int
     device: str
+    check_base: bool = True
 
     def __post_init__(self) -> None:
         if (self.adapter is None) == (self.joint is None):
@@ -76,10 +77,10 @@ def _load(options: DiagnoseOptions, device: torch.device) -> tuple[Any, Any]:
         PeftConfig.from_pretrained(options.lora)
     model, tokenizer = load_model(options.model, device)
     if options.joint is not None:
-        return load_joint(model, options.joint), tokenizer
+        return load_joint(model, options.joint, check_base=options.check_base), tokenizer
     if options.lora is not None:
         model = PeftModel.from_pretrained(model, options.lora)
-    return patch_model(model, options.adapter), tokenizer
+    return patch_model(model, options.adapter, check_base=options.check_base), tokenizer
 
 
 def _table(diagnosis: Diagnosis) -> Table:

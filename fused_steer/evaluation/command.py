@@ -41,6 +41,7 @@ class EvalOptions:
     as_json: bool
     data: Path | None
     chat: bool
+    check_base: bool = True
 
     def __post_init__(self) -> None:
         for name in ("limit", "batch_size"):
@@ -116,13 +117,13 @@ def run(options: EvalOptions, console: Console) -> None:
     layout = None if options.model is None else find_decoder(meta_model(options.model)).layout
     adapters = {name: parts_of(source) for name, source in sources(options.adapters).items()}
     for parts in adapters.values():  # before the model is loaded
-        check_parts(parts, layout)
+        check_parts(parts, layout, options.check_base)
     for source in sources(options.adapters).values():
         note_parts(source)
     model, tokenizer = load_model(options.model, device)
     if options.chat and not getattr(tokenizer, "chat_template", None):
         raise ValueError(f"--chat is given, and the tokenizer of {options.model} has no chat template; expected one")
-    variants = Variants(model, adapters)
+    variants = Variants(model, adapters, options.check_base)
     names: list[str | None] = [*([None] if options.base else []), *adapters]
     found = compare_adapters(
         model,

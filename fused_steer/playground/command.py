@@ -34,6 +34,7 @@ class PlaygroundOptions:
     host: str
     port: int
     device: str
+    check_base: bool = True
 
 
 def check_port(host: str, port: int) -> None:
@@ -86,14 +87,14 @@ def run(options: PlaygroundOptions, console: Console) -> None:
     # Read before a model is loaded, which takes longer.
     layout = None if options.model is None else find_decoder(meta_model(options.model)).layout
     for source in sources.values():
-        read_adapter(source, layout, check_base=layout is not None)
+        read_adapter(source, layout, check_base=options.check_base and layout is not None)
         note_parts(source)
     model, tokenizer = load_model(options.model, device)
     for name, source in sources.items():
         if hasattr(model, "steering"):
-            model.steering.load(source, name)
+            model.steering.load(source, name, check_base=options.check_base)
         else:
-            model = patch_model(model, source, adapter_name=name)
+            model = patch_model(model, source, adapter_name=name, check_base=options.check_base)
     blocks = build_page(model, tokenizer, options.model or SMOLLM2, options.out)
     console.print(f"http://{options.host}:{options.port} (Ctrl-C ends it)", markup=False, soft_wrap=True)
     launch(blocks, options.host, options.port)

@@ -59,6 +59,7 @@ class FitOptions:
     batch_size: int
     device: str
     as_json: bool
+    check_base: bool = True
 
     def __post_init__(self) -> None:
         for name in ("max_prompts", "max_length", "batch_size"):
@@ -132,9 +133,9 @@ def load_tuned(options: FitOptions, kind: str | None, device: torch.device) -> A
         return load_model(options.tuned, device)[0]
     model, _ = load_model(options.base, device)
     if kind == PEFT_TYPE:
-        return patch_model(model, options.tuned)
+        return patch_model(model, options.tuned, check_base=options.check_base)
     if kind == JOINT:
-        variants = Variants(model, {"tuned": parts_of(options.tuned)})
+        variants = Variants(model, {"tuned": parts_of(options.tuned)}, options.check_base)
         variants.use("tuned")
         return variants.model.eval()
     from peft import PeftModel
@@ -184,7 +185,8 @@ def run(options: FitOptions, console: Console) -> None:
     if kind in (PEFT_TYPE, JOINT):
         check_site(options.tuned, options.site)
     if kind == PEFT_TYPE:
-        check_positions(options.tuned, read_adapter(options.tuned, plan.layout, check_base=True).config)
+        steering = read_adapter(options.tuned, plan.layout, check_base=options.check_base)
+        check_positions(options.tuned, steering.config)
     if kind is None:
         check_decoders(plan, find_decoder(meta_model(options.tuned)))
     base, tokenizer = load_model(options.base, device)

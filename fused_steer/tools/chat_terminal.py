@@ -20,8 +20,11 @@ from .chat import HELP, Chat
 from .sources import note_parts, sources
 
 
-def start(model: str | None, adapters: list[str], device: str, **options: Any) -> Chat:
+def start(model: str | None, adapters: list[str], device: str, check_base: bool = True, **options: Any) -> Chat:
     """Load a model and its adapters. The adapters' files are checked before the model is loaded.
+
+    Args:
+        check_base: refuse an adapter if its base model has another name.
 
     Raises:
         FileNotFoundError, ValueError: an adapter is missing or does not fit the model.
@@ -31,13 +34,13 @@ def start(model: str | None, adapters: list[str], device: str, **options: Any) -
     found, chosen = sources(adapters), choose_device(device)
     layout = None if model is None else find_decoder(meta_model(model)).layout
     for source in found.values():
-        read_adapter(source, layout, check_base=layout is not None)
+        read_adapter(source, layout, check_base=check_base and layout is not None)
         note_parts(source)
     loaded, tokenizer = load_model(model, chosen)
     first, *others = found
-    steering = patch_model(loaded, found[first], adapter_name=first).steering
+    steering = patch_model(loaded, found[first], adapter_name=first, check_base=check_base).steering
     for name in others:
-        steering.load(found[name], name)
+        steering.load(found[name], name, check_base=check_base)
     return Chat(loaded, tokenizer, first, **options)
 
 

@@ -80,19 +80,20 @@ def parts_of(source: str) -> Parts:
     return Parts(source, {})
 
 
-def check_parts(parts: Parts, layout: Layout | None = None) -> None:
+def check_parts(parts: Parts, layout: Layout | None = None, check_base: bool = True) -> None:
     """Read and check an adapter before a model is loaded.
 
     Args:
         parts: from `parts_of`.
         layout: that of the model, which the steering has to fit; None if it is not known yet.
+        check_base: refuse steering if its base model has another name.
 
     Raises:
         FileNotFoundError, ValueError: see `read_adapter`; or a LoRA changes the model's own weights.
         ImportError: there is a LoRA, and PEFT is not installed.
     """
     if parts.steering is not None:
-        read_adapter(parts.steering, layout, check_base=layout is not None)
+        read_adapter(parts.steering, layout, check_base=check_base and layout is not None)
     if parts.loras and find_spec("peft") is None:
         raise ImportError("a LoRA needs PEFT; `pip install 'fused-steer[peft]'`")
     for folder in parts.loras.values():

@@ -16,12 +16,13 @@ class Variants:
         model: the given model, patched, and with all LoRAs in its layers. The other adapters' LoRAs are switched off.
     """
 
-    def __init__(self, model: Any, adapters: Mapping[str, Parts]) -> None:
+    def __init__(self, model: Any, adapters: Mapping[str, Parts], check_base: bool = True) -> None:
         """Load adapters into a bare model, in place. None of them computes until `use`.
 
         Args:
             model: a causal language model without adapters.
             adapters: from `parts_of`, by name.
+            check_base: refuse steering if its base model has another name.
 
         Raises:
             ValueError, FileNotFoundError: an adapter does not fit the model.
@@ -46,9 +47,9 @@ class Variants:
             if parts.steering is None:
                 continue
             if patched:
-                self.model.steering.load(parts.steering, name)
+                self.model.steering.load(parts.steering, name, check_base=check_base)
             else:
-                patch_model(self.model, parts.steering, adapter_name=name)
+                patch_model(self.model, parts.steering, adapter_name=name, check_base=check_base)
             patched = True
         if not patched:
             patch_model(self.model)  # its fresh adapter changes nothing, and is not used
