@@ -15,15 +15,19 @@ from train_alpaca import example
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fused_steer import patch_model
+from fused_steer.recipes.rows import rows_of
 
 
 def read(data: Path | None) -> list[dict[str, str]]:
     """Read a JSON list of objects with "instruction"; without a file, AlpacaEval's list from the hub."""
-    path = data or hf_hub_download("tatsu-lab/alpaca_eval", "alpaca_eval.json", repo_type="dataset")
-    rows = json.loads(Path(path).read_text(encoding="utf-8"))
+    try:
+        path = data or hf_hub_download("tatsu-lab/alpaca_eval", "alpaca_eval.json", repo_type="dataset")
+        rows = rows_of(str(path))
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from error
     for number, row in enumerate(rows, 1):
-        if "instruction" not in row:
-            raise typer.BadParameter(f"row {number} of {path} has no instruction")
+        if not isinstance(row.get("instruction"), str):
+            raise typer.BadParameter(f"row {number} of {path} has no text as instruction; expected one")
     return rows
 
 
@@ -37,7 +41,7 @@ def main(
     tokens: int = 512,
 ) -> None:
     if not out.absolute().parent.is_dir() or out.is_dir():  # told before hours of answers, not after
-        raise typer.BadParameter(f"out is {out}; expected a file in a directory that exists")
+        raise typer.BadParameter(f"out is '{out}'; expected a file in a directory that exists")
     rows = read(data)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32

@@ -46,6 +46,8 @@ def main(
     batch: int = 8,
     rate: float = 1e-3,
 ) -> None:
+    if out == Path() or out.is_file():  # Path("") is the current directory
+        raise typer.BadParameter(f"out is '{out}'; expected the name of a folder")
     refuse_foreign(out)  # as save does, but before the training
     accelerator = Accelerator()
     set_seed(0)  # the same initial adapter in every process

@@ -4,16 +4,16 @@ python examples/train_alpaca.py --model meta-llama/Llama-3.1-8B --out alpaca
 python examples/generate_alpaca_eval.py --model meta-llama/Llama-3.1-8B --adapter alpaca --out answers.json
 """
 
-import json
 from pathlib import Path
 
 import torch
 import typer
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig
 
 from fused_steer import SteerConfig, patch_model
+from fused_steer.recipes.rows import rows_of
 from fused_steer.trl import SteeringSFTTrainer
 
 # Stanford Alpaca's prompts, for instructions with and without an input.
@@ -30,20 +30,19 @@ WITHOUT_INPUT = (
 
 def read(data: str) -> list[dict[str, str]]:
     """Read rows with "instruction", "output" and optional "input" from a JSON or JSONL file or a hub data set."""
-    if Path(data).suffix in (".json", ".jsonl") and not Path(data).is_file():
-        raise typer.BadParameter(f"no file {data}; expected rows, or a data set of the hub")
-    if not Path(data).is_file():
-        return list(load_dataset(data, split="train"))
-    text = Path(data).read_text(encoding="utf-8")
-    rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(x) for x in text.split("\n") if x.strip()]
+    try:
+        rows = rows_of(data)
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from error
     for number, row in enumerate(rows, 1):
-        if "instruction" not in row or "output" not in row:
-            raise typer.BadParameter(f"row {number} of {data} has {', '.join(row)}; expected instruction and output")
+        if not isinstance(row.get("instruction"), str) or not isinstance(row.get("output"), str):
+            held = ", ".join(row)
+            raise typer.BadParameter(f"row {number} of {data} has {held}; expected instruction and output, both texts")
     return rows
 
 
 def example(row: dict[str, str]) -> dict[str, str]:
-    template = WITH_INPUT if row.get("input", "").strip() else WITHOUT_INPUT
+    template = WITH_INPUT if (row.get("input") or "").strip() else WITHOUT_INPUT
     return {"prompt": template.format(**row), "completion": row["output"]}
 
 
@@ -59,6 +58,8 @@ def main(
     length: int = 512,
     resume: bool = False,
 ) -> None:
+    if out == Path() or out.is_file():  # Path("") is the current directory
+        raise typer.BadParameter(f"out is '{out}'; expected the name of a folder")
     dataset, gpu = Dataset.from_list([example(row) for row in read(data)]), torch.cuda.is_available()
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16 if gpu else torch.float32)
     arguments = SFTConfig(

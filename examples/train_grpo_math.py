@@ -4,19 +4,19 @@ python examples/train_grpo_math.py --model Qwen/Qwen3-0.6B --out sums           
 python examples/train_grpo_math.py --model Qwen/Qwen3-0.6B --data openai/gsm8k --out gsm8k  # or a file like it
 """
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
 import typer
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig
 from trl.rewards import get_soft_overlong_punishment
 
 from fused_steer import SteerConfig, patch_model
+from fused_steer.recipes.rows import rows_of
 from fused_steer.trl import SteeringGRPOTrainer
 
 ASK = "{question}\nReason in <think></think>, then give the number in <answer></answer>.\n"
@@ -30,15 +30,13 @@ def read(data: str, size: int) -> list[dict[str, str]]:
         return [
             {"question": row["question"], "answer": row["answer"]} for row in create_dataset("chain_sum", size=size)
         ]
-    if Path(data).suffix in (".json", ".jsonl") and not Path(data).is_file():
-        raise typer.BadParameter(f"no file {data}; expected rows, or a data set of the hub")
-    if Path(data).is_file():
-        rows = [json.loads(line) for line in Path(data).read_text(encoding="utf-8").split("\n") if line.strip()]
-    else:
-        rows = list(load_dataset(data, "main", split="train"))
+    try:
+        rows = rows_of(data, None if Path(data).is_file() else "main")
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from error
     for number, row in enumerate(rows, 1):
-        if "question" not in row or "####" not in row.get("answer", ""):
-            raise typer.BadParameter(f"row {number} of {data} lacks a question, or '#### number' in its answer")
+        if "question" not in row or "####" not in str(row.get("answer")):
+            raise typer.BadParameter(f"row {number} of {data} lacks question or '#### number' in answer; expected both")
     return [{"question": row["question"], "answer": row["answer"].split("####")[1].strip()} for row in rows]
 
 
@@ -65,6 +63,8 @@ def main(
     length: int = 256,
     size: int = 2000,
 ) -> None:
+    if out == Path() or out.is_file():  # Path("") is the current directory
+        raise typer.BadParameter(f"out is '{out}'; expected the name of a folder")
     rows = [{"prompt": ASK.format(**row), "answer": row["answer"]} for row in read(data, size)]
     arguments = GRPOConfig(
         output_dir=str(out / "run"),

@@ -55,6 +55,8 @@ def main(
     lora_rate: float = 2e-4,
     resume: bool = False,
 ) -> None:
+    if out == Path() or out.is_file():  # Path("") is the current directory
+        raise typer.BadParameter(f"out is '{out}'; expected the name of a folder")
     refuse_adapter_beside(out)  # as save_joint does, but before the training
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token

@@ -43,6 +43,8 @@ def main(
     resume: bool = False,
     push: str = "",
 ) -> None:
+    if out == Path() or out.is_file():  # Path("") is the current directory
+        raise typer.BadParameter(f"out is '{out}'; expected the name of a folder")
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     rows = [encode(tokenizer, row) for row in read(data)]

@@ -40,6 +40,8 @@ def main(
     beta: float = 0.1,
     resume: bool = False,
 ) -> None:
+    if out == Path() or out.is_file():  # Path("") is the current directory
+        raise typer.BadParameter(f"out is '{out}'; expected the name of a folder")
     steered = patch_model(AutoModelForCausalLM.from_pretrained(model), SteerConfig(rank=rank))
     arguments = DPOConfig(
         output_dir=str(out / "run"),

@@ -47,6 +47,8 @@ def main(
     rate: float = 1e-3,
     beta: float = 0.0,
 ) -> None:
+    if out == Path() or out.is_file():  # Path("") is the current directory
+        raise typer.BadParameter(f"out is '{out}'; expected the name of a folder")
     steered = patch_model(AutoModelForCausalLM.from_pretrained(model), SteerConfig(rank=rank))
     arguments = GRPOConfig(
         output_dir=str(out / "run"),

@@ -137,6 +137,29 @@ def test_examples_refuse_a_folder_of_another_kind_before_they_load_a_model(examp
         example("train_accelerate", "--model", "missing")
 
 
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_examples_refuse_an_empty_out_and_broken_rows_in_one_line(path, tmp_path, monkeypatch):
+    """`--out ''` wrote into the current directory, after the training; broken JSON ended in a traceback."""
+    if "trl" in path.read_text(encoding="utf-8") and find_spec("trl") is None:
+        pytest.skip("needs TRL (the extra trl)")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    app = Typer()
+    app.command()(of := runpy.run_path(str(path))["main"])
+    refused = CliRunner().invoke(app, ["--model", "missing", "--out", ""])
+    assert refused.exit_code == 2 and "out is '.'; expected" in " ".join(refused.output.replace("│", "").split())
+    if "data" not in of.__annotations__:
+        return
+    data = tmp_path / "rows.json"
+    for content in (b'[{"instruction": 1,', b"\xff", b'[{"instruction": null, "question": null}]'):
+        data.write_bytes(content)
+        read = of.__globals__["read"]
+        given = {"size": 1} if path.stem == "train_grpo_math" else {}
+        source = str(data) if path.stem in ("train_grpo_math", "train_alpaca") else data
+        with pytest.raises(typer.BadParameter, match=r"rows.json .*expected"):
+            read(source, **given)
+
+
 @pytest.mark.parametrize("name", ["trainer", "joint", "accelerate", "trl_sft", "trl_dpo", "trl_grpo"])
 def test_examples_rows_without_columns_are_refused_in_one_line(tmp_path, name):
     if name.startswith("trl"):

@@ -57,7 +57,7 @@ def read_rows(data: Data) -> tuple[str, list[Row], list[Row]]:
         raise ValueError(f"data.kind is {data.kind!r}; expected one of {', '.join(COLUMNS)}")
     if data.config is not None and all(Path(source).is_file() for source in (data.train, data.eval) if source):
         raise ValueError(f"data.config is {data.config!r}, and the data are files; expected a data set of the hub")
-    rows = _filled(_load(data.train, data.config, data.split, "train")[: data.max_rows], data, data.train)
+    rows = _filled(rows_of(data.train, data.config, data.split)[: data.max_rows], data, data.train)
     kind = _kind_of(rows[0], data, data.train)
     for key, given in (("columns", data.columns), ("template", data.template)):
         unknown = set(given) - {*COLUMNS[kind], *_OPTIONAL.get(kind, ())}
@@ -69,7 +69,7 @@ def read_rows(data: Data) -> tuple[str, list[Row], list[Row]]:
             f"data.end_of_text is given with rows of kind {kind}; expected prompts and completions that are texts"
         )
     if data.eval is not None:
-        others = _load(data.eval, data.config, data.eval_split, "validation")[: data.max_rows]
+        others = rows_of(data.eval, data.config, data.eval_split, "validation")[: data.max_rows]
         others = _filled(others, data, data.eval)
         return kind, train, [_row(row, kind, data, f"row {i} of {data.eval}") for i, row in enumerate(others, 1)]
     end = len(train) - int((_HELD_OUT if data.held_out is None else data.held_out) * len(train))
@@ -162,8 +162,14 @@ def text_of(row: Row) -> Prompt:
     return row["prompt"] + answer if isinstance(answer, str) else [*row["prompt"], *answer]
 
 
-def _load(source: str, config: str | None, split: str | None, usual: str) -> list[Row]:
-    """Return the rows of a file, or of a data set's split on the hub, `usual` if none is given."""
+def rows_of(source: str, config: str | None = None, split: str | None = None, usual: str = "train") -> list[Row]:
+    """Return the rows of a .json or .jsonl file, or of a data set's split on the hub, `usual` if none is given.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is no JSON or holds no rows, the hub gave none, or a split of a file is given.
+        ImportError: a data set of the hub without the library datasets.
+    """
     file = Path(source)
     if file.is_file() and split is not None:
         raise ValueError(f"a split of {source}, {split!r}, is given, and it is a file; expected a data set of the hub")
