@@ -79,3 +79,25 @@ def reaching_hub(source: str | None, what: str) -> Iterator[None]:
                 f"no {what} {source} here or in the hub's cache, and the hub cannot be reached ({reason}); expected a "
                 "path, or a connection"
             ) from error
+
+
+@contextlib.contextmanager
+def loading(source: str, what: str) -> Iterator[None]:
+    """Inside, transformers loads a model's part from `source`: see `reaching_hub`. Its errors name the source.
+
+    Args:
+        source: a path or a hub id.
+        what: the part, for the error.
+
+    Raises:
+        ValueError: the files are broken; safetensors, tokenizers and pickle raise errors of many kinds.
+        OSError, ImportError: a file or a library is missing.
+    """
+    try:
+        with reaching_hub(source, "model"):
+            yield
+    except (OSError, ImportError):
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ValueError(f"the {what} in {source} cannot be loaded ({reason:.300}); expected whole files") from error

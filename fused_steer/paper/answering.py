@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from ..tools.prompts import templated
 from .data import Example
 from .tasks import Task
 
@@ -71,7 +72,7 @@ class Text:
         messages = chat_of(prompt)
         if answer is not None:
             messages.append({"role": "assistant", "content": answer})
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer is None)
+        return templated(self.tokenizer, messages, tokenize=False, add_generation_prompt=answer is None)
 
     def _special(self) -> set[int]:
         added = self.tokenizer.added_tokens_decoder.items()

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .._hub_access import reaching_hub
+from .._hub_access import loading
 from .._version import __version__
 from ..adapters.files import refuse_foreign
 from ..adapters.hub import CARD_NAME, model_card
@@ -355,12 +355,12 @@ def _load(recipe: Recipe, chats: bool) -> tuple[Any, Any]:
 
         return load_smollm2()
     gpu = torch.accelerator.is_available()
-    with reaching_hub(recipe.model, "model"):
+    with loading(recipe.model, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(recipe.model)
     if chats and not getattr(tokenizer, "chat_template", None):
         raise ValueError(f"the tokenizer of {recipe.model} has no chat template; expected one, as the rows are chats")
     dtype = torch.bfloat16 if gpu else torch.float32
-    with reaching_hub(recipe.model, "model"):
+    with loading(recipe.model, "model"):
         return refuse_long_texts(AutoModelForCausalLM.from_pretrained(recipe.model, dtype=dtype)), tokenizer
 
 

@@ -17,7 +17,7 @@ import torch
 
 from ..config import checked_number
 from ..positions import read_positions
-from .prompts import room_of
+from .prompts import room_of, templated
 
 HELP = """\
 /adapter NAME      steer by an adapter
@@ -111,7 +111,8 @@ class Chat:
             the answers so far, one for each of `columns`, as they grow.
 
         Raises:
-            ValueError: the message is empty, or the conversation leaves no room in the model for an answer.
+            ValueError: the message is empty, the chat template refuses it, or the conversation leaves no room in the
+                model for an answer.
         """
         if not text.strip():
             raise ValueError("the message is empty; expected a text")
@@ -171,9 +172,7 @@ class Chat:
     def _ids(self, text: str) -> list[int]:
         if getattr(self.tokenizer, "chat_template", None):
             messages = [*self.messages, {"role": "user", "content": text}]
-            return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)[
-                "input_ids"
-            ]
+            return templated(self.tokenizer, messages, add_generation_prompt=True, return_dict=True)["input_ids"]
         earlier = "".join(message["content"] for message in self.messages)  # a base model goes on with the text
         return self.tokenizer(earlier + text)["input_ids"]
 

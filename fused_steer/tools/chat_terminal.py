@@ -59,8 +59,11 @@ def talk(chat: Chat, lines: Iterator[str], console: Console) -> None:
                 _show(chat, line, console)
         except KeyboardInterrupt:
             console.print("(stopped)", markup=False)
-        except ValueError as error:
-            console.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        except (
+            ValueError,
+            RuntimeError,
+        ) as error:  # RuntimeError of PyTorch: no memory, or infinite logits to sample of
+            console.print(" ".join(str(error).split()), markup=False, highlight=False, soft_wrap=True)
 
 
 def _show(chat: Chat, line: str, console: Console) -> None:

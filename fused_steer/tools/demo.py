@@ -28,7 +28,7 @@ from rich.text import Text
 from torch import Tensor
 from tqdm import trange
 
-from .._hub_access import reaching_hub
+from .._hub_access import loading
 from .._version import __version__
 from ..adapters.files import WEIGHTS_NAME
 from ..config import SteerConfig, checked_number
@@ -215,8 +215,7 @@ def load_smollm2() -> tuple[Any, Any]:
     loaded = LlamaForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, config=LlamaConfig(**_SMOLLM2_CONFIG), dtype=torch.float32
     )
-    config = LlamaConfig(**_SMOLLM2_CONFIG)
-    config._name_or_path = SMOLLM2  # an adapter records it as its base model
+    config = LlamaConfig(**_SMOLLM2_CONFIG, name_or_path=SMOLLM2)  # an adapter records it as its base model
     model = LlamaForCausalLM(config)
     model.load_state_dict(loaded.state_dict())
     return model.eval(), tokenizer
@@ -239,8 +238,9 @@ def load_model(source: str | None, device: torch.device) -> tuple[Any, Any]:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         refuse_adapter(source)
-        with reaching_hub(source, "model"):
+        with loading(source, "tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(source)
+        with loading(source, "model"):
             model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {source} has no end-of-sequence token; expected one to end answers with")

@@ -110,7 +110,27 @@ def _ids(tokenizer: Any, prompt: Prompt, whole: bool = False) -> list[int]:
         raise ValueError("a prompt is a list of messages, but the tokenizer has no chat template; expected text")
     answered = prompt[-1]["role"] == "assistant"
     ends = {"continue_final_message": True} if whole and answered else {"add_generation_prompt": not answered}
-    return tokenizer.apply_chat_template(prompt, return_dict=True, **ends)["input_ids"]
+    return templated(tokenizer, prompt, return_dict=True, **ends)["input_ids"]
+
+
+def templated(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **options: Any) -> Any:
+    """Return messages in the tokenizer's chat template: see transformers' `apply_chat_template`.
+
+    Raises:
+        ValueError: the template fails. Many refuse some roles or their order, by jinja2's own errors.
+        ImportError: jinja2 is missing.
+    """
+    try:
+        return tokenizer.apply_chat_template(messages, **options)
+    except ImportError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        roles = ", ".join(str(message.get("role")) for message in messages)
+        raise ValueError(
+            f"the tokenizer's chat template fails on messages of {roles:.200} ({reason:.200}); expected messages that "
+            "it takes"
+        ) from error
 
 
 def room_of(model: Any) -> int | None:

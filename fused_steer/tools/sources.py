@@ -13,7 +13,7 @@ from ..adapters.fields import read_json
 from ..adapters.files import read_adapter
 from ..adapters.kinds import CHECKPOINT_FOLDER, CONFIG_NAME, JOINT_NAME, LORA_TYPE, PEFT_TYPE, WEIGHTS_NAME, method_in
 from ..adapters.locating import JOINT_FILES, STEERING_FILES, locate_adapter, locate_files
-from ..adapters.parameters import Layout, check_name
+from ..adapters.parameters import Layout, by_lower, check_name, refuse_clash
 from ..joint import find_joint
 
 
@@ -33,6 +33,7 @@ def sources(adapters: list[str]) -> dict[str, str]:
             raise ValueError("an adapter has the name 'base', that of the base model; expected another one: NAME=PATH")
         if name in found:
             raise ValueError(f"there are two adapters {name!r}; expected a name for each: NAME=PATH")
+        refuse_clash(name, by_lower(found))
         found[name] = source
     return found
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._hub_access import reaching_hub
+from .._hub_access import loading
 from ..adapters.files import AdapterFile, read_adapter, write_adapter
 from ..adapters.parameters import DOWN, UP, UP_BIAS, Place
 from ..config import SteerConfig
@@ -68,7 +68,7 @@ def load(model: str, dtype: str, device: str) -> Any:
     """Load a causal language model."""
     from transformers import AutoModelForCausalLM
 
-    with reaching_hub(model, "model"):
+    with loading(model, "model"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
     return loaded.to(device).eval()
 
@@ -79,7 +79,7 @@ def dtype_of(model: str, dtype: str) -> str:
         return dtype
     from transformers import AutoConfig
 
-    with reaching_hub(model, "model"):
+    with loading(model, "model"):
         config = AutoConfig.from_pretrained(model)
     found = getattr(config.get_text_config(), "dtype", None) or torch.float32
     return str(found).removeprefix("torch.")

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .._hub_access import reaching_hub
+from .._hub_access import loading
 from ..adapters.files import write_adapter
 from ..config import checked_choice, checked_number
 from ..diagnostics.figures import check_matplotlib
@@ -144,7 +144,7 @@ def run(options: ExtractOptions, console: Console) -> None:
 
         layout = find_decoder(meta_model(options.model)).layout
         check_extraction(layout, options.method, options.layers, options.scale, options.held_out, contrast.paired)
-        with reaching_hub(options.model, "model"):
+        with loading(options.model, "tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(options.model)
         encoded(tokenizer)
     model, tokenizer = load_model(options.model, device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,9 @@ from typer.testing import CliRunner
 
 from fused_steer import SteerConfig, patch_model
 from fused_steer.cli import app
+from fused_steer.cli.shared import new_console
 from fused_steer.tools.chat import HELP, Chat
+from fused_steer.tools.chat_terminal import talk as talk_to
 
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'][0] + '-' + m['content'] + '!' }}{% endfor %}"
@@ -126,6 +129,21 @@ def test_chat_errors_of_the_model_reach_the_caller(monkeypatch):
     assert talk.messages == []
 
 
+def test_chat_goes_on_after_an_answer_that_fails(capsys):
+    """Logits that are infinite or NaN, too little memory, or a template that refuses a message ended the chat."""
+    talk = chat(temperature=1.0)
+    talk.tokenizer.chat_template = "{{ raise_exception('no x') if 'x' in messages[-1]['content'] else 'a' }}"
+    lines = ["hi", "/scale 1e38", "ho", "x", "/scale own", "ha"]
+    talk_to(talk, iter(lines), new_console())
+    found = capsys.readouterr().out.splitlines()
+    assert len(found) == 1 + len(lines) and "probability tensor contains either" in found[3]
+    assert found[4] == (
+        "the tokenizer's chat template fails on messages of user, assistant, user (no x); expected messages that it "
+        "takes"
+    )
+    assert [message["content"] for message in talk.messages[::2]] == ["hi", "ha"]
+
+
 def test_chat_commands_that_are_refused_change_nothing():
     talk = chat()
     state = talk.state()
@@ -177,11 +195,17 @@ def test_chat_command_refusals(tmp_path, monkeypatch):
     refuses("no adapter directory", given=(tmp_path / "none",))
     refuses("there are two adapters 'one'", given=(one, one))
     refuses("an adapter has the name 'base', that of the base model; expected another", given=(f"base={one}",))
+    refuses("there is an adapter 'one' already, and 'ONE' differs only in letter case", given=(one, f"ONE={one}"))
     config = tmp_path / "broken" / "config.json"
     config.parent.mkdir()
     config.write_text("{")
     broken = (f"{config} cannot be loaded: it is no JSON", "expected a JSON object")
     assert_refused(invoke("chat", one, "--model", config.parent), *broken)
+    for file, content in (("tokenizer.json", "{}"), ("model.safetensors", "cut"), ("tokenizer_config.json", "{")):
+        copy = shutil.copytree(tmp_path / "base", tmp_path / file / "base")
+        (copy / file).write_text(content)
+        part = f"the {'model' if 'model' in file else 'tokenizer'} in {copy} cannot be loaded"
+        assert_refused(invoke("chat", one, "--model", copy), part, "expected whole files")
     refuses("new tokens is 0", given=(one, "--new-tokens", 0))
     refuses("temperature is -1.0", given=(one, "--temperature", -1))
     for option in ("temperature", "scale"):
