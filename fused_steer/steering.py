@@ -483,8 +483,10 @@ class Steering:
             raise ValueError(f"adapter {name!r} is in use by {by}; expected it to be {what} afterwards")
 
     def _servable(self, name: str) -> None:
-        if self._pool is None or name not in self._pool:
-            self._known(name)
+        if name in self._configs or self._pool is not None and name in self._pool:
+            return
+        pool = "" if self._pool is None else f", or of the {len(self._pool)} of its pool"
+        raise KeyError(f"no adapter {shown(name)}; expected one of {self.names}{pool}")
 
     @property
     def pool(self) -> AdapterPool | None:

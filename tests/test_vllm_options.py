@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -295,6 +296,15 @@ def test_vllm_room_is_that_of_the_adapters(folder):
         for r in (make_room(read_server_options({"rank": 0, "dtype": "bfloat16"}), 8, []), make_room(None, 8, []))
     )
     assert 64 * 32 * (vectors.nbytes - 4) == 16 << 20 and 64 * 32 * lowrank.nbytes > 544 << 20
+
+
+def test_vllm_adapters_of_a_directory_leave_out_what_is_still_copied(folder, tmp_path):
+    from fused_steer.vllm.sources import registered
+
+    shutil.copytree(folder / "adapters" / "silu", tmp_path / "silu")
+    (tmp_path / ".linear").mkdir()
+    shutil.copy(folder / "adapters" / "linear" / "adapter_config.json", tmp_path / ".linear")
+    assert list(registered(str(tmp_path))) == ["silu"]
 
 
 def test_vllm_room_of_adapters_in_bfloat16(folder, tmp_path):

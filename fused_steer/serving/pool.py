@@ -156,7 +156,7 @@ class AdapterPool:
         """Register each subdirectory that has an adapter_config.json, under its own name; all or none.
 
         Returns:
-            The names, sorted.
+            The names, sorted. Those that begin with a dot are left out: what is still being copied may have one.
 
         Raises:
             FileNotFoundError, NotADirectoryError: there is no such directory.
@@ -168,7 +168,7 @@ class AdapterPool:
         if not root.is_dir():
             raise NotADirectoryError(f"{root} is a file; expected a directory that holds adapters' directories")
         with os.scandir(root) as entries:
-            found = sorted(entry.name for entry in entries if (root / entry.name / CONFIG_NAME).is_file())
+            found = sorted(e.name for e in entries if e.name[0] != "." and (root / e.name / CONFIG_NAME).is_file())
         with self._changed:
             self._add({name: str(root / name) for name in found})
         return found

@@ -115,13 +115,16 @@ def room_of(config: Any) -> Room:
 def registered(directory: str) -> dict[str, Source]:
     """Return the steering adapters of a directory, by the names of their subdirectories.
 
+    Names that begin with a dot are left out: so may be named what is still being copied.
+
     Raises:
         ValueError: there are none. NotADirectoryError: it is not a directory.
     """
     folder = Path(directory).expanduser()
     if not folder.is_dir():
         raise NotADirectoryError(f"{KEY}.adapters is {directory}; expected a directory with adapters")
-    found = {each.name: find_source(str(each)) for each in sorted(folder.iterdir()) if each.is_dir()}
+    folders = [each for each in sorted(folder.iterdir()) if each.is_dir() and not each.name.startswith(".")]
+    found = {each.name: find_source(str(each)) for each in folders}
     sources = {name: source for name, source in found.items() if source is not None}
     if not sources:
         raise ValueError(

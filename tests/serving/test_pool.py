@@ -530,11 +530,17 @@ def test_pool_names_and_sizes(folder, tmp_path):
         pool.register_directory(tmp_path / "none")
     with refused(NotADirectoryError, "is a file; expected a directory that holds adapters' directories"):
         pool.register_directory(folder / "0" / "adapter_config.json")
+    with refused(KeyError, "no adapter 'x'; expected one of ['own'], or of the 8 of its pool"):
+        with model.steering.batch(["x"]):
+            pass
     shutil.copytree(folder / "0", tmp_path / "new")
+    shutil.copytree(folder / "0", tmp_path / ".copying")
     shutil.copytree(folder / "0", tmp_path / "bad.name")
     with refused(ValueError, "adapter name is 'bad.name'"):
         pool.register_directory(tmp_path)
     assert "new" not in pool
+    (tmp_path / "bad.name").rename(tmp_path / "good-name")
+    assert pool.register_directory(tmp_path) == ["good-name", "new"]
     with refused(ValueError, "there is a pool already; expected close_pool() first"):
         model.steering.make_pool()
 
