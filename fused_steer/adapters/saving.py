@@ -143,6 +143,32 @@ def target_folder(directory: str | os.PathLike[str], content: str) -> Path:
     return target
 
 
+def check_output(out: Path) -> None:
+    """Check, before work that takes long, that a directory can take files. It may be missing.
+
+    Raises:
+        ValueError: it or one of its parents is a file, or see `check_writable`.
+    """
+    for path in (out, *out.parents):
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"out is {str(out)!r} but {path} is a file; expected a directory")
+    check_writable(out)
+
+
+def check_writable(out: Path, name: str = "out") -> None:
+    """Check, before work that takes long, that a file or directory can be written, or made if it is missing.
+
+    Args:
+        name: the argument's name, for the error message.
+
+    Raises:
+        ValueError: the file system does not allow it.
+    """
+    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not os.access(there, os.W_OK | (os.X_OK if there.is_dir() else 0)):
+        raise ValueError(f"{name} is {str(out)!r} and {there} cannot be written; expected a path that can be")
+
+
 @contextlib.contextmanager
 def made_folder(target: Path) -> Iterator[None]:
     """Create a directory and its missing parents. After an exception, the created ones that are empty are removed."""
@@ -167,6 +193,20 @@ def write_new(file: Path, content: bytes) -> None:
         opened.write(content)
         opened.flush()
         os.fsync(opened.fileno())
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a text file, whole or not at all. If this fails, an earlier file stays.
+
+    Raises:
+        OSError: the file could not be written.
+    """
+    if file.exists() and not file.is_file():  # such as /dev/stdout
+        file.write_text(text, encoding="utf-8")
+        return
+    with saving_folder(file.parent) as folder:
+        write_new(folder / file.name, text.encode())
+        os.replace(folder / file.name, file.resolve())
 
 
 def open_regular(file: Path) -> int:

@@ -121,10 +121,13 @@ def coverage(
 ) -> None:
     """Patch and check a tiny model of each causal language model class of transformers. Exit code 1 if one is wrong."""
     with errors_in_one_line():
+        from ..adapters.saving import check_writable, write_whole
         from ..tools.coverage import MODEL_TYPES, check_all, markdown, summary
 
         if out is not None and out.is_dir():
             raise ValueError(f"out is {out}, a directory; expected a file for the table")
+        if out is not None:
+            check_writable(out)
         types = MODEL_TYPES if only is None else tuple(name.strip() for name in only.split(","))
         rows = []
         for row in check_all(types, jobs):
@@ -137,7 +140,7 @@ def coverage(
                         new_console().print(shown, markup=False, soft_wrap=True)
         if out is not None:
             out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_text(markdown(rows), encoding="utf-8")
+            write_whole(out, markdown(rows))
         echo(json.dumps([asdict(row) for row in rows], indent=2) if as_json else summary(rows))
     if any("wrong" in (row.outcome, row.post_mlp and row.post_mlp.outcome) for row in rows):
         raise typer.Exit(1)

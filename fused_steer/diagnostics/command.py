@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..adapters.files import read_adapter
+from ..adapters.saving import check_output
 from ..joint import find_joint, load_joint
 from ..patch import patch_model
 from ..tools.prompts import encode, read_prompts
@@ -56,9 +57,7 @@ class DiagnoseOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name.replace('_', ' ')} is {value}; expected at least 1")
-        for path in (self.out, *self.out.parents):
-            if path.exists() and not path.is_dir():
-                raise ValueError(f"out is {str(self.out)!r} but {path} is a file; expected a directory")
+        check_output(self.out)
 
 
 def _load(options: DiagnoseOptions, device: torch.device) -> tuple[Any, Any]:

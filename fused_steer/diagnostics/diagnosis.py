@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .._version import __version__
-from ..adapters.saving import target_folder
+from ..adapters.saving import target_folder, write_whole
 
 if TYPE_CHECKING:
     pass
@@ -83,7 +83,7 @@ class Diagnosis:
         target = target_folder(directory, "the diagnosis")
         target.mkdir(parents=True, exist_ok=True)
         files = [target / JSON_NAME]
-        files[0].write_text(json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        write_whole(files[0], json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n")
         sites = list(dict.fromkeys(layer.site for layer in self.layers))
         for name, site in itertools.product(QUANTITIES, sites):
             file = target / (f"{name}.png" if len(sites) == 1 else f"{name}-{site}.png")

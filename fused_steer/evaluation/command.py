@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..adapters.saving import check_writable, write_whole
 from ..model.decoder import find_decoder, meta_model
 from ..tools.sources import check_parts, note_parts, parts_of, sources
 from ..tools.variants import Variants
@@ -58,6 +59,8 @@ class EvalOptions:
             raise ValueError(f"out is {self.out}, and there is no directory {self.out.parent}; expected one")
         if self.out is not None and self.out.is_dir():
             raise ValueError(f"out is {self.out}, a directory; expected a file for the scores")
+        if self.out is not None:
+            check_writable(self.out)
         sources(self.adapters)
         if not self.tasks:
             raise ValueError("tasks is empty; expected names of tasks, or YAML files of tasks")
@@ -140,9 +143,9 @@ def run(options: EvalOptions, console: Console) -> None:
     )
     kinds = {name: parts.kind for name, parts in adapters.items()}
     fields = {"model": options.model or SMOLLM2, "adapters": kinds, "scores": [score.as_dict() for score in found]}
-    if options.out is not None:
-        options.out.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
     if options.as_json:
         console.print(json.dumps(fields, indent=2), markup=False, highlight=False, soft_wrap=True)
     else:
         console.print(scores_table(found))
+    if options.out is not None:  # last, so that a full disk loses no scores
+        write_whole(options.out, json.dumps(fields, indent=2) + "\n")

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ..adapters.files import AdapterFile, read_adapter
 from ..adapters.parameters import DOWN, DOWN_BIAS, SITE, UP, UP_BIAS, steered
-from ..adapters.saving import checked_path, made_folder
+from ..adapters.saving import made_folder, target_folder
 from ..config import FLOAT32_MAX, SteerConfig
 from ..kernels.rotation import is_orthonormal, orthonormal
 from .pyreft import CONFIG_NAME, FIELDS, FILE_NAME, ORIGINAL, REQUIRED, TRIVIAL, file_name
@@ -106,7 +106,7 @@ def export_pyreft(source: str | os.PathLike[str], directory: str | os.PathLike[s
         FileNotFoundError, ValueError: there is no such adapter, its files are broken, it steers at another site, the
             length of a vector overflows float32, or the directory holds something. Nothing is written then.
     """
-    target = checked_path(directory, "directory", "a new one for pyreft's files")
+    target = target_folder(directory, "pyreft's files")
     adapter = read_adapter(source)
     config = adapter.config
     if config.sites != (SITE,):

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..adapters.files import AdapterFile, read_adapter
 from ..adapters.parameters import SITE, UP_BIAS, Place
-from ..adapters.saving import checked_path, saving_folder
+from ..adapters.saving import checked_path, saving_folder, target_folder
 from ..config import SteerConfig
 from ..positions import ALL
 from .gguf import gguf_bytes, read_gguf
@@ -125,7 +125,7 @@ def export_vector(
     vectors = {
         place.layer: (config.scale * tensors[UP_BIAS].double()).float() for place, tensors in adapter.tensors.items()
     }
-    with saving_folder(target.parent) as folder:
+    with saving_folder(target_folder(str(target.parent), "the vectors")) as folder:
         written = folder / target.name
         if target.suffix == ".pt":
             torch.save(vectors, written)

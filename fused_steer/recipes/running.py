@@ -19,6 +19,7 @@ from .._version import __version__
 from ..adapters.files import refuse_foreign
 from ..adapters.hub import CARD_NAME, model_card
 from ..adapters.kinds import JOINT_NAME, LORA_TYPE, method_in
+from ..adapters.saving import check_output, write_whole
 from ..diagnostics import diagnose
 from ..diagnostics.diagnosis import Diagnosis
 from ..diagnostics.figures import check_matplotlib
@@ -152,11 +153,13 @@ def check_out(recipe: Recipe, resume: bool) -> str | None:
 
     Raises:
         FileNotFoundError: there is no checkpoint to resume from.
-        ValueError: without `resume` there are checkpoints of an earlier run; or `out` holds an adapter of another kind.
+        ValueError: without `resume` there are checkpoints of an earlier run; or `out` holds an adapter of another kind,
+            or cannot be written.
     """
     from transformers.trainer_utils import get_last_checkpoint
 
     out, run = Path(recipe.out), Path(recipe.out, "run")
+    check_output(out)
     last = get_last_checkpoint(str(run)) if run.is_dir() else None
     if resume and last is None:
         raise FileNotFoundError(f"{run} has no checkpoint; expected one to resume from")
@@ -421,10 +424,10 @@ def _write(found: Trained, model: Any) -> tuple[Path, ...]:
         "shifts": None if found.diagnosis is None else found.diagnosis.to_json()["layers"],
         "history": found.history,
     }
-    (out / JSON_NAME).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+    write_whole(out / JSON_NAME, json.dumps(fields, indent=2) + "\n")
     files.append(out / JSON_NAME)
     if found.recipe.method.kind == "steering":
-        (out / CARD_NAME).write_text(_card(found, model), encoding="utf-8")
+        write_whole(out / CARD_NAME, _card(found, model))
         files.append(out / CARD_NAME)
     return tuple(files)
 

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..adapters.fields import read_json
-from ..adapters.files import blaming, read_adapter, write_adapter
+from ..adapters.files import blaming, read_adapter, refuse_foreign, write_adapter
 from ..adapters.kinds import CONFIG_NAME, JOINT_NAME, LORA_TYPE, PEFT_TYPE, method_in
 from ..adapters.locating import HUB_ID, JOINT_FILES, STEERING_FILES, locate_files
 from ..adapters.parameters import SITE
-from ..adapters.saving import checked_path
+from ..adapters.saving import check_output, checked_path
 from ..config import SteerConfig, checked_choice
 from ..kernels import ACTIVATIONS
 from ..model.decoder import find_decoder, meta_model
@@ -76,9 +76,8 @@ class FitOptions:
         if self.rank == 0 and self.activation != "identity":
             raise ValueError(f"activation is {self.activation!r} with rank 0, a vector; expected it not given")
         check_ridge(self.ridge)
-        for path in (self.out, *self.out.parents):
-            if path.exists() and not path.is_dir():
-                raise ValueError(f"out is {str(self.out)!r} but {path} is a file; expected a directory")
+        check_output(self.out)
+        refuse_foreign(self.out)
 
     @property
     def config(self) -> SteerConfig:

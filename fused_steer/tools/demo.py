@@ -31,6 +31,7 @@ from tqdm import trange
 from .._hub_access import loading
 from .._version import __version__
 from ..adapters.files import WEIGHTS_NAME
+from ..adapters.saving import check_output, check_writable, write_whole
 from ..config import SteerConfig, checked_number
 from ..kernels import select_backend
 from ..model.decoder import refuse_adapter
@@ -97,11 +98,10 @@ class DemoOptions:
             raise ValueError(f"lr is {self.lr}; expected more than 0")
         check_task(self.operators, self.depth)
         object.__setattr__(self, "config", SteerConfig(rank=self.rank, activation=self.activation))
-        for path in (self.out, self.adapter, *self.out.parents):
-            if path.exists() and not path.is_dir():
-                raise ValueError(f"out is {str(self.out)!r} but {path} is a file; expected a directory")
+        check_output(self.adapter)
         if self.record is not None and (self.record.is_dir() or not self.record.parent.is_dir()):
             raise ValueError(f"record is {str(self.record)!r}; expected a file in a directory that exists")
+        check_writable(self.record or self.out, "record")
 
     @property
     def adapter(self) -> Path:
@@ -139,7 +139,7 @@ class Figures:
     versions: dict[str, str]
 
     def save(self, file: Path) -> None:
-        file.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
+        write_whole(file, json.dumps(dataclasses.asdict(self), indent=2) + "\n")
 
     @classmethod
     def load(cls, file: Path) -> Figures:
@@ -215,7 +215,7 @@ def load_smollm2() -> tuple[Any, Any]:
     loaded = LlamaForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, config=LlamaConfig(**_SMOLLM2_CONFIG), dtype=torch.float32
     )
-    config = LlamaConfig(**_SMOLLM2_CONFIG, name_or_path=SMOLLM2)  # an adapter records it as its base model
+    config = LlamaConfig(**_SMOLLM2_CONFIG | {"name_or_path": SMOLLM2})  # an adapter records it as its base model
     model = LlamaForCausalLM(config)
     model.load_state_dict(loaded.state_dict())
     return model.eval(), tokenizer

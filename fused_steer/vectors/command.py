@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._hub_access import loading
-from ..adapters.files import write_adapter
+from ..adapters.files import refuse_foreign, write_adapter
+from ..adapters.saving import check_output, write_whole
 from ..config import checked_choice, checked_number
 from ..diagnostics.figures import check_matplotlib
 from ..model.decoder import find_decoder, meta_model
@@ -77,9 +78,8 @@ class ExtractOptions:
             raise ValueError(f"{useless[0]} is given and --doses is empty; expected strengths to try, such as 0,1,2")
         for dose in self.doses:
             checked_number("a dose", dose)
-        for path in (self.out, *self.out.parents):
-            if path.exists() and not path.is_dir():
-                raise ValueError(f"out is {str(self.out)!r} but {path} is a file; expected a directory")
+        check_output(self.out)
+        refuse_foreign(self.out)
 
     def read(self) -> Contrast:
         if self.pairs is not None:
@@ -177,7 +177,7 @@ def run(options: ExtractOptions, console: Console) -> None:
         **({"prompt": options.say, "continuations": said} if options.say is not None else {}),
     }
     written = json.dumps(figures, indent=2)
-    (options.out / JSON_NAME).write_text(written + "\n", encoding="utf-8")
+    write_whole(options.out / JSON_NAME, written + "\n")
 
     def say(line: str) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
