@@ -20,7 +20,7 @@ from ..joint import steering_of
 from ..model.decoder import find_decoder, inside_peft
 from ..model.site import SteeringSite
 from ..steering import Steering
-from ..tools.prompts import Prompt, encode
+from ..tools.prompts import Prompt, encode, room_of
 from .exporting import Variant, adapter_of
 
 _MOST_TOKENS = 2**31 - 1  # a prompt is not cut
@@ -83,7 +83,8 @@ def answers(
     """Answer a prompt by all variants in one batch. Yield the answers so far, after each token.
 
     A variant of several adapters is added to the model as one adapter while the answers are made. Closing the iterator
-    ends the generation. The model is left as it was.
+    ends the generation. So does the model's last position, if it has a learned table of them. The model is left as it
+    was.
 
     Args:
         model: a model of `patch_model`.
@@ -93,8 +94,8 @@ def answers(
 
     Raises:
         KeyError: the model has no such adapter.
-        TypeError, ValueError: there is no variant, a prompt without tokens, max_new_tokens below 1, a temperature below
-            0, or adapters that cannot be added up.
+        TypeError, ValueError: there is no variant, a prompt without tokens or with too many, max_new_tokens below 1, a
+            temperature below 0, or adapters that cannot be added up.
         RuntimeError: another thread runs the model.
     """
     if not variants:
@@ -109,13 +110,17 @@ def answers(
     encoded = encode(tokenizer, [prompt], _MOST_TOKENS, 1)
     if not encoded:
         raise ValueError("the prompt has no tokens; expected text")
+    given, most = encoded[0]["input_ids"].shape[1], room_of(model)
+    if most is not None and given >= most:
+        raise ValueError(f"the prompt has {given} tokens; expected fewer than {most}, the positions of the model")
     for variant in variants:
         if len(variant.strengths) != 1:
             if variant.strengths:
                 adapter_of(model, variant)  # refuses what cannot be added up before anything runs
         elif (name := next(iter(variant.strengths))) not in steering_of(model).names:
             raise KeyError(f"no adapter {name!r}; expected one of {', '.join(steering_of(model).names)}")
-    return _stream(model, tokenizer, encoded[0]["input_ids"], list(variants), max_new_tokens, temperature, seed)
+    new = max_new_tokens if most is None else min(max_new_tokens, most - given)
+    return _stream(model, tokenizer, encoded[0]["input_ids"], list(variants), new, temperature, seed)
 
 
 # --------------------------------------------------------------------------------------------------------- one answer

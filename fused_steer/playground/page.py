@@ -145,7 +145,7 @@ class Page:
             )
             for now in stream:
                 yield render(now, refused)
-        except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        except (ValueError, TypeError, KeyError, RuntimeError, OSError) as error:
             yield render([], {"error": _line(error)})
 
     def save(self, label: str, name: str, positions: str, *given: float) -> str:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..serving.caches import cache_length, find_cache, is_cache
+
 #: A prompt: text, or the messages of a chat, each with a role and content.
 Prompt = str | list[dict[str, Any]]
 #: Which fields of a .jsonl's lines are looked for, where none is named.
@@ -152,7 +154,12 @@ def refuse_long_texts(model: Any) -> Any:
 
     def check(_: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> None:
         inputs = [*args[:1], *(given.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask"))]
-        longest = max((one.shape[1] for one in inputs if isinstance(one, Tensor) and one.ndim in (2, 3)), default=0)
+        lengths = [one.shape[1] for one in inputs if isinstance(one, Tensor) and one.ndim in (2, 3)]
+        longest = max(lengths, default=0)
+        cache = find_cache(given)  # while it generates, transformers gives no mask if there is no padding
+        past = cache_length(cache) if is_cache(cache) else None
+        if past is not None and lengths:
+            longest = max(longest, int(past) + lengths[0])
         if most is not None and longest > most:
             raise ValueError(f"a text has {longest} tokens; expected at most {most}, the positions of the model")
 

@@ -51,6 +51,17 @@ def greedy(model, adapter=None, scale=None, positions=None, tokens=6):
     return words.decode(found[0])[len(words.decode(ids[0])) :]
 
 
+def test_answers_end_at_the_positions_of_the_model():
+    """PyTorch's error of an index took the place of the whole answer."""
+    model = patch_model(build("gpt2"), SteerConfig(rank=4), adapter_name="a")
+    variants = [Variant("base"), Variant("a", {"a": 1.0})]
+    assert [len(answer.tokens) for answer in last(answers(model, tokenizer(), "a" * 60, variants))] == [64, 64]
+    with pytest.raises(
+        ValueError, match="the prompt has 64 tokens; expected fewer than 64, the positions of the model"
+    ):
+        answers(model, tokenizer(), "a" * 64, variants)
+
+
 def test_answers_are_those_of_each_variant_alone():
     model = steered(SteerConfig(rank=4), SteerConfig("vector"))
     variants = [

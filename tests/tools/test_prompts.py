@@ -93,3 +93,5 @@ def test_texts_beyond_a_models_learned_positions_are_refused(family, room, peft)
     first = model(ids[:, :60], use_cache=True)
     with contextlib.nullcontext() if room is None else refused(ValueError, "a text has 65 tokens; expected at most 64"):
         model(ids[:, 60:], attention_mask=ids, past_key_values=first.past_key_values)
+    with contextlib.nullcontext() if room is None else refused(ValueError, "a text has 65 tokens; expected at most 64"):
+        model.generate(input_ids=ids[:, 2:], attention_mask=ids[:, 2:], max_new_tokens=4, do_sample=False)
