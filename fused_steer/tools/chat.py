@@ -55,6 +55,7 @@ class Chat:
     new_tokens: int = 200
     temperature: float = 0.0
     messages: list[dict[str, str]] = field(default_factory=list)
+    _thread: Thread | None = field(default=None, init=False, repr=False)  # that generates the latest answer
 
     def command(self, line: str) -> str:
         """Carry out a line that begins with a slash. Return what to print.
@@ -132,6 +133,8 @@ class Chat:
         if self.temperature > 0:
             options = {"do_sample": True, "temperature": self.temperature}
         failed: list[BaseException] = []
+        if self._thread is not None:  # a second Ctrl-C left it in its last pass
+            self._thread.join()
 
         def generate() -> None:
             try:
@@ -149,7 +152,7 @@ class Chat:
                 streamer.put(None)
 
         with torch.no_grad(), steering.batch(names, scale=self._each(self.scale, names), positions=self._where(names)):
-            thread = Thread(target=contextvars.copy_context().run, args=(generate,))
+            thread = self._thread = Thread(target=contextvars.copy_context().run, args=(generate,))
             thread.start()
             try:
                 said = [""] * len(columns)

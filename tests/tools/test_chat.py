@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from threading import Event, Thread, Timer
 from types import SimpleNamespace
 
 import pytest
@@ -115,6 +116,36 @@ def test_chat_streams_and_can_be_stopped():
     assert talk.messages == []
     before = logits(talk.model)
     assert last(talk, "hi") == whole[-1] and torch.equal(logits(talk.model), before)
+
+
+def test_chat_answers_after_an_answer_that_was_stopped_twice(monkeypatch):
+    """The second Ctrl-C ended the wait for the generating thread, and the next message was refused meanwhile."""
+    talk, gate = chat(), Event()
+    first = last(talk, "hi")
+    talk.command("/reset")
+    passes = []
+
+    def wait(*_):
+        passes.append(None)
+        if len(passes) > 1:
+            gate.wait(20)
+
+    def join(thread):
+        raise KeyboardInterrupt
+
+    hook = talk.model.model.layers[0].register_forward_pre_hook(wait)
+    with monkeypatch.context() as patch:
+        answer = talk.answer("hi")
+        next(answer)
+        patch.setattr(Thread, "join", join)
+        with pytest.raises(KeyboardInterrupt):
+            answer.close()
+    assert talk.messages == []
+    release = Timer(0.2, gate.set)
+    release.start()
+    assert last(talk, "hi") == first
+    release.join()
+    hook.remove()
 
 
 def test_chat_errors_of_the_model_reach_the_caller(monkeypatch):
