@@ -287,6 +287,13 @@ def test_vllm_room_is_that_of_the_adapters(folder):
         ValueError, match=r"it steers in the layers 1; expected the layers 0, 2 alone \(steering.layers\)"
     ):
         room.check("it", files["silu"])
+    room = make_room(read_server_options({"rank": 4, "dtype": "float16"}), None, [])
+    room.check("it", files["vector"])
+    for tensors in files["vector"].tensors.values():
+        for tensor in tensors.values():
+            tensor.fill_(7e4)
+    with pytest.raises(ValueError, match=r"it has values up to 7e\+04 in layer 0; expected at most 6.55e\+04"):
+        room.check("it", files["vector"])
     room = make_room(given, None, [files["silu"]])
     with pytest.raises(ValueError, match="it has steer_down.bias; expected none, as the adapters that the slots"):
         room.check("it", files["biases"])

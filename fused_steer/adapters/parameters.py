@@ -333,6 +333,26 @@ def specs_of(tensors: Mapping[Place, Mapping[str, Tensor]]) -> dict[Place, dict[
     }
 
 
+def check_range(what: Any, tensors: Mapping[Place, Mapping[str, Tensor]], dtype: torch.dtype) -> None:
+    """Check that an adapter's values are finite in the dtype that they are converted to. float16 ends at 65504.
+
+    Args:
+        what: the adapter, for the error message.
+
+    Raises:
+        ValueError: a value is beyond the dtype.
+    """
+    if dtype == torch.float32:  # no adapter has a wider one
+        return
+    for place, named in tensors.items():
+        for tensor in named.values():
+            if not tensor.to(dtype).isfinite().all():
+                raise ValueError(
+                    f"{what} has values up to {tensor.abs().max():.3g} in {place}; expected at most "
+                    f"{torch.finfo(dtype).max:.3g}, the largest of the slots' {str(dtype).removeprefix('torch.')}"
+                )
+
+
 def check_values(path: str, tensor: Tensor, scale: float) -> None:
     """Check that a tensor has finite values, and for W2 or b2 that they do not overflow float32 times the strength.
 

@@ -1,4 +1,7 @@
-"""AdapterPool: serves thousands of adapters from files, with a few at a time in slots on the device."""
+"""AdapterPool: serves thousands of adapters from files, with a few at a time in slots on the device.
+
+It is one file because one lock guards all of a pool's state.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from ..adapters.files import CONFIG_NAME, read_adapter
-from ..adapters.parameters import SITE, ByPlace, Place, by_lower, check_name, refuse_clash, steered
+from ..adapters.parameters import SITE, ByPlace, Place, by_lower, check_name, check_range, refuse_clash, steered
 from ..adapters.saving import checked_path
 from ..config import SteerConfig
 from ..model.decoder import Decoder
@@ -441,25 +444,27 @@ class AdapterPool:
         slot, _ = self._slot_of.pop(victim), self._configs.pop(victim, None)
         return slot
 
-    def _check_room(self, what: Any, config: SteerConfig, places: Collection[Place]) -> None:
+    def _check_room(self, what: Any, config: SteerConfig, tensors: ByPlace) -> None:
         """Raise ValueError if an adapter does not fit the slots."""
         if config.rank > self.rank:
             raise ValueError(
                 f"{what} is of rank {config.rank}; expected at most {self.rank}, the rank of the pool's slots"
             )
-        outside = sorted(set(places) - self.slots.keys())
+        outside = sorted(set(tensors) - self.slots.keys())
         if outside:
             layers = list(dict.fromkeys(place.layer for place in self.slots))
             sites = list(dict.fromkeys(place.site for place in self.slots))
             at = "" if sites == [SITE] else f" at {', '.join(sites)}"
             raise ValueError(f"{what} steers {outside[0]}; expected those of the pool, {layers}{at}")
+        check_range(what, tensors, next(iter(self.slots.values())).dtype)
 
     def _read(self, source: str) -> tuple[SteerConfig, ByPlace, int]:
         """Read and check an adapter. Return its config, W1, b1, W2 and b2 by place, and the bytes of its tensors."""
         file = read_adapter(source, self._decoder.layout, check_base=self._check_base)
-        self._check_room(source, file.config, file.tensors)
+        tensors = {i: steered(file.config.form, named) for i, named in file.tensors.items()}
+        self._check_room(source, file.config, tensors)
         nbytes = sum(t.nbytes for named in file.tensors.values() for t in named.values())
-        return file.config, {i: steered(file.config.form, named) for i, named in file.tensors.items()}, nbytes
+        return file.config, tensors, nbytes
 
     def _write(self, slot: int, config: SteerConfig, tensors: Mapping[Place, Mapping[str, Tensor]]) -> None:
         for place, slots in self.slots.items():

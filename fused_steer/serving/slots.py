@@ -203,6 +203,11 @@ class Slots(nn.Module):
         self.register_buffer("codes", torch.zeros(count, dtype=torch.int32, device=device), persistent=False)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that adapters are converted to."""
+        return next(buffer.dtype for buffer in self.buffers() if buffer.is_floating_point())
+
+    @property
     def nbytes(self) -> int:
         return sum(buffer.nbytes for buffer in self.buffers())
 

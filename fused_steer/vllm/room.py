@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..adapters.files import AdapterFile
-from ..adapters.parameters import DOWN_BIAS, UP_BIAS
+from ..adapters.parameters import DOWN_BIAS, UP_BIAS, check_range, steered
 from ..kernels import MAX_RANK
 from .options import DTYPES, KEY, Options
 
@@ -40,6 +40,7 @@ class Room:
         Raises:
             ValueError: they have not.
         """
+        check_range(what, {p: steered(file.config.form, named) for p, named in file.tensors.items()}, self.dtype)
         rank = _rank(file)
         if rank > self.rank:
             raise ValueError(f"{what} is of rank {rank}; expected at most {self.rank} ({self.limit})")

@@ -464,6 +464,27 @@ def test_pool_another_base_model(folder, tmp_path):
     model.steering.pool.load("x")
 
 
+def test_pool_values_beyond_the_slots_dtype(folder, tmp_path):
+    """They became infinite in float16's slots, and the logits NaN."""
+    model = patch_model(build(), SteerConfig(form="vector"), adapter_name="big")
+    with torch.no_grad():
+        for parameter in model.steering.parameters():
+            parameter.fill_(7e4)
+    model.steering.save(tmp_path / "saved")
+    pool = model.steering.make_pool(slots=2, rank=4, dtype="float16")
+    pool.register("saved", tmp_path / "saved")
+    pool.register("0", folder / "0")
+    pool.load("0")
+    beyond = "has values up to 7e+04 in layer 0; expected at most 6.55e+04, the largest of the slots' float16"
+    for name in ("saved", "big"):
+        with refused(ValueError, beyond):
+            logits(model, [name])
+    assert pool.loaded == ["0"]
+    model.steering.close_pool()
+    model.steering.make_pool(slots=2, rank=0, dtype="bfloat16").register("saved", tmp_path / "saved")
+    assert logits(model, ["saved", "big"]).isfinite().all()
+
+
 def test_pool_a_layer_outside_of_the_pool(folder):
     model = patch_model(build(), CONFIGS[0], adapter_name="own")
     pool = model.steering.make_pool(slots=2, rank=4, layers=[1])
