@@ -112,11 +112,13 @@ class Chat:
             the answers so far, one for each of `columns`, as they grow.
 
         Raises:
-            ValueError: the message is empty, the chat template refuses it, or the conversation leaves no room in the
-                model for an answer.
+            ValueError: the message is empty or no text, the chat template refuses it, or the conversation leaves no
+                room in the model for an answer.
         """
         if not text.strip():
             raise ValueError("the message is empty; expected a text")
+        if any("\ud800" <= letter <= "\udfff" for letter in text):  # bytes that `ask` could not decode
+            raise ValueError(f"the message has bytes that are no text, {text!a:.80}; expected the input's encoding")
         columns = self.columns
         names = [None if column == "base" else column for column in columns]
         asked, most = self._ids(text), room_of(self.model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -89,6 +90,8 @@ def ask() -> Iterator[str]:
         ImportError: a terminal without prompt_toolkit.
     """
     if not sys.stdin.isatty():
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="surrogateescape")  # Chat refuses such a line alone
         yield from (line.rstrip("\n") for line in sys.stdin)
         return
     from prompt_toolkit import PromptSession

@@ -215,6 +215,18 @@ def test_chat_command_answers_lines(tmp_path):
     assert "adapters: one, b" in result.stdout and "there is no /dance" in result.stdout
 
 
+def test_chat_command_goes_on_after_a_line_that_is_no_text(tmp_path):
+    """The decoder's or the tokenizer's error ended the chat."""
+    save_tiny(tmp_path / "base")
+    patch_model(build(), SteerConfig(rank=4)).steering.save(tmp_path / "one")
+    arguments = ["chat", tmp_path / "one", "--model", tmp_path / "base", "--device", "cpu", "--new-tokens", "2"]
+    result = CliRunner().invoke(app, list(map(str, arguments)), input=b"hi \xe9\nho\n")
+    assert result.exit_code == 0, result.output
+    _, refusal, answer = result.stdout.splitlines()
+    assert refusal == "the message has bytes that are no text, 'hi \\udce9'; expected the input's encoding"
+    assert answer.startswith("one: ")
+
+
 def test_chat_command_refusals(tmp_path, monkeypatch):
     save_tiny(tmp_path / "base")
     patch_model(build(), SteerConfig(rank=4)).steering.save(tmp_path / "one")
