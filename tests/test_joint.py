@@ -446,7 +446,9 @@ def test_joint_refusals_of_both_parts(tmp_path):
         (steering / "adapter_config.json").write_text(json.dumps(fields))
         patched.setattr("fused_steer.joint.files_digest", lambda folder: "0")
         (tmp_path / "out" / "joint.json").write_text(json.dumps({"steering": "0", "lora/default": "0"}))
-        patched.setattr("fused_steer.joint.patch_model", lambda *args: patch_model(*args, adapter_name="a steering"))
+        patched.setattr(
+            "fused_steer.joint.patch_model", lambda *args, **_: patch_model(*args, adapter_name="a steering")
+        )
         load_joint(model, tmp_path / "out")
     assert not any(hasattr(module, "lora_A") for module in model.modules())  # the LoRA is removed again
 
