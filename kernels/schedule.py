@@ -761,6 +761,9 @@ def rows_schedule(tokens: int, hidden: int, rank: int, policy: str, device: Devi
     itemsize = 2 if policy == "bf16" else 4
     while block_n >= 2 * max(16, height) and _wide(block_n // 2, block_d, warps, itemsize, device.gpu):
         block_n //= 2
+    tiles = ceil_div(tokens, height)
+    if device.gpu == "cuda" and block_n == 16 and tiles <= device.multiprocessors:
+        stages = max(stages, 4)  # nothing else hides the waits of a program that is alone
     # The stages but one are prefetched: G, `out`, and W2, which takes most shared memory unpacked, in float32.
     while (
         device.gpu == "cuda"
@@ -768,7 +771,6 @@ def rows_schedule(tokens: int, hidden: int, rank: int, policy: str, device: Devi
         and (stages - 1) * block_d * (2 * block_n * itemsize + 4 * block_r) > device.shared
     ):
         stages -= 1
-    tiles = ceil_div(tokens, height)
     return Schedule(block_n, block_d, block_r, tiles, 1, hidden, warps, stages, height=height)
 
 

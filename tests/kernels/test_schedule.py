@@ -74,6 +74,16 @@ def test_schedule_parts_of_the_rows_fill_the_multiprocessors(device, hidden):
             assert columns.part <= 1.1 * tokens / columns.splits + columns.block_n, "no part is much longer"
 
 
+@pytest.mark.parametrize("name", ["sm_80", "sm_90"])
+def test_schedule_a_program_of_the_backward_that_is_alone_has_three_blocks_in_flight(name):
+    """Nothing else hides its waits. Modelled, 8 × 4096 at rank 8 takes 10 µs on an H100, and 15.6 with two blocks."""
+    device = TARGETS[name]
+    for hidden in (1152, 2048, 4096):
+        for tokens in (8, 512, 1024):
+            assert rows_schedule(tokens, hidden, 8, "bf16", device).num_stages == 4
+        assert rows_schedule(16384, hidden, 8, "bf16", device).num_stages == 3  # measured
+
+
 def test_schedule_forward_splits_d_for_few_tokens_and_wide_ranks():
     for name in ("sm_80", "sm_90"):
         device = TARGETS[name]
