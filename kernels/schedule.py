@@ -569,8 +569,9 @@ def resident_schedule(
     chunks = ceil_div(hidden, block_d)
     # Both weights of all ranks take at most 128 registers.
     ahead = few and 2 * rank * chunks * vector * of_weight <= 4 * 128
-    block_n = 1 if few else 2
-    held = ahead and tokens <= device.multiprocessors  # later programs would wait for so many registers
+    alone = tokens <= device.multiprocessors
+    block_n = 1 if few and (alone or rank <= 4) else 2  # at higher ranks two rows share the time to read the weights
+    held = ahead and alone  # later programs would wait for so many registers
     return ResidentSchedule(block_n, block_d, chunks, ceil_div(tokens, block_n), warps, ahead, held=held)
 
 

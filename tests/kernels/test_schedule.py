@@ -187,7 +187,8 @@ def test_schedule_rows_in_registers_are_covered_and_fit(itemsize, norm):
                 assert found.held is (found.ahead and tokens <= 132), "a row for each multiprocessor"
                 assert not found.ahead or (tokens <= 1024 and weights <= 128 * 4), "128 registers of a thread"
     few = resident_schedule(1000, 4096, 8, 2, 2, device)
-    assert few.ahead and few.block_n == 1 and resident_schedule(2000, 4096, 8, 2, 2, device).block_n == 2
+    assert few.ahead and few.block_n == 2 and resident_schedule(1000, 4096, 4, 2, 2, device).block_n == 1
+    assert resident_schedule(100, 4096, 7, 2, 2, device).block_n == 1, "a row for each multiprocessor"
     assert not resident_schedule(8, 8192, 7, 4, 4, device).ahead, "too many weights for the registers"
 
 
@@ -242,10 +243,13 @@ def measured():
 
 
 def test_schedule_chooses_layouts_that_were_fast_on_an_h100(measured):
-    """At most 9 % slower than the best of the measured layouts, packing apart: 5 % over tiles."""
+    """At most 9 % slower than the best of the measured layouts, packing apart: 5 % over tiles.
+
+    Up to 64 rows the op takes a form that came later.
+    """
     device, slow, tiled = TARGETS["sm_90"], {}, 0
     for (_, tokens, hidden, rank), rows in measured.items():
-        if tokens < 4096:  # another form came later
+        if tokens <= 64:
             continue
         rows = [row for row in rows if row["kind"] in ("res", "v0")]
         resident = resident_schedule(tokens, hidden, rank, 2, 2, device)
