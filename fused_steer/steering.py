@@ -649,13 +649,16 @@ class Steering:
 
     def _before_training(self, training: bool) -> None:
         """Prepare a forward pass with gradients: enforce constraints. `training` is the decoder's training mode."""
-        if self._active is None or self._patched.disabled or self._constraints.tracing:
+        if self._constraints.tracing:
+            return
+        steers = self._active is not None and not self._patched.disabled
+        if training:  # also a LoRA that trains without the steering
+            check_averaged(self._active if steers else None, self._patched.parameters, adapter_parameters)
+        if self._active is None or not steers:
             return
         # Values that functional_call puts in place of the parameters train, if at all, outside of the model.
         if training and all(isinstance(p, nn.Parameter) and not p.requires_grad for p in self._patched.parameters()):
             warn_of_frozen(self._active)
-        if training:
-            check_averaged(self._active, self._patched.parameters)
         self._constraints.before_training(self._active, training)
 
     def _known(self, name: str | None) -> str:

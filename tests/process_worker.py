@@ -327,6 +327,22 @@ def joint(directory: Path) -> None:
         save_joint(model, directory / run)
 
     model = with_lora()
+    model.add_adapter("another", LoraConfig(r=3, target_modules=["down_proj"]))
+    wrapped = DistributedDataParallel(model).train()
+
+    def attempt_training() -> str:
+        return attempt(lambda: wrapped(input_ids=batch(0), labels=batch(0)))
+
+    result = {"before": attempt_training()}
+    model.set_adapter("another")
+    result["after"] = attempt_training()
+    with model.steering.mode("lora"):
+        result["lora"] = attempt_training()
+    with model.steering.mode("steering"):  # the LoRA does not train
+        result["steering"] = attempt_training()
+    write(directory, "not-averaged", result, {})
+
+    model = with_lora()
     arguments = TrainingArguments(
         str(directory / "trainer"), max_steps=2, save_steps=2, report_to="none", disable_tqdm=True, use_cpu=True
     )

@@ -284,6 +284,17 @@ def test_distributed_joint_orth_under_ddp(folder, single_joint, lora_in_parts, r
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
+def test_distributed_a_lora_that_ddp_would_not_average_is_refused(folder):
+    for result in read(folder("joint"), "not-averaged")[0]:
+        assert result["before"] == result["steering"] == ""
+        assert result["after"] == result["lora"]
+        assert result["after"] == (
+            "RuntimeError: base_model.model.model.layers.0.mlp.down_proj.lora_A.another.weight did not train when "
+            "DistributedDataParallel wrapped the model, so its gradients would not be averaged over the processes; "
+            "expected the model to be wrapped (again) after PEFT's set_adapter or enable_adapters"
+        )
+
+
 def test_distributed_joint_saved_under_ddp(folder):
     _, weights = read(folder("joint"), "plain-weights")
     model = load_joint(build(), folder("joint") / "plain", trainable=True)
