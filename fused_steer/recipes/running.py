@@ -304,23 +304,24 @@ def _trainer(plan: Plan) -> tuple[Any, Any]:
 
     torch.manual_seed(recipe.training.seed)
     config, method = recipe.steer_config(), recipe.method
+    options: dict[str, Any] = {}
     if method.kind != "steering":
         from peft import LoraConfig, get_peft_model
 
-        lora = method.lora
-        model = get_peft_model(
-            model,
-            LoraConfig(
-                r=lora.rank,
-                lora_alpha=lora.alpha,  # type: ignore[arg-type] # PEFT accepts any number
-                lora_dropout=lora.dropout,
-                target_modules=lora.target_modules,
-                task_type="CAUSAL_LM",
-            ),
+        lora = LoraConfig(
+            r=method.lora.rank,
+            lora_alpha=method.lora.alpha,  # type: ignore[arg-type] # PEFT accepts any number
+            lora_dropout=method.lora.dropout,
+            target_modules=method.lora.target_modules,
+            task_type="CAUSAL_LM",
         )
+        if method.kind == "lora":
+            options["peft_config"] = lora  # of a wrapped model TRL would make a copy of the LoRA the reference
+        else:
+            model = get_peft_model(model, lora)
     if config is not None:
         model = patch_model(model, config)
-    options: dict[str, Any] = {
+    options |= {
         "args": plan.arguments,
         "train_dataset": dataset(plan.train),
         "eval_dataset": dataset(plan.held_out) if plan.held_out else None,

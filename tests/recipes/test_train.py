@@ -211,9 +211,20 @@ def test_train_a_lora_alone(recipe, tiny, tmp_path):
     assert not torch.equal(logits(model), logits(base(tiny)))
 
 
+PREFERENCES = [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": "no idea"} for row in SUMS]
+
+
+def test_train_a_lora_on_preferences_leaves_no_copy_of_it(recipe, tiny, tmp_path):
+    """The reference is the base model. TRL would make it a second adapter, and save that beside the trained one."""
+    lora = {"rank": 2, "target_modules": ["q_proj"]}
+    found = train(read_recipe(recipe(PREFERENCES, method={"kind": "lora", "steering": {}, "lora": lora})))
+    assert found.loss_after < found.loss_before
+    assert sorted(p.name for p in (tmp_path / "out").iterdir() if p.is_dir()) == ["run"]
+    assert found.total == found.trained + sum(p.numel() for p in base(tiny).parameters())
+
+
 def test_train_on_preferences(recipe, tiny, tmp_path):
-    rows = [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": "no idea"} for row in SUMS]
-    found = train(read_recipe(recipe(rows)))
+    found = train(read_recipe(recipe(PREFERENCES)))
     assert found.loss_after < found.loss_before
     assert patch_model(base(tiny), tmp_path / "out").steering.count_parameters() == found.trained
 
