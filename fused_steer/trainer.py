@@ -136,11 +136,13 @@ class SteeringTrainer(Trainer):
 
         Raises:
             ValueError: the model is not steered, its steering does not train, other parameters train that a checkpoint
-                would not hold, FSDP or DeepSpeed has sharded the parameters, or `output_dir` or a checkpoint in it
-                holds another kind of adapter, which the save of that step would meet.
+                would not hold, FSDP or DeepSpeed has sharded the parameters, `output_dir` or a checkpoint in it holds
+                another kind of adapter, which the save of that step would meet, or the reference model of a trainer of
+                TRL would be steered.
         """
         steering_parameters(self._patched())
         self._check_whole()
+        self._check_reference()
         output_dir = Path(str(self.args.output_dir))
         for folder in (output_dir, *sorted(output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))):
             self._refuse_another_kind(folder)
@@ -169,6 +171,18 @@ class SteeringTrainer(Trainer):
             raise ValueError(
                 f"{others[0]} trains ({len(others)} parameters that are not the steering's); expected only the "
                 "steering in use, which is all that a checkpoint holds (or LoRA by get_peft_model)"
+            )
+
+    def _check_reference(self) -> None:
+        """Check that a trainer of TRL with a reference model has one of its own.
+
+        Without one, TRL takes a model with a LoRA, with the LoRA off or as it was. The steering stays on and trains.
+        """
+        refers = getattr(self, "ref_model", self) is None and getattr(self, "beta", None) != 0  # at 0 GRPO has none
+        if refers and self._wrapped_by_peft():
+            raise ValueError(
+                f"{type(self).__name__} has no ref_model, so its reference would be this model with the steering that "
+                "trains; expected ref_model=fused_steer.trl.Reference(model), which is the base"
             )
 
     def _refuse_another_kind(self, folder: Path) -> None:

@@ -19,7 +19,7 @@ trl = pytest.importorskip("trl", reason="needs TRL (the extra trl)")
 
 from datasets import Dataset  # noqa: E402
 
-from fused_steer import SteerConfig, patch_model  # noqa: E402
+from fused_steer import SteerConfig, SteeringTrainer, patch_model  # noqa: E402
 from fused_steer.trl import (  # noqa: E402
     Reference,
     SteeringDPOTrainer,
@@ -181,6 +181,30 @@ def test_trl_what_would_go_wrong_is_refused(tmp_path):
     with pytest.raises(TypeError):
         SteeringGRPOTrainer(model, reward, arguments, nonsense=1)
     assert arguments.beta == 0.5
+
+
+def test_trl_a_steered_reference_is_refused_in_other_trainers(tmp_path):
+    """For a model with a LoRA they would switch that off, or take a copy of it, and leave the steering on."""
+
+    class SteeringKTOTrainer(SteeringTrainer, trl.KTOTrainer):
+        pass
+
+    rows = COMPLETIONS.add_column("label", [i % 2 == 0 for i in range(len(COMPLETIONS))])
+
+    def kto(reference: Any = None) -> Any:
+        model = build()
+        model = get_peft_model(model, LoraConfig(r=3, target_modules=["down_proj"]))
+        model = patch_model(model, SteerConfig(rank=4), adapter_name="polite")
+        reference = reference and reference(model)
+        arguments = config(trl.KTOConfig, tmp_path, max_steps=1)
+        return SteeringKTOTrainer(model, reference, arguments, train_dataset=rows, processing_class=tokenizer())
+
+    run = kto()
+    with refused(ValueError, "SteeringKTOTrainer has no ref_model", "Reference(model)", model=run.model):
+        run.train()
+    run = kto(Reference)
+    run.train()
+    assert list(run.model.peft_config) == ["default"] and run.state.global_step == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
