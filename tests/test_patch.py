@@ -280,6 +280,19 @@ def test_patch_hidden_states_of_hook_steered_layers(recorded_before):
     assert_hidden_states_steered(llama_of_clamping_layers, recorded_before)
 
 
+@pytest.mark.parametrize("form", ["lowrank", "vector", "loreft"])
+def test_patch_a_layer_of_another_width_than_the_config_says_is_named(form):
+    model = build()
+    model.config.hidden_size = 2 * HIDDEN
+    model = patch_model(model, SteerConfig(form=form, layers=[1]))
+    with pytest.raises(ValueError, match="^layer 1 has hidden states of shape ") as raised:
+        model(tokens())
+    assert str(raised.value) == (
+        f"layer 1 has hidden states of shape (2, 9, {HIDDEN}); expected (..., {2 * HIDDEN}), the hidden size in the "
+        "model's config, as adapter 'default' has"
+    )
+
+
 def test_patch_forward_replaced_after_patching_is_an_error():
     model = patch_model(build())
     layer = model.model.layers[1]

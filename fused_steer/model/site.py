@@ -394,6 +394,13 @@ class SteeringSite(Site):
                     f"adapter {self.active!r} is on meta, as offloaded modules are; expected it on {residual.device} "
                     "(call accelerate's offloading first, then patch_model)"
                 )
+        # Some models have layers of another width than their config says, which only a pass shows.
+        hidden = next((p.shape[0] for p in factors[1]._parameters.values() if p is not None), 0)  # 0: ZeRO's, computed
+        if hidden and residual.shape[-1:] != (hidden,):
+            raise ValueError(
+                f"{self.place} has hidden states of shape {tuple(residual.shape)}; expected (..., {hidden}), the "
+                f"hidden size in the model's config, as adapter {self.active!r} has"
+            )
         # Which of W1, W2, b1 and b2 there are. To read one that is computed would compute it once more.
         there = [factor.has(name) for name in ("weight", "bias") for factor in factors]
         downs: dict[str, Any] = self.steer_down._modules
