@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -162,6 +163,7 @@ def fit_each(
     check_ridge(ridge)
     checked_bool("sequence", sequence)
     check_tuned(tuned, site)
+    _warn_of_families(own.decoder, target.decoder)
     device = own.device if own.device.type == "cuda" else torch.device("cpu")  # others may have no float64
     parts = [_Part(some, len(own), device) for some in (batches, held_out)]
     check_tokens(parts[0].tokens, max(config.rank for config in configs))
@@ -427,6 +429,17 @@ def check_decoders(base: Decoder, tuned: Decoder) -> None:
         raise ValueError(
             f"the tuned model has {layers} layers of hidden size {hidden}; expected {sizes[0][0]} of {sizes[0][1]}, as "
             "the base has"
+        )
+
+
+def _warn_of_families(base: Decoder, tuned: Decoder) -> None:
+    """Warn of a tuned model whose layers are of other classes than the base's. Converted ones compute the same."""
+    names = [sorted({type(layer).__name__ for layer in decoder.layers}) for decoder in (base, tuned)]
+    if names[0] != names[1]:
+        warnings.warn(
+            f"the tuned model has layers {', '.join(names[1])}, the base {', '.join(names[0])}; expected a model "
+            "that was tuned from the base: the fit takes all that the two compute differently for the tuning",
+            stacklevel=4,
         )
 
 

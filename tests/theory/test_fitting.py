@@ -1,6 +1,7 @@
 """fit: the streams are those of the patched model, shares are those of its hidden states, and what is refused."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -226,6 +227,15 @@ def test_fit_in_bfloat16_of_the_model():
     model = build().to(torch.bfloat16)
     found = fit(model, tuned_of(model, 0.3), batches(), config(dtype="bfloat16"))
     assert found.adapter.tensors[Place(0)]["steer_up.weight"].dtype == torch.bfloat16 and found.share > 0.2
+
+
+def test_fit_of_a_model_of_another_family_is_told():
+    """Equal sizes do not make it a tuned one. A steered model keeps the names of its layers."""
+    with pytest.warns(UserWarning, match="^the tuned model has layers Qwen2DecoderLayer, the base LlamaDecoderLayer;"):
+        fit(build(), build("qwen2"), batches(), config())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit(build(), patch_model(build(seed=1)), batches(), config())
 
 
 def nan_model():
