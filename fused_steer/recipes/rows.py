@@ -64,6 +64,7 @@ def read_rows(data: Data) -> tuple[str, list[Row], list[Row]]:
         if unknown:
             raise ValueError(f"data.{key} names {min(unknown)!r}; expected {', '.join(COLUMNS[kind])}, of kind {kind}")
     train = [_row(row, kind, data, f"row {i} of {data.train}") for i, row in enumerate(rows, 1)]
+    _refuse_mixed(train, data.train)
     if data.end_of_text is not None and (kind == "preference" or not all(map(_is_plain, train))):
         raise ValueError(
             f"data.end_of_text is given with rows of kind {kind}; expected prompts and completions that are texts"
@@ -71,7 +72,9 @@ def read_rows(data: Data) -> tuple[str, list[Row], list[Row]]:
     if data.eval is not None:
         others = rows_of(data.eval, data.config, data.eval_split, "validation")[: data.max_rows]
         others = _filled(others, data, data.eval)
-        return kind, train, [_row(row, kind, data, f"row {i} of {data.eval}") for i, row in enumerate(others, 1)]
+        held_out = [_row(row, kind, data, f"row {i} of {data.eval}") for i, row in enumerate(others, 1)]
+        _refuse_mixed(held_out, data.eval)
+        return kind, train, held_out
     end = len(train) - int((_HELD_OUT if data.held_out is None else data.held_out) * len(train))
     return kind, train[:end], train[end:]
 
@@ -245,11 +248,13 @@ def _row(row: Row, kind: str, data: Data, where: str) -> Row:
         )
     found = {name: row[column] for name, column in own.items()}
     for name, value in found.items():
-        if name == "input":
-            found[name] = value or ""
+        if name == "input" and value in (None, ""):
+            found[name] = ""
         elif not is_text(value) or (kind in ("alpaca", "text") and not isinstance(value, str)):
             expected = "a text" if kind in ("alpaca", "text") else "a text, or a list of messages"
             raise ValueError(f"{where}: {own[name]} is {value!r:.60}; expected {expected}")
+        elif isinstance(value, str) and not _is_unicode(value):
+            raise ValueError(f"{where}: {own[name]} is {value!r:.60}, half of a surrogate pair; expected a text")
     if kind == "alpaca":
         template = _WITH_INPUT if found.get("input", "").strip() else _WITHOUT_INPUT
         return {"prompt": template.format(**found), "completion": found["output"]}
@@ -259,6 +264,24 @@ def _row(row: Row, kind: str, data: Data, where: str) -> Row:
     if len(forms) > 1:
         return {name: _as_messages(name, value) for name, value in found.items()}
     return found
+
+
+def _is_unicode(text: str) -> bool:
+    """Return whether a text can be written as UTF-8. JSON can hold one half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _refuse_mixed(rows: list[Row], source: str) -> None:
+    """Check that all rows are texts, or all are messages."""
+    forms = [_is_plain(row) for row in rows]
+    if True in forms and False in forms:
+        first = "texts" if forms[0] else "messages"
+        other, number = "messages" if forms[0] else "texts", forms.index(not forms[0]) + 1
+        raise ValueError(f"row {number} of {source} is of {other}; expected {first}, as row 1")
 
 
 def _answered(messages: Any, where: str) -> Row:

@@ -19,14 +19,14 @@ from .._version import __version__
 from ..adapters.files import refuse_foreign
 from ..adapters.hub import CARD_NAME, model_card
 from ..adapters.kinds import JOINT_NAME, LORA_TYPE, method_in
-from ..adapters.saving import check_output, write_whole
+from ..adapters.saving import check_output, made_folder, write_whole
 from ..diagnostics import diagnose
 from ..diagnostics.diagnosis import Diagnosis
 from ..diagnostics.figures import check_matplotlib
 from ..joint import lora_parameters, refuse_adapter_beside, save_joint, steering_parameters
 from ..model.decoder import find_decoder, meta_model, refuse_adapter
 from ..patch import patch_model
-from ..tools.prompts import encode, refuse_long_texts, room_of
+from ..tools.prompts import encode, refuse_long_texts, room_of, templated
 from .figures import draw_losses, draw_shifts
 from .recipe import Recipe, Training
 from .rows import Row, read_rows, text_of, tokens_without_end
@@ -109,9 +109,11 @@ def train(recipe: Recipe, *, resume: bool = False, say: Callable[[str], None] = 
     """
     plan = check(recipe)
     last = check_out(recipe, resume)
-    trainer, tokenizer = _trainer(plan)
+    with made_folder(Path(recipe.out, "run")):  # by the trainer, before it is known whether the rows can be trained on
+        trainer, tokenizer = _trainer(plan)
+        model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+        _check_room(trainer, room_of(model))
     first = trainer.is_world_process_zero()
-    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     if first:
@@ -121,7 +123,6 @@ def train(recipe: Recipe, *, resume: bool = False, say: Callable[[str], None] = 
         if not getattr(trainer.args, "packing", False) and len(trainer.train_dataset) < len(plan.train):
             cut = len(plan.train) - len(trainer.train_dataset)
             say(f"cut       {cut} rows are left out: their completion begins beyond {trainer.args.max_length} tokens")
-    _check_room(trainer, room_of(model))
     before = trainer.evaluate()["eval_loss"] if plan.held_out else None
     if last is not None and _steps_done(last) == recipe.training.max_steps:  # the Trainer would do a step more
         trainer._load_from_checkpoint(last)
@@ -291,7 +292,11 @@ def _arguments(recipe: Recipe, kind: str, evaluates: bool) -> Any:
 
 
 def _trainer(plan: Plan) -> tuple[Any, Any]:
-    """Load and prepare the model. Return its trainer and its tokenizer."""
+    """Load and prepare the model. Return its trainer and its tokenizer.
+
+    Raises:
+        ValueError: the chat template fails on a row; or see `_load`.
+    """
     from datasets import Dataset
 
     recipe = plan.recipe
@@ -333,7 +338,13 @@ def _trainer(plan: Plan) -> tuple[Any, Any]:
             for part, rate in zip((steering_parameters(model), lora_parameters(model)), recipe.rates, strict=True)
         ]
         options["optimizers"] = (torch.optim.AdamW(groups, weight_decay=recipe.training.weight_decay), None)
-    return _trainer_class(method.kind, plan.kind)(model, **options), tokenizer
+    try:
+        return _trainer_class(method.kind, plan.kind)(model, **options), tokenizer
+    except Exception:  # a chat template may raise any
+        for messages in map(text_of, (*plan.train, *plan.held_out)):
+            if isinstance(messages, list):
+                templated(tokenizer, messages, tokenize=False)
+        raise
 
 
 def _trainer_class(method: str, kind: str) -> Any:

@@ -88,7 +88,7 @@ def encode(
         whole: refuse a prompt without tokens, or with more than `max_length`, instead of cutting it.
 
     Raises:
-        ValueError: a prompt is refused, or is of messages and the tokenizer has no chat template.
+        ValueError: a prompt is refused, or is of messages and the tokenizer has no chat template, or one that fails.
     """
     rows = [_ids(tokenizer, prompt, whole) for prompt in prompts]
     for prompt, row in zip(prompts, rows, strict=True) if whole else ():
@@ -128,10 +128,8 @@ def templated(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **options: 
         raise
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        roles = ", ".join(str(message.get("role")) for message in messages)
         raise ValueError(
-            f"the tokenizer's chat template fails on messages of {roles:.200} ({reason:.200}); expected messages that "
-            "it takes"
+            f"the tokenizer's chat template fails on {messages!r:.200} ({reason:.200}); expected messages that it takes"
         ) from error
 
 

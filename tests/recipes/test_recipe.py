@@ -281,6 +281,13 @@ def test_recipe_rows_by_a_template(tmp_path):
         ([{"text": "a"}, {"txt": "b"}], {}, ("row 2 of", "has the columns txt; expected text")),
         ([{"prompt": "a", "completion": 3}], {}, ("row 1 of", "completion is 3; expected a text")),
         ([{"prompt": "a", "completion": ""}], {}, ("completion is ''",)),
+        ([{"instruction": "a", "output": "b", "input": 5}], {}, ("row 1 of", "input is 5; expected a text")),
+        ([{"text": "a"}, {"text": "\ud800"}], {}, ("row 2 of", "text is '\\ud800', half of a surrogate pair")),
+        (
+            [{"prompt": "a", "completion": "b"}, {"prompt": CHAT[:1], "completion": CHAT[1:]}],
+            {},
+            ("row 2 of", "is of messages; expected texts, as row 1"),
+        ),
         ([{"text": "a"}], {"kind": "txt"}, ("data.kind is 'txt'; expected one of preference, completion",)),
         ([{"text": "a"}], {"columns": {"prompt": "q"}}, ("data.columns names 'prompt'; expected text, of kind text",)),
         ([{"messages": CHAT[:1]}], {}, ("expected a list that ends with the assistant's",)),

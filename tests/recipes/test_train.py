@@ -179,6 +179,21 @@ def test_train_refuses_chats_without_a_template(recipe, tiny, tmp_path, monkeypa
         train(read_recipe(recipe(rows), [f"model={plain}"]))
 
 
+def test_train_names_the_row_that_its_chat_template_refuses(recipe, tmp_path):
+    """And leaves no folder. Templates may raise any exception, such as jinja2's of a role that they do not know."""
+    rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]} for _ in range(4)]
+    rows[2]["messages"][0]["content"] = None
+    with refused(ValueError, "chat template fails on", "'content': None", "expected messages that it takes"):
+        train(read_recipe(recipe(rows)))
+    assert not (tmp_path / "out").exists()
+
+
+def test_train_refused_after_its_trainer_is_made_leaves_no_folder(recipe, tmp_path):
+    with refused(ValueError, "no row to train on has a completion within 8 tokens"):
+        train(read_recipe(recipe([{"prompt": "a" * 50, "completion": "b"}] * 4, data={"max_length": 8})))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("kind", ["joint", "joint-orth"])
 def test_train_joint_with_a_rate_for_each(recipe, tiny, tmp_path, kind, monkeypatch):
     from trl import SFTTrainer

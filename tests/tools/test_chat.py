@@ -168,10 +168,8 @@ def test_chat_goes_on_after_an_answer_that_fails(capsys):
     talk_to(talk, iter(lines), new_console())
     found = capsys.readouterr().out.splitlines()
     assert len(found) == 1 + len(lines) and "probability tensor contains either" in found[3]
-    assert found[4] == (
-        "the tokenizer's chat template fails on messages of user, assistant, user (no x); expected messages that it "
-        "takes"
-    )
+    assert found[4].startswith("the tokenizer's chat template fails on [{'role': 'user', 'content': 'hi'}, ")
+    assert found[4].endswith(" (no x); expected messages that it takes")
     assert [message["content"] for message in talk.messages[::2]] == ["hi", "ha"]
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 
+import jinja2
 import pytest
 import torch
 from models import build, refused
@@ -37,6 +38,15 @@ def test_prompts_of_chats_end_where_the_assistant_answers():
     assert said == ["<a>", "<ab"]
     with pytest.raises(ValueError, match="the tokenizer has no chat template"):
         encode(type("Plain", (Letters,), {"chat_template": None})(), [CHAT], 9, 1)
+
+
+def test_prompts_that_a_chat_template_refuses():
+    class Refusing(Letters):
+        def apply_chat_template(self, *_, **__):
+            raise jinja2.TemplateError("System role not supported")
+
+    with pytest.raises(ValueError, match=r"chat template fails on \[.*\] \(System role not supported\); expected"):
+        encode(Refusing(), [CHAT], 9, 1)
 
 
 def test_prompts_keep_their_blanks(tmp_path):
