@@ -380,8 +380,12 @@ def _versions(tensors: Iterable[Tensor]) -> tuple[Any, ...]:
 
 
 def _moves_unseen(optimizer: Optimizer) -> bool:
-    """Return whether the step used PyTorch's fused kernels. These move parameters without changing their version."""
-    groups = (group for group in optimizer.param_groups if group.get("fused"))
+    """Return whether the step may have moved parameters without changing their version.
+
+    PyTorch's fused kernels do, and optimizers of other libraries with kernels of their own, such as bitsandbytes'.
+    """
+    own = type(optimizer).__module__.startswith("torch.optim.")
+    groups = (group for group in optimizer.param_groups if not own or group.get("fused"))
     return any(p.grad is not None for group in groups for p in group["params"])
 
 

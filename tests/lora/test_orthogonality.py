@@ -216,6 +216,27 @@ def test_orthogonality_after_every_step_of_a_fused_optimizer():
         assert overlap(constrained(model), written(model, MLP)) <= 1e-6
 
 
+class ByData(torch.optim.Optimizer):
+    """An optimizer that writes through `.data`, which does not raise the versions of the parameters either."""
+
+    def step(self):
+        for parameter in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            parameter.data.sub_(self.defaults["lr"] * parameter.grad.sign())
+
+
+@pytest.mark.parametrize("name", ["by data", "AdamW8bit", "Lion", "PagedAdamW"])
+def test_orthogonality_after_every_step_of_another_librarys_optimizer(name):
+    model = joint()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if name == "by data":
+        optimizer = ByData(parameters, {"lr": 1e-2})
+    else:
+        library = pytest.importorskip("bitsandbytes", reason="needs bitsandbytes (the extra quant)")
+        optimizer = getattr(library.optim, name)(parameters, lr=1e-2)
+    for _ in steps(model, 2, optimizer):
+        assert overlap(constrained(model), written(model, MLP)) <= 1e-6
+
+
 @pytest.mark.parametrize("narrow_lora", [False, True], ids=["B in fp32", "B in bf16"])
 def test_orthogonality_after_every_step_in_bf16(narrow_lora):
     model = get_peft_model(
