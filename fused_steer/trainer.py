@@ -8,6 +8,7 @@ model's checkpoints, because the Trainer has written it before callbacks run, an
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -18,7 +19,7 @@ import transformers
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.modelcard import extract_hyperparameters_from_trainer
-from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ._version import __version__
@@ -47,10 +48,17 @@ class SteeringCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Raise ValueError if the model is not steered, FileNotFoundError if the checkpoint lacks the steering."""
+        """Restore the steering of a resumed run.
+
+        Raises:
+            ValueError: the model is not steered, or the checkpoint is another than the Trainer resumes from.
+            FileNotFoundError: the checkpoint lacks the steering.
+        """
         steering = steering_of(kwargs["model"])
         if state.global_step:
-            steering.restore(_folder(self.resume_from or _checkpoint(args, state), steering.active))
+            checkpoint = Path(self.resume_from or _checkpoint(args, state))
+            _check_resumed(checkpoint, state)
+            steering.restore(_folder(checkpoint, steering.active))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         steering = steering_of(kwargs["model"])
@@ -70,6 +78,20 @@ def _folder(checkpoint: str | os.PathLike[str], name: str | None) -> Path:
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(str(args.output_dir), f"checkpoint-{state.global_step}")
+
+
+def _check_resumed(checkpoint: Path, state: TrainerState) -> None:
+    """Check that the Trainer resumes from this checkpoint, as far as its log tells. No callback is told the path."""
+    file = checkpoint / TRAINER_STATE_NAME
+    if not file.is_file():
+        return
+    saved = TrainerState.load_from_json(str(file))
+    here, resumed = ((one.global_step, json.dumps(one.log_history)) for one in (saved, state))
+    if here != resumed:
+        raise ValueError(
+            f"{checkpoint} is not the checkpoint that the Trainer resumes from (another step or log); expected "
+            "SteeringCallback(resume_from=...) with that one"
+        )
 
 
 def training_of(trainer: Trainer) -> Training:

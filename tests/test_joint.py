@@ -543,6 +543,24 @@ def test_joint_a_checkpoint_without_steering_is_not_resumed(tmp_path):
         trainer(joint(), tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
 
 
+@pytest.mark.parametrize("given", [None, "first"])
+def test_joint_steering_of_another_run_is_not_resumed(tmp_path, given):
+    """The Trainer resumes the second run; the callback would restore the first one's steering, of the same step."""
+    folders = [tmp_path / name / f"checkpoint-{STEPS // 2}" for name in ("first", "second")]
+    for seed, folder in enumerate(folders):
+        trainer(joint(), folder.parent, seed=seed).train()
+    model = joint(seed=1)
+    run = trainer(model, folders[0].parent if given is None else tmp_path / "third")
+    if given is not None:
+        run.remove_callback(SteeringCallback)
+        run.add_callback(SteeringCallback(folders[0]))
+    with refused(ValueError, str(folders[0]), "is not the checkpoint that the Trainer resumes from", "resume_from"):
+        run.train(resume_from_checkpoint=str(folders[1]))
+    run.remove_callback(SteeringCallback)
+    run.add_callback(SteeringCallback(folders[1]))
+    run.train(resume_from_checkpoint=str(folders[1]))
+
+
 def said(caught: Any) -> list[str]:
     return [str(warning.message) for warning in caught if "steering adapter" in str(warning.message)]
 
