@@ -11,7 +11,7 @@ from .._hub_access import reaching_hub
 from ..evaluation.on_paper import PREFIX
 from ..paper.answering import IGNORED, Text, chat_of
 from ..paper.data import Example, Limits, load
-from ..tools.prompts import Prompt, is_text
+from ..tools.prompts import Prompt, is_text, is_unicode
 from .recipe import Data
 
 Row = dict[str, Any]
@@ -253,7 +253,7 @@ def _row(row: Row, kind: str, data: Data, where: str) -> Row:
         elif not is_text(value) or (kind in ("alpaca", "text") and not isinstance(value, str)):
             expected = "a text" if kind in ("alpaca", "text") else "a text, or a list of messages"
             raise ValueError(f"{where}: {own[name]} is {value!r:.60}; expected {expected}")
-        elif isinstance(value, str) and not _is_unicode(value):
+        elif isinstance(value, str) and not is_unicode(value):
             raise ValueError(f"{where}: {own[name]} is {value!r:.60}, half of a surrogate pair; expected a text")
     if kind == "alpaca":
         template = _WITH_INPUT if found.get("input", "").strip() else _WITHOUT_INPUT
@@ -264,15 +264,6 @@ def _row(row: Row, kind: str, data: Data, where: str) -> Row:
     if len(forms) > 1:
         return {name: _as_messages(name, value) for name, value in found.items()}
     return found
-
-
-def _is_unicode(text: str) -> bool:
-    """Return whether a text can be written as UTF-8. JSON can hold one half of a surrogate pair."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _refuse_mixed(rows: list[Row], source: str) -> None:

@@ -72,6 +72,15 @@ def is_text(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(map(_is_message, value))
 
 
+def is_unicode(text: str) -> bool:
+    """Return whether a text can be written as UTF-8. JSON can hold one half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _is_message(value: Any) -> bool:
     return isinstance(value, Mapping) and isinstance(value.get("role"), str) and "content" in value
 
@@ -107,6 +116,8 @@ def encode(
 
 def _ids(tokenizer: Any, prompt: Prompt, whole: bool = False) -> list[int]:
     if isinstance(prompt, str):
+        if not is_unicode(prompt):
+            raise ValueError(f"a text has half of a surrogate pair, {prompt!r:.60}; expected one that UTF-8 can hold")
         return tokenizer(prompt)["input_ids"]
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError("a prompt is a list of messages, but the tokenizer has no chat template; expected text")

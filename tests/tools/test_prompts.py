@@ -49,6 +49,11 @@ def test_prompts_that_a_chat_template_refuses():
         encode(Refusing(), [CHAT], 9, 1)
 
 
+def test_prompts_that_are_no_unicode():
+    with pytest.raises(ValueError, match="a text has half of a surrogate pair, .*; expected one that UTF-8 can hold"):
+        encode(Letters(), ["a", "b\ud800"], 9, 1)
+
+
 def test_prompts_keep_their_blanks(tmp_path):
     (tmp_path / "p.txt").write_bytes("  a b \r\n\u2028c\n".encode())
     assert read_prompts(tmp_path / "p.txt") == ["  a b ", "\u2028c"]
