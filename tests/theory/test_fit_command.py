@@ -40,7 +40,7 @@ def place(tmp_path_factory):
         models["broken"].model.layers[2].mlp.down_proj.weight[0, 0] = float("inf")
     for name, model in models.items():
         model.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
+    tokenizer.save_pretrained(folder / "base")  # not beside the tuned model, which is given the base's tokens
     steered = patch_model(AutoModelForCausalLM.from_pretrained(folder / "base"))
     randomize(steered)
     steered.steering.save(folder / "steering")
