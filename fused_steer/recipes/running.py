@@ -241,6 +241,10 @@ _KEYS = {
 }
 
 
+#: Fields of TRL's arguments that only an optimizer of the Trainer's own reads.
+_OF_OPTIMIZERS = ("optim", "optim_args", "optim_target_modules", "adam_beta1", "adam_beta2", "adam_epsilon")
+
+
 def _arguments(recipe: Recipe, kind: str, evaluates: bool) -> Any:
     """Return TRL's arguments for the recipe."""
     from trl import DPOConfig, SFTConfig
@@ -279,6 +283,12 @@ def _arguments(recipe: Recipe, kind: str, evaluates: bool) -> Any:
     for name in t.arguments:
         if name in _KEYS:
             raise ValueError(f"training.arguments has {name}; expected the recipe's own key, {_KEYS[name]}")
+    ignored = [name for name in t.arguments if name in _OF_OPTIMIZERS] if "joint" in recipe.method.kind else []
+    if ignored:
+        raise ValueError(
+            f"training.arguments has {ignored[0]} with kind {recipe.method.kind!r}, which trains by torch's AdamW "
+            "with a learning rate for each part; expected it not given"
+        )
     cls = DPOConfig if kind == "preference" else SFTConfig
     known = [one.name for one in dataclasses.fields(cls)]
     for name in t.arguments:

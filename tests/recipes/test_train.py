@@ -341,6 +341,9 @@ def test_train_checks_before_a_model_is_loaded(recipe, tmp_path, monkeypatch):
     refuses("has the columns question; expected those of a kind", rows=[{"question": "a"}])
     refuses(f"layers has {LAYERS}", method={"steering": {"layers": [LAYERS]}})
     refuses("unknown key training.arguments.packng; expected packing", training={"arguments": {"packng": True}})
+    for kind in ("joint", "joint-orth"):
+        wrong = {"arguments": {"optim": "lion_8bit"}}
+        refuses(f"training.arguments has optim with kind {kind!r}", method={"kind": kind}, training=wrong)
     refuses("arguments has learning_rate; expected the recipe's", training={"arguments": {"learning_rate": 1}})
     refuses("training.eval_steps is 1, and no rows are held out", training={"eval_steps": 1}, data={"held_out": 0})
     refuses("training.beta is 0.3 with rows of kind completion", training={"beta": 0.3})
