@@ -394,9 +394,10 @@ class SteeringSite(Site):
                     f"adapter {self.active!r} is on meta, as offloaded modules are; expected it on {residual.device} "
                     "(call accelerate's offloading first, then patch_model)"
                 )
-        # Some models have layers of another width than their config says, which only a pass shows.
+        # Some models have layers of another width than their config says, which only a pass shows. A proxy of torch.fx is
+        # refused by the op.
         hidden = next((p.shape[0] for p in factors[1]._parameters.values() if p is not None), 0)  # 0: ZeRO's, computed
-        if hidden and residual.shape[-1:] != (hidden,):
+        if hidden and isinstance(residual, Tensor) and residual.shape[-1:] != (hidden,):
             raise ValueError(
                 f"{self.place} has hidden states of shape {tuple(residual.shape)}; expected (..., {hidden}), the "
                 f"hidden size in the model's config, as adapter {self.active!r} has"
