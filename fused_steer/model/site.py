@@ -394,8 +394,8 @@ class SteeringSite(Site):
                     f"adapter {self.active!r} is on meta, as offloaded modules are; expected it on {residual.device} "
                     "(call accelerate's offloading first, then patch_model)"
                 )
-        # Some models have layers of another width than their config says, which only a pass shows. A proxy of torch.fx is
-        # refused by the op.
+        # Some models have layers of another width than their config says, which only a pass shows. The op refuses
+        # proxies of torch.fx.
         hidden = next((p.shape[0] for p in factors[1]._parameters.values() if p is not None), 0)  # 0: ZeRO's, computed
         if hidden and isinstance(residual, Tensor) and residual.shape[-1:] != (hidden,):
             raise ValueError(
