@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .adapters.distributed import is_first
 from .adapters.files import AdapterFile, refuse_foreign, write_adapter
-from .adapters.kinds import CHECKPOINT_FOLDER
+from .adapters.kinds import CHECKPOINT_FOLDER, CONFIG_NAME, PEFT_TYPE, WEIGHTS_NAME, method_in
 from .adapters.parameters import SITE
 from .adapters.saving import target_folder
 from .model.weak import Weakly, what_is_left
@@ -72,6 +72,7 @@ class SavePretrained:
 
         The adapter in use is written to the directory itself if the weights are one file, no LoRA is there, and its
         only site is post_block. Otherwise, or if there are several adapters, each is written to `fused_steer/<name>/`.
+        Steering of an earlier save in the directory itself is replaced, or removed.
 
         Raises:
             ValueError: an adapter cannot be saved (see `Steering.save`), or the directory holds another method's
@@ -106,6 +107,10 @@ class SavePretrained:
             if importlib.util.find_spec("peft") is not None:
                 with contextlib.suppress(ImportError):  # raised for an untried version of PEFT
                     from . import peft  # noqa: F401  (registers the method for from_pretrained)
+        elif files and method_in(target) == PEFT_TYPE:
+            # patch_model and from_pretrained would take it for this save's.
+            for name in (CONFIG_NAME, WEIGHTS_NAME):
+                (target / name).unlink(missing_ok=True)
 
 
 def saving_of(given: Any, model: Any, decoder: Any, steering: Adapters) -> list[SavePretrained | PeftCheckpoints]:

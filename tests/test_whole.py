@@ -80,6 +80,21 @@ def test_whole_at_another_site_it_lies_where_patch_model_finds_it(tmp_path):
     assert torch.equal(logits(patch_model(again, tmp_path)), logits(model))
 
 
+@pytest.mark.parametrize("in_use", [True, False], ids=["other site", "none in use"])
+def test_whole_an_earlier_saves_adapter_is_not_taken_for_this_ones(tmp_path, in_use):
+    earlier = steered()
+    earlier.save_pretrained(tmp_path)
+    model = patch_model(build(), SteerConfig(rank=4, site="post_mlp" if in_use else "post_block"))
+    randomize(model, seed=2)
+    wanted = logits(model)
+    model.steering.use("default" if in_use else None)
+    model.save_pretrained(tmp_path)
+    assert adapters(tmp_path) == ["fused_steer/default"]
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(again), logits(build()))
+    assert torch.equal(logits(patch_model(again, tmp_path)), wanted)
+
+
 def test_whole_in_shards_it_lies_where_a_trainer_does_not_take_it_for_all_there_is(tmp_path):
     model = steered()
     model.save_pretrained(tmp_path, max_shard_size="20KB")
