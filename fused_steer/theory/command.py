@@ -158,14 +158,17 @@ def table_of(found: Fit) -> Table:
     for layer in found.layers:
         shares = (layer.share, layer.held_out, layer.token, layer.rest, layer.reach)
         growth = "-" if layer.growth is None else f"{layer.growth:.2f}"
-        cells = ("-" if s is None or math.isnan(s) else f"{s:.1%}" for s in shares)
-        table.add_row(str(layer.layer), f"{layer.oracle:.3g}", *cells, growth)
+        table.add_row(str(layer.layer), f"{layer.oracle:.3g}", *map(_percent, shares), growth)
     table.caption = (
         "share: of δh = h_tuned − h_base, what the steered stream has after the layer; of the rest: of what the "
         "adapters before it had left; at best: share of any function with values in as many directions as the rank; "
         "growth: of the distance to the tuned model in the layer"
     )
     return table
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None or math.isnan(share) else f"{share:.1%}"
 
 
 def run(options: FitOptions, console: Console) -> None:
@@ -227,10 +230,10 @@ def run(options: FitOptions, console: Console) -> None:
         say("share     none: the tuned model's hidden states after the last layer are the base's")
     elif options.sequence:
         where = "after" if config.site == SITE else f"at {config.site} of"
-        held_out = "" if found.held_out is None else f", {found.held_out:.1%} on held-out prompts"
+        held_out = "" if found.held_out is None else f", {_percent(found.held_out)} on held-out prompts"
         say(
             f"share     {found.share:.1%} of the oracle {where} the last layer{held_out}; of a median token's "
-            f"{found.token:.1%}"
+            f"{_percent(found.token)}"
         )
     if options.error is not None:
         missed, layer = found.missed

@@ -42,7 +42,8 @@ class LayerFit:
     stream expresses after this layer, with what the adapters before it do; NaN where there is no oracle. held_out: the
     same over prompts that were not fitted on, None without them. token: the median over tokens of a token's own share,
     1 − ‖h_tuned − h_steered‖² / ‖δh‖², of those held out if there are any: sums may be those of a few tokens whose
-    hidden states are far larger than all others, such as the first of a prompt. rest: of what was left to do at this
+    hidden states are far larger than all others, such as the first of a prompt. Tokens without an oracle, such as those
+    before the first that was trained, have no share; NaN if all are. rest: of what was left to do at this
     layer, h_tuned − h before the adapter, the share that it expresses; None at a layer without an adapter. reach: the
     largest share that values in as many directions as the rank (with the bias) can have, of whatever function of the
     token; None at a layer without an adapter. growth: the distance to the tuned model's hidden states before this
@@ -76,9 +77,12 @@ class Fit:
     @property
     def missed(self) -> tuple[float, int]:
         """The largest share of the oracle that is missed after a layer with an adapter, and the first such layer; of
-        held-out prompts, if there are any."""
+        held-out prompts, if there are any with an oracle."""
         steered = [layer for layer in self.layers if layer.rest is not None]
-        shares = [(layer.share if layer.held_out is None else layer.held_out, layer.layer) for layer in steered]
+        shares = [
+            (layer.share if layer.held_out is None or math.isnan(layer.held_out) else layer.held_out, layer.layer)
+            for layer in steered
+        ]
         missed = [(1 - share, -index) for share, index in shares if not math.isnan(share)]
         worst, index = max(missed, default=(0.0, 0))
         return worst, -index
@@ -336,7 +340,7 @@ def _measured(
         float((oracles[0] / sizes).sqrt().median()),
         shares[0],
         shares[1] if shown else None,
-        float((1 - left[shown][1] / oracles[shown]).median()),
+        _median_share(oracles[shown], left[shown][1]),
         None if out_of_reach is None else _share(*left[0]),
         None if out_of_reach is None or not whole else 1 - out_of_reach / whole,
         math.sqrt(coming / left_before) if left_before else None,
@@ -347,6 +351,12 @@ def _share(whole: Tensor, rest: Tensor) -> float:
     """1 − Σ rest / Σ whole; NaN where there is nothing."""
     total = float(whole.sum())
     return 1 - float(rest.sum()) / total if total else math.nan
+
+
+def _median_share(oracle: Tensor, after: Tensor) -> float:
+    """The median over the tokens with an oracle of 1 − after / oracle; NaN where there is none."""
+    there = oracle > 0
+    return float((1 - after[there] / oracle[there]).median()) if there.any() else math.nan
 
 
 def _tokens(states: Tensor, kept: Tensor, device: torch.device) -> Tensor:

@@ -1,6 +1,8 @@
 """fit: the streams are those of the patched model, shares are those of its hidden states, and what is refused."""
 
 import copy
+import json
+import math
 import warnings
 
 import pytest
@@ -221,6 +223,25 @@ def test_fit_of_a_model_with_no_shift_is_an_adapter_that_does_nothing():
     found = fit(model, copy.deepcopy(model), batches(), config())
     assert all(not named["steer_down.weight"].any() for named in found.adapter.tensors.values())
     assert all(layer["share"] is None for layer in found.as_dict()["layers"])
+
+
+def test_fit_a_median_token_is_of_those_with_an_oracle():
+    base, tuned = build(), build()
+    new = 5  # one token is trained, such as an added one: nothing before it in a prompt moves
+    with torch.no_grad():
+        tuned.get_input_embeddings().weight[new] += 0.3
+    given = {"input_ids": tokens(batch=6, length=12), "attention_mask": torch.ones(6, 12, dtype=torch.long)}
+    given["input_ids"][given["input_ids"] == new] = 6
+    without = copy.deepcopy(given)
+    given["input_ids"][:, 9] = new
+    found = fit(base, tuned, [given], config(layers=[1]))
+    h, wanted = (states(model, [given]) for model in (base, tuned))
+    moved = (wanted[0] - h[0]).square().sum(1) > 0
+    assert 0 < moved.sum() < len(moved) / 2 and found.layers[0].token == 0  # no adapter comes before
+    assert all(-10 < layer.token < 1 for layer in found.layers)
+    held_out = fit(base, tuned, [given], config(layers=[1]), held_out=[without])
+    json.dumps(held_out.as_dict(), allow_nan=False)
+    assert math.isnan(held_out.token) and held_out.missed == found.missed and found.missed[0] > 0
 
 
 def test_fit_in_bfloat16_of_the_model():
