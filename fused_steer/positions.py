@@ -15,6 +15,7 @@ Several names can be joined by "+": "first_7+last_7", "last_prompt+generated". P
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
@@ -91,6 +92,40 @@ def read_positions(given: Any) -> Positions:
     if max(first) == _EVERY:
         last = (0,)
     return Positions(max(first), max(last), any(generated))
+
+
+def kept_tokens(batch: Any) -> Tensor:
+    """Return which tokens of a batch count, (B · T,) bool on the CPU: those that `attention_mask` does not mask.
+
+    Args:
+        batch: `input_ids` (B, T), with or without an `attention_mask` (B, T).
+
+    Raises:
+        TypeError: it is no mapping with a tensor `input_ids`, or the mask is no tensor.
+        ValueError: `input_ids` has another number of dimensions, or the mask another shape.
+    """
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"a batch is a {type(batch).__name__}; expected a mapping with a tensor input_ids")
+    if ids.ndim != 2:
+        raise ValueError(f"input_ids is {tuple(ids.shape)}; expected (rows, tokens)")
+    mask = batch.get("attention_mask")
+    if mask is None:
+        return torch.ones(ids.numel(), dtype=torch.bool)
+    check_like_ids("attention_mask", mask, ids)
+    return mask.bool().flatten().cpu()
+
+
+def check_like_ids(name: str, given: Any, ids: Tensor) -> None:
+    """Check that a batch has a tensor of the shape of `input_ids`.
+
+    Raises:
+        TypeError, ValueError: it is no tensor, or of another shape.
+    """
+    if not isinstance(given, Tensor):
+        raise TypeError(f"{name} is a {type(given).__name__}; expected a tensor {tuple(ids.shape)}, as input_ids")
+    if given.shape != ids.shape:
+        raise ValueError(f"{name} is {tuple(given.shape)}; expected {tuple(ids.shape)}, as input_ids")
 
 
 def _read_part(part: str) -> tuple[int, int, bool] | None:

@@ -22,6 +22,7 @@ from ..lora.layers import is_lora
 from ..lora.writers import Writer, choose_writers, trace_writers
 from ..model.decoder import find_decoder, inside_peft
 from ..model.site import Site, SteeringSite
+from ..positions import check_like_ids, kept_tokens
 from .diagnosis import Diagnosis
 from .flow import Flow, first
 from .records import BINS, LEADING, LEVELS, Alignment, Cosine, LayerDiagnosis, Spread
@@ -58,9 +59,9 @@ def diagnose(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Diagnosi
     Raises:
         RuntimeError: steering is disabled, or a batch is running.
         ValueError: the model is not patched, no adapter is active, the modules that write into the residual stream are
-            not found, the batches hold no token to measure, a mask has another shape, or FSDP or ZeRO has sharded the
-            model.
-        TypeError: a batch is not a mapping with `input_ids`.
+            not found, the batches hold no token to measure, a mask or labels that are used have another shape, or FSDP
+            or ZeRO has sharded the model.
+        TypeError: a batch is not a mapping with `input_ids`, or its mask, or labels that are used, are no tensor.
     """
     steering = steering_of(model)
     steering.check_measurable("diagnose is called")
@@ -126,26 +127,21 @@ def _run(
         for one in observed:
             stack.enter_context(one.watching())
         for batch in batches:
-            if not isinstance(batch, Mapping) or not isinstance(batch.get("input_ids"), Tensor):
-                raise TypeError(f"a batch is a {type(batch).__name__}; expected a mapping with a tensor input_ids")
+            keep = kept_tokens(batch).nonzero().squeeze(1).to(device)
+            if not len(keep):
+                continue
             inputs = {
                 name: value.to(device) if isinstance(value, Tensor) else value
                 for name, value in batch.items()
                 if name != "labels"
             }
-            ids, mask = inputs["input_ids"], inputs.get("attention_mask")
-            if mask is None:
-                mask = torch.ones_like(ids)
-            if mask.shape != ids.shape:
-                raise ValueError(f"attention_mask is {tuple(mask.shape)}; expected {tuple(ids.shape)}, as input_ids")
-            keep = mask.reshape(-1).nonzero().squeeze(1)
-            if not len(keep):
-                continue
             for one in observed:
                 one.keep = keep
             labels = batch.get("labels")
-            tells = isinstance(labels, Tensor) and observed[0].site.gains is not None
-            told = steering.prompts(labels == IGNORED) if tells else contextlib.nullcontext()
+            told: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+            if labels is not None and observed[0].site.gains is not None:
+                check_like_ids("labels", labels, batch["input_ids"])
+                told = steering.prompts(labels == IGNORED)
             with told:
                 decoder(**inputs, use_cache=False)
             tokens += len(keep)

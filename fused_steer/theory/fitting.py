@@ -24,9 +24,9 @@ from ..adapters.parameters import DOWN, DOWN_BIAS, SITE, UP, UP_BIAS, ByPlace, P
 from ..config import DTYPES, SteerConfig, checked_bool, checked_number
 from ..kernels import post_block
 from ..model.decoder import Decoder, inside_peft
-from ..positions import ALL
+from ..positions import ALL, kept_tokens
 from ..steering import Steering
-from .lockstep import Batch, Stream, evaluating, kept_tokens, with_site
+from .lockstep import Batch, Stream, evaluating, with_site
 from .nonlinear import best_nonlinear
 from .regression import Moments, Shift, best_affine, check_tokens
 
@@ -138,7 +138,7 @@ def fit(
             "loreft", has a strength, or a b1 with the identity; the rank is beyond the hidden size; the tuned model's
             adapter has positions; there are too few tokens; or a hidden state is not finite.
         RuntimeError: a batch of the tuned model is running.
-        TypeError: a batch is no mapping with `input_ids`.
+        TypeError: a batch is no mapping with `input_ids`, or its mask is no tensor.
     """
     config = SteerConfig(activation="identity", up_bias=True) if config is None else config
     return fit_each(base, tuned, batches, [config], held_out=held_out, ridge=ridge, sequence=sequence)[0]

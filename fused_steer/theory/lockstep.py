@@ -23,22 +23,6 @@ from ..patch import patch_model
 Batch = Mapping[str, Any]
 
 
-def kept_tokens(batch: Batch) -> Tensor:
-    """Which tokens of a batch count, (B · T,): those that `attention_mask` does not mask.
-
-    Raises:
-        TypeError: the batch is no mapping with `input_ids`.
-        ValueError: the mask has another shape.
-    """
-    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
-    if not isinstance(ids, Tensor):
-        raise TypeError(f"a batch is a {type(batch).__name__}; expected a mapping with a tensor input_ids")
-    mask = batch.get("attention_mask", torch.ones_like(ids))
-    if mask.shape != ids.shape:
-        raise ValueError(f"attention_mask is {tuple(mask.shape)}; expected {tuple(ids.shape)}, as input_ids")
-    return mask.bool().flatten()
-
-
 class Stream:
     """The hidden states of one model between two layers, for each batch (B, T, d).
 

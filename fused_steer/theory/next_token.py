@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ..model.decoder import execution_device, find_decoder, inside_peft
-from .lockstep import Batch, evaluating, kept_tokens
+from ..positions import kept_tokens
+from .lockstep import Batch, evaluating
 
 _LOGITS = 1 << 24  # the most logits of a model that are in float32 at a time: 64 MiB
 
@@ -44,7 +45,7 @@ def divergence(model: nn.Module, tuned: nn.Module, batches: Iterable[Batch]) -> 
 
     Raises:
         ValueError: there is no token, the tuned model lacks tokens of the model's, or logits are not finite.
-        TypeError: a batch is no mapping with `input_ids`.
+        TypeError: a batch is no mapping with `input_ids`, or its mask is no tensor.
     """
     kl, same, tokens = 0.0, 0, 0
     with evaluating([model, tuned]):

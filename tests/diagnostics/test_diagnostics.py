@@ -310,7 +310,15 @@ def test_diagnostics_only_tokens_at_the_adapters_positions_are_measured(position
 
 def test_diagnostics_no_token_at_the_adapters_positions():
     model = patch_model(build(), SteerConfig(positions="generated"))
-    refused(ValueError, "no token at the adapter's positions, generated", diagnose, model, masked_batches())
+    with refused(ValueError, "no token at the adapter's positions, generated", model=model):
+        diagnose(model, masked_batches())
+    ids = tokens()
+    for kind, labels, parts in (
+        (TypeError, ids.tolist(), ("labels is a list", "a tensor (2, 9)")),
+        (ValueError, ids[:, :5], ("labels is (2, 5)", "(2, 9), as input_ids")),
+    ):
+        with refused(kind, *parts, model=model):
+            diagnose(model, [{"input_ids": ids, "labels": labels}])
 
 
 def test_diagnostics_layers_that_do_nothing_are_named():
@@ -533,6 +541,10 @@ def test_diagnostics_refusals_of_diagnose():
         diagnose(model, [{"input_ids": tokens(), "attention_mask": torch.zeros(2, 9)}])
     with refused(ValueError, "attention_mask is (2, 8)", "(2, 9)", model=model):
         diagnose(model, [{"input_ids": tokens(), "attention_mask": torch.ones(2, 8)}])
+    with refused(TypeError, "attention_mask is a list", "a tensor (2, 9), as input_ids", model=model):
+        diagnose(model, [{"input_ids": tokens(), "attention_mask": torch.ones(2, 9).tolist()}])
+    with refused(ValueError, "input_ids is (9,)", "(rows, tokens)", model=model):
+        diagnose(model, [{"input_ids": tokens()[0]}])
     with model.steering.disabled(), refused(RuntimeError, "diagnose is called while steering is disabled", model=model):
         diagnose(model, masked_batches())
     with model.steering.batch([None, None]), refused(RuntimeError, "diagnose is called inside steering.batch"):

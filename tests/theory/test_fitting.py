@@ -346,7 +346,7 @@ def test_fit_within_takes_the_first_rank_that_is_enough():
 def test_fit_without_a_mask_all_tokens_count():
     model = build()
     tuned = tuned_of(model)
-    given = [{"input_ids": tokens(batch=4)}]
+    given = [{"input_ids": tokens(batch=4), "attention_mask": None}]
     masked = [{**given[0], "attention_mask": torch.ones(4, 9, dtype=torch.long)}]
     assert fit(model, tuned, given, config()).layers == fit(model, tuned, masked, config()).layers
 
@@ -357,6 +357,8 @@ def test_fit_refuses_what_is_no_batch_and_a_steered_base():
         fit(model, model, [tokens()], config())
     with pytest.raises(ValueError, match=r"attention_mask is \(2, 8\); expected \(2, 9\)"):
         fit(model, model, [{"input_ids": tokens(), "attention_mask": torch.ones(2, 8)}], config())
+    with pytest.raises(TypeError, match="attention_mask is a list; expected a tensor"):
+        fit(model, model, [{"input_ids": tokens(), "attention_mask": torch.ones(2, 9).tolist()}], config())
     with pytest.raises(ValueError, match="the base model is steered"):
         fit(patch_model(model), build(), batches(), config())
 
