@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from ..adapters.files import AdapterFile, read_adapter
 from ..adapters.parameters import DOWN, UP, UP_BIAS, Place, steered
+from .inspect import core_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -99,14 +99,16 @@ def _same(one: AdapterFile, other: AdapterFile) -> bool:
 def _compared(place: Place, one: AdapterFile, other: AdapterFile) -> PlaceComparison:
     a, b = (_exact(file, place) for file in (one, other))
     scales = one.config.scale, other.config.scale
-    norms = [None if UP not in t else abs(s) * math.sqrt(_inner(t, t)) for t, s in zip((a, b), scales, strict=True)]
+    cores = [core_of(t) if UP in t else None for t in (a, b)]
+    norms = [None if c is None else abs(s) * float(c[1].norm()) for c, s in zip(cores, scales, strict=True)]
     biases = [
         None if UP_BIAS not in t else abs(s) * float(t[UP_BIAS].norm()) for t, s in zip((a, b), scales, strict=True)
     ]
     sign = math.copysign(1.0, scales[0] * scales[1])
     cosine = written = read = bias_cosine = None
     if norms[0] and norms[1]:
-        cosine = _clipped(sign * _inner(a, b) / math.sqrt(_inner(a, a) * _inner(b, b)))
+        assert cores[0] is not None and cores[1] is not None
+        cosine = sign * _cosine(cores[0], cores[1])
         written, read = _principal(a[UP], b[UP]), _principal(a[DOWN].t(), b[DOWN].t())
     if biases[0] and biases[1]:
         lengths = float(a[UP_BIAS].norm() * b[UP_BIAS].norm())
@@ -122,9 +124,11 @@ def _exact(file: AdapterFile, place: Place) -> dict[str, Tensor]:
     return {name: tensor.double() for name, tensor in steered(file.config.form, file.tensors[place]).items()}
 
 
-def _inner(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
-    """Return ⟨W2 W1, W2' W1'⟩_F = tr((W2ᵀ W2') (W1' W1ᵀ)), without forming a d × d matrix."""
-    return float(((a[UP].t() @ b[UP]) * (a[DOWN] @ b[DOWN].t())).sum())
+def _cosine(one: tuple[Tensor, Tensor, Tensor], other: tuple[Tensor, Tensor, Tensor]) -> float:
+    """Return ⟨W2 W1, W2' W1'⟩_F over the norms, of two that `core_of` returned, without forming a d × d matrix."""
+    (q, a, p), (q2, b, p2) = one, other
+    turned = (q.t() @ q2) @ (b / b.norm()) @ (p2.t() @ p)
+    return _clipped(float((a / a.norm() * turned).sum()))
 
 
 def _principal(a: Tensor, b: Tensor) -> float:

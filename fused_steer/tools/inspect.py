@@ -42,12 +42,24 @@ def _norms(place: Place, tensors: Mapping[str, Tensor]) -> LayerNorms:
 
     product = None
     if UP in tensors:
-        down, up = tensors[DOWN].double(), tensors[UP].double()
-        # W2 W1 = Q (R Sᵀ) Pᵀ with W2 = Q R and W1ᵀ = P S. Q and P are orthonormal, so ‖W2 W1‖ is the norm of an r x r
-        # product.
-        small = torch.linalg.qr(up, mode="r").R @ torch.linalg.qr(down.t(), mode="r").R.t()
-        product = float(torch.linalg.matrix_norm(small, 2))
+        _, core, _ = core_of({name: tensors[name].double() for name in (DOWN, UP)})
+        product = float(torch.linalg.matrix_norm(core, 2))
     return LayerNorms(place.layer, norm(DOWN), norm(UP), product, norm(DOWN_BIAS), norm(UP_BIAS), place.site)
+
+
+def core_of(t: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return Q, M and P with W2 W1 = Q M Pᵀ and orthonormal columns of Q and P, of W1 (r, d) and W2 (d, r) in float64.
+
+    M is (r, r), and Q and P are (d, r), or all are (d, d) if r is more than d.
+
+    The norm of M is that of W2 W1, also where the ranks of an adapter cancel each other, as in a sum of adapters. A sum
+    over W2ᵀ W2 and W1 W1ᵀ would then have half the digits. An M that is rounding is 0.
+    """
+    q, up = torch.linalg.qr(t[UP])
+    p, down = torch.linalg.qr(t[DOWN].t())
+    core = up @ down.t()
+    rounding = len(t[DOWN]) * torch.finfo(core.dtype).eps * t[UP].norm() * t[DOWN].norm()
+    return q, core if core.norm() > rounding else torch.zeros_like(core), p
 
 
 def describe(source: str) -> dict[str, Any]:

@@ -115,3 +115,22 @@ def test_compare_refusals(saved, tmp_path):
     wide = saved("wide", model=build(hidden_size=64), rank=2)
     assert_refused(invoke("compare", a, wide), wide, f"hidden size 64; expected {HIDDEN}")
     assert_refused(invoke("compare", a, tmp_path / "none"), tmp_path / "none", "expected")
+
+
+def test_compare_norms_of_ranks_that_cancel_each_other(tmp_path):
+    model = patch_model(build(), SteerConfig(rank=4, activation="identity"))
+    randomize(model)
+    for copied in ("b", "c"):
+        model.steering.combine({"default": 1.0}, copied)
+    for name, weights in (("none", (1.0, -1.0, 0.0)), ("rounded", (0.3, -0.1, -0.2))):
+        model.steering.combine(dict(zip(("default", "b", "c"), weights, strict=True)), name)
+        model.steering.save(tmp_path / name, name)
+    model.steering.save(tmp_path / "whole", "default")
+    none, rounded, other = (str(tmp_path / name) for name in ("none", "rounded", "whole"))
+    for place in compare(none, other).places:
+        assert place.norms[0] == 0 and place.cosine is None
+    for place in compare(rounded, other).places:
+        m, n = whole(rounded, place.layer)[0], whole(other, place.layer)[0]
+        assert 0 < m.norm() < 1e-6 * n.norm()  # what float32 leaves of 0.3 - 0.1 - 0.2
+        assert place.norms[0] == pytest.approx(float(m.norm()), rel=1e-6)
+        assert place.cosine == pytest.approx(angle(m, n), rel=1e-6)
