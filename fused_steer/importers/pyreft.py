@@ -331,7 +331,7 @@ def _checked_state(kind: _Kind, state: Any, sizes: dict[str, int]) -> dict[str, 
         expected = tuple(sizes.setdefault(letter, size) for letter, size in zip(letters, value.shape, strict=True))
         if tuple(value.shape) != expected:
             raise ValueError(f"{key} has shape {tuple(value.shape)}; expected {expected}, as those before it")
-    if sizes["r"] >= sizes["d"]:
+    if ORIGINAL in shapes and sizes["r"] >= sizes["d"]:  # torch parametrises a square R otherwise
         raise ValueError(f"its rank is {sizes['r']}; expected less than its hidden size, {sizes['d']}")
     for key in _ROTATION:
         if key in state and state[key].dtype != torch.float32:

@@ -21,7 +21,7 @@ from ..adapters.fields import MOST_JSON
 from ..adapters.files import AdapterFile
 from ..adapters.parameters import Layout, Place
 from ..adapters.saving import open_regular
-from ..config import DTYPES, SteerConfig
+from ..config import DTYPES, SteerConfig, plain
 from ..model.decoder import Decoder, find_decoder, meta_model
 
 _PATH = re.compile(r"\w+(\.\w+)*")
@@ -40,6 +40,7 @@ def layout(base: str, num_layers: int | None, layers_path: str | None) -> Layout
         TypeError: `num_layers` is not an integer.
         ValueError: an argument is missing or out of range, or the base's config cannot be read or contradicts it.
     """
+    num_layers = plain(num_layers)
     if num_layers is not None and (not isinstance(num_layers, int) or isinstance(num_layers, bool)):
         raise TypeError(f"num_layers is {num_layers!r}; expected an integer")
     if num_layers is not None and num_layers < 1:

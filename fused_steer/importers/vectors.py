@@ -77,10 +77,11 @@ def import_vector(
     if scale is None:
         raise ValueError("scale is not given; expected a number (--scale): the file does not record it")
     SteerConfig("vector", scale=scale, layers=layers)
+    order = None if layers is None else [int(index) for index in layers]  # an array's, too; rows come in this order
     target = layout(base, num_layers, layers_path)
     state = _read(checked_path(file, "file", "a control vector's"))
     with naming(file):
-        vectors = _by_layer(state, layers, target.num_layers)
+        vectors = _by_layer(state, order, target.num_layers)
         hidden, dtype = _sizes(vectors)
     named = {Place(index): {UP_BIAS: vector} for index, vector in vectors.items()}
     return assemble(file, target, hidden, named, form="vector", scale=scale, dtype=DTYPE_NAMES[dtype])

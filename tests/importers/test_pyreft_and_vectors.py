@@ -387,13 +387,16 @@ def test_pyreft_and_vectors_vectors_by_layer(name, layers, tmp_path):
     assert config == SteerConfig("vector", scale=SCALE, layers=None if len(layers) == LAYERS else [1, 2])
 
 
+@pytest.mark.parametrize("number", [int, np.int64])
 @pytest.mark.parametrize("name", ["repeng.gguf", "by_integer.pt"])
-def test_pyreft_and_vectors_layers_of_the_file_to_take(name, tmp_path):
+def test_pyreft_and_vectors_layers_of_the_file_to_take(name, number, tmp_path):
     """`layers` selects layers of the file, like layer_ids of repeng's ControlModel."""
     state, save = KINDS[name]
     vectors = directions()
     save(state(vectors), tmp_path / name)
-    found = import_vector(tmp_path / name, scale=SCALE, layers=[2, 0], **LLAMA)
+    layers = [2, 0] if number is int else np.array([2, 0])
+    options = LLAMA | {"num_layers": number(LAYERS)}
+    found = import_vector(tmp_path / name, scale=SCALE, layers=layers, **options)
     del vectors[1]
     assert assert_same_function(found, additions(vectors), tmp_path / "out").layers == (0, 2)
 

@@ -56,6 +56,8 @@ CASES: dict[str, tuple[SteerConfig, str, str, int]] = {
     "consreft not linear": (SteerConfig(rank=RANK, activation="relu", down_bias=True), "consreft", "Direft", RANK),
     "some layers": (SteerConfig(rank=RANK, layers=[0, 2]), "", "Nodireft", RANK),
     "scaled": (SteerConfig(rank=RANK, down_bias=True, up_bias=True, scale=-SCALE), "", "Nodireft", RANK + 1),
+    "as wide as the model": (SteerConfig("loreft", HIDDEN), "", "Loreft", HIDDEN),
+    "wider": (SteerConfig(rank=HIDDEN, down_bias=True, up_bias=True), "", "Nodireft", HIDDEN + 1),
     "vector": (SteerConfig("vector"), "", "Lobireft", 1),
     "vector scaled": (SteerConfig("vector", scale=SCALE, layers=[1]), "", "Lobireft", 1),
     **{
