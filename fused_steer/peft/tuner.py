@@ -326,7 +326,8 @@ class PostBlockModel(BaseTuner):
         common: dict[str, Any] = {
             "layers": None if layers is None else sorted(layers),
             "modules_to_save": [],
-            "dtype": max((config.dtype for config in configs), key=lambda name: DTYPES[name].itemsize),
+            # Neither bfloat16 nor float16 holds the other's values.
+            "dtype": configs[0].dtype if len({config.dtype for config in configs}) == 1 else "float32",
         }
         if rank:
             combined = PostBlockConfig(

@@ -520,6 +520,16 @@ def test_peft_weighted_sums(first, second, kind, tmp_path):
     assert torch.equal(logits(patch_model(build(), tmp_path / "sum")), logits(model))
 
 
+@pytest.mark.parametrize("dtypes", [("bfloat16", "float16"), ("float16", "bfloat16")], ids="-".join)
+def test_peft_weighted_sum_of_two_half_dtypes_keeps_the_values_of_both(dtypes):
+    first, second = ({"r": 3, "activation": "identity", "dtype": dtype} for dtype in dtypes)
+    model = with_two(first, second)
+    model.add_weighted_adapter(["a", "b"], [0.7, -1.5], "sum")
+    for layer in model.get_base_model().model.layers[:2]:
+        a, b, both = (layer.post_block.adapter(name).down.weight for name in ("a", "b", "sum"))
+        assert torch.equal(both, torch.cat([a.float(), b.float()]))
+
+
 @pytest.mark.parametrize(
     ("first", "second", "arguments", "parts"),
     [
