@@ -47,7 +47,7 @@ def saving_folder(
     """Create a folder in `directory` for files that are being saved, and remove it on exit.
 
     `directory` is created if needed: see `made_folder`. The folder is kept if `keep` returns that it holds a needed
-    file.
+    file. The system's errors name `directory`, if they name nothing: those of a full disk.
     """
     folder = directory / f".{kind}-{_machine()}-{os.getpid()}-{secrets.token_hex(4)}"
     with made_folder(directory):
@@ -55,6 +55,10 @@ def saving_folder(
         try:
             folder.mkdir()
             yield folder
+        except OSError as error:
+            if error.errno is not None and error.filename is None:
+                error.filename = os.fspath(directory)
+            raise
         finally:
             try:
                 if not keep(folder):
@@ -129,7 +133,7 @@ def target_folder(directory: str | os.PathLike[str], content: str) -> Path:
 
     Raises:
         TypeError, ValueError: see `checked_path`; or it is Path('.'), which Path('') is too.
-        NotADirectoryError: it is a file, or one of its parents is.
+        NotADirectoryError: it or one of its parents is a file, or a link to nothing.
     """
     target = checked_path(directory, "directory", f"a directory to save {content} in")
     if not isinstance(directory, str) and target == Path():
@@ -137,21 +141,29 @@ def target_folder(directory: str | os.PathLike[str], content: str) -> Path:
             f"directory is Path('.'), as Path('') is; expected a directory to save {content} in ('.' or Path.cwd() is "
             "the current one)"
         )
-    for path in (target, *target.parents):
-        if path.exists() and not path.is_dir():
-            raise NotADirectoryError(f"{path} is a file; expected a directory to save {content} in")
+    if reason := _no_directory(target):
+        raise NotADirectoryError(f"{reason}; expected a directory to save {content} in")
     return target
+
+
+def _no_directory(target: Path) -> str | None:
+    """Return why there can be no directory at a path, or None."""
+    for path in (target, *target.parents):
+        if path.exists():
+            return None if path.is_dir() else f"{path} is a file"
+        if path.is_symlink():
+            return f"{path} is a link to {os.readlink(path)}, which is not there"
+    return None
 
 
 def check_output(out: Path) -> None:
     """Check, before work that takes long, that a directory can take files. It may be missing.
 
     Raises:
-        ValueError: it or one of its parents is a file, or see `check_writable`.
+        ValueError: it or one of its parents is a file or a link to nothing, or see `check_writable`.
     """
-    for path in (out, *out.parents):
-        if path.exists() and not path.is_dir():
-            raise ValueError(f"out is {str(out)!r} but {path} is a file; expected a directory")
+    if reason := _no_directory(out):
+        raise ValueError(f"out is {str(out)!r} but {reason}; expected a directory")
     check_writable(out)
 
 

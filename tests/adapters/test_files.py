@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import fused_steer
 from fused_steer import SteerConfig, load_joint, patch_model, save_joint
 from fused_steer.adapters.files import read_adapter
+from fused_steer.adapters.saving import check_output
 from fused_steer.adapters.weights import tensors_digest
 from fused_steer.importers.pyreft_export import export_pyreft
 from fused_steer.importers.vectors import export_vector
@@ -226,8 +227,9 @@ def test_files_failed_save_leaves_what_was_there(prepare, earlier, saved, tmp_pa
     other = patched(CONFIGS["biases"], seed=2)
     with pytest.MonkeyPatch.context() as patch:
         prepare(patch)
-        with pytest.raises(OSError, match="no (replacing|syncing|space)"):
+        with pytest.raises(OSError, match="no (replacing|syncing|space)") as caught:
             other.steering.save(directory)
+    assert caught.value.errno is None or str(directory) in str(caught.value)
     assert files(directory) == before
     assert sorted(path.name for path in directory.iterdir()) == sorted(before)
     if earlier:
@@ -252,6 +254,16 @@ def test_files_save_refuses_a_file(saved):
         model.steering.save(saved / CONFIG)
     with refused(NotADirectoryError, f"{saved / CONFIG} is a file; expected a directory", model=model):
         model.steering.save(saved / CONFIG / "below")
+
+
+@pytest.mark.parametrize("below", ["", "below"])
+def test_files_save_refuses_a_link_to_nothing(below, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    model = patched()
+    with refused(NotADirectoryError, f"link is a link to {tmp_path / 'gone'}, which is not there", model=model):
+        model.steering.save(tmp_path / "link" / below)
+    with refused(ValueError, f"out is '{tmp_path / 'link'}' but", "which is not there; expected a directory"):
+        check_output(tmp_path / "link")
 
 
 #: What is no path, and a part of the error.
