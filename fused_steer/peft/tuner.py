@@ -326,8 +326,7 @@ class PostBlockModel(BaseTuner):
         common: dict[str, Any] = {
             "layers": None if layers is None else sorted(layers),
             "modules_to_save": [],
-            # Neither bfloat16 nor float16 holds the other's values.
-            "dtype": configs[0].dtype if len({config.dtype for config in configs}) == 1 else "float32",
+            "dtype": configs[0].dtype if len({one.dtype for one in configs}) == 1 else "float32",  # it holds all values
         }
         if rank:
             combined = PostBlockConfig(
