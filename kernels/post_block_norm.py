@@ -342,7 +342,8 @@ def _run_backward(
 def _split(values: Sequence[Any]) -> tuple[list[Tensor], tuple[Any, ...]]:
     """Return the tensors among operands, and what else tells two calls apart: the numbers, and which are tensors."""
     tensors = [value for value in values if isinstance(value, Tensor)]
-    return tensors, tuple(True if isinstance(value, Tensor) else value for value in values)
+    # No number equals Tensor. True equals 1.0, so a strength of 1.0 would have the key of a strength in a tensor.
+    return tensors, tuple(Tensor if isinstance(value, Tensor) else value for value in values)
 
 
 # ------------------------------------------------------------------------------------------------------ registered ops

@@ -370,6 +370,16 @@ def test_post_block_norm_the_weight_gradient_is_computed_only_if_asked_for():
     assert units(wanted) == 3
 
 
+@pytest.mark.parametrize("kind", [Kind(weight=False), LLAMA], ids=["bare", "weight"])
+@pytest.mark.parametrize("strengths", [(1.0, torch.tensor(0.5)), (torch.tensor(0.5), 1.0)], ids=["number", "tensor"])
+def test_post_block_norm_a_strength_of_one_and_a_tensor_share_no_plan(device, strengths, kind):
+    """The plan of the first kind of strength must not serve the second: True equals 1.0 in a key."""
+    inputs = make_inputs(5, 32, rank=3, device=device, basis=0, biases=False, gain=False)
+    for strength in strengths:
+        given = replace(inputs, scale=strength).map(lambda t: t.to(device))
+        assert_as_good_as_unfused([given], kind)
+
+
 @pytest.mark.parametrize("tokens", [9, 70])
 def test_post_block_norm_repeated_calls_are_planned(device, tokens, monkeypatch):
     """A repeated call starts forward and backward by plans, which give the same bits."""
