@@ -269,10 +269,11 @@ class _PlannedPostBlock(torch.autograd.Function):
             return None, *[None for _ in places]
         saved = saved_tensors(ctx, training.constants[2])
         operands = (grad, *saved)
-        if training.last is not None:
-            addresses = training.last.admit(operands)
+        plan = training.last  # read once: another thread's backward pass may put its own plan there meanwhile
+        if plan is not None:
+            addresses = plan.admit(operands)
             if addresses is not None:
-                gradients = training.last.go(addresses)
+                gradients = plan.go(addresses)
                 return training.complete(gradients, grad) if training.passed else gradients
         found: Any = ()
         if training.saves[2]:

@@ -658,6 +658,26 @@ def test_plan_gradients_of_several_layouts_take_turns(device, made, norm):
         made.none(lambda padded=padded: call(padded))
 
 
+def test_plan_another_thread_takes_the_last_plans_place_between_its_check_and_its_start(device):
+    """Two threads whose gradients have other strides share the plans of a kind."""
+    site, operands, grad = make_site(device), leaves(states(5, device)), normal(2, 5, D, device=device)
+    found = []
+    for layout in (GRADIENTS["transposed"](grad), grad):
+        for _ in range(2):
+            assert_trains(site, operands, layout)
+        (training,) = planned._trained.values()
+        found.append(training.last)
+    of_other_strides, last = found
+    assert last is not of_other_strides
+
+    def admit(given: tuple[Tensor, ...]) -> Any:
+        training.last = of_other_strides
+        return last.admit(given)
+
+    training.last = SimpleNamespace(admit=admit, go=last.go)
+    assert_trains(site, operands, grad)
+
+
 #: Kinds of gradients that autograd may pass.
 GRADIENTS: dict[str, Callable[[Tensor], Tensor]] = {
     "expanded": lambda g: g[:1, :1].expand_as(g),
