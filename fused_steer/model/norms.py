@@ -374,12 +374,11 @@ class Link:
         if handed is None:
             return None
         link, of, version, normed, weight = handed
-        if link is not self or of() is not x or x._version != version:
+        if link is not self or of() is not x or x._version != version or self.weight_of(norm) is not weight:
             return None
-        if torch.is_grad_enabled() and normed.requires_grad != x.requires_grad:
-            return None  # a checkpoint made x without gradients, which it has got since
-        if self.weight_of(norm) is not weight:
-            return None
+        graded = x.requires_grad or (weight is not None and weight.requires_grad)
+        if normed.requires_grad != (graded and torch.is_grad_enabled()):
+            return None  # gradients were turned on or off since, or a checkpoint gave x its gradient
         self.taken += 1
         return normed
 

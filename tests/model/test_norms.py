@@ -37,6 +37,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._inductor import config as inductor_config
 from torch._inductor.utils import get_code
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrize, prune
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -237,6 +238,30 @@ def test_norms_of_a_layer_whose_output_is_changed_in_place_before_the_backward()
     loss = model(tokens(), labels=tokens()).loss
     with pytest.raises(RuntimeError, match="gradients of W1 and of the fused norm are computed from it; expected a"):
         loss.backward()
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_norms_gradients_are_turned_on_or_off_between_a_layer_and_its_norm(before):
+    """With gradients after the layers only the last norm trains; without them its result has no gradient."""
+    model, base, _ = fused()
+    found, requires = [], []
+    for network in (model, unfused(model, base)):
+        weight, last, norm = network.model.norm.weight.requires_grad_(), network.model.layers[-1], network.model.norm
+
+        def switch(module, args, output, last=last, norm=norm):
+            if module is last:
+                torch.set_grad_enabled(not before)
+            elif module is norm:
+                requires.append(output.requires_grad)
+
+        with torch.set_grad_enabled(before), register_module_forward_hook(switch):
+            loss = network(tokens(), labels=tokens()).loss
+        if not before:
+            loss.backward()
+            found.append(weight.grad)
+    assert requires == [not before] * 2
+    if not before:
+        assert_close(*found)
 
 
 def test_norms_nothing_is_kept_after_a_pass():
