@@ -38,7 +38,9 @@ def patch_model(
         freeze_head: accept the head of a classifier or reward model that was not loaded from a checkpoint, frozen.
         fuse_norm: compute the RMSNorm that reads a steered layer's output in the same pass as the steering. It is a
             choice for this run and not part of a saved adapter. A norm that cannot be fused stays as it is, and
-            `model.steering.report()` says why.
+            `model.steering.report()` says why. To get the gradient of a steered layer's output, keep it by
+            `output_hidden_states` or by a hook on the layer, the next layer or the norm; of an output that other
+            code keeps, `torch.autograd.grad` has the part that bypasses the norm.
 
     Returns:
         The same object.

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import ast
 import copy
+import functools
+import sys
 import weakref
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -256,6 +258,7 @@ class Link:
 
     Attributes:
         sites: the sites before the norm.
+        hooks: the hooks of the modules that make, pass on and read the hidden state between a site and the norm.
         taken: how many results it took over since the last reset.
         reason: why the last call of a site did not compute the norm, or "".
     """
@@ -266,6 +269,7 @@ class Link:
         self.norm, self.kind, self._decoder = norm, kind, decoder
         self.base = type(norm)
         self.sites: list[SteeringSite] = []
+        self.hooks: list[Mapping[int, Any]] = [norm._forward_pre_hooks, norm._forward_hooks]
         self.taken = 0
         self.reason = ""
         self.graph = Graph()
@@ -333,6 +337,8 @@ class Link:
             self.reason = "the call is recorded or transformed"
         elif branch is not None and branch.dtype != residual.dtype:
             self.reason = "residual and branch have two dtypes"
+        elif any(self.hooks) and torch.is_grad_enabled() and any(map(_some_may_keep, self.hooks)):
+            self.reason = "a hook on the layer or the norm may keep the hidden state, whose gradient has to be whole"
         else:
             norm = self.norm_for(residual, self.norm)
             if norm is not None:
@@ -379,6 +385,8 @@ class Link:
         graded = x.requires_grad or (weight is not None and weight.requires_grad)
         if normed.requires_grad != (graded and torch.is_grad_enabled()):
             return None  # gradients were turned on or off since, or a checkpoint gave x its gradient
+        if graded and (x.retains_grad or x._backward_hooks is not None):
+            return None  # autograd passes the gradient of `normed` by x to the site, and these are to see it
         self.taken += 1
         return normed
 
@@ -391,6 +399,25 @@ class Link:
         if kind is None:
             return self.base.forward(norm, x)
         return rms_norm(x, kind.weight, eps=kind.eps, plus_one=kind.plus_one, rounds_first=kind.rounds_first)
+
+
+#: The module whose hook returns a pass's hidden states, and the variable with what the pass is to return.
+_CAPTURING = "transformers.utils.output_capturing"
+
+
+def _some_may_keep(hooks: Mapping[int, Any]) -> bool:
+    """Return whether a hook may keep a hidden state in order to ask for its gradient."""
+    return any(map(_may_keep, list(hooks.values())))
+
+
+def _may_keep(hook: Any) -> bool:
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    of = getattr(hook, "__module__", None) or ""
+    if of == _CAPTURING:  # transformers leaves it on the layer for good
+        asked = getattr(sys.modules[of], "_active_collector", None)
+        return asked is None or any("hidden_states" in name for name in asked.get() or ())
+    return of.partition(".")[0] not in ("torch", "accelerate", "fused_steer")
 
 
 def _has_values(weight: Tensor) -> bool:
@@ -451,6 +478,9 @@ class Norms:
                     link.graph = self.graph
                     self._links[id(norm)] = link
                     link.attach()
+                link.hooks.append(patched.layer._forward_hooks)
+                if index + 1 < len(self._decoder.layers):
+                    link.hooks.append(self._decoder.layers[index + 1]._forward_pre_hooks)
                 link.sites.append(site)
                 site.link = link
                 self._reasons.pop(index, None)

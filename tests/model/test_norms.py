@@ -234,10 +234,54 @@ def test_norms_of_a_layer_whose_output_is_changed_in_place_before_the_backward()
     model, _, parameters = fused()
     for name, parameter in parameters.items():
         parameter.requires_grad_("steer_down" not in name)
-    model.model.layers[0].register_forward_hook(lambda module, args, output: output.mul_(2))
-    loss = model(tokens(), labels=tokens()).loss
+    layer = model.model.layers[0]
+    with register_module_forward_hook(lambda module, args, output: output.mul_(2) if module is layer else None):
+        loss = model(tokens(), labels=tokens()).loss
     with pytest.raises(RuntimeError, match="gradients of W1 and of the fused norm are computed from it; expected a"):
         loss.backward()
+
+
+#: Ways to keep the first layer's output for its gradient: a handle that ends it, of a model and a list to add it to.
+KEEPING = {
+    "hook on the layer": lambda layers, kept: layers[0].register_forward_hook(lambda m, args, out: kept.append(out)),
+    "hook on the next": lambda layers, kept: layers[1].register_forward_pre_hook(lambda m, args: kept.append(args[0])),
+    "hook on the norm": lambda layers, kept: layers[1].input_layernorm.register_forward_hook(
+        lambda m, args, out: kept.append(args[0])
+    ),
+    "retained": lambda layers, kept: register_module_forward_hook(
+        lambda module, args, out: (out.retain_grad(), kept.append(out))[0] if module is layers[0] else None
+    ),
+    "hooked": lambda layers, kept: register_module_forward_hook(
+        lambda module, args, out: (out.register_hook(kept.append), None)[1] if module is layers[0] else None
+    ),
+}
+
+
+@pytest.mark.parametrize("way", [*KEEPING, "output_hidden_states"])
+def test_norms_gradients_of_a_hidden_state_are_whole(way):
+    """A site's autograd function gets the gradients of its two results apart. Nobody else may see the one's alone."""
+    model, base, _ = fused()
+    found = []
+    for network in (model, unfused(model, base)):
+        kept: list[Tensor] = []
+        embedded = network.get_input_embeddings()(tokens()).detach().requires_grad_()
+        given = {"inputs_embeds": embedded, "labels": tokens()}
+        if way == "output_hidden_states":
+            result = network(**given, output_hidden_states=True)
+            kept.append(result.hidden_states[1])
+        else:
+            with KEEPING[way](network.model.layers, kept):
+                result = network(**given)
+        if way in ("retained", "hooked"):
+            result.loss.backward()
+        found.append(kept[0] if way == "hooked" else kept[0].grad if way == "retained" else None)
+        if found[-1] is None:
+            found[-1] = torch.autograd.grad(result.loss, kept[0])[0]
+    assert_close(*found)
+    assert taken(model) == ([0] * LAYERS if way == "output_hidden_states" else [0, 1, 1])
+    model.steering.reset_calls()
+    model(tokens(), labels=tokens())
+    assert taken(model) == [1] * LAYERS, "nobody keeps it any more"
 
 
 @pytest.mark.parametrize("before", [False, True])
