@@ -438,9 +438,15 @@ def fused_class(base: type[nn.Module]) -> type[nn.Module]:
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
         return _rebuild, (base,), self.__getstate__()  # a class made at run time cannot be found by name
 
+    def __setstate__(self: nn.Module, state: dict[str, Any]) -> None:
+        base.__setstate__(self, state)
+        if self.__dict__.get(_LINK) is None:  # a copy without the model: no patch would ever detach it
+            self.__dict__.pop(_LINK, None)
+            self.__class__ = base
+
     namespace = {
         "__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__,
-        "forward": forward, "__reduce_ex__": __reduce_ex__,
+        "forward": forward, "__reduce_ex__": __reduce_ex__, "__setstate__": __setstate__,
     }  # fmt: skip
     metaclass: Any = type(base)
     return metaclass(base.__name__, (base,), namespace)

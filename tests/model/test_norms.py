@@ -559,6 +559,21 @@ def test_norms_copied_alone_are_not_fused_and_copy_nothing_else(monkeypatch):
     assert torch.equal(logits(whole), logits(model)) and taken(whole) == taken(model)
 
 
+def test_norms_copied_alone_are_of_the_models_own_class_and_can_be_fused_again():
+    """Such a copy in the model, as PEFT makes, is in the way of neither `unpatch` nor a second patch."""
+    model, base, _ = fused()
+    layers = model.model.layers
+    layers[1].input_layernorm = copy.deepcopy(layers[1].input_layernorm)
+    assert type(layers[1].input_layernorm) is type(copy.deepcopy(layers[2]).input_layernorm) is LlamaRMSNorm
+    model.steering.unpatch()
+    assert_close(logits(model), logits(base))
+    patch_model(model, SteerConfig(rank=4), fuse_norm=True)
+    assert_close(logits(model), logits(base))
+    with model.steering.disabled():
+        assert_close(logits(model), logits(base))
+    assert taken(pickle.loads(pickle.dumps(model))) == [1] * LAYERS
+
+
 def test_norms_are_off_by_default_and_not_in_the_file(tmp_path):
     model = patch_model(build(), SteerConfig(rank=4))
     assert norms(model) == [""] * LAYERS and "norm" not in str(model.steering.report())
