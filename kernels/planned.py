@@ -124,14 +124,16 @@ class PlannedPostBlock:
             keep(self._training, key, training)
             return _apply((training, addresses, None), *operands)[0]
 
+        if states[0].dtype != states[-1].dtype:  # the gradients have two dtypes, which no plan gives
+            return self._ordinary(call)
+
         # Planned below autograd, because checkpointing compares the saved tensors of a call and of its repetition.
         with torch.no_grad():
             results, plan = Plan.make(operands, lambda: [t for t in forward(*call, keep_a=True) if t is not None])
-        if plan is None or any(state.dtype != results[0].dtype for state in states):
-            return self._ordinary(call)
         training = _Training(plan, states, weights, self._where, (self._scale, self._activation, self._reads))
-        keep(_trained, kind, training, SHARED)
-        keep(self._training, key, training)
+        if plan is not None:
+            keep(_trained, kind, training, SHARED)
+            keep(self._training, key, training)
         return _apply((training, None, tuple(results)), *operands)[0]
 
     def _call(self, states: tuple[Tensor, ...], weights: tuple[Tensor, ...]) -> _Call:
@@ -184,13 +186,14 @@ class _Training:
 
     def __init__(
         self,
-        forward: Plan,
+        forward: Plan | None,
         states: tuple[Tensor, ...],
         weights: tuple[Tensor, ...],
         where: tuple[bool, ...],
         constants: tuple[float, str, str],
     ) -> None:
-        self.forward = forward
+        """forward: None for a call that cannot be planned. Then this is kept for its backward pass alone."""
+        self.forward: Any = forward
         self.backward: dict[Any, Plan] = {}
         #: The last backward plan.
         self.last: Plan | None = None
@@ -324,6 +327,8 @@ def _careful_backward(training: _Training, operands: tuple[Tensor, ...]) -> Any:
     def call() -> Any:
         return backward(grad, kept, a, steering, training.needs)
 
+    if training.forward is None:
+        return call()
     found, plan = Plan.make(operands, call, training.order)
     if plan is not None:
         keep(training.backward, kind_of(operands), plan)

@@ -98,17 +98,19 @@ class PlannedPostBlockNorm:
             keep(self._training, key, training)
             return _apply((training, addresses, None), *operands)[:2]
 
+        if states[0].dtype != states[-1].dtype:  # the gradients have two dtypes, which no plan gives
+            return steer_and_normalise(residual, branch, steering, norm)
+
         def call() -> list[Tensor]:
             return [t for t in forward_norm(residual, branch, steering, norm, True) if t is not None]
 
         with torch.no_grad():
             results, plan = Plan.make(operands, call)
-        if plan is None or any(state.dtype != results[0].dtype for state in states):
-            return steer_and_normalise(residual, branch, steering, norm)
         constants = self._scale, self._activation, self._reads
         training = _Training(plan, states, weights, norm, self._where, constants)
-        keep(_trained, kind, training, SHARED)
-        keep(self._training, key, training)
+        if plan is not None:
+            keep(_trained, kind, training, SHARED)
+            keep(self._training, key, training)
         return _apply((training, None, results), *operands)[:2]
 
     def _kind(self, operands: tuple[Tensor, ...], norm: Norm) -> Any:
@@ -131,14 +133,15 @@ class _Training:
 
     def __init__(
         self,
-        forward: Plan,
+        forward: Plan | None,
         states: tuple[Tensor, ...],
         weights: tuple[Tensor, ...],
         norm: Norm,
         where: tuple[bool, ...],
         constants: tuple[float, str, str],
     ) -> None:
-        self.forward = forward
+        """forward: None for a call that cannot be planned. Then this is kept for its backward pass alone."""
+        self.forward: Any = forward
         #: The last plans by whether `out` has a gradient of its own, and all of them by the kind of call.
         self.last: dict[bool, Plan] = {}
         self.backward: dict[Any, Plan] = {}
@@ -231,7 +234,7 @@ def _careful_backward(
     def call() -> list[Tensor]:
         return backward_norm(grad, grad_normed, kept, steering, norm, training.needs, grad_a, again)
 
-    if grad_normed is None or again:
+    if grad_normed is None or again or training.forward is None:
         return call()
     operands = (grad_normed, *saved) if grad is None else (grad_normed, grad, *saved)
     found, plan = Plan.make(operands, call, training.order)

@@ -678,6 +678,54 @@ def test_plan_another_thread_takes_the_last_plans_place_between_its_check_and_it
     assert_trains(site, operands, grad)
 
 
+#: Pairs of states whose training calls have no plan: with gradients of two dtypes, or a copy between the launches.
+UNPLANNED: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+    "two dtypes": lambda x, b: (x, b.to(BF16)),
+    "a copy": lambda x, b: (x.transpose(1, 2).contiguous().transpose(1, 2), b),
+    "one tensor": lambda x, b: (x, x),
+    "no token": lambda x, b: (x[:, :0], b[:, :0]),
+}
+
+
+@pytest.mark.usefixtures("unplanned")
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("kind", UNPLANNED)
+def test_plan_a_call_that_has_none_launches_nothing_twice(device, kind, norm, monkeypatch):
+    """Under autocast each layer of a float32 model is such a call."""
+    weights = [t.to(device).requires_grad_() for t in tensors(down_bias=True).values()]
+    rms, launched = Norm(torch.ones(D, device=device), 1e-5), []
+    for module in ("triton_backend", "post_block_norm", "post_block_norm_backward", "norm"):
+        of = importlib.import_module(f"fused_steer.kernels.{module}")
+        run = of.launch
+        monkeypatch.setattr(of, "launch", lambda *given, run=run, **rest: (launched.append(1), run(*given, **rest))[1])
+    there = (*weights, None)
+
+    def by_plans(*operands: Tensor) -> Tensor:
+        if norm:
+            return PlannedPostBlockNorm("silu", SCALE, there).train(*operands, tuple(weights), rms)[1]
+        return PlannedPostBlock("silu", SCALE, there).train(*operands, *weights)
+
+    def ordinary(*operands: Tensor) -> Tensor:
+        options = {"activation": "silu", "scale": SCALE, "down_bias": weights[2]}
+        if norm:
+            return post_block_norm(*operands, *weights[:2], norm_weight=rms.weight, eps=rms.eps, **options)[1]
+        return post_block(*operands, *weights[:2], **options)
+
+    found = []
+    for run in (ordinary, by_plans, by_plans):
+        launched.clear()
+        operands = [t.detach().requires_grad_() for t in UNPLANNED[kind](*states(5, device))]
+        if kind == "one tensor":
+            operands[1] = operands[0]
+        out = run(*operands)
+        grads = torch.autograd.grad(out, [*operands, *weights], torch.ones_like(out))
+        found.append(((out, *grads), len(launched)))
+    for results, count in found[1:]:
+        assert count == found[0][1]
+        for one, other in zip(results, found[0][0], strict=True):
+            assert_same(one, other)
+
+
 #: Kinds of gradients that autograd may pass.
 GRADIENTS: dict[str, Callable[[Tensor], Tensor]] = {
     "expanded": lambda g: g[:1, :1].expand_as(g),
