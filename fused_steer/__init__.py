@@ -33,6 +33,7 @@ The map, in reading order. A file imports only files that stand above it.
         passes.py        LoReFT's rotations for one forward pass
         site.py          the site: the module in a layer that steers it
         layer.py         patches and unpatches one layer
+        following.py     finds the RMSNorm that reads a layer's output, and tells its kind
         norms.py         fuses the norms that follow steered layers into the steering
         frozen.py        the frozen base: which parameters trained before
         decoder_hooks.py hooks before and after each pass of the decoder

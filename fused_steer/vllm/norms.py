@@ -27,7 +27,7 @@ from vllm import envs
 from ..kernels.norm_torch import Norm
 from ..kernels.norm_torch import forward as formula
 from ..kernels.registered import register
-from ..model.norms import Kind, NotFused, measure
+from ..model.following import Kind, NotFused, measure
 from .layers import UNADDED, SteeringPoint, point_of, returned_state
 from .options import KEY
 

@@ -45,7 +45,7 @@ from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
 from fused_steer import SteerConfig, patch_model
 from fused_steer.model.decoder import find_decoder
-from fused_steer.model.norms import Kind, NotFused, following_norm, measure
+from fused_steer.model.following import Kind, NotFused, following_norm, measure
 from fused_steer.model.watch import thread
 
 #: The model families in which every norm fuses.
