@@ -226,6 +226,21 @@ def unpatched_forward(layer: nn.Module) -> types.MethodType:
     return types.MethodType(LlamaDecoderLayer.forward, layer)
 
 
+class CallingForward(ScalingModel):
+    """It calls its blocks' forward itself, as SqueezeBERT's encoder does, so that no hook of theirs runs."""
+
+    def forward(self, ids: Tensor, labels: Tensor | None = None) -> Any:
+        x = self.embedding(ids)
+        for block in self.blocks:
+            x = block.forward(x)
+        return types.SimpleNamespace(logits=self.head(x), loss=None)
+
+
+class SumBlock(ScalingBlock):
+    def forward(self, x: Tensor) -> Any:
+        return x + self.mlp(x)
+
+
 def scaling_model(as_tuple: bool) -> nn.Module:
     torch.manual_seed(0)
     return ScalingModel(as_tuple).eval()
@@ -273,6 +288,19 @@ def test_patch_layer_without_a_findable_add_is_steered_by_hook(make, reason):
         assert torch.equal(logits(model), logits(make().requires_grad_(False)))
     model.steering.unpatch()
     assert snapshot(model) == before
+
+
+def test_patch_layers_whose_hooks_are_not_run_are_refused():
+    model = CallingForward(as_tuple=False)
+    parts = ("layer 0 (ScalingBlock)", "CallingForward.forward calls a forward past the hooks", "block.forward(x)")
+    with refused(ValueError, *parts, model=model):
+        patch_model(model)
+    for block in model.blocks:
+        block.__class__ = SumBlock  # its own forward steers, however it is called
+    patch_model(model)
+    randomize(model)
+    model(tokens())
+    assert [(row.kind, row.calls) for row in model.steering.report()] == [("fused", 1)] * LAYERS
 
 
 @pytest.mark.parametrize("recorded_before", [False, True])

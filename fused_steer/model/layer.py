@@ -24,7 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from ..adapters.parameters import SITE
 from ..config import SITES
 from ..kernels.plan import no_plan
-from .residual import Edit, Reader, ResidualNotFound, Source, final_adds, rewrite
+from .residual import Edit, Reader, ResidualNotFound, Source, bypass_of_hooks, final_adds, rewrite
 from .site import Site, SteeringSite
 from .sublayers import Found, Parts, cached, find, find_in, parts_of
 from .watch import call_watched, thread
@@ -283,9 +283,9 @@ class PatchedLayer:
 
     layer = Weakly[nn.Module]()
 
-    def __init__(self, layer: nn.Module, index: int, path: str) -> None:
-        """Take `layer` as it is. `give` patches it."""
-        self.layer, self.index, self.path = layer, index, path
+    def __init__(self, layer: nn.Module, index: int, path: str, runner: type[nn.Module]) -> None:
+        """Take `layer` as it is, of a decoder of the class `runner`. `give` patches it."""
+        self.layer, self.index, self.path, self._runner = layer, index, path, runner
         self.base = type(layer)
         self.form = Form()
         self.reached: dict[str, Reach] = {}
@@ -303,7 +303,8 @@ class PatchedLayer:
         """How these sites can be reached. The layer is not changed.
 
         Raises:
-            ValueError: the layer has no such site, or something else of that name.
+            ValueError: the layer has no such site, something else of that name, or would need a hook that its decoder
+                does not run.
         """
         found = {}
         for name in names:
@@ -330,7 +331,14 @@ class PatchedLayer:
                 raise ResidualNotFound("its forward was replaced on the instance")
             steered_class(self.base, Form((name,), (), parts))
         except ResidualNotFound as reason:
-            return Reach("hook", str(reason), "" if where is None else self._module(name, where))
+            if where is not None:
+                return Reach("hook", str(reason), self._module(name, where))
+            if (place := bypass_of_hooks(self._runner)) is not None:
+                raise ValueError(
+                    f"layer {self.index} ({self.base.__name__}) can be steered only by a hook, because {reason}, and "
+                    f"{self._runner.__name__}.forward calls a forward past the hooks ({place}); expected a layer's call"
+                ) from reason
+            return Reach("hook", str(reason))
         if where is None or where.where == "add":
             return Reach("fused")
         return Reach("inline", where.reason)

@@ -96,13 +96,14 @@ class PatchedModel:
 
     def _lacking(self, places: Iterable[Place]) -> dict[PatchedLayer, list[str]]:
         """The sites that are to come, by layer."""
-        there, layout = self.sites, self.decoder.layout
+        there, layout, decoder = self.sites, self.decoder.layout, self.decoder
         wanted: dict[int, list[str]] = {}
         for place in places:
             if place not in there:
                 wanted.setdefault(place.layer, []).append(place.site)
         return {
-            self.layers.get(index) or PatchedLayer(self.decoder.layers[index], index, layout.layer_path(index)): names
+            self.layers.get(index)
+            or PatchedLayer(decoder.layers[index], index, layout.layer_path(index), type(decoder.module)): names
             for index, names in wanted.items()
         }
 

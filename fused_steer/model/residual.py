@@ -25,7 +25,8 @@ from typing import Any, NoReturn, TypeAlias, TypeVar
 
 __all__ = [
     "NONE", "Add", "Call", "Edit", "Handle", "Other", "Reader", "Refusal", "ResidualNotFound", "Source", "Tuple",
-    "Values", "analyse", "called_paths", "final_adds", "names_in_final_adds", "rewrite", "rewrite_forward",
+    "Values", "analyse", "bypass_of_hooks", "called_paths", "final_adds", "names_in_final_adds", "rewrite",
+    "rewrite_forward",
 ]  # fmt: skip
 
 
@@ -126,6 +127,29 @@ def analyse(cls: type, read: Callable[[Source], _T]) -> _T:
         return read(Source.of(_unwrap(getattr(cls, "forward", None))[1]))
     except Refusal as refusal:
         raise ResidualNotFound(f"{cls.__name__}.forward {refusal}") from None
+
+
+def bypass_of_hooks(cls: type) -> str | None:
+    """Return the place where `cls.forward` calls the `forward` of modules in a loop, past their hooks: "line 3: ...".
+
+    None: there is no such place, or no source to read.
+    """
+
+    def place(source: Source) -> str | None:
+        loops = [node.target for node in ast.walk(source.tree) if isinstance(node, ast.For | ast.comprehension)]
+        each = {node.id for target in loops for node in ast.walk(target) if isinstance(node, ast.Name)}
+        for node in ast.walk(source.tree):
+            match node:
+                case ast.Call(ast.Attribute(ast.Name(name), "forward")) if name in each:
+                    return f"line {node.lineno}: {source.lines[node.lineno - 1].strip()}"
+                case ast.Call(ast.Attribute(ast.Subscript(), "forward")):
+                    return f"line {node.lineno}: {source.lines[node.lineno - 1].strip()}"
+        return None
+
+    try:
+        return analyse(cls, place)
+    except ResidualNotFound:
+        return None
 
 
 def _below(node: ast.AST, name: str) -> str | None:

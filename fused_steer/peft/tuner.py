@@ -112,7 +112,7 @@ class PostBlockModel(BaseTuner):
             _complete_heads(config, model, adapter_name)
             layers = {index: decoder.layers[index] for index in indices}
             bare = {i: layer for i, layer in layers.items() if not isinstance(getattr(layer, SITE, None), PeftSite)}
-            new = [PatchedLayer(layer, i, layout.layer_path(i)) for i, layer in bare.items()]
+            new = [PatchedLayer(each, i, layout.layer_path(i), type(decoder.module)) for i, each in bare.items()]
             give_sites({patched: [SITE] for patched in new}, PeftSite)
             config.hidden_size, config.num_layers = layout.hidden, layout.num_layers
             self._targets = {layout.path(Place(index)) for index in indices}
