@@ -37,6 +37,7 @@ from torch.func import functional_call, grad, vmap
 from trainers import trainer
 from transformers import (
     AutoConfig,
+    AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     DataCollatorWithFlattening,
@@ -199,6 +200,25 @@ def test_positions_in_training_of_packed_texts(where):
     assert packed["position_ids"].tolist() == [[*range(5), *range(9), *range(3)]]
     gain = torch.tensor([[v for ids, p in zip(texts, prompts, strict=True) for v in defined(where, p, len(ids))]])
     assert_as_masked(model, gain, {**packed, "use_cache": False})
+
+
+def test_positions_in_training_of_packed_texts_of_a_model_with_images():
+    """Qwen-VL takes four rows of position ids of packed texts: in the text, and in time, height and width."""
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2}
+    rope = {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1]}}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("qwen2_5_vl", text_config={**sizes, **heads, **rope}, vision_config=vision)
+    base = AutoModelForImageTextToText.from_config(config).eval().requires_grad_(False)
+    ids, lengths = tokens(batch=1), (5, 4)
+    model = patch_model(copy.deepcopy(base), SteerConfig(rank=4, positions="first_1+last_1"))
+    gain = torch.tensor([[*defined("first_1+last_1", 3, 5), *defined("first_1+last_1", 2, 4)]])
+    hooked = Masked(base, randomize(model), gain)
+    labels = torch.cat([labelled(ids[:, :5], 3), labelled(ids[:, 5:], 2)], dim=1)
+    places = torch.cat([torch.arange(n) for n in lengths]).expand(4, 1, -1)
+    inputs = {"labels": labels, "position_ids": places, "use_cache": False}
+    assert_close(model(ids, **inputs).logits, hooked.model(ids, **inputs).logits)
 
 
 def test_positions_of_a_conversation_end_the_prompt_at_the_first_answer():

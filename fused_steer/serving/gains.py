@@ -432,7 +432,13 @@ def _before(given: Mapping[str, Any], real: Tensor) -> Tensor | int | None:
 
 
 def _starts(positions: Any, rows: int, columns: int) -> Tensor | None:
-    """Return a mask of the first tokens of a packed row's texts. None: there are no two-dimensional position ids."""
+    """Return a mask of the first tokens of a packed row's texts. None: no position ids tell them.
+
+    Models with rotary positions in several dimensions (Qwen-VL) take (3, rows, tokens), in which images have positions
+    of their own; of packed rows (4, rows, tokens), with the positions in the text first.
+    """
+    if isinstance(positions, Tensor) and positions.dim() == 3 and len(positions) > 3:
+        positions = positions[0]
     if not isinstance(positions, Tensor) or positions.dim() != 2 or positions.shape[1] != columns:
         return None
     begins = torch.ones_like(positions, dtype=torch.bool)
