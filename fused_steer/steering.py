@@ -421,8 +421,11 @@ class Steering:
             distinct = list(dict.fromkeys(request.name for request in requests if request.name is not None))
             held = undo.enter_context(hold_adapters(pool, sites, self._configs, distinct))
             undo.callback(setattr, self, "_batch", None)
-            self._batch = Batch(requests, held, self._scopes, by)
-            run_batch(self._model, self._decoder.module, self._patched.sites_left, self._batch, undo)
+            batch = Batch(requests, held, self._scopes, by)
+            for request, where in zip(requests, batch.where, strict=True):
+                self._gains.check_steers(where if request.name is not None else None)
+            self._batch = batch
+            run_batch(self._model, self._decoder.module, self._patched.sites_left, batch, undo)
             yield
 
     @contextlib.contextmanager

@@ -399,6 +399,26 @@ def test_positions_of_a_classifier_are_of_its_text():
     model(tokens(), labels=torch.tensor([1, 2])).loss.backward()
 
 
+@pytest.mark.parametrize("cls", [AutoModelForSequenceClassification, AutoModelForTokenClassification])
+def test_positions_after_the_prompt_of_a_classifier_are_refused(cls):
+    """It would steer no token, and train nothing."""
+    model = patch_model(classifier(cls=cls), SteerConfig(rank=4, positions="generated"), freeze_head=True)
+    parts = ("does not generate", "positions is 'generated'", "expected positions of the prompt")
+    for training in (True, False):
+        with torch.set_grad_enabled(training), refused(ValueError, *parts, model=model):
+            model(tokens())
+    for options in ({}, {"positions": ["prompt", "generated"]}):
+        with refused(ValueError, *parts, model=model), model.steering.batch(["default"] * 2, **options):
+            pass
+    randomize(model)
+    with model.steering.batch(["default", None], positions=["prompt", "generated"]):
+        model(tokens())
+    with model.steering.prompts([4, 4]):
+        told = model(tokens()).logits
+    with model.steering.disabled():
+        assert not torch.equal(told, model(tokens()).logits)
+
+
 def test_positions_of_labels_that_are_classes_are_of_the_text():
     """Those of a token classifier, or as many of a text as it has tokens."""
     of_tokens = classifier(cls=AutoModelForTokenClassification)

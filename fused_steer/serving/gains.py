@@ -297,7 +297,8 @@ class Gains:
         if isinstance(labels, Tensor) and labels.shape == real.shape and not self._classifies:
             return labels.to(real.device) != _NO_LABEL, True
         # A classifier's text is all prompt. A model without a head does not tell: the one around it may generate.
-        if not self._is_headless() and not getattr(self._model, "can_generate", lambda: True)():
+        if self._has_only_prompts():
+            self.check_steers(self.positions, ", or steering.prompts(...) around the pass")
             return torch.zeros_like(real), False
         if torch.is_grad_enabled():
             raise ValueError(
@@ -305,6 +306,20 @@ class Gains:
                 "torch.no_grad() for inference"
             )
         return torch.full_like(real, _cached(given, real.shape[1]) > 0), False
+
+    def check_steers(self, positions: Positions | None, otherwise: str = "") -> None:
+        """Raise ValueError if these positions are after the prompt, and the model's texts are prompts alone.
+
+        otherwise: what else is expected, at the end of the message.
+        """
+        if positions is not None and not (positions.first or positions.last) and self._has_only_prompts():
+            raise ValueError(
+                f"{type(self._model).__name__} does not generate, so that its text is all prompt, and positions is "
+                f"{positions.name!r}; expected positions of the prompt{otherwise}"
+            )
+
+    def _has_only_prompts(self) -> bool:
+        return not self._is_headless() and not getattr(self._model, "can_generate", lambda: True)()
 
     def _is_headless(self) -> bool:
         """Return whether the model is the decoder, or transformers' base model around it (OPTModel)."""
