@@ -394,7 +394,8 @@ class Steering:
                 prompt, and later passes are generated tokens.
 
         Raises:
-            TypeError, ValueError: names, strengths or positions of a wrong form or length.
+            TypeError, ValueError: names, strengths or positions of a wrong form or length, or a model that has no rows
+                to tell apart.
             KeyError: neither the model nor its pool has such an adapter.
             FileNotFoundError, ValueError, TimeoutError: the pool cannot load an adapter: see `AdapterPool.hold`.
             RuntimeError: a batch is running in this thread already, the model runs in another, or this thread is inside
@@ -404,6 +405,7 @@ class Steering:
             raise RuntimeError(
                 "steering.batch is entered inside steering.prompts; expected it outside: it knows its prompts"
             )
+        self._gains.check_rows("a batch steers each row by its own adapter", "steering.use")
         with self._by_rows(checked_requests(names, scale, positions, self._servable), self._pool, "steering.batch"):
             yield
 

@@ -37,6 +37,7 @@ from torch.func import functional_call, grad, vmap
 from trainers import trainer
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -442,6 +443,26 @@ def test_positions_of_an_encoder_whose_embeddings_are_outside():
         assert_close(model(tokens(), attention_mask=mask).logits, expected)
         with model.steering.batch(["default"] * 2):
             assert_close(model(tokens(), attention_mask=mask).logits, expected)
+
+
+def test_positions_and_rows_of_layers_of_tokens_by_rows_are_refused():
+    """XLNet's layers get (tokens, rows, d). As many rows as tokens were taken for each other."""
+    sizes = {"vocab_size": 64, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64, "initializer_range": 0.2}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("xlnet", **sizes)).eval()
+    parts = ("XLNetModel gives its layers (tokens, rows, d)", "expected")
+    with refused(ValueError, *parts, "positions is 'last_2'", model=model):
+        patch_model(model, SteerConfig(rank=4, positions="last_2"))
+    patch_model(model, SteerConfig(rank=4))
+    randomize(model)
+    ids = tokens(batch=4, length=4)
+    everywhere = model(ids).logits
+    with refused(ValueError, *parts, "each row by its own adapter", model=model), model.steering.batch(["default"] * 4):
+        pass
+    model.steering.add("two", SteerConfig(rank=4, positions="first_1"))
+    with refused(ValueError, *parts, "positions is 'first_1'", model=model):
+        model.steering.use("two")
+    assert model.steering.active == "default"
+    assert torch.equal(model(ids).logits, everywhere)
 
 
 def encoder() -> Any:

@@ -26,7 +26,7 @@ from typing import Any, NoReturn, TypeAlias, TypeVar
 __all__ = [
     "NONE", "Add", "Call", "Edit", "Handle", "Other", "Reader", "Refusal", "ResidualNotFound", "Source", "Tuple",
     "Values", "analyse", "bypass_of_hooks", "called_paths", "final_adds", "names_in_final_adds", "rewrite",
-    "rewrite_forward",
+    "rewrite_forward", "transposes_input",
 ]  # fmt: skip
 
 
@@ -150,6 +150,25 @@ def bypass_of_hooks(cls: type) -> str | None:
         return analyse(cls, place)
     except ResidualNotFound:
         return None
+
+
+def transposes_input(cls: type) -> bool:
+    """Whether `cls.forward` swaps the rows and tokens of its input, as XLNet's does. False without a source to read."""
+
+    def found(source: Source) -> bool:
+        for node in ast.walk(source.tree):
+            match node:
+                case ast.Call(
+                    ast.Attribute(ast.Name("input_ids" | "inputs_embeds"), "transpose"),
+                    [ast.Constant(0), ast.Constant(1)],
+                ):
+                    return True
+        return False
+
+    try:
+        return analyse(cls, found)
+    except ResidualNotFound:
+        return False
 
 
 def _below(node: ast.AST, name: str) -> str | None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import inspect
 import sys
 import threading
@@ -29,6 +30,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.hooks import RemovableHandle
 
 from ..kernels.registered import refuse_jit_trace
+from ..model.residual import transposes_input
 from ..model.weak import Weakly, what_is_left
 from ..positions import Positions, chosen_by_lengths, chosen_tokens
 from .caches import (
@@ -124,7 +126,13 @@ class Gains:
     # ------------------------------------------------------------------------------------------------- while it is used
 
     def use(self, positions: Positions | None) -> None:
-        """Watch the model's passes for these positions, or (None) stop watching."""
+        """Watch the model's passes for these positions, or (None) stop watching.
+
+        Raises:
+            ValueError: see `check_rows`.
+        """
+        if positions is not None:
+            self.check_rows(f"positions is {positions.name!r}", "'all'")
         if (positions is None) == (self.positions is None):
             self.positions = positions
             return
@@ -306,6 +314,18 @@ class Gains:
                 "torch.no_grad() for inference"
             )
         return torch.full_like(real, _cached(given, real.shape[1]) > 0), False
+
+    @functools.cached_property
+    def _transposed(self) -> bool:
+        return transposes_input(type(self._decoder))
+
+    def check_rows(self, what: str, expected: str) -> None:
+        """Raise ValueError if the layers' hidden states are (tokens, rows, d), as XLNet's. Shapes may not tell."""
+        if self._transposed:
+            raise ValueError(
+                f"{type(self._decoder).__name__} gives its layers (tokens, rows, d), and {what}; expected {expected}, "
+                "or a model with layers of (rows, tokens, d)"
+            )
 
     def check_steers(self, positions: Positions | None, otherwise: str = "") -> None:
         """Raise ValueError if these positions are after the prompt, and the model's texts are prompts alone.
