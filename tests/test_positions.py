@@ -445,6 +445,22 @@ def test_positions_of_an_encoder_whose_embeddings_are_outside():
             assert_close(model(tokens(), attention_mask=mask).logits, expected)
 
 
+@pytest.mark.parametrize("where", ["first_2", "prompt"])
+def test_positions_of_a_model_that_keeps_its_mask_from_the_decoder(where):
+    """RWKV has no attention, but its texts have padding."""
+    sizes = {"vocab_size": 64, "hidden_size": 32, "attention_hidden_size": 32, "intermediate_size": 64}
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(AutoConfig.for_model("rwkv", num_hidden_layers=2, **sizes)).eval()
+    mask, ids = torch.ones(2, LENGTH, dtype=torch.int64), tokens()
+    mask[0, :3] = 0
+    inputs = {"attention_mask": mask, "labels": labelled(ids, PROMPT, mask)}
+    model = patch_model(copy.deepcopy(base), SteerConfig(rank=4, positions=where))
+    gain = torch.tensor([[0.0] * (LENGTH - n) + defined(where, PROMPT, n) for n in (LENGTH - 3, LENGTH)])
+    with torch.no_grad():
+        expected = Masked(base, randomize(model), gain).model(ids, **inputs).logits
+        assert_close(model(ids, **inputs).logits, expected)
+
+
 def test_positions_and_rows_of_layers_of_tokens_by_rows_are_refused():
     """XLNet's layers get (tokens, rows, d). As many rows as tokens were taken for each other."""
     sizes = {"vocab_size": 64, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64, "initializer_range": 0.2}

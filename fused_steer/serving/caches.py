@@ -37,6 +37,7 @@ def with_padding(given: dict[str, Any], mask: Any, tokens: int) -> dict[str, Any
     """Return a pass's arguments, with an attention mask that says which tokens are padding, if there is one.
 
     Some models make their decoder's mask of the one that they were given: Gemma 3 a dict, BERT one of four dimensions.
+    RWKV, which has no attention, gives it to nobody.
 
     Args:
         given: the arguments of the decoder's pass.
@@ -44,7 +45,7 @@ def with_padding(given: dict[str, Any], mask: Any, tokens: int) -> dict[str, Any
         tokens: the pass's number of tokens.
     """
     own = given.get("attention_mask")
-    if own is None or isinstance(own, Tensor) and own.dim() == 2 or not isinstance(mask, Tensor) or mask.dim() != 2:
+    if isinstance(own, Tensor) and own.dim() == 2 or not isinstance(mask, Tensor) or mask.dim() != 2:
         return given
     spans = mask.shape[1] >= tokens if find_cache(given) is not None else mask.shape[1] == tokens
     return {**given, "attention_mask": mask} if spans else given
