@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -124,10 +125,11 @@ class FakeEngine:
             word = "base"
             if one.adapter is not None:
                 contents = (Path(one.path or "") / "adapter_model.safetensors").read_bytes()
-                word = self.loaded.setdefault(one.adapter, str(hash(contents)))
+                word = self.loaded.setdefault(one.adapter, str(zlib.crc32(contents)))
             elif steered and self.leaks:
                 word = "leak"
-            found.append([hash((word, tuple(one.prompt))) % 50, *range(new_tokens - 1)])
+            # Python's own hash of a text differs from process to process, and may be that of another.
+            found.append([zlib.crc32(f"{word} {list(one.prompt)}".encode()), *range(new_tokens - 1)])
         return found, 0.001 * new_tokens * (2 if steered else 1)
 
     def forget_prompts(self) -> None:
