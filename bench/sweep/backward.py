@@ -17,6 +17,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from . import draw_weights
+
 RANKS = (8, 64, 1)
 REHEARSED_RANKS = (4, 64)
 SIZES = ((4096, 1152), (4096, 2048), (4096, 4096), (16384, 4096), (4096, 2560), (16384, 2048), (512, 2048), (8, 4096))
@@ -31,7 +33,7 @@ class Candidate:
     """A layout of one launch of the backward.
 
     Attributes:
-        form: "rows", "columns" or "finish", the launch whose layout it is; "chosen" or "packed".
+        form: the launch whose layout it is, "rows", "columns" or "finish". Or "chosen" or "packed": see above.
         rows, columns: of a block. "finish" has no rows.
         warps, stages: see `kernels/schedule.py`.
         parts: of the rows in "columns": programs on a multiprocessor, together with the blocks of columns.
@@ -122,12 +124,7 @@ class Problem:
         contract = importlib.import_module("fused_steer.kernels.contract")
         packing = importlib.import_module("fused_steer.kernels.packing")
         op = importlib.import_module("fused_steer.kernels.triton_backend")
-        generator = torch.Generator(device).manual_seed(0)
-
-        def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.randn(shape, generator=generator, device=device).to(dtype)
-
-        down, up = draw(rank, hidden) / hidden**0.5, draw(hidden, rank) / rank**0.5
+        draw, down, up = draw_weights(hidden, rank, device)
         self._needs = contract.Needs(True, True, True, False, False, False)
         self._operands = contract.Operands(down, up)
         self._packed = packing.pack_adapter(down, up, torch.bfloat16)

@@ -16,6 +16,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from . import draw_weights
+
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 REHEARSED_RANKS = (4, 64)
 SIZES = ((16384, 4096), (16384, 2048), (4096, 4096), (4096, 2560), (4096, 2048), (4096, 1152), (512, 2048), (8, 2048))
@@ -168,12 +170,7 @@ class Problem:
     def __init__(self, tokens: int, hidden: int, rank: int, device: torch.device, sets: int, packs: bool) -> None:
         contract = importlib.import_module("fused_steer.kernels.contract")
         packing = importlib.import_module("fused_steer.kernels.packing")
-        generator = torch.Generator(device).manual_seed(0)
-
-        def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.randn(shape, generator=generator, device=device).to(dtype)
-
-        down, up = draw(rank, hidden) / hidden**0.5, draw(hidden, rank) / rank**0.5
+        draw, down, up = draw_weights(hidden, rank, device)
         packed = packing.pack_adapter(down, up, torch.bfloat16) if packs else None
         self.operands = contract.Operands(down, up, packed=packed)
         self.sets = [
