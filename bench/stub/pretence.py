@@ -128,6 +128,7 @@ def pretend() -> None:
         assert hasattr(torch.cuda, name), name
         setattr(torch.cuda, name, value)
     torch.accelerator.synchronize = _nothing()
+    torch.accelerator.is_available = lambda: False  # else Dynamo asks torch's CUDA build for a stream
     torch.profiler.profile = Profile  # type: ignore[misc]
     torch.accelerator.current_device_index = lambda: 0
 
