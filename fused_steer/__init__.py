@@ -72,6 +72,12 @@ The map, in reading order. A file imports only files that stand above it.
         saving.py        checks adapters before PEFT writes them
         tuner.py         adds, saves, loads, mixes and sums adapters for PEFT
     whole.py             save_pretrained of a patched model
+    merging/             merges an adapter into the model's own weights
+        affine.py        the shift as an affine function, and linear layers that contain it
+        layers.py        finds the linear layers that take the shift
+        checking.py      checks a merged layer in float64
+        merged.py        the merged weights: rounded, and written all or none
+        biases.py        biases that only an option of the config gives
     steering.py          Steering, available as model.steering
     patch.py             patch_model, the entry point
     joint.py             LoRA and steering: parameter groups, save_joint, load_joint
@@ -91,6 +97,7 @@ The map, in reading order. A file imports only files that stand above it.
         engines.py       vLLM engines in processes of their own
         verify_vllm.py   fused-steer verify-vllm
         compare.py       fused-steer compare
+        merge.py         fused-steer merge
         chat.py          a chat with a steered model
         chat_terminal.py fused-steer chat
     trainer.py           SteeringTrainer: adapters in the checkpoints of transformers' Trainer
@@ -162,7 +169,7 @@ The map, in reading order. A file imports only files that stand above it.
         playground.py    playground
         serving.py       serve-plan, eval, chat
         examining.py     doctor, inspect, compare, kernels, coverage, diagnose, bench
-        converting.py    import, export
+        converting.py    import, export, merge
     __main__.py          python -m fused_steer
 """
 

@@ -25,6 +25,7 @@ from .adapters.parameters import SITE, Place, by_lower, check_name, refuse_clash
 from .config import SteerConfig, checked_bool, checked_number
 from .lora.constraints import Constraints
 from .lora.layers import adapter_parameters, computing_by
+from .merging import check_mergeable, find_merged, warn_of_rounding
 from .model.decoder import execution_device, inside_peft
 from .model.decoder_hooks import warn_of_frozen
 from .model.patched import PatchedModel, describe
@@ -607,6 +608,35 @@ class Steering:
             vars(self._model).pop("steering", None)
             self._unpatched = True
         return self._given
+
+    def merge_and_unload(self) -> Any:
+        """Write the active adapter, at its strength, into the model's own weights, and unpatch. Return the model.
+
+        The merged model computes what the steered one does, up to rounding. `save_pretrained` then writes a plain
+        checkpoint, which costs nothing more to run. Weights hold what is linear: vectors at any site, and low ranks
+        with φ = identity, and LoReFT, at post_mlp, pre_mlp and post_attention; at all positions. If a linear layer has
+        no bias and the shift needs one, an option of the model's config (such as Llama's `mlp_bias`) becomes True. The
+        other adapters are lost.
+
+        Raises:
+            ValueError: no adapter is active, the active one or the model cannot be merged (docs/sites.md), or FSDP or
+                ZeRO has sharded the model. Nothing is changed.
+            RuntimeError: a batch is running, steering is disabled, or the model runs in another thread.
+
+        Warns:
+            UserWarning: rounding to the weights' dtype changes much of the shift.
+        """
+        self.check_measurable("merge_and_unload is called")
+        name = self._known(None)
+        check_mergeable(self._configs[name], name)
+        check_unsharded(self._decoder.layers, "the model to be merged")
+        with self._scopes.change("steering.merge_and_unload is called"):
+            with self._disable("steering.merge_and_unload"):
+                merged = find_merged(self._model, self._patched, name)
+            with merged.written():
+                model = self.unpatch()
+        warn_of_rounding(merged)
+        return model
 
     @contextlib.contextmanager
     def _changing(self, what: str) -> Iterator[None]:

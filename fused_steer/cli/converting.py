@@ -1,4 +1,4 @@
-"""Verbs that convert adapters of other libraries: import, export."""
+"""Verbs that convert adapters: of other libraries (import), for them (export), and into a model's weights (merge)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from .shared import CONVERT, App, app, errors_in_one_line, indices, new_console
+from .shared import CONVERT, App, CheckBase, app, errors_in_one_line, indices, new_console
 
 if TYPE_CHECKING:
     from ..adapters.files import AdapterFile
@@ -271,3 +271,31 @@ def export_to_vector(
         screen.print(told, markup=False, soft_wrap=True)
         if out.suffix == ".gguf":
             screen.print(f"llama-cli -m MODEL.gguf --control-vector {out}", markup=False, soft_wrap=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------- merge
+
+
+@app.command(rich_help_panel=CONVERT)
+def merge(
+    model: Annotated[str, typer.Argument(help="The base model: its directory, or its id on the hub.")],
+    adapter: Annotated[str, typer.Argument(help="A saved adapter, also with a LoRA: its directory, or its id.")],
+    out: Annotated[Path, typer.Option("--out", help="A new directory for the merged model.", show_default=False)],
+    scale: Annotated[float | None, typer.Option(help="The strength. Default: the adapter's.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto (that of the checkpoint), float32, bfloat16 or float16.")] = "auto",
+    check_base: CheckBase = True,
+) -> None:
+    """Merge an adapter into a model's weights and save a plain checkpoint, which any runtime serves at no extra cost.
+
+    Weights hold what is linear: vectors, and low ranks with φ = identity or LoReFT at the sites post_mlp, pre_mlp and
+    post_attention. Others are refused. A LoRA that was trained beside the steering is merged, too.
+    """
+    with errors_in_one_line():
+        from ..tools.merge import merge as merge_adapter
+        from ..tools.merge import table_of
+
+        found = merge_adapter(model, adapter, out, scale=scale, dtype=dtype, check_base=check_base)
+        console = new_console()
+        console.print(table_of(found, out))
+        if found.warning:
+            console.print(found.warning, style="bold red", soft_wrap=True)
