@@ -16,7 +16,7 @@ from transformers import TrainingArguments
 import fused_steer
 from fused_steer import SteerConfig, patch_model
 
-PAGES = ["migrating.md", "modes.md", "peft.md", "positions.md", "vectors.md"]
+PAGES = ["merging.md", "migrating.md", "modes.md", "peft.md", "positions.md", "vectors.md"]
 # test_trainer.py and test_trl.py run trainer.md and trl.md
 
 
