@@ -10,6 +10,11 @@ from torch import Tensor
 from ..model.site import SteeringSite
 
 
+def in_float64(tensor: Tensor) -> Tensor:
+    """Return the tensor in float64, on the CPU where the tensor's device has no such numbers."""
+    return tensor.to("cpu" if tensor.device.type == "mps" else tensor.device, torch.float64)
+
+
 @dataclass(frozen=True)
 class Affine:
     """The shift of an adapter at one site: h -> A h + c, A = up down.
@@ -30,7 +35,7 @@ class Affine:
         """Read the active adapter of a site."""
         assert site.active is not None
         down, up, down_bias, up_bias = (
-            None if t is None else t.detach().double() * factor
+            None if t is None else in_float64(t.detach()) * factor
             for t, factor in zip(site._weights(site.active), (1.0, site.scale, 1.0, site.scale), strict=True)
         )
         held = up if up is not None else up_bias

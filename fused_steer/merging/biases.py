@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters.parameters import is_of_site
 from .layers import is_transposed
 from .merged import Merged
 
@@ -31,7 +30,7 @@ def give_biases(model: nn.Module, merged: Merged) -> None:
     wanted = {f"{paths[module]}.bias" for module in merged.biases if module._parameters.get("bias") is None}
     if not wanted or merged.config is None:
         return
-    there = {name for name, _ in model.named_parameters(remove_duplicate=False) if not is_of_site(name)}
+    there = _built_with(model, {})
     gained: dict[str, set[str]] = {}
     for option, value in vars(merged.config).items():
         if value is False and "bias" in option:
@@ -39,7 +38,7 @@ def give_biases(model: nn.Module, merged: Merged) -> None:
             if found & wanted and all(name.endswith(".bias") for name in found):
                 gained[option] = found
     new = set().union(*gained.values())
-    if not wanted <= new or _built_with(model, dict.fromkeys(gained, True)) != there | new:
+    if not wanted <= new or _built_with(model, dict.fromkeys(gained, True)) - there != new:
         first = sorted(wanted - new or wanted)[0]
         raise ValueError(
             f"the merged model needs {first}, and no option of {type(merged.config).__name__} gives "

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..adapters.parameters import SITE
 from ..model.site import SteeringSite
-from .affine import Affine
+from .affine import Affine, in_float64
 from .layers import ShiftedLayer, is_transposed, shifted_values
 
 #: The largest error of a merged layer in float64, as a share of the shift.
@@ -41,7 +41,7 @@ def check_in_float64(found: ShiftedLayer) -> None:
 @torch.no_grad()
 def _error_in_float64(found: ShiftedLayer) -> float:
     """Return how far a copy of the layer, merged, is from one steered by hooks, as a share of the shift."""
-    layer = copy.deepcopy(found.layer).double().eval()
+    layer = copy.deepcopy(found.layer)._apply(_exactly).eval()
     for module in layer.modules():
         if isinstance(module, SteeringSite):
             module.use(None, "identity", 1.0)
@@ -104,10 +104,15 @@ def _steered_by_hooks(found: ShiftedLayer, layer: nn.Module, factor: float, rati
             handle.remove()
 
 
+def _exactly(tensor: Tensor) -> Tensor:
+    exact = in_float64(tensor)
+    return exact if tensor.is_floating_point() else tensor.to(exact.device)
+
+
 def _doubled(value: Any) -> Any:
     """Return a copy with the floating tensors of tuples, lists and dicts in float64."""
     if isinstance(value, Tensor):
-        return value.double() if value.is_floating_point() else value
+        return _exactly(value)
     if type(value) in (tuple, list):
         return type(value)(map(_doubled, value))
     return {k: _doubled(v) for k, v in value.items()} if type(value) is dict else value

@@ -16,7 +16,7 @@ from ..model.patched import PatchedModel
 from ..model.residual import ResidualNotFound
 from ..model.site import Site
 from ..model.sublayers import find_in, parts_of
-from .affine import Affine
+from .affine import Affine, in_float64
 
 #: The dtypes of weights that are merged into. Others are quantised.
 _WEIGHTS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -199,10 +199,10 @@ def _in_eval(layer: nn.Module) -> Iterator[None]:
 
 def values_of(module: nn.Module) -> tuple[Tensor, Tensor]:
     """Return W (out, in) and b (out,) in float64."""
-    weight: Tensor = module.weight.detach().double()  # type: ignore[operator]
+    weight: Tensor = in_float64(module.weight.detach())  # type: ignore[operator]
     weight = weight.T if is_transposed(module) else weight
     bias = module._parameters.get("bias")
-    return weight, weight.new_zeros(weight.shape[0]) if bias is None else bias.detach().double()
+    return weight, weight.new_zeros(weight.shape[0]) if bias is None else in_float64(bias.detach())
 
 
 def shifted_values(found: ShiftedLayer, layer: nn.Module, factor: float = 1.0) -> dict[str, tuple[Tensor, Tensor]]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .affine import in_float64
 from .layers import ShiftedLayer, is_transposed, shifted_values, values_of
 
 #: From this share of the merged shift on, what rounding to the weights' dtype changes is warned of.
@@ -73,13 +74,13 @@ def add_values(found: ShiftedLayer, merged: Merged) -> None:
         module = found.layer.get_submodule(path)
         old, old_bias = values_of(module)
         there: Tensor = module.weight  # type: ignore[assignment]
-        rounded = weight.to(there.dtype)
+        rounded = weight.to(there)
         moved = float((weight - old).norm())
         if moved:
-            merged.rounding = max(merged.rounding, float((rounded.double() - weight).norm()) / moved)
+            merged.rounding = max(merged.rounding, float((in_float64(rounded) - weight).norm()) / moved)
             merged.weights[module] = (rounded.T if is_transposed(module) else rounded).contiguous()
         if module._parameters.get("bias") is not None or bias.any():
-            merged.biases[module] = bias.to(there.dtype)
+            merged.biases[module] = bias.to(there)
         finite = all(t.isfinite().all() for t in (rounded, bias.to(there.dtype)))
         if not finite:
             raise ValueError(
