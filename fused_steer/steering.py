@@ -619,7 +619,7 @@ class Steering:
         other adapters are lost.
 
         Raises:
-            ValueError: no adapter is active, the active one or the model cannot be merged (docs/sites.md), or FSDP or
+            ValueError: no adapter is active, the active one or the model cannot be merged (docs/merging.md), or FSDP or
                 ZeRO has sharded the model. Nothing is changed.
             RuntimeError: a batch is running, steering is disabled, or the model runs in another thread.
 

@@ -62,7 +62,7 @@ def merge(
         check_base: refuse the adapter if its base model has another name.
 
     Raises:
-        ValueError: the adapter or the model cannot be merged (docs/sites.md), or `out` holds files.
+        ValueError: the adapter or the model cannot be merged (docs/merging.md), or `out` holds files.
         FileNotFoundError, OSError: the model or the adapter is not there, or cannot be read or written.
     """
     if dtype not in DTYPES:

@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from faults import lines_of, raise_at
 from models import LAYERS, build, logits, randomize, refused, tokens
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -203,6 +204,28 @@ def test_a_failure_while_weights_are_written_takes_them_out_again(form, monkeypa
     monkeypatch.undo()
     assert torch.equal(logits(model), want) and not model.config.mlp_bias
     assert {name: t.tolist() for name, t in model.state_dict().items()} == {n: t.tolist() for n, t in state.items()}
+
+
+def test_an_exception_at_any_line_leaves_the_steered_the_base_or_the_merged_model(request):
+    """The base model after a second `unpatch`, which goes on where the first ended. A sample, or with --every-line."""
+    base, vector = logits(build()), {"form": "vector", "layers": [0]}
+    model = steered(**vector)
+    want = logits(model)
+    lines = lines_of(lambda: model.steering.merge_and_unload())  # noqa: B023
+    merged = logits(model)
+    step = 1 if request.config.getoption("--every-line") else len(lines) // 12
+    for line in lines[::step]:
+        model = steered(**vector)
+        if not raise_at(line, lambda: model.steering.merge_and_unload()):  # noqa: B023
+            continue
+        steering = getattr(model, "steering", None)
+        if steering is None:
+            whole = torch.equal(logits(model), merged) and model.config.mlp_bias
+            assert whole or torch.equal(logits(model), base) and not model.config.mlp_bias, line
+            continue
+        assert any(torch.equal(logits(model), one) for one in (want, base)) and not model.config.mlp_bias, line
+        steering.unpatch()
+        assert torch.equal(logits(model), base), line
 
 
 def test_the_modes_of_training_stay_as_they_were():
