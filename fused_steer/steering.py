@@ -25,7 +25,7 @@ from .adapters.parameters import SITE, Place, by_lower, check_name, refuse_clash
 from .config import SteerConfig, checked_bool, checked_number
 from .lora.constraints import Constraints
 from .lora.layers import adapter_parameters, computing_by
-from .merging import check_mergeable, find_merged, warn_of_rounding
+from .merging import Merged, check_mergeable, find_merged, warn_of_rounding
 from .model.decoder import execution_device, inside_peft
 from .model.decoder_hooks import warn_of_frozen
 from .model.patched import PatchedModel, describe
@@ -626,6 +626,11 @@ class Steering:
         Warns:
             UserWarning: rounding to the weights' dtype changes much of the shift.
         """
+        model, _ = self._merge()
+        return model
+
+    def _merge(self) -> tuple[Any, Merged]:
+        """Do `merge_and_unload`. Return the model and what was merged."""
         self.check_measurable("merge_and_unload is called")
         name = self._known(None)
         check_mergeable(self._configs[name], name)
@@ -636,7 +641,7 @@ class Steering:
             with merged.written():
                 model = self.unpatch()
         warn_of_rounding(merged)
-        return model
+        return model, merged
 
     @contextlib.contextmanager
     def _changing(self, what: str) -> Iterator[None]:

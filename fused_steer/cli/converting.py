@@ -295,7 +295,4 @@ def merge(
         from ..tools.merge import table_of
 
         found = merge_adapter(model, adapter, out, scale=scale, dtype=dtype, check_base=check_base)
-        console = new_console()
-        console.print(table_of(found, out))
-        if found.warning:
-            console.print(found.warning, style="bold red", soft_wrap=True)
+        new_console().print(table_of(found, out))

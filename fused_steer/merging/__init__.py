@@ -23,7 +23,7 @@ from .checking import check_in_float64
 from .layers import find_linears, run_once, shared_modules, shifted_layers
 from .merged import Merged, add_values, warn_of_rounding
 
-__all__ = ["check_mergeable", "find_merged", "warn_of_rounding"]
+__all__ = ["Merged", "check_mergeable", "find_merged", "warn_of_rounding"]
 
 
 def check_mergeable(config: SteerConfig, name: str) -> None:

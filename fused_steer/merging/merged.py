@@ -26,7 +26,7 @@ class Merged:
         weights: W in the model's dtype, by linear layer.
         biases: b, for the linear layers that have or get one.
         options: the config's options that give linear layers a bias, which become True.
-        rounding: what rounding to the weights' dtype changes, as a share of the merged shift; the largest of all.
+        rounding: the share of the weights' shift that rounding to their dtype changes; the largest of all linear layers.
     """
 
     config: Any
@@ -73,20 +73,26 @@ def add_values(found: ShiftedLayer, merged: Merged) -> None:
     for path, (weight, bias) in shifted_values(found, found.layer).items():
         module = found.layer.get_submodule(path)
         old, old_bias = values_of(module)
-        there: Tensor = module.weight  # type: ignore[assignment]
-        rounded = weight.to(there)
-        moved = float((weight - old).norm())
-        if moved:
-            merged.rounding = max(merged.rounding, float((in_float64(rounded) - weight).norm()) / moved)
-            merged.weights[module] = (rounded.T if is_transposed(module) else rounded).contiguous()
-        if module._parameters.get("bias") is not None or bias.any():
-            merged.biases[module] = bias.to(there)
-        finite = all(t.isfinite().all() for t in (rounded, bias.to(there.dtype)))
-        if not finite:
+        held: Any = module.weight
+        held_bias: Any = module._parameters.get("bias")
+        rounded, rounded_bias = weight.to(held), bias.to(held if held_bias is None else held_bias)
+        if not (rounded.isfinite().all() and rounded_bias.isfinite().all()):
             raise ValueError(
-                f"layer {found.index}: {path} would have weights beyond {there.dtype}; expected a smaller strength, or "
+                f"layer {found.index}: {path} would have weights beyond {held.dtype}; expected a smaller strength, or "
                 "a model in float32"
             )
+        moved = weight - old, bias - old_bias
+        lost = in_float64(rounded) - weight, in_float64(rounded_bias) - bias
+        if _size(moved):
+            merged.rounding = max(merged.rounding, _size(lost) / _size(moved))
+        if moved[0].any():
+            merged.weights[module] = (rounded.T if is_transposed(module) else rounded).contiguous()
+        if moved[1].any():
+            merged.biases[module] = rounded_bias
+
+
+def _size(values: tuple[Tensor, Tensor]) -> float:
+    return float(sum(t.square().sum() for t in values)) ** 0.5
 
 
 def warn_of_rounding(merged: Merged) -> None:
@@ -95,5 +101,5 @@ def warn_of_rounding(merged: Merged) -> None:
         warnings.warn(
             f"rounding the merged weights to their dtype changes the adapter's shift of them by {merged.rounding:.0%}; "
             "expected a model in float32 to be merged into, or the adapter to be kept",
-            stacklevel=4,
+            stacklevel=5,
         )

@@ -8,9 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
 from .._hub_access import loading
 from ..adapters.files import read_adapter
 from ..adapters.saving import check_output, saving_folder
@@ -32,17 +29,15 @@ class MergedModel:
     Attributes:
         layers: the number of merged layers.
         dtype: the dtype of the checkpoint.
-        error: how far the logits of eight tokens are from the steered model's, as a share of what steering changes.
+        rounding: the share of the weights' shift that rounding to the dtype changes; the largest of all linear layers.
         options: the options of the config that became True, so that linear layers have a bias.
-        warning: what rounding to the dtype loses, if it is much.
         tokenizer: whether the base has a tokenizer, which is saved with it.
     """
 
     layers: int
     dtype: str
-    error: float
+    rounding: float
     options: tuple[str, ...]
-    warning: str
     tokenizer: bool
 
 
@@ -89,38 +84,21 @@ def merge(
 
         wrapped: Any = PeftModel.from_pretrained(model, os.fspath(folder))
         model = wrapped.merge_and_unload(safe_merge=True)
-    before = _logits(model)
     patch_model(model, parts.steering, check_base=check_base)
     if scale is not None:
         model.steering.scale = scale
-    steered, layers = _logits(model), len({line.index for line in model.steering.report()})
-    options = dict(vars(model.config.get_text_config()))
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
-        model.steering.merge_and_unload()
-    merged = _logits(model)
-    changed = (steered - before).norm()
+    layers = len({line.index for line in model.steering.report()})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the result says what rounding changes
+        _, merged = model.steering._merge()
     with saving_folder(out.parent) as folder:
         new = folder / "merged"
         model.save_pretrained(new)
         if tokenizer is not None:
             tokenizer.save_pretrained(new)
         os.replace(new, out)
-    return MergedModel(
-        layers,
-        str(model.dtype).removeprefix("torch."),
-        float((merged - steered).norm() / changed) if changed else 0.0,
-        tuple(n for n, v in vars(model.config.get_text_config()).items() if v is True and options.get(n) is False),
-        " ".join(str(warning.message) for warning in told if "rounding" in str(warning.message)),
-        tokenizer is not None,
-    )
-
-
-@torch.no_grad()
-def _logits(model: Any) -> Tensor:
-    tokens = torch.arange(1, 9, device=model.device)[None]
-    logits: Tensor = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits
-    return logits.double()
+    dtype = str(model.dtype).removeprefix("torch.")
+    return MergedModel(layers, dtype, merged.rounding, merged.options, tokenizer is not None)
 
 
 def table_of(found: MergedModel, out: Path) -> Table:
@@ -132,7 +110,7 @@ def table_of(found: MergedModel, out: Path) -> Table:
     rows = {
         "merged layers": found.layers,
         "dtype": found.dtype,
-        "logits of 8 tokens": f"differ from the steered model's by {found.error:.2g} of what steering changes",
+        "rounding": f"changes the shift of the weights by {found.rounding:.1%} at most",
         **({"config": ", ".join(f"{name} = True" for name in found.options)} if found.options else {}),
         "tokenizer": "saved" if found.tokenizer else "none in the base",
         "written to": out,
