@@ -26,7 +26,7 @@ class Merged:
         weights: W in the model's dtype, by linear layer.
         biases: b, for the linear layers that have or get one.
         options: the config's options that give linear layers a bias, which become True.
-        rounding: the share of the weights' shift that rounding to their dtype changes; the largest of all linear layers.
+        rounding: the share of the weights' shift that rounding to their dtype changes; the largest of all layers.
     """
 
     config: Any
