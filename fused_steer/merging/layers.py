@@ -64,15 +64,13 @@ def shifted_layers(patched: PatchedModel, name: str) -> list[ShiftedLayer]:
 def run_once(patched: PatchedModel, layers: Sequence[ShiftedLayer]) -> None:
     """Run the decoder on eight tokens, and keep the calls of the layers. Training modes are restored."""
     decoder = patched.decoder.module
-    modes = [(m, m.training) for m in decoder.modules()]
     counts = [(m, m.calls, m.backend) for m in decoder.modules() if isinstance(m, Site)]
     handles = [
         layer.layer.register_forward_pre_hook(_keeps_call(layer), with_kwargs=True, prepend=True) for layer in layers
     ]
+    tokens = torch.arange(1, 9, device=execution_device(decoder))[None]
     try:
-        decoder.eval()
-        tokens = torch.arange(1, 9, device=execution_device(decoder))[None]
-        with torch.no_grad():
+        with torch.no_grad(), _in_eval(decoder):
             decoder(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
@@ -83,8 +81,6 @@ def run_once(patched: PatchedModel, layers: Sequence[ShiftedLayer]) -> None:
     finally:
         for handle in handles:
             handle.remove()
-        for m, training in modes:
-            m.training = training
         for site, calls, backend in counts:
             site.calls, site.backend = calls, backend
     for layer in layers:
@@ -187,10 +183,10 @@ def _check_linear(module: nn.Module, there: str, shared: bool) -> None:
 
 
 @contextlib.contextmanager
-def _in_eval(layer: nn.Module) -> Iterator[None]:
-    modes = [(m, m.training) for m in layer.modules()]
+def _in_eval(module: nn.Module) -> Iterator[None]:
+    modes = [(m, m.training) for m in module.modules()]
     try:
-        layer.eval()
+        module.eval()
         yield
     finally:
         for m, training in modes:
