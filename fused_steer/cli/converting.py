@@ -218,7 +218,7 @@ def vector(
 
 # --------------------------------------------------------------------------------------------------------------- export
 
-export_app = App(help="Write adapters as other codes have them.", no_args_is_help=True)
+export_app = App(help="Export adapters to formats of other libraries.", no_args_is_help=True)
 app.add_typer(export_app, name="export", rich_help_panel=CONVERT)
 
 
@@ -227,7 +227,7 @@ def export_to_pyreft(
     adapter: Annotated[str, typer.Argument(help="A saved adapter: its directory, or its id on the hub.")],
     out: Annotated[Path, typer.Option("--out", help="A new directory for pyreft's files.", show_default=False)],
 ) -> None:
-    """Write an adapter as reft_model.save of pyreft does.
+    """Export an adapter to pyreft's files, as reft_model.save writes them.
 
     LoReFT becomes LoReFT, a vector LobiReFT, and a low rank NoDiReFT (DiReFT or ConsReFT if its W2 is orthonormal).
     The strength is multiplied in, and a b2 becomes one more rank. Sites other than post_block are refused. pyreft
@@ -258,7 +258,7 @@ def export_to_vector(
         str, typer.Option(help="The model's architecture for a .gguf to record, such as llama; not needed.")
     ] = "",
 ) -> None:
-    """Write an adapter of form vector as control vectors, one for each layer, for use at strength 1.
+    """Export an adapter of form vector as control vectors, one for each layer, for use at strength 1.
 
     The adapter's strength is multiplied in. llama.cpp has no vector for layer 0.
     """

@@ -201,7 +201,7 @@ def diagnose(
 def bench(
     quick: Annotated[
         bool,
-        typer.Option("--quick", help="A short run of the op and one model; there is no longer one."),
+        typer.Option("--quick", help="A quick run: the op and one small model. It is the only kind of run."),
     ] = True,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, xpu …; auto is a GPU if there is one.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,

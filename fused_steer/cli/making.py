@@ -68,7 +68,7 @@ def fit(
     layers: Annotated[str | None, typer.Option(help="Steered layers, such as 3,9,18; all if not given.")] = None,
     bias: Annotated[bool, typer.Option(help="Give the adapter a bias b2, and b1 where φ is not the identity.")] = True,
     ridge: Annotated[
-        float, typer.Option(help="Of the regression: a share of the hidden state's mean variance.")
+        float, typer.Option(help="Ridge of the regression, as a share of the hidden state's mean variance.")
     ] = 1e-6,
     sequence: Annotated[
         bool,

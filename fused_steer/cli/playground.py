@@ -30,7 +30,7 @@ def playground(
 ) -> None:
     """Compare adapters in the browser: a slider for each strength, and base and steered answers side by side.
 
-    Needs Gradio: pip install 'fused-steer[playground]'. Nothing is sent to other machines.
+    Needs Gradio, which the extra playground installs. Nothing is sent to other machines.
     """
     with errors_in_one_line():
         from ..playground.command import PlaygroundOptions, run

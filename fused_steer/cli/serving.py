@@ -88,7 +88,7 @@ def verify_vllm(
     memory: Annotated[float, typer.Option(help="Share of the GPU's memory for all engines together.")] = 0.85,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Check steering in vLLM on this machine, and measure its cost against vLLM without it. Exit code 1 if not well."""
+    """Check steering in vLLM on this machine and measure its cost over plain vLLM. Exit code 1 if a check fails."""
     with errors_in_one_line():
         from ..tools.verify_vllm import VerifyOptions, run
 
@@ -127,7 +127,7 @@ def evaluate(
         None
     ),
     batch_size: Annotated[int, typer.Option(help="Documents at a time.")] = 8,
-    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
     out: Annotated[Path | None, typer.Option(help="A JSON file for the scores.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, xpu …; auto is a GPU if there is one.")] = "auto",
     data: Annotated[
@@ -142,8 +142,7 @@ def evaluate(
 ) -> None:
     """Evaluate a model and adapters of it, and compare them with intervals.
 
-    Tasks are those of lm-evaluation-harness, and the paper's six. Those are answered by greedy generation, and the
-    answers are read as in the paper's released code.
+    Tasks are those of lm-evaluation-harness, and the paper's six. The paper's tasks are answered by greedy generation.
     """
     with errors_in_one_line():
         from ..evaluation.command import EvalOptions, run

@@ -9,6 +9,7 @@ from importlib import metadata
 
 import pytest
 import torch
+import typer
 from command import assert_refused, invoke, plain_output  # noqa: F401 - an autouse fixture
 from models import LAYERS, build
 
@@ -38,6 +39,17 @@ def test_cli_each_verb_has_help(verb):
     result = invoke(verb, "--help")
     assert result.exit_code == 0
     assert f"Usage: fused-steer {verb}" in result.stdout
+
+
+def test_cli_help_loses_no_words_in_brackets():
+    """rich takes [word] in a help text for markup and leaves it out, such as an extra's name."""
+    from rich.text import Text
+
+    commands = [typer.main.get_command(app)]
+    for command in commands:
+        commands += getattr(command, "commands", {}).values()
+        for text in [command.help, *(getattr(option, "help", None) for option in command.params)]:
+            assert Text.from_markup(text or "").plain == (text or "")
 
 
 def test_cli_version():
