@@ -18,7 +18,7 @@ The map, in reading order. A file imports only files that stand above it.
         locating.py      finds an adapter's files in a directory or on the hub
         weights.py       the weights file: safetensors with the config in the header
         files.py         reads and writes an adapter's two files, with checks
-        combining.py     adds up linear adapters
+        combining.py     adds up adapters of one activation
         card.py          model cards
         hub.py           uploads an adapter with a model card
         distributed.py   models that several processes share: who writes, gathering shards

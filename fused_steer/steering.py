@@ -164,8 +164,8 @@ class Steering:
     def combine(self, weights: Mapping[str, float], name: str = "combined") -> None:
         """Add an adapter that shifts by Σ weight · scale · shift of several adapters. Call `use` to steer by it.
 
-        It computes the sum for every h: vectors are added up, and the ranks of linear adapters (`activation="identity"`
-        or `form="loreft"`) are stacked. It has strength 1; later changes of the parts do not change it.
+        It computes the sum for every h: vectors are added up, and the ranks of adapters of one activation are stacked
+        (LoReFT's is the identity). It has strength 1; later changes of the parts do not change it.
 
         Args:
             weights: the weight of each adapter, on top of its own strength: {"polite": 0.7, "terse": 0.3}.
@@ -173,8 +173,8 @@ class Steering:
 
         Raises:
             KeyError: there is no such adapter.
-            TypeError, ValueError: an adapter is nonlinear, the adapters have different positions, the ranks add up to
-                more than 256, a weight is not finite, or the name is taken or invalid.
+            TypeError, ValueError: the adapters have different activations or positions, the ranks add up to more than
+                256, a weight is not finite, or the name is taken or invalid.
         """
         self._check_new_name(name)
         check_unsharded(self._decoder.layers, "adapters to be combined")

@@ -1,4 +1,4 @@
-"""Combine adapters into one that adds up their shifts, each times a weight. Only for adapters that are linear in h."""
+"""Combine adapters of one activation into one that adds up their shifts, each times a weight."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .parameters import DOWN, DOWN_BIAS, UP, UP_BIAS, Place, steered
 
 
 def combine_adapters(parts: Mapping[str, tuple[float, AdapterFile]]) -> AdapterFile:
-    """Return the adapter with the shift Σ weight · scale · (W2 (W1 h + b1) + b2) of several adapters of one model.
+    """Return the adapter with the shift Σ weight · scale · (W2 φ(W1 h + b1) + b2) of several adapters of one model.
 
     The ranks are stacked: W1 and b1 below each other, weight · scale · W2 beside each other. Vectors and biases b2 are
     added up in float64. The result is float32 with strength 1. An adapter that does not steer at a place adds nothing
@@ -24,19 +24,21 @@ def combine_adapters(parts: Mapping[str, tuple[float, AdapterFile]]) -> AdapterF
         parts: each adapter with its weight, by the name for error messages.
 
     Raises:
-        TypeError, ValueError: no adapter, a weight that is no finite number, an adapter with a nonlinear φ, adapters
-            with different positions, or ranks that are more than the kernels take.
+        TypeError, ValueError: no adapter, a weight that is no finite number, adapters with different activations or
+            positions, or ranks that are more than the kernels take.
     """
     if not parts:
         raise ValueError("weights is empty; expected at least one adapter, such as {'polite': 0.7, 'terse': 0.3}")
     weights = {name: checked_number(f"the weight of {name!r}", weight) for name, (weight, _) in parts.items()}
     files = {name: file for name, (_, file) in parts.items()}
     first, config = next((name, file.config) for name, file in files.items())
+    ranked = {name: file.config.activation for name, file in files.items() if file.config.rank}
+    shared = next(iter(ranked.items()), None)  # the first adapter with a rank, and its activation
     for name, file in files.items():
-        if file.config.rank and file.config.activation != "identity":
+        if shared is not None and ranked.get(name, shared[1]) != shared[1]:
             raise ValueError(
-                f"adapter {name!r} has activation {file.config.activation!r}; expected vectors or activation "
-                "'identity': a sum of nonlinear adapters is none"
+                f"adapter {name!r} has activation {ranked[name]!r}; expected {shared[1]!r}, as adapter {shared[0]!r} "
+                "has, or a vector: ranks of two activations cannot be stacked"
             )
         if file.config.positions != config.positions:
             raise ValueError(
@@ -53,10 +55,10 @@ def combine_adapters(parts: Mapping[str, tuple[float, AdapterFile]]) -> AdapterF
         any(key in named for file in files.values() for named in file.tensors.values()) for key in (DOWN_BIAS, UP_BIAS)
     ]
     fields: dict[str, Any] = {}
-    if rank:
-        fields = {"rank": rank, "activation": "identity", "down_bias": biases[0], "up_bias": biases[1]}
+    if shared is not None:
+        fields = {"rank": rank, "activation": shared[1], "down_bias": biases[0], "up_bias": biases[1]}
     combined = SteerConfig(
-        form="lowrank" if rank else "vector",
+        form="vector" if shared is None else "lowrank",
         layers=layout.config_layers(layers),
         site=sorted(sites),
         positions=config.positions,
@@ -64,7 +66,7 @@ def combine_adapters(parts: Mapping[str, tuple[float, AdapterFile]]) -> AdapterF
     )
     tensors = {}
     for place, (down, down_bias, up, up_bias) in stacked.items():
-        more = rank - len(down)  # places with fewer ranks are filled up with zeros
+        more = rank - len(down)  # places with fewer ranks are filled up with zeros, and φ(0) is 0
         whole = {
             DOWN: torch.cat([down, down.new_zeros(more, layout.hidden)]),
             DOWN_BIAS: torch.cat([down_bias, down_bias.new_zeros(more)]),

@@ -44,7 +44,7 @@ class Variant:
 def adapter_of(model: Any, variant: Variant) -> AdapterFile:
     """Return the adapter that steers as `variant` does, with its strength and positions in its config.
 
-    Of one adapter any form will do. Several have to be linear: see `Steering.combine`.
+    Of one adapter any form will do. Several need one activation: see `Steering.combine`.
 
     Raises:
         KeyError: the model has no such adapter.

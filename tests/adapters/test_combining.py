@@ -45,6 +45,7 @@ def hooked(model: nn.Module, weights: dict[str, float], dtype: torch.dtype) -> T
                 total = torch.zeros_like(h)
                 if "steer_up.weight" in t:
                     a = h @ t["steer_down.weight"].t() + t.get("steer_down.bias", 0.0)
+                    a = torch.nn.functional.gelu(a) if file.config.activation == "gelu" else a
                     total = a @ t["steer_up.weight"].t()
                 return factor * (total + t.get("steer_up.bias", 0.0))
         return 0.0
@@ -54,9 +55,20 @@ def hooked(model: nn.Module, weights: dict[str, float], dtype: torch.dtype) -> T
     return logits(base)
 
 
-@pytest.mark.parametrize("names", [["low", "plain"], ["vector"], ["vector", "rotated"], list(LINEAR)], ids="+".join)
+#: Adapters of one nonlinear activation, at different layers.
+CURVED = {
+    "curved": SteerConfig(rank=2, activation="gelu", down_bias=True, scale=0.5),
+    "bent": SteerConfig(rank=3, activation="gelu", up_bias=True, layers=[0, 2]),
+}
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["low", "plain"], ["vector"], ["vector", "rotated"], list(LINEAR), ["vector", "curved", "bent"]],
+    ids="+".join,
+)
 def test_combining_equals_the_sum_of_the_shifts(names):
-    model = patched(**{name: LINEAR[name] for name in names})
+    model = patched(**{name: {**LINEAR, **CURVED}[name] for name in names})
     weights = dict(zip(names, (0.7, -1.3, 0.4, 2.0), strict=False))
     alone = {name: logits(model) for name in names if model.steering.use(name) is None}
     model.steering.combine(weights, "sum")
@@ -107,7 +119,7 @@ def test_combining_refusals():
     model = patched(**LINEAR, **curved, wide=SteerConfig(rank=255, activation="identity"))
     steering = model.steering
     for error, parts, weights in (
-        (ValueError, ("'curved'", "activation 'silu'", "expected vectors or"), {"low": 1.0, "curved": 0.1}),
+        (ValueError, ("'curved' has activation 'silu'", "'identity', as adapter 'low'"), {"low": 1.0, "curved": 0.1}),
         (ValueError, ("'last' has positions 'last_prompt'; expected 'all'",), {"low": 1.0, "last": 1.0}),
         (ValueError, ("rank is 257; expected 1 to 256",), {"wide": 1.0, "plain": 1.0}),
         (ValueError, ("weights is empty",), {}),

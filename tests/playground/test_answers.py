@@ -151,15 +151,15 @@ def test_answers_sample_by_the_seed_alone():
         (PROMPT, [], {}, ValueError, "variants is empty"),
         (PROMPT, ["base"], {}, TypeError, "a variant is 'base'; expected a Variant"),
         ("", [Variant("base")], {}, ValueError, "the prompt has no tokens"),
-        (PROMPT, [Variant("c", {"c": 1.0})], {}, KeyError, "no adapter 'c'; expected one of a, b"),
-        (PROMPT, [Variant("s", {"a": 1.0, "b": 1.0})], {}, ValueError, "a sum of nonlinear adapters is none"),
+        (PROMPT, [Variant("d", {"d": 1.0})], {}, KeyError, "no adapter 'd'; expected one of a, b, c"),
+        (PROMPT, [Variant("s", {"a": 1.0, "c": 1.0})], {}, ValueError, "ranks of two activations cannot be stacked"),
         (PROMPT, [Variant("base")], {"max_new_tokens": 0}, ValueError, "max_new_tokens is 0"),
         (PROMPT, [Variant("base")], {"temperature": -1.0}, ValueError, "temperature is -1.0"),
         ([{"role": "user", "content": "a"}], [Variant("base")], {}, ValueError, "no chat template"),
     ],
 )
 def test_answers_refuse_at_once(prompt, variants, options, error, message):
-    model = steered(SteerConfig(rank=2), SteerConfig("vector"))
+    model = steered(SteerConfig(rank=2), SteerConfig("vector"), SteerConfig(rank=1, activation="tanh"))
     with pytest.raises(error, match=message):
         answers(model, tokenizer(), prompt, variants, **options)
 

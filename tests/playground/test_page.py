@@ -21,7 +21,7 @@ GRADIO = pytest.mark.skipif(not importlib.util.find_spec("gradio"), reason="Grad
 @pytest.fixture
 def page(tmp_path):
     model = patch_model(build(), SteerConfig(rank=2), adapter_name="a")
-    model.steering.add("b", SteerConfig("vector"))
+    model.steering.add("b", SteerConfig(rank=1, activation="tanh"))
     for seed, name in enumerate("ab"):
         model.steering.use(name)
         randomize(model, name, seed=seed + 1)
@@ -60,7 +60,7 @@ def test_page_answers_and_says_why_a_sum_cannot_be(page):
     steps = list(page.answer("a steered model", False, OWN, True, 3, 0.0, 1.0, 0.5))
     assert len(steps) == 4 and "▍" in steps[0] and "▍" not in steps[-1]
     assert steps[-1].count('<div class="fs-column">') == 4
-    assert "a sum of nonlinear adapters is none" in steps[-1]
+    assert "ranks of two activations cannot be stacked" in steps[-1]
     (error,) = page.answer("a steered model", False, "everywhere", True, 3, 0.0, 1.0, 0.5)
     assert "positions has &#x27;everywhere&#x27;" in error
 
@@ -72,7 +72,7 @@ def test_page_exports_an_adapter_only_below_its_directory(page):
     assert page.save("a", "found", OWN, 1.0, 1.0).startswith("not saved: ")
     assert "is there already" in page.save("a", "found", OWN, 1.0, 1.0)
     assert "expected letters" in page.save("a", "../found", OWN, 1.0, 1.0)
-    assert "nonlinear" in page.save(TOGETHER, "sum", OWN, 1.0, 1.0)
+    assert "two activations" in page.save(TOGETHER, "sum", OWN, 1.0, 1.0)
     assert "no column 'b' now; expected one of base, a" in page.save("b", "b", OWN, 1.0, 0.0)
     assert [path.name for path in page.out.iterdir()] == ["found"]
 
