@@ -109,6 +109,7 @@ class Steering:
         """Add a fresh adapter. Call `use` to train it.
 
         Raises:
+            TypeError: `config` is no SteerConfig.
             ValueError: the name is taken or invalid, the config does not fit the model or its LoRA, or FSDP or ZeRO
                 has sharded the model.
         """

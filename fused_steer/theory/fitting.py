@@ -36,19 +36,22 @@ RIDGE = 1e-6
 
 @dataclass(frozen=True)
 class LayerFit:
-    """One layer.
+    """How well the adapters fit after one layer.
 
-    oracle: the median over tokens of ‖δh‖ / ‖h_base‖, the size of the oracle. share: of the oracle that the steered
-    stream expresses after this layer, with what the adapters before it do; NaN where there is no oracle. held_out: the
-    same over prompts that were not fitted on, None without them. token: the median over tokens of a token's own share,
-    1 − ‖h_tuned − h_steered‖² / ‖δh‖², of those held out if there are any: sums may be those of a few tokens whose
-    hidden states are far larger than all others, such as the first of a prompt. Tokens without an oracle, such as those
-    before the first that was trained, have no share; NaN if all are. rest: of what was left to do at this
-    layer, h_tuned − h before the adapter, the share that it expresses; None at a layer without an adapter. reach: the
-    largest share that values in as many directions as the rank (with the bias) can have, of whatever function of the
-    token; None at a layer without an adapter. growth: the distance to the tuned model's hidden states before this
-    layer's adapter, divided by that after the layer before; None at the first layer, at sites inside a block, and where
-    nothing was left.
+    Attributes:
+        layer: the layer's index.
+        oracle: the size of the oracle δh = h_tuned − h_base: the median over tokens of ‖δh‖ / ‖h_base‖.
+        share: the share of the oracle that the adapters of this layer and those before it make up for,
+            1 − Σ‖h_tuned − h_steered‖² / Σ‖δh‖². NaN where there is no oracle.
+        held_out: the same over prompts that were not fitted on. None without them.
+        token: the median over tokens of 1 − ‖h_tuned − h_steered‖² / ‖δh‖², of those held out if there are any. The
+            sums of `share` may be those of a few tokens with far larger hidden states, such as a prompt's first. Tokens
+            without an oracle, such as those before the first trained one, do not count. NaN if all are without.
+        rest: of what the adapters before it left, the share that this layer's adapter makes up for. None without one.
+        reach: an upper bound of `share`: that of the best function of the token with values in as many directions as
+            the adapter has ranks (and its bias). None at a layer without an adapter.
+        growth: the distance to the tuned hidden states before this layer's adapter, divided by that after the layer
+            before. None at the first layer, at sites inside a block, and where nothing was left.
     """
 
     layer: int
@@ -63,7 +66,13 @@ class LayerFit:
 
 @dataclass(frozen=True)
 class Fit:
-    """A fitted adapter, as files have it, and how well it fits. tokens: those fitted on, and those held out."""
+    """A fitted adapter, and how well it fits.
+
+    Attributes:
+        adapter: the adapter, for `write_adapter`.
+        layers: the fit after each layer.
+        tokens: the numbers of tokens fitted on and held out.
+    """
 
     adapter: AdapterFile
     layers: tuple[LayerFit, ...]
@@ -71,13 +80,15 @@ class Fit:
 
     @property
     def share(self) -> float:
-        """Of the oracle after the last layer, which is all that the head of the model reads."""
+        """The share of the oracle after the last layer, which is all that the head of the model reads."""
         return self.layers[-1].share
 
     @property
     def missed(self) -> tuple[float, int]:
-        """The largest share of the oracle that is missed after a layer with an adapter, and the first such layer; of
-        held-out prompts, if there are any with an oracle."""
+        """The largest share of the oracle that is missed after a layer with an adapter, and the first such layer.
+
+        It is that of held-out prompts, if there are any with an oracle.
+        """
         steered = [layer for layer in self.layers if layer.rest is not None]
         shares = [
             (layer.share if layer.held_out is None or math.isnan(layer.held_out) else layer.held_out, layer.layer)

@@ -22,8 +22,10 @@ _LOGITS = 1 << 24  # the most logits of a model that are in float32 at a time: 6
 class Divergence:
     """How far a model's next-token distributions are from a tuned model's.
 
-    kl: the mean over tokens of KL(tuned ‖ model), in nats. same: the share of tokens after which both models have the
-    same likeliest next token. tokens: their number.
+    Attributes:
+        kl: the mean over tokens of KL(tuned ‖ model), in nats.
+        same: the share of tokens after which both models have the same likeliest next token.
+        tokens: the number of tokens.
     """
 
     kl: float
