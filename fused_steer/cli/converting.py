@@ -46,7 +46,8 @@ def _write_imported(file: Path, adapter: AdapterFile, out: Path, tokens: str, **
 
     write_adapter(out, adapter)
     config, layout, steered = adapter.config, adapter.layout, adapter.config.layers
-    layers = f"all {layout.num_layers}" if steered is None else f"{', '.join(map(str, steered))} of {layout.num_layers}"
+    many = f"the model has {layout.num_layers}, from 0"  # "14 of 30" would read as a number of layers
+    layers = f"all {layout.num_layers}" if steered is None else f"{', '.join(map(str, steered))} ({many})"
     table = Table("setting", Column("value", overflow="fold"))
     for name, value in {
         "file": file,
@@ -267,7 +268,8 @@ def export_to_vector(
 
         written, layers = export_vector(adapter, out, model_type=model_type)
         screen = new_console()
-        told = f"vectors of layers {', '.join(map(str, layers))}, times {written.config.scale:g}, written to {out}"
+        which = f"layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"
+        told = f"control vectors of {which}, multiplied by the strength {written.config.scale:g}, written to {out}"
         screen.print(told, markup=False, soft_wrap=True)
         if out.suffix == ".gguf":
             screen.print(f"llama-cli -m MODEL.gguf --control-vector {out}", markup=False, soft_wrap=True)

@@ -120,6 +120,6 @@ def test_export_vector_command(saved, tmp_path):
     directory, _ = saved(SteerConfig("vector", layers=[1, 2], scale=0.5))
     result = invoke("export", "vector", directory, "--out", tmp_path / "v.gguf")
     assert result.exit_code == 0, result.output
-    assert re.search(r"vectors of layers 1, 2, times 0.5, written to .*v\.gguf", result.stdout)
+    assert re.search(r"vectors of layers 1, 2, multiplied by the strength 0.5, written to .*v\.gguf", result.stdout)
     assert f"--control-vector {tmp_path / 'v.gguf'}" in result.stdout
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []

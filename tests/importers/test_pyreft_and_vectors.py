@@ -340,7 +340,13 @@ def test_pyreft_and_vectors_pyreft_command(tmp_path):
     shifts = save_pyreft(tmp_path / "reft", of_class("Loreft", layers=[0, 2]))
     result = invoke("import", "pyreft", tmp_path / "reft", *PYREFT_ARGUMENTS, "--out", tmp_path / "out")
     table = shown(result)
-    expected = {"form": "loreft", "rank": str(RANK), "activation": "identity", "scale": "1.0", "layers": "0, 2 of 3"}
+    expected = {
+        "form": "loreft",
+        "rank": str(RANK),
+        "activation": "identity",
+        "scale": "1.0",
+        "layers": "0, 2 (the model has 3, from 0)",
+    }
     assert {name: table.get(name) for name in expected} == expected
     names = {"model": build()}
     exec("\n".join(result.stdout.splitlines()[-2:]), names)
@@ -529,7 +535,13 @@ def test_pyreft_and_vectors_vector_command(tmp_path):
         *("import", "vector", tmp_path / "v.gguf", "--scale", SCALE, "--layers", "2", *LAYOUT, "--out", out)
     )
     table = shown(result)
-    expected = {"form": "vector", "rank": "0", "scale": str(SCALE), "layers": "2 of 3", "dtype": "float32"}
+    expected = {
+        "form": "vector",
+        "rank": "0",
+        "scale": str(SCALE),
+        "layers": "2 (the model has 3, from 0)",
+        "dtype": "float32",
+    }
     assert {name: table.get(name) for name in expected} == expected
     names = {"model": build()}
     exec("\n".join(result.stdout.splitlines()[-2:]), names)

@@ -443,7 +443,7 @@ def test_steerling_command_shows_what_was_imported_and_how_to_use_it(adapters, t
         "activation": "silu",
         "scale": str(SCALE),
         "hidden_size": str(HIDDEN),
-        "layers": f"0, 2 of {LAYERS}",
+        "layers": f"0, 2 (the model has {LAYERS}, from 0)",
         "dtype": "float32",
         "base_model": "a/b",
         "ignored": "0 base_model.* entries",
