@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import typer
 from models import build, classifier, randomize, tokens
 from pages import DOCS, run_page
 from text import tokenizer
@@ -15,6 +16,7 @@ from transformers import TrainingArguments
 
 import fused_steer
 from fused_steer import SteerConfig, patch_model
+from fused_steer.cli import app
 
 PAGES = ["merging.md", "migrating.md", "modes.md", "peft.md", "positions.md", "vectors.md"]
 # test_trainer.py and test_trl.py run trainer.md and trl.md
@@ -59,25 +61,52 @@ def test_docs_the_code_of_the_page_on_theory_runs(capsys):
     assert f"{names['found'].share:.1%} of the oracle" in capsys.readouterr().out
 
 
-_COMMAND = re.compile(r"`pytest (tests/[\w/]+\.py)( -k (?:\"([^\"]+)\"|(\w+)))?`")
+_PAGES = [*DOCS.glob("*.md"), DOCS.parent / "README.md", DOCS.parent / "CONTRIBUTING.md"]
+_COMMAND = re.compile(r"`pytest (?:-[sm] ?\w* )*((?:(?:tests|bench)/[\w/]+\.py ?)+)(?:-k (?:\"([^\"]+)\"|([\w-]+)))?`")
 
 
 def commands() -> list[tuple[str, str, str]]:
-    """Return each `pytest FILE` in README and docs/ as (page, file, expression after -k)."""
+    """Return each `pytest FILE ...` on the pages as (page, files, expression after -k)."""
     found = []
-    for page in [*DOCS.glob("*.md"), DOCS.parent / "README.md"]:
-        for file, _, quoted, word in _COMMAND.findall(page.read_text(encoding="utf-8").replace("\n", " ")):
-            found.append((page.name, file, quoted or word))
+    for page in _PAGES:
+        for files, quoted, word in _COMMAND.findall(" ".join(page.read_text(encoding="utf-8").split())):
+            found.append((page.name, files, quoted or word))
     return found
 
 
 def test_docs_tests_that_pages_name_are_there():
-    """Every test command on a page works: the file exists, and -k selects a test in it."""
-    assert len(commands()) > 30
-    for page, file, expression in commands():
-        tests = re.findall(r"^def (test_\w+)", (DOCS.parent / file).read_text(encoding="utf-8"), re.MULTILINE)
+    """Every test command on a page works: the files exist, and -k selects a test in them."""
+    assert len(commands()) > 60
+    for page, files, expression in commands():
+        code = "\n".join((DOCS.parent / file).read_text(encoding="utf-8") for file in files.split())
+        tests = re.findall(r"^def (test_\w+)", code, re.MULTILINE)
         for word in expression.split(" or ") if expression else []:
-            assert any(word in test for test in tests), f"{page} names a test of {file} that is not there: {word}"
+            if "-" in word:  # a case's name
+                continue
+            assert any(word in test for test in tests), f"{page} names a test of {files} that is not there: {word}"
+
+
+def test_docs_commands_and_their_options_are_there():
+    """Each `fused-steer VERB --option` on a page is one that the command has."""
+    options = {
+        f"fused-steer {verb}": _options(command) for verb, command in typer.main.get_command(app).commands.items()
+    }
+    seen = set()
+    for page in _PAGES:
+        text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+        code = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+        code += re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+        for command, rest in re.findall(r"^(fused-steer [a-z]\S*)([^\n#|&]*)", "\n".join(code), re.MULTILINE):
+            assert command in options, f"{page.name} names {command}"
+            wrong = set(re.findall(r"(?<![\w-])--[a-z-]+", rest)) - options[command]
+            assert not wrong, f"{page.name} gives {command} the options {wrong}"
+            seen.add(command)
+    assert len(seen) > 12
+
+
+def _options(command) -> set[str]:
+    found = {name for option in command.params for name in (*option.opts, *option.secondary_opts)} | {"--help"}
+    return found.union(*(_options(one) for one in getattr(command, "commands", {}).values()))
 
 
 def test_docs_every_guarantee_has_a_command():
