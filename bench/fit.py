@@ -404,12 +404,14 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder of results; the file is fit/listops-cpu.json in it.")] = FOLDER,
     work: Annotated[Path, typer.Option(help="Folder for the LoRA and the adapters.")] = Path("fused-steer-fit"),
     model: Annotated[str | None, typer.Option(help="Directory or hub id; default: SmolLM2-135M-Instruct.")] = None,
-    ranks: Annotated[str, typer.Option(help="At post_block, with commas between; 0 is a vector.")] = _listed(RANKS),
-    other_ranks: Annotated[str, typer.Option(help=f"At {', '.join(OTHER_SITES)}.")] = _listed(OTHER_RANKS),
-    steps: Annotated[int, typer.Option(help="Of the LoRA's training.")] = Settings.steps,
+    ranks: Annotated[str, typer.Option(help="Ranks at post_block, such as 0,1,8; 0 is a vector.")] = _listed(RANKS),
+    other_ranks: Annotated[str, typer.Option(help=f"Ranks at {', '.join(OTHER_SITES)}.")] = _listed(OTHER_RANKS),
+    steps: Annotated[int, typer.Option(help="Steps of the LoRA's training.")] = Settings.steps,
     tested: Annotated[int, typer.Option(help="Expressions to test with.")] = Settings.tested,
     fitted: Annotated[int, typer.Option(help="Expressions to fit on.")] = Settings.fitted,
-    threads: Annotated[int, typer.Option(help="PyTorch's; another number may give other bits.")] = Settings.threads,
+    threads: Annotated[
+        int, typer.Option(help="PyTorch's threads; another number may give other bits.")
+    ] = Settings.threads,
     report: Annotated[bool, typer.Option("--report", help="Fit nothing; write the report of the results.")] = False,
     docs: Annotated[Path, typer.Option(help="Folder of theory.md.")] = ROOT / "docs",
 ) -> None:

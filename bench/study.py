@@ -537,8 +537,8 @@ def report_text(results: Mapping[str, Any]) -> str:
         ([choosing](choosing.md))."""),
         paragraph(f"""The task is the demo's, ListOps of {" and ".join(OPERATORS)} with depth {DEPTH}, here with at most
         {settings["digits"]} digits: `[MAX 3 [MIN 4 7 ] ] = 4`. The untrained model is exact on
-        {percent(base["exact"]):.1f} % of the {settings["tested"]} test expressions; who ignores the inner brackets, on
-        {100 * base["ignoring_brackets"] / settings["tested"]:.1f} %."""),
+        {percent(base["exact"]):.1f} % of the {settings["tested"]} test expressions; a rule that ignores the inner
+        brackets, on {100 * base["ignoring_brackets"] / settings["tested"]:.1f} %."""),
         paragraph(f"""Each form trains at each rate of its grid with seed 0. The other seeds train at the rate with the
         most exact answers on {settings["validated"]} validation expressions, on a tie the smallest loss. A seed
         chooses the training expressions and the initial values. Training follows the paper's F.5: AdamW without weight
@@ -593,7 +593,9 @@ def main(
     validated: Annotated[int, typer.Option(help="Expressions to choose rates by.")] = Settings.validated,
     tested: Annotated[int, typer.Option(help="Expressions to test with.")] = Settings.tested,
     seeds: Annotated[int, typer.Option(help="Seeds of each form.")] = Settings.seeds,
-    threads: Annotated[int, typer.Option(help="PyTorch's; another number may give other bits.")] = Settings.threads,
+    threads: Annotated[
+        int, typer.Option(help="PyTorch's threads; another number may give other bits.")
+    ] = Settings.threads,
     report: Annotated[bool, typer.Option("--report", help="Train nothing; write the report of the results.")] = False,
     docs: Annotated[Path, typer.Option(help="Folder of study-listops.md.")] = ROOT / "docs",
 ) -> None:

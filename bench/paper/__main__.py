@@ -81,7 +81,7 @@ def run(
     max_length: Annotated[int | None, typer.Option(help="Tokens of a training row. Default: the task's.")] = None,
     accumulation: Annotated[int, typer.Option(help="Batches of 8 per optimizer step.")] = Settings.accumulation,
     schedule: Annotated[
-        str | None, typer.Option(help=f"Of the learning rate: {', '.join(SCHEDULES)}. Default: the method's.")
+        str | None, typer.Option(help=f"Schedule of the learning rate: {', '.join(SCHEDULES)}. Default: the method's.")
     ] = None,
     warmup: Annotated[float | None, typer.Option(help="Warm-up, a share of the steps. Default: the method's.")] = None,
     train_limit: Annotated[int | None, typer.Option(help="Training rows per task. Default: all.")] = None,

@@ -14,6 +14,9 @@ def clean_environment() -> dict[str, str]:
 
 
 def main(arguments: list[str]) -> None:
+    if arguments in (["-h"], ["--help"]):
+        print(__doc__)
+        return
     if not arguments or arguments == ["-m"]:
         print("bench.stub: nothing to run; expected FILE or -m MODULE, and its arguments", file=sys.stderr)
         raise SystemExit(2)

@@ -73,6 +73,8 @@ def test_stub_refuses_in_one_line(worked):
     assert done.returncode == 2 and done.stderr == (
         "bench.stub: nothing to run; expected FILE or -m MODULE, and its arguments\n"
     )
+    done = run("--help")
+    assert done.returncode == 0 and done.stdout.startswith("`python -m bench.stub FILE ...`")
 
 
 def test_stub_without_gcc_is_one_line(tmp_path):
