@@ -24,9 +24,9 @@ The map, in reading order. A file imports only files that stand above it.
         distributed.py   models that several processes share: who writes, gathering shards
     model/               reaching and patching decoder layers
         weak.py          references that do not keep the model alive
+        residual.py      finds a layer's last residual add, and rewrites forwards
         decoder.py       finds the decoder layers and their devices
         heads.py         finds heads that were not loaded from a checkpoint
-        residual.py      finds a layer's last residual add, and rewrites forwards
         sublayers.py     finds a layer's attention and MLP
         scopes.py        guards the steering against other threads and tasks
         watch.py         raises for a layer that ran unsteered; the report

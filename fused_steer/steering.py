@@ -26,7 +26,7 @@ from .config import SteerConfig, checked_bool, checked_number
 from .lora.constraints import Constraints
 from .lora.layers import adapter_parameters, computing_by
 from .merging import Merged, check_mergeable, find_merged, warn_of_rounding
-from .model.decoder import execution_device, inside_peft
+from .model.decoder import check_rows, execution_device, inside_peft
 from .model.decoder_hooks import warn_of_frozen
 from .model.patched import PatchedModel, describe
 from .model.stored import adapter_file, check_same_config, files_of_state, restore_values, vectors_file
@@ -407,7 +407,7 @@ class Steering:
             raise RuntimeError(
                 "steering.batch is entered inside steering.prompts; expected it outside: it knows its prompts"
             )
-        self._gains.check_rows("a batch steers each row by its own adapter", "steering.use")
+        check_rows(self._decoder.module, "a batch steers each row by its own adapter", "steering.use")
         with self._by_rows(checked_requests(names, scale, positions, self._servable), self._pool, "steering.batch"):
             yield
 

@@ -46,7 +46,11 @@ from transformers import (
 )
 
 from fused_steer import SteerConfig, SteeringTrainer, patch_model
+from fused_steer.diagnostics import diagnose
 from fused_steer.positions import read_positions
+from fused_steer.theory import fit
+from fused_steer.tools import coverage
+from fused_steer.vectors import extract
 
 PLACES = (
     "all",
@@ -461,24 +465,53 @@ def test_positions_of_a_model_that_keeps_its_mask_from_the_decoder(where):
         assert_close(model(ids, **inputs).logits, expected)
 
 
-def test_positions_and_rows_of_layers_of_tokens_by_rows_are_refused():
-    """XLNet's layers get (tokens, rows, d). As many rows as tokens were taken for each other."""
-    sizes = {"vocab_size": 64, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64, "initializer_range": 0.2}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("xlnet", **sizes)).eval()
-    parts = ("XLNetModel gives its layers (tokens, rows, d)", "expected")
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [
+        ("xlnet", "XLNetModel gives its layers (tokens, rows, d)"),
+        ("gemma3n_text", "Gemma3nTextModel gives its layers (streams, rows, tokens, d)"),
+        ("deepseek_v4", "DeepseekV4Model gives its layers (rows, tokens, streams, d)"),
+    ],
+)
+def test_positions_and_rows_of_layers_of_other_shapes_are_refused(kind, shape):
+    """With as many rows as tokens or streams, one was taken for the other."""
+    model, parts = coverage.build(kind), (shape, "expected")
     with refused(ValueError, *parts, "positions is 'last_2'", model=model):
         patch_model(model, SteerConfig(rank=4, positions="last_2"))
+    ids, mask = tokens(batch=4, length=4), torch.tensor([[0, 1, 1, 1]] + [[1] * 4] * 3)
+    batch = {"input_ids": ids, "attention_mask": mask}
+    with refused(ValueError, *parts, "token is 'last'", model=model):
+        extract(model, [batch], [batch])
+    with refused(ValueError, *parts, "fit reads each token's", model=model):
+        fit(model, model, [batch])
     patch_model(model, SteerConfig(rank=4))
     randomize(model)
-    ids = tokens(batch=4, length=4)
-    everywhere = model(ids).logits
+    with torch.no_grad():
+        everywhere = model(ids).logits
     with refused(ValueError, *parts, "each row by its own adapter", model=model), model.steering.batch(["default"] * 4):
         pass
     model.steering.add("two", SteerConfig(rank=4, positions="first_1"))
     with refused(ValueError, *parts, "positions is 'first_1'", model=model):
         model.steering.use("two")
     assert model.steering.active == "default"
-    assert torch.equal(model(ids).logits, everywhere)
+    with refused(ValueError, *parts, "diagnose reads each token's", model=model):
+        diagnose(model, [batch])
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, everywhere)
+
+
+def test_positions_of_layers_with_more_tokens_than_the_text():
+    """ProphetNet's layers get the tokens of several predictions in a row."""
+    ids, part = tokens(), f"ProphetNetDecoder gives its layers (2, {3 * LENGTH}, 64)"
+    model = patch_model(coverage.build("prophetnet"), SteerConfig(rank=4, positions="last_2"))
+    with refused(ValueError, part, "positions is 'last_2'; expected 'all'", model=model), torch.no_grad():
+        model(ids)
+    model = patch_model(coverage.build("prophetnet"), SteerConfig(rank=4))
+    with refused(ValueError, f"layer 0 has a hidden state (2, {3 * LENGTH}, 64)", f"{2 * LENGTH} tokens", model=model):
+        diagnose(model, [{"input_ids": ids}])
+    with refused(ValueError, f"expected (2, {LENGTH}, 64), (rows, tokens, d)", model=model), torch.no_grad():
+        with model.steering.batch(["default"] * 2):
+            model(ids)
 
 
 def encoder() -> Any:

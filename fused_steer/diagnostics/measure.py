@@ -20,7 +20,7 @@ from ..joint import steering_of
 from ..kernels.torch_backend import ACTIVATIONS, accumulation_dtype
 from ..lora.layers import is_lora
 from ..lora.writers import Writer, choose_writers, trace_writers
-from ..model.decoder import find_decoder, inside_peft
+from ..model.decoder import check_rows, find_decoder, inside_peft
 from ..model.site import Site, SteeringSite
 from ..positions import check_like_ids, kept_tokens
 from .diagnosis import Diagnosis
@@ -59,8 +59,8 @@ def diagnose(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Diagnosi
     Raises:
         RuntimeError: steering is disabled, or a batch is running.
         ValueError: the model is not patched, no adapter is active, the modules that write into the residual stream are
-            not found, the batches hold no token to measure, a mask or labels that are used have another shape, or FSDP
-            or ZeRO has sharded the model.
+            not found, the batches hold no token to measure, a mask or labels that are used have another shape, layers
+            get another hidden state than (B, T, d), or FSDP or ZeRO has sharded the model.
         TypeError: a batch is not a mapping with `input_ids`, or its mask, or labels that are used, are no tensor.
     """
     steering = steering_of(model)
@@ -70,6 +70,7 @@ def diagnose(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Diagnosi
     inner = inside_peft(model)
     decoder = find_decoder(inner)
     check_unsharded(decoder.layers, "diagnose to be called")
+    check_rows(decoder.module, "diagnose reads each token's")
     kinds = {Place(entry.index, entry.site): entry.kind for entry in steering.report()}
     every = {place: _site(decoder.layers[place.layer], place.site) for place in kinds}
     sites = {place: site for place, site in every.items() if site.active is not None}
@@ -136,7 +137,7 @@ def _run(
                 if name != "labels"
             }
             for one in observed:
-                one.keep = keep
+                one.keep, one.tokens = keep, batch["input_ids"].numel()
             labels = batch.get("labels")
             told: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
             if labels is not None and observed[0].site.gains is not None:
@@ -175,6 +176,7 @@ class _Observed:
         self.adapted = [writer for writer in self.mlp if _active_lora(writer.module)]
         self.no_lora_shift = self._why_no_lora_shift()
         self.keep: Tensor  # indices of the batch's unmasked tokens
+        self.tokens: int  # the number of the batch's tokens, B·T
         self.measured = 0  # the number of these that the pass steered
         self._y: Tensor | None = None
         self._lora: list[Tensor] = []  # LoRA shifts of this pass, each (B·T, d)
@@ -214,7 +216,12 @@ class _Observed:
         self._lora.append(_lora_shift(module, args[0], output).flatten(0, -2))
 
     def _on_site(self, site: SteeringSite, args: Any, output: Tensor) -> None:
-        keep = self.keep
+        keep, tokens = self.keep, output.numel() // output.shape[-1]
+        if tokens != self.tokens:
+            raise ValueError(
+                f"{self.place} has a hidden state {tuple(output.shape)}; expected one for each of the batch's "
+                f"{self.tokens} tokens"
+            )
         if site.gains is not None:
             keep = keep[site.gains.of(output, None).flatten()[keep] != 0]
         self.measured = len(keep)
@@ -232,7 +239,6 @@ class _Observed:
             self._record("shift", shift.norm(dim=1))
             if y is not None:
                 self._record("mlp", rows(y).to(h.dtype).norm(dim=1))
-            tokens = output.numel() // output.shape[-1]
             if any(part.shape[0] != tokens for part in self._lora):
                 self.no_lora_shift = "its LoRA does not see every token"
             if not self.no_lora_shift:

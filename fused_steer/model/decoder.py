@@ -14,6 +14,7 @@ from ..adapters.fields import read_json
 from ..adapters.files import blaming
 from ..adapters.kinds import CONFIG_NAME, JOINT_NAME
 from ..adapters.parameters import Layout
+from .residual import unusual_input
 from .weak import Weakly, what_is_left
 
 if TYPE_CHECKING:
@@ -99,6 +100,28 @@ def find_decoder(model: nn.Module) -> Decoder:
         )
     path, layers = fitting[0]
     return Decoder(model.get_submodule(path.rpartition(".")[0]), path, layers, hidden, model.config)
+
+
+def check_rows(decoder: nn.Module, what: str, expected: str = "", shape: Any = None) -> None:
+    """Refuse a decoder that gives its layers another hidden state than (rows, tokens, d).
+
+    Args:
+        decoder: the module that runs the layers.
+        what: what needs (rows, tokens, d), for the error.
+        expected: what else could be done.
+        shape: a layer's hidden state, if it is known to be another. None: it is read in the decoder's source, because
+            as many rows as tokens, such as XLNet's, are not told apart by their shape.
+
+    Raises:
+        ValueError: the hidden state is another.
+    """
+    found = unusual_input(type(decoder)) if shape is None else tuple(shape)
+    if found is not None:
+        either = f"{expected}, or " if expected else ""
+        raise ValueError(
+            f"{type(decoder).__name__} gives its layers {found}, and {what}; expected {either}a model with layers of "
+            "(rows, tokens, d)"
+        )
 
 
 def refuse_adapter(source: str) -> None:

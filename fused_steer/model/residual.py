@@ -26,7 +26,7 @@ from typing import Any, NoReturn, TypeAlias, TypeVar
 __all__ = [
     "NONE", "Add", "Call", "Edit", "Handle", "Other", "Reader", "Refusal", "ResidualNotFound", "Source", "Tuple",
     "Values", "analyse", "bypass_of_hooks", "called_paths", "final_adds", "names_in_final_adds", "rewrite",
-    "rewrite_forward", "transposes_input",
+    "rewrite_forward", "unusual_input",
 ]  # fmt: skip
 
 
@@ -152,23 +152,35 @@ def bypass_of_hooks(cls: type) -> str | None:
         return None
 
 
-def transposes_input(cls: type) -> bool:
-    """Whether `cls.forward` swaps the rows and tokens of its input, as XLNet's does. False without a source to read."""
+@functools.cache
+def unusual_input(cls: type) -> str | None:
+    """Return the shape of the hidden state that `cls.forward`, a decoder's, gives its layers, if it is unusual.
 
-    def found(source: Source) -> bool:
+    "(tokens, rows, d)" as XLNet's, "(streams, rows, tokens, d)" as Gemma 3n's, or "(rows, tokens, streams, d)" as
+    DeepSeek-V4's. None: it is (rows, tokens, d), or there is no source to read.
+    """
+
+    def found(source: Source) -> str | None:
         for node in ast.walk(source.tree):
             match node:
                 case ast.Call(
                     ast.Attribute(ast.Name("input_ids" | "inputs_embeds"), "transpose"),
                     [ast.Constant(0), ast.Constant(1)],
                 ):
-                    return True
-        return False
+                    return "(tokens, rows, d)"
+                case ast.Assign(
+                    [ast.Name("hidden_states")],
+                    ast.Call(ast.Attribute(ast.Name("torch"), "stack"), [_], [ast.keyword("dim", ast.Constant(0))]),
+                ):
+                    return "(streams, rows, tokens, d)"
+                case ast.Call(ast.Attribute(ast.Name("inputs_embeds"), "unsqueeze"), [ast.Constant(2)]):
+                    return "(rows, tokens, streams, d)"
+        return None
 
     try:
         return analyse(cls, found)
     except ResidualNotFound:
-        return False
+        return None
 
 
 def _below(node: ast.AST, name: str) -> str | None:

@@ -261,7 +261,7 @@ class PostBlockModel(BaseTuner):
         known = {name: config for site in sites.values() for name, config in site.configs.items()}
         configs = {name: known[name] for name in dict.fromkeys(rows) if name != _BASE}
         self._loaded = load_again(self._loaded, sites, configs)
-        mixed = MixedRows(rows, configs, self._loaded, sites)
+        mixed = MixedRows(rows, configs, self._loaded, sites, find_decoder(self.model).module)
         heads = contextlib.ExitStack()
         try:
             for site in sites.values():

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import inspect
 import sys
 import threading
@@ -30,7 +29,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.hooks import RemovableHandle
 
 from ..kernels.registered import refuse_jit_trace
-from ..model.residual import transposes_input
+from ..model.decoder import check_rows
 from ..model.weak import Weakly, what_is_left
 from ..positions import Positions, chosen_by_lengths, chosen_tokens
 from .caches import (
@@ -129,10 +128,10 @@ class Gains:
         """Watch the model's passes for these positions, or (None) stop watching.
 
         Raises:
-            ValueError: see `check_rows`.
+            ValueError: the layers' hidden states are not (rows, tokens, d).
         """
         if positions is not None:
-            self.check_rows(f"positions is {positions.name!r}", "'all'")
+            check_rows(self._decoder, f"positions is {positions.name!r}", "'all'")
         if (positions is None) == (self.positions is None):
             self.positions = positions
             return
@@ -178,6 +177,7 @@ class Gains:
 
         Raises:
             RuntimeError: no pass runs, and no earlier pass gave this input to the layer.
+            ValueError: the hidden state is of another shape than (rows, tokens, d) of the pass.
         """
         if is_compiling():
             gain = self._traced.gain
@@ -203,6 +203,8 @@ class Gains:
                 "a layer runs outside of a pass of the model, and its adapter has positions; expected the model to be "
                 "called"
             )
+        if residual.shape[:-1] != gain.shape:  # such as ProphetNet's, with the tokens of several predictions in a row
+            check_rows(self._decoder, f"positions is {self._name!r}", "'all'", residual.shape)
         return gain.to(residual.device)
 
     def _runs_again(self, entering: Tensor | None) -> bool:
@@ -314,18 +316,6 @@ class Gains:
                 "torch.no_grad() for inference"
             )
         return torch.full_like(real, _cached(given, real.shape[1]) > 0), False
-
-    @functools.cached_property
-    def _transposed(self) -> bool:
-        return transposes_input(type(self._decoder))
-
-    def check_rows(self, what: str, expected: str) -> None:
-        """Raise ValueError if the layers' hidden states are (tokens, rows, d), as XLNet's. Shapes may not tell."""
-        if self._transposed:
-            raise ValueError(
-                f"{type(self._decoder).__name__} gives its layers (tokens, rows, d), and {what}; expected {expected}, "
-                "or a model with layers of (rows, tokens, d)"
-            )
 
     def check_steers(self, positions: Positions | None, otherwise: str = "") -> None:
         """Raise ValueError if these positions are after the prompt, and the model's texts are prompts alone.

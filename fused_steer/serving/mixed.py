@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..adapters.parameters import Place
 from ..config import SteerConfig
 from ..kernels.grouped import Routing
+from ..model.decoder import check_rows
+from ..model.residual import unusual_input
 from ..model.site import Site
 from .slots import LoadedSlots, adapters_at
 
@@ -51,14 +53,25 @@ class MixedRows:
     """A running PEFT batch with an adapter for each row. One op a layer steers all rows."""
 
     def __init__(
-        self, rows: Sequence[str], configs: Mapping[str, SteerConfig], loaded: LoadedSlots, sites: Mapping[Place, Site]
+        self,
+        rows: Sequence[str],
+        configs: Mapping[str, SteerConfig],
+        loaded: LoadedSlots,
+        sites: Mapping[Place, Site],
+        decoder: nn.Module,
     ) -> None:
         """Args:
         rows: each row's adapter. A name that is not in `configs` means no adapter.
         configs: the configs of the batch's adapters, by name.
         loaded: these adapters in slots.
         sites: the model's sites, by place.
+        decoder: the module that runs the layers.
+
+        Raises:
+            ValueError: the layers' hidden states are not (rows, ..., d).
         """
+        if not (unusual_input(type(decoder)) or "(rows").startswith("(rows"):
+            check_rows(decoder, "adapter_names is given", "set_adapter")
         slots = [loaded.numbers.get(name, -1) for name in rows]
         strengths = [configs[name].scale if name in configs else 0.0 for name in rows]
         self._ids = torch.tensor(slots, dtype=torch.int32)

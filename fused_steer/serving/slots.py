@@ -347,7 +347,10 @@ class Slots(nn.Module):
         shape = (*routing.places, self.hidden)
         if residual.shape != shape or branch is not None and branch.shape != shape:
             shapes = (tuple(t.shape) for t in (residual, branch) if t is not None)
-            raise ValueError(f"residual and branch have the shapes {', '.join(map(str, shapes))}; expected {shape}")
+            raise ValueError(
+                f"residual and branch have the shapes {', '.join(map(str, shapes))}; expected {shape}, (rows, tokens, "
+                "d): each row has its own adapter"
+            )
         if residual.dtype not in _DTYPES or branch is not None and branch.dtype not in _DTYPES:
             dtypes = (str(t.dtype) for t in (residual, branch) if t is not None)
             raise TypeError(f"residual and branch are {', '.join(dtypes)}; expected float32, bfloat16 or float16")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..adapters.parameters import SITE
 from ..config import SteerConfig
-from ..model.decoder import Decoder, execution_device, find_decoder, inside_peft
+from ..model.decoder import Decoder, check_rows, execution_device, find_decoder, inside_peft
 from ..patch import patch_model
 
 Batch = Mapping[str, Any]
@@ -38,6 +38,7 @@ class Stream:
         """
         self.name, self.site = name, site
         self.decoder: Decoder = find_decoder(inside_peft(model))
+        check_rows(self.decoder.module, "fit reads each token's")
         self.device = execution_device(self.decoder.module)
         self.states: list[Tensor] = []
         self.read: list[Tensor] = []

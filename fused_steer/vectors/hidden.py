@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import checked_choice
-from ..model.decoder import execution_device, find_decoder, inside_peft
+from ..model.decoder import check_rows, execution_device, find_decoder, inside_peft
 
 TOKENS = ("last", "mean")
 Batches = Iterable[Mapping[str, Tensor]]
@@ -61,10 +61,11 @@ def hidden_states(model: nn.Module, batches: Sequence[Mapping[str, Tensor]], tok
         token: "last", the last token that is not padding, or "mean", over the tokens that are not padding.
 
     Raises:
-        ValueError: an unknown `token`, or states that are not finite.
+        ValueError: an unknown `token`, states that are not finite, or a model whose layers get no (texts, tokens, d).
     """
     checked_choice("token", token, TOKENS)
     decoder = find_decoder(inside_peft(model))
+    check_rows(decoder.module, f"token is {token!r}")
     device = execution_device(decoder.module)
     found: list[Tensor] = []
     with running_bare(model):

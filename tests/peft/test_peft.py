@@ -47,6 +47,7 @@ import fused_steer.serving.slots as slots_module
 from fused_steer import SteerConfig, patch_model
 from fused_steer.model.site import Site, SteeringSite
 from fused_steer.peft import PeftSite, PostBlockConfig
+from fused_steer.tools import coverage
 
 #: name -> model family, and fields of the adapter's config.
 MATRIX: dict[str, tuple[str, dict[str, Any]]] = {
@@ -802,6 +803,16 @@ def test_peft_rows_that_do_not_fit(rows, parts):
     assert torch.equal(logits(model), before)
     with refused(ValueError, "training mode", "expected"):
         model.train()(input_ids=tokens(), adapter_names=["default", "default"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape"), [("xlnet", "(tokens, rows, d)"), ("gemma3n_text", "(streams, rows, tokens, d)")]
+)
+def test_peft_rows_of_layers_that_have_rows_elsewhere(kind, shape):
+    """With four rows of four tokens each, or four streams, each name steered a token or a stream of all rows."""
+    model = get_peft_model(coverage.build(kind), PostBlockConfig(r=4)).eval()
+    with refused(ValueError, shape, "adapter_names is given; expected set_adapter"), torch.no_grad():
+        model(input_ids=tokens(batch=4, length=4), adapter_names=["default"] * 3 + ["__base__"])
 
 
 def test_peft_adapters_load_into_empty_parameters(tmp_path):
