@@ -10,6 +10,7 @@ import contextlib
 import errno
 import functools
 import hashlib
+import io
 import os
 import platform
 import re
@@ -207,18 +208,30 @@ def write_new(file: Path, content: bytes) -> None:
         os.fsync(opened.fileno())
 
 
-def write_whole(file: Path, text: str) -> None:
-    """Write a text file, whole or not at all. If this fails, an earlier file stays.
+def write_whole(file: Path, content: str | bytes) -> None:
+    """Write a file, text in UTF-8, whole or not at all. If this fails, an earlier file stays.
 
     Raises:
         OSError: the file could not be written.
     """
+    data = content.encode() if isinstance(content, str) else content
     if file.exists() and not file.is_file():  # such as /dev/stdout
-        file.write_text(text, encoding="utf-8")
+        file.write_bytes(data)
         return
     with saving_folder(file.parent) as folder:
-        write_new(folder / file.name, text.encode())
+        write_new(folder / file.name, data)
         os.replace(folder / file.name, file.resolve())
+
+
+def save_figure(figure: Any, file: Path) -> None:
+    """Write a matplotlib figure as a PNG, whole or not at all. If this fails, an earlier file stays.
+
+    Raises:
+        OSError: the file could not be written.
+    """
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=150)
+    write_whole(file, content.getvalue())
 
 
 def open_regular(file: Path) -> int:

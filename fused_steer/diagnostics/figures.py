@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..adapters.saving import save_figure
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 from .records import BINS, LEVELS, LayerDiagnosis, Spread
@@ -62,7 +64,7 @@ def _plot_mlp_share(layers: Sequence[LayerDiagnosis], file: Path) -> None:
         layers, ylabel="‖y‖ / ‖h‖", title="The MLP's output y as a share of the block's output h"
     )
     _draw_spreads(axes, layers, [layer.mlp_share for layer in layers if layer.mlp_share])
-    figure.savefig(file, dpi=150)
+    save_figure(figure, file)
 
 
 #: h at each site.
@@ -80,7 +82,7 @@ def draw_shift(layers: Sequence[LayerDiagnosis], file: Path) -> None:
         layers, ylabel="‖δ‖ / ‖h‖", title=f"Size of the steering's shift δ against h, {_STEERED[layers[0].site]}"
     )
     _draw_spreads(axes, layers, [layer.shift for layer in layers if layer.shift])
-    figure.savefig(file, dpi=150)
+    save_figure(figure, file)
 
 
 def _plot_spectral_norm(layers: Sequence[LayerDiagnosis], file: Path) -> None:
@@ -88,7 +90,7 @@ def _plot_spectral_norm(layers: Sequence[LayerDiagnosis], file: Path) -> None:
     norms = np.array([layer.spectral_norm for layer in layers], dtype=float)  # a layer without a norm leaves a gap
     axes.plot([layer.layer for layer in layers], norms, marker="o", markersize=4)
     axes.set_ylim(bottom=0)
-    figure.savefig(file, dpi=150)
+    save_figure(figure, file)
 
 
 def _plot_cosine(layers: Sequence[LayerDiagnosis], file: Path) -> None:
@@ -121,7 +123,7 @@ def _plot_cosine(layers: Sequence[LayerDiagnosis], file: Path) -> None:
     reach = min(1.0, 1.2 * max(abs(edges[filled[0]]), abs(edges[filled[-1] + 1]), 0.1))
     axes.set_ylim(-reach, reach)
     axes.legend(fontsize="small")
-    figure.savefig(file, dpi=150)
+    save_figure(figure, file)
 
 
 def _plot_alignment(layers: Sequence[LayerDiagnosis], file: Path) -> None:
@@ -145,7 +147,7 @@ def _plot_alignment(layers: Sequence[LayerDiagnosis], file: Path) -> None:
     figure.suptitle("Left singular vectors of LoRA's update and of W2 W1\n(max: largest principal cosine)", fontsize=11)
     figure.supxlabel("steering's singular vector", fontsize="medium")
     figure.supylabel("LoRA's singular vector", fontsize="medium")
-    figure.savefig(file, dpi=150)
+    save_figure(figure, file)
 
 
 _FIGURES: dict[str, Callable[[Sequence[LayerDiagnosis], Path], None]] = {

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..adapters.saving import save_figure
 from ..diagnostics.diagnosis import Diagnosis
 from ..diagnostics.figures import draw_shift, empty_figure
 
@@ -27,7 +28,7 @@ def draw_losses(history: Sequence[Mapping[str, Any]], file: Path) -> None:
         axes.plot(*zip(*evaluated, strict=True), "o-", color="tab:orange", markersize=4, linewidth=1, label="held out")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(file, dpi=150)
+    save_figure(figure, file)
 
 
 def draw_shifts(diagnosis: Diagnosis, folder: Path, name: str) -> list[Path]:

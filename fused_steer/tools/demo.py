@@ -31,7 +31,7 @@ from tqdm import trange
 from .._hub_access import loading
 from .._version import __version__
 from ..adapters.files import WEIGHTS_NAME
-from ..adapters.saving import check_output, check_writable, write_whole
+from ..adapters.saving import check_output, check_writable, save_figure, write_whole
 from ..config import SteerConfig, checked_number
 from ..kernels import select_backend
 from ..model.decoder import refuse_adapter
@@ -369,7 +369,7 @@ def plot_losses(losses: Sequence[float], file: Path) -> None:
     axes.plot(steps, losses, color="tab:blue", alpha=0.3, label="each step")
     axes.plot(steps, means, color="tab:blue", label="mean of 10")
     axes.legend()
-    figure.savefig(file, dpi=150)
+    save_figure(figure, file)
 
 
 def _examples(expressions: Sequence[Expression], before: Sequence[str], after: Sequence[str]) -> Table:

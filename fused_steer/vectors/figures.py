@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..adapters.saving import save_figure
 from ..diagnostics.figures import empty_figure
 from .extraction import Extraction
 from .sweeping import Dose
@@ -41,7 +42,7 @@ def draw(extraction: Extraction, doses: Sequence[Dose], file: Path) -> None:
     grid[0, 0].legend(fontsize="small")
     if doses:
         _draw_doses(grid[0, 1], grid[1, 1], doses)
-    figure.savefig(file, dpi=150)
+    save_figure(figure, file)
 
 
 def _draw_doses(above: Axes, below: Axes, doses: Sequence[Dose]) -> None:

@@ -15,6 +15,7 @@ from text import save_tiny
 from fused_steer import SteerConfig, patch_model
 from fused_steer.adapters import saving
 from fused_steer.adapters.saving import write_whole
+from fused_steer.recipes.figures import draw_losses
 
 COMMANDS = {
     "fit": "fit base base --prompts p.txt --out",
@@ -87,6 +88,21 @@ def test_outputs_in_a_folder_of_a_lora_are_refused_before_the_work(command, plac
 def test_outputs_of_exports_below_a_file_name_it(place):
     for words in ("export pyreft polite --out p.txt/new", "export pyreft polite --out p.txt/new/er"):
         assert_refused(invoke(*words.split()), "p.txt is a file; expected a directory to save pyreft's files in")
+
+
+def test_outputs_of_pictures_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    file = tmp_path / "losses.png"
+    draw_losses([{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}], file)
+    old = file.read_bytes()
+
+    def full(opened):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(saving.os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        draw_losses([{"step": 1, "loss": 3.0}, {"step": 2, "loss": 9.0}], file)
+    assert file.read_bytes() == old and os.listdir(tmp_path) == ["losses.png"]
 
 
 def test_outputs_of_text_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
